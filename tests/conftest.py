@@ -1,0 +1,59 @@
+"""Fixtures, and run-time checks of every shape annotation in the package.
+
+The hook must be in place before anything imports the package, hence at the import of this file: from here on each
+function of `ggjac` is checked by beartype against its annotations, shapes included, also in modules imported later.
+Users pay nothing: the package itself never installs the hook.
+"""
+
+import jaxtyping
+
+jaxtyping.install_import_hook("ggjac", "beartype.beartype")
+
+from collections.abc import Callable  # noqa: E402
+from pathlib import Path  # noqa: E402
+from typing import Any  # noqa: E402
+
+import pytest  # noqa: E402
+import tiny  # noqa: E402
+import torch  # noqa: E402
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+# The matrices here are tiny: more threads only wait for one another.
+torch.set_num_threads(min(2, torch.get_num_threads()))
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """Return the folder of shared models and reference results, or skip."""
+    if not SHARED.is_dir():
+        pytest.skip("../shared (real models and the paper's own results) is absent")
+    return SHARED
+
+
+@pytest.fixture(scope="session")
+def tiny_file(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Return a function that gives the path of a row of `tiny.CASES`, with changes; each is written once.
+
+    `tiny_file("gqa")`, `tiny_file("gqa", tied=True)`, `tiny_file("q8_0", ftype="F32")` (llama.cpp's exact F32 copy).
+    """
+    folder = tmp_path_factory.mktemp("tiny")
+    written: dict[str, Path] = {}
+
+    def get(case: str, *, ftype: str | None = None, **changes: Any) -> Path:
+        key = repr((case, ftype, sorted(changes.items())))
+        if key not in written:
+            path = folder / f"{case}-{len(written)}.gguf"
+            if ftype is None:
+                written[key] = tiny.write(path, **tiny.resized(case, **changes))
+            else:
+                written[key] = tiny.quantize(get(case, **changes), path, ftype)
+        return written[key]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def tiny_files(tiny_file: Callable[..., Path]) -> dict[str, Path]:
+    """Return the path of every row of `tiny.CASES` (about half a second for all)."""
+    return {case: tiny_file(case) for case in tiny.CASES}
