@@ -1,0 +1,351 @@
+"""Linear operators on stacked tensors: a few primitives, and chain, sum and transpose.
+
+A vector is a tensor of shape `in_shape`, such as `(n, d)`; `k` vectors are stacked on a new leading axis. `matmat` maps
+`[k, *in_shape]` to `[k, *out_shape]` and `rmatmat` applies the transpose. (SciPy's `matmat` stacks columns instead;
+`to_scipy` converts.)
+
+An operator may carry a constant term, as `Linear` does when it has a bias: it then stands for the affine map
+`A x + b`. `matmat` takes the homogeneous coordinate `t` of each stacked vector and returns `A x + t b`; `t = 0` (the
+default) is the linear part, `t = 1` the affine map, and `x = 0, t = 1` yields the constant pushed through everything
+above it.
+
+Nothing here knows a transformer: the frozen blocks of `ggjac.blocks` are expressions in these operators.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
+from typing import TYPE_CHECKING, NamedTuple, Protocol, overload, runtime_checkable
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+if TYPE_CHECKING:
+    import scipy.sparse.linalg
+
+Homogeneous = Float[Tensor, " k"] | None
+
+
+@runtime_checkable
+class TiledMatrix(Protocol):
+    """A matrix `[out, in]` that is produced a few rows at a time and need never exist whole."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns, `(out, in)`."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Element type of the tiles."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tiles live."""
+
+    def tiles(self) -> Iterator[tuple[int, int, Tensor]]:
+        """Yield `(start, stop, rows start:stop)` in order; a tile is valid until the next one is asked for."""
+
+
+class LinearOperator:
+    """A linear map between tensors of fixed shapes, with its transpose and an optional constant term."""
+
+    in_shape: tuple[int, ...]
+    out_shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+    def matmat(self, X: Tensor, t: Homogeneous = None) -> Tensor:
+        """Return `A x + t b` for each of `k` stacked vectors: `[k, *in_shape]` to `[k, *out_shape]`."""
+        raise NotImplementedError
+
+    def rmatmat(self, Y: Tensor) -> Tensor:
+        """Return `Aᵀ y` for each of `k` stacked vectors: `[k, *out_shape]` to `[k, *in_shape]`."""
+        raise NotImplementedError
+
+    @property
+    def T(self) -> "LinearOperator":
+        """The transpose of the linear part."""
+        return Transpose(self)
+
+    @overload
+    def __matmul__(self, other: "LinearOperator") -> "LinearOperator": ...
+    @overload
+    def __matmul__(self, other: Tensor) -> Tensor: ...
+    def __matmul__(self, other: "LinearOperator | Tensor") -> "LinearOperator | Tensor":
+        """Compose with an operator, or apply to one vector of shape `in_shape`."""
+        if isinstance(other, LinearOperator):
+            return Chain(self, other)
+        if tuple(other.shape) != self.in_shape:
+            raise ValueError(f"this operator takes a vector of shape {self.in_shape}, got {tuple(other.shape)}")
+        return self.matmat(other[None])[0]
+
+    def __add__(self, other: "LinearOperator") -> "LinearOperator":
+        return Sum(self, other)
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        """Return rows `start:stop` of the dense matrix, `[stop - start, *in_shape]`; one transposed sweep."""
+        basis = torch.zeros(stop - start, math.prod(self.out_shape), dtype=self.dtype, device=self.device)
+        basis[torch.arange(stop - start), torch.arange(start, stop)] = 1
+        return self.rmatmat(basis.reshape(-1, *self.out_shape))
+
+    def to_dense(self, chunk: int | None = None) -> Tensor:
+        """Return the dense matrix `[*out_shape, *in_shape]`, `chunk` rows at a time (default: all at once)."""
+        size = math.prod(self.out_shape)
+        step = max(1, chunk or size)
+        parts = [self.rows(a, min(a + step, size)) for a in range(0, size, step)]
+        return torch.cat(parts).reshape(*self.out_shape, *self.in_shape)
+
+    def to_scipy(self) -> "scipy.sparse.linalg.LinearOperator":
+        """Return a `scipy.sparse.linalg.LinearOperator` on flattened vectors (columns stacked, as SciPy does).
+
+        Raises:
+            ModuleNotFoundError: SciPy is not installed.
+        """
+        from scipy.sparse.linalg import LinearOperator as ScipyOperator
+
+        def columns(apply: Callable[[Tensor], Tensor], shape: tuple[int, ...]) -> Callable:
+            def product(X):  # numpy [size, k], or [size]
+                stacked = torch.as_tensor(X.T.reshape(-1, *shape)).to(self.device, self.dtype)
+                result = apply(stacked).flatten(1).T.to("cpu", scipy_dtype)
+                return result.reshape(-1, *X.shape[1:]).numpy()
+
+            return product
+
+        # NumPy has no bfloat16, and SciPy's solvers want at least single precision.
+        scipy_dtype = torch.promote_types(self.dtype, torch.float32)
+        forward, backward = columns(self.matmat, self.in_shape), columns(self.rmatmat, self.out_shape)
+        return ScipyOperator(
+            shape=(math.prod(self.out_shape), math.prod(self.in_shape)),
+            matvec=forward,
+            rmatvec=backward,
+            matmat=forward,
+            rmatmat=backward,
+            dtype=str(scipy_dtype).removeprefix("torch."),
+        )
+
+
+class Identity(LinearOperator):
+    """`x` itself: the residual connection."""
+
+    def __init__(self, shape: Sequence[int], *, dtype: torch.dtype, device: torch.device):
+        self.in_shape = self.out_shape = tuple(shape)
+        self.dtype, self.device = dtype, device
+
+    def matmat(self, X: Tensor, t: Homogeneous = None) -> Tensor:
+        """Return `X`."""
+        return X
+
+    def rmatmat(self, Y: Tensor) -> Tensor:
+        """Return `Y`."""
+        return Y
+
+
+class Select(LinearOperator):
+    """Keep some of `n` positions, `[n, d]` to `[m, d]`; the transpose puts zeros at the others."""
+
+    def __init__(self, positions: Int[Tensor, " m"], n: int, d: int, *, dtype: torch.dtype, device: torch.device):
+        self.positions = positions.to(device)
+        self.in_shape, self.out_shape = (n, d), (len(positions), d)
+        self.dtype, self.device = dtype, device
+
+    def matmat(self, X: Float[Tensor, "k n d"], t: Homogeneous = None) -> Float[Tensor, "k m d"]:
+        """Take the selected positions."""
+        return X[:, self.positions]
+
+    def rmatmat(self, Y: Float[Tensor, "k m d"]) -> Float[Tensor, "k n d"]:
+        """Scatter to the selected positions."""
+        X = Y.new_zeros(len(Y), *self.in_shape)
+        return X.index_add_(1, self.positions, Y)
+
+
+class Scale(LinearOperator):
+    """Multiply elementwise by a frozen `[n, d]` diagonal, such as norm scale times norm weight, or a gate."""
+
+    def __init__(self, diagonal: Float[Tensor, "n d"]):
+        self.diagonal = diagonal
+        self.in_shape = self.out_shape = tuple(diagonal.shape)
+        self.dtype, self.device = diagonal.dtype, diagonal.device
+
+    def matmat(self, X: Float[Tensor, "k n d"], t: Homogeneous = None) -> Float[Tensor, "k n d"]:
+        """Multiply; a diagonal is its own transpose."""
+        return X * self.diagonal
+
+    def rmatmat(self, Y: Float[Tensor, "k n d"]) -> Float[Tensor, "k n d"]:
+        """Multiply; a diagonal is its own transpose."""
+        return Y * self.diagonal
+
+
+class Linear(LinearOperator):
+    """`x Wᵀ (+ bias)` at each of `n` positions, `[n, in]` to `[n, out]`, one tile of W's rows at a time."""
+
+    def __init__(self, weight: TiledMatrix, n: int, bias: Float[Tensor, " out"] | None = None):
+        self.weight, self.bias = weight, bias
+        out, d = weight.shape
+        self.in_shape, self.out_shape = (n, d), (n, out)
+        self.dtype, self.device = weight.dtype, weight.device
+
+    def matmat(self, X: Float[Tensor, "k n d"], t: Homogeneous = None) -> Float[Tensor, "k n out"]:
+        """Multiply by W tile by tile; add `t` times the bias."""
+        Y = X.new_empty(*X.shape[:2], self.out_shape[1])
+        for start, stop, tile in self.weight.tiles():
+            Y[..., start:stop] = X @ tile.T
+        if self.bias is not None and t is not None:
+            Y += t[:, None, None] * self.bias
+        return Y
+
+    def rmatmat(self, Y: Float[Tensor, "k n out"]) -> Float[Tensor, "k n d"]:
+        """Multiply by Wᵀ, accumulating over tiles."""
+        flat = Y.reshape(-1, Y.shape[2])
+        X = Y.new_zeros(len(flat), self.in_shape[1])
+        for start, stop, tile in self.weight.tiles():
+            X.addmm_(flat[:, start:stop], tile)
+        return X.reshape(len(Y), *self.in_shape)
+
+
+class Mix(LinearOperator):
+    """Mix positions by a frozen attention pattern, `[n, g hd]` to `[m, h hd]`.
+
+    `h` query heads share `g` key/value heads in consecutive groups (query head `i` reads value head `i // (h // g)`),
+    as in grouped-query attention. Row `pattern[i, q]` holds what query position `q` of head `i` takes from each
+    position.
+    """
+
+    def __init__(self, pattern: Float[Tensor, "h m n"], groups: int, head_size: int):
+        heads, m, n = pattern.shape
+        self.pattern = pattern.reshape(groups, heads // groups, m, n)
+        self.head_size = head_size
+        self.in_shape, self.out_shape = (n, groups * head_size), (m, heads * head_size)
+        self.dtype, self.device = pattern.dtype, pattern.device
+
+    def matmat(self, X: Float[Tensor, "k n in"], t: Homogeneous = None) -> Float[Tensor, "k m out"]:
+        """Return the pattern-weighted sums of values, heads concatenated."""
+        values = X.unflatten(2, (-1, self.head_size))
+        return torch.einsum("ghmn,kngd->kmghd", self.pattern, values).flatten(2)
+
+    def rmatmat(self, Y: Float[Tensor, "k m out"]) -> Float[Tensor, "k n in"]:
+        """Send what arrives at the heads back to the value heads and positions they read."""
+        groups, per_group = self.pattern.shape[:2]
+        heads = Y.unflatten(2, (groups, per_group, self.head_size))
+        return torch.einsum("ghmn,kmghd->kngd", self.pattern, heads).flatten(2)
+
+
+class Chain(LinearOperator):
+    """The product `parts[0] @ parts[1] @ …`: the last part is applied first.
+
+    `after`, if given, is called with the number of parts done after each part: a place to report progress.
+    """
+
+    def __init__(self, *parts: LinearOperator, after: Callable[[int], None] | None = None):
+        for left, right in pairwise(parts):
+            if left.in_shape != right.out_shape:
+                raise ValueError(
+                    f"cannot chain {type(left).__name__} of input {left.in_shape} after "
+                    f"{type(right).__name__} of output {right.out_shape}"
+                )
+        self.parts, self.after = parts, after
+        self.in_shape, self.out_shape = parts[-1].in_shape, parts[0].out_shape
+        self.dtype, self.device = parts[0].dtype, parts[0].device
+
+    def matmat(self, X: Tensor, t: Homogeneous = None) -> Tensor:
+        """Apply the parts from last to first."""
+        for done, part in enumerate(reversed(self.parts), start=1):
+            X = part.matmat(X, t)
+            if self.after:
+                self.after(done)
+        return X
+
+    def rmatmat(self, Y: Tensor) -> Tensor:
+        """Apply the transposed parts from first to last."""
+        for done, part in enumerate(self.parts, start=1):
+            Y = part.rmatmat(Y)
+            if self.after:
+                self.after(done)
+        return Y
+
+
+class Sum(LinearOperator):
+    """The sum of operators of equal shapes, such as `I + attn`."""
+
+    def __init__(self, *parts: LinearOperator):
+        for part in parts[1:]:
+            if (part.in_shape, part.out_shape) != (parts[0].in_shape, parts[0].out_shape):
+                raise ValueError(
+                    f"cannot add operators {parts[0].in_shape} -> {parts[0].out_shape} and "
+                    f"{part.in_shape} -> {part.out_shape}"
+                )
+        self.parts = parts
+        self.in_shape, self.out_shape = parts[0].in_shape, parts[0].out_shape
+        self.dtype, self.device = parts[0].dtype, parts[0].device
+
+    def matmat(self, X: Tensor, t: Homogeneous = None) -> Tensor:
+        """Add the results of the parts."""
+        first, *rest = self.parts
+        return sum((part.matmat(X, t) for part in rest), start=first.matmat(X, t))
+
+    def rmatmat(self, Y: Tensor) -> Tensor:
+        """Add the results of the transposed parts."""
+        first, *rest = self.parts
+        return sum((part.rmatmat(Y) for part in rest), start=first.rmatmat(Y))
+
+
+class Transpose(LinearOperator):
+    """The transpose of an operator's linear part; it carries no constant term."""
+
+    def __init__(self, operator: LinearOperator):
+        self.operator = operator
+        self.in_shape, self.out_shape = operator.out_shape, operator.in_shape
+        self.dtype, self.device = operator.dtype, operator.device
+
+    @property
+    def T(self) -> LinearOperator:
+        """The operator itself."""
+        return self.operator
+
+    def matmat(self, X: Tensor, t: Homogeneous = None) -> Tensor:
+        """Apply the operator's transpose."""
+        return self.operator.rmatmat(X)
+
+    def rmatmat(self, Y: Tensor) -> Tensor:
+        """Apply the operator."""
+        return self.operator.matmat(Y)
+
+
+class Matrix(NamedTuple):
+    """A dense matrix that poses as its own single tile, so that `Linear` needs one path only."""
+
+    values: Float[Tensor, "out d"]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns, `(out, in)`."""
+        return (self.values.shape[0], self.values.shape[1])
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Element type."""
+        return self.values.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the matrix lives."""
+        return self.values.device
+
+    def tiles(self) -> Iterator[tuple[int, int, Tensor]]:
+        """Yield the whole matrix."""
+        yield 0, len(self.values), self.values
+
+
+def dot_test(operator: LinearOperator, generator: torch.Generator, k: int = 4) -> float:
+    """Return how far `⟨A x, y⟩` and `⟨x, Aᵀ y⟩` are apart, relative to `‖A x‖ ‖y‖`, worst of `k` random pairs.
+
+    The products are relative to the norms because the inner product itself may vanish. A correct pair stays within a
+    modest multiple of the dtype's eps (the dot test of Claerbout, "Earth Soundings Analysis", 1992).
+    """
+    X = torch.randn(k, *operator.in_shape, generator=generator, dtype=torch.float64)
+    Y = torch.randn(k, *operator.out_shape, generator=generator, dtype=torch.float64)
+    X, Y = X.to(operator.device, operator.dtype), Y.to(operator.device, operator.dtype)
+    AX, AtY = operator.matmat(X).flatten(1).double(), operator.rmatmat(Y).flatten(1).double()
+    X, Y = X.flatten(1).double(), Y.flatten(1).double()
+    scale = (AX.norm(dim=1) * Y.norm(dim=1)).clamp_min(torch.finfo(torch.float64).tiny)
+    return float((((AX * Y).sum(1) - (X * AtY).sum(1)).abs() / scale).max())
