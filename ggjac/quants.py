@@ -1,0 +1,584 @@
+"""Dequantize ggml blocks to float32, bit for bit as ggml and gguf-py do.
+
+Two paths over one contract. `dequantize` is a few vectorized torch operations per type and runs on any device.
+`dequantize_rows` is the CPU fast path: libggml's own C, which llama-cpp-python installs, on row tiles and threads.
+
+The order of operations is ggml's: block scale times sub-block scale, times the quant, less the minimum. Where a minimum
+is subtracted every product before it is exact in float32 (an 11-bit f16 significand, 6 bits of scale, 5 of quant), so a
+compiler that fuses multiply and add, as on ARM or CUDA, changes no bit.
+
+Set `GGJAC_NATIVE=0` in the environment, before the first call, to leave libggml out.
+
+Layouts: the block structs of ggml-common.h and `dequantize_row_*` of ggml-quants.c; fields carry their names there.
+"""
+
+import ctypes
+import importlib.util
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from itertools import pairwise
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ggjac.ggml import TYPES, GGMLType
+
+# Elements that torch dequantizes at once on the CPU: few enough for temporaries to stay in cache, enough to make the
+# cost of calling some twenty operations small.
+TILE = 1 << 18
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Blocks in torch: each function takes uint8 [b, block_bytes] and returns [b, block_size]. Element types return their
+# own dtype, quantized types float32.
+
+
+def f32(blocks: Tensor) -> Tensor:
+    """Reinterpret as float32."""
+    return _view(blocks, torch.float32)
+
+
+def f64(blocks: Tensor) -> Tensor:
+    """Reinterpret as float64."""
+    return _view(blocks, torch.float64)
+
+
+def f16(blocks: Tensor) -> Tensor:
+    """Reinterpret as float16."""
+    return _view(blocks, torch.float16)
+
+
+def bf16(blocks: Tensor) -> Tensor:
+    """Reinterpret as bfloat16."""
+    return _view(blocks, torch.bfloat16)
+
+
+def q1_0(blocks: Tensor) -> Tensor:
+    """Return d or -d by one bit."""
+    d, qs = blocks.split((2, 16), 1)
+    q = _bits(qs.unsqueeze(2)).flatten(1)
+    return q.float().mul_(2).sub_(1).mul_(_half(d))
+
+
+def q2_0(blocks: Tensor) -> Tensor:
+    """Return d (q - 1); consecutive elements share a byte."""
+    d, qs = blocks.split((2, 16), 1)
+    q = _shift(qs.unsqueeze(2), (0, 2, 4, 6), 3).flatten(1)
+    return q.float().sub_(1).mul_(_half(d))
+
+
+def q4_0(blocks: Tensor) -> Tensor:
+    """Return d (q - 8)."""
+    d, qs = blocks.split((2, 16), 1)
+    return _nibbles(qs).flatten(1).float().sub_(8).mul_(_half(d))
+
+
+def q4_1(blocks: Tensor) -> Tensor:
+    """Return d q + m."""
+    d, m, qs = blocks.split((2, 2, 16), 1)
+    return _nibbles(qs).flatten(1).float().mul_(_half(d)).add_(_half(m))
+
+
+def q5_0(blocks: Tensor) -> Tensor:
+    """Return d (q - 16); qh holds the fifth bits of elements 0..31 in order."""
+    d, qh, qs = blocks.split((2, 4, 16), 1)
+    q = _nibbles(qs).flatten(1) | _bits(qh.unsqueeze(2)).flatten(1) << 4
+    return q.float().sub_(16).mul_(_half(d))
+
+
+def q5_1(blocks: Tensor) -> Tensor:
+    """Return d q + m; qh as in Q5_0."""
+    d, m, qh, qs = blocks.split((2, 2, 4, 16), 1)
+    q = _nibbles(qs).flatten(1) | _bits(qh.unsqueeze(2)).flatten(1) << 4
+    return q.float().mul_(_half(d)).add_(_half(m))
+
+
+def q8_0(blocks: Tensor) -> Tensor:
+    """Return d q with signed bytes q."""
+    d, qs = blocks.split((2, 32), 1)
+    return _view(qs, torch.int8).float().mul_(_half(d))
+
+
+def q2_k(blocks: Tensor) -> Tensor:
+    """Return (d sc) q - dmin mn: 16 sub-blocks of 16, scale and minimum in the nibbles of `scales`."""
+    scales, qs, d, dmin = blocks.split((16, 64, 2, 2), 1)
+    q = _shift(qs.unflatten(1, (2, 32)), (0, 2, 4, 6), 3).reshape(-1, 16, 16)
+    scale = (scales & 15).float().mul_(_half(d))
+    minimum = (scales >> 4).float().mul_(_half(dmin))
+    return q.float().mul_(scale.unsqueeze(2)).sub_(minimum.unsqueeze(2)).flatten(1)
+
+
+def q3_k(blocks: Tensor) -> Tensor:
+    """Return (d sc) q: 16 sub-blocks of 16, sc of six bits less 32, q of two bits and a high bit less 4."""
+    hmask, qs, scales, d = blocks.split((32, 64, 12, 2), 1)
+    low = _shift(qs.unflatten(1, (2, 32)), (0, 2, 4, 6), 3).flatten(1)
+    high = _bits(hmask).flatten(1)
+    q = (low | high << 2).float().sub_(4).unflatten(1, (16, 16))
+    sc = _nibbles(scales[:, :8]).flatten(1) | _shift(scales[:, 8:], (0, 2, 4, 6), 3).flatten(1) << 4
+    return q.mul_(sc.float().sub_(32).mul_(_half(d)).unsqueeze(2)).flatten(1)
+
+
+def q4_k(blocks: Tensor) -> Tensor:
+    """Return (d sc) q - dmin mn: 8 sub-blocks of 32, two to each 32 bytes of qs."""
+    d, dmin, scales, qs = blocks.split((2, 2, 12, 128), 1)
+    q = _nibbles(qs.unflatten(1, (4, 32))).reshape(-1, 8, 32)
+    sc, mn = _scale_min_k4(scales)
+    return q.float().mul_(sc.mul_(_half(d)).unsqueeze(2)).sub_(mn.mul_(_half(dmin)).unsqueeze(2)).flatten(1)
+
+
+def q5_k(blocks: Tensor) -> Tensor:
+    """Return (d sc) q - dmin mn: Q4_K with a fifth bit, bit g of `qh[r]` for element r of sub-block g."""
+    d, dmin, scales, qh, qs = blocks.split((2, 2, 12, 32, 128), 1)
+    q = _nibbles(qs.unflatten(1, (4, 32))).reshape(-1, 8, 32) | _bits(qh) << 4
+    sc, mn = _scale_min_k4(scales)
+    return q.float().mul_(sc.mul_(_half(d)).unsqueeze(2)).sub_(mn.mul_(_half(dmin)).unsqueeze(2)).flatten(1)
+
+
+def q6_k(blocks: Tensor) -> Tensor:
+    """Return (d sc) (q - 32): 16 sub-blocks of 16 with signed bytes sc, q of four low and two high bits."""
+    ql, qh, scales, d = blocks.split((128, 64, 16, 2), 1)
+    low = _nibbles(ql.unflatten(1, (2, 64))).flatten(1)
+    high = _shift(qh.unflatten(1, (2, 32)), (0, 2, 4, 6), 3).flatten(1)
+    q = (low | high << 4).float().sub_(32).unflatten(1, (16, 16))
+    return q.mul_(_view(scales, torch.int8).float().mul_(_half(d)).unsqueeze(2)).flatten(1)
+
+
+def iq4_nl(blocks: Tensor) -> Tensor:
+    """Return d K[q]: Q4_0 with a table of uneven levels."""
+    d, qs = blocks.split((2, 16), 1)
+    return _lookup(KVALUES_IQ4NL, _nibbles(qs).flatten(1)).mul_(_half(d))
+
+
+def iq4_xs(blocks: Tensor) -> Tensor:
+    """Return (d sc) K[q]: 8 sub-blocks of 32, sc of four low and two high bits less 32."""
+    d, scales_h, scales_l, qs = blocks.split((2, 2, 4, 128), 1)
+    high = _shift(scales_h.unsqueeze(2), (0, 2, 4, 6), 3).flatten(1)
+    sc = _shift(scales_l.unsqueeze(2), (0, 4), 15).flatten(1) | high << 4
+    q = _nibbles(qs.unflatten(1, (8, 16))).flatten(2)
+    return _lookup(KVALUES_IQ4NL, q).mul_(sc.float().sub_(32).mul_(_half(d)).unsqueeze(2)).flatten(1)
+
+
+def mxfp4(blocks: Tensor) -> Tensor:
+    """Return 2^(e - 128) F[q]: F holds doubled E2M1 values, hence 128 where E8M0 says 127."""
+    e, qs = blocks.split((1, 16), 1)
+    e = e.int()
+    # Write the exponent field; below 2 the power is subnormal and lives in the mantissa.
+    bits = torch.where(e < 2, 0x00200000 << e, (e - 1) << 23)
+    return _lookup(KVALUES_FP4, _nibbles(qs).flatten(1)).mul_(bits.view(torch.float32))
+
+
+def nvfp4(blocks: Tensor) -> Tensor:
+    """Return d F[q]: 4 sub-blocks of 16 with an unsigned E4M3 scale each; the tensor's own `.scale` is left out."""
+    scales, qs = blocks.split((4, 32), 1)
+    exponent, mantissa = (scales >> 3 & 15).int(), (scales & 7).float()
+    # Halved, as F is doubled: exponent - 8 for bias 7, 2^-10 for the subnormals. 0x7F is NaN and read as 0.
+    power = ((exponent - 8 + 127) << 23).view(torch.float32)
+    d = torch.where(exponent == 0, mantissa * 2**-10, (mantissa / 8 + 1) * power).masked_fill_(scales == 0x7F, 0)
+    q = _nibbles(qs.unflatten(1, (4, 8))).flatten(2)
+    return _lookup(KVALUES_FP4, q).mul_(d.unsqueeze(2)).flatten(1)
+
+
+def tq1_0(blocks: Tensor) -> Tensor:
+    """Return d (q - 1): five base-3 digits to a byte, most significant first, as a fraction of 256."""
+    qs, qh, d = blocks.split((48, 4, 2), 1)
+    digits = [_digits(field, count) for field, count in ((qs[:, :32], 5), (qs[:, 32:], 5), (qh, 4))]
+    return torch.cat(digits, 1).float().sub_(1).mul_(_half(d))
+
+
+def tq2_0(blocks: Tensor) -> Tensor:
+    """Return d (q - 1) with q of two bits."""
+    qs, d = blocks.split((64, 2), 1)
+    return _shift(qs.unflatten(1, (2, 32)), (0, 2, 4, 6), 3).flatten(1).float().sub_(1).mul_(_half(d))
+
+
+# Type name -> function on blocks. A new type is one row here, and enters the tests by it.
+TORCH: dict[str, Callable[[Tensor], Tensor]] = {
+    "F32": f32,
+    "F16": f16,
+    "BF16": bf16,
+    "F64": f64,
+    "Q1_0": q1_0,
+    "Q2_0": q2_0,
+    "Q4_0": q4_0,
+    "Q4_1": q4_1,
+    "Q5_0": q5_0,
+    "Q5_1": q5_1,
+    "Q8_0": q8_0,
+    "Q2_K": q2_k,
+    "Q3_K": q3_k,
+    "Q4_K": q4_k,
+    "Q5_K": q5_k,
+    "Q6_K": q6_k,
+    "IQ4_NL": iq4_nl,
+    "IQ4_XS": iq4_xs,
+    "MXFP4": mxfp4,
+    "NVFP4": nvfp4,
+    "TQ1_0": tq1_0,
+    "TQ2_0": tq2_0,
+}
+
+# Types whose codebooks (up to 2048 vectors) live in libggml and in gguf-py; they are not copied here.
+CODEBOOK = ("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S")
+
+KVALUES_IQ4NL = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
+KVALUES_FP4 = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
+
+
+def _view(field: Tensor, dtype: torch.dtype) -> Tensor:
+    """Reinterpret the bytes of the last axis, in place where torch can."""
+    field = field.contiguous()
+    # A contiguous view may still start at an odd byte of its storage.
+    return (field.clone() if field.storage_offset() % dtype.itemsize else field).view(dtype)
+
+
+def _half(field: Tensor) -> Tensor:
+    """Return f16 scales [b, 2 bytes] as float32 [b, 1]."""
+    return _view(field, torch.float16).float()
+
+
+def _shift(field: Tensor, shifts: tuple[int, ...], mask: int) -> Tensor:
+    """Return `field >> shift & mask` for every shift, uint8 [..., r] -> [..., s, r]."""
+    # Shifts by a number run vectorized; one shift by a broadcast tensor runs element by element, eight times slower.
+    return torch.stack([field >> shift & mask for shift in shifts], -2)
+
+
+def _nibbles(field: Tensor) -> Tensor:
+    """Return low, then high nibbles, uint8 [..., r] -> [..., 2, r]."""
+    return _shift(field, (0, 4), 15)
+
+
+def _bits(field: Tensor) -> Tensor:
+    """Return bits 0 to 7, uint8 [..., r] -> [..., 8, r]."""
+    return _shift(field, (0, 1, 2, 3, 4, 5, 6, 7), 1)
+
+
+def _digits(field: Tensor, count: int) -> Tensor:
+    """Return the leading `count` base-3 digits of bytes read as fractions, uint8 [b, r] -> int16 [b, count * r]."""
+    # The product wraps at 256 on purpose: it drops the digits before this one.
+    fractions = torch.stack([field * 3**i for i in range(count)], 1)
+    return (fractions.short() * 3 >> 8).flatten(1)
+
+
+def _scale_min_k4(scales: Tensor) -> tuple[Tensor, Tensor]:
+    """Unpack Q4_K's and Q5_K's 12 bytes into 8 six-bit scales and 8 minima, float32 [b, 8] each.
+
+    Source: `get_scale_min_k4` of ggml-quants.c. Bytes 0-3 and 4-7 hold scales and minima 0-3 in six bits, and in their
+    two top bits those of 4-7, whose low nibbles are bytes 8-11.
+    """
+    sc, mn, low = scales.unflatten(1, (3, 4)).unbind(1)
+    sc = torch.cat((sc & 63, low & 15 | sc >> 2 & 48), 1)
+    mn = torch.cat((mn & 63, low >> 4 | mn >> 2 & 48), 1)
+    return sc.float(), mn.float()
+
+
+def _lookup(values: tuple[int, ...], indices: Tensor) -> Tensor:
+    """Return `values[indices]` as float32."""
+    return _table(values, indices.device).take(indices.long())
+
+
+@cache
+def _table(values: tuple[int, ...], device: torch.device) -> Tensor:
+    # Kept, as the copy to a device waits for all work queued there.
+    return torch.tensor(values, dtype=torch.float32, device=device)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Tensors of rows, any device
+
+
+def supported(type: GGMLType) -> bool:
+    """Say whether tensors of this type can be dequantized here; codebook types need libggml or gguf-py."""
+    if type.name in CODEBOOK:
+        return _native(type) is not None or importlib.util.find_spec("gguf") is not None
+    return type.name in TORCH
+
+
+def dequantize(data: Tensor, type: GGMLType, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Return the elements of rows of blocks, uint8 [..., row_bytes] -> [..., elements], on the device of `data`.
+
+    Computed in float32, then cast. Temporaries take several times the result: pass a tile, not a model. Codebook types
+    (IQ1, IQ2, IQ3) are computed on the CPU and moved.
+
+    Raises:
+        ValueError: the type is not supported, or the rows are not whole blocks of uint8.
+    """
+    if data.dtype != torch.uint8 or data.ndim == 0:
+        raise ValueError(f"{type.name}: expected uint8 [..., row_bytes], found {_spell(data.dtype)} {list(data.shape)}")
+    elements = _elements(type, data.shape[-1])
+    if type.name not in TORCH:
+        rows = data.reshape(data.shape[:-1].numel(), data.shape[-1]).cpu()
+        values = dequantize_rows(rows.numpy(), type).to(data.device)
+    else:
+        values = TORCH[type.name](data.reshape(-1, type.block_bytes))
+    return values.reshape(*data.shape[:-1], elements).to(dtype)
+
+
+def _elements(type: GGMLType, row_bytes: int) -> int:
+    """Return the elements in a row of bytes, or refuse the type or a partial block."""
+    if not supported(type):
+        names = ", ".join(row.name for row in TYPES.values() if supported(row))
+        hint = "; IQ1 to IQ3 need llama-cpp-python or gguf installed" if type.name in CODEBOOK else ""
+        raise ValueError(f"type {type.name} cannot be dequantized; supported: {names}{hint}")
+    if row_bytes % type.block_bytes:
+        raise ValueError(
+            f"{type.name}: a row of {row_bytes} bytes is not a whole number of blocks of {type.block_bytes} bytes; "
+            f"pass whole rows as the file stores them"
+        )
+    return row_bytes // type.block_bytes * type.block_size
+
+
+def _spell(dtype: object) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Rows on the CPU
+
+
+def dequantize_rows(raw: np.ndarray, type: GGMLType, out: Tensor | None = None, *, threads: int = 1) -> Tensor:
+    """Return rows of blocks as float32, uint8 [rows, row_bytes] -> [rows, elements].
+
+    Quantized types run in libggml's C on `threads` threads. Element types (F32, F16, BF16, F64), and every type where
+    libggml is not installed, run in torch on torch's own threads, or in gguf-py. Pass the last `out` again when you
+    can: the page faults of a fresh one cost as much as the arithmetic.
+
+    Args:
+        raw: may be a read-only view of a mapped file, and its rows may be strided.
+        type: how the rows are stored.
+        out: float32 [rows, elements], contiguous, on the CPU; overwritten and returned.
+        threads: split the rows among so many threads, the caller's included.
+
+    Raises:
+        ValueError: the type is not supported, or `raw`, `out` or `threads` is not as told.
+    """
+    if raw.dtype != np.uint8 or raw.ndim != 2:
+        raise ValueError(f"{type.name}: expected raw as uint8 [rows, row_bytes], found {raw.dtype} {list(raw.shape)}")
+    if threads < 1:
+        raise ValueError(f"threads={threads}: at least one thread is needed")
+    rows, elements = len(raw), _elements(type, raw.shape[1])
+    if out is None:
+        out = torch.empty(rows, elements, dtype=torch.float32, device="cpu")
+    elif out.dtype != torch.float32 or out.shape != (rows, elements) or out.device.type != "cpu":
+        raise ValueError(
+            f"{type.name}: out must be float32 {[rows, elements]} on the CPU, "
+            f"found {_spell(out.dtype)} {list(out.shape)} on {out.device}"
+        )
+    elif not out.is_contiguous():
+        raise ValueError(f"{type.name}: out must be contiguous, found strides {list(out.stride())}")
+    if out.numel() == 0:
+        return out
+
+    native = _native(type)
+    decode = native or (_torch(type) if type.name in TORCH else _gguf(type))
+    # Torch has threads of its own.
+    threads = min(threads, rows) if native else 1
+    step = rows if raw.flags.c_contiguous and (native or type.block_size == 1) else max(1, TILE // elements)
+
+    def work(start: int, stop: int) -> None:
+        for a in range(start, stop, step):
+            b = min(a + step, stop)
+            # A copy only where rows are strided, and then of one tile.
+            decode(np.ascontiguousarray(raw[a:b]), out[a:b])
+
+    bounds = [rows * i // threads for i in range(threads + 1)]
+    first, *rest = pairwise(bounds)
+    others = [_pool().submit(work, *pair) for pair in rest]
+    work(*first)
+    for future in others:
+        future.result()
+    return out
+
+
+@cache
+def _pool() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="ggjac-dequantize")
+
+
+# A decoder writes contiguous rows [r, row_bytes] to a contiguous float32 [r, elements].
+Decoder = Callable[[np.ndarray, Tensor], None]
+
+
+def _torch(type: GGMLType) -> Decoder:
+    def decode(raw: np.ndarray, out: Tensor) -> None:
+        # Torch warns of any read-only array; a buffer of ctypes says nothing of who may write, and nobody does.
+        buffer = (ctypes.c_uint8 * raw.size).from_address(_address(raw))
+        blocks = torch.frombuffer(buffer, dtype=torch.uint8).view(-1, type.block_bytes)
+        out.copy_(TORCH[type.name](blocks).view(out.shape))
+
+    return decode
+
+
+def _gguf(type: GGMLType) -> Decoder:
+    from gguf import GGMLQuantizationType
+    from gguf.quants import dequantize
+
+    def decode(raw: np.ndarray, out: Tensor) -> None:
+        with np.errstate(all="ignore"):  # as silent as the others about scales that are not finite
+            np.copyto(out.numpy(), dequantize(raw, GGMLQuantizationType(type.id)))
+
+    return decode
+
+
+def _address(array: np.ndarray) -> int:
+    # As array.ctypes.data, without building the object.
+    return array.__array_interface__["data"][0]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Scales that are not finite
+
+
+class Exponent(NamedTuple):
+    """The exponent of a scale: `mask` of the little-endian word at byte `offset`; all ones mean infinite or NaN."""
+
+    offset: int
+    word: str
+    mask: int
+
+
+def _f16_at(*offsets: int) -> tuple[Exponent, ...]:
+    return tuple(Exponent(offset, "<u2", 0x7C00) for offset in offsets)
+
+
+# Type name -> the scales of its block. An element is its own scale. NVFP4 has none: it reads its only NaN as 0.
+EXPONENTS: dict[str, tuple[Exponent, ...]] = {
+    "F32": (Exponent(0, "<u4", 0x7F80_0000),),
+    "F64": (Exponent(0, "<u8", 0x7FF0_0000_0000_0000),),
+    "F16": _f16_at(0),
+    "BF16": (Exponent(0, "<u2", 0x7F80),),
+    "Q1_0": _f16_at(0),
+    "Q2_0": _f16_at(0),
+    "Q4_0": _f16_at(0),
+    "Q4_1": _f16_at(0, 2),
+    "Q5_0": _f16_at(0),
+    "Q5_1": _f16_at(0, 2),
+    "Q8_0": _f16_at(0),
+    "Q2_K": _f16_at(80, 82),
+    "Q3_K": _f16_at(108),
+    "Q4_K": _f16_at(0, 2),
+    "Q5_K": _f16_at(0, 2),
+    "Q6_K": _f16_at(208),
+    "IQ1_S": _f16_at(0),
+    "IQ2_XXS": _f16_at(0),
+    "IQ2_XS": _f16_at(0),
+    "IQ2_S": _f16_at(0),
+    "IQ3_XXS": _f16_at(0),
+    "IQ3_S": _f16_at(0),
+    "IQ4_NL": _f16_at(0),
+    "IQ4_XS": _f16_at(0),
+    "TQ1_0": _f16_at(52),
+    "TQ2_0": _f16_at(64),
+    "IQ1_M": (Exponent(52, "<u4", 0x7000_C000),),  # an f16 spread over the top nibbles of four uint16
+    "MXFP4": (Exponent(0, "u1", 0xFF),),
+    "NVFP4": (),
+}
+
+
+def has_invalid_scales(raw: np.ndarray, type: GGMLType) -> bool:
+    """Say whether a block of uint8 [rows, row_bytes] has an infinite or NaN scale, or an element type such an element.
+
+    The test of `ggml_validate_row_data`, which prints to stderr. It reads a scale's bytes only: some ten times faster
+    than dequantizing, for element types twice.
+
+    Raises:
+        ValueError: the type is not supported, or the rows are not whole blocks.
+    """
+    elements = _elements(type, raw.shape[1])
+    blocks = raw.reshape(len(raw), elements // type.block_size, type.block_bytes)
+    step = max(1, TILE // max(1, elements))
+    for start in range(0, len(raw), step):
+        for offset, word, mask in EXPONENTS[type.name]:
+            field = blocks[start : start + step, :, offset : offset + np.dtype(word).itemsize].view(word)
+            # Masked words never exceed the mask: the largest equals it when all of some word's bits are set.
+            if (field & mask).max(initial=0) == mask:
+                return True
+    return False
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# libggml. The exported `dequantize_row_*` are called rather than `ggml_get_type_traits(type)->to_float`: their
+# signature is stable, while the layout of the traits struct is not, and a type that is missing is a missing symbol.
+
+
+@cache
+def native_library() -> ctypes.CDLL | None:
+    """Return libggml-base of the installed llama-cpp-python, or None.
+
+    None when it is absent, when the environment says `GGJAC_NATIVE=0`, or when it gets a known block wrong.
+    """
+    if os.environ.get("GGJAC_NATIVE") == "0":
+        return None
+    # Found, not imported: llama_cpp would load all of llama.cpp.
+    spec = importlib.util.find_spec("llama_cpp")
+    for folder in (spec and spec.submodule_search_locations) or ():
+        for name in ("libggml-base.so", "libggml-base.dylib", "ggml-base.dll", "libggml-base.dll"):
+            path = Path(folder, "lib", name)
+            if not path.is_file():
+                continue
+            try:
+                library = ctypes.CDLL(str(path))
+            except OSError:
+                continue
+            if _knows_q8_0(library):
+                return library
+    return None
+
+
+def _knows_q8_0(library: ctypes.CDLL) -> bool:
+    """Check one hand-made block: d = 1.5, q = -16 .. 15. An old libggml reads f16 by a table that is not filled yet."""
+    function = _function(library, "Q8_0")
+    if function is None:
+        return False
+    raw = np.frombuffer(np.float16(1.5).tobytes() + np.arange(-16, 16, dtype=np.int8).tobytes(), np.uint8)
+    out = np.zeros(32, np.float32)
+    function(_address(raw), _address(out), 32)
+    return np.array_equal(out, 1.5 * np.arange(-16, 16))
+
+
+def _function(library: ctypes.CDLL, name: str) -> Callable[[int, int, int], None] | None:
+    """Return `void dequantize_row_x(const block_x *, float *, int64_t elements)`."""
+    # ggml writes iq4_xs, q4_0 and q4_K.
+    symbol = "dequantize_row_" + (name[:-1].lower() + "K" if name.endswith("_K") else name.lower())
+    function = getattr(library, symbol, None)
+    if function is not None:
+        function.argtypes, function.restype = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64), None
+    return function
+
+
+@cache
+def _native(type: GGMLType) -> Decoder | None:
+    """Return libggml's decoder for one type, or None when it has none or disagrees with this module."""
+    library = native_library()
+    if library is None or type.block_size == 1 or type.name not in (*TORCH, *CODEBOOK):
+        return None
+    function = _function(library, type.name)
+    if function is None or not _same_block(library, type):
+        return None
+
+    def decode(raw: np.ndarray, out: Tensor) -> None:
+        function(_address(raw), out.data_ptr(), out.numel())
+
+    if type.name in TORCH:
+        # One block of arbitrary bytes, d of them small: layouts have changed under a type's name before.
+        raw = np.arange(type.block_bytes, dtype=np.uint8)[None] * 37 % 64
+        ours, theirs = torch.zeros(2, 1, type.block_size, dtype=torch.float32, device="cpu")
+        _torch(type)(raw, ours)
+        decode(raw, theirs)
+        if not torch.equal(ours.view(torch.int32), theirs.view(torch.int32)):
+            return None
+    return decode
+
+
+def _same_block(library: ctypes.CDLL, type: GGMLType) -> bool:
+    """Ask libggml for the sizes of a block, which its C will assume of our buffers."""
+    try:
+        size, elements = library.ggml_type_size, library.ggml_blck_size
+    except AttributeError:
+        return False
+    size.argtypes, size.restype = (ctypes.c_int,), ctypes.c_size_t
+    elements.argtypes, elements.restype = (ctypes.c_int,), ctypes.c_int64
+    return (size(type.id), elements(type.id)) == (type.block_bytes, type.block_size)
