@@ -196,26 +196,28 @@ class LlamaVocabulary(Tokenizer):
 
         Other special tokens give their name, ids beyond the vocabulary `[id]`.
         """
-        if not self._readable() or any(not 0 <= id < self.n_vocab for id in ids):
+        ids = list(ids)
+        if not self._readable():
             return super().decode(ids)
-        llama, vocab, ids = self._llama, self._vocab(), list(ids)
-        # Not by llama_detokenize's remove_special: with it, llama.cpp keeps the space that encoding put first.
+        llama, vocab = self._llama, self._vocab()
         if self.adds_bos and ids[:1] == [self.bos_id]:
             del ids[0]
         if llama.llama_vocab_get_add_eos(vocab) and ids[-1:] == [llama.llama_vocab_eos(vocab)]:
             del ids[-1]
-        array = (ctypes.c_int32 * len(ids))(*ids)
-        return _filled(
-            lambda buffer, size: llama.llama_detokenize(vocab, array, len(ids), buffer, size, False, True),
-            16 * len(ids) + 16,
-        ).decode("utf-8", errors="replace")
+        pieces = [self.piece(id) for id in ids]
+        # Whether a space was put first, only llama_detokenize knows; not used on the whole prompt, for it also
+        # "cleans up" (" ." becomes "."), nor with its remove_special, for then it keeps that space.
+        if ids and 0 <= ids[0] < self.n_vocab and llama.llama_vocab_type(vocab) == llama.LLAMA_VOCAB_TYPE_SPM:
+            first = (ctypes.c_int32 * 1)(ids[0])
+            pieces[0] = _filled(lambda buffer, size: llama.llama_detokenize(vocab, first, 1, buffer, size, False, True))
+        return b"".join(pieces).decode("utf-8", errors="replace")
 
     def piece(self, id: int) -> bytes:
         """Return the bytes a token stands for; special tokens give their name, ids without a string `[id]`."""
         if not self._readable() or not 0 <= id < self.n_vocab:
             return self._raw.piece(id)
         vocab = self._vocab()
-        return _filled(lambda buffer, size: self._llama.llama_token_to_piece(vocab, id, buffer, size, 0, True), 64)
+        return _filled(lambda buffer, size: self._llama.llama_token_to_piece(vocab, id, buffer, size, 0, True))
 
     def _readable(self) -> bool:
         try:
@@ -406,8 +408,9 @@ def tokenize(llama: Any, vocab: Any, data: bytes, *, add_special: bool, parse_sp
             size = -count
 
 
-def _filled(write: Callable[[Any, int], int], size: int) -> bytes:
+def _filled(write: Callable[[Any, int], int]) -> bytes:
     """Call a llama.cpp function that fills a buffer, again with the size it asks for when the first is too small."""
+    size = 64
     buffer = ctypes.create_string_buffer(size)
     count = write(buffer, size)
     if count < 0:
