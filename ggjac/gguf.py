@@ -9,6 +9,7 @@ the bytes that are there before it is used as a size, so that memory follows the
 Layout and limits follow the format's specification (ggml/docs/gguf.md) and llama.cpp's reader (ggml/src/gguf.cpp).
 """
 
+import bisect
 import contextlib
 import errno
 import hashlib
@@ -24,7 +25,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType, TracebackType
-from typing import Any, NamedTuple, NoReturn, Self
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 
@@ -264,12 +265,12 @@ class _Header:
         except UnicodeDecodeError:
             self.fail(f"{what} is not UTF-8: {shown(raw)}; the file is damaged")
 
-    def count(self, what: str, smallest: int, most: int = MAX_ENTRIES) -> int:
+    def count(self, what: str, smallest: int, most: int) -> int:
         """Read the number of things that follow, each of at least `smallest` bytes, from a u64."""
         count = self.number(_U64, f"the number of {what}")
         return self.fitting(count, what, smallest, most)
 
-    def fitting(self, count: int, what: str, smallest: int, most: int = MAX_ENTRIES) -> int:
+    def fitting(self, count: int, what: str, smallest: int, most: int) -> int:
         room = (self.limit - self.position) // smallest
         if count > room:
             self.fail(f"the file announces {count} {what}, but has room for at most {room}; {_DOWNLOAD}")
@@ -304,7 +305,7 @@ class _Header:
         if kind == _ARRAY:
             if depth == 1:
                 self.fail(f"metadata {shown(key)} nests arrays more than {MAX_DEPTH} deep; the file is damaged")
-            count = self.count(what, _U32.size + _U64.size)
+            count = self.count(what, _U32.size + _U64.size, MAX_ENTRIES)
             self.inner_arrays += count
             if self.inner_arrays > MAX_ENTRIES:
                 self.fail(f"metadata {shown(key)} brings the file's inner arrays above the {MAX_ENTRIES} allowed")
@@ -329,7 +330,7 @@ class _Header:
         except (struct.error, OverflowError):
             position = self.size + 1  # beyond the file; the real number does not matter
         if position > self.limit:
-            where = f"string {len(offsets) - 1} of {count} in {shown(key)}"
+            where = f"string {bisect.bisect_right(offsets, self.size) - 1} of {count} in {shown(key)}"
             if self.limit < self.size:
                 self.fail(
                     f"{where} ends beyond the {MAX_HEADER_BYTES >> 20} MiB that a header may take; the file is damaged"
@@ -464,7 +465,8 @@ def _place_tensors(
         cut = next(info for info in order if info.offset + info.nbytes > header.size)
         header.fail(
             f"the tensor data is cut short: {end} bytes are needed, the file has {header.size}, "
-            f"{end - header.size} bytes are missing (from {shown(cut.name)} on); the download is probably incomplete; download it again"
+            f"{end - header.size} bytes are missing (from {shown(cut.name)} on); "
+            f"the download is probably incomplete; download it again"
         )
     return placed
 
@@ -474,8 +476,8 @@ def _open_shard(path: Path, number: int) -> _Shard:
     header = _Header(path, _map(path))
     version = _read_version(header)
     # Both counts come first, and tensors are checked again where they start: the metadata may have used up the room.
-    tensor_count = header.count("tensors", _SMALLEST_TENSOR)
-    metadata = _read_metadata(header, header.count("metadata keys", _SMALLEST_KEY))
+    tensor_count = header.count("tensors", _SMALLEST_TENSOR, MAX_ENTRIES)
+    metadata = _read_metadata(header, header.count("metadata keys", _SMALLEST_KEY, MAX_ENTRIES))
     alignment = metadata.get("general.alignment", 32)
     if alignment < 1 or alignment & (alignment - 1) or alignment > MAX_ALIGNMENT:
         header.fail(
@@ -483,7 +485,7 @@ def _open_shard(path: Path, number: int) -> _Shard:
         )
 
     entries: dict[str, TensorInfo] = {}
-    for index in range(header.fitting(tensor_count, "tensors", _SMALLEST_TENSOR)):
+    for index in range(header.fitting(tensor_count, "tensors", _SMALLEST_TENSOR, MAX_ENTRIES)):
         entry = _read_tensor(header, index, number)
         if entry.name in entries:
             header.fail(f"tensor {shown(entry.name)} appears twice; the file is damaged")
@@ -625,7 +627,7 @@ class GGUFFile:
         """
         self._buffers = []
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "GGUFFile":
         return self
 
     def __exit__(
