@@ -1,13 +1,14 @@
 """Fixtures, and run-time checks of every shape annotation in the package.
 
 The hook must be in place before anything imports the package, hence at the import of this file: from here on each
-function of `ggjac` is checked by beartype against its annotations, shapes included, also in modules imported later.
+function of `ggjac` is checked by beartype against its annotations, shapes included, also in modules imported later
+(typechecking.py says what is left out).
 Users pay nothing: the package itself never installs the hook.
 """
 
 import jaxtyping
 
-jaxtyping.install_import_hook("ggjac", "beartype.beartype")
+jaxtyping.install_import_hook("ggjac", "typechecking.check")
 
 from collections.abc import Callable  # noqa: E402
 from pathlib import Path  # noqa: E402
@@ -43,11 +44,12 @@ def tiny_file(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     def get(case: str, *, ftype: str | None = None, **changes: Any) -> Path:
         key = repr((case, ftype, sorted(changes.items())))
         if key not in written:
+            source = None if ftype is None else get(case, **changes)
             path = folder / f"{case}-{len(written)}.gguf"
-            if ftype is None:
+            if source is None:
                 written[key] = tiny.write(path, **tiny.resized(case, **changes))
             else:
-                written[key] = tiny.quantize(get(case, **changes), path, ftype)
+                written[key] = tiny.quantize(source, path, ftype)
         return written[key]
 
     return get

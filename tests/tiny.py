@@ -15,6 +15,7 @@ import contextlib
 import ctypes
 import dataclasses
 import functools
+import logging
 import math
 import os
 import zlib
@@ -318,18 +319,14 @@ def encode(values: np.ndarray, kind: gguf.GGMLQuantizationType) -> np.ndarray:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Send what C code prints to nowhere; Python's own output through a test's capture is untouched."""
-    saved = os.dup(1), os.dup(2)
-    null = os.open(os.devnull, os.O_WRONLY)
+    """Silence llama.cpp: its Python binding filters by this logger's level, and maps warnings to errors."""
+    logger = logging.getLogger("llama-cpp-python")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
     try:
-        os.dup2(null, 1)
-        os.dup2(null, 2)
         yield
     finally:
-        for descriptor, target in zip(saved, (1, 2), strict=True):
-            os.dup2(descriptor, target)
-            os.close(descriptor)
-        os.close(null)
+        logger.setLevel(level)
 
 
 def quantize(source: str | os.PathLike[str], target: str | os.PathLike[str], ftype: str) -> Path:

@@ -1,0 +1,76 @@
+"""Run llama.cpp on a file and read its logits and intermediate states: the judge of the oracle.
+
+The low-level API, because the high-level one passes YaRN parameters of its own and thereby overrides the file's.
+Everything that rounds is off: CPU, F32 cache, no flash attention, all tokens as outputs in one batch.
+"""
+
+import ctypes
+import functools
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import llama_cpp
+import numpy as np
+import tiny
+import torch
+from torch import Tensor
+
+
+@functools.cache
+def libggml() -> ctypes.CDLL:
+    library = tiny.libggml()
+    library.ggml_get_name.restype = ctypes.c_char_p
+    library.ggml_nelements.restype = ctypes.c_int64
+    library.ggml_get_data.restype = ctypes.c_void_p
+    for function in (library.ggml_get_name, library.ggml_nelements, library.ggml_get_data):
+        function.argtypes = [ctypes.c_void_p]
+    return library
+
+
+def run(path: str | os.PathLike[str], ids: Sequence[int], *, threads: int = 1) -> dict[str, Tensor]:
+    """Evaluate token `ids` and return, in float32, `logits` [n, v] and by llama.cpp's names all that is [n, d].
+
+    `path` should be an F32 file (`tiny.quantize(path, target, "F32")`): with any other type llama.cpp rounds the
+    activations, too.
+    """
+    n, states = len(ids), {}
+    wanted = ("l_out-", "attn_out-", "ffn_out-", "result_norm")
+
+    @llama_cpp.ggml_backend_sched_eval_callback
+    def observe(tensor: int, ask: bool, _: int | None) -> bool:
+        name = libggml().ggml_get_name(tensor).decode()
+        if name.startswith(wanted) and " " not in name and not ask:
+            count = libggml().ggml_nelements(tensor)
+            source = ctypes.cast(libggml().ggml_get_data(tensor), ctypes.POINTER(ctypes.c_float))
+            # Buffers are reused by later nodes, hence the copy; a name's last occurrence is its final value.
+            states[name] = torch.from_numpy(np.ctypeslib.as_array(source, (count,)).copy()).reshape(n, -1)
+        return name.startswith(wanted) if ask else True
+
+    with tiny.quiet():
+        model_params = llama_cpp.llama_model_default_params()
+        model_params.n_gpu_layers = 0
+        model = llama_cpp.llama_model_load_from_file(os.fsencode(Path(path)), model_params)
+        assert model, f"llama.cpp could not load {path}"
+        params = llama_cpp.llama_context_default_params()
+        params.n_ctx = params.n_batch = params.n_ubatch = max(256, n)
+        params.n_threads = params.n_threads_batch = threads
+        params.type_k = params.type_v = 0  # GGML_TYPE_F32
+        params.flash_attn_type = 0  # LLAMA_FLASH_ATTN_TYPE_DISABLED
+        params.cb_eval = observe
+        context = llama_cpp.llama_init_from_model(model, params)
+        batch = llama_cpp.llama_batch_init(n, 0, 1)
+        try:
+            batch.n_tokens = n
+            for i, token in enumerate(ids):
+                batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.logits[i] = int(token), i, 1, True
+                batch.seq_id[i][0] = 0
+            failed = llama_cpp.llama_decode(context, batch)
+            assert not failed, f"llama_decode failed on {path}: {failed}"
+            vocab = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(model))
+            logits = np.ctypeslib.as_array(llama_cpp.llama_get_logits(context), (n, vocab)).copy()
+        finally:
+            llama_cpp.llama_batch_free(batch)
+            llama_cpp.llama_free(context)
+            llama_cpp.llama_model_free(model)
+    return states | {"logits": torch.from_numpy(logits)}
