@@ -20,8 +20,8 @@ import torch  # noqa: E402
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
-# The matrices here are tiny: more threads only wait for one another.
-torch.set_num_threads(min(2, torch.get_num_threads()))
+# The matrices here are tiny: more threads only wait for one another, and dearly so on a busy machine.
+torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

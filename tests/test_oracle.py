@@ -7,17 +7,14 @@ editing the loaded weights or metadata so that the correct code then computes wh
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol, Self
 
 import gguf
-import jaxtyping
 import llamacpp
 import numpy as np
 import oracle
 import pytest
 import tiny
 import torch
-import typechecking
 from oracle import Oracle
 from safetensors.torch import load_file
 from torch import Tensor
@@ -304,22 +301,19 @@ def test_an_earlier_position_is_a_shorter_prompt(tiny_file: Callable[..., Path])
 # type -> the largest relative error of storing a standard normal that is still a sign of sound bytes
 KINDS = {
     "F16": 1e-3, "BF16": 5e-3, "Q4_0": 0.1, "Q4_1": 0.1, "Q5_0": 0.06, "Q5_1": 0.06, "Q8_0": 0.01, "Q2_K": 0.35,
-    "Q3_K": 0.2, "Q4_K": 0.1, "Q5_K": 0.06, "Q6_K": 0.03, "IQ4_NL": 0.1, "IQ4_XS": 0.1, "IQ3_S": 0.2, "IQ3_XXS": 0.25,
-    "IQ2_S": 0.35, "IQ2_XS": 0.4, "IQ2_XXS": 0.45, "IQ1_S": 0.6, "IQ1_M": 0.6, "TQ1_0": 0.9, "TQ2_0": 0.9,
-    "MXFP4": 0.15, "NVFP4": 0.15,
+    "Q3_K": 0.2, "Q4_K": 0.1, "Q5_K": 0.06, "Q6_K": 0.03, "IQ4_NL": 0.1, "IQ4_XS": 0.1, "IQ3_S": 0.2, "TQ1_0": 0.9,
+    "TQ2_0": 0.9, "MXFP4": 0.15, "NVFP4": 0.15,
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_tiny_files_hold_the_type_asked_for(kind: str, tmp_path: Path) -> None:
-    row = {"d": 256, "ff": 256, "layers": 1, "vocab": 32, "heads": 2, "head_dim": 8}
+    row = {"d": 256, "ff": 32, "layers": 1, "vocab": 8, "heads": 1, "head_dim": 16}
     path = tiny.write(tmp_path / "kind.gguf", type=kind, **row)
     types = {t.name: t.tensor_type.name for t in gguf.GGUFReader(path).tensors}
-    rows_of_16 = {"blk.0.attn_output.weight"}
-    blocks_of_one = kind in ("F16", "BF16")
-    for name, found in types.items():
-        whole = "norm" not in name and (blocks_of_one or name not in rows_of_16)
-        assert found == (kind if whole else "F32"), name
+    assert types["blk.0.attn_norm.weight"] == "F32"
+    assert types["blk.0.ffn_up.weight"] == kind
+    assert types["blk.0.attn_output.weight"] == (kind if kind in ("F16", "BF16") else "F32")  # rows of 16: no block
     up = "blk.0.ffn_up.weight"
     plain = oracle.load(tiny.write(tmp_path / "plain.gguf", **row)).weights[up]
     assert 0 < relative(oracle.load(path).weights[up], plain) < KINDS[kind]
@@ -331,26 +325,3 @@ def test_files_that_differ_in_one_option_share_the_other_weights(tiny_file: Call
     assert all(torch.equal(w, biased.weights[name]) for name, w in plain.weights.items())
     other = oracle.load(tiny_file("plain", seed=1))
     assert not any(torch.equal(w, other.weights[name]) for name, w in plain.weights.items())
-
-
-# ---- the run-time shape checks of the test run
-
-
-def test_shapes_of_the_package_are_checked() -> None:
-    from ggjac.ggml import TYPES, row_bytes
-
-    assert row_bytes(TYPES[0], 3) == 12
-    with pytest.raises(jaxtyping.TypeCheckError):
-        row_bytes("F32", 3)
-
-
-def test_annotations_that_cannot_be_checked_leave_the_others_in_force() -> None:
-    class Stored(Protocol):  # not runtime_checkable
-        shape: tuple[int, ...]
-
-    @jaxtyping.jaxtyped(typechecker=typechecking.check)
-    def rows(store: Stored | None, count: int) -> Self: ...
-
-    assert rows("anything", 3) is None
-    with pytest.raises(jaxtyping.TypeCheckError):
-        rows(None, "three")
