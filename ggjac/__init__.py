@@ -1,1 +1,49 @@
-"""ggjac: the exact linear map that a GGUF language model applies to one prompt."""
+"""ggjac: the exact linear map that a GGUF language model applies to one prompt.
+
+    import ggjac
+
+    model = ggjac.open_model("model.gguf")
+    trace = model.trace("The capital of France is")
+    J = trace.jacobian()      # a LinearOperator, [n, d] -> [d]
+    J.svd(rank=8).S
+
+Names are imported when first used, so that `import ggjac` and the commands that need no arithmetic answer at once.
+"""
+
+from importlib import import_module
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ggjac.analysis.attribution import attribute as attribute
+    from ggjac.analysis.spectrum import spectrum as spectrum
+    from ggjac.analysis.stable_rank import stable_rank as stable_rank
+    from ggjac.gguf import open_gguf as open_gguf
+    from ggjac.jacobian import DetachedJacobian as DetachedJacobian
+    from ggjac.linop import LinearOperator as LinearOperator
+    from ggjac.model import open_model as open_model
+    from ggjac.parity import verify as verify
+
+_HOME = {
+    "DetachedJacobian": "ggjac.jacobian",
+    "LinearOperator": "ggjac.linop",
+    "attribute": "ggjac.analysis.attribution",
+    "open_gguf": "ggjac.gguf",
+    "open_model": "ggjac.model",
+    "spectrum": "ggjac.analysis.spectrum",
+    "stable_rank": "ggjac.analysis.stable_rank",
+    "verify": "ggjac.parity",
+}
+
+__all__ = ["__version__", *_HOME]
+__version__ = version("ggjac")
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'ggjac' has no attribute {name!r}")
+    return getattr(import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

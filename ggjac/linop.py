@@ -83,18 +83,22 @@ class LinearOperator:
     def __add__(self, other: "LinearOperator") -> "LinearOperator":
         return Sum(self, other)
 
-    def rows(self, start: int, stop: int) -> Tensor:
-        """Return rows `start:stop` of the dense matrix, `[stop - start, *in_shape]`; one transposed sweep."""
-        basis = torch.zeros(stop - start, math.prod(self.out_shape), dtype=self.dtype, device=self.device)
-        basis[torch.arange(stop - start), torch.arange(start, stop)] = 1
-        return self.rmatmat(basis.reshape(-1, *self.out_shape))
+    def rows(self, chunk: int | None = None) -> Iterator[tuple[int, int, Tensor]]:
+        """Yield `(start, stop, rows)` of the dense matrix, rows `[stop - start, *in_shape]`, one transposed sweep each.
 
-    def to_dense(self, chunk: int | None = None) -> Tensor:
-        """Return the dense matrix `[*out_shape, *in_shape]`, `chunk` rows at a time (default: all at once)."""
+        `chunk` rows at a time; default all at once.
+        """
         size = math.prod(self.out_shape)
         step = max(1, chunk or size)
-        parts = [self.rows(a, min(a + step, size)) for a in range(0, size, step)]
-        return torch.cat(parts).reshape(*self.out_shape, *self.in_shape)
+        for start in range(0, size, step):
+            stop = min(start + step, size)
+            basis = torch.zeros(stop - start, size, dtype=self.dtype, device=self.device)
+            basis[torch.arange(stop - start), torch.arange(start, stop)] = 1
+            yield start, stop, self.rmatmat(basis.reshape(-1, *self.out_shape))
+
+    def to_dense(self, chunk: int | None = None) -> Tensor:
+        """Return the dense matrix `[*out_shape, *in_shape]`, computed `chunk` rows at a time (default all at once)."""
+        return torch.cat([rows for *_, rows in self.rows(chunk)]).reshape(*self.out_shape, *self.in_shape)
 
     def to_scipy(self) -> "scipy.sparse.linalg.LinearOperator":
         """Return a `scipy.sparse.linalg.LinearOperator` on flattened vectors (columns stacked, as SciPy does).

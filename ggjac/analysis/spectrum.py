@@ -1,0 +1,66 @@
+"""What the leading singular vectors of a detached Jacobian say, in tokens (Golden, arXiv 2505.24293, section 3.2).
+
+Left vectors live where the LM head reads, and decode to the tokens they promote. Right vectors live in the input
+embeddings, one slice per position, and decode to the nearest tokens there.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+
+from ggjac.decode import Ranked, nearest, top_logits
+from ggjac.jacobian import DetachedJacobian
+from ggjac.svd import SVD
+from ggjac.weights import Weight
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """Singular triplets with their tokens.
+
+    Attributes:
+        svd: the triplets, signed so that each left vector points along the output: `⟨J x, u⟩ >= 0`.
+        left: tokens of highest logit for each left vector, `[k, top]`.
+        right: tokens of nearest embedding (cosine) for each right vector at each position, `[k * n, top]`.
+        weight: `[k, n]`, the share of each right vector's squared norm at each position; rows sum to 1.
+    """
+
+    svd: SVD
+    left: Ranked
+    right: Ranked
+    weight: torch.Tensor
+
+
+def spectrum(
+    jacobian: DetachedJacobian,
+    head: Weight,
+    embedding: Weight,
+    rank: int = 8,
+    *,
+    top: int = 8,
+    tol: float = 1e-3,
+    seed: int = 0,
+    max_sweeps: int = 40,
+    progress: Callable[[int, float], None] | None = None,
+) -> Spectrum:
+    """Compute `rank` singular triplets of the joint `[d, n d]` map and decode both ends to `top` tokens each.
+
+    Tokens of right vectors at positions after the Jacobian's own are meaningless, since the map is zero there; their
+    `weight` is 0.
+    """
+    triplets = signed(jacobian, jacobian.svd(rank, tol=tol, seed=seed, max_sweeps=max_sweeps, progress=progress))
+    U, Vh = triplets.U.to(head.dtype), triplets.Vh.to(embedding.dtype)
+    return Spectrum(
+        svd=triplets,
+        left=top_logits(head, U, top),
+        right=nearest(embedding, Vh.flatten(0, 1), top),
+        weight=triplets.Vh.square().sum(2),
+    )
+
+
+def signed(jacobian: DetachedJacobian, triplets: SVD) -> SVD:
+    """Flip each pair of vectors so that the left one points along `J x`; a singular vector's own sign is arbitrary."""
+    along = triplets.U @ jacobian.linear_output.to(triplets.U.dtype)
+    sign = torch.where(along < 0, -1.0, 1.0).to(triplets.U)
+    return replace(triplets, U=triplets.U * sign[:, None], Vh=triplets.Vh * sign[:, None, None])

@@ -1,0 +1,58 @@
+"""Vectors to tokens: the LM head for output vectors, the nearest input embeddings for input vectors.
+
+Both stream the vocabulary matrix tile by tile and keep only the best candidates, so the matrix is never dense.
+"""
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from ggjac.linop import TiledMatrix
+
+
+class Ranked(NamedTuple):
+    """The best tokens for each of `k` vectors, in descending order of score."""
+
+    ids: Int[Tensor, "k top"]
+    scores: Float[Tensor, "k top"]
+
+
+def logits(head: TiledMatrix, Y: Float[Tensor, "k d"]) -> Float[Tensor, "k v"]:
+    """Return the LM head's logits of `k` vectors that live after the final norm."""
+    parts = [Y @ tile.T for *_, tile in head.tiles()]
+    return torch.cat(parts, 1)
+
+
+def top_logits(head: TiledMatrix, Y: Float[Tensor, "k d"], count: int) -> Ranked:
+    """Return the `count` tokens of highest logit for each vector (the paper's decoding of left singular vectors)."""
+    return _best(head, Y, count, unit_rows=False)
+
+
+def nearest(embedding: TiledMatrix, V: Float[Tensor, "k d"], count: int) -> Ranked:
+    """Return the `count` tokens whose embeddings have the highest cosine with each vector.
+
+    The paper's decoding of right singular vectors. Scores are cosines. An all-zero embedding row, as padding tokens
+    have them, is nobody's neighbour: it comes last, with score -inf.
+    """
+    lengths = V.norm(dim=1, keepdim=True)
+    return _best(embedding, V / torch.where(lengths > 0, lengths, 1), count, unit_rows=True)
+
+
+def _best(matrix: TiledMatrix, vectors: Float[Tensor, "k d"], count: int, *, unit_rows: bool) -> Ranked:
+    """Keep the best `count` rows while the matrix streams by; equal scores go to the smaller id."""
+    count = min(count, matrix.shape[0])
+    ids = torch.empty(len(vectors), 0, dtype=torch.long, device=vectors.device)
+    scores = vectors.new_empty(len(vectors), 0)
+    for start, stop, tile in matrix.tiles():
+        products = vectors @ tile.T
+        if unit_rows:
+            lengths = tile.norm(dim=1)
+            products = torch.where(lengths > 0, products / lengths, -torch.inf)
+        new = products.topk(min(count, stop - start), dim=1)
+        scores, ids = torch.cat([scores, new.values], 1), torch.cat([ids, new.indices + start], 1)
+        ids, by_id = ids.sort(dim=1)
+        scores, by_score = scores.gather(1, by_id).sort(dim=1, descending=True, stable=True)
+        scores, ids = scores[:, :count], ids.gather(1, by_score)[:, :count]
+    return Ranked(ids, scores)

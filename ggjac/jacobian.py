@@ -1,0 +1,112 @@
+"""The detached Jacobian of one prompt as a linear operator over streamed blocks.
+
+For input embeddings `x` and the output `y` (one position after the final norm, before the LM head),
+
+    y = J x + offset,    J = Scale(norm) @ block[L-1] @ ... @ block[0]    (Golden, arXiv 2505.24293, eq. 2 and 15)
+
+with the blocks of `ggjac.blocks`, frozen at the prompt. `offset` is what biases contribute; it is exactly zero for
+models without biases on the live path.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ggjac.blocks import BlockTape, BlockWeights, Frame, block
+from ggjac.linop import Chain, Homogeneous, LinearOperator, Scale, Select
+from ggjac.svd import SVD, svd
+
+# Working memory that a chunk of dense rows may take on its way down the blocks, in bytes.
+CHUNK_BYTES = 1 << 30
+
+
+class DetachedJacobian(LinearOperator):
+    """The linear map from all input embeddings `[n, d]` to one output vector `[d]`, exact at its prompt.
+
+    Products stream the blocks' live weights once, whatever the number of stacked vectors. Positions after `position`
+    have no influence (attention is causal): their part of the map is zero.
+
+    Attributes:
+        x: `[n, d]`, input of block 0: embeddings after any scaling.
+        output: `[d]`, the forward pass's output at `position`, after the final norm.
+        ids: the `n` token ids.
+        position: which output position this is, counted from 0.
+        mlp_path: the freezing rule of gated feed-forwards, `"up"` or `"gate"`.
+        progress: if set, called as `progress(done, total)` after each block of a product.
+    """
+
+    def __init__(
+        self,
+        blocks: Sequence[BlockWeights],
+        tapes: Sequence[BlockTape],
+        norm: Float[Tensor, "n d"],
+        frame: Frame,
+        *,
+        x: Float[Tensor, "n d"],
+        output: Float[Tensor, " d"],
+        ids: Sequence[int],
+        position: int,
+    ):
+        n, d = x.shape
+        self.in_shape, self.out_shape = (n, d), (d,)
+        self.dtype, self.device = x.dtype, x.device
+        self.x, self.output, self.ids, self.position = x, output, list(ids), position
+        self.mlp_path = frame.mlp_path
+        self.progress: Callable[[int, int], None] | None = None
+
+        reached = range(position + 1)
+        spans = [reached] * (len(blocks) - 1) + [range(position, position + 1)]
+        layers = [
+            block(weights, frame, layer, tape, span)
+            for layer, (weights, tape, span) in enumerate(zip(blocks, tapes, spans, strict=True))
+        ]
+        self._floats_per_vector = n * max(3 * d, 2 * max(tape.ffn.gate.shape[1] for tape in tapes))
+        final = Scale(norm[position : position + 1])
+        first = Select(torch.arange(position + 1), n, d, dtype=x.dtype, device=x.device)
+        self.chain = Chain(final, *reversed(layers), first, after=self._report)
+
+    def matmat(self, X: Float[Tensor, "k n d"], t: Homogeneous = None) -> Float[Tensor, "k d"]:
+        """Return `J x + t offset` for stacked inputs: one upward sweep."""
+        return self.chain.matmat(X.to(self.device, self.dtype), t)[:, 0]
+
+    def rmatmat(self, Y: Float[Tensor, "k d"]) -> Float[Tensor, "k n d"]:
+        """Return `Jᵀ y` for stacked output cotangents: one downward sweep."""
+        return self.chain.rmatmat(Y.to(self.device, self.dtype)[:, None])
+
+    def rows(self, chunk: int | None = None) -> Iterator[tuple[int, int, Tensor]]:
+        """Yield rows of the dense Jacobian; by default as many at a time as fit into `CHUNK_BYTES`."""
+        fitting = CHUNK_BYTES // (self._floats_per_vector * self.x.element_size())
+        return super().rows(chunk or max(1, fitting))
+
+    def svd(self, rank: int, **options: Any) -> SVD:
+        """Return the leading singular triplets of the `[d, n d]` matrix; options as `ggjac.svd.svd` takes them."""
+        return svd(self, rank, **options)
+
+    @property
+    def linear_output(self) -> Float[Tensor, " d"]:
+        """`J x`: what the linear part alone reproduces of the output."""
+        return self._pushed[0]
+
+    @property
+    def offset(self) -> Float[Tensor, " d"]:
+        """`y - J x`, computed by pushing the biases through the frozen blocks; zero where there are none."""
+        return self._pushed[1]
+
+    @property
+    def reconstruction_error(self) -> float:
+        """`‖J x + offset - y‖ / ‖y‖`. Small by construction: a health check of the arithmetic, no evidence."""
+        wide = [part.double() for part in (self.linear_output, self.offset, self.output)]
+        return float((wide[0] + wide[1] - wide[2]).norm() / wide[2].norm())
+
+    @cached_property
+    def _pushed(self) -> Float[Tensor, "2 d"]:
+        """`J x` and `offset` in one sweep: inputs `x` and 0 with homogeneous coordinates 0 and 1."""
+        return self.matmat(torch.stack([self.x, torch.zeros_like(self.x)]), self.x.new_tensor([0.0, 1.0]))
+
+    def _report(self, done: int) -> None:
+        if self.progress:
+            self.progress(done, len(self.chain.parts))

@@ -1,0 +1,52 @@
+"""Rotary position embedding: angles from the model's settings, and the rotation of queries and keys.
+
+Follows llama.cpp (ggml's `rope_yarn` and `ggml_rope_yarn_corr_dims`); YaRN is Peng et al., arXiv 2309.00071.
+"""
+
+import math
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ggjac.config import Rope
+
+# llama.cpp's defaults, which the architectures supported here do not override from metadata.
+BETA_FAST, BETA_SLOW = 32.0, 1.0
+
+
+def rotation(rope: Rope, n: int, factors: Tensor | None = None) -> tuple[Float[Tensor, "n p"], Float[Tensor, "n p"]]:
+    """Return cos and sin, float64, for positions 0 to n - 1 and each of the `p` rotating pairs.
+
+    `factors` `[p]` divide the frequencies: Llama 3's, precomputed by the converter (`rope_freqs.weight`).
+    """
+    pairs = torch.arange(rope.dimensions // 2, dtype=torch.float64)
+    frequencies = rope.base ** (-2 * pairs / rope.dimensions)
+    if factors is not None:
+        frequencies = frequencies / factors.to("cpu", torch.float64)
+    interpolated, magnitude = frequencies / rope.factor, rope.attention_factor
+    if rope.yarn:
+
+        def pair_turning(times: float) -> float:
+            """The pair that turns so many times within the original context."""
+            return rope.dimensions * math.log(rope.original_context / (2 * math.pi * times)) / (2 * math.log(rope.base))
+
+        low = max(0, math.floor(pair_turning(BETA_FAST)))
+        high = min(rope.dimensions - 1, math.ceil(pair_turning(BETA_SLOW)))
+        keep = 1 - ((pairs - low) / max(0.001, high - low)).clamp(0, 1)
+        interpolated = interpolated * (1 - keep) + frequencies * keep
+        magnitude *= 1 + 0.1 * math.log(rope.factor)
+    angles = torch.arange(n, dtype=torch.float64)[:, None] * interpolated
+    return magnitude * angles.cos(), magnitude * angles.sin()
+
+
+def rotate(
+    x: Float[Tensor, "n h s"], rope: Rope, cos: Float[Tensor, "n p"], sin: Float[Tensor, "n p"]
+) -> Float[Tensor, "n h s"]:
+    """Rotate the leading dims of each head; the others pass through."""
+    turning, rest = x[..., : rope.dimensions], x[..., rope.dimensions :]
+    axis = -1 if rope.pairs == "adjacent" else -2  # [p, 2] holds dims 2i, 2i+1; [2, p] holds dims i, i + p
+    a, b = turning.unflatten(-1, (-1, 2) if axis == -1 else (2, -1)).unbind(axis)
+    cos, sin = cos.to(x)[:, None], sin.to(x)[:, None]
+    turned = torch.stack((a * cos - b * sin, a * sin + b * cos), axis)
+    return torch.cat((turned.flatten(-2), rest), -1)

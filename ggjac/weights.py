@@ -1,0 +1,161 @@
+"""The tensors of one model file as matrices that are dequantized a few rows at a time, on any device and in any dtype.
+
+Bytes stay quantized in the mapped file and on their way to the device; a dense tile lives until the next one is asked
+for. `WeightStore.reads` counts the rows dequantized, so that a test can hold a sweep to one pass.
+"""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ggjac import quants
+from ggjac.gguf import GGUFFile, TensorInfo
+
+# Elements of one dense tile: 64 MiB in float32. Large enough for GEMM to run at speed, and a small part of any layer
+# of the models that need streaming.
+TILE_ELEMENTS = 1 << 24
+
+
+class WeightError(ValueError):
+    """A tensor's type is not supported, or its bytes hold values that no weight can have."""
+
+
+class WeightStore:
+    """All tensors of a GGUF file, dequantized on demand.
+
+    Args:
+        file: the open container.
+        device: where tiles are wanted; elsewhere than on the CPU the quantized bytes travel and are dequantized there.
+        dtype: of the tiles.
+        threads: for dequantization on the CPU.
+    """
+
+    def __init__(self, file: GGUFFile, *, device: torch.device, dtype: torch.dtype, threads: int):
+        for info in file.tensors.values():
+            if not quants.supported(info.type):
+                raise WeightError(f"tensor {info.name}: type {info.type.name} is not supported here")
+        self.file, self.device, self.dtype, self.threads = file, device, dtype, threads
+        self.reads: Counter[str] = Counter()
+        self._checked: set[tuple[str, int, int]] = set()
+        self._tile = torch.empty(0)  # float32 scratch on the CPU, reused so that its pages are touched once
+
+    def __contains__(self, name: str) -> bool:
+        """Say whether the file has the tensor."""
+        return name in self.file.tensors
+
+    def __getitem__(self, name: str) -> "Weight":
+        """Return a tensor's handle; nothing is read yet."""
+        info = self.file.tensors[name]
+        return Weight(self, info, 0, info.rows)
+
+    def block(self, index: int, slices: Mapping[str, tuple[str, int, int]]) -> "Block":
+        """Return the tensors of block `index`; for `slices` see `Block`."""
+        return Block(self, f"blk.{index}.", slices)
+
+    def dequantize(self, info: TensorInfo, start: int, stop: int) -> Float[Tensor, "rows d"]:
+        """Return rows `start:stop` dense, valid until the next call.
+
+        Raises:
+            WeightError: the rows hold NaN or infinite scales (checked the first time they are read).
+        """
+        raw = self.file.rows(info, start, stop)
+        if (info.name, start, stop) not in self._checked:
+            if quants.has_invalid_scales(raw, info.type):
+                raise WeightError(
+                    f"tensor {info.name} holds NaN or infinite values; the file is damaged, download it again"
+                )
+            self._checked.add((info.name, start, stop))
+        self.reads[info.name] += stop - start
+        if self.device.type != "cpu":
+            return quants.dequantize(torch.from_numpy(np.array(raw)).to(self.device), info.type, self.dtype)
+        size = (stop - start) * info.shape[-1]
+        if self._tile.numel() < size:
+            self._tile = torch.empty(size)
+        out = self._tile[:size].view(stop - start, info.shape[-1])
+        return quants.dequantize_rows(raw, info.type, out, threads=self.threads).to(self.dtype)
+
+
+@dataclass(frozen=True)
+class Weight:
+    """Rows `first:last` of one stored tensor: a `TiledMatrix`, or a vector (one row)."""
+
+    store: WeightStore
+    info: TensorInfo
+    first: int
+    last: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns, `(out, in)`."""
+        return self.last - self.first, self.info.shape[-1]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Element type of the tiles."""
+        return self.store.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tiles live."""
+        return self.store.device
+
+    def rows(self, start: int, stop: int) -> "Weight":
+        """Return a handle to rows `start:stop` of these."""
+        return Weight(self.store, self.info, self.first + start, self.first + stop)
+
+    def tiles(self) -> Iterator[tuple[int, int, Tensor]]:
+        """Yield `(start, stop, rows start:stop)` in order; a tile is overwritten when the next one is asked for."""
+        out, columns = self.shape
+        step = max(1, TILE_ELEMENTS // columns)
+        for start in range(0, out, step):
+            stop = min(start + step, out)
+            yield start, stop, self.store.dequantize(self.info, self.first + start, self.first + stop)
+
+    def take(self, rows: Sequence[int]) -> Float[Tensor, "n d"]:
+        """Return single rows, such as the embeddings of tokens."""
+        return torch.cat([self.store.dequantize(self.info, self.first + i, self.first + i + 1).clone() for i in rows])
+
+    def dense(self) -> Tensor:
+        """Return the whole tensor in its own shape; for vectors and small matrices."""
+        whole = self.store.dequantize(self.info, self.first, self.last).clone()
+        return whole[0] if len(self.info.shape) == 1 else whole
+
+
+@dataclass(frozen=True)
+class Block:
+    """The tensors of one block by their short names, such as `attn_q.weight`.
+
+    `slices` maps a stem to `(fused stem, start, stop)`: where the file fuses tensors, their parts still answer to their
+    own names, so that nothing above this class sees the fused layout.
+    """
+
+    store: WeightStore
+    prefix: str
+    slices: Mapping[str, tuple[str, int, int]]
+
+    def __contains__(self, name: str) -> bool:
+        """Say whether the file has the tensor, alone or inside a fused one."""
+        return self._locate(name)[0] in self.store
+
+    def matrix(self, name: str) -> Weight:
+        """Return a matrix to be streamed."""
+        stored, start, stop = self._locate(name)
+        return self.store[stored].rows(start, stop) if stop else self.store[stored]
+
+    def vector(self, name: str) -> Tensor:
+        """Return a vector, dense."""
+        stored, start, stop = self._locate(name)
+        return self.store[stored].dense()[start : stop or None]
+
+    def _locate(self, name: str) -> tuple[str, int, int]:
+        """Return the stored tensor and the rows (elements of a vector) of it; a stop of 0 means all."""
+        stem, suffix = name.rsplit(".", 1)
+        fused, start, stop = self.slices.get(stem, ("", 0, 0))
+        if fused and f"{self.prefix}{fused}.{suffix}" in self.store:
+            return f"{self.prefix}{fused}.{suffix}", start, stop
+        return self.prefix + name, 0, 0
