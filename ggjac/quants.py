@@ -24,6 +24,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from ggjac.ggml import TYPES, GGMLType
@@ -33,77 +34,79 @@ from ggjac.ggml import TYPES, GGMLType
 TILE = 1 << 18
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Blocks in torch: each function takes uint8 [b, block_bytes] and returns [b, block_size]. Element types return their
-# own dtype, quantized types float32.
+# Blocks in torch. Element types return their own dtype, quantized types float32.
+
+Blocks = UInt8[Tensor, "b block_bytes"]
+Elements = Float[Tensor, "b block_size"]
 
 
-def f32(blocks: Tensor) -> Tensor:
+def f32(blocks: Blocks) -> Elements:
     """Reinterpret as float32."""
     return _view(blocks, torch.float32)
 
 
-def f64(blocks: Tensor) -> Tensor:
+def f64(blocks: Blocks) -> Elements:
     """Reinterpret as float64."""
     return _view(blocks, torch.float64)
 
 
-def f16(blocks: Tensor) -> Tensor:
+def f16(blocks: Blocks) -> Elements:
     """Reinterpret as float16."""
     return _view(blocks, torch.float16)
 
 
-def bf16(blocks: Tensor) -> Tensor:
+def bf16(blocks: Blocks) -> Elements:
     """Reinterpret as bfloat16."""
     return _view(blocks, torch.bfloat16)
 
 
-def q1_0(blocks: Tensor) -> Tensor:
+def q1_0(blocks: Blocks) -> Elements:
     """Return d or -d by one bit."""
     d, qs = blocks.split((2, 16), 1)
     q = _bits(qs.unsqueeze(2)).flatten(1)
     return q.float().mul_(2).sub_(1).mul_(_half(d))
 
 
-def q2_0(blocks: Tensor) -> Tensor:
+def q2_0(blocks: Blocks) -> Elements:
     """Return d (q - 1); consecutive elements share a byte."""
     d, qs = blocks.split((2, 16), 1)
     q = _shift(qs.unsqueeze(2), (0, 2, 4, 6), 3).flatten(1)
     return q.float().sub_(1).mul_(_half(d))
 
 
-def q4_0(blocks: Tensor) -> Tensor:
+def q4_0(blocks: Blocks) -> Elements:
     """Return d (q - 8)."""
     d, qs = blocks.split((2, 16), 1)
     return _nibbles(qs).flatten(1).float().sub_(8).mul_(_half(d))
 
 
-def q4_1(blocks: Tensor) -> Tensor:
+def q4_1(blocks: Blocks) -> Elements:
     """Return d q + m."""
     d, m, qs = blocks.split((2, 2, 16), 1)
     return _nibbles(qs).flatten(1).float().mul_(_half(d)).add_(_half(m))
 
 
-def q5_0(blocks: Tensor) -> Tensor:
+def q5_0(blocks: Blocks) -> Elements:
     """Return d (q - 16); qh holds the fifth bits of elements 0..31 in order."""
     d, qh, qs = blocks.split((2, 4, 16), 1)
     q = _nibbles(qs).flatten(1) | _bits(qh.unsqueeze(2)).flatten(1) << 4
     return q.float().sub_(16).mul_(_half(d))
 
 
-def q5_1(blocks: Tensor) -> Tensor:
+def q5_1(blocks: Blocks) -> Elements:
     """Return d q + m; qh as in Q5_0."""
     d, m, qh, qs = blocks.split((2, 2, 4, 16), 1)
     q = _nibbles(qs).flatten(1) | _bits(qh.unsqueeze(2)).flatten(1) << 4
     return q.float().mul_(_half(d)).add_(_half(m))
 
 
-def q8_0(blocks: Tensor) -> Tensor:
+def q8_0(blocks: Blocks) -> Elements:
     """Return d q with signed bytes q."""
     d, qs = blocks.split((2, 32), 1)
     return _view(qs, torch.int8).float().mul_(_half(d))
 
 
-def q2_k(blocks: Tensor) -> Tensor:
+def q2_k(blocks: Blocks) -> Elements:
     """Return (d sc) q - dmin mn: 16 sub-blocks of 16, scale and minimum in the nibbles of `scales`."""
     scales, qs, d, dmin = blocks.split((16, 64, 2, 2), 1)
     q = _shift(qs.unflatten(1, (2, 32)), (0, 2, 4, 6), 3).reshape(-1, 16, 16)
@@ -112,7 +115,7 @@ def q2_k(blocks: Tensor) -> Tensor:
     return q.float().mul_(scale.unsqueeze(2)).sub_(minimum.unsqueeze(2)).flatten(1)
 
 
-def q3_k(blocks: Tensor) -> Tensor:
+def q3_k(blocks: Blocks) -> Elements:
     """Return (d sc) q: 16 sub-blocks of 16, sc of six bits less 32, q of two bits and a high bit less 4."""
     hmask, qs, scales, d = blocks.split((32, 64, 12, 2), 1)
     low = _shift(qs.unflatten(1, (2, 32)), (0, 2, 4, 6), 3).flatten(1)
@@ -122,7 +125,7 @@ def q3_k(blocks: Tensor) -> Tensor:
     return q.mul_(sc.float().sub_(32).mul_(_half(d)).unsqueeze(2)).flatten(1)
 
 
-def q4_k(blocks: Tensor) -> Tensor:
+def q4_k(blocks: Blocks) -> Elements:
     """Return (d sc) q - dmin mn: 8 sub-blocks of 32, two to each 32 bytes of qs."""
     d, dmin, scales, qs = blocks.split((2, 2, 12, 128), 1)
     q = _nibbles(qs.unflatten(1, (4, 32))).reshape(-1, 8, 32)
@@ -130,7 +133,7 @@ def q4_k(blocks: Tensor) -> Tensor:
     return q.float().mul_(sc.mul_(_half(d)).unsqueeze(2)).sub_(mn.mul_(_half(dmin)).unsqueeze(2)).flatten(1)
 
 
-def q5_k(blocks: Tensor) -> Tensor:
+def q5_k(blocks: Blocks) -> Elements:
     """Return (d sc) q - dmin mn: Q4_K with a fifth bit, bit g of `qh[r]` for element r of sub-block g."""
     d, dmin, scales, qh, qs = blocks.split((2, 2, 12, 32, 128), 1)
     q = _nibbles(qs.unflatten(1, (4, 32))).reshape(-1, 8, 32) | _bits(qh) << 4
@@ -138,7 +141,7 @@ def q5_k(blocks: Tensor) -> Tensor:
     return q.float().mul_(sc.mul_(_half(d)).unsqueeze(2)).sub_(mn.mul_(_half(dmin)).unsqueeze(2)).flatten(1)
 
 
-def q6_k(blocks: Tensor) -> Tensor:
+def q6_k(blocks: Blocks) -> Elements:
     """Return (d sc) (q - 32): 16 sub-blocks of 16 with signed bytes sc, q of four low and two high bits."""
     ql, qh, scales, d = blocks.split((128, 64, 16, 2), 1)
     low = _nibbles(ql.unflatten(1, (2, 64))).flatten(1)
@@ -147,13 +150,13 @@ def q6_k(blocks: Tensor) -> Tensor:
     return q.mul_(_view(scales, torch.int8).float().mul_(_half(d)).unsqueeze(2)).flatten(1)
 
 
-def iq4_nl(blocks: Tensor) -> Tensor:
+def iq4_nl(blocks: Blocks) -> Elements:
     """Return d K[q]: Q4_0 with a table of uneven levels."""
     d, qs = blocks.split((2, 16), 1)
     return _lookup(KVALUES_IQ4NL, _nibbles(qs).flatten(1)).mul_(_half(d))
 
 
-def iq4_xs(blocks: Tensor) -> Tensor:
+def iq4_xs(blocks: Blocks) -> Elements:
     """Return (d sc) K[q]: 8 sub-blocks of 32, sc of four low and two high bits less 32."""
     d, scales_h, scales_l, qs = blocks.split((2, 2, 4, 128), 1)
     high = _shift(scales_h.unsqueeze(2), (0, 2, 4, 6), 3).flatten(1)
@@ -162,7 +165,7 @@ def iq4_xs(blocks: Tensor) -> Tensor:
     return _lookup(KVALUES_IQ4NL, q).mul_(sc.float().sub_(32).mul_(_half(d)).unsqueeze(2)).flatten(1)
 
 
-def mxfp4(blocks: Tensor) -> Tensor:
+def mxfp4(blocks: Blocks) -> Elements:
     """Return 2^(e - 128) F[q]: F holds doubled E2M1 values, hence 128 where E8M0 says 127."""
     e, qs = blocks.split((1, 16), 1)
     e = e.int()
@@ -171,7 +174,7 @@ def mxfp4(blocks: Tensor) -> Tensor:
     return _lookup(KVALUES_FP4, _nibbles(qs).flatten(1)).mul_(bits.view(torch.float32))
 
 
-def nvfp4(blocks: Tensor) -> Tensor:
+def nvfp4(blocks: Blocks) -> Elements:
     """Return d F[q]: 4 sub-blocks of 16 with an unsigned E4M3 scale each; the tensor's own `.scale` is left out."""
     scales, qs = blocks.split((4, 32), 1)
     exponent, mantissa = (scales >> 3 & 15).int(), (scales & 7).float()
@@ -182,21 +185,21 @@ def nvfp4(blocks: Tensor) -> Tensor:
     return _lookup(KVALUES_FP4, q).mul_(d.unsqueeze(2)).flatten(1)
 
 
-def tq1_0(blocks: Tensor) -> Tensor:
+def tq1_0(blocks: Blocks) -> Elements:
     """Return d (q - 1): five base-3 digits to a byte, most significant first, as a fraction of 256."""
     qs, qh, d = blocks.split((48, 4, 2), 1)
     digits = [_digits(field, count) for field, count in ((qs[:, :32], 5), (qs[:, 32:], 5), (qh, 4))]
     return torch.cat(digits, 1).float().sub_(1).mul_(_half(d))
 
 
-def tq2_0(blocks: Tensor) -> Tensor:
+def tq2_0(blocks: Blocks) -> Elements:
     """Return d (q - 1) with q of two bits."""
     qs, d = blocks.split((64, 2), 1)
     return _shift(qs.unflatten(1, (2, 32)), (0, 2, 4, 6), 3).flatten(1).float().sub_(1).mul_(_half(d))
 
 
 # Type name -> function on blocks. A new type is one row here, and enters the tests by it.
-TORCH: dict[str, Callable[[Tensor], Tensor]] = {
+TORCH: dict[str, Callable[[Blocks], Elements]] = {
     "F32": f32,
     "F16": f16,
     "BF16": bf16,

@@ -1,0 +1,437 @@
+"""Every dequantizer against gguf-py, bit for bit: the sign of a zero counts too.
+
+One contract runs over every type, on every path that can compute it. Q1_0 and Q2_0, which gguf-py does not know, and
+F64, which it leaves alone, have a reference here.
+"""
+
+import ctypes
+import importlib.util
+import itertools
+from functools import cache
+
+import gguf
+import numpy as np
+import pytest
+import torch
+
+from ggjac import quants
+from ggjac.ggml import TYPES, GGMLType
+
+NAMED = {type.name: type for type in TYPES.values()}
+INTEGERS = {"I8", "I16", "I32", "I64"}
+FLOATS = [type for type in TYPES.values() if type.name not in INTEGERS]
+PATHS = ("torch", "native", "fallback")
+
+every_type = pytest.mark.parametrize("type", FLOATS, ids=lambda type: type.name)
+
+
+@pytest.fixture
+def without_native(monkeypatch):
+    """Leave libggml out, as on a machine without llama-cpp-python."""
+    monkeypatch.setenv("GGJAC_NATIVE", "0")
+    quants.native_library.cache_clear()
+    quants._native.cache_clear()
+    yield
+    quants.native_library.cache_clear()
+    quants._native.cache_clear()
+
+
+@pytest.fixture(params=PATHS)
+def compute(request):
+    """Return a function of (raw, type) for one path."""
+    if request.param == "torch":
+        return lambda raw, type: quants.dequantize(torch.from_numpy(raw.copy()), type)
+    if request.param == "fallback":
+        request.getfixturevalue("without_native")
+    elif quants.native_library() is None:
+        pytest.skip("libggml is not installed (pip install llama-cpp-python)")
+    return quants.dequantize_rows
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# References
+
+
+def reference(raw: np.ndarray, type: GGMLType) -> np.ndarray:
+    """uint8 [rows, row_bytes] -> [rows, elements] by other hands than ours."""
+    if type.name == "F64":
+        return raw.view(np.float64).astype(np.float32)
+    if type.name in ("Q1_0", "Q2_0"):
+        blocks = raw.reshape(-1, type.block_bytes)
+        d = blocks[:, :2].copy().view(np.float16).astype(np.float32)
+        j = np.arange(type.block_size)
+        if type.name == "Q1_0":
+            values = np.where(blocks[:, 2 + j // 8] >> (j % 8).astype(np.uint8) & 1, d, -d)
+        else:
+            values = ((blocks[:, 2 + j // 4] >> (2 * (j % 4)).astype(np.uint8) & 3).astype(np.float32) - 1) * d
+        return values.reshape(len(raw), -1)
+    return gguf.quants.dequantize(raw, gguf.GGMLQuantizationType(type.id))
+
+
+def assert_same_bits(found: torch.Tensor, expected: np.ndarray) -> None:
+    assert found.dtype == torch.float32
+    assert found.shape == expected.shape
+    # The bits say nothing of two NaNs; valid blocks have none.
+    assert np.isfinite(expected).all()
+    assert torch.equal(found.view(torch.int32), torch.from_numpy(expected.copy()).view(torch.int32))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Blocks. Scales are written where quants.EXPONENTS says; a wrong place leaves NaNs, which assert_same_bits refuses.
+
+
+def set_scale(blocks: np.ndarray, type: GGMLType, index: int, bits: np.ndarray) -> None:
+    """Write f16 bits as scale `index` of blocks [b, block_bytes]."""
+    if type.name == "IQ1_M":
+        words = blocks[:, 48:56].view(np.uint16)
+        words &= 0x0FFF
+        words |= (bits[:, None] << np.array([12, 8, 4, 0], np.uint16)) & 0xF000
+    else:
+        offset = quants.EXPONENTS[type.name][index].offset
+        blocks[:, offset : offset + 2].view(np.uint16)[:, 0] = bits
+
+
+def is_f16(type: GGMLType) -> bool:
+    """Whether the scales are f16."""
+    return type.name == "IQ1_M" or any(row.mask == 0x7C00 for row in quants.EXPONENTS[type.name])
+
+
+def stored(values: np.ndarray, type: GGMLType) -> np.ndarray:
+    """Round numbers to an element type, uint8 [count, block_bytes]."""
+    words = values.astype(np.float64 if type.name == "F64" else np.float32)
+    if type.name == "BF16":
+        words = words.view(np.uint16)[1::2].copy()  # the upper half
+    return words.view(np.uint8).reshape(-1, type.block_bytes)
+
+
+def random_blocks(type: GGMLType, count: int, seed: int = 0) -> np.ndarray:
+    """Random bytes with finite scales, uint8 [count, block_bytes]."""
+    rng = np.random.default_rng(seed)
+    blocks = rng.integers(0, 256, (count, type.block_bytes), dtype=np.uint8)
+    if is_f16(type):
+        for index in range(len(quants.EXPONENTS[type.name])):
+            bits = rng.integers(0, 1 << 16, count, dtype=np.uint16)
+            set_scale(blocks, type, index, np.where(bits & 0x7C00 == 0x7C00, bits ^ 0x4000, bits))
+    elif type.name == "MXFP4":
+        blocks[:, 0] %= 253  # 12 x 2^(253 - 128) is beyond float32
+    elif type.block_size == 1:
+        blocks = stored(rng.standard_normal(count) * np.exp2(rng.integers(-40, 40, count)), type)
+    return blocks
+
+
+def edge_blocks(type: GGMLType) -> np.ndarray:
+    """Every pair of edge scales, over quants of all zeros, all ones and random bytes; uint8 [count, block_bytes]."""
+    if type.block_size == 1 and type.name != "F16":
+        info = np.finfo(np.float32)
+        edges = np.array([0, 1, 65504, 3e38, info.tiny, info.smallest_subnormal, info.smallest_subnormal * 2**16])
+        return stored(np.concatenate([edges, -edges]), type)
+    # Zero, one, the largest, the smallest and the largest subnormal, of both signs.
+    scales = [0x0000, 0x3C00, 0x7BFF, 0x0001, 0x03FF, 0x8000, 0xBC00, 0xFBFF, 0x8001, 0x83FF]
+    if type.name == "MXFP4":
+        scales = [0, 1, 2, 127, 252]
+    if type.name == "NVFP4":
+        scales = [0x00, 0x01, 0x07, 0x08, 0x38, 0x7E, 0x7F]
+    pairs = np.array(list(itertools.product(scales, repeat=2)), np.uint16)
+    parts = []
+    for seed, fill in enumerate((0, 255, None)):
+        blocks = random_blocks(type, len(pairs), seed=seed)
+        if fill is not None:
+            blocks[:] = fill
+        if type.name == "MXFP4":
+            blocks[:, 0] = pairs[:, 0]
+        elif type.name == "NVFP4":
+            blocks[:, :2], blocks[:, 2:4] = pairs, pairs[:, ::-1]
+        else:
+            for index in range(len(quants.EXPONENTS[type.name])):
+                set_scale(blocks, type, index, pairs[:, index].copy())
+        parts.append(blocks)
+    return np.concatenate(parts)
+
+
+@cache
+def rows_of(type: GGMLType, rows: int, blocks: int = 3) -> tuple[np.ndarray, np.ndarray]:
+    """Random rows and their elements, computed once."""
+    raw = random_blocks(type, rows * blocks, seed=rows).reshape(rows, -1)
+    return raw, reference(raw, type)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The contract
+
+
+def test_every_floating_point_type_is_supported():
+    assert {type.name for type in TYPES.values() if quants.supported(type)} == {type.name for type in FLOATS}
+    assert set(quants.EXPONENTS) == {*quants.TORCH, *quants.CODEBOOK} == {type.name for type in FLOATS}
+
+
+def test_every_type_that_gguf_knows_is_here():
+    known = {"F32", "F16"} | {qtype.name for qtype in gguf.quants._type_traits}
+    assert known <= set(NAMED)
+
+
+@every_type
+def test_random_blocks(type, compute):
+    raw, expected = rows_of(type, 67)
+    assert_same_bits(compute(raw, type), expected)
+
+
+@every_type
+def test_edge_blocks(type, compute):
+    raw = edge_blocks(type)
+    assert_same_bits(compute(raw, type), reference(raw, type))
+
+
+@every_type
+@pytest.mark.parametrize("rows", [0, 1, 7])
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_rows_split_over_threads(type, rows, threads):
+    raw, expected = rows_of(type, 7)
+    assert_same_bits(quants.dequantize_rows(raw[:rows], type, threads=threads), expected[:rows])
+
+
+@every_type
+def test_tiles(type, compute, monkeypatch):
+    monkeypatch.setattr(quants, "TILE", 2 * 3 * type.block_size)  # two rows, so that seven end in half a tile
+    raw, expected = rows_of(type, 7)
+    assert_same_bits(compute(raw, type), expected)
+
+
+@every_type
+@pytest.mark.parametrize(
+    "view",
+    [np.s_[::2], np.s_[::-1], np.s_[1:6, :], np.s_[5:6], np.s_[:0]],
+    ids=["step", "reverse", "range", "one", "none"],
+)
+def test_strided_rows(type, view, compute, monkeypatch):
+    monkeypatch.setattr(quants, "TILE", 2 * 3 * type.block_size)
+    raw, expected = rows_of(type, 7)
+    assert_same_bits(compute(raw[view], type), expected[view])
+
+
+@every_type
+def test_columns_of_rows(type, compute):
+    """A range of blocks of every row: strided rows, and an odd first byte for odd blocks."""
+    raw, expected = rows_of(type, 7)
+    a, b = type.block_bytes, type.block_size
+    assert_same_bits(compute(raw[:, a : 2 * a], type), expected[:, b : 2 * b])
+
+
+@every_type
+def test_mapped_file(type, compute, tmp_path):
+    """A read-only view is taken without a warning."""
+    raw, expected = rows_of(type, 7)
+    path = tmp_path / "raw"
+    path.write_bytes(raw.tobytes())
+    mapped = np.memmap(path, np.uint8, "r", shape=raw.shape)
+    assert_same_bits(compute(mapped[2:], type), expected[2:])
+
+
+@every_type
+def test_out_is_overwritten_and_returned(type, request):
+    raw, expected = rows_of(type, 7)
+    out = torch.full(expected.shape, torch.nan)
+    assert quants.dequantize_rows(raw, type, out, threads=2) is out
+    assert_same_bits(out, expected)
+    request.getfixturevalue("without_native")
+    out.fill_(torch.nan)
+    assert quants.dequantize_rows(raw, type, out) is out
+    assert_same_bits(out, expected)
+
+
+@every_type
+def test_leading_and_strided_dimensions(type):
+    raw, expected = rows_of(type, 6)
+    data = torch.from_numpy(raw)
+    assert_same_bits(quants.dequantize(data[0], type), expected[0])
+    assert_same_bits(quants.dequantize(data.reshape(1, 2, 3, -1), type), expected.reshape(1, 2, 3, -1))
+    assert_same_bits(quants.dequantize(data[::2], type), expected[::2])
+    a, b = type.block_bytes, type.block_size
+    assert_same_bits(quants.dequantize(data[:, a : 2 * a], type), expected[:, b : 2 * b])
+    empty = torch.zeros(2, 0, raw.shape[1], dtype=torch.uint8)
+    assert quants.dequantize(empty, type).shape == (2, 0, expected.shape[1])
+
+
+@every_type
+def test_odd_address(type):
+    """Rows that begin at an odd byte of a tensor, which torch cannot view as wider words."""
+    raw, expected = rows_of(type, 6)
+    data = torch.from_numpy(np.concatenate([[0], raw.ravel()]).astype(np.uint8))[1:].reshape(raw.shape)
+    assert_same_bits(quants.dequantize(data, type), expected)
+    assert_same_bits(quants.dequantize(data[:1], type), expected[:1])
+
+
+@every_type
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_cast(type, dtype):
+    raw, _ = rows_of(type, 6)
+    data = torch.from_numpy(raw)
+    found = quants.dequantize(data, type, dtype)
+    expected = data.view(torch.float64).to(dtype) if type.name == "F64" else quants.dequantize(data, type).to(dtype)
+    assert found.dtype == dtype
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@every_type
+def test_device(type):
+    for raw in (rows_of(type, 67)[0], edge_blocks(type)):
+        found = quants.dequantize(torch.from_numpy(raw).cuda(), type)
+        assert found.is_cuda
+        assert_same_bits(found.cpu(), reference(raw, type))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Scales that are not finite
+
+
+@every_type
+def test_invalid_scales_are_found(type):
+    """Words of ones at every byte of a block of zeros: what turns an element infinite or NaN is an invalid scale."""
+    blocks = [np.zeros(type.block_bytes, np.uint8), random_blocks(type, 1)[0]]
+    for width, byte in itertools.product((1, 2, 4, 8), range(type.block_bytes)):
+        block = np.zeros(type.block_bytes, np.uint8)
+        block[byte : byte + width] = 255
+        blocks.append(block)
+    with np.errstate(all="ignore"):
+        expected = ~np.isfinite(reference(np.stack(blocks), type)).all(1)
+    if type.name == "MXFP4":  # NaN by the standard, 2^127 to ggml's arithmetic
+        expected = np.array([block[0] == 255 for block in blocks])
+    if type.name == "F64":  # finite, but not as a float32
+        expected = np.array([not np.isfinite(block.view(np.float64)[0]) for block in blocks])
+    found = [quants.has_invalid_scales(block[None], type) for block in blocks]
+    assert found == expected.tolist()
+    assert not found[0]
+    assert any(found) == (type.name != "NVFP4")
+
+
+@every_type
+def test_one_invalid_scale_among_many(type, monkeypatch):
+    monkeypatch.setattr(quants, "TILE", 2 * 3 * type.block_size)
+    raw = rows_of(type, 7)[0].copy()
+    assert not quants.has_invalid_scales(raw, type)
+    assert not quants.has_invalid_scales(raw[:0], type)
+    raw[6, -type.block_bytes :] = 255
+    assert quants.has_invalid_scales(raw, type) == (type.name != "NVFP4")
+    assert not quants.has_invalid_scales(raw[:6], type)
+    assert quants.has_invalid_scales(raw[::-2], type) == (type.name != "NVFP4")
+
+
+@every_type
+def test_invalid_scales_agree_with_ggml(type):
+    if quants.native_library() is None:
+        pytest.skip("libggml is not installed (pip install llama-cpp-python)")
+    validate = quants.native_library().ggml_validate_row_data
+    validate.argtypes, validate.restype = (ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t), ctypes.c_bool
+    if type.name == "F64":
+        pytest.skip("ggml judges a float64 by its float32")
+    for seed in range(20):
+        # Plain random bytes: a scale in 32 is not finite.
+        raw = np.random.default_rng(seed).integers(0, 256, (1, 2 * type.block_bytes), dtype=np.uint8)
+        assert quants.has_invalid_scales(raw, type) == (not validate(type.id, raw.ctypes.data, raw.size))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Refusals
+
+
+@pytest.mark.parametrize("name", sorted(INTEGERS))
+def test_unsupported_type_is_named(name):
+    type = NAMED[name]
+    assert not quants.supported(type)
+    for call in (quants.dequantize_rows, quants.has_invalid_scales):
+        with pytest.raises(ValueError, match=rf"type {name} cannot be dequantized; supported: F32, F16, Q4_0.*Q4_K"):
+            call(np.zeros((1, 8), np.uint8), type)
+    with pytest.raises(ValueError, match=rf"type {name} cannot be dequantized"):
+        quants.dequantize(torch.zeros(1, 8, dtype=torch.uint8), type)
+
+
+def test_codebook_type_tells_what_to_install(without_native, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"type IQ2_XS cannot be dequantized.*need llama-cpp-python or gguf"):
+        quants.dequantize_rows(np.zeros((1, 74), np.uint8), NAMED["IQ2_XS"])
+    assert quants.dequantize_rows(np.zeros((1, 144), np.uint8), NAMED["Q4_K"]).shape == (1, 256)
+
+
+@every_type
+def test_partial_block(type):
+    if type.block_bytes == 1:
+        return
+    size = 3 * type.block_bytes - 1
+    for call, data in (
+        (quants.dequantize, torch.zeros(2, size, dtype=torch.uint8)),
+        (quants.dequantize_rows, np.zeros((2, size), np.uint8)),
+        (quants.has_invalid_scales, np.zeros((2, size), np.uint8)),
+    ):
+        with pytest.raises(ValueError, match=rf"{type.name}: a row of {size} bytes is not a whole number of blocks"):
+            call(data, type)
+
+
+def test_wrong_data():
+    q8_0 = NAMED["Q8_0"]
+    with pytest.raises(ValueError, match=r"Q8_0: expected uint8 \[..., row_bytes\], found float32 \[2, 34\]"):
+        quants.dequantize(torch.zeros(2, 34), q8_0)
+    with pytest.raises(ValueError, match=r"expected raw as uint8 \[rows, row_bytes\], found uint8 \[34\]"):
+        quants.dequantize_rows(np.zeros(34, np.uint8), q8_0)
+    with pytest.raises(ValueError, match=r"expected raw as uint8 \[rows, row_bytes\], found int8 \[1, 34\]"):
+        quants.dequantize_rows(np.zeros((1, 34), np.int8), q8_0)
+    with pytest.raises(ValueError, match="threads=0"):
+        quants.dequantize_rows(np.zeros((1, 34), np.uint8), q8_0, threads=0)
+
+
+@pytest.mark.parametrize(
+    ("out", "message"),
+    [
+        (torch.zeros(2, 31), r"out must be float32 \[2, 32\] on the CPU, found float32 \[2, 31\] on cpu"),
+        (torch.zeros(3, 32), r"found float32 \[3, 32\]"),
+        (torch.zeros(2, 32, dtype=torch.float64), r"found float64 \[2, 32\]"),
+        (torch.zeros(32, 2).T, r"out must be contiguous, found strides \[1, 2\]"),
+    ],
+)
+def test_wrong_out(out, message):
+    """A buffer that C would overrun is refused."""
+    with pytest.raises(ValueError, match=message):
+        quants.dequantize_rows(np.zeros((2, 34), np.uint8), NAMED["Q8_0"], out)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# libggml
+
+
+def test_environment_leaves_libggml_out(without_native):
+    assert quants.native_library() is None
+    assert quants._native(NAMED["Q4_0"]) is None
+
+
+def test_libggml_is_found_and_knows_every_quantized_type():
+    if importlib.util.find_spec("llama_cpp") is None:
+        pytest.skip("llama-cpp-python is not installed")
+    quantized = {type.name for type in FLOATS if type.block_size > 1}
+    assert {name for name in quantized if quants._native(NAMED[name])} == quantized
+
+
+def test_library_that_gets_the_known_block_wrong_is_refused(without_native, monkeypatch):
+    class Library(ctypes.CDLL):
+        def __init__(self, path):
+            opened.append(path)
+
+        @staticmethod
+        def dequantize_row_q8_0(raw, out, elements):
+            pass
+
+    if importlib.util.find_spec("llama_cpp") is None:
+        pytest.skip("llama-cpp-python is not installed")
+    opened = []
+    monkeypatch.delenv("GGJAC_NATIVE")
+    monkeypatch.setattr(ctypes, "CDLL", Library)
+    assert quants.native_library() is None
+    assert opened
+
+
+def test_type_that_libggml_lays_out_otherwise_is_left_to_torch(without_native, monkeypatch):
+    monkeypatch.delenv("GGJAC_NATIVE")
+    if quants.native_library() is None:
+        pytest.skip("libggml is not installed (pip install llama-cpp-python)")
+    monkeypatch.setitem(quants.TORCH, "Q4_0", quants.iq4_nl)
+    assert quants._native(NAMED["Q4_0"]) is None
+    assert quants._native(NAMED["Q4_1"]) is not None
