@@ -2,9 +2,9 @@
 
     logit = w · y = Σ_i w · J_i x_i + w · offset
 
-with `w` the head's row of the target token. One cotangent, one downward sweep gives every `Jᵀ w` at once. The split is an
-identity of the frozen network; it says what each position contributes along its live path, not what would happen if a
-token were changed.
+with `w` the head's row of the target token. One cotangent, one downward sweep gives every `Jᵀ w` at once. The split is
+an identity of the frozen network; it says what each position contributes along its live path, not what would happen if
+a token were changed.
 """
 
 from dataclasses import dataclass

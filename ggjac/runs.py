@@ -1,0 +1,217 @@
+"""What a command leaves on disk: safetensors files and a run folder, complete or not there at all.
+
+Everything is written under a temporary name beside its destination, flushed to the disk, and renamed. Tensors are
+written piece by piece, so that a dense Jacobian larger than memory can be saved; the format is safetensors (a length, a
+JSON header, raw bytes), which needs no pickle to read.
+"""
+
+import contextlib
+import json
+import math
+import os
+import platform
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+SCHEMA_VERSION = 1
+
+_DTYPES: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "F64": np.dtype("<f8"), "I64": np.dtype("<i8")}
+
+
+class RunError(ValueError):
+    """A result that cannot be written or read; the message says where and why."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor to be written: a safetensors dtype (`F32`, `F64` or `I64`) and a shape."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the data."""
+        return math.prod(self.shape) * _DTYPES[self.dtype].itemsize
+
+
+class TensorWriter:
+    """Write the rows of declared tensors to an open safetensors file, in any order. Made by `writing_tensors`."""
+
+    def __init__(self, file: Any, entries: Mapping[str, Entry], metadata: Mapping[str, str]):
+        header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+        self._file, self._entries, self._starts = file, entries, {}
+        offset = 0
+        # The widest types first keeps every tensor aligned to its element size.
+        for name, entry in sorted(entries.items(), key=lambda item: (-_DTYPES[item[1].dtype].itemsize, item[0])):
+            self._starts[name] = offset
+            header[name] = {
+                "dtype": entry.dtype,
+                "shape": list(entry.shape),
+                "data_offsets": [offset, offset + entry.nbytes],
+            }
+            offset += entry.nbytes
+        encoded = json.dumps(header, ensure_ascii=True).encode()
+        encoded += b" " * (-len(encoded) % 8)
+        file.write(len(encoded).to_bytes(8, "little") + encoded)
+        self._data = 8 + len(encoded)
+        file.truncate(self._data + offset)
+
+    def write(self, name: str, values: np.ndarray, start: int = 0) -> None:
+        """Write `values` as rows `start:` (along the first axis) of a declared tensor."""
+        entry = self._entries[name]
+        dtype = _DTYPES[entry.dtype]
+        if values.shape[1:] != entry.shape[1:] or start + len(values) > entry.shape[0]:
+            raise ValueError(f"{name}: rows {start}: of shape {values.shape} do not fit into {entry.shape}")
+        self._file.seek(self._data + self._starts[name] + start * math.prod(entry.shape[1:]) * dtype.itemsize)
+        self._file.write(np.ascontiguousarray(values, dtype).data)
+
+
+@contextlib.contextmanager
+def writing_tensors(
+    path: str | os.PathLike[str], entries: Mapping[str, Entry], metadata: Mapping[str, str] | None = None
+) -> Iterator[TensorWriter]:
+    """Open a safetensors file for writing; it appears under its name when the block ends without an error.
+
+    Raises:
+        RunError: the folder is missing or not writable, or the disk is too full.
+    """
+    path = Path(path)
+    needed = sum(entry.nbytes for entry in entries.values())
+    with _replacing(path, needed) as temporary, open(temporary, "wb") as file:
+        yield TensorWriter(file, entries, metadata or {})
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def save_tensors(
+    path: str | os.PathLike[str], tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write whole arrays to a safetensors file: floats as F32 or F64, integers as I64.
+
+    Raises:
+        RunError: as `writing_tensors`.
+    """
+    entries = {name: Entry(_stored(array.dtype), array.shape) for name, array in tensors.items()}
+    with writing_tensors(path, entries, metadata) as writer:
+        for name, array in tensors.items():
+            writer.write(name, array)
+
+
+def save_json(path: str | os.PathLike[str], content: Mapping[str, Any]) -> None:
+    """Write a JSON file; numbers that JSON lacks (NaN, infinity) are refused rather than written wrongly.
+
+    Raises:
+        RunError: as `writing_tensors`.
+    """
+    text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    with _replacing(Path(path), len(text)) as temporary, open(temporary, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+@contextlib.contextmanager
+def creating_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield a temporary folder that takes the name `path` when the block ends without an error, and vanishes if not.
+
+    Raises:
+        RunError: `path` exists (and is not an empty folder), or its parent cannot be written.
+    """
+    path = Path(path)
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise RunError(f"{path}: exists; choose another name with -o, or remove it")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with _explaining(path):
+        temporary.mkdir(parents=True)
+        try:
+            yield temporary
+            temporary.rename(path)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+
+
+def provenance() -> dict[str, Any]:
+    """Return what produced a result: tool and package versions, Python, platform, and the time (UTC)."""
+    versions = {}
+    for package in ("ggjac", "torch", "numpy", "gguf", "llama-cpp-python"):
+        with contextlib.suppress(PackageNotFoundError):
+            versions[package] = version(package)
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "versions": versions | {"python": platform.python_version()},
+        "platform": platform.platform(),
+    }
+
+
+def peak_memory() -> int | None:
+    """Return the most resident memory this process has used, in bytes; None where the system does not say."""
+    try:
+        import resource
+    except ModuleNotFoundError:  # Windows
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if platform.system() == "Darwin" else peak * 1024  # Linux counts KiB
+
+
+def load_run(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Return the contents of `run.json` in a run folder.
+
+    Raises:
+        RunError: not a run folder, or one of another schema version.
+    """
+    file = Path(path) / "run.json"
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RunError(f"{path}: is not a run folder ({type(error).__name__} reading run.json)") from error
+    if not isinstance(content, dict) or content.get("schema_version") != SCHEMA_VERSION:
+        raise RunError(f"{path}: run.json is not of schema version {SCHEMA_VERSION}; analyse the prompt again")
+    return content
+
+
+def _stored(dtype: np.dtype) -> str:
+    """Name the safetensors dtype that holds values of a NumPy dtype."""
+    return "I64" if dtype.kind in "iu" else "F64" if dtype.itemsize == 8 else "F32"
+
+
+@contextlib.contextmanager
+def _replacing(path: Path, needed: int) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; rename it to `path` at the end, or remove it after an error."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with _explaining(path):
+        if path.is_dir():
+            raise IsADirectoryError
+        free = shutil.disk_usage(path.parent).free
+        if free < needed:
+            raise RunError(f"{path}: needs {needed} bytes, the disk has {free} free; choose another -o, or make room")
+        try:
+            yield temporary
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _explaining(path: Path) -> Iterator[None]:
+    """Turn the system's errors about `path` into one line that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        reasons: dict[type[OSError], str] = {
+            FileNotFoundError: "its folder does not exist; create it, or choose another -o",
+            NotADirectoryError: "its folder is a file; choose another -o",
+            IsADirectoryError: "is a folder; give the name of a file",
+            PermissionError: "cannot be written (permission denied); choose another -o",
+        }
+        reason = reasons.get(type(error), f"cannot be written ({error.strerror or error}); choose another -o")
+        raise RunError(f"{path}: {reason}") from error
