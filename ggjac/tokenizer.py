@@ -84,7 +84,7 @@ def open_tokenizer(
     where llama.cpp is missing).
     """
     if model in NO_TOKENIZER:
-        reason = f"{os.fspath(path)} holds no tokenizer (tokenizer.ggml.model is {model or 'absent'})"
+        reason = f"{_name(path)} holds no tokenizer (tokenizer.ggml.model is {model or 'absent'})"
         return RawVocabulary(tokens, model, types, reason=f"{reason}; give token ids instead, as in --tokens 1,2,3")
     try:
         llama = import_llama_cpp()
@@ -186,7 +186,9 @@ class LlamaVocabulary(Tokenizer):
         self._refuse_unspellable(vocab, text)
         ids = tokenize(self._llama, vocab, data, add_special=add_special, parse_special=parse_special)
         if bad := [id for id in ids if not 0 <= id < self.n_vocab]:
-            raise TokenizerError(f"{self.path}: the vocabulary gives the text id {bad[0]}, beyond its {self.n_vocab}")
+            raise TokenizerError(
+                f"{_name(self.path)}: the vocabulary gives the text id {bad[0]}, beyond its {self.n_vocab}"
+            )
         if self._missing_bytes and self._is_bpe(vocab):
             self._refuse_dropped(ids, data)
         return ids
@@ -248,13 +250,13 @@ class LlamaVocabulary(Tokenizer):
             model = llama.llama_model_load_from_file(os.fsencode(self.path), params)
         if not model:
             raise TokenizerError(
-                f"llama.cpp cannot read the vocabulary of {self.path}: {quoted_log(log)}; give token ids, "
+                f"llama.cpp cannot read the vocabulary of {_name(self.path)}: {quoted_log(log)}; give token ids, "
                 "as in --tokens 1,2,3"
             )
         weakref.finalize(self, _free_model, llama, model)
         vocab = llama.llama_model_get_vocab(model)
         if llama.llama_vocab_n_tokens(vocab) < len(self._raw.tokens):
-            raise TokenizerError(f"llama.cpp reads fewer tokens from {self.path} than its metadata lists")
+            raise TokenizerError(f"llama.cpp reads fewer tokens from {_name(self.path)} than its metadata lists")
         return vocab
 
     @cached_property
@@ -277,7 +279,7 @@ class LlamaVocabulary(Tokenizer):
         for character in sorted(characters - known):
             if not self._missing_bytes.isdisjoint(character.encode("utf-8")):
                 raise TokenizerError(
-                    f"{self.path}: the vocabulary has no token for {visible(character.encode())!r} "
+                    f"{_name(self.path)}: the vocabulary has no token for {visible(character.encode())!r} "
                     f"(U+{ord(character):04X}) and cannot spell it in bytes; leave it out, or give token ids, "
                     "as in --tokens 1,2,3"
                 )
@@ -287,8 +289,8 @@ class LlamaVocabulary(Tokenizer):
         spelled = b"".join(map(self.piece, ids))
         if lost := sorted(set(data) - set(spelled)):
             raise TokenizerError(
-                f"{self.path}: the vocabulary has no token for the byte 0x{lost[0]:02X} of the text; leave it out, "
-                "or give token ids, as in --tokens 1,2,3"
+                f"{_name(self.path)}: the vocabulary has no token for the byte 0x{lost[0]:02X} of the text; "
+                "leave it out, or give token ids, as in --tokens 1,2,3"
             )
 
 
@@ -317,6 +319,10 @@ def visible(piece: bytes) -> str:
         return "␣" * len(text)
     start = text.index(body)
     return "␣" * start + "".join(map(_shown, body)) + "␣" * (len(text) - start - len(body))
+
+
+def _name(path: str | os.PathLike[str]) -> str:
+    return visible(os.fsencode(path))
 
 
 # Printable by category, yet drawn as nothing: Unicode's Default_Ignorable_Code_Point without FE0E/FE0F, which emoji

@@ -1,0 +1,461 @@
+"""What is captured from llama.cpp is what its name says (by arithmetic on gguf's weights), and verdicts judge rightly.
+
+The verdicts are tested with a stand-in model whose trace is llama.cpp's own run, changed in known ways.
+"""
+
+import ctypes
+import math
+import shutil
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import gguf
+import numpy as np
+import pytest
+import tiny
+import torch
+
+from ggjac import parity
+from ggjac.gguf import GGUFError, open_gguf
+from ggjac.parity import ParityError, Reference, judge, layer_error, rewrite_as_f32, run_llama_cpp, verify
+from ggjac.tokenizer import open_tokenizer
+
+llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
+
+STORY = "Once upon a time, there was a little girl named"
+
+
+def weights(path: Path) -> dict[str, np.ndarray]:
+    """Return every tensor in float64, dequantized by the gguf package."""
+    return {
+        t.name: gguf.quants.dequantize(t.data, t.tensor_type).astype(np.float64) for t in gguf.GGUFReader(path).tensors
+    }
+
+
+def relative(a: np.ndarray | torch.Tensor, b: np.ndarray | torch.Tensor) -> float:
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    return float(np.linalg.norm(a - b) / np.linalg.norm(b))
+
+
+class StandIn:
+    """A model whose trace is llama.cpp's own run on the file, after `change(name, tensor)`."""
+
+    def __init__(self, path: Path, *, source: Path | None = None, change=lambda name, tensor: tensor, dtype="float32"):
+        self.gguf = open_gguf(path)
+        self.path, self.dtype, self.change, self.source = path, dtype, change, source or path
+        metadata = self.gguf.metadata
+        self.tokenizer = open_tokenizer(
+            path, tokens=metadata.get("tokenizer.ggml.tokens"), model=metadata.get("tokenizer.ggml.model")
+        )
+
+    def trace(self, ids, *, observe=None):
+        run = run_llama_cpp(self.source, ids)
+        for name, tensor in run.tensors.items():
+            if (changed := self.change(name, tensor.clone())) is not None:
+                observe(name, changed)
+        logits = self.change("logits", run.logits.clone())
+        return SimpleNamespace(all_logits=lambda: logits)
+
+
+@pytest.fixture(autouse=True)
+def one_thread(monkeypatch):
+    """Files this small are slower on two threads, and much slower when the machine is busy: the threads spin."""
+    monkeypatch.setattr(parity, "_cpus", lambda: 1)
+
+
+@pytest.fixture(scope="module")
+def stories(shared) -> Path:
+    return shared / "models"
+
+
+# -- what is captured --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", ["gqa", "tied", "biases", "yarn"])
+def test_captures_are_what_their_names_say(tiny_file, case):
+    path, ids = tiny_file(case), tiny.prompt(case)
+    o, w, run = tiny.options(case), weights(tiny_file(case)), run_llama_cpp(path, tiny.prompt(case))
+    states = {name: tensor.double().numpy() for name, tensor in run.tensors.items()}
+    order = [f"{part}-{i}" for i in range(o.layers) for part in ("attn_out", "ffn_out", "l_out")] + ["result_norm"]
+    assert list(states) == order
+    assert all(value.shape == (len(ids), o.d) for value in states.values())
+    assert run.logits.shape == (len(ids), o.vocab)
+    assert run.logits.dtype == torch.float32
+    # The residual stream is the sum of the embedding and of every branch.
+    stream = w["token_embd.weight"][ids]
+    for i in range(o.layers):
+        stream = stream + states[f"attn_out-{i}"] + states[f"ffn_out-{i}"]
+        assert relative(states[f"l_out-{i}"], stream) < 1e-6
+    normed = stream / np.sqrt((stream**2).mean(-1, keepdims=True) + o.eps) * w["output_norm.weight"]
+    assert relative(states["result_norm"], normed) < 1e-6
+    head = w["token_embd.weight" if o.tied else "output.weight"]
+    assert relative(run.logits, states["result_norm"] @ head.T) < 1e-6
+
+
+def test_logits_of_a_position_do_not_know_the_later_ones(tiny_file):
+    ids = tiny.prompt("gqa")
+    whole = run_llama_cpp(tiny_file("gqa"), ids)
+    for n in (1, 2, len(ids) - 1):
+        part = run_llama_cpp(tiny_file("gqa"), ids[:n])
+        assert relative(part.logits, whole.logits[:n]) < 1e-5
+        assert relative(part.tensors["l_out-1"], whole.tensors["l_out-1"][:n]) < 1e-5
+
+
+def test_runs_repeat_to_the_bit(tiny_file):
+    ids = tiny.prompt("q8_0")
+    a, b = (run_llama_cpp(tiny_file("q8_0"), ids, threads=t) for t in (2, 2))
+    assert torch.equal(a.logits, b.logits)
+    assert all(torch.equal(a.tensors[name], b.tensors[name]) for name in a.tensors)
+    bare = run_llama_cpp(tiny_file("q8_0"), ids, layers=False, threads=2)
+    assert torch.equal(bare.logits, a.logits)
+    assert bare.tensors == {}
+
+
+def test_other_names_can_be_asked_for(tiny_file):
+    run = run_llama_cpp(tiny_file("gqa"), tiny.prompt("gqa"), names=("ffn_inp", "norm"))
+    assert {name.rpartition("-")[0] for name in run.tensors} == {"ffn_inp", "norm", ""}  # "" for the last: "norm"
+
+
+def test_long_prompts_are_one_batch(tiny_file):
+    ids = (tiny.prompt("gqa", 100) * 8)[:700]  # beyond llama.cpp's defaults for n_ctx and n_ubatch, 512
+    run = run_llama_cpp(tiny_file("gqa"), ids)
+    assert len(run.logits) == len(run.tensors["l_out-0"]) == len(ids)
+
+
+def test_a_trained_model(stories):
+    run = run_llama_cpp(stories / "stories260K-f32.gguf", [1], prompt=STORY)
+    assert run.prompt_ids is not None
+    run = run_llama_cpp(stories / "stories260K-f32.gguf", run.prompt_ids)
+    vocabulary = open_tokenizer(stories / "stories260K-f32.gguf", tokens=None, model="llama")
+    assert vocabulary.piece(int(run.logits[-1].argmax())) == b" Lily"
+    output = weights(stories / "stories260K-f32.gguf")
+    head = output.get("output.weight", output["token_embd.weight"])
+    assert relative(run.logits, run.tensors["result_norm"].double().numpy() @ head.T) < 1e-6
+
+
+def test_a_split_file(tmp_path, tiny_file):
+    source = gguf.GGUFReader(tiny_file("gqa"))
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama", split_max_tensors=8)
+    for key, field in source.fields.items():
+        if not key.startswith("GGUF.") and key != "general.architecture":
+            writer.add_key_value(key, field.contents(), field.types[0])
+    for t in source.tensors:
+        writer.add_tensor(t.name, t.data, raw_dtype=t.tensor_type)
+    writer.write_header_to_file(tmp_path / "m.gguf")
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    first, *others = sorted(tmp_path.glob("m-*.gguf"))
+    assert others
+    ids = tiny.prompt("gqa")
+    expected = run_llama_cpp(tiny_file("gqa"), ids)
+    assert torch.equal(run_llama_cpp(first, ids).logits, expected.logits)
+    whole = rewrite_as_f32(first, tmp_path)
+    assert torch.equal(run_llama_cpp(whole, ids).logits, expected.logits)
+    assert verify(StandIn(first), ids, strict=True).verdict
+
+
+def test_strides_are_honoured():
+    """A view: 2 rows of 3 elements, 5 elements apart."""
+    llama = llama_cpp.llama_cpp
+    data = np.arange(10, dtype=np.float32)
+    head = parity._TensorHead(llama.GGML_TYPE_F32, None, (3, 2, 1, 1), (4, 20, 40, 40))
+    capture = parity._Capture(llama, ["x"])
+
+    def get(tensor, target, offset, size):
+        assert (offset, size) == (0, 32)
+        ctypes.memmove(target, data.ctypes.data, size)
+
+    capture._ggml = SimpleNamespace(
+        ggml_nbytes=lambda _: 32,
+        ggml_nelements=lambda _: 6,
+        ggml_backend_tensor_get=get,
+        ggml_get_name=lambda _: b"x-0",
+    )
+    assert capture._call(ctypes.addressof(head), False, None)
+    assert capture.tensors["x-0"].tolist() == [[0, 1, 2], [5, 6, 7]]
+    # A struct that is laid out otherwise is noticed.
+    capture._ggml.ggml_nelements = lambda _: 7
+    assert not capture._call(ctypes.addressof(head), False, None)
+    assert "not laid out" in str(capture.error)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ZeroDivisionError])
+def test_what_goes_wrong_inside_the_callback_surfaces(tiny_file, monkeypatch, error):
+    def fail(*_):
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(parity._Capture, "_copy", fail)
+        with pytest.raises(error):
+            run_llama_cpp(tiny_file("gqa"), tiny.prompt("gqa"))
+    assert run_llama_cpp(tiny_file("gqa"), tiny.prompt("gqa")).tensors
+
+
+def test_nothing_is_printed(tiny_file, tmp_path, capfd):
+    run_llama_cpp(tiny_file("q8_0"), tiny.prompt("q8_0"))
+    rewrite_as_f32(tiny_file("q8_0"), tmp_path)
+    with pytest.raises(ParityError):
+        run_llama_cpp(tmp_path / "missing.gguf", [1])
+    assert capfd.readouterr() == ("", "")
+
+
+# -- the copy in float32 -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", ["f16", "bf16", "q8_0", "q4_0_tied", "q4_k_mixed", "rope_factors"])
+def test_rewriting_is_exact(tiny_file, tmp_path, case):
+    path = rewrite_as_f32(tiny_file(case), tmp_path)
+    before, after = weights(tiny_file(case)), weights(path)
+    assert before.keys() == after.keys()
+    assert all(np.array_equal(before[name], after[name]) for name in before)
+    with open_gguf(path) as file:
+        assert {info.type.name for info in file.tensors.values()} == {"F32"}
+
+
+def test_a_full_disk_is_seen_before_anything_is_written(tiny_file, tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=12_000_000))
+    with pytest.raises(ParityError, match=r"needs 0\.1 GB .* has 0\.0 GB free; .*TMPDIR.*--strict"):
+        rewrite_as_f32(tiny_file("q8_0"), tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+# -- verdicts ----------------------------------------------------------------------------------------------------------
+
+
+def test_equal_is_equal(tiny_file):
+    ids = tiny.prompt("gqa")
+    told = []
+    result = verify(StandIn(tiny_file("gqa")), ids, progress=told.append)
+    assert result.verdict
+    assert result.mode == "as is"
+    assert result.tolerance == 1e-5  # all F32: held to the strict tolerance without being asked
+    assert (result.rank, result.gap, result.top1_equal, result.top1_share) == (1, 0.0, True, 1.0)
+    assert (result.kl, result.kl_last, result.logits_error) == (0.0, 0.0, 0.0)
+    assert [layer.name for layer in result.layers][:3] == ["attn_out-0", "ffn_out-0", "l_out-0"]
+    assert [layer.layer for layer in result.layers] == [0, 0, 0, 1, 1, 1, None]
+    assert all(layer.error == 0 for layer in result.layers)
+    assert result.first_departure is None
+    assert result.cause is None
+    assert result.tokens_equal is None
+    assert told == ["llama.cpp: evaluating the prompt", "comparing every layer of the trace"]
+    assert result.reason.startswith("same top token, logits within 0.0e+00 relative L2, 7 tensors within")
+
+
+@pytest.mark.parametrize("case", ["q8_0", "q4_k_mixed", "bf16"])
+def test_strict_runs_the_f32_copy(tiny_file, case):
+    """Ours stands on the F32 copy; the file as it is rounds activations and is far beyond the tolerance."""
+    ids = tiny.prompt(case)
+    model = StandIn(tiny_file(case), source=tiny_file(case, ftype="F32"))
+    strict = verify(model, ids, strict=True)
+    assert strict.verdict
+    assert (strict.mode, strict.logits_error, strict.cause) == ("strict", 0.0, None)
+    as_is = verify(model, ids, tolerance=1e-5)
+    assert not as_is.verdict
+    assert as_is.logits_error > 1e-4
+    assert as_is.cause is not None
+    assert f"{16 if case == 'bf16' else 8} bit" in as_is.cause
+    margin = verify(model, ids)
+    assert margin.verdict
+    assert margin.tolerance is None
+    assert 0 < margin.kl < 0.1
+
+
+def test_the_first_wrong_layer_is_named(tiny_file):
+    def change(name, tensor):
+        if name in ("ffn_out-1", "l_out-1", "result_norm"):
+            tensor[4] *= 1 + 1e-3
+        return tensor
+
+    result = verify(StandIn(tiny_file("gqa"), change=change), tiny.prompt("gqa"))
+    assert not result.verdict
+    assert result.first_departure == "ffn_out-1"
+    assert "ffn_out-1 is off by" in result.reason
+    wrong = {layer.name: layer for layer in result.layers}["ffn_out-1"]
+    assert (wrong.layer, wrong.position) == (1, 4)
+    assert wrong.position_error == pytest.approx(1e-3, rel=1e-3)
+    assert 1e-5 < wrong.error < 1e-3
+
+
+def test_the_tolerance_is_a_bound_on_every_tensor(tiny_file):
+    def change(name, tensor):
+        return tensor * (1 + 3e-6) if name == "l_out-0" else tensor
+
+    model = StandIn(tiny_file("gqa"), change=change)
+    assert verify(model, tiny.prompt("gqa")).verdict
+    assert verify(model, tiny.prompt("gqa"), tolerance=1e-6).first_departure == "l_out-0"
+    rough = StandIn(tiny_file("gqa"), change=lambda name, tensor: tensor * 1.004)
+    assert not verify(rough, tiny.prompt("gqa")).verdict
+    rough.dtype = "bfloat16"
+    result = verify(rough, tiny.prompt("gqa"))
+    assert result.verdict
+    assert result.tolerance == 16 * 2**-7
+    assert "bfloat16" in (result.cause or "")
+    rough.dtype = torch.float16
+    assert "float16" in (verify(rough, tiny.prompt("gqa")).cause or "")
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("where", ["l_out-1", "result_norm", "logits"])
+@pytest.mark.parametrize("case", ["gqa", "q8_0"])
+def test_what_is_not_finite_never_passes(tiny_file, value, where, case):
+    def change(name, tensor):
+        if name == where:
+            tensor[2, 3] = value
+        return tensor
+
+    model = StandIn(tiny_file(case), change=change)
+    for tolerance in (None, math.inf):
+        result = verify(model, tiny.prompt(case), tolerance=tolerance)
+        assert not result.verdict
+        assert result.first_departure == (None if where == "logits" else where)
+        assert "not all finite" in result.reason if where == "logits" else where in result.reason
+        if where != "logits":
+            layer = {layer.name: layer for layer in result.layers}[where]
+            assert layer.position == 2
+            assert not math.isfinite(layer.error)
+
+
+def test_nan_on_both_sides_does_not_pass():
+    nan = torch.full((2, 5), math.nan)
+    for tolerance in (None, 1e-5, math.inf):
+        result = judge(Reference(nan), nan, {}, mode="as is", tolerance=tolerance)
+        assert not result.verdict
+        assert not result.top1_equal
+    result = judge(Reference(torch.zeros(2, 5)), torch.zeros(2, 5), {}, mode="as is", tolerance=None)
+    assert result.verdict
+
+
+def logits(*last: float) -> torch.Tensor:
+    return torch.tensor([[0.0, 1.0, 0.0, 0.0], last])
+
+
+@pytest.mark.parametrize(
+    ("ours", "verdict", "rank", "gap"),
+    [
+        (logits(0, 5, 4, 3), True, 1, 0.0),
+        (logits(0, 9, 4, 3), True, 1, 0.0),  # as is, only the prediction is judged
+        (logits(0, 4, 4.25, 3), True, 2, 0.25),
+        (logits(0, 4, 4.26, 3), False, 2, 0.26),
+        (logits(0, 4, 4.1, 4.1), False, 3, 0.1),
+        (logits(9, 4, 4, 3), False, 2, 5.0),
+        (logits(4, 4, 4, 4), True, 1, 0.0),  # a tie is not a difference
+    ],
+)
+def test_the_margin_rule(ours, verdict, rank, gap):
+    result = judge(Reference(logits(0, 5, 4, 3)), ours, {}, mode="as is", tolerance=None)
+    assert (result.verdict, result.rank, result.top1, result.top1_equal) == (verdict, rank, 1, rank == 1)
+    assert result.gap == pytest.approx(gap, abs=1e-6)
+    assert result.top1_share == (1.0 if rank == 1 else 0.5)
+    if not verdict:
+        assert "--strict" in result.reason
+
+
+def test_kl_by_hand():
+    """Uniform over 2 against (1/4, 3/4): log 2 - log 3 / 2 nats; against itself: 0."""
+    theirs, ours = torch.zeros(2, 2), torch.tensor([[0.0, 0.0], [0.0, math.log(3)]])
+    result = judge(Reference(theirs), ours, {}, mode="as is", tolerance=None)
+    expected = math.log(2) - math.log(3) / 2
+    assert result.kl_last == pytest.approx(expected, rel=1e-6)
+    assert result.kl == pytest.approx(expected / 2, rel=1e-6)
+
+
+def test_layers_that_were_not_compared_are_a_fault(tiny_file):
+    ids = tiny.prompt("gqa")
+    silent = StandIn(tiny_file("gqa"), change=lambda name, tensor: None if name == "l_out-1" else tensor)
+    result = verify(silent, ids)
+    assert not result.verdict
+    assert "l_out-1 was not compared" in result.reason
+    # Branches have other names in other families; the stream after each layer exists in all.
+    partial = StandIn(tiny_file("gqa"), change=lambda name, tensor: None if name.startswith("attn_out") else tensor)
+    assert verify(partial, ids).verdict
+    wrong_shape = StandIn(tiny_file("gqa"), change=lambda name, t: t[-1:] if name == "l_out-0" else t)
+    assert verify(wrong_shape, ids, tolerance=1e9).first_departure == "l_out-0"
+
+
+def test_an_existing_trace_is_not_computed_again(tiny_file):
+    ids = tiny.prompt("gqa")
+    model = StandIn(tiny_file("gqa"))
+    trace = model.trace(ids, observe=lambda *_: None)
+    model.trace = None
+    result = verify(model, ids, trace=trace)
+    assert result.verdict
+    assert result.layers == []
+
+
+def test_tokens_are_compared_where_there_is_a_text(tiny_file):
+    model = StandIn(tiny_file("tokenizer"))
+    ids = model.tokenizer.encode("the sea")
+    assert verify(model, ids, prompt="the sea").tokens_equal is True
+    result = verify(model, [*ids[:-1], 5], prompt="the sea")
+    assert (result.tokens_equal, result.verdict) == (False, False)
+    assert "token ids" in result.reason
+    assert verify(model, ids).tokens_equal is None
+
+
+def test_layer_error_on_zeros():
+    zero, one = torch.zeros(2, 3), torch.ones(2, 3)
+    assert layer_error("l_out-12", zero, zero).error == 0
+    assert layer_error("l_out-12", one, zero).error == math.inf
+    assert layer_error("l_out-12", one, one).layer == 12
+    assert layer_error("result_norm", one, one * 2).error == 0.5
+
+
+# -- refusals ----------------------------------------------------------------------------------------------------------
+
+
+def write_unknown_architecture(path: Path) -> Path:
+    writer = gguf.GGUFWriter(path, "nosuch\x1b[2J")
+    writer.add_tensor("token_embd.weight", np.zeros((4, 4), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+@pytest.mark.parametrize("call", ["run", "rewrite"])
+def test_an_architecture_that_llama_cpp_does_not_know(tmp_path, call):
+    path = write_unknown_architecture(tmp_path / "m.gguf")
+    with pytest.raises(ParityError, match="nosuch") as error:
+        run_llama_cpp(path, [1]) if call == "run" else rewrite_as_f32(path, tmp_path)
+    assert "\x1b" not in str(error.value)
+    assert "\n" not in str(error.value)
+    assert [file.name for file in tmp_path.iterdir()] == ["m.gguf"]
+
+
+def test_files_that_cannot_be_loaded(tmp_path, tiny_file):
+    with pytest.raises(ParityError, match=r"cannot load .*missing\.gguf: .*failed to open.*--no-verify"):
+        run_llama_cpp(tmp_path / "missing.gguf", [1])
+    with pytest.raises(GGUFError):
+        rewrite_as_f32(tmp_path / "missing.gguf", tmp_path)
+    short = tmp_path / "short.gguf"
+    short.write_bytes(tiny_file("gqa").read_bytes()[:-1000])
+    with pytest.raises(ParityError, match=r"cannot load .*short\.gguf: .*not within the file bounds"):
+        run_llama_cpp(short, [1])
+
+
+def test_ids_are_checked(tiny_file):
+    for ids in ([128], [-1], [1, 2**31]):
+        with pytest.raises(ParityError, match=rf"token id {ids[-1]} is not in llama.cpp's vocabulary of 128"):
+            run_llama_cpp(tiny_file("gqa"), ids)
+    with pytest.raises(ParityError, match="no token ids"):
+        run_llama_cpp(tiny_file("gqa"), [])
+
+
+def test_without_llama_cpp(tiny_file, monkeypatch, tmp_path):
+    model = StandIn(tiny_file("gqa"))
+    monkeypatch.setitem(sys.modules, "llama_cpp", None)
+    for call in (lambda: verify(model, [1]), lambda: rewrite_as_f32(tiny_file("gqa"), tmp_path)):
+        with pytest.raises(ParityError, match=r"pip install llama-cpp-python, or skip the check with --no-verify"):
+            call()
+
+
+def test_an_old_llama_cpp_is_noticed(tiny_file, monkeypatch):
+    class Old(ctypes.Structure):
+        _fields_ = (("n_ctx", ctypes.c_uint32),)
+
+    monkeypatch.setattr(llama_cpp.llama_cpp, "llama_context_default_params", Old)
+    with pytest.raises(ParityError, match="has no parameter n_batch; update it"):
+        run_llama_cpp(tiny_file("gqa"), [1])
