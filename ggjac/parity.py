@@ -323,7 +323,8 @@ def run_llama_cpp(
         log = stack.enter_context(captured_log(llama))
         llama.llama_backend_init()
         params = llama.llama_model_default_params()
-        # No GPU: CUDA rounds products to TF32. No repacked copies of the weights: they would not fit beside a big file.
+        # No GPU: CUDA rounds products to TF32. No repacking: it copies the weights, which then no longer fit beside a
+        # big file, and some shapes crash it (0.3.36: Q8_0 with 96 rows).
         _set(params, n_gpu_layers=0, use_extra_bufts=False)
         model = llama.llama_model_load_from_file(os.fsencode(path), params)
         if not model:
@@ -345,9 +346,6 @@ def run_llama_cpp(
             flash_attn_type=llama.LLAMA_FLASH_ATTN_TYPE_DISABLED,  # it computes in F16
             offload_kqv=False, op_offload=False, embeddings=False,
         )  # fmt: skip
-        # Since 2026 a sequence has one output unless told otherwise; older versions have no such field.
-        if hasattr(params, "n_outputs_max_per_seq"):
-            params.n_outputs_max_per_seq = n
         if capture is not None:
             params.cb_eval = capture.callback
         context = llama.llama_init_from_model(model, params)
@@ -438,8 +436,7 @@ class _Capture:
             if not self._wanted.fullmatch(name):
                 return not ask
             if not ask:
-                self.tensors.pop(name, None)  # the last occurrence counts, also for the order
-                self.tensors[name] = self._copy(tensor, name)
+                self.tensors[name] = self._copy(tensor, name)  # a name's last occurrence is its final value
         except BaseException as error:  # KeyboardInterrupt too: raised again after llama_decode
             self.error = error
             return ask

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import gguf
 import numpy as np
+import oracle
 import pytest
 import tiny
 import torch
@@ -91,6 +92,16 @@ def test_captures_are_what_their_names_say(tiny_file, case):
     assert relative(states["result_norm"], normed) < 1e-6
     head = w["token_embd.weight" if o.tied else "output.weight"]
     assert relative(run.logits, states["result_norm"] @ head.T) < 1e-6
+
+
+@pytest.mark.parametrize(("case", "ftype"), [("gqa", None), ("yarn", None), ("q8_0", "F32")])
+def test_nothing_rounds(tiny_file, case, ftype):
+    """Against a forward written independently in float64: an F16 cache or flash attention would show as 1e-3."""
+    path, ids = tiny_file(case, ftype=ftype), tiny.prompt(case)
+    run, expected = run_llama_cpp(path, ids), oracle.forward(oracle.load(path), ids)
+    assert relative(run.logits, expected["logits"]) < 2e-6
+    for name in run.tensors.keys() & expected.keys():
+        assert relative(run.tensors[name], expected[name]) < 2e-6
 
 
 def test_logits_of_a_position_do_not_know_the_later_ones(tiny_file):
@@ -217,6 +228,17 @@ def test_rewriting_is_exact(tiny_file, tmp_path, case):
 def test_a_full_disk_is_seen_before_anything_is_written(tiny_file, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=12_000_000))
     with pytest.raises(ParityError, match=r"needs 0\.1 GB .* has 0\.0 GB free; .*TMPDIR.*--strict"):
+        rewrite_as_f32(tiny_file("q8_0"), tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failed_rewrite_leaves_nothing(tiny_file, tmp_path, monkeypatch):
+    def fail(source, target, params):
+        Path(target.decode()).write_bytes(b"half")
+        return 1
+
+    monkeypatch.setattr(llama_cpp.llama_cpp, "llama_model_quantize", fail)
+    with pytest.raises(ParityError, match=r"cannot rewrite .* it gave no reason"):
         rewrite_as_f32(tiny_file("q8_0"), tmp_path)
     assert list(tmp_path.iterdir()) == []
 
