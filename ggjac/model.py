@@ -8,8 +8,6 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from importlib import resources
-from pathlib import Path
 
 import torch
 from jaxtyping import Float
@@ -18,6 +16,7 @@ from torch import Tensor
 from ggjac import blocks, decode
 from ggjac.blocks import BlockTape, Frame, MlpPath
 from ggjac.config import ModelConfig
+from ggjac.demo import demo_path
 from ggjac.gguf import GGUFFile, open_gguf
 from ggjac.jacobian import DetachedJacobian
 from ggjac.rope import rotation
@@ -71,11 +70,6 @@ def open_model(
     return Model(file, device=device, dtype=dtype, threads=threads or torch.get_num_threads())
 
 
-def demo_path() -> Path:
-    """Return the path of the bundled demo model."""
-    return Path(str(resources.files("ggjac") / "data" / "demo.gguf"))
-
-
 class Model:
     """A GGUF model bound to a device and a dtype. Made by `open_model`.
 
@@ -100,7 +94,10 @@ class Model:
         """The file's vocabulary; llama.cpp's own code does the tokenizing."""
         metadata = self.gguf.metadata
         return open_tokenizer(
-            self.path, tokens=metadata.get("tokenizer.ggml.tokens"), model=metadata.get("tokenizer.ggml.model")
+            self.path,
+            tokens=metadata.get("tokenizer.ggml.tokens"),
+            model=metadata.get("tokenizer.ggml.model"),
+            types=metadata.get("tokenizer.ggml.token_type"),
         )
 
     def tokenize(self, prompt: str) -> list[int]:
@@ -133,8 +130,7 @@ class Model:
         """
         if mlp_path not in ("up", "gate"):
             raise ValueError(f"mlp_path {mlp_path!r} is unknown; known: up, gate")
-        ids = self.tokenize(prompt) if isinstance(prompt, str) else [int(i) for i in prompt]
-        self._check_prompt(ids)
+        ids = self.check_prompt(self.tokenize(prompt) if isinstance(prompt, str) else [int(i) for i in prompt])
         config, weights = self.config, self.weights
         factors = weights["rope_freqs.weight"].dense() if "rope_freqs.weight" in weights else None
         cos, sin = rotation(config.rope, len(ids), factors)
@@ -167,16 +163,21 @@ class Model:
         """Return the tensors of one block."""
         return self.weights.block(index, self.config.slices(index))
 
-    def _check_prompt(self, ids: Sequence[int]) -> None:
+    def check_prompt(self, ids: Sequence[int]) -> list[int]:
+        """Return the token ids, if this model can run them.
+
+        Raises:
+            PromptError: no tokens, more than the model's context, or ids outside the vocabulary.
+        """
+        context, vocabulary = self.config.context_length, self.config.vocabulary
         if not ids:
             raise PromptError("the prompt has no tokens; give a text with -p or token ids with --tokens")
-        if len(ids) > self.config.context_length:
-            raise PromptError(f"the prompt has {len(ids)} tokens, the model's context {self.config.context_length}")
+        if len(ids) > context:
+            raise PromptError(f"the prompt has {len(ids)} tokens, the model's context {context}; shorten it")
         for i in ids:
-            if not 0 <= i < self.config.vocabulary:
-                raise PromptError(
-                    f"token id {i} is out of range; the vocabulary has ids 0 to {self.config.vocabulary - 1}"
-                )
+            if not 0 <= i < vocabulary:
+                raise PromptError(f"token id {i} is out of range; the vocabulary has ids 0 to {vocabulary - 1}")
+        return list(ids)
 
 
 @dataclass(frozen=True)

@@ -118,6 +118,24 @@ def save_json(path: str | os.PathLike[str], content: Mapping[str, Any]) -> None:
         os.fsync(file.fileno())
 
 
+def check_writable(path: str | os.PathLike[str], needed: int = 0) -> None:
+    """Try to create and remove a file beside `path`, so that a long computation does not end in an error.
+
+    Raises:
+        RunError: the folder is missing or not writable, `path` is a folder, or fewer than `needed` bytes are free.
+    """
+    path = Path(path)
+    with _explaining(path):
+        if path.is_dir():
+            raise IsADirectoryError
+        free = shutil.disk_usage(path.parent).free
+        if free < needed:
+            raise RunError(f"{path}: needs {needed} bytes, the disk has {free} free; choose another -o, or make room")
+        probe = _temporary(path)
+        probe.touch()
+        probe.unlink()
+
+
 @contextlib.contextmanager
 def creating_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a temporary folder that takes the name `path` when the block ends without an error, and vanishes if not.
@@ -128,7 +146,7 @@ def creating_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     path = Path(path)
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise RunError(f"{path}: exists; choose another name with -o, or remove it")
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = _temporary(path)
     with _explaining(path):
         temporary.mkdir(parents=True)
         try:
@@ -179,6 +197,11 @@ def load_run(path: str | os.PathLike[str]) -> dict[str, Any]:
     return content
 
 
+def _temporary(path: Path) -> Path:
+    """Name a hidden neighbour of `path`; the process id keeps two runs apart."""
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+
+
 def _stored(dtype: np.dtype) -> str:
     """Name the safetensors dtype that holds values of a NumPy dtype."""
     return "I64" if dtype.kind in "iu" else "F64" if dtype.itemsize == 8 else "F32"
@@ -187,13 +210,9 @@ def _stored(dtype: np.dtype) -> str:
 @contextlib.contextmanager
 def _replacing(path: Path, needed: int) -> Iterator[Path]:
     """Yield a temporary path beside `path`; rename it to `path` at the end, or remove it after an error."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    check_writable(path, needed)
+    temporary = _temporary(path)
     with _explaining(path):
-        if path.is_dir():
-            raise IsADirectoryError
-        free = shutil.disk_usage(path.parent).free
-        if free < needed:
-            raise RunError(f"{path}: needs {needed} bytes, the disk has {free} free; choose another -o, or make room")
         try:
             yield temporary
             temporary.replace(path)

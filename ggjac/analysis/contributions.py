@@ -1,0 +1,46 @@
+"""The dense Jacobian, position by position: `y = Σ_i J_i x_i + offset` (Golden, arXiv 2505.24293, eq. 15)."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ggjac.jacobian import DetachedJacobian
+
+
+@dataclass(frozen=True)
+class Contributions:
+    """What each input position contributes to the output, from the dense matrix.
+
+    Attributes:
+        terms: `[n, d]`, float64: `J_i x_i`.
+        frobenius: `[n]`, float64: `‖J_i‖_F`.
+        reconstruction_error: `‖Σ_i J_i x_i + offset - y‖ / ‖y‖`. The rows of J come from downward sweeps, the output
+            from the forward pass, so that this carries the rounding of both.
+    """
+
+    terms: Float[Tensor, "n d"]
+    frobenius: Float[Tensor, " n"]
+    reconstruction_error: float
+
+
+def contributions(jacobian: DetachedJacobian, sink: Callable[[int, Tensor], None] | None = None) -> Contributions:
+    """Compute the dense Jacobian chunk by chunk; `sink(start, rows [chunk, n, d])` sees each chunk once, in order.
+
+    The matrix itself takes `n d²` elements; only a chunk of it exists at a time.
+    """
+    n, d = jacobian.in_shape
+    terms = torch.zeros(n, d, dtype=torch.float64)
+    squared = torch.zeros(n, dtype=torch.float64)
+    x = jacobian.x.double()
+    for start, stop, rows in jacobian.rows():
+        wide = rows.double()
+        terms[:, start:stop] = torch.einsum("knd,nd->nk", wide, x).cpu()
+        squared += wide.square().sum((0, 2)).cpu()
+        if sink:
+            sink(start, rows)
+    y = jacobian.output.double().cpu()
+    rebuilt = terms.sum(0) + jacobian.offset.double().cpu()
+    return Contributions(terms, squared.sqrt(), float((rebuilt - y).norm() / y.norm()))

@@ -1,0 +1,83 @@
+"""`ggjac analyze`: the main job, from a prompt to a run folder."""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ggjac.cli.options import ModelOptions, model_options, output, output_format, position, spectrum_options
+
+
+@click.command()
+@model_options
+@position
+@spectrum_options
+@click.option("--top", type=click.IntRange(min=1), default=8, show_default=True, help="Tokens per vector.")
+@click.option("--no-verify", is_flag=True, help="Do not compare with llama.cpp.")
+@output("Run folder to create.  [default: ggjac-runs/MODEL-TIME]")
+@output_format
+@click.pass_context
+def analyze(
+    ctx: click.Context,
+    what: ModelOptions,
+    position: int,
+    rank: int,
+    tol: float,
+    max_sweeps: int,
+    seed: int,
+    top: int,
+    no_verify: bool,
+    output: Path | None,
+    output_format: str,
+) -> None:
+    """Analyse a prompt: prediction, parity with llama.cpp, singular vectors, attribution; write a run folder.
+
+    The folder holds run.json (all results, and how they were made) and tensors.safetensors (U, S, Vh, residual, x, y,
+    offset, logits, shares, ids). Exit code 3 if a check fell outside its tolerance.
+
+    ggjac analyze -m model.gguf -p "The bridge out of Marin is the"
+    """
+    from ggjac import runs
+    from ggjac.cli import render, sections
+    from ggjac.cli.session import Session, save
+
+    session = Session(what, position=position, rank=rank)
+    folder = output or Path("ggjac-runs") / f"{session.model.path.stem}-{time.strftime('%Y%m%d-%H%M%S')}"
+    content: dict[str, Any] = {}
+
+    def part(key: str, data: Any, show: Callable[[Any], None]) -> None:
+        content[key] = data
+        if output_format == "table":
+            show(data)
+
+    with runs.creating_folder(folder) as temporary:
+        part("tokens", session.tokens(), lambda _: session.show_tokens())
+        part("predictions", sections.predictions(session, 5), sections.show_predictions)
+        if not no_verify:
+            part("parity", sections.parity_or_reason(session), sections.show_parity)
+        part("reconstruction", sections.reconstruction(session), sections.show_reconstruction)
+        result = sections.run_spectrum(session, rank=rank, top=top, tol=tol, seed=seed, max_sweeps=max_sweeps)
+        part("svd", sections.spectrum_data(session, result, seed, tol), sections.show_spectrum)
+        part("stable_rank", sections.stable_rank_data(session, result, seed), sections.show_stable_rank)
+        shares = sections.run_attribution(session, None)
+        part("attribution", sections.attribution_data(session, shares), sections.show_attribution)
+
+        J = session.jacobian
+        logits = session.trace.logits_at(session.position)
+        save(
+            session,
+            temporary / "tensors.safetensors",
+            sections.tensors(result)
+            | {"x": J.x, "y": J.output, "offset": J.offset, "logits": logits, "shares": shares.shares},
+        )
+        content = session.envelope() | content
+        runs.save_json(temporary / "run.json", render.finite(content))
+
+    if output_format == "json":
+        render.emit_json(content | {"run_folder": str(folder)})
+    else:
+        session.show_saved(folder)
+    if sections.failed_checks(content):
+        ctx.exit(3)

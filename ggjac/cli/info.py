@@ -1,0 +1,102 @@
+"""`ggjac info`: what is in a GGUF file. Imports no torch."""
+
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ggjac.cli.options import model_file, output_format
+
+
+@click.command()
+@model_file
+@click.option("--tensors", is_flag=True, help="List every tensor.")
+@click.option("--tokenizer", is_flag=True, help="Show the tokenizer's keys too.")
+@output_format
+def info(model: Path | None, tensors: bool, tokenizer: bool, output_format: str) -> None:
+    """Show what is in a GGUF file: metadata, tensor types and their sizes, and whether ggjac can run it.
+
+    ggjac info -m model.gguf
+    """
+    from ggjac.config import ConfigError, ModelConfig
+    from ggjac.demo import demo_path
+    from ggjac.gguf import LazyArray, open_gguf, shown
+
+    with open_gguf(model or demo_path()) as file:
+        reason = None
+        try:
+            ModelConfig.from_metadata(file.metadata, {name: t.shape for name, t in file.tensors.items()})
+        except ConfigError as error:
+            reason = str(error)
+        kinds: dict[str, list[int]] = defaultdict(lambda: [0, 0, 0])
+        for tensor in file.tensors.values():
+            for i, amount in enumerate((1, tensor.elements, tensor.nbytes)):
+                kinds[tensor.type.name][i] += amount
+        shown_keys = {k: v for k, v in file.metadata.items() if tokenizer or not k.startswith("tokenizer.")}
+        weights = sum(amount[1] for amount in kinds.values())
+        content: dict[str, Any] = {
+            "schema_version": 1,
+            "path": str(file.path),
+            "files": len(file.paths),
+            "gguf_version": file.version,
+            "bytes": file.nbytes,
+            "fingerprint": file.fingerprint(),
+            "supported": reason is None,
+            "unsupported_because": reason,
+            "weights": weights,
+            "types": {
+                name: {"tensors": count, "weights": elements, "bytes": nbytes}
+                for name, (count, elements, nbytes) in sorted(kinds.items(), key=lambda item: -item[1][2])
+            },
+            "metadata": {
+                key: {"array_of": value.element_type, "length": len(value)} if isinstance(value, LazyArray) else value
+                for key, value in shown_keys.items()
+            },
+        }
+        if tensors:
+            content["tensors"] = [
+                {"name": t.name, "type": t.type.name, "shape": list(t.shape), "bytes": t.nbytes, "offset": t.offset}
+                for t in file.tensors.values()
+            ]
+
+    from ggjac.cli import render
+
+    if output_format == "json":
+        render.emit_json(content)
+        return
+    render.line(f"{shown(file.path)}: GGUF version {file.version}, {render.size(file.nbytes)}, {weights:,} weights")
+    render.line(f"Supported: {'yes' if reason is None else f'no: {reason}'}")
+    render.line(f"Fingerprint: {content['fingerprint']}")
+    render.table(
+        "Tensor types",
+        ["type", "#tensors", "#weights", "#size", "#bits/weight"],
+        [
+            (
+                k,
+                t["tensors"],
+                f"{t['weights']:,}",
+                render.size(t["bytes"]),
+                f"{8 * t['bytes'] / max(1, t['weights']):.2f}",
+            )
+            for k, t in content["types"].items()
+        ],
+    )
+    render.table("Metadata", ["key", "value"], [(shown(key), _brief(value)) for key, value in shown_keys.items()])
+    if tensors:
+        rows = [
+            (shown(t["name"]), t["type"], " x ".join(map(str, t["shape"])), render.size(t["bytes"]))
+            for t in content["tensors"]
+        ]
+        render.table("Tensors", ["name", "type", "shape", "#size"], rows)
+
+
+def _brief(value: Any) -> str:
+    """Return a value on one line: text escaped and cut, arrays by their first elements."""
+    from ggjac.gguf import LazyArray, shown
+
+    if isinstance(value, LazyArray):
+        more = ", …" if len(value) > 6 else ""
+        return f"{len(value)} x {value.element_type}: [{', '.join(_brief(entry) for entry in value[:6])}{more}]"
+    text = shown(value) if isinstance(value, str) else str(value)
+    return text if len(text) <= 100 else f"{text[:97]}…"

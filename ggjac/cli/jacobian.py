@@ -1,0 +1,32 @@
+"""`ggjac jacobian`: the dense map, streamed to its file."""
+
+from pathlib import Path
+
+import click
+
+from ggjac.cli.options import ModelOptions, model_options, output, output_format, position
+
+
+@click.command()
+@model_options
+@position
+@output("Save `jacobian` [d, n, d], `x` [n, d], `y` [d], `offset` [d] and `ids` [n] to this safetensors file.")
+@output_format
+def jacobian(what: ModelOptions, position: int, output: Path | None, output_format: str) -> None:
+    """Compute the dense detached Jacobian and what each position contributes.
+
+    The matrix is computed and written a chunk of rows at a time; it never exists whole in memory.
+
+    ggjac jacobian -m model.gguf -p "The capital of France is" -o jacobian.safetensors
+    """
+    from ggjac.cli import render, sections
+    from ggjac.cli.session import Session
+
+    session = Session(what, position=position, output=output)
+    data = sections.dense(session, output)
+    if output_format == "json":
+        render.emit_json(session.envelope() | {"jacobian": data})
+        return
+    session.show_tokens()
+    sections.show_dense(data)
+    session.show_saved(output)

@@ -1,0 +1,134 @@
+"""The options that commands share."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import click
+
+DEFAULT_PROMPT = "The bridge out of Marin is the"
+
+
+class TokenIds(click.ParamType):
+    """Token ids separated by commas."""
+
+    name = "ids"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> list[int]:
+        """Parse `1,2,3`."""
+        if isinstance(value, list):
+            return value
+        try:
+            return [int(part) for part in value.split(",")]
+        except ValueError:
+            self.fail(f"{value!r} is not a list of token ids; write them as 1,2,3", param, ctx)
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """What to run: a model, a prompt, and how to compute."""
+
+    model: Path | None
+    prompt: str | None
+    file: Path | None
+    tokens: list[int] | None
+    threads: int | None
+    device: str
+    dtype: str
+    mlp_path: Literal["up", "gate"]
+    quiet: bool
+
+
+_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
+_MODEL = [
+    click.option("-m", "--model", type=_FILE, help="GGUF file, or the first of its shards.  [default: bundled demo]"),
+]
+_PROMPT = [
+    click.option("-p", "--prompt", help=f"Text to analyse.  [default: {DEFAULT_PROMPT!r}]"),
+    click.option("-f", "--file", type=_FILE, help="Read the prompt from a file (UTF-8, taken as it is)."),
+    click.option("--tokens", type=TokenIds(), help="Token ids 1,2,3 in place of a text."),
+]
+_COMPUTE = [
+    click.option("-t", "--threads", type=click.IntRange(min=1), help="CPU threads.  [default: all]"),
+    click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1 ..."),
+    click.option(
+        "--dtype",
+        type=click.Choice(["float32", "float64", "bfloat16", "float16"]),
+        default="float32",
+        show_default=True,
+        help="Of all arithmetic.",
+    ),
+    click.option(
+        "--mlp-path",
+        type=click.Choice(["up", "gate"]),
+        default="up",
+        show_default=True,
+        help="Which factor of a gated MLP stays live; the other is frozen.",
+    ),
+    click.option("-q", "--quiet", is_flag=True, help="No progress on stderr."),
+]
+position = click.option(
+    "--position", type=int, default=-1, show_default=True, help="Output position; negative counts from the end."
+)
+output_format = click.option(
+    "--format", "output_format", type=click.Choice(["table", "json"]), default="table", show_default=True
+)
+model_file = _MODEL[0]
+
+
+def output(help: str) -> Callable:
+    """Return the `-o/--output` option with a command's own explanation."""
+    return click.option("-o", "--output", type=click.Path(path_type=Path), help=help)
+
+
+def spectrum_options(command: Callable) -> Callable:
+    """Add the options of a singular value decomposition."""
+    for option in reversed(
+        [
+            click.option("-k", "--rank", type=click.IntRange(min=1), default=8, show_default=True, help="Triplets."),
+            click.option(
+                "--tol",
+                type=click.FloatRange(min=0, min_open=True),
+                default=1e-3,
+                show_default=True,
+                help="Relative residual asked of every triplet.",
+            ),
+            click.option(
+                "--max-sweeps",
+                type=click.IntRange(min=2),
+                default=40,
+                show_default=True,
+                help="Passes over the weights, up and down counted singly.",
+            ),
+            click.option("-s", "--seed", type=int, default=0, show_default=True, help="Of the random start."),
+        ]
+    ):
+        command = option(command)
+    return command
+
+
+def model_options(command: Callable) -> Callable:
+    """Add the options of `ModelOptions` and pass them to the command as one argument, `what`."""
+
+    def wrapped(
+        *,
+        model: Path | None,
+        prompt: str | None,
+        file: Path | None,
+        tokens: list[int] | None,
+        threads: int | None,
+        device: str,
+        dtype: str,
+        mlp_path: Literal["up", "gate"],
+        quiet: bool,
+        **rest: Any,
+    ) -> Any:
+        what = ModelOptions(model, prompt, file, tokens, threads, device, dtype, mlp_path, quiet)
+        return command(what, **rest)
+
+    wrapped.__doc__, wrapped.__name__ = command.__doc__, command.__name__
+    wrapped.__click_params__ = getattr(command, "__click_params__", [])  # type: ignore[attr-defined]
+    for option in reversed(_MODEL + _PROMPT + _COMPUTE):
+        wrapped = option(wrapped)
+    return wrapped

@@ -1,0 +1,38 @@
+"""`ggjac predict`: the most likely next tokens."""
+
+from pathlib import Path
+
+import click
+
+from ggjac.cli.options import ModelOptions, model_options, output, output_format, position
+
+
+@click.command()
+@model_options
+@position
+@click.option("-k", "--top", type=click.IntRange(min=1), default=5, show_default=True, help="Tokens to show.")
+@click.option("--all-positions", is_flag=True, help="Save the logits of every position.")
+@output("Save `logits` and `ids` to this safetensors file.")
+@output_format
+def predict(
+    what: ModelOptions, position: int, top: int, all_positions: bool, output: Path | None, output_format: str
+) -> None:
+    """Show the most likely next tokens.
+
+    ggjac predict -m model.gguf -p "The capital of France is"
+    """
+    from ggjac.cli import render, sections
+    from ggjac.cli.session import Session, save
+
+    session = Session(what, position=position, output=output)
+    rows = sections.predictions(session, top)
+    if output:
+        trace = session.trace
+        logits = trace.all_logits() if all_positions else trace.logits_at(session.position)
+        save(session, output, {"logits": logits})
+    if output_format == "json":
+        render.emit_json(session.envelope() | {"predictions": rows})
+        return
+    session.show_tokens()
+    sections.show_predictions(rows)
+    session.show_saved(output)

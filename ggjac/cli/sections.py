@@ -1,0 +1,323 @@
+"""The parts that results are made of: each computes one, as plain data for JSON, and shows it as a table."""
+
+import contextlib
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ggjac import parity, runs
+from ggjac.analysis.attribution import Attribution, attribute
+from ggjac.analysis.contributions import contributions
+from ggjac.analysis.spectrum import Spectrum, spectrum
+from ggjac.analysis.stable_rank import stable_rank
+from ggjac.cli.render import line, table
+from ggjac.cli.session import Session, numpy
+
+# Reconstruction error within which a dtype's arithmetic is healthy.
+HEALTHY = {"float64": 1e-13, "float32": 1e-5, "bfloat16": 2e-2, "float16": 2e-2}
+
+
+def predictions(session: Session, top: int) -> list[dict[str, Any]]:
+    """Return the most likely next tokens at the session's position."""
+    logits = session.trace.logits_at(session.position).double().cpu()
+    best = logits.topk(min(top, len(logits)))
+    chances = logits.softmax(0)[best.indices]
+    return [
+        {"id": int(i), "token": session.token(int(i)), "logit": float(z), "probability": float(p)}
+        for i, z, p in zip(best.indices, best.values, chances, strict=True)
+    ]
+
+
+def show_predictions(rows: list[dict[str, Any]]) -> None:
+    """Print the next-token table."""
+    cells = [(r["token"], r["id"], f"{r['logit']:.3f}", f"{r['probability']:.4f}") for r in rows]
+    table("Next token", ["token", "#id", "#logit", "#probability"], cells)
+
+
+def run_parity(session: Session, *, strict: bool, layers: bool) -> parity.Parity:
+    """Run llama.cpp on the same tokens; with `layers`, compare every layer in a trace of its own."""
+    with session.report.stage("verify") as update:
+        steps = iter(range(1, 10))
+        return parity.verify(
+            session.model,
+            session.ids,
+            strict=strict,
+            prompt=session.text,
+            trace=None if layers else session.trace,
+            threads=session.what.threads,
+            progress=lambda step: update(step, next(steps), 3),
+        )
+
+
+def parity_data(session: Session, result: parity.Parity) -> dict[str, Any]:
+    """Return a parity verdict as plain data."""
+    return {
+        "verdict": result.verdict,
+        "reason": result.reason,
+        "mode": result.mode,
+        "tolerance": result.tolerance,
+        "tokens_equal": result.tokens_equal,
+        "top1_equal": result.top1_equal,
+        "top1": {
+            "id": result.top1,
+            "token": session.token(result.top1),
+            "rank_in_ours": result.rank,
+            "gap": result.gap,
+        },
+        "kl": result.kl,
+        "kl_last": result.kl_last,
+        "logits_error": result.logits_error,
+        "first_departure": result.first_departure,
+        "cause": result.cause,
+        "layers": [
+            {"name": e.name, "error": e.error, "worst_position": e.position, "worst_error": e.position_error}
+            for e in result.layers
+        ],
+    }
+
+
+def parity_or_reason(session: Session) -> dict[str, Any]:
+    """Compare with llama.cpp as it runs the file; where it cannot run, say why, for that is no verdict on us."""
+    try:
+        return parity_data(session, run_parity(session, strict=False, layers=False))
+    except parity.ParityError as error:
+        return {"verdict": None, "reason": str(error)}
+
+
+def show_parity(data: dict[str, Any]) -> None:
+    """Print the verdict, and the per-layer table where there is one."""
+    if data["verdict"] is None:
+        line(f"llama.cpp: not compared: {data['reason']}")
+        return
+    if data["layers"]:
+        rows = [
+            (e["name"], f"{e['error']:.1e}", e["worst_position"], f"{e['worst_error']:.1e}") for e in data["layers"]
+        ]
+        columns = ["tensor", "#relative L2", "#worst position", "#relative L2 there"]
+        table("Every layer against llama.cpp", columns, rows)
+    line(f"llama.cpp ({data['mode']}): {'agrees' if data['verdict'] else 'DISAGREES'}: {data['reason']}")
+    line(
+        f"  top token {data['top1']['token']} ({'the same' if data['top1_equal'] else 'not ours'}), "
+        f"KL divergence {data['kl_last']:.2e} nats (mean over positions {data['kl']:.2e}), "
+        f"logits relative L2 {data['logits_error']:.2e}"
+    )
+    if data["cause"]:
+        line(f"  expected: {data['cause']}")
+
+
+def reconstruction(session: Session) -> dict[str, Any]:
+    """Push the prompt's own embeddings through the frozen map and compare with the forward pass."""
+    with session.report.stage("reconstruction") as update:
+        session.jacobian.progress = lambda done, total: update("block", done, total)
+        error = session.jacobian.reconstruction_error
+    limit = HEALTHY[session.what.dtype]
+    return {
+        "error": error,
+        "limit": limit,
+        "healthy": error <= limit,
+        "offset_norm": float(session.jacobian.offset.double().norm()),
+        "output_norm": float(session.jacobian.output.double().norm()),
+    }
+
+
+def show_reconstruction(data: dict[str, Any]) -> None:
+    """Print the reconstruction error."""
+    share = data["offset_norm"] / data["output_norm"]
+    offset = f"offset {share:.1%} of ‖y‖" if share else "offset 0: no biases on the live path"
+    sign, remark = ("<=", "") if data["healthy"] else (">", ": NOT healthy")
+    line(f"Reconstruction ‖J x + offset - y‖/‖y‖ = {data['error']:.1e} ({sign} {data['limit']:.0e}{remark}); {offset}")
+
+
+def run_spectrum(session: Session, *, rank: int, top: int, tol: float, seed: int, max_sweeps: int) -> Spectrum:
+    """Decompose the Jacobian and decode both ends."""
+    J, model = session.jacobian, session.model
+    with session.report.stage("svd") as update:
+        sweep, residual = 1, float("inf")
+
+        def swept(sweeps: int, worst: float) -> None:
+            nonlocal sweep, residual
+            sweep, residual = sweeps + 1, worst
+
+        J.progress = lambda done, total: update(f"sweep {sweep}, worst residual {residual:.1e}, block", done, total)
+        return spectrum(
+            J, model.head, model.embedding, rank, top=top, tol=tol, seed=seed, max_sweeps=max_sweeps, progress=swept
+        )
+
+
+def spectrum_data(session: Session, result: Spectrum, seed: int, tol: float) -> dict[str, Any]:
+    """Return singular values and decoded vectors as plain data."""
+    svd, n = result.svd, len(session.ids)
+    right = result.right.ids.unflatten(0, (-1, n))
+    return {
+        "rank": len(svd.S),
+        "seed": seed,
+        "tol": tol,
+        "sweeps": svd.sweeps,
+        "converged": svd.converged,
+        "stopped_by": svd.reason,
+        "triplets": [
+            {
+                "singular_value": float(svd.S[j]),
+                "residual": float(svd.residual[j]),
+                "left": [session.token(int(i)) for i in result.left.ids[j]],
+                "right": [
+                    {
+                        "position": i,
+                        "token": session.token(session.ids[i]),
+                        "weight": float(result.weight[j, i]),
+                        "nearest": [session.token(int(t)) for t in right[j, i]],
+                    }
+                    for i in range(session.position + 1)
+                ],
+            }
+            for j in range(len(svd.S))
+        ],
+    }
+
+
+def show_spectrum(data: dict[str, Any], shown_right: int = 3, words: int = 8) -> None:
+    """Print singular values with both decodings; of right vectors the positions that weigh most."""
+    rows = []
+    for j, t in enumerate(data["triplets"]):
+        heaviest = sorted(t["right"], key=lambda r: -r["weight"])[:shown_right]
+        right = "; ".join(f"{r['token']} {r['weight']:.0%}: {' '.join(r['nearest'][:3])}" for r in heaviest)
+        rows.append((j, f"{t['singular_value']:.4g}", f"{t['residual']:.0e}", " ".join(t["left"][:words]), right))
+    columns = [
+        "##",
+        "#σ",
+        "#residual",
+        "left vector: tokens it promotes",
+        "right vector: position, share, nearest tokens",
+    ]
+    table("Singular vectors of the detached Jacobian", columns, rows)
+    state = "converged" if data["converged"] else f"NOT converged to {data['tol']:.0e}"
+    line(f"{state} after {data['sweeps']} sweeps (stopped by: {data['stopped_by']})")
+
+
+def stable_rank_data(session: Session, result: Spectrum, seed: int) -> dict[str, Any]:
+    """Compute the stable rank beside a spectrum."""
+    with session.report.stage("stable rank") as update:
+        session.jacobian.progress = lambda done, total: update("block", done, total)
+        return asdict(stable_rank(session.jacobian, result.svd, seed=seed))
+
+
+def show_stable_rank(data: dict[str, Any]) -> None:
+    """Print the stable rank with its error bar."""
+    bar = f" ± {data['error']:.1g}" if data["error"] else " (exact)"
+    line(f"Stable rank ‖J‖²_F/σ₁² = {data['value']:.3f}{bar}; ‖J‖_F = {data['frobenius']:.4g}")
+
+
+def run_attribution(session: Session, target: int | None) -> Attribution:
+    """Split a logit over the input positions."""
+    with session.report.stage("attribution") as update:
+        session.jacobian.progress = lambda done, total: update("block", done, total)
+        return attribute(session.jacobian, session.model.head, target)
+
+
+def attribution_data(session: Session, result: Attribution) -> dict[str, Any]:
+    """Return the shares of a logit as plain data."""
+    return {
+        "target": {"id": result.target, "token": session.token(result.target)},
+        "logit": result.logit,
+        "shares": [
+            {"position": i, "token": session.token(session.ids[i]), "share": float(share)}
+            for i, share in enumerate(result.shares)
+        ],
+        "offset": result.offset,
+        "unexplained": result.unexplained,
+    }
+
+
+def show_attribution(data: dict[str, Any]) -> None:
+    """Print the shares with bars, and their sum."""
+    largest = max(abs(s["share"]) for s in data["shares"]) or 1.0
+    rows: list[tuple] = [
+        (
+            s["position"],
+            s["token"],
+            f"{s['share']:+.4f}",
+            ("█" if s["share"] > 0 else "░") * round(24 * abs(s["share"]) / largest),
+        )
+        for s in data["shares"]
+    ]
+    rows.append(("", "offset (biases)", f"{data['offset']:+.4f}", ""))
+    rows.append(("", "sum", f"{data['logit'] - data['unexplained']:+.4f}", f"logit {data['logit']:.4f}"))
+    token = data["target"]["token"]
+    table(f"Exact share of every input token in the logit of {token}", ["#position", "token", "#share", ""], rows)
+
+
+def tensors(result: Spectrum) -> dict[str, torch.Tensor]:
+    """Return the saved tensors of an SVD: U [k, d], S [k], Vh [k, n, d], residual [k]."""
+    return {"U": result.svd.U, "S": result.svd.S, "Vh": result.svd.Vh, "residual": result.svd.residual}
+
+
+def dense(session: Session, output: Path | None) -> dict[str, Any]:
+    """Compute the dense Jacobian, streaming it to `output` where one is given."""
+    J = session.jacobian
+    n, d = J.in_shape
+    kind = "F64" if J.dtype == torch.float64 else "F32"
+    entries = {
+        "jacobian": runs.Entry(kind, (d, n, d)),
+        "x": runs.Entry(kind, (n, d)),
+        "y": runs.Entry(kind, (d,)),
+        "offset": runs.Entry(kind, (d,)),
+        "ids": runs.Entry("I64", (n,)),
+    }
+    written = 0
+    with contextlib.ExitStack() as stack:
+        update = stack.enter_context(session.report.stage("jacobian"))
+        provenance = {"ggjac": json.dumps(session.envelope())}
+        writer = stack.enter_context(runs.writing_tensors(output, entries, provenance)) if output else None
+
+        def sink(start: int, rows: torch.Tensor) -> None:
+            nonlocal written
+            if writer:
+                writer.write("jacobian", numpy(rows), start)
+            written = start + len(rows)
+
+        J.progress = lambda block, blocks: update(f"rows done {written}/{d}, block", block, blocks)
+        result = contributions(J, sink)
+        if writer:
+            for name, values in (("x", J.x), ("y", J.output), ("offset", J.offset), ("ids", torch.tensor(J.ids))):
+                writer.write(name, numpy(values))
+    return {
+        "shape": [d, n, d],
+        "reconstruction_error": result.reconstruction_error,
+        "offset_norm": float(J.offset.double().norm()),
+        "frobenius": float(result.frobenius.norm()),
+        "positions": [
+            {
+                "position": i,
+                "token": session.token(session.ids[i]),
+                "frobenius": float(result.frobenius[i]),
+                "contribution_norm": float(result.terms[i].norm()),
+            }
+            for i in range(n)
+        ],
+    }
+
+
+def show_dense(data: dict[str, Any]) -> None:
+    """Print what each position contributes, and the reconstruction error of the dense matrix."""
+    columns = ["#position", "token", "#‖J_i‖_F", "#‖J_i x_i‖"]
+    rows = [
+        (p["position"], p["token"], f"{p['frobenius']:.4g}", f"{p['contribution_norm']:.4g}") for p in data["positions"]
+    ]
+    table(f"Dense detached Jacobian {' x '.join(map(str, data['shape']))}", columns, rows)
+    line(f"‖J‖_F = {data['frobenius']:.4g}; ‖Σ J_i x_i + offset - y‖/‖y‖ = {data['reconstruction_error']:.1e}")
+
+
+def failed_checks(content: dict[str, Any]) -> list[str]:
+    """Name the checks of a result that fell outside their tolerance.
+
+    An SVD that stopped at its dtype's own precision is no failure: it is as good as the dtype allows, and says so.
+    """
+    checks = {
+        "parity": content.get("parity", {}).get("verdict") is False,
+        "reconstruction": not content.get("reconstruction", {}).get("healthy", True),
+        "svd": content.get("svd", {}).get("stopped_by") == "sweeps",
+    }
+    return [name for name, failed in checks.items() if failed]

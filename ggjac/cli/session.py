@@ -1,0 +1,151 @@
+"""One prompt on one model, as every command needs it: opened, tokenized, traced, with what a result must carry."""
+
+import json
+import os
+import sys
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import torch
+
+from ggjac import runs
+from ggjac.cli.options import DEFAULT_PROMPT, ModelOptions
+from ggjac.cli.progress import Reporter
+from ggjac.cli.render import line, table
+from ggjac.jacobian import DetachedJacobian
+from ggjac.model import Model, PromptError, Trace, open_model
+from ggjac.tokenizer import bos_warning, visible
+
+
+class Session:
+    """A model and a prompt, checked before any work starts."""
+
+    def __init__(self, what: ModelOptions, *, position: int = -1, rank: int | None = None, output: Path | None = None):
+        self.what = what
+        if output:
+            runs.check_writable(output)
+        self.report = Reporter(what.quiet)
+        self.text = self._text(what)
+        try:
+            device = torch.device(what.device) if what.device != "auto" else "auto"
+        except RuntimeError as error:
+            raise click.UsageError(f"--device {what.device!r} is unknown; try auto, cpu or cuda") from error
+        self.model: Model = open_model(what.model, device=device, dtype=what.dtype, threads=what.threads)
+        ids = what.tokens if self.text is None else self.model.tokenize(self.text)
+        n, d = len(ids or []), self.model.config.d
+        try:
+            self.ids = self.model.check_prompt(ids or [])
+        except PromptError as error:
+            raise click.UsageError(str(error)) from error
+        if not -n <= position < n:
+            raise click.UsageError(f"--position {position} is out of range; the prompt has positions 0 to {n - 1}")
+        if rank is not None and rank > d:
+            raise click.UsageError(f"--rank {rank} is out of range; this model's Jacobian has {d} singular values")
+        self.position = position % n
+        self.warning = bos_warning(self.model.tokenizer, self.ids)
+
+    @cached_property
+    def trace(self) -> Trace:
+        """The forward pass; run when first needed."""
+        with self.report.stage("trace") as update:
+            return self.model.trace(
+                self.ids, mlp_path=self.what.mlp_path, progress=lambda done, total: update("block", done, total)
+            )
+
+    @cached_property
+    def jacobian(self) -> DetachedJacobian:
+        """The Jacobian at the chosen position."""
+        return self.trace.jacobian(self.position)
+
+    def token(self, id: int) -> str:
+        """Return a token's text, visible and harmless."""
+        return visible(self.model.tokenizer.piece(id))
+
+    def tokens(self) -> list[dict[str, Any]]:
+        """Return the prompt's tokens as plain data."""
+        return [{"position": i, "id": id, "text": self.token(id)} for i, id in enumerate(self.ids)]
+
+    def show_tokens(self) -> None:
+        """Print the token table, and a warning where BOS looks wrong."""
+        table("Tokens", ["#position", "#id", "token"], [(i, id, self.token(id)) for i, id in enumerate(self.ids)])
+        if self.warning:
+            line(f"Warning: {self.warning}")
+
+    def one_token(self, target: str | None) -> int | None:
+        """Return the id that `--target` names: a number, or a text that is one token.
+
+        Raises:
+            click.UsageError: the text is not one token, or the id is not in the vocabulary.
+        """
+        if target is None:
+            return None
+        is_id = target.isascii() and target.isdigit()
+        ids = [int(target)] if is_id else self.model.tokenizer.encode(target, add_special=False)
+        if len(ids) != 1:
+            parts = " + ".join(self.token(id) for id in ids) or "none"
+            raise click.UsageError(f"--target {target!r} is {len(ids)} tokens ({parts}); give one token, or its id")
+        try:
+            return self.model.check_prompt(ids)[0]
+        except PromptError as error:
+            raise click.UsageError(f"--target: {error}") from error
+
+    def show_saved(self, output: Path | None) -> None:
+        """Say where a result was written."""
+        if output:
+            line(f"Saved {visible(os.fsencode(output))}")
+
+    def envelope(self) -> dict[str, Any]:
+        """Return what every result carries: where it came from and how it was computed."""
+        model, config = self.model, self.model.config
+        metadata = model.gguf.metadata
+        return runs.provenance() | {
+            "command": ["ggjac", *sys.argv[1:]],
+            "model": {
+                "path": str(model.path),
+                "name": metadata.get("general.name"),
+                "architecture": config.architecture,
+                "bytes": model.gguf.nbytes,
+                "fingerprint": model.gguf.fingerprint(),
+            },
+            "prompt": self.text,
+            "tokens": self.tokens(),
+            "warning": self.warning,
+            "position": self.position,
+            "device": str(model.device),
+            "dtype": self.what.dtype,
+            "mlp_path": self.what.mlp_path,
+            "threads": torch.get_num_threads(),
+            "seconds": dict(self.report.seconds),
+            "peak_memory_bytes": runs.peak_memory(),
+        }
+
+    @staticmethod
+    def _text(what: ModelOptions) -> str | None:
+        given = [name for name in ("prompt", "file", "tokens") if getattr(what, name) is not None]
+        if len(given) > 1:
+            raise click.UsageError(f"--{given[0]} and --{given[1]} both give a prompt; use one of them")
+        if what.tokens is not None:
+            return None
+        if what.file is not None:
+            try:
+                return what.file.read_text(encoding="utf-8")
+            except UnicodeDecodeError as error:
+                raise click.UsageError(f"--file {what.file} is not UTF-8 text ({error.reason})") from error
+        return DEFAULT_PROMPT if what.prompt is None else what.prompt
+
+
+def numpy(tensor: torch.Tensor) -> np.ndarray:
+    """Return an array that NumPy and safetensors can hold: 16-bit floats become float32, exactly."""
+    if tensor.dtype in (torch.bfloat16, torch.float16):
+        tensor = tensor.float()
+    return tensor.detach().cpu().numpy()
+
+
+def save(session: Session, output: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """Write tensors and the prompt's `ids` to a safetensors file, with the provenance as its metadata."""
+    arrays = {name: numpy(tensor) for name, tensor in tensors.items()}
+    ids = np.array(session.ids, np.int64)
+    runs.save_tensors(output, arrays | {"ids": ids}, {"ggjac": json.dumps(session.envelope())})

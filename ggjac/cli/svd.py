@@ -1,0 +1,53 @@
+"""`ggjac svd`: singular values and vectors of the detached Jacobian, decoded."""
+
+from pathlib import Path
+
+import click
+
+from ggjac.cli.options import ModelOptions, model_options, output, output_format, position, spectrum_options
+
+
+@click.command()
+@model_options
+@position
+@spectrum_options
+@click.option("--top", type=click.IntRange(min=1), default=8, show_default=True, help="Tokens per vector.")
+@output("Save `U`, `S`, `Vh`, `residual` and `ids` to this safetensors file.")
+@output_format
+@click.pass_context
+def svd(
+    ctx: click.Context,
+    what: ModelOptions,
+    position: int,
+    rank: int,
+    tol: float,
+    max_sweeps: int,
+    seed: int,
+    top: int,
+    output: Path | None,
+    output_format: str,
+) -> None:
+    """Decompose a prompt's detached Jacobian and decode its singular vectors.
+
+    Left vectors decode through the LM head to the tokens they promote, right vectors to the nearest input embeddings at
+    each position. Exit code 3 if the sweeps ran out before every triplet reached --tol.
+
+    ggjac svd -m model.gguf -p "The capital of France is" -k 4 -o svd.safetensors
+    """
+    from ggjac.cli import render, sections
+    from ggjac.cli.session import Session, save
+
+    session = Session(what, position=position, rank=rank, output=output)
+    result = sections.run_spectrum(session, rank=rank, top=top, tol=tol, seed=seed, max_sweeps=max_sweeps)
+    data = sections.spectrum_data(session, result, seed, tol)
+    if output:
+        save(session, output, sections.tensors(result))
+    if output_format == "json":
+        render.emit_json(session.envelope() | {"reconstruction": sections.reconstruction(session), "svd": data})
+    else:
+        session.show_tokens()
+        sections.show_reconstruction(sections.reconstruction(session))
+        sections.show_spectrum(data)
+        session.show_saved(output)
+    if sections.failed_checks({"svd": data}):
+        ctx.exit(3)

@@ -1,0 +1,36 @@
+"""`ggjac verify`: the same tokens, logits and layers as llama.cpp?"""
+
+import click
+
+from ggjac.cli.options import ModelOptions, model_options, output_format
+
+
+@click.command()
+@model_options
+@click.option(
+    "--strict",
+    is_flag=True,
+    help="Let llama.cpp run a temporary copy rewritten as F32 (4 bytes per weight), so that all must agree to rounding.",
+)
+@output_format
+@click.pass_context
+def verify(ctx: click.Context, what: ModelOptions, strict: bool, output_format: str) -> None:
+    """Compare tokens, logits and every layer with llama.cpp on the same file; exit code 3 if they disagree.
+
+    On a quantized file llama.cpp rounds activations to 8 bit, so that only the top token is held to agree; --strict
+    removes that difference.
+
+    ggjac verify -m model.gguf --strict
+    """
+    from ggjac.cli import render, sections
+    from ggjac.cli.session import Session
+
+    session = Session(what)
+    data = sections.parity_data(session, sections.run_parity(session, strict=strict, layers=True))
+    if output_format == "json":
+        render.emit_json(session.envelope() | {"parity": data})
+    else:
+        session.show_tokens()
+        sections.show_parity(data)
+    if not data["verdict"]:
+        ctx.exit(3)
