@@ -104,8 +104,11 @@ class Model:
         """Return the token ids of a prompt, BOS added where the vocabulary asks for it, special tokens parsed.
 
         Raises:
+            PromptError: the text is empty.
             TokenizerError: the file has no tokenizer, or llama-cpp-python is not installed.
         """
+        if not prompt:
+            raise PromptError("the prompt is empty; give a text with -p or token ids with --tokens")
         return self.tokenizer.encode(prompt)
 
     def trace(

@@ -70,7 +70,7 @@ def svd(
         with `m` at most `block * (max_sweeps + 1) / 2`.
 
     Raises:
-        ValueError: `rank`, `tol` or `max_sweeps` out of range.
+        ValueError: `rank`, `tol`, `max_sweeps` or `block` out of range, or a product with A that is not finite.
     """
     sizes = math.prod(A.out_shape), math.prod(A.in_shape)
     if not 1 <= rank <= min(sizes):
@@ -79,9 +79,9 @@ def svd(
         raise ValueError(f"tol {tol} is out of range: the relative residual to reach must be positive")
     if max_sweeps < 2:
         raise ValueError(f"max_sweeps {max_sweeps} is out of range: triplets and their residuals take at least 2")
-    width = min(block or max(rank + 8, min(2 * rank, 16)), sizes[0])
-    if width < rank:
+    if block is not None and block < rank:
         raise ValueError(f"block {block} is out of range: it must hold the {rank} triplets asked for")
+    width = min(block or max(rank + 8, min(2 * rank, 16)), sizes[0])
 
     work = torch.promote_types(A.dtype, torch.float32)
     eps = torch.finfo(A.dtype).eps
@@ -93,7 +93,13 @@ def svd(
 
     def sweep(side: int, vectors: Tensor) -> Tensor:
         shape, product = ((A.out_shape, A.rmatmat), (A.in_shape, A.matmat))[side]
-        return product(vectors.to(A.dtype).reshape(-1, *shape)).flatten(1).to(work)
+        result = product(vectors.to(A.dtype).reshape(-1, *shape)).flatten(1).to(work)
+        if not result.isfinite().all():
+            raise ValueError(
+                f"sweep {sweeps} gave products that are not finite: the operator overflows {A.dtype} or holds NaN; "
+                "try a wider dtype"
+            )
+        return result
 
     # Side 0 is the output space, side 1 the input space: an orthonormal basis of each, and its image on the other.
     basis = [torch.empty(0, sizes[side], dtype=work, device=A.device) for side in (0, 1)]
@@ -118,11 +124,11 @@ def svd(
         if reason and coefficients:
             break
 
-        scale = float(image[side].norm(dim=1).max())
+        scale = float(_lengths(image[side]).max())
         new = _orthonormal(image[side][len(image[side]) - len(new) :], basis[other], eps * scale)
-        if not len(new) and len(basis[other]) < rank:
-            # The Krylov space is closed and smaller than `rank`: what is missing has the singular value zero.
-            new = _orthonormal(draw(rank - len(basis[other]), other), basis[other], 0.0)
+        missing = rank - len(basis[other]) - len(new)
+        if missing > 0:  # A's numerical rank is smaller than `rank`: random directions stand in, to find what is left
+            new = torch.cat([new, _orthonormal(draw(missing, other), torch.cat([basis[other], new]), 0.0)])
         basis[other] = torch.cat([basis[other], new])
 
         # Rayleigh-Ritz: image = core @ basis with orthonormal rows on both ends, so the small SVD gives the triplets.
@@ -152,17 +158,23 @@ def _triplets(
     U, V = coefficients[0] @ basis[0], coefficients[1] @ basis[1]
     AtU, AV = coefficients[0] @ image[0], coefficients[1] @ image[1]
     S = (AV * U).sum(1).abs()
-    absolute = torch.maximum((AV - S[:, None] * U).norm(dim=1), (AtU - S[:, None] * V).norm(dim=1))
+    absolute = torch.maximum(_lengths(AV - S[:, None] * U), _lengths(AtU - S[:, None] * V))
     relative = absolute / torch.where(S > 10 * eps * S.max(), S, S.max()).clamp_min(torch.finfo(S.dtype).tiny)
-    return U, S, V, relative
+    order = S.argsort(descending=True, stable=True)  # rounding may swap equals
+    return U[order], S[order], V[order], relative.to(S.dtype)[order]
 
 
 def _at_floor(history: list[float], S: Tensor, eps: float) -> bool:
-    """Say whether the worst residual has stopped halving (three checks) at the level of the dtype's rounding."""
-    if len(history) < 4:
+    """Say whether the worst residual has stopped falling (by a fifth in four checks) at the level of rounding."""
+    if len(history) < 5:
         return False
     floor = 16 * eps * float(S.max() / S.min().clamp_min(torch.finfo(S.dtype).tiny))
-    return min(history[-3:]) > 0.5 * min(history[:-3]) and history[-1] <= floor
+    return min(history[-4:]) > 0.8 * min(history[:-4]) and history[-1] <= floor
+
+
+def _lengths(rows: Tensor) -> Float[Tensor, " k"]:
+    """Return the norm of each row, in float64: squares of float32 numbers below 1e-19 vanish in float32."""
+    return torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
 
 
 def _orthonormal(block: Tensor, basis: Tensor, threshold: float) -> Tensor:

@@ -34,12 +34,12 @@ class Session:
         except RuntimeError as error:
             raise click.UsageError(f"--device {what.device!r} is unknown; try auto, cpu or cuda") from error
         self.model: Model = open_model(what.model, device=device, dtype=what.dtype, threads=what.threads)
-        ids = what.tokens if self.text is None else self.model.tokenize(self.text)
-        n, d = len(ids or []), self.model.config.d
         try:
-            self.ids = self.model.check_prompt(ids or [])
+            ids = (what.tokens or []) if self.text is None else self.model.tokenize(self.text)
+            self.ids = self.model.check_prompt(ids)
         except PromptError as error:
             raise click.UsageError(str(error)) from error
+        n, d = len(self.ids), self.model.config.d
         if not -n <= position < n:
             raise click.UsageError(f"--position {position} is out of range; the prompt has positions 0 to {n - 1}")
         if rank is not None and rank > d:

@@ -10,7 +10,7 @@ from ggjac.cli.options import ModelOptions, model_options, output_format
 @click.option(
     "--strict",
     is_flag=True,
-    help="Let llama.cpp run a temporary copy rewritten as F32 (4 bytes per weight), so that all must agree to rounding.",
+    help="Let llama.cpp run a temporary copy rewritten as F32 (4 bytes per weight), where all must agree to rounding.",
 )
 @output_format
 @click.pass_context
