@@ -1,0 +1,308 @@
+"""The block Krylov SVD against dense `torch.linalg`, on matrices whose spectrum is known beforehand."""
+
+import math
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+from ggjac.linop import LinearOperator
+from ggjac.svd import SVD, svd
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+class Counted(LinearOperator):
+    """A dense matrix, kept in `[*out, *in]` shape, that counts what is asked of it."""
+
+    def __init__(self, matrix: Tensor, out_shape: Sequence[int] = (), in_shape: Sequence[int] = ()):
+        self.matrix = matrix
+        self.out_shape = tuple(out_shape) or (matrix.shape[0],)
+        self.in_shape = tuple(in_shape) or (matrix.shape[1],)
+        self.dtype, self.device, self.widths = matrix.dtype, matrix.device, []
+
+    def matmat(self, X: Tensor, t: Tensor | None = None) -> Tensor:
+        assert X.dtype == self.dtype
+        self.widths.append(len(X))
+        return (X.flatten(1) @ self.matrix.T).reshape(-1, *self.out_shape)
+
+    def rmatmat(self, Y: Tensor) -> Tensor:
+        assert Y.dtype == self.dtype
+        self.widths.append(len(Y))
+        return (Y.flatten(1) @ self.matrix).reshape(-1, *self.in_shape)
+
+
+def prescribed(out: int, into: int, values: Sequence[float], dtype: torch.dtype = torch.float64) -> Tensor:
+    """Return a random matrix with these singular values (and zeros)."""
+    generator = torch.Generator().manual_seed(7)
+    U, V = (
+        torch.linalg.qr(torch.randn(size, len(values), generator=generator, dtype=torch.float64))[0]
+        for size in (out, into)
+    )
+    return ((U * torch.tensor(values, dtype=torch.float64)) @ V.T).to(dtype)
+
+
+def ones_at(out: int, into: int, entries: dict[tuple[int, int], float]) -> Tensor:
+    """Return a sparse matrix: products with it are exact, so that nothing hides a rank deficiency."""
+    matrix = torch.zeros(out, into, dtype=torch.float64)
+    for place, value in entries.items():
+        matrix[place] = value
+    return matrix
+
+
+def measured(matrix: Tensor, result: SVD) -> Tensor:
+    """Return the residuals by plain float64 arithmetic: absolute, the larger of both sides."""
+    A, S = matrix.double(), result.S.double()
+    U, V = result.U.double().flatten(1), result.Vh.double().flatten(1)
+    forward, backward = V @ A.T - S[:, None] * U, U @ A - S[:, None] * V
+    return torch.maximum(*(torch.linalg.vector_norm(side, dim=1) for side in (forward, backward)))
+
+
+def check(matrix: Tensor, result: SVD, rank: int) -> None:
+    """Hold a result to everything that is promised of any result, converged or not."""
+    eps = max(torch.finfo(matrix.dtype).eps, torch.finfo(result.S.dtype).eps)
+    exact = torch.linalg.svdvals(matrix.double())[:rank]
+    largest = exact[0]
+    assert len(result.U) == len(result.S) == len(result.Vh) == len(result.residual) == rank
+    for vectors in (result.U, result.Vh):
+        flat = vectors.double().flatten(1)
+        tolerance = 50 * torch.finfo(result.S.dtype).eps
+        assert (flat @ flat.T - torch.eye(rank, dtype=torch.float64)).abs().max() < tolerance
+    assert (result.S >= 0).all()
+    assert (result.S.diff() <= 0).all()
+    assert result.converged == bool((result.residual <= TOL).all())
+    # Each value lies within its residual of some singular value (Weyl), whatever went wrong elsewhere.
+    absolute = measured(matrix, result)
+    nearest = (result.S.double()[:, None] - torch.linalg.svdvals(matrix.double())).abs().min(1).values
+    assert (nearest <= absolute + 20 * eps * largest).all()
+    # The reported residual is the true one, up to rounding; relative to the largest value where s is zero.
+    scale = torch.where(result.S.double() > 10 * eps * largest, result.S.double(), largest).clamp_min(1e-300)
+    assert ((absolute / scale - result.residual.double()).abs() <= 30 * eps * largest / scale + 1e-300).all()
+    if result.converged:
+        error = (result.S.double() - exact).abs()
+        # Whole sets of values: each error is bounded by all residuals together (Parlett, "The symmetric eigenvalue
+        # problem", 11.5); where values do not crowd it is of the order of their squares.
+        assert (error <= 2 * absolute.norm() + 20 * eps * largest).all()
+
+
+TOL = 1e-3
+
+# name -> (matrix, rank). Ranks beyond the numerical rank ask for null vectors as well.
+SPECTRA: dict[str, tuple[Callable[[], Tensor], int]] = {
+    "geometric": (lambda: prescribed(60, 90, [0.7**i for i in range(60)]), 5),
+    "geometric, tall": (lambda: prescribed(90, 60, [0.7**i for i in range(60)]), 5),
+    "1 / j": (lambda: prescribed(200, 150, [1 / j for j in range(1, 151)]), 8),
+    "slow": (lambda: prescribed(120, 150, [1 - 1e-3 * i for i in range(120)]), 4),
+    "flat": (lambda: prescribed(60, 90, [2.0] * 60), 5),
+    "identity": (lambda: torch.eye(50, dtype=torch.float64), 5),
+    "repeated": (lambda: prescribed(60, 90, [3.0] * 4 + [1.0] * 3 + [0.5] * 40), 6),
+    "cut through a repeated value": (lambda: prescribed(60, 90, [3.0] * 4 + [1.0] * 20 + [0.1] * 20), 9),
+    "tiny gaps": (lambda: prescribed(100, 150, [1 + 1e-9 * i for i in range(20, 0, -1)] + [0.5] * 60), 5),
+    "twelve decades": (lambda: prescribed(60, 90, [10 ** (-12 * i / 59) for i in range(60)]), 20),
+    "twelve decades, full": (lambda: prescribed(60, 90, [10 ** (-12 * i / 59) for i in range(60)]), 60),
+    "two scales": (lambda: prescribed(100, 120, [1.0] + [1e-5 * 0.8**i for i in range(80)]), 5),
+    "rank 1": (lambda: prescribed(60, 90, [3.0]), 1),
+    "rank 1, 5 wanted": (lambda: prescribed(60, 90, [3.0]), 5),
+    "rank 2, 5 wanted": (lambda: prescribed(60, 90, [3.0, 1.0]), 5),
+    "rank 2 exactly": (lambda: ones_at(60, 90, {(3, 4): 2, (5, 6): 1}), 2),
+    "rank 2 exactly, 5 wanted": (lambda: ones_at(60, 90, {(3, 4): 2, (5, 6): 1}), 5),
+    "rank 2 exactly, tall, full": (lambda: ones_at(50, 20, {(3, 4): 2, (5, 6): 2}), 20),
+    "rank 2 exactly, wide, full": (lambda: ones_at(20, 50, {(3, 4): 2, (5, 6): 1}), 20),
+    "rank 12 of 13, full": (lambda: prescribed(13, 40, [1 / j for j in range(1, 13)]), 13),
+    "zero": (lambda: torch.zeros(30, 20, dtype=torch.float64), 4),
+    "zero, full": (lambda: torch.zeros(20, 30, dtype=torch.float64), 20),
+    "full, wide": (lambda: prescribed(30, 90, [1 / j for j in range(1, 31)]), 30),
+    "full, tall": (lambda: prescribed(90, 30, [1 / j for j in range(1, 31)]), 30),
+    "full, square": (lambda: prescribed(30, 30, [0.9**j for j in range(30)]), 30),
+    "d below k + 8": (lambda: prescribed(9, 90, [1 / j for j in range(1, 10)]), 5),
+    "input below k + 8": (lambda: prescribed(90, 9, [1 / j for j in range(1, 10)]), 5),
+    "one by one": (lambda: torch.full((1, 1), -2.0, dtype=torch.float64), 1),
+    "one row": (lambda: prescribed(1, 7, [2.0]), 1),
+    "one column": (lambda: prescribed(7, 1, [2.0]), 1),
+    "tiny numbers": (lambda: prescribed(60, 90, [1e-28 * 0.7**i for i in range(30)]), 5),
+    "huge numbers": (lambda: prescribed(60, 90, [1e28 * 0.7**i for i in range(30)]), 5),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+@pytest.mark.parametrize("name", SPECTRA)
+def test_triplets_are_those_of_the_dense_svd(name: str, dtype: torch.dtype) -> None:
+    make, rank = SPECTRA[name]
+    matrix = make().to(dtype)
+    A = Counted(matrix)
+    result = svd(A, rank, tol=TOL)
+    check(matrix, result, rank)
+    assert result.sweeps == len(A.widths)
+    if dtype == torch.float64:
+        assert result.converged
+        assert result.reason in ("tolerance", "complete")
+
+
+@pytest.mark.parametrize("dtype", DTYPES[2:], ids=str)
+@pytest.mark.parametrize("name", [name for name in SPECTRA if "numbers" not in name])
+def test_low_precision_operators_give_honest_triplets(name: str, dtype: torch.dtype) -> None:
+    """Products round each vector, so residuals rest on the dtype's level: not converged, or converged truly."""
+    make, rank = SPECTRA[name]
+    matrix = make().to(dtype)
+    result = svd(Counted(matrix), rank, tol=TOL)
+    eps = torch.finfo(dtype).eps
+    exact = torch.linalg.svdvals(matrix.double())[:rank]
+    assert result.S.dtype == torch.float32
+    assert len(result.S) == rank
+    assert result.reason in ("tolerance", "complete", "precision")
+    assert ((result.S.double() - exact).abs() <= 4 * eps * exact[0] + 1e-300).all()
+    for vectors in (result.U.double(), result.Vh.double()):
+        assert (vectors @ vectors.T - torch.eye(rank, dtype=torch.float64)).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("name", ["geometric", "1 / j", "repeated", "tiny gaps", "twelve decades", "two scales"])
+def test_leading_subspaces_are_those_of_the_dense_svd(name: str) -> None:
+    """A cluster's vectors are arbitrary within it: compare spans, cut where there is a gap."""
+    make, rank = SPECTRA[name]
+    matrix, cut = make(), {"repeated": 4, "tiny gaps": 20, "two scales": 1}.get(name, rank)
+    result = svd(Counted(matrix), max(rank, cut), tol=1e-9)
+    assert result.converged
+    U, _, Vh = torch.linalg.svd(matrix, full_matrices=False)
+    for ours, theirs in ((result.U, U.T), (result.Vh, Vh)):
+        cosines = torch.linalg.svdvals(ours[:cut] @ theirs[:cut].T)
+        assert (1 - cosines).abs().max() < 1e-8
+
+
+def test_vectors_take_the_operators_shapes() -> None:
+    matrix = prescribed(12, 24, [0.5**i for i in range(12)])
+    result = svd(Counted(matrix, (3, 4), (2, 3, 4)), 2, tol=TOL)
+    assert result.U.shape == (2, 3, 4)
+    assert result.Vh.shape == (2, 2, 3, 4)
+    check(matrix, result, 2)
+
+
+# ---- when it stops
+
+
+def slow(dtype: torch.dtype = torch.float64) -> Tensor:
+    return prescribed(120, 150, [1 - 1e-3 * i for i in range(120)], dtype)
+
+
+def test_stops_on_the_tolerance_and_no_earlier_than_it_holds() -> None:
+    worst: list[tuple[int, float]] = []
+    result = svd(Counted(slow()), 4, tol=TOL, progress=lambda *seen: worst.append(seen))
+    assert (result.reason, result.converged) == ("tolerance", True)
+    assert result.residual.max() <= TOL
+    assert all(residual > TOL for _, residual in worst[:-1])
+    assert [sweep for sweep, _ in worst] == list(range(2, result.sweeps + 1))
+    assert worst[-1][1] == float(result.residual.max())
+
+
+def test_a_tighter_tolerance_takes_more_sweeps() -> None:
+    matrix = prescribed(200, 300, [0.95**j for j in range(200)])
+    counts = [svd(Counted(matrix), 4, tol=tol).sweeps for tol in (1e-1, 1e-3, 1e-6)]
+    assert counts == sorted(set(counts))
+
+
+@pytest.mark.parametrize("max_sweeps", [2, 3, 5])
+def test_stops_at_the_sweep_limit_and_says_so(max_sweeps: int) -> None:
+    A = Counted(slow())
+    result = svd(A, 4, tol=TOL, max_sweeps=max_sweeps)
+    assert (result.reason, result.converged, result.sweeps) == ("sweeps", False, max_sweeps)
+    assert len(A.widths) == max_sweeps
+    check(A.matrix, result, 4)
+
+
+def test_a_sweep_limit_reached_together_with_the_tolerance_counts_as_converged() -> None:
+    needed = svd(Counted(slow()), 4, tol=TOL).sweeps
+    assert svd(Counted(slow()), 4, tol=TOL, max_sweeps=needed).converged
+
+
+def test_a_closed_subspace_is_complete() -> None:
+    result = svd(Counted(prescribed(20, 30, [0.9**i for i in range(20)])), 3, tol=1e-30, max_sweeps=100)
+    assert (result.reason, result.converged) == ("complete", False)
+    assert result.residual.max() < 1e-13
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
+def test_stops_at_the_floor_of_the_dtype(dtype: torch.dtype) -> None:
+    result = svd(Counted(prescribed(200, 300, [0.9**j for j in range(200)], dtype)), 5, tol=1e-30, max_sweeps=60)
+    assert (result.reason, result.converged) == ("precision", False)
+    assert result.residual.max() < 32 * torch.finfo(dtype).eps
+    assert result.sweeps < 25
+
+
+def test_slow_convergence_is_not_mistaken_for_the_floor() -> None:
+    """One huge value raises the floor of the others; they still have far to go when they fall slowly."""
+    values = [1e4] + [1 - 1e-3 * i for i in range(399)]
+    result = svd(Counted(prescribed(400, 500, values, torch.float32)), 4, tol=TOL, max_sweeps=60)
+    assert result.reason in ("precision", "sweeps")
+    # What float32 allows here: eps * 1e4 = 1.2e-3, times a modest constant.
+    assert result.residual.max() < 0.03
+
+
+def test_every_sweep_counts_once_and_widths_stay_within_the_block() -> None:
+    A = Counted(slow())
+    result = svd(A, 4, tol=TOL, block=6)
+    assert result.sweeps == len(A.widths)
+    assert max(A.widths) == 6
+
+
+@pytest.mark.parametrize("block", [4, 5, 40, 1000])
+def test_any_block_size_finds_the_triplets(block: int) -> None:
+    matrix = prescribed(60, 90, [0.8**i for i in range(60)])
+    result = svd(Counted(matrix), 4, tol=TOL, block=block)
+    assert result.converged
+    check(matrix, result, 4)
+
+
+# ---- seeds
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_seed_decides_every_bit(dtype: torch.dtype) -> None:
+    matrix = prescribed(60, 90, [0.8**i for i in range(60)], dtype)
+    a, b, other = (svd(Counted(matrix), 4, tol=0.03, seed=seed) for seed in (3, 3, 4))
+    for part in ("U", "S", "Vh", "residual"):
+        assert torch.equal(getattr(a, part), getattr(b, part))
+    assert not torch.equal(a.U, other.U)
+    assert torch.allclose(a.S, other.S, rtol=0.03)
+
+
+def test_the_global_generator_is_left_alone() -> None:
+    torch.manual_seed(0)
+    expected = torch.rand(1)
+    torch.manual_seed(0)
+    svd(Counted(slow()), 2, tol=0.1)
+    assert torch.equal(torch.rand(1), expected)
+
+
+# ---- refusals
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rank": 0}, "rank 0 is out of range: this operator has 20 singular values"),
+        ({"rank": -1}, "rank -1 is out of range"),
+        ({"rank": 21}, "rank 21 is out of range: this operator has 20 singular values"),
+        ({"rank": 2, "tol": 0.0}, "tol 0.0 is out of range"),
+        ({"rank": 2, "tol": -1.0}, "tol -1.0 is out of range"),
+        ({"rank": 2, "tol": math.nan}, "tol nan is out of range"),
+        ({"rank": 2, "max_sweeps": 1}, "max_sweeps 1 is out of range"),
+        ({"rank": 5, "block": 4}, "block 4 is out of range: it must hold the 5 triplets"),
+        ({"rank": 5, "block": 0}, "block 0 is out of range"),
+    ],
+)
+def test_arguments_out_of_range_are_refused_before_any_product(options: dict, message: str) -> None:
+    A = Counted(torch.eye(20, 30, dtype=torch.float64))
+    with pytest.raises(ValueError, match=message):
+        svd(A, **options)
+    assert A.widths == []
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("poison", [math.nan, math.inf])
+def test_an_operator_that_overflows_is_refused(poison: float, dtype: torch.dtype) -> None:
+    matrix = prescribed(60, 90, [0.5**i for i in range(60)], dtype)
+    matrix[3, 3] = poison
+    A = Counted(matrix)
+    with pytest.raises(ValueError, match=r"sweep 1 gave .* not finite.* wider dtype"):
+        svd(A, 3)
+    assert len(A.widths) == 1
