@@ -138,7 +138,9 @@ class ModelConfig:
         Raises:
             ConfigError: an architecture, a key or a tensor that is missing, malformed or unsupported, by name.
         """
-        name = metadata.get("general.architecture")
+        kind, name = metadata.get("general.type", "model"), metadata.get("general.architecture")
+        if kind != "model":
+            raise ConfigError(f"general.type is {_shown(kind)}, not a language model; give the model's own file")
         if name not in ARCHITECTURES:
             supported = ", ".join(ARCHITECTURES)
             raise ConfigError(f"architecture {_shown(name)} is not supported; supported: {supported}")
