@@ -50,9 +50,20 @@ def _best(matrix: TiledMatrix, vectors: Float[Tensor, "k d"], count: int, *, uni
         if unit_rows:
             lengths = tile.norm(dim=1)
             products = torch.where(lengths > 0, products / lengths, -torch.inf)
-        new = products.topk(min(count, stop - start), dim=1)
-        scores, ids = torch.cat([scores, new.values], 1), torch.cat([ids, new.indices + start], 1)
-        ids, by_id = ids.sort(dim=1)
-        scores, by_score = scores.gather(1, by_id).sort(dim=1, descending=True, stable=True)
+        new = _first_best(products, min(count, stop - start))
+        # Every id here is larger than those kept so far, so that a stable sort leaves equals in order of id.
+        scores, ids = torch.cat([scores, products.gather(1, new)], 1), torch.cat([ids, new + start], 1)
+        scores, by_score = scores.sort(dim=1, descending=True, stable=True)
         scores, ids = scores[:, :count], ids.gather(1, by_score)[:, :count]
     return Ranked(ids, scores)
+
+
+def _first_best(scores: Float[Tensor, "k v"], count: int) -> Int[Tensor, "k count"]:
+    """Return the indices of the `count` largest of each row, ascending; `topk` alone takes any of the equals."""
+    if count == 0:
+        return scores.new_empty(len(scores), 0, dtype=torch.long)
+    scores = torch.where(scores.isnan(), -torch.inf, scores)
+    least = scores.topk(count, dim=1).values[:, -1:]
+    above, equal = scores > least, scores == least
+    taken = above | (equal & (equal.cumsum(1, dtype=torch.int32) <= count - above.sum(1, keepdim=True)))
+    return taken.nonzero()[:, 1].view(len(scores), count)
