@@ -110,9 +110,9 @@ class LinearOperator:
 
         def columns(apply: Callable[[Tensor], Tensor], shape: tuple[int, ...]) -> Callable:
             def product(X):  # numpy [size, k], or [size]
-                stacked = torch.as_tensor(X.T.reshape(-1, *shape)).to(self.device, self.dtype)
+                stacked = torch.as_tensor(X.T.reshape(-1, *shape).copy()).to(self.device, self.dtype)
                 result = apply(stacked).flatten(1).T.to("cpu", scipy_dtype)
-                return result.reshape(-1, *X.shape[1:]).numpy()
+                return result.reshape(len(result), *X.shape[1:]).numpy()
 
             return product
 
