@@ -141,12 +141,14 @@ class ModelConfig:
         kind, name = metadata.get("general.type", "model"), metadata.get("general.architecture")
         if kind != "model":
             raise ConfigError(f"general.type is {_shown(kind)}, not a language model; give the model's own file")
-        if name not in ARCHITECTURES:
+        if not isinstance(name, str) or name not in ARCHITECTURES:
             supported = ", ".join(ARCHITECTURES)
             raise ConfigError(f"architecture {_shown(name)} is not supported; supported: {supported}")
         row, keys = ARCHITECTURES[name], _Keys(metadata, name)
         if keys.number("expert_count", 0):
             raise ConfigError(f"{name}.expert_count: mixtures of experts are not supported; use a dense model")
+        if not metadata.get(f"{name}.attention.causal", True):
+            raise ConfigError(f"{name}.attention.causal is False: attention to later tokens is not supported")
 
         blocks = keys.integer("block_count")
         if blocks > len(shapes):
@@ -172,7 +174,7 @@ class ModelConfig:
             head_count_kv=kv_heads,
             key_length=key_length,
             value_length=keys.integer("attention.value_length", key_length),
-            norm_epsilon=keys.number("attention.layer_norm_rms_epsilon"),
+            norm_epsilon=keys.real("attention.layer_norm_rms_epsilon"),
             rope=_rope(keys, row, rotary),
         )
         feed_forward = keys.per_block("feed_forward_length", blocks)
@@ -187,15 +189,18 @@ def _rope(keys: "_Keys", row: Architecture, dimensions: int) -> Rope:
         raise ConfigError(
             f"{keys.prefix}.rope.scaling.type {_shown(kind)} is not supported; supported: none, linear, yarn"
         )
-    factor = keys.number("rope.scaling.factor", keys.number("rope.scale_linear", 0)) or 1.0
+    factor = keys.real("rope.scaling.factor", keys.real("rope.scale_linear", 0.0)) or 1.0
+    base, least = keys.real("rope.freq_base", 10000.0), 1 if kind == "yarn" else 0
+    if base <= least:
+        raise ConfigError(f"{keys.prefix}.rope.freq_base is {base}, but rotation needs a base above {least}")
     return Rope(
         dimensions=dimensions,
-        base=keys.number("rope.freq_base", 10000.0),
+        base=base,
         pairs=row.rope_pairs,
         factor=1.0 if kind == "none" else factor,
         yarn=kind == "yarn",
         original_context=keys.integer("rope.scaling.original_context_length", keys.integer("context_length")),
-        attention_factor=keys.number("rope.scaling.attn_factor", 1.0),
+        attention_factor=keys.real("rope.scaling.attn_factor", 1.0),
     )
 
 
@@ -248,6 +253,10 @@ class _Keys:
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
             raise ConfigError(f"metadata key {name} is {_shown(value)}, not a number that makes sense")
         return value
+
+    def real(self, key: str, default: float | None = None) -> float:
+        """Return a finite, non-negative number as a float, however the file writes it."""
+        return float(self.number(key, default))
 
     def integer(self, key: str, default: int | None = None) -> int:
         """Return a positive integer that a model can have."""

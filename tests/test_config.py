@@ -1,0 +1,305 @@
+"""What a configuration says of a model: defaults, slices, and a named refusal for everything else."""
+
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ggjac.config import ARCHITECTURES, ConfigError, ModelConfig
+from ggjac.gguf import open_gguf
+from ggjac.rope import rotation
+
+L, D, H, G, HD, F, V = 2, 12, 6, 3, 4, 10, 7
+
+METADATA = {
+    "general.architecture": "llama",
+    "llama.block_count": L,
+    "llama.context_length": 32,
+    "llama.embedding_length": D,
+    "llama.feed_forward_length": F,
+    "llama.attention.head_count": H,
+    "llama.attention.head_count_kv": G,
+    "llama.attention.key_length": HD,
+    "llama.attention.value_length": HD,
+    "llama.attention.layer_norm_rms_epsilon": 1e-5,
+    "llama.rope.dimension_count": HD,
+    "llama.rope.freq_base": 500.0,
+}
+BLOCK = {
+    "attn_norm.weight": (D,),
+    "attn_q.weight": (H * HD, D),
+    "attn_k.weight": (G * HD, D),
+    "attn_v.weight": (G * HD, D),
+    "attn_output.weight": (D, H * HD),
+    "ffn_norm.weight": (D,),
+    "ffn_gate.weight": (F, D),
+    "ffn_up.weight": (F, D),
+    "ffn_down.weight": (D, F),
+}
+SHAPES = {
+    "token_embd.weight": (V, D),
+    "output_norm.weight": (D,),
+    "output.weight": (V, D),
+    **{f"blk.{i}.{name}": shape for i in range(L) for name, shape in BLOCK.items()},
+}
+ABSENT = object()
+
+
+def read(metadata: dict[str, Any] | None = None, shapes: dict[str, Any] | None = None) -> ModelConfig:
+    """Read the model above with changes; keys without a dot-separated prefix get `llama.`, ABSENT removes."""
+    changed = {name if name.startswith(("general.", "llama.")) else f"llama.{name}": value
+               for name, value in (metadata or {}).items()}  # fmt: skip
+    return ModelConfig.from_metadata(
+        {name: value for name, value in (METADATA | changed).items() if value is not ABSENT},
+        {name: shape for name, shape in (SHAPES | (shapes or {})).items() if shape is not ABSENT},
+    )
+
+
+# ---- what is read
+
+
+def test_everything_is_read() -> None:
+    config = read()
+    assert (config.architecture, config.block_count, config.d, config.vocabulary) == ("llama", L, D, V)
+    assert (config.head_count, config.head_count_kv) == ((H,) * L, (G,) * L)
+    assert (config.key_length, config.value_length, config.context_length) == (HD, HD, 32)
+    assert config.norm_epsilon == 1e-5
+    rope = config.rope
+    assert (rope.dimensions, rope.base, rope.pairs) == (HD, 500.0, "adjacent")
+    assert (rope.factor, rope.yarn, rope.attention_factor) == (1.0, False, 1.0)
+
+
+def test_defaults_are_llamacpps() -> None:
+    """key length d / heads (rounded down), value length = key length, as many kv heads as heads, base 10000."""
+    absent = ("attention.head_count_kv", "attention.key_length", "attention.value_length", "rope.dimension_count")
+    shapes = {
+        f"blk.{i}.{name}": shape
+        for i in range(L)
+        for name, shape in {
+            "attn_q.weight": (12, 12), "attn_k.weight": (12, 12), "attn_v.weight": (12, 12),
+            "attn_output.weight": (12, 12),
+        }.items()
+    }  # fmt: skip
+    config = read(dict.fromkeys((*absent, "rope.freq_base"), ABSENT), shapes)
+    assert (config.key_length, config.value_length, config.head_count_kv) == (2, 2, (H,) * L)
+    assert (config.rope.dimensions, config.rope.base) == (2, 10000.0)
+
+
+def test_sizes_may_be_given_per_block() -> None:
+    """Here the second block has half the heads, one value head, and a narrower feed-forward."""
+    shapes = {
+        "blk.1.attn_q.weight": (3 * HD, D), "blk.1.attn_k.weight": (HD, D), "blk.1.attn_v.weight": (HD, D),
+        "blk.1.attn_output.weight": (D, 3 * HD), "blk.1.ffn_gate.weight": (4, D), "blk.1.ffn_up.weight": (4, D),
+        "blk.1.ffn_down.weight": (D, 4),
+    }  # fmt: skip
+    arrays = {"attention.head_count": [H, 3], "attention.head_count_kv": (G, 1), "feed_forward_length": [F, 4]}
+    config = read(arrays, shapes)
+    assert (config.head_count, config.head_count_kv) == ((H, 3), (G, 1))
+    assert config.slices(0) == {
+        "attn_q": ("attn_qkv", 0, 24), "attn_k": ("attn_qkv", 24, 36), "attn_v": ("attn_qkv", 36, 48)
+    }  # fmt: skip
+    assert config.slices(1) == {
+        "attn_q": ("attn_qkv", 0, 12), "attn_k": ("attn_qkv", 12, 16), "attn_v": ("attn_qkv", 16, 20)
+    }  # fmt: skip
+
+
+def test_values_may_be_narrower_than_keys() -> None:
+    shapes = {f"blk.{i}.attn_v.weight": (G * 2, D) for i in range(L)}
+    shapes |= {f"blk.{i}.attn_output.weight": (D, H * 2) for i in range(L)}
+    config = read({"attention.value_length": 2}, shapes)
+    assert (config.key_length, config.value_length) == (4, 2)
+    assert config.slices(0)["attn_v"] == ("attn_qkv", 36, 42)
+
+
+def fused(*, bias: bool) -> dict[str, Any]:
+    shapes: dict[str, Any] = {f"blk.{i}.attn_{part}.weight": ABSENT for i in range(L) for part in "qkv"}
+    shapes |= {f"blk.{i}.attn_qkv.weight": (48, D) for i in range(L)}
+    return shapes | ({f"blk.{i}.attn_qkv.bias": (48,) for i in range(L)} if bias else {})
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_fused_attention_replaces_its_parts(bias: bool) -> None:
+    assert read(shapes=fused(bias=bias)).slices(1)["attn_k"] == ("attn_qkv", 24, 36)
+
+
+@pytest.mark.parametrize("name", ["attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down"])
+def test_any_matrix_may_have_a_bias(name: str) -> None:
+    out = BLOCK[f"{name}.weight"][0]
+    read(shapes={f"blk.1.{name}.bias": (out,)})
+    with pytest.raises(ConfigError, match=rf"tensor blk.1.{name}.bias has shape \[{out + 1}\], .* calls for \[{out}\]"):
+        read(shapes={f"blk.1.{name}.bias": (out + 1,)})
+
+
+def test_optional_tensors() -> None:
+    read(shapes={"output.weight": ABSENT})
+    read(shapes={"rope_freqs.weight": (HD // 2,)})
+
+
+SCALINGS: dict[str, tuple[dict[str, Any], tuple[float, bool, int, float]]] = {
+    "none at all": ({}, (1.0, False, 32, 1.0)),
+    "linear": ({"type": "linear", "factor": 4.0}, (4.0, False, 32, 1.0)),
+    "untyped is linear": ({"factor": 4.0}, (4.0, False, 32, 1.0)),
+    "the old key": ({"../scale_linear": 4.0}, (4.0, False, 32, 1.0)),
+    "the new key wins": ({"factor": 2.0, "../scale_linear": 4.0}, (2.0, False, 32, 1.0)),
+    "zero means none": ({"factor": 0.0}, (1.0, False, 32, 1.0)),
+    "switched off": ({"type": "none", "factor": 4.0}, (1.0, False, 32, 1.0)),
+    "whole numbers": ({"type": "linear", "factor": 4}, (4, False, 32, 1.0)),
+    "yarn": ({"type": "yarn", "factor": 4.0, "original_context_length": 8}, (4.0, True, 8, 1.0)),
+    "yarn, context by default": ({"type": "yarn", "factor": 4.0}, (4.0, True, 32, 1.0)),
+    "attention factor": ({"factor": 2.0, "attn_factor": 1.5}, (2.0, False, 32, 1.5)),
+}
+
+
+@pytest.mark.parametrize("name", SCALINGS)
+def test_rope_scaling(name: str) -> None:
+    keys, expected = SCALINGS[name]
+    prefix = "rope.scaling."
+    rope = read({(prefix + key).replace("scaling.../", ""): value for key, value in keys.items()}).rope
+    assert (rope.factor, rope.yarn, rope.original_context, rope.attention_factor) == expected
+
+
+@pytest.mark.parametrize("case", ["plain", "gqa", "fused_biases", "defaults", "per_layer_arrays", "yarn", "odd_sizes"])
+def test_files_are_read(case: str, tiny_file: Callable[..., Path]) -> None:
+    o = tiny.options(case)
+    with open_gguf(tiny_file(case)) as file:
+        config = ModelConfig.from_metadata(file.metadata, {t.name: t.shape for t in file.tensors.values()})
+    assert (config.block_count, config.d, config.vocabulary) == (o.layers, o.d, o.vocab)
+    assert (config.head_count, config.head_count_kv) == ((o.heads,) * o.layers, (o.hk,) * o.layers)
+    assert (config.key_length, config.value_length, config.rope.dimensions) == (o.hd, o.hd, o.hd)
+
+
+# ---- what is refused
+
+HUGE = 2**31 - 1
+
+# name -> (metadata changes, shape changes, message)
+REFUSALS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
+    "another architecture": ({"general.architecture": "mamba"}, {}, "architecture 'mamba' is not supported; supp"),
+    "no architecture": ({"general.architecture": ABSENT}, {}, "architecture None is not supported; supported: llama"),
+    "an array for architecture": ({"general.architecture": ["llama"]}, {}, r"architecture \['llama'\] is not supp"),
+    "terminal codes": ({"general.architecture": "\x1b[2J"}, {}, r"architecture '\\x1b\[2J' is not supported"),
+    "a long name": ({"general.architecture": "x" * 10**6}, {}, r"architecture 'x+\.\.\. is not supported"),
+    "experts": ({"expert_count": 8}, {}, "llama.expert_count: mixtures of experts are not supported"),
+    "no causal mask": ({"attention.causal": False}, {}, "llama.attention.causal is False: .* not supported"),
+    "too many blocks": ({"block_count": HUGE}, {}, r"block_count is 2147483647, but the file holds only 21 tensors"),
+    "a block too many": ({"block_count": 3}, {}, "tensor blk.2.attn_norm.weight is missing; the file is incomplete"),
+    "a block too few": ({"block_count": 1}, {}, "tensor 'blk.1.attn_norm.weight' is not part of a llama model"),
+    "heads that cannot share": ({"attention.head_count_kv": 4}, {}, "6 heads cannot share 4 key/value heads evenly"),
+    "more kv heads": ({"attention.head_count_kv": 12}, {}, "6 heads cannot share 12 key/value heads evenly"),
+    "another number of heads": ({"attention.head_count": 3}, {}, r"tensor blk.0.attn_q.weight has shape \[24, 12\]"),
+    "more heads than d": ({"attention.head_count": HUGE, "attention.head_count_kv": 1, "attention.key_length": ABSENT},
+                          {}, "key_length is 0, not a whole number from 1"),
+    "huge heads": ({"attention.head_count": HUGE, "attention.head_count_kv": HUGE}, {}, r"attn_q.weight has shape"),
+    "rope: odd": ({"rope.dimension_count": 3}, {}, "rope.dimension_count 3 does not fit heads of 4 elements"),
+    "rope: too many": ({"rope.dimension_count": 8}, {}, "rope.dimension_count 8 does not fit heads of 4 elements"),
+    "rope: fewer than the head": ({"rope.dimension_count": 2}, {}, "dimension_count 2 does not fit heads of 4"),
+    "rope: base of zero": ({"rope.freq_base": 0.0}, {}, "rope.freq_base is 0.0, .* above 0"),
+    "rope: yarn at base one": ({"rope.freq_base": 1.0, "rope.scaling.type": "yarn"}, {}, "is 1.0, .* above 1"),
+    "rope: longrope": ({"rope.scaling.type": "longrope"}, {}, "scaling.type 'longrope' is not supported; supported: n"),
+    "rope: type of a wrong type": ({"rope.scaling.type": 3}, {}, "rope.scaling.type 3 is not supported"),
+    "rope: an array for a type": ({"rope.scaling.type": ["yarn"]}, {}, "is not supported; supported: none, linear, y"),
+    "rope: long factors": ({}, {"rope_factors_long.weight": (2,)}, "tensor 'rope_factors_long.weight' is not part of"),
+    "rope: factors of a wrong size": ({}, {"rope_freqs.weight": (4,)}, r"rope_freqs.weight has shape \[4\], .* \[2\]"),
+    "array of a wrong length": ({"attention.head_count": [6]}, {}, "head_count has 1 entries for 2 blocks"),
+    "array with a zero": ({"feed_forward_length": [10, 0]}, {}, "feed_forward_length is 0, not a whole number"),
+    "array with a string": ({"feed_forward_length": [10, "x"]}, {}, "feed_forward_length is 'x', not a number"),
+    "array where a number is due": ({"embedding_length": [12]}, {}, r"embedding_length is \[12\], not a number"),
+    "no kv part": ({}, {"blk.1.attn_k.weight": ABSENT}, "tensor blk.1.attn_k.weight is missing"),
+    "a fused part short": ({}, fused(bias=False) | {"blk.0.attn_qkv.weight": (47, D)},
+                           r"blk.0.attn_qkv.weight has shape \[47, 12\], the metadata calls for \[48, 12\]"),
+    "no embeddings": ({}, {"token_embd.weight": ABSENT}, "tensor token_embd.weight is missing; the file is incomplete"),
+    "embeddings of another width": ({}, {"token_embd.weight": (V, 8)}, r"token_embd.weight has shape \[7, 8\]"),
+    "flat embeddings": ({}, {"token_embd.weight": (V,)}, r"token_embd.weight has shape \[7\]"),
+    "a head of another vocabulary": ({}, {"output.weight": (V + 1, D)}, r"output.weight has shape \[8, 12\]"),
+    "a tensor that would change the sum": ({}, {"blk.0.attn_q_norm.weight": (HD,)}, "attn_q_norm.weight' is not"),
+    "a scale": ({}, {"blk.0.ffn_up.scale": (1,)}, "tensor 'blk.0.ffn_up.scale' is not part of a llama model"),
+    "an unprintable tensor": ({}, {"\x1b[31m": (1,)}, r"tensor '\\x1b\[31m' is not part of a llama model"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSALS)
+def test_refusals_name_what_is_wrong(name: str) -> None:
+    metadata, shapes, message = REFUSALS[name]
+    start = time.perf_counter()
+    with pytest.raises(ConfigError, match=message) as error:
+        read(metadata, shapes)
+    assert time.perf_counter() - start < 1  # nothing may be built for a number before it is checked
+    assert "\n" not in str(error.value)
+    assert str(error.value).isprintable()
+    assert len(str(error.value)) < 300
+
+
+REQUIRED = ("block_count", "context_length", "embedding_length", "feed_forward_length", "attention.head_count",
+            "attention.layer_norm_rms_epsilon")  # fmt: skip
+
+
+@pytest.mark.parametrize("key", REQUIRED)
+def test_missing_keys_are_named(key: str) -> None:
+    with pytest.raises(ConfigError, match=f"metadata key llama.{key} is missing"):
+        read({key: ABSENT})
+
+
+@pytest.mark.parametrize("name", [name for name in SHAPES if name != "output.weight"])
+def test_missing_tensors_are_named(name: str) -> None:
+    with pytest.raises(ConfigError, match=f"tensor {name} is missing"):
+        read(shapes={name: ABSENT})
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_wrong_shapes_are_named(name: str) -> None:
+    for shape in ((*SHAPES[name][::-1], 1), (SHAPES[name][0] + 1, *SHAPES[name][1:])):
+        with pytest.raises(ConfigError, match=r"has shape .*, the metadata calls for"):
+            read(shapes={name: shape})
+
+
+NUMBERS = [key.removeprefix("llama.") for key in METADATA if key != "general.architecture"]
+WRONG = ["12", True, False, -1, -1.0, math.nan, math.inf, -math.inf, {}]
+
+
+@pytest.mark.parametrize("key", [*NUMBERS, "rope.scaling.factor", "rope.scaling.attn_factor", "rope.scale_linear"])
+@pytest.mark.parametrize("value", WRONG, ids=repr)
+def test_values_that_are_no_sensible_number_are_named(key: str, value: Any) -> None:
+    with pytest.raises(ConfigError, match=rf"metadata key llama.{key} is .*, not a number that makes sense"):
+        read({key: value})
+
+
+WHOLE = [key for key in NUMBERS if key not in ("attention.layer_norm_rms_epsilon", "rope.freq_base")]
+
+
+@pytest.mark.parametrize("key", [*WHOLE, "rope.scaling.original_context_length"])
+@pytest.mark.parametrize("value", [0, 2.0, 2.5, 2**31, 2**64, 10**40])
+def test_counts_are_whole_numbers_within_reason(key: str, value: Any) -> None:
+    with pytest.raises(ConfigError, match=f"metadata key llama.{key} is .*, not a whole number from 1 to 2147483647"):
+        read({key: value})
+
+
+scalars = st.one_of(
+    st.none(), st.booleans(), st.integers(-3, 40), st.integers(-(2**63), 2**64), st.floats(width=32),
+    st.text(max_size=3),
+    st.sampled_from(["llama", "yarn", "linear", "none", "longrope", HUGE, 2**63]),
+)  # fmt: skip
+values = scalars | st.lists(scalars, max_size=3)
+KEYS = [*NUMBERS, "general.architecture", "expert_count", "attention.causal", "rope.scaling.type",
+        "rope.scaling.factor", "rope.scaling.attn_factor", "rope.scaling.original_context_length"]  # fmt: skip
+
+
+@settings(deadline=None, max_examples=400)
+@given(st.dictionaries(st.sampled_from(KEYS), values, max_size=3))
+def test_no_metadata_leads_to_anything_but_a_model_or_a_refusal(changes: dict[str, Any]) -> None:
+    try:
+        config = read(changes)
+    except ConfigError:
+        return
+    cos, sin = rotation(config.rope, 5)
+    assert cos.isfinite().all()
+    assert sin.isfinite().all()
+
+
+def test_every_architecture_says_how_its_pairs_rotate() -> None:
+    assert {row.rope_pairs for row in ARCHITECTURES.values()} <= {"adjacent", "halves"}
