@@ -6,10 +6,12 @@ JSON header, raw bytes), which needs no pickle to read.
 """
 
 import contextlib
+import errno
 import json
 import math
 import os
 import platform
+import re
 import shutil
 import time
 from collections.abc import Iterator, Mapping
@@ -27,6 +29,12 @@ _DTYPES: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "F64": np.dtype("<f
 
 class RunError(ValueError):
     """A result that cannot be written or read; the message says where and why."""
+
+
+class SpaceError(RunError):
+    """The disk is too full for a result."""
+
+    will_not_fit = True  # the command line's exit code 4
 
 
 @dataclass(frozen=True)
@@ -81,7 +89,8 @@ def writing_tensors(
     """Open a safetensors file for writing; it appears under its name when the block ends without an error.
 
     Raises:
-        RunError: the folder is missing or not writable, or the disk is too full.
+        SpaceError: the disk is too full.
+        RunError: the folder is missing or not writable.
     """
     path = Path(path)
     needed = sum(entry.nbytes for entry in entries.values())
@@ -109,28 +118,53 @@ def save_json(path: str | os.PathLike[str], content: Mapping[str, Any]) -> None:
     """Write a JSON file; numbers that JSON lacks (NaN, infinity) are refused rather than written wrongly.
 
     Raises:
+        ValueError: the content holds such a number.
         RunError: as `writing_tensors`.
     """
-    text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    with _replacing(Path(path), len(text)) as temporary, open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
+    encoded = json_text(content).encode("utf-8")
+    with _replacing(Path(path), len(encoded)) as temporary, open(temporary, "wb") as file:
+        file.write(encoded)
         file.flush()
         os.fsync(file.fileno())
+
+
+def json_text(content: Mapping[str, Any]) -> str:
+    """Return indented JSON with readable text, in which everything invisible is escaped.
+
+    Control and bidi characters of a file from strangers then cannot steer a terminal, and halves of surrogate pairs
+    (bytes of a path that are no UTF-8) can be encoded.
+    """
+    text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)
+    # Outside strings JSON is printable ASCII, so that what is found here is inside one, where escapes mean the same.
+    return re.sub(r"[^ -~\n]", lambda match: match[0] if match[0].isprintable() else _escaped(match[0]), text) + "\n"
+
+
+def _escaped(character: str) -> str:
+    """Return a character as JSON escapes, a pair of them beyond U+FFFF."""
+    code = ord(character)
+    return f"\\u{code:04x}" if code < 0x10000 else json.dumps(character)[1:-1]
 
 
 def check_writable(path: str | os.PathLike[str], needed: int = 0) -> None:
     """Try to create and remove a file beside `path`, so that a long computation does not end in an error.
 
     Raises:
-        RunError: the folder is missing or not writable, `path` is a folder, or fewer than `needed` bytes are free.
+        SpaceError: fewer than `needed` bytes are free.
+        RunError: the folder is missing or not writable, or `path` is a folder or a device.
     """
     path = Path(path)
     with _explaining(path):
         if path.is_dir():
             raise IsADirectoryError
-        free = shutil.disk_usage(path.parent).free
+        if path.exists() and not path.is_file():  # /dev/null, say, which must not be replaced
+            raise RunError(f"{path}: is not a regular file; give the name of a file")
+        folder = Path(os.path.realpath(path)).parent
+        free = shutil.disk_usage(folder).free
         if free < needed:
-            raise RunError(f"{path}: needs {needed} bytes, the disk has {free} free; choose another -o, or make room")
+            raise SpaceError(
+                f"{path}: needs {needed / 1e6:.1f} MB, the disk has {free / 1e6:.1f} MB free; choose another -o, or "
+                "make room"
+            )
         probe = _temporary(path)
         probe.touch()
         probe.unlink()
@@ -144,17 +178,22 @@ def creating_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
         RunError: `path` exists (and is not an empty folder), or its parent cannot be written.
     """
     path = Path(path)
-    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-        raise RunError(f"{path}: exists; choose another name with -o, or remove it")
-    temporary = _temporary(path)
     with _explaining(path):
+        if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+            raise RunError(f"{path}: exists; choose another name with -o, or remove it")
+        temporary = _temporary(path)
+        made = [parent for parent in temporary.parents if not parent.exists()]
         temporary.mkdir(parents=True)
-        try:
-            yield temporary
+    try:
+        yield temporary  # errors in there are the caller's own: not all of them are about this folder
+        with _explaining(path):
             temporary.rename(path)
-        except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        for parent in made:  # innermost first; one that another process uses is not empty and stays
+            with contextlib.suppress(OSError):
+                parent.rmdir()
+        raise
 
 
 def provenance() -> dict[str, Any]:
@@ -198,7 +237,8 @@ def load_run(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def _temporary(path: Path) -> Path:
-    """Name a hidden neighbour of `path`; the process id keeps two runs apart."""
+    """Name a hidden neighbour of `path`, behind links; the process id keeps two runs apart."""
+    path = Path(os.path.realpath(path))
     return path.with_name(f".{path.name}.{os.getpid()}.tmp")
 
 
@@ -215,7 +255,7 @@ def _replacing(path: Path, needed: int) -> Iterator[Path]:
     with _explaining(path):
         try:
             yield temporary
-            temporary.replace(path)
+            temporary.replace(os.path.realpath(path))
         finally:
             temporary.unlink(missing_ok=True)
 
@@ -225,7 +265,11 @@ def _explaining(path: Path) -> Iterator[None]:
     """Turn the system's errors about `path` into one line that says what to do."""
     try:
         yield
+    except BrokenPipeError:  # not about a file, but about stdout
+        raise
     except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise SpaceError(f"{path}: the disk is full; choose another -o, or make room") from error
         reasons: dict[type[OSError], str] = {
             FileNotFoundError: "its folder does not exist; create it, or choose another -o",
             NotADirectoryError: "its folder is a file; choose another -o",
