@@ -5,8 +5,13 @@ once.
 """
 
 import os
+import signal
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
+from typing import Any
 
 import click
 
@@ -32,8 +37,19 @@ class Failure(click.ClickException):
         self.exit_code = exit_code  # type: ignore[misc]  # declared as a class variable, read from the instance
 
     def show(self, file: object = None) -> None:
-        """Print the message to stderr."""
-        click.echo(f"Error: {self.format_message()}", err=True)
+        """Print the message to stderr on one line; what it quotes from a file or a path cannot steer the terminal."""
+        from ggjac.tokenizer import visible
+
+        message = " ".join(self.format_message().split())
+        click.echo(f"Error: {visible(message.encode('utf-8', 'surrogateescape'))}", err=True)
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM or SIGHUP: as an exception, so that unfinished files are removed."""
+
+    def __init__(self, number: int):
+        super().__init__()
+        self.exit_code = 128 + number
 
 
 class Commands(click.Group):
@@ -57,37 +73,84 @@ class Commands(click.Group):
         with formatter.section("Commands"):
             formatter.write_dl(list(COMMANDS.items()))
 
+    def make_context(self, *args: Any, **options: Any) -> click.Context:
+        """Parse the options before the command."""
+        with _plain_errors():
+            return super().make_context(*args, **options)
+
     def invoke(self, ctx: click.Context) -> object:
-        """Run the command; no traceback for a user's mistake (set GGJAC_DEBUG=1 to see it)."""
-        try:
+        """Run the command."""
+        with _plain_errors(), _catching_signals():
             return super().invoke(ctx)
-        except Failure:
+
+
+@contextmanager
+def _plain_errors() -> Iterator[None]:
+    """Turn every error into one line and an exit code; no traceback, unless GGJAC_DEBUG=1 asks for it."""
+    try:
+        yield
+    except (Failure, click.exceptions.NoArgsIsHelpError, click.exceptions.Exit):
+        raise
+    except click.UsageError as error:
+        where = error.ctx.command_path if error.ctx else "ggjac"
+        raise Failure(f"{error.format_message().rstrip('.')}; see {where} --help", 2) from error
+    except KeyboardInterrupt as interrupt:
+        click.echo("\nInterrupted; nothing unfinished was left behind", err=True)
+        raise click.exceptions.Exit(getattr(interrupt, "exit_code", 130)) from None
+    except BrokenPipeError:  # the reader of our output has gone, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise click.exceptions.Exit(1) from None
+    except Exception as error:
+        if os.environ.get("GGJAC_DEBUG"):
             raise
-        except click.UsageError as error:
-            where = error.ctx.command_path if error.ctx else "ggjac"
-            raise Failure(f"{error.format_message().rstrip('.')}; see {where} --help", 2) from error
-        except KeyboardInterrupt:
-            click.echo("\nInterrupted; nothing was written", err=True)
-            ctx.exit(130)
-        except BrokenPipeError:  # the reader of our output has gone, as `| head` does
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            ctx.exit(1)
-        except MemoryError as error:
-            raise Failure(f"out of memory ({error}); use a shorter prompt or a smaller rank", 4) from error
-        except (ValueError, OSError) as error:
-            if os.environ.get("GGJAC_DEBUG"):
-                raise
-            raise Failure(" ".join(str(error).split()), 1) from error
+        raise _failure(error) from error
+
+
+def _failure(error: Exception) -> Failure:
+    """Choose message and exit code for what a command did not handle itself."""
+    message = str(error)
+    if getattr(error, "will_not_fit", False):
+        return Failure(message, 4)
+    # torch raises RuntimeError where its allocators fail, on the CPU ("can't allocate memory") and on CUDA.
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "allocate" in message):
+        return Failure(f"out of memory ({message}); use a shorter prompt, a smaller rank or another device", 4)
+    if isinstance(error, OSError) and error.strerror:
+        return Failure(f"{os.fsdecode(error.filename)}: {error.strerror}" if error.filename else error.strerror, 1)
+    if isinstance(error, ValueError | OSError):
+        return Failure(message, 1)
+    name = type(error).__name__
+    return Failure(f"{name}: {message}; this is a bug: please report it with what GGJAC_DEBUG=1 shows", 1)
+
+
+@contextmanager
+def _catching_signals() -> Iterator[None]:
+    """Let SIGTERM and SIGHUP end a command as Ctrl-C does, cleaning up; leave alone what a caller has set (nohup)."""
+    caught = []
+    if threading.current_thread() is threading.main_thread():
+        for name in ("SIGTERM", "SIGHUP"):
+            number = getattr(signal, name, None)
+            if number is not None and signal.getsignal(number) is signal.SIG_DFL:
+                signal.signal(number, _terminate)
+                caught.append(number)
+    try:
+        yield
+    finally:
+        for number in caught:
+            signal.signal(number, signal.SIG_DFL)
+
+
+def _terminate(number: int, frame: object) -> None:
+    raise Terminated(number)
 
 
 @click.command(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(__version__)
+@click.version_option(__version__, prog_name="ggjac")
 def main() -> None:
     """Show the exact linear map that a GGUF language model applies to one prompt.
 
     Every command works without arguments, on a small demo model that comes with ggjac:
 
+    \b
         ggjac analyze
-
         ggjac analyze -m llama-3.2-3b-q4_k_m.gguf -p "The bridge out of Marin is the"
     """

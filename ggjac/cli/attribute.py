@@ -13,6 +13,7 @@ from ggjac.cli.options import ModelOptions, model_options, output_format, positi
 def attribute(what: ModelOptions, position: int, target: str | None, output_format: str) -> None:
     """Split a token's logit exactly over the input tokens; the shares and the offset sum to it.
 
+    \b
     ggjac attribute -m model.gguf -p "The capital of France is" --target " Paris"
     """
     from ggjac.cli import render, sections

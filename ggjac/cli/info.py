@@ -17,6 +17,7 @@ from ggjac.cli.options import model_file, output_format
 def info(model: Path | None, tensors: bool, tokenizer: bool, output_format: str) -> None:
     """Show what is in a GGUF file: metadata, tensor types and their sizes, and whether ggjac can run it.
 
+    \b
     ggjac info -m model.gguf
     """
     from ggjac.config import ConfigError, ModelConfig
@@ -68,6 +69,7 @@ def info(model: Path | None, tensors: bool, tokenizer: bool, output_format: str)
     render.line(f"{shown(file.path)}: GGUF version {file.version}, {render.size(file.nbytes)}, {weights:,} weights")
     render.line(f"Supported: {'yes' if reason is None else f'no: {reason}'}")
     render.line(f"Fingerprint: {content['fingerprint']}")
+    render.line("")
     render.table(
         "Tensor types",
         ["type", "#tensors", "#weights", "#size", "#bits/weight"],

@@ -17,6 +17,7 @@ def jacobian(what: ModelOptions, position: int, output: Path | None, output_form
 
     The matrix is computed and written a chunk of rows at a time; it never exists whole in memory.
 
+    \b
     ggjac jacobian -m model.gguf -p "The capital of France is" -o jacobian.safetensors
     """
     from ggjac.cli import render, sections

@@ -32,6 +32,7 @@ def svd(
     Left vectors decode through the LM head to the tokens they promote, right vectors to the nearest input embeddings at
     each position. Exit code 3 if the sweeps ran out before every triplet reached --tol.
 
+    \b
     ggjac svd -m model.gguf -p "The capital of France is" -k 4 -o svd.safetensors
     """
     from ggjac.cli import render, sections

@@ -20,6 +20,7 @@ def verify(ctx: click.Context, what: ModelOptions, strict: bool, output_format: 
     On a quantized file llama.cpp rounds activations to 8 bit, so that only the top token is held to agree; --strict
     removes that difference.
 
+    \b
     ggjac verify -m model.gguf --strict
     """
     from ggjac.cli import render, sections
