@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ def analyze(
     The folder holds run.json (all results, and how they were made) and tensors.safetensors (U, S, Vh, residual, x, y,
     offset, logits, shares, ids). Exit code 3 if a check fell outside its tolerance.
 
+    \b
     ggjac analyze -m model.gguf -p "The bridge out of Marin is the"
     """
     from ggjac import runs
@@ -44,7 +46,7 @@ def analyze(
     from ggjac.cli.session import Session, save
 
     session = Session(what, position=position, rank=rank)
-    folder = output or Path("ggjac-runs") / f"{session.model.path.stem}-{time.strftime('%Y%m%d-%H%M%S')}"
+    folder = output or _new_folder(session.model.path.stem)
     content: dict[str, Any] = {}
 
     def part(key: str, data: Any, show: Callable[[Any], None]) -> None:
@@ -81,3 +83,10 @@ def analyze(
         session.show_saved(folder)
     if sections.failed_checks(content):
         ctx.exit(3)
+
+
+def _new_folder(stem: str) -> Path:
+    """Name a run folder by model and time; a number tells apart two runs of the same second."""
+    name = f"{stem}-{time.strftime('%Y%m%d-%H%M%S')}"
+    names = (Path("ggjac-runs") / (f"{name}-{i}" if i else name) for i in count())
+    return next(folder for folder in names if not folder.exists())

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import click
 
 DEFAULT_PROMPT = "The bridge out of Marin is the"
+MAX_THREADS = 512  # llama.cpp's limit (GGML_MAX_N_THREADS); torch crashes on many more
 
 
 class TokenIds(click.ParamType):
@@ -22,7 +23,8 @@ class TokenIds(click.ParamType):
         try:
             return [int(part) for part in value.split(",")]
         except ValueError:
-            self.fail(f"{value!r} is not a list of token ids; write them as 1,2,3", param, ctx)
+            given = value if len(value) <= 60 else f"{value[:57]}..."
+            self.fail(f"{given!r} is not a list of token ids; write them as 1,2,3", param, ctx)
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ _PROMPT = [
     click.option("--tokens", type=TokenIds(), help="Token ids 1,2,3 in place of a text."),
 ]
 _COMPUTE = [
-    click.option("-t", "--threads", type=click.IntRange(min=1), help="CPU threads.  [default: all]"),
+    click.option("-t", "--threads", type=click.IntRange(1, MAX_THREADS), help="CPU threads.  [default: all]"),
     click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1 ..."),
     click.option(
         "--dtype",
@@ -101,7 +103,9 @@ def spectrum_options(command: Callable) -> Callable:
                 show_default=True,
                 help="Passes over the weights, up and down counted singly.",
             ),
-            click.option("-s", "--seed", type=int, default=0, show_default=True, help="Of the random start."),
+            click.option(
+                "-s", "--seed", type=click.IntRange(0, 2**63 - 1), default=0, help="Of the random start.  [default: 0]"
+            ),
         ]
     ):
         command = option(command)

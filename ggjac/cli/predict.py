@@ -19,11 +19,14 @@ def predict(
 ) -> None:
     """Show the most likely next tokens.
 
+    \b
     ggjac predict -m model.gguf -p "The capital of France is"
     """
     from ggjac.cli import render, sections
     from ggjac.cli.session import Session, save
 
+    if all_positions and not output:
+        raise click.UsageError("--all-positions changes what is saved; name a file with -o")
     session = Session(what, position=position, output=output)
     rows = sections.predictions(session, top)
     if output:

@@ -27,13 +27,11 @@ class Session:
         self.what = what
         if output:
             runs.check_writable(output)
+            if what.model and output.exists() and output.samefile(what.model):
+                raise click.UsageError(f"--output {output} is the model itself; choose another name")
         self.report = Reporter(what.quiet)
         self.text = self._text(what)
-        try:
-            device = torch.device(what.device) if what.device != "auto" else "auto"
-        except RuntimeError as error:
-            raise click.UsageError(f"--device {what.device!r} is unknown; try auto, cpu or cuda") from error
-        self.model: Model = open_model(what.model, device=device, dtype=what.dtype, threads=what.threads)
+        self.model: Model = open_model(what.model, device=_device(what.device), dtype=what.dtype, threads=what.threads)
         try:
             ids = (what.tokens or []) if self.text is None else self.model.tokenize(self.text)
             self.ids = self.model.check_prompt(ids)
@@ -73,6 +71,7 @@ class Session:
         table("Tokens", ["#position", "#id", "token"], [(i, id, self.token(id)) for i, id in enumerate(self.ids)])
         if self.warning:
             line(f"Warning: {self.warning}")
+            line("")
 
     def one_token(self, target: str | None) -> int | None:
         """Return the id that `--target` names: a number, or a text that is one token.
@@ -131,10 +130,33 @@ class Session:
             return None
         if what.file is not None:
             try:
-                return what.file.read_text(encoding="utf-8")
+                return what.file.read_bytes().decode("utf-8")
             except UnicodeDecodeError as error:
                 raise click.UsageError(f"--file {what.file} is not UTF-8 text ({error.reason})") from error
         return DEFAULT_PROMPT if what.prompt is None else what.prompt
+
+
+def _device(name: str) -> torch.device | str:
+    """Return the device that `--device` names, if this torch can use it.
+
+    Raises:
+        click.UsageError: there is no device of that name.
+        ValueError: there is, but not here.
+    """
+    if name == "auto":
+        return name
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise click.UsageError(f"--device {name!r} is unknown; try auto, cpu or cuda") from None
+    if device.type == "meta":
+        raise click.UsageError("--device meta holds no numbers; try auto, cpu or cuda")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).split(". ")[0].rstrip(".")  # torch goes on to list all its backends
+        raise ValueError(f"--device {name} was asked for, but torch cannot use it here ({reason}); use cpu") from None
+    return device
 
 
 def numpy(tensor: torch.Tensor) -> np.ndarray:
