@@ -31,17 +31,12 @@ class Reporter:
         finally:
             self.seconds[name] = round(time.perf_counter() - start, 3)
 
-    def note(self, text: str) -> None:
-        """Print a line about the work itself."""
-        if not self.quiet:
-            print(text, file=sys.stderr, flush=True)
-
     @contextmanager
     def _live(self, name: str) -> Iterator[Callable[[str, int, int], None]]:
         from rich.console import Console
         from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[detail]}"))
+        columns = (TextColumn("{task.description}"), BarColumn(bar_width=20), TextColumn("{task.fields[detail]}"))
         with Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True), transient=True) as live:
             task: Any = live.add_task(name, total=None, detail="")
 

@@ -1,53 +1,91 @@
 """Results for the eye: tables on stdout, tokens shown visibly and harmlessly, or JSON for machines."""
 
-import json
+import math
+import shutil
 import sys
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
-from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import click
-
-if TYPE_CHECKING:
-    from rich.console import Console
+from ggjac import runs
 
 PIPE_WIDTH = 120  # columns where stdout is no terminal
+MIN_WIDTH = 60  # columns below which numbers would be cut; a narrower terminal wraps the lines itself
 
 
-@cache
-def console() -> "Console":
-    """Return the console that writes to stdout; colour only on a terminal."""
-    from rich.console import Console
+def width() -> int:
+    """Return the columns to fill."""
+    return max(MIN_WIDTH, shutil.get_terminal_size().columns) if on_terminal() else PIPE_WIDTH
 
-    return Console(highlight=False, width=None if sys.stdout.isatty() else PIPE_WIDTH)
+
+def on_terminal() -> bool:
+    """Tell whether a person reads stdout."""
+    return sys.stdout is not None and sys.stdout.isatty()
+
+
+def write(text: str) -> None:
+    """Write to stdout, all at once; what its encoding lacks is escaped.
+
+    Raises:
+        BrokenPipeError: the reader has gone.
+        OSError: any other failure, with a message.
+    """
+    if sys.stdout is None:  # closed by the shell: >&-
+        raise OSError("the result cannot be written, for stdout is closed; redirect it elsewhere")
+    encoding = sys.stdout.encoding or "utf-8"
+    try:
+        sys.stdout.write(text.encode(encoding, "backslashreplace").decode(encoding))
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise OSError(f"the result cannot be written to stdout ({error.strerror}); redirect it elsewhere") from error
 
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    """Print a table; columns whose heading starts with `#` hold numbers and are aligned right.
+    """Print a table; columns whose heading starts with `#` hold numbers: aligned right, never cut.
 
     Cells are plain text: a token such as `[red]` is not markup.
     """
     from rich import box
+    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    grid = Table(title=Text(title, "bold"), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    grid = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
     for column in columns:
         number = column.startswith("#")
-        grid.add_column(Text(column.removeprefix("#")), justify="right" if number else "left", no_wrap=number)
+        justify: Any = "right" if number else "left"
+        grid.add_column(Text(column.removeprefix("#")), justify=justify, no_wrap=number, overflow="fold")
     for row in rows:
         grid.add_row(*(Text(str(cell)) for cell in row))
-    console().print(grid)
+    console = Console(highlight=False, width=width())
+    with console.capture() as captured:
+        console.print(Text(title, "bold"))
+        console.print(grid)
+    write("\n".join(text.rstrip(" ") for text in captured.get().split("\n")) + "\n")
 
 
 def line(text: str) -> None:
-    """Print a line of text as it is."""
-    click.echo(text)
+    """Print a line of text, on a terminal broken between words."""
+    if on_terminal():
+        indent = text[: len(text) - len(text.lstrip(" "))] + "  "
+        options: dict[str, Any] = {"break_long_words": False, "break_on_hyphens": False, "drop_whitespace": True}
+        text = textwrap.fill(text, width(), subsequent_indent=indent, **options)
+    write(f"{text}\n")
 
 
 def emit_json(content: Mapping[str, Any]) -> None:
     """Print JSON; NaN and infinity become null, which JSON has."""
-    click.echo(json.dumps(finite(content), indent=2, ensure_ascii=False))
+    write(runs.json_text(finite(content)))
+
+
+def numbers(values: Sequence[float]) -> list[str]:
+    """Return the cells of a column, their points in line and the smallest with four significant digits."""
+    sizes = [abs(value) for value in values if value and math.isfinite(value)] or [1.0]
+    digits = max(0, 3 - math.floor(math.log10(min(sizes))))
+    fixed = digits <= 6 and max(sizes) < 1e6
+    return [f"{value:.{digits}f}" if fixed else f"{value:.3e}" for value in values]
 
 
 def size(nbytes: float) -> str:

@@ -13,7 +13,7 @@ from ggjac.analysis.attribution import Attribution, attribute
 from ggjac.analysis.contributions import contributions
 from ggjac.analysis.spectrum import Spectrum, spectrum
 from ggjac.analysis.stable_rank import stable_rank
-from ggjac.cli.render import line, table
+from ggjac.cli.render import line, numbers, table, width
 from ggjac.cli.session import Session, numpy
 
 # Reconstruction error within which a dtype's arithmetic is healthy.
@@ -96,7 +96,7 @@ def show_parity(data: dict[str, Any]) -> None:
         rows = [
             (e["name"], f"{e['error']:.1e}", e["worst_position"], f"{e['worst_error']:.1e}") for e in data["layers"]
         ]
-        columns = ["tensor", "#relative L2", "#worst position", "#relative L2 there"]
+        columns = ["tensor", "#relative L2", "#worst position", "#error there"]
         table("Every layer against llama.cpp", columns, rows)
     line(f"llama.cpp ({data['mode']}): {'agrees' if data['verdict'] else 'DISAGREES'}: {data['reason']}")
     line(
@@ -129,6 +129,7 @@ def show_reconstruction(data: dict[str, Any]) -> None:
     offset = f"offset {share:.1%} of ‖y‖" if share else "offset 0: no biases on the live path"
     sign, remark = ("<=", "") if data["healthy"] else (">", ": NOT healthy")
     line(f"Reconstruction ‖J x + offset - y‖/‖y‖ = {data['error']:.1e} ({sign} {data['limit']:.0e}{remark}); {offset}")
+    line("")
 
 
 def run_spectrum(session: Session, *, rank: int, top: int, tol: float, seed: int, max_sweeps: int) -> Spectrum:
@@ -181,16 +182,21 @@ def spectrum_data(session: Session, result: Spectrum, seed: int, tol: float) -> 
 def show_spectrum(data: dict[str, Any], shown_right: int = 3, words: int = 8) -> None:
     """Print singular values with both decodings; of right vectors the positions that weigh most."""
     rows = []
+    sigmas = numbers([t["singular_value"] for t in data["triplets"]])
     for j, t in enumerate(data["triplets"]):
         heaviest = sorted(t["right"], key=lambda r: -r["weight"])[:shown_right]
-        right = "; ".join(f"{r['token']} {r['weight']:.0%}: {' '.join(r['nearest'][:3])}" for r in heaviest)
-        rows.append((j, f"{t['singular_value']:.4g}", f"{t['residual']:.0e}", " ".join(t["left"][:words]), right))
+        places = max(len(str(r["position"])) for r in t["right"])
+        right = "\n".join(
+            f"{r['weight']:>4.0%}  {r['position']:>{places}} {r['token']}: {' '.join(r['nearest'][:3])}"
+            for r in heaviest
+        )
+        rows.append((j, sigmas[j], f"{t['residual']:.0e}", " ".join(t["left"][:words]), right))
     columns = [
         "##",
         "#σ",
         "#residual",
         "left vector: tokens it promotes",
-        "right vector: position, share, nearest tokens",
+        "right vector: share, position, nearest tokens",
     ]
     table("Singular vectors of the detached Jacobian", columns, rows)
     state = "converged" if data["converged"] else f"NOT converged to {data['tol']:.0e}"
@@ -208,6 +214,7 @@ def show_stable_rank(data: dict[str, Any]) -> None:
     """Print the stable rank with its error bar."""
     bar = f" ± {data['error']:.1g}" if data["error"] else " (exact)"
     line(f"Stable rank ‖J‖²_F/σ₁² = {data['value']:.3f}{bar}; ‖J‖_F = {data['frobenius']:.4g}")
+    line("")
 
 
 def run_attribution(session: Session, target: int | None) -> Attribution:
@@ -234,12 +241,13 @@ def attribution_data(session: Session, result: Attribution) -> dict[str, Any]:
 def show_attribution(data: dict[str, Any]) -> None:
     """Print the shares with bars, and their sum."""
     largest = max(abs(s["share"]) for s in data["shares"]) or 1.0
+    bar = 24 if width() >= 80 else 10
     rows: list[tuple] = [
         (
             s["position"],
             s["token"],
             f"{s['share']:+.4f}",
-            ("█" if s["share"] > 0 else "░") * round(24 * abs(s["share"]) / largest),
+            ("█" if s["share"] > 0 else "░") * round(bar * abs(s["share"]) / largest),
         )
         for s in data["shares"]
     ]
@@ -256,9 +264,8 @@ def tensors(result: Spectrum) -> dict[str, torch.Tensor]:
 
 def dense(session: Session, output: Path | None) -> dict[str, Any]:
     """Compute the dense Jacobian, streaming it to `output` where one is given."""
-    J = session.jacobian
-    n, d = J.in_shape
-    kind = "F64" if J.dtype == torch.float64 else "F32"
+    n, d = len(session.ids), session.model.config.d
+    kind = "F64" if session.model.dtype == torch.float64 else "F32"
     entries = {
         "jacobian": runs.Entry(kind, (d, n, d)),
         "x": runs.Entry(kind, (n, d)),
@@ -266,6 +273,9 @@ def dense(session: Session, output: Path | None) -> dict[str, Any]:
         "offset": runs.Entry(kind, (d,)),
         "ids": runs.Entry("I64", (n,)),
     }
+    if output:  # before the work, not after it
+        runs.check_writable(output, sum(entry.nbytes for entry in entries.values()))
+    J = session.jacobian
     written = 0
     with contextlib.ExitStack() as stack:
         update = stack.enter_context(session.report.stage("jacobian"))
@@ -303,9 +313,9 @@ def dense(session: Session, output: Path | None) -> dict[str, Any]:
 def show_dense(data: dict[str, Any]) -> None:
     """Print what each position contributes, and the reconstruction error of the dense matrix."""
     columns = ["#position", "token", "#‖J_i‖_F", "#‖J_i x_i‖"]
-    rows = [
-        (p["position"], p["token"], f"{p['frobenius']:.4g}", f"{p['contribution_norm']:.4g}") for p in data["positions"]
-    ]
+    positions = data["positions"]
+    norms = (numbers([p[key] for p in positions]) for key in ("frobenius", "contribution_norm"))
+    rows = zip((p["position"] for p in positions), (p["token"] for p in positions), *norms, strict=True)
     table(f"Dense detached Jacobian {' x '.join(map(str, data['shape']))}", columns, rows)
     line(f"‖J‖_F = {data['frobenius']:.4g}; ‖Σ J_i x_i + offset - y‖/‖y‖ = {data['reconstruction_error']:.1e}")
 
