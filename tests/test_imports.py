@@ -89,8 +89,8 @@ def test_the_walk_sees_every_kind_of_import(tmp_path: Path, monkeypatch: pytest.
     path.parent.mkdir(parents=True)
     path.write_text(
         "import ggjac.a\nfrom ggjac import b, __version__\nfrom ggjac.c.d import e\nimport ggjac, torch\n"
-        "def late():\n    from ggjac.f import g\nfrom ggjac.own import x\nfrom . import y\nfrom .z import z\nfrom ..h import i\n"
-        "from .. import j\n"
+        "def late():\n    from ggjac.f import g\nfrom ggjac.own import x\n"
+        "from . import y\nfrom .z import z\nfrom ..h import i\nfrom .. import j\n"
     )
     assert set(imported(path, unit="own")) == {"a", "b", "c", "f", "h", "j"}
 

@@ -2,6 +2,7 @@
 
 import cmath
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -57,6 +58,8 @@ def test_yarn_by_hand() -> None:
     assert torch.allclose(turned[23:], kept[23:] / 8, rtol=1e-12)
     assert math.isclose(float(turned[15]), float(kept[15]) * (8 / 13 + 5 / 13 / 8), rel_tol=1e-12)
     assert math.isclose(float(rotation(rope, 1)[0][0, 0]), 1 + 0.1 * math.log(8), rel_tol=1e-14)
+    stronger = replace(rope, attention_factor=2.0)
+    assert math.isclose(float(rotation(stronger, 1)[0][0, 0]), 2 + 0.2 * math.log(8), rel_tol=1e-14)
 
 
 def test_yarn_without_extension_changes_nothing() -> None:
