@@ -1,0 +1,218 @@
+"""Streamed weights against `gguf.quants.dequantize`, in tiles of any size, with every read counted."""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+import tiny
+import torch
+
+from ggjac import weights
+from ggjac.gguf import GGUFError, open_gguf
+from ggjac.linop import TiledMatrix
+from ggjac.model import open_model
+from ggjac.weights import WeightError, WeightStore
+
+KINDS = ("F32", "F16", "BF16", "Q4_0", "Q5_1", "Q8_0", "Q3_K", "Q4_K", "Q6_K", "IQ4_XS", "MXFP4", "IQ3_S", "TQ2_0")
+ROW = {"d": 256, "ff": 24, "layers": 1, "vocab": 40, "heads": 1, "head_dim": 16}
+CPU = torch.device("cpu")
+
+
+def dense(path: Path) -> dict[str, torch.Tensor]:
+    """Return every tensor as the gguf package decodes it."""
+    return {
+        t.name: torch.from_numpy(np.array(gguf.quants.dequantize(t.data, t.tensor_type)))
+        for t in gguf.GGUFReader(path).tensors
+    }
+
+
+def store(path: Path, dtype: torch.dtype = torch.float32, threads: int = 1) -> WeightStore:
+    return WeightStore(open_gguf(path), device=CPU, dtype=dtype, threads=threads)
+
+
+@pytest.fixture
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> int:
+    """Let a tile hold 7 rows of 256: no size here divides."""
+    monkeypatch.setattr(weights, "TILE_ELEMENTS", 7 * 256)
+    return 7
+
+
+# ---- values
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("kind", KINDS)
+def test_tiles_rows_and_dense_are_the_packages_own(
+    kind: str, threads: int, small_tiles: int, tiny_file: Callable[..., Path]
+) -> None:
+    path = tiny_file("plain", type=kind, **ROW)
+    expected, weight = dense(path)["blk.0.ffn_up.weight"], store(path, threads=threads)["blk.0.ffn_up.weight"]
+    assert isinstance(weight, TiledMatrix)
+    assert (weight.shape, weight.dtype, weight.device) == ((24, 256), torch.float32, CPU)
+    tiles = [(start, stop, tile.clone()) for start, stop, tile in weight.tiles()]
+    assert [(start, stop) for start, stop, _ in tiles] == [(0, 7), (7, 14), (14, 21), (21, 24)]
+    assert torch.equal(torch.cat([tile for *_, tile in tiles]), expected)
+    assert torch.equal(weight.dense(), expected)
+    assert torch.equal(weight.take([5, 0, 23, 5]), expected[[5, 0, 23, 5]])
+    part = weight.rows(3, 14).rows(2, 11)
+    assert part.shape == (9, 256)
+    assert torch.equal(part.dense(), expected[5:14])
+    assert [(start, stop) for start, stop, _ in part.tiles()] == [(0, 7), (7, 9)]
+    assert torch.equal(torch.cat([tile.clone() for *_, tile in part.tiles()]), expected[5:14])
+    assert torch.equal(part.take([0, 8]), expected[[5, 13]])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
+def test_other_dtypes_round_once(dtype: torch.dtype, tiny_file: Callable[..., Path]) -> None:
+    path = tiny_file("plain", type="Q4_K", **ROW)
+    expected, weight = dense(path)["blk.0.ffn_up.weight"].to(dtype), store(path, dtype)["blk.0.ffn_up.weight"]
+    assert torch.equal(weight.dense(), expected)
+    assert torch.equal(next(weight.tiles())[2], expected)
+    assert torch.equal(weight.take([3]), expected[[3]])
+
+
+def test_a_kept_copy_survives_the_next_read(tiny_file: Callable[..., Path]) -> None:
+    """Tiles share a buffer; what `dense` and `take` return must not."""
+    path = tiny_file("plain")
+    everything, expected = store(path), dense(path)
+    a, b = everything["blk.0.ffn_up.weight"].dense(), everything["blk.0.attn_norm.weight"].dense()
+    taken = everything["output.weight"].take([1, 2])
+    everything["blk.1.ffn_up.weight"].dense()
+    list(everything["blk.1.ffn_gate.weight"].tiles())
+    assert torch.equal(a, expected["blk.0.ffn_up.weight"])
+    assert torch.equal(b, expected["blk.0.attn_norm.weight"])
+    assert torch.equal(taken, expected["output.weight"][[1, 2]])
+
+
+def test_vectors_keep_their_shape(tiny_file: Callable[..., Path]) -> None:
+    path = tiny_file("biases")
+    everything, expected = store(path), dense(path)
+    for name, tensor in expected.items():
+        assert torch.equal(everything[name].dense(), tensor), name
+    assert everything["blk.0.attn_q.bias"].shape == (1, 64)
+
+
+def test_a_row_longer_than_a_tile_is_one_tile(monkeypatch: pytest.MonkeyPatch, tiny_file: Callable[..., Path]) -> None:
+    monkeypatch.setattr(weights, "TILE_ELEMENTS", 3)
+    path = tiny_file("one_layer")
+    rows = [(start, stop) for start, stop, _ in store(path)["blk.0.ffn_up.weight"].tiles()]
+    assert rows == [(i, i + 1) for i in range(96)]
+
+
+# ---- blocks
+
+
+def split(path: Path) -> dict[str, torch.Tensor]:
+    """Return the tensors of block 1 by short names, fused attention taken apart: 4 heads and 2 kv heads of 16."""
+    tensors = {name.removeprefix("blk.1."): t for name, t in dense(path).items() if name.startswith("blk.1.")}
+    for suffix in ("weight", "bias"):
+        if f"attn_qkv.{suffix}" in tensors:
+            for part, values in zip("qkv", tensors.pop(f"attn_qkv.{suffix}").split([64, 32, 32]), strict=True):
+                tensors[f"attn_{part}.{suffix}"] = values
+    return tensors
+
+
+@pytest.mark.parametrize("case", ["gqa", "fused_qkv", "fused_biases", "fused_split_biases", "biases"])
+def test_blocks_answer_to_the_parts_of_fused_tensors(
+    case: str, monkeypatch: pytest.MonkeyPatch, tiny_file: Callable[..., Path]
+) -> None:
+    monkeypatch.setattr(weights, "TILE_ELEMENTS", 5 * 64)
+    model, expected = open_model(tiny_file(case)), split(tiny_file(case))
+    block = model.weights.block(1, model.config.slices(1))
+    for name, tensor in expected.items():
+        assert name in block
+        if tensor.ndim == 1:
+            assert torch.equal(block.vector(name), tensor), name
+        else:
+            matrix = block.matrix(name)
+            assert matrix.shape == tuple(tensor.shape)
+            assert torch.equal(torch.cat([tile.clone() for *_, tile in matrix.tiles()]), tensor), name
+    missing = {f"{stem}.bias" for stem in tiny.ALL_BIASES} - expected.keys()
+    assert not [name for name in missing if name in block]
+
+
+# ---- what is counted
+
+
+def test_reads_count_rows(small_tiles: int, tiny_file: Callable[..., Path]) -> None:
+    everything = store(tiny_file("plain", type="Q8_0", **ROW))
+    weight = everything["blk.0.ffn_up.weight"]
+    assert not everything.reads  # a handle reads nothing
+    list(weight.tiles())
+    assert everything.reads == {"blk.0.ffn_up.weight": 24}
+    list(weight.rows(3, 14).tiles())
+    weight.take([0, 0])
+    assert everything.reads == {"blk.0.ffn_up.weight": 24 + 11 + 2}
+    everything["output_norm.weight"].dense()
+    assert everything.reads["output_norm.weight"] == 1
+
+
+# ---- refusals
+
+
+def spoiled(path: Path, target: Path, name: str, at: int, value: bytes) -> Path:
+    """Copy a file with some bytes of a tensor overwritten."""
+    data = bytearray(path.read_bytes())
+    tensor = next(t for t in gguf.GGUFReader(path).tensors if t.name == name)
+    data[tensor.data_offset + at : tensor.data_offset + at + len(value)] = value
+    target.write_bytes(data)
+    return target
+
+
+NAN16, INF16, NAN32 = np.float16(np.nan).tobytes(), np.float16(np.inf).tobytes(), np.float32(np.nan).tobytes()
+
+# type, byte of the tensor (a row of Q8_0 is 8 blocks of 34 bytes, one of Q4_K a block of 144), value
+SPOILS = {
+    "NaN scale": ("Q8_0", 20 * 8 * 34 + 34, NAN16),
+    "infinite scale": ("Q8_0", 20 * 8 * 34 + 34, INF16),
+    "NaN minimum": ("Q4_K", 20 * 144 + 2, NAN16),
+    "NaN weight": ("F32", 20 * 1024 + 8, NAN32),
+    "infinite weight": ("F16", 20 * 512 + 8, INF16),
+}
+
+
+@pytest.mark.parametrize("kind", SPOILS)
+def test_scales_that_are_no_numbers_are_refused_where_they_are_read(
+    kind: str, small_tiles: int, tmp_path: Path, tiny_file: Callable[..., Path]
+) -> None:
+    type_name, at, value = SPOILS[kind]
+    name = "blk.0.ffn_up.weight"
+    path = spoiled(tiny_file("plain", type=type_name, **ROW), tmp_path / "bad.gguf", name, at, value)
+    weight = store(path)[name]
+    message = rf"tensor {name} holds NaN or infinite values; the file is damaged"
+    for read in (lambda: list(weight.tiles()), weight.dense, lambda: weight.take([0, 20])):
+        for _ in range(2):  # the second time as well as the first
+            with pytest.raises(WeightError, match=message):
+                read()
+    assert weight.rows(0, 20).dense().isfinite().all()
+    with pytest.raises(WeightError, match=message):
+        open_model(path).trace([1, 2, 3])
+
+
+def test_types_without_a_decoder_are_refused_when_the_file_is_opened(
+    monkeypatch: pytest.MonkeyPatch, tiny_file: Callable[..., Path]
+) -> None:
+    path = tiny_file("plain", type="Q6_K", **ROW)
+    monkeypatch.setattr(weights.quants, "supported", lambda type: type.name != "Q6_K")
+    with pytest.raises(WeightError, match=r"tensor token_embd.weight: type Q6_K is not supported"):
+        store(path)
+
+
+def test_rows_beyond_the_tensor_are_refused(tiny_file: Callable[..., Path]) -> None:
+    weight = store(tiny_file("plain"))["output.weight"]
+    for rows in ([128], [-1]):
+        with pytest.raises(GGUFError, match=r"rows -?\d+:\d+ of output.weight asked for, but it has 128"):
+            weight.take(rows)
+
+
+def test_a_sweep_never_holds_a_whole_matrix(monkeypatch: pytest.MonkeyPatch, tiny_file: Callable[..., Path]) -> None:
+    """The scratch buffer grows to the largest tile, not to the largest tensor."""
+    monkeypatch.setattr(weights, "TILE_ELEMENTS", 256)
+    model = open_model(tiny_file("gqa"))
+    J = model.trace([1, 2, 3]).jacobian()
+    J.rmatmat(torch.eye(64))
+    assert model.weights._tile.numel() <= 256
+    assert math.isclose(J.reconstruction_error, 0, abs_tol=1e-5)
