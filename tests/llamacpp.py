@@ -28,24 +28,35 @@ def libggml() -> ctypes.CDLL:
     return library
 
 
-def run(path: str | os.PathLike[str], ids: Sequence[int], *, threads: int = 1) -> dict[str, Tensor]:
-    """Evaluate token `ids` and return, in float32, `logits` [n, v] and by llama.cpp's names all that is [n, d].
+NAMES = ("l_out-", "attn_out-", "ffn_out-", "ffn_inp-", "sa_out-", "result_norm")
 
+
+def run(
+    path: str | os.PathLike[str],
+    ids: Sequence[int],
+    *,
+    threads: int = 1,
+    context: int = 256,
+    names: tuple[str, ...] = NAMES,
+) -> dict[str, Tensor]:
+    """Evaluate token `ids` and return, in float32, `logits` [n, v] and the states [n, d] whose names begin so.
+
+    Which of them exist, and before or after which norm or scale, differs between the families. `context` is how many
+    tokens the context is to hold at least; some models choose their rope factors by it.
     `path` should be an F32 file (`tiny.quantize(path, target, "F32")`): with any other type llama.cpp rounds the
     activations, too.
     """
     n, states = len(ids), {}
-    wanted = ("l_out-", "attn_out-", "ffn_out-", "result_norm")
 
     @llama_cpp.ggml_backend_sched_eval_callback
     def observe(tensor: int, ask: bool, _: int | None) -> bool:
         name = libggml().ggml_get_name(tensor).decode()
-        if name.startswith(wanted) and " " not in name and not ask:
+        if name.startswith(names) and " " not in name and not ask:
             count = libggml().ggml_nelements(tensor)
             source = ctypes.cast(libggml().ggml_get_data(tensor), ctypes.POINTER(ctypes.c_float))
             # Buffers are reused by later nodes, hence the copy; a name's last occurrence is its final value.
             states[name] = torch.from_numpy(np.ctypeslib.as_array(source, (count,)).copy()).reshape(n, -1)
-        return name.startswith(wanted) if ask else True
+        return name.startswith(names) if ask else True
 
     with tiny.quiet():
         model_params = llama_cpp.llama_model_default_params()
@@ -53,7 +64,7 @@ def run(path: str | os.PathLike[str], ids: Sequence[int], *, threads: int = 1) -
         model = llama_cpp.llama_model_load_from_file(os.fsencode(Path(path)), model_params)
         assert model, f"llama.cpp could not load {path}"
         params = llama_cpp.llama_context_default_params()
-        params.n_ctx = params.n_batch = params.n_ubatch = max(256, n)
+        params.n_ctx = params.n_batch = params.n_ubatch = max(context, n)
         params.n_threads = params.n_threads_batch = threads
         params.type_k = params.type_v = 0  # GGML_TYPE_F32
         params.flash_attn_type = 0  # LLAMA_FLASH_ATTN_TYPE_DISABLED

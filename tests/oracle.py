@@ -1,8 +1,9 @@
 """What a GGUF model computes, written a second time: plain float64 torch, to judge the package by.
 
-Nothing is shared with the package and nothing is clever. Bytes are decoded by the `gguf` package, the model is one
-readable function that follows llama.cpp's rules, and the detached Jacobian is autograd's, with `.detach()` on the
-factors that the method freezes. Itself tested in `test_oracle.py` against llama.cpp and the paper's own code.
+Nothing is shared with the package and nothing is clever. Bytes are decoded by the `gguf` package, the model is a few
+readable functions that follow llama.cpp's rules, the table `FACTS` states what a file does not say, and the detached
+Jacobian is autograd's, with `.detach()` on the factors that the method freezes. Itself tested in `test_oracle.py`
+against llama.cpp and the paper's own code.
 Meant for short prompts and small models: all weights are dense float64.
 """
 
@@ -16,12 +17,88 @@ import torch
 from torch import Tensor
 
 
+class Facts(NamedTuple):
+    """What an architecture's name implies and its file does not say. The defaults are those of `llama`."""
+
+    norm: str = "rms"  # rms | ln
+    parallel: bool = False  # attention and feed-forward read the same input
+    # Norms before and after the two sublayers; None: there is none.
+    attn_norm: str | None = "attn_norm"
+    attn_post: str | None = None
+    ffn_norm: str | None = "ffn_norm"
+    ffn_post: str | None = None
+    qk_norm: str | None = None  # head | full; before the rope, and before the split into heads where full
+    rope: str | None = "adjacent"  # which dimensions are a pair: adjacent | halves
+    roped: str = "all"  # all | local (only layers with a window) | three of four
+    factors: bool = False  # divisors of the frequencies are read
+    period: int | None = None  # the last of so many layers is global, 0: none; default. None: windows are ignored
+    window: int | None = None  # default
+    local_base: float | None = None  # default of the rope base in local layers; None: that of the global ones
+    local_base_key: bool = True
+    local_scaling: bool = True  # rope scaling applies to local layers, too
+    width_scaled_at: int | None = None  # with so many layers attention is scaled by sqrt(d / heads), not of head_dim
+    attn_scale_key: bool = False
+    attn_cap: float | None = None  # default; None: there is none
+    final_cap: float | None = None
+    temperature: bool = False
+    activation: str = "silu"  # silu | gelu | oai (clamped, shifted)
+    limit: float | Tensor = 7.0  # of oai's clamps
+    shift: float | Tensor = 1.0  # added to oai's up
+    ffn: str = "gated"  # gated | fused (gate above up in one matrix) | plain
+    router: str = "all"  # softmax over: all | selected
+    renormalise: bool = True
+    embedding: str | None = None  # root (of d) | key
+    residual_key: bool = False
+    logits: str | None = None  # divide | multiply
+
+
+SANDWICH = Facts(attn_post="post_attention_norm", ffn_post="post_ffw_norm")
+GEMMA = Facts(rope="halves", activation="gelu", embedding="root")
+GRANITE = Facts(factors=True, attn_scale_key=True, embedding="key", residual_key=True, logits="divide")
+LAYER_NORM = Facts(norm="ln", rope="halves", activation="gelu", ffn="plain")
+
+FACTS: dict[str, Facts] = {
+    "llama": Facts(factors=True),
+    "qwen2": Facts(rope="halves"),
+    "qwen3": Facts(rope="halves", qk_norm="head"),
+    "qwen3moe": Facts(rope="halves", qk_norm="head"),
+    "qwen2moe": Facts(rope="halves", renormalise=False),
+    "olmoe": Facts(rope="halves", qk_norm="full", renormalise=False),
+    "gemma": GEMMA,
+    "gemma2": GEMMA._replace(
+        attn_post="post_attention_norm", ffn_post="post_ffw_norm", period=2, window=4096, width_scaled_at=46,
+        attn_cap=50.0, final_cap=30.0,
+    ),
+    "gemma3": GEMMA._replace(
+        attn_post="post_attention_norm", ffn_post="post_ffw_norm", qk_norm="head", period=6, width_scaled_at=62,
+        local_base=10000.0, local_scaling=False, final_cap=0.0,
+    ),
+    "phi3": Facts(rope="halves", factors=True, ffn="fused"),
+    "olmo2": Facts(
+        attn_norm=None, attn_post="post_attention_norm", ffn_norm=None, ffn_post="post_ffw_norm", rope="halves",
+        qk_norm="full", period=4, local_base_key=False, local_scaling=False,
+    ),
+    "mistral3": Facts(factors=True, temperature=True),
+    "granite": GRANITE,
+    "granitemoe": GRANITE,
+    "smollm3": Facts(roped="three of four"),
+    "glm4": SANDWICH._replace(ffn="fused"),
+    "cohere2": Facts(norm="ln", parallel=True, ffn_norm=None, period=4, roped="local", logits="multiply"),
+    "starcoder2": LAYER_NORM,
+    "gpt2": LAYER_NORM._replace(rope=None),
+    "falcon": LAYER_NORM._replace(parallel=True, ffn_norm=None),
+    "phi2": LAYER_NORM._replace(parallel=True, ffn_norm=None),
+    "gpt-oss": Facts(ffn_norm="post_attention_norm", rope="halves", period=2, activation="oai", router="selected"),
+}  # fmt: skip
+
+
 class Oracle(NamedTuple):
     """A file's metadata (architecture prefix removed from its keys) and dense float64 weights, by GGUF name."""
 
     architecture: str
     metadata: dict[str, Any]
     weights: dict[str, Tensor]
+    facts: Facts = Facts()
 
 
 class Jacobian(NamedTuple):
@@ -41,7 +118,9 @@ def load(path: str | os.PathLike[str]) -> Oracle:
     weights = {
         t.name: torch.from_numpy(gguf.quants.dequantize(t.data, t.tensor_type).copy()).double() for t in reader.tensors
     }
-    return Oracle(architecture, {k.removeprefix(f"{architecture}."): v for k, v in fields.items()}, weights)
+    assert architecture in FACTS, f"the oracle does not know {architecture}"
+    metadata = {k.removeprefix(f"{architecture}."): v for k, v in fields.items()}
+    return Oracle(architecture, metadata, weights, FACTS[architecture])
 
 
 def scalar(value: Any, layer: int) -> Any:
@@ -56,58 +135,103 @@ def linear(model: Oracle, name: str, x: Tensor) -> Tensor:
     return y if b is None else y + b
 
 
-def rms_norm(model: Oracle, name: str, x: Tensor, *, frozen: bool) -> Tensor:
-    scale = 1 / torch.sqrt((x * x).mean(-1, keepdim=True) + model.metadata["attention.layer_norm_rms_epsilon"])
-    return x * (scale.detach() if frozen else scale) * model.weights[f"{name}.weight"]
+def root_mean_square(model: Oracle, x: Tensor) -> Tensor:
+    kind = "rms_" if model.facts.norm == "rms" else ""
+    return torch.sqrt((x * x).mean(-1, keepdim=True) + model.metadata[f"attention.layer_norm_{kind}epsilon"])
 
 
-def rope_angles(model: Oracle, n: int, n_rot: int) -> tuple[Tensor, float]:
+def norm(model: Oracle, name: str, x: Tensor, *, frozen: bool) -> Tensor:
+    """Apply RMSNorm or LayerNorm over the last axis; centering is linear and stays alive, the scale may be frozen."""
+    if model.facts.norm == "ln":
+        x = x - x.mean(-1, keepdim=True)
+    scale = 1 / root_mean_square(model, x)
+    y = x * (scale.detach() if frozen else scale) * model.weights[f"{name}.weight"]
+    return y + model.weights.get(f"{name}.bias", 0.0)
+
+
+def window(model: Oracle, layer: int) -> int | None:
+    """Return how many positions a query of this layer sees, itself included; None: all before it."""
+    meta, facts = model.metadata, model.facts
+    size = meta.get("attention.sliding_window", facts.window)
+    if facts.period is None or not size:
+        return None
+    pattern = meta.get("attention.sliding_window_pattern", facts.period)
+    local = pattern[layer] if isinstance(pattern, list) else pattern == 0 or layer % pattern < pattern - 1
+    return size if local else None
+
+
+def rope_angles(model: Oracle, layer: int, n: int, n_rot: int, context: int) -> tuple[Tensor, float]:
     """Return the angles [n, n_rot / 2] of every pair and the magnitude M that multiplies cos and sin."""
-    meta = model.metadata
+    meta, facts = model.metadata, model.facts
+    local = window(model, layer) is not None
     base = meta.get("rope.freq_base", 10000.0)
+    if local and facts.local_base_key:
+        base = meta.get("rope.freq_base_swa", facts.local_base or base)
     kind = meta.get("rope.scaling.type", "linear")
     factor = meta.get("rope.scaling.factor", meta.get("rope.scale_linear", 1.0)) or 1.0
+    if local and not facts.local_scaling:
+        kind, factor = "none", 1.0
+    original = meta.get("rope.scaling.original_context_length", meta["context_length"])
     magnitude = meta.get("rope.scaling.attn_factor", 1.0)
     pair = torch.arange(n_rot // 2, dtype=torch.float64)
     frequency = base ** (-2 * pair / n_rot)
-    if "rope_freqs.weight" in model.weights:
-        frequency = frequency / model.weights["rope_freqs.weight"]
+    length = "long" if context > original else "short"
+    names = ("rope_freqs.weight", f"rope_factors_{length}.weight") if facts.factors else ()
+    frequency = frequency / next((model.weights[name] for name in names if name in model.weights), 1.0)
     if kind == "linear":
         frequency = frequency / factor
     elif kind == "yarn":
-        original = meta.get("rope.scaling.original_context_length", meta["context_length"])
 
         def pair_with(turns: float) -> float:
             """Return the (fractional) pair that turns so often within the original context."""
             return n_rot * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(base))
 
-        low = max(0, math.floor(pair_with(32.0)))
-        high = min(n_rot - 1, math.ceil(pair_with(1.0)))
+        fast, slow, multiplier = 32.0, 1.0, 0.0
+        if model.architecture == "mistral3":  # the only one to read them
+            fast = meta.get("rope.scaling.yarn_beta_fast", fast)
+            slow = meta.get("rope.scaling.yarn_beta_slow", slow)
+            multiplier = meta.get("rope.scaling.yarn_log_multiplier", multiplier)
+        low = max(0, math.floor(pair_with(fast)))
+        high = min(n_rot - 1, math.ceil(pair_with(slow)))
         kept = 1 - ((pair - low) / max(0.001, high - low)).clamp(0, 1)
         frequency = frequency * kept + frequency / factor * (1 - kept)
-        magnitude *= 1 + 0.1 * math.log(factor)
+        magnitude *= (1 + 0.1 * math.log(factor)) / (1 + 0.1 * multiplier * math.log(factor))
     else:
         assert kind == "none", f"rope scaling {kind}"
     return torch.arange(n, dtype=torch.float64)[:, None] * frequency, magnitude
 
 
-def rotate(x: Tensor, angles: Tensor, magnitude: float) -> Tensor:
-    """Rotate adjacent pairs (0, 1), (2, 3), ... of x [n, heads, hd]."""
+def rotate(x: Tensor, angles: Tensor, magnitude: float, *, pairs: str) -> Tensor:
+    """Rotate the first 2 * angles.shape[1] dimensions of x [n, heads, hd]; the others pass through.
+
+    Pairs are "adjacent" dimensions (0, 1), (2, 3), ... or of two "halves", (0, r / 2), (1, r / 2 + 1), ...
+    """
     cos, sin = magnitude * angles.cos()[:, None], magnitude * angles.sin()[:, None]
-    a, b = x[..., 0::2], x[..., 1::2]
-    out = torch.empty_like(x)
-    out[..., 0::2] = a * cos - b * sin
-    out[..., 1::2] = a * sin + b * cos
+    n_rot = 2 * angles.shape[1]
+    if pairs == "adjacent":
+        first, second = slice(0, n_rot, 2), slice(1, n_rot, 2)
+    else:
+        first, second = slice(0, n_rot // 2), slice(n_rot // 2, n_rot)
+    a, b, out = x[..., first], x[..., second], x.clone()
+    out[..., first] = a * cos - b * sin
+    out[..., second] = a * sin + b * cos
     return out
 
 
-def attention(model: Oracle, layer: int, h: Tensor, *, frozen: bool) -> Tensor:
+def roped(model: Oracle, layer: int) -> bool:
+    if model.facts.rope is None or not model.metadata.get("rope.scaling.finetuned", True):
+        return False
+    rules = {"all": True, "local": window(model, layer) is not None, "three of four": (layer + 1) % 4 != 0}
+    return rules[model.facts.roped]
+
+
+def attention(model: Oracle, layer: int, h: Tensor, *, frozen: bool, context: int) -> Tensor:
     """Causal attention on the normed input h [n, d], through the output projection."""
-    meta, b, n = model.metadata, f"blk.{layer}", len(h)
+    meta, facts, b, n = model.metadata, model.facts, f"blk.{layer}", len(h)
     heads = scalar(meta["attention.head_count"], layer)
     kv_heads = scalar(meta.get("attention.head_count_kv", heads), layer)
     hd = meta.get("attention.key_length", meta["embedding_length"] // heads)
-    assert meta.get("attention.value_length", hd) == meta.get("rope.dimension_count", hd) == hd
+    assert meta.get("attention.value_length", hd) == hd
     if f"{b}.attn_qkv.weight" in model.weights:
         qkv = linear(model, f"{b}.attn_qkv", h)
         if f"{b}.attn_qkv.bias" not in model.weights and f"{b}.attn_q.bias" in model.weights:
@@ -115,62 +239,196 @@ def attention(model: Oracle, layer: int, h: Tensor, *, frozen: bool) -> Tensor:
         q, k, v = qkv.split([heads * hd, kv_heads * hd, kv_heads * hd], dim=-1)
     else:
         q, k, v = (linear(model, f"{b}.attn_{part}", h) for part in "qkv")
-    angles, magnitude = rope_angles(model, n, hd)
-    q = rotate(q.reshape(n, heads, hd), angles, magnitude)
-    k = rotate(k.reshape(n, kv_heads, hd), angles, magnitude)
-    v = v.reshape(n, kv_heads, hd)
-    future = torch.ones(n, n, dtype=torch.bool).triu(1)
+    if facts.qk_norm == "full":
+        q, k = (norm(model, f"{b}.attn_{name}_norm", part, frozen=False) for name, part in (("q", q), ("k", k)))
+    q, k, v = q.reshape(n, heads, hd), k.reshape(n, kv_heads, hd), v.reshape(n, kv_heads, hd)
+    if facts.qk_norm == "head":
+        q, k = (norm(model, f"{b}.attn_{name}_norm", part, frozen=False) for name, part in (("q", q), ("k", k)))
+    if roped(model, layer):
+        angles, magnitude = rope_angles(model, layer, n, meta.get("rope.dimension_count", hd), context)
+        q, k = (rotate(part, angles, magnitude, pairs=facts.rope) for part in (q, k))
+    if facts.qk_norm == "after rope":  # a mistake that a test makes
+        q, k = (norm(model, f"{b}.attn_{name}_norm", part, frozen=False) for name, part in (("q", q), ("k", k)))
+    position = torch.arange(n)
+    scale = 1 / math.sqrt(meta["embedding_length"] // heads if meta["block_count"] == facts.width_scaled_at else hd)
+    if facts.attn_scale_key:
+        scale = meta.get("attention.scale", 0.0) or scale
+    scale = torch.full((n, 1), scale, dtype=torch.float64)
+    if facts.temperature and meta.get("attention.temperature_scale"):
+        original = meta.get("rope.scaling.original_context_length", meta["context_length"])
+        scale = scale * (1 + meta["attention.temperature_scale"] * torch.log(position // original + 1.0))[:, None]
+    cap = None if facts.attn_cap is None else meta.get("attn_logit_softcapping", facts.attn_cap)
+    distance = position[:, None] - position
+    hidden = (distance < 0) | (distance >= (window(model, layer) or n))
     outputs = []
     for head in range(heads):
         group = head // (heads // kv_heads)
-        scores = (q[:, head] @ k[:, group].T / math.sqrt(hd)).masked_fill(future, -math.inf)
-        p = scores.softmax(-1)
+        scores = q[:, head] @ k[:, group].T * scale
+        if cap:
+            scores = cap * torch.tanh(scores / cap)
+        scores = scores.masked_fill(hidden, -math.inf)
+        if f"{b}.attn_sinks.weight" in model.weights:
+            sink = model.weights[f"{b}.attn_sinks.weight"][head].expand(n, 1)
+            p = torch.cat([scores, sink], dim=-1).softmax(-1)[:, :-1]
+        else:
+            p = scores.softmax(-1)
         outputs.append((p.detach() if frozen else p) @ v[:, group])
     return linear(model, f"{b}.attn_output", torch.cat(outputs, dim=-1))
 
 
-def feed_forward(model: Oracle, layer: int, h: Tensor, *, freeze: str | None) -> Tensor:
-    """SwiGLU: down(silu(gate) * up)."""
-    b = f"blk.{layer}"
-    gate, up = linear(model, f"{b}.ffn_gate", h), linear(model, f"{b}.ffn_up", h)
+def slope(kind: str, g: Tensor) -> Tensor:
+    """Return act(g) / g, the factor that is frozen when the path through g stays alive."""
+    if kind == "gelu":  # its tanh form
+        return (1 + torch.tanh(math.sqrt(2 / math.pi) * (g + 0.044715 * g**3))) / 2
+    return torch.sigmoid(1.702 * g if kind == "oai" else g)
+
+
+def gelu_by_table(g: Tensor) -> Tensor:
+    """Return GELU as ggml's CPU code has it: argument and value rounded to half precision, for parity only."""
+    rounded = g.half().double()
+    value = (rounded * slope("gelu", rounded)).half().double()
+    return torch.where(g <= -10, 0.0, torch.where(g >= 10, g, value))
+
+
+def activate(facts: Facts, gate: Tensor, up: Tensor | None, *, freeze: str | None, gelu: str) -> Tensor:
+    """Return act(gate) * up, or act(gate) where there is no up, with one factor alive if `freeze` names it."""
+    if facts.activation == "oai":
+        limit = torch.as_tensor(facts.limit, dtype=torch.float64)
+        gate = gate.minimum(limit)
+        up = up.minimum(limit).maximum(-limit) + facts.shift
+    factor = slope(facts.activation, gate)
+    if gelu == "f16_table" and facts.activation == "gelu":
+        assert freeze is None, "the table has no derivative"
+        return gelu_by_table(gate) * (1.0 if up is None else up)
+    if up is None:
+        return gate * (factor if freeze is None else factor.detach())
     if freeze == "up":  # the path through `up` stays alive
-        hidden = (gate * gate.sigmoid()).detach() * up
-    elif freeze == "gate":  # the linear factor of silu(gate) = gate * sigmoid(gate) stays alive
-        hidden = gate * gate.sigmoid().detach() * up.detach()
+        return (gate * factor).detach() * up
+    if freeze == "gate":  # the linear factor of the gate stays alive
+        return gate * factor.detach() * up.detach()
+    return gate * factor * up
+
+
+def dense(model: Oracle, b: str, h: Tensor, suffix: str = "", **how: Any) -> Tensor:
+    """Apply a feed-forward network of layer `b`; `suffix` is `_shexp` for an expert that all share."""
+    up = linear(model, f"{b}.ffn_up{suffix}", h)
+    if model.facts.ffn == "plain":
+        gate, up = up, None
+    elif model.facts.ffn == "fused":
+        gate, up = up.chunk(2, dim=-1)
     else:
-        hidden = gate * gate.sigmoid() * up
-    return linear(model, f"{b}.ffn_down", hidden)
+        gate = linear(model, f"{b}.ffn_gate{suffix}", h)
+    return linear(model, f"{b}.ffn_down{suffix}", activate(model.facts, gate, up, **how))
+
+
+def routes(model: Oracle, b: str, h: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the experts chosen [n, used] and their weights [n, used]."""
+    logits = linear(model, f"{b}.ffn_gate_inp", h)
+    used = model.metadata["expert_used_count"]
+    if model.facts.router == "selected":
+        chosen = logits.topk(used).indices
+        return chosen, logits.gather(-1, chosen).softmax(-1)
+    p = logits.softmax(-1)
+    chosen = p.topk(used).indices
+    weights = p.gather(-1, chosen)
+    return chosen, weights / weights.sum(-1, keepdim=True) if model.facts.renormalise else weights
+
+
+def mixture(model: Oracle, b: str, h: Tensor, **how: Any) -> Tensor:
+    """Apply the chosen experts of layer `b`, position by position, and the shared expert where there is one."""
+    chosen, weights = routes(model, b, h)
+    if how["freeze"] is not None:
+        weights = weights.detach()
+    rows = []
+    for i, x in enumerate(h):
+        row = torch.zeros_like(x)
+        for expert, weight in zip(chosen[i].tolist(), weights[i], strict=True):
+
+            def apply(name: str, x: Tensor, expert: int = expert) -> Tensor:
+                y = model.weights[f"{b}.{name}.weight"][expert] @ x
+                return y + model.weights[f"{b}.{name}.bias"][expert] if f"{b}.{name}.bias" in model.weights else y
+
+            hidden = activate(model.facts, apply("ffn_gate_exps", x), apply("ffn_up_exps", x), **how)
+            row = row + weight * apply("ffn_down_exps", hidden)
+        rows.append(row)
+    y = torch.stack(rows)
+    if f"{b}.ffn_up_shexp.weight" in model.weights:
+        share = torch.ones(())
+        if f"{b}.ffn_gate_inp_shexp.weight" in model.weights:
+            share = torch.sigmoid(h @ model.weights[f"{b}.ffn_gate_inp_shexp.weight"].flatten())[:, None]
+        y = y + (share if how["freeze"] is None else share.detach()) * dense(model, b, h, "_shexp", **how)
+    return y
+
+
+def embed(model: Oracle, ids: Sequence[int] | Tensor) -> Tensor:
+    """Return the inputs of block 0 [n, d]: embeddings, scaled as the family has it, and learned positions."""
+    x = model.weights["token_embd.weight"][torch.as_tensor(ids)]
+    if model.facts.embedding == "root":
+        x = x * math.sqrt(model.metadata["embedding_length"])
+    elif model.facts.embedding == "key":
+        x = x * (model.metadata.get("embedding_scale", 0.0) or 1.0)
+    if "position_embd.weight" in model.weights:
+        x = x + model.weights["position_embd.weight"][: len(x)]
+    return x
+
+
+def block(
+    model: Oracle, layer: int, x: Tensor, *, freeze: str | None = None, context: int | None = None, gelu: str = "exact"
+) -> dict[str, Tensor]:
+    """Compute layer `layer` on its input x [n, d]; arguments and results are those of `forward`."""
+    facts, b, frozen = model.facts, f"blk.{layer}", freeze is not None
+    scale = (model.metadata.get("residual_scale", 0.0) or 1.0) if facts.residual_key else 1.0
+
+    def sublayer_norm(name: str | None, x: Tensor) -> Tensor:
+        return x if name is None else norm(model, f"{b}.{name}", x, frozen=frozen)
+
+    # Falcon 40B has a norm of its own for the attention; the usual one is then the feed-forward's.
+    own = facts.parallel and f"{b}.attn_norm_2.weight" in model.weights
+    h = sublayer_norm("attn_norm_2" if own else facts.attn_norm, x)
+    attn = attention(model, layer, h, frozen=frozen, context=len(x) if context is None else context)
+    attn = sublayer_norm(facts.attn_post, attn) * scale
+    h = sublayer_norm(facts.attn_norm, x) if facts.parallel else sublayer_norm(facts.ffn_norm, x + attn)
+    network = mixture if f"{b}.ffn_gate_inp.weight" in model.weights else dense
+    ffn = sublayer_norm(facts.ffn_post, network(model, b, h, freeze=freeze, gelu=gelu)) * scale
+    return {f"attn_out-{layer}": attn, f"ffn_out-{layer}": ffn, f"l_out-{layer}": x + attn + ffn}
 
 
 def forward(
-    model: Oracle, ids: Sequence[int] | Tensor, *, freeze: str | None = None, x: Tensor | None = None
+    model: Oracle,
+    ids: Sequence[int] | Tensor,
+    *,
+    freeze: str | None = None,
+    x: Tensor | None = None,
+    context: int | None = None,
+    gelu: str = "exact",
 ) -> dict[str, Tensor]:
     """Compute every state of the model on token `ids` [n], or on block-0 inputs `x` [n, d] in their place.
 
-    `freeze` names the live path of the feed-forward, "up" or "gate", and detaches norm scales, attention and the
-    other factor; None is the ordinary model. The values do not depend on it, only the derivatives do.
+    `freeze` names the live path of the feed-forward, "up" or "gate", and detaches norm scales, attention, routing and
+    the other factor; None is the ordinary model. The values do not depend on it, only the derivatives do.
+    `context` is the size that chooses between short and long rope factors: None is the prompt's own length, llama.cpp
+    counts what its context can hold. `gelu` "f16_table" emulates ggml's GELU on the CPU.
 
-    Returns llama.cpp's names: `x` [n, d], per layer `attn_out-i`, `ffn_out-i` and `l_out-i` [n, d], `result_norm`
-    [n, d], `logits` [n, v].
+    Returns, by llama.cpp's names where they mean the same: `x` [n, d]; per layer `attn_out-i` and `ffn_out-i` [n, d],
+    each exactly what is added to the residual stream, and `l_out-i`; `result_norm` [n, d]; `logits` [n, v].
     """
     assert freeze in (None, "up", "gate"), freeze
-    assert model.architecture == "llama", f"the oracle does not know {model.architecture}"
-    frozen = freeze is not None
-    if x is None:
-        x = model.weights["token_embd.weight"][torch.as_tensor(ids)]
+    assert gelu in ("exact", "f16_table"), gelu
+    meta, facts = model.metadata, model.facts
+    x = embed(model, ids) if x is None else x
     out = {"x": x}
-    for layer in range(model.metadata["block_count"]):
-        h = rms_norm(model, f"blk.{layer}.attn_norm", x, frozen=frozen)
-        out[f"attn_out-{layer}"] = attention(model, layer, h, frozen=frozen)
-        x = x + out[f"attn_out-{layer}"]
-        h = rms_norm(model, f"blk.{layer}.ffn_norm", x, frozen=frozen)
-        out[f"ffn_out-{layer}"] = feed_forward(model, layer, h, freeze=freeze)
-        x = x + out[f"ffn_out-{layer}"]
-        out[f"l_out-{layer}"] = x
-    out["result_norm"] = rms_norm(model, "output_norm", x, frozen=frozen)
-    head = "output" if "output.weight" in model.weights else "token_embd"
-    out["logits"] = linear(model, head, out["result_norm"])
-    return out
+    for layer in range(meta["block_count"]):
+        out |= block(model, layer, x, freeze=freeze, context=context, gelu=gelu)
+        x = out[f"l_out-{layer}"]
+    out["result_norm"] = norm(model, "output_norm", x, frozen=freeze is not None)
+    logits = out["result_norm"] @ model.weights.get("output.weight", model.weights["token_embd.weight"]).T
+    logits = logits + model.weights.get("output.bias", 0.0)
+    if facts.logits is not None:
+        scale = meta["logit_scale"]
+        logits = logits / scale if facts.logits == "divide" else logits * scale
+    if facts.final_cap is not None and (cap := meta.get("final_logit_softcapping", facts.final_cap)):
+        logits = cap * torch.tanh(logits / cap)
+    return out | {"logits": logits}
 
 
 def jacobian(
@@ -180,6 +438,7 @@ def jacobian(
     mlp_path: str | None,
     position: int = -1,
     x: Tensor | None = None,
+    context: int | None = None,
 ) -> Jacobian:
     """Differentiate the final norm's output at `position` with respect to the block-0 inputs, by autograd.
 
@@ -190,7 +449,7 @@ def jacobian(
     if x is None:
         x = forward(model, ids)["x"]
     x = x.detach().double().requires_grad_()
-    y = forward(model, ids, freeze=mlp_path, x=x)["result_norm"][position]
+    y = forward(model, ids, freeze=mlp_path, x=x, context=context)["result_norm"][position]
     identity = torch.eye(len(y), dtype=torch.float64)
     (J,) = torch.autograd.grad(y, x, identity, is_grads_batched=True)
     y, x = y.detach(), x.detach()

@@ -1,12 +1,12 @@
 """Write tiny random GGUF files for the tests: one table row, one variation.
 
-`write(path, **CASES[name])` makes a complete file that llama.cpp loads. Weights are random but scaled like a trained
+`write(path, **row(name))` makes a complete file that llama.cpp loads. Weights are random but scaled like a trained
 model's: residual stream and branches of order one, attention scores with a spread of about two (so attention is far
 from uniform), gates with a spread of about one and a half (so silu is far from linear), norm weights around one. Every
 tensor has its own generator, seeded by the option `seed` and its name: two files that differ in one option share all
 other weights.
 
-A new variation is a row of `CASES`; a new family is a function in `FAMILIES` that lists its metadata and tensors.
+A new variation is a row of `CASES`, or for architectures other than a dense `llama` of `FAMILY_CASES` (families.py).
 This module shares nothing with the package under test: it writes through the `gguf` package and quantizes through
 `gguf` or llama.cpp.
 """
@@ -19,13 +19,14 @@ import logging
 import math
 import os
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import gguf
 import numpy as np
+from families import FAMILY_CASES
 
 ALL_BIASES = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
 
@@ -53,7 +54,26 @@ class Options:
     tied: bool = False  # no output.weight
     fused_qkv: bool = False
     fused_bias: bool = False  # write attn_qkv.bias in place of the biases of q, k and v
-    biases: tuple[str, ...] = ()  # of ALL_BIASES
+    biases: tuple[str, ...] = ()  # of ALL_BIASES, "output", and those of the experts
+    norm: str = "rms"  # rms | ln (weight only) | ln_bias
+    norms: tuple[str, ...] = ("attn_norm", "ffn_norm")  # of each layer
+    qk_norm: str = ""  # head | full
+    n_rot: int | None = None  # rotated dimensions of a head; None: all
+    long_short: bool = False  # write rope_factors_long and rope_factors_short
+    positions: bool = False  # write position_embd
+    window: int | None = None
+    sinks: bool = False
+    ffn: str = "gated"  # gated | fused (gate above up in one matrix) | plain
+    experts: int = 0  # 0: dense
+    experts_used: int = 0
+    expert_ff: int = 0
+    shared_ff: int = 0  # width of a shared expert beside the routed ones; 0: none
+    embed_std: float = 1.0
+    post_gain: float = 1.0  # of the norms after a sublayer
+    score_gain: float = 1.4  # of the projections to q and k
+    gate_gain: float = 1.5
+    up_gain: float = 1.0
+    down_gain: float = 1.5
     tokenizer: str = "none"  # none | spm
     type: str = "F32"  # of the matrices whose rows are whole blocks; the others stay F32
     types: Mapping[str, str] = field(default_factory=dict)  # part of a tensor's name -> its type
@@ -83,12 +103,20 @@ def matrix(name: str, out: int, into: int, gain: float = 1.0) -> Entry:
     return Entry(f"{name}.weight", (out, into), gain / math.sqrt(into))
 
 
-def norm(name: str, width: int) -> Entry:
-    return Entry(f"{name}.weight", (width,), 0.3, 1.0)
+def norms(o: Options, name: str, width: int, gain: float = 1.0) -> Iterator[Entry]:
+    yield Entry(f"{name}.weight", (width,), 0.3 * gain, gain)
+    if o.norm == "ln_bias":
+        yield bias(name, width)
 
 
 def bias(name: str, width: int) -> Entry:
     return Entry(f"{name}.bias", (width,), 0.4)
+
+
+def stacked(o: Options, name: str, parts: Sequence[Entry]) -> Entry:
+    """Return the parts in one tensor: the same numbers as in a file that keeps them apart."""
+    values = np.concatenate([draw(part, o.seed) for part in parts])
+    return Entry(name, values.shape, 0.0, values=values)
 
 
 def llama3_factors(n_rot: int, base: float, *, factor: float = 8.0, original: float = 64.0) -> np.ndarray:
@@ -98,10 +126,10 @@ def llama3_factors(n_rot: int, base: float, *, factor: float = 8.0, original: fl
     return (1.0 / ((1.0 - smooth) / factor + smooth)).astype(np.float32)
 
 
-def llama_metadata(o: Options) -> dict[str, Any]:
-    """Return the keys below `llama.`; Python floats are written as float32, integers as uint32."""
+def metadata(o: Options) -> dict[str, Any]:
+    """Return the keys below `{arch}.`; Python floats are written as float32, integers as uint32."""
     repeat: Callable[[int], Any] = (lambda count: [count] * o.layers) if o.per_layer_arrays else (lambda count: count)
-    return {
+    keys = {
         "block_count": o.layers,
         "context_length": o.context,
         "embedding_length": o.d,
@@ -110,58 +138,93 @@ def llama_metadata(o: Options) -> dict[str, Any]:
         "attention.head_count_kv": repeat(o.hk),
         "attention.key_length": o.hd,
         "attention.value_length": o.hd,
-        "attention.layer_norm_rms_epsilon": o.eps,
-        "rope.dimension_count": o.hd,
+        f"attention.layer_norm_{'rms_' if o.norm == 'rms' else ''}epsilon": o.eps,
+        "rope.dimension_count": o.n_rot or o.hd,
         "rope.freq_base": o.rope_base,
         "vocab_size": o.vocab,
     }
+    optional = {
+        "attention.sliding_window": o.window or 0,
+        "expert_count": o.experts,
+        "expert_used_count": o.experts_used,
+        "expert_feed_forward_length": o.expert_ff,
+        "expert_shared_feed_forward_length": o.shared_ff,
+    }
+    keys |= {key: value for key, value in optional.items() if value}
+    return keys | {f"rope.scaling.{key}": value for key, value in o.scaling.items()} | dict(o.extra)
 
 
-def llama_tensors(o: Options) -> Iterator[Entry]:
-    """List the tensors of a dense `llama` file in the converter's order."""
-    q, kv = o.heads * o.hd, o.hk * o.hd
-    yield Entry("token_embd.weight", (o.vocab, o.d), 1.0)
-    yield norm("output_norm", o.d)
+def tensors(o: Options) -> Iterator[Entry]:
+    """List the tensors of a file."""
+    q, kv, pairs = o.heads * o.hd, o.hk * o.hd, (o.n_rot or o.hd) // 2
+    yield Entry("token_embd.weight", (o.vocab, o.d), o.embed_std)
+    if o.positions:
+        yield Entry("position_embd.weight", (o.context, o.d), 0.5)
+    yield from norms(o, "output_norm", o.d)
     if not o.tied:
         yield matrix("output", o.vocab, o.d, 2.0)
+    if "output" in o.biases:
+        yield bias("output", o.vocab)
     if o.rope_factors:
         yield Entry("rope_freqs.weight", (o.hd // 2,), 0.0, values=llama3_factors(o.hd, o.rope_base))
+    if o.long_short:
+        yield Entry("rope_factors_short.weight", (pairs,), 0.0, values=np.linspace(1.0, 1.6, pairs))
+        yield Entry("rope_factors_long.weight", (pairs,), 0.0, values=np.geomspace(1.1, 12.0, pairs))
+    widths = {"attn_q": q, "attn_k": kv, "attn_v": kv, "ffn_gate": o.ff, "ffn_up": o.ff, "ffn_gate_inp": o.experts}
     for layer in range(o.layers):
         b = f"blk.{layer}"
-        yield norm(f"{b}.attn_norm", o.d)
+        for name in o.norms:
+            yield from norms(o, f"{b}.{name}", o.d, o.post_gain if name.startswith("post_") else 1.0)
         parts = [
-            matrix(f"{b}.attn_q", q, o.d, 1.4),
-            matrix(f"{b}.attn_k", kv, o.d, 1.4),
+            matrix(f"{b}.attn_q", q, o.d, o.score_gain),
+            matrix(f"{b}.attn_k", kv, o.d, o.score_gain),
             matrix(f"{b}.attn_v", kv, o.d),
         ]
-        if o.fused_qkv:
-            # The same numbers as in a file that keeps the three apart: one oracle run serves both.
-            stacked = np.concatenate([draw(part, o.seed) for part in parts])
-            yield Entry(f"{b}.attn_qkv.weight", stacked.shape, 0.0, values=stacked)
-        else:
-            yield from parts
+        yield from [stacked(o, f"{b}.attn_qkv.weight", parts)] if o.fused_qkv else parts
+        if o.qk_norm:
+            # Normed heads have scores with a spread of one; 1.4 squared makes it two.
+            yield Entry(f"{b}.attn_q_norm.weight", (o.hd if o.qk_norm == "head" else q,), 0.3, 1.4)
+            yield Entry(f"{b}.attn_k_norm.weight", (o.hd if o.qk_norm == "head" else kv,), 0.3, 1.4)
+        if o.sinks:
+            yield Entry(f"{b}.attn_sinks.weight", (o.heads,), 1.0, 2.0)
         yield matrix(f"{b}.attn_output", o.d, q)
-        yield norm(f"{b}.ffn_norm", o.d)
-        yield matrix(f"{b}.ffn_gate", o.ff, o.d, 1.5)
-        yield matrix(f"{b}.ffn_up", o.ff, o.d)
-        yield matrix(f"{b}.ffn_down", o.d, o.ff, 1.5)
-        widths = {"attn_q": q, "attn_k": kv, "attn_v": kv, "ffn_gate": o.ff, "ffn_up": o.ff}
-        entries = {name: bias(f"{b}.{name}", widths.get(name, o.d)) for name in o.biases}
+        yield from experts(o, b) if o.experts else feed_forward(o, b, "", o.ff)
+        present = [bias(f"{b}.{name}", widths.get(name, o.d)) for name in o.biases if name in (*ALL_BIASES, *widths)]
         if o.fused_bias:
-            qkv = np.concatenate([draw(bias(f"{b}.{name}", widths[name]), o.seed) for name in ALL_BIASES[:3]])
-            entries = {name: entry for name, entry in entries.items() if name not in ALL_BIASES[:3]}
-            yield Entry(f"{b}.attn_qkv.bias", qkv.shape, 0.0, values=qkv)
-        yield from entries.values()
+            qkv = [entry for entry in present if entry.name.split(".")[2] in ALL_BIASES[:3]]
+            present = [entry for entry in present if entry not in qkv]
+            yield stacked(o, f"{b}.attn_qkv.bias", qkv)
+        yield from present
 
 
-class Family(NamedTuple):
-    """How one `general.architecture` is written."""
+def feed_forward(o: Options, b: str, suffix: str, width: int) -> Iterator[Entry]:
+    """List a dense feed-forward network of layer `b`; `suffix` is `_shexp` for a shared expert's."""
+    gate = matrix(f"{b}.ffn_gate{suffix}", width, o.d, o.gate_gain)
+    up = matrix(f"{b}.ffn_up{suffix}", width, o.d, o.up_gain)
+    if o.ffn == "fused":
+        yield stacked(o, up.name, [gate, up])
+    else:
+        yield from [up] if o.ffn == "plain" else [gate, up]
+    yield matrix(f"{b}.ffn_down{suffix}", o.d, width, o.down_gain)
 
-    metadata: Callable[[Options], dict[str, Any]]
-    tensors: Callable[[Options], Iterator[Entry]]
 
+def experts(o: Options, b: str) -> Iterator[Entry]:
+    """List a router and its experts, with a shared one where there is one."""
+    yield matrix(f"{b}.ffn_gate_inp", o.experts, o.d, 1.5)
+    shapes = {
+        "ffn_gate_exps": (o.expert_ff, o.d, o.gate_gain),
+        "ffn_up_exps": (o.expert_ff, o.d, o.up_gain),
+        "ffn_down_exps": (o.d, o.expert_ff, o.down_gain),
+    }
+    for name, (out, into, gain) in shapes.items():
+        yield Entry(f"{b}.{name}.weight", (o.experts, out, into), gain / math.sqrt(into))
+        if name in o.biases:
+            yield Entry(f"{b}.{name}.bias", (o.experts, out), 0.4)
+    if o.shared_ff:
+        yield from feed_forward(o, b, "_shexp", o.shared_ff)
+        if o.architecture == "qwen2moe":
+            yield Entry(f"{b}.ffn_gate_inp_shexp.weight", (o.d,), 1.5 / math.sqrt(o.d))
 
-FAMILIES: dict[str, Family] = {"llama": Family(llama_metadata, llama_tensors)}
 
 YARN = {"type": "yarn", "factor": 4.0, "original_context_length": 32}
 
@@ -220,9 +283,14 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
+def row(case: str | Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return a row of `CASES` or `FAMILY_CASES` by name; a row itself is returned as it is."""
+    return (CASES | FAMILY_CASES)[case] if isinstance(case, str) else case
+
+
 def options(case: str | Mapping[str, Any]) -> Options:
-    """Return the full options of a row of `CASES`, by name or as the row itself."""
-    return Options(**(CASES[case] if isinstance(case, str) else case))
+    """Return the full options of a row, by name or as the row itself."""
+    return Options(**row(case))
 
 
 def prompt(case: str | Mapping[str, Any], length: int = 12, *, seed: int = 1) -> list[int]:
@@ -238,23 +306,23 @@ def draw(entry: Entry, seed: int) -> np.ndarray:
     return (entry.mean + entry.std * random.standard_normal(entry.shape)).astype(np.float32)
 
 
-def write(path: str | os.PathLike[str], **row: Any) -> Path:
+def write(path: str | os.PathLike[str], **differences: Any) -> Path:
     """Write a tiny GGUF file of the `Options` given and return its path."""
-    o = Options(**row)
-    family = FAMILIES[o.architecture]
+    o = Options(**differences)
     writer = gguf.GGUFWriter(os.fspath(path), o.architecture)
-    scaling = {f"rope.scaling.{key}": value for key, value in o.scaling.items()}
-    for key, value in (family.metadata(o) | scaling | dict(o.extra)).items():
+    for key, value in metadata(o).items():
         if key in o.omit:
             continue
         add = {float: writer.add_float32, int: writer.add_uint32, str: writer.add_string, list: writer.add_array}
-        add[type(value)](f"{o.architecture}.{key}", value)
+        (add | {bool: writer.add_bool})[type(value)](f"{o.architecture}.{key}", value)
     {"none": lambda *_: writer.add_tokenizer_model("none"), "spm": add_spm}[o.tokenizer](writer, o.vocab)
-    for entry in family.tensors(o):
+    for entry in tensors(o):
         values = draw(entry, o.seed)
         name = next((kind for part, kind in o.types.items() if part in entry.name), o.type)
         kind = gguf.GGMLQuantizationType[name]
-        if values.ndim < 2 or values.shape[-1] % gguf.GGML_QUANT_SIZES[kind][0]:
+        # Routers and learned positions are never quantized; llama.cpp's copy in F32 would keep them as they are.
+        exempt = values.ndim < 2 or "ffn_gate_inp" in entry.name or entry.name == "position_embd.weight"
+        if exempt or values.shape[-1] % gguf.GGML_QUANT_SIZES[kind][0]:
             kind = gguf.GGMLQuantizationType.F32
         writer.add_tensor(entry.name, encode(values, kind), raw_dtype=kind)
     writer.write_header_to_file()
@@ -349,7 +417,7 @@ def quantize(source: str | os.PathLike[str], target: str | os.PathLike[str], fty
 
 def resized(case: str | Mapping[str, Any], **changes: Any) -> dict[str, Any]:
     """Return a row with some options changed, checked against the names of `Options`."""
-    row = dict(CASES[case] if isinstance(case, str) else case) | changes
-    unknown = row.keys() - {f.name for f in dataclasses.fields(Options)}
+    changed = dict(row(case)) | changes
+    unknown = changed.keys() - {f.name for f in dataclasses.fields(Options)}
     assert not unknown, f"unknown options {unknown}"
-    return row
+    return changed

@@ -1,0 +1,203 @@
+"""What the tiny files of each architecture contain: data for the writer in `tiny.py`, and nothing else.
+
+`FAMILIES` states how the converter lays out one `general.architecture`, as differences from a dense `llama` file.
+`FAMILY_CASES` are the variations to test: `of(architecture, differences)`. Windows are 4 tokens wide, so that prompts
+of 6 tokens already leave them; scales and soft caps are such that they act. A new variation is one line.
+"""
+
+from typing import Any
+
+SANDWICH = ("attn_norm", "post_attention_norm", "ffn_norm", "post_ffw_norm")
+QKV = ("attn_q", "attn_k", "attn_v")
+LAYER_NORM = {"norm": "ln_bias", "ffn": "plain"}
+# The embeddings are scaled by 8 = sqrt(64) afterwards; the head is tied to them.
+GEMMA = {"tied": True, "embed_std": 0.125, "eps": 1e-6, "head_dim": 32}
+GRANITE = {
+    "extra": {"attention.scale": 0.4, "embedding_scale": 6.0, "residual_scale": 0.5, "logit_scale": 4.0},
+    "embed_std": 0.2,
+    "tied": True,
+}
+EXPERTS = {"experts": 6, "experts_used": 2, "expert_ff": 96}
+YARN = {"type": "yarn", "factor": 4.0, "original_context_length": 32}
+# With a base of 100 the ramp of YaRN lies within the pairs.
+YARN_ROW = {"scaling": YARN, "rope_base": 100.0}
+
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "qwen2": {"biases": QKV},
+    "qwen3": {"qk_norm": "head", "head_dim": 32},
+    "gemma": GEMMA,
+    "gemma2": GEMMA
+    | {
+        "norms": SANDWICH,
+        "layers": 4,
+        "window": 4,
+        "extra": {"attn_logit_softcapping": 1.5, "final_logit_softcapping": 1.2},
+    },
+    # Layer 5 is global: six are the fewest that have both kinds.
+    "gemma3": GEMMA | {"norms": SANDWICH, "layers": 7, "qk_norm": "head", "window": 4, "rope_base": 100.0},
+    "phi3": {"fused_qkv": True, "ffn": "fused"},
+    "olmo2": {"norms": ("post_attention_norm", "post_ffw_norm"), "qk_norm": "full"},
+    "mistral3": {},
+    "granite": GRANITE,
+    "smollm3": {"tied": True, "layers": 5},
+    "glm4": {"norms": SANDWICH, "biases": QKV, "ffn": "fused", "n_rot": 8},
+    "cohere2": {
+        "norm": "ln",
+        "norms": ("attn_norm",),
+        "tied": True,
+        "layers": 5,
+        "window": 4,
+        "extra": {"logit_scale": 0.25},
+    },
+    "gpt2": LAYER_NORM
+    | {"positions": True, "fused_qkv": True, "fused_bias": True, "kv_heads": 4, "tied": True}
+    | {"biases": (*QKV, "attn_output", "ffn_up", "ffn_down")},
+    "phi2": LAYER_NORM
+    | {"norms": ("attn_norm",), "n_rot": 8, "kv_heads": 4}
+    | {"biases": (*QKV, "attn_output", "ffn_up", "ffn_down", "output")},
+    "falcon": LAYER_NORM | {"norms": ("attn_norm",), "fused_qkv": True, "kv_heads": 1, "tied": True},
+    "starcoder2": LAYER_NORM | {"tied": True, "biases": (*QKV, "attn_output", "ffn_up", "ffn_down")},
+    "qwen3moe": EXPERTS | {"qk_norm": "head", "head_dim": 32, "expert_ff": 48},
+    "qwen2moe": EXPERTS | {"biases": QKV, "shared_ff": 80, "expert_ff": 48},
+    "olmoe": EXPERTS | {"qk_norm": "full", "kv_heads": 4},
+    "granitemoe": EXPERTS | GRANITE,
+    # The gain of up makes one value in four leave the clamp at 7.
+    "gpt-oss": {
+        "norms": ("attn_norm", "post_attention_norm"),
+        "layers": 3,
+        "window": 4,
+        "sinks": True,
+        "experts": 6,
+        "experts_used": 3,
+        "expert_ff": 64,
+        "up_gain": 6.0,
+        "gate_gain": 6.0,
+        "down_gain": 0.2,
+        "scaling": YARN,
+        "rope_base": 100.0,
+        "biases": (
+            *(*QKV, "attn_output", "ffn_gate_inp"),
+            *("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps"),
+        ),
+    },
+}
+
+
+def of(architecture: str, **row: Any) -> dict[str, Any]:
+    """Return a full row: the family's layout, grouped queries, and the differences given; `extra` is merged."""
+    family = {"architecture": architecture, "kv_heads": 2} | FAMILIES[architecture]
+    extra = family.get("extra", {}) | row.get("extra", {})
+    return family | row | {"extra": extra}
+
+
+FAMILY_CASES: dict[str, dict[str, Any]] = {
+    "qwen2": of("qwen2"),
+    "qwen2_yarn": of("qwen2", **YARN_ROW, tied=True),
+    "qwen2_fused": of("qwen2", fused_qkv=True, fused_bias=True, rope_base=1e6),
+    "qwen2_fused_split": of("qwen2", fused_qkv=True, tied=True),
+    "qwen3": of("qwen3", rope_base=1e6),
+    # Nobody reads these four here: the magnitude stays 1 + 0.1 ln 4, the ramp where it is.
+    "qwen3_yarn": of(
+        "qwen3",
+        **YARN_ROW,
+        extra={
+            "rope.scaling.yarn_attn_factor": 0.8782,
+            "rope.scaling.yarn_beta_fast": 2.0,
+            "rope.scaling.yarn_beta_slow": 0.5,
+            "rope.scaling.yarn_log_multiplier": 1.0,
+        },
+    ),
+    "qwen3_tied_fused": of("qwen3", tied=True, fused_qkv=True),
+    "qwen3_q8_0": of("qwen3", type="Q8_0"),
+    "gemma": of("gemma"),
+    "gemma_fused": of("gemma", fused_qkv=True, kv_heads=1),
+    "gemma2": of("gemma2"),
+    "gemma2_default_caps": of(
+        "gemma2",
+        omit=("attn_logit_softcapping", "final_logit_softcapping"),
+        score_gain=8.0,
+        embed_std=6.0,
+        layers=2,
+    ),
+    "gemma2_local_base": of("gemma2", extra={"rope.freq_base_swa": 100.0}),
+    "gemma2_period": of("gemma2", extra={"attention.sliding_window_pattern": 3}),
+    "gemma2_27b": of("gemma2", layers=46, d=32, ff=32, embed_std=0.177, post_gain=0.1),
+    "gemma3": of("gemma3"),
+    "gemma3_local_base": of("gemma3", extra={"rope.freq_base_swa": 50.0}, rope_base=1e6),
+    "gemma3_linear": of("gemma3", scaling={"type": "linear", "factor": 8.0}),
+    "gemma3_final_cap": of("gemma3", extra={"final_logit_softcapping": 1.2}),
+    "gemma3_pattern": of("gemma3", layers=4, extra={"attention.sliding_window_pattern": 2}),
+    "gemma3_no_window": of("gemma3", layers=2, window=None),
+    "gemma3_27b": of("gemma3", layers=62, d=32, ff=32, embed_std=0.177, post_gain=0.1),
+    "gemma3_q8_0": of("gemma3", type="Q8_0"),
+    "phi3": of("phi3"),
+    "phi3_short": of(
+        "phi3", long_short=True, scaling={"original_context_length": 256, "attn_factor": 1.19}, context=1024
+    ),
+    "phi3_long": of("phi3", long_short=True, scaling={"original_context_length": 32, "attn_factor": 1.19}),
+    "phi3_partial": of(
+        "phi3", long_short=True, n_rot=12, tied=True, scaling={"original_context_length": 256, "attn_factor": 1.2}
+    ),
+    "phi3_window_ignored": of("phi3", window=3),
+    "phi3_q4_0": of("phi3", type="Q4_0"),
+    "olmo2": of("olmo2", rope_base=5e5),
+    "olmo3": of(
+        "olmo2",
+        **YARN_ROW,
+        layers=5,
+        window=4,
+        extra={"attention.sliding_window_pattern": [True, False, True, True, False]},
+    ),
+    "olmo3_default_period": of("olmo2", **YARN_ROW, layers=4, window=4),
+    "mistral3": of("mistral3", head_dim=32),
+    "mistral3_yarn": of(
+        "mistral3",
+        rope_base=100.0,
+        scaling=YARN | {"yarn_log_multiplier": 1.0, "yarn_beta_fast": 2.0, "yarn_beta_slow": 0.5},
+        extra={"attention.temperature_scale": 0.5},
+    ),
+    "mistral3_temperature": of(
+        "mistral3", scaling={"original_context_length": 4}, extra={"attention.temperature_scale": 0.5}
+    ),
+    "granite": of("granite"),
+    "granite_nope": of("granite", extra={"rope.scaling.finetuned": False}),
+    "granite_default_scale": of(
+        "granite", omit=("attention.scale", "embedding_scale", "residual_scale"), embed_std=1.0
+    ),
+    "granite_biases": of(
+        "granite", tied=False, biases=(*QKV, "attn_output", "ffn_gate", "ffn_up", "ffn_down"), rope_factors=True
+    ),
+    "smollm3": of("smollm3"),
+    "smollm3_yarn": of("smollm3", **YARN_ROW, layers=8, tied=False),
+    "glm4": of("glm4"),
+    "glm4_no_bias": of("glm4", biases=(), tied=True),
+    "cohere2": of("cohere2"),
+    "cohere2_base": of("cohere2", rope_base=100.0),
+    "cohere2_period": of("cohere2", extra={"attention.sliding_window_pattern": 2}),
+    "cohere2_partial": of("cohere2", n_rot=8),
+    "gpt2": of("gpt2"),
+    "gpt2_untied": of("gpt2", tied=False),
+    "gpt2_f16": of("gpt2", type="F16"),
+    "phi2": of("phi2"),
+    "phi2_fused": of("phi2", fused_qkv=True, fused_bias=True),
+    "falcon_7b": of("falcon"),
+    "falcon_40b": of("falcon", norms=("attn_norm", "attn_norm_2"), kv_heads=2, tied=False),
+    "starcoder2": of("starcoder2"),
+    "starcoder2_untied": of("starcoder2", tied=False, window=3, rope_base=1e6),
+    "mixtral": of("llama", **EXPERTS),
+    "mixtral_top3": of("llama", **EXPERTS | {"experts_used": 3}, rope_factors=True),
+    "mixtral_one_expert": of("llama", **EXPERTS | {"experts_used": 1}),
+    "mixtral_q4_k": of("llama", **EXPERTS | {"expert_ff": 256}, d=256, ff=256, layers=1, type="Q4_K"),
+    "mistral3_experts": of("mistral3", **EXPERTS),
+    "qwen3moe": of("qwen3moe"),
+    "qwen3moe_yarn": of("qwen3moe", **YARN_ROW, tied=True, experts=5, experts_used=3),
+    "qwen3moe_q8_0": of("qwen3moe", type="Q8_0", expert_ff=64),
+    "gpt_oss": of("gpt-oss"),
+    "gpt_oss_mxfp4": of("gpt-oss", types={"_exps.weight": "MXFP4"}),
+    "gpt_oss_period": of("gpt-oss", extra={"attention.sliding_window_pattern": 3}),
+    "qwen2moe": of("qwen2moe"),
+    "olmoe": of("olmoe"),
+    "granitemoe": of("granitemoe"),
+    "granitemoe_shared": of("granitemoe", shared_ff=80),
+}
