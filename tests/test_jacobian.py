@@ -1,16 +1,18 @@
 """The detached Jacobian against autograd over an independent forward, and against the paper's own code."""
 
-import math
-from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import oracle
 import pytest
 import tiny
 import torch
 from safetensors.torch import load_file
 
-from ggjac.model import open_model
+import ggjac.jacobian
+import ggjac.weights
+from ggjac.linop import dot_test
+from ggjac.model import DTYPES, open_model
 
 MLP_PATHS = ("up", "gate")
 
@@ -30,3 +32,222 @@ def test_equals_autograd_of_an_independent_forward(tiny_files: dict[str, Path], 
     assert distance(J.output, expected.y) < 1e-10
     # Relative to y: the offset of a model without biases is zero.
     assert float((J.offset - expected.offset).norm() / expected.y.norm()) < 1e-10
+
+
+# ---- every dtype, every prompt, every way to ask
+
+EPS = {name: torch.finfo(dtype).eps for name, dtype in DTYPES.items()}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("case", ["plain", "biases", "yarn"])
+def test_narrower_dtypes_come_as_close_as_they_can(case: str, dtype: str, tiny_files: dict[str, Path]) -> None:
+    ids = tiny.prompt(case, 6)
+    expected = oracle.jacobian(tiny_files[case], ids, mlp_path="up")
+    J = open_model(tiny_files[case], dtype=dtype).trace(ids).jacobian()
+    assert J.to_dense().dtype == J.output.dtype == J.offset.dtype == DTYPES[dtype]
+    # Two blocks of random weights amplify rounding some tens of times (6e-7 in float32).
+    assert distance(J.to_dense(), expected.J) < 60 * EPS[dtype]
+    assert distance(J.output, expected.y) < 60 * EPS[dtype]
+    assert float((J.offset.double() - expected.offset).norm() / expected.y.norm()) < 60 * EPS[dtype]
+
+
+@pytest.mark.parametrize(("dtype", "limit"), [("float64", 1e-13), ("float32", 1e-5), ("bfloat16", 2e-2)])
+@pytest.mark.parametrize("case", ["plain", "three_layers", "gqa", "biases", "rope_factors", "yarn", "q4_0_tied"])
+def test_reconstruction_is_as_promised(case: str, dtype: str, limit: float, tiny_files: dict[str, Path]) -> None:
+    J = open_model(tiny_files[case], dtype=dtype).trace(tiny.prompt(case, 6)).jacobian()
+    assert 0 <= J.reconstruction_error < limit
+    rebuilt = J.matmat(J.x[None])[0] + J.offset
+    assert distance(rebuilt, J.output) < limit
+
+
+def test_the_ordinary_jacobian_does_not_reconstruct(tiny_files: dict[str, Path]) -> None:
+    """The negative control: nothing frozen, autograd's own J misses the output by far."""
+    ids = tiny.prompt("plain", 6)
+    ordinary = oracle.jacobian(tiny_files["plain"], ids, mlp_path=None)
+    J = open_model(tiny_files["plain"], dtype="float64").trace(ids).jacobian()
+    assert distance(torch.einsum("end,nd->e", ordinary.J, J.x), J.output) > 0.1
+    assert distance(J.to_dense(), ordinary.J) > 0.1
+
+
+PROMPTS = {"one token": [5], "two tokens": [5, 9], "one token over and over": [7] * 6, "repeats": [3, 9, 3, 9, 3, 9, 9]}
+
+
+@pytest.mark.parametrize("prompt", PROMPTS)
+@pytest.mark.parametrize("case", ["gqa", "biases"])
+def test_short_and_repeated_prompts(case: str, prompt: str, tiny_files: dict[str, Path]) -> None:
+    expected = oracle.jacobian(tiny_files[case], PROMPTS[prompt], mlp_path="up")
+    J = open_model(tiny_files[case], dtype="float64").trace(PROMPTS[prompt]).jacobian()
+    assert J.in_shape == (len(PROMPTS[prompt]), 64)
+    assert distance(J.to_dense(), expected.J) < 1e-10
+    assert distance(J.x, expected.x) < 1e-15
+
+
+@pytest.mark.parametrize("case", ["one_layer", "three_layers", "fused_biases", "yarn"])
+@pytest.mark.parametrize("position", [0, 3, 5, -1, -2, -6])
+def test_any_position_and_nothing_after_it(case: str, position: int, tiny_files: dict[str, Path]) -> None:
+    ids = tiny.prompt(case, 6)
+    expected = oracle.jacobian(tiny_files[case], ids, mlp_path="up", position=position)
+    J = open_model(tiny_files[case], dtype="float64").trace(ids).jacobian(position)
+    assert J.position == position % 6
+    assert J.in_shape == (6, J.x.shape[1])
+    dense = J.to_dense()
+    assert distance(dense, expected.J) < 1e-10
+    assert distance(J.output, expected.y) < 1e-10
+    assert float((J.offset - expected.offset).norm() / expected.y.norm()) < 1e-10
+    assert not dense[:, J.position + 1 :].any()
+    assert J.reconstruction_error < 1e-13
+
+
+@pytest.mark.parametrize("case", ["gqa", "biases"])
+@pytest.mark.parametrize("position", [2, -1])
+def test_products_are_those_of_the_dense_matrix(case: str, position: int, tiny_files: dict[str, Path]) -> None:
+    ids = tiny.prompt(case, 6)
+    expected = oracle.jacobian(tiny_files[case], ids, mlp_path="up", position=position)
+    J = open_model(tiny_files[case], dtype="float64").trace(ids).jacobian(position)
+    generator = torch.Generator().manual_seed(0)
+    for k in (0, 1, 5):
+        X, Y = (torch.randn(k, *shape, generator=generator, dtype=torch.float64) for shape in (J.in_shape, J.out_shape))
+        t = torch.randn(k, generator=generator, dtype=torch.float64)
+        AX = torch.einsum("end,knd->ke", expected.J, X)
+        assert torch.allclose(J.matmat(X), AX, rtol=0, atol=1e-9)
+        assert torch.allclose(J.matmat(X, t), AX + t[:, None] * expected.offset, rtol=0, atol=1e-9)
+        assert torch.allclose(J.rmatmat(Y), torch.einsum("end,ke->knd", expected.J, Y), rtol=0, atol=1e-9)
+        assert torch.allclose(J.T.matmat(Y), J.rmatmat(Y), rtol=0, atol=0)
+    assert dot_test(J, generator) < 1e-13
+    x = torch.randn(J.in_shape, generator=generator, dtype=torch.float64)
+    assert torch.equal(J @ x, J.matmat(x[None])[0])
+    flat = expected.J.flatten(1).numpy()
+    assert np.allclose(J.to_scipy() @ x.flatten().numpy(), flat @ x.flatten().numpy(), rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("mlp_path", MLP_PATHS)
+@pytest.mark.parametrize("case", tiny.CASES)
+def test_offset_is_exactly_zero_without_live_biases(case: str, mlp_path: str, tiny_files: dict[str, Path]) -> None:
+    biases = set(tiny.options(case).biases)
+    live = biases & {"attn_v", "attn_output", "ffn_down", f"ffn_{mlp_path}"}
+    J = open_model(tiny_files[case]).trace(tiny.prompt(case, 4), mlp_path=mlp_path).jacobian()
+    assert bool(J.offset.any()) == bool(live)
+    assert J.mlp_path == mlp_path
+
+
+def test_rows_in_chunks_give_the_same_matrix(tiny_files: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    J = open_model(tiny_files["gqa"], dtype="float64").trace(tiny.prompt("gqa", 5)).jacobian()
+    whole = J.to_dense(chunk=64)
+    for chunk in (7, 63, 64, 1000, None):
+        assert torch.allclose(J.to_dense(chunk), whole, rtol=0, atol=1e-13)
+    # The default follows a memory limit: at 8 bytes a float, never fewer than one row.
+    for limit, rows in ((1, 1), (8 * 5 * 3 * 64 * 7, 7), (1 << 30, 64)):
+        monkeypatch.setattr(ggjac.jacobian, "CHUNK_BYTES", limit)
+        assert next(J.rows())[1] == rows
+        assert torch.allclose(J.to_dense(), whole, rtol=0, atol=1e-13)
+
+
+def test_progress_counts_the_blocks(tiny_files: dict[str, Path]) -> None:
+    J = open_model(tiny_files["three_layers"]).trace([1, 2]).jacobian()
+    seen: list[tuple[int, int]] = []
+    J.progress = lambda done, total: seen.append((done, total))
+    J.rmatmat(torch.ones(1, 32))
+    assert seen == [(i, 5) for i in range(1, 6)]  # the final norm, three blocks, and the choice of positions
+
+
+def test_threads_do_not_matter(tiny_files: dict[str, Path]) -> None:
+    ids, before = tiny.prompt("q8_0", 6), torch.get_num_threads()
+    try:
+        dense = [open_model(tiny_files["q8_0"], threads=count).trace(ids).jacobian().to_dense() for count in (1, 2)]
+    finally:
+        torch.set_num_threads(before)
+    assert distance(dense[1], dense[0]) < 1e-6
+
+
+# ---- singular values
+
+
+@pytest.mark.parametrize("case", ["gqa", "biases", "odd_sizes"])
+def test_svd_is_that_of_the_dense_matrix(case: str, tiny_files: dict[str, Path]) -> None:
+    ids = tiny.prompt(case, 6)
+    flat = oracle.jacobian(tiny_files[case], ids, mlp_path="up").J.flatten(1)
+    U, S, Vh = torch.linalg.svd(flat, full_matrices=False)
+    found = open_model(tiny_files[case], dtype="float64").trace(ids).jacobian().svd(4, tol=1e-8, max_sweeps=100)
+    assert found.converged
+    assert torch.allclose(found.S, S[:4], rtol=1e-12)
+    assert found.Vh.shape == (4, 6, flat.shape[0])
+    for ours, theirs in ((found.U, U.T[:4]), (found.Vh.flatten(1), Vh[:4])):
+        assert torch.allclose((ours * theirs).sum(1).abs(), torch.ones(4, dtype=torch.float64), rtol=0, atol=1e-10)
+
+
+def test_full_svd_of_an_early_position(tiny_files: dict[str, Path]) -> None:
+    ids = tiny.prompt("plain", 6)
+    flat = oracle.jacobian(tiny_files["plain"], ids, mlp_path="up", position=1).J.flatten(1)
+    found = open_model(tiny_files["plain"], dtype="float64").trace(ids).jacobian(1).svd(64)
+    assert torch.allclose(found.S, torch.linalg.svdvals(flat), rtol=0, atol=1e-12 * float(found.S[0]))
+    assert not found.Vh[:, 2:].any()
+
+
+# ---- what is read
+
+
+LIVE = ("attn_v", "attn_output", "ffn_down")
+
+
+@pytest.mark.parametrize("mlp_path", MLP_PATHS)
+@pytest.mark.parametrize("case", ["q8_0", "three_layers", "biases", "fused_biases"])
+@pytest.mark.parametrize("k", [1, 17])
+def test_a_sweep_reads_each_live_tensor_once_and_no_other(
+    case: str, k: int, mlp_path: str, tiny_files: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ggjac.weights, "TILE_ELEMENTS", 2000)  # several tiles each
+    model = open_model(tiny_files[case])
+    J = model.trace(tiny.prompt(case, 5), mlp_path=mlp_path).jacobian()
+    o = tiny.options(case)
+    rows = {"attn_v": o.hk * o.hd, "attn_output": o.d, "ffn_down": o.d, f"ffn_{mlp_path}": o.ff}
+    expected = {
+        f"blk.{i}.{'attn_qkv' if o.fused_qkv and stem == 'attn_v' else stem}.weight": count
+        for i in range(o.layers)
+        for stem, count in rows.items()
+    }
+    for sweep in (
+        lambda: J.rmatmat(torch.ones(k, *J.out_shape)),
+        lambda: J.matmat(torch.ones(k, *J.in_shape)),
+        lambda: J.matmat(torch.ones(k, *J.in_shape), torch.ones(k)),
+    ):
+        model.weights.reads.clear()
+        sweep()
+        assert model.weights.reads == expected
+
+
+def test_a_trace_reads_each_tensor_once(tiny_files: dict[str, Path]) -> None:
+    """The embeddings by the row, the blocks whole, the head not at all before logits are asked for."""
+    model = open_model(tiny_files["gqa"])
+    trace = model.trace(tiny.prompt("gqa", 5))
+    counts = dict(model.weights.reads)
+    assert counts.pop("token_embd.weight") == 5
+    o = tiny.options("gqa")
+    assert counts.pop("output_norm.weight") == 1
+    read = {"attn_q": 64, "attn_k": 32, "ffn_gate": o.ff, **dict.fromkeys(LIVE, 64), "attn_v": 32, "ffn_up": o.ff}
+    norms = {"attn_norm": 1, "ffn_norm": 1}
+    assert counts == {f"blk.{i}.{stem}.weight": rows for i in range(2) for stem, rows in (read | norms).items()}
+    _ = trace.logits, trace.logits
+    assert model.weights.reads["output.weight"] == o.vocab
+
+
+# ---- the paper's own code on the same file
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+@pytest.mark.parametrize("name", ["llama3", "mistral"])
+def test_agrees_with_the_papers_code(name: str, dtype: str, shared: Path) -> None:
+    path = shared / "reference" / f"{name}-q4_k_m.gguf"
+    theirs = load_file(path.with_name(f"{name}.reference.safetensors"))
+    trace = open_model(path, dtype=dtype).trace(theirs["ids"].tolist())
+    J = trace.jacobian()
+    assert distance(J.x, theirs["x"]) < 1e-7
+    assert distance(J.output, theirs["y"]) < 2e-6
+    assert distance(trace.all_logits(), theirs["logits"].reshape(len(J.ids), -1)) < 2e-6
+    assert distance(J.to_dense(), theirs["jacobian"]) < 2e-6
+    assert not J.offset.any()
+    found = J.svd(6, tol=1e-4)
+    assert found.converged
+    assert distance(found.S, theirs["s"][:6]) < 2e-6
+    other = open_model(path, dtype=dtype).trace(theirs["ids"].tolist(), mlp_path="gate").jacobian()
+    assert distance(other.to_dense(), theirs["jacobian"]) > 0.05
