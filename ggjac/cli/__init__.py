@@ -17,7 +17,7 @@ import click
 
 from ggjac import __version__
 
-# Command -> the first sentence of its help, so that the overview imports no command.
+# Command -> its line in the overview, which therefore imports no command.
 COMMANDS = {
     "analyze": "Analyse a prompt: prediction, parity, singular vectors, attribution; write a run folder.",
     "info": "Show what is in a GGUF file.",

@@ -10,8 +10,11 @@ from ggjac.cli.options import ModelOptions, model_options, output_format, positi
 @position
 @click.option("--target", help="Token whose logit is split: its id, or a text of one token.  [default: the top one]")
 @output_format
-def attribute(what: ModelOptions, position: int, target: str | None, output_format: str) -> None:
+@click.pass_context
+def attribute(ctx: click.Context, what: ModelOptions, position: int, target: str | None, output_format: str) -> None:
     """Split a token's logit exactly over the input tokens; the shares and the offset sum to it.
+
+    Exit code 3 if the reconstruction error is out of bounds.
 
     \b
     ggjac attribute -m model.gguf -p "The capital of France is" --target " Paris"
@@ -20,11 +23,16 @@ def attribute(what: ModelOptions, position: int, target: str | None, output_form
     from ggjac.cli.session import Session
 
     session = Session(what, position=position)
-    data = sections.attribution_data(session, sections.run_attribution(session, session.one_token(target)))
+    shares = sections.run_attribution(session, session.one_token(target))
+    content = {
+        "reconstruction": sections.reconstruction(session),
+        "attribution": sections.attribution_data(session, shares),
+    }
     if output_format == "json":
-        content = {"reconstruction": sections.reconstruction(session), "attribution": data}
         render.emit_json(session.envelope() | content)
-        return
-    session.show_tokens()
-    sections.show_reconstruction(sections.reconstruction(session))
-    sections.show_attribution(data)
+    else:
+        session.show_tokens()
+        sections.show_reconstruction(content["reconstruction"])
+        sections.show_attribution(content["attribution"])
+    if sections.failed_checks(content):
+        ctx.exit(3)

@@ -88,7 +88,7 @@ def numbers(values: Sequence[float]) -> list[str]:
     return [f"{value:.{digits}f}" if fixed else f"{value:.3e}" for value in values]
 
 
-def size(nbytes: float) -> str:
+def size(nbytes: int | float) -> str:
     """Return bytes in binary units."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if nbytes < 1024:

@@ -136,13 +136,18 @@ def run_spectrum(session: Session, *, rank: int, top: int, tol: float, seed: int
     """Decompose the Jacobian and decode both ends."""
     J, model = session.jacobian, session.model
     with session.report.stage("svd") as update:
-        sweep, residual = 1, float("inf")
+        sweep, residual = 1, ""
+
+        def advanced(done: int, total: int) -> None:
+            nonlocal sweep
+            update(f"sweep {sweep}{residual}, block", done, total)
+            sweep += done == total
 
         def swept(sweeps: int, worst: float) -> None:
-            nonlocal sweep, residual
-            sweep, residual = sweeps + 1, worst
+            nonlocal residual
+            residual = f", worst residual {worst:.1e}"
 
-        J.progress = lambda done, total: update(f"sweep {sweep}, worst residual {residual:.1e}, block", done, total)
+        J.progress = advanced
         return spectrum(
             J, model.head, model.embedding, rank, top=top, tol=tol, seed=seed, max_sweeps=max_sweeps, progress=swept
         )

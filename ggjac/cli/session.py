@@ -74,15 +74,23 @@ class Session:
             line("")
 
     def one_token(self, target: str | None) -> int | None:
-        """Return the id that `--target` names: a number, or a text that is one token.
+        """Return the id that `--target` names: a number, or a text that is one token, its spaces as they are or as `␣`.
 
         Raises:
             click.UsageError: the text is not one token, or the id is not in the vocabulary.
         """
         if target is None:
             return None
-        is_id = target.isascii() and target.isdigit()
-        ids = [int(target)] if is_id else self.model.tokenizer.encode(target, add_special=False)
+        if target.isascii() and target.isdigit():
+            ids = [int(target)] if len(target) < 20 else [2**63]
+        else:
+            text = target.replace("␣", " ")
+            ids = self.model.tokenizer.encode(text, add_special=False)
+            if len(ids) != 1 and text.startswith(" "):
+                # SentencePiece puts a space before every text: here it has brought its own.
+                inner = self.model.tokenizer.encode(text[1:], add_special=False)
+                if len(inner) == 1 and self.model.tokenizer.piece(inner[0]) == text.encode():
+                    ids = inner
         if len(ids) != 1:
             parts = " + ".join(self.token(id) for id in ids) or "none"
             raise click.UsageError(f"--target {target!r} is {len(ids)} tokens ({parts}); give one token, or its id")

@@ -30,7 +30,8 @@ def svd(
     """Decompose a prompt's detached Jacobian and decode its singular vectors.
 
     Left vectors decode through the LM head to the tokens they promote, right vectors to the nearest input embeddings at
-    each position. Exit code 3 if the sweeps ran out before every triplet reached --tol.
+    each position. Exit code 3 if the sweeps ran out before every triplet reached --tol, or the reconstruction error is
+    out of bounds.
 
     \b
     ggjac svd -m model.gguf -p "The capital of France is" -k 4 -o svd.safetensors
@@ -40,15 +41,18 @@ def svd(
 
     session = Session(what, position=position, rank=rank, output=output)
     result = sections.run_spectrum(session, rank=rank, top=top, tol=tol, seed=seed, max_sweeps=max_sweeps)
-    data = sections.spectrum_data(session, result, seed, tol)
+    content = {
+        "reconstruction": sections.reconstruction(session),
+        "svd": sections.spectrum_data(session, result, seed, tol),
+    }
     if output:
         save(session, output, sections.tensors(result))
     if output_format == "json":
-        render.emit_json(session.envelope() | {"reconstruction": sections.reconstruction(session), "svd": data})
+        render.emit_json(session.envelope() | content)
     else:
         session.show_tokens()
-        sections.show_reconstruction(sections.reconstruction(session))
-        sections.show_spectrum(data)
+        sections.show_reconstruction(content["reconstruction"])
+        sections.show_spectrum(content["svd"])
         session.show_saved(output)
-    if sections.failed_checks({"svd": data}):
+    if sections.failed_checks(content):
         ctx.exit(3)
