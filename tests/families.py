@@ -91,6 +91,24 @@ def of(architecture: str, **row: Any) -> dict[str, Any]:
     return family | row | {"extra": extra}
 
 
+LINEAR = {"type": "linear", "factor": 8.0, "attn_factor": 1.3}
+LONGROPE = {"type": "longrope", "factor": 2.0, "original_context_length": 256, "attn_factor": 1.2}
+LOCAL = [True, False, False, True, True, False, True]
+# Keys that mean something elsewhere, for families that do not read them.
+UNREAD = {
+    "attention.scale": 0.4,
+    "attention.temperature_scale": 0.5,
+    "attn_logit_softcapping": 1.5,
+    "final_logit_softcapping": 1.2,
+    "logit_scale": 4.0,
+    "residual_scale": 0.5,
+    "embedding_scale": 3.0,
+    "rope.scaling.finetuned": False,
+    "rope.freq_base_swa": 50.0,
+    "rope.scaling.original_context_length": 4,
+}
+UNREAD_ROUTING = {"expert_weights_scale": 2.5, "expert_weights_norm": False, "expert_gating_func": 2}
+
 FAMILY_CASES: dict[str, dict[str, Any]] = {
     "qwen2": of("qwen2"),
     "qwen2_yarn": of("qwen2", **YARN_ROW, tied=True),
@@ -200,4 +218,68 @@ FAMILY_CASES: dict[str, dict[str, Any]] = {
     "olmoe": of("olmoe"),
     "granitemoe": of("granitemoe"),
     "granitemoe_shared": of("granitemoe", shared_ff=80),
+    # What the families share, or pointedly do not.
+    **{
+        f"{architecture}_unread": of(architecture, window=3, extra=UNREAD)
+        for architecture in (
+            "llama",
+            "qwen2",
+            "qwen3",
+            "gemma",
+            "phi3",
+            "glm4",
+            "smollm3",
+            "starcoder2",
+            "gpt2",
+            "phi2",
+        )
+    },
+    "mistral3_unread": of("mistral3", window=3, extra=UNREAD | {"attention.temperature_scale": 0.0}),
+    "granite_window_ignored": of("granite", window=3),
+    "granitemoe_finetuned_ignored": of("granitemoe", extra={"rope.scaling.finetuned": False}),
+    "mixtral_unread": of("llama", **EXPERTS, window=3, extra=UNREAD | UNREAD_ROUTING),
+    "qwen3moe_unread": of("qwen3moe", window=3, extra=UNREAD | UNREAD_ROUTING),
+    "qwen2moe_unread": of("qwen2moe", window=3, extra=UNREAD | UNREAD_ROUTING | {"expert_weights_norm": True}),
+    "olmoe_unread": of("olmoe", window=3, extra=UNREAD | UNREAD_ROUTING | {"expert_weights_norm": True}),
+    "gpt_oss_unread": of("gpt-oss", extra=UNREAD | UNREAD_ROUTING | {"rope.freq_base_swa": 1000.0}),
+    "gemma3_unread": of("gemma3", extra=UNREAD | {"final_logit_softcapping": 0.0}),
+    "cohere2_unread": of("cohere2", extra=UNREAD),
+    "olmo3_unread": of("olmo2", layers=4, window=4, extra=UNREAD),
+    "qwen3moe_default_width": of("qwen3moe", omit=("expert_feed_forward_length",)),
+    "qwen2_output_bias": of("qwen2", biases=(*QKV, "output")),
+    "qwen2_per_layer_arrays": of("qwen2", per_layer_arrays=True),
+    "gemma3_untied": of("gemma3", tied=False),
+    "gemma3_partial": of("gemma3", n_rot=8),
+    "phi3_unfused": of("phi3", fused_qkv=False, biases=QKV),
+    "gpt_oss_fused": of("gpt-oss", fused_qkv=True, fused_bias=True),
+    "starcoder2_fused": of("starcoder2", fused_qkv=True),
+    "olmo2_fused": of("olmo2", fused_qkv=True, biases=QKV),
+    "mixtral_biases": of("llama", **EXPERTS, biases=(*QKV, "attn_output"), fused_qkv=True),
+    "mistral3_biases": of("mistral3", biases=(*QKV, "attn_output", "ffn_gate", "ffn_up", "ffn_down")),
+    "granite_head_dim": of("granite", head_dim=32),
+    **{
+        f"{name}_linear": of(architecture, layers=6, window=4, scaling=LINEAR)
+        for name, architecture in {
+            "gemma2": "gemma2",
+            "olmo3": "olmo2",
+            "gpt_oss": "gpt-oss",
+            "cohere2": "cohere2",
+        }.items()
+    },
+    **{
+        f"{name}_array": of(architecture, layers=7, window=4, extra={"attention.sliding_window_pattern": LOCAL})
+        for name, architecture in {
+            "gemma2": "gemma2",
+            "gemma3": "gemma3",
+            "gpt_oss": "gpt-oss",
+            "cohere2": "cohere2",
+        }.items()
+    },
+    "gemma3_yarn": of("gemma3", scaling=YARN),
+    "olmo3_yarn_attn_factor": of("olmo2", layers=4, window=4, rope_base=100.0, scaling=YARN | {"attn_factor": 1.3}),
+    "llama_yarn_attn_factor": of("llama", rope_base=100.0, scaling=YARN | {"attn_factor": 1.3}),
+    "llama_yarn_default_context": of("llama", rope_base=100.0, context=32, scaling={"type": "yarn", "factor": 4.0}),
+    "llama_longrope": of("llama", long_short=True, scaling=LONGROPE),
+    "llama_longrope_long": of("llama", long_short=True, scaling=LONGROPE | {"original_context_length": 64}),
+    "granite_longrope": of("granite", long_short=True, scaling=LONGROPE),
 }

@@ -30,12 +30,14 @@ class Facts(NamedTuple):
     qk_norm: str | None = None  # head | full; before the rope, and before the split into heads where full
     rope: str | None = "adjacent"  # which dimensions are a pair: adjacent | halves
     roped: str = "all"  # all | local (only layers with a window) | three of four
+    finetuned_key: bool = False  # rope.scaling.finetuned = false turns the rope off
     factors: bool = False  # divisors of the frequencies are read
     period: int | None = None  # the last of so many layers is global, 0: none; default. None: windows are ignored
     window: int | None = None  # default
     local_base: float | None = None  # default of the rope base in local layers; None: that of the global ones
     local_base_key: bool = True
     local_scaling: bool = True  # rope scaling applies to local layers, too
+    local_attn_factor: bool = True  # and so does its attn_factor, whatever the scaling
     width_scaled_at: int | None = None  # with so many layers attention is scaled by sqrt(d / heads), not of head_dim
     attn_scale_key: bool = False
     attn_cap: float | None = None  # default; None: there is none
@@ -76,14 +78,16 @@ FACTS: dict[str, Facts] = {
     "phi3": Facts(rope="halves", factors=True, ffn="fused"),
     "olmo2": Facts(
         attn_norm=None, attn_post="post_attention_norm", ffn_norm=None, ffn_post="post_ffw_norm", rope="halves",
-        qk_norm="full", period=4, local_base_key=False, local_scaling=False,
+        qk_norm="full", period=4, local_base_key=False, local_scaling=False, local_attn_factor=False,
     ),
     "mistral3": Facts(factors=True, temperature=True),
-    "granite": GRANITE,
+    "granite": GRANITE._replace(finetuned_key=True),
     "granitemoe": GRANITE,
     "smollm3": Facts(roped="three of four"),
     "glm4": SANDWICH._replace(ffn="fused"),
-    "cohere2": Facts(norm="ln", parallel=True, ffn_norm=None, period=4, roped="local", logits="multiply"),
+    "cohere2": Facts(
+        norm="ln", parallel=True, ffn_norm=None, period=4, roped="local", local_base_key=False, logits="multiply"
+    ),
     "starcoder2": LAYER_NORM,
     "gpt2": LAYER_NORM._replace(rope=None),
     "falcon": LAYER_NORM._replace(parallel=True, ffn_norm=None),
@@ -172,13 +176,13 @@ def rope_angles(model: Oracle, layer: int, n: int, n_rot: int, context: int) -> 
     if local and not facts.local_scaling:
         kind, factor = "none", 1.0
     original = meta.get("rope.scaling.original_context_length", meta["context_length"])
-    magnitude = meta.get("rope.scaling.attn_factor", 1.0)
+    magnitude = 1.0 if local and not facts.local_attn_factor else meta.get("rope.scaling.attn_factor", 1.0)
     pair = torch.arange(n_rot // 2, dtype=torch.float64)
     frequency = base ** (-2 * pair / n_rot)
-    length = "long" if context > original else "short"
-    names = ("rope_freqs.weight", f"rope_factors_{length}.weight") if facts.factors else ()
+    names = ["rope_freqs.weight", f"rope_factors_{'long' if context > original else 'short'}.weight"]
+    names = names[:: -1 if kind == "longrope" else 1] if facts.factors else []
     frequency = frequency / next((model.weights[name] for name in names if name in model.weights), 1.0)
-    if kind == "linear":
+    if kind in ("linear", "longrope"):
         frequency = frequency / factor
     elif kind == "yarn":
 
@@ -219,7 +223,8 @@ def rotate(x: Tensor, angles: Tensor, magnitude: float, *, pairs: str) -> Tensor
 
 
 def roped(model: Oracle, layer: int) -> bool:
-    if model.facts.rope is None or not model.metadata.get("rope.scaling.finetuned", True):
+    off = model.facts.finetuned_key and not model.metadata.get("rope.scaling.finetuned", True)
+    if model.facts.rope is None or off:
         return False
     rules = {"all": True, "local": window(model, layer) is not None, "three of four": (layer + 1) % 4 != 0}
     return rules[model.facts.roped]
@@ -425,7 +430,7 @@ def forward(
     logits = logits + model.weights.get("output.bias", 0.0)
     if facts.logits is not None:
         scale = meta["logit_scale"]
-        logits = logits / scale if facts.logits == "divide" else logits * scale
+        logits = logits / scale if facts.logits == "divide" else logits * (scale or 1.0)
     if facts.final_cap is not None and (cap := meta.get("final_logit_softcapping", facts.final_cap)):
         logits = cap * torch.tanh(logits / cap)
     return out | {"logits": logits}
