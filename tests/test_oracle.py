@@ -65,14 +65,16 @@ def as_llamacpp_names(model: Oracle, ours: dict[str, Tensor]) -> dict[str, Tenso
 
 @pytest.mark.parametrize("case", ROWS)
 def test_every_state_agrees_with_llamacpp(case: str, tiny_file: Callable[..., Path]) -> None:
-    """float32 against float64: 3e-6. ggml's GELU rounds to half precision, which costs 1e-3 over the layers.
+    """float32 against float64: 5e-6. ggml's GELU rounds to half precision, which costs 1e-3 over the layers.
 
-    With the table emulated the rest is a value here and there that float32 rounds to the other neighbour.
+    With its table emulated the rest is a value here and there that float32 rounds to the other neighbour, which the
+    norms after a branch enlarge.
     """
     ids = tiny.prompt(case, prompt_length(case))
     theirs = llamacpp.run(parity_file(tiny_file, case), ids)
     model = oracle.load(tiny_file(case))
-    for gelu, tolerance in (("exact", 1e-3), ("f16_table", 3e-4)) if case in GELU_ROWS else (("exact", 3e-6),):
+    table = 3e-4 if model.facts.ffn_post else 5e-5
+    for gelu, tolerance in (("exact", 1e-3), ("f16_table", table)) if case in GELU_ROWS else (("exact", 5e-6),):
         ours = as_llamacpp_names(model, oracle.forward(model, ids, context=CONTEXT, gelu=gelu))
         compared = theirs.keys() & ours.keys()
         assert compared >= {*(f"l_out-{i}" for i in range(tiny.options(case).layers)), "result_norm", "logits"}
@@ -91,7 +93,7 @@ def test_layers_with_gelu_agree_one_by_one(case: str, tiny_file: Callable[..., P
         ours, x = oracle.block(model, layer, x, gelu="f16_table")[name], theirs[name].double()
         errors = (ours - x).norm(dim=-1) / x.norm(dim=-1)
         assert errors.median() < 1e-6, name
-        assert errors.max() < 2e-4, name
+        assert errors.max() < 1e-4, name
 
 
 @pytest.mark.parametrize("architecture", families.FAMILIES)
@@ -104,7 +106,7 @@ def test_a_quantized_file_equals_its_f32_copy(
     model = oracle.load(path)
     theirs = llamacpp.run(tiny.quantize(path, tmp_path / "f32.gguf", "F32"), ids)["logits"]
     ours = oracle.forward(model, ids, context=CONTEXT, gelu="f16_table")["logits"]
-    assert relative(theirs, ours) < (3e-4 if case in GELU_ROWS else 3e-6)
+    assert relative(theirs, ours) < (3e-4 if case in GELU_ROWS else 5e-6)
     assert relative(ours, oracle.forward(oracle.load(tiny_file(case)), ids)["logits"]) > 1e-3
 
 
