@@ -4,6 +4,7 @@ Most commands run in this process through click's runner; signals, pipes and wha
 own. `ggjac(...)` holds every call to the contract: never a traceback, errors on one line, nothing unfinished on disk.
 """
 
+import ctypes
 import errno
 import json
 import os
@@ -452,6 +453,7 @@ BAD: dict[str, Bad] = {
     "rank 0": Bad(["svd", "-m", "MODEL", *TOKENS, "-k", "0"], 2, "--rank"),
     "rank beyond the dimension": Bad(["svd", "-m", "MODEL", *TOKENS, "-k", "65"], 2, "has 64 singular values"),
     "top 0": Bad([*RUN, "-k", "0"], 2, "--top"),
+    "tolerance NaN": Bad(["svd", "-m", "MODEL", *TOKENS, "--tol", "nan"], 1, "tol nan is out of range"),
     "tolerance 0": Bad(["svd", "-m", "MODEL", *TOKENS, "--tol", "0"], 2, "--tol"),
     "position beyond": Bad([*RUN, "--position", "5"], 2, "positions 0 to 4"),
     "position before": Bad([*RUN, "--position", "-6"], 2, "positions 0 to 4"),
@@ -789,6 +791,25 @@ def test_signals_leave_nothing(number: signal.Signals, command: str, slow: Path)
     check_streams(130, out, err)
     assert err.endswith("\nInterrupted; nothing unfinished was left behind\n")
     assert os.listdir() == []
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals are POSIX's")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_reach_us_through_c_code(
+    number: signal.Signals, tiny_file: TinyFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    callback = ctypes.CFUNCTYPE(None)(lambda: signal.raise_signal(number))
+
+    def trace(*args: Any, **options: Any) -> None:
+        callback()  # as llama.cpp logs: an exception in there is lost
+        time.sleep(10)
+        pytest.fail("went on")
+
+    monkeypatch.setattr("ggjac.model.Model.trace", trace)
+    hook = sys.unraisablehook
+    result = ggjac_("predict", "-m", tiny_file("plain"), *TOKENS, code=128 + number)
+    assert result.stderr == "\nInterrupted; nothing unfinished was left behind\n"
+    assert sys.unraisablehook is hook
 
 
 @pytest.mark.skipif(os.name != "posix", reason="pseudo-terminals are POSIX's")
