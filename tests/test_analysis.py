@@ -24,7 +24,7 @@ from ggjac.svd import SVD, svd
 CASES = ("gqa", "biases", "tied")
 
 
-def pair(tiny_files: dict[str, Path], case: str, position: int = -1, dtype: str = "float64"):  # noqa: ANN201
+def pair(tiny_files: dict[str, Path], case: str, position: int = -1, dtype: str = "float64"):
     """Return ggjac's model and Jacobian, and the oracle's Jacobian and weights."""
     ids, model = tiny.prompt(case, 6), open_model(tiny_files[case], dtype=dtype)
     known = oracle.load(tiny_files[case])
