@@ -1,55 +1,185 @@
 """A transformer block at one prompt: what is frozen (a tape) and the linear operator it leaves.
 
-Each sublayer kind is a tape, a recorder and an operator:
-
-    attn  = Linear(attn_output) @ Mix(pattern) @ Linear(attn_v) @ Scale(norm)
-    ffn   = Linear(ffn_down) @ Scale(gate) @ Linear(ffn_up) @ Scale(norm)
+    attn  = norm_out @ Linear(attn_output) @ Mix(pattern) @ Linear(attn_v) @ norm_in
+    ffn   = norm_out @ Linear(ffn_down) @ Scale(gate) @ Linear(ffn_up) @ norm_in
     block = (I + ffn) @ (I + attn)
 
-Queries, keys and their rotation act through the frozen attention pattern only; the norm enters as a frozen diagonal.
-The freezing rule is that of Golden, arXiv 2505.24293, section 2.3 (its code: norms by position, whole attention
-probabilities, and for the MLP one of two conventions, see `record_ffn`). The ordinary forward pass is these operators
-applied to their own input. Tensors keep GGUF's names, without the `blk.N.` prefix.
+Norms are frozen diagonals (LayerNorm's centring and bias stay live), queries and keys act through the frozen attention
+pattern only, and of a mixture of experts the choice and the weights are frozen. The freezing rule is that of Golden,
+arXiv 2505.24293, section 2.3; for gated feed-forwards there are two conventions, see `record_hidden`. What differs
+between families comes from `ggjac.config` or from the presence of a tensor.
+
+Each sublayer is recorded at its own input, and the forward pass is the recorded operator applied to that input. Tensors
+keep GGUF's names, without the `blk.N.` prefix.
 """
 
-from typing import Literal, NamedTuple, Protocol
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Generic, Literal, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
-from ggjac.config import ModelConfig
-from ggjac.linop import Identity, Linear, LinearOperator, Mix, Scale, Select, TiledMatrix
+from ggjac.config import ModelConfig, Rope
+from ggjac.linop import Center, Identity, Linear, LinearOperator, Mix, Scale, Select, Sum, TiledMatrix
 from ggjac.rope import rotate
 
 MlpPath = Literal["up", "gate"]
 
 
+@runtime_checkable
 class BlockWeights(Protocol):
     """The tensors of one block by their short names, such as `attn_q.weight`."""
 
     def __contains__(self, name: str) -> bool:
         """Say whether the file has the tensor."""
 
-    def matrix(self, name: str) -> TiledMatrix:
-        """Return a matrix to be streamed."""
+    def matrix(self, name: str, expert: int | None = None) -> TiledMatrix:
+        """Return a matrix to be streamed; of a stack of experts, one."""
 
-    def vector(self, name: str) -> Tensor:
-        """Return a small tensor, dense."""
+    def vector(self, name: str, expert: int | None = None) -> Tensor:
+        """Return a small tensor, dense; of a stack of experts, one row."""
+
+
+class Activation(NamedTuple):
+    """A gate's nonlinearity, written `a(g) = g * share(g)`, so that either factor can be frozen.
+
+    With a `limit`, `g` is clamped from above and `up` to both sides; `shift` is added to `up`.
+    """
+
+    share: Callable[[Tensor], Tensor]
+    limit: float | None = None
+    shift: float = 0.0
+
+
+def gelu_share(g: Tensor) -> Tensor:
+    """Return GELU's factor in its tanh form, `(1 + tanh(√(2/π) (g + 0.044715 g³))) / 2`, which all GGUF files use."""
+    return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (g + 0.044715 * g**3)))
+
+
+def gelu_table_share(g: Tensor) -> Tensor:
+    """Return the factor of ggml's GELU on the CPU: a table of half-precision inputs and outputs (ggml-cpu/vec.h)."""
+    rounded = g.half().to(g.dtype)
+    value = (rounded * gelu_share(rounded)).half().to(g.dtype)
+    value = torch.where(g <= -10, 0, torch.where(g >= 10, g, value))
+    return torch.where(g == 0, 0.5, value / g)
+
+
+ACTIVATIONS = {
+    "silu": Activation(torch.sigmoid),
+    "gelu": Activation(gelu_share),
+    "gelu table": Activation(gelu_table_share),
+    "silu_oai": Activation(lambda g: torch.sigmoid(1.702 * g), limit=7.0, shift=1.0),
+}
+
+
+class Frame(NamedTuple):
+    """What every block shares at one prompt.
+
+    Attributes:
+        config: sizes and constants.
+        rotations: cos and sin of every position, for each rotary embedding in use.
+        mlp_path: the freezing rule of gated feed-forwards.
+        activation: of feed-forwards.
+    """
+
+    config: ModelConfig
+    rotations: Mapping[Rope, tuple[Tensor, Tensor]]
+    mlp_path: MlpPath
+    activation: Activation
+
+
+class NormTape(NamedTuple):
+    """A norm at one input: a diagonal (weight over root mean square), and LayerNorm's centring and bias."""
+
+    diagonal: Float[Tensor, "n d"]
+    centred: bool
+    bias: Float[Tensor, " d"] | None
+
+    def at(self, positions: slice) -> "NormTape":
+        """Restrict to some positions."""
+        return self._replace(diagonal=self.diagonal[positions])
+
+    def apply(self, x: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
+        """Return the norm of `x`."""
+        return _apply(self.operator(), x)
+
+    def operator(self) -> LinearOperator:
+        """Return the frozen norm, `[n, d]` to `[n, d]`."""
+        scale = Scale(self.diagonal, self.bias)
+        if not self.centred:
+            return scale
+        return scale @ Center(scale.in_shape, dtype=scale.dtype, device=scale.device)
 
 
 class AttentionTape(NamedTuple):
-    """Frozen at the prompt: the norm's diagonal, and how positions attend to each other."""
+    """Frozen in an attention branch: how positions attend to each other, and the norms before and after."""
 
-    norm: Float[Tensor, "n d"]
-    pattern: Float[Tensor, "h n n"]
+    norm_in: NormTape | None
+    pattern: Float[Tensor, "h m n"]
+    norm_out: NormTape | None
+
+    def at(self, queries: slice) -> "AttentionTape":
+        """Restrict to query positions, and to the positions up to the last of them."""
+        return AttentionTape(
+            self.norm_in and self.norm_in.at(slice(queries.stop)),
+            self.pattern[:, queries, : queries.stop],
+            self.norm_out and self.norm_out.at(queries),
+        )
+
+
+class HiddenTape(NamedTuple):
+    """Frozen in one feed-forward network: the factor on each hidden unit, and where the network is used.
+
+    Attributes:
+        kind: suffix of its tensors' names: none, `_exps` for a routed expert, `_shexp` for the shared one.
+        expert: which of the stacked experts.
+        live: stem of the projection that stays live, `ffn_up` or `ffn_gate`.
+        factor: `[m, f]`, on the live projection.
+        constant: `[m, f]`, what a clamp or shift adds to it, or None.
+        positions: `[m]`, where a routed expert is used; None for everywhere.
+        weight: `[m]`, the router's weight of its output, or None for 1.
+    """
+
+    kind: str
+    expert: int | None
+    live: str
+    factor: Float[Tensor, "m f"]
+    constant: Float[Tensor, "m f"] | None
+    positions: Int[Tensor, " m"] | None
+    weight: Float[Tensor, " m"] | None
+
+    def at(self, queries: slice) -> "HiddenTape":
+        """Restrict to some positions, counted from the first of them."""
+        kept: slice | Tensor = queries
+        positions = self.positions
+        if positions is not None:
+            kept = (positions >= queries.start) & (positions < queries.stop)
+            positions = positions[kept] - queries.start
+        return self._replace(
+            factor=self.factor[kept],
+            constant=None if self.constant is None else self.constant[kept],
+            positions=positions,
+            weight=None if self.weight is None else self.weight[kept],
+        )
 
 
 class FFNTape(NamedTuple):
-    """Frozen at the prompt: the norm's diagonal, and the factor on each hidden unit."""
+    """Frozen in a feed-forward branch: its networks (several for a mixture of experts), and the norms around them."""
 
-    norm: Float[Tensor, "n d"]
-    gate: Float[Tensor, "n f"]
+    norm_in: NormTape | None
+    networks: tuple[HiddenTape, ...]
+    norm_out: NormTape | None
+
+    def at(self, queries: slice) -> "FFNTape":
+        """Restrict to some positions; experts that none of them uses are left out."""
+        networks = (network.at(queries) for network in self.networks)
+        return FFNTape(
+            self.norm_in and self.norm_in.at(queries),
+            tuple(network for network in networks if len(network.factor)),
+            self.norm_out and self.norm_out.at(queries),
+        )
 
 
 class BlockTape(NamedTuple):
@@ -58,94 +188,264 @@ class BlockTape(NamedTuple):
     attn: AttentionTape
     ffn: FFNTape
 
-
-class Frame(NamedTuple):
-    """What every block shares at one prompt: the model's sizes, the rotation of each position, the freezing rule."""
-
-    config: ModelConfig
-    cos: Float[Tensor, "n p"]
-    sin: Float[Tensor, "n p"]
-    mlp_path: MlpPath
+    @property
+    def hidden_units(self) -> int:
+        """Most hidden units that a vector takes on its way through, over all positions."""
+        return max(network.factor.numel() for network in self.ffn.networks)
 
 
-def record_attention(w: BlockWeights, frame: Frame, layer: int, x: Float[Tensor, "n d"]) -> AttentionTape:
-    """Compute what attention freezes at the residual stream `x`: the norm scale and the attention pattern."""
+Tape = TypeVar("Tape", AttentionTape, FFNTape)
+
+
+class Recorded(NamedTuple, Generic[Tape]):
+    """A recorded branch: its tape, its output before norm and scale (llama.cpp's `attn_out`), and what it adds."""
+
+    tape: Tape
+    raw: Float[Tensor, "n d"]
+    added: Float[Tensor, "n d"]
+
+
+def record_attention(w: BlockWeights, frame: Frame, layer: int, x: Float[Tensor, "n d"]) -> Recorded[AttentionTape]:
+    """Freeze the attention branch at its input `x`."""
+    config, sizes = frame.config, frame.config.layers[layer]
+    norm_in = record_norm(w, config, config.row.norms.attention_in, x)
+    h = x if norm_in is None else norm_in.apply(x)
+    q, k = (_apply(_linear(w, stem, len(x)), h) for stem in ("attn_q", "attn_k"))
+    if config.row.qk_norm == "full":
+        q, k = _rms_norm(w, "attn_q_norm", config, q), _rms_norm(w, "attn_k_norm", config, k)
+    q, k = q.unflatten(1, (sizes.head_count, -1)), k.unflatten(1, (sizes.head_count_kv, -1))
+    if config.row.qk_norm == "head":
+        q, k = _rms_norm(w, "attn_q_norm", config, q), _rms_norm(w, "attn_k_norm", config, k)
+    if sizes.rope:
+        q, k = (rotate(part, sizes.rope, *frame.rotations[sizes.rope]) for part in (q, k))
+    if config.temperature_scale:
+        # Llama 4's and Ministral 3's: queries grow with the logarithm of their position, in original contexts.
+        periods = torch.arange(len(x), dtype=torch.float64).div(config.original_context, rounding_mode="floor")
+        q = q * (1 + config.temperature_scale * torch.log1p(periods)).to(q)[:, None, None]
+    pattern = attention_pattern(
+        q,
+        k,
+        config.attention_scale,
+        softcap=config.attention_softcap,
+        window=sizes.window,
+        sinks=w.vector("attn_sinks.weight") if "attn_sinks.weight" in w else None,
+    )
+    tape = AttentionTape(norm_in, pattern, None)
+    raw = _apply(_attention_inner(w, config, layer, tape), x)
+    tape = tape._replace(norm_out=record_norm(w, config, config.row.norms.attention_out, raw))
+    return Recorded(tape, raw, _apply(_added(config, tape.norm_out, _same(raw)), raw))
+
+
+def record_ffn(w: BlockWeights, frame: Frame, x: Float[Tensor, "n d"]) -> Recorded[FFNTape]:
+    """Freeze the feed-forward branch at its input `x`."""
     config = frame.config
-    norm = rms_diagonal(x, w.vector("attn_norm.weight"), config.norm_epsilon)
-    q = _project(w, "attn_q", x * norm).unflatten(1, (config.head_count[layer], config.key_length))
-    k = _project(w, "attn_k", x * norm).unflatten(1, (config.head_count_kv[layer], config.key_length))
-    q, k = (rotate(part, config.rope, frame.cos, frame.sin) for part in (q, k))
-    return AttentionTape(norm, attention_pattern(q, k, config.key_length**-0.5))
+    norm_in = record_norm(w, config, config.row.norms.ffn_in, x)
+    h = x if norm_in is None else norm_in.apply(x)
+    routed = "ffn_gate_inp.weight" in w
+    networks = record_experts(w, frame, h) if routed else [record_hidden(w, frame, h)]
+    tape = FFNTape(norm_in, tuple(networks), None)
+    raw = _apply(_ffn_inner(w, tape, *x.shape), x)
+    tape = tape._replace(norm_out=record_norm(w, config, config.row.norms.ffn_out, raw))
+    return Recorded(tape, raw, _apply(_added(config, tape.norm_out, _same(raw)), raw))
+
+
+def record_hidden(
+    w: BlockWeights, frame: Frame, h: Float[Tensor, "m d"], kind: str = "", expert: int | None = None
+) -> HiddenTape:
+    """Freeze one feed-forward network at its (normed) input `h`.
+
+    A gated network is `down(a(gate) * up)`, and either factor can be the live one. With `mlp_path="up"` the whole
+    activated gate is frozen and `up` stays live (the paper's code for five families). With `"gate"`, `up` and the
+    sigmoid-like share inside `a` are frozen and `gate` stays live (its Phi code). Both reproduce the output; their
+    operators differ. A network without a gate, `down(a(up))`, has only one way: the share of `a` is frozen.
+    """
+
+    def projected(stem: str) -> Tensor:
+        return _apply(_linear(w, stem, len(h), kind, expert), h)
+
+    share, limit, shift = frame.activation
+    if f"ffn_gate{kind}.weight" not in w:
+        return HiddenTape(kind, expert, "ffn_up", share(projected("ffn_up")), None, None, None)
+    if frame.mlp_path == "up" and limit is None:
+        gate = projected("ffn_gate")
+        return HiddenTape(kind, expert, "ffn_up", gate * share(gate), None, None, None)
+
+    gate, up = projected("ffn_gate"), projected("ffn_up")
+    # A clamp is linear too once frozen: 1 or 0 on its input, plus the limit where it acts.
+    gate_clamped = gate if limit is None else gate.clamp(max=limit)
+    up_clamped = up if limit is None else up.clamp(-limit, limit)
+    if frame.mlp_path == "up":
+        factor, live, clamped, shift = gate_clamped * share(gate_clamped), up, up_clamped, shift
+    else:
+        factor, live, clamped, shift = share(gate_clamped) * (up_clamped + shift), gate, gate_clamped, 0.0
+    free = live == clamped
+    constant = None if limit is None else factor * (torch.where(free, 0, clamped) + shift)
+    return HiddenTape(kind, expert, f"ffn_{frame.mlp_path}", factor * free, constant, None, None)
+
+
+def record_experts(w: BlockWeights, frame: Frame, h: Float[Tensor, "n d"]) -> list[HiddenTape]:
+    """Freeze a mixture of experts: which experts each position uses, with which weight, and each one's own tape.
+
+    Only the experts that some position uses are read, here and in every product.
+    """
+    config = frame.config
+    logits = _apply(_linear(w, "ffn_gate_inp", len(h)), h)
+    logits = logits.to(torch.promote_types(h.dtype, torch.float32))
+    scores = logits.softmax(-1) if config.row.router == "softmax" else logits
+    weights, chosen = scores.topk(config.expert_used_count)
+    if config.row.router == "softmax_selected":
+        weights = weights.softmax(-1)
+    if config.row.renormalize:
+        weights = weights / weights.sum(-1, keepdim=True).clamp_min(2.0**-14)  # llama.cpp's floor: F16's smallest
+
+    networks = []
+    for expert in chosen.unique().tolist():
+        positions, slot = (chosen == expert).nonzero(as_tuple=True)
+        tape = record_hidden(w, frame, h[positions], "_exps", expert)
+        networks.append(tape._replace(positions=positions, weight=weights[positions, slot].to(h.dtype)))
+    if "ffn_up_shexp.weight" in w:
+        shared = record_hidden(w, frame, h, "_shexp")
+        if "ffn_gate_inp_shexp.weight" in w:
+            shared = shared._replace(weight=(h @ w.vector("ffn_gate_inp_shexp.weight")).sigmoid())
+        networks.append(shared)
+    return networks
 
 
 def attention(w: BlockWeights, config: ModelConfig, layer: int, tape: AttentionTape) -> LinearOperator:
     """Return the attention branch, `[n, d]` to `[m, d]` for a pattern with `m` query and `n` key positions."""
-    _, m, n = tape.pattern.shape
-    mix = Mix(tape.pattern, config.head_count_kv[layer], config.value_length)
-    return _linear(w, "attn_output", m) @ mix @ _linear(w, "attn_v", n) @ Scale(tape.norm)
+    return _added(config, tape.norm_out, _attention_inner(w, config, layer, tape))
 
 
-def record_ffn(w: BlockWeights, frame: Frame, x: Float[Tensor, "n d"]) -> FFNTape:
-    """Compute what the gated feed-forward `down(silu(gate) * up)` freezes at the residual stream `x`.
-
-    With `mlp_path="up"` the whole activated gate is frozen and `up` stays live (the paper's code for five families).
-    With `"gate"`, `up` and the sigmoid inside silu are frozen and `gate` stays live (its Phi code). Both reproduce the
-    output; their operators differ.
-    """
-    norm = rms_diagonal(x, w.vector("ffn_norm.weight"), frame.config.norm_epsilon)
-    gate = _project(w, "ffn_gate", x * norm)
-    if frame.mlp_path == "up":
-        return FFNTape(norm, torch.nn.functional.silu(gate))
-    return FFNTape(norm, gate.sigmoid() * _project(w, "ffn_up", x * norm))
-
-
-def ffn(w: BlockWeights, mlp_path: MlpPath, tape: FFNTape) -> LinearOperator:
+def ffn(w: BlockWeights, config: ModelConfig, tape: FFNTape, n: int) -> LinearOperator:
     """Return the feed-forward branch, `[n, d]` to `[n, d]`."""
-    n = len(tape.gate)
-    return _linear(w, "ffn_down", n) @ Scale(tape.gate) @ _linear(w, f"ffn_{mlp_path}", n) @ Scale(tape.norm)
+    return _added(config, tape.norm_out, _ffn_inner(w, tape, n, config.d))
 
 
-def block(w: BlockWeights, frame: Frame, layer: int, tape: BlockTape, positions: range) -> LinearOperator:
+def block(w: BlockWeights, config: ModelConfig, layer: int, tape: BlockTape, positions: range) -> LinearOperator:
     """Return a whole frozen block from the positions up to the last one of `positions` to `positions`.
 
     Positions after the last one are left out, since attention is causal; a narrower `positions` (the last block needs
     only one) restricts everything but keys and values to them.
     """
-    n, d = positions.stop, frame.config.d
+    n, m, d = positions.stop, len(positions), config.d
     queries = slice(positions.start, positions.stop)
-    attn_tape = AttentionTape(tape.attn.norm[:n], tape.attn.pattern[:, queries, :n])
-    ffn_tape = FFNTape(tape.ffn.norm[queries], tape.ffn.gate[queries])
-    attn = attention(w, frame.config, layer, attn_tape)
-    feed_forward = ffn(w, frame.mlp_path, ffn_tape)
-
-    kept = Select(torch.tensor(positions), n, d, dtype=attn.dtype, device=attn.device)
-    identity = Identity((len(positions), d), dtype=attn.dtype, device=attn.device)
-    residual = identity if len(positions) == n else kept
-    return (identity + feed_forward) @ (residual + attn)
+    attn = attention(w, config, layer, tape.attn.at(queries))
+    feed_forward = ffn(w, config, tape.ffn.at(queries), m)
+    identity = Identity((m, d), dtype=attn.dtype, device=attn.device)
+    kept = Select(torch.tensor(positions), n, d, dtype=attn.dtype, device=attn.device) if m < n else identity
+    if config.row.parallel:
+        return Sum(kept, attn, feed_forward @ kept)
+    return (identity + feed_forward) @ (kept + attn)
 
 
-def rms_diagonal(x: Float[Tensor, "n d"], weight: Float[Tensor, " d"], epsilon: float) -> Float[Tensor, "n d"]:
-    """Return RMSNorm at `x` as a diagonal: `weight / sqrt(mean(x²) + epsilon)`, squares summed in float32 at least."""
+def record_norm(w: BlockWeights, config: ModelConfig, names: Sequence[str], x: Float[Tensor, "n d"]) -> NormTape | None:
+    """Freeze a norm at its input, or return None where the block has none; see `frozen_norm`."""
+    name = next((name for name in names if f"{name}.weight" in w), None)
+    if name is None:
+        return None
+    bias = w.vector(f"{name}.bias") if f"{name}.bias" in w else None
+    return frozen_norm(config, w.vector(f"{name}.weight"), bias, x)
+
+
+def frozen_norm(
+    config: ModelConfig, weight: Float[Tensor, " d"], bias: Float[Tensor, " d"] | None, x: Float[Tensor, "n d"]
+) -> NormTape:
+    """Freeze RMSNorm or LayerNorm at `x`: a diagonal `weight / sqrt(mean(x²) + epsilon)`, centring live for the latter.
+
+    Squares are summed in float32 at least.
+    """
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + epsilon)
-    return (scale * weight.to(wide)).to(x.dtype)
+    centred = config.row.norm == "layer"
+    if centred:
+        wide = wide - wide.mean(-1, keepdim=True)
+    scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + config.norm_epsilon)
+    return NormTape((scale * weight.to(wide)).to(x.dtype), centred, bias)
 
 
-def attention_pattern(q: Float[Tensor, "n h s"], k: Float[Tensor, "n g s"], scale: float) -> Float[Tensor, "h n n"]:
-    """Return causal attention probabilities; softmax in float32 at least. `h` query heads share `g` key heads."""
+def attention_pattern(
+    q: Float[Tensor, "n h s"],
+    k: Float[Tensor, "n g s"],
+    scale: float,
+    *,
+    softcap: float = 0.0,
+    window: int | None = None,
+    sinks: Float[Tensor, " h"] | None = None,
+) -> Float[Tensor, "h n n"]:
+    """Return causal attention probabilities; softmax in float32 at least. `h` query heads share `g` key heads.
+
+    A window counts the position itself. A sink is a logit that takes part in the softmax and has no value, so that the
+    probabilities of real positions sum to less than one.
+    """
     wide = torch.promote_types(q.dtype, torch.float32)
     grouped = q.unflatten(1, (k.shape[1], -1))
     scores = torch.einsum("mghs,ngs->ghmn", grouped, k).to(wide).flatten(0, 1) * scale
-    future = torch.ones(scores.shape[1:], dtype=torch.bool, device=q.device).triu(1)
-    return scores.masked_fill(future, -torch.inf).softmax(-1).to(q.dtype)
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    hidden = torch.ones(scores.shape[1:], dtype=torch.bool, device=q.device).triu(1)
+    if window is not None:
+        hidden = hidden | torch.ones_like(hidden).tril(-window)
+    scores = scores.masked_fill(hidden, -torch.inf)
+    if sinks is not None:
+        scores = torch.cat((scores, sinks.to(wide)[:, None, None].expand(-1, len(q), 1)), -1)
+    return scores.softmax(-1)[..., : len(k)].to(q.dtype)
 
 
-def _linear(w: BlockWeights, name: str, n: int) -> Linear:
+def _attention_inner(w: BlockWeights, config: ModelConfig, layer: int, tape: AttentionTape) -> LinearOperator:
+    """Return the attention branch without what follows its output projection."""
+    _, m, n = tape.pattern.shape
+    mix = Mix(tape.pattern, config.layers[layer].head_count_kv, config.value_length)
+    core = _linear(w, "attn_output", m) @ mix @ _linear(w, "attn_v", n)
+    return core if tape.norm_in is None else core @ tape.norm_in.operator()
+
+
+def _ffn_inner(w: BlockWeights, tape: FFNTape, n: int, d: int) -> LinearOperator:
+    """Return the feed-forward branch without what follows its networks."""
+    core = Sum(*(_network(w, network, n, d) for network in tape.networks))
+    return core if tape.norm_in is None else core @ tape.norm_in.operator()
+
+
+def _network(w: BlockWeights, tape: HiddenTape, n: int, d: int) -> LinearOperator:
+    """Return one feed-forward network, `[n, d]` to `[n, d]`, at the positions that use it."""
+    m, scale = len(tape.factor), Scale(tape.factor, tape.constant)
+    network = (
+        _linear(w, "ffn_down", m, tape.kind, tape.expert) @ scale @ _linear(w, tape.live, m, tape.kind, tape.expert)
+    )
+    if tape.weight is not None:
+        network = Scale(tape.weight[:, None].expand(m, d)) @ network
+    if tape.positions is None:
+        return network
+    used = Select(tape.positions, n, d, dtype=scale.dtype, device=scale.device)
+    return used.T @ network @ used
+
+
+def _added(config: ModelConfig, norm_out: NormTape | None, inner: LinearOperator) -> LinearOperator:
+    """Return what a branch adds to the stream: its output, normed and scaled where the model does so."""
+    added = inner if norm_out is None else norm_out.operator() @ inner
+    if config.residual_scale == 1:
+        return added
+    scale = torch.full(inner.out_shape, config.residual_scale, dtype=inner.dtype, device=inner.device)
+    return Scale(scale) @ added
+
+
+def _same(x: Float[Tensor, "n d"]) -> Identity:
+    """Return the identity on tensors like `x`."""
+    return Identity(x.shape, dtype=x.dtype, device=x.device)
+
+
+def _linear(w: BlockWeights, stem: str, n: int, kind: str = "", expert: int | None = None) -> Linear:
     """Return a projection with its bias, where the file has one."""
-    bias = w.vector(f"{name}.bias") if f"{name}.bias" in w else None
-    return Linear(w.matrix(f"{name}.weight"), n, bias)
+    name = f"{stem}{kind}"
+    bias = w.vector(f"{name}.bias", expert) if f"{name}.bias" in w else None
+    return Linear(w.matrix(f"{name}.weight", expert), n, bias)
 
 
-def _project(w: BlockWeights, name: str, x: Float[Tensor, "n d"]) -> Float[Tensor, "n out"]:
-    """Apply a projection, bias included, to one `[n, d]` tensor."""
-    return _linear(w, name, len(x)).matmat(x[None], x.new_ones(1))[0]
+def _apply(operator: LinearOperator, x: Float[Tensor, "n d"]) -> Float[Tensor, "m e"]:
+    """Apply an operator, constants included, to one input."""
+    return operator.matmat(x[None], x.new_ones(1))[0]
+
+
+def _rms_norm(w: BlockWeights, name: str, config: ModelConfig, x: Float[Tensor, "*n s"]) -> Float[Tensor, "*n s"]:
+    """Return queries or keys normed over the last axis; all of it is frozen, so no tape is kept."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + config.norm_epsilon)
+    return (wide * scale * w.vector(f"{name}.weight").to(wide)).to(x.dtype)

@@ -4,8 +4,9 @@ Keys and defaults follow llama.cpp (src/llama-arch.cpp, src/llama-model.cpp); `{
 """
 
 import math
+import struct
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 # Larger than any model's sizes, and small enough that no product of them surprises.
@@ -17,72 +18,231 @@ class ConfigError(ValueError):
 
 
 @dataclass(frozen=True)
+class Norms:
+    """Names of the norms before and after a block's two branches; of several names, the first that the file has."""
+
+    attention_in: tuple[str, ...] = ("attn_norm",)
+    attention_out: tuple[str, ...] = ()
+    ffn_in: tuple[str, ...] = ("ffn_norm",)
+    ffn_out: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Architecture:
     """What the files of a family do not say about themselves.
 
     Attributes:
-        rope_pairs: which dims of a head rotate together: `"adjacent"` (2i and 2i+1; llama.cpp's NORM) or `"halves"`
-            (i and i + rotary/2; NEOX).
-        rotary_is_head_size: whether `rope.dimension_count` must equal the head size, as llama.cpp demands.
-        block: block tensor -> its shape in the names of `ModelConfig.sizes`. A tensor outside this list is refused,
-            because it would change the computation.
+        norm: `"rms"` (weight / root mean square) or `"layer"` (centred, with an optional bias).
+        norms: where they stand.
+        parallel: both branches read the block's input, and are added at once.
+        rope_pairs: which dims of a head rotate together: `"adjacent"` (2i and 2i+1; llama.cpp's NORM), `"halves"`
+            (i and i + rotary/2; NEOX), or `""` for none.
+        partial_rotary: `rope.dimension_count` may be smaller than the head; llama.cpp does not run others so.
+        rope_optional: `rope.scaling.finetuned = false` turns rotation off.
+        rope_layers: `"all"`, `"windowed"` (only layers with a sliding window) or `"three of four"` (every fourth not).
+        yarn_keys: the file's own YaRN betas and log multiplier count; llama.cpp ignores them elsewhere.
+        windowed: some layers attend through a sliding window: `"optional"` (if the file gives its size) or
+            `"required"`, or `""`.
+        window: default size in tokens.
+        window_period: default period; the last layer of each period attends to everything.
+        window_rope: rotation of windowed layers: `"same"`; `"based"` (base from `rope.freq_base_swa`, if there);
+            `"plain"` (same base, no scaling) or `"own"` (base from `rope.freq_base_swa`, 10000 by default, no scaling).
+        qk_norm: `"head"` (each query and key head) or `"full"` (the whole projection), or `""`.
+        sinks: a learned logit per head joins the softmax without a value.
+        attention_scale_key: the file gives the scale of scores; otherwise it is 1/√(head size) ...
+        wide_scale_blocks: ... but 1/√(d / heads) in the variant with so many blocks, by which llama.cpp knows it.
+        attention_softcap, logit_softcap: default caps of scores and logits, 0 for off; None where the file
+            is not asked.
+        temperature: queries may grow with position (`attention.temperature_scale`).
+        ffn: `"gated"`, `"fused"` (gate and up in one tensor, gate first) or `"plain"` (no gate).
+        activation: `"silu"`, `"gelu"` (tanh form) or `"silu_oai"` (clamped, and up shifted by one).
+        router: how expert weights come from router logits: `"softmax"` over all, or `"softmax_selected"`.
+        renormalize: divide the chosen experts' weights by their sum.
+        positions: learned position embeddings are added to the input.
+        embedding_scale: `"sqrt"` (of d) or `"key"`, or `""`.
+        residual_scale: branches are multiplied by `residual_scale`.
+        logit_scale: `"multiply"` or `"divide"` by the file's `logit_scale`, or `""`.
     """
 
-    rope_pairs: str
-    rotary_is_head_size: bool
-    block: Mapping[str, tuple[str, ...]]
+    norm: str = "rms"
+    norms: Norms = Norms()
+    parallel: bool = False
+    rope_pairs: str = "halves"
+    partial_rotary: bool = False
+    rope_optional: bool = False
+    rope_layers: str = "all"
+    yarn_keys: bool = False
+    windowed: str = ""
+    window: int = 0
+    window_period: int = 0
+    window_rope: str = "same"
+    qk_norm: str = ""
+    sinks: bool = False
+    attention_scale_key: bool = False
+    wide_scale_blocks: int = 0
+    attention_softcap: float | None = None
+    logit_softcap: float | None = None
+    temperature: bool = False
+    ffn: str = "gated"
+    activation: str = "silu"
+    router: str = "softmax"
+    renormalize: bool = True
+    positions: bool = False
+    embedding_scale: str = ""
+    residual_scale: bool = False
+    logit_scale: str = ""
 
 
-# Biases are optional everywhere; `attn_qkv` stands in for `attn_q`, `attn_k` and `attn_v` (its rows are q | k | v).
-_ATTENTION = {
-    "attn_q.weight": ("q", "d"),
-    "attn_k.weight": ("k", "d"),
-    "attn_v.weight": ("v", "d"),
-    "attn_qkv.weight": ("qkv", "d"),
-    "attn_output.weight": ("d", "heads"),
-    "attn_q.bias": ("q",),
-    "attn_k.bias": ("k",),
-    "attn_v.bias": ("v",),
-    "attn_qkv.bias": ("qkv",),
-    "attn_output.bias": ("d",),
-}
-_GATED_FFN = {
-    "ffn_gate.weight": ("f", "d"),
-    "ffn_up.weight": ("f", "d"),
-    "ffn_down.weight": ("d", "f"),
-    "ffn_gate.bias": ("f",),
-    "ffn_up.bias": ("f",),
-    "ffn_down.bias": ("d",),
-}
-_PRE_NORMS = {"attn_norm.weight": ("d",), "ffn_norm.weight": ("d",)}
+_LLAMA = Architecture(rope_pairs="adjacent")
+_QWEN3 = Architecture(qk_norm="head")
+_SANDWICH = Norms(attention_out=("post_attention_norm",), ffn_out=("post_ffw_norm",))
+_SHARED_NORM = Norms(ffn_in=("attn_norm",))
+_GEMMA = Architecture(partial_rotary=True, activation="gelu", embedding_scale="sqrt")
+_GRANITE = replace(
+    _LLAMA,
+    attention_scale_key=True,
+    embedding_scale="key",
+    residual_scale=True,
+    logit_scale="divide",
+)
+_GPT = Architecture(norm="layer", ffn="plain", activation="gelu")
 
+# Facts of llama.cpp's graphs (src/models/*.cpp) that a file does not state. A new dense family is one row.
 ARCHITECTURES: dict[str, Architecture] = {
-    "llama": Architecture(rope_pairs="adjacent", rotary_is_head_size=True, block=_PRE_NORMS | _ATTENTION | _GATED_FFN),
+    "llama": _LLAMA,
+    "mistral3": replace(_LLAMA, yarn_keys=True, temperature=True),
+    "qwen2": Architecture(),
+    "qwen2moe": Architecture(renormalize=False),
+    "qwen3": _QWEN3,
+    "qwen3moe": _QWEN3,
+    "gemma": _GEMMA,
+    "gemma2": replace(
+        _GEMMA,
+        norms=_SANDWICH,
+        windowed="required",
+        window=4096,
+        window_period=2,
+        window_rope="based",
+        wide_scale_blocks=46,
+        attention_softcap=50.0,
+        logit_softcap=30.0,
+    ),
+    "gemma3": replace(
+        _GEMMA,
+        norms=_SANDWICH,
+        qk_norm="head",
+        windowed="optional",
+        window_period=6,
+        window_rope="own",
+        wide_scale_blocks=62,
+        logit_softcap=0.0,
+    ),
+    "phi3": Architecture(ffn="fused", partial_rotary=True),
+    "olmo2": Architecture(
+        norms=replace(_SANDWICH, attention_in=(), ffn_in=()),
+        qk_norm="full",
+        windowed="optional",
+        window_period=4,
+        window_rope="plain",
+    ),
+    "olmoe": Architecture(qk_norm="full", renormalize=False),
+    "granite": replace(_GRANITE, rope_optional=True),
+    "granitemoe": _GRANITE,
+    "smollm3": replace(_LLAMA, rope_layers="three of four"),
+    "glm4": Architecture(norms=_SANDWICH, rope_pairs="adjacent", partial_rotary=True, ffn="fused"),
+    "cohere2": Architecture(
+        norm="layer",
+        norms=_SHARED_NORM,
+        parallel=True,
+        rope_pairs="adjacent",
+        partial_rotary=True,
+        rope_layers="windowed",
+        windowed="required",
+        window_period=4,
+        logit_scale="multiply",
+    ),
+    "gpt2": replace(_GPT, rope_pairs="", positions=True),
+    "starcoder2": _GPT,
+    "phi2": replace(_GPT, norms=_SHARED_NORM, parallel=True, partial_rotary=True),
+    "falcon": replace(
+        _GPT,
+        norms=Norms(attention_in=("attn_norm_2", "attn_norm"), ffn_in=("attn_norm",)),
+        parallel=True,
+    ),
+    "gpt-oss": Architecture(
+        norms=Norms(ffn_in=("post_attention_norm",)),
+        windowed="required",
+        window_period=2,
+        window_rope="based",
+        sinks=True,
+        activation="silu_oai",
+        router="softmax_selected",
+        renormalize=False,
+    ),
 }
 
-# Tensors outside the blocks; `output.weight` is absent where the head is tied to the embeddings. `rotary` counts pairs.
+# Tensor -> its shape in named sizes (`_sizes`). Outside the blocks; `output` is absent where the head is tied.
 _GLOBAL = {
     "token_embd.weight": ("vocabulary", "d"),
     "output_norm.weight": ("d",),
+    "output_norm.bias": ("d",),
     "output.weight": ("vocabulary", "d"),
-    "rope_freqs.weight": ("rotary",),
+    "output.bias": ("vocabulary",),
+    "rope_freqs.weight": ("pairs",),
+    "rope_factors_long.weight": ("pairs",),
+    "rope_factors_short.weight": ("pairs",),
 }
-_OPTIONAL = {"attn_qkv.weight", "output.weight", "rope_freqs.weight"}
+_POSITIONS = {"position_embd.weight": ("context", "d")}
+# In a block; `attn_qkv` stands in for the other three (its rows are q | k | v).
+_ATTENTION = {
+    "attn_q": ("q", "d"),
+    "attn_k": ("k", "d"),
+    "attn_v": ("v", "d"),
+    "attn_qkv": ("qkv", "d"),
+    "attn_output": ("d", "heads"),
+}
+_FFN = {
+    "gated": {"ffn_gate": ("f", "d"), "ffn_up": ("f", "d"), "ffn_down": ("d", "f")},
+    "fused": {"ffn_up": ("2f", "d"), "ffn_down": ("d", "f")},
+    "plain": {"ffn_up": ("f", "d"), "ffn_down": ("d", "f")},
+}
+_EXPERTS = {
+    "ffn_gate_inp": ("experts", "d"),
+    "ffn_gate_exps": ("experts", "fe", "d"),
+    "ffn_up_exps": ("experts", "fe", "d"),
+    "ffn_down_exps": ("experts", "d", "fe"),
+}
+_SHARED_EXPERT = {
+    "ffn_gate_shexp": ("fs", "d"),
+    "ffn_up_shexp": ("fs", "d"),
+    "ffn_down_shexp": ("d", "fs"),
+    "ffn_gate_inp_shexp": ("d",),
+}
+_OPTIONAL = {
+    "attn_qkv.weight",
+    "attn_norm_2.weight",
+    "ffn_gate_inp_shexp.weight",
+    "output.weight",
+    "rope_freqs.weight",
+    "rope_factors_long.weight",
+    "rope_factors_short.weight",
+}
 _FUSED_QKV = {"attn_q.weight", "attn_k.weight", "attn_v.weight"}
 
 
 @dataclass(frozen=True)
 class Rope:
-    """Rotary position embedding of one model; see `ggjac.rope`.
+    """One rotary position embedding; see `ggjac.rope`.
 
     Attributes:
         dimensions: leading dims of each head that rotate.
         base: of the geometric frequencies.
         pairs: as in `Architecture.rope_pairs`.
         factor: of context extension, F; positions are scaled by 1/F (everywhere, or where YaRN interpolates).
-        yarn: interpolate low frequencies only, and scale cos and sin by `1 + 0.1 ln F`.
-        original_context: tokens the model was trained on before YaRN.
-        attention_factor: multiplies cos and sin.
+        yarn: interpolate low frequencies only.
+        beta_fast, beta_slow: turns within the original context between which YaRN blends.
+        original_context: tokens the model was trained on before its context was extended.
+        magnitude: multiplies cos and sin.
     """
 
     dimensions: int
@@ -90,8 +250,29 @@ class Rope:
     pairs: str
     factor: float = 1.0
     yarn: bool = False
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
     original_context: int = 0
-    attention_factor: float = 1.0
+    magnitude: float = 1.0
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What may differ from block to block.
+
+    Attributes:
+        head_count: query heads.
+        head_count_kv: key/value heads; divides `head_count`.
+        feed_forward_length: hidden units of a dense feed-forward.
+        window: tokens that a position sees, itself included; None for all before it.
+        rope: rotation of queries and keys; None for none.
+    """
+
+    head_count: int
+    head_count_kv: int
+    feed_forward_length: int
+    window: int | None
+    rope: Rope | None
 
 
 @dataclass(frozen=True)
@@ -99,37 +280,57 @@ class ModelConfig:
     """Sizes and constants of a model, validated against its tensors.
 
     Attributes:
-        architecture: `general.architecture`.
-        block_count: blocks, L.
+        architecture: `general.architecture`, and `row`: its entry in `ARCHITECTURES`.
+        block_count: blocks, L, and `layers`: what differs between them.
         d: embedding length.
         vocabulary: rows of the embedding matrix.
         context_length: most tokens the model was made for.
-        head_count: query heads of each block.
-        head_count_kv: key/value heads of each block; divides `head_count`.
+        original_context: tokens beyond which long rope factors apply.
         key_length: elements of a query or key head.
         value_length: elements of a value head.
-        norm_epsilon: added to the mean square inside RMSNorm's root.
-        rope: rotary position embedding.
+        norm_epsilon: added to the mean square or the variance inside a norm's root.
+        attention_scale: multiplies scores.
+        attention_softcap, logit_softcap: `c tanh(z / c)` on scores, on logits; 0 for none.
+        temperature_scale: growth of queries beyond the original context; 0 for none.
+        embedding_scale, residual_scale, logit_scale: multiply embeddings, branches and logits.
+        expert_count, expert_used_count: experts in all and per token; 0 for a dense model.
+        expert_feed_forward_length, expert_shared_feed_forward_length: hidden units of a routed and the shared expert.
     """
 
     architecture: str
+    row: Architecture
     block_count: int
+    layers: tuple[Layer, ...]
     d: int
     vocabulary: int
     context_length: int
-    head_count: tuple[int, ...]
-    head_count_kv: tuple[int, ...]
+    original_context: int
     key_length: int
     value_length: int
     norm_epsilon: float
-    rope: Rope
+    attention_scale: float
+    attention_softcap: float
+    logit_softcap: float
+    temperature_scale: float
+    embedding_scale: float
+    residual_scale: float
+    logit_scale: float
+    expert_count: int
+    expert_used_count: int
+    expert_feed_forward_length: int
+    expert_shared_feed_forward_length: int
 
     def slices(self, block: int) -> dict[str, tuple[str, int, int]]:
         """Return the parts of fused tensors: stem -> (fused stem, first row, past the last)."""
-        q = self.head_count[block] * self.key_length
-        k = q + self.head_count_kv[block] * self.key_length
-        v = k + self.head_count_kv[block] * self.value_length
-        return {"attn_q": ("attn_qkv", 0, q), "attn_k": ("attn_qkv", q, k), "attn_v": ("attn_qkv", k, v)}
+        layer = self.layers[block]
+        q = layer.head_count * self.key_length
+        k = q + layer.head_count_kv * self.key_length
+        v = k + layer.head_count_kv * self.value_length
+        parts = {"attn_q": ("attn_qkv", 0, q), "attn_k": ("attn_qkv", q, k), "attn_v": ("attn_qkv", k, v)}
+        if self.row.ffn == "fused":
+            f = layer.feed_forward_length
+            parts |= {"ffn_gate": ("ffn_up", 0, f), "ffn_up": ("ffn_up", f, 2 * f)}
+        return parts
 
     @staticmethod
     def from_metadata(metadata: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> "ModelConfig":
@@ -145,71 +346,172 @@ class ModelConfig:
             supported = ", ".join(ARCHITECTURES)
             raise ConfigError(f"architecture {_shown(name)} is not supported; supported: {supported}")
         row, keys = ARCHITECTURES[name], _Keys(metadata, name)
-        if keys.number("expert_count", 0):
-            raise ConfigError(f"{name}.expert_count: mixtures of experts are not supported; use a dense model")
         if not metadata.get(f"{name}.attention.causal", True):
             raise ConfigError(f"{name}.attention.causal is False: attention to later tokens is not supported")
 
         blocks = keys.integer("block_count")
         if blocks > len(shapes):
             raise ConfigError(f"{name}.block_count is {blocks}, but the file holds only {len(shapes)} tensors")
-        d = keys.integer("embedding_length")
+        d, context = keys.integer("embedding_length"), keys.integer("context_length")
         heads = keys.per_block("attention.head_count", blocks)
         kv_heads = keys.per_block("attention.head_count_kv", blocks, default=heads)
-        key_length = keys.integer("attention.key_length", d // heads[0])
         for h, g in zip(heads, kv_heads, strict=True):
             if h % g:
                 raise ConfigError(f"{name}.attention: {h} heads cannot share {g} key/value heads evenly")
-        rotary = keys.integer("rope.dimension_count", key_length)
-        if rotary % 2 or rotary > key_length or (row.rotary_is_head_size and rotary != key_length):
-            raise ConfigError(f"{name}.rope.dimension_count {rotary} does not fit heads of {key_length} elements")
+        key_length = keys.integer("attention.key_length", d // heads[0])
+        experts = keys.count("expert_count")
+        feed_forward = keys.per_block("feed_forward_length", blocks, default=(0,) * blocks if experts else None)
+        used = keys.integer("expert_used_count") if experts else 0
+        if used > experts:
+            raise ConfigError(f"{name}.expert_used_count is {used}, but there are {experts} experts")
+        ropes, windows = _ropes(keys, row, key_length), _windows(keys, row, blocks)
+        wide = row.wide_scale_blocks == blocks
 
         config = ModelConfig(
             architecture=name,
+            row=row,
             block_count=blocks,
+            layers=tuple(
+                Layer(heads[i], kv_heads[i], feed_forward[i], windows[i], _rope_of(row, ropes, i, windows[i]))
+                for i in range(blocks)
+            ),
             d=d,
             vocabulary=shapes.get("token_embd.weight", (0,))[0],
-            context_length=keys.integer("context_length"),
-            head_count=heads,
-            head_count_kv=kv_heads,
+            context_length=context,
+            original_context=keys.integer("rope.scaling.original_context_length", context),
             key_length=key_length,
             value_length=keys.integer("attention.value_length", key_length),
-            norm_epsilon=keys.real("attention.layer_norm_rms_epsilon"),
-            rope=_rope(keys, row, rotary),
+            norm_epsilon=keys.real(f"attention.layer_norm_{'rms_' if row.norm == 'rms' else ''}epsilon"),
+            attention_scale=(keys.real("attention.scale", 0.0) if row.attention_scale_key else 0)
+            or (d // heads[0] if wide else key_length) ** -0.5,
+            attention_softcap=_softcap(keys, "attn_logit_softcapping", row.attention_softcap),
+            logit_softcap=_softcap(keys, "final_logit_softcapping", row.logit_softcap),
+            temperature_scale=keys.real("attention.temperature_scale", 0.0) if row.temperature else 0.0,
+            embedding_scale=_embedding_scale(keys, row, d),
+            residual_scale=(keys.real("residual_scale", 0.0) if row.residual_scale else 0) or 1.0,
+            logit_scale=_logit_scale(keys, row),
+            expert_count=experts,
+            expert_used_count=used,
+            expert_feed_forward_length=_expert_width(shapes) if experts else 0,
+            expert_shared_feed_forward_length=keys.count("expert_shared_feed_forward_length"),
         )
-        feed_forward = keys.per_block("feed_forward_length", blocks)
-        _check_tensors(config, row, feed_forward, shapes)
+        _check_tensors(config, shapes)
         return config
 
 
-def _rope(keys: "_Keys", row: Architecture, dimensions: int) -> Rope:
-    """Read rotary settings; the keys llama.cpp does not read for these models are not read here either."""
-    kind = keys.metadata.get(f"{keys.prefix}.rope.scaling.type", "linear")
-    if kind not in ("none", "linear", "yarn"):
+def _ropes(keys: "_Keys", row: Architecture, key_length: int) -> tuple[Rope | None, Rope | None]:
+    """Return the rotation of full layers and of windowed ones; keys that llama.cpp does not read are not read here."""
+    dimensions = keys.integer("rope.dimension_count", key_length)
+    if dimensions % 2 or dimensions > key_length or (dimensions < key_length and not row.partial_rotary):
         raise ConfigError(
-            f"{keys.prefix}.rope.scaling.type {_shown(kind)} is not supported; supported: none, linear, yarn"
+            f"{keys.prefix}.rope.dimension_count {dimensions} does not fit heads of {key_length} elements"
         )
+    kind = keys.metadata.get(f"{keys.prefix}.rope.scaling.type", "linear")
+    if kind not in ("none", "linear", "yarn", "longrope"):
+        known = "none, linear, yarn, longrope"
+        raise ConfigError(f"{keys.prefix}.rope.scaling.type {_shown(kind)} is not supported; supported: {known}")
+    # Granite's way to say that no position embedding was trained.
+    untrained = row.rope_optional and keys.metadata.get(f"{keys.prefix}.rope.scaling.finetuned") is False
+    if not row.rope_pairs or untrained:
+        return None, None
+
     factor = keys.real("rope.scaling.factor", keys.real("rope.scale_linear", 0.0)) or 1.0
+    magnitude = attention_factor = keys.real("rope.scaling.attn_factor", 1.0)
+    if kind == "yarn":
+        # llama.cpp scales cos and sin by g(1) / g(multiplier), g(m) = 1 + 0.1 m ln F (DeepSeek's mscale).
+        multiplier = keys.real("rope.scaling.yarn_log_multiplier", 0.0) if row.yarn_keys else 0
+        magnitude *= (1 + 0.1 * math.log(factor)) / (1 + 0.1 * multiplier * math.log(factor))
     base, least = keys.real("rope.freq_base", 10000.0), 1 if kind == "yarn" else 0
     if base <= least:
         raise ConfigError(f"{keys.prefix}.rope.freq_base is {base}, but rotation needs a base above {least}")
-    return Rope(
+    full = Rope(
         dimensions=dimensions,
         base=base,
         pairs=row.rope_pairs,
         factor=1.0 if kind == "none" else factor,
         yarn=kind == "yarn",
+        beta_fast=keys.real("rope.scaling.yarn_beta_fast", 32.0) if row.yarn_keys else 32.0,
+        beta_slow=keys.real("rope.scaling.yarn_beta_slow", 1.0) if row.yarn_keys else 1.0,
         original_context=keys.integer("rope.scaling.original_context_length", keys.integer("context_length")),
-        attention_factor=keys.real("rope.scaling.attn_factor", 1.0),
+        magnitude=magnitude,
     )
+    unscaled = Rope(dimensions, full.base, row.rope_pairs)
+    windowed = {
+        "same": full,
+        "based": replace(full, base=keys.real("rope.freq_base_swa", full.base)),
+        "plain": unscaled,
+        "own": replace(unscaled, base=keys.real("rope.freq_base_swa", 10000.0), magnitude=attention_factor),
+    }
+    return full, windowed[row.window_rope]
 
 
-def _check_tensors(
-    config: ModelConfig, row: Architecture, feed_forward: Sequence[int], shapes: Mapping[str, tuple[int, ...]]
-) -> None:
+def _rope_of(row: Architecture, ropes: tuple[Rope | None, Rope | None], layer: int, window: int | None) -> Rope | None:
+    """Choose the rotation of one layer."""
+    full, windowed = ropes
+    if row.rope_layers == "windowed" and window is None:
+        return None
+    if row.rope_layers == "three of four" and layer % 4 == 3:
+        return None
+    return full if window is None else windowed
+
+
+def _windows(keys: "_Keys", row: Architecture, blocks: int) -> list[int | None]:
+    """Return each layer's sliding window in tokens, None where it attends to everything."""
+    key = "attention.sliding_window"
+    if row.windowed == "required":
+        size = keys.integer(key, row.window or None)
+    else:
+        size = keys.count(key) if row.windowed else 0
+    if not size:
+        return [None] * blocks
+    name = f"{keys.prefix}.attention.sliding_window_pattern"
+    pattern = keys.metadata.get(name, row.window_period)
+    if isinstance(pattern, Sequence) and not isinstance(pattern, str):
+        if len(pattern) != blocks or not all(isinstance(entry, bool) for entry in pattern):
+            raise ConfigError(f"metadata key {name} is not one true or false for each of {blocks} blocks")
+        windows = [size if local else None for local in pattern]
+    else:
+        period = keys.count("attention.sliding_window_pattern", row.window_period)
+        windows = [None if period and i % period == period - 1 else size for i in range(blocks)]
+    if not any(windows):
+        raise ConfigError(f"{name} gives no layer the window of {size} tokens; llama.cpp does not run such a file")
+    return windows
+
+
+def _softcap(keys: "_Keys", key: str, default: float | None) -> float:
+    """Return a cap; architectures whose default is None have none whatever the file says."""
+    return 0.0 if default is None else keys.real(key, default)
+
+
+def _embedding_scale(keys: "_Keys", row: Architecture, d: int) -> float:
+    """Return the factor on embeddings; Gemma's root is rounded to float32, as llama.cpp does."""
+    if row.embedding_scale == "sqrt":
+        return struct.unpack("<f", struct.pack("<f", math.sqrt(d)))[0]
+    return (keys.real("embedding_scale", 0.0) if row.embedding_scale == "key" else 0) or 1.0
+
+
+def _logit_scale(keys: "_Keys", row: Architecture) -> float:
+    """Return the factor on logits."""
+    if not row.logit_scale:
+        return 1.0
+    scale = keys.real("logit_scale")
+    if row.logit_scale == "multiply":
+        return scale or 1.0
+    if scale == 0:
+        raise ConfigError(f"metadata key {keys.prefix}.logit_scale is 0, and logits are divided by it")
+    return 1 / scale
+
+
+def _expert_width(shapes: Mapping[str, tuple[int, ...]]) -> int:
+    """Return the hidden units of a routed expert, from its tensor: families differ in the key that states them."""
+    shape = shapes.get("blk.0.ffn_up_exps.weight", ())
+    return shape[1] if len(shape) == 3 else 0
+
+
+def _check_tensors(config: ModelConfig, shapes: Mapping[str, tuple[int, ...]]) -> None:
     """Refuse missing tensors, wrong shapes, and tensors that this architecture does not use."""
     known = set()
-    for prefix, table, sizes in _scopes(config, row, feed_forward):
+    for prefix, table, sizes in _scopes(config):
         optional = _OPTIONAL | (_FUSED_QKV if f"{prefix}attn_qkv.weight" in shapes else set())
         for short, axes in table.items():
             name, shape = prefix + short, tuple(sizes[axis] for axis in axes)
@@ -224,17 +526,55 @@ def _check_tensors(
             raise ConfigError(f"tensor {_shown(name)} is not part of a {config.architecture} model as supported here")
 
 
-def _scopes(
-    config: ModelConfig, row: Architecture, feed_forward: Sequence[int]
-) -> Iterator[tuple[str, Mapping[str, tuple[str, ...]], dict[str, int]]]:
+def _scopes(config: ModelConfig) -> Iterator[tuple[str, dict[str, tuple[str, ...]], dict[str, int]]]:
     """Yield name prefix, table of tensors and named sizes: once for the model, once for each block."""
-    sizes = {"d": config.d, "vocabulary": config.vocabulary, "rotary": config.rope.dimensions // 2}
-    yield "", _GLOBAL, sizes
-    for i in range(config.block_count):
-        h, g = config.head_count[i], config.head_count_kv[i]
+    row, full = config.row, next((layer.rope for layer in config.layers if layer.rope), None)
+    sizes = {
+        "d": config.d,
+        "vocabulary": config.vocabulary,
+        "context": config.context_length,
+        "pairs": full.dimensions // 2 if full else 0,
+        "s": config.key_length,
+        "experts": config.expert_count,
+        "fe": config.expert_feed_forward_length,
+        "fs": config.expert_shared_feed_forward_length,
+    }
+    yield "", _GLOBAL | (_POSITIONS if row.positions else {}), sizes
+    table = _block_table(config)
+    for i, layer in enumerate(config.layers):
+        h, g, f = layer.head_count, layer.head_count_kv, layer.feed_forward_length
         q, k, v = h * config.key_length, g * config.key_length, g * config.value_length
-        block = {"q": q, "k": k, "v": v, "qkv": q + k + v, "heads": h * config.value_length, "f": feed_forward[i]}
-        yield f"blk.{i}.", row.block, sizes | block
+        block = {
+            "h": h,
+            "q": q,
+            "k": k,
+            "v": v,
+            "qkv": q + k + v,
+            "heads": h * config.value_length,
+            "f": f,
+            "2f": 2 * f,
+        }
+        yield f"blk.{i}.", table, sizes | block
+
+
+def _block_table(config: ModelConfig) -> dict[str, tuple[str, ...]]:
+    """Return the tensors of a block with their shapes; every matrix and LayerNorm may have a bias."""
+    row = config.row
+    matrices = _ATTENTION | (_EXPERTS if config.expert_count else _FFN[row.ffn])
+    if config.expert_shared_feed_forward_length:
+        matrices |= _SHARED_EXPERT
+    places = (row.norms.attention_in, row.norms.attention_out, row.norms.ffn_in, row.norms.ffn_out)
+    norms: dict[str, tuple[str, ...]] = {name: ("d",) for names in places for name in names}
+    if row.qk_norm:
+        full = row.qk_norm == "full"
+        norms |= {"attn_q_norm": ("q",) if full else ("s",), "attn_k_norm": ("k",) if full else ("s",)}
+    table = {f"{name}.weight": axes for name, axes in (matrices | norms).items()}
+    table |= {f"{name}.bias": axes[:-1] for name, axes in matrices.items() if len(axes) > 1}
+    if row.norm == "layer":
+        table |= {f"{name}.bias": axes for name, axes in norms.items()}
+    if row.sinks:
+        table["attn_sinks.weight"] = ("h",)
+    return table
 
 
 @dataclass(frozen=True)
@@ -265,10 +605,16 @@ class _Keys:
             raise ConfigError(f"metadata key {self.prefix}.{key} is {value}, not a whole number from 1 to {MAX_SIZE}")
         return value
 
+    def count(self, key: str, default: int = 0) -> int:
+        """Return an integer that may be 0; absent means `default`."""
+        return self.integer(key, default) if self.number(key, default) else 0
+
     def per_block(self, key: str, blocks: int, default: tuple[int, ...] | None = None) -> tuple[int, ...]:
         """Return one positive integer per block; the file gives a scalar or an array."""
         name = f"{self.prefix}.{key}"
-        value = self.metadata.get(name, default)
+        value = self.metadata.get(name)
+        if value is None and default is not None:
+            return default
         if isinstance(value, Sequence) and not isinstance(value, str):
             if len(value) != blocks:
                 raise ConfigError(f"metadata key {name} has {len(value)} entries for {blocks} blocks")

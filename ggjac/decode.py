@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ggjac.linop import TiledMatrix
+from ggjac.weights import Weight
 
 
 class Ranked(NamedTuple):
@@ -19,15 +20,35 @@ class Ranked(NamedTuple):
     scores: Float[Tensor, "k top"]
 
 
-def logits(head: TiledMatrix, Y: Float[Tensor, "k d"]) -> Float[Tensor, "k v"]:
-    """Return the LM head's logits of `k` vectors that live after the final norm."""
-    parts = [Y @ tile.T for *_, tile in head.tiles()]
-    return torch.cat(parts, 1)
+class Head(NamedTuple):
+    """The LM head: `logits = softcap(scale (y Wᵀ) + bias)`.
+
+    Attributes:
+        matrix: `[v, d]`, W.
+        bias: `[v]`, or None.
+        scale: of all logits (Granite, Command R).
+        softcap: `c tanh(z / c)` at the end (Gemma); 0 for none.
+    """
+
+    matrix: Weight
+    bias: Float[Tensor, " v"] | None = None
+    scale: float = 1.0
+    softcap: float = 0.0
+
+    def logits(self, Y: Float[Tensor, "k d"]) -> Float[Tensor, "k v"]:
+        """Return the logits of `k` outputs of the final norm."""
+        z = self.scale * torch.cat([Y @ tile.T for *_, tile in self.matrix.tiles()], 1)
+        if self.bias is not None:
+            z = z + self.bias
+        return self.softcap * torch.tanh(z / self.softcap) if self.softcap else z
 
 
-def top_logits(head: TiledMatrix, Y: Float[Tensor, "k d"], count: int) -> Ranked:
-    """Return the `count` tokens of highest logit for each vector (the paper's decoding of left singular vectors)."""
-    return _best(head, Y, count, unit_rows=False)
+def top_logits(matrix: TiledMatrix, Y: Float[Tensor, "k d"], count: int) -> Ranked:
+    """Return the `count` tokens of highest `y Wᵀ` for each direction: the paper's decoding of left singular vectors.
+
+    A direction has no bias, no scale and no cap, so only the head's matrix counts.
+    """
+    return _best(matrix, Y, count, unit_rows=False)
 
 
 def nearest(embedding: TiledMatrix, V: Float[Tensor, "k d"], count: int) -> Ranked:

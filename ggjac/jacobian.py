@@ -16,8 +16,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ggjac.blocks import BlockTape, BlockWeights, Frame, block
-from ggjac.linop import Chain, Homogeneous, LinearOperator, Scale, Select
+from ggjac.blocks import BlockTape, BlockWeights, Frame, NormTape, block
+from ggjac.linop import Chain, Homogeneous, LinearOperator, Select
 from ggjac.svd import SVD, svd
 
 # Working memory that a chunk of dense rows may take on its way down the blocks, in bytes.
@@ -43,7 +43,7 @@ class DetachedJacobian(LinearOperator):
         self,
         blocks: Sequence[BlockWeights],
         tapes: Sequence[BlockTape],
-        norm: Float[Tensor, "n d"],
+        norm: NormTape,
         frame: Frame,
         *,
         x: Float[Tensor, "n d"],
@@ -61,11 +61,11 @@ class DetachedJacobian(LinearOperator):
         reached = range(position + 1)
         spans = [reached] * (len(blocks) - 1) + [range(position, position + 1)]
         layers = [
-            block(weights, frame, layer, tape, span)
+            block(weights, frame.config, layer, tape, span)
             for layer, (weights, tape, span) in enumerate(zip(blocks, tapes, spans, strict=True))
         ]
-        self._floats_per_vector = n * max(3 * d, 2 * max(tape.ffn.gate.shape[1] for tape in tapes))
-        final = Scale(norm[position : position + 1])
+        self._floats_per_vector = max(3 * n * d, 2 * max(tape.hidden_units for tape in tapes))
+        final = norm.at(slice(position, position + 1)).operator()
         first = Select(torch.arange(position + 1), n, d, dtype=x.dtype, device=x.device)
         self.chain = Chain(final, *reversed(layers), first, after=self._report)
 
@@ -108,5 +108,7 @@ class DetachedJacobian(LinearOperator):
         return self.matmat(torch.stack([self.x, torch.zeros_like(self.x)]), self.x.new_tensor([0.0, 1.0]))
 
     def _report(self, done: int) -> None:
-        if self.progress:
-            self.progress(done, len(self.chain.parts))
+        """Count blocks: the chain's first and last parts, in either direction, are none."""
+        blocks = len(self.chain.parts) - 2
+        if self.progress and 0 < done - 1 <= blocks:
+            self.progress(done - 1, blocks)

@@ -164,20 +164,40 @@ class Select(LinearOperator):
 
 
 class Scale(LinearOperator):
-    """Multiply elementwise by a frozen `[n, d]` diagonal, such as norm scale times norm weight, or a gate."""
+    """Multiply elementwise by a frozen `[n, d]` diagonal, such as norm scale times norm weight, or a gate.
 
-    def __init__(self, diagonal: Float[Tensor, "n d"]):
-        self.diagonal = diagonal
+    `constant`, `[n, d]` or `[d]`, is added with the homogeneous coordinate: a LayerNorm's bias, what a clamp left.
+    """
+
+    def __init__(self, diagonal: Float[Tensor, "n d"], constant: Float[Tensor, "*n d"] | None = None):
+        self.diagonal, self.constant = diagonal, constant
         self.in_shape = self.out_shape = tuple(diagonal.shape)
         self.dtype, self.device = diagonal.dtype, diagonal.device
 
     def matmat(self, X: Float[Tensor, "k n d"], t: Homogeneous = None) -> Float[Tensor, "k n d"]:
-        """Multiply; a diagonal is its own transpose."""
-        return X * self.diagonal
+        """Multiply; add `t` times the constant."""
+        Y = X * self.diagonal
+        return Y if self.constant is None or t is None else Y + t[:, None, None] * self.constant
 
     def rmatmat(self, Y: Float[Tensor, "k n d"]) -> Float[Tensor, "k n d"]:
         """Multiply; a diagonal is its own transpose."""
         return Y * self.diagonal
+
+
+class Center(LinearOperator):
+    """Subtract the mean over the last axis, as LayerNorm does; symmetric."""
+
+    def __init__(self, shape: Sequence[int], *, dtype: torch.dtype, device: torch.device):
+        self.in_shape = self.out_shape = tuple(shape)
+        self.dtype, self.device = dtype, device
+
+    def matmat(self, X: Tensor, t: Homogeneous = None) -> Tensor:
+        """Return `X` less its mean at each position."""
+        return X - X.mean(-1, keepdim=True)
+
+    def rmatmat(self, Y: Tensor) -> Tensor:
+        """Return `Y` less its mean at each position."""
+        return Y - Y.mean(-1, keepdim=True)
 
 
 class Linear(LinearOperator):

@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ggjac import blocks, decode
-from ggjac.blocks import BlockTape, Frame, MlpPath
+from ggjac.blocks import ACTIVATIONS, BlockTape, Frame, MlpPath, NormTape
 from ggjac.config import ModelConfig
 from ggjac.demo import demo_path
 from ggjac.gguf import GGUFFile, open_gguf
@@ -58,9 +58,16 @@ def open_model(
     if isinstance(dtype, str) and dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r} is unknown; known: {', '.join(DTYPES)}")
     dtype = DTYPES[dtype] if isinstance(dtype, str) else dtype
+    if dtype not in DTYPES.values():
+        raise ValueError(f"dtype {dtype} is not supported; supported: {', '.join(DTYPES)}")
+    if threads is not None and threads < 1:
+        raise ValueError(f"threads={threads}: at least one is needed")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(device)
+    try:
+        device = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"device {device!r} is unknown; try auto, cpu or cuda") from error
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError("device cuda was asked for, but torch finds no CUDA device; use --device cpu")
     if threads:
@@ -78,7 +85,8 @@ class Model:
         config: sizes and constants.
         weights: every tensor, dequantized on demand.
         tokenizer: text to token ids and back.
-        embedding: `[v, d]` input embeddings, `head`: `[v, d]` LM head; handles that stream, the same if tied.
+        embedding: `[v, d]` input embeddings, a handle that streams.
+        head: the LM head; its matrix is the embeddings' where the model ties them.
     """
 
     def __init__(self, file: GGUFFile, *, device: torch.device, dtype: torch.dtype, threads: int):
@@ -87,7 +95,12 @@ class Model:
         self.weights = WeightStore(file, device=device, dtype=dtype, threads=threads)
         self.device, self.dtype = device, dtype
         self.embedding: Weight = self.weights["token_embd.weight"]
-        self.head: Weight = self.weights["output.weight" if "output.weight" in self.weights else "token_embd.weight"]
+        self.head = decode.Head(
+            self.weights["output.weight" if "output.weight" in self.weights else "token_embd.weight"],
+            bias=self.weights["output.bias"].dense() if "output.bias" in self.weights else None,
+            scale=self.config.logit_scale,
+            softcap=self.config.logit_softcap,
+        )
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -116,6 +129,8 @@ class Model:
         prompt: str | Sequence[int],
         *,
         mlp_path: MlpPath = "up",
+        n_ctx: int | None = None,
+        gelu_table: bool = False,
         observe: Observer | None = None,
         progress: Progress | None = None,
     ) -> "Trace":
@@ -123,9 +138,13 @@ class Model:
 
         Args:
             prompt: text, or token ids.
-            mlp_path: freezing rule of gated feed-forwards; see `ggjac.blocks.record_ffn`.
-            observe: called with llama.cpp's name and value of intermediate tensors, each `[n, d]`: `attn_out-i`,
-                `ffn_out-i` (what block `i` adds), `l_out-i` (the stream after it) and `result_norm`.
+            mlp_path: freezing rule of gated feed-forwards; see `ggjac.blocks.record_hidden`.
+            n_ctx: context size that decides between short and long rope factors where a model has both; default the
+                prompt's length. (llama.cpp goes by the context it allocates, a multiple of 256.)
+            gelu_table: imitate the half-precision table that stands in for GELU in llama.cpp on the CPU; for parity.
+            observe: called with llama.cpp's name and value of intermediate tensors, each `[n, d]`: `attn_out-i` and
+                `ffn_out-i` (the branches before post-norm and scale), `l_out-i` (the stream after block `i`) and
+                `result_norm`.
             progress: called as `progress(done, total)` after each block.
 
         Raises:
@@ -135,32 +154,44 @@ class Model:
             raise ValueError(f"mlp_path {mlp_path!r} is unknown; known: up, gate")
         ids = self.check_prompt(self.tokenize(prompt) if isinstance(prompt, str) else [int(i) for i in prompt])
         config, weights = self.config, self.weights
-        factors = weights["rope_freqs.weight"].dense() if "rope_freqs.weight" in weights else None
-        cos, sin = rotation(config.rope, len(ids), factors)
-        frame = Frame(config, cos.to(self.device), sin.to(self.device), mlp_path)
         observe = observe or (lambda name, tensor: None)
+        ropes = {layer.rope for layer in config.layers if layer.rope}
+        factors = self._rope_factors(n_ctx or len(ids))
+        frame = Frame(
+            config,
+            {rope: rotation(rope, len(ids), factors) for rope in ropes},
+            mlp_path,
+            ACTIVATIONS["gelu table" if gelu_table and config.row.activation == "gelu" else config.row.activation],
+        )
 
-        x = h = self.embedding.take(ids)
-        one = x.new_ones(1)  # the homogeneous coordinate: biases count
-        tapes = []
+        x = self.embedding.take(ids) * config.embedding_scale
+        if "position_embd.weight" in weights:
+            x = x + weights["position_embd.weight"].take(range(len(ids)))
+        h, tapes = x, []
         for i in range(config.block_count):
             w = self.block(i)
-            attn_tape = blocks.record_attention(w, frame, i, h)
-            branch = blocks.attention(w, config, i, attn_tape).matmat(h[None], one)[0]
-            observe(f"attn_out-{i}", branch)
-            h = h + branch
-            ffn_tape = blocks.record_ffn(w, frame, h)
-            branch = blocks.ffn(w, mlp_path, ffn_tape).matmat(h[None], one)[0]
-            observe(f"ffn_out-{i}", branch)
-            h = h + branch
+            attn = blocks.record_attention(w, frame, i, h)
+            observe(f"attn_out-{i}", attn.raw)
+            ffn = blocks.record_ffn(w, frame, h if config.row.parallel else h + attn.added)
+            observe(f"ffn_out-{i}", ffn.raw)
+            h = h + attn.added + ffn.added
             observe(f"l_out-{i}", h)
-            tapes.append(BlockTape(attn_tape, ffn_tape))
+            tapes.append(BlockTape(attn.tape, ffn.tape))
             if progress:
                 progress(i + 1, config.block_count)
-        norm = blocks.rms_diagonal(h, weights["output_norm.weight"].dense(), config.norm_epsilon)
-        outputs = norm * h
+        bias = weights["output_norm.bias"].dense() if "output_norm.bias" in weights else None
+        norm = blocks.frozen_norm(config, weights["output_norm.weight"].dense(), bias, h)
+        outputs = norm.apply(h)
         observe("result_norm", outputs)
         return Trace(model=self, ids=ids, x=x, outputs=outputs, norm=norm, frame=frame, tapes=tapes)
+
+    def _rope_factors(self, n_ctx: int) -> Tensor | None:
+        """Return what divides the rotary frequencies: Llama 3's factors, or LongRoPE's for so large a context."""
+        long = "long" if n_ctx > self.config.original_context else "short"
+        for name in ("rope_freqs.weight", f"rope_factors_{long}.weight"):
+            if name in self.weights:
+                return self.weights[name].dense()
+        return None
 
     def block(self, index: int) -> "blocks.BlockWeights":
         """Return the tensors of one block."""
@@ -192,7 +223,7 @@ class Trace:
         ids: `n` token ids.
         x: `[n, d]`, input of block 0.
         outputs: `[n, d]`, after the final norm, before the head.
-        norm: `[n, d]`, the final norm's diagonal.
+        norm: the final norm, frozen.
         frame: what all blocks share, the freezing rule among it.
         tapes: of each block.
     """
@@ -201,7 +232,7 @@ class Trace:
     ids: list[int]
     x: Float[Tensor, "n d"]
     outputs: Float[Tensor, "n d"]
-    norm: Float[Tensor, "n d"]
+    norm: NormTape
     frame: Frame
     tapes: list[BlockTape]
 
@@ -217,11 +248,11 @@ class Trace:
 
     def logits_at(self, position: int) -> Float[Tensor, " v"]:
         """Return the logits at one position, `[v]`."""
-        return decode.logits(self.model.head, self.outputs[position][None])[0]
+        return self.model.head.logits(self.outputs[position][None])[0]
 
     def all_logits(self) -> Float[Tensor, "n v"]:
         """Return the logits at every position, `[n, v]`."""
-        return decode.logits(self.model.head, self.outputs)
+        return self.model.head.logits(self.outputs)
 
     def jacobian(self, position: int = -1) -> DetachedJacobian:
         """Return the detached Jacobian of the output at `position` (negative: from the end).

@@ -11,33 +11,30 @@ from torch import Tensor
 
 from ggjac.config import Rope
 
-# llama.cpp's defaults, which the architectures supported here do not override from metadata.
-BETA_FAST, BETA_SLOW = 32.0, 1.0
-
 
 def rotation(rope: Rope, n: int, factors: Tensor | None = None) -> tuple[Float[Tensor, "n p"], Float[Tensor, "n p"]]:
     """Return cos and sin, float64, for positions 0 to n - 1 and each of the `p` rotating pairs.
 
-    `factors` `[p]` divide the frequencies: Llama 3's, precomputed by the converter (`rope_freqs.weight`).
+    `factors` `[p]` divide the frequencies: Llama 3's, precomputed by the converter (`rope_freqs.weight`), or those of
+    LongRoPE.
     """
     pairs = torch.arange(rope.dimensions // 2, dtype=torch.float64)
     frequencies = rope.base ** (-2 * pairs / rope.dimensions)
     if factors is not None:
         frequencies = frequencies / factors.to("cpu", torch.float64)
-    interpolated, magnitude = frequencies / rope.factor, rope.attention_factor
+    interpolated = frequencies / rope.factor
     if rope.yarn:
 
         def pair_turning(times: float) -> float:
             """The pair that turns so many times within the original context."""
             return rope.dimensions * math.log(rope.original_context / (2 * math.pi * times)) / (2 * math.log(rope.base))
 
-        low = max(0, math.floor(pair_turning(BETA_FAST)))
-        high = min(rope.dimensions - 1, math.ceil(pair_turning(BETA_SLOW)))
+        low = max(0, math.floor(pair_turning(rope.beta_fast)))
+        high = min(rope.dimensions - 1, math.ceil(pair_turning(rope.beta_slow)))
         keep = 1 - ((pairs - low) / max(0.001, high - low)).clamp(0, 1)
         interpolated = interpolated * (1 - keep) + frequencies * keep
-        magnitude *= 1 + 0.1 * math.log(rope.factor)
     angles = torch.arange(n, dtype=torch.float64)[:, None] * interpolated
-    return magnitude * angles.cos(), magnitude * angles.sin()
+    return rope.magnitude * angles.cos(), rope.magnitude * angles.sin()
 
 
 def rotate(

@@ -142,15 +142,22 @@ class Block:
         """Say whether the file has the tensor, alone or inside a fused one."""
         return self._locate(name)[0] in self.store
 
-    def matrix(self, name: str) -> Weight:
-        """Return a matrix to be streamed."""
+    def matrix(self, name: str, expert: int | None = None) -> Weight:
+        """Return a matrix to be streamed; of a stack of experts `[e, out, in]`, one."""
         stored, start, stop = self._locate(name)
-        return self.store[stored].rows(start, stop) if stop else self.store[stored]
+        weight = self.store[stored]
+        if expert is not None:
+            out = weight.info.shape[1]
+            return weight.rows(expert * out, (expert + 1) * out)
+        return weight.rows(start, stop) if stop else weight
 
-    def vector(self, name: str) -> Tensor:
-        """Return a vector, dense."""
+    def vector(self, name: str, expert: int | None = None) -> Tensor:
+        """Return a vector, dense; of a stack of experts `[e, out]`, one row."""
         stored, start, stop = self._locate(name)
-        return self.store[stored].dense()[start : stop or None]
+        weight = self.store[stored]
+        if expert is not None:
+            return weight.rows(expert, expert + 1).dense()[0]
+        return weight.dense()[start : stop or None]
 
     def _locate(self, name: str) -> tuple[str, int, int]:
         """Return the stored tensor and the rows (elements of a vector) of it; a stop of 0 means all."""

@@ -12,9 +12,8 @@ from dataclasses import dataclass
 from jaxtyping import Float
 from torch import Tensor
 
-from ggjac.decode import top_logits
+from ggjac.decode import Head
 from ggjac.jacobian import DetachedJacobian
-from ggjac.weights import Weight
 
 
 @dataclass(frozen=True)
@@ -23,9 +22,9 @@ class Attribution:
 
     Attributes:
         target: token id whose logit is split.
-        logit: `w · y`, from the forward pass, before any soft cap.
+        logit: `w · y` (plus the head's bias), from the forward pass, before any soft cap.
         shares: `[n]`, float64: what each input position contributes.
-        offset: what the biases contribute; 0 for models without them.
+        offset: what the biases contribute, the head's included; 0 for models without them.
     """
 
     target: int
@@ -39,15 +38,16 @@ class Attribution:
         return self.logit - float(self.shares.sum()) - self.offset
 
 
-def attribute(jacobian: DetachedJacobian, head: Weight, target: int | None = None) -> Attribution:
+def attribute(jacobian: DetachedJacobian, head: Head, target: int | None = None) -> Attribution:
     """Split the logit of token `target` (default: the most likely next token) over the input positions."""
     if target is None:
-        target = int(top_logits(head, jacobian.output[None], 1).ids[0, 0])
-    w = head.take([target])
+        target = int(head.logits(jacobian.output[None])[0].argmax())
+    w = head.scale * head.matrix.take([target])
+    bias = 0.0 if head.bias is None else float(head.bias[target])
     pulled = jacobian.rmatmat(w)[0].double()
     return Attribution(
         target=target,
-        logit=float(w[0].double() @ jacobian.output.double()),
+        logit=float(w[0].double() @ jacobian.output.double()) + bias,
         shares=(pulled * jacobian.x.double()).sum(1).cpu(),
-        offset=float(w[0].double() @ jacobian.offset.double()),
+        offset=float(w[0].double() @ jacobian.offset.double()) + bias,
     )

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ggjac.decode import Ranked, nearest, top_logits
+from ggjac.decode import Head, Ranked, nearest, top_logits
 from ggjac.jacobian import DetachedJacobian
 from ggjac.svd import SVD
 from ggjac.weights import Weight
@@ -34,7 +34,7 @@ class Spectrum:
 
 def spectrum(
     jacobian: DetachedJacobian,
-    head: Weight,
+    head: Head,
     embedding: Weight,
     rank: int = 8,
     *,
@@ -50,10 +50,10 @@ def spectrum(
     `weight` is 0.
     """
     triplets = signed(jacobian, jacobian.svd(rank, tol=tol, seed=seed, max_sweeps=max_sweeps, progress=progress))
-    U, Vh = triplets.U.to(head.dtype), triplets.Vh.to(embedding.dtype)
+    U, Vh = triplets.U.to(head.matrix.dtype), triplets.Vh.to(embedding.dtype)
     return Spectrum(
         svd=triplets,
-        left=top_logits(head, U, top),
+        left=top_logits(head.matrix, U, top),
         right=nearest(embedding, Vh.flatten(0, 1), top),
         weight=triplets.Vh.square().sum(2),
     )
