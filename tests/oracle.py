@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import gguf
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -261,7 +262,9 @@ def attention(model: Oracle, layer: int, h: Tensor, *, frozen: bool, context: in
     scale = torch.full((n, 1), scale, dtype=torch.float64)
     if facts.temperature and meta.get("attention.temperature_scale"):
         original = meta.get("rope.scaling.original_context_length", meta["context_length"])
-        scale = scale * (1 + meta["attention.temperature_scale"] * torch.log(position // original + 1.0))[:, None]
+        scale = (
+            scale * (1 + meta["attention.temperature_scale"] * torch.log((position // original + 1).double()))[:, None]
+        )
     cap = None if facts.attn_cap is None else meta.get("attn_logit_softcapping", facts.attn_cap)
     distance = position[:, None] - position
     hidden = (distance < 0) | (distance >= (window(model, layer) or n))
@@ -369,7 +372,7 @@ def embed(model: Oracle, ids: Sequence[int] | Tensor) -> Tensor:
     """Return the inputs of block 0 [n, d]: embeddings, scaled as the family has it, and learned positions."""
     x = model.weights["token_embd.weight"][torch.as_tensor(ids)]
     if model.facts.embedding == "root":
-        x = x * math.sqrt(model.metadata["embedding_length"])
+        x = x * float(np.float32(math.sqrt(model.metadata["embedding_length"])))  # llama.cpp: sqrtf
     elif model.facts.embedding == "key":
         x = x * (model.metadata.get("embedding_scale", 0.0) or 1.0)
     if "position_embd.weight" in model.weights:

@@ -229,7 +229,7 @@ def experts(o: Options, b: str) -> Iterator[Entry]:
 YARN = {"type": "yarn", "factor": 4.0, "original_context_length": 32}
 
 # One row per variation. A row is what differs from `Options`.
-CASES: dict[str, dict[str, Any]] = {
+LLAMA_CASES: dict[str, dict[str, Any]] = {
     "plain": {},
     "one_layer": {"layers": 1},
     "three_layers": {"layers": 3, "d": 32, "heads": 2, "ff": 64},
@@ -285,7 +285,10 @@ CASES: dict[str, dict[str, Any]] = {
 
 def row(case: str | Mapping[str, Any]) -> Mapping[str, Any]:
     """Return a row of `CASES` or `FAMILY_CASES` by name; a row itself is returned as it is."""
-    return (CASES | FAMILY_CASES)[case] if isinstance(case, str) else case
+    return CASES[case] if isinstance(case, str) else case
+
+
+CASES = LLAMA_CASES | FAMILY_CASES
 
 
 def options(case: str | Mapping[str, Any]) -> Options:
