@@ -142,8 +142,8 @@ def test_a_files_head_and_embedding(tile: int, tiny_file: Callable[..., Path], m
     W = oracle.load(tiny_file("plain")).weights
     Y = torch.randn(3, tiny.options("plain").d, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     scores = Y @ W["output.weight"].T
-    assert torch.allclose(decode.logits(model.head, Y), scores, rtol=0, atol=1e-12)
-    best = decode.top_logits(model.head, Y, 200)
+    assert torch.allclose(model.head.logits(Y), scores, rtol=0, atol=1e-12)
+    best = decode.top_logits(model.head.matrix, Y, 200)
     assert best.ids.tolist() == scores.argsort(descending=True).tolist()
     cosine = torch.nn.functional.cosine_similarity(Y[:, None], W["token_embd.weight"][None], dim=2)
     near = decode.nearest(model.embedding, Y, 10)

@@ -24,7 +24,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "quants": {"ggml"},
     "rope": {"config"},
     "svd": {"linop"},
-    "decode": {"linop"},
+    "decode": {"linop", "weights"},
     "weights": {"gguf", "quants", "ggml"},
     "blocks": {"linop", "config", "rope"},
     "jacobian": {"blocks", "linop", "svd"},

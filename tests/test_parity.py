@@ -18,6 +18,7 @@ import tiny
 import torch
 
 from ggjac import parity
+from ggjac.config import ModelConfig
 from ggjac.gguf import GGUFError, open_gguf
 from ggjac.parity import ParityError, Reference, judge, layer_error, rewrite_as_f32, run_llama_cpp, verify
 from ggjac.tokenizer import open_tokenizer
@@ -46,11 +47,12 @@ class StandIn:
         self.gguf = open_gguf(path)
         self.path, self.dtype, self.change, self.source = path, dtype, change, source or path
         metadata = self.gguf.metadata
+        self.config = ModelConfig.from_metadata(metadata, {t.name: t.shape for t in self.gguf.tensors.values()})
         self.tokenizer = open_tokenizer(
             path, tokens=metadata.get("tokenizer.ggml.tokens"), model=metadata.get("tokenizer.ggml.model")
         )
 
-    def trace(self, ids, *, observe=None):
+    def trace(self, ids, *, observe=None, gelu_table=False, n_ctx=None):
         run = run_llama_cpp(self.source, ids)
         for name, tensor in run.tensors.items():
             if (changed := self.change(name, tensor.clone())) is not None:

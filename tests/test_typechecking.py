@@ -19,8 +19,10 @@ def test_annotations_that_cannot_be_checked_leave_the_others_in_force() -> None:
     class Stored(Protocol):  # not runtime_checkable
         shape: tuple[int, ...]
 
-    @jaxtyping.jaxtyped(typechecker=typechecking.check)
     def rows(store: Stored | None, count: int) -> Self: ...
+
+    rows.__qualname__ = "rows"  # as if at the top of a module
+    rows = jaxtyping.jaxtyped(rows, typechecker=typechecking.check)
 
     assert rows("anything", 3) is None
     with pytest.raises(jaxtyping.TypeCheckError):

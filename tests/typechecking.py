@@ -26,7 +26,12 @@ def checkable(hint: Any) -> bool:
 
 
 def check(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Decorate as `beartype` does. jaxtyping passes a stand-in made for the check: its annotations are ours to edit."""
+    """Decorate as `beartype` does. jaxtyping passes a stand-in made for the check: its annotations are ours to edit.
+
+    Functions within functions are left alone: they would be decorated anew at every call of the outer one.
+    """
+    if "<locals>" in function.__qualname__:
+        return function
     try:
         return beartype(function)
     except BeartypeDecorHintException:
