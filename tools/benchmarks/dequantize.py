@@ -72,7 +72,7 @@ def measure(type: GGMLType, rows: int, threads: int, repeats: int) -> str:
     cells = []
     slow = None
     if type.name in GGUF_KNOWS:
-        few = max(1, rows // 16)  # gguf-py is that slow
+        few = max(1, rows // 4)  # gguf-py is that slow
         qtype = gguf.GGMLQuantizationType(type.id)
         slow, text = cell(lambda: gguf.quants.dequantize(raw[:few], qtype), 1, few)
         cells.append(text)
