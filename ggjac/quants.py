@@ -20,6 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
+from threading import Barrier
 from typing import NamedTuple
 
 import numpy as np
@@ -343,7 +344,7 @@ def _spell(dtype: object) -> str:
 
 
 def dequantize_rows(raw: np.ndarray, type: GGMLType, out: Tensor | None = None, *, threads: int = 1) -> Tensor:
-    """Return rows of blocks as float32, uint8 [rows, row_bytes] -> [rows, elements].
+    """Return rows of blocks as floats, uint8 [rows, row_bytes] -> [rows, elements].
 
     Quantized types run in libggml's C on `threads` threads. Element types (F32, F16, BF16, F64), and every type where
     libggml is not installed, run in torch on torch's own threads, or in gguf-py. Pass the last `out` again when you
@@ -352,7 +353,8 @@ def dequantize_rows(raw: np.ndarray, type: GGMLType, out: Tensor | None = None, 
     Args:
         raw: may be a read-only view of a mapped file, and its rows may be strided.
         type: how the rows are stored.
-        out: float32 [rows, elements], contiguous, on the CPU; overwritten and returned.
+        out: [rows, elements], contiguous, on the CPU; overwritten and returned. Default a new float32 tensor. Another
+            dtype is converted from float32 a tile at a time, while the tile is in cache.
         threads: split the rows among so many threads, the caller's included.
 
     Raises:
@@ -365,9 +367,9 @@ def dequantize_rows(raw: np.ndarray, type: GGMLType, out: Tensor | None = None, 
     rows, elements = len(raw), _elements(type, raw.shape[1])
     if out is None:
         out = torch.empty(rows, elements, dtype=torch.float32, device="cpu")
-    elif out.dtype != torch.float32 or out.shape != (rows, elements) or out.device.type != "cpu":
+    elif not out.dtype.is_floating_point or out.shape != (rows, elements) or out.device.type != "cpu":
         raise ValueError(
-            f"{type.name}: out must be float32 {[rows, elements]} on the CPU, "
+            f"{type.name}: out must be floats {[rows, elements]} on the CPU, "
             f"found {_spell(out.dtype)} {list(out.shape)} on {out.device}"
         )
     elif not out.is_contiguous():
@@ -379,26 +381,38 @@ def dequantize_rows(raw: np.ndarray, type: GGMLType, out: Tensor | None = None, 
     decode = native or (_torch(type) if type.name in TORCH else _gguf(type))
     # Torch has threads of its own.
     threads = min(threads, rows) if native else 1
-    step = rows if raw.flags.c_contiguous and (native or type.block_size == 1) else max(1, TILE // elements)
+    whole = raw.flags.c_contiguous and (out.dtype == torch.float32 if native else type.block_size == 1)
+    step = rows if whole else max(1, TILE // elements)
 
     def work(start: int, stop: int) -> None:
+        scratch = None if out.dtype == torch.float32 else torch.empty(min(step, stop - start), elements)
         for a in range(start, stop, step):
             b = min(a + step, stop)
             # A copy only where rows are strided, and then of one tile.
-            decode(np.ascontiguousarray(raw[a:b]), out[a:b])
+            blocks = np.ascontiguousarray(raw[a:b])
+            if scratch is None:
+                decode(blocks, out[a:b])
+            else:
+                decode(blocks, scratch[: b - a])
+                out[a:b].copy_(scratch[: b - a])
 
-    bounds = [rows * i // threads for i in range(threads + 1)]
-    first, *rest = pairwise(bounds)
-    others = [_pool().submit(work, *pair) for pair in rest]
-    work(*first)
-    for future in others:
-        future.result()
+    if threads == 1:
+        work(0, rows)
+    else:
+        list(_pool().map(work, *zip(*pairwise(rows * i // threads for i in range(threads + 1)), strict=True)))
     return out
 
 
 @cache
 def _pool() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="ggjac-dequantize")
+    """Return threads in which torch does not start threads of its own."""
+    count = os.cpu_count() or 1
+    pool = ThreadPoolExecutor(count, "ggjac-dequantize", initializer=torch.set_num_threads, initargs=(1,))
+    started = Barrier(count)
+    before = torch.get_num_threads()
+    list(pool.map(lambda _: started.wait(), range(count)))
+    torch.set_num_threads(before)  # for the threads that others start: torch keeps the last number set anywhere
+    return pool
 
 
 # A decoder writes contiguous rows [r, row_bytes] to a contiguous float32 [r, elements].

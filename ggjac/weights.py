@@ -42,7 +42,7 @@ class WeightStore:
         self.file, self.device, self.dtype, self.threads = file, device, dtype, threads
         self.reads: Counter[str] = Counter()
         self._checked: set[tuple[str, int, int]] = set()
-        self._tile = torch.empty(0)  # float32 scratch on the CPU, reused so that its pages are touched once
+        self._tile = torch.empty(0, dtype=dtype)  # scratch on the CPU, reused so that its pages are touched once
 
     def __contains__(self, name: str) -> bool:
         """Say whether the file has the tensor."""
@@ -75,9 +75,9 @@ class WeightStore:
             return quants.dequantize(torch.from_numpy(np.array(raw)).to(self.device), info.type, self.dtype)
         size = (stop - start) * info.shape[-1]
         if self._tile.numel() < size:
-            self._tile = torch.empty(size)
+            self._tile = torch.empty(size, dtype=self.dtype)
         out = self._tile[:size].view(stop - start, info.shape[-1])
-        return quants.dequantize_rows(raw, info.type, out, threads=self.threads).to(self.dtype)
+        return quants.dequantize_rows(raw, info.type, out, threads=self.threads)
 
 
 @dataclass(frozen=True)

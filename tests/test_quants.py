@@ -239,6 +239,17 @@ def test_out_is_overwritten_and_returned(type, request):
 
 
 @every_type
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_other_dtypes_are_converted_tile_by_tile(type, dtype, threads, monkeypatch):
+    monkeypatch.setattr(quants, "TILE", 2 * 3 * type.block_size)
+    raw, expected = rows_of(type, 7)
+    out = torch.full(expected.shape, torch.nan, dtype=dtype)
+    assert quants.dequantize_rows(raw, type, out, threads=threads) is out
+    assert torch.equal(out, torch.as_tensor(expected).to(dtype))
+
+
+@every_type
 def test_leading_and_strided_dimensions(type):
     raw, expected = rows_of(type, 6)
     data = torch.from_numpy(raw)
@@ -382,9 +393,9 @@ def test_wrong_data():
 @pytest.mark.parametrize(
     ("out", "message"),
     [
-        (torch.zeros(2, 31), r"out must be float32 \[2, 32\] on the CPU, found float32 \[2, 31\] on cpu"),
+        (torch.zeros(2, 31), r"out must be floats \[2, 32\] on the CPU, found float32 \[2, 31\] on cpu"),
         (torch.zeros(3, 32), r"found float32 \[3, 32\]"),
-        (torch.zeros(2, 32, dtype=torch.float64), r"found float64 \[2, 32\]"),
+        (torch.zeros(2, 32, dtype=torch.int32), r"found int32 \[2, 32\]"),
         (torch.zeros(32, 2).T, r"out must be contiguous, found strides \[1, 2\]"),
     ],
 )
