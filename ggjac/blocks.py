@@ -22,10 +22,25 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ggjac.config import ModelConfig, Rope
-from ggjac.linop import Center, Identity, Linear, LinearOperator, Mix, Scale, Select, Sum, TiledMatrix
+from ggjac.linop import Center, Experts, Identity, Linear, LinearOperator, Mix, Scale, Select, Sum, TiledMatrix
 from ggjac.rope import rotate
 
 MlpPath = Literal["up", "gate"]
+
+# Hidden units of a feed-forward network that exist at a time: for many stacked vectors its `[k, n, f]` middle
+# would dwarf everything else. A multiple of every storage type's block, wide enough for GEMM to run at speed.
+SLAB = 4096
+
+
+@runtime_checkable
+class WeightMatrix(TiledMatrix, Protocol):
+    """A matrix to be streamed, of which parts can be had."""
+
+    def rows(self, start: int, stop: int) -> "WeightMatrix":
+        """Return rows `start:stop`."""
+
+    def columns(self, start: int, stop: int) -> "WeightMatrix":
+        """Return columns `start:stop`, on the boundaries of stored blocks."""
 
 
 @runtime_checkable
@@ -35,11 +50,15 @@ class BlockWeights(Protocol):
     def __contains__(self, name: str) -> bool:
         """Say whether the file has the tensor."""
 
-    def matrix(self, name: str, expert: int | None = None) -> TiledMatrix:
+    def matrix(self, name: str, expert: int | None = None) -> WeightMatrix:
         """Return a matrix to be streamed; of a stack of experts, one."""
 
     def vector(self, name: str, expert: int | None = None) -> Tensor:
         """Return a small tensor, dense; of a stack of experts, one row."""
+
+
+class NumericsError(ValueError):
+    """The forward pass left the range of its dtype: nothing computed from it would mean anything."""
 
 
 class Activation(NamedTuple):
@@ -155,8 +174,10 @@ class HiddenTape(NamedTuple):
         kept: slice | Tensor = queries
         positions = self.positions
         if positions is not None:
-            kept = (positions >= queries.start) & (positions < queries.stop)
-            positions = positions[kept] - queries.start
+            inside = (positions >= queries.start) & (positions < queries.stop)
+            if queries.start == 0 and inside.all():
+                return self  # nothing is cut: no copy
+            kept, positions = inside, positions[inside] - queries.start
         return self._replace(
             factor=self.factor[kept],
             constant=None if self.constant is None else self.constant[kept],
@@ -190,8 +211,8 @@ class BlockTape(NamedTuple):
 
     @property
     def hidden_units(self) -> int:
-        """Most hidden units that a vector takes on its way through, over all positions."""
-        return max(network.factor.numel() for network in self.ffn.networks)
+        """Most hidden units that a vector takes on its way through at a time, over all positions."""
+        return max(len(network.factor) * min(network.factor.shape[1], SLAB) for network in self.ffn.networks)
 
 
 Tape = TypeVar("Tape", AttentionTape, FFNTape)
@@ -358,7 +379,10 @@ def frozen_norm(
     centred = config.row.norm == "layer"
     if centred:
         wide = wide - wide.mean(-1, keepdim=True)
-    scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + config.norm_epsilon)
+    mean = wide.square().mean(-1, keepdim=True)
+    if not mean.isfinite().all():
+        raise NumericsError(f"activations overflow {x.dtype} in a norm; try a wider --dtype, or is the file damaged?")
+    scale = torch.rsqrt(mean + config.norm_epsilon)
     return NormTape((scale * weight.to(wide)).to(x.dtype), centred, bias)
 
 
@@ -378,7 +402,8 @@ def attention_pattern(
     """
     wide = torch.promote_types(q.dtype, torch.float32)
     grouped = q.unflatten(1, (k.shape[1], -1))
-    scores = torch.einsum("mghs,ngs->ghmn", grouped, k).to(wide).flatten(0, 1) * scale
+    # Widened before the product: 16-bit scores would be rounded again, and can overflow float16.
+    scores = torch.einsum("mghs,ngs->ghmn", grouped.to(wide) * scale, k.to(wide)).flatten(0, 1)
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)
     hidden = torch.ones(scores.shape[1:], dtype=torch.bool, device=q.device).triu(1)
@@ -400,22 +425,25 @@ def _attention_inner(w: BlockWeights, config: ModelConfig, layer: int, tape: Att
 
 def _ffn_inner(w: BlockWeights, tape: FFNTape, n: int, d: int) -> LinearOperator:
     """Return the feed-forward branch without what follows its networks."""
-    core = Sum(*(_network(w, network, n, d) for network in tape.networks))
+    everywhere = [_network(w, network, d) for network in tape.networks if network.positions is None]
+    routed = [
+        (network.positions, _network(w, network, d)) for network in tape.networks if network.positions is not None
+    ]
+    core = Sum(*everywhere, *([Experts(routed, n)] if routed else []))
     return core if tape.norm_in is None else core @ tape.norm_in.operator()
 
 
-def _network(w: BlockWeights, tape: HiddenTape, n: int, d: int) -> LinearOperator:
-    """Return one feed-forward network, `[n, d]` to `[n, d]`, at the positions that use it."""
-    m, scale = len(tape.factor), Scale(tape.factor, tape.constant)
-    network = (
-        _linear(w, "ffn_down", m, tape.kind, tape.expert) @ scale @ _linear(w, tape.live, m, tape.kind, tape.expert)
-    )
-    if tape.weight is not None:
-        network = Scale(tape.weight[:, None].expand(m, d)) @ network
-    if tape.positions is None:
-        return network
-    used = Select(tape.positions, n, d, dtype=scale.dtype, device=scale.device)
-    return used.T @ network @ used
+def _network(w: BlockWeights, tape: HiddenTape, d: int) -> LinearOperator:
+    """Return one feed-forward network at the positions that use it, `[m, d]` to `[m, d]`: a sum over slabs."""
+    m, f = tape.factor.shape
+    slabs: list[LinearOperator] = []
+    for units in (slice(a, min(a + SLAB, f)) for a in range(0, f, SLAB)):
+        up = _linear(w, tape.live, m, tape.kind, tape.expert, rows=units)
+        scale = Scale(tape.factor[:, units], None if tape.constant is None else tape.constant[:, units])
+        down = _linear(w, "ffn_down", m, tape.kind, tape.expert, columns=units)
+        slabs.append(down @ scale @ up)
+    network = Sum(*slabs)
+    return network if tape.weight is None else Scale(tape.weight[:, None].expand(m, d)) @ network
 
 
 def _added(config: ModelConfig, norm_out: NormTape | None, inner: LinearOperator) -> LinearOperator:
@@ -432,11 +460,25 @@ def _same(x: Float[Tensor, "n d"]) -> Identity:
     return Identity(x.shape, dtype=x.dtype, device=x.device)
 
 
-def _linear(w: BlockWeights, stem: str, n: int, kind: str = "", expert: int | None = None) -> Linear:
-    """Return a projection with its bias, where the file has one."""
+def _linear(
+    w: BlockWeights,
+    stem: str,
+    n: int,
+    kind: str = "",
+    expert: int | None = None,
+    *,
+    rows: slice | None = None,
+    columns: slice | None = None,
+) -> Linear:
+    """Return a projection with its bias, where the file has one; of parts by columns, the first carries the bias."""
     name = f"{stem}{kind}"
+    matrix = w.matrix(f"{name}.weight", expert)
     bias = w.vector(f"{name}.bias", expert) if f"{name}.bias" in w else None
-    return Linear(w.matrix(f"{name}.weight", expert), n, bias)
+    if rows:
+        matrix, bias = matrix.rows(rows.start, rows.stop), None if bias is None else bias[rows]
+    if columns:
+        matrix, bias = matrix.columns(columns.start, columns.stop), None if columns.start else bias
+    return Linear(matrix, n, bias)
 
 
 def _apply(operator: LinearOperator, x: Float[Tensor, "n d"]) -> Float[Tensor, "m e"]:

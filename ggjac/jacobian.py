@@ -67,7 +67,7 @@ class DetachedJacobian(LinearOperator):
         self._floats_per_vector = max(3 * n * d, 2 * max(tape.hidden_units for tape in tapes))
         final = norm.at(slice(position, position + 1)).operator()
         first = Select(torch.arange(position + 1), n, d, dtype=x.dtype, device=x.device)
-        self.chain = Chain(final, *reversed(layers), first, after=self._report)
+        self.chain = Chain(final, *reversed(layers), first, after=self._report, ahead=True)
 
     def matmat(self, X: Float[Tensor, "k n d"], t: Homogeneous = None) -> Float[Tensor, "k d"]:
         """Return `J x + t offset` for stacked inputs: one upward sweep."""

@@ -46,6 +46,9 @@ class TiledMatrix(Protocol):
     def tiles(self) -> Iterator[tuple[int, int, Tensor]]:
         """Yield `(start, stop, rows start:stop)` in order; a tile is valid until the next one is asked for."""
 
+    def read_ahead(self) -> None:
+        """Take the hint that the tiles will soon be asked for."""
+
 
 class LinearOperator:
     """A linear map between tensors of fixed shapes, with its transpose and an optional constant term."""
@@ -54,6 +57,7 @@ class LinearOperator:
     out_shape: tuple[int, ...]
     dtype: torch.dtype
     device: torch.device
+    parts: tuple["LinearOperator", ...] = ()  # of a combinator
 
     def matmat(self, X: Tensor, t: Homogeneous = None) -> Tensor:
         """Return `A x + t b` for each of `k` stacked vectors: `[k, *in_shape]` to `[k, *out_shape]`."""
@@ -62,6 +66,11 @@ class LinearOperator:
     def rmatmat(self, Y: Tensor) -> Tensor:
         """Return `Aᵀ y` for each of `k` stacked vectors: `[k, *out_shape]` to `[k, *in_shape]`."""
         raise NotImplementedError
+
+    def read_ahead(self) -> None:
+        """Take the hint that a product is coming: weights on a disk may be read while something else is computed."""
+        for part in self.parts:
+            part.read_ahead()
 
     @property
     def T(self) -> "LinearOperator":
@@ -209,6 +218,10 @@ class Linear(LinearOperator):
         self.in_shape, self.out_shape = (n, d), (n, out)
         self.dtype, self.device = weight.dtype, weight.device
 
+    def read_ahead(self) -> None:
+        """Pass the hint on to the weight."""
+        self.weight.read_ahead()
+
     def matmat(self, X: Float[Tensor, "k n d"], t: Homogeneous = None) -> Float[Tensor, "k n out"]:
         """Multiply by W tile by tile; add `t` times the bias."""
         Y = X.new_empty(*X.shape[:2], self.out_shape[1])
@@ -254,38 +267,72 @@ class Mix(LinearOperator):
         return torch.einsum("ghmn,kmghd->kngd", self.pattern, heads).flatten(2)
 
 
+class Experts(LinearOperator):
+    """A sum of operators that each act on some positions only: gather, apply, add back. `[n, d]` to `[n, d]`.
+
+    The routed experts of a mixture, with routing and weights frozen. Each part is an operator on `[m, d]` for its own
+    `m` positions.
+    """
+
+    def __init__(self, routed: Sequence[tuple[Int[Tensor, " m"], LinearOperator]], n: int):
+        self.positions = [positions for positions, _ in routed]
+        self.parts = tuple(part for _, part in routed)
+        self.in_shape = self.out_shape = (n, self.parts[0].in_shape[1])
+        self.dtype, self.device = self.parts[0].dtype, self.parts[0].device
+
+    def matmat(self, X: Float[Tensor, "k n d"], t: Homogeneous = None) -> Float[Tensor, "k n d"]:
+        """Add up what each part makes of its positions."""
+        Y = torch.zeros_like(X)
+        for positions, part in zip(self.positions, self.parts, strict=True):
+            Y.index_add_(1, positions, part.matmat(X[:, positions], t))
+        return Y
+
+    def rmatmat(self, Y: Float[Tensor, "k n d"]) -> Float[Tensor, "k n d"]:
+        """Add up what each transposed part makes of its positions."""
+        X = torch.zeros_like(Y)
+        for positions, part in zip(self.positions, self.parts, strict=True):
+            X.index_add_(1, positions, part.rmatmat(Y[:, positions]))
+        return X
+
+
 class Chain(LinearOperator):
     """The product `parts[0] @ parts[1] @ …`: the last part is applied first.
 
-    `after`, if given, is called with the number of parts done after each part: a place to report progress.
+    `after`, if given, is called with the number of parts done after each part: a place to report progress. With
+    `ahead`, each part is told to read ahead while the one before it is applied.
     """
 
-    def __init__(self, *parts: LinearOperator, after: Callable[[int], None] | None = None):
+    def __init__(self, *parts: LinearOperator, after: Callable[[int], None] | None = None, ahead: bool = False):
         for left, right in pairwise(parts):
             if left.in_shape != right.out_shape:
                 raise ValueError(
                     f"cannot chain {type(left).__name__} of input {left.in_shape} after "
                     f"{type(right).__name__} of output {right.out_shape}"
                 )
-        self.parts, self.after = parts, after
+        self.parts, self.after, self.ahead = parts, after, ahead
         self.in_shape, self.out_shape = parts[-1].in_shape, parts[0].out_shape
         self.dtype, self.device = parts[0].dtype, parts[0].device
 
     def matmat(self, X: Tensor, t: Homogeneous = None) -> Tensor:
         """Apply the parts from last to first."""
-        for done, part in enumerate(reversed(self.parts), start=1):
+        for part in self._walk(self.parts[::-1]):
             X = part.matmat(X, t)
-            if self.after:
-                self.after(done)
         return X
 
     def rmatmat(self, Y: Tensor) -> Tensor:
         """Apply the transposed parts from first to last."""
-        for done, part in enumerate(self.parts, start=1):
+        for part in self._walk(self.parts):
             Y = part.rmatmat(Y)
+        return Y
+
+    def _walk(self, parts: Sequence[LinearOperator]) -> Iterator[LinearOperator]:
+        """Yield the parts one after another, reading ahead before each and reporting after it."""
+        for done, part in enumerate(parts, start=1):
+            if self.ahead and done < len(parts):
+                parts[done].read_ahead()
+            yield part
             if self.after:
                 self.after(done)
-        return Y
 
 
 class Sum(LinearOperator):
@@ -318,6 +365,7 @@ class Transpose(LinearOperator):
 
     def __init__(self, operator: LinearOperator):
         self.operator = operator
+        self.parts = (operator,)
         self.in_shape, self.out_shape = operator.out_shape, operator.in_shape
         self.dtype, self.device = operator.dtype, operator.device
 
@@ -358,6 +406,9 @@ class Matrix(NamedTuple):
     def tiles(self) -> Iterator[tuple[int, int, Tensor]]:
         """Yield the whole matrix."""
         yield 0, len(self.values), self.values
+
+    def read_ahead(self) -> None:
+        """Nothing to do: the matrix is in memory."""
 
 
 def dot_test(operator: LinearOperator, generator: torch.Generator, k: int = 4) -> float:

@@ -21,7 +21,7 @@ from ggjac.gguf import GGUFFile, open_gguf
 from ggjac.jacobian import DetachedJacobian
 from ggjac.rope import rotation
 from ggjac.tokenizer import Tokenizer, open_tokenizer
-from ggjac.weights import Weight, WeightStore
+from ggjac.weights import Block, Weight, WeightStore
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -170,6 +170,8 @@ class Model:
         h, tapes = x, []
         for i in range(config.block_count):
             w = self.block(i)
+            if i + 1 < config.block_count:
+                self.block(i + 1).read_ahead()
             attn = blocks.record_attention(w, frame, i, h)
             observe(f"attn_out-{i}", attn.raw)
             ffn = blocks.record_ffn(w, frame, h if config.row.parallel else h + attn.added)
@@ -193,7 +195,7 @@ class Model:
                 return self.weights[name].dense()
         return None
 
-    def block(self, index: int) -> "blocks.BlockWeights":
+    def block(self, index: int) -> Block:
         """Return the tensors of one block."""
         return self.weights.block(index, self.config.slices(index))
 

@@ -1,12 +1,14 @@
 """The tensors of one model file as matrices that are dequantized a few rows at a time, on any device and in any dtype.
 
 Bytes stay quantized in the mapped file and on their way to the device; a dense tile lives until the next one is asked
-for. `WeightStore.reads` counts the rows dequantized, so that a test can hold a sweep to one pass.
+for. `WeightStore.reads` counts the rows dequantized (a part of a row as its share), so that a test can hold a sweep to
+one pass.
 """
 
-from collections import Counter
+import threading
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -14,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ggjac import quants
+from ggjac.ggml import row_bytes
 from ggjac.gguf import GGUFFile, TensorInfo
 
 # Elements of one dense tile: 64 MiB in float32. Large enough for GEMM to run at speed, and a small part of any layer
@@ -40,9 +43,9 @@ class WeightStore:
             if not quants.supported(info.type):
                 raise WeightError(f"tensor {info.name}: type {info.type.name} is not supported here")
         self.file, self.device, self.dtype, self.threads = file, device, dtype, threads
-        self.reads: Counter[str] = Counter()
-        self._checked: set[tuple[str, int, int]] = set()
-        self._tile = torch.empty(0, dtype=dtype)  # scratch on the CPU, reused so that its pages are touched once
+        self.reads: dict[str, float] = defaultdict(int)
+        self._checked: set[tuple[str, int, int, int]] = set()
+        self._scratch = threading.local()  # a tile per thread on the CPU, reused so that its pages are touched once
 
     def __contains__(self, name: str) -> bool:
         """Say whether the file has the tensor."""
@@ -51,48 +54,54 @@ class WeightStore:
     def __getitem__(self, name: str) -> "Weight":
         """Return a tensor's handle; nothing is read yet."""
         info = self.file.tensors[name]
-        return Weight(self, info, 0, info.rows)
+        return Weight(self, info, 0, info.rows, 0, info.shape[-1])
 
     def block(self, index: int, slices: Mapping[str, tuple[str, int, int]]) -> "Block":
         """Return the tensors of block `index`; for `slices` see `Block`."""
         return Block(self, f"blk.{index}.", slices)
 
-    def dequantize(self, info: TensorInfo, start: int, stop: int) -> Float[Tensor, "rows d"]:
-        """Return rows `start:stop` dense, valid until the next call.
+    def dequantize(self, info: TensorInfo, start: int, stop: int, left: int, right: int) -> Float[Tensor, "rows d"]:
+        """Return rows `start:stop` of columns `left:right` (on block boundaries) dense.
+
+        Valid until the same thread calls again: two tensors cannot be streamed side by side in one thread.
 
         Raises:
             WeightError: the rows hold NaN or infinite scales (checked the first time they are read).
         """
-        raw = self.file.rows(info, start, stop)
-        if (info.name, start, stop) not in self._checked:
+        columns = slice(row_bytes(info.type, left), row_bytes(info.type, right))
+        raw = self.file.rows(info, start, stop)[:, columns]
+        if (info.name, start, stop, left) not in self._checked:
             if quants.has_invalid_scales(raw, info.type):
                 raise WeightError(
                     f"tensor {info.name} holds NaN or infinite values; the file is damaged, download it again"
                 )
-            self._checked.add((info.name, start, stop))
-        self.reads[info.name] += stop - start
+            self._checked.add((info.name, start, stop, left))
+        self.reads[info.name] += (stop - start) * ((right - left) / info.shape[-1])
         if self.device.type != "cpu":
             return quants.dequantize(torch.from_numpy(np.array(raw)).to(self.device), info.type, self.dtype)
-        size = (stop - start) * info.shape[-1]
-        if self._tile.numel() < size:
-            self._tile = torch.empty(size, dtype=self.dtype)
-        out = self._tile[:size].view(stop - start, info.shape[-1])
+        size = (stop - start) * (right - left)
+        tile = getattr(self._scratch, "tile", None)
+        if tile is None or tile.numel() < size:
+            tile = self._scratch.tile = torch.empty(size, dtype=self.dtype)
+        out = tile[:size].view(stop - start, right - left)
         return quants.dequantize_rows(raw, info.type, out, threads=self.threads)
 
 
 @dataclass(frozen=True)
 class Weight:
-    """Rows `first:last` of one stored tensor: a `TiledMatrix`, or a vector (one row)."""
+    """Rows `first:last` and columns `left:right` of one stored tensor: a `TiledMatrix`, or a vector (one row)."""
 
     store: WeightStore
     info: TensorInfo
     first: int
     last: int
+    left: int
+    right: int
 
     @property
     def shape(self) -> tuple[int, int]:
         """Rows and columns, `(out, in)`."""
-        return self.last - self.first, self.info.shape[-1]
+        return self.last - self.first, self.right - self.left
 
     @property
     def dtype(self) -> torch.dtype:
@@ -106,7 +115,11 @@ class Weight:
 
     def rows(self, start: int, stop: int) -> "Weight":
         """Return a handle to rows `start:stop` of these."""
-        return Weight(self.store, self.info, self.first + start, self.first + stop)
+        return replace(self, first=self.first + start, last=self.first + stop)
+
+    def columns(self, start: int, stop: int) -> "Weight":
+        """Return a handle to columns `start:stop` of these; both on the boundaries of stored blocks."""
+        return replace(self, left=self.left + start, right=self.left + stop)
 
     def tiles(self) -> Iterator[tuple[int, int, Tensor]]:
         """Yield `(start, stop, rows start:stop)` in order; a tile is overwritten when the next one is asked for."""
@@ -114,16 +127,23 @@ class Weight:
         step = max(1, TILE_ELEMENTS // columns)
         for start in range(0, out, step):
             stop = min(start + step, out)
-            yield start, stop, self.store.dequantize(self.info, self.first + start, self.first + stop)
+            yield start, stop, self._dequantized(start, stop)
+
+    def read_ahead(self) -> None:
+        """Ask the system to read these rows from the disk while something else is computed."""
+        self.store.file.will_need(self.info, self.first, self.last)
 
     def take(self, rows: Sequence[int]) -> Float[Tensor, "n d"]:
         """Return single rows, such as the embeddings of tokens."""
-        return torch.cat([self.store.dequantize(self.info, self.first + i, self.first + i + 1).clone() for i in rows])
+        return torch.cat([self._dequantized(i, i + 1).clone() for i in rows])
 
     def dense(self) -> Tensor:
         """Return the whole tensor in its own shape; for vectors and small matrices."""
-        whole = self.store.dequantize(self.info, self.first, self.last).clone()
+        whole = self._dequantized(0, self.last - self.first).clone()
         return whole[0] if len(self.info.shape) == 1 else whole
+
+    def _dequantized(self, start: int, stop: int) -> Tensor:
+        return self.store.dequantize(self.info, self.first + start, self.first + stop, self.left, self.right)
 
 
 @dataclass(frozen=True)
@@ -150,6 +170,12 @@ class Block:
             out = weight.info.shape[1]
             return weight.rows(expert * out, (expert + 1) * out)
         return weight.rows(start, stop) if stop else weight
+
+    def read_ahead(self) -> None:
+        """Ask the system to read the whole block, but not stacks of experts: only the router knows which."""
+        for info in self.store.file.tensors.values():
+            if info.name.startswith(self.prefix) and len(info.shape) < 3:
+                self.store.file.will_need(info)
 
     def vector(self, name: str, expert: int | None = None) -> Tensor:
         """Return a vector, dense; of a stack of experts `[e, out]`, one row."""

@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ggjac.linop import (
+    Center,
     Chain,
+    Experts,
     Identity,
     Linear,
     LinearOperator,
@@ -76,6 +78,9 @@ OPERATORS: dict[str, Callable[[Random], LinearOperator]] = {
     "identity": lambda r: r.identity(),
     "scale": lambda r: Scale(r(3, 4)),
     "scale by zero": lambda r: Scale(r(3, 4) * 0),
+    "scale and shift": lambda r: Scale(r(3, 4), r(3, 4)),
+    "scale and shift alike everywhere": lambda r: Scale(r(3, 4), r(4)),
+    "center": lambda r: Center((3, 4), dtype=r.dtype, device=CPU),
     "linear": lambda r: r.linear(bias=False, tiled=False),
     "linear, tiled": lambda r: r.linear(bias=False),
     "linear, bias": lambda r: r.linear(),
@@ -90,6 +95,10 @@ OPERATORS: dict[str, Callable[[Random], LinearOperator]] = {
     "chain": lambda r: r.linear(3, 5, 2) @ r.linear(3, 4, 5),
     "chain of one": lambda r: Chain(r.linear()),
     "sum": lambda r: r.linear() + r.linear(),
+    "experts": lambda r: Experts(
+        [(torch.tensor([2, 0]), r.linear(2, out=4)), (torch.tensor([2]), r.linear(1, out=4))], 3
+    ),
+    "experts after one another": lambda r: Experts([(torch.tensor([1]), r.linear(1, out=4))], 3) @ r.linear(out=4),
     "sum of one": lambda r: Sum(r.linear()),
     "residual": lambda r: r.identity() + r.linear(out=4),
     "attention": attention,

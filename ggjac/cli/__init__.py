@@ -18,6 +18,9 @@ import click
 
 from ggjac import __version__
 
+# OpenMP's threads would spin between torch's operations, on the cores that dequantization needs. Read when torch loads.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 # Command -> its line in the overview, which therefore imports no command.
 COMMANDS = {
     "analyze": "Analyse a prompt: prediction, parity, singular vectors, attribution; write a run folder.",
