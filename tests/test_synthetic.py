@@ -33,7 +33,7 @@ def tool():
 def shapes(tool):
     """The architectures of the presets, made small: all that a preset says but its sizes."""
     small = {"d": 256, "heads": 4, "kv_heads": 2, "head": 64, "feed_forward": 512, "vocabulary": 320, "layers": 3}
-    experts = {"experts": 16, "experts_used": 4, "expert_feed_forward": 768}
+    experts = {"experts": 16, "experts_used": 4, "expert_feed_forward": 512}
     return {name: replace(shape, **small | (experts if shape.experts else {})) for name, shape in tool.PRESETS.items()}
 
 
@@ -64,7 +64,7 @@ def test_the_list_here_is_the_tools(tool):
         ("llama-3.3-70b", 80, "Q4_K_M"),  # by the count of layers llama.cpp knows a 70B
         ("llama-3.2-1b", 3, "Q4_K_M"),
         ("llama-3.2-1b", 3, "Q8_0"),
-        ("qwen3-30b-a3b", 4, "Q4_K_M"),
+        ("qwen3-30b-a3b", 3, "Q4_K_M"),
         ("qwen3-30b-a3b", 2, "Q8_0"),
     ],
 )
@@ -77,8 +77,9 @@ def test_the_mix_is_llamacpps(tool, shapes, tmp_path, name, layers, quant):
     assert stored(tmp_path / "ours.gguf") == expected
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("quant", ["Q4_K_M", "F16"])
+@pytest.mark.parametrize(
+    ("name", "quant"), [*((name, "Q4_K_M") for name in NAMES), ("llama-3.3-70b", "BF16"), ("qwen3-30b-a3b", "Q8_0")]
+)
 def test_llamacpp_agrees(tool, shapes, tmp_path, name, quant):
     path = tmp_path / "model.gguf"
     assert tool.write(path, shapes[name], quant, name=name) == path.stat().st_size
@@ -91,7 +92,7 @@ def test_llamacpp_agrees(tool, shapes, tmp_path, name, quant):
 @pytest.mark.parametrize("quant", ["Q4_K_M", "Q8_0", "F16", "BF16", "F32"])
 def test_the_types_asked_for(tool, shapes, tmp_path, quant):
     path = tmp_path / "model.gguf"
-    tool.write(path, shapes["qwen3-30b-a3b"], quant)
+    tool.write(path, replace(shapes["qwen3-30b-a3b"], layers=1), quant)
     types = stored(path)
     expected = {"Q4_K", "Q6_K"} if quant == "Q4_K_M" else {quant}
     assert {type for name, type in types.items() if "norm" not in name and "gate_inp" not in name} == expected
@@ -132,7 +133,7 @@ def test_activations_are_of_order_one(bench):
 
 
 def test_activations_do_not_grow_with_depth(tool, shapes, tmp_path):
-    tool.write(tmp_path / "deep.gguf", replace(shapes["llama-3.3-70b"], layers=80), "Q4_K_M")
+    tool.write(tmp_path / "deep.gguf", replace(shapes["llama-3.3-70b"], layers=80, feed_forward=256), "Q4_K_M")
     seen = {}
     open_model(tmp_path / "deep.gguf").trace(IDS, observe=lambda name, x: seen.update({name: x}))
     assert all(0.2 < seen[f"l_out-{i}"].square().mean().sqrt() < 4 for i in range(80))
@@ -167,7 +168,7 @@ def test_layers_and_experts_and_tokens_differ(tool, shapes, tmp_path):
 
 def test_a_seed_gives_the_bytes(tool, shapes, tmp_path):
     def write(seed):
-        tool.write(tmp_path / "a.gguf", shapes["qwen3-30b-a3b"], "Q4_K_M", seed=seed)
+        tool.write(tmp_path / "a.gguf", replace(shapes["qwen3-30b-a3b"], layers=1), "Q4_K_M", seed=seed)
         return (tmp_path / "a.gguf").read_bytes()
 
     assert write(1) == write(1) != write(2)
