@@ -2,79 +2,31 @@
 
     python tools/benchmarks/sweep.py [--layers 2] [--k 16] [--n 8] [--dtype float32]
 
-A temporary file of random Q4_K and Q6_K weights, shaped like the blocks of an 8B Llama, is traced and swept down and
-up. Beside each sweep stand the two things it is made of, measured alone: dequantizing every live tensor once, and
-multiplying as many dense weights with as many vectors; their sum is the limit of a sweep that does one after the other.
-Medians; ratios mean more than seconds on a shared machine.
+A temporary synthetic file with the blocks of an 8B Llama in Q4_K_M is traced and swept down and up. Beside each sweep
+stand the two things it is made of, measured alone: dequantizing every live tensor once, and multiplying as many dense
+weights with as many vectors; their sum is the limit of a sweep that does one after the other. Medians; ratios mean more
+than seconds on a shared machine.
 """
 
 import argparse
 import os
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
-import gguf
-import numpy as np
 import torch
 
 from ggjac.model import Model, open_model
 
-D, FEED_FORWARD, HEADS, KV_HEADS, VOCABULARY = 4096, 14336, 32, 8, 512
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import make_synthetic_gguf
+
+SHAPE = replace(make_synthetic_gguf.PRESETS["llama-3.1-8b"], vocabulary=512)
 LIVE = ("attn_v", "attn_output", "ffn_up", "ffn_down")
-
-
-def blocks(rows: int, columns: int, type: gguf.GGMLQuantizationType, rng: np.random.Generator) -> np.ndarray:
-    """Return random blocks with small finite scales, uint8 [rows, row bytes]."""
-    size, nbytes = gguf.GGML_QUANT_SIZES[type]
-    data = rng.integers(0, 256, (rows * columns // size, nbytes), dtype=np.uint8)
-    scale = np.frombuffer(np.array([1e-4, 6e-4], np.float16).tobytes(), np.uint8)
-    if type == gguf.GGMLQuantizationType.Q4_K:
-        data[:, :4] = scale  # d, dmin
-    else:
-        data[:, -2:] = scale[:2] // 8  # Q6_K's d
-    return data.reshape(rows, -1)
-
-
-def write(path: Path, layers: int) -> None:
-    """Write the synthetic model."""
-    rng = np.random.default_rng(0)
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_block_count(layers)
-    writer.add_context_length(4096)
-    writer.add_embedding_length(D)
-    writer.add_feed_forward_length(FEED_FORWARD)
-    writer.add_head_count(HEADS)
-    writer.add_head_count_kv(KV_HEADS)
-    writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_rope_dimension_count(D // HEADS)
-    writer.add_tokenizer_model("none")
-    key_value = D // HEADS * KV_HEADS
-    shapes = {
-        "attn_q": (D, D),
-        "attn_k": (key_value, D),
-        "attn_v": (key_value, D),
-        "attn_output": (D, D),
-        "ffn_gate": (FEED_FORWARD, D),
-        "ffn_up": (FEED_FORWARD, D),
-        "ffn_down": (D, FEED_FORWARD),
-    }
-    writer.add_tensor("token_embd.weight", rng.standard_normal((VOCABULARY, D), np.float32))
-    writer.add_tensor("output_norm.weight", np.ones(D, np.float32))
-    for i in range(layers):
-        for name in ("attn_norm", "ffn_norm"):
-            writer.add_tensor(f"blk.{i}.{name}.weight", np.ones(D, np.float32))
-        for name, (out, into) in shapes.items():
-            # As Q4_K_M does on half of the layers.
-            wide = name in ("attn_v", "ffn_down") and i % 2 == 0
-            type = gguf.GGMLQuantizationType.Q6_K if wide else gguf.GGMLQuantizationType.Q4_K
-            writer.add_tensor(f"blk.{i}.{name}.weight", blocks(out, into, type, rng), raw_dtype=type)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
 
 
 def seconds(call: Callable[[], object], repeats: int) -> float:
@@ -123,7 +75,7 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "synthetic.gguf"
-        write(path, options.layers)
+        make_synthetic_gguf.write(path, replace(SHAPE, layers=options.layers), "Q4_K_M")
         model = open_model(path, dtype=options.dtype)
         live = [model.weights[f"blk.{i}.{name}.weight"].info for i in range(options.layers) for name in LIVE]
         weights, nbytes = sum(info.elements for info in live), sum(info.nbytes for info in live)
@@ -152,8 +104,8 @@ def main() -> None:
         print(f"multiplication alone       {multiplied:8.2f} s  {flop / multiplied / 1e9:6.0f} GFLOP/s")
         limit = dequantized + multiplied
 
-        down = torch.randn(options.k, D)
-        up = torch.randn(options.k, options.n, D)
+        down = torch.randn(options.k, SHAPE.d)
+        up = torch.randn(options.k, options.n, SHAPE.d)
         for name, call in (("sweep down", lambda: J.rmatmat(down)), ("sweep up", lambda: J.matmat(up))):
             took = seconds(call, options.repeats)
             print(f"{name:26} {took:8.2f} s  {weights / took / 1e9:6.2f} Gweights/s, ", end="")
