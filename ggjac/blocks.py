@@ -234,7 +234,7 @@ def record_attention(w: BlockWeights, frame: Frame, layer: int, x: Float[Tensor,
     q, k = (_apply(_linear(w, stem, len(x)), h) for stem in ("attn_q", "attn_k"))
     if config.row.qk_norm == "full":
         q, k = _rms_norm(w, "attn_q_norm", config, q), _rms_norm(w, "attn_k_norm", config, k)
-    q, k = q.unflatten(1, (sizes.head_count, -1)), k.unflatten(1, (sizes.head_count_kv, -1))
+    q, k = q.unflatten(1, (config.head_count, -1)), k.unflatten(1, (config.head_count_kv, -1))
     if config.row.qk_norm == "head":
         q, k = _rms_norm(w, "attn_q_norm", config, q), _rms_norm(w, "attn_k_norm", config, k)
     if sizes.rope:
@@ -252,7 +252,7 @@ def record_attention(w: BlockWeights, frame: Frame, layer: int, x: Float[Tensor,
         sinks=w.vector("attn_sinks.weight") if "attn_sinks.weight" in w else None,
     )
     tape = AttentionTape(norm_in, pattern, None)
-    raw = _apply(_attention_inner(w, config, layer, tape), x)
+    raw = _apply(_attention_inner(w, config, tape), x)
     tape = tape._replace(norm_out=record_norm(w, config, config.row.norms.attention_out, raw))
     return Recorded(tape, raw, _apply(_added(config, tape.norm_out, _same(raw)), raw))
 
@@ -332,9 +332,9 @@ def record_experts(w: BlockWeights, frame: Frame, h: Float[Tensor, "n d"]) -> li
     return networks
 
 
-def attention(w: BlockWeights, config: ModelConfig, layer: int, tape: AttentionTape) -> LinearOperator:
+def attention(w: BlockWeights, config: ModelConfig, tape: AttentionTape) -> LinearOperator:
     """Return the attention branch, `[n, d]` to `[m, d]` for a pattern with `m` query and `n` key positions."""
-    return _added(config, tape.norm_out, _attention_inner(w, config, layer, tape))
+    return _added(config, tape.norm_out, _attention_inner(w, config, tape))
 
 
 def ffn(w: BlockWeights, config: ModelConfig, tape: FFNTape, n: int) -> LinearOperator:
@@ -342,7 +342,7 @@ def ffn(w: BlockWeights, config: ModelConfig, tape: FFNTape, n: int) -> LinearOp
     return _added(config, tape.norm_out, _ffn_inner(w, tape, n, config.d))
 
 
-def block(w: BlockWeights, config: ModelConfig, layer: int, tape: BlockTape, positions: range) -> LinearOperator:
+def block(w: BlockWeights, config: ModelConfig, tape: BlockTape, positions: range) -> LinearOperator:
     """Return a whole frozen block from the positions up to the last one of `positions` to `positions`.
 
     Positions after the last one are left out, since attention is causal; a narrower `positions` (the last block needs
@@ -350,7 +350,7 @@ def block(w: BlockWeights, config: ModelConfig, layer: int, tape: BlockTape, pos
     """
     n, m, d = positions.stop, len(positions), config.d
     queries = slice(positions.start, positions.stop)
-    attn = attention(w, config, layer, tape.attn.at(queries))
+    attn = attention(w, config, tape.attn.at(queries))
     feed_forward = ffn(w, config, tape.ffn.at(queries), m)
     identity = Identity((m, d), dtype=attn.dtype, device=attn.device)
     kept = Select(torch.tensor(positions), n, d, dtype=attn.dtype, device=attn.device) if m < n else identity
@@ -415,10 +415,10 @@ def attention_pattern(
     return scores.softmax(-1)[..., : len(k)].to(q.dtype)
 
 
-def _attention_inner(w: BlockWeights, config: ModelConfig, layer: int, tape: AttentionTape) -> LinearOperator:
+def _attention_inner(w: BlockWeights, config: ModelConfig, tape: AttentionTape) -> LinearOperator:
     """Return the attention branch without what follows its output projection."""
     _, m, n = tape.pattern.shape
-    mix = Mix(tape.pattern, config.layers[layer].head_count_kv, config.value_length)
+    mix = Mix(tape.pattern, config.head_count_kv, config.head_size)
     core = _linear(w, "attn_output", m) @ mix @ _linear(w, "attn_v", n)
     return core if tape.norm_in is None else core @ tape.norm_in.operator()
 

@@ -196,10 +196,10 @@ _POSITIONS = {"position_embd.weight": ("context", "d")}
 # In a block; `attn_qkv` stands in for the other three (its rows are q | k | v).
 _ATTENTION = {
     "attn_q": ("q", "d"),
-    "attn_k": ("k", "d"),
-    "attn_v": ("v", "d"),
+    "attn_k": ("kv", "d"),
+    "attn_v": ("kv", "d"),
     "attn_qkv": ("qkv", "d"),
-    "attn_output": ("d", "heads"),
+    "attn_output": ("d", "q"),
 }
 _FFN = {
     "gated": {"ffn_gate": ("f", "d"), "ffn_up": ("f", "d"), "ffn_down": ("d", "f")},
@@ -261,16 +261,10 @@ class Layer:
     """What may differ from block to block.
 
     Attributes:
-        head_count: query heads.
-        head_count_kv: key/value heads; divides `head_count`.
-        feed_forward_length: hidden units of a dense feed-forward.
         window: tokens that a position sees, itself included; None for all before it.
         rope: rotation of queries and keys; None for none.
     """
 
-    head_count: int
-    head_count_kv: int
-    feed_forward_length: int
     window: int | None
     rope: Rope | None
 
@@ -286,8 +280,10 @@ class ModelConfig:
         vocabulary: rows of the embedding matrix.
         context_length: most tokens the model was made for.
         original_context: tokens beyond which long rope factors apply.
-        key_length: elements of a query or key head.
-        value_length: elements of a value head.
+        head_count: query heads.
+        head_count_kv: key/value heads; divides `head_count`.
+        head_size: elements of a query, key or value head.
+        feed_forward_length: hidden units of a dense feed-forward; 0 where all are mixtures of experts.
         norm_epsilon: added to the mean square or the variance inside a norm's root.
         attention_scale: multiplies scores.
         attention_softcap, logit_softcap: `c tanh(z / c)` on scores, on logits; 0 for none.
@@ -305,8 +301,10 @@ class ModelConfig:
     vocabulary: int
     context_length: int
     original_context: int
-    key_length: int
-    value_length: int
+    head_count: int
+    head_count_kv: int
+    head_size: int
+    feed_forward_length: int
     norm_epsilon: float
     attention_scale: float
     attention_softcap: float
@@ -320,15 +318,14 @@ class ModelConfig:
     expert_feed_forward_length: int
     expert_shared_feed_forward_length: int
 
-    def slices(self, block: int) -> dict[str, tuple[str, int, int]]:
-        """Return the parts of fused tensors: stem -> (fused stem, first row, past the last)."""
-        layer = self.layers[block]
-        q = layer.head_count * self.key_length
-        k = q + layer.head_count_kv * self.key_length
-        v = k + layer.head_count_kv * self.value_length
+    @property
+    def slices(self) -> dict[str, tuple[str, int, int]]:
+        """The parts of fused tensors: stem -> (fused stem, first row, past the last)."""
+        q, kv = self.head_count * self.head_size, self.head_count_kv * self.head_size
+        k, v = q + kv, q + 2 * kv
         parts = {"attn_q": ("attn_qkv", 0, q), "attn_k": ("attn_qkv", q, k), "attn_v": ("attn_qkv", k, v)}
         if self.row.ffn == "fused":
-            f = layer.feed_forward_length
+            f = self.feed_forward_length
             parts |= {"ffn_gate": ("ffn_up", 0, f), "ffn_up": ("ffn_up", f, 2 * f)}
         return parts
 
@@ -353,37 +350,40 @@ class ModelConfig:
         if blocks > len(shapes):
             raise ConfigError(f"{name}.block_count is {blocks}, but the file holds only {len(shapes)} tensors")
         d, context = keys.integer("embedding_length"), keys.integer("context_length")
-        heads = keys.per_block("attention.head_count", blocks)
-        kv_heads = keys.per_block("attention.head_count_kv", blocks, default=heads)
-        for h, g in zip(heads, kv_heads, strict=True):
-            if h % g:
-                raise ConfigError(f"{name}.attention: {h} heads cannot share {g} key/value heads evenly")
-        key_length = keys.integer("attention.key_length", d // heads[0])
+        heads = keys.for_all_blocks("attention.head_count", blocks)
+        kv_heads = keys.for_all_blocks("attention.head_count_kv", blocks, default=heads)
+        if heads % kv_heads:
+            raise ConfigError(f"{name}.attention: {heads} heads cannot share {kv_heads} key/value heads evenly")
+        head_size = keys.integer("attention.key_length", d // heads)
+        value_length = keys.integer("attention.value_length", head_size)
+        if value_length != head_size:
+            raise ConfigError(
+                f"{name}.attention: values of {value_length} beside keys of {head_size} are not supported"
+            )
         experts = keys.count("expert_count")
-        feed_forward = keys.per_block("feed_forward_length", blocks, default=(0,) * blocks if experts else None)
+        feed_forward = keys.for_all_blocks("feed_forward_length", blocks, default=0 if experts else None)
         used = keys.integer("expert_used_count") if experts else 0
         if used > experts:
             raise ConfigError(f"{name}.expert_used_count is {used}, but there are {experts} experts")
-        ropes, windows = _ropes(keys, row, key_length), _windows(keys, row, blocks)
+        ropes, windows = _ropes(keys, row, head_size), _windows(keys, row, blocks)
         wide = row.wide_scale_blocks == blocks
 
         config = ModelConfig(
             architecture=name,
             row=row,
             block_count=blocks,
-            layers=tuple(
-                Layer(heads[i], kv_heads[i], feed_forward[i], windows[i], _rope_of(row, ropes, i, windows[i]))
-                for i in range(blocks)
-            ),
+            layers=tuple(Layer(windows[i], _rope_of(row, ropes, i, windows[i])) for i in range(blocks)),
             d=d,
             vocabulary=shapes.get("token_embd.weight", (0,))[0],
             context_length=context,
             original_context=keys.integer("rope.scaling.original_context_length", context),
-            key_length=key_length,
-            value_length=keys.integer("attention.value_length", key_length),
+            head_count=heads,
+            head_count_kv=kv_heads,
+            head_size=head_size,
+            feed_forward_length=feed_forward,
             norm_epsilon=keys.real(f"attention.layer_norm_{'rms_' if row.norm == 'rms' else ''}epsilon"),
             attention_scale=(keys.real("attention.scale", 0.0) if row.attention_scale_key else 0)
-            or (d // heads[0] if wide else key_length) ** -0.5,
+            or (max(1, d // heads) if wide else head_size) ** -0.5,
             attention_softcap=_softcap(keys, "attn_logit_softcapping", row.attention_softcap),
             logit_softcap=_softcap(keys, "final_logit_softcapping", row.logit_softcap),
             temperature_scale=keys.real("attention.temperature_scale", 0.0) if row.temperature else 0.0,
@@ -416,6 +416,8 @@ def _ropes(keys: "_Keys", row: Architecture, key_length: int) -> tuple[Rope | No
         return None, None
 
     factor = keys.real("rope.scaling.factor", keys.real("rope.scale_linear", 0.0)) or 1.0
+    if kind == "yarn" and factor < 1:
+        raise ConfigError(f"{keys.prefix}.rope.scaling.factor is {factor}, but YaRN extends a context: at least 1")
     magnitude = attention_factor = keys.real("rope.scaling.attn_factor", 1.0)
     if kind == "yarn":
         # llama.cpp scales cos and sin by g(1) / g(multiplier), g(m) = 1 + 0.1 m ln F (DeepSeek's mscale).
@@ -430,8 +432,8 @@ def _ropes(keys: "_Keys", row: Architecture, key_length: int) -> tuple[Rope | No
         pairs=row.rope_pairs,
         factor=1.0 if kind == "none" else factor,
         yarn=kind == "yarn",
-        beta_fast=keys.real("rope.scaling.yarn_beta_fast", 32.0) if row.yarn_keys else 32.0,
-        beta_slow=keys.real("rope.scaling.yarn_beta_slow", 1.0) if row.yarn_keys else 1.0,
+        beta_fast=(keys.real("rope.scaling.yarn_beta_fast", 0.0) if row.yarn_keys else 0) or 32.0,
+        beta_slow=(keys.real("rope.scaling.yarn_beta_slow", 0.0) if row.yarn_keys else 0) or 1.0,
         original_context=keys.integer("rope.scaling.original_context_length", keys.integer("context_length")),
         magnitude=magnitude,
     )
@@ -528,33 +530,27 @@ def _check_tensors(config: ModelConfig, shapes: Mapping[str, tuple[int, ...]]) -
 
 def _scopes(config: ModelConfig) -> Iterator[tuple[str, dict[str, tuple[str, ...]], dict[str, int]]]:
     """Yield name prefix, table of tensors and named sizes: once for the model, once for each block."""
-    row, full = config.row, next((layer.rope for layer in config.layers if layer.rope), None)
+    full = next((layer.rope for layer in config.layers if layer.rope), None)
+    q, kv, f = config.head_count * config.head_size, config.head_count_kv * config.head_size, config.feed_forward_length
     sizes = {
         "d": config.d,
         "vocabulary": config.vocabulary,
         "context": config.context_length,
         "pairs": full.dimensions // 2 if full else 0,
-        "s": config.key_length,
+        "heads": config.head_count,
+        "head": config.head_size,
+        "q": q,
+        "kv": kv,
+        "qkv": q + 2 * kv,
+        "f": f,
+        "2f": 2 * f,
         "experts": config.expert_count,
         "fe": config.expert_feed_forward_length,
         "fs": config.expert_shared_feed_forward_length,
     }
-    yield "", _GLOBAL | (_POSITIONS if row.positions else {}), sizes
-    table = _block_table(config)
-    for i, layer in enumerate(config.layers):
-        h, g, f = layer.head_count, layer.head_count_kv, layer.feed_forward_length
-        q, k, v = h * config.key_length, g * config.key_length, g * config.value_length
-        block = {
-            "h": h,
-            "q": q,
-            "k": k,
-            "v": v,
-            "qkv": q + k + v,
-            "heads": h * config.value_length,
-            "f": f,
-            "2f": 2 * f,
-        }
-        yield f"blk.{i}.", table, sizes | block
+    yield "", _GLOBAL | (_POSITIONS if config.row.positions else {}), sizes
+    for i in range(config.block_count):
+        yield f"blk.{i}.", _block_table(config), sizes
 
 
 def _block_table(config: ModelConfig) -> dict[str, tuple[str, ...]]:
@@ -567,13 +563,13 @@ def _block_table(config: ModelConfig) -> dict[str, tuple[str, ...]]:
     norms: dict[str, tuple[str, ...]] = {name: ("d",) for names in places for name in names}
     if row.qk_norm:
         full = row.qk_norm == "full"
-        norms |= {"attn_q_norm": ("q",) if full else ("s",), "attn_k_norm": ("k",) if full else ("s",)}
+        norms |= {"attn_q_norm": ("q",) if full else ("head",), "attn_k_norm": ("kv",) if full else ("head",)}
     table = {f"{name}.weight": axes for name, axes in (matrices | norms).items()}
     table |= {f"{name}.bias": axes[:-1] for name, axes in matrices.items() if len(axes) > 1}
     if row.norm == "layer":
         table |= {f"{name}.bias": axes for name, axes in norms.items()}
     if row.sinks:
-        table["attn_sinks.weight"] = ("h",)
+        table["attn_sinks.weight"] = ("heads",)
     return table
 
 
@@ -609,17 +605,22 @@ class _Keys:
         """Return an integer that may be 0; absent means `default`."""
         return self.integer(key, default) if self.number(key, default) else 0
 
-    def per_block(self, key: str, blocks: int, default: tuple[int, ...] | None = None) -> tuple[int, ...]:
-        """Return one positive integer per block; the file gives a scalar or an array."""
+    def for_all_blocks(self, key: str, blocks: int, default: int | None = None) -> int:
+        """Return a positive integer that holds for every block; the file gives a scalar or an array of equals."""
         name = f"{self.prefix}.{key}"
         value = self.metadata.get(name)
         if value is None and default is not None:
             return default
-        if isinstance(value, Sequence) and not isinstance(value, str):
-            if len(value) != blocks:
-                raise ConfigError(f"metadata key {name} has {len(value)} entries for {blocks} blocks")
-            return tuple(_Keys({name: entry}, self.prefix).integer(key) for entry in value)
-        return (self.integer(key),) * blocks
+        if not isinstance(value, Sequence) or isinstance(value, str):
+            return self.integer(key)
+        if len(value) != blocks:
+            raise ConfigError(f"metadata key {name} has {len(value)} entries for {blocks} blocks")
+        sizes = {_Keys({name: entry}, self.prefix).integer(key) for entry in value}
+        if len(sizes) > 1:
+            raise ConfigError(
+                f"metadata key {name} differs between blocks ({min(sizes)} to {max(sizes)}): not supported"
+            )
+        return sizes.pop()
 
 
 def _shown(value: Any) -> str:

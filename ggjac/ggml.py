@@ -57,6 +57,11 @@ TYPES: dict[int, GGMLType] = {
 }
 
 
+def holds_weights(type: GGMLType) -> bool:
+    """Say whether a model's weights may be stored so: integers are for tables, and llama.cpp aborts on F64."""
+    return type.name not in ("I8", "I16", "I32", "I64", "F64")
+
+
 def row_bytes(type: GGMLType, elements: int) -> int:
     """Return the bytes of a row of `elements` elements.
 

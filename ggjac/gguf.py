@@ -33,6 +33,7 @@ from ggjac import ggml
 
 MAX_HEADER_BYTES = 1 << 28  # real headers, vocabulary and merges included, stay below 30 MB
 MAX_ENTRIES = 1 << 17  # keys, tensors or inner arrays of one file; each becomes a Python object
+MAX_STRINGS = 1 << 22  # of one array; vocabularies stay below a million tokens, merges below two
 MAX_DEPTH = 4  # arrays within arrays
 MAX_DIMENSIONS = 4  # ggml's GGML_MAX_DIMS
 MAX_NAME_BYTES = 64  # of a tensor
@@ -301,7 +302,7 @@ class _Header:
             start = self.step(count * layout.size, what)
             return _Numbers(type_name, np.frombuffer(self.buffer, layout.format, count, start))
         if kind == _STRING:
-            return self.strings(key, self.count(what, _U64.size, MAX_HEADER_BYTES))
+            return self.strings(key, self.count(what, _U64.size, MAX_STRINGS))
         if kind == _ARRAY:
             if depth == 1:
                 self.fail(f"metadata {shown(key)} nests arrays more than {MAX_DEPTH} deep; the file is damaged")

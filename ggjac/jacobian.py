@@ -23,6 +23,9 @@ from ggjac.svd import SVD, svd
 # Working memory that a chunk of dense rows may take on its way down the blocks, in bytes.
 CHUNK_BYTES = 1 << 30
 
+# Reconstruction error within which a dtype's arithmetic is healthy.
+HEALTHY = {torch.float64: 1e-13, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-2}
+
 
 class DetachedJacobian(LinearOperator):
     """The linear map from all input embeddings `[n, d]` to one output vector `[d]`, exact at its prompt.
@@ -61,8 +64,7 @@ class DetachedJacobian(LinearOperator):
         reached = range(position + 1)
         spans = [reached] * (len(blocks) - 1) + [range(position, position + 1)]
         layers = [
-            block(weights, frame.config, layer, tape, span)
-            for layer, (weights, tape, span) in enumerate(zip(blocks, tapes, spans, strict=True))
+            block(weights, frame.config, tape, span) for weights, tape, span in zip(blocks, tapes, spans, strict=True)
         ]
         self._floats_per_vector = max(3 * n * d, 2 * max(tape.hidden_units for tape in tapes))
         final = norm.at(slice(position, position + 1)).operator()
@@ -105,6 +107,12 @@ class DetachedJacobian(LinearOperator):
         """
         wide = [part.double() for part in (self.linear_output, self.offset, self.output)]
         return float((wide[0] + wide[1] - wide[2]).norm() / wide[2].norm())
+
+    @property
+    def reconstruction_limit(self) -> float:
+        """The reconstruction error that is healthy in this dtype; 16-bit rounding adds up over more than 32 blocks."""
+        blocks = len(self.chain.parts) - 2
+        return HEALTHY[self.dtype] * (max(1.0, (blocks / 32) ** 0.5) if self.dtype.itemsize == 2 else 1.0)
 
     @cached_property
     def _pushed(self) -> Float[Tensor, "3 d"]:

@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ggjac import blocks, decode
-from ggjac.blocks import ACTIVATIONS, BlockTape, Frame, MlpPath, NormTape
+from ggjac.blocks import ACTIVATIONS, BlockTape, Frame, MlpPath, NormTape, NumericsError
 from ggjac.config import ModelConfig
 from ggjac.demo import demo_path
 from ggjac.gguf import GGUFFile, open_gguf
@@ -131,6 +131,7 @@ class Model:
         mlp_path: MlpPath = "up",
         n_ctx: int | None = None,
         gelu_table: bool = False,
+        tapes: bool = True,
         observe: Observer | None = None,
         progress: Progress | None = None,
     ) -> "Trace":
@@ -142,6 +143,8 @@ class Model:
             n_ctx: context size that decides between short and long rope factors where a model has both; default the
                 prompt's length. (llama.cpp goes by the context it allocates, a multiple of 256.)
             gelu_table: imitate the half-precision table that stands in for GELU in llama.cpp on the CPU; for parity.
+            tapes: keep what the Jacobian freezes; without, the trace has outputs and logits only, and takes less memory
+                (attention patterns alone are heads x n² floats a layer).
             observe: called with llama.cpp's name and value of intermediate tensors, each `[n, d]`: `attn_out-i` and
                 `ffn_out-i` (the branches before post-norm and scale), `l_out-i` (the stream after block `i`) and
                 `result_norm`.
@@ -149,6 +152,7 @@ class Model:
 
         Raises:
             PromptError: no tokens, more than the model's context, or ids outside the vocabulary.
+            NumericsError: the stream left the range of the dtype.
         """
         if mlp_path not in ("up", "gate"):
             raise ValueError(f"mlp_path {mlp_path!r} is unknown; known: up, gate")
@@ -167,7 +171,7 @@ class Model:
         x = self.embedding.take(ids) * config.embedding_scale
         if "position_embd.weight" in weights:
             x = x + weights["position_embd.weight"].take(range(len(ids)))
-        h, tapes = x, []
+        h, kept = x, []
         for i in range(config.block_count):
             w = self.block(i)
             if i + 1 < config.block_count:
@@ -178,14 +182,17 @@ class Model:
             observe(f"ffn_out-{i}", ffn.raw)
             h = h + attn.added + ffn.added
             observe(f"l_out-{i}", h)
-            tapes.append(BlockTape(attn.tape, ffn.tape))
+            if not h.isfinite().all():
+                raise NumericsError(f"block {i} overflows {self.dtype}; try a wider --dtype, or is the file damaged?")
+            if tapes:
+                kept.append(BlockTape(attn.tape, ffn.tape))
             if progress:
                 progress(i + 1, config.block_count)
         bias = weights["output_norm.bias"].dense() if "output_norm.bias" in weights else None
         norm = blocks.frozen_norm(config, weights["output_norm.weight"].dense(), bias, h)
         outputs = norm.apply(h)
         observe("result_norm", outputs)
-        return Trace(model=self, ids=ids, x=x, outputs=outputs, norm=norm, frame=frame, tapes=tapes)
+        return Trace(model=self, ids=ids, x=x, outputs=outputs, norm=norm, frame=frame, tapes=kept)
 
     def _rope_factors(self, n_ctx: int) -> Tensor | None:
         """Return what divides the rotary frequencies: Llama 3's factors, or LongRoPE's for so large a context."""
@@ -197,7 +204,7 @@ class Model:
 
     def block(self, index: int) -> Block:
         """Return the tensors of one block."""
-        return self.weights.block(index, self.config.slices(index))
+        return self.weights.block(index, self.config.slices)
 
     def check_prompt(self, ids: Sequence[int]) -> list[int]:
         """Return the token ids, if this model can run them.
@@ -227,7 +234,7 @@ class Trace:
         outputs: `[n, d]`, after the final norm, before the head.
         norm: the final norm, frozen.
         frame: what all blocks share, the freezing rule among it.
-        tapes: of each block.
+        tapes: of each block; empty if they were not kept.
     """
 
     model: Model
@@ -249,15 +256,20 @@ class Trace:
         return self.logits_at(-1)
 
     def logits_at(self, position: int) -> Float[Tensor, " v"]:
-        """Return the logits at one position, `[v]`."""
-        return self.model.head.logits(self.outputs[position][None])[0]
+        """Return the logits at one position, `[v]`.
+
+        Raises:
+            PromptError: the prompt has no such position.
+            NumericsError: a logit is not finite.
+        """
+        return _finite_logits(self.model.head.logits(self.outputs[self.index(position)][None]))[0]
 
     def all_logits(self) -> Float[Tensor, "n v"]:
-        """Return the logits at every position, `[n, v]`."""
-        return self.model.head.logits(self.outputs)
+        """Return the logits at every position, `[n, v]`; errors as `logits_at`."""
+        return _finite_logits(self.model.head.logits(self.outputs))
 
-    def jacobian(self, position: int = -1) -> DetachedJacobian:
-        """Return the detached Jacobian of the output at `position` (negative: from the end).
+    def index(self, position: int) -> int:
+        """Return a position counted from the start; negative ones count from the end.
 
         Raises:
             PromptError: the prompt has no such position.
@@ -265,13 +277,31 @@ class Trace:
         n = len(self.ids)
         if not -n <= position < n:
             raise PromptError(f"position {position} is out of range; the prompt has positions 0 to {n - 1}")
+        return position % n
+
+    def jacobian(self, position: int = -1) -> DetachedJacobian:
+        """Return the detached Jacobian of the output at `position` (negative: from the end).
+
+        Raises:
+            PromptError: the prompt has no such position.
+            ValueError: the trace was made without tapes.
+        """
+        position = self.index(position)
+        if not self.tapes:
+            raise ValueError("this trace kept no tapes; trace the prompt again with tapes=True")
         return DetachedJacobian(
             [self.model.block(i) for i in range(len(self.tapes))],
             self.tapes,
             self.norm,
             self.frame,
             x=self.x,
-            output=self.outputs[position % n],
+            output=self.outputs[position],
             ids=self.ids,
-            position=position % n,
+            position=position,
         )
+
+
+def _finite_logits(logits: Float[Tensor, "n v"]) -> Float[Tensor, "n v"]:
+    if not logits.isfinite().all():
+        raise NumericsError(f"logits overflow {logits.dtype}; try a wider --dtype, or is the file damaged?")
+    return logits

@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ggjac import quants
-from ggjac.ggml import row_bytes
+from ggjac.ggml import TYPES, holds_weights, row_bytes
 from ggjac.gguf import GGUFFile, TensorInfo
 
 # Elements of one dense tile: 64 MiB in float32. Large enough for GEMM to run at speed, and a small part of any layer
@@ -40,8 +40,9 @@ class WeightStore:
 
     def __init__(self, file: GGUFFile, *, device: torch.device, dtype: torch.dtype, threads: int):
         for info in file.tensors.values():
-            if not quants.supported(info.type):
-                raise WeightError(f"tensor {info.name}: type {info.type.name} is not supported here")
+            if not (holds_weights(info.type) and quants.supported(info.type)):
+                known = ", ".join(type.name for type in TYPES.values() if holds_weights(type))
+                raise WeightError(f"tensor {info.name}: type {info.type.name} is not supported; supported: {known}")
         self.file, self.device, self.dtype, self.threads = file, device, dtype, threads
         self.reads: dict[str, float] = defaultdict(int)
         self._checked: set[tuple[str, int, int, int]] = set()

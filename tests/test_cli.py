@@ -372,13 +372,13 @@ def test_exit_code_3_when_the_sweeps_run_out(command: str, tiny_file: TinyFile) 
     assert Path("saved").exists()
 
 
-@pytest.mark.parametrize("command", ["svd", "attribute", "analyze"])
+@pytest.mark.parametrize("command", ["svd", "attribute", "analyze", "jacobian"])
 def test_exit_code_3_when_the_reconstruction_fails(
     command: str, tiny_file: TinyFile, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from ggjac.cli import sections
+    from ggjac import jacobian
 
-    monkeypatch.setitem(sections.HEALTHY, "float32", 1e-20)
+    monkeypatch.setitem(jacobian.HEALTHY, torch.float32, 1e-20)
     assert "NOT healthy" in ggjac_(command, "-m", tiny_file("plain"), *TOKENS, code=3).stdout
 
 
@@ -500,7 +500,7 @@ BAD: dict[str, Bad] = {
     "output in no folder": Bad([*RUN, "-o", "missing/x"], 1, "create it"),
     "output is a folder": Bad([*RUN, "-o", "."], 1, "is a folder"),
     "output is a device": Bad([*RUN, "-o", "/dev/null"], 1, "not a regular file"),
-    "output is the model": Bad(["predict", "-m", "empty.txt", *TOKENS, "-o", "empty.txt"], 2, "is the model itself"),
+    "output is the model": Bad(["predict", "-m", "MODEL", *TOKENS, "-o", "MODEL"], 2, "is an input of this command"),
     "run folder exists": Bad(["analyze", "-m", "MODEL", *TOKENS, "-o", "full"], 1, "choose another name"),
     "run folder is a file": Bad(["analyze", "-m", "MODEL", *TOKENS, "-o", "empty.txt"], 1, "choose another name"),
     "run folder below a file": Bad(["analyze", "-m", "MODEL", *TOKENS, "-o", "empty.txt/x"], 1, "is a file"),

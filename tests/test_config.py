@@ -60,9 +60,9 @@ def read(metadata: dict[str, Any] | None = None, shapes: dict[str, Any] | None =
     )
 
 
-def heads(config: ModelConfig) -> tuple[list[int], list[int]]:
-    """Query heads and key/value heads of each block."""
-    return [layer.head_count for layer in config.layers], [layer.head_count_kv for layer in config.layers]
+def sizes(config: ModelConfig) -> tuple[int, int, int]:
+    """Query heads, key/value heads, elements of a head."""
+    return config.head_count, config.head_count_kv, config.head_size
 
 
 def rope_of(config: ModelConfig) -> Rope:
@@ -78,8 +78,8 @@ def rope_of(config: ModelConfig) -> Rope:
 def test_everything_is_read() -> None:
     config = read()
     assert (config.architecture, config.block_count, config.d, config.vocabulary) == ("llama", L, D, V)
-    assert heads(config) == ([H] * L, [G] * L)
-    assert (config.key_length, config.value_length, config.context_length) == (HD, HD, 32)
+    assert sizes(config) == (H, G, HD)
+    assert (config.context_length, config.feed_forward_length) == (32, F)
     assert config.norm_epsilon == 1e-5
     assert len({layer.rope for layer in config.layers}) == 1
     rope = rope_of(config)
@@ -99,34 +99,22 @@ def test_defaults_are_llamacpps() -> None:
         }.items()
     }  # fmt: skip
     config = read(dict.fromkeys((*absent, "rope.freq_base"), ABSENT), shapes)
-    assert (config.key_length, config.value_length, heads(config)[1]) == (2, 2, [H] * L)
+    assert sizes(config) == (H, H, 2)
     assert (rope_of(config).dimensions, rope_of(config).base) == (2, 10000.0)
 
 
-def test_sizes_may_be_given_per_block() -> None:
-    """Here the second block has half the heads, one value head, and a narrower feed-forward."""
-    shapes = {
-        "blk.1.attn_q.weight": (3 * HD, D), "blk.1.attn_k.weight": (HD, D), "blk.1.attn_v.weight": (HD, D),
-        "blk.1.attn_output.weight": (D, 3 * HD), "blk.1.ffn_gate.weight": (4, D), "blk.1.ffn_up.weight": (4, D),
-        "blk.1.ffn_down.weight": (D, 4),
-    }  # fmt: skip
-    arrays = {"attention.head_count": [H, 3], "attention.head_count_kv": (G, 1), "feed_forward_length": [F, 4]}
-    config = read(arrays, shapes)
-    assert heads(config) == ([H, 3], [G, 1])
-    assert config.slices(0) == {
+def test_sizes_may_be_given_per_block_if_they_are_equal() -> None:
+    """(Where they differ, llama.cpp refuses these architectures too.)"""
+    arrays = {"attention.head_count": [H, H], "attention.head_count_kv": (G, G), "feed_forward_length": [F, F]}
+    config = read(arrays)
+    assert sizes(config) == (H, G, HD)
+    assert config.slices == {
         "attn_q": ("attn_qkv", 0, 24), "attn_k": ("attn_qkv", 24, 36), "attn_v": ("attn_qkv", 36, 48)
     }  # fmt: skip
-    assert config.slices(1) == {
-        "attn_q": ("attn_qkv", 0, 12), "attn_k": ("attn_qkv", 12, 16), "attn_v": ("attn_qkv", 16, 20)
-    }  # fmt: skip
-
-
-def test_values_may_be_narrower_than_keys() -> None:
-    shapes = {f"blk.{i}.attn_v.weight": (G * 2, D) for i in range(L)}
-    shapes |= {f"blk.{i}.attn_output.weight": (D, H * 2) for i in range(L)}
-    config = read({"attention.value_length": 2}, shapes)
-    assert (config.key_length, config.value_length) == (4, 2)
-    assert config.slices(0)["attn_v"] == ("attn_qkv", 36, 42)
+    with pytest.raises(ConfigError, match=r"head_count differs between blocks \(3 to 6\): not supported"):
+        read({"attention.head_count": [H, 3]})
+    with pytest.raises(ConfigError, match="values of 2 beside keys of 4 are not supported"):
+        read({"attention.value_length": 2})
 
 
 def fused(*, bias: bool) -> dict[str, Any]:
@@ -137,7 +125,7 @@ def fused(*, bias: bool) -> dict[str, Any]:
 
 @pytest.mark.parametrize("bias", [False, True])
 def test_fused_attention_replaces_its_parts(bias: bool) -> None:
-    assert read(shapes=fused(bias=bias)).slices(1)["attn_k"] == ("attn_qkv", 24, 36)
+    assert read(shapes=fused(bias=bias)).slices["attn_k"] == ("attn_qkv", 24, 36)
 
 
 @pytest.mark.parametrize("name", ["attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down"])
@@ -182,8 +170,8 @@ def test_files_are_read(case: str, tiny_file: Callable[..., Path]) -> None:
     with open_gguf(tiny_file(case)) as file:
         config = ModelConfig.from_metadata(file.metadata, {t.name: t.shape for t in file.tensors.values()})
     assert (config.block_count, config.d, config.vocabulary) == (o.layers, o.d, o.vocab)
-    assert heads(config) == ([o.heads] * o.layers, [o.hk] * o.layers)
-    assert (config.key_length, config.value_length, rope_of(config).dimensions) == (o.hd, o.hd, o.hd)
+    assert sizes(config) == (o.heads, o.hk, o.hd)
+    assert rope_of(config).dimensions == o.hd
 
 
 # ---- what is refused
@@ -211,7 +199,7 @@ REFUSALS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
                           {}, "key_length is 0, not a whole number from 1"),
     "huge heads": ({"attention.head_count": HUGE, "attention.head_count_kv": HUGE}, {}, r"attn_q.weight has shape"),
     "rope: odd": ({"rope.dimension_count": 3}, {}, "rope.dimension_count 3 does not fit heads of 4 elements"),
-    "rope: odd heads": ({"attention.key_length": 3, "rope.dimension_count": ABSENT}, {}, "3 does not fit heads of 3"),
+    "rope: odd heads": ({"attention.key_length": 3, "attention.value_length": 3, "rope.dimension_count": ABSENT}, {}, "heads of 3"),
     "rope: too many": ({"rope.dimension_count": 8}, {}, "rope.dimension_count 8 does not fit heads of 4 elements"),
     "rope: fewer than the head": ({"rope.dimension_count": 2}, {}, "dimension_count 2 does not fit heads of 4"),
     "rope: base of zero": ({"rope.freq_base": 0.0}, {}, "rope.freq_base is 0.0, .* above 0"),

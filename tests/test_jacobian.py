@@ -266,7 +266,7 @@ def test_slabs_of_hidden_units_change_nothing(
     model = open_model(tiny_files[case], dtype="float64")
     trace = model.trace(ids)
     J = trace.jacobian()
-    assert trace.tapes[0].ffn.networks[0].factor.shape[1] >= 64  # at least two slabs
+    assert trace.tapes[0].ffn.networks[0].factor.shape[1] > 32  # two slabs and more
     assert distance(J.to_dense(), whole.to_dense()) < 1e-13
     assert torch.allclose(J.offset, whole.offset, rtol=0, atol=1e-12)
     live = [name for name in model.gguf.tensors if "ffn_down" in name and name.endswith("weight")]

@@ -4,9 +4,11 @@ import dataclasses
 import inspect
 import math
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import llamacpp
+import numpy as np
 import oracle
 import pytest
 import tiny
@@ -15,7 +17,9 @@ from torch import Tensor
 
 import ggjac
 from ggjac import blocks, linop, model
+from ggjac.blocks import NumericsError
 from ggjac.config import ConfigError, ModelConfig, Rope
+from ggjac.gguf import open_gguf
 from ggjac.model import PromptError, open_model
 
 
@@ -402,3 +406,70 @@ def test_impossible_arguments_are_refused(what: str, tiny_file: Callable[..., Pa
     call, message = REFUSE[what]
     with pytest.raises(ValueError, match=message):
         call(tiny_file("plain"))
+
+
+# ---- numbers that mean nothing are refused
+
+
+def edited(path: Path, name: str, values: float) -> Path:
+    """Overwrite a stored F32 tensor of a file with one value, and return the file."""
+    with open_gguf(path) as file:
+        info = file.tensors[name]
+    with open(path, "r+b") as file:
+        file.seek(info.offset)
+        file.write(np.full(info.elements, values, "<f4").tobytes())
+    return path
+
+
+OVERFLOWS = {
+    "rotation by infinity": ("rope_factors", "rope_freqs.weight", 0.0, "float32", "block 0 overflows torch.float32"),
+    "a stream beyond float16": ("plain", "blk.0.attn_norm.weight", 60000.0, "float16", "overflow"),
+    "squares beyond float32": (
+        "plain",
+        "token_embd.weight",
+        1e30,
+        "float32",
+        "activations overflow torch.float32 in a",
+    ),
+    "logits beyond float16": ("plain", "output.weight", 60000.0, "float16", "logits overflow torch.float16"),
+}
+
+
+@pytest.mark.parametrize("what", OVERFLOWS)
+def test_overflow_is_refused(what: str, tmp_path: Path) -> None:
+    case, tensor, value, dtype, message = OVERFLOWS[what]
+    path = edited(tiny.write(tmp_path / "m.gguf", **tiny.resized(case)), tensor, value)
+    with pytest.raises(NumericsError, match=message):
+        assert open_model(path, dtype=dtype).trace([1, 2, 3]).logits is None
+
+
+def test_softmax_takes_scores_in_float32() -> None:
+    """Scores beyond float16 (q and k of 40 in each of 128 elements) still give a pattern."""
+    q = torch.full((3, 2, 128), 40.0, dtype=torch.float16)
+    pattern = blocks.attention_pattern(q, q[:, :1], 1.0)
+    assert pattern.dtype == torch.float16
+    assert torch.equal(pattern[0], torch.ones(3, 3).tril() / torch.arange(1, 4)[:, None].half())
+
+
+def test_a_trace_without_tapes_has_outputs_only(tiny_file: Callable[..., Path]) -> None:
+    m = open_model(tiny_file("plain"))
+    light = m.trace([1, 2, 3], tapes=False)
+    assert torch.equal(light.logits, m.trace([1, 2, 3]).logits)
+    with pytest.raises(ValueError, match="kept no tapes; trace the prompt again"):
+        light.jacobian()
+
+
+def test_positions_of_logits_are_checked(tiny_file: Callable[..., Path]) -> None:
+    trace = open_model(tiny_file("plain")).trace([1, 2, 3])
+    assert torch.equal(trace.logits_at(-1), trace.logits_at(2))
+    with pytest.raises(PromptError, match="position 7 is out of range"):
+        trace.logits_at(7)
+
+
+def test_threads_may_share_a_model(tiny_file: Callable[..., Path]) -> None:
+    J = open_model(tiny_file("q8_0"), dtype="float64").trace([1, 2, 3]).jacobian()
+    Y = torch.randn(20, 2, *J.out_shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    alone = [J.rmatmat(y) for y in Y]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(J.rmatmat, Y))
+    assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))

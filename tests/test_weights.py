@@ -121,7 +121,7 @@ def test_blocks_answer_to_the_parts_of_fused_tensors(
 ) -> None:
     monkeypatch.setattr(weights, "TILE_ELEMENTS", 5 * 64)
     model, expected = open_model(tiny_file(case)), split(tiny_file(case))
-    block = model.weights.block(1, model.config.slices(1))
+    block = model.weights.block(1, model.config.slices)
     for name, tensor in expected.items():
         assert name in block
         if tensor.ndim == 1:
@@ -216,3 +216,16 @@ def test_a_sweep_never_holds_a_whole_matrix(monkeypatch: pytest.MonkeyPatch, tin
     J.rmatmat(torch.eye(64))
     assert model.weights._scratch.tile.numel() <= 256
     assert math.isclose(J.reconstruction_error, 0, abs_tol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["F64", "I8"])
+def test_types_that_hold_no_weights_are_refused(kind: str, tmp_path: Path, tiny_file: Callable[..., Path]) -> None:
+    data = bytearray(tiny_file("plain").read_bytes())
+    where = data.index(b"blk.0.ffn_up.weight") + len("blk.0.ffn_up.weight") + 4 + 2 * 8
+    ids = {type.name: type.id for type in TYPES.values()}
+    assert int.from_bytes(data[where : where + 4], "little") == ids["F32"]
+    data[where : where + 4] = ids[kind].to_bytes(4, "little")
+    path = tmp_path / "m.gguf"
+    path.write_bytes(bytes(data) + bytes(1 << 20))  # wider elements need more room
+    with pytest.raises((WeightError, GGUFError), match=rf"{kind} is not supported|overlap"):
+        open_model(path)

@@ -22,6 +22,7 @@ def info(model: Path | None, tensors: bool, tokenizer: bool, output_format: str)
     """
     from ggjac.config import ConfigError, ModelConfig
     from ggjac.demo import demo_path
+    from ggjac.ggml import holds_weights
     from ggjac.gguf import LazyArray, open_gguf, shown
 
     with open_gguf(model or demo_path()) as file:
@@ -30,6 +31,9 @@ def info(model: Path | None, tensors: bool, tokenizer: bool, output_format: str)
             ModelConfig.from_metadata(file.metadata, {name: t.shape for name, t in file.tensors.items()})
         except ConfigError as error:
             reason = str(error)
+        for tensor in file.tensors.values():
+            if reason is None and not holds_weights(tensor.type):
+                reason = f"tensor {shown(tensor.name)}: type {tensor.type.name} is not supported"
         kinds: dict[str, list[int]] = defaultdict(lambda: [0, 0, 0])
         for tensor in file.tensors.values():
             for i, amount in enumerate((1, tensor.elements, tensor.nbytes)):

@@ -12,10 +12,12 @@ from ggjac.cli.options import ModelOptions, model_options, output, output_format
 @position
 @output("Save `jacobian` [d, n, d], `x` [n, d], `y` [d], `offset` [d] and `ids` [n] to this safetensors file.")
 @output_format
-def jacobian(what: ModelOptions, position: int, output: Path | None, output_format: str) -> None:
+@click.pass_context
+def jacobian(ctx: click.Context, what: ModelOptions, position: int, output: Path | None, output_format: str) -> None:
     """Compute the dense detached Jacobian and what each position contributes.
 
-    The matrix is computed and written a chunk of rows at a time; it never exists whole in memory.
+    The matrix is computed and written a chunk of rows at a time; it never exists whole in memory. Exit code 3 if it
+    does not reproduce the output.
 
     \b
     ggjac jacobian -m model.gguf -p "The capital of France is" -o jacobian.safetensors
@@ -27,7 +29,9 @@ def jacobian(what: ModelOptions, position: int, output: Path | None, output_form
     data = sections.dense(session, output)
     if output_format == "json":
         render.emit_json(session.envelope() | {"jacobian": data})
-        return
-    session.show_tokens()
-    sections.show_dense(data)
-    session.show_saved(output)
+    else:
+        session.show_tokens()
+        sections.show_dense(data)
+        session.show_saved(output)
+    if sections.failed_checks(data):
+        ctx.exit(3)

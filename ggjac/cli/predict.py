@@ -27,11 +27,10 @@ def predict(
 
     if all_positions and not output:
         raise click.UsageError("--all-positions changes what is saved; name a file with -o")
-    session = Session(what, position=position, output=output)
+    session = Session(what, position=position, output=output, tapes=False)
     rows = sections.predictions(session, top)
     if output:
-        trace = session.trace
-        logits = trace.all_logits() if all_positions else trace.logits_at(session.position)
+        logits = session.trace.all_logits() if all_positions else session.trace.logits_at(session.position)
         save(session, output, {"logits": logits})
     if output_format == "json":
         render.emit_json(session.envelope() | {"predictions": rows})

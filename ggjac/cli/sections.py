@@ -16,9 +16,6 @@ from ggjac.analysis.stable_rank import stable_rank
 from ggjac.cli.render import line, numbers, table, width
 from ggjac.cli.session import Session, numpy
 
-# Reconstruction error within which a dtype's arithmetic is healthy.
-HEALTHY = {"float64": 1e-13, "float32": 1e-5, "bfloat16": 2e-2, "float16": 2e-2}
-
 
 def predictions(session: Session, top: int) -> list[dict[str, Any]]:
     """Return the most likely next tokens at the session's position."""
@@ -46,7 +43,8 @@ def run_parity(session: Session, *, strict: bool, layers: bool) -> parity.Parity
             session.ids,
             strict=strict,
             prompt=session.text,
-            trace=None if layers else session.trace,
+            # A trace chooses LongRoPE's factors by its prompt, llama.cpp by its context: then `verify` makes its own.
+            trace=None if layers or "rope_factors_long.weight" in session.model.weights else session.trace,
             threads=session.what.threads,
             progress=lambda step: update(step, next(steps), 3),
         )
@@ -113,7 +111,11 @@ def reconstruction(session: Session) -> dict[str, Any]:
     with session.report.stage("reconstruction") as update:
         session.jacobian.progress = lambda done, total: update("block", done, total)
         error = session.jacobian.reconstruction_error
-    limit = HEALTHY[session.what.dtype]
+    return _reconstruction(session, error)
+
+
+def _reconstruction(session: Session, error: float) -> dict[str, Any]:
+    limit = session.jacobian.reconstruction_limit
     return {
         "error": error,
         "limit": limit,
@@ -234,6 +236,7 @@ def attribution_data(session: Session, result: Attribution) -> dict[str, Any]:
     return {
         "target": {"id": result.target, "token": session.token(result.target)},
         "logit": result.logit,
+        "softcap": session.model.head.softcap or None,
         "shares": [
             {"position": i, "token": session.token(session.ids[i]), "share": float(share)}
             for i, share in enumerate(result.shares)
@@ -259,7 +262,8 @@ def show_attribution(data: dict[str, Any]) -> None:
     rows.append(("", "offset (biases)", f"{data['offset']:+.4f}", ""))
     rows.append(("", "sum", f"{data['logit'] - data['unexplained']:+.4f}", f"logit {data['logit']:.4f}"))
     token = data["target"]["token"]
-    table(f"Exact share of every input token in the logit of {token}", ["#position", "token", "#share", ""], rows)
+    cap = " before its soft cap" if data["softcap"] else ""
+    table(f"Exact share of every input token in the logit of {token}{cap}", ["#position", "token", "#share", ""], rows)
 
 
 def tensors(result: Spectrum) -> dict[str, torch.Tensor]:
@@ -300,8 +304,7 @@ def dense(session: Session, output: Path | None) -> dict[str, Any]:
                 writer.write(name, numpy(values))
     return {
         "shape": [d, n, d],
-        "reconstruction_error": result.reconstruction_error,
-        "offset_norm": float(J.offset.double().norm()),
+        "reconstruction": _reconstruction(session, result.reconstruction_error),
         "frobenius": float(result.frobenius.norm()),
         "positions": [
             {
@@ -322,7 +325,8 @@ def show_dense(data: dict[str, Any]) -> None:
     norms = (numbers([p[key] for p in positions]) for key in ("frobenius", "contribution_norm"))
     rows = zip((p["position"] for p in positions), (p["token"] for p in positions), *norms, strict=True)
     table(f"Dense detached Jacobian {' x '.join(map(str, data['shape']))}", columns, rows)
-    line(f"‖J‖_F = {data['frobenius']:.4g}; ‖Σ J_i x_i + offset - y‖/‖y‖ = {data['reconstruction_error']:.1e}")
+    line(f"‖J‖_F = {data['frobenius']:.4g}")
+    show_reconstruction(data["reconstruction"])
 
 
 def failed_checks(content: dict[str, Any]) -> list[str]:

@@ -23,15 +23,24 @@ from ggjac.tokenizer import bos_warning, visible
 class Session:
     """A model and a prompt, checked before any work starts."""
 
-    def __init__(self, what: ModelOptions, *, position: int = -1, rank: int | None = None, output: Path | None = None):
-        self.what = what
+    def __init__(
+        self,
+        what: ModelOptions,
+        *,
+        position: int = -1,
+        rank: int | None = None,
+        output: Path | None = None,
+        tapes: bool = True,
+    ):
+        self.what, self.tapes = what, tapes
         if output:
             runs.check_writable(output)
-            if what.model and output.exists() and output.samefile(what.model):
-                raise click.UsageError(f"--output {output} is the model itself; choose another name")
         self.report = Reporter(what.quiet)
         self.text = self._text(what)
         self.model: Model = open_model(what.model, device=_device(what.device), dtype=what.dtype, threads=what.threads)
+        for source in (*self.model.gguf.paths, what.file):
+            if output and source and output.exists() and output.samefile(source):
+                raise click.UsageError(f"--output {output} is an input of this command; choose another name")
         try:
             ids = (what.tokens or []) if self.text is None else self.model.tokenize(self.text)
             self.ids = self.model.check_prompt(ids)
@@ -50,7 +59,10 @@ class Session:
         """The forward pass; run when first needed."""
         with self.report.stage("trace") as update:
             return self.model.trace(
-                self.ids, mlp_path=self.what.mlp_path, progress=lambda done, total: update("block", done, total)
+                self.ids,
+                mlp_path=self.what.mlp_path,
+                tapes=self.tapes,
+                progress=lambda done, total: update("block", done, total),
             )
 
     @cached_property
@@ -174,8 +186,8 @@ def numpy(tensor: torch.Tensor) -> np.ndarray:
     return tensor.detach().cpu().numpy()
 
 
-def save(session: Session, output: Path, tensors: dict[str, torch.Tensor]) -> None:
-    """Write tensors and the prompt's `ids` to a safetensors file, with the provenance as its metadata."""
+def save(session: Session, output: Path, tensors: dict[str, torch.Tensor], **settings: Any) -> None:
+    """Write tensors and the prompt's `ids` to a safetensors file; its metadata hold the provenance and `settings`."""
     arrays = {name: numpy(tensor) for name, tensor in tensors.items()}
     ids = np.array(session.ids, np.int64)
-    runs.save_tensors(output, arrays | {"ids": ids}, {"ggjac": json.dumps(session.envelope())})
+    runs.save_tensors(output, arrays | {"ids": ids}, {"ggjac": json.dumps(session.envelope() | settings)})

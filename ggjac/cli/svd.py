@@ -46,7 +46,7 @@ def svd(
         "svd": sections.spectrum_data(session, result, seed, tol),
     }
     if output:
-        save(session, output, sections.tensors(result))
+        save(session, output, sections.tensors(result), rank=rank, seed=seed, tol=tol)
     if output_format == "json":
         render.emit_json(session.envelope() | content)
     else:
