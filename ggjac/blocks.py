@@ -228,7 +228,7 @@ class Recorded(NamedTuple, Generic[Tape]):
 
 def record_attention(w: BlockWeights, frame: Frame, layer: int, x: Float[Tensor, "n d"]) -> Recorded[AttentionTape]:
     """Freeze the attention branch at its input `x`."""
-    config, sizes = frame.config, frame.config.layers[layer]
+    config, own = frame.config, frame.config.layers[layer]
     norm_in = record_norm(w, config, config.row.norms.attention_in, x)
     h = x if norm_in is None else norm_in.apply(x)
     q, k = (_apply(_linear(w, stem, len(x)), h) for stem in ("attn_q", "attn_k"))
@@ -237,8 +237,8 @@ def record_attention(w: BlockWeights, frame: Frame, layer: int, x: Float[Tensor,
     q, k = q.unflatten(1, (config.head_count, -1)), k.unflatten(1, (config.head_count_kv, -1))
     if config.row.qk_norm == "head":
         q, k = _rms_norm(w, "attn_q_norm", config, q), _rms_norm(w, "attn_k_norm", config, k)
-    if sizes.rope:
-        q, k = (rotate(part, sizes.rope, *frame.rotations[sizes.rope]) for part in (q, k))
+    if own.rope:
+        q, k = (rotate(part, own.rope, *frame.rotations[own.rope]) for part in (q, k))
     if config.temperature_scale:
         # Llama 4's and Ministral 3's: queries grow with the logarithm of their position, in original contexts.
         periods = torch.arange(len(x), dtype=torch.float64).div(config.original_context, rounding_mode="floor")
@@ -248,7 +248,7 @@ def record_attention(w: BlockWeights, frame: Frame, layer: int, x: Float[Tensor,
         k,
         config.attention_scale,
         softcap=config.attention_softcap,
-        window=sizes.window,
+        window=own.window,
         sinks=w.vector("attn_sinks.weight") if "attn_sinks.weight" in w else None,
     )
     tape = AttentionTape(norm_in, pattern, None)
@@ -379,11 +379,7 @@ def frozen_norm(
     centred = config.row.norm == "layer"
     if centred:
         wide = wide - wide.mean(-1, keepdim=True)
-    mean = wide.square().mean(-1, keepdim=True)
-    if not mean.isfinite().all():
-        raise NumericsError(f"activations overflow {x.dtype} in a norm; try a wider --dtype, or is the file damaged?")
-    scale = torch.rsqrt(mean + config.norm_epsilon)
-    return NormTape((scale * weight.to(wide)).to(x.dtype), centred, bias)
+    return NormTape((_inverse_rms(wide, config) * weight.to(wide)).to(x.dtype), centred, bias)
 
 
 def attention_pattern(
@@ -489,5 +485,12 @@ def _apply(operator: LinearOperator, x: Float[Tensor, "n d"]) -> Float[Tensor, "
 def _rms_norm(w: BlockWeights, name: str, config: ModelConfig, x: Float[Tensor, "*n s"]) -> Float[Tensor, "*n s"]:
     """Return queries or keys normed over the last axis; all of it is frozen, so no tape is kept."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + config.norm_epsilon)
-    return (wide * scale * w.vector(f"{name}.weight").to(wide)).to(x.dtype)
+    return (wide * _inverse_rms(wide, config) * w.vector(f"{name}.weight").to(wide)).to(x.dtype)
+
+
+def _inverse_rms(x: Float[Tensor, "*n s"], config: ModelConfig) -> Float[Tensor, "*n 1"]:
+    """Return `1 / sqrt(mean(x²) + epsilon)` over the last axis."""
+    mean = x.square().mean(-1, keepdim=True)
+    if not mean.isfinite().all():
+        raise NumericsError(f"activations overflow {x.dtype} in a norm; try a wider --dtype, or is the file damaged?")
+    return torch.rsqrt(mean + config.norm_epsilon)
