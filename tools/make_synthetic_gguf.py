@@ -44,6 +44,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cache
+from itertools import cycle
 from pathlib import Path
 from typing import NamedTuple
 
@@ -54,7 +55,7 @@ from gguf import GGMLQuantizationType as Type
 
 PIECE = 256  # weights that stay together: the super-block of the K-quants
 LIVE_WEIGHTS, FROZEN_WEIGHTS, POOL_BYTES = 1 << 24, 1 << 22, 1 << 25  # of one pool, at most
-TILE_BYTES = 1 << 24  # written at once
+TILE_BYTES = 1 << 20  # written at once: with 4 MiB the kernel took several times longer
 ROOM = 64 << 20  # bytes to leave free on the disk
 
 # The amplified directions: how many, by how much the first (times d^(1/4), see `amplification`), and how they fall.
@@ -349,30 +350,36 @@ def order(random: np.random.Generator, length: int, of: int) -> np.ndarray:
     return np.concatenate([random.permutation(of) for _ in range(-(-length // of))])[:length]
 
 
-def tiles(tensor: Tensor, pools: Pools) -> Iterator[np.ndarray]:
-    """Yield the bytes of a tensor in order, uint8."""
+def tiles(tensor: Tensor, pools: Pools, buffers: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
+    """Yield the bytes of a tensor in order, uint8, in one buffer after the other."""
     random = generator(pools.seed, tensor.name)
     if not isinstance(tensor.source, Source):
         yield tensor.source(random).reshape(-1).view(np.uint8)
         return
     pool = pools(tensor.source, tensor.type)
-    pieces = tensor.shape[-1] // PIECE
-    height = pool.shape[0]
+    height, pieces = len(pool), tensor.shape[-1] // PIECE
     step = max(1, TILE_BYTES // tensor.row_bytes)  # rows
+
+    def take(source: np.ndarray, chosen: np.ndarray, rows: int, axis: int | None) -> np.ndarray:
+        data = next(buffers)[: rows * tensor.row_bytes]
+        # All indices are good; "raise" would go through a copy to find out first.
+        np.take(source, chosen, axis=axis, out=data.view(pool.dtype).reshape(rows, pieces), mode="clip")
+        return data
+
     if tensor.source.kind == "write":
         for _expert in range(tensor.rows // height):
             columns = order(random, pieces, pool.shape[1])
             for a in range(0, height, step):
-                yield np.take(pool[a : a + step], columns, axis=1).view(np.uint8)
+                yield take(pool[a : a + step], columns, min(step, height - a), 1)
         return
-    rows = order(random, tensor.rows, height)
+    rows = order(random, tensor.rows, height)  # not used for "mixed"
     for a in range(0, tensor.rows, step):
+        count = min(step, tensor.rows - a)
         if tensor.source.kind == "read":
-            yield np.take(pool, rows[a : a + step], axis=0).view(np.uint8)
+            yield take(pool, rows[a : a + count], count, 0)
         else:
-            count = min(step, tensor.rows - a)
             chosen = random.integers(0, height, (count, pieces)) * pieces + np.arange(pieces)
-            yield np.take(pool.reshape(-1), chosen).view(np.uint8)
+            yield take(pool, chosen, count, None)
 
 
 # --- the file -----------------------------------------------------------------------------------------------------
@@ -473,8 +480,10 @@ def write(
         with partial.open("ab", buffering=0) as file, ThreadPoolExecutor(1) as thread:
             file.write(bytes(padding(start)))
             done, total = file.tell(), total + start + padding(start)
-            parts = ((tensor, tile) for tensor in listed for tile in padded(tensor, pools))
-            # The next tile is put together while this one is written.
+            # The next tile is put together while this one is written: in the other of two buffers, as fresh memory for
+            # each would cost as much as the copy into it.
+            buffers = cycle([np.empty(TILE_BYTES, np.uint8) for _ in range(2)])
+            parts = ((tensor, tile) for tensor in listed for tile in padded(tensor, pools, buffers))
             coming = thread.submit(next, parts, None)
             while (part := coming.result()) is not None:
                 coming = thread.submit(next, parts, None)
@@ -491,9 +500,9 @@ def write(
     return done
 
 
-def padded(tensor: Tensor, pools: Pools) -> Iterator[np.ndarray]:
+def padded(tensor: Tensor, pools: Pools, buffers: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
     """Yield the tiles of a tensor, and what aligns the next one."""
-    yield from tiles(tensor, pools)
+    yield from tiles(tensor, pools, buffers)
     if missing := padding(tensor.nbytes):
         yield np.zeros(missing, np.uint8)
 
