@@ -28,7 +28,8 @@ What is not:
 - weights are Gaussian plus low rank, without outlier channels or massive activations; rows repeat within a wide
   tensor, and as all layers draw from one pool, the Jacobian minus the identity has a rank of a few thousand at most;
 - the large directions do not feed one another from layer to layer, as those of a trained model may: a Jacobian grows
-  with depth by addition. A router spreads the tokens evenly over its experts.
+  with depth by addition. A router spreads the tokens evenly over its experts;
+- with a tied head the logits are several times too large (some 14 for 2048 dimensions, in place of 2).
 
 The same options, seed and versions of numpy and llama.cpp give the same bytes.
 """
