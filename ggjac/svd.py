@@ -61,7 +61,7 @@ def svd(
             triplets have zero singular values and orthonormal vectors.
         tol: relative residual asked of every triplet.
         max_sweeps: stop after so many products with A or its transpose.
-        block: stacked vectors per sweep; default `rank` plus 8, and at least twice `rank` up to 16.
+        block: stacked vectors per sweep; default `rank` plus 8, and three times `rank` up to 24.
         seed: of the random start; the same seed gives the same digits on the same machine.
         progress: called after each sweep with the sweep count and the worst relative residual known so far.
 
@@ -81,7 +81,7 @@ def svd(
         raise ValueError(f"max_sweeps {max_sweeps} is out of range: triplets and their residuals take at least 2")
     if block is not None and block < rank:
         raise ValueError(f"block {block} is out of range: it must hold the {rank} triplets asked for")
-    width = min(block or max(rank + 8, min(2 * rank, 16)), sizes[0])
+    width = min(block or max(rank + 8, min(3 * rank, 24)), sizes[0])
 
     work = torch.promote_types(A.dtype, torch.float32)
     eps = torch.finfo(A.dtype).eps
