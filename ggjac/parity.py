@@ -4,29 +4,32 @@ Two modes. *As is*: llama.cpp runs the file itself; on a quantized file it round
 product, so only the prediction is judged (same top token, or a near tie). *Strict*: llama.cpp first rewrites the file
 as F32 (it dequantizes exactly); then logits and every layer must agree to 1e-5, ours still computed from the original.
 
-llama.cpp is set to what rounds least: CPU, F32 cache, no flash attention, one batch with every token an output, and
-its parameter defaults otherwise: they mean "from the file" (the high-level `llama_cpp.Llama` overrides YaRN's).
+llama.cpp runs in a process of its own (`ggjac.llamacpp`): some files make it end the process it runs in.
 """
 
-import ctypes
 import math
 import os
-import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .gguf import open_gguf, shown
-from .tokenizer import captured_log, import_llama_cpp, quoted_log, tokenize
+from ggjac import llamacpp
+from ggjac.gguf import open_gguf, shown
+from ggjac.tokenizer import visible
+
+if TYPE_CHECKING:
+    from ggjac.model import Model, Trace
+else:  # at run time, whatever answers as they do
+    Model = Trace = Any
 
 # The margin rule: llama.cpp's top token must be ours, or our second within this many logits (design: promise 2).
 MARGIN_RANK, MARGIN_LOGITS = 2, 0.25
@@ -47,7 +50,7 @@ class ParityError(ValueError):
 
 
 class NoRoomError(ParityError):
-    """The copy for a strict check does not fit on the disk."""
+    """Memory or disk is too small for the check."""
 
     will_not_fit = True  # the command line's exit code 4
 
@@ -84,7 +87,6 @@ class Parity:
     top1: int  # llama.cpp's top token at the last position
     rank: int  # of that token in our logits, from 1
     gap: float  # our top logit less our logit of that token
-    top1_share: float  # of the positions at which both have the same top token
     kl: float  # KL(llama.cpp ‖ ours) in nats, mean over positions
     kl_last: float  # ... at the last position
     logits_error: float  # relative L2 over all positions
@@ -95,13 +97,13 @@ class Parity:
 
 
 def verify(
-    model: Any,
+    model: Model,
     ids: Sequence[int],
     *,
     strict: bool = False,
     tolerance: float | None = None,
     prompt: str | None = None,
-    trace: Any = None,
+    trace: Trace | None = None,
     threads: int | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> Parity:
@@ -254,13 +256,12 @@ def _compare_logits(ours: Tensor, theirs: Tensor) -> dict[str, Any]:
     if ours.shape != theirs.shape:
         raise ParityError(f"our logits have shape {list(ours.shape)}, llama.cpp's {list(theirs.shape)}")
     squared = scale = 0.0
-    divergence, same = [], []
+    divergence = []
     for mine, other in zip(ours, theirs, strict=True):  # row by row: float64 copies of [n, v] can be gigabytes
         p, q = (row.detach().to("cpu", torch.float64) for row in (mine, other))
         squared, scale = squared + float((p - q).square().sum()), scale + float(q.square().sum())
         log_p, log_q = p.log_softmax(0), q.log_softmax(0)
         divergence.append(float((log_q.exp() * (log_q - log_p)).sum()))
-        same.append(bool(p[q.argmax()] == p.max()))
     # The last position, which is the prediction.
     top = int(q.argmax())
     finite = _finite(p) and _finite(q)
@@ -270,7 +271,6 @@ def _compare_logits(ours: Tensor, theirs: Tensor) -> dict[str, Any]:
         "top1": top,
         "rank": rank,
         "gap": float(p.max() - p[top]) if finite else math.nan,
-        "top1_share": sum(same) / len(same),
         "kl": sum(divergence) / len(divergence),
         "kl_last": divergence[-1],
         "logits_error": 0.0 if squared == 0 else math.sqrt(squared / scale) if scale else math.inf,
@@ -323,65 +323,32 @@ def run_llama_cpp(
     `path` is the file, or the first shard of a split one; weights stay mapped. `names` are llama.cpp's, without the
     layer number; a name that occurs several times in the graph gives its last value.
 
+    The results pass through a temporary folder: 4 bytes for every logit, and for every element of the tensors.
+
     Raises:
-        ParityError: llama.cpp is missing, cannot load or evaluate the file, or does not have a token id.
+        ParityError: llama.cpp is missing, cannot load or evaluate the file, ends while it tries to, or does not have a
+            token id.
     """
-    llama = _llama()
-    n = len(ids)
-    if not n:
+    if not len(ids):
         raise ParityError("there are no token ids to evaluate; give at least one")
-    threads = threads or _cpus()
-    capture = _Capture(llama, names) if layers else None
-    with ExitStack() as stack:
-        log = stack.enter_context(captured_log(llama))
-        llama.llama_backend_init()
-        params = llama.llama_model_default_params()
-        # No GPU: CUDA rounds products to TF32. No repacking: it copies the weights, which then no longer fit beside a
-        # big file, and some shapes crash it (0.3.36: Q8_0 with 96 rows).
-        _set(params, n_gpu_layers=0, use_extra_bufts=False)
-        model = llama.llama_model_load_from_file(os.fsencode(path), params)
-        if not model:
-            raise ParityError(_load_failure(path, quoted_log(log)))
-        stack.callback(llama.llama_model_free, model)
-
-        vocab = llama.llama_model_get_vocab(model)
-        v = llama.llama_vocab_n_tokens(vocab)
-        if bad := [id for id in ids if not 0 <= id < v]:
-            raise ParityError(f"token id {bad[0]} is not in llama.cpp's vocabulary of {v}; give ids from 0 to {v - 1}")
-        prompt_ids = None
-        if prompt is not None and llama.llama_vocab_type(vocab) != llama.LLAMA_VOCAB_TYPE_NONE:
-            prompt_ids = tokenize(llama, vocab, prompt.encode("utf-8"), add_special=True, parse_special=True)
-
-        params = llama.llama_context_default_params()
-        _set(
-            params, n_ctx=n, n_batch=n, n_ubatch=n, n_seq_max=1, n_threads=threads, n_threads_batch=threads,
-            type_k=llama.GGML_TYPE_F32, type_v=llama.GGML_TYPE_F32,
-            flash_attn_type=llama.LLAMA_FLASH_ATTN_TYPE_DISABLED,  # it computes in F16
-            offload_kqv=False, op_offload=False, embeddings=False,
-        )  # fmt: skip
-        if capture is not None:
-            params.cb_eval = capture.callback
-        context = llama.llama_init_from_model(model, params)
-        if not context:
-            raise ParityError(f"llama.cpp cannot prepare {n} tokens of {_name(path)}: {quoted_log(log)}")
-        stack.callback(llama.llama_free, context)
-
-        batch = llama.llama_batch_init(n, 0, 1)
-        stack.callback(llama.llama_batch_free, batch)
-        batch.n_tokens = n
-        for i, id in enumerate(ids):
-            batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.logits[i] = int(id), i, 1, 1
-            batch.seq_id[i][0] = 0
-        failed = llama.llama_decode(context, batch)
-        if capture is not None and capture.error is not None:
-            raise capture.error
-        if failed:
-            raise ParityError(f"llama.cpp cannot evaluate {n} tokens of {_name(path)} ({failed}): {quoted_log(log)}")
-        pointer = llama.llama_get_logits(context)
-        if not pointer:
-            raise ParityError(f"llama.cpp returned no logits for {_name(path)}: {quoted_log(log)}")
-        logits = torch.from_numpy(np.ctypeslib.as_array(pointer, (n, v)).copy())
-    return Reference(logits, {} if capture is None else capture.tensors, prompt_ids)
+    with (
+        _llama_cpp(f"while it loaded {_name(path)} and evaluated {len(ids)} tokens") as child,
+        tempfile.TemporaryDirectory(prefix="ggjac-") as folder,
+    ):
+        reply = child.ask(
+            "evaluate",
+            path=os.fsdecode(path),
+            ids=[int(id) for id in ids],
+            names=list(names) if layers else [],
+            prompt=prompt,
+            threads=threads or _cpus(),
+            folder=folder,
+        )
+        tensors = {
+            name: torch.from_numpy(np.load(Path(folder) / f"{i}.npy", allow_pickle=False))
+            for i, name in enumerate(reply["names"])
+        }
+    return Reference(tensors.pop("logits"), tensors, reply["prompt_ids"])
 
 
 def rewrite_as_f32(path: str | os.PathLike[str], folder: str | os.PathLike[str], *, threads: int | None = None) -> Path:
@@ -390,9 +357,8 @@ def rewrite_as_f32(path: str | os.PathLike[str], folder: str | os.PathLike[str],
     Takes 4 bytes per weight of disk. Call it with a temporary folder.
 
     Raises:
-        ParityError: not enough free disk, or llama.cpp cannot read or write.
+        ParityError: not enough free disk, or llama.cpp is missing, cannot read or write, or ends while it tries to.
     """
-    llama = _llama()
     with open_gguf(path) as file:
         source = file.paths[0]
         elements = sum(info.elements for info in file.tensors.values())
@@ -406,112 +372,32 @@ def rewrite_as_f32(path: str | os.PathLike[str], folder: str | os.PathLike[str],
             f"{free / 1e9:.1f} GB free; make room, set TMPDIR to another disk, or check without --strict"
         )
     target = Path(folder) / "f32.gguf"
-    params = llama.llama_model_quantize_default_params()
-    _set(params, ftype=llama.LLAMA_FTYPE_ALL_F32, allow_requantize=True, nthread=threads or _cpus())
-    if hasattr(params, "max_buf_size"):
-        params.max_buf_size = 256 << 20  # the default is 8 GiB
-    with captured_log(llama) as log:
-        failed = llama.llama_model_quantize(os.fsencode(source), os.fsencode(target), ctypes.byref(params))
-    if failed:
+    try:
+        with _llama_cpp(f"while it rewrote {_name(path)} as F32") as child:
+            child.ask("rewrite", source=os.fsdecode(source), target=os.fsdecode(target), threads=threads or _cpus())
+    except BaseException:
         target.unlink(missing_ok=True)
-        raise ParityError(f"llama.cpp cannot rewrite {_name(path)} as F32 in {_name(folder)}: {quoted_log(log)}")
+        raise
     return target
 
 
-class _TensorHead(ctypes.Structure):
-    """The head of `struct ggml_tensor` (ggml.h); `_Capture` checks it against ggml's own functions."""
-
-    _fields_ = (
-        ("type", ctypes.c_int),
-        ("buffer", ctypes.c_void_p),
-        ("ne", ctypes.c_int64 * 4),  # elements per axis, the contiguous one first
-        ("nb", ctypes.c_size_t * 4),  # bytes per step on each axis
-    )
-
-
-class _Capture:
-    """Copy named tensors while llama.cpp computes: its buffers are reused by later nodes of the graph."""
-
-    def __init__(self, llama: Any, names: Sequence[str]) -> None:
-        self.tensors: dict[str, Tensor] = {}
-        self.error: BaseException | None = None  # ctypes would swallow it
-        self.callback = llama.ggml_backend_sched_eval_callback(self._call)
-        self._wanted = re.compile(rf"(?:{'|'.join(map(re.escape, names))})(?:-\d+)?")
-        self._float32 = llama.GGML_TYPE_F32
-        self._ggml = _libggml(llama)
-
-    def _call(self, tensor: int, ask: bool, _: int | None) -> bool:
-        """Say which nodes are wanted (`ask`), then take them; False after `ask` ends the computation."""
-        if self.error is not None:
-            return ask
-        try:
-            name = self._ggml.ggml_get_name(tensor).decode("utf-8", errors="replace")
-            if not self._wanted.fullmatch(name):
-                return not ask
-            if not ask:
-                self.tensors[name] = self._copy(tensor, name)  # a name's last occurrence is its final value
-        except BaseException as error:  # KeyboardInterrupt too: raised again after llama_decode
-            self.error = error
-            return ask
-        return True
-
-    def _copy(self, tensor: int, name: str) -> Tensor:
-        head = _TensorHead.from_address(tensor)
-        shape, strides = tuple(head.ne)[::-1], tuple(head.nb)[::-1]
-        nbytes = self._ggml.ggml_nbytes(tensor)
-        # For single-element blocks ggml_nbytes is the distance from the first byte to the last.
-        extent = 4 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
-        if math.prod(shape) != self._ggml.ggml_nelements(tensor) or nbytes != extent or head.type != self._float32:
-            raise ParityError(
-                f"{name}: llama.cpp's tensors are not laid out as ggjac expects (type {head.type}, sizes {shape}, "
-                f"{nbytes} bytes); install a llama-cpp-python that ggjac was tested with"
+@contextmanager
+def _llama_cpp(task: str) -> Iterator[llamacpp.Child]:
+    """Start llama.cpp in a process of its own and turn what goes wrong there into a `ParityError`."""
+    if why := llamacpp.missing():
+        raise ParityError(f"parity needs llama.cpp: {why}, or skip the check with --no-verify")
+    try:
+        with llamacpp.Child() as child:
+            yield child
+    except llamacpp.LlamaCppError as error:
+        message = visible(str(error).encode("utf-8", errors="surrogateescape"))
+        if isinstance(error, llamacpp.LlamaCppDied):
+            likely = "too little memory" if error.will_not_fit else "a tensor's type or size that it does not support"
+            message = (
+                f"llama.cpp itself ended {task}, most likely because of {likely} ({message}); "
+                "skip the check with --no-verify"
             )
-        data = np.empty(nbytes, np.uint8)
-        self._ggml.ggml_backend_tensor_get(tensor, data.ctypes.data, 0, nbytes)
-        view = np.ndarray(shape, np.float32, buffer=data, strides=strides)
-        return torch.from_numpy(np.ascontiguousarray(view).reshape(-1, shape[-1]))
-
-
-def _libggml(llama: Any) -> Any:
-    """Return the tensor library that this llama.cpp uses, with the functions a capture needs declared."""
-    try:
-        # Through libllama's own handle, which also finds its dependencies: another copy of libggml would do harm.
-        library = ctypes.CDLL(llama._lib._name, handle=llama._lib._handle)
-        for name, result, arguments in (
-            ("ggml_get_name", ctypes.c_char_p, [ctypes.c_void_p]),
-            ("ggml_nelements", ctypes.c_int64, [ctypes.c_void_p]),
-            ("ggml_nbytes", ctypes.c_size_t, [ctypes.c_void_p]),
-            ("ggml_backend_tensor_get", None, [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t]),
-        ):
-            function = getattr(library, name)
-            function.restype, function.argtypes = result, arguments
-    except AttributeError as error:
-        raise ParityError(f"llama-cpp-python lacks what the layer check needs ({error}); update it") from None
-    return library
-
-
-def _llama() -> Any:
-    try:
-        return import_llama_cpp()
-    except ImportError as error:
-        raise ParityError(f"parity needs llama.cpp: {error}, or skip the check with --no-verify") from None
-
-
-def _set(params: Any, **values: Any) -> None:
-    """Set fields of a parameter struct; ctypes alone would accept a name that the struct does not have."""
-    for name, value in values.items():
-        if not hasattr(params, name):
-            raise ParityError(f"this llama-cpp-python has no parameter {name}; update it, or skip with --no-verify")
-        setattr(params, name, value)
-
-
-def _load_failure(path: str | os.PathLike[str], log: str) -> str:
-    if "unknown model architecture" in log:
-        return (
-            f"this llama.cpp does not know the architecture of {_name(path)} ({log}); update llama-cpp-python, or skip "
-            "the check with --no-verify"
-        )
-    return f"llama.cpp cannot load {_name(path)}: {log}; skip the check with --no-verify"
+        raise (NoRoomError if error.will_not_fit else ParityError)(message) from None
 
 
 def _cpus() -> int:

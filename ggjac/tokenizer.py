@@ -1,27 +1,29 @@
 """Text to token ids and back, through llama.cpp's own vocabulary: equal to llama.cpp's by construction.
 
-`open_tokenizer` loads nothing; the vocabulary is read (llama.cpp's `vocab_only`) when it is first asked something.
-Where llama.cpp cannot help (llama-cpp-python is not installed, or `tokenizer.ggml.model` is `none`) a `RawVocabulary`
-still tells the bytes of a token from the strings in the file, and refuses text with a message that says what to do.
-
-llama.cpp ends the whole process on input it does not expect (an id beyond the vocabulary, a character a SentencePiece
-vocabulary can spell neither as a token nor as bytes), so everything is checked here before it is passed on.
+`open_tokenizer` loads nothing. The bytes of a token are told from the strings in the file (`RawVocabulary`); what needs
+the vocabulary's algorithm or rules, tokenizing above all, is asked of llama.cpp (its `vocab_only`), in a process of its
+own: it ends the process it runs in on much that it does not expect, repeated tokens or a character that a SentencePiece
+vocabulary can spell neither as a token nor as bytes. Where llama.cpp cannot help (llama-cpp-python is not installed, or
+`tokenizer.ggml.model` is `none`) text is refused with a message that says what to do.
 """
 
 from __future__ import annotations
 
-import ctypes
 import os
 import threading
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from functools import cache, cached_property
 from typing import Any
 
+from ggjac import llamacpp
+
 # tokenizer.ggml.model values that name no tokenizer (llama-vocab.cpp, llama_vocab::impl::load).
 NO_TOKENIZER = (None, "", "none", "no_vocab")
+
+# More than any vocabulary has; llama.cpp takes some hundred bytes for each token.
+MAX_TOKENS = 1 << 22
 
 # tokenizer.ggml.token_type (llama.h, enum llama_token_type).
 _NORMAL, _UNUSED, _BYTE = 1, 5, 6
@@ -70,27 +72,44 @@ class Tokenizer(ABC):
         return b"".join(map(self.piece, ids)).decode("utf-8", errors="replace")
 
 
-def open_tokenizer(
-    path: str | os.PathLike[str],
-    *,
-    tokens: Sequence[str] | None,
-    model: str | None,
-    types: Sequence[int] | None = None,
-) -> Tokenizer:
+def open_tokenizer(path: str | os.PathLike[str], *, tokens: Any, model: Any, types: Any = None) -> Tokenizer:
     """Return the vocabulary of a GGUF file; it is loaded when first used.
 
     `path` is the file, or the first shard of a split one; `tokens`, `model` and `types` are its metadata
-    `tokenizer.ggml.tokens`, `.model` and `.token_type` (the last only makes the strings of odd tokens exact
-    where llama.cpp is missing).
+    `tokenizer.ggml.tokens`, `.model` and `.token_type` as they are: strangers may have stored anything there. The types
+    make the bytes of odd tokens exact.
     """
-    if model in NO_TOKENIZER:
-        reason = f"{_name(path)} holds no tokenizer (tokenizer.ggml.model is {model or 'absent'})"
-        return RawVocabulary(tokens, model, types, reason=f"{reason}; give token ids instead, as in --tokens 1,2,3")
-    try:
-        llama = import_llama_cpp()
-    except ImportError as error:
-        return RawVocabulary(tokens, model, types, reason=f"{error}, or give token ids, as in --tokens 1,2,3")
-    return LlamaVocabulary(llama, path, RawVocabulary(tokens, model, types, reason=""))
+    instead = "give token ids instead, as in --tokens 1,2,3"
+    flaw = None
+    if model in NO_TOKENIZER or not isinstance(model, str):
+        flaw = f"tokenizer.ggml.model is {model if isinstance(model, str) else _kind(model)}"
+    elif not _is_array(tokens, str):
+        flaw = f"tokenizer.ggml.tokens is {_kind(tokens)}"
+    elif len(tokens) > MAX_TOKENS:
+        flaw = f"tokenizer.ggml.tokens has {len(tokens)} entries, of {MAX_TOKENS} at most"
+    tokens = tokens if _is_array(tokens, str) else ()
+    types = types if _is_array(types, int) and len(types) == len(tokens) else None
+    model = model if isinstance(model, str) else None
+    if flaw is not None:
+        return RawVocabulary(tokens, model, types, reason=f"{_name(path)} holds no tokenizer ({flaw}); {instead}")
+    if why := llamacpp.missing():
+        return RawVocabulary(tokens, model, types, reason=f"{why}, or give token ids, as in --tokens 1,2,3")
+    return LlamaVocabulary(path, RawVocabulary(tokens, model, types, reason=""))
+
+
+def _is_array(value: Any, kind: type) -> bool:
+    """Tell whether a metadata value is an array, not empty, of strings (`str`) or integers (`int`)."""
+    if not isinstance(value, Sequence) or isinstance(value, str | bytes) or not len(value):
+        return False
+    return isinstance(value[0], kind) and not isinstance(value[0], bool)  # a file's arrays are of one type
+
+
+def _kind(value: Any) -> str:
+    if value is None:
+        return "absent"
+    if isinstance(value, Sequence) and not isinstance(value, str | bytes):
+        return f"an array of {type(value[0]).__name__}" if len(value) else "empty"
+    return f"of type {type(value).__name__}"
 
 
 class RawVocabulary(Tokenizer):
@@ -145,37 +164,35 @@ class RawVocabulary(Tokenizer):
 
 
 class LlamaVocabulary(Tokenizer):
-    """llama.cpp's own vocabulary of a file."""
+    """llama.cpp's own vocabulary of a file, in a process that lives as long as this object, once it was needed."""
 
-    def __init__(self, llama: Any, path: str | os.PathLike[str], raw: RawVocabulary):
+    def __init__(self, path: str | os.PathLike[str], raw: RawVocabulary):
         self.path = os.fspath(path)
-        self._llama = llama
         self._raw = raw
-        self._pointer: Any = None
+        self._child: llamacpp.Child | None = None
+        self._rules: dict[str, Any] = {}  # what the child told of the vocabulary
         self._failure: str | None = None
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
 
     @property
     def n_vocab(self) -> int:
         """Return the number of tokens that have a string."""
-        return len(self._raw.tokens) or self._llama.llama_vocab_n_tokens(self._vocab())
+        return self._raw.n_vocab
 
     @property
     def bos_id(self) -> int | None:
         """Return the id of the begin-of-sequence token; None when there is none or the vocabulary cannot be read."""
-        if not self._readable():
-            return None
-        id = int(self._llama.llama_vocab_bos(self._vocab()))
+        id = self._rules["bos"] if self._readable() else -1
         return id if 0 <= id < self.n_vocab else None
 
     @property
     def adds_bos(self) -> bool:
         """Tell whether the vocabulary wants every prompt to begin with BOS."""
-        return self._readable() and bool(self._llama.llama_vocab_get_add_bos(self._vocab()))
+        return self._readable() and self._rules["add_bos"]
 
     def encode(self, text: str, *, add_special: bool = True, parse_special: bool = True) -> list[int]:
         """Turn text into ids as llama.cpp does; see `Tokenizer.encode`."""
-        vocab = self._vocab()
+        self._load()
         try:
             data = text.encode("utf-8")
         except UnicodeEncodeError as error:
@@ -183,13 +200,13 @@ class LlamaVocabulary(Tokenizer):
                 f"the text is not valid Unicode at character {error.start}; save it as UTF-8, or give token ids, "
                 "as in --tokens 1,2,3"
             ) from None
-        self._refuse_unspellable(vocab, text)
-        ids = tokenize(self._llama, vocab, data, add_special=add_special, parse_special=parse_special)
+        self._refuse_unspellable(text)
+        ids = self._ask("tokenize", text=text, add_special=add_special, parse_special=parse_special)
         if bad := [id for id in ids if not 0 <= id < self.n_vocab]:
             raise TokenizerError(
                 f"{_name(self.path)}: the vocabulary gives the text id {bad[0]}, beyond its {self.n_vocab}"
             )
-        if self._missing_bytes and self._is_bpe(vocab):
+        if self._rules["type"] == "bpe" and self._missing_bytes:
             self._refuse_dropped(ids, data)
         return ids
 
@@ -201,77 +218,73 @@ class LlamaVocabulary(Tokenizer):
         ids = list(ids)
         if not self._readable():
             return super().decode(ids)
-        llama, vocab = self._llama, self._vocab()
-        if self.adds_bos and ids[:1] == [self.bos_id]:
+        if self._rules["add_bos"] and ids[:1] == [self._rules["bos"]]:
             del ids[0]
-        if llama.llama_vocab_get_add_eos(vocab) and ids[-1:] == [llama.llama_vocab_eos(vocab)]:
+        if self._rules["add_eos"] and ids[-1:] == [self._rules["eos"]]:
             del ids[-1]
         pieces = [self.piece(id) for id in ids]
         # Whether a space was put first, only llama_detokenize knows; not used on the whole prompt, for it also
         # "cleans up" (" ." becomes "."), nor with its remove_special, for then it keeps that space.
-        if ids and 0 <= ids[0] < self.n_vocab and llama.llama_vocab_type(vocab) == llama.LLAMA_VOCAB_TYPE_SPM:
-            first = (ctypes.c_int32 * 1)(ids[0])
-            pieces[0] = _filled(lambda buffer, size: llama.llama_detokenize(vocab, first, 1, buffer, size, False, True))
+        if pieces and pieces[0].startswith(b" ") and self._rules["type"] == "spm":
+            pieces[0] = bytes.fromhex(self._ask("first_piece", id=ids[0]))
         return b"".join(pieces).decode("utf-8", errors="replace")
 
     def piece(self, id: int) -> bytes:
         """Return the bytes a token stands for; special tokens give their name, ids without a string `[id]`."""
-        if not self._readable() or not 0 <= id < self.n_vocab:
-            return self._raw.piece(id)
-        vocab = self._vocab()
-        return _filled(lambda buffer, size: self._llama.llama_token_to_piece(vocab, id, buffer, size, 0, True))
+        return self._raw.piece(id)
 
     def _readable(self) -> bool:
         try:
-            self._vocab()
+            self._load()
         except TokenizerError:
             return False
         return True
 
-    def _vocab(self) -> Any:
-        """Return llama.cpp's vocabulary, loading it the first time (0.5 s for 128 k tokens)."""
+    def _load(self) -> None:
+        """Start llama.cpp and let it read the vocabulary, if it has not (0.1 s, and 0.5 s for 128 k tokens)."""
         with self._lock:
-            if self._pointer is None and self._failure is None:
-                try:
-                    self._pointer = self._load()
-                except TokenizerError as error:
-                    self._failure = str(error)
-        if self._failure is not None:
-            raise TokenizerError(self._failure)
-        return self._pointer
+            if self._failure is not None:
+                raise TokenizerError(self._failure)
+            if self._child is not None and self._child.pid == os.getpid() and not self._child.closed:
+                return
+            try:
+                child = llamacpp.Child()
+                weakref.finalize(self, child.close)
+                self._rules = child.ask("vocabulary", path=os.fsdecode(self.path))
+            except llamacpp.LlamaCppError as error:
+                self._failure = self._message("cannot read the vocabulary of", error)
+                raise TokenizerError(self._failure) from None
+            if self._rules["n_tokens"] < self.n_vocab:
+                self._failure = f"llama.cpp reads fewer tokens from {_name(self.path)} than its metadata lists"
+                raise TokenizerError(self._failure)
+            self._child = child
 
-    def _load(self) -> Any:
-        llama = self._llama
-        with captured_log(llama) as log:
-            llama.llama_backend_init()
-            params = llama.llama_model_default_params()
-            params.vocab_only = True
-            params.n_gpu_layers = 0
-            model = llama.llama_model_load_from_file(os.fsencode(self.path), params)
-        if not model:
-            raise TokenizerError(
-                f"llama.cpp cannot read the vocabulary of {_name(self.path)}: {quoted_log(log)}; give token ids, "
-                "as in --tokens 1,2,3"
-            )
-        weakref.finalize(self, _free_model, llama, model)
-        vocab = llama.llama_model_get_vocab(model)
-        if llama.llama_vocab_n_tokens(vocab) < len(self._raw.tokens):
-            raise TokenizerError(f"llama.cpp reads fewer tokens from {_name(self.path)} than its metadata lists")
-        return vocab
+    def _ask(self, call: str, **arguments: Any) -> Any:
+        """Ask the child that has loaded the vocabulary; when it dies, the next call starts another."""
+        with self._lock:
+            self._load()
+            assert self._child is not None
+            try:
+                return self._child.ask(call, **arguments)
+            except llamacpp.LlamaCppError as error:
+                raise TokenizerError(self._message("cannot use the vocabulary of", error)) from None
+
+    def _message(self, cannot: str, error: llamacpp.LlamaCppError) -> str:
+        reason = visible(str(error).encode("utf-8", errors="surrogateescape"))
+        if isinstance(error, llamacpp.LlamaCppDied):
+            reason = f"llama.cpp itself ended ({reason})"
+        return f"llama.cpp {cannot} {_name(self.path)}: {reason}; give token ids, as in --tokens 1,2,3"
 
     @cached_property
     def _missing_bytes(self) -> frozenset[int]:
         return _missing_bytes(self._raw.tokens, self._raw.model)
 
-    def _is_bpe(self, vocab: Any) -> bool:
-        return self._llama.llama_vocab_type(vocab) == self._llama.LLAMA_VOCAB_TYPE_BPE
-
-    def _refuse_unspellable(self, vocab: Any, text: str) -> None:
-        """Refuse characters on which llama.cpp's SentencePiece tokenizer would end the process.
+    def _refuse_unspellable(self, text: str) -> None:
+        """Refuse characters on which llama.cpp's SentencePiece tokenizer would end its process.
 
         It spells a character that is no token as `<0xNN>` tokens, and looks those up with `unordered_map::at`.
         """
-        if self._llama.llama_vocab_type(vocab) != self._llama.LLAMA_VOCAB_TYPE_SPM or not self._missing_bytes:
+        if self._rules["type"] != "spm" or not self._missing_bytes:
             return
         known = frozenset(token for token in self._raw.tokens if len(token) == 1)
         # U+2581 stands for the space, and may be put before the text.
@@ -379,102 +392,3 @@ def _missing_bytes(tokens: Iterable[str], model: str | None) -> frozenset[int]:
             if not missing:
                 break
     return frozenset(missing)
-
-
-# -- llama.cpp's C interface -------------------------------------------------------------------------------------------
-
-
-def import_llama_cpp() -> Any:
-    """Import llama.cpp's C interface.
-
-    Raises:
-        ImportError: it is missing or cannot be loaded; the message is one line and says what to install.
-    """
-    try:
-        from llama_cpp import llama_cpp
-    except ModuleNotFoundError:
-        raise ImportError("llama-cpp-python is not installed: pip install llama-cpp-python") from None
-    except (ImportError, OSError, RuntimeError, AttributeError) as error:
-        detail = " ".join(str(error).split())
-        raise ImportError(f"llama-cpp-python cannot be loaded ({detail}): reinstall llama-cpp-python") from None
-    return llama_cpp
-
-
-def tokenize(llama: Any, vocab: Any, data: bytes, *, add_special: bool, parse_special: bool) -> list[int]:
-    """Call `llama_tokenize` on UTF-8 bytes, with a buffer that is large enough."""
-    size = len(data) + 8
-    with captured_log(llama):  # it warns about a doubled BOS; so does `bos_warning`
-        while True:
-            buffer = (ctypes.c_int32 * size)()
-            count = llama.llama_tokenize(vocab, data, len(data), buffer, size, add_special, parse_special)
-            if count >= 0:
-                return buffer[:count]
-            if -count <= size:  # INT32_MIN: more tokens than an int32 counts
-                raise TokenizerError(f"the text is too long to tokenize ({len(data)} bytes)")
-            size = -count
-
-
-def _filled(write: Callable[[Any, int], int]) -> bytes:
-    """Call a llama.cpp function that fills a buffer, again with the size it asks for when the first is too small."""
-    size = 64
-    buffer = ctypes.create_string_buffer(size)
-    count = write(buffer, size)
-    if count < 0:
-        size = -count
-        buffer = ctypes.create_string_buffer(size)
-        count = write(buffer, size)
-    return buffer.raw[: max(count, 0)]
-
-
-def _free_model(llama: Any, model: Any) -> None:
-    with captured_log(llama):
-        llama.llama_model_free(model)
-
-
-# Log text of the running captures. llama.cpp has one log callback per process, so this is global too.
-_CAPTURES: list[list[tuple[int, str]]] = []
-_CAPTURES_LOCK = threading.RLock()
-_CALLBACK: Any = None  # kept alive: llama.cpp stores only the pointer
-_PREVIOUS: Any = None
-
-
-@contextmanager
-def captured_log(llama: Any) -> Iterator[list[tuple[int, str]]]:
-    """Collect what llama.cpp logs, as (level, text), instead of letting it print; then put its log callback back."""
-    global _CALLBACK, _PREVIOUS
-    lines: list[tuple[int, str]] = []
-    with _CAPTURES_LOCK:
-        if not _CAPTURES:
-            if _CALLBACK is None:
-                _CALLBACK = llama.llama_log_callback(_collect)
-            function, data = llama.llama_log_callback(), ctypes.c_void_p()
-            llama.llama_log_get(ctypes.byref(function), ctypes.byref(data))
-            _PREVIOUS = function, data
-            llama.llama_log_set(_CALLBACK, ctypes.c_void_p())
-        _CAPTURES.append(lines)
-    try:
-        yield lines
-    finally:
-        with _CAPTURES_LOCK:
-            # By identity: two captures may hold equal text.
-            _CAPTURES[:] = [capture for capture in _CAPTURES if capture is not lines]
-            if not _CAPTURES:
-                llama.llama_log_set(*_PREVIOUS)
-
-
-def _collect(level: int, text: bytes | None, _: Any) -> None:
-    line = (text or b"").decode("utf-8", errors="replace")
-    for lines in _CAPTURES:
-        lines.append((level, line))
-        del lines[:-1000]  # a log has no bound
-
-
-def quoted_log(log: Sequence[tuple[int, str]]) -> str:
-    """Return llama.cpp's error lines as one harmless line; its last words when it reported no error."""
-    lines = [line.strip() for level, line in log if level == _ERROR and line.strip()]
-    lines = lines or [line.strip() for _, line in log if line.strip(" .\n")]
-    quoted = visible("; ".join(dict.fromkeys(lines[-3:])).encode("utf-8", errors="replace"))
-    return quoted[:400] or "it gave no reason"
-
-
-_ERROR = 4  # ggml.h, enum ggml_log_level: GGML_LOG_LEVEL_ERROR

@@ -17,7 +17,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "ggml": set(),
     "linop": set(),
     "config": set(),
-    "tokenizer": set(),
+    "llamacpp": set(),
+    "tokenizer": {"llamacpp"},
     "runs": set(),
     "demo": set(),
     "gguf": {"ggml"},
@@ -29,7 +30,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "blocks": {"linop", "config", "rope"},
     "jacobian": {"blocks", "linop", "svd"},
     "model": {"blocks", "config", "decode", "demo", "gguf", "jacobian", "rope", "tokenizer", "weights"},
-    "parity": {"model", "tokenizer", "gguf"},
+    "parity": {"model", "tokenizer", "gguf", "llamacpp"},
     "analysis": {"jacobian", "svd", "decode", "weights"},
 }
 # The one that may import anything, and that nothing may import.

@@ -3,7 +3,6 @@
 The verdicts are tested with a stand-in model whose trace is llama.cpp's own run, changed in known ways.
 """
 
-import ctypes
 import math
 import shutil
 import sys
@@ -140,8 +139,7 @@ def test_a_trained_model(stories):
     run = run_llama_cpp(stories / "stories260K-f32.gguf", [1], prompt=STORY)
     assert run.prompt_ids is not None
     run = run_llama_cpp(stories / "stories260K-f32.gguf", run.prompt_ids)
-    vocabulary = open_tokenizer(stories / "stories260K-f32.gguf", tokens=None, model="llama")
-    assert vocabulary.piece(int(run.logits[-1].argmax())) == b" Lily"
+    assert StandIn(stories / "stories260K-f32.gguf").tokenizer.piece(int(run.logits[-1].argmax())) == b" Lily"
     output = weights(stories / "stories260K-f32.gguf")
     head = output.get("output.weight", output["token_embd.weight"])
     assert relative(run.logits, run.tensors["result_norm"].double().numpy() @ head.T) < 1e-6
@@ -167,43 +165,6 @@ def test_a_split_file(tmp_path, tiny_file):
     whole = rewrite_as_f32(first, tmp_path)
     assert torch.equal(run_llama_cpp(whole, ids).logits, expected.logits)
     assert verify(StandIn(first), ids, strict=True).verdict
-
-
-def test_strides_are_honoured():
-    """A view: 2 rows of 3 elements, 5 elements apart."""
-    llama = llama_cpp.llama_cpp
-    data = np.arange(10, dtype=np.float32)
-    head = parity._TensorHead(llama.GGML_TYPE_F32, None, (3, 2, 1, 1), (4, 20, 40, 40))
-    capture = parity._Capture(llama, ["x"])
-
-    def get(tensor, target, offset, size):
-        assert (offset, size) == (0, 32)
-        ctypes.memmove(target, data.ctypes.data, size)
-
-    capture._ggml = SimpleNamespace(
-        ggml_nbytes=lambda _: 32,
-        ggml_nelements=lambda _: 6,
-        ggml_backend_tensor_get=get,
-        ggml_get_name=lambda _: b"x-0",
-    )
-    assert capture._call(ctypes.addressof(head), False, None)
-    assert capture.tensors["x-0"].tolist() == [[0, 1, 2], [5, 6, 7]]
-    # A struct that is laid out otherwise is noticed.
-    capture._ggml.ggml_nelements = lambda _: 7
-    assert not capture._call(ctypes.addressof(head), False, None)
-    assert "not laid out" in str(capture.error)
-
-
-@pytest.mark.parametrize("error", [KeyboardInterrupt, ZeroDivisionError])
-def test_what_goes_wrong_inside_the_callback_surfaces(tiny_file, monkeypatch, error):
-    def fail(*_):
-        raise error
-
-    with monkeypatch.context() as patch:
-        patch.setattr(parity._Capture, "_copy", fail)
-        with pytest.raises(error):
-            run_llama_cpp(tiny_file("gqa"), tiny.prompt("gqa"))
-    assert run_llama_cpp(tiny_file("gqa"), tiny.prompt("gqa")).tensors
 
 
 def test_nothing_is_printed(tiny_file, tmp_path, capfd):
@@ -234,17 +195,6 @@ def test_a_full_disk_is_seen_before_anything_is_written(tiny_file, tmp_path, mon
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_failed_rewrite_leaves_nothing(tiny_file, tmp_path, monkeypatch):
-    def fail(source, target, params):
-        Path(target.decode()).write_bytes(b"half")
-        return 1
-
-    monkeypatch.setattr(llama_cpp.llama_cpp, "llama_model_quantize", fail)
-    with pytest.raises(ParityError, match=r"cannot rewrite .* it gave no reason"):
-        rewrite_as_f32(tiny_file("q8_0"), tmp_path)
-    assert list(tmp_path.iterdir()) == []
-
-
 # -- verdicts ----------------------------------------------------------------------------------------------------------
 
 
@@ -255,7 +205,7 @@ def test_equal_is_equal(tiny_file):
     assert result.verdict
     assert result.mode == "as is"
     assert result.tolerance == 1e-5  # all F32: held to the strict tolerance without being asked
-    assert (result.rank, result.gap, result.top1_equal, result.top1_share) == (1, 0.0, True, 1.0)
+    assert (result.rank, result.gap, result.top1_equal) == (1, 0.0, True)
     assert (result.kl, result.kl_last, result.logits_error) == (0.0, 0.0, 0.0)
     assert [layer.name for layer in result.layers][:3] == ["attn_out-0", "ffn_out-0", "l_out-0"]
     assert [layer.layer for layer in result.layers] == [0, 0, 0, 1, 1, 1, None]
@@ -371,7 +321,6 @@ def test_the_margin_rule(ours, verdict, rank, gap):
     result = judge(Reference(logits(0, 5, 4, 3)), ours, {}, mode="as is", tolerance=None)
     assert (result.verdict, result.rank, result.top1, result.top1_equal) == (verdict, rank, 1, rank == 1)
     assert result.gap == pytest.approx(gap, abs=1e-6)
-    assert result.top1_share == (1.0 if rank == 1 else 0.5)
     if not verdict:
         assert "--strict" in result.reason
 
@@ -474,12 +423,3 @@ def test_without_llama_cpp(tiny_file, monkeypatch, tmp_path):
     for call in (lambda: verify(model, [1]), lambda: rewrite_as_f32(tiny_file("gqa"), tmp_path)):
         with pytest.raises(ParityError, match=r"pip install llama-cpp-python, or skip the check with --no-verify"):
             call()
-
-
-def test_an_old_llama_cpp_is_noticed(tiny_file, monkeypatch):
-    class Old(ctypes.Structure):
-        _fields_ = (("n_ctx", ctypes.c_uint32),)
-
-    monkeypatch.setattr(llama_cpp.llama_cpp, "llama_context_default_params", Old)
-    with pytest.raises(ParityError, match="has no parameter n_batch; update it"):
-        run_llama_cpp(tiny_file("gqa"), [1])

@@ -1,5 +1,8 @@
 """Tokenizer against llama-cpp-python's own high-level class; the raw strings against llama.cpp's pieces."""
 
+import ctypes
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,10 +17,7 @@ from ggjac.tokenizer import (
     RawVocabulary,
     TokenizerError,
     bos_warning,
-    captured_log,
-    import_llama_cpp,
     open_tokenizer,
-    quoted_log,
     visible,
 )
 
@@ -145,16 +145,24 @@ def gguf_tokens(path: Path) -> list[str]:
     return gguf.GGUFReader(path).fields["tokenizer.ggml.tokens"].contents()
 
 
+def native_piece(oracle, id: int) -> bytes:
+    buffer = ctypes.create_string_buffer(1024)
+    count = llama_cpp.llama_token_to_piece(oracle._model.vocab, id, buffer, 1024, 0, True)
+    return buffer.raw[:count]
+
+
 def test_raw_pieces_equal_llama_cpp(vocabulary):
-    _, tokens, types, model = vocabulary
+    path, tokens, types, model = vocabulary
+    oracle = llama_cpp.Llama(str(path), vocab_only=True, verbose=False)
     tokenizer = opened(vocabulary)
     assert isinstance(tokenizer, LlamaVocabulary)
     raw = RawVocabulary(tokens, model, types, reason="")
     guess = RawVocabulary(tokens, model, reason="")
     for id, kind in enumerate(types):
-        assert raw.piece(id) == tokenizer.piece(id)
+        piece = native_piece(oracle, id)
+        assert raw.piece(id) == tokenizer.piece(id) == piece
         if kind not in (4, 5):  # without the types, user-defined and unused tokens look like any other
-            assert guess.piece(id) == tokenizer.piece(id)
+            assert guess.piece(id) == piece
     assert raw.piece(len(tokens)) == tokenizer.piece(len(tokens)) == b"[%d]" % len(tokens)
     assert raw.piece(-1) == tokenizer.piece(-1) == b"[-1]"
 
@@ -240,14 +248,6 @@ def test_without_llama_cpp_the_strings_remain(monkeypatch):
         tokenizer.encode("a")
 
 
-def test_a_broken_llama_cpp_is_named(monkeypatch):
-    monkeypatch.setitem(sys.modules, "llama_cpp.llama_cpp", None)
-    monkeypatch.delattr(sys.modules["llama_cpp"], "llama_cpp")
-    with pytest.raises(ImportError, match="llama-cpp-python") as error:
-        import_llama_cpp()
-    assert "\n" not in str(error.value)
-
-
 @pytest.mark.parametrize(
     ("piece", "shown"),
     [
@@ -295,38 +295,121 @@ def test_bos_warning(tmp_path):
     assert "<|end|>" in (bos_warning(adds, [5]) or "")
 
 
-def test_llama_cpp_prints_nothing_and_keeps_its_log_callback(tmp_path, capfd):
-    heard = []
-    callback = llama_cpp.llama_log_callback(lambda level, text, _: heard.append(text))
-    llama = import_llama_cpp()
-    before, data = llama.llama_log_callback(), llama_cpp.llama_cpp.ctypes.c_void_p()
-    llama.llama_log_get(llama_cpp.llama_cpp.ctypes.byref(before), llama_cpp.llama_cpp.ctypes.byref(data))
-    llama.llama_log_set(callback, data)
-    try:
-        path, tokens, _ = write_spm(tmp_path / "s.gguf", with_bytes=True)
-        tokenizer = open_tokenizer(path, tokens=tokens, model="llama")
-        tokenizer.encode("<s>ab")
-        del tokenizer
-        with pytest.raises(TokenizerError):
-            open_tokenizer(tmp_path, tokens=tokens, model="llama").encode("a")
-        assert heard == []
-        llama.llama_model_load_from_file(b"nowhere", llama.llama_model_default_params())
-        assert heard != []  # the caller's own callback is back
-    finally:
-        llama.llama_log_set(before, data)
-    assert capfd.readouterr() == ("", "")
+# -- strangers' vocabularies -------------------------------------------------------------------------------------------
+
+BYTES = ["<unk>", "<s>", "</s>", *(f"<0x{b:02X}>" for b in range(256)), "▁", "a", "b"]
+BYTE_TYPES = [2, 3, 3, *[6] * 256, 1, 1, 1]
+SCORES = [0.0] * len(BYTES)
+
+# What is stored -> words of the refusal, or None where it works.
+ODD: dict[str, tuple[str, list[str], list[int], dict, str | None]] = {
+    "repeated tokens": ("llama", [*BYTES, "a"], [*BYTE_TYPES, 1], {"token_scores": [*SCORES, 0.0]}, "SIGABRT"),
+    "equal up to NUL": ("llama", [*BYTES, "a\0b"], [*BYTE_TYPES, 1], {"token_scores": [*SCORES, 0.0]}, "SIGABRT"),
+    "a token with NUL": ("llama", [*BYTES, "c\0b"], [*BYTE_TYPES, 1], {"token_scores": [*SCORES, 0.0]}, None),
+    "no scores": ("llama", BYTES, BYTE_TYPES, {}, None),
+    "few scores": ("llama", BYTES, BYTE_TYPES, {"token_scores": [0.0]}, "bounds for scores"),
+    "scores are integers": ("llama", BYTES, BYTE_TYPES, {"token_scores": [0] * len(BYTES)}, None),
+    "BOS beyond": ("llama", BYTES, BYTE_TYPES, {"token_scores": SCORES, "bos_token_id": 10**9}, None),
+    "few types": ("llama", BYTES, [3], {"token_scores": SCORES}, "bounds for toktypes"),
+    "no bytes": ("llama", ["<unk>", "<s>", "a"], [2, 3, 1], {"token_scores": [0.0] * 3}, "no token for 'b'"),
+    "one token": ("llama", ["a"], [1], {"token_scores": [0.0]}, "no token for 'b'"),
+    "empty strings": ("llama", [""] * 9999, [1] * 9999, {"token_scores": [0.0] * 9999}, "no token for 'a'"),
+    "merges are rubbish": ("gpt2", gpt2_alphabet(), [1] * 256, {"token_merges": ["", " ", "a", "a b c", "\0"]}, None),
+    "no merges": ("gpt2", gpt2_alphabet(), [1] * 256, {}, "merges"),
+    "unknown pre": ("gpt2", ["a"], [1], {"token_merges": ["a b"], "tokenizer_pre": "x\x1b[2J"}, r"\x1b[2J"),
+    "half an alphabet": ("gpt2", ["a", "b"], [1, 1], {"token_merges": ["a b"], "tokenizer_pre": "gpt-2"}, "0x20"),
+    "t5": ("t5", BYTES, BYTE_TYPES, {"token_scores": SCORES}, None),
+    "t5 with a bad table": (
+        "t5", BYTES, BYTE_TYPES, {"token_scores": SCORES, "precompiled_charsmap": b"\xff\xff\xff\x7fxx"}, "charsmap",
+    ),
+    "rwkv": ("rwkv", ["a", "\\x", "\\"], [1] * 3, {}, "id -1, beyond"),
+    "bert": ("bert", BYTES, BYTE_TYPES, {}, "SIGABRT"),
+    "unknown": ("wat", BYTES, BYTE_TYPES, {}, "unknown tokenizer"),
+}  # fmt: skip
 
 
-def test_the_quoted_log_is_the_error_on_one_harmless_line():
-    llama = import_llama_cpp()
-    with captured_log(llama) as outer, captured_log(llama) as log:
-        assert not llama.llama_model_load_from_file(b"/nowhere\x1b[2J/x.gguf", llama.llama_model_default_params())
-    assert log == outer
-    assert "failed to open GGUF file" in quoted_log(log)
-    assert "\x1b" not in quoted_log(log)
-    assert "\n" not in quoted_log(log)
-    assert quoted_log([]) == "it gave no reason"
-    assert quoted_log([(2, "last words\n"), (2, "...")]) == "last words"
+@pytest.mark.parametrize("name", ODD)
+def test_odd_vocabularies_are_refused_in_one_line_or_work(name, tmp_path):
+    model, tokens, types, more, words = ODD[name]
+    path = write_vocabulary(tmp_path / "v.gguf", model, tokens, types, **more)
+    tokenizer = open_tokenizer(path, tokens=tokens, model=model, types=types)
+    assert isinstance(tokenizer, LlamaVocabulary)
+    if words is None:
+        assert tokenizer.encode("ab")
+    else:
+        with pytest.raises(TokenizerError) as error:
+            tokenizer.encode("ab c")
+        assert words in str(error.value)
+        assert "\n" not in str(error.value)
+        assert "\x1b" not in str(error.value)
+        assert "--tokens 1,2,3" in str(error.value) or "beyond" in str(error.value)
+    bos_warning(tokenizer, [0])
+    assert isinstance(tokenizer.decode([0, 1]), str)
+
+
+@pytest.mark.parametrize("tokens", [7, "ab", b"ab", True, [1, 2], [], [["a"]], [1.5]])
+def test_tokens_that_are_no_strings_are_no_vocabulary(tokens):
+    tokenizer = open_tokenizer("x.gguf", tokens=tokens, model="llama", types=[1, 1])
+    assert (tokenizer.n_vocab, tokenizer.piece(0)) == (0, b"[0]")
+    with pytest.raises(TokenizerError, match=r"holds no tokenizer \(tokenizer.ggml.tokens is "):
+        tokenizer.encode("a")
+
+
+@pytest.mark.parametrize("types", [7, "ab", [True, True], [1.0, 1.0], ["1", "1"], [1], [[1], [1]]])
+def test_types_that_are_no_integers_are_none(types):
+    assert open_tokenizer("x.gguf", tokens=["▁a", "b"], model="llama", types=types).piece(0) == b" a"
+
+
+@pytest.mark.parametrize("model", [7, ["llama"], 1.5])
+def test_a_model_that_is_no_string(model):
+    with pytest.raises(TokenizerError, match="holds no tokenizer"):
+        open_tokenizer("x.gguf", tokens=["a"], model=model).encode("a")
+
+
+def test_too_many_tokens():
+    with pytest.raises(TokenizerError, match=r"4194305 entries, of 4194304 at most"):
+        open_tokenizer("x.gguf", tokens=["a"] * (2**22 + 1), model="llama").encode("a")
+
+
+# -- the process behind it ---------------------------------------------------------------------------------------------
+
+
+def test_pieces_need_no_process(tmp_path):
+    path, tokens, types = write_spm(tmp_path / "s.gguf", with_bytes=True)
+    tokenizer = open_tokenizer(path, tokens=tokens, model="llama", types=types)
+    assert [tokenizer.piece(i) for i in (1, 260)] == [b"<s>", b"a"]
+    assert tokenizer._child is None
+
+
+def test_a_process_that_died_is_started_again(tmp_path):
+    path, tokens, types = write_spm(tmp_path / "s.gguf", with_bytes=True)
+    tokenizer = open_tokenizer(path, tokens=tokens, model="llama", types=types)
+    ids = tokenizer.encode("ab")
+    process = tokenizer._child._process
+    assert tokenizer.encode("ab") == ids
+    assert tokenizer._child._process is process
+    os.kill(process.pid, signal.SIGSEGV)
+    with pytest.raises(TokenizerError, match=r"llama.cpp itself ended .SIGSEGV"):
+        tokenizer.encode("ab")
+    assert tokenizer.encode("ab") == ids
+    process = tokenizer._child._process
+    del tokenizer
+    assert process.poll() is not None  # it does not outlive the object
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_fork_asks_a_process_of_its_own(tmp_path):
+    path, tokens, types = write_spm(tmp_path / "s.gguf", with_bytes=True)
+    tokenizer = open_tokenizer(path, tokens=tokens, model="llama", types=types)
+    ids, process = tokenizer.encode("ab"), tokenizer._child._process
+    if not (pid := os.fork()):
+        good = tokenizer.encode("ab") == ids and tokenizer._child._process.pid != process.pid
+        tokenizer._child.close()
+        os._exit(0 if good else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    assert tokenizer.encode("ab") == ids
+    assert tokenizer._child._process is process
 
 
 def test_importing_the_module_is_cheap():
