@@ -137,7 +137,7 @@ def test_any_exception_in_the_child_is_passed_on():
     with Child() as child:
         with pytest.raises(LlamaCppError, match=r"TypeError: .*unexpected keyword"):
             child.ask("tokenize", nonsense=1)
-        with pytest.raises(LlamaCppError, match="llama.cpp cannot rewrite /nowhere as F32 in /nowhere: "):
+        with pytest.raises(LlamaCppError, match=r"llama.cpp cannot rewrite /nowhere as F32 in /nowhere: "):
             child.ask("rewrite", source="/nowhere", target="/nowhere/x", threads=1)
 
 

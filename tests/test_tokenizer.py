@@ -130,19 +130,17 @@ def test_decode_undoes_encode(vocabulary):
     assert "bos in text" in tokenizer.decode(tokenizer.encode("<s>bos in text</s>"))
 
 
+@pytest.fixture(scope="module")
+def any_tokenizer(tmp_path_factory):
+    path, tokens, _ = write_bpe(tmp_path_factory.mktemp("any") / "any.gguf", gpt2_alphabet())
+    return open_tokenizer(path, tokens=tokens, model="gpt2")
+
+
 @given(text=st.text())
 @example(text=" .")  # llama_detokenize drops this space
 @settings(max_examples=100, deadline=None)
-def test_any_text_survives(text, tmp_path_factory):
-    path = tmp_path_factory.getbasetemp() / "any.gguf"
-    if not path.exists():
-        write_bpe(path, gpt2_alphabet())
-    tokenizer = open_tokenizer(path, tokens=gguf_tokens(path), model="gpt2")
-    assert tokenizer.decode(tokenizer.encode(text, parse_special=False)) == text
-
-
-def gguf_tokens(path: Path) -> list[str]:
-    return gguf.GGUFReader(path).fields["tokenizer.ggml.tokens"].contents()
+def test_any_text_survives(text, any_tokenizer):
+    assert any_tokenizer.decode(any_tokenizer.encode(text, parse_special=False)) == text
 
 
 def native_piece(oracle, id: int) -> bytes:
