@@ -4,7 +4,6 @@ Most commands run in this process through click's runner; signals, pipes and wha
 own. `ggjac(...)` holds every call to the contract: never a traceback, errors on one line, nothing unfinished on disk.
 """
 
-import ctypes
 import errno
 import json
 import os
@@ -791,26 +790,6 @@ def test_signals_leave_nothing(number: signal.Signals, command: str, slow: Path)
     check_streams(130, out, err)
     assert err.endswith("\nInterrupted; nothing unfinished was left behind\n")
     assert os.listdir() == []
-
-
-@pytest.mark.skipif(os.name != "posix", reason="signals are POSIX's")
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_signals_reach_us_through_c_code(
-    number: signal.Signals, tiny_file: TinyFile, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    callback = ctypes.CFUNCTYPE(None)(lambda: signal.raise_signal(number))
-
-    def trace(*args: Any, **options: Any) -> None:
-        callback()  # as llama.cpp logs: an exception in there is lost
-        for _ in range(500):
-            time.sleep(0.02)
-        pytest.fail("went on")
-
-    monkeypatch.setattr("ggjac.model.Model.trace", trace)
-    hook = sys.unraisablehook
-    result = ggjac_("predict", "-m", tiny_file("plain"), *TOKENS, code=128 + number)
-    assert result.stderr == "\nInterrupted; nothing unfinished was left behind\n"
-    assert sys.unraisablehook is hook
 
 
 @pytest.mark.skipif(os.name != "posix", reason="pseudo-terminals are POSIX's")

@@ -199,7 +199,9 @@ REFUSALS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
                           {}, "key_length is 0, not a whole number from 1"),
     "huge heads": ({"attention.head_count": HUGE, "attention.head_count_kv": HUGE}, {}, r"attn_q.weight has shape"),
     "rope: odd": ({"rope.dimension_count": 3}, {}, "rope.dimension_count 3 does not fit heads of 4 elements"),
-    "rope: odd heads": ({"attention.key_length": 3, "attention.value_length": 3, "rope.dimension_count": ABSENT}, {}, "heads of 3"),
+    "rope: odd heads": (
+        {"attention.key_length": 3, "attention.value_length": 3, "rope.dimension_count": ABSENT}, {}, "heads of 3"
+    ),
     "rope: too many": ({"rope.dimension_count": 8}, {}, "rope.dimension_count 8 does not fit heads of 4 elements"),
     "rope: fewer than the head": ({"rope.dimension_count": 2}, {}, "dimension_count 2 does not fit heads of 4"),
     "rope: base of zero": ({"rope.freq_base": 0.0}, {}, "rope.freq_base is 0.0, .* above 0"),

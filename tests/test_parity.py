@@ -51,7 +51,7 @@ class StandIn:
             path, tokens=metadata.get("tokenizer.ggml.tokens"), model=metadata.get("tokenizer.ggml.model")
         )
 
-    def trace(self, ids, *, observe=None, gelu_table=False, n_ctx=None):
+    def trace(self, ids, *, observe=None, **_):
         run = run_llama_cpp(self.source, ids)
         for name, tensor in run.tensors.items():
             if (changed := self.change(name, tensor.clone())) is not None:

@@ -8,7 +8,6 @@ import os
 import signal
 import sys
 import threading
-from _thread import interrupt_main
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
@@ -84,7 +83,7 @@ class Commands(click.Group):
 
     def invoke(self, ctx: click.Context) -> object:
         """Run the command."""
-        with _plain_errors(), _catching_signals(), _interruptible_callbacks():
+        with _plain_errors(), _catching_signals():
             return super().invoke(ctx)
 
 
@@ -141,33 +140,6 @@ def _catching_signals() -> Iterator[None]:
     finally:
         for number in caught:
             signal.signal(number, signal.SIG_DFL)
-
-
-@contextmanager
-def _interruptible_callbacks() -> Iterator[None]:
-    """Raise an interrupt again that came while llama.cpp was calling back.
-
-    An exception cannot cross its C code: ctypes would print a traceback and go on. And that is where a Ctrl-C during
-    llama.cpp's own work arrives, for Python hears of it in the next line of Python.
-    """
-    previous, timers = sys.unraisablehook, []
-
-    def hook(unraisable: Any) -> None:
-        if not isinstance(unraisable.exc_value, KeyboardInterrupt):
-            previous(unraisable)
-            return
-        number = getattr(unraisable.exc_value, "exit_code", 130) - 128
-        timers.append(threading.Timer(0.05, interrupt_main, [number]))
-        timers[-1].daemon = True
-        timers[-1].start()
-
-    sys.unraisablehook = hook
-    try:
-        yield
-    finally:
-        sys.unraisablehook = previous
-        for timer in timers:
-            timer.cancel()
 
 
 def _terminate(number: int, frame: object) -> None:
