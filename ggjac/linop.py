@@ -115,7 +115,10 @@ class LinearOperator:
         Raises:
             ModuleNotFoundError: SciPy is not installed.
         """
-        from scipy.sparse.linalg import LinearOperator as ScipyOperator
+        try:
+            from scipy.sparse.linalg import LinearOperator as ScipyOperator
+        except ModuleNotFoundError as error:
+            raise ModuleNotFoundError("to_scipy needs SciPy, which is not installed; pip install scipy") from error
 
         def columns(apply: Callable[[Tensor], Tensor], shape: tuple[int, ...]) -> Callable:
             def product(X):  # numpy [size, k], or [size]

@@ -1,6 +1,7 @@
 """One contract over all operators, hand-made operators with their answers written out, and the algebra."""
 
 import math
+import sys
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -409,3 +410,9 @@ def test_a_missing_method_is_not_silent() -> None:
         LinearOperator().matmat(torch.zeros(1))
     with pytest.raises(NotImplementedError):
         LinearOperator().rmatmat(torch.zeros(1))
+
+
+def test_to_scipy_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "scipy.sparse.linalg", None)
+    with pytest.raises(ModuleNotFoundError, match="needs SciPy, which is not installed; pip install scipy"):
+        Random(torch.float64).linear().to_scipy()
