@@ -19,9 +19,9 @@ from ggjac import quants
 from ggjac.ggml import TYPES, holds_weights, row_bytes
 from ggjac.gguf import GGUFFile, TensorInfo
 
-# Elements of one dense tile: 64 MiB in float32. Large enough for GEMM to run at speed, and a small part of any layer
-# of the models that need streaming.
-TILE_ELEMENTS = 1 << 24
+# Elements of one dense tile: 32 MiB in float32. Large enough for GEMM to run at speed, small enough to stay in the last
+# level of cache, and a small part of any layer of the models that need streaming.
+TILE_ELEMENTS = 1 << 23
 
 
 class WeightError(ValueError):
