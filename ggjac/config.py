@@ -38,6 +38,7 @@ class Architecture:
         rope_pairs: which dims of a head rotate together: `"adjacent"` (2i and 2i+1; llama.cpp's NORM), `"halves"`
             (i and i + rotary/2; NEOX), or `""` for none.
         partial_rotary: `rope.dimension_count` may be smaller than the head; llama.cpp does not run others so.
+        rope_sections: rotation in sections of an image's axes (`rope.dimension_sections`), which for text is plain.
         rope_optional: `rope.scaling.finetuned = false` turns rotation off.
         rope_layers: `"all"`, `"windowed"` (only layers with a sliding window) or `"three of four"` (every fourth not).
         yarn_keys: the file's own YaRN betas and log multiplier count; llama.cpp ignores them elsewhere.
@@ -69,6 +70,7 @@ class Architecture:
     parallel: bool = False
     rope_pairs: str = "halves"
     partial_rotary: bool = False
+    rope_sections: bool = False
     rope_optional: bool = False
     rope_layers: str = "all"
     yarn_keys: bool = False
@@ -115,6 +117,8 @@ ARCHITECTURES: dict[str, Architecture] = {
     "qwen2moe": Architecture(renormalize=False),
     "qwen3": _QWEN3,
     "qwen3moe": _QWEN3,
+    "qwen3vl": replace(_QWEN3, rope_sections=True),
+    "qwen3vlmoe": replace(_QWEN3, rope_sections=True),
     "gemma": _GEMMA,
     "gemma2": replace(
         _GEMMA,
@@ -410,6 +414,13 @@ def _ropes(keys: "_Keys", row: Architecture, key_length: int) -> tuple[Rope | No
     if kind not in ("none", "linear", "yarn", "longrope"):
         known = "none, linear, yarn, longrope"
         raise ConfigError(f"{keys.prefix}.rope.scaling.type {_shown(kind)} is not supported; supported: {known}")
+    sections = keys.metadata.get(f"{keys.prefix}.rope.dimension_sections", [])
+    if sections:
+        # Text has the same position on the first three axes and none on the fourth: together they must cover all pairs.
+        whole = isinstance(sections, Sequence) and all(isinstance(entry, int) for entry in sections)
+        if not row.rope_sections or not whole or sum(sections[:3]) < dimensions // 2:
+            shown = _shown(list(sections) if isinstance(sections, Sequence) else sections)
+            raise ConfigError(f"{keys.prefix}.rope.dimension_sections {shown} is not supported")
     # Granite's way to say that no position embedding was trained.
     untrained = row.rope_optional and keys.metadata.get(f"{keys.prefix}.rope.scaling.finetuned") is False
     if not row.rope_pairs or untrained:

@@ -59,6 +59,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "falcon": LAYER_NORM | {"norms": ("attn_norm",), "fused_qkv": True, "kv_heads": 1, "tied": True},
     "starcoder2": LAYER_NORM | {"tied": True, "biases": (*QKV, "attn_output", "ffn_up", "ffn_down")},
     "qwen3moe": EXPERTS | {"qk_norm": "head", "head_dim": 32, "expert_ff": 48},
+    "qwen3vl": {"qk_norm": "head", "head_dim": 32, "extra": {"rope.dimension_sections": [6, 5, 5, 0]}},
+    "qwen3vlmoe": EXPERTS
+    | {"qk_norm": "head", "head_dim": 32, "expert_ff": 48, "extra": {"rope.dimension_sections": [6, 5, 5, 0]}},
     "qwen2moe": EXPERTS | {"biases": QKV, "shared_ff": 80, "expert_ff": 48},
     "olmoe": EXPERTS | {"qk_norm": "full", "kv_heads": 4},
     "granitemoe": EXPERTS | GRANITE,
@@ -209,6 +212,8 @@ FAMILY_CASES: dict[str, dict[str, Any]] = {
     "mixtral_q4_k": of("llama", **EXPERTS | {"expert_ff": 256}, d=256, ff=256, layers=1, type="Q4_K"),
     "mistral3_experts": of("mistral3", **EXPERTS),
     "qwen3moe": of("qwen3moe"),
+    "qwen3vl": of("qwen3vl", rope_base=1e6),
+    "qwen3vlmoe": of("qwen3vlmoe"),
     "qwen3moe_yarn": of("qwen3moe", **YARN_ROW, tied=True, experts=5, experts_used=3),
     "qwen3moe_q8_0": of("qwen3moe", type="Q8_0", expert_ff=64),
     "gpt_oss": of("gpt-oss"),

@@ -65,6 +65,8 @@ FACTS: dict[str, Facts] = {
     "qwen2": Facts(rope="halves"),
     "qwen3": Facts(rope="halves", qk_norm="head"),
     "qwen3moe": Facts(rope="halves", qk_norm="head"),
+    "qwen3vl": Facts(rope="halves", qk_norm="head"),
+    "qwen3vlmoe": Facts(rope="halves", qk_norm="head"),
     "qwen2moe": Facts(rope="halves", renormalise=False),
     "olmoe": Facts(rope="halves", qk_norm="full", renormalise=False),
     "gemma": GEMMA,

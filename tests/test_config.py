@@ -206,6 +206,8 @@ REFUSALS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "rope: fewer than the head": ({"rope.dimension_count": 2}, {}, "dimension_count 2 does not fit heads of 4"),
     "rope: base of zero": ({"rope.freq_base": 0.0}, {}, "rope.freq_base is 0.0, .* above 0"),
     "rope: yarn at base one": ({"rope.freq_base": 1.0, "rope.scaling.type": "yarn"}, {}, "is 1.0, .* above 1"),
+    "rope: sections": ({"rope.dimension_sections": [1, 1, 0, 0]}, {}, r"sections \[1, 1, 0, 0\] is not supported"),
+    "rope: one section": ({"rope.dimension_sections": 5}, {}, "dimension_sections 5 is not supported"),
     "rope: another scaling": ({"rope.scaling.type": "su"}, {}, "scaling.type 'su' is not supported; supported: none"),
     "rope: type of a wrong type": ({"rope.scaling.type": 3}, {}, "rope.scaling.type 3 is not supported"),
     "rope: an array for a type": ({"rope.scaling.type": ["yarn"]}, {}, "is not supported; supported: none, linear, y"),
@@ -235,7 +237,7 @@ def test_refusals_name_what_is_wrong(name: str) -> None:
         read(metadata, shapes)  # at once: nothing may be built for a number before it is checked
     assert "\n" not in str(error.value)
     assert str(error.value).isprintable()
-    assert len(str(error.value)) < 300
+    assert len(str(error.value)) < 400
 
 
 REQUIRED = ("block_count", "context_length", "embedding_length", "feed_forward_length", "attention.head_count",
@@ -306,3 +308,16 @@ def test_no_metadata_leads_to_anything_but_a_model_or_a_refusal(changes: dict[st
 
 def test_every_architecture_says_how_its_pairs_rotate() -> None:
     assert {row.rope_pairs for row in ARCHITECTURES.values()} == {"adjacent", "halves", ""}
+
+
+@pytest.mark.parametrize(("sections", "covered"), [([1, 1, 0, 0], True), ([1, 0, 0, 1], False)])
+def test_sections_of_rotation_must_cover_all_pairs_by_their_first_three(sections: list[int], covered: bool) -> None:
+    shapes = {"attn_q_norm.weight": (HD,), "attn_k_norm.weight": (HD,)}
+    metadata = {key.replace("llama.", "qwen3vl."): value for key, value in METADATA.items()}
+    metadata |= {"general.architecture": "qwen3vl", "qwen3vl.rope.dimension_sections": sections}
+    tensors = SHAPES | {f"blk.{i}.{name}": shape for i in range(L) for name, shape in shapes.items()}
+    if covered:
+        ModelConfig.from_metadata(metadata, tensors)
+    else:
+        with pytest.raises(ConfigError, match=r"dimension_sections \[1, 0, 0, 1\] is not supported"):
+            ModelConfig.from_metadata(metadata, tensors)
