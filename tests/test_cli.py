@@ -875,3 +875,18 @@ def test_progress_goes_to_stderr_and_results_to_stdout(tiny_file: TinyFile, monk
         assert any(line.startswith(start) for line in lines), start
     line = next(line for line in lines if line.startswith("svd: sweep 5, "))
     assert np.isfinite(float(line.split("worst residual ")[1].split(",")[0]))
+
+
+def test_alarming_rows_are_red_on_a_terminal_only(
+    capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ggjac.cli.render import table
+
+    rows = [("l_out-0", "1e-7"), ("l_out-1", "1e-2"), ("l_out-2", "2e-2")]
+    table("Layers", ["tensor", "#error"], rows, {1, 2})
+    assert "\x1b" not in capsys.readouterr().out
+    monkeypatch.setenv("FORCE_COLOR", "1")  # as on a terminal
+    table("Layers", ["tensor", "#error"], rows, {1, 2})
+    red = [text for text in capsys.readouterr().out.splitlines() if "\x1b[1;31m" in text]
+    assert [text.count("l_out") for text in red] == [1, 1]
+    assert not any("l_out-0" in text for text in red)

@@ -4,7 +4,7 @@ import math
 import shutil
 import sys
 import textwrap
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import Any
 
 from ggjac import runs
@@ -42,10 +42,13 @@ def write(text: str) -> None:
         raise OSError(f"the result cannot be written to stdout ({error.strerror}); redirect it elsewhere") from error
 
 
-def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+def table(
+    title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], alarming: Container[int] = frozenset()
+) -> None:
     """Print a table; columns whose heading starts with `#` hold numbers: aligned right, never cut.
 
-    Cells are plain text: a token such as `[red]` is not markup.
+    Cells are plain text: a token such as `[red]` is not markup. The rows whose numbers are in `alarming` are red on a
+    terminal.
     """
     from rich import box
     from rich.console import Console
@@ -57,8 +60,8 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> 
         number = column.startswith("#")
         justify: Any = "right" if number else "left"
         grid.add_column(Text(column.removeprefix("#")), justify=justify, no_wrap=number, overflow="fold")
-    for row in rows:
-        grid.add_row(*(Text(str(cell)) for cell in row))
+    for index, row in enumerate(rows):
+        grid.add_row(*(Text(str(cell)) for cell in row), style="bold red" if index in alarming else None)
     console = Console(highlight=False, width=width())
     with console.capture() as captured:
         console.print(Text(title, "bold"))

@@ -95,7 +95,9 @@ def show_parity(data: dict[str, Any]) -> None:
             (e["name"], f"{e['error']:.1e}", e["worst_position"], f"{e['worst_error']:.1e}") for e in data["layers"]
         ]
         columns = ["tensor", "#relative L2", "#worst position", "#error there"]
-        table("Every layer against llama.cpp", columns, rows)
+        limit = float("inf") if data["tolerance"] is None else data["tolerance"]
+        departed = {i for i, e in enumerate(data["layers"]) if not e["error"] <= limit}
+        table("Every layer against llama.cpp", columns, rows, departed)
     line(f"llama.cpp ({data['mode']}): {'agrees' if data['verdict'] else 'DISAGREES'}: {data['reason']}")
     line(
         f"  top token {data['top1']['token']} ({'the same' if data['top1_equal'] else 'not ours'}), "
