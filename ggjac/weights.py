@@ -131,8 +131,12 @@ class Weight:
             yield start, stop, self._dequantized(start, stop)
 
     def read_ahead(self) -> None:
-        """Ask the system to read these rows from the disk while something else is computed."""
-        self.store.file.will_need(self.info, self.first, self.last)
+        """Ask the system to read these rows from the disk while something else is computed.
+
+        Slabs of columns share their rows, so the first one asks for all of them.
+        """
+        if self.left == 0:
+            self.store.file.will_need(self.info, self.first, self.last)
 
     def take(self, rows: Sequence[int]) -> Float[Tensor, "n d"]:
         """Return single rows, such as the embeddings of tokens."""

@@ -63,16 +63,15 @@ def analyze(
         result = sections.run_spectrum(session, rank=rank, top=top, tol=tol, seed=seed, max_sweeps=max_sweeps)
         part("svd", sections.spectrum_data(session, result, seed, tol), sections.show_spectrum)
         part("stable_rank", sections.stable_rank_data(session, result, seed), sections.show_stable_rank)
-        shares = sections.run_attribution(session, None)
+        shares = sections.run_attribution(session, content["predictions"][0]["id"])
         part("attribution", sections.attribution_data(session, shares), sections.show_attribution)
 
         J = session.jacobian
-        logits = session.trace.logits_at(session.position)
         save(
             session,
             temporary / "tensors.safetensors",
             sections.tensors(result)
-            | {"x": J.x, "y": J.output, "offset": J.offset, "logits": logits, "shares": shares.shares},
+            | {"x": J.x, "y": J.output, "offset": J.offset, "logits": session.logits, "shares": shares.shares},
         )
         content = session.envelope() | content
         runs.save_json(temporary / "run.json", render.finite(content))

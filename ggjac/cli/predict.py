@@ -30,7 +30,7 @@ def predict(
     session = Session(what, position=position, output=output, tapes=False)
     rows = sections.predictions(session, top)
     if output:
-        logits = session.trace.all_logits() if all_positions else session.trace.logits_at(session.position)
+        logits = session.trace.all_logits() if all_positions else session.logits
         save(session, output, {"logits": logits})
     if output_format == "json":
         render.emit_json(session.envelope() | {"predictions": rows})

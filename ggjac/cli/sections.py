@@ -19,7 +19,7 @@ from ggjac.cli.session import Session, numpy
 
 def predictions(session: Session, top: int) -> list[dict[str, Any]]:
     """Return the most likely next tokens at the session's position."""
-    logits = session.trace.logits_at(session.position).double().cpu()
+    logits = session.logits.double().cpu()
     best = logits.topk(min(top, len(logits)))
     chances = logits.softmax(0)[best.indices]
     return [

@@ -66,6 +66,11 @@ class Session:
             )
 
     @cached_property
+    def logits(self) -> torch.Tensor:
+        """The logits at the chosen position, `[v]`; one pass over the head, however many parts show them."""
+        return self.trace.logits_at(self.position)
+
+    @cached_property
     def jacobian(self) -> DetachedJacobian:
         """The Jacobian at the chosen position."""
         return self.trace.jacobian(self.position)
