@@ -485,7 +485,7 @@ def _set(params: Any, **values: Any) -> None:
     """Set fields of a parameter struct; ctypes alone would accept a name that the struct does not have."""
     for name, value in values.items():
         if not hasattr(params, name):
-            raise LlamaCppError(f"this llama-cpp-python has no parameter {name}; update it, or run analyze --no-verify")
+            raise LlamaCppError(f"this llama-cpp-python has no parameter {name}; update it, or skip with --no-verify")
         setattr(params, name, value)
 
 
@@ -493,9 +493,9 @@ def _load_failure(path: str | os.PathLike[str], log: str) -> str:
     if "unknown model architecture" in log:
         return (
             f"this llama.cpp does not know the architecture of {_name(path)} ({log}); update llama-cpp-python, or skip "
-            "the check with analyze --no-verify"
+            "the check with --no-verify"
         )
-    return f"llama.cpp cannot load {_name(path)}: {log}; skip the check with analyze --no-verify"
+    return f"llama.cpp cannot load {_name(path)}: {log}; skip the check with --no-verify"
 
 
 def _name(path: str | os.PathLike[str]) -> str:

@@ -385,7 +385,7 @@ def rewrite_as_f32(path: str | os.PathLike[str], folder: str | os.PathLike[str],
 def _llama_cpp(task: str) -> Iterator[llamacpp.Child]:
     """Start llama.cpp in a process of its own and turn what goes wrong there into a `ParityError`."""
     if why := llamacpp.missing():
-        raise ParityError(f"parity needs llama.cpp: {why}, or skip the check with analyze --no-verify")
+        raise ParityError(f"parity needs llama.cpp: {why}, or skip the check with --no-verify")
     try:
         with llamacpp.Child() as child:
             yield child
@@ -395,7 +395,7 @@ def _llama_cpp(task: str) -> Iterator[llamacpp.Child]:
             likely = "too little memory" if error.will_not_fit else "a tensor's type or size that it does not support"
             message = (
                 f"llama.cpp itself ended {task}, most likely because of {likely} ({message}); "
-                "skip the check with analyze --no-verify"
+                "skip the check with --no-verify"
             )
         raise (NoRoomError if error.will_not_fit else ParityError)(message) from None
 
