@@ -1,0 +1,236 @@
+"""What this machine and this process have: memory free and used, and how much of a file the page cache holds.
+
+*Anonymous* memory is what a process cannot drop: its heap and its tensors, but not the pages of a mapped model file,
+which the system takes back when it needs them. It is what a budget bounds.
+"""
+
+import ctypes
+import mmap
+import os
+import re
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+
+import psutil
+
+# Binary with an `i` and where no unit follows, as llama.cpp and the kernel mean `24G`; decimal with a `B` alone, as
+# disks are sold.
+_SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*(?:([KMGT])(iB|B)?|B)?\s*", re.IGNORECASE)
+_POWERS = "KMGT"
+_LARGEST = 1 << 62
+
+_CGROUPS = Path("/sys/fs/cgroup")
+_STATUS = "/proc/self/status"
+_RESIDENCY_STEP = 1 << 30  # bytes of a file that are mapped at a time to ask about them
+
+
+class SizeError(ValueError):
+    """A text that is no amount of memory."""
+
+
+def parse_size(text: str) -> int:
+    """Return the bytes that a text names: `2GiB`, `500MB`, `1.5G`, `123456`.
+
+    `KiB`, `MiB`, `GiB`, `TiB` and a letter alone are powers of 1024; `KB`, `MB`, `GB`, `TB` are powers of 1000; a
+    number alone is bytes. Case does not matter.
+
+    Raises:
+        SizeError: the text is none of these, or names less than one byte or more than there can be.
+    """
+    match = _SIZE.fullmatch(text)
+    if match is None:
+        shown = text if len(text) <= 40 else f"{text[:37]}..."
+        raise SizeError(f"{shown!r} is not an amount of memory; write it as 2GiB, 500MB, 1.5G, or in bytes")
+    number, letter, unit = match.groups()
+    base = 1000 if unit and unit.upper() == "B" else 1024
+    value = float(number) * base ** (_POWERS.index(letter.upper()) + 1 if letter else 0)
+    if not 1 <= value <= _LARGEST:
+        raise SizeError(f"{text.strip()[:40]!r} is out of range; give from 1 byte to 4 million TiB")
+    return int(value)
+
+
+def format_size(nbytes: float) -> str:
+    """Return bytes in binary units, such as `1.5 GiB`."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(nbytes) < 1024:
+            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
+        nbytes /= 1024
+    return f"{nbytes:.1f} TiB"
+
+
+def total_memory() -> int:
+    """Return the bytes of RAM that this process may ever have: the machine's, or its control group's if fewer."""
+    return min([psutil.virtual_memory().total, *(limit for limit, _ in _limits())])
+
+
+def free_memory() -> int:
+    """Return the bytes that this process could still take without swapping: of the machine, or of its control group.
+
+    The page cache counts as free, here and in a group.
+    """
+    return max(0, min([psutil.virtual_memory().available, *(limit - used for limit, used in _limits())]))
+
+
+def default_budget() -> int:
+    """Return half of what is free, in bytes; what this process has already taken counts as free."""
+    return (free_memory() + anonymous_memory()) // 2
+
+
+def _limits() -> Iterator[tuple[int, int]]:
+    """Yield limit and use, in bytes, of every control group around this process that has a limit."""
+    try:
+        lines = Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":  # version 2
+            root, limit, used = _CGROUPS, "memory.max", "memory.current"
+        elif "memory" in controllers.split(","):
+            root, limit, used = _CGROUPS / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
+        else:
+            continue
+        # In a container the path may be the host's, and only the root is there. A parent's limit binds its children.
+        inside = root / path.lstrip("/")
+        for folder in (inside, *inside.parents):
+            if (most := _number(folder / limit)) is not None:
+                yield most, max(0, (_number(folder / used) or 0) - _cached(folder / "memory.stat"))
+            if folder == root:
+                break
+
+
+def _number(path: Path) -> int | None:
+    """Return the number in a file; None where there is none, as in the `max` of a group without a limit."""
+    try:
+        text = path.read_text(encoding="ascii").strip()
+    except (OSError, ValueError):
+        return None
+    return int(text) if text.isdigit() else None
+
+
+def _cached(path: Path) -> int:
+    """Return the bytes of a control group's page cache."""
+    try:
+        entries = dict(line.split() for line in path.read_text(encoding="ascii").splitlines())
+        return sum(int(entries.get(key, 0)) for key in ("inactive_file", "active_file"))
+    except (OSError, ValueError):
+        return 0
+
+
+def anonymous_memory() -> int:
+    """Return the bytes of anonymous memory this process has now; elsewhere than on Linux, what is its own alone."""
+    try:
+        with open(_STATUS, encoding="ascii") as status:
+            for line in status:
+                if line.startswith("RssAnon:"):
+                    return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    process = psutil.Process()
+    try:
+        return process.memory_full_info().uss
+    except (psutil.AccessDenied, AttributeError):
+        return process.memory_info().rss
+
+
+class PeakMemory:
+    """Watch this process's anonymous memory in a thread while a block of code runs.
+
+        with PeakMemory() as peak:
+            work()
+        peak.nbytes
+
+    Attributes:
+        start: bytes at the beginning.
+        nbytes: most bytes seen, at both ends and every `interval` seconds between; what lives shorter is missed.
+    """
+
+    def __init__(self, interval: float = 0.005):
+        self.interval = interval
+        self.start = self.nbytes = 0
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="ggjac-memory", daemon=True)
+
+    def __enter__(self) -> "PeakMemory":
+        self.start = self.nbytes = anonymous_memory()
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._done.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while True:
+            done = self._done.wait(self.interval)
+            self.nbytes = max(self.nbytes, anonymous_memory())
+            if done:
+                return
+
+
+class _NvmlMemory(ctypes.Structure):
+    _fields_ = (("total", ctypes.c_ulonglong), ("free", ctypes.c_ulonglong), ("used", ctypes.c_ulonglong))
+
+
+def gpu_memory(index: int = 0) -> tuple[int, int] | None:
+    """Return the free and total bytes of an NVIDIA GPU, numbered as CUDA does; None where its driver is absent.
+
+    Asks the driver's management library, so that no CUDA context is made and torch is not needed.
+    """
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        names = visible.split(",")
+        if index >= len(names) or not names[index].strip().isdigit():
+            return None
+        index = int(names[index])
+    try:
+        nvml = ctypes.CDLL("nvml.dll" if sys.platform == "win32" else "libnvidia-ml.so.1")
+        if nvml.nvmlInit_v2():
+            return None
+    except (OSError, AttributeError):
+        return None
+    try:
+        device, memory = ctypes.c_void_p(), _NvmlMemory()
+        if nvml.nvmlDeviceGetHandleByIndex_v2(ctypes.c_uint(index), ctypes.byref(device)):
+            return None
+        return None if nvml.nvmlDeviceGetMemoryInfo(device, ctypes.byref(memory)) else (memory.free, memory.total)
+    finally:
+        nvml.nvmlShutdown()
+
+
+def cached_bytes(path: str | os.PathLike[str]) -> int | None:
+    """Return how many bytes of a file lie in the page cache; None where the system does not say.
+
+    Linux answers truthfully only to those who may write the file. Costs some 20 ms per GB.
+    """
+    if not sys.platform.startswith("linux") or not os.access(path, os.W_OK):
+        return None
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.mmap.restype = ctypes.c_void_p
+    libc.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long)
+    libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
+    libc.mincore.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_char_p)
+    size, resident, page = os.path.getsize(path), 0, mmap.PAGESIZE
+    # Mapped here and not through `mmap.mmap`, which does not tell where a read-only map lies.
+    with open(path, "rb") as file:
+        for start in range(0, size, _RESIDENCY_STEP):
+            length = min(_RESIDENCY_STEP, size - start)
+            address = libc.mmap(None, length, mmap.PROT_READ, mmap.MAP_SHARED, file.fileno(), start)
+            if address in (None, ctypes.c_void_p(-1).value):
+                return None
+            pages = ctypes.create_string_buffer(-(-length // page))
+            failed = libc.mincore(address, length, pages)
+            libc.munmap(address, length)
+            if failed:
+                return None
+            resident += pages.raw.translate(_LOWEST_BIT).count(1) * page
+    return min(size, resident)
+
+
+# Only the lowest bit of mincore's bytes has a meaning.
+_LOWEST_BIT = bytes(i & 1 for i in range(256))

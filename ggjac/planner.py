@@ -1,0 +1,730 @@
+"""Will it fit, and how long will it take? Answered from a file's header and a prompt's length, without any arithmetic.
+
+A job is a trace and some sweeps. For each layer the plan says what a sweep reads (`attn_v`, `attn_output`, the live
+half of the feed-forward, `ffn_down`, and of a mixture the routed experts only), what is frozen, and where the weights
+wait between sweeps. Peak memory is the sum of parts, each a formula below; time comes from rates measured elsewhere
+(`ggjac.bench`). Sizes are bytes, weights are elements, FLOP count a multiplication and an addition as two.
+
+Of a mixture of experts, the plan counts as many experts as tokens would use if they were spread evenly over all: an
+upper bound of the mean, since real routers prefer some.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Literal, Protocol
+
+from ggjac import machine
+from ggjac.config import ModelConfig
+from ggjac.gguf import GGUFFile, TensorInfo
+
+MlpPath = Literal["up", "gate"]
+
+ITEM_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
+
+# As in `ggjac.weights` and `ggjac.blocks`, which import torch; a test holds them equal.
+TILE_ELEMENTS = 1 << 23
+SLAB = 4096
+# As in `ggjac.jacobian`: working memory of a chunk of dense rows, bytes.
+CHUNK_BYTES = 1 << 30
+# As in `ggjac.analysis.stable_rank`: up to so many outputs the norm is exact; beyond, so many probes estimate it.
+EXACT_ROWS, PROBES = 512, 16
+
+# Anonymous memory of a process that has imported torch and opened a model, before it does anything: measured, Linux.
+BASE_BYTES = {"cpu": 152 << 20, "cuda": 900 << 20}
+# Buffers of the matrix library and of the allocator, of each thread; and what CUDA keeps on the device for itself.
+THREAD_BYTES = 8 << 20
+CONTEXT_BYTES = 600 << 20
+# Sweeps until eight residuals are below 1e-3, up and down counted singly: 6 to 10 on spectra like those of models.
+EXPECTED_SWEEPS = 8
+
+
+class PlanError(ValueError):
+    """A plan cannot be made: an impossible prompt length, rank or dtype."""
+
+
+class NoFitError(PlanError):
+    """The job needs more memory than its budget; the message says how much, and what to lower."""
+
+    will_not_fit = True
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What is to be done
+
+
+@dataclass(frozen=True)
+class Sweeps:
+    """So many passes over the live weights with so many stacked vectors; `what` says what for."""
+
+    what: str
+    count: int
+    vectors: int
+
+
+@dataclass(frozen=True)
+class Job:
+    """Sweeps to be made, and what must be kept meanwhile.
+
+    Attributes:
+        name: the command.
+        sweeps: in order.
+        width: vectors of the Krylov basis that join in each sweep of the decomposition; 0 where there is none.
+        rank: triplets to decode.
+        tapes: whether what the Jacobian freezes is kept.
+    """
+
+    name: str
+    sweeps: tuple[Sweeps, ...] = ()
+    width: int = 0
+    rank: int = 0
+    tapes: bool = True
+
+    @property
+    def vectors(self) -> int:
+        """Most stacked vectors of any sweep."""
+        return max((part.vectors for part in self.sweeps), default=0)
+
+    @property
+    def krylov_sweeps(self) -> int:
+        """Sweeps of the decomposition."""
+        return sum(part.count for part in self.sweeps if part.what == "svd")
+
+
+def job(name: str, config: ModelConfig, n: int, dtype: str, *, rank: int = 8, sweeps: int = EXPECTED_SWEEPS) -> Job:
+    """Return what a command does: `predict`, `attribute`, `svd`, `jacobian` or `analyze`.
+
+    Raises:
+        PlanError: the command is not planned here, or the rank is out of range.
+    """
+    if not 1 <= rank <= config.d:
+        raise PlanError(f"--rank {rank} is out of range; this model's Jacobian has {config.d} singular values")
+    width = min(max(rank + 8, min(3 * rank, 24)), config.d)
+    rebuild = Sweeps("reconstruction", 1, 3)
+    krylov = Sweeps("svd", sweeps, width)
+    probe = Sweeps("stable rank", 1, PROBES)
+    if config.d <= EXACT_ROWS:
+        probe = _dense("stable rank", config, n, dtype)
+    jobs = {
+        "predict": Job(name, tapes=False),
+        "attribute": Job(name, (rebuild, Sweeps("attribution", 1, 1))),
+        "jacobian": Job(name, (_dense("rows", config, n, dtype), rebuild)),
+        "svd": Job(name, (krylov, rebuild), width, rank),
+        "analyze": Job(name, (rebuild, krylov, probe, Sweeps("attribution", 1, 1)), width, rank),
+    }
+    if name not in jobs:
+        raise PlanError(f"{name!r} is not planned; planned: {', '.join(jobs)}")
+    return jobs[name]
+
+
+def _dense(what: str, config: ModelConfig, n: int, dtype: str) -> Sweeps:
+    """Return the sweeps of a dense Jacobian, whose rows come in chunks."""
+    chunk = min(config.d, max(1, CHUNK_BYTES // (_chunk_floats(config, n) * ITEM_BYTES[dtype])))
+    return Sweeps(what, math.ceil(config.d / chunk), chunk)
+
+
+def _chunk_floats(config: ModelConfig, n: int) -> int:
+    """Return the floats per vector by which `DetachedJacobian.rows` chooses its chunks."""
+    return max(3 * n * config.d, 2 * n * min(SLAB, _hidden_width(config)))
+
+
+def _hidden_width(config: ModelConfig) -> int:
+    """Return the hidden units of the widest single network of a block."""
+    return max(
+        config.feed_forward_length * (not config.expert_count),
+        config.expert_feed_forward_length,
+        config.expert_shared_feed_forward_length,
+    )
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What a pass over one layer reads and computes
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One pass over some tensors.
+
+    Attributes:
+        nbytes: stored bytes read.
+        types: weights dequantized, by storage type.
+        flop: for one vector, or of a trace for all positions.
+    """
+
+    nbytes: int = 0
+    types: Mapping[str, int] = field(default_factory=dict)
+    flop: int = 0
+
+    @property
+    def weights(self) -> int:
+        """Elements dequantized."""
+        return sum(self.types.values())
+
+    def __add__(self, other: "Pass") -> "Pass":
+        types = Counter(self.types)
+        types.update(other.types)
+        return Pass(self.nbytes + other.nbytes, dict(types), self.flop + other.flop)
+
+
+def _total(passes: Iterable[Pass]) -> Pass:
+    return sum(passes, start=Pass())
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """One block.
+
+    Attributes:
+        index: of the block.
+        stored_bytes: of all its tensors, all experts included.
+        sweep: what a sweep reads and computes, FLOP for one stacked vector.
+        trace: what the trace reads and computes.
+        dense_bytes: the live weights in the plan's dtype.
+        tape_bytes: what is frozen.
+        place: where the live weights are between sweeps: `"dense"` (ready to multiply, on the device), `"device"`
+            (quantized, on the device), `"pinned"` (quantized, in RAM beside a device) or `"file"`.
+    """
+
+    index: int
+    stored_bytes: int
+    sweep: Pass
+    trace: Pass
+    dense_bytes: int
+    tape_bytes: int
+    place: str = "file"
+
+
+class _Block:
+    """The tensors of one block by the short names under which `ggjac.blocks` asks for them."""
+
+    def __init__(self, file: GGUFFile, config: ModelConfig, index: int):
+        self.tensors, self.slices, self.prefix = file.tensors, config.slices, f"blk.{index}."
+
+    def find(self, name: str) -> tuple[TensorInfo, int] | None:
+        """Return the tensor that holds `name`, alone or fused, and how many of its rows (elements) are meant."""
+        stem, suffix = name.rsplit(".", 1)
+        fused, start, stop = self.slices.get(stem, ("", 0, 0))
+        info = self.tensors.get(f"{self.prefix}{fused}.{suffix}") if fused else None
+        if info is not None:
+            return info, stop - start
+        info = self.tensors.get(self.prefix + name)
+        return None if info is None else (info, info.shape[-2] if len(info.shape) > 1 else info.shape[-1])
+
+    def linear(self, stem: str, positions: int, experts: int = 0, uses: int = 0) -> Pass:
+        """Return one application of a projection and its bias at some positions; 0 bytes where the file has none.
+
+        Of a stack, so many `experts` are read, and `uses` positions of all of them together are multiplied.
+        """
+        found = self.find(f"{stem}.weight")
+        if found is None:
+            return Pass()
+        info, out = found
+        columns, matrices = info.shape[-1], experts or 1
+        weight = Pass(
+            matrices * out * info.row_bytes,
+            {info.type.name: matrices * out * columns},
+            2 * (uses or positions) * out * columns,
+        )
+        return weight + self.vector(f"{stem}.bias", matrices if experts else 0)
+
+    def vector(self, name: str, experts: int = 0) -> Pass:
+        """Return the reading of a vector, or of some rows of a stack of them."""
+        found = self.find(name)
+        if found is None:
+            return Pass()
+        info, elements = found
+        if experts:
+            return Pass(experts * info.row_bytes, {info.type.name: experts * info.shape[-1]})
+        return Pass(elements * info.row_bytes // info.shape[-1], {info.type.name: elements})
+
+
+def routed_experts(config: ModelConfig, positions: int) -> int:
+    """Return how many experts of a layer some positions use together, if they are spread evenly; rounded up."""
+    if not config.expert_count:
+        return 0
+    miss = 1 - config.expert_used_count / config.expert_count
+    return math.ceil(config.expert_count * (1 - miss**positions) - 1e-9)
+
+
+def _networks(block: _Block, config: ModelConfig, positions: int) -> Iterator[tuple[str, int, int, int]]:
+    """Yield kind, experts read, uses and hidden units of each sort of feed-forward network in a block."""
+    if config.expert_count:
+        routed, uses = routed_experts(config, positions), positions * config.expert_used_count
+        yield "_exps", routed, uses, config.expert_feed_forward_length
+        if block.find("ffn_up_shexp.weight"):
+            yield "_shexp", 0, positions, config.expert_shared_feed_forward_length
+    else:
+        yield "", 0, positions, config.feed_forward_length
+
+
+def _live(block: _Block, kind: str, mlp_path: MlpPath) -> str:
+    """Return the stem of the projection that stays live; without a gate it is `ffn_up`."""
+    return f"ffn_{mlp_path}{kind}" if block.find(f"ffn_gate{kind}.weight") else f"ffn_up{kind}"
+
+
+def _sweep_pass(block: _Block, config: ModelConfig, mlp_path: MlpPath, n: int, m: int) -> Pass:
+    """Return what a product reads and computes per vector, from `n` positions to `m` of them."""
+    parts = [block.linear("attn_v", n), _mix(config, n, m), block.linear("attn_output", m)]
+    for kind, experts, uses, _ in _networks(block, config, m):
+        parts += [block.linear(stem, m, experts, uses) for stem in (_live(block, kind, mlp_path), f"ffn_down{kind}")]
+    return _total(parts)
+
+
+def _mix(config: ModelConfig, n: int, m: int) -> Pass:
+    """Return the attention pattern at work: every query position takes from every key position."""
+    return Pass(flop=2 * config.head_count * config.head_size * m * n)
+
+
+def _trace_pass(block: _Block, config: ModelConfig, mlp_path: MlpPath, n: int, infos: list[TensorInfo]) -> Pass:
+    """Return what the trace reads and computes: each tensor once, but the projection that is frozen and live twice."""
+    parts = [block.linear(stem, n) for stem in ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate_inp")]
+    parts += [_mix(config, n, n), _mix(config, n, n)]  # scores cost as much as their use
+    clamped = config.row.activation == "silu_oai"
+    for kind, experts, uses, _ in _networks(block, config, n):
+        gated = block.find(f"ffn_gate{kind}.weight") is not None
+        stems = (
+            [f"ffn_gate{kind}", f"ffn_up{kind}", f"ffn_down{kind}"] if gated else [f"ffn_up{kind}", f"ffn_down{kind}"]
+        )
+        # A frozen factor that needs the live projection's own output is recorded first, and then applied.
+        if not gated or mlp_path == "gate" or clamped:
+            stems.append(_live(block, kind, mlp_path))
+        parts += [block.linear(stem, n, experts, uses) for stem in stems]
+    vectors = (info for info in infos if len(info.shape) == 1 and not info.name.endswith(".bias"))
+    parts += [Pass(info.nbytes, {info.type.name: info.elements}) for info in vectors]
+    return _total(parts)
+
+
+def _tape_bytes(block: _Block, config: ModelConfig, n: int, item: int) -> int:
+    """Return the bytes of a block's tape: norms `[n, d]`, patterns `[h, n, n]`, factors `[n, f]`."""
+    floats, integers = config.head_count * n * n, 0
+    norms = config.row.norms
+    for names in (norms.attention_in, norms.attention_out, norms.ffn_in, norms.ffn_out):
+        name = next((name for name in names if block.find(f"{name}.weight")), None)
+        if name is not None:
+            floats += n * config.d + (config.d if block.find(f"{name}.bias") else 0)
+    clamped = config.row.activation == "silu_oai"
+    for kind, experts, uses, width in _networks(block, config, n):
+        floats += uses * width * (1 + clamped)
+        if experts:
+            floats, integers = floats + uses, integers + uses
+        elif kind and block.find(f"ffn_gate_inp{kind}.weight"):
+            floats += n
+    return floats * item + integers * 8
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Memory
+
+
+def sweep_floats(config: ModelConfig, n: int) -> int:
+    """Return the floats that one stacked vector takes on its way through a block of `n` positions, at most.
+
+    The stream, a branch's input or output, and their sum, `[n, d]` each; beside them either the attention branch's
+    values and mixed heads (the mixing needs them once more, in another order), or a slab of hidden units, before and
+    after the gate.
+    """
+    q, kv = config.head_count * config.head_size, config.head_count_kv * config.head_size
+    attention = kv + 2 * q
+    hidden = 2 * min(SLAB, _hidden_width(config))
+    return n * (3 * config.d + max(attention, hidden))
+
+
+def trace_floats(config: ModelConfig, n: int) -> int:
+    """Return the floats that the trace takes beside tapes: streams, projections, and scores in float32."""
+    q, kv = config.head_count * config.head_size, config.head_count_kv * config.head_size
+    hidden = max(config.feed_forward_length * (not config.expert_count), _hidden_width(config))
+    return n * (4 * config.d + max(2 * (q + 2 * kv), 3 * hidden)) + 3 * config.head_count * n * n
+
+
+def basis_floats(config: ModelConfig, n: int, width: int, sweeps: int) -> int:
+    """Return the floats of both Krylov bases and of their images after so many sweeps.
+
+    Half of the sweeps go each way. A vector of the input space is `[n, d]`, one of the output space `[d]`; of each
+    there are a basis and the images of the other side's basis. On top, what the newest block needs to be made
+    orthonormal.
+    """
+    down, up = math.ceil(sweeps / 2), sweeps // 2
+    rows = width * (n * config.d)
+    return (down + up) * rows + 3 * rows + (down + up) * width * config.d
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Memory that may be used, in bytes; None where nobody said and the machine does not tell."""
+
+    ram: int | None = None
+    vram: int | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a job needs, layer by layer and in all.
+
+    Attributes:
+        job: what is to be done.
+        n: tokens; the Jacobian reads the first `positions` of them.
+        dtype, mlp_path, device: as the commands take them; device is `"cpu"` or `"cuda"`.
+        layers: one row per block.
+        embedding: taking the prompt's embeddings.
+        head: the logits of one position.
+        decode: finding the tokens of singular vectors.
+        ram, vram: bytes by part, at the peak; without what stays resident by choice. Empty `vram` on the CPU.
+        budget: what may be used.
+        file_bytes: of all shards.
+    """
+
+    job: Job
+    n: int
+    positions: int
+    dtype: str
+    mlp_path: MlpPath
+    device: str
+    layers: tuple[LayerPlan, ...]
+    embedding: Pass
+    head: Pass
+    decode: Pass
+    ram: Mapping[str, int]
+    vram: Mapping[str, int]
+    budget: Budget
+    file_bytes: int
+
+    @property
+    def trace(self) -> Pass:
+        """The forward pass, FLOP for all positions."""
+        return _total([self.embedding, *(layer.trace for layer in self.layers)])
+
+    @property
+    def sweep(self) -> Pass:
+        """One sweep, FLOP for one stacked vector."""
+        return _total(layer.sweep for layer in self.layers)
+
+    @property
+    def tape_bytes(self) -> int:
+        """Bytes of all tapes."""
+        return sum(layer.tape_bytes for layer in self.layers)
+
+    @property
+    def ram_needed(self) -> int:
+        """Peak of this process's anonymous memory, in bytes, with nothing kept resident by choice."""
+        return sum(self.ram.values())
+
+    @property
+    def vram_needed(self) -> int:
+        """Peak of device memory, in bytes, likewise."""
+        return sum(self.vram.values())
+
+    def resident(self, place: str) -> int:
+        """Return the bytes of layers that wait in one place between sweeps."""
+        return sum(
+            layer.dense_bytes if place == "dense" else layer.sweep.nbytes
+            for layer in self.layers
+            if layer.place == place
+        )
+
+    @property
+    def ram_peak(self) -> int:
+        """Peak of anonymous memory, in bytes, resident layers included."""
+        return self.ram_needed + self.resident("pinned") + (self.resident("dense") if self.device == "cpu" else 0)
+
+    @property
+    def vram_peak(self) -> int:
+        """Peak of device memory, in bytes, resident layers included."""
+        on_device = 0 if self.device == "cpu" else self.resident("dense") + self.resident("device")
+        return self.vram_needed + on_device
+
+    @property
+    def misfit(self) -> str | None:
+        """Say in one line what does not fit and what to lower, or None if all does."""
+        for kind, option, parts, budget in (
+            ("memory", "--ram-budget", self.ram, self.budget.ram),
+            ("device memory", "--vram-budget", self.vram, self.budget.vram),
+        ):
+            needed = sum(parts.values())
+            if budget is not None and needed > budget:
+                return (
+                    f"{self.job.name} needs {machine.format_size(needed)} of {kind} "
+                    f"({', '.join(f'{part} {machine.format_size(size)}' for part, size in _largest(parts))}), "
+                    f"but {option} allows {machine.format_size(budget)}; {_advice(self, parts, option, needed)}"
+                )
+        return None
+
+    @property
+    def fits(self) -> bool:
+        """Whether the budgets suffice."""
+        return self.misfit is None
+
+    def seconds(self, rates: "Rates") -> "Times":
+        """Return the time of each part of the job at measured rates; see `Times`."""
+        return _times(self, rates)
+
+
+def _largest(parts: Mapping[str, int], count: int = 3) -> list[tuple[str, int]]:
+    """Return the parts that weigh most."""
+    return sorted(parts.items(), key=lambda part: -part[1])[:count]
+
+
+def _advice(plan: Plan, parts: Mapping[str, int], option: str, needed: int) -> str:
+    """Say what to lower, the part that weighs most first."""
+    lower = {
+        "tapes": "use fewer tokens, or --trace FOLDER to keep tapes on disk",
+        "bases": "lower --rank, or use fewer tokens",
+        "vectors": "lower --rank, or use fewer tokens" if plan.job.width else "use fewer tokens",
+        "trace": "use fewer tokens",
+    }
+    advice = [lower[part] for part, _ in _largest(parts, len(parts)) if part in lower and parts[part] > needed / 8]
+    roomy = machine.format_size(math.ceil(needed / 2**26) * 2**26).replace(" ", "")
+    return "; ".join(dict.fromkeys([*advice[:1], f"or give {option} {roomy}"]))
+
+
+def make(
+    file: GGUFFile,
+    config: ModelConfig,
+    n: int,
+    job: Job,
+    *,
+    dtype: str = "float32",
+    mlp_path: MlpPath = "up",
+    device: str = "cpu",
+    position: int = -1,
+    threads: int = 1,
+    budget: Budget | None = None,
+    tapes_on_disk: bool = False,
+) -> Plan:
+    """Plan a job for a prompt of `n` tokens.
+
+    Args:
+        file: the open model; only its header is read.
+        config: its sizes.
+        n: tokens of the prompt.
+        job: what is to be done, from `job`.
+        dtype: of all arithmetic, by name.
+        mlp_path: which factor of a gated feed-forward stays live.
+        device: `"cpu"`, or `"cuda"` for any device with memory of its own.
+        position: the output position; negative counts from the end.
+        threads: on the CPU; each has buffers.
+        budget: what may be used; default half of the free RAM.
+        tapes_on_disk: keep tapes in a folder and one at a time in memory.
+
+    Raises:
+        PlanError: a number of tokens, a position or a dtype that cannot be.
+    """
+    if dtype not in ITEM_BYTES:
+        raise PlanError(f"dtype {dtype!r} is unknown; known: {', '.join(ITEM_BYTES)}")
+    if not 1 <= n <= config.context_length:
+        raise PlanError(f"a prompt of {n} tokens cannot run; this model takes from 1 to {config.context_length}")
+    if not -n <= position < n:
+        raise PlanError(f"--position {position} is out of range; the prompt has positions 0 to {n - 1}")
+    item, reached = ITEM_BYTES[dtype], position % n + 1
+    layers = tuple(_layer(file, config, i, n, reached, item, mlp_path) for i in range(config.block_count))
+
+    embeddings = [(info, n) for name in ("token_embd", "position_embd") if (info := file.tensors.get(f"{name}.weight"))]
+    head = file.tensors.get("output.weight", file.tensors["token_embd.weight"])
+    embedding = _total(
+        Pass(rows * info.row_bytes, {info.type.name: rows * info.shape[-1]}) for info, rows in embeddings
+    )
+    decode = _rows(head, job.rank) + _rows(file.tensors["token_embd.weight"], job.rank * n) if job.rank else Pass()
+
+    parts = _memory(file, config, n, reached, job, item, layers, threads, device, tapes_on_disk)
+    tile = min(TILE_ELEMENTS, max(info.elements for info in file.tensors.values()))
+    plan = Plan(
+        job=job,
+        n=n,
+        positions=reached,
+        dtype=dtype,
+        mlp_path=mlp_path,
+        device="cpu" if device == "cpu" else "cuda",
+        layers=layers,
+        embedding=embedding,
+        head=_rows(head, 1),
+        decode=decode,
+        ram=parts if device == "cpu" else {"process": BASE_BYTES["cuda"], "tile": 2 * tile},
+        vram={} if device == "cpu" else parts,
+        budget=budget or Budget(ram=machine.default_budget()),
+        file_bytes=file.nbytes,
+    )
+    return replace(plan, layers=_placed(plan))
+
+
+def check(plan: Plan) -> None:
+    """Refuse a job that its budget cannot hold.
+
+    Raises:
+        NoFitError: one line: what is needed, what is allowed, what to lower.
+    """
+    if plan.misfit:
+        raise NoFitError(plan.misfit)
+
+
+def _layer(
+    file: GGUFFile, config: ModelConfig, index: int, n: int, reached: int, item: int, mlp_path: MlpPath
+) -> LayerPlan:
+    block = _Block(file, config, index)
+    infos = [info for name, info in file.tensors.items() if name.startswith(block.prefix)]
+    last = index == config.block_count - 1
+    sweep = _sweep_pass(block, config, mlp_path, reached, 1 if last else reached)
+    return LayerPlan(
+        index=index,
+        stored_bytes=sum(info.nbytes for info in infos),
+        sweep=sweep,
+        trace=_trace_pass(block, config, mlp_path, n, infos),
+        dense_bytes=sweep.weights * item,
+        tape_bytes=_tape_bytes(block, config, n, item),
+    )
+
+
+def _rows(info: TensorInfo, vectors: int) -> Pass:
+    """Return one pass over a whole matrix with some vectors."""
+    return Pass(info.nbytes, {info.type.name: info.elements}, 2 * vectors * info.elements)
+
+
+def _memory(
+    file: GGUFFile,
+    config: ModelConfig,
+    n: int,
+    reached: int,
+    job: Job,
+    item: int,
+    layers: tuple[LayerPlan, ...],
+    threads: int,
+    device: str,
+    tapes_on_disk: bool,
+) -> dict[str, int]:
+    """Return the bytes of each part where the arithmetic takes place, at the peak.
+
+    Trace, sweeps and decoding come one after another: of their working memory the largest counts.
+    """
+    work = max(4, item)  # of bases: float32 at least
+    widest = max(info.elements for info in file.tensors.values())
+    tile = min(TILE_ELEMENTS, widest) * item
+    if device != "cpu":
+        tile *= 6  # torch's dequantizers keep several temporaries
+    tapes = [layer.tape_bytes for layer in layers] if job.tapes else [0]
+    kept = max(tapes) * 2 if tapes_on_disk else sum(tapes)
+    vectors = max((part.vectors for part in job.sweeps), default=0) * sweep_floats(config, reached) * item
+    bases = basis_floats(config, n, job.width, job.krylov_sweeps) * work if job.width else 0
+    tracing = trace_floats(config, n) * work
+    decoding = max(1, job.rank * n) * (4 * min(TILE_ELEMENTS // config.d, config.vocabulary) + 2 * config.d) * work
+    logits = 3 * config.vocabulary * work
+    working = {"vectors": vectors + bases, "trace": tracing, "decoding": decoding + logits}
+    largest = max(working, key=lambda part: working[part])
+    parts = {
+        "process": BASE_BYTES["cpu"] + threads * THREAD_BYTES if device == "cpu" else CONTEXT_BYTES,
+        "tapes": kept,
+        "tile": tile,
+    }
+    if largest == "vectors":
+        return parts | {"vectors": vectors} | ({"bases": bases} if bases else {})
+    return parts | {largest: working[largest]}
+
+
+def _placed(plan: Plan) -> tuple[LayerPlan, ...]:
+    """Return the layers with their places: from the output down, the best place that still has room.
+
+    On a device as many quantized layers as fit come first, and what is left makes some of them dense: reading bytes
+    through the bus costs more than dequantizing them there.
+    """
+    layers = list(plan.layers)
+    ram = max(0, (plan.budget.ram or 0) - plan.ram_needed)
+    vram = max(0, (plan.budget.vram or 0) - plan.vram_needed)
+    if sum(part.count for part in plan.job.sweeps) < 2:  # nothing would be used again
+        return plan.layers
+
+    def put(place: str, room: int, size: dict[int, int]) -> int:
+        for i in reversed(range(len(layers))):
+            if i in size:
+                if size[i] > room:
+                    break
+                room -= size[i]
+                layers[i] = replace(layers[i], place=place)
+        return room
+
+    if plan.device == "cpu":
+        put("dense", ram, {layer.index: layer.dense_bytes for layer in layers})
+    else:
+        vram = put("device", vram, {layer.index: layer.sweep.nbytes for layer in layers})
+        put("pinned", ram, {layer.index: layer.sweep.nbytes for layer in layers if layer.place == "file"})
+        more = {e.index: e.dense_bytes - e.sweep.nbytes for e in layers if e.place == "device"}
+        put("dense", vram, more)
+    return tuple(layers)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Time
+
+
+class Rates(Protocol):
+    """What a machine does per second; `ggjac.bench` measures it."""
+
+    @property
+    def disk(self) -> float:
+        """Bytes read from the model's disk."""
+
+    @property
+    def bus(self) -> float:
+        """Bytes moved to the device; infinite where there is none."""
+
+    def dequantize(self, type: str) -> float:
+        """Weights of a storage type."""
+
+    def gemm(self, columns: int) -> float:
+        """FLOP of a product of tiles with so many columns."""
+
+
+@dataclass(frozen=True)
+class Time:
+    """Seconds of one part: each share alone, and the whole, in which reading overlaps with the rest."""
+
+    what: str
+    count: int
+    disk: float
+    dequantize: float
+    gemm: float
+
+    @property
+    def each(self) -> float:
+        """Seconds of one pass: the slower of reading and of dequantizing and multiplying in turn."""
+        return max(self.disk, self.dequantize + self.gemm)
+
+    @property
+    def total(self) -> float:
+        """Seconds of all passes."""
+        return self.count * self.each
+
+
+@dataclass(frozen=True)
+class Times:
+    """The parts of a job in order; `total` is their sum in seconds."""
+
+    parts: tuple[Time, ...]
+
+    @property
+    def total(self) -> float:
+        """Seconds of the whole job."""
+        return sum(part.total for part in self.parts)
+
+
+def _times(plan: Plan, rates: Rates, *, cached: int | None = None, free: int | None = None) -> Times:
+    """Return the times of trace, sweeps and decoding.
+
+    `cached`: bytes of the file in the page cache now (default none). `free`: bytes that the page cache may grow to
+    beside the job (default what is free now): a later pass finds there what the one before it left, since sweeps
+    alternate their direction.
+    """
+    free = max(0, (machine.free_memory() if free is None else free) - plan.ram_peak)
+
+    def one(what: str, count: int, work: Pass, vectors: int, columns: int, missing: int) -> Time:
+        dequantize = sum(weights / rates.dequantize(kind) for kind, weights in work.types.items())
+        return Time(what, count, missing / rates.disk, dequantize, vectors * work.flop / rates.gemm(columns))
+
+    trace, streamed = plan.trace, _total(layer.sweep for layer in plan.layers if layer.place != "dense")
+    missing = max(0, trace.nbytes - (cached or 0))
+    parts = [one("trace", 1, trace, 1, plan.n, missing), one("logits", 1, plan.head, 1, 1, 0)]
+    later = max(0, streamed.nbytes - free)
+    for sweeps in plan.job.sweeps:
+        work = Pass(streamed.nbytes, streamed.types, plan.sweep.flop)
+        columns = sweeps.vectors * plan.positions
+        parts.append(one(sweeps.what, sweeps.count, work, sweeps.vectors, columns, later))
+    if plan.job.rank:
+        parts.append(one("decoding", 1, plan.decode, 1, plan.job.rank * plan.n, max(0, plan.decode.nbytes - free)))
+    return Times(tuple(parts))
