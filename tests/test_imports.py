@@ -24,6 +24,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "demo": set(),
     "machine": set(),
     "gguf": {"ggml"},
+    "hub": {"gguf"},
     "quants": {"ggml"},
     "rope": {"config"},
     "svd": {"linop"},
@@ -32,7 +33,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "planner": {"gguf", "ggml", "config", "machine"},
     "blocks": {"linop", "config", "rope"},
     "jacobian": {"blocks", "linop", "svd"},
-    "model": {"blocks", "config", "decode", "demo", "gguf", "jacobian", "rope", "tokenizer", "weights"},
+    "model": {"blocks", "config", "decode", "demo", "gguf", "hub", "jacobian", "rope", "tokenizer", "weights"},
     "parity": {"model", "tokenizer", "gguf", "llamacpp"},
     "analysis": {"jacobian", "svd", "decode", "weights"},
 }

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import click
 
 DEFAULT_PROMPT = "The bridge out of Marin is the"
+_DOWNLOAD = "ggjac.download"  # in click's context: whether `-m` may use the network
 MAX_THREADS = 512  # llama.cpp's limit (GGML_MAX_N_THREADS); torch crashes on many more
 
 
@@ -27,6 +28,29 @@ class TokenIds(click.ParamType):
             self.fail(f"{given!r} is not a list of token ids; write them as 1,2,3", param, ctx)
 
 
+class ModelFile(click.Path):
+    """A GGUF file, by its path or by the name under which another program keeps it."""
+
+    def __init__(self) -> None:
+        super().__init__(exists=True, dir_okay=False, path_type=Path)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Find the file that a name stands for, with `--download` on the network too."""
+        from ggjac.hub import DownloadError, HubError, resolve
+
+        try:
+            value = resolve(value, download=bool(ctx and ctx.meta.get(_DOWNLOAD)))
+        except DownloadError:
+            raise
+        except HubError as error:
+            self.fail(str(error), param, ctx)
+        return super().convert(value, param, ctx)
+
+
+def _remember_download(ctx: click.Context, param: click.Parameter, value: bool) -> None:
+    ctx.meta[_DOWNLOAD] = value
+
+
 @dataclass(frozen=True)
 class ModelOptions:
     """What to run: a model, a prompt, and how to compute."""
@@ -44,7 +68,22 @@ class ModelOptions:
 
 _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 _MODEL = [
-    click.option("-m", "--model", type=_FILE, help="GGUF file, or the first of its shards.  [default: bundled demo]"),
+    click.option(
+        "-m",
+        "--model",
+        type=ModelFile(),
+        metavar="FILE",
+        help="GGUF file, or the first of its shards; or one that is on this disk by its name, hf:user/repo[:quant] or "
+        "ollama:name[:tag].  [default: bundled demo]",
+    ),
+    click.option(
+        "--download",
+        is_flag=True,
+        is_eager=True,  # before -m, which asks for it
+        expose_value=False,
+        callback=_remember_download,
+        help="Fetch an hf: model that is not on this disk.",
+    ),
 ]
 _PROMPT = [
     click.option("-p", "--prompt", help=f"Text to analyse.  [default: {DEFAULT_PROMPT!r}]"),
@@ -76,7 +115,13 @@ position = click.option(
 output_format = click.option(
     "--format", "output_format", type=click.Choice(["table", "json"]), default="table", show_default=True
 )
-model_file = _MODEL[0]
+
+
+def model_file(command: Callable) -> Callable:
+    """Add the options that choose a model, for a command that takes no prompt."""
+    for option in reversed(_MODEL):
+        command = option(command)
+    return command
 
 
 def output(help: str) -> Callable:
