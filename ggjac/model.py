@@ -18,6 +18,7 @@ from ggjac.blocks import ACTIVATIONS, BlockTape, Frame, MlpPath, NormTape, Numer
 from ggjac.config import ModelConfig
 from ggjac.demo import demo_path
 from ggjac.gguf import GGUFFile, open_gguf
+from ggjac.hub import resolve
 from ggjac.jacobian import DetachedJacobian
 from ggjac.rope import rotation
 from ggjac.tokenizer import Tokenizer, open_tokenizer
@@ -73,7 +74,7 @@ def open_model(
     if threads:
         torch.set_num_threads(threads)
     torch.backends.cuda.matmul.allow_tf32 = False  # TF32 keeps 10 bits of mantissa: not float32
-    file = open_gguf(path or demo_path())
+    file = open_gguf(resolve(path or demo_path()))
     return Model(file, device=device, dtype=dtype, threads=threads or torch.get_num_threads())
 
 
