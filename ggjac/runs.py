@@ -1,7 +1,7 @@
 """What a command leaves on disk: safetensors files and a run folder, complete or not there at all.
 
-Everything is written under a temporary name beside its destination, flushed to the disk, and renamed. Tensors are
-written piece by piece, so that a dense Jacobian larger than memory can be saved; the format is safetensors (a length, a
+Everything is written under a temporary name beside its destination, flushed to the disk, and renamed, and the folder
+is flushed too, so that a loss of power leaves the old file or the new one. Tensors are written piece by piece, so that a dense Jacobian larger than memory can be saved; the format is safetensors (a length, a
 JSON header, raw bytes), which needs no pickle to read.
 """
 
@@ -24,7 +24,17 @@ import numpy as np
 
 SCHEMA_VERSION = 1
 
-_DTYPES: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "F64": np.dtype("<f8"), "I64": np.dtype("<i8")}
+# Names of safetensors, and the arrays that hold such values. NumPy has no bfloat16: its bits travel as 16-bit integers.
+DTYPES: dict[str, np.dtype[Any]] = {
+    "F64": np.dtype("<f8"),
+    "F32": np.dtype("<f4"),
+    "F16": np.dtype("<f2"),
+    "BF16": np.dtype("<u2"),
+    "I64": np.dtype("<i8"),
+    "I32": np.dtype("<i4"),
+    "U8": np.dtype("u1"),
+    "BOOL": np.dtype("?"),
+}
 
 
 class RunError(ValueError):
@@ -39,7 +49,7 @@ class SpaceError(RunError):
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor to be written: a safetensors dtype (`F32`, `F64` or `I64`) and a shape."""
+    """One tensor to be written: a safetensors dtype (a key of `DTYPES`) and a shape."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -47,7 +57,7 @@ class Entry:
     @property
     def nbytes(self) -> int:
         """Size of the data."""
-        return math.prod(self.shape) * _DTYPES[self.dtype].itemsize
+        return math.prod(self.shape) * DTYPES[self.dtype].itemsize
 
 
 class TensorWriter:
@@ -58,7 +68,7 @@ class TensorWriter:
         self._file, self._entries, self._starts = file, entries, {}
         offset = 0
         # The widest types first keeps every tensor aligned to its element size.
-        for name, entry in sorted(entries.items(), key=lambda item: (-_DTYPES[item[1].dtype].itemsize, item[0])):
+        for name, entry in sorted(entries.items(), key=lambda item: (-DTYPES[item[1].dtype].itemsize, item[0])):
             self._starts[name] = offset
             header[name] = {
                 "dtype": entry.dtype,
@@ -75,10 +85,12 @@ class TensorWriter:
     def write(self, name: str, values: np.ndarray, start: int = 0) -> None:
         """Write `values` as rows `start:` (along the first axis) of a declared tensor."""
         entry = self._entries[name]
-        dtype = _DTYPES[entry.dtype]
-        if values.shape[1:] != entry.shape[1:] or start + len(values) > entry.shape[0]:
+        dtype = DTYPES[entry.dtype]
+        shape = entry.shape or (1,)  # a scalar is its own only row
+        values = values if entry.shape else values.reshape(1)
+        if values.shape[1:] != shape[1:] or start + len(values) > shape[0]:
             raise ValueError(f"{name}: rows {start}: of shape {values.shape} do not fit into {entry.shape}")
-        self._file.seek(self._data + self._starts[name] + start * math.prod(entry.shape[1:]) * dtype.itemsize)
+        self._file.seek(self._data + self._starts[name] + start * math.prod(shape[1:]) * dtype.itemsize)
         self._file.write(np.ascontiguousarray(values, dtype).data)
 
 
@@ -121,9 +133,17 @@ def save_json(path: str | os.PathLike[str], content: Mapping[str, Any]) -> None:
         ValueError: the content holds such a number.
         RunError: as `writing_tensors`.
     """
-    encoded = json_text(content).encode("utf-8")
-    with _replacing(Path(path), len(encoded)) as temporary, open(temporary, "wb") as file:
-        file.write(encoded)
+    save_bytes(path, json_text(content).encode("utf-8"))
+
+
+def save_bytes(path: str | os.PathLike[str], content: bytes) -> None:
+    """Write a file.
+
+    Raises:
+        RunError: as `writing_tensors`.
+    """
+    with _replacing(Path(path), len(content)) as temporary, open(temporary, "wb") as file:
+        file.write(content)
         file.flush()
         os.fsync(file.fileno())
 
@@ -168,6 +188,25 @@ def check_writable(path: str | os.PathLike[str], needed: int = 0) -> None:
         probe = _temporary(path)
         probe.touch()
         probe.unlink()
+
+
+def sync_folder(path: str | os.PathLike[str]) -> None:
+    """Flush a folder's names to the disk, where the system can: new files and renames then survive a loss of power.
+
+    Raises:
+        OSError: the disk failed.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except PermissionError:  # Windows opens no folders, others none that may only be written
+        return
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems cannot
+            raise
+    finally:
+        os.close(descriptor)
 
 
 @contextlib.contextmanager
@@ -255,7 +294,9 @@ def _replacing(path: Path, needed: int) -> Iterator[Path]:
     with _explaining(path):
         try:
             yield temporary
-            temporary.replace(os.path.realpath(path))
+            target = os.path.realpath(path)
+            temporary.replace(target)
+            sync_folder(os.path.dirname(target))
         finally:
             temporary.unlink(missing_ok=True)
 
