@@ -1,8 +1,9 @@
 """What a command leaves on disk: safetensors files and a run folder, complete or not there at all.
 
 Everything is written under a temporary name beside its destination, flushed to the disk, and renamed, and the folder
-is flushed too, so that a loss of power leaves the old file or the new one. Tensors are written piece by piece, so that a dense Jacobian larger than memory can be saved; the format is safetensors (a length, a
-JSON header, raw bytes), which needs no pickle to read.
+is flushed too, so that a loss of power leaves the old file or the new one. Tensors are written piece by piece, so that
+a dense Jacobian larger than memory can be saved; the format is safetensors (a length, a JSON header, raw bytes), which
+needs no pickle to read.
 """
 
 import contextlib
