@@ -33,9 +33,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "planner": {"gguf", "ggml", "config", "machine"},
     "blocks": {"linop", "config", "rope"},
     "jacobian": {"blocks", "linop", "svd"},
+    "ordinary": {"blocks", "jacobian", "linop"},
     "model": {"blocks", "config", "decode", "demo", "gguf", "hub", "jacobian", "rope", "tokenizer", "weights"},
     "parity": {"model", "tokenizer", "gguf", "llamacpp"},
-    "analysis": {"jacobian", "svd", "decode", "weights"},
+    "analysis": {"jacobian", "ordinary", "svd", "decode", "weights"},
 }
 # The one that may import anything, and that nothing may import.
 TOP = "cli"

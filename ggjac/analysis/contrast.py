@@ -1,0 +1,141 @@
+"""What freezing is good for: the output rebuilt by the detached Jacobian, and by the ordinary one beside it.
+
+    detached:  J x + offset      ordinary:  (∂y/∂x) x
+
+(Golden, arXiv 2505.24293, section 3.1.) The first is the output itself, up to rounding. The second is not, and has no
+reason to be: a derivative says what the next small change does, not what made the value up. A norm's derivative, say,
+annihilates the norm's own input, for scaling that does not change the output (Euler's theorem, up to the epsilon).
+"""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ggjac.decode import Head
+from ggjac.jacobian import DetachedJacobian
+from ggjac.ordinary import OrdinaryJacobian
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How well a reconstruction `r` agrees with the output `y`, by all the measures in circulation.
+
+    A measure whose denominator is zero is NaN, or infinite.
+
+    Attributes:
+        relative_l2: `‖r - y‖ / ‖y‖`.
+        std_ratio: `std(r - y) / std(r)`, over the reconstruction: what the paper's figures state.
+        std_ratio_output: `std(r - y) / std(y)`, over the output: what its notebooks for large models state.
+        max_abs: `max |r - y|`.
+        pearson: correlation over the `d` components.
+        spearman: correlation of their ranks; equal components share their mean rank.
+        top1: after the head, the most likely token is the same.
+        top_k: share of the output's `k` most likely tokens that are among the reconstruction's.
+        k: how many those are.
+        kl: `KL(softmax(head(y)) ‖ softmax(head(r)))`, in nats.
+    """
+
+    relative_l2: float
+    std_ratio: float
+    std_ratio_output: float
+    max_abs: float
+    pearson: float
+    spearman: float
+    top1: bool
+    top_k: float
+    k: int
+    kl: float
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """An output beside its two reconstructions.
+
+    Attributes:
+        y: `[d]`, float64: the forward pass's output.
+        detached: `[d]`, float64: `J x + offset` of the detached Jacobian.
+        ordinary: `[d]`, float64: `(∂y/∂x) x` of the ordinary one.
+        detached_agreement: of `detached` with `y`: rounding.
+        ordinary_agreement: of `ordinary` with `y`.
+    """
+
+    y: Float[Tensor, " d"]
+    detached: Float[Tensor, " d"]
+    ordinary: Float[Tensor, " d"]
+    detached_agreement: Agreement
+    ordinary_agreement: Agreement
+
+
+def contrast(
+    jacobian: DetachedJacobian, head: Head, *, top: int = 10, ordinary: OrdinaryJacobian | None = None
+) -> Contrast:
+    """Rebuild the output by both Jacobians; a sweep of the weights for each, and no dense matrix.
+
+    Pass `ordinary` to use one that is at hand. `top` is the `k` of the agreement of likely tokens.
+
+    Raises:
+        ValueError: the Jacobian begins or ends inside the network, where the ordinary one has no counterpart.
+    """
+    ordinary = ordinary or ordinary_jacobian(jacobian)
+    y = jacobian.output
+    rebuilt = jacobian.linear_output + jacobian.offset
+    pushed = ordinary.matmat(jacobian.x[None])[0]
+    logits = head.logits(torch.stack([part.to(y.dtype) for part in (y, rebuilt, pushed)])).double().cpu()
+    y, rebuilt, pushed = (part.double().cpu() for part in (y, rebuilt, pushed))
+    return Contrast(
+        y=y,
+        detached=rebuilt,
+        ordinary=pushed,
+        detached_agreement=agreement(y, rebuilt, logits[0], logits[1], top),
+        ordinary_agreement=agreement(y, pushed, logits[0], logits[2], top),
+    )
+
+
+def ordinary_jacobian(jacobian: DetachedJacobian) -> OrdinaryJacobian:
+    """Return the ordinary Jacobian of the same network, prompt and position.
+
+    Raises:
+        ValueError: the given one begins or ends inside the network.
+    """
+    start, tap = jacobian.path
+    if start or tap != jacobian.end or jacobian.sweep.raw:
+        raise ValueError(
+            f"the ordinary Jacobian leads from the embeddings to the output, this map from block {start} to "
+            f"{tap.kind} {tap.index}; ask for trace.jacobian(position)"
+        )
+    return OrdinaryJacobian(jacobian.network, jacobian.position)
+
+
+def agreement(
+    y: Float[Tensor, " d"], r: Float[Tensor, " d"], logits: Float[Tensor, " v"], other: Float[Tensor, " v"], top: int
+) -> Agreement:
+    """Measure how well `r` agrees with `y`, and the logits of `r`, `other`, with those of `y`; all float64."""
+    error, k = r - y, min(top, len(logits))
+    best = logits.topk(k).indices
+    logp, logq = logits.log_softmax(0), other.log_softmax(0)
+    return Agreement(
+        relative_l2=float(error.norm() / y.norm()),
+        std_ratio=float(error.std() / r.std()),
+        std_ratio_output=float(error.std() / y.std()),
+        max_abs=float(error.abs().max()),
+        pearson=correlation(y, r),
+        spearman=correlation(ranks(y), ranks(r)),
+        top1=int(logits.argmax()) == int(other.argmax()),
+        top_k=float(torch.isin(best, other.topk(k).indices).double().mean()),
+        k=k,
+        kl=float((logp.exp() * (logp - logq)).sum()),
+    )
+
+
+def correlation(a: Float[Tensor, " d"], b: Float[Tensor, " d"]) -> float:
+    """Return Pearson's correlation; NaN where one of them is constant."""
+    a, b = a - a.mean(), b - b.mean()
+    return float(a @ b / (a.norm() * b.norm()))
+
+
+def ranks(values: Float[Tensor, " d"]) -> Float[Tensor, " d"]:
+    """Return ranks from 1, in float64; equal values share their mean rank."""
+    _, which, counts = values.unique(return_inverse=True, return_counts=True)
+    return (counts.cumsum(0) - (counts.double() - 1) / 2)[which]

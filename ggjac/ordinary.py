@@ -1,0 +1,204 @@
+"""The ordinary Jacobian of one prompt, `∂y/∂x` with nothing frozen: what the detached one is contrasted with.
+
+There is no second model. A block is recorded at its input (`ggjac.blocks`), and recording applies what it has recorded:
+differentiated by autograd, with everything live, that is the ordinary Jacobian of the block. Products go block by
+block, so that only one block's graph exists at a time; it keeps no weights (see `_Forgetful`).
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ggjac.blocks import BlockWeights, WeightMatrix, record_attention, record_ffn
+from ggjac.jacobian import CHUNK_BYTES, FrozenNetwork
+from ggjac.linop import Homogeneous, LinearOperator
+
+
+class OrdinaryJacobian(LinearOperator):
+    """The derivative of one output vector `[d]` by all input embeddings `[n, d]`, exact (autograd, no differences).
+
+    `matmat` is forward mode, upwards, and `rmatmat` reverse mode, downwards; each block is computed again at the input
+    that its tape holds. Either reads every weight once or twice, whatever the number of stacked vectors. For `k` of
+    them, memory is about `k` times one block's activations, attention scores (heads x n²) among them.
+
+    Attributes:
+        position: which output position this is, counted from 0; later positions have no influence.
+        progress: if set, called as `progress(done, total)` after each block of a product.
+        chunk_bytes: working memory that a chunk of dense rows may take.
+    """
+
+    def __init__(self, network: FrozenNetwork, position: int):
+        n, d = network.x.shape
+        self.in_shape, self.out_shape = (n, d), (d,)
+        self.dtype, self.device = network.x.dtype, network.x.device
+        self.network, self.position = network, position
+        self.progress: Callable[[int, int], None] | None = None
+        self.chunk_bytes = CHUNK_BYTES
+        rotations = {rope: (c[: position + 1], s[: position + 1]) for rope, (c, s) in network.frame.rotations.items()}
+        self._frame = network.frame._replace(rotations=rotations)
+        self._blocks = network.frame.config.block_count
+
+    def matmat(self, X: Float[Tensor, "k n d"], t: Homogeneous = None) -> Float[Tensor, "k d"]:
+        """Return `J x` for stacked tangents; a derivative has no constant term, so `t` says nothing."""
+        H = X[:, : self.position + 1].to(self.device, self.dtype)
+        for i in range(self._blocks):
+            H = _pushed(self._block(i, self.network.weights(i)), self._stream(i), H)
+            self._report(i + 1)
+        return _pushed(self._norm, self._last_stream, H)
+
+    def rmatmat(self, Y: Float[Tensor, "k d"]) -> Float[Tensor, "k n d"]:
+        """Return `Jᵀ y` for stacked cotangents."""
+        H = _pulled(self._norm, self._last_stream, Y.to(self.device, self.dtype))
+        for done, i in enumerate(reversed(range(self._blocks)), start=1):
+            weights = _Forgetful(self.network.weights(i))
+            H = _pulled(self._block(i, weights), self._stream(i), H, weights.forgetting())
+            self._report(done)
+        X = H.new_zeros(len(Y), *self.in_shape)
+        X[:, : self.position + 1] = H
+        return X
+
+    def rows(self, chunk: int | None = None) -> Iterator[tuple[int, int, Tensor]]:
+        """Yield rows of the dense Jacobian; by default as many at a time as fit into `chunk_bytes`."""
+        config, (n, d) = self.network.frame.config, self.in_shape
+        widths = (config.feed_forward_length, config.expert_feed_forward_length)
+        floats = 4 * n * (d + max(widths)) + 3 * config.head_count * n * n
+        return super().rows(chunk or max(1, self.chunk_bytes // (floats * self.dtype.itemsize)))
+
+    @cached_property
+    def _last_stream(self) -> Float[Tensor, "m d"]:
+        """The stream after all blocks, which no tape holds."""
+        i = self._blocks - 1
+        return self._block(i, self.network.weights(i))(self._stream(i))
+
+    def _stream(self, i: int) -> Float[Tensor, "m d"]:
+        """Return the input of block `i` at the prompt, up to the output's position."""
+        return self.network.tapes[i].x[: self.position + 1]
+
+    def _block(self, i: int, w: BlockWeights) -> Callable[[Tensor], Tensor]:
+        """Return block `i` as a function of its input `[m, d]`."""
+
+        def block(h: Float[Tensor, "m d"]) -> Float[Tensor, "m d"]:
+            middle = h + record_attention(w, self._frame, i, h).added
+            return middle + record_ffn(w, self._frame, h if self._frame.config.row.parallel else middle).added
+
+        return block
+
+    def _norm(self, h: Float[Tensor, "m d"]) -> Float[Tensor, " d"]:
+        """Apply the final norm at the last position reached."""
+        return self.network.freeze_norm(h[-1:]).apply(h[-1:])[0]
+
+    def _report(self, done: int) -> None:
+        if self.progress:
+            self.progress(done, self._blocks)
+
+
+def _pushed(f: Callable[[Tensor], Tensor], x: Tensor, X: Float[Tensor, "k *x"]) -> Float[Tensor, "k *y"]:
+    """Return the derivatives of `f` at `x` along `k` directions: forward mode, all of them at once."""
+    if not len(X):
+        return X.new_zeros(0, *f(x).shape)
+
+    def along(c: Float[Tensor, " k"]) -> Tensor:
+        return f(x + torch.tensordot(c, X, 1))
+
+    with torch.no_grad():  # forward mode needs no graph; the columns of this Jacobian, at c = 0, are the derivatives
+        columns = torch.autograd.functional.jacobian(
+            along, X.new_zeros(len(X)), vectorize=True, strategy="forward-mode"
+        )
+    return columns.movedim(-1, 0)
+
+
+def _pulled(
+    f: Callable[[Tensor], Tensor],
+    x: Tensor,
+    Y: Float[Tensor, "k *y"],
+    saving: AbstractContextManager | None = None,
+) -> Float[Tensor, "k *x"]:
+    """Return the transposed derivative of `f` at `x` applied to `k` cotangents: reverse mode, all of them at once."""
+    if not len(Y):
+        return Y.new_zeros(0, *x.shape)
+    x = x.detach().requires_grad_()
+    with saving or nullcontext(), torch.enable_grad():
+        y = f(x)
+    (X,) = torch.autograd.grad(y, x, Y, is_grads_batched=True)
+    return X
+
+
+class _Tile(NamedTuple):
+    """What a graph keeps in place of a tile: where it comes from, and as which view of it the graph had it."""
+
+    matrix: WeightMatrix
+    shape: torch.Size
+    stride: tuple[int, ...]
+    offset: int
+
+
+class _Forgetful:
+    """The tensors of a block, none of whose tiles a graph keeps: they are read again when its backward pass needs them.
+
+    A graph that saved them would hold the block dense, or, where tiles share a scratch buffer, the wrong numbers.
+    """
+
+    def __init__(self, weights: BlockWeights):
+        self._weights = weights
+        self._on_loan: dict[int, WeightMatrix] = {}  # by address, while a product uses them
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._weights
+
+    def matrix(self, name: str, expert: int | None = None) -> WeightMatrix:
+        """Return a matrix whose tiles are recognised when a graph wants to save them."""
+        return _Lent(self._weights.matrix(name, expert), self._on_loan)
+
+    def vector(self, name: str, expert: int | None = None) -> Tensor:
+        """Return a small tensor; it is nobody's scratch, and may be kept."""
+        return self._weights.vector(name, expert)
+
+    def forgetting(self) -> AbstractContextManager:
+        """Return a context in which graphs are built without the tiles."""
+        return torch.autograd.graph.saved_tensors_hooks(self._pack, _unpack)
+
+    def _pack(self, saved: Tensor) -> Tensor | _Tile:
+        matrix = self._on_loan.get(saved.untyped_storage().data_ptr())
+        if matrix is None:
+            return saved.detach()  # itself, it would hold on to the node that saves it
+        return _Tile(matrix, saved.shape, saved.stride(), int(saved.storage_offset()))
+
+
+def _unpack(kept: Tensor | _Tile) -> Tensor:
+    if isinstance(kept, Tensor):
+        return kept
+    ((_, _, tile),) = kept.matrix.tiles()
+    return tile.as_strided(kept.shape, kept.stride, kept.offset)
+
+
+class _Lent:
+    """A matrix that notes which of its rows are out as a tile."""
+
+    def __init__(self, matrix: WeightMatrix, on_loan: dict[int, WeightMatrix]):
+        self._matrix, self._on_loan = matrix, on_loan
+        self.shape, self.dtype, self.device = matrix.shape, matrix.dtype, matrix.device
+
+    def tiles(self) -> Iterator[tuple[int, int, Tensor]]:
+        """Yield the tiles, noting each until the next one is asked for."""
+        for start, stop, tile in self._matrix.tiles():
+            address = tile.untyped_storage().data_ptr()
+            self._on_loan[address] = self._matrix.rows(start, stop)
+            yield start, stop, tile
+            del self._on_loan[address]
+
+    def read_ahead(self) -> None:
+        """Pass the hint on."""
+        self._matrix.read_ahead()
+
+    def rows(self, start: int, stop: int) -> WeightMatrix:
+        """Return rows of the matrix, lent out likewise."""
+        return _Lent(self._matrix.rows(start, stop), self._on_loan)
+
+    def columns(self, start: int, stop: int) -> WeightMatrix:
+        """Return columns of the matrix, lent out likewise."""
+        return _Lent(self._matrix.columns(start, stop), self._on_loan)
