@@ -105,7 +105,9 @@ def load_tensors(path: str | os.PathLike[str], *, verify: bool = True) -> tuple[
             metadata = dict(file.metadata() or {})
             for name in file.keys():  # noqa: SIM118 (it is no mapping)
                 mapped = file.get_tensor(name)
-                tensors[name] = torch.empty(mapped.shape, dtype=mapped.dtype).copy_(mapped)
+                tensors[name] = torch.empty(mapped.shape, dtype=mapped.dtype)
+                # As bytes: a damaged bool would be mended on the way, and its digest be right.
+                tensors[name].reshape(-1).view(torch.uint8).copy_(mapped.reshape(-1).view(torch.uint8))
     except (SafetensorError, OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError) as error:
         reason = "is missing" if isinstance(error, FileNotFoundError) else "is damaged, or no safetensors file"
         raise JournalError(f"{path}: {reason} ({_one_line(error)})") from error
@@ -130,7 +132,8 @@ def plain(tensor: Tensor) -> Tensor:
 
 def _bytes(tensor: Tensor) -> np.ndarray:
     """Return a tensor's bytes, in the order of its elements."""
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    # `contiguous` is not enough: it calls an empty tensor with any strides so, which then cannot be viewed as bytes.
+    return plain(tensor.detach().cpu()).reshape(-1).view(torch.uint8).numpy()
 
 
 def _hashed(hasher: "hashlib.blake2b", tensor: Tensor) -> None:
@@ -261,7 +264,7 @@ class Journal:
             identity: plain JSON, all that decides the bits of the results: file, tokens, dtype, seed, versions, ...
             resume: go on with an earlier attempt, which must have the same identity. Where that one was ended before it
                 saved anything, the run begins anew.
-            every: seconds from one write to the next.
+            every: seconds from one write to the next, more (up to a minute) where writing is slow; 0 writes always.
             memory: bytes of finished products that may wait in memory.
             on_warning: told, once for each reason, when progress cannot be saved. The run goes on and tries again.
 
@@ -370,7 +373,7 @@ class Journal:
             self._warn(f"{self.folder}: progress cannot be saved ({_reason(error)}); going on, and trying again")
             complete = False
         now = time.monotonic()
-        self._due = now + max(self._every, min(LONGEST_WAIT, 10 * (now - started)))
+        self._due = now + (max(self._every, min(LONGEST_WAIT, 10 * (now - started))) if self._every else 0.0)
         return complete
 
     def close(self) -> None:
