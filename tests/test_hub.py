@@ -304,6 +304,12 @@ def test_absurd_shard_counts_cost_nothing(cache: Path) -> None:
     refused("hf:user/repo", "51 files fit", "and 46 more")
 
 
+@pytest.mark.parametrize("name", ["m-00003-of-00002.gguf", "m-00000-of-00000.gguf", "m-1-of-2.gguf"])
+def test_what_only_looks_like_a_shard(name: str, cache: Path) -> None:
+    (link,) = put_snapshot(cache, "user/repo", name)
+    assert hub.resolve("hf:user/repo") == link
+
+
 # --- refusals ---------------------------------------------------------------------------------------------------------
 
 
