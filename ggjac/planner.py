@@ -296,21 +296,22 @@ def _trace_pass(block: _Block, config: ModelConfig, mlp_path: MlpPath, n: int, i
 
 
 def _tape_bytes(block: _Block, config: ModelConfig, n: int, item: int) -> int:
-    """Return the bytes of a block's tape: norms `[n, d]`, patterns `[h, n, n]`, factors `[n, f]`."""
-    floats, integers = config.head_count * n * n, 0
+    """Return the bytes of a block's tape: its stream `[n, d]`, norms, patterns `[h, n, n]`, factors `[n, f]`."""
+    floats, other = n * config.d + config.head_count * n * n, 0
     norms = config.row.norms
     for names in (norms.attention_in, norms.attention_out, norms.ffn_in, norms.ffn_out):
         name = next((name for name in names if block.find(f"{name}.weight")), None)
         if name is not None:
-            floats += n * config.d + (config.d if block.find(f"{name}.bias") else 0)
+            floats += config.d * (2 if block.find(f"{name}.bias") else 1)
+            other += n * max(4, item)  # one over the root mean square, float32 at least
     clamped = config.row.activation == "silu_oai"
     for kind, experts, uses, width in _networks(block, config, n):
         floats += uses * width * (1 + clamped)
         if experts:
-            floats, integers = floats + uses, integers + uses
+            floats, other = floats + uses, other + uses * 8
         elif kind and block.find(f"ffn_gate_inp{kind}.weight"):
             floats += n
-    return floats * item + integers * 8
+    return floats * item + other
 
 
 # ----------------------------------------------------------------------------------------------------------------------
