@@ -121,6 +121,10 @@ PARTS: dict[str, tuple[set[str], list[str]]] = {
     "svd": ({"reconstruction", "svd"}, ["converged after", "residual"]),
     "jacobian": ({"jacobian"}, ["‖J_i‖_F"]),
     "attribute": ({"reconstruction", "attribution"}, ["Exact share of every input token", "sum"]),
+    "contrast": (
+        {"reconstruction", "contrast"},
+        ["Reconstruction", "detached", "ordinary", "Spearman", "KL divergence"],
+    ),
 }
 
 
@@ -330,14 +334,35 @@ def test_run_folder(tiny_file: TinyFile) -> None:
     assert attribution["logit"] == pytest.approx(content["predictions"][0]["logit"], rel=1e-6)
 
     saved = load_file("new/run/tensors.safetensors")
-    assert saved.keys() == {"U", "S", "Vh", "residual", "x", "y", "offset", "logits", "shares", "ids"}
+    assert saved.keys() == {
+        *("U", "S", "Vh", "residual", "x", "y", "offset", "linear_output", "logits", "shares", "ids")
+    }
     truth = oracle.jacobian(model, IDS, mlp_path="up")
     S = torch.linalg.svdvals(truth.J.flatten(1))
     close(saved["S"], S[:4], 1e-5)
     close(saved["y"], truth.y, 1e-5)
+    close(saved["linear_output"], truth.y - truth.offset, 1e-5)
     close(saved["logits"], oracle.forward(oracle.load(model), IDS)["logits"][-1], 1e-5)
     assert saved["S"].tolist() == [triplet["singular_value"] for triplet in content["svd"]["triplets"]]
     assert content["stable_rank"]["value"] == pytest.approx(float(S.square().sum() / S[0] ** 2), rel=1e-4)
+
+
+@pytest.mark.parametrize("command", ["contrast", "analyze"])
+def test_the_ordinary_jacobian_is_saved_beside_the_detached_one(command: str, tiny_file: TinyFile) -> None:
+    model, options = tiny_file("biases"), ["-m", tiny_file("biases"), *TOKENS, "-o", "saved", "--format", "json"]
+    content = json.loads(ggjac_(command, *options, *(["--contrast"] if command == "analyze" else [])).stdout)
+    saved = load_file("saved" if command == "contrast" else "saved/tensors.safetensors")
+    assert saved.keys() >= {"y", "offset", "linear_output", "ordinary_output", "ids"}
+    truth = oracle.jacobian(model, IDS, mlp_path=None)
+    close(saved["ordinary_output"], torch.einsum("end,nd->e", truth.J, truth.x), 1e-4)
+    close(saved["linear_output"] + saved["offset"], truth.y, 1e-5)
+    detached, ordinary = content["contrast"]["detached"], content["contrast"]["ordinary"]
+    assert detached.keys() == ordinary.keys()
+    assert detached["error"] < 1e-5
+    assert (detached["top1"], detached["top"], detached["top_agreement"]) == (True, 10, 1.0)
+    error = float((saved["ordinary_output"] - truth.y).norm() / truth.y.norm())
+    assert ordinary["error"] == pytest.approx(error, rel=1e-4)
+    assert error > 0.1
 
 
 def test_a_run_gets_a_name_of_its_own(tiny_file: TinyFile, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -371,7 +396,7 @@ def test_exit_code_3_when_the_sweeps_run_out(command: str, tiny_file: TinyFile) 
     assert Path("saved").exists()
 
 
-@pytest.mark.parametrize("command", ["svd", "attribute", "analyze", "jacobian"])
+@pytest.mark.parametrize("command", ["svd", "attribute", "analyze", "jacobian", "contrast"])
 def test_exit_code_3_when_the_reconstruction_fails(
     command: str, tiny_file: TinyFile, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -533,7 +558,7 @@ def test_cuda_where_there_is_none(device: str, tiny_file: TinyFile) -> None:
     assert "use cpu" in err
 
 
-SAVING = {"analyze": "run", "predict": "f", "svd": "f", "jacobian": "f"}
+SAVING = {"analyze": "run", "predict": "f", "svd": "f", "jacobian": "f", "contrast": "f"}
 
 
 @pytest.mark.parametrize("command", SAVING)

@@ -125,7 +125,7 @@ def agreement(
         top1=int(logits.argmax()) == int(other.argmax()),
         top_k=float(torch.isin(best, other.topk(k).indices).double().mean()),
         k=k,
-        kl=float((logp.exp() * (logp - logq)).sum()),
+        kl=float((logp.exp() * (logp - logq)).sum().clamp_min(0)),  # rounding can take 0 below 0
     )
 
 

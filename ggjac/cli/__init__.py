@@ -29,6 +29,7 @@ COMMANDS = {
     "svd": "Decompose a prompt's detached Jacobian and decode its singular vectors.",
     "jacobian": "Compute the dense detached Jacobian and what each position contributes.",
     "attribute": "Split a token's logit exactly over the input tokens.",
+    "contrast": "Rebuild the output by the detached and by the ordinary Jacobian.",
 }
 
 

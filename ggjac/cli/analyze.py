@@ -8,15 +8,17 @@ from typing import Any
 
 import click
 
-from ggjac.cli.options import ModelOptions, model_options, output, output_format, position, spectrum_options
+from ggjac.cli.options import ModelOptions, dry_run, model_options, output, output_format, position, spectrum_options
 
 
 @click.command()
 @model_options
+@dry_run
 @position
 @spectrum_options
 @click.option("--top", type=click.IntRange(min=1), default=8, show_default=True, help="Tokens per vector.")
 @click.option("--no-verify", is_flag=True, help="Do not compare with llama.cpp.")
+@click.option("--contrast", is_flag=True, help="Rebuild the output by the ordinary Jacobian, too.")
 @output("Run folder to create.  [default: ggjac-runs/MODEL-TIME]")
 @output_format
 @click.pass_context
@@ -30,13 +32,15 @@ def analyze(
     seed: int,
     top: int,
     no_verify: bool,
+    contrast: bool,
     output: Path | None,
     output_format: str,
 ) -> None:
     """Analyse a prompt: prediction, parity with llama.cpp, singular vectors, attribution; write a run folder.
 
     The folder holds run.json (all results, and how they were made) and tensors.safetensors (U, S, Vh, residual, x, y,
-    offset, logits, shares, ids). Exit code 3 if a check fell outside its tolerance.
+    offset, linear_output, logits, shares, ids; with --contrast, ordinary_output). Exit code 3 if a check fell outside
+    its tolerance.
 
     \b
     ggjac analyze -m model.gguf -p "The bridge out of Marin is the"
@@ -65,12 +69,18 @@ def analyze(
         part("stable_rank", sections.stable_rank_data(session, result, seed), sections.show_stable_rank)
         shares = sections.run_attribution(session, content["predictions"][0]["id"])
         part("attribution", sections.attribution_data(session, shares), sections.show_attribution)
-
         J = session.jacobian
+        rebuilt = {"linear_output": J.linear_output}
+        if contrast:
+            both = sections.run_contrast(session, top=10)
+            part("contrast", sections.contrast_data(both), sections.show_contrast)
+            rebuilt |= sections.contrast_tensors(session, both)
+
         save(
             session,
             temporary / "tensors.safetensors",
             sections.tensors(result)
+            | rebuilt
             | {"x": J.x, "y": J.output, "offset": J.offset, "logits": session.logits, "shares": shares.shares},
         )
         content = session.envelope() | content

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 
 from ggjac import parity, runs
 from ggjac.analysis.attribution import Attribution, attribute
+from ggjac.analysis.contrast import Agreement, Contrast, contrast, ordinary_jacobian
 from ggjac.analysis.contributions import contributions
 from ggjac.analysis.spectrum import Spectrum, spectrum
 from ggjac.analysis.stable_rank import stable_rank
@@ -266,6 +268,58 @@ def show_attribution(data: dict[str, Any]) -> None:
     token = data["target"]["token"]
     cap = " before its soft cap" if data["softcap"] else ""
     table(f"Exact share of every input token in the logit of {token}{cap}", ["#position", "token", "#share", ""], rows)
+
+
+def run_contrast(session: Session, top: int) -> Contrast:
+    """Rebuild the output by both Jacobians."""
+    with session.report.stage("contrast") as update:
+        ordinary = ordinary_jacobian(session.jacobian)
+        session.jacobian.progress = ordinary.progress = lambda done, total: update("block", done, total)
+        return contrast(session.jacobian, session.model.head, top=top, ordinary=ordinary)
+
+
+def contrast_data(result: Contrast) -> dict[str, Any]:
+    """Return both agreements as plain data."""
+    return {"detached": _agreement(result.detached_agreement), "ordinary": _agreement(result.ordinary_agreement)}
+
+
+def _agreement(found: Agreement) -> dict[str, Any]:
+    return {
+        "error": found.relative_l2,
+        "std_ratio": found.std_ratio,
+        "std_ratio_output": found.std_ratio_output,
+        "max_abs": found.max_abs,
+        "pearson": found.pearson,
+        "spearman": found.spearman,
+        "top1": found.top1,
+        "top": found.k,
+        "top_agreement": found.top_k,
+        "kl": found.kl,
+    }
+
+
+def contrast_tensors(session: Session, result: Contrast) -> dict[str, torch.Tensor]:
+    """Return the saved tensors of a contrast: what either linear map makes of the input, `[d]` each."""
+    J = session.jacobian
+    return {"linear_output": J.linear_output, "ordinary_output": result.ordinary.to(J.linear_output.dtype)}
+
+
+def show_contrast(data: dict[str, Any]) -> None:
+    """Print every measure for both reconstructions."""
+    measures: dict[str, Callable[[dict[str, Any]], str]] = {
+        "‖r - y‖/‖y‖": lambda a: f"{a['error']:.2e}",
+        "std(r - y)/std(r)": lambda a: f"{a['std_ratio']:.2e}",
+        "std(r - y)/std(y)": lambda a: f"{a['std_ratio_output']:.2e}",
+        "max |r - y|": lambda a: f"{a['max_abs']:.2e}",
+        "Pearson correlation": lambda a: f"{a['pearson']:.6f}",
+        "Spearman correlation": lambda a: f"{a['spearman']:.6f}",
+        "after the head: same top token": lambda a: "yes" if a["top1"] else "no",
+        f"after the head: shared among the top {data['detached']['top']}": lambda a: f"{a['top_agreement']:.0%}",
+        "after the head: KL divergence, nats": lambda a: f"{a['kl']:.2e}",
+    }
+    rows = [(name, shown(data["detached"]), shown(data["ordinary"])) for name, shown in measures.items()]
+    table("Output y rebuilt: detached r = J x + offset, ordinary r = (∂y/∂x) x", ["", "#detached", "#ordinary"], rows)
+    line("")
 
 
 def tensors(result: Spectrum) -> dict[str, torch.Tensor]:
