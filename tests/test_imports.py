@@ -20,6 +20,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "llamacpp": set(),
     "tokenizer": {"llamacpp"},
     "runs": set(),
+    "report": {"runs"},
     "journal": {"runs"},
     "demo": set(),
     "machine": set(),

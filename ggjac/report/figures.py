@@ -1,0 +1,196 @@
+"""The page's figures for print: PNG, SVG and PDF, drawn by matplotlib from the same charts."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from ggjac import runs
+from ggjac.report import charts
+from ggjac.report.charts import Axis, Chart
+from ggjac.report.load import Run, load
+from ggjac.runs import RunError
+
+FOLDER = "figures"
+FORMATS = ("png", "svg", "pdf")
+MAX_BARS = 60  # tokens in the attribution figure: the largest shares, in the order of the prompt
+
+TONES = {"accent": "#2b5bb8", "ink": "#1d1c1a", "faint": "#8a857d"}
+LESS = "#b4531c"
+# Fonts for tokens of every script, as far as this machine has them; matplotlib itself brings DejaVu Sans.
+FAMILIES = (
+    "DejaVu Sans", "Noto Sans", "Noto Sans CJK SC", "Noto Sans CJK JP", "Noto Sans Arabic", "Noto Sans Hebrew",
+    "Noto Sans Devanagari", "Noto Sans Bengali", "Noto Sans Tamil", "Noto Sans Thai", "Noto Sans Symbols",
+    "Noto Sans Symbols 2", "Arial Unicode MS", "PingFang SC", "Hiragino Sans", "Microsoft YaHei", "Yu Gothic",
+    "Malgun Gothic", "Segoe UI Symbol",
+)  # fmt: skip
+
+
+def write_figures(folder: str | os.PathLike[str]) -> list[Path]:
+    """Draw the figures of a run folder into its folder `figures`; return the files, those of one figure together.
+
+    Raises:
+        RunError: not a run folder, or a damaged one, or the figures cannot be written; the message is one line.
+        ValueError: matplotlib is missing.
+    """
+    run, target = load(folder), Path(folder) / FOLDER
+    if target.is_symlink():  # a folder from strangers must not send us elsewhere
+        raise RunError(f"{target}: is a link that leads out of the run folder; remove it")
+    written = []
+    with _drawing():
+        from matplotlib import pyplot
+
+        try:
+            target.mkdir(exist_ok=True)
+        except OSError as error:
+            raise RunError(f"{target}: cannot be made ({error.strerror}); copy the run folder elsewhere") from error
+        for name, figure in figures(run):
+            for kind in FORMATS:
+                path = target / f"{name}.{kind}"
+                if path.is_symlink():
+                    raise RunError(f"{path}: is a link that leads out of the run folder; remove it")
+                runs.save_bytes(path, _bytes(figure, kind))
+                written.append(path)
+            pyplot.close(figure)
+    return written
+
+
+def figures(run: Run) -> Iterator[tuple[str, Any]]:
+    """Yield name and matplotlib `Figure` of everything that a run has data for."""
+    with _drawing():
+        if run.content["attribution"]:
+            yield "attribution", _attribution(run.content["attribution"])
+        found = charts.singular_values(run)
+        for variants in (found, *charts.stable_ranks(run)):
+            for chart in variants:
+                yield f"{chart.key}-{chart.scale}", _draw(chart)
+        for chart in (*charts.paths(run), *charts.ranks_by_depth(run), *charts.scatters(run)):
+            yield chart.key, _draw(chart)
+
+
+@contextmanager
+def _drawing() -> Iterator[None]:
+    """Set matplotlib up for print, without touching what the caller has set; the same run gives the same bytes."""
+    try:
+        import matplotlib
+    except ModuleNotFoundError as error:
+        raise ValueError("figures need matplotlib; pip install matplotlib") from error
+    matplotlib.use("agg")
+    settings: Any = {
+        "font.family": [family for family in FAMILIES if family in _installed()],
+        "font.size": 9,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.edgecolor": "#8a857d",
+        "axes.labelcolor": "#66625c",
+        "axes.titlesize": 10,
+        "axes.titlelocation": "left",
+        "axes.unicode_minus": True,
+        "xtick.color": "#66625c",
+        "ytick.color": "#66625c",
+        "text.color": "#1d1c1a",
+        "legend.frameon": False,
+        "svg.hashsalt": "ggjac",
+        "svg.fonttype": "path",  # looks the same where the fonts are missing
+        "pdf.fonttype": 42,
+        "text.parse_math": False,  # a token may hold a dollar sign
+    }
+    with matplotlib.rc_context(settings):
+        yield
+
+
+@cache
+def _installed() -> frozenset[str]:
+    from matplotlib import font_manager
+
+    return frozenset(font.name for font in font_manager.fontManager.ttflist)
+
+
+@cache
+def _drawable() -> frozenset[int]:
+    """Return the characters for which some chosen font has a glyph."""
+    from matplotlib import font_manager
+
+    found: set[int] = set()
+    for family in FAMILIES:
+        if family in _installed():
+            found |= font_manager.get_font(font_manager.findfont(family)).get_charmap().keys()
+    return frozenset(found)
+
+
+def _label(text: str) -> str:
+    """Return a token with escapes for the characters that no font here can draw."""
+    return "".join(c if ord(c) in _drawable() else f"⟨U+{ord(c):04X}⟩" for c in text)
+
+
+def _bytes(figure: Any, kind: str) -> bytes:
+    """Return a figure's file, without the time it was made."""
+    import io
+
+    stamp: dict[str, Any] = {"png": {"Software": None}, "svg": {"Date": None}, "pdf": {"CreationDate": None}}[kind]
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format=kind, dpi=200, bbox_inches="tight", metadata=stamp)
+    return buffer.getvalue()
+
+
+def _draw(chart: Chart) -> Any:
+    """Draw a chart."""
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(4.2, 4.2) if chart.square else (5.6, 3.2))
+    for axis, name in ((chart.x, "x"), (chart.y, "y")):
+        _scale(axes, axis, name)
+    axes.grid(axis="y", color="#e3dfd8", linewidth=0.6)
+    axes.set_axisbelow(True)
+    if chart.diagonal:
+        ends = max(chart.x.low, chart.y.low), min(chart.x.high, chart.y.high)
+        axes.plot(ends, ends, color="#8a857d", linewidth=0.8, linestyle=(0, (2, 3)))
+    for series in chart.series:
+        xs, ys = zip(*series.points, strict=True)
+        color = TONES[series.tone]
+        if any(series.error):
+            axes.errorbar(xs, ys, yerr=series.error, fmt="none", ecolor=color, elinewidth=0.8)
+        style = "none" if not series.line else (0, (5, 4)) if series.tone == "faint" else "-"
+        axes.plot(
+            xs, ys, color=color, linestyle=style, linewidth=1.3, label=_label(series.name),
+            marker="o", markersize=3.5 if series.line else 2, markeredgewidth=0, alpha=1 if series.line else 0.6,
+        )  # fmt: skip
+    if len(chart.series) > 1:
+        axes.legend(fontsize=8)
+    axes.set_title(_label(chart.title))
+    return figure
+
+
+def _scale(axes: Any, axis: Axis, name: str) -> None:
+    """Give an axis of a figure the scale and the ticks of a chart's."""
+    set_ = {key: getattr(axes, f"set_{name}{key}") for key in ("scale", "lim", "ticks", "label")}
+    if axis.log:
+        set_["scale"]("log")
+    set_["lim"](*((axis.high, axis.low) if axis.flipped else (axis.low, axis.high)))
+    set_["ticks"]([place for place, _ in axis.ticks], [label for _, label in axis.ticks])
+    set_["ticks"]([], minor=True)
+    set_["label"](axis.label)
+
+
+def _attribution(data: dict[str, Any]) -> Any:
+    """Draw the shares of the tokens as bars."""
+    from matplotlib import pyplot
+
+    shares = data["shares"]
+    largest = sorted(range(len(shares)), key=lambda i: -abs(shares[i]["share"]))[:MAX_BARS]
+    shown = [shares[i] for i in sorted(largest)]
+    figure, axes = pyplot.subplots(figsize=(5.6, 0.7 + 0.24 * len(shown)))
+    places = range(len(shown))
+    values = [s["share"] for s in shown]
+    axes.barh(places, values, height=0.62, color=[TONES["accent"] if value >= 0 else LESS for value in values])
+    axes.set_yticks(places, [_label(s["token"]) for s in shown])
+    axes.tick_params(axis="y", length=0, labelcolor="#1d1c1a")
+    axes.invert_yaxis()
+    axes.axvline(0, color="#8a857d", linewidth=0.8)
+    axes.spines["left"].set_visible(False)
+    rest = f", the {len(shown)} largest of {len(shares)}" if len(shown) < len(shares) else ""
+    axes.set_title(_label(f"Shares in the logit of {data['target']['token']}{rest}"))
+    axes.set_xlabel(f"share; all shares and the offset sum to the logit {data['logit']:.4f}".replace("-", "−"))
+    return figure

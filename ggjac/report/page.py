@@ -1,0 +1,96 @@
+"""Turn a run folder into one HTML file that needs nothing else: no network, no fonts, no library.
+
+Everything that a run says is escaped by the templates. The page's policy allows the one style sheet and the one script
+that it carries, by their hashes, and no connection at all.
+"""
+
+import base64
+import hashlib
+import os
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from ggjac import runs
+from ggjac.report import sections
+from ggjac.report.load import Run, load
+from ggjac.runs import RunError
+
+TEMPLATES = Path(__file__).parent / "templates"
+NAME = "report.html"
+
+
+def write_report(folder: str | os.PathLike[str], output: str | os.PathLike[str] | None = None) -> Path:
+    """Write the report of a run folder to `output`, or to report.html in the folder; return where.
+
+    Raises:
+        RunError: not a run folder, or a damaged one, or the page cannot be written; the message is one line.
+    """
+    html = render(load(folder))
+    path = Path(folder) / NAME if output is None else Path(output)
+    if output is None and path.is_symlink():  # a folder from strangers must not send us elsewhere
+        raise RunError(f"{path}: is a link that leads out of the run folder; remove it, or choose a file with -o")
+    runs.save_bytes(path, html.encode("utf-8"))
+    return path
+
+
+def render(run: Run) -> str:
+    """Return the page as text."""
+    parts: list[dict[str, Any]] = []
+    for section in sections.SECTIONS:
+        data = section.build(run)
+        if data:
+            parts.append({"key": section.key, "title": section.title, "note": section.note, "data": data})
+    style, script = _asset("report.css"), _asset("report.js")
+    # The data of the one section that the script draws itself.
+    data = next((part["data"]["data"] for part in parts if part["key"] == "layers"), None)
+    return (
+        _environment()
+        .get_template("page.html")
+        .render(
+            header=sections.header(run),
+            sections=parts,
+            style=style,
+            script=script,
+            style_hash=_hash(style),
+            script_hash=_hash(script),
+            data=data,
+            version=(run.content["versions"] or {}).get("ggjac"),
+        )
+    )
+
+
+@cache
+def _environment() -> Any:
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    environment = Environment(
+        loader=FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=StrictUndefined,
+    )
+    environment.filters["place"] = _place
+    environment.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "sort_keys": False}
+    return environment
+
+
+def _place(share: float) -> str:
+    """Return a fraction of an axis in thousandths, the units of a chart's inner drawing."""
+    return f"{1000 * share:.1f}".rstrip("0").rstrip(".")
+
+
+@cache
+def _asset(name: str) -> Any:
+    """Return a style sheet or script of ours as it is embedded, unescaped."""
+    from markupsafe import Markup
+
+    text = (TEMPLATES / name).read_text(encoding="utf-8")
+    assert "</" not in text, f"{name} would end its own element"
+    return Markup(text)
+
+
+def _hash(text: str) -> str:
+    """Return the source expression of a Content-Security-Policy that allows exactly this text."""
+    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode("utf-8")).digest()).decode("ascii")

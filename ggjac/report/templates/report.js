@@ -1,0 +1,146 @@
+// The page reads without this. It adds: switches between variants, arrow keys among tokens, and pinned tokens.
+"use strict";
+const all = (selector, root = document) => [...root.querySelectorAll(selector)];
+
+// -- Switches: of the panels in a group, show the chosen one.
+for (const group of all("[data-switch]")) {
+  const panels = all(".panel", group);
+  const radios = all("input[type=radio]", group);
+  if (!radios.length) continue;
+  for (const chooser of all(":scope > [hidden]", group)) chooser.hidden = false;
+  const show = () => panels.forEach((panel, i) => { panel.hidden = !radios.some((r) => r.checked && Number(r.value) === i); });
+  for (const radio of radios) radio.addEventListener("change", show);
+  show();
+}
+
+// -- Arrow keys: a long row or grid of tokens is one stop of the Tab key, and arrows move within it.
+for (const group of all("[data-rove]")) {
+  const items = all("button, [tabindex]", group);
+  const enter = (item) => {
+    for (const other of items) other.tabIndex = other === item ? 0 : -1;
+  };
+  if (items.length) enter(items[0]);
+  group.addEventListener("focusin", (event) => { if (items.includes(event.target)) enter(event.target); });
+  group.addEventListener("keydown", (event) => {
+    const at = items.indexOf(event.target);
+    const to = at < 0 ? undefined : {
+      ArrowRight: () => items[at + 1],
+      ArrowLeft: () => items[at - 1],
+      ArrowDown: () => beside(items, items[at], 1),
+      ArrowUp: () => beside(items, items[at], -1),
+      Home: () => items[0],
+      End: () => items[items.length - 1],
+    }[event.key]?.();
+    if (!to) return;
+    event.preventDefault();
+    to.focus();
+  });
+}
+
+// The nearest item in the next line below (1) or above (-1).
+function beside(items, from, direction) {
+  const middle = (box) => (box.left + box.right) / 2;
+  const start = from.getBoundingClientRect();
+  let best, least = Infinity;
+  for (const item of items) {
+    const box = item.getBoundingClientRect();
+    const down = direction * (box.top - start.top);
+    if (down < start.height / 2) continue;
+    const distance = 4 * down + Math.abs(middle(box) - middle(start));
+    if (distance < least) [best, least] = [item, distance];
+  }
+  return best;
+}
+
+// -- Pinned tokens: their rank by depth, as lines and as a table.
+const source = document.getElementById("data");
+const place = document.getElementById("pinned");
+if (source && place) {
+  const data = JSON.parse(source.textContent);
+  const names = new Map(data.tokens);
+  const columns = new Map(data.tokens.map(([id], i) => [id, i]));
+  const buttons = all("button[data-id]");
+  const plot = place.querySelector(".plot");
+  const chips = place.querySelector(".pins");
+  const body = place.querySelector("tbody");
+  const said = document.getElementById("said");
+  let pinned = [];
+  let marked = null;
+
+  const ranks = (id) => data.ranks.map((row) => row[columns.get(id)]);
+  const height = (rank) => 1000 * Math.min(1, Math.max(0, (Math.log(rank) - data.span[0]) / (data.span[1] - data.span[0])));
+
+  // The marked token comes last, and so lies on top.
+  function draw() {
+    plot.replaceChildren();
+    const order = pinned.filter((id) => id !== marked).concat(pinned.includes(marked) ? [marked] : []);
+    for (const id of order) {
+      const points = ranks(id).flatMap((rank, i) => (rank > 0 ? [[1000 * data.x[i], height(rank)]] : []));
+      const tone = id === marked ? "accent" : "faint";
+      const texts = { line: points.map(([x, y], i) => `${i ? "L" : "M"}${x} ${y.toFixed(1)}`), dots: points.map(([x, y]) => `M${x} ${y.toFixed(1)}h0`) };
+      for (const [kind, text] of Object.entries(texts)) {
+        const path = document.createElementNS("http://www.w3.org/2000/svg", "path");
+        path.setAttribute("class", `${kind} ${tone}`);
+        path.setAttribute("d", text.join(""));
+        plot.append(path);
+      }
+    }
+    for (const chip of chips.children) chip.classList.toggle("marked", Number(chip.dataset.id) === marked);
+    for (const row of body.rows) row.classList.toggle("best", Number(row.dataset.id) === marked);
+  }
+
+  function mark(id) {
+    marked = id;
+    draw();
+  }
+
+  function element(name, text, attributes = {}) {
+    const made = document.createElement(name);
+    made.textContent = text;
+    for (const [key, value] of Object.entries(attributes)) made.setAttribute(key, value);
+    return made;
+  }
+
+  function fill() {
+    chips.replaceChildren(...pinned.map((id) => {
+      const item = element("li", "", { "data-id": id });
+      const button = element("button", "", { type: "button", "aria-label": `Unpin ${names.get(id)}` });
+      button.append(element("span", names.get(id), { class: "token", dir: "auto" }), element("span", "×", { "aria-hidden": "true" }));
+      button.addEventListener("click", () => {
+        const next = item.nextElementSibling || item.previousElementSibling;
+        const following = next && Number(next.dataset.id);
+        toggle(id);
+        chips.querySelector(`[data-id="${following}"] button`)?.focus();
+      });
+      button.addEventListener("focus", () => mark(id));
+      item.addEventListener("pointerenter", () => mark(id));
+      item.append(button);
+      return item;
+    }));
+    body.replaceChildren(...pinned.map((id) => {
+      const row = element("tr", "", { "data-id": id });
+      const head = element("th", "", { scope: "row" });
+      head.append(element("span", names.get(id), { class: "token", dir: "auto" }));
+      row.append(head, ...ranks(id).map((rank) => element("td", rank > 0 ? rank.toLocaleString("en") : "–", { class: "n" })));
+      return row;
+    }));
+    for (const button of buttons) button.setAttribute("aria-pressed", String(pinned.includes(Number(button.dataset.id))));
+    place.hidden = !pinned.length;
+  }
+
+  function toggle(id) {
+    const there = pinned.includes(id);
+    pinned = there ? pinned.filter((other) => other !== id) : [...pinned, id];
+    if (!there || marked === id) marked = there ? pinned[pinned.length - 1] ?? null : id;
+    fill();
+    draw();
+    const depths = ranks(id).map((rank, i) => `${rank} after ${data.depths[i]}`).join(", ");
+    said.textContent = there ? `${names.get(id)} unpinned` : `${names.get(id)} pinned: rank ${depths} blocks`;
+  }
+
+  for (const button of buttons) button.addEventListener("click", () => toggle(Number(button.dataset.id)));
+  if (data.pinned !== null) toggle(data.pinned);
+}
+
+// -- Paper has no summary to open.
+addEventListener("beforeprint", () => { for (const details of all("details")) details.open = true; });
