@@ -87,7 +87,7 @@ def test_the_overview_lists_every_command() -> None:
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_has_a_help_with_an_example(command: str) -> None:
     out = CliRunner().invoke(main, [command, "--help"], terminal_width=60).stdout
-    examples = [line for line in out.split("\n") if line.startswith(f"  ggjac {command} -m ")]
+    examples = [line for line in out.split("\n") if line.startswith(f"  ggjac {command} ")]
     assert len(examples) == 1, "one example, on a line of its own"
     context = click.Context(main)
     source = main.get_command(context, command)
@@ -97,7 +97,7 @@ def test_every_command_has_a_help_with_an_example(command: str) -> None:
 
 # -- every command, as a table and as JSON -----------------------------------------------------------------------------
 
-PROMPT_COMMANDS = [name for name in COMMANDS if name != "info"]
+PROMPT_COMMANDS = [name for name in COMMANDS if name not in ("info", "report")]
 ENVELOPE = {
     "schema_version", "created", "versions", "platform", "command", "model", "prompt", "tokens", "warning", "position",
     "device", "dtype", "mlp_path", "threads", "seconds", "peak_memory_bytes",
@@ -321,7 +321,7 @@ def test_attribution_is_exact(tiny_file: TinyFile) -> None:
 def test_run_folder(tiny_file: TinyFile) -> None:
     model = tiny_file("biases")
     printed = ggjac_("analyze", "-m", model, *TOKENS, "-k", 4, "-o", "new/run", "--format", "json").stdout
-    assert sorted(os.listdir("new/run")) == ["run.json", "tensors.safetensors"]
+    assert sorted(os.listdir("new/run")) == ["report.html", "run.json", "tensors.safetensors"]
     content = runs.load_run("new/run")
     assert content == {key: value for key, value in json.loads(printed).items() if key != "run_folder"}
     assert content["parity"]["verdict"] is True

@@ -24,12 +24,14 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 COMMANDS = {
     "analyze": "Analyse a prompt: prediction, parity, singular vectors, attribution; write a run folder.",
     "info": "Show what is in a GGUF file.",
+    "plan": "Tell whether a job will fit, and how long it will take.",
     "predict": "Show the most likely next tokens.",
     "verify": "Compare tokens, logits and every layer with llama.cpp.",
     "svd": "Decompose a prompt's detached Jacobian and decode its singular vectors.",
     "jacobian": "Compute the dense detached Jacobian and what each position contributes.",
     "attribute": "Split a token's logit exactly over the input tokens.",
     "contrast": "Rebuild the output by the detached and by the ordinary Jacobian.",
+    "report": "Write the HTML report of a run folder, and its figures.",
 }
 
 

@@ -38,9 +38,9 @@ def analyze(
 ) -> None:
     """Analyse a prompt: prediction, parity with llama.cpp, singular vectors, attribution; write a run folder.
 
-    The folder holds run.json (all results, and how they were made) and tensors.safetensors (U, S, Vh, residual, x, y,
-    offset, linear_output, logits, shares, ids; with --contrast, ordinary_output). Exit code 3 if a check fell outside
-    its tolerance.
+    The folder holds report.html (to look at), run.json (all results, and how they were made) and tensors.safetensors
+    (U, S, Vh, residual, x, y, offset, linear_output, logits, shares, ids; with --contrast, ordinary_output). Exit code
+    3 if a check fell outside its tolerance.
 
     \b
     ggjac analyze -m model.gguf -p "The bridge out of Marin is the"
@@ -48,6 +48,7 @@ def analyze(
     from ggjac import runs
     from ggjac.cli import render, sections
     from ggjac.cli.session import Session, save
+    from ggjac.report import write_report
 
     session = Session(what, position=position, rank=rank)
     folder = output or _new_folder(session.model.path.stem)
@@ -85,11 +86,13 @@ def analyze(
         )
         content = session.envelope() | content
         runs.save_json(temporary / "run.json", render.finite(content))
+    page = write_report(folder)  # after the run is safe
 
     if output_format == "json":
         render.emit_json(content | {"run_folder": str(folder)})
     else:
         session.show_saved(folder)
+        session.show_saved(page)
     if sections.failed_checks(content):
         ctx.exit(3)
 

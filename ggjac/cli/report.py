@@ -1,0 +1,31 @@
+"""`ggjac report`: the page of a run folder, and its figures for print."""
+
+import os
+from pathlib import Path
+
+import click
+
+from ggjac.cli.options import output
+
+
+@click.command()
+@click.argument("run", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@output("HTML file to write.  [default: report.html in the run folder]")
+@click.option("--figures", is_flag=True, help="Also write the figures as PNG, SVG and PDF to RUN/figures.")
+def report(run: Path, output: Path | None, figures: bool) -> None:
+    """Write the report of a run folder: one HTML file that needs no network.
+
+    `ggjac analyze` writes it too, into the folder it makes.
+
+    \b
+    ggjac report ggjac-runs/demo-20260101-120000 --figures
+    """
+    from ggjac.cli.render import line
+    from ggjac.report import write_figures, write_report
+    from ggjac.tokenizer import visible
+
+    written = [write_report(run, output)]
+    if figures:
+        written += write_figures(run)
+    for path in written:
+        line(f"Saved {visible(os.fsencode(path))}")
