@@ -33,6 +33,7 @@ MAX_NAME = 500  # characters
 MAX_FILES = 20_000  # looked at in one folder tree
 MAX_SHARDS = 1000
 MAX_MANIFEST_BYTES = 1 << 20  # real ones are some kilobytes
+MAX_BUILDS = 16  # of one Ollama model; each may be a file to read
 
 _HF_PART = r"[A-Za-z0-9_]+(?:[.-][A-Za-z0-9_]+)*"  # llama.cpp's is_valid_repo_id
 _HF_NAME = re.compile(rf"(?P<user>{_HF_PART})/(?P<repo>{_HF_PART})(?::(?P<quant>[A-Za-z0-9_.-]+)|/(?P<file>.+))?")
@@ -396,7 +397,7 @@ def _blob(asked: str, folder: Path, manifest: Path) -> Path:
     def layers(path: Path, *, child: bool = False) -> list[dict[str, Any]]:
         content = _json(path)
         if not child and isinstance(content, dict) and content.get("mediaType") == _MANIFEST_LIST:
-            return [layer for entry in _dicts(content.get("manifests")) for layer in build(entry)]
+            return [layer for entry in _dicts(content.get("manifests"))[:MAX_BUILDS] for layer in build(entry)]
         found = content.get("layers") if isinstance(content, dict) else None
         if not isinstance(found, list):
             raise fail(f"its manifest {shown(path)} is damaged, or larger than {MAX_MANIFEST_BYTES >> 20} MiB; {again}")

@@ -578,12 +578,31 @@ def test_manifest_lists(models: Path) -> None:
     assert hub.resolve("ollama:llama3.2") == blob
 
 
+def put_blob(models: Path, manifest: Any) -> dict[str, Any]:
+    """Write a manifest as a blob; return a reference to it."""
+    content = json.dumps(manifest).encode()
+    digest = hashlib.sha256(content).hexdigest()
+    put(models / "blobs", f"sha256-{digest}")[0].write_bytes(content)
+    return {"runner": "ollama", "digest": f"sha256:{digest}"}
+
+
 def test_manifest_lists_do_not_nest(models: Path) -> None:
-    digest = "a" * 64
-    nested = {"mediaType": LIST, "manifests": [{"digest": f"sha256:{digest}"}]}
-    put_ollama(models, manifest=nested)
-    (models / "blobs" / f"sha256-{digest}").write_text(json.dumps(nested))  # a list that lists itself
+    single = put_blob(models, {"layers": [layer()]})
+    nested = put_blob(models, {"mediaType": LIST, "manifests": [single]})
+    blob = put_ollama(models, manifest={"mediaType": LIST, "manifests": [single]})
+    assert hub.resolve("ollama:llama3.2") == blob
+    put_ollama(models, manifest={"mediaType": LIST, "manifests": [nested]})
     refused("ollama:llama3.2", "damaged")
+
+
+def test_manifest_lists_are_read_up_to_a_cap(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read = []
+    original = hub._json
+    monkeypatch.setattr(hub, "_json", lambda path: read.append(path) or original(path))
+    entries = [put_blob(models, {"layers": [layer()]})] * 5000
+    blob = put_ollama(models, manifest={"mediaType": LIST, "manifests": entries})
+    assert hub.resolve("ollama:llama3.2") == blob
+    assert len(read) == 1 + hub.MAX_BUILDS
 
 
 @pytest.mark.parametrize(
