@@ -36,6 +36,8 @@ BASE_BYTES = {"cpu": 152 << 20, "cuda": 900 << 20}
 # Buffers of the matrix library and of the allocator, of each thread; and what CUDA keeps on the device for itself.
 THREAD_BYTES = 8 << 20
 CONTEXT_BYTES = 600 << 20
+# Commands that can be planned, the main one first.
+JOBS = ("analyze", "svd", "jacobian", "attribute", "predict")
 # Sweeps until eight residuals are below 1e-3, up and down counted singly: 6 to 10 on spectra like those of models.
 EXPECTED_SWEEPS = 8
 
@@ -98,6 +100,8 @@ def job(name: str, config: ModelConfig, n: int, dtype: str, *, rank: int = 8, sw
     Raises:
         PlanError: the command is not planned here, or the rank is out of range.
     """
+    if name not in JOBS:
+        raise PlanError(f"{name!r} is not planned; planned: {', '.join(JOBS)}")
     if not 1 <= rank <= config.d:
         raise PlanError(f"--rank {rank} is out of range; this model's Jacobian has {config.d} singular values")
     width = min(max(rank + 8, min(3 * rank, 24)), config.d)
@@ -106,16 +110,13 @@ def job(name: str, config: ModelConfig, n: int, dtype: str, *, rank: int = 8, sw
     probe = Sweeps("stable rank", 1, PROBES)
     if config.d <= EXACT_ROWS:
         probe = _dense("stable rank", config, n, dtype)
-    jobs = {
+    return {
         "predict": Job(name, tapes=False),
         "attribute": Job(name, (rebuild, Sweeps("attribution", 1, 1))),
         "jacobian": Job(name, (_dense("rows", config, n, dtype), rebuild)),
         "svd": Job(name, (krylov, rebuild), width, rank),
         "analyze": Job(name, (rebuild, krylov, probe, Sweeps("attribution", 1, 1)), width, rank),
-    }
-    if name not in jobs:
-        raise PlanError(f"{name!r} is not planned; planned: {', '.join(jobs)}")
-    return jobs[name]
+    }[name]
 
 
 def _dense(what: str, config: ModelConfig, n: int, dtype: str) -> Sweeps:
@@ -455,9 +456,15 @@ class Plan:
         """Whether the budgets suffice."""
         return self.misfit is None
 
-    def seconds(self, rates: "Rates") -> "Times":
-        """Return the time of each part of the job at measured rates; see `Times`."""
-        return _times(self, rates)
+    def seconds(self, rates: "Rates", *, cached: int | None = None, free: int | None = None) -> "Times":
+        """Return the time of each part of the job at measured rates.
+
+        Args:
+            rates: of this machine.
+            cached: bytes of the file in the page cache now; default none.
+            free: bytes that the job and the page cache may take; default what is free now.
+        """
+        return _times(self, rates, cached or 0, machine.free_memory() if free is None else free)
 
 
 def _largest(parts: Mapping[str, int], count: int = 3) -> list[tuple[str, int]]:
@@ -705,27 +712,28 @@ class Times:
         return sum(part.total for part in self.parts)
 
 
-def _times(plan: Plan, rates: Rates, *, cached: int | None = None, free: int | None = None) -> Times:
+def _times(plan: Plan, rates: Rates, cached: int, free: int) -> Times:
     """Return the times of trace, sweeps and decoding.
 
-    `cached`: bytes of the file in the page cache now (default none). `free`: bytes that the page cache may grow to
-    beside the job (default what is free now): a later pass finds there what the one before it left, since sweeps
-    alternate their direction.
+    What is not in the page cache comes from the disk. The first sweep begins where the trace ended, and later ones
+    alternate their direction, so that each finds in the cache what the one before it left there.
     """
-    free = max(0, (machine.free_memory() if free is None else free) - plan.ram_peak)
+    room = max(0, free - plan.ram_peak)  # for the page cache, beside the job
+    streamed = _total(layer.sweep for layer in plan.layers if layer.place in ("file", "pinned", "device"))
+    from_file = sum(layer.sweep.nbytes for layer in plan.layers if layer.place == "file")
 
-    def one(what: str, count: int, work: Pass, vectors: int, columns: int, missing: int) -> Time:
+    def one(what: str, count: int, work: Pass, flop: int, columns: int, missing: int) -> Time:
         dequantize = sum(weights / rates.dequantize(kind) for kind, weights in work.types.items())
-        return Time(what, count, missing / rates.disk, dequantize, vectors * work.flop / rates.gemm(columns))
+        return Time(what, count, max(0, missing) / rates.disk, dequantize, flop / rates.gemm(columns))
 
-    trace, streamed = plan.trace, _total(layer.sweep for layer in plan.layers if layer.place != "dense")
-    missing = max(0, trace.nbytes - (cached or 0))
-    parts = [one("trace", 1, trace, 1, plan.n, missing), one("logits", 1, plan.head, 1, 1, 0)]
-    later = max(0, streamed.nbytes - free)
+    parts = [
+        one("trace", 1, plan.trace, plan.trace.flop, plan.n, plan.trace.nbytes - cached),
+        one("logits", 1, plan.head, plan.head.flop, 1, plan.head.nbytes - max(cached, room)),
+    ]
     for sweeps in plan.job.sweeps:
-        work = Pass(streamed.nbytes, streamed.types, plan.sweep.flop)
-        columns = sweeps.vectors * plan.positions
-        parts.append(one(sweeps.what, sweeps.count, work, sweeps.vectors, columns, later))
+        flop, columns = sweeps.vectors * plan.sweep.flop, sweeps.vectors * plan.positions
+        parts.append(one(sweeps.what, sweeps.count, streamed, flop, columns, from_file - room))
     if plan.job.rank:
-        parts.append(one("decoding", 1, plan.decode, 1, plan.job.rank * plan.n, max(0, plan.decode.nbytes - free)))
+        columns = plan.job.rank * plan.n
+        parts.append(one("decoding", 1, plan.decode, plan.decode.flop, columns, plan.decode.nbytes - room))
     return Times(tuple(parts))

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from families import FAMILIES
 
 from ggjac import blocks, jacobian, planner, weights
 from ggjac.analysis import stable_rank
@@ -214,6 +215,10 @@ def test_flop_of_a_trace(case: str, monkeypatch: pytest.MonkeyPatch, tiny_file: 
 
 
 # ---- the whole
+
+
+def test_every_architecture_is_among_the_cases() -> None:
+    assert {tiny.options(case).architecture for case in CASES} == set(FAMILIES)
 
 
 def test_the_constants_are_those_of_the_modules_that_import_torch() -> None:

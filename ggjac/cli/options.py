@@ -28,6 +28,21 @@ class TokenIds(click.ParamType):
             self.fail(f"{given!r} is not a list of token ids; write them as 1,2,3", param, ctx)
 
 
+class MemorySize(click.ParamType):
+    """An amount of memory, in bytes once parsed."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """Parse `2GiB`."""
+        from ggjac.machine import SizeError, parse_size
+
+        try:
+            return value if isinstance(value, int) else parse_size(value)
+        except SizeError as error:
+            self.fail(str(error), param, ctx)
+
+
 class ModelFile(click.Path):
     """A GGUF file, by its path or by the name under which another program keeps it."""
 
@@ -63,7 +78,27 @@ class ModelOptions:
     device: str
     dtype: str
     mlp_path: Literal["up", "gate"]
+    ram_budget: int | None
+    vram_budget: int | None
     quiet: bool
+
+    def text(self) -> str | None:
+        """Return the prompt's text, from wherever it is given; None where it is given as token ids.
+
+        Raises:
+            click.UsageError: it is given twice, or its file is not text.
+        """
+        given = [name for name in ("prompt", "file", "tokens") if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise click.UsageError(f"--{given[0]} and --{given[1]} both give a prompt; use one of them")
+        if self.tokens is not None:
+            return None
+        if self.file is not None:
+            try:
+                return self.file.read_bytes().decode("utf-8")
+            except UnicodeDecodeError as error:
+                raise click.UsageError(f"--file {self.file} is not UTF-8 text ({error.reason})") from error
+        return DEFAULT_PROMPT if self.prompt is None else self.prompt
 
 
 _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
@@ -106,6 +141,15 @@ _COMPUTE = [
         default="up",
         show_default=True,
         help="Which factor of a gated MLP stays live; the other is frozen.",
+    ),
+    click.option(
+        "--ram-budget",
+        type=MemorySize(),
+        metavar="SIZE",
+        help="Memory to use at most, as 2GiB, 500MB or 1.5G.  [default: half of what is free]",
+    ),
+    click.option(
+        "--vram-budget", type=MemorySize(), metavar="SIZE", help="Of the device's memory.  [default: what is free]"
     ),
     click.option("-q", "--quiet", is_flag=True, help="No progress on stderr."),
 ]
@@ -170,10 +214,13 @@ def model_options(command: Callable) -> Callable:
         device: str,
         dtype: str,
         mlp_path: Literal["up", "gate"],
+        ram_budget: int | None,
+        vram_budget: int | None,
         quiet: bool,
         **rest: Any,
     ) -> Any:
-        what = ModelOptions(model, prompt, file, tokens, threads, device, dtype, mlp_path, quiet)
+        budgets = ram_budget, vram_budget
+        what = ModelOptions(model, prompt, file, tokens, threads, device, dtype, mlp_path, *budgets, quiet)
         return command(what, **rest)
 
     wrapped.__doc__, wrapped.__name__ = command.__doc__, command.__name__
@@ -181,3 +228,20 @@ def model_options(command: Callable) -> Callable:
     for option in reversed(_MODEL + _PROMPT + _COMPUTE):
         wrapped = option(wrapped)
     return wrapped
+
+
+def dry_run(command: Callable) -> Callable:
+    """Add `--dry-run`: print the plan of the command in place of running it. Stands just below `model_options`."""
+
+    def wrapped(what: ModelOptions, *, dry_run: bool, **rest: Any) -> Any:
+        if not dry_run:
+            return command(what, **rest)
+        from ggjac.cli.plan import show_plan
+
+        name = click.get_current_context().info_name or ""
+        known = {key: rest[key] for key in ("position", "rank", "output_format") if key in rest}
+        return show_plan(what, name, bench=False, **known)
+
+    wrapped.__doc__, wrapped.__name__ = command.__doc__, command.__name__
+    wrapped.__click_params__ = getattr(command, "__click_params__", [])  # type: ignore[attr-defined]
+    return click.option("--dry-run", is_flag=True, help="Show what it would take, and stop.")(wrapped)

@@ -11,8 +11,9 @@ import click
 import numpy as np
 import torch
 
-from ggjac import runs
-from ggjac.cli.options import DEFAULT_PROMPT, ModelOptions
+from ggjac import planner, runs
+from ggjac.cli.options import ModelOptions
+from ggjac.cli.plan import make_plan
 from ggjac.cli.progress import Reporter
 from ggjac.cli.render import line, table
 from ggjac.jacobian import DetachedJacobian
@@ -36,7 +37,7 @@ class Session:
         if output:
             runs.check_writable(output)
         self.report = Reporter(what.quiet)
-        self.text = self._text(what)
+        self.text = what.text()
         self.model: Model = open_model(what.model, device=_device(what.device), dtype=what.dtype, threads=what.threads)
         for source in (*self.model.gguf.paths, what.file):
             if output and source and output.exists() and output.samefile(source):
@@ -52,7 +53,19 @@ class Session:
         if rank is not None and rank > d:
             raise click.UsageError(f"--rank {rank} is out of range; this model's Jacobian has {d} singular values")
         self.position = position % n
+        self._check_memory(rank)
         self.warning = bos_warning(self.model.tokenizer, self.ids)
+
+    def _check_memory(self, rank: int | None) -> None:
+        """Refuse work that its budget cannot hold, before it starts; commands without a plan count as a trace.
+
+        Raises:
+            NoFitError: with what is needed, and what to lower.
+        """
+        name = click.get_current_context().info_name
+        command = name if name in planner.JOBS else "attribute" if self.tapes else "predict"
+        file, config, n = self.model.gguf, self.model.config, len(self.ids)
+        planner.check(make_plan(self.what, file, config, n, command, rank=rank or 1, position=self.position))
 
     @cached_property
     def trace(self) -> Trace:
@@ -145,20 +158,6 @@ class Session:
             "seconds": dict(self.report.seconds),
             "peak_memory_bytes": runs.peak_memory(),
         }
-
-    @staticmethod
-    def _text(what: ModelOptions) -> str | None:
-        given = [name for name in ("prompt", "file", "tokens") if getattr(what, name) is not None]
-        if len(given) > 1:
-            raise click.UsageError(f"--{given[0]} and --{given[1]} both give a prompt; use one of them")
-        if what.tokens is not None:
-            return None
-        if what.file is not None:
-            try:
-                return what.file.read_bytes().decode("utf-8")
-            except UnicodeDecodeError as error:
-                raise click.UsageError(f"--file {what.file} is not UTF-8 text ({error.reason})") from error
-        return DEFAULT_PROMPT if what.prompt is None else what.prompt
 
 
 def _device(name: str) -> torch.device | str:

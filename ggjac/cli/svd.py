@@ -4,11 +4,12 @@ from pathlib import Path
 
 import click
 
-from ggjac.cli.options import ModelOptions, model_options, output, output_format, position, spectrum_options
+from ggjac.cli.options import ModelOptions, dry_run, model_options, output, output_format, position, spectrum_options
 
 
 @click.command()
 @model_options
+@dry_run
 @position
 @spectrum_options
 @click.option("--top", type=click.IntRange(min=1), default=8, show_default=True, help="Tokens per vector.")
