@@ -110,15 +110,19 @@ class Frame(NamedTuple):
 
 
 class NormTape(NamedTuple):
-    """A norm at one input: a diagonal (weight over root mean square), and LayerNorm's centring and bias."""
+    """A norm at one input: the scale of each position, the norm's weight, and LayerNorm's centring and bias.
 
-    diagonal: Float[Tensor, "n d"]
+    `scale` is `1 / rms`, in float32 at least.
+    """
+
+    scale: Float[Tensor, "n 1"]
+    weight: Float[Tensor, " d"]
     centred: bool
     bias: Float[Tensor, " d"] | None
 
     def at(self, positions: slice) -> "NormTape":
         """Restrict to some positions."""
-        return self._replace(diagonal=self.diagonal[positions])
+        return self._replace(scale=self.scale[positions])
 
     def apply(self, x: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
         """Return the norm of `x`."""
@@ -126,7 +130,7 @@ class NormTape(NamedTuple):
 
     def operator(self) -> LinearOperator:
         """Return the frozen norm, `[n, d]` to `[n, d]`."""
-        scale = Scale(self.diagonal, self.bias)
+        scale = Scale((self.scale * self.weight.to(self.scale)).to(self.weight), self.bias)
         if not self.centred:
             return scale
         return scale @ Center(scale.in_shape, dtype=scale.dtype, device=scale.device)
@@ -204,15 +208,11 @@ class FFNTape(NamedTuple):
 
 
 class BlockTape(NamedTuple):
-    """Everything frozen in one block."""
+    """Everything frozen in one block, and the stream it was recorded at."""
 
+    x: Float[Tensor, "n d"]
     attn: AttentionTape
     ffn: FFNTape
-
-    @property
-    def hidden_units(self) -> int:
-        """Most hidden units that a vector takes on its way through at a time, over all positions."""
-        return max(len(network.factor) * min(network.factor.shape[1], SLAB) for network in self.ffn.networks)
 
 
 Tape = TypeVar("Tape", AttentionTape, FFNTape)
@@ -342,8 +342,34 @@ def ffn(w: BlockWeights, config: ModelConfig, tape: FFNTape, n: int) -> LinearOp
     return _added(config, tape.norm_out, _ffn_inner(w, tape, n, config.d))
 
 
-def block(w: BlockWeights, config: ModelConfig, tape: BlockTape, positions: range) -> LinearOperator:
-    """Return a whole frozen block from the positions up to the last one of `positions` to `positions`.
+class FrozenBlock(NamedTuple):
+    """A block's branches as operators: `(I + ffn) @ (I + attn)`, or `I + ffn + attn` where both read its input.
+
+    Attributes:
+        attn: what attention adds to the stream, from the positions that are read to those that are written.
+        ffn: what the feed-forward adds, at the written positions.
+        kept: the residual connection: identity, or a selection where fewer positions are written than read.
+        parallel: both branches read the block's input.
+    """
+
+    attn: LinearOperator
+    ffn: LinearOperator
+    kept: LinearOperator
+    parallel: bool
+
+    @property
+    def flop(self) -> int:
+        """Floating-point operations of one product with one vector."""
+        return self.attn.flop + self.ffn.flop
+
+    def read_ahead(self) -> None:
+        """Ask for the weights of both branches to be read from the disk."""
+        self.attn.read_ahead()
+        self.ffn.read_ahead()
+
+
+def block(w: BlockWeights, config: ModelConfig, tape: BlockTape, positions: range) -> FrozenBlock:
+    """Return a frozen block from the positions up to the last one of `positions` to `positions`.
 
     Positions after the last one are left out, since attention is causal; a narrower `positions` (the last block needs
     only one) restricts everything but keys and values to them.
@@ -354,9 +380,7 @@ def block(w: BlockWeights, config: ModelConfig, tape: BlockTape, positions: rang
     feed_forward = ffn(w, config, tape.ffn.at(queries), m)
     identity = Identity((m, d), dtype=attn.dtype, device=attn.device)
     kept = Select(torch.tensor(positions), n, d, dtype=attn.dtype, device=attn.device) if m < n else identity
-    if config.row.parallel:
-        return Sum(kept, attn, feed_forward @ kept)
-    return (identity + feed_forward) @ (kept + attn)
+    return FrozenBlock(attn, feed_forward, kept, config.row.parallel)
 
 
 def record_norm(w: BlockWeights, config: ModelConfig, names: Sequence[str], x: Float[Tensor, "n d"]) -> NormTape | None:
@@ -371,7 +395,7 @@ def record_norm(w: BlockWeights, config: ModelConfig, names: Sequence[str], x: F
 def frozen_norm(
     config: ModelConfig, weight: Float[Tensor, " d"], bias: Float[Tensor, " d"] | None, x: Float[Tensor, "n d"]
 ) -> NormTape:
-    """Freeze RMSNorm or LayerNorm at `x`: a diagonal `weight / sqrt(mean(x²) + epsilon)`, centring live for the latter.
+    """Freeze RMSNorm or LayerNorm at `x`: its scale `1 / sqrt(mean(x²) + epsilon)`, centring live for the latter.
 
     Squares are summed in float32 at least.
     """
@@ -379,7 +403,7 @@ def frozen_norm(
     centred = config.row.norm == "layer"
     if centred:
         wide = wide - wide.mean(-1, keepdim=True)
-    return NormTape((_inverse_rms(wide, config) * weight.to(wide)).to(x.dtype), centred, bias)
+    return NormTape(_inverse_rms(wide, config), weight, centred, bias)
 
 
 def attention_pattern(

@@ -323,6 +323,11 @@ class ModelConfig:
     expert_shared_feed_forward_length: int
 
     @property
+    def hidden_units(self) -> int:
+        """Hidden units of the widest feed-forward network; of a mixture, of one expert."""
+        return max(self.feed_forward_length, self.expert_feed_forward_length, self.expert_shared_feed_forward_length)
+
+    @property
     def slices(self) -> dict[str, tuple[str, int, int]]:
         """The parts of fused tensors: stem -> (fused stem, first row, past the last)."""
         q, kv = self.head_count * self.head_size, self.head_count_kv * self.head_size

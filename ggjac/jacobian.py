@@ -6,25 +6,211 @@ For input embeddings `x` and the output `y` (one position after the final norm, 
 
 with the blocks of `ggjac.blocks`, frozen at the prompt. `offset` is what biases contribute; it is exactly zero for
 models without biases on the live path.
+
+A map may also begin at a later block and end at a tap inside the network. `SharedSweep` carries the vectors of many
+such maps through the blocks together, so that each weight is dequantized once for all of them.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from itertools import accumulate
+from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ggjac.blocks import BlockTape, BlockWeights, Frame, NormTape, block
-from ggjac.linop import Chain, Homogeneous, LinearOperator, Select
+from ggjac.blocks import SLAB, BlockTape, BlockWeights, Frame, FrozenBlock, MlpPath, NormTape, block
+from ggjac.linop import Homogeneous, Identity, LinearOperator
 from ggjac.svd import SVD, svd
 
-# Working memory that a chunk of dense rows may take on its way down the blocks, in bytes.
+# Working memory that a chunk of dense rows may take on its way down the blocks, in bytes, unless the trace says.
 CHUNK_BYTES = 1 << 30
 
 # Reconstruction error within which a dtype's arithmetic is healthy.
 HEALTHY = {torch.float64: 1e-13, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-2}
+
+
+@dataclass(frozen=True, order=True)
+class Tap:
+    """A place in the network where a map may end: one vector at one position.
+
+    Attributes:
+        kind: `"layer"`: the stream after `index` blocks. `"attn"`, `"mlp"`: what that branch of the `index`-th block
+            (counted from 1) adds to the stream, after any post-norm.
+        index: number of blocks applied, the tap's own included.
+    """
+
+    kind: Literal["layer", "attn", "mlp"]
+    index: int
+
+
+class Path(NamedTuple):
+    """A map from the stream after `start` blocks to a tap."""
+
+    start: int
+    tap: Tap
+
+
+class FrozenNetwork(NamedTuple):
+    """What a trace leaves of the network, as products need it.
+
+    Attributes:
+        weights: gives the tensors of a block.
+        tapes: what is frozen in each block; asked for when a sweep gets there, so that they may live on a disk.
+        frame: what the blocks share, the freezing rule among it.
+        freeze_norm: freezes the final norm at any stream `[m, d]`.
+        norm: the final norm, frozen at the prompt's own last stream.
+        x: `[n, d]`, input of block 0: embeddings after any scaling.
+        outputs: `[n, d]`, the forward pass's outputs after the final norm.
+        ids: the `n` token ids.
+    """
+
+    weights: Callable[[int], BlockWeights]
+    tapes: Sequence[BlockTape]
+    frame: Frame
+    freeze_norm: Callable[[Tensor], NormTape]
+    norm: NormTape
+    x: Float[Tensor, "n d"]
+    outputs: Float[Tensor, "n d"]
+    ids: list[int]
+
+
+class SharedSweep:
+    """The maps of several paths, applied in one pass over the weights.
+
+    Vectors join the stack where their path starts and leave it at their tap, each seen through the final norm frozen at
+    the tap's own vector (as a logit lens sees it) unless `raw`. Positions after `position` have no influence (attention
+    is causal): they are left out, and their part of a result is zero.
+
+    Attributes:
+        progress: if set, called as `progress(done, total)` after each block of a pass.
+        flop: floating-point operations so far, multiplications by matrices only.
+    """
+
+    def __init__(self, network: FrozenNetwork, paths: Sequence[Path], position: int, *, raw: bool = False):
+        for start, tap in paths:
+            if not 0 <= start < tap.index <= len(network.tapes):
+                raise ValueError(
+                    f"no map leads from block {start} to {tap.kind} {tap.index}; the model has {len(network.tapes)} "
+                    "blocks, taps count them from 1"
+                )
+        self.network, self.paths, self.position, self.raw = network, list(paths), position, raw
+        self.n, self.d = network.x.shape
+        self.order = [i for i in range(len(network.tapes)) if any(start <= i < tap.index for start, tap in paths)]
+        self.progress: Callable[[int, int], None] | None = None
+        self.flop = 0
+
+    def up(
+        self, X: Sequence[Float[Tensor, "_ n d"]], t: Sequence[Float[Tensor, " _"]] | None = None
+    ) -> list[Float[Tensor, "_ d"]]:
+        """Return `A x + t b` of every path for its own stacked vectors: `[k, n, d]` to `[k, d]`, `k` as they like."""
+        x, sizes = self.network.x, [len(part) for part in X]
+        H = x.new_zeros(0, self.position + 1, self.d)
+        owners: list[int] = []
+        out: dict[int, Tensor] = {}
+
+        def homogeneous() -> Tensor | None:
+            return None if t is None else torch.cat([x.new_zeros(0), *(t[j].to(x) for j in owners)])
+
+        def leave(tap: Tap, found: Tensor, *carried: Tensor) -> list[Tensor]:
+            """Take the results of paths that end here from the last position of `found`; the rest stays on board."""
+            nonlocal owners
+            rows = _sections(owners, sizes)
+            out.update({j: found[rows[j], -1].clone() for j in owners if self.paths[j].tap == tap})
+            staying = [j for j in owners if self.paths[j].tap != tap]
+            kept = (
+                list(carried) if staying == owners else [_taken(part, [rows[j] for j in staying]) for part in carried]
+            )
+            owners = staying
+            return kept
+
+        for i, frozen in self._walk(self.order):
+            joining = [j for j, path in enumerate(self.paths) if path.start == i < path.tap.index]
+            H = _joined(H, [X[j][:, : self.position + 1].to(x) for j in joining])
+            owners = owners + joining
+            self.flop += frozen.flop * len(H)
+            added = frozen.attn.matmat(H, homogeneous())
+            H, added = leave(Tap("attn", i + 1), added, frozen.kept.matmat(H), added)
+            middle = added.add_(H)
+            added = frozen.ffn.matmat(H if frozen.parallel else middle, homogeneous())
+            middle, added = leave(Tap("mlp", i + 1), added, middle, added)
+            H = added.add_(middle)
+            (H,) = leave(Tap("layer", i + 1), H, H)
+        norms = [None if t is None else t[j].to(x) for j in range(len(self.paths))]
+        return [norm.matmat(out[j][:, None], norms[j])[:, 0] for j, norm in enumerate(self.norms)]
+
+    def down(self, Y: Sequence[Float[Tensor, "_ d"]]) -> list[Float[Tensor, "_ n d"]]:
+        """Return `Aᵀ y` of every path for its own stacked cotangents: `[k, d]` to `[k, n, d]`, `k` as they like."""
+        x, sizes = self.network.x, [len(part) for part in Y]
+        seen = [norm.rmatmat(Y[j].to(x)[:, None])[:, 0] for j, norm in enumerate(self.norms)]
+        H = x.new_zeros(0, self.position + 1, self.d)
+        owners: list[int] = []
+        out: dict[int, Tensor] = {}
+
+        def join(tap: Tap, carried: Tensor, positions: int) -> Tensor:
+            """Add the cotangents of paths that end here, zero but at the last position."""
+            nonlocal owners
+            joining = [j for j, path in enumerate(self.paths) if path.tap == tap]
+            owners = owners + joining
+            return _joined(carried, [_at_last(seen[j], positions) for j in joining])
+
+        for i, frozen in self._walk(self.order[::-1]):
+            written = frozen.kept.out_shape[0]
+            H = join(Tap("layer", i + 1), H[:, :written], written)
+            G = join(Tap("mlp", i + 1), H, written)
+            middle = frozen.ffn.rmatmat(G)
+            middle[: len(H)] += H
+            into = _joined(H, [H.new_zeros(len(G) - len(H), *H.shape[1:])]) if frozen.parallel else middle
+            into = join(Tap("attn", i + 1), into, written)
+            self.flop += frozen.flop * len(into)
+            H = frozen.attn.rmatmat(into)
+            H[: len(middle)] += frozen.kept.rmatmat(middle)
+            rows = _sections(owners, sizes)
+            for j in [j for j in owners if self.paths[j].start == i]:
+                out[j] = _padded(H[rows[j]], self.n)
+            staying = [j for j in owners if self.paths[j].start != i]
+            if staying != owners:
+                H = _taken(H, [rows[j] for j in staying])
+            owners = staying
+        return [out[j] for j in range(len(self.paths))]
+
+    @cached_property
+    def norms(self) -> list[LinearOperator]:
+        """The final norm as each tap sees it, `[1, d]` to `[1, d]`; the identity if `raw`."""
+        x, network, end = self.network.x, self.network, Tap("layer", len(self.network.tapes))
+        if self.raw:
+            return [Identity((1, self.d), dtype=x.dtype, device=x.device)] * len(self.paths)
+        norms = {end: network.norm.at(slice(self.position, self.position + 1)).operator()}
+        inner = sorted({path.tap for path in self.paths} - {end})
+        for tap in [tap for tap in inner if tap.kind == "layer"]:
+            norms[tap] = network.freeze_norm(network.tapes[tap.index].x[self.position][None]).operator()
+        branches = [tap for tap in inner if tap.kind != "layer"]
+        if branches:  # what a branch added is not on the tapes: one block each
+            values = SharedSweep(network, [Path(tap.index - 1, tap) for tap in branches], self.position, raw=True)
+            inputs = [network.tapes[tap.index - 1].x[None] for tap in branches]
+            for tap, value in zip(branches, values.up(inputs, [x.new_ones(1)] * len(branches)), strict=True):
+                norms[tap] = network.freeze_norm(value).operator()
+        return [norms[path.tap] for path in self.paths]
+
+    def _walk(self, order: Sequence[int]) -> Iterator[tuple[int, FrozenBlock]]:
+        """Yield the blocks one after another: each is built, and read ahead, while the one before it computes."""
+        ahead = self._block(order[0]) if order else None
+        for done, i in enumerate(order, start=1):
+            frozen, ahead = ahead, self._block(order[done]) if done < len(order) else None
+            assert frozen is not None
+            if ahead:
+                ahead.read_ahead()
+            yield i, frozen
+            if self.progress:
+                self.progress(done, len(order))
+
+    def _block(self, i: int) -> FrozenBlock:
+        """Build a block's operators; where all paths in it end, it writes one position only."""
+        ends = all(tap.index == i + 1 for start, tap in self.paths if start <= i < tap.index)
+        positions = range(self.position if ends else 0, self.position + 1)
+        return block(self.network.weights(i), self.network.frame.config, self.network.tapes[i], positions)
 
 
 class DetachedJacobian(LinearOperator):
@@ -34,59 +220,64 @@ class DetachedJacobian(LinearOperator):
     have no influence (attention is causal): their part of the map is zero.
 
     Attributes:
-        x: `[n, d]`, input of block 0: embeddings after any scaling.
-        output: `[d]`, the forward pass's output at `position`, after the final norm.
         ids: the `n` token ids.
         position: which output position this is, counted from 0.
+        path: from which depth to which tap; by default from the embeddings to the output.
         mlp_path: the freezing rule of gated feed-forwards, `"up"` or `"gate"`.
-        progress: if set, called as `progress(done, total)` after each block of a product.
+        sweep: what carries the vectors; its `progress` may be set.
+        chunk_bytes: working memory that a chunk of dense rows may take.
     """
 
-    def __init__(
-        self,
-        blocks: Sequence[BlockWeights],
-        tapes: Sequence[BlockTape],
-        norm: NormTape,
-        frame: Frame,
-        *,
-        x: Float[Tensor, "n d"],
-        output: Float[Tensor, " d"],
-        ids: Sequence[int],
-        position: int,
-    ):
-        n, d = x.shape
+    def __init__(self, network: FrozenNetwork, position: int, path: Path | None = None, *, raw: bool = False):
+        n, d = network.x.shape
         self.in_shape, self.out_shape = (n, d), (d,)
-        self.dtype, self.device = x.dtype, x.device
-        self.x, self.output, self.ids, self.position = x, output, list(ids), position
-        self.mlp_path = frame.mlp_path
-        self.progress: Callable[[int, int], None] | None = None
+        self.dtype, self.device = network.x.dtype, network.x.device
+        self.network, self.ids, self.position = network, list(network.ids), position
+        self.end = Tap("layer", len(network.tapes))
+        self.path = path or Path(0, self.end)
+        self.mlp_path: MlpPath = network.frame.mlp_path
+        self.sweep = SharedSweep(network, [self.path], position, raw=raw)
+        self.chunk_bytes = CHUNK_BYTES
 
-        reached = range(position + 1)
-        spans = [reached] * (len(blocks) - 1) + [range(position, position + 1)]
-        layers = [
-            block(weights, frame.config, tape, span) for weights, tape, span in zip(blocks, tapes, spans, strict=True)
-        ]
-        self._floats_per_vector = max(3 * n * d, 2 * max(tape.hidden_units for tape in tapes))
-        final = norm.at(slice(position, position + 1)).operator()
-        first = Select(torch.arange(position + 1), n, d, dtype=x.dtype, device=x.device)
-        self.chain = Chain(final, *reversed(layers), first, after=self._report, ahead=True)
+    @property
+    def progress(self) -> Callable[[int, int], None] | None:
+        """If set, called as `progress(done, total)` after each block of a product."""
+        return self.sweep.progress
+
+    @progress.setter
+    def progress(self, report: Callable[[int, int], None] | None) -> None:
+        self.sweep.progress = report
 
     def matmat(self, X: Float[Tensor, "k n d"], t: Homogeneous = None) -> Float[Tensor, "k d"]:
         """Return `J x + t offset` for stacked inputs: one upward sweep."""
-        return self.chain.matmat(X.to(self.device, self.dtype), t)[:, 0]
+        return self.sweep.up([X.to(self.device, self.dtype)], None if t is None else [t])[0]
 
     def rmatmat(self, Y: Float[Tensor, "k d"]) -> Float[Tensor, "k n d"]:
         """Return `Jᵀ y` for stacked output cotangents: one downward sweep."""
-        return self.chain.rmatmat(Y.to(self.device, self.dtype)[:, None])
+        return self.sweep.down([Y.to(self.device, self.dtype)])[0]
 
     def rows(self, chunk: int | None = None) -> Iterator[tuple[int, int, Tensor]]:
-        """Yield rows of the dense Jacobian; by default as many at a time as fit into `CHUNK_BYTES`."""
-        fitting = CHUNK_BYTES // (self._floats_per_vector * self.x.element_size())
-        return super().rows(chunk or max(1, fitting))
+        """Yield rows of the dense Jacobian; by default as many at a time as fit into `chunk_bytes`."""
+        n, d = self.in_shape
+        hidden = min(self.network.frame.config.hidden_units, SLAB)
+        floats = max(3 * n * d, 2 * n * hidden)
+        return super().rows(chunk or max(1, self.chunk_bytes // (floats * self.dtype.itemsize)))
 
     def svd(self, rank: int, **options: Any) -> SVD:
         """Return the leading singular triplets of the `[d, n d]` matrix; options as `ggjac.svd.svd` takes them."""
         return svd(self, rank, **options)
+
+    @cached_property
+    def x(self) -> Float[Tensor, "n d"]:
+        """The map's input at this prompt: the embeddings, or the stream after `path.start` blocks."""
+        return self.network.tapes[self.path.start].x
+
+    @cached_property
+    def output(self) -> Float[Tensor, " d"]:
+        """What the map yields at this prompt, offset included: the forward pass's own where it reaches the end."""
+        if self.path.tap == self.end and not self.sweep.raw:
+            return self.network.outputs[self.position]
+        return self.matmat(self.x[None], self.x.new_ones(1))[0]
 
     @property
     def linear_output(self) -> Float[Tensor, " d"]:
@@ -111,7 +302,7 @@ class DetachedJacobian(LinearOperator):
     @property
     def reconstruction_limit(self) -> float:
         """The reconstruction error that is healthy in this dtype; 16-bit rounding adds up over more than 32 blocks."""
-        blocks = len(self.chain.parts) - 2
+        blocks = self.path.tap.index - self.path.start
         return HEALTHY[self.dtype] * (max(1.0, (blocks / 32) ** 0.5) if self.dtype.itemsize == 2 else 1.0)
 
     @cached_property
@@ -123,8 +314,35 @@ class DetachedJacobian(LinearOperator):
             torch.stack([even, self.x - even, torch.zeros_like(even)]), self.x.new_tensor([0.0, 0.0, 1.0])
         )
 
-    def _report(self, done: int) -> None:
-        """Count blocks: the chain's first and last parts, in either direction, are none."""
-        blocks = len(self.chain.parts) - 2
-        if self.progress and 0 < done - 1 <= blocks:
-            self.progress(done - 1, blocks)
+
+def _sections(owners: Sequence[int], sizes: Sequence[int]) -> dict[int, slice]:
+    """Return which rows of the stack belong to each path on board."""
+    ends = list(accumulate(sizes[j] for j in owners))
+    return {j: slice(end - sizes[j], end) for j, end in zip(owners, ends, strict=True)}
+
+
+def _taken(stack: Tensor, rows: Sequence[slice]) -> Tensor:
+    """Return some sections of a stack; without a copy where they are its beginning."""
+    count = sum(part.stop - part.start for part in rows)
+    if not rows or rows[-1].stop == count:
+        return stack[:count]
+    return torch.cat([stack[part] for part in rows])
+
+
+def _joined(stack: Tensor, more: Sequence[Tensor]) -> Tensor:
+    """Append to a stack; without a copy where one part is all there is."""
+    parts = [part for part in (stack, *more) if len(part)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts) if parts else stack
+
+
+def _at_last(Y: Float[Tensor, "k d"], positions: int) -> Float[Tensor, "k m d"]:
+    """Return cotangents of the last of some positions."""
+    Z = Y.new_zeros(len(Y), positions, Y.shape[1])
+    Z[:, -1] = Y
+    return Z
+
+
+def _padded(X: Float[Tensor, "k m d"], n: int) -> Float[Tensor, "k n d"]:
+    """Return zeros at the positions that have no influence."""
+    k, m, d = X.shape
+    return X if m == n else torch.cat([X, X.new_zeros(k, n - m, d)], 1)

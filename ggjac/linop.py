@@ -73,6 +73,11 @@ class LinearOperator:
             part.read_ahead()
 
     @property
+    def flop(self) -> int:
+        """Floating-point operations of one product with one vector, multiplications by matrices only."""
+        return sum(part.flop for part in self.parts)
+
+    @property
     def T(self) -> "LinearOperator":
         """The transpose of the linear part."""
         return Transpose(self)
@@ -221,6 +226,11 @@ class Linear(LinearOperator):
         self.in_shape, self.out_shape = (n, d), (n, out)
         self.dtype, self.device = weight.dtype, weight.device
 
+    @property
+    def flop(self) -> int:
+        """A multiplication and an addition for each weight and position."""
+        return 2 * self.in_shape[0] * math.prod(self.weight.shape)
+
     def read_ahead(self) -> None:
         """Pass the hint on to the weight."""
         self.weight.read_ahead()
@@ -257,6 +267,11 @@ class Mix(LinearOperator):
         self.head_size = head_size
         self.in_shape, self.out_shape = (n, groups * head_size), (m, heads * head_size)
         self.dtype, self.device = pattern.dtype, pattern.device
+
+    @property
+    def flop(self) -> int:
+        """A multiplication and an addition for each entry of the pattern and component of a head."""
+        return 2 * self.pattern.numel() * self.head_size
 
     def matmat(self, X: Float[Tensor, "k n in"], t: Homogeneous = None) -> Float[Tensor, "k m out"]:
         """Return the pattern-weighted sums of values, heads concatenated."""
@@ -299,43 +314,30 @@ class Experts(LinearOperator):
 
 
 class Chain(LinearOperator):
-    """The product `parts[0] @ parts[1] @ …`: the last part is applied first.
+    """The product `parts[0] @ parts[1] @ …`: the last part is applied first."""
 
-    `after`, if given, is called with the number of parts done after each part: a place to report progress. With
-    `ahead`, each part is told to read ahead while the one before it is applied.
-    """
-
-    def __init__(self, *parts: LinearOperator, after: Callable[[int], None] | None = None, ahead: bool = False):
+    def __init__(self, *parts: LinearOperator):
         for left, right in pairwise(parts):
             if left.in_shape != right.out_shape:
                 raise ValueError(
                     f"cannot chain {type(left).__name__} of input {left.in_shape} after "
                     f"{type(right).__name__} of output {right.out_shape}"
                 )
-        self.parts, self.after, self.ahead = parts, after, ahead
+        self.parts = parts
         self.in_shape, self.out_shape = parts[-1].in_shape, parts[0].out_shape
         self.dtype, self.device = parts[0].dtype, parts[0].device
 
     def matmat(self, X: Tensor, t: Homogeneous = None) -> Tensor:
         """Apply the parts from last to first."""
-        for part in self._walk(self.parts[::-1]):
+        for part in reversed(self.parts):
             X = part.matmat(X, t)
         return X
 
     def rmatmat(self, Y: Tensor) -> Tensor:
         """Apply the transposed parts from first to last."""
-        for part in self._walk(self.parts):
+        for part in self.parts:
             Y = part.rmatmat(Y)
         return Y
-
-    def _walk(self, parts: Sequence[LinearOperator]) -> Iterator[LinearOperator]:
-        """Yield the parts one after another, reading ahead before each and reporting after it."""
-        for done, part in enumerate(parts, start=1):
-            if self.ahead and done < len(parts):
-                parts[done].read_ahead()
-            yield part
-            if self.after:
-                self.after(done)
 
 
 class Sum(LinearOperator):
@@ -354,13 +356,19 @@ class Sum(LinearOperator):
 
     def matmat(self, X: Tensor, t: Homogeneous = None) -> Tensor:
         """Add the results of the parts."""
-        first, *rest = self.parts
-        return sum((part.matmat(X, t) for part in rest), start=first.matmat(X, t))
+        return self._added(X, (part.matmat(X, t) for part in self.parts))
 
     def rmatmat(self, Y: Tensor) -> Tensor:
         """Add the results of the transposed parts."""
-        first, *rest = self.parts
-        return sum((part.rmatmat(Y) for part in rest), start=first.rmatmat(Y))
+        return self._added(Y, (part.rmatmat(Y) for part in self.parts))
+
+    @staticmethod
+    def _added(given: Tensor, terms: Iterator[Tensor]) -> Tensor:
+        """Add up in place, as stacks may be large; but not into what the caller gave, which `Identity` passes on."""
+        total = next(terms)
+        for term in terms:
+            total = total + term if total is given else total.add_(term)
+        return total
 
 
 class Transpose(LinearOperator):

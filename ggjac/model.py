@@ -19,7 +19,7 @@ from ggjac.config import ModelConfig
 from ggjac.demo import demo_path
 from ggjac.gguf import GGUFFile, open_gguf
 from ggjac.hub import resolve
-from ggjac.jacobian import DetachedJacobian
+from ggjac.jacobian import DetachedJacobian, FrozenNetwork, Path
 from ggjac.rope import rotation
 from ggjac.tokenizer import Tokenizer, open_tokenizer
 from ggjac.weights import Block, Weight, WeightStore
@@ -177,7 +177,7 @@ class Model:
             w = self.block(i)
             if i + 1 < config.block_count:
                 self.block(i + 1).read_ahead()
-            attn = blocks.record_attention(w, frame, i, h)
+            x_in, attn = h, blocks.record_attention(w, frame, i, h)
             observe(f"attn_out-{i}", attn.raw)
             ffn = blocks.record_ffn(w, frame, h if config.row.parallel else h + attn.added)
             observe(f"ffn_out-{i}", ffn.raw)
@@ -186,14 +186,19 @@ class Model:
             if not h.isfinite().all():
                 raise NumericsError(f"block {i} overflows {self.dtype}; try a wider --dtype, or is the file damaged?")
             if tapes:
-                kept.append(BlockTape(attn.tape, ffn.tape))
+                kept.append(BlockTape(x_in, attn.tape, ffn.tape))
             if progress:
                 progress(i + 1, config.block_count)
-        bias = weights["output_norm.bias"].dense() if "output_norm.bias" in weights else None
-        norm = blocks.frozen_norm(config, weights["output_norm.weight"].dense(), bias, h)
+        norm = self.freeze_final_norm(h)
         outputs = norm.apply(h)
         observe("result_norm", outputs)
         return Trace(model=self, ids=ids, x=x, outputs=outputs, norm=norm, frame=frame, tapes=kept)
+
+    def freeze_final_norm(self, h: Float[Tensor, "n d"]) -> NormTape:
+        """Freeze the norm before the head at any stream."""
+        weights = self.weights
+        bias = weights["output_norm.bias"].dense() if "output_norm.bias" in weights else None
+        return blocks.frozen_norm(self.config, weights["output_norm.weight"].dense(), bias, h)
 
     def _rope_factors(self, n_ctx: int) -> Tensor | None:
         """Return what divides the rotary frequencies: Llama 3's factors, or LongRoPE's for so large a context."""
@@ -280,25 +285,39 @@ class Trace:
             raise PromptError(f"position {position} is out of range; the prompt has positions 0 to {n - 1}")
         return position % n
 
-    def jacobian(self, position: int = -1) -> DetachedJacobian:
-        """Return the detached Jacobian of the output at `position` (negative: from the end).
+    def jacobian(self, position: int = -1, path: Path | None = None, *, raw: bool = False) -> DetachedJacobian:
+        """Return the detached Jacobian at `position` (negative: from the end).
+
+        Args:
+            position: of the output.
+            path: from which depth to which tap; default from the embeddings to the final norm's output.
+            raw: leave out the final norm, through which every tap is seen.
 
         Raises:
             PromptError: the prompt has no such position.
+            ValueError: the trace was made without tapes, or the model has no such path.
+        """
+        return DetachedJacobian(self.network, self.index(position), path, raw=raw)
+
+    @property
+    def network(self) -> FrozenNetwork:
+        """What products need of this trace.
+
+        Raises:
             ValueError: the trace was made without tapes.
         """
-        position = self.index(position)
         if not self.tapes:
             raise ValueError("this trace kept no tapes; trace the prompt again with tapes=True")
-        return DetachedJacobian(
-            [self.model.block(i) for i in range(len(self.tapes))],
-            self.tapes,
-            self.norm,
-            self.frame,
+        model = self.model
+        return FrozenNetwork(
+            weights=model.block,
+            tapes=self.tapes,
+            frame=self.frame,
+            freeze_norm=model.freeze_final_norm,
+            norm=self.norm,
             x=self.x,
-            output=self.outputs[position],
+            outputs=self.outputs,
             ids=self.ids,
-            position=position,
         )
 
 
