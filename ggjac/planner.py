@@ -402,6 +402,12 @@ class Plan:
         return _total(layer.sweep for layer in self.layers)
 
     @property
+    def columns(self) -> list[int]:
+        """Columns of the products to come: positions times stacked vectors."""
+        sweeps = {part.vectors * self.positions for part in self.job.sweeps}
+        return sorted({self.n, *sweeps, *([self.job.rank * self.n] if self.job.rank else [])})
+
+    @property
     def tape_bytes(self) -> int:
         """Bytes of all tapes."""
         return sum(layer.tape_bytes for layer in self.layers)

@@ -32,6 +32,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "decode": {"linop", "weights"},
     "weights": {"gguf", "quants", "ggml"},
     "planner": {"gguf", "ggml", "config", "machine"},
+    "bench": {"gguf", "weights"},
     "blocks": {"linop", "config", "rope"},
     "jacobian": {"blocks", "linop", "svd"},
     "ordinary": {"blocks", "jacobian", "linop"},

@@ -32,6 +32,7 @@ COMMANDS = {
     "attribute": "Split a token's logit exactly over the input tokens.",
     "contrast": "Rebuild the output by the detached and by the ordinary Jacobian.",
     "report": "Write the HTML report of a run folder, and its figures.",
+    "bench": "Measure this machine: disk, dequantization, multiplication, beside their limits.",
 }
 
 

@@ -125,9 +125,11 @@ _PROMPT = [
     click.option("-f", "--file", type=_FILE, help="Read the prompt from a file (UTF-8, taken as it is)."),
     click.option("--tokens", type=TokenIds(), help="Token ids 1,2,3 in place of a text."),
 ]
+threads = click.option("-t", "--threads", type=click.IntRange(1, MAX_THREADS), help="CPU threads.  [default: all]")
+device = click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1 ...")
 _COMPUTE = [
-    click.option("-t", "--threads", type=click.IntRange(1, MAX_THREADS), help="CPU threads.  [default: all]"),
-    click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1 ..."),
+    threads,
+    device,
     click.option(
         "--dtype",
         type=click.Choice(["float32", "float64", "bfloat16", "float16"]),

@@ -70,7 +70,14 @@ def show_plan(
             from ggjac import bench as measure
             from ggjac.machine import cached_bytes
 
-            rates = measure.measure(file, made, threads=what.threads)
+            rates = measure.measure(
+                file,
+                made.columns,
+                made.trace.types,
+                dtype=made.dtype,
+                threads=what.threads,
+                device="cpu" if made.device == "cpu" else what.device.replace("auto", "cuda"),
+            )
             cached = [cached_bytes(path) for path in file.paths]
             known = None if None in cached else sum(filter(None, cached))
             times = made.seconds(rates, cached=known)

@@ -1,0 +1,294 @@
+"""What this machine does per second: disk, dequantization, multiplication, copy; some two seconds in all.
+
+Everything is measured on the file that is going to be read, with its own types, the tiles of `ggjac.weights` and the
+threads and dtype asked for, so that the rates are those of a sweep. Torch is imported when the first number is wanted.
+"""
+
+import math
+import os
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ggjac.gguf import GGUFFile, TensorInfo
+
+DISK_REGIONS = 4  # places in the file that are read cold
+DISK_BYTES = 64 << 20  # of each, at most
+READ_BYTES = 8 << 20
+CACHED_RATE = 100e9  # bytes per second: what stands for the disk where it cannot be asked
+COPY_ELEMENTS = 1 << 24
+MOST_COLUMNS = 256  # of a product to measure: beyond, the rate stays what it is, and measuring takes too long
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Rates of one machine; see `ggjac.planner.Rates`.
+
+    Attributes:
+        disk: bytes per second, read sequentially from the model's file; `disk_method` says how.
+        types: weights per second, by storage type, dequantized into tiles of the dtype.
+        multiply: FLOP per second, by number of columns (stacked vectors times positions).
+        copy: bytes per second that a copy in memory reads and writes together.
+        bus: bytes per second from pinned memory to the device; infinite on the CPU.
+        call: seconds of an operation on next to nothing: what Python and torch cost.
+        dtype, threads, device: what was asked for.
+        seconds: what measuring took.
+    """
+
+    disk: float
+    disk_method: str
+    types: Mapping[str, float]
+    multiply: Mapping[int, float]
+    copy: float
+    bus: float = math.inf
+    call: float = 0.0
+    dtype: str = "float32"
+    threads: int = 1
+    device: str = "cpu"
+    seconds: float = field(default=0.0, compare=False)
+
+    def dequantize(self, type: str) -> float:
+        """Return the rate of a type; of one that was not measured, the slowest that was."""
+        return self.types.get(type) or min(self.types.values())
+
+    def gemm(self, columns: int) -> float:
+        """Return the rate at so many columns, interpolated between those measured (in logarithms of both)."""
+        points = sorted(self.multiply.items())
+        below = [point for point in points if point[0] <= columns] or points[:1]
+        above = [point for point in points if point[0] >= columns] or points[-1:]
+        (a, low), (b, high) = below[-1], above[0]
+        if a == b:
+            # Few columns are bound by reading the tile: half of them take as long.
+            return low * min(1.0, columns / a)
+        share = math.log(columns / a) / math.log(b / a)
+        return low * (high / low) ** share
+
+    def data(self) -> dict[str, Any]:
+        """Return the rates as plain data."""
+        return {
+            "disk_bytes_per_second": self.disk,
+            "disk_method": self.disk_method,
+            "weights_per_second": dict(self.types),
+            "flop_per_second": {str(columns): rate for columns, rate in self.multiply.items()},
+            "copy_bytes_per_second": self.copy,
+            "bus_bytes_per_second": None if math.isinf(self.bus) else self.bus,
+            "call_seconds": self.call,
+            "dtype": self.dtype,
+            "threads": self.threads,
+            "device": self.device,
+            "seconds": self.seconds,
+        }
+
+    def lines(self) -> list[str]:
+        """Return the rates as lines of text."""
+        types = ", ".join(f"{name} {rate / 1e9:.2f}" for name, rate in self.types.items())
+        gemm = ", ".join(f"{rate / 1e9:.0f} with {columns} columns" for columns, rate in self.multiply.items())
+        return [
+            f"disk {self.disk / 1e9:.2f} GB/s ({self.disk_method}); memory copy {self.copy / 1e9:.1f} GB/s",
+            f"dequantization {types} Gweights/s; multiplication {gemm} GFLOP/s ({self.dtype}, {self.threads} threads)",
+        ]
+
+
+def seconds_of(call: Callable[[], object], budget: float = 0.15, least: int = 3) -> float:
+    """Return the median time of a call, repeated for about `budget` seconds, after one that is not counted."""
+    call()
+    times: list[float] = []
+    end = time.perf_counter() + budget
+    while len(times) < least or (time.perf_counter() < end and len(times) < 100):
+        start = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def measure(
+    file: GGUFFile,
+    columns: Sequence[int],
+    types: Mapping[str, int],
+    *,
+    dtype: str = "float32",
+    threads: int | None = None,
+    device: str = "cpu",
+) -> Measured:
+    """Measure what a job on this file will need.
+
+    Args:
+        file: the model.
+        columns: of the products to come: positions times stacked vectors.
+        types: weights to dequantize by storage type; rare types are not measured.
+        dtype: of the arithmetic.
+        threads: default as many as torch uses.
+        device: of the arithmetic.
+    """
+    import torch
+
+    start, before = time.perf_counter(), torch.get_num_threads()
+    columns = sorted({min(count, MOST_COLUMNS) for count in columns})
+    if threads:
+        torch.set_num_threads(threads)
+    try:
+        threads = torch.get_num_threads()
+        weights = sum(types.values())
+        common = [name for name, count in types.items() if count > weights / 50]
+        disk, method = disk_rate(file)
+        return Measured(
+            disk=disk,
+            disk_method=method,
+            types={name: dequantize_rate(file, name, dtype, threads, device) for name in common},
+            multiply={count: gemm_rate(file, count, dtype, device) for count in columns},
+            copy=copy_rate(),
+            bus=math.inf if device == "cpu" else bus_rate(device),
+            call=call_seconds(dtype, device),
+            dtype=dtype,
+            threads=threads,
+            device=device,
+            seconds=time.perf_counter() - start,
+        )
+    finally:
+        torch.set_num_threads(before)
+
+
+def disk_rate(file: GGUFFile) -> tuple[float, str]:
+    """Return bytes per second of sequential reads that the page cache does not serve, and how that was ensured.
+
+    A few regions across the shards are dropped from the cache first, which costs nobody but the next reader.
+    """
+    if not hasattr(os, "posix_fadvise"):
+        return CACHED_RATE, "not measured: this system cannot drop a file from its cache"
+    buffer = bytearray(READ_BYTES)
+    took, read = 0.0, 0
+    shares = [os.path.getsize(path) for path in file.paths]
+    regions = max(1, DISK_REGIONS // len(file.paths))
+    for path, size in list(zip(file.paths, shares, strict=True))[:DISK_REGIONS]:
+        with open(path, "rb", buffering=0) as raw:
+            length = min(DISK_BYTES, size // regions)
+            for i in range(regions):
+                at = (size - length) * i // max(1, regions - 1) // 4096 * 4096
+                os.posix_fadvise(raw.fileno(), at, length, os.POSIX_FADV_DONTNEED)
+                raw.seek(at)
+                start, end = time.perf_counter(), at + length
+                while at < end and (count := raw.readinto(memoryview(buffer)[: end - at])):
+                    at, read = at + count, read + count
+                took += time.perf_counter() - start
+                if took > 0.5:
+                    break
+    return read / max(took, 1e-9), f"{read / 1e6:.0f} MB, dropped from the page cache first"
+
+
+def dominant(file: GGUFFile, type: str) -> TensorInfo:
+    """Return the largest matrix of a storage type."""
+    infos = [info for info in file.tensors.values() if info.type.name == type]
+    return max(infos, key=lambda info: info.elements)
+
+
+def dequantize_rate(file: GGUFFile, type: str, dtype: str, threads: int, device: str = "cpu") -> float:
+    """Return weights per second of one type, into tiles as a sweep has them, from bytes in the page cache."""
+    import torch
+
+    from ggjac.weights import TILE_ELEMENTS, WeightStore
+
+    info = dominant(file, type)
+    store = WeightStore(file, device=torch.device(device), dtype=getattr(torch, dtype), threads=threads)
+    columns = info.shape[-1]
+    rows = min(info.rows, max(1, TILE_ELEMENTS // columns))
+
+    def once() -> None:
+        store.dequantize(info, 0, rows, 0, columns)
+        _wait(device)
+
+    return rows * columns / seconds_of(once)
+
+
+def gemm_rate(file: GGUFFile, columns: int, dtype: str, device: str = "cpu") -> float:
+    """Return FLOP per second of products with one tile of the file's widest live matrix, up and down in turn."""
+    import torch
+
+    from ggjac.weights import TILE_ELEMENTS
+
+    names = [name for name in file.tensors if name.startswith("blk.") and len(file.tensors[name].shape) > 1]
+    shape = file.tensors[max(names, key=lambda name: file.tensors[name].shape[-1] * file.tensors[name].shape[-2])].shape
+    into = shape[-1]
+    out = min(shape[-2], max(1, TILE_ELEMENTS // into))
+    kind: Any = {"dtype": getattr(torch, dtype), "device": device}
+    tile = torch.ones(out, into, **kind)
+    X, Y = torch.ones(columns, into, **kind), torch.ones(columns, out, **kind)
+    sink = torch.zeros(columns, into, **kind)
+
+    def up() -> None:
+        Y.copy_(X @ tile.T)
+        _wait(device)
+
+    def down() -> None:
+        sink.addmm_(Y, tile)
+        _wait(device)
+
+    flop = 2 * columns * out * into
+    return 2 * flop / (seconds_of(up, 0.1, 2) + seconds_of(down, 0.1, 2))
+
+
+def square_rate(dtype: str, device: str = "cpu", threads: int | None = None, size: int = 1536) -> float:
+    """Return FLOP per second of a product of square matrices: what the matrix library reaches at its best."""
+    import torch
+
+    before = torch.get_num_threads()
+    if threads:
+        torch.set_num_threads(threads)
+    try:
+        a = torch.ones(size, size, dtype=getattr(torch, dtype), device=device)
+
+        def once() -> None:
+            a @ a
+            _wait(device)
+
+        return 2 * size**3 / seconds_of(once, 0.1, 2)
+    finally:
+        torch.set_num_threads(before)
+
+
+def moved_bytes(file: GGUFFile, type: str, dtype: str) -> float:
+    """Return the bytes that dequantizing one weight reads and writes."""
+    import torch
+
+    kind = dominant(file, type).type
+    return kind.block_bytes / kind.block_size + getattr(torch, dtype).itemsize
+
+
+def copy_rate() -> float:
+    """Return bytes per second, read and written together, of a copy in memory."""
+    import torch
+
+    source, target = torch.ones(COPY_ELEMENTS), torch.ones(COPY_ELEMENTS)
+    return 2 * source.nbytes / seconds_of(lambda: target.copy_(source), 0.1)
+
+
+def bus_rate(device: str) -> float:
+    """Return bytes per second from pinned memory to a device."""
+    import torch
+
+    source = torch.ones(COPY_ELEMENTS).pin_memory()
+    target = torch.empty(COPY_ELEMENTS, device=device)
+
+    def once() -> None:
+        target.copy_(source, non_blocking=True)
+        _wait(device)
+
+    return source.nbytes / seconds_of(once, 0.1)
+
+
+def call_seconds(dtype: str, device: str = "cpu") -> float:
+    """Return the seconds of a product of almost nothing."""
+    import torch
+
+    kind: Any = {"dtype": getattr(torch, dtype), "device": device}
+    a, b = torch.ones(2, 2, **kind), torch.ones(2, 2, **kind)
+    return seconds_of(lambda: a @ b, 0.01, 20)
+
+
+def _wait(device: str) -> None:
+    """Wait for a device that works on its own."""
+    if device.startswith("cuda"):
+        import torch
+
+        torch.cuda.synchronize(device)

@@ -1,0 +1,98 @@
+"""`ggjac bench`: what this machine does, beside what it could do at most."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ggjac.cli import options
+
+
+@click.command()
+@options.model_file
+@options.threads
+@options.device
+@options.output_format
+def bench(model: Path | None, threads: int | None, device: str, output_format: str) -> None:
+    """Measure this machine: disk, dequantization of the file's own types, multiplication, each beside its limit.
+
+    Dequantization cannot be faster than memory: its limit is what a copy moves. Products with few columns cannot be
+    faster than square ones. Takes some seconds.
+
+    \b
+    ggjac bench -m model.gguf
+    """
+    from collections import Counter
+
+    import torch
+
+    from ggjac import bench as measure
+    from ggjac.cli import render
+    from ggjac.demo import demo_path
+    from ggjac.ggml import holds_weights
+    from ggjac.gguf import open_gguf, shown
+    from ggjac.machine import default_budget, free_memory, total_memory
+
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    with open_gguf(model or demo_path()) as file:
+        types: Counter[str] = Counter()
+        for info in file.tensors.values():
+            if holds_weights(info.type) and len(info.shape) > 1:
+                types[info.type.name] += info.elements
+        results = [
+            measure.measure(file, (8, 64, 256), types, dtype=dtype, threads=threads, device=device)
+            for dtype in ("float32", "bfloat16")
+        ]
+        square = {found.dtype: measure.square_rate(found.dtype, device, found.threads) for found in results}
+        first = results[0]
+        rows: list[dict[str, Any]] = [
+            _row(f"disk, sequential ({first.disk_method})", first.disk, "B/s", None, ""),
+            _row("memory copy, read and written", first.copy, "B/s", None, ""),
+        ]
+        if device != "cpu":
+            rows.append(_row("to the device, from pinned memory", first.bus, "B/s", None, ""))
+        for found in results:
+            for name, rate in found.types.items():
+                moved = measure.moved_bytes(file, name, found.dtype)
+                limit = found.copy / moved if device == "cpu" else None
+                rows.append(_row(f"dequantize {name} to {found.dtype}", rate, "weights/s", limit, "memory copy"))
+        for found in results:
+            limit = square[found.dtype]
+            rows.append(_row(f"multiply square matrices, {found.dtype}", limit, "FLOP/s", None, ""))
+            for columns, rate in found.multiply.items():
+                what = f"multiply a tile with {columns} columns, {found.dtype}"
+                rows.append(_row(what, rate, "FLOP/s", limit, "square matrices"))
+        content = {
+            "schema_version": 1,
+            "path": str(file.path),
+            "threads": first.threads,
+            "device": device,
+            "memory": {"total": total_memory(), "free": free_memory(), "default_budget": default_budget()},
+            "rates": rows,
+        }
+    if output_format == "json":
+        render.emit_json(content)
+        return
+    memory = content["memory"]
+    render.line(
+        f"{shown(content['path'])}; {first.threads} threads, {device}; {render.size(memory['free'])} of "
+        f"{render.size(memory['total'])} free, default --ram-budget {render.size(memory['default_budget'])}"
+    )
+    render.line("")
+    cells = [
+        (
+            row["what"],
+            f"{row['rate'] / 1e9:.3g} G{row['unit']}",
+            "" if row["limit"] is None else f"{row['limit'] / 1e9:.3g}",
+            "" if row["limit"] is None else f"{row['rate'] / row['limit']:.0%}",
+            row["limited_by"],
+        )
+        for row in rows
+    ]
+    render.table("This machine now", ["what", "#rate", "#limit", "#share", "of"], cells)
+
+
+def _row(what: str, rate: float, unit: str, limit: float | None, limited_by: str) -> dict[str, Any]:
+    """Return one measurement as plain data; rates per second."""
+    return {"what": what, "rate": rate, "unit": unit, "limit": limit, "limited_by": limited_by}
