@@ -1,15 +1,18 @@
-"""The leading singular triplets of any `LinearOperator`, by seeded block Krylov iteration, with residuals.
+"""The leading singular triplets of any `LinearOperator`, or of many at once, by seeded block Krylov iteration.
 
 Golub-Kahan block bidiagonalisation with full reorthogonalisation (Golub, Luk & Overton, "A block Lanczos method for
 computing the singular values and corresponding singular vectors of a matrix", ACM TOMS 1981; the block Krylov subspace
 keeps every block, as in Musco & Musco, NeurIPS 2015). Sweeps alternate: `Aᵀ` on the newest output-space block, `A` on
 the newest input-space block. Each sweep extracts triplets from all products so far (Rayleigh-Ritz), and the *next*
 sweep happens to measure their residual exactly, so that checking convergence costs nothing.
+
+A product is kept as its coefficients in the other basis, which it extends: only the two bases take memory.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -43,7 +46,81 @@ class SVD:
     reason: str
 
 
-def svd(
+# Columns of a stack of vectors that are factored at a time.
+PANEL = 1 << 16
+
+# What an iteration asks for: a side (0: multiply by the transpose, 1: by the operator) and stacked vectors `[k, size]`.
+Request = tuple[int, Tensor]
+Iteration = Generator[Request, Tensor, SVD]
+
+
+def svd(A: LinearOperator, rank: int, **options: Any) -> SVD:
+    """Compute the `rank` largest singular triplets of `A`; for the options and errors see `iteration`."""
+    steps = iteration(A, rank, **options)
+    try:
+        side, vectors = next(steps)
+        while True:
+            shape, product = ((A.out_shape, A.rmatmat), (A.in_shape, A.matmat))[side]
+            side, vectors = steps.send(product(vectors.to(A.dtype).reshape(-1, *shape)))
+    except StopIteration as stop:
+        return stop.value
+
+
+def svd_together(
+    operators: Sequence[LinearOperator],
+    rank: int,
+    *,
+    up: Callable[[list[Tensor]], list[Tensor]],
+    down: Callable[[list[Tensor]], list[Tensor]],
+    progress: Callable[[int, float], None] | None = None,
+    **options: Any,
+) -> list[SVD]:
+    """Compute the leading triplets of several operators whose products are cheaper together.
+
+    Args:
+        operators: give shapes and dtypes only.
+        rank: triplets of each.
+        up, down: apply the operators, or their transposes, to one stack of vectors each; a stack may be empty.
+        progress: called after each sweep with the sweep count and the worst relative residual of all.
+        options: of `iteration`.
+
+    Returns:
+        What `svd` returns for each operator alone (up to rounding), in as many sweeps as the slowest needs.
+    """
+    worst = [math.inf] * len(operators)
+
+    def record(i: int) -> Callable[[int, float], None]:
+        def seen(_: int, residual: float) -> None:
+            worst[i] = residual
+
+        return seen
+
+    steps = [iteration(A, rank, progress=record(i), **options) for i, A in enumerate(operators)]
+    asked: dict[int, Request] = {i: next(run) for i, run in enumerate(steps)}
+    found: dict[int, SVD] = {}
+    sweeps = 0
+    while asked:
+        # All started alike, so that all ask for the same side.
+        side = next(iter(asked.values()))[0]
+        stacks = []
+        for i, A in enumerate(operators):
+            shape = (A.out_shape, A.in_shape)[side]
+            vectors = asked[i][1] if i in asked else torch.zeros(0, math.prod(shape), device=A.device)
+            stacks.append(vectors.to(A.dtype).reshape(-1, *shape))
+        products = (down, up)[side](stacks)
+        sweeps += 1
+        for i in list(asked):
+            try:
+                asked[i] = steps[i].send(products[i])
+            except StopIteration as stop:
+                del asked[i]
+                found[i] = stop.value
+        if progress and sweeps > 1:
+            progress(sweeps, max(worst))
+    return [found[i] for i in range(len(operators))]
+
+
+def iteration(
     A: LinearOperator,
     rank: int,
     *,
@@ -52,11 +129,11 @@ def svd(
     block: int | None = None,
     seed: int = 0,
     progress: Callable[[int, float], None] | None = None,
-) -> SVD:
-    """Compute the `rank` largest singular triplets of `A`.
+) -> Iteration:
+    """Ask for products with `A`, of which only the shapes, dtype and device are used here, and return an `SVD`.
 
     Args:
-        A: any operator; only `matmat` and `rmatmat` are used, on `block` stacked vectors at a time.
+        A: any operator.
         rank: triplets wanted, at most the smaller dimension of A. Where A's numerical rank is smaller, the surplus
             triplets have zero singular values and orthonormal vectors.
         tol: relative residual asked of every triplet.
@@ -65,8 +142,12 @@ def svd(
         seed: of the random start; the same seed gives the same digits on the same machine.
         progress: called after each sweep with the sweep count and the worst relative residual known so far.
 
+    Yields:
+        A side, and vectors to multiply: 0 and `[k, *out_shape]` flattened, by the transpose; 1 and `[k, *in_shape]`
+        flattened, by A. Takes the products.
+
     Returns:
-        An `SVD`. Bases are kept in float32 (float64 for a float64 operator): `[m, *in_shape]` and `[m, *out_shape]`
+        An `SVD`. Two bases are kept in float32 (float64 for a float64 operator): `[m, *in_shape]` and `[m, *out_shape]`
         with `m` at most `block * (max_sweeps + 1) / 2`.
 
     Raises:
@@ -91,77 +172,171 @@ def svd(
         # Drawn on the CPU in float64, so that every device and dtype starts from the same directions.
         return torch.randn(count, sizes[side], generator=generator, dtype=torch.float64).to(A.device, work)
 
-    def sweep(side: int, vectors: Tensor) -> Tensor:
-        shape, product = ((A.out_shape, A.rmatmat), (A.in_shape, A.matmat))[side]
-        result = product(vectors.to(A.dtype).reshape(-1, *shape)).flatten(1).to(work)
-        if not result.isfinite().all():
-            raise ValueError(
-                f"sweep {sweeps} gave products that are not finite: the operator overflows {A.dtype} or holds NaN; "
-                "try a wider dtype"
-            )
-        return result
-
-    # Side 0 is the output space, side 1 the input space: an orthonormal basis of each, and its image on the other.
-    basis = [torch.empty(0, sizes[side], dtype=work, device=A.device) for side in (0, 1)]
-    image = [torch.empty(0, sizes[1 - side], dtype=work, device=A.device) for side in (0, 1)]
-    new = basis[0] = _orthonormal(draw(width, 0), basis[0], 0.0)
-    coefficients: list[Tensor] = []
+    # Side 0 is the output space, side 1 the input space: an orthonormal basis of each, and the coefficients of its
+    # image in the basis of the other side.
+    basis = [Basis(size, work, A.device) for size in sizes]
+    image = [Image(), Image()]
+    new = _expanded(draw(width, 0), basis[0], 0.0).directions
+    basis[0].append(new)
+    ends: list[Tensor] = []  # of the triplets last extracted: coefficients of U and of V
     history: list[float] = []
 
     for sweeps in range(1, max_sweeps + 1):
         side, other = (0, 1) if sweeps % 2 else (1, 0)
-        image[side] = torch.cat([image[side], sweep(side, new)])
-        reason = "sweeps" if sweeps == max_sweeps else ""
-        if coefficients:  # both ends of the last extraction have images by now, so its residual is known
-            U, S, Vh, residual = _triplets(coefficients, basis, image, eps)
+        product = (yield side, new).flatten(1).to(work)
+        if not product.isfinite().all():
+            raise ValueError(
+                f"sweep {sweeps} gave products that are not finite: the operator overflows {A.dtype} or holds NaN; "
+                "try a wider dtype"
+            )
+        scale = max(image[side].scale, float(_lengths(product).max()))
+        expanded = _expanded(product, basis[other], eps * scale)
+        image[side].append(expanded, scale)
+        if ends:  # both ends of the last extraction have images by now, so its residual is known
+            S, residual = _measured(ends, image, eps)
             history.append(float(residual.max()))
             if progress:
                 progress(sweeps, history[-1])
-            if history[-1] <= tol:
-                reason = "tolerance"
-            elif _at_floor(history, S, eps):
-                reason = "precision"
-        if reason and coefficients:
+        reason = "sweeps" if sweeps == max_sweeps else ""
+        if history and history[-1] <= tol:
+            reason = "tolerance"
+        elif history and _at_floor(history, S, eps):
+            reason = "precision"
+        if reason and history:
             break
 
-        scale = float(_lengths(image[side]).max())
-        new = _orthonormal(image[side][len(image[side]) - len(new) :], basis[other], eps * scale)
-        missing = rank - len(basis[other]) - len(new)
+        new = expanded.directions
+        basis[other].append(new)
+        missing = rank - basis[other].count
         if missing > 0:  # A's numerical rank is smaller than `rank`: random directions stand in, to find what is left
-            new = torch.cat([new, _orthonormal(draw(missing, other), torch.cat([basis[other], new]), 0.0)])
-        basis[other] = torch.cat([basis[other], new])
+            more = _expanded(draw(missing, other), basis[other], 0.0).directions
+            basis[other].append(more)
+            new = torch.cat([new, more])
 
         # Rayleigh-Ritz: image = core @ basis with orthonormal rows on both ends, so the small SVD gives the triplets.
-        P, _, Qh = torch.linalg.svd(image[side] @ basis[other].T, full_matrices=False)
+        P, _, Qh = torch.linalg.svd(image[side].core(basis[other].count), full_matrices=False)
         near, far = P.T[:rank], Qh[:rank]
-        coefficients = [near, far] if side == 0 else [far, near]
+        ends = [near, far] if side == 0 else [far, near]
         if not len(new):  # closed: nothing is left to learn, and every image is known
-            U, S, Vh, residual = _triplets(coefficients, basis, image, eps)
+            S, residual = _measured(ends, image, eps)
             reason = "complete"
             break
 
+    order = S.argsort(descending=True, stable=True)  # rounding may swap equals
+    U, V = (side.combined(coefficients) for side, coefficients in zip(basis, ends, strict=True))
     return SVD(
-        U.reshape(-1, *A.out_shape),
-        S,
-        Vh.reshape(-1, *A.in_shape),
-        residual,
+        U[order].reshape(-1, *A.out_shape),
+        S[order],
+        V[order].reshape(-1, *A.in_shape),
+        residual[order],
         sweeps=sweeps,
         converged=bool((residual <= tol).all()),
         reason=reason,
     )
 
 
-def _triplets(
-    coefficients: list[Tensor], basis: list[Tensor], image: list[Tensor], eps: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Assemble U, S, Vh from their coefficients in the two bases, and measure both residuals of each triplet."""
-    U, V = coefficients[0] @ basis[0], coefficients[1] @ basis[1]
-    AtU, AV = coefficients[0] @ image[0], coefficients[1] @ image[1]
+class Basis:
+    """Orthonormal rows `[m, size]` that grow by blocks, and are never copied."""
+
+    def __init__(self, size: int, dtype: torch.dtype, device: torch.device):
+        self.blocks: list[Tensor] = []
+        self.count = 0
+        self._empty = torch.empty(0, size, dtype=dtype, device=device)
+
+    def append(self, block: Float[Tensor, "k size"]) -> None:
+        """Add rows that are orthonormal to all others."""
+        self.blocks.append(block)
+        self.count += len(block)
+
+    def coefficients(self, rows: Float[Tensor, "k size"]) -> Float[Tensor, "k m"]:
+        """Return the inner products of rows with the basis."""
+        return torch.cat([rows @ block.T for block in (self._empty, *self.blocks)], 1)
+
+    def combined(self, coefficients: Float[Tensor, "k m"]) -> Float[Tensor, "k size"]:
+        """Return combinations of the basis; coefficients beyond its last row are not looked at."""
+        result = self._empty.new_zeros(len(coefficients), self._empty.shape[1])
+        start = 0
+        for block in self.blocks:
+            part = coefficients[:, start : start + len(block)]
+            result.addmm_(part, block[: part.shape[1]])
+            start += len(block)
+        return result
+
+    def without(self, rows: Float[Tensor, "k size"]) -> tuple[Tensor, Tensor]:
+        """Return what rows have outside the span of the basis, and their coefficients inside."""
+        inside = self.coefficients(rows)
+        rest = rows.clone()
+        start = 0
+        for block in self.blocks:
+            rest.addmm_(inside[:, start : start + len(block)], block, alpha=-1)
+            start += len(block)
+        return rest, inside
+
+
+class Expanded(NamedTuple):
+    """Rows as `inside @ basis + outside @ directions + lost`: what they are made of, and what was dropped as noise.
+
+    Attributes:
+        inside: `[k, m]`, coefficients in the basis.
+        outside: `[k, p]`, coefficients in new directions.
+        directions: `[p, size]`, orthonormal, also to the basis.
+        lost: `[k, l]`, coefficients in directions that were dropped; their lengths matter only.
+    """
+
+    inside: Tensor
+    outside: Tensor
+    directions: Tensor
+    lost: Tensor
+
+
+class Image:
+    """The images of one basis, as coefficients in the other: `[m, m']`, growing by blocks of rows and of columns."""
+
+    def __init__(self) -> None:
+        self._rows: list[Tensor] = []
+        self._lost: list[Tensor] = []
+        self.scale = 0.0
+
+    def append(self, expanded: Expanded, scale: float) -> None:
+        """Add the images of the newest block; `scale` is the length of the longest image so far."""
+        self._rows.append(torch.cat([expanded.inside, expanded.outside], 1))
+        self._lost.append(expanded.lost)
+        self.scale = scale
+
+    @property
+    def count(self) -> int:
+        """How many basis vectors have their images here."""
+        return sum(len(row) for row in self._rows)
+
+    @property
+    def columns(self) -> int:
+        """Dimension of the space the images lie in."""
+        return max((row.shape[1] for row in self._rows), default=0)
+
+    def core(self, columns: int) -> Float[Tensor, "m columns"]:
+        """Return all coefficients, zero where an image has nothing in directions found later."""
+        return torch.cat([_widened(row, columns) for row in self._rows])
+
+    def of(self, coefficients: Float[Tensor, "k m"], columns: int) -> tuple[Tensor, Tensor]:
+        """Return the image of combinations: coefficients `[k, columns]`, and the length `[k]` of what was lost.
+
+        Directions lost in different sweeps count as orthogonal.
+        """
+        return coefficients @ self.core(columns), _lengths(coefficients @ torch.block_diag(*self._lost))
+
+
+def _measured(ends: Sequence[Tensor], image: Sequence[Image], eps: float) -> tuple[Tensor, Tensor]:
+    """Return singular values and relative residuals of triplets: both sides, from coefficients in orthonormal bases."""
+    U, V = ends
+    columns = max(U.shape[1], image[1].columns), max(V.shape[1], image[0].columns)
+    AtU, U_lost = image[0].of(_widened(U, image[0].count), columns[1])
+    AV, V_lost = image[1].of(_widened(V, image[1].count), columns[0])
+    U, V = _widened(U, columns[0]), _widened(V, columns[1])
     S = (AV * U).sum(1).abs()
-    absolute = torch.maximum(_lengths(AV - S[:, None] * U), _lengths(AtU - S[:, None] * V))
+    forward, backward = _lengths(AV - S[:, None] * U), _lengths(AtU - S[:, None] * V)
+    absolute = torch.maximum(torch.hypot(forward, V_lost), torch.hypot(backward, U_lost))
     relative = absolute / torch.where(S > 10 * eps * S.max(), S, S.max()).clamp_min(torch.finfo(S.dtype).tiny)
-    order = S.argsort(descending=True, stable=True)  # rounding may swap equals
-    return U[order], S[order], V[order], relative.to(S.dtype)[order]
+    return S, relative.to(S.dtype)
 
 
 def _at_floor(history: list[float], S: Tensor, eps: float) -> bool:
@@ -177,14 +352,40 @@ def _lengths(rows: Tensor) -> Float[Tensor, " k"]:
     return torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
 
 
-def _orthonormal(block: Tensor, basis: Tensor, threshold: float) -> Tensor:
-    """Return an orthonormal basis of what `block` adds to `basis`, dropping singular values up to `threshold`.
+def _widened(rows: Tensor, columns: int) -> Tensor:
+    """Append zero columns."""
+    return torch.nn.functional.pad(rows, (0, columns - rows.shape[1]))
+
+
+def _expanded(rows: Float[Tensor, "k size"], basis: Basis, threshold: float) -> Expanded:
+    """Split rows into their part in a basis and new directions, dropping singular values up to `threshold`.
 
     Projected twice: once is not enough when little is left ("twice is enough", Kahan and Parlett).
     """
-    for limit in (threshold, 0.5):  # what survives the first pass has unit length; the second only removes roundoff
-        if not len(block):
-            break
-        _, S, Vh = torch.linalg.svd(block - (block @ basis.T) @ basis, full_matrices=False)
-        block = Vh[limit < S]
-    return block
+    rest, inside = basis.without(rows)
+    outside, S, directions = _factored(rest)
+    kept = S > threshold
+    lost, outside, rest = outside[:, ~kept], outside[:, kept], directions[kept]
+    rest, more = basis.without(rest)  # what survived has unit length: only roundoff is removed
+    inside = inside + outside @ more
+    again, S, directions = _factored(rest)
+    kept = S > 0.5
+    outside = outside @ again
+    return Expanded(inside, outside[:, kept], directions[kept], torch.cat([lost, outside[:, ~kept]], 1))
+
+
+def _factored(
+    rows: Float[Tensor, "k size"],
+) -> tuple[Float[Tensor, "k r"], Float[Tensor, " r"], Float[Tensor, "r size"]]:
+    """Return `C`, `S`, `Q` with `rows = C @ Q`: Q's rows orthonormal, C's columns orthogonal and of lengths S.
+
+    By QR of one panel of columns after another (TSQR: Demmel et al., SIAM J. Sci. Comput. 34, 2012), as the rows may
+    fill a good part of the memory. They are overwritten.
+    """
+    panels = [torch.linalg.qr(panel.T) for panel in rows.split(PANEL, 1)]
+    P, S, Wh = torch.linalg.svd(torch.cat([R for _, R in panels]), full_matrices=False)
+    parts = P.split([len(R) for _, R in panels])
+    for panel, part in zip(rows.split(PANEL, 1), parts, strict=True):
+        Q, _ = panels.pop(0)
+        panel[: len(S)] = part.T @ Q.T
+    return Wh.T * S, S, rows[: len(S)]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ggjac.linop import LinearOperator
-from ggjac.svd import SVD, svd
+from ggjac.svd import SVD, svd, svd_together
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -306,3 +306,42 @@ def test_an_operator_that_overflows_is_refused(poison: float, dtype: torch.dtype
     with pytest.raises(ValueError, match=r"sweep 1 gave .* not finite.* wider dtype"):
         svd(A, 3)
     assert len(A.widths) == 1
+
+
+# ---- wide operators, and several at once
+
+
+@pytest.mark.parametrize("name", ["geometric", "repeated", "rank 2, 5 wanted", "twelve decades", "zero"])
+def test_panels_of_columns_change_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    matrix, rank = SPECTRA[name][0](), SPECTRA[name][1]
+    monkeypatch.setattr("ggjac.svd.PANEL", 7)
+    check(matrix, svd(Counted(matrix), rank, tol=TOL), rank)
+
+
+def test_several_operators_advance_together() -> None:
+    matrices = [SPECTRA[name][0]() for name in ("geometric", "1 / j", "rank 2 exactly", "flat")]
+    operators = [Counted(matrix) for matrix in matrices]
+    calls: list[list[int]] = []
+
+    def together(product: str) -> Callable[[list[Tensor]], list[Tensor]]:
+        def run(stacks: list[Tensor]) -> list[Tensor]:
+            calls.append([len(stack) for stack in stacks])
+            return [getattr(A, product)(stack) for A, stack in zip(operators, stacks, strict=True)]
+
+        return run
+
+    seen: list[tuple[int, float]] = []
+    found = svd_together(
+        operators, 3, up=together("matmat"), down=together("rmatmat"), tol=TOL, progress=lambda *step: seen.append(step)
+    )
+    alone = [svd(Counted(matrix), 3, tol=TOL) for matrix in matrices]
+    for matrix, result, expected in zip(matrices, found, alone, strict=True):
+        check(matrix, result, 3)
+        assert torch.equal(result.S, expected.S)
+        assert torch.equal(result.Vh, expected.Vh)
+        assert result.sweeps == expected.sweeps
+    assert len({result.sweeps for result in alone}) > 1  # some finish early: their stacks are empty from then on
+    assert len(calls) == max(result.sweeps for result in alone)
+    assert [sum(bool(call[i]) for call in calls) for i in range(4)] == [result.sweeps for result in alone]
+    assert [step for step, _ in seen] == list(range(2, len(calls) + 1))
+    assert seen[-1][1] <= TOL
