@@ -23,6 +23,7 @@ _POWERS = "KMGT"
 _LARGEST = 1 << 62
 
 _CGROUPS = Path("/sys/fs/cgroup")
+_OWN_GROUPS = Path("/proc/self/cgroup")
 _STATUS = "/proc/self/status"
 _RESIDENCY_STEP = 1 << 30  # bytes of a file that are mapped at a time to ask about them
 
@@ -52,7 +53,7 @@ def parse_size(text: str) -> int:
     return int(value)
 
 
-def format_size(nbytes: float) -> str:
+def format_size(nbytes: int | float) -> str:
     """Return bytes in binary units, such as `1.5 GiB`."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if abs(nbytes) < 1024:
@@ -82,12 +83,12 @@ def default_budget() -> int:
 def _limits() -> Iterator[tuple[int, int]]:
     """Yield limit and use, in bytes, of every control group around this process that has a limit."""
     try:
-        lines = Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines()
+        lines = _OWN_GROUPS.read_text(encoding="utf-8").splitlines()
     except OSError:
         return
     for line in lines:
-        _, controllers, path = line.split(":", 2)
-        if controllers == "":  # version 2
+        _, controllers, path = (*line.split(":", 2), "", "")[:3]
+        if line.startswith("0::"):  # version 2
             root, limit, used = _CGROUPS, "memory.max", "memory.current"
         elif "memory" in controllers.split(","):
             root, limit, used = _CGROUPS / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"

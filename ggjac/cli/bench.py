@@ -63,7 +63,7 @@ def bench(model: Path | None, threads: int | None, device: str, output_format: s
             for columns, rate in found.multiply.items():
                 what = f"multiply a tile with {columns} columns, {found.dtype}"
                 rows.append(_row(what, rate, "FLOP/s", limit, "square matrices"))
-        content = {
+        content: dict[str, Any] = {
             "schema_version": 1,
             "path": str(file.path),
             "threads": first.threads,

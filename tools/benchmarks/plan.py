@@ -2,7 +2,7 @@
 
     python tools/benchmarks/plan.py model.gguf [more.gguf] [--tokens 8,64] [--rank 8] [--dtype float32] [--for svd]
 
-Both run in processes of their own. Memory is the anonymous memory of the process, sampled from outside. The prediction
+Other options, such as --ram-budget 2GiB, go to both commands. Both run in processes of their own. Memory is the anonymous memory of the process, sampled from outside. The prediction
 of time is for the sweeps it expects; `each` compares one sweep with one sweep. Ratios are predicted / measured: to be
 within 0.8 to 1.25 for memory, and 0.65 to 1.5 for time.
 """
@@ -40,10 +40,10 @@ def run(*args: str) -> tuple[dict[str, Any], int, float]:
         return json.load(out), peak, time.perf_counter() - start
 
 
-def compare(path: str, n: int, options: argparse.Namespace) -> str:
+def compare(path: str, n: int, options: argparse.Namespace, rest: list[str]) -> str:
     """Return one line of the table."""
     ids = ",".join(str(i % 200 + 3) for i in range(n))
-    common = ["-m", path, "--tokens", ids, "--dtype", options.dtype, "-q", *options.rest]
+    common = ["-m", path, "--tokens", ids, "--dtype", options.dtype, "-q", *rest]
     rank = ["-k", str(options.rank)] if options.command in ("svd", "analyze") else []
     planned, _, _ = run("plan", *common, "--for", options.command, "-k", str(options.rank))
     done, peak, _ = run(options.command, *common, *rank, *(["--no-verify"] if options.command == "analyze" else []))
@@ -71,13 +71,12 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--for", dest="command", default="svd", choices=("svd", "analyze", "jacobian"))
-    parser.add_argument("rest", nargs="*", help=argparse.SUPPRESS)
-    options, options.rest = parser.parse_known_args()
+    options, rest = parser.parse_known_args()
     print(f"predicted / measured, ratio; {options.command}, {options.dtype}, load {os.getloadavg()[0]:.1f}")
     print(f"{'model':24} {'n':>5}  {'peak MiB':23}   {'trace s':25}   {'one sweep s':25}   all s")
     for path in options.models:
         for n in options.tokens.split(","):
-            print(compare(path, int(n), options), flush=True)
+            print(compare(path, int(n), options, rest), flush=True)
 
 
 if __name__ == "__main__":
