@@ -1,0 +1,102 @@
+"""The longest columns and rows of a dense detached Jacobian, in tokens (Golden, arXiv 2505.24293, section 3.2).
+
+A column `J_i[:, j]` is what one component of the embedding at position `i` does to the output, and decodes through the
+LM head; a row `J_i[e, :]` is what one component of the output reads there, and decodes to the nearest input embeddings.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from ggjac.decode import Head, Ranked, nearest, top_logits
+from ggjac.jacobian import DetachedJacobian
+from ggjac.weights import Weight
+
+
+@dataclass(frozen=True)
+class Norms:
+    """Lengths of all columns and rows, and the longest of them at each position decoded.
+
+    Attributes:
+        columns: `[n, d]`, float64: `‖J_i[:, j]‖` of every input component `j`.
+        rows: `[n, d]`, float64: `‖J_i[e, :]‖` of every output component `e`.
+        longest_columns: `[n, count]`, the input components of the longest columns, longest first.
+        longest_rows: `[n, count]`, the output components of the longest rows.
+        column_tokens: tokens of highest logit for each longest column, `[n * count, column_words]`; columns are signed
+            to point along the output, `⟨J x, column⟩ >= 0`.
+        row_tokens: tokens of nearest embedding (cosine) for each longest row, `[n * count, row_words]`; rows are signed
+            as their component of `J x` is, so that they read what makes it up.
+    """
+
+    columns: Float[Tensor, "n d"]
+    rows: Float[Tensor, "n d"]
+    longest_columns: Int[Tensor, "n count"]
+    longest_rows: Int[Tensor, "n count"]
+    column_tokens: Ranked
+    row_tokens: Ranked
+
+
+def norms(
+    jacobian: DetachedJacobian,
+    head: Head,
+    embedding: Weight,
+    count: int = 8,
+    *,
+    column_words: int = 8,
+    row_words: int = 4,
+) -> Norms:
+    """Measure all columns and rows in one pass over the dense rows, and decode the `count` longest at each position.
+
+    Positions after the Jacobian's own have no influence: their lengths are 0 and their tokens meaningless. The matrix
+    never exists whole; the longest columns take another upward sweep, or a few for many positions.
+    """
+    n, d = jacobian.in_shape
+    count = min(count, d)
+    squares, rows = torch.zeros(n, d, dtype=torch.float64), torch.zeros(n, d, dtype=torch.float64)
+    best = jacobian.x.new_zeros(n, 0, d)  # the longest rows so far
+    lengths = best.new_zeros(n, 0, dtype=torch.float64)
+    components = torch.zeros(n, 0, dtype=torch.long, device=best.device)
+    for start, stop, chunk in jacobian.rows():
+        wide = chunk.double()
+        squares += wide.square().sum(0).cpu()
+        found = wide.norm(dim=2).T
+        rows[:, start:stop] = found.cpu()
+        lengths = torch.cat([lengths, found], 1)
+        components = torch.cat([components, torch.arange(start, stop, device=best.device).expand(n, -1)], 1)
+        lengths, kept = lengths.topk(min(count, lengths.shape[1]), dim=1)
+        components = components.gather(1, kept)
+        best = torch.cat([best, chunk.transpose(0, 1)], 1).gather(1, kept[..., None].expand(-1, -1, d))
+    columns = squares.sqrt()
+    longest = columns.topk(count, dim=1).indices
+    along = jacobian.linear_output
+    left = _columns(jacobian, longest)
+    left = left * _sign(left.to(along) @ along).to(left)[:, None]
+    right = best * _sign(along)[components].to(best)[..., None]
+    return Norms(
+        columns=columns,
+        rows=rows,
+        longest_columns=longest,
+        longest_rows=components.cpu(),
+        column_tokens=top_logits(head.matrix, left.to(head.matrix.dtype), column_words),
+        row_tokens=nearest(embedding, right.flatten(0, 1).to(embedding.dtype), row_words),
+    )
+
+
+def _columns(jacobian: DetachedJacobian, components: Int[Tensor, "n count"]) -> Float[Tensor, "m d"]:
+    """Return the columns of some input components of every position, as many at a time as rows would be."""
+    n, d = jacobian.in_shape
+    positions = torch.arange(n).repeat_interleave(components.shape[1])
+    at_once = max(1, jacobian.chunk_bytes // (3 * n * d * jacobian.dtype.itemsize))
+    parts = []
+    for i, j in zip(positions.split(at_once), components.flatten().split(at_once), strict=True):
+        basis = torch.zeros(len(i), n, d, dtype=jacobian.dtype, device=jacobian.device)
+        basis[torch.arange(len(i)), i, j] = 1
+        parts.append(jacobian.matmat(basis))
+    return torch.cat(parts)
+
+
+def _sign(values: Tensor) -> Tensor:
+    """Return -1 or 1, 1 for zero: a vector is turned around or left as it is."""
+    return torch.where(values < 0, -1.0, 1.0)
