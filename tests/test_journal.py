@@ -424,6 +424,15 @@ def test_boundaries_keep_references_and_pending_results_are_copies(tmp_path: Pat
         assert product.state[0].equal(torch.full((4,), 2.0))
 
 
+def test_a_run_goes_on_with_the_layout_that_it_would_resume_with(tmp_path: Path) -> None:
+    odd = torch.arange(41.0)[1:].reshape(8, 5).T
+    with Journal.open(tmp_path / "run", IDENTITY, resume=False) as journal:
+        product = journal.product("up", [])
+        for (H,) in (product.reached(1, lambda: [odd]), product.finish([odd])):
+            assert H.equal(odd)
+            assert (H.stride(), H.data_ptr() % 64) == ((8, 1), 0)
+
+
 def test_small_results_are_the_same_the_first_time(tmp_path: Path) -> None:
     value = {"pair": (1, 2.5), "nan": float("nan"), "text": "é\udcff\x1b"}
     seen = []
