@@ -121,6 +121,7 @@ PARTS: dict[str, tuple[set[str], list[str]]] = {
     "svd": ({"reconstruction", "svd"}, ["converged after", "residual"]),
     "jacobian": ({"jacobian"}, ["‖J_i‖_F"]),
     "attribute": ({"reconstruction", "attribution"}, ["Exact share of every input token", "sum"]),
+    "norms": ({"reconstruction", "norms"}, ["Longest columns and rows", "‖column‖"]),
     "contrast": (
         {"reconstruction", "contrast"},
         ["Reconstruction", "detached", "ordinary", "Spearman", "KL divergence"],
@@ -365,6 +366,23 @@ def test_the_ordinary_jacobian_is_saved_beside_the_detached_one(command: str, ti
     assert error > 0.1
 
 
+def test_norms_file(tiny_file: TinyFile) -> None:
+    model = tiny_file("gqa")
+    out = ggjac_("norms", "-m", model, *TOKENS, "--position", 2, "--count", 2, "-o", "f", "--format", "json").stdout
+    saved, truth = load_file("f"), oracle.jacobian(model, IDS, mlp_path="up", position=2)
+    assert saved.keys() == {"columns", "rows", "ids"}
+    close(saved["columns"], truth.J.norm(dim=0), 1e-5)
+    close(saved["rows"], truth.J.norm(dim=2).T, 1e-5)
+    positions = json.loads(out)["norms"]["positions"]
+    assert [(p["position"], p["token"]) for p in positions] == [(i, f"[{id}]") for i, id in enumerate(IDS[:3])]
+    for p in positions:
+        for kind, words in (("columns", 8), ("rows", 4)):
+            lengths = saved[kind][p["position"]]
+            assert [entry["component"] for entry in p[kind]] == lengths.topk(2).indices.tolist()
+            assert [entry["norm"] for entry in p[kind]] == lengths.topk(2).values.tolist()
+            assert all(len(entry["tokens"]) == words for entry in p[kind])
+
+
 def test_a_run_gets_a_name_of_its_own(tiny_file: TinyFile, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(time, "strftime", lambda *_: "20260101-000000")  # two runs within one second
     for _ in range(2):
@@ -396,7 +414,7 @@ def test_exit_code_3_when_the_sweeps_run_out(command: str, tiny_file: TinyFile) 
     assert Path("saved").exists()
 
 
-@pytest.mark.parametrize("command", ["svd", "attribute", "analyze", "jacobian", "contrast"])
+@pytest.mark.parametrize("command", ["svd", "attribute", "analyze", "jacobian", "contrast", "norms"])
 def test_exit_code_3_when_the_reconstruction_fails(
     command: str, tiny_file: TinyFile, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -558,7 +576,7 @@ def test_cuda_where_there_is_none(device: str, tiny_file: TinyFile) -> None:
     assert "use cpu" in err
 
 
-SAVING = {"analyze": "run", "predict": "f", "svd": "f", "jacobian": "f", "contrast": "f"}
+SAVING = {"analyze": "run", "predict": "f", "svd": "f", "jacobian": "f", "contrast": "f", "norms": "f"}
 
 
 @pytest.mark.parametrize("command", SAVING)

@@ -13,6 +13,7 @@ from ggjac import parity, runs
 from ggjac.analysis.attribution import Attribution, attribute
 from ggjac.analysis.contrast import Agreement, Contrast, contrast, ordinary_jacobian
 from ggjac.analysis.contributions import contributions
+from ggjac.analysis.norms import Norms, norms
 from ggjac.analysis.spectrum import Spectrum, spectrum
 from ggjac.analysis.stable_rank import stable_rank
 from ggjac.cli.render import line, numbers, table, width
@@ -320,6 +321,48 @@ def show_contrast(data: dict[str, Any]) -> None:
     rows = [(name, shown(data["detached"]), shown(data["ordinary"])) for name, shown in measures.items()]
     table("Output y rebuilt: detached r = J x + offset, ordinary r = (∂y/∂x) x", ["", "#detached", "#ordinary"], rows)
     line("")
+
+
+def run_norms(session: Session, count: int, top: int) -> Norms:
+    """Measure and decode columns and rows."""
+    J, model = session.jacobian, session.model
+    with session.report.stage("norms") as update:
+        J.progress = lambda done, total: update("block", done, total)
+        return norms(J, model.head, model.embedding, count, column_words=top, row_words=max(1, top // 2))
+
+
+def norms_data(session: Session, result: Norms) -> dict[str, Any]:
+    """Return the longest columns and rows of every position that has influence, as plain data."""
+
+    def longest(i: int, lengths: torch.Tensor, components: torch.Tensor, words: torch.Tensor) -> list[dict[str, Any]]:
+        return [
+            {"component": int(c), "norm": float(lengths[i, c]), "tokens": [session.token(int(w)) for w in decoded]}
+            for c, decoded in zip(components[i], words.unflatten(0, components.shape)[i], strict=True)
+        ]
+
+    return {
+        "positions": [
+            {
+                "position": i,
+                "token": session.token(session.ids[i]),
+                "columns": longest(i, result.columns, result.longest_columns, result.column_tokens.ids),
+                "rows": longest(i, result.rows, result.longest_rows, result.row_tokens.ids),
+            }
+            for i in range(session.position + 1)
+        ]
+    }
+
+
+def show_norms(data: dict[str, Any]) -> None:
+    """Print the longest columns and rows of every position."""
+    entries = [(p, column, row) for p in data["positions"] for column, row in zip(p["columns"], p["rows"], strict=True)]
+    columns, rows = (numbers([entry[side]["norm"] for entry in entries]) for side in (1, 2))
+    cells = [
+        (p["position"], p["token"], c, " ".join(column["tokens"]), r, " ".join(row["tokens"]))
+        for (p, column, row), c, r in zip(entries, columns, rows, strict=True)
+    ]
+    headings = ["#position", "token", "#‖column‖", "tokens it promotes", "#‖row‖", "nearest tokens"]
+    table("Longest columns and rows of the dense detached Jacobian", headings, cells)
 
 
 def tensors(result: Spectrum) -> dict[str, torch.Tensor]:
