@@ -33,7 +33,7 @@ class Axis:
     log: bool = False
     flipped: bool = False
 
-    def place(self, value: float) -> float:
+    def place(self, value: float | int) -> float:
         """Return where a value lies, from 0 at the start of the axis to 1 at its end."""
         low, high, at = self.low, self.high, value
         if self.log:
@@ -69,9 +69,11 @@ class Chart:
     notes: tuple[str, ...] = field(default=())
 
 
-def linear(label: str, values: Iterable[float], *, zero: bool = False, whole: bool = False, pad: float = 0.0) -> Axis:
+def linear(
+    label: str, values: Iterable[float | int], *, zero: bool = False, whole: bool = False, pad: float = 0.0
+) -> Axis:
     """Return a linear axis over some values, with round ticks; `zero` includes 0, `whole` ticks at integers only."""
-    found = list(values)
+    found = [float(value) for value in values]
     low, high = min(found), max(found)
     low, high = (min(low, 0.0), max(high, 0.0)) if zero else (low, high)
     span = high - low or abs(high) or 1.0
@@ -95,9 +97,9 @@ def _step(span: float, whole: bool) -> float:
     return max(1.0, step) if whole else step
 
 
-def logarithmic(label: str, values: Iterable[float], *, flipped: bool = False) -> Axis:
+def logarithmic(label: str, values: Iterable[float | int], *, flipped: bool = False) -> Axis:
     """Return a logarithmic axis over the positive ones among some values, ticked at 1, 2, 5 or at powers of ten."""
-    found = [value for value in values if value > 0] or [1.0]
+    found = [float(value) for value in values if value > 0] or [1.0]
     low, high = min(found), max(found)
     decades = math.log10(high / low)
     low, high = (low / 1.15, high * 1.15) if decades > 0.05 else (low / 2, high * 2)

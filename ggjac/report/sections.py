@@ -20,6 +20,7 @@ from ggjac.report.numbers import aligned, duration, fixed, percent, power, signe
 
 SHORT = 32  # prompts up to this many tokens show their tables open
 SHOWN = 3  # tokens in a cell of the layer grid, and positions beside a right vector
+ROUNDING = 5e-2  # of Σ|shares|: what 16-bit arithmetic may leave unexplained
 LEVELS = 10  # shades of a diverging colour, each way
 MAX_RANKS = 300_000  # ranks that travel with the page; the tokens listed first have theirs
 
@@ -239,6 +240,7 @@ def attribution(run: Run) -> dict[str, Any] | None:
         "sum": signed(total, digits),
         "logit": fixed(found["logit"], digits),
         "unexplained": power(found["logit"] - total),
+        "complete": abs(found["logit"] - total) <= ROUNDING * (sum(abs(s["share"]) for s in found["shares"]) or 1.0),
         "zero": _percent(-low / (high - low or 1.0)),
         "relative": found["logit"] > 0,
         "short": len(found["shares"]) <= SHORT,
@@ -372,7 +374,7 @@ def _vector_grids(taps: list[dict[str, Any]], pinnable: set[int]) -> list[dict[s
                 {
                     "index": t["index"],
                     "cells": [
-                        {"sigma": f"{v['singular_value']:.3g}", "tokens": _cell(v["left"][:SHOWN], pinnable)}
+                        {"sigma": power(v["singular_value"], 2), "tokens": _cell(v["left"][:SHOWN], pinnable)}
                         for v in t["triplets"]
                     ]
                     + [{"sigma": "", "tokens": []}] * (width - len(t["triplets"])),

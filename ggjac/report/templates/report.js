@@ -13,6 +13,18 @@ for (const group of all("[data-switch]")) {
   show();
 }
 
+// -- Values of tokens: the small box above a token stays on the page.
+for (const tip of all(".tip")) {
+  const fit = () => {
+    tip.style.translate = "";
+    const box = tip.getBoundingClientRect();
+    const shift = Math.max(4 - box.left, 0) + Math.min(document.documentElement.clientWidth - 4 - box.right, 0);
+    if (shift) tip.style.translate = `calc(-50% + ${shift}px)`;
+  };
+  tip.parentElement.addEventListener("pointerenter", fit);
+  tip.parentElement.addEventListener("focus", fit);
+}
+
 // -- Arrow keys: a long row or grid of tokens is one stop of the Tab key, and arrows move within it.
 for (const group of all("[data-rove]")) {
   const items = all("button, [tabindex]", group);
@@ -59,7 +71,7 @@ if (source && place) {
   const data = JSON.parse(source.textContent);
   const names = new Map(data.tokens);
   const columns = new Map(data.tokens.map(([id], i) => [id, i]));
-  const buttons = all("button[data-id]");
+  const buttons = all("button[value]");
   const plot = place.querySelector(".plot");
   const chips = place.querySelector(".pins");
   const body = place.querySelector("tbody");
@@ -124,7 +136,7 @@ if (source && place) {
       row.append(head, ...ranks(id).map((rank) => element("td", rank > 0 ? rank.toLocaleString("en") : "–", { class: "n" })));
       return row;
     }));
-    for (const button of buttons) button.setAttribute("aria-pressed", String(pinned.includes(Number(button.dataset.id))));
+    for (const button of buttons) button.setAttribute("aria-pressed", String(pinned.includes(Number(button.value))));
     place.hidden = !pinned.length;
   }
 
@@ -138,7 +150,8 @@ if (source && place) {
     said.textContent = there ? `${names.get(id)} unpinned` : `${names.get(id)} pinned: rank ${depths} blocks`;
   }
 
-  for (const button of buttons) button.addEventListener("click", () => toggle(Number(button.dataset.id)));
+  for (const button of buttons) button.addEventListener("click", () => toggle(Number(button.value)));
+  fill();
   if (data.pinned !== null) toggle(data.pinned);
 }
 

@@ -1,0 +1,739 @@
+"""The report as a file: what it says, what it leaves out, and what it does with input from strangers.
+
+The page is read back by `html.parser`, figures by an XML parser; what a browser makes of it is in
+`test_report_browser.py`.
+"""
+
+import base64
+import hashlib
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+import tomllib
+import xml.etree.ElementTree as ET
+from collections.abc import Callable
+from html.parser import HTMLParser
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import report_run
+from click.testing import CliRunner
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from report_run import HOSTILE, TOKENS, VECTORS
+from safetensors.numpy import save_file
+
+import ggjac
+from ggjac.cli import main
+from ggjac.report import charts, figures, numbers, page, schema, sections, write_figures, write_report
+from ggjac.report.load import Run, load
+from ggjac.runs import RunError
+
+PACKAGE = Path(ggjac.__file__).parent
+VOID = {"meta", "link", "br", "hr", "img", "input"}
+ALL_SECTIONS = {section.key for section in sections.SECTIONS}
+
+
+class Page(HTMLParser):
+    """A page read back: every element with its attributes and the text in it; tags must match."""
+
+    def __init__(self, source: str):
+        super().__init__(convert_charrefs=True)
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.texts: list[list[str]] = []
+        self._open: list[int] = []
+        self.feed(source)
+        self.close()
+        assert not self._open, [self.elements[i] for i in self._open]
+
+    def handle_starttag(self, tag: str, attrs: list) -> None:
+        self.elements.append((tag, dict(attrs)))
+        self.texts.append([])
+        if tag not in VOID:
+            self._open.append(len(self.elements) - 1)
+
+    def handle_startendtag(self, tag: str, attrs: list) -> None:
+        self.elements.append((tag, dict(attrs)))
+        self.texts.append([])
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.elements[self._open[-1]][0] == tag
+        if tag in ("td", "th", "dt", "dd", "div"):  # what a browser sets apart
+            self.handle_data(" ")
+        self._open.pop()
+
+    def handle_data(self, data: str) -> None:
+        for i in self._open:
+            self.texts[i].append(data)
+
+    def find(self, tag: str, **attributes: str) -> list[str]:
+        """Return the text of every such element, whitespace collapsed."""
+        return [
+            " ".join("".join(texts).split())
+            for (name, found), texts in zip(self.elements, self.texts, strict=True)
+            if name == tag and all(value in (found.get(key) or "").split() for key, value in attributes.items())
+        ]
+
+    def raw(self, tag: str) -> list[str]:
+        """Return the text of every such element as it is."""
+        return ["".join(t) for (name, _), t in zip(self.elements, self.texts, strict=True) if name == tag]
+
+    @property
+    def text(self) -> str:
+        """Return what `body` says, without the script and its data."""
+        (body,) = self.raw("body")
+        for script in self.raw("script"):
+            body = body.replace(script, "")
+        return " ".join(body.split())
+
+
+def full() -> dict[str, Any]:
+    """Return run.json with every part."""
+    return report_run.full()[0]
+
+
+def rendered(content: dict[str, Any] | None = None, vectors: dict[str, np.ndarray] | None = None) -> str:
+    """Return the page of a run."""
+    whole, all_vectors = report_run.full()
+    found = all_vectors if vectors is None else vectors
+    return page.render(
+        Run(schema.checked(whole if content is None else content), {k: v.astype(np.float64) for k, v in found.items()})
+    )
+
+
+@pytest.fixture(scope="module")
+def html() -> str:
+    return rendered()
+
+
+@pytest.fixture(scope="module")
+def parsed(html: str) -> Page:
+    return Page(html)
+
+
+# -- what it says ------------------------------------------------------------------------------------------------------
+
+
+def test_every_section_is_there_and_linked(parsed: Page) -> None:
+    ids = [attributes["id"] for tag, attributes in parsed.elements if tag == "section"]
+    assert ids == [section.key for section in sections.SECTIONS]
+    links = [attributes["href"] for tag, attributes in parsed.elements if tag == "a"]
+    assert links == ["#main", *(f"#{id}" for id in ids)]
+    assert parsed.find("h2") == [section.title for section in sections.SECTIONS]
+
+
+def test_the_title_is_the_prompt_and_its_prediction(parsed: Page) -> None:
+    assert parsed.find("h1") == ["The bridge's <b>end</b> & the Golden"]
+    assert parsed.find("mark") == ["Golden"]
+
+
+def test_the_certificate_has_all_it_takes_to_run_again(parsed: Page) -> None:
+    start = parsed.text.index("Certificate What was checked")
+    box = parsed.text[start : parsed.text.index("Singular values How strongly")]
+    for said in (
+        "Reconstruction passed 3.1 × 10⁻⁷ at most 10⁻⁵",
+        "llama.cpp passed agrees on the file as it is Same top token",
+        "KL divergence 7.8 × 10⁻⁶ nats",
+        "Singular vectors passed 3.6 × 10⁻⁶ asked 10⁻³",
+        "float32", "Live factor of gated MLPs up", "Seed 4", "Threads 2", "Peak memory 297.0 MB",
+        "sampled-sha256:" + "ab" * 32, "torch 2.13.0", "trace 0.074 s", "all 1 min 15 s", "2026-01-02 03:04:05 UTC",
+        """ggjac analyze -p 'The bridge'"'"'s <b>end</b>' -k 5""",
+    ):  # fmt: skip
+        assert said in box
+
+
+def test_the_shares_and_their_sum(parsed: Page) -> None:
+    attribution = full()["attribution"]
+    for share in attribution["shares"]:
+        value = f"{share['share']:+.4f}".replace("-", "−")
+        assert parsed.text.count(value) >= 2, "beside the token and in the table"
+    total = f"{attribution['logit']:.4f}".replace("-", "−")
+    assert f"Sum of shares and offset {'+' * (attribution['logit'] > 0)}{total} = logit {total}" in parsed.text
+
+
+def test_a_logit_that_the_shares_do_not_make_up_shows_the_difference() -> None:
+    content = full()
+    content["attribution"]["logit"] += 1
+    (said,) = Page(rendered(content)).find("p", **{"class": "equation"})
+    assert re.search(r" ≠ logit [−0-9.]+ \(difference 1\.00\)", said)
+
+
+def test_levels_of_colour_follow_sign_and_size() -> None:
+    content = full()
+    shares = [3.0, -3.0, 1.5, 0.0, -0.3]
+    content["attribution"]["shares"] = [{"position": i, "token": "x", "share": s} for i, s in enumerate(shares)]
+    elements = Page(rendered(content)).elements
+    levels = [(a["class"] or "").split()[-1] for _, a in elements if "share" in (a.get("class") or "").split()]
+    assert levels == ["l10", "l-10", "l5", "l0", "l-1"]
+
+
+def test_singular_values_are_drawn_where_they_are(html: str) -> None:
+    sigmas = np.array([t["singular_value"] for t in full()["svd"]["triplets"]])
+    for scale, axis in (("linear", lambda v: v), ("log", np.log)):
+        chart = html[html.index(f'<div class="panel" data-scale="{scale}">') :]
+        (path,) = re.findall(r'class="dots accent" d="([^"]+)"', chart[: chart.index("</div>")])
+        points = np.array([[float(v) for v in re.split("[ M]", point) if v] for point in path.split("h0")[:-1]])
+        assert np.allclose(np.diff(points[:, 0]), points[1, 0] - points[0, 0], atol=0.2)
+        # Heights are an affine function of the value on this scale: larger is higher, and nothing is bent.
+        slope, start = np.polyfit(axis(sigmas), points[:, 1], 1)
+        assert slope < 0
+        assert np.allclose(slope * axis(sigmas) + start, points[:, 1], atol=0.2)
+
+
+def test_the_grid_has_a_row_for_each_depth_and_a_column_for_each_rank(parsed: Page) -> None:
+    layers = full()["layers"]
+    # Nine grids of vectors and one readout, with one button for each token shown in them.
+    tables = [a for tag, a in parsed.elements if tag == "table" and "cells" in (a.get("class") or "")]
+    assert len(tables) == 10
+    buttons = [
+        (a["value"], text) for (tag, a), text in zip(parsed.elements, parsed.texts, strict=True) if tag == "button"
+    ]
+    shown = [t for tap in layers["taps"] for v in tap["triplets"] for t in v["left"][:3]]
+    shown += [t for row in layers["readout"] for t in row["top"]]
+    assert [(str(t["id"]), t["token"]) for t in shown] == [(id, "".join(text)) for id, text in buttons]
+
+
+def test_ranks_travel_with_the_page(parsed: Page) -> None:
+    data = json.loads(parsed.raw("script")[0])
+    ranks = full()["layers"]["ranks"]
+    assert data["tokens"] == [[t["id"], t["token"]] for t in ranks["tokens"]]
+    assert data["ranks"] == [depth["ranks"] for depth in ranks["depths"]]
+    assert data["depths"] == [0, 1, 2, 3, 4, 5, 6]
+    assert data["pinned"] == 0
+
+
+def test_long_vocabularies_of_ranks_are_cut_and_their_tokens_not_offered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sections, "MAX_RANKS", 7 * 5)
+    found = Page(rendered())
+    data = json.loads(found.raw("script")[0])
+    assert [len(row) for row in data["ranks"]] == [5] * 7
+    assert {a["value"] for tag, a in found.elements if tag == "button"} <= {"0", "1", "2", "3", "4"}
+
+
+def test_scatter_samples_keep_the_extremes() -> None:
+    random = np.random.default_rng(1)
+    y = random.normal(size=9000)
+    vectors = {"y": y, "offset": 0 * y, "linear_output": y + 1e-3 * random.normal(size=9000)}
+    (chart,) = charts.scatters(Run({}, vectors))
+    assert len(chart.series[0].points) == charts.MAX_POINTS
+    assert {y.min(), y.max()} <= {x for x, _ in chart.series[0].points}
+    assert chart.notes == ("2000 of 9000 components, the extremes among them.",)
+
+
+def test_failed_checks_are_said_in_words() -> None:
+    content = full()
+    content["reconstruction"] |= {"healthy": False, "error": 0.5}
+    content["parity"] |= {"verdict": False, "reason": "another top token"}
+    content["svd"] |= {"converged": False, "stopped_by": "sweeps"}
+    text = Page(rendered(content)).text
+    for said in (
+        "Reconstruction failed 0.50 not at most 10⁻⁵",
+        "llama.cpp failed disagrees",
+        "Singular vectors failed",
+    ):
+        assert said in text
+
+
+def test_a_run_without_llama_cpp_has_no_verdict() -> None:
+    content = full() | {"parity": {"verdict": None, "reason": "llama-cpp-python is missing"}}
+    assert "llama.cpp no verdict not compared llama-cpp-python is missing" in Page(rendered(content)).text
+
+
+def test_another_position_shows_where_the_prompt_is_read() -> None:
+    content = full() | {"position": 2}
+    for token, text in zip(
+        content["tokens"], ["The", "␣bridge", "␣out", "␣of", "␣Marin", "␣is", "␣the", "桥"], strict=True
+    ):
+        token["text"] = text
+    found = Page(rendered(content))
+    assert found.find("h1") == ["The bridge out Golden of Marin is the桥"]
+    assert found.find("tr", **{"class": "best"})[-1] == f"2 {content['tokens'][2]['id']} ␣out read here"
+
+
+# -- what it leaves out ------------------------------------------------------------------------------------------------
+
+MISSING = {
+    "predictions": {"prediction"},
+    "attribution": {"attribution"},
+    "svd": {"spectrum", "vectors"},
+    "layers": {"layers", "stable-rank"},
+}
+
+
+@pytest.mark.parametrize("key", [key for key in full() if key not in ("schema_version", "model", "tokens")])
+@pytest.mark.parametrize("null", [False, True])
+def test_a_part_that_is_missing_is_left_out(key: str, null: bool) -> None:
+    content = full()
+    content[key] = None
+    if not null:
+        del content[key]
+    found = Page(rendered(content))
+    there = {a["id"] for tag, a in found.elements if tag == "section"}
+    assert ALL_SECTIONS - there == MISSING.get(key, set())
+    assert "None" not in found.text
+    assert "nan" not in found.text.split()
+
+
+@pytest.mark.parametrize("part", ["readout", "ranks", "path"])
+def test_layers_in_part(part: str) -> None:
+    content = full()
+    del content["layers"][part]
+    found = Page(rendered(content))
+    assert ("Rank by depth" in found.find("h3")) == (part != "ranks")
+    assert ("Readout" in found.find("legend")) == (part != "readout")
+    assert ("The way to the output's two leading directions" in found.find("figcaption")) == (part != "path")
+
+
+@pytest.mark.parametrize("name", VECTORS)
+def test_a_scatter_needs_its_vectors(name: str) -> None:
+    vectors = {key: vector for key, vector in report_run.full()[1].items() if key != name}
+    captions = Page(rendered(vectors=vectors)).find("figcaption")
+    assert ("Reconstruction" in captions) == (name == "ordinary_output")
+    assert ("The ordinary Jacobian" in captions) == (name in ("offset", "linear_output"))
+
+
+def test_the_least_that_is_a_run() -> None:
+    content = {"model": {"path": "a.gguf"}, "tokens": [{"position": 0, "id": 3, "text": "Hi"}]}
+    found = Page(rendered(content, {}))
+    assert {a["id"] for tag, a in found.elements if tag == "section"} == {"certificate", "tokens"}
+    assert found.find("h1") == ["Hi"]
+
+
+# -- input from strangers ----------------------------------------------------------------------------------------------
+
+
+def test_hostile_tokens_are_text_and_nothing_else(html: str, parsed: Page) -> None:
+    def replace(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: replace(entry) for key, entry in value.items()}
+        if isinstance(value, list):
+            return [replace(entry) for entry in value]
+        return f"harmless{HOSTILE.index(value)}" if value in HOSTILE else value
+
+    other = Page(rendered(replace(full())))
+    assert [tag for tag, _ in parsed.elements] == [tag for tag, _ in other.elements], "the same elements"
+    assert {tag for tag, _ in parsed.elements} & {"img", "iframe", "object", "embed", "form", "b"} <= {"b"}
+    assert not any(name.startswith("on") or name == "style" for _, a in parsed.elements for name in a)
+    texts = ["".join(texts) for texts in parsed.texts]
+    for token in HOSTILE:
+        assert token in texts
+    assert len(re.findall("<script", html)) == 2
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.text(st.characters(), min_size=1, max_size=20))
+def test_any_text_comes_out_as_it_is_or_as_escapes(text: str) -> None:
+    content = {
+        "model": {"path": text, "name": text},
+        "tokens": [{"position": 0, "id": 3, "text": text}],
+        "warning": text,
+    }
+    content |= {"layers": {"taps": [], "readout": [{"index": 0, "top": [{"id": 1, "token": text}]}]}}
+    content["layers"] |= {"ranks": {"tokens": [{"id": 1, "token": text}], "depths": [{"index": 0, "ranks": [1]}]}}
+    source = rendered(content, {}).encode("utf-8").decode("utf-8")
+    found = Page(source)
+    shown = schema.text(text, "here")
+    assert shown in found.raw("button")
+    assert json.loads(found.raw("script")[0])["tokens"] == [[1, shown]]
+    assert all(c.isprintable() or c in "\n\u200c\u200d" for c in shown)
+    if text.isprintable():
+        assert shown == text
+
+
+@pytest.mark.parametrize(
+    "text", ["\x00", "\x1b[31m", "\u202e", "\u2066", "\udcff", "\ufeff", "\r", "\t", "\x7f", "\ue000"]
+)
+def test_characters_that_steer_are_shown_as_escapes(text: str) -> None:
+    shown = schema.text(f"a{text}b", "here")
+    assert re.fullmatch(r"a(\\x[0-9a-f]{2}\[31m|\\x[0-9a-f]{2}|\\u[0-9a-f]{4}|\\[rt])b", shown)
+
+
+def at(content: dict, path: str, value: Any) -> dict:
+    """Return a run with one place changed; `...` removes it."""
+    *keys, last = [int(key) if key.isdigit() else key for key in path.split(".")]
+    place: Any = content
+    for key in keys:
+        place = place[key]
+    if value is ...:
+        del place[last]
+    else:
+        place[last] = value
+    return content
+
+
+WRONG: dict[str, tuple[str, Any, str]] = {
+    "no tokens": ("tokens", ..., "run.json: tokens: is missing"),
+    "empty prompt": ("tokens", [], "tokens: expected a list of 1 or more"),
+    "tokens as text": ("tokens", "abc", "tokens: expected a list of 1 or more, found 'abc'"),
+    "a token without text": ("tokens.2.text", ..., "tokens[2].text: is missing"),
+    "a negative id": ("tokens.0.id", -1, "tokens[0].id: expected a whole number, found -1"),
+    "a huge id": ("tokens.0.id", 2**70, "tokens[0].id: expected a whole number"),
+    "a model as text": ("model", "x", "model: expected an object"),
+    "position beyond": ("position", 8, "position: 8 is beyond the 8 tokens"),
+    "position true": ("position", True, "position: expected a whole number, found True"),
+    "sigma as text": ("svd.triplets.1.singular_value", "x", "svd.triplets[1].singular_value: expected a number"),
+    "sigma missing": ("svd.triplets.1.singular_value", ..., "svd.triplets[1].singular_value: is missing"),
+    "sigma infinite": ("svd.triplets.0.singular_value", math.inf, "expected a number, found inf"),
+    "sigma NaN": ("svd.triplets.0.singular_value", math.nan, "expected a number, found nan"),
+    "sigma that overflows": ("svd.triplets.0.singular_value", 1e300, "expected a number"),
+    "left as numbers": ("svd.triplets.0.left.0", 7, "svd.triplets[0].left[0]: expected text, found 7"),
+    "no shares": ("attribution.shares", [], "attribution.shares: expected a list of 1 or more"),
+    "healthy as a number": ("reconstruction.healthy", 1, "reconstruction.healthy: expected true or false, found 1"),
+    "an unknown tap": ("layers.taps.0.kind", "head", "taps[0].kind: expected layer or attn or mlp, found 'head'"),
+    "a list as a tap": ("layers.taps.0.kind", [], "layers.taps[0].kind: expected layer or attn or mlp, found list"),
+    "an unknown map": ("layers.taps.0.map", "x", "layers.taps[0].map: expected cumulative"),
+    "ranks of other tokens": ("layers.ranks.depths.1.ranks", [1], "1 ranks at depth 1 for 37 tokens"),
+    "a path of one": ("layers.path.0.values", [1.0], "layers.path[0].values: expected a list of 2 or more"),
+    "seconds as a list": ("seconds", [], "seconds: expected an object, found list"),
+    "a long text for a number": ("attribution.logit", "z" * 999, "attribution.logit: expected a number, found 'zzz"),
+    "steering text": ("dtype", ["\x1b"], "dtype: expected text, found list"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_a_run_of_another_form_is_refused_by_name(case: str, tmp_path: Path) -> None:
+    path, value, words = WRONG[case]
+    folder = report_run.write(tmp_path / "run", at(full(), path, value))
+    result = CliRunner().invoke(main, ["report", str(folder)], prog_name="ggjac")
+    assert result.exit_code == 1
+    assert words in result.stderr
+    assert "analyse the prompt again" in result.stderr
+    assert result.stderr.count("\n") == 1
+    assert len(result.stderr) < 300
+    assert not (folder / "report.html").exists()
+
+
+def test_ranks_text_is_about_the_tokens_there_are() -> None:
+    assert len(TOKENS) == 37, "the number in WRONG"
+
+
+NO_RUN: dict[str, tuple[Callable[[Path], object], str]] = {
+    "no run.json": (lambda f: (f / "run.json").unlink(), "is not a run folder"),
+    "no JSON": (lambda f: (f / "run.json").write_text("{"), "is not a run folder"),
+    "a list": (lambda f: (f / "run.json").write_text("[]"), "schema version"),
+    "another version": (lambda f: (f / "run.json").write_text('{"schema_version": 99}'), "schema version"),
+    "nested": (lambda f: (f / "run.json").write_text('{"a":' * 99999), "too deeply"),
+    "huge": (lambda f: os.truncate(f / "run.json", 300 * 2**20), "has 315 MB"),
+    "no safetensors": (lambda f: (f / "tensors.safetensors").write_bytes(b"x" * 99), "cannot be read"),
+    "truncated": (lambda f: os.truncate(f / "tensors.safetensors", 700), "tensors.safetensors: cannot be read"),
+    "a matrix": (
+        lambda f: save_file({"y": np.zeros((2, 2), np.float32)}, f / "tensors.safetensors"),
+        "y has shape [2, 2], not that of a vector",
+    ),
+    "two lengths": (
+        lambda f: save_file({"y": np.zeros(2), "offset": np.zeros(3)}, f / "tensors.safetensors"),
+        "differ in length (offset 3, y 2)",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", NO_RUN)
+def test_what_is_no_run_folder_is_refused(case: str, tmp_path: Path) -> None:
+    folder = report_run.write(tmp_path / "run")
+    spoil, words = NO_RUN[case]
+    spoil(folder)
+    result = CliRunner().invoke(main, ["report", str(folder)], prog_name="ggjac")
+    assert (result.exit_code, result.stderr.count("\n")) == (1, 1), result.output
+    assert words in result.stderr
+    assert not (folder / "report.html").exists()
+
+
+def test_vectors_that_overflow_are_not_drawn(tmp_path: Path) -> None:
+    vectors = report_run.full()[1]
+    vectors["y"][3] = math.inf
+    assert load(report_run.write(tmp_path / "run", None, vectors)).vectors == {}
+
+
+def test_a_run_folder_cannot_send_the_report_elsewhere(tmp_path: Path) -> None:
+    folder = report_run.write(tmp_path / "run")
+    (tmp_path / "precious").write_text("mine")
+    (tmp_path / "elsewhere").mkdir()
+    (folder / "report.html").symlink_to(tmp_path / "precious")
+    with pytest.raises(RunError, match="leads out of the run folder"):
+        write_report(folder)
+    (folder / "figures").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(RunError, match="leads out of the run folder"):
+        write_figures(folder)
+    (folder / "figures").unlink()
+    (folder / "figures").mkdir()
+    (folder / "figures" / "attribution.png").symlink_to(tmp_path / "precious")
+    with pytest.raises(RunError, match="leads out of the run folder"):
+        write_figures(folder)
+    assert (tmp_path / "precious").read_text() == "mine"
+    assert list((tmp_path / "elsewhere").iterdir()) == []
+
+
+# -- the file ----------------------------------------------------------------------------------------------------------
+
+
+def test_it_asks_nobody_for_anything(parsed: Page) -> None:
+    for tag, attributes in parsed.elements:
+        assert not {"src", "srcset", "data", "action", "poster", "background"} & attributes.keys(), (tag, attributes)
+        for name in ("href", "xlink:href"):
+            assert (attributes.get(name) or "#").startswith(("#", "data:,"))
+    assert "url(" not in parsed.raw("style")[0]
+    assert "@import" not in parsed.raw("style")[0]
+
+
+def test_its_policy_allows_its_own_style_and_script_only(parsed: Page) -> None:
+    (policy,) = [a["content"] for tag, a in parsed.elements if tag == "meta" and a.get("http-equiv")]
+    assert policy is not None
+    rules = dict(rule.strip().split(" ", 1) for rule in policy.split(";"))
+    assert rules["default-src"] == "'none'"
+    assert "unsafe" not in policy
+
+    def source(text: str) -> str:
+        return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+
+    assert rules["style-src"] == source(parsed.raw("style")[0])
+    assert rules["script-src"] == source(parsed.raw("script")[-1])
+    assert rules["img-src"] == "data:"
+    assert rules.keys() == {"default-src", "style-src", "script-src", "img-src", "base-uri", "form-action"}
+
+
+def test_names_and_references_match(parsed: Page) -> None:
+    ids = [a["id"] for _, a in parsed.elements if "id" in a]
+    assert len(ids) == len(set(ids))
+    for _, attributes in parsed.elements:
+        for name in ("aria-labelledby", "aria-describedby", "for"):
+            assert set((attributes.get(name) or "").split()) <= set(ids)
+    for (tag, attributes), texts in zip(parsed.elements, parsed.texts, strict=True):
+        if tag == "table":
+            assert attributes.get("class"), "a class"
+        if tag == "svg" and attributes.get("role") == "img":
+            assert attributes.get("aria-label") or attributes.get("aria-labelledby")
+        if tag == "th" and "aria-hidden" not in attributes:
+            assert attributes.get("scope") in ("col", "row")
+            assert "".join(texts).strip()
+    assert len(parsed.find("caption")) == len(parsed.find("table"))
+    levels = [int(tag[1]) for tag, _ in parsed.elements if re.fullmatch("h[1-6]", tag)]
+    assert levels[0] == 1
+    assert all(b - a <= 1 for a, b in pairwise(levels))
+
+
+def rgb(colour: str) -> list[int]:
+    """Return the parts of `#rgb` or `#rrggbb`."""
+    digits = colour[1:] if len(colour) == 7 else "".join(2 * c for c in colour[1:])
+    return [int(digits[i : i + 2], 16) for i in (0, 2, 4)]
+
+
+def luminance(colour: str) -> float:
+    """Return the relative luminance of a colour (WCAG 2)."""
+    parts = [c / 255 for c in rgb(colour)]
+    return float(
+        np.dot([0.2126, 0.7152, 0.0722], [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts])
+    )
+
+
+@pytest.mark.parametrize("scheme", [0, 1, 2], ids=["light", "dark", "print"])
+def test_colours_have_contrast(scheme: int) -> None:
+    css = (PACKAGE / "report" / "templates" / "report.css").read_text(encoding="utf-8")
+    colours = dict(re.findall(r"--(\w+): (#\w+);", re.findall(r":root \{([^}]*)\}", css)[scheme]))
+
+    def contrast(a: str, b: str) -> float:
+        low, high = sorted((luminance(a), luminance(b)))
+        return (high + 0.05) / (low + 0.05)
+
+    for text in ("ink", "soft", "accent", "less", "good", "bad"):
+        for ground in ("paper", "raised"):
+            assert contrast(colours[text], colours[ground]) >= 4.5, (text, ground)
+    assert contrast(colours["soft"], colours["track"]) >= 4.5
+    strongest = max(int(m) for m in re.findall(r"--m: (\d+)%", css)) / 100
+    for tint in ("accent", "less"):
+        pairs = zip(rgb(colours[tint]), rgb(colours["track"]), strict=True)
+        mixed = "#" + "".join(f"{round(strongest * a + (1 - strongest) * b):02x}" for a, b in pairs)
+        assert contrast(colours["ink"], mixed) >= 4.5, tint
+
+
+def test_the_demo_has_a_small_report(tmp_path: Path) -> None:
+    result = CliRunner().invoke(
+        main, ["analyze", "-t", "1", "-k", "3", "-q", "-o", str(tmp_path / "run")], prog_name="ggjac"
+    )
+    assert result.exit_code == 0, result.output
+    assert result.stdout.endswith(f"Saved {tmp_path}/run\nSaved {tmp_path}/run/report.html\n")
+    file = tmp_path / "run" / "report.html"
+    assert file.stat().st_size < 200_000
+    found = Page(file.read_text(encoding="utf-8"))
+    assert found.find("h1") == ["The bridge out of Marin is the Golden"]
+    assert {a["id"] for tag, a in found.elements if tag == "section"} == ALL_SECTIONS - {"layers", "stable-rank"}
+
+
+def test_a_large_run_has_a_page_that_can_be_mailed(tmp_path: Path) -> None:
+    folder = report_run.write(tmp_path / "run", *report_run.full(blocks=40, rank=8, d=8192, prompt=300))
+    assert write_report(folder).stat().st_size < 2_000_000
+
+
+def test_templates_are_in_the_wheel() -> None:
+    """Hold every file of the package that is no module to the patterns that put it into the wheel."""
+    project = PACKAGE.parent / "pyproject.toml"
+    if not project.exists():
+        pytest.skip("ggjac is installed, not checked out: then the other tests read the wheel's own templates")
+    patterns = tomllib.loads(project.read_text(encoding="utf-8"))["tool"]["setuptools"]["package-data"]["ggjac"]
+    packed = {path for pattern in patterns for path in PACKAGE.glob(pattern)}
+    assert {path for path in (PACKAGE / "report").rglob("*.*") if path.suffix not in (".py", ".pyc")} <= packed
+    assert len(list((PACKAGE / "report" / "templates").iterdir())) > 5
+
+
+def test_a_page_needs_neither_torch_nor_matplotlib(tmp_path: Path) -> None:
+    folder = report_run.write(tmp_path / "run")
+    code = f"""
+import sys
+from ggjac.report import write_report
+write_report({str(folder)!r})
+print(*[name for name in ("torch", "matplotlib", "llama_cpp", "gguf") if name in sys.modules])
+"""
+    assert subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout == "\n"
+
+
+# -- the command -------------------------------------------------------------------------------------------------------
+
+
+def test_the_command_writes_where_it_is_told(tmp_path: Path) -> None:
+    folder = report_run.write(tmp_path / "run")
+    before = sorted(os.listdir(folder))
+    result = CliRunner().invoke(main, ["report", str(folder), "-o", str(tmp_path / "page.html")], prog_name="ggjac")
+    assert (result.exit_code, result.stdout) == (0, f"Saved {tmp_path}/page.html\n")
+    assert sorted(os.listdir(folder)) == before
+    result = CliRunner().invoke(main, ["report", str(folder)], prog_name="ggjac")
+    assert (result.exit_code, result.stdout) == (0, f"Saved {folder}/report.html\n")
+    assert (folder / "report.html").read_bytes() == (tmp_path / "page.html").read_bytes()
+
+
+@pytest.mark.parametrize(("args", "code"), [(["missing"], 2), ([], 2), (["run", "-o", "no/page.html"], 1)])
+def test_the_command_refuses_in_one_line(
+    args: list[str], code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    report_run.write(tmp_path / "run")
+    result = CliRunner().invoke(main, ["report", *args], prog_name="ggjac")
+    assert (result.exit_code, result.stderr.count("\n")) == (code, 1)
+
+
+# -- figures for print -------------------------------------------------------------------------------------------------
+
+
+def test_figures_are_the_pages_charts(tmp_path: Path) -> None:
+    run = load(report_run.write(tmp_path / "run"))
+    drawn = dict(figures.figures(run))
+    kinds = [
+        f"stable-rank-{name}-{scale}" for name in ("cumulative", "blockwise", "to-end") for scale in ("linear", "log")
+    ]
+    assert list(drawn) == [
+        "attribution", "singular-values-linear", "singular-values-log", *kinds,
+        "path", "rank-by-depth", "reconstruction-detached", "reconstruction-ordinary",
+    ]  # fmt: skip
+    sigmas = [t["singular_value"] for t in run.content["svd"]["triplets"]]
+    for scale in ("linear", "log"):
+        axes = drawn[f"singular-values-{scale}"].axes[0]
+        assert axes.lines[0].get_ydata().tolist() == sigmas
+        assert axes.get_yscale() == scale
+    bars = [patch.get_width() for patch in drawn["attribution"].axes[0].patches]
+    assert bars == [share["share"] for share in run.content["attribution"]["shares"]]
+    ranks = [depth["ranks"][0] for depth in run.content["layers"]["ranks"]["depths"]]
+    axes = drawn["rank-by-depth"].axes[0]
+    assert axes.lines[0].get_ydata().tolist() == ranks
+    assert axes.yaxis_inverted()
+    y = drawn["reconstruction-ordinary"].axes[0].lines[-1]
+    assert np.allclose(np.stack([y.get_xdata(), y.get_ydata()]), [run.vectors["y"], run.vectors["ordinary_output"]])
+    from matplotlib import pyplot
+
+    pyplot.close("all")
+
+
+def test_figures_come_in_three_formats_with_the_same_bytes_each_time(tmp_path: Path) -> None:
+    content = {key: value for key, value in full().items() if key not in ("layers", "contrast")}
+    folder = report_run.write(tmp_path / "run", content, {})
+    result = CliRunner().invoke(main, ["report", str(folder), "--figures"], prog_name="ggjac")
+    assert result.exit_code == 0, result.output
+    names = ["attribution", "singular-values-linear", "singular-values-log"]
+    files = [folder / "figures" / f"{name}.{kind}" for name in names for kind in ("png", "svg", "pdf")]
+    assert result.stdout.split("\n") == [f"Saved {path}" for path in (folder / "report.html", *files)] + [""]
+    first = [path.read_bytes() for path in files]
+    for path, data in zip(files, first, strict=True):
+        start = {"png": b"\x89PNG\r\n", "svg": b"<?xml", "pdf": b"%PDF-1."}[path.suffix[1:]]
+        assert data.startswith(start)
+        if path.suffix == ".svg":
+            assert ET.fromstring(data).tag == "{http://www.w3.org/2000/svg}svg"
+    write_figures(folder)
+    assert [path.read_bytes() for path in files] == first
+    assert sorted(os.listdir(folder / "figures")) == sorted(path.name for path in files)
+
+
+def test_figures_escape_what_no_font_can_draw(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(figures, "_drawable", lambda: frozenset(map(ord, "ab ")))
+    assert figures._label("a桥 b") == "a⟨U+6865⟩ b"
+
+
+def test_figures_leave_matplotlib_as_it_was(tmp_path: Path) -> None:
+    import matplotlib
+
+    before = dict(matplotlib.rcParams)
+    content = {
+        key: value for key, value in full().items() if key in ("schema_version", "model", "tokens", "attribution")
+    }
+    assert len(write_figures(report_run.write(tmp_path / "run", content, {}))) == 3
+    assert dict(matplotlib.rcParams) == before
+
+
+# -- numbers and axes --------------------------------------------------------------------------------------------------
+
+NUMBERS = [
+    (numbers.power, 3.1149e-7, "3.1 × 10⁻⁷"), (numbers.power, 1e-5, "10⁻⁵"), (numbers.power, -2e-9, "−2.0 × 10⁻⁹"),
+    (numbers.power, 0.0, "0"), (numbers.power, 1.0, "1.0"), (numbers.power, 0.41, "0.41"),
+    (numbers.power, 123.4, "123"),
+    (numbers.power, 1234.5, "1.2 × 10³"), (numbers.power, None, "–"),
+    (numbers.signed, 1.5, "+1.500"), (numbers.signed, -1.5, "−1.500"), (numbers.signed, -1e-9, "0.000"),
+    (numbers.percent, 0.9719, "97.2 %"), (numbers.percent, 1e-6, "< 0.1 %"), (numbers.percent, -0.01, "−1.0 %"),
+    (numbers.percent, 0.0, "0.0 %"), (numbers.size, 999, "999 B"), (numbers.size, 3740224, "3.7 MB"),
+    (numbers.size, 42 * 10**9, "42.0 GB"), (numbers.duration, 0.074, "0.074 s"), (numbers.duration, 75.2, "1 min 15 s"),
+    (numbers.duration, 7300.0, "2 h 1 min"), (numbers.aligned, [43.576, 0.5], ["43.5760", "0.5000"]),
+    (numbers.aligned, [43.576, 12.0], ["43.58", "12.00"]), (numbers.aligned, [3e7, 1.0], ["3.000 × 10⁷", "1.000"]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("function", "value", "shown"), NUMBERS)
+def test_numbers_for_readers(function: Callable, value: Any, shown: Any) -> None:
+    assert function(value) == shown
+
+
+FLOATS = st.floats(-1e100, 1e100).map(lambda value: schema.number(value, ""))
+
+
+@settings(deadline=None)
+@given(st.lists(FLOATS, min_size=1, max_size=20), st.booleans(), st.sampled_from(["linear", "whole", "log", "flipped"]))
+def test_axes_of_anything(values: list[float], zero: bool, kind: str) -> None:
+    if kind in ("linear", "whole"):
+        axis = charts.linear("x", values, zero=zero, whole=kind == "whole", pad=0.05)
+    else:
+        axis = charts.logarithmic("x", values, flipped=kind == "flipped")
+    shown = values if kind in ("linear", "whole") else [value for value in values if value > 0]
+    places = [axis.place(value) for value in sorted(shown)]
+    assert all(0 <= place <= 1 for place in places)
+    assert places == sorted(places, reverse=axis.flipped)
+    ticks = [tick for tick, _ in axis.ticks]
+    assert len(ticks) <= 20
+    assert all(axis.low <= tick * (1 + 1e-9) and tick * (1 - 1e-9) <= axis.high for tick in ticks if tick > 0)
+
+
+@pytest.mark.parametrize(
+    ("values", "labels"),
+    [
+        ([0, 43.6], ["0", "10", "20", "30", "40"]),
+        ([0, 0.97], ["0.0", "0.2", "0.4", "0.6", "0.8"]),
+        ([-4.1, 3.9], ["−4", "−2", "0", "2"]),
+        ([7, 7], ["4", "6", "8", "10"]),
+    ],
+)
+def test_ticks_are_round(values: list[float], labels: list[str]) -> None:
+    assert [label for _, label in charts.linear("x", values).ticks] == labels
+
+
+def test_log_ticks_are_round() -> None:
+    assert [label for _, label in charts.logarithmic("x", [1, 30000]).ticks] == ["1", "10", "100", "1000", "10000"]
+    assert [label for _, label in charts.logarithmic("x", [28, 44]).ticks] == ["30", "40", "50"]
