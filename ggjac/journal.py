@@ -333,7 +333,6 @@ class Journal:
             _hashed(hasher, tensor)
         product = Product(self, self._next, kind, hasher.hexdigest())
         self._next += 1
-        self._state = None
         if self._resumed and (path := self._path(product._number)).exists():
             header, product.result = self._load(path)
             self._check(path, product, header)
@@ -456,7 +455,6 @@ class Journal:
         if self._state is not None:
             if not self._state.unchanged:
                 return False
-            self._state_on_disk = False  # whatever an earlier attempt left there
             self._save(self.folder / "state.safetensors", self._state)
             self._state = None
         return True

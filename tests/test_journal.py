@@ -444,6 +444,20 @@ def test_small_results_are_the_same_the_first_time(tmp_path: Path) -> None:
     assert repr(seen[0]) == repr(seen[1])
 
 
+def test_a_small_result_is_kept_as_it_was_given(tmp_path: Path) -> None:
+    value = [1]
+    with Journal.open(tmp_path, IDENTITY, resume=False) as journal:
+        journal.remember("a", lambda: value)
+        value.append(2)
+    with Journal.open(tmp_path, IDENTITY, resume=True) as journal:
+        assert journal.remember("a", lambda: None) == [1]
+
+
+def test_what_lies_about_is_no_part_of_a_new_run(complete: Path, expected: str) -> None:
+    (complete / "journal.json").unlink()
+    assert attempt(complete, resume=False) == (expected, ALL)
+
+
 def test_success_removes_what_is_the_journals_own(complete: Path) -> None:
     (complete / "other").touch()
     (complete / "product-x.safetensors").touch()
@@ -646,6 +660,9 @@ def test_files_of_others_are_refused(complete: Path, tmp_path: Path) -> None:
         assert "remove this file" in one_line(error)
     first.write_bytes(whole)
     attempt(complete, resume=True)
+    shutil.copy(other / "results.json", complete)
+    with pytest.raises(JournalError, match="belongs to another run; remove this file"):
+        Journal.open(complete, IDENTITY, resume=True)
 
 
 @pytest.mark.parametrize("schema", [2, "1", None, [1]])
