@@ -1,0 +1,350 @@
+"""The report as a reader meets it: in Debian's chromium, driven by Playwright.
+
+Skipped where either is absent: `apt-get install chromium`, `pip install playwright`. Nothing is downloaded, and no
+browser of Playwright's own is used.
+"""
+
+import math
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import report_run
+from report_run import HOSTILE, SCRIPTS, TOKENS
+
+from ggjac.report import write_report
+
+sync_api = pytest.importorskip("playwright.sync_api", reason="needs Playwright: pip install playwright")
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs a browser: apt-get install chromium")
+FLAGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the page of the run with everything."""
+    return write_report(report_run.write(tmp_path_factory.mktemp("report") / "run"))
+
+
+@pytest.fixture(scope="module")
+def playwright() -> Iterator[Any]:
+    with sync_api.sync_playwright() as playwright:
+        yield playwright
+
+
+def launched(playwright: Any, folder: Path, **options: Any) -> Any:
+    """Return a browser with a new profile."""
+    context = playwright.chromium.launch_persistent_context(
+        folder / "profile", executable_path=CHROMIUM, headless=True, args=FLAGS, **options
+    )
+    context.set_default_timeout(10_000)
+    return context
+
+
+@pytest.fixture(scope="module")
+def context(playwright: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    context = launched(playwright, tmp_path_factory.mktemp("browser"))
+    yield context
+    context.close()
+
+
+class Reader:
+    """A page, and what went wrong on it."""
+
+    def __init__(self, page: Any, file: Path, **media: Any):
+        self.page, self.complaints, self.requests = page, [], []
+        page.on("console", lambda message: self.complaints.append(message.text))
+        page.on("pageerror", lambda error: self.complaints.append(str(error)))
+        page.on("dialog", lambda dialog: (self.complaints.append("dialog"), dialog.dismiss()))
+        page.on("request", lambda request: self.requests.append(request.url))
+        page.emulate_media(**({"color_scheme": "light", "media": "screen"} | media))
+        page.goto(file.as_uri())
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.page, name)
+
+    def check(self) -> None:
+        """Hold the page to: no error, no request but its own, nothing run that a token brought."""
+        assert self.complaints == []
+        assert {url for url in self.requests if not url.startswith("data:")} == {self.page.url.partition("#")[0]}
+        assert self.page.evaluate("window.hit") is None
+
+
+@pytest.fixture
+def reader(context: Any, report: Path) -> Iterator[Reader]:
+    page = context.new_page()
+    page.set_viewport_size({"width": 1280, "height": 900})
+    reader = Reader(page, report)
+    yield reader
+    reader.check()
+    page.close()
+
+
+# -- looks -------------------------------------------------------------------------------------------------------------
+
+LOOKS = {
+    "light": (1280, {"color_scheme": "light"}),
+    "dark": (1280, {"color_scheme": "dark"}),
+    "tablet": (820, {"color_scheme": "light"}),
+    "phone": (390, {"color_scheme": "light"}),
+    "small": (320, {"color_scheme": "dark"}),
+    "print": (680, {"media": "print"}),
+}
+
+
+@pytest.mark.parametrize("look", LOOKS)
+def test_it_fits_every_width(look: str, context: Any, report: Path, tmp_path: Path) -> None:
+    width, media = LOOKS[look]
+    page = context.new_page()
+    page.set_viewport_size({"width": width, "height": 844})
+    reader = Reader(page, report, **media)
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    # Nothing sticks out of the page but what lies in a box that scrolls by itself.
+    out = """[...document.querySelectorAll('main *, header *')]
+      .filter((e) => !e.closest('.scroll, .unseen, [hidden], .vectors thead'))
+      .filter((e) => e.getBoundingClientRect().right > innerWidth + 1)
+      .map((e) => e.outerHTML.slice(0, 80))"""
+    assert page.evaluate(out) == []
+    ground = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    light = sum(int(part) for part in ground.strip("rgb()").split(",")) / 3
+    assert (light < 60) == (media.get("color_scheme") == "dark")
+    page.screenshot(path=tmp_path / f"{look}.png", full_page=True)
+    assert (tmp_path / f"{look}.png").stat().st_size > 50_000
+    reader.check()
+    page.close()
+
+
+def test_it_prints(reader: Reader, tmp_path: Path) -> None:
+    reader.emulate_media(media="print")
+    for selector in ("nav", ".choice", ".choices", "summary"):
+        assert not reader.locator(selector).first.is_visible()
+    reader.evaluate(
+        "for (const d of document.querySelectorAll('details')) d.open = false; dispatchEvent(new Event('beforeprint'))"
+    )
+    assert reader.evaluate("[...document.querySelectorAll('details')].every((d) => d.open)")
+    reader.pdf(path=tmp_path / "page.pdf", format="A4")
+    assert (tmp_path / "page.pdf").read_bytes().startswith(b"%PDF")
+
+
+def test_every_token_has_size_and_direction(reader: Reader) -> None:
+    for token in SCRIPTS:
+        box = reader.locator(".token", has_text=token).first
+        assert box.evaluate("(e) => e.getClientRects().length > 0 || !e.checkVisibility()")
+    directions = """(text) => [...document.querySelectorAll('button.token')].filter((e) => e.textContent === text)
+      .map((e) => getComputedStyle(e).direction)"""
+    for text, direction in (("جسر", "rtl"), ("גשר", "rtl"), ("桥", "ltr"), ("мост", "ltr")):
+        assert set(reader.evaluate(directions, text)) == {direction}
+
+
+# -- enemies -----------------------------------------------------------------------------------------------------------
+
+
+def test_hostile_tokens_do_nothing(reader: Reader) -> None:
+    assert reader.evaluate("[document.images.length, document.scripts.length, document.forms.length]") == [0, 2, 0]
+    texts = reader.evaluate("[...document.querySelectorAll('.token')].map((e) => e.textContent)")
+    assert set(HOSTILE) <= set(texts)
+    # Pinned, they go through the script: into labels, a table and a live region.
+    for id in range(TOKENS.index(HOSTILE[0]), len(TOKENS)):
+        reader.evaluate("(id) => document.querySelector(`button[value='${id}']`).click()", str(id))
+    pins = reader.locator(".pins .token").all_text_contents()
+    assert pins == [TOKENS[0], *HOSTILE]
+    assert reader.locator(".ranks tbody .token").all_text_contents() == pins
+    assert reader.evaluate("[document.images.length, document.scripts.length]") == [0, 2]
+
+
+def test_the_policy_stops_what_would_slip_in(reader: Reader) -> None:
+    stopped = reader.evaluate(
+        """async () => {
+          const found = [];
+          document.addEventListener('securitypolicyviolation', (event) => found.push(event.effectiveDirective));
+          const script = document.createElement('script');
+          script.textContent = 'window.hit = 1';
+          document.body.append(script);
+          const box = document.createElement('div');
+          box.innerHTML = '<img src="https://example.com/x.png" onerror="window.hit = 1"><p style="color: red">';
+          document.body.append(box);
+          await fetch('https://example.com/').catch(() => 0);
+          await new Promise((done) => setTimeout(done, 100));
+          return found;
+        }"""
+    )
+    assert set(stopped) == {"script-src-elem", "script-src-attr", "img-src", "style-src-attr", "connect-src"}
+    assert reader.evaluate("window.hit") is None
+    reader.complaints.clear()  # the browser's own report of these five
+    reader.requests[:] = reader.requests[:1]
+
+
+# -- clicks and keys ---------------------------------------------------------------------------------------------------
+
+
+def ranks(id: int) -> list[int]:
+    """Return a token's rank at each depth, from the run itself."""
+    found = report_run.full()[0]["layers"]["ranks"]
+    column = [token["id"] for token in found["tokens"]].index(id)
+    return [depth["ranks"][column] for depth in found["depths"]]
+
+
+def row(reader: Reader, at: int) -> list[str]:
+    return reader.locator(".ranks tbody tr").nth(at).locator("th, td").all_text_contents()
+
+
+def test_the_predicted_token_is_pinned_at_first(reader: Reader) -> None:
+    assert row(reader, 0) == [TOKENS[0], *map(str, ranks(0))]
+    assert reader.locator(".pins li").count() == 1
+    pressed = reader.locator("button[aria-pressed=true]")
+    assert {int(value) for value in pressed.evaluate_all("(all) => all.map((e) => e.value)")} == {0}
+
+
+def test_a_click_pins_a_token_and_shows_its_rank_by_depth(reader: Reader) -> None:
+    button = reader.locator(".cells button:visible:not([aria-pressed=true])").first
+    id = int(button.get_attribute("value"))
+    button = reader.locator(f".cells button[value='{id}']:visible").first
+    button.click()
+    assert row(reader, 1) == [TOKENS[id], *map(str, ranks(id))]
+    assert button.get_attribute("aria-pressed") == "true"
+    said = reader.locator("#said").text_content()
+    assert said.startswith(f"{TOKENS[id]} pinned: rank {ranks(id)[0]} after 0, ")
+
+    # The line drawn: depths from left to right, height the logarithm of the rank, better ranks higher.
+    line = reader.locator(".chart.ranks .line.accent").get_attribute("d")
+    points = [tuple(map(float, point.split())) for point in line[1:].split("L")]
+    assert [x for x, _ in points] == sorted(x for x, _ in points)
+    assert len(points) == 7
+    top, bottom = reader.evaluate("JSON.parse(document.getElementById('data').textContent).span")
+    for (_, y), rank in zip(points, ranks(id), strict=True):
+        assert y == pytest.approx(1000 * (math.log(rank) - top) / (bottom - top), abs=0.1)
+
+    button.click()
+    assert reader.locator(".ranks tbody tr").count() == 1
+    assert button.get_attribute("aria-pressed") == "false"
+    assert reader.locator("#said").text_content() == f"{TOKENS[id]} unpinned"
+
+
+def test_the_last_pin_may_be_taken_off(reader: Reader) -> None:
+    reader.locator(".pins button").first.click()
+    assert not reader.locator("#pinned").is_visible()
+    reader.locator(".cells button:visible").first.click()
+    assert reader.locator("#pinned").is_visible()
+
+
+def test_a_pin_in_hand_stands_out(reader: Reader) -> None:
+    reader.locator(".cells button:visible:not([aria-pressed=true])").first.click()
+    last = reader.locator(".chart.ranks .line.accent").get_attribute("d")
+    reader.locator(".pins button").first.focus()
+    assert reader.locator(".chart.ranks .line").count() == 2
+    assert reader.locator(".chart.ranks .line.faint").get_attribute("d") == last
+
+
+@pytest.mark.parametrize("section", ["spectrum", "stable-rank"])
+def test_the_scale_switch(section: str, reader: Reader) -> None:
+    switch = reader.locator(f"#{section} .switched").first
+    panels = switch.locator(".panel")
+    assert [panels.nth(i).is_visible() for i in range(2)] == [True, False]
+    switch.get_by_label("log", exact=True).check()
+    assert [panels.nth(i).is_visible() for i in range(2)] == [False, True]
+    switch.locator("input").nth(1).press("ArrowLeft")
+    assert [panels.nth(i).is_visible() for i in range(2)] == [True, False]
+
+
+def test_the_grids_are_chosen_one_at_a_time(reader: Reader) -> None:
+    labels = reader.locator("#layers .choice label")
+    assert labels.count() == 10
+    for i in range(10):
+        labels.nth(i).click()
+        shown = [panel.is_visible() for panel in reader.locator("#layers .panel").all()]
+        assert shown == [j == i for j in range(10)]
+
+
+def test_values_show_on_hover_and_focus_and_stay_on_the_page(context: Any, report: Path) -> None:
+    page = context.new_page()
+    page.set_viewport_size({"width": 390, "height": 844})
+    reader = Reader(page, report)
+    shares = report_run.full()[0]["attribution"]["shares"]
+    tokens = page.locator(".share")
+    for i, share in enumerate(shares):
+        tip = tokens.nth(i).locator(".tip")
+        assert not tip.is_visible()
+        tokens.nth(i).hover()
+        assert tip.is_visible()
+        assert tip.text_content().startswith(f"{share['share']:+.4f}".replace("-", "−"))
+        box = tip.bounding_box()
+        assert box["x"] >= 0
+        assert box["x"] + box["width"] <= 390
+    page.mouse.move(0, 0)
+    tokens.nth(3).focus()
+    assert tokens.nth(3).locator(".tip").is_visible()
+    reader.check()
+    page.close()
+
+
+def test_keys_reach_everything_in_few_steps(reader: Reader) -> None:
+    seen: list[str] = []
+    where = "(document.activeElement.closest('section') || {}).id || document.activeElement.tagName"
+    while len(seen) < 60:
+        reader.keyboard.press("Tab")
+        seen.append(reader.evaluate(where))
+        if seen[-1] == "BODY":  # past the end
+            break
+        ring = "(e) => getComputedStyle(e.matches('input') ? e.nextElementSibling : e).outlineStyle"
+        assert reader.evaluate(f"({ring})(document.activeElement)") == "solid"
+    assert seen[0] == "A"
+    assert {"attribution", "spectrum", "layers", "stable-rank", "scatter", "tokens", "BODY"} <= set(seen)
+    assert seen.count("attribution") == 2, "the row of tokens is one step, its table another"
+
+
+def test_arrows_move_among_tokens(reader: Reader) -> None:
+    focused = "document.activeElement.firstChild.textContent"
+    tokens = [share["token"] for share in report_run.full()[0]["attribution"]["shares"]]
+    reader.locator(".share").first.focus()
+    reader.keyboard.press("ArrowRight")
+    assert reader.evaluate(focused) == tokens[1]
+    reader.keyboard.press("End")
+    assert reader.evaluate(focused) == tokens[-1]
+    reader.keyboard.press("ArrowLeft")
+    assert reader.evaluate(focused) == tokens[-2]
+
+    cells = report_run.full()[0]["layers"]["taps"]
+    reader.locator(".cells button").first.focus()
+    for _ in range(3):  # three tokens in a cell, then the first of the cell below
+        reader.keyboard.press("ArrowDown")
+    assert reader.evaluate(focused) == cells[1]["triplets"][0]["left"][0]["token"]
+    reader.keyboard.press("ArrowUp")
+    assert reader.evaluate(focused) == cells[0]["triplets"][0]["left"][2]["token"]
+    reader.keyboard.press("Enter")
+    assert reader.evaluate("document.activeElement.getAttribute('aria-pressed')") == "true"
+
+
+def test_links_lead_to_their_sections(reader: Reader) -> None:
+    reader.emulate_media(reduced_motion="reduce")  # smooth scrolling takes its time
+    for link in reader.locator("nav a").all():
+        link.click()
+        assert reader.evaluate("document.querySelector(':target h2').textContent") == link.text_content()
+
+
+def test_reduced_motion(context: Any, report: Path) -> None:
+    page = context.new_page()
+    for wish, behaviour in (("reduce", "auto"), ("no-preference", "smooth")):
+        reader = Reader(page, report, reduced_motion=wish)
+        assert page.evaluate("getComputedStyle(document.documentElement).scrollBehavior") == behaviour
+        reader.check()
+    page.close()
+
+
+def test_without_javascript_everything_is_there(playwright: Any, report: Path, tmp_path: Path) -> None:
+    context = launched(playwright, tmp_path, java_script_enabled=False)
+    page = context.new_page()
+    page.goto(report.as_uri())
+    assert all(panel.is_visible() for panel in page.locator(".panel").all())
+    assert not page.locator("fieldset").first.is_visible()
+    assert page.locator(".share").count() == 8
+    context.close()
