@@ -13,7 +13,7 @@ such maps through the blocks together, so that each weight is dequantized once f
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import accumulate
 from typing import Any, Literal, NamedTuple
 
@@ -21,9 +21,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ggjac.blocks import SLAB, BlockTape, BlockWeights, Frame, FrozenBlock, MlpPath, NormTape, block
+from ggjac.blocks import SLAB, BlockWeights, Frame, FrozenBlock, MlpPath, NormTape, block
+from ggjac.journal import Journal
 from ggjac.linop import Homogeneous, Identity, LinearOperator
 from ggjac.svd import SVD, svd
+from ggjac.tapes import Tapes
 
 # Working memory that a chunk of dense rows may take on its way down the blocks, in bytes, unless the trace says.
 CHUNK_BYTES = 1 << 30
@@ -68,7 +70,7 @@ class FrozenNetwork(NamedTuple):
     """
 
     weights: Callable[[int], BlockWeights]
-    tapes: Sequence[BlockTape]
+    tapes: Tapes
     frame: Frame
     freeze_norm: Callable[[Tensor], NormTape]
     norm: NormTape
@@ -86,6 +88,7 @@ class SharedSweep:
 
     Attributes:
         progress: if set, called as `progress(done, total)` after each block of a pass.
+        journal: if set, products are remembered there, and those of an earlier attempt are not computed again.
         flop: floating-point operations so far, multiplications by matrices only.
     """
 
@@ -100,6 +103,7 @@ class SharedSweep:
         self.n, self.d = network.x.shape
         self.order = [i for i in range(len(network.tapes)) if any(start <= i < tap.index for start, tap in paths)]
         self.progress: Callable[[int, int], None] | None = None
+        self.journal: Journal | None = None
         self.flop = 0
 
     def up(
@@ -126,7 +130,15 @@ class SharedSweep:
             owners = staying
             return kept
 
-        for i, frozen in self._walk(self.order):
+        product = self.journal and self.journal.product("up", [*X, *(t or [])])
+        if product and product.result is not None:
+            return product.result
+        if product and product.state is not None:
+            H, *rest = product.state
+            below = self.order[product.done - 1] + 1  # the blocks that are behind
+            owners = [j for j in self._by_start if self.paths[j].start < below < self.paths[j].tap.index]
+            out = dict(zip([j for j in self._all if self.paths[j].tap.index <= below], rest, strict=True))
+        for done, i, frozen in self._walk(self.order, product.done if product else 0):
             joining = [j for j, path in enumerate(self.paths) if path.start == i < path.tap.index]
             H = _joined(H, [X[j][:, : self.position + 1].to(x) for j in joining])
             owners = owners + joining
@@ -138,8 +150,12 @@ class SharedSweep:
             middle, added = leave(Tap("mlp", i + 1), added, middle, added)
             H = added.add_(middle)
             (H,) = leave(Tap("layer", i + 1), H, H)
+            if product:
+                H, *rest = product.reached(done, partial(list, [H, *(out[j] for j in sorted(out))]))
+                out = dict(zip(sorted(out), rest, strict=True))
         norms = [None if t is None else t[j].to(x) for j in range(len(self.paths))]
-        return [norm.matmat(out[j][:, None], norms[j])[:, 0] for j, norm in enumerate(self.norms)]
+        result = [norm.matmat(out[j][:, None], norms[j])[:, 0] for j, norm in enumerate(self.norms)]
+        return product.finish(result) if product else result
 
     def down(self, Y: Sequence[Float[Tensor, "_ d"]]) -> list[Float[Tensor, "_ n d"]]:
         """Return `Aᵀ y` of every path for its own stacked cotangents: `[k, d]` to `[k, n, d]`, `k` as they like."""
@@ -156,7 +172,15 @@ class SharedSweep:
             owners = owners + joining
             return _joined(carried, [_at_last(seen[j], positions) for j in joining])
 
-        for i, frozen in self._walk(self.order[::-1]):
+        product = self.journal and self.journal.product("down", Y)
+        if product and product.result is not None:
+            return product.result
+        if product and product.state is not None:
+            H, *rest = product.state
+            above = self.order[-product.done]  # the lowest block that is behind
+            owners = [j for j in self._by_tap if self.paths[j].start < above < self.paths[j].tap.index]
+            out = dict(zip([j for j in self._all if self.paths[j].start >= above], rest, strict=True))
+        for done, i, frozen in self._walk(self.order[::-1], product.done if product else 0):
             written = frozen.kept.out_shape[0]
             H = join(Tap("layer", i + 1), H[:, :written], written)
             G = join(Tap("mlp", i + 1), H, written)
@@ -174,7 +198,26 @@ class SharedSweep:
             if staying != owners:
                 H = _taken(H, [rows[j] for j in staying])
             owners = staying
-        return [out[j] for j in range(len(self.paths))]
+            if product:
+                H, *rest = product.reached(done, partial(list, [H, *(out[j] for j in sorted(out))]))
+                out = dict(zip(sorted(out), rest, strict=True))
+        result = [out[j] for j in self._all]
+        return product.finish(result) if product else result
+
+    @property
+    def _all(self) -> range:
+        return range(len(self.paths))
+
+    @property
+    def _by_start(self) -> list[int]:
+        """Paths in the order in which they join on the way up."""
+        return sorted(self._all, key=lambda j: self.paths[j].start)
+
+    @property
+    def _by_tap(self) -> list[int]:
+        """Paths in the order in which they join on the way down."""
+        kinds = ("layer", "mlp", "attn")
+        return sorted(self._all, key=lambda j: (-self.paths[j].tap.index, kinds.index(self.paths[j].tap.kind)))
 
     @cached_property
     def norms(self) -> list[LinearOperator]:
@@ -194,17 +237,17 @@ class SharedSweep:
                 norms[tap] = network.freeze_norm(value).operator()
         return [norms[path.tap] for path in self.paths]
 
-    def _walk(self, order: Sequence[int]) -> Iterator[tuple[int, FrozenBlock]]:
-        """Yield the blocks one after another: each is built, and read ahead, while the one before it computes."""
-        ahead = self._block(order[0]) if order else None
-        for done, i in enumerate(order, start=1):
-            frozen, ahead = ahead, self._block(order[done]) if done < len(order) else None
+    def _walk(self, order: Sequence[int], done: int) -> Iterator[tuple[int, int, FrozenBlock]]:
+        """Yield the blocks after the first `done`: each is built, and read ahead, while the one before it computes."""
+        ahead = self._block(order[done]) if done < len(order) else None
+        for step, i in enumerate(order[done:], start=done + 1):
+            frozen, ahead = ahead, self._block(order[step]) if step < len(order) else None
             assert frozen is not None
             if ahead:
                 ahead.read_ahead()
-            yield i, frozen
+            yield step, i, frozen
             if self.progress:
-                self.progress(done, len(order))
+                self.progress(step, len(order))
 
     def _block(self, i: int) -> FrozenBlock:
         """Build a block's operators; where all paths in it end, it writes one position only."""

@@ -7,7 +7,7 @@ second model. It reads each tensor of the file once.
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 from jaxtyping import Float
@@ -21,6 +21,7 @@ from ggjac.gguf import GGUFFile, open_gguf
 from ggjac.hub import resolve
 from ggjac.jacobian import DetachedJacobian, FrozenNetwork, Path
 from ggjac.rope import rotation
+from ggjac.tapes import Tapes
 from ggjac.tokenizer import Tokenizer, open_tokenizer
 from ggjac.weights import Block, Weight, WeightStore
 
@@ -132,7 +133,7 @@ class Model:
         mlp_path: MlpPath = "up",
         n_ctx: int | None = None,
         gelu_table: bool = False,
-        tapes: bool = True,
+        tapes: bool | Tapes = True,
         observe: Observer | None = None,
         progress: Progress | None = None,
     ) -> "Trace":
@@ -144,8 +145,9 @@ class Model:
             n_ctx: context size that decides between short and long rope factors where a model has both; default the
                 prompt's length. (llama.cpp goes by the context it allocates, a multiple of 256.)
             gelu_table: imitate the half-precision table that stands in for GELU in llama.cpp on the CPU; for parity.
-            tapes: keep what the Jacobian freezes; without, the trace has outputs and logits only, and takes less memory
-                (attention patterns alone are heads x n² floats a layer).
+            tapes: keep what the Jacobian freezes, in memory or where a `Tapes` says; those of an interrupted trace are
+                used. Without, the trace has outputs and logits only, and takes less memory (attention patterns alone
+                are heads x n² floats a layer).
             observe: called with llama.cpp's name and value of intermediate tensors, each `[n, d]`: `attn_out-i` and
                 `ffn_out-i` (the branches before post-norm and scale), `l_out-i` (the stream after block `i`) and
                 `result_norm`.
@@ -172,8 +174,12 @@ class Model:
         x = self.embedding.take(ids) * config.embedding_scale
         if "position_embd.weight" in weights:
             x = x + weights["position_embd.weight"].take(range(len(ids)))
-        h, kept = x, []
-        for i in range(config.block_count):
+        h, kept = x, Tapes() if isinstance(tapes, bool) else tapes
+        kept.device = self.device
+        begun = max(0, len(kept) - 1)  # the last tape of an earlier attempt: what its block put out was not kept
+        if len(kept):
+            h = kept[begun].x
+        for i in range(begun, config.block_count):
             w = self.block(i)
             if i + 1 < config.block_count:
                 self.block(i + 1).read_ahead()
@@ -185,7 +191,7 @@ class Model:
             observe(f"l_out-{i}", h)
             if not h.isfinite().all():
                 raise NumericsError(f"block {i} overflows {self.dtype}; try a wider --dtype, or is the file damaged?")
-            if tapes:
+            if tapes is not False and i == len(kept):
                 kept.append(BlockTape(x_in, attn.tape, ffn.tape))
             if progress:
                 progress(i + 1, config.block_count)
@@ -208,9 +214,9 @@ class Model:
                 return self.weights[name].dense()
         return None
 
-    def block(self, index: int) -> Block:
-        """Return the tensors of one block."""
-        return self.weights.block(index, self.config.slices)
+    def block(self, index: int, *, live: bool = False) -> Block:
+        """Return the tensors of one block; `live` ones are used in sweep after sweep."""
+        return self.weights.block(index, self.config.slices, live=live)
 
     def check_prompt(self, ids: Sequence[int]) -> list[int]:
         """Return the token ids, if this model can run them.
@@ -249,7 +255,7 @@ class Trace:
     outputs: Float[Tensor, "n d"]
     norm: NormTape
     frame: Frame
-    tapes: list[BlockTape]
+    tapes: Tapes
 
     @property
     def output(self) -> Float[Tensor, " d"]:
@@ -310,7 +316,7 @@ class Trace:
             raise ValueError("this trace kept no tapes; trace the prompt again with tapes=True")
         model = self.model
         return FrozenNetwork(
-            weights=model.block,
+            weights=partial(model.block, live=True),
             tapes=self.tapes,
             frame=self.frame,
             freeze_norm=model.freeze_final_norm,

@@ -24,6 +24,10 @@ from ggjac.gguf import GGUFFile, TensorInfo
 TILE_ELEMENTS = 1 << 23
 
 
+# A tile: tensor, first and last row, first column.
+Key = tuple[str, int, int, int]
+
+
 class WeightError(ValueError):
     """A tensor's type is not supported, or its bytes hold values that no weight can have."""
 
@@ -36,6 +40,11 @@ class WeightStore:
         device: where tiles are wanted; elsewhere than on the CPU the quantized bytes travel and are dequantized there.
         dtype: of the tiles.
         threads: for dequantization on the CPU.
+
+    Attributes:
+        reads: rows dequantized, by tensor.
+        bytes_read: quantized bytes dequantized.
+        places: where each block's live weights wait between sweeps; see `place`.
     """
 
     def __init__(self, file: GGUFFile, *, device: torch.device, dtype: torch.dtype, threads: int):
@@ -45,7 +54,13 @@ class WeightStore:
                 raise WeightError(f"tensor {info.name}: type {info.type.name} is not supported; supported: {known}")
         self.file, self.device, self.dtype, self.threads = file, device, dtype, threads
         self.reads: dict[str, float] = defaultdict(int)
-        self._checked: set[tuple[str, int, int, int]] = set()
+        self.bytes_read = 0
+        self.places: list[str] = []
+        self._room: dict[str, int] = {}
+        self._tiles: dict[Key, Tensor] = {}
+        self._bytes: dict[Key, Tensor] = {}
+        self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._checked: set[Key] = set()
         self._scratch = threading.local()  # a tile per thread on the CPU, reused so that its pages are touched once
 
     def __contains__(self, name: str) -> bool:
@@ -57,11 +72,28 @@ class WeightStore:
         info = self.file.tensors[name]
         return Weight(self, info, 0, info.rows, 0, info.shape[-1])
 
-    def block(self, index: int, slices: Mapping[str, tuple[str, int, int]]) -> "Block":
-        """Return the tensors of block `index`; for `slices` see `Block`."""
-        return Block(self, f"blk.{index}.", slices)
+    def block(self, index: int, slices: Mapping[str, tuple[str, int, int]], *, live: bool = False) -> "Block":
+        """Return the tensors of block `index`; for `slices` see `Block`.
 
-    def dequantize(self, info: TensorInfo, start: int, stop: int, left: int, right: int) -> Float[Tensor, "rows d"]:
+        `live` ones are used in sweep after sweep, and wait where `places` says.
+        """
+        return Block(self, f"blk.{index}.", slices, self.places[index] if live and self.places else "file")
+
+    def place(self, places: Sequence[str], room: Mapping[str, int]) -> None:
+        """Choose where live weights wait between sweeps from now on; what is kept now is given back.
+
+        Args:
+            places: of each block: `"dense"` (on the device, in `dtype`), `"device"` (there, quantized), `"pinned"` (in
+                RAM beside a device, quantized) or `"file"` (on a CPU, the system's page cache). See `ggjac.planner`.
+            room: bytes that may be kept at each place, at most; what does not fit comes from the file.
+        """
+        self._tiles.clear()
+        self._bytes.clear()
+        self.places, self._room = list(places), dict(room)
+
+    def dequantize(
+        self, info: TensorInfo, start: int, stop: int, left: int, right: int, place: str = "file"
+    ) -> Float[Tensor, "rows d"]:
         """Return rows `start:stop` of columns `left:right` (on block boundaries) dense.
 
         Valid until the same thread calls again: two tensors cannot be streamed side by side in one thread.
@@ -69,23 +101,73 @@ class WeightStore:
         Raises:
             WeightError: the rows hold NaN or infinite scales (checked the first time they are read).
         """
-        columns = slice(row_bytes(info.type, left), row_bytes(info.type, right))
-        raw = self.file.rows(info, start, stop)[:, columns]
-        if (info.name, start, stop, left) not in self._checked:
+        key = (info.name, start, stop, left)
+        if key in self._tiles:
+            return self._tiles[key]
+        shape = stop - start, right - left
+        keep = place == "dense" and self._takes(place, shape[0] * shape[1] * self.dtype.itemsize)
+        self.reads[info.name] += shape[0] * (shape[1] / info.shape[-1])
+        self.bytes_read += shape[0] * row_bytes(info.type, shape[1])
+        if self.device.type == "cpu":
+            out = torch.empty(shape, dtype=self.dtype) if keep else self._scratch_tile(*shape)
+            tile = quants.dequantize_rows(self._stored(key, info, right), info.type, out, threads=self.threads)
+        else:
+            tile = quants.dequantize(self._on_device(key, info, right, place), info.type, self.dtype)
+        if keep:
+            self._tiles[key] = tile
+        return tile
+
+    def _takes(self, place: str, nbytes: int) -> bool:
+        """Say whether a place still has room, and take it."""
+        if self._room.get(place, 0) < nbytes:
+            return False
+        self._room[place] -= nbytes
+        return True
+
+    def _scratch_tile(self, rows: int, columns: int) -> Tensor:
+        """Return this thread's tile; it lives as long as the thread, and only grows."""
+        tile = getattr(self._scratch, "tile", None)
+        if tile is None or tile.numel() < rows * columns:
+            tile = self._scratch.tile = torch.empty(rows * columns, dtype=self.dtype)
+        return tile[: rows * columns].view(rows, columns)
+
+    def _stored(self, key: Key, info: TensorInfo, right: int) -> np.ndarray:
+        """Return the quantized bytes of a tile, a view of the file.
+
+        Raises:
+            WeightError: they hold NaN or infinite scales.
+        """
+        _, start, stop, left = key
+        raw = self.file.rows(info, start, stop)[:, row_bytes(info.type, left) : row_bytes(info.type, right)]
+        if key not in self._checked:
             if quants.has_invalid_scales(raw, info.type):
                 raise WeightError(
                     f"tensor {info.name} holds NaN or infinite values; the file is damaged, download it again"
                 )
-            self._checked.add((info.name, start, stop, left))
-        self.reads[info.name] += (stop - start) * ((right - left) / info.shape[-1])
-        if self.device.type != "cpu":
-            return quants.dequantize(torch.from_numpy(np.array(raw)).to(self.device), info.type, self.dtype)
-        size = (stop - start) * (right - left)
-        tile = getattr(self._scratch, "tile", None)
-        if tile is None or tile.numel() < size:
-            tile = self._scratch.tile = torch.empty(size, dtype=self.dtype)
-        out = tile[:size].view(stop - start, right - left)
-        return quants.dequantize_rows(raw, info.type, out, threads=self.threads)
+            self._checked.add(key)
+        return raw
+
+    def _on_device(self, key: Key, info: TensorInfo, right: int, place: str) -> Tensor:
+        """Return the quantized bytes of a tile on the device, and keep them where they belong."""
+        raw = self._bytes.get(key)
+        if raw is None:
+            stored = self._stored(key, info, right)
+            raw = torch.empty(stored.shape, dtype=torch.uint8, pin_memory=self._copies is not None)
+            np.copyto(raw.numpy(), stored)
+            if place == "pinned" and self._takes(place, raw.nbytes):
+                self._bytes[key] = raw
+        if raw.device.type != "cpu":
+            return raw
+        if self._copies is None:
+            moved = raw.to(self.device)
+        else:  # beside what the device computes: the host is tiles ahead of it
+            with torch.cuda.stream(self._copies):
+                moved = raw.to(self.device, non_blocking=True)
+            torch.cuda.current_stream(self.device).wait_stream(self._copies)
+            moved.record_stream(torch.cuda.current_stream(self.device))
+        if place == "device" and self._takes(place, moved.nbytes):
+            self._bytes[key] = moved
+        return moved
 
 
 @dataclass(frozen=True)
@@ -98,6 +180,7 @@ class Weight:
     last: int
     left: int
     right: int
+    place: str = "file"
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -135,7 +218,7 @@ class Weight:
 
         Slabs of columns share their rows, so the first one asks for all of them.
         """
-        if self.left == 0:
+        if self.left == 0 and self.place == "file":
             self.store.file.will_need(self.info, self.first, self.last)
 
     def take(self, rows: Sequence[int]) -> Float[Tensor, "n d"]:
@@ -148,7 +231,8 @@ class Weight:
         return whole[0] if len(self.info.shape) == 1 else whole
 
     def _dequantized(self, start: int, stop: int) -> Tensor:
-        return self.store.dequantize(self.info, self.first + start, self.first + stop, self.left, self.right)
+        rows = self.first + start, self.first + stop
+        return self.store.dequantize(self.info, *rows, self.left, self.right, self.place)
 
 
 @dataclass(frozen=True)
@@ -162,6 +246,7 @@ class Block:
     store: WeightStore
     prefix: str
     slices: Mapping[str, tuple[str, int, int]]
+    place: str = "file"
 
     def __contains__(self, name: str) -> bool:
         """Say whether the file has the tensor, alone or inside a fused one."""
@@ -170,7 +255,7 @@ class Block:
     def matrix(self, name: str, expert: int | None = None) -> Weight:
         """Return a matrix to be streamed; of a stack of experts `[e, out, in]`, one."""
         stored, start, stop = self._locate(name)
-        weight = self.store[stored]
+        weight = replace(self.store[stored], place=self.place)
         if expert is not None:
             out = weight.info.shape[1]
             return weight.rows(expert * out, (expert + 1) * out)

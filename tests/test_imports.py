@@ -34,9 +34,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "planner": {"gguf", "ggml", "config", "machine"},
     "bench": {"gguf", "weights"},
     "blocks": {"linop", "config", "rope"},
-    "jacobian": {"blocks", "linop", "svd"},
+    "tapes": {"blocks", "journal", "runs"},
+    "jacobian": {"blocks", "journal", "linop", "svd", "tapes"},
     "ordinary": {"blocks", "jacobian", "linop"},
-    "model": {"blocks", "config", "decode", "demo", "gguf", "hub", "jacobian", "rope", "tokenizer", "weights"},
+    "model": {"blocks", "config", "decode", "demo", "gguf", "hub", "jacobian", "rope", "tapes", "tokenizer", "weights"},
     "parity": {"model", "tokenizer", "gguf", "llamacpp"},
     "analysis": {"jacobian", "ordinary", "svd", "decode", "weights"},
 }

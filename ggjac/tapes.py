@@ -1,0 +1,175 @@
+"""The tapes of a trace: in memory, in a folder, or both; a trace of the same prompt found there is used again.
+
+One safetensors file per block, written whole or not at all, so that an interrupted trace goes on where it stopped, and
+tapes need never fit into memory together.
+"""
+
+import json
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ggjac import journal, runs
+from ggjac.blocks import AttentionTape, BlockTape, FFNTape, HiddenTape, NormTape
+
+SCHEMA_VERSION = 1
+
+# Seconds between writes of tapes that are kept in memory too.
+EVERY = 30.0
+
+_TAPES = (BlockTape, AttentionTape, FFNTape, HiddenTape, NormTape)
+_KINDS = {kind.__name__: kind for kind in _TAPES}
+
+
+class TapeError(ValueError):
+    """A folder of tapes that cannot be used: of another prompt or model, or damaged."""
+
+
+class Tapes:
+    """The tapes of blocks 0, 1, ... of one trace.
+
+    Args:
+        folder: where they are kept, made when first needed; None for memory only.
+        identity: plain JSON, all that decides the bits of the tapes; what is found in the folder must have the same.
+        resident: keep them in memory; the folder is then a checkpoint, written now and then. If not, every tape goes to
+            the folder at once, and is read again whenever it is asked for.
+
+    Raises:
+        TapeError: the folder holds another trace, or is damaged.
+    """
+
+    def __init__(self, folder: Path | None = None, identity: Mapping[str, Any] | None = None, *, resident: bool = True):
+        if folder is None and not resident:
+            raise ValueError("tapes that are kept nowhere")
+        self.folder, self.identity, self.resident = folder, dict(identity or {}), resident
+        self.device = torch.device("cpu")
+        self._kept: dict[int, BlockTape] = {}
+        self._count = self._saved = 0
+        self._due = time.monotonic() + EVERY
+        if folder is not None and (folder / "trace.json").exists():
+            self._compare(folder)
+            while self._path(self._saved).exists():
+                self._saved += 1
+            self._count = self._saved
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, index: int) -> BlockTape:
+        """Return a block's tape, read from the folder unless it is in memory; negative counts from the end."""
+        if not -self._count <= index < self._count:
+            raise IndexError(f"block {index} of {self._count}")
+        index %= self._count
+        tape = self._kept.get(index)
+        if tape is None:
+            tape = self._load(index)
+            if self.resident:
+                self._kept[index] = tape
+        return tape
+
+    def append(self, tape: BlockTape) -> None:
+        """Keep the next block's tape, with every tensor laid out as if it had been read back."""
+        tensors: dict[str, Tensor] = {}
+        description = _described(tape, "", tensors)
+        tensors = {name: journal.plain(tensor) for name, tensor in tensors.items()}
+        self._kept[self._count] = _restored(description, tensors)
+        self._count += 1
+        if not self.resident:
+            self.save()
+            self._kept.clear()
+        elif self.folder is not None and time.monotonic() >= self._due:
+            self.save()
+
+    def save(self) -> None:
+        """Write what is in memory only; nothing without a folder.
+
+        Raises:
+            RunError: the folder cannot be written, or its disk is full.
+        """
+        if self.folder is None:
+            return
+        if not self._saved:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            runs.save_json(self.folder / "trace.json", {"schema_version": SCHEMA_VERSION, "identity": self.identity})
+        for i in range(self._saved, self._count):
+            tensors: dict[str, Tensor] = {}
+            description = _described(self._kept[i], "", tensors)
+            journal.save_tensors(self._path(i), tensors, {"tape": json.dumps(description)})
+            self._saved = i + 1
+        self._due = time.monotonic() + EVERY
+
+    @property
+    def on_disk(self) -> bool:
+        """Whether anything has been written, or found."""
+        return self._saved > 0
+
+    def _path(self, index: int) -> Path:
+        assert self.folder is not None
+        return self.folder / f"block-{index:03d}.safetensors"
+
+    def _load(self, index: int) -> BlockTape:
+        path = self._path(index)
+        try:
+            tensors, metadata = journal.load_tensors(path)
+            tape = _restored(json.loads(metadata["tape"]), {name: t.to(self.device) for name, t in tensors.items()})
+        except journal.JournalError as error:
+            raise TapeError(f"{error}; remove the folder to trace the prompt again") from error
+        except (LookupError, TypeError, ValueError, RecursionError) as error:
+            raise TapeError(f"{path}: holds no tape; remove the folder to trace the prompt again") from error
+        if not isinstance(tape, BlockTape):
+            raise TapeError(f"{path}: holds no tape of a block; remove the folder to trace the prompt again")
+        return tape
+
+    def _compare(self, folder: Path) -> None:
+        """Refuse the tapes of another trace, and name what differs.
+
+        Raises:
+            TapeError: they are of another one.
+        """
+        try:
+            content = json.loads((folder / "trace.json").read_text(encoding="utf-8"))
+            schema, identity = content["schema_version"], dict(content["identity"])
+        except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+            raise TapeError(f"{folder}: trace.json is damaged; remove the folder, or choose another one") from error
+        if schema != SCHEMA_VERSION:
+            raise TapeError(f"{folder}: is of schema version {str(schema)[:20]!r}, this ggjac reads {SCHEMA_VERSION}")
+        differing = [key for key in {**identity, **self.identity} if identity.get(key) != self.identity.get(key)]
+        if differing:
+            what = "; ".join(
+                f"{key} was {_short(identity.get(key))}, is {_short(self.identity.get(key))}" for key in differing
+            )
+            raise TapeError(f"{folder}: holds the trace of something else ({what}); choose another --trace folder")
+
+
+def _described(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
+    """Return a tape as plain JSON, its tensors collected under the paths of their fields."""
+    if isinstance(value, Tensor):
+        tensors[name] = value
+        return {"tensor": name}
+    if isinstance(value, _TAPES):
+        fields = {field: _described(getattr(value, field), f"{name}.{field}", tensors) for field in value._fields}
+        return {"kind": type(value).__name__, "fields": fields}
+    if isinstance(value, tuple):
+        return [_described(item, f"{name}.{i}", tensors) for i, item in enumerate(value)]
+    return value
+
+
+def _restored(value: Any, tensors: Mapping[str, Tensor]) -> Any:
+    """Return what `_described` took apart."""
+    if isinstance(value, dict):
+        if "tensor" in value:
+            return tensors[value["tensor"]]
+        kind = _KINDS[value["kind"]]
+        return kind(**{field: _restored(part, tensors) for field, part in value["fields"].items()})
+    if isinstance(value, list):
+        return tuple(_restored(item, tensors) for item in value)
+    return value
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:59]}…"
