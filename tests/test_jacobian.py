@@ -1,5 +1,6 @@
 """The detached Jacobian against autograd over an independent forward, and against the paper's own code."""
 
+from collections.abc import Callable
 from pathlib import Path as File
 
 import numpy as np
@@ -12,6 +13,7 @@ from safetensors.torch import load_file
 import ggjac.weights
 from ggjac import blocks
 from ggjac.jacobian import Path, SharedSweep, Tap
+from ggjac.journal import Journal
 from ggjac.linop import dot_test
 from ggjac.model import DTYPES, open_model
 
@@ -306,10 +308,12 @@ def all_paths(blocks: int) -> list[Path]:
 
 
 # One file for each structure of a block: what is inside a branch, the whole Jacobian tests in every family.
-STRUCTURES = (
-    "three_layers gqa q8_0 biases fused_biases gemma2 gemma3 phi3 olmo2 granite_biases cohere2 gpt2 phi2 falcon_40b "
-    "mixtral_biases gpt_oss qwen2moe granitemoe_shared"
-).split()
+# fmt: off
+STRUCTURES = [
+    "three_layers", "gqa", "q8_0", "biases", "fused_biases", "gemma2", "gemma3", "phi3", "olmo2", "granite_biases",
+    "cohere2", "gpt2", "phi2", "falcon_40b", "mixtral_biases", "gpt_oss", "qwen2moe", "granitemoe_shared",
+]
+# fmt: on
 
 
 @pytest.mark.parametrize("position", [-1, 2])
@@ -392,3 +396,79 @@ def test_a_map_that_does_not_exist_is_refused(path: Path, tiny_files: dict[str, 
     trace = open_model(tiny_files["three_layers"]).trace([1, 2])
     with pytest.raises(ValueError, match="no map leads from block"):
         trace.jacobian(path=path)
+
+
+# ---- long runs: interrupted, and with weights kept between sweeps
+
+
+class Interrupted(Exception):
+    pass
+
+
+def interrupting(after: int) -> Callable[[int, int], None]:
+    """Return a progress callback that raises at the `after`-th block."""
+    blocks = iter(range(1, 10**6))
+
+    def seen(done: int, total: int) -> None:
+        if next(blocks) == after:
+            raise Interrupted
+
+    return seen
+
+
+@pytest.mark.parametrize("case", ["three_layers", "phi2", "qwen2moe"])
+def test_an_interrupted_run_ends_with_the_same_bits(case: str, tiny_files: dict[str, File], tmp_path: File) -> None:
+    """Many maps at once, up and down, stopped after every single block in turn; only what is left is computed."""
+    trace = open_model(tiny_files[case]).trace(tiny.prompt(case, 5))
+    blocks, paths = len(trace.tapes), all_paths(len(trace.tapes))
+    generator = torch.Generator().manual_seed(0)
+    X = [torch.randn(1 + j % 3, *trace.x.shape, generator=generator) for j in range(len(paths))]
+    Y = [torch.randn(j % 3, len(trace.output), generator=generator) for j in range(len(paths))]
+    t = [torch.randn(len(part), generator=generator) for part in X]
+
+    def run(journal: Journal | None, stop: int | None) -> tuple[list[torch.Tensor], int]:
+        sweep = SharedSweep(trace.network, paths, 4)
+        _ = sweep.norms
+        sweep.journal = journal
+        sweep.progress = None if stop is None else interrupting(stop)
+        result = [*sweep.up(X, t), *sweep.down(Y), *sweep.up(X)]
+        return result, sweep.flop
+
+    expected, whole = run(None, None)
+    for stop in range(1, 3 * blocks + 1):
+        folder = tmp_path / str(stop)
+        with pytest.raises(Interrupted), Journal.open(folder, {}, resume=False, every=0.0) as journal:
+            run(journal, stop)
+        with Journal.open(folder, {}, resume=True, every=0.0) as journal:
+            found, flop = run(journal, None)
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+        assert flop < whole  # the block at which it stopped was behind
+        if stop == 3 * blocks:
+            assert flop == 0
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("case", ["three_layers", "fused_biases", "q8_0", "qwen3moe_q8_0"])
+def test_kept_weights_change_no_bit_and_are_not_read_again(
+    case: str, dtype: str, tiny_files: dict[str, File], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ggjac.weights, "TILE_ELEMENTS", 2000)
+    model = open_model(tiny_files[case], dtype=dtype)
+    trace = model.trace(tiny.prompt(case, 5))
+    J, blocks = trace.jacobian(), len(trace.tapes)
+    Y = torch.randn(3, len(trace.output), generator=torch.Generator().manual_seed(0))
+    expected = J.rmatmat(Y)
+    places = ["file"] * (blocks - 1) + ["dense"]
+    model.weights.place(places, {"dense": 1 << 30})
+    assert torch.equal(J.rmatmat(Y), expected)
+    model.weights.reads.clear()
+    assert torch.equal(J.rmatmat(Y), expected)
+    read = {name.split(".")[1] for name in model.weights.reads if name.endswith("weight") and "norm" not in name}
+    assert read == {str(i) for i in range(blocks - 1)}
+    # With room for a tile only, the rest is read again.
+    model.weights.place(places, {"dense": 2000 * J.dtype.itemsize})
+    for _ in range(2):
+        model.weights.reads.clear()
+        assert torch.equal(J.rmatmat(Y), expected)
+    again = {name.split(".")[1] for name in model.weights.reads if name.endswith("weight")}
+    assert again == {str(i) for i in range(blocks)}
