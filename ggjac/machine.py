@@ -27,6 +27,9 @@ _OWN_GROUPS = Path("/proc/self/cgroup")
 _STATUS = "/proc/self/status"
 _RESIDENCY_STEP = 1 << 30  # bytes of a file that are mapped at a time to ask about them
 
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
+_MAPPED_BYTES, _TRIMMED_BYTES = 1 << 20, 8 << 20
+
 
 class SizeError(ValueError):
     """A text that is no amount of memory."""
@@ -135,6 +138,20 @@ def anonymous_memory() -> int:
         return process.memory_full_info().uss
     except (psutil.AccessDenied, AttributeError):
         return process.memory_info().rss
+
+
+def return_freed_memory() -> None:
+    """Let the C library give freed memory back to the system at once, for the rest of this process.
+
+    By default glibc raises its thresholds with what is freed, and then keeps up to 64 MiB and all holes below them:
+    a sweep's stacks then took a third more than lived at any time. No effect where there is no `mallopt`.
+    """
+    if not sys.platform.startswith("linux"):
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, _MAPPED_BYTES)
+        mallopt(_M_TRIM_THRESHOLD, _TRIMMED_BYTES)
 
 
 class PeakMemory:

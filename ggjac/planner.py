@@ -58,11 +58,17 @@ class NoFitError(PlanError):
 
 @dataclass(frozen=True)
 class Sweeps:
-    """So many passes over the live weights with so many stacked vectors; `what` says what for."""
+    """So many passes over the live weights with so many stacked vectors; `what` says what for.
+
+    `up`: some of them go up the layers, which takes more memory. `after`: floats that are made of each float of a
+    result when it is there.
+    """
 
     what: str
     count: int
     vectors: int
+    up: bool = True
+    after: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -107,22 +113,24 @@ def job(name: str, config: ModelConfig, n: int, dtype: str, *, rank: int = 8, sw
     width = min(max(rank + 8, min(3 * rank, 24)), config.d)
     rebuild = Sweeps("reconstruction", 1, 3)
     krylov = Sweeps("svd", sweeps, width)
-    probe = Sweeps("stable rank", 1, PROBES)
+    probe = Sweeps("stable rank", 1, PROBES, up=False, after=1 + 2 * 8 / ITEM_BYTES[dtype])
     if config.d <= EXACT_ROWS:
         probe = _dense("stable rank", config, n, dtype)
     return {
         "predict": Job(name, tapes=False),
-        "attribute": Job(name, (rebuild, Sweeps("attribution", 1, 1))),
+        "attribute": Job(name, (rebuild, Sweeps("attribution", 1, 1, up=False))),
         "jacobian": Job(name, (_dense("rows", config, n, dtype), rebuild)),
         "svd": Job(name, (krylov, rebuild), width, rank),
-        "analyze": Job(name, (rebuild, krylov, probe, Sweeps("attribution", 1, 1)), width, rank),
+        "analyze": Job(name, (rebuild, krylov, probe, Sweeps("attribution", 1, 1, up=False)), width, rank),
     }[name]
 
 
 def _dense(what: str, config: ModelConfig, n: int, dtype: str) -> Sweeps:
     """Return the sweeps of a dense Jacobian, whose rows come in chunks."""
-    chunk = min(config.d, max(1, CHUNK_BYTES // (_chunk_floats(config, n) * ITEM_BYTES[dtype])))
-    return Sweeps(what, math.ceil(config.d / chunk), chunk)
+    item = ITEM_BYTES[dtype]
+    chunk = min(config.d, max(1, CHUNK_BYTES // (_chunk_floats(config, n) * item)))
+    # Rows are summed up in float64: the copy, and its squares or products.
+    return Sweeps(what, math.ceil(config.d / chunk), chunk, up=False, after=1 + 2 * 8 / item)
 
 
 def _chunk_floats(config: ModelConfig, n: int) -> int:
@@ -319,17 +327,33 @@ def _tape_bytes(block: _Block, config: ModelConfig, n: int, item: int) -> int:
 # Memory
 
 
-def sweep_floats(config: ModelConfig, n: int) -> int:
+def sweep_floats(config: ModelConfig, n: int, *, up: bool) -> int:
     """Return the floats that one stacked vector takes on its way through a block of `n` positions, at most.
 
-    The stream, a branch's input or output, and their sum, `[n, d]` each; beside them either the attention branch's
-    values and mixed heads (the mixing needs them once more, in another order), or a slab of hidden units, before and
-    after the gate.
+    What is alive at once, counted in the code of `linop`, `blocks` and `jacobian`; `d`, `q` and `kv` are the widths of
+    the stream, of all query heads and of all value heads, `s` that of a slab of hidden units:
+
+        up, attention        stream, normed stream, values, and mixed heads twice (or once, with the output)
+        up, feed-forward     stream, middle, normed middle, the sum over slabs, hidden units before and after the
+                             gate, one slab's output, and one tile's part of it
+        down, attention      stream, middle, heads twice, values twice
+        down, feed-forward   stream, the sum over slabs, hidden units twice (or once, with one slab's output)
+
+    A routed expert sees some positions only.
     """
-    q, kv = config.head_count * config.head_size, config.head_count_kv * config.head_size
-    attention = kv + 2 * q
-    hidden = 2 * min(SLAB, _hidden_width(config))
-    return n * (3 * config.d + max(attention, hidden))
+    d, q, kv = config.d, config.head_count * config.head_size, config.head_count_kv * config.head_size
+    s, tile = _slab(config), min(d, TILE_ELEMENTS // max(1, min(SLAB, _hidden_width(config))))
+    if up:
+        return n * max(2 * d + kv + max(2 * q, q + 2 * d), 4 * d + 2 * s + d + tile)
+    return n * max(2 * d + 2 * q + 2 * kv, 2 * d + max(2 * s, s + d))
+
+
+def _slab(config: ModelConfig) -> int:
+    """Return the hidden units that exist at a time, averaged over positions."""
+    if not config.expert_count:
+        return min(SLAB, config.feed_forward_length)
+    routed = config.expert_feed_forward_length * config.expert_used_count // config.expert_count
+    return min(SLAB, max(routed, config.expert_shared_feed_forward_length))
 
 
 def trace_floats(config: ModelConfig, n: int) -> int:
@@ -340,15 +364,13 @@ def trace_floats(config: ModelConfig, n: int) -> int:
 
 
 def basis_floats(config: ModelConfig, n: int, width: int, sweeps: int) -> int:
-    """Return the floats of both Krylov bases and of their images after so many sweeps.
+    """Return the floats of both Krylov bases after so many sweeps, and of the last product.
 
-    Half of the sweeps go each way. A vector of the input space is `[n, d]`, one of the output space `[d]`; of each
-    there are a basis and the images of the other side's basis. On top, what the newest block needs to be made
-    orthonormal.
+    Every downward sweep adds a block of the input space, `[width, n, d]`, every upward one a block of the output space,
+    `[width, d]`. The newest block's product is held until the next one comes.
     """
     down, up = math.ceil(sweeps / 2), sweeps // 2
-    rows = width * (n * config.d)
-    return (down + up) * rows + 3 * rows + (down + up) * width * config.d
+    return width * config.d * ((down + 1) * n + up + 1)
 
 
 @dataclass(frozen=True)
@@ -429,6 +451,16 @@ class Plan:
             for layer in self.layers
             if layer.place == place
         )
+
+    @property
+    def places(self) -> list[str]:
+        """Where each block's live weights wait between sweeps, as `WeightStore.place` takes it."""
+        return [layer.place for layer in self.layers]
+
+    @property
+    def room(self) -> dict[str, int]:
+        """Bytes that each place was given, as `WeightStore.place` takes it."""
+        return {place: self.resident(place) for place in ("dense", "device", "pinned")}
 
     @property
     def ram_peak(self) -> int:
@@ -615,7 +647,7 @@ def _memory(
         tile *= 6  # torch's dequantizers keep several temporaries
     tapes = [layer.tape_bytes for layer in layers] if job.tapes else [0]
     kept = max(tapes) * 2 if tapes_on_disk else sum(tapes)
-    vectors = max((part.vectors for part in job.sweeps), default=0) * sweep_floats(config, reached) * item
+    vectors = max((_stacked(config, n, reached, part) for part in job.sweeps), default=0) * item
     bases = basis_floats(config, n, job.width, job.krylov_sweeps) * work if job.width else 0
     tracing = trace_floats(config, n) * work
     decoding = max(1, job.rank * n) * (4 * min(TILE_ELEMENTS // config.d, config.vocabulary) + 2 * config.d) * work
@@ -630,6 +662,11 @@ def _memory(
     if largest == "vectors":
         return parts | {"vectors": vectors} | ({"bases": bases} if bases else {})
     return parts | {largest: working[largest]}
+
+
+def _stacked(config: ModelConfig, n: int, reached: int, part: Sweeps) -> int:
+    """Return the floats of all stacked vectors of a sweep, on their way or when they have arrived."""
+    return part.vectors * max(sweep_floats(config, reached, up=part.up), round(part.after * n * config.d))
 
 
 def _placed(plan: Plan) -> tuple[LayerPlan, ...]:

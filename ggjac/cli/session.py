@@ -11,7 +11,7 @@ import click
 import numpy as np
 import torch
 
-from ggjac import planner, runs
+from ggjac import machine, planner, runs
 from ggjac.cli.options import ModelOptions
 from ggjac.cli.plan import make_plan
 from ggjac.cli.progress import Reporter
@@ -36,6 +36,7 @@ class Session:
         self.what, self.tapes = what, tapes
         if output:
             runs.check_writable(output)
+        machine.return_freed_memory()
         self.report = Reporter(what.quiet)
         self.text = what.text()
         self.model: Model = open_model(what.model, device=_device(what.device), dtype=what.dtype, threads=what.threads)
@@ -53,11 +54,13 @@ class Session:
         if rank is not None and rank > d:
             raise click.UsageError(f"--rank {rank} is out of range; this model's Jacobian has {d} singular values")
         self.position = position % n
-        self._check_memory(rank)
+        self._fit(rank)
         self.warning = bos_warning(self.model.tokenizer, self.ids)
 
-    def _check_memory(self, rank: int | None) -> None:
-        """Refuse work that its budget cannot hold, before it starts; commands without a plan count as a trace.
+    def _fit(self, rank: int | None) -> None:
+        """Refuse work that its budget cannot hold, before it starts, and keep ready what the budget has room for.
+
+        Commands without a plan of their own count as a trace and few sweeps.
 
         Raises:
             NoFitError: with what is needed, and what to lower.
@@ -65,7 +68,9 @@ class Session:
         name = click.get_current_context().info_name
         command = name if name in planner.JOBS else "attribute" if self.tapes else "predict"
         file, config, n = self.model.gguf, self.model.config, len(self.ids)
-        planner.check(make_plan(self.what, file, config, n, command, rank=rank or 1, position=self.position))
+        plan = make_plan(self.what, file, config, n, command, rank=rank or 1, position=self.position)
+        planner.check(plan)
+        self.model.weights.place(plan.places, plan.room)
 
     @cached_property
     def trace(self) -> Trace:
