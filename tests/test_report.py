@@ -564,6 +564,22 @@ def test_the_demo_has_a_small_report(tmp_path: Path) -> None:
     assert {a["id"] for tag, a in found.elements if tag == "section"} == ALL_SECTIONS - {"layers", "stable-rank"}
 
 
+def test_the_example_page_is_made_by_its_tool(tmp_path: Path) -> None:
+    tool = PACKAGE.parent / "tools" / "make_example_report.py"
+    if not tool.exists():
+        pytest.skip("ggjac is installed, not checked out")
+    made = tmp_path / "example" / "report.html"
+    out = subprocess.run([sys.executable, tool, made], check=True, capture_output=True, text=True).stdout
+    assert out == f"{made}\n"
+    found = Page(made.read_text(encoding="utf-8"))
+    assert ("The ordinary Jacobian" in found.find("figcaption")) == ("--contrast" in found.find("code")[0])
+    assert found.find("code")[0].startswith("ggjac analyze")
+    assert str(tmp_path) not in found.text
+    committed = PACKAGE.parent / "docs" / "example" / "report.html"
+    if committed.exists():
+        assert Page(committed.read_text(encoding="utf-8")).find("h2") == found.find("h2"), f"run {tool.name}"
+
+
 def test_a_large_run_has_a_page_that_can_be_mailed(tmp_path: Path) -> None:
     folder = report_run.write(tmp_path / "run", *report_run.full(blocks=40, rank=8, d=8192, prompt=300))
     assert write_report(folder).stat().st_size < 2_000_000
