@@ -226,6 +226,13 @@ def test_scatter_samples_keep_the_extremes() -> None:
     assert chart.notes == ("2000 of 9000 components, the extremes among them.",)
 
 
+def test_scatters_are_drawn_on_the_scale_of_the_output() -> None:
+    y = np.linspace(-3, 4, 50)
+    vectors = {"y": y, "offset": 0 * y, "linear_output": y, "ordinary_output": 0.01 * y}
+    for chart in charts.scatters(Run({}, vectors)):
+        assert (chart.y.low, chart.y.high) == (chart.x.low, chart.x.high)
+
+
 def test_failed_checks_are_said_in_words() -> None:
     content = full()
     content["reconstruction"] |= {"healthy": False, "error": 0.5}

@@ -251,7 +251,7 @@ def scatters(run: Run) -> list[Chart]:
                 key=f"reconstruction-{name}",
                 title="Reconstruction" if name == "detached" else "The ordinary Jacobian",
                 x=linear("y", y, pad=0.04),
-                y=linear(label, [v for _, v in pairs], pad=0.04) if name == "ordinary" else linear(label, y, pad=0.04),
+                y=linear(label, [*y, *values], pad=0.04),  # y's own scale at least: what is flat looks flat
                 series=(Series(label, pairs, "accent" if name == "detached" else "ink", line=False),),
                 diagonal=True,
                 square=True,
