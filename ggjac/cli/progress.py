@@ -9,22 +9,32 @@ from typing import Any
 PLAIN_SECONDS = 5.0  # between lines without a terminal; also the patience before the first one
 
 
+# Called with a detail, the steps done and their total, and how many further rounds of as many steps are expected.
+Update = Callable[..., None]
+
+
 class Reporter:
-    """Report one stage of the work after another, and remember how long each took."""
+    """Report one stage of the work after another, and remember how long each took.
+
+    Attributes:
+        seconds: of each stage.
+        work: bytes read and floating-point operations so far; once it is set, rates are shown.
+    """
 
     def __init__(self, quiet: bool):
         self.quiet = quiet
         self.seconds: dict[str, float] = {}
+        self.work: Callable[[], tuple[float, float]] | None = None
 
     @contextmanager
-    def stage(self, name: str) -> Iterator[Callable[[str, int, int], None]]:
+    def stage(self, name: str) -> Iterator[Update]:
         """Yield a function to be called with a detail, the steps done and their total; time the block."""
         start = time.perf_counter()
         try:
             if self.quiet:
-                yield lambda detail, done, total: None
+                yield lambda *step, **more: None
             elif sys.stderr.isatty():
-                with self._live(name) as update:
+                with self._live(name, start) as update:
                     yield update
             else:
                 yield self._plain(name, start)
@@ -32,27 +42,61 @@ class Reporter:
             self.seconds[name] = round(time.perf_counter() - start, 3)
 
     @contextmanager
-    def _live(self, name: str) -> Iterator[Callable[[str, int, int], None]]:
+    def _live(self, name: str, start: float) -> Iterator[Update]:
         from rich.console import Console
         from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
         columns = (TextColumn("{task.description}"), BarColumn(bar_width=20), TextColumn("{task.fields[detail]}"))
         with Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True), transient=True) as live:
             task: Any = live.add_task(name, total=None, detail="")
+            rates = self._rates(start)
 
-            def update(detail: str, done: int, total: int) -> None:
-                live.update(task, completed=done, total=total, detail=f"{detail} {done}/{total}")
+            def update(detail: str, done: int, total: int, rounds: int = 0) -> None:
+                text = f"{detail} {done}/{total}{rates(done, total, rounds)}"
+                live.update(task, completed=done, total=total, detail=text)
 
             yield update
 
-    def _plain(self, name: str, start: float) -> Callable[[str, int, int], None]:
+    def _plain(self, name: str, start: float) -> Update:
         last = start
+        rates = self._rates(start)
 
-        def update(detail: str, done: int, total: int) -> None:
+        def update(detail: str, done: int, total: int, rounds: int = 0) -> None:
             nonlocal last
+            text = rates(done, total, rounds)
             now = time.perf_counter()
             if now - last >= PLAIN_SECONDS:
                 last = now
-                print(f"{name}: {detail} {done}/{total}, {now - start:.0f} s", file=sys.stderr, flush=True)
+                print(f"{name}: {detail} {done}/{total}, {clock(now - start)}{text}", file=sys.stderr, flush=True)
 
         return update
+
+    def _rates(self, start: float) -> Callable[[int, int, int], str]:
+        """Return a function that says how fast this stage has been so far, and how long the rest of it takes so."""
+        steps = 0
+        before = self.work() if self.work else (0.0, 0.0)
+
+        def rates(done: int, total: int, rounds: int) -> str:
+            nonlocal steps
+            steps += 1
+            elapsed = time.perf_counter() - start
+            left = elapsed / steps * (total - done + rounds * total)
+            shown = ""
+            if self.work:
+                nbytes, flop = (now - then for now, then in zip(self.work(), before, strict=True))
+                shown = f", {nbytes / elapsed / 1e9:.2f} GB/s" if nbytes else ""
+                shown += f", {flop / elapsed / 1e9:.0f} GFLOP/s" if flop else ""
+            # Too early to tell while what is measured is the start.
+            return shown + (f", about {clock(left)} left" if elapsed > 2 and left >= 1 else "")
+
+        return rates
+
+
+def clock(seconds: float) -> str:
+    """Return a duration as people say it: `42 s`, `3:07`, `1:02:33`."""
+    whole = round(seconds)
+    if whole < 100:
+        return f"{whole} s"
+    minutes, rest = divmod(whole, 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

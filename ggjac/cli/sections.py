@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ggjac import parity, runs
+from ggjac import parity, planner, runs
 from ggjac.analysis.attribution import Attribution, attribute
 from ggjac.analysis.contrast import Agreement, Contrast, contrast, ordinary_jacobian
 from ggjac.analysis.contributions import contributions
@@ -143,21 +144,33 @@ def run_spectrum(session: Session, *, rank: int, top: int, tol: float, seed: int
     """Decompose the Jacobian and decode both ends."""
     J, model = session.jacobian, session.model
     with session.report.stage("svd") as update:
-        sweep, residual = 1, ""
+        sweep = 1
+        history: list[float] = []
 
         def advanced(done: int, total: int) -> None:
             nonlocal sweep
-            update(f"sweep {sweep}{residual}, block", done, total)
+            residual = f", worst residual {history[-1]:.1e}" if history else ""
+            update(f"sweep {sweep}{residual}, block", done, total, sweeps_left(history, sweep, tol))
             sweep += done == total
 
         def swept(sweeps: int, worst: float) -> None:
-            nonlocal residual
-            residual = f", worst residual {worst:.1e}"
+            history.append(worst)
 
         J.progress = advanced
         return spectrum(
             J, model.head, model.embedding, rank, top=top, tol=tol, seed=seed, max_sweeps=max_sweeps, progress=swept
         )
+
+
+def sweeps_left(history: list[float], sweep: int, tol: float) -> int:
+    """Return how many sweeps are to come after this one: the residual goes on falling as it did, in the mean.
+
+    Before that is known, as many as spectra of models usually take.
+    """
+    if len(history) < 2 or not 0 < history[-1] < history[0]:
+        return max(0, planner.EXPECTED_SWEEPS - sweep)
+    per_sweep = math.log(history[0] / history[-1]) / (len(history) - 1)
+    return max(0, math.ceil(math.log(history[-1] / tol) / per_sweep) - 1)
 
 
 def spectrum_data(session: Session, result: Spectrum, seed: int, tol: float) -> dict[str, Any]:

@@ -54,6 +54,7 @@ class Session:
         if rank is not None and rank > d:
             raise click.UsageError(f"--rank {rank} is out of range; this model's Jacobian has {d} singular values")
         self.position = position % n
+        self.report.work = self._work
         self._fit(rank)
         self.warning = bos_warning(self.model.tokenizer, self.ids)
 
@@ -92,6 +93,11 @@ class Session:
     def jacobian(self) -> DetachedJacobian:
         """The Jacobian at the chosen position."""
         return self.trace.jacobian(self.position)
+
+    def _work(self) -> tuple[float, float]:
+        """Return the bytes read and the floating-point operations of sweeps so far."""
+        jacobian = self.__dict__.get("jacobian")  # not made for asking
+        return self.model.weights.bytes_read, jacobian.sweep.flop if jacobian else 0.0
 
     def token(self, id: int) -> str:
         """Return a token's text, visible and harmless."""

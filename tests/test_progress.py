@@ -1,0 +1,79 @@
+"""What is said while a command works: rates, and how long the rest takes, on a clock of our own."""
+
+from collections.abc import Iterator
+
+import pytest
+
+from ggjac.cli import progress
+from ggjac.cli.progress import Reporter, clock
+from ggjac.cli.sections import sweeps_left
+
+
+class Clock:
+    """Seconds that pass when told."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def time(monkeypatch: pytest.MonkeyPatch) -> Iterator[Clock]:
+    clock = Clock()
+    monkeypatch.setattr(progress, "time", clock)
+    return clock
+
+
+@pytest.mark.parametrize(
+    ("seconds", "shown"),
+    [(0.4, "0 s"), (42.0, "42 s"), (187.0, "3:07"), (3753.0, "1:02:33"), (99.6, "1:40"), (86400.0, "24:00:00")],
+)
+def test_durations(seconds: float, shown: str) -> None:
+    assert clock(seconds) == shown
+
+
+def test_plain_lines_come_every_few_seconds_with_rates(time: Clock, capsys: pytest.CaptureFixture[str]) -> None:
+    report = Reporter(quiet=False)
+    done = {"bytes": 5e9, "flop": 0.0}  # what was read before this stage is not its own
+    report.work = lambda: (done["bytes"], done["flop"])
+    with report.stage("svd") as update:
+        for block in range(1, 11):
+            time.now += 2
+            done["bytes"] += 3e9
+            done["flop"] += 1e11
+            update("sweep 1, block", block, 10, rounds=2)
+    out = capsys.readouterr()
+    assert not out.out
+    assert out.err.splitlines() == [
+        "svd: sweep 1, block 3/10, 6 s, 1.50 GB/s, 50 GFLOP/s, about 54 s left",
+        "svd: sweep 1, block 6/10, 12 s, 1.50 GB/s, 50 GFLOP/s, about 48 s left",
+        "svd: sweep 1, block 9/10, 18 s, 1.50 GB/s, 50 GFLOP/s, about 42 s left",
+    ]
+    assert report.seconds == {"svd": 20.0}
+
+
+def test_what_was_resumed_counts_for_no_rate(time: Clock, capsys: pytest.CaptureFixture[str]) -> None:
+    """A stage that begins at step 90 of 100 has done only what it did itself."""
+    report = Reporter(quiet=False)
+    with report.stage("svd") as update:
+        for step in range(91, 93):
+            time.now += 3
+            update("block", step, 100)
+    assert capsys.readouterr().err == "svd: block 92/100, 6 s, about 24 s left\n"
+
+
+def test_quiet_says_nothing(time: Clock, capsys: pytest.CaptureFixture[str]) -> None:
+    with Reporter(quiet=True).stage("svd") as update:
+        time.now += 60
+        update("block", 1, 2, rounds=3)
+    assert capsys.readouterr() == ("", "")
+
+
+def test_sweeps_left_follow_the_residual() -> None:
+    assert sweeps_left([], 1, 1e-3) == 7  # nothing known yet: eight in all
+    assert sweeps_left([0.1], 2, 1e-3) == 6
+    assert sweeps_left([1.0, 0.1], 3, 1e-3) == 1  # falls tenfold each sweep: two more, the one at work among them
+    assert sweeps_left([1.0, 0.5, 0.25], 4, 1 / 64) == 3
+    assert sweeps_left([0.1, 0.2], 30, 1e-3) == 0  # does not fall: no promise
