@@ -32,7 +32,7 @@ class Measured:
         multiply: FLOP per second, by number of columns (stacked vectors times positions).
         copy: bytes per second that a copy in memory reads and writes together.
         bus: bytes per second from pinned memory to the device; infinite on the CPU.
-        call: seconds of an operation on next to nothing: what Python and torch cost.
+        call: seconds that applying a matrix costs besides; see `call_seconds`.
         dtype, threads, device: what was asked for.
         seconds: what measuring took.
     """
@@ -140,7 +140,7 @@ def measure(
             multiply={count: gemm_rate(file, count, dtype, device) for count in columns},
             copy=copy_rate(),
             bus=math.inf if device == "cpu" else bus_rate(device),
-            call=call_seconds(dtype, device),
+            call=call_seconds(file, max(common, key=lambda name: types[name]), dtype, threads, device),
             dtype=dtype,
             threads=threads,
             device=device,
@@ -277,13 +277,27 @@ def bus_rate(device: str) -> float:
     return source.nbytes / seconds_of(once, 0.1)
 
 
-def call_seconds(dtype: str, device: str = "cpu") -> float:
-    """Return the seconds of a product of almost nothing."""
+def call_seconds(file: GGUFFile, type: str, dtype: str, threads: int, device: str = "cpu") -> float:
+    """Return the seconds that applying a matrix costs besides reading, dequantizing and multiplying it.
+
+    Measured on one row of a matrix, with the scaling before it: what Python, torch and waking threads cost. Building
+    the operators of a block takes about as long again.
+    """
     import torch
 
-    kind: Any = {"dtype": getattr(torch, dtype), "device": device}
-    a, b = torch.ones(2, 2, **kind), torch.ones(2, 2, **kind)
-    return seconds_of(lambda: a @ b, 0.01, 20)
+    from ggjac.linop import Linear, Scale
+    from ggjac.weights import WeightStore
+
+    info = dominant(file, type)
+    store = WeightStore(file, device=torch.device(device), dtype=getattr(torch, dtype), threads=threads)
+    weight = store[info.name].rows(0, 1)
+    X = torch.ones(1, 1, info.shape[-1], dtype=store.dtype, device=store.device)
+
+    def once() -> None:
+        (Linear(weight, 1) @ Scale(X[0])).matmat(X)
+        _wait(device)
+
+    return 2 * seconds_of(once, 0.02, 20)
 
 
 def _wait(device: str) -> None:

@@ -159,21 +159,27 @@ class Pass:
         nbytes: stored bytes read.
         types: weights dequantized, by storage type.
         flop: for one vector, or of a trace for all positions.
+        calls: matrices applied.
     """
 
     nbytes: int = 0
     types: Mapping[str, int] = field(default_factory=dict)
     flop: int = 0
+    calls: int = 0
 
     @property
     def weights(self) -> int:
         """Elements dequantized."""
         return sum(self.types.values())
 
+    def columns(self, vectors: int = 1) -> int:
+        """Return what a weight is multiplied by, on the average: positions times stacked vectors, fewer in experts."""
+        return max(1, round(vectors * self.flop / (2 * max(1, self.weights))))
+
     def __add__(self, other: "Pass") -> "Pass":
         types = Counter(self.types)
         types.update(other.types)
-        return Pass(self.nbytes + other.nbytes, dict(types), self.flop + other.flop)
+        return Pass(self.nbytes + other.nbytes, dict(types), self.flop + other.flop, self.calls + other.calls)
 
 
 def _total(passes: Iterable[Pass]) -> Pass:
@@ -234,6 +240,7 @@ class _Block:
             matrices * out * info.row_bytes,
             {info.type.name: matrices * out * columns},
             2 * (uses or positions) * out * columns,
+            matrices,
         )
         return weight + self.vector(f"{stem}.bias", matrices if experts else 0)
 
@@ -425,9 +432,9 @@ class Plan:
 
     @property
     def columns(self) -> list[int]:
-        """Columns of the products to come: positions times stacked vectors."""
-        sweeps = {part.vectors * self.positions for part in self.job.sweeps}
-        return sorted({self.n, *sweeps, *([self.job.rank * self.n] if self.job.rank else [])})
+        """Columns of the products to come, on the average; see `Pass.columns`."""
+        sweeps = {self.sweep.columns(part.vectors) for part in self.job.sweeps}
+        return sorted({self.trace.columns(), *sweeps, *([self.decode.columns()] if self.job.rank else [])})
 
     @property
     def tape_bytes(self) -> int:
@@ -621,7 +628,7 @@ def _layer(
 
 def _rows(info: TensorInfo, vectors: int) -> Pass:
     """Return one pass over a whole matrix with some vectors."""
-    return Pass(info.nbytes, {info.type.name: info.elements}, 2 * vectors * info.elements)
+    return Pass(info.nbytes, {info.type.name: info.elements}, 2 * vectors * info.elements, 1)
 
 
 def _memory(
@@ -712,8 +719,8 @@ class Rates(Protocol):
         """Bytes read from the model's disk."""
 
     @property
-    def bus(self) -> float:
-        """Bytes moved to the device; infinite where there is none."""
+    def call(self) -> float:
+        """Seconds, not per second: what applying a matrix costs besides its bytes, weights and FLOP."""
 
     def dequantize(self, type: str) -> float:
         """Weights of a storage type."""
@@ -731,11 +738,12 @@ class Time:
     disk: float
     dequantize: float
     gemm: float
+    calls: float
 
     @property
     def each(self) -> float:
-        """Seconds of one pass: the slower of reading and of dequantizing and multiplying in turn."""
-        return max(self.disk, self.dequantize + self.gemm)
+        """Seconds of one pass: the slower of reading and of dequantizing and multiplying in turn, and the calls."""
+        return max(self.disk, self.dequantize + self.gemm) + self.calls
 
     @property
     def total(self) -> float:
@@ -762,21 +770,28 @@ def _times(plan: Plan, rates: Rates, cached: int, free: int) -> Times:
     alternate their direction, so that each finds in the cache what the one before it left there.
     """
     room = max(0, free - plan.ram_peak)  # for the page cache, beside the job
-    streamed = _total(layer.sweep for layer in plan.layers if layer.place in ("file", "pinned", "device"))
+    dense = _total(layer.sweep for layer in plan.layers if layer.place == "dense")
+    streamed = _total(layer.sweep for layer in plan.layers if layer.place != "dense")
     from_file = sum(layer.sweep.nbytes for layer in plan.layers if layer.place == "file")
 
-    def one(what: str, count: int, work: Pass, flop: int, columns: int, missing: int) -> Time:
-        dequantize = sum(weights / rates.dequantize(kind) for kind, weights in work.types.items())
-        return Time(what, count, max(0, missing) / rates.disk, dequantize, flop / rates.gemm(columns))
+    def reading(work: Pass) -> float:
+        return sum((weights / rates.dequantize(kind) for kind, weights in work.types.items()), start=0.0)
 
-    parts = [
-        one("trace", 1, plan.trace, plan.trace.flop, plan.n, plan.trace.nbytes - cached),
-        one("logits", 1, plan.head, plan.head.flop, 1, plan.head.nbytes - max(cached, room)),
-    ]
+    def whole(what: str, work: Pass, present: int) -> Time:
+        """Return the time of one pass that reads all it computes with."""
+        missing = max(0, work.nbytes - present)
+        gemm = work.flop / rates.gemm(work.columns())
+        return Time(what, 1, missing / rates.disk, reading(work), gemm, work.calls * rates.call)
+
+    parts = [whole("trace", plan.trace, cached), whole("logits", plan.head, max(cached, room))]
+    if dense.weights:
+        ready = Time("making layers ready", 1, max(0, dense.nbytes - room) / rates.disk, reading(dense), 0.0, 0.0)
+        parts.append(ready)
+    missing = max(0, from_file - room) / rates.disk
     for sweeps in plan.job.sweeps:
-        flop, columns = sweeps.vectors * plan.sweep.flop, sweeps.vectors * plan.positions
-        parts.append(one(sweeps.what, sweeps.count, streamed, flop, columns, from_file - room))
+        gemm = sweeps.vectors * plan.sweep.flop / rates.gemm(plan.sweep.columns(sweeps.vectors))
+        calls = plan.sweep.calls * rates.call
+        parts.append(Time(sweeps.what, sweeps.count, missing, reading(streamed), gemm, calls))
     if plan.job.rank:
-        columns = plan.job.rank * plan.n
-        parts.append(one("decoding", 1, plan.decode, plan.decode.flop, columns, plan.decode.nbytes - room))
+        parts.append(whole("decoding", plan.decode, room))
     return Times(tuple(parts))

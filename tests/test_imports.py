@@ -29,17 +29,18 @@ MAY_IMPORT: dict[str, set[str]] = {
     "quants": {"ggml"},
     "rope": {"config"},
     "svd": {"linop"},
+    "frobenius": {"linop", "svd"},
     "decode": {"linop", "weights"},
     "weights": {"gguf", "quants", "ggml"},
     "planner": {"gguf", "ggml", "config", "machine"},
-    "bench": {"gguf", "weights"},
+    "bench": {"gguf", "linop", "weights"},
     "blocks": {"linop", "config", "rope"},
     "tapes": {"blocks", "journal", "runs"},
     "jacobian": {"blocks", "journal", "linop", "svd", "tapes"},
     "ordinary": {"blocks", "jacobian", "linop"},
     "model": {"blocks", "config", "decode", "demo", "gguf", "hub", "jacobian", "rope", "tapes", "tokenizer", "weights"},
     "parity": {"model", "tokenizer", "gguf", "llamacpp"},
-    "analysis": {"jacobian", "ordinary", "svd", "decode", "weights"},
+    "analysis": {"frobenius", "journal", "jacobian", "ordinary", "svd", "decode", "weights"},
 }
 # The one that may import anything, and that nothing may import.
 TOP = "cli"

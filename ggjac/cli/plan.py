@@ -99,7 +99,7 @@ def show_plan(
 def make_plan(
     what: ModelOptions, file: Any, config: Any, n: int, command: str, *, rank: int = 8, position: int = -1
 ) -> Plan:
-    """Return the plan of a command with the options given.
+    """Return the plan of a command with the options given; tapes go to the `--trace` folder only if they must.
 
     Raises:
         click.UsageError: the prompt is too long, or rank or position are out of range.
@@ -114,7 +114,7 @@ def make_plan(
         number = what.device.partition(":")[2]
         memory = machine.gpu_memory(int(number) if number.isdigit() else 0)
         vram = memory[0] if memory else None
-    try:
+    def made(*, tapes_on_disk: bool) -> Plan:
         return planner.make(
             file,
             config,
@@ -126,7 +126,12 @@ def make_plan(
             position=position,
             threads=what.threads or os.cpu_count() or 1,
             budget=Budget(machine.default_budget() if what.ram_budget is None else what.ram_budget, vram),
+            tapes_on_disk=tapes_on_disk,
         )
+
+    try:
+        plan = made(tapes_on_disk=False)
+        return plan if plan.fits or what.trace is None else made(tapes_on_disk=True)
     except planner.PlanError as error:
         raise click.UsageError(str(error)) from error
 
@@ -274,10 +279,14 @@ def _show_times(made: Plan, times: Times, rates: Sequence[str]) -> None:
 
     render.line("")
     rows = [
-        (part.what, part.count, *(_seconds(t) for t in (part.disk, part.dequantize, part.gemm, part.each, part.total)))
+        (
+            part.what,
+            part.count,
+            *(_seconds(t) for t in (part.disk, part.dequantize, part.gemm, part.calls, part.each, part.total)),
+        )
         for part in times.parts
     ]
-    columns = ["part", "#times", "#disk", "#dequantize", "#multiply", "#each", "#total"]
+    columns = ["part", "#times", "#disk", "#dequantize", "#multiply", "#calls", "#each", "#total"]
     render.table("Time in seconds: the slower of disk and of dequantizing, then multiplying", columns, rows)
     render.line(f"In all about {_duration(times.total)}, for the sweeps that are usual; tolerance and spectrum decide.")
     for text in rates:

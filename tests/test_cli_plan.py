@@ -1,0 +1,231 @@
+"""`ggjac plan`, `ggjac bench`, `--dry-run`, and budgets that refuse."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from ggjac import bench, planner
+from ggjac.cli import main
+
+TinyFile = Callable[..., Path]
+TOKENS = ["--tokens", "5,17,3,99,42"]
+
+
+def run(*args: object, code: int = 0) -> Result:
+    result = CliRunner().invoke(main, [str(arg) for arg in args], prog_name="ggjac")
+    assert result.exit_code == code, result.output
+    assert "Traceback" not in result.output
+    assert not any(line.endswith(" ") for line in result.stdout.split("\n"))
+    return result
+
+
+def error(*args: object, code: int = 4) -> str:
+    """Return the one line that a refusal prints."""
+    text = run(*args, code=code).stderr
+    assert text.startswith("Error: ")
+    assert text.count("\n") == 1, text
+    return text
+
+
+class Rates:
+    """Made-up rates in place of a measurement."""
+
+    disk = 1e9
+    call = 0.0
+
+    def dequantize(self, type: str) -> float:
+        return 1e9
+
+    def gemm(self, columns: int) -> float:
+        return 1e11
+
+    def data(self) -> dict[str, float]:
+        return {"disk_bytes_per_second": self.disk}
+
+    def lines(self) -> list[str]:
+        return ["disk 1 GB/s"]
+
+
+@pytest.fixture
+def rates(monkeypatch: pytest.MonkeyPatch) -> Rates:
+    found = Rates()
+    monkeypatch.setattr(bench, "measure", lambda *_, **__: found)
+    return found
+
+
+def test_the_tables(rates: Rates, tiny_file: TinyFile) -> None:
+    out = run("plan", "-m", tiny_file("gqa"), *TOKENS, "--ram-budget", "1GiB").stdout
+    for words in ("2 layers; ggjac svd, 5 tokens, float32, on the CPU", "dense, ready to multiply", "Fits."):
+        assert words in out
+    for title in ("Each layer", "Sweeps (a sweep reads", "Memory at the peak", "Time in seconds", "disk 1 GB/s"):
+        assert out.count(title) == 1
+    assert out.index("Memory at the peak") < out.index("Fits.") < out.index("Time in seconds")
+
+
+def test_alike_layers_share_a_row(tiny_file: TinyFile) -> None:
+    out = run("plan", "-m", tiny_file("gqa", layers=5), *TOKENS, "--no-bench").stdout
+    assert "\n0-3 " in out  # the last one works on one position
+    assert "\n4 " in out
+
+
+def test_json_says_what_the_library_says(rates: Rates, tiny_file: TinyFile) -> None:
+    path = tiny_file("mixtral")
+    data = json.loads(run("plan", "-m", path, *TOKENS, "-k", 3, "--ram-budget", "1GiB", "--format", "json").stdout)
+    assert data["schema_version"] == 1
+    assert (data["tokens"], data["command"], data["dtype"], data["ram_budget"]) == (5, "svd", "float32", 1 << 30)
+    assert data["sweeps"][0]["vectors"] == 11
+    assert sum(data["ram"].values()) == data["ram_needed"] <= data["ram_peak"] <= 1 << 30
+    assert [layer["index"] for layer in data["layers"]] == [0, 1]
+    assert data["sweep"]["bytes"] == sum(layer["sweep_bytes"] for layer in data["layers"])
+    assert data["fits"] is True
+    assert data["misfit"] is None
+    assert data["rates"] == rates.data()
+    assert data["times"]["total"] == pytest.approx(sum(part["total"] for part in data["times"]["parts"]))
+    assert [part["what"] for part in data["times"]["parts"]] == [
+        *("trace", "logits", "making layers ready", "svd", "reconstruction", "decoding")
+    ]
+
+
+def test_no_bench_measures_nothing(monkeypatch: pytest.MonkeyPatch, tiny_file: TinyFile) -> None:
+    monkeypatch.setattr(bench, "measure", lambda *_, **__: pytest.fail("measured"))
+    data = json.loads(run("plan", "-m", tiny_file("gqa"), *TOKENS, "--no-bench", "--format", "json").stdout)
+    assert "times" not in data
+
+
+@pytest.mark.parametrize("command", planner.JOBS)
+def test_every_planned_command(command: str, tiny_file: TinyFile) -> None:
+    out = run("plan", "-m", tiny_file("gqa"), *TOKENS, "--for", command, "--no-bench").stdout
+    assert f"ggjac {command}, 5 tokens" in out
+
+
+BLOCKED = """
+import sys
+for name in ("torch", "gguf", "llama_cpp", "safetensors"):
+    sys.modules[name] = None  # importing it is an error
+from ggjac.cli import main
+main()
+"""
+
+
+@pytest.mark.parametrize(
+    "args", [["plan", "--no-bench"], ["svd", "--dry-run"], ["analyze", "--dry-run"], ["jacobian", "--dry-run"]]
+)
+def test_the_memory_part_needs_no_torch(args: list[str], tiny_file: TinyFile) -> None:
+    command = [sys.executable, "-c", BLOCKED, *args, "-m", str(tiny_file("gqa")), *TOKENS]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "Memory at the peak" in done.stdout
+
+
+def test_a_text_is_counted_in_tokens(tiny_file: TinyFile) -> None:
+    path = tiny_file("tokenizer")
+    out = run("plan", "-m", path, "-p", "the rest", "--no-bench", "--format", "json").stdout
+    said = json.loads(run("predict", "-m", path, "-p", "the rest", "--format", "json").stdout)
+    assert json.loads(out)["tokens"] == len(said["tokens"])
+
+
+# ---- refusals
+
+
+@pytest.mark.parametrize("command", ["plan", "svd", "analyze", "jacobian", "attribute", "predict", "verify"])
+def test_a_budget_that_cannot_work_is_refused_before_any_work(
+    command: str, tiny_file: TinyFile, tmp_path: Path
+) -> None:
+    output = ["-o", tmp_path / "out"] if command in ("svd", "analyze", "jacobian") else []
+    text = error(command, "-m", tiny_file("gqa"), *TOKENS, "--ram-budget", "100MiB", *output)
+    assert "of memory (process " in text
+    assert "but --ram-budget allows 100.0 MiB" in text
+    assert "or give --ram-budget " in text
+    assert not (tmp_path / "out").exists()
+    # What it asks for is enough.
+    enough = text.split("or give --ram-budget ")[1].split()[0]
+    run("plan", "-m", tiny_file("gqa"), *TOKENS, "--ram-budget", enough, "--no-bench")
+
+
+@pytest.mark.parametrize("command", ["svd", "analyze", "jacobian"])
+def test_a_dry_run_refuses_likewise_and_computes_nothing(
+    command: str, monkeypatch: pytest.MonkeyPatch, tiny_file: TinyFile, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    arguments = command, "-m", tiny_file("gqa"), *TOKENS, "--dry-run"
+    assert "Fits." in run(*arguments).stdout
+    assert f"{command} needs" in error(*arguments, "--ram-budget", "1MiB")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_refusal_in_json_is_data(tiny_file: TinyFile) -> None:
+    result = run("plan", "-m", tiny_file("gqa"), *TOKENS, "--ram-budget", "1M", "--format", "json", code=4)
+    data = json.loads(result.stdout)
+    assert data["fits"] is False
+    assert "--ram-budget allows 1.0 MiB" in data["misfit"]
+    assert "times" not in data
+
+
+@pytest.mark.parametrize("command", ["plan", "svd"])
+@pytest.mark.parametrize(
+    ("option", "words"),
+    [
+        (["--ram-budget", "lots"], "'lots' is not an amount of memory; write it as 2GiB"),
+        (["--vram-budget", "0"], "'0' is out of range"),
+        (["--position", "5"], "--position 5 is out of range; the prompt has positions 0 to 4"),
+        (["--rank", "65"], "--rank 65 is out of range; this model's Jacobian has 64 singular values"),
+        (["--tokens", "128"], "token id 128 is out of range; the vocabulary has ids 0 to 127"),
+        (["-p", "text"], "both give a prompt"),
+    ],
+)
+def test_usage_errors(command: str, option: list[str], words: str, tiny_file: TinyFile) -> None:
+    tokens = [] if option[0] == "--tokens" else TOKENS
+    assert words in error(command, "-m", tiny_file("gqa"), *tokens, *option, code=2)
+
+
+def test_a_prompt_longer_than_the_context(tiny_file: TinyFile) -> None:
+    ids = ",".join(["1"] * 257)
+    text = error("plan", "-m", tiny_file("gqa"), "--tokens", ids, code=2)
+    assert "a prompt of 257 tokens cannot run; this model takes from 1 to 256" in text
+
+
+# ---- budgets at work
+
+
+def test_what_the_budget_has_room_for_is_read_once(monkeypatch: pytest.MonkeyPatch, tiny_file: TinyFile) -> None:
+    """The same digits, and the live weights dequantized in the trace, in one sweep, and then no more."""
+    from ggjac.cli import session
+
+    seen = []
+    make = session.Session._fit
+
+    def remember(self: session.Session, rank: int | None) -> None:
+        make(self, rank)
+        seen.append(self.model.weights)
+
+    monkeypatch.setattr(session.Session, "_fit", remember)
+    arguments = "svd", "-m", tiny_file("gqa", layers=3), *TOKENS, "-k", 2, "--format", "json"
+    ample = json.loads(run(*arguments, "--ram-budget", "8GiB").stdout)["svd"]
+    plan = json.loads(run("plan", *arguments[1:], "--no-bench", "--ram-budget", "8GiB").stdout)
+    tight = json.loads(run(*arguments, "--ram-budget", f"{plan['ram_needed']}").stdout)["svd"]
+    assert ample == tight
+    reads = [weights.reads["blk.0.ffn_down.weight"] / 64 for weights in seen]
+    assert reads[0] == 2
+    assert reads[1] >= 1 + ample["sweeps"]
+
+
+# ---- bench
+
+
+def test_bench_shows_each_rate_beside_its_limit(monkeypatch: pytest.MonkeyPatch, tiny_file: TinyFile) -> None:
+    monkeypatch.setattr(bench, "COPY_ELEMENTS", 1 << 12)
+    path = tiny_file("q8_0")
+    out = run("bench", "-m", path, "-t", 1).stdout
+    for words in ("disk, sequential", "memory copy", "dequantize Q8_0 to float32", "dequantize Q8_0 to bfloat16"):
+        assert words in out
+    data = json.loads(run("bench", "-m", path, "-t", 1, "--format", "json").stdout)
+    assert {row["unit"] for row in data["rates"]} == {"B/s", "weights/s", "FLOP/s"}
+    assert all(row["rate"] > 0 for row in data["rates"])
+    limits = {row["limited_by"] for row in data["rates"] if row["limit"] is not None}
+    assert limits == {"memory copy", "square matrices"}
+    assert 0 < data["memory"]["default_budget"] <= data["memory"]["total"]
