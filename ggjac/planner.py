@@ -403,6 +403,7 @@ class Plan:
         ram, vram: bytes by part, at the peak; without what stays resident by choice. Empty `vram` on the CPU.
         budget: what may be used.
         file_bytes: of all shards.
+        tapes_on_disk: tapes are kept in a folder, one at a time in memory.
     """
 
     job: Job
@@ -419,6 +420,7 @@ class Plan:
     vram: Mapping[str, int]
     budget: Budget
     file_bytes: int
+    tapes_on_disk: bool = False
 
     @property
     def trace(self) -> Pass:
@@ -520,7 +522,7 @@ def _largest(parts: Mapping[str, int], count: int = 3) -> list[tuple[str, int]]:
 def _advice(plan: Plan, parts: Mapping[str, int], option: str, needed: int) -> str:
     """Say what to lower, the part that weighs most first."""
     lower = {
-        "tapes": "use fewer tokens, or --trace FOLDER to keep tapes on disk",
+        "tapes": "use fewer tokens" + ("" if plan.tapes_on_disk else ", or --trace FOLDER to keep tapes on disk"),
         "bases": "lower --rank, or use fewer tokens",
         "vectors": "lower --rank, or use fewer tokens" if plan.job.width else "use fewer tokens",
         "trace": "use fewer tokens",
@@ -595,6 +597,7 @@ def make(
         vram={} if device == "cpu" else parts,
         budget=budget or Budget(ram=machine.default_budget()),
         file_bytes=file.nbytes,
+        tapes_on_disk=tapes_on_disk,
     )
     return replace(plan, layers=_placed(plan))
 

@@ -114,6 +114,7 @@ def make_plan(
         number = what.device.partition(":")[2]
         memory = machine.gpu_memory(int(number) if number.isdigit() else 0)
         vram = memory[0] if memory else None
+
     def made(*, tapes_on_disk: bool) -> Plan:
         return planner.make(
             file,
@@ -134,6 +135,7 @@ def make_plan(
         return plan if plan.fits or what.trace is None else made(tapes_on_disk=True)
     except planner.PlanError as error:
         raise click.UsageError(str(error)) from error
+    return on_disk if what.trace and not in_memory.fits else in_memory
 
 
 def _device(name: str) -> str:
@@ -201,6 +203,7 @@ def plan_data(made: Plan) -> dict[str, Any]:
         "vram_needed": made.vram_needed,
         "vram_peak": made.vram_peak,
         "vram_budget": made.budget.vram,
+        "tapes_on_disk": made.tapes_on_disk,
         "fits": made.fits,
         "misfit": made.misfit,
     }
