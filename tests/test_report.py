@@ -425,6 +425,7 @@ NO_RUN: dict[str, tuple[Callable[[Path], object], str]] = {
     "no JSON": (lambda f: (f / "run.json").write_text("{"), "is not a run folder"),
     "a list": (lambda f: (f / "run.json").write_text("[]"), "schema version"),
     "another version": (lambda f: (f / "run.json").write_text('{"schema_version": 99}'), "schema version"),
+    "a pipe": (lambda f: ((f / "run.json").unlink(), os.mkfifo(f / "run.json")), "is not a regular file"),
     "nested": (lambda f: (f / "run.json").write_text('{"a":' * 99999), "too deeply"),
     "huge": (lambda f: os.truncate(f / "run.json", 300 * 2**20), "has 315 MB"),
     "no safetensors": (lambda f: (f / "tensors.safetensors").write_bytes(b"x" * 99), "cannot be read"),
@@ -628,6 +629,18 @@ def test_the_command_writes_where_it_is_told(tmp_path: Path) -> None:
     assert (folder / "report.html").read_bytes() == (tmp_path / "page.html").read_bytes()
 
 
+@pytest.mark.parametrize("name", ["run.json", "tensors.safetensors"])
+def test_the_command_spares_what_it_reads(name: str, tmp_path: Path) -> None:
+    folder = report_run.write(tmp_path / "run")
+    before = (folder / name).read_bytes()
+    (tmp_path / "link").symlink_to(folder / name)
+    for output in (folder / name, tmp_path / "link"):
+        result = CliRunner().invoke(main, ["report", str(folder), "-o", str(output)], prog_name="ggjac")
+        assert (result.exit_code, result.stderr.count("\n")) == (1, 1)
+        assert "is what the report is made from" in result.stderr
+    assert (folder / name).read_bytes() == before
+
+
 @pytest.mark.parametrize(("args", "code"), [(["missing"], 2), ([], 2), (["run", "-o", "no/page.html"], 1)])
 def test_the_command_refuses_in_one_line(
     args: list[str], code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -643,7 +656,7 @@ def test_the_command_refuses_in_one_line(
 
 def test_figures_are_the_pages_charts(tmp_path: Path) -> None:
     run = load(report_run.write(tmp_path / "run"))
-    drawn = dict(figures.figures(run))
+    drawn = figures.figures(run)
     kinds = [
         f"stable-rank-{name}-{scale}" for name in ("cumulative", "blockwise", "to-end") for scale in ("linear", "log")
     ]
@@ -664,9 +677,6 @@ def test_figures_are_the_pages_charts(tmp_path: Path) -> None:
     assert axes.yaxis_inverted()
     y = drawn["reconstruction-ordinary"].axes[0].lines[-1]
     assert np.allclose(np.stack([y.get_xdata(), y.get_ydata()]), [run.vectors["y"], run.vectors["ordinary_output"]])
-    from matplotlib import pyplot
-
-    pyplot.close("all")
 
 
 def test_figures_come_in_three_formats_with_the_same_bytes_each_time(tmp_path: Path) -> None:

@@ -209,6 +209,7 @@ def rank_axes(run: Run) -> Chart | None:
         x=linear("blocks", depths, whole=True, pad=0.03),
         y=logarithmic("rank", [1, max(10, worst)], flipped=True),
         series=(),
+        summary="The table below has the numbers.",
     )
 
 

@@ -40,44 +40,43 @@ def write_figures(folder: str | os.PathLike[str]) -> list[Path]:
         raise RunError(f"{target}: is a link that leads out of the run folder; remove it")
     written = []
     with _drawing():
-        from matplotlib import pyplot
-
         try:
             target.mkdir(exist_ok=True)
         except OSError as error:
             raise RunError(f"{target}: cannot be made ({error.strerror}); copy the run folder elsewhere") from error
-        for name, figure in figures(run):
+        for name, figure in figures(run).items():
             for kind in FORMATS:
                 path = target / f"{name}.{kind}"
                 if path.is_symlink():
                     raise RunError(f"{path}: is a link that leads out of the run folder; remove it")
                 runs.save_bytes(path, _bytes(figure, kind))
                 written.append(path)
-            pyplot.close(figure)
     return written
 
 
-def figures(run: Run) -> Iterator[tuple[str, Any]]:
-    """Yield name and matplotlib `Figure` of everything that a run has data for."""
+def figures(run: Run) -> dict[str, Any]:
+    """Return a matplotlib `Figure` by name for everything that a run has data for."""
+    found: dict[str, Any] = {}
     with _drawing():
         if run.content["attribution"]:
-            yield "attribution", _attribution(run.content["attribution"])
-        found = charts.singular_values(run)
-        for variants in (found, *charts.stable_ranks(run)):
-            for chart in variants:
-                yield f"{chart.key}-{chart.scale}", _draw(chart)
+            found["attribution"] = _attribution(run.content["attribution"])
+        for variants in (charts.singular_values(run), *charts.stable_ranks(run)):
+            found |= {f"{chart.key}-{chart.scale}": _draw(chart) for chart in variants}
         for chart in (*charts.paths(run), *charts.ranks_by_depth(run), *charts.scatters(run)):
-            yield chart.key, _draw(chart)
+            found[chart.key] = _draw(chart)
+    return found
 
 
 @contextmanager
 def _drawing() -> Iterator[None]:
-    """Set matplotlib up for print, without touching what the caller has set; the same run gives the same bytes."""
+    """Set matplotlib up for print; afterwards it is as it was. The same run gives the same bytes.
+
+    Figures are made without pyplot, which would choose a backend for the whole process.
+    """
     try:
         import matplotlib
     except ModuleNotFoundError as error:
         raise ValueError("figures need matplotlib; pip install matplotlib") from error
-    matplotlib.use("agg")
     settings: Any = {
         "font.family": [family for family in FAMILIES if family in _installed()],
         "font.size": 9,
@@ -135,11 +134,17 @@ def _bytes(figure: Any, kind: str) -> bytes:
     return buffer.getvalue()
 
 
+def _blank(inches: tuple[float, float]) -> tuple[Any, Any]:
+    """Return an empty figure and its axes."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=inches)
+    return figure, figure.subplots()
+
+
 def _draw(chart: Chart) -> Any:
     """Draw a chart."""
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(4.2, 4.2) if chart.square else (5.6, 3.2))
+    figure, axes = _blank((4.2, 4.2) if chart.square else (5.6, 3.2))
     for axis, name in ((chart.x, "x"), (chart.y, "y")):
         _scale(axes, axis, name)
     axes.grid(axis="y", color="#e3dfd8", linewidth=0.6)
@@ -176,12 +181,10 @@ def _scale(axes: Any, axis: Axis, name: str) -> None:
 
 def _attribution(data: dict[str, Any]) -> Any:
     """Draw the shares of the tokens as bars."""
-    from matplotlib import pyplot
-
     shares = data["shares"]
     largest = sorted(range(len(shares)), key=lambda i: -abs(shares[i]["share"]))[:MAX_BARS]
     shown = [shares[i] for i in sorted(largest)]
-    figure, axes = pyplot.subplots(figsize=(5.6, 0.7 + 0.24 * len(shown)))
+    figure, axes = _blank((5.6, 0.7 + 0.24 * len(shown)))
     places = range(len(shown))
     values = [s["share"] for s in shown]
     axes.barh(places, values, height=0.62, color=[TONES["accent"] if value >= 0 else LESS for value in values])

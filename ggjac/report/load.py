@@ -14,7 +14,7 @@ from ggjac.runs import RunError
 
 # What is drawn: vectors of the embedding's size.
 VECTORS = ("y", "offset", "linear_output", "ordinary_output")
-MAX_JSON = 256 * 2**20  # bytes
+MAX_JSON = 64 * 2**20  # bytes
 MAX_VECTOR = 2**22  # elements
 
 
@@ -39,6 +39,8 @@ def load(folder: str | os.PathLike[str]) -> Run:
     """
     folder = Path(folder)
     path = folder / "run.json"
+    if path.exists() and not path.is_file():  # a pipe would never end
+        raise RunError(f"{path}: is not a regular file; is this a run folder?")
     if path.is_file() and path.stat().st_size > MAX_JSON:
         raise RunError(f"{path}: has {path.stat().st_size / 1e6:.0f} MB, too much for a run; is this a run folder?")
     try:

@@ -18,6 +18,7 @@ from ggjac.runs import RunError
 
 TEMPLATES = Path(__file__).parent / "templates"
 NAME = "report.html"
+OWN = ("run.json", "tensors.safetensors")
 
 
 def write_report(folder: str | os.PathLike[str], output: str | os.PathLike[str] | None = None) -> Path:
@@ -30,6 +31,8 @@ def write_report(folder: str | os.PathLike[str], output: str | os.PathLike[str] 
     path = Path(folder) / NAME if output is None else Path(output)
     if output is None and path.is_symlink():  # a folder from strangers must not send us elsewhere
         raise RunError(f"{path}: is a link that leads out of the run folder; remove it, or choose a file with -o")
+    if any(path.exists() and (Path(folder) / own).exists() and path.samefile(Path(folder) / own) for own in OWN):
+        raise RunError(f"{path}: is what the report is made from; choose another -o")
     runs.save_bytes(path, html.encode("utf-8"))
     return path
 

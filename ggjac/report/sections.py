@@ -327,8 +327,8 @@ def grid(run: Run) -> dict[str, Any] | None:
     `index` blocks, read through final norm and head; the most likely first; 0 blocks may be there.
 
     `layers.ranks`: `{"tokens": [{"id", "token"}], "depths": [{"index", "ranks": [...]}]}`: the rank, from 1, that each
-    of these tokens has in the readout at each depth, in the order of `tokens`; `tokens` should be all that `taps` and
-    `readout` name, the most important first (the page takes as many as it can carry).
+    of these tokens has in the readout at each depth, in the order of `tokens`, 0 where it is not known; `tokens` should
+    be all that `taps` and `readout` name, the most important first (the page takes as many as it can carry).
     """
     layers = run.content["layers"]
     if not layers:
