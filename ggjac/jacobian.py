@@ -301,10 +301,14 @@ class DetachedJacobian(LinearOperator):
 
     def rows(self, chunk: int | None = None) -> Iterator[tuple[int, int, Tensor]]:
         """Yield rows of the dense Jacobian; by default as many at a time as fit into `chunk_bytes`."""
+        return super().rows(chunk or self.rows_at_once())
+
+    def rows_at_once(self, maps: int = 1) -> int:
+        """Return how many rows, of each of several such maps, fit into `chunk_bytes` on their way; at least one."""
         n, d = self.in_shape
         hidden = min(self.network.frame.config.hidden_units, SLAB)
         floats = max(3 * n * d, 2 * n * hidden)
-        return super().rows(chunk or max(1, self.chunk_bytes // (floats * self.dtype.itemsize)))
+        return max(1, self.chunk_bytes // (floats * self.dtype.itemsize * maps))
 
     def svd(self, rank: int, **options: Any) -> SVD:
         """Return the leading singular triplets of the `[d, n d]` matrix; options as `ggjac.svd.svd` takes them."""

@@ -1,0 +1,98 @@
+"""Frobenius norms and stable ranks of linear operators whose leading singular triplets are known.
+
+Any number of operators at once, where their transposed products are cheaper together.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ggjac.linop import LinearOperator
+from ggjac.svd import SVD
+
+# Up to this output size the Frobenius norm comes from all rows, in one sweep (or a few); beyond, it is estimated.
+EXACT_ROWS = 512
+# Random vectors of an estimate.
+PROBES = 16
+
+
+@dataclass(frozen=True)
+class StableRank:
+    """Stable rank of a map, with its standard error.
+
+    Attributes:
+        value: `Σ σ² / σ₁²`, from 1 (one direction) to the full rank; 0 for a map that is zero.
+        error: one standard error of `value`; 0 where the norm is exact.
+        frobenius: the Frobenius norm.
+    """
+
+    value: float
+    error: float
+    frobenius: float
+
+
+def stable_ranks(
+    operators: Sequence[LinearOperator],
+    triplets: Sequence[SVD],
+    *,
+    down: Callable[[list[Tensor]], list[Tensor]],
+    chunk: int | None,
+    probes: int = PROBES,
+    seed: int = 0,
+) -> list[StableRank]:
+    """Compute the stable rank of each operator from its leading triplets and what remains of its Frobenius norm.
+
+    Args:
+        operators: `[*in_shape]` to `[d]`, the same `d` for all; give shapes and dtypes only.
+        triplets: of each, the largest first. They count exactly in an estimate.
+        down: applies the transposed operators to one stack of vectors `[k, d]` each.
+        chunk: rows of each operator at a time, for the exact norm. None: estimate `‖Aᵀ (I - U Uᵀ)‖²_F` over seeded
+            Gaussian probes, the same for all operators (Hutchinson's estimator, deflated as in Meyer et al., "Hutch++",
+            arXiv 2010.09649); one downward sweep.
+        probes: random vectors of the estimate; at least 2, or there is no error.
+        seed: of the probes.
+    """
+    if not operators:
+        return []
+    if chunk is None:
+        return _estimated(operators, triplets, down, probes, seed)
+    (d,) = operators[0].out_shape
+    squared = [0.0] * len(operators)
+    for start in range(0, d, chunk):
+        rows = torch.arange(start, min(start + chunk, d))
+        basis = torch.zeros(len(rows), d, dtype=operators[0].dtype, device=operators[0].device)
+        basis[torch.arange(len(rows)), rows] = 1
+        for i, product in enumerate(down([basis] * len(operators))):
+            squared[i] += float(product.double().square().sum())
+    return [_ratio(found, total, 0.0) for found, total in zip(triplets, squared, strict=True)]
+
+
+def _estimated(
+    operators: Sequence[LinearOperator],
+    triplets: Sequence[SVD],
+    down: Callable[[list[Tensor]], list[Tensor]],
+    probes: int,
+    seed: int,
+) -> list[StableRank]:
+    (d,) = operators[0].out_shape
+    # Drawn on the CPU in float64, so that every device and dtype starts from the same directions.
+    z = torch.randn(probes, d, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    asked = []
+    for A, found in zip(operators, triplets, strict=True):
+        U = found.U.double().cpu()
+        asked.append((z - (z @ U.T) @ U).to(A.device, A.dtype))
+    results = []
+    for found, product in zip(triplets, down(asked), strict=True):
+        rest = product.double().square().flatten(1).sum(1).cpu()
+        squared = float(found.S.double().square().sum() + rest.mean())
+        results.append(_ratio(found, squared, float(rest.std()) / math.sqrt(probes)))
+    return results
+
+
+def _ratio(found: SVD, squared: float, error: float) -> StableRank:
+    """Return a squared Frobenius norm, and its error, in units of the largest squared singular value."""
+    top = float(found.S[0].double().square())
+    return StableRank(squared / top, error / top, math.sqrt(squared)) if top else StableRank(0.0, 0.0, 0.0)
