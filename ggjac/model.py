@@ -160,20 +160,10 @@ class Model:
         if mlp_path not in ("up", "gate"):
             raise ValueError(f"mlp_path {mlp_path!r} is unknown; known: up, gate")
         ids = self.check_prompt(self.tokenize(prompt) if isinstance(prompt, str) else [int(i) for i in prompt])
-        config, weights = self.config, self.weights
+        config = self.config
         observe = observe or (lambda name, tensor: None)
-        ropes = {layer.rope for layer in config.layers if layer.rope}
-        factors = self._rope_factors(n_ctx or len(ids))
-        frame = Frame(
-            config,
-            {rope: rotation(rope, len(ids), factors) for rope in ropes},
-            mlp_path,
-            ACTIVATIONS["gelu table" if gelu_table and config.row.activation == "gelu" else config.row.activation],
-        )
-
-        x = self.embedding.take(ids) * config.embedding_scale
-        if "position_embd.weight" in weights:
-            x = x + weights["position_embd.weight"].take(range(len(ids)))
+        frame = self.frame(len(ids), mlp_path=mlp_path, n_ctx=n_ctx, gelu_table=gelu_table)
+        x = self.embed(ids)
         h, kept = x, Tapes() if isinstance(tapes, bool) else tapes
         kept.device = self.device
         begun = max(0, len(kept) - 1)  # the last tape of an earlier attempt: what its block put out was not kept
@@ -199,6 +189,25 @@ class Model:
         outputs = norm.apply(h)
         observe("result_norm", outputs)
         return Trace(model=self, ids=ids, x=x, outputs=outputs, norm=norm, frame=frame, tapes=kept)
+
+    def frame(self, n: int, *, mlp_path: MlpPath = "up", n_ctx: int | None = None, gelu_table: bool = False) -> Frame:
+        """Return what all blocks share over positions 0 to `n - 1`; arguments as `trace` takes them."""
+        config = self.config
+        ropes = {layer.rope for layer in config.layers if layer.rope}
+        factors = self._rope_factors(n_ctx or n)
+        return Frame(
+            config,
+            {rope: rotation(rope, n, factors) for rope in ropes},
+            mlp_path,
+            ACTIVATIONS["gelu table" if gelu_table and config.row.activation == "gelu" else config.row.activation],
+        )
+
+    def embed(self, ids: Sequence[int], start: int = 0) -> Float[Tensor, "n d"]:
+        """Return the input of block 0, `[n, d]`: scaled embeddings, and learned positions `start` and on if any."""
+        x = self.embedding.take(ids) * self.config.embedding_scale
+        if "position_embd.weight" in self.weights:
+            x = x + self.weights["position_embd.weight"].take(range(start, start + len(ids)))
+        return x
 
     def freeze_final_norm(self, h: Float[Tensor, "n d"]) -> NormTape:
         """Freeze the norm before the head at any stream."""
