@@ -115,6 +115,9 @@ def test_it_fits_every_width(look: str, context: Any, report: Path, tmp_path: Pa
       .filter((e) => e.getBoundingClientRect().right > innerWidth + 1)
       .map((e) => e.outerHTML.slice(0, 80))"""
     assert page.evaluate(out) == []
+    boxes = "[...document.querySelectorAll('.scroll')].filter((e) => e.scrollWidth > e.clientWidth)"
+    assert all(page.evaluate(f"{boxes}.map((e) => getComputedStyle(e).overflowX === 'auto')")) or look == "print"
+    assert page.evaluate(f"{boxes}.length") > 0 or width > 600
     ground = page.evaluate("getComputedStyle(document.body).backgroundColor")
     light = sum(int(part) for part in ground.strip("rgb()").split(",")) / 3
     assert (light < 60) == (media.get("color_scheme") == "dark")
@@ -137,10 +140,13 @@ def test_it_prints(reader: Reader, tmp_path: Path) -> None:
 
 
 def test_every_token_has_size_and_direction(reader: Reader) -> None:
-    for token in SCRIPTS:
-        box = reader.locator(".token", has_text=token).first
-        assert box.evaluate("(e) => e.getClientRects().length > 0 || !e.checkVisibility()")
-    directions = """(text) => [...document.querySelectorAll('button.token')].filter((e) => e.textContent === text)
+    reader.evaluate("for (const panel of document.querySelectorAll('.panel')) panel.hidden = false")
+    sizes = """[...document.querySelectorAll('.token')].filter((e) => e.checkVisibility())
+      .map((e) => [e.firstChild.textContent, e.getBoundingClientRect().width])"""
+    found = reader.evaluate(sizes)
+    assert {text for text, _ in found} >= set(SCRIPTS)
+    assert all(width > 3 for _, width in found)
+    directions = """(text) => [...document.querySelectorAll('.token')].filter((e) => e.textContent === text)
       .map((e) => getComputedStyle(e).direction)"""
     for text, direction in (("جسر", "rtl"), ("גשר", "rtl"), ("桥", "ltr"), ("мост", "ltr")):
         assert set(reader.evaluate(directions, text)) == {direction}
