@@ -228,33 +228,42 @@ class Recorded(NamedTuple, Generic[Tape]):
 
 def record_attention(w: BlockWeights, frame: Frame, layer: int, x: Float[Tensor, "n d"]) -> Recorded[AttentionTape]:
     """Freeze the attention branch at its input `x`."""
-    config, own = frame.config, frame.config.layers[layer]
+    config = frame.config
     norm_in = record_norm(w, config, config.row.norms.attention_in, x)
     h = x if norm_in is None else norm_in.apply(x)
-    q, k = (_apply(_linear(w, stem, len(x)), h) for stem in ("attn_q", "attn_k"))
-    if config.row.qk_norm == "full":
-        q, k = _rms_norm(w, "attn_q_norm", config, q), _rms_norm(w, "attn_k_norm", config, k)
-    q, k = q.unflatten(1, (config.head_count, -1)), k.unflatten(1, (config.head_count_kv, -1))
-    if config.row.qk_norm == "head":
-        q, k = _rms_norm(w, "attn_q_norm", config, q), _rms_norm(w, "attn_k_norm", config, k)
-    if own.rope:
-        q, k = (rotate(part, own.rope, *frame.rotations[own.rope]) for part in (q, k))
-    if config.temperature_scale:
-        # Llama 4's and Ministral 3's: queries grow with the logarithm of their position, in original contexts.
-        periods = torch.arange(len(x), dtype=torch.float64).div(config.original_context, rounding_mode="floor")
-        q = q * (1 + config.temperature_scale * torch.log1p(periods)).to(q)[:, None, None]
-    pattern = attention_pattern(
-        q,
-        k,
-        config.attention_scale,
-        softcap=config.attention_softcap,
-        window=own.window,
-        sinks=w.vector("attn_sinks.weight") if "attn_sinks.weight" in w else None,
-    )
+    q, k = _queries_keys(w, frame, layer, h)
+    pattern = _pattern(w, config, layer, q, k)
     tape = AttentionTape(norm_in, pattern, None)
     raw = _apply(_attention_inner(w, config, tape), x)
     tape = tape._replace(norm_out=record_norm(w, config, config.row.norms.attention_out, raw))
     return Recorded(tape, raw, _apply(_added(config, tape.norm_out, _same(raw)), raw))
+
+
+class Past(NamedTuple):
+    """What attention at later positions needs of the `p` positions before them: rotated keys, and values."""
+
+    k: Float[Tensor, "p g s"]
+    v: Float[Tensor, "p gs"]
+
+
+def extend_attention(
+    w: BlockWeights, frame: Frame, layer: int, x: Float[Tensor, "m d"], past: Past | None
+) -> tuple[Float[Tensor, "m d"], Past]:
+    """Return what attention adds at `m` positions that follow `past` (None: nothing), and the longer past.
+
+    `record_attention` without a tape: the same operators, but for the positions of the past nothing is computed again.
+    """
+    config = frame.config
+    norm_in = record_norm(w, config, config.row.norms.attention_in, x)
+    h = x if norm_in is None else norm_in.apply(x)
+    q, k = _queries_keys(w, frame, layer, h, 0 if past is None else len(past.k))
+    v = _apply(_linear(w, "attn_v", len(x)), h)
+    if past is not None:
+        k, v = torch.cat((past.k, k)), torch.cat((past.v, v))
+    mix = Mix(_pattern(w, config, layer, q, k), config.head_count_kv, config.head_size)
+    raw = _apply(_linear(w, "attn_output", len(x)), _apply(mix, v))
+    norm_out = record_norm(w, config, config.row.norms.attention_out, raw)
+    return _apply(_added(config, norm_out, _same(raw)), raw), Past(k, v)
 
 
 def record_ffn(w: BlockWeights, frame: Frame, x: Float[Tensor, "n d"]) -> Recorded[FFNTape]:
@@ -415,15 +424,17 @@ def frozen_norm(
 
 
 def attention_pattern(
-    q: Float[Tensor, "n h s"],
+    q: Float[Tensor, "m h s"],
     k: Float[Tensor, "n g s"],
     scale: float,
     *,
     softcap: float = 0.0,
     window: int | None = None,
     sinks: Float[Tensor, " h"] | None = None,
-) -> Float[Tensor, "h n n"]:
-    """Return causal attention probabilities; softmax in float32 at least. `h` query heads share `g` key heads.
+) -> Float[Tensor, "h m n"]:
+    """Return causal attention probabilities of the last `m` of `n` positions; softmax in float32 at least.
+
+    `h` query heads share `g` key heads.
 
     A window counts the position itself. A sink is a logit that takes part in the softmax and has no value, so that the
     probabilities of real positions sum to less than one.
@@ -434,13 +445,50 @@ def attention_pattern(
     scores = torch.einsum("mghs,ngs->ghmn", grouped.to(wide) * scale, k.to(wide)).flatten(0, 1)
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)
-    hidden = torch.ones(scores.shape[1:], dtype=torch.bool, device=q.device).triu(1)
+    first = len(k) - len(q)
+    hidden = torch.ones(scores.shape[1:], dtype=torch.bool, device=q.device).triu(first + 1)
     if window is not None:
-        hidden = hidden | torch.ones_like(hidden).tril(-window)
+        hidden = hidden | torch.ones_like(hidden).tril(first - window)
     scores = scores.masked_fill(hidden, -torch.inf)
     if sinks is not None:
         scores = torch.cat((scores, sinks.to(wide)[:, None, None].expand(-1, len(q), 1)), -1)
     return scores.softmax(-1)[..., : len(k)].to(q.dtype)
+
+
+def _queries_keys(
+    w: BlockWeights, frame: Frame, layer: int, h: Float[Tensor, "m d"], start: int = 0
+) -> tuple[Float[Tensor, "m h s"], Float[Tensor, "m g s"]]:
+    """Return the queries and keys of positions `start` and on, from their normed input `h`."""
+    config, own = frame.config, frame.config.layers[layer]
+    q, k = (_apply(_linear(w, stem, len(h)), h) for stem in ("attn_q", "attn_k"))
+    if config.row.qk_norm == "full":
+        q, k = _rms_norm(w, "attn_q_norm", config, q), _rms_norm(w, "attn_k_norm", config, k)
+    q, k = q.unflatten(1, (config.head_count, -1)), k.unflatten(1, (config.head_count_kv, -1))
+    if config.row.qk_norm == "head":
+        q, k = _rms_norm(w, "attn_q_norm", config, q), _rms_norm(w, "attn_k_norm", config, k)
+    if own.rope:
+        cos, sin = (part[start : start + len(h)] for part in frame.rotations[own.rope])
+        q, k = (rotate(part, own.rope, cos, sin) for part in (q, k))
+    if config.temperature_scale:
+        # Llama 4's and Ministral 3's: queries grow with the logarithm of their position, in original contexts.
+        positions = torch.arange(start, start + len(h), dtype=torch.float64)
+        periods = positions.div(config.original_context, rounding_mode="floor")
+        q = q * (1 + config.temperature_scale * torch.log1p(periods)).to(q)[:, None, None]
+    return q, k
+
+
+def _pattern(
+    w: BlockWeights, config: ModelConfig, layer: int, q: Float[Tensor, "m h s"], k: Float[Tensor, "n g s"]
+) -> Float[Tensor, "h m n"]:
+    """Return how a layer's queries attend to its keys."""
+    return attention_pattern(
+        q,
+        k,
+        config.attention_scale,
+        softcap=config.attention_softcap,
+        window=config.layers[layer].window,
+        sinks=w.vector("attn_sinks.weight") if "attn_sinks.weight" in w else None,
+    )
 
 
 def _attention_inner(w: BlockWeights, config: ModelConfig, tape: AttentionTape) -> LinearOperator:
