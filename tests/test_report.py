@@ -233,6 +233,14 @@ def test_scatters_are_drawn_on_the_scale_of_the_output() -> None:
         assert (chart.y.low, chart.y.high) == (chart.x.low, chart.x.high)
 
 
+def test_the_measures_of_a_contrast(parsed: Page) -> None:
+    vectors = {name: vector.astype(np.float64) for name, vector in report_run.full()[1].items()}
+    error = np.linalg.norm(vectors["ordinary_output"] - vectors["y"]) / np.linalg.norm(vectors["y"])
+    largest = np.abs(vectors["ordinary_output"] - vectors["y"]).max()
+    (row,) = [text for text in parsed.find("tr") if text.startswith("Ordinary")]
+    assert row == f"Ordinary {error:.1f} {largest:.1f} 1.3 0.67500 0.56667 30 % of 10 1.3"
+
+
 def test_failed_checks_are_said_in_words() -> None:
     content = full()
     content["reconstruction"] |= {"healthy": False, "error": 0.5}
