@@ -12,5 +12,7 @@ def stable_rank(jacobian: DetachedJacobian, triplets: SVD, *, probes: int = PROB
     over all rows where there are at most `EXACT_ROWS`, as many at a time as fit into the Jacobian's `chunk_bytes`.
     """
     chunk = jacobian.rows_at_once() if jacobian.out_shape[0] <= EXACT_ROWS else None
-    options = {"down": lambda Y: [jacobian.rmatmat(Y[0])], "chunk": chunk, "probes": probes, "seed": seed}
-    return stable_ranks([jacobian], [triplets], **options)[0]
+    (found,) = stable_ranks(
+        [jacobian], [triplets], down=lambda Y: [jacobian.rmatmat(Y[0])], chunk=chunk, probes=probes, seed=seed
+    )
+    return found

@@ -29,6 +29,7 @@ COMMANDS = {
     "verify": "Compare tokens, logits and every layer with llama.cpp.",
     "svd": "Decompose a prompt's detached Jacobian and decode its singular vectors.",
     "jacobian": "Compute the dense detached Jacobian and what each position contributes.",
+    "layers": "Decompose the maps of every depth, and read the stream out there.",
     "norms": "Find the longest columns and rows of the dense detached Jacobian, and decode them.",
     "attribute": "Split a token's logit exactly over the input tokens.",
     "contrast": "Rebuild the output by the detached and by the ordinary Jacobian.",

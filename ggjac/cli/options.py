@@ -1,5 +1,6 @@
 """The options that commands share."""
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,54 @@ class TokenIds(click.ParamType):
         except ValueError:
             given = value if len(value) <= 60 else f"{value[:57]}..."
             self.fail(f"{given!r} is not a list of token ids; write them as 1,2,3", param, ctx)
+
+
+class Depths(click.ParamType):
+    """Depths of a network, in blocks applied: single ones and ranges, separated by commas."""
+
+    name = "depths"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> "DepthRanges":
+        """Parse `0,10-20,-1` or `all`; both ends of a range belong to it."""
+        if isinstance(value, DepthRanges):
+            return value
+        if value == "all":
+            return DepthRanges(value, ((0, -1),))
+        parts = [re.fullmatch(r"(-?\d{1,9})(?:-(-?\d{1,9}))?", part.strip(), re.ASCII) for part in value.split(",")]
+        if None in parts:
+            given = value if len(value) <= 60 else f"{value[:57]}..."
+            self.fail(f"{given!r} is no list of layers; write them as 0,10-20,-1, or all", param, ctx)
+        return DepthRanges(value, tuple((int(part[1]), int(part[2] or part[1])) for part in parts if part))
+
+
+@dataclass(frozen=True)
+class DepthRanges:
+    """What `--layers` says, before the model is known; negative numbers count from the end."""
+
+    given: str
+    ranges: tuple[tuple[int, int], ...]
+
+    def of(self, blocks: int) -> list[int]:
+        """Return the depths of a model with so many blocks, ascending.
+
+        Raises:
+            click.UsageError: it has no such depth, or a range is empty.
+        """
+        found: set[int] = set()
+        for ends in self.ranges:
+            for depth in ends:
+                if not -blocks - 1 <= depth <= blocks:
+                    raise click.UsageError(
+                        f"--layers {self.given}: {depth} is out of range; this model has depths 0 to {blocks}, "
+                        "counted in blocks applied"
+                    )
+            first, last = (depth % (blocks + 1) for depth in ends)
+            if first > last:
+                raise click.UsageError(
+                    f"--layers {self.given}: {first} comes after {last}; write the smaller one first"
+                )
+            found.update(range(first, last + 1))
+        return sorted(found)
 
 
 class MemorySize(click.ParamType):
@@ -182,6 +231,45 @@ def spectrum_options(command: Callable) -> Callable:
             click.option("-k", "--rank", type=click.IntRange(min=1), default=8, show_default=True, help="Triplets."),
             click.option(
                 "--tol",
+resume = click.option("--resume", is_flag=True, help="Go on with the interrupted run of this -o.")
+
+
+def _names(*known: str) -> Callable[[click.Context, click.Parameter, str], tuple[str, ...]]:
+    """Return what turns `a,b` into a tuple of known names, in their own order."""
+
+    def parse(ctx: click.Context, param: click.Parameter, value: str) -> tuple[str, ...]:
+        given = [part.strip() for part in value.split(",")]
+        for part in given:
+            if part not in known:
+                raise click.BadParameter(f"{part[:40]!r} is unknown; known: {', '.join(known)}", ctx, param)
+        return tuple(name for name in known if name in given)
+
+    return parse
+
+
+def layer_options(command: Callable) -> Callable:
+    """Add the options that choose maps inside the network."""
+    maps, kinds = ("cumulative", "blockwise", "to_end"), ("layer", "attn", "mlp")
+    for option in reversed(
+        [
+            click.option(
+                "--layers",
+                type=Depths(),
+                default="all",
+                show_default=True,
+                help="Depths, in blocks applied: 0,10-20,-1. Negative ones count from the end.",
+            ),
+            click.option(
+                "--maps", callback=_names(*maps), default=",".join(maps), show_default=True, help="Which maps."
+            ),
+            click.option("--kinds", callback=_names(*kinds), default=",".join(kinds), show_default=True, help="Taps."),
+            click.option("--transport", is_flag=True, help="Carry left vectors of the stream to the output, too."),
+        ]
+    ):
+        command = option(command)
+    return command
+
+
                 type=click.FloatRange(min=0, min_open=True),
                 default=1e-3,
                 show_default=True,

@@ -1,0 +1,340 @@
+"""Every depth of the network: what the maps to it, through it and from it say (Golden, arXiv 2505.24293, section 3.4).
+
+A map is one of
+
+    cumulative  from the input embeddings to the tap
+    blockwise   of the tap's block alone: from the stream before it to the tap
+    to_end      from the stream at this depth to the output
+
+and ends at a tap seen through the final norm frozen there, as a logit lens sees it (at the output: the final norm's own
+value). All cumulative maps advance in the same sweeps, so do all maps to the end; blocks alone come one after another.
+In each, every weight is dequantized once per sweep.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from ggjac.decode import Head, Ranked, top_logits
+from ggjac.frobenius import EXACT_ROWS, PROBES, StableRank, stable_ranks
+from ggjac.jacobian import DetachedJacobian, Path, SharedSweep, Tap
+from ggjac.svd import SVD, svd_together
+
+MapName = Literal["cumulative", "blockwise", "to_end"]
+Kind = Literal["layer", "attn", "mlp"]
+MAPS: tuple[MapName, ...] = ("cumulative", "blockwise", "to_end")
+KINDS: tuple[Kind, ...] = ("layer", "attn", "mlp")
+
+# Tokens whose ranks are followed through the depths, at most.
+MAX_TOKENS = 4000
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class LayerMap:
+    """One map, its leading singular triplets, and how many directions it uses.
+
+    Attributes:
+        map: which of the three.
+        tap: the depth it is about: where it ends, or, for `to_end`, where it begins.
+        path: from which depth to which tap.
+        U: `[k, d]`, left singular vectors, signed to point along the map's own output: `⟨A x, u⟩ >= 0`, `x` being the
+            stream at the start of the path.
+        S: `[k]`, singular values.
+        residual: `[k]`, as in `ggjac.svd.SVD`.
+        sweeps, stopped_by: of its iteration.
+        stable_rank: of the map.
+        transported: `[k, d]`, what each left vector becomes at the output, if that was asked for: the stream vector at
+            the position read that the tap's norm turns into `u`, pushed through the blocks that follow.
+        left: tokens of highest logit for each left vector, `[k, top]`.
+        arriving: tokens of highest logit for each transported vector, `[k, top]`.
+    """
+
+    map: MapName
+    tap: Tap
+    path: Path
+    U: Float[Tensor, "k d"]
+    S: Float[Tensor, " k"]
+    residual: Float[Tensor, " k"]
+    sweeps: int
+    stopped_by: str
+    stable_rank: StableRank
+    transported: Float[Tensor, "k d"] | None
+    left: Ranked
+    arriving: Ranked | None
+
+
+@dataclass(frozen=True)
+class Readout:
+    """The residual stream itself at every depth, through final norm and head.
+
+    Attributes:
+        depths: `m` numbers of blocks applied, from 0.
+        top: the most likely tokens at each depth, `[m, top]`; scores are probabilities.
+        tokens: `[t]`, ids of the tokens that are followed, the most important first.
+        ranks: `[m, t]`, the rank of each of them at each depth, from 1; equal logits share the best rank.
+    """
+
+    depths: list[int]
+    top: Ranked
+    tokens: Int[Tensor, " t"]
+    ranks: Int[Tensor, "m t"]
+
+
+class Way(NamedTuple):
+    """How the output's directions come about (paper, analysis A14).
+
+    Attributes:
+        depths: `m` numbers of blocks applied; the last is the output.
+        values: `[m, k]`, `s_k(l) ⟨u_k(l), u_k(L)⟩ / s_k(L)` of the cumulative `layer` maps: 1 at the end.
+    """
+
+    depths: list[int]
+    values: Float[Tensor, "m k"]
+
+
+@dataclass(frozen=True)
+class Layers:
+    """All that was asked for, in the order of `MAPS`, of `KINDS` and of depth; no `way` without map to the output."""
+
+    maps: list[LayerMap]
+    readout: Readout
+    way: Way | None
+
+
+class _Found(NamedTuple):
+    """A `LayerMap` before its vectors are decoded."""
+
+    map: MapName
+    tap: Tap
+    path: Path
+    U: Tensor
+    S: Tensor
+    residual: Tensor
+    sweeps: int
+    stopped_by: str
+    stable_rank: StableRank
+    transported: Tensor | None
+
+
+def layers(
+    jacobian: DetachedJacobian,
+    head: Head,
+    rank: int = 8,
+    *,
+    maps: Sequence[MapName] = MAPS,
+    kinds: Sequence[Kind] = KINDS,
+    depths: Sequence[int] | None = None,
+    top: int = 8,
+    transport: bool = False,
+    tol: float = 1e-3,
+    seed: int = 0,
+    max_sweeps: int = 40,
+    probes: int = PROBES,
+    progress: Progress | None = None,
+) -> Layers:
+    """Decompose the maps of every depth, and read the stream out there.
+
+    Args:
+        jacobian: of the prompt and position, with the journal that is to remember sweeps, if any; its path does not
+            matter.
+        head: decodes.
+        rank: triplets of each map.
+        maps: which of `MAPS`.
+        kinds: taps of cumulative and blockwise maps; maps to the end begin at the stream.
+        depths: numbers of blocks applied, 0 to all; default all. No map ends at 0, none to the end begins at the last.
+        top: tokens for each vector and depth.
+        transport: carry the left vectors of cumulative `layer` maps to the output; two more upward sweeps.
+        tol, seed, max_sweeps: of each iteration, as `ggjac.svd.svd` takes them.
+        probes: of stable ranks, where they are estimated (beyond `EXACT_ROWS` outputs).
+        progress: called as `progress(what, blocks done, blocks in all)`.
+
+    Raises:
+        ValueError: a depth is out of range, or rank, `tol` or `max_sweeps`.
+    """
+    L = jacobian.end.index
+    chosen = sorted(set(range(L + 1) if depths is None else depths))
+    if chosen and not 0 <= chosen[0] <= chosen[-1] <= L:
+        wrong = chosen[0] if chosen[0] < 0 else chosen[-1]
+        raise ValueError(f"depth {wrong} is out of range; this model has depths 0 to {L}, counted in blocks applied")
+    found: list[_Found] = []
+    for name in MAPS:
+        for part in shared(name, kinds, chosen, L) if name in maps else ():
+            run = _Group(jacobian, name, [path for _, path in part], progress)
+            triplets = run.svd(rank, tol=tol, seed=seed, max_sweeps=max_sweeps)
+            ranks = run.stable_ranks(triplets, probes, seed)
+            carried = _transported(run, triplets) if transport and name == "cumulative" else [None] * len(part)
+            found += [
+                _Found(name, tap, path, t.U, t.S, t.residual, t.sweeps, t.reason, stable, arrived)
+                for (tap, path), t, stable, arrived in zip(part, triplets, ranks, carried, strict=True)
+            ]
+    found.sort(key=lambda f: (MAPS.index(f.map), KINDS.index(f.tap.kind), f.tap.index))
+
+    left = _decoded(head, [f.U for f in found], top)
+    arriving = _decoded(head, [f.transported for f in found], top)
+    results = [
+        LayerMap(**f._asdict(), left=words, arriving=others)
+        for f, words, others in zip(found, left, arriving, strict=True)
+    ]
+    return Layers(results, _readout(jacobian, head, [m.left.ids for m in results], top), way(results, jacobian.end))
+
+
+def shared(
+    name: MapName, kinds: Sequence[Kind], depths: Sequence[int], blocks: int
+) -> Iterator[list[tuple[Tap, Path]]]:
+    """Yield the maps that advance together: each with the depth it is about, and its path."""
+    end = Tap("layer", blocks)
+    if name == "to_end":
+        together = [[(Tap("layer", i), Path(i, end)) for i in depths if i < blocks]]
+    elif name == "cumulative":
+        taps = [Tap(kind, i) for kind in KINDS if kind in kinds for i in depths if i > 0]
+        together = [[(tap, Path(0, tap)) for tap in taps]]
+    else:  # they share no weight, and less memory is taken one after another
+        together = [
+            [(Tap(kind, i), Path(i - 1, Tap(kind, i))) for kind in KINDS if kind in kinds] for i in depths if i > 0
+        ]
+    yield from filter(None, together)
+
+
+class _Group:
+    """Maps that advance in shared sweeps."""
+
+    def __init__(
+        self,
+        jacobian: DetachedJacobian,
+        name: str,
+        paths: list[Path],
+        progress: Progress | None,
+    ):
+        network, position, raw = jacobian.network, jacobian.position, jacobian.sweep.raw
+        self.jacobian, self.paths, self.progress = jacobian, paths, progress
+        ends = {path.tap.index for path in paths}
+        self.name = name.replace("_", " ") + (f" {ends.pop()}" if name == "blockwise" else "")
+        self.operators = [DetachedJacobian(network, position, path, raw=raw) for path in paths]  # for their shapes
+        self.sweep = self.sweeping(paths, raw=raw)
+        self.says(self.name)
+
+    def sweeping(self, paths: list[Path], *, raw: bool) -> SharedSweep:
+        """Return sweeps along some paths."""
+        sweep = SharedSweep(self.jacobian.network, paths, self.jacobian.position, raw=raw)
+        sweep.journal = self.jacobian.sweep.journal
+        return sweep
+
+    def says(self, what: str, sweep: SharedSweep | None = None) -> None:
+        """Let progress say what the next sweeps are for."""
+        sweep = sweep or self.sweep
+        if self.progress:
+            report = self.progress
+            sweep.progress = lambda done, total: report(f"{what}, block", done, total)
+
+    def svd(self, rank: int, **options: float) -> list[SVD]:
+        """Return the triplets of each map, left vectors signed to point along what the map makes of its stream."""
+        self.says(f"{self.name}, sweep 1")
+
+        def swept(sweeps: int, worst: float) -> None:
+            self.says(f"{self.name}, sweep {sweeps + 1}, worst residual {worst:.1e}")
+
+        up, down = self.sweep.up, self.sweep.down
+        found = svd_together(self.operators, rank, up=up, down=down, progress=swept, **options)
+        self.says(f"{self.name}, signs")
+        tapes = self.jacobian.network.tapes
+        outputs = self.sweep.up([tapes[path.start].x[None] for path in self.paths])
+        return [_signed(triplets, output[0]) for triplets, output in zip(found, outputs, strict=True)]
+
+    def stable_ranks(self, triplets: list[SVD], probes: int, seed: int) -> list[StableRank]:
+        """Return the stable rank of each map."""
+        self.says(f"{self.name}, stable rank")
+        exact = self.operators[0].out_shape[0] <= EXACT_ROWS
+        chunk = self.jacobian.rows_at_once(len(self.paths)) if exact else None
+        down = self.sweep.down
+        return stable_ranks(self.operators, triplets, down=down, chunk=chunk, probes=probes, seed=seed)
+
+
+def _signed(triplets: SVD, along: Float[Tensor, " d"]) -> SVD:
+    """Flip each pair of vectors so that the left one points along an output; their own sign is arbitrary."""
+    sign = torch.where(triplets.U @ along.to(triplets.U) < 0, -1.0, 1.0).to(triplets.U)
+    return replace(triplets, U=triplets.U * sign[:, None], Vh=triplets.Vh * sign[:, None, None])
+
+
+def _transported(run: _Group, triplets: list[SVD]) -> list[Tensor | None]:
+    """Carry the left vectors of cumulative `layer` maps to the output; None for other taps.
+
+    A left vector is the norm's image of the stream vector `A v / s`, where `A` is the map without the norm. That stream
+    vector, at the position read and nowhere else, goes through the blocks that follow.
+    """
+    end, position = run.jacobian.end, run.jacobian.position
+    n, d = run.jacobian.in_shape
+    carried: list[Tensor | None] = [
+        t.U if path.tap == end else None for path, t in zip(run.paths, triplets, strict=True)
+    ]
+    inner = [j for j, path in enumerate(run.paths) if path.tap.kind == "layer" and path.tap != end]
+    if not inner:
+        return carried
+    below = run.sweeping([run.paths[j] for j in inner], raw=True)
+    above = run.sweeping([Path(run.paths[j].tap.index, end) for j in inner], raw=run.sweep.raw)
+    for sweep in (below, above):
+        run.says(f"{run.name}, transport", sweep)
+    streams = below.up([triplets[j].Vh.to(run.jacobian.dtype) for j in inner])
+    placed = []
+    for j, stream in zip(inner, streams, strict=True):
+        S = triplets[j].S.to(stream)
+        X = stream.new_zeros(len(stream), n, d)
+        X[:, position] = stream / torch.where(S > 0, S, 1)[:, None]
+        placed.append(X)
+    for j, arrived in zip(inner, above.up(placed), strict=True):
+        carried[j] = arrived.to(triplets[j].U)
+    return carried
+
+
+def _decoded(head: Head, stacks: Sequence[Tensor | None], top: int) -> list[Any]:
+    """Decode several stacks of directions in one pass over the head, each to a `Ranked`; None stays None."""
+    present = [stack for stack in stacks if stack is not None]
+    if not present:
+        return [None] * len(stacks)
+    every = top_logits(head.matrix, torch.cat(present).to(head.matrix.dtype), top)
+    sizes = [len(stack) for stack in present]
+    parts = map(Ranked, every.ids.split(sizes), every.scores.split(sizes))
+    return [None if stack is None else next(parts) for stack in stacks]
+
+
+def way(maps: Sequence[LayerMap], end: Tap) -> Way | None:
+    """Return how far each direction of the output has come at each depth; None where the last depth is missing."""
+    steps = [m for m in maps if m.map == "cumulative" and m.tap.kind == "layer"]
+    if not steps or steps[-1].tap != end:
+        return None
+    last = steps[-1]
+    lengths = last.S * last.U.square().sum(1)
+    values = [m.S * (m.U * last.U).sum(1) / torch.where(lengths > 0, lengths, 1) for m in steps]
+    return Way([m.tap.index for m in steps], torch.stack(values))
+
+
+def _readout(jacobian: DetachedJacobian, head: Head, words: Sequence[Tensor], top: int) -> Readout:
+    """Read the stream at every depth through norm and head, and rank there all tokens that are named anywhere."""
+    network, position, L = jacobian.network, jacobian.position, jacobian.end.index
+    streams = [network.tapes[i].x[position][None] for i in range(L)]
+    normed = [network.freeze_norm(h).apply(h)[0] for h in streams]
+    logits = head.logits(torch.stack([*normed, network.outputs[position]]))
+    ids, chances = zip(*map(_likely, logits, [top] * (L + 1)), strict=True)
+    best = Ranked(torch.stack(ids), torch.stack(chances))
+    # The output's own first, then other depths from the last, then what vectors promote, first words first.
+    others = torch.stack([*words]).permute(2, 1, 0).flatten() if words else best.ids.new_empty(0)
+    named = torch.cat([best.ids.flip(0).flatten(), others.to(best.ids)]).tolist()
+    tokens = torch.tensor(list(dict.fromkeys(named))[:MAX_TOKENS], device=logits.device)
+    return Readout(list(range(L + 1)), best, tokens, torch.stack([_ranks(row, tokens) for row in logits]))
+
+
+def _likely(logits: Float[Tensor, " v"], top: int) -> tuple[Tensor, Tensor]:
+    """Return the most likely tokens and their probabilities, in float64."""
+    best = logits.topk(min(top, len(logits))).indices
+    return best, logits.double().softmax(0)[best]
+
+
+def _ranks(logits: Float[Tensor, " v"], tokens: Int[Tensor, " t"]) -> Int[Tensor, " t"]:
+    """Return one more than the number of tokens with a higher logit."""
+    ascending = logits.sort().values
+    return len(logits) - torch.searchsorted(ascending, logits[tokens].contiguous(), right=True) + 1
