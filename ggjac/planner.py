@@ -108,6 +108,7 @@ def job(name: str, config: ModelConfig, n: int, dtype: str, *, rank: int = 8, sw
     """
     if name not in JOBS:
         raise PlanError(f"{name!r} is not planned; planned: {', '.join(JOBS)}")
+    _check_length(config, n)
     if not 1 <= rank <= config.d:
         raise PlanError(f"--rank {rank} is out of range; this model's Jacobian has {config.d} singular values")
     width = min(max(rank + 8, min(3 * rank, 24)), config.d)
@@ -123,6 +124,11 @@ def job(name: str, config: ModelConfig, n: int, dtype: str, *, rank: int = 8, sw
         "svd": Job(name, (krylov, rebuild), width, rank),
         "analyze": Job(name, (rebuild, krylov, probe, Sweeps("attribution", 1, 1, up=False)), width, rank),
     }[name]
+
+
+def _check_length(config: ModelConfig, n: int) -> None:
+    if not 1 <= n <= config.context_length:
+        raise PlanError(f"a prompt of {n} tokens cannot run; this model takes from 1 to {config.context_length}")
 
 
 def _dense(what: str, config: ModelConfig, n: int, dtype: str) -> Sweeps:
@@ -341,18 +347,22 @@ def sweep_floats(config: ModelConfig, n: int, *, up: bool) -> int:
     the stream, of all query heads and of all value heads, `s` that of a slab of hidden units:
 
         up, attention        stream, normed stream, values, and mixed heads twice (or once, with the output)
-        up, feed-forward     stream, middle, normed middle, the sum over slabs, hidden units before and after the
-                             gate, one slab's output, and one tile's part of it
-        down, attention      stream, middle, heads twice, values twice
+        up, feed-forward     stream, middle, normed middle, the sum over slabs or experts, hidden units
+                             before and after the gate, one slab's output, and one tile's part of it
+        down, attention      stream, middle, heads twice, values twice (or what they give the stream)
         down, feed-forward   stream, the sum over slabs, hidden units twice (or once, with one slab's output)
 
-    A routed expert sees some positions only.
+    Downwards, what a norm or a scale after a branch makes of the stream comes on top, or what parallel branches and
+    experts share. A routed expert sees some positions only.
     """
-    d, q, kv = config.d, config.head_count * config.head_size, config.head_count_kv * config.head_size
+    d, q, kv, row = config.d, config.head_count * config.head_size, config.head_count_kv * config.head_size, config.row
     s, tile = _slab(config), min(d, TILE_ELEMENTS // max(1, min(SLAB, _hidden_width(config))))
+    total = d if _hidden_width(config) > SLAB or config.expert_count else 0
     if up:
-        return n * max(2 * d + kv + max(2 * q, q + 2 * d), 4 * d + 2 * s + d + tile)
-    return n * max(2 * d + 2 * q + 2 * kv, 2 * d + max(2 * s, s + d))
+        return n * max(2 * d + kv + max(2 * q, q + 2 * d), 3 * d + total + 2 * s + d + tile)
+    scaled = row.norms.attention_out or row.norms.ffn_out or config.residual_scale != 1
+    more = d if scaled or row.parallel or config.expert_count else 0
+    return n * (more + max(2 * d + 2 * q + max(2 * kv, d), d + total + max(2 * s, s + d)))
 
 
 def _slab(config: ModelConfig) -> int:
@@ -522,14 +532,13 @@ def _largest(parts: Mapping[str, int], count: int = 3) -> list[tuple[str, int]]:
 def _advice(plan: Plan, parts: Mapping[str, int], option: str, needed: int) -> str:
     """Say what to lower, the part that weighs most first."""
     lower = {
-        "tapes": "use fewer tokens" + ("" if plan.tapes_on_disk else ", or --trace FOLDER to keep tapes on disk"),
+        "tapes": "use fewer tokens" if plan.tapes_on_disk else "keep tapes on disk with --trace FOLDER",
         "bases": "lower --rank, or use fewer tokens",
         "vectors": "lower --rank, or use fewer tokens" if plan.job.width else "use fewer tokens",
         "trace": "use fewer tokens",
     }
     advice = [lower[part] for part, _ in _largest(parts, len(parts)) if part in lower and parts[part] > needed / 8]
-    roomy = machine.format_size(math.ceil(needed / 2**26) * 2**26).replace(" ", "")
-    return "; ".join(dict.fromkeys([*advice[:1], f"or give {option} {roomy}"]))
+    return "; ".join([*dict.fromkeys(advice), f"or give {option} {math.ceil(needed / 2**26) * 64}MiB"])
 
 
 def make(
@@ -566,8 +575,7 @@ def make(
     """
     if dtype not in ITEM_BYTES:
         raise PlanError(f"dtype {dtype!r} is unknown; known: {', '.join(ITEM_BYTES)}")
-    if not 1 <= n <= config.context_length:
-        raise PlanError(f"a prompt of {n} tokens cannot run; this model takes from 1 to {config.context_length}")
+    _check_length(config, n)
     if not -n <= position < n:
         raise PlanError(f"--position {position} is out of range; the prompt has positions 0 to {n - 1}")
     item, reached = ITEM_BYTES[dtype], position % n + 1

@@ -1,7 +1,9 @@
 """The plan against the operators themselves: what they read, compute and keep, on tiny files of every family."""
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterator
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ import tiny
 import torch
 from families import FAMILIES
 
-from ggjac import blocks, jacobian, planner, weights
+from ggjac import blocks, jacobian, machine, planner, weights
 from ggjac.analysis import stable_rank
 from ggjac.config import ModelConfig
 from ggjac.gguf import GGUFFile, open_gguf
@@ -24,7 +26,7 @@ CASES = [
     *("fused_biases", "fused_split_biases", "q4_k_mixed", "bf16", "qwen2_output_bias", "qwen3", "gemma", "gemma2"),
     *("gemma3", "phi3", "phi3_q4_0", "phi3_unfused", "olmo2", "mistral3", "granite", "granite_biases", "smollm3"),
     *("glm4", "cohere2", "gpt2", "phi2", "phi2_fused", "falcon_7b", "falcon_40b", "starcoder2", "qwen3vl"),
-    *("mixtral", "mixtral_one_expert", "mixtral_q4_k", "qwen3moe", "qwen2moe", "olmoe", "granitemoe"),
+    *("mixtral", "mixtral_one_expert", "mixtral_q4_k", "qwen3moe", "qwen3vlmoe", "qwen2moe", "olmoe", "granitemoe"),
     *("granitemoe_shared", "gpt_oss", "gpt_oss_mxfp4", "gpt_oss_fused"),
 ]
 GATED = ("plain", "biases", "phi3", "gpt2", "gemma2", "mixtral", "qwen2moe", "gpt_oss")
@@ -227,3 +229,221 @@ def test_the_constants_are_those_of_the_modules_that_import_torch() -> None:
     assert planner.CHUNK_BYTES == jacobian.CHUNK_BYTES
     assert (planner.EXACT_ROWS, planner.PROBES) == (stable_rank.EXACT_ROWS, 16)
     assert planner.ITEM_BYTES == {name: dtype.itemsize for name, dtype in DTYPES.items()}
+
+
+# ---- memory and the verdict
+
+AMPLE = planner.Budget(1 << 40, 1 << 40)
+
+
+def test_parts_add_up_and_what_does_not_fit_is_refused(tiny_file: TinyFile) -> None:
+    path = tiny_file("gqa")
+    plan = planned(path, 5, budget=AMPLE)
+    assert plan.ram_needed == sum(plan.ram.values()) <= plan.ram_peak
+    assert plan.vram == {}
+    assert plan.fits
+    planner.check(plan)
+    enough = planned(path, 5, budget=planner.Budget(plan.ram_needed))
+    assert enough.fits
+    assert enough.ram_peak == enough.ram_needed
+    short = planned(path, 5, budget=planner.Budget(plan.ram_needed - 1))
+    assert not short.fits
+    with pytest.raises(planner.NoFitError, match=r"^svd needs .* of memory \(process .*, but --ram-budget allows") as e:
+        planner.check(short)
+    assert e.value.will_not_fit
+    assert "\n" not in str(e.value)
+
+
+def test_the_default_budget_is_half_of_what_is_free(monkeypatch: pytest.MonkeyPatch, tiny_file: TinyFile) -> None:
+    monkeypatch.setattr(machine, "free_memory", lambda: 10 << 30)
+    monkeypatch.setattr(machine, "anonymous_memory", lambda: 2 << 30)
+    assert planned(tiny_file("gqa"), 5).budget == planner.Budget(6 << 30, None)
+
+
+def needs(path: Path, n: int, **options: Any) -> planner.Plan:
+    return planned(path, n, budget=planner.Budget(1), **options)
+
+
+def test_the_advice_names_what_weighs_most(tiny_file: TinyFile) -> None:
+    path = tiny_file("gqa", context=4096, layers=9)
+    long = needs(path, 4000, rank=1)
+    assert max(long.ram, key=lambda part: long.ram[part]) == "tapes"
+    assert "; keep tapes on disk with --trace FOLDER; " in str(long.misfit)
+    assert "--trace" not in str(needs(path, 4000, rank=1, tapes_on_disk=True).misfit)
+    assert "; lower --rank, or use fewer tokens; " in str(needs(path, 400, rank=60).misfit)
+
+
+def test_tapes_on_disk_leave_two_in_memory(tiny_file: TinyFile) -> None:
+    path = tiny_file("plain", layers=6)
+    kept, on_disk = (planned(path, 50, tapes_on_disk=choice, budget=AMPLE) for choice in (False, True))
+    assert kept.ram["tapes"] == kept.tape_bytes == 3 * on_disk.ram["tapes"]
+
+
+def test_memory_grows_with_the_prompt_the_rank_and_the_dtype(tiny_file: TinyFile) -> None:
+    path = tiny_file("gqa")
+
+    def needed(n: int = 50, rank: int = 8, **options: Any) -> int:
+        return planned(path, n, rank=rank, budget=AMPLE, **options).ram_needed
+
+    base = needed()
+    assert base < needed(n=60)
+    assert base < needed(rank=32)
+    assert needed(dtype="bfloat16") < base < needed(dtype="float64")
+    assert base < needed(sweeps=20)
+    assert planned(path, 50, "predict", budget=AMPLE).ram["tapes"] == 0
+    assert planned(path, 50, position=9, budget=AMPLE).ram["vectors"] < planned(path, 50, budget=AMPLE).ram["vectors"]
+
+
+def held(work: Callable[[], object]) -> int:
+    """Return the most bytes that torch's CPU allocator had handed out at once, by its own count."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as seen:
+        work()
+    events = [event for event in seen.profiler.kineto_results.events() if event.name() == "[memory]"]
+    return max(accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())))
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        "gqa",
+        "mqa",
+        "head_dim_wide",
+        "gpt2",
+        "gemma2",
+        "falcon_7b",
+        "falcon_40b",
+        "phi2",
+        "cohere2",
+        "smollm3",
+        "granite",
+        "mixtral",
+        "qwen2moe",
+        "olmo2",
+    ],
+)
+def test_a_sweep_holds_what_is_counted(case: str, tiny_file: TinyFile) -> None:
+    n, k = 24, 80
+    run = trace(tiny_file(case, layers=4), n)
+    J, config = run.jacobian(), run.model.config
+    Y, X = torch.ones(k, config.d), torch.ones(k, n, config.d)
+    J.rmatmat(Y)  # the tile is there from now on
+    for up, product in ((False, lambda: J.rmatmat(Y)), (True, lambda: J.matmat(X))):
+        counted = 4 * k * planner.sweep_floats(config, n, up=up)
+        assert 0.75 < held(product) / counted < 1.12, up
+
+
+# ---- where weights wait
+
+
+def test_layers_nearest_the_output_are_kept_dense(tiny_file: TinyFile) -> None:
+    path = tiny_file("plain", layers=5)
+    plan = planned(path, 5, budget=AMPLE)
+    assert plan.places == ["dense"] * 5
+    size = plan.layers[0].dense_bytes
+    tight = planned(path, 5, budget=planner.Budget(plan.ram_needed + 2 * size + size // 2))
+    assert tight.places == ["file"] * 3 + ["dense"] * 2
+    assert tight.room == {"dense": 2 * size, "device": 0, "pinned": 0}
+    assert tight.ram_peak == plan.ram_needed + 2 * size
+    assert planned(path, 5, "predict", budget=AMPLE).places == ["file"] * 5  # nothing is used again
+
+
+def test_a_device_takes_quantized_layers_first(tiny_file: TinyFile) -> None:
+    path = tiny_file("plain", layers=5, type="Q8_0")
+
+    def made(ram: int, vram: int) -> planner.Plan:
+        return planned(path, 5, device="cuda", budget=planner.Budget(ram, vram))
+
+    free = made(1 << 40, 1 << 40)
+    assert free.places == ["dense"] * 5
+    assert set(free.ram) == {"process", "tile"}
+    stored, dense = free.layers[0].sweep.nbytes, free.layers[0].dense_bytes
+    assert stored < dense / 3
+    ram, vram = free.ram_needed, free.vram_needed
+    assert made(ram, vram).places == ["file"] * 5
+    assert made(ram + stored, vram + 3 * stored).places == ["file", "pinned", "device", "device", "device"]
+    plan = made(ram, vram + 5 * stored + dense - stored)
+    assert plan.places == ["device"] * 4 + ["dense"]
+    assert plan.vram_peak == vram + 4 * stored + dense
+    short = made(ram, vram - 1)
+    assert "of device memory" in str(short.misfit)
+    assert "or give --vram-budget " in str(short.misfit)
+
+
+# ---- time
+
+
+class Rates:
+    """Round numbers."""
+
+    disk, call = 1e6, 0.25
+
+    def dequantize(self, type: str) -> float:
+        return {"F32": 1e6, "Q8_0": 5e5}[type]
+
+    def gemm(self, columns: int) -> float:
+        return 1e8 if columns >= 100 else 1e7
+
+
+def test_times_by_hand(tiny_file: TinyFile) -> None:
+    path = tiny_file("plain", type="Q8_0")
+    plan = planned(path, 5, budget=planner.Budget(ram=1 << 28))
+    plan = dataclasses.replace(plan, layers=tuple(dataclasses.replace(e, place="file") for e in plan.layers))
+    cold = plan.seconds(Rates(), cached=0, free=0)
+    parts = {part.what: part for part in cold.parts}
+    assert list(parts) == ["trace", "logits", "svd", "reconstruction", "decoding"]
+    svd, sweep = parts["svd"], plan.sweep
+    assert svd.count == planner.EXPECTED_SWEEPS
+    assert svd.disk == pytest.approx(sweep.nbytes / 1e6)
+    assert svd.dequantize == pytest.approx(sweep.types["Q8_0"] / 5e5 + sweep.types.get("F32", 0) / 1e6)
+    columns = plan.job.width * sweep.flop / 2 / sweep.weights
+    assert svd.gemm == pytest.approx(plan.job.width * sweep.flop / Rates().gemm(round(columns)))
+    assert svd.calls == pytest.approx(0.25 * 8)  # four matrices in each of two layers
+    assert svd.each == pytest.approx(max(svd.disk, svd.dequantize + svd.gemm) + svd.calls)
+    assert parts["trace"].disk == pytest.approx(plan.trace.nbytes / 1e6)
+    assert cold.total == pytest.approx(sum(part.count * part.each for part in cold.parts))
+    # What fits beside the job is not read again; what is there already, not at all.
+    warm = {p.what: p for p in plan.seconds(Rates(), cached=1 << 30, free=plan.ram_peak + (1 << 30)).parts}
+    assert (warm["trace"].disk, warm["svd"].disk, warm["decoding"].disk) == (0, 0, 0)
+    half = {p.what: p for p in plan.seconds(Rates(), cached=0, free=plan.ram_peak + sweep.nbytes // 2).parts}
+    assert half["svd"].disk == pytest.approx(svd.disk / 2, rel=1e-3)
+
+
+def test_layers_kept_dense_are_dequantized_once(tiny_file: TinyFile) -> None:
+    plan = planned(tiny_file("plain"), 5, budget=AMPLE)
+    parts = {part.what: part for part in plan.seconds(Rates(), cached=0, free=1 << 40).parts}
+    assert parts["svd"].dequantize == 0
+    assert parts["svd"].gemm > 0
+    assert parts["making layers ready"].total == pytest.approx(plan.sweep.weights / 1e6)
+
+
+def test_dense_rows_come_in_chunks_as_the_jacobian_makes_them(
+    monkeypatch: pytest.MonkeyPatch, tiny_file: TinyFile
+) -> None:
+    path, n = tiny_file("gqa"), 5
+    J = trace(path, n).jacobian()
+    for nbytes in (1 << 30, 100_000):
+        monkeypatch.setattr(planner, "CHUNK_BYTES", nbytes)
+        J.chunk_bytes = nbytes
+        chunks = [stop - start for start, stop, _ in J.rows()]
+        (rows, _) = planned(path, n, "jacobian").job.sweeps
+        assert (rows.count, rows.vectors) == (len(chunks), chunks[0])
+
+
+# ---- refusals
+
+
+def test_what_cannot_be_planned(tiny_file: TinyFile) -> None:
+    path = tiny_file("gqa")
+    for n in (0, 257):
+        with pytest.raises(planner.PlanError, match=rf"a prompt of {n} tokens cannot run; .* from 1 to 256"):
+            planned(path, n)
+    with pytest.raises(planner.PlanError, match="--rank 65 is out of range"):
+        planned(path, 5, rank=65)
+    with pytest.raises(planner.PlanError, match="'sing' is not planned; planned: analyze, svd"):
+        planned(path, 5, "sing")
+    with pytest.raises(planner.PlanError, match="--position -6 is out of range"):
+        planned(path, 5, position=-6)
+    file, config = header(path)
+    job = planner.job("svd", config, 5, "float32")
+    with pytest.raises(planner.PlanError, match="dtype 'float8' is unknown"):
+        planner.make(file, config, 5, job, dtype="float8")

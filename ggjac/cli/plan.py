@@ -135,7 +135,6 @@ def make_plan(
         return plan if plan.fits or what.trace is None else made(tapes_on_disk=True)
     except planner.PlanError as error:
         raise click.UsageError(str(error)) from error
-    return on_disk if what.trace and not in_memory.fits else in_memory
 
 
 def _device(name: str) -> str:
