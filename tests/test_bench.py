@@ -1,0 +1,115 @@
+"""Measurements: that they measure what they say, and what is made of them. No time is tested."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ggjac import bench
+from ggjac.gguf import open_gguf
+
+TinyFile = Callable[..., Path]
+RATES = bench.Measured(1e9, "made up", {"Q4_K": 4e9, "Q6_K": 1e9}, {8: 1e10, 32: 4e10}, 1e10)
+
+
+def test_types_that_were_not_measured_count_as_the_slowest() -> None:
+    assert [RATES.dequantize(name) for name in ("Q4_K", "Q6_K", "F32")] == [4e9, 1e9, 1e9]
+
+
+def test_rates_of_products_between_and_beyond_those_measured() -> None:
+    assert [RATES.gemm(columns) for columns in (8, 32, 1000)] == [1e10, 4e10, 4e10]
+    assert RATES.gemm(16) == pytest.approx(2e10)  # halfway in logarithms of both
+    assert RATES.gemm(2) == pytest.approx(0.25e10)  # as long as with 8: the tile must be read anyway
+    assert all(RATES.gemm(i) <= RATES.gemm(i + 1) for i in range(1, 100))
+
+
+def test_data_and_lines() -> None:
+    data = RATES.data()
+    assert data["bus_bytes_per_second"] is None
+    assert data["flop_per_second"] == {"8": 1e10, "32": 4e10}
+    assert data["disk_method"] == "made up"
+    assert dataclasses.replace(RATES, bus=5e9).data()["bus_bytes_per_second"] == 5e9
+    text = "\n".join(RATES.lines())
+    for words in ("disk 1.00 GB/s (made up)", "Q4_K 4.00, Q6_K 1.00 Gweights/s", "40 with 32 columns"):
+        assert words in text
+
+
+def test_the_median_of_repeated_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, steps, calls = 0.0, iter([100.0, 3.0, 1.0, 2.0, 9.0]), 0
+
+    def call() -> None:
+        nonlocal clock, calls
+        clock, calls = clock + next(steps), calls + 1
+
+    monkeypatch.setattr(bench.time, "perf_counter", lambda: clock)
+    assert bench.seconds_of(call, budget=0.5, least=3) == 2.0  # the first call is not counted
+    assert calls == 4
+
+
+@pytest.fixture
+def counting(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Let every call take one second, and be made once."""
+    made: list[float] = []
+
+    def once(call: Callable[[], object], *_: Any) -> float:
+        call()
+        made.append(1.0)
+        return 1.0
+
+    monkeypatch.setattr(bench, "seconds_of", once)
+    return made
+
+
+def test_dequantization_counts_the_weights_of_a_tile(
+    counting: list[float], monkeypatch: pytest.MonkeyPatch, tiny_file: TinyFile
+) -> None:
+    from ggjac import weights
+
+    with open_gguf(tiny_file("q8_0")) as file:
+        largest = bench.dominant(file, "Q8_0")
+        assert largest.elements == max(t.elements for t in file.tensors.values() if t.type.name == "Q8_0")
+        assert bench.dequantize_rate(file, "Q8_0", "float32", 1) == largest.elements
+        monkeypatch.setattr(weights, "TILE_ELEMENTS", 3 * largest.shape[-1] + 1)
+        assert bench.dequantize_rate(file, "Q8_0", "bfloat16", 1) == 3 * largest.shape[-1]
+        assert bench.moved_bytes(file, "Q8_0", "float32") == pytest.approx(34 / 32 + 4)
+
+
+def test_products_count_both_directions(counting: list[float], tiny_file: TinyFile) -> None:
+    with open_gguf(tiny_file("plain")) as file:  # the widest matrices are 96 x 64
+        assert bench.gemm_rate(file, 10, "float32") == 2 * 10 * 96 * 64
+    assert len(counting) == 2
+    assert bench.square_rate("float32", size=8) == 2 * 8**3
+    assert bench.copy_rate() == 2 * 4 * bench.COPY_ELEMENTS
+
+
+def test_disk_reads_every_byte_of_a_small_file_once(tiny_file: TinyFile, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tiny_file("plain")
+    with open_gguf(path) as file:
+        rate, method = bench.disk_rate(file)
+        assert rate > 0
+        read = float(method.split(" MB")[0]) * 1e6
+        assert read <= path.stat().st_size * 1.01 + 1e6
+        assert "dropped from the page cache first" in method
+        monkeypatch.delattr(bench.os, "posix_fadvise")
+        assert bench.disk_rate(file) == (
+            bench.CACHED_RATE,
+            "not measured: this system cannot drop a file from its cache",
+        )
+
+
+def test_all_of_it(monkeypatch: pytest.MonkeyPatch, tiny_file: TinyFile) -> None:
+    monkeypatch.setattr(bench, "COPY_ELEMENTS", 1 << 12)
+    threads = torch.get_num_threads()
+    with open_gguf(tiny_file("q4_k_mixed")) as file:
+        types = {"Q4_K": 90, "Q6_K": 9, "Q5_0": 1}
+        found = bench.measure(file, [5, 40, 10**6], types, dtype="bfloat16", threads=2)
+    assert set(found.types) == {"Q4_K", "Q6_K"}  # one weight in fifty at least
+    assert list(found.multiply) == [5, 40, bench.MOST_COLUMNS]
+    assert (found.dtype, found.threads, found.device) == ("bfloat16", 2, "cpu")
+    assert math.isinf(found.bus)
+    assert min(*found.types.values(), *found.multiply.values(), found.disk, found.copy, found.call) > 0
+    assert torch.get_num_threads() == threads
