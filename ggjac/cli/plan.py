@@ -304,4 +304,6 @@ def _duration(seconds: float) -> str:
     for unit, length in (("hours", 3600), ("minutes", 60)):
         if seconds >= 2 * length:
             return f"{seconds / length:.1f} {unit}"
+    if seconds < 1:  # then starting up is what takes time
+        return "a second"
     return f"{seconds:.2g} seconds"

@@ -46,7 +46,9 @@ def compare(path: str, n: int, options: argparse.Namespace, rest: list[str]) -> 
     common = ["-m", path, "--tokens", ids, "--dtype", options.dtype, "-q", *rest]
     rank = ["-k", str(options.rank)] if options.command in ("svd", "analyze") else []
     planned, _, _ = run("plan", *common, "--for", options.command, "-k", str(options.rank))
-    done, peak, _ = run(options.command, *common, *rank, *(["--no-verify"] if options.command == "analyze" else []))
+    with tempfile.TemporaryDirectory() as folder:
+        more = ["--no-verify", "-o", f"{folder}/run"] if options.command == "analyze" else []
+        done, peak, _ = run(options.command, *common, *rank, *more)
     times = {part["what"]: part for part in planned["times"]["parts"]}
     took = done["seconds"]
     cells = [f"{planned['ram_peak'] / 2**20:7.0f} / {peak / 2**20:<7.0f} {planned['ram_peak'] / peak:5.2f}"]
