@@ -1,36 +1,52 @@
-"""Which input tokens make up a logit: exact additive shares.
+"""What a logit is made of: exact additive shares of the input tokens, or of the branches and heads of every block.
+
+By token, along the live paths of the whole network, `w` being the head's row of the target (less that of a second
+token, for what sets the two apart):
 
     logit = w · y = Σ_i w · J_i x_i + w · offset
 
-with `w` the head's row of the target token. One cotangent, one downward sweep gives every `Jᵀ w` at once. The split is
-an identity of the frozen network; it says what each position contributes along its live path, not what would happen if
-a token were changed.
+By what was added to the stream, with the final norm `N` frozen at the prompt ("direct logit attribution": what the head
+reads from each part, wherever that part's own input came from):
+
+    logit = w · N (x_p + Σ_i attn_i + Σ_i mlp_i),    attn_i = norm_out (Σ_h W_h z_h + bias)
+
+with `z_h` what head `h` read at the position and `W_h` its columns of the output projection. Either split is an
+identity of the frozen network; it says what each part contributes, not what would happen if the part were changed.
 """
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
-from jaxtyping import Float
+import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
+from ggjac.blocks import SLAB, BlockTape, FrozenBlock, attention_halves, block
 from ggjac.decode import Head
-from ggjac.jacobian import DetachedJacobian
+from ggjac.jacobian import CHUNK_BYTES, DetachedJacobian, FrozenNetwork
+from ggjac.linop import LinearOperator
+
+Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
 class Attribution:
-    """How one logit is made up.
+    """How one logit, or the difference of two, is made up.
 
     Attributes:
         target: token id whose logit is split.
         logit: `w · y` (plus the head's bias), from the forward pass, before any soft cap.
         shares: `[n]`, float64: what each input position contributes.
         offset: what the biases contribute, the head's included; 0 for models without them.
+        versus: token id whose logit is subtracted, or None.
     """
 
     target: int
     logit: float
     shares: Float[Tensor, " n"]
     offset: float
+    versus: int | None = None
 
     @property
     def unexplained(self) -> float:
@@ -38,16 +54,247 @@ class Attribution:
         return self.logit - float(self.shares.sum()) - self.offset
 
 
-def attribute(jacobian: DetachedJacobian, head: Head, target: int | None = None) -> Attribution:
-    """Split the logit of token `target` (default: the most likely next token) over the input positions."""
-    if target is None:
-        target = int(head.logits(jacobian.output[None])[0].argmax())
-    w = head.scale * head.matrix.take([target])
-    bias = 0.0 if head.bias is None else float(head.bias[target])
-    pulled = jacobian.rmatmat(w)[0].double()
+@dataclass(frozen=True)
+class TokenShares:
+    """`Attribution` of `m` output positions, each of its own target.
+
+    Attributes:
+        positions: the `m` output positions.
+        targets: `[m]`, token ids.
+        versus: token id whose logit is subtracted everywhere, or None.
+        logits: `[m]`, float64: from the forward pass, before any soft cap.
+        shares: `[m, n]`, float64: what each input position contributes; 0 after the output position.
+        offsets: `[m]`, float64: what the biases contribute, the head's included.
+    """
+
+    positions: range
+    targets: Int[Tensor, " m"]
+    versus: int | None
+    logits: Float[Tensor, " m"]
+    shares: Float[Tensor, "m n"]
+    offsets: Float[Tensor, " m"]
+
+    @property
+    def unexplained(self) -> Float[Tensor, " m"]:
+        """What is left of each logit: rounding."""
+        return self.logits - self.shares.sum(1) - self.offsets
+
+
+@dataclass(frozen=True)
+class BranchShares:
+    """What was added to the stream of `m` output positions, as the final norm and the head read it.
+
+    Attributes:
+        positions: the `m` output positions.
+        targets: `[m]`, token ids.
+        versus: token id whose logit is subtracted everywhere, or None.
+        logits: `[m]`, float64: from the forward pass, before any soft cap.
+        embedding: `[m]`, float64: the position's own input of block 0.
+        attn: `[m, L]`, float64: the attention branch of each of `L` blocks, after any post-norm and scale.
+        mlp: `[m, L]`, float64: the feed-forward branch, likewise.
+        bias: `[m]`, float64: of the final norm and of the head; 0 for models without them.
+        heads: `[m, L, h]`, float64: `attn` split by query head; None if not asked for.
+        attn_bias: `[m, L]`, float64: what is left of `attn` for no head: the bias of its output projection.
+    """
+
+    positions: range
+    targets: Int[Tensor, " m"]
+    versus: int | None
+    logits: Float[Tensor, " m"]
+    embedding: Float[Tensor, " m"]
+    attn: Float[Tensor, "m L"]
+    mlp: Float[Tensor, "m L"]
+    bias: Float[Tensor, " m"]
+    heads: Float[Tensor, "m L h"] | None = None
+    attn_bias: Float[Tensor, "m L"] | None = None
+
+    @property
+    def unexplained(self) -> Float[Tensor, " m"]:
+        """What is left of each logit: rounding. With heads, these are what is added up, not `attn`."""
+        attn = self.attn.sum(1)
+        if self.heads is not None and self.attn_bias is not None:
+            attn = self.heads.sum((1, 2)) + self.attn_bias.sum(1)
+        return self.logits - self.embedding - attn - self.mlp.sum(1) - self.bias
+
+
+def attribute(
+    jacobian: DetachedJacobian, head: Head, target: int | None = None, versus: int | None = None
+) -> Attribution:
+    """Split the logit of token `target` (default: the most likely next token) over the input positions.
+
+    With `versus`, split the difference to that token's logit. One downward sweep.
+    """
+    asked = _ask(jacobian.output[None], head, target, versus)
+    pulled = jacobian.rmatmat(asked.w)[0].double()
     return Attribution(
-        target=target,
-        logit=float(w[0].double() @ jacobian.output.double()) + bias,
+        target=int(asked.targets[0]),
+        logit=float(asked.logits[0]),
         shares=(pulled * jacobian.x.double()).sum(1).cpu(),
-        offset=float(w[0].double() @ jacobian.offset.double()) + bias,
+        offset=float(asked.w[0].double() @ jacobian.offset.double() + asked.bias[0]),
+        versus=versus,
     )
+
+
+def attribute_positions(
+    network: FrozenNetwork,
+    head: Head,
+    target: int | None = None,
+    versus: int | None = None,
+    *,
+    chunk_bytes: int = CHUNK_BYTES,
+    progress: Progress | None = None,
+) -> TokenShares:
+    """Split a logit at every position of the prompt over the input positions; default the most likely one at each.
+
+    One upward pass carries every token's embedding alone, and the biases: where a vector started says whose share it
+    is, where it is read off says in which logit. `n + 1` vectors of `n` positions travel together; where they need more
+    than `chunk_bytes` of working memory, in several passes.
+    """
+    n, d = network.x.shape
+    asked = _ask(network.outputs, head, target, versus)
+    w = asked.w.double()
+    floats = n * max(4 * d, 2 * min(network.frame.config.hidden_units, SLAB))
+    at_once = max(1, chunk_bytes // (floats * network.x.itemsize))
+    parts = torch.arange(n + 1).split(at_once)  # the last one stands for the biases
+    found = []
+    for number, part in enumerate(parts):
+        X = network.x.new_zeros(len(part), n, d)
+        tokens = part[part < n]
+        X[torch.arange(len(tokens)), tokens] = network.x[tokens]
+        t = (part == n).to(X)
+        for i, _, frozen in _walk(network, range(n)):
+            added = frozen.attn.matmat(X, t)
+            middle = X + added
+            X = middle + frozen.ffn.matmat(X if frozen.parallel else middle, t)
+            _report(progress, number * len(network.tapes) + i + 1, len(parts) * len(network.tapes))
+        Y = network.norm.operator().matmat(X, t)
+        found.append(torch.stack([(y.double() * w).sum(1) for y in Y]))  # one by one: float64 copies are large
+    shares = torch.cat(found).T.cpu()
+    return TokenShares(
+        positions=range(n),
+        targets=asked.targets,
+        versus=versus,
+        logits=asked.logits,
+        shares=shares[:, :n].contiguous(),
+        offsets=shares[:, n] + asked.bias,
+    )
+
+
+def attribute_branches(
+    network: FrozenNetwork,
+    head: Head,
+    positions: range | None = None,
+    target: int | None = None,
+    versus: int | None = None,
+    *,
+    by_head: bool = False,
+    progress: Progress | None = None,
+) -> BranchShares:
+    """Split a logit over the embedding and the branches of every block, and over the attention heads if asked.
+
+    Args:
+        network: of a trace.
+        head: the LM head.
+        positions: consecutive output positions; default all of the prompt.
+        target: token whose logit is split; default the most likely one at each position.
+        versus: token whose logit is subtracted.
+        by_head: split attention by query head; the output projections are then read twice.
+        progress: called as `progress(done, total)` after each block.
+
+    Returns:
+        Shares at all positions at once, in one pass over the weights of the live paths: each branch is applied to the
+        stream that the trace recorded, as the forward pass did.
+    """
+    config = network.frame.config
+    positions = range(len(network.ids)) if positions is None else positions
+    chosen = slice(positions.start, positions.stop)
+    asked = _ask(network.outputs[chosen], head, target, versus)
+    norm, one = network.norm.at(chosen).operator(), network.x.new_ones(1)
+    read = norm.rmatmat(asked.w[None])[0]  # what the head reads from the stream, through the final norm
+    wide = read.double()
+
+    def share(added: Float[Tensor, "m d"]) -> Float[Tensor, " m"]:
+        return (added.double() * wide).sum(1).cpu()
+
+    attn, mlp, heads, attn_bias = [], [], [], []
+    for i, tape, frozen in _walk(network, positions):
+        stream = tape.x[None, : positions.stop]
+        here = frozen.kept.matmat(stream)
+        if by_head:
+            reading, writing = attention_halves(network.weights(i), config, tape.attn.at(chosen))
+            z = reading.matmat(stream, one)
+            added, constant = writing.matmat(torch.cat([z, torch.zeros_like(z)]), one.expand(2))
+            # Every position has a vector of its own, and the projection acts at each alone: one stack does for all.
+            parts = writing.rmatmat(read[None])[0].double() * z[0].double()
+            heads.append(parts.unflatten(1, (config.head_count, -1)).sum(2).cpu())
+            attn_bias.append(share(constant))
+        else:
+            added = frozen.attn.matmat(stream, one)[0]
+        attn.append(share(added))
+        mlp.append(share(frozen.ffn.matmat(here if frozen.parallel else here + added, one)[0]))
+        _report(progress, i + 1, len(network.tapes))
+    return BranchShares(
+        positions=positions,
+        targets=asked.targets,
+        versus=versus,
+        logits=asked.logits,
+        embedding=share(network.x[chosen]),
+        attn=torch.stack(attn, 1),
+        mlp=torch.stack(mlp, 1),
+        bias=_constant(norm, asked.w) + asked.bias,
+        heads=torch.stack(heads, 1) if by_head else None,
+        attn_bias=torch.stack(attn_bias, 1) if by_head else None,
+    )
+
+
+class _Asked(NamedTuple):
+    """The logits asked for, as vectors: `logits = w · y + bias`, in float64; `w` is of the network's dtype."""
+
+    targets: Int[Tensor, " m"]
+    w: Float[Tensor, "m d"]
+    bias: Float[Tensor, " m"]
+    logits: Float[Tensor, " m"]
+
+
+def _ask(outputs: Float[Tensor, "m d"], head: Head, target: int | None, versus: int | None) -> _Asked:
+    """Choose a target for each output, and read the head's rows of it."""
+    targets = head.logits(outputs).argmax(1).cpu() if target is None else torch.full((len(outputs),), target)
+    distinct, which = targets.unique(return_inverse=True)
+
+    def row(ids: list[int]) -> tuple[Tensor, Tensor]:
+        biases = torch.zeros(len(ids)) if head.bias is None else head.bias[ids]
+        return head.scale * head.matrix.take(ids), biases.double().cpu()
+
+    w, bias = row(distinct.tolist())
+    if versus is not None:
+        other, other_bias = row([versus])
+        w, bias = w - other, bias - other_bias
+    w, bias = w[which.to(w.device)], bias[which]
+    return _Asked(targets, w, bias, (w.double() * outputs.double()).sum(1).cpu() + bias)
+
+
+def _walk(network: FrozenNetwork, positions: range) -> Iterator[tuple[int, BlockTape, FrozenBlock]]:
+    """Yield the blocks, written at some positions, with their tapes; the next one is read ahead."""
+
+    def build(i: int) -> tuple[int, BlockTape, FrozenBlock]:
+        tape = network.tapes[i]
+        return i, tape, block(network.weights(i), network.frame.config, tape, positions)
+
+    ahead = build(0)
+    for i in range(len(network.tapes)):
+        now = ahead
+        if i + 1 < len(network.tapes):
+            ahead = build(i + 1)
+            ahead[2].read_ahead()
+        yield now
+
+
+def _constant(norm: LinearOperator, w: Float[Tensor, "m d"]) -> Float[Tensor, " m"]:
+    """Return what the final norm's bias adds to the logits."""
+    y = norm.matmat(torch.zeros_like(w)[None], w.new_ones(1))[0]
+    return (y.double() * w.double()).sum(1).cpu()
+
+
+def _report(progress: Progress | None, done: int, total: int) -> None:
+    if progress:
+        progress(done, total)

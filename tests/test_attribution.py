@@ -1,0 +1,223 @@
+"""Shares of logits by token, branch and head against autograd over the independent float64 oracle."""
+
+import math
+from pathlib import Path
+
+import oracle
+import pytest
+import tiny
+import torch
+from torch import Tensor
+
+from ggjac.analysis.attribution import attribute, attribute_branches, attribute_positions
+from ggjac.model import open_model
+
+# Sequential and parallel blocks, post-norms, residual scales, LayerNorm with biases, learned positions, biases of every
+# projection and of the head, grouped and single key heads, fused tensors, mixtures with shared experts, sinks, clamps,
+# soft caps, windows, scaled logits and embeddings.
+CASES = (
+    *("gqa", "mqa", "biases", "one_layer", "head_dim_wide", "fused_biases"),
+    *("gemma2", "olmo2", "granite", "phi2", "falcon_7b", "cohere2", "gpt2", "starcoder2", "glm4", "gemma3"),
+    *("qwen2moe", "granitemoe", "gpt_oss"),
+)
+N = 6
+
+
+class Expected:
+    """The oracle's states, and its shares of the logit of `target` (less that of `versus`) at one position."""
+
+    def __init__(self, file: Path, case: str):
+        self.known, self.ids = oracle.load(file), tiny.prompt(case, N)
+        self.layers = self.known.metadata["block_count"]
+        self.states = oracle.forward(self.known, self.ids)
+        self.last = self.states[f"l_out-{self.layers - 1}"]
+
+    def uncapped(self, y: Tensor) -> Tensor:
+        """Apply the head to outputs of the final norm, without its soft cap."""
+        weights, facts = self.known.weights, self.known.facts
+        z = y @ weights.get("output.weight", weights["token_embd.weight"]).T + weights.get("output.bias", 0.0)
+        if facts.logits:
+            scale = self.known.metadata["logit_scale"]
+            z = z / scale if facts.logits == "divide" else z * scale
+        return z
+
+    def direction(self, position: int, target: int, versus: int | None) -> tuple[Tensor, float, float]:
+        """Return what the logit reads from the stream, the logit, and what is left of it for a stream of zero."""
+        h = self.last[position].clone().requires_grad_()
+        z = self.uncapped(oracle.norm(self.known, "output_norm", h, frozen=True))
+        logit = z[target] - (0 if versus is None else z[versus])
+        (c,) = torch.autograd.grad(logit, h)
+        logit, h = logit.detach(), h.detach()
+        return c, float(logit), float(logit - c @ h)
+
+    def heads(self, layer: int, position: int, c: Tensor) -> Tensor:
+        """Return each head's share: the derivative by a factor on its columns of the output projection."""
+        count = self.known.metadata["attention.head_count"]
+        factor = torch.ones(count, dtype=torch.float64, requires_grad=True)
+        name = f"blk.{layer}.attn_output.weight"
+        W = self.known.weights[name]
+        scaled = self.known._replace(
+            weights=self.known.weights | {name: W * factor.repeat_interleave(W.shape[1] // count)}
+        )
+        x = self.states["x"] if layer == 0 else self.states[f"l_out-{layer - 1}"]
+        added = oracle.block(scaled, layer, x, freeze="up")[f"attn_out-{layer}"][position]
+        return torch.autograd.grad(c @ added, factor)[0]
+
+
+@pytest.fixture(params=CASES)
+def case(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+def close(found: Tensor | float, expected: Tensor | float, tolerance: float = 1e-10) -> None:
+    found, expected = (torch.as_tensor(part, dtype=torch.float64) for part in (found, expected))
+    assert found.shape == expected.shape
+    assert float((found - expected).abs().max()) <= tolerance * (1 + float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("versus", [None, 17])
+def test_branches_and_heads_are_those_of_the_oracle(case: str, versus: int | None, tiny_files: dict[str, Path]) -> None:
+    model, expected = open_model(tiny_files[case], dtype="float64"), Expected(tiny_files[case], case)
+    network = model.trace(expected.ids).network
+    found = attribute_branches(network, model.head, versus=versus, by_head=True)
+    alone = attribute_branches(network, model.head, range(2, 3), target=5, versus=versus, by_head=True)
+    assert (found.positions, alone.positions) == (range(N), range(2, 3))
+    assert found.heads.shape == (N, expected.layers, model.config.head_count)
+    best = expected.uncapped(expected.states["result_norm"]).argmax(1)
+    assert found.targets.tolist() == best.tolist()
+    assert alone.targets.tolist() == [5]
+    for shares, row, position in [(found, p, p) for p in range(N)] + [(alone, 0, 2)]:
+        c, logit, constant = expected.direction(position, int(shares.targets[row]), versus)
+        close(shares.logits[row], logit)
+        close(shares.embedding[row], float(c @ expected.states["x"][position]))
+        close(shares.bias[row], constant)
+        for layer in range(expected.layers):
+            attn, mlp = (expected.states[f"{kind}_out-{layer}"][position] for kind in ("attn", "ffn"))
+            heads = expected.heads(layer, position, c)
+            close(shares.attn[row, layer], float(c @ attn))
+            close(shares.mlp[row, layer], float(c @ mlp))
+            close(shares.heads[row, layer], heads)
+            close(shares.attn_bias[row, layer], float(c @ attn - heads.sum()))
+    for shares in (found, alone):
+        # They make up the logit, and the heads the branch.
+        close(shares.embedding + shares.attn.sum(1) + shares.mlp.sum(1) + shares.bias, shares.logits, 1e-12)
+        close(shares.heads.sum(2) + shares.attn_bias, shares.attn, 1e-12)
+        assert shares.unexplained.abs().max() < 1e-11
+
+
+def test_without_heads_the_same(case: str, tiny_files: dict[str, Path]) -> None:
+    model = open_model(tiny_files[case], dtype="float64")
+    network = model.trace(tiny.prompt(case, N)).network
+    whole, split = (attribute_branches(network, model.head, by_head=by_head) for by_head in (False, True))
+    assert whole.heads is whole.attn_bias is None
+    for name in ("logits", "embedding", "attn", "mlp", "bias"):
+        close(getattr(whole, name), getattr(split, name), 1e-13)
+    assert whole.unexplained.abs().max() < 1e-11
+
+
+@pytest.mark.parametrize("versus", [None, 17])
+def test_every_position_at_once_is_each_alone(case: str, versus: int | None, tiny_files: dict[str, Path]) -> None:
+    model, expected = open_model(tiny_files[case], dtype="float64"), Expected(tiny_files[case], case)
+    trace = model.trace(expected.ids)
+    found = attribute_positions(trace.network, model.head, versus=versus)
+    best = expected.uncapped(expected.states["result_norm"]).argmax(1)
+    assert found.positions == range(N)
+    assert found.targets.tolist() == best.tolist()
+    close(found.shares.sum(1) + found.offsets, found.logits, 1e-12)
+    assert found.unexplained.abs().max() < 1e-11
+    assert not found.shares.triu(1).any()
+    for position in range(N):
+        close(found.logits[position], expected.direction(position, int(best[position]), versus)[1])
+        one = attribute(trace.jacobian(position), model.head, int(best[position]), versus)
+        close(found.shares[position], one.shares)
+        close(found.offsets[position], one.offset)
+
+
+@pytest.mark.parametrize("case", ["gqa", "biases", "gpt2", "cohere2"])
+@pytest.mark.parametrize("position", [-1, 2])
+def test_the_difference_of_two_logits(case: str, position: int, tiny_files: dict[str, Path]) -> None:
+    known, ids = oracle.load(tiny_files[case]), tiny.prompt(case, N)
+    J = oracle.jacobian(known, ids, mlp_path="up", position=position)
+    expected = Expected(tiny_files[case], case)
+    model = open_model(tiny_files[case], dtype="float64")
+    jacobian = model.trace(ids).jacobian(position)
+    for target, versus in ((3, 17), (None, 4), (8, 8)):
+        found = attribute(jacobian, model.head, target, versus)
+        assert found.versus == versus
+        z = expected.uncapped(J.y)
+        assert found.target == (int(z.argmax()) if target is None else target)
+        close(found.logit, float(z[found.target] - z[versus]))
+        # The head without its bias is linear.
+        nothing = expected.uncapped(torch.zeros_like(J.y))
+        parts = expected.uncapped(torch.einsum("end,nd->ne", J.J, J.x)) - nothing
+        close(found.shares, parts[:, found.target] - parts[:, versus])
+        offset = expected.uncapped(J.offset)
+        close(found.offset, float(offset[found.target] - offset[versus]))
+        assert abs(found.unexplained) < 1e-11
+    assert found.logit == 0
+    assert not found.shares.any()
+
+
+@pytest.mark.parametrize("chunk_bytes", [1, 60_000])
+def test_in_several_passes_the_same(chunk_bytes: int, tiny_files: dict[str, Path]) -> None:
+    for case in ("gqa", "gpt2"):
+        model = open_model(tiny_files[case], dtype="float64")
+        network = model.trace(tiny.prompt(case, N)).network
+        whole = attribute_positions(network, model.head)
+        model.weights.reads.clear()
+        found = attribute_positions(network, model.head, chunk_bytes=chunk_bytes)
+        assert model.weights.reads["blk.0.ffn_down.weight"] > model.config.d
+        close(found.shares, whole.shares, 1e-13)
+        close(found.offsets, whole.offsets, 1e-13)
+
+
+def test_one_pass_over_the_live_weights(tiny_files: dict[str, Path]) -> None:
+    model = open_model(tiny_files["gqa"])
+    network, reads, steps = model.trace(tiny.prompt("gqa", N)).network, model.weights.reads, []
+    d, ff = model.config.d, tiny.options("gqa").ff
+
+    def seen(done: int, total: int) -> None:
+        steps.append((done, total))
+
+    for by_head in (False, True):
+        reads.clear()
+        attribute_branches(network, model.head, target=3, by_head=by_head, progress=seen)
+        assert reads["blk.0.ffn_up.weight"] == ff
+        assert reads["blk.1.ffn_down.weight"] == d
+        assert reads["blk.0.attn_v.weight"] == d // 2
+        assert reads["blk.0.attn_output.weight"] == (2 * d if by_head else d)
+        assert not reads["blk.0.attn_q.weight"]
+        assert reads["output.weight"] == 1  # one target, one row
+    reads.clear()
+    attribute_positions(network, model.head, target=3, versus=4, progress=seen)
+    assert reads["blk.0.ffn_up.weight"] == ff
+    assert reads["output.weight"] == 2
+    assert steps == [(1, 2), (2, 2)] * 3
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_other_dtypes(dtype: str, tiny_files: dict[str, Path]) -> None:
+    ids = tiny.prompt("biases", N)
+    exact, rounded = (open_model(tiny_files["biases"], dtype=dtype) for dtype in ("float64", dtype))
+    wide = attribute_branches(exact.trace(ids).network, exact.head, target=3, by_head=True)
+    narrow = attribute_branches(rounded.trace(ids).network, rounded.head, target=3, by_head=True)
+    eps = torch.finfo(getattr(torch, dtype)).eps
+    for name in ("logits", "embedding", "attn", "mlp", "bias", "heads", "attn_bias"):
+        assert getattr(narrow, name).dtype == torch.float64
+        close(getattr(narrow, name), getattr(wide, name), 40 * eps)
+    assert 0 < float(narrow.unexplained.abs().max()) < 40 * eps * float(wide.logits.abs().max() + 1)
+    tokens = attribute_positions(rounded.trace(ids).network, rounded.head, target=3)
+    assert tokens.shares.dtype == tokens.offsets.dtype == torch.float64
+    assert float(tokens.unexplained.abs().max()) < 40 * eps * float(wide.logits.abs().max() + 1)
+
+
+def test_the_gate_rule_moves_shares_of_tokens_and_none_of_branches(tiny_files: dict[str, Path]) -> None:
+    """What a branch adds is what it adds; where its own input came from is a matter of the rule."""
+    model, ids = open_model(tiny_files["gqa"], dtype="float64"), tiny.prompt("gqa", N)
+    up, gate = (model.trace(ids, mlp_path=rule).network for rule in ("up", "gate"))
+    a, b = (attribute_branches(network, model.head, by_head=True) for network in (up, gate))
+    close(a.mlp, b.mlp, 1e-12)
+    close(a.heads, b.heads, 1e-12)
+    a, b = (attribute_positions(network, model.head) for network in (up, gate))
+    assert not torch.allclose(a.shares, b.shares, atol=1e-3)
+    assert math.isclose(float(a.shares[-1].sum()), float(b.shares[-1].sum()), rel_tol=1e-10)
