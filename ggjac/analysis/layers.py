@@ -232,7 +232,7 @@ class _Group:
             report = self.progress
             sweep.progress = lambda done, total: report(f"{what}, block", done, total)
 
-    def svd(self, rank: int, **options: float) -> list[SVD]:
+    def svd(self, rank: int, **options: Any) -> list[SVD]:
         """Return the triplets of each map, left vectors signed to point along what the map makes of its stream."""
         self.says(f"{self.name}, sweep 1")
 
