@@ -452,3 +452,4 @@ def failed_checks(content: dict[str, Any]) -> list[str]:
         "svd": content.get("svd", {}).get("stopped_by") == "sweeps",
     }
     return [name for name, failed in checks.items() if failed]
+        "layers": content.get("layers", {}).get("stopped_by") == "sweeps",
