@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from ggjac.analysis.attribution import attribute as attribute
     from ggjac.analysis.spectrum import spectrum as spectrum
     from ggjac.analysis.stable_rank import stable_rank as stable_rank
+    from ggjac.analysis.steering import steer as steer
     from ggjac.gguf import open_gguf as open_gguf
     from ggjac.jacobian import DetachedJacobian as DetachedJacobian
     from ggjac.linop import LinearOperator as LinearOperator
@@ -32,6 +33,7 @@ _HOME = {
     "open_model": "ggjac.model",
     "spectrum": "ggjac.analysis.spectrum",
     "stable_rank": "ggjac.analysis.stable_rank",
+    "steer": "ggjac.analysis.steering",
     "verify": "ggjac.parity",
 }
 

@@ -214,9 +214,19 @@ class Server:
         return self.llama
 
     def evaluate(
-        self, path: str, ids: list[int], names: list[str], prompt: str | None, threads: int, folder: str
+        self,
+        path: str,
+        ids: list[int],
+        names: list[str],
+        prompt: str | None,
+        threads: int,
+        folder: str,
+        control: str | None = None,
     ) -> dict[str, Any]:
-        """Evaluate token ids; save logits and tensors as `folder/{i}.npy`, i counting the returned names."""
+        """Evaluate token ids; save logits and tensors as `folder/{i}.npy`, i counting the returned names.
+
+        `control` is the path of a control vector, added at every position with scale 1.
+        """
         import numpy as np
 
         files: dict[str, int] = {}
@@ -225,7 +235,9 @@ class Server:
             np.save(Path(folder) / f"{files.setdefault(name, len(files))}.npy", values, allow_pickle=False)
 
         llama = self._ready()
-        prompt_ids = evaluate(llama, path, ids, log=self.log, keep=keep, names=names, prompt=prompt, threads=threads)
+        prompt_ids = evaluate(
+            llama, path, ids, log=self.log, keep=keep, names=names, prompt=prompt, threads=threads, control=control
+        )
         return {"names": list(files), "prompt_ids": prompt_ids}
 
     def rewrite(self, source: str, target: str, threads: int) -> None:
@@ -310,6 +322,7 @@ def evaluate(
     names: Sequence[str],
     prompt: str | None,
     threads: int,
+    control: str | None = None,
 ) -> list[int] | None:
     """Evaluate token ids; `keep` gets "logits" [n, v] last, and before them the named tensors [n, width].
 
@@ -355,6 +368,8 @@ def evaluate(
         if not context:
             raise LlamaCppError(f"llama.cpp cannot prepare {n} tokens of {_name(path)}: {quoted_log(log)}")
         stack.callback(llama.llama_free, context)
+        if control is not None:
+            _set_control_vector(llama, model, context, control, log=log)
 
         batch = llama.llama_batch_init(n, 0, 1)
         stack.callback(llama.llama_batch_free, batch)
@@ -374,6 +389,39 @@ def evaluate(
 
         keep("logits", np.ctypeslib.as_array(pointer, (n, v)))
     return prompt_ids
+
+
+def _set_control_vector(llama: Any, model: Any, context: Any, path: str, *, log: Log) -> None:
+    """Load a control vector as llama.cpp's programs do (`common_control_vector_load`, which its library lacks).
+
+    `direction.N` is row `N - 1` of what `llama_set_adapter_cvec` takes; missing ones are zero.
+
+    Raises:
+        LlamaCppError: the file is no control vector, or of another width than the model.
+    """
+    import gguf
+    import numpy as np
+
+    rows: dict[int, np.ndarray] = {}
+    try:
+        for tensor in gguf.GGUFReader(path).tensors:
+            stem, _, number = tensor.name.partition(".")
+            if stem == "direction" and number.isdecimal() and int(number) > 0:
+                rows[int(number)] = np.array(tensor.data, np.float32)
+    except (ValueError, OSError) as error:
+        raise LlamaCppError(f"{_name(path)}: is not a control vector ({error})") from None
+    width, count = llama.llama_model_n_embd(model), llama.llama_model_n_layer(model)
+    data = np.zeros((count, width), np.float32)
+    for layer, row in rows.items():
+        if row.shape != (width,) or layer >= count:
+            found = f"direction.{layer} {list(row.shape)}"
+            raise LlamaCppError(f"{_name(path)}: {found} does not fit a model of {count} blocks, {width} wide")
+        data[layer - 1] = row
+    if not rows:
+        raise LlamaCppError(f"{_name(path)}: is not a control vector (no tensor direction.N)")
+    pointer = data.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
+    if llama.llama_set_adapter_cvec(context, pointer, data.size, width, 1, count):
+        raise LlamaCppError(f"llama.cpp refuses the control vector {_name(path)}: {quoted_log(log)}")
 
 
 def rewrite(

@@ -317,11 +317,13 @@ def run_llama_cpp(
     prompt: str | None = None,
     threads: int | None = None,
     names: Sequence[str] = NAMES,
+    control_vector: str | os.PathLike[str] | None = None,
 ) -> Reference:
     """Evaluate token ids with llama.cpp and return the logits of all positions and, with `layers`, named tensors.
 
     `path` is the file, or the first shard of a split one; weights stay mapped. `names` are llama.cpp's, without the
-    layer number; a name that occurs several times in the graph gives its last value.
+    layer number; a name that occurs several times in the graph gives its last value. `control_vector` is a file whose
+    directions are added to the stream of every position (`ggjac.control_vector`).
 
     The results pass through a temporary folder: 4 bytes for every logit, and for every element of the tensors.
 
@@ -343,6 +345,7 @@ def run_llama_cpp(
             prompt=prompt,
             threads=threads or _cpus(),
             folder=folder,
+            control=None if control_vector is None else os.fsdecode(control_vector),
         )
         tensors = {
             name: torch.from_numpy(np.load(Path(folder) / f"{i}.npy", allow_pickle=False))

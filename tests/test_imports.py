@@ -39,8 +39,21 @@ MAY_IMPORT: dict[str, set[str]] = {
     "jacobian": {"blocks", "journal", "linop", "svd", "tapes"},
     "ordinary": {"blocks", "jacobian", "linop"},
     "model": {"blocks", "config", "decode", "demo", "gguf", "hub", "jacobian", "rope", "tapes", "tokenizer", "weights"},
+    "generation": {"blocks", "model"},
+    "control_vector": {"runs"},
     "parity": {"model", "tokenizer", "gguf", "llamacpp"},
-    "analysis": {"frobenius", "journal", "jacobian", "ordinary", "svd", "decode", "weights"},
+    "analysis": {
+        "blocks",
+        "generation",
+        "model",
+        "frobenius",
+        "journal",
+        "jacobian",
+        "ordinary",
+        "svd",
+        "decode",
+        "weights",
+    },
 }
 # The one that may import anything, and that nothing may import.
 TOP = "cli"

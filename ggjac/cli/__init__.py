@@ -33,6 +33,7 @@ COMMANDS = {
     "norms": "Find the longest columns and rows of the dense detached Jacobian, and decode them.",
     "attribute": "Split a token's logit exactly over the input tokens.",
     "contrast": "Rebuild the output by the detached and by the ordinary Jacobian.",
+    "steer": "Continue a prompt while another one's linear map pushes it.",
     "report": "Write the HTML report of a run folder, and its figures.",
     "bench": "Measure this machine: disk, dequantization, multiplication, beside their limits.",
 }
@@ -104,7 +105,8 @@ def _plain_errors() -> Iterator[None]:
         where = error.ctx.command_path if error.ctx else "ggjac"
         raise Failure(f"{error.format_message().rstrip('.')}; see {where} --help", 2) from error
     except KeyboardInterrupt as interrupt:
-        click.echo("\nInterrupted; nothing unfinished was left behind", err=True)
+        saved = getattr(interrupt, "saved", False)  # then it has been said how to go on
+        click.echo("Interrupted" if saved else "\nInterrupted; nothing unfinished was left behind", err=True)
         raise click.exceptions.Exit(getattr(interrupt, "exit_code", 130)) from None
     except BrokenPipeError:  # the reader of our output has gone, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,0 +1,313 @@
+"""Steering: a prompt's stream pushed by the linear map of another prompt, the concept, while the text is generated.
+
+Let `J_j` `[d, d]`, `j < T`, be the concept's detached Jacobian from its `T` embeddings to its last position after
+`layer` blocks. It takes a new text's embeddings `e_0, e_1, ...` in turn, beginning anew after `T` of them:
+
+    c_i = offset + Σ_{j <= i} J_{j mod T} e_j
+
+- `"equation16"` (Golden, arXiv 2505.24293, eq. 16): the stream `h` after `layer` blocks becomes
+
+      h_i <- λ h_i + (1 - λ) c_i
+
+  `J` ends in the raw stream, which `c` replaces. λ = 1 changes nothing; strength is 1 - λ, so that 0 is the baseline.
+  The equation does not say how a map of `T` tokens takes a longer text: that much is from the code below. `offset`
+  (what biases contribute; zero in the paper's models) makes `c` the concept's own stream where text and concept agree.
+
+- `"additive"` (the paper's code, `apply_steering_operator`): `J` ends after the final norm, as its code computes it,
+  without offset; what changes is the stream one block earlier, after `layer - 1` blocks, in every position
+
+      h_i <- h_i + (λ / 2) ‖h_i‖ c_i / ‖c_i‖
+
+  λ = 0 changes nothing; strength is λ.
+
+The rest of the network then runs as usual. Generation is greedy, and `c` grows with every token.
+
+The control is an operator with the same singular values and the same reading of the text, that writes elsewhere:
+`Q J` with `Q` orthogonal, random and seeded. `‖Q c‖ = ‖c‖` for every text: what it does is due to length alone.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ggjac.blocks import MlpPath
+from ggjac.generation import Continuation, greedy
+from ggjac.jacobian import DetachedJacobian, Path, Tap
+from ggjac.model import Model
+
+Method = Literal["equation16", "additive"]
+
+
+@dataclass(frozen=True)
+class Generated:
+    """One text, and how its first step differs from the baseline's.
+
+    Attributes:
+        strength: of the push; 0 for the baseline.
+        control: pushed by the random operator instead of the concept's.
+        ids: generated token ids.
+        logits: `[v]`, after the prompt: scores of the first generated token.
+        kl: `KL(baseline ‖ this)` of the first step's distributions, in nats.
+        mass: probability of the concept's top tokens at the first step, together.
+        hits: how many of `ids` are among the concept's top tokens.
+        direction: `[d]`, what was added to the stream at the prompt's last position; zero for the baseline.
+    """
+
+    strength: float
+    control: bool
+    ids: list[int]
+    logits: Float[Tensor, " v"]
+    kl: float
+    mass: float
+    hits: int
+    direction: Float[Tensor, " d"]
+
+
+@dataclass(frozen=True)
+class Steering:
+    """A prompt continued without and with a push, for several strengths.
+
+    Attributes:
+        method: `"equation16"` or `"additive"`.
+        layer: where the concept's map ends: number of blocks applied.
+        changed: where the stream is changed: number of blocks applied.
+        ids: of the prompt.
+        concept_ids: of the concept.
+        concept_tokens: ids that the concept itself predicts next, most likely first.
+        concept_chances: their probabilities there.
+        baseline: without a push.
+        steered: by strength, in the order asked for.
+        controls: the same pushed by the random operator, if asked for.
+        seed: of the random operator.
+    """
+
+    method: Method
+    layer: int
+    changed: int
+    ids: list[int]
+    concept_ids: list[int]
+    concept_tokens: list[int]
+    concept_chances: list[float]
+    baseline: Generated
+    steered: list[Generated]
+    controls: list[Generated]
+    seed: int
+
+
+def default_layer(block_count: int) -> int:
+    """Return two thirds of the depth, as the paper's code does."""
+    return max(1, 2 * block_count // 3)
+
+
+def steer(
+    model: Model,
+    prompt: str | Sequence[int],
+    concept: str | Sequence[int],
+    *,
+    method: Method = "equation16",
+    layer: int | None = None,
+    strengths: Sequence[float] = (0.5,),
+    max_tokens: int = 24,
+    top: int = 5,
+    control: bool = True,
+    seed: int = 0,
+    mlp_path: MlpPath = "up",
+    progress: Callable[[int, int], None] | None = None,
+) -> Steering:
+    """Continue a prompt greedily, unpushed and pushed by the concept's linear map; see the module for the formulas.
+
+    Costs a trace of the concept, a sweep for the prompt, then for each text and token a pass over the weights and a
+    sweep of `layer` blocks.
+
+    Args:
+        model: what computes.
+        prompt: text, or token ids.
+        concept: text, or token ids.
+        method: which formula.
+        layer: where the concept's map ends, 1 to the number of blocks; default two thirds of them.
+        strengths: of the push; 0 is the baseline in either method.
+        max_tokens: to generate; fewer where the model ends the text.
+        top: how many of the concept's next tokens count as its own.
+        control: generate with the random operator too.
+        seed: of the random operator.
+        mlp_path: freezing rule of the concept's map.
+        progress: called as `progress(done, total)` after each token of all texts.
+
+    Raises:
+        PromptError: a prompt that the model cannot run, or that would outgrow its context.
+        ValueError: the method is unknown, or the model has no such layer.
+        NumericsError: the stream left the range of the dtype.
+    """
+    blocks = model.config.block_count
+    layer = default_layer(blocks) if layer is None else layer
+    if method not in get_args(Method):
+        raise ValueError(f"method {method!r} is unknown; known: {', '.join(get_args(Method))}")
+    if not 1 <= layer <= blocks:
+        raise ValueError(f"layer {layer} is out of range; this model has layers 1 to {blocks}")
+    if max_tokens < 1:
+        raise ValueError(f"max_tokens={max_tokens}: at least one is needed")
+    ids = model.check_prompt(model.tokenize(prompt) if isinstance(prompt, str) else list(prompt))
+    capacity = len(ids) + max_tokens
+    baseline_text = Continuation(model, capacity, mlp_path=mlp_path)  # refuses what outgrows the context
+
+    trace = model.trace(concept, mlp_path=mlp_path, n_ctx=capacity)
+    chances = trace.logits.double().softmax(0)
+    best = chances.topk(min(top, len(chances)))
+    images = Images(
+        trace.jacobian(path=Path(0, Tap("layer", layer)), raw=method == "equation16"), affine=method == "equation16"
+    )
+    prompt_images = images(model.embed(ids))
+    turned = random_rotation(model.config.d, seed).to(prompt_images) if control else None
+
+    count = len(strengths)
+    runs = 1 + count * (1 + control)
+    baseline_direction = torch.zeros_like(prompt_images[-1])
+    steps = (
+        (lambda run: lambda done, total: progress(run * total + done, runs * total)) if progress else lambda run: None
+    )
+    plain, plain_logits = greedy(baseline_text, ids, max_tokens, progress=steps(0))
+
+    def generated(run: int, strength: float, rotation: Tensor | None) -> Generated:
+        push = Push(method, layer, strength, images, prompt_images, rotation)
+        text = Continuation(model, capacity, mlp_path=mlp_path, change=push)
+        found, logits = greedy(text, ids, max_tokens, progress=steps(run))
+        return _measured(strength, rotation is not None, found, logits, plain_logits, best.indices, push.direction)
+
+    return Steering(
+        method=method,
+        layer=layer,
+        changed=changed_layer(method, layer),
+        ids=ids,
+        concept_ids=list(trace.ids),
+        concept_tokens=best.indices.tolist(),
+        concept_chances=best.values.tolist(),
+        baseline=_measured(0.0, False, plain, plain_logits, plain_logits, best.indices, baseline_direction),
+        steered=[generated(run, strength, None) for run, strength in enumerate(strengths, 1)],
+        controls=[generated(run, strength, turned) for run, strength in enumerate(strengths, 1 + count) if control],
+        seed=seed,
+    )
+
+
+def changed_layer(method: Method, layer: int) -> int:
+    """Return where a method changes the stream, for a map that ends after `layer` blocks: blocks applied."""
+    return layer if method == "equation16" else layer - 1
+
+
+class Images:
+    """What the concept's map makes of a text's embeddings: `c_i`, cumulative, `[m, d]` to `[m, d]`.
+
+    Args:
+        jacobian: the concept's, `[T, d]` to `[d]`.
+        affine: count its offset.
+    """
+
+    def __init__(self, jacobian: DetachedJacobian, *, affine: bool):
+        self.jacobian = jacobian
+        self.offset = jacobian.offset if affine else torch.zeros_like(jacobian.offset)
+
+    def __call__(
+        self, x: Float[Tensor, "m d"], start: int = 0, before: Float[Tensor, " d"] | None = None
+    ) -> Float[Tensor, "m d"]:
+        """Return `c` at positions `start` and on, whose embeddings are `x`; `before` is `c` at the position before."""
+        period, d = self.jacobian.in_shape
+        at_once = max(1, self.jacobian.chunk_bytes // (3 * period * d * x.dtype.itemsize))
+        parts = []
+        for first in range(0, len(x), at_once):
+            some = x[first : first + at_once]
+            stacked = some.new_zeros(len(some), period, d)
+            rows = torch.arange(len(some), device=x.device)
+            stacked[rows, (start + first + rows) % period] = some
+            parts.append(self.jacobian.matmat(stacked))
+        return (self.offset if before is None else before) + torch.cat(parts).cumsum(0)
+
+
+class Push:
+    """A `ggjac.generation.Change`: one method at one strength, over one text.
+
+    Args:
+        method: which formula.
+        layer: where the concept's map ends.
+        strength: 0 changes nothing.
+        images: of the concept.
+        prompt_images: those of the text's beginning, which all texts share, `[n, d]`.
+        rotation: `[d, d]`, turns every image (the control), or None.
+
+    Attributes:
+        direction: `[d]`, what was added at the last position of the text's beginning.
+    """
+
+    def __init__(
+        self,
+        method: Method,
+        layer: int,
+        strength: float,
+        images: Images,
+        prompt_images: Float[Tensor, "n d"],
+        rotation: Float[Tensor, "d d"] | None = None,
+    ):
+        self.formula = equation16 if method == "equation16" else additive
+        self.at, self.strength, self.images, self.rotation = changed_layer(method, layer), strength, images, rotation
+        self.direction = torch.zeros_like(prompt_images[-1])
+        self._c, self._done = prompt_images, 0
+
+    def __call__(self, layer: int, h: Float[Tensor, "m d"]) -> Float[Tensor, "m d"]:
+        """Return the stream after `layer` blocks, changed where the method says."""
+        if layer == 0 and self._done:  # the beginning's images are known
+            self._c = self.images(h, self._done, self._c[-1])
+        if layer != self.at:
+            return h
+        changed = self.formula(h, self._c if self.rotation is None else self._c @ self.rotation.T, self.strength)
+        if not self._done:
+            self.direction = (changed - h)[-1]
+        self._done += len(h)
+        return changed
+
+
+def equation16(h: Float[Tensor, "m d"], c: Float[Tensor, "m d"], strength: float) -> Float[Tensor, "m d"]:
+    """Return `λ h + (1 - λ) c` with λ = 1 - strength (eq. 16 of the paper)."""
+    return (1 - strength) * h + strength * c
+
+
+def additive(h: Float[Tensor, "m d"], c: Float[Tensor, "m d"], strength: float) -> Float[Tensor, "m d"]:
+    """Return `h + (strength / 2) ‖h‖ c / ‖c‖`, at each position (the paper's code); a zero `c` has no direction.
+
+    Lengths are measured in float32 at least.
+    """
+    wide = torch.promote_types(h.dtype, torch.float32)
+    lengths = c.to(wide).norm(dim=-1, keepdim=True)
+    scale = strength / 2 * h.to(wide).norm(dim=-1, keepdim=True) / torch.where(lengths > 0, lengths, 1)
+    return h + (scale * c).to(h)
+
+
+def random_rotation(d: int, seed: int) -> Float[Tensor, "d d"]:
+    """Return an orthogonal matrix, uniform over all of them (Mezzadri, arXiv math-ph/0609050); float64 arithmetic."""
+    generator = torch.Generator().manual_seed(seed)
+    Q, R = torch.linalg.qr(torch.randn(d, d, generator=generator, dtype=torch.float64))
+    return Q * torch.where(R.diagonal() < 0, -1.0, 1.0)
+
+
+def _measured(
+    strength: float,
+    control: bool,
+    ids: list[int],
+    logits: Float[Tensor, " v"],
+    baseline: Float[Tensor, " v"],
+    tokens: Tensor,
+    direction: Float[Tensor, " d"],
+) -> Generated:
+    logp, logq = baseline.double().log_softmax(0), logits.double().log_softmax(0)
+    own = set(tokens.tolist())
+    return Generated(
+        strength=strength,
+        control=control,
+        ids=ids,
+        logits=logits,
+        kl=float((logp.exp() * (logp - logq)).sum().clamp_min(0)),  # rounding can take 0 below 0
+        mass=float(logq.exp()[tokens].sum()),
+        hits=sum(id in own for id in ids),
+        direction=direction,
+    )

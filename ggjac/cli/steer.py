@@ -1,0 +1,239 @@
+"""`ggjac steer`: continue a prompt while another one's linear map pushes it."""
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import click
+
+from ggjac.cli.options import ModelOptions, TokenIds, model_options, output, output_format
+
+if TYPE_CHECKING:
+    from ggjac.analysis.steering import Generated, Steering
+    from ggjac.cli.session import Session
+
+DEFAULT_PROMPT = "My favorite thing is the"
+DEFAULT_CONCEPT = "The bridge out of Marin is the Golden"
+
+
+class Strengths(click.ParamType):
+    """Numbers separated by commas."""
+
+    name = "strengths"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> list[float]:
+        """Parse `0,0.2,0.5`."""
+        if isinstance(value, list):
+            return value
+        try:
+            numbers = [float(part) for part in value.split(",")]
+        except ValueError:
+            numbers = [math.nan]
+        if not all(map(math.isfinite, numbers)):
+            given = value if len(value) <= 60 else f"{value[:57]}..."
+            self.fail(f"{given!r} is not a list of numbers; write them as 0,0.2,0.5", param, ctx)
+        return numbers
+
+
+@click.command()
+@model_options
+@click.option("--concept", help=f"Text whose map pushes.  [default: {DEFAULT_CONCEPT!r}]")
+@click.option("--concept-tokens", type=TokenIds(), help="Token ids 1,2,3 in place of the concept's text.")
+@click.option("--layer", type=click.IntRange(min=1), help="Blocks the map spans.  [default: two thirds of them]")
+@click.option(
+    "--strength",
+    "strengths",
+    type=Strengths(),
+    default="0.2,0.5",
+    show_default=True,
+    help="How hard, one or several; 0 is no push.",
+)
+@click.option("--method", type=click.Choice(["equation16", "additive"]), default="equation16", show_default=True)
+@click.option("--max-tokens", type=click.IntRange(min=1), default=16, show_default=True, help="To generate.")
+@click.option(
+    "--top", type=click.IntRange(min=1), default=5, show_default=True, help="Tokens that count as the concept's."
+)
+@click.option("--control/--no-control", default=True, show_default=True, help="Push with a random operator, too.")
+@click.option(
+    "-s", "--seed", type=click.IntRange(0, 2**63 - 1), default=0, help="Of the random operator.  [default: 0]"
+)
+@click.option(
+    "--export-control-vector",
+    "control_vector",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Save what the last strength adds at the prompt's last position as a control vector for llama.cpp.",
+)
+@output("Save what `--format json` prints to this file.")
+@output_format
+def steer(
+    what: ModelOptions,
+    concept: str | None,
+    concept_tokens: list[int] | None,
+    layer: int | None,
+    strengths: list[float],
+    method: Literal["equation16", "additive"],
+    max_tokens: int,
+    top: int,
+    control: bool,
+    seed: int,
+    control_vector: Path | None,
+    output: Path | None,
+    output_format: str,
+) -> None:
+    """Continue a prompt while another prompt's linear map, the concept, pushes its stream after some blocks.
+
+    With strength s, the stream h at every position and the cumulative image c of the embeddings under the concept's
+    detached Jacobian:
+
+    \b
+    equation16  h <- (1 - s) h + s c          the paper's equation 16, λ = 1 - s
+    additive    h <- h + (s / 2) ‖h‖ c / ‖c‖  the paper's code: c seen through the final norm, h one block earlier
+
+    Beside it, the same text without a push, and pushed by an operator of equal singular values that writes in random
+    directions. Without a prompt: 'My favorite thing is the'.
+
+    \b
+    ggjac steer -m model.gguf -p "I am going to Arizona to see the" --concept "The bridge is the Golden" --strength 0.5
+    """
+    from ggjac import runs
+    from ggjac.analysis.steering import changed_layer, default_layer
+    from ggjac.analysis.steering import steer as run
+    from ggjac.cli import render
+    from ggjac.cli.session import Session
+    from ggjac.control_vector import check_layer, save_control_vector
+    from ggjac.model import PromptError
+
+    if concept is not None and concept_tokens is not None:
+        raise click.UsageError("--concept and --concept-tokens both give a concept; use one of them")
+    if control_vector and output and control_vector.resolve() == output.resolve():
+        raise click.UsageError("--output and --export-control-vector name the same file; choose another name")
+    if what.prompt is None and what.file is None and what.tokens is None:
+        what = dataclasses.replace(what, prompt=DEFAULT_PROMPT)
+    if control_vector:
+        runs.check_writable(control_vector)
+    session = Session(what, output=output)
+    model, blocks = session.model, session.model.config.block_count
+    layer = layer or default_layer(blocks)
+    if layer > blocks:
+        raise click.UsageError(f"--layer {layer} is out of range; this model has layers 1 to {blocks}")
+    if control_vector:
+        for source in (*model.gguf.paths, what.file):
+            if source and control_vector.exists() and control_vector.samefile(source):
+                raise click.UsageError(
+                    f"--export-control-vector {control_vector} is an input of this command; choose another name"
+                )
+        check_layer(changed_layer(method, layer), blocks)
+    text = concept if concept is not None or concept_tokens is not None else DEFAULT_CONCEPT
+    try:
+        ids = model.check_prompt(model.tokenize(text) if text is not None else concept_tokens or [])
+    except PromptError as error:
+        raise click.UsageError(f"--concept: {error}") from error
+    if len(session.ids) + max_tokens > model.config.context_length:
+        raise click.UsageError(
+            f"--max-tokens {max_tokens}: with the prompt's {len(session.ids)} that is more than the model's context, "
+            f"{model.config.context_length}"
+        )
+    with session.report.stage("steer") as update:
+        result = run(
+            model,
+            session.ids,
+            ids,
+            method=method,
+            layer=layer,
+            strengths=strengths,
+            max_tokens=max_tokens,
+            top=top,
+            control=control,
+            seed=seed,
+            mlp_path=what.mlp_path,
+            progress=lambda done, total: update("token", done, total),
+        )
+    content = session.envelope() | {"steering": _data(session, result, text)}
+    if control_vector:
+        save_control_vector(
+            control_vector,
+            result.steered[-1].direction,
+            layer=result.changed,
+            block_count=blocks,
+            architecture=model.config.architecture,
+        )
+    if output:
+        runs.save_json(output, render.finite(content))
+    if output_format == "json":
+        render.emit_json(content)
+        return
+    session.show_tokens()
+    _show(session, content["steering"])
+    session.show_saved(output)
+    session.show_saved(control_vector)
+
+
+def _data(session: "Session", result: "Steering", concept: str | None) -> dict[str, Any]:
+    """Return a steering as plain data."""
+
+    def generated(text: "Generated") -> dict[str, Any]:
+        pieces = [session.model.tokenizer.piece(id) for id in text.ids]
+        return {
+            "strength": text.strength,
+            "text": b"".join(pieces).decode("utf-8", errors="replace"),
+            "tokens": [{"id": id, "text": session.token(id)} for id in text.ids],
+            "kl_first": text.kl,
+            "concept_mass_first": text.mass,
+            "concept_hits": text.hits,
+            "direction_norm": float(text.direction.double().norm()),
+        }
+
+    return {
+        "method": result.method,
+        "layer": result.layer,
+        "changed_after_blocks": result.changed,
+        "blocks": session.model.config.block_count,
+        "seed": result.seed,
+        "concept": {
+            "text": concept,
+            "tokens": [{"id": id, "text": session.token(id)} for id in result.concept_ids],
+            "top": [
+                {"id": id, "token": session.token(id), "probability": chance}
+                for id, chance in zip(result.concept_tokens, result.concept_chances, strict=True)
+            ],
+        },
+        "baseline": generated(result.baseline),
+        "steered": [generated(text) for text in result.steered],
+        "controls": [generated(text) for text in result.controls],
+    }
+
+
+def _show(session: "Session", data: dict[str, Any]) -> None:
+    """Print the concept, and every text beside the baseline."""
+    from ggjac.cli.render import line, table
+
+    concept = data["concept"]
+    cells = [(row["token"], row["id"], f"{row['probability']:.4f}") for row in concept["top"]]
+    line(f"Concept: {' '.join(token['text'] for token in concept['tokens'])}")
+    table("The concept's own next token", ["token", "#id", "#probability"], cells)
+    rows = [("baseline", data["baseline"])]
+    for i, text in enumerate(data["steered"]):
+        rows.append(("concept", text))
+        rows.extend(("random", control) for control in data["controls"][i : i + 1])
+    table(
+        f"Continued: {data['method']}, the concept's map spans {data['layer']} of {data['blocks']} blocks, "
+        f"the stream is pushed after {data['changed_after_blocks']}",
+        ["pushed by", "#strength", "#KL", "#mass", "#hits", "text"],
+        [
+            (
+                name,
+                f"{text['strength']:g}",
+                f"{text['kl_first']:.3f}",
+                f"{text['concept_mass_first']:.4f}",
+                f"{text['concept_hits']}/{len(text['tokens'])}",
+                "".join(token["text"] for token in text["tokens"]).replace("␣", " ").strip(),
+            )
+            for name, text in rows
+        ],
+    )
+    line(
+        "KL: of the first token's distribution from the baseline's, in nats. mass, hits: the concept's own next tokens,"
+    )
+    line("their probability as the first token, and how many of the generated tokens are among them.")

@@ -1,0 +1,85 @@
+"""Directions as llama.cpp takes them: a control vector file, added to the stream of every position.
+
+A GGUF of architecture `controlvector` with float32 tensors `direction.N` `[d]`, N from 1 (llama.cpp:
+common_control_vector_load in common/common.cpp). llama.cpp adds `direction.N` to what its block `N` puts out, blocks
+counted from 0 (llama_adapter_cvec in src/llama-adapter.cpp): that is the stream after `N + 1` blocks. There is none for
+block 0, nor for the embeddings.
+
+    llama-cli -m model.gguf --control-vector file.gguf      (or --control-vector-scaled file.gguf:0.5)
+"""
+
+import os
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float
+from torch import Tensor
+
+from ggjac import runs
+
+ARCHITECTURE = "controlvector"
+
+
+class ControlVectorError(ValueError):
+    """A direction that llama.cpp has no place for."""
+
+
+def save_control_vector(
+    path: str | os.PathLike[str],
+    direction: Float[Tensor, " d"],
+    *,
+    layer: int,
+    block_count: int,
+    architecture: str,
+) -> None:
+    """Write a direction that llama.cpp is to add to the stream after `layer` blocks, zeros elsewhere.
+
+    Args:
+        path: the file; appears whole or not at all.
+        direction: `[d]`, written in float32.
+        layer: number of blocks applied, 2 to `block_count`.
+        block_count: of the model.
+        architecture: of the model, `general.architecture` in its file: the hint for those who read the file.
+
+    Raises:
+        ControlVectorError: llama.cpp cannot add to that layer, or the direction is not finite in float32.
+        RunError: the file cannot be written.
+    """
+    check_layer(layer, block_count)
+    values = direction.detach().cpu().float().numpy()
+    if not np.isfinite(values).all():
+        raise ControlVectorError("the direction is not finite in float32; nothing was written")
+    runs.save_bytes(path, _encoded(values, layer - 1, block_count - 1, architecture))
+
+
+def check_layer(layer: int, block_count: int) -> None:
+    """Refuse a layer to which llama.cpp cannot add.
+
+    Raises:
+        ControlVectorError: with those it can.
+    """
+    if not 2 <= layer <= block_count:
+        raise ControlVectorError(
+            f"llama.cpp adds control vectors to the stream after 2 to {block_count} blocks of this model, not after "
+            f"{layer}; choose another --layer"
+        )
+
+
+def _encoded(values: np.ndarray, block: int, count: int, architecture: str) -> bytes:
+    """Return the file's bytes."""
+    import tempfile
+
+    import gguf
+
+    with tempfile.TemporaryDirectory(prefix="ggjac-") as folder:
+        path = Path(folder) / "control-vector.gguf"
+        writer = gguf.GGUFWriter(path, ARCHITECTURE)
+        writer.add_string(f"{ARCHITECTURE}.model_hint", architecture)
+        writer.add_uint32(f"{ARCHITECTURE}.layer_count", count)
+        for i in range(1, count + 1):
+            writer.add_tensor(f"direction.{i}", values if i == block else np.zeros_like(values))
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        return path.read_bytes()
