@@ -199,6 +199,32 @@ def test_the_grid_has_a_row_for_each_depth_and_a_column_for_each_rank(parsed: Pa
     assert [(str(t["id"]), t["token"]) for t in shown] == [(id, "".join(text)) for id, text in buttons]
 
 
+def test_vectors_carried_to_the_output_have_a_grid_of_their_own() -> None:
+    content = full()
+    for tap in content["layers"]["taps"]:
+        if (tap["map"], tap["kind"]) == ("cumulative", "attn"):
+            for vector in tap["triplets"]:
+                vector["arriving"] = vector["left"][3:]
+    found = Page(rendered(content))
+    names = [name for name in found.find("span") if name in ("Layer", "Attention", "Attention at the output", "MLP")]
+    assert names[:4] == ["Layer", "Attention", "Attention at the output", "MLP"]
+    grids = [
+        Page(f"<table{table}</table>").find("button")
+        for table in re.findall(r'<table class="cells"(.*?)</table>', rendered(content), re.DOTALL)
+    ]
+    shown = [t["token"] for tap in content["layers"]["taps"][6:12] for v in tap["triplets"] for t in v["arriving"]]
+    assert grids[2] == [" ".join(token.split()) for token in shown]
+
+
+def test_the_path_says_which_way_it_goes(parsed: Page, html: str) -> None:
+    assert re.findall(r'class="mark-label"[^>]*>(\d+)<', html) == ["1", "2", "3", "4", "5", "6"]
+    long = full()
+    long["layers"]["path"] = [{"index": i, "values": [i / 80, i / 80, 0.5]} for i in range(1, 81)]
+    labels = [int(label) for label in re.findall(r'class="mark-label"[^>]*>(\d+)<', rendered(long))]
+    assert (labels[0], labels[-1]) == (1, 80)
+    assert 5 <= len(labels) <= 8
+
+
 def test_ranks_travel_with_the_page(parsed: Page) -> None:
     data = json.loads(parsed.raw("script")[0])
     ranks = full()["layers"]["ranks"]

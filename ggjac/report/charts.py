@@ -51,6 +51,7 @@ class Series:
     tone: str = "accent"  # accent, ink or faint
     line: bool = True
     error: tuple[float, ...] = ()
+    labels: tuple[tuple[int, str], ...] = ()  # of some points, by their place in `points`
 
 
 @dataclass(frozen=True)
@@ -183,13 +184,16 @@ def paths(run: Run) -> list[Chart]:
         return []
     points = tuple((row["values"][0], row["values"][1]) for row in rows)
     first, last = points[0], points[-1]
+    every = max(1, len(rows) // 6)  # labels enough to see the direction, few enough to read
+    labelled = sorted({*range(0, len(rows) - every, every), len(rows) - 1})
+    labels = tuple((i, str(rows[i]["index"])) for i in labelled)
     return [
         Chart(
             key="path",
             title="The way to the output's two leading directions",
             x=linear("along direction 0", [x for x, _ in points], zero=True, pad=0.06),
             y=linear("along direction 1", [y for _, y in points], zero=True, pad=0.06),
-            series=(Series("depth", points),),
+            series=(Series("depth", points, labels=labels),),
             square=True,
             summary=f"{len(rows)} depths, from ({first[0]:.2g}, {first[1]:.2g}) to ({last[0]:.2g}, {last[1]:.2g}).",
         )

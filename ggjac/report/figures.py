@@ -162,6 +162,8 @@ def _draw(chart: Chart) -> Any:
             xs, ys, color=color, linestyle=style, linewidth=1.3, label=_label(series.name),
             marker="o", markersize=3.5 if series.line else 2, markeredgewidth=0, alpha=1 if series.line else 0.6,
         )  # fmt: skip
+        for i, label in series.labels:
+            axes.annotate(label, series.points[i], (4, 3), textcoords="offset points", fontsize=8)
     if len(chart.series) > 1:
         axes.legend(fontsize=8)
     axes.set_title(_label(chart.title))

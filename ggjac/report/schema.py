@@ -200,7 +200,7 @@ RUN = record(
                             "map": one_of("cumulative", "blockwise", "to_end"),
                             "kind": one_of("layer", "attn", "mlp"),
                             "index": integer,
-                            "triplets": each(record(_TRIPLET | {"left": each(_TOKEN)})),
+                            "triplets": each(record(_TRIPLET | {"left": each(_TOKEN)}, {"arriving": each(_TOKEN)})),
                         },
                         {"stable_rank": _ESTIMATE},
                     )

@@ -321,7 +321,8 @@ def grid(run: Run) -> dict[str, Any] | None:
     the residual stream after `index` blocks, `attn` and `mlp` are what block `index` (counted from 1) adds to it. `map`
     says which map's singular triplets these are: from the prompt's embeddings to the tap, of block `index` alone, or
     from the tap's residual stream to the output. `triplets`: a list of `{"singular_value", "residual", "left": [{"id",
-    "token"}]}`, the largest first, `left` the tokens that the left vector promotes through the LM head.
+    "token"}], "arriving"}`, the largest first, `left` the tokens that the left vector promotes through the LM head,
+    `arriving` (optional) those of what it becomes at the output.
 
     `layers.readout`: a list of `{"index", "top": [{"id", "token", "probability"}]}`: the residual stream itself after
     `index` blocks, read through final norm and head; the most likely first; 0 blocks may be there.
@@ -367,30 +368,35 @@ def _vector_grids(taps: list[dict[str, Any]], pinnable: set[int]) -> list[dict[s
     for name, words in charts.MAPS.items():
         for kind, label in charts.KINDS.items():
             own = sorted((t for t in taps if t["map"] == name and t["kind"] == kind), key=lambda t: t["index"])
-            width = max((len(t["triplets"]) for t in own), default=0)
-            if not width:
-                continue
-            rows = [
-                {
-                    "index": t["index"],
-                    "cells": [
-                        {"sigma": power(v["singular_value"], 2), "tokens": _cell(v["left"][:SHOWN], pinnable)}
-                        for v in t["triplets"]
-                    ]
-                    + [{"sigma": "", "tokens": []}] * (width - len(t["triplets"])),
-                }
-                for t in own
-            ]
-            found.append(
-                {
-                    "group": _capital(words),
-                    "name": _capital(label),
-                    "columns": [f"u{str(j).translate(_LOWERED)}" for j in range(width)],
-                    "rows": rows,
-                    "caption": f"Left singular vectors of the map {words}, {label}: the tokens each promotes",
-                }
-            )
+            if any(t["triplets"] for t in own):
+                caption = f"Left singular vectors of the map {words}, {label}: the tokens each promotes"
+                found.append(_vector_grid(own, "left", words, label, caption, pinnable))
+            if any(v["arriving"] for t in own for v in t["triplets"]):
+                caption = (
+                    f"The same vectors of the map {words}, {label}, carried on to the output: the tokens each promotes"
+                )
+                found.append(_vector_grid(own, "arriving", words, f"{label} at the output", caption, pinnable))
     return found
+
+
+def _vector_grid(
+    taps: list[dict[str, Any]], what: str, group: str, name: str, caption: str, pinnable: set[int]
+) -> dict[str, Any]:
+    """Return one of them; `what` is the decoding that is shown, `left` or `arriving`."""
+    width = max(len(t["triplets"]) for t in taps)
+    rows = [
+        {
+            "index": t["index"],
+            "cells": [
+                {"sigma": power(v["singular_value"], 2), "tokens": _cell((v[what] or [])[:SHOWN], pinnable)}
+                for v in t["triplets"]
+            ]
+            + [{"sigma": "", "tokens": []}] * (width - len(t["triplets"])),
+        }
+        for t in taps
+    ]
+    columns = [f"u{str(j).translate(_LOWERED)}" for j in range(width)]
+    return {"group": _capital(group), "name": _capital(name), "columns": columns, "rows": rows, "caption": caption}
 
 
 _LOWERED = str.maketrans("0123456789", "₀₁₂₃₄₅₆₇₈₉")
