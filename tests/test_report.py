@@ -223,6 +223,10 @@ def test_the_path_says_which_way_it_goes(parsed: Page, html: str) -> None:
     labels = [int(label) for label in re.findall(r'class="mark-label"[^>]*>(\d+)<', rendered(long))]
     assert (labels[0], labels[-1]) == (1, 80)
     assert 5 <= len(labels) <= 8
+    long["layers"]["path"] = [{"index": i, "values": [0.5 + i / 900, 0.5]} for i in range(1, 6)]
+    long["layers"]["path"].append({"index": 6, "values": [1.0, 1.0]})
+    labels = re.findall(r'class="mark-label"[^>]*>(\d+)<', rendered(long))
+    assert labels == ["1", "6"], "none upon another"
 
 
 def test_ranks_travel_with_the_page(parsed: Page) -> None:

@@ -184,15 +184,21 @@ def paths(run: Run) -> list[Chart]:
         return []
     points = tuple((row["values"][0], row["values"][1]) for row in rows)
     first, last = points[0], points[-1]
-    every = max(1, len(rows) // 6)  # labels enough to see the direction, few enough to read
-    labelled = sorted({*range(0, len(rows) - every, every), len(rows) - 1})
-    labels = tuple((i, str(rows[i]["index"])) for i in labelled)
+    x = linear("along direction 0", [x for x, _ in points], zero=True, pad=0.06)
+    y = linear("along direction 1", [y for _, y in points], zero=True, pad=0.06)
+    # Labels enough to see which way it goes, and none upon another: the ends first.
+    every, labelled = max(1, len(rows) // 6), list[int]()
+    for i in (len(rows) - 1, *range(0, len(rows) - 1, every)):
+        places = [(x.place(points[k][0]), y.place(points[k][1])) for k in (i, *labelled)]
+        if all(math.dist(places[0], other) > 0.06 for other in places[1:]):
+            labelled.append(i)
+    labels = tuple((i, str(rows[i]["index"])) for i in sorted(labelled))
     return [
         Chart(
             key="path",
             title="The way to the output's two leading directions",
-            x=linear("along direction 0", [x for x, _ in points], zero=True, pad=0.06),
-            y=linear("along direction 1", [y for _, y in points], zero=True, pad=0.06),
+            x=x,
+            y=y,
             series=(Series("depth", points, labels=labels),),
             square=True,
             summary=f"{len(rows)} depths, from ({first[0]:.2g}, {first[1]:.2g}) to ({last[0]:.2g}, {last[1]:.2g}).",
