@@ -390,6 +390,16 @@ def basis_floats(config: ModelConfig, n: int, width: int, sweeps: int) -> int:
     return width * config.d * ((down + 1) * n + up + 1)
 
 
+def krylov_flop(size: int, width: int, sweeps: int) -> int:
+    """Return the FLOP that a sweep of the decomposition costs beside its product, on the average.
+
+    Every other product is in the large space of `size`: it is twice projected on a basis of half its final length, and
+    factored by QR.
+    """
+    basis = width * math.ceil(sweeps / 2) // 2
+    return (8 * width * basis + 8 * width * width) * size // 2
+
+
 @dataclass(frozen=True)
 class Budget:
     """Memory that may be used, in bytes; None where nobody said and the machine does not tell."""
@@ -405,6 +415,7 @@ class Plan:
     Attributes:
         job: what is to be done.
         n: tokens; the Jacobian reads the first `positions` of them.
+        d: embedding length.
         dtype, mlp_path, device: as the commands take them; device is `"cpu"` or `"cuda"`.
         layers: one row per block.
         embedding: taking the prompt's embeddings.
@@ -419,6 +430,7 @@ class Plan:
     job: Job
     n: int
     positions: int
+    d: int
     dtype: str
     mlp_path: MlpPath
     device: str
@@ -594,6 +606,7 @@ def make(
         job=job,
         n=n,
         positions=reached,
+        d=config.d,
         dtype=dtype,
         mlp_path=mlp_path,
         device="cpu" if device == "cpu" else "cuda",
@@ -801,6 +814,8 @@ def _times(plan: Plan, rates: Rates, cached: int, free: int) -> Times:
     missing = max(0, from_file - room) / rates.disk
     for sweeps in plan.job.sweeps:
         gemm = sweeps.vectors * plan.sweep.flop / rates.gemm(plan.sweep.columns(sweeps.vectors))
+        if sweeps.what == "svd":
+            gemm += krylov_flop(plan.d * plan.n, plan.job.width, sweeps.count) / rates.gemm(plan.job.width)
         calls = plan.sweep.calls * rates.call
         parts.append(Time(sweeps.what, sweeps.count, missing, reading(streamed), gemm, calls))
     if plan.job.rank:
