@@ -210,30 +210,39 @@ def sync_folder(path: str | os.PathLike[str]) -> None:
         os.close(descriptor)
 
 
-@contextlib.contextmanager
-def creating_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yield a temporary folder that takes the name `path` when the block ends without an error, and vanishes if not.
+def check_folder(path: str | os.PathLike[str], *, unfinished: str) -> None:
+    """Refuse a run folder that holds anything but an unfinished run, or cannot be made; leave it as it is.
+
+    Args:
+        path: of the folder.
+        unfinished: the name inside it under which an unfinished run is kept.
 
     Raises:
-        RunError: `path` exists (and is not an empty folder), or its parent cannot be written.
+        RunError: it exists and holds something else, or its parent cannot be written.
     """
     path = Path(path)
     with _explaining(path):
-        if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        begun = (path / unfinished).is_dir()
+        if not begun and path.exists() and not (path.is_dir() and not any(path.iterdir())):
             raise RunError(f"{path}: exists; choose another name with -o, or remove it")
-        temporary = _temporary(path)
-        made = [parent for parent in temporary.parents if not parent.exists()]
-        temporary.mkdir(parents=True)
-    try:
-        yield temporary  # errors in there are the caller's own: not all of them are about this folder
-        with _explaining(path):
-            temporary.rename(path)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        for parent in made:  # innermost first; one that another process uses is not empty and stays
-            with contextlib.suppress(OSError):
-                parent.rmdir()
-        raise
+        existing = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
+        probe = existing / f".{os.getpid()}.tmp"
+        probe.touch()
+        probe.unlink()
+
+
+def remove_unfinished(path: str | os.PathLike[str]) -> None:
+    """Delete what killed processes left of a file, or of the files in a folder; the caller knows that none is at work.
+
+    Raises:
+        RunError: it cannot be deleted.
+    """
+    path = Path(os.path.realpath(path))
+    folder, name = (path, r".+") if path.is_dir() else (path.parent, re.escape(path.name))
+    with _explaining(path):
+        for leftover in folder.glob(".*.tmp"):
+            if re.fullmatch(rf"\.{name}\.\d+\.tmp", leftover.name):
+                leftover.unlink()
 
 
 def provenance() -> dict[str, Any]:

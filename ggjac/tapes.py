@@ -4,6 +4,7 @@ One safetensors file per block, written whole or not at all, so that an interrup
 tapes need never fit into memory together.
 """
 
+import contextlib
 import json
 import time
 from collections.abc import Mapping
@@ -35,17 +36,26 @@ class Tapes:
     Args:
         folder: where they are kept, made when first needed; None for memory only.
         identity: plain JSON, all that decides the bits of the tapes; what is found in the folder must have the same.
-        resident: keep them in memory; the folder is then a checkpoint, written now and then. If not, every tape goes to
-            the folder at once, and is read again whenever it is asked for.
+        resident: keep them in memory; the folder is then a checkpoint, written now and then, or at once if it is to be
+            `complete`. If not, every tape goes to the folder at once, and is read again whenever it is asked for.
+        complete: the folder shall hold the whole trace in the end.
 
     Raises:
         TapeError: the folder holds another trace, or is damaged.
     """
 
-    def __init__(self, folder: Path | None = None, identity: Mapping[str, Any] | None = None, *, resident: bool = True):
+    def __init__(
+        self,
+        folder: Path | None = None,
+        identity: Mapping[str, Any] | None = None,
+        *,
+        resident: bool = True,
+        complete: bool = False,
+    ):
         if folder is None and not resident:
             raise ValueError("tapes that are kept nowhere")
         self.folder, self.identity, self.resident = folder, dict(identity or {}), resident
+        self.complete = complete or not resident
         self.device = torch.device("cpu")
         self._kept: dict[int, BlockTape] = {}
         self._count = self._saved = 0
@@ -78,11 +88,10 @@ class Tapes:
         tensors = {name: journal.plain(tensor) for name, tensor in tensors.items()}
         self._kept[self._count] = _restored(description, tensors)
         self._count += 1
+        if self.complete or (self.folder is not None and time.monotonic() >= self._due):
+            self.save()
         if not self.resident:
-            self.save()
             self._kept.clear()
-        elif self.folder is not None and time.monotonic() >= self._due:
-            self.save()
 
     def save(self) -> None:
         """Write what is in memory only; nothing without a folder.
@@ -101,6 +110,17 @@ class Tapes:
             journal.save_tensors(self._path(i), tensors, {"tape": json.dumps(description)})
             self._saved = i + 1
         self._due = time.monotonic() + EVERY
+
+    def remove(self) -> None:
+        """Delete what was written, also by an attempt that was killed, and the folder if nothing else is in it."""
+        if self.folder is None or not self.folder.is_dir():
+            return
+        for pattern in ("block-*.safetensors", ".block-*.tmp", ".trace.json.*.tmp", "trace.json"):
+            for path in self.folder.glob(pattern):
+                path.unlink()
+        self._saved = 0
+        with contextlib.suppress(OSError):
+            self.folder.rmdir()
 
     @property
     def on_disk(self) -> bool:

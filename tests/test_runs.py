@@ -195,60 +195,39 @@ def test_json_is_readable_and_harmless(tmp_path: Path) -> None:
 # -- run folders -------------------------------------------------------------------------------------------------------
 
 
-def test_a_run_folder_appears_whole(tmp_path: Path) -> None:
-    path = tmp_path / "new" / "parents" / "run"
-    with runs.creating_folder(path) as temporary:
-        (temporary / "a").touch()
-        assert not path.exists()
-    assert left_in(path) == {"a"}
-    assert left_in(path.parent) == {"run"}
+@pytest.mark.parametrize("name", ["new", "new/parents/run", "empty", "begun"])
+def test_a_run_folder_may_be_new_empty_or_unfinished(tmp_path: Path, name: str) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "begun" / "checkpoint").mkdir(parents=True)
+    runs.check_folder(tmp_path / name, unfinished="checkpoint")
+    assert left_in(tmp_path) == {"empty", "begun"}
 
 
-def test_an_empty_folder_may_become_a_run(tmp_path: Path) -> None:
-    (tmp_path / "run").mkdir()
-    with runs.creating_folder(tmp_path / "run") as temporary:
-        (temporary / "a").touch()
-    assert left_in(tmp_path / "run") == {"a"}
-
-
-@pytest.mark.parametrize("error", [BrokenPipeError, KeyboardInterrupt, ValueError, OSError])
-def test_an_error_leaves_no_run_folder_and_is_not_blamed_on_it(tmp_path: Path, error: type[BaseException]) -> None:
-    def interrupted() -> None:
-        with runs.creating_folder(tmp_path / "new" / "run") as temporary:
-            (temporary / "a").touch()
-            raise error
-
-    with pytest.raises(error):
-        interrupted()
-    assert left_in(tmp_path) == set()
-
-
-def test_parents_with_other_content_stay(tmp_path: Path) -> None:
-    def interrupted() -> None:
-        with runs.creating_folder(tmp_path / "new" / "run"):
-            (tmp_path / "new" / "other").touch()
-            raise ValueError("x")
-
-    with pytest.raises(ValueError, match="x"):
-        interrupted()
-    assert left_in(tmp_path / "new") == {"other"}
-
-
-def test_what_exists_is_not_overwritten(tmp_path: Path) -> None:
+def test_what_exists_is_no_place_for_a_run(tmp_path: Path) -> None:
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "a").write_text("kept")
     (tmp_path / "file").write_text("kept")
     for name, words in {"full": "exists", "file": "exists", "file/run": "is a file"}.items():
-        with pytest.raises(runs.RunError, match=words), runs.creating_folder(tmp_path / name):
-            pytest.fail("entered the block")
+        with pytest.raises(runs.RunError, match=words):
+            runs.check_folder(tmp_path / name, unfinished="checkpoint")
     assert (tmp_path / "full" / "a").read_text() == (tmp_path / "file").read_text() == "kept"
     assert left_in(tmp_path) == {"full", "file"}
 
 
+def test_what_killed_processes_left_is_removed(tmp_path: Path) -> None:
+    kept = {"a.json", ".a.json.tmp", ".b.json.12.tmp", ".hidden", "a.json.12.tmp"}
+    for name in {*kept, ".a.json.12.tmp", ".a.json.999.tmp"}:
+        (tmp_path / name).touch()
+    runs.remove_unfinished(tmp_path / "a.json")
+    assert left_in(tmp_path) == kept
+    runs.remove_unfinished(tmp_path)
+    assert left_in(tmp_path) == kept - {".b.json.12.tmp"}
+
+
 def test_a_run_loads(tmp_path: Path) -> None:
     content = runs.provenance() | {"x": 1}
-    with runs.creating_folder(tmp_path / "run") as temporary:
-        runs.save_json(temporary / "run.json", content)
+    (tmp_path / "run").mkdir()
+    runs.save_json(tmp_path / "run" / "run.json", content)
     assert runs.load_run(tmp_path / "run") == content
     assert content["schema_version"] == runs.SCHEMA_VERSION
     assert content["versions"]["ggjac"]

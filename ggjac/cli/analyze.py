@@ -8,7 +8,18 @@ from typing import Any
 
 import click
 
-from ggjac.cli.options import ModelOptions, dry_run, model_options, output, output_format, position, spectrum_options
+from ggjac.cli.options import (
+    ModelOptions,
+    dry_run,
+    model_options,
+    output,
+    output_format,
+    position,
+    resume,
+    spectrum_options,
+)
+
+CHECKPOINT = "checkpoint"  # inside a run folder, while the run is not finished
 
 
 @click.command()
@@ -20,6 +31,7 @@ from ggjac.cli.options import ModelOptions, dry_run, model_options, output, outp
 @click.option("--no-verify", is_flag=True, help="Do not compare with llama.cpp.")
 @click.option("--contrast", is_flag=True, help="Rebuild the output by the ordinary Jacobian, too.")
 @output("Run folder to create.  [default: ggjac-runs/MODEL-TIME]")
+@resume
 @output_format
 @click.pass_context
 def analyze(
@@ -34,6 +46,7 @@ def analyze(
     no_verify: bool,
     contrast: bool,
     output: Path | None,
+    resume: bool,
     output_format: str,
 ) -> None:
     """Analyse a prompt: prediction, parity with llama.cpp, singular vectors, attribution; write a run folder.
@@ -45,13 +58,20 @@ def analyze(
     \b
     ggjac analyze -m model.gguf -p "The bridge out of Marin is the"
     """
-    from ggjac import runs
+    from ggjac import gguf, runs
     from ggjac.cli import render, sections
     from ggjac.cli.session import Session, save
     from ggjac.report import write_report
 
     session = Session(what, position=position, rank=rank)
+    if resume and output is None:
+        raise click.UsageError("--resume goes on with a run folder that was begun; give its -o")
     folder = output or _new_folder(session.model.path.stem)
+    if resume and (folder / "run.json").exists() and not (folder / CHECKPOINT).exists():
+        render.line(f"{gguf.shown(folder)}: is finished; there is nothing to resume")
+        return
+    runs.check_folder(folder, unfinished=CHECKPOINT)
+    settings: dict[str, Any] = {"rank": rank, "tol": tol, "seed": seed}
     content: dict[str, Any] = {}
 
     def part(key: str, data: Any, show: Callable[[Any], None]) -> None:
@@ -59,13 +79,13 @@ def analyze(
         if output_format == "table":
             show(data)
 
-    with runs.creating_folder(folder) as temporary:
+    with session.checkpointed(folder / CHECKPOINT, resume=resume, output=folder, **settings):
         part("tokens", session.tokens(), lambda _: session.show_tokens())
         part("predictions", sections.predictions(session, 5), sections.show_predictions)
         if not no_verify:
             part("parity", sections.parity_or_reason(session), sections.show_parity)
         part("reconstruction", sections.reconstruction(session), sections.show_reconstruction)
-        result = sections.run_spectrum(session, rank=rank, top=top, tol=tol, seed=seed, max_sweeps=max_sweeps)
+        result = sections.run_spectrum(session, top=top, max_sweeps=max_sweeps, **settings)
         part("svd", sections.spectrum_data(session, result, seed, tol), sections.show_spectrum)
         part("stable_rank", sections.stable_rank_data(session, result, seed), sections.show_stable_rank)
         shares = sections.run_attribution(session, content["predictions"][0]["id"])
@@ -79,14 +99,14 @@ def analyze(
 
         save(
             session,
-            temporary / "tensors.safetensors",
+            folder / "tensors.safetensors",
             sections.tensors(result)
             | rebuilt
             | {"x": J.x, "y": J.output, "offset": J.offset, "logits": session.logits, "shares": shares.shares},
         )
         content = session.envelope() | content
-        runs.save_json(temporary / "run.json", render.finite(content))
-    page = write_report(folder)  # after the run is safe
+        runs.save_json(folder / "run.json", render.finite(content))
+        page = write_report(folder)
 
     if output_format == "json":
         render.emit_json(content | {"run_folder": str(folder)})

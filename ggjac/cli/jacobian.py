@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from ggjac.cli.options import ModelOptions, dry_run, model_options, output, output_format, position
+from ggjac.cli.options import ModelOptions, dry_run, model_options, output, output_format, position, resume
 
 
 @click.command()
@@ -12,9 +12,12 @@ from ggjac.cli.options import ModelOptions, dry_run, model_options, output, outp
 @dry_run
 @position
 @output("Save `jacobian` [d, n, d], `x` [n, d], `y` [d], `offset` [d] and `ids` [n] to this safetensors file.")
+@resume
 @output_format
 @click.pass_context
-def jacobian(ctx: click.Context, what: ModelOptions, position: int, output: Path | None, output_format: str) -> None:
+def jacobian(
+    ctx: click.Context, what: ModelOptions, position: int, output: Path | None, resume: bool, output_format: str
+) -> None:
     """Compute the dense detached Jacobian and what each position contributes.
 
     The matrix is computed and written a chunk of rows at a time; it never exists whole in memory. Exit code 3 if it
@@ -24,10 +27,11 @@ def jacobian(ctx: click.Context, what: ModelOptions, position: int, output: Path
     ggjac jacobian -m model.gguf -p "The capital of France is" -o jacobian.safetensors
     """
     from ggjac.cli import render, sections
-    from ggjac.cli.session import Session
+    from ggjac.cli.session import Session, checkpoint
 
     session = Session(what, position=position, output=output)
-    data = sections.dense(session, output)
+    with session.checkpointed(checkpoint(output, resume), resume=resume, output=output):
+        data = sections.dense(session, output)
     if output_format == "json":
         render.emit_json(session.envelope() | {"jacobian": data})
     else:

@@ -129,6 +129,7 @@ class ModelOptions:
     mlp_path: Literal["up", "gate"]
     ram_budget: int | None
     vram_budget: int | None
+    trace: Path | None
     quiet: bool
 
     def text(self) -> str | None:
@@ -202,6 +203,12 @@ _COMPUTE = [
     click.option(
         "--vram-budget", type=MemorySize(), metavar="SIZE", help="Of the device's memory.  [default: what is free]"
     ),
+    click.option(
+        "--trace",
+        type=click.Path(file_okay=False, path_type=Path),
+        metavar="FOLDER",
+        help="Keep the forward pass here, and use it if it is there already; it then need not fit into memory.",
+    ),
     click.option("-q", "--quiet", is_flag=True, help="No progress on stderr."),
 ]
 position = click.option(
@@ -224,13 +231,6 @@ def output(help: str) -> Callable:
     return click.option("-o", "--output", type=click.Path(path_type=Path), help=help)
 
 
-def spectrum_options(command: Callable) -> Callable:
-    """Add the options of a singular value decomposition."""
-    for option in reversed(
-        [
-            click.option("-k", "--rank", type=click.IntRange(min=1), default=8, show_default=True, help="Triplets."),
-            click.option(
-                "--tol",
 resume = click.option("--resume", is_flag=True, help="Go on with the interrupted run of this -o.")
 
 
@@ -270,6 +270,13 @@ def layer_options(command: Callable) -> Callable:
     return command
 
 
+def spectrum_options(command: Callable) -> Callable:
+    """Add the options of a singular value decomposition."""
+    for option in reversed(
+        [
+            click.option("-k", "--rank", type=click.IntRange(min=1), default=8, show_default=True, help="Triplets."),
+            click.option(
+                "--tol",
                 type=click.FloatRange(min=0, min_open=True),
                 default=1e-3,
                 show_default=True,
@@ -306,11 +313,12 @@ def model_options(command: Callable) -> Callable:
         mlp_path: Literal["up", "gate"],
         ram_budget: int | None,
         vram_budget: int | None,
+        trace: Path | None,
         quiet: bool,
         **rest: Any,
     ) -> Any:
         budgets = ram_budget, vram_budget
-        what = ModelOptions(model, prompt, file, tokens, threads, device, dtype, mlp_path, *budgets, quiet)
+        what = ModelOptions(model, prompt, file, tokens, threads, device, dtype, mlp_path, *budgets, trace, quiet)
         return command(what, **rest)
 
     wrapped.__doc__, wrapped.__name__ = command.__doc__, command.__name__

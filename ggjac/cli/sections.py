@@ -83,10 +83,14 @@ def parity_data(session: Session, result: parity.Parity) -> dict[str, Any]:
 
 def parity_or_reason(session: Session) -> dict[str, Any]:
     """Compare with llama.cpp as it runs the file; where it cannot run, say why, for that is no verdict on us."""
-    try:
-        return parity_data(session, run_parity(session, strict=False, layers=False))
-    except parity.ParityError as error:
-        return {"verdict": None, "reason": str(error)}
+
+    def compared() -> dict[str, Any]:
+        try:
+            return parity_data(session, run_parity(session, strict=False, layers=False))
+        except parity.ParityError as error:
+            return {"verdict": None, "reason": str(error)}
+
+    return session.remember("parity", compared)
 
 
 def show_parity(data: dict[str, Any]) -> None:
@@ -450,6 +454,6 @@ def failed_checks(content: dict[str, Any]) -> list[str]:
         "parity": content.get("parity", {}).get("verdict") is False,
         "reconstruction": not content.get("reconstruction", {}).get("healthy", True),
         "svd": content.get("svd", {}).get("stopped_by") == "sweeps",
+        "layers": content.get("layers", {}).get("stopped_by") == "sweeps",
     }
     return [name for name, failed in checks.items() if failed]
-        "layers": content.get("layers", {}).get("stopped_by") == "sweeps",

@@ -1,8 +1,10 @@
 """One prompt on one model, as every command needs it: opened, tokenized, traced, with what a result must carry."""
 
+import contextlib
 import json
 import os
 import sys
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -11,14 +13,19 @@ import click
 import numpy as np
 import torch
 
-from ggjac import machine, planner, runs
+from ggjac import __version__, machine, planner, runs
 from ggjac.cli.options import ModelOptions
 from ggjac.cli.plan import make_plan
 from ggjac.cli.progress import Reporter
 from ggjac.cli.render import line, table
 from ggjac.jacobian import DetachedJacobian
+from ggjac.journal import Journal
 from ggjac.model import Model, PromptError, Trace, open_model
+from ggjac.tapes import Tapes
 from ggjac.tokenizer import bos_warning, visible
+
+# Between checkpoints, at least.
+CHECKPOINT_SECONDS = 30.0
 
 
 class Session:
@@ -34,6 +41,7 @@ class Session:
         tapes: bool = True,
     ):
         self.what, self.tapes = what, tapes
+        self.journal: Journal | None = None
         if output:
             runs.check_writable(output)
         machine.return_freed_memory()
@@ -72,6 +80,7 @@ class Session:
         plan = make_plan(self.what, file, config, n, command, rank=rank or 1, position=self.position)
         planner.check(plan)
         self.model.weights.place(plan.places, plan.room)
+        self._resident = not plan.tapes_on_disk
 
     @cached_property
     def trace(self) -> Trace:
@@ -80,9 +89,97 @@ class Session:
             return self.model.trace(
                 self.ids,
                 mlp_path=self.what.mlp_path,
-                tapes=self.tapes,
+                tapes=self._tapes,
                 progress=lambda done, total: update("block", done, total),
             )
+
+    @cached_property
+    def _tapes(self) -> Tapes | bool:
+        """Where tapes are kept: in the `--trace` folder, beside the checkpoint, or in memory alone."""
+        if not self.tapes:
+            return False
+        if self.what.trace:
+            return Tapes(self.what.trace, self._prompt_identity(), resident=self._resident, complete=True)
+        if self.journal:
+            return Tapes(self.journal.folder / "trace", self._prompt_identity() | self._machine_identity())
+        return True
+
+    def _prompt_identity(self) -> dict[str, Any]:
+        """Return what decides a trace."""
+        return {
+            "ggjac": __version__,
+            "model": self.model.gguf.fingerprint(),
+            "tokens": self.ids,
+            "dtype": self.what.dtype,
+            "mlp-path": self.what.mlp_path,
+        }
+
+    def _machine_identity(self) -> dict[str, Any]:
+        """Return what may change the last bits of a result."""
+        return {"torch": torch.__version__, "device": str(self.model.device), "threads": torch.get_num_threads()}
+
+    @contextlib.contextmanager
+    def checkpointed(self, folder: Path | None, *, resume: bool, **settings: Any) -> Iterator[None]:
+        """Remember in a folder what is computed in this block, and resume what an earlier attempt left there.
+
+        The folder is removed when the block ends; after an interrupt or a kill it stays, if anything was computed.
+
+        Args:
+            folder: None remembers nothing.
+            resume: there must be an earlier attempt, of the same prompt, model, settings and versions.
+            settings: what else decides the results, named as the options are.
+
+        Raises:
+            JournalError: it cannot be resumed, or another process is at work.
+        """
+        if folder is None:
+            yield
+            return
+        missing = [parent for parent in folder.parents if not parent.exists()]
+        output = settings.pop("output")  # where to is not what
+        identity = self._prompt_identity() | {"position": self.position} | settings | self._machine_identity()
+        with Journal.open(folder, identity, resume=resume, every=CHECKPOINT_SECONDS) as self.journal:
+            try:
+                runs.remove_unfinished(output)
+                yield
+            except BaseException as error:
+                if self._saved(error):
+                    click.echo(
+                        "\nWhat was computed is saved: give the same command again with --resume "
+                        f"-o {visible(os.fsencode(output))}",
+                        err=True,
+                    )
+                    error.saved = True  # type: ignore[attr-defined]  # for the message about an interrupt
+                else:
+                    self._discard(missing)
+                raise
+            self._discard([])
+
+    def _saved(self, error: BaseException) -> bool:
+        """Save what was computed before an error, if it can be of use again; say whether there is anything."""
+        assert self.journal is not None
+        tapes = self.__dict__.get("_tapes")
+        if isinstance(error, KeyboardInterrupt | runs.RunError | MemoryError):
+            self.journal.flush()
+            with contextlib.suppress(runs.RunError):  # a full disk: the journal has said so
+                if isinstance(tapes, Tapes):
+                    tapes.save()
+        return (self.journal.folder / "journal.json").exists()
+
+    def _discard(self, missing: list[Path]) -> None:
+        """Remove the checkpoint, and folders that were made for it and hold nothing else."""
+        assert self.journal is not None
+        tapes = self.__dict__.get("_tapes")
+        if isinstance(tapes, Tapes) and not self.what.trace:
+            tapes.remove()
+        self.journal.remove()
+        for folder in missing:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+
+    def remember(self, name: str, compute: Callable[[], Any]) -> Any:
+        """Return a result that is plain JSON, from an earlier attempt if it has it."""
+        return self.journal.remember(name, compute) if self.journal else compute()
 
     @cached_property
     def logits(self) -> torch.Tensor:
@@ -92,12 +189,14 @@ class Session:
     @cached_property
     def jacobian(self) -> DetachedJacobian:
         """The Jacobian at the chosen position."""
-        return self.trace.jacobian(self.position)
+        jacobian = self.trace.jacobian(self.position)
+        jacobian.sweep.journal = self.journal
+        return jacobian
 
     def _work(self) -> tuple[float, float]:
         """Return the bytes read and the floating-point operations of sweeps so far."""
         jacobian = self.__dict__.get("jacobian")  # not made for asking
-        return self.model.weights.bytes_read, jacobian.sweep.flop if jacobian else 0.0
+        return float(self.model.weights.bytes_read), float(jacobian.sweep.flop) if jacobian else 0.0
 
     def token(self, id: int) -> str:
         """Return a token's text, visible and harmless."""
@@ -192,6 +291,17 @@ def _device(name: str) -> torch.device | str:
         reason = str(error).split(". ")[0].rstrip(".")  # torch goes on to list all its backends
         raise ValueError(f"--device {name} was asked for, but torch cannot use it here ({reason}); use cpu") from None
     return device
+
+
+def checkpoint(output: Path | None, resume: bool) -> Path | None:
+    """Return the folder beside an output file where its run is remembered; a run without a file is not.
+
+    Raises:
+        click.UsageError: there is no file whose run could be resumed.
+    """
+    if output is None and resume:
+        raise click.UsageError("--resume goes on with a run that saves to -o; give its -o")
+    return output and output.with_name(f"{output.name}.checkpoint")
 
 
 def numpy(tensor: torch.Tensor) -> np.ndarray:

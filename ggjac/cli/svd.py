@@ -1,10 +1,20 @@
 """`ggjac svd`: singular values and vectors of the detached Jacobian, decoded."""
 
 from pathlib import Path
+from typing import Any
 
 import click
 
-from ggjac.cli.options import ModelOptions, dry_run, model_options, output, output_format, position, spectrum_options
+from ggjac.cli.options import (
+    ModelOptions,
+    dry_run,
+    model_options,
+    output,
+    output_format,
+    position,
+    resume,
+    spectrum_options,
+)
 
 
 @click.command()
@@ -14,6 +24,7 @@ from ggjac.cli.options import ModelOptions, dry_run, model_options, output, outp
 @spectrum_options
 @click.option("--top", type=click.IntRange(min=1), default=8, show_default=True, help="Tokens per vector.")
 @output("Save `U`, `S`, `Vh`, `residual` and `ids` to this safetensors file.")
+@resume
 @output_format
 @click.pass_context
 def svd(
@@ -26,6 +37,7 @@ def svd(
     seed: int,
     top: int,
     output: Path | None,
+    resume: bool,
     output_format: str,
 ) -> None:
     """Decompose a prompt's detached Jacobian and decode its singular vectors.
@@ -38,16 +50,18 @@ def svd(
     ggjac svd -m model.gguf -p "The capital of France is" -k 4 -o svd.safetensors
     """
     from ggjac.cli import render, sections
-    from ggjac.cli.session import Session, save
+    from ggjac.cli.session import Session, checkpoint, save
 
     session = Session(what, position=position, rank=rank, output=output)
-    result = sections.run_spectrum(session, rank=rank, top=top, tol=tol, seed=seed, max_sweeps=max_sweeps)
-    content = {
-        "reconstruction": sections.reconstruction(session),
-        "svd": sections.spectrum_data(session, result, seed, tol),
-    }
-    if output:
-        save(session, output, sections.tensors(result), rank=rank, seed=seed, tol=tol)
+    settings: dict[str, Any] = {"rank": rank, "tol": tol, "seed": seed}
+    with session.checkpointed(checkpoint(output, resume), resume=resume, output=output, **settings):
+        result = sections.run_spectrum(session, top=top, max_sweeps=max_sweeps, **settings)
+        content = {
+            "reconstruction": sections.reconstruction(session),
+            "svd": sections.spectrum_data(session, result, seed, tol),
+        }
+        if output:
+            save(session, output, sections.tensors(result), **settings)
     if output_format == "json":
         render.emit_json(session.envelope() | content)
     else:

@@ -1,0 +1,204 @@
+"""Commands that are killed, interrupted or run out of disk, and go on with `--resume` to the same bits."""
+
+import json
+import random
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.numpy import load_file
+
+if sys.platform == "win32":
+    pytest.skip("needs os.fork", allow_module_level=True)
+
+Run = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def run() -> Iterator[Run]:
+    """Return a function that makes one attempt at a command in a folder; see resume_program.py."""
+    command = [sys.executable, str(Path(__file__).with_name("resume_program.py"))]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server:
+        assert server.stdin
+        assert server.stdout
+
+        def attempt(folder: Path, *arguments: str, **how: Any) -> dict[str, Any]:
+            folder.mkdir(exist_ok=True)
+            assert server.stdin
+            assert server.stdout
+            server.stdin.write(json.dumps({"arguments": arguments, "folder": str(folder), **how}) + "\n")
+            server.stdin.flush()
+            return json.loads(server.stdout.readline())
+
+        yield attempt
+        server.stdin.close()
+
+
+@pytest.fixture
+def commands(tiny_files: dict[str, Path]) -> dict[str, list[str]]:
+    """Return the commands that can be resumed, on a small file, and where each saves."""
+    what = ["-m", str(tiny_files["three_layers"]), "--tokens", "5,3,7,9", "-t", "1"]
+    return {
+        "run": ["analyze", *what, "-k", "2", "--no-verify", "-o", "run"],
+        "svd.safetensors": ["svd", *what, "-k", "2", "-o", "svd.safetensors"],
+        "jacobian.safetensors": ["jacobian", *what, "-o", "jacobian.safetensors"],
+    }
+
+
+def results(folder: Path, output: str) -> dict[str, Any]:
+    """Return what a command saved, without what no two runs share; all of its folder must be accounted for."""
+    assert {path.name for path in folder.iterdir()} - {"events", "stderr"} == {output}
+    if output != "run":
+        return load_file(folder / output)
+    assert {path.name for path in (folder / output).iterdir()} == {"run.json", "tensors.safetensors", "report.html"}
+    content = json.loads((folder / output / "run.json").read_text())
+    for key in ("created", "command", "seconds", "peak_memory_bytes"):
+        del content[key]
+    return {"content": content} | load_file(folder / output / "tensors.safetensors")
+
+
+def differing(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
+    """Name what differs between two results, in any bit."""
+    parts = [
+        key
+        for key in a.keys() | b.keys()
+        if key != "content" and (key not in a or key not in b or a[key].tobytes() != b[key].tobytes())
+    ]
+    contents = a.get("content", {}), b.get("content", {})
+    return parts + [
+        f"content.{key}" for key in contents[0] | contents[1] if contents[0].get(key) != contents[1].get(key)
+    ]
+
+
+@pytest.mark.parametrize(("output", "kills"), [("run", 20), ("svd.safetensors", 8), ("jacobian.safetensors", 6)])
+def test_kills_cost_nothing_but_time(
+    output: str, kills: int, run: Run, commands: dict[str, list[str]], tmp_path: Path
+) -> None:
+    command = commands[output]
+    whole = run(tmp_path / "whole", *command)
+    assert whole["code"] == 0, whole["stderr"]
+    expected = results(tmp_path / "whole", output)
+    events = whole["events"]
+    assert events > 50
+    for end in random.Random(0).sample(range(1, events), kills):
+        folder = tmp_path / f"killed-{end}"
+        killed = run(folder, *command, end=end)
+        assert killed["signal"] == signal.SIGKILL
+        resumed = run(folder, *command, "--resume")
+        assert resumed["code"] == 0, resumed["stderr"]
+        assert not differing(results(folder, output), expected), f"killed at event {end} of {events}"
+        shutil.rmtree(folder)
+
+
+def test_a_run_that_is_killed_again_and_again_comes_to_its_end(
+    run: Run, commands: dict[str, list[str]], tmp_path: Path
+) -> None:
+    run(tmp_path / "whole", *commands["run"])
+    expected = results(tmp_path / "whole", "run")
+    kills, resume = 0, []
+    while (attempt := run(tmp_path / "killed", *commands["run"], *resume, end=30 + kills % 5))["signal"]:
+        assert attempt["signal"] == signal.SIGKILL
+        kills, resume = kills + 1, ["--resume"]
+        assert kills < 100
+    assert attempt["code"] == 0, attempt["stderr"]
+    assert kills >= 5
+    assert not differing(results(tmp_path / "killed", "run"), expected)
+
+
+@pytest.mark.parametrize("how", ["interrupt", "full"])
+@pytest.mark.parametrize("output", ["run", "svd.safetensors"])
+@pytest.mark.parametrize("share", [0.3, 0.6, 0.95])
+def test_what_was_computed_is_saved(
+    share: float, output: str, how: str, run: Run, commands: dict[str, list[str]], tmp_path: Path
+) -> None:
+    """Ctrl-C exits with 130 and says how to go on; on a full disk the work goes on, and only saving the end fails."""
+    whole = run(tmp_path / "whole", *commands[output])
+    stopped = run(tmp_path / "stopped", *commands[output], end=int(share * whole["events"]), how=how)
+    if how == "interrupt":
+        assert stopped["code"] == 130
+        assert f"--resume -o {output}" in stopped["stderr"]
+    else:
+        assert stopped["code"] == 4
+        assert "the disk is full" in stopped["stderr"]
+    assert "Traceback" not in stopped["stderr"]
+    assert not (tmp_path / "stopped" / "run" / "run.json").exists()
+    resumed = run(tmp_path / "stopped", *commands[output], "--resume")
+    assert resumed["code"] == 0, resumed["stderr"]
+    assert not differing(results(tmp_path / "stopped", output), results(tmp_path / "whole", output))
+    assert resumed["events"] < whole["events"]
+
+
+def test_nothing_is_left_of_a_run_that_computed_nothing(
+    run: Run, commands: dict[str, list[str]], tmp_path: Path
+) -> None:
+    for output, command in commands.items():
+        failed = run(tmp_path / "failed", *[part.replace("5,3,7,9", "5,3,7,99999") for part in command])
+        assert failed["code"] == 2
+        assert {path.name for path in (tmp_path / "failed").iterdir()} == {"events", "stderr"}, output
+
+
+OTHERS: dict[str, tuple[list[str], str]] = {
+    "dtype": (["--dtype", "bfloat16"], "dtype: this run was started with 'float32', now 'bfloat16'"),
+    "mlp path": (["--mlp-path", "gate"], "mlp-path: this run was started with 'up', now 'gate'"),
+    "prompt": (["--tokens", "5,3,7"], "tokens: this run was started with [5, 3, 7, 9], now [5, 3, 7]"),
+    "position": (["--position", "1"], "position: this run was started with 3, now 1"),
+    "rank": (["-k", "3"], "rank: this run was started with 2, now 3"),
+    "seed": (["-s", "1"], "seed: this run was started with 0, now 1"),
+    "threads": (["-t", "2"], "threads: this run was started with 1, now 2"),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_another_run_is_not_resumed(name: str, run: Run, commands: dict[str, list[str]], tmp_path: Path) -> None:
+    assert run(tmp_path, *commands["run"], end=60)["signal"]
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")}
+    assert before
+    options, message = OTHERS[name]
+    refused = run(tmp_path, *commands["run"], *options, "--resume")
+    assert refused["code"] == 1
+    assert message in refused["stderr"]
+    assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")}
+    assert run(tmp_path, *commands["run"], "--resume")["code"] == 0  # still there
+
+
+def test_a_file_that_was_replaced_is_not_resumed(
+    run: Run, commands: dict[str, list[str]], tiny_files: dict[str, Path], tmp_path: Path
+) -> None:
+    file = tmp_path / "model.gguf"
+    shutil.copy(tiny_files["three_layers"], file)
+    command = [str(file) if part == str(tiny_files["three_layers"]) else part for part in commands["run"]]
+    assert run(tmp_path, *command, end=60)["signal"]
+    content = bytearray(file.read_bytes())
+    content[-1000] ^= 1
+    file.write_bytes(content)
+    replaced = run(tmp_path, *command, "--resume")
+    assert replaced["code"] == 1
+    assert "model: this run was started with" in replaced["stderr"]
+    file.write_bytes(content[:-5000])
+    cut = run(tmp_path, *command, "--resume")
+    assert cut["code"] == 1
+    assert len(cut["stderr"].strip().splitlines()) == 1
+
+
+def test_what_cannot_be_resumed_says_so(run: Run, commands: dict[str, list[str]], tmp_path: Path) -> None:
+    nothing = run(tmp_path, *commands["run"], "--resume")
+    assert nothing["code"] == 1
+    assert "there is no run to resume" in nothing["stderr"]
+    assert {path.name for path in tmp_path.iterdir()} == {"events", "stderr"}
+    nowhere = run(tmp_path, *commands["run"][:-2], "--resume")
+    assert nowhere["code"] == 2
+    assert "give its -o" in nowhere["stderr"]
+    assert run(tmp_path, *commands["run"], end=60)["signal"]
+    again = run(tmp_path, *commands["run"])
+    assert again["code"] == 1
+    assert "--resume" in again["stderr"]
+    assert run(tmp_path, *commands["run"], "--resume")["code"] == 0
+    finished = run(tmp_path, *commands["run"], "--resume")
+    assert finished["code"] == 0
+    assert finished["events"] == 0
+    assert run(tmp_path, *commands["run"])["code"] == 1
