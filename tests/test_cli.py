@@ -126,6 +126,7 @@ PARTS: dict[str, tuple[set[str], list[str]]] = {
         {"reconstruction", "contrast"},
         ["Reconstruction", "detached", "ordinary", "Spearman", "KL divergence"],
     ),
+    "steer": ({"steering"}, ["The concept's own next token", "equation16", "baseline", "random"]),
 }
 
 

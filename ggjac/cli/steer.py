@@ -38,19 +38,21 @@ class Strengths(click.ParamType):
 
 @click.command()
 @model_options
-@click.option("--concept", help=f"Text whose map pushes.  [default: {DEFAULT_CONCEPT!r}]")
+@click.option(
+    "--concept", help=f"Text whose map pushes.  [default: {DEFAULT_CONCEPT!r}, or a prompt of --tokens itself]"
+)
 @click.option("--concept-tokens", type=TokenIds(), help="Token ids 1,2,3 in place of the concept's text.")
 @click.option("--layer", type=click.IntRange(min=1), help="Blocks the map spans.  [default: two thirds of them]")
 @click.option(
     "--strength",
     "strengths",
     type=Strengths(),
-    default="0.2,0.5",
+    default="0.5",
     show_default=True,
-    help="How hard, one or several; 0 is no push.",
+    help="How hard: one number, or several as 0,0.2,0.5; 0 is no push.",
 )
 @click.option("--method", type=click.Choice(["equation16", "additive"]), default="equation16", show_default=True)
-@click.option("--max-tokens", type=click.IntRange(min=1), default=16, show_default=True, help="To generate.")
+@click.option("--max-tokens", type=click.IntRange(min=1), default=12, show_default=True, help="To generate.")
 @click.option(
     "--top", type=click.IntRange(min=1), default=5, show_default=True, help="Tokens that count as the concept's."
 )
@@ -125,9 +127,13 @@ def steer(
                     f"--export-control-vector {control_vector} is an input of this command; choose another name"
                 )
         check_layer(changed_layer(method, layer), blocks)
-    text = concept if concept is not None or concept_tokens is not None else DEFAULT_CONCEPT
+    if concept is None and concept_tokens is None:
+        if what.tokens is None:
+            concept = DEFAULT_CONCEPT
+        else:  # there may be no tokenizer
+            concept_tokens = session.ids
     try:
-        ids = model.check_prompt(model.tokenize(text) if text is not None else concept_tokens or [])
+        ids = model.check_prompt(concept_tokens or [] if concept is None else model.tokenize(concept))
     except PromptError as error:
         raise click.UsageError(f"--concept: {error}") from error
     if len(session.ids) + max_tokens > model.config.context_length:
@@ -150,7 +156,7 @@ def steer(
             mlp_path=what.mlp_path,
             progress=lambda done, total: update("token", done, total),
         )
-    content = session.envelope() | {"steering": _data(session, result, text)}
+    content = session.envelope() | {"steering": _data(session, result, concept)}
     if control_vector:
         save_control_vector(
             control_vector,
