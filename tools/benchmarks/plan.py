@@ -3,8 +3,9 @@
     python tools/benchmarks/plan.py model.gguf [more.gguf] [--tokens 8,64] [--rank 8] [--dtype float32] [--for svd]
 
 Other options, such as --ram-budget 2GiB, go to both commands. Both run in processes of their own. Memory is the
-anonymous memory of the process, sampled from outside. The prediction of time is for the sweeps it expects; `each` compares one
-sweep with one sweep. Ratios are predicted / measured: to be within 0.8 to 1.25 for memory, and 0.65 to 1.5 for time.
+anonymous memory of the process, sampled from outside. The prediction of time is for the sweeps it expects; `each`
+compares one sweep with one sweep. Ratios are predicted / measured: to be within 0.8 to 1.25 for memory, and 0.65 to
+1.5 for time.
 """
 
 import argparse
