@@ -464,3 +464,32 @@ def jacobian(
     (J,) = torch.autograd.grad(y, x, identity, is_grads_batched=True)
     y, x = y.detach(), x.detach()
     return Jacobian(J, y, y - torch.einsum("end,nd->e", J, x), x)
+
+
+def inner(
+    model: Oracle,
+    found: dict[str, Tensor],
+    start: int,
+    kind: str,
+    index: int,
+    *,
+    position: int = -1,
+    raw: bool = False,
+    mlp_path: str = "up",
+) -> Jacobian:
+    """Differentiate a tap with respect to the stream after `start` blocks, by autograd.
+
+    The tap is the stream after block `index` (counted from 1) or what its "attn" or "mlp" adds, at `position`; unless
+    `raw` it is seen through the final norm, frozen there. `found` is what `forward` returned for the prompt.
+    """
+    x = (found[f"l_out-{start - 1}"] if start else found["x"]).detach().clone().requires_grad_()
+    h, values = x, {}
+    for i in range(start, index):
+        values = block(model, i, h, freeze=mlp_path)
+        h = values[f"l_out-{i}"]
+    name = {"layer": "l_out", "attn": "attn_out", "mlp": "ffn_out"}[kind]
+    y = values[f"{name}-{index - 1}"]
+    y = (y if raw else norm(model, "output_norm", y, frozen=True))[position]
+    (J,) = torch.autograd.grad(y, x, torch.eye(len(y), dtype=torch.float64), is_grads_batched=True)
+    x, y = x.detach(), y.detach()
+    return Jacobian(J, y, y - torch.einsum("end,nd->e", J, x), x)

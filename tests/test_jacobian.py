@@ -1,6 +1,7 @@
 """The detached Jacobian against autograd over an independent forward, and against the paper's own code."""
 
 from collections.abc import Callable
+from dataclasses import astuple
 from pathlib import Path as File
 
 import numpy as np
@@ -283,20 +284,6 @@ def test_slabs_of_hidden_units_change_nothing(
 # ---- maps inside the network, many in one pass
 
 
-def inner(path: Path, case: str, position: int, model: oracle.Oracle, streams: list[torch.Tensor]) -> oracle.Jacobian:
-    """Differentiate a tap with respect to the stream at its path's start, in the oracle; final norm frozen there."""
-    x = streams[path.start].clone().requires_grad_()
-    h, values = x, {}
-    for i in range(path.start, path.tap.index):
-        values = oracle.block(model, i, h, freeze="up")
-        h = values[f"l_out-{i}"]
-    name = {"layer": "l_out", "attn": "attn_out", "mlp": "ffn_out"}[path.tap.kind]
-    y = oracle.norm(model, "output_norm", values[f"{name}-{path.tap.index - 1}"], frozen=True)[position]
-    (J,) = torch.autograd.grad(y, x, torch.eye(len(y), dtype=torch.float64), is_grads_batched=True)
-    x, y = x.detach(), y.detach()
-    return oracle.Jacobian(J, y, y - torch.einsum("end,nd->e", J, x), x)
-
-
 def all_paths(blocks: int) -> list[Path]:
     """Return every path there is: any start, any tap above it."""
     return [
@@ -325,8 +312,7 @@ def test_every_map_inside_the_network(case: str, position: int, tiny_files: dict
     found = oracle.forward(theirs, ids, freeze="up")
     trace = open_model(tiny_files[case], dtype="float64").trace(ids)
     paths = all_paths(len(trace.tapes))
-    streams = [found["x"], *(found[f"l_out-{i}"] for i in range(len(trace.tapes)))]
-    expected = [inner(path, case, position, theirs, streams) for path in paths]
+    expected = [oracle.inner(theirs, found, path.start, *astuple(path.tap), position=position) for path in paths]
     sweep = SharedSweep(trace.network, paths, trace.index(position))
     generator = torch.Generator().manual_seed(0)
     d, counts = trace.x.shape[1], [j % 4 for j in range(len(paths))]

@@ -1,0 +1,461 @@
+"""The maps of every depth against dense float64 arithmetic on autograd's Jacobians, and their identities."""
+
+import json
+import math
+from dataclasses import astuple
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import click
+import oracle
+import pytest
+import tiny
+import torch
+from click.testing import CliRunner, Result
+from safetensors.torch import load_file
+from torch import Tensor
+
+from ggjac.analysis import layers as module
+from ggjac.analysis.layers import KINDS, MAPS, LayerMap, Layers, layers
+from ggjac.analysis.stable_rank import stable_rank
+from ggjac.cli import main
+from ggjac.cli.depths import spark
+from ggjac.cli.options import Depths
+from ggjac.frobenius import StableRank, stable_ranks
+from ggjac.linop import LinearOperator
+from ggjac.model import Trace, open_model
+from ggjac.report import schema
+from ggjac.svd import svd
+
+EXACT: dict[str, Any] = {"tol": 1e-9, "max_sweeps": 200}
+
+
+def traced(files: dict[str, Path], case: str, dtype: str = "float64") -> tuple[Trace, oracle.Oracle, dict[str, Tensor]]:
+    """Return ggjac's trace, the oracle, and its states of the same prompt."""
+    ids, theirs = tiny.prompt(case, 5), oracle.load(files[case])
+    return open_model(files[case], dtype=dtype).trace(ids), theirs, oracle.forward(theirs, ids, freeze="up")
+
+
+def analysed(trace: Trace, position: int = -1, rank: int = 3, **options: Any) -> Layers:
+    return layers(trace.jacobian(position), trace.model.head, rank, **EXACT | options)
+
+
+def head_of(theirs: oracle.Oracle) -> Tensor:
+    return theirs.weights.get("output.weight", theirs.weights["token_embd.weight"])
+
+
+def places(result: Layers) -> list[tuple[str, str, int]]:
+    return [(m.map, m.tap.kind, m.tap.index) for m in result.maps]
+
+
+def by_place(result: Layers) -> dict[tuple[str, str, int], LayerMap]:
+    return dict(zip(places(result), result.maps, strict=True))
+
+
+# ---- every map against the dense one
+
+
+@pytest.mark.parametrize("position", [-1, 2])
+@pytest.mark.parametrize("case", ["three_layers", "biases", "gemma2", "gpt2", "qwen2moe"])
+def test_every_map_is_that_of_autograd(case: str, position: int, tiny_files: dict[str, Path]) -> None:
+    """Spectrum, left vectors with their signs, tokens and stable rank, from the dense SVD of each Jacobian."""
+    trace, theirs, found = traced(tiny_files, case)
+    result, blocks = analysed(trace, position, top=5), len(trace.tapes)
+    ends = {m: [(k, i) for k in KINDS for i in range(1, blocks + 1)] for m in ("cumulative", "blockwise")}
+    ends["to_end"] = [("layer", i) for i in range(blocks)]
+    assert places(result) == [(name, *end) for name in MAPS for end in ends[name]]
+    for m in result.maps:
+        kind, index = m.tap.kind, m.tap.index
+        expected_path = {
+            "cumulative": (0, kind, index),
+            "blockwise": (index - 1, kind, index),
+            "to_end": (index, "layer", blocks),
+        }[m.map]
+        assert (m.path.start, *astuple(m.path.tap)) == expected_path
+        dense = oracle.inner(theirs, found, *expected_path, position=position)
+        U, S, _ = torch.linalg.svd(dense.J.flatten(1), full_matrices=False)
+        assert torch.allclose(m.S, S[:3], rtol=1e-10, atol=0), m.path
+        U = U.T[:3]
+        U = U * torch.sign(U @ torch.einsum("end,nd->e", dense.J, dense.x))[:, None]
+        assert torch.allclose(m.U, U, rtol=0, atol=1e-6), m.path
+        assert float(m.residual.max()) <= EXACT["tol"]
+        assert m.stopped_by in ("tolerance", "complete")
+        assert m.left.ids.tolist() == (U @ head_of(theirs).T).argsort(descending=True)[:, :5].tolist()
+        assert math.isclose(m.stable_rank.value, float((S / S[0]).square().sum()), rel_tol=1e-10)
+        assert math.isclose(m.stable_rank.frobenius, float(dense.J.norm()), rel_tol=1e-10)
+        assert m.stable_rank.error == 0
+        assert m.transported is m.arriving is None
+
+
+@pytest.mark.parametrize("case", ["three_layers", "gemma2", "gpt2"])
+def test_left_vectors_arrive_at_the_output_as_autograd_says(case: str, tiny_files: dict[str, Path]) -> None:
+    """The stream vector behind `u`, at the one position, times the dense map from there to the output."""
+    trace, theirs, found = traced(tiny_files, case)
+    blocks, position = len(trace.tapes), 3
+    result = analysed(trace, position, maps=["cumulative"], transport=True, top=4)
+    for m in result.maps:
+        if m.tap.kind != "layer":
+            assert m.transported is m.arriving is None
+            continue
+        seen = oracle.inner(theirs, found, 0, "layer", m.tap.index, position=position).J.flatten(1)
+        raw = oracle.inner(theirs, found, 0, "layer", m.tap.index, position=position, raw=True).J.flatten(1)
+        stream = m.U @ torch.linalg.pinv(seen).T @ raw.T  # v = J⁺ u s, and u's stream vector is A v / s
+        expected = m.U
+        if m.tap.index < blocks:
+            onward = oracle.inner(theirs, found, m.tap.index, "layer", blocks, position=position).J[:, position]
+            expected = stream @ onward.T
+        assert m.transported is not None
+        assert m.arriving is not None
+        assert torch.allclose(m.transported, expected, rtol=0, atol=1e-6)
+        logits = m.transported @ head_of(theirs).T
+        assert m.arriving.ids.tolist() == logits.argsort(descending=True)[:, :4].tolist()
+
+
+@pytest.mark.parametrize("position", [-1, 1])
+@pytest.mark.parametrize("case", ["three_layers", "tied"])
+def test_the_readout_is_the_stream_through_norm_and_head(case: str, position: int, tiny_files: dict[str, Path]) -> None:
+    trace, theirs, found = traced(tiny_files, case)
+    result, blocks = analysed(trace, position, maps=["to_end"], top=6), len(trace.tapes)
+    streams = [found["x"], *(found[f"l_out-{i}"] for i in range(blocks))]
+    readout = result.readout
+    assert readout.depths == list(range(blocks + 1))
+    named = [*readout.top.ids.flatten(), *(id for m in result.maps for id in m.left.ids.flatten())]
+    assert sorted(readout.tokens.tolist()) == sorted({int(id) for id in named})
+    assert readout.tokens[:6].tolist() == readout.top.ids[-1].tolist()
+    for i, h in enumerate(streams):
+        logits = (oracle.norm(theirs, "output_norm", h, frozen=True) @ head_of(theirs).T)[position]
+        order = logits.argsort(descending=True)
+        assert readout.top.ids[i].tolist() == order[:6].tolist()
+        assert torch.allclose(readout.top.scores[i], logits.softmax(0)[order[:6]], rtol=1e-9)
+        assert readout.ranks[i].tolist() == [1 + order.tolist().index(int(id)) for id in readout.tokens]
+
+
+def test_equal_logits_share_the_best_rank() -> None:
+    logits = torch.tensor([2.0, 5.0, 2.0, 1.0, 5.0])
+    assert module._ranks(logits, torch.tensor([1, 4, 0, 2, 3])).tolist() == [1, 1, 3, 3, 5]
+
+
+def test_followed_tokens_are_limited_to_the_most_important(
+    tiny_files: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trace, *_ = traced(tiny_files, "gqa")
+    options: dict[str, Any] = {"maps": ["to_end"], "tol": 1e-2, "top": 4}
+    whole = analysed(trace, **options).readout
+    monkeypatch.setattr(module, "MAX_TOKENS", 9)
+    fewer = analysed(trace, **options).readout
+    assert fewer.tokens.tolist() == whole.tokens[:9].tolist()
+    assert fewer.ranks.tolist() == whole.ranks[:, :9].tolist()
+
+
+# ---- identities
+
+
+@pytest.mark.parametrize(
+    ("case", "dtype"), [("three_layers", "float64"), ("three_layers", "float32"), ("phi2", "float64")]
+)
+def test_maps_that_are_the_same_map(case: str, dtype: str, tiny_files: dict[str, Path]) -> None:
+    trace, *_ = traced(tiny_files, case, dtype)
+    blocks, tol = len(trace.tapes), 1e-7 if dtype == "float64" else 1e-5
+    found = by_place(analysed(trace, tol=tol))
+    whole, close = trace.jacobian().svd(3, tol=tol, max_sweeps=200), 1e-12 if dtype == "float64" else 1e-5
+    last = found["cumulative", "layer", blocks]
+    for other in (found["to_end", "layer", 0], whole):
+        assert torch.allclose(last.S, other.S, rtol=close, atol=0)
+    for kind in KINDS:
+        first, alone = found["cumulative", kind, 1], found["blockwise", kind, 1]
+        assert torch.allclose(first.S, alone.S, rtol=close, atol=0)
+        assert first.stable_rank.value == pytest.approx(alone.stable_rank.value, rel=100 * close)
+    top, alone = found["to_end", "layer", blocks - 1], found["blockwise", "layer", blocks]
+    assert torch.allclose(top.S, alone.S, rtol=close, atol=0)
+    assert torch.equal(top.left.ids, alone.left.ids)
+
+
+def test_the_way_is_the_papers_and_ends_at_one(tiny_files: dict[str, Path]) -> None:
+    """p_k(l) = s_k(L) s_k(l) ⟨u_k(l), u_k(L)⟩, in units of its end."""
+    trace, theirs, found = traced(tiny_files, "three_layers")
+    way = analysed(trace, maps=["cumulative"], kinds=["layer"]).way
+    assert way is not None
+    dense = [oracle.inner(theirs, found, 0, "layer", i) for i in (1, 2, 3)]
+    parts = [torch.linalg.svd(part.J.flatten(1), full_matrices=False)[:2] for part in dense]
+    (last, top) = parts[-1]
+    steps = []
+    for part, (U, S) in zip(dense, parts, strict=True):
+        signs = [torch.sign(A.T @ torch.einsum("end,nd->e", p.J, p.x)) for A, p in ((U, part), (last, dense[-1]))]
+        steps.append((top * S * (U * last).sum(0) * signs[0] * signs[1])[:3])
+    assert way.depths == [1, 2, 3]
+    assert torch.allclose(way.values, torch.stack(steps) / steps[-1], rtol=0, atol=1e-7)
+    assert torch.allclose(way.values[-1], torch.ones(3).double(), rtol=0, atol=1e-12)
+    assert float(way.values[:-1].abs().max()) < 2
+    assert analysed(trace, maps=["cumulative"], kinds=["layer"], depths=[1, 2]).way is None
+    assert analysed(trace, maps=["cumulative"], kinds=["attn"]).way is None
+
+
+@pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
+def test_the_same_seed_gives_the_same_bits(dtype: str, tiny_files: dict[str, Path]) -> None:
+    trace, *_ = traced(tiny_files, "gqa", dtype)
+    first, again, other = (analysed(trace, tol=1e-2, max_sweeps=30, seed=seed, transport=True) for seed in (3, 3, 4))
+
+    def bits(result: Layers) -> list[list[Any]]:
+        return [[m.U.tolist(), m.S.tolist(), m.left.ids.tolist(), astuple(m.stable_rank)] for m in result.maps]
+
+    assert bits(first) == bits(again)
+    assert bits(first) != bits(other)
+
+
+def test_maps_alone_and_together_are_the_same(tiny_files: dict[str, Path]) -> None:
+    """What is asked for beside a map does not change it."""
+    trace, *_ = traced(tiny_files, "three_layers")
+    whole = by_place(analysed(trace))
+    for options in ({"depths": [2]}, {"maps": ["blockwise"], "kinds": ["mlp", "attn"], "depths": [3, 1, 3]}):
+        part = analysed(trace, **options)
+        depths, kinds = sorted(set(options["depths"])), options.get("kinds", KINDS)
+        assert places(part) == [
+            (name, kind, i)
+            for name in options.get("maps", MAPS)
+            for kind in KINDS
+            for i in depths
+            if (kind == "layer" if name == "to_end" else kind in kinds and i > 0) and (name != "to_end" or i < 3)
+        ]
+        for place, m in by_place(part).items():
+            assert torch.allclose(m.S, whole[place].S, rtol=1e-12, atol=0)
+            assert m.stable_rank.value == pytest.approx(whole[place].stable_rank.value, rel=1e-12)
+        assert part.readout.depths == [0, 1, 2, 3]
+    nothing = analysed(trace, maps=["cumulative"], depths=[0])
+    assert nothing.maps == []
+    assert nothing.way is None
+    assert len(nothing.readout.tokens) >= 8
+
+
+def test_more_triplets_than_a_branch_has(tiny_files: dict[str, Path]) -> None:
+    """An attention branch writes what its values span: the rest is zero, and said to be."""
+    trace, theirs, found = traced(tiny_files, "gqa")
+    result = by_place(analysed(trace, rank=40, maps=["blockwise"], depths=[2]))
+    for kind in KINDS:
+        S = torch.linalg.svdvals(oracle.inner(theirs, found, 1, kind, 2).J.flatten(1))
+        assert torch.allclose(result["blockwise", kind, 2].S, S[:40], rtol=0, atol=1e-10 * float(S[0]))
+
+
+# ---- stable ranks of many maps
+
+
+def test_estimated_stable_ranks_are_those_of_each_map_alone(
+    tiny_files: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "EXACT_ROWS", 0)
+    monkeypatch.setattr("ggjac.analysis.stable_rank.EXACT_ROWS", 0)
+    trace, theirs, found = traced(tiny_files, "three_layers")
+    result = analysed(trace, seed=5, probes=12, tol=1e-6, depths=[1, 3])
+    for m in result.maps:
+        J = trace.jacobian(-1, m.path)
+        alone = stable_rank(J, J.svd(3, tol=1e-6, max_sweeps=200), probes=12, seed=5)
+        assert astuple(m.stable_rank) == pytest.approx(astuple(alone), rel=1e-4)
+        exact = oracle.inner(theirs, found, m.path.start, *astuple(m.path.tap)).J
+        top = float(torch.linalg.matrix_norm(exact.flatten(1), 2)) ** 2
+        assert 0 < m.stable_rank.error < 1.0 * m.stable_rank.value
+        assert abs(m.stable_rank.value - float(exact.square().sum()) / top) < 6 * m.stable_rank.error
+
+
+class Matrix(LinearOperator):
+    def __init__(self, matrix: Tensor):
+        self.matrix, self.dtype, self.device = matrix, matrix.dtype, matrix.device
+        self.out_shape, self.in_shape = matrix.shape[:1], matrix.shape[1:]
+
+    def matmat(self, X: Tensor, t: Tensor | None = None) -> Tensor:
+        return X @ self.matrix.T
+
+    def rmatmat(self, Y: Tensor) -> Tensor:
+        return Y @ self.matrix
+
+
+def test_stable_ranks_of_known_matrices() -> None:
+    """One downward product for all; rows in chunks; a zero map has none."""
+    generator = torch.Generator().manual_seed(0)
+    matrices = [torch.diag(torch.tensor([3.0, 4.0, 0.0, 0.0])).double(), torch.zeros(4, 4).double()]
+    matrices.append(torch.randn(4, 4, generator=generator, dtype=torch.float64))
+    operators = [Matrix(matrix) for matrix in matrices]
+    asked: list[list[tuple[int, ...]]] = []
+
+    def down(Y: list[Tensor]) -> list[Tensor]:
+        asked.append([tuple(part.shape) for part in Y])
+        return [A.rmatmat(part) for A, part in zip(operators, Y, strict=True)]
+
+    triplets = [svd(A, 1, tol=1e-12) for A in operators]
+    for chunk, calls in ((4, [4]), (3, [3, 1]), (100, [4])):
+        asked.clear()
+        found = stable_ranks(operators, triplets, down=down, chunk=chunk)
+        assert astuple(found[0]) == pytest.approx((25 / 16, 0.0, 5.0), rel=1e-12)
+        assert found[1] == StableRank(0.0, 0.0, 0.0)
+        S = torch.linalg.svdvals(matrices[2])
+        assert found[2].value == pytest.approx(float((S / S[0]).square().sum()), rel=1e-12)
+        assert asked == [[(rows, 4)] * 3 for rows in calls]
+    asked.clear()
+    estimates = stable_ranks(operators, triplets, down=down, chunk=None, probes=5000, seed=1)
+    assert asked == [[(5000, 4)] * 3]
+    assert estimates[0].value == pytest.approx(25 / 16, abs=5 * estimates[0].error)
+    assert 0 < estimates[0].error < 0.03
+    assert estimates[1] == StableRank(0.0, 0.0, 0.0)
+    assert stable_ranks([], [], down=down, chunk=None) == []
+
+
+# ---- what it costs
+
+
+def test_all_depths_read_each_weight_once_per_sweep(tiny_files: dict[str, Path]) -> None:
+    """The cumulative maps of three blocks and three taps each, in as many passes as the slowest of them needs."""
+    model = open_model(tiny_files["three_layers"], dtype="float64")
+    trace = model.trace(tiny.prompt("three_layers", 5))
+    for maps, passes in (("cumulative", 3), ("to_end", 2)):  # signs, stable rank; and what branches add, for norms
+        model.weights.reads.clear()
+        result = layers(trace.jacobian(), model.head, 3, maps=[maps], tol=1e-4)
+        sweeps = max(m.sweeps for m in result.maps)
+        assert len(result.maps) == {"cumulative": 9, "to_end": 3}[maps]
+        for block in range(3):
+            for stem in ("attn_v", "attn_output", "ffn_up", "ffn_down"):
+                name = f"blk.{block}.{stem}.weight"
+                assert model.weights.reads[name] == (sweeps + passes) * model.gguf.tensors[name].rows, name
+    model.weights.reads.clear()
+    result = layers(trace.jacobian(), model.head, 3, maps=["blockwise"], tol=1e-4)
+    for block in range(3):
+        sweeps = max(m.sweeps for m in result.maps if m.tap.index == block + 1)
+        name = f"blk.{block}.ffn_down.weight"
+        assert model.weights.reads[name] == (sweeps + 3) * model.gguf.tensors[name].rows
+    head = "output.weight"
+    assert model.weights.reads[head] == 2 * model.gguf.tensors[head].rows  # left vectors, and the readout
+
+
+def test_progress_says_what_it_is_at(tiny_files: dict[str, Path]) -> None:
+    trace, *_ = traced(tiny_files, "three_layers")
+    seen: list[tuple[str, int, int]] = []
+    analysed(trace, transport=True, progress=lambda *step: seen.append(step))
+    said = list(dict.fromkeys(what.split(",")[0] for what, *_ in seen))
+    assert said == ["cumulative", "blockwise 1", "blockwise 2", "blockwise 3", "to end"]
+    for word in ("sweep 1,", "worst residual", "signs", "stable rank", "transport"):
+        assert any(word in what for what, *_ in seen), word
+    assert {total for what, _, total in seen if what.startswith("blockwise")} == {1}
+    for (before, done, total), (what, now, _) in pairwise(seen):
+        assert now == (1 if done == total else done + 1), (before, what)
+
+
+# ---- what is refused
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"depths": [4]}, "depth 4 is out of range; this model has depths 0 to 3"),
+        ({"depths": [1, -1]}, "depth -1 is out of range"),
+        ({"rank": 33}, "rank 33 is out of range"),
+        ({"tol": 0.0}, "tol 0.0 is out of range"),
+    ],
+)
+def test_what_cannot_be_is_refused(options: dict[str, Any], message: str, tiny_files: dict[str, Path]) -> None:
+    trace, *_ = traced(tiny_files, "three_layers")
+    with pytest.raises(ValueError, match=message):
+        analysed(trace, **options)
+
+
+# ---- the command
+
+
+def ggjac(*args: object, code: int = 0) -> Result:
+    result = CliRunner().invoke(main, ["layers", *map(str, args)], prog_name="ggjac")
+    assert result.exit_code == code, result.output
+    return result
+
+
+TOKENS = ["-t", 1, "--tokens", "5,17,3,99,42"]
+
+
+@pytest.mark.parametrize(
+    ("given", "blocks", "depths"),
+    [
+        ("all", 3, [0, 1, 2, 3]),
+        ("0,10-12,-1", 20, [0, 10, 11, 12, 20]),
+        ("-3--1,0", 4, [0, 2, 3, 4]),
+        ("2-2, 1", 2, [1, 2]),
+        ("-5", 4, [0]),
+        ("1--1", 3, [1, 2, 3]),
+    ],
+)
+def test_depths_are_numbers_and_ranges(given: str, blocks: int, depths: list[int]) -> None:
+    assert Depths().convert(given, None, None).of(blocks) == depths
+
+
+@pytest.mark.parametrize("given", ["", "x", "1,,2", "1-2-3", "1.5", "all,1", "٣", "1" * 40])
+def test_what_is_no_list_of_depths_is_refused(given: str) -> None:
+    with pytest.raises(click.UsageError, match="is no list of layers"):
+        Depths().convert(given, None, None)
+
+
+@pytest.mark.parametrize(("given", "message"), [("4", "depths 0 to 3"), ("-5", "depths 0 to 3"), ("3-1", "3 comes")])
+def test_depths_that_a_model_lacks_are_refused(given: str, message: str, tiny_files: dict[str, Path]) -> None:
+    err = ggjac("-m", tiny_files["three_layers"], *TOKENS, "--layers", given, code=2).stderr
+    assert message in err
+    assert err.count("\n") == 1
+
+
+def test_names_of_maps_and_taps(tiny_files: dict[str, Path]) -> None:
+    model = ["-m", tiny_files["three_layers"], *TOKENS, "-k", 2]
+    out = ggjac(*model, "--maps", "to_end,cumulative", "--kinds", "mlp", "--format", "json").stdout
+    taps = json.loads(out)["layers"]["taps"]
+    assert {(tap["map"], tap["kind"]) for tap in taps} == {("cumulative", "mlp"), ("to_end", "layer")}
+    assert "unknown; known: cumulative, blockwise, to_end" in ggjac(*model, "--maps", "all", code=2).stderr
+    assert "unknown; known: layer, attn, mlp" in ggjac(*model, "--kinds", "layer,", code=2).stderr
+
+
+def test_the_report_takes_what_the_command_gives(tiny_files: dict[str, Path], tmp_path: Path) -> None:
+    saved = tmp_path / "maps.safetensors"
+    given = ["-m", tiny_files["three_layers"], *TOKENS, "-k", 3, "--transport", "-o", saved]
+    content = json.loads(ggjac(*given, "--format", "json").stdout)
+    trace = open_model(tiny_files["three_layers"]).trace([5, 17, 3, 99, 42])
+    found = layers(trace.jacobian(), trace.model.head, 3, transport=True)
+    part = content["layers"]
+    checked = schema.checked(content)["layers"]
+    assert len(checked["taps"]) == len(part["taps"]) == len(found.maps) == 21
+    for m, tap in zip(found.maps, checked["taps"], strict=True):
+        assert (tap["map"], tap["kind"], tap["index"]) == (m.map, m.tap.kind, m.tap.index)
+        assert [t["singular_value"] for t in tap["triplets"]] == pytest.approx(m.S.tolist(), rel=1e-4)
+        assert tap["stable_rank"]["value"] == pytest.approx(m.stable_rank.value, rel=1e-4)
+        assert [t["left"][0]["id"] for t in tap["triplets"]] == m.left.ids[:, 0].tolist()
+    assert [row["index"] for row in checked["readout"]] == [0, 1, 2, 3]
+    assert checked["ranks"]["depths"][-1]["ranks"] == found.readout.ranks[-1].tolist()
+    assert checked["path"][-1]["values"] == pytest.approx([1, 1, 1], abs=1e-5)
+    assert "arriving" in part["taps"][0]["triplets"][0]
+    assert part["stopped_by"] == "tolerance"
+    assert part["converged"]
+    tensors = load_file(saved)
+    assert tensors["cumulative.attn.U"].shape == (3, 3, 32)
+    assert tensors["to_end.layer.index"].tolist() == [0, 1, 2]
+    assert tensors["blockwise.mlp.S"].shape == tensors["blockwise.mlp.residual"].shape == (3, 3)
+    assert tensors["cumulative.layer.transported"].shape == (3, 3, 32)
+    assert tensors["cumulative.mlp.stable_rank"].shape == (3, 2)
+    assert "cumulative.attn.transported" not in tensors
+    assert tensors["ranks"].shape == (4, len(tensors["ranked_ids"]))
+
+
+def test_the_tables(tiny_files: dict[str, Path]) -> None:
+    out = ggjac("-m", tiny_files["three_layers"], *TOKENS, "-k", 2, "--transport").stdout
+    for words in (
+        "From the input to this depth: attention",
+        "Each block alone: MLP",
+        "From this depth to the output: layer",
+        "vector 0 at the output",
+        "The way to the output's directions",
+        "The stream read through final norm and head",
+        "all maps converged",
+    ):
+        assert words in out
+    single = ggjac("-m", tiny_files["three_layers"], *TOKENS, "-k", 1, "--layers", -1, "--maps", "cumulative").stdout
+    assert "The way" not in single  # two dimensions are the least
+    assert "vector 0 at" not in single
+
+
+def test_a_map_that_did_not_converge_is_exit_code_3(tiny_files: dict[str, Path]) -> None:
+    result = ggjac("-m", tiny_files["three_layers"], *TOKENS, "--tol", 1e-6, "--max-sweeps", 2, "-k", 4, code=3)
+    assert "NOT all maps converged to 1e-06" in result.stdout
+
+
+def test_sparks() -> None:
+    assert spark([8.0, 4.0, 1.0, 1e-9, 0.0]) == "█▄▁▁"
+    assert spark([0.0, 0.0]) == spark([]) == ""
