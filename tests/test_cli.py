@@ -121,6 +121,7 @@ PARTS: dict[str, tuple[set[str], list[str]]] = {
     "svd": ({"reconstruction", "svd"}, ["converged after", "residual"]),
     "jacobian": ({"jacobian"}, ["‖J_i‖_F"]),
     "attribute": ({"reconstruction", "attribution"}, ["Exact share of every input token", "sum"]),
+    "layers": ({"reconstruction", "layers"}, ["From the input to this depth", "Each block alone", "most likely tokens"]),
     "norms": ({"reconstruction", "norms"}, ["Longest columns and rows", "‖column‖"]),
     "contrast": (
         {"reconstruction", "contrast"},
