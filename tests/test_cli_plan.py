@@ -11,6 +11,7 @@ from click.testing import CliRunner, Result
 
 from ggjac import bench, planner
 from ggjac.cli import main
+from ggjac.cli import plan as plan_command
 
 TinyFile = Callable[..., Path]
 TOKENS = ["--tokens", "5,17,3,99,42"]
@@ -108,6 +109,7 @@ import sys
 for name in ("torch", "gguf", "llama_cpp", "safetensors"):
     sys.modules[name] = None  # importing it is an error
 from ggjac.cli import main
+from ggjac.cli import plan as plan_command
 main()
 """
 
@@ -229,3 +231,7 @@ def test_bench_shows_each_rate_beside_its_limit(monkeypatch: pytest.MonkeyPatch,
     limits = {row["limited_by"] for row in data["rates"] if row["limit"] is not None}
     assert limits == {"memory copy", "square matrices"}
     assert 0 < data["memory"]["default_budget"] <= data["memory"]["total"]
+
+
+def test_what_can_be_planned_is_what_the_planner_plans() -> None:
+    assert plan_command.PLANNED == planner.JOBS

@@ -105,8 +105,8 @@ def _plain_errors() -> Iterator[None]:
         where = error.ctx.command_path if error.ctx else "ggjac"
         raise Failure(f"{error.format_message().rstrip('.')}; see {where} --help", 2) from error
     except KeyboardInterrupt as interrupt:
-        saved = getattr(interrupt, "saved", False)  # then it has been said how to go on
-        click.echo("Interrupted" if saved else "\nInterrupted; nothing unfinished was left behind", err=True)
+        notes = getattr(interrupt, "__notes__", ["nothing unfinished was left behind"])
+        click.echo(f"\nInterrupted; {'; '.join(notes)}", err=True)
         raise click.exceptions.Exit(getattr(interrupt, "exit_code", 130)) from None
     except BrokenPipeError:  # the reader of our output has gone, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -119,7 +119,7 @@ def _plain_errors() -> Iterator[None]:
 
 def _failure(error: Exception) -> Failure:
     """Choose message and exit code for what a command did not handle itself."""
-    message = str(error)
+    message = "; ".join([str(error), *getattr(error, "__notes__", [])])
     if getattr(error, "will_not_fit", False):
         return Failure(message, 4)
     # torch raises RuntimeError where its allocators fail, on the CPU ("can't allocate memory") and on CUDA.

@@ -334,7 +334,7 @@ def dry_run(command: Callable) -> Callable:
     def wrapped(what: ModelOptions, *, dry_run: bool, **rest: Any) -> Any:
         if not dry_run:
             return command(what, **rest)
-        from ggjac.cli.plan import show_plan
+        from ggjac.cli.planning import show_plan
 
         name = click.get_current_context().info_name or ""
         known = {key: rest[key] for key in ("position", "rank", "output_format") if key in rest}

@@ -24,7 +24,7 @@ class Reporter:
     def __init__(self, quiet: bool):
         self.quiet = quiet
         self.seconds: dict[str, float] = {}
-        self.work: Callable[[], tuple[float, float]] | None = None
+        self.work: Callable[[], tuple[int, int]] | None = None
 
     @contextmanager
     def stage(self, name: str) -> Iterator[Update]:
@@ -74,7 +74,7 @@ class Reporter:
     def _rates(self, start: float) -> Callable[[int, int, int], str]:
         """Return a function that says how fast this stage has been so far, and how long the rest of it takes so."""
         steps = 0
-        before = self.work() if self.work else (0.0, 0.0)
+        before = self.work() if self.work else (0, 0)
 
         def rates(done: int, total: int, rounds: int) -> str:
             nonlocal steps

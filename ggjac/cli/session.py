@@ -15,7 +15,7 @@ import torch
 
 from ggjac import __version__, machine, planner, runs
 from ggjac.cli.options import ModelOptions
-from ggjac.cli.plan import make_plan
+from ggjac.cli.planning import make_plan
 from ggjac.cli.progress import Reporter
 from ggjac.cli.render import line, table
 from ggjac.jacobian import DetachedJacobian
@@ -144,12 +144,8 @@ class Session:
                 yield
             except BaseException as error:
                 if self._saved(error):
-                    click.echo(
-                        "\nWhat was computed is saved: give the same command again with --resume "
-                        f"-o {visible(os.fsencode(output))}",
-                        err=True,
-                    )
-                    error.saved = True  # type: ignore[attr-defined]  # for the message about an interrupt
+                    again = f"the same command with --resume -o {visible(os.fsencode(output))}"
+                    error.add_note(f"what was computed is saved: go on by {again}")
                 else:
                     self._discard(missing)
                 raise
@@ -159,7 +155,7 @@ class Session:
         """Save what was computed before an error, if it can be of use again; say whether there is anything."""
         assert self.journal is not None
         tapes = self.__dict__.get("_tapes")
-        if isinstance(error, KeyboardInterrupt | runs.RunError | MemoryError):
+        if isinstance(error, KeyboardInterrupt | MemoryError):
             self.journal.flush()
             with contextlib.suppress(runs.RunError):  # a full disk: the journal has said so
                 if isinstance(tapes, Tapes):
@@ -193,10 +189,10 @@ class Session:
         jacobian.sweep.journal = self.journal
         return jacobian
 
-    def _work(self) -> tuple[float, float]:
+    def _work(self) -> tuple[int, int]:
         """Return the bytes read and the floating-point operations of sweeps so far."""
         jacobian = self.__dict__.get("jacobian")  # not made for asking
-        return float(self.model.weights.bytes_read), float(jacobian.sweep.flop) if jacobian else 0.0
+        return self.model.weights.bytes_read, jacobian.sweep.flop if jacobian else 0
 
     def token(self, id: int) -> str:
         """Return a token's text, visible and harmless."""
