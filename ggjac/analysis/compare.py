@@ -1,0 +1,196 @@
+"""What quantization changes: two files of one model, at the same prompt.
+
+One file at a time is measured into a `Portrait`, so that two large models need not be in memory together; `compare`
+sets two of them side by side. Angles between subspaces do not depend on signs, on rotations among close singular
+values, or on the order of the vectors.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from ggjac.decode import Head
+from ggjac.jacobian import DetachedJacobian
+from ggjac.svd import SVD
+
+
+class CompareError(ValueError):
+    """Two files that are not of one model, or two measurements that are not of one prompt."""
+
+
+@dataclass(frozen=True)
+class Portrait:
+    """One file's numbers at one prompt.
+
+    Attributes:
+        ids: the `n` token ids.
+        position: of the output.
+        mlp_path: the freezing rule.
+        svd: leading triplets of the joint map.
+        reconstruction_error: `‖J x + offset - y‖ / ‖y‖`.
+        output: `[d]`, float64.
+        target: token id whose logit is split.
+        logit: its logit, before any soft cap.
+        shares: `[n]`, float64: what each input position contributes to it.
+        offset: what the biases contribute to it.
+        logits: `[n, v]`, on the CPU: at every position, as the model has them.
+    """
+
+    ids: list[int]
+    position: int
+    mlp_path: str
+    svd: SVD
+    reconstruction_error: float
+    output: Float[Tensor, " d"]
+    target: int
+    logit: float
+    shares: Float[Tensor, " n"]
+    offset: float
+    logits: Float[Tensor, "n v"]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two portraits `a` and `b`, and how far they are apart.
+
+    Attributes:
+        a, b: the portraits.
+        left: `[k]`, float64, radians: principal angles between the spans of the left singular vectors, largest first.
+        right: `[k]`, likewise of the right ones, in the space of all input embeddings `[n d]`.
+        output_distance: `‖y_b - y_a‖ / ‖y_a‖`.
+        kl: `[n]`, float64: `KL(softmax(logits_a) ‖ softmax(logits_b))` of the next token at each position, in nats.
+        top1: `[n]`: the most likely next token is the same.
+    """
+
+    a: Portrait
+    b: Portrait
+    left: Float[Tensor, " k"]
+    right: Float[Tensor, " k"]
+    output_distance: float
+    kl: Float[Tensor, " n"]
+    top1: Bool[Tensor, " n"]
+
+    @property
+    def shares(self) -> Float[Tensor, " n"]:
+        """How each input position's share in the logit differs, `b - a`."""
+        return self.b.shares - self.a.shares
+
+
+def portray(
+    jacobian: DetachedJacobian,
+    head: Head,
+    rank: int = 8,
+    *,
+    target: int | None = None,
+    tol: float = 1e-3,
+    seed: int = 0,
+    max_sweeps: int = 40,
+    progress: Callable[[int, float], None] | None = None,
+) -> Portrait:
+    """Measure one file: its spectrum, the shares of a logit (default: of the most likely next token), its logits.
+
+    The singular vectors of two files agree no better than either is known: for small differences ask for a small `tol`.
+    """
+    logits = head.logits(jacobian.network.outputs).cpu()
+    if target is None:
+        target = int(logits[jacobian.position].argmax())
+    w = head.scale * head.matrix.take([target])
+    bias = 0.0 if head.bias is None else float(head.bias[target])
+    wide = w[0].double()
+    return Portrait(
+        ids=jacobian.ids,
+        position=jacobian.position,
+        mlp_path=jacobian.mlp_path,
+        svd=jacobian.svd(rank, tol=tol, seed=seed, max_sweeps=max_sweeps, progress=progress),
+        reconstruction_error=jacobian.reconstruction_error,
+        output=jacobian.output.double().cpu(),
+        target=target,
+        logit=float(wide @ jacobian.output.double()) + bias,
+        shares=(jacobian.rmatmat(w)[0].double() * jacobian.x.double()).sum(1).cpu(),
+        offset=float(wide @ jacobian.offset.double()) + bias,
+        logits=logits,
+    )
+
+
+def compare(a: Portrait, b: Portrait) -> Comparison:
+    """Set two portraits side by side.
+
+    Raises:
+        CompareError: they are not of the same prompt, position, freezing rule, target, rank or sizes.
+    """
+    for what, of in _SAME.items():
+        found = of(a), of(b)
+        if found[0] != found[1]:
+            raise CompareError(f"{what}: the first has {found[0]}, the second {found[1]}; measure both alike")
+    kl = []
+    for p, q in zip(a.logits, b.logits, strict=True):  # one by one: float64 copies of all would be large
+        logp, logq = p.double().log_softmax(0), q.double().log_softmax(0)
+        kl.append((logp.exp() * (logp - logq)).sum().clamp_min(0))  # rounding can take 0 below 0
+    return Comparison(
+        a=a,
+        b=b,
+        left=principal_angles(a.svd.U, b.svd.U),
+        right=principal_angles(a.svd.Vh.flatten(1), b.svd.Vh.flatten(1)),
+        output_distance=float((b.output - a.output).norm() / a.output.norm()),
+        kl=torch.stack(kl),
+        top1=a.logits.argmax(1) == b.logits.argmax(1),
+    )
+
+
+_SAME: dict[str, Callable[[Portrait], object]] = {
+    "token ids": lambda p: p.ids,
+    "position": lambda p: p.position,
+    "freezing rule": lambda p: p.mlp_path,
+    "target": lambda p: p.target,
+    "rank": lambda p: len(p.svd.S),
+    "embedding length": lambda p: len(p.output),
+    "vocabulary": lambda p: p.logits.shape[1],
+}
+
+
+def principal_angles(A: Float[Tensor, "k m"], B: Float[Tensor, "k m"]) -> Float[Tensor, " k"]:
+    """Return the principal angles between the spans of two sets of independent rows, float64, radians, largest first.
+
+    Small angles come from their sines and large ones from their cosines, as either alone loses half the digits
+    (Björck and Golub, Math. Comp. 27, 1973).
+    """
+    P, Q = (torch.linalg.qr(rows.double().cpu().T).Q for rows in (A, B))
+    inside = P.T @ Q
+    cosines = torch.linalg.svdvals(inside).flip(0).clamp(max=1)  # of angles in descending order, as the sines are
+    sines = torch.linalg.svdvals(Q - P @ inside).clamp(max=1)
+    return torch.where(cosines.square() < 0.5, torch.acos(cosines), torch.asin(sines))
+
+
+def check_files(a: Mapping[str, Sequence[int]], b: Mapping[str, Sequence[int]]) -> None:
+    """Check that two files hold tensors of the same names and shapes.
+
+    Raises:
+        CompareError: they do not; names the first tensor that differs.
+    """
+    for name in [*a, *(name for name in b if name not in a)]:
+        found = [list(file[name]) if name in file else "no such tensor" for file in (a, b)]
+        if found[0] != found[1]:
+            raise CompareError(
+                f"{name}: the first file has {found[0]}, the second {found[1]}; give two files of one model"
+            )
+
+
+def check_vocabularies(a: Sequence[str] | None, b: Sequence[str] | None) -> None:
+    """Check that two files have the same tokens.
+
+    Raises:
+        CompareError: they do not; names the first that differs.
+    """
+    for id, (first, second) in enumerate(zip(a or [], b or [], strict=False)):
+        if first != second:
+            raise CompareError(
+                f"token {id}: {first!r} in the first file, {second!r} in the second; give two files of one model"
+            )
+    if len(a or []) != len(b or []):
+        raise CompareError(
+            f"vocabulary: {len(a or [])} tokens in the first file, {len(b or [])} in the second; "
+            "give two files of one model"
+        )

@@ -1,0 +1,97 @@
+"""What it is worth that the top tokens of a vector read well: their coherence, beside that of shuffled vectors.
+
+Any direction has top tokens, and eight tokens out of many thousands can always be read as a story. So the tokens of a
+vector get a score that no reader gives, and so do those of vectors that mean nothing: the same vectors with their
+components shuffled, which keeps the sizes of the components and destroys what they were components of.
+
+The score is the mean cosine between the input embeddings of a vector's top tokens, over all pairs: tokens about one
+thing have similar embeddings, and those of a random direction only what all embeddings have in common.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from ggjac.decode import Ranked
+from ggjac.weights import Weight
+
+Decode = Callable[[Tensor, int], Ranked]
+
+
+@dataclass(frozen=True)
+class Readability:
+    """Coherence of decoded vectors, and of shuffled ones.
+
+    Attributes:
+        scores: `[k]`, float64: mean cosine between the embeddings of each vector's top tokens, from -1 to 1.
+        shuffled: `[s]`, float64: the same for shuffled vectors, which stand for chance.
+    """
+
+    scores: Float[Tensor, " k"]
+    shuffled: Float[Tensor, " s"]
+
+    @property
+    def mean(self) -> float:
+        """What chance scores."""
+        return float(self.shuffled.mean())
+
+    @property
+    def sd(self) -> float:
+        """How far chance strays (standard deviation)."""
+        return float(self.shuffled.std())
+
+    @property
+    def above(self) -> Float[Tensor, " k"]:
+        """How far each score is above chance, in its standard deviations."""
+        return (self.scores - self.mean) / self.sd
+
+    @property
+    def chance(self) -> Float[Tensor, " k"]:
+        """How often chance does as well: the share of shuffled vectors that reach each score, counting one more."""
+        reached = (self.shuffled >= self.scores[:, None]).sum(1)
+        return (1 + reached).double() / (1 + len(self.shuffled))
+
+
+def readability(
+    vectors: Float[Tensor, "k d"],
+    decode: Decode,
+    embedding: Weight,
+    *,
+    top: int = 8,
+    shuffles: int = 200,
+    seed: int = 0,
+) -> Readability:
+    """Score the `top` tokens of each vector, and those of `shuffles` vectors with shuffled components.
+
+    Args:
+        vectors: left or right singular vectors, or any.
+        decode: turns vectors and a count into tokens: `top_logits` of the head, or `nearest` of the embeddings.
+        embedding: `[v, d]`, whose rows are compared; for either side the input embeddings.
+        top: tokens of each vector, at least 2.
+        shuffles: vectors of the baseline; the given ones are shuffled in turn. `decode` sees all at once.
+        seed: of the shuffles.
+
+    Raises:
+        ValueError: fewer than two tokens or shuffled vectors: nothing to compare.
+    """
+    if top < 2 or shuffles < 2:
+        raise ValueError(f"top={top}, shuffles={shuffles}: coherence takes two tokens, its spread two shuffled vectors")
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.stack([torch.randperm(vectors.shape[1], generator=generator) for _ in range(shuffles)])
+    rows = vectors[torch.arange(shuffles) % len(vectors)].gather(1, order.to(vectors.device))
+    ids = decode(torch.cat([vectors, rows]), top).ids
+    scores = coherence(ids, embedding)
+    return Readability(scores[: len(vectors)], scores[len(vectors) :])
+
+
+def coherence(ids: Int[Tensor, "k top"], embedding: Weight) -> Float[Tensor, " k"]:
+    """Return the mean cosine between the embeddings of all pairs of each row's tokens; a zero embedding counts as 0."""
+    distinct, which = ids.cpu().unique(return_inverse=True)
+    rows = embedding.take(distinct.tolist()).double().cpu()
+    rows = torch.nn.functional.normalize(rows, dim=1)[which]
+    top = ids.shape[1]
+    # Of the sum of unit vectors: the squared length counts every pair twice, and each vector with itself.
+    return (rows.sum(1).square().sum(1) - rows.square().sum((1, 2))) / (top * (top - 1))

@@ -1,0 +1,153 @@
+"""Two files of one model side by side, against NumPy, SciPy and dense float64 arithmetic on the oracle's Jacobians."""
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import oracle
+import pytest
+import tiny
+import torch
+
+from ggjac.analysis.compare import (
+    CompareError,
+    Portrait,
+    check_files,
+    check_vocabularies,
+    compare,
+    portray,
+    principal_angles,
+)
+from ggjac.model import open_model
+
+linalg = pytest.importorskip("scipy.linalg", reason="SciPy is not installed")
+stats = pytest.importorskip("scipy.stats", reason="SciPy is not installed")
+
+CASES = ("gqa", "biases", "gemma2", "gpt2", "phi2", "gpt_oss")
+RANK = 3
+
+
+def portraits(case: str, position: int, tiny_file: Callable[..., Path], **options: object) -> list[Portrait]:
+    """Return those of a file and of its copy with rounded weights."""
+    ids = tiny.prompt(case, 6)
+    found: list[Portrait] = []
+    for path in (tiny_file(case), tiny_file(case, type="Q8_0")):
+        model = open_model(path, dtype="float64")
+        target = found[0].target if found else None
+        J = model.trace(ids).jacobian(position)
+        found.append(portray(J, model.head, RANK, target=target, tol=1e-9, max_sweeps=200, **options))
+    return found
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("position", [-1, 2])
+def test_a_comparison_is_that_of_the_dense_matrices(case: str, position: int, tiny_file: Callable[..., Path]) -> None:
+    ids = tiny.prompt(case, 6)
+    a, b = portraits(case, position, tiny_file)
+    found = compare(a, b)
+    known = [oracle.load(path) for path in (tiny_file(case), tiny_file(case, type="Q8_0"))]
+    J = [oracle.jacobian(model, ids, mlp_path="up", position=position) for model in known]
+    logits = [oracle.forward(model, ids)["logits"] for model in known]
+    U, S, Vh = zip(*(torch.linalg.svd(part.J.flatten(1), full_matrices=False) for part in J), strict=True)
+    left = linalg.subspace_angles(*(part[:, :RANK].numpy() for part in U))
+    right = linalg.subspace_angles(*(part[:RANK].T.numpy() for part in Vh))
+    assert np.allclose(found.left.numpy(), left, rtol=0, atol=1e-7)
+    assert np.allclose(found.right.numpy(), right, rtol=0, atol=1e-7)
+    assert left.max() > 1e-4  # Q8_0 does change something
+    for portrait, model, jacobian, z, spectrum in zip((a, b), known, J, logits, S, strict=True):
+        assert torch.allclose(portrait.svd.S, spectrum[:RANK], rtol=1e-10)
+        assert torch.allclose(portrait.logits, z, rtol=0, atol=1e-9)
+        assert torch.allclose(portrait.output, jacobian.y, rtol=0, atol=1e-9)
+        assert portrait.reconstruction_error < 1e-13
+        assert portrait.target == int(logits[0][position].argmax())
+        w = model.weights.get("output.weight", model.weights["token_embd.weight"])[portrait.target]
+        bias = float(model.weights.get("output.bias", torch.zeros(1000))[portrait.target])
+        assert torch.allclose(portrait.shares, torch.einsum("e,end,nd->n", w, jacobian.J, jacobian.x), atol=1e-9)
+        assert math.isclose(portrait.offset, float(w @ jacobian.offset) + bias, abs_tol=1e-9)
+        assert math.isclose(portrait.logit, float(w @ jacobian.y) + bias, abs_tol=1e-9)
+        assert math.isclose(float(portrait.shares.sum()) + portrait.offset, portrait.logit, abs_tol=1e-9)
+    assert torch.equal(found.shares, b.shares - a.shares)
+    p, q = (part.softmax(1).numpy() for part in logits)
+    assert np.allclose(found.kl.numpy(), stats.entropy(p, q, axis=1), rtol=1e-9, atol=1e-15)
+    assert found.top1.tolist() == (p.argmax(1) == q.argmax(1)).tolist()
+    distance = float((J[1].y - J[0].y).norm() / J[0].y.norm())
+    assert math.isclose(found.output_distance, distance, rel_tol=1e-9)
+
+
+def test_a_file_beside_itself(tiny_file: Callable[..., Path]) -> None:
+    a, _ = portraits("gqa", -1, tiny_file)
+    other, _ = portraits("gqa", -1, tiny_file, seed=7)
+    found = compare(a, other)
+    assert found.left.max() < 1e-8
+    assert found.right.max() < 1e-8
+    assert not found.kl.any()
+    assert found.top1.all()
+    assert found.output_distance == 0
+    assert found.shares.abs().max() == 0
+
+
+def test_other_top_tokens_are_seen(tiny_file: Callable[..., Path]) -> None:
+    a, _ = portraits("gqa", -1, tiny_file)
+    logits = a.logits.clone()
+    logits[2, int(logits[2].argmin())] = logits[2].max() + 1
+    found = compare(a, replace(a, logits=logits))
+    assert found.top1.tolist() == [True, True, False, True, True, True]
+    assert (found.kl > 0).tolist() == [False, False, True, False, False, False]
+    back = compare(replace(a, logits=logits), a)
+    assert not math.isclose(float(found.kl[2]), float(back.kl[2]), rel_tol=0.01)  # it has a direction
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_angles_are_scipys(seed: int) -> None:
+    generator = np.random.default_rng(seed)
+    m, k = 30, 4
+    A = generator.normal(size=(k, m))
+    # Tiny, middling and large angles, and none: rows outside A's span, mixed in by so much; then any basis of them.
+    outside = np.linalg.svd(A)[2][k:]
+    basis = np.linalg.qr(A.T)[0].T
+    for wanted in ([0.0, 1e-9, 1e-3, 0.7], [math.pi / 2, 1.5, 0.8, 1e-7], [math.pi / 2] * 4, [0.0] * 4):
+        rows = [math.cos(t) * basis[i] + math.sin(t) * outside[i] for i, t in enumerate(wanted)]
+        B = generator.normal(size=(k, k)) @ np.array(rows)
+        found = principal_angles(torch.from_numpy(A), torch.from_numpy(B)).numpy()
+        assert np.allclose(found, sorted(wanted, reverse=True), rtol=1e-5, atol=1e-12)
+        # SciPy takes a cosine where small and large angles mix, and has half the digits there.
+        assert np.allclose(found, linalg.subspace_angles(A.T, B.T), rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"ids": [1, 2]}, "token ids"),
+        ({"position": 3}, "position: the first has 5, the second 3"),
+        ({"mlp_path": "gate"}, "freezing rule: the first has up, the second gate"),
+        ({"target": -1}, "target"),
+        ({"output": torch.ones(3).double()}, "embedding length: the first has 64, the second 3"),
+        ({"logits": torch.ones(6, 9)}, "vocabulary: the first has 128, the second 9"),
+    ],
+)
+def test_unlike_portraits_are_refused_by_name(
+    changed: dict[str, object], words: str, tiny_file: Callable[..., Path]
+) -> None:
+    a, _ = portraits("gqa", -1, tiny_file)
+    with pytest.raises(CompareError, match=words):
+        compare(a, replace(a, **changed))
+
+
+def test_unlike_files_are_refused_by_name() -> None:
+    a = {"x.weight": (2, 3), "y.weight": (4,)}
+    check_files(a, dict(reversed(a.items())))
+    for b, words in (
+        (a | {"y.weight": (5,)}, r"y.weight: the first file has \[4\], the second \[5\]"),
+        ({"x.weight": (2, 3)}, r"y.weight: the first file has \[4\], the second no such tensor"),
+        (a | {"z": (1,)}, r"z: the first file has no such tensor, the second \[1\]"),
+    ):
+        with pytest.raises(CompareError, match=words):
+            check_files(a, b)
+    check_vocabularies(["a", "b"], ["a", "b"])
+    check_vocabularies(None, None)
+    with pytest.raises(CompareError, match="token 1: 'b' in the first file, 'c' in the second"):
+        check_vocabularies(["a", "b"], ["a", "c"])
+    with pytest.raises(CompareError, match="2 tokens in the first file, 3 in the second"):
+        check_vocabularies(["a", "b"], ["a", "b", "c"])

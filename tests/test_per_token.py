@@ -1,0 +1,63 @@
+"""Singular vectors of each position's own map against dense `torch.linalg` on the oracle's Jacobian."""
+
+from pathlib import Path
+
+import oracle
+import pytest
+import tiny
+import torch
+
+from ggjac.analysis.per_token import at_position, per_token
+from ggjac.linop import dot_test
+from ggjac.model import open_model
+
+
+@pytest.mark.parametrize("case", ["gqa", "biases", "tied", "gemma2", "gpt2"])
+@pytest.mark.parametrize("position", [-1, 2])
+@pytest.mark.parametrize("chunk_bytes", [1 << 30, 60_000])
+def test_every_position_is_decomposed_as_dense_arithmetic_does(
+    case: str, position: int, chunk_bytes: int, tiny_files: dict[str, Path]
+) -> None:
+    ids, known = tiny.prompt(case, 5), oracle.load(tiny_files[case])
+    expected = oracle.jacobian(known, ids, mlp_path="up", position=position)
+    model = open_model(tiny_files[case], dtype="float64")
+    J = model.trace(ids).jacobian(position)
+    J.chunk_bytes = chunk_bytes
+    found = per_token(J, model.head, model.embedding, 2, top=4, tol=1e-9, max_sweeps=300)
+    assert [each.position for each in found] == list(range(J.position + 1))
+    embeddings = known.weights["token_embd.weight"]
+    head = known.weights.get("output.weight", embeddings)
+    for each in found:
+        dense = expected.J[:, each.position]
+        U, S, Vh = torch.linalg.svd(dense)
+        sign = torch.sign(U.T[:2] @ (dense @ expected.x[each.position]))[:, None]
+        U, V = U.T[:2] * sign, Vh[:2] * sign
+        assert each.svd.converged
+        assert torch.allclose(each.svd.S, S[:2], rtol=1e-10)
+        assert torch.allclose(each.svd.U, U, rtol=0, atol=1e-6)
+        assert torch.allclose(each.svd.Vh, V, rtol=0, atol=1e-6)
+        logits, cosine = (
+            U @ head.T,
+            torch.nn.functional.normalize(V, dim=1) @ torch.nn.functional.normalize(embeddings).T,
+        )
+        assert torch.allclose(each.left.scores, logits.topk(4).values, atol=1e-5)
+        assert torch.allclose(each.right.scores, cosine.topk(4).values, atol=1e-5)
+        assert each.left.ids[:, 0].tolist() == logits.argmax(1).tolist()
+        assert each.right.ids[:, 0].tolist() == cosine.argmax(1).tolist()
+
+
+def test_the_maps_are_parts_of_the_joint_one(tiny_files: dict[str, Path]) -> None:
+    model = open_model(tiny_files["gqa"], dtype="float64")
+    J = model.trace(tiny.prompt("gqa", 4)).jacobian()
+    parts = [at_position(J, i) for i in range(4)]
+    assert torch.allclose(torch.cat([part.to_dense() for part in parts], 1), J.to_dense(), rtol=0, atol=1e-12)
+    assert all(dot_test(part, torch.Generator().manual_seed(0)) < 1e-13 for part in parts)
+
+
+def test_all_positions_share_their_sweeps(tiny_files: dict[str, Path]) -> None:
+    model = open_model(tiny_files["gqa"])
+    J, reads = model.trace(tiny.prompt("gqa", 5)).jacobian(), model.weights.reads
+    reads.clear()
+    found = per_token(J, model.head, model.embedding, 2)
+    sweeps = max(each.svd.sweeps for each in found)
+    assert reads["blk.0.ffn_up.weight"] == (sweeps + 1) * tiny.options("gqa").ff  # one more for the signs
