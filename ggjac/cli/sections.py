@@ -246,17 +246,18 @@ def show_stable_rank(data: dict[str, Any]) -> None:
     line("")
 
 
-def run_attribution(session: Session, target: int | None) -> Attribution:
+def run_attribution(session: Session, target: int | None, versus: int | None = None) -> Attribution:
     """Split a logit over the input positions."""
     with session.report.stage("attribution") as update:
         session.jacobian.progress = lambda done, total: update("block", done, total)
-        return attribute(session.jacobian, session.model.head, target)
+        return attribute(session.jacobian, session.model.head, target, versus)
 
 
 def attribution_data(session: Session, result: Attribution) -> dict[str, Any]:
     """Return the shares of a logit as plain data."""
     return {
         "target": {"id": result.target, "token": session.token(result.target)},
+        "versus": None if result.versus is None else {"id": result.versus, "token": session.token(result.versus)},
         "logit": result.logit,
         "softcap": session.model.head.softcap or None,
         "shares": [
@@ -283,9 +284,16 @@ def show_attribution(data: dict[str, Any]) -> None:
     ]
     rows.append(("", "offset (biases)", f"{data['offset']:+.4f}", ""))
     rows.append(("", "sum", f"{data['logit'] - data['unexplained']:+.4f}", f"logit {data['logit']:.4f}"))
-    token = data["target"]["token"]
-    cap = " before its soft cap" if data["softcap"] else ""
-    table(f"Exact share of every input token in the logit of {token}{cap}", ["#position", "token", "#share", ""], rows)
+    columns = ["#position", "token", "#share", ""]
+    table(f"Exact share of every input token in {asked_logit(data)}", columns, rows)
+
+
+def asked_logit(data: dict[str, Any]) -> str:
+    """Name what was split: a logit, or the difference of two."""
+    name = f"the logit of {data['target']['token']}"
+    if data["versus"]:
+        name += f" less that of {data['versus']['token']}"
+    return name + (" before the soft cap" if data["softcap"] else "")
 
 
 def run_contrast(session: Session, top: int) -> Contrast:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from ggjac import __version__, machine, planner, runs
-from ggjac.cli.options import ModelOptions
+from ggjac.cli.options import MapCount, ModelOptions
 from ggjac.cli.planning import make_plan
 from ggjac.cli.progress import Reporter
 from ggjac.cli.render import line, table
@@ -39,6 +39,7 @@ class Session:
         rank: int | None = None,
         output: Path | None = None,
         tapes: bool = True,
+        maps: MapCount | None = None,
     ):
         self.what, self.tapes = what, tapes
         self.journal: Journal | None = None
@@ -63,10 +64,10 @@ class Session:
             raise click.UsageError(f"--rank {rank} is out of range; this model's Jacobian has {d} singular values")
         self.position = position % n
         self.report.work = self._work
-        self._fit(rank)
+        self._fit(rank, maps)
         self.warning = bos_warning(self.model.tokenizer, self.ids)
 
-    def _fit(self, rank: int | None) -> None:
+    def _fit(self, rank: int | None, maps: MapCount | None) -> None:
         """Refuse work that its budget cannot hold, before it starts, and keep ready what the budget has room for.
 
         Commands without a plan of their own count as a trace and few sweeps.
@@ -77,7 +78,7 @@ class Session:
         name = click.get_current_context().info_name
         command = name if name in planner.JOBS else "attribute" if self.tapes else "predict"
         file, config, n = self.model.gguf, self.model.config, len(self.ids)
-        plan = make_plan(self.what, file, config, n, command, rank=rank or 1, position=self.position)
+        plan = make_plan(self.what, file, config, n, command, rank=rank or 1, position=self.position, maps=maps)
         planner.check(plan)
         self.model.weights.place(plan.places, plan.room)
         self._resident = not plan.tapes_on_disk
@@ -209,8 +210,8 @@ class Session:
             line(f"Warning: {self.warning}")
             line("")
 
-    def one_token(self, target: str | None) -> int | None:
-        """Return the id that `--target` names: a number, or a text that is one token, its spaces as they are or as `␣`.
+    def one_token(self, target: str | None, option: str = "--target") -> int | None:
+        """Return the id that an option names: a number, or a text that is one token, its spaces as they are or as `␣`.
 
         Raises:
             click.UsageError: the text is not one token, or the id is not in the vocabulary.
@@ -229,11 +230,11 @@ class Session:
                     ids = inner
         if len(ids) != 1:
             parts = " + ".join(self.token(id) for id in ids) or "none"
-            raise click.UsageError(f"--target {target!r} is {len(ids)} tokens ({parts}); give one token, or its id")
+            raise click.UsageError(f"{option} {target!r} is {len(ids)} tokens ({parts}); give one token, or its id")
         try:
             return self.model.check_prompt(ids)[0]
         except PromptError as error:
-            raise click.UsageError(f"--target: {error}") from error
+            raise click.UsageError(f"{option}: {error}") from error
 
     def show_saved(self, output: Path | None) -> None:
         """Say where a result was written."""
