@@ -1,0 +1,135 @@
+"""Control vectors: read back by gguf-py, and obeyed by llama.cpp exactly where and as far as they say."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import gguf
+import numpy as np
+import oracle
+import pytest
+import tiny
+import torch
+from click.testing import CliRunner
+
+from ggjac.cli import main
+from ggjac.control_vector import ControlVectorError, save_control_vector
+from ggjac.demo import demo_path
+from ggjac.generation import Continuation
+from ggjac.model import open_model
+from ggjac.parity import ParityError, run_llama_cpp
+from ggjac.runs import RunError
+
+TinyFile = Callable[..., Path]
+
+
+def direction(d: int = 64) -> torch.Tensor:
+    return torch.randn(d, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+
+def save(path: Path, *, layer: int, block_count: int, values: torch.Tensor | None = None) -> Path:
+    values = direction() if values is None else values
+    save_control_vector(path, values, layer=layer, block_count=block_count, architecture="llama")
+    return path
+
+
+def test_the_file_is_what_llamacpps_programs_read(tmp_path: Path) -> None:
+    reader = gguf.GGUFReader(save(tmp_path / "v.gguf", layer=3, block_count=5))
+    fields = {name: field.contents() for name, field in reader.fields.items() if not name.startswith("GGUF.")}
+    assert fields == {
+        "general.architecture": "controlvector",
+        "controlvector.model_hint": "llama",
+        "controlvector.layer_count": 4,
+    }
+    assert [(t.name, t.tensor_type.name, t.shape.tolist()) for t in reader.tensors] == [
+        (f"direction.{i}", "F32", [64]) for i in (1, 2, 3, 4)
+    ]
+    for tensor in reader.tensors:
+        wanted = direction().float() if tensor.name == "direction.2" else torch.zeros(64)
+        assert tensor.data.tolist() == wanted.tolist()
+
+
+@pytest.mark.parametrize("layer", [2, 3, 4])
+@pytest.mark.parametrize("case", ["gemma2", "gqa", "gpt2", "phi2", "gpt_oss", "mixtral", "cohere2", "olmo2"])
+def test_llamacpp_adds_it_to_the_stream_we_say(case: str, layer: int, tiny_file: TinyFile, tmp_path: Path) -> None:
+    """Against the oracle with the direction added after so many blocks, at every position; untouched before."""
+    pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
+    path, ids = tiny_file(case, layers=4, ftype="F32"), tiny.prompt(case, 6)
+    known = oracle.load(path)
+    push = direction().float().double()
+    vector = save(tmp_path / "v.gguf", layer=layer, block_count=4)
+    plain = run_llama_cpp(path, ids, threads=1)
+    pushed = run_llama_cpp(path, ids, threads=1, control_vector=vector)
+
+    h = oracle.embed(known, ids)
+    for i in range(4):
+        h = oracle.block(known, i, h, context=256)[f"l_out-{i}"] + push * (i + 1 == layer)
+    truth = oracle.norm(known, "output_norm", h, frozen=False)
+    tolerance = 1e-3 if known.facts.activation == "gelu" else 1e-5
+    assert (pushed.tensors["result_norm"] - truth).norm() <= tolerance * truth.norm()
+    for i in range(layer - 1):
+        assert torch.equal(pushed.tensors[f"l_out-{i}"], plain.tensors[f"l_out-{i}"])
+    assert (pushed.logits - plain.logits).norm() > 0.05 * plain.logits.norm()
+
+    model = open_model(path)
+    text = Continuation(model, 256, change=lambda at, h: h + push.float() * (at == layer))
+    ours = model.head.logits(text.extend(ids))
+    assert (ours - pushed.logits).norm() <= tolerance * ours.norm()
+
+
+@pytest.mark.parametrize("method", ["equation16", "additive"])
+def test_the_export_moves_llamacpp_towards_the_concept(method: str, tmp_path: Path) -> None:
+    """`ggjac steer` on the demo: llama.cpp with the exported file predicts what the concept does, without it not."""
+    pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
+    vector, out = tmp_path / "bridge.gguf", tmp_path / "out.json"
+    strength = {"equation16": "0.1,0.6", "additive": "0.1,2"}[method]
+    args = ["steer", "--method", method, "--strength", strength, "--no-control", "--max-tokens", "2", "-q", "-t", "1"]
+    result = CliRunner().invoke(main, [*args, "-o", str(out), "--export-control-vector", str(vector)])
+    assert result.exit_code == 0, result.output
+    assert f"Saved {vector}" in "".join(result.stdout.split("\n"))
+    content = json.loads(out.read_text())
+    ids = [token["id"] for token in content["tokens"]]
+    gate = content["steering"]["concept"]["top"][0]["id"]
+    plain = run_llama_cpp(demo_path(), ids, layers=False, threads=1).logits[-1].softmax(0)
+    pushed = run_llama_cpp(demo_path(), ids, layers=False, threads=1, control_vector=vector).logits[-1].softmax(0)
+    assert plain[gate] < 0.01
+    assert pushed[gate] > 0.1
+    assert int(pushed.argmax()) == gate != int(plain.argmax())
+
+    norms = [text["direction_norm"] for text in content["steering"]["steered"]]
+    rows = {t.name: np.linalg.norm(t.data) for t in gguf.GGUFReader(vector).tensors}
+    block = content["steering"]["changed_after_blocks"] - 1
+    assert rows[f"direction.{block}"] == pytest.approx(norms[-1], rel=1e-5)
+    assert sum(rows.values()) == pytest.approx(norms[-1], rel=1e-5)
+
+
+@pytest.mark.parametrize("layer", [0, 1, 6])
+def test_where_llamacpp_adds_nothing_we_write_nothing(layer: int, tmp_path: Path) -> None:
+    with pytest.raises(ControlVectorError, match=f"after 2 to 5 blocks of this model, not after {layer}"):
+        save(tmp_path / "v.gguf", layer=layer, block_count=5)
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_cannot_be_written(tmp_path: Path) -> None:
+    for value in (float("nan"), 1e300):
+        with pytest.raises(ControlVectorError, match="not finite in float32"):
+            save(tmp_path / "v.gguf", layer=2, block_count=2, values=direction() * value)
+    with pytest.raises(RunError):
+        save(tmp_path / "absent" / "v.gguf", layer=2, block_count=2)
+
+
+def test_llamacpp_is_given_no_other_file(tiny_file: TinyFile, tmp_path: Path) -> None:
+    pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
+    path = tiny_file("gqa")
+    (tmp_path / "text").write_text("no vector")
+    wide = save(tmp_path / "wide.gguf", layer=2, block_count=2, values=direction(65))
+    deep = save(tmp_path / "deep.gguf", layer=4, block_count=4)
+    for vector, words in (
+        (tmp_path / "text", "is not a control vector"),
+        (tmp_path / "absent", "is not a control vector"),
+        (path, r"is not a control vector \(no tensor direction.N\)"),
+        (wide, r"direction.1 \[65\] does not fit a model of 2 blocks, 64 wide"),
+        (deep, r"direction.2 \[64\] does not fit a model of 2 blocks, 64 wide"),
+    ):
+        with pytest.raises(ParityError, match=words):
+            run_llama_cpp(path, [1, 2], layers=False, threads=1, control_vector=vector)

@@ -1,0 +1,142 @@
+"""Generation with cached keys and values: against the oracle without a cache, and against llama.cpp's own choice."""
+
+import math
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+
+import oracle
+import pytest
+import tiny
+import torch
+
+from ggjac.blocks import NumericsError
+from ggjac.demo import demo_path
+from ggjac.generation import Continuation, end_tokens, greedy
+from ggjac.model import PromptError, open_model
+from ggjac.parity import run_llama_cpp
+
+TinyFile = Callable[..., Path]
+
+# Every way in which a position enters attention (rope kinds, windows, sinks, temperature, learned), and the branches
+# around it: experts, shared experts, parallel blocks, post-norms, biases.
+CASES = [
+    "gqa", "mqa", "biases", "fused_qkv", "rope_factors", "linear", "yarn", "attn_factor", "qwen2", "qwen3", "qwen3moe",
+    "gemma", "gemma2", "gemma3", "phi2", "phi3", "phi3_long", "phi3_short", "phi3_partial", "olmo2", "olmo3",
+    "mistral3_temperature", "granite", "granite_nope", "smollm3", "glm4", "cohere2", "gpt2", "falcon_7b", "falcon_40b",
+    "starcoder2", "mixtral", "gpt_oss", "qwen2moe", "olmoe", "granitemoe_shared", "llama_longrope_long", "qwen3vl",
+]  # fmt: skip
+
+
+def distance(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    return float((ours.double() - theirs.double()).norm() / theirs.double().norm())
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_pieces_give_what_the_whole_gives(case: str, tiny_file: TinyFile) -> None:
+    """A prompt in pieces, most of them single tokens, against the oracle that computes it at once."""
+    path, ids, capacity = tiny_file(case), tiny.prompt(case, 12), 20
+    truth = oracle.forward(oracle.load(path), ids, context=capacity)
+    model = open_model(path, dtype="float64")
+    text = Continuation(model, capacity)
+    edges = [0, 5, 6, 7, 10, 11]
+    outputs = torch.cat([text.extend(ids[a:b]) for a, b in pairwise(edges)])
+    assert distance(outputs, truth["result_norm"][:11]) < 1e-11
+    assert distance(text.logits(ids[11:]), truth["logits"][-1]) < 1e-11
+
+
+@pytest.mark.parametrize("case", ["gqa", "gemma3", "gpt_oss"])
+def test_at_once_the_bits_are_the_traces(case: str, tiny_file: TinyFile) -> None:
+    model, ids = open_model(tiny_file(case)), tiny.prompt(case, 12)
+    assert torch.equal(Continuation(model, 12).extend(ids), model.trace(ids, tapes=False).outputs)
+
+
+def test_a_token_costs_one_position(tiny_file: TinyFile) -> None:
+    model, ids = open_model(tiny_file("gqa")), tiny.prompt("gqa", 12)
+    seen: list[tuple[int, int]] = []
+
+    def watch(layer: int, h: torch.Tensor) -> torch.Tensor:
+        seen.append((layer, len(h)))
+        return h
+
+    text = Continuation(model, 20, change=watch)
+    text.extend(ids)
+    model.weights.reads.clear()
+    text.extend([7])
+    layers = range(model.config.block_count + 1)
+    assert seen == [(i, 12) for i in layers] + [(i, 1) for i in layers]
+    assert model.weights.reads["blk.0.attn_v.weight"] == model.weights["blk.0.attn_v.weight"].shape[0]  # each row once
+
+
+@pytest.mark.parametrize("layer", [0, 1, 2])
+def test_a_change_goes_on_from_where_it_is_made(layer: int, tiny_file: TinyFile) -> None:
+    path, ids = tiny_file("gqa"), tiny.prompt("gqa", 6)
+    known = oracle.load(path)
+    push = torch.linspace(-1, 1, 64, dtype=torch.float64)
+    h = oracle.embed(known, ids)
+    for i in range(2):
+        h = oracle.block(known, i, h + push * (i == layer))[f"l_out-{i}"]
+    truth = oracle.norm(known, "output_norm", h + push * (layer == 2), frozen=False)
+    model = open_model(path, dtype="float64")
+    text = Continuation(model, 6, change=lambda at, h: h + push * (at == layer))
+    assert distance(torch.cat([text.extend(ids[:4]), text.extend(ids[4:5]), text.extend(ids[5:])]), truth) < 1e-12
+
+
+@pytest.mark.parametrize("case", ["gqa", "gemma3", "gpt_oss", "qwen3moe", "phi3"])
+def test_greedy_tokens_are_llamacpps(case: str, tiny_file: TinyFile) -> None:
+    pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
+    path, ids = tiny_file(case, ftype="F32"), tiny.prompt(case, 8)
+    model = open_model(path)
+    found, first = greedy(Continuation(model, 256), ids, 16)  # 256: what llama.cpp's context is rounded up to
+    theirs = run_llama_cpp(path, ids + found, layers=False, threads=1).logits
+    assert theirs[len(ids) - 1 : -1].argmax(1).tolist() == found
+    assert distance(first, theirs[len(ids) - 1]) < (1e-3 if model.config.row.activation == "gelu" else 1e-5)
+
+
+def test_greedy_tokens_of_a_trained_model_are_llamacpps(tmp_path: Path) -> None:
+    pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
+    path = tiny.quantize(demo_path(), tmp_path / "f32.gguf", "F32")
+    model = open_model(path)
+    ids = model.tokenize("The bridge out of Marin is the")
+    found, _ = greedy(Continuation(model, len(ids) + 24), ids, 24)
+    assert model.tokenizer.piece(found[0]) == b" Golden"
+    theirs = run_llama_cpp(path, ids + found, layers=False, threads=1).logits
+    assert theirs[len(ids) - 1 : -1].argmax(1).tolist() == found
+
+
+def test_the_models_own_end_is_the_end() -> None:
+    model = open_model()
+    ids = model.tokenize("The bridge out of Marin is the Golden Gate Bridge")
+    (end,) = end_tokens(model)
+    assert model.tokenizer.piece(end) == b"<|end_of_text|>"
+    told: list[tuple[int, int]] = []
+
+    def forced(layer: int, h: torch.Tensor) -> torch.Tensor:
+        """Write the end token's own row of the head over the second new position's last stream."""
+        if layer == model.config.block_count and len(h) == 1:
+            return next(model.head.matrix.rows(end, end + 1).tiles())[2].clone() * 100
+        return h
+
+    def record(done: int, total: int) -> None:
+        told.append((done, total))
+
+    found, _ = greedy(Continuation(model, 40, change=forced), ids, 20, progress=record)
+    assert len(found) == 2
+    assert found[1] == end
+    assert told == [(1, 20), (20, 20)]
+
+
+def test_what_does_not_fit_is_refused(tiny_file: TinyFile) -> None:
+    model = open_model(tiny_file("gqa"))
+    context = model.config.context_length
+    with pytest.raises(PromptError, match=f"grow to {context + 1} tokens, the model's context is {context}"):
+        Continuation(model, context + 1)
+    text = Continuation(model, 4)
+    text.extend([1, 2, 3])
+    with pytest.raises(PromptError, match="room for 4 tokens, not for 5"):
+        text.extend([4, 5])
+    with pytest.raises(PromptError, match="no tokens"):
+        text.extend([])
+    assert text.extend([4]).isfinite().all()
+    with pytest.raises(NumericsError, match="block 1 overflows"):
+        Continuation(model, 4, change=lambda layer, h: h * math.inf if layer == 2 else h).extend([1])

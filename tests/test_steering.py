@@ -1,0 +1,321 @@
+"""Steering against the formulas in dense float64 arithmetic on the oracle; its control, its measures, its command."""
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import oracle
+import pytest
+import tiny
+import torch
+from click.testing import CliRunner, Result
+from torch import Tensor
+
+from ggjac.analysis.steering import Images, Steering, additive, default_layer, random_rotation, steer
+from ggjac.cli import main
+from ggjac.demo import demo_path
+from ggjac.jacobian import Path as MapPath
+from ggjac.jacobian import Tap
+from ggjac.model import PromptError, open_model
+
+TinyFile = Callable[..., Path]
+
+
+def distance(ours: Tensor, theirs: Tensor) -> float:
+    return float((ours.double() - theirs.double()).norm() / theirs.double().norm())
+
+
+class Dense(NamedTuple):
+    """A concept's map, dense: blocks `[T, d, d]`, and what biases contribute `[d]`."""
+
+    J: Tensor
+    offset: Tensor
+
+
+def dense(known: oracle.Oracle, concept: list[int], layer: int, context: int, *, mlp_path: str, normed: bool) -> Dense:
+    """Differentiate the frozen stream after `layer` blocks, through the final norm if `normed`, by autograd."""
+    x = oracle.embed(known, concept).detach().requires_grad_()
+    y = oracle.forward(known, concept, freeze=mlp_path, x=x, context=context)[f"l_out-{layer - 1}"]
+    y = (oracle.norm(known, "output_norm", y, frozen=True) if normed else y)[-1]
+    (J,) = torch.autograd.grad(y, x, torch.eye(len(y), dtype=torch.float64), is_grads_batched=True)
+    return Dense(J.transpose(0, 1), (y - torch.einsum("end,nd->e", J, x)).detach())
+
+
+def pushed_forward(
+    known: oracle.Oracle,
+    ids: list[int],
+    images: Tensor,
+    at: int,
+    context: int,
+    formula: Callable[[Tensor, Tensor], Tensor],
+) -> Tensor:
+    """Return the logits `[v]` after a text whose stream is changed after `at` blocks, all of it computed anew."""
+    h = oracle.embed(known, ids)
+    if at == 0:
+        h = formula(h, images)
+    for i in range(known.metadata["block_count"]):
+        h = oracle.block(known, i, h, context=context)[f"l_out-{i}"]
+        if i + 1 == at:
+            h = formula(h, images)
+    outputs = oracle.norm(known, "output_norm", h, frozen=False)
+    logits = outputs @ known.weights.get("output.weight", known.weights["token_embd.weight"]).T
+    # Monotonic in what the families do to logits, which does not matter here.
+    return logits[-1] + known.weights.get("output.bias", 0.0)
+
+
+def cumulative(known: oracle.Oracle, ids: list[int], J: Tensor, offset: Tensor) -> Tensor:
+    """Return `c_i`, written out as a double loop."""
+    x, period = oracle.embed(known, ids), len(J)
+    return torch.stack([offset + sum(J[j % period] @ x[j] for j in range(i + 1)) for i in range(len(x))])
+
+
+@pytest.mark.parametrize("layer", [1, 2])
+@pytest.mark.parametrize("control", [False, True])
+@pytest.mark.parametrize("method", ["equation16", "additive"])
+@pytest.mark.parametrize("case", ["gqa", "biases", "gemma3", "gpt2", "falcon_7b", "qwen3moe", "mixtral"])
+def test_generation_by_the_formula(case: str, method: str, control: bool, layer: int, tiny_file: TinyFile) -> None:
+    """Every logit and token against recomputing the pushed text from its start, with dense blocks of the Jacobian.
+
+    The text is longer than the concept, so that its map begins anew, and goes on for some tokens with the cache.
+    """
+    ids, concept, strength, seed = tiny.prompt(case, 6), tiny.prompt(case, 4, seed=9), 0.4, 5
+    path, count, mlp_path = tiny_file(case), 4, "gate"
+    known, context = oracle.load(path), len(ids) + count
+    model = open_model(path, dtype="float64")
+    found = steer(
+        model, ids, concept, method=method, layer=layer, strengths=[strength], max_tokens=count, seed=seed,
+        mlp_path=mlp_path,
+    )  # fmt: skip
+
+    J, offset = dense(known, concept, layer, context, mlp_path=mlp_path, normed=method == "additive")
+    if method == "additive":
+        offset = torch.zeros_like(offset)
+    if control:
+        Q = random_rotation(model.config.d, seed)
+        J, offset = Q @ J, Q @ offset
+
+    def formula(h: Tensor, c: Tensor) -> Tensor:
+        if method == "equation16":
+            return 0.6 * h + 0.4 * c
+        return h + 0.2 * h.norm(dim=1, keepdim=True) * c / c.norm(dim=1, keepdim=True)
+
+    at = layer if method == "equation16" else layer - 1
+    text = list(ids)
+    ours = (found.controls if control else found.steered)[0]
+    assert (found.changed, ours.strength, ours.control) == (at, strength, control)
+    for step in range(count):
+        logits = pushed_forward(known, text, cumulative(known, text, J, offset), at, context, formula)
+        if step == 0 and known.facts.logits is None and known.facts.final_cap is None:
+            assert distance(ours.logits, logits) < 1e-10
+        text.append(int(logits.argmax()))
+    assert text[len(ids) :] == ours.ids
+
+    h = oracle.embed(known, ids)
+    for i in range(at):
+        h = oracle.block(known, i, h, context=context)[f"l_out-{i}"]
+    change = formula(h, cumulative(known, ids, J, offset)) - h
+    assert distance(ours.direction, change[-1]) < 1e-10
+
+
+@pytest.mark.parametrize("method", ["equation16", "additive"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_without_strength_nothing_changes(method: str, dtype: str, tiny_file: TinyFile) -> None:
+    model, ids = open_model(tiny_file("biases"), dtype=dtype), tiny.prompt("biases", 7)
+    found = steer(model, ids, [3, 1, 4], method=method, strengths=[0.0, 0.7], max_tokens=6)
+    for same in (found.steered[0], found.controls[0]):
+        assert same.ids == found.baseline.ids
+        assert torch.equal(same.logits, found.baseline.logits)
+        assert (same.kl, same.mass, same.hits) == (0.0, found.baseline.mass, found.baseline.hits)
+        assert not same.direction.any()
+    for other in (found.steered[1], found.controls[1]):
+        assert other.kl > 0
+        assert other.direction.any()
+    assert torch.equal(found.baseline.logits, model.trace(ids, tapes=False).logits)
+
+
+@pytest.mark.parametrize("case", ["gqa", "biases", "gpt2", "mixtral"])
+def test_a_prompt_by_its_own_map_stays_where_it_is(case: str, tiny_file: TinyFile) -> None:
+    """`J x + offset` is the stream itself at the last position; so says equation 16, for any strength."""
+    model, ids = open_model(tiny_file(case), dtype="float64"), tiny.prompt(case, 6)
+    stream = model.trace(ids).tapes[1].x[-1]
+    (found,) = steer(model, ids, ids, layer=1, strengths=[0.9], max_tokens=1, control=False).steered
+    assert float(found.direction.norm() / stream.norm()) < 1e-12
+
+
+def test_the_control_is_of_equal_spectrum_and_reads_the_same(tiny_file: TinyFile) -> None:
+    known, concept = oracle.load(tiny_file("gqa")), tiny.prompt("gqa", 4)
+    J = dense(known, concept, 1, 4, mlp_path="up", normed=False).J.transpose(0, 1).flatten(1)
+    Q = random_rotation(64, 3)
+    assert distance(Q @ Q.T, torch.eye(64)) < 1e-14
+    _, S, Vh = torch.linalg.svd(J, full_matrices=False)
+    _, turned, other = torch.linalg.svd(Q @ J, full_matrices=False)
+    assert distance(turned, S) < 1e-13
+    assert distance((Vh[:8] @ other[:8].T).abs(), torch.eye(8)) < 1e-6
+    assert torch.equal(Q, random_rotation(64, 3))
+    assert (Q - random_rotation(64, 4)).norm() > 1
+    # Uniform over orthogonal matrices: either determinant, and no sign preferred on the diagonal.
+    many = torch.stack([random_rotation(3, seed) for seed in range(200)])
+    assert 60 < int((torch.linalg.det(many) > 0).sum()) < 140
+    assert abs(float(many.diagonal(dim1=1, dim2=2).mean())) < 0.1
+
+
+def test_the_control_pushes_as_hard(tiny_file: TinyFile) -> None:
+    model, ids = open_model(tiny_file("gqa"), dtype="float64"), tiny.prompt("gqa", 5)
+    found = steer(model, ids, [9, 8, 7], method="additive", strengths=[0.5], max_tokens=1)
+    (ours,), (control,) = found.steered, found.controls
+    assert float(control.direction.norm()) == pytest.approx(float(ours.direction.norm()), rel=1e-12)
+    assert abs(float(torch.cosine_similarity(control.direction, ours.direction, dim=0))) < 0.5
+
+
+def test_seeds_reproduce_bits(tiny_file: TinyFile) -> None:
+    model, ids = open_model(tiny_file("gqa")), tiny.prompt("gqa", 5)
+
+    def run(seed: int) -> Steering:
+        return steer(model, ids, [9, 8, 7], strengths=[0.5], max_tokens=3, seed=seed)
+
+    first, again, other = run(1), run(1), run(2)
+    assert torch.equal(first.controls[0].logits, again.controls[0].logits)
+    assert first.controls[0].ids == again.controls[0].ids
+    assert not torch.equal(first.controls[0].logits, other.controls[0].logits)
+    assert torch.equal(first.steered[0].logits, other.steered[0].logits)
+
+
+def test_measures(tiny_file: TinyFile) -> None:
+    path, ids, concept = tiny_file("gqa"), tiny.prompt("gqa", 5), [9, 8, 7]
+    model = open_model(path, dtype="float64")
+    found = steer(model, ids, concept, strengths=[0.3, 0.9], max_tokens=8, top=40)
+    known = oracle.load(path)
+    own = oracle.forward(known, concept, context=13)["logits"][-1].softmax(0).sort(descending=True)
+    assert found.concept_tokens == own.indices[:40].tolist()
+    assert found.concept_chances == pytest.approx(own.values[:40].tolist())
+    p = oracle.forward(known, ids, context=13)["logits"][-1].softmax(0)
+    texts = [found.baseline, *found.steered, *found.controls]
+    for text in texts:
+        q = text.logits.softmax(0)
+        assert text.kl == pytest.approx(sum(float(a * math.log(a / b)) for a, b in zip(p, q, strict=True)), abs=1e-12)
+        assert text.mass == pytest.approx(float(q[own.indices[:40]].sum()))
+        assert text.hits == len([id for id in text.ids if id in found.concept_tokens])
+    assert [text.strength for text in texts] == [0, 0.3, 0.9, 0.3, 0.9]
+    assert {text.hits for text in texts} - {0, 8}, "or the count shows nothing"
+
+
+@pytest.mark.parametrize("start", [0, 2])
+def test_images_in_small_portions(start: int, tiny_file: TinyFile) -> None:
+    model, concept, ids = open_model(tiny_file("biases"), dtype="float64"), [1, 2, 3], tiny.prompt("biases", 9)
+    x = model.embed(ids)
+    jacobian = model.trace(concept).jacobian(path=MapPath(0, Tap("layer", 1)), raw=True)
+    images = Images(jacobian, affine=True)
+    whole = images(x)
+    jacobian.chunk_bytes = 1
+    assert distance(images(x[start:], start, whole[start - 1] if start else None), whole[start:]) < 1e-13
+
+
+def test_an_image_of_no_length_pushes_nowhere() -> None:
+    h = torch.randn(2, 8)
+    assert torch.equal(additive(h, torch.zeros(2, 8), 1.0), h)
+
+
+def test_the_tokens_of_all_texts_are_counted(tiny_file: TinyFile) -> None:
+    told: list[tuple[int, int]] = []
+
+    def record(done: int, total: int) -> None:
+        told.append((done, total))
+
+    steer(open_model(tiny_file("plain")), [1, 2], [3], strengths=[0.1, 0.2], max_tokens=3, progress=record)
+    assert told == [(i, 15) for i in range(1, 16)]
+
+
+def test_refusals(tiny_file: TinyFile) -> None:
+    model = open_model(tiny_file("gqa"))
+    assert [default_layer(blocks) for blocks in (1, 2, 6, 32)] == [1, 1, 4, 21]
+    with pytest.raises(ValueError, match="method 'other' is unknown; known: equation16, additive"):
+        steer.__wrapped__(model, [1], [2], method="other")  # past the type checks of the test run
+    for layer in (0, 3, -1):
+        with pytest.raises(ValueError, match=f"layer {layer} is out of range; this model has layers 1 to 2"):
+            steer(model, [1], [2], layer=layer)
+    with pytest.raises(ValueError, match="max_tokens=0: at least one"):
+        steer(model, [1], [2], max_tokens=0)
+    with pytest.raises(PromptError, match="the text would grow"):
+        steer(model, [1], [2], max_tokens=model.config.context_length)
+    with pytest.raises(PromptError, match="out of range"):
+        steer(model, [1], [200000])
+
+
+# -- the command -------------------------------------------------------------------------------------------------------
+
+
+def ggjac(*args: object, code: int = 0) -> Result:
+    result = CliRunner().invoke(main, ["steer", *map(str, args), "-q", "-t", "1"], prog_name="ggjac")
+    assert result.exit_code == code, result.output
+    return result
+
+
+def test_the_demo_shows_it() -> None:
+    """Pushed by a sentence about a bridge, the model speaks of it; unpushed, and pushed at random, it does not."""
+    pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
+    data = json.loads(ggjac("--format", "json").stdout)["steering"]
+    assert data["concept"]["top"][0]["token"] == "␣Gate"
+    (steered,), (control,) = data["steered"], data["controls"]
+    assert steered["text"].startswith(" Gate Bridge.")
+    assert "Gate" not in data["baseline"]["text"] + control["text"]
+    assert steered["concept_hits"] > 0 == control["concept_hits"] == data["baseline"]["concept_hits"]
+    assert steered["concept_mass_first"] > 100 * control["concept_mass_first"]
+    out = ggjac().stdout
+    assert "Gate Bridge." in out
+    assert "equation16, the concept's map spans 4 of 6 blocks, the stream is pushed after 4" in " ".join(out.split())
+
+
+def test_options_reach_the_library(tiny_file: TinyFile, tmp_path: Path) -> None:
+    path, out = tiny_file("gqa"), tmp_path / "out.json"
+    args = ["-m", path, "--tokens", "5,6,7,8", "--concept-tokens", "9,10", "--method", "additive", "--layer", 2]
+    args += ["--strength", "0,0.5,1e1", "--max-tokens", 3, "--top", 7, "-s", 4, "--mlp-path", "gate", "-o", out]
+    printed = ggjac(*args, "--format", "json").stdout
+    content = json.loads(printed)
+    assert json.loads(out.read_text()) == content
+    found = steer(
+        open_model(path), [5, 6, 7, 8], [9, 10], method="additive", layer=2, strengths=[0.0, 0.5, 10.0], max_tokens=3,
+        top=7, seed=4, mlp_path="gate",
+    )  # fmt: skip
+    data = content["steering"]
+    assert (data["method"], data["layer"], data["changed_after_blocks"], data["blocks"]) == ("additive", 2, 1, 2)
+    assert (data["seed"], data["concept"]["text"]) == (4, None)
+    assert [row["id"] for row in data["concept"]["top"]] == found.concept_tokens
+    for ours, theirs in zip(
+        [data["baseline"], *data["steered"], *data["controls"]],
+        [found.baseline, *found.steered, *found.controls],
+        strict=True,
+    ):
+        assert [token["id"] for token in ours["tokens"]] == theirs.ids
+        assert ours["kl_first"] == pytest.approx(theirs.kl, abs=1e-7)
+        assert ours["direction_norm"] == pytest.approx(float(theirs.direction.norm()), rel=1e-5)
+    assert json.loads(ggjac(*args, "--no-control", "--format", "json").stdout)["steering"]["controls"] == []
+
+
+def test_usage(tiny_file: TinyFile, tmp_path: Path) -> None:
+    model = ["-m", tiny_file("gqa"), "--tokens", "1,2"]
+    for wrong, words in (
+        (["--strength", "0,a"], "not a list of numbers"),
+        (["--strength", "inf"], "not a list of numbers"),
+        (["--layer", 3], "this model has layers 1 to 2"),
+        (["--concept", "x", "--concept-tokens", "1"], "use one of them"),
+        (["--concept-tokens", "100000"], "--concept: token id 100000 is out of range"),
+        (["--max-tokens", 100000], "more than the model's context"),
+        (["-o", tmp_path / "x", "--export-control-vector", tmp_path / "x"], "name the same file"),
+    ):
+        assert words in ggjac(*model, *wrong, code=2).stderr
+    assert (
+        "control vectors to the stream after 2 to 2 blocks"
+        in ggjac(*model, "--layer", 1, "--export-control-vector", tmp_path / "x", code=1).stderr
+    )
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_model_is_not_overwritten(tmp_path: Path) -> None:
+    path = tmp_path / "model.gguf"
+    path.write_bytes(demo_path().read_bytes())
+    before = path.read_bytes()
+    err = ggjac("-m", path, "--tokens", "1,2", "--export-control-vector", path, code=2).stderr
+    assert "is an input of this command" in err
+    assert path.read_bytes() == before
