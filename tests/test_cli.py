@@ -97,7 +97,7 @@ def test_every_command_has_a_help_with_an_example(command: str) -> None:
 
 # -- every command, as a table and as JSON -----------------------------------------------------------------------------
 
-PROMPT_COMMANDS = [name for name in COMMANDS if name not in ("info", "plan", "bench", "report")]
+PROMPT_COMMANDS = [name for name in COMMANDS if name not in ("info", "plan", "bench", "report", "compare")]
 ENVELOPE = {
     "schema_version", "created", "versions", "platform", "command", "model", "prompt", "tokens", "warning", "position",
     "device", "dtype", "mlp_path", "threads", "seconds", "peak_memory_bytes",

@@ -1,0 +1,194 @@
+"""`ggjac compare`: two files of one model at the same prompt."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ggjac.cli.options import ModelFile, ModelOptions, model_options, output_format, position, spectrum_options
+
+if TYPE_CHECKING:
+    from ggjac.analysis.compare import Comparison, Portrait
+    from ggjac.cli.session import Session
+
+
+@click.command()
+@model_options
+@click.option(
+    "--with",
+    "other",
+    type=ModelFile(),
+    required=True,
+    metavar="FILE",
+    help="The other file of the same model, as -m names one.",
+)
+@position
+@spectrum_options
+@click.option(
+    "--target", help="Token whose logit is split: its id, or a text of one token.  [default: the first's top]"
+)
+@output_format
+@click.pass_context
+def compare(
+    ctx: click.Context,
+    what: ModelOptions,
+    other: Path,
+    position: int,
+    rank: int,
+    tol: float,
+    max_sweeps: int,
+    seed: int,
+    target: str | None,
+    output_format: str,
+) -> None:
+    """Compare two files of one model, such as two quantizations, at one prompt.
+
+    Spectra side by side, principal angles between the spans of the leading singular vectors, how the shares of a logit
+    differ, and of the next token at every position the KL divergence and whether the most likely one is the same. The
+    files are measured one after the other. Exit code 3 if the sweeps ran out, or a reconstruction error is out of
+    bounds.
+
+    \b
+    ggjac compare -m model-f16.gguf --with model-q4_k_m.gguf -p "The capital of France is"
+    """
+    from ggjac.analysis.compare import compare as set_side_by_side
+    from ggjac.cli import render
+    from ggjac.cli.session import Session
+
+    options: dict[str, Any] = {"rank": rank, "tol": tol, "seed": seed, "max_sweeps": max_sweeps}
+    first = Session(what, position=position, rank=rank)
+    _check(first, other)
+    a = _portrait(first, first.one_token(target), options)
+    first_envelope, first_healthy = first.envelope(), _health(first, a)
+    ids = first.ids
+    del first  # two models at once may not fit
+    second = Session(replace(what, model=other, prompt=None, file=None, tokens=ids), position=position, rank=rank)
+    b = _portrait(second, a.target, options)
+    data = _data(second, set_side_by_side(a, b), options)
+    data["reconstruction"] = {"a": first_healthy, "b": _health(second, b)}
+    envelope = second.envelope()
+    content = first_envelope | {
+        "other_model": envelope["model"],
+        "seconds": {
+            f"{name} {which}": s
+            for which, e in (("a", first_envelope), ("b", envelope))
+            for name, s in e["seconds"].items()
+        },
+        "peak_memory_bytes": envelope["peak_memory_bytes"],
+        "compare": data,
+    }
+    if output_format == "json":
+        render.emit_json(content)
+    else:
+        second.show_tokens()
+        _show(data, content)
+    unfinished = any(portrait.svd.reason == "sweeps" for portrait in (a, b))
+    if unfinished or not all(side["healthy"] for side in data["reconstruction"].values()):
+        ctx.exit(3)
+
+
+def _check(session: "Session", other: Path) -> None:
+    """Refuse a file of another model before any work."""
+    from ggjac.analysis.compare import check_files, check_vocabularies
+    from ggjac.gguf import open_gguf
+
+    ours, theirs = session.model.gguf, open_gguf(other)
+    check_files(*({name: info.shape for name, info in file.tensors.items()} for file in (ours, theirs)))
+    check_vocabularies(*(file.metadata.get("tokenizer.ggml.tokens") for file in (ours, theirs)))
+
+
+def _portrait(session: "Session", target: int | None, options: dict[str, Any]) -> "Portrait":
+    from ggjac.analysis.compare import portray
+
+    J = session.jacobian
+    with session.report.stage("measure") as update:
+        J.progress = lambda done, total: update("block", done, total)
+        return portray(J, session.model.head, target=target, **options)
+
+
+def _health(session: "Session", portrait: "Portrait") -> dict[str, Any]:
+    limit = session.jacobian.reconstruction_limit
+    error = portrait.reconstruction_error
+    return {"error": error, "limit": limit, "healthy": error <= limit}
+
+
+def _data(session: "Session", result: "Comparison", options: dict[str, Any]) -> dict[str, Any]:
+    """Return a comparison as plain data; angles in degrees."""
+    a, b = result.a, result.b
+    return {
+        "rank": options["rank"],
+        "tol": options["tol"],
+        "seed": options["seed"],
+        "singular_values": [
+            {"a": float(s), "b": float(t), "residual": float(max(r, q))}
+            for s, t, r, q in zip(a.svd.S, b.svd.S, a.svd.residual, b.svd.residual, strict=True)
+        ],
+        "converged": a.svd.converged and b.svd.converged,
+        "angles": {"left": result.left.rad2deg().tolist(), "right": result.right.rad2deg().tolist()},
+        "output_distance": result.output_distance,
+        "target": {"id": a.target, "token": session.token(a.target)},
+        "logit": {"a": a.logit, "b": b.logit},
+        "offset": {"a": a.offset, "b": b.offset},
+        "softcap": session.model.head.softcap or None,
+        "shares": [
+            {"position": i, "token": session.token(session.ids[i]), "a": float(a.shares[i]), "b": float(b.shares[i])}
+            for i in range(a.position + 1)
+        ],
+        "positions": [
+            {
+                "position": i,
+                "token": session.token(session.ids[i]),
+                "kl": float(result.kl[i]),
+                "top1": {side: session.token(int(p.logits[i].argmax())) for side, p in (("a", a), ("b", b))},
+                "same_top1": bool(result.top1[i]),
+            }
+            for i in range(len(session.ids))
+        ],
+        "kl": float(result.kl[a.position]),
+        "mean_kl": float(result.kl.mean()),
+        "top1_agreement": float(result.top1.double().mean()),
+    }
+
+
+def _show(data: dict[str, Any], content: dict[str, Any]) -> None:
+    from ggjac.cli.render import line, numbers, table
+    from ggjac.tokenizer import visible
+
+    for side, model in (("a", content["model"]), ("b", content["other_model"])):
+        health = data["reconstruction"][side]
+        remark = "" if health["healthy"] else ": NOT healthy"
+        name = visible(model["path"].encode("utf-8", "surrogateescape"))
+        line(f"{side}: {name}: reconstruction error {health['error']:.1e} (limit {health['limit']:.0e}{remark})")
+    line("")
+    values = data["singular_values"]
+    a, b = (numbers([value[side] for value in values]) for side in ("a", "b"))
+    left, right = (data["angles"][side][::-1] for side in ("left", "right"))
+    rows = [
+        (j, a[j], b[j], f"{value['b'] / value['a'] - 1:+.1%}" if value["a"] else "", f"{value['residual']:.0e}")
+        for j, value in enumerate(values)
+    ]
+    table("Singular values", ["##", "#σ of a", "#σ of b", "#difference", "#residual"], rows)
+    rows = [(j + 1, f"{left[j]:.3f}°", f"{right[j]:.3f}°") for j in range(len(left))]
+    title = f"Principal angles between the spans of the {len(left)} leading vectors, smallest first"
+    table(title, ["##", "#left", "#right"], rows)
+    cells = [
+        (s["position"], s["token"], f"{s['a']:+.4f}", f"{s['b']:+.4f}", f"{s['b'] - s['a']:+.4f}")
+        for s in data["shares"]
+    ]
+    for name in ("offset", "logit"):
+        of = data[name]
+        title = {"offset": "offset (biases)", "logit": "logit"}[name]
+        cells.append(("", title, f"{of['a']:+.4f}", f"{of['b']:+.4f}", f"{of['b'] - of['a']:+.4f}"))
+    cap = " before its soft cap" if data["softcap"] else ""
+    title = f"Share of every input token in the logit of {data['target']['token']}{cap}"
+    table(title, ["#position", "token", "#a", "#b", "#b - a"], cells)
+    cells = [(p["position"], p["token"], p["top1"]["a"], p["top1"]["b"], f"{p['kl']:.2e}") for p in data["positions"]]
+    differing = {i for i, p in enumerate(data["positions"]) if not p["same_top1"]}
+    table("Next token at every position", ["#position", "token", "a", "b", "#KL(a ‖ b), nats"], cells, differing)
+    line(
+        f"same top token at {data['top1_agreement']:.0%} of positions; KL divergence {data['kl']:.2e} nats at the "
+        f"output, {data['mean_kl']:.2e} in the mean; ‖y_b - y_a‖/‖y_a‖ = {data['output_distance']:.2e}"
+    )
+    if not data["converged"]:
+        line(f"NOT converged to {data['tol']:.0e}: angles are no better known than the singular vectors")
