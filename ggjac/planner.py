@@ -37,7 +37,7 @@ BASE_BYTES = {"cpu": 152 << 20, "cuda": 900 << 20}
 THREAD_BYTES = 8 << 20
 CONTEXT_BYTES = 600 << 20
 # Commands that can be planned, the main one first.
-JOBS = ("analyze", "svd", "jacobian", "attribute", "predict")
+JOBS = ("analyze", "svd", "layers", "jacobian", "attribute", "predict")
 # Sweeps until eight residuals are below 1e-3, up and down counted singly: 6 to 10 on spectra like those of models.
 EXPECTED_SWEEPS = 8
 
@@ -81,6 +81,7 @@ class Job:
         width: vectors of the Krylov basis that join in each sweep of the decomposition; 0 where there is none.
         rank: triplets to decode.
         tapes: whether what the Jacobian freezes is kept.
+        maps: maps inside the network that advance together.
     """
 
     name: str
@@ -88,6 +89,7 @@ class Job:
     width: int = 0
     rank: int = 0
     tapes: bool = True
+    maps: int = 0
 
     @property
     def vectors(self) -> int:
@@ -96,12 +98,24 @@ class Job:
 
     @property
     def krylov_sweeps(self) -> int:
-        """Sweeps of the decomposition."""
-        return sum(part.count for part in self.sweeps if part.what == "svd")
+        """Sweeps of a decomposition."""
+        return max((part.count for part in self.sweeps if part.what.endswith("svd")), default=0)
 
 
-def job(name: str, config: ModelConfig, n: int, dtype: str, *, rank: int = 8, sweeps: int = EXPECTED_SWEEPS) -> Job:
-    """Return what a command does: `predict`, `attribute`, `svd`, `jacobian` or `analyze`.
+def job(
+    name: str,
+    config: ModelConfig,
+    n: int,
+    dtype: str,
+    *,
+    rank: int = 8,
+    sweeps: int = EXPECTED_SWEEPS,
+    maps: int | None = None,
+) -> Job:
+    """Return what a command does, one of `JOBS`.
+
+    `maps` is how many maps inside the network advance together: of `layers` by default the three at each block, of
+    other commands none.
 
     Raises:
         PlanError: the command is not planned here, or the rank is out of range.
@@ -117,13 +131,36 @@ def job(name: str, config: ModelConfig, n: int, dtype: str, *, rank: int = 8, sw
     probe = Sweeps("stable rank", 1, PROBES, up=False, after=1 + 2 * 8 / ITEM_BYTES[dtype])
     if config.d <= EXACT_ROWS:
         probe = _dense("stable rank", config, n, dtype)
-    return {
+    planned = {
         "predict": Job(name, tapes=False),
         "attribute": Job(name, (rebuild, Sweeps("attribution", 1, 1, up=False))),
         "jacobian": Job(name, (_dense("rows", config, n, dtype), rebuild)),
         "svd": Job(name, (krylov, rebuild), width, rank),
+        "layers": Job(name, (rebuild,)),
         "analyze": Job(name, (rebuild, krylov, probe, Sweeps("attribution", 1, 1, up=False)), width, rank),
     }[name]
+    if maps is None:
+        maps = 3 * config.block_count if name == "layers" else 0
+    return _with_maps(planned, config, n, dtype, maps, width, rank, sweeps) if maps else planned
+
+
+def _with_maps(job: Job, config: ModelConfig, n: int, dtype: str, maps: int, width: int, rank: int, sweeps: int) -> Job:
+    """Return a job with the decomposition of maps inside the network, each as the whole Jacobian's.
+
+    Cumulative, blockwise and maps to the end make up 7/3 of those that advance together. Their left vectors are
+    decoded, each at one position.
+    """
+    item, rows, count = ITEM_BYTES[dtype], PROBES, 1
+    if config.d <= EXACT_ROWS:
+        rows = min(config.d, max(1, CHUNK_BYTES // (_chunk_floats(config, n) * item * maps)))
+        count = math.ceil(config.d / rows)
+    # The results of all maps arrive together, and are made wide one after another.
+    norms = Sweeps("layers: stable rank", count, maps * rows, up=False, after=1 + 2 * 8 / item / maps)
+    more = (Sweeps("layers: svd", sweeps, maps * width), Sweeps("layers: signs", 1, maps), norms)
+    decoded = math.ceil(maps * 7 / 3 * rank / n)
+    return replace(
+        job, sweeps=job.sweeps + more, width=max(job.width, maps * width), rank=max(job.rank, decoded), maps=maps
+    )
 
 
 def _check_length(config: ModelConfig, n: int) -> None:
@@ -545,8 +582,12 @@ def _advice(plan: Plan, parts: Mapping[str, int], option: str, needed: int) -> s
     """Say what to lower, the part that weighs most first."""
     lower = {
         "tapes": "use fewer tokens" if plan.tapes_on_disk else "keep tapes on disk with --trace FOLDER",
-        "bases": "lower --rank, or use fewer tokens",
-        "vectors": "lower --rank, or use fewer tokens" if plan.job.width else "use fewer tokens",
+        "bases": "ask for fewer --layers" if plan.job.maps else "lower --rank, or use fewer tokens",
+        "vectors": "ask for fewer --layers"
+        if plan.job.maps
+        else "lower --rank, or use fewer tokens"
+        if plan.job.width
+        else "use fewer tokens",
         "trace": "use fewer tokens",
     }
     advice = [lower[part] for part, _ in _largest(parts, len(parts)) if part in lower and parts[part] > needed / 8]

@@ -201,8 +201,8 @@ def test_what_the_budget_has_room_for_is_read_once(monkeypatch: pytest.MonkeyPat
     seen = []
     make = session.Session._fit
 
-    def remember(self: session.Session, rank: int | None) -> None:
-        make(self, rank)
+    def remember(self: session.Session, *given: object) -> None:
+        make(self, *given)
         seen.append(self.model.weights)
 
     monkeypatch.setattr(session.Session, "_fit", remember)

@@ -19,7 +19,7 @@ from torch import Tensor
 from ggjac.analysis import layers as module
 from ggjac.analysis.layers import KINDS, MAPS, LayerMap, Layers, layers
 from ggjac.analysis.stable_rank import stable_rank
-from ggjac.cli import main
+from ggjac.cli import main, options
 from ggjac.cli.depths import spark
 from ggjac.cli.options import Depths
 from ggjac.frobenius import StableRank, stable_ranks
@@ -207,12 +207,12 @@ def test_maps_alone_and_together_are_the_same(tiny_files: dict[str, Path]) -> No
     """What is asked for beside a map does not change it."""
     trace, *_ = traced(tiny_files, "three_layers")
     whole = by_place(analysed(trace))
-    for options in ({"depths": [2]}, {"maps": ["blockwise"], "kinds": ["mlp", "attn"], "depths": [3, 1, 3]}):
-        part = analysed(trace, **options)
-        depths, kinds = sorted(set(options["depths"])), options.get("kinds", KINDS)
+    for choice in ({"depths": [2]}, {"maps": ["blockwise"], "kinds": ["mlp", "attn"], "depths": [3, 1, 3]}):
+        part = analysed(trace, **choice)
+        depths, kinds = sorted(set(choice["depths"])), choice.get("kinds", KINDS)
         assert places(part) == [
             (name, kind, i)
-            for name in options.get("maps", MAPS)
+            for name in choice.get("maps", MAPS)
             for kind in KINDS
             for i in depths
             if (kind == "layer" if name == "to_end" else kind in kinds and i > 0) and (name != "to_end" or i < 3)
@@ -393,6 +393,27 @@ def test_depths_that_a_model_lacks_are_refused(given: str, message: str, tiny_fi
     err = ggjac("-m", tiny_files["three_layers"], *TOKENS, "--layers", given, code=2).stderr
     assert message in err
     assert err.count("\n") == 1
+
+
+def test_the_options_name_what_the_library_has() -> None:
+    assert (options.MAPS, options.KINDS) == (MAPS, KINDS)
+    count = options.maps_together(Depths().convert("0,2-3,5", None, None), ("cumulative", "to_end"), ("attn", "mlp"))
+    assert count is not None
+    assert [count(5), count(6)] == [6, 6]  # two branches of each of three blocks
+    some = {"all": 12, "0": 1, "-1": 3, "0-1": 3}
+    assert {given: options.maps_together(Depths().convert(given, None, None))(4) for given in some} == some
+    assert options.maps_together(Depths().convert("1-3", None, None), ["blockwise"])(9) == 3
+    assert options.maps_together(None) is None
+
+
+def test_what_cannot_fit_is_refused(tiny_files: dict[str, Path]) -> None:
+    """Many maps take more than one: a budget that holds few of them refuses all, and says what to ask for."""
+    model = ["-m", tiny_files["gemma2"], "-t", 1, "--tokens", ",".join(["5"] * 60), "-k", 64]
+    assert "Fits." in ggjac(*model, "--layers", "-1", "--maps", "to_end", "--dry-run", "--ram-budget", "200MiB").stdout
+    for command in (["--dry-run"], []):
+        err = ggjac(*model, *command, "--ram-budget", "200MiB", code=4).stderr
+        assert "ask for fewer --layers" in err
+        assert "layers needs" in err
 
 
 def test_names_of_maps_and_taps(tiny_files: dict[str, Path]) -> None:

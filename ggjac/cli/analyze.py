@@ -9,8 +9,11 @@ from typing import Any
 import click
 
 from ggjac.cli.options import (
+    DepthRanges,
+    Depths,
     ModelOptions,
     dry_run,
+    maps_together,
     model_options,
     output,
     output_format,
@@ -29,6 +32,7 @@ CHECKPOINT = "checkpoint"  # inside a run folder, while the run is not finished
 @spectrum_options
 @click.option("--top", type=click.IntRange(min=1), default=8, show_default=True, help="Tokens per vector.")
 @click.option("--no-verify", is_flag=True, help="Do not compare with llama.cpp.")
+@click.option("--layers", type=Depths(), help="Decompose the maps of these depths, too: all, or 0,10-20,-1.")
 @click.option("--contrast", is_flag=True, help="Rebuild the output by the ordinary Jacobian, too.")
 @output("Run folder to create.  [default: ggjac-runs/MODEL-TIME]")
 @resume
@@ -44,6 +48,7 @@ def analyze(
     seed: int,
     top: int,
     no_verify: bool,
+    layers: DepthRanges | None,
     contrast: bool,
     output: Path | None,
     resume: bool,
@@ -52,18 +57,19 @@ def analyze(
     """Analyse a prompt: prediction, parity with llama.cpp, singular vectors, attribution; write a run folder.
 
     The folder holds report.html (to look at), run.json (all results, and how they were made) and tensors.safetensors
-    (U, S, Vh, residual, x, y, offset, linear_output, logits, shares, ids; with --contrast, ordinary_output). Exit code
-    3 if a check fell outside its tolerance.
+    (U, S, Vh, residual, x, y, offset, linear_output, logits, shares, ids; with --contrast, ordinary_output; with
+    --layers, what `ggjac layers` saves). Exit code 3 if a check fell outside its tolerance.
 
     \b
     ggjac analyze -m model.gguf -p "The bridge out of Marin is the"
     """
     from ggjac import gguf, runs
-    from ggjac.cli import render, sections
+    from ggjac.cli import depths, render, sections
     from ggjac.cli.session import Session, save
     from ggjac.report import write_report
 
-    session = Session(what, position=position, rank=rank)
+    session = Session(what, position=position, rank=rank, maps=maps_together(layers))
+    chosen = None if layers is None else layers.of(session.model.config.block_count)
     if resume and output is None:
         raise click.UsageError("--resume goes on with a run folder that was begun; give its -o")
     folder = output or _new_folder(session.model.path.stem)
@@ -79,7 +85,7 @@ def analyze(
         if output_format == "table":
             show(data)
 
-    with session.checkpointed(folder / CHECKPOINT, resume=resume, output=folder, **settings):
+    with session.checkpointed(folder / CHECKPOINT, resume=resume, output=folder, layers=chosen, **settings):
         part("tokens", session.tokens(), lambda _: session.show_tokens())
         part("predictions", sections.predictions(session, 5), sections.show_predictions)
         if not no_verify:
@@ -96,12 +102,18 @@ def analyze(
             both = sections.run_contrast(session, top=10)
             part("contrast", sections.contrast_data(both), sections.show_contrast)
             rebuilt |= sections.contrast_tensors(session, both)
+        inner: dict[str, Any] = {}
+        if chosen is not None:
+            found = depths.run_layers(session, chosen, top=top, max_sweeps=max_sweeps, **settings)
+            part("layers", depths.layers_data(session, found, seed=seed, tol=tol), depths.show_layers)
+            inner = depths.layers_tensors(found)
 
         save(
             session,
             folder / "tensors.safetensors",
             sections.tensors(result)
             | rebuilt
+            | inner
             | {"x": J.x, "y": J.output, "offset": J.offset, "logits": session.logits, "shares": shares.shares},
         )
         content = session.envelope() | content

@@ -8,7 +8,9 @@ import click
 from ggjac.cli.options import (
     DepthRanges,
     ModelOptions,
+    dry_run,
     layer_options,
+    maps_together,
     model_options,
     output,
     output_format,
@@ -20,6 +22,7 @@ from ggjac.cli.options import (
 
 @click.command()
 @model_options
+@dry_run
 @position
 @layer_options
 @spectrum_options
@@ -51,7 +54,8 @@ def layers(
     from ggjac.cli import depths, render, sections
     from ggjac.cli.session import Session, checkpoint, save
 
-    session = Session(what, position=position, rank=options["rank"], output=output)
+    together = maps_together(layers, options["maps"], options["kinds"])
+    session = Session(what, position=position, rank=options["rank"], output=output, maps=together)
     chosen = layers.of(session.model.config.block_count)
     settings = {key: options[key] for key in ("rank", "tol", "seed")}
     asked = {"layers": chosen, **{key: list(options[key]) for key in ("maps", "kinds")}}

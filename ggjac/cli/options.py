@@ -1,7 +1,7 @@
 """The options that commands share."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -75,6 +75,28 @@ class DepthRanges:
                 )
             found.update(range(first, last + 1))
         return sorted(found)
+
+
+# Tells for a number of blocks how many maps inside the network advance together.
+MapCount = Callable[[int], int]
+# As in `ggjac.analysis.layers`, which imports torch; a test holds them equal.
+MAPS, KINDS = ("cumulative", "blockwise", "to_end"), ("layer", "attn", "mlp")
+
+
+def maps_together(
+    layers: DepthRanges | None, maps: Sequence[str] = MAPS, kinds: Sequence[str] = KINDS
+) -> MapCount | None:
+    """Return how many maps advance together for what the options of `layer_options` say; None without `--layers`."""
+    if layers is None:
+        return None
+
+    def count(blocks: int) -> int:
+        depths = layers.of(blocks)
+        ends, starts = sum(i > 0 for i in depths), sum(i < blocks for i in depths)
+        together = {"cumulative": len(kinds) * ends, "blockwise": len(kinds) * bool(ends), "to_end": starts}
+        return max(together[name] for name in maps)
+
+    return count
 
 
 class MemorySize(click.ParamType):
@@ -249,7 +271,6 @@ def _names(*known: str) -> Callable[[click.Context, click.Parameter, str], tuple
 
 def layer_options(command: Callable) -> Callable:
     """Add the options that choose maps inside the network."""
-    maps, kinds = ("cumulative", "blockwise", "to_end"), ("layer", "attn", "mlp")
     for option in reversed(
         [
             click.option(
@@ -260,9 +281,9 @@ def layer_options(command: Callable) -> Callable:
                 help="Depths, in blocks applied: 0,10-20,-1. Negative ones count from the end.",
             ),
             click.option(
-                "--maps", callback=_names(*maps), default=",".join(maps), show_default=True, help="Which maps."
+                "--maps", callback=_names(*MAPS), default=",".join(MAPS), show_default=True, help="Which maps."
             ),
-            click.option("--kinds", callback=_names(*kinds), default=",".join(kinds), show_default=True, help="Taps."),
+            click.option("--kinds", callback=_names(*KINDS), default=",".join(KINDS), show_default=True, help="Taps."),
             click.option("--transport", is_flag=True, help="Carry left vectors of the stream to the output, too."),
         ]
     ):
@@ -338,7 +359,8 @@ def dry_run(command: Callable) -> Callable:
 
         name = click.get_current_context().info_name or ""
         known = {key: rest[key] for key in ("position", "rank", "output_format") if key in rest}
-        return show_plan(what, name, bench=False, **known)
+        chosen = {key: rest[key] for key in ("layers", "maps", "kinds") if key in rest}
+        return show_plan(what, name, bench=False, maps=maps_together(**chosen) if chosen else None, **known)
 
     wrapped.__doc__, wrapped.__name__ = command.__doc__, command.__name__
     wrapped.__click_params__ = getattr(command, "__click_params__", [])  # type: ignore[attr-defined]

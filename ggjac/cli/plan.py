@@ -5,7 +5,7 @@ import click
 from ggjac.cli.options import ModelOptions, model_options, output_format, position
 
 # As `ggjac.planner.JOBS`, which would bring NumPy with it; a test holds them equal.
-PLANNED = ("analyze", "svd", "jacobian", "attribute", "predict")
+PLANNED = ("analyze", "svd", "layers", "jacobian", "attribute", "predict")
 
 
 @click.command()

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from ggjac.cli.options import ModelOptions
+from ggjac.cli.options import MapCount, ModelOptions
 from ggjac.planner import Budget, LayerPlan, Plan, Times
 
 PLACES = {
@@ -25,6 +25,7 @@ def show_plan(
     *,
     rank: int = 8,
     position: int = -1,
+    maps: MapCount | None = None,
     bench: bool = True,
     output_format: str = "table",
 ) -> None:
@@ -36,7 +37,8 @@ def show_plan(
 
     with open_gguf(what.model or demo_path()) as file:
         config = ModelConfig.from_metadata(file.metadata, {name: t.shape for name, t in file.tensors.items()})
-        made = make_plan(what, file, config, _count_tokens(what, file, config), command, rank=rank, position=position)
+        n = _count_tokens(what, file, config)
+        made = make_plan(what, file, config, n, command, rank=rank, position=position, maps=maps)
         if output_format == "table":
             _show_memory(made, file.path)
         times = rates = None
@@ -71,9 +73,19 @@ def show_plan(
 
 
 def make_plan(
-    what: ModelOptions, file: Any, config: Any, n: int, command: str, *, rank: int = 8, position: int = -1
+    what: ModelOptions,
+    file: Any,
+    config: Any,
+    n: int,
+    command: str,
+    *,
+    rank: int = 8,
+    position: int = -1,
+    maps: MapCount | None = None,
 ) -> Plan:
     """Return the plan of a command with the options given; tapes go to the `--trace` folder only if they must.
+
+    `maps` tells for a number of blocks how many maps inside the network advance together.
 
     Raises:
         click.UsageError: the prompt is too long, or rank or position are out of range.
@@ -94,7 +106,7 @@ def make_plan(
             file,
             config,
             n,
-            planner.job(command, config, n, what.dtype, rank=rank),
+            planner.job(command, config, n, what.dtype, rank=rank, maps=maps and maps(config.block_count)),
             dtype=what.dtype,
             mlp_path=what.mlp_path,
             device=device,
