@@ -302,6 +302,7 @@ def test_usage(tiny_file: TinyFile, tmp_path: Path) -> None:
         (["--concept", "x", "--concept-tokens", "1"], "use one of them"),
         (["--concept-tokens", "100000"], "--concept: token id 100000 is out of range"),
         (["--max-tokens", 100000], "more than the model's context"),
+        (["--trace", tmp_path], "--trace keeps"),
         (["-o", tmp_path / "x", "--export-control-vector", tmp_path / "x"], "name the same file"),
     ):
         assert words in ggjac(*model, *wrong, code=2).stderr

@@ -207,14 +207,14 @@ class Images:
 
     def __init__(self, jacobian: DetachedJacobian, *, affine: bool):
         self.jacobian = jacobian
-        self.offset = jacobian.offset if affine else torch.zeros_like(jacobian.offset)
+        self.offset = jacobian.offset if affine else jacobian.x.new_zeros(jacobian.out_shape)
 
     def __call__(
         self, x: Float[Tensor, "m d"], start: int = 0, before: Float[Tensor, " d"] | None = None
     ) -> Float[Tensor, "m d"]:
         """Return `c` at positions `start` and on, whose embeddings are `x`; `before` is `c` at the position before."""
         period, d = self.jacobian.in_shape
-        at_once = max(1, self.jacobian.chunk_bytes // (3 * period * d * x.dtype.itemsize))
+        at_once = self.jacobian.rows_at_once()
         parts = []
         for first in range(0, len(x), at_once):
             some = x[first : first + at_once]

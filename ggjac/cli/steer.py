@@ -111,6 +111,8 @@ def steer(
         raise click.UsageError("--concept and --concept-tokens both give a concept; use one of them")
     if control_vector and output and control_vector.resolve() == output.resolve():
         raise click.UsageError("--output and --export-control-vector name the same file; choose another name")
+    if what.trace:
+        raise click.UsageError("--trace keeps one prompt's forward pass; steer runs several texts, and keeps none")
     if what.prompt is None and what.file is None and what.tokens is None:
         what = dataclasses.replace(what, prompt=DEFAULT_PROMPT)
     if control_vector:
