@@ -98,5 +98,5 @@ def greedy(
 
 def end_tokens(model: Model) -> set[int]:
     """Return the ids with which the file says that a text, a turn or a message ends."""
-    keys = (f"tokenizer.ggml.{name}_token_id" for name in ("eos", "eot", "eom"))
-    return {int(model.gguf.metadata[key]) for key in keys if key in model.gguf.metadata}
+    found = (model.gguf.metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom"))
+    return {id for id in found if isinstance(id, int)}  # a damaged file may say anything
