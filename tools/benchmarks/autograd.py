@@ -123,7 +123,8 @@ def main() -> None:
             found[which] = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     a, b = found["ours"], found["reference"]
     print(
-        f"ggjac      {a['seconds']:8.2f} s (trace {a['trace']:.2f} s, {a['sweeps']} sweeps)  {a['memory'] / 2**20:6.0f} MiB"
+        f"ggjac      {a['seconds']:8.2f} s (trace {a['trace']:.2f} s, {a['sweeps']} sweeps) "
+        f"{a['memory'] / 2**20:6.0f} MiB"
     )
     print(f"reference  {b['seconds']:8.2f} s (Jacobian {b['dense']:.2f} s)          {b['memory'] / 2**20:6.0f} MiB")
     worst = max(abs(x - y) / y for x, y in zip(a["S"], b["S"], strict=True))
