@@ -169,9 +169,9 @@ def _show(data: dict[str, Any], content: dict[str, Any]) -> None:
         for j, value in enumerate(values)
     ]
     table("Singular values", ["##", "#σ of a", "#σ of b", "#difference", "#residual"], rows)
-    rows = [(j + 1, f"{left[j]:.3f}°", f"{right[j]:.3f}°") for j in range(len(left))]
+    angles = [(j + 1, f"{left[j]:.3f}°", f"{right[j]:.3f}°") for j in range(len(left))]
     title = f"Principal angles between the spans of the {len(left)} leading vectors, smallest first"
-    table(title, ["##", "#left", "#right"], rows)
+    table(title, ["##", "#left", "#right"], angles)
     cells = [
         (s["position"], s["token"], f"{s['a']:+.4f}", f"{s['b']:+.4f}", f"{s['b'] - s['a']:+.4f}")
         for s in data["shares"]

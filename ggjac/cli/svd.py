@@ -23,7 +23,18 @@ from ggjac.cli.options import (
 @position
 @spectrum_options
 @click.option("--top", type=click.IntRange(min=1), default=8, show_default=True, help="Tokens per vector.")
-@output("Save `U`, `S`, `Vh`, `residual` and `ids` to this safetensors file.")
+@click.option("--per-token", is_flag=True, help="Also decompose each position's own map.")
+@click.option(
+    "--shuffles",
+    type=click.IntRange(min=0),
+    default=200,
+    show_default=True,
+    help="Shuffled vectors to compare the decoded ones with; 0 for none.",
+)
+@output(
+    "Save `U`, `S`, `Vh`, `residual` and `ids`, and with --per-token `token_U` [m, k, d], `token_S` [m, k], `token_Vh` "
+    "[m, k, d], `token_residual` [m, k], to this safetensors file."
+)
 @resume
 @output_format
 @click.pass_context
@@ -36,6 +47,8 @@ def svd(
     max_sweeps: int,
     seed: int,
     top: int,
+    per_token: bool,
+    shuffles: int,
     output: Path | None,
     resume: bool,
     output_format: str,
@@ -43,31 +56,47 @@ def svd(
     """Decompose a prompt's detached Jacobian and decode its singular vectors.
 
     Left vectors decode through the LM head to the tokens they promote, right vectors to the nearest input embeddings at
-    each position. Exit code 3 if the sweeps ran out before every triplet reached --tol, or the reconstruction error is
-    out of bounds.
+    each position. Coherence (the mean cosine between the embeddings of a vector's top tokens) is compared with that of
+    shuffled vectors, which mean nothing. Exit code 3 if the sweeps ran out before every triplet reached --tol, or the
+    reconstruction error is out of bounds.
 
     \b
     ggjac svd -m model.gguf -p "The capital of France is" -k 4 -o svd.safetensors
     """
-    from ggjac.cli import render, sections
+    from ggjac.cli import render, sections, vectors
     from ggjac.cli.session import Session, checkpoint, save
 
     session = Session(what, position=position, rank=rank, output=output)
     settings: dict[str, Any] = {"rank": rank, "tol": tol, "seed": seed}
-    with session.checkpointed(checkpoint(output, resume), resume=resume, output=output, **settings):
+    marks = {"per_token": per_token} if per_token else {}
+    with session.checkpointed(checkpoint(output, resume), resume=resume, output=output, **settings, **marks):
         result = sections.run_spectrum(session, top=top, max_sweeps=max_sweeps, **settings)
         content = {
             "reconstruction": sections.reconstruction(session),
             "svd": sections.spectrum_data(session, result, seed, tol),
         }
+        tensors = sections.tensors(result)
+        if shuffles:
+            scores = vectors.run_readability(session, result, top=top, shuffles=shuffles, seed=seed)
+            content["svd"]["readability"] = vectors.readability_data(scores)
+        if per_token:
+            found = vectors.run_per_token(session, top=top, max_sweeps=max_sweeps, **settings)
+            content["svd"]["per_token"] = vectors.per_token_data(session, found)
+            tensors |= vectors.tensors(found)
         if output:
-            save(session, output, sections.tensors(result), **settings)
+            save(session, output, tensors, **settings)
     if output_format == "json":
         render.emit_json(session.envelope() | content)
     else:
         session.show_tokens()
         sections.show_reconstruction(content["reconstruction"])
         sections.show_spectrum(content["svd"])
+        if shuffles:
+            vectors.show_readability(content["svd"]["readability"])
+        if per_token:
+            vectors.show_per_token(content["svd"]["per_token"])
         session.show_saved(output)
-    if sections.failed_checks(content):
+    if sections.failed_checks(content) or any(
+        entry["stopped_by"] == "sweeps" for entry in content["svd"].get("per_token", [])
+    ):
         ctx.exit(3)
