@@ -585,9 +585,15 @@ class GGUFFile:
         """Return rows `start:stop` as a read-only view of the map, uint8 [rows, row_bytes]. Copies nothing.
 
         Raises:
-            GGUFError: the tensor is not in this file, the rows are out of range, or the file is closed.
+            GGUFError: the tensor is not in this file, the rows are out of range, the file is closed, or another program
+                has cut it shorter since (reading beyond its end would kill the process).
         """
         info, offset, nbytes = self._span(tensor, start, stop)
+        if (size := self._buffers[info.shard].size()) < offset + nbytes:
+            raise GGUFError(
+                f"{shown(self.paths[info.shard])}: was cut to {size} bytes while it was in use; restore the file, then "
+                "start again"
+            )
         view = np.frombuffer(self._buffers[info.shard], np.uint8, nbytes, offset)
         return view.reshape(nbytes // info.row_bytes, info.row_bytes)
 

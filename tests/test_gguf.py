@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 
 import ggjac.gguf
 from ggjac import ggml
+from ggjac.demo import demo_path
 from ggjac.gguf import GGUFError, GGUFFile, LazyArray, TensorInfo, open_gguf
 
 ValueType = gguf.GGUFValueType
@@ -772,3 +773,16 @@ def test_file_type_is_public(matrix: Path) -> None:
     file = open_gguf(matrix)
     assert isinstance(file, GGUFFile)
     assert repr(file) == f"<GGUFFile {matrix}: 2 tensors, {matrix.stat().st_size} bytes>"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="elsewhere a mapped file cannot be cut")
+def test_a_file_that_is_cut_while_in_use_is_an_error_not_a_crash(tmp_path: Path) -> None:
+    path = tmp_path / "model.gguf"
+    path.write_bytes(demo_path().read_bytes())
+    with open_gguf(path) as file:
+        first, *_, last = file.tensors
+        before = file.rows(first).copy()
+        os.truncate(path, file.tensors[last].offset + 100)
+        with pytest.raises(GGUFError, match=r"model.gguf: was cut to \d+ bytes while it was in use"):
+            file.rows(last)
+        assert np.array_equal(file.rows(first), before)
