@@ -16,6 +16,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ggjac.analysis.attribution import attribute as attribute
+    from ggjac.analysis.attribution import attribute_branches as attribute_branches
+    from ggjac.analysis.attribution import attribute_positions as attribute_positions
+    from ggjac.analysis.compare import compare as compare
+    from ggjac.analysis.compare import portray as portray
+    from ggjac.analysis.per_token import per_token as per_token
+    from ggjac.analysis.readability import readability as readability
     from ggjac.analysis.spectrum import spectrum as spectrum
     from ggjac.analysis.stable_rank import stable_rank as stable_rank
     from ggjac.analysis.steering import steer as steer
@@ -29,8 +35,14 @@ _HOME = {
     "DetachedJacobian": "ggjac.jacobian",
     "LinearOperator": "ggjac.linop",
     "attribute": "ggjac.analysis.attribution",
+    "attribute_branches": "ggjac.analysis.attribution",
+    "attribute_positions": "ggjac.analysis.attribution",
+    "compare": "ggjac.analysis.compare",
     "open_gguf": "ggjac.gguf",
     "open_model": "ggjac.model",
+    "per_token": "ggjac.analysis.per_token",
+    "portray": "ggjac.analysis.compare",
+    "readability": "ggjac.analysis.readability",
     "spectrum": "ggjac.analysis.spectrum",
     "stable_rank": "ggjac.analysis.stable_rank",
     "steer": "ggjac.analysis.steering",

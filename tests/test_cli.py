@@ -578,7 +578,7 @@ def test_cuda_where_there_is_none(device: str, tiny_file: TinyFile) -> None:
     assert "use cpu" in err
 
 
-SAVING = {"analyze": "run", "predict": "f", "svd": "f", "jacobian": "f", "contrast": "f", "norms": "f"}
+SAVING = {"analyze": "run", "predict": "f", "svd": "f", "attribute": "f", "jacobian": "f", "contrast": "f", "norms": "f"}
 
 
 @pytest.mark.parametrize("command", SAVING)
