@@ -49,6 +49,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "frobenius",
         "journal",
         "jacobian",
+        "linop",
         "ordinary",
         "svd",
         "decode",
