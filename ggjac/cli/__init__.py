@@ -30,6 +30,7 @@ COMMANDS = {
     "svd": "Decompose a prompt's detached Jacobian and decode its singular vectors.",
     "jacobian": "Compute the dense detached Jacobian and what each position contributes.",
     "layers": "Decompose the maps of every depth, and read the stream out there.",
+    "ranks": "Measure the stable rank of every token's map, over many prompts.",
     "norms": "Find the longest columns and rows of the dense detached Jacobian, and decode them.",
     "attribute": "Split a logit exactly over the input tokens, the layers or the heads.",
     "compare": "Compare two files of one model: spectra, subspaces, shares, logits.",

@@ -293,9 +293,14 @@ def layer_options(command: Callable) -> Callable:
 
 def spectrum_options(command: Callable) -> Callable:
     """Add the options of a singular value decomposition."""
+    rank = click.option("-k", "--rank", type=click.IntRange(min=1), default=8, show_default=True, help="Triplets.")
+    return rank(iteration_options(command))
+
+
+def iteration_options(command: Callable) -> Callable:
+    """Add the options of an iteration for singular values."""
     for option in reversed(
         [
-            click.option("-k", "--rank", type=click.IntRange(min=1), default=8, show_default=True, help="Triplets."),
             click.option(
                 "--tol",
                 type=click.FloatRange(min=0, min_open=True),

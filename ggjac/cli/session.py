@@ -40,6 +40,7 @@ class Session:
         output: Path | None = None,
         tapes: bool = True,
         maps: MapCount | None = None,
+        model: Model | None = None,
     ):
         self.what, self.tapes = what, tapes
         self.journal: Journal | None = None
@@ -48,7 +49,9 @@ class Session:
         machine.return_freed_memory()
         self.report = Reporter(what.quiet)
         self.text = what.text()
-        self.model: Model = open_model(what.model, device=_device(what.device), dtype=what.dtype, threads=what.threads)
+        self.model: Model = model or open_model(
+            what.model, device=_device(what.device), dtype=what.dtype, threads=what.threads
+        )
         for source in (*self.model.gguf.paths, what.file):
             if output and source and output.exists() and output.samefile(source):
                 raise click.UsageError(f"--output {output} is an input of this command; choose another name")

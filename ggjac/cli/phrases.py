@@ -1,0 +1,216 @@
+"""Many prompts, one after another: their stable ranks, kept in a file of JSON lines that can be gone on with."""
+
+import json
+import os
+import statistics
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ggjac import __version__, runs
+from ggjac.analysis.prompts import token_ranks
+from ggjac.cli import sections
+from ggjac.cli.depths import stable
+from ggjac.cli.options import ModelOptions
+from ggjac.cli.progress import Reporter
+from ggjac.cli.render import finite, line, table
+from ggjac.cli.session import Session
+from ggjac.tokenizer import visible
+
+# Stacked vectors of a sweep: those of sixteen tokens. Memory is planned for as many maps.
+TOKENS_AT_ONCE, WIDTH = 16, 9
+
+
+def prompts(what: ModelOptions) -> list[ModelOptions]:
+    """Return the options of each prompt: the lines of the file that are not empty, each once, or the one prompt given.
+
+    Raises:
+        click.UsageError: the file has no prompt, or is not text.
+    """
+    text = what.text()
+    if what.file is None or text is None:
+        return [what]
+    lines = dict.fromkeys(part.removesuffix("\r") for part in text.split("\n") if part.strip())
+    if not lines:
+        raise click.UsageError(f"--file {what.file} has no prompt; write one on each line")
+    return [replace(what, file=None, prompt=part) for part in lines]
+
+
+class Lines:
+    """A file of JSON lines: records of one kind, each written to the disk when it is there. None keeps nothing.
+
+    Attributes:
+        records: what the file holds, by prompt.
+    """
+
+    def __init__(self, path: Path | None, settings: dict[str, Any]):
+        self.path, self.settings = path, settings
+        self.records: dict[str, dict[str, Any]] = {}
+        if path is None:
+            return
+        if not path.exists():
+            runs.check_writable(path)
+            return
+        content = path.read_bytes()
+        whole = content[: content.rfind(b"\n") + 1]  # an interrupted write left less than a line
+        for number, part in enumerate(whole.splitlines(), 1):
+            record = self._checked(part, number)
+            self.records[_key(record)] = record
+        if len(whole) < len(content):
+            os.truncate(path, len(whole))
+
+    def _checked(self, part: bytes, number: int) -> dict[str, Any]:
+        """Return a record, if it is one of ours and was made in the same way."""
+        try:
+            record = json.loads(part)
+            settings, _ = record["settings"], (_key(record), [t["stable_rank"]["value"] for t in record["tokens"]])
+        except (ValueError, KeyError, TypeError):
+            raise runs.RunError(f"{self.path}: line {number} is no result of this command; choose another -o") from None
+        for name, value in self.settings.items():
+            if settings.get(name) != value:
+                raise runs.RunError(
+                    f"{self.path}: --{name}: line {number} was made with {settings.get(name)}, now {value}; choose "
+                    "another -o, or make it the same"
+                )
+        return record
+
+    def add(self, record: dict[str, Any]) -> None:
+        """Append a record and flush it to the disk."""
+        self.records[_key(record)] = record
+        if self.path is None:
+            return
+        with open(self.path, "ab") as file:
+            file.write(json.dumps(record, allow_nan=False).encode("ascii") + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def _key(record: dict[str, Any]) -> str:
+    """Return what tells prompts apart: the text, or the token ids where there is none."""
+    prompt = record["prompt"]
+    return str([t["id"] for t in record["tokens"]]) if prompt is None else f"text: {prompt}"
+
+
+def run_ranks(
+    what: ModelOptions, output: Path | None, *, tol: float, seed: int, max_sweeps: int
+) -> tuple[Session, list[dict[str, Any]], int]:
+    """Compute what the file lacks; return the last session, all records in the order given, and how many were there."""
+    given = prompts(what)
+    if what.trace and len(given) > 1:
+        raise click.UsageError("--trace keeps one prompt's forward pass, here are several; leave it out")
+    report = Reporter(what.quiet)
+    session: Session | None = None
+    lines: Lines | None = None
+    found: list[dict[str, Any]] = []
+    ready = 0  # records that were there
+    with report.stage("ranks") as update:
+        for number, one in enumerate(given, 1):
+            try:
+                session = Session(
+                    replace(one, quiet=True),
+                    rank=1,
+                    maps=lambda blocks: TOKENS_AT_ONCE,
+                    model=None if session is None else session.model,
+                )
+            except click.UsageError as error:
+                raise click.UsageError(f"{visible((one.prompt or '').encode())}: {error.format_message()}") from error
+            lines = lines or Lines(output, _settings(session, tol=tol, seed=seed))
+            key = _key({"prompt": session.text, "tokens": session.tokens()})
+            if key in lines.records:
+                ready += 1
+            else:
+                lines.add(finite(_record(session, lines.settings, max_sweeps)))
+            found.append(lines.records[key])
+            update("prompt", number, len(given))
+    assert session is not None
+    return session, found, ready
+
+
+def _settings(session: Session, *, tol: float, seed: int) -> dict[str, Any]:
+    """Return what decides a record beside its prompt, named as the options are."""
+    return {
+        "model": session.model.gguf.fingerprint(),
+        "dtype": session.what.dtype,
+        "mlp-path": session.what.mlp_path,
+        "tol": tol,
+        "seed": seed,
+    }
+
+
+def _record(session: Session, settings: dict[str, Any], max_sweeps: int) -> dict[str, Any]:
+    start = time.perf_counter()
+    found = token_ranks(
+        session.jacobian,
+        at_once=TOKENS_AT_ONCE * WIDTH,
+        tol=settings["tol"],
+        seed=settings["seed"],
+        max_sweeps=max_sweeps,
+    )
+    return {
+        "schema_version": runs.SCHEMA_VERSION,
+        "prompt": session.text,
+        "joint": asdict(found.joint),
+        "tokens": [
+            token | {"stable_rank": asdict(rank)} for token, rank in zip(session.tokens(), found.tokens, strict=True)
+        ],
+        "next": sections.predictions(session, 1)[0],
+        "reconstruction": sections.reconstruction(session),
+        "residual": found.residual,
+        "sweeps": found.sweeps,
+        "stopped_by": found.stopped_by,
+        "settings": settings,
+        "ggjac": __version__,
+        "seconds": round(time.perf_counter() - start, 3),
+    }
+
+
+def by_position(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the distribution of stable ranks at each token index: count, mean, its standard error, extremes."""
+    return list(_by_position(records))
+
+
+def _by_position(records: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    for i in range(max(len(record["tokens"]) for record in records)):
+        values = [r["tokens"][i]["stable_rank"]["value"] for r in records if i < len(r["tokens"])]
+        spread = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
+        yield {
+            "position": i,
+            "prompts": len(values),
+            "mean": statistics.fmean(values),
+            "error": spread,
+            "median": statistics.median(values),
+            "least": min(values),
+            "most": max(values),
+        }
+
+
+def show_ranks(records: list[dict[str, Any]], positions: list[dict[str, Any]]) -> None:
+    """Print a row for each prompt, and one for each token index."""
+    rows = [
+        (
+            "".join(t["text"] for t in r["tokens"]),
+            r["next"]["token"],
+            stable(r["joint"]),
+            " ".join(f"{t['stable_rank']['value']:.3g}" for t in r["tokens"]),
+        )
+        for r in records
+    ]
+    table("Stable rank of each prompt", ["prompt", "next", "#joint", "of each token's own map"], rows)
+    cells = [
+        (
+            p["position"],
+            p["prompts"],
+            f"{p['mean']:.4g}",
+            "" if p["error"] is None else f"{p['error']:.2g}",
+            *(f"{p[key]:.4g}" for key in ("median", "least", "most")),
+        )
+        for p in positions
+    ]
+    headings = ["#token index", "#prompts", "#mean", "#standard error", "#median", "#least", "#most"]
+    table("Stable rank by token index", headings, cells)
+    slow = sum(r["stopped_by"] == "sweeps" for r in records)
+    line(f"NOT converged: {slow} of {len(records)} prompts" if slow else f"{len(records)} prompts, all converged")
