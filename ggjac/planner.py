@@ -28,6 +28,8 @@ TILE_ELEMENTS = 1 << 23
 SLAB = 4096
 # As in `ggjac.jacobian`: working memory of a chunk of dense rows, bytes.
 CHUNK_BYTES = 1 << 30
+# As in `ggjac.analysis.contributions`: dense rows that are widened at a time.
+SLICE = 64
 # As in `ggjac.analysis.stable_rank`: up to so many outputs the norm is exact; beyond, so many probes estimate it.
 EXACT_ROWS, PROBES = 512, 16
 
@@ -82,6 +84,7 @@ class Job:
         rank: triplets to decode.
         tapes: whether what the Jacobian freezes is kept.
         maps: maps inside the network that advance together.
+        chunk_bytes: working memory of a chunk of dense rows.
     """
 
     name: str
@@ -90,6 +93,7 @@ class Job:
     rank: int = 0
     tapes: bool = True
     maps: int = 0
+    chunk_bytes: int = CHUNK_BYTES
 
     @property
     def vectors(self) -> int:
@@ -111,6 +115,7 @@ def job(
     rank: int = 8,
     sweeps: int = EXPECTED_SWEEPS,
     maps: int | None = None,
+    chunk_bytes: int | None = None,
 ) -> Job:
     """Return what a command does, one of `JOBS`.
 
@@ -126,15 +131,16 @@ def job(
     if not 1 <= rank <= config.d:
         raise PlanError(f"--rank {rank} is out of range; this model's Jacobian has {config.d} singular values")
     width = min(max(rank + 8, min(3 * rank, 24)), config.d)
+    chunk_bytes = CHUNK_BYTES if chunk_bytes is None else chunk_bytes
     rebuild = Sweeps("reconstruction", 1, 3)
     krylov = Sweeps("svd", sweeps, width)
     probe = Sweeps("stable rank", 1, PROBES, up=False, after=1 + 2 * 8 / ITEM_BYTES[dtype])
     if config.d <= EXACT_ROWS:
-        probe = _dense("stable rank", config, n, dtype)
+        probe = _dense("stable rank", config, n, dtype, CHUNK_BYTES)
     planned = {
         "predict": Job(name, tapes=False),
         "attribute": Job(name, (rebuild, Sweeps("attribution", 1, 1, up=False))),
-        "jacobian": Job(name, (_dense("rows", config, n, dtype), rebuild)),
+        "jacobian": Job(name, (_dense("rows", config, n, dtype, chunk_bytes), rebuild), chunk_bytes=chunk_bytes),
         "svd": Job(name, (krylov, rebuild), width, rank),
         "layers": Job(name, (rebuild,)),
         "analyze": Job(name, (rebuild, krylov, probe, Sweeps("attribution", 1, 1, up=False)), width, rank),
@@ -168,12 +174,19 @@ def _check_length(config: ModelConfig, n: int) -> None:
         raise PlanError(f"a prompt of {n} tokens cannot run; this model takes from 1 to {config.context_length}")
 
 
-def _dense(what: str, config: ModelConfig, n: int, dtype: str) -> Sweeps:
+def _dense(what: str, config: ModelConfig, n: int, dtype: str, chunk_bytes: int) -> Sweeps:
     """Return the sweeps of a dense Jacobian, whose rows come in chunks."""
     item = ITEM_BYTES[dtype]
-    chunk = min(config.d, max(1, CHUNK_BYTES // (_chunk_floats(config, n) * item)))
-    # Rows are summed up in float64: the copy, and its squares or products.
-    return Sweeps(what, math.ceil(config.d / chunk), chunk, up=False, after=1 + 2 * 8 / item)
+    chunk = min(config.d, max(1, chunk_bytes // (_chunk_floats(config, n) * item)))
+    # Rows are summed up in float64, the copy and its squares or products, `SLICE` of them at a time.
+    return Sweeps(
+        what, math.ceil(config.d / chunk), chunk, up=False, after=1 + min(SLICE, chunk) / chunk * 2 * 8 / item
+    )
+
+
+def all_rows(config: ModelConfig, n: int, dtype: str) -> int:
+    """Return the `chunk_bytes` with which all rows of the dense Jacobian come in one sweep."""
+    return config.d * _chunk_floats(config, n) * ITEM_BYTES[dtype]
 
 
 def _chunk_floats(config: ModelConfig, n: int) -> int:

@@ -235,3 +235,23 @@ def test_bench_shows_each_rate_beside_its_limit(monkeypatch: pytest.MonkeyPatch,
 
 def test_what_can_be_planned_is_what_the_planner_plans() -> None:
     assert plan_command.PLANNED == planner.JOBS
+
+
+def test_dense_rows_come_in_one_sweep_where_memory_allows(tiny_file: TinyFile, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(planner, "CHUNK_BYTES", 20_000)
+    path = tiny_file("gqa")
+
+    def rows(budget: int) -> tuple[int, int]:
+        args = ["plan", "-m", path, *TOKENS, "--for", "jacobian", "--no-bench", "--format", "json"]
+        content = json.loads(run(*args, "--ram-budget", budget).stdout)
+        part = next(part for part in content["sweeps"] if part["what"] == "rows")
+        assert content["fits"]
+        return part["count"], part["vectors"]
+
+    assert rows(1 << 30) == (1, 64)
+    needed = json.loads(
+        run("plan", "-m", path, *TOKENS, "--for", "attribute", "--no-bench", "--format", "json").stdout
+    )["ram_needed"]
+    count, vectors = rows(needed + 200_000)
+    assert count > 1
+    assert vectors < 64

@@ -9,6 +9,9 @@ from torch import Tensor
 
 from ggjac.jacobian import DetachedJacobian
 
+# Rows that are widened to float64 at a time: a chunk of them may fill the memory.
+SLICE = 64
+
 
 @dataclass(frozen=True)
 class Contributions:
@@ -27,20 +30,21 @@ class Contributions:
 
 
 def contributions(jacobian: DetachedJacobian, sink: Callable[[int, Tensor], None] | None = None) -> Contributions:
-    """Compute the dense Jacobian chunk by chunk; `sink(start, rows [chunk, n, d])` sees each chunk once, in order.
+    """Compute the dense Jacobian chunk by chunk; `sink(start, rows [k, n, d])` sees each row once, in order.
 
-    The matrix itself takes `n d²` elements; only a chunk of it exists at a time.
+    The matrix itself takes `n d²` elements; only a chunk of it exists at a time (`jacobian.chunk_bytes`).
     """
     n, d = jacobian.in_shape
     terms = torch.zeros(n, d, dtype=torch.float64)
     squared = torch.zeros(n, dtype=torch.float64)
     x = jacobian.x.double()
-    for start, stop, rows in jacobian.rows():
-        wide = rows.double()
-        terms[:, start:stop] = torch.einsum("knd,nd->nk", wide, x).cpu()
-        squared += wide.square().sum((0, 2)).cpu()
-        if sink:
-            sink(start, rows)
+    for chunk, _, rows in jacobian.rows():
+        for start, part in zip(range(chunk, chunk + len(rows), SLICE), rows.split(SLICE), strict=True):
+            wide = part.double()
+            terms[:, start : start + len(part)] = torch.einsum("knd,nd->nk", wide, x).cpu()
+            squared += wide.square().sum((0, 2)).cpu()
+            if sink:
+                sink(start, part)
     y = jacobian.output.double().cpu()
     rebuilt = terms.sum(0) + jacobian.offset.double().cpu()
     return Contributions(terms, squared.sqrt(), float((rebuilt - y).norm() / y.norm()))

@@ -83,7 +83,9 @@ def make_plan(
     position: int = -1,
     maps: MapCount | None = None,
 ) -> Plan:
-    """Return the plan of a command with the options given; tapes go to the `--trace` folder only if they must.
+    """Return the plan of a command with the options given.
+
+    Dense rows come all at once if the memory allows it; tapes go to the `--trace` folder only if they must.
 
     `maps` tells for a number of blocks how many maps inside the network advance together.
 
@@ -101,12 +103,20 @@ def make_plan(
         memory = machine.gpu_memory(int(number) if number.isdigit() else 0)
         vram = memory[0] if memory else None
 
-    def made(*, tapes_on_disk: bool) -> Plan:
+    def made(*, tapes_on_disk: bool = False, chunk_bytes: int | None = None) -> Plan:
         return planner.make(
             file,
             config,
             n,
-            planner.job(command, config, n, what.dtype, rank=rank, maps=maps and maps(config.block_count)),
+            planner.job(
+                command,
+                config,
+                n,
+                what.dtype,
+                rank=rank,
+                maps=maps and maps(config.block_count),
+                chunk_bytes=chunk_bytes,
+            ),
             dtype=what.dtype,
             mlp_path=what.mlp_path,
             device=device,
@@ -117,7 +127,10 @@ def make_plan(
         )
 
     try:
-        plan = made(tapes_on_disk=False)
+        whole = planner.all_rows(config, n, what.dtype)
+        if command == "jacobian" and whole > planner.CHUNK_BYTES and (plan := made(chunk_bytes=whole)).fits:
+            return plan
+        plan = made()
         return plan if plan.fits or what.trace is None else made(tapes_on_disk=True)
     except planner.PlanError as error:
         raise click.UsageError(str(error)) from error

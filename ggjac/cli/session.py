@@ -84,7 +84,7 @@ class Session:
         plan = make_plan(self.what, file, config, n, command, rank=rank or 1, position=self.position, maps=maps)
         planner.check(plan)
         self.model.weights.place(plan.places, plan.room)
-        self._resident = not plan.tapes_on_disk
+        self._resident, self._chunk_bytes = not plan.tapes_on_disk, plan.job.chunk_bytes
 
     @cached_property
     def trace(self) -> Trace:
@@ -190,7 +190,7 @@ class Session:
     def jacobian(self) -> DetachedJacobian:
         """The Jacobian at the chosen position."""
         jacobian = self.trace.jacobian(self.position)
-        jacobian.sweep.journal = self.journal
+        jacobian.sweep.journal, jacobian.chunk_bytes = self.journal, self._chunk_bytes
         return jacobian
 
     def _work(self) -> tuple[int, int]:
