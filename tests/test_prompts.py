@@ -1,0 +1,196 @@
+"""Stable ranks of every token's map against dense arithmetic, and the file of JSON lines that remembers them."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import oracle
+import pytest
+import tiny
+import torch
+from click.testing import CliRunner, Result
+from torch import Tensor
+
+from ggjac.analysis import prompts as module
+from ggjac.analysis.prompts import token_ranks
+from ggjac.cli import main, phrases
+from ggjac.model import Model, Trace, open_model
+
+
+def exact(J: Tensor) -> float:
+    S = torch.linalg.svdvals(J)
+    return float((S / S[0]).square().sum())
+
+
+# ---- the numbers
+
+
+@pytest.mark.parametrize("at_once", [None, 7])
+@pytest.mark.parametrize("position", [-1, 2])
+@pytest.mark.parametrize("case", ["three_layers", "biases", "gemma2"])
+def test_every_tokens_map_is_that_of_autograd(
+    case: str, position: int, at_once: int | None, tiny_files: dict[str, Path]
+) -> None:
+    ids = tiny.prompt(case, 5)
+    J = open_model(tiny_files[case], dtype="float64").trace(ids).jacobian(position)
+    expected = oracle.jacobian(tiny_files[case], ids, mlp_path="up", position=position).J
+    found = token_ranks(J, tol=1e-8, max_sweeps=200, at_once=at_once)
+    assert len(found.tokens) == position % 5 + 1
+    for i, rank in enumerate(found.tokens):
+        assert rank.value == pytest.approx(exact(expected[:, i]), rel=1e-10)
+        assert rank.frobenius == pytest.approx(float(expected[:, i].norm()), rel=1e-10)
+        assert rank.error == 0
+    assert found.joint.value == pytest.approx(exact(expected.flatten(1)), rel=1e-10)
+    assert found.residual <= 1e-8
+    assert found.stopped_by in ("tolerance", "complete")
+
+
+def test_estimates_are_near_and_seeded(tiny_files: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "EXACT_ROWS", 0)
+    ids = tiny.prompt("gqa", 5)
+    J = open_model(tiny_files["gqa"], dtype="float64").trace(ids).jacobian()
+    expected = oracle.jacobian(tiny_files["gqa"], ids, mlp_path="up").J
+    found, again, other = (token_ranks(J, probes=64, seed=seed, at_once=50) for seed in (1, 1, 2))
+    assert found == again != other
+    for i, rank in enumerate(found.tokens):
+        assert 0 < rank.error < 0.5 * rank.value
+        assert abs(rank.value - exact(expected[:, i])) < 5 * rank.error
+    assert abs(found.joint.value - exact(expected.flatten(1))) < 5 * found.joint.error
+
+
+def test_all_tokens_share_their_sweeps(tiny_files: dict[str, Path]) -> None:
+    model = open_model(tiny_files["gqa"])
+    J = model.trace(tiny.prompt("gqa", 6)).jacobian()
+    model.weights.reads.clear()
+    found = token_ranks(J)
+    name = "blk.0.ffn_down.weight"
+    assert model.weights.reads[name] == (found.sweeps + 1) * model.gguf.tensors[name].rows  # dense rows: one more
+
+
+def test_sweeps_that_ran_out_are_told(tiny_files: dict[str, Path]) -> None:
+    J = open_model(tiny_files["gqa"]).trace(tiny.prompt("gqa", 5)).jacobian()
+    found = token_ranks(J, tol=1e-6, max_sweeps=2)
+    assert (found.stopped_by, found.sweeps) == ("sweeps", 2)
+    assert found.residual > 1e-6
+
+
+# ---- the command
+
+
+def ggjac(*args: object, code: int = 0) -> Result:
+    result = CliRunner().invoke(main, ["ranks", "-t", "1", *map(str, args)], prog_name="ggjac")
+    assert result.exit_code == code, result.output
+    return result
+
+
+LINES = ["The bridge out of Marin is the", "The capital of France is", "The color of snow is"]
+
+
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Return the lengths of the prompts that are analysed."""
+    seen: list[int] = []
+    true = phrases.token_ranks
+
+    def count(jacobian: Any, **options: Any) -> Any:
+        seen.append(len(jacobian.ids))
+        return true(jacobian, **options)
+
+    monkeypatch.setattr(phrases, "token_ranks", count)
+    return seen
+
+
+def test_a_file_of_prompts(tmp_path: Path, counted: list[int]) -> None:
+    """Each line once, blank ones not at all; a second run adds what is new, and the numbers are the library's."""
+    file, out = tmp_path / "prompts.txt", tmp_path / "ranks.jsonl"
+    file.write_bytes("\r\n".join([LINES[0], "", LINES[1], "  ", LINES[0]]).encode())
+    result = ggjac("-f", file, "-o", out)
+    assert counted == [8, 6]
+    assert all(word in result.stdout for word in ("␣Golden", "␣Paris", "Stable rank by token index", "all converged"))
+    records = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [record["prompt"] for record in records] == LINES[:2]
+    before = out.read_bytes()
+
+    file.write_text("\n".join(reversed(LINES)))
+    result = ggjac("-f", file, "-o", out, "--format", "json")
+    assert counted == [8, 6, 6]
+    assert out.read_bytes().startswith(before)
+    content = json.loads(result.stdout)
+    assert "prompt" not in content
+    given = content["ranks"]["prompts"]
+    assert [record["prompt"] for record in given] == LINES[::-1]  # in the order of the file
+    model: Model = open_model()
+    for record in given:
+        trace: Trace = model.trace(record["prompt"])
+        found = token_ranks(trace.jacobian())
+        assert [t["id"] for t in record["tokens"]] == trace.ids
+        values = [t["stable_rank"]["value"] for t in record["tokens"]]
+        assert values == pytest.approx([rank.value for rank in found.tokens], rel=1e-4)
+        assert record["joint"]["value"] == pytest.approx(found.joint.value, rel=1e-4)
+        assert record["next"]["id"] == int(trace.logits.argmax())
+        assert record["reconstruction"]["healthy"]
+    first = content["ranks"]["by_position"][0]
+    values = [record["tokens"][0]["stable_rank"]["value"] for record in given]
+    assert first["mean"] == pytest.approx(sum(values) / 3)
+    assert (first["prompts"], first["least"], first["most"]) == (3, min(values), max(values))
+    assert first["median"] == sorted(values)[1]
+    assert [p["prompts"] for p in content["ranks"]["by_position"]] == [3] * 6 + [1] * 2
+    assert content["ranks"]["by_position"][-1]["error"] is None
+
+
+def test_what_an_interruption_left_is_gone_on_with(
+    tmp_path: Path, counted: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed in the middle of a line, or stopped between two: the file ends as one run would have left it."""
+    file, whole, out = tmp_path / "prompts.txt", tmp_path / "whole.jsonl", tmp_path / "ranks.jsonl"
+    file.write_text("\n".join(LINES[1:]))
+    ggjac("-f", file, "-o", whole)
+    lines = whole.read_bytes().splitlines(keepends=True)
+    for left in (b"", lines[0][:40], lines[0], lines[0] + lines[1][:-1]):
+        out.write_bytes(left)
+        counted.clear()
+        ggjac("-f", file, "-o", out)
+        assert len(counted) == 2 - left.count(b"\n")
+        assert [untimed(line) for line in out.read_bytes().splitlines()] == [untimed(line) for line in lines]
+
+
+def untimed(line: bytes) -> dict[str, Any]:
+    return {key: value for key, value in json.loads(line).items() if key != "seconds"}
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [("dtype", "float64"), ("mlp-path", "gate"), ("tol", "1e-4"), ("seed", "5")]
+)
+def test_results_of_another_kind_are_not_mixed(option: str, value: str, tmp_path: Path) -> None:
+    out = tmp_path / "ranks.jsonl"
+    ggjac("--tokens", "0,465", "-o", out)
+    before = out.read_bytes()
+    err = ggjac("--tokens", "0,465,637", "-o", out, f"--{option}", value, code=1).stderr
+    assert f"--{option}: line 1 was made with" in err
+    assert err.count("\n") == 1
+    assert out.read_bytes() == before
+
+
+@pytest.mark.parametrize("content", ["The capital of France is\n", "{}\n", "[]\n", '{"prompt": 1}\n', "\xff\n"])
+def test_a_file_of_something_else_is_left_alone(content: str, tmp_path: Path) -> None:
+    out = tmp_path / "mine.txt"
+    out.write_bytes(content.encode("latin-1"))
+    err = ggjac("--tokens", "0,465", "-o", out, code=1).stderr
+    assert "line 1 is no result of this command; choose another -o" in err
+    assert out.read_bytes() == content.encode("latin-1")
+
+
+def test_what_is_no_prompt_is_refused(tmp_path: Path) -> None:
+    file, out = tmp_path / "prompts.txt", tmp_path / "ranks.jsonl"
+    file.write_text("\n \n")
+    assert "has no prompt" in ggjac("-f", file, "-o", out, code=2).stderr
+    file.write_text("\n".join(LINES))
+    assert "--trace keeps one prompt" in ggjac("-f", file, "--trace", tmp_path / "trace", code=2).stderr
+    file.write_text(f"{LINES[1]}\n{'the ' * 3000}\n{LINES[2]}")
+    assert "context" in ggjac("-f", file, "-o", out, code=2).stderr
+    assert len(out.read_text().splitlines()) == 1  # what was done before is kept
+    assert not (tmp_path / "trace").exists()
+
+
+def test_sweeps_that_ran_out_are_exit_code_3() -> None:
+    assert "NOT converged: 1 of 1" in ggjac("--tokens", "0,465", "--tol", 1e-7, "--max-sweeps", 2, code=3).stdout
