@@ -122,6 +122,7 @@ PARTS: dict[str, tuple[set[str], list[str]]] = {
     "jacobian": ({"jacobian"}, ["‖J_i‖_F"]),
     "attribute": ({"reconstruction", "attribution"}, ["Exact share of every input token", "sum"]),
     "layers": ({"reconstruction", "layers"}, ["From the input to this depth", "Each block alone", "most likely tokens"]),
+    "ranks": ({"ranks"}, ["Stable rank of each prompt", "Stable rank by token index", "all converged"]),
     "norms": ({"reconstruction", "norms"}, ["Longest columns and rows", "‖column‖"]),
     "contrast": (
         {"reconstruction", "contrast"},
