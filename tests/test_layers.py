@@ -480,3 +480,18 @@ def test_a_map_that_did_not_converge_is_exit_code_3(tiny_files: dict[str, Path])
 def test_sparks() -> None:
     assert spark([8.0, 4.0, 1.0, 1e-9, 0.0]) == "█▄▁▁"
     assert spark([0.0, 0.0]) == spark([]) == ""
+
+
+def test_analyze_takes_it_into_the_run_and_the_report(tiny_files: dict[str, Path], tmp_path: Path) -> None:
+    model, run = ["-m", tiny_files["three_layers"], *TOKENS, "-k", 3], tmp_path / "run"
+    given = ["analyze", *model, "--no-verify", "--layers", "0,2-3", "-o", run]
+    result = CliRunner().invoke(main, [str(part) for part in given])
+    assert result.exit_code == 0, result.output
+    content = json.loads((run / "run.json").read_text())
+    alone = json.loads(ggjac(*model, "--layers", "0,2-3", "--format", "json").stdout)
+    assert content["layers"] == alone["layers"]
+    assert {tap["index"] for tap in content["layers"]["taps"]} == {0, 2, 3}
+    assert "Layer by layer" in (run / "report.html").read_text()
+    assert load_file(run / "tensors.safetensors")["cumulative.mlp.U"].shape == (2, 3, 32)
+    refused = CliRunner().invoke(main, [str(part) for part in [*given[:-1], tmp_path / "other", "--layers", "4"]])
+    assert (refused.exit_code, (tmp_path / "other").exists()) == (2, False)
