@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ggjac.linop import LinearOperator
+from ggjac.notebook import Result
 from ggjac.svd import SVD
 
 # Up to this output size the Frobenius norm comes from all rows, in one sweep (or a few); beyond, it is estimated.
@@ -20,7 +21,7 @@ PROBES = 16
 
 
 @dataclass(frozen=True)
-class StableRank:
+class StableRank(Result):
     """Stable rank of a map, with its standard error.
 
     Attributes:

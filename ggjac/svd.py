@@ -19,10 +19,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ggjac.linop import LinearOperator
+from ggjac.notebook import Plotted, Points, Table, Words
 
 
 @dataclass(frozen=True)
-class SVD:
+class SVD(Plotted):
     """Singular triplets `A v = s u` in descending order, and how well they are known.
 
     Attributes:
@@ -44,6 +45,14 @@ class SVD:
     sweeps: int
     converged: bool
     reason: str
+
+    def _table(self, words: Words) -> Table:
+        note = f"{self.sweeps} sweeps, stopped by: {self.reason}"
+        return Table("Singular triplets", {"sigma": self.S.tolist(), "residual": self.residual.tolist()}, (note,))
+
+    def _plot(self, words: Words) -> Points:
+        S = self.S.tolist()
+        return Points("Singular values", "index", "σ", {"σ": (range(len(S)), S, ())})
 
 
 # Columns of a stack of vectors that are factored at a time.

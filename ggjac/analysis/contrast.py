@@ -7,7 +7,7 @@ reason to be: a derivative says what the next small change does, not what made t
 annihilates the norm's own input, for scaling that does not change the output (Euler's theorem, up to the epsilon).
 """
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 from jaxtyping import Float
@@ -15,11 +15,12 @@ from torch import Tensor
 
 from ggjac.decode import Head
 from ggjac.jacobian import DetachedJacobian
+from ggjac.notebook import Plotted, Points, Result, Table, Words
 from ggjac.ordinary import OrdinaryJacobian
 
 
 @dataclass(frozen=True)
-class Agreement:
+class Agreement(Result):
     """How well a reconstruction `r` agrees with the output `y`, by all the measures in circulation.
 
     A measure whose denominator is zero is NaN, or infinite.
@@ -50,7 +51,7 @@ class Agreement:
 
 
 @dataclass(frozen=True)
-class Contrast:
+class Contrast(Plotted):
     """An output beside its two reconstructions.
 
     Attributes:
@@ -66,6 +67,16 @@ class Contrast:
     ordinary: Float[Tensor, " d"]
     detached_agreement: Agreement
     ordinary_agreement: Agreement
+
+    def _table(self, words: Words) -> Table:
+        found = {"detached": asdict(self.detached_agreement), "ordinary": asdict(self.ordinary_agreement)}
+        measures = {name: [row[name] for row in found.values()] for name in found["detached"]}
+        return Table("The output rebuilt by both Jacobians", {"jacobian": list(found), **measures})
+
+    def _plot(self, words: Words) -> Points:
+        rebuilt = {"detached": self.detached, "ordinary": self.ordinary}
+        series = {name: (self.y.tolist(), r.tolist(), ()) for name, r in rebuilt.items()}
+        return Points("The output rebuilt by both Jacobians", "y", "reconstruction", series, scatter=True)
 
 
 def contrast(

@@ -8,13 +8,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ggjac.jacobian import DetachedJacobian
+from ggjac.notebook import Bars, Plotted, Table, Words
 
 # Rows that are widened to float64 at a time: a chunk of them may fill the memory.
 SLICE = 64
 
 
 @dataclass(frozen=True)
-class Contributions:
+class Contributions(Plotted):
     """What each input position contributes to the output, from the dense matrix.
 
     Attributes:
@@ -27,6 +28,22 @@ class Contributions:
     terms: Float[Tensor, "n d"]
     frobenius: Float[Tensor, " n"]
     reconstruction_error: float
+
+    def _table(self, words: Words) -> Table:
+        lengths = {"length": self.terms.norm(dim=1).tolist(), "frobenius": self.frobenius.tolist()}
+        return Table(
+            "What each position contributes to the output",
+            words.at(range(len(self.terms))) | lengths,
+            ("length: ‖J_i x_i‖; frobenius: ‖J_i‖_F", f"reconstruction error {self.reconstruction_error:.1e}"),
+        )
+
+    def _plot(self, words: Words) -> Bars:
+        return Bars(
+            "What each position contributes to the output",
+            "length ‖J_i x_i‖",
+            words.labels(range(len(self.terms))),
+            self.terms.norm(dim=1).tolist(),
+        )
 
 
 def contributions(jacobian: DetachedJacobian, sink: Callable[[int, Tensor], None] | None = None) -> Contributions:

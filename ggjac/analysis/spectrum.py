@@ -11,12 +11,13 @@ import torch
 
 from ggjac.decode import Head, Ranked, nearest, top_logits
 from ggjac.jacobian import DetachedJacobian
+from ggjac.notebook import Plotted, Points, Table, Words
 from ggjac.svd import SVD
 from ggjac.weights import Weight
 
 
 @dataclass(frozen=True)
-class Spectrum:
+class Spectrum(Plotted):
     """Singular triplets with their tokens.
 
     Attributes:
@@ -30,6 +31,23 @@ class Spectrum:
     left: Ranked
     right: Ranked
     weight: torch.Tensor
+
+    def _table(self, words: Words) -> Table:
+        found = self.svd._table(words)
+        k, n = self.weight.shape
+        positions = self.weight.argmax(1).tolist()
+        left, right = self.left.ids.tolist(), self.right.ids.tolist()
+        columns = {
+            "left": [words.each(ids) for ids in left],
+            **words.at(positions),
+            "weight": self.weight.amax(1).tolist(),
+            "right": [words.each(right[i * n + positions[i]]) for i in range(k)],
+        }
+        note = "left: tokens the vector promotes; right: nearest tokens at the position with most of its weight"
+        return Table(found.title, {**found.columns, **columns}, (*found.notes, note))
+
+    def _plot(self, words: Words) -> Points:
+        return self.svd._plot(words)
 
 
 def spectrum(

@@ -1,7 +1,7 @@
 """The page's figures for print: PNG, SVG and PDF, drawn by matplotlib from the same charts."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -136,10 +136,44 @@ def _bytes(figure: Any, kind: str) -> bytes:
 
 def _blank(inches: tuple[float, float]) -> tuple[Any, Any]:
     """Return an empty figure and its axes."""
+    figure = _figure_class()(figsize=inches)
+    return figure, figure.subplots()
+
+
+@cache
+def _figure_class() -> Any:
+    """Return a `Figure` that shows itself in a notebook, where pyplot's would take pyplot."""
+    import io
+
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=inches)
-    return figure, figure.subplots()
+    class Shown(Figure):
+        def _repr_png_(self) -> bytes:
+            buffer = io.BytesIO()
+            self.savefig(buffer, format="png", dpi=110, bbox_inches="tight")
+            return buffer.getvalue()
+
+    return Shown
+
+
+def draw(chart: Chart) -> Any:
+    """Return a chart as a matplotlib `Figure`.
+
+    Raises:
+        ValueError: matplotlib is missing.
+    """
+    with _drawing():
+        return _draw(chart)
+
+
+def bars(title: str, label: str, names: Sequence[str], values: Sequence[float]) -> Any:
+    """Return horizontal bars as a matplotlib `Figure`: the largest, from the top in the order given.
+
+    Raises:
+        ValueError: matplotlib is missing.
+    """
+    with _drawing():
+        return _bars(title, label, names, values)
 
 
 def _draw(chart: Chart) -> Any:
@@ -184,18 +218,27 @@ def _scale(axes: Any, axis: Axis, name: str) -> None:
 def _attribution(data: dict[str, Any]) -> Any:
     """Draw the shares of the tokens as bars."""
     shares = data["shares"]
-    largest = sorted(range(len(shares)), key=lambda i: -abs(shares[i]["share"]))[:MAX_BARS]
-    shown = [shares[i] for i in sorted(largest)]
+    return _bars(
+        f"Shares in the logit of {data['target']['token']}",
+        f"share; all shares and the offset sum to the logit {data['logit']:.4f}",
+        [share["token"] for share in shares],
+        [share["share"] for share in shares],
+    )
+
+
+def _bars(title: str, label: str, names: Sequence[str], values: Sequence[float]) -> Any:
+    """Draw a bar for each name, the `MAX_BARS` largest in the order given."""
+    largest = sorted(sorted(range(len(values)), key=lambda i: -abs(values[i]))[:MAX_BARS])
+    shown = [values[i] for i in largest]
     figure, axes = _blank((5.6, 0.7 + 0.24 * len(shown)))
     places = range(len(shown))
-    values = [s["share"] for s in shown]
-    axes.barh(places, values, height=0.62, color=[TONES["accent"] if value >= 0 else LESS for value in values])
-    axes.set_yticks(places, [_label(s["token"]) for s in shown])
+    axes.barh(places, shown, height=0.62, color=[TONES["accent"] if value >= 0 else LESS for value in shown])
+    axes.set_yticks(places, [_label(names[i]) for i in largest])
     axes.tick_params(axis="y", length=0, labelcolor="#1d1c1a")
     axes.invert_yaxis()
     axes.axvline(0, color="#8a857d", linewidth=0.8)
     axes.spines["left"].set_visible(False)
-    rest = f", the {len(shown)} largest of {len(shares)}" if len(shown) < len(shares) else ""
-    axes.set_title(_label(f"Shares in the logit of {data['target']['token']}{rest}"))
-    axes.set_xlabel(f"share; all shares and the offset sum to the logit {data['logit']:.4f}".replace("-", "−"))
+    rest = f", the {len(shown)} largest of {len(values)}" if len(shown) < len(values) else ""
+    axes.set_title(_label(f"{title}{rest}"))
+    axes.set_xlabel(label.replace("-", "−"))
     return figure

@@ -1,0 +1,202 @@
+"""Results in a notebook: as a table, a pandas DataFrame, a matplotlib figure.
+
+A result says its columns and, where a plot makes sense, its points; everything else is here. Results hold numbers, so
+that texts of tokens come from the trace they were computed from: `result.table(trace)` shows tokens where the bare
+`result` shows ids.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from html import escape
+from typing import Any, NamedTuple, Protocol
+
+MAX_ROWS = 100  # of a table on the page; a DataFrame has all
+
+_TABLE = "border-collapse:collapse;background:transparent;color:inherit;font-size:90%"
+_CELL = "padding:0.15em 0.7em;vertical-align:top;border:0"
+_RULE = "border-bottom:1px solid currentColor"
+
+
+class Prompt(Protocol):
+    """What a trace knows of its tokens."""
+
+    @property
+    def ids(self) -> list[int]:
+        """Token ids of the prompt."""
+
+    @property
+    def model(self) -> Any:
+        """Where they came from: something with a `tokenizer`."""
+
+
+class Words:
+    """Texts of tokens, where there is a trace to take them from."""
+
+    def __init__(self, trace: Prompt | None = None):
+        self.trace = trace
+
+    def __call__(self, id: int) -> str | int:
+        """Return a token on one line, with everything visible; without a trace its id."""
+        if self.trace is None:
+            return id
+        from ggjac.tokenizer import visible
+
+        return visible(self.trace.model.tokenizer.piece(id))
+
+    def each(self, ids: Sequence[int]) -> list[str | int]:
+        """Return several tokens."""
+        return [self(id) for id in ids]
+
+    def name(self, id: int) -> str:
+        """Return a token for a sentence."""
+        return str(self(id)) if self.trace else f"token {id}"
+
+    def at(self, positions: Sequence[int]) -> dict[str, list[int] | list[str | int]]:
+        """Return a column of positions, and one of the prompt's tokens there if they are known."""
+        column: dict[str, Any] = {"position": list(positions)}
+        return column | ({"token": self.each([self.trace.ids[i] for i in positions])} if self.trace else {})
+
+    def labels(self, positions: Sequence[int]) -> list[str]:
+        """Return the prompt's tokens at some positions, or the positions."""
+        return [str(self(self.trace.ids[i]) if self.trace else i) for i in positions]
+
+
+@dataclass(frozen=True)
+class Table:
+    """Columns of equal length under a title.
+
+    Attributes:
+        title: one line.
+        columns: by name, in order; a cell is a number, a text, a truth value, None, or a list of tokens.
+        notes: lines under the table.
+    """
+
+    title: str
+    columns: Mapping[str, Sequence[Any]]
+    notes: tuple[str, ...] = ()
+
+    def to_pandas(self) -> Any:
+        """Return a `pandas.DataFrame` of all rows, the notes and the title in its `attrs`.
+
+        Raises:
+            ModuleNotFoundError: pandas is missing.
+        """
+        try:
+            import pandas
+        except ModuleNotFoundError as error:
+            raise ModuleNotFoundError("data frames need pandas; pip install pandas", name="pandas") from error
+        frame = pandas.DataFrame(dict(self.columns))
+        frame.attrs |= {"title": self.title, "notes": self.notes}
+        return frame
+
+    def _repr_html_(self) -> str:
+        """Return an HTML table in the colours of the notebook, whatever they are; tokens come from strangers."""
+        rows = list(zip(*self.columns.values(), strict=True))
+        numeric = [all(isinstance(cell, int | float | None) for cell in column) for column in self.columns.values()]
+        sides = ["right" if right else "left" for right in numeric]
+        names = [_cell("th", name, side, _RULE) for name, side in zip(self.columns, sides, strict=True)]
+        lines = [
+            "".join(_cell("td", _text(cell), side) for cell, side in zip(row, sides, strict=True))
+            for row in rows[:MAX_ROWS]
+        ]
+        more = (f"… {len(rows) - MAX_ROWS} more rows: .to_pandas() has all",) if len(rows) > MAX_ROWS else ()
+        return (
+            f'<table style="{_TABLE}"><caption style="caption-side:top;text-align:left;color:inherit">'
+            f"{escape(self.title)}</caption><thead><tr>{''.join(names)}</tr></thead>"
+            f"<tbody>{''.join(f'<tr>{line}</tr>' for line in lines)}</tbody></table>"
+            + "".join(f'<div style="font-size:90%">{escape(note)}</div>' for note in (*more, *self.notes))
+        )
+
+
+def _cell(tag: str, text: str, side: str, more: str = "") -> str:
+    return f'<{tag} style="text-align:{side};{_CELL};{more}">{escape(text)}</{tag}>'
+
+
+def _text(cell: Any) -> str:
+    """Return a cell as it reads: four digits of a number, a minus as wide as a plus."""
+    if cell is None:
+        return "–"
+    if isinstance(cell, float):
+        return f"{cell:.4g}".replace("-", "−")
+    return " ".join(map(str, cell)) if isinstance(cell, list | tuple) else str(cell)
+
+
+class Result:
+    """A result that shows itself in a notebook. By default a row of its fields that are single values."""
+
+    def _table(self, words: Words) -> Table:
+        found = {field.name: getattr(self, field.name) for field in fields(self)}  # type: ignore[arg-type]
+        return Table(
+            "".join(f" {c.lower()}" if c.isupper() else c for c in type(self).__name__).strip().capitalize(),
+            {name: [value] for name, value in found.items() if isinstance(value, int | float | str)},
+        )
+
+    def table(self, trace: Prompt | None = None) -> Table:
+        """Return the result as a table; with the trace it was computed from, tokens are texts instead of ids."""
+        return self._table(Words(trace))
+
+    def to_pandas(self, trace: Prompt | None = None) -> Any:
+        """Return the table as a `pandas.DataFrame`.
+
+        Raises:
+            ModuleNotFoundError: pandas is missing.
+        """
+        return self.table(trace).to_pandas()
+
+    def _repr_html_(self) -> str:
+        return self.table()._repr_html_()
+
+
+class Points(NamedTuple):
+    """Lines or scattered points: `series` by name, each `x`, `y` and the standard errors of `y`, if any."""
+
+    title: str
+    x: str
+    y: str
+    series: Mapping[str, tuple[Sequence[float], Sequence[float], Sequence[float]]]
+    log: bool = False
+    scatter: bool = False  # against the diagonal
+
+
+class Bars(NamedTuple):
+    """A bar for each name."""
+
+    title: str
+    label: str
+    names: Sequence[str]
+    values: Sequence[float]
+
+
+class Plotted(Result):
+    """A result that can also be drawn."""
+
+    def _plot(self, words: Words) -> Points | Bars:
+        raise NotImplementedError
+
+    def figure(self, trace: Prompt | None = None) -> Any:
+        """Return a `matplotlib.figure.Figure` in the style of the report; pyplot is left alone.
+
+        Raises:
+            ValueError: there is nothing to draw, or matplotlib is missing.
+        """
+        return _draw(self._plot(Words(trace)))
+
+
+def _draw(plot: Points | Bars) -> Any:
+    """Draw with the report's own axes and tones."""
+    from ggjac.report import charts, figures
+
+    if isinstance(plot, Bars):
+        return figures.bars(plot.title, plot.label, plot.names, plot.values)
+    tones = dict(zip(plot.series, ("accent", "ink", "faint"), strict=False))
+    series = tuple(
+        charts.Series(name, tuple(zip(x, y, strict=True)), tones[name], line=not plot.scatter, error=tuple(error))
+        for name, (x, y, error) in plot.series.items()
+        if len(x)
+    )
+    if not series:
+        raise ValueError(f"{plot.title}: there is nothing to draw, the result is empty")
+    xs, ys = ([point[axis] for s in series for point in s.points] for axis in (0, 1))
+    x = charts.linear(plot.x, xs, whole=not plot.scatter, pad=0.04)
+    y = charts.logarithmic(plot.y, ys) if plot.log else charts.linear(plot.y, ys, zero=not plot.scatter, pad=0.05)
+    return figures.draw(charts.Chart("", plot.title, x, y, series, diagonal=plot.scatter, square=plot.scatter))
