@@ -29,7 +29,7 @@ MlpPath = Literal["up", "gate"]
 
 # Hidden units of a feed-forward network that exist at a time: for many stacked vectors its `[k, n, f]` middle
 # would dwarf everything else. A multiple of every storage type's block, wide enough for GEMM to run at speed.
-SLAB = 4096
+SLAB = 2048
 
 
 @runtime_checkable

@@ -237,9 +237,11 @@ class Linear(LinearOperator):
 
     def matmat(self, X: Float[Tensor, "k n d"], t: Homogeneous = None) -> Float[Tensor, "k n out"]:
         """Multiply by W tile by tile; add `t` times the bias."""
-        Y = X.new_empty(*X.shape[:2], self.out_shape[1])
+        flat = X.reshape(-1, X.shape[2])
+        Y = X.new_empty(len(flat), self.out_shape[1])
         for start, stop, tile in self.weight.tiles():
-            Y[..., start:stop] = X @ tile.T
+            Y[:, start:stop].addmm_(flat, tile.T, beta=0)  # in place: for many vectors a tile's part is large too
+        Y = Y.reshape(len(X), *self.out_shape)
         if self.bias is not None and t is not None:
             Y += t[:, None, None] * self.bias
         return Y

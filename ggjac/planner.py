@@ -25,7 +25,7 @@ ITEM_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
 # As in `ggjac.weights` and `ggjac.blocks`, which import torch; a test holds them equal.
 TILE_ELEMENTS = 1 << 23
-SLAB = 4096
+SLAB = 2048
 # As in `ggjac.jacobian`: working memory of a chunk of dense rows, bytes.
 CHUNK_BYTES = 1 << 30
 # As in `ggjac.analysis.contributions`: dense rows that are widened at a time.
@@ -63,7 +63,7 @@ class Sweeps:
     """So many passes over the live weights with so many stacked vectors; `what` says what for.
 
     `up`: some of them go up the layers, which takes more memory. `after`: floats that are made of each float of a
-    result when it is there.
+    result when it is there. `copies`: of the stream, which are made where maps join or leave the stack.
     """
 
     what: str
@@ -71,6 +71,7 @@ class Sweeps:
     vectors: int
     up: bool = True
     after: float = 0.0
+    copies: int = 0
 
 
 @dataclass(frozen=True)
@@ -161,8 +162,9 @@ def _with_maps(job: Job, config: ModelConfig, n: int, dtype: str, maps: int, wid
         rows = min(config.d, max(1, CHUNK_BYTES // (_chunk_floats(config, n) * item * maps)))
         count = math.ceil(config.d / rows)
     # The results of all maps arrive together, and are made wide one after another.
-    norms = Sweeps("layers: stable rank", count, maps * rows, up=False, after=1 + 2 * 8 / item / maps)
-    more = (Sweeps("layers: svd", sweeps, maps * width), Sweeps("layers: signs", 1, maps), norms)
+    norms = Sweeps("layers: stable rank", count, maps * rows, up=False, after=1 + 2 * 8 / item / maps, copies=2)
+    krylov = Sweeps("layers: svd", sweeps, maps * width, copies=2)
+    more = (krylov, Sweeps("layers: signs", 1, maps, copies=2), norms)
     decoded = math.ceil(maps * 7 / 3 * rank / n)
     return replace(
         job, sweeps=job.sweeps + more, width=max(job.width, maps * width), rank=max(job.rank, decoded), maps=maps
@@ -396,9 +398,9 @@ def sweep_floats(config: ModelConfig, n: int, *, up: bool) -> int:
     What is alive at once, counted in the code of `linop`, `blocks` and `jacobian`; `d`, `q` and `kv` are the widths of
     the stream, of all query heads and of all value heads, `s` that of a slab of hidden units:
 
-        up, attention        stream, normed stream, values, and mixed heads twice (or once, with the output)
+        up, attention        stream, normed stream, values twice, and mixed heads twice (or both once, with the output)
         up, feed-forward     stream, middle, normed middle, the sum over slabs or experts, hidden units
-                             before and after the gate, one slab's output, and one tile's part of it
+                             before and after the gate, one slab's output, and what experts gather
         down, attention      stream, middle, heads twice, values twice (or what they give the stream)
         down, feed-forward   stream, the sum over slabs, hidden units twice (or once, with one slab's output)
 
@@ -406,10 +408,11 @@ def sweep_floats(config: ModelConfig, n: int, *, up: bool) -> int:
     experts share. A routed expert sees some positions only.
     """
     d, q, kv, row = config.d, config.head_count * config.head_size, config.head_count_kv * config.head_size, config.row
-    s, tile = _slab(config), min(d, TILE_ELEMENTS // max(1, min(SLAB, _hidden_width(config))))
+    s = _slab(config)
     total = d if _hidden_width(config) > SLAB or config.expert_count else 0
     if up:
-        return n * max(2 * d + kv + max(2 * q, q + 2 * d), 3 * d + total + 2 * s + d + tile)
+        gathered = d if config.expert_count else 0
+        return n * max(2 * d + kv + max(kv + 2 * q, q + 2 * d), 3 * d + gathered + total + 2 * s + d)
     scaled = row.norms.attention_out or row.norms.ffn_out or config.residual_scale != 1
     more = d if scaled or row.parallel or config.expert_count else 0
     return n * (more + max(2 * d + 2 * q + max(2 * kv, d), d + total + max(2 * s, s + d)))
@@ -751,7 +754,8 @@ def _memory(
 
 def _stacked(config: ModelConfig, n: int, reached: int, part: Sweeps) -> int:
     """Return the floats of all stacked vectors of a sweep, on their way or when they have arrived."""
-    return part.vectors * max(sweep_floats(config, reached, up=part.up), round(part.after * n * config.d))
+    moving = sweep_floats(config, reached, up=part.up) + part.copies * reached * config.d
+    return part.vectors * max(moving, round(part.after * n * config.d))
 
 
 def _placed(plan: Plan) -> tuple[LayerPlan, ...]:
