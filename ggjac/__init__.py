@@ -20,7 +20,9 @@ if TYPE_CHECKING:
     from ggjac.analysis.attribution import attribute_positions as attribute_positions
     from ggjac.analysis.compare import compare as compare
     from ggjac.analysis.compare import portray as portray
+    from ggjac.analysis.layers import layers as layers
     from ggjac.analysis.per_token import per_token as per_token
+    from ggjac.analysis.prompts import token_ranks as token_ranks
     from ggjac.analysis.readability import readability as readability
     from ggjac.analysis.spectrum import spectrum as spectrum
     from ggjac.analysis.stable_rank import stable_rank as stable_rank
@@ -38,6 +40,7 @@ _HOME = {
     "attribute_branches": "ggjac.analysis.attribution",
     "attribute_positions": "ggjac.analysis.attribution",
     "compare": "ggjac.analysis.compare",
+    "layers": "ggjac.analysis.layers",
     "open_gguf": "ggjac.gguf",
     "open_model": "ggjac.model",
     "per_token": "ggjac.analysis.per_token",
@@ -46,6 +49,7 @@ _HOME = {
     "spectrum": "ggjac.analysis.spectrum",
     "stable_rank": "ggjac.analysis.stable_rank",
     "steer": "ggjac.analysis.steering",
+    "token_ranks": "ggjac.analysis.prompts",
     "verify": "ggjac.parity",
 }
 

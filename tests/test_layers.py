@@ -23,6 +23,7 @@ from ggjac.cli import main, options
 from ggjac.cli.depths import spark
 from ggjac.cli.options import Depths
 from ggjac.frobenius import StableRank, stable_ranks
+from ggjac.journal import Journal
 from ggjac.linop import LinearOperator
 from ggjac.model import Trace, open_model
 from ggjac.report import schema
@@ -335,6 +336,47 @@ def test_progress_says_what_it_is_at(tiny_files: dict[str, Path]) -> None:
     assert {total for what, _, total in seen if what.startswith("blockwise")} == {1}
     for (before, done, total), (what, now, _) in pairwise(seen):
         assert now == (1 if done == total else done + 1), (before, what)
+
+
+class Interrupted(Exception):
+    pass
+
+
+def test_an_interrupted_run_ends_with_the_same_bits(tiny_files: dict[str, Path], tmp_path: Path) -> None:
+    """Stopped within the sweeps of each map, then gone on with from the journal."""
+    trace, *_ = traced(tiny_files, "three_layers", "float32")
+    options: dict[str, Any] = {"tol": 1e-2, "transport": True}
+    steps = iter(range(10**6))
+    expected = analysed(trace, progress=lambda *_: next(steps), **options)
+    blocks = next(steps)
+    for share in (0.1, 0.5, 0.8, 0.99):
+
+        def stopping(stop: int = round(share * blocks)) -> Any:
+            left = iter(range(stop))
+
+            def step(*_: Any) -> None:
+                if next(left, None) is None:
+                    raise Interrupted
+
+            return step
+
+        seen: list[tuple[Any, ...]] = []
+        with pytest.raises(Interrupted), Journal.open(tmp_path / str(share), {}, resume=False, every=0.0) as journal:
+            resumed(trace, journal, progress=stopping(), **options)
+        with Journal.open(tmp_path / str(share), {}, resume=True, every=0.0) as journal:
+            found = resumed(trace, journal, progress=lambda *step, seen=seen: seen.append(step), **options)
+        assert len(seen) == blocks - round(share * blocks) - 1  # the block at which it stopped was behind
+        for ours, theirs in zip(found.maps, expected.maps, strict=True):
+            assert torch.equal(ours.U, theirs.U)
+            assert torch.equal(ours.S, theirs.S)
+            assert ours.stable_rank == theirs.stable_rank
+            assert ours.transported is theirs.transported is None or torch.equal(ours.transported, theirs.transported)
+
+
+def resumed(trace: Trace, journal: Journal, **options: Any) -> Layers:
+    jacobian = trace.jacobian()
+    jacobian.sweep.journal = journal
+    return layers(jacobian, trace.model.head, 3, **EXACT | options)
 
 
 # ---- what is refused
