@@ -8,11 +8,12 @@ that texts of tokens come from the trace they were computed from: `result.table(
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from html import escape
+from itertools import cycle
 from typing import Any, NamedTuple, Protocol
 
 MAX_ROWS = 100  # of a table on the page; a DataFrame has all
 
-_TABLE = "border-collapse:collapse;background:transparent;color:inherit;font-size:90%"
+_TABLE = "border-collapse:collapse;color:inherit;font-size:90%"
 _CELL = "padding:0.15em 0.7em;vertical-align:top;border:0"
 _RULE = "border-bottom:1px solid currentColor"
 
@@ -51,9 +52,9 @@ class Words:
         """Return a token for a sentence."""
         return str(self(id)) if self.trace else f"token {id}"
 
-    def at(self, positions: Sequence[int]) -> dict[str, list[int] | list[str | int]]:
+    def at(self, positions: Sequence[int]) -> dict[str, list[Any]]:
         """Return a column of positions, and one of the prompt's tokens there if they are known."""
-        column: dict[str, Any] = {"position": list(positions)}
+        column: dict[str, list[Any]] = {"position": list(positions)}
         return column | ({"token": self.each([self.trace.ids[i] for i in positions])} if self.trace else {})
 
     def labels(self, positions: Sequence[int]) -> list[str]:
@@ -188,9 +189,15 @@ def _draw(plot: Points | Bars) -> Any:
 
     if isinstance(plot, Bars):
         return figures.bars(plot.title, plot.label, plot.names, plot.values)
-    tones = dict(zip(plot.series, ("accent", "ink", "faint"), strict=False))
+    tones = dict(zip(plot.series, cycle(("accent", "ink", "faint")), strict=False))
     series = tuple(
-        charts.Series(name, tuple(zip(x, y, strict=True)), tones[name], line=not plot.scatter, error=tuple(error))
+        charts.Series(
+            name,
+            tuple(zip(map(float, x), map(float, y), strict=True)),
+            tones[name],
+            line=not plot.scatter,
+            error=tuple(error),
+        )
         for name, (x, y, error) in plot.series.items()
         if len(x)
     )

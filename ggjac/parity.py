@@ -24,6 +24,7 @@ from torch import Tensor
 
 from ggjac import llamacpp
 from ggjac.gguf import open_gguf, shown
+from ggjac.notebook import Plotted, Points, Table, Words
 from ggjac.tokenizer import visible
 
 if TYPE_CHECKING:
@@ -76,7 +77,7 @@ class LayerError:
 
 
 @dataclass(frozen=True)
-class Parity:
+class Parity(Plotted):
     """The verdict on one prompt, and all it rests on. Logits are judged at the last position."""
 
     mode: str  # "as is" | "strict"
@@ -94,6 +95,20 @@ class Parity:
     first_departure: str | None  # the first tensor beyond the tolerance, in the order of the graph
     tolerance: float | None  # relative L2 that logits and layers were held to; None: the margin rule
     cause: str | None  # why the numbers may differ at all
+
+    def _table(self, words: Words) -> Table:
+        columns = {name: [getattr(layer, name) for layer in self.layers] for name in LayerError.__annotations__}
+        title = f"llama.cpp ({self.mode}): {'agrees' if self.verdict else 'disagrees'}: {self.reason}"
+        top = f"top token {words.name(self.top1)}, rank {self.rank} of ours; KL {self.kl:.1e} nats"
+        return Table(title, columns, (f"{top}, logits relative L2 {self.logits_error:.1e}",))
+
+    def _plot(self, words: Words) -> Points:
+        found: dict[str, dict[int, float]] = {}
+        for e in self.layers:
+            if e.layer is not None and 0 < e.error < math.inf:
+                found.setdefault(e.name.rsplit("-", 1)[0], {})[e.layer] = e.error
+        series = {kind: (list(own), list(own.values()), ()) for kind, own in found.items()}
+        return Points("Distance from llama.cpp, layer by layer", "layer", "relative L2", series, log=True)
 
 
 def verify(

@@ -12,11 +12,12 @@ from torch import Tensor
 
 from ggjac.decode import Head, Ranked, nearest, top_logits
 from ggjac.jacobian import DetachedJacobian
+from ggjac.notebook import Result, Table, Words
 from ggjac.weights import Weight
 
 
 @dataclass(frozen=True)
-class Norms:
+class Norms(Result):
     """Lengths of all columns and rows, and the longest of them at each position decoded.
 
     Attributes:
@@ -36,6 +37,16 @@ class Norms:
     longest_rows: Int[Tensor, "n count"]
     column_tokens: Ranked
     row_tokens: Ranked
+
+    def _table(self, words: Words) -> Table:
+        n, count = self.longest_columns.shape
+        columns = words.at([i for i in range(n) for _ in range(count)])
+        for name in ("column", "row"):
+            longest, tokens = getattr(self, f"longest_{name}s"), getattr(self, f"{name}_tokens")
+            columns[name] = longest.flatten().tolist()
+            columns[f"{name} length"] = getattr(self, f"{name}s").gather(1, longest).flatten().tolist()
+            columns[f"{name} tokens"] = [words.each(ids) for ids in tokens.ids.tolist()]
+        return Table("The longest columns and rows of each position", columns)
 
 
 def norms(

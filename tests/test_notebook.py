@@ -1,0 +1,285 @@
+"""Results in a notebook: what their tables say, what strangers' tokens do there, and what is drawn."""
+
+import builtins
+import math
+import subprocess
+import sys
+from collections.abc import Callable
+from html.parser import HTMLParser
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+import ggjac
+from ggjac.analysis.contrast import contrast
+from ggjac.analysis.contributions import contributions
+from ggjac.analysis.norms import norms
+from ggjac.notebook import MAX_ROWS, Bars, Plotted, Points, Table, Words, _draw
+from ggjac.parity import LayerError, Parity
+from ggjac.svd import SVD
+
+HOSTILE = "<script>alert('x')</script>\"&\n\x1b[31m"
+PROMPT = [0, 5, 3, 7, 2, 6]
+
+
+class Grid(HTMLParser):
+    """A table read back: the cells of each row, and every tag with its attributes."""
+
+    def __init__(self, source: str):
+        super().__init__(convert_charrefs=True)
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.rows: list[list[str]] = []
+        self.open: list[str] = []
+        self.feed(source)
+        self.close()
+        assert not self.open
+
+    def handle_starttag(self, tag: str, attrs: list) -> None:
+        self.tags.append((tag, dict(attrs)))
+        self.open.append(tag)
+        if tag == "tr":
+            self.rows.append([])
+        if tag in ("th", "td"):
+            self.rows[-1].append("")
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self.open and self.open[-1] in ("th", "td"):
+            self.rows[-1][-1] += data
+
+
+def stranger(ids: list[int] | None = None) -> Any:
+    """Return a prompt of a model all of whose tokens are hostile."""
+    tokenizer = SimpleNamespace(piece=lambda id: f"{HOSTILE}{id}".encode())
+    return SimpleNamespace(ids=ids or PROMPT, model=SimpleNamespace(tokenizer=tokenizer))
+
+
+def parity() -> Parity:
+    layers = [
+        LayerError("l_out-0", 0, 1e-7, 1, 2e-7),
+        LayerError("ffn_out-0", 0, 3e-7, 1, 4e-7),
+        LayerError("l_out-1", 1, math.inf, 0, math.inf),
+        LayerError("result_norm", None, 5e-7, 2, 6e-7),
+    ]
+    return Parity(
+        "strict", True, "within 1e-05", True, True, 4, 1, 0.0, 1e-9, 2e-9, 3e-7, layers, None, 1e-5, None
+    )  # fmt: skip
+
+
+def triplets(values: list[float]) -> SVD:
+    k = len(values)
+    return SVD(torch.eye(k), torch.tensor(values), torch.eye(k), torch.full((k,), 1e-4), 6, True, "tolerance")
+
+
+@pytest.fixture(scope="module")
+def results(tiny_file: Callable) -> dict[str, Any]:
+    """Return a result of every kind, for a model of a few blocks."""
+    model = ggjac.open_model(tiny_file("gqa"), dtype="float64")
+    J = model.trace(PROMPT).jacobian()
+    spectrum = ggjac.spectrum(J, model.head, model.embedding, rank=3, top=4)
+    return {
+        "svd": spectrum.svd,
+        "spectrum": spectrum,
+        "stable rank": ggjac.stable_rank(J, spectrum.svd),
+        "contrast": contrast(J, model.head, top=3),
+        "agreement": contrast(J, model.head, top=3).detached_agreement,
+        "contributions": contributions(J),
+        "norms": norms(J, model.head, model.embedding, 2),
+        "parity": parity(),
+    }
+
+
+MEASURES = ["relative_l2", "std_ratio", "std_ratio_output", "max_abs", "pearson", "spearman"]
+MEASURES += ["top1", "top_k", "k", "kl"]
+PARITY = ["name", "layer", "error", "position", "position_error"]
+NORMS = ["column", "column length", "column tokens", "row", "row length", "row tokens"]
+# Columns and the number of rows; `token` is a column only where the prompt is given.
+EXPECTED: dict[str, tuple[list[str], int]] = {
+    "svd": (["sigma", "residual"], 3),
+    "spectrum": (["sigma", "residual", "left", "position", "token", "weight", "right"], 3),
+    "stable rank": (["value", "error", "frobenius"], 1),
+    "contrast": (["jacobian", *MEASURES], 2),
+    "agreement": (MEASURES, 1),
+    "contributions": (["position", "token", "length", "frobenius"], len(PROMPT)),
+    "norms": (["position", "token", *NORMS], 2 * len(PROMPT)),
+    "parity": (PARITY, 4),
+}
+TEXTS = {"jacobian", "left", "right", "token", "name", "column tokens", "row tokens"}
+# What the axes of figures are called.
+AXES = {
+    "svd": ("index", "σ"),
+    "spectrum": ("index", "σ"),
+    "contrast": ("y", "reconstruction"),
+    "contributions": ("length ‖J_i x_i‖", ""),
+    "parity": ("layer", "relative L2"),
+}
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_data_frames_have_columns_of_numbers(results: dict[str, Any], name: str) -> None:
+    pandas = pytest.importorskip("pandas", reason="pandas (the extra `notebook`) is not installed")
+    columns, rows = EXPECTED[name]
+    with_texts, without = results[name].to_pandas(stranger()), results[name].to_pandas()
+    assert isinstance(without, pandas.DataFrame)
+    assert list(with_texts.columns) == columns
+    assert list(without.columns) == [column for column in columns if column != "token"]
+    assert len(with_texts) == len(without) == rows
+    for column in set(columns) - TEXTS:
+        assert with_texts[column].dtype.kind in ("b" if column == "top1" else "if"), column
+    assert without.attrs["title"]
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_tables_on_the_page_have_the_same_cells(results: dict[str, Any], name: str) -> None:
+    columns, rows = EXPECTED[name]
+    page = Grid(results[name].table(stranger())._repr_html_())
+    assert page.rows[0] == columns
+    assert [len(row) for row in page.rows[1:]] == [len(columns)] * rows
+    bare = Grid(results[name]._repr_html_())
+    assert bare.rows[0] == [column for column in columns if column != "token"]
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_tokens_of_strangers_do_nothing(results: dict[str, Any], name: str) -> None:
+    source = results[name].table(stranger())._repr_html_()
+    page = Grid(source)
+    assert {tag for tag, _ in page.tags} <= {"table", "caption", "thead", "tbody", "tr", "th", "td", "div"}
+    assert all(set(attributes) <= {"style"} for _, attributes in page.tags)
+    assert not any(character in source for character in "\x1b\n")
+    if {"token", "left"} & set(EXPECTED[name][0]):
+        assert any("<script>alert('x')</script>\"&\\n" in cell for row in page.rows for cell in row)
+
+
+def test_titles_names_and_notes_are_escaped_too() -> None:
+    source = Table(HOSTILE, {HOSTILE: [HOSTILE]}, (HOSTILE,))._repr_html_()
+    assert "<script" not in source
+    assert source.count("&lt;script&gt;") == 4
+
+
+def test_numbers_and_texts_read_well() -> None:
+    columns = {"x": [-1.23456, math.nan, 3e-9], "n": [None, 2, -3], "words": [["a", "b"], (), [7]]}
+    page = Grid(Table("", columns)._repr_html_())
+    assert page.rows[1:] == [["−1.235", "–", "a b"], ["nan", "2", ""], ["3e−09", "-3", "7"]]
+    sides = [attributes["style"].split(";")[0] for tag, attributes in page.tags if tag == "th"]
+    assert sides == ["text-align:right", "text-align:right", "text-align:left"]
+
+
+def test_a_long_table_says_where_the_rest_is() -> None:
+    table = Table("", {"x": list(range(MAX_ROWS + 7))})
+    source = table._repr_html_()
+    assert len(Grid(source).rows) == 1 + MAX_ROWS
+    assert "7 more rows" in source
+    assert "more rows" not in Table("", {"x": list(range(MAX_ROWS))})._repr_html_()
+
+
+def test_a_table_takes_its_colours_from_the_notebook() -> None:
+    source = Table("t", {"x": [1]})._repr_html_()
+    styles = [attributes.get("style") or "" for _, attributes in Grid(source).tags]
+    colours = {part for style in styles for part in style.split(";") if "olor" in part}
+    assert colours == {"color:inherit", "border-bottom:1px solid currentColor"}
+
+
+def test_words_are_the_traces(results: dict[str, Any]) -> None:
+    trace = SimpleNamespace(ids=PROMPT, model=SimpleNamespace(tokenizer=SimpleNamespace(piece=lambda id: b" t%d" % id)))
+    spectrum = results["spectrum"]
+    columns = spectrum.table(trace).columns
+    best = spectrum.weight.argmax(1).tolist()
+    assert columns["left"] == [[f"␣t{id}" for id in ids] for ids in spectrum.left.ids.tolist()]
+    assert columns["token"] == [f"␣t{PROMPT[i]}" for i in best]
+    right = spectrum.right.ids.view(3, len(PROMPT), -1)
+    assert columns["right"] == [[f"␣t{id}" for id in right[k, best[k]].tolist()] for k in range(3)]
+    assert spectrum.table().columns["left"] == spectrum.left.ids.tolist()
+    assert Words(trace).name(3) == "␣t3"
+    assert Words().name(3) == "token 3"
+
+
+def test_columns_are_the_results_own_numbers(results: dict[str, Any]) -> None:
+    columns = results["contributions"].table().columns
+    assert columns["frobenius"] == results["contributions"].frobenius.tolist()
+    assert columns["length"] == pytest.approx([math.hypot(*term) for term in results["contributions"].terms.tolist()])
+    columns = results["norms"].table().columns
+    for row, position in enumerate(columns["position"]):
+        length = results["norms"].columns[position, columns["column"][row]]
+        assert columns["column length"][row] == length == results["norms"].columns[position].topk(2).values[row % 2]
+    assert results["contrast"].table().columns["kl"][1] == results["contrast"].ordinary_agreement.kl
+
+
+@pytest.mark.parametrize("name", AXES)
+def test_figures_have_axes_and_labels(results: dict[str, Any], name: str) -> None:
+    figure = results[name].figure(stranger())
+    (axes,) = figure.axes
+    assert (axes.get_xlabel(), axes.get_ylabel()) == AXES[name]
+    assert axes.get_title(loc="left")
+    assert figure._repr_png_().startswith(b"\x89PNG")
+
+
+def test_every_result_that_can_be_drawn_is(results: dict[str, Any]) -> None:
+    assert {name for name, result in results.items() if isinstance(result, Plotted)} == AXES.keys()
+    assert not hasattr(results["stable rank"], "figure")
+
+
+def test_figures_draw_the_numbers(results: dict[str, Any]) -> None:
+    line = triplets([3.0, 2.0, 0.5]).figure().axes[0].lines[0]
+    assert line.get_xydata().tolist() == [[0, 3], [1, 2], [2, 0.5]]
+    bars = results["contributions"].figure(stranger()).axes[0]
+    assert [bar.get_width() for bar in bars.patches] == results["contributions"].terms.norm(dim=1).tolist()
+    assert [label.get_text().startswith("<script>") for label in bars.get_yticklabels()] == [True] * len(PROMPT)
+    bare = results["contributions"].figure().axes[0]
+    assert [label.get_text() for label in bare.get_yticklabels()] == [str(i) for i in range(len(PROMPT))]
+    scattered = results["contrast"].figure().axes[0]
+    diagonal, detached, ordinary = scattered.lines
+    assert list(diagonal.get_xdata()) == list(diagonal.get_ydata())
+    assert detached.get_ydata() == pytest.approx(results["contrast"].detached)
+    assert ordinary.get_ydata() == pytest.approx(results["contrast"].ordinary)
+    assert [text.get_text() for text in scattered.get_legend().get_texts()] == ["detached", "ordinary"]
+
+
+def test_what_is_infinite_is_not_drawn() -> None:
+    axes = parity().figure().axes[0]
+    assert axes.get_yscale() == "log"
+    assert [line.get_xydata().tolist() for line in axes.lines] == [[[0, 1e-7]], [[0, 3e-7]]]
+
+
+def test_a_token_with_dollars_is_no_formula() -> None:
+    figure = _draw(Bars("$", "$\\bad$", ["$\\frac$"], [1.0]))
+    assert figure._repr_png_().startswith(b"\x89PNG")  # a formula would not parse
+
+
+def test_nothing_to_draw_is_said() -> None:
+    with pytest.raises(ValueError, match="Way: there is nothing to draw"):
+        _draw(Points("Way", "x", "y", {"a": ([], [], ())}))
+
+
+def test_standard_errors_are_drawn() -> None:
+    axes = _draw(Points("Way", "x", "y", {"a": ([1, 2], [3.0, 4.0], [0.5, 0.0])})).axes[0]
+    (bars,) = axes.collections
+    assert [segment.tolist() for segment in bars.get_segments()] == [[[1, 2.5], [1, 3.5]], [[2, 4], [2, 4]]]
+
+
+def test_without_pandas_the_message_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = builtins.__import__
+
+    def refuse(name: str, *rest: Any, **named: Any) -> Any:
+        if name == "pandas":
+            raise ModuleNotFoundError("No module named 'pandas'", name="pandas")
+        return real(name, *rest, **named)
+
+    monkeypatch.setattr(builtins, "__import__", refuse)
+    with pytest.raises(ModuleNotFoundError, match="pip install pandas"):
+        triplets([1.0]).to_pandas()
+    assert "<table" in triplets([1.0])._repr_html_()
+
+
+def test_libraries_are_loaded_when_asked_for_and_pyplot_never() -> None:
+    code = (
+        "import sys, torch, ggjac.svd as s, ggjac.analysis.contrast\n"
+        "seen = lambda: [m for m in ('pandas', 'matplotlib', 'jinja2') if m in sys.modules]\n"
+        "r = s.SVD(torch.eye(2), torch.ones(2), torch.eye(2), torch.ones(2), 1, True, 'complete')\n"
+        "r._repr_html_(); print(seen()); r.figure(); print('matplotlib.pyplot' in sys.modules)"
+    )
+    out = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    assert out.split("\n")[:2] == ["[]", "False"]
