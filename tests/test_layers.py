@@ -16,6 +16,7 @@ from click.testing import CliRunner, Result
 from safetensors.torch import load_file
 from torch import Tensor
 
+from ggjac import planner
 from ggjac.analysis import layers as module
 from ggjac.analysis.layers import KINDS, MAPS, LayerMap, Layers, layers
 from ggjac.analysis.stable_rank import stable_rank
@@ -23,6 +24,7 @@ from ggjac.cli import main, options
 from ggjac.cli.depths import spark
 from ggjac.cli.options import Depths
 from ggjac.frobenius import StableRank, stable_ranks
+from ggjac.jacobian import SharedSweep
 from ggjac.journal import Journal
 from ggjac.linop import LinearOperator
 from ggjac.model import Trace, open_model
@@ -325,6 +327,33 @@ def test_all_depths_read_each_weight_once_per_sweep(tiny_files: dict[str, Path])
     assert model.weights.reads[head] == 2 * model.gguf.tensors[head].rows  # left vectors, and the readout
 
 
+@pytest.mark.parametrize("maps", [6, 9])
+def test_the_plan_counts_the_vectors_that_travel(
+    maps: int, tiny_files: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = open_model(tiny_files["three_layers"], dtype="float32")
+    trace = model.trace([5, 17, 3, 99, 42])
+    widths: dict[str, list[int]] = {"up": [], "down": []}
+    true = {"up": SharedSweep.up, "down": SharedSweep.down}
+    for side, seen in widths.items():
+
+        def counted(self: SharedSweep, stacks: list[Tensor], *rest: Any, side: str = side, seen: Any = seen) -> Any:
+            if len(self.paths) == maps and not self.raw:
+                seen.append(sum(len(part) for part in stacks))
+            return true[side](self, stacks, *rest)
+
+        monkeypatch.setattr(SharedSweep, side, counted)
+    depths = [1, 2, 3][: maps // 3]
+    layers(trace.jacobian(), model.head, 2, maps=["cumulative"], depths=depths, max_sweeps=4)
+    job = planner.job("layers", model.config, 5, "float32", rank=2, maps=maps)
+    krylov, signs, norms = (part for part in job.sweeps if part.what.startswith("layers"))
+    assert krylov.vectors == job.width == widths["down"][0] == widths["up"][0]
+    assert signs.vectors == widths["up"][-1]
+    assert [norms.vectors] * norms.count == widths["down"][-norms.count :]
+    assert job.rank * 5 >= maps * 2
+    assert job.maps == maps
+
+
 def test_progress_says_what_it_is_at(tiny_files: dict[str, Path]) -> None:
     trace, *_ = traced(tiny_files, "three_layers")
     seen: list[tuple[str, int, int]] = []
@@ -445,6 +474,7 @@ def test_the_options_name_what_the_library_has() -> None:
     some = {"all": 12, "0": 1, "-1": 3, "0-1": 3}
     assert {given: options.maps_together(Depths().convert(given, None, None))(4) for given in some} == some
     assert options.maps_together(Depths().convert("1-3", None, None), ["blockwise"])(9) == 3
+    assert options.maps_together(Depths().convert("0,2-4", None, None), ["to_end"])(4) == 3  # none begins at the last
     assert options.maps_together(None) is None
 
 
@@ -452,6 +482,8 @@ def test_what_cannot_fit_is_refused(tiny_files: dict[str, Path]) -> None:
     """Many maps take more than one: a budget that holds few of them refuses all, and says what to ask for."""
     model = ["-m", tiny_files["gemma2"], "-t", 1, "--tokens", ",".join(["5"] * 60), "-k", 64]
     assert "Fits." in ggjac(*model, "--layers", "-1", "--maps", "to_end", "--dry-run", "--ram-budget", "200MiB").stdout
+    few = ggjac(*model[:-2], "-k", 2, "--layers", "-1", "--maps", "to_end", "--ram-budget", "200MiB").stdout
+    assert "no map was asked for" in few  # none begins at the last depth: nothing that could be too much
     for command in (["--dry-run"], []):
         err = ggjac(*model, *command, "--ram-budget", "200MiB", code=4).stderr
         assert "ask for fewer --layers" in err
@@ -517,6 +549,11 @@ def test_the_tables(tiny_files: dict[str, Path]) -> None:
 def test_a_map_that_did_not_converge_is_exit_code_3(tiny_files: dict[str, Path]) -> None:
     result = ggjac("-m", tiny_files["three_layers"], *TOKENS, "--tol", 1e-6, "--max-sweeps", 2, "-k", 4, code=3)
     assert "NOT all maps converged to 1e-06" in result.stdout
+    some = [*TOKENS, "--tol", 1e-2, "--max-sweeps", 5, "-k", 4, "--format", "json"]
+    part = json.loads(ggjac("-m", tiny_files["three_layers"], *some, code=3).stdout)["layers"]
+    ended = [tap["stopped_by"] for tap in part["taps"]]
+    assert {"sweeps", "tolerance"} <= set(ended)
+    assert (part["converged"], part["stopped_by"]) == (False, "sweeps")
 
 
 def test_sparks() -> None:
