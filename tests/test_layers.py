@@ -360,7 +360,7 @@ def test_progress_says_what_it_is_at(tiny_files: dict[str, Path]) -> None:
     analysed(trace, transport=True, progress=lambda *step: seen.append(step))
     said = list(dict.fromkeys(what.split(",")[0] for what, *_ in seen))
     assert said == ["cumulative", "blockwise 1", "blockwise 2", "blockwise 3", "to end"]
-    for word in ("sweep 1,", "worst residual", "signs", "stable rank", "transport"):
+    for word in ("sweep 1,", "sweep 3, worst residual", "signs", "stable rank", "transport"):
         assert any(word in what for what, *_ in seen), word
     assert {total for what, _, total in seen if what.startswith("blockwise")} == {1}
     for (before, done, total), (what, now, _) in pairwise(seen):
