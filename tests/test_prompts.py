@@ -51,7 +51,8 @@ def test_estimates_are_near_and_seeded(tiny_files: dict[str, Path], monkeypatch:
     J = open_model(tiny_files["gqa"], dtype="float64").trace(ids).jacobian()
     expected = oracle.jacobian(tiny_files["gqa"], ids, mlp_path="up").J
     found, again, other = (token_ranks(J, probes=64, seed=seed, at_once=50) for seed in (1, 1, 2))
-    assert found == again != other
+    assert found == again
+    assert abs(found.joint.value - other.joint.value) > 1e-3  # other probes, not only other rounding
     for i, rank in enumerate(found.tokens):
         assert 0 < rank.error < 0.5 * rank.value
         assert abs(rank.value - exact(expected[:, i])) < 5 * rank.error
