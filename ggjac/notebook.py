@@ -157,6 +157,7 @@ class Points(NamedTuple):
     series: Mapping[str, tuple[Sequence[float], Sequence[float], Sequence[float]]]
     log: bool = False
     scatter: bool = False  # against the diagonal
+    flipped: bool = False  # logarithmic y downwards, as of ranks
 
 
 class Bars(NamedTuple):
@@ -205,5 +206,9 @@ def _draw(plot: Points | Bars) -> Any:
         raise ValueError(f"{plot.title}: there is nothing to draw, the result is empty")
     xs, ys = ([point[axis] for s in series for point in s.points] for axis in (0, 1))
     x = charts.linear(plot.x, xs, whole=not plot.scatter, pad=0.04)
-    y = charts.logarithmic(plot.y, ys) if plot.log else charts.linear(plot.y, ys, zero=not plot.scatter, pad=0.05)
+    y = (
+        charts.logarithmic(plot.y, ys, flipped=plot.flipped)
+        if plot.log
+        else charts.linear(plot.y, ys, zero=not plot.scatter, pad=0.05)
+    )
     return figures.draw(charts.Chart("", plot.title, x, y, series, diagonal=plot.scatter, square=plot.scatter))

@@ -10,18 +10,23 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import tiny
 import torch
 
 import ggjac
 from ggjac.analysis.contrast import contrast
 from ggjac.analysis.contributions import contributions
+from ggjac.analysis.layers import layers
 from ggjac.analysis.norms import norms
+from ggjac.analysis.prompts import token_ranks
+from ggjac.decode import top_logits
 from ggjac.notebook import MAX_ROWS, Bars, Plotted, Points, Table, Words, _draw
 from ggjac.parity import LayerError, Parity
 from ggjac.svd import SVD
 
 HOSTILE = "<script>alert('x')</script>\"&\n\x1b[31m"
 PROMPT = [0, 5, 3, 7, 2, 6]
+L, HEADS = tiny.Options.layers, tiny.Options.heads
 
 
 class Grid(HTMLParser):
@@ -79,7 +84,11 @@ def triplets(values: list[float]) -> SVD:
 def results(tiny_file: Callable) -> dict[str, Any]:
     """Return a result of every kind, for a model of a few blocks."""
     model = ggjac.open_model(tiny_file("gqa"), dtype="float64")
-    J = model.trace(PROMPT).jacobian()
+    trace = model.trace(PROMPT)
+    J = trace.jacobian()
+    other = ggjac.open_model(tiny_file("gqa"), dtype="float32")
+    a, b = (ggjac.portray(m.trace(PROMPT).jacobian(), m.head, 2, target=3) for m in (model, other))
+    depths = layers(J, model.head, 2, maps=["cumulative"], top=3)
     spectrum = ggjac.spectrum(J, model.head, model.embedding, rank=3, top=4)
     return {
         "svd": spectrum.svd,
@@ -90,6 +99,19 @@ def results(tiny_file: Callable) -> dict[str, Any]:
         "contributions": contributions(J),
         "norms": norms(J, model.head, model.embedding, 2),
         "parity": parity(),
+        "attribution": ggjac.attribute(J, model.head, 3, versus=4),
+        "positions": ggjac.attribute_positions(J.network, model.head),
+        "branches": ggjac.attribute_branches(J.network, model.head, by_head=True),
+        "portrait": a,
+        "comparison": ggjac.compare(a, b),
+        "layers": depths,
+        "readout": depths.readout,
+        "token ranks": token_ranks(J),
+        "per token": ggjac.per_token(J, model.head, model.embedding, 2, top=3)[-1],
+        "readability": ggjac.readability(
+            spectrum.svd.U, lambda Y, top: top_logits(model.head.matrix, Y, top), model.embedding, shuffles=8
+        ),
+        "steering": ggjac.steer(model, PROMPT, [1, 2, 3], strengths=[1.0, 0.5], max_tokens=2),
     }
 
 
@@ -107,8 +129,21 @@ EXPECTED: dict[str, tuple[list[str], int]] = {
     "contributions": (["position", "token", "length", "frobenius"], len(PROMPT)),
     "norms": (["position", "token", *NORMS], 2 * len(PROMPT)),
     "parity": (PARITY, 4),
+    "attribution": (["position", "token", "share"], len(PROMPT)),
+    "positions": (["output", "target", "logit", "position", "token", "share"], len(PROMPT) * (len(PROMPT) + 1) // 2),
+    "branches": (["output", "target", "block", "attn", "mlp", *(f"head {h}" for h in range(HEADS))], len(PROMPT) * L),
+    "portrait": (["position", "token", "share"], len(PROMPT)),
+    "comparison": (["sigma a", "sigma b", "left angle", "right angle"], 2),
+    "layers": (["map", "kind", "depth", "stable rank", "index", "sigma", "residual", "left"], 3 * L * 2),
+    "readout": (["depth", "probability", "tokens", "rank"], L + 1),
+    "token ranks": (["position", "token", "value", "error", "frobenius"], len(PROMPT)),
+    "per token": (["sigma", "residual", "left", "right"], 2),
+    "readability": (["score", "above", "chance"], 3),
+    "steering": (["strength", "control", "kl", "mass", "hits", "generated"], 5),
 }
 TEXTS = {"jacobian", "left", "right", "token", "name", "column tokens", "row tokens"}
+TEXTS |= {"target", "map", "kind", "tokens", "generated"}
+TRUTHS = {"top1", "control"}
 # What the axes of figures are called.
 AXES = {
     "svd": ("index", "σ"),
@@ -116,6 +151,15 @@ AXES = {
     "contrast": ("y", "reconstruction"),
     "contributions": ("length ‖J_i x_i‖", ""),
     "parity": ("layer", "relative L2"),
+    "attribution": ("share; all shares and the offset sum to {:.4f}", ""),
+    "branches": ("block", "share"),
+    "portrait": ("share", ""),
+    "comparison": ("index", "σ"),
+    "layers": ("blocks", "stable rank"),
+    "readout": ("blocks", "rank"),
+    "token ranks": ("stable rank", ""),
+    "per token": ("index", "σ"),
+    "steering": ("strength", "KL to the baseline, nats"),
 }
 
 
@@ -129,7 +173,7 @@ def test_data_frames_have_columns_of_numbers(results: dict[str, Any], name: str)
     assert list(without.columns) == [column for column in columns if column != "token"]
     assert len(with_texts) == len(without) == rows
     for column in set(columns) - TEXTS:
-        assert with_texts[column].dtype.kind in ("b" if column == "top1" else "if"), column
+        assert with_texts[column].dtype.kind in ("b" if column in TRUTHS else "if"), column
     assert without.attrs["title"]
 
 
@@ -150,7 +194,7 @@ def test_tokens_of_strangers_do_nothing(results: dict[str, Any], name: str) -> N
     assert {tag for tag, _ in page.tags} <= {"table", "caption", "thead", "tbody", "tr", "th", "td", "div"}
     assert all(set(attributes) <= {"style"} for _, attributes in page.tags)
     assert not any(character in source for character in "\x1b\n")
-    if {"token", "left"} & set(EXPECTED[name][0]):
+    if {"token", "left", "tokens", "generated"} & set(EXPECTED[name][0]):
         assert any("<script>alert('x')</script>\"&\\n" in cell for row in page.rows for cell in row)
 
 
@@ -212,7 +256,10 @@ def test_columns_are_the_results_own_numbers(results: dict[str, Any]) -> None:
 def test_figures_have_axes_and_labels(results: dict[str, Any], name: str) -> None:
     figure = results[name].figure(stranger())
     (axes,) = figure.axes
-    assert (axes.get_xlabel(), axes.get_ylabel()) == AXES[name]
+    x, y = AXES[name]
+    if name == "attribution":
+        x = x.format(results[name].logit).replace("-", "−")
+    assert (axes.get_xlabel(), axes.get_ylabel()) == (x, y)
     assert axes.get_title(loc="left")
     assert figure._repr_png_().startswith(b"\x89PNG")
 
@@ -235,7 +282,75 @@ def test_figures_draw_the_numbers(results: dict[str, Any]) -> None:
     assert list(diagonal.get_xdata()) == list(diagonal.get_ydata())
     assert detached.get_ydata() == pytest.approx(results["contrast"].detached)
     assert ordinary.get_ydata() == pytest.approx(results["contrast"].ordinary)
+    assert {line.get_linestyle() for line in (detached, ordinary)} == {"None"}
     assert [text.get_text() for text in scattered.get_legend().get_texts()] == ["detached", "ordinary"]
+
+
+def test_shares_in_tables_sum_to_the_logit(results: dict[str, Any]) -> None:
+    one, many, branches = (results[name] for name in ("attribution", "positions", "branches"))
+    assert sum(one.table().columns["share"]) + one.offset == pytest.approx(one.logit)
+    assert f"sum to {one.logit:.4f}, and it is {one.logit:.4f}" in one.table().notes[0]
+    assert one.table().title == "Shares in the logit of token 3 less that of token 4"
+    rows = many.table().columns
+    for m, output in enumerate(many.positions):
+        own = [i for i, position in enumerate(rows["output"]) if position == output]
+        assert [rows["position"][i] for i in own] == list(range(output + 1))
+        assert {rows["target"][i] for i in own} == {int(many.targets[m])}
+        total = sum(rows["share"][i] for i in own) + float(many.offsets[m])
+        assert total == pytest.approx(rows["logit"][own[0]])
+    rows = branches.table().columns
+    last = [i for i, position in enumerate(rows["output"]) if position == len(PROMPT) - 1]
+    assert [rows["block"][i] for i in last] == list(range(1, L + 1))
+    heads = [sum(rows[f"head {h}"][i] for h in range(HEADS)) for i in last]
+    assert heads == pytest.approx([rows["attn"][i] for i in last])
+    total = sum(rows["attn"][i] + rows["mlp"][i] for i in last) + float(branches.embedding[-1] + branches.bias[-1])
+    assert total == pytest.approx(float(branches.logits[-1]))
+    attention, mlp = branches.figure().axes[0].lines
+    assert attention.get_xydata().tolist() == [[rows["block"][i], rows["attn"][i]] for i in last]
+    assert mlp.get_ydata().tolist() == [rows["mlp"][i] for i in last]
+
+
+def test_depths_in_tables_and_figures(results: dict[str, Any]) -> None:
+    found, readout = results["layers"], results["readout"]
+    rows = found.table().columns
+    assert rows["depth"] == [m.tap.index for m in found.maps for _ in range(2)]
+    assert rows["sigma"] == [s for m in found.maps for s in m.S.tolist()]
+    assert rows["left"][-1] == found.maps[-1].left.ids[-1].tolist()
+    axes = found.figure().axes[0]
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["layer", "attn", "mlp"]
+    for line, kind in zip(axes.lines, ("layer", "attn", "mlp"), strict=True):
+        own = [[m.tap.index, m.stable_rank.value] for m in found.maps if m.tap.kind == kind]
+        assert line.get_xydata().tolist() == own
+    axes = readout.figure().axes[0]
+    assert axes.lines[0].get_xydata().tolist() == [[i, rank] for i, rank in enumerate(readout.ranks[:, 0].tolist())]
+    low, high = axes.get_ylim()
+    assert low > high, "the first rank is on top"
+    assert readout.table().columns["rank"][-1] == 1
+
+
+def test_other_tables_hold_the_results_numbers(results: dict[str, Any]) -> None:
+    compared, ranks, pushed = (results[name] for name in ("comparison", "token ranks", "steering"))
+    rows = compared.table().columns
+    assert rows["sigma a"] == compared.a.svd.S.tolist()
+    assert rows["sigma b"] == compared.b.svd.S.tolist()
+    assert rows["left angle"] == compared.left.tolist()
+    a, b = compared.figure().axes[0].lines
+    assert (a.get_ydata().tolist(), b.get_ydata().tolist()) == (rows["sigma a"], rows["sigma b"])
+    assert results["portrait"].table().columns["share"] == compared.a.shares.tolist()
+    assert ranks.table().columns["value"] == [rank.value for rank in ranks.tokens]
+    rows = pushed.table().columns
+    assert rows["strength"] == [0.0, 1.0, 0.5, 1.0, 0.5]
+    assert rows["control"] == [False, False, False, True, True]
+    assert rows["generated"][2] == pushed.steered[1].ids
+    concept, control = pushed.figure().axes[0].lines
+    assert concept.get_xydata().tolist() == [[0, 0], [0.5, rows["kl"][2]], [1, rows["kl"][1]]]
+    assert control.get_ydata()[1] == rows["kl"][4]
+    rows = results["readability"].table().columns
+    assert rows["above"] == results["readability"].above.tolist()
+    last = results["per token"]
+    trace = SimpleNamespace(ids=PROMPT, model=SimpleNamespace(tokenizer=SimpleNamespace(piece=lambda id: b"t%d" % id)))
+    assert last.table(trace).title == "Singular triplets of position t6"
+    assert last.table().columns["right"] == last.right.ids.tolist()
 
 
 def test_what_is_infinite_is_not_drawn() -> None:

@@ -14,9 +14,9 @@ with `z_h` what head `h` read at the position and `W_h` its columns of the outpu
 identity of the frozen network; it says what each part contributes, not what would happen if the part were changed.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -26,12 +26,13 @@ from ggjac.blocks import SLAB, BlockTape, FrozenBlock, attention_halves, block
 from ggjac.decode import Head
 from ggjac.jacobian import CHUNK_BYTES, DetachedJacobian, FrozenNetwork
 from ggjac.linop import LinearOperator
+from ggjac.notebook import Bars, Plotted, Points, Result, Table, Words
 
 Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
-class Attribution:
+class Attribution(Plotted):
     """How one logit, or the difference of two, is made up.
 
     Attributes:
@@ -53,9 +54,22 @@ class Attribution:
         """`logit - Σ shares - offset`: rounding, and so a measure of what the dtype costs."""
         return self.logit - float(self.shares.sum()) - self.offset
 
+    def _table(self, words: Words) -> Table:
+        total = float(self.shares.sum()) + self.offset
+        return Table(
+            f"Shares in {_split(words, self.target, self.versus)}",
+            words.at(range(len(self.shares))) | {"share": self.shares.tolist()},
+            (f"offset {self.offset:.4f}; shares and offset sum to {total:.4f}, and it is {self.logit:.4f}",),
+        )
+
+    def _plot(self, words: Words) -> Bars:
+        title = f"Shares in {_split(words, self.target, self.versus)}"
+        label = f"share; all shares and the offset sum to {self.logit:.4f}"
+        return Bars(title, label, words.labels(range(len(self.shares))), self.shares.tolist())
+
 
 @dataclass(frozen=True)
-class TokenShares:
+class TokenShares(Result):
     """`Attribution` of `m` output positions, each of its own target.
 
     Attributes:
@@ -79,9 +93,21 @@ class TokenShares:
         """What is left of each logit: rounding."""
         return self.logits - self.shares.sum(1) - self.offsets
 
+    def _table(self, words: Words) -> Table:
+        rows = [(m, i) for m, output in enumerate(self.positions) for i in range(output + 1)]
+        outputs = [m for m, _ in rows]
+        columns: dict[str, Sequence[Any]] = {
+            "output": [self.positions[m] for m in outputs],
+            "target": words.each(self.targets[outputs].tolist()),
+            "logit": self.logits[outputs].tolist(),
+            **words.at([i for _, i in rows]),
+            "share": [float(self.shares[m, i]) for m, i in rows],
+        }
+        return Table(f"Shares in {_split(words, None, self.versus)} of each output position", columns)
+
 
 @dataclass(frozen=True)
-class BranchShares:
+class BranchShares(Plotted):
     """What was added to the stream of `m` output positions, as the final norm and the head read it.
 
     Attributes:
@@ -115,6 +141,32 @@ class BranchShares:
         if self.heads is not None and self.attn_bias is not None:
             attn = self.heads.sum((1, 2)) + self.attn_bias.sum(1)
         return self.logits - self.embedding - attn - self.mlp.sum(1) - self.bias
+
+    def _table(self, words: Words) -> Table:
+        m, L = self.attn.shape
+        outputs = [i for i in range(m) for _ in range(L)]
+        columns: dict[str, Sequence[Any]] = {
+            "output": [self.positions[i] for i in outputs],
+            "target": words.each(self.targets[outputs].tolist()),
+            "block": [*range(1, L + 1)] * m,
+            "attn": self.attn.flatten().tolist(),
+            "mlp": self.mlp.flatten().tolist(),
+        }
+        if self.heads is not None:
+            columns |= {f"head {h}": head.flatten().tolist() for h, head in enumerate(self.heads.unbind(2))}
+        return Table(f"Shares in {_split(words, None, self.versus)}, by block", columns)
+
+    def _plot(self, words: Words) -> Points:
+        blocks = range(1, self.attn.shape[1] + 1)
+        series = {"attention": (blocks, self.attn[-1].tolist(), ()), "MLP": (blocks, self.mlp[-1].tolist(), ())}
+        title = f"Shares in {_split(words, int(self.targets[-1]), self.versus)}"
+        return Points(title, "block", "share", series)
+
+
+def _split(words: Words, target: int | None, versus: int | None) -> str:
+    """Say what is split: of one target, or of each output's own."""
+    logit = "the logit" if target is None else f"the logit of {words.name(target)}"
+    return logit if versus is None else f"{logit} less that of {words.name(versus)}"
 
 
 def attribute(

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ggjac.decode import Head
 from ggjac.jacobian import DetachedJacobian
+from ggjac.notebook import Bars, Plotted, Points, Table, Words
 from ggjac.svd import SVD
 
 
@@ -22,7 +23,7 @@ class CompareError(ValueError):
 
 
 @dataclass(frozen=True)
-class Portrait:
+class Portrait(Plotted):
     """One file's numbers at one prompt.
 
     Attributes:
@@ -51,9 +52,18 @@ class Portrait:
     offset: float
     logits: Float[Tensor, "n v"]
 
+    def _table(self, words: Words) -> Table:
+        note = f"offset {self.offset:.4f}, reconstruction error {self.reconstruction_error:.1e}"
+        columns = words.at(range(len(self.ids))) | {"share": self.shares.tolist()}
+        return Table(f"Shares in the logit of {words.name(self.target)}, {self.logit:.4f}", columns, (note,))
+
+    def _plot(self, words: Words) -> Bars:
+        title = f"Shares in the logit of {words.name(self.target)}"
+        return Bars(title, "share", words.labels(range(len(self.ids))), self.shares.tolist())
+
 
 @dataclass(frozen=True)
-class Comparison:
+class Comparison(Plotted):
     """Two portraits `a` and `b`, and how far they are apart.
 
     Attributes:
@@ -77,6 +87,26 @@ class Comparison:
     def shares(self) -> Float[Tensor, " n"]:
         """How each input position's share in the logit differs, `b - a`."""
         return self.b.shares - self.a.shares
+
+    def _table(self, words: Words) -> Table:
+        columns = {
+            "sigma a": self.a.svd.S.tolist(),
+            "sigma b": self.b.svd.S.tolist(),
+            "left angle": self.left.tolist(),
+            "right angle": self.right.tolist(),
+        }
+        last = self.a.position
+        notes = (
+            "angles: between the spans of all left and of all right vectors, in radians, largest first",
+            f"outputs are {self.output_distance:.1e} apart; next token: KL {float(self.kl[last]):.1e} nats, "
+            f"most likely token {'the same' if self.top1[last] else 'another'}",
+        )
+        return Table("Two files of one model", columns, notes)
+
+    def _plot(self, words: Words) -> Points:
+        found = {name: p.svd.S.tolist() for name, p in (("a", self.a), ("b", self.b))}
+        series = {name: (range(len(S)), S, ()) for name, S in found.items()}
+        return Points("Singular values of two files of one model", "index", "σ", series)
 
 
 def portray(

@@ -22,6 +22,7 @@ from torch import Tensor
 from ggjac.decode import Head, Ranked, top_logits
 from ggjac.frobenius import EXACT_ROWS, PROBES, StableRank, stable_ranks
 from ggjac.jacobian import DetachedJacobian, Path, SharedSweep, Tap
+from ggjac.notebook import Plotted, Points, Table, Words
 from ggjac.svd import SVD, svd_together
 
 MapName = Literal["cumulative", "blockwise", "to_end"]
@@ -70,7 +71,7 @@ class LayerMap:
 
 
 @dataclass(frozen=True)
-class Readout:
+class Readout(Plotted):
     """The residual stream itself at every depth, through final norm and head.
 
     Attributes:
@@ -84,6 +85,21 @@ class Readout:
     top: Ranked
     tokens: Int[Tensor, " t"]
     ranks: Int[Tensor, "m t"]
+
+    def _table(self, words: Words) -> Table:
+        columns = {
+            "depth": self.depths,
+            "probability": self.top.scores[:, 0].tolist(),
+            "tokens": [words.each(ids) for ids in self.top.ids.tolist()],
+            "rank": self.ranks[:, 0].tolist(),
+        }
+        note = f"probability: of the first token; rank: of {words.name(int(self.tokens[0]))}"
+        return Table("The stream at every depth, through final norm and head", columns, (note,))
+
+    def _plot(self, words: Words) -> Points:
+        name = words.name(int(self.tokens[0]))
+        series = {name: (self.depths, self.ranks[:, 0].tolist(), ())}
+        return Points(f"Rank of {name} by depth", "blocks", "rank", series, log=True, flipped=True)
 
 
 class Way(NamedTuple):
@@ -99,12 +115,40 @@ class Way(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Layers:
+class Layers(Plotted):
     """All that was asked for, in the order of `MAPS`, of `KINDS` and of depth; no `way` without map to the output."""
 
     maps: list[LayerMap]
     readout: Readout
     way: Way | None
+
+    def _table(self, words: Words) -> Table:
+        rows = [(m, j) for m in self.maps for j in range(len(m.S))]
+        columns: dict[str, Sequence[Any]] = {
+            "map": [m.map for m, _ in rows],
+            "kind": [m.tap.kind for m, _ in rows],
+            "depth": [m.tap.index for m, _ in rows],
+            "stable rank": [m.stable_rank.value for m, _ in rows],
+            "index": [j for _, j in rows],
+            "sigma": [float(m.S[j]) for m, j in rows],
+            "residual": [float(m.residual[j]) for m, j in rows],
+            "left": [words.each(m.left.ids[j].tolist()) for m, j in rows],
+        }
+        return Table("Singular triplets of every map", columns, ("left: tokens the vector promotes",))
+
+    def _plot(self, words: Words) -> Points:
+        first = self.maps[0].map if self.maps else None
+        found = {kind: [m for m in self.maps if (m.map, m.tap.kind) == (first, kind)] for kind in KINDS}
+        series: dict[str, tuple[list[int], list[float], list[float]]] = {
+            kind: (
+                [m.tap.index for m in own],
+                [m.stable_rank.value for m in own],
+                [m.stable_rank.error for m in own],
+            )
+            for kind, own in found.items()
+        }
+        title = f"Stable rank by depth, {first.replace('_', ' ')} maps" if first else "Stable rank by depth"
+        return Points(title, "blocks", "stable rank", series)
 
 
 class _Found(NamedTuple):

@@ -14,12 +14,13 @@ from torch import Tensor
 from ggjac.decode import Head, Ranked, nearest, top_logits
 from ggjac.jacobian import DetachedJacobian
 from ggjac.linop import LinearOperator, Select
+from ggjac.notebook import Plotted, Points, Table, Words
 from ggjac.svd import SVD, svd_together
 from ggjac.weights import Weight
 
 
 @dataclass(frozen=True)
-class TokenSpectrum:
+class TokenSpectrum(Plotted):
     """Singular triplets of one position's map, with their tokens.
 
     Attributes:
@@ -34,6 +35,16 @@ class TokenSpectrum:
     svd: SVD
     left: Ranked
     right: Ranked
+
+    def _table(self, words: Words) -> Table:
+        found = self.svd._table(words)
+        sides = {side: getattr(self, side).ids.tolist() for side in ("left", "right")}
+        columns = {side: [words.each(row) for row in rows] for side, rows in sides.items()}
+        (name,) = words.labels([self.position])
+        return Table(f"{found.title} of position {name}", {**found.columns, **columns}, found.notes)
+
+    def _plot(self, words: Words) -> Points:
+        return self.svd._plot(words)
 
 
 def per_token(

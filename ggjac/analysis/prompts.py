@@ -12,11 +12,12 @@ from torch import Tensor
 from ggjac.frobenius import EXACT_ROWS, PROBES, StableRank, stable_ranks
 from ggjac.jacobian import DetachedJacobian
 from ggjac.linop import LinearOperator, Select
+from ggjac.notebook import Bars, Plotted, Table, Words
 from ggjac.svd import svd_together
 
 
 @dataclass(frozen=True)
-class TokenRanks:
+class TokenRanks(Plotted):
     """Stable ranks at one prompt.
 
     Attributes:
@@ -32,6 +33,15 @@ class TokenRanks:
     residual: float
     sweeps: int
     stopped_by: str
+
+    def _table(self, words: Words) -> Table:
+        columns = {name: [getattr(rank, name) for rank in self.tokens] for name in StableRank.__annotations__}
+        note = f"joint map: {self.joint.value:.4g}"
+        return Table("Stable rank of each position's map", words.at(range(len(self.tokens))) | columns, (note,))
+
+    def _plot(self, words: Words) -> Bars:
+        values = [rank.value for rank in self.tokens]
+        return Bars("Stable rank of each position's map", "stable rank", words.labels(range(len(values))), values)
 
 
 def token_ranks(

@@ -16,13 +16,14 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ggjac.decode import Ranked
+from ggjac.notebook import Result, Table, Words
 from ggjac.weights import Weight
 
 Decode = Callable[[Tensor, int], Ranked]
 
 
 @dataclass(frozen=True)
-class Readability:
+class Readability(Result):
     """Coherence of decoded vectors, and of shuffled ones.
 
     Attributes:
@@ -53,6 +54,11 @@ class Readability:
         """How often chance does as well: the share of shuffled vectors that reach each score, counting one more."""
         reached = (self.shuffled >= self.scores[:, None]).sum(1)
         return (1 + reached).double() / (1 + len(self.shuffled))
+
+    def _table(self, words: Words) -> Table:
+        columns = {"score": self.scores.tolist(), "above": self.above.tolist(), "chance": self.chance.tolist()}
+        note = f"{len(self.shuffled)} shuffled vectors score {self.mean:.3f} ± {self.sd:.3f}"
+        return Table("Coherence of decoded vectors", columns, (note,))
 
 
 def readability(

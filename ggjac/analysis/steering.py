@@ -38,6 +38,7 @@ from ggjac.blocks import MlpPath
 from ggjac.generation import Continuation, greedy
 from ggjac.jacobian import DetachedJacobian, Path, Tap
 from ggjac.model import Model
+from ggjac.notebook import Plotted, Points, Table, Words
 
 Method = Literal["equation16", "additive"]
 
@@ -68,7 +69,7 @@ class Generated:
 
 
 @dataclass(frozen=True)
-class Steering:
+class Steering(Plotted):
     """A prompt continued without and with a push, for several strengths.
 
     Attributes:
@@ -96,6 +97,23 @@ class Steering:
     steered: list[Generated]
     controls: list[Generated]
     seed: int
+
+    def _table(self, words: Words) -> Table:
+        rows = [self.baseline, *self.steered, *self.controls]
+        columns = {name: [getattr(row, name) for row in rows] for name in ("strength", "control", "kl", "mass", "hits")}
+        notes = (
+            "mass: of the concept's top tokens at the first step; hits: how many of them were generated",
+            "control: pushed by a random operator",
+        )
+        texts = {"generated": [words.each(row.ids) for row in rows]}
+        return Table(f"Steering by {self.method} after {self.changed} blocks", columns | texts, notes)
+
+    def _plot(self, words: Words) -> Points:
+        series = {}
+        for name, rows in (("concept", self.steered), ("random operator", self.controls)):
+            points = sorted((row.strength, row.kl) for row in (self.baseline, *rows)) if rows else []
+            series[name] = [x for x, _ in points], [y for _, y in points], ()
+        return Points("What the push changes at the first step", "strength", "KL to the baseline, nats", series)
 
 
 def default_layer(block_count: int) -> int:
