@@ -205,7 +205,7 @@ def _draw(plot: Points | Bars) -> Any:
     if not series:
         raise ValueError(f"{plot.title}: there is nothing to draw, the result is empty")
     xs, ys = ([point[axis] for s in series for point in s.points] for axis in (0, 1))
-    x = charts.linear(plot.x, xs, whole=not plot.scatter, pad=0.04)
+    x = charts.linear(plot.x, xs, whole=all(map(float.is_integer, xs)), pad=0.04)
     y = (
         charts.logarithmic(plot.y, ys, flipped=plot.flipped)
         if plot.log

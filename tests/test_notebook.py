@@ -289,7 +289,7 @@ def test_figures_draw_the_numbers(results: dict[str, Any]) -> None:
 def test_shares_in_tables_sum_to_the_logit(results: dict[str, Any]) -> None:
     one, many, branches = (results[name] for name in ("attribution", "positions", "branches"))
     assert sum(one.table().columns["share"]) + one.offset == pytest.approx(one.logit)
-    assert f"sum to {one.logit:.4f}, and it is {one.logit:.4f}" in one.table().notes[0]
+    assert f"sum to {one.logit:.4f}; forward pass: {one.logit:.4f}" in one.table().notes[0]
     assert one.table().title == "Shares in the logit of token 3 less that of token 4"
     rows = many.table().columns
     for m, output in enumerate(many.positions):
@@ -305,6 +305,7 @@ def test_shares_in_tables_sum_to_the_logit(results: dict[str, Any]) -> None:
     assert heads == pytest.approx([rows["attn"][i] for i in last])
     total = sum(rows["attn"][i] + rows["mlp"][i] for i in last) + float(branches.embedding[-1] + branches.bias[-1])
     assert total == pytest.approx(float(branches.logits[-1]))
+    assert f"sum to {total:.4f}; forward pass: {total:.4f}" in branches.table().notes[0]
     attention, mlp = branches.figure().axes[0].lines
     assert attention.get_xydata().tolist() == [[rows["block"][i], rows["attn"][i]] for i in last]
     assert mlp.get_ydata().tolist() == [rows["mlp"][i] for i in last]
@@ -342,7 +343,9 @@ def test_other_tables_hold_the_results_numbers(results: dict[str, Any]) -> None:
     assert rows["strength"] == [0.0, 1.0, 0.5, 1.0, 0.5]
     assert rows["control"] == [False, False, False, True, True]
     assert rows["generated"][2] == pushed.steered[1].ids
-    concept, control = pushed.figure().axes[0].lines
+    axes = pushed.figure().axes[0]
+    assert list(axes.get_xticks()) == [0, 0.5, 1], "strengths are not whole numbers"
+    concept, control = axes.lines
     assert concept.get_xydata().tolist() == [[0, 0], [0.5, rows["kl"][2]], [1, rows["kl"][1]]]
     assert control.get_ydata()[1] == rows["kl"][4]
     rows = results["readability"].table().columns

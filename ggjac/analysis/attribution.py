@@ -59,7 +59,7 @@ class Attribution(Plotted):
         return Table(
             f"Shares in {_split(words, self.target, self.versus)}",
             words.at(range(len(self.shares))) | {"share": self.shares.tolist()},
-            (f"offset {self.offset:.4f}; shares and offset sum to {total:.4f}, and it is {self.logit:.4f}",),
+            (f"offset {self.offset:.4f}; shares and offset sum to {total:.4f}; forward pass: {self.logit:.4f}",),
         )
 
     def _plot(self, words: Words) -> Bars:
@@ -154,7 +154,10 @@ class BranchShares(Plotted):
         }
         if self.heads is not None:
             columns |= {f"head {h}": head.flatten().tolist() for h, head in enumerate(self.heads.unbind(2))}
-        return Table(f"Shares in {_split(words, None, self.versus)}, by block", columns)
+        logit, rest = self.logits[-1], self.embedding[-1] + self.bias[-1]
+        total = logit - self.unexplained[-1]
+        note = f"last output: embedding and biases {rest:.4f}; all sum to {total:.4f}; forward pass: {logit:.4f}"
+        return Table(f"Shares in {_split(words, None, self.versus)}, by block", columns, (note,))
 
     def _plot(self, words: Words) -> Points:
         blocks = range(1, self.attn.shape[1] + 1)

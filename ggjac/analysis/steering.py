@@ -106,7 +106,7 @@ class Steering(Plotted):
             "control: pushed by a random operator",
         )
         texts = {"generated": [words.each(row.ids) for row in rows]}
-        return Table(f"Steering by {self.method} after {self.changed} blocks", columns | texts, notes)
+        return Table(f"Steering ({self.method}), pushed after {self.changed} blocks", columns | texts, notes)
 
     def _plot(self, words: Words) -> Points:
         series = {}
