@@ -607,7 +607,8 @@ def _advice(plan: Plan, parts: Mapping[str, int], option: str, needed: int) -> s
         "trace": "use fewer tokens",
     }
     advice = [lower[part] for part, _ in _largest(parts, len(parts)) if part in lower and parts[part] > needed / 8]
-    return "; ".join([*dict.fromkeys(advice), f"or give {option} {math.ceil(needed / 2**26) * 64}MiB"])
+    enough = f"{option} {math.ceil(needed / 2**26) * 64}MiB"
+    return "; ".join([*dict.fromkeys(advice), f"or give {enough}" if advice else f"give {enough}"])
 
 
 def make(

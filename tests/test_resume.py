@@ -202,3 +202,20 @@ def test_what_cannot_be_resumed_says_so(run: Run, commands: dict[str, list[str]]
     assert finished["code"] == 0
     assert finished["events"] == 0
     assert run(tmp_path, *commands["run"])["code"] == 1
+
+
+def test_a_kept_trace_serves_other_commands(run: Run, commands: dict[str, list[str]], tmp_path: Path) -> None:
+    kept = ["--trace", "kept"]
+    first = run(tmp_path, *commands["svd.safetensors"], *kept)
+    assert first["code"] == 0, first["stderr"]
+    before = {path.name: path.read_bytes() for path in (tmp_path / "kept").iterdir()}
+    assert set(before) == {"trace.json", *(f"block-00{i}.safetensors" for i in range(3))}
+    second = run(tmp_path, *commands["jacobian.safetensors"], *kept)
+    assert second["code"] == 0, second["stderr"]
+    assert before == {path.name: path.read_bytes() for path in (tmp_path / "kept").iterdir()}
+    run(tmp_path / "without", *commands["jacobian.safetensors"])
+    found = [load_file(folder / "jacobian.safetensors") for folder in (tmp_path, tmp_path / "without")]
+    assert not differing(*found)
+    other = run(tmp_path, *commands["svd.safetensors"], *kept, "--tokens", "5,3,7", "-o", "other")
+    assert other["code"] == 1
+    assert "tokens was [5, 3, 7, 9], is [5, 3, 7]" in other["stderr"]
