@@ -77,7 +77,15 @@ def parity() -> Parity:
 
 def triplets(values: list[float]) -> SVD:
     k = len(values)
-    return SVD(torch.eye(k), torch.tensor(values), torch.eye(k), torch.full((k,), 1e-4), 6, True, "tolerance")
+    return SVD(
+        torch.eye(k),
+        torch.tensor(values, dtype=torch.float64),
+        torch.eye(k),
+        1e-4 * torch.arange(1, k + 1, dtype=torch.float64),
+        6,
+        True,
+        "tolerance",
+    )
 
 
 @pytest.fixture(scope="module")
@@ -242,6 +250,7 @@ def test_words_are_the_traces(results: dict[str, Any]) -> None:
 
 
 def test_columns_are_the_results_own_numbers(results: dict[str, Any]) -> None:
+    assert triplets([3.0, 2.0]).table().columns == {"sigma": [3.0, 2.0], "residual": [1e-4, 2e-4]}
     columns = results["contributions"].table().columns
     assert columns["frobenius"] == results["contributions"].frobenius.tolist()
     assert columns["length"] == pytest.approx([math.hypot(*term) for term in results["contributions"].terms.tolist()])
