@@ -33,6 +33,9 @@ from ggjac.ggml import TYPES, GGMLType
 # Elements that torch dequantizes at once on the CPU: few enough for temporaries to stay in cache, enough to make the
 # cost of calling some twenty operations small.
 TILE = 1 << 18
+# The same for libggml, a thread each, between copies of strided rows or conversions to 16 bit: larger, as its threads
+# take turns at what Python does in between.
+NATIVE_TILE = 1 << 20
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Blocks in torch. Element types return their own dtype, quantized types float32.
@@ -382,7 +385,7 @@ def dequantize_rows(raw: np.ndarray, type: GGMLType, out: Tensor | None = None, 
     # Torch has threads of its own.
     threads = min(threads, rows) if native else 1
     whole = raw.flags.c_contiguous and (out.dtype == torch.float32 if native else type.block_size == 1)
-    step = rows if whole else max(1, TILE // elements)
+    step = rows if whole else max(1, (NATIVE_TILE if native else TILE) // elements)
 
     def work(start: int, stop: int) -> None:
         scratch = None if out.dtype == torch.float32 else torch.empty(min(step, stop - start), elements)

@@ -191,7 +191,8 @@ def test_rows_split_over_threads(type, rows, threads):
 
 @every_type
 def test_tiles(type, compute, monkeypatch):
-    monkeypatch.setattr(quants, "TILE", 2 * 3 * type.block_size)  # two rows, so that seven end in half a tile
+    for name in ("TILE", "NATIVE_TILE"):
+        monkeypatch.setattr(quants, name, 2 * 3 * type.block_size)  # two rows, so that seven end in half a tile
     raw, expected = rows_of(type, 7)
     assert_same_bits(compute(raw, type), expected)
 
@@ -203,7 +204,8 @@ def test_tiles(type, compute, monkeypatch):
     ids=["step", "reverse", "range", "one", "none"],
 )
 def test_strided_rows(type, view, compute, monkeypatch):
-    monkeypatch.setattr(quants, "TILE", 2 * 3 * type.block_size)
+    for name in ("TILE", "NATIVE_TILE"):
+        monkeypatch.setattr(quants, name, 2 * 3 * type.block_size)
     raw, expected = rows_of(type, 7)
     assert_same_bits(compute(raw[view], type), expected[view])
 
@@ -242,7 +244,8 @@ def test_out_is_overwritten_and_returned(type, request):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("threads", [1, 2])
 def test_other_dtypes_are_converted_tile_by_tile(type, dtype, threads, monkeypatch):
-    monkeypatch.setattr(quants, "TILE", 2 * 3 * type.block_size)
+    for name in ("TILE", "NATIVE_TILE"):
+        monkeypatch.setattr(quants, name, 2 * 3 * type.block_size)
     raw, expected = rows_of(type, 7)
     out = torch.full(expected.shape, torch.nan, dtype=dtype)
     assert quants.dequantize_rows(raw, type, out, threads=threads) is out
@@ -318,7 +321,8 @@ def test_invalid_scales_are_found(type):
 
 @every_type
 def test_one_invalid_scale_among_many(type, monkeypatch):
-    monkeypatch.setattr(quants, "TILE", 2 * 3 * type.block_size)
+    for name in ("TILE", "NATIVE_TILE"):
+        monkeypatch.setattr(quants, name, 2 * 3 * type.block_size)
     raw = rows_of(type, 7)[0].copy()
     assert not quants.has_invalid_scales(raw, type)
     assert not quants.has_invalid_scales(raw[:0], type)
