@@ -131,7 +131,7 @@ def job(
     _check_length(config, n)
     if not 1 <= rank <= config.d:
         raise PlanError(f"--rank {rank} is out of range; this model's Jacobian has {config.d} singular values")
-    width = min(max(rank + 8, min(3 * rank, 24)), config.d)
+    width = min(block_width(rank, n * config.d), config.d)
     chunk_bytes = CHUNK_BYTES if chunk_bytes is None else chunk_bytes
     rebuild = Sweeps("reconstruction", 1, 3)
     krylov = Sweeps("svd", sweeps, width)
@@ -169,6 +169,11 @@ def _with_maps(job: Job, config: ModelConfig, n: int, dtype: str, maps: int, wid
     return replace(
         job, sweeps=job.sweeps + more, width=max(job.width, maps * width), rank=max(job.rank, decoded), maps=maps
     )
+
+
+def block_width(rank: int, size: int) -> int:
+    """Return the stacked vectors of a decomposition, as `ggjac.svd.block_width` does; a test holds them equal."""
+    return max(rank + 8, min(4 * rank, 32) if size <= 1 << 20 else min(3 * rank, 24))
 
 
 def _check_length(config: ModelConfig, n: int) -> None:

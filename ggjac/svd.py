@@ -57,6 +57,8 @@ class SVD(Plotted):
 
 # Columns of a stack of vectors that are factored at a time.
 PANEL = 1 << 16
+# Elements from which on a vector counts as large: 128 tokens of a model with 8192 dimensions.
+LARGE = 1 << 20
 
 # What an iteration asks for: a side (0: multiply by the transpose, 1: by the operator) and stacked vectors `[k, size]`.
 Request = tuple[int, Tensor]
@@ -147,7 +149,7 @@ def iteration(
             triplets have zero singular values and orthonormal vectors.
         tol: relative residual asked of every triplet.
         max_sweeps: stop after so many products with A or its transpose.
-        block: stacked vectors per sweep; default `rank` plus 8, and three times `rank` up to 24.
+        block: stacked vectors per sweep; default `block_width(rank, size of an input)`.
         seed: of the random start; the same seed gives the same digits on the same machine.
         progress: called after each sweep with the sweep count and the worst relative residual known so far.
 
@@ -171,7 +173,7 @@ def iteration(
         raise ValueError(f"max_sweeps {max_sweeps} is out of range: triplets and their residuals take at least 2")
     if block is not None and block < rank:
         raise ValueError(f"block {block} is out of range: it must hold the {rank} triplets asked for")
-    width = min(block or max(rank + 8, min(3 * rank, 24)), sizes[0])
+    width = min(block or block_width(rank, sizes[1]), sizes[0])
 
     work = torch.promote_types(A.dtype, torch.float32)
     eps = torch.finfo(A.dtype).eps
@@ -242,6 +244,15 @@ def iteration(
         converged=bool((residual <= tol).all()),
         reason=reason,
     )
+
+
+def block_width(rank: int, size: int) -> int:
+    """Return how many vectors of `size` elements a sweep stacks to find `rank` triplets.
+
+    More of them save sweeps, each of which reads a whole model: for 8 triplets 16 take 10, 24 take 9 and 32 take 8.
+    Where a vector is large, they cost memory, and multiplying them costs more than reading.
+    """
+    return max(rank + 8, min(4 * rank, 32) if size <= LARGE else min(3 * rank, 24))
 
 
 class Basis:

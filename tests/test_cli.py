@@ -121,7 +121,7 @@ PARTS: dict[str, tuple[set[str], list[str]]] = {
     "svd": ({"reconstruction", "svd"}, ["converged after", "residual"]),
     "jacobian": ({"jacobian"}, ["‖J_i‖_F"]),
     "attribute": ({"reconstruction", "attribution"}, ["Exact share of every input token", "sum"]),
-    "layers": ({"reconstruction", "layers"}, ["From the input to this depth", "Each block alone", "most likely tokens"]),
+    "layers": ({"reconstruction", "layers"}, ["From the input to this depth", "Each block alone", "likely tokens"]),
     "ranks": ({"ranks"}, ["Stable rank of each prompt", "Stable rank by token index", "all converged"]),
     "norms": ({"reconstruction", "norms"}, ["Longest columns and rows", "‖column‖"]),
     "contrast": (
@@ -579,7 +579,7 @@ def test_cuda_where_there_is_none(device: str, tiny_file: TinyFile) -> None:
     assert "use cpu" in err
 
 
-SAVING = {"analyze": "run", "predict": "f", "svd": "f", "attribute": "f", "jacobian": "f", "contrast": "f", "norms": "f"}
+SAVING = {"analyze": "run"} | dict.fromkeys(["predict", "svd", "attribute", "jacobian", "contrast", "norms"], "f")
 
 
 @pytest.mark.parametrize("command", SAVING)

@@ -12,7 +12,7 @@ import tiny
 import torch
 from families import FAMILIES
 
-from ggjac import blocks, jacobian, machine, planner, weights
+from ggjac import blocks, jacobian, machine, planner, svd, weights
 from ggjac.analysis import contributions, stable_rank
 from ggjac.config import ModelConfig
 from ggjac.gguf import GGUFFile, open_gguf
@@ -228,6 +228,9 @@ def test_the_constants_are_those_of_the_modules_that_import_torch() -> None:
     assert planner.SLAB == blocks.SLAB
     assert planner.CHUNK_BYTES == jacobian.CHUNK_BYTES
     assert planner.SLICE == contributions.SLICE
+    for rank in (1, 3, 8, 11, 40):
+        for size in (64, 1 << 20, (1 << 20) + 1):
+            assert planner.block_width(rank, size) == svd.block_width(rank, size)
     assert (planner.EXACT_ROWS, planner.PROBES) == (stable_rank.EXACT_ROWS, 16)
     assert planner.ITEM_BYTES == {name: dtype.itemsize for name, dtype in DTYPES.items()}
 

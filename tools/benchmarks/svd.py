@@ -21,10 +21,12 @@ import torch
 from torch import Tensor
 
 from ggjac import machine, planner
+from ggjac.blocks import SLAB
 from ggjac.jacobian import DetachedJacobian
 from ggjac.model import Model, open_model
 from ggjac.svd import svd
 from ggjac.tapes import Tapes
+from ggjac.weights import TILE_ELEMENTS
 
 SAMPLE = 2  # blocks in which the limits are measured
 DISK_SAMPLE = 2 << 30  # bytes
@@ -51,20 +53,23 @@ def dequantize(model: Model, blocks: range) -> None:
                 pass
 
 
-def multiply(model: Model, blocks: range, columns: int) -> None:
-    """Multiply dense tiles of the live matrices' shapes with so many columns."""
-    kept: dict[tuple, Tensor] = {}
+def multiply(model: Model, blocks: range, columns: int) -> Callable[[], None]:
+    """Return a function that multiplies dense tiles of the live matrices, as a sweep does, with so many columns."""
+    shapes = [weight.shape for weight in live(model, 0)]
+    # Hidden units come in slabs.
+    pieces = [(out, min(into, SLAB) if into > model.config.d else into) for out, into in shapes]
+    dense = {piece: torch.randn(min(piece[0], TILE_ELEMENTS // piece[1]), piece[1]).to(model.dtype) for piece in pieces}
+    inputs = {piece: torch.randn(columns, piece[1]).to(model.dtype) for piece in pieces}
 
-    def dense(rows: int, into: int) -> Tensor:
-        return kept.setdefault((rows, into), torch.randn(rows, into).to(model.dtype))
+    def run() -> None:
+        for _ in blocks:
+            for (_out, whole), piece in zip(shapes, pieces, strict=True):
+                tile, x = dense[piece], inputs[piece]
+                for _ in range(0, whole, piece[1]):
+                    for start in range(0, piece[0], len(tile)):
+                        x @ tile[: min(len(tile), piece[0] - start)].T
 
-    for _ in blocks:
-        for weight in live(model, 0):
-            out, into = weight.shape
-            rows = min(out, (1 << 23) // into)
-            tile, x = dense(rows, into), dense(columns, into)
-            for start in range(0, out, rows):
-                x @ tile[: min(rows, out - start)].T
+    return run
 
 
 def disk_rate(path: Path) -> float:
@@ -92,7 +97,9 @@ class Measured(DetachedJacobian):
         """Return the seconds that dequantizing, and multiplying, a whole sweep take."""
         blocks, count = range(SAMPLE), len(self.network.tapes)
         dequantized = once(lambda: dequantize(self.model, blocks))
-        multiplied = once(lambda: multiply(self.model, blocks, k * (self.position + 1)))
+        product = multiply(self.model, blocks, k * (self.position + 1))
+        product()
+        multiplied = once(product)
         # The last block multiplies at one position only.
         return dequantized * count / SAMPLE, multiplied * (count - 1) / SAMPLE
 
