@@ -222,7 +222,9 @@ def test_a_closed_subspace_is_complete() -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
 def test_stops_at_the_floor_of_the_dtype(dtype: torch.dtype) -> None:
-    result = svd(Counted(prescribed(200, 300, [0.9**j for j in range(200)], dtype)), 5, tol=1e-30, max_sweeps=60)
+    result = svd(
+        Counted(prescribed(200, 300, [0.9**j for j in range(200)], dtype)), 5, tol=1e-30, max_sweeps=60, block=15
+    )
     assert (result.reason, result.converged) == ("precision", False)
     assert result.residual.max() < 32 * torch.finfo(dtype).eps
     assert result.sweeps < 25
