@@ -79,7 +79,7 @@ def test_json_says_what_the_library_says(rates: Rates, tiny_file: TinyFile) -> N
     data = json.loads(run("plan", "-m", path, *TOKENS, "-k", 3, "--ram-budget", "1GiB", "--format", "json").stdout)
     assert data["schema_version"] == 1
     assert (data["tokens"], data["command"], data["dtype"], data["ram_budget"]) == (5, "svd", "float32", 1 << 30)
-    assert data["sweeps"][0]["vectors"] == 11
+    assert data["sweeps"][0]["vectors"] == 12
     assert sum(data["ram"].values()) == data["ram_needed"] <= data["ram_peak"] <= 1 << 30
     assert [layer["index"] for layer in data["layers"]] == [0, 1]
     assert data["sweep"]["bytes"] == sum(layer["sweep_bytes"] for layer in data["layers"])
@@ -142,10 +142,10 @@ def test_a_budget_that_cannot_work_is_refused_before_any_work(
     text = error(command, "-m", tiny_file("gqa"), *TOKENS, "--ram-budget", "100MiB", *output)
     assert "of memory (process " in text
     assert "but --ram-budget allows 100.0 MiB" in text
-    assert "or give --ram-budget " in text
+    assert "; give --ram-budget " in text
     assert not (tmp_path / "out").exists()
     # What it asks for is enough.
-    enough = text.split("or give --ram-budget ")[1].split()[0]
+    enough = text.split("; give --ram-budget ")[1].split()[0]
     run("plan", "-m", tiny_file("gqa"), *TOKENS, "--ram-budget", enough, "--no-bench")
 
 
