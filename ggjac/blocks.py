@@ -24,12 +24,9 @@ from torch import Tensor
 from ggjac.config import ModelConfig, Rope
 from ggjac.linop import Center, Experts, Identity, Linear, LinearOperator, Mix, Scale, Select, Sum, TiledMatrix
 from ggjac.rope import rotate
+from ggjac.sizes import SLAB
 
 MlpPath = Literal["up", "gate"]
-
-# Hidden units of a feed-forward network that exist at a time: for many stacked vectors its `[k, n, f]` middle
-# would dwarf everything else. A multiple of every storage type's block, wide enough for GEMM to run at speed.
-SLAB = 2048
 
 
 @runtime_checkable

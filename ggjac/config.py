@@ -325,7 +325,9 @@ class ModelConfig:
     @property
     def hidden_units(self) -> int:
         """Hidden units of the widest feed-forward network; of a mixture, of one expert."""
-        return max(self.feed_forward_length, self.expert_feed_forward_length, self.expert_shared_feed_forward_length)
+        if self.expert_count:  # files may state the width of a dense network that they do not have
+            return max(self.expert_feed_forward_length, self.expert_shared_feed_forward_length)
+        return self.feed_forward_length
 
     @property
     def slices(self) -> dict[str, tuple[str, int, int]]:

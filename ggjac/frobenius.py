@@ -12,12 +12,8 @@ from torch import Tensor
 
 from ggjac.linop import LinearOperator
 from ggjac.notebook import Result
+from ggjac.sizes import PROBES
 from ggjac.svd import SVD
-
-# Up to this output size the Frobenius norm comes from all rows, in one sweep (or a few); beyond, it is estimated.
-EXACT_ROWS = 512
-# Random vectors of an estimate.
-PROBES = 16
 
 
 @dataclass(frozen=True)

@@ -580,6 +580,7 @@ class GGUFFile:
         self.nbytes = sum(len(shard.buffer) for shard in shards)  # of all shards, on disk
         self._data_starts = [shard.data_start for shard in shards]
         self._buffers = [shard.buffer for shard in shards]
+        self._fingerprint: str | None = None
 
     def rows(self, tensor: str | TensorInfo, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Return rows `start:stop` as a read-only view of the map, uint8 [rows, row_bytes]. Copies nothing.
@@ -606,15 +607,21 @@ class GGUFFile:
                 self._buffers[info.shard].madvise(mmap.MADV_WILLNEED, begin, offset + nbytes - begin)
 
     def fingerprint(self) -> str:
-        """Return `sampled-sha256:` and a hash that tells one model file from another, in milliseconds.
+        """Return `sampled-sha256:` and a hash that tells one model file from another; computed once, in milliseconds.
 
         Hashed are each shard's size and header (metadata, tensor names, types and places) and 64 KiB blocks of tensor
         data at fixed fractions of it. It is NOT a hash of the whole content: a change between two sampled blocks goes
         unseen.
         """
+        buffers = self._open_buffers()
+        if self._fingerprint is None:
+            self._fingerprint = self._sampled(buffers)
+        return self._fingerprint
+
+    def _sampled(self, buffers: list[mmap.mmap]) -> str:
         digest = hashlib.sha256()
         samples = max(2, FINGERPRINT_BLOCKS // len(self.paths))
-        for buffer, start in zip(self._open_buffers(), self._data_starts, strict=True):
+        for buffer, start in zip(buffers, self._data_starts, strict=True):
             digest.update(struct.pack("<QQ", len(buffer), start))
             digest.update(memoryview(buffer)[:start])
             last = len(buffer) - FINGERPRINT_BLOCK_BYTES

@@ -21,14 +21,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ggjac.blocks import SLAB, BlockWeights, Frame, FrozenBlock, MlpPath, NormTape, block
+from ggjac.blocks import BlockWeights, Frame, FrozenBlock, MlpPath, NormTape, block
 from ggjac.journal import Journal
-from ggjac.linop import Homogeneous, Identity, LinearOperator
+from ggjac.linop import Homogeneous, Identity, LinearOperator, Select
+from ggjac.sizes import CHUNK_BYTES, chunk_floats
 from ggjac.svd import SVD, svd
 from ggjac.tapes import Tapes
-
-# Working memory that a chunk of dense rows may take on its way down the blocks, in bytes, unless the trace says.
-CHUNK_BYTES = 1 << 30
 
 # Reconstruction error within which a dtype's arithmetic is healthy.
 HEALTHY = {torch.float64: 1e-13, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-2}
@@ -303,11 +301,15 @@ class DetachedJacobian(LinearOperator):
         """Yield rows of the dense Jacobian; by default as many at a time as fit into `chunk_bytes`."""
         return super().rows(chunk or self.rows_at_once())
 
+    def at_position(self, i: int) -> LinearOperator:
+        """Return the part of the map that reads input position `i` alone, `J_i`: `[1, d]` to `[d]`."""
+        n, d = self.in_shape
+        return self @ Select(torch.tensor([i]), n, d, dtype=self.dtype, device=self.device).T
+
     def rows_at_once(self, maps: int = 1) -> int:
         """Return how many rows, of each of several such maps, fit into `chunk_bytes` on their way; at least one."""
         n, d = self.in_shape
-        hidden = min(self.network.frame.config.hidden_units, SLAB)
-        floats = max(3 * n * d, 2 * n * hidden)
+        floats = chunk_floats(n, d, self.network.frame.config.hidden_units)
         return max(1, self.chunk_bytes // (floats * self.dtype.itemsize * maps))
 
     def svd(self, rank: int, **options: Any) -> SVD:

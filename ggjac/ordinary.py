@@ -15,8 +15,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ggjac.blocks import BlockWeights, WeightMatrix, record_attention, record_ffn
-from ggjac.jacobian import CHUNK_BYTES, FrozenNetwork
+from ggjac.jacobian import FrozenNetwork
 from ggjac.linop import Homogeneous, LinearOperator
+from ggjac.sizes import CHUNK_BYTES
 
 
 class OrdinaryJacobian(LinearOperator):

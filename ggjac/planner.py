@@ -18,20 +18,11 @@ from typing import Literal, Protocol
 from ggjac import machine
 from ggjac.config import ModelConfig
 from ggjac.gguf import GGUFFile, TensorInfo
+from ggjac.sizes import CHUNK_BYTES, EXACT_ROWS, PROBES, SLAB, SLICE, TILE_ELEMENTS, block_width, chunk_floats
 
 MlpPath = Literal["up", "gate"]
 
 ITEM_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
-
-# As in `ggjac.weights` and `ggjac.blocks`, which import torch; a test holds them equal.
-TILE_ELEMENTS = 1 << 23
-SLAB = 2048
-# As in `ggjac.jacobian`: working memory of a chunk of dense rows, bytes.
-CHUNK_BYTES = 1 << 30
-# As in `ggjac.analysis.contributions`: dense rows that are widened at a time.
-SLICE = 64
-# As in `ggjac.analysis.stable_rank`: up to so many outputs the norm is exact; beyond, so many probes estimate it.
-EXACT_ROWS, PROBES = 512, 16
 
 # Anonymous memory of a process that has imported torch and opened a model, before it does anything: measured, Linux.
 BASE_BYTES = {"cpu": 152 << 20, "cuda": 900 << 20}
@@ -159,7 +150,7 @@ def _with_maps(job: Job, config: ModelConfig, n: int, dtype: str, maps: int, wid
     """
     item, rows, count = ITEM_BYTES[dtype], PROBES, 1
     if config.d <= EXACT_ROWS:
-        rows = min(config.d, max(1, CHUNK_BYTES // (_chunk_floats(config, n) * item * maps)))
+        rows = min(config.d, max(1, CHUNK_BYTES // (chunk_floats(n, config.d, config.hidden_units) * item * maps)))
         count = math.ceil(config.d / rows)
     # The results of all maps arrive together, and are made wide one after another.
     norms = Sweeps("layers: stable rank", count, maps * rows, up=False, after=1 + 2 * 8 / item / maps, copies=2)
@@ -171,11 +162,6 @@ def _with_maps(job: Job, config: ModelConfig, n: int, dtype: str, maps: int, wid
     )
 
 
-def block_width(rank: int, size: int) -> int:
-    """Return the stacked vectors of a decomposition, as `ggjac.svd.block_width` does; a test holds them equal."""
-    return max(rank + 8, min(4 * rank, 32) if size <= 1 << 20 else min(3 * rank, 24))
-
-
 def _check_length(config: ModelConfig, n: int) -> None:
     if not 1 <= n <= config.context_length:
         raise PlanError(f"a prompt of {n} tokens cannot run; this model takes from 1 to {config.context_length}")
@@ -184,7 +170,7 @@ def _check_length(config: ModelConfig, n: int) -> None:
 def _dense(what: str, config: ModelConfig, n: int, dtype: str, chunk_bytes: int) -> Sweeps:
     """Return the sweeps of a dense Jacobian, whose rows come in chunks."""
     item = ITEM_BYTES[dtype]
-    chunk = min(config.d, max(1, chunk_bytes // (_chunk_floats(config, n) * item)))
+    chunk = min(config.d, max(1, chunk_bytes // (chunk_floats(n, config.d, config.hidden_units) * item)))
     # Rows are summed up in float64, the copy and its squares or products, `SLICE` of them at a time.
     return Sweeps(
         what, math.ceil(config.d / chunk), chunk, up=False, after=1 + min(SLICE, chunk) / chunk * 2 * 8 / item
@@ -193,21 +179,7 @@ def _dense(what: str, config: ModelConfig, n: int, dtype: str, chunk_bytes: int)
 
 def all_rows(config: ModelConfig, n: int, dtype: str) -> int:
     """Return the `chunk_bytes` with which all rows of the dense Jacobian come in one sweep."""
-    return config.d * _chunk_floats(config, n) * ITEM_BYTES[dtype]
-
-
-def _chunk_floats(config: ModelConfig, n: int) -> int:
-    """Return the floats per vector by which `DetachedJacobian.rows` chooses its chunks."""
-    return max(3 * n * config.d, 2 * n * min(SLAB, _hidden_width(config)))
-
-
-def _hidden_width(config: ModelConfig) -> int:
-    """Return the hidden units of the widest single network of a block."""
-    return max(
-        config.feed_forward_length * (not config.expert_count),
-        config.expert_feed_forward_length,
-        config.expert_shared_feed_forward_length,
-    )
+    return config.d * chunk_floats(n, config.d, config.hidden_units) * ITEM_BYTES[dtype]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -414,7 +386,7 @@ def sweep_floats(config: ModelConfig, n: int, *, up: bool) -> int:
     """
     d, q, kv, row = config.d, config.head_count * config.head_size, config.head_count_kv * config.head_size, config.row
     s = _slab(config)
-    total = d if _hidden_width(config) > SLAB or config.expert_count else 0
+    total = d if config.hidden_units > SLAB or config.expert_count else 0
     if up:
         gathered = d if config.expert_count else 0
         return n * max(2 * d + kv + max(kv + 2 * q, q + 2 * d), 3 * d + gathered + total + 2 * s + d)
@@ -434,7 +406,7 @@ def _slab(config: ModelConfig) -> int:
 def trace_floats(config: ModelConfig, n: int) -> int:
     """Return the floats that the trace takes beside tapes: streams, projections, and scores in float32."""
     q, kv = config.head_count * config.head_size, config.head_count_kv * config.head_size
-    hidden = max(config.feed_forward_length * (not config.expert_count), _hidden_width(config))
+    hidden = config.hidden_units
     return n * (4 * config.d + max(2 * (q + 2 * kv), 3 * hidden)) + 3 * config.head_count * n * n
 
 

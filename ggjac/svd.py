@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ggjac.linop import LinearOperator
 from ggjac.notebook import Plotted, Points, Table, Words
+from ggjac.sizes import block_width
 
 
 @dataclass(frozen=True)
@@ -57,8 +58,6 @@ class SVD(Plotted):
 
 # Columns of a stack of vectors that are factored at a time.
 PANEL = 1 << 16
-# Elements from which on a vector counts as large: 128 tokens of a model with 8192 dimensions.
-LARGE = 1 << 20
 
 # What an iteration asks for: a side (0: multiply by the transpose, 1: by the operator) and stacked vectors `[k, size]`.
 Request = tuple[int, Tensor]
@@ -149,7 +148,7 @@ def iteration(
             triplets have zero singular values and orthonormal vectors.
         tol: relative residual asked of every triplet.
         max_sweeps: stop after so many products with A or its transpose.
-        block: stacked vectors per sweep; default `block_width(rank, size of an input)`.
+        block: stacked vectors per sweep; default `ggjac.sizes.block_width(rank, size of an input)`.
         seed: of the random start; the same seed gives the same digits on the same machine.
         progress: called after each sweep with the sweep count and the worst relative residual known so far.
 
@@ -244,15 +243,6 @@ def iteration(
         converged=bool((residual <= tol).all()),
         reason=reason,
     )
-
-
-def block_width(rank: int, size: int) -> int:
-    """Return how many vectors of `size` elements a sweep stacks to find `rank` triplets.
-
-    More of them save sweeps, each of which reads a whole model: for 8 triplets 16 take 10, 24 take 9 and 32 take 8.
-    Where a vector is large, they cost memory, and multiplying them costs more than reading.
-    """
-    return max(rank + 8, min(4 * rank, 32) if size <= LARGE else min(3 * rank, 24))
 
 
 class Basis:

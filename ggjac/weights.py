@@ -18,11 +18,7 @@ from torch import Tensor
 from ggjac import quants
 from ggjac.ggml import TYPES, holds_weights, row_bytes
 from ggjac.gguf import GGUFFile, TensorInfo
-
-# Elements of one dense tile: 32 MiB in float32. Large enough for GEMM to run at speed, small enough to stay in the last
-# level of cache, and a small part of any layer of the models that need streaming.
-TILE_ELEMENTS = 1 << 23
-
+from ggjac.sizes import TILE_ELEMENTS
 
 # A tile: tensor, first and last row, first column.
 Key = tuple[str, int, int, int]

@@ -7,7 +7,7 @@ import pytest
 import tiny
 import torch
 
-from ggjac.analysis.per_token import at_position, per_token
+from ggjac.analysis.per_token import per_token
 from ggjac.linop import dot_test
 from ggjac.model import open_model
 
@@ -49,7 +49,7 @@ def test_every_position_is_decomposed_as_dense_arithmetic_does(
 def test_the_maps_are_parts_of_the_joint_one(tiny_files: dict[str, Path]) -> None:
     model = open_model(tiny_files["gqa"], dtype="float64")
     J = model.trace(tiny.prompt("gqa", 4)).jacobian()
-    parts = [at_position(J, i) for i in range(4)]
+    parts = [J.at_position(i) for i in range(4)]
     assert torch.allclose(torch.cat([part.to_dense() for part in parts], 1), J.to_dense(), rtol=0, atol=1e-12)
     assert all(dot_test(part, torch.Generator().manual_seed(0)) < 1e-13 for part in parts)
 

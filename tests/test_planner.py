@@ -426,10 +426,11 @@ def test_layers_kept_dense_are_dequantized_once(tiny_file: TinyFile) -> None:
     assert parts["making layers ready"].total == pytest.approx(plan.sweep.weights / 1e6)
 
 
+@pytest.mark.parametrize("case", ["gqa", "qwen3moe"])  # of a mixture, the width of a dense network says nothing
 def test_dense_rows_come_in_chunks_as_the_jacobian_makes_them(
-    monkeypatch: pytest.MonkeyPatch, tiny_file: TinyFile
+    case: str, monkeypatch: pytest.MonkeyPatch, tiny_file: TinyFile
 ) -> None:
-    path, n = tiny_file("gqa"), 5
+    path, n = tiny_file(case), 5
     J = trace(path, n).jacobian()
     for nbytes in (1 << 30, 100_000):
         monkeypatch.setattr(planner, "CHUNK_BYTES", nbytes)

@@ -22,11 +22,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ggjac.blocks import SLAB, BlockTape, FrozenBlock, attention_halves, block
+from ggjac.blocks import BlockTape, FrozenBlock, attention_halves, block
 from ggjac.decode import Head
-from ggjac.jacobian import CHUNK_BYTES, DetachedJacobian, FrozenNetwork
+from ggjac.jacobian import DetachedJacobian, FrozenNetwork
 from ggjac.linop import LinearOperator
 from ggjac.notebook import Bars, Plotted, Points, Result, Table, Words
+from ggjac.sizes import CHUNK_BYTES, SLAB
 
 Progress = Callable[[int, int], None]
 

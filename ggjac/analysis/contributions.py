@@ -9,9 +9,7 @@ from torch import Tensor
 
 from ggjac.jacobian import DetachedJacobian
 from ggjac.notebook import Bars, Plotted, Table, Words
-
-# Rows that are widened to float64 at a time: a chunk of them may fill the memory.
-SLICE = 64
+from ggjac.sizes import SLICE
 
 
 @dataclass(frozen=True)

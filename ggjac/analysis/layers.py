@@ -20,9 +20,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ggjac.decode import Head, Ranked, top_logits
-from ggjac.frobenius import EXACT_ROWS, PROBES, StableRank, stable_ranks
+from ggjac.frobenius import StableRank, stable_ranks
 from ggjac.jacobian import DetachedJacobian, Path, SharedSweep, Tap
 from ggjac.notebook import Plotted, Points, Table, Words
+from ggjac.sizes import EXACT_ROWS, PROBES
 from ggjac.svd import SVD, svd_together
 
 MapName = Literal["cumulative", "blockwise", "to_end"]

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from ggjac.decode import Head, Ranked, nearest, top_logits
 from ggjac.jacobian import DetachedJacobian
-from ggjac.linop import LinearOperator, Select
 from ggjac.notebook import Plotted, Points, Table, Words
 from ggjac.svd import SVD, svd_together
 from ggjac.weights import Weight
@@ -65,7 +64,7 @@ def per_token(
     weights, as long as their vectors fit into the Jacobian's `chunk_bytes` together; options as of `ggjac.svd.svd`.
     """
     positions = range(jacobian.position + 1)
-    operators = [at_position(jacobian, i) for i in positions]
+    operators = [jacobian.at_position(i) for i in positions]
     n, d = jacobian.in_shape
 
     def together(side: Callable[[Tensor], Tensor], stack: Tensor) -> Tensor:
@@ -109,13 +108,6 @@ def per_token(
         TokenSpectrum(i, svd, *(Ranked(side.ids[part], side.scores[part]) for side in (left, right)))
         for i, svd, part in zip(positions, found, rows, strict=True)
     ]
-
-
-def at_position(jacobian: DetachedJacobian, i: int) -> LinearOperator:
-    """Return `J_i`, `[1, d]` to `[d]`."""
-    n, d = jacobian.in_shape
-    place = Select(torch.tensor([i]), n, d, dtype=jacobian.dtype, device=jacobian.device).T
-    return jacobian @ place
 
 
 def _signed(svd: SVD, along: Float[Tensor, " d"]) -> SVD:

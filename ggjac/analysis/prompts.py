@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ggjac.frobenius import EXACT_ROWS, PROBES, StableRank, stable_ranks
+from ggjac.frobenius import StableRank, stable_ranks
 from ggjac.jacobian import DetachedJacobian
-from ggjac.linop import LinearOperator, Select
 from ggjac.notebook import Bars, Plotted, Table, Words
+from ggjac.sizes import EXACT_ROWS, PROBES
 from ggjac.svd import svd_together
 
 
@@ -63,7 +63,7 @@ def token_ranks(
     """
     n, d = jacobian.in_shape
     places = [None, *range(jacobian.position + 1)]
-    operators = [jacobian if i is None else _at(jacobian, i) for i in places]
+    operators = [jacobian if i is None else jacobian.at_position(i) for i in places]
     limit = at_once or jacobian.rows_at_once()
 
     def up(stacks: list[Tensor]) -> list[Tensor]:
@@ -87,12 +87,6 @@ def token_ranks(
     slowest = max(found, key=lambda triplet: (triplet.reason == "sweeps", triplet.sweeps))
     residual = max(float(triplet.residual.max()) for triplet in found)
     return TokenRanks(joint, tokens, residual, max(triplet.sweeps for triplet in found), slowest.reason)
-
-
-def _at(jacobian: DetachedJacobian, i: int) -> LinearOperator:
-    """Return `J_i`, `[1, d]` to `[d]`."""
-    n, d = jacobian.in_shape
-    return jacobian @ Select(torch.tensor([i]), n, d, dtype=jacobian.dtype, device=jacobian.device).T
 
 
 def _in_portions(product: Callable[[Tensor], Tensor], stack: Tensor, limit: int) -> Tensor:

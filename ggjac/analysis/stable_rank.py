@@ -1,7 +1,8 @@
 """How many directions a detached Jacobian really uses: the stable rank `R = ‖J‖²_F / σ₁²` (paper, section 3.4)."""
 
-from ggjac.frobenius import EXACT_ROWS, PROBES, StableRank, stable_ranks
+from ggjac.frobenius import StableRank, stable_ranks
 from ggjac.jacobian import DetachedJacobian
+from ggjac.sizes import EXACT_ROWS, PROBES
 from ggjac.svd import SVD
 
 

@@ -9,8 +9,6 @@ a dequantizer reads less. `native x gguf` is the last column by gguf-py's.
 
 import argparse
 import os
-import statistics
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -20,22 +18,12 @@ import numpy as np
 import torch
 
 from ggjac import quants
+from ggjac.bench import seconds_of
 from ggjac.ggml import TYPES, GGMLType, row_bytes
 
 COLUMNS = 4096
 # F32 is a view, there and in torch: nothing to time.
 GGUF_KNOWS = {qtype.name for qtype in gguf.quants._type_traits} | {"F16"}
-
-
-def seconds(call: Callable[[], object], repeats: int) -> float:
-    """Return the median time of a call, after one that is not counted."""
-    call()
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
 
 
 @contextmanager
@@ -63,8 +51,8 @@ def measure(type: GGMLType, rows: int, threads: int, repeats: int) -> str:
 
     def cell(call: Callable[[], object], threads: int, part: int = rows) -> tuple[float, str]:
         torch.set_num_threads(threads)
-        copied = 2 * out.nbytes / seconds(lambda: out.copy_(source), repeats)
-        took = seconds(call, repeats)
+        copied = 2 * out.nbytes / seconds_of(lambda: out.copy_(source), 0, repeats)
+        took = seconds_of(call, 0, repeats)
         rate = part * COLUMNS / took
         moved = part * (raw.shape[1] + 4 * COLUMNS) / took
         return rate, f"{rate / 1e9:6.2f} ({moved / copied:4.2f})"

@@ -21,15 +21,14 @@ import torch
 from torch import Tensor
 
 from ggjac import machine, planner
-from ggjac.blocks import SLAB
+from ggjac.bench import disk_rate
 from ggjac.jacobian import DetachedJacobian
 from ggjac.model import Model, open_model
+from ggjac.sizes import SLAB, TILE_ELEMENTS
 from ggjac.svd import svd
 from ggjac.tapes import Tapes
-from ggjac.weights import TILE_ELEMENTS
 
 SAMPLE = 2  # blocks in which the limits are measured
-DISK_SAMPLE = 2 << 30  # bytes
 
 
 def once(call: Callable[[], object]) -> float:
@@ -70,20 +69,6 @@ def multiply(model: Model, blocks: range, columns: int) -> Callable[[], None]:
                         x @ tile[: min(len(tile), piece[0] - start)].T
 
     return run
-
-
-def disk_rate(path: Path) -> float:
-    """Return bytes per second of reading a part of the file that the page cache does not hold."""
-    size = path.stat().st_size
-    count = min(DISK_SAMPLE, size)
-    with open(path, "rb", buffering=0) as file:
-        os.posix_fadvise(file.fileno(), size - count, count, os.POSIX_FADV_DONTNEED)
-        file.seek(size - count)
-        buffer = bytearray(16 << 20)
-        start = time.perf_counter()
-        while file.readinto(buffer):
-            pass
-        return count / (time.perf_counter() - start)
 
 
 class Measured(DetachedJacobian):
@@ -164,7 +149,7 @@ def main() -> None:
         )
         planner.check(plan)
         model.weights.place(plan.places, plan.room)
-        disk = disk_rate(options.model)
+        disk, _ = disk_rate(model.gguf)
         print(f"{options.model.name}: {model.gguf.nbytes / 1e9:.1f} GB, {model.config.block_count} blocks; ", end="")
         print(
             f"{n} tokens, k={options.rank}, {options.dtype}, budget {machine.format_size(options.ram_budget)}; ", end=""

@@ -10,7 +10,6 @@ than seconds on a shared machine.
 
 import argparse
 import os
-import statistics
 import sys
 import tempfile
 import time
@@ -20,6 +19,7 @@ from pathlib import Path
 
 import torch
 
+from ggjac.bench import seconds_of
 from ggjac.model import Model, open_model
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -27,17 +27,6 @@ import make_synthetic_gguf
 
 SHAPE = replace(make_synthetic_gguf.PRESETS["llama-3.1-8b"], vocabulary=512)
 LIVE = ("attn_v", "attn_output", "ffn_up", "ffn_down")
-
-
-def seconds(call: Callable[[], object], repeats: int) -> float:
-    """Return the median time of a call, after one that is not counted."""
-    call()
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
 
 
 def dequantize_live(model: Model) -> None:
@@ -87,27 +76,27 @@ def main() -> None:
 
         copied = torch.empty(1 << 26)
         source = torch.ones(1 << 26)
-        copy = seconds(lambda: copied.copy_(source), options.repeats)
+        copy = seconds_of(lambda: copied.copy_(source), 0, options.repeats)
         print(f"memory copy                {2 * source.nbytes / copy / 1e9:8.1f} GB/s read and written")
 
         start = time.perf_counter()
         J = model.trace(list(range(options.n))).jacobian()
         print(f"trace                      {time.perf_counter() - start:8.2f} s")
 
-        dequantized = seconds(lambda: dequantize_live(model), options.repeats)
+        dequantized = seconds_of(lambda: dequantize_live(model), 0, options.repeats)
         moved = (nbytes + 4 * weights) / dequantized / (2 * source.nbytes / copy)
         print(
             f"dequantization alone       {dequantized:8.2f} s  {weights / dequantized / 1e9:6.2f} Gweights/s, ", end=""
         )
         print(f"{moved:.2f} of memory copy")
-        multiplied = seconds(multiply_live(model, options.k * options.n), options.repeats)
+        multiplied = seconds_of(multiply_live(model, options.k * options.n), 0, options.repeats)
         print(f"multiplication alone       {multiplied:8.2f} s  {flop / multiplied / 1e9:6.0f} GFLOP/s")
         limit = dequantized + multiplied
 
         down = torch.randn(options.k, SHAPE.d)
         up = torch.randn(options.k, options.n, SHAPE.d)
         for name, call in (("sweep down", lambda: J.rmatmat(down)), ("sweep up", lambda: J.matmat(up))):
-            took = seconds(call, options.repeats)
+            took = seconds_of(call, 0, options.repeats)
             print(f"{name:26} {took:8.2f} s  {weights / took / 1e9:6.2f} Gweights/s, ", end="")
             print(f"{limit / took:.2f} of dequantization + multiplication")
 

@@ -1,0 +1,37 @@
+"""How much is worked on at a time: chosen once, for those who compute and for the plan, which imports no torch."""
+
+# Elements of one dense tile: 32 MiB in float32. Large enough for GEMM to run at speed, small enough to stay in the last
+# level of cache, and a small part of any layer of the models that need streaming.
+TILE_ELEMENTS = 1 << 23
+
+# Hidden units of a feed-forward network that exist at a time: for many stacked vectors its `[k, n, f]` middle
+# would dwarf everything else. A multiple of every storage type's block, wide enough for GEMM to run at speed.
+SLAB = 2048
+
+# Working memory that a chunk of dense rows may take on its way down the blocks, in bytes, unless somebody says.
+CHUNK_BYTES = 1 << 30
+
+# Dense rows that are widened to float64 at a time: a chunk of them may fill the memory.
+SLICE = 64
+
+# Up to this output size a Frobenius norm comes from all rows, in one sweep (or a few); beyond, it is estimated.
+EXACT_ROWS = 512
+# Random vectors of an estimate.
+PROBES = 16
+
+# Elements from which on a stacked vector counts as large: 128 tokens of a model with 8192 dimensions.
+LARGE = 1 << 20
+
+
+def block_width(rank: int, size: int) -> int:
+    """Return how many vectors of `size` elements a sweep stacks to find `rank` triplets.
+
+    More of them save sweeps, each of which reads a whole model: for 8 triplets 16 take 10, 24 take 9 and 32 take 8.
+    Where a vector is large, they cost memory, and multiplying them costs more than reading.
+    """
+    return max(rank + 8, min(4 * rank, 32) if size <= LARGE else min(3 * rank, 24))
+
+
+def chunk_floats(n: int, d: int, hidden_units: int) -> int:
+    """Return the floats of working memory by which dense rows, `[n, d]` each, are divided into chunks."""
+    return max(3 * n * d, 2 * n * min(SLAB, hidden_units))
