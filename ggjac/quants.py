@@ -15,12 +15,12 @@ Layouts: the block structs of ggml-common.h and `dequantize_row_*` of ggml-quant
 import ctypes
 import importlib.util
 import os
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
-from threading import Barrier
 from typing import NamedTuple
 
 import numpy as np
@@ -33,9 +33,9 @@ from ggjac.ggml import TYPES, GGMLType
 # Elements that torch dequantizes at once on the CPU: few enough for temporaries to stay in cache, enough to make the
 # cost of calling some twenty operations small.
 TILE = 1 << 18
-# The same for libggml, a thread each, between copies of strided rows or conversions to 16 bit: larger, as its threads
-# take turns at what Python does in between.
-NATIVE_TILE = 1 << 20
+# The same for libggml, a thread each, between copies of strided rows or conversions to 16 bit: its float32, 1 MiB, is
+# still in the core's own cache when it is converted.
+NATIVE_TILE = 1 << 18
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Blocks in torch. Element types return their own dtype, quantized types float32.
@@ -384,20 +384,23 @@ def dequantize_rows(raw: np.ndarray, type: GGMLType, out: Tensor | None = None, 
     decode = native or (_torch(type) if type.name in TORCH else _gguf(type))
     # Torch has threads of its own.
     threads = min(threads, rows) if native else 1
-    whole = raw.flags.c_contiguous and (out.dtype == torch.float32 if native else type.block_size == 1)
+    contiguous, direct = raw.flags.c_contiguous, out.dtype == torch.float32
+    whole = contiguous and (direct if native else type.block_size == 1)
     step = rows if whole else max(1, (NATIVE_TILE if native else TILE) // elements)
 
     def work(start: int, stop: int) -> None:
-        scratch = None if out.dtype == torch.float32 else torch.empty(min(step, stop - start), elements)
-        for a in range(start, stop, step):
-            b = min(a + step, stop)
-            # A copy only where rows are strided, and then of one tile.
-            blocks = np.ascontiguousarray(raw[a:b])
+        # Little happens between one call and the next: the threads share Python.
+        scratch = None if direct else _scratch(min(step, stop - start) * elements).view(-1, elements)
+        for a, piece in zip(range(start, stop, step), out[start:stop].split(step), strict=True):
+            blocks = raw[a : min(a + step, stop)]
+            if not contiguous:
+                blocks = np.ascontiguousarray(blocks)
             if scratch is None:
-                decode(blocks, out[a:b])
+                decode(blocks, piece)
             else:
-                decode(blocks, scratch[: b - a])
-                out[a:b].copy_(scratch[: b - a])
+                part = scratch if len(blocks) == len(scratch) else scratch[: len(blocks)]
+                decode(blocks, part)
+                piece.copy_(part)
 
     if threads == 1:
         work(0, rows)
@@ -406,12 +409,28 @@ def dequantize_rows(raw: np.ndarray, type: GGMLType, out: Tensor | None = None, 
     return out
 
 
+_kept = threading.local()
+
+
+def _scratch(elements: int) -> Tensor:
+    """Return this thread's float32 scratch; kept, as the page faults of a fresh one cost as much as the arithmetic."""
+    scratch = getattr(_kept, "scratch", None)
+    if scratch is None or scratch.numel() < elements:
+        scratch = _kept.scratch = torch.empty(elements, dtype=torch.float32, device="cpu")
+    return scratch[:elements]
+
+
 @cache
 def _pool() -> ThreadPoolExecutor:
     """Return threads in which torch does not start threads of its own."""
     count = os.cpu_count() or 1
-    pool = ThreadPoolExecutor(count, "ggjac-dequantize", initializer=torch.set_num_threads, initargs=(1,))
-    started = Barrier(count)
+
+    def alone() -> None:
+        torch.get_num_threads()  # asked for the first time in a thread, torch sets what holds elsewhere: undone here
+        torch.set_num_threads(1)
+
+    pool = ThreadPoolExecutor(count, "ggjac-dequantize", initializer=alone)
+    started = threading.Barrier(count)
     before = torch.get_num_threads()
     list(pool.map(lambda _: started.wait(), range(count)))
     torch.set_num_threads(before)  # for the threads that others start: torch keeps the last number set anywhere

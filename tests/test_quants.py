@@ -252,6 +252,19 @@ def test_other_dtypes_are_converted_tile_by_tile(type, dtype, threads, monkeypat
     assert torch.equal(out, torch.as_tensor(expected).to(dtype))
 
 
+def test_threads_do_not_start_threads_of_their_own():
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        quants._pool.cache_clear()
+        # Asked after an operation that torch would share among its threads.
+        found = quants._pool().map(lambda _: (torch.zeros(1 << 20).bfloat16(), torch.get_num_threads())[1], range(8))
+        assert set(found) == {1}
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+
+
 @every_type
 def test_leading_and_strided_dimensions(type):
     raw, expected = rows_of(type, 6)
