@@ -21,6 +21,9 @@ from ggjac.weights import Weight
 
 Decode = Callable[[Tensor, int], Ranked]
 
+# Vectors whose tokens' embeddings are held at a time: those of all would outweigh a streamed model.
+AT_ONCE = 16
+
 
 @dataclass(frozen=True)
 class Readability(Result):
@@ -95,9 +98,12 @@ def readability(
 
 def coherence(ids: Int[Tensor, "k top"], embedding: Weight) -> Float[Tensor, " k"]:
     """Return the mean cosine between the embeddings of all pairs of each row's tokens; a zero embedding counts as 0."""
-    distinct, which = ids.cpu().unique(return_inverse=True)
-    rows = embedding.take(distinct.tolist()).double().cpu()
-    rows = torch.nn.functional.normalize(rows, dim=1)[which]
+    return torch.cat([_coherence(part, embedding) for part in ids.cpu().split(AT_ONCE)])
+
+
+def _coherence(ids: Int[Tensor, "k top"], embedding: Weight) -> Float[Tensor, " k"]:
+    rows = embedding.take(ids.flatten().tolist()).double().cpu()
+    rows = torch.nn.functional.normalize(rows, dim=1).unflatten(0, ids.shape)
     top = ids.shape[1]
     # Of the sum of unit vectors: the squared length counts every pair twice, and each vector with itself.
     return (rows.sum(1).square().sum(1) - rows.square().sum((1, 2))) / (top * (top - 1))
