@@ -1,4 +1,4 @@
-"""`ggjac report`: the page of a run folder, and its figures for print."""
+"""`ggjac report`: the page of a run folder or of a JSON file, and its figures for print."""
 
 import os
 from pathlib import Path
@@ -9,13 +9,18 @@ from ggjac.cli.options import output
 
 
 @click.command()
-@click.argument("run", type=click.Path(exists=True, file_okay=False, path_type=Path))
-@output("HTML file to write.  [default: report.html in the run folder]")
-@click.option("--figures", is_flag=True, help="Also write the figures as PNG, SVG and PDF to RUN/figures.")
+@click.argument("run", type=click.Path(exists=True, path_type=Path))
+@output("HTML file to write.  [default: report.html in the run folder, or NAME.html beside NAME.json]")
+@click.option(
+    "--figures",
+    is_flag=True,
+    help="Also write the figures as PNG, SVG and PDF to RUN/figures, or to NAME-figures beside NAME.json.",
+)
 def report(run: Path, output: Path | None, figures: bool) -> None:
     """Write the report of a run folder: one HTML file that needs no network.
 
-    `ggjac analyze` writes it too, into the folder it makes.
+    `ggjac analyze` writes it too, into the folder it makes. In place of a run folder RUN may be a file: what a command
+    that takes a prompt printed with `--format json`, or `steer -o` saved. The page shows what is in it.
 
     \b
     ggjac report ggjac-runs/demo-20260101-120000 --figures

@@ -1,4 +1,4 @@
-"""The report of a run: one self-contained HTML file, and the same figures for print. It reads a run folder only."""
+"""The report of a result: one self-contained HTML file, and the same figures for print. It reads saved results only."""
 
 from ggjac.report.figures import write_figures
 from ggjac.report.page import write_report

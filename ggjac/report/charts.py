@@ -13,6 +13,7 @@ from ggjac.report.load import Run
 from ggjac.report.numbers import minus, power
 
 MAX_POINTS = 2000  # of a scatter; beyond, a seeded sample that keeps the extremes
+MAX_CELLS = 20_000  # of a heat grid; beyond, a page would be slow, and no eye sees them
 
 KINDS = {"layer": "layer", "attn": "attention", "mlp": "MLP"}
 MAPS = {
@@ -284,3 +285,317 @@ def _sample(y: np.ndarray, values: np.ndarray) -> np.ndarray:
     keep = np.concatenate([np.argsort(v)[[*range(20), *range(-20, 0)]] for v in (y, values, values - y)])
     rest = np.random.default_rng(0).permutation(np.setdiff1d(np.arange(len(y)), keep))
     return np.sort(np.concatenate([np.unique(keep), rest[: MAX_POINTS - len(np.unique(keep))]]))
+
+
+# -- many lines of one kind --------------------------------------------------------------------------------------------
+
+
+def _curves(
+    key: str, title: str, axes: tuple[str, str], series: Iterable[Series], summary: str, *, whole: bool = True
+) -> list[Chart]:
+    """Return a chart of some lines in both scales; nothing where they have no points."""
+    shown = tuple(s for s in series if s.points)
+    if not shown:
+        return []
+    xs, ys = ([point[axis] for s in shown for point in s.points] for axis in (0, 1))
+    # A scale that shows error bars whole.
+    ends = [y + sign * e for s in shown for (_, y), e in zip(s.points, s.error, strict=False) for sign in (-1, 1)]
+    chart = Chart(
+        key=key,
+        title=title,
+        x=linear(axes[0], xs, whole=whole, pad=0.03),
+        y=Axis(axes[1], 0.0, 1.0, ()),
+        series=shown,
+        summary=summary,
+    )
+    variants = scales(chart, ys)
+    wide = linear(axes[1], [*ys, *ends], zero=True, pad=0.05)
+    return [v if v.y.log else replace(v, y=wide) for v in variants]
+
+
+def _known(pairs: Iterable[tuple[float | int, float | None]]) -> tuple[tuple[float, float], ...]:
+    """Return points without those that are not known."""
+    return tuple((float(x), y) for x, y in pairs if y is not None)
+
+
+def _from_to(name: str, points: Sequence[tuple[float, float]]) -> str:
+    return f"{name} {points[0][1]:.3g} to {points[-1][1]:.3g}" if points else f"{name} none"
+
+
+def per_token(run: Run) -> list[Chart]:
+    """Draw the largest singular value of each position's own map, in both scales."""
+    entries = (run.content["svd"] or {}).get("per_token") or []
+    points = _known((e["position"], e["triplets"][0]["singular_value"]) for e in entries if e["triplets"])
+    summary = f"{len(points)} positions: {_from_to('σ₀', points)}."
+    title = "Largest singular value of each position's own map"
+    return _curves("per-token", title, ("position", "σ₀"), [Series("σ₀", points)], summary)
+
+
+def readability(run: Run) -> list[Chart]:
+    """Draw the coherence of the decoded vectors beside that of shuffled ones: a chart for each side."""
+    found, drawn = (run.content["svd"] or {}).get("readability") or {}, []
+    for side, words in (("left", "Left vectors"), ("right", "Right vectors")):
+        own = found.get(side) or {"scores": []}
+        points = _known(enumerate(own["scores"]))
+        if not points:
+            continue
+        last = float(max(1, len(own["scores"]) - 1))
+        series = [Series("decoded", points)]
+        mean, sd = own["shuffled"]["mean"], own["shuffled"]["sd"]
+        if mean is not None:
+            series.append(Series("shuffled ± sd", ((0.0, mean), (last, mean)), "faint", error=(sd or 0.0, sd or 0.0)))
+        summary = f"Coherence: {_from_to('from', points)}; of shuffled vectors {0.0 if mean is None else mean:.3g}."
+        drawn += _curves(f"coherence-{side}", words, ("index", "coherence"), series, summary)[:1]  # may be negative
+    return drawn
+
+
+def longest(run: Run) -> list[Chart]:
+    """Draw the norms of the longest column and row of the map at each position, in both scales."""
+    entries = (run.content["norms"] or {}).get("positions") or []
+    series = [
+        Series(words, _known((e["position"], e[side][0]["norm"]) for e in entries if e[side]), tone)
+        for side, words, tone in (("columns", "longest column", "accent"), ("rows", "longest row", "ink"))
+    ]
+    summary = "; ".join(_from_to(s.name, s.points) for s in series) + "."
+    return _curves("norms", "Longest column and row by position", ("position", "norm"), series, summary)
+
+
+def dense(run: Run) -> list[list[Chart]]:
+    """Draw the size of each position's part of the dense map, and of what it contributes."""
+    entries = (run.content["jacobian"] or {}).get("positions") or []
+    found = []
+    for key, title, label in (
+        ("frobenius", "Size of each position's map", "‖J_i‖ (Frobenius)"),
+        ("contribution_norm", "What each position contributes", "‖J_i x_i‖"),
+    ):
+        points = _known((e["position"], e[key]) for e in entries)
+        axes = "position", label
+        found.append(
+            _curves(f"dense-{key.split('_')[0]}", title, axes, [Series(label, points)], _from_to(label, points) + ".")
+        )
+    return [variants for variants in found if variants]
+
+
+def ranks_over_prompts(run: Run) -> list[Chart]:
+    """Draw the stable rank of each token's own map by its position: every prompt's, and the mean over prompts."""
+    given = run.content["ranks"]
+    if not given:
+        return []
+    every = [
+        (float(i), token["stable_rank"]["value"])
+        for prompt in given["prompts"]
+        for i, token in enumerate(prompt["tokens"])
+    ]
+    points = _known(every)
+    stride = -(-len(points) // MAX_POINTS) or 1
+    rows = [row for row in given["by_position"] if row["mean"] is not None]
+    mean = Series(
+        "mean ± standard error",
+        tuple((float(row["position"]), row["mean"]) for row in rows),
+        error=tuple(row["error"] or 0.0 for row in rows),
+    )
+    cloud = Series("each prompt", points[::stride], "faint", line=False)
+    summary = f"{len(given['prompts'])} prompts; {_from_to('mean', mean.points)}."
+    series = [cloud, mean] if len(given["prompts"]) > 1 else [replace(mean, name="stable rank")]
+    title = "Stable rank of each token's own map, by position"
+    return _curves("ranks-by-position", title, ("position", "stable rank"), series, summary)
+
+
+def spectra(run: Run) -> list[Chart]:
+    """Draw the singular values of two files of one model, in both scales."""
+    values = (run.content["compare"] or {}).get("singular_values") or []
+    series = [
+        Series(side, _known(enumerate(value[side] for value in values)), tone)
+        for side, tone in (("a", "accent"), ("b", "ink"))
+    ]
+    summary = "; ".join(_from_to(s.name, s.points) for s in series) + "."
+    return _curves("compare-singular-values", "Singular values of both files", ("index", "σ"), series, summary)
+
+
+def angles(run: Run) -> list[Chart]:
+    """Draw the principal angles between the spans of two files' singular vectors, the smallest first."""
+    given = (run.content["compare"] or {}).get("angles") or {"left": [], "right": []}
+    series = [
+        Series(side, _known(enumerate(reversed(given[side]), 1)), tone)
+        for side, tone in (("left", "accent"), ("right", "ink"))
+    ]
+    summary = "; ".join(_from_to(s.name, s.points) for s in series) + " degrees."
+    title = "Principal angles between the spans, smallest first"
+    return _curves("compare-angles", title, ("angle", "degrees"), series, summary)
+
+
+def divergences(run: Run) -> list[Chart]:
+    """Draw how far two files' predictions are apart at each position, in both scales."""
+    rows = (run.content["compare"] or {}).get("positions") or []
+    points = _known((row["position"], row["kl"]) for row in rows)
+    title, axes = "KL divergence of the next token by position", ("position", "KL, nats")
+    return _curves("compare-kl", title, axes, [Series("KL", points)], _from_to("KL", points) + " nats.")
+
+
+STEERED = {
+    "kl_first": ("kl", "How far the first token's distribution moves", "KL, nats"),
+    "concept_mass_first": ("mass", "Probability of the concept's own tokens, first", "probability"),
+    "concept_hits": ("hits", "The concept's own tokens in the text", "tokens"),
+}
+
+
+def steering(run: Run) -> list[Chart]:
+    """Draw what a push does by its strength, beside the random control; nothing for a single strength."""
+    given = run.content["steering"]
+    if not given or len({text["strength"] for text in given["steered"]}) < 2:
+        return []
+    found = []
+    for measure, (name, title, label) in STEERED.items():
+        series = []
+        for texts, words, tone in ((given["steered"], "concept", "accent"), (given["controls"], "random", "faint")):
+            whole = [given["baseline"], *texts] if texts else []
+            pushed = sorted((text["strength"], text[measure]) for text in whole if text[measure] is not None)
+            series.append(Series(words, tuple((s, float(value)) for s, value in pushed), tone))
+        summary = "; ".join(_from_to(s.name, s.points) for s in series) + "."
+        found += _curves(f"steering-{name}", title, ("strength", label), series, summary, whole=False)[:1]
+    return found
+
+
+def departures(run: Run) -> list[Chart]:
+    """Draw how far every tensor is from llama.cpp's, in the order of computation."""
+    parity = run.content["parity"] or {}
+    points = _known(enumerate(row["error"] for row in parity.get("layers") or []))
+    series = [Series("relative L2", points)]
+    if parity.get("tolerance") is not None and points:
+        series.append(Series("tolerance", tuple((x, parity["tolerance"]) for x in (0.0, points[-1][0])), "faint"))
+    title, axes = "Distance from llama.cpp, tensor by tensor", ("tensor", "relative L2")
+    return _curves("parity", title, axes, series, f"{_from_to('Relative L2', points)}.")[::-1]  # first the logarithm
+
+
+# -- heat grids --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Panel:
+    """Columns of a heat grid that share a scale of colour, from `-largest` to `largest`.
+
+    Attributes:
+        name: what they are.
+        columns: the name of each, as short as it stands above it.
+        names: the same in full.
+        values: `[rows][columns]`; None where there is nothing.
+        span: the width of a column, in units.
+    """
+
+    name: str
+    columns: tuple[str, ...]
+    names: tuple[str, ...]
+    values: tuple[tuple[float | None, ...], ...]
+    span: int = 1
+
+    @property
+    def largest(self) -> float:
+        """Return the largest size of a value."""
+        return max((abs(value) for row in self.values for value in row if value is not None), default=0.0)
+
+
+@dataclass(frozen=True)
+class Heat:
+    """A grid of values shown as colours. `rows` names them, `label` says what they are; `tilted` columns have words."""
+
+    key: str
+    title: str
+    label: str
+    rows: tuple[str, ...]
+    panels: tuple[Panel, ...]
+    summary: str = ""
+    tilted: bool = False
+
+    @property
+    def cells(self) -> int:
+        """Return how many values there are."""
+        return len(self.rows) * sum(len(panel.columns) for panel in self.panels)
+
+
+def branch_lines(run: Run) -> list[Chart]:
+    """Draw the shares of each block's attention and MLP by depth."""
+    given = run.content["branches"]
+    blocks = given["blocks"] if given else []
+    series = [
+        Series(KINDS[kind], _known((block["block"], block[kind]) for block in blocks), tone)
+        for kind, tone in (("attn", "ink"), ("mlp", "accent"))
+    ]
+    summary = "; ".join(_from_to(s.name, s.points) for s in series) + "."
+    title = f"Shares in {asked(given)} by block" if given else ""
+    return _curves("branches", title, ("block", "share"), series, summary)[:1]
+
+
+def asked(entry: dict) -> str:
+    """Name what was split: a logit, or the difference of two."""
+    less = f", less that of {entry['versus']['token']}" if entry["versus"] else ""
+    return f"the logit of {entry['target']['token']}{less}"
+
+
+def branch_grid(run: Run) -> list[Heat]:
+    """Draw the shares of every block's attention, MLP and heads; nothing where the heads are not known or too many."""
+    given = run.content["branches"]
+    if not given or not given["blocks"][0]["heads"]:
+        return []
+    blocks, count = given["blocks"], len(given["blocks"][0]["heads"])
+    sides = Panel(
+        "attention and MLP",
+        ("attn", "MLP"),
+        ("attention", "MLP"),
+        tuple((block["attn"], block["mlp"]) for block in blocks),
+        max(1, round(count / 20)),
+    )
+    heads = Panel(
+        "heads",
+        tuple(map(str, range(count))),
+        tuple(f"head {i}" for i in range(count)),
+        tuple(tuple(block["heads"]) for block in blocks),
+    )
+    largest = max(((abs(s), b["block"], i) for b in blocks for i, s in enumerate(b["heads"])), default=(0.0, 0, 0))
+    grid = Heat(
+        key="branches-heads",
+        title=f"Shares in {asked(given)} by block and head",
+        label="block",
+        rows=tuple(str(block["block"]) for block in blocks),
+        panels=(sides, heads),
+        summary=f"{len(blocks)} blocks of {count} heads; the largest share of a head is that of head {largest[2]} of "
+        f"block {largest[1]}.",
+    )
+    return [grid] if grid.cells <= MAX_CELLS else []
+
+
+def position_grid(run: Run) -> list[Heat]:
+    """Draw the shares in the logits of all positions: of every earlier token, or of the branches of every block."""
+    given = run.content["everywhere"]
+    if not given:
+        return []
+    entries = given["entries"]
+    rows = tuple(f"{entry['position']} {entry['token']}" for entry in entries)
+    if given["by"] == "token":
+        places = {s["position"]: s["token"] for entry in entries for s in entry["shares"]}
+        order = sorted(places)
+        shares = [{s["position"]: s["share"] for s in entry["shares"]} for entry in entries]
+        tokens = tuple(places[i] for i in order)
+        values = tuple(tuple(share.get(i) for i in order) for share in shares)
+        names = tuple(f"{i} {places[i]}" for i in order)
+        panels: tuple[Panel, ...] = (Panel("input tokens", tokens, names, values),)
+    else:
+        blocks = [block["block"] for block in entries[0]["blocks"]]
+        panels = tuple(
+            Panel(
+                KINDS[kind],
+                tuple(map(str, blocks)),
+                tuple(f"{KINDS[kind]} of block {i}" for i in blocks),
+                tuple(tuple(block[kind] for block in entry["blocks"]) for entry in entries),
+            )
+            for kind in ("attn", "mlp")
+        )
+    grid = Heat(
+        key="positions",
+        title="Shares in the logit of every position",
+        label="position",
+        rows=rows,
+        panels=panels,
+        summary=f"{len(rows)} positions; each row is one prediction.",
+        tilted=given["by"] == "token",
+    )
+    return [grid] if grid.cells <= MAX_CELLS else []

@@ -1,5 +1,6 @@
 """The page's figures for print: PNG, SVG and PDF, drawn by matplotlib from the same charts."""
 
+import math
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -9,13 +10,14 @@ from typing import Any
 
 from ggjac import runs
 from ggjac.report import charts
-from ggjac.report.charts import Axis, Chart
+from ggjac.report.charts import Axis, Chart, Heat
 from ggjac.report.load import Run, load
 from ggjac.runs import RunError
 
 FOLDER = "figures"
 FORMATS = ("png", "svg", "pdf")
 MAX_BARS = 60  # tokens in the attribution figure: the largest shares, in the order of the prompt
+MAX_LABEL = 16  # characters of a token beside a grid
 
 TONES = {"accent": "#2b5bb8", "ink": "#1d1c1a", "faint": "#8a857d"}
 LESS = "#b4531c"
@@ -28,14 +30,17 @@ FAMILIES = (
 )  # fmt: skip
 
 
-def write_figures(folder: str | os.PathLike[str]) -> list[Path]:
-    """Draw the figures of a run folder into its folder `figures`; return the files, those of one figure together.
+def write_figures(source: str | os.PathLike[str]) -> list[Path]:
+    """Draw the figures of a run folder into its folder `figures`, those of NAME.json into NAME-figures beside it.
+
+    Returns the files, those of one figure together.
 
     Raises:
-        RunError: not a run folder, or a damaged one, or the figures cannot be written; the message is one line.
+        RunError: no result, or a damaged one, or the figures cannot be written; the message is one line.
         ValueError: matplotlib is missing.
     """
-    run, target = load(folder), Path(folder) / FOLDER
+    run, source = load(source), Path(source)
+    target = source / FOLDER if source.is_dir() else source.with_name(f"{source.stem}-{FOLDER}")
     if target.is_symlink():  # a folder from strangers must not send us elsewhere
         raise RunError(f"{target}: is a link that leads out of the run folder; remove it")
     written = []
@@ -57,13 +62,34 @@ def write_figures(folder: str | os.PathLike[str]) -> list[Path]:
 def figures(run: Run) -> dict[str, Any]:
     """Return a matplotlib `Figure` by name for everything that a run has data for."""
     found: dict[str, Any] = {}
+    # Those that come in a linear and a logarithmic scale, and those that do not.
+    scaled = (
+        charts.singular_values(run),
+        charts.per_token(run),
+        *charts.stable_ranks(run),
+        charts.longest(run),
+        *charts.dense(run),
+        charts.spectra(run),
+        charts.angles(run),
+        charts.divergences(run),
+        charts.ranks_over_prompts(run),
+        charts.departures(run),
+    )
+    single = (
+        *charts.branch_lines(run),
+        *charts.readability(run),
+        *charts.paths(run),
+        *charts.ranks_by_depth(run),
+        *charts.scatters(run),
+        *charts.steering(run),
+    )
     with _drawing():
         if run.content["attribution"]:
             found["attribution"] = _attribution(run.content["attribution"])
-        for variants in (charts.singular_values(run), *charts.stable_ranks(run)):
+        for variants in scaled:
             found |= {f"{chart.key}-{chart.scale}": _draw(chart) for chart in variants}
-        for chart in (*charts.paths(run), *charts.ranks_by_depth(run), *charts.scatters(run)):
-            found[chart.key] = _draw(chart)
+        found |= {chart.key: _draw(chart) for chart in single}
+        found |= {heat.key: _heat(heat) for heat in (*charts.branch_grid(run), *charts.position_grid(run))}
     return found
 
 
@@ -204,6 +230,33 @@ def _draw(chart: Chart) -> Any:
     return figure
 
 
+def _heat(heat: Heat) -> Any:
+    """Draw a heat grid: its panels side by side, each with its own scale of colour."""
+    from matplotlib.colors import LinearSegmentedColormap
+
+    colours = LinearSegmentedColormap.from_list("shares", [LESS, "#efece6", TONES["accent"]])
+    widths = [panel.span * len(panel.columns) for panel in heat.panels]
+    tall = min(10.0, max(2.2, 0.16 * len(heat.rows)))
+    figure = _figure_class()(figsize=(min(11.0, max(5.0, 2.5 + 0.16 * sum(widths))), tall), layout="constrained")
+    drawn = figure.subplots(1, len(widths), width_ratios=widths, squeeze=False)[0]
+    for i, (panel, axes) in enumerate(zip(heat.panels, drawn, strict=True)):
+        values = [[math.nan if value is None else value for value in row] for row in panel.values]
+        largest = panel.largest or 1.0
+        mesh = axes.pcolormesh(values, cmap=colours, vmin=-largest, vmax=largest, rasterized=True)
+        axes.invert_yaxis()
+        for places, names, which in ((len(panel.columns), panel.columns, "x"), (len(heat.rows), heat.rows, "y")):
+            shown = range(0, places, -(-places // (40 if which == "y" else 24)))
+            ticks = [_label(names[j][:MAX_LABEL]) for j in shown] if which == "x" or i == 0 else []
+            getattr(axes, f"set_{which}ticks")([j + 0.5 for j in shown][: len(ticks)], ticks, fontsize=7)
+        if heat.tilted or panel.span > 1:
+            axes.tick_params(axis="x", rotation=60)
+        axes.set_xlabel(panel.name)
+        figure.colorbar(mesh, ax=axes, pad=0.02, fraction=0.05 if len(widths) == 1 else 0.1).ax.tick_params(labelsize=7)
+    drawn[0].set_ylabel(heat.label)
+    figure.suptitle(_label(heat.title), x=0.02, ha="left", fontsize=10)
+    return figure
+
+
 def _scale(axes: Any, axis: Axis, name: str) -> None:
     """Give an axis of a figure the scale and the ticks of a chart's."""
     set_ = {key: getattr(axes, f"set_{name}{key}") for key in ("scale", "lim", "ticks", "label")}
@@ -219,7 +272,7 @@ def _attribution(data: dict[str, Any]) -> Any:
     """Draw the shares of the tokens as bars."""
     shares = data["shares"]
     return _bars(
-        f"Shares in the logit of {data['target']['token']}",
+        f"Shares in {charts.asked(data)}",
         f"share; all shares and the offset sum to the logit {data['logit']:.4f}",
         [share["token"] for share in shares],
         [share["share"] for share in shares],

@@ -1,5 +1,9 @@
-"""Read a run folder: run.json, checked, and the few vectors of tensors.safetensors that are drawn."""
+"""Read a result: a run folder (run.json, and the few vectors of tensors.safetensors that are drawn), or one JSON file.
 
+Whatever is read is checked by `schema` first.
+"""
+
+import json
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -23,31 +27,49 @@ class Run:
     """What the report draws.
 
     Attributes:
-        content: the checked parts of run.json (see `schema.RUN`); parts that are missing are None.
+        content: the checked parts of a result (see `schema.checked`); parts that are missing are None.
         vectors: those of `VECTORS` that were saved, `[d]` each, float64.
+        source: the name of the file that has the numbers.
     """
 
     content: dict[str, Any]
     vectors: dict[str, np.ndarray]
+    source: str = "run.json"
 
 
-def load(folder: str | os.PathLike[str]) -> Run:
-    """Read a run folder.
+def load(source: str | os.PathLike[str]) -> Run:
+    """Read a run folder, or a file with what a command printed as JSON.
 
     Raises:
-        RunError: not a run folder, or a damaged one; the message is one line.
+        RunError: neither, or a damaged one; the message is one line.
     """
-    folder = Path(folder)
-    path = folder / "run.json"
+    source = Path(source)
+    alone = source.exists() and not source.is_dir()
+    path = source if alone else source / "run.json"
     if path.exists() and not path.is_file():  # a pipe would never end
-        raise RunError(f"{path}: is not a regular file; is this a run folder?")
+        raise RunError(f"{path}: is not a regular file; give a run folder, or a file of JSON")
     if path.is_file() and path.stat().st_size > MAX_JSON:
-        raise RunError(f"{path}: has {path.stat().st_size / 1e6:.0f} MB, too much for a run; is this a run folder?")
+        raise RunError(f"{path}: has {path.stat().st_size / 1e6:.0f} MB, too much for a result; is this one?")
     try:
-        content = schema.checked(runs.load_run(folder))
+        if alone:
+            return Run(_result(path), {}, schema.text(path.name, "name"))
+        return Run(schema.checked(runs.load_run(source)), _vectors(source / "tensors.safetensors", VECTORS))
     except RecursionError as error:
-        raise RunError(f"{path}: is nested too deeply for a run; analyse the prompt again") from error
-    return Run(content, _vectors(folder / "tensors.safetensors", VECTORS))
+        raise RunError(f"{path}: is nested too deeply for a result; analyse the prompt again") from error
+
+
+def _result(path: Path) -> dict[str, Any]:
+    """Return the checked parts of a JSON file."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError) as error:
+        kind = type(error).__name__
+        raise RunError(f"{path}: is no result ({kind}); give a run folder, or what --format json printed") from error
+    if not isinstance(content, dict) or content.get("schema_version") != runs.SCHEMA_VERSION:
+        raise RunError(f"{path}: is no result of schema version {runs.SCHEMA_VERSION}; run the command again")
+    if "model" not in content:  # as of `info`, `plan` and `bench`
+        raise RunError(f"{path}: is about no prompt, and has no page; give what a command that takes one printed")
+    return schema.checked(content, str(path), "run the command again")
 
 
 def _vectors(path: Path, names: Iterable[str]) -> dict[str, np.ndarray]:

@@ -1,4 +1,4 @@
-"""Turn a run folder into one HTML file that needs nothing else: no network, no fonts, no library.
+"""Turn a result into one HTML file that needs nothing else: no network, no fonts, no library.
 
 Everything that a run says is escaped by the templates. The page's policy allows the one style sheet and the one script
 that it carries, by their hashes, and no connection at all.
@@ -21,18 +21,23 @@ NAME = "report.html"
 OWN = ("run.json", "tensors.safetensors")
 
 
-def write_report(folder: str | os.PathLike[str], output: str | os.PathLike[str] | None = None) -> Path:
-    """Write the report of a run folder to `output`, or to report.html in the folder; return where.
+def write_report(source: str | os.PathLike[str], output: str | os.PathLike[str] | None = None) -> Path:
+    """Write the report of a run folder, or of a file with what a command printed as JSON; return where.
+
+    Without an `output` it is report.html in the folder, or NAME.html beside NAME.json.
 
     Raises:
-        RunError: not a run folder, or a damaged one, or the page cannot be written; the message is one line.
+        RunError: no result, or a damaged one, or the page cannot be written; the message is one line.
     """
-    html = render(load(folder))
-    path = Path(folder) / NAME if output is None else Path(output)
+    html = render(load(source))
+    source = Path(source)
+    own = [source / name for name in OWN] if source.is_dir() else [source]
+    beside = source / NAME if source.is_dir() else source.with_suffix(".html")
+    path = beside if output is None else Path(output)
+    if any(path.exists() and file.exists() and path.samefile(file) for file in own):
+        raise RunError(f"{path}: is what the report is made from; choose another -o")
     if output is None and path.is_symlink():  # a folder from strangers must not send us elsewhere
         raise RunError(f"{path}: is a link that leads out of the run folder; remove it, or choose a file with -o")
-    if any(path.exists() and (Path(folder) / own).exists() and path.samefile(Path(folder) / own) for own in OWN):
-        raise RunError(f"{path}: is what the report is made from; choose another -o")
     runs.save_bytes(path, html.encode("utf-8"))
     return path
 

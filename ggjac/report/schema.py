@@ -1,6 +1,6 @@
-"""What a run folder may hold, stated as data and checked before anything is drawn: run.json may come from strangers.
+"""What a result may hold, stated as data and checked before anything is drawn: JSON may come from strangers.
 
-A *check* is a function `(value, where) -> value` that returns what the report may use, or raises a one-line `RunError`
+A *check* is a function `(value, where) -> value` that returns what the report may use, or raises a one-line `Wrong`
 that names the place. Keys that are unknown are dropped, parts that are missing or null become None, and text loses what
 could steer a reader's eye: control and bidi characters, halves of surrogate pairs.
 """
@@ -14,16 +14,22 @@ Check = Callable[[Any, str], Any]
 
 # Lists longer than this are no result of ours: the longest, tokens and ranks, stay far below.
 MAX_ITEMS = 1_000_000
+# Of the lists inside lists, which multiply: blocks of a model, heads of a block, vectors and words at one place.
+MAX_BLOCKS, MAX_HEADS, MAX_VECTORS, MAX_WORDS = 4096, 4096, 65_536, 4096
 # Differences and ratios of two numbers within this bound (and above its inverse) neither overflow nor vanish.
 LARGEST = 1e100
 # Invisible, yet part of words and of emoji.
 _JOINERS = "\u200c\u200d"
 
 
-def _wrong(where: str, expected: str, value: Any) -> RunError:
+class Wrong(ValueError):
+    """A value of another form; the message names its place and what was expected there."""
+
+
+def _wrong(where: str, expected: str, value: Any) -> Wrong:
     found = type(value).__name__ if isinstance(value, dict | list) else ascii(value)
     found = found if len(found) <= 40 else f"{found[:37]}..."
-    return RunError(f"run.json: {where}: expected {expected}, found {found}; analyse the prompt again")
+    return Wrong(f"{where}: expected {expected}, found {found}")
 
 
 def text(value: Any, where: str) -> str:
@@ -76,12 +82,14 @@ def maybe(check: Check) -> Check:
     return lambda value, where: None if value is None else check(value, where)
 
 
-def each(check: Check, *, least: int = 0) -> Check:
+def each(check: Check, *, least: int = 0, most: int = MAX_ITEMS) -> Check:
     """Accept a list."""
 
     def check_all(value: Any, where: str) -> list[Any]:
-        if not isinstance(value, list) or not least <= len(value) <= MAX_ITEMS:
+        if not isinstance(value, list) or len(value) < least:
             raise _wrong(where, f"a list of {least} or more" if least else "a list", value)
+        if len(value) > most:
+            raise Wrong(f"{where}: expected a list of at most {most}, found {len(value)}")
         return [check(item, f"{where}[{i}]") for i, item in enumerate(value)]
 
     return check_all
@@ -107,7 +115,7 @@ def record(required: Mapping[str, Check], optional: Mapping[str, Check] | None =
         path = "" if where == "" else f"{where}."
         missing = [key for key in required if key not in value]
         if missing:
-            raise RunError(f"run.json: {path}{missing[0]}: is missing; analyse the prompt again")
+            raise Wrong(f"{path}{missing[0]}: is missing")
         found = {key: check(value[key], path + key) for key, check in required.items()}
         rest = {key: maybe(check)(value.get(key), path + key) for key, check in (optional or {}).items()}
         return found | rest
@@ -115,129 +123,335 @@ def record(required: Mapping[str, Check], optional: Mapping[str, Check] | None =
     return check_all
 
 
+def position(value: Any, where: str) -> int | str:
+    """Accept a position, or the word for all of them."""
+    return "all" if value == "all" else integer(value, where)
+
+
+_words = each(text, most=MAX_WORDS)
 _TOKEN = record({"id": integer, "token": text}, {"logit": number, "probability": number})
+_PIECE = record({"text": text}, {"id": integer, "position": integer})
 _ESTIMATE = record({"value": maybe(number)}, {"error": number, "frobenius": number})
 _TRIPLET = {"singular_value": number, "residual": maybe(number)}
+_MODEL = record({"path": text}, {"name": text, "architecture": text, "bytes": integer, "fingerprint": text})
+_HEALTH = record(
+    {"error": maybe(number), "limit": number, "healthy": flag}, {"offset_norm": number, "output_norm": number}
+)
 _MEASURES = ("std_ratio", "std_ratio_output", "max_abs", "pearson", "spearman", "kl", "top_agreement")
 _AGREEMENT = record({"error": maybe(number)}, dict.fromkeys(_MEASURES, number) | {"top": integer, "top1": flag})
+_BOTH = record({"a": number, "b": number})
 
-#: What `run.json` may hold. The sections of the report, which use it, say in their docstrings what it means.
-RUN = record(
-    {
-        "model": record({"path": text}, {"name": text, "architecture": text, "bytes": integer, "fingerprint": text}),
-        "tokens": each(record({"position": integer, "id": integer, "text": text}), least=1),
+# A logit, or the difference of two, and what it is made of: of input tokens, or of the branches of blocks.
+_WHOLE = {"target": _TOKEN, "logit": number}
+_WHOSE = {"position": integer, "token": text, "versus": _TOKEN, "softcap": number, "unexplained": number}
+_SHARES = record(
+    _WHOLE | {"shares": each(record({"position": integer, "token": text, "share": number}), least=1)},
+    _WHOSE | {"offset": number},
+)
+_BRANCHES = record(
+    _WHOLE
+    | {
+        "embedding": number,
+        "blocks": each(
+            record(
+                {"block": integer, "attn": number, "mlp": number},
+                {"heads": each(number, most=MAX_HEADS), "attn_bias": number},
+            ),
+            least=1,
+            most=MAX_BLOCKS,
+        ),
     },
-    {
-        "created": text,
-        "versions": table(text),
-        "platform": text,
-        "command": each(text),
-        "prompt": text,
-        "warning": text,
-        "position": integer,
-        "device": text,
-        "dtype": text,
-        "mlp_path": text,
-        "threads": integer,
-        "seconds": table(number),
-        "peak_memory_bytes": integer,
-        "predictions": each(_TOKEN),
-        "parity": record(
-            {"verdict": maybe(flag)},
-            {
-                "reason": text,
-                "mode": text,
-                "top1_equal": flag,
-                "top1": record({"token": text}),
-                "kl": number,
-                "kl_last": number,
-                "logits_error": number,
-                "cause": text,
-            },
-        ),
-        "reconstruction": record(
-            {"error": maybe(number), "limit": number, "healthy": flag},
-            {"offset_norm": number, "output_norm": number},
-        ),
-        "svd": record(
-            {
-                "converged": flag,
-                "triplets": each(
-                    record(
-                        _TRIPLET
-                        | {
-                            "left": each(text),
-                            "right": each(
-                                record(
-                                    {
-                                        "position": integer,
-                                        "token": text,
-                                        "weight": maybe(number),
-                                        "nearest": each(text),
-                                    }
-                                )
-                            ),
-                        }
-                    )
-                ),
-            },
-            {"seed": integer, "tol": number, "sweeps": integer, "stopped_by": text},
-        ),
-        "stable_rank": _ESTIMATE,
-        "attribution": record(
-            {
-                "target": _TOKEN,
-                "logit": number,
-                "shares": each(record({"position": integer, "token": text, "share": number}), least=1),
-            },
-            {"softcap": number, "offset": number, "unexplained": number},
-        ),
-        "layers": record(
-            {
-                "taps": each(
-                    record(
-                        {
-                            "map": one_of("cumulative", "blockwise", "to_end"),
-                            "kind": one_of("layer", "attn", "mlp"),
-                            "index": integer,
-                            "triplets": each(record(_TRIPLET | {"left": each(_TOKEN)}, {"arriving": each(_TOKEN)})),
-                        },
-                        {"stable_rank": _ESTIMATE},
-                    )
-                )
-            },
-            {
-                "readout": each(record({"index": integer, "top": each(_TOKEN)})),
-                "ranks": record(
-                    {
-                        "tokens": each(_TOKEN),
-                        "depths": each(record({"index": integer, "ranks": each(integer)})),
-                    }
-                ),
-                "path": each(record({"index": integer, "values": each(number, least=2)})),
-            },
-        ),
-        "contrast": record({"ordinary": _AGREEMENT}, {"detached": _AGREEMENT}),
-    },
+    _WHOSE | {"bias": number},
 )
 
 
-def checked(content: Any) -> dict[str, Any]:
-    """Return the parts of `run.json` that the report draws, each of the stated form.
+def attribution(value: Any, where: str) -> dict[str, Any]:
+    """Accept the shares in one logit, or in one at every position, by token, layer or head.
+
+    Returns:
+        `{"by", "one", "positions"}`: the entry of one position or None, those of several or None.
+    """
+    if not isinstance(value, dict):
+        raise _wrong(where, "an object", value)
+    by = one_of("token", "layer", "head")("token" if value.get("by") is None else value["by"], f"{where}.by")
+    entry = _SHARES if by == "token" else _BRANCHES
+    several = value.get("positions")
+    return {
+        "by": by,
+        "one": entry(value, where) if several is None or "target" in value else None,
+        "positions": maybe(each(_placed(entry), least=1))(several, f"{where}.positions"),
+    }
+
+
+def _placed(entry: Check) -> Check:
+    """Accept an entry that says of which position it is."""
+
+    def check(value: Any, where: str) -> dict[str, Any]:
+        record({"position": integer, "token": text})(value, where)
+        return entry(value, where)
+
+    return check
+
+
+_NULLED = each(maybe(number), most=MAX_VECTORS)
+_COHERENCE = record(
+    {"scores": _NULLED, "chance": _NULLED, "shuffled": record({"mean": maybe(number), "sd": maybe(number)})},
+    {"above": _NULLED},
+)
+_SVD = record(
+    {
+        "converged": flag,
+        "triplets": each(
+            record(
+                _TRIPLET
+                | {
+                    "left": _words,
+                    "right": each(
+                        record({"position": integer, "token": text, "weight": maybe(number), "nearest": _words})
+                    ),
+                }
+            ),
+            most=MAX_VECTORS,
+        ),
+    },
+    {
+        "seed": integer,
+        "tol": number,
+        "sweeps": integer,
+        "stopped_by": text,
+        "readability": record({"left": _COHERENCE, "right": _COHERENCE}),
+        "per_token": each(
+            record(
+                {
+                    "position": integer,
+                    "token": text,
+                    "triplets": each(record(_TRIPLET | {"left": _words, "right": _words}), most=MAX_VECTORS),
+                },
+                {"sweeps": integer, "converged": flag, "stopped_by": text},
+            )
+        ),
+    },
+)
+_GENERATED = record(
+    {"strength": number, "text": text},
+    {
+        "tokens": each(_PIECE),
+        "kl_first": number,
+        "concept_mass_first": number,
+        "concept_hits": integer,
+        "direction_norm": number,
+    },
+)
+_LENGTHS = each(record({"norm": maybe(number), "tokens": _words}, {"component": integer}), most=MAX_VECTORS)
+
+#: What a result may hold beside its `tokens`. The sections of the report, which use it, say in their docstrings what it
+#: means.
+PARTS: dict[str, Check] = {
+    "created": text,
+    "versions": table(text),
+    "platform": text,
+    "command": each(text),
+    "prompt": text,
+    "warning": text,
+    "position": position,
+    "device": text,
+    "dtype": text,
+    "mlp_path": text,
+    "threads": integer,
+    "seconds": table(number),
+    "peak_memory_bytes": integer,
+    "predictions": each(_TOKEN),
+    "parity": record(
+        {"verdict": maybe(flag)},
+        {
+            "reason": text,
+            "mode": text,
+            "tolerance": number,
+            "top1_equal": flag,
+            "top1": record({"token": text}),
+            "kl": number,
+            "kl_last": number,
+            "logits_error": number,
+            "cause": text,
+            "layers": each(
+                record(
+                    {"name": text, "error": maybe(number)}, {"worst_position": integer, "worst_error": maybe(number)}
+                )
+            ),
+        },
+    ),
+    "reconstruction": _HEALTH,
+    "svd": _SVD,
+    "stable_rank": _ESTIMATE,
+    "attribution": attribution,
+    "branches": _BRANCHES,
+    "layers": record(
+        {
+            "taps": each(
+                record(
+                    {
+                        "map": one_of("cumulative", "blockwise", "to_end"),
+                        "kind": one_of("layer", "attn", "mlp"),
+                        "index": integer,
+                        "triplets": each(record(_TRIPLET | {"left": each(_TOKEN)}, {"arriving": each(_TOKEN)})),
+                    },
+                    {"stable_rank": _ESTIMATE},
+                )
+            )
+        },
+        {
+            "readout": each(record({"index": integer, "top": each(_TOKEN)})),
+            "ranks": record(
+                {
+                    "tokens": each(_TOKEN),
+                    "depths": each(record({"index": integer, "ranks": each(integer)})),
+                }
+            ),
+            "path": each(record({"index": integer, "values": each(number, least=2)})),
+        },
+    ),
+    "contrast": record({"ordinary": _AGREEMENT}, {"detached": _AGREEMENT}),
+    "norms": record(
+        {"positions": each(record({"position": integer, "token": text, "columns": _LENGTHS, "rows": _LENGTHS}))}
+    ),
+    "jacobian": record(
+        {
+            "positions": each(
+                record({"position": integer, "token": text}, {"frobenius": number, "contribution_norm": number})
+            )
+        },
+        {"shape": each(integer, most=9), "frobenius": number, "reconstruction": _HEALTH},
+    ),
+    "ranks": record(
+        {
+            "prompts": each(
+                record(
+                    {"tokens": each(record({"text": text, "stable_rank": _ESTIMATE}, {"id": integer}), least=1)},
+                    {"prompt": text, "joint": _ESTIMATE, "next": _TOKEN, "stopped_by": text, "reconstruction": _HEALTH},
+                ),
+                least=1,
+            ),
+            "by_position": each(
+                record(
+                    {"position": integer, "prompts": integer},
+                    dict.fromkeys(("mean", "error", "median", "least", "most"), number),
+                )
+            ),
+        }
+    ),
+    "other_model": _MODEL,
+    "compare": record(
+        {
+            "singular_values": each(record({"a": number, "b": number}, {"residual": number}), most=MAX_VECTORS),
+            "angles": record({"left": _NULLED, "right": _NULLED}),
+            "target": _TOKEN,
+            "logit": _BOTH,
+            "offset": _BOTH,
+            "shares": each(record({"position": integer, "token": text, "a": number, "b": number})),
+            "positions": each(
+                record(
+                    {"position": integer, "token": text, "kl": maybe(number)},
+                    {"top1": record({"a": text, "b": text}), "same_top1": flag},
+                )
+            ),
+        },
+        {
+            "reconstruction": record({"a": _HEALTH, "b": _HEALTH}),
+            "tol": number,
+            "converged": flag,
+            "seed": integer,
+            "output_distance": number,
+            "softcap": number,
+            "kl": number,
+            "mean_kl": number,
+            "top1_agreement": number,
+        },
+    ),
+    "steering": record(
+        {"method": text, "layer": integer, "baseline": _GENERATED, "steered": each(_GENERATED, most=MAX_VECTORS)},
+        {
+            "changed_after_blocks": integer,
+            "blocks": integer,
+            "seed": integer,
+            "concept": record({}, {"text": text, "tokens": each(_PIECE), "top": each(_TOKEN)}),
+            "controls": each(_GENERATED, most=MAX_VECTORS),
+        },
+    ),
+}
+_PROMPT = each(record({"position": integer, "id": integer, "text": text}), least=1)
+
+#: What `run.json` may hold, and what commands print; and a result about many prompts, which has none of its own.
+RUN = record({"model": _MODEL, "tokens": _PROMPT}, PARTS)
+RUN_OF_MANY = record({"model": _MODEL}, PARTS)
+
+
+def checked(content: Any, source: str = "run.json", again: str = "analyse the prompt again") -> dict[str, Any]:
+    """Return the parts of a result that the report draws, each of the stated form.
+
+    `attribution` becomes the shares of tokens at one position, `branches` those of blocks and heads, `everywhere` those
+    at all positions, `{"by", "entries"}`; `position` is a number, the last one where `all_positions` were asked for.
+
+    Args:
+        content: what was read.
+        source: the file's name.
+        again: how to come by a better one.
 
     Raises:
         RunError: a part is of another form; the message names it.
     """
-    run = RUN(content, "")
+    try:
+        many = (
+            isinstance(content, dict) and "ranks" in content and not {"tokens", "prompt", "position"} & content.keys()
+        )
+        run = RUN_OF_MANY(content, "") | {"tokens": []} if many else RUN(content, "")
+        return _arranged(run)
+    except Wrong as error:
+        raise RunError(f"{source}: {error}; {again}") from error
+
+
+def _arranged(run: dict[str, Any]) -> dict[str, Any]:
+    """Check what several parts must agree about, and give each section its own."""
     n = len(run["tokens"])
-    position = n - 1 if run["position"] is None else run["position"]
-    if position >= n:
-        raise RunError(f"run.json: position: {position} is beyond the {n} tokens; analyse the prompt again")
+    everywhere = run["position"] == "all"
+    position = max(0, n - 1) if run["position"] is None or everywhere else run["position"]
+    if n and position >= n:
+        raise Wrong(f"position: {position} is beyond the {n} tokens")
     ranks = (run["layers"] or {}).get("ranks") or {"tokens": [], "depths": []}
     for depth in ranks["depths"]:
         if len(depth["ranks"]) != len(ranks["tokens"]):
-            raise RunError(
-                f"run.json: layers.ranks: {len(depth['ranks'])} ranks at depth {depth['index']} for "
-                f"{len(ranks['tokens'])} tokens; analyse the prompt again"
+            raise Wrong(
+                f"layers.ranks: {len(depth['ranks'])} ranks at depth {depth['index']} for {len(ranks['tokens'])} tokens"
             )
-    return run | {"position": position}
+    _check_coherence(run["svd"])
+    given = run["attribution"] or {"by": "token", "one": None, "positions": None}
+    by_token = given["by"] == "token"
+    several = given["positions"] and {"by": given["by"], "entries": given["positions"]}
+    branches = run["branches"] if by_token or run["branches"] else given["one"]
+    for entries in ([branches] if branches else [], several["entries"] if several and not by_token else []):
+        _check_blocks(entries)
+    return run | {
+        "position": position,
+        "all_positions": everywhere,
+        "attribution": given["one"] if by_token else None,
+        "branches": branches,
+        "everywhere": several,
+        "reconstruction": run["reconstruction"] or (run["jacobian"] or {}).get("reconstruction"),
+    }
+
+
+def _check_coherence(svd: dict[str, Any] | None) -> None:
+    """Check that every decoded vector has its score."""
+    for side, found in ((svd or {}).get("readability") or {}).items():
+        for name in ("scores", "chance"):
+            if svd and len(found[name]) != len(svd["triplets"]):
+                raise Wrong(
+                    f"svd.readability.{side}.{name}: {len(found[name])} numbers for {len(svd['triplets'])} triplets"
+                )
+
+
+def _check_blocks(entries: list[dict[str, Any]]) -> None:
+    """Check that all have the same blocks, and these the same heads."""
+    if entries:
+        forms = {tuple(None if b["heads"] is None else len(b["heads"]) for b in entry["blocks"]) for entry in entries}
+        if len(forms) > 1 or len(set(forms.pop())) > 1:
+            raise Wrong("attribution: blocks differ in their number, or in that of their heads")

@@ -64,6 +64,53 @@ function beside(items, from, direction) {
   return best;
 }
 
+// -- Heat grids: the cell under the pointer, or at the arrow keys, says its value. The values are those of its table.
+for (const figure of all("[data-heat]")) {
+  const table = document.getElementById(figure.dataset.heat);
+  if (!table) continue;
+  const grid = figure.querySelector(".heat");
+  const cursor = figure.querySelector(".cursor");
+  const says = figure.querySelector("output");
+  const units = Number(figure.dataset.units);
+  const places = figure.dataset.places.split(" ").map((place) => place.split(",").map(Number));
+  const rows = table.tBodies[0].rows;
+  let at = [0, 0];
+
+  function show(row, column) {
+    at = [row, column];
+    const [start, width] = places[column];
+    for (const [name, value] of Object.entries({ x: start, y: row, width })) cursor.setAttribute(name, value);
+    const head = table.tHead.rows[0].cells[column + 1].dataset.name;
+    const value = rows[row].cells[column + 1].textContent;
+    says.textContent = `${figure.dataset.label} ${rows[row].cells[0].textContent}, ${head}: ${value || "–"}`;
+  }
+
+  const follow = (event) => {
+    const box = grid.getBoundingClientRect();
+    const x = ((event.clientX - box.left) / box.width) * units;
+    const row = Math.floor(((event.clientY - box.top) / box.height) * rows.length);
+    const column = places.findIndex(([start, width]) => x >= start && x < start + width);
+    if (column >= 0 && row >= 0 && row < rows.length) show(row, column);
+  };
+  grid.addEventListener("pointermove", follow);
+  grid.addEventListener("pointerdown", follow);
+
+  figure.tabIndex = 0;
+  figure.setAttribute("role", "group");
+  figure.setAttribute("aria-label", "Grid: arrow keys read its values");
+  figure.addEventListener("focus", () => { if (figure.matches(":focus-visible")) show(...at); });
+  figure.addEventListener("keydown", (event) => {
+    const [row, column] = at;
+    const to = {
+      ArrowRight: [row, column + 1], ArrowLeft: [row, column - 1], ArrowDown: [row + 1, column], ArrowUp: [row - 1, column],
+      Home: [row, 0], End: [row, places.length - 1],
+    }[event.key];
+    if (!to) return;
+    event.preventDefault();
+    if (rows[to[0]] && places[to[1]]) show(...to);
+  });
+}
+
 // -- Pinned tokens: their rank by depth, as lines and as a table.
 const source = document.getElementById("data");
 const place = document.getElementById("pinned");

@@ -1,0 +1,130 @@
+"""What sections share: how tokens, bars and heat grids are prepared for a template."""
+
+from typing import Any
+
+from ggjac.report.charts import Heat
+from ggjac.report.numbers import signed
+
+SHORT = 32  # prompts up to this many tokens show their tables open
+SHOWN = 3  # tokens in a cell of the layer grid, and positions beside a right vector
+ROUNDING = 5e-2  # of Σ|shares|: what 16-bit arithmetic may leave unexplained
+LEVELS = 10  # shades of a diverging colour, each way
+LEGEND = [*range(-LEVELS, LEVELS + 1, 2)]
+# A heat grid on a screen, in pixels: as wide as the column of text, its cells not too small and not too large.
+WIDE, TALL, CELL_WIDTH, CELL_HEIGHT = 720, 640, (4, 36), (5, 24)
+SMALL = 280  # what is left of a phone beside the labels: of wider grids it shows a third of them
+
+
+def pairs(*rows: tuple[str, str | None]) -> list[tuple[str, str]]:
+    """Return the rows that say something."""
+    return [(name, value) for name, value in rows if value]
+
+
+def capital(sentence: str) -> str:
+    """Return a sentence with a capital at its start."""
+    return sentence[:1].upper() + sentence[1:]
+
+
+def joined(tokens: list[str]) -> str:
+    """Return running text from visible tokens: `␣` at their edges was a space."""
+    inner = [token.strip("␣") for token in tokens]
+    return "".join(
+        " " * (len(t) - len(t.lstrip("␣"))) + i + " " * (len(t.rstrip("␣")) < len(t) and bool(i))
+        for t, i in zip(tokens, inner, strict=True)
+    )
+
+
+def length(share: float) -> str:
+    """Return a length for SVG."""
+    return f"{100 * share:.2f}".rstrip("0").rstrip(".") + "%"
+
+
+def bar(share: float, low: float, high: float) -> dict[str, str]:
+    """Return a bar that starts at the zero of a scale from `low` to `high`."""
+    span = high - low or 1.0
+    return {"x": length((min(share, 0.0) - low) / span), "width": length(abs(share) / span)}
+
+
+def bars(shares: list[float]) -> tuple[list[dict[str, str]], str]:
+    """Return a bar for each share, on one scale, and where its zero is."""
+    low, high = min([0.0, *shares]), max([0.0, *shares])
+    return [bar(share, low, high) for share in shares], length(-low / (high - low or 1.0))
+
+
+def digits(shares: list[float]) -> int:
+    """Return the decimals that a column of shares is shown with."""
+    return 4 if max(map(abs, shares), default=0.0) < 100 else 2
+
+
+def heat(grid: Heat) -> dict[str, Any]:
+    """Prepare a heat grid: cells as one path for each shade, ticks in fractions, and all values as a table."""
+    count, units = len(grid.rows), sum(panel.span * len(panel.columns) for panel in grid.panels) + len(grid.panels) - 1
+    width = min(WIDE, units * min(CELL_WIDTH[1], max(CELL_WIDTH[0], WIDE // units)))
+    height = count * min(CELL_HEIGHT[1], max(CELL_HEIGHT[0], TALL // count))
+    paths: dict[int, list[str]] = {}
+    columns, grounds, places = [], [], []
+    start = 0
+    for panel in grid.panels:
+        across = panel.span * len(panel.columns)
+        grounds.append({"x": start, "width": across})
+        # Labels some 22 pixels apart at least; words that stand aslant need less.
+        every = max(1, -(-(18 if grid.tilted or panel.span > 1 else 24) * units // (width * panel.span)))
+        for j, name in enumerate(panel.columns):
+            x = start + j * panel.span
+            places.append(f"{x},{panel.span}")
+            if j % every == 0:
+                tilted = grid.tilted or panel.span > 1
+                spare = width > SMALL and j // every % 3 > 0
+                columns.append(
+                    {"x": length((x + panel.span / 2) / units), "label": _cut(name), "tilted": tilted, "spare": spare}
+                )
+        for i, row in enumerate(panel.values):
+            _draw_row(paths, row, panel.largest, start, i, panel.span)
+        start += across + 1
+    below = max(1, -(-14 * count // height))
+    decimals = digits([value for panel in grid.panels for row in panel.values for value in row if value is not None])
+    return {
+        "key": grid.key,
+        "title": grid.title,
+        "summary": grid.summary,
+        "label": grid.label,
+        "tilted": any(column["tilted"] for column in columns),
+        "words": grid.tilted,
+        "wordy": max(map(len, grid.rows)) > 5,
+        "width": width,
+        "height": height,
+        "units": units,
+        "count": count,
+        "grounds": grounds,
+        "paths": [(level, "".join(parts)) for level, parts in sorted(paths.items())],
+        "places": " ".join(places),
+        "columns": columns,
+        "rows": [{"y": length((i + 0.5) / count), "label": _cut(grid.rows[i])} for i in range(0, count, below)],
+        "scales": [{"name": panel.name, "largest": f"{panel.largest:.2g}"} for panel in grid.panels],
+        "head": [(_cut(c), name) for panel in grid.panels for c, name in zip(panel.columns, panel.names, strict=True)],
+        "body": [
+            (name, ["" if v is None else signed(v, decimals) for panel in grid.panels for v in panel.values[i]])
+            for i, name in enumerate(grid.rows)
+        ],
+    }
+
+
+def _draw_row(
+    paths: dict[int, list[str]], row: tuple[float | None, ...], largest: float, start: int, i: int, span: int
+) -> None:
+    """Add the cells of a row to the paths of their shades; neighbours of one shade are one rectangle."""
+    levels = [0 if value is None else round(LEVELS * value / (largest or 1.0)) for value in row]
+    j = 0
+    while j < len(levels):
+        end = j + 1
+        while end < len(levels) and levels[end] == levels[j]:
+            end += 1
+        if levels[j]:
+            across = span * (end - j)
+            paths.setdefault(levels[j], []).append(f"M{start + span * j} {i}h{across}v1h-{across}z")
+        j = end
+
+
+def _cut(name: str) -> str:
+    """Return a name that fits beside a grid."""
+    return name if len(name) <= 12 else f"{name[:11]}…"
