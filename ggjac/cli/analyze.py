@@ -23,6 +23,7 @@ from ggjac.cli.options import (
 )
 
 CHECKPOINT = "checkpoint"  # inside a run folder, while the run is not finished
+SHUFFLES = 200  # vectors that decoded ones are compared with, as in `ggjac svd`
 
 
 @click.command()
@@ -33,6 +34,7 @@ CHECKPOINT = "checkpoint"  # inside a run folder, while the run is not finished
 @click.option("--top", type=click.IntRange(min=1), default=8, show_default=True, help="Tokens per vector.")
 @click.option("--no-verify", is_flag=True, help="Do not compare with llama.cpp.")
 @click.option("--layers", type=Depths(), help="Decompose the maps of these depths, too: all, or 0,10-20,-1.")
+@click.option("--per-token", is_flag=True, help="Also decompose each position's own map.")
 @click.option("--contrast", is_flag=True, help="Rebuild the output by the ordinary Jacobian, too.")
 @output("Run folder to create.  [default: ggjac-runs/MODEL-TIME]")
 @resume
@@ -49,6 +51,7 @@ def analyze(
     top: int,
     no_verify: bool,
     layers: DepthRanges | None,
+    per_token: bool,
     contrast: bool,
     output: Path | None,
     resume: bool,
@@ -58,13 +61,15 @@ def analyze(
 
     The folder holds report.html (to look at), run.json (all results, and how they were made) and tensors.safetensors
     (U, S, Vh, residual, x, y, offset, linear_output, logits, shares, ids; with --contrast, ordinary_output; with
-    --layers, what `ggjac layers` saves). Exit code 3 if a check fell outside its tolerance.
+    --per-token, token_U, token_S, token_Vh, token_residual; with --layers, what `ggjac layers` saves). Page and
+    run.json also have the shares of blocks and heads, and what decoded vectors are worth. Exit code 3 if a check fell
+    outside its tolerance.
 
     \b
     ggjac analyze -m model.gguf -p "The bridge out of Marin is the"
     """
     from ggjac import gguf, runs
-    from ggjac.cli import depths, render, sections
+    from ggjac.cli import depths, render, sections, shares, vectors
     from ggjac.cli.session import Session, save
     from ggjac.report import write_report
 
@@ -78,6 +83,7 @@ def analyze(
         return
     runs.check_folder(folder, unfinished=CHECKPOINT)
     settings: dict[str, Any] = {"rank": rank, "tol": tol, "seed": seed}
+    marks = {"per_token": per_token} if per_token else {}
     content: dict[str, Any] = {}
 
     def part(key: str, data: Any, show: Callable[[Any], None]) -> None:
@@ -85,17 +91,21 @@ def analyze(
         if output_format == "table":
             show(data)
 
-    with session.checkpointed(folder / CHECKPOINT, resume=resume, output=folder, layers=chosen, **settings):
+    with session.checkpointed(folder / CHECKPOINT, resume=resume, output=folder, layers=chosen, **settings, **marks):
         part("tokens", session.tokens(), lambda _: session.show_tokens())
         part("predictions", sections.predictions(session, 5), sections.show_predictions)
         if not no_verify:
             part("parity", sections.parity_or_reason(session), sections.show_parity)
         part("reconstruction", sections.reconstruction(session), sections.show_reconstruction)
         result = sections.run_spectrum(session, top=top, max_sweeps=max_sweeps, **settings)
-        part("svd", sections.spectrum_data(session, result, seed, tol), sections.show_spectrum)
+        spectrum = sections.spectrum_data(session, result, seed, tol)
+        scores = vectors.run_readability(session, result, top=top, shuffles=SHUFFLES, seed=seed)
+        part("svd", spectrum | {"readability": vectors.readability_data(scores)}, sections.show_spectrum)
         part("stable_rank", sections.stable_rank_data(session, result, seed), sections.show_stable_rank)
-        shares = sections.run_attribution(session, content["predictions"][0]["id"])
-        part("attribution", sections.attribution_data(session, shares), sections.show_attribution)
+        split = sections.run_attribution(session, content["predictions"][0]["id"])
+        part("attribution", sections.attribution_data(session, split), sections.show_attribution)
+        written = shares.run(session, "head", split.target, None, everywhere=False, stage="branches")
+        content["branches"] = shares.data(session, "head", written)[0]
         J = session.jacobian
         rebuilt = {"linear_output": J.linear_output}
         if contrast:
@@ -103,10 +113,16 @@ def analyze(
             part("contrast", sections.contrast_data(both), sections.show_contrast)
             rebuilt |= sections.contrast_tensors(session, both)
         inner: dict[str, Any] = {}
+        if per_token:
+            each = vectors.run_per_token(session, top=top, max_sweeps=max_sweeps, **settings)
+            content["svd"]["per_token"] = vectors.per_token_data(session, each)
+            if output_format == "table":
+                vectors.show_per_token(content["svd"]["per_token"])
+            inner |= vectors.tensors(each)
         if chosen is not None:
             found = depths.run_layers(session, chosen, top=top, max_sweeps=max_sweeps, **settings)
             part("layers", depths.layers_data(session, found, seed=seed, tol=tol), depths.show_layers)
-            inner = depths.layers_tensors(found)
+            inner |= depths.layers_tensors(found)
 
         save(
             session,
@@ -114,7 +130,7 @@ def analyze(
             sections.tensors(result)
             | rebuilt
             | inner
-            | {"x": J.x, "y": J.output, "offset": J.offset, "logits": session.logits, "shares": shares.shares},
+            | {"x": J.x, "y": J.output, "offset": J.offset, "logits": session.logits, "shares": split.shares},
         )
         content = session.envelope() | content
         runs.save_json(folder / "run.json", render.finite(content))
@@ -125,7 +141,8 @@ def analyze(
     else:
         session.show_saved(folder)
         session.show_saved(page)
-    if sections.failed_checks(content):
+    open_ends = [entry for entry in content["svd"].get("per_token", []) if entry["stopped_by"] == "sweeps"]
+    if open_ends or sections.failed_checks(content):
         ctx.exit(3)
 
 

@@ -17,12 +17,18 @@ SHOWN = 24
 
 
 def run(
-    session: Session, by: By, target: int | None, versus: int | None, *, everywhere: bool
+    session: Session,
+    by: By,
+    target: int | None,
+    versus: int | None,
+    *,
+    everywhere: bool,
+    stage: str = "attribution",
 ) -> TokenShares | BranchShares:
     """Split logits at all positions, or over branches."""
     trace, head = session.trace, session.model.head
     network = trace.network
-    with session.report.stage("attribution") as update:
+    with session.report.stage(stage) as update:
 
         def advanced(done: int, total: int) -> None:
             update("block", done, total)
