@@ -108,6 +108,7 @@ def test_a_file_of_prompts(tmp_path: Path, counted: list[int]) -> None:
     result = ggjac("-f", file, "-o", out)
     assert counted == [8, 6]
     assert all(word in result.stdout for word in ("␣Golden", "␣Paris", "Stable rank by token index", "all converged"))
+    assert "█" * 24 in result.stdout, "the largest mean"
     records = [json.loads(line) for line in out.read_text().splitlines()]
     assert [record["prompt"] for record in records] == LINES[:2]
     before = out.read_bytes()

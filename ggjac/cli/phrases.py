@@ -17,7 +17,7 @@ from ggjac.cli import sections
 from ggjac.cli.depths import stable
 from ggjac.cli.options import ModelOptions
 from ggjac.cli.progress import Reporter
-from ggjac.cli.render import finite, line, table
+from ggjac.cli.render import finite, line, table, width
 from ggjac.cli.session import Session
 from ggjac.tokenizer import visible
 
@@ -189,7 +189,7 @@ def _by_position(records: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
 
 
 def show_ranks(records: list[dict[str, Any]], positions: list[dict[str, Any]]) -> None:
-    """Print a row for each prompt, and one for each token index."""
+    """Print a row for each prompt, and one for each token index, its mean drawn as a bar."""
     rows = [
         (
             "".join(t["text"] for t in r["tokens"]),
@@ -200,6 +200,7 @@ def show_ranks(records: list[dict[str, Any]], positions: list[dict[str, Any]]) -
         for r in records
     ]
     table("Stable rank of each prompt", ["prompt", "next", "#joint", "of each token's own map"], rows)
+    largest, bar = max((p["mean"] for p in positions), default=0.0) or 1.0, 24 if width() >= 80 else 10
     cells = [
         (
             p["position"],
@@ -207,10 +208,11 @@ def show_ranks(records: list[dict[str, Any]], positions: list[dict[str, Any]]) -
             f"{p['mean']:.4g}",
             "" if p["error"] is None else f"{p['error']:.2g}",
             *(f"{p[key]:.4g}" for key in ("median", "least", "most")),
+            "█" * round(bar * p["mean"] / largest),
         )
         for p in positions
     ]
-    headings = ["#token index", "#prompts", "#mean", "#standard error", "#median", "#least", "#most"]
+    headings = ["#token index", "#prompts", "#mean", "#standard error", "#median", "#least", "#most", ""]
     table("Stable rank by token index", headings, cells)
     slow = sum(r["stopped_by"] == "sweeps" for r in records)
     line(f"NOT converged: {slow} of {len(records)} prompts" if slow else f"{len(records)} prompts, all converged")
