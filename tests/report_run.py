@@ -88,7 +88,11 @@ def full(*, blocks: int = 6, rank: int = 5, d: int = 64, prompt: int = 8, seed: 
             "logits_error": 6.2e-3,
             "first_departure": None,
             "cause": "llama.cpp rounds activations",
-            "layers": [],
+            "tolerance": 2e-3,
+            "layers": [
+                {"name": f"l_out-{i}", "error": 10.0 ** (i - 7), "worst_position": i, "worst_error": 10.0 ** (i - 6)}
+                for i in range(blocks)
+            ],
         },
         "reconstruction": {
             "error": 3.1e-7,
@@ -118,6 +122,34 @@ def full(*, blocks: int = 6, rank: int = 5, d: int = 64, prompt: int = 8, seed: 
                 }
                 for s in sigmas
             ],
+            "readability": {
+                side: {
+                    "scores": [0.3 / (j + 1) for j in range(rank)],
+                    "above": [9.0 / (j + 1) for j in range(rank)],
+                    "chance": [0.005 * (j + 1) for j in range(rank)],
+                    "shuffled": {"mean": mean, "sd": 0.025, "count": 200},
+                }
+                for side, mean in (("left", 0.019), ("right", 0.071))
+            },
+            "per_token": [
+                {
+                    "position": t["position"],
+                    "token": t["text"],
+                    "sweeps": 9,
+                    "converged": t["position"] != 2,
+                    "stopped_by": "tolerance",
+                    "triplets": [
+                        {
+                            "singular_value": s / (1 + t["position"]),
+                            "residual": 1e-4,
+                            "left": texts(8),
+                            "right": texts(8),
+                        }
+                        for s in sigmas
+                    ],
+                }
+                for t in prompt_tokens
+            ],
         },
         "stable_rank": {"value": 12.353, "error": 0.25, "frobenius": 153.2},
         "attribution": {
@@ -127,6 +159,7 @@ def full(*, blocks: int = 6, rank: int = 5, d: int = 64, prompt: int = 8, seed: 
             "shares": [{"position": i, "token": TOKENS[id], "share": shares[i]} for i, id in enumerate(ids)],
             "offset": 0.5,
             "unexplained": 0.0,
+            "positions": by_token(ids),
         },
         "layers": {
             "taps": [
@@ -170,9 +203,162 @@ def full(*, blocks: int = 6, rank: int = 5, d: int = 64, prompt: int = 8, seed: 
             for name, error in (("detached", 3e-7), ("ordinary", 1.3))
         },
     }
+    content |= more(blocks=blocks, rank=rank, prompt=prompt, ids=ids)
     rebuilt = y - offset + 1e-7 * random.normal(size=d)
     vectors = dict(zip(VECTORS, (y, offset, rebuilt, 0.4 * y + random.normal(size=d)), strict=True))
     return content, {name: vector.astype(np.float32) for name, vector in vectors.items()}
+
+
+def more(*, blocks: int, rank: int, prompt: int, ids: list[int], heads: int = 4, seed: int = 1) -> dict[str, Any]:
+    """Return the parts that `analyze` does not compute, or not always, as the commands print them."""
+    random = np.random.default_rng(seed)
+    some = lambda count: [token(int(i)) for i in random.choice(len(TOKENS), count, replace=False)]  # noqa: E731
+    texts = lambda count: [t["token"] for t in some(count)]  # noqa: E731
+    normal = lambda: float(random.normal())  # noqa: E731
+    at = [{"position": i, "token": TOKENS[id]} for i, id in enumerate(ids)]
+
+    def steered(strength: float) -> dict[str, Any]:
+        words = some(5)
+        return {
+            "strength": strength,
+            "text": "".join(t["token"] for t in words).replace("␣", " "),
+            "tokens": [{"id": t["id"], "text": t["token"]} for t in words],
+            "kl_first": strength**2,
+            "concept_mass_first": strength / 2,
+            "concept_hits": round(4 * strength),
+            "direction_norm": 10 * strength,
+        }
+
+    def measured() -> dict[str, Any]:
+        count = int(random.integers(2, 6))
+        return {
+            "schema_version": 1,
+            "prompt": "".join(texts(count)),
+            "joint": {"value": 4.5, "error": 0.25, "frobenius": 9.0},
+            "tokens": [
+                {"position": i, "id": t["id"], "text": t["token"]}
+                | {"stable_rank": {"value": 1 + 3 * float(random.random()), "error": 0.0, "frobenius": 5.0}}
+                for i, t in enumerate(some(count))
+            ],
+            "next": some(1)[0] | {"logit": 9.0, "probability": 0.5},
+            "reconstruction": {"error": 1e-7, "limit": 1e-5, "healthy": True, "offset_norm": 0.0, "output_norm": 1.0},
+            "stopped_by": "tolerance",
+        }
+
+    prompts = [measured() for _ in range(7)]
+    ranks = [[p["tokens"][i]["stable_rank"]["value"] for p in prompts if i < len(p["tokens"])] for i in range(5)]
+    health = {"error": 2e-7, "limit": 1e-5, "healthy": True}
+    return {
+        "branches": branches(blocks=blocks, heads=heads, seed=seed),
+        "norms": {
+            "positions": [
+                p
+                | {
+                    side: [{"component": j, "norm": 9.0 / (j + 1), "tokens": texts(4)} for j in range(3)]
+                    for side in ("columns", "rows")
+                }
+                for p in at
+            ]
+        },
+        "jacobian": {
+            "shape": [64, prompt, 64],
+            "frobenius": 77.5,
+            "reconstruction": health | {"offset_norm": 0.0, "output_norm": 1.0},
+            "positions": [p | {"frobenius": 5 + abs(normal()), "contribution_norm": 1 + abs(normal())} for p in at],
+        },
+        "ranks": {
+            "prompts": prompts,
+            "by_position": [
+                {
+                    "position": i,
+                    "prompts": len(values),
+                    "mean": float(np.mean(values)),
+                    "error": 0.1 if len(values) > 1 else None,
+                    "median": float(np.median(values)),
+                    "least": min(values),
+                    "most": max(values),
+                }
+                for i, values in enumerate(ranks)
+                if values
+            ],
+        },
+        "other_model": {"path": "C:\\models\\tiny-q4_k_m.gguf", "name": None, "architecture": "llama", "bytes": 1200},
+        "compare": {
+            "rank": rank,
+            "tol": 1e-3,
+            "seed": 4,
+            "singular_values": [{"a": 40.0 / (j + 1), "b": 41.0 / (j + 1), "residual": 1e-4} for j in range(rank)],
+            "converged": False,
+            "angles": {"left": [9.0 - j / 2 for j in range(rank)], "right": [7.0 - j / 2 for j in range(rank)]},
+            "output_distance": 0.0123,
+            "target": token(0),
+            "logit": {"a": 12.5, "b": 12.25},
+            "offset": {"a": 0.5, "b": 0.25},
+            "softcap": None,
+            "shares": [p | {"a": normal(), "b": normal()} for p in at],
+            "positions": [
+                p | {"kl": 10.0 ** -(1 + i % 5), "top1": {"a": texts(1)[0], "b": texts(1)[0]}, "same_top1": i % 3 > 0}
+                for i, p in enumerate(at)
+            ],
+            "kl": 0.0321,
+            "mean_kl": 0.0045,
+            "top1_agreement": 0.625,
+            "reconstruction": {"a": health, "b": health | {"healthy": False, "error": 0.25}},
+        },
+        "steering": {
+            "method": "equation16",
+            "layer": 4,
+            "changed_after_blocks": 4,
+            "blocks": blocks,
+            "seed": 5,
+            "concept": {
+                "text": "The <i>bridge</i>",
+                "tokens": [{"id": id, "text": TOKENS[id]} for id in ids[:3]],
+                "top": [t | {"probability": 0.5 / (i + 1)} for i, t in enumerate(some(4))],
+            },
+            "baseline": steered(0.0),
+            "steered": [steered(0.25), steered(0.5)],
+            "controls": [steered(0.125), steered(0.375)],
+        },
+    }
+
+
+def branches(*, blocks: int, heads: int, seed: int = 1, **entry: Any) -> dict[str, Any]:
+    """Return the shares of blocks and heads in a logit, as `attribute --by head` (or, of no heads, `layer`) prints."""
+    random = np.random.default_rng(seed)
+    parts: dict[str, Any] = {"embedding": 0.5, "blocks": [], "bias": 0.25}
+    for block in range(1, blocks + 1):
+        shares = [float(share) for share in random.normal(size=heads) ** 3]
+        attn = sum(shares) + 0.125 if heads else float(random.normal())
+        parts["blocks"].append({"block": block, "attn": attn, "mlp": float(random.normal())})
+        if heads:
+            parts["blocks"][-1] |= {"heads": shares, "attn_bias": 0.125}
+    logit = 0.75 + sum(block["attn"] + block["mlp"] for block in parts["blocks"])
+    whose = {"by": "head" if heads else "layer", "position": 7, "token": "␣the", "target": token(0), "versus": None}
+    return whose | {"logit": logit, "softcap": None} | parts | {"unexplained": 0.0} | entry
+
+
+def by_token(ids: list[int], seed: int = 2) -> list[dict[str, Any]]:
+    """Return the shares in the logits of all positions: what `attribute --position all` prints."""
+    random = np.random.default_rng(seed)
+    found = []
+    for position, id in enumerate(ids):
+        shares = [float(share) for share in random.normal(size=position + 1)]
+        found.append(
+            {
+                "by": "token",
+                "position": position,
+                "token": TOKENS[id],
+                "target": token(int(random.integers(len(TOKENS)))),
+                "versus": None,
+                "logit": sum(shares) + 0.5,
+                "softcap": None,
+                "shares": [{"position": i, "token": TOKENS[ids[i]], "share": share} for i, share in enumerate(shares)],
+                "offset": 0.5,
+                "unexplained": 0.0,
+            }
+        )
+    return found
 
 
 def write(folder: Path, content: Any = None, vectors: dict[str, np.ndarray] | None = None) -> Path:

@@ -105,7 +105,7 @@ ENVELOPE = {
 # What a command adds to the envelope, and words of its table.
 PARTS: dict[str, tuple[set[str], list[str]]] = {
     "analyze": (
-        {"predictions", "parity", "reconstruction", "svd", "stable_rank", "attribution", "run_folder"},
+        {"predictions", "parity", "reconstruction", "svd", "stable_rank", "attribution", "branches", "run_folder"},
         [
             "Next token",
             "llama.cpp (as is): agrees",

@@ -33,6 +33,7 @@ import ggjac
 from ggjac.cli import main
 from ggjac.report import charts, figures, numbers, page, schema, sections, write_figures, write_report
 from ggjac.report.load import Run, load
+from ggjac.report.sections import depth
 from ggjac.runs import RunError
 
 PACKAGE = Path(ggjac.__file__).parent
@@ -161,7 +162,7 @@ def test_the_shares_and_their_sum(parsed: Page) -> None:
 def test_a_logit_that_the_shares_do_not_make_up_shows_the_difference() -> None:
     content = full()
     content["attribution"]["logit"] += 1
-    (said,) = Page(rendered(content)).find("p", **{"class": "equation"})
+    said, *_ = Page(rendered(content)).find("p", **{"class": "equation"})
     assert re.search(r" ≠ logit [−0-9.]+ \(difference 1\.00\)", said)
 
 
@@ -177,7 +178,8 @@ def test_levels_of_colour_follow_sign_and_size() -> None:
 def test_singular_values_are_drawn_where_they_are(html: str) -> None:
     sigmas = np.array([t["singular_value"] for t in full()["svd"]["triplets"]])
     for scale, axis in (("linear", lambda v: v), ("log", np.log)):
-        chart = html[html.index(f'<div class="panel" data-scale="{scale}">') :]
+        section = html[html.index('<section id="spectrum"') :]
+        chart = section[section.index(f'<div class="panel" data-scale="{scale}">') :]
         (path,) = re.findall(r'class="dots accent" d="([^"]+)"', chart[: chart.index("</div>")])
         points = np.array([[float(v) for v in re.split("[ M]", point) if v] for point in path.split("h0")[:-1]])
         assert np.allclose(np.diff(points[:, 0]), points[1, 0] - points[0, 0], atol=0.2)
@@ -240,7 +242,7 @@ def test_ranks_travel_with_the_page(parsed: Page) -> None:
 
 
 def test_long_vocabularies_of_ranks_are_cut_and_their_tokens_not_offered(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sections, "MAX_RANKS", 7 * 5)
+    monkeypatch.setattr(depth, "MAX_RANKS", 7 * 5)
     found = Page(rendered())
     data = json.loads(found.raw("script")[0])
     assert [len(row) for row in data["ranks"]] == [5] * 7
@@ -306,8 +308,15 @@ def test_another_position_shows_where_the_prompt_is_read() -> None:
 
 MISSING = {
     "predictions": {"prediction"},
-    "attribution": {"attribution"},
-    "svd": {"spectrum", "vectors"},
+    "attribution": {"attribution", "positions"},
+    "branches": {"branches"},
+    "parity": {"parity"},
+    "norms": {"norms"},
+    "jacobian": {"dense"},
+    "ranks": {"ranks"},
+    "compare": {"compare"},
+    "steering": {"steering"},
+    "svd": {"spectrum", "vectors", "per-token"},
     "layers": {"layers", "stable-rank"},
 }
 
@@ -608,7 +617,19 @@ def test_the_demo_has_a_small_report(tmp_path: Path) -> None:
     assert file.stat().st_size < 200_000
     found = Page(file.read_text(encoding="utf-8"))
     assert found.find("h1") == ["The bridge out of Marin is the Golden"]
-    assert {a["id"] for tag, a in found.elements if tag == "section"} == ALL_SECTIONS - {"layers", "stable-rank"}
+    missing = {
+        "layers",
+        "stable-rank",
+        "per-token",
+        "positions",
+        "norms",
+        "dense",
+        "ranks",
+        "compare",
+        "steering",
+        "parity",
+    }
+    assert {a["id"] for tag, a in found.elements if tag == "section"} == ALL_SECTIONS - missing
 
 
 def test_the_example_page_is_made_by_its_tool(tmp_path: Path) -> None:
@@ -626,7 +647,10 @@ def test_the_example_page_is_made_by_its_tool(tmp_path: Path) -> None:
 
 
 def test_a_large_run_has_a_page_that_can_be_mailed(tmp_path: Path) -> None:
-    folder = report_run.write(tmp_path / "run", *report_run.full(blocks=40, rank=8, d=8192, prompt=300))
+    content, vectors = report_run.full(blocks=40, rank=8, d=8192, prompt=300)
+    for key in ("norms", "jacobian", "ranks", "compare", "steering"):  # other commands', with pages of their own
+        del content[key]
+    folder = report_run.write(tmp_path / "run", content, vectors)
     assert write_report(folder).stat().st_size < 2_000_000
 
 
@@ -696,9 +720,13 @@ def test_figures_are_the_pages_charts(tmp_path: Path) -> None:
     kinds = [
         f"stable-rank-{name}-{scale}" for name in ("cumulative", "blockwise", "to-end") for scale in ("linear", "log")
     ]
+    scaled = lambda *names: [f"{name}-{scale}" for name in names for scale in ("linear", "log")]  # noqa: E731
     assert list(drawn) == [
-        "attribution", "singular-values-linear", "singular-values-log", *kinds,
-        "path", "rank-by-depth", "reconstruction-detached", "reconstruction-ordinary",
+        "attribution", *scaled("singular-values", "per-token"), *kinds, *scaled("norms", "dense-frobenius"),
+        *scaled("dense-contribution", "compare-singular-values", "compare-angles", "compare-kl", "ranks-by-position"),
+        "parity-log", "parity-linear", "branches", "coherence-left", "coherence-right", "path", "rank-by-depth",
+        "reconstruction-detached", "reconstruction-ordinary", "steering-kl", "steering-mass", "steering-hits",
+        "branches-heads", "positions",
     ]  # fmt: skip
     sigmas = [t["singular_value"] for t in run.content["svd"]["triplets"]]
     for scale in ("linear", "log"):
@@ -716,11 +744,12 @@ def test_figures_are_the_pages_charts(tmp_path: Path) -> None:
 
 
 def test_figures_come_in_three_formats_with_the_same_bytes_each_time(tmp_path: Path) -> None:
-    content = {key: value for key, value in full().items() if key not in ("layers", "contrast")}
+    content = {key: full()[key] for key in ("schema_version", "model", "tokens", "attribution", "branches", "position")}
+    del content["attribution"]["positions"]
     folder = report_run.write(tmp_path / "run", content, {})
     result = CliRunner().invoke(main, ["report", str(folder), "--figures"], prog_name="ggjac")
     assert result.exit_code == 0, result.output
-    names = ["attribution", "singular-values-linear", "singular-values-log"]
+    names = ["attribution", "branches", "branches-heads"]
     files = [folder / "figures" / f"{name}.{kind}" for name in names for kind in ("png", "svg", "pdf")]
     assert result.stdout.split("\n") == [f"Saved {path}" for path in (folder / "report.html", *files)] + [""]
     first = [path.read_bytes() for path in files]
@@ -743,10 +772,8 @@ def test_figures_leave_matplotlib_as_it_was(tmp_path: Path) -> None:
     import matplotlib
 
     before = dict(matplotlib.rcParams)
-    content = {
-        key: value for key, value in full().items() if key in ("schema_version", "model", "tokens", "attribution")
-    }
-    assert len(write_figures(report_run.write(tmp_path / "run", content, {}))) == 3
+    content = {key: full()[key] for key in ("schema_version", "model", "tokens", "attribution")}
+    assert len(write_figures(report_run.write(tmp_path / "run", content, {}))) == 6  # at one position, and at all
     assert dict(matplotlib.rcParams) == before
 
 

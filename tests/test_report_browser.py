@@ -7,6 +7,7 @@ browser of Playwright's own is used.
 import math
 import shutil
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -293,10 +294,68 @@ def test_values_show_on_hover_and_focus_and_stay_on_the_page(context: Any, repor
     page.close()
 
 
+def test_a_cell_says_its_value(reader: Reader) -> None:
+    blocks = report_run.full()[0]["branches"]["blocks"]
+    grid = reader.locator("#branches .heat")
+    grid.scroll_into_view_if_needed()
+    box = grid.bounding_box()
+    says = reader.locator("#branches output")
+    # Two columns, a gap, four heads: the middle of head 2 of block 3.
+    reader.mouse.move(box["x"] + box["width"] * 5.5 / 7, box["y"] + box["height"] * 2.5 / 6)
+    expected = f"{blocks[2]['heads'][2]:+.4f}".replace("-", "−")
+    assert says.text_content() == f"block 3, head 2: {expected}"
+    reader.mouse.move(box["x"] + box["width"] * 2.5 / 7, box["y"] + box["height"] * 2.5 / 6)
+    assert says.text_content() == f"block 3, head 2: {expected}", "the gap says nothing"
+
+    reader.locator("#branches .map").press("ArrowLeft")
+    reader.locator("#branches .map").press("ArrowUp")
+    expected = f"{blocks[1]['heads'][1]:+.4f}".replace("-", "−")
+    assert says.text_content() == f"block 2, head 1: {expected}"
+    reader.keyboard.press("Home")
+    expected = f"{blocks[1]['attn']:+.4f}".replace("-", "−")
+    assert says.text_content() == f"block 2, attention: {expected}"
+    cursor = reader.locator("#branches .cursor")
+    assert [cursor.get_attribute(name) for name in ("x", "y", "width")] == ["0", "1", "1"]
+    for _ in range(20):  # not beyond the edge
+        reader.keyboard.press("ArrowDown")
+    assert says.text_content().startswith("block 6, attention: ")
+
+
+def test_a_cell_without_a_share_says_so(reader: Reader) -> None:
+    reader.locator("#positions .map").focus()
+    reader.keyboard.press("End")
+    assert reader.locator("#positions output").text_content().endswith(": –")
+
+
+def test_a_grid_of_many_heads_fits_a_phone(context: Any, tmp_path: Path) -> None:
+    content, vectors = report_run.full()
+    content["branches"] = report_run.branches(blocks=80, heads=64)
+    file = write_report(report_run.write(tmp_path / "run", content, vectors))
+    page = context.new_page()
+    for width in (390, 1280):
+        page.set_viewport_size({"width": width, "height": 844})
+        reader = Reader(page, file)
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        box = page.locator("#branches .heat").bounding_box()
+        assert box["x"] + box["width"] <= width
+        assert box["height"] >= 400
+        # Labels above the grid do not lie on one another.
+        boxes = page.evaluate(
+            """[...document.querySelectorAll('#branches .heat text.tick')].filter((e) => e.checkVisibility())
+              .map((e) => e.getBoundingClientRect()).map((box) => [box.left, box.right])"""
+        )
+        assert len(boxes) >= 8
+        assert all(a[1] <= b[0] for a, b in pairwise(sorted(boxes)))
+        page.mouse.move(box["x"] + box["width"] - 2, box["y"] + box["height"] - 2)
+        assert page.locator("#branches output").text_content().startswith("block 80, head 63: ")
+        reader.check()
+    page.close()
+
+
 def test_keys_reach_everything_in_few_steps(reader: Reader) -> None:
     seen: list[str] = []
     where = "(document.activeElement.closest('section') || {}).id || document.activeElement.tagName"
-    while len(seen) < 60:
+    while len(seen) < 90:
         reader.keyboard.press("Tab")
         seen.append(reader.evaluate(where))
         if seen[-1] == "BODY":  # past the end
@@ -304,7 +363,17 @@ def test_keys_reach_everything_in_few_steps(reader: Reader) -> None:
         ring = "(e) => getComputedStyle(e.matches('input') ? e.nextElementSibling : e).outlineStyle"
         assert reader.evaluate(f"({ring})(document.activeElement)") == "solid"
     assert seen[0] == "A"
-    assert {"attribution", "spectrum", "layers", "stable-rank", "scatter", "tokens", "BODY"} <= set(seen)
+    assert {
+        "attribution",
+        "branches",
+        "positions",
+        "spectrum",
+        "layers",
+        "stable-rank",
+        "scatter",
+        "tokens",
+        "BODY",
+    } <= set(seen)
     assert seen.count("attribution") == 2, "the row of tokens is one step, its table another"
 
 

@@ -44,7 +44,7 @@ def commands(tiny_files: dict[str, Path]) -> dict[str, list[str]]:
     """Return the commands that can be resumed, on a small file, and where each saves."""
     what = ["-m", str(tiny_files["three_layers"]), "--tokens", "5,3,7,9", "-t", "1"]
     return {
-        "run": ["analyze", *what, "-k", "2", "--no-verify", "-o", "run"],
+        "run": ["analyze", *what, "-k", "2", "--no-verify", "--per-token", "-o", "run"],
         "svd.safetensors": ["svd", *what, "-k", "2", "-o", "svd.safetensors"],
         "jacobian.safetensors": ["jacobian", *what, "-o", "jacobian.safetensors"],
     }

@@ -1,0 +1,720 @@
+"""The page's section for every analysis: what it says, from whichever command's JSON, and what it refuses.
+
+What the page says is read back by `html.parser` and compared with the numbers it was made from; the numbers themselves
+are the commands' matter.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import report_run
+from click.testing import CliRunner, Result
+from report_run import TOKENS
+from test_report import Page, at, full, rendered
+
+from ggjac.cli import COMMANDS, main
+from ggjac.report import charts, figures, schema, write_figures
+from ggjac.report.load import Run, load
+from ggjac.report.sections import common
+from ggjac.runs import RunError
+
+TinyFile = Callable[..., Path]
+
+
+def section(html: str, key: str) -> Page:
+    """Return one section of a page."""
+    found = re.findall(rf'<section id="{key}".*?</section>', html, re.DOTALL)
+    assert len(found) == 1, key
+    return Page(f"<body>{found[0]}</body>")
+
+
+def minus(text: str) -> str:
+    return text.replace("-", "−")
+
+
+def signed(value: float) -> str:
+    text = f"{value:+.4f}"
+    return minus(text if float(text) else text[1:])
+
+
+@pytest.fixture(scope="module")
+def html() -> str:
+    return rendered()
+
+
+# -- shares by block and head ------------------------------------------------------------------------------------------
+
+
+def test_every_share_is_in_the_table_and_they_sum_to_the_logit(html: str) -> None:
+    entry, found = full()["branches"], section(html, "branches")
+    rows = found.find("tr")
+    for block in entry["blocks"]:
+        values = [block["attn"], block["mlp"], *block["heads"]]
+        assert f"{block['block']} " + " ".join(signed(value) for value in values) in rows
+    logit = minus(f"{entry['logit']:.4f}")
+    (equation,) = found.find("p", **{"class": "equation"})
+    assert equation.startswith(f"Sum of all parts {signed(entry['logit'])} = logit {logit} (difference ")
+    attention = sum(block["attn"] for block in entry["blocks"])
+    assert any(row.startswith(f"Attention, all blocks {signed(attention)}") for row in rows)
+    largest = max(
+        ((share, f"Block {b['block']}, head {i}") for b in entry["blocks"] for i, share in enumerate(b["heads"])),
+        key=lambda part: abs(part[0]),
+    )
+    assert any(row.startswith(f"{largest[1]} {signed(largest[0])}") for row in rows)
+
+
+def test_parts_that_do_not_make_up_the_logit_are_said_to() -> None:
+    content = full()
+    content["branches"]["logit"] += 3
+    (said,) = section(rendered(content), "branches").find("p", **{"class": "equation"})
+    assert " ≠ logit " in said
+    assert "(difference 3.0)" in said
+
+
+def cells(html: str, units: int, rows: int) -> np.ndarray:
+    """Return the shade of every unit of a grid, read back from its paths."""
+    shades = np.zeros((rows, units), int)
+    for level, path in re.findall(r'<path class="l(-?\d+)" d="([^"]+)"', html):
+        for x, y, across, back in re.findall(r"M(\d+) (\d+)h(\d+)v1h-(\d+)z", path):
+            assert across == back
+            row = shades[int(y), int(x) : int(x) + int(across)]
+            assert (row == 0).all(), "no cell lies on another"
+            row[:] = int(level)
+    return shades
+
+
+@pytest.mark.parametrize("heads", [1, 4, 64])
+def test_a_grid_shows_each_value_at_its_place(heads: int) -> None:
+    content = full()
+    content["branches"] = report_run.branches(blocks=5, heads=heads)
+    html = re.findall(r'<figure class="map.*?</figure>', rendered(content), re.DOTALL)[0]
+    blocks = content["branches"]["blocks"]
+    span = max(1, round(heads / 20))
+    shades = cells(html, 2 * span + 1 + heads, 5)
+    sides = np.array([[block["attn"], block["mlp"]] for block in blocks])
+    inner = np.array([block["heads"] for block in blocks])
+    expected = [np.round(10 * part / np.abs(part).max()).astype(int) for part in (sides, inner)]
+    assert (shades[:, :span] == expected[0][:, :1]).all()
+    assert (shades[:, span : 2 * span] == expected[0][:, 1:]).all()
+    assert (shades[:, 2 * span] == 0).all(), "a gap"
+    assert (shades[:, 2 * span + 1 :] == expected[1]).all()
+    # What the script needs to find a cell's value in the table.
+    places = re.findall(r'data-places="([^"]+)"', html)[0].split(" ")
+    assert places == [f"0,{span}", f"{span},{span}", *(f"{2 * span + 1 + i},1" for i in range(heads))]
+
+
+def test_by_layer_there_is_a_chart_and_a_table() -> None:
+    content = full()
+    content["branches"] = report_run.branches(blocks=5, heads=0)
+    found = section(rendered(content), "branches")
+    assert "data-heat" not in rendered(content)[: rendered(content).index('id="positions"')]
+    for block in content["branches"]["blocks"]:
+        assert f"{block['block']} {signed(block['attn'])} {signed(block['mlp'])}" in found.find("tr")
+    assert ", head " not in found.text
+
+
+def test_a_large_model_has_a_small_page() -> None:
+    content = {key: full()[key] for key in ("model", "tokens")} | {"branches": report_run.branches(blocks=80, heads=64)}
+    source = rendered(content, {})
+    assert len(source.encode()) < 500_000
+    assert len(re.findall("<td>[+−0-9]", source)) == 80 * 66
+    assert max(map(len, re.findall(r'class="l-?\d+" d="([^"]+)"', source))) < 60_000
+
+
+def test_grids_that_no_eye_could_read_are_left_out() -> None:
+    content = full()
+    content["branches"] = report_run.branches(blocks=200, heads=128)
+    source = rendered(content)
+    assert "branches-heads-values" not in source
+    assert len(source.encode()) < 2_000_000
+
+
+@pytest.mark.parametrize(("largest", "shown"), [(2.0, 10), (0.0, None)])
+def test_shades_are_relative_to_the_panel(largest: float, shown: int | None) -> None:
+    panel = charts.Panel("x", ("a", "b"), ("a", "b"), ((largest, -largest / 2), (None, 0.0)))
+    found = common.heat(charts.Heat("key", "title", "row", ("0", "1"), (panel,)))
+    assert [level for level, _ in found["paths"]] == ([-5, shown] if shown else [])
+    first = ["+2.0000", "−1.0000"] if shown else ["0.0000", "0.0000"]
+    assert [row for _, row in found["body"]] == [first, ["", "0.0000"]]
+
+
+# -- all positions, and the difference of two logits -------------------------------------------------------------------
+
+
+def test_every_position_has_its_shares(html: str) -> None:
+    found = section(html, "positions")
+    for entry in full()["attribution"]["positions"]:
+        cells = " ".join(signed(share["share"]) for share in entry["shares"])
+        assert any(row.startswith(f"{entry['position']} ") and f" {cells}" in row for row in found.find("tr"))
+        logit = minus(f"{entry['logit']:+.4f} {entry['logit']:.4f}")
+        assert any(row.endswith(logit) for row in found.find("tr"))
+    assert found.find("p", **{"class": "equation"}) == ["The shares sum to the logit at every position."]
+
+
+@pytest.mark.parametrize("heads", [0, 3])
+def test_every_position_by_block(heads: int) -> None:
+    content = full()
+    entries = [report_run.branches(blocks=4, heads=heads, seed=i, position=i, token=TOKENS[i]) for i in range(3)]
+    content["attribution"] = {"by": entries[0]["by"], "positions": entries}
+    html = rendered(content)
+    grid = re.findall(r'<figure class="map.*?</figure>', html[html.index('id="positions"') :], re.DOTALL)[0]
+    shades = cells(grid, 9, 3)
+    mlp = np.array([[block["mlp"] for block in entry["blocks"]] for entry in entries])
+    assert (shades[:, 5:] == np.round(10 * mlp / np.abs(mlp).max())).all()
+    assert 'id="attribution"' not in html
+
+
+def test_positions_that_do_not_sum_are_said_to() -> None:
+    content = full()
+    content["attribution"]["positions"][2]["logit"] += 2
+    (said,) = section(rendered(content), "positions").find("p", **{"class": "equation"})
+    assert said == "The shares do not sum to the logit at every position: see the table."
+
+
+def test_the_difference_of_two_logits_is_called_one() -> None:
+    content = full()
+    content["attribution"]["versus"] = report_run.token(3)
+    content["branches"]["versus"] = report_run.token(4)
+    html = rendered(content)
+    assert f"the logit of {TOKENS[0]}, less that of {TOKENS[3]}, before" in section(html, "attribution").text
+    assert f"the logit of {TOKENS[0]}, less that of {TOKENS[4]}, by what" in section(html, "branches").text
+    for key in ("attribution", "branches"):
+        assert "= logit less logit " in section(html, key).text
+        assert "Of logit" not in section(html, key).text, "no share of a difference"
+
+
+# -- what decoded vectors are worth, and each position's own -----------------------------------------------------------
+
+
+def test_each_vector_stands_beside_chance(html: str) -> None:
+    found, readability = section(html, "vectors"), full()["svd"]["readability"]
+    for j, row in enumerate(found.find("tr")[1:]):
+        for side in ("left", "right"):
+            chance = 100 * readability[side]["chance"][j]
+            assert f"coherence {readability[side]['scores'][j]:+.3f}, by chance {chance:.1f} %" in row
+    assert "reach 0.019 ± 0.025 (left) and 0.071 ± 0.025 (right)" in found.text
+    marks = [a["class"] for _, a in found.elements if (a.get("class") or "").startswith("worth")]
+    assert marks == ["worth clear"] * 4 + ["worth faint"] * 6, "0.5 % and 1 % stand out, each on both sides"
+
+
+def test_vectors_without_readability_are_shown_as_before() -> None:
+    content = full()
+    del content["svd"]["readability"]
+    found = section(rendered(content), "vectors")
+    assert "coherence" not in found.text.lower()
+    assert len(found.find("tr")) == 6
+
+
+def test_each_position_has_a_table_of_its_own(html: str) -> None:
+    found = section(html, "per-token")
+    entries = full()["svd"]["per_token"]
+    assert len(found.find("table")) == len(entries)
+    for entry, summary in zip(entries, found.find("summary"), strict=True):
+        sigma = f"σ {entry['triplets'][0]['singular_value']:.4f}"
+        assert summary.startswith(" ".join(f"{entry['position']} {entry['token']} {sigma}".split()))
+        assert ("not converged" in summary) == (entry["position"] == 2)
+    rows = found.find("tr")
+    for entry in entries:
+        for triplet in entry["triplets"]:
+            words = " ".join(" ".join([*triplet["left"], *triplet["right"]]).split())
+            assert any(row.endswith(words) for row in rows)
+    assert [a for tag, a in found.elements if tag == "details" and "open" in a], "few positions stand open"
+
+
+def test_many_positions_are_folded_and_cut() -> None:
+    content, _ = report_run.full(prompt=60)
+    found = section(rendered(content), "per-token")
+    assert len(found.find("details")) == 60
+    assert not [a for tag, a in found.elements if tag == "details" and "open" in a]
+    assert len(found.find("tr")) == 60 * 3, "a head and two triplets each"
+    assert "the file has them all" in found.text
+
+
+def test_norms_and_the_dense_map_by_position(html: str) -> None:
+    found, rows = section(html, "norms"), full()["norms"]["positions"]
+    texts = found.find("tr")
+    for entry in rows:
+        column, row = entry["columns"][0], entry["rows"][0]
+        assert (
+            " ".join(f"{entry['position']} {entry['token']} Columns 0 9.000 {' '.join(column['tokens'])}".split())
+            in texts
+        )
+        assert " ".join(f"Rows 0 9.000 {' '.join(row['tokens'])}".split()) in texts
+    dense, found = full()["jacobian"], section(html, "dense")
+    assert "64 × 8 × 64 numbers; Frobenius norm 77.5" in found.text
+    first = dense["positions"][0]
+    assert any(
+        f"{first['frobenius']:.3f}" in row and f"{first['contribution_norm']:.3f}" in row for row in found.find("tr")
+    )
+
+
+# -- several files, prompts, texts -------------------------------------------------------------------------------------
+
+
+def test_two_files_side_by_side(html: str) -> None:
+    found, data = section(html, "compare"), full()["compare"]
+    assert "a is tiny.gguf, b is tiny-q4_k_m.gguf." in found.text
+    rows = found.find("tr")
+    # Angles run the other way: the smallest first.
+    assert "0 40.000 41.000 2.5 % 7.000° 5.000°" in rows
+    assert "4 8.000 8.200 2.5 % 9.000° 7.000°" in rows
+    for share in data["shares"]:
+        values = [share["a"], share["b"], share["b"] - share["a"]]
+        numbers = " ".join(signed(value) for value in values)
+        assert " ".join(f"{share['position']} {share['token']} {numbers}".split()) in rows
+    assert "Logit +12.5000 +12.2500 −0.2500" in rows
+    assert "Offset (biases) +0.5000 +0.2500 −0.2500" in rows
+    assert "KL divergence at the output, nats 0.032" in found.text
+    assert "Not converged to 10⁻³" in found.text
+    differing = [a for tag, a in found.elements if tag == "tr" and a.get("class") == "fails"]
+    assert len(differing) == 3, "positions 0, 3 and 6"
+    assert "Reconstruction, file b failed 0.25 not at most 10⁻⁵" in section(html, "certificate").text
+    assert "Beside tiny-q4_k_m.gguf" in Page(html).text
+
+
+def test_both_spectra_are_in_one_chart() -> None:
+    run = Run(schema.checked(full()), {})
+    chart = charts.spectra(run)[0]
+    assert [[y for _, y in series.points] for series in chart.series] == [
+        [value[side] for value in full()["compare"]["singular_values"]] for side in ("a", "b")
+    ]
+    (angles, *_) = charts.angles(run)
+    assert [y for _, y in angles.series[0].points] == full()["compare"]["angles"]["left"][::-1]
+
+
+def test_ranks_over_prompts(html: str) -> None:
+    found, data = section(html, "ranks"), full()["ranks"]
+    for row in data["by_position"]:
+        start = f"{row['position']} {row['prompts']} {row['mean']:.4g} "
+        assert any(text.startswith(start) and f"{row['most']:.4g}" in text for text in found.find("tr"))
+    for prompt in data["prompts"]:
+        tokens = "".join(f"{t['text']}{t['stable_rank']['value']:.4g}" for t in prompt["tokens"])
+        assert any("".join(text.split()).startswith("".join(tokens.split())) for text in found.find("tr"))
+    assert "7 prompts, all converged." in found.text
+    (chart, *_) = charts.ranks_over_prompts(Run(schema.checked(full()), {}))
+    assert [y for _, y in chart.series[1].points] == [row["mean"] for row in data["by_position"]]
+    every = [t["stable_rank"]["value"] for prompt in data["prompts"] for t in prompt["tokens"]]
+    assert [y for _, y in chart.series[0].points] == every
+
+
+def test_ranks_of_many_prompts_have_a_page_without_a_prompt() -> None:
+    content = {key: full()[key] for key in ("model", "ranks", "versions", "command", "dtype")}
+    content["ranks"]["prompts"][0]["stopped_by"] = "sweeps"
+    found = Page(rendered(content, {}))
+    assert found.find("h1") == ["7 prompts"]
+    assert {a["id"] for tag, a in found.elements if tag == "section"} == {"ranks", "certificate"}
+    assert "Not converged: 1 of 7 prompts." in found.text
+    assert "None" not in found.text
+
+
+def test_steered_texts_beside_the_baseline(html: str) -> None:
+    found, data = section(html, "steering"), full()["steering"]
+    rows = found.find("tr")[1:]
+    assert [row.split()[0] for row in rows] == ["Baseline", "Concept", "Random", "Concept", "Random"]
+    order = [data["baseline"], *(t for pair in zip(data["steered"], data["controls"], strict=True) for t in pair)]
+    assert all(row.endswith(" ".join(t["text"].split())) for row, t in zip(rows, order, strict=True))
+    assert rows[1].startswith("Concept 0.25 0.062 12.5 % 1 of 5 ")
+    assert "The concept: The <i>bridge</i>, which goes on as" in found.text
+    assert "Its map spans 4 of 6 blocks, the stream is pushed after 4 (equation16)." in found.text
+    kl, mass, hits = charts.steering(Run(schema.checked(full()), {}))
+    assert kl.series[0].points == ((0.0, 0.0), (0.25, 0.0625), (0.5, 0.25))
+    assert kl.series[1].points == ((0.0, 0.0), (0.125, 0.015625), (0.375, 0.140625))
+    assert [y for _, y in mass.series[0].points] == [0.0, 0.125, 0.25]
+    assert [y for _, y in hits.series[0].points] == [0.0, 1.0, 2.0]
+
+
+def test_one_strength_needs_no_chart() -> None:
+    content = full()
+    content["steering"] |= {"steered": content["steering"]["steered"][:1], "controls": []}
+    found = section(rendered(content), "steering")
+    assert found.find("figure") == []
+    assert len(found.find("tr")) == 3
+    assert "Random: an operator" not in found.text
+
+
+def test_every_tensor_against_llama_cpp(html: str) -> None:
+    found = section(html, "parity")
+    assert "l_out-3 10⁻⁴ 3 10⁻³" in found.find("tr")
+    failing = [a for tag, a in found.elements if tag == "tr" and a.get("class") == "fails"]
+    assert len(failing) == 1, "10⁻² is beyond the tolerance of 0.002"
+
+
+def test_grids_are_drawn_for_print_as_on_the_page() -> None:
+    run = Run(schema.checked(full()), {})
+    drawn = figures.figures(run)
+    sides, heads = (axes.collections[0].get_array() for axes in drawn["branches-heads"].axes[:2])
+    blocks = full()["branches"]["blocks"]
+    assert sides.tolist() == [[block["attn"], block["mlp"]] for block in blocks]
+    assert heads.tolist() == [block["heads"] for block in blocks]
+    grid = drawn["positions"].axes[0].collections[0].get_array()
+    assert grid[3, :4].tolist() == [share["share"] for share in full()["attribution"]["positions"][3]["shares"]]
+    assert np.ma.getmaskarray(grid)[3, 4:].all() or np.isnan(grid[3, 4:]).all(), "later tokens have no share"
+
+
+# -- input from strangers ----------------------------------------------------------------------------------------------
+
+SCRIPT = "<script>window.hit=1</script>"
+# Section -> where its data can hold text.
+TEXTS: dict[str, list[str]] = {
+    "branches": ["branches.target.token", "branches.versus.token"],
+    "positions": [
+        "attribution.positions.1.token",
+        "attribution.positions.1.target.token",
+        "attribution.positions.7.shares.0.token",
+        "attribution.positions.0.versus.token",
+    ],
+    "attribution": ["attribution.versus.token"],
+    "per-token": ["svd.per_token.0.token", "svd.per_token.1.triplets.0.left.0", "svd.per_token.1.triplets.0.right.1"],
+    "norms": ["norms.positions.0.token", "norms.positions.0.columns.0.tokens.0", "norms.positions.0.rows.1.tokens.0"],
+    "dense": ["jacobian.positions.0.token"],
+    "compare": [
+        "compare.target.token",
+        "compare.shares.0.token",
+        "compare.positions.0.token",
+        "compare.positions.0.top1.a",
+        "other_model.path",
+    ],
+    "ranks": ["ranks.prompts.0.tokens.0.text", "ranks.prompts.0.next.token"],
+    "steering": [
+        "steering.method",
+        "steering.concept.text",
+        "steering.concept.top.0.token",
+        "steering.baseline.text",
+        "steering.steered.0.text",
+        "steering.controls.1.text",
+    ],
+    "parity": ["parity.layers.0.name"],
+}
+
+
+@pytest.mark.parametrize(("key", "path"), [(key, path) for key, paths in TEXTS.items() for path in paths])
+def test_a_script_in_any_text_is_text(key: str, path: str) -> None:
+    def made(text: str) -> Page:
+        content = full()
+        if ".versus." in path:
+            content = at(content, path.rpartition(".")[0], {"id": 1, "token": text})
+        return section(rendered(at(content, path, text)), key)
+
+    hostile, harmless = made(SCRIPT), made("harmless")
+    assert [tag for tag, _ in hostile.elements] == [tag for tag, _ in harmless.elements]
+    shown = harmless.text.count("harmless")
+    # The last part of a path is all that is shown of one, and words beside a grid are cut; others have scripts, too.
+    words = "script>" if path == "other_model.path" else "<script>"
+    assert shown >= 1
+    assert hostile.text.count(words) - harmless.text.count(words) == shown
+
+
+def test_all_new_text_is_tried() -> None:
+    """Hold TEXTS to the schema: every place that takes text in these parts is in it, or shows nothing of it."""
+    silent = {"branches.by", "steering.concept.tokens.0.text", "ranks.prompts.0.prompt"}
+    listed = {path for paths in TEXTS.values() for path in paths}
+    keys = {"branches", "norms", "jacobian", "ranks", "compare", "steering"}
+    found = {f"{key}.{path}" for key in keys for path in _texts(full()[key])}
+    generic = {re.sub(r"\.\d+", ".#", path) for path in listed | silent}
+    shown = {re.sub(r"\.\d+", ".#", path) for path in found}
+    unseen = {
+        "branches.token", "ranks.prompts.#.stopped_by", "compare.positions.#.top#.b", "compare.positions.#.top1.b",
+        "steering.baseline.tokens.#.text", "steering.steered.#.tokens.#.text", "steering.controls.#.tokens.#.text",
+    }  # fmt: skip
+    assert shown - generic <= unseen
+
+
+def _texts(value: Any, path: str = "") -> list[str]:
+    if isinstance(value, dict):
+        return [found for key, entry in value.items() for found in _texts(entry, f"{path}.{key}" if path else key)]
+    if isinstance(value, list):
+        return [found for i, entry in enumerate(value) for found in _texts(entry, f"{path}.{i}" if path else str(i))]
+    return [path] if isinstance(value, str) else []
+
+
+WRONG: dict[str, tuple[str, Any, str]] = {
+    "an unknown way to split": ("attribution.by", "neuron", "attribution.by: expected token or layer or head"),
+    "positions as an object": ("attribution.positions", {}, "attribution.positions: expected a list of 1 or more"),
+    "a position without a place": ("attribution.positions.2.position", ..., "positions[2].position: is missing"),
+    "a share of text": ("attribution.positions.2.shares.1.share", "x", "shares[1].share: expected a number, found 'x'"),
+    "no blocks": ("branches.blocks", [], "branches.blocks: expected a list of 1 or more"),
+    "heads that differ": ("branches.blocks.1.heads", [1.0], "blocks differ in their number, or in that of their heads"),
+    "a head of text": ("branches.blocks.1.heads.0", "x", "branches.blocks[1].heads[0]: expected a number"),
+    "too many heads": ("branches.blocks.1.heads", [0.0] * 5000, "heads: expected a list of at most 4096, found 5000"),
+    "too many blocks": ("branches.blocks", [{}] * 5000, "branches.blocks: expected a list of at most 4096"),
+    "a missing MLP": ("branches.blocks.1.mlp", ..., "branches.blocks[1].mlp: is missing"),
+    "fewer scores": ("svd.readability.left.scores", [0.1], "left.scores: 1 numbers for 5 triplets"),
+    "scores of text": ("svd.readability.right.scores.0", "x", "scores[0]: expected a number, found 'x'"),
+    "a position's triplets": ("svd.per_token.1.triplets.0.left", "x", "per_token[1].triplets[0].left: expected a list"),
+    "too many words": ("svd.per_token.1.triplets.0.left", ["x"] * 5000, "left: expected a list of at most 4096"),
+    "norms of text": ("norms.positions.0.columns.0.norm", "x", "columns[0].norm: expected a number"),
+    "a size of text": ("jacobian.positions.0.frobenius", "x", "positions[0].frobenius: expected a number"),
+    "no prompts": ("ranks.prompts", [], "ranks.prompts: expected a list of 1 or more"),
+    "a prompt of nothing": ("ranks.prompts.1.tokens", [], "ranks.prompts[1].tokens: expected a list of 1 or more"),
+    "angles of text": ("compare.angles.left.0", "x", "compare.angles.left[0]: expected a number"),
+    "one logit": ("compare.logit.b", ..., "compare.logit.b: is missing"),
+    "no baseline": ("steering.baseline", ..., "steering.baseline: is missing"),
+    "an infinite strength": ("steering.steered.0.strength", 1e200, "steered[0].strength: expected a number"),
+    "texts as numbers": ("steering.controls.0.text", 7, "controls[0].text: expected text, found 7"),
+    "a tensor without a name": ("parity.layers.0.name", ..., "parity.layers[0].name: is missing"),
+    "a position of text": ("position", "last", "position: expected a whole number, found 'last'"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("alone", [False, True])
+@pytest.mark.parametrize("case", WRONG)
+def test_other_forms_are_refused_by_name(case: str, alone: bool, tmp_path: Path) -> None:
+    path, value, words = WRONG[case]
+    source = report_run.write(tmp_path / "run", at(full(), path, value))
+    if alone:
+        source = (source / "run.json").rename(tmp_path / "result.json")
+    before = sorted(os.listdir(tmp_path))
+    result = report(source, code=1)
+    assert words in result.stderr
+    assert ("run the command again" if alone else "analyse the prompt again") in result.stderr
+    assert result.stderr.count("\n") == 1
+    assert len(result.stderr) < 300 + len(str(tmp_path))
+    assert sorted(os.listdir(tmp_path)) == before
+
+
+# -- a file of JSON ----------------------------------------------------------------------------------------------------
+
+
+def report(*args: object, code: int = 0) -> Result:
+    result = CliRunner().invoke(main, ["report", *map(str, args)], prog_name="ggjac")
+    assert result.exit_code == code, result.output
+    return result
+
+
+@pytest.fixture
+def result(tmp_path: Path) -> Path:
+    """Return a file with every part."""
+    path = tmp_path / "some.result.json"
+    path.write_text(json.dumps(full()), encoding="utf-8")
+    return path
+
+
+def test_the_page_is_beside_the_file(result: Path, tmp_path: Path) -> None:
+    before = result.read_bytes()
+    assert report(result).stdout == f"Saved {tmp_path}/some.result.html\n"
+    assert report(result, "-o", tmp_path / "other.html").stdout == f"Saved {tmp_path}/other.html\n"
+    made = (tmp_path / "some.result.html").read_text(encoding="utf-8")
+    assert made == (tmp_path / "other.html").read_text(encoding="utf-8")
+    assert "The numbers are in some.result.json." in Page(made).text
+    assert result.read_bytes() == before
+    assert sorted(os.listdir(tmp_path)) == ["other.html", "some.result.html", "some.result.json"]
+
+
+def test_figures_are_beside_the_file(result: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(figures, "FORMATS", ("svg",))
+    content = {key: full()[key] for key in ("schema_version", "model", "tokens", "steering")}
+    result.write_text(json.dumps(content))
+    out = report(result, "--figures").stdout.splitlines()
+    folder = tmp_path / "some.result-figures"
+    assert out[1:] == [f"Saved {folder}/steering-{name}.svg" for name in ("kl", "mass", "hits")]
+    folder.rename(tmp_path / "elsewhere")
+    folder.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(RunError, match="is a link"):
+        write_figures(result)
+
+
+def test_the_source_is_spared(result: Path, tmp_path: Path) -> None:
+    before = result.read_bytes()
+    (tmp_path / "link.html").symlink_to(result)
+    for output in (result, tmp_path / "link.html"):
+        assert "is what the report is made from" in report(result, "-o", output, code=1).stderr
+    page = result.rename(tmp_path / "result.html")
+    assert "is what the report is made from" in report(page, code=1).stderr
+    assert page.read_bytes() == before
+
+
+def test_a_link_beside_the_file_is_not_followed(result: Path, tmp_path: Path) -> None:
+    (tmp_path / "precious").write_text("mine")
+    (tmp_path / "some.result.html").symlink_to(tmp_path / "precious")
+    assert "is a link" in report(result, code=1).stderr
+    assert (tmp_path / "precious").read_text() == "mine"
+
+
+NO_RESULT: dict[str, tuple[bytes, str]] = {
+    "no JSON": (b"{", "is no result (JSONDecodeError)"),
+    "nothing": (b"", "is no result (JSONDecodeError)"),
+    "no text": (b"\xff\xfe\x00", "is no result (UnicodeDecodeError)"),
+    "a list": (b"[]", "is no result of schema version 1"),
+    "a number": (b"7", "is no result of schema version 1"),
+    "another version": (b'{"schema_version": 2}', "is no result of schema version 1"),
+    "JSON lines": (b'{"a": 1}\n{"a": 2}\n', "is no result (JSONDecodeError)"),
+    "nested": (b'{"a":' * 99999, "too deeply"),
+    "a digit too many": (b'{"schema_version": ' + b"9" * 5000 + b"}", "is no result"),
+    "no model": (b'{"schema_version": 1, "tokens": 5}', "is about no prompt, and has no page"),
+    "no tokens": (b'{"schema_version": 1, "model": {"path": "x"}}', "tokens: is missing; run the command again"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", NO_RESULT)
+def test_what_is_no_result_is_refused(case: str, tmp_path: Path) -> None:
+    data, words = NO_RESULT[case]
+    (tmp_path / "x.json").write_bytes(data)
+    err = report(tmp_path / "x.json", code=1).stderr
+    assert words in err
+    assert err.count("\n") == 1
+    assert os.listdir(tmp_path) == ["x.json"]
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="pipes with names are POSIX's")
+def test_a_pipe_is_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.json")
+    assert "is not a regular file" in report(tmp_path / "pipe.json", code=1).stderr
+
+
+def test_a_huge_file_is_refused(result: Path) -> None:
+    os.truncate(result, 300 * 2**20)
+    assert "has 315 MB" in report(result, code=1).stderr
+
+
+# -- every command -----------------------------------------------------------------------------------------------------
+
+PROMPT = ["--tokens", "5,17,3,99,42", "-t", "1", "-q"]
+# Command -> its options, the sections that its JSON makes, and words of them.
+PAGES: dict[str, tuple[list[str], dict[str, str]]] = {
+    "analyze": (
+        ["-k", "2", "--per-token", "--contrast", "--layers", "all"],
+        {
+            "prediction": "[",
+            "attribution": "= logit",
+            "branches": "Attention, all blocks",
+            "spectrum": "Stable rank",
+            "vectors": "by chance",
+            "per-token": "4 [42]",
+            "layers": "Readout",
+            "stable-rank": "each block alone",
+            "scatter": "Ordinary",
+        },
+    ),
+    "predict": ([], {"prediction": "%"}),
+    "verify": ([], {"parity": "l_out-1", "certificate": "llama.cpp passed agrees"}),
+    "svd": (["-k", "2", "--per-token"], {"spectrum": "σ", "vectors": "by chance", "per-token": "4 [42]"}),
+    "jacobian": ([], {"dense": "64 × 5 × 64 numbers", "certificate": "Reconstruction passed"}),
+    "layers": (["-k", "2"], {"layers": "Readout", "stable-rank": "each block alone"}),
+    "ranks": ([], {"ranks": "1 prompt, all converged"}),
+    "norms": ([], {"norms": "Columns"}),
+    "attribute": ([], {"attribution": "= logit"}),
+    "contrast": ([], {"scatter": "Ordinary"}),
+    "compare": (["-k", "2"], {"compare": "Same top token 100 %", "certificate": "Reconstruction, file b passed"}),
+    "steer": (["--strength", "0,0.5", "--max-tokens", "3"], {"steering": "Random 0.5"}),
+    "attribute --by layer": ([], {"branches": "MLP, all blocks"}),
+    "attribute --by head": ([], {"branches": "head 1"}),
+    "attribute --versus 7": ([], {"attribution": "less that of [7]"}),
+    "attribute --position all": ([], {"positions": "The shares sum to the logit at every position."}),
+    "attribute --position all --by layer": ([], {"positions": "attention"}),
+    "attribute --position all --by head": ([], {"positions": ", head "}),
+    "svd --position 2": (["-k", "2"], {"spectrum": "σ", "vectors": "by chance"}),
+}
+# Commands without a prompt.
+WITHOUT = {"info", "plan", "bench", "report"}
+
+
+def test_every_command_has_a_page_or_a_reason() -> None:
+    assert {name.split()[0] for name in PAGES} == set(COMMANDS) - WITHOUT
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_the_json_of_every_command_has_a_page(
+    name: str, tiny_file: TinyFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    command, *options = name.split()
+    more, expected = PAGES[name]
+    model = str(tiny_file("gqa"))
+    options += ["--with", model] if command == "compare" else []
+    printed = CliRunner().invoke(main, [command, "-m", model, *PROMPT, *options, *more, "--format", "json"])
+    assert printed.exit_code == 0, printed.output
+    Path("it.json").write_text(printed.stdout, encoding="utf-8")
+    assert report("it.json").stdout == "Saved it.html\n"
+    html = Path("it.html").read_text(encoding="utf-8")
+    sections = set(re.findall(r'<section id="([^"]+)"', html))
+    assert sections - {"certificate", "tokens"} == expected.keys() - {"certificate"}
+    for key, words in expected.items():
+        assert words in section(html, key).text, key
+    assert "None" not in Page(html).text
+    assert "it.json" in Page(html).text
+
+
+def test_many_prompts_on_the_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("prompts.txt").write_text("The bridge\nThe opposite of hot is\n")
+    printed = CliRunner().invoke(main, ["ranks", "-q", "-t", "1", "-f", "prompts.txt", "--format", "json"])
+    Path("ranks.json").write_text(printed.stdout, encoding="utf-8")
+    report("ranks.json")
+    found = Page(Path("ranks.html").read_text(encoding="utf-8"))
+    assert found.find("h1") == ["2 prompts"]
+    assert "2 prompts, all converged." in found.text
+    assert "␣opposite" in found.find("span", **{"class": "token"})
+
+
+def test_what_steer_saves_has_a_page(tiny_file: TinyFile, tmp_path: Path) -> None:
+    saved = tmp_path / "steer.json"
+    given = ["steer", "-m", str(tiny_file("gqa")), *PROMPT, "--max-tokens", "2", "-o", str(saved)]
+    assert CliRunner().invoke(main, given).exit_code == 0
+    report(saved)
+    assert "Steering" in Page(saved.with_suffix(".html").read_text(encoding="utf-8")).find("h2")
+
+
+@pytest.mark.parametrize("command", [["info"], ["plan", "--no-bench", "--tokens", "1,2"]])
+def test_commands_without_a_prompt_have_no_page(command: list[str], tiny_file: TinyFile, tmp_path: Path) -> None:
+    printed = CliRunner().invoke(main, [*command, "-m", str(tiny_file("gqa")), "--format", "json"])
+    assert printed.exit_code == 0, printed.output
+    (tmp_path / "x.json").write_text(printed.stdout)
+    assert "is about no prompt, and has no page" in report(tmp_path / "x.json", code=1).stderr
+
+
+def test_analyze_has_what_the_commands_print(tiny_file: TinyFile, tmp_path: Path) -> None:
+    given = ["-m", str(tiny_file("gqa")), *PROMPT]
+    shown = CliRunner().invoke(main, ["analyze", *given, "-k", "2", "--per-token", "-o", str(tmp_path / "run")])
+    assert shown.exit_code == 0, shown.output
+    assert "Singular vectors of each position's own map" in shown.stdout
+
+    def printed(*args: str) -> dict[str, Any]:
+        out = CliRunner().invoke(main, [args[0], *given, *args[1:], "--format", "json"])
+        assert out.exit_code == 0, out.output
+        return json.loads(out.stdout)
+
+    content = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert content["branches"] == printed("attribute", "--by", "head")["attribution"]
+    svd = printed("svd", "-k", "2", "--per-token")["svd"]
+    assert content["svd"]["readability"] == svd["readability"]
+    assert content["svd"]["per_token"] == svd["per_token"]
+    assert "branches" in content["seconds"]
+    assert load(tmp_path / "run").content["svd"]["per_token"]
+    plain = CliRunner().invoke(main, ["analyze", *given, "-k", "2", "-o", str(tmp_path / "plain")])
+    assert plain.exit_code == 0
+    assert "per_token" not in json.loads((tmp_path / "plain" / "run.json").read_text())["svd"]
+
+
+def test_analyze_exits_with_3_where_a_position_has_not_converged(tiny_file: TinyFile, tmp_path: Path) -> None:
+    given = ["analyze", "-m", str(tiny_file("gqa")), *PROMPT, "-k", "2", "--no-verify"]
+    hasty = ["--tol", "1e-9", "--max-sweeps", "2", "--per-token", "-o", str(tmp_path / "run")]
+    assert CliRunner().invoke(main, [*given, *hasty]).exit_code == 3
+    entries = json.loads((tmp_path / "run" / "run.json").read_text())["svd"]["per_token"]
+    assert {entry["stopped_by"] for entry in entries} == {"sweeps"}
+    assert "not converged" in section((tmp_path / "run" / "report.html").read_text(encoding="utf-8"), "per-token").text
+
+
+def test_a_dry_run_takes_the_new_option(tiny_file: TinyFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    out = CliRunner().invoke(main, ["analyze", "-m", str(tiny_file("gqa")), *PROMPT, "--per-token", "--dry-run"])
+    assert out.exit_code == 0, out.output
+    assert "Fits." in out.stdout
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_page_of_json_needs_neither_torch_nor_matplotlib(result: Path) -> None:
+    code = f"""
+import sys
+from ggjac.report import write_report
+write_report({str(result)!r})
+print(*[name for name in ("torch", "matplotlib", "safetensors") if name in sys.modules])
+"""
+    assert subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout == "\n"
