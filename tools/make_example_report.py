@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 
 OUTPUT = Path(__file__).parents[1] / "docs" / "example" / "report.html"
-COMMAND = ["analyze", "--contrast", "--layers", "all"]  # as the page shows it: everything a report can draw
+COMMAND = ["analyze", "--contrast", "--per-token", "--layers", "all"]  # as the page shows it: all that a run can have
 
 
 def make(output: Path = OUTPUT) -> Path:

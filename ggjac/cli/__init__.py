@@ -36,7 +36,7 @@ COMMANDS = {
     "compare": "Compare two files of one model: spectra, subspaces, shares, logits.",
     "contrast": "Rebuild the output by the detached and by the ordinary Jacobian.",
     "steer": "Continue a prompt while another one's linear map pushes it.",
-    "report": "Write the HTML report of a run folder, and its figures.",
+    "report": "Write the HTML report of a run folder or of a result as JSON, and its figures.",
     "bench": "Measure this machine: disk, dequantization, multiplication, beside their limits.",
 }
 
