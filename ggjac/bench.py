@@ -10,15 +10,18 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from ggjac.gguf import GGUFFile, TensorInfo
+from ggjac.sizes import TILE_ELEMENTS
 
 DISK_REGIONS = 4  # places in the file that are read cold
 DISK_BYTES = 64 << 20  # of each, at most
 READ_BYTES = 8 << 20
 CACHED_RATE = 100e9  # bytes per second: what stands for the disk where it cannot be asked
 COPY_ELEMENTS = 1 << 24
+TURNS = 3  # of dequantizing and multiplying, each way, at least
 MOST_COLUMNS = 256  # of a product to measure: beyond, the rate stays what it is, and measuring takes too long
 
 
@@ -132,15 +135,16 @@ def measure(
         threads = torch.get_num_threads()
         weights = sum(types.values())
         common = [name for name, count in types.items() if count > weights / 50]
+        main = max(common, key=lambda name: types[name])
         disk, method = disk_rate(file)
         return Measured(
             disk=disk,
             disk_method=method,
-            types={name: dequantize_rate(file, name, dtype, threads, device) for name in common},
-            multiply={count: gemm_rate(file, count, dtype, device) for count in columns},
+            types={name: turn_rates(file, name, columns[-1], dtype, threads, device)[0] for name in common},
+            multiply={count: turn_rates(file, main, count, dtype, threads, device)[1] for count in columns},
             copy=copy_rate(),
             bus=math.inf if device == "cpu" else bus_rate(device),
-            call=call_seconds(file, max(common, key=lambda name: types[name]), dtype, threads, device),
+            call=call_seconds(file, main, dtype, threads, device),
             dtype=dtype,
             threads=threads,
             device=device,
@@ -183,49 +187,44 @@ def dominant(file: GGUFFile, type: str) -> TensorInfo:
     return max(infos, key=lambda info: info.elements)
 
 
-def dequantize_rate(file: GGUFFile, type: str, dtype: str, threads: int, device: str = "cpu") -> float:
-    """Return weights per second of one type, into tiles as a sweep has them, from bytes in the page cache."""
+def turn_rates(
+    file: GGUFFile, type: str, columns: int, dtype: str, threads: int, device: str = "cpu", budget: float = 0.2
+) -> tuple[float, float]:
+    """Return weights per second dequantized, and FLOP per second of products with them, in turn, as a sweep does both.
+
+    One tile after another of the largest matrix of a storage type, from bytes in the page cache, multiplied up and down
+    by turns. Either is slower so than by itself: it finds its data in the other's cache, and its threads asleep.
+    """
     import torch
 
-    from ggjac.weights import TILE_ELEMENTS, WeightStore
+    from ggjac.weights import WeightStore
 
-    info = dominant(file, type)
-    store = WeightStore(file, device=torch.device(device), dtype=getattr(torch, dtype), threads=threads)
-    columns = info.shape[-1]
-    rows = min(info.rows, max(1, TILE_ELEMENTS // columns))
+    info, kind = dominant(file, type), getattr(torch, dtype)
+    store = WeightStore(file, device=torch.device(device), dtype=kind, threads=threads)
+    into = info.shape[-1]
+    rows = min(info.rows, max(1, TILE_ELEMENTS // into))
+    X, Y = (torch.ones(columns, width, dtype=kind, device=device) for width in (into, rows))
+    onto_X, onto_Y = torch.empty_like(X), torch.empty_like(Y)
+    seconds: dict[str, list[float]] = {"dequantize": [], "up": [], "down": []}
 
-    def once() -> None:
-        store.dequantize(info, 0, rows, 0, columns)
+    def timed(what: str, call: Callable[..., torch.Tensor], *given: Any) -> torch.Tensor:
+        start = time.perf_counter()
+        result = call(*given)
         _wait(device)
+        seconds[what].append(time.perf_counter() - start)
+        return result
 
-    return rows * columns / seconds_of(once)
-
-
-def gemm_rate(file: GGUFFile, columns: int, dtype: str, device: str = "cpu") -> float:
-    """Return FLOP per second of products with one tile of the file's widest live matrix, up and down in turn."""
-    import torch
-
-    from ggjac.weights import TILE_ELEMENTS
-
-    names = [name for name in file.tensors if name.startswith("blk.") and len(file.tensors[name].shape) > 1]
-    shape = file.tensors[max(names, key=lambda name: file.tensors[name].shape[-1] * file.tensors[name].shape[-2])].shape
-    into = shape[-1]
-    out = min(shape[-2], max(1, TILE_ELEMENTS // into))
-    kind: Any = {"dtype": getattr(torch, dtype), "device": device}
-    tile = torch.ones(out, into, **kind)
-    X, Y = torch.ones(columns, into, **kind), torch.ones(columns, out, **kind)
-    sink = torch.zeros(columns, into, **kind)
-
-    def up() -> None:
-        Y.copy_(X @ tile.T)
-        _wait(device)
-
-    def down() -> None:
-        sink.addmm_(Y, tile)
-        _wait(device)
-
-    flop = 2 * columns * out * into
-    return 2 * flop / (seconds_of(up, 0.1, 2) + seconds_of(down, 0.1, 2))
+    end, turn = time.perf_counter() + budget, 0
+    while turn < 2 * TURNS or time.perf_counter() < end:
+        at = turn * rows % (info.rows - rows + 1)
+        tile = timed("dequantize", store.dequantize, info, at, at + rows, 0, into)
+        if turn % 2:
+            timed("up", partial(onto_Y.addmm_, beta=0), X, tile.T)
+        else:
+            timed("down", partial(onto_X.addmm_, beta=0), Y, tile)
+        turn += 1
+    dequantize, up, down = (statistics.median(times[1:]) for times in seconds.values())  # without the first of each
+    return rows * into / dequantize, 2 * 2 * columns * rows * into / (up + down)
 
 
 def square_rate(dtype: str, device: str = "cpu", threads: int | None = None, size: int = 1536) -> float:

@@ -1,6 +1,7 @@
 """Measurements: that they measure what they say, and what is made of them. No time is tested."""
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from ggjac import bench
+from ggjac import bench, weights
 from ggjac.gguf import open_gguf
 
 TinyFile = Callable[..., Path]
@@ -51,37 +52,45 @@ def test_the_median_of_repeated_calls(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def counting(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """Let every call take one second, and be made once."""
-    made: list[float] = []
-
-    def once(call: Callable[[], object], *_: Any) -> float:
-        call()
-        made.append(1.0)
-        return 1.0
-
-    monkeypatch.setattr(bench, "seconds_of", once)
-    return made
+def steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a second pass between any two looks at the clock."""
+    clock = itertools.count()
+    monkeypatch.setattr(bench.time, "perf_counter", lambda: float(next(clock)))
 
 
-def test_dequantization_counts_the_weights_of_a_tile(
-    counting: list[float], monkeypatch: pytest.MonkeyPatch, tiny_file: TinyFile
+def test_turns_count_the_weights_of_a_tile_and_the_flop_of_both_directions(
+    steps: None, monkeypatch: pytest.MonkeyPatch, tiny_file: TinyFile
 ) -> None:
-    from ggjac import weights
+    read: list[tuple[int, int]] = []
+    dequantize = weights.WeightStore.dequantize
 
+    def watched(store: weights.WeightStore, info: Any, start: int, stop: int, *columns: int) -> torch.Tensor:
+        read.append((start, stop))
+        return dequantize(store, info, start, stop, *columns)
+
+    monkeypatch.setattr(weights.WeightStore, "dequantize", watched)
     with open_gguf(tiny_file("q8_0")) as file:
         largest = bench.dominant(file, "Q8_0")
         assert largest.elements == max(t.elements for t in file.tensors.values() if t.type.name == "Q8_0")
-        assert bench.dequantize_rate(file, "Q8_0", "float32", 1) == largest.elements
-        monkeypatch.setattr(weights, "TILE_ELEMENTS", 3 * largest.shape[-1] + 1)
-        assert bench.dequantize_rate(file, "Q8_0", "bfloat16", 1) == 3 * largest.shape[-1]
+        rows, columns = largest.rows, largest.shape[-1]
+        found = bench.turn_rates(file, "Q8_0", 10, "float32", 1)
+        assert found == (rows * columns, 2 * 10 * rows * columns)
+        assert len(read) == 2 * bench.TURNS
+        assert set(read) == {(0, rows)}
+        read.clear()
+        monkeypatch.setattr(bench, "TILE_ELEMENTS", 3 * columns + 1)
+        assert bench.turn_rates(file, "Q8_0", 5, "bfloat16", 1) == (3 * columns, 2 * 5 * 3 * columns)
+        assert [start for start, _ in read[:3]] == [0, 3, 6]  # another tile each time, none of them in a cache
+        assert all(0 <= start and stop <= rows for start, stop in read)
         assert bench.moved_bytes(file, "Q8_0", "float32") == pytest.approx(34 / 32 + 4)
 
 
-def test_products_count_both_directions(counting: list[float], tiny_file: TinyFile) -> None:
-    with open_gguf(tiny_file("plain")) as file:  # the widest matrices are 96 x 64
-        assert bench.gemm_rate(file, 10, "float32") == 2 * 10 * 96 * 64
-    assert len(counting) == 2
+def test_square_products_and_copies_count_what_they_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    def once(call: Callable[[], object], *_: float) -> float:
+        call()
+        return 1.0
+
+    monkeypatch.setattr(bench, "seconds_of", once)
     assert bench.square_rate("float32", size=8) == 2 * 8**3
     assert bench.copy_rate() == 2 * 4 * bench.COPY_ELEMENTS
 

@@ -35,7 +35,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "decode": {"linop", "weights"},
     "weights": {"gguf", "quants", "ggml", "sizes"},
     "planner": {"gguf", "ggml", "config", "machine", "sizes"},
-    "bench": {"gguf", "linop", "weights"},
+    "bench": {"gguf", "linop", "sizes", "weights"},
     "blocks": {"linop", "config", "rope", "sizes"},
     "tapes": {"blocks", "journal", "runs"},
     "jacobian": {"blocks", "journal", "linop", "svd", "tapes", "sizes"},
