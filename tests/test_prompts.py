@@ -173,13 +173,40 @@ def test_results_of_another_kind_are_not_mixed(option: str, value: str, tmp_path
     assert out.read_bytes() == before
 
 
-@pytest.mark.parametrize("content", ["The capital of France is\n", "{}\n", "[]\n", '{"prompt": 1}\n', "\xff\n"])
-def test_a_file_of_something_else_is_left_alone(content: str, tmp_path: Path) -> None:
+BEGINNING = '{"schema_version": 1, "prompt": "x", '
+
+
+@pytest.mark.parametrize("newline", ["\n", ""])
+@pytest.mark.parametrize(
+    "content",
+    [
+        *("The capital of France is", "{}", "[]", '{"prompt": 1}', "\xff", '{"schema_version": 2, "prompt": "x"}'),
+        '{"schema_version": 1, "results": [',
+        *(BEGINNING + rest + "\n" for rest in ('"settings": []}', '"settings": 1, "tokens": []}', '"tokens": [1]}')),
+        BEGINNING + '"settings": {}, "tokens": []}\n',  # of an older version, say
+        BEGINNING + "[" * 99999 + "\n",
+    ],
+    ids=range(12),
+)
+def test_a_file_of_something_else_is_left_alone(content: str, newline: str, tmp_path: Path) -> None:
+    content += newline
     out = tmp_path / "mine.txt"
     out.write_bytes(content.encode("latin-1"))
     err = ggjac("--tokens", "0,465", "-o", out, code=1).stderr
     assert "line 1 is no result of this command; choose another -o" in err
     assert out.read_bytes() == content.encode("latin-1")
+
+
+def test_what_follows_the_records_is_left_alone(tmp_path: Path) -> None:
+    out = tmp_path / "ranks.jsonl"
+    ggjac("--tokens", "0,465", "-o", out)
+    whole = out.read_bytes()
+    for rest in (b"my own notes", b"\n", b'{"prompt": 1}', b"x\n"):
+        out.write_bytes(whole + rest)
+        err = ggjac("--tokens", "0,465,637", "-o", out, code=1).stderr
+        assert "line 2 is no result of this command; choose another -o" in err
+        assert out.read_bytes() == whole + rest
+    assert "is a folder" in ggjac("--tokens", "0,465", "-o", tmp_path, code=1).stderr
 
 
 def test_what_is_no_prompt_is_refused(tmp_path: Path) -> None:
@@ -189,7 +216,9 @@ def test_what_is_no_prompt_is_refused(tmp_path: Path) -> None:
     file.write_text("\n".join(LINES))
     assert "--trace keeps one prompt" in ggjac("-f", file, "--trace", tmp_path / "trace", code=2).stderr
     file.write_text(f"{LINES[1]}\n{'the ' * 3000}\n{LINES[2]}")
-    assert "context" in ggjac("-f", file, "-o", out, code=2).stderr
+    err = ggjac("-f", file, "-o", out, code=2).stderr
+    assert "context" in err
+    assert len(err) < 600
     assert len(out.read_text().splitlines()) == 1  # what was done before is kept
     assert not (tmp_path / "trace").exists()
 

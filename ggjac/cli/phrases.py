@@ -19,7 +19,7 @@ from ggjac.cli.options import ModelOptions
 from ggjac.cli.progress import Reporter
 from ggjac.cli.render import finite, line, table, width
 from ggjac.cli.session import Session
-from ggjac.tokenizer import visible
+from ggjac.gguf import shown
 
 # Stacked vectors of a sweep: those of sixteen tokens. Memory is planned for as many maps.
 TOKENS_AT_ONCE, WIDTH = 16, 9
@@ -40,6 +40,11 @@ def prompts(what: ModelOptions) -> list[ModelOptions]:
     return [replace(what, file=None, prompt=part) for part in lines]
 
 
+# How a record begins, as `json.dumps` writes it, and what else each has.
+_BEGINNING = f'{{"schema_version": {runs.SCHEMA_VERSION}, "prompt": '.encode()
+_FIELDS = {"joint", "next", "reconstruction", "residual", "sweeps", "stopped_by"}
+
+
 class Lines:
     """A file of JSON lines: records of one kind, each written to the disk when it is there. None keeps nothing.
 
@@ -52,24 +57,40 @@ class Lines:
         self.records: dict[str, dict[str, Any]] = {}
         if path is None:
             return
+        runs.check_writable(path)
         if not path.exists():
-            runs.check_writable(path)
             return
+        with open(path, "rb") as file:  # a model, say, is refused before it is read
+            self._check_beginning(file.read(len(_BEGINNING)), 1)
         content = path.read_bytes()
-        whole = content[: content.rfind(b"\n") + 1]  # an interrupted write left less than a line
-        for number, part in enumerate(whole.splitlines(), 1):
+        lines = content.split(b"\n")
+        rest = lines.pop()  # an interrupted write left less than a line
+        for number, part in enumerate(lines, 1):
             record = self._checked(part, number)
             self.records[_key(record)] = record
-        if len(whole) < len(content):
-            os.truncate(path, len(whole))
+        if rest:
+            self._check_beginning(rest[: len(_BEGINNING)], len(lines) + 1)
+            os.truncate(path, len(content) - len(rest))
+
+    def _check_beginning(self, found: bytes, number: int) -> None:
+        """Refuse what does not begin as a record does, or as a part of one."""
+        if found != _BEGINNING[: len(found)]:
+            raise self._foreign(number)
+
+    def _foreign(self, number: int) -> runs.RunError:
+        return runs.RunError(f"{self.path}: line {number} is no result of this command; choose another -o")
 
     def _checked(self, part: bytes, number: int) -> dict[str, Any]:
         """Return a record, if it is one of ours and was made in the same way."""
         try:
             record = json.loads(part)
-            settings, _ = record["settings"], (_key(record), [t["stable_rank"]["value"] for t in record["tokens"]])
-        except (ValueError, KeyError, TypeError):
-            raise runs.RunError(f"{self.path}: line {number} is no result of this command; choose another -o") from None
+            settings = dict(record["settings"])
+            _ = _key(record), [token["stable_rank"]["value"] for token in record["tokens"]]
+            whole = record["schema_version"] == runs.SCHEMA_VERSION and record.keys() >= _FIELDS
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            whole = False
+        if not whole:
+            raise self._foreign(number)
         for name, value in self.settings.items():
             if settings.get(name) != value:
                 raise runs.RunError(
@@ -117,7 +138,9 @@ def run_ranks(
                     model=None if session is None else session.model,
                 )
             except click.UsageError as error:
-                raise click.UsageError(f"{visible((one.prompt or '').encode())}: {error.format_message()}") from error
+                if len(given) == 1:
+                    raise
+                raise click.UsageError(f"{shown(one.prompt or '')}: {error.format_message()}") from error
             lines = lines or Lines(output, _settings(session, tol=tol, seed=seed))
             key = _key({"prompt": session.text, "tokens": session.tokens()})
             if key in lines.records:
