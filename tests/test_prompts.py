@@ -209,6 +209,17 @@ def test_what_follows_the_records_is_left_alone(tmp_path: Path) -> None:
     assert "is a folder" in ggjac("--tokens", "0,465", "-o", tmp_path, code=1).stderr
 
 
+def test_more_sweeps_are_another_attempt(tmp_path: Path, counted: list[int]) -> None:
+    """A prompt whose sweeps ran out is done again where more are allowed, and only there; the newest result counts."""
+    out = tmp_path / "ranks.jsonl"
+    args = ["--tokens", "0,465", "--tol", "1e-6", "-o", out, "--format", "json"]
+    for sweeps, code, times in ((2, 3, 1), (2, 3, 1), (3, 3, 2), (40, 0, 3), (40, 0, 3), (2, 0, 3)):
+        (record,) = json.loads(ggjac(*args, "--max-sweeps", sweeps, code=code).stdout)["ranks"]["prompts"]
+        assert len(counted) == times
+        assert (record["stopped_by"] == "sweeps") == (code == 3)
+    assert len(out.read_bytes().splitlines()) == 3
+
+
 def test_what_is_no_prompt_is_refused(tmp_path: Path) -> None:
     file, out = tmp_path / "prompts.txt", tmp_path / "ranks.jsonl"
     file.write_text("\n \n")

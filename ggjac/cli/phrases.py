@@ -116,6 +116,11 @@ def _key(record: dict[str, Any]) -> str:
     return str([t["id"] for t in record["tokens"]]) if prompt is None else f"text: {prompt}"
 
 
+def _settled(record: dict[str, Any] | None, max_sweeps: int) -> bool:
+    """Say whether a prompt needs no more work; where sweeps ran out, more of them are another attempt."""
+    return record is not None and not (record["stopped_by"] == "sweeps" and record["sweeps"] < max_sweeps)
+
+
 def run_ranks(
     what: ModelOptions, output: Path | None, *, tol: float, seed: int, max_sweeps: int
 ) -> tuple[Session, list[dict[str, Any]], int]:
@@ -143,7 +148,7 @@ def run_ranks(
                 raise click.UsageError(f"{shown(one.prompt or '')}: {error.format_message()}") from error
             lines = lines or Lines(output, _settings(session, tol=tol, seed=seed))
             key = _key({"prompt": session.text, "tokens": session.tokens()})
-            if key in lines.records:
+            if _settled(lines.records.get(key), max_sweeps):
                 ready += 1
             else:
                 lines.add(finite(_record(session, lines.settings, max_sweeps)))

@@ -25,8 +25,9 @@ def ranks(
     """Measure the stable rank of every token's own map, and of the joint one, for each line of a file (-f) of prompts.
 
     The map of a token is what the network makes of its embedding at the last position. An interrupted run goes on where
-    it was when the same command is given again: -o grows by whole lines. Exit code 3 if the sweeps ran out before a
-    largest singular value reached --tol, or a reconstruction error is out of bounds.
+    it was when the same command is given again: -o grows by whole lines. Prompts whose sweeps ran out are done again
+    where --max-sweeps allows more. Exit code 3 if the sweeps ran out before a largest singular value reached --tol, or
+    a reconstruction error is out of bounds.
 
     \b
     ggjac ranks -m model.gguf -f prompts.txt -o ranks.jsonl
