@@ -1,6 +1,8 @@
 """`attribute`, `svd --per-token` and `compare` as commands: what they print, save and refuse, judged by the oracle."""
 
+import gc
 import json
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,8 @@ import tiny
 import torch
 from safetensors.torch import load_file
 from test_cli import IDS, TOKENS, ggjac_
+
+from ggjac.cli import session
 
 TinyFile = Callable[..., Path]
 
@@ -198,3 +202,29 @@ def test_compare_ends_with_3_when_the_sweeps_run_out(tiny_file: TinyFile) -> Non
     out = ggjac_("compare", "-m", model, "--with", model, *TOKENS, "--max-sweeps", 2, "--tol", "1e-7", code=3).stdout
     assert "NOT converged to 1e-07" in out
     assert tiny.options("gqa").layers == 2
+
+
+def test_compare_has_one_model_at_a_time(tiny_file: TinyFile, monkeypatch: pytest.MonkeyPatch) -> None:
+    """When the second is opened nothing of the first is left, and no garbage collection was needed: memory is tight."""
+    opened: list[weakref.ref] = []
+    true = session.open_model
+
+    def opening(*args: Any, **options: Any) -> Any:
+        assert [model() for model in opened] == [None] * len(opened)
+        model = true(*args, **options)
+        opened.append(weakref.ref(model))
+        return model
+
+    monkeypatch.setattr(session, "open_model", opening)
+    gc.disable()
+    try:
+        ggjac_("compare", "-m", tiny_file("gqa"), "--with", tiny_file("gqa", type="Q8_0"), *TOKENS)
+    finally:
+        gc.enable()
+    assert len(opened) == 2
+
+
+def test_compare_keeps_no_trace(tiny_file: TinyFile, tmp_path: Path) -> None:
+    options = ["--with", tiny_file("gqa", type="Q8_0"), *TOKENS, "--trace", tmp_path / "trace"]
+    assert "--trace keeps one model's" in ggjac_("compare", "-m", tiny_file("gqa"), *options, code=2).stderr
+    assert not (tmp_path / "trace").exists()

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import sys
+import weakref
 from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path
@@ -66,7 +67,8 @@ class Session:
         if rank is not None and rank > d:
             raise click.UsageError(f"--rank {rank} is out of range; this model's Jacobian has {d} singular values")
         self.position = position % n
-        self.report.work = self._work
+        this = weakref.proxy(self)  # or neither would go with its last reference, nor the model
+        self.report.work = lambda: this._work()
         self._fit(rank, maps)
         self.warning = bos_warning(self.model.tokenizer, self.ids)
 
