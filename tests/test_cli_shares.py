@@ -144,6 +144,7 @@ def test_svd_beside_shuffled_vectors(tiny_file: TinyFile) -> None:
     without = ggjac_("svd", "-m", model, *TOKENS, "--shuffles", 0).stdout
     assert "Coherence" not in without
     assert "readability" not in content("svd", "-m", model, *TOKENS, "--shuffles", 0)["svd"]
+    assert "--shuffles 1: " in ggjac_("svd", "-m", model, *TOKENS, "--shuffles", 1, code=2).stderr
 
 
 # -- compare -----------------------------------------------------------------------------------------------------------

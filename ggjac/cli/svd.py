@@ -66,6 +66,8 @@ def svd(
     from ggjac.cli import render, sections, vectors
     from ggjac.cli.session import Session, checkpoint, save
 
+    if shuffles == 1:
+        raise click.UsageError("--shuffles 1: chance and its spread take two; 0 leaves the comparison out")
     session = Session(what, position=position, rank=rank, output=output)
     settings: dict[str, Any] = {"rank": rank, "tol": tol, "seed": seed}
     marks = {"per_token": per_token} if per_token else {}
