@@ -24,7 +24,7 @@ from torch import Tensor
 from ggjac.blocks import BlockWeights, Frame, FrozenBlock, MlpPath, NormTape, block
 from ggjac.journal import Journal
 from ggjac.linop import Homogeneous, Identity, LinearOperator, Select
-from ggjac.sizes import CHUNK_BYTES, chunk_floats
+from ggjac.sizes import CHUNK_BYTES, SLICE, chunk_floats
 from ggjac.svd import SVD, svd
 from ggjac.tapes import Tapes
 
@@ -300,6 +300,12 @@ class DetachedJacobian(LinearOperator):
     def rows(self, chunk: int | None = None) -> Iterator[tuple[int, int, Tensor]]:
         """Yield rows of the dense Jacobian; by default as many at a time as fit into `chunk_bytes`."""
         return super().rows(chunk or self.rows_at_once())
+
+    def slices(self) -> Iterator[tuple[int, Tensor]]:
+        """Yield `(start, rows)`, the rows of `rows()` a few at a time: then copies in float64 take little memory."""
+        for start, _, rows in self.rows():
+            for i, part in enumerate(rows.split(SLICE)):
+                yield start + i * SLICE, part
 
     def at_position(self, i: int) -> LinearOperator:
         """Return the part of the map that reads input position `i` alone, `J_i`: `[1, d]` to `[d]`."""

@@ -1,14 +1,17 @@
 """Lengths and tokens of columns and rows against dense float64 arithmetic on the oracle's Jacobian."""
 
+import json
 from pathlib import Path
 
 import oracle
 import pytest
 import tiny
 import torch
+from click.testing import CliRunner
 from torch.nn.functional import cosine_similarity
 
 from ggjac.analysis.norms import norms
+from ggjac.cli import main
 from ggjac.model import open_model
 
 
@@ -71,3 +74,40 @@ def test_other_dtypes_and_more_than_there_are(dtype: str, tiny_files: dict[str, 
     assert torch.allclose(found.rows, expected.norm(dim=2), rtol=tolerance, atol=tolerance)
     # The two halves of one matrix: the same total.
     assert torch.allclose(found.columns.square().sum(1), found.rows.square().sum(1), rtol=1e-10)
+
+
+def test_dense_rows_are_widened_a_few_at_a_time(tiny_files: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A chunk of them may fill the memory; its copy in float64 would take twice as much again."""
+    ids, widened = tiny.prompt("gqa", 3), []
+    model = open_model(tiny_files["gqa"])
+    J = model.trace(ids).jacobian()
+    whole = norms(J, model.head, model.embedding, 3)
+    true = torch.Tensor.double
+
+    def double(tensor: torch.Tensor) -> torch.Tensor:
+        widened.append(tensor.shape)
+        return true(tensor)
+
+    monkeypatch.setattr("ggjac.jacobian.SLICE", 7, raising=False)
+    monkeypatch.setattr(torch.Tensor, "double", double)
+    found = norms(J, model.head, model.embedding, 3)
+    assert max(shape[0] for shape in widened if len(shape) == 3) == 7
+    assert torch.allclose(found.columns, whole.columns, rtol=1e-12)
+    assert torch.equal(found.rows, whole.rows)
+    assert torch.equal(found.longest_rows, whole.longest_rows)
+    assert torch.equal(found.row_tokens.ids, whole.row_tokens.ids)
+
+
+def test_the_command_is_refused_where_dense_rows_do_not_fit(tmp_path: Path) -> None:
+    path = tiny.write(tmp_path / "wide.gguf", layers=1, d=256, heads=4, ff=1024)
+    what = ["-m", str(path), "-t", "1", "--tokens", ",".join(["1"] * 60)]
+
+    def needed(command: str) -> int:
+        result = CliRunner().invoke(main, ["plan", *what, "--for", command, "--no-bench", "--format", "json"])
+        return json.loads(result.stdout)["ram_needed"]
+
+    few, many = needed("attribute"), needed("jacobian")
+    assert many > few + (32 << 20)
+    result = CliRunner().invoke(main, ["norms", *what, "--ram-budget", str((few + many) // 2)])
+    assert result.exit_code == 4
+    assert "give --ram-budget" in result.stderr

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from ggjac.jacobian import DetachedJacobian
 from ggjac.notebook import Bars, Plotted, Table, Words
-from ggjac.sizes import SLICE
 
 
 @dataclass(frozen=True)
@@ -53,13 +52,12 @@ def contributions(jacobian: DetachedJacobian, sink: Callable[[int, Tensor], None
     terms = torch.zeros(n, d, dtype=torch.float64)
     squared = torch.zeros(n, dtype=torch.float64)
     x = jacobian.x.double()
-    for chunk, _, rows in jacobian.rows():
-        for start, part in zip(range(chunk, chunk + len(rows), SLICE), rows.split(SLICE), strict=True):
-            wide = part.double()
-            terms[:, start : start + len(part)] = torch.einsum("knd,nd->nk", wide, x).cpu()
-            squared += wide.square().sum((0, 2)).cpu()
-            if sink:
-                sink(start, part)
+    for start, part in jacobian.slices():
+        wide = part.double()
+        terms[:, start : start + len(part)] = torch.einsum("knd,nd->nk", wide, x).cpu()
+        squared += wide.square().sum((0, 2)).cpu()
+        if sink:
+            sink(start, part)
     y = jacobian.output.double().cpu()
     rebuilt = terms.sum(0) + jacobian.offset.double().cpu()
     return Contributions(terms, squared.sqrt(), float((rebuilt - y).norm() / y.norm()))

@@ -69,16 +69,17 @@ def norms(
     best = jacobian.x.new_zeros(n, 0, d)  # the longest rows so far
     lengths = best.new_zeros(n, 0, dtype=torch.float64)
     components = torch.zeros(n, 0, dtype=torch.long, device=best.device)
-    for start, stop, chunk in jacobian.rows():
-        wide = chunk.double()
+    for start, part in jacobian.slices():
+        wide = part.double()
         squares += wide.square().sum(0).cpu()
         found = wide.norm(dim=2).T
-        rows[:, start:stop] = found.cpu()
+        rows[:, start : start + len(part)] = found.cpu()
+        numbers = torch.arange(start, start + len(part), device=best.device)
         lengths = torch.cat([lengths, found], 1)
-        components = torch.cat([components, torch.arange(start, stop, device=best.device).expand(n, -1)], 1)
+        components = torch.cat([components, numbers.expand(n, -1)], 1)
         lengths, kept = lengths.topk(min(count, lengths.shape[1]), dim=1)
         components = components.gather(1, kept)
-        best = torch.cat([best, chunk.transpose(0, 1)], 1).gather(1, kept[..., None].expand(-1, -1, d))
+        best = torch.cat([best, part.transpose(0, 1)], 1).gather(1, kept[..., None].expand(-1, -1, d))
     columns = squares.sqrt()
     longest = columns.topk(count, dim=1).indices
     along = jacobian.linear_output
@@ -99,7 +100,7 @@ def _columns(jacobian: DetachedJacobian, components: Int[Tensor, "n count"]) -> 
     """Return the columns of some input components of every position, as many at a time as rows would be."""
     n, d = jacobian.in_shape
     positions = torch.arange(n).repeat_interleave(components.shape[1])
-    at_once = max(1, jacobian.chunk_bytes // (3 * n * d * jacobian.dtype.itemsize))
+    at_once = jacobian.rows_at_once()
     parts = []
     for i, j in zip(positions.split(at_once), components.flatten().split(at_once), strict=True):
         basis = torch.zeros(len(i), n, d, dtype=jacobian.dtype, device=jacobian.device)

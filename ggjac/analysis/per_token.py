@@ -68,8 +68,7 @@ def per_token(
     n, d = jacobian.in_shape
 
     def together(side: Callable[[Tensor], Tensor], stack: Tensor) -> Tensor:
-        at_once = max(1, jacobian.chunk_bytes // (3 * n * d * jacobian.dtype.itemsize))
-        return torch.cat([side(part) for part in stack.split(at_once)])
+        return torch.cat([side(part) for part in stack.split(jacobian.rows_at_once())])
 
     def up(stacks: list[Tensor]) -> list[Tensor]:
         """Put each stack at its own position and push all of them: `[k, 1, d]` to `[k, d]`."""

@@ -25,6 +25,9 @@ from ggjac.model import Model, PromptError, Trace, open_model
 from ggjac.tapes import Tapes
 from ggjac.tokenizer import bos_warning, visible
 
+# A command that has no plan of its own, and takes what another one does.
+LIKE = {"norms": "jacobian"}
+
 # Between checkpoints, at least.
 CHECKPOINT_SECONDS = 30.0
 
@@ -75,13 +78,13 @@ class Session:
     def _fit(self, rank: int | None, maps: MapCount | None) -> None:
         """Refuse work that its budget cannot hold, before it starts, and keep ready what the budget has room for.
 
-        Commands without a plan of their own count as a trace and few sweeps.
+        Commands without a plan of their own count as a trace and few sweeps, or as what else they do.
 
         Raises:
             NoFitError: with what is needed, and what to lower.
         """
-        name = click.get_current_context().info_name
-        command = name if name in planner.JOBS else "attribute" if self.tapes else "predict"
+        name = click.get_current_context().info_name or ""
+        command = name if name in planner.JOBS else LIKE.get(name, "attribute" if self.tapes else "predict")
         file, config, n = self.model.gguf, self.model.config, len(self.ids)
         plan = make_plan(self.what, file, config, n, command, rank=rank or 1, position=self.position, maps=maps)
         planner.check(plan)
