@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ggjac.blocks import MlpPath, NumericsError, Past, extend_attention, record_ffn
-from ggjac.model import Model, PromptError
+from ggjac.model import Model, PromptError, finite_logits
 
 # Called as `change(layer, h)` with the stream `[m, d]` at new positions after `layer` blocks (0: the embeddings, before
 # any), and returns what goes on in its place.
@@ -68,7 +68,7 @@ class Continuation:
 
     def logits(self, ids: Sequence[int]) -> Float[Tensor, " v"]:
         """Append tokens and return the logits after the last of them, `[v]`; errors as `extend`."""
-        return self.model.head.logits(self.extend(ids)[-1:])[0]
+        return finite_logits(self.model.head.logits(self.extend(ids)[-1:]))[0]
 
 
 def greedy(

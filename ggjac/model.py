@@ -283,11 +283,11 @@ class Trace:
             PromptError: the prompt has no such position.
             NumericsError: a logit is not finite.
         """
-        return _finite_logits(self.model.head.logits(self.outputs[self.index(position)][None]))[0]
+        return finite_logits(self.model.head.logits(self.outputs[self.index(position)][None]))[0]
 
     def all_logits(self) -> Float[Tensor, "n v"]:
         """Return the logits at every position, `[n, v]`; errors as `logits_at`."""
-        return _finite_logits(self.model.head.logits(self.outputs))
+        return finite_logits(self.model.head.logits(self.outputs))
 
     def index(self, position: int) -> int:
         """Return a position counted from the start; negative ones count from the end.
@@ -336,7 +336,12 @@ class Trace:
         )
 
 
-def _finite_logits(logits: Float[Tensor, "n v"]) -> Float[Tensor, "n v"]:
+def finite_logits(logits: Float[Tensor, "n v"]) -> Float[Tensor, "n v"]:
+    """Return logits as they are, after a look at all of them.
+
+    Raises:
+        NumericsError: one is not finite.
+    """
     if not logits.isfinite().all():
         raise NumericsError(f"logits overflow {logits.dtype}; try a wider --dtype, or is the file damaged?")
     return logits

@@ -10,6 +10,7 @@ import oracle
 import pytest
 import tiny
 import torch
+from test_model import edited
 
 from ggjac.analysis.compare import (
     CompareError,
@@ -20,6 +21,7 @@ from ggjac.analysis.compare import (
     portray,
     principal_angles,
 )
+from ggjac.blocks import NumericsError
 from ggjac.model import open_model
 
 linalg = pytest.importorskip("scipy.linalg", reason="SciPy is not installed")
@@ -151,3 +153,16 @@ def test_unlike_files_are_refused_by_name() -> None:
         check_vocabularies(["a", "b"], ["a", "c"])
     with pytest.raises(CompareError, match="2 tokens in the first file, 3 in the second"):
         check_vocabularies(["a", "b"], ["a", "b", "c"])
+
+
+def test_logits_that_overflow_are_refused(tmp_path: Path) -> None:
+    path = edited(tiny.write(tmp_path / "m.gguf"), "output.weight", 60000.0)
+    model = open_model(path, dtype="float16")
+    with pytest.raises(NumericsError, match="logits overflow"):
+        portray(model.trace([1, 2, 3]).jacobian(), model.head, RANK, target=1)
+
+
+def test_tokens_in_messages_are_short() -> None:
+    with pytest.raises(CompareError, match="token 0: 'aaa") as error:
+        check_vocabularies(["a" * 10**6], ["b" * 10**6])
+    assert len(str(error.value)) < 250

@@ -9,6 +9,7 @@ import oracle
 import pytest
 import tiny
 import torch
+from test_model import edited
 
 from ggjac.blocks import NumericsError
 from ggjac.demo import demo_path
@@ -140,3 +141,10 @@ def test_what_does_not_fit_is_refused(tiny_file: TinyFile) -> None:
     assert text.extend([4]).isfinite().all()
     with pytest.raises(NumericsError, match="block 1 overflows"):
         Continuation(model, 4, change=lambda layer, h: h * math.inf if layer == 2 else h).extend([1])
+
+
+def test_logits_that_overflow_are_refused(tmp_path: Path) -> None:
+    """As a trace's are: what is computed from them would be without meaning."""
+    path = edited(tiny.write(tmp_path / "m.gguf"), "output.weight", 60000.0)
+    with pytest.raises(NumericsError, match="logits overflow"):
+        Continuation(open_model(path, dtype="float16"), 4).logits([1, 2, 3])

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ggjac.decode import Head
 from ggjac.jacobian import DetachedJacobian
+from ggjac.model import finite_logits
 from ggjac.notebook import Bars, Plotted, Points, Table, Words
 from ggjac.svd import SVD
 
@@ -123,8 +124,11 @@ def portray(
     """Measure one file: its spectrum, the shares of a logit (default: of the most likely next token), its logits.
 
     The singular vectors of two files agree no better than either is known: for small differences ask for a small `tol`.
+
+    Raises:
+        NumericsError: a logit is not finite.
     """
-    logits = head.logits(jacobian.network.outputs).cpu()
+    logits = finite_logits(head.logits(jacobian.network.outputs)).cpu()
     if target is None:
         target = int(logits[jacobian.position].argmax())
     w = head.scale * head.matrix.take([target])
@@ -217,10 +221,17 @@ def check_vocabularies(a: Sequence[str] | None, b: Sequence[str] | None) -> None
     for id, (first, second) in enumerate(zip(a or [], b or [], strict=False)):
         if first != second:
             raise CompareError(
-                f"token {id}: {first!r} in the first file, {second!r} in the second; give two files of one model"
+                f"token {id}: {_short(first)} in the first file, {_short(second)} in the second; give two files of one "
+                "model"
             )
     if len(a or []) != len(b or []):
         raise CompareError(
             f"vocabulary: {len(a or [])} tokens in the first file, {len(b or [])} in the second; "
             "give two files of one model"
         )
+
+
+def _short(token: str) -> str:
+    """Quote a token of a file from strangers for a message."""
+    text = repr(token)
+    return text if len(text) <= 60 else f"{text[:59]}…"
