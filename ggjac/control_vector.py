@@ -58,6 +58,8 @@ def check_layer(layer: int, block_count: int) -> None:
     Raises:
         ControlVectorError: with those it can.
     """
+    if block_count < 2:
+        raise ControlVectorError("llama.cpp adds control vectors after 2 blocks or more, and this model has one")
     if not 2 <= layer <= block_count:
         raise ControlVectorError(
             f"llama.cpp adds control vectors to the stream after 2 to {block_count} blocks of this model, not after "

@@ -115,6 +115,11 @@ def test_where_llamacpp_adds_nothing_we_write_nothing(layer: int, tmp_path: Path
     assert not list(tmp_path.iterdir())
 
 
+def test_a_model_of_one_block_has_no_place(tmp_path: Path) -> None:
+    with pytest.raises(ControlVectorError, match="after 2 blocks or more, and this model has one"):
+        save(tmp_path / "v.gguf", layer=1, block_count=1)
+
+
 def test_what_cannot_be_written(tmp_path: Path) -> None:
     for value in (float("nan"), 1e300):
         with pytest.raises(ControlVectorError, match="not finite in float32"):
