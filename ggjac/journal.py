@@ -369,11 +369,30 @@ class Journal:
         try:
             complete = self._write()
         except runs.RunError as error:
-            self._warn(f"{self.folder}: progress cannot be saved ({_reason(error)}); going on, and trying again")
+            self.failed(error)
             complete = False
         now = time.monotonic()
         self._due = now + (max(self._every, min(LONGEST_WAIT, 10 * (now - started))) if self._every else 0.0)
         return complete
+
+    def begin(self) -> None:
+        """Write the run's identity, if it is not there: what lies in the folder from now on can be resumed.
+
+        Raises:
+            RunError: it cannot be written.
+        """
+        if self._begun:
+            return
+        content = {"schema_version": SCHEMA_VERSION, "identity": self.identity}
+        runs.save_bytes(self.folder / "journal.json", _readable(content))
+        for folder in self._made:
+            with contextlib.suppress(OSError):
+                runs.sync_folder(folder.parent)
+        self._begun = True
+
+    def failed(self, error: runs.RunError) -> None:
+        """Tell once for each reason that progress could not be saved; what is computed goes on."""
+        self._warn(f"{self.folder}: progress cannot be saved ({_reason(error)}); going on, and trying again")
 
     def close(self) -> None:
         """Free the folder for another process; nothing can be written from here on."""
@@ -436,13 +455,7 @@ class Journal:
         Raises:
             RunError: the disk is full, say.
         """
-        if not self._begun:
-            content = {"schema_version": SCHEMA_VERSION, "identity": self.identity}
-            runs.save_bytes(self.folder / "journal.json", _readable(content))
-            for folder in self._made:
-                with contextlib.suppress(OSError):
-                    runs.sync_folder(folder.parent)
-            self._begun = True
+        self.begin()
         while self._pending:
             kept = self._pending[0]
             if kept.unchanged:  # else an interrupt came before it could be copied

@@ -39,6 +39,8 @@ class Tapes:
         resident: keep them in memory; the folder is then a checkpoint, written now and then, or at once if it is to be
             `complete`. If not, every tape goes to the folder at once, and is read again whenever it is asked for.
         complete: the folder shall hold the whole trace in the end.
+        run: whose checkpoint the folder is. It is begun before tapes are written, so that it can be resumed, and told,
+            not ended, where they cannot be written.
 
     Raises:
         TapeError: the folder holds another trace, or is damaged.
@@ -51,11 +53,13 @@ class Tapes:
         *,
         resident: bool = True,
         complete: bool = False,
+        run: journal.Journal | None = None,
     ):
         if folder is None and not resident:
             raise ValueError("tapes that are kept nowhere")
         self.folder, self.identity, self.resident = folder, dict(identity or {}), resident
         self.complete = complete or not resident
+        self._run = run
         self.device = torch.device("cpu")
         self._kept: dict[int, BlockTape] = {}
         self._count = self._saved = 0
@@ -88,8 +92,10 @@ class Tapes:
         tensors = {name: journal.plain(tensor) for name, tensor in tensors.items()}
         self._kept[self._count] = _restored(description, tensors)
         self._count += 1
-        if self.complete or (self.folder is not None and time.monotonic() >= self._due):
+        if self.complete:
             self.save()
+        elif self.folder is not None and time.monotonic() >= self._due:
+            self._checkpoint()
         if not self.resident:
             self._kept.clear()
 
@@ -99,10 +105,15 @@ class Tapes:
         Raises:
             RunError: the folder cannot be written, or its disk is full.
         """
-        if self.folder is None:
+        if self.folder is None or self._saved == self._count:
             return
+        if self._run:
+            self._run.begin()
         if not self._saved:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise runs.RunError(f"{self.folder}: cannot be made ({error.strerror}); choose another one") from error
             runs.save_json(self.folder / "trace.json", {"schema_version": SCHEMA_VERSION, "identity": self.identity})
         for i in range(self._saved, self._count):
             tensors: dict[str, Tensor] = {}
@@ -110,6 +121,16 @@ class Tapes:
             journal.save_tensors(self._path(i), tensors, {"tape": json.dumps(description)})
             self._saved = i + 1
         self._due = time.monotonic() + EVERY
+
+    def _checkpoint(self) -> None:
+        """Write what is in memory only; the run, if there is one, is told of a failure, and this is tried again."""
+        try:
+            self.save()
+        except runs.RunError as error:
+            if self._run is None:
+                raise
+            self._run.failed(error)
+            self._due = time.monotonic() + EVERY
 
     def remove(self) -> None:
         """Delete what was written, also by an attempt that was killed, and the folder if nothing else is in it."""
@@ -156,7 +177,8 @@ class Tapes:
         except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
             raise TapeError(f"{folder}: trace.json is damaged; remove the folder, or choose another one") from error
         if schema != SCHEMA_VERSION:
-            raise TapeError(f"{folder}: is of schema version {str(schema)[:20]!r}, this ggjac reads {SCHEMA_VERSION}")
+            version = str(schema)[:20]
+            raise TapeError(f"{folder}: is of schema version {version!r}, this ggjac reads {SCHEMA_VERSION}; remove it")
         differing = [key for key in {**identity, **self.identity} if identity.get(key) != self.identity.get(key)]
         if differing:
             what = "; ".join(

@@ -133,6 +133,41 @@ def test_what_was_computed_is_saved(
     assert resumed["events"] < whole["events"]
 
 
+@pytest.mark.parametrize("how", ["interrupt", "kill"])
+@pytest.mark.parametrize("output", ["run", "svd.safetensors"])
+def test_an_interrupted_forward_pass_is_saved(
+    output: str, how: str, run: Run, commands: dict[str, list[str]], tmp_path: Path
+) -> None:
+    """Its tapes are there, the run is known by name, and it goes on."""
+    whole = run(tmp_path / "whole", *commands[output])
+    folder = tmp_path / "stopped"
+    stopped = run(folder, *commands[output], end=24, how=how)
+    assert len(list(folder.rglob("block-*.safetensors"))) in (1, 2)
+    if how == "interrupt":
+        assert stopped["code"] == 130
+        assert f"--resume -o {output}" in stopped["stderr"]
+    anew = run(folder, *commands[output], "--tokens", "5,3,7")
+    assert (anew["code"], "holds an unfinished run; go on with --resume" in anew["stderr"]) == (1, True)
+    other = run(folder, *commands[output], "--tokens", "5,3,7", "--resume")
+    assert (other["code"], "tokens: this run was started with [5, 3, 7, 9]" in other["stderr"]) == (1, True)
+    resumed = run(folder, *commands[output], "--resume")
+    assert resumed["code"] == 0, resumed["stderr"]
+    assert not differing(results(folder, output), results(tmp_path / "whole", output))
+    assert resumed["events"] < whole["events"]
+
+
+def test_a_full_disk_does_not_end_the_forward_pass(run: Run, commands: dict[str, list[str]], tmp_path: Path) -> None:
+    whole = run(tmp_path / "whole", *commands["run"])
+    full = run(tmp_path / "full", *commands["run"], end=24, how="full")
+    assert "progress cannot be saved (the disk is full); going on" in full["stderr"]
+    assert full["code"] == 4  # at the end, where the results have no place
+    assert not list((tmp_path / "full").rglob("block-002.safetensors"))
+    resumed = run(tmp_path / "full", *commands["run"], "--resume")
+    assert resumed["code"] == 0, resumed["stderr"]
+    assert not differing(results(tmp_path / "full", "run"), results(tmp_path / "whole", "run"))
+    assert whole["code"] == 0
+
+
 def test_nothing_is_left_of_a_run_that_computed_nothing(
     run: Run, commands: dict[str, list[str]], tmp_path: Path
 ) -> None:

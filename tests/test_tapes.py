@@ -12,6 +12,7 @@ from torch import Tensor
 from ggjac import tapes as tapes_module
 from ggjac.blocks import BlockTape
 from ggjac.model import Trace, open_model
+from ggjac.runs import RunError
 from ggjac.tapes import TapeError, Tapes
 
 IDENTITY = {"file": "abc", "ids": [1, 2, 3]}
@@ -139,6 +140,12 @@ def test_what_is_not_this_trace_is_refused(name: str, tiny_files: dict[str, Path
     damage(tmp_path)
     with pytest.raises(TapeError, match=message):
         list(traced(tiny_files["three_layers"], Tapes(tmp_path, IDENTITY, resident=False)).tapes)
+
+
+def test_a_folder_that_cannot_be_made(tiny_files: dict[str, Path], tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(RunError, match="cannot be made"):
+        traced(tiny_files["three_layers"], Tapes(tmp_path / "file" / "trace", IDENTITY, resident=False))
 
 
 def test_tapes_need_a_place() -> None:

@@ -110,7 +110,8 @@ class Session:
         if self.what.trace:
             return Tapes(self.what.trace, self._prompt_identity(), resident=self._resident, complete=True)
         if self.journal:
-            return Tapes(self.journal.folder / "trace", self._prompt_identity() | self._machine_identity())
+            identity = self._prompt_identity() | self._machine_identity()
+            return Tapes(self.journal.folder / "trace", identity, run=self.journal)
         return True
 
     def _prompt_identity(self) -> dict[str, Any]:
