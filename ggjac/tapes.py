@@ -5,6 +5,7 @@ tapes need never fit into memory together.
 """
 
 import contextlib
+import hashlib
 import json
 import time
 from collections.abc import Mapping
@@ -17,7 +18,7 @@ from torch import Tensor
 from ggjac import journal, runs
 from ggjac.blocks import AttentionTape, BlockTape, FFNTape, HiddenTape, NormTape
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 # Seconds between writes of tapes that are kept in memory too.
 EVERY = 30.0
@@ -60,6 +61,7 @@ class Tapes:
         self.folder, self.identity, self.resident = folder, dict(identity or {}), resident
         self.complete = complete or not resident
         self._run = run
+        self._mark = hashlib.blake2b(json.dumps(self.identity, sort_keys=True).encode(), digest_size=16).hexdigest()
         self.device = torch.device("cpu")
         self._kept: dict[int, BlockTape] = {}
         self._count = self._saved = 0
@@ -118,7 +120,7 @@ class Tapes:
         for i in range(self._saved, self._count):
             tensors: dict[str, Tensor] = {}
             description = _described(self._kept[i], "", tensors)
-            journal.save_tensors(self._path(i), tensors, {"tape": json.dumps(description)})
+            journal.save_tensors(self._path(i), tensors, {"tape": json.dumps(description), "trace": self._mark})
             self._saved = i + 1
         self._due = time.monotonic() + EVERY
 
@@ -161,6 +163,8 @@ class Tapes:
             raise TapeError(f"{error}; remove the folder to trace the prompt again") from error
         except (LookupError, TypeError, ValueError, RecursionError) as error:
             raise TapeError(f"{path}: holds no tape; remove the folder to trace the prompt again") from error
+        if metadata.get("trace") != self._mark:
+            raise TapeError(f"{path}: is of another trace; remove the folder to trace the prompt again")
         if not isinstance(tape, BlockTape):
             raise TapeError(f"{path}: holds no tape of a block; remove the folder to trace the prompt again")
         return tape

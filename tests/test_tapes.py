@@ -142,6 +142,21 @@ def test_what_is_not_this_trace_is_refused(name: str, tiny_files: dict[str, Path
         list(traced(tiny_files["three_layers"], Tapes(tmp_path, IDENTITY, resident=False)).tapes)
 
 
+def test_tapes_of_an_older_trace_are_not_adopted(tiny_files: dict[str, Path], tmp_path: Path) -> None:
+    """Left in a folder whose trace.json is gone, they follow the new ones of a trace that was interrupted there."""
+    traced(tiny_files["three_layers"], Tapes(tmp_path, IDENTITY, resident=False))
+    (tmp_path / "trace.json").unlink()
+    other, model = IDENTITY | {"ids": [5, 3, 7, 9, 4]}, open_model(tiny_files["three_layers"])
+
+    def interrupt(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        model.trace([5, 3, 7, 9, 4], tapes=Tapes(tmp_path, other, resident=False), progress=interrupt)
+    with pytest.raises(TapeError, match=r"block-002\.safetensors: is of another trace; remove the folder"):
+        model.trace([5, 3, 7, 9, 4], tapes=Tapes(tmp_path, other, resident=False))
+
+
 def test_a_folder_that_cannot_be_made(tiny_files: dict[str, Path], tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(RunError, match="cannot be made"):
