@@ -8,6 +8,7 @@ needs no pickle to read.
 
 import contextlib
 import errno
+import hashlib
 import json
 import math
 import os
@@ -257,6 +258,17 @@ def provenance() -> dict[str, Any]:
         "versions": versions | {"python": platform.python_version()},
         "platform": platform.platform(),
     }
+
+
+def code_digest(package: str | os.PathLike[str] = Path(__file__).parent) -> str:
+    """Return a hash of the code that computes (all but the command line and the report): a version may be edited."""
+    package = Path(package)
+    hasher = hashlib.blake2b(digest_size=8)
+    for path in sorted([*package.glob("*.py"), *package.glob("analysis/*.py")]):
+        if path.is_file():
+            content = path.read_bytes()
+            hasher.update(f"{path.relative_to(package).as_posix()} {len(content)}\n".encode() + content)
+    return hasher.hexdigest()
 
 
 def peak_memory() -> int | None:

@@ -9,12 +9,15 @@ The answer is `{"code": ..., "signal": ..., "events": ..., "stderr": "..."}`.
 import errno
 import json
 import os
+import pkgutil
 import signal
 import sys
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any, NoReturn
 
+import ggjac
 import ggjac.jacobian
 from ggjac import tapes
 from ggjac.cli import main, session
@@ -68,6 +71,10 @@ def attempt(request: dict[str, Any], log: int) -> NoReturn:
 
 
 def serve() -> None:
+    # Everything now: what a child imported later could be of another day than what its run began with.
+    for module in pkgutil.walk_packages(ggjac.__path__, "ggjac."):
+        if module.name != "ggjac.__main__":
+            import_module(module.name)
     for text in sys.stdin:
         request = json.loads(text)
         folder = Path(request["folder"])

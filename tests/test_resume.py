@@ -1,5 +1,6 @@
 """Commands that are killed, interrupted or run out of disk, and go on with `--resume` to the same bits."""
 
+import itertools
 import json
 import random
 import shutil
@@ -12,6 +13,11 @@ from typing import Any
 
 import pytest
 from safetensors.numpy import load_file
+from test_cli import ggjac_
+
+from ggjac import planner, runs
+from ggjac.cli import session
+from ggjac.jacobian import SharedSweep
 
 if sys.platform == "win32":
     pytest.skip("needs os.fork", allow_module_level=True)
@@ -199,6 +205,43 @@ def test_another_run_is_not_resumed(name: str, run: Run, commands: dict[str, lis
     assert message in refused["stderr"]
     assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")}
     assert run(tmp_path, *commands["run"], "--resume")["code"] == 0  # still there
+
+
+def test_other_code_of_the_same_version_is_not_resumed(
+    run: Run, commands: dict[str, list[str]], tmp_path: Path
+) -> None:
+    assert run(tmp_path, *commands["run"], end=60)["signal"]
+    path = tmp_path / "run" / "checkpoint" / "journal.json"
+    content = json.loads(path.read_text())
+    assert content["identity"]["code"] == runs.code_digest()
+    content["identity"]["code"] = "0123456789abcdef"
+    path.write_text(json.dumps(content))
+    refused = run(tmp_path, *commands["run"], "--resume")
+    assert refused["code"] == 1
+    assert "code: this run was started with '0123456789abcdef', now" in refused["stderr"]
+
+
+def test_rows_at_once_are_those_that_the_run_began_with(
+    commands: dict[str, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They follow the memory that is free, which may be another when the run is resumed: that has a name."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(session, "CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr(planner, "CHUNK_BYTES", 20_000)
+    whole = SharedSweep._walk
+
+    def interrupted(*args: Any) -> Any:
+        yield from itertools.islice(whole(*args), 2)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SharedSweep, "_walk", interrupted)
+        ggjac_(*commands["jacobian.safetensors"], code=130)
+    with monkeypatch.context() as patch:
+        patch.setattr(planner, "all_rows", lambda *args: 0)  # as if all rows did not fit any more
+        err = ggjac_(*commands["jacobian.safetensors"], "--resume", code=1).stderr
+        assert "ram-budget for dense rows: this run was started with" in err
+    ggjac_(*commands["jacobian.safetensors"], "--resume")
 
 
 def test_a_file_that_was_replaced_is_not_resumed(

@@ -247,3 +247,20 @@ def test_what_is_no_run_is_refused(tmp_path: Path, text: str | bytes | None) -> 
 def test_peak_memory_is_in_bytes() -> None:
     peak = runs.peak_memory()
     assert peak is None or 20e6 < peak < 1e12  # Python alone takes some 10 MB
+
+
+def test_the_digest_of_code_is_that_of_what_computes(tmp_path: Path) -> None:
+    package = tmp_path / "package"
+    shutil.copytree(Path(runs.__file__).parent, package, ignore=shutil.ignore_patterns("*.gguf", "__pycache__"))
+    whole = runs.code_digest()
+    assert runs.code_digest(package) == whole
+    for name, same in (("cli/svd.py", True), ("data/x", True), ("svd.py", False), ("analysis/norms.py", False)):
+        before = runs.code_digest(package)
+        (package / name).parent.mkdir(exist_ok=True)
+        with open(package / name, "a") as file:
+            file.write("#")
+        assert (runs.code_digest(package) == before) == same, name
+    (package / ".#svd.py").symlink_to("nowhere")  # an editor's lock
+    before = runs.code_digest(package)
+    (package / "new.py").touch()
+    assert runs.code_digest(package) != before

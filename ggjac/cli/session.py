@@ -126,7 +126,12 @@ class Session:
 
     def _machine_identity(self) -> dict[str, Any]:
         """Return what may change the last bits of a result."""
-        return {"torch": torch.__version__, "device": str(self.model.device), "threads": torch.get_num_threads()}
+        return {
+            "code": runs.code_digest(),
+            "torch": torch.__version__,
+            "device": str(self.model.device),
+            "threads": torch.get_num_threads(),
+        }
 
     @contextlib.contextmanager
     def checkpointed(self, folder: Path | None, *, resume: bool, **settings: Any) -> Iterator[None]:
@@ -148,6 +153,7 @@ class Session:
         missing = [parent for parent in folder.parents if not parent.exists()]
         output = settings.pop("output")  # where to is not what
         identity = self._prompt_identity() | {"position": self.position} | settings | self._machine_identity()
+        identity["ram-budget for dense rows"] = self._chunk_bytes  # how many rows a sweep carries
         with Journal.open(folder, identity, resume=resume, every=CHECKPOINT_SECONDS) as self.journal:
             try:
                 runs.remove_unfinished(output)
