@@ -65,6 +65,10 @@ def pushed_forward(
     return logits[-1] + known.weights.get("output.bias", 0.0)
 
 
+def matrix(map: Callable[[Tensor], Tensor], d: int) -> Tensor:
+    return map(torch.eye(d, dtype=torch.float64)).T
+
+
 def cumulative(known: oracle.Oracle, ids: list[int], J: Tensor, offset: Tensor) -> Tensor:
     """Return `c_i`, written out as a double loop."""
     x, period = oracle.embed(known, ids), len(J)
@@ -93,7 +97,7 @@ def test_generation_by_the_formula(case: str, method: str, control: bool, layer:
     if method == "additive":
         offset = torch.zeros_like(offset)
     if control:
-        Q = random_rotation(model.config.d, seed)
+        Q = matrix(random_rotation(model.config.d, seed), model.config.d)
         J, offset = Q @ J, Q @ offset
 
     def formula(h: Tensor, c: Tensor) -> Tensor:
@@ -147,18 +151,23 @@ def test_a_prompt_by_its_own_map_stays_where_it_is(case: str, tiny_file: TinyFil
 def test_the_control_is_of_equal_spectrum_and_reads_the_same(tiny_file: TinyFile) -> None:
     known, concept = oracle.load(tiny_file("gqa")), tiny.prompt("gqa", 4)
     J = dense(known, concept, 1, 4, mlp_path="up", normed=False).J.transpose(0, 1).flatten(1)
-    Q = random_rotation(64, 3)
+    Q = matrix(random_rotation(64, 3), 64)
     assert distance(Q @ Q.T, torch.eye(64)) < 1e-14
     _, S, Vh = torch.linalg.svd(J, full_matrices=False)
     _, turned, other = torch.linalg.svd(Q @ J, full_matrices=False)
     assert distance(turned, S) < 1e-13
     assert distance((Vh[:8] @ other[:8].T).abs(), torch.eye(8)) < 1e-6
-    assert torch.equal(Q, random_rotation(64, 3))
-    assert (Q - random_rotation(64, 4)).norm() > 1
-    # Uniform over orthogonal matrices: either determinant, and no sign preferred on the diagonal.
-    many = torch.stack([random_rotation(3, seed) for seed in range(200)])
-    assert 60 < int((torch.linalg.det(many) > 0).sum()) < 140
-    assert abs(float(many.diagonal(dim1=1, dim2=2).mean())) < 0.1
+    assert torch.equal(Q, matrix(random_rotation(64, 3), 64))
+    assert (Q - matrix(random_rotation(64, 4), 64)).norm() > 1
+    # No direction is preferred: either determinant, all components alike in the mean of the seeds, and none large.
+    many = torch.stack([matrix(random_rotation(7, seed), 7) for seed in range(400)])
+    assert 150 < int((torch.linalg.det(many) > 0).sum()) < 250
+    assert many.mean(0).abs().max() < 5 * (1 / 7 / 400) ** 0.5  # five standard errors
+    assert torch.allclose(many.square().mean(0), torch.full((7, 7), 1 / 7, dtype=torch.float64), atol=0.03)
+    assert Q.square().max() <= 2 / 64 + 1e-12
+    # As wide as any stream may be, for little memory: a matrix would take 8 TB.
+    wide = torch.linspace(-1, 2, 1 << 20)[None]
+    assert float(random_rotation(1 << 20, 0)(wide).norm()) == pytest.approx(float(wide.norm()), rel=1e-5)
 
 
 def test_the_control_pushes_as_hard(tiny_file: TinyFile) -> None:

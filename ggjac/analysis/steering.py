@@ -42,6 +42,9 @@ from ggjac.notebook import Plotted, Points, Table, Words
 
 Method = Literal["equation16", "additive"]
 
+# An orthogonal map of stacked vectors `[m, d]`.
+Rotation = Callable[[Tensor], Tensor]
+
 
 @dataclass(frozen=True)
 class Generated:
@@ -179,7 +182,7 @@ def steer(
         trace.jacobian(path=Path(0, Tap("layer", layer)), raw=method == "equation16"), affine=method == "equation16"
     )
     prompt_images = images(model.embed(ids))
-    turned = random_rotation(model.config.d, seed).to(prompt_images) if control else None
+    turned = random_rotation(model.config.d, seed) if control else None
 
     count = len(strengths)
     runs = 1 + count * (1 + control)
@@ -189,7 +192,7 @@ def steer(
     )
     plain, plain_logits = greedy(baseline_text, ids, max_tokens, progress=steps(0))
 
-    def generated(run: int, strength: float, rotation: Tensor | None) -> Generated:
+    def generated(run: int, strength: float, rotation: Rotation | None) -> Generated:
         push = Push(method, layer, strength, images, prompt_images, rotation)
         text = Continuation(model, capacity, mlp_path=mlp_path, change=push)
         found, logits = greedy(text, ids, max_tokens, progress=steps(run))
@@ -252,7 +255,7 @@ class Push:
         strength: 0 changes nothing.
         images: of the concept.
         prompt_images: those of the text's beginning, which all texts share, `[n, d]`.
-        rotation: `[d, d]`, turns every image (the control), or None.
+        rotation: turns every image (the control), or None.
 
     Attributes:
         direction: `[d]`, what was added at the last position of the text's beginning.
@@ -265,7 +268,7 @@ class Push:
         strength: float,
         images: Images,
         prompt_images: Float[Tensor, "n d"],
-        rotation: Float[Tensor, "d d"] | None = None,
+        rotation: Rotation | None = None,
     ):
         self.formula = equation16 if method == "equation16" else additive
         self.at, self.strength, self.images, self.rotation = changed_layer(method, layer), strength, images, rotation
@@ -278,7 +281,7 @@ class Push:
             self._c = self.images(h, self._done, self._c[-1])
         if layer != self.at:
             return h
-        changed = self.formula(h, self._c if self.rotation is None else self._c @ self.rotation.T, self.strength)
+        changed = self.formula(h, self._c if self.rotation is None else self.rotation(self._c), self.strength)
         if not self._done:
             self.direction = (changed - h)[-1]
         self._done += len(h)
@@ -301,11 +304,23 @@ def additive(h: Float[Tensor, "m d"], c: Float[Tensor, "m d"], strength: float) 
     return h + (scale * c).to(h)
 
 
-def random_rotation(d: int, seed: int) -> Float[Tensor, "d d"]:
-    """Return an orthogonal matrix, uniform over all of them (Mezzadri, arXiv math-ph/0609050); float64 arithmetic."""
+def random_rotation(d: int, seed: int) -> Rotation:
+    """Return a random orthogonal map of vectors `[m, d]`: signs, a permutation, Hartley's transform, signs again.
+
+    As in the fast Johnson-Lindenstrauss transform (Ailon and Chazelle, SIAM J. Comput. 39, 2009): every component of a
+    vector is spread evenly over its image. A uniformly drawn matrix `[d, d]` would take gigabytes for wide models.
+    """
     generator = torch.Generator().manual_seed(seed)
-    Q, R = torch.linalg.qr(torch.randn(d, d, generator=generator, dtype=torch.float64))
-    return Q * torch.where(R.diagonal() < 0, -1.0, 1.0)
+    order = torch.randperm(d, generator=generator)
+    signs = 2.0 * torch.randint(2, (2, d), generator=generator) - 1
+
+    def turned(c: Float[Tensor, "m d"]) -> Float[Tensor, "m d"]:
+        wide = c.to(torch.promote_types(c.dtype, torch.float32))
+        before, after = signs.to(wide)
+        spread = torch.fft.fft(wide[:, order.to(c.device)] * before)
+        return ((spread.real - spread.imag) * (after / d**0.5)).to(c)
+
+    return turned
 
 
 def _measured(
