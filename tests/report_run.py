@@ -40,6 +40,8 @@ def full(*, blocks: int = 6, rank: int = 5, d: int = 64, prompt: int = 8, seed: 
     random = np.random.default_rng(seed)
     some = lambda count: [token(int(i)) for i in random.choice(len(TOKENS), count, replace=False)]  # noqa: E731
     texts = lambda count: [t["token"] for t in some(count)]  # noqa: E731
+    own = np.random.default_rng(seed + 2)  # so that what was there before stays as it was
+    others = lambda count: [TOKENS[int(i)] for i in own.choice(len(TOKENS), count, replace=False)]  # noqa: E731
     ids = [int(i) for i in random.integers(0, len(TOKENS), prompt)]
     prompt_tokens = [{"position": i, "id": id, "text": TOKENS[id]} for i, id in enumerate(ids)]
     sigmas = [float(v) for v in 40 * np.exp(-0.7 * np.arange(rank))]
@@ -142,8 +144,8 @@ def full(*, blocks: int = 6, rank: int = 5, d: int = 64, prompt: int = 8, seed: 
                         {
                             "singular_value": s / (1 + t["position"]),
                             "residual": 1e-4,
-                            "left": texts(8),
-                            "right": texts(8),
+                            "left": others(8),
+                            "right": others(8),
                         }
                         for s in sigmas
                     ],

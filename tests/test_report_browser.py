@@ -336,6 +336,7 @@ def test_a_grid_of_many_heads_fits_a_phone(context: Any, tmp_path: Path) -> None
         page.set_viewport_size({"width": width, "height": 844})
         reader = Reader(page, file)
         assert page.evaluate("document.documentElement.scrollWidth") <= width
+        page.locator("#branches .map").scroll_into_view_if_needed()
         box = page.locator("#branches .heat").bounding_box()
         assert box["x"] + box["width"] <= width
         assert box["height"] >= 400

@@ -20,7 +20,7 @@ from click.testing import CliRunner, Result
 from report_run import TOKENS
 from test_report import Page, at, full, rendered
 
-from ggjac.cli import COMMANDS, main
+from ggjac.cli import COMMANDS, main, vectors
 from ggjac.report import charts, figures, schema, write_figures
 from ggjac.report.load import Run, load
 from ggjac.report.sections import common
@@ -137,11 +137,11 @@ def test_grids_that_no_eye_could_read_are_left_out() -> None:
     assert len(source.encode()) < 2_000_000
 
 
-@pytest.mark.parametrize(("largest", "shown"), [(2.0, 10), (0.0, None)])
-def test_shades_are_relative_to_the_panel(largest: float, shown: int | None) -> None:
+@pytest.mark.parametrize(("largest", "shown"), [(2.0, True), (0.0, False)])
+def test_shades_are_relative_to_the_panel(largest: float, shown: bool) -> None:
     panel = charts.Panel("x", ("a", "b"), ("a", "b"), ((largest, -largest / 2), (None, 0.0)))
     found = common.heat(charts.Heat("key", "title", "row", ("0", "1"), (panel,)))
-    assert [level for level, _ in found["paths"]] == ([-5, shown] if shown else [])
+    assert [level for level, _ in found["paths"]] == [*(["-5", "10"] if shown else []), "none"]
     first = ["+2.0000", "−1.0000"] if shown else ["0.0000", "0.0000"]
     assert [row for _, row in found["body"]] == [first, ["", "0.0000"]]
 
@@ -693,13 +693,22 @@ def test_analyze_has_what_the_commands_print(tiny_file: TinyFile, tmp_path: Path
     assert "per_token" not in json.loads((tmp_path / "plain" / "run.json").read_text())["svd"]
 
 
-def test_analyze_exits_with_3_where_a_position_has_not_converged(tiny_file: TinyFile, tmp_path: Path) -> None:
-    given = ["analyze", "-m", str(tiny_file("gqa")), *PROMPT, "-k", "2", "--no-verify"]
-    hasty = ["--tol", "1e-9", "--max-sweeps", "2", "--per-token", "-o", str(tmp_path / "run")]
-    assert CliRunner().invoke(main, [*given, *hasty]).exit_code == 3
-    entries = json.loads((tmp_path / "run" / "run.json").read_text())["svd"]["per_token"]
-    assert {entry["stopped_by"] for entry in entries} == {"sweeps"}
-    assert "not converged" in section((tmp_path / "run" / "report.html").read_text(encoding="utf-8"), "per-token").text
+def test_analyze_exits_with_3_where_a_position_has_not_converged(
+    tiny_file: TinyFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = ["analyze", "-m", str(tiny_file("gqa")), *PROMPT, "-k", "2", "--no-verify", "--per-token"]
+    assert CliRunner().invoke(main, [*given, "-o", str(tmp_path / "whole")]).exit_code == 0
+    compute = vectors.per_token_data
+
+    def hasty(*args: Any) -> list[dict[str, Any]]:
+        found = compute(*args)
+        found[2] |= {"stopped_by": "sweeps", "converged": False}
+        return found
+
+    monkeypatch.setattr(vectors, "per_token_data", hasty)
+    assert CliRunner().invoke(main, [*given, "-o", str(tmp_path / "run")]).exit_code == 3
+    page = section((tmp_path / "run" / "report.html").read_text(encoding="utf-8"), "per-token")
+    assert ["not converged" in summary for summary in page.find("summary")] == [False, False, True, False, False]
 
 
 def test_a_dry_run_takes_the_new_option(tiny_file: TinyFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -452,7 +452,11 @@ def steering(run: Run) -> list[Chart]:
             pushed = sorted((text["strength"], text[measure]) for text in whole if text[measure] is not None)
             series.append(Series(words, tuple((s, float(value)) for s, value in pushed), tone))
         summary = "; ".join(_from_to(s.name, s.points) for s in series) + "."
-        found += _curves(f"steering-{name}", title, ("strength", label), series, summary, whole=False)[:1]
+        drawn = _curves(f"steering-{name}", title, ("strength", label), series, summary, whole=False)[:1]
+        counted = [y for s in series for _, y in s.points]
+        if measure == "concept_hits" and drawn:
+            drawn = [replace(drawn[0], y=linear(label, counted, zero=True, whole=True, pad=0.05))]
+        found += drawn
     return found
 
 

@@ -3,7 +3,7 @@
 from typing import Any
 
 from ggjac.report.charts import Heat
-from ggjac.report.numbers import signed
+from ggjac.report.numbers import power, signed
 
 SHORT = 32  # prompts up to this many tokens show their tables open
 SHOWN = 3  # tokens in a cell of the layer grid, and positions beside a right vector
@@ -12,7 +12,7 @@ LEVELS = 10  # shades of a diverging colour, each way
 LEGEND = [*range(-LEVELS, LEVELS + 1, 2)]
 # A heat grid on a screen, in pixels: as wide as the column of text, its cells not too small and not too large.
 WIDE, TALL, CELL_WIDTH, CELL_HEIGHT = 720, 640, (4, 36), (5, 24)
-SMALL = 280  # what is left of a phone beside the labels: of wider grids it shows a third of them
+SMALL, FEW = 280, 3  # pixels left of a phone beside the labels: of wider panels it shows every third label
 
 
 def pairs(*rows: tuple[str, str | None]) -> list[tuple[str, str]]:
@@ -61,7 +61,7 @@ def heat(grid: Heat) -> dict[str, Any]:
     count, units = len(grid.rows), sum(panel.span * len(panel.columns) for panel in grid.panels) + len(grid.panels) - 1
     width = min(WIDE, units * min(CELL_WIDTH[1], max(CELL_WIDTH[0], WIDE // units)))
     height = count * min(CELL_HEIGHT[1], max(CELL_HEIGHT[0], TALL // count))
-    paths: dict[int, list[str]] = {}
+    paths: dict[str, list[str]] = {}
     columns, grounds, places = [], [], []
     start = 0
     for panel in grid.panels:
@@ -74,7 +74,7 @@ def heat(grid: Heat) -> dict[str, Any]:
             places.append(f"{x},{panel.span}")
             if j % every == 0:
                 tilted = grid.tilted or panel.span > 1
-                spare = width > SMALL and j // every % 3 > 0
+                spare = width > SMALL and len(panel.columns) > FEW and j // every % 3 > 0
                 columns.append(
                     {"x": length((x + panel.span / 2) / units), "label": _cut(name), "tilted": tilted, "spare": spare}
                 )
@@ -100,7 +100,7 @@ def heat(grid: Heat) -> dict[str, Any]:
         "places": " ".join(places),
         "columns": columns,
         "rows": [{"y": length((i + 0.5) / count), "label": _cut(grid.rows[i])} for i in range(0, count, below)],
-        "scales": [{"name": panel.name, "largest": f"{panel.largest:.2g}"} for panel in grid.panels],
+        "scales": [{"name": panel.name, "largest": power(panel.largest, 2)} for panel in grid.panels],
         "head": [(_cut(c), name) for panel in grid.panels for c, name in zip(panel.columns, panel.names, strict=True)],
         "body": [
             (name, ["" if v is None else signed(v, decimals) for panel in grid.panels for v in panel.values[i]])
@@ -110,16 +110,16 @@ def heat(grid: Heat) -> dict[str, Any]:
 
 
 def _draw_row(
-    paths: dict[int, list[str]], row: tuple[float | None, ...], largest: float, start: int, i: int, span: int
+    paths: dict[str, list[str]], row: tuple[float | None, ...], largest: float, start: int, i: int, span: int
 ) -> None:
     """Add the cells of a row to the paths of their shades; neighbours of one shade are one rectangle."""
-    levels = [0 if value is None else round(LEVELS * value / (largest or 1.0)) for value in row]
+    levels = ["none" if value is None else f"{round(LEVELS * value / (largest or 1.0))}" for value in row]
     j = 0
     while j < len(levels):
         end = j + 1
         while end < len(levels) and levels[end] == levels[j]:
             end += 1
-        if levels[j]:
+        if levels[j] != "0":
             across = span * (end - j)
             paths.setdefault(levels[j], []).append(f"M{start + span * j} {i}h{across}v1h-{across}z")
         j = end

@@ -109,11 +109,12 @@ def branches(run: Run) -> dict[str, Any] | None:
     ]
     largest = sorted((part for part in parts if part[1]), key=lambda part: -abs(part[1]))[:LARGEST]
     grids = charts.branch_grid(run)
+    decimals = digits([share for _, share in parts])
     return _asked(found) | {
-        "totals": _rows([part for part in totals if part[1] or part[0] != totals[-1][0]], found),
-        "largest": _rows(largest, found),
+        "totals": _rows([part for part in totals if part[1] or part[0] != totals[-1][0]], found, decimals),
+        "largest": _rows(largest, found, decimals),
         "rest": len([part for part in parts if part[1]]) - len(largest),
-        "rest_sum": signed(sum(s for _, s in parts) - sum(s for _, s in largest), digits([s for _, s in parts])),
+        "rest_sum": signed(sum(s for _, s in parts) - sum(s for _, s in largest), decimals),
         "heats": [heat(grid) for grid in grids],
         "lines": charts.branch_lines(run),
         "table": None if grids else _block_table(found),
@@ -128,11 +129,10 @@ def _attention(block: dict[str, Any]) -> float:
     return block["attn"] if block["heads"] is None else sum(block["heads"]) + (block["attn_bias"] or 0.0)
 
 
-def _rows(parts: list[Part], entry: dict[str, Any]) -> list[dict[str, Any]]:
+def _rows(parts: list[Part], entry: dict[str, Any], decimals: int) -> list[dict[str, Any]]:
     """Return named shares with their bars."""
     shares = [share for _, share in parts]
     drawn, zero = bars(shares)
-    decimals = digits(shares)
     return [
         {
             "name": name,
