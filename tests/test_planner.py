@@ -13,7 +13,7 @@ import torch
 from families import FAMILIES
 
 from ggjac import blocks, jacobian, machine, planner, svd, weights
-from ggjac.analysis import contributions, stable_rank
+from ggjac.analysis import stable_rank
 from ggjac.config import ModelConfig
 from ggjac.gguf import GGUFFile, open_gguf
 from ggjac.linop import Linear, LinearOperator, Mix
@@ -227,7 +227,7 @@ def test_the_constants_are_those_of_the_modules_that_import_torch() -> None:
     assert planner.TILE_ELEMENTS == weights.TILE_ELEMENTS
     assert planner.SLAB == blocks.SLAB
     assert planner.CHUNK_BYTES == jacobian.CHUNK_BYTES
-    assert planner.SLICE == contributions.SLICE
+    assert planner.SLICE == jacobian.SLICE
     for rank in (1, 3, 8, 11, 40):
         for size in (64, 1 << 20, (1 << 20) + 1):
             assert planner.block_width(rank, size) == svd.block_width(rank, size)
