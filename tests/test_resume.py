@@ -263,6 +263,17 @@ def test_a_file_that_was_replaced_is_not_resumed(
     assert len(cut["stderr"].strip().splitlines()) == 1
 
 
+def test_what_is_damaged_is_not_to_be_resumed(run: Run, commands: dict[str, list[str]], tmp_path: Path) -> None:
+    assert run(tmp_path, *commands["run"], end=60)["signal"]
+    found = list(tmp_path.rglob("*.safetensors"))
+    for path in found:
+        path.write_bytes(b"x")
+    refused = run(tmp_path, *commands["run"], "--resume")
+    assert (refused["code"], "is damaged" in refused["stderr"]) == (1, True)
+    assert "--resume" not in refused["stderr"]  # it would fail again
+    assert all(path.exists() for path in found)  # nor is anything taken away
+
+
 def test_what_cannot_be_resumed_says_so(run: Run, commands: dict[str, list[str]], tmp_path: Path) -> None:
     nothing = run(tmp_path, *commands["run"], "--resume")
     assert nothing["code"] == 1
@@ -297,3 +308,4 @@ def test_a_kept_trace_serves_other_commands(run: Run, commands: dict[str, list[s
     other = run(tmp_path, *commands["svd.safetensors"], *kept, "--tokens", "5,3,7", "-o", "other")
     assert other["code"] == 1
     assert "tokens was [5, 3, 7, 9], is [5, 3, 7]" in other["stderr"]
+    assert not list(tmp_path.glob("other*"))

@@ -20,9 +20,9 @@ from ggjac.cli.planning import make_plan
 from ggjac.cli.progress import Reporter
 from ggjac.cli.render import line, table
 from ggjac.jacobian import DetachedJacobian
-from ggjac.journal import Journal
+from ggjac.journal import Journal, JournalError
 from ggjac.model import Model, PromptError, Trace, open_model
-from ggjac.tapes import Tapes
+from ggjac.tapes import TapeError, Tapes
 from ggjac.tokenizer import bos_warning, visible
 
 # A command that has no plan of its own, and takes what another one does.
@@ -159,11 +159,11 @@ class Session:
                 runs.remove_unfinished(output)
                 yield
             except BaseException as error:
-                if self._saved(error):
+                if not self._saved(error):
+                    self._discard(missing)
+                elif not isinstance(error, JournalError | TapeError):  # which say what to do
                     again = f"the same command with --resume -o {visible(os.fsencode(output))}"
                     error.add_note(f"what was computed is saved: go on by {again}")
-                else:
-                    self._discard(missing)
                 raise
             self._discard([])
 
