@@ -346,7 +346,7 @@ def test_a_grid_of_many_heads_fits_a_phone(context: Any, tmp_path: Path) -> None
               .map((e) => e.getBoundingClientRect()).map((box) => [box.left, box.right])"""
         )
         assert len(boxes) >= 8
-        assert all(a[1] <= b[0] for a, b in pairwise(sorted(boxes)))
+        assert all(a[1] + 4 <= b[0] for a, b in pairwise(sorted(boxes)))
         page.mouse.move(box["x"] + box["width"] - 2, box["y"] + box["height"] - 2)
         assert page.locator("#branches output").text_content().startswith("block 80, head 63: ")
         reader.check()

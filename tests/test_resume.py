@@ -244,6 +244,15 @@ def test_rows_at_once_are_those_that_the_run_began_with(
     ggjac_(*commands["jacobian.safetensors"], "--resume")
 
 
+def test_a_run_is_not_resumed_with_more_to_compute(run: Run, commands: dict[str, list[str]], tmp_path: Path) -> None:
+    without = [part for part in commands["run"] if part != "--per-token"]
+    assert run(tmp_path, *without, end=60)["signal"]
+    refused = run(tmp_path, *commands["run"], "--resume")
+    assert refused["code"] == 1
+    assert "per_token: this run was started with nothing, now True" in refused["stderr"]
+    assert run(tmp_path, *without, "--resume")["code"] == 0
+
+
 def test_a_file_that_was_replaced_is_not_resumed(
     run: Run, commands: dict[str, list[str]], tiny_files: dict[str, Path], tmp_path: Path
 ) -> None:
