@@ -64,6 +64,7 @@ def stable_ranks(
         basis[torch.arange(len(rows)), rows] = 1
         for i, product in enumerate(down([basis] * len(operators))):
             squared[i] += float(product.double().square().sum())
+        del product  # before the next rows are there
     return [_ratio(found, total, 0.0) for found, total in zip(triplets, squared, strict=True)]
 
 

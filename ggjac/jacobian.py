@@ -306,6 +306,7 @@ class DetachedJacobian(LinearOperator):
         for start, _, rows in self.rows():
             for i, part in enumerate(rows.split(SLICE)):
                 yield start + i * SLICE, part
+            del rows, part  # before the next ones are there
 
     def at_position(self, i: int) -> LinearOperator:
         """Return the part of the map that reads input position `i` alone, `J_i`: `[1, d]` to `[d]`."""

@@ -27,7 +27,7 @@ from ggjac.decode import Head
 from ggjac.jacobian import DetachedJacobian, FrozenNetwork
 from ggjac.linop import LinearOperator
 from ggjac.notebook import Bars, Plotted, Points, Result, Table, Words
-from ggjac.sizes import CHUNK_BYTES, SLAB
+from ggjac.sizes import CHUNK_BYTES, chunk_floats
 
 Progress = Callable[[int, int], None]
 
@@ -209,7 +209,7 @@ def attribute_positions(
     n, d = network.x.shape
     asked = _ask(network.outputs, head, target, versus)
     w = asked.w.double()
-    floats = n * max(4 * d, 2 * min(network.frame.config.hidden_units, SLAB))
+    floats = chunk_floats(n, d, network.frame.config.hidden_units)
     at_once = max(1, chunk_bytes // (floats * network.x.itemsize))
     parts = torch.arange(n + 1).split(at_once)  # the last one stands for the biases
     found = []
@@ -219,9 +219,8 @@ def attribute_positions(
         X[torch.arange(len(tokens)), tokens] = network.x[tokens]
         t = (part == n).to(X)
         for i, _, frozen in _walk(network, range(n)):
-            added = frozen.attn.matmat(X, t)
-            middle = X + added
-            X = middle + frozen.ffn.matmat(X if frozen.parallel else middle, t)
+            middle = frozen.attn.matmat(X, t).add_(X)  # in place, as stacks may be large
+            X = frozen.ffn.matmat(X if frozen.parallel else middle, t).add_(middle)
             _report(progress, number * len(network.tapes) + i + 1, len(parts) * len(network.tapes))
         Y = network.norm.operator().matmat(X, t)
         found.append(torch.stack([(y.double() * w).sum(1) for y in Y]))  # one by one: float64 copies are large

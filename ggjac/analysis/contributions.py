@@ -58,6 +58,7 @@ def contributions(jacobian: DetachedJacobian, sink: Callable[[int, Tensor], None
         squared += wide.square().sum((0, 2)).cpu()
         if sink:
             sink(start, part)
+        del part, wide  # nobody holds the rows while the next ones are made
     y = jacobian.output.double().cpu()
     rebuilt = terms.sum(0) + jacobian.offset.double().cpu()
     return Contributions(terms, squared.sqrt(), float((rebuilt - y).norm() / y.norm()))

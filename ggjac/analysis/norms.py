@@ -80,6 +80,7 @@ def norms(
         lengths, kept = lengths.topk(min(count, lengths.shape[1]), dim=1)
         components = components.gather(1, kept)
         best = torch.cat([best, part.transpose(0, 1)], 1).gather(1, kept[..., None].expand(-1, -1, d))
+        del part, wide  # nobody holds the rows while the next ones are made
     columns = squares.sqrt()
     longest = columns.topk(count, dim=1).indices
     along = jacobian.linear_output

@@ -61,7 +61,7 @@ def per_token(
     """Compute `rank` singular triplets of every `J_i` and decode both ends to `top` tokens each.
 
     Positions up to the Jacobian's own; later ones have a map of zero. All positions advance in the same sweeps over the
-    weights, as long as their vectors fit into the Jacobian's `chunk_bytes` together; options as of `ggjac.svd.svd`.
+    weights, as long as their vectors are no more than dense rows that go together; options as of `ggjac.svd.svd`.
     """
     positions = range(jacobian.position + 1)
     operators = [jacobian.at_position(i) for i in positions]

@@ -3,7 +3,7 @@
 `y = Σ_i J_i x_i + offset`: how many directions of its embedding does the network use at each position `i`?
 """
 
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -57,41 +57,56 @@ def token_ranks(
 
     Args:
         jacobian: from the embeddings.
-        at_once: stacked vectors in one sweep; beyond, it is repeated. By default as many as dense rows would be.
+        at_once: stacked vectors in one sweep, at most; beyond, it is repeated. Never more than dense rows would be.
         tol, seed, max_sweeps: of the iterations for the largest singular values, as `ggjac.svd.svd` takes them.
         probes: of the estimated norms, where there are more than `EXACT_ROWS` outputs.
     """
     n, d = jacobian.in_shape
     places = [None, *range(jacobian.position + 1)]
     operators = [jacobian if i is None else jacobian.at_position(i) for i in places]
-    limit = at_once or jacobian.rows_at_once()
+    limit = min(at_once or jacobian.rows_at_once(), jacobian.rows_at_once())
 
+    # Vectors get all positions, and lose those that are not their map's, as late and as soon as can be.
     def up(stacks: list[Tensor]) -> list[Tensor]:
-        wide = []
-        for i, stack in zip(places, stacks, strict=True):
-            wide.append(stack if i is None else stack.new_zeros(len(stack), n, d))
-            if i is not None:
-                wide[-1][:, i] = stack[:, 0]
-        return _apart(_in_portions(jacobian.matmat, torch.cat(wide), limit), stacks)
+        parts = [jacobian.x.new_zeros(0, d)]
+        for some in _portions(places, stacks, limit):
+            X = jacobian.x.new_zeros(len(some), n, d)
+            for row, (at, vector) in zip(X, some, strict=True):
+                row[at] = vector
+            parts.append(jacobian.matmat(X))
+        return list(torch.cat(parts).split([len(stack) for stack in stacks]))
 
     def down(stacks: list[Tensor]) -> list[Tensor]:
         if all(stack is stacks[0] for stack in stacks):  # dense rows: one product has them all
-            pulled = [_in_portions(jacobian.rmatmat, stacks[0], limit)] * len(stacks)
-        else:
-            pulled = _apart(_in_portions(jacobian.rmatmat, torch.cat(stacks), limit), stacks)
-        return [part if i is None else part[:, i : i + 1] for i, part in zip(places, pulled, strict=True)]
+            pulled = jacobian.rmatmat(stacks[0])
+            return [pulled[:, _own(i)] for i in places]
+        rows: list[Tensor] = []
+        for some in _portions(places, stacks, limit):
+            product = jacobian.rmatmat(torch.stack([vector for _, vector in some]))
+            rows += [row[at].clone() for row, (at, _) in zip(product, some, strict=True)]
+            del product
+        found = iter(rows)
+        empty = [jacobian.x.new_zeros(0, n if i is None else 1, d) for i in places]
+        return [
+            torch.stack([next(found) for _ in stack]) if len(stack) else none
+            for stack, none in zip(stacks, empty, strict=True)
+        ]
 
     found = svd_together(operators, 1, up=up, down=down, tol=tol, seed=seed, max_sweeps=max_sweeps)
-    chunk = jacobian.rows_at_once() if d <= EXACT_ROWS else None
+    chunk = limit if d <= EXACT_ROWS else None
     joint, *tokens = stable_ranks(operators, found, down=down, chunk=chunk, probes=probes, seed=seed)
     slowest = max(found, key=lambda triplet: (triplet.reason == "sweeps", triplet.sweeps))
     residual = max(float(triplet.residual.max()) for triplet in found)
     return TokenRanks(joint, tokens, residual, max(triplet.sweeps for triplet in found), slowest.reason)
 
 
-def _in_portions(product: Callable[[Tensor], Tensor], stack: Tensor, limit: int) -> Tensor:
-    return torch.cat([product(part) for part in stack.split(limit)])
+def _own(position: int | None) -> slice:
+    """Return the positions that a map reads: all, or its own."""
+    return slice(None) if position is None else slice(position, position + 1)
 
 
-def _apart(stack: Tensor, like: list[Tensor]) -> list[Tensor]:
-    return list(stack.split([len(part) for part in like]))
+def _portions(places: list[int | None], stacks: list[Tensor], limit: int) -> Iterator[list[tuple[slice, Tensor]]]:
+    """Yield the vectors of all stacks with the positions of their maps, so many at a time."""
+    every = [(_own(i), vector) for i, stack in zip(places, stacks, strict=True) for vector in stack]
+    for start in range(0, len(every), limit):
+        yield every[start : start + limit]
