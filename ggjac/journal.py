@@ -34,6 +34,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ggjac import runs
+from ggjac.sizes import WAITING_BYTES
 
 if sys.platform == "win32":
     import msvcrt
@@ -254,7 +255,7 @@ class Journal:
         *,
         resume: bool,
         every: float = 30.0,
-        memory: int = 64 << 20,
+        memory: int = WAITING_BYTES,
         on_warning: Callable[[str], None] | None = None,
     ) -> "Journal":
         """Begin a run's journal in a folder, or go on with the one that is there.

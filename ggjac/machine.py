@@ -5,6 +5,7 @@ which the system takes back when it needs them. It is what a budget bounds.
 """
 
 import ctypes
+import importlib.util
 import mmap
 import os
 import re
@@ -219,6 +220,28 @@ def gpu_memory(index: int = 0) -> tuple[int, int] | None:
         return None if nvml.nvmlDeviceGetMemoryInfo(device, ctypes.byref(memory)) else (memory.free, memory.total)
     finally:
         nvml.nvmlShutdown()
+
+
+def device_kind(name: str) -> str:
+    """Return `"cpu"`, or `"cuda"` for any device with memory of its own; `auto` is what torch would find.
+
+    Torch is looked at, not imported: it takes seconds.
+    """
+    if name != "auto":
+        return "cpu" if name.startswith("cpu") else "cuda"
+    spec = importlib.util.find_spec("torch")
+    folder = Path(spec.origin).parent / "lib" if spec and spec.origin else None
+    with_cuda = folder is not None and any((folder / f).exists() for f in ("libtorch_cuda.so", "torch_cuda.dll"))
+    return "cuda" if with_cuda and gpu_memory() else "cpu"
+
+
+def default_vram(name: str) -> int | None:
+    """Return the bytes that are free on a device, named as `cuda:1` or `auto`; None where there is none to be asked."""
+    if device_kind(name) == "cpu":
+        return None
+    number = name.partition(":")[2]
+    memory = gpu_memory(int(number) if number.isdigit() else 0)
+    return memory[0] if memory else None
 
 
 def cached_bytes(path: str | os.PathLike[str]) -> int | None:

@@ -8,19 +8,22 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ggjac import blocks, decode
+from ggjac import blocks, decode, machine, planner
 from ggjac.blocks import ACTIVATIONS, BlockTape, Frame, MlpPath, NormTape, NumericsError
 from ggjac.config import ModelConfig
 from ggjac.demo import demo_path
 from ggjac.gguf import GGUFFile, open_gguf
 from ggjac.hub import resolve
 from ggjac.jacobian import DetachedJacobian, FrozenNetwork, Path
+from ggjac.planner import Plan
 from ggjac.rope import rotation
+from ggjac.sizes import CHUNK_BYTES
 from ggjac.tapes import Tapes
 from ggjac.tokenizer import Tokenizer, open_tokenizer
 from ggjac.weights import Block, Weight, WeightStore
@@ -33,6 +36,10 @@ Progress = Callable[[int, int], None]
 
 class PromptError(ValueError):
     """A prompt that cannot be run: empty, too long, or with tokens outside the vocabulary."""
+
+
+class DeviceError(ValueError):
+    """There is no device of that name."""
 
 
 def open_model(
@@ -55,7 +62,8 @@ def open_model(
         GGUFError: the file cannot be opened or is damaged.
         ConfigError: the model is not supported, with the reason.
         WeightError: a tensor's storage type is not supported.
-        ValueError: device or dtype unknown.
+        DeviceError: there is no device of that name.
+        ValueError: torch cannot use the device here, or the dtype is unknown.
     """
     if isinstance(dtype, str) and dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r} is unknown; known: {', '.join(DTYPES)}")
@@ -64,19 +72,37 @@ def open_model(
         raise ValueError(f"dtype {dtype} is not supported; supported: {', '.join(DTYPES)}")
     if threads is not None and threads < 1:
         raise ValueError(f"threads={threads}: at least one is needed")
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(device)
-    except RuntimeError as error:
-        raise ValueError(f"device {device!r} is unknown; try auto, cpu or cuda") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device cuda was asked for, but torch finds no CUDA device; use --device cpu")
+    device = find_device(device)
     if threads:
         torch.set_num_threads(threads)
     torch.backends.cuda.matmul.allow_tf32 = False  # TF32 keeps 10 bits of mantissa: not float32
     file = open_gguf(resolve(path or demo_path()))
     return Model(file, device=device, dtype=dtype, threads=threads or torch.get_num_threads())
+
+
+def find_device(name: str | torch.device) -> torch.device:
+    """Return the device of a name, if this torch can use it; `"auto"` is CUDA where there is one, else the CPU.
+
+    Raises:
+        DeviceError: there is no device of that name.
+        ValueError: there is, but not here.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise DeviceError(f"device {name!r} is unknown; try auto, cpu or cuda") from error
+    if device.type == "meta":
+        raise DeviceError("device meta holds no numbers; try auto, cpu or cuda")
+    try:
+        if device.type == "cuda" and not torch.cuda.is_available():
+            raise RuntimeError("it finds no CUDA device")
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).split(". ")[0].rstrip(".")  # torch goes on to list all its backends
+        raise ValueError(f"device {name} was asked for, but torch cannot use it here ({reason}); use cpu") from None
+    return device
 
 
 class Model:
@@ -89,13 +115,14 @@ class Model:
         tokenizer: text to token ids and back.
         embedding: `[v, d]` input embeddings, a handle that streams.
         head: the LM head; its matrix is the embeddings' where the model ties them.
+        chunk_bytes: working memory that a chunk of dense rows may take; see `fit`.
     """
 
     def __init__(self, file: GGUFFile, *, device: torch.device, dtype: torch.dtype, threads: int):
         self.gguf, self.path = file, file.path
         self.config = ModelConfig.from_metadata(file.metadata, {t.name: t.shape for t in file.tensors.values()})
         self.weights = WeightStore(file, device=device, dtype=dtype, threads=threads)
-        self.device, self.dtype = device, dtype
+        self.device, self.dtype, self.chunk_bytes = device, dtype, CHUNK_BYTES
         self.embedding: Weight = self.weights["token_embd.weight"]
         self.head = decode.Head(
             self.weights["output.weight" if "output.weight" in self.weights else "token_embd.weight"],
@@ -125,6 +152,65 @@ class Model:
         if not prompt:
             raise PromptError("the prompt is empty; give a text with -p or token ids with --tokens")
         return self.tokenizer.encode(prompt)
+
+    def plan(
+        self,
+        prompt: str | Sequence[int],
+        command: str = "svd",
+        *,
+        mlp_path: MlpPath = "up",
+        ram_budget: int | str | None = None,
+        vram_budget: int | str | None = None,
+        tapes_on_disk: bool = False,
+        **asked: Any,
+    ) -> Plan:
+        """Return what a command takes on a prompt, and whether memory allows it; nothing is computed.
+
+        Args:
+            prompt: text, or token ids.
+            command: one of `ggjac.jobs.JOBS`.
+            mlp_path: as `trace` takes it.
+            ram_budget, vram_budget: bytes, or as `"2GiB"`; default half of the memory that is free, and all of the
+                device's that is.
+            tapes_on_disk: where memory is short, count on `trace(..., tapes=Tapes(folder, resident=False))`; whether it
+                was, the plan says.
+            asked: as `ggjac.jobs.Asked` has it: `rank`, `position` and so on.
+
+        Raises:
+            PromptError: as `trace`.
+            PlanError: no such command, or something is out of range.
+        """
+        ids = self.check_prompt(self.tokenize(prompt) if isinstance(prompt, str) else [int(i) for i in prompt])
+        ram, vram = (machine.parse_size(b) if isinstance(b, str) else b for b in (ram_budget, vram_budget))
+        return planner.fitting(
+            self.gguf,
+            self.config,
+            command,
+            len(ids),
+            str(self.dtype).removeprefix("torch."),
+            asked,
+            mlp_path=mlp_path,
+            device=machine.device_kind(self.device.type),
+            threads=self.weights.threads,
+            budget=planner.Budget(
+                machine.default_budget() if ram is None else ram,
+                machine.default_vram(str(self.device)) if vram is None else vram,
+            ),
+            tapes_on_disk=tapes_on_disk,
+        )
+
+    def fit(self, plan: Plan) -> None:
+        """Keep to a plan from now on: live weights that it has room for stay ready between sweeps; no bit changes.
+
+        Jacobians of traces to come take dense rows in chunks of the plan's size.
+
+        Raises:
+            NoFitError: its budget cannot work, and how much would.
+        """
+        planner.check(plan)
+        machine.return_freed_memory()
+        self.weights.place(plan.places, plan.room)
+        self.chunk_bytes = plan.job.chunk_bytes
 
     def trace(
         self,
@@ -312,7 +398,9 @@ class Trace:
             PromptError: the prompt has no such position.
             ValueError: the trace was made without tapes, or the model has no such path.
         """
-        return DetachedJacobian(self.network, self.index(position), path, raw=raw)
+        jacobian = DetachedJacobian(self.network, self.index(position), path, raw=raw)
+        jacobian.chunk_bytes = self.model.chunk_bytes
+        return jacobian
 
     @property
     def network(self) -> FrozenNetwork:

@@ -1,9 +1,10 @@
 """Will it fit, and how long will it take? Answered from a file's header and a prompt's length, without any arithmetic.
 
-A job is a trace and some sweeps. For each layer the plan says what a sweep reads (`attn_v`, `attn_output`, the live
-half of the feed-forward, `ffn_down`, and of a mixture the routed experts only), what is frozen, and where the weights
-wait between sweeps. Peak memory is the sum of parts, each a formula below; time comes from rates measured elsewhere
-(`ggjac.bench`). Sizes are bytes, weights are elements, FLOP count a multiplication and an addition as two.
+A job (`ggjac.jobs`) is a trace and some sweeps. For each layer the plan says what a sweep reads (`attn_v`,
+`attn_output`, the live half of the feed-forward, `ffn_down`, and of a mixture the routed experts only), what is frozen,
+and where the weights wait between sweeps. Peak memory is the sum of parts, each a formula below; time comes from rates
+measured elsewhere (`ggjac.bench`). Sizes are bytes, weights are elements, FLOP count a multiplication and an addition
+as two.
 
 Of a mixture of experts, the plan counts as many experts as tokens would use if they were spread evenly over all: an
 upper bound of the mean, since real routers prefer some.
@@ -13,173 +14,29 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
-from ggjac import machine
+from ggjac import jobs, machine
 from ggjac.config import ModelConfig
 from ggjac.gguf import GGUFFile, TensorInfo
-from ggjac.sizes import CHUNK_BYTES, EXACT_ROWS, PROBES, SLAB, SLICE, TILE_ELEMENTS, block_width, chunk_floats
+from ggjac.jobs import ITEM_BYTES, SWEEP, Job, Lookup, Over, PlanError, Sweeps
+from ggjac.sizes import SLAB, TILE_ELEMENTS
 
 MlpPath = Literal["up", "gate"]
-
-ITEM_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
 # Anonymous memory of a process that has imported torch and opened a model, before it does anything: measured, Linux.
 BASE_BYTES = {"cpu": 152 << 20, "cuda": 900 << 20}
 # Buffers of the matrix library and of the allocator, of each thread; and what CUDA keeps on the device for itself.
 THREAD_BYTES = 8 << 20
 CONTEXT_BYTES = 600 << 20
-# Commands that can be planned, the main one first.
-JOBS = ("analyze", "svd", "layers", "jacobian", "attribute", "predict")
-# Sweeps until eight residuals are below 1e-3, up and down counted singly: 6 to 10 on spectra like those of models.
-EXPECTED_SWEEPS = 8
-
-
-class PlanError(ValueError):
-    """A plan cannot be made: an impossible prompt length, rank or dtype."""
+# Commands whose dense rows all come at once where there is room for them.
+DENSE = ("jacobian", "norms")
 
 
 class NoFitError(PlanError):
     """The job needs more memory than its budget; the message says how much, and what to lower."""
 
     will_not_fit = True
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# What is to be done
-
-
-@dataclass(frozen=True)
-class Sweeps:
-    """So many passes over the live weights with so many stacked vectors; `what` says what for.
-
-    `up`: some of them go up the layers, which takes more memory. `after`: floats that are made of each float of a
-    result when it is there. `copies`: of the stream, which are made where maps join or leave the stack.
-    """
-
-    what: str
-    count: int
-    vectors: int
-    up: bool = True
-    after: float = 0.0
-    copies: int = 0
-
-
-@dataclass(frozen=True)
-class Job:
-    """Sweeps to be made, and what must be kept meanwhile.
-
-    Attributes:
-        name: the command.
-        sweeps: in order.
-        width: vectors of the Krylov basis that join in each sweep of the decomposition; 0 where there is none.
-        rank: triplets to decode.
-        tapes: whether what the Jacobian freezes is kept.
-        maps: maps inside the network that advance together.
-        chunk_bytes: working memory of a chunk of dense rows.
-    """
-
-    name: str
-    sweeps: tuple[Sweeps, ...] = ()
-    width: int = 0
-    rank: int = 0
-    tapes: bool = True
-    maps: int = 0
-    chunk_bytes: int = CHUNK_BYTES
-
-    @property
-    def vectors(self) -> int:
-        """Most stacked vectors of any sweep."""
-        return max((part.vectors for part in self.sweeps), default=0)
-
-    @property
-    def krylov_sweeps(self) -> int:
-        """Sweeps of a decomposition."""
-        return max((part.count for part in self.sweeps if part.what.endswith("svd")), default=0)
-
-
-def job(
-    name: str,
-    config: ModelConfig,
-    n: int,
-    dtype: str,
-    *,
-    rank: int = 8,
-    sweeps: int = EXPECTED_SWEEPS,
-    maps: int | None = None,
-    chunk_bytes: int | None = None,
-) -> Job:
-    """Return what a command does, one of `JOBS`.
-
-    `maps` is how many maps inside the network advance together: of `layers` by default the three at each block, of
-    other commands none.
-
-    Raises:
-        PlanError: the command is not planned here, or the rank is out of range.
-    """
-    if name not in JOBS:
-        raise PlanError(f"{name!r} is not planned; planned: {', '.join(JOBS)}")
-    _check_length(config, n)
-    if not 1 <= rank <= config.d:
-        raise PlanError(f"--rank {rank} is out of range; this model's Jacobian has {config.d} singular values")
-    width = min(block_width(rank, n * config.d), config.d)
-    chunk_bytes = CHUNK_BYTES if chunk_bytes is None else chunk_bytes
-    rebuild = Sweeps("reconstruction", 1, 3)
-    krylov = Sweeps("svd", sweeps, width)
-    probe = Sweeps("stable rank", 1, PROBES, up=False, after=1 + 2 * 8 / ITEM_BYTES[dtype])
-    if config.d <= EXACT_ROWS:
-        probe = _dense("stable rank", config, n, dtype, CHUNK_BYTES)
-    planned = {
-        "predict": Job(name, tapes=False),
-        "attribute": Job(name, (rebuild, Sweeps("attribution", 1, 1, up=False))),
-        "jacobian": Job(name, (_dense("rows", config, n, dtype, chunk_bytes), rebuild), chunk_bytes=chunk_bytes),
-        "svd": Job(name, (krylov, rebuild), width, rank),
-        "layers": Job(name, (rebuild,)),
-        "analyze": Job(name, (rebuild, krylov, probe, Sweeps("attribution", 1, 1, up=False)), width, rank),
-    }[name]
-    if maps is None:
-        maps = 3 * config.block_count if name == "layers" else 0
-    return _with_maps(planned, config, n, dtype, maps, width, rank, sweeps) if maps else planned
-
-
-def _with_maps(job: Job, config: ModelConfig, n: int, dtype: str, maps: int, width: int, rank: int, sweeps: int) -> Job:
-    """Return a job with the decomposition of maps inside the network, each as the whole Jacobian's.
-
-    Cumulative, blockwise and maps to the end make up 7/3 of those that advance together. Their left vectors are
-    decoded, each at one position.
-    """
-    item, rows, count = ITEM_BYTES[dtype], PROBES, 1
-    if config.d <= EXACT_ROWS:
-        rows = min(config.d, max(1, CHUNK_BYTES // (chunk_floats(n, config.d, config.hidden_units) * item * maps)))
-        count = math.ceil(config.d / rows)
-    # The results of all maps arrive together, and are made wide one after another.
-    norms = Sweeps("layers: stable rank", count, maps * rows, up=False, after=1 + 2 * 8 / item / maps, copies=2)
-    krylov = Sweeps("layers: svd", sweeps, maps * width, copies=2)
-    more = (krylov, Sweeps("layers: signs", 1, maps, copies=2), norms)
-    decoded = math.ceil(maps * 7 / 3 * rank / n)
-    return replace(
-        job, sweeps=job.sweeps + more, width=max(job.width, maps * width), rank=max(job.rank, decoded), maps=maps
-    )
-
-
-def _check_length(config: ModelConfig, n: int) -> None:
-    if not 1 <= n <= config.context_length:
-        raise PlanError(f"a prompt of {n} tokens cannot run; this model takes from 1 to {config.context_length}")
-
-
-def _dense(what: str, config: ModelConfig, n: int, dtype: str, chunk_bytes: int) -> Sweeps:
-    """Return the sweeps of a dense Jacobian, whose rows come in chunks."""
-    item = ITEM_BYTES[dtype]
-    chunk = min(config.d, max(1, chunk_bytes // (chunk_floats(n, config.d, config.hidden_units) * item)))
-    # Rows are summed up in float64, the copy and its squares or products, `SLICE` of them at a time.
-    return Sweeps(
-        what, math.ceil(config.d / chunk), chunk, up=False, after=1 + min(SLICE, chunk) / chunk * 2 * 8 / item
-    )
-
-
-def all_rows(config: ModelConfig, n: int, dtype: str) -> int:
-    """Return the `chunk_bytes` with which all rows of the dense Jacobian come in one sweep."""
-    return config.d * chunk_floats(n, config.d, config.hidden_units) * ITEM_BYTES[dtype]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -230,26 +87,35 @@ class LayerPlan:
         stored_bytes: of all its tensors, all experts included.
         sweep: what a sweep reads and computes, FLOP for one stacked vector.
         trace: what the trace reads and computes.
-        dense_bytes: the live weights in the plan's dtype.
+        kept: what may wait between passes, each weight once.
+        dense_bytes: the same in the plan's dtype.
         tape_bytes: what is frozen.
-        place: where the live weights are between sweeps: `"dense"` (ready to multiply, on the device), `"device"`
-            (quantized, on the device), `"pinned"` (quantized, in RAM beside a device) or `"file"`.
+        place: where it waits: `"dense"` (ready to multiply, on the device), `"device"` (quantized, on the device),
+            `"pinned"` (quantized, in RAM beside a device) or `"file"`.
+        others: what other passes of the job read and compute.
     """
 
     index: int
     stored_bytes: int
     sweep: Pass
     trace: Pass
+    kept: Pass
     dense_bytes: int
     tape_bytes: int
     place: str = "file"
+    others: Mapping[Over, Pass] = field(default_factory=dict)
+
+    def over(self, part: Over) -> Pass:
+        """Return what a pass reads and computes here."""
+        return self.sweep if part == SWEEP else self.others[part]
 
 
 class _Block:
     """The tensors of one block by the short names under which `ggjac.blocks` asks for them."""
 
     def __init__(self, file: GGUFFile, config: ModelConfig, index: int):
-        self.tensors, self.slices, self.prefix = file.tensors, config.slices, f"blk.{index}."
+        self.tensors, self.slices, self.index, self.prefix = file.tensors, config.slices, index, f"blk.{index}."
+        self.infos = [info for name, info in file.tensors.items() if name.startswith(self.prefix)]
 
     def find(self, name: str) -> tuple[TensorInfo, int] | None:
         """Return the tensor that holds `name`, alone or fused, and how many of its rows (elements) are meant."""
@@ -314,9 +180,21 @@ def _live(block: _Block, kind: str, mlp_path: MlpPath) -> str:
     return f"ffn_{mlp_path}{kind}" if block.find(f"ffn_gate{kind}.weight") else f"ffn_up{kind}"
 
 
-def _sweep_pass(block: _Block, config: ModelConfig, mlp_path: MlpPath, n: int, m: int) -> Pass:
-    """Return what a product reads and computes per vector, from `n` positions to `m` of them."""
-    parts = [block.linear("attn_v", n), _mix(config, n, m), block.linear("attn_output", m)]
+def _pass(block: _Block, config: ModelConfig, mlp_path: MlpPath, over: Over, reached: int) -> Pass:
+    """Return what a pass reads and computes in a block: for one vector, or of the forward pass for all positions."""
+    blocks = range(config.block_count)[over.first : over.last]
+    if block.index not in blocks:
+        return Pass()
+    n = over.read or reached
+    m = over.written or n
+    if over.tensors == "all":
+        return _trace_pass(block, config, mlp_path, n, m)
+    if over.written is None and block.index == blocks[-1]:
+        m = 1
+    output = block.linear("attn_output", m)
+    parts = [block.linear("attn_v", n), _mix(config, n, m), output]
+    if over.tensors == "heads":  # once more for what it adds and for its bias, and once for the head's shares
+        parts.append(replace(output, flop=2 * output.flop))
     for kind, experts, uses, _ in _networks(block, config, m):
         parts += [block.linear(stem, m, experts, uses) for stem in (_live(block, kind, mlp_path), f"ffn_down{kind}")]
     return _total(parts)
@@ -327,22 +205,39 @@ def _mix(config: ModelConfig, n: int, m: int) -> Pass:
     return Pass(flop=2 * config.head_count * config.head_size * m * n)
 
 
-def _trace_pass(block: _Block, config: ModelConfig, mlp_path: MlpPath, n: int, infos: list[TensorInfo]) -> Pass:
-    """Return what the trace reads and computes: each tensor once, but the projection that is frozen and live twice."""
-    parts = [block.linear(stem, n) for stem in ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate_inp")]
-    parts += [_mix(config, n, n), _mix(config, n, n)]  # scores cost as much as their use
+_ONCE = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate_inp")
+
+
+def _stems(block: _Block, kind: str) -> list[str]:
+    """Return the projections of a feed-forward network."""
+    stems = [f"ffn_gate{kind}", f"ffn_up{kind}", f"ffn_down{kind}"]
+    return stems if block.find(f"ffn_gate{kind}.weight") else stems[1:]
+
+
+def _trace_pass(block: _Block, config: ModelConfig, mlp_path: MlpPath, n: int, m: int) -> Pass:
+    """Return what the last `m` of `n` positions read and compute: each tensor once, but what is frozen and live twice.
+
+    Of the trace, all positions.
+    """
+    parts = [block.linear(stem, m) for stem in _ONCE]
+    parts += [_mix(config, n, m), _mix(config, n, m)]  # scores cost as much as their use
     clamped = config.row.activation == "silu_oai"
-    for kind, experts, uses, _ in _networks(block, config, n):
-        gated = block.find(f"ffn_gate{kind}.weight") is not None
-        stems = (
-            [f"ffn_gate{kind}", f"ffn_up{kind}", f"ffn_down{kind}"] if gated else [f"ffn_up{kind}", f"ffn_down{kind}"]
-        )
+    for kind, experts, uses, _ in _networks(block, config, m):
+        stems = _stems(block, kind)
         # A frozen factor that needs the live projection's own output is recorded first, and then applied.
-        if not gated or mlp_path == "gate" or clamped:
-            stems.append(_live(block, kind, mlp_path))
-        parts += [block.linear(stem, n, experts, uses) for stem in stems]
-    vectors = (info for info in infos if len(info.shape) == 1 and not info.name.endswith(".bias"))
+        if len(stems) < 3 or mlp_path == "gate" or clamped:
+            stems = [*stems, _live(block, kind, mlp_path)]
+        parts += [block.linear(stem, m, experts, uses) for stem in stems]
+    vectors = (info for info in block.infos if len(info.shape) == 1 and not info.name.endswith(".bias"))
     parts += [Pass(info.nbytes, {info.type.name: info.elements}) for info in vectors]
+    return _total(parts)
+
+
+def _whole(block: _Block, config: ModelConfig, n: int) -> Pass:
+    """Return all matrices that `n` positions use, each once."""
+    parts = [block.linear(stem, 1) for stem in _ONCE]
+    for kind, experts, uses, _ in _networks(block, config, n):
+        parts += [block.linear(stem, 1, experts, uses) for stem in _stems(block, kind)]
     return _total(parts)
 
 
@@ -403,11 +298,15 @@ def _slab(config: ModelConfig) -> int:
     return min(SLAB, max(routed, config.expert_shared_feed_forward_length))
 
 
-def trace_floats(config: ModelConfig, n: int) -> int:
-    """Return the floats that the trace takes beside tapes: streams, projections, and scores in float32."""
+def trace_floats(config: ModelConfig, n: int, m: int | None = None) -> int:
+    """Return the floats that `m` of `n` positions (default all) take on their way through the forward pass.
+
+    Beside tapes: streams, projections, and scores in float32.
+    """
+    m = n if m is None else m
     q, kv = config.head_count * config.head_size, config.head_count_kv * config.head_size
     hidden = config.hidden_units
-    return n * (4 * config.d + max(2 * (q + 2 * kv), 3 * hidden)) + 3 * config.head_count * n * n
+    return m * (4 * config.d + max(2 * (q + 2 * kv), 3 * hidden)) + 3 * config.head_count * m * n
 
 
 def basis_floats(config: ModelConfig, n: int, width: int, sweeps: int) -> int:
@@ -444,13 +343,12 @@ class Plan:
 
     Attributes:
         job: what is to be done.
-        n: tokens; the Jacobian reads the first `positions` of them.
         d: embedding length.
-        dtype, mlp_path, device: as the commands take them; device is `"cpu"` or `"cuda"`.
+        mlp_path, device: as the commands take them; device is `"cpu"` or `"cuda"`.
         layers: one row per block.
         embedding: taking the prompt's embeddings.
         head: the logits of one position.
-        decode: finding the tokens of singular vectors.
+        nearest: comparing one vector with all input embeddings.
         ram, vram: bytes by part, at the peak; without what stays resident by choice. Empty `vram` on the CPU.
         budget: what may be used.
         file_bytes: of all shards.
@@ -458,16 +356,13 @@ class Plan:
     """
 
     job: Job
-    n: int
-    positions: int
     d: int
-    dtype: str
     mlp_path: MlpPath
     device: str
     layers: tuple[LayerPlan, ...]
     embedding: Pass
     head: Pass
-    decode: Pass
+    nearest: Pass
     ram: Mapping[str, int]
     vram: Mapping[str, int]
     budget: Budget
@@ -482,13 +377,22 @@ class Plan:
     @property
     def sweep(self) -> Pass:
         """One sweep, FLOP for one stacked vector."""
-        return _total(layer.sweep for layer in self.layers)
+        return self.over(SWEEP)
+
+    def over(self, part: Over) -> Pass:
+        """Return a pass over the blocks, FLOP for one stacked vector."""
+        return _total(layer.over(part) for layer in self.layers)
+
+    def lookup(self, step: Lookup) -> Pass:
+        """Return a pass over the vocabulary, FLOP for all its vectors."""
+        parts = (self.head, step.logits + step.head), (self.nearest, step.embedding)
+        return _total(replace(work, flop=vectors * work.flop) for work, vectors in parts if vectors)
 
     @property
     def columns(self) -> list[int]:
         """Columns of the products to come, on the average; see `Pass.columns`."""
-        sweeps = {self.sweep.columns(part.vectors) for part in self.job.sweeps}
-        return sorted({self.trace.columns(), *sweeps, *([self.decode.columns()] if self.job.rank else [])})
+        found = {self.trace.columns(), *(self.lookup(step).columns() for step in self.job.lookups)}
+        return sorted(found | {self.over(step.over).columns(step.vectors) for step in self.job.sweeps})
 
     @property
     def tape_bytes(self) -> int:
@@ -508,7 +412,7 @@ class Plan:
     def resident(self, place: str) -> int:
         """Return the bytes of layers that wait in one place between sweeps."""
         return sum(
-            layer.dense_bytes if place == "dense" else layer.sweep.nbytes
+            layer.dense_bytes if place == "dense" else layer.kept.nbytes
             for layer in self.layers
             if layer.place == place
         )
@@ -573,82 +477,91 @@ def _largest(parts: Mapping[str, int], count: int = 3) -> list[tuple[str, int]]:
 
 def _advice(plan: Plan, parts: Mapping[str, int], option: str, needed: int) -> str:
     """Say what to lower, the part that weighs most first."""
+    many = "ask for fewer --layers" if plan.job.maps else "lower --rank, or use fewer tokens"
     lower = {
         "tapes": "use fewer tokens" if plan.tapes_on_disk else "keep tapes on disk with --trace FOLDER",
-        "bases": "ask for fewer --layers" if plan.job.maps else "lower --rank, or use fewer tokens",
-        "vectors": "ask for fewer --layers"
-        if plan.job.maps
-        else "lower --rank, or use fewer tokens"
-        if plan.job.width
-        else "use fewer tokens",
+        "bases": many,
+        "vectors": many if plan.job.width else "use fewer tokens",
         "trace": "use fewer tokens",
+        "portraits": "use fewer tokens",
+        "cache": "use fewer tokens, or fewer --max-tokens",
     }
+    if plan.job.prompts > 1 or plan.job.reused == "all":  # several texts, none of whose tapes are kept
+        lower["tapes"] = "use fewer tokens"
     advice = [lower[part] for part, _ in _largest(parts, len(parts)) if part in lower and parts[part] > needed / 8]
     enough = f"{option} {math.ceil(needed / 2**26) * 64}MiB"
     return "; ".join([*dict.fromkeys(advice), f"or give {enough}" if advice else f"give {enough}"])
 
 
+def fitting(
+    file: GGUFFile, config: ModelConfig, command: str, n: int, dtype: str, asked: Mapping[str, Any], **options: Any
+) -> Plan:
+    """Return the first plan that fits: dense rows in the largest chunks that do, tapes in memory or else in a folder.
+
+    Args:
+        file, config: as `make` takes them.
+        command, n, dtype, asked: as `ggjac.jobs.job` takes them, but `chunk_bytes`.
+        options: of `make`; `tapes_on_disk` says that there is a folder for them.
+
+    Returns:
+        A plan; where none fits, the one that needs least.
+
+    Raises:
+        PlanError: as `make`.
+    """
+    whole, usual = jobs.all_rows(config, n, dtype), jobs.CHUNK_BYTES
+    chunks = [whole] if command in DENSE and whole > usual else []
+    folders = (False, True) if options.pop("tapes_on_disk", False) else (False,)
+    tried: list[Plan] = []
+    for chunk in [*chunks, *(max(1, usual >> by) for by in (0, 2, 4, 6))]:
+        job = jobs.job(command, config, n, dtype, **asked, chunk_bytes=chunk)
+        if tried and job.steps == tried[-1].job.steps:
+            continue
+        for folder in folders:
+            tried.append(make(file, config, job, tapes_on_disk=folder, **options))
+            if tried[-1].fits:
+                return tried[-1]
+    return min(tried, key=lambda plan: plan.ram_needed + plan.vram_needed)
+
+
 def make(
     file: GGUFFile,
     config: ModelConfig,
-    n: int,
     job: Job,
     *,
-    dtype: str = "float32",
     mlp_path: MlpPath = "up",
     device: str = "cpu",
-    position: int = -1,
     threads: int = 1,
     budget: Budget | None = None,
     tapes_on_disk: bool = False,
 ) -> Plan:
-    """Plan a job for a prompt of `n` tokens.
+    """Plan a job.
 
     Args:
         file: the open model; only its header is read.
         config: its sizes.
-        n: tokens of the prompt.
-        job: what is to be done, from `job`.
-        dtype: of all arithmetic, by name.
+        job: what is to be done, from `ggjac.jobs.job`.
         mlp_path: which factor of a gated feed-forward stays live.
         device: `"cpu"`, or `"cuda"` for any device with memory of its own.
-        position: the output position; negative counts from the end.
         threads: on the CPU; each has buffers.
         budget: what may be used; default half of the free RAM.
         tapes_on_disk: keep tapes in a folder and one at a time in memory.
-
-    Raises:
-        PlanError: a number of tokens, a position or a dtype that cannot be.
     """
-    if dtype not in ITEM_BYTES:
-        raise PlanError(f"dtype {dtype!r} is unknown; known: {', '.join(ITEM_BYTES)}")
-    _check_length(config, n)
-    if not -n <= position < n:
-        raise PlanError(f"--position {position} is out of range; the prompt has positions 0 to {n - 1}")
-    item, reached = ITEM_BYTES[dtype], position % n + 1
-    layers = tuple(_layer(file, config, i, n, reached, item, mlp_path) for i in range(config.block_count))
-
-    embeddings = [(info, n) for name in ("token_embd", "position_embd") if (info := file.tensors.get(f"{name}.weight"))]
+    layers = tuple(_layer(file, config, i, job, mlp_path) for i in range(config.block_count))
+    embeddings = [file.tensors[name] for name in ("token_embd.weight", "position_embd.weight") if name in file.tensors]
+    taken = (Pass(job.n * info.row_bytes, {info.type.name: job.n * info.shape[-1]}) for info in embeddings)
     head = file.tensors.get("output.weight", file.tensors["token_embd.weight"])
-    embedding = _total(
-        Pass(rows * info.row_bytes, {info.type.name: rows * info.shape[-1]}) for info, rows in embeddings
-    )
-    decode = _rows(head, job.rank) + _rows(file.tensors["token_embd.weight"], job.rank * n) if job.rank else Pass()
-
-    parts = _memory(file, config, n, reached, job, item, layers, threads, device, tapes_on_disk)
+    parts = _memory(file, config, job, layers, threads, device, tapes_on_disk)
     tile = min(TILE_ELEMENTS, max(info.elements for info in file.tensors.values()))
     plan = Plan(
         job=job,
-        n=n,
-        positions=reached,
         d=config.d,
-        dtype=dtype,
         mlp_path=mlp_path,
         device="cpu" if device == "cpu" else "cuda",
         layers=layers,
-        embedding=embedding,
-        head=_rows(head, 1),
-        decode=decode,
+        embedding=_total(taken),
+        head=_rows(head),
+        nearest=_rows(file.tensors["token_embd.weight"]),
         ram=parts if device == "cpu" else {"process": BASE_BYTES["cuda"], "tile": 2 * tile},
         vram={} if device == "cpu" else parts,
         budget=budget or Budget(ram=machine.default_budget()),
@@ -668,35 +581,37 @@ def check(plan: Plan) -> None:
         raise NoFitError(plan.misfit)
 
 
-def _layer(
-    file: GGUFFile, config: ModelConfig, index: int, n: int, reached: int, item: int, mlp_path: MlpPath
-) -> LayerPlan:
-    block = _Block(file, config, index)
-    infos = [info for name, info in file.tensors.items() if name.startswith(block.prefix)]
-    last = index == config.block_count - 1
-    sweep = _sweep_pass(block, config, mlp_path, reached, 1 if last else reached)
+def _layer(file: GGUFFile, config: ModelConfig, index: int, job: Job, mlp_path: MlpPath) -> LayerPlan:
+    block, item = _Block(file, config, index), ITEM_BYTES[job.dtype]
+
+    def over(part: Over) -> Pass:
+        return _pass(block, config, mlp_path, part, job.reached)
+
+    sweep = over(SWEEP)
+    kept = sweep
+    if job.reused == "all":
+        kept = _whole(block, config, max(step.over.read or job.n for step in job.sweeps))
     return LayerPlan(
         index=index,
-        stored_bytes=sum(info.nbytes for info in infos),
+        stored_bytes=sum(info.nbytes for info in block.infos),
         sweep=sweep,
-        trace=_trace_pass(block, config, mlp_path, n, infos),
-        dense_bytes=sweep.weights * item,
-        tape_bytes=_tape_bytes(block, config, n, item),
+        trace=_trace_pass(block, config, mlp_path, job.n, job.n),
+        kept=kept,
+        dense_bytes=kept.weights * item,
+        tape_bytes=_tape_bytes(block, config, job.n, item),
+        others={step.over: over(step.over) for step in job.sweeps if step.over != SWEEP},
     )
 
 
-def _rows(info: TensorInfo, vectors: int) -> Pass:
-    """Return one pass over a whole matrix with some vectors."""
-    return Pass(info.nbytes, {info.type.name: info.elements}, 2 * vectors * info.elements, 1)
+def _rows(info: TensorInfo) -> Pass:
+    """Return one pass over a whole matrix with one vector."""
+    return Pass(info.nbytes, {info.type.name: info.elements}, 2 * info.elements, 1)
 
 
 def _memory(
     file: GGUFFile,
     config: ModelConfig,
-    n: int,
-    reached: int,
     job: Job,
-    item: int,
     layers: tuple[LayerPlan, ...],
     threads: int,
     device: str,
@@ -704,36 +619,45 @@ def _memory(
 ) -> dict[str, int]:
     """Return the bytes of each part where the arithmetic takes place, at the peak.
 
-    Trace, sweeps and decoding come one after another: of their working memory the largest counts.
+    Trace and steps come one after another: of their working memory the largest counts.
     """
-    work = max(4, item)  # of bases: float32 at least
-    widest = max(info.elements for info in file.tensors.values())
-    tile = min(TILE_ELEMENTS, widest) * item
+    item = ITEM_BYTES[job.dtype]
+    tile = min(TILE_ELEMENTS, max(info.elements for info in file.tensors.values())) * item
     if device != "cpu":
         tile *= 6  # torch's dequantizers keep several temporaries
     tapes = [layer.tape_bytes for layer in layers] if job.tapes else [0]
-    kept = max(tapes) * 2 if tapes_on_disk else sum(tapes)
-    vectors = max((_stacked(config, n, reached, part) for part in job.sweeps), default=0) * item
-    bases = basis_floats(config, n, job.width, job.krylov_sweeps) * work if job.width else 0
-    tracing = trace_floats(config, n) * work
-    decoding = max(1, job.rank * n) * (4 * min(TILE_ELEMENTS // config.d, config.vocabulary) + 2 * config.d) * work
-    logits = 3 * config.vocabulary * work
-    working = {"vectors": vectors + bases, "trace": tracing, "decoding": decoding + logits}
-    largest = max(working, key=lambda part: working[part])
-    parts = {
+    steps = [{"trace": trace_floats(config, job.n) * max(4, item)}]
+    steps += [_sweeping(config, job, step) for step in job.sweeps]
+    steps += [_looking(config, job, step) for step in job.lookups]
+    largest = max(steps, key=lambda parts: sum(parts.values()))
+    return {
         "process": BASE_BYTES["cpu"] + threads * THREAD_BYTES if device == "cpu" else CONTEXT_BYTES,
-        "tapes": kept,
+        "tapes": max(tapes) * 2 if tapes_on_disk else sum(tapes),
         "tile": tile,
+        **job.kept,
+        **{part: size for part, size in largest.items() if size},
     }
-    if largest == "vectors":
-        return parts | {"vectors": vectors} | ({"bases": bases} if bases else {})
-    return parts | {largest: working[largest]}
 
 
-def _stacked(config: ModelConfig, n: int, reached: int, part: Sweeps) -> int:
-    """Return the floats of all stacked vectors of a sweep, on their way or when they have arrived."""
-    moving = sweep_floats(config, reached, up=part.up) + part.copies * reached * config.d
-    return part.vectors * max(moving, round(part.after * n * config.d))
+def _sweeping(config: ModelConfig, job: Job, step: Sweeps) -> dict[str, int]:
+    """Return the working memory of a sweep: stacked vectors on their way or when they have arrived, and bases."""
+    item = ITEM_BYTES[job.dtype]
+    work = max(4, item)  # of bases, of softmax: float32 at least
+    n = step.over.read or job.reached
+    if step.over.tensors == "all":
+        moving = trace_floats(config, n, step.over.written or n) * work
+    else:
+        moving = (sweep_floats(config, n, up=step.up) + step.copies * n * config.d) * item
+    bases = sum(k.maps * basis_floats(config, k.positions, k.width, k.sweeps) for k in step.krylov)
+    arrived = round(step.after * job.n * config.d) * item
+    return {"vectors": step.vectors * max(moving, arrived), "bases": bases * work, **step.held}
+
+
+def _looking(config: ModelConfig, job: Job, step: Lookup) -> dict[str, int]:
+    """Return the working memory of a pass over the vocabulary: scores of a tile and the vectors, or all logits."""
+    vectors = max(step.head, step.embedding)
+    scores = vectors * (4 * min(TILE_ELEMENTS // config.d, config.vocabulary) + 2 * config.d)
+    return {"decoding": (scores + 3 * step.logits * config.vocabulary) * max(4, ITEM_BYTES[job.dtype])}
 
 
 def _placed(plan: Plan) -> tuple[LayerPlan, ...]:
@@ -745,7 +669,7 @@ def _placed(plan: Plan) -> tuple[LayerPlan, ...]:
     layers = list(plan.layers)
     ram = max(0, (plan.budget.ram or 0) - plan.ram_needed)
     vram = max(0, (plan.budget.vram or 0) - plan.vram_needed)
-    if sum(part.count for part in plan.job.sweeps) < 2:  # nothing would be used again
+    if sum(step.count for step in plan.job.sweeps) < 2:  # nothing would be used again
         return plan.layers
 
     def put(place: str, room: int, size: dict[int, int]) -> int:
@@ -760,9 +684,9 @@ def _placed(plan: Plan) -> tuple[LayerPlan, ...]:
     if plan.device == "cpu":
         put("dense", ram, {layer.index: layer.dense_bytes for layer in layers})
     else:
-        vram = put("device", vram, {layer.index: layer.sweep.nbytes for layer in layers})
-        put("pinned", ram, {layer.index: layer.sweep.nbytes for layer in layers if layer.place == "file"})
-        more = {e.index: e.dense_bytes - e.sweep.nbytes for e in layers if e.place == "device"}
+        vram = put("device", vram, {layer.index: layer.kept.nbytes for layer in layers})
+        put("pinned", ram, {layer.index: layer.kept.nbytes for layer in layers if layer.place == "file"})
+        more = {e.index: e.dense_bytes - e.kept.nbytes for e in layers if e.place == "device"}
         put("dense", vram, more)
     return tuple(layers)
 
@@ -824,36 +748,48 @@ class Times:
 
 
 def _times(plan: Plan, rates: Rates, cached: int, free: int) -> Times:
-    """Return the times of trace, sweeps and decoding.
+    """Return the times of the trace and of each step.
 
     What is not in the page cache comes from the disk. The first sweep begins where the trace ended, and later ones
     alternate their direction, so that each finds in the cache what the one before it left there.
     """
     room = max(0, free - plan.ram_peak)  # for the page cache, beside the job
-    dense = _total(layer.sweep for layer in plan.layers if layer.place == "dense")
-    streamed = _total(layer.sweep for layer in plan.layers if layer.place != "dense")
-    from_file = sum(layer.sweep.nbytes for layer in plan.layers if layer.place == "file")
+    dense = _total(layer.kept for layer in plan.layers if layer.place == "dense")
+    prompts = plan.job.prompts
 
-    def reading(work: Pass) -> float:
-        return sum((weights / rates.dequantize(kind) for kind, weights in work.types.items()), start=0.0)
+    def reading(types: Mapping[str, int]) -> float:
+        return sum((weights / rates.dequantize(kind) for kind, weights in types.items()), start=0.0)
 
-    def whole(what: str, work: Pass, present: int) -> Time:
-        """Return the time of one pass that reads all it computes with."""
+    def whole(what: str, count: int, work: Pass, present: int) -> Time:
+        """Return the time of passes that read all they compute with."""
         missing = max(0, work.nbytes - present)
         gemm = work.flop / rates.gemm(work.columns())
-        return Time(what, 1, missing / rates.disk, reading(work), gemm, work.calls * rates.call)
+        return Time(what, count, missing / rates.disk, reading(work.types), gemm, work.calls * rates.call)
 
-    parts = [whole("trace", plan.trace, cached), whole("logits", plan.head, max(cached, room))]
-    if dense.weights:
-        ready = Time("making layers ready", 1, max(0, dense.nbytes - room) / rates.disk, reading(dense), 0.0, 0.0)
-        parts.append(ready)
-    missing = max(0, from_file - room) / rates.disk
-    for sweeps in plan.job.sweeps:
-        gemm = sweeps.vectors * plan.sweep.flop / rates.gemm(plan.sweep.columns(sweeps.vectors))
-        if sweeps.what == "svd":
-            gemm += krylov_flop(plan.d * plan.n, plan.job.width, sweeps.count) / rates.gemm(plan.job.width)
-        calls = plan.sweep.calls * rates.call
-        parts.append(Time(sweeps.what, sweeps.count, missing, reading(streamed), gemm, calls))
-    if plan.job.rank:
-        parts.append(whole("decoding", plan.decode, room))
+    def sweeps(step: Sweeps) -> Time:
+        """Return the time of passes that find some weights where they wait."""
+        streamed: Counter[str] = Counter()
+        from_file = 0
+        for layer in plan.layers:
+            here, waiting = layer.over(step.over), layer.kept
+            streamed += Counter(here.types) - Counter(waiting.types if layer.place == "dense" else {})
+            from_file += max(0, here.nbytes - (0 if layer.place == "file" else waiting.nbytes))
+        work = plan.over(step.over)
+        gemm = step.vectors * work.flop / rates.gemm(work.columns(step.vectors))
+        for k in step.krylov:
+            share = k.maps * k.sweeps / step.count
+            gemm += share * krylov_flop(plan.d * k.positions, k.width, k.sweeps) / rates.gemm(k.width)
+        disk = max(0, from_file - room) / rates.disk
+        return Time(step.what, prompts * step.count, disk, reading(streamed), gemm, work.calls * rates.call)
+
+    parts = [whole("trace", prompts, plan.trace, cached)]
+    ready = not dense.weights
+    for step in plan.job.steps:
+        if isinstance(step, Lookup):
+            parts.append(whole(step.what, prompts * step.count, plan.lookup(step), room))
+            continue
+        if not ready:
+            disk, ready = max(0, dense.nbytes - room) / rates.disk, True
+            parts.append(Time("making layers ready", prompts, disk, reading(dense.types), 0.0, 0.0))
+        parts.append(sweeps(step))
     return Times(tuple(parts))

@@ -19,6 +19,12 @@ EXACT_ROWS = 512
 # Random vectors of an estimate.
 PROBES = 16
 
+# Finished products that may wait in memory for the next checkpoint, in bytes.
+WAITING_BYTES = 64 << 20
+
+# Tokens whose maps travel together when the stable rank of each is measured.
+TOKENS_AT_ONCE = 16
+
 # Elements from which on a stacked vector counts as large: 128 tokens of a model with 8192 dimensions.
 LARGE = 1 << 20
 
@@ -35,3 +41,8 @@ def block_width(rank: int, size: int) -> int:
 def chunk_floats(n: int, d: int, hidden_units: int) -> int:
     """Return the floats of working memory by which dense rows, `[n, d]` each, are divided into chunks."""
     return max(3 * n * d, 2 * n * min(SLAB, hidden_units))
+
+
+def default_layer(block_count: int) -> int:
+    """Return where a concept's map ends that pushes another text: two thirds of the depth, as in the paper's code."""
+    return max(1, 2 * block_count // 3)

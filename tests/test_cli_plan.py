@@ -3,13 +3,14 @@
 import json
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
 
-from ggjac import bench, planner
+from ggjac import bench, jobs
 from ggjac.cli import main
 from ggjac.cli import plan as plan_command
 
@@ -63,7 +64,7 @@ def test_the_tables(rates: Rates, tiny_file: TinyFile) -> None:
     out = run("plan", "-m", tiny_file("gqa"), *TOKENS, "--ram-budget", "1GiB").stdout
     for words in ("2 layers; ggjac svd, 5 tokens, float32, on the CPU", "dense, ready to multiply", "Fits."):
         assert words in out
-    for title in ("Each layer", "Sweeps (a sweep reads", "Memory at the peak", "Time in seconds", "disk 1 GB/s"):
+    for title in ("Each layer", "Sweeps (the trace reads", "Memory at the peak", "Time in seconds", "disk 1 GB/s"):
         assert out.count(title) == 1
     assert out.index("Memory at the peak") < out.index("Fits.") < out.index("Time in seconds")
 
@@ -88,7 +89,7 @@ def test_json_says_what_the_library_says(rates: Rates, tiny_file: TinyFile) -> N
     assert data["rates"] == rates.data()
     assert data["times"]["total"] == pytest.approx(sum(part["total"] for part in data["times"]["parts"]))
     assert [part["what"] for part in data["times"]["parts"]] == [
-        *("trace", "logits", "making layers ready", "svd", "reconstruction", "decoding")
+        *("trace", "making layers ready", "svd", "decoding", "reconstruction", "coherence")
     ]
 
 
@@ -98,7 +99,7 @@ def test_no_bench_measures_nothing(monkeypatch: pytest.MonkeyPatch, tiny_file: T
     assert "times" not in data
 
 
-@pytest.mark.parametrize("command", planner.JOBS)
+@pytest.mark.parametrize("command", jobs.JOBS)
 def test_every_planned_command(command: str, tiny_file: TinyFile) -> None:
     out = run("plan", "-m", tiny_file("gqa"), *TOKENS, "--for", command, "--no-bench").stdout
     assert f"ggjac {command}, 5 tokens" in out
@@ -115,7 +116,7 @@ main()
 
 
 @pytest.mark.parametrize(
-    "args", [["plan", "--no-bench"], ["svd", "--dry-run"], ["analyze", "--dry-run"], ["jacobian", "--dry-run"]]
+    "args", [["plan", "--no-bench"], *([command, "--dry-run"] for command in jobs.JOBS if command != "compare")]
 )
 def test_the_memory_part_needs_no_torch(args: list[str], tiny_file: TinyFile) -> None:
     command = [sys.executable, "-c", BLOCKED, *args, "-m", str(tiny_file("gqa")), *TOKENS]
@@ -134,11 +135,12 @@ def test_a_text_is_counted_in_tokens(tiny_file: TinyFile) -> None:
 # ---- refusals
 
 
-@pytest.mark.parametrize("command", ["plan", "svd", "analyze", "jacobian", "attribute", "predict", "verify"])
+@pytest.mark.parametrize("command", ["plan", *jobs.JOBS, "verify"])
 def test_a_budget_that_cannot_work_is_refused_before_any_work(
     command: str, tiny_file: TinyFile, tmp_path: Path
 ) -> None:
-    output = ["-o", tmp_path / "out"] if command in ("svd", "analyze", "jacobian") else []
+    output = [] if command in ("plan", "verify", "compare") else ["-o", tmp_path / "out"]
+    output += ["--with", tiny_file("gqa", seed=1)] if command == "compare" else []
     text = error(command, "-m", tiny_file("gqa"), *TOKENS, "--ram-budget", "100MiB", *output)
     assert "of memory (process " in text
     assert "but --ram-budget allows 100.0 MiB" in text
@@ -146,15 +148,17 @@ def test_a_budget_that_cannot_work_is_refused_before_any_work(
     assert not (tmp_path / "out").exists()
     # What it asks for is enough.
     enough = text.split("; give --ram-budget ")[1].split()[0]
-    run("plan", "-m", tiny_file("gqa"), *TOKENS, "--ram-budget", enough, "--no-bench")
+    asked = ["--for", command] if command in jobs.JOBS else []
+    run("plan", "-m", tiny_file("gqa"), *TOKENS, "--ram-budget", enough, "--no-bench", *asked)
 
 
-@pytest.mark.parametrize("command", ["svd", "analyze", "jacobian"])
+@pytest.mark.parametrize("command", jobs.JOBS)
 def test_a_dry_run_refuses_likewise_and_computes_nothing(
     command: str, monkeypatch: pytest.MonkeyPatch, tiny_file: TinyFile, tmp_path: Path
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    arguments = command, "-m", tiny_file("gqa"), *TOKENS, "--dry-run"
+    other = ["--with", tiny_file("gqa", seed=1)] if command == "compare" else []
+    arguments = command, "-m", tiny_file("gqa"), *TOKENS, *other, "--dry-run"
     assert "Fits." in run(*arguments).stdout
     assert f"{command} needs" in error(*arguments, "--ram-budget", "1MiB")
     assert list(tmp_path.iterdir()) == []
@@ -199,13 +203,13 @@ def test_what_the_budget_has_room_for_is_read_once(monkeypatch: pytest.MonkeyPat
     from ggjac.cli import session
 
     seen = []
-    make = session.Session._fit
+    make = session.Session.fit
 
     def remember(self: session.Session, *given: object) -> None:
         make(self, *given)
         seen.append(self.model.weights)
 
-    monkeypatch.setattr(session.Session, "_fit", remember)
+    monkeypatch.setattr(session.Session, "fit", remember)
     arguments = "svd", "-m", tiny_file("gqa", layers=3), *TOKENS, "-k", 2, "--format", "json"
     ample = json.loads(run(*arguments, "--ram-budget", "8GiB").stdout)["svd"]
     plan = json.loads(run("plan", *arguments[1:], "--no-bench", "--ram-budget", "8GiB").stdout)
@@ -234,11 +238,11 @@ def test_bench_shows_each_rate_beside_its_limit(monkeypatch: pytest.MonkeyPatch,
 
 
 def test_what_can_be_planned_is_what_the_planner_plans() -> None:
-    assert plan_command.PLANNED == planner.JOBS
+    assert plan_command.PLANNED == tuple(jobs.JOBS)
 
 
 def test_dense_rows_come_in_one_sweep_where_memory_allows(tiny_file: TinyFile, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(planner, "CHUNK_BYTES", 20_000)
+    monkeypatch.setattr(jobs, "CHUNK_BYTES", 20_000)
     path = tiny_file("gqa")
 
     def rows(budget: int) -> tuple[int, int]:
@@ -255,3 +259,69 @@ def test_dense_rows_come_in_one_sweep_where_memory_allows(tiny_file: TinyFile, m
     count, vectors = rows(needed + 200_000)
     assert count > 1
     assert vectors < 64
+
+
+def needed(*args: object) -> int:
+    return json.loads(run(*args, "--dry-run", "--format", "json").stdout)["ram_needed"]
+
+
+def test_of_many_prompts_the_longest_is_refused_before_any_work(
+    tiny_file: TinyFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, path = tmp_path / "prompts.txt", tiny_file("tokenizer")
+    file.write_text("the\n")
+    short = needed("ranks", "-m", path, "-f", file)
+    file.write_text(f"the\n{'the ' * 60}\n")
+    assert needed("ranks", "-m", path, "-f", file) > short
+    shown = run("ranks", "-m", path, "-f", file, "--dry-run").stdout
+    assert "ggjac ranks, 2 prompts of up to " in shown
+    monkeypatch.delattr("ggjac.model.Model.trace")
+    text = error("ranks", "-m", path, "-f", file, "--ram-budget", short, "-o", tmp_path / "out")
+    assert text.startswith("Error: ranks needs ")
+    assert not (tmp_path / "out").exists()
+
+
+def test_of_two_files_the_second_is_refused_before_any_work(
+    tiny_file: TinyFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It differs in how many experts it uses, and so in what is frozen."""
+    files = tiny_file("mixtral", experts_used=1), tiny_file("mixtral", experts_used=6)
+    arguments = "compare", "-m", files[0], "--with", files[1], *TOKENS
+    shown = run(*arguments, "--dry-run", "--ram-budget", "1GiB").stdout
+    assert shown.count("Fits.") == 2
+    first, second = needed(*arguments), needed("compare", "-m", files[1], "--with", files[0], *TOKENS)
+    assert first < second
+    assert "compare needs" in error(*arguments, "--dry-run", "--ram-budget", first)
+    data = json.loads(run(*arguments, "--dry-run", "--format", "json", "--ram-budget", first, code=4).stdout)
+    assert (data["fits"], data["other_model"]["fits"]) == (True, False)
+    monkeypatch.delattr("ggjac.model.Model.trace")
+    assert "compare needs" in error(*arguments, "--ram-budget", first)
+
+
+def test_two_files_are_not_in_memory_together(tiny_file: TinyFile, monkeypatch: pytest.MonkeyPatch) -> None:
+    from ggjac.cli import session
+
+    models: list[weakref.ref] = []
+    fit = session.Session.fit
+
+    def remember(self: session.Session, *given: object) -> None:
+        assert [model() for model in models] == [None] * len(models)
+        models.append(weakref.ref(self.model))
+        fit(self, *given)
+
+    monkeypatch.setattr(session.Session, "fit", remember)
+    run("compare", "-m", tiny_file("gqa"), "--with", tiny_file("gqa", type="Q8_0"), *TOKENS, "-k", 2)
+    assert len(models) == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--layer", "3"], "--layer 3 is out of range; this model has layers 1 to 2"),
+        (["--max-tokens", "252"], "a text of 257 tokens cannot run; the model's context is 256"),
+        (["--trace", "trace"], "steer runs several texts, and keeps none"),
+        (["--concept", "a", "--concept-tokens", "1"], "both give a concept"),
+    ],
+)
+def test_steering_that_cannot_be_planned(options: list[str], words: str, tiny_file: TinyFile) -> None:
+    assert words in error("steer", "-m", tiny_file("gqa"), *TOKENS, *options, "--dry-run", code=2)

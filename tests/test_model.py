@@ -13,10 +13,11 @@ import oracle
 import pytest
 import tiny
 import torch
+from test_planner import held
 from torch import Tensor
 
 import ggjac
-from ggjac import blocks, linop, model
+from ggjac import blocks, jobs, linop, model, planner
 from ggjac.blocks import NumericsError
 from ggjac.config import ConfigError, ModelConfig, Rope
 from ggjac.gguf import open_gguf
@@ -380,7 +381,7 @@ def test_unknown_dtypes_and_absent_devices_are_refused(
     with pytest.raises(ValueError, match="dtype 'int8' is unknown; known: float32, float64, bfloat16, float16"):
         open_model(tiny_file("plain"), dtype="int8")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(ValueError, match=r"device cuda was asked for, .* use --device cpu"):
+    with pytest.raises(ValueError, match=r"device cuda was asked for, .* use cpu"):
         open_model(tiny_file("plain"), device="cuda")
     assert open_model(tiny_file("plain"), device="auto").device.type == "cpu"
 
@@ -473,3 +474,53 @@ def test_threads_may_share_a_model(tiny_file: Callable[..., Path]) -> None:
     with ThreadPoolExecutor(4) as pool:
         together = list(pool.map(J.rmatmat, Y))
     assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))
+
+
+# ---- plans
+
+
+@pytest.mark.parametrize("case", ["gqa", "mixtral"])
+def test_weights_that_are_kept_change_no_bit_and_take_what_was_planned(
+    case: str, tiny_file: Callable[..., Path]
+) -> None:
+    path, ids = tiny_file(case, layers=4, type="Q8_0"), tiny.prompt(case, 6)
+    ample = open_model(path).plan(ids, rank=2, ram_budget="1GiB")
+    needed, two = ample.ram_needed, sum(layer.dense_bytes for layer in ample.layers[2:])
+    peaks, results = [], []
+    for budget, kept in ((needed, 0), (needed + two, 2), ("1GiB", 4)):
+        model = open_model(path)
+        plan = model.plan(ids, rank=2, ram_budget=budget)
+        assert plan.places == ["file"] * (4 - kept) + ["dense"] * kept
+        model.fit(plan)
+        peaks.append(held(lambda model=model: results.append(model.trace(ids).jacobian().svd(2))))
+        # Routers choose fewer experts than the plan counts with.
+        assert 0.5 * plan.resident("dense") <= peaks[-1] - peaks[0] <= plan.resident("dense")
+        assert (peaks[-1] - peaks[0] == plan.resident("dense")) or case == "mixtral"
+        name = "blk.3.attn_v.weight"
+        reads = model.weights.reads[name] / model.gguf.tensors[name].rows
+        assert reads == (2 if kept else 1 + results[-1].sweeps)  # the trace, and once or in every sweep
+    for found in results[1:]:
+        assert all(torch.equal(getattr(found, name), getattr(results[0], name)) for name in ("U", "S", "Vh"))
+    assert held(lambda: open_model(path).trace(ids).jacobian().svd(2)) == peaks[0]
+
+
+def test_a_plan_that_cannot_work_is_refused(tiny_file: Callable[..., Path]) -> None:
+    model, ids = open_model(tiny_file("gqa")), tiny.prompt("gqa", 6)
+    with pytest.raises(planner.NoFitError, match=r"svd needs .* but --ram-budget allows 1\.0 MiB"):
+        model.fit(model.plan(ids, ram_budget="1MiB"))
+    assert model.weights.places == []
+    with pytest.raises(planner.PlanError, match="'sing' is not planned"):
+        model.plan(ids, "sing")
+    with pytest.raises(PromptError, match="out of range"):
+        model.plan([1, 10**6])
+
+
+def test_dense_rows_come_in_chunks_that_fit(tiny_file: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jobs, "CHUNK_BYTES", 1 << 22)
+    model, ids = open_model(tiny_file("gqa")), [5] * 60
+    least = model.plan(ids, "jacobian", ram_budget=1).ram_needed
+    rows = []
+    for budget in ("1GiB", least):
+        model.fit(model.plan(ids, "jacobian", ram_budget=budget))
+        rows.append(model.trace(ids).jacobian().rows_at_once())
+    assert rows[1] < rows[0]

@@ -39,6 +39,7 @@ from ggjac.generation import Continuation, greedy
 from ggjac.jacobian import DetachedJacobian, Path, Tap
 from ggjac.model import Model
 from ggjac.notebook import Plotted, Points, Table, Words
+from ggjac.sizes import default_layer
 
 Method = Literal["equation16", "additive"]
 
@@ -119,11 +120,6 @@ class Steering(Plotted):
         return Points("What the push changes at the first step", "strength", "KL to the baseline, nats", series)
 
 
-def default_layer(block_count: int) -> int:
-    """Return two thirds of the depth, as the paper's code does."""
-    return max(1, 2 * block_count // 3)
-
-
 def steer(
     model: Model,
     prompt: str | Sequence[int],
@@ -191,6 +187,7 @@ def steer(
         (lambda run: lambda done, total: progress(run * total + done, runs * total)) if progress else lambda run: None
     )
     plain, plain_logits = greedy(baseline_text, ids, max_tokens, progress=steps(0))
+    del baseline_text  # with its keys and values
 
     def generated(run: int, strength: float, rotation: Rotation | None) -> Generated:
         push = Push(method, layer, strength, images, prompt_images, rotation)

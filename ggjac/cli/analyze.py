@@ -13,7 +13,6 @@ from ggjac.cli.options import (
     Depths,
     ModelOptions,
     dry_run,
-    maps_together,
     model_options,
     output,
     output_format,
@@ -73,7 +72,7 @@ def analyze(
     from ggjac.cli.session import Session, save
     from ggjac.report import write_report
 
-    session = Session(what, position=position, rank=rank, maps=maps_together(layers))
+    session = Session(what, position=position, rank=rank)
     chosen = None if layers is None else layers.of(session.model.config.block_count)
     if resume and output is None:
         raise click.UsageError("--resume goes on with a run folder that was begun; give its -o")

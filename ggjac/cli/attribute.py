@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 import click
 
-from ggjac.cli.options import ModelOptions, model_options, output, output_format
+from ggjac.cli.options import ModelOptions, dry_run, model_options, output, output_format
 
 
 class PositionOrAll(click.ParamType):
@@ -23,6 +23,7 @@ class PositionOrAll(click.ParamType):
 
 @click.command()
 @model_options
+@dry_run
 @click.option(
     "--position",
     type=PositionOrAll(),

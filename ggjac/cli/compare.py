@@ -6,7 +6,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ggjac.cli.options import ModelFile, ModelOptions, model_options, output_format, position, spectrum_options
+from ggjac.cli.options import (
+    ModelFile,
+    ModelOptions,
+    dry_run,
+    model_options,
+    output_format,
+    position,
+    spectrum_options,
+)
 
 if TYPE_CHECKING:
     from ggjac.analysis.compare import Comparison, Portrait
@@ -15,6 +23,7 @@ if TYPE_CHECKING:
 
 @click.command()
 @model_options
+@dry_run
 @click.option(
     "--with",
     "other",
@@ -65,7 +74,8 @@ def compare(
     first_envelope, first_healthy = first.envelope(), _health(first, a)
     ids = first.ids
     del first  # two models at once may not fit
-    second = Session(replace(what, model=other, prompt=None, file=None, tokens=ids), position=position, rank=rank)
+    what = replace(what, model=other, prompt=None, file=None, tokens=ids)
+    second = Session(what, position=position, rank=rank)
     b = _portrait(second, a.target, options)
     data = _data(second, set_side_by_side(a, b), options)
     data["reconstruction"] = {"a": first_healthy, "b": _health(second, b)}
@@ -91,13 +101,17 @@ def compare(
 
 
 def _check(session: "Session", other: Path) -> None:
-    """Refuse a file of another model before any work."""
+    """Refuse a file of another model before any work, and one that will not fit."""
+    from ggjac import planner
     from ggjac.analysis.compare import check_files, check_vocabularies
+    from ggjac.config import ModelConfig
     from ggjac.gguf import open_gguf
 
     ours, theirs = session.model.gguf, open_gguf(other)
     check_files(*({name: info.shape for name, info in file.tensors.items()} for file in (ours, theirs)))
     check_vocabularies(*(file.metadata.get("tokenizer.ggml.tokens") for file in (ours, theirs)))
+    shapes = {name: info.shape for name, info in theirs.tensors.items()}
+    planner.check(session.plan(theirs, ModelConfig.from_metadata(theirs.metadata, shapes)))
 
 
 def _portrait(session: "Session", target: int | None, options: dict[str, Any]) -> "Portrait":

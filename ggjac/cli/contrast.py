@@ -4,11 +4,12 @@ from pathlib import Path
 
 import click
 
-from ggjac.cli.options import ModelOptions, model_options, output, output_format, position
+from ggjac.cli.options import ModelOptions, dry_run, model_options, output, output_format, position
 
 
 @click.command()
 @model_options
+@dry_run
 @position
 @click.option("--top", type=click.IntRange(min=1), default=10, show_default=True, help="Likely tokens to compare.")
 @output("Save `y`, `linear_output` (J x), `offset`, `ordinary_output` [d] and `ids` [n] to this safetensors file.")

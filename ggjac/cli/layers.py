@@ -10,7 +10,6 @@ from ggjac.cli.options import (
     ModelOptions,
     dry_run,
     layer_options,
-    maps_together,
     model_options,
     output,
     output_format,
@@ -54,8 +53,7 @@ def layers(
     from ggjac.cli import depths, render, sections
     from ggjac.cli.session import Session, checkpoint, save
 
-    together = maps_together(layers, options["maps"], options["kinds"])
-    session = Session(what, position=position, rank=options["rank"], output=output, maps=together)
+    session = Session(what, position=position, rank=options["rank"], output=output)
     chosen = layers.of(session.model.config.block_count)
     settings = {key: options[key] for key in ("rank", "tol", "seed")}
     asked = {"layers": chosen, **{key: list(options[key]) for key in ("maps", "kinds")}}

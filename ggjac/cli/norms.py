@@ -4,11 +4,12 @@ from pathlib import Path
 
 import click
 
-from ggjac.cli.options import ModelOptions, model_options, output, output_format, position
+from ggjac.cli.options import ModelOptions, dry_run, model_options, output, output_format, position
 
 
 @click.command()
 @model_options
+@dry_run
 @position
 @click.option("--count", type=click.IntRange(min=1), default=3, show_default=True, help="Columns and rows a position.")
 @click.option(

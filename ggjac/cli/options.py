@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -171,6 +171,20 @@ class ModelOptions:
             except UnicodeDecodeError as error:
                 raise click.UsageError(f"--file {self.file} is not UTF-8 text ({error.reason})") from error
         return DEFAULT_PROMPT if self.prompt is None else self.prompt
+
+    def prompts(self) -> list["ModelOptions"]:
+        """Return the options of each prompt: lines of a file that are not empty, each once, or the one prompt given.
+
+        Raises:
+            click.UsageError: as `text`, or the file has no prompt.
+        """
+        text = self.text()
+        if self.file is None or text is None:
+            return [self]
+        lines = dict.fromkeys(part.removesuffix("\r") for part in text.split("\n") if part.strip())
+        if not lines:
+            raise click.UsageError(f"--file {self.file} has no prompt; write one on each line")
+        return [replace(self, file=None, prompt=part) for part in lines]
 
 
 _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
@@ -363,9 +377,7 @@ def dry_run(command: Callable) -> Callable:
         from ggjac.cli.planning import show_plan
 
         name = click.get_current_context().info_name or ""
-        known = {key: rest[key] for key in ("position", "rank", "output_format") if key in rest}
-        chosen = {key: rest[key] for key in ("layers", "maps", "kinds") if key in rest}
-        return show_plan(what, name, bench=False, maps=maps_together(**chosen) if chosen else None, **known)
+        return show_plan(what, name, rest, bench=False, output_format=rest.get("output_format", "table"))
 
     wrapped.__doc__, wrapped.__name__ = command.__doc__, command.__name__
     wrapped.__click_params__ = getattr(command, "__click_params__", [])  # type: ignore[attr-defined]

@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from ggjac import __version__, runs
+from ggjac import __version__, planner, runs
 from ggjac.analysis.prompts import token_ranks
 from ggjac.cli import sections
 from ggjac.cli.depths import stable
@@ -20,25 +20,7 @@ from ggjac.cli.progress import Reporter
 from ggjac.cli.render import finite, line, table, width
 from ggjac.cli.session import Session
 from ggjac.gguf import shown
-
-# Stacked vectors of a sweep: those of sixteen tokens. Memory is planned for as many maps.
-TOKENS_AT_ONCE, WIDTH = 16, 9
-
-
-def prompts(what: ModelOptions) -> list[ModelOptions]:
-    """Return the options of each prompt: the lines of the file that are not empty, each once, or the one prompt given.
-
-    Raises:
-        click.UsageError: the file has no prompt, or is not text.
-    """
-    text = what.text()
-    if what.file is None or text is None:
-        return [what]
-    lines = dict.fromkeys(part.removesuffix("\r") for part in text.split("\n") if part.strip())
-    if not lines:
-        raise click.UsageError(f"--file {what.file} has no prompt; write one on each line")
-    return [replace(what, file=None, prompt=part) for part in lines]
-
+from ggjac.sizes import TOKENS_AT_ONCE, block_width
 
 # How a record begins, as `json.dumps` writes it, and what else each has.
 _BEGINNING = f'{{"schema_version": {runs.SCHEMA_VERSION}, "prompt": '.encode()
@@ -125,7 +107,7 @@ def run_ranks(
     what: ModelOptions, output: Path | None, *, tol: float, seed: int, max_sweeps: int
 ) -> tuple[Session, list[dict[str, Any]], int]:
     """Compute what the file lacks; return the last session, all records in the order given, and how many were there."""
-    given = prompts(what)
+    given = what.prompts()
     if what.trace and len(given) > 1:
         raise click.UsageError("--trace keeps one prompt's forward pass, here are several; leave it out")
     report = Reporter(what.quiet)
@@ -136,16 +118,13 @@ def run_ranks(
     with report.stage("ranks") as update:
         for number, one in enumerate(given, 1):
             try:
-                session = Session(
-                    replace(one, quiet=True),
-                    rank=1,
-                    maps=lambda blocks: TOKENS_AT_ONCE,
-                    model=None if session is None else session.model,
-                )
+                session = Session(replace(one, quiet=True), rank=1, model=None if session is None else session.model)
             except click.UsageError as error:
                 if len(given) == 1:
                     raise
                 raise click.UsageError(f"{shown(one.prompt or '')}: {error.format_message()}") from error
+            if number == 1:
+                _check_longest(session, given)
             lines = lines or Lines(output, _settings(session, tol=tol, seed=seed))
             key = _key({"prompt": session.text, "tokens": session.tokens()})
             if _settled(lines.records.get(key), max_sweeps):
@@ -156,6 +135,18 @@ def run_ranks(
             update("prompt", number, len(given))
     assert session is not None
     return session, found, ready
+
+
+def _check_longest(session: Session, given: list[ModelOptions]) -> None:
+    """Refuse all prompts before any work if the longest of them cannot fit; what is no prompt is refused in its turn.
+
+    Raises:
+        NoFitError: with what it needs.
+    """
+    model = session.model
+    lengths = [len(model.tokenize(text)) for one in given[1:] if (text := one.text())]
+    n = min(max(lengths, default=1), model.config.context_length)
+    planner.check(session.plan(model.gguf, model.config, n, position=-1))
 
 
 def _settings(session: Session, *, tol: float, seed: int) -> dict[str, Any]:
@@ -170,10 +161,10 @@ def _settings(session: Session, *, tol: float, seed: int) -> dict[str, Any]:
 
 
 def _record(session: Session, settings: dict[str, Any], max_sweeps: int) -> dict[str, Any]:
-    start = time.perf_counter()
+    start, n = time.perf_counter(), len(session.ids)
     found = token_ranks(
         session.jacobian,
-        at_once=TOKENS_AT_ONCE * WIDTH,
+        at_once=TOKENS_AT_ONCE * block_width(1, n * session.model.config.d),
         tol=settings["tol"],
         seed=settings["seed"],
         max_sweeps=max_sweeps,

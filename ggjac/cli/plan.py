@@ -4,8 +4,11 @@ import click
 
 from ggjac.cli.options import ModelOptions, model_options, output_format, position
 
-# As `ggjac.planner.JOBS`, which would bring NumPy with it; a test holds them equal.
-PLANNED = ("analyze", "svd", "layers", "jacobian", "attribute", "predict")
+# As `ggjac.jobs.JOBS`, which would bring NumPy with it; a test holds them equal.
+PLANNED = (
+    *("analyze", "svd", "layers", "jacobian", "norms", "attribute", "contrast", "ranks", "compare", "steer"),
+    "predict",
+)
 
 
 @click.command()
@@ -18,7 +21,7 @@ PLANNED = ("analyze", "svd", "layers", "jacobian", "attribute", "predict")
     type=click.Choice(PLANNED),
     default="svd",
     show_default=True,
-    help="The command to plan.",
+    help="The command to plan, with its usual options; its own --dry-run takes others.",
 )
 @click.option("--no-bench", is_flag=True, help="Memory only: do not measure this machine for some two seconds.")
 @output_format
@@ -33,4 +36,5 @@ def plan(what: ModelOptions, position: int, rank: int, command: str, no_bench: b
     """
     from ggjac.cli.planning import show_plan
 
-    show_plan(what, command, rank=rank, position=position, bench=not no_bench, output_format=output_format)
+    options = {"rank": rank, "position": position}
+    show_plan(what, command, options, bench=not no_bench, output_format=output_format)

@@ -1,15 +1,15 @@
 """A command's plan: made from its options, printed as a table or JSON. Imports no torch before it measures."""
 
-import importlib.util
-from collections.abc import Iterator, Sequence
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import click
 
-from ggjac.cli.options import MapCount, ModelOptions
-from ggjac.planner import Budget, LayerPlan, Plan, Times
+from ggjac.cli.options import ModelOptions, maps_together
+from ggjac.planner import LayerPlan, Plan, Times
 
 PLACES = {
     "file": "in the file",
@@ -17,31 +17,50 @@ PLACES = {
     "device": "quantized, on the device",
     "pinned": "quantized, in RAM",
 }
+# Options of commands that `ggjac.jobs.Asked` has by the same name.
+_SAME = ("rank", "by", "count", "contrast", "per_token", "shuffles", "method", "layer", "max_tokens", "control")
 
 
 def show_plan(
-    what: ModelOptions,
-    command: str,
-    *,
-    rank: int = 8,
-    position: int = -1,
-    maps: MapCount | None = None,
-    bench: bool = True,
-    output_format: str = "table",
+    what: ModelOptions, command: str, params: Mapping[str, Any], *, bench: bool = True, output_format: str = "table"
 ) -> None:
-    """Print the plan of a command; exit with code 4 if it does not fit."""
+    """Print the plan of a command with its own options; exit with code 4 if it does not fit."""
     from ggjac.cli import render
+    from ggjac.planner import check
+
+    plans: list[Plan] = []
+    content: dict[str, Any] = {}
+    files = {"": what.model} | ({"other_model": params["other"]} if "other" in params else {})
+    for name, model in files.items():
+        one = dataclasses.replace(what, model=model)
+        made, data = _show_one(one, command, params, bench=bench, output_format=output_format)
+        plans.append(made)
+        content |= {name: data} if name else data
+    if output_format == "json":
+        render.emit_json(content)
+        if not all(made.fits for made in plans):
+            click.get_current_context().exit(4)
+    for made in plans:
+        check(made)
+
+
+def _show_one(
+    what: ModelOptions, command: str, params: Mapping[str, Any], *, bench: bool, output_format: str
+) -> tuple[Plan, dict[str, Any]]:
+    """Print the plan for one file, or leave that to the caller; return it, also as plain data."""
     from ggjac.config import ModelConfig
     from ggjac.demo import demo_path
     from ggjac.gguf import open_gguf
+    from ggjac.machine import device_kind
 
     with open_gguf(what.model or demo_path()) as file:
         config = ModelConfig.from_metadata(file.metadata, {name: t.shape for name, t in file.tensors.items()})
-        n = _count_tokens(what, file, config)
-        made = make_plan(what, file, config, n, command, rank=rank, position=position, maps=maps)
+        n, texts = _count_tokens(what, command, params, file, config)
+        asked = asked_by(params, config.block_count) | texts
+        made = make_plan(what, file, config, n, command, asked, device_kind(what.device))
         if output_format == "table":
             _show_memory(made, file.path)
-        times = rates = None
+        content = plan_data(made) | {"schema_version": 1, "path": str(file.path)}
         if bench and made.fits:
             from ggjac import bench as measure
             from ggjac.machine import cached_bytes
@@ -50,44 +69,42 @@ def show_plan(
                 file,
                 made.columns,
                 made.trace.types,
-                dtype=made.dtype,
+                dtype=made.job.dtype,
                 threads=what.threads,
                 device="cpu" if made.device == "cpu" else what.device.replace("auto", "cuda"),
             )
             cached = [cached_bytes(path) for path in file.paths]
             known = None if None in cached else sum(filter(None, cached))
             times = made.seconds(rates, cached=known)
-        if output_format == "json":
-            content = plan_data(made) | {"schema_version": 1, "path": str(file.path)}
-            if times and rates:
-                content |= {"rates": rates.data(), "times": times_data(times)}
-            render.emit_json(content)
-        elif times and rates:
-            _show_times(made, times, rates.lines())
-    if not made.fits:
-        from ggjac.planner import check
+            content |= {"rates": rates.data(), "times": times_data(times)}
+            if output_format == "table":
+                _show_times(made, times, rates.lines())
+    return made, content
 
-        if output_format == "json":
-            click.get_current_context().exit(4)
-        check(made)
+
+def asked_by(params: Mapping[str, Any], blocks: int) -> dict[str, Any]:
+    """Return what a command's options say about its work on a model of so many blocks, as `ggjac.jobs.Asked` has it."""
+    found: dict[str, Any] = {"rank": 1} | {name: params[name] for name in _SAME if params.get(name) is not None}
+    if "strengths" in params:
+        found["strengths"] = len(params["strengths"])
+    if params.get("position") is not None:
+        found["position"] = params["position"]
+    if "resume" in params:
+        found["saved"] = params.get("output") is not None
+    found["everywhere"] = bool(params.get("all_positions")) or ("position" in params and params["position"] is None)
+    chosen = {name: params[name] for name in ("layers", "maps", "kinds") if name in params}
+    maps = maps_together(**chosen) if chosen else None
+    if maps:
+        found["maps"] = maps(blocks)
+    return found
 
 
 def make_plan(
-    what: ModelOptions,
-    file: Any,
-    config: Any,
-    n: int,
-    command: str,
-    *,
-    rank: int = 8,
-    position: int = -1,
-    maps: MapCount | None = None,
+    what: ModelOptions, file: Any, config: Any, n: int, command: str, asked: Mapping[str, Any], device: str
 ) -> Plan:
-    """Return the plan of a command with the options given.
+    """Return the plan of a command; `asked` is from `asked_by`.
 
     Dense rows come all at once if the memory allows it; tapes go to the `--trace` folder only if they must.
-
-    `maps` tells for a number of blocks how many maps inside the network advance together.
 
     Raises:
         click.UsageError: the prompt is too long, or rank or position are out of range.
@@ -96,86 +113,89 @@ def make_plan(
 
     from ggjac import machine, planner
 
-    device = _device(what.device)
+    ram = machine.default_budget() if what.ram_budget is None else what.ram_budget
     vram = what.vram_budget
-    if device == "cuda" and vram is None:
-        number = what.device.partition(":")[2]
-        memory = machine.gpu_memory(int(number) if number.isdigit() else 0)
-        vram = memory[0] if memory else None
-
-    def made(*, tapes_on_disk: bool = False, chunk_bytes: int | None = None) -> Plan:
-        return planner.make(
+    if device != "cpu" and vram is None:
+        vram = machine.default_vram(what.device)
+    try:
+        return planner.fitting(
             file,
             config,
+            command,
             n,
-            planner.job(
-                command,
-                config,
-                n,
-                what.dtype,
-                rank=rank,
-                maps=maps and maps(config.block_count),
-                chunk_bytes=chunk_bytes,
-            ),
-            dtype=what.dtype,
+            what.dtype,
+            asked,
             mlp_path=what.mlp_path,
             device=device,
-            position=position,
             threads=what.threads or os.cpu_count() or 1,
-            budget=Budget(machine.default_budget() if what.ram_budget is None else what.ram_budget, vram),
-            tapes_on_disk=tapes_on_disk,
+            budget=planner.Budget(ram, vram),
+            tapes_on_disk=what.trace is not None,
         )
-
-    try:
-        whole = planner.all_rows(config, n, what.dtype)
-        if command == "jacobian" and whole > planner.CHUNK_BYTES and (plan := made(chunk_bytes=whole)).fits:
-            return plan
-        plan = made()
-        return plan if plan.fits or what.trace is None else made(tapes_on_disk=True)
     except planner.PlanError as error:
         raise click.UsageError(str(error)) from error
 
 
-def _device(name: str) -> str:
-    """Return `"cpu"` or `"cuda"`; `auto` means what torch would find, asked without importing it."""
-    if name != "auto":
-        return "cpu" if name.startswith("cpu") else "cuda"
-    from ggjac.machine import gpu_memory
+def _count_tokens(
+    what: ModelOptions, command: str, params: Mapping[str, Any], file: Any, config: Any
+) -> tuple[int, dict[str, int]]:
+    """Return the tokens of a command's trace, and of its other texts what the plan must know.
 
-    spec = importlib.util.find_spec("torch")
-    folder = Path(spec.origin).parent / "lib" if spec and spec.origin else None
-    with_cuda = folder is not None and any((folder / f).exists() for f in ("libtorch_cuda.so", "torch_cuda.dll"))
-    return "cuda" if with_cuda and gpu_memory() else "cpu"
-
-
-def _count_tokens(what: ModelOptions, file: Any, config: Any) -> int:
-    """Return the prompt's length; a text is tokenized by llama.cpp, token ids need nothing."""
+    A text is tokenized by llama.cpp, token ids need nothing.
+    """
     from ggjac.tokenizer import open_tokenizer
 
-    text = what.text()
-    if text is None:
-        ids = what.tokens or []
-    elif not text:
-        raise click.UsageError("the prompt is empty; give a text with -p or token ids with --tokens")
-    else:
-        keys = {key: file.metadata.get(f"tokenizer.ggml.{key}") for key in ("tokens", "model")}
-        types = file.metadata.get("tokenizer.ggml.token_type")
-        ids = open_tokenizer(file.path, types=types, **keys).encode(text)
-    for i in ids:
-        if not 0 <= i < config.vocabulary:
-            raise click.UsageError(f"token id {i} is out of range; the vocabulary has ids 0 to {config.vocabulary - 1}")
-    return len(ids)
+    tokenizer = None
+
+    def count(one: ModelOptions) -> int:
+        nonlocal tokenizer
+        text = one.text()
+        if text is None:
+            ids = one.tokens or []
+        elif not text:
+            raise click.UsageError("the prompt is empty; give a text with -p or token ids with --tokens")
+        else:
+            keys = {key: file.metadata.get(f"tokenizer.ggml.{key}") for key in ("tokens", "model")}
+            types = file.metadata.get("tokenizer.ggml.token_type")
+            tokenizer = tokenizer or open_tokenizer(file.path, types=types, **keys)
+            ids = tokenizer.encode(text)
+        for i in ids:
+            if not 0 <= i < config.vocabulary:
+                raise click.UsageError(
+                    f"token id {i} is out of range; the vocabulary has ids 0 to {config.vocabulary - 1}"
+                )
+        return len(ids)
+
+    if command == "ranks":
+        counts = [count(one) for one in what.prompts()]
+        return max(counts), {"prompts": len(counts)}
+    if command == "steer":
+        from ggjac.cli.steer import texts
+
+        text, concept = texts(what, params.get("concept"), params.get("concept_tokens"))
+        return count(concept), {"text": count(text)}
+    return count(what), {}
 
 
 def plan_data(made: Plan) -> dict[str, Any]:
     """Return a plan as plain data: bytes, weights, FLOP."""
     return {
         "command": made.job.name,
-        "tokens": made.n,
-        "dtype": made.dtype,
+        "tokens": made.job.n,
+        "prompts": made.job.prompts,
+        "dtype": made.job.dtype,
         "mlp_path": made.mlp_path,
         "device": made.device,
-        "sweeps": [asdict(part) for part in made.job.sweeps],
+        "sweeps": [
+            {
+                "what": step.what,
+                "count": step.count,
+                "vectors": step.vectors,
+                "bytes": made.over(step.over).nbytes,
+                "flop": step.vectors * made.over(step.over).flop,
+            }
+            for step in made.job.sweeps
+        ],
+        "lookups": [asdict(step) | {"bytes": made.lookup(step).nbytes} for step in made.job.lookups],
         "layers": [
             {
                 "index": layer.index,
@@ -230,6 +250,12 @@ def _alike(layers: Sequence[LayerPlan]) -> Iterator[tuple[str, LayerPlan]]:
         yield ", ".join(f"{a}-{b}" if b > a else str(a) for a, b in spans), alike[0]
 
 
+def _tokens(made: Plan) -> str:
+    """Name what is traced."""
+    n, prompts = made.job.n, made.job.prompts
+    return f"{n} tokens" if prompts == 1 else f"{prompts} prompts of up to {n} tokens"
+
+
 def _show_memory(made: Plan, path: Path) -> None:
     """Print layers, memory and the verdict."""
     from ggjac.cli import render
@@ -237,8 +263,8 @@ def _show_memory(made: Plan, path: Path) -> None:
 
     size = render.size
     render.line(
-        f"{shown(path)}: {size(made.file_bytes)}, {len(made.layers)} layers; ggjac {made.job.name}, {made.n} tokens, "
-        f"{made.dtype}, on the {'CPU' if made.device == 'cpu' else 'GPU'}"
+        f"{shown(path)}: {size(made.file_bytes)}, {len(made.layers)} layers; ggjac {made.job.name}, {_tokens(made)}, "
+        f"{made.job.dtype}, on the {'CPU' if made.device == 'cpu' else 'GPU'}"
     )
     render.line("")
     rows = [
@@ -257,11 +283,18 @@ def _show_memory(made: Plan, path: Path) -> None:
     columns = ["layer", "#stored", "#a sweep reads", "#live weights", "#dense", "#tape", "#GFLOP/vector", "waits"]
     render.table("Each layer", columns, rows)
     sweeps = [
-        (part.what, part.count, part.vectors, f"{part.vectors * made.sweep.flop / 1e9:.3g}") for part in made.job.sweeps
+        (
+            step.what,
+            step.count * made.job.prompts,
+            step.vectors,
+            size(made.over(step.over).nbytes),
+            f"{step.vectors * made.over(step.over).flop / 1e9:.3g}",
+        )
+        for step in made.job.sweeps
     ]
-    total = f"a sweep reads {size(made.sweep.nbytes)}, the trace {size(made.trace.nbytes)}"
     if sweeps:
-        render.table(f"Sweeps ({total})", ["for", "#sweeps", "#stacked vectors", "#GFLOP each"], sweeps)
+        columns = ["for", "#sweeps", "#stacked vectors", "#each reads", "#GFLOP each"]
+        render.table(f"Sweeps (the trace reads {size(made.trace.nbytes)})", columns, sweeps)
     for kind, parts, needed, peak, budget in (
         ("Memory", made.ram, made.ram_needed, made.ram_peak, made.budget.ram),
         ("Device memory", made.vram, made.vram_needed, made.vram_peak, made.budget.vram),

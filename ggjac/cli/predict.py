@@ -4,11 +4,12 @@ from pathlib import Path
 
 import click
 
-from ggjac.cli.options import ModelOptions, model_options, output, output_format, position
+from ggjac.cli.options import ModelOptions, dry_run, model_options, output, output_format, position
 
 
 @click.command()
 @model_options
+@dry_run
 @position
 @click.option("-k", "--top", type=click.IntRange(min=1), default=5, show_default=True, help="Tokens to show.")
 @click.option("--all-positions", is_flag=True, help="Save the logits of every position.")

@@ -4,11 +4,12 @@ from pathlib import Path
 
 import click
 
-from ggjac.cli.options import ModelOptions, iteration_options, model_options, output, output_format
+from ggjac.cli.options import ModelOptions, dry_run, iteration_options, model_options, output, output_format
 
 
 @click.command()
 @model_options
+@dry_run
 @iteration_options
 @output("Append a JSON line for each prompt to this file; prompts that it holds already are not computed again.")
 @output_format

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ggjac import parity, planner, runs
+from ggjac import jobs, parity, runs
 from ggjac.analysis.attribution import Attribution, attribute
 from ggjac.analysis.contrast import Agreement, Contrast, contrast, ordinary_jacobian
 from ggjac.analysis.contributions import contributions
@@ -172,7 +172,7 @@ def sweeps_left(history: list[float], sweep: int, tol: float) -> int:
     Before that is known, as many as spectra of models usually take.
     """
     if len(history) < 2 or not 0 < history[-1] < history[0]:
-        return max(0, planner.EXPECTED_SWEEPS - sweep)
+        return max(0, jobs.EXPECTED_SWEEPS - sweep)
     per_sweep = math.log(history[0] / history[-1]) / (len(history) - 1)
     return max(0, math.ceil(math.log(history[-1] / tol) / per_sweep) - 1)
 

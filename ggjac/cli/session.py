@@ -15,18 +15,18 @@ import numpy as np
 import torch
 
 from ggjac import __version__, machine, planner, runs
-from ggjac.cli.options import MapCount, ModelOptions
-from ggjac.cli.planning import make_plan
+from ggjac.cli.options import ModelOptions
+from ggjac.cli.planning import asked_by, make_plan
 from ggjac.cli.progress import Reporter
 from ggjac.cli.render import line, table
+from ggjac.config import ModelConfig
+from ggjac.gguf import GGUFFile
 from ggjac.jacobian import DetachedJacobian
+from ggjac.jobs import JOBS
 from ggjac.journal import Journal, JournalError
-from ggjac.model import Model, PromptError, Trace, open_model
+from ggjac.model import DeviceError, Model, PromptError, Trace, open_model
 from ggjac.tapes import TapeError, Tapes
 from ggjac.tokenizer import bos_warning, visible
-
-# A command that has no plan of its own, and takes what another one does.
-LIKE = {"norms": "jacobian"}
 
 # Between checkpoints, at least.
 CHECKPOINT_SECONDS = 30.0
@@ -43,8 +43,8 @@ class Session:
         rank: int | None = None,
         output: Path | None = None,
         tapes: bool = True,
-        maps: MapCount | None = None,
         model: Model | None = None,
+        fit: bool = True,
     ):
         self.what, self.tapes = what, tapes
         self.journal: Journal | None = None
@@ -53,9 +53,12 @@ class Session:
         machine.return_freed_memory()
         self.report = Reporter(what.quiet)
         self.text = what.text()
-        self.model: Model = model or open_model(
-            what.model, device=_device(what.device), dtype=what.dtype, threads=what.threads
-        )
+        try:
+            self.model: Model = model or open_model(
+                what.model, device=what.device, dtype=what.dtype, threads=what.threads
+            )
+        except DeviceError as error:
+            raise click.UsageError(f"--device: {error}") from error
         for source in (*self.model.gguf.paths, what.file):
             if output and source and output.exists() and output.samefile(source):
                 raise click.UsageError(f"--output {output} is an input of this command; choose another name")
@@ -72,24 +75,37 @@ class Session:
         self.position = position % n
         this = weakref.proxy(self)  # or neither would go with its last reference, nor the model
         self.report.work = lambda: this._work()
-        self._fit(rank, maps)
+        if fit:
+            self.fit()
         self.warning = bos_warning(self.model.tokenizer, self.ids)
 
-    def _fit(self, rank: int | None, maps: MapCount | None) -> None:
+    def fit(self, n: int | None = None, **asked: Any) -> None:
         """Refuse work that its budget cannot hold, before it starts, and keep ready what the budget has room for.
 
-        Commands without a plan of their own count as a trace and few sweeps, or as what else they do.
+        Arguments as those of `plan`.
 
         Raises:
             NoFitError: with what is needed, and what to lower.
         """
-        name = click.get_current_context().info_name or ""
-        command = name if name in planner.JOBS else LIKE.get(name, "attribute" if self.tapes else "predict")
-        file, config, n = self.model.gguf, self.model.config, len(self.ids)
-        plan = make_plan(self.what, file, config, n, command, rank=rank or 1, position=self.position, maps=maps)
-        planner.check(plan)
-        self.model.weights.place(plan.places, plan.room)
-        self._resident, self._chunk_bytes = not plan.tapes_on_disk, plan.job.chunk_bytes
+        plan = self.plan(self.model.gguf, self.model.config, n, **asked)
+        self.model.fit(plan)
+        self._resident = not plan.tapes_on_disk
+
+    def plan(self, file: GGUFFile, config: ModelConfig, n: int | None = None, **asked: Any) -> planner.Plan:
+        """Return the plan of this command with its options on a file.
+
+        Commands that are not planned count as a trace and few sweeps.
+
+        Args:
+            file, config: of the model, or of another one like it.
+            n: tokens of the trace; default the prompt's.
+            asked: what the options do not say, as `ggjac.jobs.Asked` has it.
+        """
+        context = click.get_current_context()
+        name = context.info_name
+        command = name if name in JOBS else "attribute" if self.tapes else "predict"
+        wanted = asked_by(context.params, config.block_count) | {"position": self.position} | asked
+        return make_plan(self.what, file, config, n or len(self.ids), command, wanted, self.model.device.type)
 
     @cached_property
     def trace(self) -> Trace:
@@ -153,7 +169,7 @@ class Session:
         missing = [parent for parent in folder.parents if not parent.exists()]
         output = settings.pop("output")  # where to is not what
         identity = self._prompt_identity() | {"position": self.position} | settings | self._machine_identity()
-        identity["ram-budget for dense rows"] = self._chunk_bytes  # how many rows a sweep carries
+        identity["ram-budget for dense rows"] = self.model.chunk_bytes  # how many rows a sweep carries
         with Journal.open(folder, identity, resume=resume, every=CHECKPOINT_SECONDS) as self.journal:
             try:
                 runs.remove_unfinished(output)
@@ -202,7 +218,7 @@ class Session:
     def jacobian(self) -> DetachedJacobian:
         """The Jacobian at the chosen position."""
         jacobian = self.trace.jacobian(self.position)
-        jacobian.sweep.journal, jacobian.chunk_bytes = self.journal, self._chunk_bytes
+        jacobian.sweep.journal = self.journal
         return jacobian
 
     def _work(self) -> tuple[int, int]:
@@ -280,29 +296,6 @@ class Session:
             "seconds": dict(self.report.seconds),
             "peak_memory_bytes": runs.peak_memory(),
         }
-
-
-def _device(name: str) -> torch.device | str:
-    """Return the device that `--device` names, if this torch can use it.
-
-    Raises:
-        click.UsageError: there is no device of that name.
-        ValueError: there is, but not here.
-    """
-    if name == "auto":
-        return name
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise click.UsageError(f"--device {name!r} is unknown; try auto, cpu or cuda") from None
-    if device.type == "meta":
-        raise click.UsageError("--device meta holds no numbers; try auto, cpu or cuda")
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).split(". ")[0].rstrip(".")  # torch goes on to list all its backends
-        raise ValueError(f"--device {name} was asked for, but torch cannot use it here ({reason}); use cpu") from None
-    return device
 
 
 def checkpoint(output: Path | None, resume: bool) -> Path | None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from ggjac.cli.options import ModelOptions, TokenIds, model_options, output, output_format
+from ggjac.cli.options import ModelOptions, TokenIds, dry_run, model_options, output, output_format
 
 if TYPE_CHECKING:
     from ggjac.analysis.steering import Generated, Steering
@@ -38,6 +38,7 @@ class Strengths(click.ParamType):
 
 @click.command()
 @model_options
+@dry_run
 @click.option(
     "--concept", help=f"Text whose map pushes.  [default: {DEFAULT_CONCEPT!r}, or a prompt of --tokens itself]"
 )
@@ -100,24 +101,20 @@ def steer(
     ggjac steer -m model.gguf -p "I am going to Arizona to see the" --concept "The bridge is the Golden" --strength 0.5
     """
     from ggjac import runs
-    from ggjac.analysis.steering import changed_layer, default_layer
+    from ggjac.analysis.steering import changed_layer
     from ggjac.analysis.steering import steer as run
     from ggjac.cli import render
     from ggjac.cli.session import Session
     from ggjac.control_vector import check_layer, save_control_vector
     from ggjac.model import PromptError
+    from ggjac.sizes import default_layer
 
-    if concept is not None and concept_tokens is not None:
-        raise click.UsageError("--concept and --concept-tokens both give a concept; use one of them")
+    what, of_concept = texts(what, concept, concept_tokens)
     if control_vector and output and control_vector.resolve() == output.resolve():
         raise click.UsageError("--output and --export-control-vector name the same file; choose another name")
-    if what.trace:
-        raise click.UsageError("--trace keeps one prompt's forward pass; steer runs several texts, and keeps none")
-    if what.prompt is None and what.file is None and what.tokens is None:
-        what = dataclasses.replace(what, prompt=DEFAULT_PROMPT)
     if control_vector:
         runs.check_writable(control_vector)
-    session = Session(what, output=output)
+    session = Session(what, output=output, fit=False)
     model, blocks = session.model, session.model.config.block_count
     layer = layer or default_layer(blocks)
     if layer > blocks:
@@ -129,13 +126,9 @@ def steer(
                     f"--export-control-vector {control_vector} is an input of this command; choose another name"
                 )
         check_layer(changed_layer(method, layer), blocks)
-    if concept is None and concept_tokens is None:
-        if what.tokens is None:
-            concept = DEFAULT_CONCEPT
-        else:  # there may be no tokenizer
-            concept_tokens = session.ids
+    concept = of_concept.text()
     try:
-        ids = model.check_prompt(concept_tokens or [] if concept is None else model.tokenize(concept))
+        ids = model.check_prompt((of_concept.tokens or []) if concept is None else model.tokenize(concept))
     except PromptError as error:
         raise click.UsageError(f"--concept: {error}") from error
     if len(session.ids) + max_tokens > model.config.context_length:
@@ -143,6 +136,7 @@ def steer(
             f"--max-tokens {max_tokens}: with the prompt's {len(session.ids)} that is more than the model's context, "
             f"{model.config.context_length}"
         )
+    session.fit(len(ids), text=len(session.ids), position=-1)
     with session.report.stage("steer") as update:
         result = run(
             model,
@@ -176,6 +170,26 @@ def steer(
     _show(session, content["steering"])
     session.show_saved(output)
     session.show_saved(control_vector)
+
+
+def texts(
+    what: ModelOptions, concept: str | None, concept_tokens: list[int] | None
+) -> tuple[ModelOptions, ModelOptions]:
+    """Return the options with the text to be continued, and with the concept in its place; each has a default.
+
+    Raises:
+        click.UsageError: two concepts, or a folder for one of the texts.
+    """
+    if concept is not None and concept_tokens is not None:
+        raise click.UsageError("--concept and --concept-tokens both give a concept; use one of them")
+    if what.trace:
+        raise click.UsageError("--trace keeps one prompt's forward pass; steer runs several texts, and keeps none")
+    if what.prompt is None and what.file is None and what.tokens is None:
+        what = dataclasses.replace(what, prompt=DEFAULT_PROMPT)
+    if concept is None and concept_tokens is None:
+        # There may be no tokenizer.
+        concept, concept_tokens = (DEFAULT_CONCEPT, None) if what.tokens is None else (None, what.tokens)
+    return what, dataclasses.replace(what, prompt=concept, file=None, tokens=concept_tokens)
 
 
 def _data(session: "Session", result: "Steering", concept: str | None) -> dict[str, Any]:

@@ -17,6 +17,8 @@ import tempfile
 import time
 from typing import Any
 
+from ggjac.jobs import JOBS
+
 
 def anonymous(pid: int) -> int:
     """Return the bytes of anonymous memory of a process; 0 once it has ended."""
@@ -45,7 +47,7 @@ def compare(path: str, n: int, options: argparse.Namespace, rest: list[str]) -> 
     """Return one line of the table."""
     ids = ",".join(str(i % 200 + 3) for i in range(n))
     common = ["-m", path, "--tokens", ids, "--dtype", options.dtype, "-q", *rest]
-    rank = ["-k", str(options.rank)] if options.command in ("svd", "analyze") else []
+    rank = ["-k", str(options.rank)] if options.command in ("svd", "analyze", "layers") else []
     planned, _, _ = run("plan", *common, "--for", options.command, "-k", str(options.rank))
     with tempfile.TemporaryDirectory() as folder:
         more = ["--no-verify", "-o", f"{folder}/run"] if options.command == "analyze" else []
@@ -57,7 +59,8 @@ def compare(path: str, n: int, options: argparse.Namespace, rest: list[str]) -> 
     def cell(predicted: float, measured: float) -> None:
         cells.append(f"{predicted:8.2f} / {measured:<8.2f} {predicted / max(measured, 1e-9):5.2f}")
 
-    cell(times["trace"]["total"], took["trace"])
+    if "trace" in took:
+        cell(times["trace"]["total"], took["trace"])
     if "svd" in took:
         # The stage ends with decoding both sides.
         decoding = times["decoding"]["total"]
@@ -73,7 +76,7 @@ def main() -> None:
     parser.add_argument("--tokens", default="8", help="lengths of prompts, comma-separated")
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--for", dest="command", default="svd", choices=("svd", "analyze", "jacobian"))
+    parser.add_argument("--for", dest="command", default="svd", choices=[name for name in JOBS if name != "compare"])
     options, rest = parser.parse_known_args()
     print(f"predicted / measured, ratio; {options.command}, {options.dtype}, load {os.getloadavg()[0]:.1f}")
     print(f"{'model':24} {'n':>5}  {'peak MiB':23}   {'trace s':25}   {'one sweep s':25}   all s")

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ggjac import machine, planner
+from ggjac import jobs, machine, planner
 from ggjac.bench import disk_rate
 from ggjac.jacobian import DetachedJacobian
 from ggjac.model import Model, open_model
@@ -140,15 +140,12 @@ def main() -> None:
         plan = planner.make(
             model.gguf,
             model.config,
-            n,
-            planner.job("svd", model.config, n, options.dtype, rank=options.rank),
-            dtype=options.dtype,
+            jobs.job("svd", model.config, n, options.dtype, rank=options.rank),
             threads=threads,
             budget=planner.Budget(options.ram_budget),
             tapes_on_disk=options.tapes_on_disk,
         )
-        planner.check(plan)
-        model.weights.place(plan.places, plan.room)
+        model.fit(plan)
         disk, _ = disk_rate(model.gguf)
         print(f"{options.model.name}: {model.gguf.nbytes / 1e9:.1f} GB, {model.config.block_count} blocks; ", end="")
         print(
