@@ -221,13 +221,14 @@ def test_each_position_has_a_table_of_its_own(html: str) -> None:
     for entry, summary in zip(entries, found.find("summary"), strict=True):
         sigma = f"σ {entry['triplets'][0]['singular_value']:.4f}"
         assert summary.startswith(" ".join(f"{entry['position']} {entry['token']} {sigma}".split()))
+        assert " ".join(" ".join(entry["triplets"][0]["left"][:3]).split()) in summary
         assert ("not converged" in summary) == (entry["position"] == 2)
     rows = found.find("tr")
     for entry in entries:
         for triplet in entry["triplets"]:
             words = " ".join(" ".join([*triplet["left"], *triplet["right"]]).split())
             assert any(row.endswith(words) for row in rows)
-    assert [a for tag, a in found.elements if tag == "details" and "open" in a], "few positions stand open"
+    assert all("open" in a for tag, a in found.elements if tag == "details"), "few positions stand open"
 
 
 def test_many_positions_are_folded_and_cut() -> None:

@@ -251,7 +251,9 @@ def _heat(heat: Heat) -> Any:
         if heat.tilted or panel.span > 1:
             axes.tick_params(axis="x", rotation=60)
         axes.set_xlabel(panel.name)
-        figure.colorbar(mesh, ax=axes, pad=0.02, fraction=0.05 if len(widths) == 1 else 0.1).ax.tick_params(labelsize=7)
+        figure.colorbar(mesh, ax=axes, pad=0.02, fraction=0.1 if widths[i] < 12 else 0.03, aspect=30).ax.tick_params(
+            labelsize=7
+        )
     drawn[0].set_ylabel(heat.label)
     figure.suptitle(_label(heat.title), x=0.02, ha="left", fontsize=10)
     return figure

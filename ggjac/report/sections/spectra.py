@@ -7,9 +7,9 @@ from ggjac.report.load import Run
 from ggjac.report.numbers import aligned, fixed, percent, power, signed
 from ggjac.report.sections.common import SHOWN
 
-# Of the tables for each position: positions up to which they stand open, those up to which they are shown whole, and
+# Of the tables for each position: triplets up to which they stand open, positions up to which they are shown whole, and
 # what is shown of each beyond that.
-OPEN, WHOLE, TRIPLETS, WORDS = 8, 32, 2, 4
+OPEN, WHOLE, TRIPLETS, WORDS = 40, 32, 2, 4
 
 
 def spectrum(run: Run) -> dict[str, Any] | None:
@@ -96,7 +96,7 @@ def per_token(run: Run) -> dict[str, Any] | None:
     sigmas = iter(aligned([t["singular_value"] for entry in entries for t in entry["triplets"][:triplets]]))
     return {
         "charts": charts.per_token(run),
-        "open": len(entries) <= OPEN,
+        "open": sum(len(entry["triplets"]) for entry in entries) <= OPEN,
         "cut": max(len(entry["triplets"]) for entry in entries) > TRIPLETS if triplets else False,
         "positions": [
             {
