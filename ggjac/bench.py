@@ -21,6 +21,7 @@ DISK_BYTES = 64 << 20  # of each, at most
 READ_BYTES = 8 << 20
 CACHED_RATE = 100e9  # bytes per second: what stands for the disk where it cannot be asked
 COPY_ELEMENTS = 1 << 24
+TOUCH_BYTES = 64 << 20
 TURNS = 3  # of dequantizing and multiplying, each way, at least
 MOST_COLUMNS = 256  # of a product to measure: beyond, the rate stays what it is, and measuring takes too long
 
@@ -35,6 +36,7 @@ class Measured:
         multiply: FLOP per second, by number of columns (stacked vectors times positions).
         copy: bytes per second that a copy in memory reads and writes together.
         bus: bytes per second from pinned memory to the device; infinite on the CPU.
+        touch: bytes per second of memory that is used for the first time; infinite on a device.
         call: seconds that applying a matrix costs besides; see `call_seconds`.
         dtype, threads, device: what was asked for.
         seconds: what measuring took.
@@ -46,6 +48,7 @@ class Measured:
     multiply: Mapping[int, float]
     copy: float
     bus: float = math.inf
+    touch: float = math.inf
     call: float = 0.0
     dtype: str = "float32"
     threads: int = 1
@@ -77,6 +80,7 @@ class Measured:
             "flop_per_second": {str(columns): rate for columns, rate in self.multiply.items()},
             "copy_bytes_per_second": self.copy,
             "bus_bytes_per_second": None if math.isinf(self.bus) else self.bus,
+            "touch_bytes_per_second": None if math.isinf(self.touch) else self.touch,
             "call_seconds": self.call,
             "dtype": self.dtype,
             "threads": self.threads,
@@ -144,6 +148,7 @@ def measure(
             multiply={count: turn_rates(file, main, count, dtype, threads, device)[1] for count in columns},
             copy=copy_rate(),
             bus=math.inf if device == "cpu" else bus_rate(device),
+            touch=touch_rate() if device == "cpu" else math.inf,
             call=call_seconds(file, main, dtype, threads, device),
             dtype=dtype,
             threads=threads,
@@ -260,6 +265,14 @@ def copy_rate() -> float:
 
     source, target = torch.ones(COPY_ELEMENTS), torch.ones(COPY_ELEMENTS)
     return 2 * source.nbytes / seconds_of(lambda: target.copy_(source), 0.1)
+
+
+def touch_rate() -> float:
+    """Return bytes per second of writing memory that is fresh from the system, which clears each page first."""
+    import torch
+
+    # Larger than what an allocator keeps for the next one that asks.
+    return TOUCH_BYTES / seconds_of(lambda: torch.zeros(TOUCH_BYTES, dtype=torch.uint8).add_(1), 0.05)
 
 
 def bus_rate(device: str) -> float:

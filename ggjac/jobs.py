@@ -26,6 +26,8 @@ ITEM_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
 # Sweeps until eight residuals are below 1e-3, up and down counted singly: 6 to 10 on spectra like those of models.
 EXPECTED_SWEEPS = 8
+# In bfloat16, whose rounding rests above 1e-3: until the residuals no longer fall.
+FLOOR_SWEEPS = {"bfloat16": 11}
 
 
 class PlanError(ValueError):
@@ -157,7 +159,7 @@ class Asked:
     Attributes:
         rank: triplets.
         position: of the output, negative from the end; `everywhere`: all of them (`attribute`, `predict`).
-        sweeps: of a decomposition: nobody knows them before.
+        sweeps: of a decomposition: nobody knows them before; None for as many as usual.
         chunk_bytes: of dense rows; None for the usual.
         maps: inside the network, that advance together; None for what `layers` does without options.
         contrast, per_token, shuffles: parts of `analyze` and `svd`; how many shuffled vectors are decoded.
@@ -172,7 +174,7 @@ class Asked:
     rank: int = 8
     position: int = -1
     everywhere: bool = False
-    sweeps: int = EXPECTED_SWEEPS
+    sweeps: int | None = None
     chunk_bytes: int | None = None
     maps: int | None = None
     contrast: bool = False
@@ -260,6 +262,11 @@ class _Order:
         assert self.asked.chunk_bytes is not None
         return self.asked.chunk_bytes
 
+    @property
+    def sweeps(self) -> int:
+        """Of a decomposition."""
+        return self.asked.sweeps or FLOOR_SWEEPS.get(self.dtype, EXPECTED_SWEEPS)
+
     def of(self, *steps: Sweeps | Lookup, **more: Any) -> Job:
         """Return a job of some steps."""
         return Job("", self.n, self.reached, self.dtype, steps, **more)
@@ -294,7 +301,7 @@ class _Order:
 
     def spectrum(self) -> tuple[Sweeps | Lookup, ...]:
         """Return the decomposition of the joint map, and what its vectors say, also beside chance."""
-        rank, width, sweeps = self.asked.rank, self.width(self.n), self.asked.sweeps
+        rank, width, sweeps = self.asked.rank, self.width(self.n), self.sweeps
         joint = Sweeps("svd", sweeps, width, krylov=(Krylov(1, self.n, width, sweeps),))
         return joint, Lookup("decoding", head=rank, embedding=rank * self.n)
 
@@ -305,7 +312,7 @@ class _Order:
 
     def per_token(self) -> tuple[Sweeps | Lookup, ...]:
         """Return the decomposition of each position's own map; what goes up is put in its place before."""
-        maps, rank, sweeps = self.reached, self.asked.rank, self.asked.sweeps
+        maps, rank, sweeps = self.reached, self.asked.rank, self.sweeps
         width = self.width(1)
         bases = (Krylov(maps, 1, width, sweeps),)
         return (
@@ -327,7 +334,7 @@ class _Order:
         Cumulative, blockwise and maps to the end make up 7/3 of those that advance together. Their left vectors are
         decoded.
         """
-        maps, rank, sweeps, blocks = self.asked.maps, self.asked.rank, self.asked.sweeps, self.config.block_count
+        maps, rank, sweeps, blocks = self.asked.maps, self.asked.rank, self.sweeps, self.config.block_count
         readout = Lookup("readout", logits=blocks + 1)
         maps = 3 * blocks if maps is None else maps
         if not maps:
@@ -390,7 +397,7 @@ def _norms(order: _Order) -> Job:
 
 def _ranks(order: _Order) -> Job:
     """The joint map and those of all positions together, so many vectors at a time; see `analysis.prompts`."""
-    n, reached, sweeps, item = order.n, order.reached, order.asked.sweeps, order.item
+    n, reached, sweeps, item = order.n, order.reached, order.sweeps, order.item
     width = order.width(n, rank=1)
     limit = min(TOKENS_AT_ONCE * width, order.at_once())
     bases = Krylov(1, n, width, sweeps), Krylov(reached, 1, width, sweeps)

@@ -703,6 +703,10 @@ class Rates(Protocol):
         """Bytes read from the model's disk."""
 
     @property
+    def touch(self) -> float:
+        """Bytes of memory that is used for the first time: the system clears it, page by page."""
+
+    @property
     def call(self) -> float:
         """Seconds, not per second: what applying a matrix costs besides its bytes, weights and FLOP."""
 
@@ -790,6 +794,7 @@ def _times(plan: Plan, rates: Rates, cached: int, free: int) -> Times:
             continue
         if not ready:
             disk, ready = max(0, dense.nbytes - room) / rates.disk, True
-            parts.append(Time("making layers ready", prompts, disk, reading(dense.types), 0.0, 0.0))
+            made = reading(dense.types) + dense.weights * ITEM_BYTES[plan.job.dtype] / rates.touch
+            parts.append(Time("making layers ready", prompts, disk, made, 0.0, 0.0))
         parts.append(sweeps(step))
     return Times(tuple(parts))

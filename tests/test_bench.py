@@ -31,6 +31,7 @@ def test_rates_of_products_between_and_beyond_those_measured() -> None:
 def test_data_and_lines() -> None:
     data = RATES.data()
     assert data["bus_bytes_per_second"] is None
+    assert data["touch_bytes_per_second"] is None
     assert data["flop_per_second"] == {"8": 1e10, "32": 4e10}
     assert data["disk_method"] == "made up"
     assert dataclasses.replace(RATES, bus=5e9).data()["bus_bytes_per_second"] == 5e9
@@ -93,6 +94,7 @@ def test_square_products_and_copies_count_what_they_do(monkeypatch: pytest.Monke
     monkeypatch.setattr(bench, "seconds_of", once)
     assert bench.square_rate("float32", size=8) == 2 * 8**3
     assert bench.copy_rate() == 2 * 4 * bench.COPY_ELEMENTS
+    assert bench.touch_rate() == bench.TOUCH_BYTES
 
 
 def test_disk_reads_every_byte_of_a_small_file_once(tiny_file: TinyFile, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -120,5 +122,5 @@ def test_all_of_it(monkeypatch: pytest.MonkeyPatch, tiny_file: TinyFile) -> None
     assert list(found.multiply) == [5, 40, bench.MOST_COLUMNS]
     assert (found.dtype, found.threads, found.device) == ("bfloat16", 2, "cpu")
     assert math.isinf(found.bus)
-    assert min(*found.types.values(), *found.multiply.values(), found.disk, found.copy, found.call) > 0
+    assert min(*found.types.values(), *found.multiply.values(), found.disk, found.copy, found.touch, found.call) > 0
     assert torch.get_num_threads() == threads

@@ -14,6 +14,8 @@ from test_planner import held
 from ggjac import jobs
 from ggjac.cli import main, session
 from ggjac.cli.planning import asked_by
+from ggjac.config import ModelConfig
+from ggjac.gguf import open_gguf
 from ggjac.jacobian import SharedSweep
 from ggjac.weights import WeightStore
 
@@ -247,3 +249,11 @@ def test_budgets_hold_by_smaller_chunks(tiny_file: TinyFile, monkeypatch: pytest
         assert tight["fits"] is True
         count = [sum(step["count"] for step in plan["sweeps"]) for plan in (ample, tight)]
         assert count[0] < count[1]
+
+
+def test_in_bfloat16_sweeps_go_on_until_its_rounding_shows(tiny_file: TinyFile) -> None:
+    with open_gguf(tiny_file("plain")) as file:
+        config = ModelConfig.from_metadata(file.metadata, {t.name: t.shape for t in file.tensors.values()})
+    counts = {dtype: jobs.job("svd", config, 5, dtype).sweeps[0].count for dtype in jobs.ITEM_BYTES}
+    assert counts == {"float64": 8, "float32": 8, "float16": 8, "bfloat16": 11}
+    assert jobs.job("svd", config, 5, "bfloat16", sweeps=4).sweeps[0].count == 4
