@@ -12,11 +12,14 @@ from click.testing import CliRunner
 from test_planner import held
 
 from ggjac import jobs
+from ggjac.analysis.steering import steer
 from ggjac.cli import main, session
 from ggjac.cli.planning import asked_by
 from ggjac.config import ModelConfig
+from ggjac.generation import Continuation
 from ggjac.gguf import open_gguf
 from ggjac.jacobian import SharedSweep
+from ggjac.model import open_model
 from ggjac.weights import WeightStore
 
 TinyFile = Callable[..., Path]
@@ -257,3 +260,23 @@ def test_in_bfloat16_sweeps_go_on_until_its_rounding_shows(tiny_file: TinyFile) 
     counts = {dtype: jobs.job("svd", config, 5, dtype).sweeps[0].count for dtype in jobs.ITEM_BYTES}
     assert counts == {"float64": 8, "float32": 8, "float16": 8, "bfloat16": 11}
     assert jobs.job("svd", config, 5, "bfloat16", sweeps=4).sweeps[0].count == 4
+
+
+@pytest.mark.parametrize("case", ["gqa", "head_dim_wide"])
+def test_keys_and_values_of_texts_are_counted(case: str, tiny_file: TinyFile, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of every block, and of the one that is being extended twice."""
+    found: list[int] = []
+    extend = Continuation.extend
+
+    def counted(self: Continuation, ids: Any) -> Any:
+        outputs = extend(self, ids)
+        found.append(sum(part.nbytes for past in self._past if past is not None for part in past))
+        return outputs
+
+    monkeypatch.setattr(Continuation, "extend", counted)
+    model = open_model(tiny_file(case))
+    steer(model, [5, 6, 7], [8, 9], max_tokens=6)
+    job = jobs.job("steer", model.config, 2, "float32", text=3, max_tokens=6)
+    cache = next(step.held["cache"] for step in job.sweeps if step.what == "tokens")
+    blocks, capacity = model.config.block_count, 3 + 6
+    assert cache * blocks / (blocks + 1) / capacity == max(found) / (capacity - 1)  # the last one is not looked at
