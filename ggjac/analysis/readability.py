@@ -102,8 +102,9 @@ def coherence(ids: Int[Tensor, "k top"], embedding: Weight) -> Float[Tensor, " k
 
 
 def _coherence(ids: Int[Tensor, "k top"], embedding: Weight) -> Float[Tensor, " k"]:
-    rows = embedding.take(ids.flatten().tolist()).double().cpu()
-    rows = torch.nn.functional.normalize(rows, dim=1).unflatten(0, ids.shape)
+    distinct, which = ids.unique(return_inverse=True)
+    rows = embedding.take(distinct.tolist()).double().cpu()
+    rows = torch.nn.functional.normalize(rows, dim=1)[which]
     top = ids.shape[1]
     # Of the sum of unit vectors: the squared length counts every pair twice, and each vector with itself.
     return (rows.sum(1).square().sum(1) - rows.square().sum((1, 2))) / (top * (top - 1))
