@@ -15,7 +15,7 @@ import pytest
 from safetensors.numpy import load_file
 from test_cli import ggjac_
 
-from ggjac import planner, runs
+from ggjac import jobs, runs
 from ggjac.cli import session
 from ggjac.jacobian import SharedSweep
 
@@ -227,7 +227,7 @@ def test_rows_at_once_are_those_that_the_run_began_with(
     """They follow the memory that is free, which may be another when the run is resumed: that has a name."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(session, "CHECKPOINT_SECONDS", 0.0)
-    monkeypatch.setattr(planner, "CHUNK_BYTES", 20_000)
+    monkeypatch.setattr(jobs, "CHUNK_BYTES", 20_000)
     whole = SharedSweep._walk
 
     def interrupted(*args: Any) -> Any:
@@ -238,7 +238,7 @@ def test_rows_at_once_are_those_that_the_run_began_with(
         patch.setattr(SharedSweep, "_walk", interrupted)
         ggjac_(*commands["jacobian.safetensors"], code=130)
     with monkeypatch.context() as patch:
-        patch.setattr(planner, "all_rows", lambda *args: 0)  # as if all rows did not fit any more
+        patch.setattr(jobs, "all_rows", lambda *args: 0)  # as if all rows did not fit any more
         err = ggjac_(*commands["jacobian.safetensors"], "--resume", code=1).stderr
         assert "ram-budget for dense rows: this run was started with" in err
     ggjac_(*commands["jacobian.safetensors"], "--resume")
