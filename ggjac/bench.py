@@ -140,12 +140,14 @@ def measure(
         weights = sum(types.values())
         common = [name for name, count in types.items() if count > weights / 50]
         main = max(common, key=lambda name: types[name])
+        by_type = {name: turn_rates(file, name, columns[-1], dtype, threads, device) for name in common}
+        fewer = {count: turn_rates(file, main, count, dtype, threads, device)[1] for count in columns[:-1]}
         disk, method = disk_rate(file)
         return Measured(
             disk=disk,
             disk_method=method,
-            types={name: turn_rates(file, name, columns[-1], dtype, threads, device)[0] for name in common},
-            multiply={count: turn_rates(file, main, count, dtype, threads, device)[1] for count in columns},
+            types={name: weights_per_second for name, (weights_per_second, _) in by_type.items()},
+            multiply=fewer | {columns[-1]: by_type[main][1]},
             copy=copy_rate(),
             bus=math.inf if device == "cpu" else bus_rate(device),
             touch=touch_rate() if device == "cpu" else math.inf,
