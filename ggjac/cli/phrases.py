@@ -17,7 +17,7 @@ from ggjac.cli import sections
 from ggjac.cli.depths import stable
 from ggjac.cli.options import ModelOptions
 from ggjac.cli.progress import Reporter
-from ggjac.cli.render import finite, line, table, width
+from ggjac.cli.render import bar, finite, line, table
 from ggjac.cli.session import Session
 from ggjac.gguf import shown
 from ggjac.sizes import TOKENS_AT_ONCE, block_width
@@ -219,7 +219,7 @@ def show_ranks(records: list[dict[str, Any]], positions: list[dict[str, Any]]) -
         for r in records
     ]
     table("Stable rank of each prompt", ["prompt", "next", "#joint", "of each token's own map"], rows)
-    largest, bar = max((p["mean"] for p in positions), default=0.0) or 1.0, 24 if width() >= 80 else 10
+    largest = max((p["mean"] for p in positions), default=0.0) or 1.0
     cells = [
         (
             p["position"],
@@ -227,7 +227,7 @@ def show_ranks(records: list[dict[str, Any]], positions: list[dict[str, Any]]) -
             f"{p['mean']:.4g}",
             "" if p["error"] is None else f"{p['error']:.2g}",
             *(f"{p[key]:.4g}" for key in ("median", "least", "most")),
-            "█" * round(bar * p["mean"] / largest),
+            bar(p["mean"], largest),
         )
         for p in positions
     ]

@@ -83,6 +83,12 @@ def emit_json(content: Mapping[str, Any]) -> None:
     write(runs.json_text(finite(content)))
 
 
+def bar(value: float, largest: float) -> str:
+    """Return a bar as long as a value is beside the largest one; a lighter one where it is negative."""
+    full = 24 if width() >= 80 else 10
+    return ("█" if value > 0 else "░") * round(full * abs(value) / largest)
+
+
 def numbers(values: Sequence[float]) -> list[str]:
     """Return the cells of a column, their points in line and the smallest with four significant digits."""
     sizes = [abs(value) for value in values if value and math.isfinite(value)] or [1.0]

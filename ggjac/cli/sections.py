@@ -17,7 +17,7 @@ from ggjac.analysis.contributions import contributions
 from ggjac.analysis.norms import Norms, norms
 from ggjac.analysis.spectrum import Spectrum, spectrum
 from ggjac.analysis.stable_rank import stable_rank
-from ggjac.cli.render import line, numbers, table, width
+from ggjac.cli.render import bar, line, numbers, table
 from ggjac.cli.session import Session, numpy
 
 
@@ -272,13 +272,12 @@ def attribution_data(session: Session, result: Attribution) -> dict[str, Any]:
 def show_attribution(data: dict[str, Any]) -> None:
     """Print the shares with bars, and their sum."""
     largest = max(abs(s["share"]) for s in data["shares"]) or 1.0
-    bar = 24 if width() >= 80 else 10
     rows: list[tuple] = [
         (
             s["position"],
             s["token"],
             f"{s['share']:+.4f}",
-            ("█" if s["share"] > 0 else "░") * round(bar * abs(s["share"]) / largest),
+            bar(s["share"], largest),
         )
         for s in data["shares"]
     ]
@@ -462,6 +461,7 @@ def failed_checks(content: dict[str, Any]) -> list[str]:
         "parity": content.get("parity", {}).get("verdict") is False,
         "reconstruction": not content.get("reconstruction", {}).get("healthy", True),
         "svd": content.get("svd", {}).get("stopped_by") == "sweeps",
+        "svd per token": any(each["stopped_by"] == "sweeps" for each in content.get("svd", {}).get("per_token", ())),
         "layers": content.get("layers", {}).get("stopped_by") == "sweeps",
     }
     return [name for name, failed in checks.items() if failed]

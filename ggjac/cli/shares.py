@@ -1,12 +1,11 @@
 """Shares of logits as plain data and as tables: of many positions, of branches and of heads."""
 
-from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
 
 from ggjac.analysis.attribution import Attribution, BranchShares, TokenShares, attribute_branches, attribute_positions
-from ggjac.cli.render import table, width
+from ggjac.cli.render import bar, table
 from ggjac.cli.sections import asked_logit
 from ggjac.cli.session import Session
 
@@ -112,19 +111,14 @@ def _sum(data: dict[str, Any]) -> str:
     return f"{data['logit'] - data['unexplained']:+.4f}"
 
 
-def _bar(largest: float) -> Callable[[float], str]:
-    full = 24 if width() >= 80 else 10
-    return lambda share: ("█" if share > 0 else "░") * round(full * abs(share) / largest)
-
-
 def _show_blocks(data: dict[str, Any]) -> None:
     """Print two columns: what attention and what the MLP of each block adds."""
     blocks = data["blocks"]
-    bar = _bar(max(abs(block[kind]) for block in blocks for kind in ("attn", "mlp")) or 1.0)
+    largest = max(abs(block[kind]) for block in blocks for kind in ("attn", "mlp")) or 1.0
     rows: list[tuple] = [("embedding", f"{data['embedding']:+.4f}", "", "", "")]
     for block in blocks:
         attn, mlp = block["attn"], block["mlp"]
-        rows.append((f"block {block['block']}", f"{attn:+.4f}", bar(attn), f"{mlp:+.4f}", bar(mlp)))
+        rows.append((f"block {block['block']}", f"{attn:+.4f}", bar(attn, largest), f"{mlp:+.4f}", bar(mlp, largest)))
     if data["bias"]:
         rows.append(("biases of norm and head", f"{data['bias']:+.4f}", "", "", ""))
     attn, mlp = (sum(block[kind] for block in blocks) for kind in ("attn", "mlp"))
@@ -152,8 +146,8 @@ def _show_heads(data: dict[str, Any]) -> None:
     """Print the largest shares, and what all others come to."""
     parts = sorted(_parts(data), key=lambda part: -abs(part[1]))
     shown, rest = parts[:SHOWN], [share for _, share in parts[SHOWN:] if share]
-    bar = _bar(max(abs(share) for _, share in shown) or 1.0)
-    rows = [(name, f"{share:+.4f}", bar(share)) for name, share in shown if share]
+    largest = max(abs(share) for _, share in shown) or 1.0
+    rows = [(name, f"{share:+.4f}", bar(share, largest)) for name, share in shown if share]
     if rest:
         rows.append((f"{len(rest)} more", f"{sum(rest):+.4f}", ""))
     rows.append(("sum", _sum(data), f"logit {data['logit']:.4f}"))
