@@ -14,6 +14,7 @@ from ggjac.sizes import (
     CHUNK_BYTES,
     EXACT_ROWS,
     PROBES,
+    SHUFFLES,
     SLICE,
     TOKENS_AT_ONCE,
     WAITING_BYTES,
@@ -179,7 +180,7 @@ class Asked:
     maps: int | None = None
     contrast: bool = False
     per_token: bool = False
-    shuffles: int = 200
+    shuffles: int = SHUFFLES
     by: Literal["token", "layer", "head"] = "token"
     count: int = 3
     text: int | None = None
@@ -209,8 +210,6 @@ def job(name: str, config: ModelConfig, n: int, dtype: str, **options: Any) -> J
         raise PlanError(f"--position {asked.position} is out of range; the prompt has positions 0 to {n - 1}")
     if not 1 <= asked.rank <= config.d:
         raise PlanError(f"--rank {asked.rank} is out of range; this model's Jacobian has {config.d} singular values")
-    if asked.chunk_bytes is None:
-        asked = replace(asked, chunk_bytes=CHUNK_BYTES)
     order = _Order(config, n, dtype, asked)
     made = JOBS[name](order)
     if asked.saved or name == "analyze":
@@ -259,8 +258,7 @@ class _Order:
     @property
     def chunk_bytes(self) -> int:
         """Working memory of a chunk of dense rows."""
-        assert self.asked.chunk_bytes is not None
-        return self.asked.chunk_bytes
+        return CHUNK_BYTES if self.asked.chunk_bytes is None else self.asked.chunk_bytes
 
     @property
     def sweeps(self) -> int:

@@ -192,10 +192,7 @@ class Model:
             mlp_path=mlp_path,
             device=machine.device_kind(self.device.type),
             threads=self.weights.threads,
-            budget=planner.Budget(
-                machine.default_budget() if ram is None else ram,
-                machine.default_vram(str(self.device)) if vram is None else vram,
-            ),
+            budget=planner.Budget.of(ram, vram, str(self.device)),
             tapes_on_disk=tapes_on_disk,
         )
 

@@ -336,6 +336,13 @@ class Budget:
     ram: int | None = None
     vram: int | None = None
 
+    @classmethod
+    def of(cls, ram: int | None, vram: int | None, device: str) -> "Budget":
+        """Return a budget: what is None is half of the memory that is free, and all of the named device's that is."""
+        return cls(
+            machine.default_budget() if ram is None else ram, machine.default_vram(device) if vram is None else vram
+        )
+
 
 @dataclass(frozen=True)
 class Plan:

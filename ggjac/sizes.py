@@ -19,6 +19,9 @@ EXACT_ROWS = 512
 # Random vectors of an estimate.
 PROBES = 16
 
+# Vectors with shuffled components that decoded ones are compared with.
+SHUFFLES = 200
+
 # Finished products that may wait in memory for the next checkpoint, in bytes.
 WAITING_BYTES = 64 << 20
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ggjac.decode import Ranked
 from ggjac.notebook import Result, Table, Words
+from ggjac.sizes import SHUFFLES
 from ggjac.weights import Weight
 
 Decode = Callable[[Tensor, int], Ranked]
@@ -70,7 +71,7 @@ def readability(
     embedding: Weight,
     *,
     top: int = 8,
-    shuffles: int = 200,
+    shuffles: int = SHUFFLES,
     seed: int = 0,
 ) -> Readability:
     """Score the `top` tokens of each vector, and those of `shuffles` vectors with shuffled components.

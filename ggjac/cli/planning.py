@@ -111,12 +111,9 @@ def make_plan(
     """
     import os
 
-    from ggjac import machine, planner
+    from ggjac import planner
 
-    ram = machine.default_budget() if what.ram_budget is None else what.ram_budget
-    vram = what.vram_budget
-    if device != "cpu" and vram is None:
-        vram = machine.default_vram(what.device)
+    name = "cpu" if device == "cpu" else what.device
     try:
         return planner.fitting(
             file,
@@ -128,7 +125,7 @@ def make_plan(
             mlp_path=what.mlp_path,
             device=device,
             threads=what.threads or os.cpu_count() or 1,
-            budget=planner.Budget(ram, vram),
+            budget=planner.Budget.of(what.ram_budget, what.vram_budget, name),
             tapes_on_disk=what.trace is not None,
         )
     except planner.PlanError as error:
