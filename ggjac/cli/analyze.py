@@ -19,6 +19,7 @@ from ggjac.cli.options import (
     position,
     resume,
     spectrum_options,
+    top,
 )
 from ggjac.sizes import SHUFFLES
 
@@ -30,7 +31,7 @@ CHECKPOINT = "checkpoint"  # inside a run folder, while the run is not finished
 @dry_run
 @position
 @spectrum_options
-@click.option("--top", type=click.IntRange(min=1), default=8, show_default=True, help="Tokens per vector.")
+@top("Tokens per vector.")
 @click.option("--no-verify", is_flag=True, help="Do not compare with llama.cpp.")
 @click.option("--layers", type=Depths(), help="Decompose the maps of these depths, too: all, or 0,10-20,-1.")
 @click.option("--per-token", is_flag=True, help="Also decompose each position's own map.")
@@ -140,7 +141,7 @@ def analyze(
     else:
         session.show_saved(folder)
         session.show_saved(page)
-    if sections.failed_checks(content):
+    if sections.failed(content):
         ctx.exit(3)
 
 

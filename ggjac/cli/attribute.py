@@ -45,9 +45,7 @@ class PositionOrAll(click.ParamType):
     "[m, blocks], `heads` [m, blocks, heads], `attn_bias` [m, blocks]; and `ids` [n] to this safetensors file."
 )
 @output_format
-@click.pass_context
 def attribute(
-    ctx: click.Context,
     what: ModelOptions,
     position: int | None,
     target: str | None,
@@ -65,34 +63,23 @@ def attribute(
     \b
     ggjac attribute -m model.gguf -p "The capital of France is" --target " Paris" --versus " Rome" --by head
     """
-    from ggjac.cli import render, sections, shares
+    from ggjac.cli import sections, shares
     from ggjac.cli.session import Session, save
 
     everywhere = position is None
     session = Session(what, position=-1 if position is None else position, output=output)
     ids = session.one_token(target), session.one_token(versus, "--versus")
-    content: dict[str, Any] = {"reconstruction": sections.reconstruction(session)}
-    tensors: dict[str, Any] = {}
+    content: dict[str, Any] = {"position": "all"} if everywhere else {}
+    content["reconstruction"] = sections.reconstruction(session)
     if by == "token" and not everywhere:
         result = sections.run_attribution(session, *ids)
         content["attribution"] = {"by": by} | sections.attribution_data(session, result)
-        tensors = shares.tensors(shares.of_one(result, session.position))
+        tensors, show = shares.tensors(shares.of_one(result, session.position)), sections.show_attribution
     else:
         found = shares.run(session, by, *ids, everywhere=everywhere)
         entries = shares.data(session, by, found)
         content["attribution"] = {"by": by, "positions": entries} if everywhere else entries[0]
-        tensors = shares.tensors(found)
+        tensors, show = shares.tensors(found), shares.show
     if output:
         save(session, output, tensors, by=by, versus=ids[1])
-    if output_format == "json":
-        render.emit_json(session.envelope() | ({"position": "all"} if everywhere else {}) | content)
-    else:
-        session.show_tokens()
-        sections.show_reconstruction(content["reconstruction"])
-        if by == "token" and not everywhere:
-            sections.show_attribution(content["attribution"])
-        else:
-            shares.show(entries)
-        session.show_saved(output)
-    if sections.failed_checks(content):
-        ctx.exit(3)
+    sections.finish(session, content, output_format, output, attribution=show)

@@ -4,20 +4,17 @@ from pathlib import Path
 
 import click
 
-from ggjac.cli.options import ModelOptions, dry_run, model_options, output, output_format, position
+from ggjac.cli.options import ModelOptions, dry_run, model_options, output, output_format, position, top
 
 
 @click.command()
 @model_options
 @dry_run
 @position
-@click.option("--top", type=click.IntRange(min=1), default=10, show_default=True, help="Likely tokens to compare.")
+@top("Likely tokens to compare.", 10)
 @output("Save `y`, `linear_output` (J x), `offset`, `ordinary_output` [d] and `ids` [n] to this safetensors file.")
 @output_format
-@click.pass_context
-def contrast(
-    ctx: click.Context, what: ModelOptions, position: int, top: int, output: Path | None, output_format: str
-) -> None:
+def contrast(what: ModelOptions, position: int, top: int, output: Path | None, output_format: str) -> None:
     """Rebuild the output by the detached and by the ordinary Jacobian, and compare both with it.
 
     The ordinary Jacobian is the derivative with nothing frozen, exact, by automatic differentiation of the same
@@ -27,7 +24,7 @@ def contrast(
     \b
     ggjac contrast -m model.gguf -p "The capital of France is"
     """
-    from ggjac.cli import render, sections
+    from ggjac.cli import sections
     from ggjac.cli.session import Session, save
 
     session = Session(what, position=position, output=output)
@@ -37,12 +34,4 @@ def contrast(
     if output:
         J = session.jacobian
         save(session, output, {"y": J.output, "offset": J.offset} | sections.contrast_tensors(session, result))
-    if output_format == "json":
-        render.emit_json(session.envelope() | content)
-    else:
-        session.show_tokens()
-        sections.show_reconstruction(content["reconstruction"])
-        sections.show_contrast(content["contrast"])
-        session.show_saved(output)
-    if sections.failed_checks(content):
-        ctx.exit(3)
+    sections.finish(session, content, output_format, output, contrast=sections.show_contrast)

@@ -14,10 +14,7 @@ from ggjac.cli.options import ModelOptions, dry_run, model_options, output, outp
 @output("Save `jacobian` [d, n, d], `x` [n, d], `y` [d], `offset` [d] and `ids` [n] to this safetensors file.")
 @resume
 @output_format
-@click.pass_context
-def jacobian(
-    ctx: click.Context, what: ModelOptions, position: int, output: Path | None, resume: bool, output_format: str
-) -> None:
+def jacobian(what: ModelOptions, position: int, output: Path | None, resume: bool, output_format: str) -> None:
     """Compute the dense detached Jacobian and what each position contributes.
 
     The matrix is computed and written a chunk of rows at a time; it never exists whole in memory. Exit code 3 if it
@@ -26,17 +23,10 @@ def jacobian(
     \b
     ggjac jacobian -m model.gguf -p "The capital of France is" -o jacobian.safetensors
     """
-    from ggjac.cli import render, sections
+    from ggjac.cli import sections
     from ggjac.cli.session import Session, checkpoint
 
     session = Session(what, position=position, output=output)
     with session.checkpointed(checkpoint(output, resume), resume=resume, output=output):
-        data = sections.dense(session, output)
-    if output_format == "json":
-        render.emit_json(session.envelope() | {"jacobian": data})
-    else:
-        session.show_tokens()
-        sections.show_dense(data)
-        session.show_saved(output)
-    if sections.failed_checks(data):
-        ctx.exit(3)
+        content = {"jacobian": sections.dense(session, output)}
+    sections.finish(session, content, output_format, output, jacobian=sections.show_dense)

@@ -16,6 +16,7 @@ from ggjac.cli.options import (
     position,
     resume,
     spectrum_options,
+    top,
 )
 
 
@@ -25,13 +26,11 @@ from ggjac.cli.options import (
 @position
 @layer_options
 @spectrum_options
-@click.option("--top", type=click.IntRange(min=1), default=8, show_default=True, help="Tokens per vector and depth.")
+@top("Tokens per vector and depth.")
 @output("Save U, S, residual and stable rank of every map, and the ranks, to this safetensors file.")
 @resume
 @output_format
-@click.pass_context
 def layers(
-    ctx: click.Context,
     what: ModelOptions,
     position: int,
     layers: DepthRanges,
@@ -50,7 +49,7 @@ def layers(
     \b
     ggjac layers -m model.gguf -p "The capital of France is" --layers 0,4-8,-1
     """
-    from ggjac.cli import depths, render, sections
+    from ggjac.cli import depths, sections
     from ggjac.cli.session import Session, checkpoint, save
 
     session = Session(what, position=position, rank=options["rank"], output=output)
@@ -63,12 +62,4 @@ def layers(
         content["layers"] = depths.layers_data(session, result, seed=options["seed"], tol=options["tol"])
         if output:
             save(session, output, depths.layers_tensors(result), **settings)
-    if output_format == "json":
-        render.emit_json(session.envelope() | content)
-    else:
-        session.show_tokens()
-        sections.show_reconstruction(content["reconstruction"])
-        depths.show_layers(content["layers"])
-        session.show_saved(output)
-    if sections.failed_checks(content):
-        ctx.exit(3)
+    sections.finish(session, content, output_format, output, layers=depths.show_layers)

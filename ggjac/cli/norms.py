@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from ggjac.cli.options import ModelOptions, dry_run, model_options, output, output_format, position
+from ggjac.cli.options import ModelOptions, dry_run, model_options, output, output_format, position, top
 
 
 @click.command()
@@ -12,15 +12,10 @@ from ggjac.cli.options import ModelOptions, dry_run, model_options, output, outp
 @dry_run
 @position
 @click.option("--count", type=click.IntRange(min=1), default=3, show_default=True, help="Columns and rows a position.")
-@click.option(
-    "--top", type=click.IntRange(min=1), default=8, show_default=True, help="Tokens per column; half per row."
-)
+@top("Tokens per column; half per row.")
 @output("Save `columns` [n, d], `rows` [n, d] (norms) and `ids` [n] to this safetensors file.")
 @output_format
-@click.pass_context
-def norms(
-    ctx: click.Context, what: ModelOptions, position: int, count: int, top: int, output: Path | None, output_format: str
-) -> None:
+def norms(what: ModelOptions, position: int, count: int, top: int, output: Path | None, output_format: str) -> None:
     """Find the longest columns and rows of the dense detached Jacobian at each position, and decode them.
 
     A column is what one component of a position's embedding does to the output: it decodes through the LM head. A row
@@ -30,7 +25,7 @@ def norms(
     \b
     ggjac norms -m model.gguf -p "The capital of France is"
     """
-    from ggjac.cli import render, sections
+    from ggjac.cli import sections
     from ggjac.cli.session import Session, save
 
     session = Session(what, position=position, output=output)
@@ -39,12 +34,4 @@ def norms(
     content["norms"] = sections.norms_data(session, result)
     if output:
         save(session, output, {"columns": result.columns, "rows": result.rows})
-    if output_format == "json":
-        render.emit_json(session.envelope() | content)
-    else:
-        session.show_tokens()
-        sections.show_reconstruction(content["reconstruction"])
-        sections.show_norms(content["norms"])
-        session.show_saved(output)
-    if sections.failed_checks(content):
-        ctx.exit(3)
+    sections.finish(session, content, output_format, output, norms=sections.show_norms)

@@ -262,6 +262,11 @@ def model_file(command: Callable) -> Callable:
     return command
 
 
+def top(help: str, default: int = 8) -> Callable:
+    """Return the `--top` option, how many tokens to show, with a command's own explanation."""
+    return click.option("--top", type=click.IntRange(min=1), default=default, show_default=True, help=help)
+
+
 def output(help: str) -> Callable:
     """Return the `-o/--output` option with a command's own explanation."""
     return click.option("-o", "--output", type=click.Path(path_type=Path), help=help)

@@ -23,19 +23,14 @@ def predict(
     \b
     ggjac predict -m model.gguf -p "The capital of France is"
     """
-    from ggjac.cli import render, sections
+    from ggjac.cli import sections
     from ggjac.cli.session import Session, save
 
     if all_positions and not output:
         raise click.UsageError("--all-positions changes what is saved; name a file with -o")
     session = Session(what, position=position, output=output, tapes=False)
-    rows = sections.predictions(session, top)
+    content = {"predictions": sections.predictions(session, top)}
     if output:
         logits = session.trace.all_logits() if all_positions else session.logits
         save(session, output, {"logits": logits})
-    if output_format == "json":
-        render.emit_json(session.envelope() | {"predictions": rows})
-        return
-    session.show_tokens()
-    sections.show_predictions(rows)
-    session.show_saved(output)
+    sections.finish(session, content, output_format, output, predictions=sections.show_predictions)

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import click
 import torch
 
 from ggjac import jobs, parity, runs
@@ -17,7 +18,7 @@ from ggjac.analysis.contributions import contributions
 from ggjac.analysis.norms import Norms, norms
 from ggjac.analysis.spectrum import Spectrum, spectrum
 from ggjac.analysis.stable_rank import stable_rank
-from ggjac.cli.render import bar, line, numbers, table
+from ggjac.cli.render import bar, emit_json, line, numbers, table
 from ggjac.cli.session import Session, numpy
 
 
@@ -452,16 +453,45 @@ def show_dense(data: dict[str, Any]) -> None:
     show_reconstruction(data["reconstruction"])
 
 
-def failed_checks(content: dict[str, Any]) -> list[str]:
-    """Name the checks of a result that fell outside their tolerance.
+def finish(
+    session: Session,
+    content: dict[str, Any],
+    output_format: str,
+    output: Path | None = None,
+    **show: Callable[[Any], None],
+) -> None:
+    """Print a command's result, as JSON with its provenance or as tables, and exit with code 3 if a check failed.
+
+    Args:
+        session: whose result it is.
+        content: the result's parts by name.
+        output_format: `json` or `table`.
+        output: where tensors were saved, if anywhere.
+        show: what prints the part of that name, in this order; a reconstruction comes first.
+    """
+    if output_format == "json":
+        emit_json(session.envelope() | content)
+    else:
+        session.show_tokens()
+        if "reconstruction" in content:
+            show_reconstruction(content["reconstruction"])
+        for name, show_part in show.items():
+            show_part(content[name])
+        session.show_saved(output)
+    if failed(content):
+        click.get_current_context().exit(3)
+
+
+def failed(content: dict[str, Any]) -> bool:
+    """Tell whether a check of a result fell outside its tolerance.
 
     An SVD that stopped at its dtype's own precision is no failure: it is as good as the dtype allows, and says so.
     """
-    checks = {
-        "parity": content.get("parity", {}).get("verdict") is False,
-        "reconstruction": not content.get("reconstruction", {}).get("healthy", True),
-        "svd": content.get("svd", {}).get("stopped_by") == "sweeps",
-        "svd per token": any(each["stopped_by"] == "sweeps" for each in content.get("svd", {}).get("per_token", ())),
-        "layers": content.get("layers", {}).get("stopped_by") == "sweeps",
-    }
-    return [name for name, failed in checks.items() if failed]
+    svd = content.get("svd", {})
+    rebuilt = (content, content.get("jacobian", {}))
+    swept = (svd, *svd.get("per_token", ()), content.get("layers", {}))
+    return (
+        content.get("parity", {}).get("verdict") is False
+        or not all(part.get("reconstruction", {}).get("healthy", True) for part in rebuilt)
+        or any(part.get("stopped_by") == "sweeps" for part in swept)
+    )

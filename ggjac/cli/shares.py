@@ -97,8 +97,9 @@ def tensors(result: TokenShares | BranchShares) -> dict[str, torch.Tensor]:
     return found
 
 
-def show(entries: list[dict[str, Any]]) -> None:
+def show(data: dict[str, Any]) -> None:
     """Print the shares at one position part by part, at several in a line each; and their sums."""
+    entries = data.get("positions", [data])
     if len(entries) > 1:
         _show_positions(entries)
     elif entries[0]["by"] == "head":

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from ggjac.cli.options import ModelOptions, TokenIds, dry_run, model_options, output, output_format
+from ggjac.cli.options import ModelOptions, TokenIds, dry_run, model_options, output, output_format, top
 
 if TYPE_CHECKING:
     from ggjac.analysis.steering import Generated, Steering
@@ -54,9 +54,7 @@ class Strengths(click.ParamType):
 )
 @click.option("--method", type=click.Choice(["equation16", "additive"]), default="equation16", show_default=True)
 @click.option("--max-tokens", type=click.IntRange(min=1), default=12, show_default=True, help="To generate.")
-@click.option(
-    "--top", type=click.IntRange(min=1), default=5, show_default=True, help="Tokens that count as the concept's."
-)
+@top("Tokens that count as the concept's.", 5)
 @click.option("--control/--no-control", default=True, show_default=True, help="Push with a random operator, too.")
 @click.option(
     "-s", "--seed", type=click.IntRange(0, 2**63 - 1), default=0, help="Of the random operator.  [default: 0]"

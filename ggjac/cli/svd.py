@@ -14,6 +14,7 @@ from ggjac.cli.options import (
     position,
     resume,
     spectrum_options,
+    top,
 )
 from ggjac.sizes import SHUFFLES
 
@@ -23,7 +24,7 @@ from ggjac.sizes import SHUFFLES
 @dry_run
 @position
 @spectrum_options
-@click.option("--top", type=click.IntRange(min=1), default=8, show_default=True, help="Tokens per vector.")
+@top("Tokens per vector.")
 @click.option("--per-token", is_flag=True, help="Also decompose each position's own map.")
 @click.option(
     "--shuffles",
@@ -38,9 +39,7 @@ from ggjac.sizes import SHUFFLES
 )
 @resume
 @output_format
-@click.pass_context
 def svd(
-    ctx: click.Context,
     what: ModelOptions,
     position: int,
     rank: int,
@@ -64,7 +63,7 @@ def svd(
     \b
     ggjac svd -m model.gguf -p "The capital of France is" -k 4 -o svd.safetensors
     """
-    from ggjac.cli import render, sections, vectors
+    from ggjac.cli import sections, vectors
     from ggjac.cli.session import Session, checkpoint, save
 
     if shuffles == 1:
@@ -88,16 +87,15 @@ def svd(
             tensors |= vectors.tensors(found)
         if output:
             save(session, output, tensors, **settings)
-    if output_format == "json":
-        render.emit_json(session.envelope() | content)
-    else:
-        session.show_tokens()
-        sections.show_reconstruction(content["reconstruction"])
-        sections.show_spectrum(content["svd"])
-        if shuffles:
-            vectors.show_readability(content["svd"]["readability"])
-        if per_token:
-            vectors.show_per_token(content["svd"]["per_token"])
-        session.show_saved(output)
-    if sections.failed_checks(content):
-        ctx.exit(3)
+    sections.finish(session, content, output_format, output, svd=_show)
+
+
+def _show(data: dict[str, Any]) -> None:
+    """Print the triplets, and what else was asked for."""
+    from ggjac.cli import sections, vectors
+
+    sections.show_spectrum(data)
+    if "readability" in data:
+        vectors.show_readability(data["readability"])
+    if "per_token" in data:
+        vectors.show_per_token(data["per_token"])

@@ -13,8 +13,7 @@ from ggjac.cli.options import ModelOptions, model_options, output_format
     help="Let llama.cpp run a temporary copy rewritten as F32 (4 bytes per weight), where all must agree to rounding.",
 )
 @output_format
-@click.pass_context
-def verify(ctx: click.Context, what: ModelOptions, strict: bool, output_format: str) -> None:
+def verify(what: ModelOptions, strict: bool, output_format: str) -> None:
     """Compare tokens, logits and every layer with llama.cpp on the same file; exit code 3 if they disagree.
 
     On a quantized file llama.cpp rounds activations to 8 bit, so that only the top token is held to agree; --strict
@@ -23,15 +22,10 @@ def verify(ctx: click.Context, what: ModelOptions, strict: bool, output_format: 
     \b
     ggjac verify -m model.gguf --strict
     """
-    from ggjac.cli import render, sections
+    from ggjac.cli import sections
     from ggjac.cli.session import Session
 
     session = Session(what)
-    data = sections.parity_data(session, sections.run_parity(session, strict=strict, layers=True))
-    if output_format == "json":
-        render.emit_json(session.envelope() | {"parity": data})
-    else:
-        session.show_tokens()
-        sections.show_parity(data)
-    if not data["verdict"]:
-        ctx.exit(3)
+    result = sections.run_parity(session, strict=strict, layers=True)
+    content = {"parity": sections.parity_data(session, result)}
+    sections.finish(session, content, output_format, parity=sections.show_parity)
