@@ -145,11 +145,6 @@ class Tapes:
         with contextlib.suppress(OSError):
             self.folder.rmdir()
 
-    @property
-    def on_disk(self) -> bool:
-        """Whether anything has been written, or found."""
-        return self._saved > 0
-
     def _path(self, index: int) -> Path:
         assert self.folder is not None
         return self.folder / f"block-{index:03d}.safetensors"
