@@ -2,12 +2,14 @@
 
 The hook must be in place before anything imports the package, hence at the import of this file: from here on each
 function of `ggjac` is checked by beartype against its annotations, shapes included, also in modules imported later
-(typechecking.py says what is left out).
+(typechecking.py says how, and what is left out).
 Users pay nothing: the package itself never installs the hook.
 """
 
 import jaxtyping
+import typechecking
 
+jaxtyping.jaxtyped = typechecking.jaxtyped  # what the hook puts on every function
 jaxtyping.install_import_hook("ggjac", "typechecking.check")
 
 from collections.abc import Callable  # noqa: E402

@@ -2,28 +2,65 @@
 
 from typing import Protocol, Self
 
-import jaxtyping
 import pytest
+import torch
 import typechecking
+from beartype.roar import BeartypeCallHintViolation
+from jaxtyping import Float
+from torch import Tensor
 
+from ggjac.decode import top_logits
 from ggjac.ggml import TYPES, row_bytes
+from ggjac.linop import Matrix
 
 
-def test_shapes_of_the_package_are_checked() -> None:
+def test_types_and_shapes_of_the_package_are_checked() -> None:
     assert row_bytes(TYPES[0], 3) == 12
-    with pytest.raises(jaxtyping.TypeCheckError):
+    with pytest.raises(BeartypeCallHintViolation):
         row_bytes("F32", 3)
+    assert top_logits(Matrix(torch.eye(3)), torch.ones(2, 3), 1).ids.shape == (2, 1)
+    with pytest.raises(BeartypeCallHintViolation):
+        top_logits(Matrix(torch.eye(3)), torch.ones(3), 1)
+
+
+def at_the_top(function):
+    """Return a function as it would be checked at the top of a module."""
+    function.__qualname__ = function.__name__
+    return typechecking.check(function)
+
+
+def test_axes_of_one_name_are_equal_within_a_call() -> None:
+    def cut(x: Float[Tensor, "n d"], y: Float[Tensor, " n"], count: int) -> Float[Tensor, "n d"]:
+        return x[:count]
+
+    cut = at_the_top(cut)
+    for n in (2, 3):  # each call has its own
+        assert cut(torch.ones(n, 4), torch.ones(n), n).shape == (n, 4)
+    with pytest.raises(BeartypeCallHintViolation, match="parameter y"):
+        cut(torch.ones(2, 4), torch.ones(3), 2)
+    with pytest.raises(BeartypeCallHintViolation, match="return"):
+        cut(torch.ones(2, 4), torch.ones(2), 1)
+
+
+def test_axes_are_not_those_of_the_caller() -> None:
+    def inner(x: Float[Tensor, " n"]) -> int:
+        return len(x)
+
+    def outer(x: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
+        assert inner(torch.ones(7)) == 7
+        return x
+
+    inner, outer = at_the_top(inner), at_the_top(outer)
+    assert len(outer(torch.ones(3))) == 3
 
 
 def test_annotations_that_cannot_be_checked_leave_the_others_in_force() -> None:
     class Stored(Protocol):  # not runtime_checkable
         shape: tuple[int, ...]
 
-    def rows(store: Stored | None, count: int) -> Self: ...
+    def rows(store: Stored | None, path: "Missing", count: int) -> Self: ...
 
-    rows.__qualname__ = "rows"  # as if at the top of a module
-    rows = jaxtyping.jaxtyped(rows, typechecker=typechecking.check)
-
-    assert rows("anything", 3) is None
-    with pytest.raises(jaxtyping.TypeCheckError):
-        rows(None, "three")
+    rows = at_the_top(rows)
+    assert rows("anything", "anything", 3) is None
+    with pytest.raises(BeartypeCallHintViolation):
+        rows(None, None, "three")
