@@ -12,8 +12,9 @@ import typechecking
 jaxtyping.jaxtyped = typechecking.jaxtyped  # what the hook puts on every function
 jaxtyping.install_import_hook("ggjac", "typechecking.check")
 
-from collections.abc import Callable  # noqa: E402
+from collections.abc import Callable, Iterator  # noqa: E402
 from pathlib import Path  # noqa: E402
+from types import SimpleNamespace  # noqa: E402
 from typing import Any  # noqa: E402
 
 import pytest  # noqa: E402
@@ -61,3 +62,29 @@ def tiny_file(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 def tiny_files(tiny_file: Callable[..., Path]) -> dict[str, Path]:
     """Return the path of every row of `tiny.CASES` (about half a second for all)."""
     return {case: tiny_file(case) for case in tiny.CASES}
+
+
+@pytest.fixture(scope="module")
+def one_llama_cpp() -> Iterator[None]:
+    """Let one process of llama.cpp serve every comparison of a module, where to start one each is not the point.
+
+    (That they are independent, and what becomes of one that dies, is for test_llamacpp.py and test_parity.py.)
+    """
+    from ggjac import llamacpp, parity
+
+    class Kept(llamacpp.Child):
+        def __exit__(self, *_: object) -> None:
+            """Stay for the next one."""
+
+    running: list[Kept] = []
+
+    def child() -> Kept:
+        if not running or running[-1].closed:  # as after an error
+            running.append(Kept())
+        return running[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(parity, "llamacpp", SimpleNamespace(**vars(llamacpp) | {"Child": child}))
+        yield
+    for one in running:
+        one.close()

@@ -8,7 +8,6 @@ import ctypes
 import functools
 import os
 from collections.abc import Sequence
-from pathlib import Path
 
 import llama_cpp
 import numpy as np
@@ -44,8 +43,16 @@ def run(
     Which of them exist, and before or after which norm or scale, differs between the families. `context` is how many
     tokens the context is to hold at least; some models choose their rope factors by it.
     `path` should be an F32 file (`tiny.quantize(path, target, "F32")`): with any other type llama.cpp rounds the
-    activations, too.
+    activations, too. What was asked before of a file that has not changed is not computed again.
     """
+    path, ids = os.fspath(path), tuple(map(int, ids))
+    return dict(_run(path, os.stat(path).st_mtime_ns, ids, threads, context, names))
+
+
+@functools.lru_cache(maxsize=256)
+def _run(
+    path: str, changed: int, ids: tuple[int, ...], threads: int, context: int, names: tuple[str, ...]
+) -> dict[str, Tensor]:
     n, states = len(ids), {}
 
     @llama_cpp.ggml_backend_sched_eval_callback
@@ -61,7 +68,7 @@ def run(
     with tiny.quiet():
         model_params = llama_cpp.llama_model_default_params()
         model_params.n_gpu_layers = 0
-        model = llama_cpp.llama_model_load_from_file(os.fsencode(Path(path)), model_params)
+        model = llama_cpp.llama_model_load_from_file(os.fsencode(path), model_params)
         assert model, f"llama.cpp could not load {path}"
         params = llama_cpp.llama_context_default_params()
         params.n_ctx = params.n_batch = params.n_ubatch = max(context, n)
@@ -74,7 +81,7 @@ def run(
         try:
             batch.n_tokens = n
             for i, token in enumerate(ids):
-                batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.logits[i] = int(token), i, 1, True
+                batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.logits[i] = token, i, 1, True
                 batch.seq_id[i][0] = 0
             failed = llama_cpp.llama_decode(context, batch)
             assert not failed, f"llama_decode failed on {path}: {failed}"

@@ -7,6 +7,7 @@ against llama.cpp and the paper's own code.
 Meant for short prompts and small models: all weights are dense float64.
 """
 
+import functools
 import math
 import os
 from collections.abc import Sequence
@@ -118,8 +119,13 @@ class Jacobian(NamedTuple):
 
 
 def load(path: str | os.PathLike[str]) -> Oracle:
-    """Read a (single) GGUF file into float64."""
-    reader = gguf.GGUFReader(os.fspath(path))
+    """Read a (single) GGUF file into float64; one that was read a moment ago and has not changed, from memory."""
+    return _read(os.fspath(path), os.stat(path).st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=64)
+def _read(path: str, changed: int) -> Oracle:
+    reader = gguf.GGUFReader(path)
     fields = {name: f.contents() for name, f in reader.fields.items() if not name.startswith("tokenizer.ggml.")}
     architecture = fields["general.architecture"]
     weights = {

@@ -15,6 +15,7 @@ from ggjac.config import ARCHITECTURES
 from ggjac.model import open_model
 from ggjac.parity import verify
 
+pytestmark = pytest.mark.usefixtures("one_llama_cpp")
 REFERENCES = {"llama3": "up", "mistral": "up", "qwen3": "up", "gemma3": "up", "phi3": "gate", "olmo2": "up"}
 EXPERTS = [case for case in tiny.CASES if tiny.options(case).experts]
 # One row of each architecture, made into Q4_K_M by llama.cpp. The rows are too narrow for K-quants, so that most of

@@ -1,5 +1,6 @@
 """Commands that are killed, interrupted or run out of disk, and go on with `--resume` to the same bits."""
 
+import functools
 import itertools
 import json
 import random
@@ -9,7 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 from safetensors.numpy import load_file
@@ -45,7 +46,7 @@ def run() -> Iterator[Run]:
         server.stdin.close()
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def commands(tiny_files: dict[str, Path]) -> dict[str, list[str]]:
     """Return the commands that can be resumed, on a small file, and where each saves."""
     what = ["-m", str(tiny_files["three_layers"]), "--tokens", "5,3,7,9", "-t", "1"]
@@ -81,15 +82,38 @@ def differing(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
     ]
 
 
+class Whole(NamedTuple):
+    """An attempt that nothing stopped: its answer and what it saved."""
+
+    answer: dict[str, Any]
+    results: dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def whole(run: Run, commands: dict[str, list[str]], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Whole]:
+    """Return a function that gives the whole run of a command, computed once."""
+
+    @functools.cache
+    def get(output: str) -> Whole:
+        folder = tmp_path_factory.mktemp("whole")
+        answer = run(folder, *commands[output])
+        assert answer["code"] == 0, answer["stderr"]
+        return Whole(answer, results(folder, output))
+
+    return get
+
+
 @pytest.mark.parametrize(("output", "kills"), [("run", 20), ("svd.safetensors", 8), ("jacobian.safetensors", 6)])
 def test_kills_cost_nothing_but_time(
-    output: str, kills: int, run: Run, commands: dict[str, list[str]], tmp_path: Path
+    output: str,
+    kills: int,
+    run: Run,
+    commands: dict[str, list[str]],
+    whole: Callable[[str], Whole],
+    tmp_path: Path,
 ) -> None:
-    command = commands[output]
-    whole = run(tmp_path / "whole", *command)
-    assert whole["code"] == 0, whole["stderr"]
-    expected = results(tmp_path / "whole", output)
-    events = whole["events"]
+    command, expected = commands[output], whole(output).results
+    events = whole(output).answer["events"]
     assert events > 50
     for end in random.Random(0).sample(range(1, events), kills):
         folder = tmp_path / f"killed-{end}"
@@ -102,10 +126,8 @@ def test_kills_cost_nothing_but_time(
 
 
 def test_a_run_that_is_killed_again_and_again_comes_to_its_end(
-    run: Run, commands: dict[str, list[str]], tmp_path: Path
+    run: Run, commands: dict[str, list[str]], whole: Callable[[str], Whole], tmp_path: Path
 ) -> None:
-    run(tmp_path / "whole", *commands["run"])
-    expected = results(tmp_path / "whole", "run")
     kills, resume = 0, []
     while (attempt := run(tmp_path / "killed", *commands["run"], *resume, end=30 + kills % 5))["signal"]:
         assert attempt["signal"] == signal.SIGKILL
@@ -113,18 +135,24 @@ def test_a_run_that_is_killed_again_and_again_comes_to_its_end(
         assert kills < 100
     assert attempt["code"] == 0, attempt["stderr"]
     assert kills >= 5
-    assert not differing(results(tmp_path / "killed", "run"), expected)
+    assert not differing(results(tmp_path / "killed", "run"), whole("run").results)
 
 
 @pytest.mark.parametrize("how", ["interrupt", "full"])
 @pytest.mark.parametrize("output", ["run", "svd.safetensors"])
 @pytest.mark.parametrize("share", [0.3, 0.6, 0.95])
 def test_what_was_computed_is_saved(
-    share: float, output: str, how: str, run: Run, commands: dict[str, list[str]], tmp_path: Path
+    share: float,
+    output: str,
+    how: str,
+    run: Run,
+    commands: dict[str, list[str]],
+    whole: Callable[[str], Whole],
+    tmp_path: Path,
 ) -> None:
     """Ctrl-C exits with 130 and says how to go on; on a full disk the work goes on, and only saving the end fails."""
-    whole = run(tmp_path / "whole", *commands[output])
-    stopped = run(tmp_path / "stopped", *commands[output], end=int(share * whole["events"]), how=how)
+    events = whole(output).answer["events"]
+    stopped = run(tmp_path / "stopped", *commands[output], end=int(share * events), how=how)
     if how == "interrupt":
         assert stopped["code"] == 130
         assert f"--resume -o {output}" in stopped["stderr"]
@@ -135,17 +163,21 @@ def test_what_was_computed_is_saved(
     assert not (tmp_path / "stopped" / "run" / "run.json").exists()
     resumed = run(tmp_path / "stopped", *commands[output], "--resume")
     assert resumed["code"] == 0, resumed["stderr"]
-    assert not differing(results(tmp_path / "stopped", output), results(tmp_path / "whole", output))
-    assert resumed["events"] < whole["events"]
+    assert not differing(results(tmp_path / "stopped", output), whole(output).results)
+    assert resumed["events"] < events
 
 
 @pytest.mark.parametrize("how", ["interrupt", "kill"])
 @pytest.mark.parametrize("output", ["run", "svd.safetensors"])
 def test_an_interrupted_forward_pass_is_saved(
-    output: str, how: str, run: Run, commands: dict[str, list[str]], tmp_path: Path
+    output: str,
+    how: str,
+    run: Run,
+    commands: dict[str, list[str]],
+    whole: Callable[[str], Whole],
+    tmp_path: Path,
 ) -> None:
     """Its tapes are there, the run is known by name, and it goes on."""
-    whole = run(tmp_path / "whole", *commands[output])
     folder = tmp_path / "stopped"
     stopped = run(folder, *commands[output], end=24, how=how)
     assert len(list(folder.rglob("block-*.safetensors"))) in (1, 2)
@@ -158,20 +190,20 @@ def test_an_interrupted_forward_pass_is_saved(
     assert (other["code"], "tokens: this run was started with [5, 3, 7, 9]" in other["stderr"]) == (1, True)
     resumed = run(folder, *commands[output], "--resume")
     assert resumed["code"] == 0, resumed["stderr"]
-    assert not differing(results(folder, output), results(tmp_path / "whole", output))
-    assert resumed["events"] < whole["events"]
+    assert not differing(results(folder, output), whole(output).results)
+    assert resumed["events"] < whole(output).answer["events"]
 
 
-def test_a_full_disk_does_not_end_the_forward_pass(run: Run, commands: dict[str, list[str]], tmp_path: Path) -> None:
-    whole = run(tmp_path / "whole", *commands["run"])
+def test_a_full_disk_does_not_end_the_forward_pass(
+    run: Run, commands: dict[str, list[str]], whole: Callable[[str], Whole], tmp_path: Path
+) -> None:
     full = run(tmp_path / "full", *commands["run"], end=24, how="full")
     assert "progress cannot be saved (the disk is full); going on" in full["stderr"]
     assert full["code"] == 4  # at the end, where the results have no place
     assert not list((tmp_path / "full").rglob("block-002.safetensors"))
     resumed = run(tmp_path / "full", *commands["run"], "--resume")
     assert resumed["code"] == 0, resumed["stderr"]
-    assert not differing(results(tmp_path / "full", "run"), results(tmp_path / "whole", "run"))
-    assert whole["code"] == 0
+    assert not differing(results(tmp_path / "full", "run"), whole("run").results)
 
 
 def test_nothing_is_left_of_a_run_that_computed_nothing(
