@@ -21,6 +21,7 @@ import ggjac
 import ggjac.jacobian
 from ggjac import tapes
 from ggjac.cli import main, session
+from ggjac.report import page
 
 
 class Events:
@@ -54,7 +55,8 @@ def around(function: Callable[..., Any], events: Events, kind: str) -> Callable[
 def attempt(request: dict[str, Any], log: int) -> NoReturn:
     events = Events(request.get("end"), request.get("how", "kill"), log)
     session.CHECKPOINT_SECONDS = tapes.EVERY = 0.0
-    os.fsync = around(os.fsync, events, "flush")
+    # Without the wait: what a killed process has written is there, and loss of power is for test_journal.py.
+    os.fsync = around(os.fstat, events, "flush")
     os.replace = around(os.replace, events, "rename")
     walk = ggjac.jacobian.SharedSweep._walk
 
@@ -75,6 +77,9 @@ def serve() -> None:
     for module in pkgutil.walk_packages(ggjac.__path__, "ggjac."):
         if module.name != "ggjac.__main__":
             import_module(module.name)
+    pages = page._environment()
+    for name in pages.list_templates(extensions=["html"]):
+        pages.get_template(name)  # compiled once, not by every child
     for text in sys.stdin:
         request = json.loads(text)
         folder = Path(request["folder"])
