@@ -38,7 +38,7 @@ class Architecture:
         rope_pairs: which dims of a head rotate together: `"adjacent"` (2i and 2i+1; llama.cpp's NORM), `"halves"`
             (i and i + rotary/2; NEOX), or `""` for none.
         partial_rotary: `rope.dimension_count` may be smaller than the head; llama.cpp does not run others so.
-        rope_sections: rotation in sections of an image's axes (`rope.dimension_sections`), which for text is plain.
+        rope_sections: rotation in interleaved sections of an image's axes (`rope.dimension_sections`); see `_still`.
         rope_optional: `rope.scaling.finetuned = false` turns rotation off.
         rope_layers: `"all"`, `"windowed"` (only layers with a sliding window) or `"three of four"` (every fourth not).
         yarn_keys: the file's own YaRN betas and log multiplier count; llama.cpp ignores them elsewhere.
@@ -247,6 +247,7 @@ class Rope:
         beta_fast, beta_slow: turns within the original context between which YaRN blends.
         original_context: tokens the model was trained on before its context was extended.
         magnitude: multiplies cos and sin.
+        still: pairs that do not turn.
     """
 
     dimensions: int
@@ -258,6 +259,7 @@ class Rope:
     beta_slow: float = 1.0
     original_context: int = 0
     magnitude: float = 1.0
+    still: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -373,7 +375,7 @@ class ModelConfig:
             )
         experts = keys.count("expert_count")
         feed_forward = keys.for_all_blocks("feed_forward_length", blocks, default=0 if experts else None)
-        used = keys.integer("expert_used_count") if experts else 0
+        used = keys.for_all_blocks("expert_used_count", blocks) if experts else 0
         if used > experts:
             raise ConfigError(f"{name}.expert_used_count is {used}, but there are {experts} experts")
         ropes, windows = _ropes(keys, row, head_size), _windows(keys, row, blocks)
@@ -404,7 +406,8 @@ class ModelConfig:
             expert_count=experts,
             expert_used_count=used,
             expert_feed_forward_length=_expert_width(shapes) if experts else 0,
-            expert_shared_feed_forward_length=keys.count("expert_shared_feed_forward_length"),
+            expert_shared_feed_forward_length=keys.count("expert_shared_feed_forward_length")
+            or (_shared_width(shapes) if experts else 0),
         )
         _check_tensors(config, shapes)
         return config
@@ -424,10 +427,25 @@ def _ropes(keys: "_Keys", row: Architecture, key_length: int) -> tuple[Rope | No
     sections = keys.metadata.get(f"{keys.prefix}.rope.dimension_sections", [])
     if sections:
         # Text has the same position on the first three axes and none on the fourth: together they must cover all pairs.
-        whole = isinstance(sections, Sequence) and all(isinstance(entry, int) for entry in sections)
+        whole = isinstance(sections, Sequence) and all(isinstance(entry, int) for entry in sections[:3])
+        whole = whole and len(sections) >= 3
         if not row.rope_sections or not whole or sum(sections[:3]) < dimensions // 2:
             shown = _shown(list(sections) if isinstance(sections, Sequence) else sections)
             raise ConfigError(f"{keys.prefix}.rope.dimension_sections {shown} is not supported")
+    for key, same in (
+        ("rope.dimension_count_swa", dimensions),
+        ("attention.key_length_swa", key_length),
+        ("attention.value_length_swa", key_length),
+    ):
+        if row.windowed and keys.integer(key, same) != same:
+            raise ConfigError(
+                f"{keys.prefix}.{key} {keys.integer(key)} differs from other layers' {same}: not supported"
+            )
+    if "rope.freq_base" not in keys and "rope.global.freq_base" in keys:
+        raise ConfigError(
+            f"metadata key {keys.prefix}.rope.global.freq_base is Ollama's own, and rope.freq_base, which llama.cpp "
+            "reads, is missing; get a file converted by llama.cpp"
+        )
     # Granite's way to say that no position embedding was trained.
     untrained = row.rope_optional and keys.metadata.get(f"{keys.prefix}.rope.scaling.finetuned") is False
     if not row.rope_pairs or untrained:
@@ -454,15 +472,25 @@ def _ropes(keys: "_Keys", row: Architecture, key_length: int) -> tuple[Rope | No
         beta_slow=(keys.real("rope.scaling.yarn_beta_slow", 0.0) if row.yarn_keys else 0) or 1.0,
         original_context=keys.integer("rope.scaling.original_context_length", keys.integer("context_length")),
         magnitude=magnitude,
+        still=_still(sections, dimensions // 2) if sections else (),
     )
     unscaled = Rope(dimensions, full.base, row.rope_pairs)
     windowed = {
         "same": full,
-        "based": replace(full, base=keys.real("rope.freq_base_swa", full.base)),
+        # llama.cpp takes their factor from the file whatever the type of scaling; only the full layers heed "none".
+        "based": replace(full, base=keys.real("rope.freq_base_swa", full.base), factor=factor),
         "plain": unscaled,
         "own": replace(unscaled, base=keys.real("rope.freq_base_swa", 10000.0), magnitude=attention_factor),
     }
     return full, windowed[row.window_rope]
+
+
+def _still(sections: Sequence[int], pairs: int) -> tuple[int, ...]:
+    """Return the pairs that interleaved sections leave to an image's fourth axis, whose position is 0 on text.
+
+    Pair `i` belongs to axis `i % 3` while that axis has sections left (ggml's `ggml_mrope_cache_init`).
+    """
+    return tuple(i for i in range(pairs) if i >= 3 * sections[i % 3])
 
 
 def _rope_of(row: Architecture, ropes: tuple[Rope | None, Rope | None], layer: int, window: int | None) -> Rope | None:
@@ -526,6 +554,12 @@ def _expert_width(shapes: Mapping[str, tuple[int, ...]]) -> int:
     """Return the hidden units of a routed expert, from its tensor: families differ in the key that states them."""
     shape = shapes.get("blk.0.ffn_up_exps.weight", ())
     return shape[1] if len(shape) == 3 else 0
+
+
+def _shared_width(shapes: Mapping[str, tuple[int, ...]]) -> int:
+    """Return the hidden units of the shared expert of a file that does not state them, as Qwen 1.5's do not; or 0."""
+    shape = shapes.get("blk.0.ffn_up_shexp.weight", ())
+    return shape[0] if len(shape) == 2 else 0
 
 
 def _check_tensors(config: ModelConfig, shapes: Mapping[str, tuple[int, ...]]) -> None:
@@ -597,6 +631,10 @@ class _Keys:
 
     metadata: Mapping[str, Any]
     prefix: str
+
+    def __contains__(self, key: str) -> bool:
+        """Say whether the file has a key."""
+        return f"{self.prefix}.{key}" in self.metadata
 
     def number(self, key: str, default: int | float | None = None) -> int | float:
         """Return a finite, non-negative number."""

@@ -33,6 +33,7 @@ def rotation(rope: Rope, n: int, factors: Tensor | None = None) -> tuple[Float[T
         high = min(rope.dimensions - 1, math.ceil(pair_turning(rope.beta_slow)))
         keep = 1 - ((pairs - low) / max(0.001, high - low)).clamp(0, 1)
         interpolated = interpolated * (1 - keep) + frequencies * keep
+    interpolated[list(rope.still)] = 0
     angles = torch.arange(n, dtype=torch.float64)[:, None] * interpolated
     return rope.magnitude * angles.cos(), rope.magnitude * angles.sin()
 

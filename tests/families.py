@@ -142,6 +142,7 @@ FAMILY_CASES: dict[str, dict[str, Any]] = {
         layers=2,
     ),
     "gemma2_local_base": of("gemma2", extra={"rope.freq_base_swa": 100.0}),
+    "gemma2_none": of("gemma2", scaling={"type": "none", "factor": 4.0}),
     "gemma2_period": of("gemma2", extra={"attention.sliding_window_pattern": 3}),
     "gemma2_27b": of("gemma2", layers=46, d=32, ff=32, embed_std=0.177, post_gain=0.1),
     "gemma3": of("gemma3"),
@@ -214,12 +215,19 @@ FAMILY_CASES: dict[str, dict[str, Any]] = {
     "qwen3moe": of("qwen3moe"),
     "qwen3vl": of("qwen3vl", rope_base=1e6),
     "qwen3vlmoe": of("qwen3vlmoe"),
+    # Interleaved, the real files' too leave some pairs to the fourth axis: here 13 and 14, of low bases seen to stand.
+    "qwen3vl_still": of("qwen3vl", rope_base=30.0, extra={"rope.dimension_sections": [8, 4, 4, 0]}),
     "qwen3moe_yarn": of("qwen3moe", **YARN_ROW, tied=True, experts=5, experts_used=3),
     "qwen3moe_q8_0": of("qwen3moe", type="Q8_0", expert_ff=64),
     "gpt_oss": of("gpt-oss"),
     "gpt_oss_mxfp4": of("gpt-oss", types={"_exps.weight": "MXFP4"}),
+    "gpt_oss_none": of("gpt-oss", scaling={"type": "none", "factor": 4.0}),
     "gpt_oss_period": of("gpt-oss", extra={"attention.sliding_window_pattern": 3}),
     "qwen2moe": of("qwen2moe"),
+    # The first files of Qwen 1.5 do not say how wide their experts are.
+    "qwen2moe_default_widths": of(
+        "qwen2moe", shared_ff=96, omit=("expert_feed_forward_length", "expert_shared_feed_forward_length")
+    ),
     "olmoe": of("olmoe"),
     "granitemoe": of("granitemoe"),
     "granitemoe_shared": of("granitemoe", shared_ff=80),

@@ -184,6 +184,8 @@ def rope_angles(model: Oracle, layer: int, n: int, n_rot: int, context: int) -> 
     factor = meta.get("rope.scaling.factor", meta.get("rope.scale_linear", 1.0)) or 1.0
     if local and not facts.local_scaling:
         kind, factor = "none", 1.0
+    elif local and facts.local_base_key and kind == "none":
+        kind = "linear"  # "none" is for the global layers only
     original = meta.get("rope.scaling.original_context_length", meta["context_length"])
     magnitude = 1.0 if local and not facts.local_attn_factor else meta.get("rope.scaling.attn_factor", 1.0)
     pair = torch.arange(n_rot // 2, dtype=torch.float64)
@@ -211,6 +213,10 @@ def rope_angles(model: Oracle, layer: int, n: int, n_rot: int, context: int) -> 
         magnitude *= (1 + 0.1 * math.log(factor)) / (1 + 0.1 * multiplier * math.log(factor))
     else:
         assert kind == "none", f"rope scaling {kind}"
+    if sections := meta.get("rope.dimension_sections"):
+        # Dealt to three axes in turn, as many pairs as each has; what is left is of the fourth, which text has not.
+        dealt = {3 * turn + axis for axis in range(3) for turn in range(sections[axis])}
+        frequency = torch.stack([f if i in dealt else 0 * f for i, f in enumerate(frequency)])
     return torch.arange(n, dtype=torch.float64)[:, None] * frequency, magnitude
 
 

@@ -310,14 +310,56 @@ def test_every_architecture_says_how_its_pairs_rotate() -> None:
     assert {row.rope_pairs for row in ARCHITECTURES.values()} == {"adjacent", "halves", ""}
 
 
-@pytest.mark.parametrize(("sections", "covered"), [([1, 1, 0, 0], True), ([1, 0, 0, 1], False)])
-def test_sections_of_rotation_must_cover_all_pairs_by_their_first_three(sections: list[int], covered: bool) -> None:
-    shapes = {"attn_q_norm.weight": (HD,), "attn_k_norm.weight": (HD,)}
-    metadata = {key.replace("llama.", "qwen3vl."): value for key, value in METADATA.items()}
-    metadata |= {"general.architecture": "qwen3vl", "qwen3vl.rope.dimension_sections": sections}
-    tensors = SHAPES | {f"blk.{i}.{name}": shape for i in range(L) for name, shape in shapes.items()}
-    if covered:
-        ModelConfig.from_metadata(metadata, tensors)
+def of(architecture: str, changes: dict[str, Any], tensors: tuple[str, ...]) -> ModelConfig:
+    """Read the model above as of another architecture, with more tensors in each block: norms of heads or of d."""
+    metadata = {key.replace("llama.", f"{architecture}."): value for key, value in METADATA.items()}
+    metadata |= {"general.architecture": architecture} | {f"{architecture}.{k}": v for k, v in changes.items()}
+    metadata = {key: value for key, value in metadata.items() if value is not ABSENT}
+    shapes = {f"blk.{i}.{name}.weight": (HD if name[-6:] in ("q_norm", "k_norm") else D,)
+              for i in range(L) for name in tensors}  # fmt: skip
+    return ModelConfig.from_metadata(metadata, SHAPES | shapes)
+
+
+@pytest.mark.parametrize(
+    ("sections", "still"), [([1, 1, 0, 0], ()), ([2, 0, 0, 0], (1,)), ([1, 0, 0, 1], None), ([2], None)]
+)
+def test_sections_of_rotation_must_cover_all_pairs_by_their_first_three(
+    sections: list[int], still: tuple[int, ...] | None
+) -> None:
+    """Dealt in turn, they may still leave some to the fourth axis, and text has no place on that."""
+
+    def read_sections() -> ModelConfig:
+        return of("qwen3vl", {"rope.dimension_sections": sections}, ("attn_q_norm", "attn_k_norm"))
+
+    if still is None:
+        with pytest.raises(ConfigError, match=r"dimension_sections \[.+\] is not supported"):
+            read_sections()
     else:
-        with pytest.raises(ConfigError, match=r"dimension_sections \[1, 0, 0, 1\] is not supported"):
-            ModelConfig.from_metadata(metadata, tensors)
+        assert rope_of(read_sections()).still == still
+
+
+@pytest.mark.parametrize("key", ["rope.dimension_count_swa", "attention.key_length_swa", "attention.value_length_swa"])
+def test_windowed_layers_of_another_size_are_refused(key: str) -> None:
+    """(llama.cpp reads these keys; where the file says the same for all layers nothing is lost.)"""
+    sandwich = ("post_attention_norm", "post_ffw_norm")
+    assert of("gemma2", {key: HD}, sandwich).layers[0].window == 4096
+    with pytest.raises(ConfigError, match=rf"gemma2.{key} 2 differs from other layers' 4"):
+        of("gemma2", {key: 2}, sandwich)
+
+
+def test_ollamas_own_keys_are_refused_where_they_stand_in_for_llamacpps() -> None:
+    """Its first conversions of Gemma 3 have them: llama.cpp, and without a word we, would turn at the default base."""
+    tensors = ("attn_q_norm", "attn_k_norm", "post_attention_norm", "post_ffw_norm")
+    own = {"rope.global.freq_base": 1e6, "rope.local.freq_base": 1e4}
+    assert rope_of(of("gemma3", own, tensors)).base == 500.0
+    with pytest.raises(ConfigError, match=r"gemma3.rope.global.freq_base is Ollama's own, .* converted by llama.cpp"):
+        of("gemma3", own | {"rope.freq_base": ABSENT}, tensors)
+
+
+def test_experts_per_token_may_be_given_per_block_if_they_are_equal() -> None:
+    experts = {"ffn_gate_inp": (4, D), "ffn_gate_exps": (4, 8, D), "ffn_up_exps": (4, 8, D), "ffn_down_exps": (4, D, 8)}
+    shapes: dict[str, Any] = {f"blk.{i}.{name}.weight": shape for i in range(L) for name, shape in experts.items()}
+    shapes |= {f"blk.{i}.{name}.weight": ABSENT for i in range(L) for name in ("ffn_gate", "ffn_up", "ffn_down")}
+    assert read({"expert_count": 4, "expert_used_count": [2, 2]}, shapes).expert_used_count == 2
+    with pytest.raises(ConfigError, match="expert_used_count differs between blocks"):
+        read({"expert_count": 4, "expert_used_count": [2, 1]}, shapes)
