@@ -632,7 +632,8 @@ def _acquire(folder: Path, on_warning: Callable[[str], None]) -> int:
     """
     path = folder / "lock"
     while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        # Not through a link: a folder from strangers must not have us write into a file elsewhere.
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
         try:
             if sys.platform == "win32":
                 os.lseek(descriptor, 1 << 30, os.SEEK_SET)  # what is locked cannot be read, and the id below should be

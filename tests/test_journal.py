@@ -524,6 +524,18 @@ def test_a_folder_that_cannot_be_used_is_told_at_once(tmp_path: Path, monkeypatc
         one_line(error)
 
 
+@pytest.mark.skipif(not hasattr(os, "O_NOFOLLOW"), reason="this system follows every link")
+def test_a_lock_that_leads_elsewhere_is_left_alone(tmp_path: Path) -> None:
+    other, folder = tmp_path / "other", tmp_path / "run"
+    other.write_text("of somebody else")
+    folder.mkdir()
+    (folder / "lock").symlink_to(other)
+    for resume in (False, True):
+        with pytest.raises(JournalError, match=r"cannot be written .*choose another -o"):
+            Journal.open(folder, IDENTITY, resume=resume)
+    assert other.read_text() == "of somebody else"
+
+
 def test_a_file_system_without_locks_is_told_and_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fcntl = pytest.importorskip("fcntl")
     Failing(monkeypatch, fcntl, "flock").error = OSError(errno.ENOLCK, "No locks available")
