@@ -1,5 +1,6 @@
 """The options that commands share."""
 
+import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -316,6 +317,13 @@ def spectrum_options(command: Callable) -> Callable:
     return rank(iteration_options(command))
 
 
+def _finite(ctx: click.Context, param: click.Parameter, value: float) -> float:
+    """Refuse what click's ranges let pass: nan, and infinity where there is no upper bound."""
+    if not math.isfinite(value):
+        raise click.BadParameter(f"{value} is not a finite number", ctx, param)
+    return value
+
+
 def iteration_options(command: Callable) -> Callable:
     """Add the options of an iteration for singular values."""
     for option in reversed(
@@ -323,6 +331,7 @@ def iteration_options(command: Callable) -> Callable:
             click.option(
                 "--tol",
                 type=click.FloatRange(min=0, min_open=True),
+                callback=_finite,
                 default=1e-3,
                 show_default=True,
                 help="Relative residual asked of every triplet.",
