@@ -156,6 +156,25 @@ def test_what_an_interruption_left_is_gone_on_with(
         assert [untimed(line) for line in out.read_bytes().splitlines()] == [untimed(line) for line in lines]
 
 
+@pytest.mark.parametrize("kept", [True, False])
+def test_an_interruption_says_what_is_kept(kept: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file, out = tmp_path / "prompts.txt", tmp_path / "ranks.jsonl"
+    file.write_text("\n".join(LINES))
+    original, seen = phrases.token_ranks, list[int]()
+
+    def interrupted(jacobian: Any, **options: Any) -> Any:
+        seen.append(1)
+        if len(seen) > 1:
+            raise KeyboardInterrupt
+        return original(jacobian, **options)
+
+    monkeypatch.setattr(phrases, "token_ranks", interrupted)
+    err = ggjac("-f", file, *(("-o", out) if kept else ()), code=130).stderr
+    assert ("ranks.jsonl: the same command goes on with the others" in err) == kept
+    assert ("nothing unfinished was left behind" in err) == (not kept)
+    assert not kept or len(out.read_bytes().splitlines()) == 1
+
+
 def untimed(line: bytes) -> dict[str, Any]:
     return {key: value for key, value in json.loads(line).items() if key != "seconds"}
 

@@ -5,6 +5,7 @@ import os
 import statistics
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -115,7 +116,7 @@ def run_ranks(
     lines: Lines | None = None
     found: list[dict[str, Any]] = []
     ready = 0  # records that were there
-    with report.stage("ranks") as update:
+    with report.stage("ranks") as update, _keeping(output):
         for number, one in enumerate(given, 1):
             try:
                 session = Session(replace(one, quiet=True), rank=1, model=None if session is None else session.model)
@@ -135,6 +136,17 @@ def run_ranks(
             update("prompt", number, len(given))
     assert session is not None
     return session, found, ready
+
+
+@contextmanager
+def _keeping(output: Path | None) -> Iterator[None]:
+    """Let an interrupt say what is kept."""
+    try:
+        yield
+    except KeyboardInterrupt as interrupt:
+        if output and output.exists():
+            interrupt.add_note(f"finished prompts are in {shown(output)}: the same command goes on with the others")
+        raise
 
 
 def _check_longest(session: Session, given: list[ModelOptions]) -> None:
