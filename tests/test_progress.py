@@ -1,5 +1,6 @@
 """What is said while a command works: rates, and how long the rest takes, on a clock of our own."""
 
+import threading
 from collections.abc import Iterator
 
 import pytest
@@ -62,6 +63,31 @@ def test_what_was_resumed_counts_for_no_rate(time: Clock, capsys: pytest.Capture
             time.now += 3
             update("block", step, 100)
     assert capsys.readouterr().err == "svd: block 92/100, 6 s, about 24 s left\n"
+
+
+def test_a_stage_that_does_not_get_on_says_that_it_is_at_work(
+    time: Clock, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As while llama.cpp rewrites a file; without a terminal nothing else would be seen for minutes."""
+    monkeypatch.setattr(progress, "SILENT_SECONDS", 0.001)
+    beats = threading.active_count()
+    with Reporter(quiet=False).stage("verify") as update:
+        assert _first_line(capsys) == "verify: 0 s"
+        update("rewriting", 1, 3)
+        time.now += 42
+        while (line := _first_line(capsys)) == "verify: 0 s":  # said before the step
+            pass
+        assert line in ("verify: rewriting 1/3, 0 s", "verify: rewriting 1/3, 42 s")
+    assert threading.active_count() == beats
+
+
+def _first_line(capsys: pytest.CaptureFixture[str]) -> str:
+    """Wait for a line, and not for ever."""
+    for _ in range(10_000):
+        if err := capsys.readouterr().err:
+            return err.splitlines()[0]
+        threading.Event().wait(0.001)
+    pytest.fail("nothing was said")
 
 
 def test_quiet_says_nothing(time: Clock, capsys: pytest.CaptureFixture[str]) -> None:

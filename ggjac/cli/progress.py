@@ -1,12 +1,14 @@
 """Progress on stderr: a live line on a terminal, a plain line every few seconds elsewhere."""
 
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 PLAIN_SECONDS = 5.0  # between lines without a terminal; also the patience before the first one
+SILENT_SECONDS = 10.0  # there, of a stage that does not get on meanwhile; then twice as long, and so on
 
 
 # Called with a detail, the steps done and their total, and how many further rounds of as many steps are expected.
@@ -37,7 +39,8 @@ class Reporter:
                 with self._live(name, start) as update:
                     yield update
             else:
-                yield self._plain(name, start)
+                with self._plain(name, start) as update:
+                    yield update
         finally:
             self.seconds[name] = round(time.perf_counter() - start, 3)
 
@@ -57,19 +60,41 @@ class Reporter:
 
             yield update
 
-    def _plain(self, name: str, start: float) -> Update:
-        last = start
+    @contextmanager
+    def _plain(self, name: str, start: float) -> Iterator[Update]:
+        last, step = start, ""
         rates = self._rates(start)
+        heard, ended = threading.Event(), threading.Event()
 
         def update(detail: str, done: int, total: int, rounds: int = 0) -> None:
-            nonlocal last
+            nonlocal last, step
+            heard.set()
+            step = f"{detail} {done}/{total}, "
             text = rates(done, total, rounds)
             now = time.perf_counter()
             if now - last >= PLAIN_SECONDS:
                 last = now
-                print(f"{name}: {detail} {done}/{total}, {clock(now - start)}{text}", file=sys.stderr, flush=True)
+                print(f"{name}: {step}{clock(now - start)}{text}", file=sys.stderr, flush=True)
 
-        return update
+        def wait() -> None:
+            """Say now and then that a stage is still at work which has nothing to say, as llama.cpp's steps are."""
+            patience = SILENT_SECONDS
+            while not ended.wait(patience):
+                if heard.is_set():
+                    heard.clear()
+                    patience = SILENT_SECONDS
+                    continue
+                with suppress(OSError, ValueError):  # nobody reads stderr any more
+                    print(f"{name}: {step}{clock(time.perf_counter() - start)}", file=sys.stderr, flush=True)
+                patience *= 2
+
+        waiting = threading.Thread(target=wait, daemon=True)
+        waiting.start()
+        try:
+            yield update
+        finally:
+            ended.set()
+            waiting.join()
 
     def _rates(self, start: float) -> Callable[[int, int, int], str]:
         """Return a function that says how fast this stage has been so far, and how long the rest of it takes so."""

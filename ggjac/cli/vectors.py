@@ -20,12 +20,14 @@ def run_readability(
     heaviest = result.weight.argmax(1)
     right = svd.Vh[torch.arange(len(svd.Vh)), heaviest]
     options: dict[str, Any] = {"top": max(2, min(top, model.embedding.shape[0])), "shuffles": shuffles, "seed": seed}
-    return (
-        readability(
+    with session.report.stage("coherence") as update:
+        left = readability(
             svd.U.to(model.dtype), lambda V, n: top_logits(model.head.matrix, V, n), model.embedding, **options
-        ),
-        readability(right.to(model.dtype), lambda V, n: nearest(model.embedding, V, n), model.embedding, **options),
-    )
+        )
+        update("side", 1, 2)
+        return left, readability(
+            right.to(model.dtype), lambda V, n: nearest(model.embedding, V, n), model.embedding, **options
+        )
 
 
 def readability_data(result: tuple[Readability, Readability]) -> dict[str, Any]:
