@@ -279,7 +279,7 @@ class Journal:
         on_warning = on_warning or _print_warning
         with _explaining(folder):
             folder.mkdir(parents=True, exist_ok=True)
-            lock = _acquire(folder, on_warning)
+            lock = _acquire(folder / "lock", folder, on_warning)
         try:
             begun = (folder / "journal.json").exists()
             if begun:
@@ -623,14 +623,39 @@ def _shown(first: Any, second: Any, width: int = 60) -> tuple[str, str]:
 # -- the lock ----------------------------------------------------------------------------------------------------------
 
 
-def _acquire(folder: Path, on_warning: Callable[[str], None]) -> int:
-    """Return the descriptor of the lock file, locked.
+@contextlib.contextmanager
+def alone(path: str | os.PathLike[str], *, on_warning: Callable[[str], None] | None = None) -> Iterator[None]:
+    """Keep other processes from a file in this block, by a lock beside it that is gone in the end.
+
+    Args:
+        path: of the file, which need not be there; by links to it, it is the same one.
+        on_warning: told where the file system has no locks.
+
+    Raises:
+        JournalError: another process is working there, or the lock cannot be made.
+    """
+    file = Path(os.path.realpath(path))
+    lock = file.with_name(f"{file.name}.lock")
+    with _explaining(file):
+        descriptor = _acquire(lock, Path(path), on_warning or _print_warning)
+    try:
+        yield
+    finally:
+        if sys.platform == "win32":  # an open file cannot be deleted there
+            _release(descriptor)
+        with contextlib.suppress(OSError):
+            lock.unlink()
+        if sys.platform != "win32":
+            _release(descriptor)
+
+
+def _acquire(path: Path, what: Path, on_warning: Callable[[str], None]) -> int:
+    """Return the descriptor of a lock file, locked; messages name what it protects.
 
     Raises:
         JournalError: another process holds it.
         OSError: it cannot be created.
     """
-    path = folder / "lock"
     while True:
         # Not through a link: a folder from strangers must not have us write into a file elsewhere.
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
@@ -646,9 +671,9 @@ def _acquire(folder: Path, on_warning: Callable[[str], None]) -> int:
             holder = os.read(descriptor, 20).decode("ascii", "replace").strip()
             os.close(descriptor)
             who = f"another ggjac process (pid {holder})" if holder.isdigit() else "another ggjac process"
-            raise JournalError(f"{who} is working in {folder}; wait for it, or choose another -o") from error
+            raise JournalError(f"{who} is working in {what}; wait for it, or choose another -o") from error
         except OSError as error:  # a network file system without locks
-            on_warning(f"{folder}: cannot be locked ({_one_line(error)}); let no other process work there")
+            on_warning(f"{what}: cannot be locked ({_one_line(error)}); let no other process work there")
         # The former holder may have deleted the file between our opening and locking it: then it protects nothing.
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(descriptor), os.stat(path)):

@@ -1,6 +1,8 @@
 """Stable ranks of every token's map against dense arithmetic, and the file of JSON lines that remembers them."""
 
 import json
+import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import torch
 from click.testing import CliRunner, Result
 from torch import Tensor
 
+from ggjac import journal
 from ggjac.analysis import prompts as module
 from ggjac.analysis.prompts import token_ranks
 from ggjac.cli import main, phrases
@@ -237,6 +240,31 @@ def test_more_sweeps_are_another_attempt(tmp_path: Path, counted: list[int]) -> 
         assert len(counted) == times
         assert (record["stopped_by"] == "sweeps") == (code == 3)
     assert len(out.read_bytes().splitlines()) == 3
+
+
+def test_one_process_at_a_time_appends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From before the file is read until its last line is there, by whatever name; nothing is left of the lock."""
+    out, link = tmp_path / "ranks.jsonl", tmp_path / "link.jsonl"
+    link.symlink_to(out)
+    busy = f"another ggjac process (pid {os.getpid()}) is working in"
+    with journal.alone(out):
+        for path in (out, link):
+            err = ggjac("--tokens", "0,465", "-o", path, code=1).stderr
+            assert f"{busy} {path}; wait for it, or choose another -o" in err
+            assert err.count("\n") == 1
+    assert not out.exists()
+
+    def measured(*args: Any, **options: Any) -> Any:
+        with pytest.raises(journal.JournalError, match=re.escape(f"{busy} {link}")), journal.alone(link):
+            pass
+        return token_ranks(*args, **options)
+
+    monkeypatch.setattr(phrases, "token_ranks", measured)
+    file = tmp_path / "prompts.txt"
+    file.write_text("\n".join(LINES[1:]))
+    ggjac("-f", file, "-o", out)
+    assert len(out.read_bytes().splitlines()) == 2
+    assert {path.name for path in tmp_path.iterdir()} == {"ranks.jsonl", "link.jsonl", "prompts.txt"}
 
 
 def test_what_is_no_prompt_is_refused(tmp_path: Path) -> None:

@@ -1,18 +1,18 @@
 """Many prompts, one after another: their stable ranks, kept in a file of JSON lines that can be gone on with."""
 
+import contextlib
 import json
 import os
 import statistics
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import click
 
-from ggjac import __version__, planner, runs
+from ggjac import __version__, journal, planner, runs
 from ggjac.analysis.prompts import token_ranks
 from ggjac.cli import sections
 from ggjac.cli.depths import stable
@@ -38,10 +38,7 @@ class Lines:
     def __init__(self, path: Path | None, settings: dict[str, Any]):
         self.path, self.settings = path, settings
         self.records: dict[str, dict[str, Any]] = {}
-        if path is None:
-            return
-        runs.check_writable(path)
-        if not path.exists():
+        if path is None or not path.exists():
             return
         with open(path, "rb") as file:  # a model, say, is refused before it is read
             self._check_beginning(file.read(len(_BEGINNING)), 1)
@@ -116,7 +113,7 @@ def run_ranks(
     lines: Lines | None = None
     found: list[dict[str, Any]] = []
     ready = 0  # records that were there
-    with report.stage("ranks") as update, _keeping(output):
+    with _alone(output), report.stage("ranks") as update, _keeping(output):
         for number, one in enumerate(given, 1):
             try:
                 session = Session(replace(one, quiet=True), rank=1, model=None if session is None else session.model)
@@ -138,7 +135,7 @@ def run_ranks(
     return session, found, ready
 
 
-@contextmanager
+@contextlib.contextmanager
 def _keeping(output: Path | None) -> Iterator[None]:
     """Let an interrupt say what is kept."""
     try:
@@ -147,6 +144,14 @@ def _keeping(output: Path | None) -> Iterator[None]:
         if output and output.exists():
             interrupt.add_note(f"finished prompts are in {shown(output)}: the same command goes on with the others")
         raise
+
+
+def _alone(output: Path | None) -> contextlib.AbstractContextManager[None]:
+    """Let no other process read and append to the same file meanwhile."""
+    if output is None:
+        return contextlib.nullcontext()
+    runs.check_writable(output)
+    return journal.alone(output)
 
 
 def _check_longest(session: Session, given: list[ModelOptions]) -> None:
