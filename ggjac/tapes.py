@@ -145,6 +145,11 @@ class Tapes:
         with contextlib.suppress(OSError):
             self.folder.rmdir()
 
+    @property
+    def saved(self) -> int:
+        """Blocks whose tapes are in the folder."""
+        return self._saved
+
     def _path(self, index: int) -> Path:
         assert self.folder is not None
         return self.folder / f"block-{index:03d}.safetensors"

@@ -194,6 +194,33 @@ def test_an_interrupted_forward_pass_is_saved(
     assert resumed["events"] < whole(output).answer["events"]
 
 
+@pytest.mark.parametrize("output", [[], ["-o", "svd.safetensors"]])
+def test_what_an_interrupted_forward_pass_leaves_in_its_folder_is_told(
+    output: list[str], run: Run, tiny_files: dict[str, Path], tmp_path: Path
+) -> None:
+    """With --trace, whether or not there is a file: the same command, without --resume, goes on after those blocks."""
+    what = ["-m", str(tiny_files["three_layers"]), "--tokens", "5,3,7,9", "-t", "1", "--trace", "kept"]
+    command = ["svd", *what, "-k", "2", *output]
+    whole = run(tmp_path / "whole", *command)
+    seen = set()
+    for end in range(1, 24):  # trace.json and three tapes: each is flushed, renamed, and its folder flushed
+        folder = tmp_path / str(end)
+        stopped = run(folder, *command, end=end, how="interrupt")
+        assert stopped["code"] == 130
+        blocks = len(list(folder.glob("kept/block-*.safetensors")))
+        seen.add(blocks)
+        kept = f"kept keeps the forward pass up to block {blocks} of 3: go on by the same command"
+        assert stopped["stderr"].splitlines()[-1] == f"Interrupted; {kept}"
+        assert {path.name for path in folder.iterdir()} == {"events", "stderr", "kept"}
+        resumed = run(folder, *command)
+        assert resumed["code"] == 0, resumed["stderr"]
+        assert resumed["events"] == whole["events"] - 6 * (1 + blocks)
+        if output:
+            a, b = (load_file(tmp_path / name / output[1]) for name in ("whole", str(end)))
+            assert not differing(a, b)
+    assert seen == {1, 2, 3}
+
+
 def test_a_full_disk_does_not_end_the_forward_pass(
     run: Run, commands: dict[str, list[str]], whole: Callable[[str], Whole], tmp_path: Path
 ) -> None:

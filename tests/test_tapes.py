@@ -87,10 +87,12 @@ def test_resident_tapes_are_written_now_and_then(
 ) -> None:
     kept = Tapes(tmp_path / "a", IDENTITY)
     traced(tiny_files["three_layers"], kept)
-    assert not (tmp_path / "a").exists()  # a quick trace costs nothing
+    assert not kept.saved  # a quick trace costs nothing
+    assert not (tmp_path / "a").exists()
     monkeypatch.setattr(tapes_module, "EVERY", 0.0)
     kept = Tapes(tmp_path / "a", IDENTITY)
     traced(tiny_files["three_layers"], kept)
+    assert kept.saved
     assert len(list((tmp_path / "a").glob("block-*.safetensors"))) == 3
 
 

@@ -110,13 +110,29 @@ class Session:
     @cached_property
     def trace(self) -> Trace:
         """The forward pass; run when first needed."""
-        with self.report.stage("trace") as update:
-            return self.model.trace(
-                self.ids,
-                mlp_path=self.what.mlp_path,
-                tapes=self._tapes,
-                progress=lambda done, total: update("block", done, total),
-            )
+        try:
+            with self.report.stage("trace") as update:
+                return self.model.trace(
+                    self.ids,
+                    mlp_path=self.what.mlp_path,
+                    tapes=self._tapes,
+                    progress=lambda done, total: update("block", done, total),
+                )
+        except (KeyboardInterrupt, MemoryError) as error:
+            self._note_tapes(error)
+            raise
+
+    def _note_tapes(self, error: BaseException) -> None:
+        """Keep in the `--trace` folder what there is of a forward pass that was ended, and say so."""
+        tapes = self.__dict__.get("_tapes")
+        if self.what.trace is None or not isinstance(tapes, Tapes):
+            return
+        with contextlib.suppress(runs.RunError):  # a full disk keeps fewer
+            tapes.save()
+        if tapes.saved:
+            folder, blocks = visible(os.fsencode(self.what.trace)), self.model.config.block_count
+            done = f"block {tapes.saved} of {blocks}"
+            error.add_note(f"{folder} keeps the forward pass up to {done}: go on by the same command")
 
     @cached_property
     def _tapes(self) -> Tapes | bool:
