@@ -52,9 +52,11 @@ class WeightStore:
         self.reads: dict[str, float] = defaultdict(int)
         self.bytes_read = 0
         self.places: list[str] = []
+        self._given: dict[str, int] = {}
         self._room: dict[str, int] = {}
         self._tiles: dict[Key, Tensor] = {}
         self._bytes: dict[Key, Tensor] = {}
+        self._earlier: dict[Key, str] = {}  # kept since before the last `place`, and not used since: key and place
         self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._checked: set[Key] = set()
         self._scratch = threading.local()  # a tile per thread on the CPU, reused so that its pages are touched once
@@ -78,14 +80,20 @@ class WeightStore:
     def place(self, places: Sequence[str], room: Mapping[str, int]) -> None:
         """Choose where live weights wait between sweeps from now on; what is kept now is given back.
 
+        Asked for the same again, as for another prompt, it stays; what that does not use (of a mixture, which has other
+        experts for it) gives way where room is short.
+
         Args:
             places: of each block: `"dense"` (on the device, in `dtype`), `"device"` (there, quantized), `"pinned"` (in
                 RAM beside a device, quantized) or `"file"` (on a CPU, the system's page cache). See `ggjac.planner`.
             room: bytes that may be kept at each place, at most; what does not fit comes from the file.
         """
-        self._tiles.clear()
-        self._bytes.clear()
-        self.places, self._room = list(places), dict(room)
+        if (list(places), dict(room)) == (self.places, self._given):
+            self._earlier = {key: self.places[int(key[0].split(".")[1])] for key in (*self._tiles, *self._bytes)}
+            return
+        for kept in (self._tiles, self._bytes, self._earlier):
+            kept.clear()
+        self.places, self._given, self._room = list(places), dict(room), dict(room)
 
     def dequantize(
         self, info: TensorInfo, start: int, stop: int, left: int, right: int, place: str = "file"
@@ -98,6 +106,7 @@ class WeightStore:
             WeightError: the rows hold NaN or infinite scales (checked the first time they are read).
         """
         key = (info.name, start, stop, left)
+        self._earlier.pop(key, None)
         if key in self._tiles:
             return self._tiles[key]
         shape = stop - start, right - left
@@ -114,9 +123,13 @@ class WeightStore:
         return tile
 
     def _takes(self, place: str, nbytes: int) -> bool:
-        """Say whether a place still has room, and take it."""
-        if self._room.get(place, 0) < nbytes:
-            return False
+        """Say whether a place still has room, or gets it from what an earlier prompt left, and take it."""
+        while self._room.get(place, 0) < nbytes:
+            key = next((key for key, where in self._earlier.items() if where == place), None)
+            if key is None:
+                return False
+            del self._earlier[key]
+            self._room[place] += (self._tiles if place == "dense" else self._bytes).pop(key).nbytes
         self._room[place] -= nbytes
         return True
 

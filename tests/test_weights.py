@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import gguf
@@ -149,6 +150,48 @@ def test_reads_count_rows(small_tiles: int, tiny_file: Callable[..., Path]) -> N
     assert everything.reads == {"blk.0.ffn_up.weight": 24 + 11 + 2}
     everything["output_norm.weight"].dense()
     assert everything.reads["output_norm.weight"] == 1
+
+
+# ---- what stays between sweeps
+
+
+def kept(path: Path) -> tuple[WeightStore, list[weights.Weight]]:
+    """Return a store with room for two dense experts of a layer, and the four of a matrix."""
+    everything = store(path)
+    row = everything["blk.0.ffn_up_exps.weight"].info.shape
+    everything.place(["dense", "file"], {"dense": 2 * row[1] * row[2] * 4})
+    block = everything.block(0, {}, live=True)
+    return everything, [block.matrix("ffn_up_exps.weight", expert) for expert in range(4)]
+
+
+def made(everything: WeightStore, *used: weights.Weight) -> float:
+    """Return how many experts are dequantized when some are used, once each; the values are those of the file."""
+    everything.reads.clear()
+    for weight in used:
+        plain = replace(weight, place="file", store=store(everything.file.path))
+        assert torch.equal(torch.cat([tile.clone() for *_, tile in weight.tiles()]), plain.dense())
+    return sum(everything.reads.values()) / weight.shape[0]
+
+
+def test_what_is_asked_for_again_stays(tiny_file: Callable[..., Path]) -> None:
+    everything, (a, b, c, d) = kept(tiny_file("mixtral", experts=4, experts_used=2))
+    assert (made(everything, a, b), made(everything, a, b)) == (2, 0)
+    assert made(everything, c, c) == 2  # no room
+    places, room = everything.places, dict(everything._given)
+    everything.place(places, room)
+    assert made(everything, a, b) == 0
+    # Another prompt's: what it does not use gives way, and no more than that is ever kept.
+    everything.place(places, room)
+    assert (made(everything, b, c), made(everything, b, c)) == (1, 0)
+    assert made(everything, a, d) == 2
+    assert sum(tile.nbytes for tile in everything._tiles.values()) == room["dense"]
+    everything.place(places, room)
+    assert (made(everything, a, d), made(everything, a, d)) == (2, 0)
+    assert sum(tile.nbytes for tile in everything._tiles.values()) == room["dense"]
+    # Other places: all is given back.
+    everything.place(places, {"dense": room["dense"] - 1})
+    assert not everything._tiles
+    assert (made(everything, a, d), made(everything, a, d)) == (2, 1)
 
 
 # ---- refusals
