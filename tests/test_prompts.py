@@ -17,7 +17,9 @@ from ggjac import journal
 from ggjac.analysis import prompts as module
 from ggjac.analysis.prompts import token_ranks
 from ggjac.cli import main, phrases
+from ggjac.cli.session import Session
 from ggjac.model import Model, Trace, open_model
+from ggjac.weights import WeightStore
 
 
 def exact(J: Tensor) -> float:
@@ -265,6 +267,34 @@ def test_one_process_at_a_time_appends(tmp_path: Path, monkeypatch: pytest.Monke
     ggjac("-f", file, "-o", out)
     assert len(out.read_bytes().splitlines()) == 2
     assert {path.name for path in tmp_path.iterdir()} == {"ranks.jsonl", "link.jsonl", "prompts.txt"}
+
+
+@pytest.mark.parametrize("tight", [False, True])
+def test_layers_stay_ready_from_prompt_to_prompt(tight: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where a shorter prompt would leave room for more of them."""
+    stores: dict[int, WeightStore] = {}
+    fit = Session.fit
+
+    def fitted(self: Session, *given: Any, **options: Any) -> None:
+        fit(self, *given, **options)
+        stores[id(self.model.weights)] = self.model.weights
+
+    monkeypatch.setattr(Session, "fit", fitted)
+    file = tmp_path / "prompts.txt"
+    file.write_text("\n".join(LINES))
+    args = ["-f", file, "--format", "json"]
+    plans = [json.loads(ggjac(*args, "--dry-run").stdout)]
+    size = plans[0]["layers"][-1]["dense_bytes"]
+    if tight:
+        args += ["--ram-budget", plans[0]["ram_needed"] + int(1.9 * size)]
+        plans = [json.loads(ggjac(*args[2:], *prompt, "--dry-run").stdout) for prompt in (args[:2], ["-p", LINES[1]])]
+        longest, short = (sum(layer["place"] == "dense" for layer in plan["layers"]) for plan in plans)
+        assert 1 == longest < short
+    ggjac(*args)
+    (store,) = stores.values()
+    name = f"blk.{len(plans[0]['layers']) - 1}.ffn_down.weight"
+    # The first forward pass, and once for all sweeps and for the forward passes that follow.
+    assert store.reads[name] == 2 * store.file.tensors[name].rows
 
 
 def test_what_is_no_prompt_is_refused(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import click
 
-from ggjac import __version__, journal, planner, runs
+from ggjac import __version__, journal, runs
 from ggjac.analysis.prompts import token_ranks
 from ggjac.cli import sections
 from ggjac.cli.depths import stable
@@ -112,17 +112,18 @@ def run_ranks(
     session: Session | None = None
     lines: Lines | None = None
     found: list[dict[str, Any]] = []
-    ready = 0  # records that were there
+    ready = longest = 0  # records that were there; tokens of the longest prompt
     with _alone(output), report.stage("ranks") as update, _keeping(output):
         for number, one in enumerate(given, 1):
             try:
-                session = Session(replace(one, quiet=True), rank=1, model=None if session is None else session.model)
+                model = None if session is None else session.model
+                session = Session(replace(one, quiet=True), rank=1, model=model, fit=False)
             except click.UsageError as error:
                 if len(given) == 1:
                     raise
                 raise click.UsageError(f"{shown(one.prompt or '')}: {error.format_message()}") from error
-            if number == 1:
-                _check_longest(session, given)
+            longest = longest or _longest(session, given)
+            session.fit(longest, position=-1)  # the same for all: layers stay ready
             lines = lines or Lines(output, _settings(session, tol=tol, seed=seed))
             key = _key({"prompt": session.text, "tokens": session.tokens()})
             if _settled(lines.records.get(key), max_sweeps):
@@ -154,16 +155,11 @@ def _alone(output: Path | None) -> contextlib.AbstractContextManager[None]:
     return journal.alone(output)
 
 
-def _check_longest(session: Session, given: list[ModelOptions]) -> None:
-    """Refuse all prompts before any work if the longest of them cannot fit; what is no prompt is refused in its turn.
-
-    Raises:
-        NoFitError: with what it needs.
-    """
+def _longest(session: Session, given: list[ModelOptions]) -> int:
+    """Return the tokens of the longest prompt, by which all are planned; what is no prompt is refused in its turn."""
     model = session.model
     lengths = [len(model.tokenize(text)) for one in given[1:] if (text := one.text())]
-    n = min(max(lengths, default=1), model.config.context_length)
-    planner.check(session.plan(model.gguf, model.config, n, position=-1))
+    return max([len(session.ids), *(n for n in lengths if n <= model.config.context_length)])
 
 
 def _settings(session: Session, *, tol: float, seed: int) -> dict[str, Any]:
