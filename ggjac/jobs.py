@@ -118,6 +118,8 @@ class Job:
         reused: which tensors later passes want again.
         kept: bytes of what is kept from step to step, by name.
         prompts: how often all of it is done, one prompt after another.
+        readied: how often layers that are kept are made ready, at most: once for all prompts, but each may want other
+            experts.
     """
 
     name: str
@@ -131,6 +133,7 @@ class Job:
     reused: Literal["live", "all"] = "live"
     kept: Mapping[str, int] = field(default_factory=dict)
     prompts: int = 1
+    readied: int = 1
 
     @property
     def sweeps(self) -> tuple[Sweeps, ...]:
@@ -214,7 +217,8 @@ def job(name: str, config: ModelConfig, n: int, dtype: str, **options: Any) -> J
     made = JOBS[name](order)
     if asked.saved or name == "analyze":
         made = replace(made, kept={**made.kept, "checkpoint": min(WAITING_BYTES, order.products(made.sweeps))})
-    return replace(made, name=name, chunk_bytes=order.chunk_bytes, prompts=asked.prompts)
+    readied = asked.prompts if config.expert_count else 1
+    return replace(made, name=name, chunk_bytes=order.chunk_bytes, prompts=asked.prompts, readied=readied)
 
 
 def all_rows(config: ModelConfig, n: int, dtype: str) -> int:

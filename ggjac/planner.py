@@ -802,6 +802,6 @@ def _times(plan: Plan, rates: Rates, cached: int, free: int) -> Times:
         if not ready:
             disk, ready = max(0, dense.nbytes - room) / rates.disk, True
             made = reading(dense.types) + dense.weights * ITEM_BYTES[plan.job.dtype] / rates.touch
-            parts.append(Time("making layers ready", prompts, disk, made, 0.0, 0.0))
+            parts.append(Time("making layers ready", plan.job.readied, disk, made, 0.0, 0.0))
         parts.append(sweeps(step))
     return Times(tuple(parts))

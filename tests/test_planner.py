@@ -424,6 +424,15 @@ def test_layers_kept_dense_are_dequantized_once(tiny_file: TinyFile) -> None:
     assert parts["making layers ready"].total == pytest.approx(plan.sweep.weights * (1 / 1e6 + 4 / 8e6))
 
 
+def test_layers_are_made_ready_once_for_all_prompts(tiny_file: TinyFile) -> None:
+    """But each may want other experts."""
+    for case, expected in (("gqa", 1), ("mixtral", 3)):
+        plan = planned(tiny_file(case), 5, "ranks", rank=1, prompts=3, budget=AMPLE)
+        counts = {part.what: part.count for part in plan.seconds(Rates(), cached=0, free=1 << 40).parts}
+        assert counts["making layers ready"] == expected
+        assert (counts["trace"], counts["svd"]) == (3, 3 * jobs.EXPECTED_SWEEPS)
+
+
 @pytest.mark.parametrize("case", ["gqa", "qwen3moe"])  # of a mixture, the width of a dense network says nothing
 def test_dense_rows_come_in_chunks_as_the_jacobian_makes_them(
     case: str, monkeypatch: pytest.MonkeyPatch, tiny_file: TinyFile
