@@ -279,7 +279,8 @@ class _Order:
         for step in sweeps:
             down = 0 if step.up else step.count
             if step.krylov:
-                down = math.ceil(step.count / 2)
+                turns = step.krylov[0].sweeps
+                down = step.count // turns * math.ceil(turns / 2)
             floats += step.vectors * self.d * (down * self.n + step.count - down)
         return floats * self.item
 
@@ -287,12 +288,21 @@ class _Order:
         """Return how many dense rows, of each of several maps, go together: `DetachedJacobian.rows_at_once`."""
         return max(1, self.chunk_bytes // (chunk_floats(self.n, self.d, self.config.hidden_units) * self.item * maps))
 
-    def portions(self, what: str, total: int, *, sweeps: int = 1, limit: int | None = None, **more: Any) -> Sweeps:
-        """Return the sweeps of vectors that go together up to a limit, by default as many as dense rows."""
-        some = min(total, limit or self.at_once())
-        return Sweeps(what, sweeps * math.ceil(total / some), some, **more)
+    def portions(
+        self, what: str, total: int, *, sweeps: int = 1, limit: int | None = None, **more: Any
+    ) -> tuple[Sweeps, ...]:
+        """Return the sweeps of vectors that go together up to a limit, by default as many as dense rows, and of the rest.
 
-    def dense(self, what: str) -> Sweeps:
+        Their bases are counted once.
+        """
+        some = min(total, limit or self.at_once())
+        whole = Sweeps(what, sweeps * (total // some), some, **more)
+        if not total % some:
+            return (whole,)
+        without = tuple(k._replace(maps=0) for k in whole.krylov)
+        return whole, replace(whole, count=sweeps, vectors=total % some, krylov=without)
+
+    def dense(self, what: str) -> tuple[Sweeps, ...]:
         """Return the sweeps of all dense rows; float64 copies are made of `SLICE` of them at a time."""
         rows = min(self.d, self.at_once())
         return self.portions(what, self.d, up=False, after=1 + min(SLICE, rows) / rows * 2 * 8 / self.item)
@@ -318,17 +328,17 @@ class _Order:
         width = self.width(1)
         bases = (Krylov(maps, 1, width, sweeps),)
         return (
-            self.portions("svd per token", maps * width, sweeps=sweeps, copies=1, krylov=bases),
-            self.portions("svd per token: signs", maps, copies=1),
+            *self.portions("svd per token", maps * width, sweeps=sweeps, copies=1, krylov=bases),
+            *self.portions("svd per token: signs", maps, copies=1),
             Lookup("decoding per token", head=maps * rank, embedding=maps * rank),
         )
 
-    def stable_rank(self) -> Sweeps:
+    def stable_rank(self) -> tuple[Sweeps, ...]:
         """Return the Frobenius norm of the joint map: its rows, whole float64 copies of which are made, or probes."""
         after = 1 + 2 * 8 / self.item
         if self.d <= EXACT_ROWS:
-            return replace(self.dense("stable rank"), after=after)
-        return Sweeps("stable rank", 1, PROBES, up=False, after=after)
+            return tuple(replace(step, after=after) for step in self.dense("stable rank"))
+        return (Sweeps("stable rank", 1, PROBES, up=False, after=after),)
 
     def layers(self) -> tuple[Sweeps | Lookup, ...]:
         """Return the decomposition of maps inside the network, each as the whole Jacobian's; and the readout.
@@ -364,7 +374,7 @@ def _analyze(order: _Order) -> Job:
     more += order.per_token() if asked.per_token else ()
     more += order.layers() if asked.maps is not None else ()
     branches = Sweeps("branches", 1, 1, over=Over("heads", written=1))
-    steps = REBUILD, *order.spectrum(), *order.coherence(), order.stable_rank(), ATTRIBUTION, branches, *more
+    steps = REBUILD, *order.spectrum(), *order.coherence(), *order.stable_rank(), ATTRIBUTION, branches, *more
     return order.of(Lookup("logits", logits=1), *steps, maps=asked.maps or 0)
 
 
@@ -383,18 +393,18 @@ def _attribute(order: _Order) -> Job:
     n, by, everywhere = order.n, order.asked.by, order.asked.everywhere
     if by != "token":
         over = Over("heads" if by == "head" else "live", n if everywhere else None, n if everywhere else 1)
-        shares = Sweeps("attribution", 1, 1, over=over)
+        shares: tuple[Sweeps, ...] = (Sweeps("attribution", 1, 1, over=over),)
     elif everywhere:
         shares = order.portions("attribution", n + 1, over=Over(read=n, written=n))
     else:
-        shares = ATTRIBUTION
-    return order.of(REBUILD, Lookup("logits", logits=n if everywhere else 1), shares)
+        shares = (ATTRIBUTION,)
+    return order.of(REBUILD, Lookup("logits", logits=n if everywhere else 1), *shares)
 
 
 def _norms(order: _Order) -> Job:
     vectors = order.n * min(order.asked.count, order.d)
     decoding = Lookup("decoding", head=vectors, embedding=vectors)
-    return order.of(REBUILD, order.dense("rows"), order.portions("columns", vectors, copies=1), decoding)
+    return order.of(REBUILD, *order.dense("rows"), *order.portions("columns", vectors, copies=1), decoding)
 
 
 def _ranks(order: _Order) -> Job:
@@ -408,7 +418,7 @@ def _ranks(order: _Order) -> Job:
     if order.d <= EXACT_ROWS:
         norms = order.portions("stable ranks", order.d, limit=limit, up=False, after=1 + 2 * 8 / item)
     largest = order.portions("svd", (1 + reached) * width, sweeps=sweeps, limit=limit, copies=1, krylov=bases)
-    return order.of(largest, norms, Lookup("logits", logits=1), REBUILD)
+    return order.of(*largest, *norms, Lookup("logits", logits=1), REBUILD)
 
 
 def _compare(order: _Order) -> Job:
@@ -434,7 +444,7 @@ def _steer(order: _Order) -> Job:
     # Keys and values of every block, and of the one that is being extended twice.
     cache = (config.block_count + 1) * 2 * config.head_count_kv * config.head_size * capacity * order.item
     held = {"cache": cache}
-    steps: list[Sweeps | Lookup] = [order.portions("images of the text", text, over=concept, copies=1)]
+    steps: list[Sweeps | Lookup] = [*order.portions("images of the text", text, over=concept, copies=1)]
     if asked.method == "equation16":
         steps.append(Sweeps("offset", 1, 3, over=concept))
     steps.append(Sweeps("texts", 1 + pushed, 1, over=Over("all", text), held=held))
@@ -456,7 +466,7 @@ JOBS: dict[str, Callable[[_Order], Job]] = {
     "analyze": _analyze,
     "svd": _svd,
     "layers": _layers,
-    "jacobian": lambda order: order.of(order.dense("rows"), REBUILD),
+    "jacobian": lambda order: order.of(*order.dense("rows"), REBUILD),
     "norms": _norms,
     "attribute": _attribute,
     "contrast": lambda order: order.of(REBUILD, *ORDINARY, Lookup("logits", logits=3)),

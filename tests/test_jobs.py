@@ -1,7 +1,9 @@
 """Commands beside their own `--dry-run`: passes, vectors, FLOP, bytes and memory, counted while they run."""
 
+import gc
 import json
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Iterator
 from dataclasses import fields
 from importlib import import_module
 from pathlib import Path
@@ -13,13 +15,16 @@ from test_planner import held
 
 from ggjac import jobs
 from ggjac.analysis.steering import steer
-from ggjac.cli import main, session
+from ggjac.cli import main, planning, session
 from ggjac.cli.planning import asked_by
 from ggjac.config import ModelConfig
 from ggjac.generation import Continuation
 from ggjac.gguf import open_gguf
 from ggjac.jacobian import SharedSweep
+from ggjac.linop import Linear
 from ggjac.model import open_model
+from ggjac.ordinary import OrdinaryJacobian
+from ggjac.planner import Plan
 from ggjac.weights import WeightStore
 
 TinyFile = Callable[..., Path]
@@ -33,16 +38,17 @@ CASES: dict[str, dict[str, Any]] = {
     "mixtral": {"experts_used": 6},
     "qwen3moe": {"experts_used": 6},
 }
-# As many sweeps as the plan expects, whatever the spectrum.
-SWEEPS = ["--tol", "1e-30", "--max-sweeps", jobs.EXPECTED_SWEEPS]
+# As many sweeps as the plan is made to expect, whatever the spectrum: few, and more down than up.
+SWEEPS = ["--tol", "1e-30", "--max-sweeps", 3]
+SHORT = ["--top", 2]  # every decoded token costs a row
 COMMANDS: dict[str, list[Any]] = {
     "predict": [],
     "predict everywhere": ["--all-positions", "-o", "f"],
-    "svd": ["-k", 2, *SWEEPS],
+    "svd": ["-k", 2, *SWEEPS, *SHORT],
     "svd without chance": ["-k", 3, *SWEEPS, "--shuffles", 0],
-    "svd per token": ["-k", 2, *SWEEPS, "--per-token", "--position", 3],
-    "analyze": ["-k", 2, *SWEEPS, "--no-verify", "-o", "run"],
-    "analyze with contrast": ["-k", 2, *SWEEPS, "--no-verify", "-o", "run", "--contrast"],
+    "svd per token": ["-k", 2, *SWEEPS, *SHORT, "--shuffles", 5, "--per-token", "--position", 3],
+    "analyze": ["-k", 2, *SWEEPS, *SHORT, "--no-verify", "-o", "run"],
+    "analyze with contrast": ["-k", 2, *SWEEPS, *SHORT, "--no-verify", "-o", "run", "--contrast"],
     "jacobian": [],
     "norms": ["--count", 2],
     "norms early": ["--position", 2],
@@ -62,21 +68,25 @@ COMMANDS: dict[str, list[Any]] = {
     "steer much": ["--strength", "0,0.1,0.2", "--no-control", "--max-tokens", 2],
     "steer once": ["--max-tokens", 1],
 }
-# What goes over blocks by itself, not through `SharedSweep`.
-ALONE = ("ordinary", "ordinary: last block", "texts", "tokens", "branches")
 
 
 class Counted:
     """What a command did.
 
     Attributes:
+        plans: what was printed of each model.
         stores: the weights of each model.
         products: vectors and FLOP of each shared sweep.
+        stacks: by block, how many vectors its output projection was applied to, each time.
+        tangents: of each product with the ordinary Jacobian.
     """
 
     def __init__(self) -> None:
+        self.plans: list[Plan] = []
         self.stores: list[WeightStore] = []
         self.products: list[tuple[int, int]] = []
+        self.stacks: dict[int, list[int]] = defaultdict(list)
+        self.tangents: list[int] = []
 
     @property
     def blocks(self) -> float:
@@ -93,6 +103,7 @@ def _bytes(store: WeightStore, name: str) -> float:
 def counted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Counted:
     """Return what is counted from now on; no weights are kept, in an empty folder."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(jobs, "EXPECTED_SWEEPS", SWEEPS[-1])
     found = Counted()
     fit = session.Session.fit
 
@@ -102,6 +113,30 @@ def counted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Counted:
         found.stores.append(self.model.weights)
 
     monkeypatch.setattr(session.Session, "fit", keeping_nothing)
+    data = planning.plan_data
+
+    def printed(made: Plan) -> dict[str, Any]:
+        found.plans.append(made)
+        return data(made)
+
+    monkeypatch.setattr(planning, "plan_data", printed)
+    for side in ("matmat", "rmatmat"):
+        apply = getattr(Linear, side)
+
+        def applied(self: Linear, X: Any, *rest: Any, apply: Any = apply) -> Any:
+            parts = self.weight.info.name.split(".")  # type: ignore[attr-defined]  # of a file's own matrices
+            if parts[2:3] == ["attn_output"]:
+                found.stacks[int(parts[1])].append(len(X))
+            return apply(self, X, *rest)
+
+        monkeypatch.setattr(Linear, side, applied)
+    pushed = OrdinaryJacobian.matmat
+
+    def push(self: OrdinaryJacobian, X: Any, *rest: Any) -> Any:
+        found.tangents.append(len(X))
+        return pushed(self, X, *rest)
+
+    monkeypatch.setattr(OrdinaryJacobian, "matmat", push)
     for side in ("up", "down"):
         true = getattr(SharedSweep, side)
 
@@ -144,29 +179,27 @@ EACH = [
 def test_a_command_does_what_its_plan_says(
     name: str, case: str, chunk_bytes: int, counted: Counted, tiny_file: TinyFile, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every pass with its vectors, FLOP and bytes; in small chunks too."""
+    """Every pass with its vectors and FLOP, and all bytes; in small chunks too."""
     monkeypatch.setattr(jobs, "CHUNK_BYTES", chunk_bytes)
     asked = [*arguments(name, case, tiny_file), "--dtype", "float64"]
     planned = run(*asked, "--dry-run")
+    counted.stacks.clear()  # of the measurement
     assert counted.products == counted.stores == []
     run(*asked)
     models = [planned] + ([planned["other_model"]] if "other_model" in planned else [])
-    assert len(counted.stores) == len(models)
+    assert len(counted.stores) == len(counted.plans) == len(models)
 
-    shared = [step for plan in models for step in plan["sweeps"] if step["what"] not in ALONE]
-    if name.startswith("attribute"):  # blocks one by one
-        shared = [step for step in shared if step["what"] == "reconstruction" or "everywhere" not in name]
-        if "by" in name:
-            shared = [step for step in shared if step["what"] == "reconstruction"]
-    assert len(counted.products) == sum(step["count"] for step in shared)
-    assert max((k for k, _ in counted.products), default=0) == max((step["vectors"] for step in shared), default=0)
-    most, rest = sum(step["count"] * step["flop"] for step in shared), sum(step["flop"] for step in shared)
-    # The last portion may be smaller.
-    assert most - rest < sum(flop for _, flop in counted.products) <= most or not shared
+    expected = [one for plan in counted.plans for one in shared(plan)]
+    found = sorted(counted.products)
+    assert [k for k, _ in found] == [k for k, _ in sorted(expected)]
+    assert [flop for _, flop in found] == [flop for _, flop in sorted(expected)]
+    assert counted.tangents == [s.vectors - 1 for p in counted.plans for s in p.job.sweeps if s.what == "ordinary"]
+    for block in range(len(planned["layers"])):
+        assert sorted(counted.stacks[block]) == sorted(k for plan in counted.plans for k in stacks(plan, block))
 
-    expected = sum(layer["trace_bytes"] for plan in models for layer in plan["layers"])
-    expected += sum(step["count"] * step["bytes"] for plan in models for step in plan["sweeps"])
-    assert counted.blocks == pytest.approx(expected, rel=1e-12)
+    read = sum(layer["trace_bytes"] for plan in models for layer in plan["layers"])
+    read += sum(step["count"] * step["bytes"] for plan in models for step in plan["sweeps"])
+    assert counted.blocks == pytest.approx(read, rel=1e-12)
     for plan, store in zip(models, counted.stores, strict=True):
         tensors = {"output.weight": ("logits", "head"), "token_embd.weight": ("embedding",)}
         if "output.weight" not in store:
@@ -179,12 +212,42 @@ def test_a_command_does_what_its_plan_says(
                 assert rows < (passes + 1) * every, tensor
 
 
+def shared(plan: Plan) -> Iterator[tuple[int, int]]:
+    """Yield vectors and FLOP of every pass that is a shared sweep."""
+    for step in plan.job.sweeps:
+        if step.over.tensors == "live" and step.over.written is None:
+            yield from [(step.vectors, step.vectors * plan.over(step.over).flop)] * step.count
+
+
+def stacks(plan: Plan, block: int) -> Iterator[int]:
+    """Yield how many vectors a block's output projection is applied to: by the trace, and by every pass."""
+    yield 1
+    for step in plan.job.sweeps:
+        if block not in range(len(plan.layers))[step.over.first : step.over.last]:
+            continue
+        once = [step.vectors]
+        if step.over.tensors == "heads":  # what is added and the bias; and down, what the head reads
+            once = [2, 1]
+        elif step.what.startswith("ordinary"):  # tangents ride along
+            once = [1]
+        yield from once * step.count
+
+
 def _passes(step: dict[str, Any], uses: tuple[str, ...]) -> int:
     """Return how often a look-up goes over a tensor: for logits and tokens of vectors once, for nearest ones again."""
     return any(step[use] for use in uses if use != "embedding") + bool("embedding" in uses and step["embedding"])
 
 
 # ---- memory
+
+@pytest.fixture(autouse=True, scope="module")
+def little_garbage() -> Iterator[None]:
+    """What is there already need not be looked through before each count."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
 
 LONG = ["--tokens", ",".join(str(i % 100 + 3) for i in range(40))]
 # Enough vectors to outweigh what is small in any model that is not tiny.
