@@ -5,7 +5,7 @@ A command that is to be planned is a row of `JOBS`.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
@@ -31,6 +31,10 @@ EXPECTED_SWEEPS = 8
 FLOOR_SWEEPS = {"bfloat16": 11}
 
 
+# Maps inside the network, and the taps at which they end: as in `ggjac.analysis.layers`, which imports torch.
+MAPS, KINDS = ("cumulative", "blockwise", "to_end"), ("layer", "attn", "mlp")
+
+
 class PlanError(ValueError):
     """A plan cannot be made: an impossible prompt length, rank or dtype."""
 
@@ -42,15 +46,22 @@ class Over(NamedTuple):
         tensors: `"live"`: those that products use; `"heads"`: the same, the output projection twice; `"all"`: those of
             the forward pass.
         read: positions that are read; None: up to the output's.
-        written: positions that are written; None: those that are read, but in the last live block one.
-        first, last: blocks, as those of a slice.
+        written: positions that are written; None: those that are read, but one in a block where all maps end.
+        spans: of each map that advances, the blocks from the first to before the last; none: one map over all blocks.
+            All maps have as many vectors.
+        apart: not all maps advance together, but one after another, each with all the vectors.
     """
 
     tensors: Literal["live", "heads", "all"] = "live"
     read: int | None = None
     written: int | None = None
-    first: int = 0
-    last: int | None = None
+    spans: tuple[tuple[int, int], ...] = ()
+    apart: bool = False
+
+    @property
+    def turns(self) -> int:
+        """How many sweeps, one after another, make up a pass."""
+        return len(self.spans) if self.apart else 1
 
 
 SWEEP = Over()
@@ -113,7 +124,7 @@ class Job:
         dtype: of all arithmetic.
         steps: in order.
         tapes: whether what the Jacobian freezes is kept.
-        maps: maps inside the network that advance together.
+        maps: maps inside the network that advance together, at most.
         chunk_bytes: working memory of a chunk of dense rows.
         reused: which tensors later passes want again.
         kept: bytes of what is kept from step to step, by name.
@@ -153,7 +164,7 @@ class Job:
     @property
     def width(self) -> int:
         """Most vectors by which Krylov bases grow in a sweep; 0 where nothing is decomposed."""
-        return max((sum(k.maps * k.width for k in step.krylov) for step in self.sweeps), default=0)
+        return max((sum(k.maps * k.width for k in step.krylov) // step.over.turns for step in self.sweeps), default=0)
 
 
 @dataclass(frozen=True)
@@ -165,7 +176,8 @@ class Asked:
         position: of the output, negative from the end; `everywhere`: all of them (`attribute`, `predict`).
         sweeps: of a decomposition: nobody knows them before; None for as many as usual.
         chunk_bytes: of dense rows; None for the usual.
-        maps: inside the network, that advance together; None for what `layers` does without options.
+        layers, maps, kinds, transport: of maps inside the network, as the options of `layers` say; None for all layers,
+            in `analyze` for none.
         contrast, per_token, shuffles: parts of `analyze` and `svd`; how many shuffled vectors are decoded.
         by: of `attribute`: `"token"`, `"layer"` or `"head"`.
         count: of `norms`: columns and rows at each position.
@@ -180,7 +192,10 @@ class Asked:
     everywhere: bool = False
     sweeps: int | None = None
     chunk_bytes: int | None = None
-    maps: int | None = None
+    layers: Sequence[int] | None = None
+    maps: Sequence[str] = MAPS
+    kinds: Sequence[str] = KINDS
+    transport: bool = False
     contrast: bool = False
     per_token: bool = False
     shuffles: int = SHUFFLES
@@ -214,6 +229,8 @@ def job(name: str, config: ModelConfig, n: int, dtype: str, **options: Any) -> J
     if not 1 <= asked.rank <= config.d:
         raise PlanError(f"--rank {asked.rank} is out of range; this model's Jacobian has {config.d} singular values")
     order = _Order(config, n, dtype, asked)
+    if not set(order.depths) <= set(range(config.block_count + 1)):
+        raise PlanError(f"layers {order.depths}: out of range; this model has depths 0 to {config.block_count}")
     made = JOBS[name](order)
     if asked.saved or name == "analyze":
         made = replace(made, kept={**made.kept, "checkpoint": min(WAITING_BYTES, order.products(made.sweeps))})
@@ -228,11 +245,22 @@ def all_rows(config: ModelConfig, n: int, dtype: str) -> int:
 
 REBUILD = Sweeps("reconstruction", 1, 3)
 ATTRIBUTION = Sweeps("attribution", 1, 1, up=False)
-# Forward mode carries the values themselves beside the one tangent; no tape holds the last block's output.
-ORDINARY = (
-    Sweeps("ordinary", 1, 2, over=Over("all")),
-    Sweeps("ordinary: last block", 1, 1, over=Over("all", first=-1)),
-)
+
+
+class _Group(NamedTuple):
+    """Maps inside the network that are decomposed in the same sweeps, or so many at a time.
+
+    Attributes:
+        name: which.
+        maps: at a time.
+        over: what they go over.
+        branches: at a time, those whose value must be known, and what a pass for it goes over.
+    """
+
+    name: str
+    maps: int
+    over: Over
+    branches: tuple[int, Over]
 
 
 @dataclass(frozen=True)
@@ -281,7 +309,7 @@ class _Order:
             if step.krylov:
                 turns = step.krylov[0].sweeps
                 down = step.count // turns * math.ceil(turns / 2)
-            floats += step.vectors * self.d * (down * self.n + step.count - down)
+            floats += step.over.turns * step.vectors * self.d * (down * self.n + step.count - down)
         return floats * self.item
 
     def at_once(self, maps: int = 1) -> int:
@@ -291,9 +319,9 @@ class _Order:
     def portions(
         self, what: str, total: int, *, sweeps: int = 1, limit: int | None = None, **more: Any
     ) -> tuple[Sweeps, ...]:
-        """Return the sweeps of vectors that go together up to a limit, by default as many as dense rows, and of the rest.
+        """Return the sweeps of vectors up to a limit, by default as many as dense rows, and of the rest.
 
-        Their bases are counted once.
+        Bases are those of all vectors, and counted once.
         """
         some = min(total, limit or self.at_once())
         whole = Sweeps(what, sweeps * (total // some), some, **more)
@@ -316,6 +344,15 @@ class _Order:
         rank, width, sweeps = self.asked.rank, self.width(self.n), self.sweeps
         joint = Sweeps("svd", sweeps, width, krylov=(Krylov(1, self.n, width, sweeps),))
         return joint, Lookup("decoding", head=rank, embedding=rank * self.n)
+
+    def ordinary(self) -> tuple[Sweeps, ...]:
+        """Return a product with the ordinary Jacobian: forward mode carries the values beside the one tangent.
+
+        No tape holds the last block's output.
+        """
+        end = self.config.block_count
+        last = Over("all", spans=((end - 1, end),))
+        return Sweeps("ordinary", 1, 2, over=Over("all")), Sweeps("ordinary: last block", 1, 1, over=last)
 
     def coherence(self) -> tuple[Lookup, ...]:
         """Return the decoding of shuffled vectors, beside chance."""
@@ -340,42 +377,85 @@ class _Order:
             return tuple(replace(step, after=after) for step in self.dense("stable rank"))
         return (Sweeps("stable rank", 1, PROBES, up=False, after=after),)
 
-    def layers(self) -> tuple[Sweeps | Lookup, ...]:
-        """Return the decomposition of maps inside the network, each as the whole Jacobian's; and the readout.
+    @property
+    def depths(self) -> list[int]:
+        """Where maps inside the network begin or end, in blocks applied."""
+        return sorted(set(range(self.config.block_count + 1) if self.asked.layers is None else self.asked.layers))
 
-        Cumulative, blockwise and maps to the end make up 7/3 of those that advance together. Their left vectors are
-        decoded.
-        """
-        maps, rank, sweeps, blocks = self.asked.maps, self.asked.rank, self.sweeps, self.config.block_count
-        readout = Lookup("readout", logits=blocks + 1)
-        maps = 3 * blocks if maps is None else maps
-        if not maps:
-            return (readout,)
-        width = self.width(self.n)
-        rows, count = PROBES, 1
-        if self.d <= EXACT_ROWS:
-            rows = min(self.d, self.at_once(maps))
-            count = math.ceil(self.d / rows)
+    @property
+    def ends(self) -> list[int]:
+        """Where some end: none does before the first block."""
+        return [i for i in self.depths if i > 0]
+
+    @property
+    def groups(self) -> list[_Group]:
+        """The maps inside the network, as `analysis.layers` lets them advance."""
+        asked, ends, end, kinds = self.asked, self.ends, self.config.block_count, len(self.asked.kinds)
+        branches = sum(kind != "layer" for kind in asked.kinds)
+        blocks = tuple((i - 1, i) for i in ends)
+        inner = tuple((i, end) for i in self.depths if i < end)
+        every = Over(spans=tuple((0, i) for i in ends for _ in range(kinds)))
+        alone = Over(spans=blocks, apart=True)
+        groups = [
+            _Group("cumulative", kinds * len(ends), every, (branches * len(ends), Over(spans=blocks))),
+            _Group("blockwise", kinds * bool(ends), alone, (branches, alone)),
+            _Group("to_end", len(inner), Over(spans=inner), (0, SWEEP)),
+        ]
+        return [group for group in groups if group.name in asked.maps and group.maps]
+
+    @property
+    def together(self) -> int:
+        """Most maps inside the network that advance together."""
+        return max((group.maps for group in self.groups), default=0)
+
+    def layers(self) -> tuple[Sweeps | Lookup, ...]:
+        """Return the decomposition of maps inside the network, each as the whole Jacobian's; and the readout."""
+        asked, rank, end = self.asked, self.asked.rank, self.config.block_count
+        steps: list[Sweeps | Lookup] = [step for group in self.groups for step in self._decomposed(group)]
+        every = sum(group.maps * group.over.turns for group in self.groups)
+        if every:
+            steps.append(Lookup("layers: decoding", head=every * rank))
+        if asked.transport and "cumulative" in asked.maps and "layer" in asked.kinds:
+            steps += self._transport()
+        return *steps, Lookup("readout", logits=end + 1)
+
+    def _transport(self) -> Iterator[Sweeps | Lookup]:
+        """Yield the sweeps that carry left vectors on: up to their taps, from there to the output; and what arrives."""
+        rank, end = self.asked.rank, self.config.block_count
+        inner = [i for i in self.ends if i < end]
+        for spans in (tuple((0, i) for i in inner), tuple((i, end) for i in inner)):
+            if spans:
+                yield Sweeps("layers: transport", 1, len(spans) * rank, over=Over(spans=spans), copies=2)
+        if self.ends:
+            yield Lookup("layers: arriving", head=len(self.ends) * rank)
+
+    def _decomposed(self, group: _Group) -> Iterator[Sweeps]:
+        """Yield the sweeps of a group: for the values of branches, triplets, their signs and stable ranks."""
+        name, maps, over, sweeps, width = group.name, group.maps, group.over, self.sweeps, self.width(self.n)
+        values, where = group.branches
+        if values:
+            yield Sweeps(f"layers: {name}, branches", 1, values, over=where, copies=2)
+        bases = (Krylov(over.turns * maps, self.n, width, sweeps),)
+        yield Sweeps(f"layers: {name}, svd", sweeps, maps * width, over=over, copies=2, krylov=bases)
+        yield Sweeps(f"layers: {name}, signs", 1, maps, over=over, copies=2)
         # The results of all maps arrive together, and are made wide one after another.
         after = 1 + 2 * 8 / self.item / maps
-        bases = (Krylov(maps, self.n, width, sweeps),)
-        return (
-            Sweeps("layers: svd", sweeps, maps * width, copies=2, krylov=bases),
-            Sweeps("layers: signs", 1, maps, copies=2),
-            Sweeps("layers: stable rank", count, maps * rows, up=False, after=after, copies=2),
-            Lookup("layers: decoding", head=math.ceil(maps * 7 / 3 * rank)),
-            readout,
-        )
+        exact = self.d <= EXACT_ROWS
+        rows = self.d if exact else PROBES
+        for step in self.portions(
+            f"layers: {name}, stable rank", rows, limit=self.at_once(maps) if exact else rows, up=False, over=over
+        ):
+            yield replace(step, vectors=maps * step.vectors, after=after, copies=2)
 
 
 def _analyze(order: _Order) -> Job:
     asked = order.asked
-    more: tuple[Sweeps | Lookup, ...] = (*ORDINARY, Lookup("contrast", logits=3)) if asked.contrast else ()
+    more: tuple[Sweeps | Lookup, ...] = (*order.ordinary(), Lookup("contrast", logits=3)) if asked.contrast else ()
     more += order.per_token() if asked.per_token else ()
-    more += order.layers() if asked.maps is not None else ()
+    more += order.layers() if asked.layers is not None else ()
     branches = Sweeps("branches", 1, 1, over=Over("heads", written=1))
     steps = REBUILD, *order.spectrum(), *order.coherence(), *order.stable_rank(), ATTRIBUTION, branches, *more
-    return order.of(Lookup("logits", logits=1), *steps, maps=asked.maps or 0)
+    return order.of(Lookup("logits", logits=1), *steps, maps=0 if asked.layers is None else order.together)
 
 
 def _svd(order: _Order) -> Job:
@@ -384,8 +464,7 @@ def _svd(order: _Order) -> Job:
 
 
 def _layers(order: _Order) -> Job:
-    maps = order.asked.maps
-    return order.of(REBUILD, *order.layers(), maps=3 * order.config.block_count if maps is None else maps)
+    return order.of(REBUILD, *order.layers(), maps=order.together)
 
 
 def _attribute(order: _Order) -> Job:
@@ -440,7 +519,7 @@ def _steer(order: _Order) -> Job:
         raise PlanError(f"--layer {layer} is out of range; this model has layers 1 to {config.block_count}")
     if capacity > config.context_length:
         raise PlanError(f"a text of {capacity} tokens cannot run; the model's context is {config.context_length}")
-    concept = Over(last=layer)
+    concept = Over(spans=((0, layer),))
     # Keys and values of every block, and of the one that is being extended twice.
     cache = (config.block_count + 1) * 2 * config.head_count_kv * config.head_size * capacity * order.item
     held = {"cache": cache}
@@ -469,7 +548,7 @@ JOBS: dict[str, Callable[[_Order], Job]] = {
     "jacobian": lambda order: order.of(*order.dense("rows"), REBUILD),
     "norms": _norms,
     "attribute": _attribute,
-    "contrast": lambda order: order.of(REBUILD, *ORDINARY, Lookup("logits", logits=3)),
+    "contrast": lambda order: order.of(REBUILD, *order.ordinary(), Lookup("logits", logits=3)),
     "ranks": _ranks,
     "compare": _compare,
     "steer": _steer,

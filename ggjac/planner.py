@@ -182,14 +182,15 @@ def _live(block: _Block, kind: str, mlp_path: MlpPath) -> str:
 
 def _pass(block: _Block, config: ModelConfig, mlp_path: MlpPath, over: Over, reached: int) -> Pass:
     """Return what a pass reads and computes in a block: for one vector, or of the forward pass for all positions."""
-    blocks = range(config.block_count)[over.first : over.last]
-    if block.index not in blocks:
+    spans = over.spans or ((0, config.block_count),)
+    ends = [last for first, last in spans if first <= block.index < last]
+    if not ends:
         return Pass()
     n = over.read or reached
     m = over.written or n
     if over.tensors == "all":
         return _trace_pass(block, config, mlp_path, n, m)
-    if over.written is None and block.index == blocks[-1]:
+    if over.written is None and set(ends) == {block.index + 1}:
         m = 1
     output = block.linear("attn_output", m)
     parts = [block.linear("attn_v", n), _mix(config, n, m), output]
@@ -197,7 +198,9 @@ def _pass(block: _Block, config: ModelConfig, mlp_path: MlpPath, over: Over, rea
         parts.append(replace(output, flop=2 * output.flop))
     for kind, experts, uses, _ in _networks(block, config, m):
         parts += [block.linear(stem, m, experts, uses) for stem in (_live(block, kind, mlp_path), f"ffn_down{kind}")]
-    return _total(parts)
+    work = _total(parts)
+    # Of maps that advance together, not all are there; a vector of all is on the average in so many of the blocks.
+    return work if over.apart else replace(work, flop=round(work.flop * len(ends) / len(spans)))
 
 
 def _mix(config: ModelConfig, n: int, m: int) -> Pass:
@@ -655,7 +658,7 @@ def _sweeping(config: ModelConfig, job: Job, step: Sweeps) -> dict[str, int]:
         moving = trace_floats(config, n, step.over.written or n) * work
     else:
         moving = (sweep_floats(config, n, up=step.up) + step.copies * n * config.d) * item
-    bases = sum(k.maps * basis_floats(config, k.positions, k.width, k.sweeps) for k in step.krylov)
+    bases = sum(k.maps * basis_floats(config, k.positions, k.width, k.sweeps) for k in step.krylov) // step.over.turns
     arrived = round(step.after * job.n * config.d) * item
     return {"vectors": step.vectors * max(moving, arrived), "bases": bases * work, **step.held}
 

@@ -24,7 +24,6 @@ from ggjac.cli import main, options
 from ggjac.cli.depths import spark
 from ggjac.cli.options import Depths
 from ggjac.frobenius import StableRank, stable_ranks
-from ggjac.jacobian import SharedSweep
 from ggjac.journal import Journal
 from ggjac.linop import LinearOperator
 from ggjac.model import Trace, open_model
@@ -327,33 +326,6 @@ def test_all_depths_read_each_weight_once_per_sweep(tiny_files: dict[str, Path])
     assert model.weights.reads[head] == 2 * model.gguf.tensors[head].rows  # left vectors, and the readout
 
 
-@pytest.mark.parametrize("maps", [6, 9])
-def test_the_plan_counts_the_vectors_that_travel(
-    maps: int, tiny_files: dict[str, Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model = open_model(tiny_files["three_layers"], dtype="float32")
-    trace = model.trace([5, 17, 3, 99, 42])
-    widths: dict[str, list[int]] = {"up": [], "down": []}
-    true = {"up": SharedSweep.up, "down": SharedSweep.down}
-    for side, seen in widths.items():
-
-        def counted(self: SharedSweep, stacks: list[Tensor], *rest: Any, side: str = side, seen: Any = seen) -> Any:
-            if len(self.paths) == maps and not self.raw:
-                seen.append(sum(len(part) for part in stacks))
-            return true[side](self, stacks, *rest)
-
-        monkeypatch.setattr(SharedSweep, side, counted)
-    depths = [1, 2, 3][: maps // 3]
-    layers(trace.jacobian(), model.head, 2, maps=["cumulative"], depths=depths, max_sweeps=4)
-    job = jobs.job("layers", model.config, 5, "float32", rank=2, maps=maps)
-    krylov, signs, norms = (part for part in job.sweeps if part.what.startswith("layers"))
-    assert krylov.vectors == job.width == widths["down"][0] == widths["up"][0]
-    assert signs.vectors == widths["up"][-1]
-    assert [norms.vectors] * norms.count == widths["down"][-norms.count :]
-    assert job.lookups[0].head >= maps * 2
-    assert job.maps == maps
-
-
 def test_progress_says_what_it_is_at(tiny_files: dict[str, Path]) -> None:
     trace, *_ = traced(tiny_files, "three_layers")
     seen: list[tuple[str, int, int]] = []
@@ -467,15 +439,7 @@ def test_depths_that_a_model_lacks_are_refused(given: str, message: str, tiny_fi
 
 
 def test_the_options_name_what_the_library_has() -> None:
-    assert (options.MAPS, options.KINDS) == (MAPS, KINDS)
-    count = options.maps_together(Depths().convert("0,2-3,5", None, None), ("cumulative", "to_end"), ("attn", "mlp"))
-    assert count is not None
-    assert [count(5), count(6)] == [6, 6]  # two branches of each of three blocks
-    some = {"all": 12, "0": 1, "-1": 3, "0-1": 3}
-    assert {given: options.maps_together(Depths().convert(given, None, None))(4) for given in some} == some
-    assert options.maps_together(Depths().convert("1-3", None, None), ["blockwise"])(9) == 3
-    assert options.maps_together(Depths().convert("0,2-4", None, None), ["to_end"])(4) == 3  # none begins at the last
-    assert options.maps_together(None) is None
+    assert (options.MAPS, options.KINDS) == (jobs.MAPS, jobs.KINDS) == (MAPS, KINDS)
 
 
 def test_what_cannot_fit_is_refused(tiny_files: dict[str, Path]) -> None:

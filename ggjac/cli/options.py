@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -78,26 +78,8 @@ class DepthRanges:
         return sorted(found)
 
 
-# Tells for a number of blocks how many maps inside the network advance together.
-MapCount = Callable[[int], int]
-# As in `ggjac.analysis.layers`, which imports torch; a test holds them equal.
+# As in `ggjac.analysis.layers`, which imports torch, and in `ggjac.jobs`, which imports NumPy; a test holds them equal.
 MAPS, KINDS = ("cumulative", "blockwise", "to_end"), ("layer", "attn", "mlp")
-
-
-def maps_together(
-    layers: DepthRanges | None, maps: Sequence[str] = MAPS, kinds: Sequence[str] = KINDS
-) -> MapCount | None:
-    """Return how many maps advance together for what the options of `layer_options` say; None without `--layers`."""
-    if layers is None:
-        return None
-
-    def count(blocks: int) -> int:
-        depths = layers.of(blocks)
-        ends, starts = sum(i > 0 for i in depths), sum(i < blocks for i in depths)
-        together = {"cumulative": len(kinds) * ends, "blockwise": len(kinds) * bool(ends), "to_end": starts}
-        return max(together[name] for name in maps)
-
-    return count
 
 
 class MemorySize(click.ParamType):

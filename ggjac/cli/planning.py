@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from ggjac.cli.options import ModelOptions, maps_together
+from ggjac.cli.options import ModelOptions
 from ggjac.planner import LayerPlan, Plan, Times
 
 PLACES = {
@@ -18,7 +18,10 @@ PLACES = {
     "pinned": "quantized, in RAM",
 }
 # Options of commands that `ggjac.jobs.Asked` has by the same name.
-_SAME = ("rank", "by", "count", "contrast", "per_token", "shuffles", "method", "layer", "max_tokens", "control")
+_SAME = (
+    *("rank", "by", "count", "contrast", "per_token", "shuffles", "maps", "kinds", "transport"),
+    *("method", "layer", "max_tokens", "control"),
+)
 
 
 def show_plan(
@@ -92,10 +95,8 @@ def asked_by(params: Mapping[str, Any], blocks: int) -> dict[str, Any]:
     if "resume" in params:
         found["saved"] = params.get("output") is not None
     found["everywhere"] = bool(params.get("all_positions")) or ("position" in params and params["position"] is None)
-    chosen = {name: params[name] for name in ("layers", "maps", "kinds") if name in params}
-    maps = maps_together(**chosen) if chosen else None
-    if maps:
-        found["maps"] = maps(blocks)
+    if params.get("layers") is not None:
+        found["layers"] = params["layers"].of(blocks)
     return found
 
 
