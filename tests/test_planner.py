@@ -433,6 +433,18 @@ def test_layers_are_made_ready_once_for_all_prompts(tiny_file: TinyFile) -> None
         assert (counts["trace"], counts["svd"]) == (3, 3 * jobs.EXPECTED_SWEEPS)
 
 
+def test_maps_of_single_blocks_take_turns(tiny_file: TinyFile, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What they need does not grow with the number of blocks; their time does."""
+    monkeypatch.setattr(jobs, "EXACT_ROWS", 0)
+    few, many = (planned(tiny_file("gqa", layers=n), 5, "layers", rank=16, maps=["blockwise"]) for n in (2, 6))
+    assert few.ram["bases"] == many.ram["bases"] > 0
+    assert few.job.width == many.job.width
+    assert few.job.vectors == many.job.vectors
+    spent = [{part.what: part for part in plan.seconds(Rates(), free=0).parts} for plan in (few, many)]
+    for what in ("layers: blockwise, svd", "layers: blockwise, stable rank"):
+        assert spent[1][what].gemm == pytest.approx(3 * spent[0][what].gemm)
+
+
 @pytest.mark.parametrize("case", ["gqa", "qwen3moe"])  # of a mixture, the width of a dense network says nothing
 def test_dense_rows_come_in_chunks_as_the_jacobian_makes_them(
     case: str, monkeypatch: pytest.MonkeyPatch, tiny_file: TinyFile
