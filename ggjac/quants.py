@@ -290,7 +290,7 @@ def _lookup(values: tuple[int, ...], indices: Tensor) -> Tensor:
 @cache
 def _table(values: tuple[int, ...], device: torch.device) -> Tensor:
     # Kept, as the copy to a device waits for all work queued there.
-    return torch.tensor(values, dtype=torch.float32, device=device)
+    return torch.tensor(values, dtype=torch.float32).to(device)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -4,6 +4,13 @@
 # level of cache, and a small part of any layer of the models that need streaming.
 TILE_ELEMENTS = 1 << 23
 
+# Tiles that are on their way to a device, or there and not yet dequantized: one travels while one is used, and others
+# make up for a late host.
+ON_THE_WAY = 4
+
+# Pinned memory that is asked for at a time: a power of two.
+PINNED_BYTES = 256 << 20
+
 # Hidden units of a feed-forward network that exist at a time: for many stacked vectors its `[k, n, f]` middle
 # would dwarf everything else. A multiple of every storage type's block, wide enough for GEMM to run at speed.
 SLAB = 2048

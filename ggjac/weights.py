@@ -16,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ggjac import quants
+from ggjac.bus import Bus, Pinned
 from ggjac.ggml import TYPES, holds_weights, row_bytes
 from ggjac.gguf import GGUFFile, TensorInfo
 from ggjac.sizes import TILE_ELEMENTS
@@ -57,7 +58,8 @@ class WeightStore:
         self._tiles: dict[Key, Tensor] = {}
         self._bytes: dict[Key, Tensor] = {}
         self._earlier: dict[Key, str] = {}  # kept since before the last `place`, and not used since: key and place
-        self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._bus = None if device.type == "cpu" else Bus(device)
+        self._pinned = Pinned(0)
         self._checked: set[Key] = set()
         self._scratch = threading.local()  # a tile per thread on the CPU, reused so that its pages are touched once
 
@@ -94,6 +96,7 @@ class WeightStore:
         for kept in (self._tiles, self._bytes, self._earlier):
             kept.clear()
         self.places, self._given, self._room = list(places), dict(room), dict(room)
+        self._pinned = Pinned(room.get("pinned", 0))
 
     def dequantize(
         self, info: TensorInfo, start: int, stop: int, left: int, right: int, place: str = "file"
@@ -113,11 +116,11 @@ class WeightStore:
         keep = place == "dense" and self._takes(place, shape[0] * shape[1] * self.dtype.itemsize)
         self.reads[info.name] += shape[0] * (shape[1] / info.shape[-1])
         self.bytes_read += shape[0] * row_bytes(info.type, shape[1])
-        if self.device.type == "cpu":
+        if self._bus is None:
             out = torch.empty(shape, dtype=self.dtype) if keep else self._scratch_tile(*shape)
             tile = quants.dequantize_rows(self._stored(key, info, right), info.type, out, threads=self.threads)
         else:
-            tile = quants.dequantize(self._on_device(key, info, right, place), info.type, self.dtype)
+            tile = self._dequantized_there(self._bus, key, info, right, place)
         if keep:
             self._tiles[key] = tile
         return tile
@@ -156,27 +159,20 @@ class WeightStore:
             self._checked.add(key)
         return raw
 
-    def _on_device(self, key: Key, info: TensorInfo, right: int, place: str) -> Tensor:
-        """Return the quantized bytes of a tile on the device, and keep them where they belong."""
-        raw = self._bytes.get(key)
+    def _dequantized_there(self, bus: Bus, key: Key, info: TensorInfo, right: int, place: str) -> Tensor:
+        """Dequantize a tile on the device, and keep its bytes where they belong."""
+        raw: Tensor | np.ndarray | None = self._bytes.get(key)
+        if isinstance(raw, Tensor) and raw.device.type != "cpu":
+            return quants.dequantize(raw, info.type, self.dtype)
         if raw is None:
-            stored = self._stored(key, info, right)
-            raw = torch.empty(stored.shape, dtype=torch.uint8, pin_memory=self._copies is not None)
-            np.copyto(raw.numpy(), stored)
-            if place == "pinned" and self._takes(place, raw.nbytes):
-                self._bytes[key] = raw
-        if raw.device.type != "cpu":
-            return raw
-        if self._copies is None:
-            moved = raw.to(self.device)
-        else:  # beside what the device computes: the host is tiles ahead of it
-            with torch.cuda.stream(self._copies):
-                moved = raw.to(self.device, non_blocking=True)
-            torch.cuda.current_stream(self.device).wait_stream(self._copies)
-            moved.record_stream(torch.cuda.current_stream(self.device))
-        if place == "device" and self._takes(place, moved.nbytes):
-            self._bytes[key] = moved
-        return moved
+            raw = self._stored(key, info, right)
+            waiting = self._pinned.keep(raw) if place == "pinned" else None
+            if waiting is not None:
+                raw = self._bytes[key] = waiting
+        with bus.sent(raw) as moved:
+            if place == "device" and self._takes(place, moved.nbytes):
+                self._bytes[key] = moved
+            return quants.dequantize(moved, info.type, self.dtype)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,111 @@
+"""Quantized bytes on their way from RAM to a device, beside what the device computes and never far ahead of it.
+
+A device works on its own: the host asks and goes on. Copies have a stream of their own, so that they travel while the
+device computes. The host waits until what it sent `sizes.ON_THE_WAY` pieces ago has been used: where multiplying takes
+longer than copying, bytes would otherwise queue up without end, in pinned memory and on the device.
+"""
+
+import ctypes
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ggjac.sizes import ON_THE_WAY, PINNED_BYTES
+
+
+class Bus:
+    """The way to one device.
+
+    Streams and events are those of the device's own torch module (`torch.cuda` for CUDA and ROCm). A device whose
+    module has no streams (MPS) shares its memory with the host, or copies in order.
+    """
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        module = torch.get_device_module(device)
+        self._module: Any = module if hasattr(module, "Stream") else None
+        self._copies = module.Stream(device) if self._module else None
+        self._slots = [_Slot() for _ in range(ON_THE_WAY)]
+        self._turn = 0
+        self._lock = threading.Lock()
+
+    @contextmanager
+    def sent(self, raw: np.ndarray | Tensor) -> Iterator[Tensor]:
+        """Yield bytes on the device. What the block asks of them is all that is ever asked, unless it keeps them.
+
+        Args:
+            raw: uint8 `[rows, columns]`: an array in ordinary memory, which goes through a buffer that the device can
+                reach, or a tensor from `Pinned`.
+        """
+        if self._module is None:
+            yield (torch.from_numpy(np.array(raw)) if isinstance(raw, np.ndarray) else raw).to(self.device)
+            return
+        with self._lock:
+            slot = self._slots[self._turn % len(self._slots)]
+            self._turn += 1
+            if slot.used:
+                slot.used.synchronize()
+            pinned = slot.filled(raw) if isinstance(raw, np.ndarray) else raw
+            with self._module.stream(self._copies):
+                moved = pinned.to(self.device, non_blocking=True)
+            computing = self._module.current_stream(self.device)
+            computing.wait_stream(self._copies)
+            moved.record_stream(computing)
+            yield moved
+            slot.used = self._module.Event()
+            slot.used.record(computing)
+
+
+class _Slot:
+    """A buffer in pinned memory, and the event after which it may be filled again."""
+
+    def __init__(self) -> None:
+        self.used: Any = None
+        self._buffer: Tensor | None = None
+
+    def filled(self, raw: np.ndarray) -> Tensor:
+        """Return the bytes in the buffer, which only grows."""
+        if self._buffer is None or self._buffer.numel() < raw.size:
+            self._buffer = _pinned(raw.size)
+        return _copied(raw, self._buffer)
+
+
+class Pinned:
+    """Bytes that wait in pinned memory, many pieces to a slab: torch rounds what it pins up to a power of two.
+
+    Args:
+        room: bytes that slabs may take together.
+    """
+
+    def __init__(self, room: int):
+        self._room = room
+        self._free = torch.empty(0, dtype=torch.uint8)  # what is left of the newest slab
+
+    def keep(self, raw: np.ndarray) -> Tensor | None:
+        """Return a copy of uint8 `[rows, columns]`, or None where there is no room."""
+        if self._free.numel() < raw.size:
+            size = min(PINNED_BYTES, 1 << self._room.bit_length() >> 1)  # the largest power of two that fits
+            if size < raw.size:
+                return None
+            self._room -= size
+            self._free = _pinned(size)
+        piece, self._free = self._free[: raw.size], self._free[raw.size :]
+        return _copied(raw, piece)
+
+
+def _pinned(size: int) -> Tensor:
+    return torch.empty(size, dtype=torch.uint8, pin_memory=True)
+
+
+def _copied(raw: np.ndarray, into: Tensor) -> Tensor:
+    """Copy bytes `[rows, columns]` to the front of a buffer, with all of torch's threads; return them there."""
+    # Torch warns of any read-only array; a buffer of ctypes says nothing of who may write, and nobody does.
+    span = (len(raw) - 1) * raw.strides[0] + raw.shape[1]
+    buffer = (ctypes.c_uint8 * span).from_address(raw.__array_interface__["data"][0])
+    source = torch.frombuffer(buffer, dtype=torch.uint8).as_strided(raw.shape, raw.strides)
+    return into[: raw.size].view(raw.shape).copy_(source)
