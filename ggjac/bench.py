@@ -14,7 +14,7 @@ from functools import partial
 from typing import Any
 
 from ggjac.gguf import GGUFFile, TensorInfo
-from ggjac.sizes import TILE_ELEMENTS
+from ggjac.sizes import ON_THE_WAY, TILE_ELEMENTS
 
 DISK_REGIONS = 4  # places in the file that are read cold
 DISK_BYTES = 64 << 20  # of each, at most
@@ -35,7 +35,7 @@ class Measured:
         types: weights per second, by storage type, dequantized into tiles of the dtype.
         multiply: FLOP per second, by number of columns (stacked vectors times positions).
         copy: bytes per second that a copy in memory reads and writes together.
-        bus: bytes per second from pinned memory to the device; infinite on the CPU.
+        bus: bytes per second to the device; infinite on the CPU.
         touch: bytes per second of memory that is used for the first time; infinite on a device.
         call: seconds that applying a matrix costs besides; see `call_seconds`.
         dtype, threads, device: what was asked for.
@@ -200,7 +200,8 @@ def turn_rates(
     """Return weights per second dequantized, and FLOP per second of products with them, in turn, as a sweep does both.
 
     One tile after another of the largest matrix of a storage type, from bytes in the page cache, multiplied up and down
-    by turns. Either is slower so than by itself: it finds its data in the other's cache, and its threads asleep.
+    by turns. Either is slower so than by itself: it finds its data in the other's cache, and its threads asleep. On a
+    device one tile, whose bytes are there already: copying is measured by itself (`bus_rate`).
     """
     import torch
 
@@ -208,6 +209,7 @@ def turn_rates(
 
     info, kind = dominant(file, type), getattr(torch, dtype)
     store = WeightStore(file, device=torch.device(device), dtype=kind, threads=threads)
+    store.place([], {"device": info.nbytes})
     into = info.shape[-1]
     rows = min(info.rows, max(1, TILE_ELEMENTS // into))
     X, Y = (torch.ones(columns, width, dtype=kind, device=device) for width in (into, rows))
@@ -223,8 +225,8 @@ def turn_rates(
 
     end, turn = time.perf_counter() + budget, 0
     while turn < 2 * TURNS or time.perf_counter() < end:
-        at = turn * rows % (info.rows - rows + 1)
-        tile = timed("dequantize", store.dequantize, info, at, at + rows, 0, into)
+        at = turn * rows % (info.rows - rows + 1) if device == "cpu" else 0
+        tile = timed("dequantize", store.dequantize, info, at, at + rows, 0, into, "device")
         if turn % 2:
             timed("up", partial(onto_Y.addmm_, beta=0), X, tile.T)
         else:
@@ -278,10 +280,28 @@ def touch_rate() -> float:
 
 
 def bus_rate(device: str) -> float:
-    """Return bytes per second from pinned memory to a device."""
+    """Return bytes per second from ordinary memory to a device, as tiles travel: through buffers in pinned memory."""
+    import numpy as np
     import torch
 
-    source = torch.ones(COPY_ELEMENTS).pin_memory()
+    from ggjac.bus import Bus
+
+    bus, tile = Bus(torch.device(device)), np.ones((1, TILE_ELEMENTS), np.uint8)
+
+    def several() -> None:
+        for _ in range(2 * ON_THE_WAY):
+            with bus.sent(tile) as there:
+                there.view(-1)
+        _wait(device)
+
+    return 2 * ON_THE_WAY * tile.nbytes / seconds_of(several, 0.1)
+
+
+def pinned_rate(device: str) -> float:
+    """Return bytes per second from pinned memory to a device: what the bus gives at its best."""
+    import torch
+
+    source = torch.ones(COPY_ELEMENTS, pin_memory=True)
     target = torch.empty(COPY_ELEMENTS, device=device)
 
     def once() -> None:
@@ -315,8 +335,8 @@ def call_seconds(file: GGUFFile, type: str, dtype: str, threads: int, device: st
 
 
 def _wait(device: str) -> None:
-    """Wait for a device that works on its own."""
-    if device.startswith("cuda"):
+    """Wait for a device that works on its own: a copy to the host comes after all that was asked before."""
+    if device != "cpu":
         import torch
 
-        torch.cuda.synchronize(device)
+        torch.empty(1, device=device).cpu()

@@ -14,6 +14,7 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import psutil
 
@@ -236,11 +237,19 @@ def device_kind(name: str) -> str:
 
 
 def default_vram(name: str) -> int | None:
-    """Return the bytes that are free on a device, named as `cuda:1` or `auto`; None where there is none to be asked."""
+    """Return the bytes that are free on a device, named as `cuda:1` or `auto`; None where there is none to be asked.
+
+    Torch is asked where NVIDIA's library does not answer, and only where it has been imported already.
+    """
     if device_kind(name) == "cpu":
         return None
-    number = name.partition(":")[2]
-    memory = gpu_memory(int(number) if number.isdigit() else 0)
+    kind, _, number = name.replace("auto", "cuda").partition(":")
+    index = int(number) if number.isdigit() else 0
+    memory = gpu_memory(index) if kind == "cuda" else None
+    if memory is None:
+        module: Any = getattr(sys.modules.get("torch"), kind, None)
+        if hasattr(module, "mem_get_info") and module.is_available():
+            memory = module.mem_get_info(index)
     return memory[0] if memory else None
 
 

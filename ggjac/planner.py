@@ -20,7 +20,7 @@ from ggjac import jobs, machine
 from ggjac.config import ModelConfig
 from ggjac.gguf import GGUFFile, TensorInfo
 from ggjac.jobs import ITEM_BYTES, SWEEP, Job, Lookup, Over, PlanError, Sweeps
-from ggjac.sizes import SLAB, TILE_ELEMENTS
+from ggjac.sizes import ON_THE_WAY, SLAB, TILE_ELEMENTS
 
 MlpPath = Literal["up", "gate"]
 
@@ -29,6 +29,9 @@ BASE_BYTES = {"cpu": 152 << 20, "cuda": 900 << 20}
 # Buffers of the matrix library and of the allocator, of each thread; and what CUDA keeps on the device for itself.
 THREAD_BYTES = 8 << 20
 CONTEXT_BYTES = 600 << 20
+# Of each weight while torch dequantizes it on a device, the result included: measured, of the type that needs most. The
+# tile before it is there meanwhile.
+DEQUANTIZING_BYTES = 14
 # Commands whose dense rows all come at once where there is room for them.
 DENSE = ("jacobian", "norms")
 
@@ -562,7 +565,6 @@ def make(
     taken = (Pass(job.n * info.row_bytes, {info.type.name: job.n * info.shape[-1]}) for info in embeddings)
     head = file.tensors.get("output.weight", file.tensors["token_embd.weight"])
     parts = _memory(file, config, job, layers, threads, device, tapes_on_disk)
-    tile = min(TILE_ELEMENTS, max(info.elements for info in file.tensors.values()))
     plan = Plan(
         job=job,
         d=config.d,
@@ -572,7 +574,7 @@ def make(
         embedding=_total(taken),
         head=_rows(head),
         nearest=_rows(file.tensors["token_embd.weight"]),
-        ram=parts if device == "cpu" else {"process": BASE_BYTES["cuda"], "tile": 2 * tile},
+        ram=parts if device == "cpu" else {"process": BASE_BYTES["cuda"], "on the way": _on_the_way(file, pinned=True)},
         vram={} if device == "cpu" else parts,
         budget=budget or Budget(ram=machine.default_budget()),
         file_bytes=file.nbytes,
@@ -632,9 +634,8 @@ def _memory(
     Trace and steps come one after another: of their working memory the largest counts.
     """
     item = ITEM_BYTES[job.dtype]
-    tile = min(TILE_ELEMENTS, max(info.elements for info in file.tensors.values())) * item
-    if device != "cpu":
-        tile *= 6  # torch's dequantizers keep several temporaries
+    elements = min(TILE_ELEMENTS, max(info.elements for info in file.tensors.values()))
+    tile = elements * (item if device == "cpu" else item + DEQUANTIZING_BYTES)
     tapes = [layer.tape_bytes for layer in layers] if job.tapes else [0]
     steps = [{"trace": trace_floats(config, job.n) * max(4, item)}]
     steps += [_sweeping(config, job, step) for step in job.sweeps]
@@ -644,9 +645,16 @@ def _memory(
         "process": BASE_BYTES["cpu"] + threads * THREAD_BYTES if device == "cpu" else CONTEXT_BYTES,
         "tapes": max(tapes) * 2 if tapes_on_disk else sum(tapes),
         "tile": tile,
+        **({} if device == "cpu" else {"on the way": _on_the_way(file)}),
         **job.kept,
         **{part: size for part, size in largest.items() if size},
     }
+
+
+def _on_the_way(file: GGUFFile, *, pinned: bool = False) -> int:
+    """Return the bytes of tiles that are on their way to a device; torch rounds what it pins up to a power of two."""
+    largest = max(math.ceil(min(TILE_ELEMENTS, i.elements) * i.nbytes / i.elements) for i in file.tensors.values())
+    return ON_THE_WAY * (1 << (largest - 1).bit_length() if pinned else largest)
 
 
 def _sweeping(config: ModelConfig, job: Job, step: Sweeps) -> dict[str, int]:
@@ -713,6 +721,10 @@ class Rates(Protocol):
         """Bytes read from the model's disk."""
 
     @property
+    def bus(self) -> float:
+        """Bytes copied to the device; infinite where there is none."""
+
+    @property
     def touch(self) -> float:
         """Bytes of memory that is used for the first time: the system clears it, page by page."""
 
@@ -729,19 +741,20 @@ class Rates(Protocol):
 
 @dataclass(frozen=True)
 class Time:
-    """Seconds of one part: each share alone, and the whole, in which reading overlaps with the rest."""
+    """Seconds of one part: each share alone, and the whole, in which reading and copying overlap with the rest."""
 
     what: str
     count: int
     disk: float
+    bus: float
     dequantize: float
     gemm: float
     calls: float
 
     @property
     def each(self) -> float:
-        """Seconds of one pass: the slower of reading and of dequantizing and multiplying in turn, and the calls."""
-        return max(self.disk, self.dequantize + self.gemm) + self.calls
+        """Seconds of one pass: the slowest of reading, copying, and dequantizing and multiplying in turn; and calls."""
+        return max(self.disk, self.bus, self.dequantize + self.gemm) + self.calls
 
     @property
     def total(self) -> float:
@@ -778,23 +791,26 @@ def _times(plan: Plan, rates: Rates, cached: int, free: int) -> Times:
         """Return the time of passes that read all they compute with."""
         missing = max(0, work.nbytes - present)
         gemm = work.flop / rates.gemm(work.columns())
-        return Time(what, count, missing / rates.disk, reading(work.types), gemm, work.calls * rates.call)
+        disk, bus = missing / rates.disk, work.nbytes / rates.bus
+        return Time(what, count, disk, bus, reading(work.types), gemm, work.calls * rates.call)
 
     def sweeps(step: Sweeps) -> Time:
         """Return the time of passes that find some weights where they wait."""
         streamed: Counter[str] = Counter()
-        from_file = 0
+        from_file = copied = 0
         for layer in plan.layers:
             here, waiting = layer.over(step.over), layer.kept
             streamed += Counter(here.types) - Counter(waiting.types if layer.place == "dense" else {})
             from_file += max(0, here.nbytes - (0 if layer.place == "file" else waiting.nbytes))
+            copied += max(0, here.nbytes - (waiting.nbytes if layer.place in ("device", "dense") else 0))
         work = plan.over(step.over)
         gemm = step.vectors * work.flop / rates.gemm(work.columns(step.vectors))
         for k in step.krylov:
             share = k.maps * k.sweeps / step.count
             gemm += share * krylov_flop(plan.d * k.positions, k.width, k.sweeps) / rates.gemm(k.width)
         disk = max(0, from_file - room) / rates.disk
-        return Time(step.what, prompts * step.count, disk, reading(streamed), gemm, work.calls * rates.call)
+        bus = copied / rates.bus
+        return Time(step.what, prompts * step.count, disk, bus, reading(streamed), gemm, work.calls * rates.call)
 
     parts = [whole("trace", prompts, plan.trace, cached)]
     ready = not dense.weights
@@ -805,6 +821,7 @@ def _times(plan: Plan, rates: Rates, cached: int, free: int) -> Times:
         if not ready:
             disk, ready = max(0, dense.nbytes - room) / rates.disk, True
             made = reading(dense.types) + dense.weights * ITEM_BYTES[plan.job.dtype] / rates.touch
-            parts.append(Time("making layers ready", plan.job.readied, disk, made, 0.0, 0.0))
+            bus = dense.nbytes / rates.bus
+            parts.append(Time("making layers ready", plan.job.readied, disk, bus, made, 0.0, 0.0))
         parts.append(sweeps(step))
     return Times(tuple(parts))

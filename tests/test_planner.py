@@ -356,7 +356,7 @@ def test_a_device_takes_quantized_layers_first(tiny_file: TinyFile) -> None:
 
     free = made(1 << 40, 1 << 40)
     assert free.places == ["dense"] * 5
-    assert set(free.ram) == {"process", "tile"}
+    assert set(free.ram) == {"process", "on the way"}
     stored, dense = free.layers[0].sweep.nbytes, free.layers[0].dense_bytes
     assert stored < dense / 3
     ram, vram = free.ram_needed, free.vram_needed
@@ -376,7 +376,7 @@ def test_a_device_takes_quantized_layers_first(tiny_file: TinyFile) -> None:
 class Rates:
     """Round numbers."""
 
-    disk, call, touch = 1e6, 0.25, 8e6
+    disk, bus, call, touch = 1e6, math.inf, 0.25, 8e6
 
     def dequantize(self, type: str) -> float:
         return {"F32": 1e6, "Q8_0": 5e5}[type]
@@ -408,6 +408,24 @@ def test_times_by_hand(tiny_file: TinyFile) -> None:
     assert (warm["trace"].disk, warm["svd"].disk, warm["decoding"].disk) == (0, 0, 0)
     half = {p.what: p for p in plan.seconds(Rates(), cached=0, free=plan.ram_peak + sweep.nbytes // 2).parts}
     assert half["svd"].disk == pytest.approx(svd.disk / 2, rel=1e-3)
+
+
+def test_what_is_not_on_the_device_is_copied_in_every_sweep(tiny_file: TinyFile) -> None:
+    path = tiny_file("plain", layers=4, type="Q8_0")
+    free = planned(path, 5, device="cuda", budget=AMPLE)
+    stored = free.layers[0].sweep.nbytes
+    budget = planner.Budget(free.ram_needed + stored, free.vram_needed + 2 * stored)
+    plan = planned(path, 5, device="cuda", budget=budget)
+    assert plan.places == ["file", "pinned", "device", "device"]
+
+    class Bus(Rates):
+        bus = 1e3
+
+    parts = {part.what: part for part in plan.seconds(Bus(), cached=1 << 30, free=1 << 40).parts}
+    assert parts["svd"].bus == pytest.approx(2 * stored / 1e3)
+    assert parts["trace"].bus == pytest.approx(plan.trace.nbytes / 1e3)
+    assert parts["svd"].each == pytest.approx(parts["svd"].bus + parts["svd"].calls)  # slower than all else here
+    assert all(part.bus == 0 for part in plan.seconds(Rates(), cached=1 << 30, free=1 << 40).parts)
 
 
 def test_orthonormalization_by_hand() -> None:

@@ -51,7 +51,8 @@ def bench(model: Path | None, threads: int | None, device: str, output_format: s
             _row("memory copy, read and written", first.copy, "B/s", None, ""),
         ]
         if device != "cpu":
-            rows.append(_row("to the device, from pinned memory", first.bus, "B/s", None, ""))
+            pinned = measure.pinned_rate(device)
+            rows.append(_row("to the device, as tiles travel", first.bus, "B/s", pinned, "a copy from pinned memory"))
         for found in results:
             for name, rate in found.types.items():
                 moved = measure.moved_bytes(file, name, found.dtype)
