@@ -63,7 +63,7 @@ def stable_ranks(
         basis = torch.zeros(len(rows), d, dtype=operators[0].dtype, device=operators[0].device)
         basis[torch.arange(len(rows)), rows] = 1
         for i, product in enumerate(down([basis] * len(operators))):
-            squared[i] += float(product.double().square().sum())
+            squared[i] += float(product.cpu().double().square().sum())
         del product  # before the next rows are there
     return [_ratio(found, total, 0.0) for found, total in zip(triplets, squared, strict=True)]
 
@@ -80,17 +80,17 @@ def _estimated(
     z = torch.randn(probes, d, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     asked = []
     for A, found in zip(operators, triplets, strict=True):
-        U = found.U.double().cpu()
+        U = found.U.cpu().double()
         asked.append((z - (z @ U.T) @ U).to(A.device, A.dtype))
     results = []
     for found, product in zip(triplets, down(asked), strict=True):
-        rest = product.double().square().flatten(1).sum(1).cpu()
-        squared = float(found.S.double().square().sum() + rest.mean())
+        rest = product.cpu().double().square().flatten(1).sum(1)
+        squared = float(found.S.cpu().double().square().sum() + rest.mean())
         results.append(_ratio(found, squared, float(rest.std()) / math.sqrt(probes)))
     return results
 
 
 def _ratio(found: SVD, squared: float, error: float) -> StableRank:
     """Return a squared Frobenius norm, and its error, in units of the largest squared singular value."""
-    top = float(found.S[0].double().square())
+    top = float(found.S[0]) ** 2
     return StableRank(squared / top, error / top, math.sqrt(squared)) if top else StableRank(0.0, 0.0, 0.0)

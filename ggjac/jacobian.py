@@ -352,7 +352,7 @@ class DetachedJacobian(LinearOperator):
         `J x` is the sum of two products, with the even and with the odd positions of `x`. One product would repeat the
         forward pass bit by bit, and show nothing of what the dtype costs.
         """
-        wide = [part.double() for part in (self.linear_output, self.offset, self.output)]
+        wide = [part.cpu().double() for part in (self.linear_output, self.offset, self.output)]
         return float((wide[0] + wide[1] - wide[2]).norm() / wide[2].norm())
 
     @property

@@ -433,7 +433,6 @@ def dot_test(operator: LinearOperator, generator: torch.Generator, k: int = 4) -
     X = torch.randn(k, *operator.in_shape, generator=generator, dtype=torch.float64)
     Y = torch.randn(k, *operator.out_shape, generator=generator, dtype=torch.float64)
     X, Y = X.to(operator.device, operator.dtype), Y.to(operator.device, operator.dtype)
-    AX, AtY = operator.matmat(X).flatten(1).double(), operator.rmatmat(Y).flatten(1).double()
-    X, Y = X.flatten(1).double(), Y.flatten(1).double()
+    AX, AtY, X, Y = (part.flatten(1).cpu().double() for part in (operator.matmat(X), operator.rmatmat(Y), X, Y))
     scale = (AX.norm(dim=1) * Y.norm(dim=1)).clamp_min(torch.finfo(torch.float64).tiny)
     return float((((AX * Y).sum(1) - (X * AtY).sum(1)).abs() / scale).max())

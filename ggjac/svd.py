@@ -224,7 +224,7 @@ def iteration(
             new = torch.cat([new, more])
 
         # Rayleigh-Ritz: image = core @ basis with orthonormal rows on both ends, so the small SVD gives the triplets.
-        P, _, Qh = torch.linalg.svd(image[side].core(basis[other].count), full_matrices=False)
+        P, _, Qh = _small_svd(image[side].core(basis[other].count))
         near, far = P.T[:rank], Qh[:rank]
         ends = [near, far] if side == 0 else [far, near]
         if not len(new):  # closed: nothing is left to learn, and every image is known
@@ -344,9 +344,9 @@ def _measured(ends: Sequence[Tensor], image: Sequence[Image], eps: float) -> tup
     U, V = _widened(U, columns[0]), _widened(V, columns[1])
     S = (AV * U).sum(1).abs()
     forward, backward = _lengths(AV - S[:, None] * U), _lengths(AtU - S[:, None] * V)
-    absolute = torch.maximum(torch.hypot(forward, V_lost), torch.hypot(backward, U_lost))
+    absolute = torch.maximum(torch.hypot(forward, V_lost), torch.hypot(backward, U_lost)).to(S)
     relative = absolute / torch.where(S > 10 * eps * S.max(), S, S.max()).clamp_min(torch.finfo(S.dtype).tiny)
-    return S, relative.to(S.dtype)
+    return S, relative
 
 
 def _at_floor(history: list[float], S: Tensor, eps: float) -> bool:
@@ -358,8 +358,14 @@ def _at_floor(history: list[float], S: Tensor, eps: float) -> bool:
 
 
 def _lengths(rows: Tensor) -> Float[Tensor, " k"]:
-    """Return the norm of each row, in float64: squares of float32 numbers below 1e-19 vanish in float32."""
-    return torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
+    """Return the norm of each row, on the CPU, in float64: squares of float32 numbers below 1e-19 vanish in float32."""
+    return torch.linalg.vector_norm(rows.cpu(), dim=1, dtype=torch.float64)
+
+
+def _small_svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the thin SVD of a small matrix, computed on the CPU: a device gains nothing, and not every one can."""
+    P, S, Qh = torch.linalg.svd(matrix.cpu(), full_matrices=False)
+    return P.to(matrix.device), S.to(matrix.device), Qh.to(matrix.device)
 
 
 def _widened(rows: Tensor, columns: int) -> Tensor:
@@ -393,7 +399,7 @@ def _factored(
     fill a good part of the memory. They are overwritten.
     """
     panels = [torch.linalg.qr(panel.T) for panel in rows.split(PANEL, 1)]
-    P, S, Wh = torch.linalg.svd(torch.cat([R for _, R in panels]), full_matrices=False)
+    P, S, Wh = _small_svd(torch.cat([R for _, R in panels]))
     parts = P.split([len(R) for _, R in panels])
     for panel, part in zip(rows.split(PANEL, 1), parts, strict=True):
         Q, _ = panels.pop(0)

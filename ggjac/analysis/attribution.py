@@ -181,12 +181,12 @@ def attribute(
     With `versus`, split the difference to that token's logit. One downward sweep.
     """
     asked = _ask(jacobian.output[None], head, target, versus)
-    pulled = jacobian.rmatmat(asked.w)[0].double()
+    pulled = jacobian.rmatmat(asked.w)[0].cpu().double()
     return Attribution(
         target=int(asked.targets[0]),
         logit=float(asked.logits[0]),
-        shares=(pulled * jacobian.x.double()).sum(1).cpu(),
-        offset=float(asked.w[0].double() @ jacobian.offset.double() + asked.bias[0]),
+        shares=(pulled * jacobian.x.cpu().double()).sum(1),
+        offset=float(asked.w[0].cpu().double() @ jacobian.offset.cpu().double() + asked.bias[0]),
         versus=versus,
     )
 
@@ -208,7 +208,7 @@ def attribute_positions(
     """
     n, d = network.x.shape
     asked = _ask(network.outputs, head, target, versus)
-    w = asked.w.double()
+    w = asked.w.cpu().double()
     floats = chunk_floats(n, d, network.frame.config.hidden_units)
     at_once = max(1, chunk_bytes // (floats * network.x.itemsize))
     parts = torch.arange(n + 1).split(at_once)  # the last one stands for the biases
@@ -223,8 +223,8 @@ def attribute_positions(
             X = frozen.ffn.matmat(X if frozen.parallel else middle, t).add_(middle)
             _report(progress, number * len(network.tapes) + i + 1, len(parts) * len(network.tapes))
         Y = network.norm.operator().matmat(X, t)
-        found.append(torch.stack([(y.double() * w).sum(1) for y in Y]))  # one by one: float64 copies are large
-    shares = torch.cat(found).T.cpu()
+        found.append(torch.stack([(y.cpu().double() * w).sum(1) for y in Y]))  # one by one: float64 copies are large
+    shares = torch.cat(found).T
     return TokenShares(
         positions=range(n),
         targets=asked.targets,
@@ -266,10 +266,10 @@ def attribute_branches(
     asked = _ask(network.outputs[chosen], head, target, versus)
     norm, one = network.norm.at(chosen).operator(), network.x.new_ones(1)
     read = norm.rmatmat(asked.w[None])[0]  # what the head reads from the stream, through the final norm
-    wide = read.double()
+    wide = read.cpu().double()
 
     def share(added: Float[Tensor, "m d"]) -> Float[Tensor, " m"]:
-        return (added.double() * wide).sum(1).cpu()
+        return (added.cpu().double() * wide).sum(1)
 
     attn, mlp, heads, attn_bias = [], [], [], []
     for i, tape, frozen in _walk(network, positions):
@@ -280,8 +280,8 @@ def attribute_branches(
             z = reading.matmat(stream, one)
             added, constant = writing.matmat(torch.cat([z, torch.zeros_like(z)]), one.expand(2))
             # Every position has a vector of its own, and the projection acts at each alone: one stack does for all.
-            parts = writing.rmatmat(read[None])[0].double() * z[0].double()
-            heads.append(parts.unflatten(1, (config.head_count, -1)).sum(2).cpu())
+            parts = writing.rmatmat(read[None])[0].cpu().double() * z[0].cpu().double()
+            heads.append(parts.unflatten(1, (config.head_count, -1)).sum(2))
             attn_bias.append(share(constant))
         else:
             added = frozen.attn.matmat(stream, one)[0]
@@ -318,14 +318,14 @@ def _ask(outputs: Float[Tensor, "m d"], head: Head, target: int | None, versus: 
 
     def row(ids: list[int]) -> tuple[Tensor, Tensor]:
         biases = torch.zeros(len(ids)) if head.bias is None else head.bias[ids]
-        return head.scale * head.matrix.take(ids), biases.double().cpu()
+        return head.scale * head.matrix.take(ids), biases.cpu().double()
 
     w, bias = row(distinct.tolist())
     if versus is not None:
         other, other_bias = row([versus])
         w, bias = w - other, bias - other_bias
     w, bias = w[which.to(w.device)], bias[which]
-    return _Asked(targets, w, bias, (w.double() * outputs.double()).sum(1).cpu() + bias)
+    return _Asked(targets, w, bias, (w.cpu().double() * outputs.cpu().double()).sum(1) + bias)
 
 
 def _walk(network: FrozenNetwork, positions: range) -> Iterator[tuple[int, BlockTape, FrozenBlock]]:
@@ -347,7 +347,7 @@ def _walk(network: FrozenNetwork, positions: range) -> Iterator[tuple[int, Block
 def _constant(norm: LinearOperator, w: Float[Tensor, "m d"]) -> Float[Tensor, " m"]:
     """Return what the final norm's bias adds to the logits."""
     y = norm.matmat(torch.zeros_like(w)[None], w.new_ones(1))[0]
-    return (y.double() * w.double()).sum(1).cpu()
+    return (y.cpu().double() * w.cpu().double()).sum(1)
 
 
 def _report(progress: Progress | None, done: int, total: int) -> None:

@@ -133,18 +133,18 @@ def portray(
         target = int(logits[jacobian.position].argmax())
     w = head.scale * head.matrix.take([target])
     bias = 0.0 if head.bias is None else float(head.bias[target])
-    wide = w[0].double()
+    wide = w[0].cpu().double()
     return Portrait(
         ids=jacobian.ids,
         position=jacobian.position,
         mlp_path=jacobian.mlp_path,
         svd=jacobian.svd(rank, tol=tol, seed=seed, max_sweeps=max_sweeps, progress=progress),
         reconstruction_error=jacobian.reconstruction_error,
-        output=jacobian.output.double().cpu(),
+        output=jacobian.output.cpu().double(),
         target=target,
-        logit=float(wide @ jacobian.output.double()) + bias,
-        shares=(jacobian.rmatmat(w)[0].double() * jacobian.x.double()).sum(1).cpu(),
-        offset=float(wide @ jacobian.offset.double()) + bias,
+        logit=float(wide @ jacobian.output.cpu().double()) + bias,
+        shares=(jacobian.rmatmat(w)[0].cpu().double() * jacobian.x.cpu().double()).sum(1),
+        offset=float(wide @ jacobian.offset.cpu().double()) + bias,
         logits=logits,
     )
 
@@ -191,7 +191,7 @@ def principal_angles(A: Float[Tensor, "k m"], B: Float[Tensor, "k m"]) -> Float[
     Small angles come from their sines and large ones from their cosines, as either alone loses half the digits
     (Björck and Golub, Math. Comp. 27, 1973).
     """
-    P, Q = (torch.linalg.qr(rows.double().cpu().T).Q for rows in (A, B))
+    P, Q = (torch.linalg.qr(rows.cpu().double().T).Q for rows in (A, B))
     inside = P.T @ Q
     cosines = torch.linalg.svdvals(inside).flip(0).clamp(max=1)  # of angles in descending order, as the sines are
     sines = torch.linalg.svdvals(Q - P @ inside).clamp(max=1)

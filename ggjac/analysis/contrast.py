@@ -93,8 +93,8 @@ def contrast(
     y = jacobian.output
     rebuilt = jacobian.linear_output + jacobian.offset
     pushed = ordinary.matmat(jacobian.x[None])[0]
-    logits = head.logits(torch.stack([part.to(y.dtype) for part in (y, rebuilt, pushed)])).double().cpu()
-    y, rebuilt, pushed = (part.double().cpu() for part in (y, rebuilt, pushed))
+    logits = head.logits(torch.stack([part.to(y.dtype) for part in (y, rebuilt, pushed)])).cpu().double()
+    y, rebuilt, pushed = (part.cpu().double() for part in (y, rebuilt, pushed))
     return Contrast(
         y=y,
         detached=rebuilt,

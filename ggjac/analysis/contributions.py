@@ -51,14 +51,14 @@ def contributions(jacobian: DetachedJacobian, sink: Callable[[int, Tensor], None
     n, d = jacobian.in_shape
     terms = torch.zeros(n, d, dtype=torch.float64)
     squared = torch.zeros(n, dtype=torch.float64)
-    x = jacobian.x.double()
+    x = jacobian.x.cpu().double()
     for start, part in jacobian.slices():
-        wide = part.double()
-        terms[:, start : start + len(part)] = torch.einsum("knd,nd->nk", wide, x).cpu()
-        squared += wide.square().sum((0, 2)).cpu()
+        wide = part.cpu().double()
+        terms[:, start : start + len(part)] = torch.einsum("knd,nd->nk", wide, x)
+        squared += wide.square().sum((0, 2))
         if sink:
             sink(start, part)
         del part, wide  # nobody holds the rows while the next ones are made
-    y = jacobian.output.double().cpu()
-    rebuilt = terms.sum(0) + jacobian.offset.double().cpu()
+    y = jacobian.output.cpu().double()
+    rebuilt = terms.sum(0) + jacobian.offset.cpu().double()
     return Contributions(terms, squared.sqrt(), float((rebuilt - y).norm() / y.norm()))

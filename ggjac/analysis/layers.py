@@ -369,14 +369,14 @@ def _readout(jacobian: DetachedJacobian, head: Head, words: Sequence[Tensor], to
     # The output's own first, then other depths from the last, then what vectors promote, first words first.
     others = torch.stack([*words]).permute(2, 1, 0).flatten() if words else best.ids.new_empty(0)
     named = torch.cat([best.ids.flip(0).flatten(), others.to(best.ids)]).tolist()
-    tokens = torch.tensor(list(dict.fromkeys(named))[:MAX_TOKENS], device=logits.device)
+    tokens = torch.tensor(list(dict.fromkeys(named))[:MAX_TOKENS]).to(logits.device)
     return Readout(list(range(L + 1)), best, tokens, torch.stack([_ranks(row, tokens) for row in logits]))
 
 
 def _likely(logits: Float[Tensor, " v"], top: int) -> tuple[Tensor, Tensor]:
     """Return the most likely tokens and their probabilities, in float64."""
     best = logits.topk(min(top, len(logits))).indices
-    return best, logits.double().softmax(0)[best]
+    return best, logits.cpu().double().softmax(0)[best.cpu()]
 
 
 def _ranks(logits: Float[Tensor, " v"], tokens: Int[Tensor, " t"]) -> Int[Tensor, " t"]:

@@ -67,31 +67,31 @@ def norms(
     count = min(count, d)
     squares, rows = torch.zeros(n, d, dtype=torch.float64), torch.zeros(n, d, dtype=torch.float64)
     best = jacobian.x.new_zeros(n, 0, d)  # the longest rows so far
-    lengths = best.new_zeros(n, 0, dtype=torch.float64)
-    components = torch.zeros(n, 0, dtype=torch.long, device=best.device)
+    lengths = torch.zeros(n, 0, dtype=torch.float64)
+    components = torch.zeros(n, 0, dtype=torch.long)
     for start, part in jacobian.slices():
-        wide = part.double()
-        squares += wide.square().sum(0).cpu()
+        wide = part.cpu().double()
+        squares += wide.square().sum(0)
         found = wide.norm(dim=2).T
-        rows[:, start : start + len(part)] = found.cpu()
-        numbers = torch.arange(start, start + len(part), device=best.device)
+        rows[:, start : start + len(part)] = found
+        numbers = torch.arange(start, start + len(part))
         lengths = torch.cat([lengths, found], 1)
         components = torch.cat([components, numbers.expand(n, -1)], 1)
         lengths, kept = lengths.topk(min(count, lengths.shape[1]), dim=1)
         components = components.gather(1, kept)
-        best = torch.cat([best, part.transpose(0, 1)], 1).gather(1, kept[..., None].expand(-1, -1, d))
+        best = torch.cat([best, part.transpose(0, 1)], 1).gather(1, kept[..., None].expand(-1, -1, d).to(best.device))
         del part, wide  # nobody holds the rows while the next ones are made
     columns = squares.sqrt()
     longest = columns.topk(count, dim=1).indices
     along = jacobian.linear_output
     left = _columns(jacobian, longest)
     left = left * _sign(left.to(along) @ along).to(left)[:, None]
-    right = best * _sign(along)[components].to(best)[..., None]
+    right = best * _sign(along)[components.to(along.device)].to(best)[..., None]
     return Norms(
         columns=columns,
         rows=rows,
         longest_columns=longest,
-        longest_rows=components.cpu(),
+        longest_rows=components,
         column_tokens=top_logits(head.matrix, left.to(head.matrix.dtype), column_words),
         row_tokens=nearest(embedding, right.flatten(0, 1).to(embedding.dtype), row_words),
     )

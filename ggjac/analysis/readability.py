@@ -104,7 +104,7 @@ def coherence(ids: Int[Tensor, "k top"], embedding: Weight) -> Float[Tensor, " k
 
 def _coherence(ids: Int[Tensor, "k top"], embedding: Weight) -> Float[Tensor, " k"]:
     distinct, which = ids.unique(return_inverse=True)
-    rows = embedding.take(distinct.tolist()).double().cpu()
+    rows = embedding.take(distinct.tolist()).cpu().double()
     rows = torch.nn.functional.normalize(rows, dim=1)[which]
     top = ids.shape[1]
     # Of the sum of unit vectors: the squared length counts every pair twice, and each vector with itself.

@@ -172,7 +172,7 @@ def steer(
     baseline_text = Continuation(model, capacity, mlp_path=mlp_path)  # refuses what outgrows the context
 
     trace = model.trace(concept, mlp_path=mlp_path, n_ctx=capacity)
-    chances = trace.logits.double().softmax(0)
+    chances = trace.logits.cpu().double().softmax(0)
     best = chances.topk(min(top, len(chances)))
     images = Images(
         trace.jacobian(path=Path(0, Tap("layer", layer)), raw=method == "equation16"), affine=method == "equation16"
@@ -329,7 +329,7 @@ def _measured(
     tokens: Tensor,
     direction: Float[Tensor, " d"],
 ) -> Generated:
-    logp, logq = baseline.double().log_softmax(0), logits.double().log_softmax(0)
+    logp, logq = (part.cpu().double().log_softmax(0) for part in (baseline, logits))
     own = set(tokens.tolist())
     return Generated(
         strength=strength,

@@ -24,7 +24,7 @@ from ggjac.cli.session import Session, numpy
 
 def predictions(session: Session, top: int) -> list[dict[str, Any]]:
     """Return the most likely next tokens at the session's position."""
-    logits = session.logits.double().cpu()
+    logits = session.logits.cpu().double()
     best = logits.topk(min(top, len(logits)))
     chances = logits.softmax(0)[best.indices]
     return [
@@ -131,8 +131,8 @@ def _reconstruction(session: Session, error: float) -> dict[str, Any]:
         "error": error,
         "limit": limit,
         "healthy": error <= limit,
-        "offset_norm": float(session.jacobian.offset.double().norm()),
-        "output_norm": float(session.jacobian.output.double().norm()),
+        "offset_norm": float(session.jacobian.offset.cpu().double().norm()),
+        "output_norm": float(session.jacobian.output.cpu().double().norm()),
     }
 
 

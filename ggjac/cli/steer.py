@@ -202,7 +202,7 @@ def _data(session: "Session", result: "Steering", concept: str | None) -> dict[s
             "kl_first": text.kl,
             "concept_mass_first": text.mass,
             "concept_hits": text.hits,
-            "direction_norm": float(text.direction.double().norm()),
+            "direction_norm": float(text.direction.cpu().double().norm()),
         }
 
     return {
