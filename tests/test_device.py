@@ -1,0 +1,306 @@
+"""Devices with memory of their own, against the CPU: the card of `card.py`, and a GPU where there is one.
+
+The card computes with the CPU's own arithmetic, so that every number must be equal to the last bit: what is tested is
+the way of the data. A GPU rounds otherwise; its tests are marked `cuda`.
+"""
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import card
+import numpy as np
+import pytest
+import tiny
+import torch
+from click.testing import CliRunner
+from test_families import FIRST
+from torch import Tensor
+
+from ggjac import bus, planner, sizes, weights
+from ggjac.bus import Bus, Pinned
+from ggjac.cli import main
+from ggjac.model import open_model
+
+TinyFile = Callable[..., Path]
+IDS = [5, 17, 3, 99, 42, 8]
+# Rounding in another order, in a network of a few layers.
+CLOSE = {torch.float64: 1e-12, torch.float32: 2e-5}
+WITH_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+# Torch pins memory for one kind of device only.
+WITHOUT_CUDA = pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU stands in for the card")
+
+
+@pytest.fixture
+def one_card() -> Iterator[card.Card]:
+    with card.installed() as installed:
+        yield installed
+
+
+@pytest.fixture(
+    params=[pytest.param("card", marks=WITHOUT_CUDA), pytest.param("cuda", marks=[pytest.mark.cuda, WITH_CUDA])]
+)
+def device(request: pytest.FixtureRequest) -> str:
+    if request.param == "card":
+        request.getfixturevalue("one_card")
+    return request.param
+
+
+def assert_same(found: Tensor, expected: Tensor) -> None:
+    assert found.device.type != "cpu"
+    there, found = found.device.type, found.cpu()
+    if there == card.NAME:
+        assert torch.equal(found, expected)
+    else:
+        assert float((found - expected).norm() / expected.norm()) < CLOSE[expected.dtype]
+
+
+# ---- numbers
+
+
+@pytest.mark.parametrize("architecture", FIRST)
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_every_architecture(architecture: str, dtype: str, device: str, tiny_file: TinyFile) -> None:
+    case = FIRST[architecture]
+    here, there = (open_model(tiny_file(case), dtype=dtype, device=d, threads=1) for d in ("cpu", device))
+    ids = tiny.prompt(case, 6)
+    expected, found = here.trace(ids), there.trace(ids)
+    assert_same(found.all_logits(), expected.all_logits())
+    J, K = expected.jacobian(), found.jacobian()
+    assert_same(K.to_dense(), J.to_dense())
+    assert_same(K.matmat(K.x[None], K.x.new_ones(1)), J.matmat(J.x[None], J.x.new_ones(1)))
+    if J.offset.any():
+        assert_same(K.offset, J.offset)
+    assert_same(K.svd(2, max_sweeps=4).S, J.svd(2, max_sweeps=4).S)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_sixteen_bits(dtype: str, device: str, tiny_file: TinyFile) -> None:
+    path = tiny_file("gqa", type="Q8_0")
+    K = open_model(path, dtype=dtype, device=device).trace(IDS).jacobian()
+    assert K.reconstruction_error < K.reconstruction_limit
+    if device == card.NAME:
+        J = open_model(path, dtype=dtype, device="cpu").trace(IDS).jacobian()
+        assert_same(K.to_dense(), J.to_dense())
+
+
+# ---- where weights wait
+
+
+PLACES = [
+    ["file"] * 4,
+    ["pinned"] * 4,
+    ["device"] * 4,
+    ["dense"] * 4,
+    ["file", "pinned", "device", "dense"],
+    ["dense", "device", "pinned", "file"],
+]
+
+
+@pytest.mark.parametrize("places", PLACES, ids="-".join)
+def test_weights_wait_where_they_should(
+    places: list[str], device: str, tiny_file: TinyFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(weights, "TILE_ELEMENTS", 9 * 96)  # several tiles a matrix, of uneven sizes
+    path = tiny_file("plain", layers=4, type="Q8_0")
+    model = open_model(path, device=device)
+    expected = open_model(path, device="cpu").trace(IDS).jacobian()
+    nbytes = [layer.sweep.nbytes for layer in model.plan(IDS, "svd", rank=1).layers]
+    model.weights.place(places, {"pinned": 1 << 22, "device": 1 << 22, "dense": 1 << 24})
+    K = model.trace(IDS).jacobian()
+    for sweep in range(3):
+        before, read = card.CARD.copied, model.weights.bytes_read
+        assert_same(K.rmatmat(K.output[None]), expected.rmatmat(expected.output[None]))
+        if device != card.NAME:
+            continue
+        moved = range(4) if sweep == 0 else [i for i, place in enumerate(places) if place in ("file", "pinned")]
+        ready = [] if sweep == 0 else [i for i, place in enumerate(places) if place == "dense"]
+        assert card.CARD.copied - before == sum(nbytes[i] for i in moved)
+        assert model.weights.bytes_read - read == sum(nbytes[i] for i in range(4) if i not in ready)
+
+
+def test_the_file_is_not_read_again_for_what_waits(
+    one_card: card.Card, tiny_file: TinyFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the file holds by then: pinned and device bytes are copies."""
+    model = open_model(tiny_file("plain", layers=3, type="Q8_0"), device=card.NAME)
+    model.weights.place(["pinned", "device", "dense"], {"pinned": 1 << 22, "device": 1 << 22, "dense": 1 << 24})
+    K = model.trace(IDS).jacobian()
+    first = K.rmatmat(K.output[None]).cpu()
+
+    def gone(*_: object) -> None:
+        raise AssertionError("the file was read")
+
+    monkeypatch.setattr(type(model.gguf), "rows", gone)
+    assert torch.equal(K.rmatmat(K.output[None]).cpu(), first)
+
+
+# ---- memory
+
+
+def test_the_host_is_never_far_ahead(one_card: card.Card, tiny_file: TinyFile, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However long the device takes, few tiles are on their way: no more pinned memory, no more bytes on the device."""
+    rows = 5
+    monkeypatch.setattr(weights, "TILE_ELEMENTS", rows * 96)
+    model = open_model(tiny_file("plain", layers=3, type="Q8_0"), device=card.NAME)
+    model.weights.place(["pinned", "file", "file"], {"pinned": 1 << 22})
+    K = model.trace(IDS).jacobian()
+    K.to_dense()
+    assert one_card.copies > 200
+    assert one_card.lead == sizes.ON_THE_WAY
+    largest = max(
+        info.row_bytes * min(info.rows, max(1, rows * 96 // info.shape[-1])) for info in model.gguf.tensors.values()
+    )
+    slots = sizes.ON_THE_WAY * (1 << (largest - 1).bit_length())
+    assert one_card.pinned_peak <= slots + (1 << 22)
+
+
+def test_a_buffer_is_not_filled_again_before_it_has_been_copied(one_card: card.Card) -> None:
+    """The emulated copy takes place as late as it may."""
+    way = Bus(torch.device(card.NAME, 0))
+    pieces = [np.full((2, 3), i, np.uint8) for i in range(3 * sizes.ON_THE_WAY)]
+    arrived = []
+    for piece in pieces:
+        with way.sent(piece) as there:
+            arrived.append(there + 0)
+    assert [torch.unique(there.cpu()).tolist() for there in arrived] == [[i] for i in range(len(pieces))]
+
+
+def test_rows_with_gaps_arrive_whole(one_card: card.Card) -> None:
+    whole = np.arange(60, dtype=np.uint8).reshape(6, 10)
+    whole.setflags(write=False)
+    way, slab = Bus(torch.device(card.NAME, 0)), Pinned(64)
+    for part in (whole, whole[2:5, 3:7], whole[:1, :1]):
+        with way.sent(part) as there:
+            assert np.array_equal(there.cpu().numpy(), part)
+    kept = slab.keep(whole[2:5, 3:7])
+    assert kept is not None
+    assert np.array_equal(kept.numpy(), whole[2:5, 3:7])
+
+
+@pytest.mark.parametrize("room", [0, 5, 64, 100, 1000, 4096])
+def test_pinned_memory_stays_within_its_room(room: int, one_card: card.Card, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch rounds up what it pins, so that only powers of two are asked for."""
+    monkeypatch.setattr(bus, "PINNED_BYTES", 256)
+    slab = Pinned(room)
+    pieces = [np.full((3, 13), i, np.uint8) for i in range(200)]
+    kept = [slab.keep(piece) for piece in pieces]
+    held = [tensor for tensor in kept if tensor is not None]
+    assert one_card.pinned_peak <= room
+    assert all(tensor is None for tensor in kept[len(held) :])
+    assert len(held) * 39 >= 0.6 * room - 64  # the rest is what no power of two or piece filled
+    assert all(np.array_equal(tensor.numpy(), piece) for tensor, piece in zip(held, pieces, strict=False))
+
+
+@pytest.mark.parametrize("case", ["gqa", "gemma3", "olmo2", "gpt2", "qwen2moe"])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_device_memory_is_what_the_plan_says(case: str, dtype: str, one_card: card.Card, tiny_file: TinyFile) -> None:
+    model = open_model(tiny_file(case, layers=6), dtype=dtype, device=card.NAME)
+    ids = tiny.prompt(case, 30)
+    plan = model.plan(ids, "svd", rank=3, ram_budget="1GiB", vram_budget="4GiB")
+    model.fit(plan)
+    assert plan.places == ["dense"] * 6
+    model.trace(ids).jacobian().svd(3, tol=1e-30, max_sweeps=plan.job.sweeps[0].count)
+    expected = plan.vram_peak - planner.CONTEXT_BYTES - plan.vram["on the way"]  # nothing is, when all is there
+    assert 0.8 < one_card.peak / expected < 1.03
+
+
+@pytest.mark.parametrize("kind", ["F32", "F16", "Q8_0", "Q4_K", "Q6_K", "IQ4_XS", "MXFP4"])
+@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
+def test_a_tile_takes_what_the_plan_says(kind: str, dtype: str, one_card: card.Card, tiny_file: TinyFile) -> None:
+    """Dequantizing takes temporaries: those of the hungriest type are planned for all."""
+    model = open_model(
+        tiny_file("plain", type=kind, d=256, head_dim=128, heads=2, ff=2048), dtype=dtype, device=card.NAME
+    )
+    plan = model.plan(IDS, "attribute", ram_budget="1GiB", vram_budget="4GiB")
+    one_card.peak = before = one_card.held
+    for _ in model.weights["blk.0.ffn_up.weight"].tiles():
+        pass
+    taken = (one_card.peak - before) / plan.vram["tile"]
+    assert taken < 1.0
+    assert taken > 0.6 or kind != "MXFP4"
+
+
+# ---- commands
+
+TOKENS = ["--tokens", ",".join(map(str, IDS))]
+COMMANDS: dict[str, list[str]] = {
+    "predict": [],
+    "svd": ["-k", "2", "--per-token"],
+    "jacobian": ["-o", "J.safetensors"],
+    "layers": ["-k", "2"],
+    "norms": [],
+    "attribute": ["--by", "head"],
+    "attribute ": ["--position", "all"],
+    "ranks": [],
+    "steer": ["--concept-tokens", "5,6,7"],
+    "analyze": ["-k", "2", "--no-verify", "-o", "RUN"],
+    "verify": [],
+}
+# What says where and when something was computed, and not what.
+APART = {"device", "seconds", "peak_memory_bytes", "command", "created", "threads"}
+
+
+def plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: plain(part) for key, part in value.items() if key not in APART}
+    return [plain(part) for part in value] if isinstance(value, list) else value
+
+
+def run(command: str, device: str, folder: Path, model: Path) -> Any:
+    folder.mkdir(exist_ok=True)
+    options = [option.replace("RUN", str(folder / "RUN")).replace("J.", f"{folder}/J.") for option in COMMANDS[command]]
+    where = ["-m", model, *TOKENS, "-t", "1", "-q", "--format", "json", "--device", device]
+    arguments = [command.strip(), *map(str, where), *options]
+    result = CliRunner().invoke(main, arguments, prog_name="ggjac", catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout.replace(str(folder), "FOLDER"))
+
+
+@pytest.fixture
+def small(tiny_file: TinyFile) -> Path:
+    return tiny_file("gqa", type="Q8_0", d=32, ff=64, layers=3)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands(command: str, device: str, small: Path, tmp_path: Path) -> None:
+    """(Not `contrast`: forward-mode differentiation looks past the card's tensors at their storage.)"""
+    if command == "verify":
+        pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
+    found = plain(run(command, device, tmp_path / "there", small))
+    expected = plain(run(command, "cpu", tmp_path / "here", small))
+    if device == card.NAME:
+        assert found == expected
+    else:
+        assert found.keys() == expected.keys()
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_device_without_float64(command: str, one_card: card.Card, small: Path, tmp_path: Path) -> None:
+    """As Apple's, which has no SVD either."""
+    if command == "verify":
+        pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
+    one_card.refused = {torch.float64, torch.ops.aten._linalg_svd.default}
+    run(command, card.NAME, tmp_path, small)
+
+
+def test_a_command_uses_the_device_memory_that_is_free(one_card: card.Card, small: Path, tmp_path: Path) -> None:
+    """Where everything fits, only the trace copies; where nothing does, every sweep."""
+    run("svd", card.NAME, tmp_path, small)
+    ample = one_card.copied
+    dry = ["svd", "-m", str(small), *TOKENS, "-k", "2", "--per-token", "--device", card.NAME, "--dry-run"]
+    planned = CliRunner().invoke(main, [*dry, "--vram-budget", "1", "--format", "json"], prog_name="ggjac")
+    needed = json.loads(planned.stdout)["vram_needed"]
+    one_card.reset()
+    one_card.memory = needed
+    run("svd", card.NAME, tmp_path, small)
+    assert one_card.copied > 2 * ample
+
+
+def test_rates_of_a_device(device: str, small: Path) -> None:
+    arguments = ["bench", "-m", str(small), "-t", "1", "--device", device, "--format", "json"]
+    result = CliRunner().invoke(main, arguments, prog_name="ggjac", catch_exceptions=False)
+    rows = {row["what"]: row for row in json.loads(result.stdout)["rates"]}
+    assert all(row["rate"] > 0 for row in rows.values())
+    assert rows["to the device, as tiles travel"]["limited_by"] == "a copy from pinned memory"
