@@ -1,10 +1,10 @@
 """Compare ggjac's top-8 SVD with the reference's method: the dense Jacobian by autograd, then a dense SVD.
 
-    python tools/benchmarks/autograd.py [model.gguf] [--tokens 8] [--rank 8]
+    python tools/benchmarks/autograd.py [model.gguf] [--tokens 8] [--rank 8] [--dtype bfloat16]
 
 The reference is written out below as the paper's code does it (vectorized reverse mode over a network in which norm
-scales, attention patterns and gates are detached; float32; `torch.linalg.svd` of the result), on dense copies of the
-same weights, for files of the llama architecture. Both run in processes of their own, one after the other, weights
+scales, attention patterns and gates are detached; `torch.linalg.svd` of the result, in float32), on dense copies of
+the same weights, for files of the llama architecture. Both run in processes of their own, one after the other, weights
 loaded before the clock starts for the reference, and not for ggjac. Memory is the peak of anonymous memory. Without a
 file, a temporary synthetic one is made (d = 1024, 8 blocks, ff 4096).
 """
@@ -31,7 +31,7 @@ STEMS = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn
 
 
 def dense_weights(model: Model) -> list[dict[str, Tensor]]:
-    """Return every block's weights as dense float32 matrices."""
+    """Return every block's weights as dense matrices."""
     blocks = []
     for i in range(model.config.block_count):
         w = model.block(i)
@@ -60,7 +60,7 @@ def reference(model: Model, ids: list[int], rank: int) -> dict[str, Any]:
     angles = torch.arange(n)[:, None] * base ** (-torch.arange(0, s, 2) / s)
     if "rope_freqs.weight" in model.weights:
         angles = angles / model.weights["rope_freqs.weight"].dense()
-    cos, sin = angles.cos()[:, None], angles.sin()[:, None]
+    cos, sin = angles.cos()[:, None].to(x0.dtype), angles.sin()[:, None].to(x0.dtype)
     hidden = torch.ones(n, n, dtype=torch.bool).triu(1)
 
     def forward(x: Tensor) -> Tensor:
@@ -80,25 +80,28 @@ def reference(model: Model, ids: list[int], rank: int) -> dict[str, Any]:
     start = time.perf_counter()
     J = torch.autograd.functional.jacobian(forward, x0, vectorize=True, strategy="reverse-mode")
     dense = time.perf_counter() - start
-    S = torch.linalg.svd(J.reshape(len(J), -1), full_matrices=False)[1]
+    S = torch.linalg.svd(J.reshape(len(J), -1).float(), full_matrices=False)[1]
     return {"dense": dense, "seconds": time.perf_counter() - start, "S": S[:rank].tolist()}
 
 
-def ours(path: Path, ids: list[int], rank: int) -> dict[str, Any]:
+def ours(path: Path, ids: list[int], rank: int, dtype: str) -> dict[str, Any]:
     """Return the singular values, seconds and memory of ggjac: opening, trace and SVD, nothing kept dense."""
     start = time.perf_counter()
-    J = open_model(path).trace(ids).jacobian()
+    J = open_model(path, device="cpu", dtype=dtype).trace(ids).jacobian()
     traced = time.perf_counter() - start
     found = J.svd(rank)
     seconds = time.perf_counter() - start
     return {"trace": traced, "seconds": seconds, "S": found.S.tolist(), "sweeps": found.sweeps}
 
 
-def measure(which: str, path: Path, ids: list[int], rank: int) -> None:
+def measure(which: str, path: Path, ids: list[int], rank: int, dtype: str) -> None:
     """Print one method's results as JSON."""
     machine.return_freed_memory()
     with machine.PeakMemory() as peak:
-        result = ours(path, ids, rank) if which == "ours" else reference(open_model(path), ids, rank)
+        if which == "ours":
+            result = ours(path, ids, rank, dtype)
+        else:
+            result = reference(open_model(path, device="cpu", dtype=dtype), ids, rank)
     print(json.dumps(result | {"memory": peak.nbytes}))
 
 
@@ -107,6 +110,7 @@ def main() -> None:
     parser.add_argument("model", type=Path, nargs="?")
     parser.add_argument("--tokens", type=int, default=8)
     parser.add_argument("--rank", type=int, default=8)
+    parser.add_argument("--dtype", default="float32")
     parser.add_argument("--only", choices=["ours", "reference"], help="measure one, in this process")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -115,11 +119,11 @@ def main() -> None:
             make_synthetic_gguf.write(path, make_synthetic_gguf.PRESETS["bench-1024"], "Q4_K_M")
         ids = [3 + i % 200 for i in range(options.tokens)]
         if options.only:
-            return measure(options.only, path, ids, options.rank)
+            return measure(options.only, path, ids, options.rank, options.dtype)
         found = {}
         for which in ("ours", "reference"):
             command = [sys.executable, __file__, str(path), "--only", which]
-            command += ["--tokens", str(options.tokens), "--rank", str(options.rank)]
+            command += ["--tokens", str(options.tokens), "--rank", str(options.rank), "--dtype", options.dtype]
             found[which] = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     a, b = found["ours"], found["reference"]
     print(
