@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import CliRunner, Result
 
 from ggjac import bench, jobs
@@ -325,3 +326,21 @@ def test_two_files_are_not_in_memory_together(tiny_file: TinyFile, monkeypatch: 
 )
 def test_steering_that_cannot_be_planned(options: list[str], words: str, tiny_file: TinyFile) -> None:
     assert words in error("steer", "-m", tiny_file("gqa"), *TOKENS, *options, "--dry-run", code=2)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
+def test_a_device_that_is_not_here_is_planned_and_not_measured(tiny_file: TinyFile) -> None:
+    arguments = ["-m", tiny_file("plain"), *TOKENS, "--device", "cuda"]
+    shown = run("plan", *arguments).stdout
+    assert "Device memory at the peak" in shown
+    assert shown.splitlines()[-1].startswith("Time is not measured: device cuda was asked for, but torch cannot use it")
+    found = json.loads(run("plan", *arguments, "--format", "json").stdout)
+    assert "it finds no CUDA device" in found["not_measured"]
+    assert "times" not in found
+    assert "it finds no CUDA device" in error("bench", "-m", tiny_file("plain"), "--device", "cuda", code=1)
+
+
+@pytest.mark.parametrize("command", ["plan", "bench"])
+def test_a_device_that_does_not_exist(command: str, tiny_file: TinyFile) -> None:
+    tokens = TOKENS if command == "plan" else []
+    assert "try auto, cpu or cuda" in error(command, "-m", tiny_file("plain"), *tokens, "--device", "abacus", code=2)

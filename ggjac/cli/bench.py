@@ -28,6 +28,7 @@ def bench(model: Path | None, threads: int | None, device: str, output_format: s
 
     from ggjac import bench as measure
     from ggjac.cli import render
+    from ggjac.cli.planning import check_device
     from ggjac.demo import demo_path
     from ggjac.ggml import holds_weights
     from ggjac.gguf import open_gguf, shown
@@ -35,6 +36,7 @@ def bench(model: Path | None, threads: int | None, device: str, output_format: s
 
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    check_device(device)
     with open_gguf(model or demo_path()) as file:
         types: Counter[str] = Counter()
         for info in file.tensors.values():

@@ -51,6 +51,7 @@ def _show_one(
     what: ModelOptions, command: str, params: Mapping[str, Any], *, bench: bool, output_format: str
 ) -> tuple[Plan, dict[str, Any]]:
     """Print the plan for one file, or leave that to the caller; return it, also as plain data."""
+    from ggjac.cli import render
     from ggjac.config import ModelConfig
     from ggjac.demo import demo_path
     from ggjac.gguf import open_gguf
@@ -68,13 +69,21 @@ def _show_one(
             from ggjac import bench as measure
             from ggjac.machine import cached_bytes
 
+            device = "cpu" if made.device == "cpu" else what.device.replace("auto", "cuda")
+            try:
+                check_device(device)
+            except ValueError as error:
+                content["not_measured"] = str(error)
+                if output_format == "table":
+                    render.line(f"Time is not measured: {error}")
+                return made, content
             rates = measure.measure(
                 file,
                 made.columns,
                 made.trace.types,
                 dtype=made.job.dtype,
                 threads=what.threads,
-                device="cpu" if made.device == "cpu" else what.device.replace("auto", "cuda"),
+                device=device,
             )
             cached = [cached_bytes(path) for path in file.paths]
             known = None if None in cached else sum(filter(None, cached))
@@ -83,6 +92,21 @@ def _show_one(
             if output_format == "table":
                 _show_times(made, times, rates.lines())
     return made, content
+
+
+def check_device(name: str) -> None:
+    """Refuse a device that cannot be measured here.
+
+    Raises:
+        click.UsageError: there is no device of that name.
+        ValueError: there is, but not here.
+    """
+    from ggjac.model import DeviceError, find_device
+
+    try:
+        find_device(name)
+    except DeviceError as error:
+        raise click.UsageError(f"--device: {error}") from error
 
 
 def asked_by(params: Mapping[str, Any], blocks: int) -> dict[str, Any]:
