@@ -219,7 +219,7 @@ def turn_rates(
     def timed(what: str, call: Callable[..., torch.Tensor], *given: Any) -> torch.Tensor:
         start = time.perf_counter()
         result = call(*given)
-        _wait(device)
+        wait(device)
         seconds[what].append(time.perf_counter() - start)
         return result
 
@@ -248,7 +248,7 @@ def square_rate(dtype: str, device: str = "cpu", threads: int | None = None, siz
 
         def once() -> None:
             a @ a
-            _wait(device)
+            wait(device)
 
         return 2 * size**3 / seconds_of(once, 0.1, 2)
     finally:
@@ -292,7 +292,7 @@ def bus_rate(device: str) -> float:
         for _ in range(2 * ON_THE_WAY):
             with bus.sent(tile) as there:
                 there.view(-1)
-        _wait(device)
+        wait(device)
 
     return 2 * ON_THE_WAY * tile.nbytes / seconds_of(several, 0.1)
 
@@ -306,7 +306,7 @@ def pinned_rate(device: str) -> float:
 
     def once() -> None:
         target.copy_(source, non_blocking=True)
-        _wait(device)
+        wait(device)
 
     return source.nbytes / seconds_of(once, 0.1)
 
@@ -329,12 +329,12 @@ def call_seconds(file: GGUFFile, type: str, dtype: str, threads: int, device: st
 
     def once() -> None:
         (Linear(weight, 1) @ Scale(X[0])).matmat(X)
-        _wait(device)
+        wait(device)
 
     return 2 * seconds_of(once, 0.02, 20)
 
 
-def _wait(device: str) -> None:
+def wait(device: str) -> None:
     """Wait for a device that works on its own: a copy to the host comes after all that was asked before."""
     if device != "cpu":
         import torch
