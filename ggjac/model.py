@@ -215,7 +215,7 @@ class Model:
         *,
         mlp_path: MlpPath = "up",
         n_ctx: int | None = None,
-        gelu_table: bool = False,
+        imitate: bool = False,
         tapes: bool | Tapes = True,
         observe: Observer | None = None,
         progress: Progress | None = None,
@@ -227,7 +227,8 @@ class Model:
             mlp_path: freezing rule of gated feed-forwards; see `ggjac.blocks.record_hidden`.
             n_ctx: context size that decides between short and long rope factors where a model has both; default the
                 prompt's length. (llama.cpp goes by the context it allocates, a multiple of 256.)
-            gelu_table: imitate the half-precision table that stands in for GELU in llama.cpp on the CPU; for parity.
+            imitate: round where llama.cpp does on the CPU, for parity: a half-precision table stands in for GELU, and
+                rotary angles are float32 (see `ggjac.rope.rotation`).
             tapes: keep what the Jacobian freezes, in memory or where a `Tapes` says; those of an interrupted trace are
                 used. Without, the trace has outputs and logits only, and takes less memory (attention patterns alone
                 are heads x n² floats a layer).
@@ -245,7 +246,7 @@ class Model:
         ids = self.check_prompt(self.tokenize(prompt) if isinstance(prompt, str) else [int(i) for i in prompt])
         config = self.config
         observe = observe or (lambda name, tensor: None)
-        frame = self.frame(len(ids), mlp_path=mlp_path, n_ctx=n_ctx, gelu_table=gelu_table)
+        frame = self.frame(len(ids), mlp_path=mlp_path, n_ctx=n_ctx, imitate=imitate)
         x = self.embed(ids)
         h, kept = x, Tapes() if isinstance(tapes, bool) else tapes
         kept.device = self.device
@@ -273,16 +274,16 @@ class Model:
         observe("result_norm", outputs)
         return Trace(model=self, ids=ids, x=x, outputs=outputs, norm=norm, frame=frame, tapes=kept)
 
-    def frame(self, n: int, *, mlp_path: MlpPath = "up", n_ctx: int | None = None, gelu_table: bool = False) -> Frame:
+    def frame(self, n: int, *, mlp_path: MlpPath = "up", n_ctx: int | None = None, imitate: bool = False) -> Frame:
         """Return what all blocks share over positions 0 to `n - 1`; arguments as `trace` takes them."""
         config = self.config
         ropes = {layer.rope for layer in config.layers if layer.rope}
         factors = self._rope_factors(n_ctx or n)
         return Frame(
             config,
-            {rope: rotation(rope, n, factors) for rope in ropes},
+            {rope: rotation(rope, n, factors, imitate=imitate) for rope in ropes},
             mlp_path,
-            ACTIVATIONS["gelu table" if gelu_table and config.row.activation == "gelu" else config.row.activation],
+            ACTIVATIONS["gelu table" if imitate and config.row.activation == "gelu" else config.row.activation],
         )
 
     def embed(self, ids: Sequence[int], start: int = 0) -> Float[Tensor, "n d"]:

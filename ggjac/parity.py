@@ -169,7 +169,7 @@ def verify(
     if trace is None:
         tell("comparing every layer of the trace")
         n_ctx = -(-len(ids) // 256) * 256  # what llama.cpp allocates; it chooses LongRoPE's factors by it
-        trace = model.trace(ids, observe=observe, gelu_table=strict, n_ctx=n_ctx, tapes=False)
+        trace = model.trace(ids, observe=observe, imitate=tolerance is not None, n_ctx=n_ctx, tapes=False)
     return judge(
         reference,
         trace.all_logits(),

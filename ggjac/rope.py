@@ -12,17 +12,23 @@ from torch import Tensor
 from ggjac.config import Rope
 
 
-def rotation(rope: Rope, n: int, factors: Tensor | None = None) -> tuple[Float[Tensor, "n p"], Float[Tensor, "n p"]]:
+def rotation(
+    rope: Rope, n: int, factors: Tensor | None = None, *, imitate: bool = False
+) -> tuple[Float[Tensor, "n p"], Float[Tensor, "n p"]]:
     """Return cos and sin, float64, for positions 0 to n - 1 and each of the `p` rotating pairs.
 
     `factors` `[p]` divide the frequencies: Llama 3's, precomputed by the converter (`rope_freqs.weight`), or those of
     LongRoPE.
+
+    `imitate` the rounding of llama.cpp, whose angles are float32 and multiplied up from pair to pair: each is off by up
+    to 1e-7 of itself for every pair below it, which far positions feel.
     """
     pairs = torch.arange(rope.dimensions // 2, dtype=torch.float64)
-    frequencies = rope.base ** (-2 * pairs / rope.dimensions)
+    # What one position turns, [1, p]; or what each does by itself, [n, p].
+    turning = _multiplied_up(rope, n) if imitate else rope.base ** (-2 * pairs[None] / rope.dimensions)
     if factors is not None:
-        frequencies = frequencies / factors.to("cpu", torch.float64)
-    interpolated = frequencies / rope.factor
+        turning = turning / factors.to("cpu", turning.dtype)
+    interpolated = turning * (1 / rope.factor)
     if rope.yarn:
 
         def pair_turning(times: float) -> float:
@@ -31,11 +37,20 @@ def rotation(rope: Rope, n: int, factors: Tensor | None = None) -> tuple[Float[T
 
         low = max(0, math.floor(pair_turning(rope.beta_fast)))
         high = min(rope.dimensions - 1, math.ceil(pair_turning(rope.beta_slow)))
-        keep = 1 - ((pairs - low) / max(0.001, high - low)).clamp(0, 1)
-        interpolated = interpolated * (1 - keep) + frequencies * keep
-    interpolated[list(rope.still)] = 0
-    angles = torch.arange(n, dtype=torch.float64)[:, None] * interpolated
+        keep = (1 - ((pairs - low) / max(0.001, high - low)).clamp(0, 1)).to(turning.dtype)
+        interpolated = interpolated * (1 - keep) + turning * keep
+    interpolated[:, list(rope.still)] = 0
+    angles = interpolated.double() if imitate else torch.arange(n, dtype=torch.float64)[:, None] * interpolated
     return rope.magnitude * angles.cos(), rope.magnitude * angles.sin()
+
+
+def _multiplied_up(rope: Rope, n: int) -> Float[Tensor, "n p"]:
+    """Return the angles of unscaled positions as ggml's `ggml_rope_cache_init` has them, float32."""
+    base, exponent = torch.tensor([rope.base, -2 / rope.dimensions], dtype=torch.float32).double()
+    angles, ratio = [torch.arange(n, dtype=torch.float32)], (base**exponent).float()
+    for _ in range(1, rope.dimensions // 2):
+        angles.append(angles[-1] * ratio)
+    return torch.stack(angles, 1)
 
 
 def rotate(

@@ -39,6 +39,25 @@ def test_every_layer_agrees_with_llamacpp(case: str, tiny_file: Callable[..., Pa
     assert sum(layer.name.startswith("l_out-") for layer in result.layers) == model.config.block_count
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"rope_factors": True},
+        {"scaling": {"type": "linear", "factor": 3.0}},
+        {"scaling": tiny.YARN | {"factor": 3.0}, "rope_base": 8.0},
+    ],
+    ids=["plain", "factors", "linear", "yarn"],
+)
+def test_far_positions_agree_with_llamacpp(changes: dict, tiny_file: Callable[..., Path]) -> None:
+    """Its float32 angles of these fast pairs are off by up to 1e-3 there; strictly, ours are the same."""
+    pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
+    sizes = {"layers": 1, "heads": 1, "head_dim": 64, "rope_base": 2.0, "context": 1024}
+    model = open_model(tiny_file("plain", **sizes | changes))
+    result = verify(model, [i * i % 128 for i in range(700)], strict=True, threads=1)
+    assert result.verdict, result.reason
+
+
 @pytest.mark.parametrize("name", REFERENCES)
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_the_papers_own_code_agrees(name: str, dtype: str, shared: Path) -> None:
