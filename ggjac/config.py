@@ -248,6 +248,7 @@ class Rope:
         original_context: tokens the model was trained on before its context was extended.
         magnitude: multiplies cos and sin.
         still: pairs that do not turn.
+        rounded: angles as llama.cpp rounds them; for parity.
     """
 
     dimensions: int
@@ -260,6 +261,7 @@ class Rope:
     original_context: int = 0
     magnitude: float = 1.0
     still: tuple[int, ...] = ()
+    rounded: bool = False
 
 
 @dataclass(frozen=True)

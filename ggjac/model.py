@@ -6,7 +6,7 @@ second model. It reads each tensor of the file once.
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -281,7 +281,7 @@ class Model:
         factors = self._rope_factors(n_ctx or n)
         return Frame(
             config,
-            {rope: rotation(rope, n, factors, imitate=imitate) for rope in ropes},
+            {rope: rotation(replace(rope, rounded=imitate), n, factors) for rope in ropes},
             mlp_path,
             ACTIVATIONS["gelu table" if imitate and config.row.activation == "gelu" else config.row.activation],
         )

@@ -12,20 +12,18 @@ from torch import Tensor
 from ggjac.config import Rope
 
 
-def rotation(
-    rope: Rope, n: int, factors: Tensor | None = None, *, imitate: bool = False
-) -> tuple[Float[Tensor, "n p"], Float[Tensor, "n p"]]:
+def rotation(rope: Rope, n: int, factors: Tensor | None = None) -> tuple[Float[Tensor, "n p"], Float[Tensor, "n p"]]:
     """Return cos and sin, float64, for positions 0 to n - 1 and each of the `p` rotating pairs.
 
     `factors` `[p]` divide the frequencies: Llama 3's, precomputed by the converter (`rope_freqs.weight`), or those of
     LongRoPE.
 
-    `imitate` the rounding of llama.cpp, whose angles are float32 and multiplied up from pair to pair: each is off by up
+    Where `rope` is rounded, angles are llama.cpp's: in float32, and multiplied up from pair to pair. Each is off by up
     to 1e-7 of itself for every pair below it, which far positions feel.
     """
     pairs = torch.arange(rope.dimensions // 2, dtype=torch.float64)
     # What one position turns, [1, p]; or what each does by itself, [n, p].
-    turning = _multiplied_up(rope, n) if imitate else rope.base ** (-2 * pairs[None] / rope.dimensions)
+    turning = _multiplied_up(rope, n) if rope.rounded else rope.base ** (-2 * pairs[None] / rope.dimensions)
     if factors is not None:
         turning = turning / factors.to("cpu", turning.dtype)
     interpolated = turning * (1 / rope.factor)
@@ -40,7 +38,7 @@ def rotation(
         keep = (1 - ((pairs - low) / max(0.001, high - low)).clamp(0, 1)).to(turning.dtype)
         interpolated = interpolated * (1 - keep) + turning * keep
     interpolated[:, list(rope.still)] = 0
-    angles = interpolated.double() if imitate else torch.arange(n, dtype=torch.float64)[:, None] * interpolated
+    angles = interpolated.double() if rope.rounded else torch.arange(n, dtype=torch.float64)[:, None] * interpolated
     return rope.magnitude * angles.cos(), rope.magnitude * angles.sin()
 
 
