@@ -12,6 +12,7 @@ import typechecking
 jaxtyping.jaxtyped = typechecking.jaxtyped  # what the hook puts on every function
 jaxtyping.install_import_hook("ggjac", "typechecking.check")
 
+import os  # noqa: E402
 from collections.abc import Callable, Iterator  # noqa: E402
 from pathlib import Path  # noqa: E402
 from types import SimpleNamespace  # noqa: E402
@@ -23,8 +24,10 @@ import torch  # noqa: E402
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
-# The matrices here are tiny: more threads only wait for one another, and dearly so on a busy machine.
+# The matrices here are tiny: more threads only wait for one another, and dearly so on a busy machine. In the processes
+# that tests start, too.
 torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(scope="session")

@@ -730,7 +730,7 @@ SCRIPT = [sys.executable, "-m", "ggjac"]
 
 
 def environment(env: dict[str, str] | None = None) -> dict[str, str]:
-    return os.environ | {"PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8"} | (env or {})
+    return os.environ | {"PYTHONPATH": str(HERE), "PYTHONIOENCODING": "utf-8"} | (env or {})
 
 
 def run(*args: object, code: int = 0, env: dict[str, str] | None = None, script: list[str] = SCRIPT) -> Any:
