@@ -12,7 +12,7 @@ upper bound of the mean, since real routers prefer some.
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
 
@@ -273,35 +273,51 @@ def _tape_bytes(block: _Block, config: ModelConfig, n: int, item: int) -> int:
 def sweep_floats(config: ModelConfig, n: int, *, up: bool) -> int:
     """Return the floats that one stacked vector takes on its way through a block of `n` positions, at most.
 
-    What is alive at once, counted in the code of `linop`, `blocks` and `jacobian`; `d`, `q` and `kv` are the widths of
-    the stream, of all query heads and of all value heads, `s` that of a slab of hidden units:
+    What is alive at once, counted in the code of `linop`, `blocks` and `jacobian`, and found so by the allocator's own
+    count; `d`, `q` and `kv` are the widths of the stream, of all query heads and of all value heads, `s` that of a slab
+    of hidden units:
 
-        up, attention        stream, normed stream, values twice, and mixed heads twice (or both once, with the output)
+        up, attention        stream, normed stream, values, and mixed heads twice (or once, with the output)
         up, feed-forward     stream, middle, normed middle, the sum over slabs or experts, hidden units
-                             before and after the gate, one slab's output, and what experts gather
-        down, attention      stream, middle, heads twice, values twice (or what they give the stream)
-        down, feed-forward   stream, the sum over slabs, hidden units twice (or once, with one slab's output)
+                             before and after the gate, what experts gather, and give
+        down, attention      stream, middle, heads twice, values (or heads once, what they give the stream, and that
+                             normed, or centred before)
+        down, feed-forward   stream, the sum over slabs or experts, hidden units twice (or once, with one slab's
+                             output), and what experts gather
 
-    Downwards, what a norm or a scale after a branch makes of the stream comes on top, or what parallel branches and
-    experts share. A routed expert sees some positions only.
+    Each time but the first of "down", one stream that the block before has left. Downwards, what a norm or a scale
+    after a branch makes of the stream comes on top, or what parallel branches share. An expert's own part, hidden units
+    among it, is of the positions that use it.
     """
     d, q, kv, row = config.d, config.head_count * config.head_size, config.head_count_kv * config.head_size, config.row
-    s = _slab(config)
-    total = d if config.hidden_units > SLAB or config.expert_count else 0
-    if up:
-        gathered = d if config.expert_count else 0
-        return n * max(2 * d + kv + max(kv + 2 * q, q + 2 * d), 3 * d + gathered + total + 2 * s + d)
     scaled = row.norms.attention_out or row.norms.ffn_out or config.residual_scale != 1
-    more = d if scaled or row.parallel or config.expert_count else 0
-    return n * (more + max(2 * d + 2 * q + max(2 * kv, d), d + total + max(2 * s, s + d)))
+    more = d if scaled or row.parallel else 0
+    if up:
+        streams = (3 if config.expert_count else 4) * d
+        return max(n * (3 * d + kv + q + max(q, d)), _ffn_floats(config, n, streams, lambda s: 2 * s, 2 * d))
+    centred = d if more or row.norm == "layer" else 0
+    attention = n * max(2 * d + 2 * q + kv, 4 * d + q + centred)
+    return max(attention, _ffn_floats(config, n, 2 * d + more, lambda s: max(2 * s, s + d), d))
 
 
-def _slab(config: ModelConfig) -> int:
-    """Return the hidden units that exist at a time, averaged over positions."""
+def _ffn_floats(config: ModelConfig, n: int, stream: int, hidden: Callable[[int], int], gathered: int) -> int:
+    """Return the floats of a feed-forward branch: of the stream and of a slab at each position, and of experts.
+
+    Routers are uneven, and nobody knows them before: the busiest expert is taken to see half of the positions, or twice
+    as many as if they were spread evenly, and one more.
+    """
+
+    def network(width: int) -> int:
+        return hidden(min(SLAB, width)) + (config.d if width > SLAB else 0)
+
     if not config.expert_count:
-        return min(SLAB, config.feed_forward_length)
-    routed = config.expert_feed_forward_length * config.expert_used_count // config.expert_count
-    return min(SLAB, max(routed, config.expert_shared_feed_forward_length))
+        return n * (stream + network(config.feed_forward_length))
+    busy = min(n, max(n // 2, 2 * n * config.expert_used_count // config.expert_count) + 1)
+    routed = busy * (gathered + network(config.expert_feed_forward_length))
+    shared = config.expert_shared_feed_forward_length
+    if shared:
+        return n * (stream + 2 * config.d) + max(routed, n * network(shared))
+    return n * (stream + config.d) + routed
 
 
 def trace_floats(config: ModelConfig, n: int, m: int | None = None) -> int:

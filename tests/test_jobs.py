@@ -306,8 +306,8 @@ def test_a_command_holds_what_its_plan_says(
     asked = arguments(name, case, tiny_file, LONG, layers=3, **experts)
     planned = run(*asked, "--dry-run")["ram"]
     needed = sum(planned.values()) - planned["process"]
-    # Products wait for a checkpoint until the end; wide heads that are not shared count twice, and are there once.
-    least = 0.55 if (name, case) == ("jacobian", "qwen3moe") else 0.7 if "checkpoint" in planned else 0.75
+    # Products wait for a checkpoint until the end; what a router does is guessed.
+    least = 0.7 if "checkpoint" in planned or "experts" in CASES[case] else 0.75
     share = held(lambda: run(*asked)) / needed
     assert least < share < 1.12, planned
 
