@@ -250,7 +250,7 @@ def layer_error(name: str, ours: Tensor, theirs: Tensor) -> LayerError:
     if ours.shape != theirs.shape:
         return LayerError(name, layer, math.inf, 0, math.inf)
     theirs = theirs.double()
-    difference = (ours.detach().to("cpu", torch.float64) - theirs).norm(dim=-1)
+    difference = (ours.detach().cpu().double() - theirs).norm(dim=-1)
     scale = theirs.norm(dim=-1)
     by_position = _ratio(difference, scale)
     worst = int(by_position.nan_to_num(nan=math.inf, posinf=math.inf).argmax())
@@ -273,7 +273,7 @@ def _compare_logits(ours: Tensor, theirs: Tensor) -> dict[str, Any]:
     squared = scale = 0.0
     divergence = []
     for mine, other in zip(ours, theirs, strict=True):  # row by row: float64 copies of [n, v] can be gigabytes
-        p, q = (row.detach().to("cpu", torch.float64) for row in (mine, other))
+        p, q = (row.detach().cpu().double() for row in (mine, other))
         squared, scale = squared + float((p - q).square().sum()), scale + float(q.square().sum())
         log_p, log_q = p.log_softmax(0), q.log_softmax(0)
         divergence.append(float((log_q.exp() * (log_q - log_p)).sum()))

@@ -25,7 +25,7 @@ def rotation(rope: Rope, n: int, factors: Tensor | None = None) -> tuple[Float[T
     # What one position turns, [1, p]; or what each does by itself, [n, p].
     turning = _multiplied_up(rope, n) if rope.rounded else rope.base ** (-2 * pairs[None] / rope.dimensions)
     if factors is not None:
-        turning = turning / factors.to("cpu", turning.dtype)
+        turning = turning / factors.cpu().to(turning.dtype)
     interpolated = turning * (1 / rope.factor)
     if rope.yarn:
 
