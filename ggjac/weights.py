@@ -21,8 +21,8 @@ from ggjac.ggml import TYPES, holds_weights, row_bytes
 from ggjac.gguf import GGUFFile, TensorInfo
 from ggjac.sizes import TILE_ELEMENTS
 
-# A tile: tensor, first and last row, first column.
-Key = tuple[str, int, int, int]
+# A tile: tensor, first row and the one after the last, columns likewise.
+Key = tuple[str, int, int, int, int]
 
 
 class WeightError(ValueError):
@@ -108,7 +108,7 @@ class WeightStore:
         Raises:
             WeightError: the rows hold NaN or infinite scales (checked the first time they are read).
         """
-        key = (info.name, start, stop, left)
+        key = (info.name, start, stop, left, right)
         self._earlier.pop(key, None)
         if key in self._tiles:
             return self._tiles[key]
@@ -118,9 +118,9 @@ class WeightStore:
         self.bytes_read += shape[0] * row_bytes(info.type, shape[1])
         if self._bus is None:
             out = torch.empty(shape, dtype=self.dtype) if keep else self._scratch_tile(*shape)
-            tile = quants.dequantize_rows(self._stored(key, info, right), info.type, out, threads=self.threads)
+            tile = quants.dequantize_rows(self._stored(key, info), info.type, out, threads=self.threads)
         else:
-            tile = self._dequantized_there(self._bus, key, info, right, place)
+            tile = self._dequantized_there(self._bus, key, info, place)
         if keep:
             self._tiles[key] = tile
         return tile
@@ -143,13 +143,13 @@ class WeightStore:
             tile = self._scratch.tile = torch.empty(rows * columns, dtype=self.dtype)
         return tile[: rows * columns].view(rows, columns)
 
-    def _stored(self, key: Key, info: TensorInfo, right: int) -> np.ndarray:
+    def _stored(self, key: Key, info: TensorInfo) -> np.ndarray:
         """Return the quantized bytes of a tile, a view of the file.
 
         Raises:
             WeightError: they hold NaN or infinite scales.
         """
-        _, start, stop, left = key
+        _, start, stop, left, right = key
         raw = self.file.rows(info, start, stop)[:, row_bytes(info.type, left) : row_bytes(info.type, right)]
         if key not in self._checked:
             if quants.has_invalid_scales(raw, info.type):
@@ -159,13 +159,13 @@ class WeightStore:
             self._checked.add(key)
         return raw
 
-    def _dequantized_there(self, bus: Bus, key: Key, info: TensorInfo, right: int, place: str) -> Tensor:
+    def _dequantized_there(self, bus: Bus, key: Key, info: TensorInfo, place: str) -> Tensor:
         """Dequantize a tile on the device, and keep its bytes where they belong."""
         raw: Tensor | np.ndarray | None = self._bytes.get(key)
         if isinstance(raw, Tensor) and raw.device.type != "cpu":
             return quants.dequantize(raw, info.type, self.dtype)
         if raw is None:
-            raw = self._stored(key, info, right)
+            raw = self._stored(key, info)
             waiting = self._pinned.keep(raw) if place == "pinned" else None
             if waiting is not None:
                 raw = self._bytes[key] = waiting
