@@ -193,8 +193,8 @@ def test_info_shows_the_tokenizer_when_asked(tiny_file: TinyFile) -> None:
     assert "320 x STRING: [<unk>, <s>, </s>, <0x00>" in ggjac_("info", "-m", model, "--tokenizer").stdout
 
 
-def test_a_prompt_comes_from_a_file_as_it_is(stories: Path) -> None:
-    Path("prompt.txt").write_bytes("Once upon\r\n a time é\n".encode())
+def test_a_prompt_comes_from_a_file_but_for_the_newline_at_its_end(stories: Path) -> None:
+    Path("prompt.txt").write_bytes("Once upon\r\n a time é\n\n".encode())
     content = json.loads(ggjac_("predict", "-m", stories, "-f", "prompt.txt", "-t", 1, "--format", "json").stdout)
     assert content["prompt"] == "Once upon\r\n a time é\n"
 

@@ -150,7 +150,8 @@ class ModelOptions:
             return None
         if self.file is not None:
             try:
-                return self.file.read_bytes().decode("utf-8")
+                # Editors end a file with a newline that is no part of the prompt: llama.cpp's -f drops it, too.
+                return self.file.read_bytes().decode("utf-8").removesuffix("\n")
             except UnicodeDecodeError as error:
                 raise click.UsageError(f"--file {self.file} is not UTF-8 text ({error.reason})") from error
         return DEFAULT_PROMPT if self.prompt is None else self.prompt
@@ -191,7 +192,7 @@ _MODEL = [
 ]
 _PROMPT = [
     click.option("-p", "--prompt", help=f"Text to analyse.  [default: {DEFAULT_PROMPT!r}]"),
-    click.option("-f", "--file", type=_FILE, help="Read the prompt from a file (UTF-8, taken as it is)."),
+    click.option("-f", "--file", type=_FILE, help="Read the prompt from a file (UTF-8; a last newline is dropped)."),
     click.option("--tokens", type=TokenIds(), help="Token ids 1,2,3 in place of a text."),
 ]
 threads = click.option("-t", "--threads", type=click.IntRange(1, MAX_THREADS), help="CPU threads.  [default: all]")
