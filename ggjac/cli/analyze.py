@@ -12,7 +12,6 @@ from ggjac.cli.options import (
     DepthRanges,
     Depths,
     ModelOptions,
-    dry_run,
     model_options,
     output,
     output_format,
@@ -21,6 +20,7 @@ from ggjac.cli.options import (
     spectrum_options,
     top,
 )
+from ggjac.cli.planning import dry_run
 from ggjac.sizes import SHUFFLES
 
 CHECKPOINT = "checkpoint"  # inside a run folder, while the run is not finished

@@ -5,7 +5,8 @@ from typing import Any, Literal
 
 import click
 
-from ggjac.cli.options import ModelOptions, dry_run, model_options, output, output_format
+from ggjac.cli.options import ModelOptions, model_options, output, output_format
+from ggjac.cli.planning import dry_run
 
 
 class PositionOrAll(click.ParamType):

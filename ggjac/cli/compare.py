@@ -9,12 +9,12 @@ import click
 from ggjac.cli.options import (
     ModelFile,
     ModelOptions,
-    dry_run,
     model_options,
     output_format,
     position,
     spectrum_options,
 )
+from ggjac.cli.planning import dry_run
 
 if TYPE_CHECKING:
     from ggjac.analysis.compare import Comparison, Portrait

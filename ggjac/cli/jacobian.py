@@ -4,7 +4,8 @@ from pathlib import Path
 
 import click
 
-from ggjac.cli.options import ModelOptions, dry_run, model_options, output, output_format, position, resume
+from ggjac.cli.options import ModelOptions, model_options, output, output_format, position, resume
+from ggjac.cli.planning import dry_run
 
 
 @click.command()

@@ -8,7 +8,6 @@ import click
 from ggjac.cli.options import (
     DepthRanges,
     ModelOptions,
-    dry_run,
     layer_options,
     model_options,
     output,
@@ -18,6 +17,7 @@ from ggjac.cli.options import (
     spectrum_options,
     top,
 )
+from ggjac.cli.planning import dry_run
 
 
 @click.command()

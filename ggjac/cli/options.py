@@ -10,6 +10,8 @@ from typing import Any, Literal
 import click
 
 DEFAULT_PROMPT = "The bridge out of Marin is the"
+STEER_PROMPT = "My favorite thing is the"
+STEER_CONCEPT = "The bridge out of Marin is the Golden"
 _DOWNLOAD = "ggjac.download"  # in click's context: whether `-m` may use the network
 MAX_THREADS = 512  # llama.cpp's limit (GGML_MAX_N_THREADS); torch crashes on many more
 
@@ -169,6 +171,23 @@ class ModelOptions:
         if not lines:
             raise click.UsageError(f"--file {self.file} has no prompt; write one on each line")
         return [replace(self, file=None, prompt=part) for part in lines]
+
+    def texts(self, concept: str | None, concept_tokens: list[int] | None) -> tuple["ModelOptions", "ModelOptions"]:
+        """Return the options with the text that `steer` continues, and with the concept in its place; with defaults.
+
+        Raises:
+            click.UsageError: two concepts, or a folder for one of the texts.
+        """
+        if concept is not None and concept_tokens is not None:
+            raise click.UsageError("--concept and --concept-tokens both give a concept; use one of them")
+        if self.trace:
+            raise click.UsageError("--trace keeps one prompt's forward pass; steer runs several texts, and keeps none")
+        nothing = self.prompt is None and self.file is None and self.tokens is None
+        what = replace(self, prompt=STEER_PROMPT) if nothing else self
+        if concept is None and concept_tokens is None:
+            # There may be no tokenizer.
+            concept, concept_tokens = (STEER_CONCEPT, None) if what.tokens is None else (None, what.tokens)
+        return what, replace(what, prompt=concept, file=None, tokens=concept_tokens)
 
 
 _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
@@ -363,19 +382,3 @@ def model_options(command: Callable) -> Callable:
     for option in reversed(_MODEL + _PROMPT + _COMPUTE):
         wrapped = option(wrapped)
     return wrapped
-
-
-def dry_run(command: Callable) -> Callable:
-    """Add `--dry-run`: print the plan of the command in place of running it. Stands just below `model_options`."""
-
-    def wrapped(what: ModelOptions, *, dry_run: bool, **rest: Any) -> Any:
-        if not dry_run:
-            return command(what, **rest)
-        from ggjac.cli.planning import show_plan
-
-        name = click.get_current_context().info_name or ""
-        return show_plan(what, name, rest, bench=False, output_format=rest.get("output_format", "table"))
-
-    wrapped.__doc__, wrapped.__name__ = command.__doc__, command.__name__
-    wrapped.__click_params__ = getattr(command, "__click_params__", [])  # type: ignore[attr-defined]
-    return click.option("--dry-run", is_flag=True, help="Show what it would take, and stop.")(wrapped)

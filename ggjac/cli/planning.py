@@ -1,15 +1,17 @@
 """A command's plan: made from its options, printed as a table or JSON. Imports no torch before it measures."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from ggjac.cli.options import ModelOptions
-from ggjac.planner import LayerPlan, Plan, Times
+
+if TYPE_CHECKING:
+    from ggjac.planner import LayerPlan, Plan, Times
 
 PLACES = {
     "file": "in the file",
@@ -22,6 +24,20 @@ _SAME = (
     *("rank", "by", "count", "contrast", "per_token", "shuffles", "maps", "kinds", "transport"),
     *("method", "layer", "max_tokens", "control"),
 )
+
+
+def dry_run(command: Callable) -> Callable:
+    """Add `--dry-run`: print the plan of the command in place of running it. Stands just below `model_options`."""
+
+    def wrapped(what: ModelOptions, *, dry_run: bool, **rest: Any) -> Any:
+        if not dry_run:
+            return command(what, **rest)
+        name = click.get_current_context().info_name or ""
+        return show_plan(what, name, rest, bench=False, output_format=rest.get("output_format", "table"))
+
+    wrapped.__doc__, wrapped.__name__ = command.__doc__, command.__name__
+    wrapped.__click_params__ = getattr(command, "__click_params__", [])  # type: ignore[attr-defined]
+    return click.option("--dry-run", is_flag=True, help="Show what it would take, and stop.")(wrapped)
 
 
 def show_plan(
@@ -49,7 +65,7 @@ def show_plan(
 
 def _show_one(
     what: ModelOptions, command: str, params: Mapping[str, Any], *, bench: bool, output_format: str
-) -> tuple[Plan, dict[str, Any]]:
+) -> tuple["Plan", dict[str, Any]]:
     """Print the plan for one file, or leave that to the caller; return it, also as plain data."""
     from ggjac.cli import render
     from ggjac.config import ModelConfig
@@ -126,7 +142,7 @@ def asked_by(params: Mapping[str, Any], blocks: int) -> dict[str, Any]:
 
 def make_plan(
     what: ModelOptions, file: Any, config: Any, n: int, command: str, asked: Mapping[str, Any], device: str
-) -> Plan:
+) -> "Plan":
     """Return the plan of a command; `asked` is from `asked_by`.
 
     Dense rows come all at once if the memory allows it; tapes go to the `--trace` folder only if they must.
@@ -191,14 +207,12 @@ def _count_tokens(
         counts = [count(one) for one in what.prompts()]
         return max(counts), {"prompts": len(counts)}
     if command == "steer":
-        from ggjac.cli.steer import texts
-
-        text, concept = texts(what, params.get("concept"), params.get("concept_tokens"))
+        text, concept = what.texts(params.get("concept"), params.get("concept_tokens"))
         return count(concept), {"text": count(text)}
     return count(what), {}
 
 
-def plan_data(made: Plan) -> dict[str, Any]:
+def plan_data(made: "Plan") -> dict[str, Any]:
     """Return a plan as plain data: bytes, weights, FLOP."""
     return {
         "command": made.job.name,
@@ -249,13 +263,13 @@ def plan_data(made: Plan) -> dict[str, Any]:
     }
 
 
-def times_data(times: Times) -> dict[str, Any]:
+def times_data(times: "Times") -> dict[str, Any]:
     """Return times as plain data, in seconds."""
     parts = [asdict(part) | {"each": part.each, "total": part.total} for part in times.parts]
     return {"total": times.total, "parts": parts}
 
 
-def _alike(layers: Sequence[LayerPlan]) -> Iterator[tuple[str, LayerPlan]]:
+def _alike(layers: Sequence["LayerPlan"]) -> Iterator[tuple[str, "LayerPlan"]]:
     """Yield sorts of layers that differ in nothing but their number: `0-3, 7` and the first of them."""
     sorts: dict[tuple, list[LayerPlan]] = {}
     for layer in layers:
@@ -272,13 +286,13 @@ def _alike(layers: Sequence[LayerPlan]) -> Iterator[tuple[str, LayerPlan]]:
         yield ", ".join(f"{a}-{b}" if b > a else str(a) for a, b in spans), alike[0]
 
 
-def _tokens(made: Plan) -> str:
+def _tokens(made: "Plan") -> str:
     """Name what is traced."""
     n, prompts = made.job.n, made.job.prompts
     return f"{n} tokens" if prompts == 1 else f"{prompts} prompts of up to {n} tokens"
 
 
-def _show_memory(made: Plan, path: Path) -> None:
+def _show_memory(made: "Plan", path: Path) -> None:
     """Print layers, memory and the verdict."""
     from ggjac.cli import render
     from ggjac.gguf import shown
@@ -329,7 +343,7 @@ def _show_memory(made: Plan, path: Path) -> None:
         render.line("Fits.")
 
 
-def _show_times(made: Plan, times: Times, rates: Sequence[str]) -> None:
+def _show_times(made: "Plan", times: "Times", rates: Sequence[str]) -> None:
     """Print the time part."""
     from ggjac.cli import render
 

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import click
 
-from ggjac.cli.options import ModelOptions, dry_run, iteration_options, model_options, output, output_format
+from ggjac.cli.options import ModelOptions, iteration_options, model_options, output, output_format
+from ggjac.cli.planning import dry_run
 
 
 @click.command()

@@ -1,20 +1,17 @@
 """`ggjac steer`: continue a prompt while another one's linear map pushes it."""
 
-import dataclasses
 import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from ggjac.cli.options import ModelOptions, TokenIds, dry_run, model_options, output, output_format, top
+from ggjac.cli.options import STEER_CONCEPT, ModelOptions, TokenIds, model_options, output, output_format, top
+from ggjac.cli.planning import dry_run
 
 if TYPE_CHECKING:
     from ggjac.analysis.steering import Generated, Steering
     from ggjac.cli.session import Session
-
-DEFAULT_PROMPT = "My favorite thing is the"
-DEFAULT_CONCEPT = "The bridge out of Marin is the Golden"
 
 
 class Strengths(click.ParamType):
@@ -39,9 +36,7 @@ class Strengths(click.ParamType):
 @click.command()
 @model_options
 @dry_run
-@click.option(
-    "--concept", help=f"Text whose map pushes.  [default: {DEFAULT_CONCEPT!r}, or a prompt of --tokens itself]"
-)
+@click.option("--concept", help=f"Text whose map pushes.  [default: {STEER_CONCEPT!r}, or a prompt of --tokens itself]")
 @click.option("--concept-tokens", type=TokenIds(), help="Token ids 1,2,3 in place of the concept's text.")
 @click.option("--layer", type=click.IntRange(min=1), help="Blocks the map spans.  [default: two thirds of them]")
 @click.option(
@@ -107,7 +102,7 @@ def steer(
     from ggjac.model import PromptError
     from ggjac.sizes import default_layer
 
-    what, of_concept = texts(what, concept, concept_tokens)
+    what, of_concept = what.texts(concept, concept_tokens)
     if control_vector and output and control_vector.resolve() == output.resolve():
         raise click.UsageError("--output and --export-control-vector name the same file; choose another name")
     if control_vector:
@@ -168,26 +163,6 @@ def steer(
     _show(session, content["steering"])
     session.show_saved(output)
     session.show_saved(control_vector)
-
-
-def texts(
-    what: ModelOptions, concept: str | None, concept_tokens: list[int] | None
-) -> tuple[ModelOptions, ModelOptions]:
-    """Return the options with the text to be continued, and with the concept in its place; each has a default.
-
-    Raises:
-        click.UsageError: two concepts, or a folder for one of the texts.
-    """
-    if concept is not None and concept_tokens is not None:
-        raise click.UsageError("--concept and --concept-tokens both give a concept; use one of them")
-    if what.trace:
-        raise click.UsageError("--trace keeps one prompt's forward pass; steer runs several texts, and keeps none")
-    if what.prompt is None and what.file is None and what.tokens is None:
-        what = dataclasses.replace(what, prompt=DEFAULT_PROMPT)
-    if concept is None and concept_tokens is None:
-        # There may be no tokenizer.
-        concept, concept_tokens = (DEFAULT_CONCEPT, None) if what.tokens is None else (None, what.tokens)
-    return what, dataclasses.replace(what, prompt=concept, file=None, tokens=concept_tokens)
 
 
 def _data(session: "Session", result: "Steering", concept: str | None) -> dict[str, Any]:

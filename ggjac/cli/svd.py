@@ -7,7 +7,6 @@ import click
 
 from ggjac.cli.options import (
     ModelOptions,
-    dry_run,
     model_options,
     output,
     output_format,
@@ -16,6 +15,7 @@ from ggjac.cli.options import (
     spectrum_options,
     top,
 )
+from ggjac.cli.planning import dry_run
 from ggjac.sizes import SHUFFLES
 
 
