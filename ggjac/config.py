@@ -40,10 +40,13 @@ class Architecture:
         partial_rotary: `rope.dimension_count` may be smaller than the head; llama.cpp does not run others so.
         rope_sections: rotation in interleaved sections of an image's axes (`rope.dimension_sections`); see `_still`.
         rope_optional: `rope.scaling.finetuned = false` turns rotation off.
-        rope_layers: `"all"`, `"windowed"` (only layers with a sliding window) or `"three of four"` (every fourth not).
+        rope_layers: `"all"`, `"windowed"` (only layers with a sliding window, if the model has any) or
+            `"three of four"` (every fourth not).
         yarn_keys: the file's own YaRN betas and log multiplier count; llama.cpp ignores them elsewhere.
         windowed: some layers attend through a sliding window: `"optional"` (if the file gives its size) or
             `"required"`, or `""`.
+        window_blocks: no layer does so unless the model has so many blocks, by which llama.cpp knows the variant; 0 for
+            any.
         window: default size in tokens.
         window_period: default period; the last layer of each period attends to everything.
         window_rope: rotation of windowed layers: `"same"`; `"based"` (base from `rope.freq_base_swa`, if there);
@@ -75,6 +78,7 @@ class Architecture:
     rope_layers: str = "all"
     yarn_keys: bool = False
     windowed: str = ""
+    window_blocks: int = 0
     window: int = 0
     window_period: int = 0
     window_rope: str = "same"
@@ -153,6 +157,15 @@ ARCHITECTURES: dict[str, Architecture] = {
     "granite": replace(_GRANITE, rope_optional=True),
     "granitemoe": _GRANITE,
     "smollm3": replace(_LLAMA, rope_layers="three of four"),
+    "exaone4": Architecture(
+        norms=replace(_SANDWICH, attention_in=(), ffn_in=()),
+        rope_layers="windowed",
+        windowed="required",
+        window_blocks=64,
+        window=4096,
+        window_period=4,
+        qk_norm="head",
+    ),
     "glm4": Architecture(norms=_SANDWICH, rope_pairs="adjacent", partial_rotary=True, ffn="fused"),
     "cohere2": Architecture(
         norm="layer",
@@ -387,7 +400,7 @@ class ModelConfig:
             architecture=name,
             row=row,
             block_count=blocks,
-            layers=tuple(Layer(windows[i], _rope_of(row, ropes, i, windows[i])) for i in range(blocks)),
+            layers=tuple(Layer(windows[i], _rope_of(row, ropes, i, windows)) for i in range(blocks)),
             d=d,
             vocabulary=shapes.get("token_embd.weight", (0,))[0],
             context_length=context,
@@ -495,19 +508,23 @@ def _still(sections: Sequence[int], pairs: int) -> tuple[int, ...]:
     return tuple(i for i in range(pairs) if i >= 3 * sections[i % 3])
 
 
-def _rope_of(row: Architecture, ropes: tuple[Rope | None, Rope | None], layer: int, window: int | None) -> Rope | None:
-    """Choose the rotation of one layer."""
+def _rope_of(
+    row: Architecture, ropes: tuple[Rope | None, Rope | None], layer: int, windows: Sequence[int | None]
+) -> Rope | None:
+    """Choose the rotation of one layer; `windows` are those of all."""
     full, windowed = ropes
-    if row.rope_layers == "windowed" and window is None:
+    if row.rope_layers == "windowed" and windows[layer] is None and any(windows):
         return None
     if row.rope_layers == "three of four" and layer % 4 == 3:
         return None
-    return full if window is None else windowed
+    return full if windows[layer] is None else windowed
 
 
 def _windows(keys: "_Keys", row: Architecture, blocks: int) -> list[int | None]:
     """Return each layer's sliding window in tokens, None where it attends to everything."""
     key = "attention.sliding_window"
+    if row.window_blocks not in (0, blocks):
+        return [None] * blocks
     if row.windowed == "required":
         size = keys.integer(key, row.window or None)
     else:

@@ -41,6 +41,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "mistral3": {},
     "granite": GRANITE,
     "smollm3": {"tied": True, "layers": 5},
+    "exaone4": {"norms": ("post_attention_norm", "post_ffw_norm"), "qk_norm": "head"},
     "glm4": {"norms": SANDWICH, "biases": QKV, "ffn": "fused", "n_rot": 8},
     "cohere2": {
         "norm": "ln",
@@ -111,6 +112,8 @@ UNREAD = {
     "rope.scaling.original_context_length": 4,
 }
 UNREAD_ROUTING = {"expert_weights_scale": 2.5, "expert_weights_norm": False, "expert_gating_func": 2}
+
+EXAONE4_32B = {"layers": 64, "d": 32, "ff": 32, "heads": 2, "kv_heads": 1, "embed_std": 0.177, "post_gain": 0.1}
 
 FAMILY_CASES: dict[str, dict[str, Any]] = {
     "qwen2": of("qwen2"),
@@ -192,6 +195,18 @@ FAMILY_CASES: dict[str, dict[str, Any]] = {
     ),
     "smollm3": of("smollm3"),
     "smollm3_yarn": of("smollm3", **YARN_ROW, layers=8, tied=False),
+    "exaone4": of("exaone4", rope_factors=True, rope_base=500.0),
+    "exaone4_fused": of("exaone4", fused_qkv=True, tied=True),
+    # With 64 blocks it has windows, and rotates in them only.
+    "exaone4_32b": of("exaone4", **EXAONE4_32B, window=4, rope_factors=True, rope_base=500.0),
+    "exaone4_32b_default_window": of("exaone4", **EXAONE4_32B),
+    "exaone4_32b_period": of(
+        "exaone4",
+        **EXAONE4_32B,
+        window=4,
+        scaling=LINEAR,
+        extra={"attention.sliding_window_pattern": 3, "rope.freq_base_swa": 50.0},
+    ),
     "glm4": of("glm4"),
     "glm4_no_bias": of("glm4", biases=(), tied=True),
     "cohere2": of("cohere2"),
@@ -242,6 +257,7 @@ FAMILY_CASES: dict[str, dict[str, Any]] = {
             "phi3",
             "glm4",
             "smollm3",
+            "exaone4",
             "starcoder2",
             "gpt2",
             "phi2",

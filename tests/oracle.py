@@ -31,11 +31,12 @@ class Facts(NamedTuple):
     ffn_post: str | None = None
     qk_norm: str | None = None  # head | full; before the rope, and before the split into heads where full
     rope: str | None = "adjacent"  # which dimensions are a pair: adjacent | halves
-    roped: str = "all"  # all | local (only layers with a window) | three of four
+    roped: str = "all"  # all | local (only layers with a window, where there are any) | three of four
     finetuned_key: bool = False  # rope.scaling.finetuned = false turns the rope off
     factors: bool = False  # divisors of the frequencies are read
     period: int | None = None  # the last of so many layers is global, 0: none; default. None: windows are ignored
     window: int | None = None  # default
+    windowed_at: int | None = None  # with so many layers only are there windows; None: with any number
     local_base: float | None = None  # default of the rope base in local layers; None: that of the global ones
     local_base_key: bool = True
     local_scaling: bool = True  # rope scaling applies to local layers, too
@@ -88,6 +89,10 @@ FACTS: dict[str, Facts] = {
     "granite": GRANITE._replace(finetuned_key=True),
     "granitemoe": GRANITE,
     "smollm3": Facts(roped="three of four"),
+    "exaone4": Facts(
+        attn_norm=None, attn_post="post_attention_norm", ffn_norm=None, ffn_post="post_ffw_norm", rope="halves",
+        qk_norm="head", factors=True, windowed_at=64, period=4, window=4096, local_base_key=False, roped="local",
+    ),
     "glm4": SANDWICH._replace(ffn="fused"),
     "cohere2": Facts(
         norm="ln", parallel=True, ffn_norm=None, period=4, roped="local", local_base_key=False, logits="multiply"
@@ -166,7 +171,7 @@ def window(model: Oracle, layer: int) -> int | None:
     """Return how many positions a query of this layer sees, itself included; None: all before it."""
     meta, facts = model.metadata, model.facts
     size = meta.get("attention.sliding_window", facts.window)
-    if facts.period is None or not size:
+    if facts.period is None or not size or facts.windowed_at not in (None, meta["block_count"]):
         return None
     pattern = meta.get("attention.sliding_window_pattern", facts.period)
     local = pattern[layer] if isinstance(pattern, list) else pattern == 0 or layer % pattern < pattern - 1
@@ -241,7 +246,9 @@ def roped(model: Oracle, layer: int) -> bool:
     off = model.facts.finetuned_key and not model.metadata.get("rope.scaling.finetuned", True)
     if model.facts.rope is None or off:
         return False
-    rules = {"all": True, "local": window(model, layer) is not None, "three of four": (layer + 1) % 4 != 0}
+    windows = [window(model, i) for i in range(model.metadata["block_count"])]
+    local = windows[layer] is not None or windows == [None] * len(windows)
+    rules = {"all": True, "local": local, "three of four": (layer + 1) % 4 != 0}
     return rules[model.facts.roped]
 
 

@@ -255,6 +255,9 @@ MISTAKES: dict[str, tuple[str, Callable[[Patch], None]]] = {
     "local layers as global ones": ("olmo3", lambda p: change_config(p, layer__window=None)),
     "window one too wide": ("olmo3", lambda p: change_config(p, layer__window=lambda layer: layer.window and 5)),
     "window one too narrow": ("gpt_oss", lambda p: change_config(p, layer__window=lambda layer: layer.window and 3)),
+    "rope on full layers, too": (
+        "exaone4_32b", lambda p: change_config(p, layer__rope=lambda layer: Rope(16, 500.0, "halves"))
+    ),
     "no norm on queries and keys": ("qwen3", lambda p: change_config(p, row__qk_norm="")),
     "sinks missing": ("gpt_oss", without_sinks),
     "score cap missing": ("gemma2", lambda p: change_config(p, attention_softcap=0.0)),

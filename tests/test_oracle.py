@@ -291,6 +291,7 @@ FAMILY_MISTAKES: dict[str, tuple[str, Callable[[Oracle], Oracle]]] = {
         for case in (
             *("qwen2", "qwen3", "gemma", "gemma2", "gemma3", "phi3", "olmo2", "mistral3", "granite", "smollm3", "glm4"),
             *("cohere2", "phi2", "falcon_7b", "starcoder2", "mixtral", "qwen3moe", "gpt_oss", "qwen2moe", "olmoe"),
+            *("exaone4",),
         )
     },
     **{f"{case}: window one wider": (case, width_of_window(1)) for case in WINDOWED},
@@ -314,7 +315,7 @@ FAMILY_MISTAKES: dict[str, tuple[str, Callable[[Oracle], Oracle]]] = {
     "starcoder2: window applied": ("starcoder2_untied", facts(period=0)),
     **{
         f"{case}: {branch} post-norm absent": (case, make)
-        for case in ("gemma2", "gemma3", "olmo2", "glm4")
+        for case in ("gemma2", "gemma3", "olmo2", "glm4", "exaone4")
         for branch, make in NO_POST_NORMS.items()
     },
     "olmo2: norms before": (
@@ -322,7 +323,7 @@ FAMILY_MISTAKES: dict[str, tuple[str, Callable[[Oracle], Oracle]]] = {
         facts(attn_norm="post_attention_norm", ffn_norm="post_ffw_norm", attn_post=None, ffn_post=None),
     ),
     **{f"{case}: qk-norm absent": (case, facts(qk_norm=None)) for case in ("qwen3", "gemma3", "olmo2", "qwen3moe")},
-    **{f"{case}: qk-norm after rope": (case, facts(qk_norm="after rope")) for case in ("qwen3", "gemma3", "qwen3moe")},
+    **{f"{case}: qk-norm after rope": (case, facts(qk_norm="after rope")) for case in ("qwen3", "gemma3", "exaone4")},
     "qwen3: qk-norm over all heads": ("qwen3", as_full_norm),
     "olmo2: qk-norm per head": ("olmo2", as_head_norm),
     **{
@@ -390,6 +391,11 @@ FAMILY_MISTAKES: dict[str, tuple[str, Callable[[Oracle], Oracle]]] = {
     "granite: rope factors ignored": ("granite_biases", facts(factors=False)),
     "granitemoe: residual scale ignored": ("granitemoe_shared", facts(residual_key=False)),
     "smollm3: every layer roped": ("smollm3", facts(roped="all")),
+    "exaone4: every layer roped": ("exaone4_32b_default_window", facts(roped="all")),
+    "exaone4: no layer roped": ("exaone4", facts(rope=None)),
+    "exaone4: windows whatever the layers": ("exaone4_unread", facts(windowed_at=None)),
+    "exaone4: stated period ignored": ("exaone4_32b_period", lambda m: edit_pattern(m, 4)),
+    "exaone4: rope factors ignored": ("exaone4_32b", facts(factors=False)),
     "cohere2: every layer roped": ("cohere2", facts(roped="all")),
     "cohere2: no layer roped": ("cohere2", facts(rope=None)),
     "cohere2: logits divided": ("cohere2", facts(logits="divide")),
