@@ -103,6 +103,7 @@ _LLAMA = Architecture(rope_pairs="adjacent")
 _QWEN3 = Architecture(qk_norm="head")
 _SANDWICH = Norms(attention_out=("post_attention_norm",), ffn_out=("post_ffw_norm",))
 _SHARED_NORM = Norms(ffn_in=("attn_norm",))
+_POST_AS_FFN = Norms(ffn_in=("post_attention_norm",))
 _GEMMA = Architecture(partial_rotary=True, activation="gelu", embedding_scale="sqrt")
 _GRANITE = replace(
     _LLAMA,
@@ -166,6 +167,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         window_period=4,
         qk_norm="head",
     ),
+    "seed_oss": Architecture(norms=_POST_AS_FFN),
     "glm4": Architecture(norms=_SANDWICH, rope_pairs="adjacent", partial_rotary=True, ffn="fused"),
     "cohere2": Architecture(
         norm="layer",
@@ -187,7 +189,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         parallel=True,
     ),
     "gpt-oss": Architecture(
-        norms=Norms(ffn_in=("post_attention_norm",)),
+        norms=_POST_AS_FFN,
         windowed="required",
         window_period=2,
         window_rope="based",

@@ -93,6 +93,7 @@ FACTS: dict[str, Facts] = {
         attn_norm=None, attn_post="post_attention_norm", ffn_norm=None, ffn_post="post_ffw_norm", rope="halves",
         qk_norm="head", factors=True, windowed_at=64, period=4, window=4096, local_base_key=False, roped="local",
     ),
+    "seed_oss": Facts(ffn_norm="post_attention_norm", rope="halves"),
     "glm4": SANDWICH._replace(ffn="fused"),
     "cohere2": Facts(
         norm="ln", parallel=True, ffn_norm=None, period=4, roped="local", local_base_key=False, logits="multiply"

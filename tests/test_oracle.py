@@ -291,7 +291,7 @@ FAMILY_MISTAKES: dict[str, tuple[str, Callable[[Oracle], Oracle]]] = {
         for case in (
             *("qwen2", "qwen3", "gemma", "gemma2", "gemma3", "phi3", "olmo2", "mistral3", "granite", "smollm3", "glm4"),
             *("cohere2", "phi2", "falcon_7b", "starcoder2", "mixtral", "qwen3moe", "gpt_oss", "qwen2moe", "olmoe"),
-            *("exaone4",),
+            *("exaone4", "seed_oss"),
         )
     },
     **{f"{case}: window one wider": (case, width_of_window(1)) for case in WINDOWED},
@@ -331,6 +331,7 @@ FAMILY_MISTAKES: dict[str, tuple[str, Callable[[Oracle], Oracle]]] = {
         for case, parts in {
             "qwen2": ("attn_q", "attn_k", "attn_v"),
             "qwen2_fused": ("attn_qkv",),
+            "seed_oss": ("attn_q", "attn_k", "attn_v"),
             "glm4": ("attn_q", "attn_k", "attn_v"),
             "gpt2": ("attn_qkv", "attn_output", "ffn_up", "ffn_down", "attn_norm", "ffn_norm", "output_norm"),
             "phi2": ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_up", "ffn_down", "attn_norm", "output"),
@@ -395,6 +396,7 @@ FAMILY_MISTAKES: dict[str, tuple[str, Callable[[Oracle], Oracle]]] = {
     "exaone4: no layer roped": ("exaone4", facts(rope=None)),
     "exaone4: windows whatever the layers": ("exaone4_unread", facts(windowed_at=None)),
     "exaone4: stated period ignored": ("exaone4_32b_period", lambda m: edit_pattern(m, 4)),
+    "seed_oss: attention scale read": ("seed_oss_unread", facts(attn_scale_key=True)),
     "exaone4: rope factors ignored": ("exaone4_32b", facts(factors=False)),
     "cohere2: every layer roped": ("cohere2", facts(roped="all")),
     "cohere2: no layer roped": ("cohere2", facts(rope=None)),
