@@ -466,6 +466,8 @@ def _queries_keys(
     if own.rope:
         cos, sin = (part[start : start + len(h)] for part in frame.rotations[own.rope])
         q, k = (rotate(part, own.rope, cos, sin) for part in (q, k))
+    if config.row.qk_norm == "rotated":
+        q, k = _rms_norm(w, "attn_q_norm", config, q), _rms_norm(w, "attn_k_norm", config, k)
     if config.temperature_scale:
         # Llama 4's and Ministral 3's: queries grow with the logarithm of their position, in original contexts.
         positions = torch.arange(start, start + len(h), dtype=torch.float64)

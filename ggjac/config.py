@@ -51,7 +51,8 @@ class Architecture:
         window_period: default period; the last layer of each period attends to everything.
         window_rope: rotation of windowed layers: `"same"`; `"based"` (base from `rope.freq_base_swa`, if there);
             `"plain"` (same base, no scaling) or `"own"` (base from `rope.freq_base_swa`, 10000 by default, no scaling).
-        qk_norm: `"head"` (each query and key head) or `"full"` (the whole projection), or `""`.
+        qk_norm: `"head"` (each query and key head), `"rotated"` (the same, after their rotation) or `"full"` (the whole
+            projection), or `""`.
         sinks: a learned logit per head joins the softmax without a value.
         attention_scale_key: the file gives the scale of scores; otherwise it is 1/√(head size) ...
         wide_scale_blocks: ... but 1/√(d / heads) in the variant with so many blocks, by which llama.cpp knows it.
@@ -168,6 +169,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         qk_norm="head",
     ),
     "seed_oss": Architecture(norms=_POST_AS_FFN),
+    "hunyuan-dense": Architecture(qk_norm="rotated"),
     "glm4": Architecture(norms=_SANDWICH, rope_pairs="adjacent", partial_rotary=True, ffn="fused"),
     "cohere2": Architecture(
         norm="layer",
@@ -441,6 +443,9 @@ def _ropes(keys: "_Keys", row: Architecture, key_length: int) -> tuple[Rope | No
     if kind not in ("none", "linear", "yarn", "longrope"):
         known = "none, linear, yarn, longrope"
         raise ConfigError(f"{keys.prefix}.rope.scaling.type {_shown(kind)} is not supported; supported: {known}")
+    if alpha := keys.real("rope.scaling.alpha", 0.0):
+        # Of Hunyuan's bases; llama.cpp's converter writes the scaled base instead, into files of text models.
+        raise ConfigError(f"{keys.prefix}.rope.scaling.alpha {alpha} is not supported")
     sections = keys.metadata.get(f"{keys.prefix}.rope.dimension_sections", [])
     if sections:
         # Text has the same position on the first three axes and none on the fourth: together they must cover all pairs.

@@ -29,7 +29,7 @@ class Facts(NamedTuple):
     attn_post: str | None = None
     ffn_norm: str | None = "ffn_norm"
     ffn_post: str | None = None
-    qk_norm: str | None = None  # head | full; before the rope, and before the split into heads where full
+    qk_norm: str | None = None  # head | head after rope | full; full: before the split into heads
     rope: str | None = "adjacent"  # which dimensions are a pair: adjacent | halves
     roped: str = "all"  # all | local (only layers with a window, where there are any) | three of four
     finetuned_key: bool = False  # rope.scaling.finetuned = false turns the rope off
@@ -94,6 +94,7 @@ FACTS: dict[str, Facts] = {
         qk_norm="head", factors=True, windowed_at=64, period=4, window=4096, local_base_key=False, roped="local",
     ),
     "seed_oss": Facts(ffn_norm="post_attention_norm", rope="halves"),
+    "hunyuan-dense": Facts(rope="halves", qk_norm="head after rope"),
     "glm4": SANDWICH._replace(ffn="fused"),
     "cohere2": Facts(
         norm="ln", parallel=True, ffn_norm=None, period=4, roped="local", local_base_key=False, logits="multiply"
@@ -275,7 +276,7 @@ def attention(model: Oracle, layer: int, h: Tensor, *, frozen: bool, context: in
     if roped(model, layer):
         angles, magnitude = rope_angles(model, layer, n, meta.get("rope.dimension_count", hd), context)
         q, k = (rotate(part, angles, magnitude, pairs=facts.rope) for part in (q, k))
-    if facts.qk_norm == "after rope":  # a mistake that a test makes
+    if facts.qk_norm == "head after rope":
         q, k = (norm(model, f"{b}.attn_{name}_norm", part, frozen=False) for name, part in (("q", q), ("k", k)))
     position = torch.arange(n)
     scale = 1 / math.sqrt(meta["embedding_length"] // heads if meta["block_count"] == facts.width_scaled_at else hd)

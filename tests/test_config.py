@@ -207,6 +207,7 @@ REFUSALS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "rope: base of zero": ({"rope.freq_base": 0.0}, {}, "rope.freq_base is 0.0, .* above 0"),
     "rope: yarn at base one": ({"rope.freq_base": 1.0, "rope.scaling.type": "yarn"}, {}, "is 1.0, .* above 1"),
     "rope: sections": ({"rope.dimension_sections": [1, 1, 0, 0]}, {}, r"sections \[1, 1, 0, 0\] is not supported"),
+    "rope: a base that grows": ({"rope.scaling.alpha": 1000.0}, {}, "rope.scaling.alpha 1000.0 is not supported"),
     "rope: one section": ({"rope.dimension_sections": 5}, {}, "dimension_sections 5 is not supported"),
     "rope: another scaling": ({"rope.scaling.type": "su"}, {}, "scaling.type 'su' is not supported; supported: none"),
     "rope: type of a wrong type": ({"rope.scaling.type": 3}, {}, "rope.scaling.type 3 is not supported"),

@@ -258,6 +258,7 @@ MISTAKES: dict[str, tuple[str, Callable[[Patch], None]]] = {
     "rope on full layers, too": (
         "exaone4_32b", lambda p: change_config(p, layer__rope=lambda layer: Rope(16, 500.0, "halves"))
     ),
+    "norm of queries and keys before their rotation": ("hunyuan", lambda p: change_config(p, row__qk_norm="head")),
     "no norm on queries and keys": ("qwen3", lambda p: change_config(p, row__qk_norm="")),
     "sinks missing": ("gpt_oss", without_sinks),
     "score cap missing": ("gemma2", lambda p: change_config(p, attention_softcap=0.0)),

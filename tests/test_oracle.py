@@ -291,7 +291,7 @@ FAMILY_MISTAKES: dict[str, tuple[str, Callable[[Oracle], Oracle]]] = {
         for case in (
             *("qwen2", "qwen3", "gemma", "gemma2", "gemma3", "phi3", "olmo2", "mistral3", "granite", "smollm3", "glm4"),
             *("cohere2", "phi2", "falcon_7b", "starcoder2", "mixtral", "qwen3moe", "gpt_oss", "qwen2moe", "olmoe"),
-            *("exaone4", "seed_oss"),
+            *("exaone4", "seed_oss", "hunyuan"),
         )
     },
     **{f"{case}: window one wider": (case, width_of_window(1)) for case in WINDOWED},
@@ -323,7 +323,10 @@ FAMILY_MISTAKES: dict[str, tuple[str, Callable[[Oracle], Oracle]]] = {
         facts(attn_norm="post_attention_norm", ffn_norm="post_ffw_norm", attn_post=None, ffn_post=None),
     ),
     **{f"{case}: qk-norm absent": (case, facts(qk_norm=None)) for case in ("qwen3", "gemma3", "olmo2", "qwen3moe")},
-    **{f"{case}: qk-norm after rope": (case, facts(qk_norm="after rope")) for case in ("qwen3", "gemma3", "exaone4")},
+    **{
+        f"{case}: qk-norm after rope": (case, facts(qk_norm="head after rope"))
+        for case in ("qwen3", "gemma3", "qwen3moe", "exaone4")
+    },
     "qwen3: qk-norm over all heads": ("qwen3", as_full_norm),
     "olmo2: qk-norm per head": ("olmo2", as_head_norm),
     **{
@@ -397,6 +400,8 @@ FAMILY_MISTAKES: dict[str, tuple[str, Callable[[Oracle], Oracle]]] = {
     "exaone4: windows whatever the layers": ("exaone4_unread", facts(windowed_at=None)),
     "exaone4: stated period ignored": ("exaone4_32b_period", lambda m: edit_pattern(m, 4)),
     "seed_oss: attention scale read": ("seed_oss_unread", facts(attn_scale_key=True)),
+    "hunyuan: qk-norm before rope": ("hunyuan", facts(qk_norm="head")),
+    "hunyuan: qk-norm absent": ("hunyuan", facts(qk_norm=None)),
     "exaone4: rope factors ignored": ("exaone4_32b", facts(factors=False)),
     "cohere2: every layer roped": ("cohere2", facts(roped="all")),
     "cohere2: no layer roped": ("cohere2", facts(rope=None)),
