@@ -170,6 +170,9 @@ ARCHITECTURES: dict[str, Architecture] = {
     ),
     "seed_oss": Architecture(norms=_POST_AS_FFN),
     "hunyuan-dense": Architecture(qk_norm="rotated"),
+    "internlm2": _LLAMA,
+    "ernie4_5": _LLAMA,
+    "exaone": Architecture(),
     "glm4": Architecture(norms=_SANDWICH, rope_pairs="adjacent", partial_rotary=True, ffn="fused"),
     "cohere2": Architecture(
         norm="layer",

@@ -95,6 +95,9 @@ FACTS: dict[str, Facts] = {
     ),
     "seed_oss": Facts(ffn_norm="post_attention_norm", rope="halves"),
     "hunyuan-dense": Facts(rope="halves", qk_norm="head after rope"),
+    "internlm2": Facts(),
+    "ernie4_5": Facts(),
+    "exaone": Facts(rope="halves", factors=True),
     "glm4": SANDWICH._replace(ffn="fused"),
     "cohere2": Facts(
         norm="ln", parallel=True, ffn_norm=None, period=4, roped="local", local_base_key=False, logits="multiply"

@@ -291,7 +291,7 @@ FAMILY_MISTAKES: dict[str, tuple[str, Callable[[Oracle], Oracle]]] = {
         for case in (
             *("qwen2", "qwen3", "gemma", "gemma2", "gemma3", "phi3", "olmo2", "mistral3", "granite", "smollm3", "glm4"),
             *("cohere2", "phi2", "falcon_7b", "starcoder2", "mixtral", "qwen3moe", "gpt_oss", "qwen2moe", "olmoe"),
-            *("exaone4", "seed_oss", "hunyuan"),
+            *("exaone4", "seed_oss", "hunyuan", "internlm2", "ernie4_5", "exaone"),
         )
     },
     **{f"{case}: window one wider": (case, width_of_window(1)) for case in WINDOWED},
@@ -402,6 +402,7 @@ FAMILY_MISTAKES: dict[str, tuple[str, Callable[[Oracle], Oracle]]] = {
     "seed_oss: attention scale read": ("seed_oss_unread", facts(attn_scale_key=True)),
     "hunyuan: qk-norm before rope": ("hunyuan", facts(qk_norm="head")),
     "hunyuan: qk-norm absent": ("hunyuan", facts(qk_norm=None)),
+    "exaone: rope factors ignored": ("exaone", facts(factors=False)),
     "exaone4: rope factors ignored": ("exaone4_32b", facts(factors=False)),
     "cohere2: every layer roped": ("cohere2", facts(roped="all")),
     "cohere2: no layer roped": ("cohere2", facts(rope=None)),
