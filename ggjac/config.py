@@ -67,6 +67,8 @@ class Architecture:
         embedding_scale: `"sqrt"` (of d) or `"key"`, or `""`.
         residual_scale: branches are multiplied by `residual_scale`.
         logit_scale: `"multiply"` or `"divide"` by the file's `logit_scale`, or `""`.
+        scale_defaults: where the file does not give them: of embeddings; of branches, over √(blocks); and the
+            `logit_scale`, over d; 0 for no default.
     """
 
     norm: str = "rms"
@@ -98,6 +100,7 @@ class Architecture:
     embedding_scale: str = ""
     residual_scale: bool = False
     logit_scale: str = ""
+    scale_defaults: tuple[float, float, float] = (0.0, 0.0, 0.0)
 
 
 _LLAMA = Architecture(rope_pairs="adjacent")
@@ -173,6 +176,13 @@ ARCHITECTURES: dict[str, Architecture] = {
     "internlm2": _LLAMA,
     "ernie4_5": _LLAMA,
     "exaone": Architecture(),
+    "minicpm": replace(
+        _LLAMA,
+        embedding_scale="key",
+        residual_scale=True,
+        logit_scale="divide",
+        scale_defaults=(12.0, 1.4, 256.0),
+    ),
     "glm4": Architecture(norms=_SANDWICH, rope_pairs="adjacent", partial_rotary=True, ffn="fused"),
     "cohere2": Architecture(
         norm="layer",
@@ -423,8 +433,8 @@ class ModelConfig:
             logit_softcap=_softcap(keys, "final_logit_softcapping", row.logit_softcap),
             temperature_scale=keys.real("attention.temperature_scale", 0.0) if row.temperature else 0.0,
             embedding_scale=_embedding_scale(keys, row, d),
-            residual_scale=(keys.real("residual_scale", 0.0) if row.residual_scale else 0) or 1.0,
-            logit_scale=_logit_scale(keys, row),
+            residual_scale=_residual_scale(keys, row, blocks),
+            logit_scale=_logit_scale(keys, row, d),
             expert_count=experts,
             expert_used_count=used,
             expert_feed_forward_length=_expert_width(shapes) if experts else 0,
@@ -564,14 +574,19 @@ def _embedding_scale(keys: "_Keys", row: Architecture, d: int) -> float:
     """Return the factor on embeddings; Gemma's root is rounded to float32, as llama.cpp does."""
     if row.embedding_scale == "sqrt":
         return struct.unpack("<f", struct.pack("<f", math.sqrt(d)))[0]
-    return (keys.real("embedding_scale", 0.0) if row.embedding_scale == "key" else 0) or 1.0
+    return (keys.real("embedding_scale", row.scale_defaults[0]) if row.embedding_scale == "key" else 0) or 1.0
 
 
-def _logit_scale(keys: "_Keys", row: Architecture) -> float:
+def _residual_scale(keys: "_Keys", row: Architecture, blocks: int) -> float:
+    """Return the factor on branches."""
+    return (keys.real("residual_scale", row.scale_defaults[1] / math.sqrt(blocks)) if row.residual_scale else 0) or 1.0
+
+
+def _logit_scale(keys: "_Keys", row: Architecture, d: int) -> float:
     """Return the factor on logits."""
     if not row.logit_scale:
         return 1.0
-    scale = keys.real("logit_scale")
+    scale = keys.real("logit_scale", row.scale_defaults[2] / d or None)
     if row.logit_scale == "multiply":
         return scale or 1.0
     if scale == 0:

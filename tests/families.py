@@ -47,6 +47,11 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "internlm2": {},
     "ernie4_5": {"tied": True, "head_dim": 32},
     "exaone": {},
+    "minicpm": {
+        "extra": {"embedding_scale": 6.0, "residual_scale": 0.5, "logit_scale": 4.0},
+        "embed_std": 0.2,
+        "tied": True,
+    },
     "glm4": {"norms": SANDWICH, "biases": QKV, "ffn": "fused", "n_rot": 8},
     "cohere2": {
         "norm": "ln",
@@ -224,6 +229,13 @@ FAMILY_CASES: dict[str, dict[str, Any]] = {
     "ernie4_5_biases": of("ernie4_5", biases=QKV, tied=False),
     "exaone": of("exaone", rope_factors=True, rope_base=500.0),
     "exaone_biases": of("exaone", biases=QKV, tied=True, scaling=LINEAR),
+    "minicpm": of("minicpm"),
+    "minicpm_default_scales": of("minicpm", omit=("embedding_scale", "residual_scale", "logit_scale"), tied=False),
+    "minicpm_no_scales": of("minicpm", extra={"embedding_scale": 0.0, "residual_scale": 0.0}, embed_std=1.0),
+    "minicpm_longrope": of("minicpm", long_short=True, scaling=LONGROPE),
+    "minicpm_unread": of(
+        "minicpm", window=3, extra=UNREAD | {"embedding_scale": 6.0, "residual_scale": 0.5, "logit_scale": 0.5}
+    ),
     "glm4": of("glm4"),
     "glm4_no_bias": of("glm4", biases=(), tied=True),
     "cohere2": of("cohere2"),

@@ -55,6 +55,7 @@ class Facts(NamedTuple):
     embedding: str | None = None  # root (of d) | key
     residual_key: bool = False
     logits: str | None = None  # divide | multiply
+    scales: tuple[float, ...] = ()  # of embeddings, branches * sqrt(blocks) and logits * d, where the file has none
 
 
 SANDWICH = Facts(attn_post="post_attention_norm", ffn_post="post_ffw_norm")
@@ -98,6 +99,7 @@ FACTS: dict[str, Facts] = {
     "internlm2": Facts(),
     "ernie4_5": Facts(),
     "exaone": Facts(rope="halves", factors=True),
+    "minicpm": Facts(factors=True, embedding="key", residual_key=True, logits="divide", scales=(12.0, 1.4, 256.0)),
     "glm4": SANDWICH._replace(ffn="fused"),
     "cohere2": Facts(
         norm="ln", parallel=True, ffn_norm=None, period=4, roped="local", local_base_key=False, logits="multiply"
@@ -143,6 +145,10 @@ def _read(path: str, changed: int) -> Oracle:
     }
     assert architecture in FACTS, f"the oracle does not know {architecture}"
     metadata = {k.removeprefix(f"{architecture}."): v for k, v in fields.items()}
+    if scales := FACTS[architecture].scales:
+        sizes = 1, math.sqrt(metadata["block_count"]), metadata["embedding_length"]
+        names = "embedding_scale", "residual_scale", "logit_scale"
+        metadata = {name: s / size for name, s, size in zip(names, scales, sizes, strict=True)} | metadata
     return Oracle(architecture, metadata, weights, FACTS[architecture])
 
 

@@ -267,6 +267,9 @@ MISTAKES: dict[str, tuple[str, Callable[[Patch], None]]] = {
     "queries do not grow": ("mistral3_temperature", lambda p: change_config(p, temperature_scale=0.0)),
     "embeddings unscaled": ("gemma3", lambda p: change_config(p, embedding_scale=1.0)),
     "branches unscaled": ("granite", lambda p: change_config(p, residual_scale=1.0)),
+    "defaults of scales ignored": (
+        "minicpm_default_scales", lambda p: change_config(p, embedding_scale=1.0, residual_scale=1.0)
+    ),
     "logits unscaled": ("granite", lambda p: change_config(p, logit_scale=1.0)),
     "post-norm of attention missing": ("gemma3", without("post_attention_norm.weight")),
     "post-norm of feed-forward missing": ("glm4", without("post_ffw_norm.weight")),

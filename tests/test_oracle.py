@@ -291,7 +291,7 @@ FAMILY_MISTAKES: dict[str, tuple[str, Callable[[Oracle], Oracle]]] = {
         for case in (
             *("qwen2", "qwen3", "gemma", "gemma2", "gemma3", "phi3", "olmo2", "mistral3", "granite", "smollm3", "glm4"),
             *("cohere2", "phi2", "falcon_7b", "starcoder2", "mixtral", "qwen3moe", "gpt_oss", "qwen2moe", "olmoe"),
-            *("exaone4", "seed_oss", "hunyuan", "internlm2", "ernie4_5", "exaone"),
+            *("exaone4", "seed_oss", "hunyuan", "internlm2", "ernie4_5", "exaone", "minicpm"),
         )
     },
     **{f"{case}: window one wider": (case, width_of_window(1)) for case in WINDOWED},
@@ -402,6 +402,12 @@ FAMILY_MISTAKES: dict[str, tuple[str, Callable[[Oracle], Oracle]]] = {
     "seed_oss: attention scale read": ("seed_oss_unread", facts(attn_scale_key=True)),
     "hunyuan: qk-norm before rope": ("hunyuan", facts(qk_norm="head")),
     "hunyuan: qk-norm absent": ("hunyuan", facts(qk_norm=None)),
+    "minicpm: no default of the embeddings' scale": ("minicpm_default_scales", keys(embedding_scale=1.0)),
+    "minicpm: default of the branches' scale by no depth": ("minicpm_default_scales", keys(residual_scale=1.4)),
+    "minicpm: logits multiplied": ("minicpm_default_scales", facts(logits="multiply")),
+    "minicpm: attention scale read": ("minicpm_unread", facts(attn_scale_key=True)),
+    "minicpm: rope as the file has it": ("minicpm_unread", facts(finetuned_key=True)),
+    "minicpm: factors ignored": ("minicpm_longrope", facts(factors=False)),
     "exaone: rope factors ignored": ("exaone", facts(factors=False)),
     "exaone4: rope factors ignored": ("exaone4_32b", facts(factors=False)),
     "cohere2: every layer roped": ("cohere2", facts(roped="all")),
