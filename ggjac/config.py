@@ -60,7 +60,8 @@ class Architecture:
             is not asked.
         temperature: queries may grow with position (`attention.temperature_scale`).
         ffn: `"gated"`, `"fused"` (gate and up in one tensor, gate first) or `"plain"` (no gate).
-        activation: `"silu"`, `"gelu"` (tanh form) or `"silu_oai"` (clamped, and up shifted by one).
+        activation: `"silu"`, `"gelu"` (tanh form), `"relu2"` (the square of what is positive) or `"silu_oai"` (clamped,
+            and up shifted by one).
         router: how expert weights come from router logits: `"softmax"` over all, or `"softmax_selected"`.
         renormalize: divide the chosen experts' weights by their sum.
         positions: learned position embeddings are added to the input.
@@ -183,6 +184,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         logit_scale="divide",
         scale_defaults=(12.0, 1.4, 256.0),
     ),
+    "arcee": replace(_LLAMA, ffn="plain", activation="relu2"),
     "glm4": Architecture(norms=_SANDWICH, rope_pairs="adjacent", partial_rotary=True, ffn="fused"),
     "cohere2": Architecture(
         norm="layer",

@@ -52,6 +52,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "embed_std": 0.2,
         "tied": True,
     },
+    "arcee": {"ffn": "plain", "head_dim": 32},
     "glm4": {"norms": SANDWICH, "biases": QKV, "ffn": "fused", "n_rot": 8},
     "cohere2": {
         "norm": "ln",
@@ -236,6 +237,9 @@ FAMILY_CASES: dict[str, dict[str, Any]] = {
     "minicpm_unread": of(
         "minicpm", window=3, extra=UNREAD | {"embedding_scale": 6.0, "residual_scale": 0.5, "logit_scale": 0.5}
     ),
+    "arcee": of("arcee", rope_factors=True, rope_base=500.0),
+    "arcee_yarn": of("arcee", **YARN_ROW, tied=True),
+    "arcee_fused": of("arcee", fused_qkv=True, biases=QKV),
     "glm4": of("glm4"),
     "glm4_no_bias": of("glm4", biases=(), tied=True),
     "cohere2": of("cohere2"),
@@ -292,6 +296,7 @@ FAMILY_CASES: dict[str, dict[str, Any]] = {
             "internlm2",
             "ernie4_5",
             "exaone",
+            "arcee",
             "starcoder2",
             "gpt2",
             "phi2",

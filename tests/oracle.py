@@ -46,7 +46,7 @@ class Facts(NamedTuple):
     attn_cap: float | None = None  # default; None: there is none
     final_cap: float | None = None
     temperature: bool = False
-    activation: str = "silu"  # silu | gelu | oai (clamped, shifted)
+    activation: str = "silu"  # silu | gelu | relu2 (squared) | oai (clamped, shifted)
     limit: float | Tensor = 7.0  # of oai's clamps
     shift: float | Tensor = 1.0  # added to oai's up
     ffn: str = "gated"  # gated | fused (gate above up in one matrix) | plain
@@ -100,6 +100,7 @@ FACTS: dict[str, Facts] = {
     "ernie4_5": Facts(),
     "exaone": Facts(rope="halves", factors=True),
     "minicpm": Facts(factors=True, embedding="key", residual_key=True, logits="divide", scales=(12.0, 1.4, 256.0)),
+    "arcee": Facts(factors=True, activation="relu2", ffn="plain"),
     "glm4": SANDWICH._replace(ffn="fused"),
     "cohere2": Facts(
         norm="ln", parallel=True, ffn_norm=None, period=4, roped="local", local_base_key=False, logits="multiply"
@@ -320,6 +321,8 @@ def slope(kind: str, g: Tensor) -> Tensor:
     """Return act(g) / g, the factor that is frozen when the path through g stays alive."""
     if kind == "gelu":  # its tanh form
         return (1 + torch.tanh(math.sqrt(2 / math.pi) * (g + 0.044715 * g**3))) / 2
+    if kind == "relu2":
+        return g.clamp(min=0)
     return torch.sigmoid(1.702 * g if kind == "oai" else g)
 
 

@@ -291,7 +291,7 @@ FAMILY_MISTAKES: dict[str, tuple[str, Callable[[Oracle], Oracle]]] = {
         for case in (
             *("qwen2", "qwen3", "gemma", "gemma2", "gemma3", "phi3", "olmo2", "mistral3", "granite", "smollm3", "glm4"),
             *("cohere2", "phi2", "falcon_7b", "starcoder2", "mixtral", "qwen3moe", "gpt_oss", "qwen2moe", "olmoe"),
-            *("exaone4", "seed_oss", "hunyuan", "internlm2", "ernie4_5", "exaone", "minicpm"),
+            *("exaone4", "seed_oss", "hunyuan", "internlm2", "ernie4_5", "exaone", "minicpm", "arcee"),
         )
     },
     **{f"{case}: window one wider": (case, width_of_window(1)) for case in WINDOWED},
@@ -408,6 +408,7 @@ FAMILY_MISTAKES: dict[str, tuple[str, Callable[[Oracle], Oracle]]] = {
     "minicpm: attention scale read": ("minicpm_unread", facts(attn_scale_key=True)),
     "minicpm: rope as the file has it": ("minicpm_unread", facts(finetuned_key=True)),
     "minicpm: factors ignored": ("minicpm_longrope", facts(factors=False)),
+    "arcee: SiLU": ("arcee", facts(activation="silu")),
     "exaone: rope factors ignored": ("exaone", facts(factors=False)),
     "exaone4: rope factors ignored": ("exaone4_32b", facts(factors=False)),
     "cohere2: every layer roped": ("cohere2", facts(roped="all")),
@@ -602,6 +603,7 @@ def by_hand(model: Oracle, h: Tensor, mlp_path: str) -> Tensor:
         share = {
             "silu": 1 / (1 + (-g).exp()),
             "oai": 1 / (1 + (-1.702 * g).exp()),
+            "relu2": g * (g > 0),
             "gelu": 0.5 * (1 + (0.7978845608028654 * (g + 0.044715 * g**3)).tanh()),
         }[model.facts.activation]
         if model.facts.ffn == "plain":
@@ -640,7 +642,7 @@ def by_hand(model: Oracle, h: Tensor, mlp_path: str) -> Tensor:
     "case",
     [
         *("plain", "biases", "gemma", "phi3", "gpt2", "starcoder2", "mixtral", "qwen3moe", "gpt_oss", "qwen2moe"),
-        *("olmoe", "granitemoe_shared"),
+        *("olmoe", "granitemoe_shared", "arcee"),
     ],
 )
 def test_frozen_feed_forward_by_hand(case: str, mlp_path: str, tiny_file: Callable[..., Path]) -> None:
