@@ -60,8 +60,8 @@ class Architecture:
             is not asked.
         temperature: queries may grow with position (`attention.temperature_scale`).
         ffn: `"gated"`, `"fused"` (gate and up in one tensor, gate first) or `"plain"` (no gate).
-        activation: `"silu"`, `"gelu"` (tanh form), `"relu2"` (the square of what is positive) or `"silu_oai"` (clamped,
-            and up shifted by one).
+        activation: `"silu"`, `"gelu"` (tanh form), `"relu2"` (the square of what is positive), `"xielu"` (see `Layer`)
+            or `"silu_oai"` (clamped, and up shifted by one).
         router: how expert weights come from router logits: `"softmax"` over all, or `"softmax_selected"`.
         renormalize: divide the chosen experts' weights by their sum.
         positions: learned position embeddings are added to the input.
@@ -185,6 +185,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         scale_defaults=(12.0, 1.4, 256.0),
     ),
     "arcee": replace(_LLAMA, ffn="plain", activation="relu2"),
+    "apertus": replace(_QWEN3, ffn="plain", activation="xielu"),
     "glm4": Architecture(norms=_SANDWICH, rope_pairs="adjacent", partial_rotary=True, ffn="fused"),
     "cohere2": Architecture(
         norm="layer",
@@ -303,10 +304,13 @@ class Layer:
     Attributes:
         window: tokens that a position sees, itself included; None for all before it.
         rope: rotation of queries and keys; None for none.
+        xielu: of that activation (arXiv 2411.13010) αn, αp and β: `β z + αp z²` where z is positive,
+            `β z + αn (exp(z) - 1 - z)` elsewhere; None for others.
     """
 
     window: int | None
     rope: Rope | None
+    xielu: tuple[float, float, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -413,13 +417,14 @@ class ModelConfig:
         if used > experts:
             raise ConfigError(f"{name}.expert_used_count is {used}, but there are {experts} experts")
         ropes, windows = _ropes(keys, row, head_size), _windows(keys, row, blocks)
+        xielu = _xielu(keys, blocks) if row.activation == "xielu" else [None] * blocks
         wide = row.wide_scale_blocks == blocks
 
         config = ModelConfig(
             architecture=name,
             row=row,
             block_count=blocks,
-            layers=tuple(Layer(windows[i], _rope_of(row, ropes, i, windows)) for i in range(blocks)),
+            layers=tuple(Layer(windows[i], _rope_of(row, ropes, i, windows), xielu[i]) for i in range(blocks)),
             d=d,
             vocabulary=shapes.get("token_embd.weight", (0,))[0],
             context_length=context,
@@ -567,6 +572,20 @@ def _windows(keys: "_Keys", row: Architecture, blocks: int) -> list[int | None]:
     return windows
 
 
+def _xielu(keys: "_Keys", blocks: int) -> list[tuple[float, float, float]]:
+    """Return the constants of each block's xIELU; the file keeps both α as ggml's `ggml_xielu` takes them."""
+    n, p, beta, eps = (keys.of_each_block(f"xielu.{name}", blocks) for name in ("alpha_n", "alpha_p", "beta", "eps"))
+    if min(eps) < -1e-5:
+        # Between eps and 0 the exponential is that of eps: a step of αn eps at 0, which is left out where it is tiny.
+        raise ConfigError(f"metadata key xielu.eps is {min(eps)}: steps larger than 1e-05 are not supported")
+    return [(b + _softplus(a), _softplus(c), b) for a, c, b in zip(n, p, beta, strict=True)]
+
+
+def _softplus(x: float) -> float:
+    """Return `log(1 + exp(x))`."""
+    return x if x > 20 else math.log1p(math.exp(x))
+
+
 def _softcap(keys: "_Keys", key: str, default: float | None) -> float:
     """Return a cap; architectures whose default is None have none whatever the file says."""
     return 0.0 if default is None else keys.real(key, default)
@@ -706,6 +725,19 @@ class _Keys:
     def count(self, key: str, default: int = 0) -> int:
         """Return an integer that may be 0; absent means `default`."""
         return self.integer(key, default) if self.number(key, default) else 0
+
+    def of_each_block(self, name: str, blocks: int) -> list[float]:
+        """Return a finite number, of either sign, for every block, from a scalar or an array; `name` has no prefix."""
+        value = self.metadata.get(name)
+        if value is None:
+            raise ConfigError(f"metadata key {name} is missing; the file is incomplete or was converted wrongly")
+        entries = value if isinstance(value, Sequence) and not isinstance(value, str) else [value] * blocks
+        if len(entries) != blocks:
+            raise ConfigError(f"metadata key {name} has {len(entries)} entries for {blocks} blocks")
+        for entry in entries:
+            if isinstance(entry, bool) or not isinstance(entry, int | float) or not abs(entry) < math.inf:
+                raise ConfigError(f"metadata key {name} holds {_shown(entry)}, not a number that makes sense")
+        return [float(entry) for entry in entries]
 
     def for_all_blocks(self, key: str, blocks: int, default: int | None = None) -> int:
         """Return a positive integer that holds for every block; the file gives a scalar or an array of equals."""

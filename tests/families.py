@@ -22,6 +22,9 @@ YARN = {"type": "yarn", "factor": 4.0, "original_context_length": 32}
 # With a base of 100 the ramp of YaRN lies within the pairs.
 YARN_ROW = {"scaling": YARN, "rope_base": 100.0}
 
+# As stored: of both α the softplus is taken, and β is added to the first.
+XIELU = {"xielu.alpha_n": 1.6, "xielu.alpha_p": 0.4, "xielu.beta": 0.5, "xielu.eps": -1e-6}
+
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},
     "qwen2": {"biases": QKV},
@@ -53,6 +56,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "tied": True,
     },
     "arcee": {"ffn": "plain", "head_dim": 32},
+    "apertus": {"ffn": "plain", "qk_norm": "head", "bare": XIELU},
     "glm4": {"norms": SANDWICH, "biases": QKV, "ffn": "fused", "n_rot": 8},
     "cohere2": {
         "norm": "ln",
@@ -240,6 +244,19 @@ FAMILY_CASES: dict[str, dict[str, Any]] = {
     "arcee": of("arcee", rope_factors=True, rope_base=500.0),
     "arcee_yarn": of("arcee", **YARN_ROW, tied=True),
     "arcee_fused": of("arcee", fused_qkv=True, biases=QKV),
+    "apertus": of("apertus", rope_factors=True, rope_base=500.0),
+    "apertus_layers": of(
+        "apertus",
+        layers=3,
+        bare={
+            "xielu.alpha_n": [-0.7, 1.6, 25.0],
+            "xielu.alpha_p": [0.4, -1.3, 0.9],
+            "xielu.beta": [0.5, 0.25, 0.75],
+            "xielu.eps": [-1e-6, -1e-7, -1e-6],
+        },
+        down_gain=0.3,
+    ),
+    "apertus_yarn": of("apertus", **YARN_ROW, fused_qkv=True, head_dim=32),
     "glm4": of("glm4"),
     "glm4_no_bias": of("glm4", biases=(), tied=True),
     "cohere2": of("cohere2"),
@@ -296,6 +313,7 @@ FAMILY_CASES: dict[str, dict[str, Any]] = {
             "internlm2",
             "ernie4_5",
             "exaone",
+            "apertus",
             "arcee",
             "starcoder2",
             "gpt2",

@@ -46,7 +46,8 @@ class Facts(NamedTuple):
     attn_cap: float | None = None  # default; None: there is none
     final_cap: float | None = None
     temperature: bool = False
-    activation: str = "silu"  # silu | gelu | relu2 (squared) | oai (clamped, shifted)
+    activation: str = "silu"  # silu | gelu | relu2 (squared) | xielu | oai (clamped, shifted)
+    xielu: tuple[float, ...] = ()  # its stored constants in one layer
     limit: float | Tensor = 7.0  # of oai's clamps
     shift: float | Tensor = 1.0  # added to oai's up
     ffn: str = "gated"  # gated | fused (gate above up in one matrix) | plain
@@ -101,6 +102,7 @@ FACTS: dict[str, Facts] = {
     "exaone": Facts(rope="halves", factors=True),
     "minicpm": Facts(factors=True, embedding="key", residual_key=True, logits="divide", scales=(12.0, 1.4, 256.0)),
     "arcee": Facts(factors=True, activation="relu2", ffn="plain"),
+    "apertus": Facts(rope="halves", qk_norm="head", factors=True, activation="xielu", ffn="plain"),
     "glm4": SANDWICH._replace(ffn="fused"),
     "cohere2": Facts(
         norm="ln", parallel=True, ffn_norm=None, period=4, roped="local", local_base_key=False, logits="multiply"
@@ -333,13 +335,20 @@ def gelu_by_table(g: Tensor) -> Tensor:
     return torch.where(g <= -10, 0.0, torch.where(g >= 10, g, value))
 
 
+def xielu(g: Tensor, alpha_n: float, alpha_p: float, beta: float, eps: float) -> Tensor:
+    """Return xIELU as ggml computes it, step below zero included."""
+    inside = [math.log(1 + math.exp(alpha)) for alpha in (alpha_n, alpha_p)]
+    curved = torch.where(g > 0, inside[1] * g * g, (beta + inside[0]) * (torch.expm1(g.clamp(max=eps)) - g))
+    return curved + beta * g
+
+
 def activate(facts: Facts, gate: Tensor, up: Tensor | None, *, freeze: str | None, gelu: str) -> Tensor:
     """Return act(gate) * up, or act(gate) where there is no up, with one factor alive if `freeze` names it."""
     if facts.activation == "oai":
         limit = torch.as_tensor(facts.limit, dtype=torch.float64)
         gate = gate.minimum(limit)
         up = up.minimum(limit).maximum(-limit) + facts.shift
-    factor = slope(facts.activation, gate)
+    factor = xielu(gate, *facts.xielu) / gate if facts.xielu else slope(facts.activation, gate)
     if gelu == "f16_table" and facts.activation == "gelu":
         assert freeze is None, "the table has no derivative"
         return gelu_by_table(gate) * (1.0 if up is None else up)
@@ -354,14 +363,17 @@ def activate(facts: Facts, gate: Tensor, up: Tensor | None, *, freeze: str | Non
 
 def dense(model: Oracle, b: str, h: Tensor, suffix: str = "", **how: Any) -> Tensor:
     """Apply a feed-forward network of layer `b`; `suffix` is `_shexp` for an expert that all share."""
-    up = linear(model, f"{b}.ffn_up{suffix}", h)
-    if model.facts.ffn == "plain":
+    up, facts = linear(model, f"{b}.ffn_up{suffix}", h), model.facts
+    if facts.activation == "xielu":
+        layer, names = int(b.removeprefix("blk.")), ("alpha_n", "alpha_p", "beta", "eps")
+        facts = facts._replace(xielu=tuple(scalar(model.metadata[f"xielu.{name}"], layer) for name in names))
+    if facts.ffn == "plain":
         gate, up = up, None
-    elif model.facts.ffn == "fused":
+    elif facts.ffn == "fused":
         gate, up = up.chunk(2, dim=-1)
     else:
         gate = linear(model, f"{b}.ffn_gate{suffix}", h)
-    return linear(model, f"{b}.ffn_down{suffix}", activate(model.facts, gate, up, **how))
+    return linear(model, f"{b}.ffn_down{suffix}", activate(facts, gate, up, **how))
 
 
 def routes(model: Oracle, b: str, h: Tensor) -> tuple[Tensor, Tensor]:

@@ -348,6 +348,41 @@ def test_windowed_layers_of_another_size_are_refused(key: str) -> None:
         of("gemma2", {key: 2}, sandwich)
 
 
+XIELU = {"xielu.alpha_n": 0.5, "xielu.alpha_p": [25.0, -1.0], "xielu.beta": 0.5, "xielu.eps": -1e-6}
+
+
+def apertus(**changes: Any) -> ModelConfig:
+    """Read an Apertus whose keys of xIELU are changed."""
+    keys = XIELU | {f"xielu.{name}": value for name, value in changes.items()}
+    metadata = {key.replace("llama.", "apertus."): value for key, value in METADATA.items()} | keys
+    metadata = {key: value for key, value in metadata.items() if value is not ABSENT}
+    norms = {f"blk.{i}.{name}.weight": (HD,) for i in range(L) for name in ("attn_q_norm", "attn_k_norm")}
+    shapes = {name: shape for name, shape in SHAPES.items() if "ffn_gate" not in name}
+    return ModelConfig.from_metadata(metadata | {"general.architecture": "apertus"}, shapes | norms)
+
+
+def test_xielu_has_constants_of_each_block() -> None:
+    n = 0.5 + math.log(1 + math.exp(0.5))
+    assert [layer.xielu for layer in apertus().layers] == [(n, 25.0, 0.5), (n, math.log(1 + math.exp(-1)), 0.5)]
+    assert read().layers[0].xielu is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"beta": ABSENT}, "xielu.beta is missing"),
+        ({"beta": [0.5] * 3}, "xielu.beta has 3 entries for 2 blocks"),
+        ({"alpha_n": "x"}, "xielu.alpha_n holds 'x', not a number"),
+        ({"alpha_n": [0.5, math.nan]}, "xielu.alpha_n holds nan, not a number"),
+        ({"alpha_p": True}, "xielu.alpha_p holds True, not a number"),
+        ({"eps": [-1e-6, -0.5]}, "xielu.eps is -0.5: steps larger than 1e-05 are not supported"),
+    ],
+)
+def test_xielu_is_refused_where_it_makes_no_sense(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        apertus(**changes)
+
+
 def test_ollamas_own_keys_are_refused_where_they_stand_in_for_llamacpps() -> None:
     """Its first conversions of Gemma 3 have them: llama.cpp, and without a word we, would turn at the default base."""
     tensors = ("attn_q_norm", "attn_k_norm", "post_attention_norm", "post_ffw_norm")

@@ -182,7 +182,7 @@ def changed_activation(**changes: object) -> Callable[[Patch], None]:
     """Let the gpt-oss activation have other fields."""
 
     def make(patch: Patch) -> None:
-        patch.setitem(model.ACTIVATIONS, "silu_oai", model.ACTIVATIONS["silu_oai"]._replace(**changes))
+        patch.setitem(blocks.ACTIVATIONS, "silu_oai", blocks.ACTIVATIONS["silu_oai"]._replace(**changes))
 
     return make
 
@@ -278,7 +278,10 @@ MISTAKES: dict[str, tuple[str, Callable[[Patch], None]]] = {
     "LayerNorm bias dropped": ("starcoder2", without("attn_norm.bias")),
     "second norm of Falcon 40B ignored": ("falcon_40b", without("attn_norm_2.weight")),
     "ReLU not squared": (
-        "arcee", lambda p: p.setitem(model.ACTIVATIONS, "relu2", blocks.Activation(lambda g: (g > 0).to(g)))
+        "arcee", lambda p: p.setitem(blocks.ACTIVATIONS, "relu2", blocks.Activation(lambda g: (g > 0).to(g)))
+    ),
+    "xIELU of the first block in all": (
+        "apertus_layers", lambda p: change_config(p, layer__xielu=(0.9, 0.91, 0.5))
     ),
     "GELU as silu": ("gemma3", lambda p: change_config(p, row__activation="silu")),
     "experts not renormalized": ("mixtral", lambda p: change_config(p, row__renormalize=False)),
@@ -301,6 +304,14 @@ def test_llamacpp_reveals(mistake: str, tiny_file: Callable[..., Path], monkeypa
     assert relative_logits(tiny_file, case) < (1e-3 if gelu else 1e-5)
     make(monkeypatch)
     assert relative_logits(tiny_file, case) > (5e-3 if gelu else 1e-3)
+
+
+def test_xielu_is_smooth_at_zero() -> None:
+    z = torch.tensor([-1e-9, 0.0, 1e-9], dtype=torch.float64, requires_grad=True)
+    share = blocks.xielu_share(z, 0.9, 0.4, 0.5)
+    assert torch.allclose(share.detach(), torch.full_like(share, 0.5), rtol=0, atol=1e-7)
+    (slope,) = torch.autograd.grad((z * share).sum(), z)
+    assert torch.allclose(slope, torch.full_like(slope, 0.5), rtol=0, atol=1e-7)
 
 
 # ---- what a trace holds

@@ -278,6 +278,16 @@ def turn_heads(model: Oracle) -> Oracle:
     return edit(model, "attn_qkv.weight", reorder)
 
 
+def softened(x: float) -> float:
+    """Return softplus."""
+    return math.log(1 + math.exp(x))
+
+
+def unsoftened(y: float) -> float:
+    """Return what softplus makes `y` of."""
+    return math.log(math.exp(y) - 1)
+
+
 NO_POST_NORMS = {"attention": facts(attn_post=None), "feed-forward": facts(ffn_post=None)}
 SEQUENTIAL = facts(parallel=False, ffn_norm="attn_norm")
 WINDOWED = ("gemma2", "gemma3", "olmo3", "cohere2", "gpt_oss")
@@ -291,7 +301,7 @@ FAMILY_MISTAKES: dict[str, tuple[str, Callable[[Oracle], Oracle]]] = {
         for case in (
             *("qwen2", "qwen3", "gemma", "gemma2", "gemma3", "phi3", "olmo2", "mistral3", "granite", "smollm3", "glm4"),
             *("cohere2", "phi2", "falcon_7b", "starcoder2", "mixtral", "qwen3moe", "gpt_oss", "qwen2moe", "olmoe"),
-            *("exaone4", "seed_oss", "hunyuan", "internlm2", "ernie4_5", "exaone", "minicpm", "arcee"),
+            *("exaone4", "seed_oss", "hunyuan", "internlm2", "ernie4_5", "exaone", "minicpm", "arcee", "apertus"),
         )
     },
     **{f"{case}: window one wider": (case, width_of_window(1)) for case in WINDOWED},
@@ -409,6 +419,13 @@ FAMILY_MISTAKES: dict[str, tuple[str, Callable[[Oracle], Oracle]]] = {
     "minicpm: rope as the file has it": ("minicpm_unread", facts(finetuned_key=True)),
     "minicpm: factors ignored": ("minicpm_longrope", facts(factors=False)),
     "arcee: SiLU": ("arcee", facts(activation="silu")),
+    "apertus: xIELU of the first layer in all": (
+        "apertus_layers",
+        lambda m: m._replace(metadata={k: v[0] if k.startswith("xielu.") else v for k, v in m.metadata.items()}),
+    ),
+    "apertus: beta not in the negative alpha": ("apertus", keys(xielu__alpha_n=unsoftened(softened(1.6) - 0.5))),
+    "apertus: alpha as stored": ("apertus", keys(xielu__alpha_p=unsoftened(0.4))),
+    "apertus: SiLU": ("apertus", facts(activation="silu")),
     "exaone: rope factors ignored": ("exaone", facts(factors=False)),
     "exaone4: rope factors ignored": ("exaone4_32b", facts(factors=False)),
     "cohere2: every layer roped": ("cohere2", facts(roped="all")),
@@ -600,7 +617,9 @@ def by_hand(model: Oracle, h: Tensor, mlp_path: str) -> Tensor:
             assert 0.02 < 1 - unclamped_g.mean() < 0.5, "the clamp should act on some"
             assert 0.02 < 1 - unclamped_u.mean() < 0.5
             g, u = g.clamp(max=7), u.clamp(-7, 7) + 1
+        n, p, b = (model.metadata.get(f"xielu.{name}", 0.0) for name in ("alpha_n", "alpha_p", "beta"))
         share = {
+            "xielu": b + torch.where(g > 0, softened(p) * g, (b + softened(n)) * ((g.exp() - 1) / g - 1)),
             "silu": 1 / (1 + (-g).exp()),
             "oai": 1 / (1 + (-1.702 * g).exp()),
             "relu2": g * (g > 0),
@@ -642,7 +661,7 @@ def by_hand(model: Oracle, h: Tensor, mlp_path: str) -> Tensor:
     "case",
     [
         *("plain", "biases", "gemma", "phi3", "gpt2", "starcoder2", "mixtral", "qwen3moe", "gpt_oss", "qwen2moe"),
-        *("olmoe", "granitemoe_shared", "arcee"),
+        *("olmoe", "granitemoe_shared", "arcee", "apertus"),
     ],
 )
 def test_frozen_feed_forward_by_hand(case: str, mlp_path: str, tiny_file: Callable[..., Path]) -> None:
