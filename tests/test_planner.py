@@ -26,8 +26,9 @@ CASES = [
     *("fused_biases", "fused_split_biases", "q4_k_mixed", "bf16", "qwen2_output_bias", "qwen3", "gemma", "gemma2"),
     *("gemma3", "phi3", "phi3_q4_0", "phi3_unfused", "olmo2", "mistral3", "granite", "granite_biases", "smollm3"),
     *("glm4", "cohere2", "gpt2", "phi2", "phi2_fused", "falcon_7b", "falcon_40b", "starcoder2", "qwen3vl"),
+    *("exaone4", "seed_oss", "hunyuan", "internlm2", "ernie4_5", "exaone", "minicpm", "arcee", "apertus"),
     *("mixtral", "mixtral_one_expert", "mixtral_q4_k", "qwen3moe", "qwen3vlmoe", "qwen2moe", "olmoe", "granitemoe"),
-    *("arcee", "granitemoe_shared", "gpt_oss", "gpt_oss_mxfp4", "gpt_oss_fused"),
+    *("granitemoe_shared", "gpt_oss", "gpt_oss_mxfp4", "gpt_oss_fused"),
 ]
 GATED = ("plain", "biases", "phi3", "gpt2", "gemma2", "mixtral", "qwen2moe", "gpt_oss")
 BOTH_WAYS = pytest.mark.parametrize(
