@@ -84,9 +84,12 @@ def gelu_table_share(g: Tensor) -> Tensor:
 
 def xielu_share(z: Tensor, alpha_n: float, alpha_p: float, beta: float) -> Tensor:
     """Return xIELU's factor, which is β at 0; see `ggjac.config.Layer`."""
-    negative = torch.where(z < 0, z, -1)  # so that its derivative is finite everywhere
-    share = torch.where(z < 0, alpha_n * (torch.expm1(negative) / negative - 1), alpha_p * z)
-    return beta + share
+
+    def growth(z: Tensor) -> Tensor:
+        z = z.clamp(max=-torch.finfo(z.dtype).tiny)  # at 0 it is 1
+        return torch.expm1(z) / z
+
+    return torch.add(alpha_n * growth(z) + (beta - alpha_n), z.clamp(min=0), alpha=alpha_p)
 
 
 def activation(config: ModelConfig, layer: int, *, table: bool = False) -> Activation:

@@ -337,6 +337,19 @@ def test_a_sweep_holds_what_is_counted(case: str, tiny_file: TinyFile) -> None:
 # ---- where weights wait
 
 
+@pytest.mark.parametrize(("case", "hidden"), [("gpt2", 3), ("arcee", 3), ("apertus", 4)])
+def test_an_activation_holds_what_is_counted(case: str, hidden: int, tiny_file: TinyFile) -> None:
+    config = open_model(tiny_file(case)).config
+    z = torch.linspace(-3, 3, 10_000)
+    share = blocks.activation(config, 0).share
+    assert held(lambda: share(z)) + z.nbytes < (hidden + 0.01) * z.nbytes
+    stream = dataclasses.replace(config, feed_forward_length=10_000)
+    more = planner.trace_floats(stream, 1) - planner.trace_floats(
+        dataclasses.replace(stream, feed_forward_length=9_000), 1
+    )
+    assert more == hidden * 1000
+
+
 def test_layers_nearest_the_output_are_kept_dense(tiny_file: TinyFile) -> None:
     path = tiny_file("plain", layers=5)
     plan = planned(path, 5, budget=AMPLE)
