@@ -128,7 +128,7 @@ UNREAD = {
 }
 UNREAD_ROUTING = {"expert_weights_scale": 2.5, "expert_weights_norm": False, "expert_gating_func": 2}
 
-EXAONE4_32B = {"layers": 64, "d": 32, "ff": 32, "heads": 2, "kv_heads": 1, "embed_std": 0.177, "post_gain": 0.1}
+EXAONE4_32B = {"layers": 64, "d": 32, "ff": 32, "heads": 2, "kv_heads": 1, "post_gain": 0.1}
 
 FAMILY_CASES: dict[str, dict[str, Any]] = {
     "qwen2": of("qwen2"),
