@@ -82,9 +82,28 @@ def gelu_table_share(g: Tensor) -> Tensor:
     return torch.where(g == 0, 0.5, value / g)
 
 
+def xielu_share(z: Tensor, alpha_n: float, alpha_p: float, beta: float) -> Tensor:
+    """Return xIELU's factor, which is β at 0; see `ggjac.config.Layer`."""
+
+    def growth(z: Tensor) -> Tensor:
+        z = z.clamp(max=-torch.finfo(z.dtype).tiny)  # at 0 it is 1
+        return torch.expm1(z) / z
+
+    return torch.add(alpha_n * growth(z) + (beta - alpha_n), z.clamp(min=0), alpha=alpha_p)
+
+
+def activation(config: ModelConfig, layer: int, *, table: bool = False) -> Activation:
+    """Return the activation of a block's feed-forward; with `table`, GELU is ggml's on the CPU."""
+    name, constants = config.row.activation, config.layers[layer].xielu
+    if constants:
+        return Activation(lambda z: xielu_share(z, *constants))
+    return ACTIVATIONS["gelu table" if table and name == "gelu" else name]
+
+
 ACTIVATIONS = {
     "silu": Activation(torch.sigmoid),
     "gelu": Activation(gelu_share),
+    "relu2": Activation(torch.relu),
     "gelu table": Activation(gelu_table_share),
     "silu_oai": Activation(lambda g: torch.sigmoid(1.702 * g), limit=7.0, shift=1.0),
 }
@@ -97,13 +116,13 @@ class Frame(NamedTuple):
         config: sizes and constants.
         rotations: cos and sin of every position, for each rotary embedding in use.
         mlp_path: the freezing rule of gated feed-forwards.
-        activation: of feed-forwards.
+        activations: of each block's feed-forward.
     """
 
     config: ModelConfig
     rotations: Mapping[Rope, tuple[Tensor, Tensor]]
     mlp_path: MlpPath
-    activation: Activation
+    activations: Sequence[Activation]
 
 
 class NormTape(NamedTuple):
@@ -263,13 +282,13 @@ def extend_attention(
     return _apply(_added(config, norm_out, _same(raw)), raw), Past(k, v)
 
 
-def record_ffn(w: BlockWeights, frame: Frame, x: Float[Tensor, "n d"]) -> Recorded[FFNTape]:
+def record_ffn(w: BlockWeights, frame: Frame, layer: int, x: Float[Tensor, "n d"]) -> Recorded[FFNTape]:
     """Freeze the feed-forward branch at its input `x`."""
     config = frame.config
     norm_in = record_norm(w, config, config.row.norms.ffn_in, x)
     h = x if norm_in is None else norm_in.apply(x)
     routed = "ffn_gate_inp.weight" in w
-    networks = record_experts(w, frame, h) if routed else [record_hidden(w, frame, h)]
+    networks = record_experts(w, frame, layer, h) if routed else [record_hidden(w, frame, layer, h)]
     tape = FFNTape(norm_in, tuple(networks), None)
     raw = _apply(_ffn_inner(w, tape, *x.shape), x)
     tape = tape._replace(norm_out=record_norm(w, config, config.row.norms.ffn_out, raw))
@@ -277,7 +296,7 @@ def record_ffn(w: BlockWeights, frame: Frame, x: Float[Tensor, "n d"]) -> Record
 
 
 def record_hidden(
-    w: BlockWeights, frame: Frame, h: Float[Tensor, "m d"], kind: str = "", expert: int | None = None
+    w: BlockWeights, frame: Frame, layer: int, h: Float[Tensor, "m d"], kind: str = "", expert: int | None = None
 ) -> HiddenTape:
     """Freeze one feed-forward network at its (normed) input `h`.
 
@@ -290,7 +309,7 @@ def record_hidden(
     def projected(stem: str) -> Tensor:
         return _apply(_linear(w, stem, len(h), kind, expert), h)
 
-    share, limit, shift = frame.activation
+    share, limit, shift = frame.activations[layer]
     if f"ffn_gate{kind}.weight" not in w:
         return HiddenTape(kind, expert, "ffn_up", share(projected("ffn_up")), None, None, None)
     if frame.mlp_path == "up" and limit is None:
@@ -310,7 +329,7 @@ def record_hidden(
     return HiddenTape(kind, expert, f"ffn_{frame.mlp_path}", factor * free, constant, None, None)
 
 
-def record_experts(w: BlockWeights, frame: Frame, h: Float[Tensor, "n d"]) -> list[HiddenTape]:
+def record_experts(w: BlockWeights, frame: Frame, layer: int, h: Float[Tensor, "n d"]) -> list[HiddenTape]:
     """Freeze a mixture of experts: which experts each position uses, with which weight, and each one's own tape.
 
     Only the experts that some position uses are read, here and in every product.
@@ -328,10 +347,10 @@ def record_experts(w: BlockWeights, frame: Frame, h: Float[Tensor, "n d"]) -> li
     networks = []
     for expert in chosen.unique().tolist():
         positions, slot = (chosen == expert).nonzero(as_tuple=True)
-        tape = record_hidden(w, frame, h[positions], "_exps", expert)
+        tape = record_hidden(w, frame, layer, h[positions], "_exps", expert)
         networks.append(tape._replace(positions=positions, weight=weights[positions, slot].to(h.dtype)))
     if "ffn_up_shexp.weight" in w:
-        shared = record_hidden(w, frame, h, "_shexp")
+        shared = record_hidden(w, frame, layer, h, "_shexp")
         if "ffn_gate_inp_shexp.weight" in w:
             shared = shared._replace(weight=(h @ w.vector("ffn_gate_inp_shexp.weight")).sigmoid())
         networks.append(shared)
@@ -466,6 +485,8 @@ def _queries_keys(
     if own.rope:
         cos, sin = (part[start : start + len(h)] for part in frame.rotations[own.rope])
         q, k = (rotate(part, own.rope, cos, sin) for part in (q, k))
+    if config.row.qk_norm == "rotated":
+        q, k = _rms_norm(w, "attn_q_norm", config, q), _rms_norm(w, "attn_k_norm", config, k)
     if config.temperature_scale:
         # Llama 4's and Ministral 3's: queries grow with the logarithm of their position, in original contexts.
         positions = torch.arange(start, start + len(h), dtype=torch.float64)

@@ -40,15 +40,19 @@ class Architecture:
         partial_rotary: `rope.dimension_count` may be smaller than the head; llama.cpp does not run others so.
         rope_sections: rotation in interleaved sections of an image's axes (`rope.dimension_sections`); see `_still`.
         rope_optional: `rope.scaling.finetuned = false` turns rotation off.
-        rope_layers: `"all"`, `"windowed"` (only layers with a sliding window) or `"three of four"` (every fourth not).
+        rope_layers: `"all"`, `"windowed"` (only layers with a sliding window, if the model has any) or
+            `"three of four"` (every fourth not).
         yarn_keys: the file's own YaRN betas and log multiplier count; llama.cpp ignores them elsewhere.
         windowed: some layers attend through a sliding window: `"optional"` (if the file gives its size) or
             `"required"`, or `""`.
+        window_blocks: no layer does so unless the model has so many blocks, by which llama.cpp knows the variant; 0 for
+            any.
         window: default size in tokens.
         window_period: default period; the last layer of each period attends to everything.
         window_rope: rotation of windowed layers: `"same"`; `"based"` (base from `rope.freq_base_swa`, if there);
             `"plain"` (same base, no scaling) or `"own"` (base from `rope.freq_base_swa`, 10000 by default, no scaling).
-        qk_norm: `"head"` (each query and key head) or `"full"` (the whole projection), or `""`.
+        qk_norm: `"head"` (each query and key head), `"rotated"` (the same, after their rotation) or `"full"` (the whole
+            projection), or `""`.
         sinks: a learned logit per head joins the softmax without a value.
         attention_scale_key: the file gives the scale of scores; otherwise it is 1/√(head size) ...
         wide_scale_blocks: ... but 1/√(d / heads) in the variant with so many blocks, by which llama.cpp knows it.
@@ -56,13 +60,16 @@ class Architecture:
             is not asked.
         temperature: queries may grow with position (`attention.temperature_scale`).
         ffn: `"gated"`, `"fused"` (gate and up in one tensor, gate first) or `"plain"` (no gate).
-        activation: `"silu"`, `"gelu"` (tanh form) or `"silu_oai"` (clamped, and up shifted by one).
+        activation: `"silu"`, `"gelu"` (tanh form), `"relu2"` (the square of what is positive), `"xielu"` (see `Layer`)
+            or `"silu_oai"` (clamped, and up shifted by one).
         router: how expert weights come from router logits: `"softmax"` over all, or `"softmax_selected"`.
         renormalize: divide the chosen experts' weights by their sum.
         positions: learned position embeddings are added to the input.
         embedding_scale: `"sqrt"` (of d) or `"key"`, or `""`.
         residual_scale: branches are multiplied by `residual_scale`.
         logit_scale: `"multiply"` or `"divide"` by the file's `logit_scale`, or `""`.
+        scale_defaults: where the file does not give them: of embeddings; of branches, over √(blocks); and the
+            `logit_scale`, over d; 0 for no default.
     """
 
     norm: str = "rms"
@@ -75,6 +82,7 @@ class Architecture:
     rope_layers: str = "all"
     yarn_keys: bool = False
     windowed: str = ""
+    window_blocks: int = 0
     window: int = 0
     window_period: int = 0
     window_rope: str = "same"
@@ -93,12 +101,14 @@ class Architecture:
     embedding_scale: str = ""
     residual_scale: bool = False
     logit_scale: str = ""
+    scale_defaults: tuple[float, float, float] = (0.0, 0.0, 0.0)
 
 
 _LLAMA = Architecture(rope_pairs="adjacent")
 _QWEN3 = Architecture(qk_norm="head")
 _SANDWICH = Norms(attention_out=("post_attention_norm",), ffn_out=("post_ffw_norm",))
 _SHARED_NORM = Norms(ffn_in=("attn_norm",))
+_POST_AS_FFN = Norms(ffn_in=("post_attention_norm",))
 _GEMMA = Architecture(partial_rotary=True, activation="gelu", embedding_scale="sqrt")
 _GRANITE = replace(
     _LLAMA,
@@ -153,6 +163,29 @@ ARCHITECTURES: dict[str, Architecture] = {
     "granite": replace(_GRANITE, rope_optional=True),
     "granitemoe": _GRANITE,
     "smollm3": replace(_LLAMA, rope_layers="three of four"),
+    "exaone4": Architecture(
+        norms=replace(_SANDWICH, attention_in=(), ffn_in=()),
+        rope_layers="windowed",
+        windowed="required",
+        window_blocks=64,
+        window=4096,
+        window_period=4,
+        qk_norm="head",
+    ),
+    "seed_oss": Architecture(norms=_POST_AS_FFN),
+    "hunyuan-dense": Architecture(qk_norm="rotated"),
+    "internlm2": _LLAMA,
+    "ernie4_5": _LLAMA,
+    "exaone": Architecture(),
+    "minicpm": replace(
+        _LLAMA,
+        embedding_scale="key",
+        residual_scale=True,
+        logit_scale="divide",
+        scale_defaults=(12.0, 1.4, 256.0),
+    ),
+    "arcee": replace(_LLAMA, ffn="plain", activation="relu2"),
+    "apertus": replace(_QWEN3, ffn="plain", activation="xielu"),
     "glm4": Architecture(norms=_SANDWICH, rope_pairs="adjacent", partial_rotary=True, ffn="fused"),
     "cohere2": Architecture(
         norm="layer",
@@ -174,7 +207,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         parallel=True,
     ),
     "gpt-oss": Architecture(
-        norms=Norms(ffn_in=("post_attention_norm",)),
+        norms=_POST_AS_FFN,
         windowed="required",
         window_period=2,
         window_rope="based",
@@ -271,10 +304,13 @@ class Layer:
     Attributes:
         window: tokens that a position sees, itself included; None for all before it.
         rope: rotation of queries and keys; None for none.
+        xielu: of that activation (arXiv 2411.13010) αn, αp and β: `β z + αp z²` where z is positive,
+            `β z + αn (exp(z) - 1 - z)` elsewhere; None for others.
     """
 
     window: int | None
     rope: Rope | None
+    xielu: tuple[float, float, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -381,13 +417,14 @@ class ModelConfig:
         if used > experts:
             raise ConfigError(f"{name}.expert_used_count is {used}, but there are {experts} experts")
         ropes, windows = _ropes(keys, row, head_size), _windows(keys, row, blocks)
+        xielu = _xielu(keys, blocks) if row.activation == "xielu" else [None] * blocks
         wide = row.wide_scale_blocks == blocks
 
         config = ModelConfig(
             architecture=name,
             row=row,
             block_count=blocks,
-            layers=tuple(Layer(windows[i], _rope_of(row, ropes, i, windows[i])) for i in range(blocks)),
+            layers=tuple(Layer(windows[i], _rope_of(row, ropes, i, windows), xielu[i]) for i in range(blocks)),
             d=d,
             vocabulary=shapes.get("token_embd.weight", (0,))[0],
             context_length=context,
@@ -403,8 +440,8 @@ class ModelConfig:
             logit_softcap=_softcap(keys, "final_logit_softcapping", row.logit_softcap),
             temperature_scale=keys.real("attention.temperature_scale", 0.0) if row.temperature else 0.0,
             embedding_scale=_embedding_scale(keys, row, d),
-            residual_scale=(keys.real("residual_scale", 0.0) if row.residual_scale else 0) or 1.0,
-            logit_scale=_logit_scale(keys, row),
+            residual_scale=_residual_scale(keys, row, blocks),
+            logit_scale=_logit_scale(keys, row, d),
             expert_count=experts,
             expert_used_count=used,
             expert_feed_forward_length=_expert_width(shapes) if experts else 0,
@@ -426,6 +463,9 @@ def _ropes(keys: "_Keys", row: Architecture, key_length: int) -> tuple[Rope | No
     if kind not in ("none", "linear", "yarn", "longrope"):
         known = "none, linear, yarn, longrope"
         raise ConfigError(f"{keys.prefix}.rope.scaling.type {_shown(kind)} is not supported; supported: {known}")
+    if alpha := keys.real("rope.scaling.alpha", 0.0):
+        # Of Hunyuan's bases; llama.cpp's converter writes the scaled base instead, into files of text models.
+        raise ConfigError(f"{keys.prefix}.rope.scaling.alpha {alpha} is not supported")
     sections = keys.metadata.get(f"{keys.prefix}.rope.dimension_sections", [])
     if sections:
         # Text has the same position on the first three axes and none on the fourth: together they must cover all pairs.
@@ -495,19 +535,23 @@ def _still(sections: Sequence[int], pairs: int) -> tuple[int, ...]:
     return tuple(i for i in range(pairs) if i >= 3 * sections[i % 3])
 
 
-def _rope_of(row: Architecture, ropes: tuple[Rope | None, Rope | None], layer: int, window: int | None) -> Rope | None:
-    """Choose the rotation of one layer."""
+def _rope_of(
+    row: Architecture, ropes: tuple[Rope | None, Rope | None], layer: int, windows: Sequence[int | None]
+) -> Rope | None:
+    """Choose the rotation of one layer; `windows` are those of all."""
     full, windowed = ropes
-    if row.rope_layers == "windowed" and window is None:
+    if row.rope_layers == "windowed" and windows[layer] is None and any(windows):
         return None
     if row.rope_layers == "three of four" and layer % 4 == 3:
         return None
-    return full if window is None else windowed
+    return full if windows[layer] is None else windowed
 
 
 def _windows(keys: "_Keys", row: Architecture, blocks: int) -> list[int | None]:
     """Return each layer's sliding window in tokens, None where it attends to everything."""
     key = "attention.sliding_window"
+    if row.window_blocks not in (0, blocks):
+        return [None] * blocks
     if row.windowed == "required":
         size = keys.integer(key, row.window or None)
     else:
@@ -528,6 +572,20 @@ def _windows(keys: "_Keys", row: Architecture, blocks: int) -> list[int | None]:
     return windows
 
 
+def _xielu(keys: "_Keys", blocks: int) -> list[tuple[float, float, float]]:
+    """Return the constants of each block's xIELU; the file keeps both α as ggml's `ggml_xielu` takes them."""
+    n, p, beta, eps = (keys.of_each_block(f"xielu.{name}", blocks) for name in ("alpha_n", "alpha_p", "beta", "eps"))
+    if min(eps) < -1e-5:
+        # Between eps and 0 the exponential is that of eps: a step of αn eps at 0, which is left out where it is tiny.
+        raise ConfigError(f"metadata key xielu.eps is {min(eps)}: steps larger than 1e-05 are not supported")
+    return [(b + _softplus(a), _softplus(c), b) for a, c, b in zip(n, p, beta, strict=True)]
+
+
+def _softplus(x: float) -> float:
+    """Return `log(1 + exp(x))`."""
+    return x if x > 20 else math.log1p(math.exp(x))
+
+
 def _softcap(keys: "_Keys", key: str, default: float | None) -> float:
     """Return a cap; architectures whose default is None have none whatever the file says."""
     return 0.0 if default is None else keys.real(key, default)
@@ -537,14 +595,19 @@ def _embedding_scale(keys: "_Keys", row: Architecture, d: int) -> float:
     """Return the factor on embeddings; Gemma's root is rounded to float32, as llama.cpp does."""
     if row.embedding_scale == "sqrt":
         return struct.unpack("<f", struct.pack("<f", math.sqrt(d)))[0]
-    return (keys.real("embedding_scale", 0.0) if row.embedding_scale == "key" else 0) or 1.0
+    return (keys.real("embedding_scale", row.scale_defaults[0]) if row.embedding_scale == "key" else 0) or 1.0
 
 
-def _logit_scale(keys: "_Keys", row: Architecture) -> float:
+def _residual_scale(keys: "_Keys", row: Architecture, blocks: int) -> float:
+    """Return the factor on branches."""
+    return (keys.real("residual_scale", row.scale_defaults[1] / math.sqrt(blocks)) if row.residual_scale else 0) or 1.0
+
+
+def _logit_scale(keys: "_Keys", row: Architecture, d: int) -> float:
     """Return the factor on logits."""
     if not row.logit_scale:
         return 1.0
-    scale = keys.real("logit_scale")
+    scale = keys.real("logit_scale", row.scale_defaults[2] / d or None)
     if row.logit_scale == "multiply":
         return scale or 1.0
     if scale == 0:
@@ -662,6 +725,19 @@ class _Keys:
     def count(self, key: str, default: int = 0) -> int:
         """Return an integer that may be 0; absent means `default`."""
         return self.integer(key, default) if self.number(key, default) else 0
+
+    def of_each_block(self, name: str, blocks: int) -> list[float]:
+        """Return a finite number, of either sign, for every block, from a scalar or an array; `name` has no prefix."""
+        value = self.metadata.get(name)
+        if value is None:
+            raise ConfigError(f"metadata key {name} is missing; the file is incomplete or was converted wrongly")
+        entries = value if isinstance(value, Sequence) and not isinstance(value, str) else [value] * blocks
+        if len(entries) != blocks:
+            raise ConfigError(f"metadata key {name} has {len(entries)} entries for {blocks} blocks")
+        for entry in entries:
+            if isinstance(entry, bool) or not isinstance(entry, int | float) or not abs(entry) < math.inf:
+                raise ConfigError(f"metadata key {name} holds {_shown(entry)}, not a number that makes sense")
+        return [float(entry) for entry in entries]
 
     def for_all_blocks(self, key: str, blocks: int, default: int | None = None) -> int:
         """Return a positive integer that holds for every block; the file gives a scalar or an array of equals."""

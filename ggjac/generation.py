@@ -59,7 +59,7 @@ class Continuation:
             if i + 1 < config.block_count:
                 model.block(i + 1, live=True).read_ahead()
             attn, self._past[i] = extend_attention(w, self._frame, i, h, self._past[i])
-            ffn = record_ffn(w, self._frame, h if config.row.parallel else h + attn)
+            ffn = record_ffn(w, self._frame, i, h if config.row.parallel else h + attn)
             h = self.change(i + 1, h + attn + ffn.added)
             if not h.isfinite().all():
                 raise NumericsError(f"block {i} overflows {model.dtype}; try a wider --dtype, or a smaller --strength")

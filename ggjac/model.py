@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ggjac import blocks, decode, machine, planner
-from ggjac.blocks import ACTIVATIONS, BlockTape, Frame, MlpPath, NormTape, NumericsError
+from ggjac.blocks import BlockTape, Frame, MlpPath, NormTape, NumericsError
 from ggjac.config import ModelConfig
 from ggjac.demo import demo_path
 from ggjac.gguf import GGUFFile, open_gguf
@@ -259,7 +259,7 @@ class Model:
                 self.block(i + 1).read_ahead()
             x_in, attn = h, blocks.record_attention(w, frame, i, h)
             observe(f"attn_out-{i}", attn.raw)
-            ffn = blocks.record_ffn(w, frame, h if config.row.parallel else h + attn.added)
+            ffn = blocks.record_ffn(w, frame, i, h if config.row.parallel else h + attn.added)
             observe(f"ffn_out-{i}", ffn.raw)
             h = h + attn.added + ffn.added
             observe(f"l_out-{i}", h)
@@ -283,7 +283,7 @@ class Model:
             config,
             {rope: rotation(replace(rope, rounded=imitate), n, factors) for rope in ropes},
             mlp_path,
-            ACTIVATIONS["gelu table" if imitate and config.row.activation == "gelu" else config.row.activation],
+            [blocks.activation(config, i, table=imitate) for i in range(config.block_count)],
         )
 
     def embed(self, ids: Sequence[int], start: int = 0) -> Float[Tensor, "n d"]:

@@ -85,7 +85,7 @@ class OrdinaryJacobian(LinearOperator):
 
         def block(h: Float[Tensor, "m d"]) -> Float[Tensor, "m d"]:
             middle = h + record_attention(w, self._frame, i, h).added
-            return middle + record_ffn(w, self._frame, h if self._frame.config.row.parallel else middle).added
+            return middle + record_ffn(w, self._frame, i, h if self._frame.config.row.parallel else middle).added
 
         return block
 

@@ -327,8 +327,8 @@ def trace_floats(config: ModelConfig, n: int, m: int | None = None) -> int:
     """
     m = n if m is None else m
     q, kv = config.head_count * config.head_size, config.head_count_kv * config.head_size
-    hidden = config.hidden_units
-    return m * (4 * config.d + max(2 * (q + 2 * kv), 3 * hidden)) + 3 * config.head_count * m * n
+    hidden = config.hidden_units * (4 if config.row.activation == "xielu" else 3)
+    return m * (4 * config.d + max(2 * (q + 2 * kv), hidden)) + 3 * config.head_count * m * n
 
 
 def basis_floats(config: ModelConfig, n: int, width: int, sweeps: int) -> int:

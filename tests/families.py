@@ -22,6 +22,9 @@ YARN = {"type": "yarn", "factor": 4.0, "original_context_length": 32}
 # With a base of 100 the ramp of YaRN lies within the pairs.
 YARN_ROW = {"scaling": YARN, "rope_base": 100.0}
 
+# As stored: of both α the softplus is taken, and β is added to the first.
+XIELU = {"xielu.alpha_n": 1.6, "xielu.alpha_p": 0.4, "xielu.beta": 0.5, "xielu.eps": -1e-6}
+
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},
     "qwen2": {"biases": QKV},
@@ -41,6 +44,19 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "mistral3": {},
     "granite": GRANITE,
     "smollm3": {"tied": True, "layers": 5},
+    "exaone4": {"norms": ("post_attention_norm", "post_ffw_norm"), "qk_norm": "head"},
+    "seed_oss": {"norms": ("attn_norm", "post_attention_norm"), "biases": QKV, "head_dim": 32},
+    "hunyuan-dense": {"qk_norm": "head", "head_dim": 32},
+    "internlm2": {},
+    "ernie4_5": {"tied": True, "head_dim": 32},
+    "exaone": {},
+    "minicpm": {
+        "extra": {"embedding_scale": 6.0, "residual_scale": 0.5, "logit_scale": 4.0},
+        "embed_std": 0.2,
+        "tied": True,
+    },
+    "arcee": {"ffn": "plain", "head_dim": 32},
+    "apertus": {"ffn": "plain", "qk_norm": "head", "bare": XIELU},
     "glm4": {"norms": SANDWICH, "biases": QKV, "ffn": "fused", "n_rot": 8},
     "cohere2": {
         "norm": "ln",
@@ -111,6 +127,8 @@ UNREAD = {
     "rope.scaling.original_context_length": 4,
 }
 UNREAD_ROUTING = {"expert_weights_scale": 2.5, "expert_weights_norm": False, "expert_gating_func": 2}
+
+EXAONE4_32B = {"layers": 64, "d": 32, "ff": 32, "heads": 2, "kv_heads": 1, "post_gain": 0.1}
 
 FAMILY_CASES: dict[str, dict[str, Any]] = {
     "qwen2": of("qwen2"),
@@ -192,6 +210,53 @@ FAMILY_CASES: dict[str, dict[str, Any]] = {
     ),
     "smollm3": of("smollm3"),
     "smollm3_yarn": of("smollm3", **YARN_ROW, layers=8, tied=False),
+    "exaone4": of("exaone4", rope_factors=True, rope_base=500.0),
+    "exaone4_fused": of("exaone4", fused_qkv=True, tied=True),
+    # With 64 blocks it has windows, and rotates in them only.
+    "exaone4_32b": of("exaone4", **EXAONE4_32B, window=4, rope_factors=True, rope_base=500.0),
+    "exaone4_32b_default_window": of("exaone4", **EXAONE4_32B),
+    "exaone4_32b_period": of(
+        "exaone4",
+        **EXAONE4_32B,
+        window=4,
+        scaling=LINEAR,
+        extra={"attention.sliding_window_pattern": 3, "rope.freq_base_swa": 50.0},
+    ),
+    "seed_oss": of("seed_oss", rope_base=1e6),
+    "seed_oss_fused": of("seed_oss", fused_qkv=True, fused_bias=True, tied=True),
+    "seed_oss_yarn": of("seed_oss", **YARN_ROW, tied=True),
+    "hunyuan": of("hunyuan-dense"),
+    "hunyuan_fused": of("hunyuan-dense", fused_qkv=True, biases=QKV, tied=True, rope_base=500.0),
+    "hunyuan_yarn": of("hunyuan-dense", **YARN_ROW),
+    "internlm2": of("internlm2", rope_base=1e6),
+    "internlm2_fused": of("internlm2", **YARN_ROW, fused_qkv=True),
+    "ernie4_5": of("ernie4_5", rope_base=5e5),
+    "ernie4_5_biases": of("ernie4_5", biases=QKV, tied=False),
+    "exaone": of("exaone", rope_factors=True, rope_base=500.0),
+    "exaone_biases": of("exaone", biases=QKV, tied=True, scaling=LINEAR),
+    "minicpm": of("minicpm"),
+    "minicpm_default_scales": of("minicpm", omit=("embedding_scale", "residual_scale", "logit_scale"), tied=False),
+    "minicpm_no_scales": of("minicpm", extra={"embedding_scale": 0.0, "residual_scale": 0.0}, embed_std=1.0),
+    "minicpm_longrope": of("minicpm", long_short=True, scaling=LONGROPE),
+    "minicpm_unread": of(
+        "minicpm", window=3, extra=UNREAD | {"embedding_scale": 6.0, "residual_scale": 0.5, "logit_scale": 0.5}
+    ),
+    "arcee": of("arcee", rope_factors=True, rope_base=500.0),
+    "arcee_yarn": of("arcee", **YARN_ROW, tied=True),
+    "arcee_fused": of("arcee", fused_qkv=True, biases=QKV),
+    "apertus": of("apertus", rope_factors=True, rope_base=500.0),
+    "apertus_layers": of(
+        "apertus",
+        layers=3,
+        bare={
+            "xielu.alpha_n": [-0.7, 1.6, 25.0],
+            "xielu.alpha_p": [0.4, -1.3, 0.9],
+            "xielu.beta": [0.5, 0.25, 0.75],
+            "xielu.eps": [-1e-6, -1e-7, -1e-6],
+        },
+        down_gain=0.3,
+    ),
+    "apertus_yarn": of("apertus", **YARN_ROW, fused_qkv=True, head_dim=32),
     "glm4": of("glm4"),
     "glm4_no_bias": of("glm4", biases=(), tied=True),
     "cohere2": of("cohere2"),
@@ -242,6 +307,14 @@ FAMILY_CASES: dict[str, dict[str, Any]] = {
             "phi3",
             "glm4",
             "smollm3",
+            "exaone4",
+            "seed_oss",
+            "hunyuan-dense",
+            "internlm2",
+            "ernie4_5",
+            "exaone",
+            "apertus",
+            "arcee",
             "starcoder2",
             "gpt2",
             "phi2",

@@ -29,13 +29,14 @@ class Facts(NamedTuple):
     attn_post: str | None = None
     ffn_norm: str | None = "ffn_norm"
     ffn_post: str | None = None
-    qk_norm: str | None = None  # head | full; before the rope, and before the split into heads where full
+    qk_norm: str | None = None  # head | head after rope | full; full: before the split into heads
     rope: str | None = "adjacent"  # which dimensions are a pair: adjacent | halves
-    roped: str = "all"  # all | local (only layers with a window) | three of four
+    roped: str = "all"  # all | local (only layers with a window, where there are any) | three of four
     finetuned_key: bool = False  # rope.scaling.finetuned = false turns the rope off
     factors: bool = False  # divisors of the frequencies are read
     period: int | None = None  # the last of so many layers is global, 0: none; default. None: windows are ignored
     window: int | None = None  # default
+    windowed_at: int | None = None  # with so many layers only are there windows; None: with any number
     local_base: float | None = None  # default of the rope base in local layers; None: that of the global ones
     local_base_key: bool = True
     local_scaling: bool = True  # rope scaling applies to local layers, too
@@ -45,7 +46,8 @@ class Facts(NamedTuple):
     attn_cap: float | None = None  # default; None: there is none
     final_cap: float | None = None
     temperature: bool = False
-    activation: str = "silu"  # silu | gelu | oai (clamped, shifted)
+    activation: str = "silu"  # silu | gelu | relu2 (squared) | xielu | oai (clamped, shifted)
+    xielu: tuple[float, ...] = ()  # its stored constants in one layer
     limit: float | Tensor = 7.0  # of oai's clamps
     shift: float | Tensor = 1.0  # added to oai's up
     ffn: str = "gated"  # gated | fused (gate above up in one matrix) | plain
@@ -54,6 +56,7 @@ class Facts(NamedTuple):
     embedding: str | None = None  # root (of d) | key
     residual_key: bool = False
     logits: str | None = None  # divide | multiply
+    scales: tuple[float, ...] = ()  # of embeddings, branches * sqrt(blocks) and logits * d, where the file has none
 
 
 SANDWICH = Facts(attn_post="post_attention_norm", ffn_post="post_ffw_norm")
@@ -88,6 +91,18 @@ FACTS: dict[str, Facts] = {
     "granite": GRANITE._replace(finetuned_key=True),
     "granitemoe": GRANITE,
     "smollm3": Facts(roped="three of four"),
+    "exaone4": Facts(
+        attn_norm=None, attn_post="post_attention_norm", ffn_norm=None, ffn_post="post_ffw_norm", rope="halves",
+        qk_norm="head", factors=True, windowed_at=64, period=4, window=4096, local_base_key=False, roped="local",
+    ),
+    "seed_oss": Facts(ffn_norm="post_attention_norm", rope="halves"),
+    "hunyuan-dense": Facts(rope="halves", qk_norm="head after rope"),
+    "internlm2": Facts(),
+    "ernie4_5": Facts(),
+    "exaone": Facts(rope="halves", factors=True),
+    "minicpm": Facts(factors=True, embedding="key", residual_key=True, logits="divide", scales=(12.0, 1.4, 256.0)),
+    "arcee": Facts(factors=True, activation="relu2", ffn="plain"),
+    "apertus": Facts(rope="halves", qk_norm="head", factors=True, activation="xielu", ffn="plain"),
     "glm4": SANDWICH._replace(ffn="fused"),
     "cohere2": Facts(
         norm="ln", parallel=True, ffn_norm=None, period=4, roped="local", local_base_key=False, logits="multiply"
@@ -133,6 +148,10 @@ def _read(path: str, changed: int) -> Oracle:
     }
     assert architecture in FACTS, f"the oracle does not know {architecture}"
     metadata = {k.removeprefix(f"{architecture}."): v for k, v in fields.items()}
+    if scales := FACTS[architecture].scales:
+        sizes = 1, math.sqrt(metadata["block_count"]), metadata["embedding_length"]
+        names = "embedding_scale", "residual_scale", "logit_scale"
+        metadata = {name: s / size for name, s, size in zip(names, scales, sizes, strict=True)} | metadata
     return Oracle(architecture, metadata, weights, FACTS[architecture])
 
 
@@ -166,7 +185,7 @@ def window(model: Oracle, layer: int) -> int | None:
     """Return how many positions a query of this layer sees, itself included; None: all before it."""
     meta, facts = model.metadata, model.facts
     size = meta.get("attention.sliding_window", facts.window)
-    if facts.period is None or not size:
+    if facts.period is None or not size or facts.windowed_at not in (None, meta["block_count"]):
         return None
     pattern = meta.get("attention.sliding_window_pattern", facts.period)
     local = pattern[layer] if isinstance(pattern, list) else pattern == 0 or layer % pattern < pattern - 1
@@ -241,7 +260,9 @@ def roped(model: Oracle, layer: int) -> bool:
     off = model.facts.finetuned_key and not model.metadata.get("rope.scaling.finetuned", True)
     if model.facts.rope is None or off:
         return False
-    rules = {"all": True, "local": window(model, layer) is not None, "three of four": (layer + 1) % 4 != 0}
+    windows = [window(model, i) for i in range(model.metadata["block_count"])]
+    local = windows[layer] is not None or windows == [None] * len(windows)
+    rules = {"all": True, "local": local, "three of four": (layer + 1) % 4 != 0}
     return rules[model.facts.roped]
 
 
@@ -267,7 +288,7 @@ def attention(model: Oracle, layer: int, h: Tensor, *, frozen: bool, context: in
     if roped(model, layer):
         angles, magnitude = rope_angles(model, layer, n, meta.get("rope.dimension_count", hd), context)
         q, k = (rotate(part, angles, magnitude, pairs=facts.rope) for part in (q, k))
-    if facts.qk_norm == "after rope":  # a mistake that a test makes
+    if facts.qk_norm == "head after rope":
         q, k = (norm(model, f"{b}.attn_{name}_norm", part, frozen=False) for name, part in (("q", q), ("k", k)))
     position = torch.arange(n)
     scale = 1 / math.sqrt(meta["embedding_length"] // heads if meta["block_count"] == facts.width_scaled_at else hd)
@@ -302,6 +323,8 @@ def slope(kind: str, g: Tensor) -> Tensor:
     """Return act(g) / g, the factor that is frozen when the path through g stays alive."""
     if kind == "gelu":  # its tanh form
         return (1 + torch.tanh(math.sqrt(2 / math.pi) * (g + 0.044715 * g**3))) / 2
+    if kind == "relu2":
+        return g.clamp(min=0)
     return torch.sigmoid(1.702 * g if kind == "oai" else g)
 
 
@@ -312,13 +335,20 @@ def gelu_by_table(g: Tensor) -> Tensor:
     return torch.where(g <= -10, 0.0, torch.where(g >= 10, g, value))
 
 
+def xielu(g: Tensor, alpha_n: float, alpha_p: float, beta: float, eps: float) -> Tensor:
+    """Return xIELU as ggml computes it, step below zero included."""
+    inside = [math.log(1 + math.exp(alpha)) for alpha in (alpha_n, alpha_p)]
+    curved = torch.where(g > 0, inside[1] * g * g, (beta + inside[0]) * (torch.expm1(g.clamp(max=eps)) - g))
+    return curved + beta * g
+
+
 def activate(facts: Facts, gate: Tensor, up: Tensor | None, *, freeze: str | None, gelu: str) -> Tensor:
     """Return act(gate) * up, or act(gate) where there is no up, with one factor alive if `freeze` names it."""
     if facts.activation == "oai":
         limit = torch.as_tensor(facts.limit, dtype=torch.float64)
         gate = gate.minimum(limit)
         up = up.minimum(limit).maximum(-limit) + facts.shift
-    factor = slope(facts.activation, gate)
+    factor = xielu(gate, *facts.xielu) / gate if facts.xielu else slope(facts.activation, gate)
     if gelu == "f16_table" and facts.activation == "gelu":
         assert freeze is None, "the table has no derivative"
         return gelu_by_table(gate) * (1.0 if up is None else up)
@@ -333,14 +363,17 @@ def activate(facts: Facts, gate: Tensor, up: Tensor | None, *, freeze: str | Non
 
 def dense(model: Oracle, b: str, h: Tensor, suffix: str = "", **how: Any) -> Tensor:
     """Apply a feed-forward network of layer `b`; `suffix` is `_shexp` for an expert that all share."""
-    up = linear(model, f"{b}.ffn_up{suffix}", h)
-    if model.facts.ffn == "plain":
+    up, facts = linear(model, f"{b}.ffn_up{suffix}", h), model.facts
+    if facts.activation == "xielu":
+        layer, names = int(b.removeprefix("blk.")), ("alpha_n", "alpha_p", "beta", "eps")
+        facts = facts._replace(xielu=tuple(scalar(model.metadata[f"xielu.{name}"], layer) for name in names))
+    if facts.ffn == "plain":
         gate, up = up, None
-    elif model.facts.ffn == "fused":
+    elif facts.ffn == "fused":
         gate, up = up.chunk(2, dim=-1)
     else:
         gate = linear(model, f"{b}.ffn_gate{suffix}", h)
-    return linear(model, f"{b}.ffn_down{suffix}", activate(model.facts, gate, up, **how))
+    return linear(model, f"{b}.ffn_down{suffix}", activate(facts, gate, up, **how))
 
 
 def routes(model: Oracle, b: str, h: Tensor) -> tuple[Tensor, Tensor]:

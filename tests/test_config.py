@@ -207,6 +207,7 @@ REFUSALS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "rope: base of zero": ({"rope.freq_base": 0.0}, {}, "rope.freq_base is 0.0, .* above 0"),
     "rope: yarn at base one": ({"rope.freq_base": 1.0, "rope.scaling.type": "yarn"}, {}, "is 1.0, .* above 1"),
     "rope: sections": ({"rope.dimension_sections": [1, 1, 0, 0]}, {}, r"sections \[1, 1, 0, 0\] is not supported"),
+    "rope: a base that grows": ({"rope.scaling.alpha": 1000.0}, {}, "rope.scaling.alpha 1000.0 is not supported"),
     "rope: one section": ({"rope.dimension_sections": 5}, {}, "dimension_sections 5 is not supported"),
     "rope: another scaling": ({"rope.scaling.type": "su"}, {}, "scaling.type 'su' is not supported; supported: none"),
     "rope: type of a wrong type": ({"rope.scaling.type": 3}, {}, "rope.scaling.type 3 is not supported"),
@@ -345,6 +346,41 @@ def test_windowed_layers_of_another_size_are_refused(key: str) -> None:
     assert of("gemma2", {key: HD}, sandwich).layers[0].window == 4096
     with pytest.raises(ConfigError, match=rf"gemma2.{key} 2 differs from other layers' 4"):
         of("gemma2", {key: 2}, sandwich)
+
+
+XIELU = {"xielu.alpha_n": 0.5, "xielu.alpha_p": [25.0, -1.0], "xielu.beta": 0.5, "xielu.eps": -1e-6}
+
+
+def apertus(**changes: Any) -> ModelConfig:
+    """Read an Apertus whose keys of xIELU are changed."""
+    keys = XIELU | {f"xielu.{name}": value for name, value in changes.items()}
+    metadata = {key.replace("llama.", "apertus."): value for key, value in METADATA.items()} | keys
+    metadata = {key: value for key, value in metadata.items() if value is not ABSENT}
+    norms = {f"blk.{i}.{name}.weight": (HD,) for i in range(L) for name in ("attn_q_norm", "attn_k_norm")}
+    shapes = {name: shape for name, shape in SHAPES.items() if "ffn_gate" not in name}
+    return ModelConfig.from_metadata(metadata | {"general.architecture": "apertus"}, shapes | norms)
+
+
+def test_xielu_has_constants_of_each_block() -> None:
+    n = 0.5 + math.log(1 + math.exp(0.5))
+    assert [layer.xielu for layer in apertus().layers] == [(n, 25.0, 0.5), (n, math.log(1 + math.exp(-1)), 0.5)]
+    assert read().layers[0].xielu is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"beta": ABSENT}, "xielu.beta is missing"),
+        ({"beta": [0.5] * 3}, "xielu.beta has 3 entries for 2 blocks"),
+        ({"alpha_n": "x"}, "xielu.alpha_n holds 'x', not a number"),
+        ({"alpha_n": [0.5, math.nan]}, "xielu.alpha_n holds nan, not a number"),
+        ({"alpha_p": True}, "xielu.alpha_p holds True, not a number"),
+        ({"eps": [-1e-6, -0.5]}, "xielu.eps is -0.5: steps larger than 1e-05 are not supported"),
+    ],
+)
+def test_xielu_is_refused_where_it_makes_no_sense(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        apertus(**changes)
 
 
 def test_ollamas_own_keys_are_refused_where_they_stand_in_for_llamacpps() -> None:

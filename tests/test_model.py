@@ -182,7 +182,7 @@ def changed_activation(**changes: object) -> Callable[[Patch], None]:
     """Let the gpt-oss activation have other fields."""
 
     def make(patch: Patch) -> None:
-        patch.setitem(model.ACTIVATIONS, "silu_oai", model.ACTIVATIONS["silu_oai"]._replace(**changes))
+        patch.setitem(blocks.ACTIVATIONS, "silu_oai", blocks.ACTIVATIONS["silu_oai"]._replace(**changes))
 
     return make
 
@@ -255,6 +255,10 @@ MISTAKES: dict[str, tuple[str, Callable[[Patch], None]]] = {
     "local layers as global ones": ("olmo3", lambda p: change_config(p, layer__window=None)),
     "window one too wide": ("olmo3", lambda p: change_config(p, layer__window=lambda layer: layer.window and 5)),
     "window one too narrow": ("gpt_oss", lambda p: change_config(p, layer__window=lambda layer: layer.window and 3)),
+    "rope on full layers, too": (
+        "exaone4_32b", lambda p: change_config(p, layer__rope=lambda layer: Rope(16, 500.0, "halves"))
+    ),
+    "norm of queries and keys before their rotation": ("hunyuan", lambda p: change_config(p, row__qk_norm="head")),
     "no norm on queries and keys": ("qwen3", lambda p: change_config(p, row__qk_norm="")),
     "sinks missing": ("gpt_oss", without_sinks),
     "score cap missing": ("gemma2", lambda p: change_config(p, attention_softcap=0.0)),
@@ -263,6 +267,9 @@ MISTAKES: dict[str, tuple[str, Callable[[Patch], None]]] = {
     "queries do not grow": ("mistral3_temperature", lambda p: change_config(p, temperature_scale=0.0)),
     "embeddings unscaled": ("gemma3", lambda p: change_config(p, embedding_scale=1.0)),
     "branches unscaled": ("granite", lambda p: change_config(p, residual_scale=1.0)),
+    "defaults of scales ignored": (
+        "minicpm_default_scales", lambda p: change_config(p, embedding_scale=1.0, residual_scale=1.0)
+    ),
     "logits unscaled": ("granite", lambda p: change_config(p, logit_scale=1.0)),
     "post-norm of attention missing": ("gemma3", without("post_attention_norm.weight")),
     "post-norm of feed-forward missing": ("glm4", without("post_ffw_norm.weight")),
@@ -270,6 +277,12 @@ MISTAKES: dict[str, tuple[str, Callable[[Patch], None]]] = {
     "LayerNorm not centred": ("gpt2", lambda p: change_config(p, row__norm="rms")),
     "LayerNorm bias dropped": ("starcoder2", without("attn_norm.bias")),
     "second norm of Falcon 40B ignored": ("falcon_40b", without("attn_norm_2.weight")),
+    "ReLU not squared": (
+        "arcee", lambda p: p.setitem(blocks.ACTIVATIONS, "relu2", blocks.Activation(lambda g: (g > 0).to(g)))
+    ),
+    "xIELU of the first block in all": (
+        "apertus_layers", lambda p: change_config(p, layer__xielu=(0.9, 0.91, 0.5))
+    ),
     "GELU as silu": ("gemma3", lambda p: change_config(p, row__activation="silu")),
     "experts not renormalized": ("mixtral", lambda p: change_config(p, row__renormalize=False)),
     "experts renormalized": ("olmoe", lambda p: change_config(p, row__renormalize=True)),
@@ -291,6 +304,14 @@ def test_llamacpp_reveals(mistake: str, tiny_file: Callable[..., Path], monkeypa
     assert relative_logits(tiny_file, case) < (1e-3 if gelu else 1e-5)
     make(monkeypatch)
     assert relative_logits(tiny_file, case) > (5e-3 if gelu else 1e-3)
+
+
+def test_xielu_is_smooth_at_zero() -> None:
+    z = torch.tensor([-1e-9, 0.0, 1e-9], dtype=torch.float64, requires_grad=True)
+    share = blocks.xielu_share(z, 0.9, 0.4, 0.5)
+    assert torch.allclose(share.detach(), torch.full_like(share, 0.5), rtol=0, atol=1e-7)
+    (slope,) = torch.autograd.grad((z * share).sum(), z)
+    assert torch.allclose(slope, torch.full_like(slope, 0.5), rtol=0, atol=1e-7)
 
 
 # ---- what a trace holds

@@ -278,6 +278,16 @@ def turn_heads(model: Oracle) -> Oracle:
     return edit(model, "attn_qkv.weight", reorder)
 
 
+def softened(x: float) -> float:
+    """Return softplus."""
+    return math.log(1 + math.exp(x))
+
+
+def unsoftened(y: float) -> float:
+    """Return what softplus makes `y` of."""
+    return math.log(math.exp(y) - 1)
+
+
 NO_POST_NORMS = {"attention": facts(attn_post=None), "feed-forward": facts(ffn_post=None)}
 SEQUENTIAL = facts(parallel=False, ffn_norm="attn_norm")
 WINDOWED = ("gemma2", "gemma3", "olmo3", "cohere2", "gpt_oss")
@@ -291,6 +301,7 @@ FAMILY_MISTAKES: dict[str, tuple[str, Callable[[Oracle], Oracle]]] = {
         for case in (
             *("qwen2", "qwen3", "gemma", "gemma2", "gemma3", "phi3", "olmo2", "mistral3", "granite", "smollm3", "glm4"),
             *("cohere2", "phi2", "falcon_7b", "starcoder2", "mixtral", "qwen3moe", "gpt_oss", "qwen2moe", "olmoe"),
+            *("exaone4", "seed_oss", "hunyuan", "internlm2", "ernie4_5", "exaone", "minicpm", "arcee", "apertus"),
         )
     },
     **{f"{case}: window one wider": (case, width_of_window(1)) for case in WINDOWED},
@@ -314,7 +325,7 @@ FAMILY_MISTAKES: dict[str, tuple[str, Callable[[Oracle], Oracle]]] = {
     "starcoder2: window applied": ("starcoder2_untied", facts(period=0)),
     **{
         f"{case}: {branch} post-norm absent": (case, make)
-        for case in ("gemma2", "gemma3", "olmo2", "glm4")
+        for case in ("gemma2", "gemma3", "olmo2", "glm4", "exaone4")
         for branch, make in NO_POST_NORMS.items()
     },
     "olmo2: norms before": (
@@ -322,7 +333,10 @@ FAMILY_MISTAKES: dict[str, tuple[str, Callable[[Oracle], Oracle]]] = {
         facts(attn_norm="post_attention_norm", ffn_norm="post_ffw_norm", attn_post=None, ffn_post=None),
     ),
     **{f"{case}: qk-norm absent": (case, facts(qk_norm=None)) for case in ("qwen3", "gemma3", "olmo2", "qwen3moe")},
-    **{f"{case}: qk-norm after rope": (case, facts(qk_norm="after rope")) for case in ("qwen3", "gemma3", "qwen3moe")},
+    **{
+        f"{case}: qk-norm after rope": (case, facts(qk_norm="head after rope"))
+        for case in ("qwen3", "gemma3", "qwen3moe", "exaone4")
+    },
     "qwen3: qk-norm over all heads": ("qwen3", as_full_norm),
     "olmo2: qk-norm per head": ("olmo2", as_head_norm),
     **{
@@ -330,6 +344,7 @@ FAMILY_MISTAKES: dict[str, tuple[str, Callable[[Oracle], Oracle]]] = {
         for case, parts in {
             "qwen2": ("attn_q", "attn_k", "attn_v"),
             "qwen2_fused": ("attn_qkv",),
+            "seed_oss": ("attn_q", "attn_k", "attn_v"),
             "glm4": ("attn_q", "attn_k", "attn_v"),
             "gpt2": ("attn_qkv", "attn_output", "ffn_up", "ffn_down", "attn_norm", "ffn_norm", "output_norm"),
             "phi2": ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_up", "ffn_down", "attn_norm", "output"),
@@ -390,6 +405,29 @@ FAMILY_MISTAKES: dict[str, tuple[str, Callable[[Oracle], Oracle]]] = {
     "granite: rope factors ignored": ("granite_biases", facts(factors=False)),
     "granitemoe: residual scale ignored": ("granitemoe_shared", facts(residual_key=False)),
     "smollm3: every layer roped": ("smollm3", facts(roped="all")),
+    "exaone4: every layer roped": ("exaone4_32b_default_window", facts(roped="all")),
+    "exaone4: no layer roped": ("exaone4", facts(rope=None)),
+    "exaone4: windows whatever the layers": ("exaone4_unread", facts(windowed_at=None)),
+    "exaone4: stated period ignored": ("exaone4_32b_period", lambda m: edit_pattern(m, 4)),
+    "seed_oss: attention scale read": ("seed_oss_unread", facts(attn_scale_key=True)),
+    "hunyuan: qk-norm before rope": ("hunyuan", facts(qk_norm="head")),
+    "hunyuan: qk-norm absent": ("hunyuan", facts(qk_norm=None)),
+    "minicpm: no default of the embeddings' scale": ("minicpm_default_scales", keys(embedding_scale=1.0)),
+    "minicpm: default of the branches' scale by no depth": ("minicpm_default_scales", keys(residual_scale=1.4)),
+    "minicpm: logits multiplied": ("minicpm_default_scales", facts(logits="multiply")),
+    "minicpm: attention scale read": ("minicpm_unread", facts(attn_scale_key=True)),
+    "minicpm: rope as the file has it": ("minicpm_unread", facts(finetuned_key=True)),
+    "minicpm: factors ignored": ("minicpm_longrope", facts(factors=False)),
+    "arcee: SiLU": ("arcee", facts(activation="silu")),
+    "apertus: xIELU of the first layer in all": (
+        "apertus_layers",
+        lambda m: m._replace(metadata={k: v[0] if k.startswith("xielu.") else v for k, v in m.metadata.items()}),
+    ),
+    "apertus: beta not in the negative alpha": ("apertus", keys(xielu__alpha_n=unsoftened(softened(1.6) - 0.5))),
+    "apertus: alpha as stored": ("apertus", keys(xielu__alpha_p=unsoftened(0.4))),
+    "apertus: SiLU": ("apertus", facts(activation="silu")),
+    "exaone: rope factors ignored": ("exaone", facts(factors=False)),
+    "exaone4: rope factors ignored": ("exaone4_32b", facts(factors=False)),
     "cohere2: every layer roped": ("cohere2", facts(roped="all")),
     "cohere2: no layer roped": ("cohere2", facts(rope=None)),
     "cohere2: logits divided": ("cohere2", facts(logits="divide")),
@@ -579,9 +617,12 @@ def by_hand(model: Oracle, h: Tensor, mlp_path: str) -> Tensor:
             assert 0.02 < 1 - unclamped_g.mean() < 0.5, "the clamp should act on some"
             assert 0.02 < 1 - unclamped_u.mean() < 0.5
             g, u = g.clamp(max=7), u.clamp(-7, 7) + 1
+        n, p, b = (model.metadata.get(f"xielu.{name}", 0.0) for name in ("alpha_n", "alpha_p", "beta"))
         share = {
+            "xielu": b + torch.where(g > 0, softened(p) * g, (b + softened(n)) * ((g.exp() - 1) / g - 1)),
             "silu": 1 / (1 + (-g).exp()),
             "oai": 1 / (1 + (-1.702 * g).exp()),
+            "relu2": g * (g > 0),
             "gelu": 0.5 * (1 + (0.7978845608028654 * (g + 0.044715 * g**3)).tanh()),
         }[model.facts.activation]
         if model.facts.ffn == "plain":
@@ -620,7 +661,7 @@ def by_hand(model: Oracle, h: Tensor, mlp_path: str) -> Tensor:
     "case",
     [
         *("plain", "biases", "gemma", "phi3", "gpt2", "starcoder2", "mixtral", "qwen3moe", "gpt_oss", "qwen2moe"),
-        *("olmoe", "granitemoe_shared"),
+        *("olmoe", "granitemoe_shared", "arcee", "apertus"),
     ],
 )
 def test_frozen_feed_forward_by_hand(case: str, mlp_path: str, tiny_file: Callable[..., Path]) -> None:

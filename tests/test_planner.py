@@ -27,6 +27,7 @@ CASES = [
     *("fused_biases", "fused_split_biases", "q4_k_mixed", "bf16", "qwen2_output_bias", "qwen3", "gemma", "gemma2"),
     *("gemma3", "phi3", "phi3_q4_0", "phi3_unfused", "olmo2", "mistral3", "granite", "granite_biases", "smollm3"),
     *("glm4", "cohere2", "gpt2", "phi2", "phi2_fused", "falcon_7b", "falcon_40b", "starcoder2", "qwen3vl"),
+    *("exaone4", "seed_oss", "hunyuan", "internlm2", "ernie4_5", "exaone", "minicpm", "arcee", "apertus"),
     *("mixtral", "mixtral_one_expert", "mixtral_q4_k", "qwen3moe", "qwen3vlmoe", "qwen2moe", "olmoe", "granitemoe"),
     *("granitemoe_shared", "gpt_oss", "gpt_oss_mxfp4", "gpt_oss_fused"),
 ]
@@ -345,6 +346,19 @@ def test_a_sweep_holds_what_is_counted(case: str, sizes: dict[str, Any], tiny_fi
 
 
 # ---- where weights wait
+
+
+@pytest.mark.parametrize(("case", "hidden"), [("gpt2", 3), ("arcee", 3), ("apertus", 4)])
+def test_an_activation_holds_what_is_counted(case: str, hidden: int, tiny_file: TinyFile) -> None:
+    config = open_model(tiny_file(case)).config
+    z = torch.linspace(-3, 3, 10_000)
+    share = blocks.activation(config, 0).share
+    assert held(lambda: share(z)) + z.nbytes < (hidden + 0.01) * z.nbytes
+    stream = dataclasses.replace(config, feed_forward_length=10_000)
+    more = planner.trace_floats(stream, 1) - planner.trace_floats(
+        dataclasses.replace(stream, feed_forward_length=9_000), 1
+    )
+    assert more == hidden * 1000
 
 
 def test_layers_nearest_the_output_are_kept_dense(tiny_file: TinyFile) -> None:

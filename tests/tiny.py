@@ -49,6 +49,7 @@ class Options:
     rope_factors: bool = False  # write rope_freqs.weight, Llama-3 style
     scaling: Mapping[str, Any] = field(default_factory=dict)  # keys below `{arch}.rope.scaling.`
     extra: Mapping[str, Any] = field(default_factory=dict)  # more keys below `{arch}.`
+    bare: Mapping[str, Any] = field(default_factory=dict)  # more keys, below nothing
     omit: tuple[str, ...] = ()  # keys below `{arch}.` to leave out, so that the reader's defaults count
     per_layer_arrays: bool = False  # write head counts and feed-forward length as arrays of equal numbers
     tied: bool = False  # no output.weight
@@ -313,11 +314,10 @@ def write(path: str | os.PathLike[str], **differences: Any) -> Path:
     """Write a tiny GGUF file of the `Options` given and return its path."""
     o = Options(**differences)
     writer = gguf.GGUFWriter(os.fspath(path), o.architecture)
-    for key, value in metadata(o).items():
-        if key in o.omit:
-            continue
+    keys = {f"{o.architecture}.{key}": value for key, value in metadata(o).items() if key not in o.omit}
+    for key, value in (keys | dict(o.bare)).items():
         add = {float: writer.add_float32, int: writer.add_uint32, str: writer.add_string, list: writer.add_array}
-        (add | {bool: writer.add_bool})[type(value)](f"{o.architecture}.{key}", value)
+        (add | {bool: writer.add_bool})[type(value)](key, value)
     {"none": lambda *_: writer.add_tokenizer_model("none"), "spm": add_spm}[o.tokenizer](writer, o.vocab)
     for entry in tensors(o):
         values = draw(entry, o.seed)
