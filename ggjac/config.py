@@ -35,6 +35,7 @@ class Architecture:
         norm: `"rms"` (weight / root mean square) or `"layer"` (centred, with an optional bias).
         norms: where they stand.
         parallel: both branches read the block's input, and are added at once.
+        parallel_key: whether they do is said by the file's `use_parallel_residual`, which it must have.
         rope_pairs: which dims of a head rotate together: `"adjacent"` (2i and 2i+1; llama.cpp's NORM), `"halves"`
             (i and i + rotary/2; NEOX), or `""` for none.
         partial_rotary: `rope.dimension_count` may be smaller than the head; llama.cpp does not run others so.
@@ -68,6 +69,7 @@ class Architecture:
     norm: str = "rms"
     norms: Norms = Norms()
     parallel: bool = False
+    parallel_key: bool = False
     rope_pairs: str = "halves"
     partial_rotary: bool = False
     rope_sections: bool = False
@@ -168,6 +170,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "gpt2": replace(_GPT, rope_pairs="", positions=True),
     "starcoder2": _GPT,
     "phi2": replace(_GPT, norms=_SHARED_NORM, parallel=True, partial_rotary=True),
+    "gptneox": replace(_GPT, parallel_key=True, partial_rotary=True),
     "falcon": replace(
         _GPT,
         norms=Norms(attention_in=("attn_norm_2", "attn_norm"), ffn_in=("attn_norm",)),
@@ -282,7 +285,8 @@ class ModelConfig:
     """Sizes and constants of a model, validated against its tensors.
 
     Attributes:
-        architecture: `general.architecture`, and `row`: its entry in `ARCHITECTURES`.
+        architecture: `general.architecture`, and `row`: its entry in `ARCHITECTURES`, decided where that leaves it to
+            the file.
         block_count: blocks, L, and `layers`: what differs between them.
         d: embedding length.
         vocabulary: rows of the embedding matrix.
@@ -357,7 +361,8 @@ class ModelConfig:
         if not isinstance(name, str) or name not in ARCHITECTURES:
             supported = ", ".join(ARCHITECTURES)
             raise ConfigError(f"architecture {_shown(name)} is not supported; supported: {supported}")
-        row, keys = ARCHITECTURES[name], _Keys(metadata, name)
+        keys = _Keys(metadata, name)
+        row = _decided(keys, ARCHITECTURES[name])
         if not metadata.get(f"{name}.attention.causal", True):
             raise ConfigError(f"{name}.attention.causal is False: attention to later tokens is not supported")
 
@@ -413,6 +418,11 @@ class ModelConfig:
         )
         _check_tensors(config, shapes)
         return config
+
+
+def _decided(keys: "_Keys", row: Architecture) -> Architecture:
+    """Return the row with what it leaves to the file."""
+    return replace(row, parallel=keys.flag("use_parallel_residual")) if row.parallel_key else row
 
 
 def _ropes(keys: "_Keys", row: Architecture, key_length: int) -> tuple[Rope | None, Rope | None]:
@@ -662,6 +672,15 @@ class _Keys:
     def count(self, key: str, default: int = 0) -> int:
         """Return an integer that may be 0; absent means `default`."""
         return self.integer(key, default) if self.number(key, default) else 0
+
+    def flag(self, key: str) -> bool:
+        """Return true or false, which the file must say."""
+        name = f"{self.prefix}.{key}"
+        value = self.metadata.get(name)
+        if not isinstance(value, bool):
+            shown = "missing" if value is None else _shown(value)
+            raise ConfigError(f"metadata key {name} is {shown}: it must be true or false; convert the file again")
+        return value
 
     def for_all_blocks(self, key: str, blocks: int, default: int | None = None) -> int:
         """Return a positive integer that holds for every block; the file gives a scalar or an array of equals."""

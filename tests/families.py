@@ -56,6 +56,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "phi2": LAYER_NORM
     | {"norms": ("attn_norm",), "n_rot": 8, "kv_heads": 4}
     | {"biases": (*QKV, "attn_output", "ffn_up", "ffn_down", "output")},
+    "gptneox": LAYER_NORM
+    | {"n_rot": 4, "kv_heads": 4, "fused_qkv": True, "fused_bias": True, "extra": {"use_parallel_residual": True}}
+    | {"biases": (*QKV, "attn_output", "ffn_up", "ffn_down")},
     "falcon": LAYER_NORM | {"norms": ("attn_norm",), "fused_qkv": True, "kv_heads": 1, "tied": True},
     "starcoder2": LAYER_NORM | {"tied": True, "biases": (*QKV, "attn_output", "ffn_up", "ffn_down")},
     "qwen3moe": EXPERTS | {"qk_norm": "head", "head_dim": 32, "expert_ff": 48},
@@ -203,6 +206,11 @@ FAMILY_CASES: dict[str, dict[str, Any]] = {
     "gpt2_f16": of("gpt2", type="F16"),
     "phi2": of("phi2"),
     "phi2_fused": of("phi2", fused_qkv=True, fused_bias=True),
+    "gptneox": of("gptneox", layers=3),
+    "gptneox_sequential": of("gptneox", extra={"use_parallel_residual": False}, rope_base=100.0),
+    "gptneox_whole_heads": of("gptneox", n_rot=None, head_dim=32, heads=2, kv_heads=2),
+    "gptneox_linear": of("gptneox", scaling={"type": "linear", "factor": 4.0}, n_rot=8),
+    "gptneox_f16": of("gptneox", type="F16"),
     "falcon_7b": of("falcon"),
     "falcon_40b": of("falcon", norms=("attn_norm", "attn_norm_2"), kv_heads=2, tied=False),
     "starcoder2": of("starcoder2"),
@@ -245,6 +253,7 @@ FAMILY_CASES: dict[str, dict[str, Any]] = {
             "starcoder2",
             "gpt2",
             "phi2",
+            "gptneox",
         )
     },
     "mistral3_unread": of("mistral3", window=3, extra=UNREAD | {"attention.temperature_scale": 0.0}),

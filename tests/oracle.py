@@ -24,6 +24,7 @@ class Facts(NamedTuple):
 
     norm: str = "rms"  # rms | ln
     parallel: bool = False  # attention and feed-forward read the same input
+    parallel_key: bool = False  # or do so if use_parallel_residual, each through a norm of its own
     # Norms before and after the two sublayers; None: there is none.
     attn_norm: str | None = "attn_norm"
     attn_post: str | None = None
@@ -96,6 +97,7 @@ FACTS: dict[str, Facts] = {
     "gpt2": LAYER_NORM._replace(rope=None),
     "falcon": LAYER_NORM._replace(parallel=True, ffn_norm=None),
     "phi2": LAYER_NORM._replace(parallel=True, ffn_norm=None),
+    "gptneox": LAYER_NORM._replace(parallel_key=True),
     "gpt-oss": Facts(ffn_norm="post_attention_norm", rope="halves", period=2, activation="oai", router="selected"),
 }  # fmt: skip
 
@@ -409,7 +411,12 @@ def block(
     h = sublayer_norm("attn_norm_2" if own else facts.attn_norm, x)
     attn = attention(model, layer, h, frozen=frozen, context=len(x) if context is None else context)
     attn = sublayer_norm(facts.attn_post, attn) * scale
-    h = sublayer_norm(facts.attn_norm, x) if facts.parallel else sublayer_norm(facts.ffn_norm, x + attn)
+    if facts.parallel:
+        h = sublayer_norm(facts.attn_norm, x)
+    elif facts.parallel_key and model.metadata["use_parallel_residual"]:
+        h = sublayer_norm(facts.ffn_norm, x)
+    else:
+        h = sublayer_norm(facts.ffn_norm, x + attn)
     network = mixture if f"{b}.ffn_gate_inp.weight" in model.weights else dense
     ffn = sublayer_norm(facts.ffn_post, network(model, b, h, freeze=freeze, gelu=gelu)) * scale
     return {f"attn_out-{layer}": attn, f"ffn_out-{layer}": ffn, f"l_out-{layer}": x + attn + ffn}

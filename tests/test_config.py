@@ -363,3 +363,10 @@ def test_experts_per_token_may_be_given_per_block_if_they_are_equal() -> None:
     assert read({"expert_count": 4, "expert_used_count": [2, 2]}, shapes).expert_used_count == 2
     with pytest.raises(ConfigError, match="expert_used_count differs between blocks"):
         read({"expert_count": 4, "expert_used_count": [2, 1]}, shapes)
+
+
+@pytest.mark.parametrize(("value", "shown"), [(ABSENT, "missing"), (1, "1"), ("true", "'true'")])
+def test_whether_branches_are_parallel_must_be_true_or_false(value: Any, shown: str) -> None:
+    """llama.cpp does not run a file without it either."""
+    with pytest.raises(ConfigError, match=f"key gptneox.use_parallel_residual is {shown}: it must be true or false"):
+        of("gptneox", {"use_parallel_residual": value}, ())

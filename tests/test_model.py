@@ -19,7 +19,7 @@ from torch import Tensor
 import ggjac
 from ggjac import blocks, jobs, linop, model, planner
 from ggjac.blocks import NumericsError
-from ggjac.config import ConfigError, ModelConfig, Rope
+from ggjac.config import ConfigError, ModelConfig, Norms, Rope
 from ggjac.gguf import open_gguf
 from ggjac.model import PromptError, open_model
 
@@ -267,6 +267,9 @@ MISTAKES: dict[str, tuple[str, Callable[[Patch], None]]] = {
     "post-norm of attention missing": ("gemma3", without("post_attention_norm.weight")),
     "post-norm of feed-forward missing": ("glm4", without("post_ffw_norm.weight")),
     "branches one after the other": ("cohere2", lambda p: change_config(p, row__parallel=False)),
+    "branches at once": ("gptneox_sequential", lambda p: change_config(p, row__parallel=True)),
+    "branches not at once": ("gptneox", lambda p: change_config(p, row__parallel=False)),
+    "one norm for both branches": ("gptneox", lambda p: change_config(p, row__norms=Norms(ffn_in=("attn_norm",)))),
     "LayerNorm not centred": ("gpt2", lambda p: change_config(p, row__norm="rms")),
     "LayerNorm bias dropped": ("starcoder2", without("attn_norm.bias")),
     "second norm of Falcon 40B ignored": ("falcon_40b", without("attn_norm_2.weight")),

@@ -43,6 +43,7 @@ def parity_file(tiny_file: Callable[..., Path], case: str) -> Path:
 
 
 ROWS = tiny.CASES
+SUMMED = {"gptneox"}  # llama.cpp's last ffn_out is the branch and its input
 GELU_ROWS = [case for case in ROWS if oracle.FACTS[tiny.options(case).architecture].activation == "gelu"]
 # The smallest context that llama.cpp allocates; it chooses phi3's rope factors.
 CONTEXT = 256
@@ -53,11 +54,14 @@ CONTEXT = 256
 def as_llamacpp_names(model: Oracle, ours: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return our states under all names that llama.cpp gives to the same vectors, in this family."""
     facts = model.facts
+    if model.architecture in SUMMED:
+        ours = {name: state for name, state in ours.items() if not name.startswith("ffn_out")}
     if facts.attn_post or facts.residual_key:  # llama.cpp's are the branches before the norm or the scale
         states = {name: state for name, state in ours.items() if not name.startswith(("attn_out", "ffn_out"))}
     else:
         states = dict(ours)
-    for i in range(0 if facts.parallel else model.metadata["block_count"]):
+    parallel = facts.parallel or (facts.parallel_key and model.metadata["use_parallel_residual"])
+    for i in range(0 if parallel else model.metadata["block_count"]):
         before = ours[f"l_out-{i - 1}" if i else "x"]
         states[f"ffn_inp-{i}"] = states[f"sa_out-{i}"] = before + ours[f"attn_out-{i}"]
     return states
@@ -291,6 +295,7 @@ FAMILY_MISTAKES: dict[str, tuple[str, Callable[[Oracle], Oracle]]] = {
         for case in (
             *("qwen2", "qwen3", "gemma", "gemma2", "gemma3", "phi3", "olmo2", "mistral3", "granite", "smollm3", "glm4"),
             *("cohere2", "phi2", "falcon_7b", "starcoder2", "mixtral", "qwen3moe", "gpt_oss", "qwen2moe", "olmoe"),
+            "gptneox",
         )
     },
     **{f"{case}: window one wider": (case, width_of_window(1)) for case in WINDOWED},
@@ -333,6 +338,7 @@ FAMILY_MISTAKES: dict[str, tuple[str, Callable[[Oracle], Oracle]]] = {
             "glm4": ("attn_q", "attn_k", "attn_v"),
             "gpt2": ("attn_qkv", "attn_output", "ffn_up", "ffn_down", "attn_norm", "ffn_norm", "output_norm"),
             "phi2": ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_up", "ffn_down", "attn_norm", "output"),
+            "gptneox": ("attn_qkv", "attn_output", "ffn_up", "ffn_down", "attn_norm", "ffn_norm", "output_norm"),
             "falcon_40b": ("attn_norm", "attn_norm_2", "output_norm"),
             "starcoder2": ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_up", "ffn_down", "ffn_norm"),
             "granite_biases": ("attn_output", "ffn_gate", "ffn_up", "ffn_down"),
@@ -350,6 +356,7 @@ FAMILY_MISTAKES: dict[str, tuple[str, Callable[[Oracle], Oracle]]] = {
     "gemma3: embeddings unscaled": ("gemma3", facts(embedding=None)),
     "gemma: one added to the norms": ("gemma", on("norm.weight", lambda w: w + 1)),
     **{f"{case}: SiLU": (case, facts(activation="silu")) for case in ("gemma", "gpt2", "falcon_7b", "starcoder2")},
+    "gptneox: SiLU": ("gptneox", facts(activation="silu")),
     "gemma: gate and up swapped": ("gemma", lambda m: swap(m, "ffn_gate", "ffn_up")),
     "gemma2: attention cap missing": ("gemma2", facts(attn_cap=None)),
     "gemma2: final cap missing": ("gemma2", facts(final_cap=None)),
@@ -371,7 +378,7 @@ FAMILY_MISTAKES: dict[str, tuple[str, Callable[[Oracle], Oracle]]] = {
     "glm4: up before gate": ("glm4", on("ffn_up", halves_swapped)),
     **{
         f"{case}: rotation of whole heads": (case, lambda m: meta(m, rope__dimension_count=head_size(m)))
-        for case in ("glm4", "phi2", "cohere2_partial")
+        for case in ("glm4", "phi2", "gptneox", "cohere2_partial")
     },
     "phi3: rotated dimensions last": ("phi3_partial", turn_heads),
     "olmo3: local layers scaled": ("olmo3", facts(local_scaling=True)),
@@ -396,8 +403,11 @@ FAMILY_MISTAKES: dict[str, tuple[str, Callable[[Oracle], Oracle]]] = {
     **{f"{case}: sequential": (case, SEQUENTIAL) for case in ("cohere2", "phi2", "falcon_7b")},
     **{
         f"{case}: norms without centering": (case, uncentered)
-        for case in ("cohere2", "gpt2", "phi2", "falcon_7b", "starcoder2")
+        for case in ("cohere2", "gpt2", "phi2", "gptneox", "falcon_7b", "starcoder2")
     },
+    "gptneox: sequential": ("gptneox", keys(use_parallel_residual=False)),
+    "gptneox: parallel": ("gptneox_sequential", keys(use_parallel_residual=True)),
+    "gptneox: one norm for both": ("gptneox", facts(parallel=True)),
     "falcon 40B: one norm for both": ("falcon_40b", lambda m: without(m, "attn_norm_2")),
     "falcon 40B: norms swapped": ("falcon_40b", lambda m: swap(m, "attn_norm.", "attn_norm_2.")),
     "gpt2: positions missing": ("gpt2", drop("position_embd")),
