@@ -459,10 +459,10 @@ def _queries_keys(
     config, own = frame.config, frame.config.layers[layer]
     q, k = (_apply(_linear(w, stem, len(h)), h) for stem in ("attn_q", "attn_k"))
     if config.row.qk_norm == "full":
-        q, k = _rms_norm(w, "attn_q_norm", config, q), _rms_norm(w, "attn_k_norm", config, k)
+        q, k = _normed(w, "attn_q_norm", config, q), _normed(w, "attn_k_norm", config, k)
     q, k = q.unflatten(1, (config.head_count, -1)), k.unflatten(1, (config.head_count_kv, -1))
-    if config.row.qk_norm == "head":
-        q, k = _rms_norm(w, "attn_q_norm", config, q), _rms_norm(w, "attn_k_norm", config, k)
+    if config.row.qk_norm in ("head", "heads"):
+        q, k = _normed(w, "attn_q_norm", config, q), _normed(w, "attn_k_norm", config, k)
     if own.rope:
         cos, sin = (part[start : start + len(h)] for part in frame.rotations[own.rope])
         q, k = (rotate(part, own.rope, cos, sin) for part in (q, k))
@@ -562,9 +562,11 @@ def _apply(operator: LinearOperator, x: Float[Tensor, "n d"]) -> Float[Tensor, "
     return operator.matmat(x[None], x.new_ones(1))[0]
 
 
-def _rms_norm(w: BlockWeights, name: str, config: ModelConfig, x: Float[Tensor, "*n s"]) -> Float[Tensor, "*n s"]:
+def _normed(w: BlockWeights, name: str, config: ModelConfig, x: Float[Tensor, "*n s"]) -> Float[Tensor, "*n s"]:
     """Return queries or keys normed over the last axis; all of it is frozen, so no tape is kept."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    if config.row.norm == "layer":
+        wide = wide - wide.mean(-1, keepdim=True)
     return (wide * _inverse_rms(wide, config) * w.vector(f"{name}.weight").to(wide)).to(x.dtype)
 
 

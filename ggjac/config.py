@@ -36,6 +36,7 @@ class Architecture:
         norms: where they stand.
         parallel: both branches read the block's input, and are added at once.
         parallel_key: whether they do is said by the file's `use_parallel_residual`, which it must have.
+        parallel_unless_normed: they do in files that have no norm of the first name of `norms.ffn_in`, and only there.
         rope_pairs: which dims of a head rotate together: `"adjacent"` (2i and 2i+1; llama.cpp's NORM), `"halves"`
             (i and i + rotary/2; NEOX), or `""` for none.
         partial_rotary: `rope.dimension_count` may be smaller than the head; llama.cpp does not run others so.
@@ -49,7 +50,8 @@ class Architecture:
         window_period: default period; the last layer of each period attends to everything.
         window_rope: rotation of windowed layers: `"same"`; `"based"` (base from `rope.freq_base_swa`, if there);
             `"plain"` (same base, no scaling) or `"own"` (base from `rope.freq_base_swa`, 10000 by default, no scaling).
-        qk_norm: `"head"` (each query and key head) or `"full"` (the whole projection), or `""`.
+        qk_norm: `"head"` (each query and key head), `"heads"` (the same with weights of each head's own, in files that
+            have them) or `"full"` (the whole projection), or `""`.
         sinks: a learned logit per head joins the softmax without a value.
         attention_scale_key: the file gives the scale of scores; otherwise it is 1/√(head size) ...
         wide_scale_blocks: ... but 1/√(d / heads) in the variant with so many blocks, by which llama.cpp knows it.
@@ -70,6 +72,7 @@ class Architecture:
     norms: Norms = Norms()
     parallel: bool = False
     parallel_key: bool = False
+    parallel_unless_normed: bool = False
     rope_pairs: str = "halves"
     partial_rotary: bool = False
     rope_sections: bool = False
@@ -170,6 +173,13 @@ ARCHITECTURES: dict[str, Architecture] = {
     "gpt2": replace(_GPT, rope_pairs="", positions=True),
     "starcoder2": _GPT,
     "phi2": replace(_GPT, norms=_SHARED_NORM, parallel=True, partial_rotary=True),
+    "stablelm": Architecture(
+        norm="layer",
+        norms=Norms(ffn_in=("ffn_norm", "attn_norm")),
+        parallel_unless_normed=True,
+        partial_rotary=True,
+        qk_norm="heads",
+    ),
     "gptneox": replace(_GPT, parallel_key=True, partial_rotary=True),
     "falcon": replace(
         _GPT,
@@ -212,6 +222,12 @@ _FFN = {
     "gated": {"ffn_gate": ("f", "d"), "ffn_up": ("f", "d"), "ffn_down": ("d", "f")},
     "fused": {"ffn_up": ("2f", "d"), "ffn_down": ("d", "f")},
     "plain": {"ffn_up": ("f", "d"), "ffn_down": ("d", "f")},
+}
+_QK_NORMS: dict[str, dict[str, tuple[str, ...]]] = {
+    "": {},
+    "head": {"attn_q_norm": ("head",), "attn_k_norm": ("head",)},
+    "heads": {"attn_q_norm": ("heads", "head"), "attn_k_norm": ("kv heads", "head")},
+    "full": {"attn_q_norm": ("q",), "attn_k_norm": ("kv",)},
 }
 _EXPERTS = {
     "ffn_gate_inp": ("experts", "d"),
@@ -362,7 +378,7 @@ class ModelConfig:
             supported = ", ".join(ARCHITECTURES)
             raise ConfigError(f"architecture {_shown(name)} is not supported; supported: {supported}")
         keys = _Keys(metadata, name)
-        row = _decided(keys, ARCHITECTURES[name])
+        row = _decided(keys, ARCHITECTURES[name], shapes)
         if not metadata.get(f"{name}.attention.causal", True):
             raise ConfigError(f"{name}.attention.causal is False: attention to later tokens is not supported")
 
@@ -420,9 +436,17 @@ class ModelConfig:
         return config
 
 
-def _decided(keys: "_Keys", row: Architecture) -> Architecture:
-    """Return the row with what it leaves to the file."""
-    return replace(row, parallel=keys.flag("use_parallel_residual")) if row.parallel_key else row
+def _decided(keys: "_Keys", row: Architecture, shapes: Mapping[str, tuple[int, ...]]) -> Architecture:
+    """Return the row with what it leaves to the file; what block 0 has, all must have."""
+    if row.parallel_key:
+        row = replace(row, parallel=keys.flag("use_parallel_residual"))
+    if row.parallel_unless_normed:
+        own, shared = row.norms.ffn_in
+        normed = f"blk.0.{own}.weight" in shapes
+        row = replace(row, parallel=not normed, norms=replace(row.norms, ffn_in=(own if normed else shared,)))
+    if row.qk_norm == "heads" and "blk.0.attn_q_norm.weight" not in shapes:
+        row = replace(row, qk_norm="")
+    return row
 
 
 def _ropes(keys: "_Keys", row: Architecture, key_length: int) -> tuple[Rope | None, Rope | None]:
@@ -602,6 +626,7 @@ def _scopes(config: ModelConfig) -> Iterator[tuple[str, dict[str, tuple[str, ...
         "context": config.context_length,
         "pairs": full.dimensions // 2 if full else 0,
         "heads": config.head_count,
+        "kv heads": config.head_count_kv,
         "head": config.head_size,
         "q": q,
         "kv": kv,
@@ -625,10 +650,7 @@ def _block_table(config: ModelConfig) -> dict[str, tuple[str, ...]]:
         matrices |= _SHARED_EXPERT
     places = (row.norms.attention_in, row.norms.attention_out, row.norms.ffn_in, row.norms.ffn_out)
     norms: dict[str, tuple[str, ...]] = {name: ("d",) for names in places for name in names}
-    if row.qk_norm:
-        full = row.qk_norm == "full"
-        norms |= {"attn_q_norm": ("q",) if full else ("head",), "attn_k_norm": ("kv",) if full else ("head",)}
-    table = {f"{name}.weight": axes for name, axes in (matrices | norms).items()}
+    table = {f"{name}.weight": axes for name, axes in (matrices | norms | _QK_NORMS[row.qk_norm]).items()}
     table |= {f"{name}.bias": axes[:-1] for name, axes in matrices.items() if len(axes) > 1}
     if row.norm == "layer":
         table |= {f"{name}.bias": axes for name, axes in norms.items()}

@@ -234,7 +234,12 @@ def _trace_pass(block: _Block, config: ModelConfig, mlp_path: MlpPath, n: int, m
         if len(stems) < 3 or mlp_path == "gate" or clamped:
             stems = [*stems, _live(block, kind, mlp_path)]
         parts += [block.linear(stem, m, experts, uses) for stem in stems]
-    vectors = (info for info in block.infos if len(info.shape) == 1 and not info.name.endswith(".bias"))
+    # Norms of heads by weights of their own are small tensors with two axes.
+    vectors = (
+        info
+        for info in block.infos
+        if info.name.endswith("_norm.weight") or (len(info.shape) == 1 and not info.name.endswith(".bias"))
+    )
     parts += [Pass(info.nbytes, {info.type.name: info.elements}) for info in vectors]
     return _total(parts)
 

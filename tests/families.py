@@ -56,6 +56,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "phi2": LAYER_NORM
     | {"norms": ("attn_norm",), "n_rot": 8, "kv_heads": 4}
     | {"biases": (*QKV, "attn_output", "ffn_up", "ffn_down", "output")},
+    "stablelm": {"norm": "ln_bias", "n_rot": 4, "biases": QKV, "kv_heads": 4},
     "gptneox": LAYER_NORM
     | {"n_rot": 4, "kv_heads": 4, "fused_qkv": True, "fused_bias": True, "extra": {"use_parallel_residual": True}}
     | {"biases": (*QKV, "attn_output", "ffn_up", "ffn_down")},
@@ -206,6 +207,12 @@ FAMILY_CASES: dict[str, dict[str, Any]] = {
     "gpt2_f16": of("gpt2", type="F16"),
     "phi2": of("phi2"),
     "phi2_fused": of("phi2", fused_qkv=True, fused_bias=True),
+    "stablelm": of("stablelm"),
+    "stablelm_3b": of("stablelm", biases=(), n_rot=8, rope_base=100.0),
+    "stablelm_12b": of("stablelm", biases=(), norms=("attn_norm",), qk_norm="heads", kv_heads=2, layers=3),
+    "stablelm_12b_q8_0": of(
+        "stablelm", biases=(), norms=("attn_norm",), qk_norm="heads", head_dim=32, heads=2, kv_heads=1, type="Q8_0"
+    ),
     "gptneox": of("gptneox", layers=3),
     "gptneox_sequential": of("gptneox", extra={"use_parallel_residual": False}, rope_base=100.0),
     "gptneox_whole_heads": of("gptneox", n_rot=None, head_dim=32, heads=2, kv_heads=2),
@@ -253,6 +260,7 @@ FAMILY_CASES: dict[str, dict[str, Any]] = {
             "starcoder2",
             "gpt2",
             "phi2",
+            "stablelm",
             "gptneox",
         )
     },

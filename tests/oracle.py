@@ -30,7 +30,8 @@ class Facts(NamedTuple):
     attn_post: str | None = None
     ffn_norm: str | None = "ffn_norm"
     ffn_post: str | None = None
-    qk_norm: str | None = None  # head | full; before the rope, and before the split into heads where full
+    ffn_norm_optional: bool = False  # without it the feed-forward reads what the attention reads
+    qk_norm: str | None = None  # head (if there is one) | full; before the rope; full: and before the split
     rope: str | None = "adjacent"  # which dimensions are a pair: adjacent | halves
     roped: str = "all"  # all | local (only layers with a window) | three of four
     finetuned_key: bool = False  # rope.scaling.finetuned = false turns the rope off
@@ -97,6 +98,7 @@ FACTS: dict[str, Facts] = {
     "gpt2": LAYER_NORM._replace(rope=None),
     "falcon": LAYER_NORM._replace(parallel=True, ffn_norm=None),
     "phi2": LAYER_NORM._replace(parallel=True, ffn_norm=None),
+    "stablelm": Facts(norm="ln", rope="halves", ffn_norm_optional=True, qk_norm="head"),
     "gptneox": LAYER_NORM._replace(parallel_key=True),
     "gpt-oss": Facts(ffn_norm="post_attention_norm", rope="halves", period=2, activation="oai", router="selected"),
 }  # fmt: skip
@@ -264,7 +266,7 @@ def attention(model: Oracle, layer: int, h: Tensor, *, frozen: bool, context: in
     if facts.qk_norm == "full":
         q, k = (norm(model, f"{b}.attn_{name}_norm", part, frozen=False) for name, part in (("q", q), ("k", k)))
     q, k, v = q.reshape(n, heads, hd), k.reshape(n, kv_heads, hd), v.reshape(n, kv_heads, hd)
-    if facts.qk_norm == "head":
+    if facts.qk_norm == "head" and f"{b}.attn_q_norm.weight" in model.weights:
         q, k = (norm(model, f"{b}.attn_{name}_norm", part, frozen=False) for name, part in (("q", q), ("k", k)))
     if roped(model, layer):
         angles, magnitude = rope_angles(model, layer, n, meta.get("rope.dimension_count", hd), context)
@@ -411,7 +413,7 @@ def block(
     h = sublayer_norm("attn_norm_2" if own else facts.attn_norm, x)
     attn = attention(model, layer, h, frozen=frozen, context=len(x) if context is None else context)
     attn = sublayer_norm(facts.attn_post, attn) * scale
-    if facts.parallel:
+    if facts.parallel or (facts.ffn_norm_optional and f"{b}.ffn_norm.weight" not in model.weights):
         h = sublayer_norm(facts.attn_norm, x)
     elif facts.parallel_key and model.metadata["use_parallel_residual"]:
         h = sublayer_norm(facts.ffn_norm, x)

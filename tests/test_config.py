@@ -370,3 +370,24 @@ def test_whether_branches_are_parallel_must_be_true_or_false(value: Any, shown: 
     """llama.cpp does not run a file without it either."""
     with pytest.raises(ConfigError, match=f"key gptneox.use_parallel_residual is {shown}: it must be true or false"):
         of("gptneox", {"use_parallel_residual": value}, ())
+
+
+NORMED = {"q_norm": H, "k_norm": G}
+
+
+@pytest.mark.parametrize("layer", range(L))
+def test_all_blocks_are_normed_alike(layer: int) -> None:
+    """A StableLM's blocks may lack the second norm, or have norms of heads, but not one block without the others."""
+    metadata = {name.replace("llama.", "stablelm."): value for name, value in METADATA.items()}
+    metadata |= {"general.architecture": "stablelm", "stablelm.attention.layer_norm_epsilon": 1e-5}
+
+    def parallel(shapes: dict[str, Any]) -> bool:
+        return ModelConfig.from_metadata(metadata, shapes).row.parallel
+
+    whole = SHAPES | {f"blk.{i}.attn_{of}.weight": (heads, HD) for i in range(L) for of, heads in NORMED.items()}
+    for part in ("ffn_norm", "attn_q_norm", "attn_k_norm"):
+        lacking = {name: shape for name, shape in whole.items() if name != f"blk.{layer}.{part}.weight"}
+        with pytest.raises(ConfigError, match=r"tensor '?blk\.\d\.(ffn|attn_[qk])_norm.weight'? is (missing|not)"):
+            parallel(lacking)
+    assert not parallel(whole)
+    assert parallel({name: shape for name, shape in whole.items() if "ffn_norm" not in name})

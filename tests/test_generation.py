@@ -25,8 +25,8 @@ CASES = [
     "gqa", "mqa", "biases", "fused_qkv", "rope_factors", "linear", "yarn", "attn_factor", "qwen2", "qwen3", "qwen3moe",
     "gemma", "gemma2", "gemma3", "phi2", "phi3", "phi3_long", "phi3_short", "phi3_partial", "olmo2", "olmo3",
     "mistral3_temperature", "granite", "granite_nope", "smollm3", "glm4", "cohere2", "gpt2", "falcon_7b", "falcon_40b",
-    "gptneox", "starcoder2", "mixtral", "gpt_oss", "qwen2moe", "olmoe", "granitemoe_shared", "llama_longrope_long",
-    "qwen3vl",
+    "starcoder2", "mixtral", "gpt_oss", "qwen2moe", "olmoe", "granitemoe_shared", "llama_longrope_long",
+    "qwen3vl", "gptneox", "stablelm_12b",
 ]  # fmt: skip
 
 

@@ -295,7 +295,7 @@ FAMILY_MISTAKES: dict[str, tuple[str, Callable[[Oracle], Oracle]]] = {
         for case in (
             *("qwen2", "qwen3", "gemma", "gemma2", "gemma3", "phi3", "olmo2", "mistral3", "granite", "smollm3", "glm4"),
             *("cohere2", "phi2", "falcon_7b", "starcoder2", "mixtral", "qwen3moe", "gpt_oss", "qwen2moe", "olmoe"),
-            "gptneox",
+            *("gptneox", "stablelm"),
         )
     },
     **{f"{case}: window one wider": (case, width_of_window(1)) for case in WINDOWED},
@@ -338,6 +338,7 @@ FAMILY_MISTAKES: dict[str, tuple[str, Callable[[Oracle], Oracle]]] = {
             "glm4": ("attn_q", "attn_k", "attn_v"),
             "gpt2": ("attn_qkv", "attn_output", "ffn_up", "ffn_down", "attn_norm", "ffn_norm", "output_norm"),
             "phi2": ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_up", "ffn_down", "attn_norm", "output"),
+            "stablelm": ("attn_q", "attn_k", "attn_v", "attn_norm", "ffn_norm", "output_norm"),
             "gptneox": ("attn_qkv", "attn_output", "ffn_up", "ffn_down", "attn_norm", "ffn_norm", "output_norm"),
             "falcon_40b": ("attn_norm", "attn_norm_2", "output_norm"),
             "starcoder2": ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_up", "ffn_down", "ffn_norm"),
@@ -378,7 +379,7 @@ FAMILY_MISTAKES: dict[str, tuple[str, Callable[[Oracle], Oracle]]] = {
     "glm4: up before gate": ("glm4", on("ffn_up", halves_swapped)),
     **{
         f"{case}: rotation of whole heads": (case, lambda m: meta(m, rope__dimension_count=head_size(m)))
-        for case in ("glm4", "phi2", "gptneox", "cohere2_partial")
+        for case in ("glm4", "phi2", "gptneox", "stablelm", "cohere2_partial")
     },
     "phi3: rotated dimensions last": ("phi3_partial", turn_heads),
     "olmo3: local layers scaled": ("olmo3", facts(local_scaling=True)),
@@ -405,6 +406,15 @@ FAMILY_MISTAKES: dict[str, tuple[str, Callable[[Oracle], Oracle]]] = {
         f"{case}: norms without centering": (case, uncentered)
         for case in ("cohere2", "gpt2", "phi2", "gptneox", "falcon_7b", "starcoder2")
     },
+    "stablelm: norms without centering": ("stablelm", uncentered),
+    "stablelm: no norm of heads": ("stablelm_12b", facts(qk_norm=None)),
+    "stablelm: one head's norm for all": (
+        "stablelm_12b",
+        on("attn_q_norm", lambda w: w[:1].expand_as(w)),
+    ),
+    "stablelm: heads normed after rope": ("stablelm_12b", facts(qk_norm="after rope")),
+    "stablelm: 12B sequential": ("stablelm_12b", facts(ffn_norm="attn_norm", ffn_norm_optional=False)),
+    "stablelm: parallel": ("stablelm", facts(parallel=True)),
     "gptneox: sequential": ("gptneox", keys(use_parallel_residual=False)),
     "gptneox: parallel": ("gptneox_sequential", keys(use_parallel_residual=True)),
     "gptneox: one norm for both": ("gptneox", facts(parallel=True)),
