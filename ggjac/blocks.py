@@ -85,6 +85,7 @@ def gelu_table_share(g: Tensor) -> Tensor:
 ACTIVATIONS = {
     "silu": Activation(torch.sigmoid),
     "gelu": Activation(gelu_share),
+    "relu2": Activation(torch.relu),
     "gelu table": Activation(gelu_table_share),
     "silu_oai": Activation(lambda g: torch.sigmoid(1.702 * g), limit=7.0, shift=1.0),
 }

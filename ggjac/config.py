@@ -59,7 +59,8 @@ class Architecture:
             is not asked.
         temperature: queries may grow with position (`attention.temperature_scale`).
         ffn: `"gated"`, `"fused"` (gate and up in one tensor, gate first) or `"plain"` (no gate).
-        activation: `"silu"`, `"gelu"` (tanh form) or `"silu_oai"` (clamped, and up shifted by one).
+        activation: `"silu"`, `"gelu"` (tanh form), `"relu2"` (the square of what is positive) or `"silu_oai"` (clamped,
+            and up shifted by one).
         router: how expert weights come from router logits: `"softmax"` over all, or `"softmax_selected"`.
         renormalize: divide the chosen experts' weights by their sum.
         positions: learned position embeddings are added to the input.
@@ -173,6 +174,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "gpt2": replace(_GPT, rope_pairs="", positions=True),
     "starcoder2": _GPT,
     "phi2": replace(_GPT, norms=_SHARED_NORM, parallel=True, partial_rotary=True),
+    "nemotron": Architecture(norm="layer", partial_rotary=True, ffn="plain", activation="relu2"),
     "stablelm": Architecture(
         norm="layer",
         norms=Norms(ffn_in=("ffn_norm", "attn_norm")),

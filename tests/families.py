@@ -56,6 +56,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "phi2": LAYER_NORM
     | {"norms": ("attn_norm",), "n_rot": 8, "kv_heads": 4}
     | {"biases": (*QKV, "attn_output", "ffn_up", "ffn_down", "output")},
+    "nemotron": LAYER_NORM | {"n_rot": 8},
     "stablelm": {"norm": "ln_bias", "n_rot": 4, "biases": QKV, "kv_heads": 4},
     "gptneox": LAYER_NORM
     | {"n_rot": 4, "kv_heads": 4, "fused_qkv": True, "fused_bias": True, "extra": {"use_parallel_residual": True}}
@@ -207,6 +208,9 @@ FAMILY_CASES: dict[str, dict[str, Any]] = {
     "gpt2_f16": of("gpt2", type="F16"),
     "phi2": of("phi2"),
     "phi2_fused": of("phi2", fused_qkv=True, fused_bias=True),
+    "nemotron": of("nemotron"),
+    "nemotron_biases": of("nemotron", biases=(*QKV, "attn_output", "ffn_up", "ffn_down"), layers=3),
+    "nemotron_whole_heads": of("nemotron", head_dim=32, heads=2, kv_heads=1, n_rot=32, rope_base=100.0, type="Q8_0"),
     "stablelm": of("stablelm"),
     "stablelm_3b": of("stablelm", biases=(), n_rot=8, rope_base=100.0),
     "stablelm_12b": of("stablelm", biases=(), norms=("attn_norm",), qk_norm="heads", kv_heads=2, layers=3),
@@ -260,6 +264,7 @@ FAMILY_CASES: dict[str, dict[str, Any]] = {
             "starcoder2",
             "gpt2",
             "phi2",
+            "nemotron",
             "stablelm",
             "gptneox",
         )

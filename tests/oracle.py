@@ -47,7 +47,7 @@ class Facts(NamedTuple):
     attn_cap: float | None = None  # default; None: there is none
     final_cap: float | None = None
     temperature: bool = False
-    activation: str = "silu"  # silu | gelu | oai (clamped, shifted)
+    activation: str = "silu"  # silu | gelu | relu2 (squared) | oai (clamped, shifted)
     limit: float | Tensor = 7.0  # of oai's clamps
     shift: float | Tensor = 1.0  # added to oai's up
     ffn: str = "gated"  # gated | fused (gate above up in one matrix) | plain
@@ -98,6 +98,7 @@ FACTS: dict[str, Facts] = {
     "gpt2": LAYER_NORM._replace(rope=None),
     "falcon": LAYER_NORM._replace(parallel=True, ffn_norm=None),
     "phi2": LAYER_NORM._replace(parallel=True, ffn_norm=None),
+    "nemotron": LAYER_NORM._replace(activation="relu2"),
     "stablelm": Facts(norm="ln", rope="halves", ffn_norm_optional=True, qk_norm="head"),
     "gptneox": LAYER_NORM._replace(parallel_key=True),
     "gpt-oss": Facts(ffn_norm="post_attention_norm", rope="halves", period=2, activation="oai", router="selected"),
@@ -306,6 +307,8 @@ def slope(kind: str, g: Tensor) -> Tensor:
     """Return act(g) / g, the factor that is frozen when the path through g stays alive."""
     if kind == "gelu":  # its tanh form
         return (1 + torch.tanh(math.sqrt(2 / math.pi) * (g + 0.044715 * g**3))) / 2
+    if kind == "relu2":
+        return g.clamp(min=0)
     return torch.sigmoid(1.702 * g if kind == "oai" else g)
 
 

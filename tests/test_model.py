@@ -296,6 +296,9 @@ MISTAKES: dict[str, tuple[str, Callable[[Patch], None]]] = {
     "LayerNorm not centred": ("gpt2", lambda p: change_config(p, row__norm="rms")),
     "LayerNorm bias dropped": ("starcoder2", without("attn_norm.bias")),
     "second norm of Falcon 40B ignored": ("falcon_40b", without("attn_norm_2.weight")),
+    "ReLU not squared, Nemotron": (
+        "nemotron", lambda p: p.setitem(model.ACTIVATIONS, "relu2", blocks.Activation(lambda g: (g > 0).to(g)))
+    ),
     "GELU as silu": ("gemma3", lambda p: change_config(p, row__activation="silu")),
     "experts not renormalized": ("mixtral", lambda p: change_config(p, row__renormalize=False)),
     "experts renormalized": ("olmoe", lambda p: change_config(p, row__renormalize=True)),

@@ -43,7 +43,7 @@ def parity_file(tiny_file: Callable[..., Path], case: str) -> Path:
 
 
 ROWS = tiny.CASES
-SUMMED = {"gptneox"}  # llama.cpp's last ffn_out is the branch and its input
+SUMMED = {"gptneox", "nemotron"}  # llama.cpp's last ffn_out is the branch and its input
 GELU_ROWS = [case for case in ROWS if oracle.FACTS[tiny.options(case).architecture].activation == "gelu"]
 # The smallest context that llama.cpp allocates; it chooses phi3's rope factors.
 CONTEXT = 256
@@ -295,7 +295,7 @@ FAMILY_MISTAKES: dict[str, tuple[str, Callable[[Oracle], Oracle]]] = {
         for case in (
             *("qwen2", "qwen3", "gemma", "gemma2", "gemma3", "phi3", "olmo2", "mistral3", "granite", "smollm3", "glm4"),
             *("cohere2", "phi2", "falcon_7b", "starcoder2", "mixtral", "qwen3moe", "gpt_oss", "qwen2moe", "olmoe"),
-            *("gptneox", "stablelm"),
+            *("gptneox", "stablelm", "nemotron"),
         )
     },
     **{f"{case}: window one wider": (case, width_of_window(1)) for case in WINDOWED},
@@ -338,6 +338,8 @@ FAMILY_MISTAKES: dict[str, tuple[str, Callable[[Oracle], Oracle]]] = {
             "glm4": ("attn_q", "attn_k", "attn_v"),
             "gpt2": ("attn_qkv", "attn_output", "ffn_up", "ffn_down", "attn_norm", "ffn_norm", "output_norm"),
             "phi2": ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_up", "ffn_down", "attn_norm", "output"),
+            "nemotron": ("attn_norm", "ffn_norm", "output_norm"),
+            "nemotron_biases": ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_up", "ffn_down"),
             "stablelm": ("attn_q", "attn_k", "attn_v", "attn_norm", "ffn_norm", "output_norm"),
             "gptneox": ("attn_qkv", "attn_output", "ffn_up", "ffn_down", "attn_norm", "ffn_norm", "output_norm"),
             "falcon_40b": ("attn_norm", "attn_norm_2", "output_norm"),
@@ -379,7 +381,7 @@ FAMILY_MISTAKES: dict[str, tuple[str, Callable[[Oracle], Oracle]]] = {
     "glm4: up before gate": ("glm4", on("ffn_up", halves_swapped)),
     **{
         f"{case}: rotation of whole heads": (case, lambda m: meta(m, rope__dimension_count=head_size(m)))
-        for case in ("glm4", "phi2", "gptneox", "stablelm", "cohere2_partial")
+        for case in ("glm4", "phi2", "gptneox", "stablelm", "nemotron", "cohere2_partial")
     },
     "phi3: rotated dimensions last": ("phi3_partial", turn_heads),
     "olmo3: local layers scaled": ("olmo3", facts(local_scaling=True)),
@@ -406,6 +408,8 @@ FAMILY_MISTAKES: dict[str, tuple[str, Callable[[Oracle], Oracle]]] = {
         f"{case}: norms without centering": (case, uncentered)
         for case in ("cohere2", "gpt2", "phi2", "gptneox", "falcon_7b", "starcoder2")
     },
+    "nemotron: norms without centering": ("nemotron", uncentered),
+    "nemotron: GELU": ("nemotron", facts(activation="gelu")),
     "stablelm: norms without centering": ("stablelm", uncentered),
     "stablelm: no norm of heads": ("stablelm_12b", facts(qk_norm=None)),
     "stablelm: one head's norm for all": (
@@ -602,6 +606,7 @@ def by_hand(model: Oracle, h: Tensor, mlp_path: str) -> Tensor:
         share = {
             "silu": 1 / (1 + (-g).exp()),
             "oai": 1 / (1 + (-1.702 * g).exp()),
+            "relu2": g * (g > 0),
             "gelu": 0.5 * (1 + (0.7978845608028654 * (g + 0.044715 * g**3)).tanh()),
         }[model.facts.activation]
         if model.facts.ffn == "plain":
@@ -640,7 +645,7 @@ def by_hand(model: Oracle, h: Tensor, mlp_path: str) -> Tensor:
     "case",
     [
         *("plain", "biases", "gemma", "phi3", "gpt2", "starcoder2", "mixtral", "qwen3moe", "gpt_oss", "qwen2moe"),
-        *("olmoe", "granitemoe_shared"),
+        *("olmoe", "granitemoe_shared", "nemotron"),
     ],
 )
 def test_frozen_feed_forward_by_hand(case: str, mlp_path: str, tiny_file: Callable[..., Path]) -> None:
