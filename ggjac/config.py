@@ -174,6 +174,15 @@ ARCHITECTURES: dict[str, Architecture] = {
     "gpt2": replace(_GPT, rope_pairs="", positions=True),
     "starcoder2": _GPT,
     "phi2": replace(_GPT, norms=_SHARED_NORM, parallel=True, partial_rotary=True),
+    "command-r": Architecture(
+        norm="layer",
+        norms=_SHARED_NORM,
+        parallel=True,
+        rope_pairs="adjacent",
+        partial_rotary=True,
+        qk_norm="heads",
+        logit_scale="multiply",
+    ),
     "nemotron": Architecture(norm="layer", partial_rotary=True, ffn="plain", activation="relu2"),
     "stablelm": Architecture(
         norm="layer",

@@ -98,6 +98,7 @@ FACTS: dict[str, Facts] = {
     "gpt2": LAYER_NORM._replace(rope=None),
     "falcon": LAYER_NORM._replace(parallel=True, ffn_norm=None),
     "phi2": LAYER_NORM._replace(parallel=True, ffn_norm=None),
+    "command-r": Facts(norm="ln", parallel=True, ffn_norm=None, qk_norm="head", logits="multiply"),
     "nemotron": LAYER_NORM._replace(activation="relu2"),
     "stablelm": Facts(norm="ln", rope="halves", ffn_norm_optional=True, qk_norm="head"),
     "gptneox": LAYER_NORM._replace(parallel_key=True),

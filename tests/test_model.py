@@ -290,6 +290,7 @@ MISTAKES: dict[str, tuple[str, Callable[[Patch], None]]] = {
     "one head's norm for all": ("stablelm_12b", one_norm_of_heads),
     "no norm of heads": ("stablelm_12b", lambda p: change_config(p, row__qk_norm="")),
     "StableLM 12B one after the other": ("stablelm_12b", lambda p: change_config(p, row__parallel=False)),
+    "Command R+ without a norm of heads": ("command_r_plus", lambda p: change_config(p, row__qk_norm="")),
     "branches at once": ("gptneox_sequential", lambda p: change_config(p, row__parallel=True)),
     "branches not at once": ("gptneox", lambda p: change_config(p, row__parallel=False)),
     "one norm for both branches": ("gptneox", lambda p: change_config(p, row__norms=Norms(ffn_in=("attn_norm",)))),

@@ -295,7 +295,7 @@ FAMILY_MISTAKES: dict[str, tuple[str, Callable[[Oracle], Oracle]]] = {
         for case in (
             *("qwen2", "qwen3", "gemma", "gemma2", "gemma3", "phi3", "olmo2", "mistral3", "granite", "smollm3", "glm4"),
             *("cohere2", "phi2", "falcon_7b", "starcoder2", "mixtral", "qwen3moe", "gpt_oss", "qwen2moe", "olmoe"),
-            *("gptneox", "stablelm", "nemotron"),
+            *("gptneox", "stablelm", "nemotron", "command_r"),
         )
     },
     **{f"{case}: window one wider": (case, width_of_window(1)) for case in WINDOWED},
@@ -338,6 +338,7 @@ FAMILY_MISTAKES: dict[str, tuple[str, Callable[[Oracle], Oracle]]] = {
             "glm4": ("attn_q", "attn_k", "attn_v"),
             "gpt2": ("attn_qkv", "attn_output", "ffn_up", "ffn_down", "attn_norm", "ffn_norm", "output_norm"),
             "phi2": ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_up", "ffn_down", "attn_norm", "output"),
+            "command_r_biases": ("attn_q", "attn_k", "attn_v"),
             "nemotron": ("attn_norm", "ffn_norm", "output_norm"),
             "nemotron_biases": ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_up", "ffn_down"),
             "stablelm": ("attn_q", "attn_k", "attn_v", "attn_norm", "ffn_norm", "output_norm"),
@@ -408,6 +409,16 @@ FAMILY_MISTAKES: dict[str, tuple[str, Callable[[Oracle], Oracle]]] = {
         f"{case}: norms without centering": (case, uncentered)
         for case in ("cohere2", "gpt2", "phi2", "gptneox", "falcon_7b", "starcoder2")
     },
+    "command-r: norms without centering": ("command_r", uncentered),
+    "command-r: logits divided": ("command_r", facts(logits="divide")),
+    "command-r: sequential": ("command_r", SEQUENTIAL),
+    "command-r: rotation of whole heads": (
+        "command_r_partial",
+        lambda m: meta(m, rope__dimension_count=head_size(m)),
+    ),
+    "command-r: no norm of heads": ("command_r_plus", facts(qk_norm=None)),
+    "command-r: heads normed after rope": ("command_r_plus", facts(qk_norm="after rope")),
+    "command-r: one head's norm for all": ("command_r_plus", on("attn_k_norm", lambda w: w[:1].expand_as(w))),
     "nemotron: norms without centering": ("nemotron", uncentered),
     "nemotron: GELU": ("nemotron", facts(activation="gelu")),
     "stablelm: norms without centering": ("stablelm", uncentered),

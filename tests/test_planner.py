@@ -27,7 +27,8 @@ CASES = [
     *("gemma3", "phi3", "phi3_q4_0", "phi3_unfused", "olmo2", "mistral3", "granite", "granite_biases", "smollm3"),
     *("glm4", "cohere2", "gpt2", "phi2", "phi2_fused", "falcon_7b", "falcon_40b", "starcoder2", "qwen3vl"),
     *("mixtral", "mixtral_one_expert", "mixtral_q4_k", "qwen3moe", "qwen3vlmoe", "qwen2moe", "olmoe", "granitemoe"),
-    *("granitemoe_shared", "gpt_oss", "gpt_oss_mxfp4", "gpt_oss_fused", "gptneox", "stablelm_12b", "nemotron"),
+    *("granitemoe_shared", "gpt_oss", "gpt_oss_mxfp4", "gpt_oss_fused"),
+    *("gptneox", "stablelm_12b", "nemotron", "command_r"),
 ]
 GATED = ("plain", "biases", "phi3", "gpt2", "gemma2", "mixtral", "qwen2moe", "gpt_oss")
 BOTH_WAYS = pytest.mark.parametrize(
