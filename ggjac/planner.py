@@ -287,8 +287,8 @@ def sweep_floats(config: ModelConfig, n: int, *, up: bool) -> int:
         down, attention      stream, middle, heads twice, values twice (or what they give the stream)
         down, feed-forward   stream, the sum over slabs, hidden units twice (or once, with one slab's output)
 
-    Downwards, what a norm or a scale after a branch makes of the stream comes on top, or what parallel branches and
-    experts share. A routed expert sees some positions only.
+    Downwards, what a norm or a scale after a branch makes of the stream comes on top, or what LayerNorm's centring,
+    parallel branches or experts add. A routed expert sees some positions only.
     """
     d, q, kv, row = config.d, config.head_count * config.head_size, config.head_count_kv * config.head_size, config.row
     s = _slab(config)
@@ -296,7 +296,7 @@ def sweep_floats(config: ModelConfig, n: int, *, up: bool) -> int:
     if up:
         gathered = d if config.expert_count else 0
         return n * max(2 * d + kv + max(kv + 2 * q, q + 2 * d), 3 * d + gathered + total + 2 * s + d)
-    scaled = row.norms.attention_out or row.norms.ffn_out or config.residual_scale != 1
+    scaled = row.norms.attention_out or row.norms.ffn_out or config.residual_scale != 1 or row.norm != "rms"
     more = d if scaled or row.parallel or config.expert_count else 0
     return n * (more + max(2 * d + 2 * q + max(2 * kv, d), d + total + max(2 * s, s + d)))
 

@@ -321,6 +321,7 @@ def held(work: Callable[[], object]) -> int:
         "mixtral",
         "qwen2moe",
         "olmo2",
+        "starcoder2",
     ],
 )
 def test_a_sweep_holds_what_is_counted(case: str, tiny_file: TinyFile) -> None:
