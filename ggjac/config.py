@@ -32,7 +32,8 @@ class Architecture:
     """What the files of a family do not say about themselves.
 
     Attributes:
-        norm: `"rms"` (weight / root mean square) or `"layer"` (centred, with an optional bias).
+        norm: `"rms"` (weight / root mean square), `"layer"` (centred, with an optional bias) or `"bare"` (centred,
+            without weight or bias: no tensor).
         norms: where they stand.
         parallel: both branches read the block's input, and are added at once.
         parallel_key: whether they do is said by the file's `use_parallel_residual`, which it must have.
@@ -52,6 +53,7 @@ class Architecture:
             `"plain"` (same base, no scaling) or `"own"` (base from `rope.freq_base_swa`, 10000 by default, no scaling).
         qk_norm: `"head"` (each query and key head), `"heads"` (the same with weights of each head's own, in files that
             have them) or `"full"` (the whole projection), or `""`.
+        clamp_key: queries, keys and values are clamped to ± the file's `attention.clamp_kqv`, if it has that.
         sinks: a learned logit per head joins the softmax without a value.
         attention_scale_key: the file gives the scale of scores; otherwise it is 1/√(head size) ...
         wide_scale_blocks: ... but 1/√(d / heads) in the variant with so many blocks, by which llama.cpp knows it.
@@ -85,6 +87,7 @@ class Architecture:
     window_period: int = 0
     window_rope: str = "same"
     qk_norm: str = ""
+    clamp_key: bool = False
     sinks: bool = False
     attention_scale_key: bool = False
     wide_scale_blocks: int = 0
@@ -174,6 +177,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "gpt2": replace(_GPT, rope_pairs="", positions=True),
     "starcoder2": _GPT,
     "phi2": replace(_GPT, norms=_SHARED_NORM, parallel=True, partial_rotary=True),
+    "olmo": Architecture(norm="bare", rope_pairs="adjacent", clamp_key=True),
     "command-r": Architecture(
         norm="layer",
         norms=_SHARED_NORM,
@@ -325,6 +329,7 @@ class ModelConfig:
         feed_forward_length: hidden units of a dense feed-forward; 0 where all are mixtures of experts.
         norm_epsilon: added to the mean square or the variance inside a norm's root.
         attention_scale: multiplies scores.
+        attention_clamp: largest magnitude of queries, keys and values; 0 for any.
         attention_softcap, logit_softcap: `c tanh(z / c)` on scores, on logits; 0 for none.
         temperature_scale: growth of queries beyond the original context; 0 for none.
         embedding_scale, residual_scale, logit_scale: multiply embeddings, branches and logits.
@@ -346,6 +351,7 @@ class ModelConfig:
     feed_forward_length: int
     norm_epsilon: float
     attention_scale: float
+    attention_clamp: float
     attention_softcap: float
     logit_softcap: float
     temperature_scale: float
@@ -431,6 +437,7 @@ class ModelConfig:
             norm_epsilon=keys.real(f"attention.layer_norm_{'rms_' if row.norm == 'rms' else ''}epsilon"),
             attention_scale=(keys.real("attention.scale", 0.0) if row.attention_scale_key else 0)
             or (max(1, d // heads) if wide else head_size) ** -0.5,
+            attention_clamp=keys.real("attention.clamp_kqv", 0.0) if row.clamp_key else 0.0,
             attention_softcap=_softcap(keys, "attn_logit_softcapping", row.attention_softcap),
             logit_softcap=_softcap(keys, "final_logit_softcapping", row.logit_softcap),
             temperature_scale=keys.real("attention.temperature_scale", 0.0) if row.temperature else 0.0,
@@ -648,7 +655,10 @@ def _scopes(config: ModelConfig) -> Iterator[tuple[str, dict[str, tuple[str, ...
         "fe": config.expert_feed_forward_length,
         "fs": config.expert_shared_feed_forward_length,
     }
-    yield "", _GLOBAL | (_POSITIONS if config.row.positions else {}), sizes
+    outside = _GLOBAL | (_POSITIONS if config.row.positions else {})
+    if config.row.norm == "bare":
+        outside = {name: axes for name, axes in outside.items() if not name.startswith("output_norm.")}
+    yield "", outside, sizes
     for i in range(config.block_count):
         yield f"blk.{i}.", _block_table(config), sizes
 
@@ -660,7 +670,7 @@ def _block_table(config: ModelConfig) -> dict[str, tuple[str, ...]]:
     if config.expert_shared_feed_forward_length:
         matrices |= _SHARED_EXPERT
     places = (row.norms.attention_in, row.norms.attention_out, row.norms.ffn_in, row.norms.ffn_out)
-    norms: dict[str, tuple[str, ...]] = {name: ("d",) for names in places for name in names}
+    norms: dict[str, tuple[str, ...]] = {name: ("d",) for names in places for name in names if row.norm != "bare"}
     table = {f"{name}.weight": axes for name, axes in (matrices | norms | _QK_NORMS[row.qk_norm]).items()}
     table |= {f"{name}.bias": axes[:-1] for name, axes in matrices.items() if len(axes) > 1}
     if row.norm == "layer":

@@ -45,7 +45,7 @@ GELU_TOLERANCE = 1e-3
 # llama.cpp's names of what is compared, as they are in the graph of every dense family.
 NAMES = ("attn_out", "ffn_out", "l_out", "result_norm")
 # In these graphs the branch's name is given, last or only, to its sum with the stream, which `l_out` tells as well.
-SUMMED = {"nemotron": "ffn_out", "gptneox": "ffn_out"}
+SUMMED = {"olmo": "ffn_out", "nemotron": "ffn_out", "gptneox": "ffn_out"}
 
 
 class ParityError(ValueError):

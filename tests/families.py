@@ -56,6 +56,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "phi2": LAYER_NORM
     | {"norms": ("attn_norm",), "n_rot": 8, "kv_heads": 4}
     | {"biases": (*QKV, "attn_output", "ffn_up", "ffn_down", "output")},
+    "olmo": {"norm": "ln_bare", "tied": True},
     "command-r": {"norm": "ln", "norms": ("attn_norm",), "tied": True, "extra": {"logit_scale": 0.25}},
     "nemotron": LAYER_NORM | {"n_rot": 8},
     "stablelm": {"norm": "ln_bias", "n_rot": 4, "biases": QKV, "kv_heads": 4},
@@ -209,6 +210,10 @@ FAMILY_CASES: dict[str, dict[str, Any]] = {
     "gpt2_f16": of("gpt2", type="F16"),
     "phi2": of("phi2"),
     "phi2_fused": of("phi2", fused_qkv=True, fused_bias=True),
+    "olmo": of("olmo"),
+    "olmo_clamped": of("olmo", extra={"attention.clamp_kqv": 1.0}, layers=3, tied=False),
+    "olmo_clamped_fused": of("olmo", extra={"attention.clamp_kqv": 0.7}, fused_qkv=True, kv_heads=4, rope_base=100.0),
+    "olmo_linear": of("olmo", scaling={"type": "linear", "factor": 4.0}, type="Q8_0", heads=2, head_dim=32),
     "command_r": of("command-r"),
     "command_r_biases": of("command-r", biases=QKV, layers=3, rope_base=8e6, kv_heads=4),
     "command_r_partial": of("command-r", n_rot=8, rope_base=100.0, type="Q8_0", heads=2, head_dim=32),
@@ -270,6 +275,7 @@ FAMILY_CASES: dict[str, dict[str, Any]] = {
             "starcoder2",
             "gpt2",
             "phi2",
+            "olmo",
             "nemotron",
             "stablelm",
             "gptneox",

@@ -22,7 +22,8 @@ from torch import Tensor
 class Facts(NamedTuple):
     """What an architecture's name implies and its file does not say. The defaults are those of `llama`."""
 
-    norm: str = "rms"  # rms | ln
+    norm: str = "rms"  # rms | ln (weights and biases if there are any)
+    clamp_key: bool = False  # attention.clamp_kqv limits queries, keys and values
     parallel: bool = False  # attention and feed-forward read the same input
     parallel_key: bool = False  # or do so if use_parallel_residual, each through a norm of its own
     # Norms before and after the two sublayers; None: there is none.
@@ -98,6 +99,7 @@ FACTS: dict[str, Facts] = {
     "gpt2": LAYER_NORM._replace(rope=None),
     "falcon": LAYER_NORM._replace(parallel=True, ffn_norm=None),
     "phi2": LAYER_NORM._replace(parallel=True, ffn_norm=None),
+    "olmo": Facts(norm="ln", clamp_key=True),
     "command-r": Facts(norm="ln", parallel=True, ffn_norm=None, qk_norm="head", logits="multiply"),
     "nemotron": LAYER_NORM._replace(activation="relu2"),
     "stablelm": Facts(norm="ln", rope="halves", ffn_norm_optional=True, qk_norm="head"),
@@ -164,7 +166,8 @@ def norm(model: Oracle, name: str, x: Tensor, *, frozen: bool) -> Tensor:
     if model.facts.norm == "ln":
         x = x - x.mean(-1, keepdim=True)
     scale = 1 / root_mean_square(model, x)
-    y = x * (scale.detach() if frozen else scale) * model.weights[f"{name}.weight"]
+    weight = 1.0 if model.architecture == "olmo" else model.weights[f"{name}.weight"]
+    y = x * (scale.detach() if frozen else scale) * weight
     return y + model.weights.get(f"{name}.bias", 0.0)
 
 
@@ -265,6 +268,8 @@ def attention(model: Oracle, layer: int, h: Tensor, *, frozen: bool, context: in
         q, k, v = qkv.split([heads * hd, kv_heads * hd, kv_heads * hd], dim=-1)
     else:
         q, k, v = (linear(model, f"{b}.attn_{part}", h) for part in "qkv")
+    if facts.clamp_key and (limit := meta.get("attention.clamp_kqv", 0.0)):
+        q, k, v = (torch.where(part.abs() <= limit, part, limit * part.detach().sign()) for part in (q, k, v))
     if facts.qk_norm == "full":
         q, k = (norm(model, f"{b}.attn_{name}_norm", part, frozen=False) for name, part in (("q", q), ("k", k)))
     q, k, v = q.reshape(n, heads, hd), k.reshape(n, kv_heads, hd), v.reshape(n, kv_heads, hd)

@@ -122,6 +122,16 @@ def one_norm_of_heads(patch: Patch) -> None:
     patch.setattr(weights.Block, "vector", changed)
 
 
+def uncentred_bare_norm(patch: Patch) -> None:
+    frozen = blocks.frozen_norm
+    patch.setattr(blocks, "frozen_norm", lambda *args: frozen(*args)._replace(centred=False))
+
+
+def unclamped_values(patch: Patch) -> None:
+    heads = blocks._heads
+    patch.setattr(blocks, "_heads", lambda w, config, tape: heads(w, config, tape._replace(passed=None, limits=None)))
+
+
 def change_config(patch: Patch, **changes: object) -> None:
     """Let every model be read with some fields changed; `rope__x`, `layer__x` and `row__x` reach inside."""
     read = ModelConfig.from_metadata
@@ -291,6 +301,10 @@ MISTAKES: dict[str, tuple[str, Callable[[Patch], None]]] = {
     "no norm of heads": ("stablelm_12b", lambda p: change_config(p, row__qk_norm="")),
     "StableLM 12B one after the other": ("stablelm_12b", lambda p: change_config(p, row__parallel=False)),
     "Command R+ without a norm of heads": ("command_r_plus", lambda p: change_config(p, row__qk_norm="")),
+    "OLMo's norm not centred": ("olmo", uncentred_bare_norm),
+    "clamp missing": ("olmo_clamped", lambda p: change_config(p, attention_clamp=0.0)),
+    "values not clamped": ("olmo_clamped", unclamped_values),
+    "queries and keys not clamped": ("olmo_clamped", lambda p: p.setattr(blocks, "_clamped", lambda config, x: x)),
     "branches at once": ("gptneox_sequential", lambda p: change_config(p, row__parallel=True)),
     "branches not at once": ("gptneox", lambda p: change_config(p, row__parallel=False)),
     "one norm for both branches": ("gptneox", lambda p: change_config(p, row__norms=Norms(ffn_in=("attn_norm",)))),

@@ -43,7 +43,7 @@ def parity_file(tiny_file: Callable[..., Path], case: str) -> Path:
 
 
 ROWS = tiny.CASES
-SUMMED = {"gptneox", "nemotron"}  # llama.cpp's last ffn_out is the branch and its input
+SUMMED = {"gptneox", "nemotron", "olmo"}  # llama.cpp's last ffn_out is the branch and its input
 GELU_ROWS = [case for case in ROWS if oracle.FACTS[tiny.options(case).architecture].activation == "gelu"]
 # The smallest context that llama.cpp allocates; it chooses phi3's rope factors.
 CONTEXT = 256
@@ -295,7 +295,7 @@ FAMILY_MISTAKES: dict[str, tuple[str, Callable[[Oracle], Oracle]]] = {
         for case in (
             *("qwen2", "qwen3", "gemma", "gemma2", "gemma3", "phi3", "olmo2", "mistral3", "granite", "smollm3", "glm4"),
             *("cohere2", "phi2", "falcon_7b", "starcoder2", "mixtral", "qwen3moe", "gpt_oss", "qwen2moe", "olmoe"),
-            *("gptneox", "stablelm", "nemotron", "command_r"),
+            *("gptneox", "stablelm", "nemotron", "command_r", "olmo"),
         )
     },
     **{f"{case}: window one wider": (case, width_of_window(1)) for case in WINDOWED},
@@ -409,6 +409,10 @@ FAMILY_MISTAKES: dict[str, tuple[str, Callable[[Oracle], Oracle]]] = {
         f"{case}: norms without centering": (case, uncentered)
         for case in ("cohere2", "gpt2", "phi2", "gptneox", "falcon_7b", "starcoder2")
     },
+    "olmo: norms without centering": ("olmo", uncentered),
+    "olmo: clamp ignored": ("olmo_clamped", facts(clamp_key=False)),
+    "olmo: clamp of a fused matrix ignored": ("olmo_clamped_fused", facts(clamp_key=False)),
+    "olmo: clamp elsewhere": ("olmo_clamped", keys(attention__clamp_kqv=1.1)),
     "command-r: norms without centering": ("command_r", uncentered),
     "command-r: logits divided": ("command_r", facts(logits="divide")),
     "command-r: sequential": ("command_r", SEQUENTIAL),
@@ -688,7 +692,7 @@ def structure(case: str) -> tuple[str, frozenset[str]]:
 def test_offset_is_what_the_live_biases_add(case: str, mlp_path: str, tiny_file: Callable[..., Path]) -> None:
     """With the coefficients frozen, y is linear in x and the biases on its path taken together.
 
-    The constants of gpt-oss's activation, its clamp and the one added to up, count among them.
+    The constants of gpt-oss's activation, its clamp and the one added to up, count among them, and OLMo's clamp.
     """
     model, ids = oracle.load(tiny_file(case)), tiny.prompt(case, 6)
     J = oracle.jacobian(model, ids, mlp_path=mlp_path)
@@ -696,6 +700,9 @@ def test_offset_is_what_the_live_biases_add(case: str, mlp_path: str, tiny_file:
     constants = {"limit": 7.0, "shift": 1.0} if model.facts.activation == "oai" else {}
     constants = {name: torch.tensor(value, dtype=torch.float64).requires_grad_() for name, value in constants.items()}
     model = facts(**constants)(model._replace(weights=model.weights | live))
+    if limit := model.facts.clamp_key and model.metadata.get("attention.clamp_kqv"):
+        constants["clamp"] = torch.tensor(limit, dtype=torch.float64).requires_grad_()
+        model = meta(model, attention__clamp_kqv=constants["clamp"])
     expected = torch.zeros_like(J.y)
     y = oracle.forward(model, ids, freeze=mlp_path)["result_norm"][-1]
     if y.requires_grad:  # else no bias is on the live path

@@ -28,7 +28,7 @@ CASES = [
     *("glm4", "cohere2", "gpt2", "phi2", "phi2_fused", "falcon_7b", "falcon_40b", "starcoder2", "qwen3vl"),
     *("mixtral", "mixtral_one_expert", "mixtral_q4_k", "qwen3moe", "qwen3vlmoe", "qwen2moe", "olmoe", "granitemoe"),
     *("granitemoe_shared", "gpt_oss", "gpt_oss_mxfp4", "gpt_oss_fused"),
-    *("gptneox", "stablelm_12b", "nemotron", "command_r"),
+    *("gptneox", "stablelm_12b", "nemotron", "command_r", "olmo", "olmo_clamped"),
 ]
 GATED = ("plain", "biases", "phi3", "gpt2", "gemma2", "mixtral", "qwen2moe", "gpt_oss")
 BOTH_WAYS = pytest.mark.parametrize(
@@ -119,7 +119,7 @@ def test_flop_and_tapes_are_those_of_the_operators(case: str, mlp_path: Any, tin
 
 
 @pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
-@pytest.mark.parametrize("case", ["biases", "gpt2", "gpt_oss", "qwen2moe", "gemma2", "olmo2"])
+@pytest.mark.parametrize("case", ["biases", "gpt2", "gpt_oss", "qwen2moe", "gemma2", "olmo2", "olmo_clamped"])
 def test_tapes_in_other_dtypes(case: str, dtype: str, tiny_file: TinyFile) -> None:
     path, n = tiny_file(case), 6
     plan = planned(path, n, dtype=dtype)
@@ -197,7 +197,9 @@ def test_a_trace_reads_what_the_plan_says(case: str, mlp_path: Any, tiny_file: T
     assert model.weights.reads["token_embd.weight"] * model.config.d <= plan.embedding.weights
 
 
-@pytest.mark.parametrize("case", ["gqa", "fused_qkv", "phi3", "gpt2", "mixtral", "qwen2moe", "cohere2", "olmo2"])
+@pytest.mark.parametrize(
+    "case", ["gqa", "fused_qkv", "phi3", "gpt2", "mixtral", "qwen2moe", "cohere2", "olmo2", "olmo_clamped"]
+)
 def test_flop_of_a_trace(case: str, monkeypatch: pytest.MonkeyPatch, tiny_file: TinyFile) -> None:
     """Every projection that the trace applies passes through `Linear`; scores cost as much as their use."""
     counted = 0
@@ -321,6 +323,8 @@ def held(work: Callable[[], object]) -> int:
         "mixtral",
         "qwen2moe",
         "olmo2",
+        "olmo_clamped",
+        "olmo_clamped_fused",
         "starcoder2",
     ],
 )

@@ -55,7 +55,7 @@ class Options:
     fused_qkv: bool = False
     fused_bias: bool = False  # write attn_qkv.bias in place of the biases of q, k and v
     biases: tuple[str, ...] = ()  # of ALL_BIASES, "output", and those of the experts
-    norm: str = "rms"  # rms | ln (weight only) | ln_bias
+    norm: str = "rms"  # rms | ln (weight only) | ln_bias | ln_bare (neither)
     norms: tuple[str, ...] = ("attn_norm", "ffn_norm")  # of each layer
     qk_norm: str = ""  # head | heads (weights of each head's own) | full
     n_rot: int | None = None  # rotated dimensions of a head; None: all
@@ -104,7 +104,8 @@ def matrix(name: str, out: int, into: int, gain: float = 1.0) -> Entry:
 
 
 def norms(o: Options, name: str, width: int, gain: float = 1.0) -> Iterator[Entry]:
-    yield Entry(f"{name}.weight", (width,), 0.3 * gain, gain)
+    if o.norm != "ln_bare":
+        yield Entry(f"{name}.weight", (width,), 0.3 * gain, gain)
     if o.norm == "ln_bias":
         yield bias(name, width)
 
