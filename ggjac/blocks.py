@@ -153,11 +153,16 @@ class NormTape(NamedTuple):
 
 
 class AttentionTape(NamedTuple):
-    """Frozen in an attention branch: how positions attend to each other, and the norms before and after."""
+    """Frozen in an attention branch: how positions attend to each other, the norms before and after, and a clamp.
+
+    Of values that are clamped, `passed` is 1 where one is let through and 0 elsewhere, and `limits` what stands there.
+    """
 
     norm_in: NormTape | None
     pattern: Float[Tensor, "h m n"]
     norm_out: NormTape | None
+    passed: Float[Tensor, "n gs"] | None = None
+    limits: Float[Tensor, "n gs"] | None = None
 
     def at(self, queries: slice) -> "AttentionTape":
         """Restrict to query positions, and to the positions up to the last of them."""
@@ -165,6 +170,8 @@ class AttentionTape(NamedTuple):
             self.norm_in and self.norm_in.at(slice(queries.stop)),
             self.pattern[:, queries, : queries.stop],
             self.norm_out and self.norm_out.at(queries),
+            None if self.passed is None else self.passed[: queries.stop],
+            None if self.limits is None else self.limits[: queries.stop],
         )
 
 
@@ -250,6 +257,11 @@ def record_attention(w: BlockWeights, frame: Frame, layer: int, x: Float[Tensor,
     q, k = _queries_keys(w, frame, layer, h)
     pattern = _pattern(w, config, layer, q, k)
     tape = AttentionTape(norm_in, pattern, None)
+    if limit := config.attention_clamp:
+        v = _apply(_linear(w, "attn_v", len(x)), h)
+        clamped = v.clamp(-limit, limit)
+        passed = v == clamped
+        tape = tape._replace(passed=passed.to(v), limits=torch.where(passed, 0, clamped))
     raw = _apply(_attention_inner(w, config, tape), x)
     tape = tape._replace(norm_out=record_norm(w, config, config.row.norms.attention_out, raw))
     return Recorded(tape, raw, _apply(_added(config, tape.norm_out, _same(raw)), raw))
@@ -273,7 +285,7 @@ def extend_attention(
     norm_in = record_norm(w, config, config.row.norms.attention_in, x)
     h = x if norm_in is None else norm_in.apply(x)
     q, k = _queries_keys(w, frame, layer, h, 0 if past is None else len(past.k))
-    v = _apply(_linear(w, "attn_v", len(x)), h)
+    v = _clamped(config, _apply(_linear(w, "attn_v", len(x)), h))
     if past is not None:
         k, v = torch.cat((past.k, k)), torch.cat((past.v, v))
     mix = Mix(_pattern(w, config, layer, q, k), config.head_count_kv, config.head_size)
@@ -418,6 +430,8 @@ def block(w: BlockWeights, config: ModelConfig, tape: BlockTape, positions: rang
 
 def record_norm(w: BlockWeights, config: ModelConfig, names: Sequence[str], x: Float[Tensor, "n d"]) -> NormTape | None:
     """Freeze a norm at its input, or return None where the block has none; see `frozen_norm`."""
+    if config.row.norm == "bare":
+        return frozen_norm(config, x.new_ones(config.d), None, x) if names else None
     name = next((name for name in names if f"{name}.weight" in w), None)
     if name is None:
         return None
@@ -430,10 +444,12 @@ def frozen_norm(
 ) -> NormTape:
     """Freeze RMSNorm or LayerNorm at `x`: its scale `1 / sqrt(mean(x²) + epsilon)`, centring live for the latter.
 
+    Of a LayerNorm without a weight, that is ones.
+
     Squares are summed in float32 at least.
     """
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    centred = config.row.norm == "layer"
+    centred = config.row.norm != "rms"
     if centred:
         wide = wide - wide.mean(-1, keepdim=True)
     return NormTape(_inverse_rms(wide, config), weight, centred, bias)
@@ -476,17 +492,17 @@ def _queries_keys(
 ) -> tuple[Float[Tensor, "m h s"], Float[Tensor, "m g s"]]:
     """Return the queries and keys of positions `start` and on, from their normed input `h`."""
     config, own = frame.config, frame.config.layers[layer]
-    q, k = (_apply(_linear(w, stem, len(h)), h) for stem in ("attn_q", "attn_k"))
+    q, k = (_clamped(config, _apply(_linear(w, stem, len(h)), h)) for stem in ("attn_q", "attn_k"))
     if config.row.qk_norm == "full":
-        q, k = _rms_norm(w, "attn_q_norm", config, q), _rms_norm(w, "attn_k_norm", config, k)
+        q, k = _normed(w, "attn_q_norm", config, q), _normed(w, "attn_k_norm", config, k)
     q, k = q.unflatten(1, (config.head_count, -1)), k.unflatten(1, (config.head_count_kv, -1))
-    if config.row.qk_norm == "head":
-        q, k = _rms_norm(w, "attn_q_norm", config, q), _rms_norm(w, "attn_k_norm", config, k)
+    if config.row.qk_norm in ("head", "heads"):
+        q, k = _normed(w, "attn_q_norm", config, q), _normed(w, "attn_k_norm", config, k)
     if own.rope:
         cos, sin = (part[start : start + len(h)] for part in frame.rotations[own.rope])
         q, k = (rotate(part, own.rope, cos, sin) for part in (q, k))
     if config.row.qk_norm == "rotated":
-        q, k = _rms_norm(w, "attn_q_norm", config, q), _rms_norm(w, "attn_k_norm", config, k)
+        q, k = _normed(w, "attn_q_norm", config, q), _normed(w, "attn_k_norm", config, k)
     if config.temperature_scale:
         # Llama 4's and Ministral 3's: queries grow with the logarithm of their position, in original contexts.
         positions = torch.arange(start, start + len(h), dtype=torch.float64)
@@ -516,7 +532,10 @@ def _attention_inner(w: BlockWeights, config: ModelConfig, tape: AttentionTape) 
 
 def _heads(w: BlockWeights, config: ModelConfig, tape: AttentionTape) -> LinearOperator:
     """Return what the heads read, concatenated, `[n, d]` to `[m, h hd]`."""
-    core = Mix(tape.pattern, config.head_count_kv, config.head_size) @ _linear(w, "attn_v", tape.pattern.shape[2])
+    values: LinearOperator = _linear(w, "attn_v", tape.pattern.shape[2])
+    if tape.passed is not None:
+        values = Scale(tape.passed, tape.limits) @ values
+    core = Mix(tape.pattern, config.head_count_kv, config.head_size) @ values
     return core if tape.norm_in is None else core @ tape.norm_in.operator()
 
 
@@ -583,10 +602,18 @@ def _apply(operator: LinearOperator, x: Float[Tensor, "n d"]) -> Float[Tensor, "
     return operator.matmat(x[None], x.new_ones(1))[0]
 
 
-def _rms_norm(w: BlockWeights, name: str, config: ModelConfig, x: Float[Tensor, "*n s"]) -> Float[Tensor, "*n s"]:
+def _normed(w: BlockWeights, name: str, config: ModelConfig, x: Float[Tensor, "*n s"]) -> Float[Tensor, "*n s"]:
     """Return queries or keys normed over the last axis; all of it is frozen, so no tape is kept."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    if config.row.norm == "layer":
+        wide = wide - wide.mean(-1, keepdim=True)
     return (wide * _inverse_rms(wide, config) * w.vector(f"{name}.weight").to(wide)).to(x.dtype)
+
+
+def _clamped(config: ModelConfig, x: Float[Tensor, "n e"]) -> Float[Tensor, "n e"]:
+    """Return queries, keys or values with no entry beyond the model's limit."""
+    limit = config.attention_clamp
+    return x.clamp(-limit, limit) if limit else x
 
 
 def _inverse_rms(x: Float[Tensor, "*n s"], config: ModelConfig) -> Float[Tensor, "*n 1"]:

@@ -32,9 +32,12 @@ class Architecture:
     """What the files of a family do not say about themselves.
 
     Attributes:
-        norm: `"rms"` (weight / root mean square) or `"layer"` (centred, with an optional bias).
+        norm: `"rms"` (weight / root mean square), `"layer"` (centred, with an optional bias) or `"bare"` (centred,
+            without weight or bias: no tensor).
         norms: where they stand.
         parallel: both branches read the block's input, and are added at once.
+        parallel_key: whether they do is said by the file's `use_parallel_residual`, which it must have.
+        parallel_unless_normed: they do in files that have no norm of the first name of `norms.ffn_in`, and only there.
         rope_pairs: which dims of a head rotate together: `"adjacent"` (2i and 2i+1; llama.cpp's NORM), `"halves"`
             (i and i + rotary/2; NEOX), or `""` for none.
         partial_rotary: `rope.dimension_count` may be smaller than the head; llama.cpp does not run others so.
@@ -51,8 +54,9 @@ class Architecture:
         window_period: default period; the last layer of each period attends to everything.
         window_rope: rotation of windowed layers: `"same"`; `"based"` (base from `rope.freq_base_swa`, if there);
             `"plain"` (same base, no scaling) or `"own"` (base from `rope.freq_base_swa`, 10000 by default, no scaling).
-        qk_norm: `"head"` (each query and key head), `"rotated"` (the same, after their rotation) or `"full"` (the whole
-            projection), or `""`.
+        qk_norm: `"head"` (each query and key head), `"heads"` (the same with weights of each head's own, in files that
+            have them), `"rotated"` (as `"head"`, after their rotation) or `"full"` (the whole projection), or `""`.
+        clamp_key: queries, keys and values are clamped to ± the file's `attention.clamp_kqv`, if it has that.
         sinks: a learned logit per head joins the softmax without a value.
         attention_scale_key: the file gives the scale of scores; otherwise it is 1/√(head size) ...
         wide_scale_blocks: ... but 1/√(d / heads) in the variant with so many blocks, by which llama.cpp knows it.
@@ -75,6 +79,8 @@ class Architecture:
     norm: str = "rms"
     norms: Norms = Norms()
     parallel: bool = False
+    parallel_key: bool = False
+    parallel_unless_normed: bool = False
     rope_pairs: str = "halves"
     partial_rotary: bool = False
     rope_sections: bool = False
@@ -87,6 +93,7 @@ class Architecture:
     window_period: int = 0
     window_rope: str = "same"
     qk_norm: str = ""
+    clamp_key: bool = False
     sinks: bool = False
     attention_scale_key: bool = False
     wide_scale_blocks: int = 0
@@ -201,6 +208,25 @@ ARCHITECTURES: dict[str, Architecture] = {
     "gpt2": replace(_GPT, rope_pairs="", positions=True),
     "starcoder2": _GPT,
     "phi2": replace(_GPT, norms=_SHARED_NORM, parallel=True, partial_rotary=True),
+    "olmo": Architecture(norm="bare", rope_pairs="adjacent", clamp_key=True),
+    "command-r": Architecture(
+        norm="layer",
+        norms=_SHARED_NORM,
+        parallel=True,
+        rope_pairs="adjacent",
+        partial_rotary=True,
+        qk_norm="heads",
+        logit_scale="multiply",
+    ),
+    "nemotron": Architecture(norm="layer", partial_rotary=True, ffn="plain", activation="relu2"),
+    "stablelm": Architecture(
+        norm="layer",
+        norms=Norms(ffn_in=("ffn_norm", "attn_norm")),
+        parallel_unless_normed=True,
+        partial_rotary=True,
+        qk_norm="heads",
+    ),
+    "gptneox": replace(_GPT, parallel_key=True, partial_rotary=True),
     "falcon": replace(
         _GPT,
         norms=Norms(attention_in=("attn_norm_2", "attn_norm"), ffn_in=("attn_norm",)),
@@ -242,6 +268,13 @@ _FFN = {
     "gated": {"ffn_gate": ("f", "d"), "ffn_up": ("f", "d"), "ffn_down": ("d", "f")},
     "fused": {"ffn_up": ("2f", "d"), "ffn_down": ("d", "f")},
     "plain": {"ffn_up": ("f", "d"), "ffn_down": ("d", "f")},
+}
+_QK_NORMS: dict[str, dict[str, tuple[str, ...]]] = {
+    "": {},
+    "head": {"attn_q_norm": ("head",), "attn_k_norm": ("head",)},
+    "heads": {"attn_q_norm": ("heads", "head"), "attn_k_norm": ("kv heads", "head")},
+    "rotated": {"attn_q_norm": ("head",), "attn_k_norm": ("head",)},
+    "full": {"attn_q_norm": ("q",), "attn_k_norm": ("kv",)},
 }
 _EXPERTS = {
     "ffn_gate_inp": ("experts", "d"),
@@ -318,7 +351,8 @@ class ModelConfig:
     """Sizes and constants of a model, validated against its tensors.
 
     Attributes:
-        architecture: `general.architecture`, and `row`: its entry in `ARCHITECTURES`.
+        architecture: `general.architecture`, and `row`: its entry in `ARCHITECTURES`, decided where that leaves it to
+            the file.
         block_count: blocks, L, and `layers`: what differs between them.
         d: embedding length.
         vocabulary: rows of the embedding matrix.
@@ -330,6 +364,7 @@ class ModelConfig:
         feed_forward_length: hidden units of a dense feed-forward; 0 where all are mixtures of experts.
         norm_epsilon: added to the mean square or the variance inside a norm's root.
         attention_scale: multiplies scores.
+        attention_clamp: largest magnitude of queries, keys and values; 0 for any.
         attention_softcap, logit_softcap: `c tanh(z / c)` on scores, on logits; 0 for none.
         temperature_scale: growth of queries beyond the original context; 0 for none.
         embedding_scale, residual_scale, logit_scale: multiply embeddings, branches and logits.
@@ -351,6 +386,7 @@ class ModelConfig:
     feed_forward_length: int
     norm_epsilon: float
     attention_scale: float
+    attention_clamp: float
     attention_softcap: float
     logit_softcap: float
     temperature_scale: float
@@ -393,7 +429,8 @@ class ModelConfig:
         if not isinstance(name, str) or name not in ARCHITECTURES:
             supported = ", ".join(ARCHITECTURES)
             raise ConfigError(f"architecture {_shown(name)} is not supported; supported: {supported}")
-        row, keys = ARCHITECTURES[name], _Keys(metadata, name)
+        keys = _Keys(metadata, name)
+        row = _decided(keys, ARCHITECTURES[name], shapes)
         if not metadata.get(f"{name}.attention.causal", True):
             raise ConfigError(f"{name}.attention.causal is False: attention to later tokens is not supported")
 
@@ -436,6 +473,7 @@ class ModelConfig:
             norm_epsilon=keys.real(f"attention.layer_norm_{'rms_' if row.norm == 'rms' else ''}epsilon"),
             attention_scale=(keys.real("attention.scale", 0.0) if row.attention_scale_key else 0)
             or (max(1, d // heads) if wide else head_size) ** -0.5,
+            attention_clamp=keys.real("attention.clamp_kqv", 0.0) if row.clamp_key else 0.0,
             attention_softcap=_softcap(keys, "attn_logit_softcapping", row.attention_softcap),
             logit_softcap=_softcap(keys, "final_logit_softcapping", row.logit_softcap),
             temperature_scale=keys.real("attention.temperature_scale", 0.0) if row.temperature else 0.0,
@@ -450,6 +488,19 @@ class ModelConfig:
         )
         _check_tensors(config, shapes)
         return config
+
+
+def _decided(keys: "_Keys", row: Architecture, shapes: Mapping[str, tuple[int, ...]]) -> Architecture:
+    """Return the row with what it leaves to the file; what block 0 has, all must have."""
+    if row.parallel_key:
+        row = replace(row, parallel=keys.flag("use_parallel_residual"))
+    if row.parallel_unless_normed:
+        own, shared = row.norms.ffn_in
+        normed = f"blk.0.{own}.weight" in shapes
+        row = replace(row, parallel=not normed, norms=replace(row.norms, ffn_in=(own if normed else shared,)))
+    if row.qk_norm == "heads" and "blk.0.attn_q_norm.weight" not in shapes:
+        row = replace(row, qk_norm="")
+    return row
 
 
 def _ropes(keys: "_Keys", row: Architecture, key_length: int) -> tuple[Rope | None, Rope | None]:
@@ -655,6 +706,7 @@ def _scopes(config: ModelConfig) -> Iterator[tuple[str, dict[str, tuple[str, ...
         "context": config.context_length,
         "pairs": full.dimensions // 2 if full else 0,
         "heads": config.head_count,
+        "kv heads": config.head_count_kv,
         "head": config.head_size,
         "q": q,
         "kv": kv,
@@ -665,7 +717,10 @@ def _scopes(config: ModelConfig) -> Iterator[tuple[str, dict[str, tuple[str, ...
         "fe": config.expert_feed_forward_length,
         "fs": config.expert_shared_feed_forward_length,
     }
-    yield "", _GLOBAL | (_POSITIONS if config.row.positions else {}), sizes
+    outside = _GLOBAL | (_POSITIONS if config.row.positions else {})
+    if config.row.norm == "bare":
+        outside = {name: axes for name, axes in outside.items() if not name.startswith("output_norm.")}
+    yield "", outside, sizes
     for i in range(config.block_count):
         yield f"blk.{i}.", _block_table(config), sizes
 
@@ -677,11 +732,8 @@ def _block_table(config: ModelConfig) -> dict[str, tuple[str, ...]]:
     if config.expert_shared_feed_forward_length:
         matrices |= _SHARED_EXPERT
     places = (row.norms.attention_in, row.norms.attention_out, row.norms.ffn_in, row.norms.ffn_out)
-    norms: dict[str, tuple[str, ...]] = {name: ("d",) for names in places for name in names}
-    if row.qk_norm:
-        full = row.qk_norm == "full"
-        norms |= {"attn_q_norm": ("q",) if full else ("head",), "attn_k_norm": ("kv",) if full else ("head",)}
-    table = {f"{name}.weight": axes for name, axes in (matrices | norms).items()}
+    norms: dict[str, tuple[str, ...]] = {name: ("d",) for names in places for name in names if row.norm != "bare"}
+    table = {f"{name}.weight": axes for name, axes in (matrices | norms | _QK_NORMS[row.qk_norm]).items()}
     table |= {f"{name}.bias": axes[:-1] for name, axes in matrices.items() if len(axes) > 1}
     if row.norm == "layer":
         table |= {f"{name}.bias": axes for name, axes in norms.items()}
@@ -738,6 +790,15 @@ class _Keys:
             if isinstance(entry, bool) or not isinstance(entry, int | float) or not abs(entry) < math.inf:
                 raise ConfigError(f"metadata key {name} holds {_shown(entry)}, not a number that makes sense")
         return [float(entry) for entry in entries]
+
+    def flag(self, key: str) -> bool:
+        """Return true or false, which the file must say."""
+        name = f"{self.prefix}.{key}"
+        value = self.metadata.get(name)
+        if not isinstance(value, bool):
+            shown = "missing" if value is None else _shown(value)
+            raise ConfigError(f"metadata key {name} is {shown}: it must be true or false; convert the file again")
+        return value
 
     def for_all_blocks(self, key: str, blocks: int, default: int | None = None) -> int:
         """Return a positive integer that holds for every block; the file gives a scalar or an array of equals."""

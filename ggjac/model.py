@@ -296,6 +296,8 @@ class Model:
     def freeze_final_norm(self, h: Float[Tensor, "n d"]) -> NormTape:
         """Freeze the norm before the head at any stream."""
         weights = self.weights
+        if self.config.row.norm == "bare":
+            return blocks.frozen_norm(self.config, h.new_ones(self.config.d), None, h)
         bias = weights["output_norm.bias"].dense() if "output_norm.bias" in weights else None
         return blocks.frozen_norm(self.config, weights["output_norm.weight"].dense(), bias, h)
 

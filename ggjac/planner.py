@@ -226,6 +226,8 @@ def _trace_pass(block: _Block, config: ModelConfig, mlp_path: MlpPath, n: int, m
     Of the trace, all positions.
     """
     parts = [block.linear(stem, m) for stem in _ONCE]
+    if config.attention_clamp:  # where values are clamped is recorded from themselves
+        parts.append(block.linear("attn_v", m))
     parts += [_mix(config, n, m), _mix(config, n, m)]  # scores cost as much as their use
     clamped = config.row.activation == "silu_oai"
     for kind, experts, uses, _ in _networks(block, config, m):
@@ -234,7 +236,12 @@ def _trace_pass(block: _Block, config: ModelConfig, mlp_path: MlpPath, n: int, m
         if len(stems) < 3 or mlp_path == "gate" or clamped:
             stems = [*stems, _live(block, kind, mlp_path)]
         parts += [block.linear(stem, m, experts, uses) for stem in stems]
-    vectors = (info for info in block.infos if len(info.shape) == 1 and not info.name.endswith(".bias"))
+    # Norms of heads by weights of their own are small tensors with two axes.
+    vectors = (
+        info
+        for info in block.infos
+        if info.name.endswith("_norm.weight") or (len(info.shape) == 1 and not info.name.endswith(".bias"))
+    )
     parts += [Pass(info.nbytes, {info.type.name: info.elements}) for info in vectors]
     return _total(parts)
 
@@ -250,9 +257,11 @@ def _whole(block: _Block, config: ModelConfig, n: int) -> Pass:
 def _tape_bytes(block: _Block, config: ModelConfig, n: int, item: int) -> int:
     """Return the bytes of a block's tape: its stream `[n, d]`, norms, patterns `[h, n, n]`, factors `[n, f]`."""
     floats, other = n * config.d + config.head_count * n * n, 0
+    if config.attention_clamp:
+        floats += 2 * n * config.head_count_kv * config.head_size
     norms = config.row.norms
     for names in (norms.attention_in, norms.attention_out, norms.ffn_in, norms.ffn_out):
-        name = next((name for name in names if block.find(f"{name}.weight")), None)
+        name = next((name for name in names if config.row.norm == "bare" or block.find(f"{name}.weight")), None)
         if name is not None:
             floats += config.d * (2 if block.find(f"{name}.bias") else 1)
             other += n * max(4, item)  # one over the root mean square, float32 at least

@@ -72,6 +72,13 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "phi2": LAYER_NORM
     | {"norms": ("attn_norm",), "n_rot": 8, "kv_heads": 4}
     | {"biases": (*QKV, "attn_output", "ffn_up", "ffn_down", "output")},
+    "olmo": {"norm": "ln_bare", "tied": True},
+    "command-r": {"norm": "ln", "norms": ("attn_norm",), "tied": True, "extra": {"logit_scale": 0.25}},
+    "nemotron": LAYER_NORM | {"n_rot": 8},
+    "stablelm": {"norm": "ln_bias", "n_rot": 4, "biases": QKV, "kv_heads": 4},
+    "gptneox": LAYER_NORM
+    | {"n_rot": 4, "kv_heads": 4, "fused_qkv": True, "fused_bias": True, "extra": {"use_parallel_residual": True}}
+    | {"biases": (*QKV, "attn_output", "ffn_up", "ffn_down")},
     "falcon": LAYER_NORM | {"norms": ("attn_norm",), "fused_qkv": True, "kv_heads": 1, "tied": True},
     "starcoder2": LAYER_NORM | {"tied": True, "biases": (*QKV, "attn_output", "ffn_up", "ffn_down")},
     "qwen3moe": EXPERTS | {"qk_norm": "head", "head_dim": 32, "expert_ff": 48},
@@ -268,6 +275,29 @@ FAMILY_CASES: dict[str, dict[str, Any]] = {
     "gpt2_f16": of("gpt2", type="F16"),
     "phi2": of("phi2"),
     "phi2_fused": of("phi2", fused_qkv=True, fused_bias=True),
+    "olmo": of("olmo"),
+    "olmo_clamped": of("olmo", extra={"attention.clamp_kqv": 1.0}, layers=3, tied=False),
+    "olmo_clamped_fused": of("olmo", extra={"attention.clamp_kqv": 0.7}, fused_qkv=True, kv_heads=4, rope_base=100.0),
+    "olmo_linear": of("olmo", scaling={"type": "linear", "factor": 4.0}, type="Q8_0", heads=2, head_dim=32),
+    "command_r": of("command-r"),
+    "command_r_biases": of("command-r", biases=QKV, layers=3, rope_base=8e6, kv_heads=4),
+    "command_r_partial": of("command-r", n_rot=8, rope_base=100.0, type="Q8_0", heads=2, head_dim=32),
+    # llama.cpp looks for norms of heads from 64 blocks on.
+    "command_r_plus": of("command-r", layers=64, d=32, ff=32, qk_norm="heads", down_gain=0.5),
+    "nemotron": of("nemotron"),
+    "nemotron_biases": of("nemotron", biases=(*QKV, "attn_output", "ffn_up", "ffn_down"), layers=3),
+    "nemotron_whole_heads": of("nemotron", head_dim=32, heads=2, kv_heads=1, n_rot=32, rope_base=100.0, type="Q8_0"),
+    "stablelm": of("stablelm"),
+    "stablelm_3b": of("stablelm", biases=(), n_rot=8, rope_base=100.0),
+    "stablelm_12b": of("stablelm", biases=(), norms=("attn_norm",), qk_norm="heads", kv_heads=2, layers=3),
+    "stablelm_12b_q8_0": of(
+        "stablelm", biases=(), norms=("attn_norm",), qk_norm="heads", head_dim=32, heads=2, kv_heads=1, type="Q8_0"
+    ),
+    "gptneox": of("gptneox", layers=3),
+    "gptneox_sequential": of("gptneox", extra={"use_parallel_residual": False}, rope_base=100.0),
+    "gptneox_whole_heads": of("gptneox", n_rot=None, head_dim=32, heads=2, kv_heads=2),
+    "gptneox_linear": of("gptneox", scaling={"type": "linear", "factor": 4.0}, n_rot=8),
+    "gptneox_f16": of("gptneox", type="F16"),
     "falcon_7b": of("falcon"),
     "falcon_40b": of("falcon", norms=("attn_norm", "attn_norm_2"), kv_heads=2, tied=False),
     "starcoder2": of("starcoder2"),
@@ -318,6 +348,10 @@ FAMILY_CASES: dict[str, dict[str, Any]] = {
             "starcoder2",
             "gpt2",
             "phi2",
+            "olmo",
+            "nemotron",
+            "stablelm",
+            "gptneox",
         )
     },
     "mistral3_unread": of("mistral3", window=3, extra=UNREAD | {"attention.temperature_scale": 0.0}),
@@ -329,6 +363,7 @@ FAMILY_CASES: dict[str, dict[str, Any]] = {
     "olmoe_unread": of("olmoe", window=3, extra=UNREAD | UNREAD_ROUTING | {"expert_weights_norm": True}),
     "gpt_oss_unread": of("gpt-oss", extra=UNREAD | UNREAD_ROUTING | {"rope.freq_base_swa": 1000.0}),
     "gemma3_unread": of("gemma3", extra=UNREAD | {"final_logit_softcapping": 0.0}),
+    "command_r_unread": of("command-r", window=3, extra=UNREAD | {"logit_scale": 0.25}),
     "cohere2_unread": of("cohere2", extra=UNREAD),
     "olmo3_unread": of("olmo2", layers=4, window=4, extra=UNREAD),
     "qwen3moe_default_width": of("qwen3moe", omit=("expert_feed_forward_length",)),

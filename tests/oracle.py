@@ -22,14 +22,18 @@ from torch import Tensor
 class Facts(NamedTuple):
     """What an architecture's name implies and its file does not say. The defaults are those of `llama`."""
 
-    norm: str = "rms"  # rms | ln
+    norm: str = "rms"  # rms | ln (weights and biases if there are any)
+    clamp_key: bool = False  # attention.clamp_kqv limits queries, keys and values
     parallel: bool = False  # attention and feed-forward read the same input
+    parallel_key: bool = False  # or do so if use_parallel_residual, each through a norm of its own
     # Norms before and after the two sublayers; None: there is none.
     attn_norm: str | None = "attn_norm"
     attn_post: str | None = None
     ffn_norm: str | None = "ffn_norm"
     ffn_post: str | None = None
-    qk_norm: str | None = None  # head | head after rope | full; full: before the split into heads
+    ffn_norm_optional: bool = False  # without it the feed-forward reads what the attention reads
+    # head (if there is one) | head after rope | full; before the rope, but for the second; full: and before the split
+    qk_norm: str | None = None
     rope: str | None = "adjacent"  # which dimensions are a pair: adjacent | halves
     roped: str = "all"  # all | local (only layers with a window, where there are any) | three of four
     finetuned_key: bool = False  # rope.scaling.finetuned = false turns the rope off
@@ -111,6 +115,11 @@ FACTS: dict[str, Facts] = {
     "gpt2": LAYER_NORM._replace(rope=None),
     "falcon": LAYER_NORM._replace(parallel=True, ffn_norm=None),
     "phi2": LAYER_NORM._replace(parallel=True, ffn_norm=None),
+    "olmo": Facts(norm="ln", clamp_key=True),
+    "command-r": Facts(norm="ln", parallel=True, ffn_norm=None, qk_norm="head", logits="multiply"),
+    "nemotron": LAYER_NORM._replace(activation="relu2"),
+    "stablelm": Facts(norm="ln", rope="halves", ffn_norm_optional=True, qk_norm="head"),
+    "gptneox": LAYER_NORM._replace(parallel_key=True),
     "gpt-oss": Facts(ffn_norm="post_attention_norm", rope="halves", period=2, activation="oai", router="selected"),
 }  # fmt: skip
 
@@ -177,7 +186,8 @@ def norm(model: Oracle, name: str, x: Tensor, *, frozen: bool) -> Tensor:
     if model.facts.norm == "ln":
         x = x - x.mean(-1, keepdim=True)
     scale = 1 / root_mean_square(model, x)
-    y = x * (scale.detach() if frozen else scale) * model.weights[f"{name}.weight"]
+    weight = 1.0 if model.architecture == "olmo" else model.weights[f"{name}.weight"]
+    y = x * (scale.detach() if frozen else scale) * weight
     return y + model.weights.get(f"{name}.bias", 0.0)
 
 
@@ -280,10 +290,12 @@ def attention(model: Oracle, layer: int, h: Tensor, *, frozen: bool, context: in
         q, k, v = qkv.split([heads * hd, kv_heads * hd, kv_heads * hd], dim=-1)
     else:
         q, k, v = (linear(model, f"{b}.attn_{part}", h) for part in "qkv")
+    if facts.clamp_key and (limit := meta.get("attention.clamp_kqv", 0.0)):
+        q, k, v = (torch.where(part.abs() <= limit, part, limit * part.detach().sign()) for part in (q, k, v))
     if facts.qk_norm == "full":
         q, k = (norm(model, f"{b}.attn_{name}_norm", part, frozen=False) for name, part in (("q", q), ("k", k)))
     q, k, v = q.reshape(n, heads, hd), k.reshape(n, kv_heads, hd), v.reshape(n, kv_heads, hd)
-    if facts.qk_norm == "head":
+    if facts.qk_norm == "head" and f"{b}.attn_q_norm.weight" in model.weights:
         q, k = (norm(model, f"{b}.attn_{name}_norm", part, frozen=False) for name, part in (("q", q), ("k", k)))
     if roped(model, layer):
         angles, magnitude = rope_angles(model, layer, n, meta.get("rope.dimension_count", hd), context)
@@ -442,7 +454,12 @@ def block(
     h = sublayer_norm("attn_norm_2" if own else facts.attn_norm, x)
     attn = attention(model, layer, h, frozen=frozen, context=len(x) if context is None else context)
     attn = sublayer_norm(facts.attn_post, attn) * scale
-    h = sublayer_norm(facts.attn_norm, x) if facts.parallel else sublayer_norm(facts.ffn_norm, x + attn)
+    if facts.parallel or (facts.ffn_norm_optional and f"{b}.ffn_norm.weight" not in model.weights):
+        h = sublayer_norm(facts.attn_norm, x)
+    elif facts.parallel_key and model.metadata["use_parallel_residual"]:
+        h = sublayer_norm(facts.ffn_norm, x)
+    else:
+        h = sublayer_norm(facts.ffn_norm, x + attn)
     network = mixture if f"{b}.ffn_gate_inp.weight" in model.weights else dense
     ffn = sublayer_norm(facts.ffn_post, network(model, b, h, freeze=freeze, gelu=gelu)) * scale
     return {f"attn_out-{layer}": attn, f"ffn_out-{layer}": ffn, f"l_out-{layer}": x + attn + ffn}

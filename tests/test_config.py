@@ -238,7 +238,7 @@ def test_refusals_name_what_is_wrong(name: str) -> None:
         read(metadata, shapes)  # at once: nothing may be built for a number before it is checked
     assert "\n" not in str(error.value)
     assert str(error.value).isprintable()
-    assert len(str(error.value)) < 400
+    assert len(str(error.value)) < 160 + len(", ".join(ARCHITECTURES))  # however long what the file says is
 
 
 REQUIRED = ("block_count", "context_length", "embedding_length", "feed_forward_length", "attention.head_count",
@@ -399,3 +399,31 @@ def test_experts_per_token_may_be_given_per_block_if_they_are_equal() -> None:
     assert read({"expert_count": 4, "expert_used_count": [2, 2]}, shapes).expert_used_count == 2
     with pytest.raises(ConfigError, match="expert_used_count differs between blocks"):
         read({"expert_count": 4, "expert_used_count": [2, 1]}, shapes)
+
+
+@pytest.mark.parametrize(("value", "shown"), [(ABSENT, "missing"), (1, "1"), ("true", "'true'")])
+def test_whether_branches_are_parallel_must_be_true_or_false(value: Any, shown: str) -> None:
+    """llama.cpp does not run a file without it either."""
+    with pytest.raises(ConfigError, match=f"key gptneox.use_parallel_residual is {shown}: it must be true or false"):
+        of("gptneox", {"use_parallel_residual": value}, ())
+
+
+NORMED = {"q_norm": H, "k_norm": G}
+
+
+@pytest.mark.parametrize("layer", range(L))
+def test_all_blocks_are_normed_alike(layer: int) -> None:
+    """A StableLM's blocks may lack the second norm, or have norms of heads, but not one block without the others."""
+    metadata = {name.replace("llama.", "stablelm."): value for name, value in METADATA.items()}
+    metadata |= {"general.architecture": "stablelm", "stablelm.attention.layer_norm_epsilon": 1e-5}
+
+    def parallel(shapes: dict[str, Any]) -> bool:
+        return ModelConfig.from_metadata(metadata, shapes).row.parallel
+
+    whole = SHAPES | {f"blk.{i}.attn_{of}.weight": (heads, HD) for i in range(L) for of, heads in NORMED.items()}
+    for part in ("ffn_norm", "attn_q_norm", "attn_k_norm"):
+        lacking = {name: shape for name, shape in whole.items() if name != f"blk.{layer}.{part}.weight"}
+        with pytest.raises(ConfigError, match=r"tensor '?blk\.\d\.(ffn|attn_[qk])_norm.weight'? is (missing|not)"):
+            parallel(lacking)
+    assert not parallel(whole)
+    assert parallel({name: shape for name, shape in whole.items() if "ffn_norm" not in name})

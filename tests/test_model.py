@@ -17,9 +17,9 @@ from test_planner import held
 from torch import Tensor
 
 import ggjac
-from ggjac import blocks, jobs, linop, model, planner
+from ggjac import blocks, jobs, linop, model, planner, weights
 from ggjac.blocks import NumericsError
-from ggjac.config import ConfigError, ModelConfig, Rope
+from ggjac.config import ConfigError, ModelConfig, Norms, Rope
 from ggjac.gguf import open_gguf
 from ggjac.model import PromptError, open_model
 
@@ -101,6 +101,35 @@ def relative_logits(tiny_file: Callable[..., Path], case: str) -> float:
 
 
 Patch = pytest.MonkeyPatch
+
+
+def uncentred_heads(patch: Patch) -> None:
+    normed = blocks._normed
+
+    def changed(w: blocks.BlockWeights, name: str, config: ModelConfig, x: torch.Tensor) -> torch.Tensor:
+        return normed(w, name, dataclasses.replace(config, row=dataclasses.replace(config.row, norm="rms")), x)
+
+    patch.setattr(blocks, "_normed", changed)
+
+
+def one_norm_of_heads(patch: Patch) -> None:
+    vector = weights.Block.vector
+
+    def changed(self: weights.Block, name: str, expert: int | None = None) -> torch.Tensor:
+        found = vector(self, name, expert)
+        return found[:1] if name == "attn_q_norm.weight" else found
+
+    patch.setattr(weights.Block, "vector", changed)
+
+
+def uncentred_bare_norm(patch: Patch) -> None:
+    frozen = blocks.frozen_norm
+    patch.setattr(blocks, "frozen_norm", lambda *args: frozen(*args)._replace(centred=False))
+
+
+def unclamped_values(patch: Patch) -> None:
+    heads = blocks._heads
+    patch.setattr(blocks, "_heads", lambda w, config, tape: heads(w, config, tape._replace(passed=None, limits=None)))
 
 
 def change_config(patch: Patch, **changes: object) -> None:
@@ -274,6 +303,18 @@ MISTAKES: dict[str, tuple[str, Callable[[Patch], None]]] = {
     "post-norm of attention missing": ("gemma3", without("post_attention_norm.weight")),
     "post-norm of feed-forward missing": ("glm4", without("post_ffw_norm.weight")),
     "branches one after the other": ("cohere2", lambda p: change_config(p, row__parallel=False)),
+    "heads normed without centring": ("stablelm_12b", uncentred_heads),
+    "one head's norm for all": ("stablelm_12b", one_norm_of_heads),
+    "no norm of heads": ("stablelm_12b", lambda p: change_config(p, row__qk_norm="")),
+    "StableLM 12B one after the other": ("stablelm_12b", lambda p: change_config(p, row__parallel=False)),
+    "Command R+ without a norm of heads": ("command_r_plus", lambda p: change_config(p, row__qk_norm="")),
+    "OLMo's norm not centred": ("olmo", uncentred_bare_norm),
+    "clamp missing": ("olmo_clamped", lambda p: change_config(p, attention_clamp=0.0)),
+    "values not clamped": ("olmo_clamped", unclamped_values),
+    "queries and keys not clamped": ("olmo_clamped", lambda p: p.setattr(blocks, "_clamped", lambda config, x: x)),
+    "branches at once": ("gptneox_sequential", lambda p: change_config(p, row__parallel=True)),
+    "branches not at once": ("gptneox", lambda p: change_config(p, row__parallel=False)),
+    "one norm for both branches": ("gptneox", lambda p: change_config(p, row__norms=Norms(ffn_in=("attn_norm",)))),
     "LayerNorm not centred": ("gpt2", lambda p: change_config(p, row__norm="rms")),
     "LayerNorm bias dropped": ("starcoder2", without("attn_norm.bias")),
     "second norm of Falcon 40B ignored": ("falcon_40b", without("attn_norm_2.weight")),

@@ -43,6 +43,7 @@ def parity_file(tiny_file: Callable[..., Path], case: str) -> Path:
 
 
 ROWS = tiny.CASES
+SUMMED = {"gptneox", "nemotron", "olmo"}  # llama.cpp's last ffn_out is the branch and its input
 GELU_ROWS = [case for case in ROWS if oracle.FACTS[tiny.options(case).architecture].activation == "gelu"]
 # The smallest context that llama.cpp allocates; it chooses phi3's rope factors.
 CONTEXT = 256
@@ -53,11 +54,14 @@ CONTEXT = 256
 def as_llamacpp_names(model: Oracle, ours: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return our states under all names that llama.cpp gives to the same vectors, in this family."""
     facts = model.facts
+    if model.architecture in SUMMED:
+        ours = {name: state for name, state in ours.items() if not name.startswith("ffn_out")}
     if facts.attn_post or facts.residual_key:  # llama.cpp's are the branches before the norm or the scale
         states = {name: state for name, state in ours.items() if not name.startswith(("attn_out", "ffn_out"))}
     else:
         states = dict(ours)
-    for i in range(0 if facts.parallel else model.metadata["block_count"]):
+    parallel = facts.parallel or (facts.parallel_key and model.metadata["use_parallel_residual"])
+    for i in range(0 if parallel else model.metadata["block_count"]):
         before = ours[f"l_out-{i - 1}" if i else "x"]
         states[f"ffn_inp-{i}"] = states[f"sa_out-{i}"] = before + ours[f"attn_out-{i}"]
     return states
@@ -302,6 +306,7 @@ FAMILY_MISTAKES: dict[str, tuple[str, Callable[[Oracle], Oracle]]] = {
             *("qwen2", "qwen3", "gemma", "gemma2", "gemma3", "phi3", "olmo2", "mistral3", "granite", "smollm3", "glm4"),
             *("cohere2", "phi2", "falcon_7b", "starcoder2", "mixtral", "qwen3moe", "gpt_oss", "qwen2moe", "olmoe"),
             *("exaone4", "seed_oss", "hunyuan", "internlm2", "ernie4_5", "exaone", "minicpm", "arcee", "apertus"),
+            *("gptneox", "stablelm", "nemotron", "command_r", "olmo"),
         )
     },
     **{f"{case}: window one wider": (case, width_of_window(1)) for case in WINDOWED},
@@ -348,6 +353,11 @@ FAMILY_MISTAKES: dict[str, tuple[str, Callable[[Oracle], Oracle]]] = {
             "glm4": ("attn_q", "attn_k", "attn_v"),
             "gpt2": ("attn_qkv", "attn_output", "ffn_up", "ffn_down", "attn_norm", "ffn_norm", "output_norm"),
             "phi2": ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_up", "ffn_down", "attn_norm", "output"),
+            "command_r_biases": ("attn_q", "attn_k", "attn_v"),
+            "nemotron": ("attn_norm", "ffn_norm", "output_norm"),
+            "nemotron_biases": ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_up", "ffn_down"),
+            "stablelm": ("attn_q", "attn_k", "attn_v", "attn_norm", "ffn_norm", "output_norm"),
+            "gptneox": ("attn_qkv", "attn_output", "ffn_up", "ffn_down", "attn_norm", "ffn_norm", "output_norm"),
             "falcon_40b": ("attn_norm", "attn_norm_2", "output_norm"),
             "starcoder2": ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_up", "ffn_down", "ffn_norm"),
             "granite_biases": ("attn_output", "ffn_gate", "ffn_up", "ffn_down"),
@@ -365,6 +375,7 @@ FAMILY_MISTAKES: dict[str, tuple[str, Callable[[Oracle], Oracle]]] = {
     "gemma3: embeddings unscaled": ("gemma3", facts(embedding=None)),
     "gemma: one added to the norms": ("gemma", on("norm.weight", lambda w: w + 1)),
     **{f"{case}: SiLU": (case, facts(activation="silu")) for case in ("gemma", "gpt2", "falcon_7b", "starcoder2")},
+    "gptneox: SiLU": ("gptneox", facts(activation="silu")),
     "gemma: gate and up swapped": ("gemma", lambda m: swap(m, "ffn_gate", "ffn_up")),
     "gemma2: attention cap missing": ("gemma2", facts(attn_cap=None)),
     "gemma2: final cap missing": ("gemma2", facts(final_cap=None)),
@@ -386,7 +397,7 @@ FAMILY_MISTAKES: dict[str, tuple[str, Callable[[Oracle], Oracle]]] = {
     "glm4: up before gate": ("glm4", on("ffn_up", halves_swapped)),
     **{
         f"{case}: rotation of whole heads": (case, lambda m: meta(m, rope__dimension_count=head_size(m)))
-        for case in ("glm4", "phi2", "cohere2_partial")
+        for case in ("glm4", "phi2", "gptneox", "stablelm", "nemotron", "cohere2_partial")
     },
     "phi3: rotated dimensions last": ("phi3_partial", turn_heads),
     "olmo3: local layers scaled": ("olmo3", facts(local_scaling=True)),
@@ -434,8 +445,36 @@ FAMILY_MISTAKES: dict[str, tuple[str, Callable[[Oracle], Oracle]]] = {
     **{f"{case}: sequential": (case, SEQUENTIAL) for case in ("cohere2", "phi2", "falcon_7b")},
     **{
         f"{case}: norms without centering": (case, uncentered)
-        for case in ("cohere2", "gpt2", "phi2", "falcon_7b", "starcoder2")
+        for case in ("cohere2", "gpt2", "phi2", "gptneox", "falcon_7b", "starcoder2")
     },
+    "olmo: norms without centering": ("olmo", uncentered),
+    "olmo: clamp ignored": ("olmo_clamped", facts(clamp_key=False)),
+    "olmo: clamp of a fused matrix ignored": ("olmo_clamped_fused", facts(clamp_key=False)),
+    "olmo: clamp elsewhere": ("olmo_clamped", keys(attention__clamp_kqv=1.1)),
+    "command-r: norms without centering": ("command_r", uncentered),
+    "command-r: logits divided": ("command_r", facts(logits="divide")),
+    "command-r: sequential": ("command_r", SEQUENTIAL),
+    "command-r: rotation of whole heads": (
+        "command_r_partial",
+        lambda m: meta(m, rope__dimension_count=head_size(m)),
+    ),
+    "command-r: no norm of heads": ("command_r_plus", facts(qk_norm=None)),
+    "command-r: heads normed after rope": ("command_r_plus", facts(qk_norm="after rope")),
+    "command-r: one head's norm for all": ("command_r_plus", on("attn_k_norm", lambda w: w[:1].expand_as(w))),
+    "nemotron: norms without centering": ("nemotron", uncentered),
+    "nemotron: GELU": ("nemotron", facts(activation="gelu")),
+    "stablelm: norms without centering": ("stablelm", uncentered),
+    "stablelm: no norm of heads": ("stablelm_12b", facts(qk_norm=None)),
+    "stablelm: one head's norm for all": (
+        "stablelm_12b",
+        on("attn_q_norm", lambda w: w[:1].expand_as(w)),
+    ),
+    "stablelm: heads normed after rope": ("stablelm_12b", facts(qk_norm="after rope")),
+    "stablelm: 12B sequential": ("stablelm_12b", facts(ffn_norm="attn_norm", ffn_norm_optional=False)),
+    "stablelm: parallel": ("stablelm", facts(parallel=True)),
+    "gptneox: sequential": ("gptneox", keys(use_parallel_residual=False)),
+    "gptneox: parallel": ("gptneox_sequential", keys(use_parallel_residual=True)),
+    "gptneox: one norm for both": ("gptneox", facts(parallel=True)),
     "falcon 40B: one norm for both": ("falcon_40b", lambda m: without(m, "attn_norm_2")),
     "falcon 40B: norms swapped": ("falcon_40b", lambda m: swap(m, "attn_norm.", "attn_norm_2.")),
     "gpt2: positions missing": ("gpt2", drop("position_embd")),
@@ -661,7 +700,7 @@ def by_hand(model: Oracle, h: Tensor, mlp_path: str) -> Tensor:
     "case",
     [
         *("plain", "biases", "gemma", "phi3", "gpt2", "starcoder2", "mixtral", "qwen3moe", "gpt_oss", "qwen2moe"),
-        *("olmoe", "granitemoe_shared", "arcee", "apertus"),
+        *("olmoe", "granitemoe_shared", "arcee", "apertus", "nemotron"),
     ],
 )
 def test_frozen_feed_forward_by_hand(case: str, mlp_path: str, tiny_file: Callable[..., Path]) -> None:
@@ -693,7 +732,7 @@ def structure(case: str) -> tuple[str, frozenset[str]]:
 def test_offset_is_what_the_live_biases_add(case: str, mlp_path: str, tiny_file: Callable[..., Path]) -> None:
     """With the coefficients frozen, y is linear in x and the biases on its path taken together.
 
-    The constants of gpt-oss's activation, its clamp and the one added to up, count among them.
+    The constants of gpt-oss's activation, its clamp and the one added to up, count among them, and OLMo's clamp.
     """
     model, ids = oracle.load(tiny_file(case)), tiny.prompt(case, 6)
     J = oracle.jacobian(model, ids, mlp_path=mlp_path)
@@ -701,6 +740,9 @@ def test_offset_is_what_the_live_biases_add(case: str, mlp_path: str, tiny_file:
     constants = {"limit": 7.0, "shift": 1.0} if model.facts.activation == "oai" else {}
     constants = {name: torch.tensor(value, dtype=torch.float64).requires_grad_() for name, value in constants.items()}
     model = facts(**constants)(model._replace(weights=model.weights | live))
+    if limit := model.facts.clamp_key and model.metadata.get("attention.clamp_kqv"):
+        constants["clamp"] = torch.tensor(limit, dtype=torch.float64).requires_grad_()
+        model = meta(model, attention__clamp_kqv=constants["clamp"])
     expected = torch.zeros_like(J.y)
     y = oracle.forward(model, ids, freeze=mlp_path)["result_norm"][-1]
     if y.requires_grad:  # else no bias is on the live path

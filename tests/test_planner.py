@@ -30,6 +30,7 @@ CASES = [
     *("exaone4", "seed_oss", "hunyuan", "internlm2", "ernie4_5", "exaone", "minicpm", "arcee", "apertus"),
     *("mixtral", "mixtral_one_expert", "mixtral_q4_k", "qwen3moe", "qwen3vlmoe", "qwen2moe", "olmoe", "granitemoe"),
     *("granitemoe_shared", "gpt_oss", "gpt_oss_mxfp4", "gpt_oss_fused"),
+    *("gptneox", "stablelm_12b", "nemotron", "command_r", "olmo", "olmo_clamped"),
 ]
 GATED = ("plain", "biases", "phi3", "gpt2", "gemma2", "mixtral", "qwen2moe", "gpt_oss")
 BOTH_WAYS = pytest.mark.parametrize(
@@ -120,7 +121,7 @@ def test_flop_and_tapes_are_those_of_the_operators(case: str, mlp_path: Any, tin
 
 
 @pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
-@pytest.mark.parametrize("case", ["biases", "gpt2", "gpt_oss", "qwen2moe", "gemma2", "olmo2"])
+@pytest.mark.parametrize("case", ["biases", "gpt2", "gpt_oss", "qwen2moe", "gemma2", "olmo2", "olmo_clamped"])
 def test_tapes_in_other_dtypes(case: str, dtype: str, tiny_file: TinyFile) -> None:
     path, n = tiny_file(case), 6
     plan = planned(path, n, dtype=dtype)
@@ -198,7 +199,9 @@ def test_a_trace_reads_what_the_plan_says(case: str, mlp_path: Any, tiny_file: T
     assert model.weights.reads["token_embd.weight"] * model.config.d <= plan.embedding.weights
 
 
-@pytest.mark.parametrize("case", ["gqa", "fused_qkv", "phi3", "gpt2", "mixtral", "qwen2moe", "cohere2", "olmo2"])
+@pytest.mark.parametrize(
+    "case", ["gqa", "fused_qkv", "phi3", "gpt2", "mixtral", "qwen2moe", "cohere2", "olmo2", "olmo_clamped"]
+)
 def test_flop_of_a_trace(case: str, monkeypatch: pytest.MonkeyPatch, tiny_file: TinyFile) -> None:
     """Every projection that the trace applies passes through `Linear`; scores cost as much as their use."""
     counted = 0
@@ -317,7 +320,7 @@ WIDE = {"heads": 8, "head_dim": 32}
 HOLDING: list[tuple[str, dict[str, Any]]] = [
     *((case, {}) for case in ("gqa", "mqa", "head_dim_wide", "gpt2", "gemma2", "falcon_7b", "falcon_40b", "phi2")),
     *((case, {}) for case in ("cohere2", "smollm3", "granite", "mixtral", "qwen2moe", "qwen3moe", "olmoe", "olmo2")),
-    *((case, {}) for case in ("granitemoe", "gpt_oss")),
+    *((case, {}) for case in ("granitemoe", "gpt_oss", "olmo_clamped", "olmo_clamped_fused", "starcoder2")),
     *(("gqa", WIDE | {"kv_heads": groups, "ff": 32}) for groups in (8, 4, 1)),
     *((case, WIDE | {"ff": 32}) for case in ("gemma2", "granite", "phi2", "cohere2", "gpt2")),
     ("mixtral", WIDE | {"kv_heads": 4}),

@@ -56,9 +56,9 @@ class Options:
     fused_qkv: bool = False
     fused_bias: bool = False  # write attn_qkv.bias in place of the biases of q, k and v
     biases: tuple[str, ...] = ()  # of ALL_BIASES, "output", and those of the experts
-    norm: str = "rms"  # rms | ln (weight only) | ln_bias
+    norm: str = "rms"  # rms | ln (weight only) | ln_bias | ln_bare (neither)
     norms: tuple[str, ...] = ("attn_norm", "ffn_norm")  # of each layer
-    qk_norm: str = ""  # head | full
+    qk_norm: str = ""  # head | heads (weights of each head's own) | full
     n_rot: int | None = None  # rotated dimensions of a head; None: all
     long_short: bool = False  # write rope_factors_long and rope_factors_short
     positions: bool = False  # write position_embd
@@ -105,7 +105,8 @@ def matrix(name: str, out: int, into: int, gain: float = 1.0) -> Entry:
 
 
 def norms(o: Options, name: str, width: int, gain: float = 1.0) -> Iterator[Entry]:
-    yield Entry(f"{name}.weight", (width,), 0.3 * gain, gain)
+    if o.norm != "ln_bare":
+        yield Entry(f"{name}.weight", (width,), 0.3 * gain, gain)
     if o.norm == "ln_bias":
         yield bias(name, width)
 
@@ -184,8 +185,9 @@ def tensors(o: Options) -> Iterator[Entry]:
         yield from [stacked(o, f"{b}.attn_qkv.weight", parts)] if o.fused_qkv else parts
         if o.qk_norm:
             # Normed heads have scores with a spread of one; 1.4 squared makes it two.
-            yield Entry(f"{b}.attn_q_norm.weight", (o.hd if o.qk_norm == "head" else q,), 0.3, 1.4)
-            yield Entry(f"{b}.attn_k_norm.weight", (o.hd if o.qk_norm == "head" else kv,), 0.3, 1.4)
+            for name, heads, whole in (("attn_q_norm", o.heads, q), ("attn_k_norm", o.hk, kv)):
+                shape = {"head": (o.hd,), "heads": (heads, o.hd), "full": (whole,)}[o.qk_norm]
+                yield Entry(f"{b}.{name}.weight", shape, 0.3, 1.4)
         if o.sinks:
             yield Entry(f"{b}.attn_sinks.weight", (o.heads,), 1.0, 2.0)
         yield matrix(f"{b}.attn_output", o.d, q)
@@ -323,8 +325,9 @@ def write(path: str | os.PathLike[str], **differences: Any) -> Path:
         values = draw(entry, o.seed)
         name = next((kind for part, kind in o.types.items() if part in entry.name), o.type)
         kind = gguf.GGMLQuantizationType[name]
-        # Routers and learned positions are never quantized; llama.cpp's copy in F32 would keep them as they are.
-        exempt = values.ndim < 2 or "ffn_gate_inp" in entry.name or entry.name == "position_embd.weight"
+        # Norms, routers and learned positions are never quantized; llama.cpp's copy in F32 would keep them as they are.
+        kept = ("_norm.weight", "ffn_gate_inp", "position_embd.weight")
+        exempt = values.ndim < 2 or any(part in entry.name for part in kept)
         if exempt or values.shape[-1] % gguf.GGML_QUANT_SIZES[kind][0]:
             kind = gguf.GGMLQuantizationType.F32
         writer.add_tensor(entry.name, encode(values, kind), raw_dtype=kind)
