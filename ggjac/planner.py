@@ -304,7 +304,7 @@ def sweep_floats(config: ModelConfig, n: int, *, up: bool) -> int:
     if up:
         streams = (3 if config.expert_count else 4) * d
         return max(n * (3 * d + kv + q + max(q, d)), _ffn_floats(config, n, streams, lambda s: 2 * s, 2 * d))
-    centred = d if more or row.norm == "layer" else 0
+    centred = d if more or row.norm != "rms" else 0
     attention = n * max(2 * d + 2 * q + kv, 4 * d + q + centred)
     return max(attention, _ffn_floats(config, n, 2 * d + more, lambda s: max(2 * s, s + d), d))
 
