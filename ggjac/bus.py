@@ -5,7 +5,6 @@ device computes. The host waits until what it sent `sizes.ON_THE_WAY` pieces ago
 longer than copying, bytes would otherwise queue up without end, in pinned memory and on the device.
 """
 
-import ctypes
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ggjac.quants import as_tensor
 from ggjac.sizes import ON_THE_WAY, PINNED_BYTES
 
 
@@ -104,8 +104,4 @@ def _pinned(size: int) -> Tensor:
 
 def _copied(raw: np.ndarray, into: Tensor) -> Tensor:
     """Copy bytes `[rows, columns]` to the front of a buffer, with all of torch's threads; return them there."""
-    # Torch warns of any read-only array; a buffer of ctypes says nothing of who may write, and nobody does.
-    span = (len(raw) - 1) * raw.strides[0] + raw.shape[1]
-    buffer = (ctypes.c_uint8 * span).from_address(raw.__array_interface__["data"][0])
-    source = torch.frombuffer(buffer, dtype=torch.uint8).as_strided(raw.shape, raw.strides)
-    return into[: raw.size].view(raw.shape).copy_(source)
+    return into[: raw.size].view(raw.shape).copy_(as_tensor(raw))

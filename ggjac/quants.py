@@ -443,9 +443,7 @@ Decoder = Callable[[np.ndarray, Tensor], None]
 
 def _torch(type: GGMLType) -> Decoder:
     def decode(raw: np.ndarray, out: Tensor) -> None:
-        # Torch warns of any read-only array; a buffer of ctypes says nothing of who may write, and nobody does.
-        buffer = (ctypes.c_uint8 * raw.size).from_address(_address(raw))
-        blocks = torch.frombuffer(buffer, dtype=torch.uint8).view(-1, type.block_bytes)
+        blocks = as_tensor(raw).view(-1, type.block_bytes)
         out.copy_(TORCH[type.name](blocks).view(out.shape))
 
     return decode
@@ -460,6 +458,14 @@ def _gguf(type: GGMLType) -> Decoder:
             np.copyto(out.numpy(), dequantize(raw, GGMLQuantizationType(type.id)))
 
     return decode
+
+
+def as_tensor(raw: np.ndarray) -> Tensor:
+    """Return a tensor on the memory of a uint8 array [rows, columns], which must outlive it and not be written to."""
+    # Torch warns of any read-only array; a buffer of ctypes says nothing of who may write, and nobody does.
+    apart = raw.strides[0] if len(raw) > 1 else raw.shape[1]
+    buffer = (ctypes.c_uint8 * ((len(raw) - 1) * apart + raw.shape[1])).from_address(_address(raw))
+    return torch.frombuffer(buffer, dtype=torch.uint8).as_strided(raw.shape, (apart, 1))
 
 
 def _address(array: np.ndarray) -> int:

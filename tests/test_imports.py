@@ -33,7 +33,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "svd": {"linop", "notebook", "sizes"},
     "frobenius": {"linop", "notebook", "svd", "sizes"},
     "decode": {"linop", "weights"},
-    "bus": {"sizes"},
+    "bus": {"quants", "sizes"},
     "weights": {"bus", "gguf", "quants", "ggml", "sizes"},
     "jobs": {"config", "sizes"},
     "planner": {"gguf", "config", "jobs", "machine", "sizes"},
