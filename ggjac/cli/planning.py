@@ -348,22 +348,12 @@ def _show_times(made: "Plan", times: "Times", rates: Sequence[str]) -> None:
     from ggjac.cli import render
 
     render.line("")
-    rows = [
-        (
-            part.what,
-            part.count,
-            *(
-                _seconds(t)
-                for t in (part.disk, part.bus, part.dequantize, part.gemm, part.calls, part.each, part.total)
-            ),
-        )
-        for part in times.parts
-    ]
-    columns = ["part", "#times", "#disk", "#bus", "#dequantize", "#multiply", "#calls", "#each", "#total"]
-    title = "Time in seconds: the slowest of disk, of the bus to a device, and of dequantizing, then multiplying"
-    if made.device == "cpu":
-        rows, columns = [(*row[:3], *row[4:]) for row in rows], [c for c in columns if c != "#bus"]
-        title = "Time in seconds: the slower of disk and of dequantizing, then multiplying"
+    bus = made.device != "cpu"
+    shares = ["disk", *(["bus"] if bus else []), "dequantize", "gemm", "calls", "each", "total"]
+    rows = [(part.what, part.count, *(_seconds(getattr(part, name)) for name in shares)) for part in times.parts]
+    columns = ["part", "#times", *("#multiply" if name == "gemm" else f"#{name}" for name in shares)]
+    slowest = "slowest of disk, of the bus to a device, and" if bus else "slower of disk and"
+    title = f"Time in seconds: the {slowest} of dequantizing, then multiplying"
     render.table(title, columns, rows)
     render.line(f"In all about {_duration(times.total)}, for the sweeps that are usual; tolerance and spectrum decide.")
     for text in rates:
