@@ -125,6 +125,14 @@ _GRANITE = replace(
     logit_scale="divide",
 )
 _GPT = Architecture(norm="layer", ffn="plain", activation="gelu")
+_COHERE = Architecture(
+    norm="layer",
+    norms=_SHARED_NORM,
+    parallel=True,
+    rope_pairs="adjacent",
+    partial_rotary=True,
+    logit_scale="multiply",
+)
 
 # Facts of llama.cpp's graphs (src/models/*.cpp) that a file does not state. A new dense family is one row.
 ARCHITECTURES: dict[str, Architecture] = {
@@ -194,30 +202,12 @@ ARCHITECTURES: dict[str, Architecture] = {
     "arcee": replace(_LLAMA, ffn="plain", activation="relu2"),
     "apertus": replace(_QWEN3, ffn="plain", activation="xielu"),
     "glm4": Architecture(norms=_SANDWICH, rope_pairs="adjacent", partial_rotary=True, ffn="fused"),
-    "cohere2": Architecture(
-        norm="layer",
-        norms=_SHARED_NORM,
-        parallel=True,
-        rope_pairs="adjacent",
-        partial_rotary=True,
-        rope_layers="windowed",
-        windowed="required",
-        window_period=4,
-        logit_scale="multiply",
-    ),
+    "cohere2": replace(_COHERE, rope_layers="windowed", windowed="required", window_period=4),
     "gpt2": replace(_GPT, rope_pairs="", positions=True),
     "starcoder2": _GPT,
     "phi2": replace(_GPT, norms=_SHARED_NORM, parallel=True, partial_rotary=True),
     "olmo": Architecture(norm="bare", rope_pairs="adjacent", clamp_key=True),
-    "command-r": Architecture(
-        norm="layer",
-        norms=_SHARED_NORM,
-        parallel=True,
-        rope_pairs="adjacent",
-        partial_rotary=True,
-        qk_norm="heads",
-        logit_scale="multiply",
-    ),
+    "command-r": replace(_COHERE, qk_norm="heads"),
     "nemotron": Architecture(norm="layer", partial_rotary=True, ffn="plain", activation="relu2"),
     "stablelm": Architecture(
         norm="layer",
