@@ -26,6 +26,10 @@ if TYPE_CHECKING:
 
 Homogeneous = Float[Tensor, " k"] | None
 
+# Stacked positions that are multiplied at a time. For more of them oneDNN rearranges whole 16-bit operands in scratch
+# memory, a copy as large as they are, and is no faster.
+ROWS = 4096
+
 
 @runtime_checkable
 class TiledMatrix(Protocol):
@@ -240,7 +244,8 @@ class Linear(LinearOperator):
         flat = X.reshape(-1, X.shape[2])
         Y = X.new_empty(len(flat), self.out_shape[1])
         for start, stop, tile in self.weight.tiles():
-            Y[:, start:stop].addmm_(flat, tile.T, beta=0)  # in place: for many vectors a tile's part is large too
+            for y, x in zip(Y[:, start:stop].split(ROWS), flat.split(ROWS), strict=True):
+                y.addmm_(x, tile.T, beta=0)  # in place: for many vectors a tile's part is large too
         Y = Y.reshape(len(X), *self.out_shape)
         if self.bias is not None and t is not None:
             Y += t[:, None, None] * self.bias
@@ -251,7 +256,8 @@ class Linear(LinearOperator):
         flat = Y.reshape(-1, Y.shape[2])
         X = Y.new_zeros(len(flat), self.in_shape[1])
         for start, stop, tile in self.weight.tiles():
-            X.addmm_(flat[:, start:stop], tile)
+            for x, y in zip(X.split(ROWS), flat[:, start:stop].split(ROWS), strict=True):
+                x.addmm_(y, tile)
         return X.reshape(len(Y), *self.in_shape)
 
 
@@ -370,6 +376,7 @@ class Sum(LinearOperator):
         total = next(terms)
         for term in terms:
             total = total + term if total is given else total.add_(term)
+            del term  # before the next one is made
         return total
 
 

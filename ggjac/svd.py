@@ -56,8 +56,8 @@ class SVD(Plotted):
         return Points("Singular values", "index", "σ", {"σ": (range(len(S)), S, ())})
 
 
-# Columns of a stack of vectors that are factored at a time.
-PANEL = 1 << 16
+# Columns of a stack of vectors that are factored at a time: few enough for the cache, which QR goes through many times.
+PANEL = 1 << 14
 
 # What an iteration asks for: a side (0: multiply by the transpose, 1: by the operator) and stacked vectors `[k, size]`.
 Request = tuple[int, Tensor]
@@ -71,7 +71,7 @@ def svd(A: LinearOperator, rank: int, **options: Any) -> SVD:
         side, vectors = next(steps)
         while True:
             shape, product = ((A.out_shape, A.rmatmat), (A.in_shape, A.matmat))[side]
-            side, vectors = steps.send(product(vectors.to(A.dtype).reshape(-1, *shape)))
+            side, vectors = steps.send(product(vectors.to(A.dtype).reshape(-1, *shape)).flatten(1).to(vectors.dtype))
     except StopIteration as stop:
         return stop.value
 
@@ -117,11 +117,12 @@ def svd_together(
             shape = (A.out_shape, A.in_shape)[side]
             vectors = asked[i][1] if i in asked else torch.zeros(0, math.prod(shape), device=A.device)
             stacks.append(vectors.to(A.dtype).reshape(-1, *shape))
-        products = (down, up)[side](stacks)
+        products = dict(enumerate((down, up)[side](stacks)))
         sweeps += 1
         for i in list(asked):
             try:
-                asked[i] = steps[i].send(products[i])
+                # Out of the list: the next sweep shall not find it in memory.
+                asked[i] = steps[i].send(products.pop(i).flatten(1).to(asked[i][1].dtype))
             except StopIteration as stop:
                 del asked[i]
                 found[i] = stop.value
@@ -154,7 +155,7 @@ def iteration(
 
     Yields:
         A side, and vectors to multiply: 0 and `[k, *out_shape]` flattened, by the transpose; 1 and `[k, *in_shape]`
-        flattened, by A. Takes the products.
+        flattened, by A. Takes the products, flattened too and in the dtype of the vectors.
 
     Returns:
         An `SVD`. Two bases are kept in float32 (float64 for a float64 operator): `[m, *in_shape]` and `[m, *out_shape]`
@@ -193,7 +194,7 @@ def iteration(
 
     for sweeps in range(1, max_sweeps + 1):
         side, other = (0, 1) if sweeps % 2 else (1, 0)
-        product = (yield side, new).flatten(1).to(work)
+        product = yield side, new
         if not product.isfinite().all():
             raise ValueError(
                 f"sweep {sweeps} gave products that are not finite: the operator overflows {A.dtype} or holds NaN; "
@@ -201,6 +202,7 @@ def iteration(
             )
         scale = max(image[side].scale, float(_lengths(product).max()))
         expanded = _expanded(product, basis[other], eps * scale)
+        del product  # as large as a block of the basis, and not needed during the next sweep
         image[side].append(expanded, scale)
         if ends:  # both ends of the last extraction have images by now, so its residual is known
             S, residual = _measured(ends, image, eps)
@@ -272,15 +274,14 @@ class Basis:
             start += len(block)
         return result
 
-    def without(self, rows: Float[Tensor, "k size"]) -> tuple[Tensor, Tensor]:
-        """Return what rows have outside the span of the basis, and their coefficients inside."""
+    def taken_out(self, rows: Float[Tensor, "k size"]) -> Float[Tensor, "k m"]:
+        """Leave of rows, in place, what is outside the span of the basis; return their coefficients inside."""
         inside = self.coefficients(rows)
-        rest = rows.clone()
         start = 0
         for block in self.blocks:
-            rest.addmm_(inside[:, start : start + len(block)], block, alpha=-1)
+            rows.addmm_(inside[:, start : start + len(block)], block, alpha=-1)
             start += len(block)
-        return rest, inside
+        return inside
 
 
 class Expanded(NamedTuple):
@@ -378,16 +379,16 @@ def _expanded(rows: Float[Tensor, "k size"], basis: Basis, threshold: float) -> 
 
     Projected twice: once is not enough when little is left ("twice is enough", Kahan and Parlett).
     """
-    rest, inside = basis.without(rows)
+    rest = rows.clone()
+    inside = basis.taken_out(rest)
     outside, S, directions = _factored(rest)
-    kept = S > threshold
-    lost, outside, rest = outside[:, ~kept], outside[:, kept], directions[kept]
-    rest, more = basis.without(rest)  # what survived has unit length: only roundoff is removed
-    inside = inside + outside @ more
+    count = int((S > threshold).sum())  # S descends
+    lost, outside, rest = outside[:, count:], outside[:, :count], directions[:count]
+    inside = inside + outside @ basis.taken_out(rest)  # what survived has unit length: only roundoff is removed
     again, S, directions = _factored(rest)
-    kept = S > 0.5
+    count = int((S > 0.5).sum())
     outside = outside @ again
-    return Expanded(inside, outside[:, kept], directions[kept], torch.cat([lost, outside[:, ~kept]], 1))
+    return Expanded(inside, outside[:, :count], directions[:count], torch.cat([lost, outside[:, count:]], 1))
 
 
 def _factored(
