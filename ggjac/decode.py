@@ -84,7 +84,12 @@ def _first_best(scores: Float[Tensor, "k v"], count: int) -> Int[Tensor, "k coun
     if count == 0:
         return scores.new_empty(len(scores), 0, dtype=torch.long)
     scores = torch.where(scores.isnan(), -torch.inf, scores)
-    least = scores.topk(count, dim=1).values[:, -1:]
+    values, best = scores.topk(min(count + 1, scores.shape[1]), dim=1)
+    found = best[:, :count].sort(dim=1).values
+    least = values[:, count - 1, None]
+    tied = (values[:, count:] == least).any(1)  # with one that did not get in: rare but in 16 bit
+    scores, least = scores[tied], least[tied]
     above, equal = scores > least, scores == least
     taken = above | (equal & (equal.cumsum(1, dtype=torch.int32) <= count - above.sum(1, keepdim=True)))
-    return taken.nonzero()[:, 1].view(len(scores), count)
+    found[tied] = taken.nonzero()[:, 1].view(len(scores), count)
+    return found
