@@ -25,7 +25,7 @@ from ggjac.sizes import ON_THE_WAY, SLAB, TILE_ELEMENTS
 MlpPath = Literal["up", "gate"]
 
 # Anonymous memory of a process that has imported torch and opened a model, before it does anything: measured, Linux.
-BASE_BYTES = {"cpu": 152 << 20, "cuda": 900 << 20}
+BASE_BYTES = {"cpu": 160 << 20, "cuda": 900 << 20}
 # Buffers of the matrix library and of the allocator, of each thread; and what CUDA keeps on the device for itself.
 THREAD_BYTES = 8 << 20
 CONTEXT_BYTES = 600 << 20
@@ -55,12 +55,14 @@ class Pass:
         types: weights dequantized, by storage type.
         flop: for one vector, or of a trace for all positions.
         calls: matrices applied.
+        written: floats of products, for one vector, or of a trace for all positions.
     """
 
     nbytes: int = 0
     types: Mapping[str, int] = field(default_factory=dict)
     flop: int = 0
     calls: int = 0
+    written: int = 0
 
     @property
     def weights(self) -> int:
@@ -71,10 +73,15 @@ class Pass:
         """Return what a weight is multiplied by, on the average: positions times stacked vectors, fewer in experts."""
         return max(1, round(vectors * self.flop / (2 * max(1, self.weights))))
 
+    def times(self, share: float | int) -> "Pass":
+        """Return the same reading with so many times the arithmetic."""
+        return replace(self, flop=round(share * self.flop), written=round(share * self.written))
+
     def __add__(self, other: "Pass") -> "Pass":
         types = Counter(self.types)
         types.update(other.types)
-        return Pass(self.nbytes + other.nbytes, dict(types), self.flop + other.flop, self.calls + other.calls)
+        flop, calls, written = self.flop + other.flop, self.calls + other.calls, self.written + other.written
+        return Pass(self.nbytes + other.nbytes, dict(types), flop, calls, written)
 
 
 def _total(passes: Iterable[Pass]) -> Pass:
@@ -140,11 +147,13 @@ class _Block:
             return Pass()
         info, out = found
         columns, matrices = info.shape[-1], experts or 1
+        slabs = math.ceil(columns / SLAB) if stem.startswith("ffn_down") else 1  # each adds a product of its own
         weight = Pass(
             matrices * out * info.row_bytes,
             {info.type.name: matrices * out * columns},
             2 * (uses or positions) * out * columns,
             matrices,
+            (uses or positions) * out * slabs,
         )
         return weight + self.vector(f"{stem}.bias", matrices if experts else 0)
 
@@ -198,12 +207,12 @@ def _pass(block: _Block, config: ModelConfig, mlp_path: MlpPath, over: Over, rea
     output = block.linear("attn_output", m)
     parts = [block.linear("attn_v", n), _mix(config, n, m), output]
     if over.tensors == "heads":  # once more for what it adds and for its bias, and once for the head's shares
-        parts.append(replace(output, flop=2 * output.flop))
+        parts.append(output.times(2))
     for kind, experts, uses, _ in _networks(block, config, m):
         parts += [block.linear(stem, m, experts, uses) for stem in (_live(block, kind, mlp_path), f"ffn_down{kind}")]
     work = _total(parts)
     # Of maps that advance together, not all are there; a vector of all is on the average in so many of the blocks.
-    return work if over.apart else replace(work, flop=round(work.flop * len(ends) / len(spans)))
+    return work if over.apart else work.times(len(ends) / len(spans))
 
 
 def _mix(config: ModelConfig, n: int, m: int) -> Pass:
@@ -341,13 +350,13 @@ def trace_floats(config: ModelConfig, n: int, m: int | None = None) -> int:
 
 
 def basis_floats(config: ModelConfig, n: int, width: int, sweeps: int) -> int:
-    """Return the floats of both Krylov bases after so many sweeps, and of the last product.
+    """Return the floats of both Krylov bases after so many sweeps.
 
     Every downward sweep adds a block of the input space, `[width, n, d]`, every upward one a block of the output space,
-    `[width, d]`. The newest block's product is held until the next one comes.
+    `[width, d]`, beside the one to begin with. Orthogonalising a product takes less than the sweep that brought it.
     """
     down, up = math.ceil(sweeps / 2), sweeps // 2
-    return width * config.d * ((down + 1) * n + up + 1)
+    return width * config.d * (down * n + up + 1)
 
 
 def krylov_flop(size: int, width: int, sweeps: int) -> int:
@@ -424,7 +433,7 @@ class Plan:
     def lookup(self, step: Lookup) -> Pass:
         """Return a pass over the vocabulary, FLOP for all its vectors."""
         parts = (self.head, step.logits + step.head), (self.nearest, step.embedding)
-        return _total(replace(work, flop=vectors * work.flop) for work, vectors in parts if vectors)
+        return _total(work.times(vectors) for work, vectors in parts if vectors)
 
     @property
     def columns(self) -> list[int]:
@@ -642,7 +651,7 @@ def _layer(file: GGUFFile, config: ModelConfig, index: int, job: Job, mlp_path: 
 
 def _rows(info: TensorInfo) -> Pass:
     """Return one pass over a whole matrix with one vector."""
-    return Pass(info.nbytes, {info.type.name: info.elements}, 2 * info.elements, 1)
+    return Pass(info.nbytes, {info.type.name: info.elements}, 2 * info.elements, 1, info.rows)
 
 
 def _memory(
@@ -690,7 +699,8 @@ def _sweeping(config: ModelConfig, job: Job, step: Sweeps) -> dict[str, int]:
     if step.over.tensors == "all":
         moving = trace_floats(config, n, step.over.written or n) * work
     else:
-        moving = (sweep_floats(config, n, up=step.up) + step.copies * n * config.d) * item
+        rounded = bool(step.krylov) and item < work  # what a basis holds, in the dtype of the sweep
+        moving = (sweep_floats(config, n, up=step.up) + (step.copies + rounded) * n * config.d) * item
     bases = sum(k.maps * basis_floats(config, k.positions, k.width, k.sweeps) for k in step.krylov) // step.over.turns
     arrived = round(step.after * job.n * config.d) * item
     return {"vectors": step.vectors * max(moving, arrived), "bases": bases * work, **step.held}
@@ -750,6 +760,10 @@ class Rates(Protocol):
         """Bytes copied to the device; infinite where there is none."""
 
     @property
+    def copy(self) -> float:
+        """Bytes of memory read and written together."""
+
+    @property
     def touch(self) -> float:
         """Bytes of memory that is used for the first time: the system clears it, page by page."""
 
@@ -774,12 +788,13 @@ class Time:
     bus: float
     dequantize: float
     gemm: float
+    writes: float
     calls: float
 
     @property
     def each(self) -> float:
-        """Seconds of one pass: the slowest of reading, copying, and dequantizing and multiplying in turn; and calls."""
-        return max(self.disk, self.bus, self.dequantize + self.gemm) + self.calls
+        """Seconds of one pass: the slowest of reading, copying, and what takes turns with each other; and calls."""
+        return max(self.disk, self.bus, self.dequantize + self.gemm + self.writes) + self.calls
 
     @property
     def total(self) -> float:
@@ -812,12 +827,17 @@ def _times(plan: Plan, rates: Rates, cached: int, free: int) -> Times:
     def reading(types: Mapping[str, int]) -> float:
         return sum((weights / rates.dequantize(kind) for kind, weights in types.items()), start=0.0)
 
+    def writing(floats: int) -> float:
+        """Return the seconds that products take to be written, and once more what is made of each elementwise."""
+        return 2 * floats * ITEM_BYTES[plan.job.dtype] / rates.touch
+
     def whole(what: str, count: int, work: Pass, present: int) -> Time:
         """Return the time of passes that read all they compute with."""
         missing = max(0, work.nbytes - present)
         gemm = work.flop / rates.gemm(work.columns())
         disk, bus = missing / rates.disk, work.nbytes / rates.bus
-        return Time(what, count, disk, bus, reading(work.types), gemm, work.calls * rates.call)
+        writes, calls = writing(work.written), work.calls * rates.call
+        return Time(what, count, disk, bus, reading(work.types), gemm, writes, calls)
 
     def sweeps(step: Sweeps) -> Time:
         """Return the time of passes that find some weights where they wait."""
@@ -833,20 +853,24 @@ def _times(plan: Plan, rates: Rates, cached: int, free: int) -> Times:
         for k in step.krylov:
             share = k.maps * k.sweeps / step.count
             gemm += share * krylov_flop(plan.d * k.positions, k.width, k.sweeps) / rates.gemm(k.width)
+        if plan.device == "cpu":  # weights that wait ready to multiply come from memory, not from the cache
+            ready = work.weights - streamed.total()
+            gemm += ready * ITEM_BYTES[plan.job.dtype] / rates.copy
         disk = max(0, from_file - room) / rates.disk
         bus = copied / rates.bus
-        return Time(step.what, prompts * step.count, disk, bus, reading(streamed), gemm, work.calls * rates.call)
+        writes, calls = writing(step.vectors * work.written), work.calls * rates.call
+        return Time(step.what, prompts * step.count, disk, bus, reading(streamed), gemm, writes, calls)
 
     parts = [whole("trace", prompts, plan.trace, cached)]
-    ready = not dense.weights
+    made_ready = not dense.weights
     for step in plan.job.steps:
         if isinstance(step, Lookup):
             parts.append(whole(step.what, prompts * step.count, plan.lookup(step), room))
             continue
-        if not ready:
-            disk, ready = max(0, dense.nbytes - room) / rates.disk, True
+        if not made_ready:
+            disk, made_ready = max(0, dense.nbytes - room) / rates.disk, True
             made = reading(dense.types) + dense.weights * ITEM_BYTES[plan.job.dtype] / rates.touch
             bus = dense.nbytes / rates.bus
-            parts.append(Time("making layers ready", plan.job.readied, disk, bus, made, 0.0, 0.0))
+            parts.append(Time("making layers ready", plan.job.readied, disk, bus, made, 0.0, 0.0, 0.0))
         parts.append(sweeps(step))
     return Times(tuple(parts))

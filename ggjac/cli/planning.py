@@ -349,11 +349,11 @@ def _show_times(made: "Plan", times: "Times", rates: Sequence[str]) -> None:
 
     render.line("")
     bus = made.device != "cpu"
-    shares = ["disk", *(["bus"] if bus else []), "dequantize", "gemm", "calls", "each", "total"]
+    shares = ["disk", *(["bus"] if bus else []), "dequantize", "gemm", "writes", "calls", "each", "total"]
     rows = [(part.what, part.count, *(_seconds(getattr(part, name)) for name in shares)) for part in times.parts]
     columns = ["part", "#times", *("#multiply" if name == "gemm" else f"#{name}" for name in shares)]
     slowest = "slowest of disk, of the bus to a device, and" if bus else "slower of disk and"
-    title = f"Time in seconds: the {slowest} of dequantizing, then multiplying"
+    title = f"Time in seconds: the {slowest} of dequantizing, then multiplying, then writing products"
     render.table(title, columns, rows)
     render.line(f"In all about {_duration(times.total)}, for the sweeps that are usual; tolerance and spectrum decide.")
     for text in rates:

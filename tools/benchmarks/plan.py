@@ -62,9 +62,9 @@ def compare(path: str, n: int, options: argparse.Namespace, rest: list[str]) -> 
     if "trace" in took:
         cell(times["trace"]["total"], took["trace"])
     if "svd" in took:
-        # The stage ends with decoding both sides.
-        decoding = times["decoding"]["total"]
-        cell(times["svd"]["each"], (took["svd"] - decoding) / done["svd"]["sweeps"])
+        # The stage begins with weights that are to be kept ready, and ends with decoding both sides.
+        others = sum(times[what]["total"] for what in ("making layers ready", "decoding") if what in times)
+        cell(times["svd"]["each"], (took["svd"] - others) / done["svd"]["sweeps"])
     cell(planned["times"]["total"], sum(took.values()))
     sweeps = f"{done['svd']['sweeps']} sweeps ({times['svd']['count']} expected)" if "svd" in took else ""
     return f"{os.path.basename(path):24} {n:5}  " + "   ".join(cells) + f"   {sweeps}"
