@@ -244,8 +244,8 @@ class Linear(LinearOperator):
         flat = X.reshape(-1, X.shape[2])
         Y = X.new_empty(len(flat), self.out_shape[1])
         for start, stop, tile in self.weight.tiles():
-            for y, x in zip(Y[:, start:stop].split(ROWS), flat.split(ROWS), strict=True):
-                y.addmm_(x, tile.T, beta=0)  # in place: for many vectors a tile's part is large too
+            for some in _panels(len(flat)):  # in place: for many vectors a tile's part is large too
+                Y[some, start:stop].addmm_(flat[some], tile.T, beta=0)
         Y = Y.reshape(len(X), *self.out_shape)
         if self.bias is not None and t is not None:
             Y += t[:, None, None] * self.bias
@@ -256,9 +256,14 @@ class Linear(LinearOperator):
         flat = Y.reshape(-1, Y.shape[2])
         X = Y.new_zeros(len(flat), self.in_shape[1])
         for start, stop, tile in self.weight.tiles():
-            for x, y in zip(X.split(ROWS), flat[:, start:stop].split(ROWS), strict=True):
-                x.addmm_(y, tile)
+            for some in _panels(len(flat)):
+                X[some].addmm_(flat[some, start:stop], tile)
         return X.reshape(len(Y), *self.in_shape)
+
+
+def _panels(count: int) -> Iterator[slice]:
+    """Divide stacked positions into those that are multiplied at a time."""
+    return (slice(start, start + ROWS) for start in range(0, count, ROWS))
 
 
 class Mix(LinearOperator):

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from ggjac import linop
 from ggjac.linop import (
     Center,
     Chain,
@@ -279,17 +280,19 @@ def test_select_by_hand() -> None:
 
 
 @settings(deadline=None, max_examples=50)
-@given(st.integers(1, 7), st.integers(1, 7), st.integers(1, 4), st.booleans(), st.integers(0, 2**31))
-def test_a_tiled_weight_equals_the_dense_one(out: int, into: int, n: int, bias: bool, seed: int) -> None:
+@given(st.integers(1, 7), st.integers(1, 7), st.integers(1, 4), st.booleans(), st.integers(1, 9), st.integers(0, 2**31))
+def test_a_tiled_weight_equals_the_dense_one(out: int, into: int, n: int, bias: bool, at_once: int, seed: int) -> None:
     r = Random(torch.float64, seed)
     W, b = r(out, into), r(out) if bias else None
     tiled, dense = Linear(Tiles(W), n, b), Linear(Matrix(W), n, b)
     X, Y, t = r(2, n, into), r(2, n, out), r(2)
-    assert torch.allclose(tiled.matmat(X, t), dense.matmat(X, t), rtol=1e-12, atol=1e-12)
-    assert torch.allclose(tiled.rmatmat(Y), dense.rmatmat(Y), rtol=1e-12, atol=1e-12)
-    expected = X @ W.T + (0 if b is None else t[:, None, None] * b)
-    assert torch.allclose(tiled.matmat(X, t), expected, rtol=1e-12, atol=1e-12)
-    assert torch.allclose(tiled.rmatmat(Y), Y @ W, rtol=1e-12, atol=1e-12)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(linop, "ROWS", at_once)
+        assert torch.allclose(tiled.matmat(X, t), dense.matmat(X, t), rtol=1e-12, atol=1e-12)
+        assert torch.allclose(tiled.rmatmat(Y), dense.rmatmat(Y), rtol=1e-12, atol=1e-12)
+        expected = X @ W.T + (0 if b is None else t[:, None, None] * b)
+        assert torch.allclose(tiled.matmat(X, t), expected, rtol=1e-12, atol=1e-12)
+        assert torch.allclose(tiled.rmatmat(Y), Y @ W, rtol=1e-12, atol=1e-12)
 
 
 @settings(deadline=None, max_examples=50)
