@@ -433,11 +433,12 @@ class _Order:
         """Yield the sweeps of a group: for the values of branches, triplets, their signs and stable ranks."""
         name, maps, over, sweeps, width = group.name, group.maps, group.over, self.sweeps, self.width(self.n)
         values, where = group.branches
+        copies = 0 if over.apart else 2
         if values:
-            yield Sweeps(f"layers: {name}, branches", 1, values, over=where, copies=2)
+            yield Sweeps(f"layers: {name}, branches", 1, values, over=where, copies=copies)
         bases = (Krylov(over.turns * maps, self.n, width, sweeps),)
-        yield Sweeps(f"layers: {name}, svd", sweeps, maps * width, over=over, copies=2, krylov=bases)
-        yield Sweeps(f"layers: {name}, signs", 1, maps, over=over, copies=2)
+        yield Sweeps(f"layers: {name}, svd", sweeps, maps * width, over=over, copies=copies, krylov=bases)
+        yield Sweeps(f"layers: {name}, signs", 1, maps, over=over, copies=copies)
         # The results of all maps arrive together, and are made wide one after another.
         after = 1 + 2 * 8 / self.item / maps
         exact = self.d <= EXACT_ROWS
@@ -445,7 +446,7 @@ class _Order:
         for step in self.portions(
             f"layers: {name}, stable rank", rows, limit=self.at_once(maps) if exact else rows, up=False, over=over
         ):
-            yield replace(step, vectors=maps * step.vectors, after=after, copies=2)
+            yield replace(step, vectors=maps * step.vectors, after=after, copies=copies)
 
 
 def _analyze(order: _Order) -> Job:

@@ -318,6 +318,22 @@ def sweep_floats(config: ModelConfig, n: int, *, up: bool) -> int:
     return max(attention, _ffn_floats(config, n, 2 * d + more, lambda s: max(2 * s, s + d), d))
 
 
+def alone_floats(config: ModelConfig, n: int, *, up: bool) -> int:
+    """Return what `sweep_floats` does for maps of one block by itself, of whose positions only the last is written.
+
+        up     stream, normed stream, values twice (or centred stream)
+        down   values twice, or once and what they give the stream; or that, normed, and centred before
+
+    There are `n` of them. Where it is written, what `sweep_floats` counts for one position, before or after.
+    """
+    d, kv, row = config.d, config.head_count_kv * config.head_size, config.row
+    once, centred = sweep_floats(config, 1, up=up), d if row.norm != "rms" else 0
+    if up:
+        normed = d if row.norms.attention_in else 0
+        return n * d + max(n * (normed + max(2 * kv, centred)), once)
+    return max(n * max(2 * kv, kv + d, 2 * d + centred), once)
+
+
 def _ffn_floats(config: ModelConfig, n: int, stream: int, hidden: Callable[[int], int], gathered: int) -> int:
     """Return the floats of a feed-forward branch: of the stream and of a slab at each position, and of experts.
 
@@ -700,7 +716,8 @@ def _sweeping(config: ModelConfig, job: Job, step: Sweeps) -> dict[str, int]:
         moving = trace_floats(config, n, step.over.written or n) * work
     else:
         rounded = bool(step.krylov) and item < work  # what a basis holds, in the dtype of the sweep
-        moving = (sweep_floats(config, n, up=step.up) + (step.copies + rounded) * n * config.d) * item
+        there = (alone_floats if step.over.apart else sweep_floats)(config, n, up=step.up)
+        moving = (there + (step.copies + rounded) * n * config.d) * item
     bases = sum(k.maps * basis_floats(config, k.positions, k.width, k.sweeps) for k in step.krylov) // step.over.turns
     arrived = round(step.after * job.n * config.d) * item
     return {"vectors": step.vectors * max(moving, arrived), "bases": bases * work, **step.held}

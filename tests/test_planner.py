@@ -17,6 +17,8 @@ from jaxtyping import config as checks
 from ggjac import blocks, jobs, machine, planner
 from ggjac.config import ModelConfig
 from ggjac.gguf import GGUFFile, open_gguf
+from ggjac.jacobian import Path as Route
+from ggjac.jacobian import SharedSweep, Tap
 from ggjac.linop import Linear, LinearOperator, Mix
 from ggjac.model import DTYPES, Model, Trace, open_model
 
@@ -346,6 +348,24 @@ def test_a_sweep_holds_what_is_counted(case: str, sizes: dict[str, Any], tiny_fi
     for up, product in ((False, lambda: J.rmatmat(Y)), (True, lambda: J.matmat(X))):
         counted = 4 * k * planner.sweep_floats(config, n, up=up)
         assert least < held(product) / counted < most, up
+
+
+@pytest.mark.parametrize(("case", "sizes"), HOLDING)
+@pytest.mark.parametrize("kinds", [("layer",), ("layer", "attn", "mlp")])
+def test_maps_of_one_block_hold_what_is_counted(
+    case: str, sizes: dict[str, Any], kinds: tuple[Any, ...], tiny_file: TinyFile
+) -> None:
+    n, k = 100, 10  # enough of them to outweigh what is there once
+    run = trace(tiny_file(case, layers=3, **sizes), n)
+    J, config = run.jacobian(), run.model.config
+    maps = SharedSweep(J.network, [Route(1, Tap(kind, 2)) for kind in kinds], n - 1, raw=True)
+    Y, X = [torch.ones(k, config.d)] * len(kinds), [torch.ones(k, n, config.d)] * len(kinds)
+    maps.down(Y)  # the tile is there from now on
+    for up, product in ((False, lambda: maps.down(Y)), (True, lambda: maps.up(X))):
+        counted = 4 * k * len(kinds) * planner.alone_floats(config, n, up=up)
+        if up and len(kinds) == 1:  # a stack of one part is the caller's own
+            counted -= 4 * k * n * config.d
+        assert 0.84 < held(product) / counted < 1.12, up
 
 
 # ---- where weights wait
