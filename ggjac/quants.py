@@ -169,6 +169,65 @@ def iq4_xs(blocks: Blocks) -> Elements:
     return _lookup(KVALUES_IQ4NL, q).mul_(sc.float().sub_(32).mul_(_half(d)).unsqueeze(2)).flatten(1)
 
 
+def iq2_xxs(blocks: Blocks) -> Elements:
+    """Return d (sc + 1/2) / 4 G[q], signed: 8 sub-blocks of four rows of the codebook; sc and signs in one word."""
+    d, qs = blocks.split((2, 64), 1)
+    q, word = qs.unflatten(1, (8, 8)).split((4, 4), 2)
+    sc, signs = _scale_and_signs(_view(word, torch.int32))
+    return _coded("IQ2_XXS", q, sc.add_(0.5).mul_(_half(d)).mul_(0.25), signs)
+
+
+def iq2_xs(blocks: Blocks) -> Elements:
+    """Return d (sc + 1/2) / 4 G[q], signed: 16 sub-blocks of two rows; q of nine bits, its sign index of seven."""
+    d, qs, scales = blocks.split((2, 64, 8), 1)
+    words = _words(qs)
+    sc = _shift(scales.unsqueeze(2), (0, 4), 15).flatten(1).float()
+    return _coded("IQ2_XS", words & 511, sc.add_(0.5).mul_(_half(d)).mul_(0.25), _even(words >> 9))
+
+
+def iq2_s(blocks: Blocks) -> Elements:
+    """Return d (sc + 1/2) / 4 G[q], signed: 16 sub-blocks of two rows; q of ten bits, two of them in qh."""
+    d, qs, signs, qh, scales = blocks.split((2, 32, 32, 8, 8), 1)
+    q = qs.int() | _shift(qh.unsqueeze(2), (0, 2, 4, 6), 3).flatten(1).int() << 8
+    sc = _shift(scales.unsqueeze(2), (0, 4), 15).flatten(1).float()
+    return _coded("IQ2_S", q, sc.add_(0.5).mul_(_half(d)).mul_(0.25), signs)
+
+
+def iq3_xxs(blocks: Blocks) -> Elements:
+    """Return d (sc + 1/2) / 2 G[q], signed: 8 sub-blocks of eight rows of four; sc and signs in one word."""
+    d, qs, words = blocks.split((2, 64, 32), 1)
+    sc, signs = _scale_and_signs(_view(words, torch.int32).unsqueeze(2))
+    return _coded("IQ3_XXS", qs, sc.add_(0.5).mul_(_half(d)).mul_(0.5), signs)
+
+
+def iq3_s(blocks: Blocks) -> Elements:
+    """Return d (2 sc + 1) G[q], signed: 8 sub-blocks of eight rows of four; q of nine bits, the ninth in qh."""
+    d, qs, qh, signs, scales = blocks.split((2, 64, 8, 32, 4), 1)
+    q = qs.int() | _bits(qh.unsqueeze(2)).flatten(1).int() << 8
+    sc = _shift(scales.unsqueeze(2), (0, 4), 15).flatten(1).float()
+    return _coded("IQ3_S", q, sc.mul_(2).add_(1).mul_(_half(d)), signs)
+
+
+def iq1_s(blocks: Blocks) -> Elements:
+    """Return d (2 sc + 1) (G[q] ± 1/8): 8 sub-blocks of four rows; sc, the sign and three bits of each q in a word."""
+    d, qs, qh = blocks.split((2, 32, 16), 1)
+    words = _words(qh)
+    q = qs.int() | _shift(words.unsqueeze(2), (0, 3, 6, 9), 7).flatten(1) << 8
+    sc = (words >> 12 & 7).float().mul_(2).add_(1).mul_(_half(d))
+    return _shifted("IQ1_S", q, sc, words >> 15 & 1)
+
+
+def iq1_m(blocks: Blocks) -> Elements:
+    """Return d (2 sc + 1) (G[q] ± 1/8): 16 sub-blocks of two rows, each with a sign; d in the top bits of `scales`."""
+    qs, qh, scales = blocks.split((32, 16, 8), 1)
+    words = _words(scales)
+    d = sum(((words[:, i] & 0xF000) >> (12 - 4 * i) for i in range(1, 4)), start=words[:, 0] >> 12)
+    high = _shift(qh.unsqueeze(2), (0, 4), 15).flatten(1).int()
+    sc = _shift(words.unsqueeze(2), (0, 3, 6, 9), 7).flatten(1).float().mul_(2).add_(1)
+    sc.mul_(_view(d.to(torch.int16).unsqueeze(1), torch.float16).float())
+    return _shifted("IQ1_M", qs.int() | (high & 7) << 8, sc, high >> 3)
+
+
 def mxfp4(blocks: Blocks) -> Elements:
     """Return 2^(e - 128) F[q]: F holds doubled E2M1 values, hence 128 where E8M0 says 127."""
     e, qs = blocks.split((1, 16), 1)
@@ -220,6 +279,13 @@ TORCH: dict[str, Callable[[Blocks], Elements]] = {
     "Q4_K": q4_k,
     "Q5_K": q5_k,
     "Q6_K": q6_k,
+    "IQ1_S": iq1_s,
+    "IQ1_M": iq1_m,
+    "IQ2_XXS": iq2_xxs,
+    "IQ2_XS": iq2_xs,
+    "IQ2_S": iq2_s,
+    "IQ3_XXS": iq3_xxs,
+    "IQ3_S": iq3_s,
     "IQ4_NL": iq4_nl,
     "IQ4_XS": iq4_xs,
     "MXFP4": mxfp4,
@@ -228,9 +294,6 @@ TORCH: dict[str, Callable[[Blocks], Elements]] = {
     "TQ2_0": tq2_0,
 }
 
-# Types whose codebooks (up to 2048 vectors) live in libggml and in gguf-py; they are not copied here.
-CODEBOOK = ("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S")
-
 KVALUES_IQ4NL = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 KVALUES_FP4 = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
 
@@ -238,8 +301,9 @@ KVALUES_FP4 = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
 def _view(field: Tensor, dtype: torch.dtype) -> Tensor:
     """Reinterpret the bytes of the last axis, in place where torch can."""
     field = field.contiguous()
-    # A contiguous view may still start at an odd byte of its storage.
-    return (field.clone() if field.storage_offset() % dtype.itemsize else field).view(dtype)
+    # A contiguous view may still start at an odd byte of its storage, or, of one block, have any stride.
+    odd = any(at % dtype.itemsize for at in (field.storage_offset(), *field.stride()[:-1]))
+    return (field.clone(memory_format=torch.contiguous_format) if odd else field).view(dtype)
 
 
 def _half(field: Tensor) -> Tensor:
@@ -287,6 +351,51 @@ def _lookup(values: tuple[int, ...], indices: Tensor) -> Tensor:
     return _table(values, indices.device).take(indices.long())
 
 
+def _words(field: Tensor) -> Tensor:
+    """Return unsigned 16-bit words, uint8 [b, 2 r] -> int32 [b, r]."""
+    return _view(field, torch.int16).int() & 0xFFFF
+
+
+def _scale_and_signs(words: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the top four bits, float32 [b, s], and the bytes of signs that four times seven bits stand for."""
+    # Negative words shift ones in from above; the masks drop them.
+    return (words >> 28 & 15).flatten(1).float(), _even(_shift(words, (0, 7, 14, 21), 127).flatten(1))
+
+
+def _even(index: Tensor) -> Tensor:
+    """Return bytes with seven given bits and an eighth that makes the number of ones even (ksigns_iq2xs)."""
+    parity = index
+    for shift in (4, 2, 1):
+        parity = parity ^ (parity >> shift)
+    return index | (parity & 1) << 7
+
+
+def _coded(name: str, q: Tensor, scale: Tensor, signs: Tensor) -> Tensor:
+    """Return signed rows of a codebook times the scale of their sub-block; a byte of `signs` holds those of eight."""
+    minus = torch.stack([signs >> i & 1 for i in range(8)], -1).flatten(1)
+    values = _codebook(name, q.device)[q.flatten(1).long()].flatten(1)
+    values.mul_(minus.float().mul_(-2).add_(1))
+    return values.unflatten(1, (scale.shape[1], -1)).mul_(scale.unsqueeze(2)).flatten(1)
+
+
+def _shifted(name: str, q: Tensor, scale: Tensor, minus: Tensor) -> Tensor:
+    """Return rows of a codebook, 1/8 more or less, times the scale of their sub-block."""
+    values = _codebook(name, q.device)[q.long()]
+    delta = minus.float().mul_(-0.25).add_(0.125)
+    values = values.unflatten(1, (delta.shape[1], -1)).add_(delta[..., None, None])
+    return values.flatten(1).unflatten(1, (scale.shape[1], -1)).mul_(scale.unsqueeze(2)).flatten(1)
+
+
+@cache
+def _codebook(name: str, device: torch.device) -> Tensor:
+    """Return a type's codebook, float32 [rows, 4 or 8]: the one that gguf-py has, which is not copied here."""
+    from gguf import quants as reference
+
+    kind = getattr(reference, name)
+    kind.init_grid()
+    return torch.from_numpy(kind.grid).reshape(kind.grid_shape).to(device)
+
+
 @cache
 def _table(values: tuple[int, ...], device: torch.device) -> Tensor:
     # Kept, as the copy to a device waits for all work queued there.
@@ -298,17 +407,14 @@ def _table(values: tuple[int, ...], device: torch.device) -> Tensor:
 
 
 def supported(type: GGMLType) -> bool:
-    """Say whether tensors of this type can be dequantized here; codebook types need libggml or gguf-py."""
-    if type.name in CODEBOOK:
-        return _native(type) is not None or importlib.util.find_spec("gguf") is not None
+    """Say whether tensors of this type can be dequantized."""
     return type.name in TORCH
 
 
 def dequantize(data: Tensor, type: GGMLType, dtype: torch.dtype = torch.float32) -> Tensor:
     """Return the elements of rows of blocks, uint8 [..., row_bytes] -> [..., elements], on the device of `data`.
 
-    Computed in float32, then cast. Temporaries take several times the result: pass a tile, not a model. Codebook types
-    (IQ1, IQ2, IQ3) are computed on the CPU and moved.
+    Computed in float32, then cast. Temporaries take several times the result: pass a tile, not a model.
 
     Raises:
         ValueError: the type is not supported, or the rows are not whole blocks of uint8.
@@ -316,11 +422,7 @@ def dequantize(data: Tensor, type: GGMLType, dtype: torch.dtype = torch.float32)
     if data.dtype != torch.uint8 or data.ndim == 0:
         raise ValueError(f"{type.name}: expected uint8 [..., row_bytes], found {_spell(data.dtype)} {list(data.shape)}")
     elements = _elements(type, data.shape[-1])
-    if type.name not in TORCH:
-        rows = data.reshape(data.shape[:-1].numel(), data.shape[-1]).cpu()
-        values = dequantize_rows(rows.numpy(), type).to(data.device)
-    else:
-        values = TORCH[type.name](data.reshape(-1, type.block_bytes))
+    values = TORCH[type.name](data.reshape(-1, type.block_bytes))
     return values.reshape(*data.shape[:-1], elements).to(dtype)
 
 
@@ -328,8 +430,7 @@ def _elements(type: GGMLType, row_bytes: int) -> int:
     """Return the elements in a row of bytes, or refuse the type or a partial block."""
     if not supported(type):
         names = ", ".join(row.name for row in TYPES.values() if supported(row))
-        hint = "; IQ1 to IQ3 need llama-cpp-python or gguf installed" if type.name in CODEBOOK else ""
-        raise ValueError(f"type {type.name} cannot be dequantized; supported: {names}{hint}")
+        raise ValueError(f"type {type.name} cannot be dequantized; supported: {names}")
     if row_bytes % type.block_bytes:
         raise ValueError(
             f"{type.name}: a row of {row_bytes} bytes is not a whole number of blocks of {type.block_bytes} bytes; "
@@ -350,7 +451,7 @@ def dequantize_rows(raw: np.ndarray, type: GGMLType, out: Tensor | None = None, 
     """Return rows of blocks as floats, uint8 [rows, row_bytes] -> [rows, elements].
 
     Quantized types run in libggml's C on `threads` threads. Element types (F32, F16, BF16, F64), and every type where
-    libggml is not installed, run in torch on torch's own threads, or in gguf-py. Pass the last `out` again when you
+    libggml is not installed, run in torch on torch's own threads. Pass the last `out` again when you
     can: the page faults of a fresh one cost as much as the arithmetic.
 
     Args:
@@ -381,7 +482,7 @@ def dequantize_rows(raw: np.ndarray, type: GGMLType, out: Tensor | None = None, 
         return out
 
     native = _native(type)
-    decode = native or (_torch(type) if type.name in TORCH else _gguf(type))
+    decode = native or _torch(type)
     # Torch has threads of its own.
     threads = min(threads, rows) if native else 1
     contiguous, direct = raw.flags.c_contiguous, out.dtype == torch.float32
@@ -445,17 +546,6 @@ def _torch(type: GGMLType) -> Decoder:
     def decode(raw: np.ndarray, out: Tensor) -> None:
         blocks = as_tensor(raw).view(-1, type.block_bytes)
         out.copy_(TORCH[type.name](blocks).view(out.shape))
-
-    return decode
-
-
-def _gguf(type: GGMLType) -> Decoder:
-    from gguf import GGMLQuantizationType
-    from gguf.quants import dequantize
-
-    def decode(raw: np.ndarray, out: Tensor) -> None:
-        with np.errstate(all="ignore"):  # as silent as the others about scales that are not finite
-            np.copyto(out.numpy(), dequantize(raw, GGMLQuantizationType(type.id)))
 
     return decode
 
@@ -598,7 +688,7 @@ def _function(library: ctypes.CDLL, name: str) -> Callable[[int, int, int], None
 def _native(type: GGMLType) -> Decoder | None:
     """Return libggml's decoder for one type, or None when it has none or disagrees with this module."""
     library = native_library()
-    if library is None or type.block_size == 1 or type.name not in (*TORCH, *CODEBOOK):
+    if library is None or type.block_size == 1 or type.name not in TORCH:
         return None
     function = _function(library, type.name)
     if function is None or not _same_block(library, type):
@@ -607,14 +697,13 @@ def _native(type: GGMLType) -> Decoder | None:
     def decode(raw: np.ndarray, out: Tensor) -> None:
         function(_address(raw), out.data_ptr(), out.numel())
 
-    if type.name in TORCH:
-        # One block of arbitrary bytes, d of them small: layouts have changed under a type's name before.
-        raw = np.arange(type.block_bytes, dtype=np.uint8)[None] * 37 % 64
-        ours, theirs = torch.zeros(2, 1, type.block_size, dtype=torch.float32, device="cpu")
-        _torch(type)(raw, ours)
-        decode(raw, theirs)
-        if not torch.equal(ours.view(torch.int32), theirs.view(torch.int32)):
-            return None
+    # One block of arbitrary bytes, d of them small: layouts have changed under a type's name before.
+    raw = np.arange(type.block_bytes, dtype=np.uint8)[None] * 37 % 64
+    ours, theirs = torch.zeros(2, 1, type.block_size, dtype=torch.float32, device="cpu")
+    _torch(type)(raw, ours)
+    decode(raw, theirs)
+    if not torch.equal(ours.view(torch.int32), theirs.view(torch.int32)):
+        return None
     return decode
 
 

@@ -19,9 +19,10 @@ from test_families import FIRST
 from torch import Tensor
 from torch.utils import backend_registration
 
-from ggjac import bus, planner, sizes, weights
+from ggjac import bus, planner, quants, sizes, weights
 from ggjac.bus import Bus, Pinned
 from ggjac.cli import main
+from ggjac.ggml import TYPES, GGMLType
 from ggjac.model import open_model
 
 TinyFile = Callable[..., Path]
@@ -223,6 +224,25 @@ def test_a_tile_takes_what_the_plan_says(kind: str, dtype: str, one_card: card.C
     taken = (one_card.peak - before) / plan.vram["tile"]
     assert taken < 1.0
     assert taken > 0.6 or kind != "MXFP4"
+
+
+QUANTIZED = [type for type in TYPES.values() if quants.supported(type) and type.block_size > 1]
+
+
+@pytest.mark.parametrize("type", QUANTIZED, ids=lambda type: type.name)
+def test_every_type_is_dequantized_there(type: GGMLType, one_card: card.Card, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Within what is planned for it, and without a way back to the host."""
+    generator = torch.Generator().manual_seed(1)
+    raw = torch.randint(0, 60, (1 << 16, type.block_bytes), generator=generator, dtype=torch.uint8)  # finite scales
+    raw = raw[: (1 << 16) // type.block_size]
+    expected, there = quants.dequantize(raw, type), raw.to(card.NAME)
+    quants.dequantize(there, type)  # tables are there from now on
+    one_card.peak = before = one_card.held
+    with monkeypatch.context() as patch:
+        patch.setattr(Tensor, "cpu", lambda *_: pytest.fail("came back"))
+        found = quants.dequantize(there, type)
+    assert (one_card.peak - before) / found.numel() <= planner.DEQUANTIZING_BYTES
+    assert_same(found, expected)
 
 
 # ---- commands

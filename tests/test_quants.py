@@ -161,7 +161,7 @@ def rows_of(type: GGMLType, rows: int, blocks: int = 3) -> tuple[np.ndarray, np.
 
 def test_every_floating_point_type_is_supported():
     assert {type.name for type in TYPES.values() if quants.supported(type)} == {type.name for type in FLOATS}
-    assert set(quants.EXPONENTS) == {*quants.TORCH, *quants.CODEBOOK} == {type.name for type in FLOATS}
+    assert set(quants.EXPONENTS) == set(quants.TORCH) == {type.name for type in FLOATS}
 
 
 def test_every_type_that_gguf_knows_is_here():
@@ -372,13 +372,6 @@ def test_unsupported_type_is_named(name):
             call(np.zeros((1, 8), np.uint8), type)
     with pytest.raises(ValueError, match=rf"type {name} cannot be dequantized"):
         quants.dequantize(torch.zeros(1, 8, dtype=torch.uint8), type)
-
-
-def test_codebook_type_tells_what_to_install(without_native, monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"type IQ2_XS cannot be dequantized.*need llama-cpp-python or gguf"):
-        quants.dequantize_rows(np.zeros((1, 74), np.uint8), NAMED["IQ2_XS"])
-    assert quants.dequantize_rows(np.zeros((1, 144), np.uint8), NAMED["Q4_K"]).shape == (1, 256)
 
 
 @every_type
