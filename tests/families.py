@@ -365,6 +365,8 @@ FAMILY_CASES: dict[str, dict[str, Any]] = {
         experts_used=3,
         extra={"expert_group_count": 4, "expert_group_used_count": 2, "expert_gating_func": 2},
     ),
+    # At some tokens all sigmoids are so small that their sum is not divided by.
+    "glm4moe_faint": of("glm4moe", experts=2, experts_used=1, router_gain=20.0),
     "glm4moe_q8_0": of("glm4moe", type="Q8_0", heads=2, head_dim=32, n_rot=16, expert_ff=64),
     "deepseek": of("deepseek"),
     "deepseek_scaled": of("deepseek", dense_lead=2, extra={"expert_weights_scale": 2.5}, biases=QKV, tied=True),

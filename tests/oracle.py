@@ -414,7 +414,7 @@ def routes(model: Oracle, b: str, h: Tensor) -> tuple[Tensor, Tensor]:
     chosen = torch.tensor([choice(model, b, row) for row in p.detach()])
     weights = p.gather(-1, chosen)
     if meta.get("expert_weights_norm", False) if facts.renormalise is None else facts.renormalise:
-        weights = weights / weights.sum(-1, keepdim=True)
+        weights = weights / weights.sum(-1, keepdim=True).clamp(min=2**-14)
     scale = meta.get("expert_weights_scale", 0.0) if facts.routed_scale_key else 0.0
     return chosen, weights * (scale or 1.0)
 

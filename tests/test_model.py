@@ -389,6 +389,9 @@ MISTAKES: dict[str, tuple[str, Callable[[Patch], None]]] = {
     },
     "the third best of a group counts": ("glm4moe_groups", best_of_groups(3)),
     "a group is as good as its best": ("glm4moe_groups", best_of_groups(1)),
+    "weights divided by whatever their sum": (
+        "glm4moe_faint", lambda p: p.setattr(Tensor, "clamp_min", lambda self, least: self)
+    ),
     "a group more": ("bailingmoe2_groups", lambda p: change_config(p, expert_groups_used=3)),
     "sigmoid in place of softmax": ("glm4moe_softmax", lambda p: change_config(p, row__router="sigmoid")),
     "weights normed": ("deepseek", lambda p: change_config(p, row__renormalize=True)),

@@ -78,6 +78,7 @@ class Options:
     post_gain: float = 1.0  # of the norms after a sublayer
     score_gain: float = 1.4  # of the projections to q and k
     gate_gain: float = 1.5
+    router_gain: float = 1.5
     up_gain: float = 1.0
     down_gain: float = 1.5
     tokenizer: str = "none"  # none | spm
@@ -232,7 +233,7 @@ def feed_forward(o: Options, b: str, suffix: str, width: int) -> Iterator[Entry]
 
 def experts(o: Options, b: str) -> Iterator[Entry]:
     """List a router and its experts, with a shared one where there is one."""
-    yield matrix(f"{b}.ffn_gate_inp", o.experts, o.d, 1.5)
+    yield matrix(f"{b}.ffn_gate_inp", o.experts, o.d, o.router_gain)
     shapes = {
         "ffn_gate_exps": (o.expert_ff, o.d, o.gate_gain),
         "ffn_up_exps": (o.expert_ff, o.d, o.up_gain),
