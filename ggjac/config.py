@@ -34,6 +34,7 @@ class Architecture:
     Attributes:
         norm: `"rms"` (weight / root mean square), `"layer"` (centred, with an optional bias) or `"bare"` (centred,
             without weight or bias: no tensor).
+        norm_bias: RMSNorms may have biases, too.
         norms: where they stand.
         parallel: both branches read the block's input, and are added at once.
         parallel_key: whether they do is said by the file's `use_parallel_residual`, which it must have.
@@ -89,6 +90,7 @@ class Architecture:
     """
 
     norm: str = "rms"
+    norm_bias: bool = False
     norms: Norms = Norms()
     parallel: bool = False
     parallel_key: bool = False
@@ -300,6 +302,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "minimax-m2": Architecture(
         partial_rotary=True, qk_norm="full", router="", router_key=True, selection_bias="required"
     ),
+    "phimoe": Architecture(norm_bias=True),
 }
 
 # Tensor -> its shape in named sizes (`_sizes`). Outside the blocks; `output` is absent where the head is tied.
@@ -847,7 +850,7 @@ def _block_table(config: ModelConfig, layer: int) -> dict[str, tuple[str, ...]]:
     norms: dict[str, tuple[str, ...]] = {name: ("d",) for names in places for name in names if row.norm != "bare"}
     table = {f"{name}.weight": axes for name, axes in (matrices | norms | _QK_NORMS[row.qk_norm]).items()}
     table |= {f"{name}.bias": axes[:-1] for name, axes in matrices.items() if len(axes) > 1}
-    if row.norm == "layer":
+    if row.norm == "layer" or row.norm_bias:
         table |= {f"{name}.bias": axes for name, axes in norms.items()}
     if row.sinks:
         table["attn_sinks.weight"] = ("heads",)

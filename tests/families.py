@@ -132,6 +132,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     | {"extra": {"expert_weights_norm": True, "expert_weights_scale": 2.5, "expert_gating_func": 2}},
     "minimax-m2": EXPERTS
     | {"qk_norm": "full", "n_rot": 8, "head_dim": 32, "selection_bias": 0.3, "extra": {"expert_gating_func": 2}},
+    "phimoe": EXPERTS | {"norm": "rms_bias", "biases": (*QKV, "attn_output", "output")},
 }
 
 
@@ -404,6 +405,17 @@ FAMILY_CASES: dict[str, dict[str, Any]] = {
     ),
     "minimax_m2": of("minimax-m2"),
     "minimax_m2_fused": of("minimax-m2", fused_qkv=True, biases=QKV, extra={"expert_gating_func": 1}),
+    "phimoe": of("phimoe"),
+    "phimoe_long": of("phimoe", long_short=True, scaling={"original_context_length": 32, "attn_factor": 1.24}),
+    "phimoe_fused": of(
+        "phimoe",
+        fused_qkv=True,
+        fused_bias=True,
+        long_short=True,
+        scaling={"original_context_length": 256, "attn_factor": 1.24},
+        context=1024,
+    ),
+    "phimoe_unread": of("phimoe", window=3, extra=UNREAD | UNREAD_ROUTING | {"leading_dense_block_count": 1}),
     # Groups of experts any mixture may have.
     "qwen3moe_groups": of(
         "qwen3moe", experts=12, experts_used=3, extra={"expert_group_count": 4, "expert_group_used_count": 2}

@@ -135,6 +135,7 @@ FACTS: dict[str, Facts] = {
         rope="halves", qk_norm="head", factors=True, period=4, local_base_key=False, roped="local"
     ),
     "minimax-m2": Facts(rope="halves", qk_norm="full", router_key=True),
+    "phimoe": Facts(rope="halves", factors=True),
 }  # fmt: skip
 
 

@@ -397,6 +397,8 @@ MISTAKES: dict[str, tuple[str, Callable[[Patch], None]]] = {
     "weights normed": ("deepseek", lambda p: change_config(p, row__renormalize=True)),
     "selection bias left out of a softmax": ("ernie4_5_moe", without("exp_probs_b.bias")),
     "selection bias left out beside whole norms": ("minimax_m2", without("exp_probs_b.bias")),
+    "RMSNorm's bias dropped": ("phimoe", without("ffn_norm.bias")),
+    "RMSNorm centred": ("phimoe", lambda p: change_config(p, row__norm="layer")),
     "heads normed before their rotation": ("hunyuan_moe", lambda p: change_config(p, row__qk_norm="head")),
     "rotation everywhere": (
         "exaone_moe_base", lambda p: change_config(p, layer__rope=lambda layer: Rope(16, 10000.0, "halves"))

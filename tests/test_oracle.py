@@ -560,6 +560,10 @@ FAMILY_MISTAKES: dict[str, tuple[str, Callable[[Oracle], Oracle]]] = {
     "minimax-m2: weights not normed": ("minimax_m2", facts(renormalise=False)),
     "minimax-m2: selection bias missing": ("minimax_m2", drop("exp_probs_b")),
     "minimax-m2: norm of each head": ("minimax_m2", as_head_norm),
+    "phimoe: norms' biases dropped": ("phimoe", drop("norm.bias")),
+    "phimoe: norms centred": ("phimoe", both(facts(norm="ln"), keys(attention__layer_norm_epsilon=1e-5))),
+    "phimoe: weights not normed": ("phimoe", facts(renormalise=False)),
+    "phimoe: rope factors ignored": ("phimoe_fused", facts(factors=False)),
 }
 
 

@@ -34,7 +34,7 @@ CASES = [
     *("granitemoe_shared", "gpt_oss", "gpt_oss_mxfp4", "gpt_oss_fused"),
     *("gptneox", "stablelm_12b", "nemotron", "command_r", "olmo", "olmo_clamped"),
     *("glm4moe", "glm4moe_355b", "deepseek", "dots1", "ernie4_5_moe", "hunyuan_moe", "bailingmoe"),
-    *("bailingmoe2_groups", "exaone_moe", "minimax_m2"),
+    *("bailingmoe2_groups", "exaone_moe", "minimax_m2", "phimoe"),
 ]
 GATED = ("plain", "biases", "phi3", "gpt2", "gemma2", "mixtral", "qwen2moe", "gpt_oss", "glm4moe")
 BOTH_WAYS = pytest.mark.parametrize(

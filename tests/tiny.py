@@ -56,7 +56,7 @@ class Options:
     fused_qkv: bool = False
     fused_bias: bool = False  # write attn_qkv.bias in place of the biases of q, k and v
     biases: tuple[str, ...] = ()  # of ALL_BIASES, "output", and those of the experts
-    norm: str = "rms"  # rms | ln (weight only) | ln_bias | ln_bare (neither)
+    norm: str = "rms"  # rms | rms_bias | ln (weight only) | ln_bias | ln_bare (neither)
     norms: tuple[str, ...] = ("attn_norm", "ffn_norm")  # of each layer
     qk_norm: str = ""  # head | heads (weights of each head's own) | full
     n_rot: int | None = None  # rotated dimensions of a head; None: all
@@ -117,7 +117,7 @@ def matrix(name: str, out: int, into: int, gain: float = 1.0) -> Entry:
 def norms(o: Options, name: str, width: int, gain: float = 1.0) -> Iterator[Entry]:
     if o.norm != "ln_bare":
         yield Entry(f"{name}.weight", (width,), 0.3 * gain, gain)
-    if o.norm == "ln_bias":
+    if o.norm.endswith("_bias"):
         yield bias(name, width)
 
 
@@ -150,7 +150,7 @@ def metadata(o: Options) -> dict[str, Any]:
         "attention.head_count_kv": repeat(o.hk),
         "attention.key_length": o.hd,
         "attention.value_length": o.hd,
-        f"attention.layer_norm_{'rms_' if o.norm == 'rms' else ''}epsilon": o.eps,
+        f"attention.layer_norm_{'rms_' if o.norm.startswith('rms') else ''}epsilon": o.eps,
         "rope.dimension_count": o.n_rot or o.hd,
         "rope.freq_base": o.rope_base,
         "vocab_size": o.vocab,
