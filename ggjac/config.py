@@ -136,12 +136,7 @@ class Architecture:
 _LLAMA = Architecture(rope_pairs="adjacent")
 _QWEN3 = Architecture(qk_norm="head")
 _SANDWICH = Norms(attention_out=("post_attention_norm",), ffn_out=("post_ffw_norm",))
-_DEEPSEEK = Architecture(
-    renormalize_key=True,
-    expert_scale_key=True,
-    leading_dense=True,
-    expert_widths="count",
-)
+_DEEPSEEK = Architecture(renormalize_key=True, expert_scale_key=True, leading_dense=True, expert_widths="count")
 _SHARED_NORM = Norms(ffn_in=("attn_norm",))
 _POST_AS_FFN = Norms(ffn_in=("post_attention_norm",))
 _GEMMA = Architecture(partial_rotary=True, activation="gelu", embedding_scale="sqrt")
@@ -432,7 +427,7 @@ class ModelConfig:
         temperature_scale: growth of queries beyond the original context; 0 for none.
         embedding_scale, residual_scale, logit_scale: multiply embeddings, branches and logits.
         expert_count, expert_used_count: experts in all and per token; 0 for a dense model.
-        expert_groups, expert_groups_used: experts are chosen from the best so many groups; 1 of 1 for from all.
+        expert_groups, expert_groups_used: groups of experts, and how many a token chooses from; 1 and 1 for all.
         expert_weights_scale: multiplies the weights of routed experts.
         expert_feed_forward_length, expert_shared_feed_forward_length: hidden units of a routed and the shared expert.
         leading_dense: blocks before the first mixture; 0 where there is none.
@@ -591,11 +586,11 @@ def _decided(keys: "_Keys", row: Architecture, shapes: Mapping[str, tuple[int, .
     if row.qk_norm_optional and "blk.0.attn_q_norm.weight" not in shapes:
         row = replace(row, qk_norm="")
     if row.router_key:
-        known, kind = ", ".join(f"{i} {name}" for i, name in _ROUTERS.items()), keys.count("expert_gating_func")
-        router = _ROUTERS.get(kind, "") if kind else row.router
-        if not router:
+        kind = keys.count("expert_gating_func")
+        row = replace(row, router=_ROUTERS.get(kind, "") if kind else row.router)
+        if not row.router:
+            known = ", ".join(f"{i} {name}" for i, name in _ROUTERS.items())
             raise ConfigError(f"{keys.prefix}.expert_gating_func is {kind or 'missing'}; supported: {known}")
-        row = replace(row, router=router)
     if row.renormalize_key:
         row = replace(row, renormalize="expert_weights_norm" in keys and keys.flag("expert_weights_norm"))
     return row

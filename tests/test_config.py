@@ -1,5 +1,6 @@
 """What a configuration says of a model: defaults, slices, and a named refusal for everything else."""
 
+import dataclasses
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -438,6 +439,8 @@ def test_first_blocks_of_a_mixture_may_be_dense() -> None:
     assert [config.routed(i) for i in range(L)] == [False, True]
     assert (config.feed_forward_length, config.expert_feed_forward_length) == (F, FE)
     assert config.expert_shared_feed_forward_length == config.hidden_units == 2 * FE
+    assert dataclasses.replace(config, feed_forward_length=40).hidden_units == 40
+    assert dataclasses.replace(config, feed_forward_length=40, leading_dense=0).hidden_units == 2 * FE
     assert (config.expert_groups, config.expert_weights_scale, config.row.renormalize) == (1, 1.0, False)
     assert config.row.router == "sigmoid"
     assert mixture(expert_gating_func=1).row.router == "softmax"
