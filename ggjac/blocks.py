@@ -53,6 +53,9 @@ class BlockWeights(Protocol):
     def vector(self, name: str, expert: int | None = None) -> Tensor:
         """Return a small tensor, dense; of a stack of experts, one row."""
 
+    def wide_vector(self, name: str) -> Tensor:
+        """Return a small tensor in float32 at least, whatever the dtype of the others."""
+
 
 class NumericsError(ValueError):
     """The forward pass left the range of its dtype: nothing computed from it would mean anything."""
@@ -106,6 +109,14 @@ ACTIVATIONS = {
     "relu2": Activation(torch.relu),
     "gelu table": Activation(gelu_table_share),
     "silu_oai": Activation(lambda g: torch.sigmoid(1.702 * g), limit=7.0, shift=1.0),
+}
+
+
+# Expert scores of router logits `[n, e]`; where the softmax is over the chosen ones, it follows the choice.
+ROUTERS: dict[str, Callable[[Tensor], Tensor]] = {
+    "softmax": lambda logits: logits.softmax(-1),
+    "softmax_selected": lambda logits: logits,
+    "sigmoid": torch.sigmoid,
 }
 
 
@@ -348,13 +359,14 @@ def record_experts(w: BlockWeights, frame: Frame, layer: int, h: Float[Tensor, "
     """
     config = frame.config
     logits = _apply(_linear(w, "ffn_gate_inp", len(h)), h)
-    logits = logits.to(torch.promote_types(h.dtype, torch.float32))
-    scores = logits.softmax(-1) if config.row.router == "softmax" else logits
-    weights, chosen = scores.topk(config.expert_used_count)
+    scores = ROUTERS[config.row.router](logits.to(torch.promote_types(h.dtype, torch.float32)))
+    chosen = _chosen(w, config, scores.detach())
+    weights = scores.gather(-1, chosen)
     if config.row.router == "softmax_selected":
         weights = weights.softmax(-1)
     if config.row.renormalize:
         weights = weights / weights.sum(-1, keepdim=True).clamp_min(2.0**-14)  # llama.cpp's floor: F16's smallest
+    weights = weights * config.expert_weights_scale
 
     networks = []
     for expert in chosen.unique().tolist():
@@ -367,6 +379,21 @@ def record_experts(w: BlockWeights, frame: Frame, layer: int, h: Float[Tensor, "
             shared = shared._replace(weight=(h @ w.vector("ffn_gate_inp_shexp.weight")).sigmoid())
         networks.append(shared)
     return networks
+
+
+def _chosen(w: BlockWeights, config: ModelConfig, scores: Float[Tensor, "n e"]) -> Int[Tensor, "n used"]:
+    """Return the experts of each position: the best by score and bias, of the best groups, of which two members count.
+
+    The bias is never rounded: what all experts share of it may be large beside what sets them apart.
+    """
+    if "exp_probs_b.bias" in w:
+        scores = scores + w.wide_vector("exp_probs_b.bias")
+    if config.expert_groups > 1:
+        grouped = scores.unflatten(-1, (config.expert_groups, -1))
+        best = grouped.topk(2).values.sum(-1).topk(config.expert_groups_used).indices
+        left_out = torch.ones(grouped.shape[:2], dtype=torch.bool, device=scores.device).scatter(-1, best, False)
+        scores = grouped.masked_fill(left_out[..., None], -torch.inf).flatten(1)
+    return scores.topk(config.expert_used_count).indices
 
 
 def attention(w: BlockWeights, config: ModelConfig, tape: AttentionTape) -> LinearOperator:

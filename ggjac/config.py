@@ -34,6 +34,7 @@ class Architecture:
     Attributes:
         norm: `"rms"` (weight / root mean square), `"layer"` (centred, with an optional bias) or `"bare"` (centred,
             without weight or bias: no tensor).
+        norm_bias: RMSNorms may have biases, too.
         norms: where they stand.
         parallel: both branches read the block's input, and are added at once.
         parallel_key: whether they do is said by the file's `use_parallel_residual`, which it must have.
@@ -54,8 +55,9 @@ class Architecture:
         window_period: default period; the last layer of each period attends to everything.
         window_rope: rotation of windowed layers: `"same"`; `"based"` (base from `rope.freq_base_swa`, if there);
             `"plain"` (same base, no scaling) or `"own"` (base from `rope.freq_base_swa`, 10000 by default, no scaling).
-        qk_norm: `"head"` (each query and key head), `"heads"` (the same with weights of each head's own, in files that
-            have them), `"rotated"` (as `"head"`, after their rotation) or `"full"` (the whole projection), or `""`.
+        qk_norm: `"head"` (each query and key head), `"heads"` (the same with weights of each head's own), `"rotated"`
+            (as `"head"`, after their rotation) or `"full"` (the whole projection), or `""`.
+        qk_norm_optional: files may lack them.
         clamp_key: queries, keys and values are clamped to ± the file's `attention.clamp_kqv`, if it has that.
         sinks: a learned logit per head joins the softmax without a value.
         attention_scale_key: the file gives the scale of scores; otherwise it is 1/√(head size) ...
@@ -66,8 +68,19 @@ class Architecture:
         ffn: `"gated"`, `"fused"` (gate and up in one tensor, gate first) or `"plain"` (no gate).
         activation: `"silu"`, `"gelu"` (tanh form), `"relu2"` (the square of what is positive), `"xielu"` (see `Layer`)
             or `"silu_oai"` (clamped, and up shifted by one).
-        router: how expert weights come from router logits: `"softmax"` over all, or `"softmax_selected"`.
+        router: how expert weights come from router logits: `"softmax"` over all, `"softmax_selected"` or `"sigmoid"`.
+        router_key: the file says which (`expert_gating_func`); `router` is the default, `""` for none.
+        selection_bias: a bias on what experts are chosen by, not on their weights (`exp_probs_b`): `"optional"`,
+            `"required"`, or `""`.
         renormalize: divide the chosen experts' weights by their sum.
+        renormalize_key: the file says whether (`expert_weights_norm`; false by default).
+        expert_scale_key: they are multiplied by the file's `expert_weights_scale`, unless it is 0.
+        leading_dense: the first `leading_dense_block_count` blocks are no mixtures.
+        expert_widths: what is known of experts' hidden units: `"tensors"` (what these have; of a shared one what
+            `expert_shared_feed_forward_length` says, if there), `"count"` (`expert_feed_forward_length`, and as many
+            times that for the shared one as `expert_shared_count` says) or `"shared count"` (the same, but times
+            `expert_shared_feed_forward_length` where that is given).
+        predictors: the file's last `nextn_predict_layers` blocks predict tokens after the next one; they are left out.
         positions: learned position embeddings are added to the input.
         embedding_scale: `"sqrt"` (of d) or `"key"`, or `""`.
         residual_scale: branches are multiplied by `residual_scale`.
@@ -77,6 +90,7 @@ class Architecture:
     """
 
     norm: str = "rms"
+    norm_bias: bool = False
     norms: Norms = Norms()
     parallel: bool = False
     parallel_key: bool = False
@@ -93,6 +107,7 @@ class Architecture:
     window_period: int = 0
     window_rope: str = "same"
     qk_norm: str = ""
+    qk_norm_optional: bool = False
     clamp_key: bool = False
     sinks: bool = False
     attention_scale_key: bool = False
@@ -103,7 +118,14 @@ class Architecture:
     ffn: str = "gated"
     activation: str = "silu"
     router: str = "softmax"
+    router_key: bool = False
+    selection_bias: str = ""
     renormalize: bool = True
+    renormalize_key: bool = False
+    expert_scale_key: bool = False
+    leading_dense: bool = False
+    expert_widths: str = "tensors"
+    predictors: bool = False
     positions: bool = False
     embedding_scale: str = ""
     residual_scale: bool = False
@@ -114,6 +136,7 @@ class Architecture:
 _LLAMA = Architecture(rope_pairs="adjacent")
 _QWEN3 = Architecture(qk_norm="head")
 _SANDWICH = Norms(attention_out=("post_attention_norm",), ffn_out=("post_ffw_norm",))
+_DEEPSEEK = Architecture(renormalize_key=True, expert_scale_key=True, leading_dense=True, expert_widths="count")
 _SHARED_NORM = Norms(ffn_in=("attn_norm",))
 _POST_AS_FFN = Norms(ffn_in=("post_attention_norm",))
 _GEMMA = Architecture(partial_rotary=True, activation="gelu", embedding_scale="sqrt")
@@ -207,7 +230,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "starcoder2": _GPT,
     "phi2": replace(_GPT, norms=_SHARED_NORM, parallel=True, partial_rotary=True),
     "olmo": Architecture(norm="bare", rope_pairs="adjacent", clamp_key=True),
-    "command-r": replace(_COHERE, qk_norm="heads"),
+    "command-r": replace(_COHERE, qk_norm="heads", qk_norm_optional=True),
     "nemotron": Architecture(norm="layer", partial_rotary=True, ffn="plain", activation="relu2"),
     "stablelm": Architecture(
         norm="layer",
@@ -215,6 +238,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         parallel_unless_normed=True,
         partial_rotary=True,
         qk_norm="heads",
+        qk_norm_optional=True,
     ),
     "gptneox": replace(_GPT, parallel_key=True, partial_rotary=True),
     "falcon": replace(
@@ -232,6 +256,48 @@ ARCHITECTURES: dict[str, Architecture] = {
         router="softmax_selected",
         renormalize=False,
     ),
+    "glm4moe": replace(
+        _DEEPSEEK,
+        norms=_POST_AS_FFN,
+        partial_rotary=True,
+        qk_norm="head",
+        qk_norm_optional=True,
+        router="sigmoid",
+        router_key=True,
+        selection_bias="required",
+        predictors=True,
+    ),
+    "deepseek": replace(_DEEPSEEK, rope_pairs="adjacent", renormalize=False, renormalize_key=False),
+    "dots1": replace(_DEEPSEEK, qk_norm="head", router="", router_key=True, selection_bias="optional"),
+    "ernie4_5-moe": replace(_LLAMA, selection_bias="optional", leading_dense=True),
+    "hunyuan-moe": Architecture(qk_norm="rotated"),
+    "bailingmoe": replace(_DEEPSEEK, rope_pairs="adjacent", leading_dense=False),
+    "bailingmoe2": replace(
+        _DEEPSEEK,
+        partial_rotary=True,
+        qk_norm="head",
+        router="",
+        router_key=True,
+        selection_bias="optional",
+        expert_widths="shared count",
+        predictors=True,
+    ),
+    "exaone-moe": replace(
+        _DEEPSEEK,
+        rope_layers="windowed",
+        windowed="required",
+        window_period=4,
+        qk_norm="head",
+        router="",
+        router_key=True,
+        selection_bias="optional",
+        expert_widths="tensors",
+        predictors=True,
+    ),
+    "minimax-m2": Architecture(
+        partial_rotary=True, qk_norm="full", router="", router_key=True, selection_bias="required"
+    ),
+    "phimoe": Architecture(norm_bias=True),
 }
 
 # Tensor -> its shape in named sizes (`_sizes`). Outside the blocks; `output` is absent where the head is tied.
@@ -278,6 +344,8 @@ _SHARED_EXPERT = {
     "ffn_down_shexp": ("d", "fs"),
     "ffn_gate_inp_shexp": ("d",),
 }
+# `expert_gating_func`, as llama.cpp numbers them; 0 stands for the architecture's own.
+_ROUTERS = {1: "softmax", 2: "sigmoid"}
 _OPTIONAL = {
     "attn_qkv.weight",
     "attn_norm_2.weight",
@@ -343,7 +411,7 @@ class ModelConfig:
     Attributes:
         architecture: `general.architecture`, and `row`: its entry in `ARCHITECTURES`, decided where that leaves it to
             the file.
-        block_count: blocks, L, and `layers`: what differs between them.
+        block_count: blocks, L, without those that predict later tokens, and `layers`: what differs between them.
         d: embedding length.
         vocabulary: rows of the embedding matrix.
         context_length: most tokens the model was made for.
@@ -351,7 +419,7 @@ class ModelConfig:
         head_count: query heads.
         head_count_kv: key/value heads; divides `head_count`.
         head_size: elements of a query, key or value head.
-        feed_forward_length: hidden units of a dense feed-forward; 0 where all are mixtures of experts.
+        feed_forward_length: hidden units of a dense feed-forward; 0 where all may be mixtures of experts.
         norm_epsilon: added to the mean square or the variance inside a norm's root.
         attention_scale: multiplies scores.
         attention_clamp: largest magnitude of queries, keys and values; 0 for any.
@@ -359,7 +427,10 @@ class ModelConfig:
         temperature_scale: growth of queries beyond the original context; 0 for none.
         embedding_scale, residual_scale, logit_scale: multiply embeddings, branches and logits.
         expert_count, expert_used_count: experts in all and per token; 0 for a dense model.
+        expert_groups, expert_groups_used: groups of experts, and how many a token chooses from; 1 and 1 for all.
+        expert_weights_scale: multiplies the weights of routed experts.
         expert_feed_forward_length, expert_shared_feed_forward_length: hidden units of a routed and the shared expert.
+        leading_dense: blocks before the first mixture; 0 where there is none.
     """
 
     architecture: str
@@ -385,15 +456,23 @@ class ModelConfig:
     logit_scale: float
     expert_count: int
     expert_used_count: int
+    expert_groups: int
+    expert_groups_used: int
+    expert_weights_scale: float
     expert_feed_forward_length: int
     expert_shared_feed_forward_length: int
+    leading_dense: int
+
+    def routed(self, layer: int) -> bool:
+        """Say whether the feed-forward of a block is a mixture of experts."""
+        return self.expert_count > 0 and layer >= self.leading_dense
 
     @property
     def hidden_units(self) -> int:
         """Hidden units of the widest feed-forward network; of a mixture, of one expert."""
-        if self.expert_count:  # files may state the width of a dense network that they do not have
-            return max(self.expert_feed_forward_length, self.expert_shared_feed_forward_length)
-        return self.feed_forward_length
+        routed = max(self.expert_feed_forward_length, self.expert_shared_feed_forward_length)
+        # Files may state the width of a dense network that they do not have.
+        return routed if self.routed(0) else max(routed, self.feed_forward_length)
 
     @property
     def slices(self) -> dict[str, tuple[str, int, int]]:
@@ -424,12 +503,16 @@ class ModelConfig:
         if not metadata.get(f"{name}.attention.causal", True):
             raise ConfigError(f"{name}.attention.causal is False: attention to later tokens is not supported")
 
-        blocks = keys.integer("block_count")
-        if blocks > len(shapes):
-            raise ConfigError(f"{name}.block_count is {blocks}, but the file holds only {len(shapes)} tensors")
+        stored = keys.integer("block_count")
+        if stored > len(shapes):
+            raise ConfigError(f"{name}.block_count is {stored}, but the file holds only {len(shapes)} tensors")
+        predictors = keys.count("nextn_predict_layers") if row.predictors else 0
+        if predictors >= stored:
+            raise ConfigError(f"{name}.nextn_predict_layers is {predictors}, of {stored} blocks in all")
+        blocks = stored - predictors
         d, context = keys.integer("embedding_length"), keys.integer("context_length")
-        heads = keys.for_all_blocks("attention.head_count", blocks)
-        kv_heads = keys.for_all_blocks("attention.head_count_kv", blocks, default=heads)
+        heads = keys.for_all_blocks("attention.head_count", stored)
+        kv_heads = keys.for_all_blocks("attention.head_count_kv", stored, default=heads)
         if heads % kv_heads:
             raise ConfigError(f"{name}.attention: {heads} heads cannot share {kv_heads} key/value heads evenly")
         head_size = keys.integer("attention.key_length", d // heads)
@@ -439,11 +522,19 @@ class ModelConfig:
                 f"{name}.attention: values of {value_length} beside keys of {head_size} are not supported"
             )
         experts = keys.count("expert_count")
-        feed_forward = keys.for_all_blocks("feed_forward_length", blocks, default=0 if experts else None)
-        used = keys.for_all_blocks("expert_used_count", blocks) if experts else 0
+        leading = keys.count("leading_dense_block_count") if row.leading_dense and experts else 0
+        feed_forward = keys.for_all_blocks("feed_forward_length", stored, None if leading or not experts else 0)
+        used = keys.for_all_blocks("expert_used_count", stored) if experts else 0
         if used > experts:
             raise ConfigError(f"{name}.expert_used_count is {used}, but there are {experts} experts")
-        ropes, windows = _ropes(keys, row, head_size), _windows(keys, row, blocks)
+        step = keys.integer("interleave_moe_layer_step", 1) if experts else 1
+        if step > 1:
+            raise ConfigError(
+                f"{name}.interleave_moe_layer_step {step}: dense blocks between mixtures are not supported"
+            )
+        groups, groups_used = _groups(keys, experts, used)
+        width, shared = _expert_widths(keys, row, shapes, leading) if experts else (0, 0)
+        ropes, windows = _ropes(keys, row, head_size), _windows(keys, row, stored)
         xielu = _xielu(keys, blocks) if row.activation == "xielu" else [None] * blocks
         wide = row.wide_scale_blocks == blocks
 
@@ -472,11 +563,15 @@ class ModelConfig:
             logit_scale=_logit_scale(keys, row, d),
             expert_count=experts,
             expert_used_count=used,
-            expert_feed_forward_length=_expert_width(shapes) if experts else 0,
-            expert_shared_feed_forward_length=keys.count("expert_shared_feed_forward_length")
-            or (_shared_width(shapes) if experts else 0),
+            expert_groups=groups,
+            expert_groups_used=groups_used,
+            expert_weights_scale=(keys.real("expert_weights_scale", 0.0) if row.expert_scale_key else 0) or 1.0,
+            expert_feed_forward_length=width,
+            expert_shared_feed_forward_length=shared,
+            leading_dense=leading,
         )
-        _check_tensors(config, shapes)
+        left_out = tuple(f"blk.{i}." for i in range(blocks, stored))
+        _check_tensors(config, {name: shape for name, shape in shapes.items() if not name.startswith(left_out)})
         return config
 
 
@@ -488,9 +583,32 @@ def _decided(keys: "_Keys", row: Architecture, shapes: Mapping[str, tuple[int, .
         own, shared = row.norms.ffn_in
         normed = f"blk.0.{own}.weight" in shapes
         row = replace(row, parallel=not normed, norms=replace(row.norms, ffn_in=(own if normed else shared,)))
-    if row.qk_norm == "heads" and "blk.0.attn_q_norm.weight" not in shapes:
+    if row.qk_norm_optional and "blk.0.attn_q_norm.weight" not in shapes:
         row = replace(row, qk_norm="")
+    if row.router_key:
+        kind = keys.count("expert_gating_func")
+        row = replace(row, router=_ROUTERS.get(kind, "") if kind else row.router)
+        if not row.router:
+            known = ", ".join(f"{i} {name}" for i, name in _ROUTERS.items())
+            raise ConfigError(f"{keys.prefix}.expert_gating_func is {kind or 'missing'}; supported: {known}")
+    if row.renormalize_key:
+        row = replace(row, renormalize="expert_weights_norm" in keys and keys.flag("expert_weights_norm"))
     return row
+
+
+def _groups(keys: "_Keys", experts: int, used: int) -> tuple[int, int]:
+    """Return into how many groups experts fall, and how many of them a token chooses from; llama.cpp always asks."""
+    groups = keys.count("expert_group_count") if experts else 0
+    if groups <= 1:
+        return 1, 1
+    chosen = keys.integer("expert_group_used_count")
+    # A group is known by its best two.
+    if experts % groups or experts < 2 * groups or chosen > groups or used > chosen * (experts // groups):
+        raise ConfigError(
+            f"{keys.prefix}.expert_group_count is {groups}, expert_group_used_count {chosen}: {used} of {experts} "
+            "experts cannot be chosen so"
+        )
+    return groups, chosen
 
 
 def _ropes(keys: "_Keys", row: Architecture, key_length: int) -> tuple[Rope | None, Rope | None]:
@@ -656,28 +774,30 @@ def _logit_scale(keys: "_Keys", row: Architecture, d: int) -> float:
     return 1 / scale
 
 
-def _expert_width(shapes: Mapping[str, tuple[int, ...]]) -> int:
-    """Return the hidden units of a routed expert, from its tensor: families differ in the key that states them."""
-    shape = shapes.get("blk.0.ffn_up_exps.weight", ())
-    return shape[1] if len(shape) == 3 else 0
-
-
-def _shared_width(shapes: Mapping[str, tuple[int, ...]]) -> int:
-    """Return the hidden units of the shared expert of a file that does not state them, as Qwen 1.5's do not; or 0."""
-    shape = shapes.get("blk.0.ffn_up_shexp.weight", ())
-    return shape[0] if len(shape) == 2 else 0
+def _expert_widths(
+    keys: "_Keys", row: Architecture, shapes: Mapping[str, tuple[int, ...]], first: int
+) -> tuple[int, int]:
+    """Return the hidden units of a routed expert and of the shared one, or 0; `first` is the first mixture's block."""
+    if row.expert_widths == "tensors":
+        # Families differ in the key that states them, and Qwen 1.5's files have none for the shared one.
+        routed, shared = (shapes.get(f"blk.{first}.ffn_up_{kind}.weight", ()) for kind in ("exps", "shexp"))
+        stated = keys.count("expert_shared_feed_forward_length")
+        return routed[1] if len(routed) == 3 else 0, stated or (shared[0] if len(shared) == 2 else 0)
+    width = keys.integer("expert_feed_forward_length")
+    each = keys.count("expert_shared_feed_forward_length") if row.expert_widths == "shared count" else 0
+    return width, (each or width) * keys.integer("expert_shared_count")
 
 
 def _check_tensors(config: ModelConfig, shapes: Mapping[str, tuple[int, ...]]) -> None:
     """Refuse missing tensors, wrong shapes, and tensors that this architecture does not use."""
-    known = set()
+    known, needed = set(), "exp_probs_b.bias" if config.row.selection_bias == "required" else ""
     for prefix, table, sizes in _scopes(config):
         optional = _OPTIONAL | (_FUSED_QKV if f"{prefix}attn_qkv.weight" in shapes else set())
         for short, axes in table.items():
             name, shape = prefix + short, tuple(sizes[axis] for axis in axes)
             known.add(name)
             if name not in shapes:
-                if not (short.endswith(".bias") or short in optional):
+                if short == needed or not (short.endswith(".bias") or short in optional):
                     raise ConfigError(f"tensor {name} is missing; the file is incomplete, download or convert it again")
             elif tuple(shapes[name]) != shape:
                 raise ConfigError(f"tensor {name} has shape {list(shapes[name])}, the metadata calls for {list(shape)}")
@@ -712,23 +832,25 @@ def _scopes(config: ModelConfig) -> Iterator[tuple[str, dict[str, tuple[str, ...
         outside = {name: axes for name, axes in outside.items() if not name.startswith("output_norm.")}
     yield "", outside, sizes
     for i in range(config.block_count):
-        yield f"blk.{i}.", _block_table(config), sizes
+        yield f"blk.{i}.", _block_table(config, i), sizes
 
 
-def _block_table(config: ModelConfig) -> dict[str, tuple[str, ...]]:
+def _block_table(config: ModelConfig, layer: int) -> dict[str, tuple[str, ...]]:
     """Return the tensors of a block with their shapes; every matrix and LayerNorm may have a bias."""
-    row = config.row
-    matrices = _ATTENTION | (_EXPERTS if config.expert_count else _FFN[row.ffn])
-    if config.expert_shared_feed_forward_length:
+    row, routed = config.row, config.routed(layer)
+    matrices = _ATTENTION | (_EXPERTS if routed else _FFN[row.ffn])
+    if routed and config.expert_shared_feed_forward_length:
         matrices |= _SHARED_EXPERT
     places = (row.norms.attention_in, row.norms.attention_out, row.norms.ffn_in, row.norms.ffn_out)
     norms: dict[str, tuple[str, ...]] = {name: ("d",) for names in places for name in names if row.norm != "bare"}
     table = {f"{name}.weight": axes for name, axes in (matrices | norms | _QK_NORMS[row.qk_norm]).items()}
     table |= {f"{name}.bias": axes[:-1] for name, axes in matrices.items() if len(axes) > 1}
-    if row.norm == "layer":
+    if row.norm == "layer" or row.norm_bias:
         table |= {f"{name}.bias": axes for name, axes in norms.items()}
     if row.sinks:
         table["attn_sinks.weight"] = ("heads",)
+    if row.selection_bias and routed:
+        table["exp_probs_b.bias"] = ("experts",)
     return table
 
 

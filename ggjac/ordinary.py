@@ -159,6 +159,10 @@ class _Forgetful:
         """Return a small tensor; it is nobody's scratch, and may be kept."""
         return self._weights.vector(name, expert)
 
+    def wide_vector(self, name: str) -> Tensor:
+        """Return a small tensor in float32 at least."""
+        return self._weights.wide_vector(name)
+
     def forgetting(self) -> AbstractContextManager:
         """Return a context in which graphs are built without the tiles."""
         return torch.autograd.graph.saved_tensors_hooks(self._pack, _unpack)

@@ -178,7 +178,7 @@ def routed_experts(config: ModelConfig, positions: int) -> int:
 
 def _networks(block: _Block, config: ModelConfig, positions: int) -> Iterator[tuple[str, int, int, int]]:
     """Yield kind, experts read, uses and hidden units of each sort of feed-forward network in a block."""
-    if config.expert_count:
+    if config.routed(block.index):
         routed, uses = routed_experts(config, positions), positions * config.expert_used_count
         yield "_exps", routed, uses, config.expert_feed_forward_length
         if block.find("ffn_up_shexp.weight"):
@@ -238,6 +238,7 @@ def _trace_pass(block: _Block, config: ModelConfig, mlp_path: MlpPath, n: int, m
     if config.attention_clamp:  # where values are clamped is recorded from themselves
         parts.append(block.linear("attn_v", m))
     parts += [_mix(config, n, m), _mix(config, n, m)]  # scores cost as much as their use
+    parts.append(block.vector("exp_probs_b.bias"))
     clamped = config.row.activation == "silu_oai"
     for kind, experts, uses, _ in _networks(block, config, m):
         stems = _stems(block, kind)
@@ -311,11 +312,10 @@ def sweep_floats(config: ModelConfig, n: int, *, up: bool) -> int:
     scaled = row.norms.attention_out or row.norms.ffn_out or config.residual_scale != 1
     more = d if scaled or row.parallel else 0
     if up:
-        streams = (3 if config.expert_count else 4) * d
-        return max(n * (3 * d + kv + q + max(q, d)), _ffn_floats(config, n, streams, lambda s: 2 * s, 2 * d))
+        return max(n * (3 * d + kv + q + max(q, d)), _ffn_floats(config, n, 4 * d, 0, lambda s: 2 * s, 2 * d))
     centred = d if more or row.norm != "rms" else 0
     attention = n * max(2 * d + 2 * q + kv, 4 * d + q + centred)
-    return max(attention, _ffn_floats(config, n, 2 * d + more, lambda s: max(2 * s, s + d), d))
+    return max(attention, _ffn_floats(config, n, 2 * d + more, d, lambda s: max(2 * s, s + d), d))
 
 
 def alone_floats(config: ModelConfig, n: int, *, up: bool) -> int:
@@ -334,8 +334,13 @@ def alone_floats(config: ModelConfig, n: int, *, up: bool) -> int:
     return max(n * max(2 * kv, kv + d, 2 * d + centred), once)
 
 
-def _ffn_floats(config: ModelConfig, n: int, stream: int, hidden: Callable[[int], int], gathered: int) -> int:
+def _ffn_floats(
+    config: ModelConfig, n: int, stream: int, summed: int, hidden: Callable[[int], int], gathered: int
+) -> int:
     """Return the floats of a feed-forward branch: of the stream and of a slab at each position, and of experts.
+
+    Of a mixture, the sum over experts comes on top, and what a shared one adds. Where the first blocks are none, what
+    takes more counts.
 
     Routers are uneven, and nobody knows them before: the busiest expert is taken to see half of the positions, or twice
     as many as if they were spread evenly, and one more.
@@ -344,14 +349,15 @@ def _ffn_floats(config: ModelConfig, n: int, stream: int, hidden: Callable[[int]
     def network(width: int) -> int:
         return hidden(min(SLAB, width)) + (config.d if width > SLAB else 0)
 
-    if not config.expert_count:
-        return n * (stream + network(config.feed_forward_length))
+    dense = 0 if config.routed(0) else n * (stream + network(config.feed_forward_length))
+    if not config.routed(config.block_count - 1):
+        return dense
     busy = min(n, max(n // 2, 2 * n * config.expert_used_count // config.expert_count) + 1)
     routed = busy * (gathered + network(config.expert_feed_forward_length))
     shared = config.expert_shared_feed_forward_length
     if shared:
-        return n * (stream + 2 * config.d) + max(routed, n * network(shared))
-    return n * (stream + config.d) + routed
+        return max(dense, n * (stream + summed + config.d) + max(routed, n * network(shared)))
+    return max(dense, n * (stream + summed) + routed)
 
 
 def trace_floats(config: ModelConfig, n: int, m: int | None = None) -> int:

@@ -125,6 +125,19 @@ class WeightStore:
             self._tiles[key] = tile
         return tile
 
+    def wide(self, info: TensorInfo) -> Tensor:
+        """Return a small tensor dense, in its own shape, in float32 where `dtype` is narrower.
+
+        Raises:
+            WeightError: it holds NaN or infinite values.
+        """
+        rows, columns = info.rows, info.shape[-1]
+        self.reads[info.name] += rows
+        self.bytes_read += info.nbytes
+        out = torch.empty((rows, columns), dtype=torch.promote_types(self.dtype, torch.float32))
+        raw = self._stored((info.name, 0, rows, 0, columns), info)
+        return quants.dequantize_rows(raw, info.type, out, threads=self.threads).view(info.shape).to(self.device)
+
     def _takes(self, place: str, nbytes: int) -> bool:
         """Say whether a place still has room, or gets it from what an earlier prompt left, and take it."""
         while self._room.get(place, 0) < nbytes:
@@ -279,6 +292,10 @@ class Block:
         if expert is not None:
             return weight.rows(expert, expert + 1).dense()[0]
         return weight.dense()[start : stop or None]
+
+    def wide_vector(self, name: str) -> Tensor:
+        """Return a small tensor in float32 at least, dense; none of the fused ones."""
+        return self.store.wide(self.store.file.tensors[self.prefix + name])
 
     def _locate(self, name: str) -> tuple[str, int, int]:
         """Return the stored tensor and the rows (elements of a vector) of it; a stop of 0 means all."""

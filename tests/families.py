@@ -107,6 +107,32 @@ FAMILIES: dict[str, dict[str, Any]] = {
             *("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps"),
         ),
     },
+    "glm4moe": EXPERTS
+    | {"norms": ("attn_norm", "post_attention_norm"), "biases": QKV, "n_rot": 8, "layers": 3, "dense_lead": 1}
+    | {"expert_ff": 48, "shared_count": 1, "selection_bias": 0.3}
+    | {"extra": {"expert_weights_norm": True, "expert_weights_scale": 1.5}},
+    "deepseek": EXPERTS | {"layers": 3, "dense_lead": 1, "expert_ff": 48, "shared_count": 2},
+    # llama.cpp takes as many key heads as query heads from these files.
+    "dots1": EXPERTS
+    | {"qk_norm": "head", "kv_heads": 4, "layers": 3, "dense_lead": 1, "expert_ff": 48, "shared_count": 2}
+    | {"selection_bias": 0.3}
+    | {"extra": {"expert_weights_norm": True, "expert_weights_scale": 2.5, "expert_gating_func": 2}},
+    "ernie4_5-moe": EXPERTS
+    | {"layers": 3, "dense_lead": 1, "expert_ff": 48, "shared_ff": 80, "selection_bias": 0.05, "tied": True}
+    | {"extra": {"interleave_moe_layer_step": 1}},
+    "hunyuan-moe": EXPERTS | {"qk_norm": "head", "head_dim": 32, "shared_ff": 80, "tied": True},
+    "bailingmoe": EXPERTS | {"expert_ff": 48, "shared_count": 2, "extra": {"expert_weights_norm": True}},
+    "bailingmoe2": EXPERTS
+    | {"qk_norm": "head", "fused_qkv": True, "n_rot": 8, "layers": 3, "dense_lead": 1, "experts": 12}
+    | {"experts_used": 3, "expert_ff": 48, "shared_count": 1, "selection_bias": 0.3}
+    | {"extra": {"expert_weights_norm": True, "expert_weights_scale": 2.5, "expert_gating_func": 2}},
+    "exaone-moe": EXPERTS
+    | {"qk_norm": "head", "layers": 5, "dense_lead": 1, "window": 4, "expert_ff": 48, "shared_ff": 48}
+    | {"selection_bias": 0.3}
+    | {"extra": {"expert_weights_norm": True, "expert_weights_scale": 2.5, "expert_gating_func": 2}},
+    "minimax-m2": EXPERTS
+    | {"qk_norm": "full", "n_rot": 8, "head_dim": 32, "selection_bias": 0.3, "extra": {"expert_gating_func": 2}},
+    "phimoe": EXPERTS | {"norm": "rms_bias", "biases": (*QKV, "attn_output", "output")},
 }
 
 
@@ -326,6 +352,74 @@ FAMILY_CASES: dict[str, dict[str, Any]] = {
     "olmoe": of("olmoe"),
     "granitemoe": of("granitemoe"),
     "granitemoe_shared": of("granitemoe", shared_ff=80),
+    "glm4moe": of("glm4moe"),
+    # As GLM 4.5: norms of heads, two dense blocks, no scale, and a last block for the token after the next.
+    "glm4moe_355b": of(
+        "glm4moe", layers=5, dense_lead=2, predictors=1, qk_norm="head", shared_count=2, omit=("expert_weights_scale",)
+    ),
+    "glm4moe_softmax": of("glm4moe", extra={"expert_gating_func": 1}, selection_bias=0.05),
+    "glm4moe_not_normed": of("glm4moe", omit=("expert_weights_norm",), extra={"expert_weights_scale": 0.0}),
+    "glm4moe_no_dense": of("glm4moe", dense_lead=0, layers=2, biases=(), tied=True, **YARN_ROW),
+    "glm4moe_groups": of(
+        "glm4moe",
+        experts=12,
+        experts_used=3,
+        extra={"expert_group_count": 4, "expert_group_used_count": 2, "expert_gating_func": 2},
+    ),
+    # At some tokens all sigmoids are so small that their sum is not divided by.
+    "glm4moe_faint": of("glm4moe", experts=2, experts_used=1, router_gain=20.0),
+    "glm4moe_q8_0": of("glm4moe", type="Q8_0", heads=2, head_dim=32, n_rot=16, expert_ff=64),
+    "deepseek": of("deepseek"),
+    "deepseek_scaled": of("deepseek", dense_lead=2, extra={"expert_weights_scale": 2.5}, biases=QKV, tied=True),
+    "dots1": of("dots1"),
+    "dots1_softmax": of("dots1", selection_bias=0.0, extra={"expert_gating_func": 1}, omit=("expert_weights_norm",)),
+    "dots1_fused": of("dots1", fused_qkv=True, biases=QKV, **YARN_ROW),
+    "ernie4_5_moe": of("ernie4_5-moe"),
+    "ernie4_5_moe_bare": of("ernie4_5-moe", selection_bias=0.0, shared_ff=0, dense_lead=0, layers=2, tied=False),
+    "hunyuan_moe": of("hunyuan-moe"),
+    "hunyuan_moe_default_width": of("hunyuan-moe", omit=("expert_shared_feed_forward_length",), shared_ff=96),
+    "bailingmoe": of("bailingmoe"),
+    "bailingmoe_not_normed": of("bailingmoe", extra={"expert_weights_norm": False, "expert_weights_scale": 2.5}),
+    "bailingmoe2": of("bailingmoe2"),
+    "bailingmoe2_groups": of(
+        "bailingmoe2",
+        n_rot=None,
+        layers=4,
+        predictors=1,
+        shared_ff=40,
+        shared_count=2,
+        extra={"expert_group_count": 4, "expert_group_used_count": 2},
+    ),
+    "exaone_moe": of("exaone-moe", rope_factors=True, rope_base=500.0),
+    "exaone_moe_base": of("exaone-moe", extra={"rope.freq_base_swa": 50.0}, selection_bias=0.0, type="Q8_0"),
+    "exaone_moe_period": of(
+        "exaone-moe", layers=6, predictors=1, **YARN_ROW, extra={"attention.sliding_window_pattern": 3}
+    ),
+    "exaone_moe_array": of(
+        "exaone-moe",
+        layers=7,
+        predictors=1,
+        scaling=LINEAR,
+        omit=("expert_shared_feed_forward_length",),
+        extra={"attention.sliding_window_pattern": LOCAL, "expert_gating_func": 1},
+    ),
+    "minimax_m2": of("minimax-m2"),
+    "minimax_m2_fused": of("minimax-m2", fused_qkv=True, biases=QKV, extra={"expert_gating_func": 1}),
+    "phimoe": of("phimoe"),
+    "phimoe_long": of("phimoe", long_short=True, scaling={"original_context_length": 32, "attn_factor": 1.24}),
+    "phimoe_fused": of(
+        "phimoe",
+        fused_qkv=True,
+        fused_bias=True,
+        long_short=True,
+        scaling={"original_context_length": 256, "attn_factor": 1.24},
+        context=1024,
+    ),
+    "phimoe_unread": of("phimoe", window=3, extra=UNREAD | UNREAD_ROUTING | {"leading_dense_block_count": 1}),
+    # Groups of experts any mixture may have.
+    "qwen3moe_groups": of(
+        "qwen3moe", experts=12, experts_used=3, extra={"expert_group_count": 4, "expert_group_used_count": 2}
+    ),
     # What the families share, or pointedly do not.
     **{
         f"{architecture}_unread": of(architecture, window=3, extra=UNREAD)
@@ -361,6 +455,11 @@ FAMILY_CASES: dict[str, dict[str, Any]] = {
     "qwen3moe_unread": of("qwen3moe", window=3, extra=UNREAD | UNREAD_ROUTING),
     "qwen2moe_unread": of("qwen2moe", window=3, extra=UNREAD | UNREAD_ROUTING | {"expert_weights_norm": True}),
     "olmoe_unread": of("olmoe", window=3, extra=UNREAD | UNREAD_ROUTING | {"expert_weights_norm": True}),
+    "deepseek_unread": of("deepseek", extra=UNREAD | {"expert_weights_norm": True, "expert_gating_func": 2}),
+    "bailingmoe_unread": of("bailingmoe", extra=UNREAD | {"leading_dense_block_count": 1, "expert_gating_func": 2}),
+    "ernie4_5_moe_unread": of("ernie4_5-moe", extra=UNREAD | UNREAD_ROUTING),
+    "hunyuan_moe_unread": of("hunyuan-moe", extra=UNREAD | UNREAD_ROUTING | {"leading_dense_block_count": 1}),
+    "minimax_m2_unread": of("minimax-m2", extra=UNREAD | UNREAD_ROUTING | {"leading_dense_block_count": 1}),
     "gpt_oss_unread": of("gpt-oss", extra=UNREAD | UNREAD_ROUTING | {"rope.freq_base_swa": 1000.0}),
     "gemma3_unread": of("gemma3", extra=UNREAD | {"final_logit_softcapping": 0.0}),
     "command_r_unread": of("command-r", window=3, extra=UNREAD | {"logit_scale": 0.25}),

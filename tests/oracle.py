@@ -55,8 +55,10 @@ class Facts(NamedTuple):
     limit: float | Tensor = 7.0  # of oai's clamps
     shift: float | Tensor = 1.0  # added to oai's up
     ffn: str = "gated"  # gated | fused (gate above up in one matrix) | plain
-    router: str = "all"  # softmax over: all | selected
-    renormalise: bool = True
+    router: str = "all"  # softmax over: all | selected; or of each its sigmoid: each
+    router_key: bool = False  # expert_gating_func, where it is not 0: 1 all, 2 each
+    renormalise: bool | None = True  # None: as expert_weights_norm says, else not
+    routed_scale_key: bool = False  # expert_weights_scale
     embedding: str | None = None  # root (of d) | key
     residual_key: bool = False
     logits: str | None = None  # divide | multiply
@@ -66,6 +68,7 @@ class Facts(NamedTuple):
 SANDWICH = Facts(attn_post="post_attention_norm", ffn_post="post_ffw_norm")
 GEMMA = Facts(rope="halves", activation="gelu", embedding="root")
 GRANITE = Facts(factors=True, attn_scale_key=True, embedding="key", residual_key=True, logits="divide")
+ROUTED = Facts(router_key=True, renormalise=None, routed_scale_key=True)
 LAYER_NORM = Facts(norm="ln", rope="halves", activation="gelu", ffn="plain")
 
 FACTS: dict[str, Facts] = {
@@ -121,6 +124,18 @@ FACTS: dict[str, Facts] = {
     "stablelm": Facts(norm="ln", rope="halves", ffn_norm_optional=True, qk_norm="head"),
     "gptneox": LAYER_NORM._replace(parallel_key=True),
     "gpt-oss": Facts(ffn_norm="post_attention_norm", rope="halves", period=2, activation="oai", router="selected"),
+    "glm4moe": ROUTED._replace(ffn_norm="post_attention_norm", rope="halves", qk_norm="head", router="each"),
+    "deepseek": ROUTED._replace(router_key=False, renormalise=False),
+    "dots1": ROUTED._replace(rope="halves", qk_norm="head"),
+    "ernie4_5-moe": Facts(),
+    "hunyuan-moe": Facts(rope="halves", qk_norm="head after rope"),
+    "bailingmoe": ROUTED._replace(router_key=False),
+    "bailingmoe2": ROUTED._replace(rope="halves", qk_norm="head"),
+    "exaone-moe": ROUTED._replace(
+        rope="halves", qk_norm="head", factors=True, period=4, local_base_key=False, roped="local"
+    ),
+    "minimax-m2": Facts(rope="halves", qk_norm="full", router_key=True),
+    "phimoe": Facts(rope="halves", factors=True),
 }  # fmt: skip
 
 
@@ -390,15 +405,30 @@ def dense(model: Oracle, b: str, h: Tensor, suffix: str = "", **how: Any) -> Ten
 
 def routes(model: Oracle, b: str, h: Tensor) -> tuple[Tensor, Tensor]:
     """Return the experts chosen [n, used] and their weights [n, used]."""
-    logits = linear(model, f"{b}.ffn_gate_inp", h)
-    used = model.metadata["expert_used_count"]
-    if model.facts.router == "selected":
+    logits, meta, facts = linear(model, f"{b}.ffn_gate_inp", h), model.metadata, model.facts
+    used = meta["expert_used_count"]
+    if facts.router == "selected":
         chosen = logits.topk(used).indices
         return chosen, logits.gather(-1, chosen).softmax(-1)
-    p = logits.softmax(-1)
-    chosen = p.topk(used).indices
+    router = {0: facts.router, 1: "all", 2: "each"}[meta.get("expert_gating_func", 0) if facts.router_key else 0]
+    p = logits.softmax(-1) if router == "all" else 1 / (1 + torch.exp(-logits))
+    chosen = torch.tensor([choice(model, b, row) for row in p.detach()])
     weights = p.gather(-1, chosen)
-    return chosen, weights / weights.sum(-1, keepdim=True) if model.facts.renormalise else weights
+    if meta.get("expert_weights_norm", False) if facts.renormalise is None else facts.renormalise:
+        weights = weights / weights.sum(-1, keepdim=True).clamp(min=2**-14)
+    scale = meta.get("expert_weights_scale", 0.0) if facts.routed_scale_key else 0.0
+    return chosen, weights * (scale or 1.0)
+
+
+def choice(model: Oracle, b: str, p: Tensor) -> list[int]:
+    """Return the best experts of one position with shares `p` [experts], of the best groups if there are any."""
+    merit = p + model.weights.get(f"{b}.exp_probs_b.bias", 0.0)
+    groups = list(merit.chunk(model.metadata.get("expert_group_count", 1)))
+    if len(groups) > 1:
+        ranking = sorted(groups, key=lambda group: -sum(sorted(group.tolist())[-2:]))
+        best = ranking[: model.metadata["expert_group_used_count"]]
+        groups = [group if any(group is one for one in best) else group - 1e9 for group in groups]
+    return torch.cat(groups).argsort(descending=True)[: model.metadata["expert_used_count"]].tolist()
 
 
 def mixture(model: Oracle, b: str, h: Tensor, **how: Any) -> Tensor:
@@ -489,7 +519,7 @@ def forward(
     meta, facts = model.metadata, model.facts
     x = embed(model, ids) if x is None else x
     out = {"x": x}
-    for layer in range(meta["block_count"]):
+    for layer in range(meta["block_count"] - meta.get("nextn_predict_layers", 0)):
         out |= block(model, layer, x, freeze=freeze, context=context, gelu=gelu)
         x = out[f"l_out-{layer}"]
     out["result_norm"] = norm(model, "output_norm", x, frozen=freeze is not None)

@@ -13,12 +13,13 @@ from ggjac.analysis.attribution import attribute, attribute_branches, attribute_
 from ggjac.model import open_model
 
 # Sequential and parallel blocks, post-norms, residual scales, LayerNorm with biases, learned positions, biases of every
-# projection and of the head, grouped and single key heads, fused tensors, mixtures with shared experts, sinks, clamps,
-# soft caps, windows, scaled logits and embeddings.
+# projection and of the head, grouped and single key heads, fused tensors, mixtures with shared experts, after blocks
+# that are none, sinks, clamps, soft caps, windows, scaled logits and embeddings.
 CASES = (
     *("gqa", "mqa", "biases", "one_layer", "head_dim_wide", "fused_biases"),
     *("gemma2", "olmo2", "granite", "phi2", "falcon_7b", "cohere2", "gpt2", "starcoder2", "glm4", "gemma3"),
     *("gptneox", "stablelm_12b", "nemotron", "command_r", "olmo_clamped", "qwen2moe", "granitemoe", "gpt_oss"),
+    "glm4moe",
 )
 N = 6
 

@@ -1,5 +1,6 @@
 """What a configuration says of a model: defaults, slices, and a named refusal for everything else."""
 
+import dataclasses
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -406,6 +407,100 @@ def test_whether_branches_are_parallel_must_be_true_or_false(value: Any, shown: 
     """llama.cpp does not run a file without it either."""
     with pytest.raises(ConfigError, match=f"key gptneox.use_parallel_residual is {shown}: it must be true or false"):
         of("gptneox", {"use_parallel_residual": value}, ())
+
+
+E, USED, FE = 4, 2, 8
+
+
+def mixture(architecture: str = "glm4moe", shapes: dict[str, Any] | None = None, **changes: Any) -> ModelConfig:
+    """Read the model above as a mixture whose first block is dense, with changes; `__` stands for a dot."""
+    keys = {"expert_count": E, "expert_used_count": USED, "expert_feed_forward_length": FE, "expert_shared_count": 2,
+            "leading_dense_block_count": 1, "expert_gating_func": 2}  # fmt: skip
+    keys |= {name.replace("__", "."): value for name, value in changes.items()}
+    metadata = {name.replace("llama.", f"{architecture}."): value for name, value in METADATA.items()}
+    metadata |= {"general.architecture": architecture} | {f"{architecture}.{name}": v for name, v in keys.items()}
+    routed = {"ffn_gate_inp": (E, D), "ffn_gate_exps": (E, FE, D), "ffn_up_exps": (E, FE, D)}
+    routed |= {"ffn_down_exps": (E, D, FE), "ffn_gate_shexp": (2 * FE, D), "ffn_up_shexp": (2 * FE, D)}
+    routed |= {"ffn_down_shexp": (D, 2 * FE)}
+    found: dict[str, Any] = {name: shape for name, shape in SHAPES.items() if not name.startswith("blk.1.ffn_")}
+    if architecture == "glm4moe":
+        found = {name.replace("ffn_norm", "post_attention_norm"): shape for name, shape in found.items()}
+    found |= {f"blk.1.{name}.weight": shape for name, shape in routed.items()} | {"blk.1.exp_probs_b.bias": (E,)}
+    norm = "post_attention_norm" if architecture == "glm4moe" else "ffn_norm"
+    found |= {f"blk.1.{norm}.weight": (D,)} | (shapes or {})
+    return ModelConfig.from_metadata(
+        {name: value for name, value in metadata.items() if value is not ABSENT},
+        {name: shape for name, shape in found.items() if shape is not ABSENT},
+    )
+
+
+def test_first_blocks_of_a_mixture_may_be_dense() -> None:
+    config = mixture()
+    assert [config.routed(i) for i in range(L)] == [False, True]
+    assert (config.feed_forward_length, config.expert_feed_forward_length) == (F, FE)
+    assert config.expert_shared_feed_forward_length == config.hidden_units == 2 * FE
+    assert dataclasses.replace(config, feed_forward_length=40).hidden_units == 40
+    assert dataclasses.replace(config, feed_forward_length=40, leading_dense=0).hidden_units == 2 * FE
+    assert (config.expert_groups, config.expert_weights_scale, config.row.renormalize) == (1, 1.0, False)
+    assert config.row.router == "sigmoid"
+    assert mixture(expert_gating_func=1).row.router == "softmax"
+    assert mixture(expert_gating_func=0).row.router == mixture(expert_gating_func=ABSENT).row.router == "sigmoid"
+    assert mixture(expert_weights_scale=0.0).expert_weights_scale == 1
+    assert mixture(expert_weights_scale=2.5, expert_weights_norm=True).expert_weights_scale == 2.5
+    assert mixture(expert_weights_norm=True).row.renormalize
+    assert mixture("exaone-moe", HEAD_NORMS, attention__sliding_window=4).row.router == "sigmoid"
+
+
+def test_blocks_that_predict_later_tokens_are_left_out() -> None:
+    """(As llama.cpp does: whatever is in them.)"""
+    more = {f"blk.2.{name}.weight": shape for name, shape in {"attn_q": (1,), "nextn.eh_proj": (D, 2 * D)}.items()}
+    assert mixture(block_count=3, nextn_predict_layers=1, shapes=more).block_count == 2
+    assert mixture(block_count=3, nextn_predict_layers=1, shapes=more, attention__head_count=[H] * 3).head_count == H
+
+
+HEAD_NORMS = {f"blk.{i}.attn_{of}_norm.weight": (HD,) for i in range(L) for of in "qk"}
+# name -> (architecture, changes, shape changes, message)
+MIXTURES: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {
+    "one dense block too many": ("glm4moe", {"leading_dense_block_count": 2}, {}, "blk.1.ffn_gate.weight is missing"),
+    "one too few": ("glm4moe", {"leading_dense_block_count": 0}, {}, "tensor blk.0.ffn_gate_inp.weight is missing"),
+    "not stated, so none": ("glm4moe", {"leading_dense_block_count": ABSENT}, {}, "blk.0.ffn_gate_inp.weight is miss"),
+    "its width": ("glm4moe", {"feed_forward_length": ABSENT}, {}, "feed_forward_length is missing"),
+    "experts' width": ("glm4moe", {"expert_feed_forward_length": ABSENT}, {}, "expert_feed_forward_length is missing"),
+    "another width": ("glm4moe", {"expert_feed_forward_length": 9}, {}, r"exps.weight has shape .*4, 8, 12.*4, 9, 12"),
+    "shared": ("glm4moe", {"expert_shared_count": ABSENT}, {}, "glm4moe.expert_shared_count is missing"),
+    "none shared": ("glm4moe", {"expert_shared_count": 0}, {}, "expert_shared_count is 0, not a whole number from 1"),
+    "more shared": ("glm4moe", {"expert_shared_count": 3}, {}, r"shexp.weight has shape \[16, 12\], .* \[24, 12\]"),
+    "no bias": ("glm4moe", {}, {"blk.1.exp_probs_b.bias": ABSENT}, "tensor blk.1.exp_probs_b.bias is missing; the fil"),
+    "a bias more": ("glm4moe", {}, {"blk.0.exp_probs_b.bias": (E,)}, "'blk.0.exp_probs_b.bias' is not part of a glm4"),
+    "a wrong bias": ("glm4moe", {}, {"blk.1.exp_probs_b.bias": (E + 1,)}, r"probs_b.bias has shape \[5\], .* \[4\]"),
+    "a bias where none is": ("deepseek", {}, {}, "'blk.1.exp_probs_b.bias' is not part of a deepseek model"),
+    "another router": ("glm4moe", {"expert_gating_func": 3}, {}, "gating_func is 3; supported: 1 softmax, 2 sigmoid"),
+    "no router": ("dots1", {"expert_gating_func": ABSENT}, HEAD_NORMS, "dots1.expert_gating_func is missing; suppo"),
+    "router by name": ("glm4moe", {"expert_gating_func": "sigmoid"}, {}, "is 'sigmoid', not a number that makes sense"),
+    "norm": ("glm4moe", {"expert_weights_norm": 1}, {}, "glm4moe.expert_weights_norm is 1: it must be true or false"),
+    "a scale": ("glm4moe", {"expert_weights_scale": "x"}, {}, "expert_weights_scale is 'x', not a number"),
+    "a groups' number": ("glm4moe", {"expert_group_count": 2}, {}, "expert_group_used_count is missing"),
+    "uneven groups": ("glm4moe", {"expert_group_count": 3, "expert_group_used_count": 2}, {},
+                      "glm4moe.expert_group_count is 3, expert_group_used_count 2: 2 of 4 experts cannot be chosen so"),
+    "groups of one": ("glm4moe", {"expert_group_count": 4, "expert_group_used_count": 2}, {}, "cannot be chosen so"),
+    "more groups used": ("glm4moe", {"expert_group_count": 2, "expert_group_used_count": 3}, {}, "cannot be chosen so"),
+    "too few to choose": ("glm4moe", {"expert_group_count": 2, "expert_group_used_count": 1, "expert_used_count": 3},
+                          {}, "3 of 4 experts cannot be chosen so"),
+    "mixtures now and then": ("ernie4_5-moe", {"interleave_moe_layer_step": 2}, {}, "dense blocks between mixtures"),
+    "predictors": ("glm4moe", {"nextn_predict_layers": 2}, {}, "nextn_predict_layers is 2, of 2 blocks in all"),
+    "a predictor elsewhere": ("dots1", {"nextn_predict_layers": 1, "block_count": 1}, HEAD_NORMS, "not part of a dots"),
+    "half a norm of heads": ("glm4moe", {}, {"blk.0.attn_q_norm.weight": (HD,)}, "blk.0.attn_k_norm.weight is missing"),
+    "no window": ("exaone-moe", {}, HEAD_NORMS, "metadata key exaone-moe.attention.sliding_window is missing"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_mixtures_are_refused_by_name(name: str) -> None:
+    architecture, changes, shapes, message = MIXTURES[name]
+    with pytest.raises(ConfigError, match=message) as error:
+        mixture(architecture, shapes, **changes)
+    assert "\n" not in str(error.value)
+    assert len(str(error.value)) < 160
 
 
 NORMED = {"q_norm": H, "k_norm": G}

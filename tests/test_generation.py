@@ -26,7 +26,8 @@ CASES = [
     "gemma", "gemma2", "gemma3", "phi2", "phi3", "phi3_long", "phi3_short", "phi3_partial", "olmo2", "olmo3",
     "mistral3_temperature", "granite", "granite_nope", "smollm3", "glm4", "cohere2", "gpt2", "falcon_7b", "falcon_40b",
     "starcoder2", "mixtral", "gpt_oss", "qwen2moe", "olmoe", "granitemoe_shared", "llama_longrope_long", "qwen3vl",
-    "hunyuan_yarn", "gptneox", "stablelm_12b", "nemotron", "command_r", "olmo_clamped",
+    "hunyuan_yarn", "gptneox", "stablelm_12b", "nemotron", "command_r", "olmo_clamped", "glm4moe", "bailingmoe2_groups",
+    "exaone_moe_period",
 ]  # fmt: skip
 
 

@@ -22,6 +22,7 @@ from ggjac.blocks import NumericsError
 from ggjac.config import ConfigError, ModelConfig, Norms, Rope
 from ggjac.gguf import open_gguf
 from ggjac.model import PromptError, open_model
+from ggjac.weights import Block
 
 
 def distance(actual: Tensor, expected: Tensor) -> float:
@@ -49,7 +50,7 @@ def as_f32(tiny_file: Callable[..., Path], case: str) -> Path:
 
 def names(case: str, *branches: str) -> set[str]:
     """Return what there is to compare: the stream after every layer, what comes after, and the branches asked for."""
-    layers = range(tiny.options(case).layers)
+    layers = range(tiny.options(case).blocks)
     return {"result_norm", "logits", *(f"{name}-{i}" for name in ("l_out", *branches) for i in layers)}
 
 
@@ -227,6 +228,40 @@ def swapped(patch: Patch, a: str, b: str) -> None:
     patch.setattr(Block, "_locate", other)
 
 
+def biased_weights(patch: Patch) -> None:
+    """Weigh experts by what they are chosen by."""
+    record, chosen, router = blocks.record_experts, blocks._chosen, blocks.ROUTERS["sigmoid"]
+    bias: list[Tensor] = []
+
+    def shifted(w: Block, *args: object) -> object:
+        bias.append(w.wide_vector("exp_probs_b.bias"))
+        return record(w, *args)
+
+    patch.setattr(blocks, "record_experts", shifted)
+    patch.setitem(blocks.ROUTERS, "sigmoid", lambda logits: router(logits) + bias[-1])
+    patch.setattr(blocks, "_chosen", lambda w, config, scores: chosen(w, config, scores - bias[-1]))
+
+
+def without_shared(patch: Patch) -> None:
+    record = blocks.record_experts
+    patch.setattr(blocks, "record_experts", lambda *args: [tape for tape in record(*args) if tape.kind == "_exps"])
+
+
+def best_of_groups(members: int) -> Callable[[Patch], None]:
+    """Rank groups by so many of their members."""
+
+    def make(patch: Patch) -> None:
+        def wrong(w: Block, config: ModelConfig, scores: Tensor) -> Tensor:
+            scores = (scores + w.wide_vector("exp_probs_b.bias")).unflatten(-1, (config.expert_groups, -1))
+            best = scores.topk(members).values.sum(-1).topk(config.expert_groups_used).indices
+            kept = torch.zeros(scores.shape[:2], dtype=torch.bool).scatter(-1, best, True)
+            return scores.where(kept[..., None], -torch.inf).flatten(1).topk(config.expert_used_count).indices
+
+        patch.setattr(blocks, "_chosen", wrong)
+
+    return make
+
+
 def without_factors(patch: Patch) -> None:
     right = model.rotation
     patch.setattr(model, "rotation", lambda rope, n, factors=None: right(rope, n))
@@ -333,6 +368,43 @@ MISTAKES: dict[str, tuple[str, Callable[[Patch], None]]] = {
     "expert biases dropped": ("gpt_oss", without("ffn_down_exps.bias")),
     "shared expert missing": ("granitemoe_shared", without("ffn_up_shexp.weight")),
     "shared expert not gated": ("qwen2moe", without("ffn_gate_inp_shexp.weight")),
+    **{
+        f"{case}: {mistake}": (case, make)
+        for case in ("glm4moe", "glm4moe_355b", "dots1", "bailingmoe2_groups", "exaone_moe_period")
+        for mistake, make in {
+            "softmax in place of sigmoid": lambda p: change_config(p, row__router="softmax"),
+            "weights not normed": lambda p: change_config(p, row__renormalize=False),
+            "selection bias left out": without("exp_probs_b.bias"),
+            "selection bias in the weights": biased_weights,
+            "shared expert left out": without_shared,
+        }.items()
+    },
+    **{
+        f"{case}: weights not scaled": (case, lambda p: change_config(p, expert_weights_scale=1.0))
+        for case in ("glm4moe", "deepseek_scaled", "dots1", "bailingmoe2", "exaone_moe", "bailingmoe_not_normed")
+    },
+    **{
+        f"{case}: all groups": (case, lambda p: change_config(p, expert_groups=1))
+        for case in ("glm4moe_groups", "bailingmoe2_groups", "qwen3moe_groups")
+    },
+    "the third best of a group counts": ("glm4moe_groups", best_of_groups(3)),
+    "a group is as good as its best": ("glm4moe_groups", best_of_groups(1)),
+    "weights divided by whatever their sum": (
+        "glm4moe_faint", lambda p: p.setattr(Tensor, "clamp_min", lambda self, least: self)
+    ),
+    "a group more": ("bailingmoe2_groups", lambda p: change_config(p, expert_groups_used=3)),
+    "sigmoid in place of softmax": ("glm4moe_softmax", lambda p: change_config(p, row__router="sigmoid")),
+    "weights normed": ("deepseek", lambda p: change_config(p, row__renormalize=True)),
+    "selection bias left out of a softmax": ("ernie4_5_moe", without("exp_probs_b.bias")),
+    "selection bias left out beside whole norms": ("minimax_m2", without("exp_probs_b.bias")),
+    "RMSNorm's bias dropped": ("phimoe", without("ffn_norm.bias")),
+    "RMSNorm centred": ("phimoe", lambda p: change_config(p, row__norm="layer")),
+    "heads normed before their rotation": ("hunyuan_moe", lambda p: change_config(p, row__qk_norm="head")),
+    "rotation everywhere": (
+        "exaone_moe_base", lambda p: change_config(p, layer__rope=lambda layer: Rope(16, 10000.0, "halves"))
+    ),
+    "windows ignored": ("exaone_moe", lambda p: change_config(p, layer__window=None)),
+    "no norm on heads that have one": ("glm4moe_355b", lambda p: change_config(p, row__qk_norm="")),
     "no clamp": ("gpt_oss", changed_activation(limit=None)),
     "up not shifted": ("gpt_oss", changed_activation(shift=0.0)),
 }  # fmt: skip
@@ -345,6 +417,20 @@ def test_llamacpp_reveals(mistake: str, tiny_file: Callable[..., Path], monkeypa
     assert relative_logits(tiny_file, case) < (1e-3 if gelu else 1e-5)
     make(monkeypatch)
     assert relative_logits(tiny_file, case) > (5e-3 if gelu else 1e-3)
+
+
+def test_a_selection_bias_is_not_rounded(tiny_file: Callable[..., Path]) -> None:
+    """What all experts share of it is large in some models: in 16 bits, nothing that sets them apart is left."""
+    path, ids = tiny_file("glm4moe", selection_mean=200.0), tiny.prompt("glm4moe", 20)
+    wide, narrow = (open_model(path, dtype=dtype).trace(ids).tapes for dtype in ("float64", "bfloat16"))
+    first = 1  # the first mixture, whose input is still alike
+    used = [
+        {(network.expert, position) for network in tapes[first].ffn.networks if network.kind == "_exps"
+         for position in network.positions.tolist()}
+        for tapes in (wide, narrow)
+    ]  # fmt: skip
+    assert len(used[0]) == len(used[1]) == 40
+    assert len(used[0] & used[1]) > 36
 
 
 def test_xielu_is_smooth_at_zero() -> None:

@@ -61,7 +61,7 @@ def as_llamacpp_names(model: Oracle, ours: dict[str, Tensor]) -> dict[str, Tenso
     else:
         states = dict(ours)
     parallel = facts.parallel or (facts.parallel_key and model.metadata["use_parallel_residual"])
-    for i in range(0 if parallel else model.metadata["block_count"]):
+    for i in range(0 if parallel else sum(name.startswith("l_out-") for name in ours)):
         before = ours[f"l_out-{i - 1}" if i else "x"]
         states[f"ffn_inp-{i}"] = states[f"sa_out-{i}"] = before + ours[f"attn_out-{i}"]
     return states
@@ -81,7 +81,7 @@ def test_every_state_agrees_with_llamacpp(case: str, tiny_file: Callable[..., Pa
     for gelu, tolerance in (("exact", 1e-3), ("f16_table", table)) if case in GELU_ROWS else (("exact", 5e-6),):
         ours = as_llamacpp_names(model, oracle.forward(model, ids, context=CONTEXT, gelu=gelu))
         compared = theirs.keys() & ours.keys()
-        assert compared >= {*(f"l_out-{i}" for i in range(tiny.options(case).layers)), "result_norm", "logits"}
+        assert compared >= {*(f"l_out-{i}" for i in range(tiny.options(case).blocks)), "result_norm", "logits"}
         errors = {name: relative(theirs[name], ours[name]) for name in compared}
         assert {name: error for name, error in errors.items() if not error < tolerance} == {}
 
@@ -525,6 +525,45 @@ FAMILY_MISTAKES: dict[str, tuple[str, Callable[[Oracle], Oracle]]] = {
     "qwen2moe: shared expert missing": ("qwen2moe", drop("ffn_down_shexp")),
     "qwen2moe: shared expert ungated": ("qwen2moe", lambda m: without(m, "ffn_gate_inp_shexp")),
     "granitemoe: shared expert missing": ("granitemoe_shared", drop("ffn_down_shexp")),
+    **{
+        f"{case}: {mistake}": (case, make)
+        for case in ("glm4moe", "dots1", "bailingmoe2", "exaone_moe")
+        for mistake, make in {
+            "softmax router": keys(expert_gating_func=1),
+            "weights not normed": keys(expert_weights_norm=False),
+            "weights not scaled": keys(expert_weights_scale=0.0),
+            "selection bias missing": drop("exp_probs_b"),
+            "shared expert missing": drop("ffn_down_shexp"),
+        }.items()
+    },
+    "glm4moe: sigmoid router": ("glm4moe_softmax", keys(expert_gating_func=2)),
+    "glm4moe: a predictor as a block": ("glm4moe_355b", keys(nextn_predict_layers=0)),
+    **{
+        f"{case}: groups ignored": (case, keys(expert_group_count=1))
+        for case in ("glm4moe_groups", "bailingmoe2_groups", "qwen3moe_groups")
+    },
+    "groups of another size": ("bailingmoe2_groups", keys(expert_group_count=3)),
+    "a group more": ("bailingmoe2_groups", keys(expert_group_used_count=3)),
+    "deepseek: weights normed": ("deepseek", facts(renormalise=True)),
+    "deepseek: weights not scaled": ("deepseek_scaled", keys(expert_weights_scale=0.0)),
+    "deepseek: shared expert missing": ("deepseek", drop("ffn_down_shexp")),
+    "ernie4_5-moe: selection bias missing": ("ernie4_5_moe", drop("exp_probs_b")),
+    "ernie4_5-moe: weights not normed": ("ernie4_5_moe", facts(renormalise=False)),
+    "hunyuan-moe: heads normed before rope": ("hunyuan_moe", facts(qk_norm="head")),
+    "hunyuan-moe: shared expert missing": ("hunyuan_moe", drop("ffn_down_shexp")),
+    "bailingmoe: weights not normed": ("bailingmoe", keys(expert_weights_norm=False)),
+    "bailingmoe: weights not scaled": ("bailingmoe_not_normed", keys(expert_weights_scale=0.0)),
+    "bailingmoe2: rotation of whole heads": ("bailingmoe2", lambda m: meta(m, rope__dimension_count=head_size(m))),
+    "exaone-moe: rope everywhere": ("exaone_moe", facts(roped="all")),
+    "exaone-moe: rope factors ignored": ("exaone_moe", facts(factors=False)),
+    "exaone-moe: freq_base_swa read": ("exaone_moe_base", facts(local_base_key=True)),
+    "minimax-m2: weights not normed": ("minimax_m2", facts(renormalise=False)),
+    "minimax-m2: selection bias missing": ("minimax_m2", drop("exp_probs_b")),
+    "minimax-m2: norm of each head": ("minimax_m2", as_head_norm),
+    "phimoe: norms' biases dropped": ("phimoe", drop("norm.bias")),
+    "phimoe: norms centred": ("phimoe", both(facts(norm="ln"), keys(attention__layer_norm_epsilon=1e-5))),
+    "phimoe: weights not normed": ("phimoe", facts(renormalise=False)),
+    "phimoe: rope factors ignored": ("phimoe_fused", facts(factors=False)),
 }
 
 
@@ -675,9 +714,15 @@ def by_hand(model: Oracle, h: Tensor, mlp_path: str) -> Tensor:
 
     if "ffn_gate_inp.weight" in w:
         logits = w["ffn_gate_inp.weight"] @ h + w.get("ffn_gate_inp.bias", 0.0)
-        chosen = logits.argsort(descending=True)[: model.metadata["expert_used_count"]]
-        renormalised = model.architecture not in ("qwen2moe", "olmoe")
-        p = logits.exp() / (logits[chosen] if renormalised else logits).exp().sum()
+        used = model.metadata["expert_used_count"]
+        if model.architecture == "glm4moe":
+            p = 1 / (1 + (-logits).exp())
+            chosen = (p + w["exp_probs_b.bias"]).argsort(descending=True)[:used]
+            p = model.metadata["expert_weights_scale"] * p / p[chosen].sum()
+        else:
+            chosen = logits.argsort(descending=True)[:used]
+            renormalised = model.architecture not in ("qwen2moe", "olmoe")
+            p = logits.exp() / (logits[chosen] if renormalised else logits).exp().sum()
         gate, up, down = (w[f"ffn_{name}_exps.weight"] for name in ("gate", "up", "down"))
         gate_bias, up_bias = biases("ffn_gate_exps", gate), biases("ffn_up_exps", up)
         total = sum(p[e] * network(gate[e], gate_bias[e], up[e], up_bias[e], down[e]) for e in chosen)
@@ -700,7 +745,7 @@ def by_hand(model: Oracle, h: Tensor, mlp_path: str) -> Tensor:
     "case",
     [
         *("plain", "biases", "gemma", "phi3", "gpt2", "starcoder2", "mixtral", "qwen3moe", "gpt_oss", "qwen2moe"),
-        *("olmoe", "granitemoe_shared", "arcee", "apertus", "nemotron"),
+        *("olmoe", "granitemoe_shared", "arcee", "apertus", "nemotron", "glm4moe_no_dense"),
     ],
 )
 def test_frozen_feed_forward_by_hand(case: str, mlp_path: str, tiny_file: Callable[..., Path]) -> None:

@@ -33,8 +33,10 @@ CASES = [
     *("mixtral", "mixtral_one_expert", "mixtral_q4_k", "qwen3moe", "qwen3vlmoe", "qwen2moe", "olmoe", "granitemoe"),
     *("granitemoe_shared", "gpt_oss", "gpt_oss_mxfp4", "gpt_oss_fused"),
     *("gptneox", "stablelm_12b", "nemotron", "command_r", "olmo", "olmo_clamped"),
+    *("glm4moe", "glm4moe_355b", "deepseek", "dots1", "ernie4_5_moe", "hunyuan_moe", "bailingmoe"),
+    *("bailingmoe2_groups", "exaone_moe", "minimax_m2", "phimoe"),
 ]
-GATED = ("plain", "biases", "phi3", "gpt2", "gemma2", "mixtral", "qwen2moe", "gpt_oss")
+GATED = ("plain", "biases", "phi3", "gpt2", "gemma2", "mixtral", "qwen2moe", "gpt_oss", "glm4moe")
 BOTH_WAYS = pytest.mark.parametrize(
     ("case", "mlp_path"), [*((case, "up") for case in CASES), *((case, "gate") for case in GATED)]
 )
@@ -148,12 +150,17 @@ def live_bias_elements(run: Trace, layer: int) -> int:
 def expert_elements(model: Model, stems: tuple[str, ...]) -> int:
     """Return the elements of one expert's tensors, biases included."""
     infos = model.gguf.tensors
-    names = [f"blk.0.{stem}_exps.{suffix}" for stem in stems for suffix in ("weight", "bias")]
+    first = next(name for name in infos if "ffn_gate_inp" in name).split(".")[1]
+    names = [f"blk.{first}.{stem}_exps.{suffix}" for stem in stems for suffix in ("weight", "bias")]
     return sum(math.prod(infos[name].shape[1:]) for name in names if name in infos)
 
 
-def routed(run: Trace, layer: int) -> int:
-    return sum(network.kind == "_exps" for network in networks(run, layer))
+def surplus(run: Trace, layer: int, positions: int, used: list[blocks.HiddenTape], stems: tuple[str, ...]) -> int:
+    """Return the elements of experts that the plan counts and the router did not choose, as if it were the plan's."""
+    if "ffn_gate_inp.weight" not in run.model.block(layer):
+        return 0
+    chosen = sum(network.kind == "_exps" for network in used)
+    return (planner.routed_experts(run.model.config, positions) - chosen) * expert_elements(run.model, stems)
 
 
 @BOTH_WAYS
@@ -168,10 +175,9 @@ def test_a_sweep_reads_what_the_plan_says(case: str, mlp_path: Any, tiny_file: T
         of_layer = {name: rows for name, rows in reads.items() if name.startswith(f"blk.{layer.index}.")}
         found = matrices(of_layer, model)
         last = layer.index == len(plan.layers) - 1
-        # Which experts are used is the router's choice: compare as if it were the plan's.
-        surplus = planner.routed_experts(model.config, 1 if last else n) - routed(run, layer.index)
         expected = found[0] + live_bias_elements(run, layer.index)
-        expected += surplus * expert_elements(model, (networks(run, layer.index)[0].live, "ffn_down"))
+        used = networks(run, layer.index)
+        expected += surplus(run, layer.index, 1 if last else n, used, (used[0].live, "ffn_down"))
         assert layer.sweep.weights == pytest.approx(expected, rel=1e-12)
         assert layer.dense_bytes == 4 * layer.sweep.weights
         if not model.config.expert_count:
@@ -187,12 +193,11 @@ def test_a_trace_reads_what_the_plan_says(case: str, mlp_path: Any, tiny_file: T
     for layer in plan.layers:
         of_layer = {name: rows for name, rows in reads.items() if name.startswith(f"blk.{layer.index}.")}
         elements, _ = matrices(of_layer, model)
-        used = sum(network.kind == "_exps" for network in run.tapes[layer.index].ffn.networks)
-        surplus = planner.routed_experts(model.config, n) - used
         stems = ("ffn_gate", "ffn_up", "ffn_down")
         twice = ("ffn_up",) if mlp_path == "up" else ("ffn_gate",)
         clamped = model.config.row.activation == "silu_oai"
-        elements += surplus * expert_elements(model, stems + (twice if clamped or mlp_path == "gate" else ()))
+        stems += twice if clamped or mlp_path == "gate" else ()
+        elements += surplus(run, layer.index, n, list(run.tapes[layer.index].ffn.networks), stems)
         # Vectors are a trifle, and read where they are needed: norms once, biases once or twice.
         infos = [info for info in model.gguf.tensors.values() if info.name.startswith(f"blk.{layer.index}.")]
         trifle = 2 * sum(info.elements for info in infos if len(info.shape) == 1 or info.name.endswith(".bias"))
@@ -202,7 +207,7 @@ def test_a_trace_reads_what_the_plan_says(case: str, mlp_path: Any, tiny_file: T
 
 
 @pytest.mark.parametrize(
-    "case", ["gqa", "fused_qkv", "phi3", "gpt2", "mixtral", "qwen2moe", "cohere2", "olmo2", "olmo_clamped"]
+    "case", ["gqa", "fused_qkv", "phi3", "gpt2", "mixtral", "qwen2moe", "cohere2", "olmo2", "olmo_clamped", "glm4moe"]
 )
 def test_flop_of_a_trace(case: str, monkeypatch: pytest.MonkeyPatch, tiny_file: TinyFile) -> None:
     """Every projection that the trace applies passes through `Linear`; scores cost as much as their use."""
@@ -333,6 +338,8 @@ HOLDING: list[tuple[str, dict[str, Any]]] = [
     ("mixtral", NARROW | {"experts": 8, "experts_used": 8, "expert_ff": 256}),
     ("mixtral", NARROW | {"d": 256, "experts": 8, "experts_used": 2, "expert_ff": 3000}),
     ("mixtral", NARROW | {"d": 256, "experts": 32, "experts_used": 2, "expert_ff": 512}),
+    *(("glm4moe", NARROW | {"n_rot": None, "ff": ff, "expert_ff": 64}) for ff in (32, 512)),
+    *(("deepseek", {"ff": ff, "dense_lead": lead}) for ff, lead in ((96, 1), (400, 2), (400, 0), (96, 3))),
 ]
 
 

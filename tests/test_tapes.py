@@ -16,7 +16,7 @@ from ggjac.runs import RunError
 from ggjac.tapes import TapeError, Tapes
 
 IDENTITY = {"file": "abc", "ids": [1, 2, 3]}
-STRUCTURES = ["three_layers", "biases", "gemma2", "gpt2", "mixtral_biases", "gpt_oss", "qwen2moe"]
+STRUCTURES = ["three_layers", "biases", "gemma2", "gpt2", "mixtral_biases", "gpt_oss", "qwen2moe", "glm4moe"]
 
 
 def tensors(tape: object) -> list[Tensor]:

@@ -97,6 +97,18 @@ def test_vectors_keep_their_shape(tiny_file: Callable[..., Path]) -> None:
     assert everything["blk.0.attn_q.bias"].shape == (1, 64)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_wide_vectors_are_not_rounded(dtype: torch.dtype, tiny_file: Callable[..., Path]) -> None:
+    path, name = tiny_file("glm4moe", selection_mean=200.0), "exp_probs_b.bias"
+    opened, expected = store(path, dtype), dense(path)[f"blk.1.{name}"]
+    found = opened.block(1, {}).wide_vector(name)
+    assert found.dtype == torch.promote_types(dtype, torch.float32)
+    assert torch.equal(found, expected.to(found.dtype))
+    assert opened.reads == {f"blk.1.{name}": 1}
+    assert opened.bytes_read == expected.nbytes
+    assert not torch.equal(expected, expected.bfloat16().float())
+
+
 def test_a_row_longer_than_a_tile_is_one_tile(monkeypatch: pytest.MonkeyPatch, tiny_file: Callable[..., Path]) -> None:
     monkeypatch.setattr(weights, "TILE_ELEMENTS", 3)
     path = tiny_file("one_layer")

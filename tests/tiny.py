@@ -56,7 +56,7 @@ class Options:
     fused_qkv: bool = False
     fused_bias: bool = False  # write attn_qkv.bias in place of the biases of q, k and v
     biases: tuple[str, ...] = ()  # of ALL_BIASES, "output", and those of the experts
-    norm: str = "rms"  # rms | ln (weight only) | ln_bias | ln_bare (neither)
+    norm: str = "rms"  # rms | rms_bias | ln (weight only) | ln_bias | ln_bare (neither)
     norms: tuple[str, ...] = ("attn_norm", "ffn_norm")  # of each layer
     qk_norm: str = ""  # head | heads (weights of each head's own) | full
     n_rot: int | None = None  # rotated dimensions of a head; None: all
@@ -69,10 +69,16 @@ class Options:
     experts_used: int = 0
     expert_ff: int = 0
     shared_ff: int = 0  # width of a shared expert beside the routed ones; 0: none
+    shared_count: int = 0  # of shared experts of expert_ff in one, stated so; 0: not stated
+    dense_lead: int = 0  # the first blocks, without experts
+    selection_bias: float = 0.0  # spread of exp_probs_b around `selection_mean`; 0: no such tensor
+    selection_mean: float = 0.0
+    predictors: int = 0  # of `layers` the last, which predict later tokens
     embed_std: float = 1.0
     post_gain: float = 1.0  # of the norms after a sublayer
     score_gain: float = 1.4  # of the projections to q and k
     gate_gain: float = 1.5
+    router_gain: float = 1.5
     up_gain: float = 1.0
     down_gain: float = 1.5
     tokenizer: str = "none"  # none | spm
@@ -83,6 +89,10 @@ class Options:
     @property
     def hd(self) -> int:
         return self.head_dim or self.d // self.heads
+
+    @property
+    def blocks(self) -> int:
+        return self.layers - self.predictors
 
     @property
     def hk(self) -> int:
@@ -107,7 +117,7 @@ def matrix(name: str, out: int, into: int, gain: float = 1.0) -> Entry:
 def norms(o: Options, name: str, width: int, gain: float = 1.0) -> Iterator[Entry]:
     if o.norm != "ln_bare":
         yield Entry(f"{name}.weight", (width,), 0.3 * gain, gain)
-    if o.norm == "ln_bias":
+    if o.norm.endswith("_bias"):
         yield bias(name, width)
 
 
@@ -140,7 +150,7 @@ def metadata(o: Options) -> dict[str, Any]:
         "attention.head_count_kv": repeat(o.hk),
         "attention.key_length": o.hd,
         "attention.value_length": o.hd,
-        f"attention.layer_norm_{'rms_' if o.norm == 'rms' else ''}epsilon": o.eps,
+        f"attention.layer_norm_{'rms_' if o.norm.startswith('rms') else ''}epsilon": o.eps,
         "rope.dimension_count": o.n_rot or o.hd,
         "rope.freq_base": o.rope_base,
         "vocab_size": o.vocab,
@@ -151,6 +161,9 @@ def metadata(o: Options) -> dict[str, Any]:
         "expert_used_count": o.experts_used,
         "expert_feed_forward_length": o.expert_ff,
         "expert_shared_feed_forward_length": o.shared_ff,
+        "expert_shared_count": o.shared_count,
+        "leading_dense_block_count": o.dense_lead,
+        "nextn_predict_layers": o.predictors,
     }
     keys |= {key: value for key, value in optional.items() if value}
     return keys | {f"rope.scaling.{key}": value for key, value in o.scaling.items()} | dict(o.extra)
@@ -191,7 +204,14 @@ def tensors(o: Options) -> Iterator[Entry]:
         if o.sinks:
             yield Entry(f"{b}.attn_sinks.weight", (o.heads,), 1.0, 2.0)
         yield matrix(f"{b}.attn_output", o.d, q)
-        yield from experts(o, b) if o.experts else feed_forward(o, b, "", o.ff)
+        predictor = layer >= o.blocks
+        routed = o.experts > 0 and layer >= o.dense_lead and not (predictor and o.architecture == "exaone-moe")
+        yield from experts(o, b) if routed else feed_forward(o, b, "", o.ff)
+        if predictor:
+            yield matrix(f"{b}.nextn.eh_proj", o.d, 2 * o.d)
+            more = ("layer_output_norm",) if o.architecture == "bailingmoe2" else ()
+            for name in ("nextn.enorm", "nextn.hnorm", *more):
+                yield from norms(o, f"{b}.{name}", o.d)
         present = [bias(f"{b}.{name}", widths.get(name, o.d)) for name in o.biases if name in (*ALL_BIASES, *widths)]
         if o.fused_bias:
             qkv = [entry for entry in present if entry.name.split(".")[2] in ALL_BIASES[:3]]
@@ -213,7 +233,7 @@ def feed_forward(o: Options, b: str, suffix: str, width: int) -> Iterator[Entry]
 
 def experts(o: Options, b: str) -> Iterator[Entry]:
     """List a router and its experts, with a shared one where there is one."""
-    yield matrix(f"{b}.ffn_gate_inp", o.experts, o.d, 1.5)
+    yield matrix(f"{b}.ffn_gate_inp", o.experts, o.d, o.router_gain)
     shapes = {
         "ffn_gate_exps": (o.expert_ff, o.d, o.gate_gain),
         "ffn_up_exps": (o.expert_ff, o.d, o.up_gain),
@@ -223,8 +243,10 @@ def experts(o: Options, b: str) -> Iterator[Entry]:
         yield Entry(f"{b}.{name}.weight", (o.experts, out, into), gain / math.sqrt(into))
         if name in o.biases:
             yield Entry(f"{b}.{name}.bias", (o.experts, out), 0.4)
-    if o.shared_ff:
-        yield from feed_forward(o, b, "_shexp", o.shared_ff)
+    if o.selection_bias:
+        yield Entry(f"{b}.exp_probs_b.bias", (o.experts,), o.selection_bias, o.selection_mean)
+    if shared := o.shared_count * (o.shared_ff or o.expert_ff) or o.shared_ff:
+        yield from feed_forward(o, b, "_shexp", shared)
         if o.architecture == "qwen2moe":
             yield Entry(f"{b}.ffn_gate_inp_shexp.weight", (o.d,), 1.5 / math.sqrt(o.d))
 
