@@ -7,6 +7,7 @@ import math
 import struct
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from typing import Any
 
 # Larger than any model's sizes, and small enough that no product of them surprises.
@@ -496,8 +497,13 @@ class ModelConfig:
         if kind != "model":
             raise ConfigError(f"general.type is {_shown(kind)}, not a language model; give the model's own file")
         if not isinstance(name, str) or name not in ARCHITECTURES:
-            supported = ", ".join(ARCHITECTURES)
-            raise ConfigError(f"architecture {_shown(name)} is not supported; supported: {supported}")
+            # First those that are spelt alike.
+            alike = get_close_matches(name[:64], ARCHITECTURES) if isinstance(name, str) else []
+            some = list(dict.fromkeys([*alike, *ARCHITECTURES]))[:8]
+            raise ConfigError(
+                f"architecture {_shown(name)} is not supported; supported: {', '.join(some)} and "
+                f"{len(ARCHITECTURES) - len(some)} more (docs/architectures.md)"
+            )
         keys = _Keys(metadata, name)
         row = _decided(keys, ARCHITECTURES[name], shapes)
         if not metadata.get(f"{name}.attention.causal", True):
