@@ -138,6 +138,7 @@ _LLAMA = Architecture(rope_pairs="adjacent")
 _QWEN3 = Architecture(qk_norm="head")
 _SANDWICH = Norms(attention_out=("post_attention_norm",), ffn_out=("post_ffw_norm",))
 _DEEPSEEK = Architecture(renormalize_key=True, expert_scale_key=True, leading_dense=True, expert_widths="count")
+_DOTS = replace(_DEEPSEEK, qk_norm="head", router="", router_key=True, selection_bias="optional")
 _SHARED_NORM = Norms(ffn_in=("attn_norm",))
 _POST_AS_FFN = Norms(ffn_in=("post_attention_norm",))
 _GEMMA = Architecture(partial_rotary=True, activation="gelu", embedding_scale="sqrt")
@@ -158,7 +159,7 @@ _COHERE = Architecture(
     logit_scale="multiply",
 )
 
-# Facts of llama.cpp's graphs (src/models/*.cpp) that a file does not state. A new dense family is one row.
+# Facts of llama.cpp's graphs (src/models/*.cpp) that a file does not state. A new family is one row.
 ARCHITECTURES: dict[str, Architecture] = {
     "llama": _LLAMA,
     "mistral3": replace(_LLAMA, yarn_keys=True, temperature=True),
@@ -269,29 +270,16 @@ ARCHITECTURES: dict[str, Architecture] = {
         predictors=True,
     ),
     "deepseek": replace(_DEEPSEEK, rope_pairs="adjacent", renormalize=False, renormalize_key=False),
-    "dots1": replace(_DEEPSEEK, qk_norm="head", router="", router_key=True, selection_bias="optional"),
+    "dots1": _DOTS,
     "ernie4_5-moe": replace(_LLAMA, selection_bias="optional", leading_dense=True),
     "hunyuan-moe": Architecture(qk_norm="rotated"),
     "bailingmoe": replace(_DEEPSEEK, rope_pairs="adjacent", leading_dense=False),
-    "bailingmoe2": replace(
-        _DEEPSEEK,
-        partial_rotary=True,
-        qk_norm="head",
-        router="",
-        router_key=True,
-        selection_bias="optional",
-        expert_widths="shared count",
-        predictors=True,
-    ),
+    "bailingmoe2": replace(_DOTS, partial_rotary=True, expert_widths="shared count", predictors=True),
     "exaone-moe": replace(
-        _DEEPSEEK,
+        _DOTS,
         rope_layers="windowed",
         windowed="required",
         window_period=4,
-        qk_norm="head",
-        router="",
-        router_key=True,
-        selection_bias="optional",
         expert_widths="tensors",
         predictors=True,
     ),
