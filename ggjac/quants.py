@@ -164,7 +164,7 @@ def iq4_xs(blocks: Blocks) -> Elements:
     """Return (d sc) K[q]: 8 sub-blocks of 32, sc of four low and two high bits less 32."""
     d, scales_h, scales_l, qs = blocks.split((2, 2, 4, 128), 1)
     high = _shift(scales_h.unsqueeze(2), (0, 2, 4, 6), 3).flatten(1)
-    sc = _shift(scales_l.unsqueeze(2), (0, 4), 15).flatten(1) | high << 4
+    sc = _nibbles(scales_l.unsqueeze(2)).flatten(1) | high << 4
     q = _nibbles(qs.unflatten(1, (8, 16))).flatten(2)
     return _lookup(KVALUES_IQ4NL, q).mul_(sc.float().sub_(32).mul_(_half(d)).unsqueeze(2)).flatten(1)
 
@@ -181,7 +181,7 @@ def iq2_xs(blocks: Blocks) -> Elements:
     """Return d (sc + 1/2) / 4 G[q], signed: 16 sub-blocks of two rows; q of nine bits, its sign index of seven."""
     d, qs, scales = blocks.split((2, 64, 8), 1)
     words = _words(qs)
-    sc = _shift(scales.unsqueeze(2), (0, 4), 15).flatten(1).float()
+    sc = _nibbles(scales.unsqueeze(2)).flatten(1).float()
     return _coded("IQ2_XS", words & 511, sc.add_(0.5).mul_(_half(d)).mul_(0.25), _even(words >> 9))
 
 
@@ -189,7 +189,7 @@ def iq2_s(blocks: Blocks) -> Elements:
     """Return d (sc + 1/2) / 4 G[q], signed: 16 sub-blocks of two rows; q of ten bits, two of them in qh."""
     d, qs, signs, qh, scales = blocks.split((2, 32, 32, 8, 8), 1)
     q = qs.int() | _shift(qh.unsqueeze(2), (0, 2, 4, 6), 3).flatten(1).int() << 8
-    sc = _shift(scales.unsqueeze(2), (0, 4), 15).flatten(1).float()
+    sc = _nibbles(scales.unsqueeze(2)).flatten(1).float()
     return _coded("IQ2_S", q, sc.add_(0.5).mul_(_half(d)).mul_(0.25), signs)
 
 
@@ -204,7 +204,7 @@ def iq3_s(blocks: Blocks) -> Elements:
     """Return d (2 sc + 1) G[q], signed: 8 sub-blocks of eight rows of four; q of nine bits, the ninth in qh."""
     d, qs, qh, signs, scales = blocks.split((2, 64, 8, 32, 4), 1)
     q = qs.int() | _bits(qh.unsqueeze(2)).flatten(1).int() << 8
-    sc = _shift(scales.unsqueeze(2), (0, 4), 15).flatten(1).float()
+    sc = _nibbles(scales.unsqueeze(2)).flatten(1).float()
     return _coded("IQ3_S", q, sc.mul_(2).add_(1).mul_(_half(d)), signs)
 
 
@@ -222,7 +222,7 @@ def iq1_m(blocks: Blocks) -> Elements:
     qs, qh, scales = blocks.split((32, 16, 8), 1)
     words = _words(scales)
     d = sum(((words[:, i] & 0xF000) >> (12 - 4 * i) for i in range(1, 4)), start=words[:, 0] >> 12)
-    high = _shift(qh.unsqueeze(2), (0, 4), 15).flatten(1).int()
+    high = _nibbles(qh.unsqueeze(2)).flatten(1).int()
     sc = _shift(words.unsqueeze(2), (0, 3, 6, 9), 7).flatten(1).float().mul_(2).add_(1)
     sc.mul_(_view(d.to(torch.int16).unsqueeze(1), torch.float16).float())
     return _shifted("IQ1_M", qs.int() | (high & 7) << 8, sc, high >> 3)
@@ -372,7 +372,7 @@ def _even(index: Tensor) -> Tensor:
 
 def _coded(name: str, q: Tensor, scale: Tensor, signs: Tensor) -> Tensor:
     """Return signed rows of a codebook times the scale of their sub-block; a byte of `signs` holds those of eight."""
-    minus = torch.stack([signs >> i & 1 for i in range(8)], -1).flatten(1)
+    minus = _bits(signs.unsqueeze(2)).flatten(1)
     values = _codebook(name, q.device)[q.flatten(1).long()].flatten(1)
     values.mul_(minus.float().mul_(-2).add_(1))
     return values.unflatten(1, (scale.shape[1], -1)).mul_(scale.unsqueeze(2)).flatten(1)
@@ -451,8 +451,8 @@ def dequantize_rows(raw: np.ndarray, type: GGMLType, out: Tensor | None = None, 
     """Return rows of blocks as floats, uint8 [rows, row_bytes] -> [rows, elements].
 
     Quantized types run in libggml's C on `threads` threads. Element types (F32, F16, BF16, F64), and every type where
-    libggml is not installed, run in torch on torch's own threads. Pass the last `out` again when you
-    can: the page faults of a fresh one cost as much as the arithmetic.
+    libggml is not installed, run in torch on torch's own threads. Pass the last `out` again when you can: the page
+    faults of a fresh one cost as much as the arithmetic.
 
     Args:
         raw: may be a read-only view of a mapped file, and its rows may be strided.
