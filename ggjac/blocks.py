@@ -458,7 +458,7 @@ def block(w: BlockWeights, config: ModelConfig, tape: BlockTape, positions: rang
 def record_norm(w: BlockWeights, config: ModelConfig, names: Sequence[str], x: Float[Tensor, "n d"]) -> NormTape | None:
     """Freeze a norm at its input, or return None where the block has none; see `frozen_norm`."""
     if config.row.norm == "bare":
-        return frozen_norm(config, x.new_ones(config.d), None, x) if names else None
+        return frozen_norm(config, None, None, x) if names else None
     name = next((name for name in names if f"{name}.weight" in w), None)
     if name is None:
         return None
@@ -467,11 +467,11 @@ def record_norm(w: BlockWeights, config: ModelConfig, names: Sequence[str], x: F
 
 
 def frozen_norm(
-    config: ModelConfig, weight: Float[Tensor, " d"], bias: Float[Tensor, " d"] | None, x: Float[Tensor, "n d"]
+    config: ModelConfig, weight: Float[Tensor, " d"] | None, bias: Float[Tensor, " d"] | None, x: Float[Tensor, "n d"]
 ) -> NormTape:
     """Freeze RMSNorm or LayerNorm at `x`: its scale `1 / sqrt(mean(x²) + epsilon)`, centring live for the latter.
 
-    Of a LayerNorm without a weight, that is ones.
+    Without a weight, that is ones.
 
     Squares are summed in float32 at least.
     """
@@ -479,7 +479,7 @@ def frozen_norm(
     centred = config.row.norm != "rms"
     if centred:
         wide = wide - wide.mean(-1, keepdim=True)
-    return NormTape(_inverse_rms(wide, config), weight, centred, bias)
+    return NormTape(_inverse_rms(wide, config), x.new_ones(config.d) if weight is None else weight, centred, bias)
 
 
 def attention_pattern(

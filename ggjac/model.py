@@ -295,11 +295,9 @@ class Model:
 
     def freeze_final_norm(self, h: Float[Tensor, "n d"]) -> NormTape:
         """Freeze the norm before the head at any stream."""
-        weights = self.weights
-        if self.config.row.norm == "bare":
-            return blocks.frozen_norm(self.config, h.new_ones(self.config.d), None, h)
-        bias = weights["output_norm.bias"].dense() if "output_norm.bias" in weights else None
-        return blocks.frozen_norm(self.config, weights["output_norm.weight"].dense(), bias, h)
+        names = ("output_norm.weight", "output_norm.bias")
+        weight, bias = (self.weights[name].dense() if name in self.weights else None for name in names)
+        return blocks.frozen_norm(self.config, weight, bias, h)
 
     def _rope_factors(self, n_ctx: int) -> Tensor | None:
         """Return what divides the rotary frequencies: Llama 3's factors, or LongRoPE's for so large a context."""
