@@ -13,6 +13,8 @@ from ggjac.config import ModelConfig
 from ggjac.sizes import (
     CHUNK_BYTES,
     EXACT_ROWS,
+    KINDS,
+    MAPS,
     PROBES,
     SHUFFLES,
     SLICE,
@@ -29,10 +31,6 @@ ITEM_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 EXPECTED_SWEEPS = 8
 # In bfloat16, whose rounding rests above 1e-3: until the residuals no longer fall.
 FLOOR_SWEEPS = {"bfloat16": 11}
-
-
-# Maps inside the network, and the taps at which they end: as in `ggjac.analysis.layers`, which imports torch.
-MAPS, KINDS = ("cumulative", "blockwise", "to_end"), ("layer", "attn", "mlp")
 
 
 class PlanError(ValueError):
@@ -541,6 +539,14 @@ def _predict(order: _Order) -> Job:
     return order.of(Lookup("logits", logits=1), *every, tapes=False)
 
 
+def _verify(order: _Order) -> Job:
+    """A trace without tapes, beside what llama.cpp computed; the memory of its own process is not counted."""
+    n, config = order.n, order.config
+    tensors = n * order.d * (3 * config.block_count + 1)  # of each block the two branches and the stream; the output
+    reference = {"llama.cpp's tensors": 4 * (tensors + n * config.vocabulary)}
+    return order.of(Lookup("all logits", logits=n), tapes=False, kept=reference)
+
+
 # Commands that can be planned, the main one first.
 JOBS: dict[str, Callable[[_Order], Job]] = {
     "analyze": _analyze,
@@ -554,4 +560,5 @@ JOBS: dict[str, Callable[[_Order], Job]] = {
     "compare": _compare,
     "steer": _steer,
     "predict": _predict,
+    "verify": _verify,
 }

@@ -26,6 +26,9 @@ import numpy as np
 
 SCHEMA_VERSION = 1
 
+# Folders of the package that show results and compute none: a change there does not keep a run from being resumed.
+PRESENTATION = ("cli", "report")
+
 # Names of safetensors, and the arrays that hold such values. NumPy has no bfloat16: its bits travel as 16-bit integers.
 DTYPES: dict[str, np.dtype[Any]] = {
     "F64": np.dtype("<f8"),
@@ -261,13 +264,14 @@ def provenance() -> dict[str, Any]:
 
 
 def code_digest(package: str | os.PathLike[str] = Path(__file__).parent) -> str:
-    """Return a hash of the code that computes (all but the command line and the report): a version may be edited."""
+    """Return a hash of every module that computes, in whatever folder: all but the command line and the report."""
     package = Path(package)
     hasher = hashlib.blake2b(digest_size=8)
-    for path in sorted([*package.glob("*.py"), *package.glob("analysis/*.py")]):
-        if path.is_file():
+    for path in sorted(package.rglob("*.py")):
+        name = path.relative_to(package)
+        if path.is_file() and name.parts[0] not in PRESENTATION:
             content = path.read_bytes()
-            hasher.update(f"{path.relative_to(package).as_posix()} {len(content)}\n".encode() + content)
+            hasher.update(f"{name.as_posix()} {len(content)}\n".encode() + content)
     return hasher.hexdigest()
 
 

@@ -1,4 +1,12 @@
-"""How much is worked on at a time: chosen once, for those who compute and for the plan, which imports no torch."""
+"""Tile, chunk and batch sizes, and names of maps: what the computation and the torch-free planner share."""
+
+from typing import Literal
+
+# Maps inside the network (see `ggjac.analysis.layers`), and the taps at which they end.
+MapName = Literal["cumulative", "blockwise", "to_end"]
+Kind = Literal["layer", "attn", "mlp"]
+MAPS: tuple[MapName, ...] = ("cumulative", "blockwise", "to_end")
+KINDS: tuple[Kind, ...] = ("layer", "attn", "mlp")
 
 # Elements of one dense tile: 32 MiB in float32. Large enough for GEMM to run at speed, small enough to stay in the last
 # level of cache, and a small part of any layer of the models that need streaming.

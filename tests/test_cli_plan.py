@@ -12,8 +12,7 @@ import torch
 from click.testing import CliRunner, Result
 
 from ggjac import bench, jobs
-from ggjac.cli import main
-from ggjac.cli import plan as plan_command
+from ggjac.cli import COMMANDS, main
 
 TinyFile = Callable[..., Path]
 TOKENS = ["--tokens", "5,17,3,99,42"]
@@ -136,7 +135,7 @@ def test_a_text_is_counted_in_tokens(tiny_file: TinyFile) -> None:
 # ---- refusals
 
 
-@pytest.mark.parametrize("command", ["plan", *jobs.JOBS, "verify"])
+@pytest.mark.parametrize("command", ["plan", *jobs.JOBS])
 def test_a_budget_that_cannot_work_is_refused_before_any_work(
     command: str, tiny_file: TinyFile, tmp_path: Path
 ) -> None:
@@ -238,8 +237,26 @@ def test_bench_shows_each_rate_beside_its_limit(monkeypatch: pytest.MonkeyPatch,
     assert 0 < data["memory"]["default_budget"] <= data["memory"]["total"]
 
 
-def test_what_can_be_planned_is_what_the_planner_plans() -> None:
-    assert plan_command.PLANNED == tuple(jobs.JOBS)
+# Commands that compute nothing from a prompt.
+WITHOUT_PLAN = {"info", "plan", "report", "bench"}
+
+
+def test_every_command_that_computes_is_planned() -> None:
+    assert set(COMMANDS) - WITHOUT_PLAN == set(jobs.JOBS)
+
+
+def test_what_is_not_planned_does_not_run(monkeypatch: pytest.MonkeyPatch, tiny_file: TinyFile) -> None:
+    monkeypatch.delitem(jobs.JOBS, "norms")
+    assert "'norms' is not planned" in error("norms", "-m", tiny_file("gqa"), *TOKENS, code=2)
+
+
+def test_a_help_states_its_own_defaults() -> None:
+    for command in jobs.JOBS:
+        text = " ".join(run(command, "--help").stdout.split())
+        assert ("My favorite thing is the" in text) == (command == "steer")
+        assert ("The bridge out of Marin is the'" in text) == (command != "steer"), command
+        assert ("one on each line" in text) == (command == "ranks")
+        assert ("--trace" in text) == (command not in ("compare", "steer"))
 
 
 def test_dense_rows_come_in_one_sweep_where_memory_allows(tiny_file: TinyFile, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -320,7 +337,6 @@ def test_two_files_are_not_in_memory_together(tiny_file: TinyFile, monkeypatch: 
     [
         (["--layer", "3"], "--layer 3 is out of range; this model has layers 1 to 2"),
         (["--max-tokens", "252"], "a text of 257 tokens cannot run; the model's context is 256"),
-        (["--trace", "trace"], "steer runs several texts, and keeps none"),
         (["--concept", "a", "--concept-tokens", "1"], "both give a concept"),
     ],
 )

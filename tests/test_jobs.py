@@ -74,6 +74,7 @@ COMMANDS: dict[str, list[Any]] = {
     "steer additive": ["--concept-tokens", "9,8", "--method", "additive", "--layer", 1, "--max-tokens", 3],
     "steer much": ["--strength", "0,0.1,0.2", "--no-control", "--max-tokens", 2],
     "steer once": ["--max-tokens", 1],
+    "verify": [],
 }
 
 

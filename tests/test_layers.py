@@ -16,11 +16,10 @@ from click.testing import CliRunner, Result
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ggjac import jobs
 from ggjac.analysis import layers as module
-from ggjac.analysis.layers import KINDS, MAPS, LayerMap, Layers, layers
+from ggjac.analysis.layers import LayerMap, Layers, layers
 from ggjac.analysis.stable_rank import stable_rank
-from ggjac.cli import main, options
+from ggjac.cli import main
 from ggjac.cli.depths import spark
 from ggjac.cli.options import Depths
 from ggjac.frobenius import StableRank, stable_ranks
@@ -28,6 +27,7 @@ from ggjac.journal import Journal
 from ggjac.linop import LinearOperator
 from ggjac.model import Trace, open_model
 from ggjac.report import schema
+from ggjac.sizes import KINDS, MAPS
 from ggjac.svd import svd
 
 EXACT: dict[str, Any] = {"tol": 1e-9, "max_sweeps": 200}
@@ -436,10 +436,6 @@ def test_depths_that_a_model_lacks_are_refused(given: str, message: str, tiny_fi
     err = ggjac("-m", tiny_files["three_layers"], *TOKENS, "--layers", given, code=2).stderr
     assert message in err
     assert err.count("\n") == 1
-
-
-def test_the_options_name_what_the_library_has() -> None:
-    assert (options.MAPS, options.KINDS) == (jobs.MAPS, jobs.KINDS) == (MAPS, KINDS)
 
 
 def test_what_cannot_fit_is_refused(tiny_files: dict[str, Path]) -> None:

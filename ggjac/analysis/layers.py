@@ -13,7 +13,7 @@ In each, every weight is dequantized once per sweep.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -23,13 +23,8 @@ from ggjac.decode import Head, Ranked, top_logits
 from ggjac.frobenius import StableRank, stable_ranks
 from ggjac.jacobian import DetachedJacobian, Path, SharedSweep, Tap
 from ggjac.notebook import Plotted, Points, Table, Words
-from ggjac.sizes import EXACT_ROWS, PROBES
+from ggjac.sizes import EXACT_ROWS, KINDS, MAPS, PROBES, Kind, MapName
 from ggjac.svd import SVD, svd_together
-
-MapName = Literal["cumulative", "blockwise", "to_end"]
-Kind = Literal["layer", "attn", "mlp"]
-MAPS: tuple[MapName, ...] = ("cumulative", "blockwise", "to_end")
-KINDS: tuple[Kind, ...] = ("layer", "attn", "mlp")
 
 # Tokens whose ranks are followed through the depths, at most.
 MAX_TOKENS = 4000

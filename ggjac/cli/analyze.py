@@ -27,7 +27,7 @@ CHECKPOINT = "checkpoint"  # inside a run folder, while the run is not finished
 
 
 @click.command()
-@model_options
+@model_options()
 @dry_run
 @position
 @spectrum_options

@@ -23,7 +23,7 @@ class PositionOrAll(click.ParamType):
 
 
 @click.command()
-@model_options
+@model_options()
 @dry_run
 @click.option(
     "--position",

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@model_options
+@model_options(trace=False)
 @dry_run
 @click.option(
     "--with",
@@ -65,8 +65,6 @@ def compare(
     from ggjac.cli import render
     from ggjac.cli.session import Session
 
-    if what.trace:
-        raise click.UsageError("--trace keeps one model's forward pass; compare runs two, and keeps none")
     options: dict[str, Any] = {"rank": rank, "tol": tol, "seed": seed, "max_sweeps": max_sweeps}
     first = Session(what, position=position, rank=rank)
     _check(first, other)

@@ -9,7 +9,7 @@ from ggjac.cli.planning import dry_run
 
 
 @click.command()
-@model_options
+@model_options()
 @dry_run
 @position
 @top("Likely tokens to compare.", 10)

@@ -5,10 +5,11 @@ from typing import Any
 
 import torch
 
-from ggjac.analysis.layers import KINDS, Layers, layers
+from ggjac.analysis.layers import Layers, layers
 from ggjac.cli.render import line, numbers, table
 from ggjac.cli.session import Session
 from ggjac.decode import Ranked
+from ggjac.sizes import KINDS
 
 MAP_WORDS = {
     "cumulative": "from the input to this depth",

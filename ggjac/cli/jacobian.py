@@ -9,7 +9,7 @@ from ggjac.cli.planning import dry_run
 
 
 @click.command()
-@model_options
+@model_options()
 @dry_run
 @position
 @output("Save `jacobian` [d, n, d], `x` [n, d], `y` [d], `offset` [d] and `ids` [n] to this safetensors file.")

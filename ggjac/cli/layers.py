@@ -21,7 +21,7 @@ from ggjac.cli.planning import dry_run
 
 
 @click.command()
-@model_options
+@model_options()
 @dry_run
 @position
 @layer_options

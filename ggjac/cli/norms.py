@@ -9,7 +9,7 @@ from ggjac.cli.planning import dry_run
 
 
 @click.command()
-@model_options
+@model_options()
 @dry_run
 @position
 @click.option("--count", type=click.IntRange(min=1), default=3, show_default=True, help="Columns and rows a position.")

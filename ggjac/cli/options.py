@@ -3,11 +3,13 @@
 import math
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import click
+
+from ggjac.sizes import KINDS, MAPS
 
 DEFAULT_PROMPT = "The bridge out of Marin is the"
 STEER_PROMPT = "My favorite thing is the"
@@ -78,10 +80,6 @@ class DepthRanges:
                 )
             found.update(range(first, last + 1))
         return sorted(found)
-
-
-# As in `ggjac.analysis.layers`, which imports torch, and in `ggjac.jobs`, which imports NumPy; a test holds them equal.
-MAPS, KINDS = ("cumulative", "blockwise", "to_end"), ("layer", "attn", "mlp")
 
 
 class MemorySize(click.ParamType):
@@ -176,12 +174,10 @@ class ModelOptions:
         """Return the options with the text that `steer` continues, and with the concept in its place; with defaults.
 
         Raises:
-            click.UsageError: two concepts, or a folder for one of the texts.
+            click.UsageError: two concepts.
         """
         if concept is not None and concept_tokens is not None:
             raise click.UsageError("--concept and --concept-tokens both give a concept; use one of them")
-        if self.trace:
-            raise click.UsageError("--trace keeps one prompt's forward pass; steer runs several texts, and keeps none")
         nothing = self.prompt is None and self.file is None and self.tokens is None
         what = replace(self, prompt=STEER_PROMPT) if nothing else self
         if concept is None and concept_tokens is None:
@@ -209,11 +205,19 @@ _MODEL = [
         help="Fetch an hf: model that is not on this disk.",
     ),
 ]
-_PROMPT = [
-    click.option("-p", "--prompt", help=f"Text to analyse.  [default: {DEFAULT_PROMPT!r}]"),
-    click.option("-f", "--file", type=_FILE, help="Read the prompt from a file (UTF-8; a last newline is dropped)."),
-    click.option("--tokens", type=TokenIds(), help="Token ids 1,2,3 in place of a text."),
-]
+# How a command names the prompt that it takes when none is given, and what its file holds.
+PROMPT_HELP = f"Text to analyse.  [default: {DEFAULT_PROMPT!r}]"
+FILE_HELP = "Read the prompt from a file (UTF-8; a last newline is dropped)."
+
+
+def _prompt_options(prompt: str, file: str) -> list[Callable]:
+    return [
+        click.option("-p", "--prompt", help=prompt),
+        click.option("-f", "--file", type=_FILE, help=file),
+        click.option("--tokens", type=TokenIds(), help="Token ids 1,2,3 in place of a text."),
+    ]
+
+
 threads = click.option("-t", "--threads", type=click.IntRange(1, MAX_THREADS), help="CPU threads.  [default: all]")
 device = click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1 ...")
 _COMPUTE = [
@@ -242,14 +246,14 @@ _COMPUTE = [
     click.option(
         "--vram-budget", type=MemorySize(), metavar="SIZE", help="Of the device's memory.  [default: what is free]"
     ),
-    click.option(
-        "--trace",
-        type=click.Path(file_okay=False, path_type=Path),
-        metavar="FOLDER",
-        help="Keep the forward pass here, and use it if it is there already; it then need not fit into memory.",
-    ),
     click.option("-q", "--quiet", is_flag=True, help="No progress on stderr."),
 ]
+_TRACE = click.option(
+    "--trace",
+    type=click.Path(file_okay=False, path_type=Path),
+    metavar="FOLDER",
+    help="Keep the forward pass here, and use it if it is there already; it then need not fit into memory.",
+)
 position = click.option(
     "--position", type=int, default=-1, show_default=True, help="Output position; negative counts from the end."
 )
@@ -354,31 +358,24 @@ def iteration_options(command: Callable) -> Callable:
     return command
 
 
-def model_options(command: Callable) -> Callable:
-    """Add the options of `ModelOptions` and pass them to the command as one argument, `what`."""
+def model_options(*, prompt: str = PROMPT_HELP, file: str = FILE_HELP, trace: bool = True) -> Callable:
+    """Return a decorator that adds the options of `ModelOptions` and passes them on as one argument, `what`.
 
-    def wrapped(
-        *,
-        model: Path | None,
-        prompt: str | None,
-        file: Path | None,
-        tokens: list[int] | None,
-        threads: int | None,
-        device: str,
-        dtype: str,
-        mlp_path: Literal["up", "gate"],
-        ram_budget: int | None,
-        vram_budget: int | None,
-        trace: Path | None,
-        quiet: bool,
-        **rest: Any,
-    ) -> Any:
-        budgets = ram_budget, vram_budget
-        what = ModelOptions(model, prompt, file, tokens, threads, device, dtype, mlp_path, *budgets, trace, quiet)
-        return command(what, **rest)
+    Args:
+        prompt, file: help of `--prompt` and `--file`, where a command's own differ.
+        trace: False for a command that runs several prompts or models, and so keeps no forward pass.
+    """
+    options = [*_MODEL, *_prompt_options(prompt, file), *_COMPUTE, *([_TRACE] if trace else [])]
 
-    wrapped.__doc__, wrapped.__name__ = command.__doc__, command.__name__
-    wrapped.__click_params__ = getattr(command, "__click_params__", [])  # type: ignore[attr-defined]
-    for option in reversed(_MODEL + _PROMPT + _COMPUTE):
-        wrapped = option(wrapped)
-    return wrapped
+    def decorate(command: Callable) -> Callable:
+        def wrapped(**params: Any) -> Any:
+            own = {field.name: params.pop(field.name, None) for field in fields(ModelOptions)}
+            return command(ModelOptions(**own), **params)
+
+        wrapped.__doc__, wrapped.__name__ = command.__doc__, command.__name__
+        wrapped.__click_params__ = getattr(command, "__click_params__", [])  # type: ignore[attr-defined]
+        for option in reversed(options):
+            wrapped = option(wrapped)
+        return wrapped
+
+    return decorate

@@ -3,22 +3,17 @@
 import click
 
 from ggjac.cli.options import ModelOptions, model_options, output_format, position
-
-# As `ggjac.jobs.JOBS`, which would bring NumPy with it; a test holds them equal.
-PLANNED = (
-    *("analyze", "svd", "layers", "jacobian", "norms", "attribute", "contrast", "ranks", "compare", "steer"),
-    "predict",
-)
+from ggjac.jobs import JOBS
 
 
 @click.command()
-@model_options
+@model_options()
 @position
 @click.option("-k", "--rank", type=click.IntRange(min=1), default=8, show_default=True, help="Triplets.")
 @click.option(
     "--for",
     "command",
-    type=click.Choice(PLANNED),
+    type=click.Choice(list(JOBS)),
     default="svd",
     show_default=True,
     help="The command to plan, with its usual options; its own --dry-run takes others.",

@@ -9,7 +9,7 @@ from ggjac.cli.planning import dry_run
 
 
 @click.command()
-@model_options
+@model_options(file="Read prompts from a file (UTF-8), one on each line; empty lines are skipped.")
 @dry_run
 @iteration_options
 @output("Append a JSON line for each prompt to this file; prompts that it holds already are not computed again.")

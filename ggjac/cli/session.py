@@ -22,7 +22,6 @@ from ggjac.cli.render import line, table
 from ggjac.config import ModelConfig
 from ggjac.gguf import GGUFFile
 from ggjac.jacobian import DetachedJacobian
-from ggjac.jobs import JOBS
 from ggjac.journal import Journal, JournalError
 from ggjac.model import DeviceError, Model, PromptError, Trace, open_model
 from ggjac.tapes import TapeError, Tapes
@@ -94,17 +93,14 @@ class Session:
     def plan(self, file: GGUFFile, config: ModelConfig, n: int | None = None, **asked: Any) -> planner.Plan:
         """Return the plan of this command with its options on a file.
 
-        Commands that are not planned count as a trace and few sweeps.
-
         Args:
             file, config: of the model, or of another one like it.
             n: tokens of the trace; default the prompt's.
             asked: what the options do not say, as `ggjac.jobs.Asked` has it.
         """
         context = click.get_current_context()
-        name = context.info_name
-        command = name if name in JOBS else "attribute" if self.tapes else "predict"
         wanted = asked_by(context.params, config.block_count) | {"position": self.position} | asked
+        command = context.info_name or ""
         return make_plan(self.what, file, config, n or len(self.ids), command, wanted, self.model.device.type)
 
     @cached_property

@@ -6,7 +6,16 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from ggjac.cli.options import STEER_CONCEPT, ModelOptions, TokenIds, model_options, output, output_format, top
+from ggjac.cli.options import (
+    STEER_CONCEPT,
+    STEER_PROMPT,
+    ModelOptions,
+    TokenIds,
+    model_options,
+    output,
+    output_format,
+    top,
+)
 from ggjac.cli.planning import dry_run
 
 if TYPE_CHECKING:
@@ -34,7 +43,7 @@ class Strengths(click.ParamType):
 
 
 @click.command()
-@model_options
+@model_options(prompt=f"Text to continue.  [default: {STEER_PROMPT!r}]", trace=False)
 @dry_run
 @click.option("--concept", help=f"Text whose map pushes.  [default: {STEER_CONCEPT!r}, or a prompt of --tokens itself]")
 @click.option("--concept-tokens", type=TokenIds(), help="Token ids 1,2,3 in place of the concept's text.")

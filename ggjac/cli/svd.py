@@ -20,7 +20,7 @@ from ggjac.sizes import SHUFFLES
 
 
 @click.command()
-@model_options
+@model_options()
 @dry_run
 @position
 @spectrum_options

@@ -3,10 +3,12 @@
 import click
 
 from ggjac.cli.options import ModelOptions, model_options, output_format
+from ggjac.cli.planning import dry_run
 
 
 @click.command()
-@model_options
+@model_options()
+@dry_run
 @click.option(
     "--strict",
     is_flag=True,
@@ -25,7 +27,7 @@ def verify(what: ModelOptions, strict: bool, output_format: str) -> None:
     from ggjac.cli import sections
     from ggjac.cli.session import Session
 
-    session = Session(what)
+    session = Session(what, tapes=False)
     result = sections.run_parity(session, strict=strict, layers=True)
     content = {"parity": sections.parity_data(session, result)}
     sections.finish(session, content, output_format, parity=sections.show_parity)
