@@ -15,18 +15,18 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ggjac.analysis.attribution import attribute as attribute
-    from ggjac.analysis.attribution import attribute_branches as attribute_branches
-    from ggjac.analysis.attribution import attribute_positions as attribute_positions
+    from ggjac.analysis.attribute import attribute as attribute
+    from ggjac.analysis.attribute import attribute_branches as attribute_branches
+    from ggjac.analysis.attribute import attribute_positions as attribute_positions
     from ggjac.analysis.compare import compare as compare
     from ggjac.analysis.compare import portray as portray
     from ggjac.analysis.layers import layers as layers
     from ggjac.analysis.per_token import per_token as per_token
-    from ggjac.analysis.prompts import token_ranks as token_ranks
+    from ggjac.analysis.ranks import token_ranks as token_ranks
     from ggjac.analysis.readability import readability as readability
-    from ggjac.analysis.spectrum import spectrum as spectrum
-    from ggjac.analysis.stable_rank import stable_rank as stable_rank
-    from ggjac.analysis.steering import steer as steer
+    from ggjac.analysis.steer import steer as steer
+    from ggjac.analysis.svd import spectrum as spectrum
+    from ggjac.analysis.svd import stable_rank as stable_rank
     from ggjac.gguf import open_gguf as open_gguf
     from ggjac.jacobian import DetachedJacobian as DetachedJacobian
     from ggjac.linop import LinearOperator as LinearOperator
@@ -36,9 +36,9 @@ if TYPE_CHECKING:
 _HOME = {
     "DetachedJacobian": "ggjac.jacobian",
     "LinearOperator": "ggjac.linop",
-    "attribute": "ggjac.analysis.attribution",
-    "attribute_branches": "ggjac.analysis.attribution",
-    "attribute_positions": "ggjac.analysis.attribution",
+    "attribute": "ggjac.analysis.attribute",
+    "attribute_branches": "ggjac.analysis.attribute",
+    "attribute_positions": "ggjac.analysis.attribute",
     "compare": "ggjac.analysis.compare",
     "layers": "ggjac.analysis.layers",
     "open_gguf": "ggjac.gguf",
@@ -46,10 +46,10 @@ _HOME = {
     "per_token": "ggjac.analysis.per_token",
     "portray": "ggjac.analysis.compare",
     "readability": "ggjac.analysis.readability",
-    "spectrum": "ggjac.analysis.spectrum",
-    "stable_rank": "ggjac.analysis.stable_rank",
-    "steer": "ggjac.analysis.steering",
-    "token_ranks": "ggjac.analysis.prompts",
+    "spectrum": "ggjac.analysis.svd",
+    "stable_rank": "ggjac.analysis.svd",
+    "steer": "ggjac.analysis.steer",
+    "token_ranks": "ggjac.analysis.ranks",
     "verify": "ggjac.parity",
 }
 

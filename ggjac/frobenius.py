@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ggjac.linop import LinearOperator
-from ggjac.notebook import Result
+from ggjac.results import Result
 from ggjac.sizes import PROBES
 from ggjac.svd import SVD
 

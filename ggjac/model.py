@@ -14,17 +14,16 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ggjac import blocks, decode, machine, planner
+from ggjac import blocks, decode, planner
 from ggjac.blocks import BlockTape, Frame, MlpPath, NormTape, NumericsError
 from ggjac.config import ModelConfig
-from ggjac.demo import demo_path
 from ggjac.gguf import GGUFFile, open_gguf
-from ggjac.hub import resolve
+from ggjac.gguf.hub import demo_path, resolve
 from ggjac.jacobian import DetachedJacobian, FrozenNetwork, Path
-from ggjac.planner import Plan
+from ggjac.jacobian.tapes import Tapes
+from ggjac.planner import Plan, machine
 from ggjac.rope import rotation
 from ggjac.sizes import CHUNK_BYTES
-from ggjac.tapes import Tapes
 from ggjac.tokenizer import Tokenizer, open_tokenizer
 from ggjac.weights import Block, Weight, WeightStore
 
@@ -168,13 +167,13 @@ class Model:
 
         Args:
             prompt: text, or token ids.
-            command: one of `ggjac.jobs.JOBS`.
+            command: one of `ggjac.planner.work.JOBS`.
             mlp_path: as `trace` takes it.
             ram_budget, vram_budget: bytes, or as `"2GiB"`; default half of the memory that is free, and all of the
                 device's that is.
             tapes_on_disk: where memory is short, count on `trace(..., tapes=Tapes(folder, resident=False))`; whether it
                 was, the plan says.
-            asked: as `ggjac.jobs.Asked` has it: `rank`, `position` and so on.
+            asked: as `ggjac.planner.work.Asked` has it: `rank`, `position` and so on.
 
         Raises:
             PromptError: as `trace`.

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ggjac import llamacpp
 from ggjac.gguf import open_gguf, shown
-from ggjac.notebook import Plotted, Points, Table, Words
+from ggjac.results import Plotted, Points, Table, Words
 from ggjac.tokenizer import visible
 
 if TYPE_CHECKING:
@@ -341,7 +341,7 @@ def run_llama_cpp(
 
     `path` is the file, or the first shard of a split one; weights stay mapped. `names` are llama.cpp's, without the
     layer number; a name that occurs several times in the graph gives its last value. `control_vector` is a file whose
-    directions are added to the stream of every position (`ggjac.control_vector`).
+    directions are added to the stream of every position (`ggjac.llamacpp.control_vector`).
 
     The results pass through a temporary folder: 4 bytes for every logit, and for every element of the tensors.
 

@@ -28,7 +28,7 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from ggjac.ggml import TYPES, GGMLType
+from ggjac.gguf.types import TYPES, GGMLType
 
 # Elements that torch dequantizes at once on the CPU: few enough for temporaries to stay in cache, enough to make the
 # cost of calling some twenty operations small.

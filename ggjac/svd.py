@@ -19,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ggjac.linop import LinearOperator
-from ggjac.notebook import Plotted, Points, Table, Words
+from ggjac.results import Plotted, Points, Table, Words
 from ggjac.sizes import block_width
 
 

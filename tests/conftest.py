@@ -73,7 +73,8 @@ def one_llama_cpp() -> Iterator[None]:
 
     (That they are independent, and what becomes of one that dies, is for test_llamacpp.py and test_parity.py.)
     """
-    from ggjac import llamacpp, parity
+    from ggjac import parity
+    from ggjac.llamacpp import child as llamacpp
 
     class Kept(llamacpp.Child):
         def __exit__(self, *_: object) -> None:
@@ -81,13 +82,13 @@ def one_llama_cpp() -> Iterator[None]:
 
     running: list[Kept] = []
 
-    def child() -> Kept:
+    def kept() -> Kept:
         if not running or running[-1].closed:  # as after an error
             running.append(Kept())
         return running[-1]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(parity, "llamacpp", SimpleNamespace(**vars(llamacpp) | {"Child": child}))
+        patch.setattr(parity, "llamacpp", SimpleNamespace(**vars(llamacpp) | {"Child": kept}))
         yield
     for one in running:
         one.close()

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ggjac import runs
-from ggjac.journal import Journal, JournalError
+from ggjac.runs.journal import Journal, JournalError
 
 IDENTITY = {"dtype": "float32", "tokens": [1, 2, 3], "model": {"fingerprint": "abc", "bytes": 7}}
 PRODUCTS, BLOCKS = 4, 5

@@ -19,8 +19,8 @@ from typing import Any, NoReturn
 
 import ggjac
 import ggjac.jacobian
-from ggjac import tapes
 from ggjac.cli import main, session
+from ggjac.jacobian import tapes
 from ggjac.report import page
 
 

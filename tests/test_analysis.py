@@ -13,10 +13,9 @@ import tiny
 import torch
 from torch import Tensor
 
-from ggjac.analysis import stable_rank as stable_rank_module
-from ggjac.analysis.attribution import attribute
-from ggjac.analysis.spectrum import signed, spectrum
-from ggjac.analysis.stable_rank import stable_rank
+from ggjac.analysis import svd as stable_rank_module
+from ggjac.analysis.attribute import attribute
+from ggjac.analysis.svd import signed, spectrum, stable_rank
 from ggjac.gguf import GGUFError
 from ggjac.model import open_model
 from ggjac.svd import SVD, svd

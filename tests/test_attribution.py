@@ -9,7 +9,7 @@ import tiny
 import torch
 from torch import Tensor
 
-from ggjac.analysis.attribution import attribute, attribute_branches, attribute_positions
+from ggjac.analysis.attribute import attribute, attribute_branches, attribute_positions
 from ggjac.model import open_model
 
 # Sequential and parallel blocks, post-norms, residual scales, LayerNorm with biases, learned positions, biases of every

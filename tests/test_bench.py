@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from ggjac import bench, weights
+from ggjac import weights
 from ggjac.gguf import open_gguf
+from ggjac.planner import bench
 
 TinyFile = Callable[..., Path]
 RATES = bench.Measured(1e9, "made up", {"Q4_K": 4e9, "Q6_K": 1e9}, {8: 1e10, 32: 4e10}, 1e10)

@@ -11,8 +11,8 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 
-from ggjac import bench, jobs
 from ggjac.cli import COMMANDS, main
+from ggjac.planner import bench, work
 
 TinyFile = Callable[..., Path]
 TOKENS = ["--tokens", "5,17,3,99,42"]
@@ -99,7 +99,7 @@ def test_no_bench_measures_nothing(monkeypatch: pytest.MonkeyPatch, tiny_file: T
     assert "times" not in data
 
 
-@pytest.mark.parametrize("command", jobs.JOBS)
+@pytest.mark.parametrize("command", work.JOBS)
 def test_every_planned_command(command: str, tiny_file: TinyFile) -> None:
     out = run("plan", "-m", tiny_file("gqa"), *TOKENS, "--for", command, "--no-bench").stdout
     assert f"ggjac {command}, 5 tokens" in out
@@ -116,7 +116,7 @@ main()
 
 
 @pytest.mark.parametrize(
-    "args", [["plan", "--no-bench"], *([command, "--dry-run"] for command in jobs.JOBS if command != "compare")]
+    "args", [["plan", "--no-bench"], *([command, "--dry-run"] for command in work.JOBS if command != "compare")]
 )
 def test_the_memory_part_needs_no_torch(args: list[str], tiny_file: TinyFile) -> None:
     command = [sys.executable, "-c", BLOCKED, *args, "-m", str(tiny_file("gqa")), *TOKENS]
@@ -135,7 +135,7 @@ def test_a_text_is_counted_in_tokens(tiny_file: TinyFile) -> None:
 # ---- refusals
 
 
-@pytest.mark.parametrize("command", ["plan", *jobs.JOBS])
+@pytest.mark.parametrize("command", ["plan", *work.JOBS])
 def test_a_budget_that_cannot_work_is_refused_before_any_work(
     command: str, tiny_file: TinyFile, tmp_path: Path
 ) -> None:
@@ -148,11 +148,11 @@ def test_a_budget_that_cannot_work_is_refused_before_any_work(
     assert not (tmp_path / "out").exists()
     # What it asks for is enough.
     enough = text.split("; give --ram-budget ")[1].split()[0]
-    asked = ["--for", command] if command in jobs.JOBS else []
+    asked = ["--for", command] if command in work.JOBS else []
     run("plan", "-m", tiny_file("gqa"), *TOKENS, "--ram-budget", enough, "--no-bench", *asked)
 
 
-@pytest.mark.parametrize("command", jobs.JOBS)
+@pytest.mark.parametrize("command", work.JOBS)
 def test_a_dry_run_refuses_likewise_and_computes_nothing(
     command: str, monkeypatch: pytest.MonkeyPatch, tiny_file: TinyFile, tmp_path: Path
 ) -> None:
@@ -242,16 +242,16 @@ WITHOUT_PLAN = {"info", "plan", "report", "bench"}
 
 
 def test_every_command_that_computes_is_planned() -> None:
-    assert set(COMMANDS) - WITHOUT_PLAN == set(jobs.JOBS)
+    assert set(COMMANDS) - WITHOUT_PLAN == set(work.JOBS)
 
 
 def test_what_is_not_planned_does_not_run(monkeypatch: pytest.MonkeyPatch, tiny_file: TinyFile) -> None:
-    monkeypatch.delitem(jobs.JOBS, "norms")
+    monkeypatch.delitem(work.JOBS, "norms")
     assert "'norms' is not planned" in error("norms", "-m", tiny_file("gqa"), *TOKENS, code=2)
 
 
 def test_a_help_states_its_own_defaults() -> None:
-    for command in jobs.JOBS:
+    for command in work.JOBS:
         text = " ".join(run(command, "--help").stdout.split())
         assert ("My favorite thing is the" in text) == (command == "steer")
         assert ("The bridge out of Marin is the'" in text) == (command != "steer"), command
@@ -260,7 +260,7 @@ def test_a_help_states_its_own_defaults() -> None:
 
 
 def test_dense_rows_come_in_one_sweep_where_memory_allows(tiny_file: TinyFile, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(jobs, "CHUNK_BYTES", 20_000)
+    monkeypatch.setattr(work, "CHUNK_BYTES", 20_000)
     path = tiny_file("gqa")
 
     def rows(budget: int) -> tuple[int, int]:

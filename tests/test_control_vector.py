@@ -13,9 +13,9 @@ import torch
 from click.testing import CliRunner
 
 from ggjac.cli import main
-from ggjac.control_vector import ControlVectorError, save_control_vector
-from ggjac.demo import demo_path
 from ggjac.generation import Continuation
+from ggjac.gguf.hub import demo_path
+from ggjac.llamacpp.control_vector import ControlVectorError, save_control_vector
 from ggjac.model import open_model
 from ggjac.parity import ParityError, run_llama_cpp
 from ggjac.runs import RunError

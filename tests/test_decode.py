@@ -12,9 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ggjac import decode, weights
+from ggjac import decode
 from ggjac.linop import Matrix
 from ggjac.model import open_model
+from ggjac.weights import store
 
 
 class Tiled(Matrix):
@@ -137,7 +138,7 @@ def test_other_dtypes_rank_as_float64_does(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("tile", [1, 64 * 7, 1 << 24], ids=["a row", "7 rows", "whole"])
 def test_a_files_head_and_embedding(tile: int, tiny_file: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """`tile` elements, with rows of 64: the last tile is ragged."""
-    monkeypatch.setattr(weights, "TILE_ELEMENTS", tile)
+    monkeypatch.setattr(store, "TILE_ELEMENTS", tile)
     model = open_model(tiny_file("plain"), dtype="float64")
     W = oracle.load(tiny_file("plain")).weights
     Y = torch.randn(3, tiny.options("plain").d, generator=torch.Generator().manual_seed(0), dtype=torch.float64)

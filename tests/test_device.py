@@ -19,11 +19,12 @@ from test_families import FIRST
 from torch import Tensor
 from torch.utils import backend_registration
 
-from ggjac import bus, planner, quants, sizes, weights
-from ggjac.bus import Bus, Pinned
+from ggjac import planner, quants, sizes
 from ggjac.cli import main
-from ggjac.ggml import TYPES, GGMLType
+from ggjac.gguf.types import TYPES, GGMLType
 from ggjac.model import open_model
+from ggjac.weights import bus, store
+from ggjac.weights.bus import Bus, Pinned
 
 TinyFile = Callable[..., Path]
 IDS = [5, 17, 3, 99, 42, 8]
@@ -106,7 +107,7 @@ PLACES = [
 def test_weights_wait_where_they_should(
     places: list[str], device: str, tiny_file: TinyFile, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(weights, "TILE_ELEMENTS", 9 * 96)  # several tiles a matrix, of uneven sizes
+    monkeypatch.setattr(store, "TILE_ELEMENTS", 9 * 96)  # several tiles a matrix, of uneven sizes
     path = tiny_file("plain", layers=4, type="Q8_0")
     model = open_model(path, device=device)
     expected = open_model(path, device="cpu").trace(IDS).jacobian()
@@ -146,7 +147,7 @@ def test_the_file_is_not_read_again_for_what_waits(
 def test_the_host_is_never_far_ahead(one_card: card.Card, tiny_file: TinyFile, monkeypatch: pytest.MonkeyPatch) -> None:
     """However long the device takes, few tiles are on their way: no more pinned memory, no more bytes on the device."""
     rows = 5
-    monkeypatch.setattr(weights, "TILE_ELEMENTS", rows * 96)
+    monkeypatch.setattr(store, "TILE_ELEMENTS", rows * 96)
     model = open_model(tiny_file("plain", layers=3, type="Q8_0"), device=card.NAME)
     model.weights.place(["pinned", "file", "file"], {"pinned": 1 << 22})
     K = model.trace(IDS).jacobian()

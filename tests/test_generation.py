@@ -12,8 +12,8 @@ import torch
 from test_model import edited
 
 from ggjac.blocks import NumericsError
-from ggjac.demo import demo_path
 from ggjac.generation import Continuation, end_tokens, greedy
+from ggjac.gguf.hub import demo_path
 from ggjac.model import PromptError, open_model
 from ggjac.parity import run_llama_cpp
 

@@ -19,10 +19,8 @@ from gguf_files import ARRAY, BOOL, FLOAT32, INT32, STRING, UINT8, UINT16, UINT3
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import ggjac.gguf
-from ggjac import ggml
-from ggjac.demo import demo_path
-from ggjac.gguf import GGUFError, GGUFFile, LazyArray, TensorInfo, open_gguf
+from ggjac.gguf import GGUFError, GGUFFile, LazyArray, TensorInfo, container, open_gguf, types
+from ggjac.gguf.hub import demo_path
 
 ValueType = gguf.GGUFValueType
 EIGHT = np.arange(8, dtype="<f4").tobytes()  # the data of a default Tensor
@@ -129,8 +127,8 @@ def test_every_value_type(tmp_path: Path) -> None:
 
 def test_every_tensor_type_and_rank(tmp_path: Path) -> None:
     random = np.random.default_rng(0)
-    sizes = {ggml.TYPES[kind]: pair for kind, pair in gguf.GGML_QUANT_SIZES.items() if kind in ggml.TYPES}
-    assert {kind.name for kind in ggml.TYPES.values()} - {kind.name for kind in sizes} <= {"Q1_0", "Q2_0"}
+    sizes = {types.TYPES[kind]: pair for kind, pair in gguf.GGML_QUANT_SIZES.items() if kind in types.TYPES}
+    assert {kind.name for kind in types.TYPES.values()} - {kind.name for kind in sizes} <= {"Q1_0", "Q2_0"}
 
     def add(writer: gguf.GGUFWriter) -> None:
         for (kind, (_, block_bytes)), lead in zip(sizes.items(), itertools.cycle([(), (3,), (2, 3), (1, 2, 3)])):
@@ -290,7 +288,7 @@ def test_rows_of_another_tensor(matrix: Path) -> None:
         file.rows("output.weight")
     with pytest.raises(GGUFError, match=r"has no tensor '\\x1b\[2J'"):
         file.rows("\x1b[2J")
-    stranger = TensorInfo("m", (3, 4), ggml.TYPES[0], 0, 1 << 40, 48)
+    stranger = TensorInfo("m", (3, 4), types.TYPES[0], 0, 1 << 40, 48)
     with pytest.raises(GGUFError, match="tensor m is another here"):
         file.rows(stranger)
 
@@ -370,8 +368,8 @@ def test_fingerprint_samples_a_large_file(tmp_path: Path, monkeypatch: pytest.Mo
         def hexdigest(self) -> str:
             return self.digest.hexdigest()
 
-    sha256 = ggjac.gguf.hashlib.sha256
-    monkeypatch.setattr(ggjac.gguf.hashlib, "sha256", lambda: Counting(sha256))
+    sha256 = container.hashlib.sha256
+    monkeypatch.setattr(container.hashlib, "sha256", lambda: Counting(sha256))
     known = open_gguf(path).fingerprint()
     assert sum(hashed) == 16 + len(head) + 64 * 65536
 
@@ -639,7 +637,7 @@ def test_memory_follows_the_size_of_the_file_and_not_its_claims(tmp_path: Path) 
 
 
 def test_entries_have_a_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ggjac.gguf, "MAX_ENTRIES", 3)
+    monkeypatch.setattr(container, "MAX_ENTRIES", 3)
     path = tmp_path / "many.gguf"
     keys = [made.key(f"k{i}", UINT8, b"\1") for i in range(4)]
     for raw in (made.file(keys), made.file([], [Tensor(f"t{i}", offset=32 * i) for i in range(4)], EIGHT * 4)):
@@ -650,7 +648,7 @@ def test_entries_have_a_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_header_has_a_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ggjac.gguf, "MAX_HEADER_BYTES", 1 << 20)
+    monkeypatch.setattr(container, "MAX_HEADER_BYTES", 1 << 20)
     path = tmp_path / "large.gguf"
     for value in (made.text(bytes(1 << 20)), made.array(STRING, [made.text(bytes(1 << 20))])):
         kind = STRING if len(value) == 8 + (1 << 20) else ARRAY

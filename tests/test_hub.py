@@ -16,8 +16,8 @@ import pytest
 from click.testing import CliRunner, Result
 
 import ggjac
-from ggjac import hub
 from ggjac.cli import main
+from ggjac.gguf import hub
 
 REVISION = "0123456789abcdef0123456789abcdef01234567"
 OLDER = "f" * 40
@@ -382,7 +382,7 @@ def test_not_files(cache: Path) -> None:
 
 
 class FakeHub(types.ModuleType):
-    """What `ggjac.hub` uses of huggingface_hub: a repository of files, and what was fetched of it."""
+    """What `ggjac.gguf.hub` uses of huggingface_hub: a repository of files, and what was fetched of it."""
 
     def __init__(self, files: list[str]) -> None:
         super().__init__("huggingface_hub")

@@ -14,55 +14,32 @@ PACKAGE = Path(ggjac.__file__).parent
 
 # Module (or folder) -> the siblings it may import. Folders are units: what is inside may import its own.
 MAY_IMPORT: dict[str, set[str]] = {
-    "ggml": set(),
-    "linop": set(),
-    "config": set(),
-    "llamacpp": set(),
-    "tokenizer": {"llamacpp"},
-    "runs": set(),
-    "report": {"runs"},
-    "journal": {"runs", "sizes"},
-    "demo": set(),
-    "machine": set(),
     "sizes": set(),
-    "gguf": {"ggml"},
-    "hub": {"gguf"},
-    "quants": {"ggml"},
+    "results": {"report", "tokenizer"},
+    "linop": set(),
+    "svd": {"linop", "results", "sizes"},
+    "frobenius": {"linop", "results", "sizes", "svd"},
+    "config": set(),
     "rope": {"config"},
-    "notebook": {"report", "tokenizer"},
-    "svd": {"linop", "notebook", "sizes"},
-    "frobenius": {"linop", "notebook", "svd", "sizes"},
+    "gguf": set(),
+    "quants": {"gguf"},
+    "weights": {"gguf", "quants", "sizes"},
+    "llamacpp": {"runs"},
+    "tokenizer": {"llamacpp"},
+    "runs": {"sizes"},
+    "report": {"runs"},
+    "planner": {"config", "gguf", "linop", "sizes", "weights"},
     "decode": {"linop", "weights"},
-    "bus": {"quants", "sizes"},
-    "weights": {"bus", "gguf", "quants", "ggml", "sizes"},
-    "jobs": {"config", "sizes"},
-    "planner": {"gguf", "config", "jobs", "machine", "sizes"},
-    "bench": {"bus", "gguf", "linop", "sizes", "weights"},
-    "blocks": {"linop", "config", "rope", "sizes"},
-    "tapes": {"blocks", "journal", "runs"},
-    "jacobian": {"blocks", "journal", "linop", "svd", "tapes", "sizes"},
-    "ordinary": {"blocks", "jacobian", "linop", "sizes"},
+    "blocks": {"config", "linop", "rope", "sizes"},
+    "jacobian": {"blocks", "linop", "runs", "sizes", "svd"},
     "model": {
-        *("blocks", "config", "decode", "demo", "gguf", "hub", "jacobian", "machine", "planner", "rope", "sizes"),
-        *("tapes", "tokenizer", "weights"),
+        *("blocks", "config", "decode", "gguf", "jacobian", "planner", "rope", "sizes", "tokenizer", "weights"),
     },
     "generation": {"blocks", "model"},
-    "control_vector": {"runs"},
-    "parity": {"model", "notebook", "tokenizer", "gguf", "llamacpp"},
+    "parity": {"gguf", "llamacpp", "model", "results", "tokenizer"},
     "analysis": {
-        "blocks",
-        "generation",
-        "model",
-        "frobenius",
-        "journal",
-        "jacobian",
-        "linop",
-        "notebook",
-        "ordinary",
-        "svd",
-        "decode",
-        "weights",
-        "sizes",
+        *("blocks", "decode", "frobenius", "generation", "jacobian", "linop", "model", "results", "runs", "sizes"),
+        *("svd", "weights"),
     },
 }
 # The one that may import anything, and that nothing may import.
@@ -149,7 +126,7 @@ def test_importing_the_package_loads_nothing() -> None:
 
 
 def test_reading_a_file_loads_neither_torch_nor_the_gguf_package() -> None:
-    assert loaded("import ggjac.gguf, ggjac.ggml; ggjac.open_gguf") <= {"numpy"}
+    assert loaded("import ggjac.gguf, ggjac.gguf.types; ggjac.open_gguf") <= {"numpy"}
 
 
 def test_tokenizing_loads_no_torch() -> None:

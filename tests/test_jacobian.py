@@ -11,12 +11,12 @@ import tiny
 import torch
 from safetensors.torch import load_file
 
-import ggjac.weights
 from ggjac import blocks
 from ggjac.jacobian import Path, SharedSweep, Tap
-from ggjac.journal import Journal
 from ggjac.linop import dot_test
 from ggjac.model import DTYPES, open_model
+from ggjac.runs.journal import Journal
+from ggjac.weights import store
 
 MLP_PATHS = ("up", "gate")
 
@@ -201,7 +201,7 @@ LIVE = ("attn_v", "attn_output", "ffn_down")
 def test_a_sweep_reads_each_live_tensor_once_and_no_other(
     case: str, k: int, mlp_path: str, tiny_files: dict[str, File], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ggjac.weights, "TILE_ELEMENTS", 2000)  # several tiles each
+    monkeypatch.setattr(store, "TILE_ELEMENTS", 2000)  # several tiles each
     model = open_model(tiny_files[case])
     J = model.trace(tiny.prompt(case, 5), mlp_path=mlp_path).jacobian()
     o = tiny.options(case)
@@ -439,7 +439,7 @@ def test_an_interrupted_run_ends_with_the_same_bits(case: str, tiny_files: dict[
 def test_kept_weights_change_no_bit_and_are_not_read_again(
     case: str, dtype: str, tiny_files: dict[str, File], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ggjac.weights, "TILE_ELEMENTS", 2000)
+    monkeypatch.setattr(store, "TILE_ELEMENTS", 2000)
     model = open_model(tiny_files[case], dtype=dtype)
     trace = model.trace(tiny.prompt(case, 5))
     J, blocks = trace.jacobian(), len(trace.tapes)

@@ -14,19 +14,18 @@ from click.testing import CliRunner
 from jaxtyping import config
 from test_planner import held
 
-from ggjac import jobs
-from ggjac.analysis import layers, prompts, stable_rank
-from ggjac.analysis.steering import steer
+from ggjac.analysis import layers
+from ggjac.analysis.steer import steer
 from ggjac.cli import main, planning, session
 from ggjac.cli.planning import asked_by
 from ggjac.config import ModelConfig
 from ggjac.generation import Continuation
 from ggjac.gguf import open_gguf
 from ggjac.jacobian import SharedSweep
+from ggjac.jacobian.ordinary import OrdinaryJacobian
 from ggjac.linop import Linear
 from ggjac.model import open_model
-from ggjac.ordinary import OrdinaryJacobian
-from ggjac.planner import Plan
+from ggjac.planner import Plan, work
 from ggjac.weights import WeightStore
 
 TinyFile = Callable[..., Path]
@@ -123,7 +122,7 @@ def swift() -> Iterator[None]:
 def counted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Counted:
     """Return what is counted from now on; no weights are kept, in an empty folder."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(jobs, "EXPECTED_SWEEPS", SWEEPS[-1])
+    monkeypatch.setattr(work, "EXPECTED_SWEEPS", SWEEPS[-1])
     found = Counted()
     fit = session.Session.fit
 
@@ -200,7 +199,7 @@ def test_a_command_does_what_its_plan_says(
     name: str, case: str, chunk_bytes: int, counted: Counted, tiny_file: TinyFile, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every pass with its vectors and FLOP, and all bytes; in small chunks too."""
-    monkeypatch.setattr(jobs, "CHUNK_BYTES", chunk_bytes)
+    monkeypatch.setattr(work, "CHUNK_BYTES", chunk_bytes)
     check([*arguments(name, case, tiny_file), "--dtype", "float64"], counted)
 
 
@@ -318,9 +317,9 @@ def test_a_command_holds_what_its_plan_says(
 
 def test_defaults_are_those_of_the_commands(tiny_file: TinyFile) -> None:
     """What is not given means the same to a plan as to the command."""
-    own = {field.name: field.default for field in fields(jobs.Asked)} | {"layers": [0, 1, 2, 3, 4]}  # all of 4 blocks
+    own = {field.name: field.default for field in fields(work.Asked)} | {"layers": [0, 1, 2, 3, 4]}  # all of 4 blocks
     seen = set()
-    for name in jobs.JOBS:
+    for name in work.JOBS:
         command = getattr(import_module(f"ggjac.cli.{name}"), name)
         given = ["--with", str(tiny_file("gqa"))] if name == "compare" else []
         params = command.make_context(name, given).params
@@ -334,7 +333,7 @@ def test_defaults_are_those_of_the_commands(tiny_file: TinyFile) -> None:
 
 def test_budgets_hold_by_smaller_chunks(tiny_file: TinyFile, monkeypatch: pytest.MonkeyPatch) -> None:
     """What needs too much at once comes in portions, before it is refused."""
-    monkeypatch.setattr(jobs, "CHUNK_BYTES", 1 << 22)
+    monkeypatch.setattr(work, "CHUNK_BYTES", 1 << 22)
     for name in ("jacobian", "norms", "ranks", "attribute everywhere"):
         asked = [*arguments(name, "gqa", tiny_file, ["--tokens", ",".join(["5"] * 200)]), "--dry-run"]
         ample, least = (run(*asked, "--ram-budget", size) for size in ("100GiB", "1"))
@@ -349,9 +348,9 @@ def test_budgets_hold_by_smaller_chunks(tiny_file: TinyFile, monkeypatch: pytest
 def test_in_bfloat16_sweeps_go_on_until_its_rounding_shows(tiny_file: TinyFile) -> None:
     with open_gguf(tiny_file("plain")) as file:
         sizes = ModelConfig.from_metadata(file.metadata, {t.name: t.shape for t in file.tensors.values()})
-    counts = {dtype: jobs.job("svd", sizes, 5, dtype).sweeps[0].count for dtype in jobs.ITEM_BYTES}
+    counts = {dtype: work.job("svd", sizes, 5, dtype).sweeps[0].count for dtype in work.ITEM_BYTES}
     assert counts == {"float64": 8, "float32": 8, "float16": 8, "bfloat16": 11}
-    assert jobs.job("svd", sizes, 5, "bfloat16", sweeps=4).sweeps[0].count == 4
+    assert work.job("svd", sizes, 5, "bfloat16", sweeps=4).sweeps[0].count == 4
 
 
 @pytest.mark.parametrize("case", ["gqa", "head_dim_wide"])
@@ -368,7 +367,7 @@ def test_keys_and_values_of_texts_are_counted(case: str, tiny_file: TinyFile, mo
     monkeypatch.setattr(Continuation, "extend", counted)
     model = open_model(tiny_file(case))
     steer(model, [5, 6, 7], [8, 9], max_tokens=6)
-    job = jobs.job("steer", model.config, 2, "float32", text=3, max_tokens=6)
+    job = work.job("steer", model.config, 2, "float32", text=3, max_tokens=6)
     cache = next(step.held["cache"] for step in job.sweeps if step.what == "tokens")
     blocks, capacity = model.config.block_count, 3 + 6
     assert cache * blocks / (blocks + 1) / capacity == max(found) / (capacity - 1)  # the last one is not looked at

@@ -22,9 +22,9 @@ from journal_program import BLOCKS, IDENTITY, PRODUCTS, digest, program
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ggjac import journal as module
 from ggjac import runs
-from ggjac.journal import Journal, JournalError, load_tensors, plain, save_tensors
+from ggjac.runs import journal as module
+from ggjac.runs.journal import Journal, JournalError, load_tensors, plain, save_tensors
 
 ALL = PRODUCTS * BLOCKS
 FINISHED = {"journal.json", "lock", "results.json", "state.safetensors"} | {

@@ -18,15 +18,15 @@ from torch import Tensor
 
 from ggjac.analysis import layers as module
 from ggjac.analysis.layers import LayerMap, Layers, layers
-from ggjac.analysis.stable_rank import stable_rank
+from ggjac.analysis.svd import stable_rank
 from ggjac.cli import main
 from ggjac.cli.depths import spark
 from ggjac.cli.options import Depths
 from ggjac.frobenius import StableRank, stable_ranks
-from ggjac.journal import Journal
 from ggjac.linop import LinearOperator
 from ggjac.model import Trace, open_model
 from ggjac.report import schema
+from ggjac.runs.journal import Journal
 from ggjac.sizes import KINDS, MAPS
 from ggjac.svd import svd
 
@@ -245,7 +245,7 @@ def test_estimated_stable_ranks_are_those_of_each_map_alone(
     tiny_files: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "EXACT_ROWS", 0)
-    monkeypatch.setattr("ggjac.analysis.stable_rank.EXACT_ROWS", 0)
+    monkeypatch.setattr("ggjac.analysis.svd.EXACT_ROWS", 0)
     trace, theirs, found = traced(tiny_files, "three_layers")
     result = analysed(trace, seed=5, probes=12, tol=1e-6, depths=[1, 3])
     for m in result.maps:

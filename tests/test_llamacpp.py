@@ -16,8 +16,10 @@ import numpy as np
 import pytest
 import tiny
 
-from ggjac import llamacpp, parity
-from ggjac.llamacpp import Child, LlamaCppDied, LlamaCppError, captured_log, import_llama_cpp, missing, quoted_log
+from ggjac import parity
+from ggjac.llamacpp import Child, LlamaCppDied, LlamaCppError, missing, server
+from ggjac.llamacpp import child as module
+from ggjac.llamacpp.server import captured_log, import_llama_cpp, quoted_log
 from ggjac.parity import NoRoomError, ParityError, rewrite_as_f32, run_llama_cpp
 
 llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
@@ -43,7 +45,7 @@ def children() -> set[int]:
 
 def stand_in(monkeypatch, program: str) -> None:
     """Let another program be the child; it may read a request from stdin."""
-    monkeypatch.setattr(llamacpp, "COMMAND", (sys.executable, "-c", f"import os, sys, time\n{program}"))
+    monkeypatch.setattr(module, "COMMAND", (sys.executable, "-c", f"import os, sys, time\n{program}"))
 
 
 # -- a child that dies -------------------------------------------------------------------------------------------------
@@ -105,7 +107,7 @@ def test_an_exit_code_is_told(tiny_file, monkeypatch):
     stand_in(monkeypatch, "raise ImportError('no such thing')")
     with pytest.raises(ParityError, match="exit code 1: ImportError: no such thing"):
         run_llama_cpp(tiny_file("gqa"), [1])
-    monkeypatch.setattr(llamacpp, "COMMAND", ("/nowhere/python",))
+    monkeypatch.setattr(module, "COMMAND", ("/nowhere/python",))
     with pytest.raises(ParityError, match="cannot be started"):
         run_llama_cpp(tiny_file("gqa"), [1])
 
@@ -142,10 +144,10 @@ def test_any_exception_in_the_child_is_passed_on():
 
 
 def test_a_full_disk_while_results_are_written():
-    refusal = llamacpp._refusal(OSError(28, "No space left on device"))
+    refusal = server._refusal(OSError(28, "No space left on device"))
     assert refusal["will_not_fit"]
     assert "TMPDIR" in refusal["error"]
-    assert llamacpp._refusal(MemoryError())["will_not_fit"]
+    assert server._refusal(MemoryError())["will_not_fit"]
 
 
 def test_the_child_is_light_and_takes_nothing_from_the_current_folder(tiny_file, tmp_path, monkeypatch):
@@ -157,10 +159,10 @@ def test_the_child_is_light_and_takes_nothing_from_the_current_folder(tiny_file,
 import atexit, os, runpy, sys
 end = os._exit
 os._exit = lambda code: (print(*sys.modules, file=open("modules", "w"), flush=True), end(code))
-runpy.run_module("ggjac.llamacpp", run_name="__main__")
+runpy.run_module("ggjac.llamacpp.server", run_name="__main__")
 """
     command = (sys.executable, "-P", "-c", program)
-    monkeypatch.setattr(llamacpp, "COMMAND", command)
+    monkeypatch.setattr(module, "COMMAND", command)
     run_llama_cpp(tiny_file("gqa"), [1, 2])
     modules = Path("modules").read_text().split()
     assert "llama_cpp.llama_cpp" in modules
@@ -207,7 +209,7 @@ def test_the_child_leaves_interrupts_to_us_and_ends_with_us():
 def engine(path: Path, ids: list[int], names=parity.NAMES) -> dict[str, np.ndarray]:
     kept: dict[str, np.ndarray] = {}
     with captured_log(llama) as log:
-        llamacpp.evaluate(
+        server.evaluate(
             llama, path, ids, log=log, keep=lambda name, values: kept.__setitem__(name, values.copy()),
             names=names, prompt=None, threads=1,
         )  # fmt: skip
@@ -224,8 +226,8 @@ def test_results_arrive_as_they_were(tiny_file):
 def test_strides_are_honoured():
     """A view: 2 rows of 3 elements, 5 elements apart."""
     data, kept = np.arange(10, dtype=np.float32), {}
-    head = llamacpp._TensorHead(llama.GGML_TYPE_F32, None, (3, 2, 1, 1), (4, 20, 40, 40))
-    capture = llamacpp._Capture(llama, ["x"], kept.__setitem__)
+    head = server._TensorHead(llama.GGML_TYPE_F32, None, (3, 2, 1, 1), (4, 20, 40, 40))
+    capture = server._Capture(llama, ["x"], kept.__setitem__)
 
     def get(tensor, target, offset, size):
         assert (offset, size) == (0, 32)
@@ -251,7 +253,7 @@ def test_what_goes_wrong_inside_the_callback_surfaces(tiny_file, monkeypatch, er
         raise error
 
     with monkeypatch.context() as patch:
-        patch.setattr(llamacpp._Capture, "_copy", fail)
+        patch.setattr(server._Capture, "_copy", fail)
         with pytest.raises(error):
             engine(tiny_file("gqa"), tiny.prompt("gqa"))
     assert len(engine(tiny_file("gqa"), tiny.prompt("gqa"))) > 1
@@ -264,7 +266,7 @@ def test_a_failed_rewrite_leaves_nothing(tiny_file, tmp_path, monkeypatch):
 
     monkeypatch.setattr(llama, "llama_model_quantize", fail)
     with pytest.raises(LlamaCppError, match=r"cannot rewrite .* it gave no reason"):
-        llamacpp.rewrite(llama, tiny_file("q8_0"), tmp_path / "x.gguf", log=[], threads=1)
+        server.rewrite(llama, tiny_file("q8_0"), tmp_path / "x.gguf", log=[], threads=1)
     assert not (tmp_path / "x.gguf").exists()
 
 

@@ -17,11 +17,12 @@ from test_planner import held
 from torch import Tensor
 
 import ggjac
-from ggjac import blocks, jobs, linop, model, planner, weights
+from ggjac import blocks, linop, model, planner, weights
 from ggjac.blocks import NumericsError
 from ggjac.config import ConfigError, ModelConfig, Norms, Rope
 from ggjac.gguf import open_gguf
 from ggjac.model import PromptError, open_model
+from ggjac.planner import work
 from ggjac.weights import Block
 
 
@@ -664,7 +665,7 @@ def test_a_plan_that_cannot_work_is_refused(tiny_file: Callable[..., Path]) -> N
 
 
 def test_dense_rows_come_in_chunks_that_fit(tiny_file: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(jobs, "CHUNK_BYTES", 1 << 22)
+    monkeypatch.setattr(work, "CHUNK_BYTES", 1 << 22)
     model, ids = open_model(tiny_file("gqa")), [5] * 60
     least = model.plan(ids, "jacobian", ram_budget=1).ram_needed
     rows = []

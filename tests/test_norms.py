@@ -88,7 +88,7 @@ def test_dense_rows_are_widened_a_few_at_a_time(tiny_files: dict[str, Path], mon
         widened.append(tensor.shape)
         return true(tensor)
 
-    monkeypatch.setattr("ggjac.jacobian.SLICE", 7, raising=False)
+    monkeypatch.setattr("ggjac.jacobian.detached.SLICE", 7, raising=False)
     monkeypatch.setattr(torch.Tensor, "double", double)
     found = norms(J, model.head, model.embedding, 3)
     assert max(shape[0] for shape in widened if len(shape) == 3) == 7

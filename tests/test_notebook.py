@@ -15,13 +15,13 @@ import torch
 
 import ggjac
 from ggjac.analysis.contrast import contrast
-from ggjac.analysis.contributions import contributions
+from ggjac.analysis.jacobian import contributions
 from ggjac.analysis.layers import layers
 from ggjac.analysis.norms import norms
-from ggjac.analysis.prompts import token_ranks
+from ggjac.analysis.ranks import token_ranks
 from ggjac.decode import top_logits
-from ggjac.notebook import MAX_ROWS, Bars, Plotted, Points, Table, Words, _draw
 from ggjac.parity import LayerError, Parity
+from ggjac.results import MAX_ROWS, Bars, Plotted, Points, Table, Words, _draw
 from ggjac.svd import SVD
 
 HOSTILE = "<script>alert('x')</script>\"&\n\x1b[31m"

@@ -14,13 +14,14 @@ import torch
 from families import FAMILIES
 from jaxtyping import config as checks
 
-from ggjac import blocks, jobs, machine, planner
+from ggjac import blocks, planner
 from ggjac.config import ModelConfig
 from ggjac.gguf import GGUFFile, open_gguf
 from ggjac.jacobian import Path as Route
 from ggjac.jacobian import SharedSweep, Tap
 from ggjac.linop import Linear, LinearOperator, Mix
 from ggjac.model import DTYPES, Model, Trace, open_model
+from ggjac.planner import machine, work
 
 TinyFile = Callable[..., Path]
 # One file of each architecture, and what changes the counts: fused, biased, tied, quantized, routed and clamped.
@@ -55,7 +56,7 @@ def planned(
 ) -> planner.Plan:
     file, config = header(path)
     making = {name: options.pop(name) for name in MAKING if name in options}
-    return planner.make(file, config, jobs.job(command, config, n, dtype, rank=rank, **options), **making)
+    return planner.make(file, config, work.job(command, config, n, dtype, rank=rank, **options), **making)
 
 
 def matrices(reads: dict[str, float], model: Model) -> tuple[float, float]:
@@ -240,7 +241,7 @@ def test_every_architecture_is_among_the_cases() -> None:
 
 
 def test_the_sizes_of_dtypes_are_torchs() -> None:
-    assert jobs.ITEM_BYTES == {name: dtype.itemsize for name, dtype in DTYPES.items()}
+    assert work.ITEM_BYTES == {name: dtype.itemsize for name, dtype in DTYPES.items()}
 
 
 # ---- memory and the verdict
@@ -448,7 +449,7 @@ def test_times_by_hand(tiny_file: TinyFile) -> None:
     parts = {part.what: part for part in cold.parts}
     assert list(parts) == ["trace", "svd", "decoding", "reconstruction", "coherence"]
     svd, sweep = parts["svd"], plan.sweep
-    assert svd.count == jobs.EXPECTED_SWEEPS
+    assert svd.count == work.EXPECTED_SWEEPS
     assert svd.disk == pytest.approx(sweep.nbytes / 1e6)
     assert svd.dequantize == pytest.approx(sweep.types["Q8_0"] / 5e5 + sweep.types.get("F32", 0) / 1e6)
     columns = plan.job.width * sweep.flop / 2 / sweep.weights
@@ -511,12 +512,12 @@ def test_layers_are_made_ready_once_for_all_prompts(tiny_file: TinyFile) -> None
         plan = planned(tiny_file(case), 5, "ranks", rank=1, prompts=3, budget=AMPLE)
         counts = {part.what: part.count for part in plan.seconds(Rates(), cached=0, free=1 << 40).parts}
         assert counts["making layers ready"] == expected
-        assert (counts["trace"], counts["svd"]) == (3, 3 * jobs.EXPECTED_SWEEPS)
+        assert (counts["trace"], counts["svd"]) == (3, 3 * work.EXPECTED_SWEEPS)
 
 
 def test_maps_of_single_blocks_take_turns(tiny_file: TinyFile, monkeypatch: pytest.MonkeyPatch) -> None:
     """What they need does not grow with the number of blocks; their time does."""
-    monkeypatch.setattr(jobs, "EXACT_ROWS", 0)
+    monkeypatch.setattr(work, "EXACT_ROWS", 0)
     few, many = (planned(tiny_file("gqa", layers=n), 5, "layers", rank=16, maps=["blockwise"]) for n in (2, 6))
     assert few.ram["bases"] == many.ram["bases"] > 0
     assert few.job.width == many.job.width
@@ -533,7 +534,7 @@ def test_dense_rows_come_in_chunks_as_the_jacobian_makes_them(
     path, n = tiny_file(case), 5
     J = trace(path, n).jacobian()
     for nbytes in (1 << 30, 100_000):
-        monkeypatch.setattr(jobs, "CHUNK_BYTES", nbytes)
+        monkeypatch.setattr(work, "CHUNK_BYTES", nbytes)
         J.chunk_bytes = nbytes
         chunks = [stop - start for start, stop, _ in J.rows()]
         *rows, _ = planned(path, n, "jacobian").job.sweeps

@@ -13,12 +13,12 @@ import torch
 from click.testing import CliRunner, Result
 from torch import Tensor
 
-from ggjac import journal
-from ggjac.analysis import prompts as module
-from ggjac.analysis.prompts import token_ranks
+from ggjac.analysis import ranks as module
+from ggjac.analysis.ranks import token_ranks
 from ggjac.cli import main, phrases
 from ggjac.cli.session import Session
 from ggjac.model import Model, Trace, open_model
+from ggjac.runs import journal
 from ggjac.weights import WeightStore
 
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from ggjac import quants
-from ggjac.ggml import TYPES, GGMLType
+from ggjac.gguf.types import TYPES, GGMLType
 
 NAMED = {type.name: type for type in TYPES.values()}
 INTEGERS = {"I8", "I16", "I32", "I64"}

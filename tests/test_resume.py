@@ -16,9 +16,10 @@ import pytest
 from safetensors.numpy import load_file
 from test_cli import ggjac_
 
-from ggjac import jobs, runs
+from ggjac import runs
 from ggjac.cli import session
 from ggjac.jacobian import SharedSweep
+from ggjac.planner import work
 
 if sys.platform == "win32":
     pytest.skip("needs os.fork", allow_module_level=True)
@@ -286,7 +287,7 @@ def test_rows_at_once_are_those_that_the_run_began_with(
     """They follow the memory that is free, which may be another when the run is resumed: that has a name."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(session, "CHECKPOINT_SECONDS", 0.0)
-    monkeypatch.setattr(jobs, "CHUNK_BYTES", 20_000)
+    monkeypatch.setattr(work, "CHUNK_BYTES", 20_000)
     whole = SharedSweep._walk
 
     def interrupted(*args: Any) -> Any:
@@ -297,7 +298,7 @@ def test_rows_at_once_are_those_that_the_run_began_with(
         patch.setattr(SharedSweep, "_walk", interrupted)
         ggjac_(*commands["jacobian.safetensors"], code=130)
     with monkeypatch.context() as patch:
-        patch.setattr(jobs, "all_rows", lambda *args: 0)  # as if all rows did not fit any more
+        patch.setattr(work, "all_rows", lambda *args: 0)  # as if all rows did not fit any more
         err = ggjac_(*commands["jacobian.safetensors"], "--resume", code=1).stderr
         assert "ram-budget for dense rows: this run was started with" in err
     ggjac_(*commands["jacobian.safetensors"], "--resume")

@@ -13,9 +13,9 @@ import torch
 from click.testing import CliRunner, Result
 from torch import Tensor
 
-from ggjac.analysis.steering import Images, Steering, additive, default_layer, random_rotation, steer
+from ggjac.analysis.steer import Images, Steering, additive, default_layer, random_rotation, steer
 from ggjac.cli import main
-from ggjac.demo import demo_path
+from ggjac.gguf.hub import demo_path
 from ggjac.jacobian import Path as MapPath
 from ggjac.jacobian import Tap
 from ggjac.model import PromptError, open_model

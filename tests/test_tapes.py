@@ -9,11 +9,11 @@ import tiny
 import torch
 from torch import Tensor
 
-from ggjac import tapes as tapes_module
 from ggjac.blocks import BlockTape
+from ggjac.jacobian import tapes as tapes_module
+from ggjac.jacobian.tapes import TapeError, Tapes
 from ggjac.model import Trace, open_model
 from ggjac.runs import RunError
-from ggjac.tapes import TapeError, Tapes
 
 IDENTITY = {"file": "abc", "ids": [1, 2, 3]}
 STRUCTURES = ["three_layers", "biases", "gemma2", "gpt2", "mixtral_biases", "gpt_oss", "qwen2moe", "glm4moe"]

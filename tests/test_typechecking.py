@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ggjac.decode import top_logits
-from ggjac.ggml import TYPES, row_bytes
+from ggjac.gguf.types import TYPES, row_bytes
 from ggjac.linop import Matrix
 
 

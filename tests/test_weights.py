@@ -11,12 +11,12 @@ import pytest
 import tiny
 import torch
 
-from ggjac import weights
-from ggjac.ggml import TYPES, holds_weights
 from ggjac.gguf import GGUFError, open_gguf
+from ggjac.gguf.types import TYPES, holds_weights
 from ggjac.linop import TiledMatrix
 from ggjac.model import open_model
 from ggjac.weights import WeightError, WeightStore
+from ggjac.weights import store as module
 
 KINDS = ("F32", "F16", "BF16", "Q4_0", "Q5_1", "Q8_0", "Q3_K", "Q4_K", "Q6_K", "IQ4_XS", "MXFP4", "IQ3_S", "TQ2_0")
 ROW = {"d": 256, "ff": 24, "layers": 1, "vocab": 40, "heads": 1, "head_dim": 16}
@@ -38,7 +38,7 @@ def store(path: Path, dtype: torch.dtype = torch.float32, threads: int = 1) -> W
 @pytest.fixture
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> int:
     """Let a tile hold 7 rows of 256: no size here divides."""
-    monkeypatch.setattr(weights, "TILE_ELEMENTS", 7 * 256)
+    monkeypatch.setattr(module, "TILE_ELEMENTS", 7 * 256)
     return 7
 
 
@@ -110,7 +110,7 @@ def test_wide_vectors_are_not_rounded(dtype: torch.dtype, tiny_file: Callable[..
 
 
 def test_a_row_longer_than_a_tile_is_one_tile(monkeypatch: pytest.MonkeyPatch, tiny_file: Callable[..., Path]) -> None:
-    monkeypatch.setattr(weights, "TILE_ELEMENTS", 3)
+    monkeypatch.setattr(module, "TILE_ELEMENTS", 3)
     path = tiny_file("one_layer")
     rows = [(start, stop) for start, stop, _ in store(path)["blk.0.ffn_up.weight"].tiles()]
     assert rows == [(i, i + 1) for i in range(96)]
@@ -133,7 +133,7 @@ def split(path: Path) -> dict[str, torch.Tensor]:
 def test_blocks_answer_to_the_parts_of_fused_tensors(
     case: str, monkeypatch: pytest.MonkeyPatch, tiny_file: Callable[..., Path]
 ) -> None:
-    monkeypatch.setattr(weights, "TILE_ELEMENTS", 5 * 64)
+    monkeypatch.setattr(module, "TILE_ELEMENTS", 5 * 64)
     model, expected = open_model(tiny_file(case)), split(tiny_file(case))
     block = model.weights.block(1, model.config.slices)
     for name, tensor in expected.items():
@@ -167,7 +167,7 @@ def test_reads_count_rows(small_tiles: int, tiny_file: Callable[..., Path]) -> N
 # ---- what stays between sweeps
 
 
-def kept(path: Path) -> tuple[WeightStore, list[weights.Weight]]:
+def kept(path: Path) -> tuple[WeightStore, list[module.Weight]]:
     """Return a store with room for two dense experts of a layer, and the four of a matrix."""
     everything = store(path)
     row = everything["blk.0.ffn_up_exps.weight"].info.shape
@@ -176,7 +176,7 @@ def kept(path: Path) -> tuple[WeightStore, list[weights.Weight]]:
     return everything, [block.matrix("ffn_up_exps.weight", expert) for expert in range(4)]
 
 
-def made(everything: WeightStore, *used: weights.Weight) -> float:
+def made(everything: WeightStore, *used: module.Weight) -> float:
     """Return how many experts are dequantized when some are used, once each; the values are those of the file."""
     everything.reads.clear()
     for weight in used:
@@ -252,7 +252,7 @@ def test_types_without_a_decoder_are_refused_when_the_file_is_opened(
     monkeypatch: pytest.MonkeyPatch, tiny_file: Callable[..., Path]
 ) -> None:
     path = tiny_file("plain", type="Q6_K", **ROW)
-    monkeypatch.setattr(weights.quants, "supported", lambda type: type.name != "Q6_K")
+    monkeypatch.setattr(module.quants, "supported", lambda type: type.name != "Q6_K")
     with pytest.raises(WeightError, match=r"tensor token_embd.weight: type Q6_K is not supported"):
         store(path)
 
@@ -266,7 +266,7 @@ def test_rows_beyond_the_tensor_are_refused(tiny_file: Callable[..., Path]) -> N
 
 def test_a_sweep_never_holds_a_whole_matrix(monkeypatch: pytest.MonkeyPatch, tiny_file: Callable[..., Path]) -> None:
     """The scratch buffer grows to the largest tile, not to the largest tensor."""
-    monkeypatch.setattr(weights, "TILE_ELEMENTS", 256)
+    monkeypatch.setattr(module, "TILE_ELEMENTS", 256)
     model = open_model(tiny_file("gqa"))
     J = model.trace([1, 2, 3]).jacobian()
     J.rmatmat(torch.eye(64))

@@ -15,7 +15,7 @@ from torch import Tensor
 from ggjac.decode import Head
 from ggjac.jacobian import DetachedJacobian
 from ggjac.model import finite_logits
-from ggjac.notebook import Bars, Plotted, Points, Table, Words
+from ggjac.results import Bars, Plotted, Points, Table, Words
 from ggjac.svd import SVD
 
 

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from ggjac.decode import Head
 from ggjac.jacobian import DetachedJacobian
-from ggjac.notebook import Plotted, Points, Result, Table, Words
-from ggjac.ordinary import OrdinaryJacobian
+from ggjac.jacobian.ordinary import OrdinaryJacobian
+from ggjac.results import Plotted, Points, Result, Table, Words
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from torch import Tensor
 from ggjac.decode import Head, Ranked, top_logits
 from ggjac.frobenius import StableRank, stable_ranks
 from ggjac.jacobian import DetachedJacobian, Path, SharedSweep, Tap
-from ggjac.notebook import Plotted, Points, Table, Words
+from ggjac.results import Plotted, Points, Table, Words
 from ggjac.sizes import EXACT_ROWS, KINDS, MAPS, PROBES, Kind, MapName
 from ggjac.svd import SVD, svd_together
 

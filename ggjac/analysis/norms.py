@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ggjac.decode import Head, Ranked, nearest, top_logits
 from ggjac.jacobian import DetachedJacobian
-from ggjac.notebook import Result, Table, Words
+from ggjac.results import Result, Table, Words
 from ggjac.weights import Weight
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ggjac.decode import Head, Ranked, nearest, top_logits
 from ggjac.jacobian import DetachedJacobian
-from ggjac.notebook import Plotted, Points, Table, Words
+from ggjac.results import Plotted, Points, Table, Words
 from ggjac.svd import SVD, svd_together
 from ggjac.weights import Weight
 

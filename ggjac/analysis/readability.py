@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ggjac.decode import Ranked
-from ggjac.notebook import Result, Table, Words
+from ggjac.results import Result, Table, Words
 from ggjac.sizes import SHUFFLES
 from ggjac.weights import Weight
 

@@ -26,13 +26,13 @@ def bench(model: Path | None, threads: int | None, device: str, output_format: s
 
     import torch
 
-    from ggjac import bench as measure
     from ggjac.cli import render
     from ggjac.cli.planning import check_device
-    from ggjac.demo import demo_path
-    from ggjac.ggml import holds_weights
     from ggjac.gguf import open_gguf, shown
-    from ggjac.machine import default_budget, free_memory, total_memory
+    from ggjac.gguf.hub import demo_path
+    from ggjac.gguf.types import holds_weights
+    from ggjac.planner import bench as measure
+    from ggjac.planner.machine import default_budget, free_memory, total_memory
 
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"

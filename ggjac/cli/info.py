@@ -21,9 +21,9 @@ def info(model: Path | None, tensors: bool, tokenizer: bool, output_format: str)
     ggjac info -m model.gguf
     """
     from ggjac.config import ConfigError, ModelConfig
-    from ggjac.demo import demo_path
-    from ggjac.ggml import holds_weights
     from ggjac.gguf import LazyArray, open_gguf, shown
+    from ggjac.gguf.hub import demo_path
+    from ggjac.gguf.types import holds_weights
 
     with open_gguf(model or demo_path()) as file:
         reason = None

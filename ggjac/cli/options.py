@@ -89,7 +89,7 @@ class MemorySize(click.ParamType):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
         """Parse `2GiB`."""
-        from ggjac.machine import SizeError, parse_size
+        from ggjac.planner.machine import SizeError, parse_size
 
         try:
             return value if isinstance(value, int) else parse_size(value)
@@ -105,7 +105,7 @@ class ModelFile(click.Path):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """Find the file that a name stands for, with `--download` on the network too."""
-        from ggjac.hub import DownloadError, HubError, resolve
+        from ggjac.gguf.hub import DownloadError, HubError, resolve
 
         try:
             value = resolve(value, download=bool(ctx and ctx.meta.get(_DOWNLOAD)))

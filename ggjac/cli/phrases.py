@@ -12,8 +12,8 @@ from typing import Any
 
 import click
 
-from ggjac import __version__, journal, runs
-from ggjac.analysis.prompts import token_ranks
+from ggjac import __version__, runs
+from ggjac.analysis.ranks import token_ranks
 from ggjac.cli import sections
 from ggjac.cli.depths import stable
 from ggjac.cli.options import ModelOptions
@@ -21,6 +21,7 @@ from ggjac.cli.progress import Reporter
 from ggjac.cli.render import bar, finite, line, table
 from ggjac.cli.session import Session
 from ggjac.gguf import shown
+from ggjac.runs import journal
 from ggjac.sizes import TOKENS_AT_ONCE, block_width
 
 # How a record begins, as `json.dumps` writes it, and what else each has.

@@ -3,7 +3,7 @@
 import click
 
 from ggjac.cli.options import ModelOptions, model_options, output_format, position
-from ggjac.jobs import JOBS
+from ggjac.planner.work import JOBS
 
 
 @click.command()

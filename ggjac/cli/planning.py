@@ -19,7 +19,7 @@ PLACES = {
     "device": "quantized, on the device",
     "pinned": "quantized, in RAM",
 }
-# Options of commands that `ggjac.jobs.Asked` has by the same name.
+# Options of commands that `ggjac.planner.work.Asked` has by the same name.
 _SAME = (
     *("rank", "by", "count", "contrast", "per_token", "shuffles", "maps", "kinds", "transport"),
     *("method", "layer", "max_tokens", "control"),
@@ -69,9 +69,9 @@ def _show_one(
     """Print the plan for one file, or leave that to the caller; return it, also as plain data."""
     from ggjac.cli import render
     from ggjac.config import ModelConfig
-    from ggjac.demo import demo_path
     from ggjac.gguf import open_gguf
-    from ggjac.machine import device_kind
+    from ggjac.gguf.hub import demo_path
+    from ggjac.planner.machine import device_kind
 
     with open_gguf(what.model or demo_path()) as file:
         config = ModelConfig.from_metadata(file.metadata, {name: t.shape for name, t in file.tensors.items()})
@@ -82,8 +82,8 @@ def _show_one(
             _show_memory(made, file.path)
         content = plan_data(made) | {"schema_version": 1, "path": str(file.path)}
         if bench and made.fits:
-            from ggjac import bench as measure
-            from ggjac.machine import cached_bytes
+            from ggjac.planner import bench as measure
+            from ggjac.planner.machine import cached_bytes
 
             device = "cpu" if made.device == "cpu" else what.device.replace("auto", "cuda")
             try:
@@ -126,7 +126,7 @@ def check_device(name: str) -> None:
 
 
 def asked_by(params: Mapping[str, Any], blocks: int) -> dict[str, Any]:
-    """Return what a command's options say about its work on a model of so many blocks, as `ggjac.jobs.Asked` has it."""
+    """Return the fields of `ggjac.planner.work.Asked` that a command's options give, for a model of `blocks` blocks."""
     found: dict[str, Any] = {"rank": 1} | {name: params[name] for name in _SAME if params.get(name) is not None}
     if "strengths" in params:
         found["strengths"] = len(params["strengths"])

@@ -11,15 +11,15 @@ from typing import Any
 import click
 import torch
 
-from ggjac import jobs, parity, runs
-from ggjac.analysis.attribution import Attribution, attribute
+from ggjac import parity, runs
+from ggjac.analysis.attribute import Attribution, attribute
 from ggjac.analysis.contrast import Agreement, Contrast, contrast, ordinary_jacobian
-from ggjac.analysis.contributions import contributions
+from ggjac.analysis.jacobian import contributions
 from ggjac.analysis.norms import Norms, norms
-from ggjac.analysis.spectrum import Spectrum, spectrum
-from ggjac.analysis.stable_rank import stable_rank
+from ggjac.analysis.svd import Spectrum, spectrum, stable_rank
 from ggjac.cli.render import bar, emit_json, line, numbers, table
 from ggjac.cli.session import Session, numpy
+from ggjac.planner import work
 
 
 def predictions(session: Session, top: int) -> list[dict[str, Any]]:
@@ -173,7 +173,7 @@ def sweeps_left(history: list[float], sweep: int, tol: float) -> int:
     Before that is known, as many as spectra of models usually take.
     """
     if len(history) < 2 or not 0 < history[-1] < history[0]:
-        return max(0, jobs.EXPECTED_SWEEPS - sweep)
+        return max(0, work.EXPECTED_SWEEPS - sweep)
     per_sweep = math.log(history[0] / history[-1]) / (len(history) - 1)
     return max(0, math.ceil(math.log(history[-1] / tol) / per_sweep) - 1)
 

@@ -14,7 +14,7 @@ import click
 import numpy as np
 import torch
 
-from ggjac import __version__, machine, planner, runs
+from ggjac import __version__, planner, runs
 from ggjac.cli.options import ModelOptions
 from ggjac.cli.planning import asked_by, make_plan
 from ggjac.cli.progress import Reporter
@@ -22,9 +22,10 @@ from ggjac.cli.render import line, table
 from ggjac.config import ModelConfig
 from ggjac.gguf import GGUFFile
 from ggjac.jacobian import DetachedJacobian
-from ggjac.journal import Journal, JournalError
+from ggjac.jacobian.tapes import TapeError, Tapes
 from ggjac.model import DeviceError, Model, PromptError, Trace, open_model
-from ggjac.tapes import TapeError, Tapes
+from ggjac.planner import machine
+from ggjac.runs.journal import Journal, JournalError
 from ggjac.tokenizer import bos_warning, visible
 
 # Between checkpoints, at least.
@@ -96,7 +97,7 @@ class Session:
         Args:
             file, config: of the model, or of another one like it.
             n: tokens of the trace; default the prompt's.
-            asked: what the options do not say, as `ggjac.jobs.Asked` has it.
+            asked: what the options do not say, as `ggjac.planner.work.Asked` has it.
         """
         context = click.get_current_context()
         wanted = asked_by(context.params, config.block_count) | {"position": self.position} | asked

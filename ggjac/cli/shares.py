@@ -4,7 +4,7 @@ from typing import Any, Literal
 
 import torch
 
-from ggjac.analysis.attribution import Attribution, BranchShares, TokenShares, attribute_branches, attribute_positions
+from ggjac.analysis.attribute import Attribution, BranchShares, TokenShares, attribute_branches, attribute_positions
 from ggjac.cli.render import bar, table
 from ggjac.cli.sections import asked_logit
 from ggjac.cli.session import Session

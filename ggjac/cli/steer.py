@@ -19,7 +19,7 @@ from ggjac.cli.options import (
 from ggjac.cli.planning import dry_run
 
 if TYPE_CHECKING:
-    from ggjac.analysis.steering import Generated, Steering
+    from ggjac.analysis.steer import Generated, Steering
     from ggjac.cli.session import Session
 
 
@@ -103,11 +103,11 @@ def steer(
     ggjac steer -m model.gguf -p "I am going to Arizona to see the" --concept "The bridge is the Golden" --strength 0.5
     """
     from ggjac import runs
-    from ggjac.analysis.steering import changed_layer
-    from ggjac.analysis.steering import steer as run
+    from ggjac.analysis.steer import changed_layer
+    from ggjac.analysis.steer import steer as run
     from ggjac.cli import render
     from ggjac.cli.session import Session
-    from ggjac.control_vector import check_layer, save_control_vector
+    from ggjac.llamacpp.control_vector import check_layer, save_control_vector
     from ggjac.model import PromptError
     from ggjac.sizes import default_layer
 

@@ -6,7 +6,7 @@ import torch
 
 from ggjac.analysis.per_token import TokenSpectrum, per_token
 from ggjac.analysis.readability import Readability, readability
-from ggjac.analysis.spectrum import Spectrum
+from ggjac.analysis.svd import Spectrum
 from ggjac.cli.render import line, numbers, table
 from ggjac.cli.session import Session
 from ggjac.decode import nearest, top_logits

@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ggjac import machine
 from ggjac.model import Model, open_model
+from ggjac.planner import machine
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import make_synthetic_gguf

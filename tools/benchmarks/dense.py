@@ -18,8 +18,8 @@ from pathlib import Path
 
 import torch
 
-from ggjac import machine
 from ggjac.model import open_model
+from ggjac.planner import machine
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import make_synthetic_gguf

@@ -18,8 +18,8 @@ import numpy as np
 import torch
 
 from ggjac import quants
-from ggjac.bench import seconds_of
-from ggjac.ggml import TYPES, GGMLType, row_bytes
+from ggjac.gguf.types import TYPES, GGMLType, row_bytes
+from ggjac.planner.bench import seconds_of
 
 COLUMNS = 4096
 # F32 is a view, there and in torch: nothing to time.

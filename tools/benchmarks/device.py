@@ -4,8 +4,8 @@
                                                  [--vram-budget 20GiB] [--ram-budget 8GiB] [--card 24GiB]
 
 Where weights wait is what `ggjac plan` chooses within the budgets; `--card` makes CUDA behave like a smaller one. The
-limits are rates measured in the same process (`ggjac.bench`): a sweep cannot be faster than copying what is not on the
-device, nor than dequantizing and then multiplying. Device memory is the allocator's own peak. Files:
+limits are rates measured in the same process (`ggjac.planner.bench`): a sweep cannot be faster than copying what is not
+on the device, nor than dequantizing and then multiplying. Device memory is the allocator's own peak. Files:
 tools/make_synthetic_gguf.py.
 """
 
@@ -16,8 +16,8 @@ from pathlib import Path
 
 import torch
 
-from ggjac import bench, machine
 from ggjac.model import open_model
+from ggjac.planner import bench, machine
 
 
 def main() -> None:

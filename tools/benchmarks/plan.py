@@ -17,7 +17,7 @@ import tempfile
 import time
 from typing import Any
 
-from ggjac.jobs import JOBS
+from ggjac.planner.work import JOBS
 
 
 def anonymous(pid: int) -> int:

@@ -20,13 +20,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ggjac import jobs, machine, planner
-from ggjac.bench import disk_rate
+from ggjac import planner
 from ggjac.jacobian import DetachedJacobian
+from ggjac.jacobian.tapes import Tapes
 from ggjac.model import Model, open_model
+from ggjac.planner import machine, work
+from ggjac.planner.bench import disk_rate
 from ggjac.sizes import SLAB, TILE_ELEMENTS
 from ggjac.svd import svd
-from ggjac.tapes import Tapes
 
 SAMPLE = 2  # blocks in which the limits are measured
 
@@ -140,7 +141,7 @@ def main() -> None:
         plan = planner.make(
             model.gguf,
             model.config,
-            jobs.job("svd", model.config, n, options.dtype, rank=options.rank),
+            work.job("svd", model.config, n, options.dtype, rank=options.rank),
             threads=threads,
             budget=planner.Budget(options.ram_budget),
             tapes_on_disk=options.tapes_on_disk,

@@ -19,8 +19,8 @@ from pathlib import Path
 
 import torch
 
-from ggjac.bench import seconds_of
 from ggjac.model import Model, open_model
+from ggjac.planner.bench import seconds_of
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import make_synthetic_gguf

@@ -10,8 +10,10 @@ from dataclasses import dataclass, replace
 import torch
 
 from ggjac.decode import Head, Ranked, nearest, top_logits
+from ggjac.frobenius import StableRank, stable_ranks
 from ggjac.jacobian import DetachedJacobian
-from ggjac.notebook import Plotted, Points, Table, Words
+from ggjac.results import Plotted, Points, Table, Words
+from ggjac.sizes import EXACT_ROWS, PROBES
 from ggjac.svd import SVD
 from ggjac.weights import Weight
 
@@ -82,3 +84,16 @@ def signed(jacobian: DetachedJacobian, triplets: SVD) -> SVD:
     along = triplets.U @ jacobian.linear_output.to(triplets.U.dtype)
     sign = torch.where(along < 0, -1.0, 1.0).to(triplets.U)
     return replace(triplets, U=triplets.U * sign[:, None], Vh=triplets.Vh * sign[:, None, None])
+
+
+def stable_rank(jacobian: DetachedJacobian, triplets: SVD, *, probes: int = PROBES, seed: int = 0) -> StableRank:
+    """Compute the stable rank of the joint `[d, n d]` map from its leading `triplets` and the rest of `‖J‖_F`.
+
+    The known triplets count exactly. The rest is averaged over seeded Gaussian probes in one downward sweep, or summed
+    over all rows where there are at most `EXACT_ROWS`, as many at a time as fit into the Jacobian's `chunk_bytes`.
+    """
+    chunk = jacobian.rows_at_once() if jacobian.out_shape[0] <= EXACT_ROWS else None
+    (found,) = stable_ranks(
+        [jacobian], [triplets], down=lambda Y: [jacobian.rmatmat(Y[0])], chunk=chunk, probes=probes, seed=seed
+    )
+    return found

@@ -38,7 +38,7 @@ from ggjac.blocks import MlpPath
 from ggjac.generation import Continuation, greedy
 from ggjac.jacobian import DetachedJacobian, Path, Tap
 from ggjac.model import Model
-from ggjac.notebook import Plotted, Points, Table, Words
+from ggjac.results import Plotted, Points, Table, Words
 from ggjac.sizes import default_layer
 
 Method = Literal["equation16", "additive"]

@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ggjac import journal, runs
+from ggjac import runs
 from ggjac.blocks import AttentionTape, BlockTape, FFNTape, HiddenTape, NormTape
+from ggjac.runs import journal
 
 SCHEMA_VERSION = 2
 

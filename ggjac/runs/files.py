@@ -263,7 +263,7 @@ def provenance() -> dict[str, Any]:
     }
 
 
-def code_digest(package: str | os.PathLike[str] = Path(__file__).parent) -> str:
+def code_digest(package: str | os.PathLike[str] = Path(__file__).parents[1]) -> str:
     """Return a hash of every module that computes, in whatever folder: all but the command line and the report."""
     package = Path(package)
     hasher = hashlib.blake2b(digest_size=8)

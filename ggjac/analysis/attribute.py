@@ -26,7 +26,7 @@ from ggjac.blocks import BlockTape, FrozenBlock, attention_halves, block
 from ggjac.decode import Head
 from ggjac.jacobian import DetachedJacobian, FrozenNetwork
 from ggjac.linop import LinearOperator
-from ggjac.notebook import Bars, Plotted, Points, Result, Table, Words
+from ggjac.results import Bars, Plotted, Points, Result, Table, Words
 from ggjac.sizes import CHUNK_BYTES, chunk_floats
 
 Progress = Callable[[int, int], None]

@@ -16,10 +16,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ggjac import quants
-from ggjac.bus import Bus, Pinned
-from ggjac.ggml import TYPES, holds_weights, row_bytes
 from ggjac.gguf import GGUFFile, TensorInfo
+from ggjac.gguf.types import TYPES, holds_weights, row_bytes
 from ggjac.sizes import TILE_ELEMENTS
+from ggjac.weights.bus import Bus, Pinned
 
 # A tile: tensor, first row and the one after the last, columns likewise.
 Key = tuple[str, int, int, int, int]

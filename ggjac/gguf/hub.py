@@ -19,6 +19,7 @@ import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from importlib import resources
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -507,3 +508,8 @@ def _described(folder: Path) -> str:
 def _listed(names: Iterable[str], most: int = 5) -> str:
     names = list(names)
     return ", ".join(map(shown, names[:most])) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def demo_path() -> Path:
+    """Return the path of the model that ships with the package; `tools/train_demo.py` tells how it was made."""
+    return Path(str(resources.files("ggjac") / "data" / "demo.gguf"))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ggjac.frobenius import StableRank, stable_ranks
 from ggjac.jacobian import DetachedJacobian
-from ggjac.notebook import Bars, Plotted, Table, Words
+from ggjac.results import Bars, Plotted, Table, Words
 from ggjac.sizes import EXACT_ROWS, PROBES
 from ggjac.svd import svd_together
 

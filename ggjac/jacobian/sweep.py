@@ -1,35 +1,19 @@
-"""The detached Jacobian of one prompt as a linear operator over streamed blocks.
-
-For input embeddings `x` and the output `y` (one position after the final norm, before the LM head),
-
-    y = J x + offset,    J = Scale(norm) @ block[L-1] @ ... @ block[0]    (Golden, arXiv 2505.24293, eq. 2 and 15)
-
-with the blocks of `ggjac.blocks`, frozen at the prompt. `offset` is what biases contribute; it is exactly zero for
-models without biases on the live path.
-
-A map may also begin at a later block and end at a tap inside the network. `SharedSweep` carries the vectors of many
-such maps through the blocks together, so that each weight is dequantized once for all of them.
-"""
+"""One pass over the streamed blocks for the vectors of many maps: each weight is dequantized once for all of them."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import accumulate
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ggjac.blocks import BlockWeights, Frame, FrozenBlock, MlpPath, NormTape, block
-from ggjac.journal import Journal
-from ggjac.linop import Homogeneous, Identity, LinearOperator, Select
-from ggjac.sizes import CHUNK_BYTES, SLICE, chunk_floats
-from ggjac.svd import SVD, svd
-from ggjac.tapes import Tapes
-
-# Reconstruction error within which a dtype's arithmetic is healthy.
-HEALTHY = {torch.float64: 1e-13, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-2}
+from ggjac.blocks import BlockWeights, Frame, FrozenBlock, NormTape, block
+from ggjac.jacobian.tapes import Tapes
+from ggjac.linop import Identity, LinearOperator
+from ggjac.runs.journal import Journal
 
 
 @dataclass(frozen=True, order=True)
@@ -252,123 +236,6 @@ class SharedSweep:
         ends = all(tap.index == i + 1 for start, tap in self.paths if start <= i < tap.index)
         positions = range(self.position if ends else 0, self.position + 1)
         return block(self.network.weights(i), self.network.frame.config, self.network.tapes[i], positions)
-
-
-class DetachedJacobian(LinearOperator):
-    """The linear map from all input embeddings `[n, d]` to one output vector `[d]`, exact at its prompt.
-
-    Products stream the blocks' live weights once, whatever the number of stacked vectors. Positions after `position`
-    have no influence (attention is causal): their part of the map is zero.
-
-    Attributes:
-        ids: the `n` token ids.
-        position: which output position this is, counted from 0.
-        path: from which depth to which tap; by default from the embeddings to the output.
-        mlp_path: the freezing rule of gated feed-forwards, `"up"` or `"gate"`.
-        sweep: what carries the vectors; its `progress` may be set.
-        chunk_bytes: working memory that a chunk of dense rows may take.
-    """
-
-    def __init__(self, network: FrozenNetwork, position: int, path: Path | None = None, *, raw: bool = False):
-        n, d = network.x.shape
-        self.in_shape, self.out_shape = (n, d), (d,)
-        self.dtype, self.device = network.x.dtype, network.x.device
-        self.network, self.ids, self.position = network, list(network.ids), position
-        self.end = Tap("layer", len(network.tapes))
-        self.path = path or Path(0, self.end)
-        self.mlp_path: MlpPath = network.frame.mlp_path
-        self.sweep = SharedSweep(network, [self.path], position, raw=raw)
-        self.chunk_bytes = CHUNK_BYTES
-
-    @property
-    def progress(self) -> Callable[[int, int], None] | None:
-        """If set, called as `progress(done, total)` after each block of a product."""
-        return self.sweep.progress
-
-    @progress.setter
-    def progress(self, report: Callable[[int, int], None] | None) -> None:
-        self.sweep.progress = report
-
-    def matmat(self, X: Float[Tensor, "k n d"], t: Homogeneous = None) -> Float[Tensor, "k d"]:
-        """Return `J x + t offset` for stacked inputs: one upward sweep."""
-        return self.sweep.up([X.to(self.device, self.dtype)], None if t is None else [t])[0]
-
-    def rmatmat(self, Y: Float[Tensor, "k d"]) -> Float[Tensor, "k n d"]:
-        """Return `Jᵀ y` for stacked output cotangents: one downward sweep."""
-        return self.sweep.down([Y.to(self.device, self.dtype)])[0]
-
-    def rows(self, chunk: int | None = None) -> Iterator[tuple[int, int, Tensor]]:
-        """Yield rows of the dense Jacobian; by default as many at a time as fit into `chunk_bytes`."""
-        return super().rows(chunk or self.rows_at_once())
-
-    def slices(self) -> Iterator[tuple[int, Tensor]]:
-        """Yield `(start, rows)`, the rows of `rows()` a few at a time: then copies in float64 take little memory."""
-        for start, _, rows in self.rows():
-            for i, part in enumerate(rows.split(SLICE)):
-                yield start + i * SLICE, part
-            del rows, part  # before the next ones are there
-
-    def at_position(self, i: int) -> LinearOperator:
-        """Return the part of the map that reads input position `i` alone, `J_i`: `[1, d]` to `[d]`."""
-        n, d = self.in_shape
-        return self @ Select(torch.tensor([i]), n, d, dtype=self.dtype, device=self.device).T
-
-    def rows_at_once(self, maps: int = 1) -> int:
-        """Return how many rows, of each of several such maps, fit into `chunk_bytes` on their way; at least one."""
-        n, d = self.in_shape
-        floats = chunk_floats(n, d, self.network.frame.config.hidden_units)
-        return max(1, self.chunk_bytes // (floats * self.dtype.itemsize * maps))
-
-    def svd(self, rank: int, **options: Any) -> SVD:
-        """Return the leading singular triplets of the `[d, n d]` matrix; options as `ggjac.svd.svd` takes them."""
-        return svd(self, rank, **options)
-
-    @cached_property
-    def x(self) -> Float[Tensor, "n d"]:
-        """The map's input at this prompt: the embeddings, or the stream after `path.start` blocks."""
-        return self.network.tapes[self.path.start].x
-
-    @cached_property
-    def output(self) -> Float[Tensor, " d"]:
-        """What the map yields at this prompt, offset included: the forward pass's own where it reaches the end."""
-        if self.path.tap == self.end and not self.sweep.raw:
-            return self.network.outputs[self.position]
-        return self.matmat(self.x[None], self.x.new_ones(1))[0]
-
-    @property
-    def linear_output(self) -> Float[Tensor, " d"]:
-        """`J x`: what the linear part alone reproduces of the output; in float32 at least."""
-        return self._pushed[:2].to(torch.promote_types(self.dtype, torch.float32)).sum(0)
-
-    @property
-    def offset(self) -> Float[Tensor, " d"]:
-        """`y - J x`, computed by pushing the biases through the frozen blocks; zero where there are none."""
-        return self._pushed[2]
-
-    @property
-    def reconstruction_error(self) -> float:
-        """`‖J x + offset - y‖ / ‖y‖`. Small by construction: a health check of the arithmetic, no evidence.
-
-        `J x` is the sum of two products, with the even and with the odd positions of `x`. One product would repeat the
-        forward pass bit by bit, and show nothing of what the dtype costs.
-        """
-        wide = [part.cpu().double() for part in (self.linear_output, self.offset, self.output)]
-        return float((wide[0] + wide[1] - wide[2]).norm() / wide[2].norm())
-
-    @property
-    def reconstruction_limit(self) -> float:
-        """The reconstruction error that is healthy in this dtype; 16-bit rounding adds up over more than 32 blocks."""
-        blocks = self.path.tap.index - self.path.start
-        return HEALTHY[self.dtype] * (max(1.0, (blocks / 32) ** 0.5) if self.dtype.itemsize == 2 else 1.0)
-
-    @cached_property
-    def _pushed(self) -> Float[Tensor, "3 d"]:
-        """Both halves of `J x`, and `offset`: inputs `x` even, `x` odd and 0, with homogeneous coordinates 0, 0, 1."""
-        even = torch.zeros_like(self.x)
-        even[::2] = self.x[::2]
-        return self.matmat(
-            torch.stack([even, self.x - even, torch.zeros_like(even)]), self.x.new_tensor([0.0, 0.0, 1.0])
-        )
 
 
 def _sections(owners: Sequence[int], sizes: Sequence[int]) -> dict[int, slice]:

@@ -29,7 +29,7 @@ from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 
-from ggjac import ggml
+from ggjac.gguf import types
 
 MAX_HEADER_BYTES = 1 << 28  # real headers, vocabulary and merges included, stay below 30 MB
 MAX_ENTRIES = 1 << 17  # keys, tensors or inner arrays of one file; each becomes a Python object
@@ -117,7 +117,7 @@ class TensorInfo:
 
     name: str
     shape: tuple[int, ...]
-    type: ggml.GGMLType
+    type: types.GGMLType
     shard: int
     offset: int
     nbytes: int
@@ -135,7 +135,7 @@ class TensorInfo:
     @property
     def row_bytes(self) -> int:
         """Bytes of one row."""
-        return ggml.row_bytes(self.type, self.shape[-1])
+        return types.row_bytes(self.type, self.shape[-1])
 
 
 class LazyArray(Sequence[Any]):
@@ -432,14 +432,14 @@ def _read_tensor(header: _Header, index: int, shard: int) -> TensorInfo:
         header.fail(f"{tensor} has the impossible shape {list(shape)}; the file is damaged")
     type_id = header.number(_U32, f"the type of {tensor}")
     offset = header.number(_U64, f"the offset of {tensor}")
-    type = ggml.TYPES.get(type_id)
+    type = types.TYPES.get(type_id)
     if type is None:
         known = f" ({_NOT_STORED[type_id]}, which is no longer stored)" if type_id in _NOT_STORED else ""
         header.fail(
             f"{tensor} has type id {type_id}{known}, which is not supported; quantize the model again to another type"
         )
     try:
-        row_bytes = ggml.row_bytes(type, shape[-1])
+        row_bytes = types.row_bytes(type, shape[-1])
     except ValueError as error:
         header.fail(f"{tensor} of shape {list(shape)}: {error}; the file is damaged")
     return TensorInfo(name, shape, type, shard, offset, math.prod(shape[:-1]) * row_bytes)

@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ggjac.jacobian import DetachedJacobian
-from ggjac.notebook import Bars, Plotted, Table, Words
+from ggjac.results import Bars, Plotted, Table, Words
 
 
 @dataclass(frozen=True)

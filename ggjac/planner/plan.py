@@ -1,10 +1,10 @@
 """Will it fit, and how long will it take? Answered from a file's header and a prompt's length, without any arithmetic.
 
-A job (`ggjac.jobs`) is a trace and some sweeps. For each layer the plan says what a sweep reads (`attn_v`,
+A job (`ggjac.planner.work`) is a trace and some sweeps. For each layer the plan says what a sweep reads (`attn_v`,
 `attn_output`, the live half of the feed-forward, `ffn_down`, and of a mixture the routed experts only), what is frozen,
 and where the weights wait between sweeps. Peak memory is the sum of parts, each a formula below; time comes from rates
-measured elsewhere (`ggjac.bench`). Sizes are bytes, weights are elements, FLOP count a multiplication and an addition
-as two.
+measured elsewhere (`ggjac.planner.bench`). Sizes are bytes, weights are elements, FLOP count a multiplication and an
+addition as two.
 
 Of a mixture of experts, the plan counts as many experts as tokens would use if they were spread evenly over all: an
 upper bound of the mean, since real routers prefer some.
@@ -16,10 +16,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
 
-from ggjac import jobs, machine
 from ggjac.config import ModelConfig
 from ggjac.gguf import GGUFFile, TensorInfo
-from ggjac.jobs import ITEM_BYTES, SWEEP, Job, Lookup, Over, PlanError, Sweeps
+from ggjac.planner import machine, work
+from ggjac.planner.work import ITEM_BYTES, SWEEP, Job, Lookup, Over, PlanError, Sweeps
 from ggjac.sizes import ON_THE_WAY, SLAB, TILE_ELEMENTS
 
 MlpPath = Literal["up", "gate"]
@@ -569,7 +569,7 @@ def fitting(
 
     Args:
         file, config: as `make` takes them.
-        command, n, dtype, asked: as `ggjac.jobs.job` takes them, but `chunk_bytes`.
+        command, n, dtype, asked: as `ggjac.planner.work.job` takes them, but `chunk_bytes`.
         options: of `make`; `tapes_on_disk` says that there is a folder for them.
 
     Returns:
@@ -578,12 +578,12 @@ def fitting(
     Raises:
         PlanError: as `make`.
     """
-    whole, usual = jobs.all_rows(config, n, dtype), jobs.CHUNK_BYTES
+    whole, usual = work.all_rows(config, n, dtype), work.CHUNK_BYTES
     chunks = [whole] if command in DENSE and whole > usual else []
     folders = (False, True) if options.pop("tapes_on_disk", False) else (False,)
     tried: list[Plan] = []
     for chunk in [*chunks, *(max(1, usual >> by) for by in (0, 2, 4, 6))]:
-        job = jobs.job(command, config, n, dtype, **asked, chunk_bytes=chunk)
+        job = work.job(command, config, n, dtype, **asked, chunk_bytes=chunk)
         if tried and job.steps == tried[-1].job.steps:
             continue
         for folder in folders:
@@ -609,7 +609,7 @@ def make(
     Args:
         file: the open model; only its header is read.
         config: its sizes.
-        job: what is to be done, from `ggjac.jobs.job`.
+        job: what is to be done, from `ggjac.planner.work.job`.
         mlp_path: which factor of a gated feed-forward stays live.
         device: `"cpu"`, or `"cuda"` for any device with memory of its own.
         threads: on the CPU; each has buffers.
@@ -772,7 +772,7 @@ def _placed(plan: Plan) -> tuple[LayerPlan, ...]:
 
 
 class Rates(Protocol):
-    """What a machine does per second; `ggjac.bench` measures it."""
+    """What a machine does per second; `ggjac.planner.bench` measures it."""
 
     @property
     def disk(self) -> float:

@@ -284,7 +284,7 @@ def bus_rate(device: str) -> float:
     import numpy as np
     import torch
 
-    from ggjac.bus import Bus
+    from ggjac.weights.bus import Bus
 
     bus, tile = Bus(torch.device(device)), np.ones((1, TILE_ELEMENTS), np.uint8)
 

@@ -1,0 +1,17 @@
+"""From bytes to tiles of dense weights, on the CPU or on a device."""
+
+from ggjac.weights.store import (
+    Block,
+    Key,
+    Weight,
+    WeightError,
+    WeightStore,
+)
+
+__all__ = [
+    "Block",
+    "Key",
+    "Weight",
+    "WeightError",
+    "WeightStore",
+]
