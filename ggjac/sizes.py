@@ -34,6 +34,9 @@ EXACT_ROWS = 512
 # Random vectors of an estimate.
 PROBES = 16
 
+# Sweeps until eight residuals are below 1e-3, up and down counted singly: 6 to 10 on spectra like those of models.
+EXPECTED_SWEEPS = 8
+
 # Vectors with shuffled components that decoded ones are compared with.
 SHUFFLES = 200
 

@@ -40,7 +40,7 @@ def traced(files: dict[str, Path], case: str, dtype: str = "float64") -> tuple[T
 
 
 def analysed(trace: Trace, position: int = -1, rank: int = 3, **options: Any) -> Layers:
-    return layers(trace.jacobian(position), trace.model.head, rank, **EXACT | options)
+    return layers(trace.jacobian(position), rank, **EXACT | options)
 
 
 def head_of(theirs: oracle.Oracle) -> Tensor:
@@ -74,13 +74,13 @@ def test_every_map_is_that_of_autograd(case: str, position: int, tiny_files: dic
             "blockwise": (index - 1, kind, index),
             "to_end": (index, "layer", blocks),
         }[m.map]
-        assert (m.path.start, *astuple(m.path.tap)) == expected_path
+        assert (m.span.start, *astuple(m.span.tap)) == expected_path
         dense = oracle.inner(theirs, found, *expected_path, position=position)
         U, S, _ = torch.linalg.svd(dense.J.flatten(1), full_matrices=False)
-        assert torch.allclose(m.S, S[:3], rtol=1e-10, atol=0), m.path
+        assert torch.allclose(m.S, S[:3], rtol=1e-10, atol=0), m.span
         U = U.T[:3]
         U = U * torch.sign(U @ torch.einsum("end,nd->e", dense.J, dense.x))[:, None]
-        assert torch.allclose(m.U, U, rtol=0, atol=1e-6), m.path
+        assert torch.allclose(m.U, U, rtol=0, atol=1e-6), m.span
         assert float(m.residual.max()) <= EXACT["tol"]
         assert m.stopped_by in ("tolerance", "complete")
         assert m.left.ids.tolist() == (U @ head_of(theirs).T).argsort(descending=True)[:, :5].tolist()
@@ -249,10 +249,10 @@ def test_estimated_stable_ranks_are_those_of_each_map_alone(
     trace, theirs, found = traced(tiny_files, "three_layers")
     result = analysed(trace, seed=5, probes=12, tol=1e-6, depths=[1, 3])
     for m in result.maps:
-        J = trace.jacobian(-1, m.path)
+        J = trace.jacobian(-1, m.span)
         alone = stable_rank(J, J.svd(3, tol=1e-6, max_sweeps=200), probes=12, seed=5)
         assert astuple(m.stable_rank) == pytest.approx(astuple(alone), rel=1e-4)
-        exact = oracle.inner(theirs, found, m.path.start, *astuple(m.path.tap)).J
+        exact = oracle.inner(theirs, found, m.span.start, *astuple(m.span.tap)).J
         top = float(torch.linalg.matrix_norm(exact.flatten(1), 2)) ** 2
         assert 0 < m.stable_rank.error < 1.0 * m.stable_rank.value
         assert abs(m.stable_rank.value - float(exact.square().sum()) / top) < 6 * m.stable_rank.error
@@ -309,7 +309,7 @@ def test_all_depths_read_each_weight_once_per_sweep(tiny_files: dict[str, Path])
     trace = model.trace(tiny.prompt("three_layers", 5))
     for maps, passes in (("cumulative", 3), ("to_end", 2)):  # signs, stable rank; and what branches add, for norms
         model.weights.reads.clear()
-        result = layers(trace.jacobian(), model.head, 3, maps=[maps], tol=1e-4)
+        result = layers(trace.jacobian(), 3, maps=[maps], tol=1e-4)
         sweeps = max(m.sweeps for m in result.maps)
         assert len(result.maps) == {"cumulative": 9, "to_end": 3}[maps]
         for block in range(3):
@@ -317,7 +317,7 @@ def test_all_depths_read_each_weight_once_per_sweep(tiny_files: dict[str, Path])
                 name = f"blk.{block}.{stem}.weight"
                 assert model.weights.reads[name] == (sweeps + passes) * model.gguf.tensors[name].rows, name
     model.weights.reads.clear()
-    result = layers(trace.jacobian(), model.head, 3, maps=["blockwise"], tol=1e-4)
+    result = layers(trace.jacobian(), 3, maps=["blockwise"], tol=1e-4)
     for block in range(3):
         sweeps = max(m.sweeps for m in result.maps if m.tap.index == block + 1)
         name = f"blk.{block}.ffn_down.weight"
@@ -377,7 +377,7 @@ def test_an_interrupted_run_ends_with_the_same_bits(tiny_files: dict[str, Path],
 def resumed(trace: Trace, journal: Journal, **options: Any) -> Layers:
     jacobian = trace.jacobian()
     jacobian.sweep.journal = journal
-    return layers(jacobian, trace.model.head, 3, **EXACT | options)
+    return layers(jacobian, 3, **EXACT | options)
 
 
 # ---- what is refused
@@ -464,7 +464,7 @@ def test_the_report_takes_what_the_command_gives(tiny_files: dict[str, Path], tm
     given = ["-m", tiny_files["three_layers"], *TOKENS, "-k", 3, "--transport", "-o", saved]
     content = json.loads(ggjac(*given, "--format", "json").stdout)
     trace = open_model(tiny_files["three_layers"]).trace([5, 17, 3, 99, 42])
-    found = layers(trace.jacobian(), trace.model.head, 3, transport=True)
+    found = layers(trace.jacobian(), 3, transport=True)
     part = content["layers"]
     checked = schema.checked(content)["layers"]
     assert len(checked["taps"]) == len(part["taps"]) == len(found.maps) == 21

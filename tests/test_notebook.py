@@ -15,7 +15,7 @@ import torch
 
 import ggjac
 from ggjac.analysis.contrast import contrast
-from ggjac.analysis.jacobian import contributions
+from ggjac.analysis.jacobian import dense
 from ggjac.analysis.layers import layers
 from ggjac.analysis.norms import norms
 from ggjac.analysis.ranks import token_ranks
@@ -95,27 +95,27 @@ def results(tiny_file: Callable) -> dict[str, Any]:
     trace = model.trace(PROMPT)
     J = trace.jacobian()
     other = ggjac.open_model(tiny_file("gqa"), dtype="float32")
-    a, b = (ggjac.portray(m.trace(PROMPT).jacobian(), m.head, 2, target=3) for m in (model, other))
-    depths = layers(J, model.head, 2, maps=["cumulative"], top=3)
-    spectrum = ggjac.spectrum(J, model.head, model.embedding, rank=3, top=4)
+    a, b = (ggjac.portray(m.trace(PROMPT).jacobian(), 2, target=3) for m in (model, other))
+    depths = layers(J, 2, maps=["cumulative"], top=3)
+    spectrum = ggjac.spectrum(J, rank=3, top=4)
     return {
         "svd": spectrum.svd,
         "spectrum": spectrum,
         "stable rank": ggjac.stable_rank(J, spectrum.svd),
-        "contrast": contrast(J, model.head, top=3),
-        "agreement": contrast(J, model.head, top=3).detached_agreement,
-        "contributions": contributions(J),
-        "norms": norms(J, model.head, model.embedding, 2),
+        "contrast": contrast(J, top=3),
+        "agreement": contrast(J, top=3).detached_agreement,
+        "contributions": dense(J),
+        "norms": norms(J, 2),
         "parity": parity(),
-        "attribution": ggjac.attribute(J, model.head, 3, versus=4),
-        "positions": ggjac.attribute_positions(J.network, model.head),
-        "branches": ggjac.attribute_branches(J.network, model.head, by_head=True),
+        "attribution": ggjac.attribute(J, 3, versus=4),
+        "positions": ggjac.attribute_positions(J),
+        "branches": ggjac.attribute_branches(J, positions=range(len(J.ids)), by_head=True),
         "portrait": a,
         "comparison": ggjac.compare(a, b),
         "layers": depths,
         "readout": depths.readout,
         "token ranks": token_ranks(J),
-        "per token": ggjac.per_token(J, model.head, model.embedding, 2, top=3)[-1],
+        "per token": ggjac.per_token(J, 2, top=3)[-1],
         "readability": ggjac.readability(
             spectrum.svd.U, lambda Y, top: top_logits(model.head.matrix, Y, top), model.embedding, shuffles=8
         ),

@@ -17,8 +17,7 @@ from jaxtyping import config as checks
 from ggjac import blocks, planner
 from ggjac.config import ModelConfig
 from ggjac.gguf import GGUFFile, open_gguf
-from ggjac.jacobian import Path as Route
-from ggjac.jacobian import SharedSweep, Tap
+from ggjac.jacobian import SharedSweep, Span, Tap
 from ggjac.linop import Linear, LinearOperator, Mix
 from ggjac.model import DTYPES, Model, Trace, open_model
 from ggjac.planner import machine, work
@@ -366,7 +365,7 @@ def test_maps_of_one_block_hold_what_is_counted(
     n, k = 100, 10  # enough of them to outweigh what is there once
     run = trace(tiny_file(case, layers=3, **sizes), n)
     J, config = run.jacobian(), run.model.config
-    maps = SharedSweep(J.network, [Route(1, Tap(kind, 2)) for kind in kinds], n - 1, raw=True)
+    maps = SharedSweep(J.network, [Span(1, Tap(kind, 2)) for kind in kinds], n - 1, raw=True)
     Y, X = [torch.ones(k, config.d)] * len(kinds), [torch.ones(k, n, config.d)] * len(kinds)
     maps.down(Y)  # the tile is there from now on
     for up, product in ((False, lambda: maps.down(Y)), (True, lambda: maps.up(X))):

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ggjac.decode import Head, Ranked, top_logits
 from ggjac.frobenius import StableRank, stable_ranks
-from ggjac.jacobian import DetachedJacobian, Path, SharedSweep, Tap
+from ggjac.jacobian import DetachedJacobian, SharedSweep, Span, Tap
 from ggjac.results import Plotted, Points, Table, Words
 from ggjac.sizes import EXACT_ROWS, KINDS, MAPS, PROBES, Kind, MapName
 from ggjac.svd import SVD, svd_together
@@ -39,9 +39,9 @@ class LayerMap:
     Attributes:
         map: which of the three.
         tap: the depth it is about: where it ends, or, for `to_end`, where it begins.
-        path: from which depth to which tap.
+        span: from which depth to which tap.
         U: `[k, d]`, left singular vectors, signed to point along the map's own output: `⟨A x, u⟩ >= 0`, `x` being the
-            stream at the start of the path.
+            stream at the start of the span.
         S: `[k]`, singular values.
         residual: `[k]`, as in `ggjac.svd.SVD`.
         sweeps, stopped_by: of its iteration.
@@ -54,7 +54,7 @@ class LayerMap:
 
     map: MapName
     tap: Tap
-    path: Path
+    span: Span
     U: Float[Tensor, "k d"]
     S: Float[Tensor, " k"]
     residual: Float[Tensor, " k"]
@@ -152,7 +152,7 @@ class _Found(NamedTuple):
 
     map: MapName
     tap: Tap
-    path: Path
+    span: Span
     U: Tensor
     S: Tensor
     residual: Tensor
@@ -181,7 +181,7 @@ def layers(
     """Decompose the maps of every depth, and read the stream out there.
 
     Args:
-        jacobian: of the prompt and position, with the journal that is to remember sweeps, if any; its path does not
+        jacobian: of the prompt and position, with the journal that is to remember sweeps, if any; its span does not
             matter.
         head: decodes.
         rank: triplets of each map.
@@ -205,13 +205,13 @@ def layers(
     found: list[_Found] = []
     for name in MAPS:
         for part in shared(name, kinds, chosen, L) if name in maps else ():
-            run = _Group(jacobian, name, [path for _, path in part], progress)
+            run = _Group(jacobian, name, [span for _, span in part], progress)
             triplets = run.svd(rank, tol=tol, seed=seed, max_sweeps=max_sweeps)
             ranks = run.stable_ranks(triplets, probes, seed)
             carried = _transported(run, triplets) if transport and name == "cumulative" else [None] * len(part)
             found += [
-                _Found(name, tap, path, t.U, t.S, t.residual, t.sweeps, t.reason, stable, arrived)
-                for (tap, path), t, stable, arrived in zip(part, triplets, ranks, carried, strict=True)
+                _Found(name, tap, span, t.U, t.S, t.residual, t.sweeps, t.reason, stable, arrived)
+                for (tap, span), t, stable, arrived in zip(part, triplets, ranks, carried, strict=True)
             ]
     found.sort(key=lambda f: (MAPS.index(f.map), KINDS.index(f.tap.kind), f.tap.index))
 
@@ -226,17 +226,17 @@ def layers(
 
 def shared(
     name: MapName, kinds: Sequence[Kind], depths: Sequence[int], blocks: int
-) -> Iterator[list[tuple[Tap, Path]]]:
-    """Yield the maps that advance together: each with the depth it is about, and its path."""
+) -> Iterator[list[tuple[Tap, Span]]]:
+    """Yield the maps that advance together: each with the depth it is about, and its span."""
     end = Tap("layer", blocks)
     if name == "to_end":
-        together = [[(Tap("layer", i), Path(i, end)) for i in depths if i < blocks]]
+        together = [[(Tap("layer", i), Span(i, end)) for i in depths if i < blocks]]
     elif name == "cumulative":
         taps = [Tap(kind, i) for kind in KINDS if kind in kinds for i in depths if i > 0]
-        together = [[(tap, Path(0, tap)) for tap in taps]]
+        together = [[(tap, Span(0, tap)) for tap in taps]]
     else:  # they share no weight, and less memory is taken one after another
         together = [
-            [(Tap(kind, i), Path(i - 1, Tap(kind, i))) for kind in KINDS if kind in kinds] for i in depths if i > 0
+            [(Tap(kind, i), Span(i - 1, Tap(kind, i))) for kind in KINDS if kind in kinds] for i in depths if i > 0
         ]
     yield from filter(None, together)
 
@@ -248,20 +248,20 @@ class _Group:
         self,
         jacobian: DetachedJacobian,
         name: str,
-        paths: list[Path],
+        spans: list[Span],
         progress: Progress | None,
     ):
         network, position, raw = jacobian.network, jacobian.position, jacobian.sweep.raw
-        self.jacobian, self.paths, self.progress = jacobian, paths, progress
-        ends = {path.tap.index for path in paths}
+        self.jacobian, self.spans, self.progress = jacobian, spans, progress
+        ends = {span.tap.index for span in spans}
         self.name = name.replace("_", " ") + (f" {ends.pop()}" if name == "blockwise" else "")
-        self.operators = [DetachedJacobian(network, position, path, raw=raw) for path in paths]  # for their shapes
-        self.sweep = self.sweeping(paths, raw=raw)
+        self.operators = [DetachedJacobian(network, position, span, raw=raw) for span in spans]  # for their shapes
+        self.sweep = self.sweeping(spans, raw=raw)
         self.says(self.name)
 
-    def sweeping(self, paths: list[Path], *, raw: bool) -> SharedSweep:
-        """Return sweeps along some paths."""
-        sweep = SharedSweep(self.jacobian.network, paths, self.jacobian.position, raw=raw)
+    def sweeping(self, spans: list[Span], *, raw: bool) -> SharedSweep:
+        """Return sweeps along some spans."""
+        sweep = SharedSweep(self.jacobian.network, spans, self.jacobian.position, raw=raw)
         sweep.journal = self.jacobian.sweep.journal
         return sweep
 
@@ -283,14 +283,14 @@ class _Group:
         found = svd_together(self.operators, rank, up=up, down=down, progress=swept, **options)
         self.says(f"{self.name}, signs")
         tapes = self.jacobian.network.tapes
-        outputs = self.sweep.up([tapes[path.start].x[None] for path in self.paths])
+        outputs = self.sweep.up([tapes[span.start].x[None] for span in self.spans])
         return [_signed(triplets, output[0]) for triplets, output in zip(found, outputs, strict=True)]
 
     def stable_ranks(self, triplets: list[SVD], probes: int, seed: int) -> list[StableRank]:
         """Return the stable rank of each map."""
         self.says(f"{self.name}, stable rank")
         exact = self.operators[0].out_shape[0] <= EXACT_ROWS
-        chunk = self.jacobian.rows_at_once(len(self.paths)) if exact else None
+        chunk = self.jacobian.rows_at_once(len(self.spans)) if exact else None
         down = self.sweep.down
         return stable_ranks(self.operators, triplets, down=down, chunk=chunk, probes=probes, seed=seed)
 
@@ -310,13 +310,13 @@ def _transported(run: _Group, triplets: list[SVD]) -> list[Tensor | None]:
     end, position = run.jacobian.end, run.jacobian.position
     n, d = run.jacobian.in_shape
     carried: list[Tensor | None] = [
-        t.U if path.tap == end else None for path, t in zip(run.paths, triplets, strict=True)
+        t.U if span.tap == end else None for span, t in zip(run.spans, triplets, strict=True)
     ]
-    inner = [j for j, path in enumerate(run.paths) if path.tap.kind == "layer" and path.tap != end]
+    inner = [j for j, span in enumerate(run.spans) if span.tap.kind == "layer" and span.tap != end]
     if not inner:
         return carried
-    below = run.sweeping([run.paths[j] for j in inner], raw=True)
-    above = run.sweeping([Path(run.paths[j].tap.index, end) for j in inner], raw=run.sweep.raw)
+    below = run.sweeping([run.spans[j] for j in inner], raw=True)
+    above = run.sweeping([Span(run.spans[j].tap.index, end) for j in inner], raw=run.sweep.raw)
     for sweep in (below, above):
         run.says(f"{run.name}, transport", sweep)
     streams = below.up([triplets[j].Vh.to(run.jacobian.dtype) for j in inner])

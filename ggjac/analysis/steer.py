@@ -36,7 +36,7 @@ from torch import Tensor
 
 from ggjac.blocks import MlpPath
 from ggjac.generation import Continuation, greedy
-from ggjac.jacobian import DetachedJacobian, Path, Tap
+from ggjac.jacobian import DetachedJacobian, Span, Tap
 from ggjac.model import Model
 from ggjac.results import Plotted, Points, Table, Words
 from ggjac.sizes import default_layer
@@ -175,7 +175,7 @@ def steer(
     chances = trace.logits.cpu().double().softmax(0)
     best = chances.topk(min(top, len(chances)))
     images = Images(
-        trace.jacobian(path=Path(0, Tap("layer", layer)), raw=method == "equation16"), affine=method == "equation16"
+        trace.jacobian(span=Span(0, Tap("layer", layer)), raw=method == "equation16"), affine=method == "equation16"
     )
     prompt_images = images(model.embed(ids))
     turned = random_rotation(model.config.d, seed) if control else None

@@ -250,8 +250,7 @@ def show_stable_rank(data: dict[str, Any]) -> None:
 def run_attribution(session: Session, target: int | None, versus: int | None = None) -> Attribution:
     """Split a logit over the input positions."""
     with session.report.stage("attribution") as update:
-        session.jacobian.progress = lambda done, total: update("block", done, total)
-        return attribute(session.jacobian, session.model.head, target, versus)
+        return attribute(session.jacobian, target, versus, progress=update)
 
 
 def attribution_data(session: Session, result: Attribution) -> dict[str, Any]:

@@ -25,18 +25,12 @@ def run(
     stage: str = "attribution",
 ) -> TokenShares | BranchShares:
     """Split logits at all positions, or over branches."""
-    trace, head = session.trace, session.model.head
-    network = trace.network
+    J = session.jacobian
     with session.report.stage(stage) as update:
-
-        def advanced(done: int, total: int) -> None:
-            update("block", done, total)
-
         if by == "token":
-            chunk_bytes = session.jacobian.chunk_bytes
-            return attribute_positions(network, head, target, versus, chunk_bytes=chunk_bytes, progress=advanced)
-        positions = range(len(session.ids)) if everywhere else range(session.position, session.position + 1)
-        return attribute_branches(network, head, positions, target, versus, by_head=by == "head", progress=advanced)
+            return attribute_positions(J, target, versus, progress=update)
+        positions = range(len(session.ids)) if everywhere else None
+        return attribute_branches(J, target, versus, positions=positions, by_head=by == "head", progress=update)
 
 
 def data(session: Session, by: By, result: TokenShares | BranchShares) -> list[dict[str, Any]]:

@@ -13,6 +13,7 @@ from ggjac.config import ModelConfig
 from ggjac.sizes import (
     CHUNK_BYTES,
     EXACT_ROWS,
+    EXPECTED_SWEEPS,
     KINDS,
     MAPS,
     PROBES,
@@ -27,8 +28,6 @@ from ggjac.sizes import (
 
 ITEM_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
-# Sweeps until eight residuals are below 1e-3, up and down counted singly: 6 to 10 on spectra like those of models.
-EXPECTED_SWEEPS = 8
 # In bfloat16, whose rounding rests above 1e-3: until the residuals no longer fall.
 FLOOR_SWEEPS = {"bfloat16": 11}
 
