@@ -318,6 +318,16 @@ class Model:
         """Return the tensors of one block; `live` ones are used in sweep after sweep."""
         return self.weights.block(index, self.config.slices, live=live)
 
+    def check_position(self, position: int, n: int) -> int:
+        """Return a position of `n` counted from the start; negative ones count from the end.
+
+        Raises:
+            PromptError: there is no such position.
+        """
+        if not -n <= position < n:
+            raise PromptError(f"position {position} is out of range; the prompt has positions 0 to {n - 1}")
+        return position % n
+
     def check_prompt(self, ids: Sequence[int]) -> list[int]:
         """Return the token ids, if this model can run them.
 
@@ -390,10 +400,7 @@ class Trace:
         Raises:
             PromptError: the prompt has no such position.
         """
-        n = len(self.ids)
-        if not -n <= position < n:
-            raise PromptError(f"position {position} is out of range; the prompt has positions 0 to {n - 1}")
-        return position % n
+        return self.model.check_position(position, len(self.ids))
 
     def jacobian(self, position: int = -1, span: Span | None = None, *, raw: bool = False) -> DetachedJacobian:
         """Return the detached Jacobian at `position` (negative: from the end).

@@ -8,6 +8,9 @@ import click
 from ggjac.cli.options import ModelOptions, model_options, output, output_format
 from ggjac.cli.planning import dry_run
 
+# Parts in a table of heads; the smaller ones are added up in one line.
+SHOWN = 24
+
 
 class PositionOrAll(click.ParamType):
     """An output position, or all of them (None)."""
@@ -64,23 +67,146 @@ def attribute(
     \b
     ggjac attribute -m model.gguf -p "The capital of France is" --target " Paris" --versus " Rome" --by head
     """
-    from ggjac.cli import sections, shares
-    from ggjac.cli.session import Session, save
+    from ggjac.analysis.attribute import attribute, attribute_branches, attribute_positions
+    from ggjac.cli.result import finish
+    from ggjac.cli.session import one_token, open_session
 
     everywhere = position is None
-    session = Session(what, position=-1 if position is None else position, output=output)
-    ids = session.one_token(target), session.one_token(versus, "--versus")
+    session = open_session(what, position=-1 if position is None else position, output=output)
+    ids = one_token(session, target), one_token(session, versus, "--versus")
     content: dict[str, Any] = {"position": "all"} if everywhere else {}
-    content["reconstruction"] = sections.reconstruction(session)
-    if by == "token" and not everywhere:
-        result = sections.run_attribution(session, *ids)
-        content["attribution"] = {"by": by} | sections.attribution_data(session, result)
-        tensors, show = shares.tensors(shares.of_one(result, session.position)), sections.show_attribution
+    content["reconstruction"] = session.reconstruction().data()
+    result: Any
+    if by != "token":
+        every = range(len(session.ids)) if everywhere else None
+        result = session.run("attribution", attribute_branches, *ids, positions=every, by_head=by == "head")
     else:
-        found = shares.run(session, by, *ids, everywhere=everywhere)
-        entries = shares.data(session, by, found)
-        content["attribution"] = {"by": by, "positions": entries} if everywhere else entries[0]
-        tensors, show = shares.tensors(found), shares.show
+        result = session.run("attribution", attribute_positions if everywhere else attribute, *ids)
+    found = result.data(session.words)
+    if everywhere:
+        found = {"positions": found}
+    elif by != "token":
+        (found,) = found
+    content["attribution"] = {"by": by} | found
     if output:
-        save(session, output, tensors, by=by, versus=ids[1])
-    sections.finish(session, content, output_format, output, attribution=show)
+        session.save(output, result.tensors(), by=by, versus=ids[1])
+    finish(session, content, output_format, output, attribution=show)
+
+
+def show(data: dict[str, Any]) -> None:
+    """Print the shares at one position part by part, at several in a line each; and their sums."""
+    entries = data.get("positions", [data])
+    if "positions" in data and len(entries) > 1:
+        show_positions(entries)
+    elif entries[0].get("by", "token") == "token":
+        show_tokens(entries[0])
+    elif entries[0]["by"] == "head":
+        show_heads(entries[0])
+    else:
+        show_blocks(entries[0])
+
+
+def show_tokens(data: dict[str, Any]) -> None:
+    """Print the shares with bars, and their sum."""
+    from ggjac.cli.render import bar, table
+
+    largest = max(abs(s["share"]) for s in data["shares"]) or 1.0
+    rows: list[tuple] = [
+        (
+            s["position"],
+            s["token"],
+            f"{s['share']:+.4f}",
+            bar(s["share"], largest),
+        )
+        for s in data["shares"]
+    ]
+    rows.append(("", "offset (biases)", f"{data['offset']:+.4f}", ""))
+    rows.append(("", "sum", f"{data['logit'] - data['unexplained']:+.4f}", f"logit {data['logit']:.4f}"))
+    columns = ["#position", "token", "#share", ""]
+    table(f"Exact share of every input token in {asked_logit(data)}", columns, rows)
+
+
+def asked_logit(data: dict[str, Any]) -> str:
+    """Name what was split: a logit, or the difference of two."""
+    name = f"the logit of {data['target']['token']}"
+    if data["versus"]:
+        name += f" less that of {data['versus']['token']}"
+    return name + (" before the soft cap" if data["softcap"] else "")
+
+
+def _sum(data: dict[str, Any]) -> str:
+    return f"{data['logit'] - data['unexplained']:+.4f}"
+
+
+def show_blocks(data: dict[str, Any]) -> None:
+    """Print two columns: what attention and what the MLP of each block adds."""
+    from ggjac.cli.render import bar, table
+
+    blocks = data["blocks"]
+    largest = max(abs(block[kind]) for block in blocks for kind in ("attn", "mlp")) or 1.0
+    rows: list[tuple] = [("embedding", f"{data['embedding']:+.4f}", "", "", "")]
+    for block in blocks:
+        attn, mlp = block["attn"], block["mlp"]
+        rows.append((f"block {block['block']}", f"{attn:+.4f}", bar(attn, largest), f"{mlp:+.4f}", bar(mlp, largest)))
+    if data["bias"]:
+        rows.append(("biases of norm and head", f"{data['bias']:+.4f}", "", "", ""))
+    attn, mlp = (sum(block[kind] for block in blocks) for kind in ("attn", "mlp"))
+    rows.append(("all blocks", f"{attn:+.4f}", "", f"{mlp:+.4f}", ""))
+    rows.append(("sum", _sum(data), f"logit {data['logit']:.4f}", "", ""))
+    columns = ["", "#attention", "", "#MLP", ""]
+    table(f"Exact share of every block's branches in {asked_logit(data)}", columns, rows)
+
+
+def _parts(data: dict[str, Any]) -> list[tuple[str, float]]:
+    """Return everything that was added to the stream, by name."""
+    parts = [("embedding", data["embedding"])]
+    for block in data["blocks"]:
+        name = f"block {block['block']}"
+        if "heads" in block:
+            parts += [(f"{name} head {i}", share) for i, share in enumerate(block["heads"])]
+            parts.append((f"{name} bias of attention", block["attn_bias"]))
+        else:
+            parts.append((f"{name} attention", block["attn"]))
+        parts.append((f"{name} MLP", block["mlp"]))
+    return [*parts, ("biases of norm and head", data["bias"])]
+
+
+def show_heads(data: dict[str, Any]) -> None:
+    """Print the largest shares, and what all others come to."""
+    from ggjac.cli.render import bar, table
+
+    parts = sorted(_parts(data), key=lambda part: -abs(part[1]))
+    shown, rest = parts[:SHOWN], [share for _, share in parts[SHOWN:] if share]
+    largest = max(abs(share) for _, share in shown) or 1.0
+    rows = [(name, f"{share:+.4f}", bar(share, largest)) for name, share in shown if share]
+    if rest:
+        rows.append((f"{len(rest)} more", f"{sum(rest):+.4f}", ""))
+    rows.append(("sum", _sum(data), f"logit {data['logit']:.4f}"))
+    table(f"Exact share of every head and MLP in {asked_logit(data)}", ["", "#share", ""], rows)
+
+
+def show_positions(entries: list[dict[str, Any]], largest: int = 3) -> None:
+    """Print a line for each position: its target, the largest shares and the sum."""
+    from ggjac.cli.render import table
+
+    rows = []
+    for data in entries:
+        if data["by"] == "token":
+            parts = [(s["token"], s["share"]) for s in data["shares"]] + [("offset", data["offset"])]
+        else:
+            parts = _parts(data)
+        top = sorted(parts, key=lambda part: -abs(part[1]))[:largest]
+        rows.append(
+            (
+                data["position"],
+                data["token"],
+                data["target"]["token"],
+                f"{data['logit']:.4f}",
+                ", ".join(f"{name} {share:+.2f}" for name, share in top if share),
+                _sum(data),
+            )
+        )
+    of = {"token": "every input token", "layer": "every block's branches", "head": "every head and MLP"}
+    less = f", less the logit of {entries[0]['versus']['token']}" if entries[0]["versus"] else ""
+    columns = ["#position", "token", "target", "#logit", "largest shares", "#sum of all"]
+    table(f"Exact share of {of[entries[0]['by']]} in a logit at every position{less}", columns, rows)

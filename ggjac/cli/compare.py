@@ -17,8 +17,7 @@ from ggjac.cli.options import (
 from ggjac.cli.planning import dry_run
 
 if TYPE_CHECKING:
-    from ggjac.analysis.compare import Comparison, Portrait
-    from ggjac.cli.session import Session
+    from ggjac.session import Session
 
 
 @click.command()
@@ -62,37 +61,26 @@ def compare(
     ggjac compare -m model-f16.gguf --with model-q4_k_m.gguf -p "The capital of France is"
     """
     from ggjac.analysis.compare import compare as set_side_by_side
-    from ggjac.cli import render
-    from ggjac.cli.session import Session
+    from ggjac.analysis.compare import portray
+    from ggjac.cli.render import emit_json
+    from ggjac.cli.session import one_token, open_session, show_tokens
 
     options: dict[str, Any] = {"rank": rank, "tol": tol, "seed": seed, "max_sweeps": max_sweeps}
-    first = Session(what, position=position, rank=rank)
+    first = open_session(what, position=position, rank=rank)
     _check(first, other)
-    a = _portrait(first, first.one_token(target), options)
-    first_envelope, first_healthy = first.envelope(), _health(first, a)
-    ids = first.ids
+    a = first.run("measure", portray, target=one_token(first, target), **options)
+    envelope = first.envelope()
+    what = replace(what, model=other, prompt=None, file=None, tokens=first.ids)
     del first  # two models at once may not fit
-    what = replace(what, model=other, prompt=None, file=None, tokens=ids)
-    second = Session(what, position=position, rank=rank)
-    b = _portrait(second, a.target, options)
-    data = _data(second, set_side_by_side(a, b), options)
-    data["reconstruction"] = {"a": first_healthy, "b": _health(second, b)}
-    envelope = second.envelope()
-    content = first_envelope | {
-        "other_model": envelope["model"],
-        "seconds": {
-            f"{name} {which}": s
-            for which, e in (("a", first_envelope), ("b", envelope))
-            for name, s in e["seconds"].items()
-        },
-        "peak_memory_bytes": envelope["peak_memory_bytes"],
-        "compare": data,
-    }
+    second = open_session(what, position=position, rank=rank)
+    b = second.run("measure", portray, target=a.target, **options)
+    data = set_side_by_side(a, b).data(second.words)
+    content = _both(envelope, second.envelope()) | {"compare": data}
     if output_format == "json":
-        render.emit_json(content)
+        emit_json(content)
     else:
-        second.show_tokens()
-        _show(data, content)
+        show_tokens(second)
+        show(data, content)
     unfinished = any(portrait.svd.reason == "sweeps" for portrait in (a, b))
     if unfinished or not all(side["healthy"] for side in data["reconstruction"].values()):
         ctx.exit(3)
@@ -102,6 +90,7 @@ def _check(session: "Session", other: Path) -> None:
     """Refuse a file of another model before any work, and one that will not fit."""
     from ggjac import planner
     from ggjac.analysis.compare import check_files, check_vocabularies
+    from ggjac.cli.session import plan_command
     from ggjac.config import ModelConfig
     from ggjac.gguf import open_gguf
 
@@ -109,63 +98,19 @@ def _check(session: "Session", other: Path) -> None:
     check_files(*({name: info.shape for name, info in file.tensors.items()} for file in (ours, theirs)))
     check_vocabularies(*(file.metadata.get("tokenizer.ggml.tokens") for file in (ours, theirs)))
     shapes = {name: info.shape for name, info in theirs.tensors.items()}
-    planner.check(session.plan(theirs, ModelConfig.from_metadata(theirs.metadata, shapes)))
+    planner.check(plan_command(session, file=theirs, config=ModelConfig.from_metadata(theirs.metadata, shapes)))
 
 
-def _portrait(session: "Session", target: int | None, options: dict[str, Any]) -> "Portrait":
-    from ggjac.analysis.compare import portray
-
-    J = session.jacobian
-    with session.report.stage("measure") as update:
-        J.progress = lambda done, total: update("block", done, total)
-        return portray(J, session.model.head, target=target, **options)
-
-
-def _health(session: "Session", portrait: "Portrait") -> dict[str, Any]:
-    limit = session.jacobian.reconstruction_limit
-    error = portrait.reconstruction_error
-    return {"error": error, "limit": limit, "healthy": error <= limit}
-
-
-def _data(session: "Session", result: "Comparison", options: dict[str, Any]) -> dict[str, Any]:
-    """Return a comparison as plain data; angles in degrees."""
-    a, b = result.a, result.b
-    return {
-        "rank": options["rank"],
-        "tol": options["tol"],
-        "seed": options["seed"],
-        "singular_values": [
-            {"a": float(s), "b": float(t), "residual": float(max(r, q))}
-            for s, t, r, q in zip(a.svd.S, b.svd.S, a.svd.residual, b.svd.residual, strict=True)
-        ],
-        "converged": a.svd.converged and b.svd.converged,
-        "angles": {"left": result.left.rad2deg().tolist(), "right": result.right.rad2deg().tolist()},
-        "output_distance": result.output_distance,
-        "target": {"id": a.target, "token": session.token(a.target)},
-        "logit": {"a": a.logit, "b": b.logit},
-        "offset": {"a": a.offset, "b": b.offset},
-        "softcap": session.model.head.softcap or None,
-        "shares": [
-            {"position": i, "token": session.token(session.ids[i]), "a": float(a.shares[i]), "b": float(b.shares[i])}
-            for i in range(a.position + 1)
-        ],
-        "positions": [
-            {
-                "position": i,
-                "token": session.token(session.ids[i]),
-                "kl": float(result.kl[i]),
-                "top1": {side: session.token(int(p.logits[i].argmax())) for side, p in (("a", a), ("b", b))},
-                "same_top1": bool(result.top1[i]),
-            }
-            for i in range(len(session.ids))
-        ],
-        "kl": float(result.kl[a.position]),
-        "mean_kl": float(result.kl.mean()),
-        "top1_agreement": float(result.top1.double().mean()),
+def _both(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:
+    """Return the envelope of the first file with what differs in that of the second."""
+    seconds = {
+        f"{name} {side}": s for side, envelope in (("a", a), ("b", b)) for name, s in envelope["seconds"].items()
     }
+    return a | {"other_model": b["model"], "seconds": seconds, "peak_memory_bytes": b["peak_memory_bytes"]}
 
 
-def _show(data: dict[str, Any], content: dict[str, Any]) -> None:
+def show(data: dict[str, Any], content: dict[str, Any]) -> None:
+    """Print both files' spectra, angles, shares and predictions; `content` has the envelope."""
     from ggjac.cli.render import line, numbers, table
     from ggjac.tokenizer import visible
 

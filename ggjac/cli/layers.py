@@ -18,6 +18,15 @@ from ggjac.cli.options import (
     top,
 )
 from ggjac.cli.planning import dry_run
+from ggjac.sizes import KINDS
+
+MAP_WORDS = {
+    "cumulative": "from the input to this depth",
+    "blockwise": "each block alone",
+    "to_end": "from this depth to the output",
+}
+KIND_WORDS = {"layer": "layer", "attn": "attention", "mlp": "MLP"}
+VECTORS, WORDS = 3, 3  # of the tables: vectors of each map, tokens of each vector
 
 
 @click.command()
@@ -49,17 +58,80 @@ def layers(
     \b
     ggjac layers -m model.gguf -p "The capital of France is" --layers 0,4-8,-1
     """
-    from ggjac.cli import depths, sections
-    from ggjac.cli.session import Session, checkpoint, save
+    from ggjac.analysis.layers import layers as decompose
+    from ggjac.cli.result import finish
+    from ggjac.cli.session import check_resume, open_session
+    from ggjac.session import checkpoint
 
-    session = Session(what, position=position, rank=options["rank"], output=output)
-    chosen = layers.of(session.model.config.block_count)
+    check_resume(output, resume)
+    session = open_session(what, position=position, rank=options["rank"], output=output)
+    depths = layers.of(session.model.config.block_count)
     settings = {key: options[key] for key in ("rank", "tol", "seed")}
-    asked = {"layers": chosen, **{key: list(options[key]) for key in ("maps", "kinds")}}
-    with session.checkpointed(checkpoint(output, resume), resume=resume, output=output, **settings, **asked):
-        content: dict[str, Any] = {"reconstruction": sections.reconstruction(session)}
-        result = depths.run_layers(session, chosen, **options)
-        content["layers"] = depths.layers_data(session, result, seed=options["seed"], tol=options["tol"])
+    asked = {"layers": depths, **{key: list(options[key]) for key in ("maps", "kinds")}}
+    with session.checkpointed(checkpoint(output), resume=resume, output=output, **settings, **asked):
+        content: dict[str, Any] = {"reconstruction": session.reconstruction().data()}
+        result = session.run("layers", decompose, depths=depths, **options)
+        content["layers"] = result.data(session.words)
         if output:
-            save(session, output, depths.layers_tensors(result), **settings)
-    sections.finish(session, content, output_format, output, layers=depths.show_layers)
+            session.save(output, result.tensors(), **settings)
+    finish(session, content, output_format, output, layers=show)
+
+
+def show(data: dict[str, Any]) -> None:
+    """Print a table for each map and kind, the path, and the readout."""
+    from ggjac.cli.render import line, table
+
+    for name, words in MAP_WORDS.items():
+        for kind in KINDS:
+            own = [tap for tap in data["taps"] if (tap["map"], tap["kind"]) == (name, kind)]
+            if own:
+                _show_maps(f"{words[0].upper()}{words[1:]}: {KIND_WORDS[kind]}", own)
+    if data["path"]:
+        columns = [f"#{j}" for j in range(min(6, len(data["path"][0]["values"])))]
+        rows = [(p["index"], *(f"{value:+.3f}" for value in p["values"][: len(columns)])) for p in data["path"]]
+        table(
+            "The way to the output's directions: s(l) ⟨u(l), u(L)⟩ / s(L)",
+            ["#blocks", *(f"#{c}" for c in columns)],
+            rows,
+        )
+    places = [ranks["ranks"][0] for ranks in data["ranks"]["depths"]]
+    final = data["ranks"]["tokens"][0]["token"]
+    rows = [
+        (row["index"], place, "  ".join(f"{t['token']} {t['probability']:.2f}" for t in row["top"][:6]))
+        for row, place in zip(data["readout"], places, strict=True)
+    ]
+    table("The stream read through final norm and head", ["#blocks", f"#rank of {final}", "most likely tokens"], rows)
+    state = "all maps converged" if data["converged"] else f"NOT all maps converged to {data['tol']:.0e}"
+    sweeps = [tap["sweeps"] for tap in data["taps"]]
+    line(f"{state}, in {min(sweeps)} to {max(sweeps)} sweeps" if sweeps else "no map was asked for")
+    line("")
+
+
+def _show_maps(title: str, taps: list[dict[str, Any]]) -> None:
+    from ggjac.cli.render import numbers, stable_rank, table
+
+    shown = min(VECTORS, len(taps[0]["triplets"]))
+    carried = "arriving" in taps[0]["triplets"][0]
+    rows = [
+        (
+            tap["index"],
+            sigma,
+            spark([t["singular_value"] for t in tap["triplets"]]),
+            stable_rank(tap["stable_rank"]),
+            *(_words(t["left"]) for t in tap["triplets"][:shown]),
+            *([_words(tap["triplets"][0]["arriving"])] if carried else []),
+        )
+        for tap, sigma in zip(taps, numbers([tap["triplets"][0]["singular_value"] for tap in taps]), strict=True)
+    ]
+    vectors = [f"left vector {j}" for j in range(shown)] + ["vector 0 at the output"] * carried
+    table(title, ["#blocks", "#σ", "spectrum", "#stable rank", *vectors], rows)
+
+
+def spark(values: list[float]) -> str:
+    """Return values as bars, relative to the largest; zero is a blank."""
+    largest = max(values, default=0.0) or 1.0
+    return "".join(" ▁▂▃▄▅▆▇█"[max(1, round(8 * value / largest)) if value > 0 else 0] for value in values).rstrip()
+
+
+def _words(tokens: list[dict[str, Any]]) -> str:
+    return " ".join(t["token"] for t in tokens[:WORDS])

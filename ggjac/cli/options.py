@@ -137,41 +137,41 @@ class ModelOptions:
     trace: Path | None
     quiet: bool
 
-    def text(self) -> str | None:
-        """Return the prompt's text, from wherever it is given; None where it is given as token ids.
+    def given(self) -> str | list[int]:
+        """Return the prompt, from wherever it is given: its text, or its token ids.
 
         Raises:
             click.UsageError: it is given twice, or its file is not text.
         """
-        given = [name for name in ("prompt", "file", "tokens") if getattr(self, name) is not None]
-        if len(given) > 1:
-            raise click.UsageError(f"--{given[0]} and --{given[1]} both give a prompt; use one of them")
+        names = [name for name in ("prompt", "file", "tokens") if getattr(self, name) is not None]
+        if len(names) > 1:
+            raise click.UsageError(f"--{names[0]} and --{names[1]} both give a prompt; use one of them")
         if self.tokens is not None:
-            return None
+            return self.tokens
         if self.file is not None:
             try:
-                # Editors end a file with a newline that is no part of the prompt: llama.cpp's -f drops it, too.
+                # Editors end a file with a newline that is not part of the prompt: llama.cpp's -f drops it too.
                 return self.file.read_bytes().decode("utf-8").removesuffix("\n")
             except UnicodeDecodeError as error:
                 raise click.UsageError(f"--file {self.file} is not UTF-8 text ({error.reason})") from error
         return DEFAULT_PROMPT if self.prompt is None else self.prompt
 
-    def prompts(self) -> list["ModelOptions"]:
-        """Return the options of each prompt: lines of a file that are not empty, each once, or the one prompt given.
+    def prompts(self) -> list[str | list[int]]:
+        """Return the prompts: the lines of a file that are not empty, each once, or the one prompt given.
 
         Raises:
-            click.UsageError: as `text`, or the file has no prompt.
+            click.UsageError: as `given`, or the file has no prompt.
         """
-        text = self.text()
-        if self.file is None or text is None:
-            return [self]
-        lines = dict.fromkeys(part.removesuffix("\r") for part in text.split("\n") if part.strip())
+        prompt = self.given()
+        if self.file is None or not isinstance(prompt, str):
+            return [prompt]
+        lines = dict.fromkeys(part.removesuffix("\r") for part in prompt.split("\n") if part.strip())
         if not lines:
             raise click.UsageError(f"--file {self.file} has no prompt; write one on each line")
-        return [replace(self, file=None, prompt=part) for part in lines]
+        return list(lines)
 
-    def texts(self, concept: str | None, concept_tokens: list[int] | None) -> tuple["ModelOptions", "ModelOptions"]:
-        """Return the options with the text that `steer` continues, and with the concept in its place; with defaults.
+    def texts(self, concept: str | None, concept_tokens: list[int] | None) -> tuple["ModelOptions", str | list[int]]:
+        """Return the options with the text that `steer` continues, and the concept; with their defaults.
 
         Raises:
             click.UsageError: two concepts.
@@ -180,10 +180,10 @@ class ModelOptions:
             raise click.UsageError("--concept and --concept-tokens both give a concept; use one of them")
         nothing = self.prompt is None and self.file is None and self.tokens is None
         what = replace(self, prompt=STEER_PROMPT) if nothing else self
-        if concept is None and concept_tokens is None:
-            # There may be no tokenizer.
-            concept, concept_tokens = (STEER_CONCEPT, None) if what.tokens is None else (None, what.tokens)
-        return what, replace(what, prompt=concept, file=None, tokens=concept_tokens)
+        if concept_tokens is None:
+            # Where the text is token ids there may be no tokenizer: then it is its own concept.
+            return what, concept if concept is not None else STEER_CONCEPT if what.tokens is None else what.tokens
+        return what, concept_tokens
 
 
 _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)

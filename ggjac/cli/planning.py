@@ -184,18 +184,17 @@ def _count_tokens(
 
     tokenizer = None
 
-    def count(one: ModelOptions) -> int:
+    def count(prompt: str | list[int]) -> int:
         nonlocal tokenizer
-        text = one.text()
-        if text is None:
-            ids = one.tokens or []
-        elif not text:
+        if not isinstance(prompt, str):
+            ids = prompt
+        elif not prompt:
             raise click.UsageError("the prompt is empty; give a text with -p or token ids with --tokens")
         else:
             keys = {key: file.metadata.get(f"tokenizer.ggml.{key}") for key in ("tokens", "model")}
             types = file.metadata.get("tokenizer.ggml.token_type")
             tokenizer = tokenizer or open_tokenizer(file.path, types=types, **keys)
-            ids = tokenizer.encode(text)
+            ids = tokenizer.encode(prompt)
         for i in ids:
             if not 0 <= i < config.vocabulary:
                 raise click.UsageError(
@@ -204,12 +203,12 @@ def _count_tokens(
         return len(ids)
 
     if command == "ranks":
-        counts = [count(one) for one in what.prompts()]
+        counts = [count(prompt) for prompt in what.prompts()]
         return max(counts), {"prompts": len(counts)}
     if command == "steer":
         text, concept = what.texts(params.get("concept"), params.get("concept_tokens"))
-        return count(concept), {"text": count(text)}
-    return count(what), {}
+        return count(concept), {"text": count(text.given())}
+    return count(what.given()), {}
 
 
 def plan_data(made: "Plan") -> dict[str, Any]:

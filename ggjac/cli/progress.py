@@ -7,45 +7,34 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
+from ggjac.jacobian import Progress
+from ggjac.session import Stages
+
 PLAIN_SECONDS = 5.0  # between lines without a terminal; also the patience before the first one
 SILENT_SECONDS = 10.0  # there, of a stage that does not get on meanwhile; then twice as long, and so on
 
 
-# Called with a detail, the steps done and their total, and how many further rounds of as many steps are expected.
-Update = Callable[..., None]
-
-
-class Reporter:
-    """Report one stage of the work after another, and remember how long each took.
-
-    Attributes:
-        seconds: of each stage.
-        work: bytes read and floating-point operations so far; once it is set, rates are shown.
-    """
+class Reporter(Stages):
+    """Stages that are shown on stderr as they go; rates are shown once `work` is set."""
 
     def __init__(self, quiet: bool):
+        super().__init__()
         self.quiet = quiet
-        self.seconds: dict[str, float] = {}
-        self.work: Callable[[], tuple[int, int]] | None = None
 
     @contextmanager
-    def stage(self, name: str) -> Iterator[Update]:
-        """Yield a function to be called with a detail, the steps done and their total; time the block."""
-        start = time.perf_counter()
-        try:
-            if self.quiet:
-                yield lambda *step, **more: None
-            elif sys.stderr.isatty():
-                with self._live(name, start) as update:
-                    yield update
-            else:
-                with self._plain(name, start) as update:
-                    yield update
-        finally:
-            self.seconds[name] = round(time.perf_counter() - start, 3)
+    def reporting(self, name: str, start: float) -> Iterator[Progress]:
+        """Yield the function that shows how far this stage is."""
+        if self.quiet:
+            yield lambda what, done, total, rounds=0: None
+        elif sys.stderr.isatty():
+            with self._live(name, start) as update:
+                yield update
+        else:
+            with self._plain(name, start) as update:
+                yield update
 
     @contextmanager
-    def _live(self, name: str, start: float) -> Iterator[Update]:
+    def _live(self, name: str, start: float) -> Iterator[Progress]:
         from rich.console import Console
         from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -54,22 +43,22 @@ class Reporter:
             task: Any = live.add_task(name, total=None, detail="")
             rates = self._rates(start)
 
-            def update(detail: str, done: int, total: int, rounds: int = 0) -> None:
-                text = f"{detail} {done}/{total}{rates(done, total, rounds)}"
+            def update(what: str, done: int, total: int, rounds: int = 0) -> None:
+                text = f"{what} {done}/{total}{rates(done, total, rounds)}"
                 live.update(task, completed=done, total=total, detail=text)
 
             yield update
 
     @contextmanager
-    def _plain(self, name: str, start: float) -> Iterator[Update]:
+    def _plain(self, name: str, start: float) -> Iterator[Progress]:
         last, step = start, ""
         rates = self._rates(start)
         heard, ended = threading.Event(), threading.Event()
 
-        def update(detail: str, done: int, total: int, rounds: int = 0) -> None:
+        def update(what: str, done: int, total: int, rounds: int = 0) -> None:
             nonlocal last, step
             heard.set()
-            step = f"{detail} {done}/{total}, "
+            step = f"{what} {done}/{total}, "
             text = rates(done, total, rounds)
             now = time.perf_counter()
             if now - last >= PLAIN_SECONDS:

@@ -80,7 +80,7 @@ def line(text: str) -> None:
 
 def emit_json(content: Mapping[str, Any]) -> None:
     """Print JSON; NaN and infinity become null, which JSON has."""
-    write(runs.json_text(finite(content)))
+    write(runs.json_text(runs.finite(content)))
 
 
 def bar(value: float, largest: float) -> str:
@@ -106,12 +106,6 @@ def size(nbytes: int | float) -> str:
     return f"{nbytes:.1f} TiB"
 
 
-def finite(value: Any) -> Any:
-    """Return plain data with NaN and infinity replaced by None."""
-    if isinstance(value, Mapping):
-        return {key: finite(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(entry) for entry in value]
-    if isinstance(value, float) and not abs(value) < float("inf"):
-        return None
-    return value
+def stable_rank(data: dict[str, Any]) -> str:
+    """Return a stable rank, with its standard error where it was estimated."""
+    return f"{data['value']:.4g}" + (f" ± {data['error']:.1g}" if data["error"] else "")

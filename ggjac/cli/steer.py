@@ -2,7 +2,7 @@
 
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import click
 
@@ -17,10 +17,6 @@ from ggjac.cli.options import (
     top,
 )
 from ggjac.cli.planning import dry_run
-
-if TYPE_CHECKING:
-    from ggjac.analysis.steer import Generated, Steering
-    from ggjac.cli.session import Session
 
 
 class Strengths(click.ParamType):
@@ -105,8 +101,8 @@ def steer(
     from ggjac import runs
     from ggjac.analysis.steer import changed_layer
     from ggjac.analysis.steer import steer as run
-    from ggjac.cli import render
-    from ggjac.cli.session import Session
+    from ggjac.cli.render import emit_json
+    from ggjac.cli.session import check_output, fit_command, open_session, show_saved, show_tokens
     from ggjac.llamacpp.control_vector import check_layer, save_control_vector
     from ggjac.model import PromptError
     from ggjac.sizes import default_layer
@@ -116,21 +112,16 @@ def steer(
         raise click.UsageError("--output and --export-control-vector name the same file; choose another name")
     if control_vector:
         runs.check_writable(control_vector)
-    session = Session(what, output=output, fit=False)
+    session = open_session(what, output=output, fit=False)
     model, blocks = session.model, session.model.config.block_count
     layer = layer or default_layer(blocks)
     if layer > blocks:
         raise click.UsageError(f"--layer {layer} is out of range; this model has layers 1 to {blocks}")
     if control_vector:
-        for source in (*model.gguf.paths, what.file):
-            if source and control_vector.exists() and control_vector.samefile(source):
-                raise click.UsageError(
-                    f"--export-control-vector {control_vector} is an input of this command; choose another name"
-                )
+        check_output(control_vector, "--export-control-vector", what, model)
         check_layer(changed_layer(method, layer), blocks)
-    concept = of_concept.text()
     try:
-        ids = model.check_prompt((of_concept.tokens or []) if concept is None else model.tokenize(concept))
+        ids = model.check_prompt(model.tokenize(of_concept) if isinstance(of_concept, str) else of_concept)
     except PromptError as error:
         raise click.UsageError(f"--concept: {error}") from error
     if len(session.ids) + max_tokens > model.config.context_length:
@@ -138,23 +129,12 @@ def steer(
             f"--max-tokens {max_tokens}: with the prompt's {len(session.ids)} that is more than the model's context, "
             f"{model.config.context_length}"
         )
-    session.fit(len(ids), text=len(session.ids), position=-1)
-    with session.report.stage("steer") as update:
-        result = run(
-            model,
-            session.ids,
-            ids,
-            method=method,
-            layer=layer,
-            strengths=strengths,
-            max_tokens=max_tokens,
-            top=top,
-            control=control,
-            seed=seed,
-            mlp_path=what.mlp_path,
-            progress=lambda done, total: update("token", done, total),
-        )
-    content = session.envelope() | {"steering": _data(session, result, concept)}
+    fit_command(session, len(ids), text=len(session.ids), position=-1)
+    options: dict[str, Any] = {"method": method, "layer": layer, "strengths": strengths, "max_tokens": max_tokens}
+    options |= {"top": top, "control": control, "seed": seed, "mlp_path": what.mlp_path}
+    with session.stages.stage("steer") as report:
+        result = run(model, session.ids, of_concept, progress=report, **options)
+    content = session.envelope() | {"steering": result.data(session.words)}
     if control_vector:
         save_control_vector(
             control_vector,
@@ -164,52 +144,17 @@ def steer(
             architecture=model.config.architecture,
         )
     if output:
-        runs.save_json(output, render.finite(content))
+        runs.save_json(output, runs.finite(content))
     if output_format == "json":
-        render.emit_json(content)
+        emit_json(content)
         return
-    session.show_tokens()
-    _show(session, content["steering"])
-    session.show_saved(output)
-    session.show_saved(control_vector)
+    show_tokens(session)
+    show(content["steering"])
+    show_saved(output)
+    show_saved(control_vector)
 
 
-def _data(session: "Session", result: "Steering", concept: str | None) -> dict[str, Any]:
-    """Return a steering as plain data."""
-
-    def generated(text: "Generated") -> dict[str, Any]:
-        pieces = [session.model.tokenizer.piece(id) for id in text.ids]
-        return {
-            "strength": text.strength,
-            "text": b"".join(pieces).decode("utf-8", errors="replace"),
-            "tokens": [{"id": id, "text": session.token(id)} for id in text.ids],
-            "kl_first": text.kl,
-            "concept_mass_first": text.mass,
-            "concept_hits": text.hits,
-            "direction_norm": float(text.direction.cpu().double().norm()),
-        }
-
-    return {
-        "method": result.method,
-        "layer": result.layer,
-        "changed_after_blocks": result.changed,
-        "blocks": session.model.config.block_count,
-        "seed": result.seed,
-        "concept": {
-            "text": concept,
-            "tokens": [{"id": id, "text": session.token(id)} for id in result.concept_ids],
-            "top": [
-                {"id": id, "token": session.token(id), "probability": chance}
-                for id, chance in zip(result.concept_tokens, result.concept_chances, strict=True)
-            ],
-        },
-        "baseline": generated(result.baseline),
-        "steered": [generated(text) for text in result.steered],
-        "controls": [generated(text) for text in result.controls],
-    }
-
-
-def _show(session: "Session", data: dict[str, Any]) -> None:
+def show(data: dict[str, Any]) -> None:
     """Print the concept, and every text beside the baseline."""
     from ggjac.cli.render import line, table
 
