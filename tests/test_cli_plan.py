@@ -200,13 +200,13 @@ def test_a_prompt_longer_than_the_context(tiny_file: TinyFile) -> None:
 
 def test_what_the_budget_has_room_for_is_read_once(monkeypatch: pytest.MonkeyPatch, tiny_file: TinyFile) -> None:
     """The same digits, and the live weights dequantized in the trace, in one sweep, and then no more."""
-    from ggjac.cli import session
+    from ggjac import session
 
     seen = []
     make = session.Session.fit
 
-    def remember(self: session.Session, *given: object) -> None:
-        make(self, *given)
+    def remember(self: session.Session, *given: object, **options: object) -> None:
+        make(self, *given, **options)
         seen.append(self.model.weights)
 
     monkeypatch.setattr(session.Session, "fit", remember)
@@ -317,15 +317,15 @@ def test_of_two_files_the_second_is_refused_before_any_work(
 
 
 def test_two_files_are_not_in_memory_together(tiny_file: TinyFile, monkeypatch: pytest.MonkeyPatch) -> None:
-    from ggjac.cli import session
+    from ggjac import session
 
     models: list[weakref.ref] = []
     fit = session.Session.fit
 
-    def remember(self: session.Session, *given: object) -> None:
+    def remember(self: session.Session, *given: object, **options: object) -> None:
         assert [model() for model in models] == [None] * len(models)
         models.append(weakref.ref(self.model))
-        fit(self, *given)
+        fit(self, *given, **options)
 
     monkeypatch.setattr(session.Session, "fit", remember)
     run("compare", "-m", tiny_file("gqa"), "--with", tiny_file("gqa", type="Q8_0"), *TOKENS, "-k", 2)

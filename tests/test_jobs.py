@@ -14,9 +14,10 @@ from click.testing import CliRunner
 from jaxtyping import config
 from test_planner import held
 
+from ggjac import session
 from ggjac.analysis import layers
 from ggjac.analysis.steer import steer
-from ggjac.cli import main, planning, session
+from ggjac.cli import main, planning
 from ggjac.cli.planning import asked_by
 from ggjac.config import ModelConfig
 from ggjac.generation import Continuation

@@ -20,7 +20,7 @@ from ggjac.analysis import layers as module
 from ggjac.analysis.layers import LayerMap, Layers, layers
 from ggjac.analysis.svd import stable_rank
 from ggjac.cli import main
-from ggjac.cli.depths import spark
+from ggjac.cli.layers import spark
 from ggjac.cli.options import Depths
 from ggjac.frobenius import StableRank, stable_ranks
 from ggjac.linop import LinearOperator

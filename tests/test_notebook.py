@@ -19,7 +19,6 @@ from ggjac.analysis.jacobian import dense
 from ggjac.analysis.layers import layers
 from ggjac.analysis.norms import norms
 from ggjac.analysis.ranks import token_ranks
-from ggjac.decode import top_logits
 from ggjac.parity import LayerError, Parity
 from ggjac.results import MAX_ROWS, Bars, Plotted, Points, Table, Words, _draw
 from ggjac.svd import SVD
@@ -59,8 +58,8 @@ class Grid(HTMLParser):
 
 def stranger(ids: list[int] | None = None) -> Any:
     """Return a prompt of a model all of whose tokens are hostile."""
-    tokenizer = SimpleNamespace(piece=lambda id: f"{HOSTILE}{id}".encode())
-    return SimpleNamespace(ids=ids or PROMPT, model=SimpleNamespace(tokenizer=tokenizer))
+    model = SimpleNamespace(word=lambda id: visible(f"{HOSTILE}{id}".encode()))
+    return SimpleNamespace(ids=ids or PROMPT, model=model)
 
 
 def parity() -> Parity:
@@ -116,9 +115,7 @@ def results(tiny_file: Callable) -> dict[str, Any]:
         "readout": depths.readout,
         "token ranks": token_ranks(J),
         "per token": ggjac.per_token(J, 2, top=3)[-1],
-        "readability": ggjac.readability(
-            spectrum.svd.U, lambda Y, top: top_logits(model.head.matrix, Y, top), model.embedding, shuffles=8
-        ),
+        "readability": ggjac.readability(J, spectrum.svd.U, spectrum.heaviest, shuffles=8),
         "steering": ggjac.steer(model, PROMPT, [1, 2, 3], strengths=[1.0, 0.5], max_tokens=2),
     }
 
@@ -236,7 +233,7 @@ def test_a_table_takes_its_colours_from_the_notebook() -> None:
 
 
 def test_words_are_the_traces(results: dict[str, Any]) -> None:
-    trace = SimpleNamespace(ids=PROMPT, model=SimpleNamespace(tokenizer=SimpleNamespace(piece=lambda id: b" t%d" % id)))
+    trace = SimpleNamespace(ids=PROMPT, model=SimpleNamespace(word=lambda id: f"␣t{id}"))
     spectrum = results["spectrum"]
     columns = spectrum.table(trace).columns
     best = spectrum.weight.argmax(1).tolist()
@@ -360,7 +357,7 @@ def test_other_tables_hold_the_results_numbers(results: dict[str, Any]) -> None:
     rows = results["readability"].table().columns
     assert rows["above"] == results["readability"].above.tolist()
     last = results["per token"]
-    trace = SimpleNamespace(ids=PROMPT, model=SimpleNamespace(tokenizer=SimpleNamespace(piece=lambda id: b"t%d" % id)))
+    trace = SimpleNamespace(ids=PROMPT, model=SimpleNamespace(word=lambda id: f"t{id}"))
     assert last.table(trace).title == "Singular triplets of position t6"
     assert last.table().columns["right"] == last.right.ids.tolist()
 

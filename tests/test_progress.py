@@ -5,9 +5,9 @@ from collections.abc import Iterator
 
 import pytest
 
+from ggjac.analysis.svd import sweeps_left
 from ggjac.cli import progress
 from ggjac.cli.progress import Reporter, clock
-from ggjac.cli.sections import sweeps_left
 
 
 class Clock:

@@ -16,8 +16,7 @@ import pytest
 from safetensors.numpy import load_file
 from test_cli import ggjac_
 
-from ggjac import runs
-from ggjac.cli import session
+from ggjac import runs, session
 from ggjac.jacobian import SharedSweep
 from ggjac.planner import work
 
