@@ -443,7 +443,7 @@ def test_what_cannot_fit_is_refused(tiny_files: dict[str, Path]) -> None:
     model = ["-m", tiny_files["gemma2"], "-t", 1, "--tokens", ",".join(["5"] * 60), "-k", 64]
     assert "Fits." in ggjac(*model, "--layers", "-1", "--maps", "to_end", "--dry-run", "--ram-budget", "200MiB").stdout
     few = ggjac(*model[:-2], "-k", 2, "--layers", "-1", "--maps", "to_end", "--ram-budget", "200MiB").stdout
-    assert "no map was asked for" in few  # none begins at the last depth: nothing that could be too much
+    assert "no map was requested" in few  # none begins at the last depth: nothing that could be too much
     for command in (["--dry-run"], []):
         err = ggjac(*model, *command, "--ram-budget", "200MiB", code=4).stderr
         assert "ask for fewer --layers" in err
@@ -495,15 +495,15 @@ def test_the_tables(tiny_files: dict[str, Path]) -> None:
         "From the input to this depth: attention",
         "Each block alone: MLP",
         "From this depth to the output: layer",
-        "vector 0 at the output",
-        "The way to the output's directions",
-        "The stream read through final norm and head",
+        "vector 1 at the output",
+        "Path to the output's directions",
+        "Logit lens: the residual stream read through the final norm and the LM head",
         "all maps converged",
     ):
         assert words in out
     single = ggjac("-m", tiny_files["three_layers"], *TOKENS, "-k", 1, "--layers", -1, "--maps", "cumulative").stdout
     assert "The way" not in single  # two dimensions are the least
-    assert "vector 0 at" not in single
+    assert "vector 1 at" not in single
 
 
 def test_a_map_that_did_not_converge_is_exit_code_3(tiny_files: dict[str, Path]) -> None:

@@ -22,6 +22,7 @@ from ggjac.analysis.ranks import token_ranks
 from ggjac.parity import LayerError, Parity
 from ggjac.results import MAX_ROWS, Bars, Plotted, Points, Table, Words, _draw
 from ggjac.svd import SVD
+from ggjac.tokenizer import visible
 
 HOSTILE = "<script>alert('x')</script>\"&\n\x1b[31m"
 PROMPT = [0, 5, 3, 7, 2, 6]
@@ -296,7 +297,7 @@ def test_shares_in_tables_sum_to_the_logit(results: dict[str, Any]) -> None:
     one, many, branches = (results[name] for name in ("attribution", "positions", "branches"))
     assert sum(one.table().columns["share"]) + one.offset == pytest.approx(one.logit)
     assert f"sum to {one.logit:.4f}; forward pass: {one.logit:.4f}" in one.table().notes[0]
-    assert one.table().title == "Shares in the logit of token 3 less that of token 4"
+    assert one.table().title == "Shares in the logit of token 3 minus that of token 4"
     rows = many.table().columns
     for m, output in enumerate(many.positions):
         own = [i for i, position in enumerate(rows["output"]) if position == output]

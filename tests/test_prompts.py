@@ -176,7 +176,7 @@ def test_an_interruption_says_what_is_kept(kept: bool, tmp_path: Path, monkeypat
     monkeypatch.setattr(module, "token_ranks", interrupted)
     err = ggjac("-f", file, *(("-o", out) if kept else ()), code=130).stderr
     assert ("ranks.jsonl: the same command goes on with the others" in err) == kept
-    assert ("nothing unfinished was left behind" in err) == (not kept)
+    assert ("no partial files were left" in err) == (not kept)
     assert not kept or len(out.read_bytes().splitlines()) == 1
 
 

@@ -259,7 +259,7 @@ def _entry(shares: TokenShares | BranchShares, by: str, row: int, words: Words) 
 def _split(words: Words, target: int | None, versus: int | None) -> str:
     """Say what is split: of one target, or of each output's own."""
     logit = "the logit" if target is None else f"the logit of {words.name(target)}"
-    return logit if versus is None else f"{logit} less that of {words.name(versus)}"
+    return logit if versus is None else f"{logit} minus that of {words.name(versus)}"
 
 
 def attribute(

@@ -32,9 +32,9 @@ if TYPE_CHECKING:
 @spectrum_options
 @top("Tokens per vector.")
 @click.option("--no-verify", is_flag=True, help="Do not compare with llama.cpp.")
-@click.option("--layers", type=Depths(), help="Decompose the maps of these depths, too: all, or 0,10-20,-1.")
+@click.option("--layers", type=Depths(), help="Also decompose the maps of these depths: all, or 0,10-20,-1.")
 @click.option("--per-token", is_flag=True, help="Also decompose each position's own map.")
-@click.option("--contrast", is_flag=True, help="Rebuild the output by the ordinary Jacobian, too.")
+@click.option("--contrast", is_flag=True, help="Also reconstruct the output with the ordinary Jacobian.")
 @output("Run folder to create.  [default: ggjac-runs/MODEL-TIME]")
 @resume
 @output_format
@@ -58,11 +58,11 @@ def analyze(
 ) -> None:
     """Analyse a prompt: prediction, parity with llama.cpp, singular vectors, attribution; write a run folder.
 
-    The folder holds report.html (to look at), run.json (all results, and how they were made) and tensors.safetensors
-    (U, S, Vh, residual, x, y, offset, linear_output, logits, shares, ids; with --contrast, ordinary_output; with
-    --per-token, token_U, token_S, token_Vh, token_residual; with --layers, what `ggjac layers` saves). Page and
-    run.json also have the shares of blocks and heads, and what decoded vectors are worth. Exit code 3 if a check fell
-    outside its tolerance.
+    The folder holds report.html (to look at), run.json (all results, with their provenance) and tensors.safetensors (U,
+    S, Vh, residual, x, y, offset, linear_output, logits, shares, ids; with --contrast, ordinary_output; with
+    --per-token, token_U, token_S, token_Vh, token_residual; with --layers, the tensors of `ggjac layers`). The report
+    and run.json also have direct logit attribution to blocks and heads, and the coherence of decoded vectors. Exit code
+    3 if a check fell outside its tolerance.
 
     \b
     ggjac analyze -m model.gguf -p "The bridge out of Marin is the"

@@ -1,4 +1,4 @@
-"""`ggjac attribute`: the exact share of every input token, branch or head in a logit."""
+"""`ggjac attribute`: the exact share of every input token, layer or head in a logit."""
 
 from pathlib import Path
 from typing import Any, Literal
@@ -35,14 +35,16 @@ class PositionOrAll(click.ParamType):
     show_default=True,
     help="Output position, negative counts from the end; or all.",
 )
-@click.option("--target", help="Token whose logit is split: its id, or a text of one token.  [default: the top one]")
-@click.option("--versus", help="Token whose logit is subtracted: what sets the two apart?")
+@click.option(
+    "--target", help="Token whose logit is split: its id, or a text of one token.  [default: the most likely one]"
+)
+@click.option("--versus", help="Explain the logit difference to this token.")
 @click.option(
     "--by",
     type=click.Choice(["token", "layer", "head"]),
     default="token",
     show_default=True,
-    help="Over input tokens, or over what attention and MLP, or each head and MLP, added to the stream.",
+    help="Parts: input tokens; or direct logit attribution to attention and MLP of each layer, or to each head.",
 )
 @output(
     "Save `targets` and `logits` [m], and `shares` [m, n], `offsets` [m]; or `embedding`, `bias` [m], `attn`, `mlp` "
@@ -58,11 +60,11 @@ def attribute(
     output: Path | None,
     output_format: str,
 ) -> None:
-    """Split a token's logit, or the difference of two, exactly; the shares and the biases sum to it.
+    """Split a token's logit, or a logit difference, exactly; the shares and the biases sum to it.
 
-    By token, a share follows the live paths from an input embedding to the logit. By layer or head, it is what the
-    final norm, frozen, and the head read from what that part added to the stream at the output position. Exit code 3 if
-    the reconstruction error is out of bounds.
+    By token, a share follows the live paths from an input embedding to the logit. By layer or head it is direct logit
+    attribution: the part's addition to the residual stream at the output position, read by the frozen final norm and
+    the LM head. Exit code 3 if the reconstruction error is out of bounds.
 
     \b
     ggjac attribute -m model.gguf -p "The capital of France is" --target " Paris" --versus " Rome" --by head
@@ -127,10 +129,10 @@ def show_tokens(data: dict[str, Any]) -> None:
 
 
 def asked_logit(data: dict[str, Any]) -> str:
-    """Name what was split: a logit, or the difference of two."""
+    """Return the name of the split quantity: a logit, or the difference of two."""
     name = f"the logit of {data['target']['token']}"
     if data["versus"]:
-        name += f" less that of {data['versus']['token']}"
+        name += f" minus that of {data['versus']['token']}"
     return name + (" before the soft cap" if data["softcap"] else "")
 
 
@@ -139,7 +141,7 @@ def _sum(data: dict[str, Any]) -> str:
 
 
 def show_blocks(data: dict[str, Any]) -> None:
-    """Print two columns: what attention and what the MLP of each block adds."""
+    """Print two columns: the shares of the attention and of the MLP of each block."""
     from ggjac.cli.render import bar, table
 
     blocks = data["blocks"]
@@ -158,7 +160,7 @@ def show_blocks(data: dict[str, Any]) -> None:
 
 
 def _parts(data: dict[str, Any]) -> list[tuple[str, float]]:
-    """Return everything that was added to the stream, by name."""
+    """Return all that was added to the residual stream, by name."""
     parts = [("embedding", data["embedding"])]
     for block in data["blocks"]:
         name = f"block {block['block']}"
@@ -172,7 +174,7 @@ def _parts(data: dict[str, Any]) -> list[tuple[str, float]]:
 
 
 def show_heads(data: dict[str, Any]) -> None:
-    """Print the largest shares, and what all others come to."""
+    """Print the largest shares, and the sum of all others."""
     from ggjac.cli.render import bar, table
 
     parts = sorted(_parts(data), key=lambda part: -abs(part[1]))

@@ -1,4 +1,4 @@
-"""`ggjac compare`: two files of one model at the same prompt."""
+"""`ggjac compare`: two files of one model, at the same prompt."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -34,7 +34,8 @@ if TYPE_CHECKING:
 @position
 @spectrum_options
 @click.option(
-    "--target", help="Token whose logit is split: its id, or a text of one token.  [default: the first's top]"
+    "--target",
+    help="Token whose logit is split: its id, or a text of one token.  [default: top token of the first model]",
 )
 @output_format
 @click.pass_context
@@ -52,10 +53,9 @@ def compare(
 ) -> None:
     """Compare two files of one model, such as two quantizations, at one prompt.
 
-    Spectra side by side, principal angles between the spans of the leading singular vectors, how the shares of a logit
-    differ, and of the next token at every position the KL divergence and whether the most likely one is the same. The
-    files are measured one after the other. Exit code 3 if the sweeps ran out, or a reconstruction error is out of
-    bounds.
+    Shows both spectra, principal angles between the spans of the leading singular vectors, the shares of a logit in
+    both, and for the next token at every position the KL divergence and whether the top token is the same. The files
+    are measured one after the other. Exit code 3 if the sweeps ran out, or a reconstruction error is out of bounds.
 
     \b
     ggjac compare -m model-f16.gguf --with model-q4_k_m.gguf -p "The capital of France is"
@@ -124,7 +124,7 @@ def show(data: dict[str, Any], content: dict[str, Any]) -> None:
     a, b = (numbers([value[side] for value in values]) for side in ("a", "b"))
     left, right = (data["angles"][side][::-1] for side in ("left", "right"))
     rows = [
-        (j, a[j], b[j], f"{value['b'] / value['a'] - 1:+.1%}" if value["a"] else "", f"{value['residual']:.0e}")
+        (j + 1, a[j], b[j], f"{value['b'] / value['a'] - 1:+.1%}" if value["a"] else "", f"{value['residual']:.0e}")
         for j, value in enumerate(values)
     ]
     table("Singular values", ["##", "#σ of a", "#σ of b", "#difference", "#residual"], rows)
@@ -150,4 +150,4 @@ def show(data: dict[str, Any], content: dict[str, Any]) -> None:
         f"output, {data['mean_kl']:.2e} in the mean; ‖y_b - y_a‖/‖y_a‖ = {data['output_distance']:.2e}"
     )
     if not data["converged"]:
-        line(f"NOT converged to {data['tol']:.0e}: angles are no better known than the singular vectors")
+        line(f"NOT converged to {data['tol']:.0e}: the angles are known no better than the singular vectors")

@@ -1,4 +1,4 @@
-"""`ggjac contrast`: the output rebuilt by the detached Jacobian, and by the ordinary one."""
+"""`ggjac contrast`: the output reconstructed with and without freezing."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -14,14 +14,14 @@ from ggjac.cli.planning import dry_run
 @model_options()
 @dry_run
 @position
-@top("Likely tokens to compare.", 10)
+@top("Most likely tokens to compare.", 10)
 @output("Save `y`, `linear_output` (J x), `offset`, `ordinary_output` [d] and `ids` [n] to this safetensors file.")
 @output_format
 def contrast(what: ModelOptions, position: int, top: int, output: Path | None, output_format: str) -> None:
-    """Rebuild the output by the detached and by the ordinary Jacobian, and compare both with it.
+    """Reconstruct the output with the detached and with the ordinary Jacobian, and compare both with it.
 
-    The ordinary Jacobian is the derivative with nothing frozen, exact, by automatic differentiation of the same
-    streamed blocks. The detached one reproduces the output; the ordinary one has no reason to. Exit code 3 if the
+    The ordinary Jacobian is the derivative with nothing frozen, computed exactly by automatic differentiation of the
+    same streamed blocks. The detached Jacobian reproduces the output; the ordinary one need not. Exit code 3 if the
     detached one does not.
 
     \b
@@ -58,5 +58,9 @@ def show(data: dict[str, Any]) -> None:
         "after the head: KL divergence, nats": lambda a: f"{a['kl']:.2e}",
     }
     rows = [(name, shown(data["detached"]), shown(data["ordinary"])) for name, shown in measures.items()]
-    table("Output y rebuilt: detached r = J x + offset, ordinary r = (∂y/∂x) x", ["", "#detached", "#ordinary"], rows)
+    table(
+        "Reconstruction r of the output y: detached r = J x + offset, ordinary r = (∂y/∂x) x",
+        ["", "#detached", "#ordinary"],
+        rows,
+    )
     line("")

@@ -12,7 +12,7 @@ from ggjac.cli.options import model_file, output_format
 @click.command()
 @model_file
 @click.option("--tensors", is_flag=True, help="List every tensor.")
-@click.option("--tokenizer", is_flag=True, help="Show the tokenizer's keys too.")
+@click.option("--tokenizer", is_flag=True, help="Also show the tokenizer's keys.")
 @output_format
 def info(model: Path | None, tensors: bool, tokenizer: bool, output_format: str) -> None:
     """Show what is in a GGUF file: metadata, tensor types and their sizes, and whether ggjac can run it.

@@ -18,9 +18,9 @@ from ggjac.cli.planning import dry_run
 @resume
 @output_format
 def jacobian(what: ModelOptions, position: int, output: Path | None, resume: bool, output_format: str) -> None:
-    """Compute the dense detached Jacobian and what each position contributes.
+    """Compute the dense detached Jacobian, and the contribution of each position to the output.
 
-    The matrix is computed and written a chunk of rows at a time; it never exists whole in memory. Exit code 3 if it
+    The matrix is computed and written a chunk of rows at a time, and never exists whole in memory. Exit code 3 if it
     does not reproduce the output.
 
     \b

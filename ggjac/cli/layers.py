@@ -1,4 +1,4 @@
-"""`ggjac layers`: the maps to, through and from every depth, and what the stream says there."""
+"""`ggjac layers`: the maps to, through and from every depth, and the logit lens."""
 
 from pathlib import Path
 from typing import Any
@@ -48,12 +48,13 @@ def layers(
     output_format: str,
     **options: Any,
 ) -> None:
-    """Decompose the maps of every depth: singular values, stable rank, decoded left vectors, and what the stream says.
+    """Decompose the maps of every depth (singular values, stable rank, decoded left vectors), beside the logit lens.
 
     A map is cumulative (from the input to a tap), blockwise (one block alone) or to the end (from a depth to the
-    output). Taps are the stream after a block (layer) and what its attention (attn) and its MLP (mlp) add to it, seen
-    through the final norm frozen there. `analyze --layers all` shows the same in its report. Exit code 3 if the sweeps
-    ran out before every triplet reached --tol, or the reconstruction error is out of bounds.
+    output). It ends at the residual stream after a block (layer), or at the addition of the block's attention (attn) or
+    MLP (mlp) to it, seen through the final norm frozen there, as a logit lens sees it. `analyze --layers all` shows the
+    same in its report. Exit code 3 if the sweeps ran out before every triplet reached --tol, or the reconstruction
+    error is out of bounds.
 
     \b
     ggjac layers -m model.gguf -p "The capital of France is" --layers 0,4-8,-1
@@ -87,10 +88,10 @@ def show(data: dict[str, Any]) -> None:
             if own:
                 _show_maps(f"{words[0].upper()}{words[1:]}: {KIND_WORDS[kind]}", own)
     if data["path"]:
-        columns = [f"#{j}" for j in range(min(6, len(data["path"][0]["values"])))]
+        columns = [f"#{j + 1}" for j in range(min(6, len(data["path"][0]["values"])))]
         rows = [(p["index"], *(f"{value:+.3f}" for value in p["values"][: len(columns)])) for p in data["path"]]
         table(
-            "The way to the output's directions: s(l) ⟨u(l), u(L)⟩ / s(L)",
+            "Path to the output's directions: σ(l) ⟨u(l), u(L)⟩ / σ(L)",
             ["#blocks", *(f"#{c}" for c in columns)],
             rows,
         )
@@ -100,10 +101,14 @@ def show(data: dict[str, Any]) -> None:
         (row["index"], place, "  ".join(f"{t['token']} {t['probability']:.2f}" for t in row["top"][:6]))
         for row, place in zip(data["readout"], places, strict=True)
     ]
-    table("The stream read through final norm and head", ["#blocks", f"#rank of {final}", "most likely tokens"], rows)
+    table(
+        "Logit lens: the residual stream read through the final norm and the LM head",
+        ["#blocks", f"#rank of {final}", "most likely tokens"],
+        rows,
+    )
     state = "all maps converged" if data["converged"] else f"NOT all maps converged to {data['tol']:.0e}"
     sweeps = [tap["sweeps"] for tap in data["taps"]]
-    line(f"{state}, in {min(sweeps)} to {max(sweeps)} sweeps" if sweeps else "no map was asked for")
+    line(f"{state}, in {min(sweeps)} to {max(sweeps)} sweeps" if sweeps else "no map was requested")
     line("")
 
 
@@ -123,7 +128,7 @@ def _show_maps(title: str, taps: list[dict[str, Any]]) -> None:
         )
         for tap, sigma in zip(taps, numbers([tap["triplets"][0]["singular_value"] for tap in taps]), strict=True)
     ]
-    vectors = [f"left vector {j}" for j in range(shown)] + ["vector 0 at the output"] * carried
+    vectors = [f"left vector {j + 1}" for j in range(shown)] + ["vector 1 at the output"] * carried
     table(title, ["#blocks", "#σ", "spectrum", "#stable rank", *vectors], rows)
 
 

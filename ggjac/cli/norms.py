@@ -13,16 +13,18 @@ from ggjac.cli.planning import dry_run
 @model_options()
 @dry_run
 @position
-@click.option("--count", type=click.IntRange(min=1), default=3, show_default=True, help="Columns and rows a position.")
+@click.option(
+    "--count", type=click.IntRange(min=1), default=3, show_default=True, help="Columns and rows per position."
+)
 @top("Tokens per column; half per row.")
 @output("Save `columns` [n, d], `rows` [n, d] (norms) and `ids` [n] to this safetensors file.")
 @output_format
 def norms(what: ModelOptions, position: int, count: int, top: int, output: Path | None, output_format: str) -> None:
     """Find the longest columns and rows of the dense detached Jacobian at each position, and decode them.
 
-    A column is what one component of a position's embedding does to the output: it decodes through the LM head. A row
-    is what one component of the output reads at a position: it decodes to the nearest input embeddings. Exit code 3 if
-    the reconstruction error is out of bounds.
+    A column is the effect of one component of a position's embedding on the output, and decodes through the LM head. A
+    row is the weight of a position's embedding in one component of the output, and decodes to the nearest input
+    embeddings. Exit code 3 if the reconstruction error is out of bounds.
 
     \b
     ggjac norms -m model.gguf -p "The capital of France is"

@@ -13,7 +13,7 @@ from ggjac.cli.planning import dry_run
 @model_options(file="Read prompts from a file (UTF-8), one on each line; empty lines are skipped.")
 @dry_run
 @iteration_options
-@output("Append a JSON line for each prompt to this file; prompts that it holds already are not computed again.")
+@output("Append a JSON line for each prompt to this file; prompts that it already holds are skipped.")
 @output_format
 @click.pass_context
 def ranks(
@@ -27,10 +27,10 @@ def ranks(
 ) -> None:
     """Measure the stable rank of every token's own map, and of the joint one, for each line of a file (-f) of prompts.
 
-    The map of a token is what the network makes of its embedding at the last position. An interrupted run goes on where
-    it was when the same command is given again: -o grows by whole lines. Prompts whose sweeps ran out are done again
-    where --max-sweeps allows more. Exit code 3 if the sweeps ran out before a largest singular value reached --tol, or
-    a reconstruction error is out of bounds.
+    A token's map leads from its embedding to the output at the last position. The same command continues an interrupted
+    run: -o grows by whole lines. Prompts whose sweeps ran out are computed again where --max-sweeps allows more. Exit
+    code 3 if the sweeps ran out before a largest singular value reached --tol, or a reconstruction error is out of
+    bounds.
 
     \b
     ggjac ranks -m model.gguf -f prompts.txt -o ranks.jsonl

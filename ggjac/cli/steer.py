@@ -1,4 +1,4 @@
-"""`ggjac steer`: continue a prompt while another one's linear map pushes it."""
+"""`ggjac steer`: activation steering of one prompt with the linear map of another."""
 
 import math
 from pathlib import Path
@@ -41,32 +41,36 @@ class Strengths(click.ParamType):
 @click.command()
 @model_options(prompt=f"Text to continue.  [default: {STEER_PROMPT!r}]", trace=False)
 @dry_run
-@click.option("--concept", help=f"Text whose map pushes.  [default: {STEER_CONCEPT!r}, or a prompt of --tokens itself]")
-@click.option("--concept-tokens", type=TokenIds(), help="Token ids 1,2,3 in place of the concept's text.")
-@click.option("--layer", type=click.IntRange(min=1), help="Blocks the map spans.  [default: two thirds of them]")
+@click.option(
+    "--concept", help=f"Prompt whose linear map steers.  [default: {STEER_CONCEPT!r}, or a prompt of --tokens itself]"
+)
+@click.option("--concept-tokens", type=TokenIds(), help="Token ids, as 1,2,3, instead of the concept's text.")
+@click.option(
+    "--layer", type=click.IntRange(min=1), help="Number of blocks that the map spans.  [default: two thirds of all]"
+)
 @click.option(
     "--strength",
     "strengths",
     type=Strengths(),
     default="0.5",
     show_default=True,
-    help="How hard: one number, or several as 0,0.2,0.5; 0 is no push.",
+    help="Steering strength: one number, or several as 0,0.2,0.5; 0 = off.",
 )
 @click.option("--method", type=click.Choice(["equation16", "additive"]), default="equation16", show_default=True)
-@click.option("--max-tokens", type=click.IntRange(min=1), default=12, show_default=True, help="To generate.")
-@top("Tokens that count as the concept's.", 5)
-@click.option("--control/--no-control", default=True, show_default=True, help="Push with a random operator, too.")
+@click.option("--max-tokens", type=click.IntRange(min=1), default=12, show_default=True, help="Tokens to generate.")
+@top("Next tokens of the concept that count as hits.", 5)
+@click.option("--control/--no-control", default=True, show_default=True, help="Also steer with a random operator.")
 @click.option(
-    "-s", "--seed", type=click.IntRange(0, 2**63 - 1), default=0, help="Of the random operator.  [default: 0]"
+    "-s", "--seed", type=click.IntRange(0, 2**63 - 1), default=0, help="Seed of the random operator.  [default: 0]"
 )
 @click.option(
     "--export-control-vector",
     "control_vector",
     type=click.Path(path_type=Path),
     metavar="FILE",
-    help="Save what the last strength adds at the prompt's last position as a control vector for llama.cpp.",
+    help="Save the addition of the last strength at the prompt's last position as a control vector for llama.cpp.",
 )
-@output("Save what `--format json` prints to this file.")
+@output("Save the JSON of `--format json` to this file.")
 @output_format
 def steer(
     what: ModelOptions,
@@ -83,17 +87,17 @@ def steer(
     output: Path | None,
     output_format: str,
 ) -> None:
-    """Continue a prompt while another prompt's linear map, the concept, pushes its stream after some blocks.
+    """Continue a prompt while the linear map of another prompt, the concept, steers its residual stream.
 
-    With strength s, the stream h at every position and the cumulative image c of the embeddings under the concept's
-    detached Jacobian:
+    With strength s, the residual stream h at every position, and the cumulative image c of the embeddings under the
+    concept's detached Jacobian:
 
     \b
     equation16  h <- (1 - s) h + s c          the paper's equation 16, λ = 1 - s
     additive    h <- h + (s / 2) ‖h‖ c / ‖c‖  the paper's code: c seen through the final norm, h one block earlier
 
-    Beside it, the same text without a push, and pushed by an operator of equal singular values that writes in random
-    directions. Without a prompt: 'My favorite thing is the'.
+    The same text is also continued without steering, and steered by an operator of equal singular values that writes in
+    random directions. Without a prompt: 'My favorite thing is the'.
 
     \b
     ggjac steer -m model.gguf -p "I am going to Arizona to see the" --concept "The bridge is the Golden" --strength 0.5
@@ -155,7 +159,7 @@ def steer(
 
 
 def show(data: dict[str, Any]) -> None:
-    """Print the concept, and every text beside the baseline."""
+    """Print the concept, the baseline and every steered text."""
     from ggjac.cli.render import line, table
 
     concept = data["concept"]
@@ -168,8 +172,8 @@ def show(data: dict[str, Any]) -> None:
         rows.extend(("random", control) for control in data["controls"][i : i + 1])
     table(
         f"Continued: {data['method']}, the concept's map spans {data['layer']} of {data['blocks']} blocks, "
-        f"the stream is pushed after {data['changed_after_blocks']}",
-        ["pushed by", "#strength", "#KL", "#mass", "#hits", "text"],
+        f"the residual stream is steered after {data['changed_after_blocks']}",
+        ["steered by", "#strength", "#KL", "#mass", "#hits", "text"],
         [
             (
                 name,
@@ -183,6 +187,6 @@ def show(data: dict[str, Any]) -> None:
         ],
     )
     line(
-        "KL: of the first token's distribution from the baseline's, in nats. mass, hits: the concept's own next tokens,"
+        "KL: divergence of the first token's distribution from the baseline's, in nats. mass: total probability of the "
+        "concept's own next tokens as the first token; hits: how many of the generated tokens are among them."
     )
-    line("their probability as the first token, and how many of the generated tokens are among them.")

@@ -31,7 +31,7 @@ from ggjac.sizes import SHUFFLES
     type=click.IntRange(min=0),
     default=SHUFFLES,
     show_default=True,
-    help="Shuffled vectors to compare the decoded ones with; 0 for none.",
+    help="Shuffled vectors in the chance baseline; 0 for none.",
 )
 @output(
     "Save `U`, `S`, `Vh`, `residual` and `ids`, and with --per-token `token_U` [m, k, d], `token_S` [m, k], `token_Vh` "
@@ -53,12 +53,12 @@ def svd(
     resume: bool,
     output_format: str,
 ) -> None:
-    """Decompose a prompt's detached Jacobian and decode its singular vectors.
+    """Compute the leading singular vectors of a prompt's detached Jacobian, decoded to tokens, with a chance baseline.
 
     Left vectors decode through the LM head to the tokens they promote, right vectors to the nearest input embeddings at
-    each position. Coherence (the mean cosine between the embeddings of a vector's top tokens) is compared with that of
-    shuffled vectors, which mean nothing. Exit code 3 if the sweeps ran out before every triplet reached --tol, or the
-    reconstruction error is out of bounds.
+    each position. The coherence of a vector (mean cosine between the embeddings of its top tokens) is compared with
+    that of vectors with shuffled components. Exit code 3 if the sweeps ran out before every triplet reached --tol, or
+    the reconstruction error is out of bounds.
 
     \b
     ggjac svd -m model.gguf -p "The capital of France is" -k 4 -o svd.safetensors
@@ -97,7 +97,7 @@ def svd(
 
 
 def show(data: dict[str, Any]) -> None:
-    """Print the triplets, and the parts that were asked for besides."""
+    """Print the triplets, their coherence and the triplets of each position, where they were computed."""
     show_spectrum(data)
     if "readability" in data:
         show_readability(data["readability"])
@@ -106,7 +106,7 @@ def show(data: dict[str, Any]) -> None:
 
 
 def show_spectrum(data: dict[str, Any], shown_right: int = 3, words: int = 8) -> None:
-    """Print singular values with both decodings; of right vectors the positions that weigh most."""
+    """Print singular values with both decodings; right vectors at the positions with most of their weight."""
     from ggjac.cli.render import line, numbers, table
 
     rows = []
@@ -118,7 +118,7 @@ def show_spectrum(data: dict[str, Any], shown_right: int = 3, words: int = 8) ->
             f"{r['weight']:>4.0%}  {r['position']:>{places}} {r['token']}: {' '.join(r['nearest'][:3])}"
             for r in heaviest
         )
-        rows.append((j, sigmas[j], f"{t['residual']:.0e}", " ".join(t["left"][:words]), right))
+        rows.append((j + 1, sigmas[j], f"{t['residual']:.0e}", " ".join(t["left"][:words]), right))
     columns = [
         "##",
         "#σ",
@@ -141,12 +141,12 @@ def show_stable_rank(data: dict[str, Any]) -> None:
 
 
 def show_readability(data: dict[str, Any]) -> None:
-    """Print each vector's coherence beside chance."""
+    """Print each vector's coherence with the chance baseline."""
     from ggjac.cli.render import line, table
 
     rows: list[tuple] = []
     for j in range(len(data["left"]["scores"])):
-        row: tuple = (j,)
+        row: tuple = (j + 1,)
         for side in ("left", "right"):
             found = data[side]
             row += (f"{found['scores'][j]:.3f}", f"{found['above'][j]:+.1f}", f"{found['chance'][j]:.3f}")

@@ -14,14 +14,14 @@ from ggjac.cli.planning import dry_run
 @click.option(
     "--strict",
     is_flag=True,
-    help="Let llama.cpp run a temporary copy rewritten as F32 (4 bytes per weight), where all must agree to rounding.",
+    help="Let llama.cpp run a temporary copy rewritten as F32 (4 bytes per weight); all must then agree to rounding.",
 )
 @output_format
 def verify(what: ModelOptions, strict: bool, output_format: str) -> None:
     """Compare tokens, logits and every layer with llama.cpp on the same file; exit code 3 if they disagree.
 
-    On a quantized file llama.cpp rounds activations to 8 bit, so that only the top token is held to agree; --strict
-    removes that difference.
+    On a quantized file llama.cpp rounds activations to 8 bit, so only the top token must agree; --strict removes that
+    difference.
 
     \b
     ggjac verify -m model.gguf --strict
