@@ -227,5 +227,5 @@ def test_compare_has_one_model_at_a_time(tiny_file: TinyFile, monkeypatch: pytes
 
 def test_compare_keeps_no_trace(tiny_file: TinyFile, tmp_path: Path) -> None:
     options = ["--with", tiny_file("gqa", type="Q8_0"), *TOKENS, "--trace", tmp_path / "trace"]
-    assert "No such option: --trace" in ggjac_("compare", "-m", tiny_file("gqa"), *options, code=2).stderr
+    assert "No such option '--trace'" in ggjac_("compare", "-m", tiny_file("gqa"), *options, code=2).stderr
     assert not (tmp_path / "trace").exists()

@@ -427,7 +427,7 @@ def test_depths_are_numbers_and_ranges(given: str, blocks: int, depths: list[int
 
 @pytest.mark.parametrize("given", ["", "x", "1,,2", "1-2-3", "1.5", "all,1", "٣", "1" * 40])
 def test_what_is_no_list_of_depths_is_refused(given: str) -> None:
-    with pytest.raises(click.UsageError, match="is no list of layers"):
+    with pytest.raises(click.UsageError, match="is not a list of layers"):
         Depths().convert(given, None, None)
 
 

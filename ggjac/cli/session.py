@@ -135,6 +135,8 @@ def usage_errors() -> Iterator[None]:
     """Turn the library's errors about a prompt or an option into usage errors."""
     try:
         yield
+    except planner.NoFitError:  # an exit code of its own
+        raise
     except (PromptError, planner.PlanError) as error:
         raise click.UsageError(str(error)) from error
 
