@@ -15,7 +15,9 @@ PACKAGE = Path(ggjac.__file__).parent
 # Module (or folder) -> the siblings it may import. Folders are units: what is inside may import its own.
 MAY_IMPORT: dict[str, set[str]] = {
     "sizes": set(),
-    "results": {"report", "tokenizer"},
+    "units": set(),
+    "drawing": {"units"},
+    "results": {"drawing", "tokenizer"},
     "linop": set(),
     "svd": {"linop", "results", "sizes"},
     "frobenius": {"linop", "results", "sizes", "svd"},
@@ -27,7 +29,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "llamacpp": {"runs"},
     "tokenizer": {"llamacpp"},
     "runs": {"sizes"},
-    "report": {"runs"},
+    "report": {"drawing", "runs", "units"},
     "planner": {"config", "gguf", "linop", "sizes", "weights"},
     "decode": {"linop", "weights"},
     "blocks": {"config", "linop", "rope", "sizes"},
