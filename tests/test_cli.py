@@ -885,7 +885,7 @@ def test_tables_fit_the_terminal(command: str, columns: int, tiny_file: TinyFile
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """Return a clock that stands still until its one element is changed."""
     now = [0.0]
-    monkeypatch.setattr(progress.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(progress.time, "perf_counter", lambda: now[0])  # of all modules
     return now
 
 

@@ -16,9 +16,11 @@ PACKAGE = Path(ggjac.__file__).parent
 MAY_IMPORT: dict[str, set[str]] = {
     # ground: no sibling
     "sizes": set(),
+    "units": set(),
+    "drawing": {"units"},
     "linop": set(),
     "gguf": set(),
-    "results": {"report"},
+    "results": {"drawing"},
     # algebra: operators, no transformer
     "svd": {"linop", "results", "sizes"},
     "frobenius": {"linop", "results", "sizes", "svd"},
@@ -29,7 +31,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "runs": {"sizes"},
     "llamacpp": {"runs"},
     "tokenizer": {"llamacpp"},
-    "report": {"runs"},
+    "report": {"drawing", "runs", "units"},
     # planning: sizes and rates
     "planner": {"config", "gguf", "linop", "sizes", "weights"},
     # network: the block algebra, no file layout

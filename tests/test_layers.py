@@ -25,7 +25,7 @@ from ggjac.cli.options import Depths
 from ggjac.frobenius import StableRank, stable_ranks
 from ggjac.linop import LinearOperator
 from ggjac.model import Trace, open_model
-from ggjac.report import schema
+from ggjac.report.load import checked
 from ggjac.runs.journal import Journal
 from ggjac.sizes import KINDS, MAPS
 from ggjac.svd import svd
@@ -466,16 +466,16 @@ def test_the_report_takes_what_the_command_gives(tiny_files: dict[str, Path], tm
     trace = open_model(tiny_files["three_layers"]).trace([5, 17, 3, 99, 42])
     found = layers(trace.jacobian(), 3, transport=True)
     part = content["layers"]
-    checked = schema.checked(content)["layers"]
-    assert len(checked["taps"]) == len(part["taps"]) == len(found.maps) == 21
-    for m, tap in zip(found.maps, checked["taps"], strict=True):
+    read = checked(content)["layers"]
+    assert len(read["taps"]) == len(part["taps"]) == len(found.maps) == 21
+    for m, tap in zip(found.maps, read["taps"], strict=True):
         assert (tap["map"], tap["kind"], tap["index"]) == (m.map, m.tap.kind, m.tap.index)
         assert [t["singular_value"] for t in tap["triplets"]] == pytest.approx(m.S.tolist(), rel=1e-4)
         assert tap["stable_rank"]["value"] == pytest.approx(m.stable_rank.value, rel=1e-4)
         assert [t["left"][0]["id"] for t in tap["triplets"]] == m.left.ids[:, 0].tolist()
-    assert [row["index"] for row in checked["readout"]] == [0, 1, 2, 3]
-    assert checked["ranks"]["depths"][-1]["ranks"] == found.readout.ranks[-1].tolist()
-    assert checked["path"][-1]["values"] == pytest.approx([1, 1, 1], abs=1e-5)
+    assert [row["index"] for row in read["readout"]] == [0, 1, 2, 3]
+    assert read["ranks"]["depths"][-1]["ranks"] == found.readout.ranks[-1].tolist()
+    assert read["path"][-1]["values"] == pytest.approx([1, 1, 1], abs=1e-5)
     assert "arriving" in part["taps"][0]["triplets"][0]
     assert part["stopped_by"] == "tolerance"
     assert part["converged"]

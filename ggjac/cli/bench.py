@@ -33,6 +33,7 @@ def bench(model: Path | None, threads: int | None, device: str, output_format: s
     from ggjac.gguf.types import holds_weights
     from ggjac.planner import bench as measure
     from ggjac.planner.machine import default_budget, free_memory, total_memory
+    from ggjac.units import size
 
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -79,8 +80,8 @@ def bench(model: Path | None, threads: int | None, device: str, output_format: s
         return
     memory = content["memory"]
     render.line(
-        f"{shown(content['path'])}; {first.threads} threads, {device}; {render.size(memory['free'])} of "
-        f"{render.size(memory['total'])} free, default --ram-budget {render.size(memory['default_budget'])}"
+        f"{shown(content['path'])}; {first.threads} threads, {device}; {size(memory['free'])} of "
+        f"{size(memory['total'])} free, default --ram-budget {size(memory['default_budget'])}"
     )
     render.line("")
     cells = [

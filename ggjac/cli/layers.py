@@ -18,14 +18,7 @@ from ggjac.cli.options import (
     top,
 )
 from ggjac.cli.planning import dry_run
-from ggjac.sizes import KINDS
 
-MAP_WORDS = {
-    "cumulative": "from the input to this depth",
-    "blockwise": "each block alone",
-    "to_end": "from this depth to the output",
-}
-KIND_WORDS = {"layer": "layer", "attn": "attention", "mlp": "MLP"}
 VECTORS, WORDS = 3, 3  # of the tables: vectors of each map, tokens of each vector
 
 
@@ -81,12 +74,14 @@ def layers(
 def show(data: dict[str, Any]) -> None:
     """Print a table for each map and kind, the path, and the readout."""
     from ggjac.cli.render import line, table
+    from ggjac.report.sections.common import capital
+    from ggjac.report.sections.layers import KINDS, MAPS
 
-    for name, words in MAP_WORDS.items():
-        for kind in KINDS:
+    for name, words in MAPS.items():
+        for kind, label in KINDS.items():
             own = [tap for tap in data["taps"] if (tap["map"], tap["kind"]) == (name, kind)]
             if own:
-                _show_maps(f"{words[0].upper()}{words[1:]}: {KIND_WORDS[kind]}", own)
+                _show_maps(f"{capital(words)}: {label}", own)
     if data["path"]:
         columns = [f"#{j + 1}" for j in range(min(6, len(data["path"][0]["values"])))]
         rows = [(p["index"], *(f"{value:+.3f}" for value in p["values"][: len(columns)])) for p in data["path"]]

@@ -295,8 +295,8 @@ def _show_memory(made: "Plan", path: Path) -> None:
     """Print layers, memory and the verdict."""
     from ggjac.cli import render
     from ggjac.gguf import shown
+    from ggjac.units import size
 
-    size = render.size
     render.line(
         f"{shown(path)}: {size(made.file_bytes)}, {len(made.layers)} layers; ggjac {made.job.name}, {_tokens(made)}, "
         f"{made.job.dtype}, on the {'CPU' if made.device == 'cpu' else 'GPU'}"

@@ -9,6 +9,7 @@ from typing import Any
 
 from ggjac.jacobian import Progress
 from ggjac.session import Stages
+from ggjac.units import duration
 
 PLAIN_SECONDS = 5.0  # between lines without a terminal; also the patience before the first one
 SILENT_SECONDS = 10.0  # there, of a stage that does not get on meanwhile; then twice as long, and so on
@@ -63,7 +64,7 @@ class Reporter(Stages):
             now = time.perf_counter()
             if now - last >= PLAIN_SECONDS:
                 last = now
-                print(f"{name}: {step}{clock(now - start)}{text}", file=sys.stderr, flush=True)
+                print(f"{name}: {step}{duration(now - start)}{text}", file=sys.stderr, flush=True)
 
         def wait() -> None:
             """Say now and then that a stage is still at work which has nothing to say, as llama.cpp's steps are."""
@@ -74,7 +75,7 @@ class Reporter(Stages):
                     patience = SILENT_SECONDS
                     continue
                 with suppress(OSError, ValueError):  # nobody reads stderr any more
-                    print(f"{name}: {step}{clock(time.perf_counter() - start)}", file=sys.stderr, flush=True)
+                    print(f"{name}: {step}{duration(time.perf_counter() - start)}", file=sys.stderr, flush=True)
                 patience *= 2
 
         waiting = threading.Thread(target=wait, daemon=True)
@@ -101,16 +102,6 @@ class Reporter(Stages):
                 shown = f", {nbytes / elapsed / 1e9:.2f} GB/s" if nbytes else ""
                 shown += f", {flop / elapsed / 1e9:.0f} GFLOP/s" if flop else ""
             # Too early to tell while what is measured is the start.
-            return shown + (f", about {clock(left)} left" if elapsed > 2 and left >= 1 else "")
+            return shown + (f", about {duration(left)} left" if elapsed > 2 and left >= 1 else "")
 
         return rates
-
-
-def clock(seconds: float) -> str:
-    """Return a duration as people say it: `42 s`, `3:07`, `1:02:33`."""
-    whole = round(seconds)
-    if whole < 100:
-        return f"{whole} s"
-    minutes, rest = divmod(whole, 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

@@ -97,15 +97,6 @@ def numbers(values: Sequence[float]) -> list[str]:
     return [f"{value:.{digits}f}" if fixed else f"{value:.3e}" for value in values]
 
 
-def size(nbytes: int | float) -> str:
-    """Return bytes in binary units."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if nbytes < 1024:
-            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
-        nbytes /= 1024
-    return f"{nbytes:.1f} TiB"
-
-
 def stable_rank(data: dict[str, Any]) -> str:
     """Return a stable rank, with its standard error where it was estimated."""
     return f"{data['value']:.4g}" + (f" ± {data['error']:.1g}" if data["error"] else "")
