@@ -3,6 +3,10 @@
 import re
 from pathlib import Path
 
+import pytest
+from tiny import CASES
+
+import ggjac
 from ggjac.cli import COMMANDS
 from ggjac.config import ARCHITECTURES
 
@@ -22,10 +26,24 @@ def test_every_command_is_in_the_readme_and_no_other() -> None:
     assert documented == list(COMMANDS)
 
 
-def test_the_library_example_runs(capsys) -> None:
+def test_the_counts_of_the_readme() -> None:
+    counts = re.findall(r"(\d+) architectures in (\d+) tiny files", README)
+    assert counts == [(str(len(ARCHITECTURES)), str(len(CASES)))]
+
+
+def test_the_library_example_runs(capsys, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     (example,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     exec(compile(example, "README.md", "exec"), {})
     assert re.fullmatch(r"\[('[+-]\d+\.\d\d'(, )?)+\] \d+\.\d+\n", capsys.readouterr().out)
+
+
+def test_every_public_name_runs_on_the_library_page() -> None:
+    """That the code runs, and prints what the page shows, is for test_tutorial.py."""
+    text = (ROOT / "docs" / "library.md").read_text(encoding="utf-8")
+    code = "".join(re.findall(r"```python\n(.*?)```", text, re.DOTALL))
+    used = set(re.findall(r"\bggjac\.(\w+)", code))
+    assert used >= set(ggjac.__all__) - {"__version__"}
 
 
 def test_the_install_commands_are_what_ci_runs() -> None:
