@@ -187,9 +187,9 @@ def test_the_difference_of_two_logits_is_called_one() -> None:
     content["attribution"]["versus"] = report_run.token(3)
     content["branches"]["versus"] = report_run.token(4)
     html = rendered(content)
-    assert f"the logit of {TOKENS[0]}, less that of {TOKENS[3]}, before" in section(html, "attribute").text
+    assert f"the logit of {TOKENS[0]}, minus that of {TOKENS[3]}, before" in section(html, "attribute").text
     assert (
-        f"the logit of {TOKENS[0]}, less that of {TOKENS[4]}, by the parts" in section(html, "attribute-branches").text
+        f"the logit of {TOKENS[0]}, minus that of {TOKENS[4]}, by the parts" in section(html, "attribute-branches").text
     )
     for key in ("attribute", "attribute-branches"):
         assert "= logit less logit " in section(html, key).text
@@ -617,7 +617,7 @@ PAGES: dict[str, tuple[list[str], dict[str, str]]] = {
     "steer": (["--strength", "0,0.5", "--max-tokens", "3"], {"steer": "Random 0.5"}),
     "attribute --by layer": ([], {"attribute-branches": "MLP, all blocks"}),
     "attribute --by head": ([], {"attribute-branches": "head 1"}),
-    "attribute --versus 7": ([], {"attribute": "less that of [7]"}),
+    "attribute --versus 7": ([], {"attribute": "minus that of [7]"}),
     "attribute --position all": ([], {"attribute-positions": "The shares sum to the logit at every position."}),
     "attribute --position all --by layer": ([], {"attribute-positions": "attention"}),
     "attribute --position all --by head": ([], {"attribute-positions": ", head "}),

@@ -1,6 +1,6 @@
 """What a logit is made of: exact additive shares of the input tokens, or of the branches and heads of every block.
 
-By token, along the live paths of the whole network, `w` being the head's row of the target (less that of a second
+By token, along the live paths of the whole network, `w` being the head's row of the target (minus that of a second
 token, for what sets the two apart):
 
     logit = w · y = Σ_i w · J_i x_i + w · offset
