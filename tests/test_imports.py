@@ -35,7 +35,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "model": {
         *("blocks", "config", "decode", "gguf", "jacobian", "planner", "rope", "sizes", "tokenizer", "weights"),
     },
-    "generation": {"blocks", "model"},
+    "generation": {"blocks", "model", "sizes"},
     "parity": {"gguf", "llamacpp", "model", "results", "tokenizer"},
     "analysis": {
         *("blocks", "decode", "frobenius", "generation", "jacobian", "linop", "model", "results", "runs", "sizes"),

@@ -14,7 +14,6 @@ from click.testing import CliRunner
 from jaxtyping import config
 from test_planner import held
 
-from ggjac.analysis import layers
 from ggjac.analysis.steer import steer
 from ggjac.cli import main, planning, session
 from ggjac.cli.planning import asked_by
@@ -26,6 +25,7 @@ from ggjac.jacobian.ordinary import OrdinaryJacobian
 from ggjac.linop import Linear
 from ggjac.model import open_model
 from ggjac.planner import Plan, work
+from ggjac.sizes import ITEM_BYTES
 from ggjac.weights import WeightStore
 
 TinyFile = Callable[..., Path]
@@ -207,8 +207,8 @@ def test_a_command_does_what_its_plan_says(
 def test_estimates_are_planned_too(
     name: str, counted: Counted, tiny_file: TinyFile, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in (jobs, stable_rank, prompts, layers):
-        monkeypatch.setattr(module, "EXACT_ROWS", 0)
+    for module in ("planner.work", "analysis.svd", "analysis.ranks", "analysis.layers"):
+        monkeypatch.setattr(f"ggjac.{module}.EXACT_ROWS", 0)
     check(arguments(name, "gqa", tiny_file), counted)
 
 
@@ -348,7 +348,7 @@ def test_budgets_hold_by_smaller_chunks(tiny_file: TinyFile, monkeypatch: pytest
 def test_in_bfloat16_sweeps_go_on_until_its_rounding_shows(tiny_file: TinyFile) -> None:
     with open_gguf(tiny_file("plain")) as file:
         sizes = ModelConfig.from_metadata(file.metadata, {t.name: t.shape for t in file.tensors.values()})
-    counts = {dtype: work.job("svd", sizes, 5, dtype).sweeps[0].count for dtype in work.ITEM_BYTES}
+    counts = {dtype: work.job("svd", sizes, 5, dtype).sweeps[0].count for dtype in ITEM_BYTES}
     assert counts == {"float64": 8, "float32": 8, "float16": 8, "bfloat16": 11}
     assert work.job("svd", sizes, 5, "bfloat16", sweeps=4).sweeps[0].count == 4
 

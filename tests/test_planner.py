@@ -22,6 +22,7 @@ from ggjac.jacobian import SharedSweep, Tap
 from ggjac.linop import Linear, LinearOperator, Mix
 from ggjac.model import DTYPES, Model, Trace, open_model
 from ggjac.planner import machine, work
+from ggjac.sizes import ITEM_BYTES
 
 TinyFile = Callable[..., Path]
 # One file of each architecture, and what changes the counts: fused, biased, tied, quantized, routed and clamped.
@@ -241,7 +242,7 @@ def test_every_architecture_is_among_the_cases() -> None:
 
 
 def test_the_sizes_of_dtypes_are_torchs() -> None:
-    assert work.ITEM_BYTES == {name: dtype.itemsize for name, dtype in DTYPES.items()}
+    assert ITEM_BYTES == {name: dtype.itemsize for name, dtype in DTYPES.items()}
 
 
 # ---- memory and the verdict

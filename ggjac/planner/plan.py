@@ -14,15 +14,13 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 from ggjac.config import ModelConfig
 from ggjac.gguf import GGUFFile, TensorInfo
 from ggjac.planner import machine, work
-from ggjac.planner.work import ITEM_BYTES, SWEEP, Job, Lookup, Over, PlanError, Sweeps
-from ggjac.sizes import ON_THE_WAY, SLAB, TILE_ELEMENTS
-
-MlpPath = Literal["up", "gate"]
+from ggjac.planner.work import SWEEP, Job, Lookup, Over, PlanError, Sweeps
+from ggjac.sizes import ITEM_BYTES, ON_THE_WAY, SLAB, TILE_ELEMENTS, MlpPath
 
 # Anonymous memory of a process that has imported torch and opened a model, before it does anything: measured, Linux.
 BASE_BYTES = {"cpu": 160 << 20, "cuda": 900 << 20}

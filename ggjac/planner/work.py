@@ -13,6 +13,7 @@ from ggjac.config import ModelConfig
 from ggjac.sizes import (
     CHUNK_BYTES,
     EXACT_ROWS,
+    ITEM_BYTES,
     KINDS,
     MAPS,
     PROBES,
@@ -24,8 +25,6 @@ from ggjac.sizes import (
     chunk_floats,
     default_layer,
 )
-
-ITEM_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
 # Sweeps until eight residuals are below 1e-3, up and down counted singly: 6 to 10 on spectra like those of models.
 EXPECTED_SWEEPS = 8
