@@ -173,7 +173,7 @@ class Model:
                 device's that is.
             tapes_on_disk: where memory is short, count on `trace(..., tapes=Tapes(folder, resident=False))`; whether it
                 was, the plan says.
-            asked: as `ggjac.planner.work.Asked` has it: `rank`, `position` and so on.
+            asked: as `ggjac.planner.work.Request` has it: `rank`, `position` and so on.
 
         Raises:
             PromptError: as `trace`.
@@ -206,7 +206,7 @@ class Model:
         planner.check(plan)
         machine.return_freed_memory()
         self.weights.place(plan.places, plan.room)
-        self.chunk_bytes = plan.job.chunk_bytes
+        self.chunk_bytes = plan.work.chunk_bytes
 
     def trace(
         self,

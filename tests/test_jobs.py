@@ -16,7 +16,7 @@ from test_planner import held
 
 from ggjac.analysis.steer import steer
 from ggjac.cli import main, planning, session
-from ggjac.cli.planning import asked_by
+from ggjac.cli.planning import requested
 from ggjac.config import ModelConfig
 from ggjac.generation import Continuation
 from ggjac.gguf import open_gguf
@@ -226,7 +226,7 @@ def check(asked: list[Any], counted: Counted) -> None:
     assert [k for k, _ in found] == [k for k, _ in sorted(expected)]
     # Of maps that advance together, the plan rounds to whole FLOP of a vector in a block.
     assert [flop for _, flop in found] == pytest.approx([flop for _, flop in sorted(expected)], rel=1e-4)
-    assert counted.tangents == [s.vectors - 1 for p in counted.plans for s in p.job.sweeps if s.what == "ordinary"]
+    assert counted.tangents == [s.vectors - 1 for p in counted.plans for s in p.work.sweeps if s.what == "ordinary"]
     for block in range(len(planned["layers"])):
         assert sorted(counted.stacks[block]) == sorted(k for plan in counted.plans for k in stacks(plan, block))
 
@@ -247,23 +247,23 @@ def check(asked: list[Any], counted: Counted) -> None:
 
 def shared(plan: Plan) -> Iterator[tuple[int, int]]:
     """Yield vectors and FLOP of every pass that is a shared sweep."""
-    for step in plan.job.sweeps:
-        if step.over.tensors == "live" and step.over.written is None:
-            flop = [step.vectors * layer.over(step.over).flop for layer in plan.layers]
-            for work in filter(None, flop) if step.over.apart else [sum(flop)]:
-                yield from [(step.vectors, work)] * step.count
+    for step in plan.work.sweeps:
+        if step.region.tensors == "live" and step.region.written is None:
+            flop = [step.vectors * layer.sweep_of(step.region).flop for layer in plan.layers]
+            for once in filter(None, flop) if step.region.sequential else [sum(flop)]:
+                yield from [(step.vectors, once)] * step.count
 
 
 def stacks(plan: Plan, block: int) -> Iterator[int]:
     """Yield how many vectors a block's output projection is applied to: by the trace, and by every pass."""
     yield 1
-    for step in plan.job.sweeps:
-        spans = step.over.spans or ((0, len(plan.layers)),)
+    for step in plan.work.sweeps:
+        spans = step.region.spans or ((0, len(plan.layers)),)
         aboard = sum(first <= block < last for first, last in spans)
         if not aboard:
             continue
-        once = [step.vectors if step.over.apart else step.vectors * aboard // len(spans)]
-        if step.over.tensors == "heads":  # what is added and the bias; and down, what the head reads
+        once = [step.vectors if step.region.sequential else step.vectors * aboard // len(spans)]
+        if step.region.tensors == "heads":  # what is added and the bias; and down, what the head reads
             once = [2, 1]
         elif step.what.startswith("ordinary"):  # tangents ride along
             once = [1]
@@ -317,13 +317,13 @@ def test_a_command_holds_what_its_plan_says(
 
 def test_defaults_are_those_of_the_commands(tiny_file: TinyFile) -> None:
     """What is not given means the same to a plan as to the command."""
-    own = {field.name: field.default for field in fields(work.Asked)} | {"layers": [0, 1, 2, 3, 4]}  # all of 4 blocks
+    own = {field.name: field.default for field in fields(work.Request)} | {"layers": [0, 1, 2, 3, 4]}  # all of 4 blocks
     seen = set()
     for name in work.JOBS:
         command = getattr(import_module(f"ggjac.cli.{name}"), name)
         given = ["--with", str(tiny_file("gqa"))] if name == "compare" else []
         params = command.make_context(name, given).params
-        asked = asked_by(params, 4)
+        asked = requested(params, 4)
         if "rank" not in params:
             assert asked.pop("rank") == 1
         assert asked == {option: own[option] for option in asked}, name
@@ -348,9 +348,9 @@ def test_budgets_hold_by_smaller_chunks(tiny_file: TinyFile, monkeypatch: pytest
 def test_in_bfloat16_sweeps_go_on_until_its_rounding_shows(tiny_file: TinyFile) -> None:
     with open_gguf(tiny_file("plain")) as file:
         sizes = ModelConfig.from_metadata(file.metadata, {t.name: t.shape for t in file.tensors.values()})
-    counts = {dtype: work.job("svd", sizes, 5, dtype).sweeps[0].count for dtype in ITEM_BYTES}
+    counts = {dtype: work.command_work("svd", sizes, 5, dtype).sweeps[0].count for dtype in ITEM_BYTES}
     assert counts == {"float64": 8, "float32": 8, "float16": 8, "bfloat16": 11}
-    assert work.job("svd", sizes, 5, "bfloat16", sweeps=4).sweeps[0].count == 4
+    assert work.command_work("svd", sizes, 5, "bfloat16", sweeps=4).sweeps[0].count == 4
 
 
 @pytest.mark.parametrize("case", ["gqa", "head_dim_wide"])
@@ -367,7 +367,7 @@ def test_keys_and_values_of_texts_are_counted(case: str, tiny_file: TinyFile, mo
     monkeypatch.setattr(Continuation, "extend", counted)
     model = open_model(tiny_file(case))
     steer(model, [5, 6, 7], [8, 9], max_tokens=6)
-    job = work.job("steer", model.config, 2, "float32", text=3, max_tokens=6)
-    cache = next(step.held["cache"] for step in job.sweeps if step.what == "tokens")
+    needed = work.command_work("steer", model.config, 2, "float32", text=3, max_tokens=6)
+    cache = next(step.buffers["cache"] for step in needed.sweeps if step.what == "tokens")
     blocks, capacity = model.config.block_count, 3 + 6
     assert cache * blocks / (blocks + 1) / capacity == max(found) / (capacity - 1)  # the last one is not looked at

@@ -57,7 +57,7 @@ def planned(
 ) -> planner.Plan:
     file, config = header(path)
     making = {name: options.pop(name) for name in MAKING if name in options}
-    return planner.make(file, config, work.job(command, config, n, dtype, rank=rank, **options), **making)
+    return planner.make(file, config, work.command_work(command, config, n, dtype, rank=rank, **options), **making)
 
 
 def matrices(reads: dict[str, float], model: Model) -> tuple[float, float]:
@@ -446,30 +446,30 @@ def test_times_by_hand(tiny_file: TinyFile) -> None:
     path = tiny_file("plain", type="Q8_0")
     plan = planned(path, 5, budget=planner.Budget(ram=1 << 28))
     plan = dataclasses.replace(plan, layers=tuple(dataclasses.replace(e, place="file") for e in plan.layers))
-    cold = plan.seconds(Rates(), cached=0, free=0)
+    cold = planner.seconds(plan, Rates(), cached=0, free=0)
     parts = {part.what: part for part in cold.parts}
     assert list(parts) == ["trace", "svd", "decoding", "reconstruction", "coherence"]
     svd, sweep = parts["svd"], plan.sweep
     assert svd.count == work.EXPECTED_SWEEPS
     assert svd.disk == pytest.approx(sweep.nbytes / 1e6)
     assert svd.dequantize == pytest.approx(sweep.types["Q8_0"] / 5e5 + sweep.types.get("F32", 0) / 1e6)
-    columns = plan.job.width * sweep.flop / 2 / sweep.weights
-    orthonormal = planner.krylov_flop(5 * 64, plan.job.width, svd.count) / Rates().gemm(plan.job.width)
-    assert svd.gemm == pytest.approx(plan.job.width * sweep.flop / Rates().gemm(round(columns)) + orthonormal)
+    columns = plan.work.width * sweep.flop / 2 / sweep.weights
+    orthonormal = planner.krylov_flop(5 * 64, plan.work.width, svd.count) / Rates().gemm(plan.work.width)
+    assert svd.gemm == pytest.approx(plan.work.width * sweep.flop / Rates().gemm(round(columns)) + orthonormal)
     assert svd.calls == pytest.approx(0.25 * 8)  # four matrices in each of two layers
     # Products of width stacked vectors, at 5 positions in the first layer and at 1 in the last, but for values; each
     # written twice, 4 bytes a float. The feed-forward network is one slab.
     tensors = header(path)[0].tensors
     widths = [tensors[f"blk.0.{name}.weight"].rows for name in ("attn_v", "attn_output", "ffn_up", "ffn_down")]
     floats = 5 * sum(widths) + 5 * widths[0] + sum(widths[1:])
-    assert svd.writes == pytest.approx(2 * 4 * plan.job.width * floats / 8e6)
+    assert svd.writes == pytest.approx(2 * 4 * plan.work.width * floats / 8e6)
     assert svd.each == pytest.approx(max(svd.disk, svd.dequantize + svd.gemm + svd.writes) + svd.calls)
     assert parts["trace"].disk == pytest.approx(plan.trace.nbytes / 1e6)
     assert cold.total == pytest.approx(sum(part.count * part.each for part in cold.parts))
     # What fits beside the job is not read again; what is there already, not at all.
-    warm = {p.what: p for p in plan.seconds(Rates(), cached=1 << 30, free=plan.ram_peak + (1 << 30)).parts}
+    warm = {p.what: p for p in planner.seconds(plan, Rates(), cached=1 << 30, free=plan.ram_peak + (1 << 30)).parts}
     assert (warm["trace"].disk, warm["svd"].disk, warm["decoding"].disk) == (0, 0, 0)
-    half = {p.what: p for p in plan.seconds(Rates(), cached=0, free=plan.ram_peak + sweep.nbytes // 2).parts}
+    half = {p.what: p for p in planner.seconds(plan, Rates(), cached=0, free=plan.ram_peak + sweep.nbytes // 2).parts}
     assert half["svd"].disk == pytest.approx(svd.disk / 2, rel=1e-3)
 
 
@@ -484,11 +484,11 @@ def test_what_is_not_on_the_device_is_copied_in_every_sweep(tiny_file: TinyFile)
     class Bus(Rates):
         bus = 1e3
 
-    parts = {part.what: part for part in plan.seconds(Bus(), cached=1 << 30, free=1 << 40).parts}
+    parts = {part.what: part for part in planner.seconds(plan, Bus(), cached=1 << 30, free=1 << 40).parts}
     assert parts["svd"].bus == pytest.approx(2 * stored / 1e3)
     assert parts["trace"].bus == pytest.approx(plan.trace.nbytes / 1e3)
     assert parts["svd"].each == pytest.approx(parts["svd"].bus + parts["svd"].calls)  # slower than all else here
-    assert all(part.bus == 0 for part in plan.seconds(Rates(), cached=1 << 30, free=1 << 40).parts)
+    assert all(part.bus == 0 for part in planner.seconds(plan, Rates(), cached=1 << 30, free=1 << 40).parts)
 
 
 def test_orthonormalization_by_hand() -> None:
@@ -498,10 +498,10 @@ def test_orthonormalization_by_hand() -> None:
 
 def test_layers_kept_dense_are_dequantized_once(tiny_file: TinyFile) -> None:
     plan = planned(tiny_file("plain"), 5, budget=AMPLE)
-    parts = {part.what: part for part in plan.seconds(Rates(), cached=0, free=1 << 40).parts}
+    parts = {part.what: part for part in planner.seconds(plan, Rates(), cached=0, free=1 << 40).parts}
     assert parts["svd"].dequantize == 0
     streaming = dataclasses.replace(plan, layers=tuple(dataclasses.replace(e, place="file") for e in plan.layers))
-    streamed = {part.what: part for part in streaming.seconds(Rates(), cached=0, free=1 << 40).parts}["svd"]
+    streamed = {part.what: part for part in planner.seconds(streaming, Rates(), cached=0, free=1 << 40).parts}["svd"]
     assert parts["svd"].gemm == pytest.approx(streamed.gemm + plan.sweep.weights * 4 / 4e6)  # read from memory
     # Dequantized, and written to memory that is fresh from the system, 4 bytes each.
     assert parts["making layers ready"].total == pytest.approx(plan.sweep.weights * (1 / 1e6 + 4 / 8e6))
@@ -511,7 +511,7 @@ def test_layers_are_made_ready_once_for_all_prompts(tiny_file: TinyFile) -> None
     """But each may want other experts."""
     for case, expected in (("gqa", 1), ("mixtral", 3)):
         plan = planned(tiny_file(case), 5, "ranks", rank=1, prompts=3, budget=AMPLE)
-        counts = {part.what: part.count for part in plan.seconds(Rates(), cached=0, free=1 << 40).parts}
+        counts = {part.what: part.count for part in planner.seconds(plan, Rates(), cached=0, free=1 << 40).parts}
         assert counts["making layers ready"] == expected
         assert (counts["trace"], counts["svd"]) == (3, 3 * work.EXPECTED_SWEEPS)
 
@@ -521,9 +521,9 @@ def test_maps_of_single_blocks_take_turns(tiny_file: TinyFile, monkeypatch: pyte
     monkeypatch.setattr(work, "EXACT_ROWS", 0)
     few, many = (planned(tiny_file("gqa", layers=n), 5, "layers", rank=16, maps=["blockwise"]) for n in (2, 6))
     assert few.ram["bases"] == many.ram["bases"] > 0
-    assert few.job.width == many.job.width
-    assert few.job.vectors == many.job.vectors
-    spent = [{part.what: part for part in plan.seconds(Rates(), free=0).parts} for plan in (few, many)]
+    assert few.work.width == many.work.width
+    assert few.work.vectors == many.work.vectors
+    spent = [{part.what: part for part in planner.seconds(plan, Rates(), free=0).parts} for plan in (few, many)]
     for what in ("layers: blockwise, svd", "layers: blockwise, stable rank"):
         assert spent[1][what].gemm == pytest.approx(3 * spent[0][what].gemm)
 
@@ -538,7 +538,7 @@ def test_dense_rows_come_in_chunks_as_the_jacobian_makes_them(
         monkeypatch.setattr(work, "CHUNK_BYTES", nbytes)
         J.chunk_bytes = nbytes
         chunks = [stop - start for start, stop, _ in J.rows()]
-        *rows, _ = planned(path, n, "jacobian").job.sweeps
+        *rows, _ = planned(path, n, "jacobian").work.sweeps
         assert [step.vectors for step in rows for _ in range(step.count)] == chunks
 
 

@@ -19,7 +19,7 @@ PLACES = {
     "device": "quantized, on the device",
     "pinned": "quantized, in RAM",
 }
-# Options of commands that `ggjac.planner.work.Asked` has by the same name.
+# Options of commands that `ggjac.planner.work.Request` has by the same name.
 _SAME = (
     *("rank", "by", "count", "contrast", "per_token", "shuffles", "maps", "kinds", "transport"),
     *("method", "layer", "max_tokens", "control"),
@@ -76,13 +76,14 @@ def _show_one(
     with open_gguf(what.model or demo_path()) as file:
         config = ModelConfig.from_metadata(file.metadata, {name: t.shape for name, t in file.tensors.items()})
         n, texts = _count_tokens(what, command, params, file, config)
-        asked = asked_by(params, config.block_count) | texts
+        asked = requested(params, config.block_count) | texts
         made = make_plan(what, file, config, n, command, asked, device_kind(what.device))
         if output_format == "table":
             _show_memory(made, file.path)
         content = plan_data(made) | {"schema_version": 1, "path": str(file.path)}
         if bench and made.fits:
             from ggjac.planner import bench as measure
+            from ggjac.planner import seconds
             from ggjac.planner.machine import cached_bytes
 
             device = "cpu" if made.device == "cpu" else what.device.replace("auto", "cuda")
@@ -97,13 +98,13 @@ def _show_one(
                 file,
                 made.columns,
                 made.trace.types,
-                dtype=made.job.dtype,
+                dtype=made.work.dtype,
                 threads=what.threads,
                 device=device,
             )
             cached = [cached_bytes(path) for path in file.paths]
             known = None if None in cached else sum(filter(None, cached))
-            times = made.seconds(rates, cached=known)
+            times = seconds(made, rates, cached=known)
             content |= {"rates": rates.data(), "times": times_data(times)}
             if output_format == "table":
                 _show_times(made, times, rates.lines())
@@ -125,8 +126,8 @@ def check_device(name: str) -> None:
         raise click.UsageError(f"--device: {error}") from error
 
 
-def asked_by(params: Mapping[str, Any], blocks: int) -> dict[str, Any]:
-    """Return the fields of `ggjac.planner.work.Asked` that a command's options give, for a model of `blocks` blocks."""
+def requested(params: Mapping[str, Any], blocks: int) -> dict[str, Any]:
+    """Return the fields of `ggjac.planner.work.Request` that a command's options set, for `blocks` blocks."""
     found: dict[str, Any] = {"rank": 1} | {name: params[name] for name in _SAME if params.get(name) is not None}
     if "strengths" in params:
         found["strengths"] = len(params["strengths"])
@@ -143,7 +144,7 @@ def asked_by(params: Mapping[str, Any], blocks: int) -> dict[str, Any]:
 def make_plan(
     what: ModelOptions, file: Any, config: Any, n: int, command: str, asked: Mapping[str, Any], device: str
 ) -> "Plan":
-    """Return the plan of a command; `asked` is from `asked_by`.
+    """Return the plan of a command; `asked` is from `requested`.
 
     Dense rows come all at once if the memory allows it; tapes go to the `--trace` folder only if they must.
 
@@ -215,10 +216,10 @@ def _count_tokens(
 def plan_data(made: "Plan") -> dict[str, Any]:
     """Return a plan as plain data: bytes, weights, FLOP."""
     return {
-        "command": made.job.name,
-        "tokens": made.job.n,
-        "prompts": made.job.prompts,
-        "dtype": made.job.dtype,
+        "command": made.work.command,
+        "tokens": made.work.n,
+        "prompts": made.work.prompts,
+        "dtype": made.work.dtype,
         "mlp_path": made.mlp_path,
         "device": made.device,
         "sweeps": [
@@ -226,12 +227,12 @@ def plan_data(made: "Plan") -> dict[str, Any]:
                 "what": step.what,
                 "count": step.count,
                 "vectors": step.vectors,
-                "bytes": made.over(step.over).nbytes,
-                "flop": step.vectors * made.over(step.over).flop,
+                "bytes": made.sweep_of(step.region).nbytes,
+                "flop": step.vectors * made.sweep_of(step.region).flop,
             }
-            for step in made.job.sweeps
+            for step in made.work.sweeps
         ],
-        "lookups": [asdict(step) | {"bytes": made.lookup(step).nbytes} for step in made.job.lookups],
+        "lookups": [asdict(step) | {"bytes": made.lookup(step).nbytes} for step in made.work.lookups],
         "layers": [
             {
                 "index": layer.index,
@@ -288,7 +289,7 @@ def _alike(layers: Sequence["LayerPlan"]) -> Iterator[tuple[str, "LayerPlan"]]:
 
 def _tokens(made: "Plan") -> str:
     """Name what is traced."""
-    n, prompts = made.job.n, made.job.prompts
+    n, prompts = made.work.n, made.work.prompts
     return f"{n} tokens" if prompts == 1 else f"{prompts} prompts of up to {n} tokens"
 
 
@@ -299,8 +300,8 @@ def _show_memory(made: "Plan", path: Path) -> None:
 
     size = render.size
     render.line(
-        f"{shown(path)}: {size(made.file_bytes)}, {len(made.layers)} layers; ggjac {made.job.name}, {_tokens(made)}, "
-        f"{made.job.dtype}, on the {'CPU' if made.device == 'cpu' else 'GPU'}"
+        f"{shown(path)}: {size(made.file_bytes)}, {len(made.layers)} layers; ggjac {made.work.command}, "
+        f"{_tokens(made)}, {made.work.dtype}, on the {'CPU' if made.device == 'cpu' else 'GPU'}"
     )
     render.line("")
     rows = [
@@ -321,12 +322,12 @@ def _show_memory(made: "Plan", path: Path) -> None:
     sweeps = [
         (
             step.what,
-            step.count * made.job.prompts,
+            step.count * made.work.prompts,
             step.vectors,
-            size(made.over(step.over).nbytes),
-            f"{step.vectors * made.over(step.over).flop / 1e9:.3g}",
+            size(made.sweep_of(step.region).nbytes),
+            f"{step.vectors * made.sweep_of(step.region).flop / 1e9:.3g}",
         )
-        for step in made.job.sweeps
+        for step in made.work.sweeps
     ]
     if sweeps:
         columns = ["for", "#sweeps", "#stacked vectors", "#each reads", "#GFLOP each"]

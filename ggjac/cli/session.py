@@ -16,7 +16,7 @@ import torch
 
 from ggjac import __version__, planner, runs
 from ggjac.cli.options import ModelOptions
-from ggjac.cli.planning import asked_by, make_plan
+from ggjac.cli.planning import make_plan, requested
 from ggjac.cli.progress import Reporter
 from ggjac.cli.render import line, table
 from ggjac.config import ModelConfig
@@ -97,10 +97,10 @@ class Session:
         Args:
             file, config: of the model, or of another one like it.
             n: tokens of the trace; default the prompt's.
-            asked: what the options do not say, as `ggjac.planner.work.Asked` has it.
+            asked: what the options do not say, as `ggjac.planner.work.Request` has it.
         """
         context = click.get_current_context()
-        wanted = asked_by(context.params, config.block_count) | {"position": self.position} | asked
+        wanted = requested(context.params, config.block_count) | {"position": self.position} | asked
         command = context.info_name or ""
         return make_plan(self.what, file, config, n or len(self.ids), command, wanted, self.model.device.type)
 

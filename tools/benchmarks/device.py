@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from ggjac import planner
 from ggjac.model import open_model
 from ggjac.planner import bench, machine
 
@@ -41,7 +42,7 @@ def main() -> None:
     vram = options.vram_budget or options.card
     plan = model.plan(ids, "svd", rank=options.rank, ram_budget=options.ram_budget, vram_budget=vram)
     rates = bench.measure(model.gguf, plan.columns, plan.trace.types, dtype=options.dtype, device=str(device))
-    limits = {part.what: part for part in plan.seconds(rates).parts}
+    limits = {part.what: part for part in planner.seconds(plan, rates).parts}
     print(f"{options.model.name} on {device}, {options.dtype}, {options.tokens} tokens, k={options.rank}")
     print("\n".join(rates.lines()) + f"; bus {rates.bus / 1e9:.1f} GB/s")
     waiting = ", ".join(f"{plan.places.count(p)} {p}" for p in ("dense", "device", "pinned", "file"))

@@ -141,7 +141,7 @@ def main() -> None:
         plan = planner.make(
             model.gguf,
             model.config,
-            work.job("svd", model.config, n, options.dtype, rank=options.rank),
+            work.command_work("svd", model.config, n, options.dtype, rank=options.rank),
             threads=threads,
             budget=planner.Budget(options.ram_budget),
             tapes_on_disk=options.tapes_on_disk,
