@@ -112,6 +112,22 @@ def test_analyses_do_not_import_each_other() -> None:
         assert not [module for module in modules if module.startswith("ggjac.analysis")], path.name
 
 
+# Files of the planner: each may import those before it.
+PLANNER = ("machine", "work", "passes", "memory", "plan", "times")
+
+
+@pytest.mark.parametrize("name", PLANNER)
+def test_the_planner_goes_one_way_too(name: str) -> None:
+    tree = ast.parse((PACKAGE / "planner" / f"{name}.py").read_text(encoding="utf-8"))
+    found: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module == "ggjac.planner":
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("ggjac.planner."):
+            found.add(str(node.module).split(".")[2])
+    assert found <= set(PLANNER[: PLANNER.index(name)])
+
+
 HEAVY = ("torch", "numpy", "gguf", "llama_cpp", "scipy", "jaxtyping", "rich", "safetensors")
 
 
@@ -131,6 +147,10 @@ def test_reading_a_file_loads_neither_torch_nor_the_gguf_package() -> None:
 
 def test_tokenizing_loads_no_torch() -> None:
     assert not loaded("import ggjac.tokenizer, ggjac.config") & {"torch", "gguf", "llama_cpp"}
+
+
+def test_planning_loads_no_torch() -> None:
+    assert loaded("import ggjac.planner, ggjac.planner.bench") <= {"numpy"}
 
 
 def test_public_names_are_there() -> None:

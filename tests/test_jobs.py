@@ -2,6 +2,7 @@
 
 import gc
 import json
+import textwrap
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import fields
@@ -24,7 +25,7 @@ from ggjac.jacobian import SharedSweep
 from ggjac.jacobian.ordinary import OrdinaryJacobian
 from ggjac.linop import Linear
 from ggjac.model import open_model
-from ggjac.planner import Plan, work
+from ggjac.planner import Plan, make, work
 from ggjac.sizes import ITEM_BYTES
 from ggjac.weights import WeightStore
 
@@ -329,6 +330,23 @@ def test_defaults_are_those_of_the_commands(tiny_file: TinyFile) -> None:
         assert asked == {option: own[option] for option in asked}, name
         seen |= asked.keys()
     assert seen == own.keys() - {"sweeps", "chunk_bytes", "text", "layer", "prompts"}
+
+
+def test_the_example_of_a_row_is_one(tiny_file: TinyFile, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The row in the docstring makes a plan: sweeps of stacked vectors, a look-up, one sweep over half of the blocks."""
+    text = work.__doc__ or ""
+    names: dict[str, Any] = dict(vars(work))
+    exec(textwrap.dedent(text[text.index("    def example") : text.index("\nRead it as follows")]), names)
+    monkeypatch.setitem(work.JOBS, "example", names["example"])
+    with open_gguf(tiny_file("plain", layers=4)) as file:
+        sizes = ModelConfig.from_metadata(file.metadata, {t.name: t.shape for t in file.tensors.values()})
+        plan = make(file, sizes, work.command_work("example", sizes, 5, "float32"))
+    counts = [(step.what, step.count, getattr(step, "vectors", None)) for step in plan.work.steps]
+    assert counts == [("svd", 8, 32), ("decoding", 1, None), ("first half", 1, 1)]
+    half = plan.sweep_of(plan.work.sweeps[1].region)
+    assert half.nbytes == sum(layer.sweep.nbytes for layer in plan.layers[:2])
+    assert plan.ram["norms"] == 8 * 8 * 64
+    assert plan.ram["bases"] > 0
 
 
 def test_budgets_hold_by_smaller_chunks(tiny_file: TinyFile, monkeypatch: pytest.MonkeyPatch) -> None:

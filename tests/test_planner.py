@@ -2,8 +2,11 @@
 
 import dataclasses
 import gc
+import itertools
 import math
+import re
 from collections.abc import Callable, Iterator
+from importlib import import_module
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -21,7 +24,7 @@ from ggjac.jacobian import Path as Route
 from ggjac.jacobian import SharedSweep, Tap
 from ggjac.linop import Linear, LinearOperator, Mix
 from ggjac.model import DTYPES, Model, Trace, open_model
-from ggjac.planner import machine, work
+from ggjac.planner import machine, memory, work
 from ggjac.sizes import ITEM_BYTES
 
 TinyFile = Callable[..., Path]
@@ -285,6 +288,70 @@ def test_the_advice_names_what_weighs_most(tiny_file: TinyFile) -> None:
     assert "; keep tapes on disk with --trace FOLDER; " in str(long.misfit)
     assert "--trace" not in str(needs(path, 4000, rank=1, tapes_on_disk=True).misfit)
     assert "; lower --rank, or use fewer tokens; " in str(needs(path, 400, rank=60).misfit)
+
+
+def parts(path: Path) -> dict[str, set[str]]:
+    """Return the parts that some plan of a command shows, by command: on the CPU and a device, of every step."""
+    everything = {
+        "analyze": {"layers": [1, 2], "transport": True, "contrast": True, "per_token": True},
+        "svd": {"per_token": True, "saved": True},
+        "layers": {"transport": True, "saved": True},
+        "attribute": {"everywhere": True},
+        "predict": {"everywhere": True},
+    }
+    found: dict[str, set[str]] = {}
+    for command in work.JOBS:
+        for options in ({}, everything.get(command, {})):
+            for n, device in itertools.product((2, 100), ("cpu", "cuda")):
+                plan = planned(path, n, command, device=device, budget=AMPLE, **options)
+                found.setdefault(command, set()).update(plan.ram, plan.vram)
+                # Only the largest step is in the plan: each of them alone.
+                for step in plan.work.steps:
+                    alone = dataclasses.replace(plan.work, steps=(step,), reused="live")
+                    found[command].update(planner.make(*header(path), alone, device=device, budget=AMPLE).ram)
+    return found
+
+
+def test_every_part_of_a_plan_has_advice(tiny_file: TinyFile, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each that some command shows, and no other."""
+    monkeypatch.setattr(work, "EXACT_ROWS", 0)
+    found = parts(tiny_file("gqa"))
+    for command, names in found.items():
+        assert names <= memory.PARTS.keys(), f"{command}: give advice in memory.PARTS"
+    assert set.union(*found.values()) == memory.PARTS.keys()
+
+
+def test_the_advice_names_options_that_the_command_has(tiny_file: TinyFile) -> None:
+    for command in work.JOBS:
+        params = getattr(import_module(f"ggjac.cli.{command}"), command).params
+        has = {option for param in params for option in param.opts}
+        for options in ({}, {"layers": [1, 2]} if command == "analyze" else {}):
+            plan = planned(tiny_file("gqa"), 5, command, **options)
+            for part, folder in itertools.product(memory.PARTS, (False, True)):
+                if part in plan.ram or (part == "decoding" and plan.work.lookups):
+                    line = memory.advice(plan.work, {part: 1}, "--ram-budget", tapes_on_disk=folder)
+                    assert set(re.findall(r"--[a-z-]+", line)) <= has, (command, part)
+
+
+def test_advice_on_what_weighs_most_by_hand(tiny_file: TinyFile) -> None:
+    def lines(command: str, *parts: str, **options: Any) -> list[str]:
+        needed = planned(tiny_file("gqa"), 5, command, **options).work
+        text = memory.advice(needed, dict.fromkeys(parts, 1 << 26), "--ram-budget", tapes_on_disk=False)
+        return text.split("; ")
+
+    assert lines("svd", "process", "tile") == ["give --ram-budget 128MiB"]
+    assert lines("svd", "decoding") == ["lower --shuffles or --rank", "or give --ram-budget 64MiB"]
+    triplets = "lower --rank, or use fewer tokens"
+    assert lines("analyze", "decoding") == [triplets, "or give --ram-budget 64MiB"]
+    assert lines("svd", "bases", "vectors", "checkpoint") == [triplets, "or give --ram-budget 192MiB"]  # once
+    assert lines("layers", "bases", "tapes")[:2] == ["ask for fewer --layers", "keep tapes on disk with --trace FOLDER"]
+    for command in ("compare", "steer"):
+        assert lines(command, "tapes")[0] == "use fewer tokens"
+    assert lines("ranks", "tapes", prompts=2)[0] == lines("ranks", "norms")[0] == "use fewer tokens"
+    assert lines("ranks", "bases")[0] == "use fewer tokens"  # it has no --rank
+    # What weighs less than an eighth is not worth an advice.
+    needed = planned(tiny_file("gqa"), 5).work
+    assert memory.advice(needed, {"tapes": 1, "process": 8}, "-x", tapes_on_disk=False) == "give -x 64MiB"
 
 
 def test_tapes_on_disk_leave_two_in_memory(tiny_file: TinyFile) -> None:

@@ -194,24 +194,51 @@ def basis_floats(config: ModelConfig, n: int, width: int, sweeps: int) -> int:
 # ----------------------------------------------------------------------------------------------------------------------
 # Advice
 
+FEWER_TOKENS = "use fewer tokens"
+
+
+def _tapes(work: Work, tapes_on_disk: bool) -> str:
+    possible = work.tapes_to_disk and not tapes_on_disk
+    return "keep tapes on disk with --trace FOLDER" if possible else FEWER_TOKENS
+
+
+def _vectors(work: Work, tapes_on_disk: bool) -> str:
+    return work.fewer_vectors
+
+
+def _decoding(work: Work, tapes_on_disk: bool) -> str:
+    return work.fewer_decoded or work.fewer_vectors
+
+
+# Every part that a plan may show -> advice on how to make it smaller, given the work and whether its tapes are on disk;
+# None if no option does.
+PARTS: dict[str, str | Callable[[Work, bool], str] | None] = {
+    "process": None,  # Python, torch and the buffers of threads
+    "tile": None,  # a matrix is dequantized in tiles of a fixed size
+    "on the way": None,  # a fixed number of tiles on their way to the device
+    "tapes": _tapes,  # grow with the prompt, attention patterns with its square
+    "trace": FEWER_TOKENS,  # streams and attention scores of all positions
+    "vectors": _vectors,  # the stack of a sweep: one stream per vector, or per vector and map
+    "bases": _vectors,  # grow by one block of vectors in every sweep
+    "decoding": _decoding,  # scores of all vectors of a pass over the vocabulary
+    "checkpoint": _vectors,  # products of sweeps waiting to be written, up to a fixed limit
+    "norms": FEWER_TOKENS,  # float64 copies of a fixed number of probes, one stream each
+    "portraits": FEWER_TOKENS,  # the results of another model: above all, logits of every position
+    "cache": "use fewer tokens, or fewer --max-tokens",  # keys and values of the prompt and of generated tokens
+    "llama.cpp's tensors": FEWER_TOKENS,  # three streams for each block, and logits of every position
+}
+
 
 def advice(work: Work, parts: Mapping[str, int], option: str, *, tapes_on_disk: bool) -> str:
-    """Return what to lower, the largest part first, and the least value of `option` that suffices."""
-    many = "ask for fewer --layers" if work.maps else "lower --rank, or use fewer tokens"
-    lower = {
-        "tapes": "use fewer tokens" if tapes_on_disk else "keep tapes on disk with --trace FOLDER",
-        "bases": many,
-        "vectors": many if work.width else "use fewer tokens",
-        "trace": "use fewer tokens",
-        "portraits": "use fewer tokens",
-        "cache": "use fewer tokens, or fewer --max-tokens",
-    }
-    if work.prompts > 1 or work.reused == "all":  # several texts, none of whose tapes are kept
-        lower["tapes"] = "use fewer tokens"
+    """Return how to make the large parts smaller, the largest first, and the least value of `option` that suffices."""
     needed = sum(parts.values())
-    steps = [lower[part] for part in largest(parts) if part in lower and parts[part] > needed / 8]
-    enough = f"{option} {math.ceil(needed / 2**26) * 64}MiB"
-    return "; ".join([*dict.fromkeys(steps), f"or give {enough}" if steps else f"give {enough}"])
+    found: list[str] = []
+    for part in largest(parts):
+        lower = PARTS[part]
+        if lower is not None and parts[part] > needed / 8:
+            found.append(lower if isinstance(lower, str) else lower(work, tapes_on_disk))
+    enough = f"give {option} {math.ceil(needed / 2**26) * 64}MiB"
+    return "; ".join([*dict.fromkeys(found), f"or {enough}" if found else enough])
 
 
 def largest(parts: Mapping[str, int]) -> list[str]:

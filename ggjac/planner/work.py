@@ -166,7 +166,9 @@ class Work:
         dtype: of all computation.
         steps: in order.
         tapes: whether the trace records tapes, the frozen part of every block.
-        maps: maps inside the network that are swept together, at most.
+        tapes_to_disk: whether the tapes may be kept in a folder instead of memory.
+        fewer_vectors: advice on which options need fewer stacked vectors, or shorter ones.
+        fewer_decoded: the same for vectors to decode; empty if the same options do.
         chunk_bytes: working memory of a chunk of dense rows, in bytes.
         reused: which tensors later passes use again: `"live"` ones, or those of the forward pass, `"all"`.
         buffers: bytes of memory in use from step to step, by part.
@@ -181,7 +183,9 @@ class Work:
     dtype: str
     steps: tuple[Sweeps | Lookup, ...] = ()
     tapes: bool = True
-    maps: int = 0
+    tapes_to_disk: bool = True
+    fewer_vectors: str = "use fewer tokens"
+    fewer_decoded: str = ""
     chunk_bytes: int = CHUNK_BYTES
     reused: Literal["live", "all"] = "live"
     buffers: Mapping[str, int] = field(default_factory=dict)
@@ -284,6 +288,7 @@ def command_work(command: str, config: ModelConfig, n: int, dtype: str, **option
         work,
         command=command,
         chunk_bytes=builder.chunk_bytes,
+        tapes_to_disk=work.tapes_to_disk and request.prompts == 1,
         prompts=request.prompts,
         preparations=request.prompts if config.expert_count else 1,
     )
@@ -293,6 +298,9 @@ def all_rows(config: ModelConfig, n: int, dtype: str) -> int:
     """Return the `chunk_bytes` at which one sweep computes all rows of the dense Jacobian."""
     return config.d * chunk_floats(n, config.d, config.hidden_units) * ITEM_BYTES[dtype]
 
+
+FEWER_TRIPLETS = "lower --rank, or use fewer tokens"
+FEWER_LAYERS = "ask for fewer --layers"
 
 RECONSTRUCTION = Sweeps("reconstruction", 1, 3)
 ATTRIBUTION = Sweeps("attribution", 1, 1, up=False)
@@ -460,11 +468,6 @@ class _Builder:
         ]
         return [batch for batch in batches if batch.name in self.request.maps and batch.maps]
 
-    @property
-    def most_maps(self) -> int:
-        """Largest number of maps inside the network that are swept together."""
-        return max((batch.maps for batch in self.batches), default=0)
-
     def layers(self) -> tuple[Sweeps | Lookup, ...]:
         """Return the decomposition of maps inside the network, as of the whole Jacobian, and the logit lens."""
         request, rank, end = self.request, self.request.rank, self.config.block_count
@@ -524,17 +527,19 @@ def _analyze(builder: _Builder) -> Work:
         ATTRIBUTION,
         Sweeps("branches", 1, 1, region=Region("heads", written=1)),
         *more,
-        maps=0 if request.layers is None else builder.most_maps,
+        fewer_vectors=FEWER_LAYERS if request.layers is not None and builder.batches else FEWER_TRIPLETS,
     )
 
 
 def _svd(builder: _Builder) -> Work:
     per_token = builder.per_token() if builder.request.per_token else ()
-    return builder.work(*builder.spectrum(), RECONSTRUCTION, *builder.coherence(), *per_token)
+    steps = *builder.spectrum(), RECONSTRUCTION, *builder.coherence(), *per_token
+    return builder.work(*steps, fewer_vectors=FEWER_TRIPLETS, fewer_decoded="lower --shuffles or --rank")
 
 
 def _layers(builder: _Builder) -> Work:
-    return builder.work(RECONSTRUCTION, *builder.layers(), maps=builder.most_maps)
+    advice = {"fewer_vectors": FEWER_LAYERS} if builder.batches else {}
+    return builder.work(RECONSTRUCTION, *builder.layers(), **advice)
 
 
 def _attribute(builder: _Builder) -> Work:
@@ -556,6 +561,7 @@ def _norms(builder: _Builder) -> Work:
         *builder.dense("rows"),
         *builder.in_chunks("columns", vectors, stream_copies=1),
         Lookup("decoding", head=vectors, embedding=vectors),
+        fewer_decoded="lower --count, or use fewer tokens",
     )
 
 
@@ -582,7 +588,7 @@ def _compare(builder: _Builder) -> Work:
     kept = 2 * logits * builder.item + rank * (n + 1) * d * max(4, builder.item)
     joint, _ = builder.spectrum()
     steps = Lookup("logits", logits=n), joint, RECONSTRUCTION, ATTRIBUTION
-    return builder.work(*steps, buffers={"portraits": kept})
+    return builder.work(*steps, buffers={"portraits": kept}, tapes_to_disk=False, fewer_vectors=FEWER_TRIPLETS)
 
 
 def _steer(builder: _Builder) -> Work:
@@ -610,7 +616,7 @@ def _steer(builder: _Builder) -> Work:
             images = Sweeps("images of tokens", steered * later, 1, region=concept, stream_copies=1, buffers=buffers)
             steps.append(images)
     steps.append(Lookup("logits", count=1 + (1 + steered) * request.max_tokens, logits=1))
-    return builder.work(*steps, reused="all")
+    return builder.work(*steps, reused="all", tapes_to_disk=False)
 
 
 def _predict(builder: _Builder) -> Work:
