@@ -64,9 +64,9 @@ def test_the_tables(rates: Rates, tiny_file: TinyFile) -> None:
     out = run("plan", "-m", tiny_file("gqa"), *TOKENS, "--ram-budget", "1GiB").stdout
     for words in ("2 layers; ggjac svd, 5 tokens, float32, on the CPU", "dense, ready to multiply", "Fits."):
         assert words in out
-    for title in ("Each layer", "Sweeps (the trace reads", "Memory at the peak", "Time in seconds", "disk 1 GB/s"):
+    for title in ("\nLayers\n", "Sweeps (the trace reads", "Peak memory", "Time in seconds", "disk 1 GB/s"):
         assert out.count(title) == 1
-    assert out.index("Memory at the peak") < out.index("Fits.") < out.index("Time in seconds")
+    assert out.index("Peak memory") < out.index("Fits.") < out.index("Time in seconds")
 
 
 def test_alike_layers_share_a_row(tiny_file: TinyFile) -> None:
@@ -122,7 +122,7 @@ def test_the_memory_part_needs_no_torch(args: list[str], tiny_file: TinyFile) ->
     command = [sys.executable, "-c", BLOCKED, *args, "-m", str(tiny_file("gqa")), *TOKENS]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert "Memory at the peak" in done.stdout
+    assert "Peak memory" in done.stdout
 
 
 def test_a_text_is_counted_in_tokens(tiny_file: TinyFile) -> None:
@@ -348,8 +348,10 @@ def test_steering_that_cannot_be_planned(options: list[str], words: str, tiny_fi
 def test_a_device_that_is_not_here_is_planned_and_not_measured(tiny_file: TinyFile) -> None:
     arguments = ["-m", tiny_file("plain"), *TOKENS, "--device", "cuda"]
     shown = run("plan", *arguments).stdout
-    assert "Device memory at the peak" in shown
-    assert shown.splitlines()[-1].startswith("Time is not measured: device cuda was asked for, but torch cannot use it")
+    assert "Peak device memory" in shown
+    assert shown.splitlines()[-1].startswith(
+        "Time is not predicted: device cuda was asked for, but torch cannot use it"
+    )
     found = json.loads(run("plan", *arguments, "--format", "json").stdout)
     assert "it finds no CUDA device" in found["not_measured"]
     assert "times" not in found

@@ -333,7 +333,7 @@ def test_defaults_are_those_of_the_commands(tiny_file: TinyFile) -> None:
 
 
 def test_the_example_of_a_row_is_one(tiny_file: TinyFile, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The row in the docstring makes a plan: sweeps of stacked vectors, a look-up, one sweep over half of the blocks."""
+    """The row in the docstring makes a plan: a decomposition, a look-up, one sweep over half of the blocks."""
     text = work.__doc__ or ""
     names: dict[str, Any] = dict(vars(work))
     exec(textwrap.dedent(text[text.index("    def example") : text.index("\nRead it as follows")]), names)
