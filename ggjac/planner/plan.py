@@ -22,7 +22,7 @@ DENSE = ("jacobian", "norms")
 
 
 class NoFitError(PlanError):
-    """The work needs more memory than its budget; the message says how much, and what to lower."""
+    """The work needs more memory than its budget; the message names both, and what to lower."""
 
     will_not_fit = True
 

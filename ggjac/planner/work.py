@@ -233,7 +233,7 @@ class Request:
         method, layer, max_tokens, control: of `steer`.
         strengths: number of strengths (`steer`).
         prompts: number of prompts, the longest of `n` tokens (`ranks`).
-        saved: checkpoints are kept beside the result; `analyze` always keeps them.
+        saved: checkpoints are written as well as the result; `analyze` always keeps them.
     """
 
     rank: int = 8
