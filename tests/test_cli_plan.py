@@ -146,7 +146,7 @@ def test_a_budget_that_cannot_work_is_refused_before_any_work(
     assert "but --ram-budget allows 100.0 MiB" in text
     assert "; give --ram-budget " in text
     assert not (tmp_path / "out").exists()
-    # What it asks for is enough.
+    # The size that it names is enough.
     enough = text.split("; give --ram-budget ")[1].split()[0]
     asked = ["--for", command] if command in work.JOBS else []
     run("plan", "-m", tiny_file("gqa"), *TOKENS, "--ram-budget", enough, "--no-bench", *asked)
@@ -302,7 +302,7 @@ def test_of_many_prompts_the_longest_is_refused_before_any_work(
 def test_of_two_files_the_second_is_refused_before_any_work(
     tiny_file: TinyFile, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It differs in how many experts it uses, and so in what is frozen."""
+    """It uses another number of experts, and so freezes more."""
     files = tiny_file("mixtral", experts_used=1), tiny_file("mixtral", experts_used=6)
     arguments = "compare", "-m", files[0], "--with", files[1], *TOKENS
     shown = run(*arguments, "--dry-run", "--ram-budget", "1GiB").stdout

@@ -1,4 +1,4 @@
-"""Commands beside their own `--dry-run`: passes, vectors, FLOP, bytes and memory, counted while they run."""
+"""Commands compared with their own `--dry-run`: passes, vectors, FLOP, bytes and memory, counted while they run."""
 
 import gc
 import json
@@ -31,7 +31,7 @@ from ggjac.weights import WeightStore
 
 TinyFile = Callable[..., Path]
 TOKENS = ["--tokens", "5,17,3,99,42,7"]
-# No biases, so that every tensor that is read is a matrix or a norm; every expert used, so that the router has no say.
+# No biases, so every tensor that is read is a matrix or a norm; every expert used, so the router has no effect.
 CASES: dict[str, dict[str, Any]] = {
     "gqa": {},
     "fused_qkv": {"layers": 3},
@@ -40,7 +40,7 @@ CASES: dict[str, dict[str, Any]] = {
     "mixtral": {"experts": 3, "experts_used": 3},
     "qwen3moe": {"experts": 3, "experts_used": 3},
 }
-# As many sweeps as the plan is made to expect, whatever the spectrum: few, and more down than up.
+# The number of sweeps that the plan is made to expect, whatever the spectrum: few, and more down than up.
 SWEEPS = ["--tol", "1e-30", "--max-sweeps", 3]
 SHORT = ["--top", 2]  # every decoded token costs a row
 COMMANDS: dict[str, list[Any]] = {
@@ -79,10 +79,10 @@ COMMANDS: dict[str, list[Any]] = {
 
 
 class Counted:
-    """What a command did.
+    """Counts of what a command did.
 
     Attributes:
-        plans: what was printed of each model.
+        plans: the plan printed for each model.
         stores: the weights of each model.
         products: vectors and FLOP of each shared sweep.
         stacks: by block, how many vectors its output projection was applied to, each time.
@@ -109,7 +109,7 @@ def _bytes(store: WeightStore, name: str) -> float:
 
 @pytest.fixture(autouse=True, scope="module")
 def swift() -> Iterator[None]:
-    """What is counted here is checked elsewhere: shapes are not, and old objects are not looked through for garbage."""
+    """Switch off shape checks, which other tests do, and the search for garbage among old objects: they take time."""
     gc.collect()
     gc.freeze()
     before = config.jaxtyping_disable
@@ -121,7 +121,7 @@ def swift() -> Iterator[None]:
 
 @pytest.fixture
 def counted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Counted:
-    """Return what is counted from now on; no weights are kept, in an empty folder."""
+    """Return the counts from now on; no weights are kept between sweeps, and the current folder is empty."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(work, "EXPECTED_SWEEPS", SWEEPS[-1])
     found = Counted()
@@ -171,7 +171,7 @@ def counted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Counted:
 
 
 def run(*args: object) -> dict[str, Any]:
-    """Return what a command prints as JSON; it may have run out of sweeps, and a plan may not fit."""
+    """Return the JSON that a command prints; it may have run out of sweeps, and a plan may not fit."""
     result = CliRunner().invoke(main, [str(arg) for arg in (*args, "--format", "json", "-t", 1)], prog_name="ggjac")
     assert result.exit_code in (0, 3, 4), result.output
     return json.loads(result.stdout)
@@ -186,7 +186,7 @@ def arguments(name: str, case: str, tiny_file: TinyFile, tokens: list[str] = TOK
     return [command, "-m", path, *tokens, *options]
 
 
-# Every command on a dense model and on a mixture; on the others what reads other tensors, or other positions of them.
+# Every command on a dense model and on a mixture; on the others, commands that read other tensors or positions.
 FEW = ("svd without chance", "norms", "attribute by head", "contrast early", "steer additive", "layers some")
 EACH = [
     *((name, "gqa", size) for name in COMMANDS for size in (1 << 30, 500_000 if "layers" in name else 50_000)),
@@ -264,7 +264,7 @@ def stacks(plan: Plan, block: int) -> Iterator[int]:
         if not aboard:
             continue
         once = [step.vectors if step.region.sequential else step.vectors * aboard // len(spans)]
-        if step.region.tensors == "heads":  # what is added and the bias; and down, what the head reads
+        if step.region.tensors == "heads":  # its output and its bias; and down, the inputs of the head
             once = [2, 1]
         elif step.what.startswith("ordinary"):  # tangents ride along
             once = [1]
@@ -280,7 +280,7 @@ def _passes(step: dict[str, Any], uses: tuple[str, ...]) -> int:
 
 
 LONG = ["--tokens", ",".join(str(i % 100 + 3) for i in range(24))]
-# Enough vectors to outweigh what is small in any model that is not tiny.
+# Enough vectors to outweigh everything that is negligible in a real model.
 HEAVY = {
     "svd": ["-k", 16, *SWEEPS, "--shuffles", 0],
     "svd per token": ["-k", 4, *SWEEPS, "--per-token", "--shuffles", 0],
@@ -307,7 +307,7 @@ def test_a_command_holds_what_its_plan_says(
     asked = arguments(name, case, tiny_file, LONG, layers=3, **experts)
     planned = run(*asked, "--dry-run")["ram"]
     needed = sum(planned.values()) - planned["process"]
-    # Products wait for a checkpoint until the end; what a router does is guessed.
+    # Products wait for a checkpoint until the end; the choices of a router are estimated.
     least = 0.7 if "checkpoint" in planned or "experts" in CASES[case] else 0.75
     share = held(lambda: run(*asked)) / needed
     assert least < share < 1.12, planned
@@ -317,7 +317,7 @@ def test_a_command_holds_what_its_plan_says(
 
 
 def test_defaults_are_those_of_the_commands(tiny_file: TinyFile) -> None:
-    """What is not given means the same to a plan as to the command."""
+    """An option that is not given has the same default in a plan as in the command."""
     own = {field.name: field.default for field in fields(work.Request)} | {"layers": [0, 1, 2, 3, 4]}  # all of 4 blocks
     seen = set()
     for name in work.JOBS:
@@ -350,7 +350,7 @@ def test_the_example_of_a_row_is_one(tiny_file: TinyFile, monkeypatch: pytest.Mo
 
 
 def test_budgets_hold_by_smaller_chunks(tiny_file: TinyFile, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What needs too much at once comes in portions, before it is refused."""
+    """Work that needs too much memory at once is divided into chunks before it is refused."""
     monkeypatch.setattr(work, "CHUNK_BYTES", 1 << 22)
     for name in ("jacobian", "norms", "ranks", "attribute everywhere"):
         asked = [*arguments(name, "gqa", tiny_file, ["--tokens", ",".join(["5"] * 200)]), "--dry-run"]

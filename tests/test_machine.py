@@ -1,4 +1,4 @@
-"""What the machine says of itself, against what was arranged."""
+"""Sizes as text, free and used memory, the page cache: compared with files and memory made for the test."""
 
 import mmap
 import os

@@ -1,4 +1,4 @@
-"""The plan against the operators themselves: what they read, compute and keep, on tiny files of every family."""
+"""The plan compared with the operators: bytes they read, FLOP they compute, memory they keep; files of every family."""
 
 import dataclasses
 import gc
@@ -28,7 +28,7 @@ from ggjac.planner import machine, memory, work
 from ggjac.sizes import ITEM_BYTES
 
 TinyFile = Callable[..., Path]
-# One file of each architecture, and what changes the counts: fused, biased, tied, quantized, routed and clamped.
+# A file of each architecture, and variations that change the counts: fused, biased, tied, quantized, routed, clamped.
 CASES = [
     *("plain", "gqa", "mqa", "head_dim_wide", "odd_sizes", "tied", "fused_qkv", "biases", "live_biases"),
     *("fused_biases", "fused_split_biases", "q4_k_mixed", "bf16", "qwen2_output_bias", "qwen3", "gemma", "gemma2"),
@@ -349,7 +349,7 @@ def test_advice_on_what_weighs_most_by_hand(tiny_file: TinyFile) -> None:
         assert lines(command, "tapes")[0] == "use fewer tokens"
     assert lines("ranks", "tapes", prompts=2)[0] == lines("ranks", "norms")[0] == "use fewer tokens"
     assert lines("ranks", "bases")[0] == "use fewer tokens"  # it has no --rank
-    # What weighs less than an eighth is not worth an advice.
+    # Parts below an eighth of the whole get no advice.
     needed = planned(tiny_file("gqa"), 5).work
     assert memory.advice(needed, {"tapes": 1, "process": 8}, "-x", tapes_on_disk=False) == "give -x 64MiB"
 
@@ -380,7 +380,7 @@ def held(work: Callable[[], object]) -> int:
 
     Without shape checks, which hold on to arguments that their function has done with.
     """
-    gc.collect()  # what is freed meanwhile would count, too
+    gc.collect()  # objects freed during the work would count as well
     before = checks.jaxtyping_disable
     checks.update("jaxtyping_disable", True)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as seen:
@@ -392,7 +392,7 @@ def held(work: Callable[[], object]) -> int:
 
 NARROW = {"heads": 4, "head_dim": 8, "kv_heads": 2}
 WIDE = {"heads": 8, "head_dim": 32}
-# Each of what may weigh most: heads, hidden units, the stream; and an expert that many positions use.
+# Each thing that can dominate: heads, hidden units, the stream; and an expert that many positions use.
 HOLDING: list[tuple[str, dict[str, Any]]] = [
     *((case, {}) for case in ("gqa", "mqa", "head_dim_wide", "gpt2", "gemma2", "falcon_7b", "falcon_40b", "phi2")),
     *((case, {}) for case in ("cohere2", "smollm3", "granite", "mixtral", "qwen2moe", "qwen3moe", "olmoe", "olmo2")),
@@ -419,7 +419,7 @@ def test_a_sweep_holds_what_is_counted(case: str, sizes: dict[str, Any], tiny_fi
     J, config = run.jacobian(), run.model.config
     Y, X = torch.ones(k, config.d), torch.ones(k, n, config.d)
     J.rmatmat(Y)  # the tile is there from now on
-    # How uneven a router is nobody knows before; and the test run's shape checks hold on to what experts are given.
+    # The plan cannot foresee how uneven a router is; and the shape checks of the test run keep the inputs of experts.
     least, most = (0.7, 1.1) if config.expert_count else (0.86, 1.05)
     for up, product in ((False, lambda: J.rmatmat(Y)), (True, lambda: J.matmat(X))):
         counted = 4 * k * planner.sweep_floats(config, n, up=up)
@@ -431,7 +431,7 @@ def test_a_sweep_holds_what_is_counted(case: str, sizes: dict[str, Any], tiny_fi
 def test_maps_of_one_block_hold_what_is_counted(
     case: str, sizes: dict[str, Any], kinds: tuple[Any, ...], tiny_file: TinyFile
 ) -> None:
-    n, k = 100, 10  # enough of them to outweigh what is there once
+    n, k = 100, 10  # enough of them to outweigh everything that exists once
     run = trace(tiny_file(case, layers=3, **sizes), n)
     J, config = run.jacobian(), run.model.config
     maps = SharedSweep(J.network, [Route(1, Tap(kind, 2)) for kind in kinds], n - 1, raw=True)
@@ -533,7 +533,7 @@ def test_times_by_hand(tiny_file: TinyFile) -> None:
     assert svd.each == pytest.approx(max(svd.disk, svd.dequantize + svd.gemm + svd.writes) + svd.calls)
     assert parts["trace"].disk == pytest.approx(plan.trace.nbytes / 1e6)
     assert cold.total == pytest.approx(sum(part.count * part.each for part in cold.parts))
-    # What fits beside the job is not read again; what is there already, not at all.
+    # Bytes that fit into the page cache are not read again; those that are in it already, not at all.
     warm = {p.what: p for p in planner.seconds(plan, Rates(), cached=1 << 30, free=plan.ram_peak + (1 << 30)).parts}
     assert (warm["trace"].disk, warm["svd"].disk, warm["decoding"].disk) == (0, 0, 0)
     half = {p.what: p for p in planner.seconds(plan, Rates(), cached=0, free=plan.ram_peak + sweep.nbytes // 2).parts}
@@ -575,7 +575,7 @@ def test_layers_kept_dense_are_dequantized_once(tiny_file: TinyFile) -> None:
 
 
 def test_layers_are_made_ready_once_for_all_prompts(tiny_file: TinyFile) -> None:
-    """But each may want other experts."""
+    """In a mixture, for each prompt, since each may use other experts."""
     for case, expected in (("gqa", 1), ("mixtral", 3)):
         plan = planned(tiny_file(case), 5, "ranks", rank=1, prompts=3, budget=AMPLE)
         counts = {part.what: part.count for part in planner.seconds(plan, Rates(), cached=0, free=1 << 40).parts}
@@ -584,7 +584,7 @@ def test_layers_are_made_ready_once_for_all_prompts(tiny_file: TinyFile) -> None
 
 
 def test_maps_of_single_blocks_take_turns(tiny_file: TinyFile, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What they need does not grow with the number of blocks; their time does."""
+    """Their memory does not grow with the number of blocks; their time does."""
     monkeypatch.setattr(work, "EXACT_ROWS", 0)
     few, many = (planned(tiny_file("gqa", layers=n), 5, "layers", rank=16, maps=["blockwise"]) for n in (2, 6))
     assert few.ram["bases"] == many.ram["bases"] > 0
@@ -595,7 +595,7 @@ def test_maps_of_single_blocks_take_turns(tiny_file: TinyFile, monkeypatch: pyte
         assert spent[1][what].gemm == pytest.approx(3 * spent[0][what].gemm)
 
 
-@pytest.mark.parametrize("case", ["gqa", "qwen3moe"])  # of a mixture, the width of a dense network says nothing
+@pytest.mark.parametrize("case", ["gqa", "qwen3moe"])  # in a mixture, the width of a dense network is irrelevant
 def test_dense_rows_come_in_chunks_as_the_jacobian_makes_them(
     case: str, monkeypatch: pytest.MonkeyPatch, tiny_file: TinyFile
 ) -> None:

@@ -91,11 +91,12 @@ class Measured:
 
     def lines(self) -> list[str]:
         """Return the rates as lines of text."""
+        threads = f"{self.threads} thread{'' if self.threads == 1 else 's'}"
         types = ", ".join(f"{name} {rate / 1e9:.2f}" for name, rate in self.types.items())
         gemm = ", ".join(f"{rate / 1e9:.0f} with {columns} columns" for columns, rate in self.multiply.items())
         return [
             f"disk {self.disk / 1e9:.2f} GB/s ({self.disk_method}); memory copy {self.copy / 1e9:.1f} GB/s",
-            f"dequantization {types} Gweights/s; multiplication {gemm} GFLOP/s ({self.dtype}, {self.threads} threads)",
+            f"dequantization {types} Gweights/s; multiplication {gemm} GFLOP/s ({self.dtype}, {threads})",
         ]
 
 

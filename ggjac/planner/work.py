@@ -1,11 +1,11 @@
-"""The work of each command as data: sweeps, vectors per sweep, and live buffers.
+"""The work of each command as data: sweeps, vectors per sweep, and buffers.
 
 `ggjac.planner` turns these into bytes, FLOP and seconds. Everything here follows from a model's sizes and a command's
 options; no file is opened and nothing is computed.
 
 To plan a new command, add a row to `JOBS`: the command's name, and a function that makes its `Work` from a `_Builder`
 (the model's sizes, the prompt's length and the command's options). As an example, a command that decomposes the
-Jacobian, decodes the singular vectors, and then propagates one vector through the first half of the blocks:
+Jacobian, decodes the singular vectors, and then carries one vector back from the middle of the network to its input:
 
     def example(builder):
         rank, width, sweeps = builder.request.rank, builder.width(builder.n), builder.sweeps
@@ -16,6 +16,7 @@ Jacobian, decodes the singular vectors, and then propagates one vector through t
             Lookup("decoding", head=rank, embedding=rank * builder.n),
             Sweeps("first half", 1, 1, up=False, region=half),
             buffers={"norms": 8 * rank * builder.d},
+            fewer_vectors="lower --rank, or use fewer tokens",
         )
 
 Read it as follows; the classes below describe every field.
@@ -28,10 +29,11 @@ Read it as follows; the classes below describe every field.
 - `region`: the blocks, tensors and positions that the sweeps visit; by default all that a Jacobian uses. Here it is one
   map, from block 0 to before the middle one.
 - `up=False`: vectors only travel from the output to the input (`rmatmat`), which takes less memory.
-- `Lookup`: a pass over the vocabulary, here to decode `rank` vectors through the head, and `rank * n` to the nearest
-  input embeddings.
+- `Lookup`: a pass over the vocabulary, here to decode `rank` vectors with the head, and one at each of the `n`
+  positions of `rank` others to the nearest input embeddings.
 - `buffers`: bytes that stay allocated from step to step, by the name that the table of memory shows. Each name has an
   entry in `ggjac.planner.memory.PARTS`.
+- `fewer_vectors`: advice for the user if memory is short, naming options of this command.
 
 `tests/test_jobs.py` counts what a command really does and compares it with its row: list the command's options there.
 """
@@ -167,8 +169,8 @@ class Work:
         steps: in order.
         tapes: whether the trace records tapes, the frozen part of every block.
         tapes_to_disk: whether the tapes may be kept in a folder instead of memory.
-        fewer_vectors: advice on which options need fewer stacked vectors, or shorter ones.
-        fewer_decoded: the same for vectors to decode; empty if the same options do.
+        fewer_vectors: advice on the options that make stacks of vectors smaller.
+        fewer_decoded: the same for decoding vectors; empty for the same advice.
         chunk_bytes: working memory of a chunk of dense rows, in bytes.
         reused: which tensors later passes use again: `"live"` ones, or those of the forward pass, `"all"`.
         buffers: bytes of memory in use from step to step, by part.
