@@ -233,7 +233,7 @@ def advice(work: Work, parts: Mapping[str, int], option: str, *, tapes_on_disk: 
     """Return how to make the large parts smaller, the largest first, and the least value of `option` that suffices."""
     needed = sum(parts.values())
     found: list[str] = []
-    for part in largest(parts):
+    for part in by_size(parts):
         lower = PARTS[part]
         if lower is not None and parts[part] > needed / 8:
             found.append(lower if isinstance(lower, str) else lower(work, tapes_on_disk))
@@ -241,6 +241,6 @@ def advice(work: Work, parts: Mapping[str, int], option: str, *, tapes_on_disk: 
     return "; ".join([*dict.fromkeys(found), f"or {enough}" if found else enough])
 
 
-def largest(parts: Mapping[str, int]) -> list[str]:
+def by_size(parts: Mapping[str, int]) -> list[str]:
     """Return the names of parts, the largest first."""
     return sorted(parts, key=lambda part: -parts[part])

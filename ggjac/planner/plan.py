@@ -153,7 +153,7 @@ class Plan:
         ):
             needed = sum(parts.values())
             if budget is not None and needed > budget:
-                sizes = (f"{part} {machine.format_size(parts[part])}" for part in memory.largest(parts)[:3])
+                sizes = (f"{part} {machine.format_size(parts[part])}" for part in memory.by_size(parts)[:3])
                 return (
                     f"{self.work.command} needs {machine.format_size(needed)} of {kind} ({', '.join(sizes)}), "
                     f"but {option} allows {machine.format_size(budget)}; "
