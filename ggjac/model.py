@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ggjac import blocks, decode, planner
-from ggjac.blocks import BlockTape, Frame, MlpPath, NormTape, NumericsError
+from ggjac.blocks import BlockTape, Frame, NormTape, NumericsError
 from ggjac.config import ModelConfig
 from ggjac.gguf import GGUFFile, open_gguf
 from ggjac.gguf.hub import demo_path, resolve
@@ -23,11 +23,11 @@ from ggjac.jacobian import DetachedJacobian, FrozenNetwork, Span
 from ggjac.jacobian.tapes import Tapes
 from ggjac.planner import Plan, machine
 from ggjac.rope import rotation
-from ggjac.sizes import CHUNK_BYTES
+from ggjac.sizes import CHUNK_BYTES, ITEM_BYTES, MlpPath
 from ggjac.tokenizer import Tokenizer, open_tokenizer, visible
 from ggjac.weights import Block, Weight, WeightStore
 
-DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in ITEM_BYTES}
 
 Observer = Callable[[str, Tensor], None]
 Progress = Callable[[int, int], None]
@@ -181,7 +181,7 @@ class Model:
                 device's that is.
             tapes_on_disk: where memory is short, count on `trace(..., tapes=Tapes(folder, resident=False))`; whether it
                 was, the plan says.
-            asked: as `ggjac.planner.work.Asked` has it: `rank`, `position` and so on.
+            asked: as `ggjac.planner.work.Request` has it: `rank`, `position` and so on.
 
         Raises:
             PromptError: as `trace`.
@@ -214,7 +214,7 @@ class Model:
         planner.check(plan)
         machine.return_freed_memory()
         self.weights.place(plan.places, plan.room)
-        self.chunk_bytes = plan.job.chunk_bytes
+        self.chunk_bytes = plan.work.chunk_bytes
 
     def trace(
         self,

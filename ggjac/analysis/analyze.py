@@ -18,11 +18,11 @@ from ggjac.analysis.per_token import tensors as token_tensors
 from ggjac.analysis.predict import predict
 from ggjac.analysis.readability import readability
 from ggjac.analysis.svd import spectrum, stable_rank
-from ggjac.blocks import MlpPath
 from ggjac.jacobian import Progress
 from ggjac.model import Model, open_model
 from ggjac.parity import ParityError
 from ggjac.session import Session, Stages
+from ggjac.sizes import MlpPath
 
 CHECKPOINT = "checkpoint"  # inside a run folder, while the run is not finished
 LIKELY = 5  # next tokens in the result

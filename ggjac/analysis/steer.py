@@ -34,12 +34,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ggjac.blocks import MlpPath
 from ggjac.generation import Continuation, greedy
 from ggjac.jacobian import DetachedJacobian, Progress, Span, Tap
 from ggjac.model import Model
 from ggjac.results import NO_WORDS, Plotted, Points, Result, Table, Words
-from ggjac.sizes import default_layer
+from ggjac.sizes import MlpPath, default_layer
 
 Method = Literal["equation16", "additive"]
 

@@ -5,11 +5,11 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import click
 
-from ggjac.sizes import KINDS, MAPS
+from ggjac.sizes import KINDS, MAPS, MlpPath
 
 DEFAULT_PROMPT = "The bridge out of Marin is the"
 STEER_PROMPT = "My favorite thing is the"
@@ -131,7 +131,7 @@ class ModelOptions:
     threads: int | None
     device: str
     dtype: str
-    mlp_path: Literal["up", "gate"]
+    mlp_path: MlpPath
     ram_budget: int | None
     vram_budget: int | None
     trace: Path | None

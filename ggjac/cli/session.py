@@ -12,7 +12,7 @@ import click
 
 from ggjac import planner, runs
 from ggjac.cli.options import ModelOptions
-from ggjac.cli.planning import asked_by
+from ggjac.cli.planning import requested
 from ggjac.cli.progress import Reporter
 from ggjac.cli.render import line, table
 from ggjac.model import DeviceError, Model, PromptError, open_model
@@ -126,7 +126,7 @@ def plan_command(session: Session, **options: Any) -> planner.Plan:
 def _running(session: Session) -> tuple[str, dict[str, Any]]:
     """Return the name of the running command, and what its options ask of the planner."""
     context = click.get_current_context()
-    asked = asked_by(context.params, session.model.config.block_count)
+    asked = requested(context.params, session.model.config.block_count)
     return context.info_name or "", asked | {"position": session.position}
 
 
