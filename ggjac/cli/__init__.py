@@ -40,6 +40,10 @@ COMMANDS = {
 }
 
 
+# Those that take no prompt; all others can be planned, and have a row in `ggjac.planner.work.JOBS`.
+WITHOUT_PROMPT = ("info", "plan", "report", "bench")
+
+
 class Failure(click.ClickException):
     """An error message of one line, with the exit code of its kind."""
 

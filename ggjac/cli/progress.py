@@ -64,7 +64,7 @@ class Reporter(Stages):
             now = time.perf_counter()
             if now - last >= PLAIN_SECONDS:
                 last = now
-                print(f"{name}: {step}{duration(now - start)}{text}", file=sys.stderr, flush=True)
+                print(f"{name}: {step}{duration(round(now - start))}{text}", file=sys.stderr, flush=True)
 
         def wait() -> None:
             """Say now and then that a stage is still at work which has nothing to say, as llama.cpp's steps are."""
@@ -75,7 +75,7 @@ class Reporter(Stages):
                     patience = SILENT_SECONDS
                     continue
                 with suppress(OSError, ValueError):  # nobody reads stderr any more
-                    print(f"{name}: {step}{duration(time.perf_counter() - start)}", file=sys.stderr, flush=True)
+                    print(f"{name}: {step}{duration(round(time.perf_counter() - start))}", file=sys.stderr, flush=True)
                 patience *= 2
 
         waiting = threading.Thread(target=wait, daemon=True)
@@ -102,6 +102,6 @@ class Reporter(Stages):
                 shown = f", {nbytes / elapsed / 1e9:.2f} GB/s" if nbytes else ""
                 shown += f", {flop / elapsed / 1e9:.0f} GFLOP/s" if flop else ""
             # Too early to tell while what is measured is the start.
-            return shown + (f", about {duration(left)} left" if elapsed > 2 and left >= 1 else "")
+            return shown + (f", about {duration(round(left))} left" if elapsed > 2 and left >= 1 else "")
 
         return rates
