@@ -1,6 +1,6 @@
-"""What a model's metadata and tensor names say about it, and one row per architecture for what they cannot say.
+"""Read and check a model's sizes and options: from its metadata, its tensors, and its row of `ARCHITECTURES`.
 
-Keys and defaults follow llama.cpp (src/llama-arch.cpp, src/llama-model.cpp); `{a}` below is `general.architecture`.
+Keys and defaults follow llama.cpp (src/llama-arch.cpp, src/llama-model.cpp).
 """
 
 import math
@@ -8,7 +8,20 @@ import struct
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
-from typing import Any
+from typing import Any, NamedTuple
+
+from ggjac.architectures import ARCHITECTURES, Architecture, Norms
+
+__all__ = [
+    "ARCHITECTURES",
+    "MAX_SIZE",
+    "Architecture",
+    "ConfigError",
+    "Layer",
+    "ModelConfig",
+    "Norms",
+    "Rope",
+]
 
 # Larger than any model's sizes, and small enough that no product of them surprises.
 MAX_SIZE = 2**31 - 1
@@ -17,277 +30,6 @@ MAX_SIZE = 2**31 - 1
 class ConfigError(ValueError):
     """The file is a valid GGUF, but not a model that can be run; the message says what is missing or unsupported."""
 
-
-@dataclass(frozen=True)
-class Norms:
-    """Names of the norms before and after a block's two branches; of several names, the first that the file has."""
-
-    attention_in: tuple[str, ...] = ("attn_norm",)
-    attention_out: tuple[str, ...] = ()
-    ffn_in: tuple[str, ...] = ("ffn_norm",)
-    ffn_out: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """What the files of a family do not say about themselves.
-
-    Attributes:
-        norm: `"rms"` (weight / root mean square), `"layer"` (centred, with an optional bias) or `"bare"` (centred,
-            without weight or bias: no tensor).
-        norm_bias: RMSNorms may have biases, too.
-        norms: where they stand.
-        parallel: both branches read the block's input, and are added at once.
-        parallel_key: whether they do is said by the file's `use_parallel_residual`, which it must have.
-        parallel_unless_normed: they do in files that have no norm of the first name of `norms.ffn_in`, and only there.
-        rope_pairs: which dims of a head rotate together: `"adjacent"` (2i and 2i+1; llama.cpp's NORM), `"halves"`
-            (i and i + rotary/2; NEOX), or `""` for none.
-        partial_rotary: `rope.dimension_count` may be smaller than the head; llama.cpp does not run others so.
-        rope_sections: rotation in interleaved sections of an image's axes (`rope.dimension_sections`); see `_still`.
-        rope_optional: `rope.scaling.finetuned = false` turns rotation off.
-        rope_layers: `"all"`, `"windowed"` (only layers with a sliding window, if the model has any) or
-            `"three of four"` (every fourth not).
-        yarn_keys: the file's own YaRN betas and log multiplier count; llama.cpp ignores them elsewhere.
-        windowed: some layers attend through a sliding window: `"optional"` (if the file gives its size) or
-            `"required"`, or `""`.
-        window_blocks: no layer does so unless the model has so many blocks, by which llama.cpp knows the variant; 0 for
-            any.
-        window: default size in tokens.
-        window_period: default period; the last layer of each period attends to everything.
-        window_rope: rotation of windowed layers: `"same"`; `"based"` (base from `rope.freq_base_swa`, if there);
-            `"plain"` (same base, no scaling) or `"own"` (base from `rope.freq_base_swa`, 10000 by default, no scaling).
-        qk_norm: `"head"` (each query and key head), `"heads"` (the same with weights of each head's own), `"rotated"`
-            (as `"head"`, after their rotation) or `"full"` (the whole projection), or `""`.
-        qk_norm_optional: files may lack them.
-        clamp_key: queries, keys and values are clamped to ± the file's `attention.clamp_kqv`, if it has that.
-        sinks: a learned logit per head joins the softmax without a value.
-        attention_scale_key: the file gives the scale of scores; otherwise it is 1/√(head size) ...
-        wide_scale_blocks: ... but 1/√(d / heads) in the variant with so many blocks, by which llama.cpp knows it.
-        attention_softcap, logit_softcap: default caps of scores and logits, 0 for off; None where the file
-            is not asked.
-        temperature: queries may grow with position (`attention.temperature_scale`).
-        ffn: `"gated"`, `"fused"` (gate and up in one tensor, gate first) or `"plain"` (no gate).
-        activation: `"silu"`, `"gelu"` (tanh form), `"relu2"` (the square of what is positive), `"xielu"` (see `Layer`)
-            or `"silu_oai"` (clamped, and up shifted by one).
-        router: how expert weights come from router logits: `"softmax"` over all, `"softmax_selected"` or `"sigmoid"`.
-        router_key: the file says which (`expert_gating_func`); `router` is the default, `""` for none.
-        selection_bias: a bias on what experts are chosen by, not on their weights (`exp_probs_b`): `"optional"`,
-            `"required"`, or `""`.
-        renormalize: divide the chosen experts' weights by their sum.
-        renormalize_key: the file says whether (`expert_weights_norm`; false by default).
-        expert_scale_key: they are multiplied by the file's `expert_weights_scale`, unless it is 0.
-        leading_dense: the first `leading_dense_block_count` blocks are no mixtures.
-        expert_widths: what is known of experts' hidden units: `"tensors"` (what these have; of a shared one what
-            `expert_shared_feed_forward_length` says, if there), `"count"` (`expert_feed_forward_length`, and as many
-            times that for the shared one as `expert_shared_count` says) or `"shared count"` (the same, but times
-            `expert_shared_feed_forward_length` where that is given).
-        predictors: the file's last `nextn_predict_layers` blocks predict tokens after the next one; they are left out.
-        positions: learned position embeddings are added to the input.
-        embedding_scale: `"sqrt"` (of d) or `"key"`, or `""`.
-        residual_scale: branches are multiplied by `residual_scale`.
-        logit_scale: `"multiply"` or `"divide"` by the file's `logit_scale`, or `""`.
-        scale_defaults: where the file does not give them: of embeddings; of branches, over √(blocks); and the
-            `logit_scale`, over d; 0 for no default.
-    """
-
-    norm: str = "rms"
-    norm_bias: bool = False
-    norms: Norms = Norms()
-    parallel: bool = False
-    parallel_key: bool = False
-    parallel_unless_normed: bool = False
-    rope_pairs: str = "halves"
-    partial_rotary: bool = False
-    rope_sections: bool = False
-    rope_optional: bool = False
-    rope_layers: str = "all"
-    yarn_keys: bool = False
-    windowed: str = ""
-    window_blocks: int = 0
-    window: int = 0
-    window_period: int = 0
-    window_rope: str = "same"
-    qk_norm: str = ""
-    qk_norm_optional: bool = False
-    clamp_key: bool = False
-    sinks: bool = False
-    attention_scale_key: bool = False
-    wide_scale_blocks: int = 0
-    attention_softcap: float | None = None
-    logit_softcap: float | None = None
-    temperature: bool = False
-    ffn: str = "gated"
-    activation: str = "silu"
-    router: str = "softmax"
-    router_key: bool = False
-    selection_bias: str = ""
-    renormalize: bool = True
-    renormalize_key: bool = False
-    expert_scale_key: bool = False
-    leading_dense: bool = False
-    expert_widths: str = "tensors"
-    predictors: bool = False
-    positions: bool = False
-    embedding_scale: str = ""
-    residual_scale: bool = False
-    logit_scale: str = ""
-    scale_defaults: tuple[float, float, float] = (0.0, 0.0, 0.0)
-
-
-_LLAMA = Architecture(rope_pairs="adjacent")
-_QWEN3 = Architecture(qk_norm="head")
-_SANDWICH = Norms(attention_out=("post_attention_norm",), ffn_out=("post_ffw_norm",))
-_DEEPSEEK = Architecture(renormalize_key=True, expert_scale_key=True, leading_dense=True, expert_widths="count")
-_DOTS = replace(_DEEPSEEK, qk_norm="head", router="", router_key=True, selection_bias="optional")
-_SHARED_NORM = Norms(ffn_in=("attn_norm",))
-_POST_AS_FFN = Norms(ffn_in=("post_attention_norm",))
-_GEMMA = Architecture(partial_rotary=True, activation="gelu", embedding_scale="sqrt")
-_GRANITE = replace(
-    _LLAMA,
-    attention_scale_key=True,
-    embedding_scale="key",
-    residual_scale=True,
-    logit_scale="divide",
-)
-_GPT = Architecture(norm="layer", ffn="plain", activation="gelu")
-_COHERE = Architecture(
-    norm="layer",
-    norms=_SHARED_NORM,
-    parallel=True,
-    rope_pairs="adjacent",
-    partial_rotary=True,
-    logit_scale="multiply",
-)
-
-# Facts of llama.cpp's graphs (src/models/*.cpp) that a file does not state. A new family is one row.
-ARCHITECTURES: dict[str, Architecture] = {
-    "llama": _LLAMA,
-    "mistral3": replace(_LLAMA, yarn_keys=True, temperature=True),
-    "qwen2": Architecture(),
-    "qwen2moe": Architecture(renormalize=False),
-    "qwen3": _QWEN3,
-    "qwen3moe": _QWEN3,
-    "qwen3vl": replace(_QWEN3, rope_sections=True),
-    "qwen3vlmoe": replace(_QWEN3, rope_sections=True),
-    "gemma": _GEMMA,
-    "gemma2": replace(
-        _GEMMA,
-        norms=_SANDWICH,
-        windowed="required",
-        window=4096,
-        window_period=2,
-        window_rope="based",
-        wide_scale_blocks=46,
-        attention_softcap=50.0,
-        logit_softcap=30.0,
-    ),
-    "gemma3": replace(
-        _GEMMA,
-        norms=_SANDWICH,
-        qk_norm="head",
-        windowed="optional",
-        window_period=6,
-        window_rope="own",
-        wide_scale_blocks=62,
-        logit_softcap=0.0,
-    ),
-    "phi3": Architecture(ffn="fused", partial_rotary=True),
-    "olmo2": Architecture(
-        norms=replace(_SANDWICH, attention_in=(), ffn_in=()),
-        qk_norm="full",
-        windowed="optional",
-        window_period=4,
-        window_rope="plain",
-    ),
-    "olmoe": Architecture(qk_norm="full", renormalize=False),
-    "granite": replace(_GRANITE, rope_optional=True),
-    "granitemoe": _GRANITE,
-    "smollm3": replace(_LLAMA, rope_layers="three of four"),
-    "exaone4": Architecture(
-        norms=replace(_SANDWICH, attention_in=(), ffn_in=()),
-        rope_layers="windowed",
-        windowed="required",
-        window_blocks=64,
-        window=4096,
-        window_period=4,
-        qk_norm="head",
-    ),
-    "seed_oss": Architecture(norms=_POST_AS_FFN),
-    "hunyuan-dense": Architecture(qk_norm="rotated"),
-    "internlm2": _LLAMA,
-    "ernie4_5": _LLAMA,
-    "exaone": Architecture(),
-    "minicpm": replace(
-        _LLAMA,
-        embedding_scale="key",
-        residual_scale=True,
-        logit_scale="divide",
-        scale_defaults=(12.0, 1.4, 256.0),
-    ),
-    "arcee": replace(_LLAMA, ffn="plain", activation="relu2"),
-    "apertus": replace(_QWEN3, ffn="plain", activation="xielu"),
-    "glm4": Architecture(norms=_SANDWICH, rope_pairs="adjacent", partial_rotary=True, ffn="fused"),
-    "cohere2": replace(_COHERE, rope_layers="windowed", windowed="required", window_period=4),
-    "gpt2": replace(_GPT, rope_pairs="", positions=True),
-    "starcoder2": _GPT,
-    "phi2": replace(_GPT, norms=_SHARED_NORM, parallel=True, partial_rotary=True),
-    "olmo": Architecture(norm="bare", rope_pairs="adjacent", clamp_key=True),
-    "command-r": replace(_COHERE, qk_norm="heads", qk_norm_optional=True),
-    "nemotron": Architecture(norm="layer", partial_rotary=True, ffn="plain", activation="relu2"),
-    "stablelm": Architecture(
-        norm="layer",
-        norms=Norms(ffn_in=("ffn_norm", "attn_norm")),
-        parallel_unless_normed=True,
-        partial_rotary=True,
-        qk_norm="heads",
-        qk_norm_optional=True,
-    ),
-    "gptneox": replace(_GPT, parallel_key=True, partial_rotary=True),
-    "falcon": replace(
-        _GPT,
-        norms=Norms(attention_in=("attn_norm_2", "attn_norm"), ffn_in=("attn_norm",)),
-        parallel=True,
-    ),
-    "gpt-oss": Architecture(
-        norms=_POST_AS_FFN,
-        windowed="required",
-        window_period=2,
-        window_rope="based",
-        sinks=True,
-        activation="silu_oai",
-        router="softmax_selected",
-        renormalize=False,
-    ),
-    "glm4moe": replace(
-        _DEEPSEEK,
-        norms=_POST_AS_FFN,
-        partial_rotary=True,
-        qk_norm="head",
-        qk_norm_optional=True,
-        router="sigmoid",
-        router_key=True,
-        selection_bias="required",
-        predictors=True,
-    ),
-    "deepseek": replace(_DEEPSEEK, rope_pairs="adjacent", renormalize=False, renormalize_key=False),
-    "dots1": _DOTS,
-    "ernie4_5-moe": replace(_LLAMA, selection_bias="optional", leading_dense=True),
-    "hunyuan-moe": Architecture(qk_norm="rotated"),
-    "bailingmoe": replace(_DEEPSEEK, rope_pairs="adjacent", leading_dense=False),
-    "bailingmoe2": replace(_DOTS, partial_rotary=True, expert_widths="shared count", predictors=True),
-    "exaone-moe": replace(
-        _DOTS,
-        rope_layers="windowed",
-        windowed="required",
-        window_period=4,
-        expert_widths="tensors",
-        predictors=True,
-    ),
-    "minimax-m2": Architecture(
-        partial_rotary=True, qk_norm="full", router="", router_key=True, selection_bias="required"
-    ),
-    "phimoe": Architecture(norm_bias=True),
-}
 
 # Tensor -> its shape in named sizes (`_sizes`). Outside the blocks; `output` is absent where the head is tied.
 _GLOBAL = {
@@ -481,53 +223,19 @@ class ModelConfig:
         Raises:
             ConfigError: an architecture, a key or a tensor that is missing, malformed or unsupported, by name.
         """
-        kind, name = metadata.get("general.type", "model"), metadata.get("general.architecture")
-        if kind != "model":
-            raise ConfigError(f"general.type is {_shown(kind)}, not a language model; give the model's own file")
-        if not isinstance(name, str) or name not in ARCHITECTURES:
-            # First those that are spelt alike.
-            alike = get_close_matches(name[:64], ARCHITECTURES) if isinstance(name, str) else []
-            some = list(dict.fromkeys([*alike, *ARCHITECTURES]))[:8]
-            raise ConfigError(
-                f"architecture {_shown(name)} is not supported; supported: {', '.join(some)} and "
-                f"{len(ARCHITECTURES) - len(some)} more (docs/architectures.md)"
-            )
+        name = _architecture(metadata)
         keys = _Keys(metadata, name)
         row = _decided(keys, ARCHITECTURES[name], shapes)
         if not metadata.get(f"{name}.attention.causal", True):
             raise ConfigError(f"{name}.attention.causal is False: attention to later tokens is not supported")
-
-        stored = keys.integer("block_count")
-        if stored > len(shapes):
-            raise ConfigError(f"{name}.block_count is {stored}, but the file holds only {len(shapes)} tensors")
-        predictors = keys.count("nextn_predict_layers") if row.predictors else 0
-        if predictors >= stored:
-            raise ConfigError(f"{name}.nextn_predict_layers is {predictors}, of {stored} blocks in all")
-        blocks = stored - predictors
+        stored, blocks = _block_counts(keys, row, len(shapes))
         d, context = keys.integer("embedding_length"), keys.integer("context_length")
-        heads = keys.for_all_blocks("attention.head_count", stored)
-        kv_heads = keys.for_all_blocks("attention.head_count_kv", stored, default=heads)
-        if heads % kv_heads:
-            raise ConfigError(f"{name}.attention: {heads} heads cannot share {kv_heads} key/value heads evenly")
-        head_size = keys.integer("attention.key_length", d // heads)
-        value_length = keys.integer("attention.value_length", head_size)
-        if value_length != head_size:
-            raise ConfigError(
-                f"{name}.attention: values of {value_length} beside keys of {head_size} are not supported"
-            )
-        experts = keys.count("expert_count")
-        leading = keys.count("leading_dense_block_count") if row.leading_dense and experts else 0
-        feed_forward = keys.for_all_blocks("feed_forward_length", stored, None if leading or not experts else 0)
-        used = keys.for_all_blocks("expert_used_count", stored) if experts else 0
-        if used > experts:
-            raise ConfigError(f"{name}.expert_used_count is {used}, but there are {experts} experts")
-        step = keys.integer("interleave_moe_layer_step", 1) if experts else 1
-        if step > 1:
-            raise ConfigError(
-                f"{name}.interleave_moe_layer_step {step}: dense blocks between mixtures are not supported"
-            )
-        groups, groups_used = _groups(keys, experts, used)
-        width, shared = _expert_widths(keys, row, shapes, leading) if experts else (0, 0)
+        heads, kv_heads, head_size = _heads(keys, stored, d)
+        experts = _experts(keys, row, stored, shapes)
+        # Only where every block is a mixture may the width of a dense feed-forward be missing.
+        feed_forward = keys.for_all_blocks(
+            "feed_forward_length", stored, 0 if experts.total and not experts.leading_dense else None
+        )
         ropes, windows = _ropes(keys, row, head_size), _windows(keys, row, stored)
         xielu = _xielu(keys, blocks) if row.activation == "xielu" else [None] * blocks
         wide = row.wide_scale_blocks == blocks
@@ -546,8 +254,7 @@ class ModelConfig:
             head_size=head_size,
             feed_forward_length=feed_forward,
             norm_epsilon=keys.real(f"attention.layer_norm_{'rms_' if row.norm == 'rms' else ''}epsilon"),
-            attention_scale=(keys.real("attention.scale", 0.0) if row.attention_scale_key else 0)
-            or (max(1, d // heads) if wide else head_size) ** -0.5,
+            attention_scale=_attention_scale(keys, row, max(1, d // heads) if wide else head_size),
             attention_clamp=keys.real("attention.clamp_kqv", 0.0) if row.clamp_key else 0.0,
             attention_softcap=_softcap(keys, "attn_logit_softcapping", row.attention_softcap),
             logit_softcap=_softcap(keys, "final_logit_softcapping", row.logit_softcap),
@@ -555,18 +262,93 @@ class ModelConfig:
             embedding_scale=_embedding_scale(keys, row, d),
             residual_scale=_residual_scale(keys, row, blocks),
             logit_scale=_logit_scale(keys, row, d),
-            expert_count=experts,
-            expert_used_count=used,
-            expert_groups=groups,
-            expert_groups_used=groups_used,
+            expert_count=experts.total,
+            expert_used_count=experts.used,
+            expert_groups=experts.groups,
+            expert_groups_used=experts.groups_used,
             expert_weights_scale=(keys.real("expert_weights_scale", 0.0) if row.expert_scale_key else 0) or 1.0,
-            expert_feed_forward_length=width,
-            expert_shared_feed_forward_length=shared,
-            leading_dense=leading,
+            expert_feed_forward_length=experts.width,
+            expert_shared_feed_forward_length=experts.shared_width,
+            leading_dense=experts.leading_dense,
         )
         left_out = tuple(f"blk.{i}." for i in range(blocks, stored))
         _check_tensors(config, {name: shape for name, shape in shapes.items() if not name.startswith(left_out)})
         return config
+
+
+def _architecture(metadata: Mapping[str, Any]) -> str:
+    """Return `general.architecture`.
+
+    Raises:
+        ConfigError: the file is not a model, or its architecture has no row.
+    """
+    kind, name = metadata.get("general.type", "model"), metadata.get("general.architecture")
+    if kind != "model":
+        raise ConfigError(f"general.type is {_shown(kind)}, not a language model; give the model's own file")
+    if not isinstance(name, str) or name not in ARCHITECTURES:
+        # Similar names first.
+        alike = get_close_matches(name[:64], ARCHITECTURES) if isinstance(name, str) else []
+        some = list(dict.fromkeys([*alike, *ARCHITECTURES]))[:8]
+        raise ConfigError(
+            f"architecture {_shown(name)} is not supported; supported: {', '.join(some)} and "
+            f"{len(ARCHITECTURES) - len(some)} more (docs/architectures.md)"
+        )
+    return name
+
+
+def _block_counts(keys: "_Keys", row: Architecture, tensors: int) -> tuple[int, int]:
+    """Return the number of blocks in the file and the number used, which leaves out predictors of later tokens."""
+    stored = keys.integer("block_count")
+    if stored > tensors:
+        raise ConfigError(f"{keys.prefix}.block_count is {stored}, but the file holds only {tensors} tensors")
+    predictors = keys.count("nextn_predict_layers") if row.predictors else 0
+    if predictors >= stored:
+        raise ConfigError(f"{keys.prefix}.nextn_predict_layers is {predictors}, of {stored} blocks in all")
+    return stored, stored - predictors
+
+
+def _heads(keys: "_Keys", blocks: int, d: int) -> tuple[int, int, int]:
+    """Return the number of query heads, of key/value heads, and the elements of a head."""
+    heads = keys.for_all_blocks("attention.head_count", blocks)
+    kv_heads = keys.for_all_blocks("attention.head_count_kv", blocks, default=heads)
+    if heads % kv_heads:
+        raise ConfigError(f"{keys.prefix}.attention: {heads} heads cannot share {kv_heads} key/value heads evenly")
+    head_size = keys.integer("attention.key_length", d // heads)
+    value_length = keys.integer("attention.value_length", head_size)
+    if value_length != head_size:
+        raise ConfigError(
+            f"{keys.prefix}.attention: values of {value_length} elements with keys of {head_size} are not supported"
+        )
+    return heads, kv_heads, head_size
+
+
+class _Experts(NamedTuple):
+    """Sizes of the mixtures; see the fields of `ModelConfig`. The defaults are those of a dense model."""
+
+    total: int = 0
+    used: int = 0
+    groups: int = 1
+    groups_used: int = 1
+    width: int = 0
+    shared_width: int = 0
+    leading_dense: int = 0
+
+
+def _experts(keys: "_Keys", row: Architecture, blocks: int, shapes: Mapping[str, tuple[int, ...]]) -> _Experts:
+    """Return the sizes of the mixtures of experts."""
+    total = keys.count("expert_count")
+    if not total:
+        return _Experts()
+    used = keys.for_all_blocks("expert_used_count", blocks)
+    if used > total:
+        raise ConfigError(f"{keys.prefix}.expert_used_count is {used}, but there are {total} experts")
+    step = keys.integer("interleave_moe_layer_step", 1)
+    if step > 1:
+        raise ConfigError(
+            f"{keys.prefix}.interleave_moe_layer_step {step}: dense blocks between mixtures are not supported"
+        )
+    leading = keys.count("leading_dense_block_count") if row.leading_dense else 0
+    return _Experts(total, used, *_groups(keys, total, used), *_expert_widths(keys, row, shapes, leading), leading)
 
 
 def _decided(keys: "_Keys", row: Architecture, shapes: Mapping[str, tuple[int, ...]]) -> Architecture:
@@ -592,7 +374,7 @@ def _decided(keys: "_Keys", row: Architecture, shapes: Mapping[str, tuple[int, .
 
 def _groups(keys: "_Keys", experts: int, used: int) -> tuple[int, int]:
     """Return into how many groups experts fall, and how many of them a token chooses from; llama.cpp always asks."""
-    groups = keys.count("expert_group_count") if experts else 0
+    groups = keys.count("expert_group_count")
     if groups <= 1:
         return 1, 1
     chosen = keys.integer("expert_group_used_count")
@@ -742,6 +524,11 @@ def _softplus(x: float) -> float:
 def _softcap(keys: "_Keys", key: str, default: float | None) -> float:
     """Return a cap; architectures whose default is None have none whatever the file says."""
     return 0.0 if default is None else keys.real(key, default)
+
+
+def _attention_scale(keys: "_Keys", row: Architecture, width: int) -> float:
+    """Return the factor on scores: the file's, if the family reads it and it is not 0, else 1/√width."""
+    return (keys.real("attention.scale", 0.0) if row.attention_scale_key else 0) or width**-0.5
 
 
 def _embedding_scale(keys: "_Keys", row: Architecture, d: int) -> float:

@@ -44,8 +44,6 @@ GELU_TOLERANCE = 1e-3
 
 # llama.cpp's names of what is compared, as they are in the graph of every dense family.
 NAMES = ("attn_out", "ffn_out", "l_out", "result_norm")
-# In these graphs the branch's name is given, last or only, to its sum with the stream, which `l_out` tells as well.
-SUMMED = {"olmo": "ffn_out", "nemotron": "ffn_out", "gptneox": "ffn_out"}
 
 
 class ParityError(ValueError):
@@ -159,7 +157,7 @@ def verify(
             path = rewrite_as_f32(path, folder, threads=threads)
             types = _types(path)
         tell("llama.cpp: evaluating the prompt")
-        names = [name for name in NAMES if name != SUMMED.get(model.config.architecture)]
+        names = [name for name in NAMES if name != model.config.row.reused_name]
         reference = run_llama_cpp(path, ids, layers=trace is None, prompt=prompt, threads=threads, names=names)
 
     layers: dict[str, LayerError] = {}

@@ -114,7 +114,7 @@ def test_sizes_may_be_given_per_block_if_they_are_equal() -> None:
     }  # fmt: skip
     with pytest.raises(ConfigError, match=r"head_count differs between blocks \(3 to 6\): not supported"):
         read({"attention.head_count": [H, 3]})
-    with pytest.raises(ConfigError, match="values of 2 beside keys of 4 are not supported"):
+    with pytest.raises(ConfigError, match="values of 2 elements with keys of 4 are not supported"):
         read({"attention.value_length": 2})
 
 
