@@ -21,7 +21,7 @@ from ggjac.cli.progress import Reporter
 from ggjac.cli.render import bar, finite, line, table
 from ggjac.cli.session import Session
 from ggjac.gguf import shown
-from ggjac.runs import journal
+from ggjac.runs import lock
 from ggjac.sizes import TOKENS_AT_ONCE, block_width
 
 # How a record begins, as `json.dumps` writes it, and what else each has.
@@ -153,7 +153,7 @@ def _alone(output: Path | None) -> contextlib.AbstractContextManager[None]:
     if output is None:
         return contextlib.nullcontext()
     runs.check_writable(output)
-    return journal.alone(output)
+    return lock.alone(output)
 
 
 def _longest(session: Session, given: list[ModelOptions]) -> int:

@@ -20,7 +20,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -29,16 +29,24 @@ SCHEMA_VERSION = 1
 # Folders of the package that show results and compute none: a change there does not keep a run from being resumed.
 PRESENTATION = ("cli", "report")
 
-# Names of safetensors, and the arrays that hold such values. NumPy has no bfloat16: its bits travel as 16-bit integers.
-DTYPES: dict[str, np.dtype[Any]] = {
-    "F64": np.dtype("<f8"),
-    "F32": np.dtype("<f4"),
-    "F16": np.dtype("<f2"),
-    "BF16": np.dtype("<u2"),
-    "I64": np.dtype("<i8"),
-    "I32": np.dtype("<i4"),
-    "U8": np.dtype("u1"),
-    "BOOL": np.dtype("?"),
+
+class Dtype(NamedTuple):
+    """One storage type of safetensors: the NumPy dtype of an array that holds it, and torch's name for it."""
+
+    array: np.dtype[Any]
+    torch: str
+
+
+# By safetensors' name. NumPy has no bfloat16: its bits travel as 16-bit integers.
+DTYPES: dict[str, Dtype] = {
+    "F64": Dtype(np.dtype("<f8"), "float64"),
+    "F32": Dtype(np.dtype("<f4"), "float32"),
+    "F16": Dtype(np.dtype("<f2"), "float16"),
+    "BF16": Dtype(np.dtype("<u2"), "bfloat16"),
+    "I64": Dtype(np.dtype("<i8"), "int64"),
+    "I32": Dtype(np.dtype("<i4"), "int32"),
+    "U8": Dtype(np.dtype("u1"), "uint8"),
+    "BOOL": Dtype(np.dtype("?"), "bool"),
 }
 
 
@@ -52,6 +60,10 @@ class SpaceError(RunError):
     will_not_fit = True  # the command line's exit code 4
 
 
+class JournalError(ValueError):
+    """Saved progress that cannot be begun, resumed or read, or is locked; the message says where and why."""
+
+
 @dataclass(frozen=True)
 class Entry:
     """One tensor to be written: a safetensors dtype (a key of `DTYPES`) and a shape."""
@@ -62,7 +74,7 @@ class Entry:
     @property
     def nbytes(self) -> int:
         """Size of the data."""
-        return math.prod(self.shape) * DTYPES[self.dtype].itemsize
+        return math.prod(self.shape) * DTYPES[self.dtype].array.itemsize
 
 
 class TensorWriter:
@@ -73,7 +85,7 @@ class TensorWriter:
         self._file, self._entries, self._starts = file, entries, {}
         offset = 0
         # The widest types first keeps every tensor aligned to its element size.
-        for name, entry in sorted(entries.items(), key=lambda item: (-DTYPES[item[1].dtype].itemsize, item[0])):
+        for name, entry in sorted(entries.items(), key=lambda item: (-DTYPES[item[1].dtype].array.itemsize, item[0])):
             self._starts[name] = offset
             header[name] = {
                 "dtype": entry.dtype,
@@ -90,7 +102,7 @@ class TensorWriter:
     def write(self, name: str, values: np.ndarray, start: int = 0) -> None:
         """Write `values` as rows `start:` (along the first axis) of a declared tensor."""
         entry = self._entries[name]
-        dtype = DTYPES[entry.dtype]
+        dtype = DTYPES[entry.dtype].array
         shape = entry.shape or (1,)  # a scalar is its own only row
         values = values if entry.shape else values.reshape(1)
         if values.shape[1:] != shape[1:] or start + len(values) > shape[0]:
@@ -299,6 +311,12 @@ def load_run(path: str | os.PathLike[str]) -> dict[str, Any]:
     if not isinstance(content, dict) or content.get("schema_version") != SCHEMA_VERSION:
         raise RunError(f"{path}: run.json is not of schema version {SCHEMA_VERSION}; analyse the prompt again")
     return content
+
+
+def one_line(error: BaseException) -> str:
+    """Return an error's message without paths, its first line cut to 120 characters."""
+    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return (text.splitlines() or [type(error).__name__])[0][:120]
 
 
 def _temporary(path: Path) -> Path:
