@@ -1,8 +1,8 @@
 """From bytes to tiles of dense weights, on the CPU or on a device."""
 
+from ggjac.weights.cache import Key
 from ggjac.weights.store import (
     Block,
-    Key,
     Weight,
     WeightError,
     WeightStore,
