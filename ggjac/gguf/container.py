@@ -89,8 +89,8 @@ _OTHER_FORMATS = {  # first four bytes -> what the file is and what to do
     b"\0\0\0\0": "an unfinished download looks like this: download it again",
 }
 
-_SHARD_NAME = re.compile(r"(?P<prefix>.*)-(?P<number>[0-9]{5})-of-(?P<count>[0-9]{5})\.gguf", re.DOTALL)
-_DOWNLOAD = "the file is damaged or its download incomplete; download it again"
+_SHARD_NAME = re.compile(r"(.*)-([0-9]{5})(-of-([0-9]{5})\.gguf)", re.DOTALL | re.IGNORECASE)
+_DAMAGED = "the file is damaged or incomplete; download it again"
 
 
 class GGUFError(ValueError):
@@ -105,6 +105,25 @@ def shown(text: str | bytes | os.PathLike[str]) -> str:
     if text and text.isprintable():
         return text
     return "'" + "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text) + "'"
+
+
+class ShardName(NamedTuple):
+    """The name of one file of a split model, `prefix-00002-of-00003.gguf`, with or without its folder."""
+
+    prefix: str
+    number: int  # from 1
+    total: int
+    ending: str  # "-of-00003.gguf", in its own case
+
+    @staticmethod
+    def parse(name: str) -> "ShardName | None":
+        """Take a file name apart; None if it is not that of a shard."""
+        match = _SHARD_NAME.fullmatch(name)
+        return match and ShardName(match[1], int(match[2]), int(match[4]), match[3])
+
+    def sibling(self, number: int) -> str:
+        """Return the name of another shard of the same model."""
+        return f"{self.prefix}-{number:05}{self.ending}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -244,7 +263,7 @@ class _Header:
                     f"that a header may take; the file is damaged"
                 )
             self.fail(
-                f"{what} at byte {start} needs {count} bytes, but the file has {self.size - start} left; {_DOWNLOAD}"
+                f"{what} at byte {start} needs {count} bytes, but the file has {self.size - start} left; {_DAMAGED}"
             )
         self.position += count
         return start
@@ -274,7 +293,7 @@ class _Header:
     def fitting(self, count: int, what: str, smallest: int, most: int) -> int:
         room = (self.limit - self.position) // smallest
         if count > room:
-            self.fail(f"the file announces {count} {what}, but has room for at most {room}; {_DOWNLOAD}")
+            self.fail(f"the file announces {count} {what}, but has room for at most {room}; {_DAMAGED}")
         if count > most:
             self.fail(f"the file announces {count} {what}; at most {most} are allowed")
         return count
@@ -336,7 +355,7 @@ class _Header:
                 self.fail(
                     f"{where} ends beyond the {MAX_HEADER_BYTES >> 20} MiB that a header may take; the file is damaged"
                 )
-            self.fail(f"{where} ends beyond the file's {self.size} bytes; {_DOWNLOAD}")
+            self.fail(f"{where} ends beyond the file's {self.size} bytes; {_DAMAGED}")
         self.position = position
         return _Strings(buffer, offsets)
 
@@ -511,16 +530,16 @@ def _open_siblings(first: _Shard) -> list[_Shard]:
     count, number = _split_number(first, "split.count", 1), _split_number(first, "split.no", 0)
     if count <= 1:
         return [first]
-    match = _SHARD_NAME.fullmatch(first.path.name)
+    named = ShardName.parse(first.path.name)
     if number != 0:
-        which = f", {shown(match['prefix'])}-00001-of-{match['count']}.gguf" if match else ""
+        which = f", {shown(named.sibling(1))}" if named else ""
         raise GGUFError(f"{name}: is shard {number + 1} of {count}; open the first one{which}")
-    if match is None or int(match["number"]) != 1 or int(match["count"]) != count:
+    if named is None or (named.number, named.total) != (1, count):
         raise GGUFError(
-            f"{name}: is the first of {count} shards, but is not named so; "
+            f"{name}: is the first of {count} shards, but its name does not say so; "
             f"rename them to PREFIX-00001-of-{count:05}.gguf and so on"
         )
-    paths = [first.path.with_name(f"{match['prefix']}-{i:05}-of-{count:05}.gguf") for i in range(2, count + 1)]
+    paths = [first.path.with_name(named.sibling(i)) for i in range(2, count + 1)]
     missing = [path for path in paths if not os.path.exists(path)]
     if missing:
         raise GGUFError(

@@ -1,8 +1,8 @@
-"""Models by name: find the GGUF files that other programs have left on this disk.
+"""Models by name: the GGUF files that other programs have left on this disk, and the demo that ships with ggjac.
 
 `hf:user/repo[:quant]` and `hf:user/repo/path/file.gguf` are looked up where Hugging Face's client, llama.cpp and LM
 Studio keep their files, `ollama:name[:tag]` where Ollama does. Nothing here touches the network, except `resolve` with
-`download=True` and the `hub` extra installed.
+`download=True` and the `hub` extra installed. `demo_path` is the path of the bundled model.
 
 Names come from users, file names and manifests from strangers. Names are held to what the hubs allow before they become
 paths, so that none leads out of its folder; a manifest's only say is a digest of 64 hexadecimal digits. Links are
@@ -24,7 +24,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from ggjac.gguf import shown
+from ggjac.gguf.container import ShardName, shown
 
 HF, OLLAMA = "hf:", "ollama:"
 HF_FORMS = "hf:user/repo, hf:user/repo:Q4_K_M or hf:user/repo/path/file.gguf"
@@ -38,7 +38,6 @@ MAX_BUILDS = 16  # of one Ollama model; each may be a file to read
 
 _HF_PART = r"[A-Za-z0-9_]+(?:[.-][A-Za-z0-9_]+)*"  # llama.cpp's is_valid_repo_id
 _HF_NAME = re.compile(rf"(?P<user>{_HF_PART})/(?P<repo>{_HF_PART})(?::(?P<quant>[A-Za-z0-9_.-]+)|/(?P<file>.+))?")
-_SHARD = re.compile(r"(?P<prefix>.+)-(?P<number>[0-9]{5})-of-(?P<count>[0-9]{5})\.gguf", re.DOTALL | re.IGNORECASE)
 _REVISION = re.compile(r"[0-9a-f]{40}")
 # What repositories hold beside models: projectors, calibration data, draft heads (gguf_filename_is_model upstream).
 _NO_MODEL = ("mmproj", "imatrix", "mtp-", "eagle3-", "dflash-", "dspark-")
@@ -255,11 +254,11 @@ def _models(files: Mapping[str, Path], folder: Path) -> list[_Model]:
 
 
 def _shards(file: str) -> tuple[str, ...]:
-    """Return the names of all shards of the model that a file belongs to; of most, its own."""
-    match = _SHARD.fullmatch(file)
-    if match is None or not 1 <= int(match["number"]) <= int(match["count"]) <= MAX_SHARDS:
+    """Return the names of all shards of the model that a file belongs to; its own if it is not split."""
+    named = ShardName.parse(file)
+    if named is None or not 1 <= named.number <= named.total <= MAX_SHARDS:
         return (file,)
-    return tuple(f"{match['prefix']}-{i:05}-of-{match['count']}.gguf" for i in range(1, int(match["count"]) + 1))
+    return tuple(named.sibling(i) for i in range(1, named.total + 1))
 
 
 def _choose(models: Sequence[_Model], name: _HfName) -> _Model | None:
