@@ -260,7 +260,7 @@ def test_types_without_a_decoder_are_refused_when_the_file_is_opened(
 def test_rows_beyond_the_tensor_are_refused(tiny_file: Callable[..., Path]) -> None:
     weight = store(tiny_file("plain"))["output.weight"]
     for rows in ([128], [-1]):
-        with pytest.raises(GGUFError, match=r"rows -?\d+:\d+ of output.weight asked for, but it has 128"):
+        with pytest.raises(GGUFError, match=r"rows -?\d+:\d+ of output.weight requested, but it has 128"):
             weight.take(rows)
 
 
