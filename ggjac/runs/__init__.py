@@ -1,4 +1,4 @@
-"""What is on disk: results, written atomically, and the journal of a run that can be resumed."""
+"""Results on disk, written atomically, and the journal of a run that can be resumed."""
 
 from ggjac.runs.files import (
     DTYPES,
