@@ -28,10 +28,10 @@ MAX_SIZE = 2**31 - 1
 
 
 class ConfigError(ValueError):
-    """The file is a valid GGUF, but not a model that can be run; the message says what is missing or unsupported."""
+    """The file is valid GGUF, but not a model that can be run; the message names what is missing or unsupported."""
 
 
-# Tensor -> its shape in named sizes (`_sizes`). Outside the blocks; `output` is absent where the head is tied.
+# Tensor -> its shape in named sizes (`_scopes`). Outside the blocks; `output` is absent if the head is tied.
 _GLOBAL = {
     "token_embd.weight": ("vocabulary", "d"),
     "output_norm.weight": ("d",),
@@ -43,7 +43,7 @@ _GLOBAL = {
     "rope_factors_short.weight": ("pairs",),
 }
 _POSITIONS = {"position_embd.weight": ("context", "d")}
-# In a block; `attn_qkv` stands in for the other three (its rows are q | k | v).
+# In a block; `attn_qkv` may replace the first three (its rows are q | k | v).
 _ATTENTION = {
     "attn_q": ("q", "d"),
     "attn_k": ("kv", "d"),
@@ -75,7 +75,7 @@ _SHARED_EXPERT = {
     "ffn_down_shexp": ("d", "fs"),
     "ffn_gate_inp_shexp": ("d",),
 }
-# `expert_gating_func`, as llama.cpp numbers them; 0 stands for the architecture's own.
+# Values of `expert_gating_func` (llama.cpp); 0 means the architecture's default.
 _ROUTERS = {1: "softmax", 2: "sigmoid"}
 _OPTIONAL = {
     "attn_qkv.weight",
@@ -94,16 +94,16 @@ class Rope:
     """One rotary position embedding; see `ggjac.rope`.
 
     Attributes:
-        dimensions: leading dims of each head that rotate.
-        base: of the geometric frequencies.
+        dimensions: number of leading dims of each head that rotate.
+        base: of the geometric series of frequencies.
         pairs: as in `Architecture.rope_pairs`.
         factor: of context extension, F; positions are scaled by 1/F (everywhere, or where YaRN interpolates).
-        yarn: interpolate low frequencies only.
-        beta_fast, beta_slow: turns within the original context between which YaRN blends.
-        original_context: tokens the model was trained on before its context was extended.
+        yarn: interpolate only low frequencies.
+        beta_fast, beta_slow: numbers of turns within the original context between which YaRN blends.
+        original_context: context length in tokens before its extension.
         magnitude: multiplies cos and sin.
-        still: pairs that do not turn.
-        rounded: angles as llama.cpp rounds them; for parity.
+        still: pairs that do not rotate.
+        rounded: round angles as llama.cpp does; for parity.
     """
 
     dimensions: int
@@ -121,13 +121,13 @@ class Rope:
 
 @dataclass(frozen=True)
 class Layer:
-    """What may differ from block to block.
+    """The properties that may differ from block to block.
 
     Attributes:
-        window: tokens that a position sees, itself included; None for all before it.
+        window: number of tokens to which a position attends, itself included; None for all up to it.
         rope: rotation of queries and keys; None for none.
-        xielu: of that activation (arXiv 2411.13010) αn, αp and β: `β z + αp z²` where z is positive,
-            `β z + αn (exp(z) - 1 - z)` elsewhere; None for others.
+        xielu: αn, αp and β of the activation xIELU (arXiv 2411.13010), `β z + αp z²` for positive z and
+            `β z + αn (exp(z) - 1 - z)` otherwise; None for other activations.
     """
 
     window: int | None
@@ -140,28 +140,30 @@ class ModelConfig:
     """Sizes and constants of a model, validated against its tensors.
 
     Attributes:
-        architecture: `general.architecture`, and `row`: its entry in `ARCHITECTURES`, decided where that leaves it to
-            the file.
-        block_count: blocks, L, without those that predict later tokens, and `layers`: what differs between them.
+        architecture: `general.architecture`.
+        row: its entry in `ARCHITECTURES`, with file-dependent options resolved.
+        block_count: number of blocks, L, without those that predict later tokens.
+        layers: properties of each block.
         d: embedding length.
         vocabulary: rows of the embedding matrix.
-        context_length: most tokens the model was made for.
-        original_context: tokens beyond which long rope factors apply.
-        head_count: query heads.
-        head_count_kv: key/value heads; divides `head_count`.
+        context_length: largest number of tokens that the model supports.
+        original_context: number of tokens beyond which long rope factors apply.
+        head_count: number of query heads.
+        head_count_kv: number of key/value heads; divides `head_count`.
         head_size: elements of a query, key or value head.
-        feed_forward_length: hidden units of a dense feed-forward; 0 where all may be mixtures of experts.
+        feed_forward_length: hidden units of a dense feed-forward; 0 if not stated, where every block is a mixture.
         norm_epsilon: added to the mean square or the variance inside a norm's root.
         attention_scale: multiplies scores.
-        attention_clamp: largest magnitude of queries, keys and values; 0 for any.
+        attention_clamp: largest magnitude of queries, keys and values; 0 for no limit.
         attention_softcap, logit_softcap: `c tanh(z / c)` on scores, on logits; 0 for none.
-        temperature_scale: growth of queries beyond the original context; 0 for none.
+        temperature_scale: growth of queries with position beyond the original context; 0 for none.
         embedding_scale, residual_scale, logit_scale: multiply embeddings, branches and logits.
-        expert_count, expert_used_count: experts in all and per token; 0 for a dense model.
-        expert_groups, expert_groups_used: groups of experts, and how many a token chooses from; 1 and 1 for all.
+        expert_count, expert_used_count: number of experts, and of those used per token; 0 for a dense model.
+        expert_groups, expert_groups_used: number of groups of experts, and of those that a token's experts come from;
+            1 and 1 without groups.
         expert_weights_scale: multiplies the weights of routed experts.
         expert_feed_forward_length, expert_shared_feed_forward_length: hidden units of a routed and the shared expert.
-        leading_dense: blocks before the first mixture; 0 where there is none.
+        leading_dense: number of dense blocks before the first mixture.
     """
 
     architecture: str
@@ -200,14 +202,14 @@ class ModelConfig:
 
     @property
     def hidden_units(self) -> int:
-        """Hidden units of the widest feed-forward network; of a mixture, of one expert."""
+        """Hidden units of the widest feed-forward network, or expert of a mixture."""
         routed = max(self.expert_feed_forward_length, self.expert_shared_feed_forward_length)
-        # Files may state the width of a dense network that they do not have.
+        # Files may state the width of a dense network without having one.
         return routed if self.routed(0) else max(routed, self.feed_forward_length)
 
     @property
     def slices(self) -> dict[str, tuple[str, int, int]]:
-        """The parts of fused tensors: stem -> (fused stem, first row, past the last)."""
+        """The parts of fused tensors: stem -> (fused stem, first row, row after the last)."""
         q, kv = self.head_count * self.head_size, self.head_count_kv * self.head_size
         k, v = q + kv, q + 2 * kv
         parts = {"attn_q": ("attn_qkv", 0, q), "attn_k": ("attn_qkv", q, k), "attn_v": ("attn_qkv", k, v)}
@@ -218,10 +220,14 @@ class ModelConfig:
 
     @staticmethod
     def from_metadata(metadata: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> "ModelConfig":
-        """Read and check a model's configuration; `shapes` holds every tensor's shape, out x in.
+        """Read and check a model's configuration.
+
+        Args:
+            metadata: of the file, by full key.
+            shapes: of every tensor, out x in.
 
         Raises:
-            ConfigError: an architecture, a key or a tensor that is missing, malformed or unsupported, by name.
+            ConfigError: names the architecture, key or tensor that is missing, malformed or unsupported.
         """
         name = _architecture(metadata)
         keys = _Keys(metadata, name)
@@ -352,7 +358,7 @@ def _experts(keys: "_Keys", row: Architecture, blocks: int, shapes: Mapping[str,
 
 
 def _decided(keys: "_Keys", row: Architecture, shapes: Mapping[str, tuple[int, ...]]) -> Architecture:
-    """Return the row with what it leaves to the file; what block 0 has, all must have."""
+    """Resolve the row's file-dependent options, using block 0 as representative."""
     if row.parallel_key:
         row = replace(row, parallel=keys.flag("use_parallel_residual"))
     if row.parallel_unless_normed:
@@ -373,22 +379,22 @@ def _decided(keys: "_Keys", row: Architecture, shapes: Mapping[str, tuple[int, .
 
 
 def _groups(keys: "_Keys", experts: int, used: int) -> tuple[int, int]:
-    """Return into how many groups experts fall, and how many of them a token chooses from; llama.cpp always asks."""
+    """Return the number of groups of experts, and of those a token chooses from; llama.cpp reads them in any family."""
     groups = keys.count("expert_group_count")
     if groups <= 1:
         return 1, 1
     chosen = keys.integer("expert_group_used_count")
-    # A group is known by its best two.
+    # A group is ranked by its best two experts.
     if experts % groups or experts < 2 * groups or chosen > groups or used > chosen * (experts // groups):
         raise ConfigError(
             f"{keys.prefix}.expert_group_count is {groups}, expert_group_used_count {chosen}: {used} of {experts} "
-            "experts cannot be chosen so"
+            "experts cannot be chosen"
         )
     return groups, chosen
 
 
 def _ropes(keys: "_Keys", row: Architecture, key_length: int) -> tuple[Rope | None, Rope | None]:
-    """Return the rotation of full layers and of windowed ones; keys that llama.cpp does not read are not read here."""
+    """Return the rotation of full layers and of windowed ones; only keys that llama.cpp reads are read."""
     dimensions = keys.integer("rope.dimension_count", key_length)
     if dimensions % 2 or dimensions > key_length or (dimensions < key_length and not row.partial_rotary):
         raise ConfigError(
@@ -399,11 +405,11 @@ def _ropes(keys: "_Keys", row: Architecture, key_length: int) -> tuple[Rope | No
         known = "none, linear, yarn, longrope"
         raise ConfigError(f"{keys.prefix}.rope.scaling.type {_shown(kind)} is not supported; supported: {known}")
     if alpha := keys.real("rope.scaling.alpha", 0.0):
-        # Of Hunyuan's bases; llama.cpp's converter writes the scaled base instead, into files of text models.
+        # Hunyuan scales its base by it; llama.cpp's converter writes the scaled base instead, for text models.
         raise ConfigError(f"{keys.prefix}.rope.scaling.alpha {alpha} is not supported")
     sections = keys.metadata.get(f"{keys.prefix}.rope.dimension_sections", [])
     if sections:
-        # Text has the same position on the first three axes and none on the fourth: together they must cover all pairs.
+        # Text has the same position on the first three axes and 0 on the fourth: the three must cover all pairs.
         whole = isinstance(sections, Sequence) and all(isinstance(entry, int) for entry in sections[:3])
         whole = whole and len(sections) >= 3
         if not row.rope_sections or not whole or sum(sections[:3]) < dimensions // 2:
@@ -420,17 +426,17 @@ def _ropes(keys: "_Keys", row: Architecture, key_length: int) -> tuple[Rope | No
             )
     if "rope.freq_base" not in keys and "rope.global.freq_base" in keys:
         raise ConfigError(
-            f"metadata key {keys.prefix}.rope.global.freq_base is Ollama's own, and rope.freq_base, which llama.cpp "
-            "reads, is missing; get a file converted by llama.cpp"
+            f"metadata key {keys.prefix}.rope.global.freq_base is specific to Ollama, and rope.freq_base, which "
+            "llama.cpp reads, is missing; get a file converted by llama.cpp"
         )
-    # Granite's way to say that no position embedding was trained.
+    # Granite files without position embeddings have this flag.
     untrained = row.rope_optional and keys.metadata.get(f"{keys.prefix}.rope.scaling.finetuned") is False
     if not row.rope_pairs or untrained:
         return None, None
 
     factor = keys.real("rope.scaling.factor", keys.real("rope.scale_linear", 0.0)) or 1.0
     if kind == "yarn" and factor < 1:
-        raise ConfigError(f"{keys.prefix}.rope.scaling.factor is {factor}, but YaRN extends a context: at least 1")
+        raise ConfigError(f"{keys.prefix}.rope.scaling.factor is {factor}; YaRN needs at least 1")
     magnitude = attention_factor = keys.real("rope.scaling.attn_factor", 1.0)
     if kind == "yarn":
         # llama.cpp scales cos and sin by g(1) / g(multiplier), g(m) = 1 + 0.1 m ln F (DeepSeek's mscale).
@@ -454,7 +460,7 @@ def _ropes(keys: "_Keys", row: Architecture, key_length: int) -> tuple[Rope | No
     unscaled = Rope(dimensions, full.base, row.rope_pairs)
     windowed = {
         "same": full,
-        # llama.cpp takes their factor from the file whatever the type of scaling; only the full layers heed "none".
+        # llama.cpp applies the file's factor here for any type of scaling; only full layers respect "none".
         "based": replace(full, base=keys.real("rope.freq_base_swa", full.base), factor=factor),
         "plain": unscaled,
         "own": replace(unscaled, base=keys.real("rope.freq_base_swa", 10000.0), magnitude=attention_factor),
@@ -463,9 +469,9 @@ def _ropes(keys: "_Keys", row: Architecture, key_length: int) -> tuple[Rope | No
 
 
 def _still(sections: Sequence[int], pairs: int) -> tuple[int, ...]:
-    """Return the pairs that interleaved sections leave to an image's fourth axis, whose position is 0 on text.
+    """Return the pairs that belong to an image's fourth axis, whose position is 0 in text.
 
-    Pair `i` belongs to axis `i % 3` while that axis has sections left (ggml's `ggml_mrope_cache_init`).
+    Pair `i` belongs to axis `i % 3` until that axis has all its sections (ggml's `ggml_mrope_cache_init`).
     """
     return tuple(i for i in range(pairs) if i >= 3 * sections[i % 3])
 
@@ -473,7 +479,7 @@ def _still(sections: Sequence[int], pairs: int) -> tuple[int, ...]:
 def _rope_of(
     row: Architecture, ropes: tuple[Rope | None, Rope | None], layer: int, windows: Sequence[int | None]
 ) -> Rope | None:
-    """Choose the rotation of one layer; `windows` are those of all."""
+    """Return the rotation of one layer; `windows` are those of all layers."""
     full, windowed = ropes
     if row.rope_layers == "windowed" and windows[layer] is None and any(windows):
         return None
@@ -483,7 +489,7 @@ def _rope_of(
 
 
 def _windows(keys: "_Keys", row: Architecture, blocks: int) -> list[int | None]:
-    """Return each layer's sliding window in tokens, None where it attends to everything."""
+    """Return each layer's sliding window in tokens, or None if it attends to all tokens."""
     key = "attention.sliding_window"
     if row.window_blocks not in (0, blocks):
         return [None] * blocks
@@ -497,7 +503,7 @@ def _windows(keys: "_Keys", row: Architecture, blocks: int) -> list[int | None]:
     pattern = keys.metadata.get(name, row.window_period)
     if isinstance(pattern, Sequence) and not isinstance(pattern, str):
         if len(pattern) != blocks or not all(isinstance(entry, bool) for entry in pattern):
-            raise ConfigError(f"metadata key {name} is not one true or false for each of {blocks} blocks")
+            raise ConfigError(f"metadata key {name} must have one true or false for each of {blocks} blocks")
         windows = [size if local else None for local in pattern]
     else:
         period = keys.count("attention.sliding_window_pattern", row.window_period)
@@ -508,10 +514,10 @@ def _windows(keys: "_Keys", row: Architecture, blocks: int) -> list[int | None]:
 
 
 def _xielu(keys: "_Keys", blocks: int) -> list[tuple[float, float, float]]:
-    """Return the constants of each block's xIELU; the file keeps both α as ggml's `ggml_xielu` takes them."""
+    """Return αn, αp and β of each block's xIELU; the file has both α as ggml's `ggml_xielu` takes them."""
     n, p, beta, eps = (keys.of_each_block(f"xielu.{name}", blocks) for name in ("alpha_n", "alpha_p", "beta", "eps"))
     if min(eps) < -1e-5:
-        # Between eps and 0 the exponential is that of eps: a step of αn eps at 0, which is left out where it is tiny.
+        # Between eps and 0 the exponential is that of eps: a step of αn eps at 0, which is neglected where tiny.
         raise ConfigError(f"metadata key xielu.eps is {min(eps)}: steps larger than 1e-05 are not supported")
     return [(b + _softplus(a), _softplus(c), b) for a, c, b in zip(n, p, beta, strict=True)]
 
@@ -522,7 +528,7 @@ def _softplus(x: float) -> float:
 
 
 def _softcap(keys: "_Keys", key: str, default: float | None) -> float:
-    """Return a cap; architectures whose default is None have none whatever the file says."""
+    """Return a cap; 0, whatever the file says, if the default is None."""
     return 0.0 if default is None else keys.real(key, default)
 
 
@@ -532,7 +538,7 @@ def _attention_scale(keys: "_Keys", row: Architecture, width: int) -> float:
 
 
 def _embedding_scale(keys: "_Keys", row: Architecture, d: int) -> float:
-    """Return the factor on embeddings; Gemma's root is rounded to float32, as llama.cpp does."""
+    """Return the factor on embeddings; the root is rounded to float32, as in llama.cpp."""
     if row.embedding_scale == "sqrt":
         return struct.unpack("<f", struct.pack("<f", math.sqrt(d)))[0]
     return (keys.real("embedding_scale", row.scale_defaults[0]) if row.embedding_scale == "key" else 0) or 1.0
@@ -551,16 +557,16 @@ def _logit_scale(keys: "_Keys", row: Architecture, d: int) -> float:
     if row.logit_scale == "multiply":
         return scale or 1.0
     if scale == 0:
-        raise ConfigError(f"metadata key {keys.prefix}.logit_scale is 0, and logits are divided by it")
+        raise ConfigError(f"metadata key {keys.prefix}.logit_scale is 0, but logits are divided by it")
     return 1 / scale
 
 
 def _expert_widths(
     keys: "_Keys", row: Architecture, shapes: Mapping[str, tuple[int, ...]], first: int
 ) -> tuple[int, int]:
-    """Return the hidden units of a routed expert and of the shared one, or 0; `first` is the first mixture's block."""
+    """Return the hidden units of a routed expert and of the shared one, 0 if absent; `first` is the first mixture."""
     if row.expert_widths == "tensors":
-        # Families differ in the key that states them, and Qwen 1.5's files have none for the shared one.
+        # Families use different keys, and Qwen 1.5's files have none for the shared expert.
         routed, shared = (shapes.get(f"blk.{first}.ffn_up_{kind}.weight", ()) for kind in ("exps", "shexp"))
         stated = keys.count("expert_shared_feed_forward_length")
         return routed[1] if len(routed) == 3 else 0, stated or (shared[0] if len(shared) == 2 else 0)
@@ -570,7 +576,7 @@ def _expert_widths(
 
 
 def _check_tensors(config: ModelConfig, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Refuse missing tensors, wrong shapes, and tensors that this architecture does not use."""
+    """Refuse missing tensors, wrong shapes, and tensors that the architecture does not use."""
     known, needed = set(), "exp_probs_b.bias" if config.row.selection_bias == "required" else ""
     for prefix, table, sizes in _scopes(config):
         optional = _OPTIONAL | (_FUSED_QKV if f"{prefix}attn_qkv.weight" in shapes else set())
@@ -588,7 +594,7 @@ def _check_tensors(config: ModelConfig, shapes: Mapping[str, tuple[int, ...]]) -
 
 
 def _scopes(config: ModelConfig) -> Iterator[tuple[str, dict[str, tuple[str, ...]], dict[str, int]]]:
-    """Yield name prefix, table of tensors and named sizes: once for the model, once for each block."""
+    """Yield name prefix, table of tensors and named sizes, for the tensors outside the blocks and for each block."""
     full = next((layer.rope for layer in config.layers if layer.rope), None)
     q, kv, f = config.head_count * config.head_size, config.head_count_kv * config.head_size, config.feed_forward_length
     sizes = {
@@ -637,7 +643,7 @@ def _block_table(config: ModelConfig, layer: int) -> dict[str, tuple[str, ...]]:
 
 @dataclass(frozen=True)
 class _Keys:
-    """Checked access to the metadata under one architecture's prefix."""
+    """Checked access to the metadata under an architecture's prefix."""
 
     metadata: Mapping[str, Any]
     prefix: str
@@ -653,26 +659,28 @@ class _Keys:
         if value is None:
             raise ConfigError(f"metadata key {name} is missing; the file is incomplete or was converted wrongly")
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
-            raise ConfigError(f"metadata key {name} is {_shown(value)}, not a number that makes sense")
+            raise ConfigError(f"metadata key {name} is {_shown(value)}; expected a finite, non-negative number")
         return value
 
     def real(self, key: str, default: float | None = None) -> float:
-        """Return a finite, non-negative number as a float, however the file writes it."""
+        """Return a finite, non-negative number as a float, whatever type the file stores."""
         return float(self.number(key, default))
 
     def integer(self, key: str, default: int | None = None) -> int:
-        """Return a positive integer that a model can have."""
+        """Return an integer from 1 to `MAX_SIZE`."""
         value = self.number(key, default)
         if not isinstance(value, int) or not 1 <= value <= MAX_SIZE:
-            raise ConfigError(f"metadata key {self.prefix}.{key} is {value}, not a whole number from 1 to {MAX_SIZE}")
+            raise ConfigError(
+                f"metadata key {self.prefix}.{key} is {value}; expected a whole number from 1 to {MAX_SIZE}"
+            )
         return value
 
     def count(self, key: str, default: int = 0) -> int:
-        """Return an integer that may be 0; absent means `default`."""
+        """Return an integer from 0 to `MAX_SIZE`, or the default if the key is absent."""
         return self.integer(key, default) if self.number(key, default) else 0
 
     def of_each_block(self, name: str, blocks: int) -> list[float]:
-        """Return a finite number, of either sign, for every block, from a scalar or an array; `name` has no prefix."""
+        """Return a finite number of either sign for each block, from a scalar or an array; `name` is the full key."""
         value = self.metadata.get(name)
         if value is None:
             raise ConfigError(f"metadata key {name} is missing; the file is incomplete or was converted wrongly")
@@ -681,20 +689,20 @@ class _Keys:
             raise ConfigError(f"metadata key {name} has {len(entries)} entries for {blocks} blocks")
         for entry in entries:
             if isinstance(entry, bool) or not isinstance(entry, int | float) or not abs(entry) < math.inf:
-                raise ConfigError(f"metadata key {name} holds {_shown(entry)}, not a number that makes sense")
+                raise ConfigError(f"metadata key {name} contains {_shown(entry)}; expected finite numbers")
         return [float(entry) for entry in entries]
 
     def flag(self, key: str) -> bool:
-        """Return true or false, which the file must say."""
+        """Return true or false; the key is required."""
         name = f"{self.prefix}.{key}"
         value = self.metadata.get(name)
         if not isinstance(value, bool):
             shown = "missing" if value is None else _shown(value)
-            raise ConfigError(f"metadata key {name} is {shown}: it must be true or false; convert the file again")
+            raise ConfigError(f"metadata key {name} is {shown}; expected true or false; convert the file again")
         return value
 
     def for_all_blocks(self, key: str, blocks: int, default: int | None = None) -> int:
-        """Return a positive integer that holds for every block; the file gives a scalar or an array of equals."""
+        """Return a positive integer that is the same for every block, from a scalar or an array."""
         name = f"{self.prefix}.{key}"
         value = self.metadata.get(name)
         if value is None and default is not None:
@@ -712,6 +720,6 @@ class _Keys:
 
 
 def _shown(value: Any) -> str:
-    """Quote something from a file for a message: short, and with control characters escaped."""
+    """Return a value from a file for a message: shortened, and with control characters escaped."""
     text = ascii(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
