@@ -404,31 +404,8 @@ def _ropes(keys: "_Keys", row: Architecture, key_length: int) -> tuple[Rope | No
     if kind not in ("none", "linear", "yarn", "longrope"):
         known = "none, linear, yarn, longrope"
         raise ConfigError(f"{keys.prefix}.rope.scaling.type {_shown(kind)} is not supported; supported: {known}")
-    if alpha := keys.real("rope.scaling.alpha", 0.0):
-        # Hunyuan scales its base by it; llama.cpp's converter writes the scaled base instead, for text models.
-        raise ConfigError(f"{keys.prefix}.rope.scaling.alpha {alpha} is not supported")
-    sections = keys.metadata.get(f"{keys.prefix}.rope.dimension_sections", [])
-    if sections:
-        # Text has the same position on the first three axes and 0 on the fourth: the three must cover all pairs.
-        whole = isinstance(sections, Sequence) and all(isinstance(entry, int) for entry in sections[:3])
-        whole = whole and len(sections) >= 3
-        if not row.rope_sections or not whole or sum(sections[:3]) < dimensions // 2:
-            shown = _shown(list(sections) if isinstance(sections, Sequence) else sections)
-            raise ConfigError(f"{keys.prefix}.rope.dimension_sections {shown} is not supported")
-    for key, same in (
-        ("rope.dimension_count_swa", dimensions),
-        ("attention.key_length_swa", key_length),
-        ("attention.value_length_swa", key_length),
-    ):
-        if row.windowed and keys.integer(key, same) != same:
-            raise ConfigError(
-                f"{keys.prefix}.{key} {keys.integer(key)} differs from other layers' {same}: not supported"
-            )
-    if "rope.freq_base" not in keys and "rope.global.freq_base" in keys:
-        raise ConfigError(
-            f"metadata key {keys.prefix}.rope.global.freq_base is specific to Ollama, and rope.freq_base, which "
-            "llama.cpp reads, is missing; get a file converted by llama.cpp"
-        )
+    sections = _rope_sections(keys, row, dimensions)
+    _refuse_unsupported_ropes(keys, row, dimensions, key_length)
     # Granite files without position embeddings have this flag.
     untrained = row.rope_optional and keys.metadata.get(f"{keys.prefix}.rope.scaling.finetuned") is False
     if not row.rope_pairs or untrained:
@@ -466,6 +443,40 @@ def _ropes(keys: "_Keys", row: Architecture, key_length: int) -> tuple[Rope | No
         "own": replace(unscaled, base=keys.real("rope.freq_base_swa", 10000.0), magnitude=attention_factor),
     }
     return full, windowed[row.window_rope]
+
+
+def _rope_sections(keys: "_Keys", row: Architecture, dimensions: int) -> Sequence[int]:
+    """Return the numbers of pairs that rotate by an image's axes; empty if the file has no sections."""
+    sections = keys.metadata.get(f"{keys.prefix}.rope.dimension_sections", [])
+    if sections:
+        # Text has the same position on the first three axes and 0 on the fourth: the three must cover all pairs.
+        whole = isinstance(sections, Sequence) and all(isinstance(entry, int) for entry in sections[:3])
+        whole = whole and len(sections) >= 3
+        if not row.rope_sections or not whole or sum(sections[:3]) < dimensions // 2:
+            shown = _shown(list(sections) if isinstance(sections, Sequence) else sections)
+            raise ConfigError(f"{keys.prefix}.rope.dimension_sections {shown} is not supported")
+    return sections
+
+
+def _refuse_unsupported_ropes(keys: "_Keys", row: Architecture, dimensions: int, key_length: int) -> None:
+    """Refuse scaled bases, windowed layers of other sizes, and the keys of Ollama's own converter."""
+    if alpha := keys.real("rope.scaling.alpha", 0.0):
+        # Hunyuan scales its base by it; llama.cpp's converter writes the scaled base instead, for text models.
+        raise ConfigError(f"{keys.prefix}.rope.scaling.alpha {alpha} is not supported")
+    for key, same in (
+        ("rope.dimension_count_swa", dimensions),
+        ("attention.key_length_swa", key_length),
+        ("attention.value_length_swa", key_length),
+    ):
+        if row.windowed and keys.integer(key, same) != same:
+            raise ConfigError(
+                f"{keys.prefix}.{key} {keys.integer(key)} differs from other layers' {same}: not supported"
+            )
+    if "rope.freq_base" not in keys and "rope.global.freq_base" in keys:
+        raise ConfigError(
+            f"metadata key {keys.prefix}.rope.global.freq_base is specific to Ollama, and rope.freq_base, which "
+            "llama.cpp reads, is missing; get a file converted by llama.cpp"
+        )
 
 
 def _still(sections: Sequence[int], pairs: int) -> tuple[int, ...]:

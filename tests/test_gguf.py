@@ -421,6 +421,12 @@ def test_split_file_reads_as_the_whole(split: list[Path]) -> None:
     assert open_gguf(split[0]).fingerprint() != known
 
 
+def test_split_files_are_found_in_their_own_case(split: list[Path]) -> None:
+    renamed = [path.rename(path.with_name(path.name.upper())) for path in split]
+    with open_gguf(renamed[0]) as file:
+        assert [path.name for path in file.paths] == [f"MODEL-0000{i}-OF-00003.GGUF" for i in (1, 2, 3)]
+
+
 def test_split_file_with_an_empty_first_shard(tmp_path: Path) -> None:
     write(tmp_path / "model.gguf", add_five_tensors, split_max_tensors=3, small_first_shard=True)
     file = open_gguf(tmp_path / "model-00001-of-00003.gguf")
