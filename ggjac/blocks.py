@@ -15,7 +15,7 @@ keep GGUF's names, without the `blk.N.` prefix.
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Generic, Literal, NamedTuple, Protocol, TypeVar, runtime_checkable
+from typing import Generic, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -24,9 +24,7 @@ from torch import Tensor
 from ggjac.config import ModelConfig, Rope
 from ggjac.linop import Center, Experts, Identity, Linear, LinearOperator, Mix, Scale, Select, Sum, TiledMatrix
 from ggjac.rope import rotate
-from ggjac.sizes import SLAB
-
-MlpPath = Literal["up", "gate"]
+from ggjac.sizes import SLAB, MlpPath
 
 
 @runtime_checkable

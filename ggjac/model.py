@@ -6,7 +6,7 @@ second model. It reads each tensor of the file once.
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -15,19 +15,19 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ggjac import blocks, decode, planner
-from ggjac.blocks import BlockTape, Frame, MlpPath, NormTape, NumericsError
+from ggjac.blocks import BlockTape, Frame, NormTape, NumericsError
 from ggjac.config import ModelConfig
 from ggjac.gguf import GGUFFile, open_gguf
 from ggjac.gguf.hub import demo_path, resolve
-from ggjac.jacobian import DetachedJacobian, FrozenNetwork, Path
+from ggjac.jacobian import DetachedJacobian, FrozenNetwork, Span
 from ggjac.jacobian.tapes import Tapes
 from ggjac.planner import Plan, machine
 from ggjac.rope import rotation
-from ggjac.sizes import CHUNK_BYTES
-from ggjac.tokenizer import Tokenizer, open_tokenizer
+from ggjac.sizes import CHUNK_BYTES, ITEM_BYTES, MlpPath
+from ggjac.tokenizer import Tokenizer, open_tokenizer, visible
 from ggjac.weights import Block, Weight, WeightStore
 
-DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in ITEM_BYTES}
 
 Observer = Callable[[str, Tensor], None]
 Progress = Callable[[int, int], None]
@@ -152,6 +152,14 @@ class Model:
             raise PromptError("the prompt is empty; give a text with -p or token ids with --tokens")
         return self.tokenizer.encode(prompt)
 
+    def word(self, id: int) -> str:
+        """Return a token's text on one line, with everything visible and nothing that could steer a terminal."""
+        return visible(self.tokenizer.piece(id))
+
+    def text(self, ids: Sequence[int]) -> str:
+        """Return the text of several tokens; bytes that are not UTF-8 become U+FFFD."""
+        return b"".join(map(self.tokenizer.piece, ids)).decode("utf-8", errors="replace")
+
     def plan(
         self,
         prompt: str | Sequence[int],
@@ -173,7 +181,7 @@ class Model:
                 device's that is.
             tapes_on_disk: where memory is short, count on `trace(..., tapes=Tapes(folder, resident=False))`; whether it
                 was, the plan says.
-            asked: as `ggjac.planner.work.Asked` has it: `rank`, `position` and so on.
+            asked: as `ggjac.planner.work.Request` has it: `rank`, `position` and so on.
 
         Raises:
             PromptError: as `trace`.
@@ -206,7 +214,7 @@ class Model:
         planner.check(plan)
         machine.return_freed_memory()
         self.weights.place(plan.places, plan.room)
-        self.chunk_bytes = plan.job.chunk_bytes
+        self.chunk_bytes = plan.work.chunk_bytes
 
     def trace(
         self,
@@ -310,6 +318,16 @@ class Model:
         """Return the tensors of one block; `live` ones are used in sweep after sweep."""
         return self.weights.block(index, self.config.slices, live=live)
 
+    def check_position(self, position: int, n: int) -> int:
+        """Return a position of `n` counted from the start; negative ones count from the end.
+
+        Raises:
+            PromptError: there is no such position.
+        """
+        if not -n <= position < n:
+            raise PromptError(f"position {position} is out of range; the prompt has positions 0 to {n - 1}")
+        return position % n
+
     def check_prompt(self, ids: Sequence[int]) -> list[int]:
         """Return the token ids, if this model can run them.
 
@@ -348,25 +366,29 @@ class Trace:
     norm: NormTape
     frame: Frame
     tapes: Tapes
+    _logits: dict[int, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
     def output(self) -> Float[Tensor, " d"]:
         """The last position's output, `[d]`."""
         return self.outputs[-1]
 
-    @cached_property
+    @property
     def logits(self) -> Float[Tensor, " v"]:
         """The last position's logits, `[v]`: scores of the next token."""
         return self.logits_at(-1)
 
     def logits_at(self, position: int) -> Float[Tensor, " v"]:
-        """Return the logits at one position, `[v]`.
+        """Return the logits at one position, `[v]`; a pass over the head the first time.
 
         Raises:
             PromptError: the prompt has no such position.
             NumericsError: a logit is not finite.
         """
-        return finite_logits(self.model.head.logits(self.outputs[self.index(position)][None]))[0]
+        index = self.index(position)
+        if index not in self._logits:
+            self._logits[index] = finite_logits(self.model.head.logits(self.outputs[index][None]))[0]
+        return self._logits[index]
 
     def all_logits(self) -> Float[Tensor, "n v"]:
         """Return the logits at every position, `[n, v]`; errors as `logits_at`."""
@@ -378,24 +400,21 @@ class Trace:
         Raises:
             PromptError: the prompt has no such position.
         """
-        n = len(self.ids)
-        if not -n <= position < n:
-            raise PromptError(f"position {position} is out of range; the prompt has positions 0 to {n - 1}")
-        return position % n
+        return self.model.check_position(position, len(self.ids))
 
-    def jacobian(self, position: int = -1, path: Path | None = None, *, raw: bool = False) -> DetachedJacobian:
+    def jacobian(self, position: int = -1, span: Span | None = None, *, raw: bool = False) -> DetachedJacobian:
         """Return the detached Jacobian at `position` (negative: from the end).
 
         Args:
             position: of the output.
-            path: from which depth to which tap; default from the embeddings to the final norm's output.
+            span: from which depth to which tap; default from the embeddings to the final norm's output.
             raw: leave out the final norm, through which every tap is seen.
 
         Raises:
             PromptError: the prompt has no such position.
-            ValueError: the trace was made without tapes, or the model has no such path.
+            ValueError: the trace was made without tapes, or the model has no such span.
         """
-        jacobian = DetachedJacobian(self.network, self.index(position), path, raw=raw)
+        jacobian = DetachedJacobian(self.network, self.index(position), span, raw=raw)
         jacobian.chunk_bytes = self.model.chunk_bytes
         return jacobian
 
@@ -418,6 +437,8 @@ class Trace:
             x=self.x,
             outputs=self.outputs,
             ids=self.ids,
+            head=model.head,
+            embedding=model.embedding,
         )
 
 

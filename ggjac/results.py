@@ -1,7 +1,8 @@
-"""Results in a notebook: as a table, a pandas DataFrame, a matplotlib figure.
+"""Results as plain data, and in a notebook as a table, a pandas DataFrame or a matplotlib figure.
 
-A result says its columns and, where a plot makes sense, its points; everything else is here. Results hold numbers, so
-that texts of tokens come from the trace they were computed from: `result.table(trace)` shows tokens where the bare
+A result owns its data: `data(words)` is the JSON that commands print and the report reads, `tensors()` what `-o` saves.
+It also gives its columns and, where a plot makes sense, its points; the rest is here. Results hold numbers, so that
+texts of tokens come from the trace that they were computed from: `result.table(trace)` shows tokens where the bare
 `result` shows ids.
 """
 
@@ -19,7 +20,7 @@ _RULE = "border-bottom:1px solid currentColor"
 
 
 class Prompt(Protocol):
-    """What a trace knows of its tokens."""
+    """The tokens of a prompt and their texts, as a trace has them."""
 
     @property
     def ids(self) -> list[int]:
@@ -27,7 +28,7 @@ class Prompt(Protocol):
 
     @property
     def model(self) -> Any:
-        """Where they came from: something with a `tokenizer`."""
+        """The model, whose `word(id)` and `text(ids)` return the texts of tokens."""
 
 
 class Words:
@@ -38,15 +39,23 @@ class Words:
 
     def __call__(self, id: int) -> str | int:
         """Return a token on one line, with everything visible; without a trace its id."""
-        if self.trace is None:
-            return id
-        from ggjac.tokenizer import visible
-
-        return visible(self.trace.model.tokenizer.piece(id))
+        return id if self.trace is None else self.trace.model.word(int(id))
 
     def each(self, ids: Sequence[int]) -> list[str | int]:
         """Return several tokens."""
         return [self(id) for id in ids]
+
+    def text(self, ids: Sequence[int]) -> str:
+        """Return tokens as the text that they make up; without a trace an empty one."""
+        return "" if self.trace is None else self.trace.model.text(ids)
+
+    def token(self, id: Any) -> dict[str, Any]:
+        """Return a token as plain data: its id and its text."""
+        return {"id": int(id), "token": self(int(id))}
+
+    def here(self, position: int) -> dict[str, Any]:
+        """Return a position of the prompt as plain data, with the text of its token where it is known."""
+        return {"position": position} | ({"token": self(self.trace.ids[position])} if self.trace else {})
 
     def name(self, id: int) -> str:
         """Return a token for a sentence."""
@@ -60,6 +69,9 @@ class Words:
     def labels(self, positions: Sequence[int]) -> list[str]:
         """Return the prompt's tokens at some positions, or the positions."""
         return [str(self(self.trace.ids[i]) if self.trace else i) for i in positions]
+
+
+NO_WORDS = Words()  # of results whose tokens stay ids
 
 
 @dataclass(frozen=True)
@@ -123,7 +135,12 @@ def _text(cell: Any) -> str:
 
 
 class Result:
-    """A result that shows itself in a notebook. By default a row of its fields that are single values."""
+    """A result that gives its data, and shows itself in a notebook. By default both are its fields of single values."""
+
+    def data(self, words: Words = NO_WORDS) -> Any:
+        """Return the result as plain data, ready for JSON: what the command prints and the report reads."""
+        found = {field.name: getattr(self, field.name) for field in fields(self)}  # type: ignore[arg-type]
+        return {name: value for name, value in found.items() if isinstance(value, int | float | str | None)}
 
     def _table(self, words: Words) -> Table:
         found = {field.name: getattr(self, field.name) for field in fields(self)}  # type: ignore[arg-type]
@@ -185,11 +202,11 @@ class Plotted(Result):
 
 
 def _draw(plot: Points | Bars) -> Any:
-    """Draw with the report's own axes and tones."""
-    from ggjac.report import charts, figures
+    """Draw with the axes and tones of the report."""
+    from ggjac.drawing import charts, figures
 
     if isinstance(plot, Bars):
-        return figures.bars(plot.title, plot.label, plot.names, plot.values)
+        return figures.draw(charts.Bars("", *plot))
     tones = dict(zip(plot.series, cycle(("accent", "ink", "faint")), strict=False))
     series = tuple(
         charts.Series(

@@ -41,10 +41,10 @@ def head_of(weights: dict[str, Tensor]) -> Tensor:
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("position", [-1, 2])
 def test_shares_are_those_of_the_dense_jacobian(case: str, position: int, tiny_files: dict[str, Path]) -> None:
-    model, J, expected, weights = pair(tiny_files, case, position)
+    _model, J, expected, weights = pair(tiny_files, case, position)
     logits = head_of(weights) @ expected.y
     for target in (None, 0, 17):
-        found = attribute(J, model.head, target)
+        found = attribute(J, target)
         w = head_of(weights)[found.target]
         assert found.target == (int(logits.argmax()) if target is None else target)
         assert math.isclose(found.logit, float(logits[found.target]), rel_tol=1e-10)
@@ -58,8 +58,8 @@ def test_shares_are_those_of_the_dense_jacobian(case: str, position: int, tiny_f
 
 
 def test_shares_in_single_precision(tiny_files: dict[str, Path]) -> None:
-    model, J, expected, weights = pair(tiny_files, "biases", dtype="float32")
-    found = attribute(J, model.head, 5)
+    _model, J, expected, weights = pair(tiny_files, "biases", dtype="float32")
+    found = attribute(J, 5)
     assert found.shares.dtype == torch.float64
     assert math.isclose(found.logit, float(head_of(weights)[5] @ expected.y), rel_tol=1e-5)
     assert abs(found.unexplained) < 1e-4
@@ -69,16 +69,16 @@ def test_one_sweep_pays_for_all_shares(tiny_files: dict[str, Path]) -> None:
     model, J, *_ = pair(tiny_files, "gqa")
     _ = J.offset
     model.weights.reads.clear()
-    attribute(J, model.head, 3)
+    attribute(J, 3)
     assert model.weights.reads["blk.0.ffn_up.weight"] == tiny.options("gqa").ff
     assert model.weights.reads["output.weight"] == 1
 
 
 @pytest.mark.parametrize("target", [-1, 128])
 def test_a_target_outside_the_vocabulary_is_refused(target: int, tiny_files: dict[str, Path]) -> None:
-    model, J, *_ = pair(tiny_files, "gqa")
+    _model, J, *_ = pair(tiny_files, "gqa")
     with pytest.raises((GGUFError, ValueError), match="128"):
-        attribute(J, model.head, target)
+        attribute(J, target)
 
 
 # ---- spectrum
@@ -87,8 +87,8 @@ def test_a_target_outside_the_vocabulary_is_refused(target: int, tiny_files: dic
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("position", [-1, 2])
 def test_spectrum_decodes_as_brute_force_does(case: str, position: int, tiny_files: dict[str, Path]) -> None:
-    model, J, expected, weights = pair(tiny_files, case, position)
-    found = spectrum(J, model.head, model.embedding, 3, top=5, tol=1e-8, max_sweeps=100)
+    _model, J, expected, weights = pair(tiny_files, case, position)
+    found = spectrum(J, 3, top=5, tol=1e-8, max_sweeps=100)
     assert found.svd.converged
     U, S, Vh = torch.linalg.svd(expected.J.flatten(1), full_matrices=False)
     sign = torch.sign(U.T[:3] @ (expected.y - expected.offset))[:, None]
@@ -116,8 +116,8 @@ def test_spectrum_decodes_as_brute_force_does(case: str, position: int, tiny_fil
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_spectrum_in_other_dtypes(dtype: str, tiny_files: dict[str, Path]) -> None:
-    model, J, expected, _ = pair(tiny_files, "gqa", dtype=dtype)
-    found = spectrum(J, model.head, model.embedding, 3, tol=0.05)
+    _model, J, expected, _ = pair(tiny_files, "gqa", dtype=dtype)
+    found = spectrum(J, 3, tol=0.05)
     exact = torch.linalg.svdvals(expected.J.flatten(1))[:3]
     assert torch.allclose(found.svd.S.double(), exact, rtol=1e-3 if dtype == "float32" else 0.05)
     assert (found.svd.U.double() @ (expected.y - expected.offset) > 0).all()
@@ -125,8 +125,8 @@ def test_spectrum_in_other_dtypes(dtype: str, tiny_files: dict[str, Path]) -> No
 
 
 def test_signs_do_not_depend_on_the_seed(tiny_files: dict[str, Path]) -> None:
-    model, J, *_ = pair(tiny_files, "gqa")
-    a, b = (spectrum(J, model.head, model.embedding, 3, tol=1e-9, seed=seed, max_sweeps=100) for seed in (0, 1))
+    _model, J, *_ = pair(tiny_files, "gqa")
+    a, b = (spectrum(J, 3, tol=1e-9, seed=seed, max_sweeps=100) for seed in (0, 1))
     assert torch.allclose(a.svd.U, b.svd.U, rtol=0, atol=1e-7)
     assert a.left.ids.tolist() == b.left.ids.tolist()
 

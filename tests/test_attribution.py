@@ -25,7 +25,7 @@ N = 6
 
 
 class Expected:
-    """The oracle's states, and its shares of the logit of `target` (less that of `versus`) at one position."""
+    """The oracle's states, and its shares of the logit of `target` (minus that of `versus`) at one position."""
 
     def __init__(self, file: Path, case: str):
         self.known, self.ids = oracle.load(file), tiny.prompt(case, N)
@@ -79,9 +79,9 @@ def close(found: Tensor | float, expected: Tensor | float, tolerance: float = 1e
 @pytest.mark.parametrize("versus", [None, 17])
 def test_branches_and_heads_are_those_of_the_oracle(case: str, versus: int | None, tiny_files: dict[str, Path]) -> None:
     model, expected = open_model(tiny_files[case], dtype="float64"), Expected(tiny_files[case], case)
-    network = model.trace(expected.ids).network
-    found = attribute_branches(network, model.head, versus=versus, by_head=True)
-    alone = attribute_branches(network, model.head, range(2, 3), target=5, versus=versus, by_head=True)
+    jacobian = model.trace(expected.ids).jacobian()
+    found = attribute_branches(jacobian, versus=versus, positions=range(N), by_head=True)
+    alone = attribute_branches(model.trace(expected.ids).jacobian(2), 5, versus, by_head=True)
     assert (found.positions, alone.positions) == (range(N), range(2, 3))
     assert found.heads.shape == (N, expected.layers, model.config.head_count)
     best = expected.uncapped(expected.states["result_norm"]).argmax(1)
@@ -108,8 +108,8 @@ def test_branches_and_heads_are_those_of_the_oracle(case: str, versus: int | Non
 
 def test_without_heads_the_same(case: str, tiny_files: dict[str, Path]) -> None:
     model = open_model(tiny_files[case], dtype="float64")
-    network = model.trace(tiny.prompt(case, N)).network
-    whole, split = (attribute_branches(network, model.head, by_head=by_head) for by_head in (False, True))
+    jacobian = model.trace(tiny.prompt(case, N)).jacobian()
+    whole, split = (attribute_branches(jacobian, positions=range(N), by_head=by_head) for by_head in (False, True))
     assert whole.heads is whole.attn_bias is None
     for name in ("logits", "embedding", "attn", "mlp", "bias"):
         close(getattr(whole, name), getattr(split, name), 1e-13)
@@ -120,7 +120,7 @@ def test_without_heads_the_same(case: str, tiny_files: dict[str, Path]) -> None:
 def test_every_position_at_once_is_each_alone(case: str, versus: int | None, tiny_files: dict[str, Path]) -> None:
     model, expected = open_model(tiny_files[case], dtype="float64"), Expected(tiny_files[case], case)
     trace = model.trace(expected.ids)
-    found = attribute_positions(trace.network, model.head, versus=versus)
+    found = attribute_positions(trace.jacobian(), versus=versus)
     best = expected.uncapped(expected.states["result_norm"]).argmax(1)
     assert found.positions == range(N)
     assert found.targets.tolist() == best.tolist()
@@ -129,7 +129,7 @@ def test_every_position_at_once_is_each_alone(case: str, versus: int | None, tin
     assert not found.shares.triu(1).any()
     for position in range(N):
         close(found.logits[position], expected.direction(position, int(best[position]), versus)[1])
-        one = attribute(trace.jacobian(position), model.head, int(best[position]), versus)
+        one = attribute(trace.jacobian(position), int(best[position]), versus)
         close(found.shares[position], one.shares)
         close(found.offsets[position], one.offset)
 
@@ -143,7 +143,7 @@ def test_the_difference_of_two_logits(case: str, position: int, tiny_files: dict
     model = open_model(tiny_files[case], dtype="float64")
     jacobian = model.trace(ids).jacobian(position)
     for target, versus in ((3, 17), (None, 4), (8, 8)):
-        found = attribute(jacobian, model.head, target, versus)
+        found = attribute(jacobian, target, versus)
         assert found.versus == versus
         z = expected.uncapped(J.y)
         assert found.target == (int(z.argmax()) if target is None else target)
@@ -163,10 +163,11 @@ def test_the_difference_of_two_logits(case: str, position: int, tiny_files: dict
 def test_in_several_passes_the_same(chunk_bytes: int, tiny_files: dict[str, Path]) -> None:
     for case in ("gqa", "gpt2"):
         model = open_model(tiny_files[case], dtype="float64")
-        network = model.trace(tiny.prompt(case, N)).network
-        whole = attribute_positions(network, model.head)
+        jacobian = model.trace(tiny.prompt(case, N)).jacobian()
+        whole = attribute_positions(jacobian)
         model.weights.reads.clear()
-        found = attribute_positions(network, model.head, chunk_bytes=chunk_bytes)
+        jacobian.chunk_bytes = chunk_bytes
+        found = attribute_positions(jacobian)
         assert model.weights.reads["blk.0.ffn_down.weight"] > model.config.d
         close(found.shares, whole.shares, 1e-13)
         close(found.offsets, whole.offsets, 1e-13)
@@ -174,15 +175,16 @@ def test_in_several_passes_the_same(chunk_bytes: int, tiny_files: dict[str, Path
 
 def test_one_pass_over_the_live_weights(tiny_files: dict[str, Path]) -> None:
     model = open_model(tiny_files["gqa"])
-    network, reads, steps = model.trace(tiny.prompt("gqa", N)).network, model.weights.reads, []
+    jacobian, reads, steps = model.trace(tiny.prompt("gqa", N)).jacobian(), model.weights.reads, []
     d, ff = model.config.d, tiny.options("gqa").ff
 
-    def seen(done: int, total: int) -> None:
+    def seen(what: str, done: int, total: int) -> None:
+        assert what == "block"
         steps.append((done, total))
 
     for by_head in (False, True):
         reads.clear()
-        attribute_branches(network, model.head, target=3, by_head=by_head, progress=seen)
+        attribute_branches(jacobian, 3, positions=range(N), by_head=by_head, progress=seen)
         assert reads["blk.0.ffn_up.weight"] == ff
         assert reads["blk.1.ffn_down.weight"] == d
         assert reads["blk.0.attn_v.weight"] == d // 2
@@ -190,7 +192,7 @@ def test_one_pass_over_the_live_weights(tiny_files: dict[str, Path]) -> None:
         assert not reads["blk.0.attn_q.weight"]
         assert reads["output.weight"] == 1  # one target, one row
     reads.clear()
-    attribute_positions(network, model.head, target=3, versus=4, progress=seen)
+    attribute_positions(jacobian, 3, 4, progress=seen)
     assert reads["blk.0.ffn_up.weight"] == ff
     assert reads["output.weight"] == 2
     assert steps == [(1, 2), (2, 2)] * 3
@@ -200,14 +202,14 @@ def test_one_pass_over_the_live_weights(tiny_files: dict[str, Path]) -> None:
 def test_other_dtypes(dtype: str, tiny_files: dict[str, Path]) -> None:
     ids = tiny.prompt("biases", N)
     exact, rounded = (open_model(tiny_files["biases"], dtype=dtype) for dtype in ("float64", dtype))
-    wide = attribute_branches(exact.trace(ids).network, exact.head, target=3, by_head=True)
-    narrow = attribute_branches(rounded.trace(ids).network, rounded.head, target=3, by_head=True)
+    wide = attribute_branches(exact.trace(ids).jacobian(), 3, positions=range(N), by_head=True)
+    narrow = attribute_branches(rounded.trace(ids).jacobian(), 3, positions=range(N), by_head=True)
     eps = torch.finfo(getattr(torch, dtype)).eps
     for name in ("logits", "embedding", "attn", "mlp", "bias", "heads", "attn_bias"):
         assert getattr(narrow, name).dtype == torch.float64
         close(getattr(narrow, name), getattr(wide, name), 40 * eps)
     assert 0 < float(narrow.unexplained.abs().max()) < 40 * eps * float(wide.logits.abs().max() + 1)
-    tokens = attribute_positions(rounded.trace(ids).network, rounded.head, target=3)
+    tokens = attribute_positions(rounded.trace(ids).jacobian(), 3)
     assert tokens.shares.dtype == tokens.offsets.dtype == torch.float64
     assert float(tokens.unexplained.abs().max()) < 40 * eps * float(wide.logits.abs().max() + 1)
 
@@ -215,10 +217,10 @@ def test_other_dtypes(dtype: str, tiny_files: dict[str, Path]) -> None:
 def test_the_gate_rule_moves_shares_of_tokens_and_none_of_branches(tiny_files: dict[str, Path]) -> None:
     """What a branch adds is what it adds; where its own input came from is a matter of the rule."""
     model, ids = open_model(tiny_files["gqa"], dtype="float64"), tiny.prompt("gqa", N)
-    up, gate = (model.trace(ids, mlp_path=rule).network for rule in ("up", "gate"))
-    a, b = (attribute_branches(network, model.head, by_head=True) for network in (up, gate))
+    up, gate = (model.trace(ids, mlp_path=rule).jacobian() for rule in ("up", "gate"))
+    a, b = (attribute_branches(jacobian, positions=range(N), by_head=True) for jacobian in (up, gate))
     close(a.mlp, b.mlp, 1e-12)
     close(a.heads, b.heads, 1e-12)
-    a, b = (attribute_positions(network, model.head) for network in (up, gate))
+    a, b = (attribute_positions(jacobian) for jacobian in (up, gate))
     assert not torch.allclose(a.shares, b.shares, atol=1e-3)
     assert math.isclose(float(a.shares[-1].sum()), float(b.shares[-1].sum()), rel_tol=1e-10)

@@ -39,7 +39,7 @@ def portraits(case: str, position: int, tiny_file: Callable[..., Path], **option
         model = open_model(path, dtype="float64")
         target = found[0].target if found else None
         J = model.trace(ids).jacobian(position)
-        found.append(portray(J, model.head, RANK, target=target, tol=1e-9, max_sweeps=200, **options))
+        found.append(portray(J, RANK, target=target, tol=1e-9, max_sweeps=200, **options))
     return found
 
 
@@ -159,7 +159,7 @@ def test_logits_that_overflow_are_refused(tmp_path: Path) -> None:
     path = edited(tiny.write(tmp_path / "m.gguf"), "output.weight", 60000.0)
     model = open_model(path, dtype="float16")
     with pytest.raises(NumericsError, match="logits overflow"):
-        portray(model.trace([1, 2, 3]).jacobian(), model.head, RANK, target=1)
+        portray(model.trace([1, 2, 3]).jacobian(), RANK, target=1)
 
 
 def test_tokens_in_messages_are_short() -> None:

@@ -12,8 +12,7 @@ import torch
 from test_jacobian import distance
 
 from ggjac.analysis.contrast import Agreement, agreement, contrast, correlation, ordinary_jacobian, ranks
-from ggjac.jacobian import Path as Route
-from ggjac.jacobian import Tap
+from ggjac.jacobian import Span, Tap
 from ggjac.model import open_model
 
 stats = pytest.importorskip("scipy.stats", reason="SciPy is not installed")
@@ -55,7 +54,7 @@ def test_both_reconstructions_are_those_of_the_dense_matrices(
     rebuilt = torch.einsum("end,nd->e", frozen.J, frozen.x) + frozen.offset
     pushed = torch.einsum("end,nd->e", ordinary.J, ordinary.x)
     model = open_model(tiny_files[case], dtype="float64")
-    found = contrast(model.trace(ids).jacobian(position), model.head, top=5)
+    found = contrast(model.trace(ids).jacobian(position), top=5)
     for actual, expected in ((found.y, frozen.y), (found.detached, rebuilt), (found.ordinary, pushed)):
         assert actual.dtype == torch.float64
         assert distance(actual, expected) < 1e-10
@@ -111,7 +110,7 @@ def test_measures_where_nothing_is_left() -> None:
 def test_in_single_precision_only_the_detached_one_is_rounded(tiny_files: dict[str, Path]) -> None:
     ids = tiny.prompt("gqa", 6)
     wide, narrow = (open_model(tiny_files["gqa"], dtype=dtype) for dtype in ("float64", "float32"))
-    exact, found = (contrast(model.trace(ids).jacobian(), model.head) for model in (wide, narrow))
+    exact, found = (contrast(model.trace(ids).jacobian()) for model in (wide, narrow))
     assert 0 < found.detached_agreement.relative_l2 < 1e-5
     same(found.ordinary_agreement, exact.ordinary_agreement, 1e-3)
 
@@ -120,7 +119,7 @@ def test_one_sweep_for_each_and_one_for_the_head(tiny_files: dict[str, Path]) ->
     model = open_model(tiny_files["gqa"])
     J, reads = model.trace(tiny.prompt("gqa", 6)).jacobian(), model.weights.reads
     reads.clear()
-    contrast(J, model.head)
+    contrast(J)
     rows = model.gguf.tensors["output.weight"].shape[0]
     assert reads["output.weight"] == rows
     assert reads["blk.0.attn_q.weight"] == 64  # frozen for the detached one
@@ -129,7 +128,7 @@ def test_one_sweep_for_each_and_one_for_the_head(tiny_files: dict[str, Path]) ->
 
 def test_a_map_inside_the_network_has_no_counterpart(tiny_files: dict[str, Path]) -> None:
     trace = open_model(tiny_files["three_layers"]).trace([1, 2, 3])
-    for route, raw in ((Route(1, Tap("layer", 3)), False), (Route(0, Tap("layer", 2)), False), (None, True)):
+    for route, raw in ((Span(1, Tap("layer", 3)), False), (Span(0, Tap("layer", 2)), False), (None, True)):
         with pytest.raises(ValueError, match="ordinary Jacobian leads from the embeddings to the output"):
-            ordinary_jacobian(trace.jacobian(path=route, raw=raw))
+            ordinary_jacobian(trace.jacobian(span=route, raw=raw))
     assert ordinary_jacobian(trace.jacobian(1)).position == 1

@@ -361,12 +361,12 @@ def test_many_maps_read_each_weight_once(tiny_files: dict[str, File]) -> None:
     model = open_model(tiny_files["three_layers"])
     trace = model.trace(tiny.prompt("three_layers", 4))
     sweep = SharedSweep(trace.network, all_paths(3), 3)
-    assert len(sweep.norms) == len(sweep.paths)  # computed here: it takes a pass of its own, for the branches
+    assert len(sweep.norms) == len(sweep.spans)  # computed here: it takes a pass of its own, for the branches
     rows = {stem: model.gguf.tensors[f"blk.0.{stem}.weight"].rows for stem in (*LIVE, "ffn_up")}
     expected = {f"blk.{i}.{stem}.weight": count for i in range(3) for stem, count in rows.items()}
     for run in (
-        lambda: sweep.up([trace.x[None]] * len(sweep.paths)),
-        lambda: sweep.down([trace.output[None]] * len(sweep.paths)),
+        lambda: sweep.up([trace.x[None]] * len(sweep.spans)),
+        lambda: sweep.down([trace.output[None]] * len(sweep.spans)),
     ):
         model.weights.reads.clear()
         seen: list[tuple[int, int]] = []
@@ -382,7 +382,7 @@ def test_many_maps_read_each_weight_once(tiny_files: dict[str, File]) -> None:
 def test_a_map_that_does_not_exist_is_refused(path: Path, tiny_files: dict[str, File]) -> None:
     trace = open_model(tiny_files["three_layers"]).trace([1, 2])
     with pytest.raises(ValueError, match="no map leads from block"):
-        trace.jacobian(path=path)
+        trace.jacobian(span=path)
 
 
 # ---- long runs: interrupted, and with weights kept between sweeps

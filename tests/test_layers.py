@@ -20,12 +20,12 @@ from ggjac.analysis import layers as module
 from ggjac.analysis.layers import LayerMap, Layers, layers
 from ggjac.analysis.svd import stable_rank
 from ggjac.cli import main
-from ggjac.cli.depths import spark
+from ggjac.cli.layers import spark
 from ggjac.cli.options import Depths
 from ggjac.frobenius import StableRank, stable_ranks
 from ggjac.linop import LinearOperator
 from ggjac.model import Trace, open_model
-from ggjac.report import schema
+from ggjac.report.load import checked
 from ggjac.runs.journal import Journal
 from ggjac.sizes import KINDS, MAPS
 from ggjac.svd import svd
@@ -40,7 +40,7 @@ def traced(files: dict[str, Path], case: str, dtype: str = "float64") -> tuple[T
 
 
 def analysed(trace: Trace, position: int = -1, rank: int = 3, **options: Any) -> Layers:
-    return layers(trace.jacobian(position), trace.model.head, rank, **EXACT | options)
+    return layers(trace.jacobian(position), rank, **EXACT | options)
 
 
 def head_of(theirs: oracle.Oracle) -> Tensor:
@@ -74,13 +74,13 @@ def test_every_map_is_that_of_autograd(case: str, position: int, tiny_files: dic
             "blockwise": (index - 1, kind, index),
             "to_end": (index, "layer", blocks),
         }[m.map]
-        assert (m.path.start, *astuple(m.path.tap)) == expected_path
+        assert (m.span.start, *astuple(m.span.tap)) == expected_path
         dense = oracle.inner(theirs, found, *expected_path, position=position)
         U, S, _ = torch.linalg.svd(dense.J.flatten(1), full_matrices=False)
-        assert torch.allclose(m.S, S[:3], rtol=1e-10, atol=0), m.path
+        assert torch.allclose(m.S, S[:3], rtol=1e-10, atol=0), m.span
         U = U.T[:3]
         U = U * torch.sign(U @ torch.einsum("end,nd->e", dense.J, dense.x))[:, None]
-        assert torch.allclose(m.U, U, rtol=0, atol=1e-6), m.path
+        assert torch.allclose(m.U, U, rtol=0, atol=1e-6), m.span
         assert float(m.residual.max()) <= EXACT["tol"]
         assert m.stopped_by in ("tolerance", "complete")
         assert m.left.ids.tolist() == (U @ head_of(theirs).T).argsort(descending=True)[:, :5].tolist()
@@ -249,10 +249,10 @@ def test_estimated_stable_ranks_are_those_of_each_map_alone(
     trace, theirs, found = traced(tiny_files, "three_layers")
     result = analysed(trace, seed=5, probes=12, tol=1e-6, depths=[1, 3])
     for m in result.maps:
-        J = trace.jacobian(-1, m.path)
+        J = trace.jacobian(-1, m.span)
         alone = stable_rank(J, J.svd(3, tol=1e-6, max_sweeps=200), probes=12, seed=5)
         assert astuple(m.stable_rank) == pytest.approx(astuple(alone), rel=1e-4)
-        exact = oracle.inner(theirs, found, m.path.start, *astuple(m.path.tap)).J
+        exact = oracle.inner(theirs, found, m.span.start, *astuple(m.span.tap)).J
         top = float(torch.linalg.matrix_norm(exact.flatten(1), 2)) ** 2
         assert 0 < m.stable_rank.error < 1.0 * m.stable_rank.value
         assert abs(m.stable_rank.value - float(exact.square().sum()) / top) < 6 * m.stable_rank.error
@@ -309,7 +309,7 @@ def test_all_depths_read_each_weight_once_per_sweep(tiny_files: dict[str, Path])
     trace = model.trace(tiny.prompt("three_layers", 5))
     for maps, passes in (("cumulative", 3), ("to_end", 2)):  # signs, stable rank; and what branches add, for norms
         model.weights.reads.clear()
-        result = layers(trace.jacobian(), model.head, 3, maps=[maps], tol=1e-4)
+        result = layers(trace.jacobian(), 3, maps=[maps], tol=1e-4)
         sweeps = max(m.sweeps for m in result.maps)
         assert len(result.maps) == {"cumulative": 9, "to_end": 3}[maps]
         for block in range(3):
@@ -317,7 +317,7 @@ def test_all_depths_read_each_weight_once_per_sweep(tiny_files: dict[str, Path])
                 name = f"blk.{block}.{stem}.weight"
                 assert model.weights.reads[name] == (sweeps + passes) * model.gguf.tensors[name].rows, name
     model.weights.reads.clear()
-    result = layers(trace.jacobian(), model.head, 3, maps=["blockwise"], tol=1e-4)
+    result = layers(trace.jacobian(), 3, maps=["blockwise"], tol=1e-4)
     for block in range(3):
         sweeps = max(m.sweeps for m in result.maps if m.tap.index == block + 1)
         name = f"blk.{block}.ffn_down.weight"
@@ -377,7 +377,7 @@ def test_an_interrupted_run_ends_with_the_same_bits(tiny_files: dict[str, Path],
 def resumed(trace: Trace, journal: Journal, **options: Any) -> Layers:
     jacobian = trace.jacobian()
     jacobian.sweep.journal = journal
-    return layers(jacobian, trace.model.head, 3, **EXACT | options)
+    return layers(jacobian, 3, **EXACT | options)
 
 
 # ---- what is refused
@@ -427,7 +427,7 @@ def test_depths_are_numbers_and_ranges(given: str, blocks: int, depths: list[int
 
 @pytest.mark.parametrize("given", ["", "x", "1,,2", "1-2-3", "1.5", "all,1", "٣", "1" * 40])
 def test_what_is_no_list_of_depths_is_refused(given: str) -> None:
-    with pytest.raises(click.UsageError, match="is no list of layers"):
+    with pytest.raises(click.UsageError, match="is not a list of layers"):
         Depths().convert(given, None, None)
 
 
@@ -443,7 +443,7 @@ def test_what_cannot_fit_is_refused(tiny_files: dict[str, Path]) -> None:
     model = ["-m", tiny_files["gemma2"], "-t", 1, "--tokens", ",".join(["5"] * 60), "-k", 64]
     assert "Fits." in ggjac(*model, "--layers", "-1", "--maps", "to_end", "--dry-run", "--ram-budget", "200MiB").stdout
     few = ggjac(*model[:-2], "-k", 2, "--layers", "-1", "--maps", "to_end", "--ram-budget", "200MiB").stdout
-    assert "no map was asked for" in few  # none begins at the last depth: nothing that could be too much
+    assert "no map was requested" in few  # none begins at the last depth: nothing that could be too much
     for command in (["--dry-run"], []):
         err = ggjac(*model, *command, "--ram-budget", "200MiB", code=4).stderr
         assert "ask for fewer --layers" in err
@@ -464,18 +464,18 @@ def test_the_report_takes_what_the_command_gives(tiny_files: dict[str, Path], tm
     given = ["-m", tiny_files["three_layers"], *TOKENS, "-k", 3, "--transport", "-o", saved]
     content = json.loads(ggjac(*given, "--format", "json").stdout)
     trace = open_model(tiny_files["three_layers"]).trace([5, 17, 3, 99, 42])
-    found = layers(trace.jacobian(), trace.model.head, 3, transport=True)
+    found = layers(trace.jacobian(), 3, transport=True)
     part = content["layers"]
-    checked = schema.checked(content)["layers"]
-    assert len(checked["taps"]) == len(part["taps"]) == len(found.maps) == 21
-    for m, tap in zip(found.maps, checked["taps"], strict=True):
+    read = checked(content)["layers"]
+    assert len(read["taps"]) == len(part["taps"]) == len(found.maps) == 21
+    for m, tap in zip(found.maps, read["taps"], strict=True):
         assert (tap["map"], tap["kind"], tap["index"]) == (m.map, m.tap.kind, m.tap.index)
         assert [t["singular_value"] for t in tap["triplets"]] == pytest.approx(m.S.tolist(), rel=1e-4)
         assert tap["stable_rank"]["value"] == pytest.approx(m.stable_rank.value, rel=1e-4)
         assert [t["left"][0]["id"] for t in tap["triplets"]] == m.left.ids[:, 0].tolist()
-    assert [row["index"] for row in checked["readout"]] == [0, 1, 2, 3]
-    assert checked["ranks"]["depths"][-1]["ranks"] == found.readout.ranks[-1].tolist()
-    assert checked["path"][-1]["values"] == pytest.approx([1, 1, 1], abs=1e-5)
+    assert [row["index"] for row in read["readout"]] == [0, 1, 2, 3]
+    assert read["ranks"]["depths"][-1]["ranks"] == found.readout.ranks[-1].tolist()
+    assert read["path"][-1]["values"] == pytest.approx([1, 1, 1], abs=1e-5)
     assert "arriving" in part["taps"][0]["triplets"][0]
     assert part["stopped_by"] == "tolerance"
     assert part["converged"]
@@ -495,15 +495,15 @@ def test_the_tables(tiny_files: dict[str, Path]) -> None:
         "From the input to this depth: attention",
         "Each block alone: MLP",
         "From this depth to the output: layer",
-        "vector 0 at the output",
-        "The way to the output's directions",
-        "The stream read through final norm and head",
+        "vector 1 at the output",
+        "Path to the output's directions",
+        "Logit lens: the residual stream read through the final norm and the LM head",
         "all maps converged",
     ):
         assert words in out
     single = ggjac("-m", tiny_files["three_layers"], *TOKENS, "-k", 1, "--layers", -1, "--maps", "cumulative").stdout
     assert "The way" not in single  # two dimensions are the least
-    assert "vector 0 at" not in single
+    assert "vector 1 at" not in single
 
 
 def test_a_map_that_did_not_converge_is_exit_code_3(tiny_files: dict[str, Path]) -> None:

@@ -26,7 +26,7 @@ def test_norms_decode_as_brute_force_does(
     model = open_model(tiny_files[case], dtype="float64")
     ours = model.trace(ids).jacobian(position)
     ours.chunk_bytes = chunk_bytes
-    found = norms(ours, model.head, model.embedding, 3, column_words=5, row_words=2)
+    found = norms(ours, 3, column_words=5, row_words=2)
 
     dense = J.J.transpose(0, 1)  # [n, e, j]
     reached, along = ours.position + 1, J.y - J.offset
@@ -56,7 +56,7 @@ def test_one_pass_down_and_one_up(tiny_files: dict[str, Path]) -> None:
     J, reads = model.trace(tiny.prompt("gqa", 6)).jacobian(), model.weights.reads
     _ = J.linear_output
     reads.clear()
-    norms(J, model.head, model.embedding)
+    norms(J)
     assert reads["blk.0.ffn_down.weight"] == 2 * 64
 
 
@@ -64,7 +64,7 @@ def test_one_pass_down_and_one_up(tiny_files: dict[str, Path]) -> None:
 def test_other_dtypes_and_more_than_there_are(dtype: str, tiny_files: dict[str, Path]) -> None:
     ids = tiny.prompt("one_layer", 3)
     model = open_model(tiny_files["one_layer"], dtype=dtype)
-    found = norms(model.trace(ids).jacobian(), model.head, model.embedding, 10_000)
+    found = norms(model.trace(ids).jacobian(), 10_000)
     d = model.config.d
     expected = oracle.jacobian(tiny_files["one_layer"], ids, mlp_path="up").J.transpose(0, 1)
     assert found.longest_columns.shape == found.longest_rows.shape == (3, d)
@@ -81,7 +81,7 @@ def test_dense_rows_are_widened_a_few_at_a_time(tiny_files: dict[str, Path], mon
     ids, widened = tiny.prompt("gqa", 3), []
     model = open_model(tiny_files["gqa"])
     J = model.trace(ids).jacobian()
-    whole = norms(J, model.head, model.embedding, 3)
+    whole = norms(J, 3)
     true = torch.Tensor.double
 
     def double(tensor: torch.Tensor) -> torch.Tensor:
@@ -90,7 +90,7 @@ def test_dense_rows_are_widened_a_few_at_a_time(tiny_files: dict[str, Path], mon
 
     monkeypatch.setattr("ggjac.jacobian.detached.SLICE", 7, raising=False)
     monkeypatch.setattr(torch.Tensor, "double", double)
-    found = norms(J, model.head, model.embedding, 3)
+    found = norms(J, 3)
     assert max(shape[0] for shape in widened if len(shape) == 3) == 7
     assert torch.allclose(found.columns, whole.columns, rtol=1e-12)
     assert torch.equal(found.rows, whole.rows)

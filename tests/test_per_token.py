@@ -23,7 +23,7 @@ def test_every_position_is_decomposed_as_dense_arithmetic_does(
     model = open_model(tiny_files[case], dtype="float64")
     J = model.trace(ids).jacobian(position)
     J.chunk_bytes = chunk_bytes
-    found = per_token(J, model.head, model.embedding, 2, top=4, tol=1e-9, max_sweeps=300)
+    found = per_token(J, 2, top=4, tol=1e-9, max_sweeps=300)
     assert [each.position for each in found] == list(range(J.position + 1))
     embeddings = known.weights["token_embd.weight"]
     head = known.weights.get("output.weight", embeddings)
@@ -58,6 +58,6 @@ def test_all_positions_share_their_sweeps(tiny_files: dict[str, Path]) -> None:
     model = open_model(tiny_files["gqa"])
     J, reads = model.trace(tiny.prompt("gqa", 5)).jacobian(), model.weights.reads
     reads.clear()
-    found = per_token(J, model.head, model.embedding, 2)
+    found = per_token(J, 2)
     sweeps = max(each.svd.sweeps for each in found)
     assert reads["blk.0.ffn_up.weight"] == (sweeps + 1) * tiny.options("gqa").ff  # one more for the signs

@@ -9,7 +9,7 @@ import tiny
 import torch
 from torch.nn.functional import cosine_similarity
 
-from ggjac.analysis.readability import Readability, coherence, readability
+from ggjac.analysis.readability import Coherence, coherence, mean_cosine
 from ggjac.decode import Ranked, nearest, top_logits
 from ggjac.model import open_model
 
@@ -18,7 +18,7 @@ def test_coherence_is_the_mean_cosine_of_all_pairs(tiny_files: dict[str, Path]) 
     model = open_model(tiny_files["gqa"], dtype="float64")
     E = model.embedding.dense()
     ids = torch.tensor([[5, 9, 2, 40], [7, 7, 7, 7], [0, 1, 2, 3]])
-    found = coherence(ids, model.embedding)
+    found = mean_cosine(ids, model.embedding)
     for row, score in zip(ids.tolist(), found, strict=True):
         pairs = [cosine_similarity(E[i], E[j], dim=0) for a, i in enumerate(row) for j in row[a + 1 :]]
         assert torch.allclose(score, torch.stack(pairs).mean(), atol=1e-14)
@@ -49,12 +49,12 @@ def test_groups_of_alike_tokens_stand_out(decode: Callable[..., Ranked], tmp_pat
     def decoded(vectors: torch.Tensor, top: int) -> Ranked:
         return decode(model.embedding, vectors, top)
 
-    found = readability(centres, decoded, model.embedding)
+    found = coherence(centres, decoded, model.embedding)
     assert found.shuffled.shape == (200,)
     assert (found.above > 1.5).all()
     assert (found.chance < 0.1).all()
     noise = torch.randn(60, 64, generator=generator, dtype=torch.float64)
-    random = readability(noise, decoded, model.embedding)
+    random = coherence(noise, decoded, model.embedding)
     assert abs(float(random.above.mean())) < 0.5  # sixty draws of spread 1: four standard errors
     assert 0.3 < float(random.chance.mean()) < 0.7
 
@@ -68,7 +68,7 @@ def test_the_baseline_is_the_same_vectors_with_other_components(tiny_files: dict
         seen.append(V)
         return top_logits(model.head.matrix, V, top)
 
-    a, again, b = (readability(vectors, decoded, model.embedding, top=3, shuffles=5, seed=seed) for seed in (1, 1, 2))
+    a, again, b = (coherence(vectors, decoded, model.embedding, top=3, shuffles=5, seed=seed) for seed in (1, 1, 2))
     V = seen[0]
     assert torch.equal(V[:2], vectors)
     assert torch.equal(V[2:].sort(1).values, vectors[[0, 1, 0, 1, 0]])
@@ -76,7 +76,7 @@ def test_the_baseline_is_the_same_vectors_with_other_components(tiny_files: dict
     assert torch.equal(V, seen[1])
     assert not torch.equal(V[2:], seen[2][2:])
     ids = (V @ model.head.matrix.dense().T).topk(3).indices
-    scores = coherence(ids, model.embedding)
+    scores = mean_cosine(ids, model.embedding)
     assert torch.allclose(a.scores, scores[:2])
     assert torch.allclose(a.shuffled, scores[2:])
     assert torch.equal(a.shuffled, again.shuffled)
@@ -85,7 +85,7 @@ def test_the_baseline_is_the_same_vectors_with_other_components(tiny_files: dict
 
 
 def test_standing_among_the_shuffled() -> None:
-    found = Readability(torch.tensor([3.0, 0.0, 9.0]).double(), torch.tensor([1.0, 2.0, 3.0]).double())
+    found = Coherence(torch.tensor([3.0, 0.0, 9.0]).double(), torch.tensor([1.0, 2.0, 3.0]).double())
     assert (found.mean, found.sd) == (2.0, 1.0)
     assert found.above.tolist() == [1.0, -2.0, 7.0]
     assert found.chance.tolist() == [0.5, 1.0, 0.25]
@@ -95,7 +95,7 @@ def test_standing_among_the_shuffled() -> None:
 def test_nothing_to_compare_is_refused(top: int, shuffles: int, tiny_files: dict[str, Path]) -> None:
     model = open_model(tiny_files["gqa"])
     with pytest.raises(ValueError, match=f"top={top}, shuffles={shuffles}"):
-        readability(
+        coherence(
             torch.ones(1, 64),
             lambda V, count: top_logits(model.head.matrix, V, count),
             model.embedding,

@@ -16,8 +16,7 @@ from torch import Tensor
 from ggjac.analysis.steer import Images, Steering, additive, default_layer, random_rotation, steer
 from ggjac.cli import main
 from ggjac.gguf.hub import demo_path
-from ggjac.jacobian import Path as MapPath
-from ggjac.jacobian import Tap
+from ggjac.jacobian import Span, Tap
 from ggjac.model import PromptError, open_model
 
 TinyFile = Callable[..., Path]
@@ -214,7 +213,7 @@ def test_measures(tiny_file: TinyFile) -> None:
 def test_images_in_small_portions(start: int, tiny_file: TinyFile) -> None:
     model, concept, ids = open_model(tiny_file("biases"), dtype="float64"), [1, 2, 3], tiny.prompt("biases", 9)
     x = model.embed(ids)
-    jacobian = model.trace(concept).jacobian(path=MapPath(0, Tap("layer", 1)), raw=True)
+    jacobian = model.trace(concept).jacobian(span=Span(0, Tap("layer", 1)), raw=True)
     images = Images(jacobian, affine=True)
     whole = images(x)
     jacobian.chunk_bytes = 1

@@ -1,6 +1,6 @@
 """What a logit is made of: exact additive shares of the input tokens, or of the branches and heads of every block.
 
-By token, along the live paths of the whole network, `w` being the head's row of the target (less that of a second
+By token, along the live paths of the whole network, `w` being the head's row of the target (minus that of a second
 token, for what sets the two apart):
 
     logit = w · y = Σ_i w · J_i x_i + w · offset
@@ -14,7 +14,7 @@ with `z_h` what head `h` read at the position and `W_h` its columns of the outpu
 identity of the frozen network; it says what each part contributes, not what would happen if the part were changed.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -24,12 +24,10 @@ from torch import Tensor
 
 from ggjac.blocks import BlockTape, FrozenBlock, attention_halves, block
 from ggjac.decode import Head
-from ggjac.jacobian import DetachedJacobian, FrozenNetwork
+from ggjac.jacobian import DetachedJacobian, FrozenNetwork, Progress
 from ggjac.linop import LinearOperator
-from ggjac.results import Bars, Plotted, Points, Result, Table, Words
-from ggjac.sizes import CHUNK_BYTES, chunk_floats
-
-Progress = Callable[[int, int], None]
+from ggjac.results import NO_WORDS, Bars, Plotted, Points, Result, Table, Words
+from ggjac.sizes import chunk_floats
 
 
 @dataclass(frozen=True)
@@ -42,13 +40,47 @@ class Attribution(Plotted):
         shares: `[n]`, float64: what each input position contributes.
         offset: what the biases contribute, the head's included; 0 for models without them.
         versus: token id whose logit is subtracted, or None.
+        position: of the output.
+        softcap: of the head's logits (not applied here); 0 for none.
     """
 
     target: int
     logit: float
     shares: Float[Tensor, " n"]
     offset: float
-    versus: int | None = None
+    versus: int | None
+    position: int
+    softcap: float
+
+    @property
+    def positions(self) -> "TokenShares":
+        """The same as shares of several positions are stated, here of one."""
+        logits, offsets = (torch.tensor([value], dtype=torch.float64) for value in (self.logit, self.offset))
+        return TokenShares(
+            positions=range(self.position, self.position + 1),
+            targets=torch.tensor([self.target]),
+            versus=self.versus,
+            logits=logits,
+            shares=self.shares[None],
+            offsets=offsets,
+            softcap=self.softcap,
+        )
+
+    def data(self, words: Words = NO_WORDS) -> dict[str, Any]:
+        """Return the target and every input position's share."""
+        return {
+            "target": words.token(self.target),
+            "versus": None if self.versus is None else words.token(self.versus),
+            "logit": self.logit,
+            "softcap": self.softcap or None,
+            "shares": [words.here(i) | {"share": float(share)} for i, share in enumerate(self.shares)],
+            "offset": self.offset,
+            "unexplained": self.unexplained,
+        }
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return what is saved, as `TokenShares` of one position."""
+        return self.positions.tensors()
 
     @property
     def unexplained(self) -> float:
@@ -80,6 +112,7 @@ class TokenShares(Result):
         logits: `[m]`, float64: from the forward pass, before any soft cap.
         shares: `[m, n]`, float64: what each input position contributes; 0 after the output position.
         offsets: `[m]`, float64: what the biases contribute, the head's included.
+        softcap: of the head's logits (not applied here); 0 for none.
     """
 
     positions: range
@@ -88,6 +121,23 @@ class TokenShares(Result):
     logits: Float[Tensor, " m"]
     shares: Float[Tensor, "m n"]
     offsets: Float[Tensor, " m"]
+    softcap: float
+
+    def data(self, words: Words = NO_WORDS) -> list[dict[str, Any]]:
+        """Return a record for each output position: its target, and the shares of the positions up to it."""
+        return [
+            _entry(self, "token", row, words)
+            | {
+                "shares": [words.here(i) | {"share": float(self.shares[row, i])} for i in range(output + 1)],
+                "offset": float(self.offsets[row]),
+                "unexplained": float(self.unexplained[row]),
+            }
+            for row, output in enumerate(self.positions)
+        ]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return what is saved: `targets`, `logits`, `offsets` `[m]` and `shares` `[m, n]`."""
+        return {name: getattr(self, name) for name in ("targets", "logits", "shares", "offsets")}
 
     @property
     def unexplained(self) -> Float[Tensor, " m"]:
@@ -122,6 +172,7 @@ class BranchShares(Plotted):
         bias: `[m]`, float64: of the final norm and of the head; 0 for models without them.
         heads: `[m, L, h]`, float64: `attn` split by query head; None if not asked for.
         attn_bias: `[m, L]`, float64: what is left of `attn` for no head: the bias of its output projection.
+        softcap: of the head's logits (not applied here); 0 for none.
     """
 
     positions: range
@@ -132,8 +183,34 @@ class BranchShares(Plotted):
     attn: Float[Tensor, "m L"]
     mlp: Float[Tensor, "m L"]
     bias: Float[Tensor, " m"]
-    heads: Float[Tensor, "m L h"] | None = None
-    attn_bias: Float[Tensor, "m L"] | None = None
+    heads: Float[Tensor, "m L h"] | None
+    attn_bias: Float[Tensor, "m L"] | None
+    softcap: float
+
+    def data(self, words: Words = NO_WORDS) -> list[dict[str, Any]]:
+        """Return a record for each output position: its target, and what each block's branches or heads added."""
+        by = "layer" if self.heads is None else "head"
+        return [
+            _entry(self, by, row, words)
+            | {
+                "embedding": float(self.embedding[row]),
+                "blocks": [self._block(row, i) for i in range(self.attn.shape[1])],
+                "bias": float(self.bias[row]),
+                "unexplained": float(self.unexplained[row]),
+            }
+            for row in range(len(self.positions))
+        ]
+
+    def _block(self, row: int, i: int) -> dict[str, Any]:
+        block: dict[str, Any] = {"block": i + 1, "attn": float(self.attn[row, i]), "mlp": float(self.mlp[row, i])}
+        if self.heads is not None and self.attn_bias is not None:
+            block |= {"heads": self.heads[row, i].tolist(), "attn_bias": float(self.attn_bias[row, i])}
+        return block
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return what is saved, one row for each of `m` positions; see the attributes."""
+        names = ("targets", "logits", "embedding", "attn", "mlp", "bias", "heads", "attn_bias")
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
     @property
     def unexplained(self) -> Float[Tensor, " m"]:
@@ -167,47 +244,65 @@ class BranchShares(Plotted):
         return Points(title, "block", "share", series)
 
 
+def _entry(shares: TokenShares | BranchShares, by: str, row: int, words: Words) -> dict[str, Any]:
+    """Return what is stated of the logit at an output position, however it is split."""
+    return {
+        "by": by,
+        **words.here(shares.positions[row]),
+        "target": words.token(shares.targets[row]),
+        "versus": None if shares.versus is None else words.token(shares.versus),
+        "logit": float(shares.logits[row]),
+        "softcap": shares.softcap or None,
+    }
+
+
 def _split(words: Words, target: int | None, versus: int | None) -> str:
     """Say what is split: of one target, or of each output's own."""
     logit = "the logit" if target is None else f"the logit of {words.name(target)}"
-    return logit if versus is None else f"{logit} less that of {words.name(versus)}"
+    return logit if versus is None else f"{logit} minus that of {words.name(versus)}"
 
 
 def attribute(
-    jacobian: DetachedJacobian, head: Head, target: int | None = None, versus: int | None = None
+    jacobian: DetachedJacobian,
+    target: int | None = None,
+    versus: int | None = None,
+    *,
+    progress: Progress | None = None,
 ) -> Attribution:
     """Split the logit of token `target` (default: the most likely next token) over the input positions.
 
     With `versus`, split the difference to that token's logit. One downward sweep.
     """
-    asked = _ask(jacobian.output[None], head, target, versus)
-    pulled = jacobian.rmatmat(asked.w)[0].cpu().double()
+    asked = _ask(jacobian.output[None], jacobian.network.head, target, versus)
+    with jacobian.reporting(progress):
+        pulled = jacobian.rmatmat(asked.w)[0].cpu().double()
     return Attribution(
         target=int(asked.targets[0]),
         logit=float(asked.logits[0]),
         shares=(pulled * jacobian.x.cpu().double()).sum(1),
         offset=float(asked.w[0].cpu().double() @ jacobian.offset.cpu().double() + asked.bias[0]),
         versus=versus,
+        position=jacobian.position,
+        softcap=jacobian.network.head.softcap,
     )
 
 
 def attribute_positions(
-    network: FrozenNetwork,
-    head: Head,
+    jacobian: DetachedJacobian,
     target: int | None = None,
     versus: int | None = None,
     *,
-    chunk_bytes: int = CHUNK_BYTES,
     progress: Progress | None = None,
 ) -> TokenShares:
     """Split a logit at every position of the prompt over the input positions; default the most likely one at each.
 
     One upward pass carries every token's embedding alone, and the biases: where a vector started says whose share it
     is, where it is read off says in which logit. `n + 1` vectors of `n` positions travel together; where they need more
-    than `chunk_bytes` of working memory, in several passes.
+    than the Jacobian's `chunk_bytes` of working memory, in several passes. The Jacobian's own position does not matter.
     """
+    network, chunk_bytes = jacobian.network, jacobian.chunk_bytes
     n, d = network.x.shape
-    asked = _ask(network.outputs, head, target, versus)
+    asked = _ask(network.outputs, network.head, target, versus)
     w = asked.w.cpu().double()
     floats = chunk_floats(n, d, network.frame.config.hidden_units)
     at_once = max(1, chunk_bytes // (floats * network.x.itemsize))
@@ -232,38 +327,38 @@ def attribute_positions(
         logits=asked.logits,
         shares=shares[:, :n].contiguous(),
         offsets=shares[:, n] + asked.bias,
+        softcap=network.head.softcap,
     )
 
 
 def attribute_branches(
-    network: FrozenNetwork,
-    head: Head,
-    positions: range | None = None,
+    jacobian: DetachedJacobian,
     target: int | None = None,
     versus: int | None = None,
     *,
+    positions: range | None = None,
     by_head: bool = False,
     progress: Progress | None = None,
 ) -> BranchShares:
     """Split a logit over the embedding and the branches of every block, and over the attention heads if asked.
 
     Args:
-        network: of a trace.
-        head: the LM head.
-        positions: consecutive output positions; default all of the prompt.
+        jacobian: of the prompt.
         target: token whose logit is split; default the most likely one at each position.
         versus: token whose logit is subtracted.
+        positions: consecutive output positions; default the Jacobian's own.
         by_head: split attention by query head; the output projections are then read twice.
-        progress: called as `progress(done, total)` after each block.
+        progress: called as `progress("block", done, total)` after each block.
 
     Returns:
         Shares at all positions at once, in one pass over the weights of the live paths: each branch is applied to the
         stream that the trace recorded, as the forward pass did.
     """
+    network = jacobian.network
     config = network.frame.config
-    positions = range(len(network.ids)) if positions is None else positions
+    positions = range(jacobian.position, jacobian.position + 1) if positions is None else positions
     chosen = slice(positions.start, positions.stop)
-    asked = _ask(network.outputs[chosen], head, target, versus)
+    asked = _ask(network.outputs[chosen], network.head, target, versus)
     norm, one = network.norm.at(chosen).operator(), network.x.new_ones(1)
     read = norm.rmatmat(asked.w[None])[0]  # what the head reads from the stream, through the final norm
     wide = read.cpu().double()
@@ -299,6 +394,7 @@ def attribute_branches(
         bias=_constant(norm, asked.w) + asked.bias,
         heads=torch.stack(heads, 1) if by_head else None,
         attn_bias=torch.stack(attn_bias, 1) if by_head else None,
+        softcap=network.head.softcap,
     )
 
 
@@ -352,4 +448,4 @@ def _constant(norm: LinearOperator, w: Float[Tensor, "m d"]) -> Float[Tensor, " 
 
 def _report(progress: Progress | None, done: int, total: int) -> None:
     if progress:
-        progress(done, total)
+        progress("block", done, total)

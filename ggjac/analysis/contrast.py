@@ -8,15 +8,15 @@ annihilates the norm's own input, for scaling that does not change the output (E
 """
 
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ggjac.decode import Head
-from ggjac.jacobian import DetachedJacobian
+from ggjac.jacobian import DetachedJacobian, Progress
 from ggjac.jacobian.ordinary import OrdinaryJacobian
-from ggjac.results import Plotted, Points, Result, Table, Words
+from ggjac.results import NO_WORDS, Plotted, Points, Result, Table, Words
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,21 @@ class Agreement(Result):
     k: int
     kl: float
 
+    def data(self, words: Words = NO_WORDS) -> dict[str, Any]:
+        """Return all measures by their names in JSON."""
+        return {
+            "error": self.relative_l2,
+            "std_ratio": self.std_ratio,
+            "std_ratio_output": self.std_ratio_output,
+            "max_abs": self.max_abs,
+            "pearson": self.pearson,
+            "spearman": self.spearman,
+            "top1": self.top1,
+            "top": self.k,
+            "top_agreement": self.top_k,
+            "kl": self.kl,
+        }
+
 
 @dataclass(frozen=True)
 class Contrast(Plotted):
@@ -68,6 +83,10 @@ class Contrast(Plotted):
     detached_agreement: Agreement
     ordinary_agreement: Agreement
 
+    def data(self, words: Words = NO_WORDS) -> dict[str, Any]:
+        """Return both agreements."""
+        return {"detached": self.detached_agreement.data(), "ordinary": self.ordinary_agreement.data()}
+
     def _table(self, words: Words) -> Table:
         found = {"detached": asdict(self.detached_agreement), "ordinary": asdict(self.ordinary_agreement)}
         measures = {name: [row[name] for row in found.values()] for name in found["detached"]}
@@ -79,21 +98,23 @@ class Contrast(Plotted):
         return Points("The output rebuilt by both Jacobians", "y", "reconstruction", series, scatter=True)
 
 
-def contrast(
-    jacobian: DetachedJacobian, head: Head, *, top: int = 10, ordinary: OrdinaryJacobian | None = None
-) -> Contrast:
+def contrast(jacobian: DetachedJacobian, *, top: int = 10, progress: Progress | None = None) -> Contrast:
     """Rebuild the output by both Jacobians; a sweep of the weights for each, and no dense matrix.
 
-    Pass `ordinary` to use one that is at hand. `top` is the `k` of the agreement of likely tokens.
+    `top` is the `k` of the agreement of likely tokens; `progress` is called as `progress("block", done, total)`.
 
     Raises:
         ValueError: the Jacobian begins or ends inside the network, where the ordinary one has no counterpart.
     """
-    ordinary = ordinary or ordinary_jacobian(jacobian)
-    y = jacobian.output
-    rebuilt = jacobian.linear_output + jacobian.offset
-    pushed = ordinary.matmat(jacobian.x[None])[0]
-    logits = head.logits(torch.stack([part.to(y.dtype) for part in (y, rebuilt, pushed)])).cpu().double()
+    ordinary = ordinary_jacobian(jacobian)
+    with jacobian.reporting(progress):
+        ordinary.progress = jacobian.progress
+        y = jacobian.output
+        rebuilt = jacobian.linear_output + jacobian.offset
+        pushed = ordinary.matmat(jacobian.x[None])[0]
+    logits = (
+        jacobian.network.head.logits(torch.stack([part.to(y.dtype) for part in (y, rebuilt, pushed)])).cpu().double()
+    )
     y, rebuilt, pushed = (part.cpu().double() for part in (y, rebuilt, pushed))
     return Contrast(
         y=y,
@@ -110,7 +131,7 @@ def ordinary_jacobian(jacobian: DetachedJacobian) -> OrdinaryJacobian:
     Raises:
         ValueError: the given one begins or ends inside the network.
     """
-    start, tap = jacobian.path
+    start, tap = jacobian.span
     if start or tap != jacobian.end or jacobian.sweep.raw:
         raise ValueError(
             f"the ordinary Jacobian leads from the embeddings to the output, this map from block {start} to "

@@ -11,8 +11,9 @@ value). All cumulative maps advance in the same sweeps, so do all maps to the en
 In each, every weight is dequantized once per sweep.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import Any, NamedTuple
 
 import torch
@@ -21,15 +22,13 @@ from torch import Tensor
 
 from ggjac.decode import Head, Ranked, top_logits
 from ggjac.frobenius import StableRank, stable_ranks
-from ggjac.jacobian import DetachedJacobian, Path, SharedSweep, Tap
-from ggjac.results import Plotted, Points, Table, Words
+from ggjac.jacobian import DetachedJacobian, Progress, SharedSweep, Span, Tap
+from ggjac.results import NO_WORDS, Plotted, Points, Table, Words
 from ggjac.sizes import EXACT_ROWS, KINDS, MAPS, PROBES, Kind, MapName
 from ggjac.svd import SVD, svd_together
 
 # Tokens whose ranks are followed through the depths, at most.
 MAX_TOKENS = 4000
-
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -39,9 +38,9 @@ class LayerMap:
     Attributes:
         map: which of the three.
         tap: the depth it is about: where it ends, or, for `to_end`, where it begins.
-        path: from which depth to which tap.
+        span: from which depth to which tap.
         U: `[k, d]`, left singular vectors, signed to point along the map's own output: `⟨A x, u⟩ >= 0`, `x` being the
-            stream at the start of the path.
+            stream at the start of the span.
         S: `[k]`, singular values.
         residual: `[k]`, as in `ggjac.svd.SVD`.
         sweeps, stopped_by: of its iteration.
@@ -54,7 +53,7 @@ class LayerMap:
 
     map: MapName
     tap: Tap
-    path: Path
+    span: Span
     U: Float[Tensor, "k d"]
     S: Float[Tensor, " k"]
     residual: Float[Tensor, " k"]
@@ -64,6 +63,26 @@ class LayerMap:
     transported: Float[Tensor, "k d"] | None
     left: Ranked
     arriving: Ranked | None
+
+    def data(self, words: Words = NO_WORDS) -> dict[str, Any]:
+        """Return where the map ends, and its triplets with the tokens that their left vectors promote."""
+
+        def tokens(ranked: Ranked, j: int) -> list[dict[str, Any]]:
+            return [words.token(id) for id in ranked.ids[j].tolist()]
+
+        return {
+            "map": self.map,
+            "kind": self.tap.kind,
+            "index": self.tap.index,
+            "sweeps": self.sweeps,
+            "stopped_by": self.stopped_by,
+            "stable_rank": self.stable_rank.data(),
+            "triplets": [
+                {"singular_value": float(self.S[j]), "residual": float(self.residual[j]), "left": tokens(self.left, j)}
+                | ({} if self.arriving is None else {"arriving": tokens(self.arriving, j)})
+                for j in range(len(self.S))
+            ],
+        }
 
 
 @dataclass(frozen=True)
@@ -81,6 +100,28 @@ class Readout(Plotted):
     top: Ranked
     tokens: Int[Tensor, " t"]
     ranks: Int[Tensor, "m t"]
+
+    def data(self, words: Words = NO_WORDS) -> dict[str, Any]:
+        """Return the likely tokens of each depth (`readout`), and the ranks of the tokens that are followed."""
+        return {
+            "readout": [
+                {
+                    "index": depth,
+                    "top": [
+                        words.token(id) | {"probability": float(chance)}
+                        for id, chance in zip(self.top.ids[i], self.top.scores[i], strict=True)
+                    ],
+                }
+                for i, depth in enumerate(self.depths)
+            ],
+            "ranks": {
+                "tokens": [words.token(id) for id in self.tokens],
+                "depths": [
+                    {"index": depth, "ranks": ranks.tolist()}
+                    for depth, ranks in zip(self.depths, self.ranks, strict=True)
+                ],
+            },
+        }
 
     def _table(self, words: Words) -> Table:
         columns = {
@@ -112,11 +153,66 @@ class Way(NamedTuple):
 
 @dataclass(frozen=True)
 class Layers(Plotted):
-    """All that was asked for, in the order of `MAPS`, of `KINDS` and of depth; no `way` without map to the output."""
+    """The maps in the order of `MAPS`, of `KINDS` and of depth, and the readout.
+
+    Attributes:
+        maps: those that were asked for.
+        readout: of the residual stream at every depth.
+        way: to the output's directions; None where the map to the output was not asked for.
+        tol: relative residual that was asked of every triplet.
+        seed: of the random starts and probes.
+    """
 
     maps: list[LayerMap]
     readout: Readout
     way: Way | None
+    tol: float
+    seed: int
+
+    def data(self, words: Words = NO_WORDS) -> dict[str, Any]:
+        """Return maps (`taps`), readout, ranks and path."""
+        way = self.way
+        return {
+            "seed": self.seed,
+            "tol": self.tol,
+            "converged": all(bool((m.residual <= self.tol).all()) for m in self.maps),
+            "stopped_by": "sweeps" if any(m.stopped_by == "sweeps" for m in self.maps) else "tolerance",
+            "taps": [m.data(words) for m in self.maps],
+            **self.readout.data(words),
+            # A path is drawn in two dimensions.
+            "path": None
+            if way is None or way.values.shape[1] < 2
+            else [
+                {"index": depth, "values": values.tolist()}
+                for depth, values in zip(way.depths, way.values, strict=True)
+            ],
+        }
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return what is saved, named as `cumulative.attn.U`.
+
+        For each map and kind: `index` [m] (blocks applied), `U` [m, k, d], `S` and `residual` [m, k], `stable_rank`
+        [m, 2] (value, standard error) and, if they were transported, `transported` [m, k, d]; for all depths `ranks`
+        [depths, t] of the tokens `ranked_ids` [t].
+        """
+        found = {"ranks": self.readout.ranks, "ranked_ids": self.readout.tokens}
+        for name, kind in product(MAPS, KINDS):
+            own = [m for m in self.maps if (m.map, m.tap.kind) == (name, kind)]
+            if not own:
+                continue
+            ranks = [(m.stable_rank.value, m.stable_rank.error) for m in own]
+            parts = {
+                "index": torch.tensor([m.tap.index for m in own]),
+                "U": torch.stack([m.U for m in own]),
+                "S": torch.stack([m.S for m in own]),
+                "residual": torch.stack([m.residual for m in own]),
+                "stable_rank": torch.tensor(ranks, dtype=torch.float64),
+            }
+            carried = [m.transported for m in own if m.transported is not None]
+            if carried:
+                parts["transported"] = torch.stack(carried)
+            found |= {f"{name}.{kind}.{part}": values for part, values in parts.items()}
+        return found
 
     def _table(self, words: Words) -> Table:
         rows = [(m, j) for m in self.maps for j in range(len(m.S))]
@@ -152,7 +248,7 @@ class _Found(NamedTuple):
 
     map: MapName
     tap: Tap
-    path: Path
+    span: Span
     U: Tensor
     S: Tensor
     residual: Tensor
@@ -164,7 +260,6 @@ class _Found(NamedTuple):
 
 def layers(
     jacobian: DetachedJacobian,
-    head: Head,
     rank: int = 8,
     *,
     maps: Sequence[MapName] = MAPS,
@@ -181,9 +276,8 @@ def layers(
     """Decompose the maps of every depth, and read the stream out there.
 
     Args:
-        jacobian: of the prompt and position, with the journal that is to remember sweeps, if any; its path does not
+        jacobian: of the prompt and position, with the journal that is to remember sweeps, if any; its span does not
             matter.
-        head: decodes.
         rank: triplets of each map.
         maps: which of `MAPS`.
         kinds: taps of cumulative and blockwise maps; maps to the end begin at the stream.
@@ -197,7 +291,7 @@ def layers(
     Raises:
         ValueError: a depth is out of range, or rank, `tol` or `max_sweeps`.
     """
-    L = jacobian.end.index
+    head, L = jacobian.network.head, jacobian.end.index
     chosen = sorted(set(range(L + 1) if depths is None else depths))
     if chosen and not 0 <= chosen[0] <= chosen[-1] <= L:
         wrong = chosen[0] if chosen[0] < 0 else chosen[-1]
@@ -205,13 +299,13 @@ def layers(
     found: list[_Found] = []
     for name in MAPS:
         for part in shared(name, kinds, chosen, L) if name in maps else ():
-            run = _Group(jacobian, name, [path for _, path in part], progress)
+            run = _Group(jacobian, name, [span for _, span in part], progress)
             triplets = run.svd(rank, tol=tol, seed=seed, max_sweeps=max_sweeps)
             ranks = run.stable_ranks(triplets, probes, seed)
             carried = _transported(run, triplets) if transport and name == "cumulative" else [None] * len(part)
             found += [
-                _Found(name, tap, path, t.U, t.S, t.residual, t.sweeps, t.reason, stable, arrived)
-                for (tap, path), t, stable, arrived in zip(part, triplets, ranks, carried, strict=True)
+                _Found(name, tap, span, t.U, t.S, t.residual, t.sweeps, t.reason, stable, arrived)
+                for (tap, span), t, stable, arrived in zip(part, triplets, ranks, carried, strict=True)
             ]
     found.sort(key=lambda f: (MAPS.index(f.map), KINDS.index(f.tap.kind), f.tap.index))
 
@@ -221,22 +315,23 @@ def layers(
         LayerMap(**f._asdict(), left=words, arriving=others)
         for f, words, others in zip(found, left, arriving, strict=True)
     ]
-    return Layers(results, _readout(jacobian, head, [m.left.ids for m in results], top), way(results, jacobian.end))
+    readout = _readout(jacobian, head, [m.left.ids for m in results], top)
+    return Layers(results, readout, way(results, jacobian.end), tol, seed)
 
 
 def shared(
     name: MapName, kinds: Sequence[Kind], depths: Sequence[int], blocks: int
-) -> Iterator[list[tuple[Tap, Path]]]:
-    """Yield the maps that advance together: each with the depth it is about, and its path."""
+) -> Iterator[list[tuple[Tap, Span]]]:
+    """Yield the maps that advance together: each with the depth it is about, and its span."""
     end = Tap("layer", blocks)
     if name == "to_end":
-        together = [[(Tap("layer", i), Path(i, end)) for i in depths if i < blocks]]
+        together = [[(Tap("layer", i), Span(i, end)) for i in depths if i < blocks]]
     elif name == "cumulative":
         taps = [Tap(kind, i) for kind in KINDS if kind in kinds for i in depths if i > 0]
-        together = [[(tap, Path(0, tap)) for tap in taps]]
+        together = [[(tap, Span(0, tap)) for tap in taps]]
     else:  # they share no weight, and less memory is taken one after another
         together = [
-            [(Tap(kind, i), Path(i - 1, Tap(kind, i))) for kind in KINDS if kind in kinds] for i in depths if i > 0
+            [(Tap(kind, i), Span(i - 1, Tap(kind, i))) for kind in KINDS if kind in kinds] for i in depths if i > 0
         ]
     yield from filter(None, together)
 
@@ -248,20 +343,20 @@ class _Group:
         self,
         jacobian: DetachedJacobian,
         name: str,
-        paths: list[Path],
+        spans: list[Span],
         progress: Progress | None,
     ):
         network, position, raw = jacobian.network, jacobian.position, jacobian.sweep.raw
-        self.jacobian, self.paths, self.progress = jacobian, paths, progress
-        ends = {path.tap.index for path in paths}
+        self.jacobian, self.spans, self.progress = jacobian, spans, progress
+        ends = {span.tap.index for span in spans}
         self.name = name.replace("_", " ") + (f" {ends.pop()}" if name == "blockwise" else "")
-        self.operators = [DetachedJacobian(network, position, path, raw=raw) for path in paths]  # for their shapes
-        self.sweep = self.sweeping(paths, raw=raw)
+        self.operators = [DetachedJacobian(network, position, span, raw=raw) for span in spans]  # for their shapes
+        self.sweep = self.sweeping(spans, raw=raw)
         self.says(self.name)
 
-    def sweeping(self, paths: list[Path], *, raw: bool) -> SharedSweep:
-        """Return sweeps along some paths."""
-        sweep = SharedSweep(self.jacobian.network, paths, self.jacobian.position, raw=raw)
+    def sweeping(self, spans: list[Span], *, raw: bool) -> SharedSweep:
+        """Return sweeps along some spans."""
+        sweep = SharedSweep(self.jacobian.network, spans, self.jacobian.position, raw=raw)
         sweep.journal = self.jacobian.sweep.journal
         return sweep
 
@@ -283,14 +378,14 @@ class _Group:
         found = svd_together(self.operators, rank, up=up, down=down, progress=swept, **options)
         self.says(f"{self.name}, signs")
         tapes = self.jacobian.network.tapes
-        outputs = self.sweep.up([tapes[path.start].x[None] for path in self.paths])
+        outputs = self.sweep.up([tapes[span.start].x[None] for span in self.spans])
         return [_signed(triplets, output[0]) for triplets, output in zip(found, outputs, strict=True)]
 
     def stable_ranks(self, triplets: list[SVD], probes: int, seed: int) -> list[StableRank]:
         """Return the stable rank of each map."""
         self.says(f"{self.name}, stable rank")
         exact = self.operators[0].out_shape[0] <= EXACT_ROWS
-        chunk = self.jacobian.rows_at_once(len(self.paths)) if exact else None
+        chunk = self.jacobian.rows_at_once(len(self.spans)) if exact else None
         down = self.sweep.down
         return stable_ranks(self.operators, triplets, down=down, chunk=chunk, probes=probes, seed=seed)
 
@@ -310,13 +405,13 @@ def _transported(run: _Group, triplets: list[SVD]) -> list[Tensor | None]:
     end, position = run.jacobian.end, run.jacobian.position
     n, d = run.jacobian.in_shape
     carried: list[Tensor | None] = [
-        t.U if path.tap == end else None for path, t in zip(run.paths, triplets, strict=True)
+        t.U if span.tap == end else None for span, t in zip(run.spans, triplets, strict=True)
     ]
-    inner = [j for j, path in enumerate(run.paths) if path.tap.kind == "layer" and path.tap != end]
+    inner = [j for j, span in enumerate(run.spans) if span.tap.kind == "layer" and span.tap != end]
     if not inner:
         return carried
-    below = run.sweeping([run.paths[j] for j in inner], raw=True)
-    above = run.sweeping([Path(run.paths[j].tap.index, end) for j in inner], raw=run.sweep.raw)
+    below = run.sweeping([run.spans[j] for j in inner], raw=True)
+    above = run.sweeping([Span(run.spans[j].tap.index, end) for j in inner], raw=run.sweep.raw)
     for sweep in (below, above):
         run.says(f"{run.name}, transport", sweep)
     streams = below.up([triplets[j].Vh.to(run.jacobian.dtype) for j in inner])

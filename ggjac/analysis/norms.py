@@ -5,15 +5,15 @@ LM head; a row `J_i[e, :]` is what one component of the output reads there, and 
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ggjac.decode import Head, Ranked, nearest, top_logits
-from ggjac.jacobian import DetachedJacobian
-from ggjac.results import Result, Table, Words
-from ggjac.weights import Weight
+from ggjac.decode import Ranked, nearest, top_logits
+from ggjac.jacobian import DetachedJacobian, Progress
+from ggjac.results import NO_WORDS, Result, Table, Words
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,7 @@ class Norms(Result):
             to point along the output, `⟨J x, column⟩ >= 0`.
         row_tokens: tokens of nearest embedding (cosine) for each longest row, `[n * count, row_words]`; rows are signed
             as their component of `J x` is, so that they read what makes it up.
+        position: of the output; later positions have no influence.
     """
 
     columns: Float[Tensor, "n d"]
@@ -37,6 +38,32 @@ class Norms(Result):
     longest_rows: Int[Tensor, "n count"]
     column_tokens: Ranked
     row_tokens: Ranked
+    position: int
+
+    def data(self, words: Words = NO_WORDS) -> dict[str, Any]:
+        """Return the longest columns and rows of every position up to the output's, the longest first."""
+
+        def longest(i: int, norms: Tensor, components: Tensor, tokens: Ranked) -> list[dict[str, Any]]:
+            decoded = tokens.ids.unflatten(0, components.shape)[i].tolist()
+            return [
+                {"component": c, "norm": float(norms[i, c]), "tokens": words.each(ids)}
+                for c, ids in zip(components[i].tolist(), decoded, strict=True)
+            ]
+
+        return {
+            "positions": [
+                words.here(i)
+                | {
+                    "columns": longest(i, self.columns, self.longest_columns, self.column_tokens),
+                    "rows": longest(i, self.rows, self.longest_rows, self.row_tokens),
+                }
+                for i in range(self.position + 1)
+            ]
+        }
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return what is saved: the norms of all columns and rows, `[n, d]` each."""
+        return {"columns": self.columns, "rows": self.rows}
 
     def _table(self, words: Words) -> Table:
         n, count = self.longest_columns.shape
@@ -51,18 +78,29 @@ class Norms(Result):
 
 def norms(
     jacobian: DetachedJacobian,
-    head: Head,
-    embedding: Weight,
     count: int = 8,
     *,
     column_words: int = 8,
     row_words: int = 4,
+    progress: Progress | None = None,
 ) -> Norms:
     """Measure all columns and rows in one pass over the dense rows, and decode the `count` longest at each position.
 
     Positions after the Jacobian's own have no influence: their lengths are 0 and their tokens meaningless. The matrix
     never exists whole; the longest columns take another upward sweep, or a few for many positions.
+
+    Args:
+        jacobian: from the embeddings.
+        count: columns and rows decoded at each position.
+        column_words, row_words: tokens of each.
+        progress: called as `progress("block", done, total)` in each pass over the blocks.
     """
+    with jacobian.reporting(progress):
+        return _norms(jacobian, count, column_words, row_words)
+
+
+def _norms(jacobian: DetachedJacobian, count: int, column_words: int, row_words: int) -> Norms:
+    head, embedding = jacobian.network.head, jacobian.network.embedding
     n, d = jacobian.in_shape
     count = min(count, d)
     squares, rows = torch.zeros(n, d, dtype=torch.float64), torch.zeros(n, d, dtype=torch.float64)
@@ -94,6 +132,7 @@ def norms(
         longest_rows=components,
         column_tokens=top_logits(head.matrix, left.to(head.matrix.dtype), column_words),
         row_tokens=nearest(embedding, right.flatten(0, 1).to(embedding.dtype), row_words),
+        position=jacobian.position,
     )
 
 

@@ -4,18 +4,18 @@
 position. The joint map's vectors mix positions; these do not.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ggjac.decode import Head, Ranked, nearest, top_logits
-from ggjac.jacobian import DetachedJacobian
-from ggjac.results import Plotted, Points, Table, Words
+from ggjac.decode import Ranked, nearest, top_logits
+from ggjac.jacobian import DetachedJacobian, Progress
+from ggjac.results import NO_WORDS, Plotted, Points, Table, Words
 from ggjac.svd import SVD, svd_together
-from ggjac.weights import Weight
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,24 @@ class TokenSpectrum(Plotted):
     left: Ranked
     right: Ranked
 
+    def data(self, words: Words = NO_WORDS) -> dict[str, Any]:
+        """Return the position and its triplets, the largest first, with the tokens of both ends."""
+        svd = self.svd
+        return words.here(self.position) | {
+            "sweeps": svd.sweeps,
+            "converged": svd.converged,
+            "stopped_by": svd.reason,
+            "triplets": [
+                {
+                    "singular_value": float(svd.S[j]),
+                    "residual": float(svd.residual[j]),
+                    "left": words.each(self.left.ids[j].tolist()),
+                    "right": words.each(self.right.ids[j].tolist()),
+                }
+                for j in range(len(svd.S))
+            ],
+        }
+
     def _table(self, words: Words) -> Table:
         found = self.svd._table(words)
         sides = {side: getattr(self, side).ids.tolist() for side in ("left", "right")}
@@ -48,15 +66,13 @@ class TokenSpectrum(Plotted):
 
 def per_token(
     jacobian: DetachedJacobian,
-    head: Head,
-    embedding: Weight,
     rank: int = 4,
     *,
     top: int = 8,
     tol: float = 1e-3,
     seed: int = 0,
     max_sweeps: int = 40,
-    progress: Callable[[int, float], None] | None = None,
+    progress: Progress | None = None,
 ) -> list[TokenSpectrum]:
     """Compute `rank` singular triplets of every `J_i` and decode both ends to `top` tokens each.
 
@@ -94,10 +110,22 @@ def per_token(
 
         return list(together(pulled, torch.arange(len(vectors))).split(sizes))
 
-    found = svd_together(
-        operators, rank, up=up, down=down, tol=tol, seed=seed, max_sweeps=max_sweeps, progress=progress
-    )
-    contributed = torch.cat(up([jacobian.x[i].reshape(1, 1, d) for i in positions]))
+    worst = ""
+
+    def swept(sweeps: int, residual: float) -> None:
+        nonlocal worst
+        worst = f"sweep {sweeps + 1}, worst residual {residual:.1e}, "
+
+    def report(what: str, done: int, total: int, rounds: int = 0) -> None:
+        if progress:
+            progress(f"{worst}{what}", done, total)
+
+    with jacobian.reporting(report):
+        found = svd_together(
+            operators, rank, up=up, down=down, tol=tol, seed=seed, max_sweeps=max_sweeps, progress=swept
+        )
+        contributed = torch.cat(up([jacobian.x[i].reshape(1, 1, d) for i in positions]))
+    head, embedding = jacobian.network.head, jacobian.network.embedding
     found = [_signed(svd, along) for svd, along in zip(found, contributed, strict=True)]
     U, V = (torch.cat([getattr(svd, side) for svd in found]) for side in ("U", "Vh"))
     left = top_logits(head.matrix, U.to(head.matrix.dtype), top)
@@ -113,3 +141,11 @@ def _signed(svd: SVD, along: Float[Tensor, " d"]) -> SVD:
     """Flip each pair of vectors so that the left one points along a direction, and drop the axis of one position."""
     sign = torch.where(svd.U @ along.to(svd.U) < 0, -1.0, 1.0).to(svd.U)[:, None]
     return replace(svd, U=svd.U * sign, Vh=svd.Vh[:, 0] * sign)
+
+
+def tensors(found: Sequence[TokenSpectrum]) -> dict[str, Tensor]:
+    """Return what is saved of all positions: token_U `[m, k, d]`, token_S `[m, k]`, token_Vh, token_residual."""
+    return {
+        f"token_{name}": torch.stack([getattr(each.svd, name) for each in found])
+        for name in ("U", "S", "Vh", "residual")
+    }

@@ -10,13 +10,15 @@ thing have similar embeddings, and those of a random direction only what all emb
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ggjac.decode import Ranked
-from ggjac.results import Result, Table, Words
+from ggjac.decode import Ranked, nearest, top_logits
+from ggjac.jacobian import DetachedJacobian, Progress
+from ggjac.results import NO_WORDS, Result, Table, Words
 from ggjac.sizes import SHUFFLES
 from ggjac.weights import Weight
 
@@ -27,7 +29,7 @@ AT_ONCE = 16
 
 
 @dataclass(frozen=True)
-class Readability(Result):
+class Coherence(Result):
     """Coherence of decoded vectors, and of shuffled ones.
 
     Attributes:
@@ -59,13 +61,82 @@ class Readability(Result):
         reached = (self.shuffled >= self.scores[:, None]).sum(1)
         return (1 + reached).double() / (1 + len(self.shuffled))
 
+    def data(self, words: Words = NO_WORDS) -> dict[str, Any]:
+        """Return the scores with what chance does."""
+        return {
+            "scores": self.scores.tolist(),
+            "above": self.above.tolist(),
+            "chance": self.chance.tolist(),
+            "shuffled": {"mean": self.mean, "sd": self.sd, "count": len(self.shuffled)},
+        }
+
     def _table(self, words: Words) -> Table:
         columns = {"score": self.scores.tolist(), "above": self.above.tolist(), "chance": self.chance.tolist()}
         note = f"{len(self.shuffled)} shuffled vectors score {self.mean:.3f} ± {self.sd:.3f}"
         return Table("Coherence of decoded vectors", columns, (note,))
 
 
+@dataclass(frozen=True)
+class Readability(Result):
+    """Coherence of both ends of singular triplets: left vectors by the head, right vectors by the embeddings."""
+
+    left: Coherence
+    right: Coherence
+
+    def data(self, words: Words = NO_WORDS) -> dict[str, Any]:
+        """Return both sides."""
+        return {"left": self.left.data(), "right": self.right.data()}
+
+    def _table(self, words: Words) -> Table:
+        left, right = (side._table(words) for side in (self.left, self.right))
+        columns = {f"left {name}": values for name, values in left.columns.items()}
+        columns |= {f"right {name}": values for name, values in right.columns.items()}
+        return Table(left.title, columns, (f"left: {left.notes[0]}", f"right: {right.notes[0]}"))
+
+
 def readability(
+    jacobian: DetachedJacobian,
+    left: Float[Tensor, "k d"],
+    right: Float[Tensor, "k d"],
+    *,
+    top: int = 8,
+    shuffles: int = SHUFFLES,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Readability:
+    """Score the decoded tokens of left and right singular vectors, and of vectors with shuffled components.
+
+    Args:
+        jacobian: whose head and embeddings decode.
+        left: vectors of the output, decoded by the LM head.
+        right: vectors of an input embedding, decoded to the nearest embeddings; of a joint map those at the position
+            with most of their weight (`Spectrum.heaviest`).
+        top: tokens of each vector; at least 2 are scored, and no more than there are.
+        shuffles: vectors of each baseline.
+        seed: of the shuffles.
+        progress: called as `progress("side", done, 2)`.
+
+    Raises:
+        ValueError: fewer than two shuffled vectors: their spread would be unknown.
+    """
+    head, embedding = jacobian.network.head, jacobian.network.embedding
+    top = max(2, min(top, embedding.shape[0]))
+    report = progress or (lambda *_: None)
+
+    def promoted(V: Tensor, count: int) -> Ranked:
+        return top_logits(head.matrix, V, count)
+
+    def neighbours(V: Tensor, count: int) -> Ranked:
+        return nearest(embedding, V, count)
+
+    first = coherence(left.to(embedding.dtype), promoted, embedding, top=top, shuffles=shuffles, seed=seed)
+    report("side", 1, 2)
+    second = coherence(right.to(embedding.dtype), neighbours, embedding, top=top, shuffles=shuffles, seed=seed)
+    report("side", 2, 2)
+    return Readability(first, second)
+
+
+def coherence(
     vectors: Float[Tensor, "k d"],
     decode: Decode,
     embedding: Weight,
@@ -73,7 +144,7 @@ def readability(
     top: int = 8,
     shuffles: int = SHUFFLES,
     seed: int = 0,
-) -> Readability:
+) -> Coherence:
     """Score the `top` tokens of each vector, and those of `shuffles` vectors with shuffled components.
 
     Args:
@@ -93,16 +164,16 @@ def readability(
     order = torch.stack([torch.randperm(vectors.shape[1], generator=generator) for _ in range(shuffles)])
     rows = vectors[torch.arange(shuffles) % len(vectors)].gather(1, order.to(vectors.device))
     ids = decode(torch.cat([vectors, rows]), top).ids
-    scores = coherence(ids, embedding)
-    return Readability(scores[: len(vectors)], scores[len(vectors) :])
+    scores = mean_cosine(ids, embedding)
+    return Coherence(scores[: len(vectors)], scores[len(vectors) :])
 
 
-def coherence(ids: Int[Tensor, "k top"], embedding: Weight) -> Float[Tensor, " k"]:
+def mean_cosine(ids: Int[Tensor, "k top"], embedding: Weight) -> Float[Tensor, " k"]:
     """Return the mean cosine between the embeddings of all pairs of each row's tokens; a zero embedding counts as 0."""
-    return torch.cat([_coherence(part, embedding) for part in ids.cpu().split(AT_ONCE)])
+    return torch.cat([_mean_cosine(part, embedding) for part in ids.cpu().split(AT_ONCE)])
 
 
-def _coherence(ids: Int[Tensor, "k top"], embedding: Weight) -> Float[Tensor, " k"]:
+def _mean_cosine(ids: Int[Tensor, "k top"], embedding: Weight) -> Float[Tensor, " k"]:
     distinct, which = ids.unique(return_inverse=True)
     rows = embedding.take(distinct.tolist()).cpu().double()
     rows = torch.nn.functional.normalize(rows, dim=1)[which]

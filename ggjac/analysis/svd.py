@@ -4,18 +4,21 @@ Left vectors live where the LM head reads, and decode to the tokens they promote
 embeddings, one slice per position, and decode to the nearest tokens there.
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
-from ggjac.decode import Head, Ranked, nearest, top_logits
+from ggjac.decode import Ranked, nearest, top_logits
 from ggjac.frobenius import StableRank, stable_ranks
-from ggjac.jacobian import DetachedJacobian
-from ggjac.results import Plotted, Points, Table, Words
-from ggjac.sizes import EXACT_ROWS, PROBES
+from ggjac.jacobian import DetachedJacobian, Progress
+from ggjac.results import NO_WORDS, Plotted, Points, Table, Words
+from ggjac.sizes import EXACT_ROWS, EXPECTED_SWEEPS, PROBES
 from ggjac.svd import SVD
-from ggjac.weights import Weight
 
 
 @dataclass(frozen=True)
@@ -27,12 +30,52 @@ class Spectrum(Plotted):
         left: tokens of highest logit for each left vector, `[k, top]`.
         right: tokens of nearest embedding (cosine) for each right vector at each position, `[k * n, top]`.
         weight: `[k, n]`, the share of each right vector's squared norm at each position; rows sum to 1.
+        position: of the output; later positions have no influence.
+        tol: relative residual that was asked of every triplet.
+        seed: of the random start.
     """
 
     svd: SVD
     left: Ranked
     right: Ranked
-    weight: torch.Tensor
+    weight: Float[Tensor, "k n"]
+    position: int
+    tol: float
+    seed: int
+
+    @property
+    def heaviest(self) -> Float[Tensor, "k d"]:
+        """Each right vector at the position with most of its weight."""
+        return self.svd.Vh[torch.arange(len(self.svd.Vh)), self.weight.argmax(1)]
+
+    def data(self, words: Words = NO_WORDS) -> dict[str, Any]:
+        """Return the triplets, the largest first, with the tokens of both ends; right vectors at every position."""
+        svd, right = self.svd, self.right.ids.unflatten(0, self.weight.shape)
+        return {
+            "rank": len(svd.S),
+            "seed": self.seed,
+            "tol": self.tol,
+            "sweeps": svd.sweeps,
+            "converged": svd.converged,
+            "stopped_by": svd.reason,
+            "triplets": [
+                {
+                    "singular_value": float(svd.S[j]),
+                    "residual": float(svd.residual[j]),
+                    "left": words.each(self.left.ids[j].tolist()),
+                    "right": [
+                        words.here(i)
+                        | {"weight": float(self.weight[j, i]), "nearest": words.each(right[j, i].tolist())}
+                        for i in range(self.position + 1)
+                    ],
+                }
+                for j in range(len(svd.S))
+            ],
+        }
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return what is saved: U `[k, d]`, S `[k]`, Vh `[k, n, d]`, residual `[k]`."""
+        return {name: getattr(self.svd, name) for name in ("U", "S", "Vh", "residual")}
 
     def _table(self, words: Words) -> Table:
         found = self.svd._table(words)
@@ -54,29 +97,60 @@ class Spectrum(Plotted):
 
 def spectrum(
     jacobian: DetachedJacobian,
-    head: Head,
-    embedding: Weight,
     rank: int = 8,
     *,
     top: int = 8,
     tol: float = 1e-3,
     seed: int = 0,
     max_sweeps: int = 40,
-    progress: Callable[[int, float], None] | None = None,
+    progress: Progress | None = None,
 ) -> Spectrum:
     """Compute `rank` singular triplets of the joint `[d, n d]` map and decode both ends to `top` tokens each.
 
     Tokens of right vectors at positions after the Jacobian's own are meaningless, since the map is zero there; their
-    `weight` is 0.
+    `weight` is 0. `progress` is called after each block, with the sweep and its worst residual, and the number of
+    sweeps that are expected to follow.
+
+    Raises:
+        ValueError: rank, `tol` or `max_sweeps` are out of range, as `ggjac.svd.svd` has them.
     """
-    triplets = signed(jacobian, jacobian.svd(rank, tol=tol, seed=seed, max_sweeps=max_sweeps, progress=progress))
+    head, embedding = jacobian.network.head, jacobian.network.embedding
+    sweep = 1
+    history: list[float] = []  # the worst residual after each sweep that measured it
+
+    def report(what: str, done: int, total: int, rounds: int = 0) -> None:
+        nonlocal sweep
+        if progress:
+            residual = f", worst residual {history[-1]:.1e}" if history else ""
+            progress(f"sweep {sweep}{residual}, {what}", done, total, sweeps_left(history, sweep, tol))
+        sweep += done == total
+
+    with jacobian.reporting(report):
+        found = jacobian.svd(
+            rank, tol=tol, seed=seed, max_sweeps=max_sweeps, progress=lambda _, worst: history.append(worst)
+        )
+        triplets = signed(jacobian, found)
     U, Vh = triplets.U.to(head.matrix.dtype), triplets.Vh.to(embedding.dtype)
     return Spectrum(
         svd=triplets,
         left=top_logits(head.matrix, U, top),
         right=nearest(embedding, Vh.flatten(0, 1), top),
         weight=triplets.Vh.square().sum(2),
+        position=jacobian.position,
+        tol=tol,
+        seed=seed,
     )
+
+
+def sweeps_left(history: Sequence[float], sweep: int, tol: float) -> int:
+    """Return how many sweeps follow this one, if the worst residual keeps falling at its mean rate so far.
+
+    Before a rate is known, the number that spectra of models usually take.
+    """
+    if len(history) < 2 or not 0 < history[-1] < history[0]:
+        return max(0, EXPECTED_SWEEPS - sweep)
+    per_sweep = math.log(history[0] / history[-1]) / (len(history) - 1)
+    return max(0, math.ceil(math.log(history[-1] / tol) / per_sweep) - 1)
 
 
 def signed(jacobian: DetachedJacobian, triplets: SVD) -> SVD:
@@ -86,14 +160,22 @@ def signed(jacobian: DetachedJacobian, triplets: SVD) -> SVD:
     return replace(triplets, U=triplets.U * sign[:, None], Vh=triplets.Vh * sign[:, None, None])
 
 
-def stable_rank(jacobian: DetachedJacobian, triplets: SVD, *, probes: int = PROBES, seed: int = 0) -> StableRank:
-    """Compute the stable rank of the joint `[d, n d]` map from its leading `triplets` and the rest of `‖J‖_F`.
+def stable_rank(
+    jacobian: DetachedJacobian,
+    triplets: SVD,
+    *,
+    probes: int = PROBES,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> StableRank:
+    """Compute the stable rank `‖J‖²_F / σ₁²` of the joint `[d, n d]` map, the number of directions that it really uses.
 
     The known triplets count exactly. The rest is averaged over seeded Gaussian probes in one downward sweep, or summed
     over all rows where there are at most `EXACT_ROWS`, as many at a time as fit into the Jacobian's `chunk_bytes`.
     """
     chunk = jacobian.rows_at_once() if jacobian.out_shape[0] <= EXACT_ROWS else None
-    (found,) = stable_ranks(
-        [jacobian], [triplets], down=lambda Y: [jacobian.rmatmat(Y[0])], chunk=chunk, probes=probes, seed=seed
-    )
+    with jacobian.reporting(progress):
+        (found,) = stable_ranks(
+            [jacobian], [triplets], down=lambda Y: [jacobian.rmatmat(Y[0])], chunk=chunk, probes=probes, seed=seed
+        )
     return found

@@ -3,11 +3,12 @@
 from ggjac.jacobian.detached import (
     HEALTHY,
     DetachedJacobian,
+    Progress,
 )
 from ggjac.jacobian.sweep import (
     FrozenNetwork,
-    Path,
     SharedSweep,
+    Span,
     Tap,
 )
 
@@ -15,7 +16,8 @@ __all__ = [
     "HEALTHY",
     "DetachedJacobian",
     "FrozenNetwork",
-    "Path",
+    "Progress",
     "SharedSweep",
+    "Span",
     "Tap",
 ]

@@ -12,18 +12,26 @@ such maps through the blocks together, so that each weight is dequantized once f
 """
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ggjac.blocks import MlpPath
-from ggjac.jacobian.sweep import FrozenNetwork, Path, SharedSweep, Tap
+from ggjac.jacobian.sweep import FrozenNetwork, SharedSweep, Span, Tap
 from ggjac.linop import Homogeneous, LinearOperator, Select
-from ggjac.sizes import CHUNK_BYTES, SLICE, chunk_floats
+from ggjac.sizes import CHUNK_BYTES, SLICE, MlpPath, chunk_floats
 from ggjac.svd import SVD, svd
+
+
+class Progress(Protocol):
+    """How an analysis reports what it does."""
+
+    def __call__(self, what: str, done: int, total: int, rounds: int = 0) -> None:
+        """Take a detail, the steps done and their total, and how many further rounds of `total` steps are expected."""
+
 
 # Reconstruction error within which a dtype's arithmetic is healthy.
 HEALTHY = {torch.float64: 1e-13, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-2}
@@ -38,21 +46,21 @@ class DetachedJacobian(LinearOperator):
     Attributes:
         ids: the `n` token ids.
         position: which output position this is, counted from 0.
-        path: from which depth to which tap; by default from the embeddings to the output.
+        span: from which depth to which tap; by default from the embeddings to the output.
         mlp_path: the freezing rule of gated feed-forwards, `"up"` or `"gate"`.
         sweep: what carries the vectors; its `progress` may be set.
         chunk_bytes: working memory that a chunk of dense rows may take.
     """
 
-    def __init__(self, network: FrozenNetwork, position: int, path: Path | None = None, *, raw: bool = False):
+    def __init__(self, network: FrozenNetwork, position: int, span: Span | None = None, *, raw: bool = False):
         n, d = network.x.shape
         self.in_shape, self.out_shape = (n, d), (d,)
         self.dtype, self.device = network.x.dtype, network.x.device
         self.network, self.ids, self.position = network, list(network.ids), position
         self.end = Tap("layer", len(network.tapes))
-        self.path = path or Path(0, self.end)
+        self.span = span or Span(0, self.end)
         self.mlp_path: MlpPath = network.frame.mlp_path
-        self.sweep = SharedSweep(network, [self.path], position, raw=raw)
+        self.sweep = SharedSweep(network, [self.span], position, raw=raw)
         self.chunk_bytes = CHUNK_BYTES
 
     @property
@@ -63,6 +71,17 @@ class DetachedJacobian(LinearOperator):
     @progress.setter
     def progress(self, report: Callable[[int, int], None] | None) -> None:
         self.sweep.progress = report
+
+    @contextmanager
+    def reporting(self, progress: Progress | None, what: str = "block") -> Iterator[None]:
+        """Call `progress(what, done, total)` after each block of the products inside."""
+        before = self.progress
+        if progress:
+            self.progress = lambda done, total: progress(what, done, total)
+        try:
+            yield
+        finally:
+            self.progress = before
 
     def matmat(self, X: Float[Tensor, "k n d"], t: Homogeneous = None) -> Float[Tensor, "k d"]:
         """Return `J x + t offset` for stacked inputs: one upward sweep."""
@@ -101,12 +120,12 @@ class DetachedJacobian(LinearOperator):
     @cached_property
     def x(self) -> Float[Tensor, "n d"]:
         """The map's input at this prompt: the embeddings, or the stream after `path.start` blocks."""
-        return self.network.tapes[self.path.start].x
+        return self.network.tapes[self.span.start].x
 
     @cached_property
     def output(self) -> Float[Tensor, " d"]:
         """What the map yields at this prompt, offset included: the forward pass's own where it reaches the end."""
-        if self.path.tap == self.end and not self.sweep.raw:
+        if self.span.tap == self.end and not self.sweep.raw:
             return self.network.outputs[self.position]
         return self.matmat(self.x[None], self.x.new_ones(1))[0]
 
@@ -133,7 +152,7 @@ class DetachedJacobian(LinearOperator):
     @property
     def reconstruction_limit(self) -> float:
         """The reconstruction error that is healthy in this dtype; 16-bit rounding adds up over more than 32 blocks."""
-        blocks = self.path.tap.index - self.path.start
+        blocks = self.span.tap.index - self.span.start
         return HEALTHY[self.dtype] * (max(1.0, (blocks / 32) ** 0.5) if self.dtype.itemsize == 2 else 1.0)
 
     @cached_property

@@ -11,9 +11,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ggjac.blocks import BlockWeights, Frame, FrozenBlock, NormTape, block
+from ggjac.decode import Head
 from ggjac.jacobian.tapes import Tapes
 from ggjac.linop import Identity, LinearOperator
 from ggjac.runs.journal import Journal
+from ggjac.weights import Weight
 
 
 @dataclass(frozen=True, order=True)
@@ -30,7 +32,7 @@ class Tap:
     index: int
 
 
-class Path(NamedTuple):
+class Span(NamedTuple):
     """A map from the stream after `start` blocks to a tap."""
 
     start: int
@@ -49,6 +51,8 @@ class FrozenNetwork(NamedTuple):
         x: `[n, d]`, input of block 0: embeddings after any scaling.
         outputs: `[n, d]`, the forward pass's outputs after the final norm.
         ids: the `n` token ids.
+        head: the LM head, which decodes outputs.
+        embedding: `[v, d]`, the input embeddings, to which inputs are compared.
     """
 
     weights: Callable[[int], BlockWeights]
@@ -59,6 +63,8 @@ class FrozenNetwork(NamedTuple):
     x: Float[Tensor, "n d"]
     outputs: Float[Tensor, "n d"]
     ids: list[int]
+    head: Head
+    embedding: Weight
 
 
 class SharedSweep:
@@ -74,16 +80,16 @@ class SharedSweep:
         flop: floating-point operations so far, multiplications by matrices only.
     """
 
-    def __init__(self, network: FrozenNetwork, paths: Sequence[Path], position: int, *, raw: bool = False):
-        for start, tap in paths:
+    def __init__(self, network: FrozenNetwork, spans: Sequence[Span], position: int, *, raw: bool = False):
+        for start, tap in spans:
             if not 0 <= start < tap.index <= len(network.tapes):
                 raise ValueError(
                     f"no map leads from block {start} to {tap.kind} {tap.index}; the model has {len(network.tapes)} "
                     "blocks, taps count them from 1"
                 )
-        self.network, self.paths, self.position, self.raw = network, list(paths), position, raw
+        self.network, self.spans, self.position, self.raw = network, list(spans), position, raw
         self.n, self.d = network.x.shape
-        self.order = [i for i in range(len(network.tapes)) if any(start <= i < tap.index for start, tap in paths)]
+        self.order = [i for i in range(len(network.tapes)) if any(start <= i < tap.index for start, tap in spans)]
         self.progress: Callable[[int, int], None] | None = None
         self.journal: Journal | None = None
         self.flop = 0
@@ -104,8 +110,8 @@ class SharedSweep:
             """Take the results of paths that end here from the last position of `found`; the rest stays on board."""
             nonlocal owners
             rows = _sections(owners, sizes)
-            out.update({j: found[rows[j], -1].clone() for j in owners if self.paths[j].tap == tap})
-            staying = [j for j in owners if self.paths[j].tap != tap]
+            out.update({j: found[rows[j], -1].clone() for j in owners if self.spans[j].tap == tap})
+            staying = [j for j in owners if self.spans[j].tap != tap]
             kept = (
                 list(carried) if staying == owners else [_taken(part, [rows[j] for j in staying]) for part in carried]
             )
@@ -118,10 +124,10 @@ class SharedSweep:
         if product and product.state is not None:
             H, *rest = product.state
             below = self.order[product.done - 1] + 1  # the blocks that are behind
-            owners = [j for j in self._by_start if self.paths[j].start < below < self.paths[j].tap.index]
-            out = dict(zip([j for j in self._all if self.paths[j].tap.index <= below], rest, strict=True))
+            owners = [j for j in self._by_start if self.spans[j].start < below < self.spans[j].tap.index]
+            out = dict(zip([j for j in self._all if self.spans[j].tap.index <= below], rest, strict=True))
         for done, i, frozen in self._walk(self.order, product.done if product else 0):
-            joining = [j for j, path in enumerate(self.paths) if path.start == i < path.tap.index]
+            joining = [j for j, path in enumerate(self.spans) if path.start == i < path.tap.index]
             H = _joined(H, [X[j][:, : self.position + 1].to(x) for j in joining])
             owners = owners + joining
             self.flop += frozen.flop * len(H)
@@ -135,7 +141,7 @@ class SharedSweep:
             if product:
                 H, *rest = product.reached(done, partial(list, [H, *(out[j] for j in sorted(out))]))
                 out = dict(zip(sorted(out), rest, strict=True))
-        norms = [None if t is None else t[j].to(x) for j in range(len(self.paths))]
+        norms = [None if t is None else t[j].to(x) for j in range(len(self.spans))]
         result = [norm.matmat(out[j][:, None], norms[j])[:, 0] for j, norm in enumerate(self.norms)]
         return product.finish(result) if product else result
 
@@ -150,7 +156,7 @@ class SharedSweep:
         def join(tap: Tap, carried: Tensor, positions: int) -> Tensor:
             """Add the cotangents of paths that end here, zero but at the last position."""
             nonlocal owners
-            joining = [j for j, path in enumerate(self.paths) if path.tap == tap]
+            joining = [j for j, path in enumerate(self.spans) if path.tap == tap]
             owners = owners + joining
             return _joined(carried, [_at_last(seen[j], positions) for j in joining])
 
@@ -160,8 +166,8 @@ class SharedSweep:
         if product and product.state is not None:
             H, *rest = product.state
             above = self.order[-product.done]  # the lowest block that is behind
-            owners = [j for j in self._by_tap if self.paths[j].start < above < self.paths[j].tap.index]
-            out = dict(zip([j for j in self._all if self.paths[j].start >= above], rest, strict=True))
+            owners = [j for j in self._by_tap if self.spans[j].start < above < self.spans[j].tap.index]
+            out = dict(zip([j for j in self._all if self.spans[j].start >= above], rest, strict=True))
         for done, i, frozen in self._walk(self.order[::-1], product.done if product else 0):
             written = frozen.kept.out_shape[0]
             H = join(Tap("layer", i + 1), H[:, :written], written)
@@ -174,9 +180,9 @@ class SharedSweep:
             H = frozen.attn.rmatmat(into)
             H[: len(middle)] += frozen.kept.rmatmat(middle)
             rows = _sections(owners, sizes)
-            for j in [j for j in owners if self.paths[j].start == i]:
+            for j in [j for j in owners if self.spans[j].start == i]:
                 out[j] = _padded(H[rows[j]], self.n)
-            staying = [j for j in owners if self.paths[j].start != i]
+            staying = [j for j in owners if self.spans[j].start != i]
             if staying != owners:
                 H = _taken(H, [rows[j] for j in staying])
             owners = staying
@@ -188,36 +194,36 @@ class SharedSweep:
 
     @property
     def _all(self) -> range:
-        return range(len(self.paths))
+        return range(len(self.spans))
 
     @property
     def _by_start(self) -> list[int]:
         """Paths in the order in which they join on the way up."""
-        return sorted(self._all, key=lambda j: self.paths[j].start)
+        return sorted(self._all, key=lambda j: self.spans[j].start)
 
     @property
     def _by_tap(self) -> list[int]:
         """Paths in the order in which they join on the way down."""
         kinds = ("layer", "mlp", "attn")
-        return sorted(self._all, key=lambda j: (-self.paths[j].tap.index, kinds.index(self.paths[j].tap.kind)))
+        return sorted(self._all, key=lambda j: (-self.spans[j].tap.index, kinds.index(self.spans[j].tap.kind)))
 
     @cached_property
     def norms(self) -> list[LinearOperator]:
         """The final norm as each tap sees it, `[1, d]` to `[1, d]`; the identity if `raw`."""
         x, network, end = self.network.x, self.network, Tap("layer", len(self.network.tapes))
         if self.raw:
-            return [Identity((1, self.d), dtype=x.dtype, device=x.device)] * len(self.paths)
+            return [Identity((1, self.d), dtype=x.dtype, device=x.device)] * len(self.spans)
         norms = {end: network.norm.at(slice(self.position, self.position + 1)).operator()}
-        inner = sorted({path.tap for path in self.paths} - {end})
+        inner = sorted({path.tap for path in self.spans} - {end})
         for tap in [tap for tap in inner if tap.kind == "layer"]:
             norms[tap] = network.freeze_norm(network.tapes[tap.index].x[self.position][None]).operator()
         branches = [tap for tap in inner if tap.kind != "layer"]
         if branches:  # what a branch added is not on the tapes: one block each
-            values = SharedSweep(network, [Path(tap.index - 1, tap) for tap in branches], self.position, raw=True)
+            values = SharedSweep(network, [Span(tap.index - 1, tap) for tap in branches], self.position, raw=True)
             inputs = [network.tapes[tap.index - 1].x[None] for tap in branches]
             for tap, value in zip(branches, values.up(inputs, [x.new_ones(1)] * len(branches)), strict=True):
                 norms[tap] = network.freeze_norm(value).operator()
-        return [norms[path.tap] for path in self.paths]
+        return [norms[path.tap] for path in self.spans]
 
     def _walk(self, order: Sequence[int], done: int) -> Iterator[tuple[int, int, FrozenBlock]]:
         """Yield the blocks after the first `done`: each is built, and read ahead, while the one before it computes."""
@@ -233,7 +239,7 @@ class SharedSweep:
 
     def _block(self, i: int) -> FrozenBlock:
         """Build a block's operators; where all paths in it end, it writes one position only."""
-        ends = all(tap.index == i + 1 for start, tap in self.paths if start <= i < tap.index)
+        ends = all(tap.index == i + 1 for start, tap in self.spans if start <= i < tap.index)
         positions = range(self.position if ends else 0, self.position + 1)
         return block(self.network.weights(i), self.network.frame.config, self.network.tapes[i], positions)
 

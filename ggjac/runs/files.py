@@ -319,6 +319,17 @@ def one_line(error: BaseException) -> str:
     return (text.splitlines() or [type(error).__name__])[0][:120]
 
 
+def finite(value: Any) -> Any:
+    """Return plain data with NaN and infinity, which JSON lacks, replaced by None."""
+    if isinstance(value, Mapping):
+        return {key: finite(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(entry) for entry in value]
+    if isinstance(value, float) and not abs(value) < float("inf"):
+        return None
+    return value
+
+
 def _temporary(path: Path) -> Path:
     """Return a hidden file next to `path`, links resolved; the process id keeps two runs apart."""
     path = Path(os.path.realpath(path))
