@@ -25,7 +25,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "svd": {"linop", "results", "sizes"},
     "frobenius": {"linop", "results", "sizes", "svd"},
     # files
-    "config": set(),
+    "architectures": set(),
+    "config": {"architectures"},
     "quants": {"gguf"},
     "weights": {"gguf", "quants", "sizes"},
     "runs": {"sizes"},

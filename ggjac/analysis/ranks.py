@@ -22,7 +22,7 @@ from ggjac.gguf import shown
 from ggjac.jacobian import DetachedJacobian, Progress
 from ggjac.model import Model, PromptError
 from ggjac.results import NO_WORDS, Bars, Plotted, Points, Table, Words
-from ggjac.runs import journal
+from ggjac.runs import lock
 from ggjac.runs.lines import Lines, key
 from ggjac.session import Session
 from ggjac.sizes import EXACT_ROWS, PROBES, TOKENS_AT_ONCE, block_width
@@ -262,7 +262,7 @@ def _alone(output: Path | None) -> contextlib.AbstractContextManager[None]:
     if output is None:
         return contextlib.nullcontext()
     runs.check_writable(output)
-    return journal.alone(output)
+    return lock.alone(output)
 
 
 def _longest(session: Session, prompts: Sequence[str | Sequence[int]]) -> int:
