@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ggjac import blocks, decode, planner
-from ggjac.blocks import BlockTape, Frame, MlpPath, NormTape, NumericsError
+from ggjac.blocks import BlockTape, Frame, MlpPath, NormTape
 from ggjac.config import ModelConfig
 from ggjac.gguf import GGUFFile, open_gguf
 from ggjac.gguf.hub import demo_path, resolve
@@ -264,16 +264,15 @@ class Model:
             w = self.block(i)
             if i + 1 < config.block_count:
                 self.block(i + 1).read_ahead()
-            x_in, attn = h, blocks.record_attention(w, frame, i, h)
+            x_in, (attn, ffn, h) = h, blocks.record_block(w, frame, i, h)
             observe(f"attn_out-{i}", attn.raw)
-            ffn = blocks.record_ffn(w, frame, i, h if config.row.parallel else h + attn.added)
             observe(f"ffn_out-{i}", ffn.raw)
-            h = h + attn.added + ffn.added
             observe(f"l_out-{i}", h)
             if not h.isfinite().all():
-                raise NumericsError(f"block {i} overflows {self.dtype}; try a wider --dtype, or is the file damaged?")
+                raise blocks.overflow(f"block {i}", self.dtype)
             if tapes is not False and i == len(kept):
                 kept.append(BlockTape(x_in, attn.tape, ffn.tape))
+            del x_in, attn, ffn  # before the next block is recorded
             if progress:
                 progress(i + 1, config.block_count)
         norm = self.freeze_final_norm(h)
@@ -442,5 +441,5 @@ def finite_logits(logits: Float[Tensor, "n v"]) -> Float[Tensor, "n v"]:
         NumericsError: one is not finite.
     """
     if not logits.isfinite().all():
-        raise NumericsError(f"logits overflow {logits.dtype}; try a wider --dtype, or is the file damaged?")
+        raise blocks.overflow("logits", logits.dtype)
     return logits

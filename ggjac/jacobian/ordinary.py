@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ggjac.blocks import BlockWeights, WeightMatrix, record_attention, record_ffn
+from ggjac.blocks import BlockWeights, WeightMatrix, record_block
 from ggjac.jacobian import FrozenNetwork
 from ggjac.linop import Homogeneous, LinearOperator
 from ggjac.sizes import CHUNK_BYTES
@@ -84,8 +84,7 @@ class OrdinaryJacobian(LinearOperator):
         """Return block `i` as a function of its input `[m, d]`."""
 
         def block(h: Float[Tensor, "m d"]) -> Float[Tensor, "m d"]:
-            middle = h + record_attention(w, self._frame, i, h).added
-            return middle + record_ffn(w, self._frame, i, h if self._frame.config.row.parallel else middle).added
+            return record_block(w, self._frame, i, h).out
 
         return block
 
