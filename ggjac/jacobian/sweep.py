@@ -150,9 +150,9 @@ class SharedSweep:
         for i, frozen in self._steps(self.order[::-1], stack, product, self._way_down):
             m = frozen.ffn.out_shape[0]  # positions that the block writes
             stack.H = stack.join(stack.H[:, :m], joining("layer", i, m))  # [k, m, d]
-            stack.H, stack.added = frozen.rmatmat_ffn(stack.H, stack.join(stack.H, joining("mlp", i, m)))
-            stack.added = stack.join(stack.added, joining("attn", i, m))
-            stack.H, stack.added = frozen.rmatmat_attn(stack.H, stack.added), None  # [k, n, d]
+            middle, attn = frozen.rmatmat_ffn(stack.H, stack.join(stack.H, joining("mlp", i, m)))
+            attn = stack.join(attn, joining("attn", i, m))
+            stack.H = frozen.rmatmat_attn(middle, attn)  # [k, n, d]
             self.flop += frozen.flop * len(stack)
             stack.leave(self._starting(i), stack.H, partial(_padded, n=self.n))
         return [stack.results[j] for j in range(len(self.spans))]
@@ -241,7 +241,7 @@ class _Stack:
 
     Attributes:
         H: `[k, m, d]`, the residual stream, or its cotangents.
-        added: `[k, m, d]`, what a branch adds to it, or the cotangents of that; None between blocks.
+        added: `[k, m, d]`, what a branch adds to it on the way up; None between blocks.
         members: the spans that are in the stack, in the order of their rows.
         results: of the spans that have left it.
     """
