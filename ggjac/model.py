@@ -23,6 +23,7 @@ from ggjac.jacobian import DetachedJacobian, FrozenNetwork, Span
 from ggjac.jacobian.tapes import Tapes
 from ggjac.planner import Plan, machine
 from ggjac.rope import rotation
+from ggjac.runs.journal import Journal
 from ggjac.sizes import CHUNK_BYTES
 from ggjac.tokenizer import Tokenizer, open_tokenizer, visible
 from ggjac.weights import Block, Weight, WeightStore
@@ -394,21 +395,24 @@ class Trace:
             raise PromptError(f"position {position} is out of range; the prompt has positions 0 to {n - 1}")
         return position % n
 
-    def jacobian(self, position: int = -1, span: Span | None = None, *, raw: bool = False) -> DetachedJacobian:
+    def jacobian(
+        self, position: int = -1, span: Span | None = None, *, raw: bool = False, journal: Journal | None = None
+    ) -> DetachedJacobian:
         """Return the detached Jacobian at `position` (negative: from the end).
 
         Args:
-            position: of the output.
-            span: from which depth to which tap; default from the embeddings to the final norm's output.
-            raw: leave out the final norm, through which every tap is seen.
+            position: the output position.
+            span: start and end of the map; default from the embeddings to the final norm's output.
+            raw: leave out the final norm, through which taps are read otherwise.
+            journal: records products, so that an interrupted run can be resumed.
 
         Raises:
             PromptError: the prompt has no such position.
             ValueError: the trace was made without tapes, or the model has no such span.
         """
-        jacobian = DetachedJacobian(self.network, self.index(position), span, raw=raw)
-        jacobian.chunk_bytes = self.model.chunk_bytes
-        return jacobian
+        return DetachedJacobian(
+            self.network, self.index(position), span, raw=raw, journal=journal, chunk_bytes=self.model.chunk_bytes
+        )
 
     @property
     def network(self) -> FrozenNetwork:

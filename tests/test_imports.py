@@ -31,9 +31,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "planner": {"config", "gguf", "linop", "sizes", "weights"},
     "decode": {"linop", "weights"},
     "blocks": {"config", "linop", "rope", "sizes"},
-    "jacobian": {"blocks", "linop", "runs", "sizes", "svd"},
+    "jacobian": {"blocks", "decode", "linop", "results", "runs", "sizes", "svd", "weights"},
     "model": {
-        *("blocks", "config", "decode", "gguf", "jacobian", "planner", "rope", "sizes", "tokenizer", "weights"),
+        *("blocks", "config", "decode", "gguf", "jacobian", "planner", "rope", "runs", "sizes", "tokenizer"),
+        "weights",
     },
     "generation": {"blocks", "model"},
     "parity": {"gguf", "llamacpp", "model", "results", "tokenizer"},
