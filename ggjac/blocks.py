@@ -18,7 +18,7 @@ keep GGUF's names, without the `blk.N.` prefix.
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Generic, Literal, NamedTuple, Protocol, TypeVar, runtime_checkable
+from typing import Generic, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -39,9 +39,7 @@ from ggjac.linop import (
     TiledMatrix,
 )
 from ggjac.rope import rotate
-from ggjac.sizes import SLAB
-
-MlpPath = Literal["up", "gate"]
+from ggjac.sizes import SLAB, MlpPath
 
 
 @runtime_checkable

@@ -9,8 +9,9 @@ from collections.abc import Callable, Sequence
 from jaxtyping import Float
 from torch import Tensor
 
-from ggjac.blocks import MlpPath, NumericsError, Past, extend_block
+from ggjac.blocks import NumericsError, Past, extend_block
 from ggjac.model import Model, PromptError, finite_logits
+from ggjac.sizes import MlpPath
 
 # Called as `change(layer, h)` with the residual stream `[m, d]` at new positions after `layer` blocks (0: the
 # embeddings); returns the stream that replaces it.

@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ggjac import blocks, decode, planner
-from ggjac.blocks import BlockTape, Frame, MlpPath, NormTape
+from ggjac.blocks import BlockTape, Frame, NormTape
 from ggjac.config import ModelConfig
 from ggjac.gguf import GGUFFile, open_gguf
 from ggjac.gguf.hub import demo_path, resolve
@@ -24,11 +24,11 @@ from ggjac.jacobian.tapes import Tapes
 from ggjac.planner import Plan, machine
 from ggjac.rope import rotation
 from ggjac.runs.journal import Journal
-from ggjac.sizes import CHUNK_BYTES
+from ggjac.sizes import CHUNK_BYTES, ITEM_BYTES, MlpPath
 from ggjac.tokenizer import Tokenizer, open_tokenizer, visible
 from ggjac.weights import Block, Weight, WeightStore
 
-DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in ITEM_BYTES}
 
 Observer = Callable[[str, Tensor], None]
 Progress = Callable[[int, int], None]
@@ -182,7 +182,7 @@ class Model:
                 device's that is.
             tapes_on_disk: where memory is short, count on `trace(..., tapes=Tapes(folder, resident=False))`; whether it
                 was, the plan says.
-            asked: as `ggjac.planner.work.Asked` has it: `rank`, `position` and so on.
+            asked: as `ggjac.planner.work.Request` has it: `rank`, `position` and so on.
 
         Raises:
             PromptError: as `trace`.
@@ -215,7 +215,7 @@ class Model:
         planner.check(plan)
         machine.return_freed_memory()
         self.weights.place(plan.places, plan.room)
-        self.chunk_bytes = plan.job.chunk_bytes
+        self.chunk_bytes = plan.work.chunk_bytes
 
     def trace(
         self,
@@ -318,6 +318,16 @@ class Model:
         """Return the tensors of one block; `live` ones are used in sweep after sweep."""
         return self.weights.block(index, self.config.slices, live=live)
 
+    def check_position(self, position: int, n: int) -> int:
+        """Return a position of `n` counted from the start; negative ones count from the end.
+
+        Raises:
+            PromptError: there is no such position.
+        """
+        if not -n <= position < n:
+            raise PromptError(f"position {position} is out of range; the prompt has positions 0 to {n - 1}")
+        return position % n
+
     def check_prompt(self, ids: Sequence[int]) -> list[int]:
         """Return the token ids, if this model can run them.
 
@@ -390,10 +400,7 @@ class Trace:
         Raises:
             PromptError: the prompt has no such position.
         """
-        n = len(self.ids)
-        if not -n <= position < n:
-            raise PromptError(f"position {position} is out of range; the prompt has positions 0 to {n - 1}")
-        return position % n
+        return self.model.check_position(position, len(self.ids))
 
     def jacobian(
         self, position: int = -1, span: Span | None = None, *, raw: bool = False, journal: Journal | None = None

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ggjac import llamacpp
 from ggjac.gguf import open_gguf, shown
-from ggjac.results import Plotted, Points, Table, Words
+from ggjac.results import NO_WORDS, Plotted, Points, Table, Words
 from ggjac.tokenizer import visible
 
 if TYPE_CHECKING:
@@ -97,6 +97,27 @@ class Parity(Plotted):
     first_departure: str | None  # the first tensor beyond the tolerance, in the order of the graph
     tolerance: float | None  # relative L2 that logits and layers were held to; None: the margin rule
     cause: str | None  # why the numbers may differ at all
+
+    def data(self, words: Words = NO_WORDS) -> dict[str, Any]:
+        """Return the verdict and all it rests on."""
+        return {
+            "verdict": self.verdict,
+            "reason": self.reason,
+            "mode": self.mode,
+            "tolerance": self.tolerance,
+            "tokens_equal": self.tokens_equal,
+            "top1_equal": self.top1_equal,
+            "top1": words.token(self.top1) | {"rank_in_ours": self.rank, "gap": self.gap},
+            "kl": self.kl,
+            "kl_last": self.kl_last,
+            "logits_error": self.logits_error,
+            "first_departure": self.first_departure,
+            "cause": self.cause,
+            "layers": [
+                {"name": e.name, "error": e.error, "worst_position": e.position, "worst_error": e.position_error}
+                for e in self.layers
+            ],
+        }
 
     def _table(self, words: Words) -> Table:
         columns = {name: [getattr(layer, name) for layer in self.layers] for name in LayerError.__annotations__}

@@ -202,11 +202,11 @@ class Plotted(Result):
 
 
 def _draw(plot: Points | Bars) -> Any:
-    """Draw with the report's own axes and tones."""
-    from ggjac.report import charts, figures
+    """Draw with the axes and tones of the report."""
+    from ggjac.drawing import charts, figures
 
     if isinstance(plot, Bars):
-        return figures.bars(plot.title, plot.label, plot.names, plot.values)
+        return figures.draw(charts.Bars("", *plot))
     tones = dict(zip(plot.series, cycle(("accent", "ink", "faint")), strict=False))
     series = tuple(
         charts.Series(

@@ -19,7 +19,8 @@ from typing import Any, NoReturn
 
 import ggjac
 import ggjac.jacobian
-from ggjac.cli import main, session
+from ggjac import session
+from ggjac.cli import main
 from ggjac.jacobian import tapes
 from ggjac.report import page
 

@@ -1,4 +1,4 @@
-"""Measurements: that they measure what they say, and what is made of them. No time is tested."""
+"""Measurements: that they count the right work, and how their rates are used. No time is tested."""
 
 import dataclasses
 import itertools

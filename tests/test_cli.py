@@ -839,9 +839,9 @@ def test_signals_leave_nothing_but_what_can_be_resumed(number: signal.Signals, c
         folder = {"analyze": "new/checkpoint", "jacobian": "new.checkpoint"}[command]
         assert os.listdir() == [folder.split("/")[0]]
         assert "journal.json" in os.listdir(folder)
-        last = "Interrupted; what was computed is saved: go on by the same command with --resume -o new"
+        last = "Interrupted; progress is saved; to continue, run the same command with --resume -o new"
     else:
-        last = "Interrupted; nothing unfinished was left behind"
+        last = "Interrupted; no partial files were left"
     assert err.endswith(f"\n{last}\n")
 
 
@@ -885,7 +885,7 @@ def test_tables_fit_the_terminal(command: str, columns: int, tiny_file: TinyFile
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """Return a clock that stands still until its one element is changed."""
     now = [0.0]
-    monkeypatch.setattr(progress.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(progress.time, "perf_counter", lambda: now[0])  # of all modules
     return now
 
 

@@ -206,7 +206,7 @@ def test_device_memory_is_what_the_plan_says(case: str, dtype: str, one_card: ca
     plan = model.plan(ids, "svd", rank=3, ram_budget="1GiB", vram_budget="4GiB")
     model.fit(plan)
     assert plan.places == ["dense"] * 6
-    model.trace(ids).jacobian().svd(3, tol=1e-30, max_sweeps=plan.job.sweeps[0].count)
+    model.trace(ids).jacobian().svd(3, tol=1e-30, max_sweeps=plan.work.sweeps[0].count)
     expected = plan.vram_peak - planner.CONTEXT_BYTES - plan.vram["on the way"]  # nothing is, when all is there
     assert 0.8 < one_card.peak / expected < 1.03
 

@@ -14,21 +14,28 @@ PACKAGE = Path(ggjac.__file__).parent
 
 # Module (or folder) -> the siblings it may import. Folders are units: what is inside may import its own.
 MAY_IMPORT: dict[str, set[str]] = {
+    # ground: no sibling
     "sizes": set(),
-    "results": {"report", "tokenizer"},
+    "units": set(),
+    "drawing": {"units"},
     "linop": set(),
+    "gguf": set(),
+    "results": {"drawing"},
+    # algebra: operators, no transformer
     "svd": {"linop", "results", "sizes"},
     "frobenius": {"linop", "results", "sizes", "svd"},
+    # files
     "config": set(),
-    "rope": {"config"},
-    "gguf": set(),
     "quants": {"gguf"},
     "weights": {"gguf", "quants", "sizes"},
+    "runs": {"sizes"},
     "llamacpp": {"runs"},
     "tokenizer": {"llamacpp"},
-    "runs": {"sizes"},
-    "report": {"runs"},
-    "planner": {"config", "gguf", "linop", "sizes", "weights"},
+    "report": {"drawing", "runs", "units"},
+    # planning: sizes and rates
+    "planner": {"config", "gguf", "linop", "sizes", "units", "weights"},
+    # network: the block algebra, no file layout
+    "rope": {"config"},
     "decode": {"linop", "weights"},
     "blocks": {"config", "linop", "rope", "sizes"},
     "jacobian": {"blocks", "decode", "linop", "results", "runs", "sizes", "svd", "weights"},
@@ -36,15 +43,21 @@ MAY_IMPORT: dict[str, set[str]] = {
         *("blocks", "config", "decode", "gguf", "jacobian", "planner", "rope", "runs", "sizes", "tokenizer"),
         "weights",
     },
-    "generation": {"blocks", "model"},
+    "generation": {"blocks", "model", "sizes"},
     "parity": {"gguf", "llamacpp", "model", "results", "tokenizer"},
+    "session": {
+        *("blocks", "config", "gguf", "jacobian", "model", "parity", "planner", "results", "runs", "sizes"),
+        "tokenizer",
+    },
     "analysis": {
-        *("blocks", "decode", "frobenius", "generation", "jacobian", "linop", "model", "results", "runs", "sizes"),
-        *("svd", "weights"),
+        *("blocks", "decode", "frobenius", "generation", "gguf", "jacobian", "linop", "model", "parity", "report"),
+        *("results", "runs", "session", "sizes", "svd", "weights"),
     },
 }
 # The one that may import anything, and that nothing may import.
 TOP = "cli"
+# Analyses that run whole prompts, and so ask others; all others stand alone.
+CONDUCTORS = {"analyze.py", "ranks.py"}
 
 
 def units() -> dict[str, list[Path]]:
@@ -110,7 +123,113 @@ def test_analyses_do_not_import_each_other() -> None:
     for path in units()["analysis"]:
         tree = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
         modules = [node.module for node in tree if isinstance(node, ast.ImportFrom) and node.module]
-        assert not [module for module in modules if module.startswith("ggjac.analysis")], path.name
+        found = [module for module in modules if module.startswith("ggjac.analysis")]
+        assert bool(found) == (path.name in CONDUCTORS), path.name
+
+
+def modules() -> dict[str, Path]:
+    """Return every module of the package by its dotted name, but for what only gathers names (`__init__`)."""
+    return {
+        ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts): path
+        for path in PACKAGE.rglob("*.py")
+        if path.name != "__init__.py"
+    }
+
+
+def test_no_circle_of_modules_anywhere() -> None:
+    """Inside the folders too, lazy imports included; a folder's name stands for the modules that it exports from."""
+    files = modules()
+    needs: dict[str, set[str]] = {}
+    for name, path in files.items():
+        needs[name] = set()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and node.module:
+                for alias in node.names:
+                    needs[name] |= homes(node.module, alias.name, files) - {name}
+    done: set[str] = set()
+    while len(done) < len(needs):
+        ready = {name for name, own in needs.items() if own <= done} - done
+        assert ready, f"a circle among {sorted(needs.keys() - done)}"
+        done |= ready
+
+
+def homes(module: str, name: str, files: dict[str, Path]) -> set[str]:
+    """Return where a name that is imported from a module, or from a folder, is defined."""
+    if f"{module}.{name}" in files:
+        return {f"{module}.{name}"}
+    if module in files:
+        return {module}
+    facade = PACKAGE.parent.joinpath(*module.split("."), "__init__.py")
+    if not module.startswith("ggjac") or not facade.exists():
+        return set()
+    for node in ast.walk(ast.parse(facade.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module and any(alias.name == name for alias in node.names):
+            return homes(node.module, name, files)
+    return set()
+
+
+def test_only_the_command_line_knows_click() -> None:
+    for name, path in modules().items():
+        if not name.startswith("ggjac.cli"):
+            assert "click" not in imports_of(path), name
+
+
+@pytest.mark.parametrize("folder", ["report", "gguf"])
+def test_what_needs_no_torch_imports_none(folder: str) -> None:
+    for path in units()[folder]:
+        assert not {"torch", "jaxtyping"} & imports_of(path), path
+
+
+def imports_of(path: Path) -> set[str]:
+    """Return the packages that a file imports, anywhere in it."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            found.add(node.module.partition(".")[0])
+    return found
+
+
+# Commands without a question about a prompt, or whose question has its file elsewhere: see the value.
+ELSEWHERE = {"info": "cli", "plan": "planner", "bench": "planner", "report": "report", "verify": "parity"}
+
+
+def test_a_question_has_one_name() -> None:
+    """From the command to its analysis; that it has a section, a template and tests is for other tests."""
+    from ggjac.cli import COMMANDS
+
+    for name in COMMANDS:
+        assert (PACKAGE / "cli" / f"{name}.py").exists()
+        assert (PACKAGE / "analysis" / f"{name}.py").exists() == (name not in ELSEWHERE), name
+
+
+def test_no_function_is_longer_than_80_lines() -> None:
+    """Lines of code: without the docstring, comments and blank lines."""
+    for path in PACKAGE.rglob("*.py"):
+        source = path.read_text(encoding="utf-8")
+        lines = source.splitlines()
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.FunctionDef):
+                start = node.body[1].lineno if ast.get_docstring(node) and len(node.body) > 1 else node.body[0].lineno
+                code = [line for line in lines[start - 1 : node.end_lineno] if line.strip() and line.strip()[0] != "#"]
+                assert len(code) <= 80, f"{path.relative_to(PACKAGE)}: {node.name} has {len(code)}"
+
+
+# Files of the planner: each may import those before it.
+PLANNER = ("machine", "work", "passes", "memory", "plan", "times")
+
+
+@pytest.mark.parametrize("name", PLANNER)
+def test_the_planner_goes_one_way_too(name: str) -> None:
+    tree = ast.parse((PACKAGE / "planner" / f"{name}.py").read_text(encoding="utf-8"))
+    found: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module == "ggjac.planner":
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("ggjac.planner."):
+            found.add(str(node.module).split(".")[2])
+    assert found <= set(PLANNER[: PLANNER.index(name)])
 
 
 HEAVY = ("torch", "numpy", "gguf", "llama_cpp", "scipy", "jaxtyping", "rich", "safetensors")
@@ -132,6 +251,10 @@ def test_reading_a_file_loads_neither_torch_nor_the_gguf_package() -> None:
 
 def test_tokenizing_loads_no_torch() -> None:
     assert not loaded("import ggjac.tokenizer, ggjac.config") & {"torch", "gguf", "llama_cpp"}
+
+
+def test_planning_loads_no_torch() -> None:
+    assert loaded("import ggjac.planner, ggjac.planner.bench") <= {"numpy"}
 
 
 def test_public_names_are_there() -> None:

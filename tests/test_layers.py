@@ -20,12 +20,12 @@ from ggjac.analysis import layers as module
 from ggjac.analysis.layers import LayerMap, Layers, layers
 from ggjac.analysis.svd import stable_rank
 from ggjac.cli import main
-from ggjac.cli.depths import spark
+from ggjac.cli.layers import spark
 from ggjac.cli.options import Depths
 from ggjac.frobenius import StableRank, stable_ranks
 from ggjac.linop import LinearOperator
 from ggjac.model import Trace, open_model
-from ggjac.report import schema
+from ggjac.report.load import checked
 from ggjac.runs.journal import Journal
 from ggjac.sizes import KINDS, MAPS
 from ggjac.svd import svd
@@ -427,7 +427,7 @@ def test_depths_are_numbers_and_ranges(given: str, blocks: int, depths: list[int
 
 @pytest.mark.parametrize("given", ["", "x", "1,,2", "1-2-3", "1.5", "all,1", "٣", "1" * 40])
 def test_what_is_no_list_of_depths_is_refused(given: str) -> None:
-    with pytest.raises(click.UsageError, match="is no list of layers"):
+    with pytest.raises(click.UsageError, match="is not a list of layers"):
         Depths().convert(given, None, None)
 
 
@@ -443,7 +443,7 @@ def test_what_cannot_fit_is_refused(tiny_files: dict[str, Path]) -> None:
     model = ["-m", tiny_files["gemma2"], "-t", 1, "--tokens", ",".join(["5"] * 60), "-k", 64]
     assert "Fits." in ggjac(*model, "--layers", "-1", "--maps", "to_end", "--dry-run", "--ram-budget", "200MiB").stdout
     few = ggjac(*model[:-2], "-k", 2, "--layers", "-1", "--maps", "to_end", "--ram-budget", "200MiB").stdout
-    assert "no map was asked for" in few  # none begins at the last depth: nothing that could be too much
+    assert "no map was requested" in few  # none begins at the last depth: nothing that could be too much
     for command in (["--dry-run"], []):
         err = ggjac(*model, *command, "--ram-budget", "200MiB", code=4).stderr
         assert "ask for fewer --layers" in err
@@ -466,16 +466,16 @@ def test_the_report_takes_what_the_command_gives(tiny_files: dict[str, Path], tm
     trace = open_model(tiny_files["three_layers"]).trace([5, 17, 3, 99, 42])
     found = layers(trace.jacobian(), 3, transport=True)
     part = content["layers"]
-    checked = schema.checked(content)["layers"]
-    assert len(checked["taps"]) == len(part["taps"]) == len(found.maps) == 21
-    for m, tap in zip(found.maps, checked["taps"], strict=True):
+    read = checked(content)["layers"]
+    assert len(read["taps"]) == len(part["taps"]) == len(found.maps) == 21
+    for m, tap in zip(found.maps, read["taps"], strict=True):
         assert (tap["map"], tap["kind"], tap["index"]) == (m.map, m.tap.kind, m.tap.index)
         assert [t["singular_value"] for t in tap["triplets"]] == pytest.approx(m.S.tolist(), rel=1e-4)
         assert tap["stable_rank"]["value"] == pytest.approx(m.stable_rank.value, rel=1e-4)
         assert [t["left"][0]["id"] for t in tap["triplets"]] == m.left.ids[:, 0].tolist()
-    assert [row["index"] for row in checked["readout"]] == [0, 1, 2, 3]
-    assert checked["ranks"]["depths"][-1]["ranks"] == found.readout.ranks[-1].tolist()
-    assert checked["path"][-1]["values"] == pytest.approx([1, 1, 1], abs=1e-5)
+    assert [row["index"] for row in read["readout"]] == [0, 1, 2, 3]
+    assert read["ranks"]["depths"][-1]["ranks"] == found.readout.ranks[-1].tolist()
+    assert read["path"][-1]["values"] == pytest.approx([1, 1, 1], abs=1e-5)
     assert "arriving" in part["taps"][0]["triplets"][0]
     assert part["stopped_by"] == "tolerance"
     assert part["converged"]
@@ -495,15 +495,15 @@ def test_the_tables(tiny_files: dict[str, Path]) -> None:
         "From the input to this depth: attention",
         "Each block alone: MLP",
         "From this depth to the output: layer",
-        "vector 0 at the output",
-        "The way to the output's directions",
-        "The stream read through final norm and head",
+        "vector 1 at the output",
+        "Path to the output's directions",
+        "Logit lens: the residual stream read through the final norm and the LM head",
         "all maps converged",
     ):
         assert words in out
     single = ggjac("-m", tiny_files["three_layers"], *TOKENS, "-k", 1, "--layers", -1, "--maps", "cumulative").stdout
     assert "The way" not in single  # two dimensions are the least
-    assert "vector 0 at" not in single
+    assert "vector 1 at" not in single
 
 
 def test_a_map_that_did_not_converge_is_exit_code_3(tiny_files: dict[str, Path]) -> None:

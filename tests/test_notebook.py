@@ -19,10 +19,10 @@ from ggjac.analysis.jacobian import dense
 from ggjac.analysis.layers import layers
 from ggjac.analysis.norms import norms
 from ggjac.analysis.ranks import token_ranks
-from ggjac.decode import top_logits
 from ggjac.parity import LayerError, Parity
 from ggjac.results import MAX_ROWS, Bars, Plotted, Points, Table, Words, _draw
 from ggjac.svd import SVD
+from ggjac.tokenizer import visible
 
 HOSTILE = "<script>alert('x')</script>\"&\n\x1b[31m"
 PROMPT = [0, 5, 3, 7, 2, 6]
@@ -59,8 +59,8 @@ class Grid(HTMLParser):
 
 def stranger(ids: list[int] | None = None) -> Any:
     """Return a prompt of a model all of whose tokens are hostile."""
-    tokenizer = SimpleNamespace(piece=lambda id: f"{HOSTILE}{id}".encode())
-    return SimpleNamespace(ids=ids or PROMPT, model=SimpleNamespace(tokenizer=tokenizer))
+    model = SimpleNamespace(word=lambda id: visible(f"{HOSTILE}{id}".encode()))
+    return SimpleNamespace(ids=ids or PROMPT, model=model)
 
 
 def parity() -> Parity:
@@ -98,6 +98,7 @@ def results(tiny_file: Callable) -> dict[str, Any]:
     a, b = (ggjac.portray(m.trace(PROMPT).jacobian(), 2, target=3) for m in (model, other))
     depths = layers(J, 2, maps=["cumulative"], top=3)
     spectrum = ggjac.spectrum(J, rank=3, top=4)
+    worth = ggjac.readability(J, spectrum.svd.U, spectrum.heaviest, shuffles=8)
     return {
         "svd": spectrum.svd,
         "spectrum": spectrum,
@@ -116,9 +117,9 @@ def results(tiny_file: Callable) -> dict[str, Any]:
         "readout": depths.readout,
         "token ranks": token_ranks(J),
         "per token": ggjac.per_token(J, 2, top=3)[-1],
-        "readability": ggjac.readability(
-            spectrum.svd.U, lambda Y, top: top_logits(model.head.matrix, Y, top), model.embedding, shuffles=8
-        ),
+        "readability": worth,
+        "coherence": worth.left,
+        "predictions": ggjac.predict(trace, 3),
         "steering": ggjac.steer(model, PROMPT, [1, 2, 3], strengths=[1.0, 0.5], max_tokens=2),
     }
 
@@ -146,11 +147,16 @@ EXPECTED: dict[str, tuple[list[str], int]] = {
     "readout": (["depth", "probability", "tokens", "rank"], L + 1),
     "token ranks": (["position", "token", "value", "error", "frobenius"], len(PROMPT)),
     "per token": (["sigma", "residual", "left", "right"], 2),
-    "readability": (["score", "above", "chance"], 3),
+    "coherence": (["score", "above", "chance"], 3),
+    "readability": (
+        ["left score", "left above", "left chance", "right score", "right above", "right chance"],
+        3,
+    ),
+    "predictions": (["next", "logit", "probability"], 3),
     "steering": (["strength", "control", "kl", "mass", "hits", "generated"], 5),
 }
 TEXTS = {"jacobian", "left", "right", "token", "name", "column tokens", "row tokens"}
-TEXTS |= {"target", "map", "kind", "tokens", "generated"}
+TEXTS |= {"next", "target", "map", "kind", "tokens", "generated"}
 TRUTHS = {"top1", "control"}
 # What the axes of figures are called.
 AXES = {
@@ -167,6 +173,7 @@ AXES = {
     "readout": ("blocks", "rank"),
     "token ranks": ("stable rank", ""),
     "per token": ("index", "σ"),
+    "predictions": ("probability", ""),
     "steering": ("strength", "KL to the baseline, nats"),
 }
 
@@ -236,7 +243,7 @@ def test_a_table_takes_its_colours_from_the_notebook() -> None:
 
 
 def test_words_are_the_traces(results: dict[str, Any]) -> None:
-    trace = SimpleNamespace(ids=PROMPT, model=SimpleNamespace(tokenizer=SimpleNamespace(piece=lambda id: b" t%d" % id)))
+    trace = SimpleNamespace(ids=PROMPT, model=SimpleNamespace(word=lambda id: f"␣t{id}"))
     spectrum = results["spectrum"]
     columns = spectrum.table(trace).columns
     best = spectrum.weight.argmax(1).tolist()
@@ -299,7 +306,7 @@ def test_shares_in_tables_sum_to_the_logit(results: dict[str, Any]) -> None:
     one, many, branches = (results[name] for name in ("attribution", "positions", "branches"))
     assert sum(one.table().columns["share"]) + one.offset == pytest.approx(one.logit)
     assert f"sum to {one.logit:.4f}; forward pass: {one.logit:.4f}" in one.table().notes[0]
-    assert one.table().title == "Shares in the logit of token 3 less that of token 4"
+    assert one.table().title == "Shares in the logit of token 3 minus that of token 4"
     rows = many.table().columns
     for m, output in enumerate(many.positions):
         own = [i for i, position in enumerate(rows["output"]) if position == output]
@@ -357,10 +364,13 @@ def test_other_tables_hold_the_results_numbers(results: dict[str, Any]) -> None:
     concept, control = axes.lines
     assert concept.get_xydata().tolist() == [[0, 0], [0.5, rows["kl"][2]], [1, rows["kl"][1]]]
     assert control.get_ydata()[1] == rows["kl"][4]
-    rows = results["readability"].table().columns
-    assert rows["above"] == results["readability"].above.tolist()
+    rows = results["coherence"].table().columns
+    assert rows["above"] == results["coherence"].above.tolist()
+    both = results["readability"].table().columns
+    assert [both[f"left {name}"] for name in rows] == list(rows.values())
+    assert both["right score"] == results["readability"].right.scores.tolist()
     last = results["per token"]
-    trace = SimpleNamespace(ids=PROMPT, model=SimpleNamespace(tokenizer=SimpleNamespace(piece=lambda id: b"t%d" % id)))
+    trace = SimpleNamespace(ids=PROMPT, model=SimpleNamespace(word=lambda id: f"t{id}"))
     assert last.table(trace).title == "Singular triplets of position t6"
     assert last.table().columns["right"] == last.right.ids.tolist()
 

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from ggjac.analysis import ranks as module
 from ggjac.analysis.ranks import token_ranks
-from ggjac.cli import main, phrases
-from ggjac.cli.session import Session
+from ggjac.cli import main
 from ggjac.model import Model, Trace, open_model
 from ggjac.runs import journal
+from ggjac.session import Session
 from ggjac.weights import WeightStore
 
 
@@ -96,13 +96,13 @@ LINES = ["The bridge out of Marin is the", "The capital of France is", "The colo
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Return the lengths of the prompts that are analysed."""
     seen: list[int] = []
-    true = phrases.token_ranks
+    true = module.token_ranks
 
     def count(jacobian: Any, **options: Any) -> Any:
         seen.append(len(jacobian.ids))
         return true(jacobian, **options)
 
-    monkeypatch.setattr(phrases, "token_ranks", count)
+    monkeypatch.setattr(module, "token_ranks", count)
     return seen
 
 
@@ -165,7 +165,7 @@ def test_what_an_interruption_left_is_gone_on_with(
 def test_an_interruption_says_what_is_kept(kept: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file, out = tmp_path / "prompts.txt", tmp_path / "ranks.jsonl"
     file.write_text("\n".join(LINES))
-    original, seen = phrases.token_ranks, list[int]()
+    original, seen = module.token_ranks, list[int]()
 
     def interrupted(jacobian: Any, **options: Any) -> Any:
         seen.append(1)
@@ -173,10 +173,10 @@ def test_an_interruption_says_what_is_kept(kept: bool, tmp_path: Path, monkeypat
             raise KeyboardInterrupt
         return original(jacobian, **options)
 
-    monkeypatch.setattr(phrases, "token_ranks", interrupted)
+    monkeypatch.setattr(module, "token_ranks", interrupted)
     err = ggjac("-f", file, *(("-o", out) if kept else ()), code=130).stderr
     assert ("ranks.jsonl: the same command goes on with the others" in err) == kept
-    assert ("nothing unfinished was left behind" in err) == (not kept)
+    assert ("no partial files were left" in err) == (not kept)
     assert not kept or len(out.read_bytes().splitlines()) == 1
 
 
@@ -217,7 +217,7 @@ def test_a_file_of_something_else_is_left_alone(content: str, newline: str, tmp_
     out = tmp_path / "mine.txt"
     out.write_bytes(content.encode("latin-1"))
     err = ggjac("--tokens", "0,465", "-o", out, code=1).stderr
-    assert "line 1 is no result of this command; choose another -o" in err
+    assert "line 1 is not a result of this command; choose another -o" in err
     assert out.read_bytes() == content.encode("latin-1")
 
 
@@ -228,7 +228,7 @@ def test_what_follows_the_records_is_left_alone(tmp_path: Path) -> None:
     for rest in (b"my own notes", b"\n", b'{"prompt": 1}', b"x\n"):
         out.write_bytes(whole + rest)
         err = ggjac("--tokens", "0,465,637", "-o", out, code=1).stderr
-        assert "line 2 is no result of this command; choose another -o" in err
+        assert "line 2 is not a result of this command; choose another -o" in err
         assert out.read_bytes() == whole + rest
     assert "is a folder" in ggjac("--tokens", "0,465", "-o", tmp_path, code=1).stderr
 
@@ -261,7 +261,7 @@ def test_one_process_at_a_time_appends(tmp_path: Path, monkeypatch: pytest.Monke
             pass
         return token_ranks(*args, **options)
 
-    monkeypatch.setattr(phrases, "token_ranks", measured)
+    monkeypatch.setattr(module, "token_ranks", measured)
     file = tmp_path / "prompts.txt"
     file.write_text("\n".join(LINES[1:]))
     ggjac("-f", file, "-o", out)

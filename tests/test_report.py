@@ -31,15 +31,17 @@ from safetensors.numpy import save_file
 
 import ggjac
 from ggjac.cli import main
-from ggjac.report import charts, figures, numbers, page, schema, sections, write_figures, write_report
-from ggjac.report.load import Run, load
-from ggjac.report.sections import depth
+from ggjac.drawing import charts
+from ggjac.report import figures, numbers, page, schema, write_figures, write_report
+from ggjac.report.load import checked, load
+from ggjac.report.sections import PARTS, ROOMS, SECTIONS, common, contrast, layers
+from ggjac.report.sections.common import Run
 from ggjac.runs import RunError
 
 PACKAGE = Path(ggjac.__file__).parent
 ROOT = Path(__file__).parents[1]
 VOID = {"meta", "link", "br", "hr", "img", "input"}
-ALL_SECTIONS = {section.key for section in sections.SECTIONS}
+ALL_SECTIONS = {section.key for section in SECTIONS}
 
 
 class Page(HTMLParser):
@@ -105,7 +107,7 @@ def rendered(content: dict[str, Any] | None = None, vectors: dict[str, np.ndarra
     whole, all_vectors = report_run.full()
     found = all_vectors if vectors is None else vectors
     return page.render(
-        Run(schema.checked(whole if content is None else content), {k: v.astype(np.float64) for k, v in found.items()})
+        Run(checked(whole if content is None else content), {k: v.astype(np.float64) for k, v in found.items()})
     )
 
 
@@ -124,10 +126,26 @@ def parsed(html: str) -> Page:
 
 def test_every_section_is_there_and_linked(parsed: Page) -> None:
     ids = [attributes["id"] for tag, attributes in parsed.elements if tag == "section"]
-    assert ids == [section.key for section in sections.SECTIONS]
+    assert ids == [section.key for section in SECTIONS]
     links = [attributes["href"] for tag, attributes in parsed.elements if tag == "a"]
     assert links == ["#main", *(f"#{id}" for id in ids)]
-    assert parsed.find("h2") == [section.title for section in sections.SECTIONS]
+    assert parsed.find("h2") == [section.title for section in SECTIONS]
+
+
+def test_every_section_has_its_template_and_every_template_its_section() -> None:
+    shared = {"page", "macros", "heat-table"}
+    templates = {path.stem for path in page.TEMPLATES.glob("*.html")}
+    assert templates - shared == ALL_SECTIONS
+    assert len(SECTIONS) == len(ALL_SECTIONS)
+
+
+def test_every_section_and_part_is_of_one_room() -> None:
+    for room in ROOMS:
+        name = room.__name__.rpartition(".")[2]
+        own = [section.key for section in getattr(room, "SECTIONS", ())]
+        assert all(re.fullmatch(rf"{name}(-[a-z-]+)?", key) for key in own)
+        assert set(own) <= ALL_SECTIONS
+    assert sum(len(room.FORM) for room in ROOMS) == len(PARTS), "no part has two forms"
 
 
 def test_the_title_is_the_prompt_and_its_prediction(parsed: Page) -> None:
@@ -136,14 +154,14 @@ def test_the_title_is_the_prompt_and_its_prediction(parsed: Page) -> None:
 
 
 def test_the_certificate_has_all_it_takes_to_run_again(parsed: Page) -> None:
-    start = parsed.text.index("Certificate What was checked")
-    box = parsed.text[start : parsed.text.index("Singular values How strongly")]
+    start = parsed.text.index("Certificate The checks of this run")
+    box = parsed.text[start : parsed.text.index("Singular values The gain")]
     for said in (
         "Reconstruction passed 3.1 × 10⁻⁷ at most 10⁻⁵",
         "llama.cpp passed agrees on the file as it is Same top token",
         "KL divergence 7.8 × 10⁻⁶ nats",
         "Singular vectors passed 3.6 × 10⁻⁶ asked 10⁻³",
-        "float32", "Live factor of gated MLPs up", "Seed 4", "Threads 2", "Peak memory 297.0 MB",
+        "float32", "Live factor of gated MLPs up", "Seed 4", "Threads 2", "Peak memory 283.3 MiB",
         "sampled-sha256:" + "ab" * 32, "torch 2.13.0", "trace 0.074 s", "all 1 min 15 s", "2026-01-02 03:04:05 UTC",
         """ggjac analyze -p 'The bridge'"'"'s <b>end</b>' -k 5""",
     ):  # fmt: skip
@@ -178,7 +196,7 @@ def test_levels_of_colour_follow_sign_and_size() -> None:
 def test_singular_values_are_drawn_where_they_are(html: str) -> None:
     sigmas = np.array([t["singular_value"] for t in full()["svd"]["triplets"]])
     for scale, axis in (("linear", lambda v: v), ("log", np.log)):
-        section = html[html.index('<section id="spectrum"') :]
+        section = html[html.index('<section id="svd"') :]
         chart = section[section.index(f'<div class="panel" data-scale="{scale}">') :]
         (path,) = re.findall(r'class="dots accent" d="([^"]+)"', chart[: chart.index("</div>")])
         points = np.array([[float(v) for v in re.split("[ M]", point) if v] for point in path.split("h0")[:-1]])
@@ -190,15 +208,15 @@ def test_singular_values_are_drawn_where_they_are(html: str) -> None:
 
 
 def test_the_grid_has_a_row_for_each_depth_and_a_column_for_each_rank(parsed: Page) -> None:
-    layers = full()["layers"]
+    found = full()["layers"]
     # Nine grids of vectors and one readout, with one button for each token shown in them.
     tables = [a for tag, a in parsed.elements if tag == "table" and "cells" in (a.get("class") or "")]
     assert len(tables) == 10
     buttons = [
         (a["value"], text) for (tag, a), text in zip(parsed.elements, parsed.texts, strict=True) if tag == "button"
     ]
-    shown = [t for tap in layers["taps"] for v in tap["triplets"] for t in v["left"][:3]]
-    shown += [t for row in layers["readout"] for t in row["top"]]
+    shown = [t for tap in found["taps"] for v in tap["triplets"] for t in v["left"][:3]]
+    shown += [t for row in found["readout"] for t in row["top"]]
     assert [(str(t["id"]), t["token"]) for t in shown] == [(id, "".join(text)) for id, text in buttons]
 
 
@@ -242,7 +260,7 @@ def test_ranks_travel_with_the_page(parsed: Page) -> None:
 
 
 def test_long_vocabularies_of_ranks_are_cut_and_their_tokens_not_offered(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(depth, "MAX_RANKS", 7 * 5)
+    monkeypatch.setattr(layers, "MAX_RANKS", 7 * 5)
     found = Page(rendered())
     data = json.loads(found.raw("script")[0])
     assert [len(row) for row in data["ranks"]] == [5] * 7
@@ -253,8 +271,8 @@ def test_scatter_samples_keep_the_extremes() -> None:
     random = np.random.default_rng(1)
     y = random.normal(size=9000)
     vectors = {"y": y, "offset": 0 * y, "linear_output": y + 1e-3 * random.normal(size=9000)}
-    (chart,) = charts.scatters(Run({}, vectors))
-    assert len(chart.series[0].points) == charts.MAX_POINTS
+    (chart,) = contrast.scatters(Run({}, vectors))
+    assert len(chart.series[0].points) == common.MAX_POINTS
     assert {y.min(), y.max()} <= {x for x, _ in chart.series[0].points}
     assert chart.notes == ("2000 of 9000 components, the extremes among them.",)
 
@@ -262,7 +280,7 @@ def test_scatter_samples_keep_the_extremes() -> None:
 def test_scatters_are_drawn_on_the_scale_of_the_output() -> None:
     y = np.linspace(-3, 4, 50)
     vectors = {"y": y, "offset": 0 * y, "linear_output": y, "ordinary_output": 0.01 * y}
-    for chart in charts.scatters(Run({}, vectors)):
+    for chart in contrast.scatters(Run({}, vectors)):
         assert (chart.y.low, chart.y.high) == (chart.x.low, chart.x.high)
 
 
@@ -301,23 +319,23 @@ def test_another_position_shows_where_the_prompt_is_read() -> None:
         token["text"] = text
     found = Page(rendered(content))
     assert found.find("h1") == ["The bridge out Golden of Marin is the桥"]
-    assert found.find("tr", **{"class": "best"})[-1] == f"2 {content['tokens'][2]['id']} ␣out read here"
+    assert found.find("tr", **{"class": "best"})[-1] == f"2 {content['tokens'][2]['id']} ␣out output position"
 
 
 # -- what it leaves out ------------------------------------------------------------------------------------------------
 
 MISSING = {
-    "predictions": {"prediction"},
-    "attribution": {"attribution", "positions"},
-    "branches": {"branches"},
-    "parity": {"parity"},
+    "predictions": {"predict"},
+    "attribution": {"attribute", "attribute-positions"},
+    "branches": {"attribute-branches"},
+    "parity": {"verify"},
     "norms": {"norms"},
-    "jacobian": {"dense"},
+    "jacobian": {"jacobian"},
     "ranks": {"ranks"},
     "compare": {"compare"},
-    "steering": {"steering"},
-    "svd": {"spectrum", "vectors", "per-token"},
-    "layers": {"layers", "stable-rank"},
+    "steering": {"steer"},
+    "svd": {"svd", "svd-vectors", "svd-per-token"},
+    "layers": {"layers", "layers-stable-rank"},
 }
 
 
@@ -341,8 +359,8 @@ def test_layers_in_part(part: str) -> None:
     del content["layers"][part]
     found = Page(rendered(content))
     assert ("Rank by depth" in found.find("h3")) == (part != "ranks")
-    assert ("Readout" in found.find("legend")) == (part != "readout")
-    assert ("The way to the output's two leading directions" in found.find("figcaption")) == (part != "path")
+    assert ("Logit lens" in found.find("legend")) == (part != "readout")
+    assert ("Path along the output's two leading directions" in found.find("figcaption")) == (part != "path")
 
 
 @pytest.mark.parametrize("name", VECTORS)
@@ -475,7 +493,7 @@ NO_RUN: dict[str, tuple[Callable[[Path], object], str]] = {
     "another version": (lambda f: (f / "run.json").write_text('{"schema_version": 99}'), "schema version"),
     "a pipe": (lambda f: ((f / "run.json").unlink(), os.mkfifo(f / "run.json")), "is not a regular file"),
     "nested": (lambda f: (f / "run.json").write_text('{"a":' * 99999), "too deeply"),
-    "huge": (lambda f: os.truncate(f / "run.json", 300 * 2**20), "has 315 MB"),
+    "huge": (lambda f: os.truncate(f / "run.json", 300 * 2**20), "is 300.0 MiB, larger than any result"),
     "no safetensors": (lambda f: (f / "tensors.safetensors").write_bytes(b"x" * 99), "cannot be read"),
     "truncated": (lambda f: os.truncate(f / "tensors.safetensors", 700), "tensors.safetensors: cannot be read"),
     "a matrix": (
@@ -518,7 +536,7 @@ def test_a_run_folder_cannot_send_the_report_elsewhere(tmp_path: Path) -> None:
         write_figures(folder)
     (folder / "figures").unlink()
     (folder / "figures").mkdir()
-    (folder / "figures" / "attribution.png").symlink_to(tmp_path / "precious")
+    (folder / "figures" / "attribute.png").symlink_to(tmp_path / "precious")
     with pytest.raises(RunError, match="leads out of the run folder"):
         write_figures(folder)
     assert (tmp_path / "precious").read_text() == "mine"
@@ -619,15 +637,15 @@ def test_the_demo_has_a_small_report(tmp_path: Path) -> None:
     assert found.find("h1") == ["The bridge out of Marin is the Golden"]
     missing = {
         "layers",
-        "stable-rank",
-        "per-token",
-        "positions",
+        "layers-stable-rank",
+        "svd-per-token",
+        "attribute-positions",
         "norms",
-        "dense",
+        "jacobian",
         "ranks",
         "compare",
-        "steering",
-        "parity",
+        "steer",
+        "verify",
     }
     assert {a["id"] for tag, a in found.elements if tag == "section"} == ALL_SECTIONS - missing
 
@@ -697,7 +715,7 @@ def test_the_command_spares_what_it_reads(name: str, tmp_path: Path) -> None:
     for output in (folder / name, tmp_path / "link"):
         result = CliRunner().invoke(main, ["report", str(folder), "-o", str(output)], prog_name="ggjac")
         assert (result.exit_code, result.stderr.count("\n")) == (1, 1)
-        assert "is what the report is made from" in result.stderr
+        assert "is the input of the report" in result.stderr
     assert (folder / name).read_bytes() == before
 
 
@@ -722,19 +740,20 @@ def test_figures_are_the_pages_charts(tmp_path: Path) -> None:
     ]
     scaled = lambda *names: [f"{name}-{scale}" for name in names for scale in ("linear", "log")]  # noqa: E731
     assert list(drawn) == [
-        "attribution", *scaled("singular-values", "per-token"), *kinds, *scaled("norms", "dense-frobenius"),
-        *scaled("dense-contribution", "compare-singular-values", "compare-angles", "compare-kl", "ranks-by-position"),
-        "parity-log", "parity-linear", "branches", "coherence-left", "coherence-right", "path", "rank-by-depth",
-        "reconstruction-detached", "reconstruction-ordinary", "steering-kl", "steering-mass", "steering-hits",
-        "branches-heads", "positions",
+        "steering-kl", "steering-mass", "steering-hits", *scaled("compare-singular-values", "compare-angles"),
+        *scaled("compare-kl", "ranks-by-position"), "attribute", "attribute-branches", "attribute-branches-heads",
+        "attribute-positions", *scaled("singular-values"), "coherence-left", "coherence-right",
+        *scaled("svd-per-token", "norms", "dense-frobenius", "dense-contribution"), "rank-by-depth", *kinds, "path",
+        "reconstruction-detached", "reconstruction-ordinary", "verify-log", "verify-linear",
     ]  # fmt: skip
+    assert list(drawn) == [drawing.name for section in SECTIONS for drawing in section.drawings(run)]
     sigmas = [t["singular_value"] for t in run.content["svd"]["triplets"]]
     for scale in ("linear", "log"):
         axes = drawn[f"singular-values-{scale}"].axes[0]
         assert axes.lines[0].get_ydata().tolist() == sigmas
         assert axes.get_yscale() == scale
-    bars = [patch.get_width() for patch in drawn["attribution"].axes[0].patches]
-    assert bars == [share["share"] for share in run.content["attribution"]["shares"]]
+    bars = [patch.get_width() for patch in drawn["attribute"].axes[0].patches]
+    assert bars == [share["share"] for share in full()["attribution"]["shares"]]
     ranks = [depth["ranks"][0] for depth in run.content["layers"]["ranks"]["depths"]]
     axes = drawn["rank-by-depth"].axes[0]
     assert axes.lines[0].get_ydata().tolist() == ranks
@@ -743,13 +762,20 @@ def test_figures_are_the_pages_charts(tmp_path: Path) -> None:
     assert np.allclose(np.stack([y.get_xdata(), y.get_ydata()]), [run.vectors["y"], run.vectors["ordinary_output"]])
 
 
+def test_figures_are_those_of_the_sections(monkeypatch: pytest.MonkeyPatch) -> None:
+    bars = charts.Bars("mine", "title", "label", ["a"], [1.0])
+    own = common.Section("mine", "Mine", lambda run: None, drawings=lambda run: [bars])
+    monkeypatch.setattr(figures, "SECTIONS", (own,))
+    assert list(figures.figures(Run({}, {}))) == ["mine"]
+
+
 def test_figures_come_in_three_formats_with_the_same_bytes_each_time(tmp_path: Path) -> None:
     content = {key: full()[key] for key in ("schema_version", "model", "tokens", "attribution", "branches", "position")}
     del content["attribution"]["positions"]
     folder = report_run.write(tmp_path / "run", content, {})
     result = CliRunner().invoke(main, ["report", str(folder), "--figures"], prog_name="ggjac")
     assert result.exit_code == 0, result.output
-    names = ["attribution", "branches", "branches-heads"]
+    names = ["attribute", "attribute-branches", "attribute-branches-heads"]
     files = [folder / "figures" / f"{name}.{kind}" for name in names for kind in ("png", "svg", "pdf")]
     assert result.stdout.split("\n") == [f"Saved {path}" for path in (folder / "report.html", *files)] + [""]
     first = [path.read_bytes() for path in files]
@@ -763,11 +789,6 @@ def test_figures_come_in_three_formats_with_the_same_bytes_each_time(tmp_path: P
     assert sorted(os.listdir(folder / "figures")) == sorted(path.name for path in files)
 
 
-def test_figures_escape_what_no_font_can_draw(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(figures, "_drawable", lambda: frozenset(map(ord, "ab ")))
-    assert figures._label("a桥 b") == "a⟨U+6865⟩ b"
-
-
 def test_figures_leave_matplotlib_as_it_was(tmp_path: Path) -> None:
     import matplotlib
 
@@ -777,18 +798,12 @@ def test_figures_leave_matplotlib_as_it_was(tmp_path: Path) -> None:
     assert dict(matplotlib.rcParams) == before
 
 
-# -- numbers and axes --------------------------------------------------------------------------------------------------
+# -- numbers -----------------------------------------------------------------------------------------------------------
 
 NUMBERS = [
-    (numbers.power, 3.1149e-7, "3.1 × 10⁻⁷"), (numbers.power, 1e-5, "10⁻⁵"), (numbers.power, -2e-9, "−2.0 × 10⁻⁹"),
-    (numbers.power, 0.0, "0"), (numbers.power, 1.0, "1.0"), (numbers.power, 0.41, "0.41"),
-    (numbers.power, 123.4, "123"),
-    (numbers.power, 1234.5, "1.2 × 10³"), (numbers.power, None, "–"),
     (numbers.signed, 1.5, "+1.500"), (numbers.signed, -1.5, "−1.500"), (numbers.signed, -1e-9, "0.000"),
     (numbers.percent, 0.9719, "97.2 %"), (numbers.percent, 1e-6, "< 0.1 %"), (numbers.percent, -0.01, "−1.0 %"),
-    (numbers.percent, 0.0, "0.0 %"), (numbers.size, 999, "999 B"), (numbers.size, 3740224, "3.7 MB"),
-    (numbers.size, 42 * 10**9, "42.0 GB"), (numbers.duration, 0.074, "0.074 s"), (numbers.duration, 75.2, "1 min 15 s"),
-    (numbers.duration, 7300.0, "2 h 1 min"), (numbers.aligned, [43.576, 0.5], ["43.5760", "0.5000"]),
+    (numbers.percent, 0.0, "0.0 %"), (numbers.aligned, [43.576, 0.5], ["43.5760", "0.5000"]),
     (numbers.aligned, [43.576, 12.0], ["43.58", "12.00"]), (numbers.aligned, [3e7, 1.0], ["3.000 × 10⁷", "1.000"]),
 ]  # fmt: skip
 
@@ -796,40 +811,3 @@ NUMBERS = [
 @pytest.mark.parametrize(("function", "value", "shown"), NUMBERS)
 def test_numbers_for_readers(function: Callable, value: Any, shown: Any) -> None:
     assert function(value) == shown
-
-
-FLOATS = st.floats(-1e100, 1e100).map(lambda value: schema.number(value, ""))
-
-
-@settings(deadline=None)
-@given(st.lists(FLOATS, min_size=1, max_size=20), st.booleans(), st.sampled_from(["linear", "whole", "log", "flipped"]))
-def test_axes_of_anything(values: list[float], zero: bool, kind: str) -> None:
-    if kind in ("linear", "whole"):
-        axis = charts.linear("x", values, zero=zero, whole=kind == "whole", pad=0.05)
-    else:
-        axis = charts.logarithmic("x", values, flipped=kind == "flipped")
-    shown = values if kind in ("linear", "whole") else [value for value in values if value > 0]
-    places = [axis.place(value) for value in sorted(shown)]
-    assert all(0 <= place <= 1 for place in places)
-    assert places == sorted(places, reverse=axis.flipped)
-    ticks = [tick for tick, _ in axis.ticks]
-    assert len(ticks) <= 20
-    assert all(axis.low <= tick * (1 + 1e-9) and tick * (1 - 1e-9) <= axis.high for tick in ticks if tick > 0)
-
-
-@pytest.mark.parametrize(
-    ("values", "labels"),
-    [
-        ([0, 43.6], ["0", "10", "20", "30", "40"]),
-        ([0, 0.97], ["0.0", "0.2", "0.4", "0.6", "0.8"]),
-        ([-4.1, 3.9], ["−4", "−2", "0", "2"]),
-        ([7, 7], ["4", "6", "8", "10"]),
-    ],
-)
-def test_ticks_are_round(values: list[float], labels: list[str]) -> None:
-    assert [label for _, label in charts.linear("x", values).ticks] == labels
-
-
-def test_log_ticks_are_round() -> None:
-    assert [label for _, label in charts.logarithmic("x", [1, 30000]).ticks] == ["1", "10", "100", "1000", "10000"]
-    assert [label for _, label in charts.logarithmic("x", [28, 44]).ticks] == ["30", "40", "50"]

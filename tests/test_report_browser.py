@@ -252,7 +252,7 @@ def test_a_pin_in_hand_stands_out(reader: Reader) -> None:
     assert reader.locator(".chart.ranks .line.faint").get_attribute("d") == last
 
 
-@pytest.mark.parametrize("section", ["spectrum", "stable-rank"])
+@pytest.mark.parametrize("section", ["svd", "layers-stable-rank"])
 def test_the_scale_switch(section: str, reader: Reader) -> None:
     switch = reader.locator(f"#{section} .switched").first
     panels = switch.locator(".panel")
@@ -296,10 +296,10 @@ def test_values_show_on_hover_and_focus_and_stay_on_the_page(context: Any, repor
 
 def test_a_cell_says_its_value(reader: Reader) -> None:
     blocks = report_run.full()[0]["branches"]["blocks"]
-    grid = reader.locator("#branches .heat")
+    grid = reader.locator("#attribute-branches .heat")
     grid.scroll_into_view_if_needed()
     box = grid.bounding_box()
-    says = reader.locator("#branches output")
+    says = reader.locator("#attribute-branches output")
     # Two columns, a gap, four heads: the middle of head 2 of block 3.
     reader.mouse.move(box["x"] + box["width"] * 5.5 / 7, box["y"] + box["height"] * 2.5 / 6)
     expected = f"{blocks[2]['heads'][2]:+.4f}".replace("-", "−")
@@ -307,14 +307,14 @@ def test_a_cell_says_its_value(reader: Reader) -> None:
     reader.mouse.move(box["x"] + box["width"] * 2.5 / 7, box["y"] + box["height"] * 2.5 / 6)
     assert says.text_content() == f"block 3, head 2: {expected}", "the gap says nothing"
 
-    reader.locator("#branches .map").press("ArrowLeft")
-    reader.locator("#branches .map").press("ArrowUp")
+    reader.locator("#attribute-branches .map").press("ArrowLeft")
+    reader.locator("#attribute-branches .map").press("ArrowUp")
     expected = f"{blocks[1]['heads'][1]:+.4f}".replace("-", "−")
     assert says.text_content() == f"block 2, head 1: {expected}"
     reader.keyboard.press("Home")
     expected = f"{blocks[1]['attn']:+.4f}".replace("-", "−")
     assert says.text_content() == f"block 2, attention: {expected}"
-    cursor = reader.locator("#branches .cursor")
+    cursor = reader.locator("#attribute-branches .cursor")
     assert [cursor.get_attribute(name) for name in ("x", "y", "width")] == ["0", "1", "1"]
     for _ in range(20):  # not beyond the edge
         reader.keyboard.press("ArrowDown")
@@ -322,9 +322,9 @@ def test_a_cell_says_its_value(reader: Reader) -> None:
 
 
 def test_a_cell_without_a_share_says_so(reader: Reader) -> None:
-    reader.locator("#positions .map").focus()
+    reader.locator("#attribute-positions .map").focus()
     reader.keyboard.press("End")
-    assert reader.locator("#positions output").text_content().endswith(": –")
+    assert reader.locator("#attribute-positions output").text_content().endswith(": –")
 
 
 def test_a_grid_of_many_heads_fits_a_phone(context: Any, tmp_path: Path) -> None:
@@ -336,19 +336,19 @@ def test_a_grid_of_many_heads_fits_a_phone(context: Any, tmp_path: Path) -> None
         page.set_viewport_size({"width": width, "height": 844})
         reader = Reader(page, file)
         assert page.evaluate("document.documentElement.scrollWidth") <= width
-        page.locator("#branches .map").scroll_into_view_if_needed()
-        box = page.locator("#branches .heat").bounding_box()
+        page.locator("#attribute-branches .map").scroll_into_view_if_needed()
+        box = page.locator("#attribute-branches .heat").bounding_box()
         assert box["x"] + box["width"] <= width
         assert box["height"] >= 400
         # Labels above the grid do not lie on one another.
         boxes = page.evaluate(
-            """[...document.querySelectorAll('#branches .heat text.tick')].filter((e) => e.checkVisibility())
+            """[...document.querySelectorAll('#attribute-branches .heat text.tick')].filter((e) => e.checkVisibility())
               .map((e) => e.getBoundingClientRect()).map((box) => [box.left, box.right])"""
         )
         assert len(boxes) >= 8
         assert all(a[1] + 4 <= b[0] for a, b in pairwise(sorted(boxes)))
         page.mouse.move(box["x"] + box["width"] - 2, box["y"] + box["height"] - 2)
-        assert page.locator("#branches output").text_content().startswith("block 80, head 63: ")
+        assert page.locator("#attribute-branches output").text_content().startswith("block 80, head 63: ")
         reader.check()
     page.close()
 
@@ -365,17 +365,17 @@ def test_keys_reach_everything_in_few_steps(reader: Reader) -> None:
         assert reader.evaluate(f"({ring})(document.activeElement)") == "solid"
     assert seen[0] == "A"
     assert {
-        "attribution",
-        "branches",
-        "positions",
-        "spectrum",
+        "attribute",
+        "attribute-branches",
+        "attribute-positions",
+        "svd",
         "layers",
-        "stable-rank",
-        "scatter",
+        "layers-stable-rank",
+        "contrast",
         "tokens",
         "BODY",
     } <= set(seen)
-    assert seen.count("attribution") == 2, "the row of tokens is one step, its table another"
+    assert seen.count("attribute") == 2, "the row of tokens is one step, its table another"
 
 
 def test_arrows_move_among_tokens(reader: Reader) -> None:

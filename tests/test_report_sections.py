@@ -20,10 +20,13 @@ from click.testing import CliRunner, Result
 from report_run import TOKENS
 from test_report import Page, at, full, rendered
 
-from ggjac.cli import COMMANDS, main, vectors
-from ggjac.report import charts, figures, schema, write_figures
-from ggjac.report.load import Run, load
-from ggjac.report.sections import common
+from ggjac.analysis.per_token import TokenSpectrum
+from ggjac.cli import COMMANDS, main
+from ggjac.drawing.charts import Heat, Panel
+from ggjac.report import figures, write_figures
+from ggjac.report.load import checked, load
+from ggjac.report.sections import ROOMS, common, compare, ranks, steer
+from ggjac.report.sections.common import Run
 from ggjac.runs import RunError
 
 TinyFile = Callable[..., Path]
@@ -54,7 +57,7 @@ def html() -> str:
 
 
 def test_every_share_is_in_the_table_and_they_sum_to_the_logit(html: str) -> None:
-    entry, found = full()["branches"], section(html, "branches")
+    entry, found = full()["branches"], section(html, "attribute-branches")
     rows = found.find("tr")
     for block in entry["blocks"]:
         values = [block["attn"], block["mlp"], *block["heads"]]
@@ -74,7 +77,7 @@ def test_every_share_is_in_the_table_and_they_sum_to_the_logit(html: str) -> Non
 def test_parts_that_do_not_make_up_the_logit_are_said_to() -> None:
     content = full()
     content["branches"]["logit"] += 3
-    (said,) = section(rendered(content), "branches").find("p", **{"class": "equation"})
+    (said,) = section(rendered(content), "attribute-branches").find("p", **{"class": "equation"})
     assert " ≠ logit " in said
     assert "(difference 3.0)" in said
 
@@ -114,8 +117,8 @@ def test_a_grid_shows_each_value_at_its_place(heads: int) -> None:
 def test_by_layer_there_is_a_chart_and_a_table() -> None:
     content = full()
     content["branches"] = report_run.branches(blocks=5, heads=0)
-    found = section(rendered(content), "branches")
-    assert "data-heat" not in rendered(content)[: rendered(content).index('id="positions"')]
+    found = section(rendered(content), "attribute-branches")
+    assert "data-heat" not in rendered(content)[: rendered(content).index('id="attribute-positions"')]
     for block in content["branches"]["blocks"]:
         assert f"{block['block']} {signed(block['attn'])} {signed(block['mlp'])}" in found.find("tr")
     assert ", head " not in found.text
@@ -133,14 +136,14 @@ def test_grids_that_no_eye_could_read_are_left_out() -> None:
     content = full()
     content["branches"] = report_run.branches(blocks=200, heads=128)
     source = rendered(content)
-    assert "branches-heads-values" not in source
+    assert "attribute-branches-heads-values" not in source
     assert len(source.encode()) < 2_000_000
 
 
 @pytest.mark.parametrize(("largest", "shown"), [(2.0, True), (0.0, False)])
 def test_shades_are_relative_to_the_panel(largest: float, shown: bool) -> None:
-    panel = charts.Panel("x", ("a", "b"), ("a", "b"), ((largest, -largest / 2), (None, 0.0)))
-    found = common.heat(charts.Heat("key", "title", "row", ("0", "1"), (panel,)))
+    panel = Panel("x", ("a", "b"), ("a", "b"), ((largest, -largest / 2), (None, 0.0)))
+    found = common.heat(Heat("key", "title", "row", ("0", "1"), (panel,)))
     assert [level for level, _ in found["paths"]] == [*(["-5", "10"] if shown else []), "none"]
     first = ["+2.0000", "−1.0000"] if shown else ["0.0000", "0.0000"]
     assert [row for _, row in found["body"]] == [first, ["", "0.0000"]]
@@ -150,7 +153,7 @@ def test_shades_are_relative_to_the_panel(largest: float, shown: bool) -> None:
 
 
 def test_every_position_has_its_shares(html: str) -> None:
-    found = section(html, "positions")
+    found = section(html, "attribute-positions")
     for entry in full()["attribution"]["positions"]:
         cells = " ".join(signed(share["share"]) for share in entry["shares"])
         assert any(row.startswith(f"{entry['position']} ") and f" {cells}" in row for row in found.find("tr"))
@@ -165,17 +168,17 @@ def test_every_position_by_block(heads: int) -> None:
     entries = [report_run.branches(blocks=4, heads=heads, seed=i, position=i, token=TOKENS[i]) for i in range(3)]
     content["attribution"] = {"by": entries[0]["by"], "positions": entries}
     html = rendered(content)
-    grid = re.findall(r'<figure class="map.*?</figure>', html[html.index('id="positions"') :], re.DOTALL)[0]
+    grid = re.findall(r'<figure class="map.*?</figure>', html[html.index('id="attribute-positions"') :], re.DOTALL)[0]
     shades = cells(grid, 9, 3)
     mlp = np.array([[block["mlp"] for block in entry["blocks"]] for entry in entries])
     assert (shades[:, 5:] == np.round(10 * mlp / np.abs(mlp).max())).all()
-    assert 'id="attribution"' not in html
+    assert 'id="attribute"' not in html
 
 
 def test_positions_that_do_not_sum_are_said_to() -> None:
     content = full()
     content["attribution"]["positions"][2]["logit"] += 2
-    (said,) = section(rendered(content), "positions").find("p", **{"class": "equation"})
+    (said,) = section(rendered(content), "attribute-positions").find("p", **{"class": "equation"})
     assert said == "The shares do not sum to the logit at every position: see the table."
 
 
@@ -184,9 +187,11 @@ def test_the_difference_of_two_logits_is_called_one() -> None:
     content["attribution"]["versus"] = report_run.token(3)
     content["branches"]["versus"] = report_run.token(4)
     html = rendered(content)
-    assert f"the logit of {TOKENS[0]}, less that of {TOKENS[3]}, before" in section(html, "attribution").text
-    assert f"the logit of {TOKENS[0]}, less that of {TOKENS[4]}, by what" in section(html, "branches").text
-    for key in ("attribution", "branches"):
+    assert f"the logit of {TOKENS[0]}, minus that of {TOKENS[3]}, before" in section(html, "attribute").text
+    assert (
+        f"the logit of {TOKENS[0]}, minus that of {TOKENS[4]}, by the parts" in section(html, "attribute-branches").text
+    )
+    for key in ("attribute", "attribute-branches"):
         assert "= logit less logit " in section(html, key).text
         assert "Of logit" not in section(html, key).text, "no share of a difference"
 
@@ -195,7 +200,7 @@ def test_the_difference_of_two_logits_is_called_one() -> None:
 
 
 def test_each_vector_stands_beside_chance(html: str) -> None:
-    found, readability = section(html, "vectors"), full()["svd"]["readability"]
+    found, readability = section(html, "svd-vectors"), full()["svd"]["readability"]
     for j, row in enumerate(found.find("tr")[1:]):
         for side in ("left", "right"):
             chance = 100 * readability[side]["chance"][j]
@@ -209,13 +214,13 @@ def test_each_vector_stands_beside_chance(html: str) -> None:
 def test_vectors_without_readability_are_shown_as_before() -> None:
     content = full()
     del content["svd"]["readability"]
-    found = section(rendered(content), "vectors")
+    found = section(rendered(content), "svd-vectors")
     assert "coherence" not in found.text.lower()
     assert len(found.find("tr")) == 6
 
 
 def test_each_position_has_a_table_of_its_own(html: str) -> None:
-    found = section(html, "per-token")
+    found = section(html, "svd-per-token")
     entries = full()["svd"]["per_token"]
     assert len(found.find("table")) == len(entries)
     for entry, summary in zip(entries, found.find("summary"), strict=True):
@@ -233,11 +238,11 @@ def test_each_position_has_a_table_of_its_own(html: str) -> None:
 
 def test_many_positions_are_folded_and_cut() -> None:
     content, _ = report_run.full(prompt=60)
-    found = section(rendered(content), "per-token")
+    found = section(rendered(content), "svd-per-token")
     assert len(found.find("details")) == 60
     assert not [a for tag, a in found.elements if tag == "details" and "open" in a]
     assert len(found.find("tr")) == 60 * 3, "a head and two triplets each"
-    assert "the file has them all" in found.text
+    assert "the file has all of them" in found.text
 
 
 def test_norms_and_the_dense_map_by_position(html: str) -> None:
@@ -250,7 +255,7 @@ def test_norms_and_the_dense_map_by_position(html: str) -> None:
             in texts
         )
         assert " ".join(f"Rows 0 9.000 {' '.join(row['tokens'])}".split()) in texts
-    dense, found = full()["jacobian"], section(html, "dense")
+    dense, found = full()["jacobian"], section(html, "jacobian")
     assert "64 × 8 × 64 numbers; Frobenius norm 77.5" in found.text
     first = dense["positions"][0]
     assert any(
@@ -266,8 +271,8 @@ def test_two_files_side_by_side(html: str) -> None:
     assert "a is tiny.gguf, b is tiny-q4_k_m.gguf." in found.text
     rows = found.find("tr")
     # Angles run the other way: the smallest first.
-    assert "0 40.000 41.000 2.5 % 7.000° 5.000°" in rows
-    assert "4 8.000 8.200 2.5 % 9.000° 7.000°" in rows
+    assert "1 40.000 41.000 2.5 % 7.000° 5.000°" in rows
+    assert "5 8.000 8.200 2.5 % 9.000° 7.000°" in rows
     for share in data["shares"]:
         values = [share["a"], share["b"], share["b"] - share["a"]]
         numbers = " ".join(signed(value) for value in values)
@@ -279,16 +284,16 @@ def test_two_files_side_by_side(html: str) -> None:
     differing = [a for tag, a in found.elements if tag == "tr" and a.get("class") == "fails"]
     assert len(differing) == 3, "positions 0, 3 and 6"
     assert "Reconstruction, file b failed 0.25 not at most 10⁻⁵" in section(html, "certificate").text
-    assert "Beside tiny-q4_k_m.gguf" in Page(html).text
+    assert "Compared with tiny-q4_k_m.gguf" in Page(html).text
 
 
 def test_both_spectra_are_in_one_chart() -> None:
-    run = Run(schema.checked(full()), {})
-    chart = charts.spectra(run)[0]
+    run = Run(checked(full()), {})
+    chart = compare.spectra(run)[0]
     assert [[y for _, y in series.points] for series in chart.series] == [
         [value[side] for value in full()["compare"]["singular_values"]] for side in ("a", "b")
     ]
-    (angles, *_) = charts.angles(run)
+    (angles, *_) = compare.angles(run)
     assert [y for _, y in angles.series[0].points] == full()["compare"]["angles"]["left"][::-1]
 
 
@@ -301,7 +306,7 @@ def test_ranks_over_prompts(html: str) -> None:
         tokens = "".join(f"{t['text']}{t['stable_rank']['value']:.4g}" for t in prompt["tokens"])
         assert any("".join(text.split()).startswith("".join(tokens.split())) for text in found.find("tr"))
     assert "7 prompts, all converged." in found.text
-    (chart, *_) = charts.ranks_over_prompts(Run(schema.checked(full()), {}))
+    (chart, *_) = ranks.ranks_over_prompts(Run(checked(full()), {}))
     assert [y for _, y in chart.series[1].points] == [row["mean"] for row in data["by_position"]]
     every = [t["stable_rank"]["value"] for prompt in data["prompts"] for t in prompt["tokens"]]
     assert [y for _, y in chart.series[0].points] == every
@@ -318,15 +323,15 @@ def test_ranks_of_many_prompts_have_a_page_without_a_prompt() -> None:
 
 
 def test_steered_texts_beside_the_baseline(html: str) -> None:
-    found, data = section(html, "steering"), full()["steering"]
+    found, data = section(html, "steer"), full()["steering"]
     rows = found.find("tr")[1:]
     assert [row.split()[0] for row in rows] == ["Baseline", "Concept", "Random", "Concept", "Random"]
     order = [data["baseline"], *(t for pair in zip(data["steered"], data["controls"], strict=True) for t in pair)]
     assert all(row.endswith(" ".join(t["text"].split())) for row, t in zip(rows, order, strict=True))
     assert rows[1].startswith("Concept 0.25 0.062 12.5 % 1 of 5 ")
-    assert "The concept: The <i>bridge</i>, which goes on as" in found.text
-    assert "Its map spans 4 of 6 blocks, the stream is pushed after 4 (equation16)." in found.text
-    kl, mass, hits = charts.steering(Run(schema.checked(full()), {}))
+    assert "The concept: The <i>bridge</i>, most likely continued by" in found.text
+    assert "Its map spans 4 of 6 blocks; the residual stream is steered after 4 (equation16)." in found.text
+    kl, mass, hits = steer.effects(Run(checked(full()), {}))
     assert kl.series[0].points == ((0.0, 0.0), (0.25, 0.0625), (0.5, 0.25))
     assert kl.series[1].points == ((0.0, 0.0), (0.125, 0.015625), (0.375, 0.140625))
     assert [y for _, y in mass.series[0].points] == [0.0, 0.125, 0.25]
@@ -336,27 +341,27 @@ def test_steered_texts_beside_the_baseline(html: str) -> None:
 def test_one_strength_needs_no_chart() -> None:
     content = full()
     content["steering"] |= {"steered": content["steering"]["steered"][:1], "controls": []}
-    found = section(rendered(content), "steering")
+    found = section(rendered(content), "steer")
     assert found.find("figure") == []
     assert len(found.find("tr")) == 3
     assert "Random: an operator" not in found.text
 
 
 def test_every_tensor_against_llama_cpp(html: str) -> None:
-    found = section(html, "parity")
+    found = section(html, "verify")
     assert "l_out-3 10⁻⁴ 3 10⁻³" in found.find("tr")
     failing = [a for tag, a in found.elements if tag == "tr" and a.get("class") == "fails"]
     assert len(failing) == 1, "10⁻² is beyond the tolerance of 0.002"
 
 
 def test_grids_are_drawn_for_print_as_on_the_page() -> None:
-    run = Run(schema.checked(full()), {})
+    run = Run(checked(full()), {})
     drawn = figures.figures(run)
-    sides, heads = (axes.collections[0].get_array() for axes in drawn["branches-heads"].axes[:2])
+    sides, heads = (axes.collections[0].get_array() for axes in drawn["attribute-branches-heads"].axes[:2])
     blocks = full()["branches"]["blocks"]
     assert sides.tolist() == [[block["attn"], block["mlp"]] for block in blocks]
     assert heads.tolist() == [block["heads"] for block in blocks]
-    grid = drawn["positions"].axes[0].collections[0].get_array()
+    grid = drawn["attribute-positions"].axes[0].collections[0].get_array()
     assert grid[3, :4].tolist() == [share["share"] for share in full()["attribution"]["positions"][3]["shares"]]
     assert np.ma.getmaskarray(grid)[3, 4:].all() or np.isnan(grid[3, 4:]).all(), "later tokens have no share"
 
@@ -366,17 +371,21 @@ def test_grids_are_drawn_for_print_as_on_the_page() -> None:
 SCRIPT = "<script>window.hit=1</script>"
 # Section -> where its data can hold text.
 TEXTS: dict[str, list[str]] = {
-    "branches": ["branches.target.token", "branches.versus.token"],
-    "positions": [
+    "attribute-branches": ["branches.target.token", "branches.versus.token"],
+    "attribute-positions": [
         "attribution.positions.1.token",
         "attribution.positions.1.target.token",
         "attribution.positions.7.shares.0.token",
         "attribution.positions.0.versus.token",
     ],
-    "attribution": ["attribution.versus.token"],
-    "per-token": ["svd.per_token.0.token", "svd.per_token.1.triplets.0.left.0", "svd.per_token.1.triplets.0.right.1"],
+    "attribute": ["attribution.versus.token"],
+    "svd-per-token": [
+        "svd.per_token.0.token",
+        "svd.per_token.1.triplets.0.left.0",
+        "svd.per_token.1.triplets.0.right.1",
+    ],
     "norms": ["norms.positions.0.token", "norms.positions.0.columns.0.tokens.0", "norms.positions.0.rows.1.tokens.0"],
-    "dense": ["jacobian.positions.0.token"],
+    "jacobian": ["jacobian.positions.0.token"],
     "compare": [
         "compare.target.token",
         "compare.shares.0.token",
@@ -385,7 +394,7 @@ TEXTS: dict[str, list[str]] = {
         "other_model.path",
     ],
     "ranks": ["ranks.prompts.0.tokens.0.text", "ranks.prompts.0.next.token"],
-    "steering": [
+    "steer": [
         "steering.method",
         "steering.concept.text",
         "steering.concept.top.0.token",
@@ -393,7 +402,7 @@ TEXTS: dict[str, list[str]] = {
         "steering.steered.0.text",
         "steering.controls.1.text",
     ],
-    "parity": ["parity.layers.0.name"],
+    "verify": ["parity.layers.0.name"],
 }
 
 
@@ -527,9 +536,9 @@ def test_the_source_is_spared(result: Path, tmp_path: Path) -> None:
     before = result.read_bytes()
     (tmp_path / "link.html").symlink_to(result)
     for output in (result, tmp_path / "link.html"):
-        assert "is what the report is made from" in report(result, "-o", output, code=1).stderr
+        assert "is the input of the report" in report(result, "-o", output, code=1).stderr
     page = result.rename(tmp_path / "result.html")
-    assert "is what the report is made from" in report(page, code=1).stderr
+    assert "is the input of the report" in report(page, code=1).stderr
     assert page.read_bytes() == before
 
 
@@ -541,16 +550,16 @@ def test_a_link_beside_the_file_is_not_followed(result: Path, tmp_path: Path) ->
 
 
 NO_RESULT: dict[str, tuple[bytes, str]] = {
-    "no JSON": (b"{", "is no result (JSONDecodeError)"),
-    "nothing": (b"", "is no result (JSONDecodeError)"),
-    "no text": (b"\xff\xfe\x00", "is no result (UnicodeDecodeError)"),
-    "a list": (b"[]", "is no result of schema version 1"),
-    "a number": (b"7", "is no result of schema version 1"),
-    "another version": (b'{"schema_version": 2}', "is no result of schema version 1"),
-    "JSON lines": (b'{"a": 1}\n{"a": 2}\n', "is no result (JSONDecodeError)"),
+    "no JSON": (b"{", "is not a result (JSONDecodeError)"),
+    "nothing": (b"", "is not a result (JSONDecodeError)"),
+    "no text": (b"\xff\xfe\x00", "is not a result (UnicodeDecodeError)"),
+    "a list": (b"[]", "is not a result of schema version 1"),
+    "a number": (b"7", "is not a result of schema version 1"),
+    "another version": (b'{"schema_version": 2}', "is not a result of schema version 1"),
+    "JSON lines": (b'{"a": 1}\n{"a": 2}\n', "is not a result (JSONDecodeError)"),
     "nested": (b'{"a":' * 99999, "too deeply"),
-    "a digit too many": (b'{"schema_version": ' + b"9" * 5000 + b"}", "is no result"),
-    "no model": (b'{"schema_version": 1, "tokens": 5}', "is about no prompt, and has no page"),
+    "a digit too many": (b'{"schema_version": ' + b"9" * 5000 + b"}", "is not a result"),
+    "no model": (b'{"schema_version": 1, "tokens": 5}', "holds no result about a prompt"),
     "no tokens": (b'{"schema_version": 1, "model": {"path": "x"}}', "tokens: is missing; run the command again"),
 }  # fmt: skip
 
@@ -573,7 +582,7 @@ def test_a_pipe_is_refused(tmp_path: Path) -> None:
 
 def test_a_huge_file_is_refused(result: Path) -> None:
     os.truncate(result, 300 * 2**20)
-    assert "has 315 MB" in report(result, code=1).stderr
+    assert "is 300.0 MiB, larger than any result" in report(result, code=1).stderr
 
 
 # -- every command -----------------------------------------------------------------------------------------------------
@@ -584,42 +593,50 @@ PAGES: dict[str, tuple[list[str], dict[str, str]]] = {
     "analyze": (
         ["-k", "2", "--per-token", "--contrast", "--layers", "all"],
         {
-            "prediction": "[",
-            "attribution": "= logit",
-            "branches": "Attention, all blocks",
-            "spectrum": "Stable rank",
-            "vectors": "by chance",
-            "per-token": "4 [42]",
-            "layers": "Readout",
-            "stable-rank": "each block alone",
-            "scatter": "Ordinary",
+            "predict": "[",
+            "attribute": "= logit",
+            "attribute-branches": "Attention, all blocks",
+            "svd": "Stable rank",
+            "svd-vectors": "by chance",
+            "svd-per-token": "4 [42]",
+            "layers": "Logit lens",
+            "layers-stable-rank": "each block alone",
+            "contrast": "Ordinary",
         },
     ),
-    "predict": ([], {"prediction": "%"}),
-    "verify": ([], {"parity": "l_out-1", "certificate": "llama.cpp passed agrees"}),
-    "svd": (["-k", "2", "--per-token"], {"spectrum": "σ", "vectors": "by chance", "per-token": "4 [42]"}),
-    "jacobian": ([], {"dense": "64 × 5 × 64 numbers", "certificate": "Reconstruction passed"}),
-    "layers": (["-k", "2"], {"layers": "Readout", "stable-rank": "each block alone"}),
+    "predict": ([], {"predict": "%"}),
+    "verify": ([], {"verify": "l_out-1", "certificate": "llama.cpp passed agrees"}),
+    "svd": (["-k", "2", "--per-token"], {"svd": "σ", "svd-vectors": "by chance", "svd-per-token": "4 [42]"}),
+    "jacobian": ([], {"jacobian": "64 × 5 × 64 numbers", "certificate": "Reconstruction passed"}),
+    "layers": (["-k", "2"], {"layers": "Logit lens", "layers-stable-rank": "each block alone"}),
     "ranks": ([], {"ranks": "1 prompt, all converged"}),
     "norms": ([], {"norms": "Columns"}),
-    "attribute": ([], {"attribution": "= logit"}),
-    "contrast": ([], {"scatter": "Ordinary"}),
+    "attribute": ([], {"attribute": "= logit"}),
+    "contrast": ([], {"contrast": "Ordinary"}),
     "compare": (["-k", "2"], {"compare": "Same top token 100 %", "certificate": "Reconstruction, file b passed"}),
-    "steer": (["--strength", "0,0.5", "--max-tokens", "3"], {"steering": "Random 0.5"}),
-    "attribute --by layer": ([], {"branches": "MLP, all blocks"}),
-    "attribute --by head": ([], {"branches": "head 1"}),
-    "attribute --versus 7": ([], {"attribution": "less that of [7]"}),
-    "attribute --position all": ([], {"positions": "The shares sum to the logit at every position."}),
-    "attribute --position all --by layer": ([], {"positions": "attention"}),
-    "attribute --position all --by head": ([], {"positions": ", head "}),
-    "svd --position 2": (["-k", "2"], {"spectrum": "σ", "vectors": "by chance"}),
+    "steer": (["--strength", "0,0.5", "--max-tokens", "3"], {"steer": "Random 0.5"}),
+    "attribute --by layer": ([], {"attribute-branches": "MLP, all blocks"}),
+    "attribute --by head": ([], {"attribute-branches": "head 1"}),
+    "attribute --versus 7": ([], {"attribute": "minus that of [7]"}),
+    "attribute --position all": ([], {"attribute-positions": "The shares sum to the logit at every position."}),
+    "attribute --position all --by layer": ([], {"attribute-positions": "attention"}),
+    "attribute --position all --by head": ([], {"attribute-positions": ", head "}),
+    "svd --position 2": (["-k", "2"], {"svd": "σ", "svd-vectors": "by chance"}),
 }
 # Commands without a prompt.
 WITHOUT = {"info", "plan", "bench", "report"}
 
 
+FORMS = {room.__name__.rpartition(".")[2]: room.FORM for room in ROOMS}
+
+
 def test_every_command_has_a_page_or_a_reason() -> None:
     assert {name.split()[0] for name in PAGES} == set(COMMANDS) - WITHOUT
+
+
+def test_every_command_has_a_room() -> None:
+    """`analyze` prints the parts of others; the frame is that of every page."""
+    assert FORMS.keys() == set(COMMANDS) - WITHOUT - {"analyze"} | {"frame"}
 
 
 @pytest.mark.parametrize("name", PAGES)
@@ -634,6 +651,10 @@ def test_the_json_of_every_command_has_a_page(
     printed = CliRunner().invoke(main, [command, "-m", model, *PROMPT, *options, *more, "--format", "json"])
     assert printed.exit_code == 0, printed.output
     Path("it.json").write_text(printed.stdout, encoding="utf-8")
+    content = {key: value for key, value in json.loads(printed.stdout).items() if value is not None}
+    for room, form in FORMS.items():
+        own = {key: form[key](content[key], key) for key in form.keys() & content.keys()}
+        assert own or room != command, "a command prints the parts of its own room"
     assert report("it.json").stdout == "Saved it.html\n"
     html = Path("it.html").read_text(encoding="utf-8")
     sections = set(re.findall(r'<section id="([^"]+)"', html))
@@ -661,7 +682,7 @@ def test_what_steer_saves_has_a_page(tiny_file: TinyFile, tmp_path: Path) -> Non
     given = ["steer", "-m", str(tiny_file("gqa")), *PROMPT, "--max-tokens", "2", "-o", str(saved)]
     assert CliRunner().invoke(main, given).exit_code == 0
     report(saved)
-    assert "Steering" in Page(saved.with_suffix(".html").read_text(encoding="utf-8")).find("h2")
+    assert "Activation steering" in Page(saved.with_suffix(".html").read_text(encoding="utf-8")).find("h2")
 
 
 @pytest.mark.parametrize("command", [["info"], ["plan", "--no-bench", "--tokens", "1,2"]])
@@ -669,7 +690,7 @@ def test_commands_without_a_prompt_have_no_page(command: list[str], tiny_file: T
     printed = CliRunner().invoke(main, [*command, "-m", str(tiny_file("gqa")), "--format", "json"])
     assert printed.exit_code == 0, printed.output
     (tmp_path / "x.json").write_text(printed.stdout)
-    assert "is about no prompt, and has no page" in report(tmp_path / "x.json", code=1).stderr
+    assert "holds no result about a prompt" in report(tmp_path / "x.json", code=1).stderr
 
 
 def test_analyze_has_what_the_commands_print(tiny_file: TinyFile, tmp_path: Path) -> None:
@@ -700,16 +721,14 @@ def test_analyze_exits_with_3_where_a_position_has_not_converged(
 ) -> None:
     given = ["analyze", "-m", str(tiny_file("gqa")), *PROMPT, "-k", "2", "--no-verify", "--per-token"]
     assert CliRunner().invoke(main, [*given, "-o", str(tmp_path / "whole")]).exit_code == 0
-    compute = vectors.per_token_data
+    data = TokenSpectrum.data
 
-    def hasty(*args: Any) -> list[dict[str, Any]]:
-        found = compute(*args)
-        found[2] |= {"stopped_by": "sweeps", "converged": False}
-        return found
+    def hasty(self: TokenSpectrum, *words: Any) -> dict[str, Any]:
+        return data(self, *words) | ({"stopped_by": "sweeps", "converged": False} if self.position == 2 else {})
 
-    monkeypatch.setattr(vectors, "per_token_data", hasty)
+    monkeypatch.setattr(TokenSpectrum, "data", hasty)
     assert CliRunner().invoke(main, [*given, "-o", str(tmp_path / "run")]).exit_code == 3
-    page = section((tmp_path / "run" / "report.html").read_text(encoding="utf-8"), "per-token")
+    page = section((tmp_path / "run" / "report.html").read_text(encoding="utf-8"), "svd-per-token")
     assert ["not converged" in summary for summary in page.find("summary")] == [False, False, True, False, False]
 
 

@@ -16,8 +16,7 @@ import pytest
 from safetensors.numpy import load_file
 from test_cli import ggjac_
 
-from ggjac import runs
-from ggjac.cli import session
+from ggjac import runs, session
 from ggjac.jacobian import SharedSweep
 from ggjac.planner import work
 
@@ -210,7 +209,7 @@ def test_what_an_interrupted_forward_pass_leaves_in_its_folder_is_told(
         assert stopped["code"] == 130
         blocks = len(list(folder.glob("kept/block-*.safetensors")))
         seen.add(blocks)
-        kept = f"kept keeps the forward pass up to block {blocks} of 3: go on by the same command"
+        kept = f"kept keeps the forward pass up to block {blocks} of 3: rerun the same command to continue"
         assert stopped["stderr"].splitlines()[-1] == f"Interrupted; {kept}"
         assert {path.name for path in folder.iterdir()} == {"events", "stderr", "kept"}
         resumed = run(folder, *command)

@@ -2,8 +2,7 @@
 
     python tools/make_example_report.py [docs/example/report.html]
 
-The page holds what this machine says of itself (platform, versions, times, memory); everything else comes out the same
-each time.
+Apart from facts about the machine (platform, versions, times, memory), the page is the same each time.
 """
 
 import shutil
@@ -13,7 +12,13 @@ import tempfile
 from pathlib import Path
 
 OUTPUT = Path(__file__).parents[1] / "docs" / "example" / "report.html"
-COMMAND = ["analyze", "--contrast", "--per-token", "--layers", "all"]  # as the page shows it: all that a run can have
+COMMAND = [
+    "analyze",
+    "--contrast",
+    "--per-token",
+    "--layers",
+    "all",
+]  # as the page shows it: with every part that `analyze` can compute
 
 
 def make(output: Path = OUTPUT) -> Path:

@@ -1,6 +1,6 @@
 """What a logit is made of: exact additive shares of the input tokens, or of the branches and heads of every block.
 
-By token, along the live paths of the whole network, `w` being the head's row of the target (less that of a second
+By token, along the live paths of the whole network, `w` being the head's row of the target (minus that of a second
 token, for what sets the two apart):
 
     logit = w · y = Σ_i w · J_i x_i + w · offset
@@ -259,7 +259,7 @@ def _entry(shares: TokenShares | BranchShares, by: str, row: int, words: Words) 
 def _split(words: Words, target: int | None, versus: int | None) -> str:
     """Say what is split: of one target, or of each output's own."""
     logit = "the logit" if target is None else f"the logit of {words.name(target)}"
-    return logit if versus is None else f"{logit} less that of {words.name(versus)}"
+    return logit if versus is None else f"{logit} minus that of {words.name(versus)}"
 
 
 def attribute(

@@ -7,15 +7,16 @@ values, or on the order of the vectors.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from ggjac.decode import Head
-from ggjac.jacobian import DetachedJacobian
+from ggjac.jacobian import DetachedJacobian, Progress
+from ggjac.jacobian.reconstruction import Reconstruction, reconstruction
 from ggjac.model import finite_logits
-from ggjac.results import Bars, Plotted, Points, Table, Words
+from ggjac.results import NO_WORDS, Bars, Plotted, Points, Table, Words
 from ggjac.svd import SVD
 
 
@@ -32,29 +33,35 @@ class Portrait(Plotted):
         position: of the output.
         mlp_path: the freezing rule.
         svd: leading triplets of the joint map.
-        reconstruction_error: `‖J x + offset - y‖ / ‖y‖`.
+        reconstruction: `‖J x + offset - y‖ / ‖y‖`, and what is healthy.
         output: `[d]`, float64.
         target: token id whose logit is split.
         logit: its logit, before any soft cap.
         shares: `[n]`, float64: what each input position contributes to it.
         offset: what the biases contribute to it.
         logits: `[n, v]`, on the CPU: at every position, as the model has them.
+        tol: relative residual that was asked of every triplet.
+        seed: of the random start.
+        softcap: of the head's logits (not applied to `logit`); 0 for none.
     """
 
     ids: list[int]
     position: int
     mlp_path: str
     svd: SVD
-    reconstruction_error: float
+    reconstruction: Reconstruction
     output: Float[Tensor, " d"]
     target: int
     logit: float
     shares: Float[Tensor, " n"]
     offset: float
     logits: Float[Tensor, "n v"]
+    tol: float
+    seed: int
+    softcap: float
 
     def _table(self, words: Words) -> Table:
-        note = f"offset {self.offset:.4f}, reconstruction error {self.reconstruction_error:.1e}"
+        note = f"offset {self.offset:.4f}, reconstruction error {self.reconstruction.error:.1e}"
         columns = words.at(range(len(self.ids))) | {"share": self.shares.tolist()}
         return Table(f"Shares in the logit of {words.name(self.target)}, {self.logit:.4f}", columns, (note,))
 
@@ -89,6 +96,45 @@ class Comparison(Plotted):
         """How each input position's share in the logit differs, `b - a`."""
         return self.b.shares - self.a.shares
 
+    def data(self, words: Words = NO_WORDS) -> dict[str, Any]:
+        """Return both sides of everything; angles in degrees, the largest first."""
+        a, b = self.a, self.b
+        return {
+            "rank": len(a.svd.S),
+            "tol": a.tol,
+            "seed": a.seed,
+            "singular_values": [
+                {"a": float(s), "b": float(t), "residual": float(max(r, q))}
+                for s, t, r, q in zip(a.svd.S, b.svd.S, a.svd.residual, b.svd.residual, strict=True)
+            ],
+            "converged": a.svd.converged and b.svd.converged,
+            "angles": {"left": self.left.rad2deg().tolist(), "right": self.right.rad2deg().tolist()},
+            "output_distance": self.output_distance,
+            "target": words.token(a.target),
+            "logit": {"a": a.logit, "b": b.logit},
+            "offset": {"a": a.offset, "b": b.offset},
+            "softcap": b.softcap or None,
+            "shares": [
+                words.here(i) | {"a": float(a.shares[i]), "b": float(b.shares[i])} for i in range(a.position + 1)
+            ],
+            "positions": [
+                words.here(i)
+                | {
+                    "kl": float(self.kl[i]),
+                    "top1": {side: words(int(p.logits[i].argmax())) for side, p in (("a", a), ("b", b))},
+                    "same_top1": bool(self.top1[i]),
+                }
+                for i in range(len(a.ids))
+            ],
+            "kl": float(self.kl[a.position]),
+            "mean_kl": float(self.kl.mean()),
+            "top1_agreement": float(self.top1.double().mean()),
+            "reconstruction": {
+                side: {key: p.reconstruction.data()[key] for key in ("error", "limit", "healthy")}
+                for side, p in (("a", a), ("b", b))
+            },
+        }
+
     def _table(self, words: Words) -> Table:
         columns = {
             "sigma a": self.a.svd.S.tolist(),
@@ -112,14 +158,13 @@ class Comparison(Plotted):
 
 def portray(
     jacobian: DetachedJacobian,
-    head: Head,
     rank: int = 8,
     *,
     target: int | None = None,
     tol: float = 1e-3,
     seed: int = 0,
     max_sweeps: int = 40,
-    progress: Callable[[int, float], None] | None = None,
+    progress: Progress | None = None,
 ) -> Portrait:
     """Measure one file: its spectrum, the shares of a logit (default: of the most likely next token), its logits.
 
@@ -128,25 +173,30 @@ def portray(
     Raises:
         NumericsError: a logit is not finite.
     """
+    head = jacobian.network.head
     logits = finite_logits(head.logits(jacobian.network.outputs)).cpu()
     if target is None:
         target = int(logits[jacobian.position].argmax())
     w = head.scale * head.matrix.take([target])
     bias = 0.0 if head.bias is None else float(head.bias[target])
     wide = w[0].cpu().double()
-    return Portrait(
-        ids=jacobian.ids,
-        position=jacobian.position,
-        mlp_path=jacobian.mlp_path,
-        svd=jacobian.svd(rank, tol=tol, seed=seed, max_sweeps=max_sweeps, progress=progress),
-        reconstruction_error=jacobian.reconstruction_error,
-        output=jacobian.output.cpu().double(),
-        target=target,
-        logit=float(wide @ jacobian.output.cpu().double()) + bias,
-        shares=(jacobian.rmatmat(w)[0].cpu().double() * jacobian.x.cpu().double()).sum(1),
-        offset=float(wide @ jacobian.offset.cpu().double()) + bias,
-        logits=logits,
-    )
+    with jacobian.reporting(progress):
+        return Portrait(
+            ids=jacobian.ids,
+            position=jacobian.position,
+            mlp_path=jacobian.mlp_path,
+            svd=jacobian.svd(rank, tol=tol, seed=seed, max_sweeps=max_sweeps),
+            reconstruction=reconstruction(jacobian),
+            output=jacobian.output.cpu().double(),
+            target=target,
+            logit=float(wide @ jacobian.output.cpu().double()) + bias,
+            shares=(jacobian.rmatmat(w)[0].cpu().double() * jacobian.x.cpu().double()).sum(1),
+            offset=float(wide @ jacobian.offset.cpu().double()) + bias,
+            logits=logits,
+            tol=tol,
+            seed=seed,
+            softcap=head.softcap,
+        )
 
 
 def compare(a: Portrait, b: Portrait) -> Comparison:

@@ -1,16 +1,21 @@
 """The dense Jacobian, position by position: `y = Σ_i J_i x_i + offset` (Golden, arXiv 2505.24293, eq. 15)."""
 
-from collections.abc import Callable
+import contextlib
+import json
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ggjac import runs
 from ggjac.jacobian import DetachedJacobian, Progress
 from ggjac.jacobian.reconstruction import Reconstruction, reconstruction
 from ggjac.results import NO_WORDS, Bars, Plotted, Table, Words
+from ggjac.session import Session, numpy
 
 
 @dataclass(frozen=True)
@@ -94,3 +99,29 @@ def dense(
         rebuilt = terms.sum(0) + jacobian.offset.cpu().double()
         error = float((rebuilt - y).norm() / y.norm())
         return Contributions(terms, squared.sqrt(), reconstruction(jacobian, error=error))
+
+
+@contextlib.contextmanager
+def saved(session: Session, output: Path) -> Iterator[Callable[[int, Tensor], None]]:
+    """Yield a sink for `dense` that streams the matrix to a safetensors file; the file is complete after the block.
+
+    It holds `jacobian` `[d, n, d]`, `x` `[n, d]`, `y` and `offset` `[d]`, and `ids` `[n]`, in float32 or float64.
+
+    Raises:
+        RunError: it cannot be written, found out before the work.
+    """
+    n, d = len(session.ids), session.model.config.d
+    kind = "F64" if session.model.dtype == torch.float64 else "F32"
+    entries = {
+        "jacobian": runs.Entry(kind, (d, n, d)),
+        "x": runs.Entry(kind, (n, d)),
+        "y": runs.Entry(kind, (d,)),
+        "offset": runs.Entry(kind, (d,)),
+        "ids": runs.Entry("I64", (n,)),
+    }
+    runs.check_writable(output, sum(entry.nbytes for entry in entries.values()))
+    J = session.jacobian
+    with runs.writing_tensors(output, entries, {"ggjac": json.dumps(session.envelope())}) as writer:
+        yield lambda start, rows: writer.write("jacobian", numpy(rows), start)
+        for name, values in (("x", J.x), ("y", J.output), ("offset", J.offset), ("ids", torch.tensor(J.ids))):
+            writer.write(name, numpy(values))

@@ -11,8 +11,9 @@ value). All cumulative maps advance in the same sweeps, so do all maps to the en
 In each, every weight is dequantized once per sweep.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Any, NamedTuple
 
 import torch
@@ -21,15 +22,13 @@ from torch import Tensor
 
 from ggjac.decode import Head, Ranked, top_logits
 from ggjac.frobenius import StableRank, stable_ranks
-from ggjac.jacobian import DetachedJacobian, SharedSweep, Span, Tap
-from ggjac.results import Plotted, Points, Table, Words
+from ggjac.jacobian import DetachedJacobian, Progress, SharedSweep, Span, Tap
+from ggjac.results import NO_WORDS, Plotted, Points, Table, Words
 from ggjac.sizes import EXACT_ROWS, KINDS, MAPS, PROBES, Kind, MapName
 from ggjac.svd import SVD, svd_together
 
 # Tokens whose ranks are followed through the depths, at most.
 MAX_TOKENS = 4000
-
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -65,6 +64,26 @@ class LayerMap:
     left: Ranked
     arriving: Ranked | None
 
+    def data(self, words: Words = NO_WORDS) -> dict[str, Any]:
+        """Return where the map ends, and its triplets with the tokens that their left vectors promote."""
+
+        def tokens(ranked: Ranked, j: int) -> list[dict[str, Any]]:
+            return [words.token(id) for id in ranked.ids[j].tolist()]
+
+        return {
+            "map": self.map,
+            "kind": self.tap.kind,
+            "index": self.tap.index,
+            "sweeps": self.sweeps,
+            "stopped_by": self.stopped_by,
+            "stable_rank": self.stable_rank.data(),
+            "triplets": [
+                {"singular_value": float(self.S[j]), "residual": float(self.residual[j]), "left": tokens(self.left, j)}
+                | ({} if self.arriving is None else {"arriving": tokens(self.arriving, j)})
+                for j in range(len(self.S))
+            ],
+        }
+
 
 @dataclass(frozen=True)
 class Readout(Plotted):
@@ -81,6 +100,28 @@ class Readout(Plotted):
     top: Ranked
     tokens: Int[Tensor, " t"]
     ranks: Int[Tensor, "m t"]
+
+    def data(self, words: Words = NO_WORDS) -> dict[str, Any]:
+        """Return the likely tokens of each depth (`readout`), and the ranks of the tokens that are followed."""
+        return {
+            "readout": [
+                {
+                    "index": depth,
+                    "top": [
+                        words.token(id) | {"probability": float(chance)}
+                        for id, chance in zip(self.top.ids[i], self.top.scores[i], strict=True)
+                    ],
+                }
+                for i, depth in enumerate(self.depths)
+            ],
+            "ranks": {
+                "tokens": [words.token(id) for id in self.tokens],
+                "depths": [
+                    {"index": depth, "ranks": ranks.tolist()}
+                    for depth, ranks in zip(self.depths, self.ranks, strict=True)
+                ],
+            },
+        }
 
     def _table(self, words: Words) -> Table:
         columns = {
@@ -112,11 +153,66 @@ class Way(NamedTuple):
 
 @dataclass(frozen=True)
 class Layers(Plotted):
-    """All that was asked for, in the order of `MAPS`, of `KINDS` and of depth; no `way` without map to the output."""
+    """The maps in the order of `MAPS`, of `KINDS` and of depth, and the readout.
+
+    Attributes:
+        maps: those that were asked for.
+        readout: of the residual stream at every depth.
+        way: to the output's directions; None where the map to the output was not asked for.
+        tol: relative residual that was asked of every triplet.
+        seed: of the random starts and probes.
+    """
 
     maps: list[LayerMap]
     readout: Readout
     way: Way | None
+    tol: float
+    seed: int
+
+    def data(self, words: Words = NO_WORDS) -> dict[str, Any]:
+        """Return maps (`taps`), readout, ranks and path."""
+        way = self.way
+        return {
+            "seed": self.seed,
+            "tol": self.tol,
+            "converged": all(bool((m.residual <= self.tol).all()) for m in self.maps),
+            "stopped_by": "sweeps" if any(m.stopped_by == "sweeps" for m in self.maps) else "tolerance",
+            "taps": [m.data(words) for m in self.maps],
+            **self.readout.data(words),
+            # A path is drawn in two dimensions.
+            "path": None
+            if way is None or way.values.shape[1] < 2
+            else [
+                {"index": depth, "values": values.tolist()}
+                for depth, values in zip(way.depths, way.values, strict=True)
+            ],
+        }
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return what is saved, named as `cumulative.attn.U`.
+
+        For each map and kind: `index` [m] (blocks applied), `U` [m, k, d], `S` and `residual` [m, k], `stable_rank`
+        [m, 2] (value, standard error) and, if they were transported, `transported` [m, k, d]; for all depths `ranks`
+        [depths, t] of the tokens `ranked_ids` [t].
+        """
+        found = {"ranks": self.readout.ranks, "ranked_ids": self.readout.tokens}
+        for name, kind in product(MAPS, KINDS):
+            own = [m for m in self.maps if (m.map, m.tap.kind) == (name, kind)]
+            if not own:
+                continue
+            ranks = [(m.stable_rank.value, m.stable_rank.error) for m in own]
+            parts = {
+                "index": torch.tensor([m.tap.index for m in own]),
+                "U": torch.stack([m.U for m in own]),
+                "S": torch.stack([m.S for m in own]),
+                "residual": torch.stack([m.residual for m in own]),
+                "stable_rank": torch.tensor(ranks, dtype=torch.float64),
+            }
+            carried = [m.transported for m in own if m.transported is not None]
+            if carried:
+                parts["transported"] = torch.stack(carried)
+            found |= {f"{name}.{kind}.{part}": values for part, values in parts.items()}
+        return found
 
     def _table(self, words: Words) -> Table:
         rows = [(m, j) for m in self.maps for j in range(len(m.S))]
@@ -164,7 +260,6 @@ class _Found(NamedTuple):
 
 def layers(
     jacobian: DetachedJacobian,
-    head: Head,
     rank: int = 8,
     *,
     maps: Sequence[MapName] = MAPS,
@@ -183,7 +278,6 @@ def layers(
     Args:
         jacobian: of the prompt and position, with the journal that is to remember sweeps, if any; its span does not
             matter.
-        head: decodes.
         rank: triplets of each map.
         maps: which of `MAPS`.
         kinds: taps of cumulative and blockwise maps; maps to the end begin at the stream.
@@ -197,7 +291,7 @@ def layers(
     Raises:
         ValueError: a depth is out of range, or rank, `tol` or `max_sweeps`.
     """
-    L = jacobian.end.index
+    head, L = jacobian.network.head, jacobian.end.index
     chosen = sorted(set(range(L + 1) if depths is None else depths))
     if chosen and not 0 <= chosen[0] <= chosen[-1] <= L:
         wrong = chosen[0] if chosen[0] < 0 else chosen[-1]
@@ -221,7 +315,8 @@ def layers(
         LayerMap(**f._asdict(), left=words, arriving=others)
         for f, words, others in zip(found, left, arriving, strict=True)
     ]
-    return Layers(results, _readout(jacobian, head, [m.left.ids for m in results], top), way(results, jacobian.end))
+    readout = _readout(jacobian, head, [m.left.ids for m in results], top)
+    return Layers(results, readout, way(results, jacobian.end), tol, seed)
 
 
 def shared(

@@ -28,18 +28,17 @@ The control is an operator with the same singular values and the same reading of
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ggjac.blocks import MlpPath
 from ggjac.generation import Continuation, greedy
-from ggjac.jacobian import DetachedJacobian, Span, Tap
+from ggjac.jacobian import DetachedJacobian, Progress, Span, Tap
 from ggjac.model import Model
-from ggjac.results import Plotted, Points, Table, Words
-from ggjac.sizes import default_layer
+from ggjac.results import NO_WORDS, Plotted, Points, Result, Table, Words
+from ggjac.sizes import MlpPath, default_layer
 
 Method = Literal["equation16", "additive"]
 
@@ -48,7 +47,7 @@ Rotation = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
-class Generated:
+class Generated(Result):
     """One text, and how its first step differs from the baseline's.
 
     Attributes:
@@ -71,6 +70,18 @@ class Generated:
     hits: int
     direction: Float[Tensor, " d"]
 
+    def data(self, words: Words = NO_WORDS) -> dict[str, Any]:
+        """Return the text, token by token, and its measures."""
+        return {
+            "strength": self.strength,
+            "text": words.text(self.ids),
+            "tokens": [{"id": id, "text": words(id)} for id in self.ids],
+            "kl_first": self.kl,
+            "concept_mass_first": self.mass,
+            "concept_hits": self.hits,
+            "direction_norm": float(self.direction.cpu().double().norm()),
+        }
+
 
 @dataclass(frozen=True)
 class Steering(Plotted):
@@ -88,6 +99,8 @@ class Steering(Plotted):
         steered: by strength, in the order asked for.
         controls: the same pushed by the random operator, if asked for.
         seed: of the random operator.
+        blocks: of the model.
+        concept: the text that was given for the concept; None where it was token ids.
     """
 
     method: Method
@@ -101,6 +114,29 @@ class Steering(Plotted):
     steered: list[Generated]
     controls: list[Generated]
     seed: int
+    blocks: int
+    concept: str | None
+
+    def data(self, words: Words = NO_WORDS) -> dict[str, Any]:
+        """Return the concept and all texts."""
+        return {
+            "method": self.method,
+            "layer": self.layer,
+            "changed_after_blocks": self.changed,
+            "blocks": self.blocks,
+            "seed": self.seed,
+            "concept": {
+                "text": self.concept,
+                "tokens": [{"id": id, "text": words(id)} for id in self.concept_ids],
+                "top": [
+                    words.token(id) | {"probability": chance}
+                    for id, chance in zip(self.concept_tokens, self.concept_chances, strict=True)
+                ],
+            },
+            "baseline": self.baseline.data(words),
+            "steered": [text.data(words) for text in self.steered],
+            "controls": [text.data(words) for text in self.controls],
+        }
 
     def _table(self, words: Words) -> Table:
         rows = [self.baseline, *self.steered, *self.controls]
@@ -133,7 +169,7 @@ def steer(
     control: bool = True,
     seed: int = 0,
     mlp_path: MlpPath = "up",
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Steering:
     """Continue a prompt greedily, unpushed and pushed by the concept's linear map; see the module for the formulas.
 
@@ -152,7 +188,7 @@ def steer(
         control: generate with the random operator too.
         seed: of the random operator.
         mlp_path: freezing rule of the concept's map.
-        progress: called as `progress(done, total)` after each token of all texts.
+        progress: called as `progress("token", done, total)` after each token of all texts.
 
     Raises:
         PromptError: a prompt that the model cannot run, or that would outgrow its context.
@@ -183,9 +219,12 @@ def steer(
     count = len(strengths)
     runs = 1 + count * (1 + control)
     baseline_direction = torch.zeros_like(prompt_images[-1])
-    steps = (
-        (lambda run: lambda done, total: progress(run * total + done, runs * total)) if progress else lambda run: None
-    )
+
+    def steps(run: int) -> Callable[[int, int], None] | None:
+        if progress is None:
+            return None
+        return lambda done, total: progress("token", run * total + done, runs * total)
+
     plain, plain_logits = greedy(baseline_text, ids, max_tokens, progress=steps(0))
     del baseline_text  # with its keys and values
 
@@ -207,6 +246,8 @@ def steer(
         steered=[generated(run, strength, None) for run, strength in enumerate(strengths, 1)],
         controls=[generated(run, strength, turned) for run, strength in enumerate(strengths, 1 + count) if control],
         seed=seed,
+        blocks=blocks,
+        concept=concept if isinstance(concept, str) else None,
     )
 
 

@@ -1,7 +1,6 @@
 """The command line: parse, one library call, print. Everything it does, the library does.
 
-Commands are imported when they are called, and arithmetic when it is needed, so that `--help` and `info` answer at
-once.
+Commands are imported when they are called, and torch when it is needed, so that `--help` and `info` answer at once.
 """
 
 import os
@@ -24,20 +23,20 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 COMMANDS = {
     "analyze": "Analyse a prompt: prediction, parity, singular vectors, attribution; write a run folder.",
     "info": "Show what is in a GGUF file.",
-    "plan": "Tell whether a job will fit, and how long it will take.",
+    "plan": "Show whether a command will fit in memory, and how long it will take.",
     "predict": "Show the most likely next tokens.",
     "verify": "Compare tokens, logits and every layer with llama.cpp.",
-    "svd": "Decompose a prompt's detached Jacobian and decode its singular vectors.",
-    "jacobian": "Compute the dense detached Jacobian and what each position contributes.",
-    "layers": "Decompose the maps of every depth, and read the stream out there.",
-    "ranks": "Measure the stable rank of every token's map, over many prompts.",
-    "norms": "Find the longest columns and rows of the dense detached Jacobian, and decode them.",
-    "attribute": "Split a logit exactly over the input tokens, the layers or the heads.",
-    "compare": "Compare two files of one model: spectra, subspaces, shares, logits.",
-    "contrast": "Rebuild the output by the detached and by the ordinary Jacobian.",
-    "steer": "Continue a prompt while another one's linear map pushes it.",
-    "report": "Write the HTML report of a run folder or of a result as JSON, and its figures.",
-    "bench": "Measure this machine: disk, dequantization, multiplication, beside their limits.",
+    "svd": "Leading singular vectors, decoded to tokens, with a chance baseline.",
+    "jacobian": "The dense detached Jacobian, and the contribution of each position.",
+    "layers": "Singular vectors and stable rank of every layer, beside the logit lens.",
+    "ranks": "Stable rank of every token's own map, over many prompts.",
+    "norms": "Longest columns and rows of the dense detached Jacobian, decoded.",
+    "attribute": "Exact shares of input tokens in a logit; direct logit attribution to layers and heads.",
+    "compare": "Two files of one model: spectra, subspaces, shares, logits.",
+    "contrast": "Reconstruction with and without freezing: detached and ordinary Jacobian.",
+    "steer": "Steer one prompt with the linear map of another (activation steering).",
+    "report": "Write the HTML report of a run folder or of JSON output, and its figures.",
+    "bench": "Measure this machine: disk, dequantization and multiplication, each with its limit.",
 }
 
 
@@ -107,7 +106,7 @@ def _plain_errors() -> Iterator[None]:
         where = error.ctx.command_path if error.ctx else "ggjac"
         raise Failure(f"{error.format_message().rstrip('.')}; see {where} --help", 2) from error
     except KeyboardInterrupt as interrupt:
-        notes = getattr(interrupt, "__notes__", ["nothing unfinished was left behind"])
+        notes = getattr(interrupt, "__notes__", ["no partial files were left"])
         click.echo(f"\nInterrupted; {'; '.join(notes)}", err=True)
         raise click.exceptions.Exit(getattr(interrupt, "exit_code", 130)) from None
     except BrokenPipeError:  # the reader of our output has gone, as `| head` does
@@ -120,7 +119,7 @@ def _plain_errors() -> Iterator[None]:
 
 
 def _failure(error: Exception) -> Failure:
-    """Choose message and exit code for what a command did not handle itself."""
+    """Choose message and exit code of an error that a command did not handle itself."""
     message = "; ".join([str(error), *getattr(error, "__notes__", [])])
     if getattr(error, "will_not_fit", False):
         return Failure(message, 4)

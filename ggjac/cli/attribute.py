@@ -1,4 +1,4 @@
-"""`ggjac attribute`: the exact share of every input token, branch or head in a logit."""
+"""`ggjac attribute`: the exact share of every input token, layer or head in a logit."""
 
 from pathlib import Path
 from typing import Any, Literal
@@ -7,6 +7,9 @@ import click
 
 from ggjac.cli.options import ModelOptions, model_options, output, output_format
 from ggjac.cli.planning import dry_run
+
+# Parts in a table of heads; the smaller ones are added up in one line.
+SHOWN = 24
 
 
 class PositionOrAll(click.ParamType):
@@ -32,14 +35,16 @@ class PositionOrAll(click.ParamType):
     show_default=True,
     help="Output position, negative counts from the end; or all.",
 )
-@click.option("--target", help="Token whose logit is split: its id, or a text of one token.  [default: the top one]")
-@click.option("--versus", help="Token whose logit is subtracted: what sets the two apart?")
+@click.option(
+    "--target", help="Token whose logit is split: its id, or a text of one token.  [default: the most likely one]"
+)
+@click.option("--versus", help="Explain the logit difference to this token.")
 @click.option(
     "--by",
     type=click.Choice(["token", "layer", "head"]),
     default="token",
     show_default=True,
-    help="Over input tokens, or over what attention and MLP, or each head and MLP, added to the stream.",
+    help="Parts: input tokens; or direct logit attribution to attention and MLP of each layer, or to each head.",
 )
 @output(
     "Save `targets` and `logits` [m], and `shares` [m, n], `offsets` [m]; or `embedding`, `bias` [m], `attn`, `mlp` "
@@ -55,32 +60,155 @@ def attribute(
     output: Path | None,
     output_format: str,
 ) -> None:
-    """Split a token's logit, or the difference of two, exactly; the shares and the biases sum to it.
+    """Split a token's logit, or a logit difference, exactly; the shares and the biases sum to it.
 
-    By token, a share follows the live paths from an input embedding to the logit. By layer or head, it is what the
-    final norm, frozen, and the head read from what that part added to the stream at the output position. Exit code 3 if
-    the reconstruction error is out of bounds.
+    By token, a share follows the live paths from an input embedding to the logit. By layer or head it is direct logit
+    attribution: the part's addition to the residual stream at the output position, read by the frozen final norm and
+    the LM head. Exit code 3 if the reconstruction error is out of bounds.
 
     \b
     ggjac attribute -m model.gguf -p "The capital of France is" --target " Paris" --versus " Rome" --by head
     """
-    from ggjac.cli import sections, shares
-    from ggjac.cli.session import Session, save
+    from ggjac.analysis.attribute import attribute, attribute_branches, attribute_positions
+    from ggjac.cli.result import finish
+    from ggjac.cli.session import one_token, open_session
 
     everywhere = position is None
-    session = Session(what, position=-1 if position is None else position, output=output)
-    ids = session.one_token(target), session.one_token(versus, "--versus")
+    session = open_session(what, position=-1 if position is None else position, output=output)
+    ids = one_token(session, target), one_token(session, versus, "--versus")
     content: dict[str, Any] = {"position": "all"} if everywhere else {}
-    content["reconstruction"] = sections.reconstruction(session)
-    if by == "token" and not everywhere:
-        result = sections.run_attribution(session, *ids)
-        content["attribution"] = {"by": by} | sections.attribution_data(session, result)
-        tensors, show = shares.tensors(shares.of_one(result, session.position)), sections.show_attribution
+    content["reconstruction"] = session.reconstruction().data()
+    result: Any
+    if by != "token":
+        every = range(len(session.ids)) if everywhere else None
+        result = session.run("attribution", attribute_branches, *ids, positions=every, by_head=by == "head")
     else:
-        found = shares.run(session, by, *ids, everywhere=everywhere)
-        entries = shares.data(session, by, found)
-        content["attribution"] = {"by": by, "positions": entries} if everywhere else entries[0]
-        tensors, show = shares.tensors(found), shares.show
+        result = session.run("attribution", attribute_positions if everywhere else attribute, *ids)
+    found = result.data(session.words)
+    if everywhere:
+        found = {"positions": found}
+    elif by != "token":
+        (found,) = found
+    content["attribution"] = {"by": by} | found
     if output:
-        save(session, output, tensors, by=by, versus=ids[1])
-    sections.finish(session, content, output_format, output, attribution=show)
+        session.save(output, result.tensors(), by=by, versus=ids[1])
+    finish(session, content, output_format, output, attribution=show)
+
+
+def show(data: dict[str, Any]) -> None:
+    """Print the shares at one position part by part, at several in a line each; and their sums."""
+    entries = data.get("positions", [data])
+    if "positions" in data and len(entries) > 1:
+        show_positions(entries)
+    elif entries[0].get("by", "token") == "token":
+        show_tokens(entries[0])
+    elif entries[0]["by"] == "head":
+        show_heads(entries[0])
+    else:
+        show_blocks(entries[0])
+
+
+def show_tokens(data: dict[str, Any]) -> None:
+    """Print the shares with bars, and their sum."""
+    from ggjac.cli.render import bar, table
+
+    largest = max(abs(s["share"]) for s in data["shares"]) or 1.0
+    rows: list[tuple] = [
+        (
+            s["position"],
+            s["token"],
+            f"{s['share']:+.4f}",
+            bar(s["share"], largest),
+        )
+        for s in data["shares"]
+    ]
+    rows.append(("", "offset (biases)", f"{data['offset']:+.4f}", ""))
+    rows.append(("", "sum", f"{data['logit'] - data['unexplained']:+.4f}", f"logit {data['logit']:.4f}"))
+    columns = ["#position", "token", "#share", ""]
+    table(f"Exact share of every input token in {asked_logit(data)}", columns, rows)
+
+
+def asked_logit(data: dict[str, Any]) -> str:
+    """Return the name of the split quantity: a logit, or the difference of two."""
+    name = f"the logit of {data['target']['token']}"
+    if data["versus"]:
+        name += f" minus that of {data['versus']['token']}"
+    return name + (" before the soft cap" if data["softcap"] else "")
+
+
+def _sum(data: dict[str, Any]) -> str:
+    return f"{data['logit'] - data['unexplained']:+.4f}"
+
+
+def show_blocks(data: dict[str, Any]) -> None:
+    """Print two columns: the shares of the attention and of the MLP of each block."""
+    from ggjac.cli.render import bar, table
+
+    blocks = data["blocks"]
+    largest = max(abs(block[kind]) for block in blocks for kind in ("attn", "mlp")) or 1.0
+    rows: list[tuple] = [("embedding", f"{data['embedding']:+.4f}", "", "", "")]
+    for block in blocks:
+        attn, mlp = block["attn"], block["mlp"]
+        rows.append((f"block {block['block']}", f"{attn:+.4f}", bar(attn, largest), f"{mlp:+.4f}", bar(mlp, largest)))
+    if data["bias"]:
+        rows.append(("biases of norm and head", f"{data['bias']:+.4f}", "", "", ""))
+    attn, mlp = (sum(block[kind] for block in blocks) for kind in ("attn", "mlp"))
+    rows.append(("all blocks", f"{attn:+.4f}", "", f"{mlp:+.4f}", ""))
+    rows.append(("sum", _sum(data), f"logit {data['logit']:.4f}", "", ""))
+    columns = ["", "#attention", "", "#MLP", ""]
+    table(f"Exact share of every block's branches in {asked_logit(data)}", columns, rows)
+
+
+def _parts(data: dict[str, Any]) -> list[tuple[str, float]]:
+    """Return all that was added to the residual stream, by name."""
+    parts = [("embedding", data["embedding"])]
+    for block in data["blocks"]:
+        name = f"block {block['block']}"
+        if "heads" in block:
+            parts += [(f"{name} head {i}", share) for i, share in enumerate(block["heads"])]
+            parts.append((f"{name} bias of attention", block["attn_bias"]))
+        else:
+            parts.append((f"{name} attention", block["attn"]))
+        parts.append((f"{name} MLP", block["mlp"]))
+    return [*parts, ("biases of norm and head", data["bias"])]
+
+
+def show_heads(data: dict[str, Any]) -> None:
+    """Print the largest shares, and the sum of all others."""
+    from ggjac.cli.render import bar, table
+
+    parts = sorted(_parts(data), key=lambda part: -abs(part[1]))
+    shown, rest = parts[:SHOWN], [share for _, share in parts[SHOWN:] if share]
+    largest = max(abs(share) for _, share in shown) or 1.0
+    rows = [(name, f"{share:+.4f}", bar(share, largest)) for name, share in shown if share]
+    if rest:
+        rows.append((f"{len(rest)} more", f"{sum(rest):+.4f}", ""))
+    rows.append(("sum", _sum(data), f"logit {data['logit']:.4f}"))
+    table(f"Exact share of every head and MLP in {asked_logit(data)}", ["", "#share", ""], rows)
+
+
+def show_positions(entries: list[dict[str, Any]], largest: int = 3) -> None:
+    """Print a line for each position: its target, the largest shares and the sum."""
+    from ggjac.cli.render import table
+
+    rows = []
+    for data in entries:
+        if data["by"] == "token":
+            parts = [(s["token"], s["share"]) for s in data["shares"]] + [("offset", data["offset"])]
+        else:
+            parts = _parts(data)
+        top = sorted(parts, key=lambda part: -abs(part[1]))[:largest]
+        rows.append(
+            (
+                data["position"],
+                data["token"],
+                data["target"]["token"],
+                f"{data['logit']:.4f}",
+                ", ".join(f"{name} {share:+.2f}" for name, share in top if share),
+                _sum(data),
+            )
+        )
+    of = {"token": "every input token", "layer": "every block's branches", "head": "every head and MLP"}
+    less = f", minus the logit of {entries[0]['versus']['token']}" if entries[0]["versus"] else ""
+    columns = ["#position", "token", "target", "#logit", "largest shares", "#sum of all"]
+    table(f"Exact share of {of[entries[0]['by']]} in a logit at every position{less}", columns, rows)

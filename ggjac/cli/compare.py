@@ -1,4 +1,4 @@
-"""`ggjac compare`: two files of one model at the same prompt."""
+"""`ggjac compare`: two files of one model, at the same prompt."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -17,8 +17,7 @@ from ggjac.cli.options import (
 from ggjac.cli.planning import dry_run
 
 if TYPE_CHECKING:
-    from ggjac.analysis.compare import Comparison, Portrait
-    from ggjac.cli.session import Session
+    from ggjac.session import Session
 
 
 @click.command()
@@ -35,7 +34,8 @@ if TYPE_CHECKING:
 @position
 @spectrum_options
 @click.option(
-    "--target", help="Token whose logit is split: its id, or a text of one token.  [default: the first's top]"
+    "--target",
+    help="Token whose logit is split: its id, or a text of one token.  [default: top token of the first model]",
 )
 @output_format
 @click.pass_context
@@ -53,46 +53,34 @@ def compare(
 ) -> None:
     """Compare two files of one model, such as two quantizations, at one prompt.
 
-    Spectra side by side, principal angles between the spans of the leading singular vectors, how the shares of a logit
-    differ, and of the next token at every position the KL divergence and whether the most likely one is the same. The
-    files are measured one after the other. Exit code 3 if the sweeps ran out, or a reconstruction error is out of
-    bounds.
+    Shows both spectra, principal angles between the spans of the leading singular vectors, the shares of a logit in
+    both, and for the next token at every position the KL divergence and whether the top token is the same. The files
+    are measured one after the other. Exit code 3 if the sweeps ran out, or a reconstruction error is out of bounds.
 
     \b
     ggjac compare -m model-f16.gguf --with model-q4_k_m.gguf -p "The capital of France is"
     """
     from ggjac.analysis.compare import compare as set_side_by_side
-    from ggjac.cli import render
-    from ggjac.cli.session import Session
+    from ggjac.analysis.compare import portray
+    from ggjac.cli.render import emit_json
+    from ggjac.cli.session import one_token, open_session, show_tokens
 
     options: dict[str, Any] = {"rank": rank, "tol": tol, "seed": seed, "max_sweeps": max_sweeps}
-    first = Session(what, position=position, rank=rank)
+    first = open_session(what, position=position, rank=rank)
     _check(first, other)
-    a = _portrait(first, first.one_token(target), options)
-    first_envelope, first_healthy = first.envelope(), _health(first, a)
-    ids = first.ids
+    a = first.run("measure", portray, target=one_token(first, target), **options)
+    envelope = first.envelope()
+    what = replace(what, model=other, prompt=None, file=None, tokens=first.ids)
     del first  # two models at once may not fit
-    what = replace(what, model=other, prompt=None, file=None, tokens=ids)
-    second = Session(what, position=position, rank=rank)
-    b = _portrait(second, a.target, options)
-    data = _data(second, set_side_by_side(a, b), options)
-    data["reconstruction"] = {"a": first_healthy, "b": _health(second, b)}
-    envelope = second.envelope()
-    content = first_envelope | {
-        "other_model": envelope["model"],
-        "seconds": {
-            f"{name} {which}": s
-            for which, e in (("a", first_envelope), ("b", envelope))
-            for name, s in e["seconds"].items()
-        },
-        "peak_memory_bytes": envelope["peak_memory_bytes"],
-        "compare": data,
-    }
+    second = open_session(what, position=position, rank=rank)
+    b = second.run("measure", portray, target=a.target, **options)
+    data = set_side_by_side(a, b).data(second.words)
+    content = _both(envelope, second.envelope()) | {"compare": data}
     if output_format == "json":
-        render.emit_json(content)
+        emit_json(content)
     else:
-        second.show_tokens()
-        _show(data, content)
+        show_tokens(second)
+        show(data, content)
     unfinished = any(portrait.svd.reason == "sweeps" for portrait in (a, b))
     if unfinished or not all(side["healthy"] for side in data["reconstruction"].values()):
         ctx.exit(3)
@@ -102,6 +90,7 @@ def _check(session: "Session", other: Path) -> None:
     """Refuse a file of another model before any work, and one that will not fit."""
     from ggjac import planner
     from ggjac.analysis.compare import check_files, check_vocabularies
+    from ggjac.cli.session import plan_command
     from ggjac.config import ModelConfig
     from ggjac.gguf import open_gguf
 
@@ -109,63 +98,19 @@ def _check(session: "Session", other: Path) -> None:
     check_files(*({name: info.shape for name, info in file.tensors.items()} for file in (ours, theirs)))
     check_vocabularies(*(file.metadata.get("tokenizer.ggml.tokens") for file in (ours, theirs)))
     shapes = {name: info.shape for name, info in theirs.tensors.items()}
-    planner.check(session.plan(theirs, ModelConfig.from_metadata(theirs.metadata, shapes)))
+    planner.check(plan_command(session, file=theirs, config=ModelConfig.from_metadata(theirs.metadata, shapes)))
 
 
-def _portrait(session: "Session", target: int | None, options: dict[str, Any]) -> "Portrait":
-    from ggjac.analysis.compare import portray
-
-    J = session.jacobian
-    with session.report.stage("measure") as update:
-        J.progress = lambda done, total: update("block", done, total)
-        return portray(J, session.model.head, target=target, **options)
-
-
-def _health(session: "Session", portrait: "Portrait") -> dict[str, Any]:
-    limit = session.jacobian.reconstruction_limit
-    error = portrait.reconstruction_error
-    return {"error": error, "limit": limit, "healthy": error <= limit}
-
-
-def _data(session: "Session", result: "Comparison", options: dict[str, Any]) -> dict[str, Any]:
-    """Return a comparison as plain data; angles in degrees."""
-    a, b = result.a, result.b
-    return {
-        "rank": options["rank"],
-        "tol": options["tol"],
-        "seed": options["seed"],
-        "singular_values": [
-            {"a": float(s), "b": float(t), "residual": float(max(r, q))}
-            for s, t, r, q in zip(a.svd.S, b.svd.S, a.svd.residual, b.svd.residual, strict=True)
-        ],
-        "converged": a.svd.converged and b.svd.converged,
-        "angles": {"left": result.left.rad2deg().tolist(), "right": result.right.rad2deg().tolist()},
-        "output_distance": result.output_distance,
-        "target": {"id": a.target, "token": session.token(a.target)},
-        "logit": {"a": a.logit, "b": b.logit},
-        "offset": {"a": a.offset, "b": b.offset},
-        "softcap": session.model.head.softcap or None,
-        "shares": [
-            {"position": i, "token": session.token(session.ids[i]), "a": float(a.shares[i]), "b": float(b.shares[i])}
-            for i in range(a.position + 1)
-        ],
-        "positions": [
-            {
-                "position": i,
-                "token": session.token(session.ids[i]),
-                "kl": float(result.kl[i]),
-                "top1": {side: session.token(int(p.logits[i].argmax())) for side, p in (("a", a), ("b", b))},
-                "same_top1": bool(result.top1[i]),
-            }
-            for i in range(len(session.ids))
-        ],
-        "kl": float(result.kl[a.position]),
-        "mean_kl": float(result.kl.mean()),
-        "top1_agreement": float(result.top1.double().mean()),
+def _both(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:
+    """Return the envelope of the first file with what differs in that of the second."""
+    seconds = {
+        f"{name} {side}": s for side, envelope in (("a", a), ("b", b)) for name, s in envelope["seconds"].items()
     }
+    return a | {"other_model": b["model"], "seconds": seconds, "peak_memory_bytes": b["peak_memory_bytes"]}
 
 
-def _show(data: dict[str, Any], content: dict[str, Any]) -> None:
+def show(data: dict[str, Any], content: dict[str, Any]) -> None:
+    """Print both files' spectra, angles, shares and predictions; `content` has the envelope."""
     from ggjac.cli.render import line, numbers, table
     from ggjac.tokenizer import visible
 
@@ -179,7 +124,7 @@ def _show(data: dict[str, Any], content: dict[str, Any]) -> None:
     a, b = (numbers([value[side] for value in values]) for side in ("a", "b"))
     left, right = (data["angles"][side][::-1] for side in ("left", "right"))
     rows = [
-        (j, a[j], b[j], f"{value['b'] / value['a'] - 1:+.1%}" if value["a"] else "", f"{value['residual']:.0e}")
+        (j + 1, a[j], b[j], f"{value['b'] / value['a'] - 1:+.1%}" if value["a"] else "", f"{value['residual']:.0e}")
         for j, value in enumerate(values)
     ]
     table("Singular values", ["##", "#σ of a", "#σ of b", "#difference", "#residual"], rows)
@@ -205,4 +150,4 @@ def _show(data: dict[str, Any], content: dict[str, Any]) -> None:
         f"output, {data['mean_kl']:.2e} in the mean; ‖y_b - y_a‖/‖y_a‖ = {data['output_distance']:.2e}"
     )
     if not data["converged"]:
-        line(f"NOT converged to {data['tol']:.0e}: angles are no better known than the singular vectors")
+        line(f"NOT converged to {data['tol']:.0e}: the angles are known no better than the singular vectors")

@@ -1,6 +1,8 @@
-"""`ggjac contrast`: the output rebuilt by the detached Jacobian, and by the ordinary one."""
+"""`ggjac contrast`: the output reconstructed with and without freezing."""
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -12,27 +14,53 @@ from ggjac.cli.planning import dry_run
 @model_options()
 @dry_run
 @position
-@top("Likely tokens to compare.", 10)
+@top("Most likely tokens to compare.", 10)
 @output("Save `y`, `linear_output` (J x), `offset`, `ordinary_output` [d] and `ids` [n] to this safetensors file.")
 @output_format
 def contrast(what: ModelOptions, position: int, top: int, output: Path | None, output_format: str) -> None:
-    """Rebuild the output by the detached and by the ordinary Jacobian, and compare both with it.
+    """Reconstruct the output with the detached and with the ordinary Jacobian, and compare both with it.
 
-    The ordinary Jacobian is the derivative with nothing frozen, exact, by automatic differentiation of the same
-    streamed blocks. The detached one reproduces the output; the ordinary one has no reason to. Exit code 3 if the
+    The ordinary Jacobian is the derivative with nothing frozen, computed exactly by automatic differentiation of the
+    same streamed blocks. The detached Jacobian reproduces the output; the ordinary one need not. Exit code 3 if the
     detached one does not.
 
     \b
     ggjac contrast -m model.gguf -p "The capital of France is"
     """
-    from ggjac.cli import sections
-    from ggjac.cli.session import Session, save
+    from ggjac.analysis.contrast import contrast
+    from ggjac.cli.result import finish
+    from ggjac.cli.session import open_session
 
-    session = Session(what, position=position, output=output)
-    content = {"reconstruction": sections.reconstruction(session)}
-    result = sections.run_contrast(session, top)
-    content["contrast"] = sections.contrast_data(result)
+    session = open_session(what, position=position, output=output)
+    content: dict[str, Any] = {"reconstruction": session.reconstruction().data()}
+    result = session.run("contrast", contrast, top=top)
+    content["contrast"] = result.data()
     if output:
         J = session.jacobian
-        save(session, output, {"y": J.output, "offset": J.offset} | sections.contrast_tensors(session, result))
-    sections.finish(session, content, output_format, output, contrast=sections.show_contrast)
+        rebuilt = {"linear_output": J.linear_output, "ordinary_output": result.ordinary.to(J.linear_output.dtype)}
+        session.save(output, {"y": J.output, "offset": J.offset} | rebuilt)
+    finish(session, content, output_format, output, contrast=show)
+
+
+def show(data: dict[str, Any]) -> None:
+    """Print every measure for both reconstructions."""
+    from ggjac.cli.render import line, table
+
+    measures: dict[str, Callable[[dict[str, Any]], str]] = {
+        "‖r - y‖/‖y‖": lambda a: f"{a['error']:.2e}",
+        "std(r - y)/std(r)": lambda a: f"{a['std_ratio']:.2e}",
+        "std(r - y)/std(y)": lambda a: f"{a['std_ratio_output']:.2e}",
+        "max |r - y|": lambda a: f"{a['max_abs']:.2e}",
+        "Pearson correlation": lambda a: f"{a['pearson']:.6f}",
+        "Spearman correlation": lambda a: f"{a['spearman']:.6f}",
+        "after the head: same top token": lambda a: "yes" if a["top1"] else "no",
+        f"after the head: shared among the top {data['detached']['top']}": lambda a: f"{a['top_agreement']:.0%}",
+        "after the head: KL divergence, nats": lambda a: f"{a['kl']:.2e}",
+    }
+    rows = [(name, shown(data["detached"]), shown(data["ordinary"])) for name, shown in measures.items()]
+    table(
+        "Reconstruction r of the output y: detached r = J x + offset, ordinary r = (∂y/∂x) x",
+        ["", "#detached", "#ordinary"],
+        rows,
+    )
+    line("")

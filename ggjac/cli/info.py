@@ -12,7 +12,7 @@ from ggjac.cli.options import model_file, output_format
 @click.command()
 @model_file
 @click.option("--tensors", is_flag=True, help="List every tensor.")
-@click.option("--tokenizer", is_flag=True, help="Show the tokenizer's keys too.")
+@click.option("--tokenizer", is_flag=True, help="Also show the tokenizer's keys.")
 @output_format
 def info(model: Path | None, tensors: bool, tokenizer: bool, output_format: str) -> None:
     """Show what is in a GGUF file: metadata, tensor types and their sizes, and whether ggjac can run it.
@@ -66,11 +66,12 @@ def info(model: Path | None, tensors: bool, tokenizer: bool, output_format: str)
             ]
 
     from ggjac.cli import render
+    from ggjac.units import size
 
     if output_format == "json":
         render.emit_json(content)
         return
-    render.line(f"{shown(file.path)}: GGUF version {file.version}, {render.size(file.nbytes)}, {weights:,} weights")
+    render.line(f"{shown(file.path)}: GGUF version {file.version}, {size(file.nbytes)}, {weights:,} weights")
     render.line(f"Supported: {'yes' if reason is None else f'no: {reason}'}")
     render.line(f"Fingerprint: {content['fingerprint']}")
     render.line("")
@@ -82,7 +83,7 @@ def info(model: Path | None, tensors: bool, tokenizer: bool, output_format: str)
                 k,
                 t["tensors"],
                 f"{t['weights']:,}",
-                render.size(t["bytes"]),
+                size(t["bytes"]),
                 f"{8 * t['bytes'] / max(1, t['weights']):.2f}",
             )
             for k, t in content["types"].items()
@@ -91,7 +92,7 @@ def info(model: Path | None, tensors: bool, tokenizer: bool, output_format: str)
     render.table("Metadata", ["key", "value"], [(shown(key), _brief(value)) for key, value in shown_keys.items()])
     if tensors:
         rows = [
-            (shown(t["name"]), t["type"], " x ".join(map(str, t["shape"])), render.size(t["bytes"]))
+            (shown(t["name"]), t["type"], " x ".join(map(str, t["shape"])), size(t["bytes"]))
             for t in content["tensors"]
         ]
         render.table("Tensors", ["name", "type", "shape", "#size"], rows)

@@ -1,6 +1,8 @@
 """`ggjac jacobian`: the dense map, streamed to its file."""
 
+import contextlib
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -16,18 +18,36 @@ from ggjac.cli.planning import dry_run
 @resume
 @output_format
 def jacobian(what: ModelOptions, position: int, output: Path | None, resume: bool, output_format: str) -> None:
-    """Compute the dense detached Jacobian and what each position contributes.
+    """Compute the dense detached Jacobian, and the contribution of each position to the output.
 
-    The matrix is computed and written a chunk of rows at a time; it never exists whole in memory. Exit code 3 if it
+    The matrix is computed and written a chunk of rows at a time, and never exists whole in memory. Exit code 3 if it
     does not reproduce the output.
 
     \b
     ggjac jacobian -m model.gguf -p "The capital of France is" -o jacobian.safetensors
     """
-    from ggjac.cli import sections
-    from ggjac.cli.session import Session, checkpoint
+    from ggjac.analysis.jacobian import dense, saved
+    from ggjac.cli.result import finish
+    from ggjac.cli.session import check_resume, open_session
+    from ggjac.session import checkpoint
 
-    session = Session(what, position=position, output=output)
-    with session.checkpointed(checkpoint(output, resume), resume=resume, output=output):
-        content = {"jacobian": sections.dense(session, output)}
-    sections.finish(session, content, output_format, output, jacobian=sections.show_dense)
+    check_resume(output, resume)
+    session = open_session(what, position=position, output=output)
+    saving = saved(session, output) if output else contextlib.nullcontext()
+    with session.checkpointed(checkpoint(output), resume=resume, output=output), saving as sink:
+        content = {"jacobian": session.run("jacobian", dense, sink).data(session.words)}
+    finish(session, content, output_format, output, jacobian=show)
+
+
+def show(data: dict[str, Any]) -> None:
+    """Print what each position contributes, and the reconstruction error of the dense matrix."""
+    from ggjac.cli.render import line, numbers, table
+    from ggjac.cli.result import show_reconstruction
+
+    columns = ["#position", "token", "#‖J_i‖_F", "#‖J_i x_i‖"]
+    positions = data["positions"]
+    norms = (numbers([p[key] for p in positions]) for key in ("frobenius", "contribution_norm"))
+    rows = zip((p["position"] for p in positions), (p["token"] for p in positions), *norms, strict=True)
+    table(f"Dense detached Jacobian {' x '.join(map(str, data['shape']))}", columns, rows)
+    line(f"‖J‖_F = {data['frobenius']:.4g}")
+    show_reconstruction(data["reconstruction"])

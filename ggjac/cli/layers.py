@@ -1,4 +1,4 @@
-"""`ggjac layers`: the maps to, through and from every depth, and what the stream says there."""
+"""`ggjac layers`: the maps to, through and from every depth, and the logit lens."""
 
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,8 @@ from ggjac.cli.options import (
     top,
 )
 from ggjac.cli.planning import dry_run
+
+VECTORS, WORDS = 3, 3  # of the tables: vectors of each map, tokens of each vector
 
 
 @click.command()
@@ -39,27 +41,97 @@ def layers(
     output_format: str,
     **options: Any,
 ) -> None:
-    """Decompose the maps of every depth: singular values, stable rank, decoded left vectors, and what the stream says.
+    """Decompose the maps of every depth (singular values, stable rank, decoded left vectors), beside the logit lens.
 
     A map is cumulative (from the input to a tap), blockwise (one block alone) or to the end (from a depth to the
-    output). Taps are the stream after a block (layer) and what its attention (attn) and its MLP (mlp) add to it, seen
-    through the final norm frozen there. `analyze --layers all` shows the same in its report. Exit code 3 if the sweeps
-    ran out before every triplet reached --tol, or the reconstruction error is out of bounds.
+    output). It ends at the residual stream after a block (layer), or at the addition of the block's attention (attn) or
+    MLP (mlp) to it, seen through the final norm frozen there, as a logit lens sees it. `analyze --layers all` shows the
+    same in its report. Exit code 3 if the sweeps ran out before every triplet reached --tol, or the reconstruction
+    error is out of bounds.
 
     \b
     ggjac layers -m model.gguf -p "The capital of France is" --layers 0,4-8,-1
     """
-    from ggjac.cli import depths, sections
-    from ggjac.cli.session import Session, checkpoint, save
+    from ggjac.analysis.layers import layers as decompose
+    from ggjac.cli.result import finish
+    from ggjac.cli.session import check_resume, open_session
+    from ggjac.session import checkpoint
 
-    session = Session(what, position=position, rank=options["rank"], output=output)
-    chosen = layers.of(session.model.config.block_count)
+    check_resume(output, resume)
+    session = open_session(what, position=position, rank=options["rank"], output=output)
+    depths = layers.of(session.model.config.block_count)
     settings = {key: options[key] for key in ("rank", "tol", "seed")}
-    asked = {"layers": chosen, **{key: list(options[key]) for key in ("maps", "kinds")}}
-    with session.checkpointed(checkpoint(output, resume), resume=resume, output=output, **settings, **asked):
-        content: dict[str, Any] = {"reconstruction": sections.reconstruction(session)}
-        result = depths.run_layers(session, chosen, **options)
-        content["layers"] = depths.layers_data(session, result, seed=options["seed"], tol=options["tol"])
+    asked = {"layers": depths, **{key: list(options[key]) for key in ("maps", "kinds")}}
+    with session.checkpointed(checkpoint(output), resume=resume, output=output, **settings, **asked):
+        content: dict[str, Any] = {"reconstruction": session.reconstruction().data()}
+        result = session.run("layers", decompose, depths=depths, **options)
+        content["layers"] = result.data(session.words)
         if output:
-            save(session, output, depths.layers_tensors(result), **settings)
-    sections.finish(session, content, output_format, output, layers=depths.show_layers)
+            session.save(output, result.tensors(), **settings)
+    finish(session, content, output_format, output, layers=show)
+
+
+def show(data: dict[str, Any]) -> None:
+    """Print a table for each map and kind, the path, and the readout."""
+    from ggjac.cli.render import line, table
+    from ggjac.report.sections.common import capital
+    from ggjac.report.sections.layers import KINDS, MAPS
+
+    for name, words in MAPS.items():
+        for kind, label in KINDS.items():
+            own = [tap for tap in data["taps"] if (tap["map"], tap["kind"]) == (name, kind)]
+            if own:
+                _show_maps(f"{capital(words)}: {label}", own)
+    if data["path"]:
+        columns = [f"#{j + 1}" for j in range(min(6, len(data["path"][0]["values"])))]
+        rows = [(p["index"], *(f"{value:+.3f}" for value in p["values"][: len(columns)])) for p in data["path"]]
+        table(
+            "Path to the output's directions: σ(l) ⟨u(l), u(L)⟩ / σ(L)",
+            ["#blocks", *(f"#{c}" for c in columns)],
+            rows,
+        )
+    places = [ranks["ranks"][0] for ranks in data["ranks"]["depths"]]
+    final = data["ranks"]["tokens"][0]["token"]
+    rows = [
+        (row["index"], place, "  ".join(f"{t['token']} {t['probability']:.2f}" for t in row["top"][:6]))
+        for row, place in zip(data["readout"], places, strict=True)
+    ]
+    table(
+        "Logit lens: the residual stream read through the final norm and the LM head",
+        ["#blocks", f"#rank of {final}", "most likely tokens"],
+        rows,
+    )
+    state = "all maps converged" if data["converged"] else f"NOT all maps converged to {data['tol']:.0e}"
+    sweeps = [tap["sweeps"] for tap in data["taps"]]
+    line(f"{state}, in {min(sweeps)} to {max(sweeps)} sweeps" if sweeps else "no map was requested")
+    line("")
+
+
+def _show_maps(title: str, taps: list[dict[str, Any]]) -> None:
+    from ggjac.cli.render import numbers, stable_rank, table
+
+    shown = min(VECTORS, len(taps[0]["triplets"]))
+    carried = "arriving" in taps[0]["triplets"][0]
+    rows = [
+        (
+            tap["index"],
+            sigma,
+            spark([t["singular_value"] for t in tap["triplets"]]),
+            stable_rank(tap["stable_rank"]),
+            *(_words(t["left"]) for t in tap["triplets"][:shown]),
+            *([_words(tap["triplets"][0]["arriving"])] if carried else []),
+        )
+        for tap, sigma in zip(taps, numbers([tap["triplets"][0]["singular_value"] for tap in taps]), strict=True)
+    ]
+    vectors = [f"left vector {j + 1}" for j in range(shown)] + ["vector 1 at the output"] * carried
+    table(title, ["#blocks", "#σ", "spectrum", "#stable rank", *vectors], rows)
+
+
+def spark(values: list[float]) -> str:
+    """Return values as bars, relative to the largest; zero is a blank."""
+    largest = max(values, default=0.0) or 1.0
+    return "".join(" ▁▂▃▄▅▆▇█"[max(1, round(8 * value / largest)) if value > 0 else 0] for value in values).rstrip()
+
+
+def _words(tokens: list[dict[str, Any]]) -> str:
+    return " ".join(t["token"] for t in tokens[:WORDS])

@@ -1,6 +1,7 @@
 """`ggjac norms`: the longest columns and rows of the dense detached Jacobian, decoded."""
 
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -12,27 +13,44 @@ from ggjac.cli.planning import dry_run
 @model_options()
 @dry_run
 @position
-@click.option("--count", type=click.IntRange(min=1), default=3, show_default=True, help="Columns and rows a position.")
+@click.option(
+    "--count", type=click.IntRange(min=1), default=3, show_default=True, help="Columns and rows per position."
+)
 @top("Tokens per column; half per row.")
 @output("Save `columns` [n, d], `rows` [n, d] (norms) and `ids` [n] to this safetensors file.")
 @output_format
 def norms(what: ModelOptions, position: int, count: int, top: int, output: Path | None, output_format: str) -> None:
     """Find the longest columns and rows of the dense detached Jacobian at each position, and decode them.
 
-    A column is what one component of a position's embedding does to the output: it decodes through the LM head. A row
-    is what one component of the output reads at a position: it decodes to the nearest input embeddings. Exit code 3 if
-    the reconstruction error is out of bounds.
+    A column is the effect of one component of a position's embedding on the output, and decodes through the LM head. A
+    row is the weight of a position's embedding in one component of the output, and decodes to the nearest input
+    embeddings. Exit code 3 if the reconstruction error is out of bounds.
 
     \b
     ggjac norms -m model.gguf -p "The capital of France is"
     """
-    from ggjac.cli import sections
-    from ggjac.cli.session import Session, save
+    from ggjac.analysis.norms import norms
+    from ggjac.cli.result import finish
+    from ggjac.cli.session import open_session
 
-    session = Session(what, position=position, output=output)
-    content = {"reconstruction": sections.reconstruction(session)}
-    result = sections.run_norms(session, count, top)
-    content["norms"] = sections.norms_data(session, result)
+    session = open_session(what, position=position, output=output)
+    content: dict[str, Any] = {"reconstruction": session.reconstruction().data()}
+    result = session.run("norms", norms, count, column_words=top, row_words=max(1, top // 2))
+    content["norms"] = result.data(session.words)
     if output:
-        save(session, output, {"columns": result.columns, "rows": result.rows})
-    sections.finish(session, content, output_format, output, norms=sections.show_norms)
+        session.save(output, result.tensors())
+    finish(session, content, output_format, output, norms=show)
+
+
+def show(data: dict[str, Any]) -> None:
+    """Print the longest columns and rows of every position."""
+    from ggjac.cli.render import numbers, table
+
+    entries = [(p, column, row) for p in data["positions"] for column, row in zip(p["columns"], p["rows"], strict=True)]
+    columns, rows = (numbers([entry[side]["norm"] for entry in entries]) for side in (1, 2))
+    cells = [
+        (p["position"], p["token"], c, " ".join(column["tokens"]), r, " ".join(row["tokens"]))
+        for (p, column, row), c, r in zip(entries, columns, rows, strict=True)
+    ]
+    headings = ["#position", "token", "#‖column‖", "tokens it promotes", "#‖row‖", "nearest tokens"]
+    table("Longest columns and rows of the dense detached Jacobian", headings, cells)

@@ -5,11 +5,11 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import click
 
-from ggjac.sizes import KINDS, MAPS
+from ggjac.sizes import KINDS, MAPS, MlpPath
 
 DEFAULT_PROMPT = "The bridge out of Marin is the"
 STEER_PROMPT = "My favorite thing is the"
@@ -48,22 +48,22 @@ class Depths(click.ParamType):
         parts = [re.fullmatch(r"(-?\d{1,9})(?:-(-?\d{1,9}))?", part.strip(), re.ASCII) for part in value.split(",")]
         if None in parts:
             given = value if len(value) <= 60 else f"{value[:57]}..."
-            self.fail(f"{given!r} is no list of layers; write them as 0,10-20,-1, or all", param, ctx)
+            self.fail(f"{given!r} is not a list of layers; write them as 0,10-20,-1, or all", param, ctx)
         return DepthRanges(value, tuple((int(part[1]), int(part[2] or part[1])) for part in parts if part))
 
 
 @dataclass(frozen=True)
 class DepthRanges:
-    """What `--layers` says, before the model is known; negative numbers count from the end."""
+    """The value of `--layers`, before the model is known; negative numbers count from the end."""
 
     given: str
     ranges: tuple[tuple[int, int], ...]
 
     def of(self, blocks: int) -> list[int]:
-        """Return the depths of a model with so many blocks, ascending.
+        """Return the depths of a model with `blocks` blocks, ascending.
 
         Raises:
-            click.UsageError: it has no such depth, or a range is empty.
+            click.UsageError: the model has no such depth, or a range is empty.
         """
         found: set[int] = set()
         for ends in self.ranges:
@@ -98,13 +98,13 @@ class MemorySize(click.ParamType):
 
 
 class ModelFile(click.Path):
-    """A GGUF file, by its path or by the name under which another program keeps it."""
+    """A GGUF file: its path, or the name under which another program stores it."""
 
     def __init__(self) -> None:
         super().__init__(exists=True, dir_okay=False, path_type=Path)
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """Find the file that a name stands for, with `--download` on the network too."""
+        """Find the file that a name stands for; with `--download`, on the network too."""
         from ggjac.gguf.hub import DownloadError, HubError, resolve
 
         try:
@@ -122,7 +122,7 @@ def _remember_download(ctx: click.Context, param: click.Parameter, value: bool) 
 
 @dataclass(frozen=True)
 class ModelOptions:
-    """What to run: a model, a prompt, and how to compute."""
+    """The options of every command that runs a prompt: model, prompt, and how to compute."""
 
     model: Path | None
     prompt: str | None
@@ -131,47 +131,47 @@ class ModelOptions:
     threads: int | None
     device: str
     dtype: str
-    mlp_path: Literal["up", "gate"]
+    mlp_path: MlpPath
     ram_budget: int | None
     vram_budget: int | None
     trace: Path | None
     quiet: bool
 
-    def text(self) -> str | None:
-        """Return the prompt's text, from wherever it is given; None where it is given as token ids.
+    def given(self) -> str | list[int]:
+        """Return the prompt, from wherever it is given: its text, or its token ids.
 
         Raises:
             click.UsageError: it is given twice, or its file is not text.
         """
-        given = [name for name in ("prompt", "file", "tokens") if getattr(self, name) is not None]
-        if len(given) > 1:
-            raise click.UsageError(f"--{given[0]} and --{given[1]} both give a prompt; use one of them")
+        names = [name for name in ("prompt", "file", "tokens") if getattr(self, name) is not None]
+        if len(names) > 1:
+            raise click.UsageError(f"--{names[0]} and --{names[1]} both give a prompt; use one of them")
         if self.tokens is not None:
-            return None
+            return self.tokens
         if self.file is not None:
             try:
-                # Editors end a file with a newline that is no part of the prompt: llama.cpp's -f drops it, too.
+                # Editors end a file with a newline that is not part of the prompt: llama.cpp's -f drops it too.
                 return self.file.read_bytes().decode("utf-8").removesuffix("\n")
             except UnicodeDecodeError as error:
                 raise click.UsageError(f"--file {self.file} is not UTF-8 text ({error.reason})") from error
         return DEFAULT_PROMPT if self.prompt is None else self.prompt
 
-    def prompts(self) -> list["ModelOptions"]:
-        """Return the options of each prompt: lines of a file that are not empty, each once, or the one prompt given.
+    def prompts(self) -> list[str | list[int]]:
+        """Return the prompts: the lines of a file that are not empty, each once, or the one prompt given.
 
         Raises:
-            click.UsageError: as `text`, or the file has no prompt.
+            click.UsageError: as `given`, or the file has no prompt.
         """
-        text = self.text()
-        if self.file is None or text is None:
-            return [self]
-        lines = dict.fromkeys(part.removesuffix("\r") for part in text.split("\n") if part.strip())
+        prompt = self.given()
+        if self.file is None or not isinstance(prompt, str):
+            return [prompt]
+        lines = dict.fromkeys(part.removesuffix("\r") for part in prompt.split("\n") if part.strip())
         if not lines:
             raise click.UsageError(f"--file {self.file} has no prompt; write one on each line")
-        return [replace(self, file=None, prompt=part) for part in lines]
+        return list(lines)
 
-    def texts(self, concept: str | None, concept_tokens: list[int] | None) -> tuple["ModelOptions", "ModelOptions"]:
-        """Return the options with the text that `steer` continues, and with the concept in its place; with defaults.
+    def texts(self, concept: str | None, concept_tokens: list[int] | None) -> tuple["ModelOptions", str | list[int]]:
+        """Return the options with the text that `steer` continues, and the concept; with their defaults.
 
         Raises:
             click.UsageError: two concepts.
@@ -180,10 +180,10 @@ class ModelOptions:
             raise click.UsageError("--concept and --concept-tokens both give a concept; use one of them")
         nothing = self.prompt is None and self.file is None and self.tokens is None
         what = replace(self, prompt=STEER_PROMPT) if nothing else self
-        if concept is None and concept_tokens is None:
-            # There may be no tokenizer.
-            concept, concept_tokens = (STEER_CONCEPT, None) if what.tokens is None else (None, what.tokens)
-        return what, replace(what, prompt=concept, file=None, tokens=concept_tokens)
+        if concept_tokens is None:
+            # Where the text is token ids there may be no tokenizer: then it is its own concept.
+            return what, concept if concept is not None else STEER_CONCEPT if what.tokens is None else what.tokens
+        return what, concept_tokens
 
 
 _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
@@ -193,7 +193,7 @@ _MODEL = [
         "--model",
         type=ModelFile(),
         metavar="FILE",
-        help="GGUF file, or the first of its shards; or one that is on this disk by its name, hf:user/repo[:quant] or "
+        help="GGUF file or first shard; or the name of an already downloaded model: hf:user/repo[:quant] or "
         "ollama:name[:tag].  [default: bundled demo]",
     ),
     click.option(
@@ -202,7 +202,7 @@ _MODEL = [
         is_eager=True,  # before -m, which asks for it
         expose_value=False,
         callback=_remember_download,
-        help="Fetch an hf: model that is not on this disk.",
+        help="Download an hf: model that is not on this disk.",
     ),
 ]
 # How a command names the prompt that it takes when none is given, and what its file holds.
@@ -214,7 +214,7 @@ def _prompt_options(prompt: str, file: str) -> list[Callable]:
     return [
         click.option("-p", "--prompt", help=prompt),
         click.option("-f", "--file", type=_FILE, help=file),
-        click.option("--tokens", type=TokenIds(), help="Token ids 1,2,3 in place of a text."),
+        click.option("--tokens", type=TokenIds(), help="Token ids, as 1,2,3, instead of a text."),
     ]
 
 
@@ -228,31 +228,34 @@ _COMPUTE = [
         type=click.Choice(["float32", "float64", "bfloat16", "float16"]),
         default="float32",
         show_default=True,
-        help="Of all arithmetic.",
+        help="Dtype of all computation.",
     ),
     click.option(
         "--mlp-path",
         type=click.Choice(["up", "gate"]),
         default="up",
         show_default=True,
-        help="Which factor of a gated MLP stays live; the other is frozen.",
+        help="Factor of a gated MLP that stays live (not frozen).",
     ),
     click.option(
         "--ram-budget",
         type=MemorySize(),
         metavar="SIZE",
-        help="Memory to use at most, as 2GiB, 500MB or 1.5G.  [default: half of what is free]",
+        help="Memory to use at most, as 2GiB, 500MB or 1.5G.  [default: half of the free memory]",
     ),
     click.option(
-        "--vram-budget", type=MemorySize(), metavar="SIZE", help="Of the device's memory.  [default: what is free]"
+        "--vram-budget",
+        type=MemorySize(),
+        metavar="SIZE",
+        help="GPU memory to use at most.  [default: all that is free]",
     ),
-    click.option("-q", "--quiet", is_flag=True, help="No progress on stderr."),
+    click.option("-q", "--quiet", is_flag=True, help="Do not show progress."),
 ]
 _TRACE = click.option(
     "--trace",
     type=click.Path(file_okay=False, path_type=Path),
     metavar="FOLDER",
-    help="Keep the forward pass here, and use it if it is there already; it then need not fit into memory.",
+    help="Cache the recorded forward pass in FOLDER and reuse it; it then need not fit in memory.",
 )
 position = click.option(
     "--position", type=int, default=-1, show_default=True, help="Output position; negative counts from the end."
@@ -270,7 +273,7 @@ def model_file(command: Callable) -> Callable:
 
 
 def top(help: str, default: int = 8) -> Callable:
-    """Return the `--top` option, how many tokens to show, with a command's own explanation."""
+    """Return the `--top` option, the number of tokens to show, with a command's own explanation."""
     return click.option("--top", type=click.IntRange(min=1), default=default, show_default=True, help=help)
 
 
@@ -279,11 +282,11 @@ def output(help: str) -> Callable:
     return click.option("-o", "--output", type=click.Path(path_type=Path), help=help)
 
 
-resume = click.option("--resume", is_flag=True, help="Go on with the interrupted run of this -o.")
+resume = click.option("--resume", is_flag=True, help="Resume the interrupted run that writes to this -o.")
 
 
 def _names(*known: str) -> Callable[[click.Context, click.Parameter, str], tuple[str, ...]]:
-    """Return what turns `a,b` into a tuple of known names, in their own order."""
+    """Return a callback that turns `a,b` into a tuple of known names, in their own order."""
 
     def parse(ctx: click.Context, param: click.Parameter, value: str) -> tuple[str, ...]:
         given = [part.strip() for part in value.split(",")]
@@ -307,10 +310,22 @@ def layer_options(command: Callable) -> Callable:
                 help="Depths, in blocks applied: 0,10-20,-1. Negative ones count from the end.",
             ),
             click.option(
-                "--maps", callback=_names(*MAPS), default=",".join(MAPS), show_default=True, help="Which maps."
+                "--maps",
+                callback=_names(*MAPS),
+                default=",".join(MAPS),
+                show_default=True,
+                help="Maps: from the input to a depth, of one block, from a depth to the output.",
             ),
-            click.option("--kinds", callback=_names(*KINDS), default=",".join(KINDS), show_default=True, help="Taps."),
-            click.option("--transport", is_flag=True, help="Carry left vectors of the stream to the output, too."),
+            click.option(
+                "--kinds",
+                callback=_names(*KINDS),
+                default=",".join(KINDS),
+                show_default=True,
+                help="Where the maps end: residual stream, attention, MLP.",
+            ),
+            click.option(
+                "--transport", is_flag=True, help="Carry left vectors of the residual stream on to the output."
+            ),
         ]
     ):
         command = option(command)
@@ -319,12 +334,14 @@ def layer_options(command: Callable) -> Callable:
 
 def spectrum_options(command: Callable) -> Callable:
     """Add the options of a singular value decomposition."""
-    rank = click.option("-k", "--rank", type=click.IntRange(min=1), default=8, show_default=True, help="Triplets.")
+    rank = click.option(
+        "-k", "--rank", type=click.IntRange(min=1), default=8, show_default=True, help="Number of singular triplets."
+    )
     return rank(iteration_options(command))
 
 
 def _finite(ctx: click.Context, param: click.Parameter, value: float) -> float:
-    """Refuse what click's ranges let pass: nan, and infinity where there is no upper bound."""
+    """Refuse nan, and infinity where there is no upper bound: click's ranges accept them."""
     if not math.isfinite(value):
         raise click.BadParameter(f"{value} is not a finite number", ctx, param)
     return value
@@ -340,17 +357,21 @@ def iteration_options(command: Callable) -> Callable:
                 callback=_finite,
                 default=1e-3,
                 show_default=True,
-                help="Relative residual asked of every triplet.",
+                help="Relative residual that every triplet must reach.",
             ),
             click.option(
                 "--max-sweeps",
                 type=click.IntRange(min=2),
                 default=40,
                 show_default=True,
-                help="Passes over the weights, up and down counted singly.",
+                help="Most passes over the weights; up and down count as one each.",
             ),
             click.option(
-                "-s", "--seed", type=click.IntRange(0, 2**63 - 1), default=0, help="Of the random start.  [default: 0]"
+                "-s",
+                "--seed",
+                type=click.IntRange(0, 2**63 - 1),
+                default=0,
+                help="Seed of the random start vectors.  [default: 0]",
             ),
         ]
     ):

@@ -1,6 +1,7 @@
 """`ggjac predict`: the most likely next tokens."""
 
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -24,14 +25,22 @@ def predict(
     \b
     ggjac predict -m model.gguf -p "The capital of France is"
     """
-    from ggjac.cli import sections
-    from ggjac.cli.session import Session, save
+    from ggjac.analysis.predict import predict
+    from ggjac.cli.result import finish
+    from ggjac.cli.session import open_session
 
     if all_positions and not output:
         raise click.UsageError("--all-positions changes what is saved; name a file with -o")
-    session = Session(what, position=position, output=output, tapes=False)
-    content = {"predictions": sections.predictions(session, top)}
+    session = open_session(what, position=position, output=output, tapes=False)
+    content = {"predictions": predict(session.trace, top, position=session.position).data(session.words)}
     if output:
-        logits = session.trace.all_logits() if all_positions else session.logits
-        save(session, output, {"logits": logits})
-    sections.finish(session, content, output_format, output, predictions=sections.show_predictions)
+        session.save(output, {"logits": session.trace.all_logits() if all_positions else session.logits})
+    finish(session, content, output_format, output, predictions=show)
+
+
+def show(rows: list[dict[str, Any]]) -> None:
+    """Print the next-token table."""
+    from ggjac.cli.render import table
+
+    cells = [(r["token"], r["id"], f"{r['logit']:.3f}", f"{r['probability']:.4f}") for r in rows]
+    table("Next token", ["token", "#id", "#logit", "#probability"], cells)

@@ -7,45 +7,35 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
+from ggjac.jacobian import Progress
+from ggjac.session import Stages
+from ggjac.units import duration
+
 PLAIN_SECONDS = 5.0  # between lines without a terminal; also the patience before the first one
 SILENT_SECONDS = 10.0  # there, of a stage that does not get on meanwhile; then twice as long, and so on
 
 
-# Called with a detail, the steps done and their total, and how many further rounds of as many steps are expected.
-Update = Callable[..., None]
-
-
-class Reporter:
-    """Report one stage of the work after another, and remember how long each took.
-
-    Attributes:
-        seconds: of each stage.
-        work: bytes read and floating-point operations so far; once it is set, rates are shown.
-    """
+class Reporter(Stages):
+    """Stages that are shown on stderr as they go; rates are shown once `work` is set."""
 
     def __init__(self, quiet: bool):
+        super().__init__()
         self.quiet = quiet
-        self.seconds: dict[str, float] = {}
-        self.work: Callable[[], tuple[int, int]] | None = None
 
     @contextmanager
-    def stage(self, name: str) -> Iterator[Update]:
-        """Yield a function to be called with a detail, the steps done and their total; time the block."""
-        start = time.perf_counter()
-        try:
-            if self.quiet:
-                yield lambda *step, **more: None
-            elif sys.stderr.isatty():
-                with self._live(name, start) as update:
-                    yield update
-            else:
-                with self._plain(name, start) as update:
-                    yield update
-        finally:
-            self.seconds[name] = round(time.perf_counter() - start, 3)
+    def reporting(self, name: str, start: float) -> Iterator[Progress]:
+        """Yield the function that shows how far this stage is."""
+        if self.quiet:
+            yield lambda what, done, total, rounds=0: None
+        elif sys.stderr.isatty():
+            with self._live(name, start) as update:
+                yield update
+        else:
+            with self._plain(name, start) as update:
+                yield update
 
     @contextmanager
-    def _live(self, name: str, start: float) -> Iterator[Update]:
+    def _live(self, name: str, start: float) -> Iterator[Progress]:
         from rich.console import Console
         from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -54,27 +44,27 @@ class Reporter:
             task: Any = live.add_task(name, total=None, detail="")
             rates = self._rates(start)
 
-            def update(detail: str, done: int, total: int, rounds: int = 0) -> None:
-                text = f"{detail} {done}/{total}{rates(done, total, rounds)}"
+            def update(what: str, done: int, total: int, rounds: int = 0) -> None:
+                text = f"{what} {done}/{total}{rates(done, total, rounds)}"
                 live.update(task, completed=done, total=total, detail=text)
 
             yield update
 
     @contextmanager
-    def _plain(self, name: str, start: float) -> Iterator[Update]:
+    def _plain(self, name: str, start: float) -> Iterator[Progress]:
         last, step = start, ""
         rates = self._rates(start)
         heard, ended = threading.Event(), threading.Event()
 
-        def update(detail: str, done: int, total: int, rounds: int = 0) -> None:
+        def update(what: str, done: int, total: int, rounds: int = 0) -> None:
             nonlocal last, step
             heard.set()
-            step = f"{detail} {done}/{total}, "
+            step = f"{what} {done}/{total}, "
             text = rates(done, total, rounds)
             now = time.perf_counter()
             if now - last >= PLAIN_SECONDS:
                 last = now
-                print(f"{name}: {step}{clock(now - start)}{text}", file=sys.stderr, flush=True)
+                print(f"{name}: {step}{duration(now - start)}{text}", file=sys.stderr, flush=True)
 
         def wait() -> None:
             """Say now and then that a stage is still at work which has nothing to say, as llama.cpp's steps are."""
@@ -85,7 +75,7 @@ class Reporter:
                     patience = SILENT_SECONDS
                     continue
                 with suppress(OSError, ValueError):  # nobody reads stderr any more
-                    print(f"{name}: {step}{clock(time.perf_counter() - start)}", file=sys.stderr, flush=True)
+                    print(f"{name}: {step}{duration(time.perf_counter() - start)}", file=sys.stderr, flush=True)
                 patience *= 2
 
         waiting = threading.Thread(target=wait, daemon=True)
@@ -112,16 +102,6 @@ class Reporter:
                 shown = f", {nbytes / elapsed / 1e9:.2f} GB/s" if nbytes else ""
                 shown += f", {flop / elapsed / 1e9:.0f} GFLOP/s" if flop else ""
             # Too early to tell while what is measured is the start.
-            return shown + (f", about {clock(left)} left" if elapsed > 2 and left >= 1 else "")
+            return shown + (f", about {duration(left)} left" if elapsed > 2 and left >= 1 else "")
 
         return rates
-
-
-def clock(seconds: float) -> str:
-    """Return a duration as people say it: `42 s`, `3:07`, `1:02:33`."""
-    whole = round(seconds)
-    if whole < 100:
-        return f"{whole} s"
-    minutes, rest = divmod(whole, 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

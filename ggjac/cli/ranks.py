@@ -1,6 +1,7 @@
 """`ggjac ranks`: the stable rank of every token's map, over many prompts."""
 
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -12,7 +13,7 @@ from ggjac.cli.planning import dry_run
 @model_options(file="Read prompts from a file (UTF-8), one on each line; empty lines are skipped.")
 @dry_run
 @iteration_options
-@output("Append a JSON line for each prompt to this file; prompts that it holds already are not computed again.")
+@output("Append a JSON line for each prompt to this file; prompts that it already holds are skipped.")
 @output_format
 @click.pass_context
 def ranks(
@@ -26,29 +27,71 @@ def ranks(
 ) -> None:
     """Measure the stable rank of every token's own map, and of the joint one, for each line of a file (-f) of prompts.
 
-    The map of a token is what the network makes of its embedding at the last position. An interrupted run goes on where
-    it was when the same command is given again: -o grows by whole lines. Prompts whose sweeps ran out are done again
-    where --max-sweeps allows more. Exit code 3 if the sweeps ran out before a largest singular value reached --tol, or
-    a reconstruction error is out of bounds.
+    A token's map leads from its embedding to the output at the last position. The same command continues an interrupted
+    run: -o grows by whole lines. Prompts whose sweeps ran out are computed again where --max-sweeps allows more. Exit
+    code 3 if the sweeps ran out before a largest singular value reached --tol, or a reconstruction error is out of
+    bounds.
 
     \b
     ggjac ranks -m model.gguf -f prompts.txt -o ranks.jsonl
     """
-    from ggjac.cli import phrases, render
+    from ggjac.analysis.ranks import ranks as measure
+    from ggjac.cli.render import emit_json, line
+    from ggjac.cli.session import open_options, settings, show_saved, show_tokens, usage_errors
 
-    session, records, ready = phrases.run_ranks(what, output, tol=tol, seed=seed, max_sweeps=max_sweeps)
-    positions = phrases.by_position(records)
+    prompts = what.prompts()
+    if what.trace and len(prompts) > 1:
+        raise click.UsageError("--trace keeps one prompt's forward pass, here are several; leave it out")
+    model, options = open_options(what), settings(what)
+    stages, options["stages"] = options["stages"], None
+    iteration: dict[str, Any] = {"tol": tol, "seed": seed, "max_sweeps": max_sweeps}
+    with stages.stage("ranks") as report, usage_errors():
+        result = measure(model, prompts, output, progress=report, **iteration, **options)
+    records = result.records
     if output_format == "json":
-        envelope = session.envelope()
+        envelope = result.last.envelope()
         if len(records) > 1:
             envelope = {k: v for k, v in envelope.items() if k not in ("prompt", "tokens", "warning", "position")}
-        render.emit_json(envelope | {"ranks": {"prompts": records, "by_position": positions}})
+        emit_json(envelope | {"ranks": result.data()})
     else:
         if len(records) == 1:
-            session.show_tokens()
-        phrases.show_ranks(records, positions)
-        if ready:
-            render.line(f"{ready} of {len(records)} prompts were in {output} already")
-        session.show_saved(output)
+            show_tokens(result.last)
+        show(result.data())
+        if result.ready:
+            line(f"{result.ready} of {len(records)} prompts were in {output} already")
+        show_saved(output)
     if any(r["stopped_by"] == "sweeps" or not r["reconstruction"]["healthy"] for r in records):
         ctx.exit(3)
+
+
+def show(data: dict[str, Any]) -> None:
+    """Print a row for each prompt, and one for each token index, its mean drawn as a bar."""
+    from ggjac.cli.render import bar, line, stable_rank, table
+
+    records, positions = data["prompts"], data["by_position"]
+    rows = [
+        (
+            "".join(t["text"] for t in r["tokens"]),
+            r["next"]["token"],
+            stable_rank(r["joint"]),
+            " ".join(f"{t['stable_rank']['value']:.3g}" for t in r["tokens"]),
+        )
+        for r in records
+    ]
+    table("Stable rank of each prompt", ["prompt", "next", "#joint", "of each token's own map"], rows)
+    largest = max((p["mean"] for p in positions), default=0.0) or 1.0
+    cells = [
+        (
+            p["position"],
+            p["prompts"],
+            f"{p['mean']:.4g}",
+            "" if p["error"] is None else f"{p['error']:.2g}",
+            *(f"{p[key]:.4g}" for key in ("median", "least", "most")),
+            bar(p["mean"], largest),
+        )
+        for p in positions
+    ]
+    headings = ["#token index", "#prompts", "#mean", "#standard error", "#median", "#least", "#most", ""]
+    table("Stable rank by token index", headings, cells)
+    slow = sum(r["stopped_by"] == "sweeps" for r in records)
+    line(f"NOT converged: {slow} of {len(records)} prompts" if slow else f"{len(records)} prompts, all converged")

@@ -80,7 +80,7 @@ def line(text: str) -> None:
 
 def emit_json(content: Mapping[str, Any]) -> None:
     """Print JSON; NaN and infinity become null, which JSON has."""
-    write(runs.json_text(finite(content)))
+    write(runs.json_text(runs.finite(content)))
 
 
 def bar(value: float, largest: float) -> str:
@@ -97,21 +97,6 @@ def numbers(values: Sequence[float]) -> list[str]:
     return [f"{value:.{digits}f}" if fixed else f"{value:.3e}" for value in values]
 
 
-def size(nbytes: int | float) -> str:
-    """Return bytes in binary units."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if nbytes < 1024:
-            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
-        nbytes /= 1024
-    return f"{nbytes:.1f} TiB"
-
-
-def finite(value: Any) -> Any:
-    """Return plain data with NaN and infinity replaced by None."""
-    if isinstance(value, Mapping):
-        return {key: finite(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(entry) for entry in value]
-    if isinstance(value, float) and not abs(value) < float("inf"):
-        return None
-    return value
+def stable_rank(data: dict[str, Any]) -> str:
+    """Return a stable rank, with its standard error where it was estimated."""
+    return f"{data['value']:.4g}" + (f" ± {data['error']:.1g}" if data["error"] else "")

@@ -1,4 +1,4 @@
-"""`ggjac report`: the page of a run folder or of a JSON file, and its figures for print."""
+"""`ggjac report`: the HTML report of a run folder or of a JSON file, and its figures for print."""
 
 import os
 from pathlib import Path
@@ -19,8 +19,8 @@ from ggjac.cli.options import output
 def report(run: Path, output: Path | None, figures: bool) -> None:
     """Write the report of a run folder: one HTML file that needs no network.
 
-    `ggjac analyze` writes it too, into the folder it makes. In place of a run folder RUN may be a file: what a command
-    that takes a prompt printed with `--format json`, or `steer -o` saved. The page shows what is in it.
+    `ggjac analyze` writes it too, into the folder that it creates. RUN may also be a file: the JSON that a prompt
+    command printed with `--format json`, or that `steer -o` saved. The report shows the results that are in it.
 
     \b
     ggjac report ggjac-runs/demo-20260101-120000 --figures

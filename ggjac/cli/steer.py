@@ -1,8 +1,8 @@
-"""`ggjac steer`: continue a prompt while another one's linear map pushes it."""
+"""`ggjac steer`: activation steering of one prompt with the linear map of another."""
 
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import click
 
@@ -17,10 +17,6 @@ from ggjac.cli.options import (
     top,
 )
 from ggjac.cli.planning import dry_run
-
-if TYPE_CHECKING:
-    from ggjac.analysis.steer import Generated, Steering
-    from ggjac.cli.session import Session
 
 
 class Strengths(click.ParamType):
@@ -45,32 +41,36 @@ class Strengths(click.ParamType):
 @click.command()
 @model_options(prompt=f"Text to continue.  [default: {STEER_PROMPT!r}]", trace=False)
 @dry_run
-@click.option("--concept", help=f"Text whose map pushes.  [default: {STEER_CONCEPT!r}, or a prompt of --tokens itself]")
-@click.option("--concept-tokens", type=TokenIds(), help="Token ids 1,2,3 in place of the concept's text.")
-@click.option("--layer", type=click.IntRange(min=1), help="Blocks the map spans.  [default: two thirds of them]")
+@click.option(
+    "--concept", help=f"Prompt whose linear map steers.  [default: {STEER_CONCEPT!r}, or a prompt of --tokens itself]"
+)
+@click.option("--concept-tokens", type=TokenIds(), help="Token ids, as 1,2,3, instead of the concept's text.")
+@click.option(
+    "--layer", type=click.IntRange(min=1), help="Number of blocks that the map spans.  [default: two thirds of all]"
+)
 @click.option(
     "--strength",
     "strengths",
     type=Strengths(),
     default="0.5",
     show_default=True,
-    help="How hard: one number, or several as 0,0.2,0.5; 0 is no push.",
+    help="Steering strength: one number, or several as 0,0.2,0.5; 0 = off.",
 )
 @click.option("--method", type=click.Choice(["equation16", "additive"]), default="equation16", show_default=True)
-@click.option("--max-tokens", type=click.IntRange(min=1), default=12, show_default=True, help="To generate.")
-@top("Tokens that count as the concept's.", 5)
-@click.option("--control/--no-control", default=True, show_default=True, help="Push with a random operator, too.")
+@click.option("--max-tokens", type=click.IntRange(min=1), default=12, show_default=True, help="Tokens to generate.")
+@top("Next tokens of the concept that count as hits.", 5)
+@click.option("--control/--no-control", default=True, show_default=True, help="Also steer with a random operator.")
 @click.option(
-    "-s", "--seed", type=click.IntRange(0, 2**63 - 1), default=0, help="Of the random operator.  [default: 0]"
+    "-s", "--seed", type=click.IntRange(0, 2**63 - 1), default=0, help="Seed of the random operator.  [default: 0]"
 )
 @click.option(
     "--export-control-vector",
     "control_vector",
     type=click.Path(path_type=Path),
     metavar="FILE",
-    help="Save what the last strength adds at the prompt's last position as a control vector for llama.cpp.",
+    help="Save the addition of the last strength at the prompt's last position as a control vector for llama.cpp.",
 )
-@output("Save what `--format json` prints to this file.")
+@output("Save the JSON of `--format json` to this file.")
 @output_format
 def steer(
     what: ModelOptions,
@@ -87,17 +87,17 @@ def steer(
     output: Path | None,
     output_format: str,
 ) -> None:
-    """Continue a prompt while another prompt's linear map, the concept, pushes its stream after some blocks.
+    """Continue a prompt while the linear map of another prompt, the concept, steers its residual stream.
 
-    With strength s, the stream h at every position and the cumulative image c of the embeddings under the concept's
-    detached Jacobian:
+    With strength s, the residual stream h at every position, and the cumulative image c of the embeddings under the
+    concept's detached Jacobian:
 
     \b
     equation16  h <- (1 - s) h + s c          the paper's equation 16, λ = 1 - s
     additive    h <- h + (s / 2) ‖h‖ c / ‖c‖  the paper's code: c seen through the final norm, h one block earlier
 
-    Beside it, the same text without a push, and pushed by an operator of equal singular values that writes in random
-    directions. Without a prompt: 'My favorite thing is the'.
+    The same text is also continued without steering, and steered by an operator of equal singular values that writes in
+    random directions. Without a prompt: 'My favorite thing is the'.
 
     \b
     ggjac steer -m model.gguf -p "I am going to Arizona to see the" --concept "The bridge is the Golden" --strength 0.5
@@ -105,8 +105,8 @@ def steer(
     from ggjac import runs
     from ggjac.analysis.steer import changed_layer
     from ggjac.analysis.steer import steer as run
-    from ggjac.cli import render
-    from ggjac.cli.session import Session
+    from ggjac.cli.render import emit_json
+    from ggjac.cli.session import check_output, fit_command, open_session, show_saved, show_tokens
     from ggjac.llamacpp.control_vector import check_layer, save_control_vector
     from ggjac.model import PromptError
     from ggjac.sizes import default_layer
@@ -116,21 +116,16 @@ def steer(
         raise click.UsageError("--output and --export-control-vector name the same file; choose another name")
     if control_vector:
         runs.check_writable(control_vector)
-    session = Session(what, output=output, fit=False)
+    session = open_session(what, output=output, fit=False)
     model, blocks = session.model, session.model.config.block_count
     layer = layer or default_layer(blocks)
     if layer > blocks:
         raise click.UsageError(f"--layer {layer} is out of range; this model has layers 1 to {blocks}")
     if control_vector:
-        for source in (*model.gguf.paths, what.file):
-            if source and control_vector.exists() and control_vector.samefile(source):
-                raise click.UsageError(
-                    f"--export-control-vector {control_vector} is an input of this command; choose another name"
-                )
+        check_output(control_vector, "--export-control-vector", what, model)
         check_layer(changed_layer(method, layer), blocks)
-    concept = of_concept.text()
     try:
-        ids = model.check_prompt((of_concept.tokens or []) if concept is None else model.tokenize(concept))
+        ids = model.check_prompt(model.tokenize(of_concept) if isinstance(of_concept, str) else of_concept)
     except PromptError as error:
         raise click.UsageError(f"--concept: {error}") from error
     if len(session.ids) + max_tokens > model.config.context_length:
@@ -138,23 +133,12 @@ def steer(
             f"--max-tokens {max_tokens}: with the prompt's {len(session.ids)} that is more than the model's context, "
             f"{model.config.context_length}"
         )
-    session.fit(len(ids), text=len(session.ids), position=-1)
-    with session.report.stage("steer") as update:
-        result = run(
-            model,
-            session.ids,
-            ids,
-            method=method,
-            layer=layer,
-            strengths=strengths,
-            max_tokens=max_tokens,
-            top=top,
-            control=control,
-            seed=seed,
-            mlp_path=what.mlp_path,
-            progress=lambda done, total: update("token", done, total),
-        )
-    content = session.envelope() | {"steering": _data(session, result, concept)}
+    fit_command(session, len(ids), text=len(session.ids), position=-1)
+    options: dict[str, Any] = {"method": method, "layer": layer, "strengths": strengths, "max_tokens": max_tokens}
+    options |= {"top": top, "control": control, "seed": seed, "mlp_path": what.mlp_path}
+    with session.stages.stage("steer") as report:
+        result = run(model, session.ids, of_concept, progress=report, **options)
+    content = session.envelope() | {"steering": result.data(session.words)}
     if control_vector:
         save_control_vector(
             control_vector,
@@ -164,53 +148,18 @@ def steer(
             architecture=model.config.architecture,
         )
     if output:
-        runs.save_json(output, render.finite(content))
+        runs.save_json(output, runs.finite(content))
     if output_format == "json":
-        render.emit_json(content)
+        emit_json(content)
         return
-    session.show_tokens()
-    _show(session, content["steering"])
-    session.show_saved(output)
-    session.show_saved(control_vector)
+    show_tokens(session)
+    show(content["steering"])
+    show_saved(output)
+    show_saved(control_vector)
 
 
-def _data(session: "Session", result: "Steering", concept: str | None) -> dict[str, Any]:
-    """Return a steering as plain data."""
-
-    def generated(text: "Generated") -> dict[str, Any]:
-        pieces = [session.model.tokenizer.piece(id) for id in text.ids]
-        return {
-            "strength": text.strength,
-            "text": b"".join(pieces).decode("utf-8", errors="replace"),
-            "tokens": [{"id": id, "text": session.token(id)} for id in text.ids],
-            "kl_first": text.kl,
-            "concept_mass_first": text.mass,
-            "concept_hits": text.hits,
-            "direction_norm": float(text.direction.cpu().double().norm()),
-        }
-
-    return {
-        "method": result.method,
-        "layer": result.layer,
-        "changed_after_blocks": result.changed,
-        "blocks": session.model.config.block_count,
-        "seed": result.seed,
-        "concept": {
-            "text": concept,
-            "tokens": [{"id": id, "text": session.token(id)} for id in result.concept_ids],
-            "top": [
-                {"id": id, "token": session.token(id), "probability": chance}
-                for id, chance in zip(result.concept_tokens, result.concept_chances, strict=True)
-            ],
-        },
-        "baseline": generated(result.baseline),
-        "steered": [generated(text) for text in result.steered],
-        "controls": [generated(text) for text in result.controls],
-    }
-
-
-def _show(session: "Session", data: dict[str, Any]) -> None:
-    """Print the concept, and every text beside the baseline."""
+def show(data: dict[str, Any]) -> None:
+    """Print the concept, the baseline and every steered text."""
     from ggjac.cli.render import line, table
 
     concept = data["concept"]
@@ -223,8 +172,8 @@ def _show(session: "Session", data: dict[str, Any]) -> None:
         rows.extend(("random", control) for control in data["controls"][i : i + 1])
     table(
         f"Continued: {data['method']}, the concept's map spans {data['layer']} of {data['blocks']} blocks, "
-        f"the stream is pushed after {data['changed_after_blocks']}",
-        ["pushed by", "#strength", "#KL", "#mass", "#hits", "text"],
+        f"the residual stream is steered after {data['changed_after_blocks']}",
+        ["steered by", "#strength", "#KL", "#mass", "#hits", "text"],
         [
             (
                 name,
@@ -238,6 +187,6 @@ def _show(session: "Session", data: dict[str, Any]) -> None:
         ],
     )
     line(
-        "KL: of the first token's distribution from the baseline's, in nats. mass, hits: the concept's own next tokens,"
+        "KL: divergence of the first token's distribution from the baseline's, in nats. mass: total probability of the "
+        "concept's own next tokens as the first token; hits: how many of the generated tokens are among them."
     )
-    line("their probability as the first token, and how many of the generated tokens are among them.")

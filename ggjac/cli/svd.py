@@ -31,7 +31,7 @@ from ggjac.sizes import SHUFFLES
     type=click.IntRange(min=0),
     default=SHUFFLES,
     show_default=True,
-    help="Shuffled vectors to compare the decoded ones with; 0 for none.",
+    help="Shuffled vectors in the chance baseline; 0 for none.",
 )
 @output(
     "Save `U`, `S`, `Vh`, `residual` and `ids`, and with --per-token `token_U` [m, k, d], `token_S` [m, k], `token_Vh` "
@@ -53,49 +53,144 @@ def svd(
     resume: bool,
     output_format: str,
 ) -> None:
-    """Decompose a prompt's detached Jacobian and decode its singular vectors.
+    """Compute the leading singular vectors of a prompt's detached Jacobian, decoded to tokens, with a chance baseline.
 
     Left vectors decode through the LM head to the tokens they promote, right vectors to the nearest input embeddings at
-    each position. Coherence (the mean cosine between the embeddings of a vector's top tokens) is compared with that of
-    shuffled vectors, which mean nothing. Exit code 3 if the sweeps ran out before every triplet reached --tol, or the
-    reconstruction error is out of bounds.
+    each position. The coherence of a vector (mean cosine between the embeddings of its top tokens) is compared with
+    that of vectors with shuffled components. Exit code 3 if the sweeps ran out before every triplet reached --tol, or
+    the reconstruction error is out of bounds.
 
     \b
     ggjac svd -m model.gguf -p "The capital of France is" -k 4 -o svd.safetensors
     """
-    from ggjac.cli import sections, vectors
-    from ggjac.cli.session import Session, checkpoint, save
+    from ggjac.analysis.per_token import per_token as each_token
+    from ggjac.analysis.per_token import tensors as token_tensors
+    from ggjac.analysis.readability import readability
+    from ggjac.analysis.svd import spectrum
+    from ggjac.cli.result import finish
+    from ggjac.cli.session import check_resume, open_session
+    from ggjac.session import checkpoint
 
     if shuffles == 1:
         raise click.UsageError("--shuffles 1: chance and its spread take two; 0 leaves the comparison out")
-    session = Session(what, position=position, rank=rank, output=output)
+    check_resume(output, resume)
+    session = open_session(what, position=position, rank=rank, output=output)
     settings: dict[str, Any] = {"rank": rank, "tol": tol, "seed": seed}
+    iteration = settings | {"top": top, "max_sweeps": max_sweeps}
     marks = {"per_token": per_token} if per_token else {}
-    with session.checkpointed(checkpoint(output, resume), resume=resume, output=output, **settings, **marks):
-        result = sections.run_spectrum(session, top=top, max_sweeps=max_sweeps, **settings)
-        content = {
-            "reconstruction": sections.reconstruction(session),
-            "svd": sections.spectrum_data(session, result, seed, tol),
-        }
-        tensors = sections.tensors(result)
+    words = session.words
+    with session.checkpointed(checkpoint(output), resume=resume, output=output, **settings, **marks):
+        result = session.run("svd", spectrum, **iteration)
+        content = {"reconstruction": session.reconstruction().data(), "svd": result.data(words)}
+        tensors = result.tensors()
         if shuffles:
-            scores = vectors.run_readability(session, result, top=top, shuffles=shuffles, seed=seed)
-            content["svd"]["readability"] = vectors.readability_data(scores)
+            vectors = result.svd.U, result.heaviest
+            worth = session.run("coherence", readability, *vectors, top=top, shuffles=shuffles, seed=seed)
+            content["svd"]["readability"] = worth.data()
         if per_token:
-            found = vectors.run_per_token(session, top=top, max_sweeps=max_sweeps, **settings)
-            content["svd"]["per_token"] = vectors.per_token_data(session, found)
-            tensors |= vectors.tensors(found)
+            each = session.run("svd per token", each_token, **iteration)
+            content["svd"]["per_token"] = [one.data(words) for one in each]
+            tensors |= token_tensors(each)
         if output:
-            save(session, output, tensors, **settings)
-    sections.finish(session, content, output_format, output, svd=_show)
+            session.save(output, tensors, **settings)
+    finish(session, content, output_format, output, svd=show)
 
 
-def _show(data: dict[str, Any]) -> None:
-    """Print the triplets, and what else was asked for."""
-    from ggjac.cli import sections, vectors
-
-    sections.show_spectrum(data)
+def show(data: dict[str, Any]) -> None:
+    """Print the triplets, their coherence and the triplets of each position, where they were computed."""
+    show_spectrum(data)
     if "readability" in data:
-        vectors.show_readability(data["readability"])
+        show_readability(data["readability"])
     if "per_token" in data:
-        vectors.show_per_token(data["per_token"])
+        show_per_token(data["per_token"])
+
+
+def show_spectrum(data: dict[str, Any], shown_right: int = 3, words: int = 8) -> None:
+    """Print singular values with both decodings; right vectors at the positions with most of their weight."""
+    from ggjac.cli.render import line, numbers, table
+
+    rows = []
+    sigmas = numbers([t["singular_value"] for t in data["triplets"]])
+    for j, t in enumerate(data["triplets"]):
+        heaviest = sorted(t["right"], key=lambda r: -r["weight"])[:shown_right]
+        places = max(len(str(r["position"])) for r in t["right"])
+        right = "\n".join(
+            f"{r['weight']:>4.0%}  {r['position']:>{places}} {r['token']}: {' '.join(r['nearest'][:3])}"
+            for r in heaviest
+        )
+        rows.append((j + 1, sigmas[j], f"{t['residual']:.0e}", " ".join(t["left"][:words]), right))
+    columns = [
+        "##",
+        "#σ",
+        "#residual",
+        "left vector: tokens it promotes",
+        "right vector: share, position, nearest tokens",
+    ]
+    table("Singular vectors of the detached Jacobian", columns, rows)
+    state = "converged" if data["converged"] else f"NOT converged to {data['tol']:.0e}"
+    line(f"{state} after {data['sweeps']} sweeps (stopped by: {data['stopped_by']})")
+
+
+def show_stable_rank(data: dict[str, Any]) -> None:
+    """Print the stable rank with its error bar."""
+    from ggjac.cli.render import line
+
+    bar = f" ± {data['error']:.1g}" if data["error"] else " (exact)"
+    line(f"Stable rank ‖J‖²_F/σ₁² = {data['value']:.3f}{bar}; ‖J‖_F = {data['frobenius']:.4g}")
+    line("")
+
+
+def show_readability(data: dict[str, Any]) -> None:
+    """Print each vector's coherence with the chance baseline."""
+    from ggjac.cli.render import line, table
+
+    rows: list[tuple] = []
+    for j in range(len(data["left"]["scores"])):
+        row: tuple = (j + 1,)
+        for side in ("left", "right"):
+            found = data[side]
+            row += (f"{found['scores'][j]:.3f}", f"{found['above'][j]:+.1f}", f"{found['chance'][j]:.3f}")
+        rows.append(row)
+    by_chance = (
+        f"{data[side]['shuffled']['mean']:.3f} ± {data[side]['shuffled']['sd']:.3f}" for side in ("left", "right")
+    )
+    rows.append(("shuffled", next(by_chance), "", "", next(by_chance), "", ""))
+    line("")
+    columns = ["##", "#left", "#sd above", "#by chance", "#right", "#sd above", "#by chance"]
+    table("Coherence: mean cosine between the embeddings of a vector's top tokens", columns, rows)
+    line(
+        f"right: at its heaviest position; by chance: share of {data['left']['shuffled']['count']} vectors with "
+        "shuffled components that score as high"
+    )
+    line("")
+
+
+def show_per_token(data: list[dict[str, Any]], words: int = 8) -> None:
+    """Print each position's singular values and both decodings."""
+    from ggjac.cli.render import line, numbers, table
+
+    cells = [(entry, j, triplet) for entry in data for j, triplet in enumerate(entry["triplets"])]
+    sigmas = numbers([triplet["singular_value"] for *_, triplet in cells])
+    rows = [
+        (
+            "" if j else entry["position"],
+            "" if j else entry["token"],
+            sigma,
+            f"{triplet['residual']:.0e}",
+            " ".join(triplet["left"][:words]),
+            " ".join(triplet["right"][: words // 2]),
+        )
+        for (entry, j, triplet), sigma in zip(cells, sigmas, strict=True)
+    ]
+    columns = [
+        "#position",
+        "token",
+        "#σ",
+        "#residual",
+        "left vector: tokens it promotes",
+        "right vector: nearest tokens",
+    ]
+    table("Singular vectors of each position's own map J_i", columns, rows)
+    open_ends = [str(entry["position"]) for entry in data if not entry["converged"]]
+    if open_ends:
+        line(f"NOT converged at positions {', '.join(open_ends)}")

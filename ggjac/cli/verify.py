@@ -1,5 +1,7 @@
 """`ggjac verify`: the same tokens, logits and layers as llama.cpp?"""
 
+from typing import Any
+
 import click
 
 from ggjac.cli.options import ModelOptions, model_options, output_format
@@ -12,22 +14,46 @@ from ggjac.cli.planning import dry_run
 @click.option(
     "--strict",
     is_flag=True,
-    help="Let llama.cpp run a temporary copy rewritten as F32 (4 bytes per weight), where all must agree to rounding.",
+    help="Let llama.cpp run a temporary copy rewritten as F32 (4 bytes per weight); all must then agree to rounding.",
 )
 @output_format
 def verify(what: ModelOptions, strict: bool, output_format: str) -> None:
     """Compare tokens, logits and every layer with llama.cpp on the same file; exit code 3 if they disagree.
 
-    On a quantized file llama.cpp rounds activations to 8 bit, so that only the top token is held to agree; --strict
-    removes that difference.
+    On a quantized file llama.cpp rounds activations to 8 bit, so only the top token must agree; --strict removes that
+    difference.
 
     \b
     ggjac verify -m model.gguf --strict
     """
-    from ggjac.cli import sections
-    from ggjac.cli.session import Session
+    from ggjac.cli.result import finish
+    from ggjac.cli.session import open_session
 
-    session = Session(what, tapes=False)
-    result = sections.run_parity(session, strict=strict, layers=True)
-    content = {"parity": sections.parity_data(session, result)}
-    sections.finish(session, content, output_format, parity=sections.show_parity)
+    session = open_session(what, tapes=False)
+    content = {"parity": session.verify(strict=strict).data(session.words)}
+    finish(session, content, output_format, parity=show)
+
+
+def show(data: dict[str, Any]) -> None:
+    """Print the verdict, and the per-layer table where there is one."""
+    from ggjac.cli.render import line, table
+
+    if data["verdict"] is None:
+        line(f"llama.cpp: not compared: {data['reason']}")
+        return
+    if data["layers"]:
+        rows = [
+            (e["name"], f"{e['error']:.1e}", e["worst_position"], f"{e['worst_error']:.1e}") for e in data["layers"]
+        ]
+        columns = ["tensor", "#relative L2", "#worst position", "#error there"]
+        limit = float("inf") if data["tolerance"] is None else data["tolerance"]
+        departed = {i for i, e in enumerate(data["layers"]) if not e["error"] <= limit}
+        table("Every layer against llama.cpp", columns, rows, departed)
+    line(f"llama.cpp ({data['mode']}): {'agrees' if data['verdict'] else 'DISAGREES'}: {data['reason']}")
+    line(
+        f"  top token {data['top1']['token']} ({'the same' if data['top1_equal'] else 'not ours'}), "
+        f"KL divergence {data['kl_last']:.2e} nats (mean over positions {data['kl']:.2e}), "
+        f"logits relative L2 {data['logits_error']:.2e}"
+    )
+    if data["cause"]:
+        line(f"  expected: {data['cause']}")

@@ -21,11 +21,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ggjac.blocks import MlpPath
 from ggjac.jacobian.sweep import FrozenNetwork, SharedSweep, Span, Tap
 from ggjac.linop import Homogeneous, LinearOperator, Select
 from ggjac.runs.journal import Journal
-from ggjac.sizes import CHUNK_BYTES, SLICE, chunk_floats
+from ggjac.sizes import CHUNK_BYTES, SLICE, MlpPath, chunk_floats
 from ggjac.svd import SVD, svd
 
 

@@ -1,44 +1,57 @@
 """Read a result: a run folder (run.json, and the few vectors of tensors.safetensors that are drawn), or one JSON file.
 
-Whatever is read is checked by `schema` first.
+Everything that is read is checked first, by the forms that the sections state.
 """
 
 import json
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ggjac import runs
-from ggjac.report import schema
+from ggjac.report.schema import LARGEST, Wrong, record, text
+from ggjac.report.sections import PARTS, frame
+from ggjac.report.sections.common import Run
 from ggjac.runs import RunError
+from ggjac.units import size
 
-# What is drawn: vectors of the embedding's size.
+# Those that are drawn: vectors of the embedding's size.
 VECTORS = ("y", "offset", "linear_output", "ordinary_output")
 MAX_JSON = 64 * 2**20  # bytes
 MAX_VECTOR = 2**22  # elements
 
+#: A result, as in `run.json` and as printed by commands; and one about many prompts, which has no `tokens`.
+_RESULT = record(frame.PROMPT, PARTS)
+_OF_MANY = record({"model": frame.PROMPT["model"]}, PARTS)
 
-@dataclass(frozen=True)
-class Run:
-    """What the report draws.
 
-    Attributes:
-        content: the checked parts of a result (see `schema.checked`); parts that are missing are None.
-        vectors: those of `VECTORS` that were saved, `[d]` each, float64.
-        source: the name of the file that has the numbers.
+def checked(content: Any, source: str = "run.json", again: str = "analyse the prompt again") -> dict[str, Any]:
+    """Return the parts of a result that the report draws, each of the form that its room states; missing ones are None.
+
+    Args:
+        content: as it was read.
+        source: the file's name.
+        again: the advice for getting a valid result.
+
+    Raises:
+        RunError: a part is of another form; the message names it.
     """
-
-    content: dict[str, Any]
-    vectors: dict[str, np.ndarray]
-    source: str = "run.json"
+    try:
+        many = (
+            isinstance(content, dict) and "ranks" in content and not {"tokens", "prompt", "position"} & content.keys()
+        )
+        found = _OF_MANY(content, "") | {"tokens": []} if many else _RESULT(content, "")
+        frame.check_position(found)
+    except Wrong as error:
+        raise RunError(f"{source}: {error}; {again}") from error
+    return found
 
 
 def load(source: str | os.PathLike[str]) -> Run:
-    """Read a run folder, or a file with what a command printed as JSON.
+    """Read a run folder, or a file that a command printed as JSON.
 
     Raises:
         RunError: neither, or a damaged one; the message is one line.
@@ -47,13 +60,13 @@ def load(source: str | os.PathLike[str]) -> Run:
     alone = source.exists() and not source.is_dir()
     path = source if alone else source / "run.json"
     if path.exists() and not path.is_file():  # a pipe would never end
-        raise RunError(f"{path}: is not a regular file; give a run folder, or a file of JSON")
+        raise RunError(f"{path}: is not a regular file; pass a run folder, or a file of JSON")
     if path.is_file() and path.stat().st_size > MAX_JSON:
-        raise RunError(f"{path}: has {path.stat().st_size / 1e6:.0f} MB, too much for a result; is this one?")
+        raise RunError(f"{path}: is {size(path.stat().st_size)}, larger than any result; is this the right file?")
     try:
         if alone:
-            return Run(_result(path), {}, schema.text(path.name, "name"))
-        return Run(schema.checked(runs.load_run(source)), _vectors(source / "tensors.safetensors", VECTORS))
+            return Run(_result(path), {}, text(path.name, "name"))
+        return Run(checked(runs.load_run(source)), _vectors(source / "tensors.safetensors", VECTORS))
     except RecursionError as error:
         raise RunError(f"{path}: is nested too deeply for a result; analyse the prompt again") from error
 
@@ -64,16 +77,18 @@ def _result(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
         kind = type(error).__name__
-        raise RunError(f"{path}: is no result ({kind}); give a run folder, or what --format json printed") from error
+        raise RunError(
+            f"{path}: is not a result ({kind}); pass a run folder, or a file that a command printed with --format json"
+        ) from error
     if not isinstance(content, dict) or content.get("schema_version") != runs.SCHEMA_VERSION:
-        raise RunError(f"{path}: is no result of schema version {runs.SCHEMA_VERSION}; run the command again")
+        raise RunError(f"{path}: is not a result of schema version {runs.SCHEMA_VERSION}; run the command again")
     if "model" not in content:  # as of `info`, `plan` and `bench`
-        raise RunError(f"{path}: is about no prompt, and has no page; give what a command that takes one printed")
-    return schema.checked(content, str(path), "run the command again")
+        raise RunError(f"{path}: holds no result about a prompt; pass the JSON of a prompt command, such as svd")
+    return checked(content, str(path), "run the command again")
 
 
 def _vectors(path: Path, names: Iterable[str]) -> dict[str, np.ndarray]:
-    """Return those of some vectors that a safetensors file has; nothing where there is no file."""
+    """Return those of some vectors that are in a safetensors file; nothing where there is no file."""
     if not path.is_file():
         return {}
     from safetensors import safe_open
@@ -88,13 +103,13 @@ def _vectors(path: Path, names: Iterable[str]) -> dict[str, np.ndarray]:
                 found[name] = np.asarray(file.get_tensor(name), np.float64)
     except RunError:
         raise
-    except Exception as error:  # the package has its own exception, and passes on what NumPy raises
+    except Exception as error:  # the package raises an exception of its own, and those of NumPy
         reason = " ".join(str(error).split())[:200]
         raise RunError(f"{path}: cannot be read ({reason}); analyse the prompt again") from error
     sizes = {len(vector) for vector in found.values()}
     if len(sizes) > 1:
         lengths = ", ".join(f"{name} {len(vector)}" for name, vector in sorted(found.items()))
         raise RunError(f"{path}: vectors of one space differ in length ({lengths}); analyse the prompt again")
-    if not all((np.abs(vector) <= schema.LARGEST).all() for vector in found.values()):
-        return {}  # an overflowing run is worth a report, but its scatter cannot be drawn
+    if not all((np.abs(vector) <= LARGEST).all() for vector in found.values()):
+        return {}  # the rest of a run that overflows is still worth a page
     return found

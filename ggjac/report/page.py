@@ -1,7 +1,7 @@
-"""Turn a result into one HTML file that needs nothing else: no network, no fonts, no library.
+"""Turn a result into one self-contained HTML file: no network, no fonts, no library.
 
-Everything that a run says is escaped by the templates. The page's policy allows the one style sheet and the one script
-that it carries, by their hashes, and no connection at all.
+Everything that comes from a run is escaped by the templates. The page's policy allows the one style sheet and the one
+script that it contains, by their hashes, and no connection at all.
 """
 
 import base64
@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from ggjac import runs
-from ggjac.report import sections
-from ggjac.report.load import Run, load
+from ggjac.report.load import load
+from ggjac.report.sections import SECTIONS, frame
+from ggjac.report.sections.common import Run
 from ggjac.runs import RunError
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -22,21 +23,21 @@ OWN = ("run.json", "tensors.safetensors")
 
 
 def write_report(source: str | os.PathLike[str], output: str | os.PathLike[str] | None = None) -> Path:
-    """Write the report of a run folder, or of a file with what a command printed as JSON; return where.
+    """Write the report of a run folder, or of a file that a command printed as JSON; return its path.
 
-    Without an `output` it is report.html in the folder, or NAME.html beside NAME.json.
+    Without an `output` it is report.html in the folder, or NAME.html next to NAME.json.
 
     Raises:
-        RunError: no result, or a damaged one, or the page cannot be written; the message is one line.
+        RunError: the source is not a result, or a damaged one, or the page cannot be written; the message is one line.
     """
     html = render(load(source))
     source = Path(source)
     own = [source / name for name in OWN] if source.is_dir() else [source]
-    beside = source / NAME if source.is_dir() else source.with_suffix(".html")
-    path = beside if output is None else Path(output)
+    default = source / NAME if source.is_dir() else source.with_suffix(".html")
+    path = default if output is None else Path(output)
     if any(path.exists() and file.exists() and path.samefile(file) for file in own):
-        raise RunError(f"{path}: is what the report is made from; choose another -o")
-    if output is None and path.is_symlink():  # a folder from strangers must not send us elsewhere
+        raise RunError(f"{path}: is the input of the report; choose another -o")
+    if output is None and path.is_symlink():  # a folder from strangers must not redirect the output
         raise RunError(f"{path}: is a link that leads out of the run folder; remove it, or choose a file with -o")
     runs.save_bytes(path, html.encode("utf-8"))
     return path
@@ -45,18 +46,18 @@ def write_report(source: str | os.PathLike[str], output: str | os.PathLike[str] 
 def render(run: Run) -> str:
     """Return the page as text."""
     parts: list[dict[str, Any]] = []
-    for section in sections.SECTIONS:
+    for section in SECTIONS:
         data = section.build(run)
         if data:
             parts.append({"key": section.key, "title": section.title, "note": section.note, "data": data})
     style, script = _asset("report.css"), _asset("report.js")
-    # The data of the one section that the script draws itself.
+    # The script itself draws the ranks of one section.
     data = next((part["data"]["data"] for part in parts if part["key"] == "layers"), None)
     return (
         _environment()
         .get_template("page.html")
         .render(
-            header=sections.header(run),
+            header=frame.header(run),
             sections=parts,
             style=style,
             script=script,
@@ -91,7 +92,7 @@ def _place(share: float) -> str:
 
 @cache
 def _asset(name: str) -> Any:
-    """Return a style sheet or script of ours as it is embedded, unescaped."""
+    """Return one of the page's own assets, to be embedded unescaped."""
     from markupsafe import Markup
 
     text = (TEMPLATES / name).read_text(encoding="utf-8")

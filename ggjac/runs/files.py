@@ -301,6 +301,17 @@ def load_run(path: str | os.PathLike[str]) -> dict[str, Any]:
     return content
 
 
+def finite(value: Any) -> Any:
+    """Return plain data with NaN and infinity, which JSON lacks, replaced by None."""
+    if isinstance(value, Mapping):
+        return {key: finite(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(entry) for entry in value]
+    if isinstance(value, float) and not abs(value) < float("inf"):
+        return None
+    return value
+
+
 def _temporary(path: Path) -> Path:
     """Name a hidden neighbour of `path`, behind links; the process id keeps two runs apart."""
     path = Path(os.path.realpath(path))

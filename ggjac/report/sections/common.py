@@ -1,37 +1,74 @@
-"""What sections share: how tokens, bars and heat grids are prepared for a template."""
+"""Shared by the rooms: the run they read, the section they make of it, and bars and heat grids for templates."""
 
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import PurePath
 from typing import Any
 
-from ggjac.report.charts import Heat
-from ggjac.report.numbers import power, signed
+import numpy as np
+
+from ggjac.drawing.charts import Drawing, Heat
+from ggjac.report.numbers import signed
+from ggjac.units import power
 
 SHORT = 32  # prompts up to this many tokens show their tables open
-SHOWN = 3  # tokens in a cell of the layer grid, and positions beside a right vector
-ROUNDING = 5e-2  # of Σ|shares|: what 16-bit arithmetic may leave unexplained
+SHOWN = 3  # tokens in a cell of the layer grid, and positions of a right vector
+WHOLE = 32  # positions up to which tables for each position are shown whole
+WORDS_SHOWN = 4  # tokens shown of each vector in such tables, where they are not
+MAX_POINTS = 2000  # of a cloud of points; of more, a selection is drawn
 LEVELS = 10  # shades of a diverging colour, each way
 LEGEND = [*range(-LEVELS, LEVELS + 1, 2)]
 # A heat grid on a screen, in pixels: as wide as the column of text, its cells not too small and not too large.
 WIDE, TALL, CELL_WIDTH, CELL_HEIGHT = 720, 640, (4, 36), (5, 24)
-SMALL, FEW = 280, 3  # pixels left of a phone beside the labels: of wider panels it shows every third label
+SMALL, FEW = 280, 3  # pixels that a phone has left for the grid: there, wider panels show every third label
 
 
-def pairs(*rows: tuple[str, str | None]) -> list[tuple[str, str]]:
-    """Return the rows that say something."""
-    return [(name, value) for name, value in rows if value]
+@dataclass(frozen=True)
+class Run:
+    """A result as the report reads it.
+
+    Attributes:
+        content: its parts, each of the `FORM` of its room; parts that are missing are None.
+        vectors: those of `load.VECTORS` that were saved, `[d]` each, float64.
+        source: the name of the file that has the numbers.
+    """
+
+    content: dict[str, Any]
+    vectors: dict[str, np.ndarray]
+    source: str = "run.json"
+
+
+def _nothing(_: Run) -> Iterable[Drawing]:
+    return ()
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of the page.
+
+    Attributes:
+        key: its anchor in the page, and the name of its template.
+        title: its heading.
+        build: returns the data for the template, or None where the run has none: then the page omits the section.
+        note: how to read it.
+        drawings: its figures for print.
+    """
+
+    key: str
+    title: str
+    build: Callable[[Run], dict[str, Any] | None]
+    note: str = ""
+    drawings: Callable[[Run], Iterable[Drawing]] = _nothing
+
+
+def file_name(model: dict[str, Any]) -> str:
+    """Return the name of a model's file, whichever system wrote its path."""
+    return PurePath(model["path"].replace("\\", "/")).name
 
 
 def capital(sentence: str) -> str:
     """Return a sentence with a capital at its start."""
     return sentence[:1].upper() + sentence[1:]
-
-
-def joined(tokens: list[str]) -> str:
-    """Return running text from visible tokens: `␣` at their edges was a space."""
-    inner = [token.strip("␣") for token in tokens]
-    return "".join(
-        " " * (len(t) - len(t.lstrip("␣"))) + i + " " * (len(t.rstrip("␣")) < len(t) and bool(i))
-        for t, i in zip(tokens, inner, strict=True)
-    )
 
 
 def length(share: float) -> str:
@@ -46,13 +83,13 @@ def bar(share: float, low: float, high: float) -> dict[str, str]:
 
 
 def bars(shares: list[float]) -> tuple[list[dict[str, str]], str]:
-    """Return a bar for each share, on one scale, and where its zero is."""
+    """Return a bar for each share, all on one scale, and the place of its zero."""
     low, high = min([0.0, *shares]), max([0.0, *shares])
     return [bar(share, low, high) for share in shares], length(-low / (high - low or 1.0))
 
 
 def digits(shares: list[float]) -> int:
-    """Return the decimals that a column of shares is shown with."""
+    """Return the number of decimals for a column of shares."""
     return 4 if max(map(abs, shares), default=0.0) < 100 else 2
 
 
@@ -67,7 +104,7 @@ def heat(grid: Heat) -> dict[str, Any]:
     for panel in grid.panels:
         across = panel.span * len(panel.columns)
         grounds.append({"x": start, "width": across})
-        # Labels some 22 pixels apart at least; words that stand aslant need less.
+        # Labels some 22 pixels apart at least; tilted words need less.
         every = max(1, -(-(18 if grid.tilted or panel.span > 1 else 24) * units // (width * panel.span)))
         for j, name in enumerate(panel.columns):
             x = start + j * panel.span
@@ -126,5 +163,5 @@ def _draw_row(
 
 
 def _cut(name: str) -> str:
-    """Return a name that fits beside a grid."""
+    """Return a name short enough for the edge of a grid."""
     return name if len(name) <= 12 else f"{name[:11]}…"

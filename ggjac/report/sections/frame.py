@@ -1,20 +1,91 @@
-"""What the page begins and ends with: the prompt, its prediction, its tokens."""
+"""The frame of the page: its title, the certificate, and the tokens of the prompt."""
 
-from pathlib import PurePath
+import shlex
 from typing import Any
 
-from ggjac.report.load import Run
-from ggjac.report.numbers import fixed, percent, size
-from ggjac.report.sections.common import SHORT, joined, length, pairs
+from ggjac.report.numbers import percent
+from ggjac.report.schema import (
+    MODEL,
+    RECONSTRUCTION,
+    Check,
+    Wrong,
+    each,
+    integer,
+    number,
+    record,
+    table,
+    text,
+)
+from ggjac.report.sections.common import SHORT, Run, Section, capital, file_name
+from ggjac.units import duration, power, size
+
+
+def position(value: Any, where: str) -> int | str:
+    """Accept a position, or the word for all of them."""
+    return "all" if value == "all" else integer(value, where)
+
+
+#: The required parts of a result about one prompt; one about many prompts (`ranks`) has a model only.
+PROMPT: dict[str, Check] = {
+    "model": MODEL,
+    "tokens": each(record({"position": integer, "id": integer, "text": text}), least=1),
+}
+FORM: dict[str, Check] = {
+    "created": text,
+    "versions": table(text),
+    "platform": text,
+    "command": each(text),  # its words
+    "prompt": text,  # as it was typed
+    "warning": text,  # about how the prompt was tokenized
+    "position": position,  # the output position; the last token's where it is missing
+    "device": text,
+    "dtype": text,
+    "mlp_path": text,  # the factor of a gated MLP that is not frozen
+    "threads": integer,
+    "seconds": table(number),  # by stage
+    "peak_memory_bytes": integer,
+    "reconstruction": RECONSTRUCTION,
+}
+
+
+def check_position(content: dict[str, Any]) -> None:
+    """Check that the output position is one of the prompt's.
+
+    Raises:
+        Wrong: it is not.
+    """
+    position, count = content["position"], len(content["tokens"])
+    if isinstance(position, int) and count and position >= count:
+        raise Wrong(f"position: {position} is beyond the {count} tokens")
+
+
+def _position(content: dict[str, Any]) -> int:
+    """Return the output position: the last one where all were asked for, or none was saved."""
+    given = content["position"]
+    return given if isinstance(given, int) else max(0, len(content["tokens"]) - 1)
+
+
+def _pairs(*rows: tuple[str, str | None]) -> list[tuple[str, str]]:
+    """Return the rows that have a value."""
+    return [(name, value) for name, value in rows if value]
+
+
+def _joined(tokens: list[str]) -> str:
+    """Return running text from visible tokens: `␣` at their edges was a space."""
+    inner = [token.strip("␣") for token in tokens]
+    return "".join(
+        " " * (len(t) - len(t.lstrip("␣"))) + i + " " * (len(t.rstrip("␣")) < len(t) and bool(i))
+        for t, i in zip(tokens, inner, strict=True)
+    )
 
 
 def header(run: Run) -> dict[str, Any]:
-    """Prepare the title: the prompt, and the token predicted after it; of many prompts, how many."""
+    """Prepare the title: the prompt and the token predicted after it, or the number of prompts."""
     c = run.content
-    model, tokens, position = c["model"], c["tokens"], c["position"]
-    # The prompt as it was typed, if all of it is read; else the tokens up to the position that is.
+    model, tokens, position = c["model"], c["tokens"], _position(c)
+    # The prompt as it was typed, if the map reads all of it; else the tokens up to the output position.
     whole = position == len(tokens) - 1 and c["prompt"] is not None
-    prompt = c["prompt"] if whole else joined([t["text"] for t in tokens[: position + 1]])
+    prompt = c["prompt"] if whole else _joined([t["text"] for t in tokens[: position + 1]])
     if not tokens:
         prompt = f"{len(c['ranks']['prompts'])} prompts"
     best = (c["predictions"] or [None])[0]
@@ -22,57 +93,139 @@ def header(run: Run) -> dict[str, Any]:
     return {
         "prompt": prompt if len(prompt) <= 420 else f"… {prompt[-400:]}",
         "long": len(prompt) > 120,
-        "rest": "" if whole else joined([t["text"] for t in tokens[position + 1 :]])[:200],
-        "next": best and joined([best["token"]]),
+        "rest": "" if whole else _joined([t["text"] for t in tokens[position + 1 :]])[:200],
+        "next": best and _joined([best["token"]]),
         "chance": best and percent(best["probability"]),
         "name": model["name"] or file_name(model),
-        "facts": pairs(
+        "facts": _pairs(
             ("File", file_name(model)),
-            ("Beside", other and file_name(other)),
+            ("Compared with", other and file_name(other)),
             ("Architecture", model["architecture"]),
             ("Size", model["bytes"] and size(model["bytes"])),
             ("Tokens", str(len(tokens)) if tokens else None),
-            ("Arithmetic", " on ".join(filter(None, (c["dtype"], c["device"])))),
-            ("Made", (c["created"] or "").partition("T")[0]),
+            ("Precision", " on ".join(filter(None, (c["dtype"], c["device"])))),
+            ("Created", (c["created"] or "").partition("T")[0]),
         ),
         "source": run.source,
     }
 
 
-def file_name(model: dict[str, Any]) -> str:
-    """Return the name of a model's file, whichever system wrote its path."""
-    return PurePath(model["path"].replace("\\", "/")).name
+# -- certificate -------------------------------------------------------------------------------------------------------
 
 
-def prediction(run: Run) -> dict[str, Any] | None:
-    """Prepare the most likely next tokens.
-
-    `predictions`: a list of `{"id", "token", "logit", "probability"}`, the most likely first.
-    """
-    rows = run.content["predictions"]
-    return rows and {
-        "rows": [
-            row
-            | {
-                "logit": fixed(row["logit"]),
-                "chance": percent(row["probability"], 2),
-                "bar": length(row["probability"] or 0.0),
-            }
-            for row in rows
-        ]
+def certificate(run: Run) -> dict[str, Any]:
+    """Prepare the checks, and everything needed to repeat the run."""
+    c = run.content
+    checks = [*_reconstructions(c), *filter(None, (_parity(c), _convergence(c)))]
+    seed = next((c[key]["seed"] for key in ("svd", "compare", "steering") if c[key]), None)
+    facts = _pairs(
+        ("Precision", c["dtype"]),
+        ("Live factor of gated MLPs", c["mlp_path"]),
+        ("Output position", ("all" if c["position"] == "all" else str(_position(c))) if c["tokens"] else None),
+        ("Seed", None if seed is None else str(seed)),
+        ("Device", c["device"]),
+        ("Threads", c["threads"] and str(c["threads"])),
+        ("Peak memory", c["peak_memory_bytes"] and size(c["peak_memory_bytes"])),
+        ("Created", (c["created"] or "").replace("T", " ").replace("Z", " UTC")),
+        ("Platform", c["platform"]),
+        ("Model fingerprint", c["model"]["fingerprint"]),
+    )
+    seconds = c["seconds"] or {}
+    return {
+        "checks": checks,
+        "facts": facts,
+        "versions": sorted((c["versions"] or {}).items()),
+        "seconds": [(name, duration(value)) for name, value in seconds.items()],
+        "total": duration(sum(seconds.values())) if seconds else None,
+        "command": shlex.join(c["command"]) if c["command"] else None,
     }
+
+
+def _reconstructions(c: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the health of each model's computation: two, where two files were compared."""
+    both = (c["compare"] or {}).get("reconstruction") or {}
+    own = c["reconstruction"] or (c["jacobian"] or {}).get("reconstruction")
+    given = {"Reconstruction": own} | {f"Reconstruction, file {side}": h for side, h in both.items()}
+    return [_reconstruction(name, found) for name, found in given.items() if found]
+
+
+def _reconstruction(name: str, found: dict[str, Any]) -> dict[str, Any]:
+    share = (found["offset_norm"] or 0.0) / (found["output_norm"] or 1.0)
+    offset = (
+        f" The biases contribute an offset of {percent(share)} of ‖y‖." if share else " No biases: the offset is 0."
+    )
+    return {
+        "name": name,
+        "state": "pass" if found["healthy"] else "fail",
+        "value": power(found["error"]),
+        "limit": f"{'at most' if found['healthy'] else 'not at most'} {power(found['limit'])}",
+        "says": "‖J x + offset − y‖ ⁄ ‖y‖, a health check of the computation."
+        f"{'' if found['offset_norm'] is None else offset}",
+    }
+
+
+def _parity(c: dict[str, Any]) -> dict[str, Any] | None:
+    found = c["parity"]
+    if not found:
+        return None
+    if found["verdict"] is None:
+        return {
+            "name": "llama.cpp",
+            "state": "none",
+            "value": "not compared",
+            "limit": "",
+            "says": found["reason"] or "",
+        }
+    kl = found["kl_last"] if found["kl_last"] is not None else found["kl"]
+    says = [
+        f"{capital(found['reason'])}." if found["reason"] else "",
+        "" if kl is None else f"KL divergence {power(kl)} nats.",
+        f"Expected: {found['cause']}." if found["cause"] else "",
+    ]
+    return {
+        "name": "llama.cpp",
+        "state": "pass" if found["verdict"] else "fail",
+        "value": "agrees" if found["verdict"] else "disagrees",
+        "limit": "on the file as it is" if found["mode"] == "as is" else found["mode"] or "",
+        "says": " ".join(filter(None, says)),
+    }
+
+
+def _convergence(c: dict[str, Any]) -> dict[str, Any] | None:
+    found = c["svd"]
+    if not found or not found["triplets"]:
+        return None
+    residuals = [t["residual"] for t in found["triplets"] if t["residual"] is not None]
+    sweeps = "" if found["sweeps"] is None else f" after {found['sweeps']} sweeps"
+    stopped = found["stopped_by"] and f" Stopped by: {found['stopped_by']}."
+    return {
+        "name": "Singular vectors",
+        # One that stopped at the precision of its dtype is as good as that allows, not a failure.
+        "state": "fail" if found["stopped_by"] == "sweeps" else "pass" if found["converged"] else "none",
+        "value": power(max(residuals)) if residuals else "–",
+        "limit": "" if found["tol"] is None else f"asked {power(found['tol'])}",
+        "says": f"Worst residual of {len(found['triplets'])} triplets relative to σ, "
+        f"{'converged' if found['converged'] else 'not converged'}{sweeps}.{stopped or ''}",
+    }
+
+
+# -- tokens ------------------------------------------------------------------------------------------------------------
 
 
 def tokens(run: Run) -> dict[str, Any] | None:
-    """Prepare the token table.
-
-    `tokens`: a list of `{"position", "id", "text"}`, the text made visible; `warning`: text or null.
-    """
+    """Prepare the token table."""
     c = run.content
     if not c["tokens"]:
         return None
+    read = None if c["position"] == "all" else _position(c)
     return {
-        "rows": [t | {"read": i == c["position"] and not c["all_positions"]} for i, t in enumerate(c["tokens"])],
+        "rows": [t | {"read": i == read} for i, t in enumerate(c["tokens"])],
         "short": len(c["tokens"]) <= SHORT,
         "warning": c["warning"],
     }
+
+
+CERTIFICATE = Section(
+    "certificate", "Certificate", certificate, "The checks of this run, and everything needed to repeat it."
+)
+TOKENS = Section("tokens", "Tokens", tokens, "The prompt as the model reads it. Spaces and invisible bytes are shown.")

@@ -1,4 +1,4 @@
-// The page reads without this. It adds: switches between variants, arrow keys among tokens, and pinned tokens.
+// The page works without this. It adds switches between variants, arrow keys among tokens, and pinned tokens.
 "use strict";
 const all = (selector, root = document) => [...root.querySelectorAll(selector)];
 
@@ -38,8 +38,8 @@ for (const group of all("[data-rove]")) {
     const to = at < 0 ? undefined : {
       ArrowRight: () => items[at + 1],
       ArrowLeft: () => items[at - 1],
-      ArrowDown: () => beside(items, items[at], 1),
-      ArrowUp: () => beside(items, items[at], -1),
+      ArrowDown: () => nearest(items, items[at], 1),
+      ArrowUp: () => nearest(items, items[at], -1),
       Home: () => items[0],
       End: () => items[items.length - 1],
     }[event.key]?.();
@@ -50,7 +50,7 @@ for (const group of all("[data-rove]")) {
 }
 
 // The nearest item in the next line below (1) or above (-1).
-function beside(items, from, direction) {
+function nearest(items, from, direction) {
   const middle = (box) => (box.left + box.right) / 2;
   const start = from.getBoundingClientRect();
   let best, least = Infinity;
@@ -64,7 +64,7 @@ function beside(items, from, direction) {
   return best;
 }
 
-// -- Heat grids: the cell under the pointer, or at the arrow keys, says its value. The values are those of its table.
+// -- Heat grids: show the value of the cell under the pointer, or at the arrow keys. The values are those of the table.
 for (const figure of all("[data-heat]")) {
   const table = document.getElementById(figure.dataset.heat);
   if (!table) continue;
@@ -202,5 +202,5 @@ if (source && place) {
   if (data.pinned !== null) toggle(data.pinned);
 }
 
-// -- Paper has no summary to open.
+// -- Print all details: paper has no summary to open.
 addEventListener("beforeprint", () => { for (const details of all("details")) details.open = true; });

@@ -1,0 +1,31 @@
+"""The public names of ggjac, one a line: type checkers read this file, and `__init__.py` finds their modules in it."""
+
+from ggjac.analysis.analyze import analyze as analyze
+from ggjac.analysis.attribute import attribute as attribute
+from ggjac.analysis.attribute import attribute_branches as attribute_branches
+from ggjac.analysis.attribute import attribute_positions as attribute_positions
+from ggjac.analysis.compare import compare as compare
+from ggjac.analysis.compare import portray as portray
+from ggjac.analysis.contrast import contrast as contrast
+from ggjac.analysis.jacobian import dense as dense
+from ggjac.analysis.layers import layers as layers
+from ggjac.analysis.norms import norms as norms
+from ggjac.analysis.per_token import per_token as per_token
+from ggjac.analysis.predict import predict as predict
+from ggjac.analysis.ranks import ranks as ranks
+from ggjac.analysis.ranks import token_ranks as token_ranks
+from ggjac.analysis.readability import readability as readability
+from ggjac.analysis.steer import steer as steer
+from ggjac.analysis.svd import spectrum as spectrum
+from ggjac.analysis.svd import stable_rank as stable_rank
+from ggjac.gguf import open_gguf as open_gguf
+from ggjac.jacobian import DetachedJacobian as DetachedJacobian
+from ggjac.jacobian.reconstruction import reconstruction as reconstruction
+from ggjac.linop import LinearOperator as LinearOperator
+from ggjac.model import open_model as open_model
+from ggjac.parity import verify as verify
+from ggjac.report import write_figures as write_figures
+from ggjac.report import write_report as write_report
+from ggjac.session import Session as Session
+
+__version__: str

@@ -1,0 +1,202 @@
+"""The main job: every analysis of one prompt in a run folder, with a report, certified and resumable."""
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ggjac import runs
+from ggjac.analysis.attribute import attribute, attribute_branches
+from ggjac.analysis.contrast import contrast as contrasted
+from ggjac.analysis.layers import layers as every_layer
+from ggjac.analysis.per_token import per_token as each_token
+from ggjac.analysis.per_token import tensors as token_tensors
+from ggjac.analysis.predict import predict
+from ggjac.analysis.readability import readability
+from ggjac.analysis.svd import spectrum, stable_rank
+from ggjac.jacobian import Progress
+from ggjac.model import Model, open_model
+from ggjac.parity import ParityError
+from ggjac.session import Session, Stages
+from ggjac.sizes import MlpPath
+
+CHECKPOINT = "checkpoint"  # inside a run folder, while the run is not finished
+LIKELY = 5  # next tokens in the result
+
+# Called with the key of a part of the result and its data, as soon as it is there.
+Show = Callable[[str, Any], None]
+
+
+def analyze(
+    model: Model | str | os.PathLike[str] | None,
+    prompt: str | Sequence[int],
+    output: str | os.PathLike[str] | None = None,
+    *,
+    position: int = -1,
+    rank: int = 8,
+    top: int = 8,
+    tol: float = 1e-3,
+    max_sweeps: int = 40,
+    seed: int = 0,
+    mlp_path: MlpPath = "up",
+    verify: bool = True,
+    layers: Sequence[int] | None = None,
+    per_token: bool = False,
+    contrast: bool = False,
+    resume: bool = False,
+    trace: str | os.PathLike[str] | None = None,
+    ram_budget: int | str | None = None,
+    vram_budget: int | str | None = None,
+    progress: Progress | None = None,
+) -> Path:
+    """Analyse a prompt and write a run folder: prediction, parity, singular vectors, attribution, and a report.
+
+    This is `ggjac analyze`. The folder holds report.html, run.json (all results, and how they were made) and
+    tensors.safetensors; `ggjac.report.load.load` or `json` read it again. After an interrupt, the same call with
+    `resume=True` continues, and ends with the same bits.
+
+    Args:
+        model: from `open_model`, or the path of a GGUF file; None is the demo model.
+        prompt: text, or token ids.
+        output: run folder to create; default ggjac-runs/MODEL-TIME.
+        position: of the output; negative counts from the end.
+        rank: number of singular triplets.
+        top: tokens to decode each vector to.
+        tol, max_sweeps, seed: of the iteration, as `ggjac.svd.svd` takes them.
+        mlp_path: freezing rule of gated feed-forwards, `"up"` or `"gate"`.
+        verify: compare with llama.cpp.
+        layers: depths (blocks applied) whose maps are decomposed too; None for none.
+        per_token: decompose each position's own map too.
+        contrast: rebuild the output by the ordinary Jacobian too.
+        resume: continue the interrupted run in `output`.
+        trace: folder in which the forward pass is kept, and used again if it is there.
+        ram_budget, vram_budget: bytes, or as `"2GiB"`.
+        progress: called as `progress(what, done, total)`.
+
+    Returns:
+        The run folder.
+
+    Raises:
+        PromptError: the model cannot run the prompt.
+        NoFitError: the work does not fit the budgets, and how much would.
+        RunError: the folder exists, or cannot be written.
+        JournalError: there is nothing to resume, or it is another run.
+    """
+    model = model if isinstance(model, Model) else open_model(model)
+    folder = new_folder(model.path.stem) if output is None else Path(output)
+    if resume and finished(folder):
+        return folder
+    session = Session(
+        model,
+        prompt,
+        position=position,
+        mlp_path=mlp_path,
+        trace=trace,
+        ram_budget=ram_budget,
+        vram_budget=vram_budget,
+        stages=Stages(progress),
+    )
+    session.fit("analyze", rank=rank, layers=layers, per_token=per_token, contrast=contrast)
+    options: dict[str, Any] = {"rank": rank, "tol": tol, "seed": seed, "max_sweeps": max_sweeps, "top": top}
+    parts: dict[str, Any] = {"verify": verify, "layers": layers, "per_token": per_token, "contrast": contrast}
+    run(session, folder, resume=resume, **options, **parts)
+    return folder
+
+
+def run(
+    session: Session,
+    folder: Path,
+    *,
+    rank: int,
+    top: int,
+    tol: float,
+    max_sweeps: int,
+    seed: int,
+    verify: bool,
+    layers: Sequence[int] | None,
+    per_token: bool,
+    contrast: bool,
+    resume: bool,
+    show: Show = lambda key, data: None,
+) -> dict[str, Any]:
+    """Write the run folder of a session that has been fitted; return the content of run.json.
+
+    Arguments as those of `analyze`; `show(key, data)` gets each part of the result when it is there.
+    """
+    from ggjac.report import write_report
+
+    runs.check_folder(folder, unfinished=CHECKPOINT)
+    settings: dict[str, Any] = {"rank": rank, "tol": tol, "seed": seed}
+    iteration = settings | {"top": top, "max_sweeps": max_sweeps}
+    marks = {"per_token": per_token} if per_token else {}
+    words = session.words
+    content: dict[str, Any] = {}
+    tensors: dict[str, Tensor] = {}
+
+    def part(key: str, data: Any) -> None:
+        content[key] = data
+        show(key, data)
+
+    with session.checkpointed(folder / CHECKPOINT, resume=resume, output=folder, layers=layers, **settings, **marks):
+        part("tokens", session.tokens())
+        part("predictions", predict(session.trace, LIKELY, position=session.position).data(words))
+        if verify:
+            part("parity", session.remember("parity", lambda: _parity(session)))
+        part("reconstruction", session.reconstruction().data())
+
+        found = session.run("svd", spectrum, **iteration)
+        vectors = found.svd.U, found.heaviest
+        worth = session.run("coherence", readability, *vectors, top=top, seed=seed)
+        part("svd", found.data(words) | {"readability": worth.data()})
+        part("stable_rank", session.run("stable rank", stable_rank, found.svd, seed=seed).data())
+        split = session.run("attribution", attribute, content["predictions"][0]["id"])
+        part("attribution", split.data(words))
+        content["branches"] = session.run("branches", attribute_branches, split.target, by_head=True).data(words)[0]
+        tensors |= found.tensors()
+
+        J = session.jacobian
+        tensors["linear_output"] = J.linear_output
+        if contrast:
+            both = session.run("contrast", contrasted)
+            part("contrast", both.data())
+            tensors["ordinary_output"] = both.ordinary.to(J.linear_output.dtype)
+        if per_token:
+            each = session.run("svd per token", each_token, **iteration)
+            content["svd"]["per_token"] = [one.data(words) for one in each]
+            show("per_token", content["svd"]["per_token"])
+            tensors |= token_tensors(each)
+        if layers is not None:
+            maps = session.run("layers", every_layer, depths=layers, **iteration)
+            part("layers", maps.data(words))
+            tensors |= maps.tensors()
+
+        tensors |= {"x": J.x, "y": J.output, "offset": J.offset, "logits": session.logits, "shares": split.shares}
+        session.save(folder / "tensors.safetensors", tensors)
+        content = session.envelope() | content
+        runs.save_json(folder / "run.json", runs.finite(content))
+        write_report(folder)
+    return content
+
+
+def finished(folder: Path) -> bool:
+    """Tell whether a run folder is complete."""
+    return (folder / "run.json").exists() and not (folder / CHECKPOINT).exists()
+
+
+def new_folder(stem: str) -> Path:
+    """Name a run folder by model and time; a number tells apart two runs of the same second."""
+    name = f"{stem}-{time.strftime('%Y%m%d-%H%M%S')}"
+    names = (Path("ggjac-runs") / (f"{name}-{i}" if i else name) for i in count())
+    return next(folder for folder in names if not folder.exists())
+
+
+def _parity(session: Session) -> dict[str, Any]:
+    """Compare with llama.cpp as it runs the file; where it cannot run, return why: that is not a verdict on ours."""
+    try:
+        return session.verify(layers=False).data(session.words)
+    except ParityError as error:
+        return {"verdict": None, "reason": str(error)}

@@ -1,0 +1,64 @@
+"""How a command ends: its result as JSON with its provenance, or as tables; and the exit code of its checks."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ggjac.cli.render import emit_json, line
+from ggjac.cli.session import show_saved, show_tokens
+from ggjac.session import Session
+
+
+def show_reconstruction(data: dict[str, Any]) -> None:
+    """Print the reconstruction error."""
+    share = data["offset_norm"] / data["output_norm"]
+    offset = f"offset {share:.1%} of ‖y‖" if share else "offset 0: no biases on the live path"
+    sign, remark = ("<=", "") if data["healthy"] else (">", ": NOT healthy")
+    line(f"Reconstruction ‖J x + offset - y‖/‖y‖ = {data['error']:.1e} ({sign} {data['limit']:.0e}{remark}); {offset}")
+    line("")
+
+
+def finish(
+    session: Session,
+    content: dict[str, Any],
+    output_format: str,
+    output: Path | None = None,
+    **show: Callable[[Any], None],
+) -> None:
+    """Print a command's result, as JSON with its provenance or as tables, and exit with code 3 if a check failed.
+
+    Args:
+        session: whose result it is.
+        content: the result's parts by name.
+        output_format: `json` or `table`.
+        output: where tensors were saved, if anywhere.
+        show: what prints the part of that name, in this order; a reconstruction comes first.
+    """
+    if output_format == "json":
+        emit_json(session.envelope() | content)
+    else:
+        show_tokens(session)
+        if "reconstruction" in content:
+            show_reconstruction(content["reconstruction"])
+        for name, show_part in show.items():
+            show_part(content[name])
+        show_saved(output)
+    if failed(content):
+        click.get_current_context().exit(3)
+
+
+def failed(content: dict[str, Any]) -> bool:
+    """Tell whether a check of a result fell outside its tolerance.
+
+    An SVD that stopped at its dtype's own precision is no failure: it is as good as the dtype allows, and says so.
+    """
+    svd = content.get("svd", {})
+    rebuilt = (content, content.get("jacobian", {}))
+    swept = (svd, *svd.get("per_token", ()), content.get("layers", {}))
+    return (
+        content.get("parity", {}).get("verdict") is False
+        or not all(part.get("reconstruction", {}).get("healthy", True) for part in rebuilt)
+        or any(part.get("stopped_by") == "sweeps" for part in swept)
+    )

@@ -1,0 +1,433 @@
+"""The parts of a logit: input tokens, at one position or at all, and blocks and heads (direct logit attribution)."""
+
+from typing import Any
+
+from ggjac.drawing.charts import Bars, Chart, Heat, Panel, Series, curves, from_to, known
+from ggjac.report.numbers import fixed, percent, signed
+from ggjac.report.schema import (
+    MAX_BLOCKS,
+    MAX_HEADS,
+    TOKEN,
+    Check,
+    Wrong,
+    agreeing,
+    each,
+    integer,
+    maybe,
+    number,
+    one_of,
+    record,
+    text,
+    wrong,
+)
+from ggjac.report.sections.common import LEGEND, LEVELS, SHORT, Run, Section, bars, digits, heat
+from ggjac.report.sections.layers import KINDS
+from ggjac.units import power
+
+LARGEST = 12  # parts in the table of the largest ones
+AT_ONE = 3  # the same, of each of many positions
+MAX_CELLS = 20_000  # of a heat grid; larger ones would make the page slow and could not be read
+ROUNDING = 5e-2  # of Σ|shares|: the difference from the logit that 16-bit dtypes may leave
+
+Part = tuple[str, float]
+
+_WHOLE = {"target": TOKEN, "logit": number}  # the logit, minus that of `versus`
+_WHOSE = {
+    "position": integer,
+    "token": text,
+    "versus": TOKEN,
+    "softcap": number,  # the logit is the one before it
+    "unexplained": number,  # the rest, left by rounding
+}
+#: Σ shares + offset + unexplained = logit.
+_SHARES = record(
+    _WHOLE | {"shares": each(record({"position": integer, "token": text, "share": number}), least=1)},
+    _WHOSE | {"offset": number},  # of biases
+)
+#: `attn` is Σ heads + attn_bias; embedding + Σ (attn + mlp) + bias + unexplained = logit.
+_BLOCK = record(
+    {"block": integer, "attn": number, "mlp": number},
+    {"heads": each(number, most=MAX_HEADS), "attn_bias": number},
+)
+_BRANCHES = record(
+    _WHOLE | {"embedding": number, "blocks": each(_BLOCK, least=1, most=MAX_BLOCKS)},
+    _WHOSE | {"bias": number},  # of the final norm and the LM head
+)
+
+
+def attribution(value: Any, where: str) -> dict[str, Any]:
+    """Accept the parts of a logit, or of those of several positions, by token, layer or head.
+
+    Returns:
+        `{"by", "one", "positions"}`: the entry of one position or None, those of several or None.
+    """
+    if not isinstance(value, dict):
+        raise wrong(where, "an object", value)
+    by = one_of("token", "layer", "head")("token" if value.get("by") is None else value["by"], f"{where}.by")
+    entry = _SHARES if by == "token" else _BRANCHES
+    several = value.get("positions")
+    return {
+        "by": by,
+        "one": entry(value, where) if several is None or "target" in value else None,
+        "positions": maybe(each(_placed(entry), least=1))(several, f"{where}.positions"),
+    }
+
+
+def _placed(entry: Check) -> Check:
+    """Accept an entry that names its position."""
+
+    def check(value: Any, where: str) -> dict[str, Any]:
+        record({"position": integer, "token": text})(value, where)
+        return entry(value, where)
+
+    return check
+
+
+def _check_blocks(entries: list[dict[str, Any]], where: str) -> None:
+    """Check that all entries have the same number of blocks, and all blocks the same number of heads."""
+    forms = {tuple(None if b["heads"] is None else len(b["heads"]) for b in entry["blocks"]) for entry in entries}
+    if len(forms) > 1 or len({count for form in forms for count in form}) > 1:
+        raise Wrong(f"{where}: blocks differ in their number, or in that of their heads")
+
+
+def _check_attribution(found: dict[str, Any], where: str) -> None:
+    if found["by"] != "token":
+        _check_blocks([found["one"]] if found["one"] else [], where)
+        _check_blocks(found["positions"] or [], where)
+
+
+FORM: dict[str, Check] = {
+    "attribution": agreeing(attribution, _check_attribution),
+    "branches": agreeing(_BRANCHES, lambda found, where: _check_blocks([found], where)),
+}
+
+
+def _by_token(run: Run) -> dict[str, Any] | None:
+    """Return the shares of input tokens at one position."""
+    given = run.content["attribution"]
+    return given["one"] if given and given["by"] == "token" else None
+
+
+def _by_branch(run: Run) -> dict[str, Any] | None:
+    """Return the shares of blocks and heads at one position, which `analyze` saves as a part of their own."""
+    given = run.content["attribution"]
+    return run.content["branches"] or (given["one"] if given and given["by"] != "token" else None)
+
+
+def _everywhere(run: Run) -> dict[str, Any] | None:
+    """Return the shares at all positions."""
+    given = run.content["attribution"]
+    return given if given and given["positions"] else None
+
+
+# -- shared by the sections --------------------------------------------------------------------------------------------
+
+
+def asked(entry: dict) -> str:
+    """Return the name of the logit, or of the difference of two, that is split."""
+    less = f", minus that of {entry['versus']['token']}" if entry["versus"] else ""
+    return f"the logit of {entry['target']['token']}{less}"
+
+
+def _target(entry: dict[str, Any]) -> dict[str, Any]:
+    """Return the logit that is split, as the templates name it."""
+    return {
+        "target": entry["target"],
+        "versus": entry["versus"],
+        "capped": bool(entry["softcap"]),
+        "relative": entry["logit"] > 0 and not entry["versus"],
+    }
+
+
+def _relative(share: float, entry: dict[str, Any]) -> str:
+    return percent(share / entry["logit"]) if _target(entry)["relative"] else ""
+
+
+def _equation(entry: dict[str, Any], parts: list[float]) -> dict[str, Any]:
+    """Return the sum of all parts, the logit and their difference."""
+    decimals, total = digits(parts), sum(parts)
+    return {
+        "sum": signed(total, decimals),
+        "logit": fixed(entry["logit"], decimals),
+        "unexplained": power(entry["logit"] - total),
+        "complete": abs(entry["logit"] - total) <= ROUNDING * (sum(map(abs, parts)) or 1.0),
+    }
+
+
+def _branch_parts(entry: dict[str, Any]) -> list[Part]:
+    """Return every part of the residual stream by name: heads where they are known, else attention."""
+    parts = [("Embedding", entry["embedding"])]
+    for block in entry["blocks"]:
+        name = f"Block {block['block']}"
+        if block["heads"] is None:
+            parts.append((f"{name}, attention", block["attn"]))
+        else:
+            parts += [(f"{name}, head {i}", share) for i, share in enumerate(block["heads"])]
+            parts.append((f"{name}, bias of attention", block["attn_bias"] or 0.0))
+        parts.append((f"{name}, MLP", block["mlp"]))
+    return [*parts, ("Biases of norm and head", entry["bias"] or 0.0)]
+
+
+# -- input tokens ------------------------------------------------------------------------------------------------------
+
+
+def token_bars(run: Run) -> list[Bars]:
+    """Draw the shares of the input tokens."""
+    found = _by_token(run)
+    if not found:
+        return []
+    return [
+        Bars(
+            key="attribute",
+            title=f"Shares in {asked(found)}",
+            label=f"share; all shares and the offset sum to the logit {found['logit']:.4f}",
+            names=[share["token"] for share in found["shares"]],
+            values=[share["share"] for share in found["shares"]],
+        )
+    ]
+
+
+def attribute(run: Run) -> dict[str, Any] | None:
+    """Prepare the exact shares of the input tokens in a logit, or in the difference of two."""
+    found = _by_token(run)
+    if not found:
+        return None
+    shares = [s["share"] for s in found["shares"]]
+    largest = max(map(abs, shares)) or 1.0
+    offset = found["offset"] or 0.0
+    drawn, zero = bars(shares)
+    decimals = digits(shares)
+    return _target(found) | {
+        "largest": fixed(largest, 2),
+        "rows": [
+            s
+            | {
+                "value": signed(s["share"], decimals),
+                "percent": _relative(s["share"], found),
+                "level": round(LEVELS * s["share"] / largest),
+                "bar": bar,
+            }
+            for s, bar in zip(found["shares"], drawn, strict=True)
+        ],
+        "offset": signed(offset, decimals),
+        "offset_percent": _relative(offset, found),
+        "equation": _equation(found, [*shares, offset]),
+        "zero": zero,
+        "short": len(found["shares"]) <= SHORT,
+        "legend": LEGEND,
+    }
+
+
+# -- blocks and heads --------------------------------------------------------------------------------------------------
+
+
+def branch_lines(run: Run) -> list[Chart]:
+    """Draw the shares of each block's attention and MLP by depth."""
+    given = _by_branch(run)
+    blocks = given["blocks"] if given else []
+    series = [
+        Series(KINDS[kind], known((block["block"], block[kind]) for block in blocks), tone)
+        for kind, tone in (("attn", "ink"), ("mlp", "accent"))
+    ]
+    summary = "; ".join(from_to(s.name, s.points) for s in series) + "."
+    title = f"Shares in {asked(given)} by block" if given else ""
+    return curves("attribute-branches", title, ("block", "share"), series, summary, log=False)
+
+
+def branch_grid(run: Run) -> list[Heat]:
+    """Draw the shares of every block's attention, MLP and heads; nothing where the heads are not known or too many."""
+    given = _by_branch(run)
+    if not given or not given["blocks"][0]["heads"]:
+        return []
+    blocks, count = given["blocks"], len(given["blocks"][0]["heads"])
+    sides = Panel(
+        "attention and MLP",
+        ("attn", "MLP"),
+        ("attention", "MLP"),
+        tuple((block["attn"], block["mlp"]) for block in blocks),
+        max(1, round(count / 20)),
+    )
+    heads = Panel(
+        "heads",
+        tuple(map(str, range(count))),
+        tuple(f"head {i}" for i in range(count)),
+        tuple(tuple(block["heads"]) for block in blocks),
+    )
+    largest = max(((abs(s), b["block"], i) for b in blocks for i, s in enumerate(b["heads"])), default=(0.0, 0, 0))
+    grid = Heat(
+        key="attribute-branches-heads",
+        title=f"Shares in {asked(given)} by block and head",
+        label="block",
+        rows=tuple(str(block["block"]) for block in blocks),
+        panels=(sides, heads),
+        summary=f"{len(blocks)} blocks of {count} heads; the largest share of a head is that of head {largest[2]} of "
+        f"block {largest[1]}.",
+    )
+    return [grid] if grid.cells <= MAX_CELLS else []
+
+
+def branch_drawings(run: Run) -> list[Chart | Heat]:
+    """Return the figures of blocks and heads."""
+    return [*branch_lines(run), *branch_grid(run)]
+
+
+def branches(run: Run) -> dict[str, Any] | None:
+    """Prepare the exact shares of every block's attention, MLP and heads in a logit."""
+    found = _by_branch(run)
+    if not found:
+        return None
+    parts, blocks = _branch_parts(found), found["blocks"]
+    totals: list[Part] = [
+        ("Embedding", found["embedding"]),
+        ("Attention, all blocks", sum(_attention(block) for block in blocks)),
+        ("MLP, all blocks", sum(block["mlp"] for block in blocks)),
+        ("Biases of norm and head", found["bias"] or 0.0),
+    ]
+    largest = sorted((part for part in parts if part[1]), key=lambda part: -abs(part[1]))[:LARGEST]
+    grids = branch_grid(run)
+    decimals = digits([share for _, share in parts])
+    return _target(found) | {
+        "totals": _rows([part for part in totals if part[1] or part[0] != totals[-1][0]], found, decimals),
+        "largest": _rows(largest, found, decimals),
+        "rest": len([part for part in parts if part[1]]) - len(largest),
+        "rest_sum": signed(sum(s for _, s in parts) - sum(s for _, s in largest), decimals),
+        "heats": [heat(grid) for grid in grids],
+        "lines": branch_lines(run),
+        "table": None if grids else _block_table(found),
+        "equation": _equation(found, [share for _, share in parts]),
+        "legend": LEGEND,
+        "short": len(blocks) <= SHORT and sum(len(block["heads"] or ()) for block in blocks) <= 4 * SHORT,
+    }
+
+
+def _attention(block: dict[str, Any]) -> float:
+    """Return the share of a block's attention: the sum of its heads, where they are known."""
+    return block["attn"] if block["heads"] is None else sum(block["heads"]) + (block["attn_bias"] or 0.0)
+
+
+def _rows(parts: list[Part], entry: dict[str, Any], decimals: int) -> list[dict[str, Any]]:
+    """Return named shares with their bars."""
+    shares = [share for _, share in parts]
+    drawn, zero = bars(shares)
+    return [
+        {
+            "name": name,
+            "value": signed(share, decimals),
+            "percent": _relative(share, entry),
+            "less": share < 0,
+            "bar": bar,
+            "zero": zero,
+        }
+        for (name, share), bar in zip(parts, drawn, strict=True)
+    ]
+
+
+def _block_table(entry: dict[str, Any]) -> list[tuple[int, str, str]]:
+    """Return the shares of each block's attention and MLP."""
+    decimals = digits([block[kind] for block in entry["blocks"] for kind in ("attn", "mlp")])
+    return [(b["block"], signed(b["attn"], decimals), signed(b["mlp"], decimals)) for b in entry["blocks"]]
+
+
+# -- every position ----------------------------------------------------------------------------------------------------
+
+
+def position_grid(run: Run) -> list[Heat]:
+    """Draw the shares in the logits of all positions: of every earlier token, or of the branches of every block."""
+    given = _everywhere(run)
+    if not given:
+        return []
+    entries = given["positions"]
+    rows = tuple(f"{entry['position']} {entry['token']}" for entry in entries)
+    if given["by"] == "token":
+        places = {s["position"]: s["token"] for entry in entries for s in entry["shares"]}
+        order = sorted(places)
+        shares = [{s["position"]: s["share"] for s in entry["shares"]} for entry in entries]
+        tokens = tuple(places[i] for i in order)
+        values = tuple(tuple(share.get(i) for i in order) for share in shares)
+        names = tuple(f"{i} {places[i]}" for i in order)
+        panels: tuple[Panel, ...] = (Panel("input tokens", tokens, names, values),)
+    else:
+        blocks = [block["block"] for block in entries[0]["blocks"]]
+        panels = tuple(
+            Panel(
+                KINDS[kind],
+                tuple(map(str, blocks)),
+                tuple(f"{KINDS[kind]} of block {i}" for i in blocks),
+                tuple(tuple(block[kind] for block in entry["blocks"]) for entry in entries),
+            )
+            for kind in ("attn", "mlp")
+        )
+    grid = Heat(
+        key="attribute-positions",
+        title="Shares in the logit of every position",
+        label="position",
+        rows=rows,
+        panels=panels,
+        summary=f"{len(rows)} positions; each row is one prediction.",
+        tilted=given["by"] == "token",
+    )
+    return [grid] if grid.cells <= MAX_CELLS else []
+
+
+def positions(run: Run) -> dict[str, Any] | None:
+    """Prepare the shares in the logits of all positions."""
+    found = _everywhere(run)
+    if not found:
+        return None
+    rows = []
+    for entry in found["positions"]:
+        if found["by"] == "token":
+            parts = [(f"{s['token']} at {s['position']}", s["share"]) for s in entry["shares"]]
+            parts.append(("Offset (biases)", entry["offset"] or 0.0))
+        else:
+            parts = _branch_parts(entry)
+        largest = sorted((part for part in parts if part[1]), key=lambda part: -abs(part[1]))[:AT_ONE]
+        equation = _equation(entry, [share for _, share in parts])
+        rows.append(
+            {
+                "position": entry["position"],
+                "token": entry["token"],
+                "target": entry["target"]["token"],
+                "largest": [(name, signed(share, 2)) for name, share in largest],
+            }
+            | equation
+        )
+    grids = position_grid(run)
+    return {
+        "rows": rows,
+        "heats": [heat(grid) for grid in grids],
+        "of": {"token": "input token", "layer": "block's branches", "head": "head and MLP"}[found["by"]],
+        "versus": found["positions"][0]["versus"],
+        "complete": all(row["complete"] for row in rows),
+        "short": len(rows) <= SHORT,
+        "legend": LEGEND,
+    }
+
+
+SECTIONS = (
+    Section(
+        "attribute",
+        "Attribution",
+        attribute,
+        "At this prompt the network is exactly a linear map of its input embeddings, so a logit splits into one share "
+        "for each input token, without remainder. A share is the contribution of a token along the live (not frozen) "
+        "path; it is not the effect of changing the token.",
+        token_bars,
+    ),
+    Section(
+        "attribute-branches",
+        "Blocks and heads",
+        branches,
+        "Direct logit attribution: the same logit, split by the output of each attention head and MLP in the residual "
+        "stream, as the frozen final norm and the LM head read it. Point at a cell, or use the arrow keys, to read it.",
+        branch_drawings,
+    ),
+    Section(
+        "attribute-positions",
+        "Every position",
+        positions,
+        "Each row splits the logit of one position’s own prediction. Point at a cell, or use the arrow keys, to read "
+        "it.",
+        position_grid,
+    ),
+)

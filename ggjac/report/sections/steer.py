@@ -1,0 +1,113 @@
+"""Activation steering: the steered texts, and the baseline without it."""
+
+from dataclasses import replace
+from typing import Any
+
+from ggjac.drawing.charts import Chart, Series, curves, from_to, linear
+from ggjac.report.numbers import percent
+from ggjac.report.schema import MAX_VECTORS, PIECE, TOKEN, Check, each, integer, number, record, text
+from ggjac.report.sections.common import Run, Section
+from ggjac.units import MISSING, minus, power
+
+_TEXT = record(
+    {"strength": number, "text": text},
+    {
+        "tokens": each(PIECE),
+        "kl_first": number,  # nats, of the first token's distribution from the baseline's
+        "concept_mass_first": number,  # the probability of the concept's `top` tokens as the first token
+        "concept_hits": integer,  # the number of generated tokens among them
+        "direction_norm": number,
+    },
+)
+_CONCEPT = record({}, {"text": text, "tokens": each(PIECE), "top": each(TOKEN)})  # top: its most likely next tokens
+FORM: dict[str, Check] = {
+    "steering": record(
+        {"method": text, "layer": integer, "baseline": _TEXT, "steered": each(_TEXT, most=MAX_VECTORS)},
+        {
+            "changed_after_blocks": integer,  # the number of blocks before the steered residual stream
+            "blocks": integer,
+            "seed": integer,
+            "concept": _CONCEPT,
+            "controls": each(_TEXT, most=MAX_VECTORS),  # steered by a random operator, in the order of `steered`
+        },
+    ),
+}
+#: Measure -> file name, title and axis of its chart.
+MEASURES = {
+    "kl_first": ("kl", "Shift of the first token’s distribution", "KL, nats"),
+    "concept_mass_first": ("mass", "Probability of the concept’s own tokens", "probability"),
+    "concept_hits": ("hits", "The concept’s own tokens in the text", "tokens"),
+}
+
+
+def effects(run: Run) -> list[Chart]:
+    """Draw the effects of steering by its strength, with the random control; nothing for a single strength."""
+    given = run.content["steering"]
+    if not given or len({t["strength"] for t in given["steered"]}) < 2:
+        return []
+    found = []
+    for measure, (name, title, label) in MEASURES.items():
+        series = []
+        for texts, words, tone in ((given["steered"], "concept", "accent"), (given["controls"], "random", "faint")):
+            whole = [given["baseline"], *texts] if texts else []
+            points = sorted((t["strength"], t[measure]) for t in whole if t[measure] is not None)
+            series.append(Series(words, tuple((s, float(value)) for s, value in points), tone))
+        summary = "; ".join(from_to(s.name, s.points) for s in series) + "."
+        drawn = curves(f"steering-{name}", title, ("strength", label), series, summary, whole=False, log=False)
+        counted = [y for s in series for _, y in s.points]
+        if measure == "concept_hits" and drawn:
+            drawn = [replace(drawn[0], y=linear(label, counted, zero=True, whole=True, pad=0.05))]
+        found += drawn
+    return found
+
+
+def steer(run: Run) -> dict[str, Any] | None:
+    """Prepare the steered texts, with the baseline and a random control."""
+    found = run.content["steering"]
+    if not found:
+        return None
+    concept = found["concept"] or {"text": None, "tokens": None, "top": None}
+    rows = [_row("Baseline", found["baseline"], "")]
+    for i, steered in enumerate(found["steered"]):
+        strength = minus(f"{steered['strength']:g}")
+        rows.append(_row("Concept", steered, strength))
+        rows += [_row("Random", control, strength) for control in (found["controls"] or [])[i : i + 1]]
+    spans = f"{found['layer']} of {found['blocks']}" if found["blocks"] else str(found["layer"])
+    return {
+        "rows": rows,
+        "charts": effects(run),
+        "method": found["method"],
+        "spans": spans,
+        "changed": found["changed_after_blocks"],
+        "concept": concept["text"],
+        "concept_tokens": [t["text"] for t in concept["tokens"] or []],
+        "top": [t | {"chance": percent(t["probability"])} for t in concept["top"] or []],
+        "controls": bool(found["controls"]),
+    }
+
+
+def _row(who: str, found: dict[str, Any], strength: str) -> dict[str, Any]:
+    """Return a text and its measures."""
+    count = len(found["tokens"]) if found["tokens"] is not None else None
+    hits = MISSING if found["concept_hits"] is None else str(found["concept_hits"])
+    return {
+        "who": who,
+        "strength": strength,
+        "text": found["text"],
+        "kl": power(found["kl_first"]) if strength else "",
+        "mass": MISSING if found["concept_mass_first"] is None else percent(found["concept_mass_first"]),
+        "hits": f"{hits} of {count}" if count is not None else hits,
+    }
+
+
+SECTIONS = (
+    Section(
+        "steer",
+        "Activation steering",
+        steer,
+        "The prompt, continued while the linear map of another prompt, the concept, steers the residual stream; the "
+        "baseline and random directions are for comparison. Greedy decoding amplifies small differences: read the "
+        "numbers as well.",
+        effects,
+    ),
+)

@@ -1,0 +1,258 @@
+"""Singular values and decoded singular vectors: of the joint map, and of each position's own."""
+
+from typing import Any
+
+from ggjac.drawing.charts import Axis, Chart, Series, curves, from_to, known, linear, scales
+from ggjac.report.numbers import aligned, fixed, percent, signed
+from ggjac.report.schema import (
+    ESTIMATE,
+    MAX_VECTORS,
+    NUMBERS,
+    TRIPLET,
+    WORDS,
+    Check,
+    Wrong,
+    agreeing,
+    each,
+    flag,
+    integer,
+    maybe,
+    number,
+    record,
+    text,
+)
+from ggjac.report.sections.common import SHOWN, WHOLE, WORDS_SHOWN, Run, Section
+from ggjac.units import power
+
+# Tables for each position: the number of triplets up to which all stand open, and the number shown where there are
+# more than `WHOLE` positions.
+OPEN, TRIPLETS = 40, 2
+
+_COHERENCE = record(
+    {
+        "scores": NUMBERS,  # of each vector: the mean cosine between the embeddings of its tokens
+        "chance": NUMBERS,  # the share of shuffled vectors that score as high
+        "shuffled": record({"mean": maybe(number), "sd": maybe(number)}),  # the scores of shuffled vectors
+    },
+    {"above": NUMBERS},  # standard deviations above that mean
+)
+_RIGHT = {
+    "position": integer,
+    "token": text,
+    "weight": maybe(number),  # the share of the vector's squared norm at this position
+    "nearest": WORDS,  # the tokens with the nearest embeddings there
+}
+_TRIPLET = record(TRIPLET | {"left": WORDS, "right": each(record(_RIGHT))})  # left: the tokens it promotes, best first
+_PER_TOKEN = record(
+    {
+        "position": integer,
+        "token": text,
+        "triplets": each(record(TRIPLET | {"left": WORDS, "right": WORDS}), most=MAX_VECTORS),
+    },
+    {"sweeps": integer, "converged": flag, "stopped_by": text},
+)
+_SVD = record(
+    {"converged": flag, "triplets": each(_TRIPLET, most=MAX_VECTORS)},  # the largest singular value first
+    {
+        "seed": integer,
+        "tol": number,
+        "sweeps": integer,
+        "stopped_by": text,
+        "readability": record({"left": _COHERENCE, "right": _COHERENCE}),  # right: at the heaviest position
+        "per_token": each(_PER_TOKEN),  # the triplets of each position's own map
+    },
+)
+
+
+def _check_coherence(svd: dict[str, Any], where: str) -> None:
+    """Check that every decoded vector has its score."""
+    count = len(svd["triplets"])
+    for side, found in (svd["readability"] or {}).items():
+        for name in ("scores", "chance"):
+            if len(found[name]) != count:
+                raise Wrong(f"{where}.readability.{side}.{name}: {len(found[name])} numbers for {count} triplets")
+
+
+FORM: dict[str, Check] = {
+    "svd": agreeing(_SVD, _check_coherence),
+    "stable_rank": ESTIMATE,
+}
+
+# -- singular values ---------------------------------------------------------------------------------------------------
+
+
+def singular_values(run: Run) -> list[Chart]:
+    """Draw the singular values, in both scales; nothing where there are none."""
+    triplets = (run.content["svd"] or {}).get("triplets", [])
+    values = [triplet["singular_value"] for triplet in triplets]
+    if not values:
+        return []
+    chart = Chart(
+        key="singular-values",
+        title="Singular values of the detached Jacobian",
+        x=linear("index", range(1, len(values) + 1), whole=True, pad=0.03),
+        y=Axis("σ", 0.0, 1.0, ()),
+        series=(Series("σ", tuple((float(j), value) for j, value in enumerate(values, 1))),),
+        summary=f"{len(values)} singular values, from {values[0]:.4g} down to {values[-1]:.4g}.",
+    )
+    return scales(chart, values)
+
+
+def svd(run: Run) -> dict[str, Any] | None:
+    """Prepare the singular values."""
+    found = singular_values(run)
+    if not found:
+        return None
+    rank = run.content["stable_rank"] or {}
+    stable = rank.get("value")
+    return {
+        "charts": found,
+        "stable": None if stable is None else f"{stable:.4g}",
+        "error": rank.get("error") and f"{rank['error']:.1g}",
+        "frobenius": rank.get("frobenius") and f"{rank['frobenius']:.4g}",
+    }
+
+
+# -- singular vectors --------------------------------------------------------------------------------------------------
+
+
+def readability(run: Run) -> list[Chart]:
+    """Draw the coherence of the decoded vectors and of shuffled ones: a chart for each side."""
+    found, drawn = (run.content["svd"] or {}).get("readability") or {}, []
+    for side, words in (("left", "Left vectors"), ("right", "Right vectors")):
+        own = found.get(side) or {"scores": []}
+        points = known(enumerate(own["scores"], 1))
+        if not points:
+            continue
+        last = float(max(2, len(own["scores"])))
+        series = [Series("decoded", points)]
+        mean, sd = own["shuffled"]["mean"], own["shuffled"]["sd"]
+        if mean is not None:
+            series.append(Series("shuffled ± sd", ((1.0, mean), (last, mean)), "faint", error=(sd or 0.0, sd or 0.0)))
+        summary = f"Coherence: {from_to('from', points)}; of shuffled vectors {0.0 if mean is None else mean:.3g}."
+        # It may be negative: no logarithmic scale.
+        drawn += curves(f"coherence-{side}", words, ("index", "coherence"), series, summary, log=False)
+    return drawn
+
+
+def vectors(run: Run) -> dict[str, Any] | None:
+    """Prepare the decoded singular vectors, and how their readability compares with chance."""
+    triplets = (run.content["svd"] or {}).get("triplets")
+    if not triplets:
+        return None
+    sigmas = aligned([t["singular_value"] for t in triplets])
+    coherence = run.content["svd"]["readability"]
+    rows = []
+    for j, t in enumerate(triplets):
+        heaviest = sorted(t["right"], key=lambda r: -(r["weight"] or 0.0))[:SHOWN]
+        rows.append(
+            {
+                "index": j + 1,
+                "sigma": sigmas[j],
+                "residual": power(t["residual"]),
+                "left": t["left"],
+                "right": [r | {"share": percent(r["weight"], 0), "nearest": r["nearest"][:SHOWN]} for r in heaviest],
+                "strip": _strip(t["right"]),
+                "worth": {side: coherence and _worth(coherence[side], j) for side in ("left", "right")},
+            }
+        )
+    return {
+        "rows": rows,
+        "charts": readability(run),
+        "shuffled": [(side, _shuffled(coherence[side])) for side in ("left", "right")] if coherence else [],
+    }
+
+
+def _worth(found: dict[str, Any], j: int) -> dict[str, str] | None:
+    """Return a vector's coherence, and how often a shuffled vector scores as high."""
+    score, chance = found["scores"][j], found["chance"][j]
+    return None if score is None else {"score": signed(score), "chance": percent(chance), "mark": _mark(chance)}
+
+
+def _mark(chance: float | None) -> str:
+    """Return the mark of a score: clear where at most one shuffled vector in a hundred scores as high."""
+    return "clear" if chance is not None and chance <= 0.01 else "faint"
+
+
+def _shuffled(found: dict[str, Any]) -> str:
+    return f"{fixed(found['shuffled']['mean'])} ± {fixed(found['shuffled']['sd'])}"
+
+
+def _strip(right: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the bars of a right vector's shares by position; nothing for one position or very many."""
+    if not 1 < len(right) <= 512:
+        return []
+    largest = max((r["weight"] or 0.0 for r in right), default=0.0) or 1.0
+    return [{"x": i, "height": round(max(0.0, (r["weight"] or 0.0) / largest), 3)} for i, r in enumerate(right)]
+
+
+# -- position by position ----------------------------------------------------------------------------------------------
+
+
+def largest(run: Run) -> list[Chart]:
+    """Draw the largest singular value of each position's own map, in both scales."""
+    entries = (run.content["svd"] or {}).get("per_token") or []
+    points = known((e["position"], e["triplets"][0]["singular_value"]) for e in entries if e["triplets"])
+    summary = f"{len(points)} positions: {from_to('σ₁', points)}."
+    title = "Largest singular value of each position's own map"
+    return curves("svd-per-token", title, ("position", "σ₁"), [Series("σ₁", points)], summary)
+
+
+def per_token(run: Run) -> dict[str, Any] | None:
+    """Prepare the singular vectors of each position's own map."""
+    entries = (run.content["svd"] or {}).get("per_token")
+    if not entries:
+        return None
+    triplets, words = (None, None) if len(entries) <= WHOLE else (TRIPLETS, WORDS_SHOWN)
+    sigmas = iter(aligned([t["singular_value"] for entry in entries for t in entry["triplets"][:triplets]]))
+    return {
+        "charts": largest(run),
+        "open": sum(len(entry["triplets"]) for entry in entries) <= OPEN,
+        "cut": max(len(entry["triplets"]) for entry in entries) > TRIPLETS if triplets else False,
+        "positions": [
+            {
+                "position": entry["position"],
+                "token": entry["token"],
+                "open_end": entry["converged"] is False,
+                "triplets": [
+                    {
+                        "sigma": next(sigmas),
+                        "residual": power(t["residual"]),
+                        "left": t["left"][:words],
+                        "right": t["right"][:words],
+                    }
+                    for t in entry["triplets"][:triplets]
+                ],
+            }
+            for entry in entries
+        ],
+    }
+
+
+SECTIONS = (
+    Section(
+        "svd",
+        "Singular values",
+        svd,
+        "The gain of the map along its leading directions. The stable rank, Σσ² ⁄ σ₁², measures the number of "
+        "directions it effectively uses.",
+        singular_values,
+    ),
+    Section(
+        "svd-vectors",
+        "Singular vectors",
+        vectors,
+        "Each pair reads one direction of the input and writes one direction of the output. A left vector is decoded "
+        "to the tokens it promotes; a right vector to the positions that carry it and the embeddings nearest to it "
+        "there.",
+        readability,
+    ),
+    Section(
+        "svd-per-token",
+        "Position by position",
+        per_token,
+        "The singular vectors of each position’s own map, which takes the embedding there to the output. The joint "
+        "map’s vectors mix positions; these do not.",
+        largest,
+    ),
+)

@@ -1,0 +1,408 @@
+"""One prompt on one model: traced once, with where its tapes are kept, its checkpoint, identity and provenance.
+
+A session is what `ggjac.analyze` and the commands have in common. It computes nothing until something is asked of it:
+the trace and the Jacobian are made when first needed, and shared by all analyses.
+"""
+
+import contextlib
+import json
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ggjac import __version__, parity, planner, runs
+from ggjac.config import ModelConfig
+from ggjac.gguf import GGUFFile
+from ggjac.jacobian import DetachedJacobian, Progress
+from ggjac.jacobian.reconstruction import Reconstruction, reconstruction
+from ggjac.jacobian.tapes import TapeError, Tapes
+from ggjac.model import Model, Trace
+from ggjac.planner import machine
+from ggjac.results import Words
+from ggjac.runs.journal import Journal, JournalError
+from ggjac.sizes import MlpPath
+from ggjac.tokenizer import bos_warning, visible
+
+# Between checkpoints, at least.
+CHECKPOINT_SECONDS = 30.0
+
+Found = TypeVar("Found")
+
+
+class Stages:
+    """The stages of the work, one after another, and how long each took; the command line shows them as they go.
+
+    Attributes:
+        seconds: of each stage.
+        work: if set, returns the bytes read and the floating-point operations so far.
+    """
+
+    def __init__(self, progress: Progress | None = None):
+        self.progress = progress
+        self.seconds: dict[str, float] = {}
+        self.work: Callable[[], tuple[int, int]] | None = None
+
+    @contextlib.contextmanager
+    def stage(self, name: str) -> Iterator[Progress]:
+        """Yield the function to report to inside this stage, and time it."""
+        start = time.perf_counter()
+        try:
+            with self.reporting(name, start) as report:
+                yield report
+        finally:
+            self.seconds[name] = round(time.perf_counter() - start, 3)
+
+    @contextlib.contextmanager
+    def reporting(self, name: str, start: float) -> Iterator[Progress]:
+        """Yield the function to report to; `start` is the time at which the stage began."""
+        yield self.progress or (lambda what, done, total, rounds=0: None)
+
+
+class Session:
+    """A model and a prompt, checked before any work starts.
+
+    Args:
+        model: from `ggjac.open_model`.
+        prompt: text, or token ids.
+        position: of the output; negative counts from the end.
+        mlp_path: freezing rule of gated feed-forwards, `"up"` or `"gate"`.
+        trace: folder in which the forward pass is kept, and used again if it is there.
+        tapes: False keeps nothing of the forward pass but outputs and logits.
+        ram_budget, vram_budget: bytes, or as `"2GiB"`; default half of the memory that is free, and all of the
+            device's that is.
+        threads: of the plan and of llama.cpp; default all.
+        stages: where progress is reported to.
+        command: the command line that is recorded with results.
+
+    Attributes:
+        ids: the `n` token ids.
+        text: the prompt's text; None where token ids were given.
+        position: of the output, from 0.
+        warning: what looks wrong with BOS, or None.
+        journal: of the checkpoint, inside `checkpointed`.
+
+    Raises:
+        PromptError: the model cannot run the prompt, or has no such position.
+        TokenizerError: the file has no tokenizer, or llama-cpp-python is not installed.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        prompt: str | Sequence[int],
+        *,
+        position: int = -1,
+        mlp_path: MlpPath = "up",
+        trace: str | os.PathLike[str] | None = None,
+        tapes: bool = True,
+        ram_budget: int | str | None = None,
+        vram_budget: int | str | None = None,
+        threads: int | None = None,
+        stages: Stages | None = None,
+        command: Sequence[str] = (),
+    ):
+        self.model, self.mlp_path, self.keeps_tapes = model, mlp_path, tapes
+        self.text = prompt if isinstance(prompt, str) else None
+        self.ids = model.check_prompt(model.tokenize(prompt) if isinstance(prompt, str) else [int(i) for i in prompt])
+        self.position = model.check_position(position, len(self.ids))
+        self.trace_folder = None if trace is None else Path(trace)
+        self.ram_budget, self.vram_budget = (
+            machine.parse_size(budget) if isinstance(budget, str) else budget for budget in (ram_budget, vram_budget)
+        )
+        self.threads, self.stages, self.command = threads, stages or Stages(), list(command)
+        self.warning = bos_warning(model.tokenizer, self.ids)
+        self.journal: Journal | None = None
+        self._resident = True
+
+    # -- plan ----------------------------------------------------------------------------------------------------------
+
+    def fit(self, command: str, n: int | None = None, **request: Any) -> None:
+        """Refuse work that its budget cannot hold, before it starts, and keep ready what the budget has room for.
+
+        Arguments as those of `plan`.
+
+        Raises:
+            NoFitError: with what is needed, and what to lower.
+            PlanError: as `plan`.
+        """
+        plan = self.plan(command, n, **request)
+        self.model.fit(plan)
+        self._resident = not plan.tapes_on_disk
+
+    def plan(
+        self,
+        command: str,
+        n: int | None = None,
+        *,
+        file: GGUFFile | None = None,
+        config: ModelConfig | None = None,
+        **request: Any,
+    ) -> planner.Plan:
+        """Return the plan of a command on this prompt.
+
+        Args:
+            command: one of `ggjac.planner.work.JOBS`.
+            n: tokens of the trace; default the prompt's.
+            file, config: of another model like this one, in its place.
+            request: what else decides the work, as the planner takes it: `rank`, `layers` and so on.
+
+        Raises:
+            PlanError: no such command, or something is out of range.
+        """
+        return planner.fitting(
+            file or self.model.gguf,
+            config or self.model.config,
+            command,
+            n or len(self.ids),
+            self.dtype,
+            {"position": self.position} | request,
+            mlp_path=self.mlp_path,
+            device=machine.device_kind(self.model.device.type),
+            threads=self.threads or os.cpu_count() or 1,
+            budget=planner.Budget.of(self.ram_budget, self.vram_budget, str(self.model.device)),
+            tapes_on_disk=self.trace_folder is not None,
+        )
+
+    # -- what is computed ----------------------------------------------------------------------------------------------
+
+    @property
+    def words(self) -> Words:
+        """Texts of tokens, as `Result.data` takes them."""
+        return Words(self)
+
+    @property
+    def dtype(self) -> str:
+        """Name of the dtype of all computation."""
+        return str(self.model.dtype).removeprefix("torch.")
+
+    @cached_property
+    def trace(self) -> Trace:
+        """The forward pass; run when first needed."""
+        try:
+            with self.stages.stage("trace") as report:
+                return self.model.trace(
+                    self.ids,
+                    mlp_path=self.mlp_path,
+                    tapes=self._tapes,
+                    progress=lambda done, total: report("block", done, total),
+                )
+        except (KeyboardInterrupt, MemoryError) as error:
+            self._note_tapes(error)
+            raise
+
+    @property
+    def logits(self) -> Tensor:
+        """The logits at the chosen position, `[v]`."""
+        return self.trace.logits_at(self.position)
+
+    @cached_property
+    def jacobian(self) -> DetachedJacobian:
+        """The detached Jacobian at the chosen position; its products are remembered in the journal, if there is one."""
+        jacobian = self.trace.jacobian(self.position)
+        jacobian.sweep.journal = self.journal
+        return jacobian
+
+    def run(self, stage: str, analysis: Callable[..., Found], *given: Any, **options: Any) -> Found:
+        """Return the result of an analysis of the Jacobian, reported as a stage."""
+        with self.stages.stage(stage) as report:
+            return analysis(self.jacobian, *given, progress=report, **options)
+
+    def reconstruction(self) -> Reconstruction:
+        """Push the prompt's own embeddings through the frozen map and compare with the forward pass."""
+        return self.run("reconstruction", reconstruction)
+
+    def verify(self, *, strict: bool = False, layers: bool = True) -> parity.Parity:
+        """Compare with llama.cpp on the same tokens; with `layers`, every layer of a trace of its own.
+
+        Raises:
+            ParityError: llama.cpp cannot be asked; the message says what to do.
+        """
+        with self.stages.stage("verify") as report:
+            steps = iter(range(1, 10))
+            return parity.verify(
+                self.model,
+                self.ids,
+                strict=strict,
+                prompt=self.text,
+                # A trace chooses LongRoPE's factors by its prompt, llama.cpp by its context: `verify` makes its own.
+                trace=None if layers or "rope_factors_long.weight" in self.model.weights else self.trace,
+                threads=self.threads,
+                progress=lambda step: report(step, next(steps), 3),
+            )
+
+    def work(self) -> tuple[int, int]:
+        """Return the bytes read and the floating-point operations of sweeps so far."""
+        jacobian = self._made("jacobian")
+        return self.model.weights.bytes_read, jacobian.sweep.flop if jacobian else 0
+
+    def _made(self, name: str) -> Any:
+        """Return a cached property if it has been computed; None otherwise."""
+        return self.__dict__.get(name)
+
+    # -- tapes and checkpoints -----------------------------------------------------------------------------------------
+
+    @cached_property
+    def _tapes(self) -> Tapes | bool:
+        """Where tapes are kept: in the `trace` folder, in the checkpoint's folder, or in memory alone."""
+        if not self.keeps_tapes:
+            return False
+        if self.trace_folder:
+            return Tapes(self.trace_folder, self._prompt_identity(), resident=self._resident, complete=True)
+        if self.journal:
+            identity = self._prompt_identity() | self._machine_identity()
+            return Tapes(self.journal.folder / "trace", identity, run=self.journal)
+        return True
+
+    def _note_tapes(self, error: BaseException) -> None:
+        """Keep in the `trace` folder the part of an interrupted forward pass that is there, and add a note on it."""
+        tapes = self._made("_tapes")
+        if self.trace_folder is None or not isinstance(tapes, Tapes):
+            return
+        with contextlib.suppress(runs.RunError):  # a full disk keeps fewer
+            tapes.save()
+        if tapes.saved:
+            folder, blocks = visible(os.fsencode(self.trace_folder)), self.model.config.block_count
+            done = f"block {tapes.saved} of {blocks}"
+            error.add_note(f"{folder} keeps the forward pass up to {done}: rerun the same command to continue")
+
+    def _prompt_identity(self) -> dict[str, Any]:
+        """Return what decides a trace."""
+        return {
+            "ggjac": __version__,
+            "model": self.model.gguf.fingerprint(),
+            "tokens": self.ids,
+            "dtype": self.dtype,
+            "mlp-path": self.mlp_path,
+        }
+
+    def _machine_identity(self) -> dict[str, Any]:
+        """Return what may change the last bits of a result."""
+        return {
+            "code": runs.code_digest(),
+            "torch": torch.__version__,
+            "device": str(self.model.device),
+            "threads": torch.get_num_threads(),
+        }
+
+    @contextlib.contextmanager
+    def checkpointed(
+        self, folder: Path | None, *, resume: bool, output: Path | None, **settings: Any
+    ) -> Iterator[None]:
+        """Remember in a folder what is computed in this block, and resume what an earlier attempt left there.
+
+        The folder is removed when the block ends; after an interrupt or a kill it stays, if anything was computed.
+
+        Args:
+            folder: None remembers nothing.
+            resume: there must be an earlier attempt, of the same prompt, model, settings and versions.
+            output: where the result goes; not part of what identifies a run.
+            settings: what else decides the results, named as the options are.
+
+        Raises:
+            JournalError: it cannot be resumed, or another process is at work.
+        """
+        if folder is None:
+            yield
+            return
+        assert output is not None
+        missing = [parent for parent in folder.parents if not parent.exists()]
+        identity = self._prompt_identity() | {"position": self.position} | settings | self._machine_identity()
+        identity["ram-budget for dense rows"] = self.model.chunk_bytes  # how many rows a sweep carries
+        with Journal.open(folder, identity, resume=resume, every=CHECKPOINT_SECONDS) as self.journal:
+            try:
+                runs.remove_unfinished(output)
+                yield
+            except BaseException as error:
+                if not self._saved(error):
+                    self._discard(missing)
+                elif not isinstance(error, JournalError | TapeError):  # which say what to do
+                    again = f"the same command with --resume -o {visible(os.fsencode(output))}"
+                    error.add_note(f"progress is saved; to continue, run {again}")
+                raise
+            self._discard([])
+
+    def _saved(self, error: BaseException) -> bool:
+        """Save what was computed before an error, if it can be used again; return whether there is anything."""
+        assert self.journal is not None
+        tapes = self._made("_tapes")
+        if isinstance(error, KeyboardInterrupt | MemoryError):
+            self.journal.flush()
+            with contextlib.suppress(runs.RunError):  # a full disk: the journal has reported it
+                if isinstance(tapes, Tapes):
+                    tapes.save()
+        return (self.journal.folder / "journal.json").exists()
+
+    def _discard(self, missing: list[Path]) -> None:
+        """Remove the checkpoint, and folders that were made for it and hold nothing else."""
+        assert self.journal is not None
+        tapes = self._made("_tapes")
+        if isinstance(tapes, Tapes) and not self.trace_folder:
+            tapes.remove()
+        self.journal.remove()
+        for folder in missing:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+
+    def remember(self, name: str, compute: Callable[[], Any]) -> Any:
+        """Return a result that is plain JSON, from an earlier attempt if it has it."""
+        return self.journal.remember(name, compute) if self.journal else compute()
+
+    # -- results -------------------------------------------------------------------------------------------------------
+
+    def tokens(self) -> list[dict[str, Any]]:
+        """Return the prompt's tokens as plain data."""
+        return [{"position": i, "id": id, "text": self.words(id)} for i, id in enumerate(self.ids)]
+
+    def envelope(self) -> dict[str, Any]:
+        """Return what every result carries: where it came from and how it was computed."""
+        model, config = self.model, self.model.config
+        metadata = model.gguf.metadata
+        return runs.provenance() | {
+            "command": self.command,
+            "model": {
+                "path": str(model.path),
+                "name": metadata.get("general.name"),
+                "architecture": config.architecture,
+                "bytes": model.gguf.nbytes,
+                "fingerprint": model.gguf.fingerprint(),
+            },
+            "prompt": self.text,
+            "tokens": self.tokens(),
+            "warning": self.warning,
+            "position": self.position,
+            "device": str(model.device),
+            "dtype": self.dtype,
+            "mlp_path": self.mlp_path,
+            "threads": torch.get_num_threads(),
+            "seconds": dict(self.stages.seconds),
+            "peak_memory_bytes": runs.peak_memory(),
+        }
+
+    def save(self, output: Path, tensors: dict[str, Tensor], **settings: Any) -> None:
+        """Write tensors and the prompt's `ids` to a safetensors file, provenance and `settings` in its metadata.
+
+        Raises:
+            RunError: it cannot be written.
+        """
+        arrays = {name: numpy(tensor) for name, tensor in tensors.items()}
+        ids = np.array(self.ids, np.int64)
+        runs.save_tensors(output, arrays | {"ids": ids}, {"ggjac": json.dumps(self.envelope() | settings)})
+
+
+def checkpoint(output: Path | None) -> Path | None:
+    """Return the folder beside an output file in which its run is remembered; a run without a file is not."""
+    return output and output.with_name(f"{output.name}.checkpoint")
+
+
+def numpy(tensor: Tensor) -> np.ndarray:
+    """Return an array that NumPy and safetensors can hold: 16-bit floats become float32, exactly."""
+    if tensor.dtype in (torch.bfloat16, torch.float16):
+        tensor = tensor.float()
+    return tensor.detach().cpu().numpy()

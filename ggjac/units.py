@@ -1,0 +1,49 @@
+"""Quantities as text, in one form for terminal, report and messages: numbers, bytes, durations."""
+
+import math
+
+MISSING = "–"
+_RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+
+
+def minus(number: str) -> str:
+    """Return a number with a minus sign that is as wide as a plus."""
+    return number.replace("-", "−")
+
+
+def power(value: float | None, digits: int = 1) -> str:
+    """Return `3.1 × 10⁻⁷`, or plain digits where they are as short; `–` for None, NaN and infinity."""
+    if value is None or not math.isfinite(value):
+        return MISSING
+    if value == 0:
+        return "0"
+    if 0.01 <= abs(value) < 1000:
+        return minus(f"{value:.{max(0, digits - math.floor(math.log10(abs(value))))}f}")
+    mantissa, exponent = f"{value:.{digits}e}".split("e")
+    raised = f"10{str(int(exponent)).translate(_RAISED)}"
+    return minus(raised if mantissa.rstrip("0").rstrip(".") == "1" else f"{mantissa} × {raised}")
+
+
+def size(nbytes: int | float) -> str:
+    """Return bytes in binary units: `999 B`, `1.5 GiB`."""
+    value = float(nbytes)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if value < 1024:
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1024
+    return f"{value:.1f} TiB"
+
+
+def duration(seconds: int | float) -> str:
+    """Return seconds as `0.42 s`, `42 s`, `3 min 7 s`, `1 h 2 min`; `–` for NaN and infinity."""
+    if not math.isfinite(seconds):
+        return MISSING
+    if 0 < seconds < 0.001:
+        return "< 0.001 s"
+    if seconds < 9.95:
+        return f"{seconds:.2g} s"
+    whole = round(seconds)
+    minutes, rest = divmod(whole, 60)
+    if whole < 60:
+        return f"{whole} s"
+    return f"{minutes} min {rest} s" if whole < 3600 else f"{minutes // 60} h {minutes % 60} min"
