@@ -175,7 +175,7 @@ class NormTape(NamedTuple):
 
     def apply(self, x: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
         """Return the norm of `x`."""
-        return _apply(self.operator(), x)
+        return _affine(self.operator(), x)
 
     def operator(self) -> LinearOperator:
         """Return the frozen norm, `[n, d]` to `[n, d]`."""
@@ -343,11 +343,11 @@ def record_attention(w: BlockWeights, frame: Frame, layer: int, x: Float[Tensor,
     q, k = _queries_keys(w, frame, layer, h)  # [n, h, s], [n, g, s]
     tape = AttentionTape(norm_in, _pattern(w, config, layer, q, k), None)
     if limit := config.attention_clamp:
-        v = _apply(_linear(w, "attn_v", len(x)), h)
+        v = _affine(_linear(w, "attn_v", len(x)), h)
         clamped = v.clamp(-limit, limit)
         passed = v == clamped
         tape = tape._replace(passed=passed.to(v), limits=torch.where(passed, 0, clamped))
-    raw = _apply(_attention_inner(w, config, tape), x)
+    raw = _affine(_attention_inner(w, config, tape), x)
     norm_out, added = _normed_output(w, config, norms.attention_out, raw)
     return Recorded(tape._replace(norm_out=norm_out), raw, added)
 
@@ -359,11 +359,11 @@ def _extend_attention(
     config, norms = frame.config, frame.config.row.norms
     _, h = _normed_input(w, config, norms.attention_in, x)
     q, k = _queries_keys(w, frame, layer, h, 0 if past is None else len(past.k))
-    v = _clamped(config, _apply(_linear(w, "attn_v", len(x)), h))
+    v = _clamped(config, _affine(_linear(w, "attn_v", len(x)), h))
     if past is not None:
         k, v = torch.cat((past.k, k)), torch.cat((past.v, v))  # [p + m, g, s], [p + m, gs]
     mix = Mix(_pattern(w, config, layer, q, k), config.head_count_kv, config.head_size)
-    raw = _apply(_linear(w, "attn_output", len(x)), _apply(mix, v))
+    raw = _affine(_linear(w, "attn_output", len(x)), _affine(mix, v))
     return _normed_output(w, config, norms.attention_out, raw)[1], Past(k, v)
 
 
@@ -374,7 +374,7 @@ def record_ffn(w: BlockWeights, frame: Frame, layer: int, x: Float[Tensor, "n d"
     routed = "ffn_gate_inp.weight" in w
     networks = record_experts(w, frame, layer, h) if routed else [record_hidden(w, frame, layer, h)]
     tape = FFNTape(norm_in, tuple(networks), None)
-    raw = _apply(_ffn_inner(w, tape, *x.shape), x)
+    raw = _affine(_ffn_inner(w, tape, *x.shape), x)
     norm_out, added = _normed_output(w, config, norms.ffn_out, raw)
     return Recorded(tape._replace(norm_out=norm_out), raw, added)
 
@@ -391,7 +391,7 @@ def record_hidden(
     """
 
     def projected(stem: str) -> Tensor:
-        return _apply(_linear(w, stem, len(h), kind, expert), h)
+        return _affine(_linear(w, stem, len(h), kind, expert), h)
 
     share, limit, shift = frame.activations[layer]
     if f"ffn_gate{kind}.weight" not in w:
@@ -420,7 +420,7 @@ def record_experts(w: BlockWeights, frame: Frame, layer: int, h: Float[Tensor, "
     Only experts that some position uses are read, here and in every product.
     """
     config = frame.config
-    logits = _apply(_linear(w, "ffn_gate_inp", len(h)), h)
+    logits = _affine(_linear(w, "ffn_gate_inp", len(h)), h)
     scores = ROUTERS[config.row.router](logits.to(torch.promote_types(h.dtype, torch.float32)))  # [n, e]
     chosen = _chosen(w, config, scores.detach())
     weights = scores.gather(-1, chosen)  # [n, used]
@@ -643,7 +643,7 @@ def _queries_keys(
             return q, k
         return _normed(w, "attn_q_norm", config, q), _normed(w, "attn_k_norm", config, k)
 
-    q, k = (_clamped(config, _apply(_linear(w, stem, len(h)), h)) for stem in ("attn_q", "attn_k"))  # [m, hs], [m, gs]
+    q, k = (_clamped(config, _affine(_linear(w, stem, len(h)), h)) for stem in ("attn_q", "attn_k"))  # [m, hs], [m, gs]
     q, k = normed_after("projection", q, k)
     q, k = q.unflatten(1, (config.head_count, -1)), k.unflatten(1, (config.head_count_kv, -1))  # [m, h, s], [m, g, s]
     q, k = normed_after("split", q, k)
@@ -724,7 +724,7 @@ def _normed_output(
     """Freeze the norm after a branch at the branch's output, and return it with what the branch adds to the stream."""
     norm = record_norm(w, config, names, raw)
     identity = Identity(raw.shape, dtype=raw.dtype, device=raw.device)
-    return norm, _apply(_after(config, norm, identity), raw)
+    return norm, _affine(_after(config, norm, identity), raw)
 
 
 def _after(config: ModelConfig, norm_out: NormTape | None, inner: LinearOperator) -> LinearOperator:
@@ -757,8 +757,8 @@ def _linear(
     return Linear(matrix, n, bias)
 
 
-def _apply(operator: LinearOperator, x: Float[Tensor, "n d"]) -> Float[Tensor, "m e"]:
-    """Apply an operator, constant term included, to one input."""
+def _affine(operator: LinearOperator, x: Float[Tensor, "n d"]) -> Float[Tensor, "m e"]:
+    """Return `A x + b` for one input."""
     return operator.matmat(x[None], x.new_ones(1))[0]
 
 
