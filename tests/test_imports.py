@@ -41,7 +41,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "blocks": {"config", "linop", "rope", "sizes"},
     "jacobian": {"blocks", "decode", "linop", "results", "runs", "sizes", "svd", "weights"},
     "model": {
-        *("blocks", "config", "decode", "gguf", "jacobian", "planner", "rope", "sizes", "tokenizer", "weights"),
+        *("blocks", "config", "decode", "gguf", "jacobian", "planner", "rope", "runs", "sizes", "tokenizer"),
+        "weights",
     },
     "generation": {"blocks", "model", "sizes"},
     "parity": {"gguf", "llamacpp", "model", "results", "tokenizer"},

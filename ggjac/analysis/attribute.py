@@ -314,8 +314,7 @@ def attribute_positions(
         X[torch.arange(len(tokens)), tokens] = network.x[tokens]
         t = (part == n).to(X)
         for i, _, frozen in _walk(network, range(n)):
-            middle = frozen.attn.matmat(X, t).add_(X)  # in place, as stacks may be large
-            X = frozen.ffn.matmat(X if frozen.parallel else middle, t).add_(middle)
+            X = frozen.matmat(X, t)  # [k, n, d]
             _report(progress, number * len(network.tapes) + i + 1, len(parts) * len(network.tapes))
         Y = network.norm.operator().matmat(X, t)
         found.append(torch.stack([(y.cpu().double() * w).sum(1) for y in Y]))  # one by one: float64 copies are large
@@ -369,19 +368,19 @@ def attribute_branches(
     attn, mlp, heads, attn_bias = [], [], [], []
     for i, tape, frozen in _walk(network, positions):
         stream = tape.x[None, : positions.stop]
-        here = frozen.kept.matmat(stream)
         if by_head:
             reading, writing = attention_halves(network.weights(i), config, tape.attn.at(chosen))
             z = reading.matmat(stream, one)
-            added, constant = writing.matmat(torch.cat([z, torch.zeros_like(z)]), one.expand(2))
+            added, constant = writing.matmat(torch.cat([z, torch.zeros_like(z)]), one.expand(2)).split(1)
+            stream = frozen.residual.matmat(stream)
             # Every position has a vector of its own, and the projection acts at each alone: one stack does for all.
             parts = writing.rmatmat(read[None])[0].cpu().double() * z[0].cpu().double()
             heads.append(parts.unflatten(1, (config.head_count, -1)).sum(2))
-            attn_bias.append(share(constant))
+            attn_bias.append(share(constant[0]))
         else:
-            added = frozen.attn.matmat(stream, one)[0]
-        attn.append(share(added))
-        mlp.append(share(frozen.ffn.matmat(here if frozen.parallel else here + added, one)[0]))
+            stream, added = frozen.matmat_attn(stream, one)
+        attn.append(share(added[0]))
+        mlp.append(share(frozen.matmat_ffn(stream, added, one)[1][0]))
         _report(progress, i + 1, len(network.tapes))
     return BranchShares(
         positions=positions,

@@ -12,7 +12,7 @@ In each, every weight is dequantized once per sweep.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import product
 from typing import Any, NamedTuple
 
@@ -356,9 +356,8 @@ class _Group:
 
     def sweeping(self, spans: list[Span], *, raw: bool) -> SharedSweep:
         """Return sweeps along some spans."""
-        sweep = SharedSweep(self.jacobian.network, spans, self.jacobian.position, raw=raw)
-        sweep.journal = self.jacobian.sweep.journal
-        return sweep
+        jacobian = self.jacobian
+        return SharedSweep(jacobian.network, spans, jacobian.position, raw=raw, journal=jacobian.sweep.journal)
 
     def says(self, what: str, sweep: SharedSweep | None = None) -> None:
         """Let progress say what the next sweeps are for."""
@@ -379,7 +378,7 @@ class _Group:
         self.says(f"{self.name}, signs")
         tapes = self.jacobian.network.tapes
         outputs = self.sweep.up([tapes[span.start].x[None] for span in self.spans])
-        return [_signed(triplets, output[0]) for triplets, output in zip(found, outputs, strict=True)]
+        return [triplets.pointing_along(output[0]) for triplets, output in zip(found, outputs, strict=True)]
 
     def stable_ranks(self, triplets: list[SVD], probes: int, seed: int) -> list[StableRank]:
         """Return the stable rank of each map."""
@@ -388,12 +387,6 @@ class _Group:
         chunk = self.jacobian.rows_at_once(len(self.spans)) if exact else None
         down = self.sweep.down
         return stable_ranks(self.operators, triplets, down=down, chunk=chunk, probes=probes, seed=seed)
-
-
-def _signed(triplets: SVD, along: Float[Tensor, " d"]) -> SVD:
-    """Flip each pair of vectors so that the left one points along an output; their own sign is arbitrary."""
-    sign = torch.where(triplets.U @ along.to(triplets.U) < 0, -1.0, 1.0).to(triplets.U)
-    return replace(triplets, U=triplets.U * sign[:, None], Vh=triplets.Vh * sign[:, None, None])
 
 
 def _transported(run: _Group, triplets: list[SVD]) -> list[Tensor | None]:
