@@ -255,7 +255,8 @@ def test_tokenizing_loads_no_torch() -> None:
 
 
 def test_planning_loads_no_torch() -> None:
-    assert loaded("import ggjac.planner, ggjac.planner.bench") <= {"numpy"}
+    assert loaded("import ggjac.planner") == set()  # `ggjac plan --help` answers at once
+    assert loaded("import ggjac.planner.bench") <= {"numpy"}
 
 
 def test_public_names_are_there() -> None:
