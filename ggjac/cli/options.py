@@ -205,7 +205,7 @@ _MODEL = [
         help="Download an hf: model that is not on this disk.",
     ),
 ]
-# How a command names the prompt that it takes when none is given, and what its file holds.
+# Help of the prompt options, with the default prompt and the contents of the file.
 PROMPT_HELP = f"Text to analyse.  [default: {DEFAULT_PROMPT!r}]"
 FILE_HELP = "Read the prompt from a file (UTF-8; a last newline is dropped)."
 
