@@ -298,8 +298,8 @@ def attribute_positions(
 
     One upward pass carries every token's embedding alone, and the biases: a vector's start identifies the share, the
     position at which it is read identifies the logit. `n + 1` vectors of `n` positions advance together, or in several
-    passes where they need more than the Jacobian's `chunk_bytes` of working memory. The Jacobian's own position does not
-    matter.
+    passes where they need more than the Jacobian's `chunk_bytes` of working memory. The Jacobian's own position has no
+    influence.
     """
     network, chunk_bytes = jacobian.network, jacobian.chunk_bytes
     n, d = network.x.shape
