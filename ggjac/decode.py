@@ -1,6 +1,6 @@
 """Vectors to tokens: the LM head for output vectors, the nearest input embeddings for input vectors.
 
-Both stream the vocabulary matrix tile by tile and keep only the best candidates, so the matrix is never dense.
+Both stream the vocabulary matrix tile by tile and keep only the best candidates: the matrix is never dense.
 """
 
 from typing import NamedTuple
@@ -26,8 +26,8 @@ class Head(NamedTuple):
     Attributes:
         matrix: `[v, d]`, W.
         bias: `[v]`, or None.
-        scale: of all logits (Granite, Command R).
-        softcap: `c tanh(z / c)` at the end (Gemma); 0 for none.
+        scale: factor of all logits (Granite, Command R).
+        softcap: `c` in `c tanh(z / c)`, applied last (Gemma); 0 for none.
     """
 
     matrix: Weight
@@ -46,7 +46,7 @@ class Head(NamedTuple):
 def top_logits(matrix: TiledMatrix, Y: Float[Tensor, "k d"], count: int) -> Ranked:
     """Return the `count` tokens of highest `y Wᵀ` for each direction: the paper's decoding of left singular vectors.
 
-    A direction has no bias, no scale and no cap, so only the head's matrix counts.
+    Bias, scale and cap do not apply to a direction: only the head's matrix is used.
     """
     return _best(matrix, Y, count, unit_rows=False)
 
@@ -54,15 +54,15 @@ def top_logits(matrix: TiledMatrix, Y: Float[Tensor, "k d"], count: int) -> Rank
 def nearest(embedding: TiledMatrix, V: Float[Tensor, "k d"], count: int) -> Ranked:
     """Return the `count` tokens whose embeddings have the highest cosine with each vector.
 
-    The paper's decoding of right singular vectors. Scores are cosines. An all-zero embedding row, as padding tokens
-    have them, is nobody's neighbour: it comes last, with score -inf.
+    The paper's decoding of right singular vectors. Scores are cosines. A row of zeros, as some padding tokens have,
+    never ranks first (score -inf).
     """
     lengths = V.norm(dim=1, keepdim=True)
     return _best(embedding, V / torch.where(lengths > 0, lengths, 1), count, unit_rows=True)
 
 
 def _best(matrix: TiledMatrix, vectors: Float[Tensor, "k d"], count: int, *, unit_rows: bool) -> Ranked:
-    """Keep the best `count` rows while the matrix streams by; equal scores go to the smaller id."""
+    """Keep the best `count` rows while streaming the matrix; ties go to the smaller id."""
     count = min(count, matrix.shape[0])
     ids = torch.empty(len(vectors), 0, dtype=torch.long, device=vectors.device)
     scores = vectors.new_empty(len(vectors), 0)
@@ -72,7 +72,7 @@ def _best(matrix: TiledMatrix, vectors: Float[Tensor, "k d"], count: int, *, uni
             lengths = tile.norm(dim=1)
             products = torch.where(lengths > 0, products / lengths, -torch.inf)
         new = _first_best(products, min(count, stop - start))
-        # Every id here is larger than those kept so far, so that a stable sort leaves equals in order of id.
+        # Every id here is larger than those kept so far, so that a stable sort leaves ties in order of id.
         scores, ids = torch.cat([scores, products.gather(1, new)], 1), torch.cat([ids, new + start], 1)
         scores, by_score = scores.sort(dim=1, descending=True, stable=True)
         scores, ids = scores[:, :count], ids.gather(1, by_score)[:, :count]
@@ -80,14 +80,14 @@ def _best(matrix: TiledMatrix, vectors: Float[Tensor, "k d"], count: int, *, uni
 
 
 def _first_best(scores: Float[Tensor, "k v"], count: int) -> Int[Tensor, "k count"]:
-    """Return the indices of the `count` largest of each row, ascending; `topk` alone takes any of the equals."""
+    """Return the indices of the `count` largest of each row, ascending; `topk` alone breaks ties arbitrarily."""
     if count == 0:
         return scores.new_empty(len(scores), 0, dtype=torch.long)
     scores = torch.where(scores.isnan(), -torch.inf, scores)
     values, best = scores.topk(min(count + 1, scores.shape[1]), dim=1)
     found = best[:, :count].sort(dim=1).values
     least = values[:, count - 1, None]
-    tied = (values[:, count:] == least).any(1)  # with one that did not get in: rare but in 16 bit
+    tied = (values[:, count:] == least).any(1)  # with a value that was left out: rare except in 16 bit
     scores, least = scores[tied], least[tied]
     above, equal = scores > least, scores == least
     taken = above | (equal & (equal.cumsum(1, dtype=torch.int32) <= count - above.sum(1, keepdim=True)))

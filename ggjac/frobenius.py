@@ -1,6 +1,6 @@
 """Frobenius norms and stable ranks of linear operators whose leading singular triplets are known.
 
-Any number of operators at once, where their transposed products are cheaper together.
+They take several operators at once, since their transposed products may be cheaper together.
 """
 
 import math
@@ -43,14 +43,14 @@ def stable_ranks(
     """Compute the stable rank of each operator from its leading triplets and what remains of its Frobenius norm.
 
     Args:
-        operators: `[*in_shape]` to `[d]`, the same `d` for all; give shapes and dtypes only.
-        triplets: of each, the largest first. They count exactly in an estimate.
+        operators: `[*in_shape]` to `[d]`, the same `d` for all; only shapes, dtypes and devices are used.
+        triplets: leading singular triplets of each operator, the largest first. They enter an estimate exactly.
         down: applies the transposed operators to one stack of vectors `[k, d]` each.
         chunk: rows of each operator at a time, for the exact norm. None: estimate `‖Aᵀ (I - U Uᵀ)‖²_F` over seeded
             Gaussian probes, the same for all operators (Hutchinson's estimator, deflated as in Meyer et al., "Hutch++",
             arXiv 2010.09649); one downward sweep.
-        probes: random vectors of the estimate; at least 2, or there is no error.
-        seed: of the probes.
+        probes: number of random vectors of the estimate; at least 2, since the error comes from their spread.
+        seed: seed of the probes.
     """
     if not operators:
         return []
@@ -64,7 +64,7 @@ def stable_ranks(
         basis[torch.arange(len(rows)), rows] = 1
         for i, product in enumerate(down([basis] * len(operators))):
             squared[i] += float(product.cpu().double().square().sum())
-        del product  # before the next rows are there
+        del product  # before the next rows are computed
     return [_ratio(found, total, 0.0) for found, total in zip(triplets, squared, strict=True)]
 
 

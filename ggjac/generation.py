@@ -1,7 +1,7 @@
-"""A prompt that goes on, token by token: keys and values of past positions are kept, so that each token costs one.
+"""Continuation of a prompt, token by token: with cached keys and values, a new token costs one position.
 
-The blocks are those of the trace (`ggjac.blocks`), applied to the new positions only; no tapes are kept. The stream may
-be changed on its way, which is what steering does.
+The blocks are those of the trace (`ggjac.blocks`), applied to the new positions only; no tapes are kept. The residual
+stream can be changed after every block, as activation steering does.
 """
 
 from collections.abc import Callable, Sequence
@@ -9,23 +9,24 @@ from collections.abc import Callable, Sequence
 from jaxtyping import Float
 from torch import Tensor
 
-from ggjac.blocks import MlpPath, NumericsError, Past, extend_attention, record_ffn
+from ggjac.blocks import NumericsError, Past, extend_block
 from ggjac.model import Model, PromptError, finite_logits
+from ggjac.sizes import MlpPath
 
-# Called as `change(layer, h)` with the stream `[m, d]` at new positions after `layer` blocks (0: the embeddings, before
-# any), and returns what goes on in its place.
+# Called as `change(layer, h)` with the residual stream `[m, d]` at new positions after `layer` blocks (0: the
+# embeddings); returns the stream that replaces it.
 Change = Callable[[int, Tensor], Tensor]
 
 
 class Continuation:
-    """A text under way in a model: what is past stays, what is new is computed.
+    """A text that grows in a model: past positions are cached, only new ones are computed.
 
     Args:
-        model: what computes.
-        capacity: positions there may be at most; also the context that decides between short and long rope factors
-            where a model has both.
-        mlp_path: as `Model.trace` takes it; it changes no value beyond rounding.
-        change: see `Change`; None leaves the stream as it is.
+        model: the model.
+        capacity: the largest number of positions; also the context size that decides between short and long rope
+            factors where a model has both.
+        mlp_path: as `Model.trace` takes it; it changes values by rounding only.
+        change: see `Change`; None leaves the stream unchanged.
 
     Raises:
         PromptError: the model's context is smaller than `capacity`.
@@ -35,7 +36,7 @@ class Continuation:
         if capacity > model.config.context_length:
             raise PromptError(
                 f"the text would grow to {capacity} tokens, the model's context is {model.config.context_length}; "
-                "ask for fewer tokens, or shorten the prompt"
+                "ask for fewer tokens or shorten the prompt"
             )
         self.model, self.capacity, self.length = model, capacity, 0
         self.change: Change = change or (lambda layer, h: h)
@@ -58,11 +59,11 @@ class Continuation:
             w = model.block(i, live=True)
             if i + 1 < config.block_count:
                 model.block(i + 1, live=True).read_ahead()
-            attn, self._past[i] = extend_attention(w, self._frame, i, h, self._past[i])
-            ffn = record_ffn(w, self._frame, i, h if config.row.parallel else h + attn)
-            h = self.change(i + 1, h + attn + ffn.added)
+            h, self._past[i] = extend_block(w, self._frame, i, h, self._past[i])
+            h = self.change(i + 1, h)
             if not h.isfinite().all():
-                raise NumericsError(f"block {i} overflows {model.dtype}; try a wider --dtype, or a smaller --strength")
+                name = str(model.dtype).removeprefix("torch.")
+                raise NumericsError(f"block {i} overflowed {name}; try a wider --dtype or a smaller --strength")
         self.length += len(ids)
         return model.freeze_final_norm(h).apply(h)
 
@@ -78,10 +79,10 @@ def greedy(
     *,
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[list[int], Float[Tensor, " v"]]:
-    """Append a prompt, then `count` times the most likely token; of equals, the one of smaller id.
+    """Append a prompt, then the most likely token `count` times; ties go to the smaller id.
 
-    Returns the generated ids (ending with the one that ends the text, if the model chooses it) and the logits after the
-    prompt, `[v]`. Needs room for `len(ids) + count - 1` positions: the last token is not looked at again.
+    Returns the generated ids and the logits after the prompt, `[v]`. Generation stops early after an end token, which
+    is the last of the ids. Needs room for `len(ids) + count - 1` positions: the last token is not fed back.
     """
     first = logits = text.logits(ids)
     found = [int(logits.argmax())]
@@ -97,6 +98,6 @@ def greedy(
 
 
 def end_tokens(model: Model) -> set[int]:
-    """Return the ids with which the file says that a text, a turn or a message ends."""
+    """Return the ids of the file's tokens that end a text, a turn or a message."""
     found = (model.gguf.metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom"))
-    return {id for id in found if isinstance(id, int)}  # a damaged file may say anything
+    return {id for id in found if isinstance(id, int)}  # in a damaged file it may be of any type

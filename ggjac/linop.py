@@ -9,7 +9,7 @@ An operator may carry a constant term, as `Linear` does when it has a bias: it t
 default) is the linear part, `t = 1` the affine map, and `x = 0, t = 1` yields the constant pushed through everything
 above it.
 
-Nothing here knows a transformer: the frozen blocks of `ggjac.blocks` are expressions in these operators.
+Nothing here is specific to transformers: the frozen blocks of `ggjac.blocks` are expressions in these operators.
 """
 
 import math
@@ -26,14 +26,14 @@ if TYPE_CHECKING:
 
 Homogeneous = Float[Tensor, " k"] | None
 
-# Stacked positions that are multiplied at a time. For more of them oneDNN rearranges whole 16-bit operands in scratch
-# memory, a copy as large as they are, and is no faster.
+# Stacked positions that are multiplied at a time. With more, oneDNN copies whole 16-bit operands to scratch memory, and
+# is not faster.
 ROWS = 4096
 
 
 @runtime_checkable
 class TiledMatrix(Protocol):
-    """A matrix `[out, in]` that is produced a few rows at a time and need never exist whole."""
+    """A matrix `[out, in]` that is produced a few rows at a time and never needs to exist as a whole."""
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -48,10 +48,10 @@ class TiledMatrix(Protocol):
         """Where the tiles live."""
 
     def tiles(self) -> Iterator[tuple[int, int, Tensor]]:
-        """Yield `(start, stop, rows start:stop)` in order; a tile is valid until the next one is asked for."""
+        """Yield `(start, stop, rows start:stop)` in order; a tile is valid until the next one is requested."""
 
     def read_ahead(self) -> None:
-        """Take the hint that the tiles will soon be asked for."""
+        """Prefetch the tiles."""
 
 
 class LinearOperator:
@@ -72,7 +72,7 @@ class LinearOperator:
         raise NotImplementedError
 
     def read_ahead(self) -> None:
-        """Take the hint that a product is coming: weights on a disk may be read while something else is computed."""
+        """Prefetch the weights of the next product, so that the disk is read while something else is computed."""
         for part in self.parts:
             part.read_ahead()
 
@@ -137,7 +137,7 @@ class LinearOperator:
 
             return product
 
-        # NumPy has no bfloat16, and SciPy's solvers want at least single precision.
+        # NumPy has no bfloat16, and SciPy's solvers need at least single precision.
         scipy_dtype = torch.promote_types(self.dtype, torch.float32)
         forward, backward = columns(self.matmat, self.in_shape), columns(self.rmatmat, self.out_shape)
         return ScipyOperator(
@@ -187,7 +187,8 @@ class Select(LinearOperator):
 class Scale(LinearOperator):
     """Multiply elementwise by a frozen `[n, d]` diagonal, such as norm scale times norm weight, or a gate.
 
-    `constant`, `[n, d]` or `[d]`, is added with the homogeneous coordinate: a LayerNorm's bias, what a clamp left.
+    `constant`, `[n, d]` or `[d]`, is multiplied by the homogeneous coordinate and added: the bias of a LayerNorm, or
+    the limit of a clamp.
     """
 
     def __init__(self, diagonal: Float[Tensor, "n d"], constant: Float[Tensor, "*n d"] | None = None):
@@ -213,11 +214,11 @@ class Center(LinearOperator):
         self.dtype, self.device = dtype, device
 
     def matmat(self, X: Tensor, t: Homogeneous = None) -> Tensor:
-        """Return `X` less its mean at each position."""
+        """Return `X` minus its mean at each position."""
         return X - X.mean(-1, keepdim=True)
 
     def rmatmat(self, Y: Tensor) -> Tensor:
-        """Return `Y` less its mean at each position."""
+        """Return `Y` minus its mean at each position."""
         return Y - Y.mean(-1, keepdim=True)
 
 
@@ -232,16 +233,16 @@ class Linear(LinearOperator):
 
     @property
     def flop(self) -> int:
-        """A multiplication and an addition for each weight and position."""
+        """One multiplication and one addition for each weight and position."""
         return 2 * self.in_shape[0] * math.prod(self.weight.shape)
 
     def read_ahead(self) -> None:
-        """Pass the hint on to the weight."""
+        """Prefetch the weight."""
         self.weight.read_ahead()
 
     def matmat(self, X: Float[Tensor, "k n d"], t: Homogeneous = None) -> Float[Tensor, "k n out"]:
         """Multiply by W tile by tile; add `t` times the bias."""
-        flat = X.reshape(-1, X.shape[2])
+        flat = X.reshape(-1, X.shape[2])  # [k n, d]
         Y = X.new_empty(len(flat), self.out_shape[1])
         for start, stop, tile in self.weight.tiles():
             for some in _panels(len(flat)):  # in place: for many vectors a tile's part is large too
@@ -253,7 +254,7 @@ class Linear(LinearOperator):
 
     def rmatmat(self, Y: Float[Tensor, "k n out"]) -> Float[Tensor, "k n d"]:
         """Multiply by Wᵀ, accumulating over tiles."""
-        flat = Y.reshape(-1, Y.shape[2])
+        flat = Y.reshape(-1, Y.shape[2])  # [k n, out]
         X = Y.new_zeros(len(flat), self.in_shape[1])
         for start, stop, tile in self.weight.tiles():
             for some in _panels(len(flat)):
@@ -262,7 +263,7 @@ class Linear(LinearOperator):
 
 
 def _panels(count: int) -> Iterator[slice]:
-    """Divide stacked positions into those that are multiplied at a time."""
+    """Yield the slices of stacked positions that are multiplied at a time."""
     return (slice(start, start + ROWS) for start in range(0, count, ROWS))
 
 
@@ -270,31 +271,31 @@ class Mix(LinearOperator):
     """Mix positions by a frozen attention pattern, `[n, g hd]` to `[m, h hd]`.
 
     `h` query heads share `g` key/value heads in consecutive groups (query head `i` reads value head `i // (h // g)`),
-    as in grouped-query attention. Row `pattern[i, q]` holds what query position `q` of head `i` takes from each
-    position.
+    as in grouped-query attention. Row `pattern[i, q]` contains the weights of all positions for query position `q` of
+    head `i`.
     """
 
     def __init__(self, pattern: Float[Tensor, "h m n"], groups: int, head_size: int):
         heads, m, n = pattern.shape
-        self.pattern = pattern.reshape(groups, heads // groups, m, n)
+        self.pattern = pattern.reshape(groups, heads // groups, m, n)  # [g, h / g, m, n]
         self.head_size = head_size
         self.in_shape, self.out_shape = (n, groups * head_size), (m, heads * head_size)
         self.dtype, self.device = pattern.dtype, pattern.device
 
     @property
     def flop(self) -> int:
-        """A multiplication and an addition for each entry of the pattern and component of a head."""
+        """One multiplication and one addition for each entry of the pattern and component of a head."""
         return 2 * self.pattern.numel() * self.head_size
 
     def matmat(self, X: Float[Tensor, "k n in"], t: Homogeneous = None) -> Float[Tensor, "k m out"]:
         """Return the pattern-weighted sums of values, heads concatenated."""
-        values = X.unflatten(2, (-1, self.head_size))
+        values = X.unflatten(2, (-1, self.head_size))  # [k, n, g, hd]
         return torch.einsum("ghmn,kngd->kmghd", self.pattern, values).flatten(2)
 
     def rmatmat(self, Y: Float[Tensor, "k m out"]) -> Float[Tensor, "k n in"]:
-        """Send what arrives at the heads back to the value heads and positions they read."""
+        """Return the pattern-weighted sums of the heads' cotangents, at the value heads and positions they read."""
         groups, per_group = self.pattern.shape[:2]
-        heads = Y.unflatten(2, (groups, per_group, self.head_size))
+        heads = Y.unflatten(2, (groups, per_group, self.head_size))  # [k, m, g, h / g, hd]
         return torch.einsum("ghmn,kmghd->kngd", self.pattern, heads).flatten(2)
 
 
@@ -312,14 +313,14 @@ class Experts(LinearOperator):
         self.dtype, self.device = self.parts[0].dtype, self.parts[0].device
 
     def matmat(self, X: Float[Tensor, "k n d"], t: Homogeneous = None) -> Float[Tensor, "k n d"]:
-        """Add up what each part makes of its positions."""
+        """Add up the results of the parts, each at its own positions."""
         Y = torch.zeros_like(X)
         for positions, part in zip(self.positions, self.parts, strict=True):
             Y.index_add_(1, positions, part.matmat(X[:, positions], t))
         return Y
 
     def rmatmat(self, Y: Float[Tensor, "k n d"]) -> Float[Tensor, "k n d"]:
-        """Add up what each transposed part makes of its positions."""
+        """Add up the results of the transposed parts, each at its own positions."""
         X = torch.zeros_like(Y)
         for positions, part in zip(self.positions, self.parts, strict=True):
             X.index_add_(1, positions, part.rmatmat(Y[:, positions]))
@@ -377,11 +378,11 @@ class Sum(LinearOperator):
 
     @staticmethod
     def _added(given: Tensor, terms: Iterator[Tensor]) -> Tensor:
-        """Add up in place, as stacks may be large; but not into what the caller gave, which `Identity` passes on."""
+        """Add up in place, as stacks may be large; but not into the argument, which `Identity` returns as it is."""
         total = next(terms)
         for term in terms:
             total = total + term if total is given else total.add_(term)
-            del term  # before the next one is made
+            del term  # before the next one is computed
         return total
 
 
@@ -409,7 +410,7 @@ class Transpose(LinearOperator):
 
 
 class Matrix(NamedTuple):
-    """A dense matrix that poses as its own single tile, so that `Linear` needs one path only."""
+    """A dense matrix as a `TiledMatrix` with one tile."""
 
     values: Float[Tensor, "out d"]
 
@@ -433,7 +434,7 @@ class Matrix(NamedTuple):
         yield 0, len(self.values), self.values
 
     def read_ahead(self) -> None:
-        """Nothing to do: the matrix is in memory."""
+        """Do nothing: the matrix is in memory."""
 
 
 def dot_test(operator: LinearOperator, generator: torch.Generator, k: int = 4) -> float:

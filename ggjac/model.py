@@ -1,4 +1,4 @@
-"""A model file ready to run one prompt: embed, blocks, norm, head; and what a run leaves behind, a trace.
+"""A model file ready to run one prompt: embeddings, blocks, norm, head; and the trace that a run returns.
 
 The forward pass is the frozen operators of `ggjac.blocks` applied to their own input, block by block: there is no
 second model. It reads each tensor of the file once.
@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ggjac import blocks, decode, planner
-from ggjac.blocks import BlockTape, Frame, MlpPath, NormTape, NumericsError
+from ggjac.blocks import BlockTape, Frame, NormTape
 from ggjac.config import ModelConfig
 from ggjac.gguf import GGUFFile, open_gguf
 from ggjac.gguf.hub import demo_path, resolve
@@ -23,18 +23,19 @@ from ggjac.jacobian import DetachedJacobian, FrozenNetwork, Span
 from ggjac.jacobian.tapes import Tapes
 from ggjac.planner import Plan, machine
 from ggjac.rope import rotation
-from ggjac.sizes import CHUNK_BYTES
+from ggjac.runs.journal import Journal
+from ggjac.sizes import CHUNK_BYTES, ITEM_BYTES, MlpPath
 from ggjac.tokenizer import Tokenizer, open_tokenizer, visible
 from ggjac.weights import Block, Weight, WeightStore
 
-DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in ITEM_BYTES}
 
 Observer = Callable[[str, Tensor], None]
 Progress = Callable[[int, int], None]
 
 
 class PromptError(ValueError):
-    """A prompt that cannot be run: empty, too long, or with tokens outside the vocabulary."""
+    """A prompt cannot be run: it is empty, too long, or has tokens outside the vocabulary."""
 
 
 class DeviceError(ValueError):
@@ -51,15 +52,15 @@ def open_model(
     """Open a GGUF model for tracing; reads headers only.
 
     Args:
-        path: the file, or the first shard of a split one; default the demo model that ships with the package.
+        path: the file, or the first shard of a split file; default the demo model that ships with the package.
         device: a torch device, or `"auto"`: CUDA where there is one, else the CPU.
-        dtype: of all arithmetic: `"float32"`, `"float64"`, `"bfloat16"` or `"float16"`. Norms and softmax take place in
-            float32 at least.
-        threads: CPU threads of dequantization and torch; default as many as torch uses.
+        dtype: dtype of all computation: `"float32"`, `"float64"`, `"bfloat16"` or `"float16"`. Norms and softmax are
+            computed in float32 at least.
+        threads: CPU threads for dequantization and torch; default torch's own number.
 
     Raises:
         GGUFError: the file cannot be opened or is damaged.
-        ConfigError: the model is not supported, with the reason.
+        ConfigError: the model is not supported; the message has the reason.
         WeightError: a tensor's storage type is not supported.
         DeviceError: there is no device of that name.
         ValueError: torch cannot use the device here, or the dtype is unknown.
@@ -80,11 +81,11 @@ def open_model(
 
 
 def find_device(name: str | torch.device) -> torch.device:
-    """Return the device of a name, if this torch can use it; `"auto"` is CUDA where there is one, else the CPU.
+    """Return the device of a name, if torch can use it here; `"auto"` is CUDA if there is one, else the CPU.
 
     Raises:
         DeviceError: there is no device of that name.
-        ValueError: there is, but not here.
+        ValueError: torch cannot use it here.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -99,7 +100,7 @@ def find_device(name: str | torch.device) -> torch.device:
             raise RuntimeError("it finds no CUDA device")
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).split(". ")[0].rstrip(".")  # torch goes on to list all its backends
+        reason = str(error).split(". ")[0].rstrip(".")  # further sentences list all backends
         raise ValueError(f"device {name} was asked for, but torch cannot use it here ({reason}); use cpu") from None
     return device
 
@@ -112,8 +113,8 @@ class Model:
         config: sizes and constants.
         weights: every tensor, dequantized on demand.
         tokenizer: text to token ids and back.
-        embedding: `[v, d]` input embeddings, a handle that streams.
-        head: the LM head; its matrix is the embeddings' where the model ties them.
+        embedding: `[v, d]` input embeddings, streamed.
+        head: the LM head; in models with tied embeddings, its matrix is that of the embeddings.
         chunk_bytes: working memory that a chunk of dense rows may take; see `fit`.
     """
 
@@ -132,7 +133,7 @@ class Model:
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
-        """The file's vocabulary; llama.cpp's own code does the tokenizing."""
+        """The file's vocabulary; llama.cpp's own code tokenizes."""
         metadata = self.gguf.metadata
         return open_tokenizer(
             self.path,
@@ -142,7 +143,7 @@ class Model:
         )
 
     def tokenize(self, prompt: str) -> list[int]:
-        """Return the token ids of a prompt, BOS added where the vocabulary asks for it, special tokens parsed.
+        """Return the token ids of a prompt, with BOS if the vocabulary requires it, and special tokens parsed.
 
         Raises:
             PromptError: the text is empty.
@@ -153,7 +154,7 @@ class Model:
         return self.tokenizer.encode(prompt)
 
     def word(self, id: int) -> str:
-        """Return a token's text on one line, with everything visible and nothing that could steer a terminal."""
+        """Return a token's text on one line, with control characters made visible and harmless to a terminal."""
         return visible(self.tokenizer.piece(id))
 
     def text(self, ids: Sequence[int]) -> str:
@@ -171,17 +172,17 @@ class Model:
         tapes_on_disk: bool = False,
         **asked: Any,
     ) -> Plan:
-        """Return what a command takes on a prompt, and whether memory allows it; nothing is computed.
+        """Return the time and memory that a command needs on a prompt, and whether it fits; nothing is computed.
 
         Args:
             prompt: text, or token ids.
             command: one of `ggjac.planner.work.JOBS`.
             mlp_path: as `trace` takes it.
-            ram_budget, vram_budget: bytes, or as `"2GiB"`; default half of the memory that is free, and all of the
-                device's that is.
-            tapes_on_disk: where memory is short, count on `trace(..., tapes=Tapes(folder, resident=False))`; whether it
-                was, the plan says.
-            asked: as `ggjac.planner.work.Asked` has it: `rank`, `position` and so on.
+            ram_budget, vram_budget: bytes, or text such as `"2GiB"`; default half of the free memory, and all of the
+                device's free memory.
+            tapes_on_disk: if memory is short, assume `trace(..., tapes=Tapes(folder, resident=False))`; the plan states
+                whether it did.
+            asked: as `ggjac.planner.work.Request` has it: `rank`, `position` and so on.
 
         Raises:
             PromptError: as `trace`.
@@ -204,17 +205,17 @@ class Model:
         )
 
     def fit(self, plan: Plan) -> None:
-        """Keep to a plan from now on: live weights that it has room for stay ready between sweeps; no bit changes.
+        """Follow a plan from now on: as many live weights as it has room for are cached between sweeps.
 
-        Jacobians of traces to come take dense rows in chunks of the plan's size.
+        Jacobians of later traces compute dense rows in chunks of the plan's size. No bit of a result changes.
 
         Raises:
-            NoFitError: its budget cannot work, and how much would.
+            NoFitError: the plan's budget is too small; the message names a sufficient one.
         """
         planner.check(plan)
         machine.return_freed_memory()
         self.weights.place(plan.places, plan.room)
-        self.chunk_bytes = plan.job.chunk_bytes
+        self.chunk_bytes = plan.work.chunk_bytes
 
     def trace(
         self,
@@ -227,26 +228,26 @@ class Model:
         observe: Observer | None = None,
         progress: Progress | None = None,
     ) -> "Trace":
-        """Run a prompt once and record what the detached Jacobian freezes.
+        """Run a prompt once and record the quantities that the detached Jacobian freezes.
 
         Args:
             prompt: text, or token ids.
             mlp_path: freezing rule of gated feed-forwards; see `ggjac.blocks.record_hidden`.
             n_ctx: context size that decides between short and long rope factors where a model has both; default the
-                prompt's length. (llama.cpp goes by the context it allocates, a multiple of 256.)
-            imitate: round where llama.cpp does on the CPU, for parity: a half-precision table stands in for GELU, and
+                prompt's length. (llama.cpp uses the context it allocates, a multiple of 256.)
+            imitate: round where llama.cpp does on the CPU, for parity: GELU comes from a half-precision table, and
                 rotary angles are float32 (see `ggjac.rope.rotation`).
-            tapes: keep what the Jacobian freezes, in memory or where a `Tapes` says; those of an interrupted trace are
-                used. Without, the trace has outputs and logits only, and takes less memory (attention patterns alone
-                are heads x n² floats a layer).
+            tapes: True keeps tapes in memory, for Jacobians; a `Tapes` keeps them where it says, and continues an
+                interrupted trace. False keeps none: the trace then has outputs and logits only, and takes less memory
+                (attention patterns alone are heads x n² floats per layer).
             observe: called with llama.cpp's name and value of intermediate tensors, each `[n, d]`: `attn_out-i` and
-                `ffn_out-i` (the branches before post-norm and scale), `l_out-i` (the stream after block `i`) and
-                `result_norm`.
+                `ffn_out-i` (the branches before post-norm and scale), `l_out-i` (the residual stream after block `i`)
+                and `result_norm`.
             progress: called as `progress(done, total)` after each block.
 
         Raises:
             PromptError: no tokens, more than the model's context, or ids outside the vocabulary.
-            NumericsError: the stream left the range of the dtype.
+            NumericsError: the residual stream left the range of the dtype.
         """
         if mlp_path not in ("up", "gate"):
             raise ValueError(f"mlp_path {mlp_path!r} is unknown; known: up, gate")
@@ -257,23 +258,22 @@ class Model:
         x = self.embed(ids)
         h, kept = x, Tapes() if isinstance(tapes, bool) else tapes
         kept.device = self.device
-        begun = max(0, len(kept) - 1)  # the last tape of an earlier attempt: what its block put out was not kept
+        begun = max(0, len(kept) - 1)  # the last block of an earlier attempt again: its output is on no tape
         if len(kept):
             h = kept[begun].x
         for i in range(begun, config.block_count):
             w = self.block(i)
             if i + 1 < config.block_count:
                 self.block(i + 1).read_ahead()
-            x_in, attn = h, blocks.record_attention(w, frame, i, h)
+            x_in, (attn, ffn, h) = h, blocks.record_block(w, frame, i, h)
             observe(f"attn_out-{i}", attn.raw)
-            ffn = blocks.record_ffn(w, frame, i, h if config.row.parallel else h + attn.added)
             observe(f"ffn_out-{i}", ffn.raw)
-            h = h + attn.added + ffn.added
             observe(f"l_out-{i}", h)
             if not h.isfinite().all():
-                raise NumericsError(f"block {i} overflows {self.dtype}; try a wider --dtype, or is the file damaged?")
+                raise blocks.overflow(f"block {i}", self.dtype)
             if tapes is not False and i == len(kept):
                 kept.append(BlockTape(x_in, attn.tape, ffn.tape))
+            del x_in, attn, ffn  # before the next block is recorded
             if progress:
                 progress(i + 1, config.block_count)
         norm = self.freeze_final_norm(h)
@@ -282,7 +282,7 @@ class Model:
         return Trace(model=self, ids=ids, x=x, outputs=outputs, norm=norm, frame=frame, tapes=kept)
 
     def frame(self, n: int, *, mlp_path: MlpPath = "up", n_ctx: int | None = None, imitate: bool = False) -> Frame:
-        """Return what all blocks share over positions 0 to `n - 1`; arguments as `trace` takes them."""
+        """Return the settings that all blocks share, for positions 0 to `n - 1`; arguments as `trace` takes them."""
         config = self.config
         ropes = {layer.rope for layer in config.layers if layer.rope}
         factors = self._rope_factors(n_ctx or n)
@@ -294,7 +294,7 @@ class Model:
         )
 
     def embed(self, ids: Sequence[int], start: int = 0) -> Float[Tensor, "n d"]:
-        """Return the input of block 0, `[n, d]`: scaled embeddings, and learned positions `start` and on if any."""
+        """Return the input of block 0, `[n, d]`: scaled embeddings, plus learned positions from `start` on if any."""
         x = self.embedding.take(ids) * self.config.embedding_scale
         if "position_embd.weight" in self.weights:
             x = x + self.weights["position_embd.weight"].take(range(start, start + len(ids)))
@@ -307,7 +307,7 @@ class Model:
         return blocks.frozen_norm(self.config, weight, bias, h)
 
     def _rope_factors(self, n_ctx: int) -> Tensor | None:
-        """Return what divides the rotary frequencies: Llama 3's factors, or LongRoPE's for so large a context."""
+        """Return the divisors of the rotary frequencies, if any: Llama 3's, or LongRoPE's for this context size."""
         long = "long" if n_ctx > self.config.original_context else "short"
         for name in ("rope_freqs.weight", f"rope_factors_{long}.weight"):
             if name in self.weights:
@@ -315,11 +315,11 @@ class Model:
         return None
 
     def block(self, index: int, *, live: bool = False) -> Block:
-        """Return the tensors of one block; `live` ones are used in sweep after sweep."""
+        """Return the tensors of one block; those requested with `live` are used in every sweep, and may be cached."""
         return self.weights.block(index, self.config.slices, live=live)
 
     def check_position(self, position: int, n: int) -> int:
-        """Return a position of `n` counted from the start; negative ones count from the end.
+        """Return a position of `n`, counted from the start; negative positions count from the end.
 
         Raises:
             PromptError: there is no such position.
@@ -329,7 +329,7 @@ class Model:
         return position % n
 
     def check_prompt(self, ids: Sequence[int]) -> list[int]:
-        """Return the token ids, if this model can run them.
+        """Return the token ids as a list, after checking that this model can run them.
 
         Raises:
             PromptError: no tokens, more than the model's context, or ids outside the vocabulary.
@@ -347,16 +347,16 @@ class Model:
 
 @dataclass(frozen=True)
 class Trace:
-    """One prompt's run: its outputs, and the tapes that freeze the network at it.
+    """The run of one prompt: its outputs, and the tapes of the network frozen at it.
 
     Attributes:
-        model: where it ran.
+        model: the model that ran it.
         ids: `n` token ids.
         x: `[n, d]`, input of block 0.
         outputs: `[n, d]`, after the final norm, before the head.
         norm: the final norm, frozen.
-        frame: what all blocks share, the freezing rule among it.
-        tapes: of each block; empty if they were not kept.
+        frame: settings shared by all blocks, such as the freezing rule.
+        tapes: the tape of each block; empty if they were not kept.
     """
 
     model: Model
@@ -395,32 +395,35 @@ class Trace:
         return finite_logits(self.model.head.logits(self.outputs))
 
     def index(self, position: int) -> int:
-        """Return a position counted from the start; negative ones count from the end.
+        """Return a position, counted from the start; negative positions count from the end.
 
         Raises:
             PromptError: the prompt has no such position.
         """
         return self.model.check_position(position, len(self.ids))
 
-    def jacobian(self, position: int = -1, span: Span | None = None, *, raw: bool = False) -> DetachedJacobian:
+    def jacobian(
+        self, position: int = -1, span: Span | None = None, *, raw: bool = False, journal: Journal | None = None
+    ) -> DetachedJacobian:
         """Return the detached Jacobian at `position` (negative: from the end).
 
         Args:
-            position: of the output.
-            span: from which depth to which tap; default from the embeddings to the final norm's output.
-            raw: leave out the final norm, through which every tap is seen.
+            position: the output position.
+            span: start and end of the map; default from the embeddings to the final norm's output.
+            raw: leave out the final norm, through which taps are read otherwise.
+            journal: records products, so that an interrupted run can be resumed.
 
         Raises:
             PromptError: the prompt has no such position.
             ValueError: the trace was made without tapes, or the model has no such span.
         """
-        jacobian = DetachedJacobian(self.network, self.index(position), span, raw=raw)
-        jacobian.chunk_bytes = self.model.chunk_bytes
-        return jacobian
+        return DetachedJacobian(
+            self.network, self.index(position), span, raw=raw, journal=journal, chunk_bytes=self.model.chunk_bytes
+        )
 
     @property
     def network(self) -> FrozenNetwork:
-        """What products need of this trace.
+        """The frozen network of this trace, for products.
 
         Raises:
             ValueError: the trace was made without tapes.
@@ -443,11 +446,11 @@ class Trace:
 
 
 def finite_logits(logits: Float[Tensor, "n v"]) -> Float[Tensor, "n v"]:
-    """Return logits as they are, after a look at all of them.
+    """Return logits unchanged, after checking that all are finite.
 
     Raises:
         NumericsError: one is not finite.
     """
     if not logits.isfinite().all():
-        raise NumericsError(f"logits overflow {logits.dtype}; try a wider --dtype, or is the file damaged?")
+        raise blocks.overflow("logits", logits.dtype)
     return logits

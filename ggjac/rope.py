@@ -18,11 +18,11 @@ def rotation(rope: Rope, n: int, factors: Tensor | None = None) -> tuple[Float[T
     `factors` `[p]` divide the frequencies: Llama 3's, precomputed by the converter (`rope_freqs.weight`), or those of
     LongRoPE.
 
-    Where `rope` is rounded, angles are llama.cpp's: in float32, and multiplied up from pair to pair. Each is off by up
-    to 1e-7 of itself for every pair below it, which far positions feel.
+    If `rope.rounded`, angles are those of llama.cpp: in float32, and multiplied up from pair to pair. The relative
+    error of an angle grows by up to 1e-7 with every pair below it, which matters at far positions.
     """
     pairs = torch.arange(rope.dimensions // 2, dtype=torch.float64)
-    # What one position turns, [1, p]; or what each does by itself, [n, p].
+    # The angle per position, [1, p]; or the angle at each position, [n, p].
     turning = _multiplied_up(rope, n) if rope.rounded else rope.base ** (-2 * pairs[None] / rope.dimensions)
     if factors is not None:
         turning = turning / factors.cpu().to(turning.dtype)
@@ -30,7 +30,7 @@ def rotation(rope: Rope, n: int, factors: Tensor | None = None) -> tuple[Float[T
     if rope.yarn:
 
         def pair_turning(times: float) -> float:
-            """The pair that turns so many times within the original context."""
+            """Return the pair that turns this number of times within the original context."""
             return rope.dimensions * math.log(rope.original_context / (2 * math.pi * times)) / (2 * math.log(rope.base))
 
         low = max(0, math.floor(pair_turning(rope.beta_fast)))

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from ggjac import __version__, parity, planner, runs
-from ggjac.blocks import MlpPath
 from ggjac.config import ModelConfig
 from ggjac.gguf import GGUFFile
 from ggjac.jacobian import DetachedJacobian, Progress
@@ -28,6 +27,7 @@ from ggjac.model import Model, Trace
 from ggjac.planner import machine
 from ggjac.results import Words
 from ggjac.runs.journal import Journal, JournalError
+from ggjac.sizes import MlpPath
 from ggjac.tokenizer import bos_warning, visible
 
 # Between checkpoints, at least.

@@ -1,4 +1,4 @@
-"""Tile, chunk and batch sizes, and names of maps: what the computation and the torch-free planner share."""
+"""Tile, chunk and batch sizes, and the names of options, shared by the computation and the torch-free planner."""
 
 from typing import Literal
 
@@ -8,25 +8,31 @@ Kind = Literal["layer", "attn", "mlp"]
 MAPS: tuple[MapName, ...] = ("cumulative", "blockwise", "to_end")
 KINDS: tuple[Kind, ...] = ("layer", "attn", "mlp")
 
+# Which factor of a gated feed-forward network stays live (is not frozen).
+MlpPath = Literal["up", "gate"]
+
+# Bytes of one element, by the name of a dtype that can be computed in; the default first.
+ITEM_BYTES = {"float32": 4, "float64": 8, "bfloat16": 2, "float16": 2}
+
 # Elements of one dense tile: 32 MiB in float32. Large enough for GEMM to run at speed, small enough to stay in the last
 # level of cache, and a small part of any layer of the models that need streaming.
 TILE_ELEMENTS = 1 << 23
 
-# Tiles that are on their way to a device, or there and not yet dequantized: one travels while one is used, and others
-# make up for a late host.
+# Tiles that are on their way to a device, or there and not yet dequantized: one travels while one is used, and the
+# others make up for a late host.
 ON_THE_WAY = 4
 
-# Pinned memory that is asked for at a time: a power of two.
+# Pinned memory is allocated in pieces of this many bytes: a power of two.
 PINNED_BYTES = 256 << 20
 
 # Hidden units of a feed-forward network that exist at a time: for many stacked vectors its `[k, n, f]` middle
 # would dwarf everything else. A multiple of every storage type's block, wide enough for GEMM to run at speed.
 SLAB = 2048
 
-# Working memory that a chunk of dense rows may take on its way down the blocks, in bytes, unless somebody says.
+# Working memory that a chunk of dense rows may take on its way down the blocks, in bytes; the default.
 CHUNK_BYTES = 1 << 30
 
-# Dense rows that are widened to float64 at a time: a chunk of them may fill the memory.
+# Dense rows widened to float64 at a time: a whole chunk of them could fill the memory.
 SLICE = 64
 
 # Up to this output size a Frobenius norm comes from all rows, in one sweep (or a few); beyond, it is estimated.
@@ -46,7 +52,7 @@ WAITING_BYTES = 64 << 20
 # Tokens whose maps travel together when the stable rank of each is measured.
 TOKENS_AT_ONCE = 16
 
-# Elements from which on a stacked vector counts as large: 128 tokens of a model with 8192 dimensions.
+# A stacked vector with more elements than this counts as large: 128 tokens of a model with 8192 dimensions.
 LARGE = 1 << 20
 
 
@@ -65,5 +71,5 @@ def chunk_floats(n: int, d: int, hidden_units: int) -> int:
 
 
 def default_layer(block_count: int) -> int:
-    """Return where a concept's map ends that pushes another text: two thirds of the depth, as in the paper's code."""
+    """Return the layer at which a concept's map steers by default: two thirds of the depth, as in the paper's code."""
     return max(1, 2 * block_count // 3)

@@ -6,12 +6,12 @@ keeps every block, as in Musco & Musco, NeurIPS 2015). Sweeps alternate: `Aᵀ` 
 the newest input-space block. Each sweep extracts triplets from all products so far (Rayleigh-Ritz), and the *next*
 sweep happens to measure their residual exactly, so that checking convergence costs nothing.
 
-A product is kept as its coefficients in the other basis, which it extends: only the two bases take memory.
+Products are stored as coefficients in the basis of the other side, which they extend: only the two bases take memory.
 """
 
 import math
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -25,7 +25,7 @@ from ggjac.sizes import block_width
 
 @dataclass(frozen=True)
 class SVD(Plotted):
-    """Singular triplets `A v = s u` in descending order, and how well they are known.
+    """Singular triplets `A v = s u` in descending order, and their residuals.
 
     Attributes:
         U: `[k, *out_shape]`, left singular vectors, orthonormal.
@@ -33,10 +33,11 @@ class SVD(Plotted):
         Vh: `[k, *in_shape]`, right singular vectors, orthonormal.
         residual: `[k]`, the larger of `‖A v - s u‖` and `‖Aᵀ u - s v‖`, divided by `s` (by the largest singular value
             where `s` is zero to working precision). Measured from products with A, not estimated.
-        sweeps: how often A or its transpose was applied to a block (up and down counted singly).
+        sweeps: number of products of A or its transpose with a block of vectors.
         converged: whether every residual is at most `tol`.
         reason: why the iteration stopped: `"tolerance"`, `"complete"` (the subspace is the whole space: exact to
-            precision), `"precision"` (the residual rests on the floor of the operator's dtype) or `"sweeps"` (limit).
+            precision), `"precision"` (the residual stalls at the rounding error of the operator's dtype) or `"sweeps"`
+            (the limit is reached).
     """
 
     U: Tensor
@@ -47,6 +48,16 @@ class SVD(Plotted):
     converged: bool
     reason: str
 
+    def pointing_along(self, output: Tensor) -> "SVD":
+        """Flip pairs of vectors so that each left one points along an output `[*out_shape]`: `⟨output, u⟩ >= 0`.
+
+        The sign of a pair of singular vectors is arbitrary.
+        """
+        along = self.U.flatten(1) @ output.to(self.U).flatten()
+        sign = torch.where(along < 0, -1.0, 1.0).to(self.U)
+        U, Vh = (vectors * sign.view(-1, *[1] * (vectors.dim() - 1)) for vectors in (self.U, self.Vh))
+        return replace(self, U=U, Vh=Vh)
+
     def _table(self, words: Words) -> Table:
         note = f"{self.sweeps} sweeps, stopped by: {self.reason}"
         return Table("Singular triplets", {"sigma": self.S.tolist(), "residual": self.residual.tolist()}, (note,))
@@ -56,10 +67,10 @@ class SVD(Plotted):
         return Points("Singular values", "index", "σ", {"σ": (range(len(S)), S, ())})
 
 
-# Columns of a stack of vectors that are factored at a time: few enough for the cache, which QR goes through many times.
+# Columns of a stack of vectors that are factored at a time: few enough for the cache, since QR passes over them often.
 PANEL = 1 << 14
 
-# What an iteration asks for: a side (0: multiply by the transpose, 1: by the operator) and stacked vectors `[k, size]`.
+# A product that an iteration requests: a side (0: with the transpose, 1: with the operator) and vectors `[k, size]`.
 Request = tuple[int, Tensor]
 Iteration = Generator[Request, Tensor, SVD]
 
@@ -88,14 +99,15 @@ def svd_together(
     """Compute the leading triplets of several operators whose products are cheaper together.
 
     Args:
-        operators: give shapes and dtypes only.
-        rank: triplets of each.
+        operators: only their shapes, dtypes and devices are used.
+        rank: number of triplets of each.
         up, down: apply the operators, or their transposes, to one stack of vectors each; a stack may be empty.
-        progress: called after each sweep with the sweep count and the worst relative residual of all.
-        options: of `iteration`.
+        progress: called after each sweep with the sweep count and the worst relative residual of all operators.
+        options: as `iteration` takes them.
 
     Returns:
-        What `svd` returns for each operator alone (up to rounding), in as many sweeps as the slowest needs.
+        The results of `svd` for each operator alone (up to rounding). The operator that converges last decides the
+        number of sweeps.
     """
     worst = [math.inf] * len(operators)
 
@@ -110,7 +122,7 @@ def svd_together(
     found: dict[int, SVD] = {}
     sweeps = 0
     while asked:
-        # All started alike, so that all ask for the same side.
+        # All started on the same side, and alternate.
         side = next(iter(asked.values()))[0]
         stacks = []
         for i, A in enumerate(operators):
@@ -121,7 +133,7 @@ def svd_together(
         sweeps += 1
         for i in list(asked):
             try:
-                # Out of the list: the next sweep shall not find it in memory.
+                # Popped, so that it is freed before the next sweep.
                 asked[i] = steps[i].send(products.pop(i).flatten(1).to(asked[i][1].dtype))
             except StopIteration as stop:
                 del asked[i]
@@ -141,40 +153,33 @@ def iteration(
     seed: int = 0,
     progress: Callable[[int, float], None] | None = None,
 ) -> Iteration:
-    """Ask for products with `A`, of which only the shapes, dtype and device are used here, and return an `SVD`.
+    """Request products with `A`, of which only the shapes, dtype and device are used here, and return an `SVD`.
 
     Args:
         A: any operator.
-        rank: triplets wanted, at most the smaller dimension of A. Where A's numerical rank is smaller, the surplus
+        rank: number of triplets, at most the smaller dimension of A. If A's numerical rank is smaller, the surplus
             triplets have zero singular values and orthonormal vectors.
-        tol: relative residual asked of every triplet.
-        max_sweeps: stop after so many products with A or its transpose.
+        tol: relative residual to reach in every triplet.
+        max_sweeps: limit on the number of products with A or its transpose.
         block: stacked vectors per sweep; default `ggjac.sizes.block_width(rank, size of an input)`.
-        seed: of the random start; the same seed gives the same digits on the same machine.
+        seed: seed of the random start vectors; the same seed gives the same digits on the same machine.
         progress: called after each sweep with the sweep count and the worst relative residual known so far.
 
     Yields:
-        A side, and vectors to multiply: 0 and `[k, *out_shape]` flattened, by the transpose; 1 and `[k, *in_shape]`
-        flattened, by A. Takes the products, flattened too and in the dtype of the vectors.
+        A side and vectors to multiply: 0 and `[k, *out_shape]` flattened, for a product with the transpose; 1 and
+        `[k, *in_shape]` flattened, for a product with A. The product is sent back flattened, in the dtype of the
+        vectors.
 
     Returns:
         An `SVD`. Two bases are kept in float32 (float64 for a float64 operator): `[m, *in_shape]` and `[m, *out_shape]`
         with `m` at most `block * (max_sweeps + 1) / 2`.
 
     Raises:
-        ValueError: `rank`, `tol`, `max_sweeps` or `block` out of range, or a product with A that is not finite.
+        ValueError: `rank`, `tol`, `max_sweeps` or `block` is out of range, or a product with A is not finite.
     """
+    _check(A, rank, tol, max_sweeps, block)
     sizes = math.prod(A.out_shape), math.prod(A.in_shape)
-    if not 1 <= rank <= min(sizes):
-        raise ValueError(f"rank {rank} is out of range: this operator has {min(sizes)} singular values")
-    if not tol > 0:
-        raise ValueError(f"tol {tol} is out of range: the relative residual to reach must be positive")
-    if max_sweeps < 2:
-        raise ValueError(f"max_sweeps {max_sweeps} is out of range: triplets and their residuals take at least 2")
-    if block is not None and block < rank:
-        raise ValueError(f"block {block} is out of range: it must hold the {rank} triplets asked for")
     width = min(block or block_width(rank, sizes[1]), sizes[0])
-
     work = torch.promote_types(A.dtype, torch.float32)
     eps = torch.finfo(A.dtype).eps
     generator = torch.Generator().manual_seed(seed)
@@ -183,68 +188,103 @@ def iteration(
         # Drawn on the CPU in float64, so that every device and dtype starts from the same directions.
         return torch.randn(count, sizes[side], generator=generator, dtype=torch.float64).to(A.device, work)
 
-    # Side 0 is the output space, side 1 the input space: an orthonormal basis of each, and the coefficients of its
-    # image in the basis of the other side.
+    # Side 0 is the output space, side 1 the input space. Each has an orthonormal basis, [m, size], and the images of
+    # its vectors as coefficients in the basis of the other side, [m, m'].
     basis = [Basis(size, work, A.device) for size in sizes]
     image = [Image(), Image()]
-    new = _expanded(draw(width, 0), basis[0], 0.0).directions
+    new = _expanded(draw(width, 0), basis[0], 0.0).directions  # [width, size]
     basis[0].append(new)
-    ends: list[Tensor] = []  # of the triplets last extracted: coefficients of U and of V
-    history: list[float] = []
+    triplets: tuple[Tensor, Tensor] | None = None  # those last extracted: coefficients of U, [rank, m], and of V
+    history: list[float] = []  # the worst residual after each sweep that measured it
 
     for sweeps in range(1, max_sweeps + 1):
         side, other = (0, 1) if sweeps % 2 else (1, 0)
+
+        # Multiply the newest block, and split the product into a part in the other basis and new directions.
         product = yield side, new
         if not product.isfinite().all():
             raise ValueError(
-                f"sweep {sweeps} gave products that are not finite: the operator overflows {A.dtype} or holds NaN; "
+                f"sweep {sweeps} gave products that are not finite: the operator overflows {A.dtype} or contains NaN; "
                 "try a wider dtype"
             )
         scale = max(image[side].scale, float(_lengths(product).max()))
         expanded = _expanded(product, basis[other], eps * scale)
         del product  # as large as a block of the basis, and not needed during the next sweep
         image[side].append(expanded, scale)
-        if ends:  # both ends of the last extraction have images by now, so its residual is known
-            S, residual = _measured(ends, image, eps)
+
+        # Measure the triplets last extracted: the images of both their vectors are known now.
+        if triplets:
+            S, residual = _measured(triplets, image, eps)
             history.append(float(residual.max()))
             if progress:
                 progress(sweeps, history[-1])
-        reason = "sweeps" if sweeps == max_sweeps else ""
-        if history and history[-1] <= tol:
-            reason = "tolerance"
-        elif history and _at_floor(history, S, eps):
-            reason = "precision"
-        if reason and history:
-            break
+            if reason := _reason_to_stop(history, S, eps, tol, last=sweeps == max_sweeps):
+                break
 
+        # Extend the other basis. If A's numerical rank is smaller than `rank`, random directions fill the gap.
         new = expanded.directions
         basis[other].append(new)
         missing = rank - basis[other].count
-        if missing > 0:  # A's numerical rank is smaller than `rank`: random directions stand in, to find what is left
+        if missing > 0:
             more = _expanded(draw(missing, other), basis[other], 0.0).directions
             basis[other].append(more)
             new = torch.cat([new, more])
 
-        # Rayleigh-Ritz: image = core @ basis with orthonormal rows on both ends, so the small SVD gives the triplets.
-        P, _, Qh = _small_svd(image[side].core(basis[other].count))
-        near, far = P.T[:rank], Qh[:rank]
-        ends = [near, far] if side == 0 else [far, near]
-        if not len(new):  # closed: nothing is left to learn, and every image is known
-            S, residual = _measured(ends, image, eps)
+        # Extract triplets. Without a new direction the subspace is closed, and all images are known.
+        triplets = _extracted(image[side].core(basis[other].count), side, rank)
+        if not len(new):
+            S, residual = _measured(triplets, image, eps)
             reason = "complete"
             break
 
-    order = S.argsort(descending=True, stable=True)  # rounding may swap equals
-    U, V = (side.combined(coefficients) for side, coefficients in zip(basis, ends, strict=True))
+    assert triplets is not None
+    order = S.argsort(descending=True, stable=True)  # rounding may swap equal values
+    U, V = (side.combined(coefficients)[order] for side, coefficients in zip(basis, triplets, strict=True))
     return SVD(
-        U[order].reshape(-1, *A.out_shape),
+        U.reshape(-1, *A.out_shape),
         S[order],
-        V[order].reshape(-1, *A.in_shape),
+        V.reshape(-1, *A.in_shape),
         residual[order],
         sweeps=sweeps,
         converged=bool((residual <= tol).all()),
         reason=reason,
     )
+
+
+def _check(A: LinearOperator, rank: int, tol: float, max_sweeps: int, block: int | None) -> None:
+    """Check the arguments of `iteration`.
+
+    Raises:
+        ValueError: one is out of range.
+    """
+    values = min(math.prod(A.out_shape), math.prod(A.in_shape))
+    if not 1 <= rank <= values:
+        raise ValueError(f"rank {rank} is out of range: this operator has {values} singular values")
+    if not tol > 0:
+        raise ValueError(f"tol {tol} is out of range: the relative residual to reach must be positive")
+    if max_sweeps < 2:
+        raise ValueError(f"max_sweeps {max_sweeps} is out of range: triplets and their residuals take at least 2")
+    if block is not None and block < rank:
+        raise ValueError(f"block {block} is out of range: it must be at least the rank, {rank}")
+
+
+def _extracted(core: Float[Tensor, "m m2"], side: int, rank: int) -> tuple[Tensor, Tensor]:
+    """Return the leading triplets in the subspace (Rayleigh-Ritz): coefficients of U and of V.
+
+    `image = core @ basis` with orthonormal rows on both sides, so that the SVD of the small `core` gives the triplets.
+    """
+    P, _, Qh = _small_svd(core)
+    own, other = P.T[:rank], Qh[:rank]  # [rank, m] on the side whose images these are, [rank, m2] on the other
+    return (own, other) if side == 0 else (other, own)
+
+
+def _reason_to_stop(history: list[float], S: Tensor, eps: float, tol: float, *, last: bool) -> str:
+    """Return why the iteration stops after a sweep, or an empty string."""
+    if history[-1] <= tol:
+        return "tolerance"
+    if _at_floor(history, S, eps):
+        return "precision"
+    return "sweeps" if last else ""
 
 
 class Basis:
@@ -256,7 +296,7 @@ class Basis:
         self._empty = torch.empty(0, size, dtype=dtype, device=device)
 
     def append(self, block: Float[Tensor, "k size"]) -> None:
-        """Add rows that are orthonormal to all others."""
+        """Add rows that are orthonormal, also to all others."""
         self.blocks.append(block)
         self.count += len(block)
 
@@ -265,7 +305,7 @@ class Basis:
         return torch.cat([rows @ block.T for block in (self._empty, *self.blocks)], 1)
 
     def combined(self, coefficients: Float[Tensor, "k m"]) -> Float[Tensor, "k size"]:
-        """Return combinations of the basis; coefficients beyond its last row are not looked at."""
+        """Return combinations of the basis; coefficients beyond its last row are ignored."""
         result = self._empty.new_zeros(len(coefficients), self._empty.shape[1])
         start = 0
         for block in self.blocks:
@@ -274,8 +314,8 @@ class Basis:
             start += len(block)
         return result
 
-    def taken_out(self, rows: Float[Tensor, "k size"]) -> Float[Tensor, "k m"]:
-        """Leave of rows, in place, what is outside the span of the basis; return their coefficients inside."""
+    def take_out(self, rows: Float[Tensor, "k size"]) -> Float[Tensor, "k m"]:
+        """Remove from rows, in place, their part in the span of the basis; return the coefficients of that part."""
         inside = self.coefficients(rows)
         start = 0
         for block in self.blocks:
@@ -285,13 +325,13 @@ class Basis:
 
 
 class Expanded(NamedTuple):
-    """Rows as `inside @ basis + outside @ directions + lost`: what they are made of, and what was dropped as noise.
+    """Rows as `inside @ basis + outside @ directions`, plus a rest that was dropped as noise.
 
     Attributes:
         inside: `[k, m]`, coefficients in the basis.
         outside: `[k, p]`, coefficients in new directions.
         directions: `[p, size]`, orthonormal, also to the basis.
-        lost: `[k, l]`, coefficients in directions that were dropped; their lengths matter only.
+        lost: `[k, l]`, coefficients in directions that were dropped; only their lengths matter.
     """
 
     inside: Tensor
@@ -316,32 +356,34 @@ class Image:
 
     @property
     def count(self) -> int:
-        """How many basis vectors have their images here."""
+        """Number of basis vectors whose images are known."""
         return sum(len(row) for row in self._rows)
 
     @property
     def columns(self) -> int:
-        """Dimension of the space the images lie in."""
+        """Dimension of the space that contains the images."""
         return max((row.shape[1] for row in self._rows), default=0)
 
     def core(self, columns: int) -> Float[Tensor, "m columns"]:
-        """Return all coefficients, zero where an image has nothing in directions found later."""
+        """Return all coefficients; those of earlier images in directions found later are zero."""
         return torch.cat([_widened(row, columns) for row in self._rows])
 
     def of(self, coefficients: Float[Tensor, "k m"], columns: int) -> tuple[Tensor, Tensor]:
-        """Return the image of combinations: coefficients `[k, columns]`, and the length `[k]` of what was lost.
+        """Return the images of combinations: coefficients `[k, columns]`, and the lengths `[k]` of their lost parts.
 
         Directions lost in different sweeps count as orthogonal.
         """
         return coefficients @ self.core(columns), _lengths(coefficients @ torch.block_diag(*self._lost))
 
 
-def _measured(ends: Sequence[Tensor], image: Sequence[Image], eps: float) -> tuple[Tensor, Tensor]:
-    """Return singular values and relative residuals of triplets: both sides, from coefficients in orthonormal bases."""
-    U, V = ends
+def _measured(
+    triplets: tuple[Tensor, Tensor], image: Sequence[Image], eps: float
+) -> tuple[Float[Tensor, " k"], Float[Tensor, " k"]]:
+    """Return singular values and relative residuals of triplets, from their coefficients in the orthonormal bases."""
+    U, V = triplets  # [k, m0], [k, m1]
     columns = max(U.shape[1], image[1].columns), max(V.shape[1], image[0].columns)
-    AtU, U_lost = image[0].of(_widened(U, image[0].count), columns[1])
-    AV, V_lost = image[1].of(_widened(V, image[1].count), columns[0])
+    AtU, U_lost = image[0].of(_widened(U, image[0].count), columns[1])  # [k, m1], [k]
+    AV, V_lost = image[1].of(_widened(V, image[1].count), columns[0])  # [k, m0], [k]
     U, V = _widened(U, columns[0]), _widened(V, columns[1])
     S = (AV * U).sum(1).abs()
     forward, backward = _lengths(AV - S[:, None] * U), _lengths(AtU - S[:, None] * V)
@@ -351,7 +393,7 @@ def _measured(ends: Sequence[Tensor], image: Sequence[Image], eps: float) -> tup
 
 
 def _at_floor(history: list[float], S: Tensor, eps: float) -> bool:
-    """Say whether the worst residual has stopped falling (by a fifth in four checks) at the level of rounding."""
+    """Return whether the worst residual has stopped falling (by a fifth in four checks) at the level of rounding."""
     if len(history) < 5:
         return False
     floor = 16 * eps * float(S.max() / S.min().clamp_min(torch.finfo(S.dtype).tiny))
@@ -364,7 +406,7 @@ def _lengths(rows: Tensor) -> Float[Tensor, " k"]:
 
 
 def _small_svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the thin SVD of a small matrix, computed on the CPU: a device gains nothing, and not every one can."""
+    """Return the thin SVD of a small matrix, computed on the CPU: other devices are not faster, and some cannot."""
     P, S, Qh = torch.linalg.svd(matrix.cpu(), full_matrices=False)
     return P.to(matrix.device), S.to(matrix.device), Qh.to(matrix.device)
 
@@ -377,14 +419,14 @@ def _widened(rows: Tensor, columns: int) -> Tensor:
 def _expanded(rows: Float[Tensor, "k size"], basis: Basis, threshold: float) -> Expanded:
     """Split rows into their part in a basis and new directions, dropping singular values up to `threshold`.
 
-    Projected twice: once is not enough when little is left ("twice is enough", Kahan and Parlett).
+    Projected twice: once is not enough when the rest is small ("twice is enough", Kahan and Parlett).
     """
     rest = rows.clone()
-    inside = basis.taken_out(rest)
-    outside, S, directions = _factored(rest)
+    inside = basis.take_out(rest)  # [k, m]
+    outside, S, directions = _factored(rest)  # [k, r], [r], [r, size]
     count = int((S > threshold).sum())  # S descends
     lost, outside, rest = outside[:, count:], outside[:, :count], directions[:count]
-    inside = inside + outside @ basis.taken_out(rest)  # what survived has unit length: only roundoff is removed
+    inside = inside + outside @ basis.take_out(rest)  # directions have unit length: only rounding errors are removed
     again, S, directions = _factored(rest)
     count = int((S > 0.5).sum())
     outside = outside @ again
@@ -396,11 +438,11 @@ def _factored(
 ) -> tuple[Float[Tensor, "k r"], Float[Tensor, " r"], Float[Tensor, "r size"]]:
     """Return `C`, `S`, `Q` with `rows = C @ Q`: Q's rows orthonormal, C's columns orthogonal and of lengths S.
 
-    By QR of one panel of columns after another (TSQR: Demmel et al., SIAM J. Sci. Comput. 34, 2012), as the rows may
-    fill a good part of the memory. They are overwritten.
+    By QR of one panel of columns after another (TSQR: Demmel et al., SIAM J. Sci. Comput. 34, 2012), since the rows may
+    fill much of the memory. They are overwritten.
     """
     panels = [torch.linalg.qr(panel.T) for panel in rows.split(PANEL, 1)]
-    P, S, Wh = _small_svd(torch.cat([R for _, R in panels]))
+    P, S, Wh = _small_svd(torch.cat([R for _, R in panels]))  # from [panels * k, k]
     parts = P.split([len(R) for _, R in panels])
     for panel, part in zip(rows.split(PANEL, 1), parts, strict=True):
         Q, _ = panels.pop(0)

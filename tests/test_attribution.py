@@ -25,7 +25,7 @@ N = 6
 
 
 class Expected:
-    """The oracle's states, and its shares of the logit of `target` (less that of `versus`) at one position."""
+    """The oracle's states, and its shares of the logit of `target` (minus that of `versus`) at one position."""
 
     def __init__(self, file: Path, case: str):
         self.known, self.ids = oracle.load(file), tiny.prompt(case, N)

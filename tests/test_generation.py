@@ -141,7 +141,7 @@ def test_what_does_not_fit_is_refused(tiny_file: TinyFile) -> None:
     with pytest.raises(PromptError, match="no tokens"):
         text.extend([])
     assert text.extend([4]).isfinite().all()
-    with pytest.raises(NumericsError, match="block 1 overflows"):
+    with pytest.raises(NumericsError, match="block 1 overflowed float"):
         Continuation(model, 4, change=lambda layer, h: h * math.inf if layer == 2 else h).extend([1])
 
 

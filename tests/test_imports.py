@@ -25,7 +25,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "svd": {"linop", "results", "sizes"},
     "frobenius": {"linop", "results", "sizes", "svd"},
     # files
-    "config": set(),
+    "architectures": set(),
+    "config": {"architectures"},
     "quants": {"gguf"},
     "weights": {"gguf", "quants", "sizes"},
     "runs": {"sizes"},
@@ -33,16 +34,17 @@ MAY_IMPORT: dict[str, set[str]] = {
     "tokenizer": {"llamacpp"},
     "report": {"drawing", "runs", "units"},
     # planning: sizes and rates
-    "planner": {"config", "gguf", "linop", "sizes", "weights"},
+    "planner": {"config", "gguf", "linop", "sizes", "units", "weights"},
     # network: the block algebra, no file layout
     "rope": {"config"},
     "decode": {"linop", "weights"},
     "blocks": {"config", "linop", "rope", "sizes"},
     "jacobian": {"blocks", "decode", "linop", "results", "runs", "sizes", "svd", "weights"},
     "model": {
-        *("blocks", "config", "decode", "gguf", "jacobian", "planner", "rope", "sizes", "tokenizer", "weights"),
+        *("blocks", "config", "decode", "gguf", "jacobian", "planner", "rope", "runs", "sizes", "tokenizer"),
+        "weights",
     },
-    "generation": {"blocks", "model"},
+    "generation": {"blocks", "model", "sizes"},
     "parity": {"gguf", "llamacpp", "model", "results", "tokenizer"},
     "session": {
         *("blocks", "config", "gguf", "jacobian", "model", "parity", "planner", "results", "runs", "sizes"),
@@ -203,6 +205,11 @@ def test_a_question_has_one_name() -> None:
         assert (PACKAGE / "analysis" / f"{name}.py").exists() == (name not in ELSEWHERE), name
 
 
+def test_every_question_can_be_asked_in_the_library() -> None:
+    for name in (path.stem for path in units()["analysis"] if path.stem != "__init__"):
+        assert f"ggjac.analysis.{name}" in ggjac._HOME.values(), f"ggjac/__init__.pyi exports nothing of {name}"
+
+
 def test_no_function_is_longer_than_80_lines() -> None:
     """Lines of code: without the docstring, comments and blank lines."""
     for path in PACKAGE.rglob("*.py"):
@@ -213,6 +220,22 @@ def test_no_function_is_longer_than_80_lines() -> None:
                 start = node.body[1].lineno if ast.get_docstring(node) and len(node.body) > 1 else node.body[0].lineno
                 code = [line for line in lines[start - 1 : node.end_lineno] if line.strip() and line.strip()[0] != "#"]
                 assert len(code) <= 80, f"{path.relative_to(PACKAGE)}: {node.name} has {len(code)}"
+
+
+# Files of the planner: each may import those before it.
+PLANNER = ("machine", "work", "passes", "memory", "plan", "times")
+
+
+@pytest.mark.parametrize("name", PLANNER)
+def test_the_planner_goes_one_way_too(name: str) -> None:
+    tree = ast.parse((PACKAGE / "planner" / f"{name}.py").read_text(encoding="utf-8"))
+    found: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module == "ggjac.planner":
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("ggjac.planner."):
+            found.add(str(node.module).split(".")[2])
+    assert found <= set(PLANNER[: PLANNER.index(name)])
 
 
 HEAVY = ("torch", "numpy", "gguf", "llama_cpp", "scipy", "jaxtyping", "rich", "safetensors")
@@ -234,6 +257,11 @@ def test_reading_a_file_loads_neither_torch_nor_the_gguf_package() -> None:
 
 def test_tokenizing_loads_no_torch() -> None:
     assert not loaded("import ggjac.tokenizer, ggjac.config") & {"torch", "gguf", "llama_cpp"}
+
+
+def test_planning_loads_no_torch() -> None:
+    assert loaded("import ggjac.planner") == set()  # `ggjac plan --help` answers at once
+    assert loaded("import ggjac.planner.bench") <= {"numpy"}
 
 
 def test_public_names_are_there() -> None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import astuple
-from pathlib import Path as File
+from pathlib import Path
 
 import numpy as np
 import oracle
@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from ggjac import blocks
-from ggjac.jacobian import Path, SharedSweep, Tap
+from ggjac.jacobian import SharedSweep, Span, Tap
 from ggjac.linop import dot_test
 from ggjac.model import DTYPES, open_model
 from ggjac.runs.journal import Journal
@@ -28,7 +28,7 @@ def distance(actual: torch.Tensor, expected: torch.Tensor) -> float:
 
 @pytest.mark.parametrize("mlp_path", MLP_PATHS)
 @pytest.mark.parametrize("case", tiny.CASES)
-def test_equals_autograd_of_an_independent_forward(tiny_files: dict[str, File], case: str, mlp_path: str) -> None:
+def test_equals_autograd_of_an_independent_forward(tiny_files: dict[str, Path], case: str, mlp_path: str) -> None:
     ids = tiny.prompt(case, 6)
     expected = oracle.jacobian(tiny_files[case], ids, mlp_path=mlp_path)
     J = open_model(tiny_files[case], dtype="float64").trace(ids, mlp_path=mlp_path).jacobian()
@@ -45,7 +45,7 @@ EPS = {name: torch.finfo(dtype).eps for name, dtype in DTYPES.items()}
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("case", ["plain", "biases", "yarn"])
-def test_narrower_dtypes_come_as_close_as_they_can(case: str, dtype: str, tiny_files: dict[str, File]) -> None:
+def test_narrower_dtypes_come_as_close_as_they_can(case: str, dtype: str, tiny_files: dict[str, Path]) -> None:
     ids = tiny.prompt(case, 6)
     expected = oracle.jacobian(tiny_files[case], ids, mlp_path="up")
     J = open_model(tiny_files[case], dtype=dtype).trace(ids).jacobian()
@@ -58,14 +58,14 @@ def test_narrower_dtypes_come_as_close_as_they_can(case: str, dtype: str, tiny_f
 
 @pytest.mark.parametrize(("dtype", "limit"), [("float64", 1e-13), ("float32", 1e-5), ("bfloat16", 2e-2)])
 @pytest.mark.parametrize("case", ["three_layers", "gqa", "biases", "q4_0_tied"])
-def test_reconstruction_is_as_promised(case: str, dtype: str, limit: float, tiny_files: dict[str, File]) -> None:
+def test_reconstruction_is_as_promised(case: str, dtype: str, limit: float, tiny_files: dict[str, Path]) -> None:
     J = open_model(tiny_files[case], dtype=dtype).trace(tiny.prompt(case, 6)).jacobian()
     assert 0 <= J.reconstruction_error < limit
     rebuilt = J.matmat(J.x[None])[0] + J.offset
     assert distance(rebuilt, J.output) < limit
 
 
-def test_the_ordinary_jacobian_does_not_reconstruct(tiny_files: dict[str, File]) -> None:
+def test_the_ordinary_jacobian_does_not_reconstruct(tiny_files: dict[str, Path]) -> None:
     """The negative control: nothing frozen, autograd's own J misses the output by far."""
     ids = tiny.prompt("plain", 6)
     ordinary = oracle.jacobian(tiny_files["plain"], ids, mlp_path=None)
@@ -79,7 +79,7 @@ PROMPTS = {"one token": [5], "two tokens": [5, 9], "one token over and over": [7
 
 @pytest.mark.parametrize("prompt", PROMPTS)
 @pytest.mark.parametrize("case", ["gqa", "biases"])
-def test_short_and_repeated_prompts(case: str, prompt: str, tiny_files: dict[str, File]) -> None:
+def test_short_and_repeated_prompts(case: str, prompt: str, tiny_files: dict[str, Path]) -> None:
     expected = oracle.jacobian(tiny_files[case], PROMPTS[prompt], mlp_path="up")
     J = open_model(tiny_files[case], dtype="float64").trace(PROMPTS[prompt]).jacobian()
     assert J.in_shape == (len(PROMPTS[prompt]), 64)
@@ -89,7 +89,7 @@ def test_short_and_repeated_prompts(case: str, prompt: str, tiny_files: dict[str
 
 @pytest.mark.parametrize("case", ["one_layer", "fused_biases"])
 @pytest.mark.parametrize("position", [0, 3, -1, -2, -6])
-def test_any_position_and_nothing_after_it(case: str, position: int, tiny_files: dict[str, File]) -> None:
+def test_any_position_and_nothing_after_it(case: str, position: int, tiny_files: dict[str, Path]) -> None:
     ids = tiny.prompt(case, 6)
     expected = oracle.jacobian(tiny_files[case], ids, mlp_path="up", position=position)
     J = open_model(tiny_files[case], dtype="float64").trace(ids).jacobian(position)
@@ -105,7 +105,7 @@ def test_any_position_and_nothing_after_it(case: str, position: int, tiny_files:
 
 @pytest.mark.parametrize("case", ["gqa", "biases"])
 @pytest.mark.parametrize("position", [2, -1])
-def test_products_are_those_of_the_dense_matrix(case: str, position: int, tiny_files: dict[str, File]) -> None:
+def test_products_are_those_of_the_dense_matrix(case: str, position: int, tiny_files: dict[str, Path]) -> None:
     ids = tiny.prompt(case, 6)
     expected = oracle.jacobian(tiny_files[case], ids, mlp_path="up", position=position)
     J = open_model(tiny_files[case], dtype="float64").trace(ids).jacobian(position)
@@ -127,7 +127,7 @@ def test_products_are_those_of_the_dense_matrix(case: str, position: int, tiny_f
 
 @pytest.mark.parametrize("mlp_path", MLP_PATHS)
 @pytest.mark.parametrize("case", ["tied", "fused_qkv", *(case for case in tiny.CASES if "biases" in case)])
-def test_offset_is_exactly_zero_without_live_biases(case: str, mlp_path: str, tiny_files: dict[str, File]) -> None:
+def test_offset_is_exactly_zero_without_live_biases(case: str, mlp_path: str, tiny_files: dict[str, Path]) -> None:
     ids = tiny.prompt(case, 4)
     expected = oracle.jacobian(tiny_files[case], ids, mlp_path=mlp_path)
     J = open_model(tiny_files[case]).trace(ids, mlp_path=mlp_path).jacobian()
@@ -135,7 +135,7 @@ def test_offset_is_exactly_zero_without_live_biases(case: str, mlp_path: str, ti
     assert J.mlp_path == mlp_path
 
 
-def test_rows_in_chunks_give_the_same_matrix(tiny_files: dict[str, File]) -> None:
+def test_rows_in_chunks_give_the_same_matrix(tiny_files: dict[str, Path]) -> None:
     J = open_model(tiny_files["gqa"], dtype="float64").trace(tiny.prompt("gqa", 5)).jacobian()
     whole = J.to_dense(chunk=64)
     for chunk in (23, 1000, None):
@@ -146,7 +146,7 @@ def test_rows_in_chunks_give_the_same_matrix(tiny_files: dict[str, File]) -> Non
         assert next(J.rows())[1] == rows
 
 
-def test_progress_counts_the_blocks(tiny_files: dict[str, File]) -> None:
+def test_progress_counts_the_blocks(tiny_files: dict[str, Path]) -> None:
     J = open_model(tiny_files["three_layers"]).trace([1, 2]).jacobian()
     seen: list[tuple[int, int]] = []
     J.progress = lambda done, total: seen.append((done, total))
@@ -156,7 +156,7 @@ def test_progress_counts_the_blocks(tiny_files: dict[str, File]) -> None:
         assert seen == [(1, 3), (2, 3), (3, 3)]
 
 
-def test_threads_do_not_matter(tiny_files: dict[str, File]) -> None:
+def test_threads_do_not_matter(tiny_files: dict[str, Path]) -> None:
     ids, before = tiny.prompt("q8_0", 6), torch.get_num_threads()
     try:
         dense = [open_model(tiny_files["q8_0"], threads=count).trace(ids).jacobian().to_dense() for count in (1, 2)]
@@ -169,7 +169,7 @@ def test_threads_do_not_matter(tiny_files: dict[str, File]) -> None:
 
 
 @pytest.mark.parametrize("case", ["gqa", "biases", "odd_sizes"])
-def test_svd_is_that_of_the_dense_matrix(case: str, tiny_files: dict[str, File]) -> None:
+def test_svd_is_that_of_the_dense_matrix(case: str, tiny_files: dict[str, Path]) -> None:
     ids = tiny.prompt(case, 6)
     flat = oracle.jacobian(tiny_files[case], ids, mlp_path="up").J.flatten(1)
     U, S, Vh = torch.linalg.svd(flat, full_matrices=False)
@@ -181,7 +181,7 @@ def test_svd_is_that_of_the_dense_matrix(case: str, tiny_files: dict[str, File])
         assert torch.allclose((ours * theirs).sum(1).abs(), torch.ones(4, dtype=torch.float64), rtol=0, atol=1e-10)
 
 
-def test_full_svd_of_an_early_position(tiny_files: dict[str, File]) -> None:
+def test_full_svd_of_an_early_position(tiny_files: dict[str, Path]) -> None:
     ids = tiny.prompt("plain", 6)
     flat = oracle.jacobian(tiny_files["plain"], ids, mlp_path="up", position=1).J.flatten(1)
     found = open_model(tiny_files["plain"], dtype="float64").trace(ids).jacobian(1).svd(64)
@@ -199,7 +199,7 @@ LIVE = ("attn_v", "attn_output", "ffn_down")
 @pytest.mark.parametrize("case", ["q8_0", "three_layers", "biases", "fused_biases"])
 @pytest.mark.parametrize("k", [1, 17])
 def test_a_sweep_reads_each_live_tensor_once_and_no_other(
-    case: str, k: int, mlp_path: str, tiny_files: dict[str, File], monkeypatch: pytest.MonkeyPatch
+    case: str, k: int, mlp_path: str, tiny_files: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(store, "TILE_ELEMENTS", 2000)  # several tiles each
     model = open_model(tiny_files[case])
@@ -222,7 +222,7 @@ def test_a_sweep_reads_each_live_tensor_once_and_no_other(
         assert matrices == expected  # biases are small: read whenever a block is built
 
 
-def test_a_trace_reads_each_tensor_once(tiny_files: dict[str, File]) -> None:
+def test_a_trace_reads_each_tensor_once(tiny_files: dict[str, Path]) -> None:
     """The embeddings by the row, the blocks whole, the head not at all before logits are asked for."""
     model = open_model(tiny_files["gqa"])
     trace = model.trace(tiny.prompt("gqa", 5))
@@ -242,7 +242,7 @@ def test_a_trace_reads_each_tensor_once(tiny_files: dict[str, File]) -> None:
 
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
 @pytest.mark.parametrize("name", ["llama3", "mistral"])
-def test_agrees_with_the_papers_code(name: str, dtype: str, shared: File) -> None:
+def test_agrees_with_the_papers_code(name: str, dtype: str, shared: Path) -> None:
     path = shared / "reference" / f"{name}-q4_k_m.gguf"
     theirs = load_file(path.with_name(f"{name}.reference.safetensors"))
     trace = open_model(path, dtype=dtype).trace(theirs["ids"].tolist())
@@ -261,7 +261,7 @@ def test_agrees_with_the_papers_code(name: str, dtype: str, shared: File) -> Non
 
 @pytest.mark.parametrize("case", ["biases", "q8_0", "gpt2", "phi3", "gpt_oss", "qwen2moe"])
 def test_slabs_of_hidden_units_change_nothing(
-    case: str, tiny_files: dict[str, File], monkeypatch: pytest.MonkeyPatch
+    case: str, tiny_files: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Feed-forwards in slabs of 32 hidden units: the same map, and still every weight read once per sweep."""
     ids = tiny.prompt(case, 5)
@@ -284,10 +284,10 @@ def test_slabs_of_hidden_units_change_nothing(
 # ---- maps inside the network, many in one pass
 
 
-def all_paths(blocks: int) -> list[Path]:
-    """Return every path there is: any start, any tap above it."""
+def all_spans(blocks: int) -> list[Span]:
+    """Return every span there is: any start, any tap above it."""
     return [
-        Path(start, Tap(kind, index))
+        Span(start, Tap(kind, index))
         for start in range(blocks)
         for index in range(start + 1, blocks + 1)
         for kind in ("attn", "mlp", "layer")
@@ -306,61 +306,61 @@ STRUCTURES = [
 
 @pytest.mark.parametrize("position", [-1, 2])
 @pytest.mark.parametrize("case", STRUCTURES)
-def test_every_map_inside_the_network(case: str, position: int, tiny_files: dict[str, File]) -> None:
+def test_every_map_inside_the_network(case: str, position: int, tiny_files: dict[str, Path]) -> None:
     """All of them advance together, each with vectors of its own, and each is what autograd says."""
     ids = tiny.prompt(case, 5)
     theirs = oracle.load(tiny_files[case])
     found = oracle.forward(theirs, ids, freeze="up")
     trace = open_model(tiny_files[case], dtype="float64").trace(ids)
-    paths = all_paths(len(trace.tapes))
-    expected = [oracle.inner(theirs, found, path.start, *astuple(path.tap), position=position) for path in paths]
-    sweep = SharedSweep(trace.network, paths, trace.index(position))
+    spans = all_spans(len(trace.tapes))
+    expected = [oracle.inner(theirs, found, span.start, *astuple(span.tap), position=position) for span in spans]
+    sweep = SharedSweep(trace.network, spans, trace.index(position))
     generator = torch.Generator().manual_seed(0)
-    d, counts = trace.x.shape[1], [j % 4 for j in range(len(paths))]
+    d, counts = trace.x.shape[1], [j % 4 for j in range(len(spans))]
 
     def draw(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
     X, t, Y = ([draw(k, *shape) for k in counts] for shape in ((5, d), (), (d,)))
-    for path, part, s, result, image in zip(paths, X, t, expected, sweep.up(X, t), strict=True):
+    for span, part, s, result, image in zip(spans, X, t, expected, sweep.up(X, t), strict=True):
         exact = torch.einsum("end,knd->ke", result.J, part) + s[:, None] * result.offset
         assert torch.allclose(
             image, exact, rtol=0, atol=1e-10 * (1 + float(exact.abs().amax() if len(exact) else 0))
-        ), path
-    for path, part, result, image in zip(paths, Y, expected, sweep.down(Y), strict=True):
+        ), span
+    for span, part, result, image in zip(spans, Y, expected, sweep.down(Y), strict=True):
         exact = torch.einsum("end,ke->knd", result.J, part)
         assert torch.allclose(
             image, exact, rtol=0, atol=1e-10 * (1 + float(exact.abs().amax() if len(exact) else 0))
-        ), path
+        ), span
 
 
 @pytest.mark.parametrize("case", ["three_layers", "biases", "gemma2"])
-def test_a_map_inside_the_network_is_an_operator_like_the_whole(case: str, tiny_files: dict[str, File]) -> None:
+def test_a_map_inside_the_network_is_an_operator_like_the_whole(case: str, tiny_files: dict[str, Path]) -> None:
     ids = tiny.prompt(case, 5)
     trace = open_model(tiny_files[case], dtype="float64").trace(ids)
     last = len(trace.tapes)
-    for path in (Path(0, Tap("mlp", 1)), Path(last - 1, Tap("attn", last)), Path(1, Tap("layer", last))):
-        J = trace.jacobian(2, path)
+    for span in (Span(0, Tap("mlp", 1)), Span(last - 1, Tap("attn", last)), Span(1, Tap("layer", last))):
+        J = trace.jacobian(2, span)
         assert J.reconstruction_error < 1e-13
         assert distance(torch.einsum("end,nd->e", J.to_dense(), J.x) + J.offset, J.output) < 1e-13
-        raw = trace.jacobian(2, path, raw=True)
+        raw = trace.jacobian(2, span, raw=True)
         assert distance(J.output, trace.model.freeze_final_norm(raw.output[None]).apply(raw.output[None])[0]) < 1e-13
 
 
 @pytest.mark.parametrize("case", ["three_layers", "phi2", "qwen3moe"])
-def test_maps_compose(case: str, tiny_files: dict[str, File]) -> None:
+def test_maps_compose(case: str, tiny_files: dict[str, Path]) -> None:
     """J[0:L] = J[b:L] J[0:b], with the inner map taken at every position."""
     trace = open_model(tiny_files[case], dtype="float64").trace(tiny.prompt(case, 4))
     last = Tap("layer", len(trace.tapes))
-    below = torch.stack([trace.jacobian(p, Path(0, Tap("layer", 1)), raw=True).to_dense() for p in range(4)])
-    above = trace.jacobian(3, Path(1, last)).to_dense()
+    below = torch.stack([trace.jacobian(p, Span(0, Tap("layer", 1)), raw=True).to_dense() for p in range(4)])
+    above = trace.jacobian(3, Span(1, last)).to_dense()
     assert distance(torch.einsum("end,ndmc->emc", above, below), trace.jacobian(3).to_dense()) < 1e-13
 
 
-def test_many_maps_read_each_weight_once(tiny_files: dict[str, File]) -> None:
+def test_many_maps_read_each_weight_once(tiny_files: dict[str, Path]) -> None:
     model = open_model(tiny_files["three_layers"])
     trace = model.trace(tiny.prompt("three_layers", 4))
-    sweep = SharedSweep(trace.network, all_paths(3), 3)
+    sweep = SharedSweep(trace.network, all_spans(3), 3)
     assert len(sweep.norms) == len(sweep.spans)  # computed here: it takes a pass of its own, for the branches
     rows = {stem: model.gguf.tensors[f"blk.0.{stem}.weight"].rows for stem in (*LIVE, "ffn_up")}
     expected = {f"blk.{i}.{stem}.weight": count for i in range(3) for stem, count in rows.items()}
@@ -377,12 +377,12 @@ def test_many_maps_read_each_weight_once(tiny_files: dict[str, File]) -> None:
 
 
 @pytest.mark.parametrize(
-    "path", [Path(0, Tap("layer", 0)), Path(2, Tap("attn", 2)), Path(0, Tap("mlp", 4)), Path(-1, Tap("layer", 1))]
+    "span", [Span(0, Tap("layer", 0)), Span(2, Tap("attn", 2)), Span(0, Tap("mlp", 4)), Span(-1, Tap("layer", 1))]
 )
-def test_a_map_that_does_not_exist_is_refused(path: Path, tiny_files: dict[str, File]) -> None:
+def test_a_map_that_does_not_exist_is_refused(span: Span, tiny_files: dict[str, Path]) -> None:
     trace = open_model(tiny_files["three_layers"]).trace([1, 2])
     with pytest.raises(ValueError, match="no map leads from block"):
-        trace.jacobian(span=path)
+        trace.jacobian(span=span)
 
 
 # ---- long runs: interrupted, and with weights kept between sweeps
@@ -404,17 +404,17 @@ def interrupting(after: int) -> Callable[[int, int], None]:
 
 
 @pytest.mark.parametrize("case", ["three_layers", "phi2", "qwen2moe"])
-def test_an_interrupted_run_ends_with_the_same_bits(case: str, tiny_files: dict[str, File], tmp_path: File) -> None:
+def test_an_interrupted_run_ends_with_the_same_bits(case: str, tiny_files: dict[str, Path], tmp_path: Path) -> None:
     """Many maps at once, up and down, stopped after every single block in turn; only what is left is computed."""
     trace = open_model(tiny_files[case]).trace(tiny.prompt(case, 5))
-    blocks, paths = len(trace.tapes), all_paths(len(trace.tapes))
+    blocks, spans = len(trace.tapes), all_spans(len(trace.tapes))
     generator = torch.Generator().manual_seed(0)
-    X = [torch.randn(1 + j % 3, *trace.x.shape, generator=generator) for j in range(len(paths))]
-    Y = [torch.randn(j % 3, len(trace.output), generator=generator) for j in range(len(paths))]
+    X = [torch.randn(1 + j % 3, *trace.x.shape, generator=generator) for j in range(len(spans))]
+    Y = [torch.randn(j % 3, len(trace.output), generator=generator) for j in range(len(spans))]
     t = [torch.randn(len(part), generator=generator) for part in X]
 
     def run(journal: Journal | None, stop: int | None) -> tuple[list[torch.Tensor], int]:
-        sweep = SharedSweep(trace.network, paths, 4)
+        sweep = SharedSweep(trace.network, spans, 4)
         _ = sweep.norms
         sweep.journal = journal
         sweep.progress = None if stop is None else interrupting(stop)
@@ -437,7 +437,7 @@ def test_an_interrupted_run_ends_with_the_same_bits(case: str, tiny_files: dict[
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("case", ["three_layers", "fused_biases", "q8_0", "qwen3moe_q8_0"])
 def test_kept_weights_change_no_bit_and_are_not_read_again(
-    case: str, dtype: str, tiny_files: dict[str, File], monkeypatch: pytest.MonkeyPatch
+    case: str, dtype: str, tiny_files: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(store, "TILE_ELEMENTS", 2000)
     model = open_model(tiny_files[case], dtype=dtype)

@@ -1,7 +1,8 @@
-"""Commands beside their own `--dry-run`: passes, vectors, FLOP, bytes and memory, counted while they run."""
+"""Commands compared with their own `--dry-run`: passes, vectors, FLOP, bytes and memory, counted while they run."""
 
 import gc
 import json
+import textwrap
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import fields
@@ -11,14 +12,14 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
+from commands import COMMANDS, SHORT, SWEEPS
 from jaxtyping import config
 from test_planner import held
 
 from ggjac import session
-from ggjac.analysis import layers
 from ggjac.analysis.steer import steer
 from ggjac.cli import main, planning
-from ggjac.cli.planning import asked_by
+from ggjac.cli.planning import requested
 from ggjac.config import ModelConfig
 from ggjac.generation import Continuation
 from ggjac.gguf import open_gguf
@@ -26,12 +27,13 @@ from ggjac.jacobian import SharedSweep
 from ggjac.jacobian.ordinary import OrdinaryJacobian
 from ggjac.linop import Linear
 from ggjac.model import open_model
-from ggjac.planner import Plan, work
+from ggjac.planner import Plan, make, work
+from ggjac.sizes import ITEM_BYTES
 from ggjac.weights import WeightStore
 
 TinyFile = Callable[..., Path]
 TOKENS = ["--tokens", "5,17,3,99,42,7"]
-# No biases, so that every tensor that is read is a matrix or a norm; every expert used, so that the router has no say.
+# No biases, so every tensor that is read is a matrix or a norm; every expert used, so the router has no effect.
 CASES: dict[str, dict[str, Any]] = {
     "gqa": {},
     "fused_qkv": {"layers": 3},
@@ -40,49 +42,19 @@ CASES: dict[str, dict[str, Any]] = {
     "mixtral": {"experts": 3, "experts_used": 3},
     "qwen3moe": {"experts": 3, "experts_used": 3},
 }
-# As many sweeps as the plan is made to expect, whatever the spectrum: few, and more down than up.
-SWEEPS = ["--tol", "1e-30", "--max-sweeps", 3]
-SHORT = ["--top", 2]  # every decoded token costs a row
-COMMANDS: dict[str, list[Any]] = {
-    "predict": [],
-    "predict everywhere": ["--all-positions", "-o", "f"],
-    "svd": ["-k", 2, *SWEEPS, *SHORT],
-    "svd without chance": ["-k", 3, *SWEEPS, "--shuffles", 0],
-    "svd per token": ["-k", 3, *SWEEPS, *SHORT, "--shuffles", 5, "--per-token", "--position", 3],
-    "analyze": ["-k", 2, *SWEEPS, *SHORT, "--no-verify", "-o", "run"],
-    "analyze with contrast": ["-k", 2, *SWEEPS, *SHORT, "--no-verify", "-o", "run", "--contrast"],
-    "jacobian": [],
-    "norms": ["--count", 2],
-    "norms early": ["--position", 2],
-    "attribute": [],
-    "attribute early": ["--position", 2],
-    "attribute everywhere": ["--position", "all"],
-    "attribute by layer": ["--by", "layer"],
-    "attribute by head": ["--by", "head", "--position", 4],
-    "attribute by layer everywhere": ["--by", "layer", "--position", "all"],
-    "attribute by head everywhere": ["--by", "head", "--position", "all"],
-    "contrast": [],
-    "contrast early": ["--position", 2],
-    "ranks": SWEEPS,
-    "compare": ["-k", 2, *SWEEPS],
-    "layers": ["-k", 2, *SWEEPS, *SHORT],
-    "layers some": ["-k", 2, *SWEEPS, *SHORT, "--layers", "0,2", "--kinds", "layer,mlp", "--position", 4],
-    "layers transported": ["-k", 3, *SWEEPS, *SHORT, "--maps", "to_end,cumulative", "--transport"],
-    "layers none": [*SHORT, "--layers", 0, "--maps", "cumulative,blockwise"],
-    "analyze with layers": ["-k", 2, *SWEEPS, *SHORT, "--no-verify", "-o", "run", "--layers", "1,-1"],
-    "steer": ["--concept-tokens", "1,2,3,4", "--max-tokens", 4],
-    "steer additive": ["--concept-tokens", "9,8", "--method", "additive", "--layer", 1, "--max-tokens", 3],
-    "steer much": ["--strength", "0,0.1,0.2", "--no-control", "--max-tokens", 2],
-    "steer once": ["--max-tokens", 1],
-    "verify": [],
+# Variants of every command, by `svd per token`.
+COUNTED: dict[str, list[Any]] = {
+    f"{name} {variant}".strip(): options
+    for name, command in COMMANDS.items()
+    for variant, options in command.counted.items()
 }
 
 
 class Counted:
-    """What a command did.
+    """Counts of what a command did.
 
     Attributes:
-        plans: what was printed of each model.
+        plans: the plan printed for each model.
         stores: the weights of each model.
         products: vectors and FLOP of each shared sweep.
         stacks: by block, how many vectors its output projection was applied to, each time.
@@ -109,7 +81,7 @@ def _bytes(store: WeightStore, name: str) -> float:
 
 @pytest.fixture(autouse=True, scope="module")
 def swift() -> Iterator[None]:
-    """What is counted here is checked elsewhere: shapes are not, and old objects are not looked through for garbage."""
+    """Switch off shape checks, which other tests do, and the search for garbage among old objects: they take time."""
     gc.collect()
     gc.freeze()
     before = config.jaxtyping_disable
@@ -121,7 +93,7 @@ def swift() -> Iterator[None]:
 
 @pytest.fixture
 def counted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Counted:
-    """Return what is counted from now on; no weights are kept, in an empty folder."""
+    """Return the counts from now on; no weights are kept between sweeps, and the current folder is empty."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(work, "EXPECTED_SWEEPS", SWEEPS[-1])
     found = Counted()
@@ -171,14 +143,14 @@ def counted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Counted:
 
 
 def run(*args: object) -> dict[str, Any]:
-    """Return what a command prints as JSON; it may have run out of sweeps, and a plan may not fit."""
+    """Return the JSON that a command prints; it may have run out of sweeps, and a plan may not fit."""
     result = CliRunner().invoke(main, [str(arg) for arg in (*args, "--format", "json", "-t", 1)], prog_name="ggjac")
     assert result.exit_code in (0, 3, 4), result.output
     return json.loads(result.stdout)
 
 
 def arguments(name: str, case: str, tiny_file: TinyFile, tokens: list[str] = TOKENS, **changes: Any) -> list[Any]:
-    command, options = name.split(" ")[0], COMMANDS[name]
+    command, options = name.split(" ")[0], COUNTED[name]
     changes = CASES[case] | ({"layers": 3} if "layers" in name else {}) | changes
     path = tiny_file(case, **changes)
     if command == "compare":
@@ -186,11 +158,11 @@ def arguments(name: str, case: str, tiny_file: TinyFile, tokens: list[str] = TOK
     return [command, "-m", path, *tokens, *options]
 
 
-# Every command on a dense model and on a mixture; on the others what reads other tensors, or other positions of them.
+# Every command on a dense model and on a mixture; on the others, commands that read other tensors or positions.
 FEW = ("svd without chance", "norms", "attribute by head", "contrast early", "steer additive", "layers some")
 EACH = [
-    *((name, "gqa", size) for name in COMMANDS for size in (1 << 30, 500_000 if "layers" in name else 50_000)),
-    *((name, "mixtral", 1 << 30) for name in COMMANDS),
+    *((name, "gqa", size) for name in COUNTED for size in (1 << 30, 500_000 if "layers" in name else 50_000)),
+    *((name, "mixtral", 1 << 30) for name in COUNTED),
     *((name, case, 1 << 30) for name in FEW for case in CASES if case not in ("gqa", "mixtral")),
 ]
 
@@ -208,8 +180,8 @@ def test_a_command_does_what_its_plan_says(
 def test_estimates_are_planned_too(
     name: str, counted: Counted, tiny_file: TinyFile, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in (jobs, stable_rank, prompts, layers):
-        monkeypatch.setattr(module, "EXACT_ROWS", 0)
+    for module in ("planner.work", "analysis.svd", "analysis.ranks", "analysis.layers"):
+        monkeypatch.setattr(f"ggjac.{module}.EXACT_ROWS", 0)
     check(arguments(name, "gqa", tiny_file), counted)
 
 
@@ -227,7 +199,7 @@ def check(asked: list[Any], counted: Counted) -> None:
     assert [k for k, _ in found] == [k for k, _ in sorted(expected)]
     # Of maps that advance together, the plan rounds to whole FLOP of a vector in a block.
     assert [flop for _, flop in found] == pytest.approx([flop for _, flop in sorted(expected)], rel=1e-4)
-    assert counted.tangents == [s.vectors - 1 for p in counted.plans for s in p.job.sweeps if s.what == "ordinary"]
+    assert counted.tangents == [s.vectors - 1 for p in counted.plans for s in p.work.sweeps if s.what == "ordinary"]
     for block in range(len(planned["layers"])):
         assert sorted(counted.stacks[block]) == sorted(k for plan in counted.plans for k in stacks(plan, block))
 
@@ -248,23 +220,23 @@ def check(asked: list[Any], counted: Counted) -> None:
 
 def shared(plan: Plan) -> Iterator[tuple[int, int]]:
     """Yield vectors and FLOP of every pass that is a shared sweep."""
-    for step in plan.job.sweeps:
-        if step.over.tensors == "live" and step.over.written is None:
-            flop = [step.vectors * layer.over(step.over).flop for layer in plan.layers]
-            for work in filter(None, flop) if step.over.apart else [sum(flop)]:
-                yield from [(step.vectors, work)] * step.count
+    for step in plan.work.sweeps:
+        if step.region.tensors == "live" and step.region.written is None:
+            flop = [step.vectors * layer.sweep_of(step.region).flop for layer in plan.layers]
+            for once in filter(None, flop) if step.region.sequential else [sum(flop)]:
+                yield from [(step.vectors, once)] * step.count
 
 
 def stacks(plan: Plan, block: int) -> Iterator[int]:
     """Yield how many vectors a block's output projection is applied to: by the trace, and by every pass."""
     yield 1
-    for step in plan.job.sweeps:
-        spans = step.over.spans or ((0, len(plan.layers)),)
+    for step in plan.work.sweeps:
+        spans = step.region.spans or ((0, len(plan.layers)),)
         aboard = sum(first <= block < last for first, last in spans)
         if not aboard:
             continue
-        once = [step.vectors if step.over.apart else step.vectors * aboard // len(spans)]
-        if step.over.tensors == "heads":  # what is added and the bias; and down, what the head reads
+        once = [step.vectors if step.region.sequential else step.vectors * aboard // len(spans)]
+        if step.region.tensors == "heads":  # its output and its bias; and down, the inputs of the head
             once = [2, 1]
         elif step.what.startswith("ordinary"):  # tangents ride along
             once = [1]
@@ -280,7 +252,7 @@ def _passes(step: dict[str, Any], uses: tuple[str, ...]) -> int:
 
 
 LONG = ["--tokens", ",".join(str(i % 100 + 3) for i in range(24))]
-# Enough vectors to outweigh what is small in any model that is not tiny.
+# Enough vectors to outweigh everything that is negligible in a real model.
 HEAVY = {
     "svd": ["-k", 16, *SWEEPS, "--shuffles", 0],
     "svd per token": ["-k", 4, *SWEEPS, "--per-token", "--shuffles", 0],
@@ -302,12 +274,12 @@ HEAVY = {
 def test_a_command_holds_what_its_plan_says(
     name: str, case: str, counted: Counted, tiny_file: TinyFile, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(COMMANDS, name, HEAVY[name])
+    monkeypatch.setitem(COUNTED, name, HEAVY[name])
     experts = {"experts": 6, "experts_used": 2} if "experts" in CASES[case] else {}  # as usual: few positions for each
     asked = arguments(name, case, tiny_file, LONG, layers=3, **experts)
     planned = run(*asked, "--dry-run")["ram"]
     needed = sum(planned.values()) - planned["process"]
-    # Products wait for a checkpoint until the end; what a router does is guessed.
+    # Products wait for a checkpoint until the end; the choices of a router are estimated.
     least = 0.7 if "checkpoint" in planned or "experts" in CASES[case] else 0.75
     share = held(lambda: run(*asked)) / needed
     assert least < share < 1.12, planned
@@ -317,14 +289,14 @@ def test_a_command_holds_what_its_plan_says(
 
 
 def test_defaults_are_those_of_the_commands(tiny_file: TinyFile) -> None:
-    """What is not given means the same to a plan as to the command."""
-    own = {field.name: field.default for field in fields(work.Asked)} | {"layers": [0, 1, 2, 3, 4]}  # all of 4 blocks
+    """An option that is not given has the same default in a plan as in the command."""
+    own = {field.name: field.default for field in fields(work.Request)} | {"layers": [0, 1, 2, 3, 4]}  # all of 4 blocks
     seen = set()
     for name in work.JOBS:
         command = getattr(import_module(f"ggjac.cli.{name}"), name)
         given = ["--with", str(tiny_file("gqa"))] if name == "compare" else []
         params = command.make_context(name, given).params
-        asked = asked_by(params, 4)
+        asked = requested(params, 4)
         if "rank" not in params:
             assert asked.pop("rank") == 1
         assert asked == {option: own[option] for option in asked}, name
@@ -332,8 +304,25 @@ def test_defaults_are_those_of_the_commands(tiny_file: TinyFile) -> None:
     assert seen == own.keys() - {"sweeps", "chunk_bytes", "text", "layer", "prompts"}
 
 
+def test_the_example_of_a_row_is_one(tiny_file: TinyFile, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The row in the docstring makes a plan: a decomposition, a look-up, one sweep over half of the blocks."""
+    text = work.__doc__ or ""
+    names: dict[str, Any] = dict(vars(work))
+    exec(textwrap.dedent(text[text.index("    def example") : text.index("\nRead it as follows")]), names)
+    monkeypatch.setitem(work.JOBS, "example", names["example"])
+    with open_gguf(tiny_file("plain", layers=4)) as file:
+        sizes = ModelConfig.from_metadata(file.metadata, {t.name: t.shape for t in file.tensors.values()})
+        plan = make(file, sizes, work.command_work("example", sizes, 5, "float32"))
+    counts = [(step.what, step.count, getattr(step, "vectors", None)) for step in plan.work.steps]
+    assert counts == [("svd", 8, 32), ("decoding", 1, None), ("first half", 1, 1)]
+    half = plan.sweep_of(plan.work.sweeps[1].region)
+    assert half.nbytes == sum(layer.sweep.nbytes for layer in plan.layers[:2])
+    assert plan.ram["norms"] == 8 * 8 * 64
+    assert plan.ram["bases"] > 0
+
+
 def test_budgets_hold_by_smaller_chunks(tiny_file: TinyFile, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What needs too much at once comes in portions, before it is refused."""
+    """Work that needs too much memory at once is divided into chunks before it is refused."""
     monkeypatch.setattr(work, "CHUNK_BYTES", 1 << 22)
     for name in ("jacobian", "norms", "ranks", "attribute everywhere"):
         asked = [*arguments(name, "gqa", tiny_file, ["--tokens", ",".join(["5"] * 200)]), "--dry-run"]
@@ -349,9 +338,9 @@ def test_budgets_hold_by_smaller_chunks(tiny_file: TinyFile, monkeypatch: pytest
 def test_in_bfloat16_sweeps_go_on_until_its_rounding_shows(tiny_file: TinyFile) -> None:
     with open_gguf(tiny_file("plain")) as file:
         sizes = ModelConfig.from_metadata(file.metadata, {t.name: t.shape for t in file.tensors.values()})
-    counts = {dtype: work.job("svd", sizes, 5, dtype).sweeps[0].count for dtype in work.ITEM_BYTES}
+    counts = {dtype: work.command_work("svd", sizes, 5, dtype).sweeps[0].count for dtype in ITEM_BYTES}
     assert counts == {"float64": 8, "float32": 8, "float16": 8, "bfloat16": 11}
-    assert work.job("svd", sizes, 5, "bfloat16", sweeps=4).sweeps[0].count == 4
+    assert work.command_work("svd", sizes, 5, "bfloat16", sweeps=4).sweeps[0].count == 4
 
 
 @pytest.mark.parametrize("case", ["gqa", "head_dim_wide"])
@@ -368,7 +357,7 @@ def test_keys_and_values_of_texts_are_counted(case: str, tiny_file: TinyFile, mo
     monkeypatch.setattr(Continuation, "extend", counted)
     model = open_model(tiny_file(case))
     steer(model, [5, 6, 7], [8, 9], max_tokens=6)
-    job = work.job("steer", model.config, 2, "float32", text=3, max_tokens=6)
-    cache = next(step.held["cache"] for step in job.sweeps if step.what == "tokens")
+    needed = work.command_work("steer", model.config, 2, "float32", text=3, max_tokens=6)
+    cache = next(step.buffers["cache"] for step in needed.sweeps if step.what == "tokens")
     blocks, capacity = model.config.block_count, 3 + 6
     assert cache * blocks / (blocks + 1) / capacity == max(found) / (capacity - 1)  # the last one is not looked at

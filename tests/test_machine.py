@@ -1,4 +1,4 @@
-"""What the machine says of itself, against what was arranged."""
+"""Sizes as text, free and used memory, the page cache: compared with files and memory made for the test."""
 
 import mmap
 import os
@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ggjac.planner import machine
+from ggjac.units import size
 
 LINUX = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 
@@ -57,12 +58,12 @@ def test_bytes_are_exact(nbytes: int) -> None:
 
 @given(st.integers(1, 1 << 60))
 def test_what_is_printed_is_read_again(nbytes: int) -> None:
-    shown = machine.format_size(nbytes)
+    shown = size(nbytes)
     assert machine.parse_size(shown) == pytest.approx(nbytes, rel=0.06)  # a tenth of the smallest number shown, 1.0
 
 
 def test_sizes_for_people() -> None:
-    assert [machine.format_size(n) for n in (0, 1023, 1536, 5 << 20, 3 << 29, 1 << 52)] == [
+    assert [size(n) for n in (0, 1023, 1536, 5 << 20, 3 << 29, 1 << 52)] == [
         *("0 B", "1023 B", "1.5 KiB", "5.0 MiB", "1.5 GiB", "4096.0 TiB")
     ]
 

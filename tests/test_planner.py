@@ -1,9 +1,12 @@
-"""The plan against the operators themselves: what they read, compute and keep, on tiny files of every family."""
+"""The plan compared with the operators: bytes they read, FLOP they compute, memory they keep; files of every family."""
 
 import dataclasses
 import gc
+import itertools
 import math
+import re
 from collections.abc import Callable, Iterator
+from importlib import import_module
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -20,10 +23,11 @@ from ggjac.gguf import GGUFFile, open_gguf
 from ggjac.jacobian import SharedSweep, Span, Tap
 from ggjac.linop import Linear, LinearOperator, Mix
 from ggjac.model import DTYPES, Model, Trace, open_model
-from ggjac.planner import machine, work
+from ggjac.planner import machine, memory, work
+from ggjac.sizes import ITEM_BYTES
 
 TinyFile = Callable[..., Path]
-# One file of each architecture, and what changes the counts: fused, biased, tied, quantized, routed and clamped.
+# A file of each architecture, and variations that change the counts: fused, biased, tied, quantized, routed, clamped.
 CASES = [
     *("plain", "gqa", "mqa", "head_dim_wide", "odd_sizes", "tied", "fused_qkv", "biases", "live_biases"),
     *("fused_biases", "fused_split_biases", "q4_k_mixed", "bf16", "qwen2_output_bias", "qwen3", "gemma", "gemma2"),
@@ -55,7 +59,7 @@ def planned(
 ) -> planner.Plan:
     file, config = header(path)
     making = {name: options.pop(name) for name in MAKING if name in options}
-    return planner.make(file, config, work.job(command, config, n, dtype, rank=rank, **options), **making)
+    return planner.make(file, config, work.command_work(command, config, n, dtype, rank=rank, **options), **making)
 
 
 def matrices(reads: dict[str, float], model: Model) -> tuple[float, float]:
@@ -240,7 +244,7 @@ def test_every_architecture_is_among_the_cases() -> None:
 
 
 def test_the_sizes_of_dtypes_are_torchs() -> None:
-    assert work.ITEM_BYTES == {name: dtype.itemsize for name, dtype in DTYPES.items()}
+    assert ITEM_BYTES == {name: dtype.itemsize for name, dtype in DTYPES.items()}
 
 
 # ---- memory and the verdict
@@ -285,6 +289,70 @@ def test_the_advice_names_what_weighs_most(tiny_file: TinyFile) -> None:
     assert "; lower --rank, or use fewer tokens; " in str(needs(path, 400, rank=60).misfit)
 
 
+def parts(path: Path) -> dict[str, set[str]]:
+    """Return the parts that some plan of a command shows, by command: on the CPU and a device, of every step."""
+    everything = {
+        "analyze": {"layers": [1, 2], "transport": True, "contrast": True, "per_token": True},
+        "svd": {"per_token": True, "saved": True},
+        "layers": {"transport": True, "saved": True},
+        "attribute": {"everywhere": True},
+        "predict": {"everywhere": True},
+    }
+    found: dict[str, set[str]] = {}
+    for command in work.JOBS:
+        for options in ({}, everything.get(command, {})):
+            for n, device in itertools.product((2, 100), ("cpu", "cuda")):
+                plan = planned(path, n, command, device=device, budget=AMPLE, **options)
+                found.setdefault(command, set()).update(plan.ram, plan.vram)
+                # Only the largest step is in the plan: each of them alone.
+                for step in plan.work.steps:
+                    alone = dataclasses.replace(plan.work, steps=(step,), reused="live")
+                    found[command].update(planner.make(*header(path), alone, device=device, budget=AMPLE).ram)
+    return found
+
+
+def test_every_part_of_a_plan_has_advice(tiny_file: TinyFile, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each that some command shows, and no other."""
+    monkeypatch.setattr(work, "EXACT_ROWS", 0)
+    found = parts(tiny_file("gqa"))
+    for command, names in found.items():
+        assert names <= memory.PARTS.keys(), f"{command}: give advice in memory.PARTS"
+    assert set.union(*found.values()) == memory.PARTS.keys()
+
+
+def test_the_advice_names_options_that_the_command_has(tiny_file: TinyFile) -> None:
+    for command in work.JOBS:
+        params = getattr(import_module(f"ggjac.cli.{command}"), command).params
+        has = {option for param in params for option in param.opts}
+        for options in ({}, {"layers": [1, 2]} if command == "analyze" else {}):
+            plan = planned(tiny_file("gqa"), 5, command, **options)
+            for part, folder in itertools.product(memory.PARTS, (False, True)):
+                if part in plan.ram or (part == "decoding" and plan.work.lookups):
+                    line = memory.advice(plan.work, {part: 1}, "--ram-budget", tapes_on_disk=folder)
+                    assert set(re.findall(r"--[a-z-]+", line)) <= has, (command, part)
+
+
+def test_advice_on_what_weighs_most_by_hand(tiny_file: TinyFile) -> None:
+    def lines(command: str, *parts: str, **options: Any) -> list[str]:
+        needed = planned(tiny_file("gqa"), 5, command, **options).work
+        text = memory.advice(needed, dict.fromkeys(parts, 1 << 26), "--ram-budget", tapes_on_disk=False)
+        return text.split("; ")
+
+    assert lines("svd", "process", "tile") == ["give --ram-budget 128MiB"]
+    assert lines("svd", "decoding") == ["lower --shuffles or --rank", "or give --ram-budget 64MiB"]
+    triplets = "lower --rank, or use fewer tokens"
+    assert lines("analyze", "decoding") == [triplets, "or give --ram-budget 64MiB"]
+    assert lines("svd", "bases", "vectors", "checkpoint") == [triplets, "or give --ram-budget 192MiB"]  # once
+    assert lines("layers", "bases", "tapes")[:2] == ["ask for fewer --layers", "keep tapes on disk with --trace FOLDER"]
+    for command in ("compare", "steer"):
+        assert lines(command, "tapes")[0] == "use fewer tokens"
+    assert lines("ranks", "tapes", prompts=2)[0] == lines("ranks", "norms")[0] == "use fewer tokens"
+    assert lines("ranks", "bases")[0] == "use fewer tokens"  # it has no --rank
+    # Parts below an eighth of the whole get no advice.
+    needed = planned(tiny_file("gqa"), 5).work
+    assert memory.advice(needed, {"tapes": 1, "process": 8}, "-x", tapes_on_disk=False) == "give -x 64MiB"
+
+
 def test_tapes_on_disk_leave_two_in_memory(tiny_file: TinyFile) -> None:
     path = tiny_file("plain", layers=6)
     kept, on_disk = (planned(path, 50, tapes_on_disk=choice, budget=AMPLE) for choice in (False, True))
@@ -311,7 +379,7 @@ def held(work: Callable[[], object]) -> int:
 
     Without shape checks, which hold on to arguments that their function has done with.
     """
-    gc.collect()  # what is freed meanwhile would count, too
+    gc.collect()  # objects freed during the work would count as well
     before = checks.jaxtyping_disable
     checks.update("jaxtyping_disable", True)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as seen:
@@ -323,7 +391,7 @@ def held(work: Callable[[], object]) -> int:
 
 NARROW = {"heads": 4, "head_dim": 8, "kv_heads": 2}
 WIDE = {"heads": 8, "head_dim": 32}
-# Each of what may weigh most: heads, hidden units, the stream; and an expert that many positions use.
+# Each thing that can dominate: heads, hidden units, the stream; and an expert that many positions use.
 HOLDING: list[tuple[str, dict[str, Any]]] = [
     *((case, {}) for case in ("gqa", "mqa", "head_dim_wide", "gpt2", "gemma2", "falcon_7b", "falcon_40b", "phi2")),
     *((case, {}) for case in ("cohere2", "smollm3", "granite", "mixtral", "qwen2moe", "qwen3moe", "olmoe", "olmo2")),
@@ -350,7 +418,7 @@ def test_a_sweep_holds_what_is_counted(case: str, sizes: dict[str, Any], tiny_fi
     J, config = run.jacobian(), run.model.config
     Y, X = torch.ones(k, config.d), torch.ones(k, n, config.d)
     J.rmatmat(Y)  # the tile is there from now on
-    # How uneven a router is nobody knows before; and the test run's shape checks hold on to what experts are given.
+    # The plan cannot foresee how uneven a router is; and the shape checks of the test run keep the inputs of experts.
     least, most = (0.7, 1.1) if config.expert_count else (0.86, 1.05)
     for up, product in ((False, lambda: J.rmatmat(Y)), (True, lambda: J.matmat(X))):
         counted = 4 * k * planner.sweep_floats(config, n, up=up)
@@ -362,7 +430,7 @@ def test_a_sweep_holds_what_is_counted(case: str, sizes: dict[str, Any], tiny_fi
 def test_maps_of_one_block_hold_what_is_counted(
     case: str, sizes: dict[str, Any], kinds: tuple[Any, ...], tiny_file: TinyFile
 ) -> None:
-    n, k = 100, 10  # enough of them to outweigh what is there once
+    n, k = 100, 10  # enough of them to outweigh everything that exists once
     run = trace(tiny_file(case, layers=3, **sizes), n)
     J, config = run.jacobian(), run.model.config
     maps = SharedSweep(J.network, [Span(1, Tap(kind, 2)) for kind in kinds], n - 1, raw=True)
@@ -444,30 +512,30 @@ def test_times_by_hand(tiny_file: TinyFile) -> None:
     path = tiny_file("plain", type="Q8_0")
     plan = planned(path, 5, budget=planner.Budget(ram=1 << 28))
     plan = dataclasses.replace(plan, layers=tuple(dataclasses.replace(e, place="file") for e in plan.layers))
-    cold = plan.seconds(Rates(), cached=0, free=0)
+    cold = planner.seconds(plan, Rates(), cached=0, free=0)
     parts = {part.what: part for part in cold.parts}
     assert list(parts) == ["trace", "svd", "decoding", "reconstruction", "coherence"]
     svd, sweep = parts["svd"], plan.sweep
     assert svd.count == work.EXPECTED_SWEEPS
     assert svd.disk == pytest.approx(sweep.nbytes / 1e6)
     assert svd.dequantize == pytest.approx(sweep.types["Q8_0"] / 5e5 + sweep.types.get("F32", 0) / 1e6)
-    columns = plan.job.width * sweep.flop / 2 / sweep.weights
-    orthonormal = planner.krylov_flop(5 * 64, plan.job.width, svd.count) / Rates().gemm(plan.job.width)
-    assert svd.gemm == pytest.approx(plan.job.width * sweep.flop / Rates().gemm(round(columns)) + orthonormal)
+    columns = plan.work.width * sweep.flop / 2 / sweep.weights
+    orthonormal = planner.krylov_flop(5 * 64, plan.work.width, svd.count) / Rates().gemm(plan.work.width)
+    assert svd.gemm == pytest.approx(plan.work.width * sweep.flop / Rates().gemm(round(columns)) + orthonormal)
     assert svd.calls == pytest.approx(0.25 * 8)  # four matrices in each of two layers
     # Products of width stacked vectors, at 5 positions in the first layer and at 1 in the last, but for values; each
     # written twice, 4 bytes a float. The feed-forward network is one slab.
     tensors = header(path)[0].tensors
     widths = [tensors[f"blk.0.{name}.weight"].rows for name in ("attn_v", "attn_output", "ffn_up", "ffn_down")]
     floats = 5 * sum(widths) + 5 * widths[0] + sum(widths[1:])
-    assert svd.writes == pytest.approx(2 * 4 * plan.job.width * floats / 8e6)
+    assert svd.writes == pytest.approx(2 * 4 * plan.work.width * floats / 8e6)
     assert svd.each == pytest.approx(max(svd.disk, svd.dequantize + svd.gemm + svd.writes) + svd.calls)
     assert parts["trace"].disk == pytest.approx(plan.trace.nbytes / 1e6)
     assert cold.total == pytest.approx(sum(part.count * part.each for part in cold.parts))
-    # What fits beside the job is not read again; what is there already, not at all.
-    warm = {p.what: p for p in plan.seconds(Rates(), cached=1 << 30, free=plan.ram_peak + (1 << 30)).parts}
+    # Bytes that fit into the page cache are not read again; those that are in it already, not at all.
+    warm = {p.what: p for p in planner.seconds(plan, Rates(), cached=1 << 30, free=plan.ram_peak + (1 << 30)).parts}
     assert (warm["trace"].disk, warm["svd"].disk, warm["decoding"].disk) == (0, 0, 0)
-    half = {p.what: p for p in plan.seconds(Rates(), cached=0, free=plan.ram_peak + sweep.nbytes // 2).parts}
+    half = {p.what: p for p in planner.seconds(plan, Rates(), cached=0, free=plan.ram_peak + sweep.nbytes // 2).parts}
     assert half["svd"].disk == pytest.approx(svd.disk / 2, rel=1e-3)
 
 
@@ -482,11 +550,11 @@ def test_what_is_not_on_the_device_is_copied_in_every_sweep(tiny_file: TinyFile)
     class Bus(Rates):
         bus = 1e3
 
-    parts = {part.what: part for part in plan.seconds(Bus(), cached=1 << 30, free=1 << 40).parts}
+    parts = {part.what: part for part in planner.seconds(plan, Bus(), cached=1 << 30, free=1 << 40).parts}
     assert parts["svd"].bus == pytest.approx(2 * stored / 1e3)
     assert parts["trace"].bus == pytest.approx(plan.trace.nbytes / 1e3)
     assert parts["svd"].each == pytest.approx(parts["svd"].bus + parts["svd"].calls)  # slower than all else here
-    assert all(part.bus == 0 for part in plan.seconds(Rates(), cached=1 << 30, free=1 << 40).parts)
+    assert all(part.bus == 0 for part in planner.seconds(plan, Rates(), cached=1 << 30, free=1 << 40).parts)
 
 
 def test_orthonormalization_by_hand() -> None:
@@ -496,37 +564,37 @@ def test_orthonormalization_by_hand() -> None:
 
 def test_layers_kept_dense_are_dequantized_once(tiny_file: TinyFile) -> None:
     plan = planned(tiny_file("plain"), 5, budget=AMPLE)
-    parts = {part.what: part for part in plan.seconds(Rates(), cached=0, free=1 << 40).parts}
+    parts = {part.what: part for part in planner.seconds(plan, Rates(), cached=0, free=1 << 40).parts}
     assert parts["svd"].dequantize == 0
     streaming = dataclasses.replace(plan, layers=tuple(dataclasses.replace(e, place="file") for e in plan.layers))
-    streamed = {part.what: part for part in streaming.seconds(Rates(), cached=0, free=1 << 40).parts}["svd"]
+    streamed = {part.what: part for part in planner.seconds(streaming, Rates(), cached=0, free=1 << 40).parts}["svd"]
     assert parts["svd"].gemm == pytest.approx(streamed.gemm + plan.sweep.weights * 4 / 4e6)  # read from memory
     # Dequantized, and written to memory that is fresh from the system, 4 bytes each.
     assert parts["making layers ready"].total == pytest.approx(plan.sweep.weights * (1 / 1e6 + 4 / 8e6))
 
 
 def test_layers_are_made_ready_once_for_all_prompts(tiny_file: TinyFile) -> None:
-    """But each may want other experts."""
+    """In a mixture, for each prompt, since each may use other experts."""
     for case, expected in (("gqa", 1), ("mixtral", 3)):
         plan = planned(tiny_file(case), 5, "ranks", rank=1, prompts=3, budget=AMPLE)
-        counts = {part.what: part.count for part in plan.seconds(Rates(), cached=0, free=1 << 40).parts}
+        counts = {part.what: part.count for part in planner.seconds(plan, Rates(), cached=0, free=1 << 40).parts}
         assert counts["making layers ready"] == expected
         assert (counts["trace"], counts["svd"]) == (3, 3 * work.EXPECTED_SWEEPS)
 
 
 def test_maps_of_single_blocks_take_turns(tiny_file: TinyFile, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What they need does not grow with the number of blocks; their time does."""
+    """Their memory does not grow with the number of blocks; their time does."""
     monkeypatch.setattr(work, "EXACT_ROWS", 0)
     few, many = (planned(tiny_file("gqa", layers=n), 5, "layers", rank=16, maps=["blockwise"]) for n in (2, 6))
     assert few.ram["bases"] == many.ram["bases"] > 0
-    assert few.job.width == many.job.width
-    assert few.job.vectors == many.job.vectors
-    spent = [{part.what: part for part in plan.seconds(Rates(), free=0).parts} for plan in (few, many)]
+    assert few.work.width == many.work.width
+    assert few.work.vectors == many.work.vectors
+    spent = [{part.what: part for part in planner.seconds(plan, Rates(), free=0).parts} for plan in (few, many)]
     for what in ("layers: blockwise, svd", "layers: blockwise, stable rank"):
         assert spent[1][what].gemm == pytest.approx(3 * spent[0][what].gemm)
 
 
-@pytest.mark.parametrize("case", ["gqa", "qwen3moe"])  # of a mixture, the width of a dense network says nothing
+@pytest.mark.parametrize("case", ["gqa", "qwen3moe"])  # in a mixture, the width of a dense network is irrelevant
 def test_dense_rows_come_in_chunks_as_the_jacobian_makes_them(
     case: str, monkeypatch: pytest.MonkeyPatch, tiny_file: TinyFile
 ) -> None:
@@ -536,7 +604,7 @@ def test_dense_rows_come_in_chunks_as_the_jacobian_makes_them(
         monkeypatch.setattr(work, "CHUNK_BYTES", nbytes)
         J.chunk_bytes = nbytes
         chunks = [stop - start for start, stop, _ in J.rows()]
-        *rows, _ = planned(path, n, "jacobian").job.sweeps
+        *rows, _ = planned(path, n, "jacobian").work.sweeps
         assert [step.vectors for step in rows for _ in range(step.count)] == chunks
 
 

@@ -288,7 +288,7 @@ def test_the_global_generator_is_left_alone() -> None:
         ({"rank": 2, "tol": -1.0}, "tol -1.0 is out of range"),
         ({"rank": 2, "tol": math.nan}, "tol nan is out of range"),
         ({"rank": 2, "max_sweeps": 1}, "max_sweeps 1 is out of range"),
-        ({"rank": 5, "block": 4}, "block 4 is out of range: it must hold the 5 triplets"),
+        ({"rank": 5, "block": 4}, "block 4 is out of range: it must be at least the rank, 5"),
         ({"rank": 5, "block": 0}, "block 0 is out of range"),
     ],
 )
@@ -347,3 +347,17 @@ def test_several_operators_advance_together() -> None:
     assert [sum(bool(call[i]) for call in calls) for i in range(4)] == [result.sweeps for result in alone]
     assert [step for step, _ in seen] == list(range(2, len(calls) + 1))
     assert seen[-1][1] <= TOL
+
+
+# ---- signs
+
+
+def test_pointing_along_flips_both_ends() -> None:
+    """An output (1, -1, 0) against left vectors e1, e2, e3: the second pair turns, the third has no direction."""
+    eye = torch.eye(3)
+    triplets = SVD(eye, torch.ones(3), eye.reshape(3, 1, 3), torch.zeros(3), 2, True, "tolerance")
+    turned = triplets.pointing_along(torch.tensor([1.0, -1.0, 0.0]))
+    expected = torch.diag(torch.tensor([1.0, -1.0, 1.0]))
+    assert torch.equal(turned.U, expected)
+    assert torch.equal(turned.Vh[:, 0], expected)
+    assert torch.equal(turned.S, triplets.S)

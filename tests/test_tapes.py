@@ -153,13 +153,13 @@ def test_tapes_of_an_older_trace_are_not_adopted(tiny_files: dict[str, Path], tm
 
     with pytest.raises(KeyboardInterrupt):
         model.trace([5, 3, 7, 9, 4], tapes=Tapes(tmp_path, other, resident=False), progress=interrupt)
-    with pytest.raises(TapeError, match=r"block-002\.safetensors: is of another trace; remove the folder"):
+    with pytest.raises(TapeError, match=r"block-002\.safetensors: belongs to another trace; remove the folder"):
         model.trace([5, 3, 7, 9, 4], tapes=Tapes(tmp_path, other, resident=False))
 
 
 def test_a_folder_that_cannot_be_made(tiny_files: dict[str, Path], tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(RunError, match="cannot be made"):
+    with pytest.raises(RunError, match="cannot be created"):
         traced(tiny_files["three_layers"], Tapes(tmp_path / "file" / "trace", IDENTITY, resident=False))
 
 

@@ -1,7 +1,7 @@
-"""The singular vectors of each position's own map `J_i`, `[d, d]`, beside those of the joint one `[d, n d]`.
+"""The singular vectors of each position's own map `J_i`, `[d, d]`; those of the joint map `[d, n d]` mix positions.
 
-`y = Σ_i J_i x_i + offset` (Golden, arXiv 2505.24293, eq. 15): a `J_i` is what the network makes of the embedding at one
-position. The joint map's vectors mix positions; these do not.
+`y = Σ_i J_i x_i + offset` (Golden, arXiv 2505.24293, eq. 15): `J_i` maps the embedding at one position to
+the output.
 """
 
 from collections.abc import Callable, Sequence
@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from ggjac.decode import Ranked, nearest, top_logits
@@ -77,7 +76,7 @@ def per_token(
     """Compute `rank` singular triplets of every `J_i` and decode both ends to `top` tokens each.
 
     Positions up to the Jacobian's own; later ones have a map of zero. All positions advance in the same sweeps over the
-    weights, as long as their vectors are no more than dense rows that go together; options as of `ggjac.svd.svd`.
+    weights, in chunks of `rows_at_once` vectors; options as of `ggjac.svd.svd`.
     """
     positions = range(jacobian.position + 1)
     operators = [jacobian.at_position(i) for i in positions]
@@ -126,7 +125,8 @@ def per_token(
         )
         contributed = torch.cat(up([jacobian.x[i].reshape(1, 1, d) for i in positions]))
     head, embedding = jacobian.network.head, jacobian.network.embedding
-    found = [_signed(svd, along) for svd, along in zip(found, contributed, strict=True)]
+    found = [svd.pointing_along(output) for svd, output in zip(found, contributed, strict=True)]
+    found = [replace(svd, Vh=svd.Vh[:, 0]) for svd in found]  # [k, 1, d] -> [k, d]
     U, V = (torch.cat([getattr(svd, side) for svd in found]) for side in ("U", "Vh"))
     left = top_logits(head.matrix, U.to(head.matrix.dtype), top)
     right = nearest(embedding, V.to(embedding.dtype), top)
@@ -135,12 +135,6 @@ def per_token(
         TokenSpectrum(i, svd, *(Ranked(side.ids[part], side.scores[part]) for side in (left, right)))
         for i, svd, part in zip(positions, found, rows, strict=True)
     ]
-
-
-def _signed(svd: SVD, along: Float[Tensor, " d"]) -> SVD:
-    """Flip each pair of vectors so that the left one points along a direction, and drop the axis of one position."""
-    sign = torch.where(svd.U @ along.to(svd.U) < 0, -1.0, 1.0).to(svd.U)[:, None]
-    return replace(svd, U=svd.U * sign, Vh=svd.Vh[:, 0] * sign)
 
 
 def tensors(found: Sequence[TokenSpectrum]) -> dict[str, Tensor]:

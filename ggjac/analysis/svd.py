@@ -1,4 +1,4 @@
-"""What the leading singular vectors of a detached Jacobian say, in tokens (Golden, arXiv 2505.24293, section 3.2).
+"""The leading singular vectors of a detached Jacobian, decoded to tokens (Golden, arXiv 2505.24293, section 3.2).
 
 Left vectors live where the LM head reads, and decode to the tokens they promote. Right vectors live in the input
 embeddings, one slice per position, and decode to the nearest tokens there.
@@ -6,7 +6,7 @@ embeddings, one slice per position, and decode to the nearest tokens there.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -129,7 +129,7 @@ def spectrum(
         found = jacobian.svd(
             rank, tol=tol, seed=seed, max_sweeps=max_sweeps, progress=lambda _, worst: history.append(worst)
         )
-        triplets = signed(jacobian, found)
+        triplets = found.pointing_along(jacobian.linear_output)
     U, Vh = triplets.U.to(head.matrix.dtype), triplets.Vh.to(embedding.dtype)
     return Spectrum(
         svd=triplets,
@@ -151,13 +151,6 @@ def sweeps_left(history: Sequence[float], sweep: int, tol: float) -> int:
         return max(0, EXPECTED_SWEEPS - sweep)
     per_sweep = math.log(history[0] / history[-1]) / (len(history) - 1)
     return max(0, math.ceil(math.log(history[-1] / tol) / per_sweep) - 1)
-
-
-def signed(jacobian: DetachedJacobian, triplets: SVD) -> SVD:
-    """Flip each pair of vectors so that the left one points along `J x`; a singular vector's own sign is arbitrary."""
-    along = triplets.U @ jacobian.linear_output.to(triplets.U.dtype)
-    sign = torch.where(along < 0, -1.0, 1.0).to(triplets.U)
-    return replace(triplets, U=triplets.U * sign[:, None], Vh=triplets.Vh * sign[:, None, None])
 
 
 def stable_rank(

@@ -209,6 +209,6 @@ def show_positions(entries: list[dict[str, Any]], largest: int = 3) -> None:
             )
         )
     of = {"token": "every input token", "layer": "every block's branches", "head": "every head and MLP"}
-    less = f", less the logit of {entries[0]['versus']['token']}" if entries[0]["versus"] else ""
+    less = f", minus the logit of {entries[0]['versus']['token']}" if entries[0]["versus"] else ""
     columns = ["#position", "token", "target", "#logit", "largest shares", "#sum of all"]
     table(f"Exact share of {of[entries[0]['by']]} in a logit at every position{less}", columns, rows)

@@ -1,4 +1,4 @@
-"""`ggjac bench`: what this machine does, beside what it could do at most."""
+"""`ggjac bench`: the throughput of this machine, and what limits it."""
 
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,10 @@ from ggjac.cli import options
 @options.device
 @options.output_format
 def bench(model: Path | None, threads: int | None, device: str, output_format: str) -> None:
-    """Measure this machine: disk, dequantization of the file's own types, multiplication, each beside its limit.
+    """Measure this machine: disk, dequantization of the file's own types, multiplication, each with its limit.
 
-    Dequantization cannot be faster than memory: its limit is what a copy moves. Products with few columns cannot be
-    faster than square ones. Takes some seconds.
+    Dequantization is limited by memory: it cannot move more bytes than a copy does. Products with few columns cannot be
+    faster than those of square matrices. Takes a few seconds.
 
     \b
     ggjac bench -m model.gguf
@@ -90,13 +90,13 @@ def bench(model: Path | None, threads: int | None, device: str, output_format: s
             f"{row['rate'] / 1e9:.3g} G{row['unit']}",
             "" if row["limit"] is None else f"{row['limit'] / 1e9:.3g}",
             "" if row["limit"] is None else f"{row['rate'] / row['limit']:.0%}",
-            row["limited_by"],
+            "" if row["limit"] is None else row["limited_by"],
         )
         for row in rows
     ]
-    render.table("This machine now", ["what", "#rate", "#limit", "#share", "of"], cells)
+    render.table("Measured throughput", ["operation", "#rate", "#limit", "#% of limit", "limited by"], cells)
 
 
 def _row(what: str, rate: float, unit: str, limit: float | None, limited_by: str) -> dict[str, Any]:
-    """Return one measurement as plain data; rates per second."""
+    """Return one measurement as plain data; rates are per second."""
     return {"what": what, "rate": rate, "unit": unit, "limit": limit, "limited_by": limited_by}

@@ -1,30 +1,32 @@
-"""`ggjac plan`: will it fit, and how long will it take. The memory part imports no torch."""
+"""`ggjac plan`: whether a command fits into memory, and how long it takes. The memory part imports no torch."""
 
 import click
 
+from ggjac.cli import COMMANDS, WITHOUT_PROMPT
 from ggjac.cli.options import ModelOptions, model_options, output_format, position
-from ggjac.planner.work import JOBS
 
 
 @click.command()
 @model_options()
 @position
-@click.option("-k", "--rank", type=click.IntRange(min=1), default=8, show_default=True, help="Triplets.")
+@click.option(
+    "-k", "--rank", type=click.IntRange(min=1), default=8, show_default=True, help="Number of singular triplets."
+)
 @click.option(
     "--for",
     "command",
-    type=click.Choice(list(JOBS)),
+    type=click.Choice([name for name in COMMANDS if name not in WITHOUT_PROMPT]),
     default="svd",
     show_default=True,
-    help="The command to plan, with its usual options; its own --dry-run takes others.",
+    help="Command to plan, with its default options; for others use its own --dry-run.",
 )
-@click.option("--no-bench", is_flag=True, help="Memory only: do not measure this machine for some two seconds.")
+@click.option("--no-bench", is_flag=True, help="Memory only: skip the measurement of this machine, about two seconds.")
 @output_format
 def plan(what: ModelOptions, position: int, rank: int, command: str, no_bench: bool, output_format: str) -> None:
-    """Tell whether a job fits and how long it takes: bytes per layer, peak memory, FLOP, sweeps, time.
+    """Predict whether a command fits into memory, and how long it takes: bytes per layer, peak memory, sweeps, time.
 
-    Nothing is computed but two seconds of measurements: this machine's disk, dequantization and multiplication. Exit
-    code 4 if the budget cannot work.
+    Nothing is computed except for two seconds of measurements of this machine: disk, dequantization and multiplication.
+    Exit code 4 if it does not fit into the budget.
 
     \b
     ggjac plan -m model.gguf -p "The bridge out of Marin is the" --ram-budget 2GiB

@@ -1,4 +1,4 @@
-"""A command's plan: made from its options, printed as a table or JSON. Imports no torch before it measures."""
+"""The plan of a command, from its options, printed as tables or JSON. Torch is imported only to measure the machine."""
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,7 +19,7 @@ PLACES = {
     "device": "quantized, on the device",
     "pinned": "quantized, in RAM",
 }
-# Options of commands that `ggjac.planner.work.Asked` has by the same name.
+# Options of commands that are fields of `ggjac.planner.work.Request` by the same name.
 _SAME = (
     *("rank", "by", "count", "contrast", "per_token", "shuffles", "maps", "kinds", "transport"),
     *("method", "layer", "max_tokens", "control"),
@@ -27,7 +27,7 @@ _SAME = (
 
 
 def dry_run(command: Callable) -> Callable:
-    """Add `--dry-run`: print the plan of the command in place of running it. Stands just below `model_options`."""
+    """Add `--dry-run`, which prints the plan of the command instead of running it; apply just below `model_options`."""
 
     def wrapped(what: ModelOptions, *, dry_run: bool, **rest: Any) -> Any:
         if not dry_run:
@@ -37,13 +37,18 @@ def dry_run(command: Callable) -> Callable:
 
     wrapped.__doc__, wrapped.__name__ = command.__doc__, command.__name__
     wrapped.__click_params__ = getattr(command, "__click_params__", [])  # type: ignore[attr-defined]
-    return click.option("--dry-run", is_flag=True, help="Show what it would take, and stop.")(wrapped)
+    words = "Print the memory and the sweeps that the command needs, and exit."
+    return click.option("--dry-run", is_flag=True, help=words)(wrapped)
 
 
 def show_plan(
     what: ModelOptions, command: str, params: Mapping[str, Any], *, bench: bool = True, output_format: str = "table"
 ) -> None:
-    """Print the plan of a command with its own options; exit with code 4 if it does not fit."""
+    """Print the plan of a command with its own options; exit with code 4 if it does not fit into the budget.
+
+    Raises:
+        NoFitError: it does not fit, after the tables are printed.
+    """
     from ggjac.cli import render
     from ggjac.planner import check
 
@@ -66,7 +71,7 @@ def show_plan(
 def _show_one(
     what: ModelOptions, command: str, params: Mapping[str, Any], *, bench: bool, output_format: str
 ) -> tuple["Plan", dict[str, Any]]:
-    """Print the plan for one file, or leave that to the caller; return it, also as plain data."""
+    """Make the plan for one file and print it if the format is a table; return it, also as plain data."""
     from ggjac.cli import render
     from ggjac.config import ModelConfig
     from ggjac.gguf import open_gguf
@@ -76,13 +81,14 @@ def _show_one(
     with open_gguf(what.model or demo_path()) as file:
         config = ModelConfig.from_metadata(file.metadata, {name: t.shape for name, t in file.tensors.items()})
         n, texts = _count_tokens(what, command, params, file, config)
-        asked = asked_by(params, config.block_count) | texts
-        made = make_plan(what, file, config, n, command, asked, device_kind(what.device))
+        request = requested(params, config.block_count) | texts
+        made = make_plan(what, file, config, n, command, request, device_kind(what.device))
         if output_format == "table":
             _show_memory(made, file.path)
         content = plan_data(made) | {"schema_version": 1, "path": str(file.path)}
         if bench and made.fits:
             from ggjac.planner import bench as measure
+            from ggjac.planner import seconds
             from ggjac.planner.machine import cached_bytes
 
             device = "cpu" if made.device == "cpu" else what.device.replace("auto", "cuda")
@@ -91,19 +97,19 @@ def _show_one(
             except ValueError as error:
                 content["not_measured"] = str(error)
                 if output_format == "table":
-                    render.line(f"Time is not measured: {error}")
+                    render.line(f"Time is not predicted: {error}")
                 return made, content
             rates = measure.measure(
                 file,
                 made.columns,
                 made.trace.types,
-                dtype=made.job.dtype,
+                dtype=made.work.dtype,
                 threads=what.threads,
                 device=device,
             )
             cached = [cached_bytes(path) for path in file.paths]
             known = None if None in cached else sum(filter(None, cached))
-            times = made.seconds(rates, cached=known)
+            times = seconds(made, rates, cached=known)
             content |= {"rates": rates.data(), "times": times_data(times)}
             if output_format == "table":
                 _show_times(made, times, rates.lines())
@@ -111,11 +117,11 @@ def _show_one(
 
 
 def check_device(name: str) -> None:
-    """Refuse a device that cannot be measured here.
+    """Check that a device can be measured on this machine.
 
     Raises:
-        click.UsageError: there is no device of that name.
-        ValueError: there is, but not here.
+        click.UsageError: the name is not that of a device.
+        ValueError: the device is not available here.
     """
     from ggjac.model import DeviceError, find_device
 
@@ -125,8 +131,8 @@ def check_device(name: str) -> None:
         raise click.UsageError(f"--device: {error}") from error
 
 
-def asked_by(params: Mapping[str, Any], blocks: int) -> dict[str, Any]:
-    """Return the fields of `ggjac.planner.work.Asked` that a command's options give, for a model of `blocks` blocks."""
+def requested(params: Mapping[str, Any], blocks: int) -> dict[str, Any]:
+    """Return the fields of `ggjac.planner.work.Request` that a command's options set, for `blocks` blocks."""
     found: dict[str, Any] = {"rank": 1} | {name: params[name] for name in _SAME if params.get(name) is not None}
     if "strengths" in params:
         found["strengths"] = len(params["strengths"])
@@ -141,14 +147,14 @@ def asked_by(params: Mapping[str, Any], blocks: int) -> dict[str, Any]:
 
 
 def make_plan(
-    what: ModelOptions, file: Any, config: Any, n: int, command: str, asked: Mapping[str, Any], device: str
+    what: ModelOptions, file: Any, config: Any, n: int, command: str, request: Mapping[str, Any], device: str
 ) -> "Plan":
-    """Return the plan of a command; `asked` is from `asked_by`.
+    """Return the plan of a command; `request` is from `requested`.
 
-    Dense rows come all at once if the memory allows it; tapes go to the `--trace` folder only if they must.
+    Dense rows are computed in one sweep if the memory allows it; tapes go to the `--trace` folder only if they must.
 
     Raises:
-        click.UsageError: the prompt is too long, or rank or position are out of range.
+        click.UsageError: the prompt is too long, or an option is out of range.
     """
     import os
 
@@ -162,7 +168,7 @@ def make_plan(
             command,
             n,
             what.dtype,
-            asked,
+            request,
             mlp_path=what.mlp_path,
             device=device,
             threads=what.threads or os.cpu_count() or 1,
@@ -176,9 +182,12 @@ def make_plan(
 def _count_tokens(
     what: ModelOptions, command: str, params: Mapping[str, Any], file: Any, config: Any
 ) -> tuple[int, dict[str, int]]:
-    """Return the tokens of a command's trace, and of its other texts what the plan must know.
+    """Return the number of tokens of a command's trace, and the fields of its request on other texts.
 
-    A text is tokenized by llama.cpp, token ids need nothing.
+    A text is tokenized by llama.cpp; token ids are only counted.
+
+    Raises:
+        click.UsageError: a prompt is empty, or a token id is out of range.
     """
     from ggjac.tokenizer import open_tokenizer
 
@@ -214,10 +223,10 @@ def _count_tokens(
 def plan_data(made: "Plan") -> dict[str, Any]:
     """Return a plan as plain data: bytes, weights, FLOP."""
     return {
-        "command": made.job.name,
-        "tokens": made.job.n,
-        "prompts": made.job.prompts,
-        "dtype": made.job.dtype,
+        "command": made.work.command,
+        "tokens": made.work.n,
+        "prompts": made.work.prompts,
+        "dtype": made.work.dtype,
         "mlp_path": made.mlp_path,
         "device": made.device,
         "sweeps": [
@@ -225,12 +234,12 @@ def plan_data(made: "Plan") -> dict[str, Any]:
                 "what": step.what,
                 "count": step.count,
                 "vectors": step.vectors,
-                "bytes": made.over(step.over).nbytes,
-                "flop": step.vectors * made.over(step.over).flop,
+                "bytes": made.sweep_of(step.region).nbytes,
+                "flop": step.vectors * made.sweep_of(step.region).flop,
             }
-            for step in made.job.sweeps
+            for step in made.work.sweeps
         ],
-        "lookups": [asdict(step) | {"bytes": made.lookup(step).nbytes} for step in made.job.lookups],
+        "lookups": [asdict(step) | {"bytes": made.lookup(step).nbytes} for step in made.work.lookups],
         "layers": [
             {
                 "index": layer.index,
@@ -269,13 +278,13 @@ def times_data(times: "Times") -> dict[str, Any]:
 
 
 def _alike(layers: Sequence["LayerPlan"]) -> Iterator[tuple[str, "LayerPlan"]]:
-    """Yield sorts of layers that differ in nothing but their number: `0-3, 7` and the first of them."""
-    sorts: dict[tuple, list[LayerPlan]] = {}
+    """Yield groups of layers that differ only in their index: a label such as `0-3, 7`, and the first of them."""
+    groups: dict[tuple, list[LayerPlan]] = {}
     for layer in layers:
         passes = layer.sweep.nbytes, layer.sweep.flop, layer.trace.nbytes
         facts = layer.stored_bytes, *passes, layer.dense_bytes, layer.tape_bytes, layer.place
-        sorts.setdefault(facts, []).append(layer)
-    for alike in sorts.values():
+        groups.setdefault(facts, []).append(layer)
+    for alike in groups.values():
         spans: list[list[int]] = []
         for layer in alike:
             if spans and layer.index == spans[-1][1] + 1:
@@ -286,20 +295,20 @@ def _alike(layers: Sequence["LayerPlan"]) -> Iterator[tuple[str, "LayerPlan"]]:
 
 
 def _tokens(made: "Plan") -> str:
-    """Name what is traced."""
-    n, prompts = made.job.n, made.job.prompts
+    """Return the number and length of the prompts as text."""
+    n, prompts = made.work.n, made.work.prompts
     return f"{n} tokens" if prompts == 1 else f"{prompts} prompts of up to {n} tokens"
 
 
 def _show_memory(made: "Plan", path: Path) -> None:
-    """Print layers, memory and the verdict."""
+    """Print the tables of layers, sweeps and memory, and whether the plan fits."""
     from ggjac.cli import render
     from ggjac.gguf import shown
     from ggjac.units import size
 
     render.line(
-        f"{shown(path)}: {size(made.file_bytes)}, {len(made.layers)} layers; ggjac {made.job.name}, {_tokens(made)}, "
-        f"{made.job.dtype}, on the {'CPU' if made.device == 'cpu' else 'GPU'}"
+        f"{shown(path)}: {size(made.file_bytes)}, {len(made.layers)} layers; ggjac {made.work.command}, "
+        f"{_tokens(made)}, {made.work.dtype}, on the {'CPU' if made.device == 'cpu' else 'GPU'}"
     )
     render.line("")
     rows = [
@@ -315,59 +324,53 @@ def _show_memory(made: "Plan", path: Path) -> None:
         )
         for name, layer in _alike(made.layers)
     ]
-    columns = ["layer", "#stored", "#a sweep reads", "#live weights", "#dense", "#tape", "#GFLOP/vector", "waits"]
-    render.table("Each layer", columns, rows)
+    columns = ["layer", "#stored", "#read per sweep", "#live weights", "#dense", "#tape", "#GFLOP/vector", "kept"]
+    render.table("Layers", columns, rows)
     sweeps = [
         (
             step.what,
-            step.count * made.job.prompts,
+            step.count * made.work.prompts,
             step.vectors,
-            size(made.over(step.over).nbytes),
-            f"{step.vectors * made.over(step.over).flop / 1e9:.3g}",
+            size(made.sweep_of(step.region).nbytes),
+            f"{step.vectors * made.sweep_of(step.region).flop / 1e9:.3g}",
         )
-        for step in made.job.sweeps
+        for step in made.work.sweeps
     ]
     if sweeps:
-        columns = ["for", "#sweeps", "#stacked vectors", "#each reads", "#GFLOP each"]
+        columns = ["purpose", "#sweeps", "#stacked vectors", "#read per sweep", "#GFLOP per sweep"]
         render.table(f"Sweeps (the trace reads {size(made.trace.nbytes)})", columns, sweeps)
     for kind, parts, needed, peak, budget in (
-        ("Memory", made.ram, made.ram_needed, made.ram_peak, made.budget.ram),
-        ("Device memory", made.vram, made.vram_needed, made.vram_peak, made.budget.vram),
+        ("memory", made.ram, made.ram_needed, made.ram_peak, made.budget.ram),
+        ("device memory", made.vram, made.vram_needed, made.vram_peak, made.budget.vram),
     ):
         if parts:
             sums = [*parts.items(), ("needed", needed), ("layers kept ready", peak - needed), ("peak", peak)]
             sums += [] if budget is None else [("budget", budget)]
-            render.table(f"{kind} at the peak", ["part", "#size"], [(part, size(nbytes)) for part, nbytes in sums])
+            render.table(f"Peak {kind}", ["part", "#size"], [(part, size(nbytes)) for part, nbytes in sums])
     if made.fits:
         render.line("Fits.")
 
 
 def _show_times(made: "Plan", times: "Times", rates: Sequence[str]) -> None:
-    """Print the time part."""
+    """Print the predicted times, and the rates that they follow from."""
     from ggjac.cli import render
+    from ggjac.units import duration
 
     render.line("")
     bus = made.device != "cpu"
     shares = ["disk", *(["bus"] if bus else []), "dequantize", "gemm", "writes", "calls", "each", "total"]
     rows = [(part.what, part.count, *(_seconds(getattr(part, name)) for name in shares)) for part in times.parts]
-    columns = ["part", "#times", *("#multiply" if name == "gemm" else f"#{name}" for name in shares)]
-    slowest = "slowest of disk, of the bus to a device, and" if bus else "slower of disk and"
-    title = f"Time in seconds: the {slowest} of dequantizing, then multiplying, then writing products"
-    render.table(title, columns, rows)
-    render.line(f"In all about {_duration(times.total)}, for the sweeps that are usual; tolerance and spectrum decide.")
+    names = {"gemm": "multiply", "each": "per pass"}
+    columns = ["part", "#passes", *(f"#{names.get(name, name)}" for name in shares)]
+    overlap = "disk and bus overlap" if bus else "disk overlaps"
+    render.table(f"Time in seconds; {overlap} with the sum of dequantize, multiply and writes", columns, rows)
+    render.line(
+        f"Total: about {duration(times.total)} for a typical number of sweeps; the actual number depends on tolerance "
+        "and spectrum."
+    )
     for text in rates:
         render.line(f"  {text}")
 
 
 def _seconds(value: float) -> str:
     return f"{value:.3g}" if value < 100 else f"{value:.0f}"
-
-
-def _duration(seconds: float) -> str:
-    """Return a time for people."""
-    for unit, length in (("hours", 3600), ("minutes", 60)):
-        if seconds >= 2 * length:
-            return f"{seconds / length:.1f} {unit}"
-    if seconds < 1:  # then starting up is what takes time
-        return "a second"
-    return f"{seconds:.2g} seconds"

@@ -4,37 +4,45 @@ For input embeddings `x` and the output `y` (one position after the final norm, 
 
     y = J x + offset,    J = Scale(norm) @ block[L-1] @ ... @ block[0]    (Golden, arXiv 2505.24293, eq. 2 and 15)
 
-with the blocks of `ggjac.blocks`, frozen at the prompt. `offset` is what biases contribute; it is exactly zero for
-models without biases on the live path.
+with the blocks of `ggjac.blocks`, frozen at the prompt. `offset` is the contribution of the biases; it is exactly zero
+for models without biases on the live path. The paper is *Large Language Models are Locally Linear Mappings*; version 3,
+TMLR, October 2025: *Equivalent Linear Mappings of Large Language Models*.
 
-A map may also begin at a later block and end at a tap inside the network. `SharedSweep` carries the vectors of many
+A map may also start at a later block and end at a tap inside the network. `SharedSweep` carries the vectors of many
 such maps through the blocks together, so that each weight is dequantized once for all of them.
 """
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ggjac.blocks import MlpPath
 from ggjac.jacobian.sweep import FrozenNetwork, SharedSweep, Span, Tap
 from ggjac.linop import Homogeneous, LinearOperator, Select
-from ggjac.sizes import CHUNK_BYTES, SLICE, chunk_floats
+from ggjac.runs.journal import Journal
+from ggjac.sizes import CHUNK_BYTES, SLICE, MlpPath, chunk_floats
 from ggjac.svd import SVD, svd
 
 
 class Progress(Protocol):
-    """How an analysis reports what it does."""
+    """A callback through which an analysis reports progress."""
 
     def __call__(self, what: str, done: int, total: int, rounds: int = 0) -> None:
-        """Take a detail, the steps done and their total, and how many further rounds of `total` steps are expected."""
+        """Report progress.
+
+        Args:
+            what: a detail, such as the number of the sweep.
+            done: steps done of this round.
+            total: steps of a round.
+            rounds: further rounds that are expected.
+        """
 
 
-# Reconstruction error within which a dtype's arithmetic is healthy.
+# The largest reconstruction error that is healthy in each dtype.
 HEALTHY = {torch.float64: 1e-13, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-2}
 
 
@@ -46,14 +54,23 @@ class DetachedJacobian(LinearOperator):
 
     Attributes:
         ids: the `n` token ids.
-        position: which output position this is, counted from 0.
-        span: from which depth to which tap; by default from the embeddings to the output.
+        position: the output position, counted from 0.
+        span: start and end of the map; by default from the embeddings to the output.
         mlp_path: the freezing rule of gated feed-forwards, `"up"` or `"gate"`.
-        sweep: what carries the vectors; its `progress` may be set.
+        sweep: computes the products; its `journal` records them, if there is one.
         chunk_bytes: working memory that a chunk of dense rows may take.
     """
 
-    def __init__(self, network: FrozenNetwork, position: int, span: Span | None = None, *, raw: bool = False):
+    def __init__(
+        self,
+        network: FrozenNetwork,
+        position: int,
+        span: Span | None = None,
+        *,
+        raw: bool = False,
+        journal: Journal | None = None,
+        chunk_bytes: int = CHUNK_BYTES,
+    ):
         n, d = network.x.shape
         self.in_shape, self.out_shape = (n, d), (d,)
         self.dtype, self.device = network.x.dtype, network.x.device
@@ -61,8 +78,8 @@ class DetachedJacobian(LinearOperator):
         self.end = Tap("layer", len(network.tapes))
         self.span = span or Span(0, self.end)
         self.mlp_path: MlpPath = network.frame.mlp_path
-        self.sweep = SharedSweep(network, [self.span], position, raw=raw)
-        self.chunk_bytes = CHUNK_BYTES
+        self.sweep = SharedSweep(network, [self.span], position, raw=raw, journal=journal)
+        self.chunk_bytes = chunk_bytes
 
     @property
     def progress(self) -> Callable[[int, int], None] | None:
@@ -97,68 +114,89 @@ class DetachedJacobian(LinearOperator):
         return super().rows(chunk or self.rows_at_once())
 
     def slices(self) -> Iterator[tuple[int, Tensor]]:
-        """Yield `(start, rows)`, the rows of `rows()` a few at a time: then copies in float64 take little memory."""
+        """Yield `(start, rows)`: the rows of `rows()`, a few at a time, so that float64 copies take little memory."""
         for start, _, rows in self.rows():
             for i, part in enumerate(rows.split(SLICE)):
                 yield start + i * SLICE, part
-            del rows, part  # before the next ones are there
+            del rows, part  # before the next ones are computed
 
     def at_position(self, i: int) -> LinearOperator:
-        """Return the part of the map that reads input position `i` alone, `J_i`: `[1, d]` to `[d]`."""
+        """Return `J_i`, the part of the map that reads input position `i` alone: `[1, d]` to `[d]`."""
         n, d = self.in_shape
         return self @ Select(torch.tensor([i]), n, d, dtype=self.dtype, device=self.device).T
 
     def rows_at_once(self, maps: int = 1) -> int:
-        """Return how many rows, of each of several such maps, fit into `chunk_bytes` on their way; at least one."""
+        """Return how many dense rows of each of several such maps fit into `chunk_bytes` while computed; at least 1."""
         n, d = self.in_shape
         floats = chunk_floats(n, d, self.network.frame.config.hidden_units)
         return max(1, self.chunk_bytes // (floats * self.dtype.itemsize * maps))
 
-    def svd(self, rank: int, **options: Any) -> SVD:
-        """Return the leading singular triplets of the `[d, n d]` matrix; options as `ggjac.svd.svd` takes them."""
-        return svd(self, rank, **options)
+    def svd(
+        self,
+        rank: int,
+        *,
+        tol: float = 1e-3,
+        max_sweeps: int = 40,
+        block: int | None = None,
+        seed: int = 0,
+        progress: Callable[[int, float], None] | None = None,
+    ) -> SVD:
+        """Return the leading singular triplets of the `[d, n d]` matrix.
+
+        Args:
+            rank: number of triplets.
+            tol: relative residual to reach in every triplet.
+            max_sweeps: limit on the number of products with the map or its transpose.
+            block: stacked vectors per sweep; default `ggjac.sizes.block_width(rank, n * d)`.
+            seed: seed of the random start vectors.
+            progress: called after each sweep with the sweep count and the worst relative residual known so far.
+
+        Raises:
+            ValueError: an argument is out of range, or a product is not finite.
+        """
+        return svd(self, rank, tol=tol, max_sweeps=max_sweeps, block=block, seed=seed, progress=progress)
 
     @cached_property
     def x(self) -> Float[Tensor, "n d"]:
-        """The map's input at this prompt: the embeddings, or the stream after `path.start` blocks."""
+        """The map's input at this prompt: the embeddings, or the residual stream after `span.start` blocks."""
         return self.network.tapes[self.span.start].x
 
     @cached_property
     def output(self) -> Float[Tensor, " d"]:
-        """What the map yields at this prompt, offset included: the forward pass's own where it reaches the end."""
+        """The map's output at this prompt, offset included; if it ends at the output, that of the forward pass."""
         if self.span.tap == self.end and not self.sweep.raw:
             return self.network.outputs[self.position]
         return self.matmat(self.x[None], self.x.new_ones(1))[0]
 
     @property
     def linear_output(self) -> Float[Tensor, " d"]:
-        """`J x`: what the linear part alone reproduces of the output; in float32 at least."""
+        """`J x`, the output of the linear part alone; in float32 at least."""
         return self._pushed[:2].to(torch.promote_types(self.dtype, torch.float32)).sum(0)
 
     @property
     def offset(self) -> Float[Tensor, " d"]:
-        """`y - J x`, computed by pushing the biases through the frozen blocks; zero where there are none."""
+        """`y - J x`, computed by pushing the biases through the frozen blocks; zero if there are none."""
         return self._pushed[2]
 
     @property
     def reconstruction_error(self) -> float:
-        """`‖J x + offset - y‖ / ‖y‖`. Small by construction: a health check of the arithmetic, no evidence.
+        """`‖J x + offset - y‖ / ‖y‖`. Small by construction: a health check of the arithmetic, not evidence.
 
-        `J x` is the sum of two products, with the even and with the odd positions of `x`. One product would repeat the
-        forward pass bit by bit, and show nothing of what the dtype costs.
+        `J x` is the sum of two products, with the even and with the odd positions of `x`. A single product would repeat
+        the forward pass bit by bit, and hide the rounding error of the dtype.
         """
         wide = [part.cpu().double() for part in (self.linear_output, self.offset, self.output)]
         return float((wide[0] + wide[1] - wide[2]).norm() / wide[2].norm())
 
     @property
     def reconstruction_limit(self) -> float:
-        """The reconstruction error that is healthy in this dtype; 16-bit rounding adds up over more than 32 blocks."""
+        """The largest healthy reconstruction error in this dtype; in 16 bit it grows with depth beyond 32 blocks."""
         blocks = self.span.tap.index - self.span.start
         return HEALTHY[self.dtype] * (max(1.0, (blocks / 32) ** 0.5) if self.dtype.itemsize == 2 else 1.0)
 
     @cached_property
     def _pushed(self) -> Float[Tensor, "3 d"]:
-        """Both halves of `J x`, and `offset`: inputs `x` even, `x` odd and 0, with homogeneous coordinates 0, 0, 1."""
+        """Both halves of `J x`, and `offset`: inputs `x` even, `x` odd and 0, at homogeneous coordinates 0, 0 and 1."""
         even = torch.zeros_like(self.x)
         even[::2] = self.x[::2]
         return self.matmat(

@@ -1,8 +1,8 @@
-"""The ordinary Jacobian of one prompt, `∂y/∂x` with nothing frozen: what the detached one is contrasted with.
+"""The ordinary Jacobian of one prompt, `∂y/∂x` with nothing frozen, for contrast with the detached one.
 
-There is no second model. A block is recorded at its input (`ggjac.blocks`), and recording applies what it has recorded:
-differentiated by autograd, with everything live, that is the ordinary Jacobian of the block. Products go block by
-block, so that only one block's graph exists at a time; it keeps no weights (see `_Forgetful`).
+There is no second model. Recording a block at its input (`ggjac.blocks`) also applies it: differentiated by autograd,
+with everything live, that is the ordinary Jacobian of the block. Products go block by block, so that only one block's
+graph exists at a time; it keeps no weights (see `_Forgetful`).
 """
 
 from collections.abc import Callable, Iterator
@@ -14,21 +14,21 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ggjac.blocks import BlockWeights, WeightMatrix, record_attention, record_ffn
+from ggjac.blocks import BlockWeights, WeightMatrix, record_block
 from ggjac.jacobian import FrozenNetwork
 from ggjac.linop import Homogeneous, LinearOperator
 from ggjac.sizes import CHUNK_BYTES
 
 
 class OrdinaryJacobian(LinearOperator):
-    """The derivative of one output vector `[d]` by all input embeddings `[n, d]`, exact (autograd, no differences).
+    """The derivative of one output vector `[d]` by all input embeddings `[n, d]`, exact (by autograd).
 
     `matmat` is forward mode, upwards, and `rmatmat` reverse mode, downwards; each block is computed again at the input
-    that its tape holds. Either reads every weight once or twice, whatever the number of stacked vectors. For `k` of
+    in its tape. Either reads every weight once or twice, whatever the number of stacked vectors. For `k` of
     them, memory is about `k` times one block's activations, attention scores (heads x n²) among them.
 
     Attributes:
-        position: which output position this is, counted from 0; later positions have no influence.
+        position: the output position, counted from 0; later positions have no influence.
         progress: if set, called as `progress(done, total)` after each block of a product.
         chunk_bytes: working memory that a chunk of dense rows may take.
     """
@@ -45,8 +45,8 @@ class OrdinaryJacobian(LinearOperator):
         self._blocks = network.frame.config.block_count
 
     def matmat(self, X: Float[Tensor, "k n d"], t: Homogeneous = None) -> Float[Tensor, "k d"]:
-        """Return `J x` for stacked tangents; a derivative has no constant term, so `t` says nothing."""
-        H = X[:, : self.position + 1].to(self.device, self.dtype)
+        """Return `J x` for stacked tangents; a derivative has no constant term, so `t` is ignored."""
+        H = X[:, : self.position + 1].to(self.device, self.dtype)  # [k, m, d]
         for i in range(self._blocks):
             H = _pushed(self._block(i, self.network.weights(i)), self._stream(i), H)
             self._report(i + 1)
@@ -54,7 +54,7 @@ class OrdinaryJacobian(LinearOperator):
 
     def rmatmat(self, Y: Float[Tensor, "k d"]) -> Float[Tensor, "k n d"]:
         """Return `Jᵀ y` for stacked cotangents."""
-        H = _pulled(self._norm, self._last_stream, Y.to(self.device, self.dtype))
+        H = _pulled(self._norm, self._last_stream, Y.to(self.device, self.dtype))  # [k, m, d]
         for done, i in enumerate(reversed(range(self._blocks)), start=1):
             weights = _Forgetful(self.network.weights(i))
             H = _pulled(self._block(i, weights), self._stream(i), H, weights.forgetting())
@@ -72,7 +72,7 @@ class OrdinaryJacobian(LinearOperator):
 
     @cached_property
     def _last_stream(self) -> Float[Tensor, "m d"]:
-        """The stream after all blocks, which no tape holds."""
+        """The residual stream after all blocks, which is on no tape."""
         i = self._blocks - 1
         return self._block(i, self.network.weights(i))(self._stream(i))
 
@@ -84,13 +84,12 @@ class OrdinaryJacobian(LinearOperator):
         """Return block `i` as a function of its input `[m, d]`."""
 
         def block(h: Float[Tensor, "m d"]) -> Float[Tensor, "m d"]:
-            middle = h + record_attention(w, self._frame, i, h).added
-            return middle + record_ffn(w, self._frame, i, h if self._frame.config.row.parallel else middle).added
+            return record_block(w, self._frame, i, h).out
 
         return block
 
     def _norm(self, h: Float[Tensor, "m d"]) -> Float[Tensor, " d"]:
-        """Apply the final norm at the last position reached."""
+        """Apply the final norm at the output's position."""
         return self.network.freeze_norm(h[-1:]).apply(h[-1:])[0]
 
     def _report(self, done: int) -> None:
@@ -130,7 +129,7 @@ def _pulled(
 
 
 class _Tile(NamedTuple):
-    """What a graph keeps in place of a tile: where it comes from, and as which view of it the graph had it."""
+    """A saved tile, as a graph keeps it: the rows of the matrix to read again, and the view that the graph had."""
 
     matrix: WeightMatrix
     shape: torch.Size
@@ -139,9 +138,9 @@ class _Tile(NamedTuple):
 
 
 class _Forgetful:
-    """The tensors of a block, none of whose tiles a graph keeps: they are read again when its backward pass needs them.
+    """The tensors of a block, whose tiles no graph keeps: they are read again when the backward pass needs them.
 
-    A graph that saved them would hold the block dense, or, where tiles share a scratch buffer, the wrong numbers.
+    A graph that saved them would keep the block dense, or the wrong numbers where tiles share a scratch buffer.
     """
 
     def __init__(self, weights: BlockWeights):
@@ -152,15 +151,15 @@ class _Forgetful:
         return name in self._weights
 
     def matrix(self, name: str, expert: int | None = None) -> WeightMatrix:
-        """Return a matrix whose tiles are recognised when a graph wants to save them."""
+        """Return a matrix whose tiles are recognised when a graph saves them."""
         return _Lent(self._weights.matrix(name, expert), self._on_loan)
 
     def vector(self, name: str, expert: int | None = None) -> Tensor:
-        """Return a small tensor; it is nobody's scratch, and may be kept."""
+        """Return a small dense tensor; it is not in a scratch buffer, so that a graph may keep it."""
         return self._weights.vector(name, expert)
 
     def wide_vector(self, name: str) -> Tensor:
-        """Return a small tensor in float32 at least."""
+        """Return a small dense tensor in float32 at least."""
         return self._weights.wide_vector(name)
 
     def forgetting(self) -> AbstractContextManager:
@@ -170,7 +169,7 @@ class _Forgetful:
     def _pack(self, saved: Tensor) -> Tensor | _Tile:
         matrix = self._on_loan.get(saved.untyped_storage().data_ptr())
         if matrix is None:
-            return saved.detach()  # itself, it would hold on to the node that saves it
+            return saved.detach()  # the tensor itself would keep alive the node that saves it
         return _Tile(matrix, saved.shape, saved.stride(), int(saved.storage_offset()))
 
 
@@ -182,14 +181,14 @@ def _unpack(kept: Tensor | _Tile) -> Tensor:
 
 
 class _Lent:
-    """A matrix that notes which of its rows are out as a tile."""
+    """A matrix that notes the address of the tile in use."""
 
     def __init__(self, matrix: WeightMatrix, on_loan: dict[int, WeightMatrix]):
         self._matrix, self._on_loan = matrix, on_loan
         self.shape, self.dtype, self.device = matrix.shape, matrix.dtype, matrix.device
 
     def tiles(self) -> Iterator[tuple[int, int, Tensor]]:
-        """Yield the tiles, noting each until the next one is asked for."""
+        """Yield the tiles, noting each until the next one is requested."""
         for start, stop, tile in self._matrix.tiles():
             address = tile.untyped_storage().data_ptr()
             self._on_loan[address] = self._matrix.rows(start, stop)
@@ -197,13 +196,13 @@ class _Lent:
             del self._on_loan[address]
 
     def read_ahead(self) -> None:
-        """Pass the hint on."""
+        """Prefetch the matrix."""
         self._matrix.read_ahead()
 
     def rows(self, start: int, stop: int) -> WeightMatrix:
-        """Return rows of the matrix, lent out likewise."""
+        """Return rows of the matrix, tracked likewise."""
         return _Lent(self._matrix.rows(start, stop), self._on_loan)
 
     def columns(self, start: int, stop: int) -> WeightMatrix:
-        """Return columns of the matrix, lent out likewise."""
+        """Return columns of the matrix, tracked likewise."""
         return _Lent(self._matrix.columns(start, stop), self._on_loan)

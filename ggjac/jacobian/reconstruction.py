@@ -1,4 +1,4 @@
-"""How well a map reproduces the forward pass: a health check of the arithmetic, and not evidence (see `detached`)."""
+"""How well a map reproduces the forward pass: a health check of the arithmetic, not evidence (see `detached`)."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -9,11 +9,11 @@ from ggjac.results import NO_WORDS, Result, Words
 
 @dataclass(frozen=True)
 class Reconstruction(Result):
-    """The reconstruction error of a map, and what is healthy.
+    """The reconstruction error of a map, and its healthy limit.
 
     Attributes:
         error: `‖J x + offset - y‖ / ‖y‖`.
-        limit: the error that is healthy in this dtype.
+        limit: the largest healthy error in this dtype.
         offset_norm: `‖offset‖`, 0 where no bias is on the live paths.
         output_norm: `‖y‖`.
     """
@@ -46,7 +46,7 @@ def reconstruction(
 
     Args:
         jacobian: the map.
-        error: a reconstruction error that is known already, as from the dense matrix.
+        error: the reconstruction error, if it is already known, as from the dense matrix.
         progress: called as `progress("block", done, total)`.
     """
     with jacobian.reporting(progress):

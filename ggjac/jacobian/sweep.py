@@ -1,6 +1,10 @@
-"""One pass over the streamed blocks for the vectors of many maps: each weight is dequantized once for all of them."""
+"""One pass over the streamed blocks for the vectors of many maps: each weight is dequantized once for all of them.
 
-from collections.abc import Callable, Iterator, Sequence
+The vectors of all maps travel in one stack. On the way up, a vector joins the stack at the block where its map starts,
+and leaves it at the map's tap; on the way down it is the other way round.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import accumulate
@@ -14,8 +18,13 @@ from ggjac.blocks import BlockWeights, Frame, FrozenBlock, NormTape, block
 from ggjac.decode import Head
 from ggjac.jacobian.tapes import Tapes
 from ggjac.linop import Identity, LinearOperator
-from ggjac.runs.journal import Journal
+from ggjac.runs.journal import Journal, Product
 from ggjac.weights import Weight
+
+Kind = Literal["layer", "attn", "mlp"]
+
+# The taps of a block in the order in which cotangents pass them.
+DOWNWARDS: tuple[Kind, ...] = ("layer", "mlp", "attn")
 
 
 @dataclass(frozen=True, order=True)
@@ -23,33 +32,33 @@ class Tap:
     """A place in the network where a map may end: one vector at one position.
 
     Attributes:
-        kind: `"layer"`: the stream after `index` blocks. `"attn"`, `"mlp"`: what that branch of the `index`-th block
-            (counted from 1) adds to the stream, after any post-norm.
-        index: number of blocks applied, the tap's own included.
+        kind: `"layer"`: the residual stream after `index` blocks. `"attn"`, `"mlp"`: what that branch of the
+            `index`-th block (counted from 1) adds to the stream, after any post-norm.
+        index: number of blocks applied, including the tap's own.
     """
 
-    kind: Literal["layer", "attn", "mlp"]
+    kind: Kind
     index: int
 
 
 class Span(NamedTuple):
-    """A map from the stream after `start` blocks to a tap."""
+    """A map's start and end: from the residual stream after `start` blocks to a tap."""
 
     start: int
     tap: Tap
 
 
 class FrozenNetwork(NamedTuple):
-    """What a trace leaves of the network, as products need it.
+    """The network as frozen by a trace, with all that products need.
 
     Attributes:
-        weights: gives the tensors of a block.
-        tapes: what is frozen in each block; asked for when a sweep gets there, so that they may live on a disk.
-        frame: what the blocks share, the freezing rule among it.
+        weights: returns the tensors of a block.
+        tapes: the frozen quantities of each block; read when a sweep arrives there, so that they may be on a disk.
+        frame: settings shared by all blocks, such as the freezing rule.
         freeze_norm: freezes the final norm at any stream `[m, d]`.
         norm: the final norm, frozen at the prompt's own last stream.
         x: `[n, d]`, input of block 0: embeddings after any scaling.
-        outputs: `[n, d]`, the forward pass's outputs after the final norm.
+        outputs: `[n, d]`, outputs of the forward pass, after the final norm.
         ids: the `n` token ids.
         head: the LM head, which decodes outputs.
         embedding: `[v, d]`, the input embeddings, to which inputs are compared.
@@ -68,19 +77,27 @@ class FrozenNetwork(NamedTuple):
 
 
 class SharedSweep:
-    """The maps of several paths, applied in one pass over the weights.
+    """The maps of several spans, applied in one pass over the weights.
 
-    Vectors join the stack where their path starts and leave it at their tap, each seen through the final norm frozen at
-    the tap's own vector (as a logit lens sees it) unless `raw`. Positions after `position` have no influence (attention
-    is causal): they are left out, and their part of a result is zero.
+    Each vector is read through the final norm, frozen at the tap's own vector (as in a logit lens), unless `raw`.
+    Positions after `position` have no influence (attention is causal): they are left out, and their part of a result is
+    zero.
 
     Attributes:
         progress: if set, called as `progress(done, total)` after each block of a pass.
-        journal: if set, products are remembered there, and those of an earlier attempt are not computed again.
+        journal: if set, products are recorded there, and those recorded by an earlier attempt are not computed again.
         flop: floating-point operations so far, multiplications by matrices only.
     """
 
-    def __init__(self, network: FrozenNetwork, spans: Sequence[Span], position: int, *, raw: bool = False):
+    def __init__(
+        self,
+        network: FrozenNetwork,
+        spans: Sequence[Span],
+        position: int,
+        *,
+        raw: bool = False,
+        journal: Journal | None = None,
+    ):
         for start, tap in spans:
             if not 0 <= start < tap.index <= len(network.tapes):
                 raise ValueError(
@@ -91,121 +108,74 @@ class SharedSweep:
         self.n, self.d = network.x.shape
         self.order = [i for i in range(len(network.tapes)) if any(start <= i < tap.index for start, tap in spans)]
         self.progress: Callable[[int, int], None] | None = None
-        self.journal: Journal | None = None
+        self.journal = journal
         self.flop = 0
 
     def up(
         self, X: Sequence[Float[Tensor, "_ n d"]], t: Sequence[Float[Tensor, " _"]] | None = None
     ) -> list[Float[Tensor, "_ d"]]:
-        """Return `A x + t b` of every path for its own stacked vectors: `[k, n, d]` to `[k, d]`, `k` as they like."""
-        x, sizes = self.network.x, [len(part) for part in X]
-        H = x.new_zeros(0, self.position + 1, self.d)
-        owners: list[int] = []
-        out: dict[int, Tensor] = {}
-
-        def homogeneous() -> Tensor | None:
-            return None if t is None else torch.cat([x.new_zeros(0), *(t[j].to(x) for j in owners)])
-
-        def leave(tap: Tap, found: Tensor, *carried: Tensor) -> list[Tensor]:
-            """Take the results of paths that end here from the last position of `found`; the rest stays on board."""
-            nonlocal owners
-            rows = _sections(owners, sizes)
-            out.update({j: found[rows[j], -1].clone() for j in owners if self.spans[j].tap == tap})
-            staying = [j for j in owners if self.spans[j].tap != tap]
-            kept = (
-                list(carried) if staying == owners else [_taken(part, [rows[j] for j in staying]) for part in carried]
-            )
-            owners = staying
-            return kept
-
-        product = self.journal and self.journal.product("up", [*X, *(t or [])])
-        if product and product.result is not None:
-            return product.result
-        if product and product.state is not None:
-            H, *rest = product.state
-            below = self.order[product.done - 1] + 1  # the blocks that are behind
-            owners = [j for j in self._by_start if self.spans[j].start < below < self.spans[j].tap.index]
-            out = dict(zip([j for j in self._all if self.spans[j].tap.index <= below], rest, strict=True))
-        for done, i, frozen in self._walk(self.order, product.done if product else 0):
-            joining = [j for j, path in enumerate(self.spans) if path.start == i < path.tap.index]
-            H = _joined(H, [X[j][:, : self.position + 1].to(x) for j in joining])
-            owners = owners + joining
-            self.flop += frozen.flop * len(H)
-            added = frozen.attn.matmat(H, homogeneous())
-            H, added = leave(Tap("attn", i + 1), added, frozen.kept.matmat(H), added)
-            middle = added.add_(H)
-            added = frozen.ffn.matmat(H if frozen.parallel else middle, homogeneous())
-            middle, added = leave(Tap("mlp", i + 1), added, middle, added)
-            H = added.add_(middle)
-            (H,) = leave(Tap("layer", i + 1), H, H)
-            if product:
-                H, *rest = product.reached(done, partial(list, [H, *(out[j] for j in sorted(out))]))
-                out = dict(zip(sorted(out), rest, strict=True))
-        norms = [None if t is None else t[j].to(x) for j in range(len(self.spans))]
-        result = [norm.matmat(out[j][:, None], norms[j])[:, 0] for j, norm in enumerate(self.norms)]
-        return product.finish(result) if product else result
+        """Return `A x + t b` of every span for its own stacked vectors: `[k, n, d]` to `[k, d]`, any `k` for each."""
+        return self._recorded("up", [*X, *(t or [])], partial(self._up, X, t))
 
     def down(self, Y: Sequence[Float[Tensor, "_ d"]]) -> list[Float[Tensor, "_ n d"]]:
-        """Return `Aᵀ y` of every path for its own stacked cotangents: `[k, d]` to `[k, n, d]`, `k` as they like."""
-        x, sizes = self.network.x, [len(part) for part in Y]
-        seen = [norm.rmatmat(Y[j].to(x)[:, None])[:, 0] for j, norm in enumerate(self.norms)]
-        H = x.new_zeros(0, self.position + 1, self.d)
-        owners: list[int] = []
-        out: dict[int, Tensor] = {}
+        """Return `Aᵀ y` of every span for its own stacked cotangents: `[k, d]` to `[k, n, d]`, any `k` for each."""
+        return self._recorded("down", Y, partial(self._down, Y))
 
-        def join(tap: Tap, carried: Tensor, positions: int) -> Tensor:
-            """Add the cotangents of paths that end here, zero but at the last position."""
-            nonlocal owners
-            joining = [j for j, path in enumerate(self.spans) if path.tap == tap]
-            owners = owners + joining
-            return _joined(carried, [_at_last(seen[j], positions) for j in joining])
+    def _up(self, X: Sequence[Tensor], t: Sequence[Tensor] | None, product: Product | None) -> list[Tensor]:
+        x, m = self.network.x, self.position + 1
+        t = None if t is None else [part.to(x) for part in t]
+        stack = _Stack(x.new_zeros(0, m, self.d), [len(part) for part in X])
+        for i, frozen in self._steps(self.order, stack, product, self._way_up):
+            stack.H = stack.join(stack.H, {j: X[j][:, :m].to(x) for j in self._starting(i)})  # [k, n, d]
+            self.flop += frozen.flop * len(stack)
+            stack.H, stack.added = frozen.matmat_attn(stack.H, stack.of(t))
+            stack.leave(self._ending("attn", i), stack.added, _last)
+            stack.H, stack.added = frozen.matmat_ffn(stack.H, stack.added, stack.of(t))
+            stack.leave(self._ending("mlp", i), stack.added, _last)
+            stack.H, stack.added = stack.added.add_(stack.H), None
+            stack.leave(self._ending("layer", i), stack.H, _last)
+        return [
+            norm.matmat(stack.results[j][:, None], None if t is None else t[j])[:, 0]
+            for j, norm in enumerate(self.norms)
+        ]
 
-        product = self.journal and self.journal.product("down", Y)
-        if product and product.result is not None:
-            return product.result
-        if product and product.state is not None:
-            H, *rest = product.state
-            above = self.order[-product.done]  # the lowest block that is behind
-            owners = [j for j in self._by_tap if self.spans[j].start < above < self.spans[j].tap.index]
-            out = dict(zip([j for j in self._all if self.spans[j].start >= above], rest, strict=True))
-        for done, i, frozen in self._walk(self.order[::-1], product.done if product else 0):
-            written = frozen.kept.out_shape[0]
-            H = join(Tap("layer", i + 1), H[:, :written], written)
-            G = join(Tap("mlp", i + 1), H, written)
-            middle = frozen.ffn.rmatmat(G)
-            middle[: len(H)] += H
-            into = _joined(H, [H.new_zeros(len(G) - len(H), *H.shape[1:])]) if frozen.parallel else middle
-            into = join(Tap("attn", i + 1), into, written)
-            self.flop += frozen.flop * len(into)
-            H = frozen.attn.rmatmat(into)
-            H[: len(middle)] += frozen.kept.rmatmat(middle)
-            rows = _sections(owners, sizes)
-            for j in [j for j in owners if self.spans[j].start == i]:
-                out[j] = _padded(H[rows[j]], self.n)
-            staying = [j for j in owners if self.spans[j].start != i]
-            if staying != owners:
-                H = _taken(H, [rows[j] for j in staying])
-            owners = staying
-            if product:
-                H, *rest = product.reached(done, partial(list, [H, *(out[j] for j in sorted(out))]))
-                out = dict(zip(sorted(out), rest, strict=True))
-        result = [out[j] for j in self._all]
-        return product.finish(result) if product else result
+    def _down(self, Y: Sequence[Tensor], product: Product | None) -> list[Tensor]:
+        x = self.network.x
+        read = [norm.rmatmat(part.to(x)[:, None])[:, 0] for norm, part in zip(self.norms, Y, strict=True)]
 
-    @property
-    def _all(self) -> range:
-        return range(len(self.spans))
+        def joining(kind: Kind, i: int, m: int) -> dict[int, Tensor]:
+            return {j: _at_last(read[j], m) for j in self._ending(kind, i)}
+
+        stack = _Stack(x.new_zeros(0, self.position + 1, self.d), [len(part) for part in Y])
+        for i, frozen in self._steps(self.order[::-1], stack, product, self._way_down):
+            m = frozen.ffn.out_shape[0]  # positions that the block writes
+            stack.H = stack.join(stack.H[:, :m], joining("layer", i, m))  # [k, m, d]
+            middle, attn = frozen.rmatmat_ffn(stack.H, stack.join(stack.H, joining("mlp", i, m)))
+            attn = stack.join(attn, joining("attn", i, m))
+            stack.H = frozen.rmatmat_attn(middle, attn)  # [k, n, d]
+            self.flop += frozen.flop * len(stack)
+            stack.leave(self._starting(i), stack.H, partial(_padded, n=self.n))
+        return [stack.results[j] for j in range(len(self.spans))]
+
+    def _starting(self, i: int) -> list[int]:
+        """Return the spans that start at the input of block `i`."""
+        return [j for j, span in enumerate(self.spans) if span.start == i]
+
+    def _ending(self, kind: Kind, i: int) -> list[int]:
+        """Return the spans that end at a tap of block `i`."""
+        return [j for j, span in enumerate(self.spans) if span.tap == Tap(kind, i + 1)]
 
     @property
-    def _by_start(self) -> list[int]:
-        """Paths in the order in which they join on the way up."""
-        return sorted(self._all, key=lambda j: self.spans[j].start)
+    def _way_up(self) -> list[tuple[int, int, int]]:
+        """The number of each span, and the blocks at which it joins the stack and leaves it, in order of joining."""
+        ways = [(j, start, tap.index - 1) for j, (start, tap) in enumerate(self.spans)]
+        return sorted(ways, key=lambda way: way[1])
 
     @property
-    def _by_tap(self) -> list[int]:
-        """Paths in the order in which they join on the way down."""
-        kinds = ("layer", "mlp", "attn")
-        return sorted(self._all, key=lambda j: (-self.spans[j].tap.index, kinds.index(self.spans[j].tap.kind)))
+    def _way_down(self) -> list[tuple[int, int, int]]:
+        """The same on the way down."""
+        spans = sorted(enumerate(self.spans), key=lambda s: (-s[1].tap.index, DOWNWARDS.index(s[1].tap.kind)))
+        return [(j, tap.index - 1, start) for j, (start, tap) in spans]
 
     @cached_property
     def norms(self) -> list[LinearOperator]:
@@ -214,19 +184,41 @@ class SharedSweep:
         if self.raw:
             return [Identity((1, self.d), dtype=x.dtype, device=x.device)] * len(self.spans)
         norms = {end: network.norm.at(slice(self.position, self.position + 1)).operator()}
-        inner = sorted({path.tap for path in self.spans} - {end})
+        inner = sorted({span.tap for span in self.spans} - {end})
         for tap in [tap for tap in inner if tap.kind == "layer"]:
             norms[tap] = network.freeze_norm(network.tapes[tap.index].x[self.position][None]).operator()
         branches = [tap for tap in inner if tap.kind != "layer"]
-        if branches:  # what a branch added is not on the tapes: one block each
+        if branches:  # the tapes do not hold what branches add: it takes one block for each
             values = SharedSweep(network, [Span(tap.index - 1, tap) for tap in branches], self.position, raw=True)
             inputs = [network.tapes[tap.index - 1].x[None] for tap in branches]
             for tap, value in zip(branches, values.up(inputs, [x.new_ones(1)] * len(branches)), strict=True):
                 norms[tap] = network.freeze_norm(value).operator()
-        return [norms[path.tap] for path in self.spans]
+        return [norms[span.tap] for span in self.spans]
+
+    def _recorded(
+        self, kind: str, inputs: Sequence[Tensor], compute: Callable[[Product | None], list[Tensor]]
+    ) -> list[Tensor]:
+        """Return a product from the journal, or compute it from where an earlier attempt stopped, and record it."""
+        if self.journal is None:
+            return compute(None)
+        product = self.journal.product(kind, inputs)
+        return product.finish(compute(product)) if product.result is None else product.result
+
+    def _steps(
+        self, order: Sequence[int], stack: "_Stack", product: Product | None, ways: Sequence[tuple[int, int, int]]
+    ) -> Iterator[tuple[int, FrozenBlock]]:
+        """Yield the blocks that are left to do; restore the stack before the first one, and record it after each."""
+        if product and product.state is not None:
+            done = set(order[: product.done])
+            stack.members = [j for j, joins, leaves in ways if joins in done and leaves not in done]
+            stack.unpack(product.state, [j for j, _, leaves in ways if leaves in done])
+        for step, i, frozen in self._walk(order, product.done if product else 0):
+            yield i, frozen
+            if product:
+                stack.unpack(product.reached(step, stack.pack), stack.results)
 
     def _walk(self, order: Sequence[int], done: int) -> Iterator[tuple[int, int, FrozenBlock]]:
-        """Yield the blocks after the first `done`: each is built, and read ahead, while the one before it computes."""
+        """Yield the blocks after the first `done`; each is built and prefetched before the one before it computes."""
         ahead = self._block(order[done]) if done < len(order) else None
         for step, i in enumerate(order[done:], start=done + 1):
             frozen, ahead = ahead, self._block(order[step]) if step < len(order) else None
@@ -238,20 +230,68 @@ class SharedSweep:
                 self.progress(step, len(order))
 
     def _block(self, i: int) -> FrozenBlock:
-        """Build a block's operators; where all paths in it end, it writes one position only."""
+        """Build a block's operators; where all spans that pass through it end in it, it writes one position only."""
         ends = all(tap.index == i + 1 for start, tap in self.spans if start <= i < tap.index)
         positions = range(self.position if ends else 0, self.position + 1)
         return block(self.network.weights(i), self.network.frame.config, self.network.tapes[i], positions)
 
 
-def _sections(owners: Sequence[int], sizes: Sequence[int]) -> dict[int, slice]:
-    """Return which rows of the stack belong to each path on board."""
-    ends = list(accumulate(sizes[j] for j in owners))
-    return {j: slice(end - sizes[j], end) for j, end in zip(owners, ends, strict=True)}
+class _Stack:
+    """The vectors of several spans on their way: consecutive rows for each span, in the order in which they joined.
+
+    Attributes:
+        H: `[k, m, d]`, the residual stream, or its cotangents.
+        added: `[k, m, d]`, what a branch adds to it on the way up; None between blocks.
+        members: the spans that are in the stack, in the order of their rows.
+        results: of the spans that have left it.
+    """
+
+    def __init__(self, empty: Float[Tensor, "0 m d"], sizes: Sequence[int]):
+        self.H: Tensor = empty
+        self.added: Tensor | None = None
+        self.members: list[int] = []
+        self.results: dict[int, Tensor] = {}
+        self._sizes = sizes  # of every span
+
+    def __len__(self) -> int:
+        return sum(self._sizes[j] for j in self.members)
+
+    def of(self, t: Sequence[Tensor] | None) -> Float[Tensor, " k"] | None:
+        """Return the homogeneous coordinates of all rows, from those of every span."""
+        return None if t is None else torch.cat([self.H.new_zeros(0), *(t[j] for j in self.members)])
+
+    def join(self, stack: Tensor, more: Mapping[int, Tensor]) -> Tensor:
+        """Return the rows of `stack`, which are the members', and of spans that join them."""
+        self.members += more
+        return _joined(stack, list(more.values()))
+
+    def leave(self, leaving: Sequence[int], stack: Tensor, result: Callable[[Tensor], Tensor]) -> None:
+        """Take spans out of the stack; their results are made from their rows of `stack`."""
+        rows = self._rows()
+        self.results |= {j: result(stack[rows[j]]) for j in leaving}
+        staying = [j for j in self.members if j not in leaving]
+        if staying != self.members:
+            kept = [rows[j] for j in staying]
+            self.H = _taken(self.H, kept)
+            self.added = None if self.added is None else _taken(self.added, kept)
+        self.members = staying
+
+    def pack(self) -> list[Tensor]:
+        """Return everything that the next block needs: the stream, then the results in the order of spans."""
+        return [self.H, *(self.results[j] for j in sorted(self.results))]
+
+    def unpack(self, packed: Sequence[Tensor], finished: Iterable[int]) -> None:
+        """Restore what was packed; `finished` are the spans of the results."""
+        self.H, *results = packed
+        self.results = dict(zip(sorted(finished), results, strict=True))
+
+    def _rows(self) -> dict[int, slice]:
+        ends = list(accumulate(self._sizes[j] for j in self.members))
+        return {j: slice(end - self._sizes[j], end) for j, end in zip(self.members, ends, strict=True)}
 
 
 def _taken(stack: Tensor, rows: Sequence[slice]) -> Tensor:
-    """Return some sections of a stack; without a copy where they are its beginning."""
+    """Return some sections of a stack; without a copy if they are its first rows."""
     count = sum(part.stop - part.start for part in rows)
     if not rows or rows[-1].stop == count:
         return stack[:count]
@@ -259,19 +299,24 @@ def _taken(stack: Tensor, rows: Sequence[slice]) -> Tensor:
 
 
 def _joined(stack: Tensor, more: Sequence[Tensor]) -> Tensor:
-    """Append to a stack; without a copy where one part is all there is."""
+    """Append to a stack; without a copy if only one part has any rows."""
     parts = [part for part in (stack, *more) if len(part)]
     return parts[0] if len(parts) == 1 else torch.cat(parts) if parts else stack
 
 
+def _last(X: Float[Tensor, "k m d"]) -> Float[Tensor, "k d"]:
+    """Return a copy of the last position, so that the stack can be freed."""
+    return X[:, -1].clone()
+
+
 def _at_last(Y: Float[Tensor, "k d"], positions: int) -> Float[Tensor, "k m d"]:
-    """Return cotangents of the last of some positions."""
+    """Return cotangents at the last of some positions, and zeros at the others."""
     Z = Y.new_zeros(len(Y), positions, Y.shape[1])
     Z[:, -1] = Y
     return Z
 
 
 def _padded(X: Float[Tensor, "k m d"], n: int) -> Float[Tensor, "k n d"]:
-    """Return zeros at the positions that have no influence."""
+    """Append zeros for the positions that have no influence."""
     k, m, d = X.shape
     return X if m == n else torch.cat([X, X.new_zeros(k, n - m, d)], 1)

@@ -1,7 +1,7 @@
-"""The tapes of a trace: in memory, in a folder, or both; a trace of the same prompt found there is used again.
+"""The tapes of a trace: in memory, in a folder, or both. A trace of the same prompt in the folder is reused.
 
-One safetensors file per block, written whole or not at all, so that an interrupted trace goes on where it stopped, and
-tapes need never fit into memory together.
+The folder has one safetensors file per block, written atomically: an interrupted trace resumes where it stopped, and
+the tapes need not fit into memory together.
 """
 
 import contextlib
@@ -17,7 +17,8 @@ from torch import Tensor
 
 from ggjac import runs
 from ggjac.blocks import AttentionTape, BlockTape, FFNTape, HiddenTape, NormTape
-from ggjac.runs import journal
+from ggjac.runs import tensors as stored
+from ggjac.runs.journal import Journal
 
 SCHEMA_VERSION = 2
 
@@ -29,23 +30,23 @@ _KINDS = {kind.__name__: kind for kind in _TAPES}
 
 
 class TapeError(ValueError):
-    """A folder of tapes that cannot be used: of another prompt or model, or damaged."""
+    """A folder of tapes cannot be used: it belongs to another prompt or model, or is damaged."""
 
 
 class Tapes:
     """The tapes of blocks 0, 1, ... of one trace.
 
     Args:
-        folder: where they are kept, made when first needed; None for memory only.
-        identity: plain JSON, all that decides the bits of the tapes; what is found in the folder must have the same.
-        resident: keep them in memory; the folder is then a checkpoint, written now and then, or at once if it is to be
-            `complete`. If not, every tape goes to the folder at once, and is read again whenever it is asked for.
-        complete: the folder shall hold the whole trace in the end.
-        run: whose checkpoint the folder is. It is begun before tapes are written, so that it can be resumed, and told,
-            not ended, where they cannot be written.
+        folder: the folder of the tapes, created when first needed; None for memory only.
+        identity: plain JSON, everything that decides the bits of the tapes; tapes in the folder must have an equal one.
+        resident: keep the tapes in memory. The folder is then a checkpoint, written from time to time, or after every
+            block if `complete`. Otherwise every tape is written at once, and read again at each use.
+        complete: whether the folder must contain the whole trace in the end.
+        run: the journal that the folder belongs to. It is started before the first write; write errors of a checkpoint
+            are reported to it instead of raised.
 
     Raises:
-        TapeError: the folder holds another trace, or is damaged.
+        TapeError: the folder contains another trace, or is damaged.
     """
 
     def __init__(
@@ -55,10 +56,10 @@ class Tapes:
         *,
         resident: bool = True,
         complete: bool = False,
-        run: journal.Journal | None = None,
+        run: Journal | None = None,
     ):
         if folder is None and not resident:
-            raise ValueError("tapes that are kept nowhere")
+            raise ValueError("these tapes are kept nowhere; give a folder, or resident=True")
         self.folder, self.identity, self.resident = folder, dict(identity or {}), resident
         self.complete = complete or not resident
         self._run = run
@@ -89,10 +90,10 @@ class Tapes:
         return tape
 
     def append(self, tape: BlockTape) -> None:
-        """Keep the next block's tape, with every tensor laid out as if it had been read back."""
+        """Add the next block's tape, with every tensor laid out as if it had been read back."""
         tensors: dict[str, Tensor] = {}
         description = _described(tape, "", tensors)
-        tensors = {name: journal.plain(tensor) for name, tensor in tensors.items()}
+        tensors = {name: stored.plain(tensor) for name, tensor in tensors.items()}
         self._kept[self._count] = _restored(description, tensors)
         self._count += 1
         if self.complete:
@@ -103,7 +104,7 @@ class Tapes:
             self._kept.clear()
 
     def save(self) -> None:
-        """Write what is in memory only; nothing without a folder.
+        """Write the tapes that are in memory only; do nothing without a folder.
 
         Raises:
             RunError: the folder cannot be written, or its disk is full.
@@ -116,17 +117,19 @@ class Tapes:
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
             except OSError as error:
-                raise runs.RunError(f"{self.folder}: cannot be made ({error.strerror}); choose another one") from error
+                raise runs.RunError(
+                    f"{self.folder}: cannot be created ({error.strerror}); choose another one"
+                ) from error
             runs.save_json(self.folder / "trace.json", {"schema_version": SCHEMA_VERSION, "identity": self.identity})
         for i in range(self._saved, self._count):
             tensors: dict[str, Tensor] = {}
             description = _described(self._kept[i], "", tensors)
-            journal.save_tensors(self._path(i), tensors, {"tape": json.dumps(description), "trace": self._mark})
+            stored.save_tensors(self._path(i), tensors, {"tape": json.dumps(description), "trace": self._mark})
             self._saved = i + 1
         self._due = time.monotonic() + EVERY
 
     def _checkpoint(self) -> None:
-        """Write what is in memory only; the run, if there is one, is told of a failure, and this is tried again."""
+        """Save the tapes; a failure is reported to the run, if there is one, and the next checkpoint tries again."""
         try:
             self.save()
         except runs.RunError as error:
@@ -136,7 +139,7 @@ class Tapes:
             self._due = time.monotonic() + EVERY
 
     def remove(self) -> None:
-        """Delete what was written, also by an attempt that was killed, and the folder if nothing else is in it."""
+        """Delete the files of the tapes, also those of a killed attempt, and the folder if it is then empty."""
         if self.folder is None or not self.folder.is_dir():
             return
         for pattern in ("block-*.safetensors", ".block-*.tmp", ".trace.json.*.tmp", "trace.json"):
@@ -148,7 +151,7 @@ class Tapes:
 
     @property
     def saved(self) -> int:
-        """Blocks whose tapes are in the folder."""
+        """Number of blocks whose tapes are in the folder."""
         return self._saved
 
     def _path(self, index: int) -> Path:
@@ -158,38 +161,38 @@ class Tapes:
     def _load(self, index: int) -> BlockTape:
         path = self._path(index)
         try:
-            tensors, metadata = journal.load_tensors(path)
+            tensors, metadata = stored.load_tensors(path)
             tape = _restored(json.loads(metadata["tape"]), {name: t.to(self.device) for name, t in tensors.items()})
-        except journal.JournalError as error:
+        except runs.JournalError as error:
             raise TapeError(f"{error}; remove the folder to trace the prompt again") from error
         except (LookupError, TypeError, ValueError, RecursionError) as error:
-            raise TapeError(f"{path}: holds no tape; remove the folder to trace the prompt again") from error
+            raise TapeError(f"{path}: is not a tape; remove the folder to trace the prompt again") from error
         if metadata.get("trace") != self._mark:
-            raise TapeError(f"{path}: is of another trace; remove the folder to trace the prompt again")
+            raise TapeError(f"{path}: belongs to another trace; remove the folder to trace the prompt again")
         if not isinstance(tape, BlockTape):
-            raise TapeError(f"{path}: holds no tape of a block; remove the folder to trace the prompt again")
+            raise TapeError(f"{path}: is not the tape of a block; remove the folder to trace the prompt again")
         return tape
 
     def _compare(self, folder: Path) -> None:
-        """Refuse the tapes of another trace, and name what differs.
+        """Check that the tapes in the folder are of this trace.
 
         Raises:
-            TapeError: they are of another one.
+            TapeError: they are of another trace; the message names the differences.
         """
         try:
             content = json.loads((folder / "trace.json").read_text(encoding="utf-8"))
             schema, identity = content["schema_version"], dict(content["identity"])
         except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
-            raise TapeError(f"{folder}: trace.json is damaged; remove the folder, or choose another one") from error
+            raise TapeError(f"{folder}: trace.json is damaged; remove the folder or choose another one") from error
         if schema != SCHEMA_VERSION:
             version = str(schema)[:20]
-            raise TapeError(f"{folder}: is of schema version {version!r}, this ggjac reads {SCHEMA_VERSION}; remove it")
+            raise TapeError(f"{folder}: has schema version {version!r}, this ggjac reads {SCHEMA_VERSION}; remove it")
         differing = [key for key in {**identity, **self.identity} if identity.get(key) != self.identity.get(key)]
         if differing:
             what = "; ".join(
                 f"{key} was {_short(identity.get(key))}, is {_short(self.identity.get(key))}" for key in differing
             )
-            raise TapeError(f"{folder}: holds the trace of something else ({what}); choose another --trace folder")
+            raise TapeError(f"{folder}: contains another trace ({what}); choose another --trace folder")
 
 
 def _described(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
@@ -206,7 +209,7 @@ def _described(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
 
 
 def _restored(value: Any, tensors: Mapping[str, Tensor]) -> Any:
-    """Return what `_described` took apart."""
+    """Return the tape of a description; the inverse of `_described`."""
     if isinstance(value, dict):
         if "tensor" in value:
             return tensors[value["tensor"]]

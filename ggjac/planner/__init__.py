@@ -1,30 +1,23 @@
-"""What a command will take: its work, the memory for it, and the time on this machine."""
+"""What a command will take: its work, the memory for it, and the time on this machine.
 
-from ggjac.planner.plan import (
+In order, each file using only those before it: `work` (the sweeps of each command), `passes` (what a pass over a block
+reads and computes), `memory` (the peak by part), `plan` (budgets and where weights stay), `times` (seconds). `machine`
+and `bench` look at the machine itself.
+"""
+
+from ggjac.planner.memory import (
     BASE_BYTES,
     CONTEXT_BYTES,
-    DENSE,
     DEQUANTIZING_BYTES,
     THREAD_BYTES,
-    Budget,
-    LayerPlan,
-    MlpPath,
-    NoFitError,
-    Pass,
-    Plan,
-    Rates,
-    Time,
-    Times,
     alone_floats,
     basis_floats,
-    check,
-    fitting,
-    krylov_flop,
-    make,
-    routed_experts,
     sweep_floats,
     trace_floats,
 )
+from ggjac.planner.passes import LayerPlan, Pass, routed_experts
+from ggjac.planner.plan import DENSE, Budget, NoFitError, Plan, check, fitting, make
+from ggjac.planner.times import Rates, Time, Times, krylov_flop, seconds
 from ggjac.planner.work import PlanError
 
 __all__ = [
@@ -35,7 +28,6 @@ __all__ = [
     "THREAD_BYTES",
     "Budget",
     "LayerPlan",
-    "MlpPath",
     "NoFitError",
     "Pass",
     "Plan",
@@ -50,6 +42,7 @@ __all__ = [
     "krylov_flop",
     "make",
     "routed_experts",
+    "seconds",
     "sweep_floats",
     "trace_floats",
 ]

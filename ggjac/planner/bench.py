@@ -1,7 +1,7 @@
-"""What this machine does per second: disk, dequantization, multiplication, copy; some two seconds in all.
+"""Measured rates of this machine: disk, dequantization, multiplication, copies. Measuring takes about two seconds.
 
-Everything is measured on the file that is going to be read, with its own types, the tiles of `ggjac.weights` and the
-threads and dtype asked for, so that the rates are those of a sweep. Torch is imported when the first number is wanted.
+Everything is measured on the model's own file, with its storage types, the tiles of `ggjac.weights`, and the chosen
+threads and dtype, so the rates are those of a sweep. Torch is imported by the first measurement.
 """
 
 import math
@@ -16,30 +16,31 @@ from typing import Any
 from ggjac.gguf import GGUFFile, TensorInfo
 from ggjac.sizes import ON_THE_WAY, TILE_ELEMENTS
 
-DISK_REGIONS = 4  # places in the file that are read cold
-DISK_BYTES = 64 << 20  # of each, at most
+DISK_REGIONS = 4  # places in the file that are read after dropping them from the page cache
+DISK_BYTES = 64 << 20  # read at each, at most
 READ_BYTES = 8 << 20
-CACHED_RATE = 100e9  # bytes per second: what stands for the disk where it cannot be asked
+CACHED_RATE = 100e9  # bytes per second, used for the disk where it cannot be measured
 COPY_ELEMENTS = 1 << 24
 TOUCH_BYTES = 64 << 20
-TURNS = 3  # of dequantizing and multiplying, each way, at least
-MOST_COLUMNS = 256  # of a product to measure: beyond, the rate stays what it is, and measuring takes too long
+TURNS = 3  # times at least that a tile is dequantized and multiplied, in each direction
+MOST_COLUMNS = 256  # of a measured product: with more, the rate stays the same and measuring takes too long
 
 
 @dataclass(frozen=True)
 class Measured:
-    """Rates of one machine; see `ggjac.planner.Rates`.
+    """The rates of a machine; see `ggjac.planner.Rates`.
 
     Attributes:
-        disk: bytes per second, read sequentially from the model's file; `disk_method` says how.
+        disk: bytes per second, read sequentially from the model's file.
+        disk_method: how that was measured, as text.
         types: weights per second, by storage type, dequantized into tiles of the dtype.
         multiply: FLOP per second, by number of columns (stacked vectors times positions).
         copy: bytes per second that a copy in memory reads and writes together.
         bus: bytes per second to the device; infinite on the CPU.
-        touch: bytes per second of memory that is used for the first time; infinite on a device.
-        call: seconds that applying a matrix costs besides; see `call_seconds`.
-        dtype, threads, device: what was asked for.
-        seconds: what measuring took.
+        touch: bytes per second of memory that is written for the first time; infinite on a device.
+        call: seconds of fixed cost for applying a matrix; see `call_seconds`.
+        dtype, threads, device: of the measurement.
+        seconds: duration of the measurement.
     """
 
     disk: float
@@ -56,17 +57,17 @@ class Measured:
     seconds: float = field(default=0.0, compare=False)
 
     def dequantize(self, type: str) -> float:
-        """Return the rate of a type; of one that was not measured, the slowest that was."""
+        """Return the rate of a type in weights per second; for one that was not measured, the slowest measured rate."""
         return self.types.get(type) or min(self.types.values())
 
     def gemm(self, columns: int) -> float:
-        """Return the rate at so many columns, interpolated between those measured (in logarithms of both)."""
+        """Return FLOP per second with `columns` columns, interpolated between measured rates in logarithms of both."""
         points = sorted(self.multiply.items())
         below = [point for point in points if point[0] <= columns] or points[:1]
         above = [point for point in points if point[0] >= columns] or points[-1:]
         (a, low), (b, high) = below[-1], above[0]
         if a == b:
-            # Few columns are bound by reading the tile: half of them take as long.
+            # With few columns, reading the tile is the bottleneck: half of them take as long.
             return low * min(1.0, columns / a)
         share = math.log(columns / a) / math.log(b / a)
         return low * (high / low) ** share
@@ -90,16 +91,17 @@ class Measured:
 
     def lines(self) -> list[str]:
         """Return the rates as lines of text."""
+        threads = f"{self.threads} thread{'' if self.threads == 1 else 's'}"
         types = ", ".join(f"{name} {rate / 1e9:.2f}" for name, rate in self.types.items())
         gemm = ", ".join(f"{rate / 1e9:.0f} with {columns} columns" for columns, rate in self.multiply.items())
         return [
             f"disk {self.disk / 1e9:.2f} GB/s ({self.disk_method}); memory copy {self.copy / 1e9:.1f} GB/s",
-            f"dequantization {types} Gweights/s; multiplication {gemm} GFLOP/s ({self.dtype}, {self.threads} threads)",
+            f"dequantization {types} Gweights/s; multiplication {gemm} GFLOP/s ({self.dtype}, {threads})",
         ]
 
 
 def seconds_of(call: Callable[[], object], budget: float = 0.15, least: int = 3) -> float:
-    """Return the median time of a call, repeated for about `budget` seconds, after one that is not counted."""
+    """Return the median seconds of a call, repeated for about `budget` seconds after one that is not counted."""
     call()
     times: list[float] = []
     end = time.perf_counter() + budget
@@ -119,15 +121,15 @@ def measure(
     threads: int | None = None,
     device: str = "cpu",
 ) -> Measured:
-    """Measure what a job on this file will need.
+    """Measure the rates that a plan for this file needs.
 
     Args:
         file: the model.
-        columns: of the products to come: positions times stacked vectors.
-        types: weights to dequantize by storage type; rare types are not measured.
-        dtype: of the arithmetic.
-        threads: default as many as torch uses.
-        device: of the arithmetic.
+        columns: of the planned products: positions times stacked vectors.
+        types: weights to dequantize, by storage type; rare types are not measured.
+        dtype: of all computation.
+        threads: default the number that torch uses.
+        device: of all computation.
     """
     import torch
 
@@ -162,9 +164,9 @@ def measure(
 
 
 def disk_rate(file: GGUFFile) -> tuple[float, str]:
-    """Return bytes per second of sequential reads that the page cache does not serve, and how that was ensured.
+    """Return bytes per second of sequential reads from the disk itself, and as text how they bypassed the page cache.
 
-    A few regions across the shards are dropped from the cache first, which costs nobody but the next reader.
+    A few regions of the shards are dropped from the cache first; only their next reader is slower for it.
     """
     if not hasattr(os, "posix_fadvise"):
         return CACHED_RATE, "not measured: this system cannot drop a file from its cache"
@@ -197,15 +199,15 @@ def dominant(file: GGUFFile, type: str) -> TensorInfo:
 def turn_rates(
     file: GGUFFile, type: str, columns: int, dtype: str, threads: int, device: str = "cpu", budget: float = 0.2
 ) -> tuple[float, float]:
-    """Return weights per second dequantized, and FLOP per second of products with them, in turn, as a sweep does both.
+    """Return weights per second dequantized, and FLOP per second of products with them, alternating as in a sweep.
 
-    One tile after another of the largest matrix of a storage type, from bytes in the page cache, multiplied up and down
-    by turns. Either is slower so than by itself: it finds its data in the other's cache, and its threads asleep. On a
-    device one tile, whose bytes are there already: copying is measured by itself (`bus_rate`).
+    Tiles of the largest matrix of a storage type are read from the page cache, one after another, and multiplied up and
+    down alternately. Alternating is slower than either alone, because of cold caches and thread wake-ups. On a device,
+    a single tile is measured, already copied there: `bus_rate` measures copying.
     """
     import torch
 
-    from ggjac.weights import WeightStore
+    from ggjac.weights import Key, WeightStore
 
     info, kind = dominant(file, type), getattr(torch, dtype)
     store = WeightStore(file, device=torch.device(device), dtype=kind, threads=threads)
@@ -226,7 +228,7 @@ def turn_rates(
     end, turn = time.perf_counter() + budget, 0
     while turn < 2 * TURNS or time.perf_counter() < end:
         at = turn * rows % (info.rows - rows + 1) if device == "cpu" else 0
-        tile = timed("dequantize", store.dequantize, info, at, at + rows, 0, into, "device")
+        tile = timed("dequantize", store.dequantize, Key(info.name, at, at + rows, 0, into), "device")
         if turn % 2:
             timed("up", partial(onto_Y.addmm_, beta=0), X, tile.T)
         else:
@@ -237,7 +239,7 @@ def turn_rates(
 
 
 def square_rate(dtype: str, device: str = "cpu", threads: int | None = None, size: int = 1536) -> float:
-    """Return FLOP per second of a product of square matrices: what the matrix library reaches at its best."""
+    """Return FLOP per second of a product of square matrices: the best rate of the matrix library."""
     import torch
 
     before = torch.get_num_threads()
@@ -256,7 +258,7 @@ def square_rate(dtype: str, device: str = "cpu", threads: int | None = None, siz
 
 
 def moved_bytes(file: GGUFFile, type: str, dtype: str) -> float:
-    """Return the bytes that dequantizing one weight reads and writes."""
+    """Return the bytes that dequantizing one weight reads and writes, on average."""
     import torch
 
     kind = dominant(file, type).type
@@ -272,15 +274,15 @@ def copy_rate() -> float:
 
 
 def touch_rate() -> float:
-    """Return bytes per second of writing memory that is fresh from the system, which clears each page first."""
+    """Return bytes per second of writing to new memory, of which the system clears each page first."""
     import torch
 
-    # Larger than what an allocator keeps for the next one that asks.
+    # Larger than the blocks that an allocator keeps for reuse.
     return TOUCH_BYTES / seconds_of(lambda: torch.zeros(TOUCH_BYTES, dtype=torch.uint8).add_(1), 0.05)
 
 
 def bus_rate(device: str) -> float:
-    """Return bytes per second from ordinary memory to a device, as tiles travel: through buffers in pinned memory."""
+    """Return bytes per second from ordinary memory to a device through buffers in pinned memory, as tiles travel."""
     import numpy as np
     import torch
 
@@ -298,7 +300,7 @@ def bus_rate(device: str) -> float:
 
 
 def pinned_rate(device: str) -> float:
-    """Return bytes per second from pinned memory to a device: what the bus gives at its best."""
+    """Return bytes per second from pinned memory to a device: the best rate of the bus."""
     import torch
 
     source = torch.ones(COPY_ELEMENTS, pin_memory=True)
@@ -312,10 +314,10 @@ def pinned_rate(device: str) -> float:
 
 
 def call_seconds(file: GGUFFile, type: str, dtype: str, threads: int, device: str = "cpu") -> float:
-    """Return the seconds that applying a matrix costs besides reading, dequantizing and multiplying it.
+    """Return the seconds that applying a matrix costs in addition to reading, dequantizing and multiplying it.
 
-    Measured on one row of a matrix, with the scaling before it: what Python, torch and waking threads cost. Building
-    the operators of a block takes about as long again.
+    Measured on one row of a matrix and the scaling before it: the cost of Python, torch and thread wake-ups. It counts
+    twice, since building the operators of a block takes about as long again.
     """
     import torch
 
@@ -335,7 +337,7 @@ def call_seconds(file: GGUFFile, type: str, dtype: str, threads: int, device: st
 
 
 def wait(device: str) -> None:
-    """Wait for a device that works on its own: a copy to the host comes after all that was asked before."""
+    """Wait until a device has finished all queued work: a copy to the host comes after everything before it."""
     if device != "cpu":
         import torch
 

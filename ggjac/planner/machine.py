@@ -1,7 +1,7 @@
-"""What this machine and this process have: memory free and used, and how much of a file the page cache holds.
+"""Free and used memory, and page-cache residency.
 
-*Anonymous* memory is what a process cannot drop: its heap and its tensors, but not the pages of a mapped model file,
-which the system takes back when it needs them. It is what a budget bounds.
+*Anonymous* memory is memory that a process cannot give back: its heap and its tensors, but not the pages of a mapped
+model file, which the system reclaims when it needs them. Budgets bound anonymous memory.
 """
 
 import ctypes
@@ -18,8 +18,8 @@ from typing import Any
 
 import psutil
 
-# Binary with an `i` and where no unit follows, as llama.cpp and the kernel mean `24G`; decimal with a `B` alone, as
-# disks are sold.
+# Binary with an `i` and without a unit, as llama.cpp and the kernel read `24G`; decimal with only a `B`, as disks are
+# sold.
 _SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*(?:([KMGT])(iB|B)?|B)?\s*", re.IGNORECASE)
 _POWERS = "KMGT"
 _LARGEST = 1 << 62
@@ -27,24 +27,24 @@ _LARGEST = 1 << 62
 _CGROUPS = Path("/sys/fs/cgroup")
 _OWN_GROUPS = Path("/proc/self/cgroup")
 _STATUS = "/proc/self/status"
-_RESIDENCY_STEP = 1 << 30  # bytes of a file that are mapped at a time to ask about them
+_RESIDENCY_STEP = 1 << 30  # bytes of a file that are mapped at a time to query their residency
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 _MAPPED_BYTES, _TRIMMED_BYTES = 1 << 20, 8 << 20
 
 
 class SizeError(ValueError):
-    """A text that is no amount of memory."""
+    """A text is not an amount of memory."""
 
 
 def parse_size(text: str) -> int:
     """Return the bytes that a text names: `2GiB`, `500MB`, `1.5G`, `123456`.
 
-    `KiB`, `MiB`, `GiB`, `TiB` and a letter alone are powers of 1024; `KB`, `MB`, `GB`, `TB` are powers of 1000; a
-    number alone is bytes. Case does not matter.
+    `KiB`, `MiB`, `GiB`, `TiB` and a single letter are powers of 1024; `KB`, `MB`, `GB`, `TB` are powers of 1000; a
+    number without a unit is bytes. Case does not matter.
 
     Raises:
-        SizeError: the text is none of these, or names less than one byte or more than there can be.
+        SizeError: the text is not in one of these forms, or the size is less than one byte or impossibly large.
     """
     match = _SIZE.fullmatch(text)
     if match is None:
@@ -58,35 +58,26 @@ def parse_size(text: str) -> int:
     return int(value)
 
 
-def format_size(nbytes: int | float) -> str:
-    """Return bytes in binary units, such as `1.5 GiB`."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if abs(nbytes) < 1024:
-            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
-        nbytes /= 1024
-    return f"{nbytes:.1f} TiB"
-
-
 def total_memory() -> int:
-    """Return the bytes of RAM that this process may ever have: the machine's, or its control group's if fewer."""
+    """Return the bytes of RAM that this process can use at most: the machine's, or its control group's if fewer."""
     return min([psutil.virtual_memory().total, *(limit for limit, _ in _limits())])
 
 
 def free_memory() -> int:
-    """Return the bytes that this process could still take without swapping: of the machine, or of its control group.
+    """Return the bytes that this process can still allocate without swapping, on the machine and in its control group.
 
-    The page cache counts as free, here and in a group.
+    The page cache counts as free in both.
     """
     return max(0, min([psutil.virtual_memory().available, *(limit - used for limit, used in _limits())]))
 
 
 def default_budget() -> int:
-    """Return half of what is free, in bytes; what this process has already taken counts as free."""
+    """Return half of the free memory, in bytes; memory that this process has already allocated counts as free."""
     return (free_memory() + anonymous_memory()) // 2
 
 
 def _limits() -> Iterator[tuple[int, int]]:
-    """Yield limit and use, in bytes, of every control group around this process that has a limit."""
+    """Yield the limit and the use, in bytes, of every control group of this process that has a limit."""
     try:
         lines = _OWN_GROUPS.read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -99,7 +90,7 @@ def _limits() -> Iterator[tuple[int, int]]:
             root, limit, used = _CGROUPS / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
         else:
             continue
-        # In a container the path may be the host's, and only the root is there. A parent's limit binds its children.
+        # In a container the path may be the host's, and only the root exists. A parent's limit binds its children.
         inside = root / path.lstrip("/")
         for folder in (inside, *inside.parents):
             if (most := _number(folder / limit)) is not None:
@@ -109,7 +100,7 @@ def _limits() -> Iterator[tuple[int, int]]:
 
 
 def _number(path: Path) -> int | None:
-    """Return the number in a file; None where there is none, as in the `max` of a group without a limit."""
+    """Return the number in a file; None if it contains something else, as the `max` of a group without a limit."""
     try:
         text = path.read_text(encoding="ascii").strip()
     except (OSError, ValueError):
@@ -127,7 +118,7 @@ def _cached(path: Path) -> int:
 
 
 def anonymous_memory() -> int:
-    """Return the bytes of anonymous memory this process has now; elsewhere than on Linux, what is its own alone."""
+    """Return the bytes of anonymous memory of this process; outside Linux, those that it does not share."""
     try:
         with open(_STATUS, encoding="ascii") as status:
             for line in status:
@@ -143,10 +134,10 @@ def anonymous_memory() -> int:
 
 
 def return_freed_memory() -> None:
-    """Let the C library give freed memory back to the system at once, for the rest of this process.
+    """Make the C library return freed memory to the system at once, for the rest of this process.
 
-    By default glibc raises its thresholds with what is freed, and then keeps up to 64 MiB and all holes below them:
-    a sweep's stacks then took a third more than lived at any time. No effect where there is no `mallopt`.
+    By default glibc raises its thresholds with the size of freed blocks, and then keeps up to 64 MiB and all holes
+    below them: a sweep's stacks then took a third more memory than was in use at any time. No effect without `mallopt`.
     """
     if not sys.platform.startswith("linux"):
         return
@@ -165,7 +156,7 @@ class PeakMemory:
 
     Attributes:
         start: bytes at the beginning.
-        nbytes: most bytes seen, at both ends and every `interval` seconds between; what lives shorter is missed.
+        nbytes: most bytes seen, at both ends and every `interval` seconds between; shorter peaks are missed.
     """
 
     def __init__(self, interval: float = 0.005):
@@ -198,9 +189,9 @@ class _NvmlMemory(ctypes.Structure):
 
 
 def gpu_memory(index: int = 0) -> tuple[int, int] | None:
-    """Return the free and total bytes of an NVIDIA GPU, numbered as CUDA does; None where its driver is absent.
+    """Return the free and total bytes of an NVIDIA GPU, numbered as CUDA does; None without a driver.
 
-    Asks the driver's management library, so that no CUDA context is made and torch is not needed.
+    The driver's management library answers, so no CUDA context is created and torch is not needed.
     """
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
@@ -224,9 +215,9 @@ def gpu_memory(index: int = 0) -> tuple[int, int] | None:
 
 
 def device_kind(name: str) -> str:
-    """Return `"cpu"`, or `"cuda"` for any device with memory of its own; `auto` is what torch would find.
+    """Return `"cpu"`, or `"cuda"` for any device with memory of its own; `auto` is the device that torch would find.
 
-    Torch is looked at, not imported: it takes seconds.
+    Torch's files are inspected instead of importing it, which takes seconds.
     """
     if name != "auto":
         return "cpu" if name.startswith("cpu") else "cuda"
@@ -237,9 +228,9 @@ def device_kind(name: str) -> str:
 
 
 def default_vram(name: str) -> int | None:
-    """Return the bytes that are free on a device, named as `cuda:1` or `auto`; None where there is none to be asked.
+    """Return the free bytes of a device, named as `cuda:1` or `auto`; None on the CPU and if they are not detectable.
 
-    Torch is asked where NVIDIA's library does not answer, and only where it has been imported already.
+    Without NVIDIA's library they come from torch, but only if it has already been imported.
     """
     if device_kind(name) == "cpu":
         return None
@@ -254,9 +245,9 @@ def default_vram(name: str) -> int | None:
 
 
 def cached_bytes(path: str | os.PathLike[str]) -> int | None:
-    """Return how many bytes of a file lie in the page cache; None where the system does not say.
+    """Return how many bytes of a file are in the page cache; None if the system does not report it.
 
-    Linux answers truthfully only to those who may write the file. Costs some 20 ms per GB.
+    Linux reports it correctly only to users who may write the file. Costs about 20 ms per GB.
     """
     if not sys.platform.startswith("linux") or not os.access(path, os.W_OK):
         return None
@@ -266,7 +257,7 @@ def cached_bytes(path: str | os.PathLike[str]) -> int | None:
     libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
     libc.mincore.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_char_p)
     size, resident, page = os.path.getsize(path), 0, mmap.PAGESIZE
-    # Mapped here and not through `mmap.mmap`, which does not tell where a read-only map lies.
+    # Mapped here and not through `mmap.mmap`, which does not give the address of a read-only map.
     with open(path, "rb") as file:
         for start in range(0, size, _RESIDENCY_STEP):
             length = min(_RESIDENCY_STEP, size - start)
@@ -282,5 +273,5 @@ def cached_bytes(path: str | os.PathLike[str]) -> int | None:
     return min(size, resident)
 
 
-# Only the lowest bit of mincore's bytes has a meaning.
+# Only the lowest bit of each of mincore's bytes is defined.
 _LOWEST_BIT = bytes(i & 1 for i in range(256))

@@ -1,7 +1,41 @@
-"""What each command does, counted: passes over the weights, where, with how many vectors, and what is kept meanwhile.
+"""The work of each command as data: sweeps, vectors per sweep, and buffers.
 
-From a model's sizes and a command's options alone. What a pass reads, computes and takes is for `ggjac.planner` to say.
-A command that is to be planned is a row of `JOBS`.
+`ggjac.planner` turns these into bytes, FLOP and seconds. Everything here follows from a model's sizes and a command's
+options; no file is opened and nothing is computed.
+
+To plan a new command, add a row to `JOBS`: the command's name, and a function that makes its `Work` from a `_Builder`
+(the model's sizes, the prompt's length and the command's options). As an example, a command that decomposes the
+Jacobian, decodes the singular vectors, and then carries one vector back from the middle of the network to its input:
+
+    def example(builder):
+        rank, width, sweeps = builder.request.rank, builder.width(builder.n), builder.sweeps
+        bases = KrylovBases(maps=1, positions=builder.n, width=width, sweeps=sweeps)
+        half = Region(spans=((0, builder.config.block_count // 2),))
+        return builder.work(
+            Sweeps("svd", sweeps, width, bases=(bases,)),
+            Lookup("decoding", head=rank, embedding=rank * builder.n),
+            Sweeps("first half", 1, 1, up=False, region=half),
+            buffers={"norms": 8 * rank * builder.d},
+            fewer_vectors="lower --rank, or use fewer tokens",
+        )
+
+Read it as follows; the classes below describe every field.
+
+- Steps stand in the order in which the command takes them. The trace comes first and is not a step.
+- `Sweeps(what, count, vectors)` is `count` sweeps over the blocks, each with `vectors` stacked vectors; `what` is their
+  label in the plan. Vectors that the command stacks together are one step; `builder.in_chunks` splits a stack that is
+  too large for one sweep, as the command itself must.
+- `bases`: the sweeps build Krylov bases, so the plan adds their memory and their orthogonalisation.
+- `region`: the blocks, tensors and positions that the sweeps visit; by default all that a Jacobian uses. Here it is one
+  map, from block 0 to before the middle one.
+- `up=False`: vectors only travel from the output to the input (`rmatmat`), which takes less memory.
+- `Lookup`: a pass over the vocabulary, here to decode `rank` vectors with the head, and one at each of the `n`
+  positions of `rank` others to the nearest input embeddings.
+- `buffers`: bytes that stay allocated from step to step, by the name that the table of memory shows. Each name has an
+  entry in `ggjac.planner.memory.PARTS`.
+- `fewer_vectors`: advice for the user if memory is short, naming options of this command.
+
+`tests/test_jobs.py` counts what a command really does and compares it with its row: list the command's options there.
 """
 
 import math
@@ -14,6 +48,7 @@ from ggjac.sizes import (
     CHUNK_BYTES,
     EXACT_ROWS,
     EXPECTED_SWEEPS,
+    ITEM_BYTES,
     KINDS,
     MAPS,
     PROBES,
@@ -26,9 +61,7 @@ from ggjac.sizes import (
     default_layer,
 )
 
-ITEM_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
-
-# In bfloat16, whose rounding rests above 1e-3: until the residuals no longer fall.
+# In bfloat16, whose rounding error keeps residuals above 1e-3: sweeps until they no longer fall.
 FLOOR_SWEEPS = {"bfloat16": 11}
 
 
@@ -36,36 +69,43 @@ class PlanError(ValueError):
     """A plan cannot be made: an impossible prompt length, rank or dtype."""
 
 
-class Over(NamedTuple):
-    """Which part of the network a pass goes over; by default the sweep of a Jacobian.
+class Region(NamedTuple):
+    """The part of the network that a sweep visits; by default that of a sweep of the Jacobian.
 
     Attributes:
-        tensors: `"live"`: those that products use; `"heads"`: the same, the output projection twice; `"all"`: those of
-            the forward pass.
-        read: positions that are read; None: up to the output's.
-        written: positions that are written; None: those that are read, but one in a block where all maps end.
-        spans: of each map that advances, the blocks from the first to before the last; none: one map over all blocks.
-            All maps have as many vectors.
-        apart: not all maps advance together, but one after another, each with all the vectors.
+        tensors: `"live"`: those that products use; `"heads"`: the same, with the output projection twice more; `"all"`:
+            those of the forward pass.
+        read: positions read; None: those up to the output's.
+        written: positions written; None: the positions read, but only one in a block where all maps end.
+        spans: for each map in the stack, its first block and the one after its last; empty: one map over all blocks.
+            All maps have equally many vectors.
+        sequential: sweep the maps one after another instead of together, each with the step's full stack of vectors.
     """
 
     tensors: Literal["live", "heads", "all"] = "live"
     read: int | None = None
     written: int | None = None
     spans: tuple[tuple[int, int], ...] = ()
-    apart: bool = False
+    sequential: bool = False
 
     @property
-    def turns(self) -> int:
-        """How many sweeps, one after another, make up a pass."""
-        return len(self.spans) if self.apart else 1
+    def rounds(self) -> int:
+        """Sweeps that one pass over all maps takes."""
+        return len(self.spans) if self.sequential else 1
 
 
-SWEEP = Over()
+JACOBIAN = Region()
 
 
-class Krylov(NamedTuple):
-    """The bases of a decomposition: of so many `maps`, each from `positions`, `width` vectors more in every sweep."""
+class KrylovBases(NamedTuple):
+    """Krylov bases of `maps` decompositions; each grows by `width` vectors of `[positions, d]` per sweep.
+
+    Attributes:
+        maps: maps decomposed, each with bases of its own.
+        positions: positions of a vector on the input side; one on the output side has one position.
+        width: vectors added to each map's bases in every sweep.
+        sweeps: sweeps of the whole decomposition, down and up in turn.
+    """
 
     maps: int
     positions: int
@@ -75,33 +115,38 @@ class Krylov(NamedTuple):
 
 @dataclass(frozen=True)
 class Sweeps:
-    """So many passes over blocks with so many stacked vectors; `what` says what for.
+    """`count` sweeps over the blocks, each with `vectors` stacked vectors; `what` labels them.
 
     Attributes:
-        up: some of them go up the layers, which takes more memory.
-        over: which part of the network.
-        after: floats that are made of each float of a result when it is there.
-        copies: of the stream, which are made where maps join or leave the stack, or which the caller holds.
-        krylov: decompositions that the passes are for.
-        held: bytes of what else is kept meanwhile, by name.
+        up: some of them go up the layers (`matmat`), which takes more memory than going down.
+        region: the part of the network they visit.
+        result_floats: floats of working memory for each float of the complete result, for example for copies in
+            float64.
+        stream_copies: copies of each vector's residual stream, made where maps join or leave the stack, or kept by the
+            caller.
+        bases: Krylov bases that the sweeps build.
+        buffers: bytes of other memory in use during the sweeps, by part.
     """
 
     what: str
     count: int
     vectors: int
     up: bool = True
-    over: Over = SWEEP
-    after: float = 0.0
-    copies: int = 0
-    krylov: tuple[Krylov, ...] = ()
-    held: Mapping[str, int] = field(default_factory=dict)
+    region: Region = JACOBIAN
+    result_floats: float = 0.0
+    stream_copies: int = 0
+    bases: tuple[KrylovBases, ...] = ()
+    buffers: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Lookup:
-    """So many passes over the vocabulary: vectors whose `logits` are all wanted, and vectors to decode.
+    """`count` passes over the vocabulary; `what` labels them.
 
-    By the `head`, or to the nearest of the input embeddings.
+    Attributes:
+        logits: vectors whose logits are all kept.
+        head: vectors decoded by the head: only the top tokens are kept.
+        embedding: vectors decoded to the nearest input embeddings.
     """
 
     what: str
@@ -112,76 +157,84 @@ class Lookup:
 
 
 @dataclass(frozen=True)
-class Job:
-    """What a command does after the trace, and what must be kept meanwhile.
+class Work:
+    """The work of a command after the trace, and the buffers it keeps.
 
     Attributes:
-        name: the command.
-        n: tokens of the trace; the output is at the last of `reached`.
-        dtype: of all arithmetic.
+        command: its name.
+        n: tokens of the trace.
+        input_positions: positions that the output depends on: those up to its own.
+        dtype: of all computation.
         steps: in order.
-        tapes: whether what the Jacobian freezes is kept.
-        maps: maps inside the network that advance together, at most.
-        chunk_bytes: working memory of a chunk of dense rows.
-        reused: which tensors later passes want again.
-        kept: bytes of what is kept from step to step, by name.
-        prompts: how often all of it is done, one prompt after another.
-        readied: how often layers that are kept are made ready, at most: once for all prompts, but each may want other
-            experts.
+        tapes: whether the trace records tapes, the frozen part of every block.
+        tapes_to_disk: whether the tapes may be kept in a folder instead of memory.
+        fewer_vectors: advice on the options that make stacks of vectors smaller.
+        fewer_decoded: the same for decoding vectors; empty for the same advice.
+        chunk_bytes: working memory of a chunk of dense rows, in bytes.
+        reused: which tensors later passes use again: `"live"` ones, or those of the forward pass, `"all"`.
+        buffers: bytes of memory in use from step to step, by part.
+        prompts: times that all of it is done, for one prompt after another.
+        preparations: times at most that layers kept dense are dequantized: once for all prompts, but in a mixture each
+            prompt may use other experts.
     """
 
-    name: str
+    command: str
     n: int
-    reached: int
+    input_positions: int
     dtype: str
     steps: tuple[Sweeps | Lookup, ...] = ()
     tapes: bool = True
-    maps: int = 0
+    tapes_to_disk: bool = True
+    fewer_vectors: str = "use fewer tokens"
+    fewer_decoded: str = ""
     chunk_bytes: int = CHUNK_BYTES
     reused: Literal["live", "all"] = "live"
-    kept: Mapping[str, int] = field(default_factory=dict)
+    buffers: Mapping[str, int] = field(default_factory=dict)
     prompts: int = 1
-    readied: int = 1
+    preparations: int = 1
 
     @property
     def sweeps(self) -> tuple[Sweeps, ...]:
-        """The passes over blocks."""
+        """The steps over the blocks."""
         return tuple(step for step in self.steps if isinstance(step, Sweeps))
 
     @property
     def lookups(self) -> tuple[Lookup, ...]:
-        """The passes over the vocabulary."""
+        """The steps over the vocabulary."""
         return tuple(step for step in self.steps if isinstance(step, Lookup))
 
     @property
     def vectors(self) -> int:
-        """Most stacked vectors of any sweep."""
+        """Largest number of stacked vectors in a sweep."""
         return max((step.vectors for step in self.sweeps), default=0)
 
     @property
     def width(self) -> int:
-        """Most vectors by which Krylov bases grow in a sweep; 0 where nothing is decomposed."""
-        return max((sum(k.maps * k.width for k in step.krylov) // step.over.turns for step in self.sweeps), default=0)
+        """Largest number of vectors that a sweep adds to Krylov bases; 0 if nothing is decomposed."""
+        return max((sum(b.maps * b.width for b in step.bases) // step.region.rounds for step in self.sweeps), default=0)
 
 
 @dataclass(frozen=True)
-class Asked:
-    """What a command was asked for, as far as it decides the work; the defaults are the commands' own.
+class Request:
+    """The options of a command that decide its work; the defaults are the commands' own.
 
     Attributes:
-        rank: triplets.
-        position: of the output, negative from the end; `everywhere`: all of them (`attribute`, `predict`).
-        sweeps: of a decomposition: nobody knows them before; None for as many as usual.
-        chunk_bytes: of dense rows; None for the usual.
-        layers, maps, kinds, transport: of maps inside the network, as the options of `layers` say; None for all layers,
-            in `analyze` for none.
-        contrast, per_token, shuffles: parts of `analyze` and `svd`; how many shuffled vectors are decoded.
-        by: of `attribute`: `"token"`, `"layer"` or `"head"`.
-        count: of `norms`: columns and rows at each position.
-        text: of `steer`: tokens of the text that is pushed, where a plan's `n` are the concept's; None: as many.
-        method, layer, strengths, max_tokens, control: of `steer`; `strengths` is how many.
-        prompts: of `ranks`: how many, the longest of `n` tokens.
-        saved: with checkpoints, beside a result; `analyze` always has them.
+        rank: number of singular triplets.
+        position: of the output, negative from the end.
+        everywhere: all positions instead (`attribute`, `predict`).
+        sweeps: of a decomposition, which are not known before it runs; None: the expected number.
+        chunk_bytes: working memory of a chunk of dense rows; None: the default.
+        layers, maps, kinds, transport: of maps inside the network, as the options of `layers` define them; `layers` is
+            None for all of them, but in `analyze` for none.
+        contrast, per_token: parts of `analyze` and `svd`.
+        shuffles: shuffled vectors to decode for comparison (`analyze`, `svd`).
+        by: of `attribute`.
+        count: columns and rows at each position (`norms`).
+        text: tokens of the text that is steered, where `n` are the concept's (`steer`); None: also `n`.
+        method, layer, max_tokens, control: of `steer`.
+        strengths: number of strengths (`steer`).
+        prompts: number of prompts, the longest of `n` tokens (`ranks`).
+        saved: checkpoints are written as well as the result; `analyze` always keeps them.
     """
 
     rank: int = 8
@@ -208,66 +261,78 @@ class Asked:
     saved: bool = False
 
 
-def job(name: str, config: ModelConfig, n: int, dtype: str, **options: Any) -> Job:
-    """Return what a command does, one of `JOBS`, on a prompt of `n` tokens; options as `Asked` has them.
+def command_work(command: str, config: ModelConfig, n: int, dtype: str, **options: Any) -> Work:
+    """Return the work of a command, one of `JOBS`, on a prompt of `n` tokens; `options` are fields of `Request`.
 
     Raises:
-        PlanError: the command is not planned here, or something is out of range.
+        PlanError: the command has no row, or the dtype, the prompt's length or an option is out of range.
     """
-    if name not in JOBS:
-        raise PlanError(f"{name!r} is not planned; planned: {', '.join(JOBS)}")
+    if command not in JOBS:
+        raise PlanError(f"{command!r} is not planned; planned: {', '.join(JOBS)}")
     if dtype not in ITEM_BYTES:
         raise PlanError(f"dtype {dtype!r} is unknown; known: {', '.join(ITEM_BYTES)}")
-    asked = Asked(**options)
+    request = Request(**options)
     if not 1 <= n <= config.context_length:
         raise PlanError(f"a prompt of {n} tokens cannot run; this model takes from 1 to {config.context_length}")
-    if not -n <= asked.position < n:
-        raise PlanError(f"--position {asked.position} is out of range; the prompt has positions 0 to {n - 1}")
-    if not 1 <= asked.rank <= config.d:
-        raise PlanError(f"--rank {asked.rank} is out of range; this model's Jacobian has {config.d} singular values")
-    order = _Order(config, n, dtype, asked)
-    if not set(order.depths) <= set(range(config.block_count + 1)):
-        raise PlanError(f"layers {order.depths}: out of range; this model has depths 0 to {config.block_count}")
-    made = JOBS[name](order)
-    if asked.saved or name == "analyze":
-        made = replace(made, kept={**made.kept, "checkpoint": min(WAITING_BYTES, order.products(made.sweeps))})
-    readied = asked.prompts if config.expert_count else 1
-    return replace(made, name=name, chunk_bytes=order.chunk_bytes, prompts=asked.prompts, readied=readied)
+    if not -n <= request.position < n:
+        raise PlanError(f"--position {request.position} is out of range; the prompt has positions 0 to {n - 1}")
+    if not 1 <= request.rank <= config.d:
+        raise PlanError(f"--rank {request.rank} is out of range; this model's Jacobian has {config.d} singular values")
+    builder = _Builder(config, n, dtype, request)
+    if not set(builder.depths) <= set(range(config.block_count + 1)):
+        raise PlanError(f"layers {builder.depths}: out of range; this model has depths 0 to {config.block_count}")
+    work = JOBS[command](builder)
+    if request.saved or command == "analyze":
+        waiting = min(WAITING_BYTES, builder.product_bytes(work.sweeps))
+        work = replace(work, buffers={**work.buffers, "checkpoint": waiting})
+    return replace(
+        work,
+        command=command,
+        chunk_bytes=builder.chunk_bytes,
+        tapes_to_disk=work.tapes_to_disk and request.prompts == 1,
+        prompts=request.prompts,
+        preparations=request.prompts if config.expert_count else 1,
+    )
 
 
 def all_rows(config: ModelConfig, n: int, dtype: str) -> int:
-    """Return the `chunk_bytes` with which all rows of the dense Jacobian come in one sweep."""
+    """Return the `chunk_bytes` at which one sweep computes all rows of the dense Jacobian."""
     return config.d * chunk_floats(n, config.d, config.hidden_units) * ITEM_BYTES[dtype]
 
 
-REBUILD = Sweeps("reconstruction", 1, 3)
+FEWER_TRIPLETS = "lower --rank, or use fewer tokens"
+FEWER_LAYERS = "ask for fewer --layers"
+
+RECONSTRUCTION = Sweeps("reconstruction", 1, 3)
 ATTRIBUTION = Sweeps("attribution", 1, 1, up=False)
 
 
-class _Group(NamedTuple):
-    """Maps inside the network that are decomposed in the same sweeps, or so many at a time.
+class _MapBatch(NamedTuple):
+    """Maps inside the network that are decomposed by the same sweeps, or one block's maps after another's.
 
     Attributes:
-        name: which.
-        maps: at a time.
-        over: what they go over.
-        branches: at a time, those whose value must be known, and what a pass for it goes over.
+        name: one of `ggjac.sizes.MAPS`.
+        maps: maps swept together.
+        region: the part of the network they visit.
+        branches: of the maps swept together, those of a branch: its output at the prompt must be computed.
+        branch_region: the part of the network that these visit for it.
     """
 
     name: str
     maps: int
-    over: Over
-    branches: tuple[int, Over]
+    region: Region
+    branches: int
+    branch_region: Region
 
 
 @dataclass(frozen=True)
-class _Order:
-    """A command's options on one model and prompt, and the steps that several commands have in common."""
+class _Builder:
+    """A command's options on one model and prompt, and the steps that several commands share."""
 
     config: ModelConfig
     n: int
     dtype: str
-    asked: Asked
+    request: Request
 
     @property
     def d(self) -> int:
@@ -280,281 +345,303 @@ class _Order:
         return ITEM_BYTES[self.dtype]
 
     @property
-    def reached(self) -> int:
-        """Positions up to the output's."""
-        return self.asked.position % self.n + 1
+    def input_positions(self) -> int:
+        """Positions that the output depends on."""
+        return self.request.position % self.n + 1
 
     @property
     def chunk_bytes(self) -> int:
-        """Working memory of a chunk of dense rows."""
-        return CHUNK_BYTES if self.asked.chunk_bytes is None else self.asked.chunk_bytes
+        """Working memory of a chunk of dense rows, in bytes."""
+        return CHUNK_BYTES if self.request.chunk_bytes is None else self.request.chunk_bytes
 
     @property
     def sweeps(self) -> int:
-        """Of a decomposition."""
-        return self.asked.sweeps or FLOOR_SWEEPS.get(self.dtype, EXPECTED_SWEEPS)
+        """Sweeps of a decomposition."""
+        return self.request.sweeps or FLOOR_SWEEPS.get(self.dtype, EXPECTED_SWEEPS)
 
-    def of(self, *steps: Sweeps | Lookup, **more: Any) -> Job:
-        """Return a job of some steps."""
-        return Job("", self.n, self.reached, self.dtype, steps, **more)
+    def work(self, *steps: Sweeps | Lookup, **fields: Any) -> Work:
+        """Return the work of some steps; `fields` are other fields of `Work`."""
+        return Work("", self.n, self.input_positions, self.dtype, steps, **fields)
 
-    def products(self, sweeps: tuple[Sweeps, ...]) -> int:
-        """Return the bytes of what all sweeps give; those of decompositions go down and up in turn."""
+    def product_bytes(self, steps: tuple[Sweeps, ...]) -> int:
+        """Return the bytes of the results of all sweeps; those of decompositions alternate, down first."""
         floats = 0
-        for step in sweeps:
+        for step in steps:
             down = 0 if step.up else step.count
-            if step.krylov:
-                turns = step.krylov[0].sweeps
-                down = step.count // turns * math.ceil(turns / 2)
-            floats += step.over.turns * step.vectors * self.d * (down * self.n + step.count - down)
+            if step.bases:
+                sweeps = step.bases[0].sweeps
+                down = step.count // sweeps * math.ceil(sweeps / 2)
+            # Down gives [vectors, n, d], up gives [vectors, d].
+            floats += step.region.rounds * step.vectors * self.d * (down * self.n + step.count - down)
         return floats * self.item
 
-    def at_once(self, maps: int = 1) -> int:
-        """Return how many dense rows, of each of several maps, go together: `DetachedJacobian.rows_at_once`."""
+    def rows_at_once(self, maps: int = 1) -> int:
+        """Return the dense rows, of each of several maps, in one chunk: `DetachedJacobian.rows_at_once`."""
         return max(1, self.chunk_bytes // (chunk_floats(self.n, self.d, self.config.hidden_units) * self.item * maps))
 
-    def portions(
-        self, what: str, total: int, *, sweeps: int = 1, limit: int | None = None, **more: Any
+    def in_chunks(
+        self, what: str, total: int, *, sweeps: int = 1, limit: int | None = None, **fields: Any
     ) -> tuple[Sweeps, ...]:
-        """Return the sweeps of vectors up to a limit, by default as many as dense rows, and of the rest.
+        """Return sweeps for `total` vectors: full chunks of at most `limit` vectors, and the rest.
 
-        Bases are those of all vectors, and counted once.
+        `limit` is by default that of dense rows; each chunk takes `sweeps` sweeps. `fields` are other fields of
+        `Sweeps`; `bases` are those of all vectors and so counted once.
         """
-        some = min(total, limit or self.at_once())
-        whole = Sweeps(what, sweeps * (total // some), some, **more)
-        if not total % some:
-            return (whole,)
-        without = tuple(k._replace(maps=0) for k in whole.krylov)
-        return whole, replace(whole, count=sweeps, vectors=total % some, krylov=without)
+        chunk = min(total, limit or self.rows_at_once())
+        full = Sweeps(what, sweeps * (total // chunk), chunk, **fields)
+        if not total % chunk:
+            return (full,)
+        counted = tuple(bases._replace(maps=0) for bases in full.bases)
+        return full, replace(full, count=sweeps, vectors=total % chunk, bases=counted)
 
     def dense(self, what: str) -> tuple[Sweeps, ...]:
-        """Return the sweeps of all dense rows; float64 copies are made of `SLICE` of them at a time."""
-        rows = min(self.d, self.at_once())
-        return self.portions(what, self.d, up=False, after=1 + min(SLICE, rows) / rows * 2 * 8 / self.item)
+        """Return the sweeps for all dense rows; `SLICE` of them at a time are copied to float64."""
+        rows = min(self.d, self.rows_at_once())
+        copied = min(SLICE, rows) / rows * 2 * 8 / self.item
+        return self.in_chunks(what, self.d, up=False, result_floats=1 + copied)
 
     def width(self, positions: int, rank: int | None = None) -> int:
-        """Return the stacked vectors of a decomposition of one map from so many positions."""
-        return min(block_width(rank or self.asked.rank, positions * self.d), self.d)
+        """Return the stacked vectors of a decomposition of one map with `positions` positions on its input side."""
+        return min(block_width(rank or self.request.rank, positions * self.d), self.d)
 
     def spectrum(self) -> tuple[Sweeps | Lookup, ...]:
-        """Return the decomposition of the joint map, and what its vectors say, also beside chance."""
-        rank, width, sweeps = self.asked.rank, self.width(self.n), self.sweeps
-        joint = Sweeps("svd", sweeps, width, krylov=(Krylov(1, self.n, width, sweeps),))
+        """Return the decomposition of the joint map and the decoding of its vectors."""
+        rank, width, sweeps = self.request.rank, self.width(self.n), self.sweeps
+        joint = Sweeps("svd", sweeps, width, bases=(KrylovBases(1, self.n, width, sweeps),))
         return joint, Lookup("decoding", head=rank, embedding=rank * self.n)
 
     def ordinary(self) -> tuple[Sweeps, ...]:
-        """Return a product with the ordinary Jacobian: forward mode carries the values beside the one tangent.
+        """Return a product with the ordinary Jacobian: forward mode carries the values along with one tangent.
 
-        No tape holds the last block's output.
+        The last block is computed once more for its values, since no tape holds its output.
         """
         end = self.config.block_count
-        last = Over("all", spans=((end - 1, end),))
-        return Sweeps("ordinary", 1, 2, over=Over("all")), Sweeps("ordinary: last block", 1, 1, over=last)
+        last = Region("all", spans=((end - 1, end),))
+        return Sweeps("ordinary", 1, 2, region=Region("all")), Sweeps("ordinary: last block", 1, 1, region=last)
 
     def coherence(self) -> tuple[Lookup, ...]:
-        """Return the decoding of shuffled vectors, beside chance."""
-        count = self.asked.rank + self.asked.shuffles
-        return (Lookup("coherence", head=count, embedding=count),) if self.asked.shuffles else ()
+        """Return the decoding of singular and of shuffled vectors, which shows what chance would give."""
+        count = self.request.rank + self.request.shuffles
+        return (Lookup("coherence", head=count, embedding=count),) if self.request.shuffles else ()
 
     def per_token(self) -> tuple[Sweeps | Lookup, ...]:
-        """Return the decomposition of each position's own map; what goes up is put in its place before."""
-        maps, rank, sweeps = self.reached, self.asked.rank, self.sweeps
+        """Return the decomposition of each position's own map; vectors going up are first put at their position."""
+        maps, rank, sweeps = self.input_positions, self.request.rank, self.sweeps
         width = self.width(1)
-        bases = (Krylov(maps, 1, width, sweeps),)
+        bases = (KrylovBases(maps, 1, width, sweeps),)
         return (
-            *self.portions("svd per token", maps * width, sweeps=sweeps, copies=1, krylov=bases),
-            *self.portions("svd per token: signs", maps, copies=1),
+            *self.in_chunks("svd per token", maps * width, sweeps=sweeps, stream_copies=1, bases=bases),
+            *self.in_chunks("svd per token: signs", maps, stream_copies=1),
             Lookup("decoding per token", head=maps * rank, embedding=maps * rank),
         )
 
     def stable_rank(self) -> tuple[Sweeps, ...]:
-        """Return the Frobenius norm of the joint map: its rows, whole float64 copies of which are made, or probes."""
-        after = 1 + 2 * 8 / self.item
+        """Return the Frobenius norm of the joint map: from all rows or from probes, all copied to float64 at once."""
+        result_floats = 1 + 2 * 8 / self.item
         if self.d <= EXACT_ROWS:
-            return tuple(replace(step, after=after) for step in self.dense("stable rank"))
-        return (Sweeps("stable rank", 1, PROBES, up=False, after=after),)
+            return tuple(replace(step, result_floats=result_floats) for step in self.dense("stable rank"))
+        return (Sweeps("stable rank", 1, PROBES, up=False, result_floats=result_floats),)
 
     @property
     def depths(self) -> list[int]:
-        """Where maps inside the network begin or end, in blocks applied."""
-        return sorted(set(range(self.config.block_count + 1) if self.asked.layers is None else self.asked.layers))
+        """Depths at which maps inside the network begin or end, in blocks applied."""
+        chosen = range(self.config.block_count + 1) if self.request.layers is None else self.request.layers
+        return sorted(set(chosen))
 
     @property
     def ends(self) -> list[int]:
-        """Where some end: none does before the first block."""
+        """Depths at which some map ends: all but that before the first block."""
         return [i for i in self.depths if i > 0]
 
     @property
-    def groups(self) -> list[_Group]:
-        """The maps inside the network, as `analysis.layers` lets them advance."""
-        asked, ends, end, kinds = self.asked, self.ends, self.config.block_count, len(self.asked.kinds)
-        branches = sum(kind != "layer" for kind in asked.kinds)
+    def batches(self) -> list[_MapBatch]:
+        """The maps inside the network in the batches in which `analysis.layers` sweeps them."""
+        ends, end, kinds = self.ends, self.config.block_count, len(self.request.kinds)
+        branches = sum(kind != "layer" for kind in self.request.kinds)
         blocks = tuple((i - 1, i) for i in ends)
         inner = tuple((i, end) for i in self.depths if i < end)
-        every = Over(spans=tuple((0, i) for i in ends for _ in range(kinds)))
-        alone = Over(spans=blocks, apart=True)
-        groups = [
-            _Group("cumulative", kinds * len(ends), every, (branches * len(ends), Over(spans=blocks))),
-            _Group("blockwise", kinds * bool(ends), alone, (branches, alone)),
-            _Group("to_end", len(inner), Over(spans=inner), (0, SWEEP)),
+        cumulative = Region(spans=tuple((0, i) for i in ends for _ in range(kinds)))
+        single = Region(spans=blocks, sequential=True)
+        batches = [
+            _MapBatch("cumulative", kinds * len(ends), cumulative, branches * len(ends), Region(spans=blocks)),
+            _MapBatch("blockwise", kinds * bool(ends), single, branches, single),
+            _MapBatch("to_end", len(inner), Region(spans=inner), 0, JACOBIAN),
         ]
-        return [group for group in groups if group.name in asked.maps and group.maps]
-
-    @property
-    def together(self) -> int:
-        """Most maps inside the network that advance together."""
-        return max((group.maps for group in self.groups), default=0)
+        return [batch for batch in batches if batch.name in self.request.maps and batch.maps]
 
     def layers(self) -> tuple[Sweeps | Lookup, ...]:
-        """Return the decomposition of maps inside the network, each as the whole Jacobian's; and the readout."""
-        asked, rank, end = self.asked, self.asked.rank, self.config.block_count
-        steps: list[Sweeps | Lookup] = [step for group in self.groups for step in self._decomposed(group)]
-        every = sum(group.maps * group.over.turns for group in self.groups)
-        if every:
-            steps.append(Lookup("layers: decoding", head=every * rank))
-        if asked.transport and "cumulative" in asked.maps and "layer" in asked.kinds:
+        """Return the decomposition of maps inside the network, as of the whole Jacobian, and the logit lens."""
+        request, rank, end = self.request, self.request.rank, self.config.block_count
+        steps: list[Sweeps | Lookup] = [step for batch in self.batches for step in self._decomposition(batch)]
+        total = sum(batch.maps * batch.region.rounds for batch in self.batches)
+        if total:
+            steps.append(Lookup("layers: decoding", head=total * rank))
+        if request.transport and "cumulative" in request.maps and "layer" in request.kinds:
             steps += self._transport()
         return *steps, Lookup("readout", logits=end + 1)
 
     def _transport(self) -> Iterator[Sweeps | Lookup]:
-        """Yield the sweeps that carry left vectors on: up to their taps, from there to the output; and what arrives."""
-        rank, end = self.asked.rank, self.config.block_count
+        """Yield the sweeps that carry left singular vectors to their depth and on to the output, and the decoding."""
+        rank, end = self.request.rank, self.config.block_count
         inner = [i for i in self.ends if i < end]
         for spans in (tuple((0, i) for i in inner), tuple((i, end) for i in inner)):
             if spans:
-                yield Sweeps("layers: transport", 1, len(spans) * rank, over=Over(spans=spans), copies=2)
+                region = Region(spans=spans)
+                yield Sweeps("layers: transport", 1, len(spans) * rank, region=region, stream_copies=2)
         if self.ends:
             yield Lookup("layers: arriving", head=len(self.ends) * rank)
 
-    def _decomposed(self, group: _Group) -> Iterator[Sweeps]:
-        """Yield the sweeps of a group: for the values of branches, triplets, their signs and stable ranks."""
-        name, maps, over, sweeps, width = group.name, group.maps, group.over, self.sweeps, self.width(self.n)
-        values, where = group.branches
-        copies = 0 if over.apart else 2
-        if values:
-            yield Sweeps(f"layers: {name}, branches", 1, values, over=where, copies=copies)
-        bases = (Krylov(over.turns * maps, self.n, width, sweeps),)
-        yield Sweeps(f"layers: {name}, svd", sweeps, maps * width, over=over, copies=copies, krylov=bases)
-        yield Sweeps(f"layers: {name}, signs", 1, maps, over=over, copies=copies)
-        # The results of all maps arrive together, and are made wide one after another.
-        after = 1 + 2 * 8 / self.item / maps
+    def _decomposition(self, batch: _MapBatch) -> Iterator[Sweeps]:
+        """Yield the sweeps of a batch: for outputs of branches, triplets, their signs and stable ranks."""
+        name, maps, region, sweeps, width = batch.name, batch.maps, batch.region, self.sweeps, self.width(self.n)
+        copies = 0 if region.sequential else 2
+        if batch.branches:
+            where = batch.branch_region
+            yield Sweeps(f"layers: {name}, branches", 1, batch.branches, region=where, stream_copies=copies)
+        bases = (KrylovBases(region.rounds * maps, self.n, width, sweeps),)
+        yield Sweeps(f"layers: {name}, svd", sweeps, maps * width, region=region, stream_copies=copies, bases=bases)
+        yield Sweeps(f"layers: {name}, signs", 1, maps, region=region, stream_copies=copies)
+        # The results of all maps arrive together, and are copied to float64 one after another.
+        result_floats = 1 + 2 * 8 / self.item / maps
         exact = self.d <= EXACT_ROWS
         rows = self.d if exact else PROBES
-        for step in self.portions(
-            f"layers: {name}, stable rank", rows, limit=self.at_once(maps) if exact else rows, up=False, over=over
-        ):
-            yield replace(step, vectors=maps * step.vectors, after=after, copies=copies)
+        limit = self.rows_at_once(maps) if exact else rows
+        for step in self.in_chunks(f"layers: {name}, stable rank", rows, limit=limit, up=False, region=region):
+            yield replace(step, vectors=maps * step.vectors, result_floats=result_floats, stream_copies=copies)
 
 
-def _analyze(order: _Order) -> Job:
-    asked = order.asked
-    more: tuple[Sweeps | Lookup, ...] = (*order.ordinary(), Lookup("contrast", logits=3)) if asked.contrast else ()
-    more += order.per_token() if asked.per_token else ()
-    more += order.layers() if asked.layers is not None else ()
-    branches = Sweeps("branches", 1, 1, over=Over("heads", written=1))
-    steps = REBUILD, *order.spectrum(), *order.coherence(), *order.stable_rank(), ATTRIBUTION, branches, *more
-    return order.of(Lookup("logits", logits=1), *steps, maps=0 if asked.layers is None else order.together)
+def _analyze(builder: _Builder) -> Work:
+    request = builder.request
+    more: tuple[Sweeps | Lookup, ...] = ()
+    if request.contrast:
+        more += *builder.ordinary(), Lookup("contrast", logits=3)
+    if request.per_token:
+        more += builder.per_token()
+    if request.layers is not None:
+        more += builder.layers()
+    return builder.work(
+        Lookup("logits", logits=1),
+        RECONSTRUCTION,
+        *builder.spectrum(),
+        *builder.coherence(),
+        *builder.stable_rank(),
+        ATTRIBUTION,
+        Sweeps("branches", 1, 1, region=Region("heads", written=1)),
+        *more,
+        fewer_vectors=FEWER_LAYERS if request.layers is not None and builder.batches else FEWER_TRIPLETS,
+    )
 
 
-def _svd(order: _Order) -> Job:
-    per_token = order.per_token() if order.asked.per_token else ()
-    return order.of(*order.spectrum(), REBUILD, *order.coherence(), *per_token)
+def _svd(builder: _Builder) -> Work:
+    per_token = builder.per_token() if builder.request.per_token else ()
+    steps = *builder.spectrum(), RECONSTRUCTION, *builder.coherence(), *per_token
+    return builder.work(*steps, fewer_vectors=FEWER_TRIPLETS, fewer_decoded="lower --shuffles or --rank")
 
 
-def _layers(order: _Order) -> Job:
-    return order.of(REBUILD, *order.layers(), maps=order.together)
+def _layers(builder: _Builder) -> Work:
+    advice = {"fewer_vectors": FEWER_LAYERS} if builder.batches else {}
+    return builder.work(RECONSTRUCTION, *builder.layers(), **advice)
 
 
-def _attribute(order: _Order) -> Job:
-    """By token along all live paths; by layer or head where the output is, which needs no vector to travel."""
-    n, by, everywhere = order.n, order.asked.by, order.asked.everywhere
+def _attribute(builder: _Builder) -> Work:
+    """By token: along all live paths. By layer or head: at the output's position, where no vector has to travel."""
+    n, by, everywhere = builder.n, builder.request.by, builder.request.everywhere
+    shares: tuple[Sweeps, ...] = (ATTRIBUTION,)
     if by != "token":
-        over = Over("heads" if by == "head" else "live", n if everywhere else None, n if everywhere else 1)
-        shares: tuple[Sweeps, ...] = (Sweeps("attribution", 1, 1, over=over),)
+        region = Region("heads" if by == "head" else "live", n if everywhere else None, n if everywhere else 1)
+        shares = (Sweeps("attribution", 1, 1, region=region),)
     elif everywhere:
-        shares = order.portions("attribution", n + 1, over=Over(read=n, written=n))
+        shares = builder.in_chunks("attribution", n + 1, region=Region(read=n, written=n))
+    return builder.work(RECONSTRUCTION, Lookup("logits", logits=n if everywhere else 1), *shares)
+
+
+def _norms(builder: _Builder) -> Work:
+    vectors = builder.n * min(builder.request.count, builder.d)
+    return builder.work(
+        RECONSTRUCTION,
+        *builder.dense("rows"),
+        *builder.in_chunks("columns", vectors, stream_copies=1),
+        Lookup("decoding", head=vectors, embedding=vectors),
+        fewer_decoded="lower --count, or use fewer tokens",
+    )
+
+
+def _ranks(builder: _Builder) -> Work:
+    """The joint map and those of all positions together, in chunks of vectors; see `analysis.ranks`."""
+    n, positions, sweeps, item = builder.n, builder.input_positions, builder.sweeps, builder.item
+    width = builder.width(n, rank=1)
+    limit = min(TOKENS_AT_ONCE * width, builder.rows_at_once())
+    bases = KrylovBases(1, n, width, sweeps), KrylovBases(positions, 1, width, sweeps)
+    largest = builder.in_chunks(
+        "svd", (1 + positions) * width, sweeps=sweeps, limit=limit, stream_copies=1, bases=bases
+    )
+    if builder.d <= EXACT_ROWS:
+        norms = builder.in_chunks("stable ranks", builder.d, limit=limit, up=False, result_floats=1 + 2 * 8 / item)
     else:
-        shares = (ATTRIBUTION,)
-    return order.of(REBUILD, Lookup("logits", logits=n if everywhere else 1), *shares)
+        copied = {"norms": PROBES * n * builder.d * (item + 2 * 8)}  # the joint map's probes, copied to float64
+        norms = builder.in_chunks("stable ranks", (1 + positions) * PROBES, limit=limit, up=False, buffers=copied)
+    return builder.work(*largest, *norms, Lookup("logits", logits=1), RECONSTRUCTION)
 
 
-def _norms(order: _Order) -> Job:
-    vectors = order.n * min(order.asked.count, order.d)
-    decoding = Lookup("decoding", head=vectors, embedding=vectors)
-    return order.of(REBUILD, *order.dense("rows"), *order.portions("columns", vectors, copies=1), decoding)
+def _compare(builder: _Builder) -> Work:
+    """One of the two files, while the results of the other are kept."""
+    n, d, rank, logits = builder.n, builder.d, builder.request.rank, builder.n * builder.config.vocabulary
+    kept = 2 * logits * builder.item + rank * (n + 1) * d * max(4, builder.item)
+    joint, _ = builder.spectrum()
+    steps = Lookup("logits", logits=n), joint, RECONSTRUCTION, ATTRIBUTION
+    return builder.work(*steps, buffers={"portraits": kept}, tapes_to_disk=False, fewer_vectors=FEWER_TRIPLETS)
 
 
-def _ranks(order: _Order) -> Job:
-    """The joint map and those of all positions together, so many vectors at a time; see `analysis.prompts`."""
-    n, reached, sweeps, item = order.n, order.reached, order.sweeps, order.item
-    width = order.width(n, rank=1)
-    limit = min(TOKENS_AT_ONCE * width, order.at_once())
-    bases = Krylov(1, n, width, sweeps), Krylov(reached, 1, width, sweeps)
-    wide = {"norms": PROBES * n * order.d * (item + 2 * 8)}  # of the joint map
-    norms = order.portions("stable ranks", (1 + reached) * PROBES, limit=limit, up=False, held=wide)
-    if order.d <= EXACT_ROWS:
-        norms = order.portions("stable ranks", order.d, limit=limit, up=False, after=1 + 2 * 8 / item)
-    largest = order.portions("svd", (1 + reached) * width, sweeps=sweeps, limit=limit, copies=1, krylov=bases)
-    return order.of(*largest, *norms, Lookup("logits", logits=1), REBUILD)
-
-
-def _compare(order: _Order) -> Job:
-    """One of the two files, in the presence of what was kept of the other."""
-    n, d, rank, logits = order.n, order.d, order.asked.rank, order.n * order.config.vocabulary
-    kept = 2 * logits * order.item + rank * (n + 1) * d * max(4, order.item)
-    joint, _ = order.spectrum()
-    steps = Lookup("logits", logits=n), joint, REBUILD, ATTRIBUTION
-    return order.of(*steps, kept={"portraits": kept})
-
-
-def _steer(order: _Order) -> Job:
-    """The concept's map on a text and on every token that comes, and the texts themselves; see `analysis.steering`."""
-    asked, config = order.asked, order.config
-    text, later = asked.text or order.n, asked.max_tokens - 1
-    capacity, pushed = text + asked.max_tokens, asked.strengths * (1 + asked.control)
-    layer = asked.layer or default_layer(config.block_count)
+def _steer(builder: _Builder) -> Work:
+    """The concept's map on a text and on every generated token, and the generation itself; see `analysis.steer`."""
+    request, config = builder.request, builder.config
+    text, later = request.text or builder.n, request.max_tokens - 1
+    capacity, steered = text + request.max_tokens, request.strengths * (1 + request.control)
+    layer = request.layer or default_layer(config.block_count)
     if layer > config.block_count:
         raise PlanError(f"--layer {layer} is out of range; this model has layers 1 to {config.block_count}")
     if capacity > config.context_length:
         raise PlanError(f"a text of {capacity} tokens cannot run; the model's context is {config.context_length}")
-    concept = Over(spans=((0, layer),))
-    # Keys and values of every block, and of the one that is being extended twice.
-    cache = (config.block_count + 1) * 2 * config.head_count_kv * config.head_size * capacity * order.item
-    held = {"cache": cache}
-    steps: list[Sweeps | Lookup] = [*order.portions("images of the text", text, over=concept, copies=1)]
-    if asked.method == "equation16":
-        steps.append(Sweeps("offset", 1, 3, over=concept))
-    steps.append(Sweeps("texts", 1 + pushed, 1, over=Over("all", text), held=held))
+    concept = Region(spans=((0, layer),))
+    # Keys and values of every block; those of the block being extended exist twice.
+    cache = (config.block_count + 1) * 2 * config.head_count_kv * config.head_size * capacity * builder.item
+    buffers = {"cache": cache}
+    steps: list[Sweeps | Lookup] = [*builder.in_chunks("images of the text", text, region=concept, stream_copies=1)]
+    if request.method == "equation16":
+        steps.append(Sweeps("offset", 1, 3, region=concept))
+    steps.append(Sweeps("texts", 1 + steered, 1, region=Region("all", text), buffers=buffers))
     if later:
-        steps.append(Sweeps("tokens", (1 + pushed) * later, 1, over=Over("all", capacity, 1), held=held))
-        if pushed:
-            steps.append(Sweeps("images of tokens", pushed * later, 1, over=concept, copies=1, held=held))
-    steps.append(Lookup("logits", count=1 + (1 + pushed) * asked.max_tokens, logits=1))
-    return order.of(*steps, reused="all")
+        token = Region("all", capacity, 1)
+        steps.append(Sweeps("tokens", (1 + steered) * later, 1, region=token, buffers=buffers))
+        if steered:
+            images = Sweeps("images of tokens", steered * later, 1, region=concept, stream_copies=1, buffers=buffers)
+            steps.append(images)
+    steps.append(Lookup("logits", count=1 + (1 + steered) * request.max_tokens, logits=1))
+    return builder.work(*steps, reused="all", tapes_to_disk=False)
 
 
-def _predict(order: _Order) -> Job:
-    every = (Lookup("all logits", logits=order.n),) if order.asked.everywhere else ()
-    return order.of(Lookup("logits", logits=1), *every, tapes=False)
+def _predict(builder: _Builder) -> Work:
+    everywhere = (Lookup("all logits", logits=builder.n),) if builder.request.everywhere else ()
+    return builder.work(Lookup("logits", logits=1), *everywhere, tapes=False)
 
 
-def _verify(order: _Order) -> Job:
-    """A trace without tapes, beside what llama.cpp computed; the memory of its own process is not counted."""
-    n, config = order.n, order.config
-    tensors = n * order.d * (3 * config.block_count + 1)  # of each block the two branches and the stream; the output
+def _verify(builder: _Builder) -> Work:
+    """A trace without tapes, compared with llama.cpp's tensors; memory of llama.cpp's own process is not counted."""
+    n, config = builder.n, builder.config
+    tensors = n * builder.d * (3 * config.block_count + 1)  # each block's two branches and stream; the output
     reference = {"llama.cpp's tensors": 4 * (tensors + n * config.vocabulary)}
-    return order.of(Lookup("all logits", logits=n), tapes=False, kept=reference)
+    return builder.work(Lookup("all logits", logits=n), tapes=False, buffers=reference)
 
 
-# Commands that can be planned, the main one first.
-JOBS: dict[str, Callable[[_Order], Job]] = {
+# The commands that can be planned, the main one first.
+JOBS: dict[str, Callable[[_Builder], Work]] = {
     "analyze": _analyze,
     "svd": _svd,
     "layers": _layers,
-    "jacobian": lambda order: order.of(*order.dense("rows"), REBUILD),
+    "jacobian": lambda builder: builder.work(*builder.dense("rows"), RECONSTRUCTION),
     "norms": _norms,
     "attribute": _attribute,
-    "contrast": lambda order: order.of(REBUILD, *order.ordinary(), Lookup("logits", logits=3)),
+    "contrast": lambda builder: builder.work(RECONSTRUCTION, *builder.ordinary(), Lookup("logits", logits=3)),
     "ranks": _ranks,
     "compare": _compare,
     "steer": _steer,

@@ -20,6 +20,7 @@ import torch
 
 from ggjac.model import open_model
 from ggjac.planner import machine
+from ggjac.units import size
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import make_synthetic_gguf
@@ -62,7 +63,7 @@ def main() -> None:
     print(f"{options.layers} blocks, {len(rows)} rows of {options.tokens} tokens, {options.dtype}; ", end="")
     print(f"load {os.getloadavg()[0]:.1f} of {os.cpu_count()} CPUs; each weight read {passes:.0f} time(s)")
     print(f"{took:.1f} s, {J.sweep.flop / took / 1e9:.0f} GFLOP/s; GEMM alone {rate / 1e9:.0f} GFLOP/s: ", end="")
-    print(f"{J.sweep.flop / took / rate:.2f} of it; peak {machine.format_size(peak.nbytes)}")
+    print(f"{J.sweep.flop / took / rate:.2f} of it; peak {size(peak.nbytes)}")
 
 
 if __name__ == "__main__":

@@ -16,8 +16,10 @@ from pathlib import Path
 
 import torch
 
+from ggjac import planner
 from ggjac.model import open_model
 from ggjac.planner import bench, machine
+from ggjac.units import size
 
 
 def main() -> None:
@@ -41,11 +43,11 @@ def main() -> None:
     vram = options.vram_budget or options.card
     plan = model.plan(ids, "svd", rank=options.rank, ram_budget=options.ram_budget, vram_budget=vram)
     rates = bench.measure(model.gguf, plan.columns, plan.trace.types, dtype=options.dtype, device=str(device))
-    limits = {part.what: part for part in plan.seconds(rates).parts}
+    limits = {part.what: part for part in planner.seconds(plan, rates).parts}
     print(f"{options.model.name} on {device}, {options.dtype}, {options.tokens} tokens, k={options.rank}")
     print("\n".join(rates.lines()) + f"; bus {rates.bus / 1e9:.1f} GB/s")
     waiting = ", ".join(f"{plan.places.count(p)} {p}" for p in ("dense", "device", "pinned", "file"))
-    print(f"blocks wait: {waiting}; plan: {machine.format_size(plan.vram_peak)} of device memory")
+    print(f"blocks wait: {waiting}; plan: {size(plan.vram_peak)} of device memory")
 
     model.fit(plan)
     start = time.perf_counter()
@@ -70,7 +72,7 @@ def main() -> None:
         f"{limit.gemm:.3f} s | {limit.each / median:.2f} of limit; stopped by {found.reason}"
     )
     if device.type == "cuda":
-        print(f"device memory: peak {machine.format_size(torch.cuda.max_memory_reserved(device))}")
+        print(f"device memory: peak {size(torch.cuda.max_memory_reserved(device))}")
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ from ggjac.planner import machine, work
 from ggjac.planner.bench import disk_rate
 from ggjac.sizes import SLAB, TILE_ELEMENTS
 from ggjac.svd import svd
+from ggjac.units import size
 
 SAMPLE = 2  # blocks in which the limits are measured
 
@@ -141,7 +142,7 @@ def main() -> None:
         plan = planner.make(
             model.gguf,
             model.config,
-            work.job("svd", model.config, n, options.dtype, rank=options.rank),
+            work.command_work("svd", model.config, n, options.dtype, rank=options.rank),
             threads=threads,
             budget=planner.Budget(options.ram_budget),
             tapes_on_disk=options.tapes_on_disk,
@@ -149,11 +150,9 @@ def main() -> None:
         model.fit(plan)
         disk, _ = disk_rate(model.gguf)
         print(f"{options.model.name}: {model.gguf.nbytes / 1e9:.1f} GB, {model.config.block_count} blocks; ", end="")
-        print(
-            f"{n} tokens, k={options.rank}, {options.dtype}, budget {machine.format_size(options.ram_budget)}; ", end=""
-        )
+        print(f"{n} tokens, k={options.rank}, {options.dtype}, budget {size(options.ram_budget)}; ", end="")
         print(f"{threads} threads, load {os.getloadavg()[0]:.1f}; disk {disk / 1e9:.2f} GB/s")
-        print(f"plan: peak {machine.format_size(plan.ram_peak)}, {plan.places.count('dense')} blocks kept dense")
+        print(f"plan: peak {size(plan.ram_peak)}, {plan.places.count('dense')} blocks kept dense")
         tapes = Tapes(Path(folder), {}, resident=False) if options.tapes_on_disk else True
         start = time.perf_counter()
         trace = model.trace([3 + i % 200 for i in range(n)], tapes=tapes)
@@ -166,7 +165,7 @@ def main() -> None:
         print(f"{found.sweeps} sweeps, median {statistics.median(TIMES):.2f} s, in all {sum(TIMES):.1f} s; ", end="")
         print(f"stopped by {found.reason}; worst residual {float(found.residual.max()):.1e}")
         print("singular values " + " ".join(f"{s:.4g}" for s in found.S.tolist()))
-    print(f"anonymous memory: peak {machine.format_size(memory.nbytes)} (plan {machine.format_size(plan.ram_peak)})")
+    print(f"anonymous memory: peak {size(memory.nbytes)} (plan {size(plan.ram_peak)})")
 
 
 if __name__ == "__main__":

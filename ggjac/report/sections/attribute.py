@@ -31,7 +31,7 @@ ROUNDING = 5e-2  # of Σ|shares|: the difference from the logit that 16-bit dtyp
 
 Part = tuple[str, float]
 
-_WHOLE = {"target": TOKEN, "logit": number}  # the logit, less that of `versus`
+_WHOLE = {"target": TOKEN, "logit": number}  # the logit, minus that of `versus`
 _WHOSE = {
     "position": integer,
     "token": text,
@@ -125,7 +125,7 @@ def _everywhere(run: Run) -> dict[str, Any] | None:
 
 def asked(entry: dict) -> str:
     """Return the name of the logit, or of the difference of two, that is split."""
-    less = f", less that of {entry['versus']['token']}" if entry["versus"] else ""
+    less = f", minus that of {entry['versus']['token']}" if entry["versus"] else ""
     return f"the logit of {entry['target']['token']}{less}"
 
 

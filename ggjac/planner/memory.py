@@ -1,0 +1,249 @@
+"""Peak memory of a command's work, by part: what each part takes, and what makes it smaller.
+
+The peak is a sum of parts (`PARTS`), each a formula below, in bytes. Formulas of working memory count floats.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from ggjac.config import ModelConfig
+from ggjac.planner.passes import LayerPlan
+from ggjac.planner.work import Lookup, Sweeps, Work
+from ggjac.sizes import ITEM_BYTES, ON_THE_WAY, SLAB, TILE_ELEMENTS
+
+if TYPE_CHECKING:  # NumPy would be imported for types alone
+    from ggjac.gguf import GGUFFile
+
+# Anonymous memory of a process that has imported torch and opened a model and done nothing else: measured on Linux.
+BASE_BYTES = {"cpu": 160 << 20, "cuda": 900 << 20}
+# Buffers of the matrix library and of the allocator, for each thread.
+THREAD_BYTES = 8 << 20
+# Device memory that CUDA keeps for itself.
+CONTEXT_BYTES = 600 << 20
+# Bytes for each weight while torch dequantizes it on a device, the result included, while the previous tile is still
+# there: measured with the type that takes most.
+DEQUANTIZING_BYTES = 14
+
+
+def peak(
+    file: "GGUFFile",
+    config: ModelConfig,
+    work: Work,
+    layers: Sequence[LayerPlan],
+    *,
+    threads: int,
+    device: str,
+    tapes_on_disk: bool,
+) -> tuple[dict[str, int], dict[str, int]]:
+    """Return the bytes of each part of RAM and of device memory at the peak, without weights kept between sweeps.
+
+    The parts of the arithmetic are in RAM on the CPU, where the second result is empty, and else on the device. The
+    trace and the steps come one after another, so only the one with the largest working memory counts.
+    """
+    item = ITEM_BYTES[work.dtype]
+    on_cpu = device == "cpu"
+    elements = min(TILE_ELEMENTS, max(info.elements for info in file.tensors.values()))
+    tapes = [layer.tape_bytes for layer in layers] if work.tapes else [0]
+    steps = [{"trace": trace_floats(config, work.n) * max(4, item)}]
+    steps += [_sweep_parts(config, work, step) for step in work.sweeps]
+    steps += [_lookup_parts(config, work, step) for step in work.lookups]
+    largest = max(steps, key=lambda parts: sum(parts.values()))
+    parts = {
+        "process": BASE_BYTES["cpu"] + threads * THREAD_BYTES if on_cpu else CONTEXT_BYTES,
+        "tapes": max(tapes) * 2 if tapes_on_disk else sum(tapes),
+        "tile": elements * (item if on_cpu else item + DEQUANTIZING_BYTES),
+        **({} if on_cpu else {"on the way": _on_the_way(file)}),
+        **work.buffers,
+        **{part: size for part, size in largest.items() if size},
+    }
+    if on_cpu:
+        return parts, {}
+    return {"process": BASE_BYTES["cuda"], "on the way": _on_the_way(file, pinned=True)}, parts
+
+
+def _on_the_way(file: "GGUFFile", *, pinned: bool = False) -> int:
+    """Return the bytes of tiles on their way to a device; torch rounds a pinned buffer up to a power of two."""
+    largest = max(math.ceil(min(TILE_ELEMENTS, i.elements) * i.nbytes / i.elements) for i in file.tensors.values())
+    return ON_THE_WAY * (1 << (largest - 1).bit_length() if pinned else largest)
+
+
+def _sweep_parts(config: ModelConfig, work: Work, step: Sweeps) -> dict[str, int]:
+    """Return the working memory of a sweep: its vectors, under way or as a complete result, and Krylov bases."""
+    item = ITEM_BYTES[work.dtype]
+    wide = max(4, item)  # bases and softmax are at least in float32
+    region = step.region
+    n = region.read or work.input_positions
+    if region.tensors == "all":
+        moving = trace_floats(config, n, region.written or n) * wide
+    else:
+        # A basis in float32 gives the sweep a copy of its vectors rounded to the dtype.
+        rounded = bool(step.bases) and item < wide
+        floats = (alone_floats if region.sequential else sweep_floats)(config, n, up=step.up)
+        moving = (floats + (step.stream_copies + rounded) * n * config.d) * item
+    bases = sum(b.maps * basis_floats(config, b.positions, b.width, b.sweeps) for b in step.bases) // region.rounds
+    result = round(step.result_floats * work.n * config.d) * item
+    return {"vectors": step.vectors * max(moving, result), "bases": bases * wide, **step.buffers}
+
+
+def _lookup_parts(config: ModelConfig, work: Work, step: Lookup) -> dict[str, int]:
+    """Return the working memory of a pass over the vocabulary: scores of a tile and the vectors, or all logits."""
+    vectors = max(step.head, step.embedding)
+    scores = vectors * (4 * min(TILE_ELEMENTS // config.d, config.vocabulary) + 2 * config.d)
+    return {"decoding": (scores + 3 * step.logits * config.vocabulary) * max(4, ITEM_BYTES[work.dtype])}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Floats of working memory
+
+
+def sweep_floats(config: ModelConfig, n: int, *, up: bool) -> int:
+    """Return the floats that one stacked vector takes at most on its way through a block of `n` positions.
+
+    They are the tensors alive at once in the code of `linop`, `blocks` and `jacobian`; torch's allocator counts the
+    same. `d`, `q` and `kv` are the widths of the stream, of all query heads and of all value heads, `s` that of a slab
+    of hidden units:
+
+        up, attention        stream, normed stream, values, and mixed heads twice (or once, with the output)
+        up, feed-forward     stream, middle, normed middle, the sum over slabs or experts, hidden units
+                             before and after the gate, inputs gathered for an expert, and its output
+        down, attention      stream, middle, heads twice, values (or heads once, their gradient on the stream,
+                             and the same normed, or before that centred)
+        down, feed-forward   stream, the sum over slabs or experts, hidden units twice (or once, with one slab's
+                             output), and inputs gathered for an expert
+
+    All but the first "down" line include one stream that the previous block has left. Going down, a norm or a scale
+    after a branch adds a copy of the stream, and so do parallel branches, which share one. An expert's own part, its
+    hidden units included, covers only the positions that use it.
+    """
+    d, q, kv, row = config.d, config.head_count * config.head_size, config.head_count_kv * config.head_size, config.row
+    scaled = row.norms.attention_out or row.norms.ffn_out or config.residual_scale != 1
+    more = d if scaled or row.parallel else 0
+    if up:
+        return max(n * (3 * d + kv + q + max(q, d)), _ffn_floats(config, n, 4 * d, 0, lambda s: 2 * s, 2 * d))
+    centred = d if more or row.norm != "rms" else 0
+    attention = n * max(2 * d + 2 * q + kv, 4 * d + q + centred)
+    return max(attention, _ffn_floats(config, n, 2 * d + more, d, lambda s: max(2 * s, s + d), d))
+
+
+def alone_floats(config: ModelConfig, n: int, *, up: bool) -> int:
+    """Return the floats like `sweep_floats`, for single-block maps that write only the last position.
+
+        up     stream, normed stream, values twice (or centred stream)
+        down   values twice, or once and their gradient on the stream; or that, normed, and before that centred
+
+    These have `n` positions. The last position alone takes, before or after them, what `sweep_floats` counts for one.
+    """
+    d, kv, row = config.d, config.head_count_kv * config.head_size, config.row
+    once, centred = sweep_floats(config, 1, up=up), d if row.norm != "rms" else 0
+    if up:
+        normed = d if row.norms.attention_in else 0
+        return n * d + max(n * (normed + max(2 * kv, centred)), once)
+    return max(n * max(2 * kv, kv + d, 2 * d + centred), once)
+
+
+def _ffn_floats(
+    config: ModelConfig, n: int, stream: int, summed: int, hidden: Callable[[int], int], gathered: int
+) -> int:
+    """Return the floats of a feed-forward branch.
+
+    Routers are uneven in a way that no plan can foresee: the busiest expert is assumed to see half of the positions, or
+    twice its even share, and one more. With leading dense blocks, the larger of the two kinds counts.
+
+    Args:
+        config, n: the model's sizes and the positions.
+        stream: floats of copies of the stream at each position.
+        summed: floats of the sum over experts at each position.
+        hidden: of a slab's width, the floats of its hidden units at each position.
+        gathered: floats of inputs and outputs at each position of a routed expert.
+    """
+
+    def network(width: int) -> int:
+        return hidden(min(SLAB, width)) + (config.d if width > SLAB else 0)
+
+    dense = 0 if config.routed(0) else n * (stream + network(config.feed_forward_length))
+    if not config.routed(config.block_count - 1):
+        return dense
+    busy = min(n, max(n // 2, 2 * n * config.expert_used_count // config.expert_count) + 1)
+    routed = busy * (gathered + network(config.expert_feed_forward_length))
+    shared = config.expert_shared_feed_forward_length
+    if shared:
+        return max(dense, n * (stream + summed + config.d) + max(routed, n * network(shared)))
+    return max(dense, n * (stream + summed) + routed)
+
+
+def trace_floats(config: ModelConfig, n: int, m: int | None = None) -> int:
+    """Return the floats that `m` of `n` positions (default all) take at most in the forward pass, without tapes.
+
+    They are streams, projections, and scores in float32.
+    """
+    m = n if m is None else m
+    q, kv = config.head_count * config.head_size, config.head_count_kv * config.head_size
+    hidden = config.hidden_units * (4 if config.row.activation == "xielu" else 3)
+    return m * (4 * config.d + max(2 * (q + 2 * kv), hidden)) + 3 * config.head_count * m * n
+
+
+def basis_floats(config: ModelConfig, n: int, width: int, sweeps: int) -> int:
+    """Return the floats of both Krylov bases after all sweeps.
+
+    Every sweep down adds a block `[width, n, d]` to the basis of the input space; every sweep up adds a block
+    `[width, d]` to that of the output space, which starts with one. Orthogonalising a product takes less memory than
+    the sweep that computed it.
+    """
+    down, up = math.ceil(sweeps / 2), sweeps // 2
+    return width * config.d * (down * n + up + 1)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Advice
+
+FEWER_TOKENS = "use fewer tokens"
+
+
+def _tapes(work: Work, tapes_on_disk: bool) -> str:
+    possible = work.tapes_to_disk and not tapes_on_disk
+    return "keep tapes on disk with --trace FOLDER" if possible else FEWER_TOKENS
+
+
+def _vectors(work: Work, tapes_on_disk: bool) -> str:
+    return work.fewer_vectors
+
+
+def _decoding(work: Work, tapes_on_disk: bool) -> str:
+    return work.fewer_decoded or work.fewer_vectors
+
+
+# Every part that a plan may show -> advice on how to make it smaller, given the work and whether its tapes are on disk;
+# None if no option does.
+PARTS: dict[str, str | Callable[[Work, bool], str] | None] = {
+    "process": None,  # Python, torch and the buffers of threads
+    "tile": None,  # a matrix is dequantized in tiles of a fixed size
+    "on the way": None,  # a fixed number of tiles on their way to the device
+    "tapes": _tapes,  # grow with the prompt, attention patterns with its square
+    "trace": FEWER_TOKENS,  # streams and attention scores of all positions
+    "vectors": _vectors,  # the stack of a sweep: one stream per vector, or per vector and map
+    "bases": _vectors,  # grow by one block of vectors in every sweep
+    "decoding": _decoding,  # scores of all vectors of a pass over the vocabulary
+    "checkpoint": _vectors,  # products of sweeps waiting to be written, up to a fixed limit
+    "norms": FEWER_TOKENS,  # float64 copies of a fixed number of probes, one stream each
+    "portraits": FEWER_TOKENS,  # the results of another model: above all, logits of every position
+    "cache": "use fewer tokens, or fewer --max-tokens",  # keys and values of the prompt and of generated tokens
+    "llama.cpp's tensors": FEWER_TOKENS,  # three streams for each block, and logits of every position
+}
+
+
+def advice(work: Work, parts: Mapping[str, int], option: str, *, tapes_on_disk: bool) -> str:
+    """Return how to make the large parts smaller, the largest first, and the least value of `option` that suffices."""
+    needed = sum(parts.values())
+    found: list[str] = []
+    for part in by_size(parts):
+        lower = PARTS[part]
+        if lower is not None and parts[part] > needed / 8:
+            found.append(lower if isinstance(lower, str) else lower(work, tapes_on_disk))
+    enough = f"give {option} {math.ceil(needed / 2**26) * 64}MiB"
+    return "; ".join([*dict.fromkeys(found), f"or {enough}" if found else enough])
+
+
+def by_size(parts: Mapping[str, int]) -> list[str]:
+    """Return the names of parts, the largest first."""
+    return sorted(parts, key=lambda part: -parts[part])

@@ -1,0 +1,124 @@
+"""The run of the library beside that of the command: the same folder, resumed to the same bits, refused alike."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner
+from safetensors.torch import load_file
+
+import ggjac
+from ggjac import planner, runs, session
+from ggjac.analysis.analyze import CHECKPOINT, new_folder
+from ggjac.cli import main
+from ggjac.model import PromptError
+from ggjac.results import Words
+from ggjac.runs.journal import JournalError
+
+TinyFile = Callable[..., Path]
+IDS = [5, 17, 3, 99, 42]
+OPTIONS: dict[str, Any] = {"rank": 2, "verify": False, "per_token": True, "contrast": True, "layers": [0, 2]}
+ARGUMENTS = ["-k", "2", "--no-verify", "--per-token", "--contrast", "--layers", "0,2"]
+# What says when and how long, and not what.
+APART = {"created", "command", "seconds", "peak_memory_bytes", "threads"}
+
+
+def content(folder: Path) -> dict[str, Any]:
+    return {key: value for key, value in json.loads((folder / "run.json").read_text()).items() if key not in APART}
+
+
+def assert_same_run(a: Path, b: Path) -> None:
+    assert content(a) == content(b)
+    x, y = (load_file(folder / "tensors.safetensors") for folder in (a, b))
+    assert x.keys() == y.keys()
+    assert all(torch.equal(x[name], y[name]) for name in x)
+    assert {path.name for path in a.iterdir()} == {path.name for path in b.iterdir()}
+
+
+def test_the_library_writes_what_the_command_writes(tiny_file: TinyFile, tmp_path: Path) -> None:
+    model, threads = tiny_file("gqa"), torch.get_num_threads()
+    folder = ggjac.analyze(ggjac.open_model(model, threads=threads), IDS, tmp_path / "library", **OPTIONS)
+    assert folder == tmp_path / "library"
+    arguments = ["analyze", "-m", str(model), "--tokens", ",".join(map(str, IDS)), "-t", str(threads), "-q"]
+    done = CliRunner().invoke(main, [*arguments, *ARGUMENTS, "-o", str(tmp_path / "command")])
+    assert done.exit_code == 0, done.output
+    assert_same_run(folder, tmp_path / "command")
+    assert "Singular vectors" in (folder / "report.html").read_text(encoding="utf-8")
+    assert json.loads((folder / "run.json").read_text())["command"] == []
+
+
+def test_an_interrupted_run_ends_with_the_same_bits(
+    tiny_file: TinyFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(session, "CHECKPOINT_SECONDS", 0.0)
+    path, folder = tiny_file("gqa"), tmp_path / "run"
+
+    def interrupt(what: str, done: int, total: int, rounds: int = 0) -> None:
+        if what.startswith("sweep 4"):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt) as caught:
+        ggjac.analyze(path, IDS, folder, progress=interrupt, **OPTIONS)
+    assert "progress is saved" in caught.value.__notes__[0]
+    assert not (folder / "run.json").exists()
+    with pytest.raises(JournalError, match=r"rank.*2.*3|2, now 3"):
+        ggjac.analyze(path, IDS, folder, resume=True, **OPTIONS | {"rank": 3})
+    steps: dict[str, list[str]] = {"resumed": [], "whole": []}
+    ggjac.analyze(path, IDS, folder, resume=True, progress=lambda what, *_: steps["resumed"].append(what), **OPTIONS)
+    assert not (folder / CHECKPOINT).exists()
+    whole = ggjac.analyze(
+        path, IDS, tmp_path / "whole", progress=lambda what, *_: steps["whole"].append(what), **OPTIONS
+    )
+    assert_same_run(folder, whole)
+    # The trace, the reconstruction and three sweeps, of two blocks each, were not computed again.
+    assert len(steps["resumed"]) <= len(steps["whole"]) - 2 * 5
+    # A finished one is left as it is.
+    before = (folder / "run.json").read_bytes()
+    assert ggjac.analyze(path, IDS, folder, resume=True, **OPTIONS) == folder
+    assert (folder / "run.json").read_bytes() == before
+
+
+def test_refusals_come_before_any_work(tiny_file: TinyFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tiny_file("gqa")
+    monkeypatch.setattr(ggjac.model.Model, "trace", lambda *_, **__: pytest.fail("traced"))
+    with pytest.raises(planner.NoFitError, match=r"but --ram-budget allows 100\.0 MiB"):
+        ggjac.analyze(path, IDS, tmp_path / "run", ram_budget="100MiB")
+    with pytest.raises(PromptError, match="position 5 is out of range"):
+        ggjac.analyze(path, IDS, tmp_path / "run", position=5)
+    with pytest.raises(planner.PlanError, match="--rank 65 is out of range"):
+        ggjac.analyze(path, IDS, tmp_path / "run", rank=65)
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "file").touch()
+    with pytest.raises(runs.RunError, match="exists; choose another name"):
+        ggjac.analyze(path, IDS, tmp_path / "there")
+    with pytest.raises(JournalError):
+        ggjac.analyze(path, IDS, tmp_path / "run", resume=True)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["there"]
+
+
+def test_folders_are_named_by_model_and_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    first = new_folder("demo")
+    assert first.parent == Path("ggjac-runs")
+    assert first.name.startswith("demo-20")
+    first.mkdir(parents=True)
+    monkeypatch.setattr("ggjac.analysis.analyze.time.strftime", lambda _: first.name.removeprefix("demo-"))
+    assert new_folder("demo").name == f"{first.name}-1"
+
+
+def test_data_without_words_has_ids(tiny_file: TinyFile) -> None:
+    """What JSON prints, and the same where the texts are not known."""
+    model = ggjac.open_model(tiny_file("gqa"))
+    trace = model.trace(IDS)
+    J = trace.jacobian()
+    found = ggjac.attribute(J, 3, 4)
+    named, bare = found.data(Words(trace)), found.data()
+    assert named["target"] == {"id": 3, "token": "[3]"}
+    assert bare["target"] == {"id": 3, "token": 3}
+    assert [share["token"] for share in named["shares"]] == [f"[{id}]" for id in IDS]
+    assert [share["share"] for share in bare["shares"]] == found.shares.tolist()
+    assert json.loads(json.dumps(bare)) == bare
+    assert ggjac.predict(trace, 2).data()[0]["id"] == int(trace.logits.argmax())
