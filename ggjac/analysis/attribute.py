@@ -296,9 +296,10 @@ def attribute_positions(
 ) -> TokenShares:
     """Split a logit at every position of the prompt over the input positions; default the most likely one at each.
 
-    One upward pass carries every token's embedding alone, and the biases: where a vector started says whose share it
-    is, where it is read off says in which logit. `n + 1` vectors of `n` positions travel together; where they need more
-    than the Jacobian's `chunk_bytes` of working memory, in several passes. The Jacobian's own position does not matter.
+    One upward pass carries the embedding of each token alone, and the biases alone: a vector's start is the position of
+    the share, and every position where it is read is an output position. The `n + 1` vectors of `n` positions travel
+    together; if they need more than the Jacobian's `chunk_bytes` of working memory, in several passes. The Jacobian's
+    own position does not matter.
     """
     network, chunk_bytes = jacobian.network, jacobian.chunk_bytes
     n, d = network.x.shape
@@ -373,7 +374,7 @@ def attribute_branches(
             z = reading.matmat(stream, one)
             added, constant = writing.matmat(torch.cat([z, torch.zeros_like(z)]), one.expand(2)).split(1)
             stream = frozen.residual.matmat(stream)
-            # Every position has a vector of its own, and the projection acts at each alone: one stack does for all.
+            # Each position has its own vector, and the projection acts at each position alone: one stack is enough.
             parts = writing.rmatmat(read[None])[0].cpu().double() * z[0].cpu().double()
             heads.append(parts.unflatten(1, (config.head_count, -1)).sum(2))
             attn_bias.append(share(constant[0]))
@@ -424,7 +425,7 @@ def _ask(outputs: Float[Tensor, "m d"], head: Head, target: int | None, versus: 
 
 
 def _walk(network: FrozenNetwork, positions: range) -> Iterator[tuple[int, BlockTape, FrozenBlock]]:
-    """Yield the blocks, written at some positions, with their tapes; the next one is read ahead."""
+    """Yield the blocks, written at some positions, with their tapes; the next one is prefetched."""
 
     def build(i: int) -> tuple[int, BlockTape, FrozenBlock]:
         tape = network.tapes[i]
