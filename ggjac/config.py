@@ -1,6 +1,6 @@
-"""What a model's metadata and tensor names say about it, and one row per architecture for what they cannot say.
+"""Read and check a model's sizes and options: from its metadata, its tensors, and its row of `ARCHITECTURES`.
 
-Keys and defaults follow llama.cpp (src/llama-arch.cpp, src/llama-model.cpp); `{a}` below is `general.architecture`.
+Keys and defaults follow llama.cpp (src/llama-arch.cpp, src/llama-model.cpp).
 """
 
 import math
@@ -8,288 +8,30 @@ import struct
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
-from typing import Any
+from typing import Any, NamedTuple
+
+from ggjac.architectures import ARCHITECTURES, Architecture, Norms
+
+__all__ = [
+    "ARCHITECTURES",
+    "MAX_SIZE",
+    "Architecture",
+    "ConfigError",
+    "Layer",
+    "ModelConfig",
+    "Norms",
+    "Rope",
+]
 
 # Larger than any model's sizes, and small enough that no product of them surprises.
 MAX_SIZE = 2**31 - 1
 
 
 class ConfigError(ValueError):
-    """The file is a valid GGUF, but not a model that can be run; the message says what is missing or unsupported."""
+    """The file is valid GGUF, but not a model that can be run; the message names what is missing or unsupported."""
 
 
-@dataclass(frozen=True)
-class Norms:
-    """Names of the norms before and after a block's two branches; of several names, the first that the file has."""
-
-    attention_in: tuple[str, ...] = ("attn_norm",)
-    attention_out: tuple[str, ...] = ()
-    ffn_in: tuple[str, ...] = ("ffn_norm",)
-    ffn_out: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """What the files of a family do not say about themselves.
-
-    Attributes:
-        norm: `"rms"` (weight / root mean square), `"layer"` (centred, with an optional bias) or `"bare"` (centred,
-            without weight or bias: no tensor).
-        norm_bias: RMSNorms may have biases, too.
-        norms: where they stand.
-        parallel: both branches read the block's input, and are added at once.
-        parallel_key: whether they do is said by the file's `use_parallel_residual`, which it must have.
-        parallel_unless_normed: they do in files that have no norm of the first name of `norms.ffn_in`, and only there.
-        rope_pairs: which dims of a head rotate together: `"adjacent"` (2i and 2i+1; llama.cpp's NORM), `"halves"`
-            (i and i + rotary/2; NEOX), or `""` for none.
-        partial_rotary: `rope.dimension_count` may be smaller than the head; llama.cpp does not run others so.
-        rope_sections: rotation in interleaved sections of an image's axes (`rope.dimension_sections`); see `_still`.
-        rope_optional: `rope.scaling.finetuned = false` turns rotation off.
-        rope_layers: `"all"`, `"windowed"` (only layers with a sliding window, if the model has any) or
-            `"three of four"` (every fourth not).
-        yarn_keys: the file's own YaRN betas and log multiplier count; llama.cpp ignores them elsewhere.
-        windowed: some layers attend through a sliding window: `"optional"` (if the file gives its size) or
-            `"required"`, or `""`.
-        window_blocks: no layer does so unless the model has so many blocks, by which llama.cpp knows the variant; 0 for
-            any.
-        window: default size in tokens.
-        window_period: default period; the last layer of each period attends to everything.
-        window_rope: rotation of windowed layers: `"same"`; `"based"` (base from `rope.freq_base_swa`, if there);
-            `"plain"` (same base, no scaling) or `"own"` (base from `rope.freq_base_swa`, 10000 by default, no scaling).
-        qk_norm: `"head"` (each query and key head), `"heads"` (the same with weights of each head's own), `"rotated"`
-            (as `"head"`, after their rotation) or `"full"` (the whole projection), or `""`.
-        qk_norm_optional: files may lack them.
-        clamp_key: queries, keys and values are clamped to ± the file's `attention.clamp_kqv`, if it has that.
-        sinks: a learned logit per head joins the softmax without a value.
-        attention_scale_key: the file gives the scale of scores; otherwise it is 1/√(head size) ...
-        wide_scale_blocks: ... but 1/√(d / heads) in the variant with so many blocks, by which llama.cpp knows it.
-        attention_softcap, logit_softcap: default caps of scores and logits, 0 for off; None where the file
-            is not asked.
-        temperature: queries may grow with position (`attention.temperature_scale`).
-        ffn: `"gated"`, `"fused"` (gate and up in one tensor, gate first) or `"plain"` (no gate).
-        activation: `"silu"`, `"gelu"` (tanh form), `"relu2"` (the square of what is positive), `"xielu"` (see `Layer`)
-            or `"silu_oai"` (clamped, and up shifted by one).
-        router: how expert weights come from router logits: `"softmax"` over all, `"softmax_selected"` or `"sigmoid"`.
-        router_key: the file says which (`expert_gating_func`); `router` is the default, `""` for none.
-        selection_bias: a bias on what experts are chosen by, not on their weights (`exp_probs_b`): `"optional"`,
-            `"required"`, or `""`.
-        renormalize: divide the chosen experts' weights by their sum.
-        renormalize_key: the file says whether (`expert_weights_norm`; false by default).
-        expert_scale_key: they are multiplied by the file's `expert_weights_scale`, unless it is 0.
-        leading_dense: the first `leading_dense_block_count` blocks are no mixtures.
-        expert_widths: what is known of experts' hidden units: `"tensors"` (what these have; of a shared one what
-            `expert_shared_feed_forward_length` says, if there), `"count"` (`expert_feed_forward_length`, and as many
-            times that for the shared one as `expert_shared_count` says) or `"shared count"` (the same, but times
-            `expert_shared_feed_forward_length` where that is given).
-        predictors: the file's last `nextn_predict_layers` blocks predict tokens after the next one; they are left out.
-        positions: learned position embeddings are added to the input.
-        embedding_scale: `"sqrt"` (of d) or `"key"`, or `""`.
-        residual_scale: branches are multiplied by `residual_scale`.
-        logit_scale: `"multiply"` or `"divide"` by the file's `logit_scale`, or `""`.
-        scale_defaults: where the file does not give them: of embeddings; of branches, over √(blocks); and the
-            `logit_scale`, over d; 0 for no default.
-    """
-
-    norm: str = "rms"
-    norm_bias: bool = False
-    norms: Norms = Norms()
-    parallel: bool = False
-    parallel_key: bool = False
-    parallel_unless_normed: bool = False
-    rope_pairs: str = "halves"
-    partial_rotary: bool = False
-    rope_sections: bool = False
-    rope_optional: bool = False
-    rope_layers: str = "all"
-    yarn_keys: bool = False
-    windowed: str = ""
-    window_blocks: int = 0
-    window: int = 0
-    window_period: int = 0
-    window_rope: str = "same"
-    qk_norm: str = ""
-    qk_norm_optional: bool = False
-    clamp_key: bool = False
-    sinks: bool = False
-    attention_scale_key: bool = False
-    wide_scale_blocks: int = 0
-    attention_softcap: float | None = None
-    logit_softcap: float | None = None
-    temperature: bool = False
-    ffn: str = "gated"
-    activation: str = "silu"
-    router: str = "softmax"
-    router_key: bool = False
-    selection_bias: str = ""
-    renormalize: bool = True
-    renormalize_key: bool = False
-    expert_scale_key: bool = False
-    leading_dense: bool = False
-    expert_widths: str = "tensors"
-    predictors: bool = False
-    positions: bool = False
-    embedding_scale: str = ""
-    residual_scale: bool = False
-    logit_scale: str = ""
-    scale_defaults: tuple[float, float, float] = (0.0, 0.0, 0.0)
-
-
-_LLAMA = Architecture(rope_pairs="adjacent")
-_QWEN3 = Architecture(qk_norm="head")
-_SANDWICH = Norms(attention_out=("post_attention_norm",), ffn_out=("post_ffw_norm",))
-_DEEPSEEK = Architecture(renormalize_key=True, expert_scale_key=True, leading_dense=True, expert_widths="count")
-_DOTS = replace(_DEEPSEEK, qk_norm="head", router="", router_key=True, selection_bias="optional")
-_SHARED_NORM = Norms(ffn_in=("attn_norm",))
-_POST_AS_FFN = Norms(ffn_in=("post_attention_norm",))
-_GEMMA = Architecture(partial_rotary=True, activation="gelu", embedding_scale="sqrt")
-_GRANITE = replace(
-    _LLAMA,
-    attention_scale_key=True,
-    embedding_scale="key",
-    residual_scale=True,
-    logit_scale="divide",
-)
-_GPT = Architecture(norm="layer", ffn="plain", activation="gelu")
-_COHERE = Architecture(
-    norm="layer",
-    norms=_SHARED_NORM,
-    parallel=True,
-    rope_pairs="adjacent",
-    partial_rotary=True,
-    logit_scale="multiply",
-)
-
-# Facts of llama.cpp's graphs (src/models/*.cpp) that a file does not state. A new family is one row.
-ARCHITECTURES: dict[str, Architecture] = {
-    "llama": _LLAMA,
-    "mistral3": replace(_LLAMA, yarn_keys=True, temperature=True),
-    "qwen2": Architecture(),
-    "qwen2moe": Architecture(renormalize=False),
-    "qwen3": _QWEN3,
-    "qwen3moe": _QWEN3,
-    "qwen3vl": replace(_QWEN3, rope_sections=True),
-    "qwen3vlmoe": replace(_QWEN3, rope_sections=True),
-    "gemma": _GEMMA,
-    "gemma2": replace(
-        _GEMMA,
-        norms=_SANDWICH,
-        windowed="required",
-        window=4096,
-        window_period=2,
-        window_rope="based",
-        wide_scale_blocks=46,
-        attention_softcap=50.0,
-        logit_softcap=30.0,
-    ),
-    "gemma3": replace(
-        _GEMMA,
-        norms=_SANDWICH,
-        qk_norm="head",
-        windowed="optional",
-        window_period=6,
-        window_rope="own",
-        wide_scale_blocks=62,
-        logit_softcap=0.0,
-    ),
-    "phi3": Architecture(ffn="fused", partial_rotary=True),
-    "olmo2": Architecture(
-        norms=replace(_SANDWICH, attention_in=(), ffn_in=()),
-        qk_norm="full",
-        windowed="optional",
-        window_period=4,
-        window_rope="plain",
-    ),
-    "olmoe": Architecture(qk_norm="full", renormalize=False),
-    "granite": replace(_GRANITE, rope_optional=True),
-    "granitemoe": _GRANITE,
-    "smollm3": replace(_LLAMA, rope_layers="three of four"),
-    "exaone4": Architecture(
-        norms=replace(_SANDWICH, attention_in=(), ffn_in=()),
-        rope_layers="windowed",
-        windowed="required",
-        window_blocks=64,
-        window=4096,
-        window_period=4,
-        qk_norm="head",
-    ),
-    "seed_oss": Architecture(norms=_POST_AS_FFN),
-    "hunyuan-dense": Architecture(qk_norm="rotated"),
-    "internlm2": _LLAMA,
-    "ernie4_5": _LLAMA,
-    "exaone": Architecture(),
-    "minicpm": replace(
-        _LLAMA,
-        embedding_scale="key",
-        residual_scale=True,
-        logit_scale="divide",
-        scale_defaults=(12.0, 1.4, 256.0),
-    ),
-    "arcee": replace(_LLAMA, ffn="plain", activation="relu2"),
-    "apertus": replace(_QWEN3, ffn="plain", activation="xielu"),
-    "glm4": Architecture(norms=_SANDWICH, rope_pairs="adjacent", partial_rotary=True, ffn="fused"),
-    "cohere2": replace(_COHERE, rope_layers="windowed", windowed="required", window_period=4),
-    "gpt2": replace(_GPT, rope_pairs="", positions=True),
-    "starcoder2": _GPT,
-    "phi2": replace(_GPT, norms=_SHARED_NORM, parallel=True, partial_rotary=True),
-    "olmo": Architecture(norm="bare", rope_pairs="adjacent", clamp_key=True),
-    "command-r": replace(_COHERE, qk_norm="heads", qk_norm_optional=True),
-    "nemotron": Architecture(norm="layer", partial_rotary=True, ffn="plain", activation="relu2"),
-    "stablelm": Architecture(
-        norm="layer",
-        norms=Norms(ffn_in=("ffn_norm", "attn_norm")),
-        parallel_unless_normed=True,
-        partial_rotary=True,
-        qk_norm="heads",
-        qk_norm_optional=True,
-    ),
-    "gptneox": replace(_GPT, parallel_key=True, partial_rotary=True),
-    "falcon": replace(
-        _GPT,
-        norms=Norms(attention_in=("attn_norm_2", "attn_norm"), ffn_in=("attn_norm",)),
-        parallel=True,
-    ),
-    "gpt-oss": Architecture(
-        norms=_POST_AS_FFN,
-        windowed="required",
-        window_period=2,
-        window_rope="based",
-        sinks=True,
-        activation="silu_oai",
-        router="softmax_selected",
-        renormalize=False,
-    ),
-    "glm4moe": replace(
-        _DEEPSEEK,
-        norms=_POST_AS_FFN,
-        partial_rotary=True,
-        qk_norm="head",
-        qk_norm_optional=True,
-        router="sigmoid",
-        router_key=True,
-        selection_bias="required",
-        predictors=True,
-    ),
-    "deepseek": replace(_DEEPSEEK, rope_pairs="adjacent", renormalize=False, renormalize_key=False),
-    "dots1": _DOTS,
-    "ernie4_5-moe": replace(_LLAMA, selection_bias="optional", leading_dense=True),
-    "hunyuan-moe": Architecture(qk_norm="rotated"),
-    "bailingmoe": replace(_DEEPSEEK, rope_pairs="adjacent", leading_dense=False),
-    "bailingmoe2": replace(_DOTS, partial_rotary=True, expert_widths="shared count", predictors=True),
-    "exaone-moe": replace(
-        _DOTS,
-        rope_layers="windowed",
-        windowed="required",
-        window_period=4,
-        expert_widths="tensors",
-        predictors=True,
-    ),
-    "minimax-m2": Architecture(
-        partial_rotary=True, qk_norm="full", router="", router_key=True, selection_bias="required"
-    ),
-    "phimoe": Architecture(norm_bias=True),
-}
-
-# Tensor -> its shape in named sizes (`_sizes`). Outside the blocks; `output` is absent where the head is tied.
+# Tensor -> its shape in named sizes (`_scopes`). Outside the blocks; `output` is absent if the head is tied.
 _GLOBAL = {
     "token_embd.weight": ("vocabulary", "d"),
     "output_norm.weight": ("d",),
@@ -301,7 +43,7 @@ _GLOBAL = {
     "rope_factors_short.weight": ("pairs",),
 }
 _POSITIONS = {"position_embd.weight": ("context", "d")}
-# In a block; `attn_qkv` stands in for the other three (its rows are q | k | v).
+# In a block; `attn_qkv` may replace the first three (its rows are q | k | v).
 _ATTENTION = {
     "attn_q": ("q", "d"),
     "attn_k": ("kv", "d"),
@@ -333,7 +75,7 @@ _SHARED_EXPERT = {
     "ffn_down_shexp": ("d", "fs"),
     "ffn_gate_inp_shexp": ("d",),
 }
-# `expert_gating_func`, as llama.cpp numbers them; 0 stands for the architecture's own.
+# Values of `expert_gating_func` (llama.cpp); 0 means the architecture's default.
 _ROUTERS = {1: "softmax", 2: "sigmoid"}
 _OPTIONAL = {
     "attn_qkv.weight",
@@ -352,16 +94,16 @@ class Rope:
     """One rotary position embedding; see `ggjac.rope`.
 
     Attributes:
-        dimensions: leading dims of each head that rotate.
-        base: of the geometric frequencies.
+        dimensions: number of leading dims of each head that rotate.
+        base: of the geometric series of frequencies.
         pairs: as in `Architecture.rope_pairs`.
         factor: of context extension, F; positions are scaled by 1/F (everywhere, or where YaRN interpolates).
-        yarn: interpolate low frequencies only.
-        beta_fast, beta_slow: turns within the original context between which YaRN blends.
-        original_context: tokens the model was trained on before its context was extended.
+        yarn: interpolate only low frequencies.
+        beta_fast, beta_slow: numbers of turns within the original context between which YaRN blends.
+        original_context: context length in tokens before its extension.
         magnitude: multiplies cos and sin.
-        still: pairs that do not turn.
-        rounded: angles as llama.cpp rounds them; for parity.
+        still: pairs that do not rotate.
+        rounded: round angles as llama.cpp does; for parity.
     """
 
     dimensions: int
@@ -379,13 +121,13 @@ class Rope:
 
 @dataclass(frozen=True)
 class Layer:
-    """What may differ from block to block.
+    """The properties that may differ from block to block.
 
     Attributes:
-        window: tokens that a position sees, itself included; None for all before it.
+        window: number of tokens to which a position attends, itself included; None for all up to it.
         rope: rotation of queries and keys; None for none.
-        xielu: of that activation (arXiv 2411.13010) αn, αp and β: `β z + αp z²` where z is positive,
-            `β z + αn (exp(z) - 1 - z)` elsewhere; None for others.
+        xielu: αn, αp and β of the activation xIELU (arXiv 2411.13010), `β z + αp z²` for positive z and
+            `β z + αn (exp(z) - 1 - z)` otherwise; None for other activations.
     """
 
     window: int | None
@@ -398,28 +140,30 @@ class ModelConfig:
     """Sizes and constants of a model, validated against its tensors.
 
     Attributes:
-        architecture: `general.architecture`, and `row`: its entry in `ARCHITECTURES`, decided where that leaves it to
-            the file.
-        block_count: blocks, L, without those that predict later tokens, and `layers`: what differs between them.
+        architecture: `general.architecture`.
+        row: its entry in `ARCHITECTURES`, with file-dependent options resolved.
+        block_count: number of blocks, L, without those that predict later tokens.
+        layers: properties of each block.
         d: embedding length.
         vocabulary: rows of the embedding matrix.
-        context_length: most tokens the model was made for.
-        original_context: tokens beyond which long rope factors apply.
-        head_count: query heads.
-        head_count_kv: key/value heads; divides `head_count`.
+        context_length: largest number of tokens that the model supports.
+        original_context: number of tokens beyond which long rope factors apply.
+        head_count: number of query heads.
+        head_count_kv: number of key/value heads; divides `head_count`.
         head_size: elements of a query, key or value head.
-        feed_forward_length: hidden units of a dense feed-forward; 0 where all may be mixtures of experts.
+        feed_forward_length: hidden units of a dense feed-forward; 0 if not stated, where every block is a mixture.
         norm_epsilon: added to the mean square or the variance inside a norm's root.
         attention_scale: multiplies scores.
-        attention_clamp: largest magnitude of queries, keys and values; 0 for any.
+        attention_clamp: largest magnitude of queries, keys and values; 0 for no limit.
         attention_softcap, logit_softcap: `c tanh(z / c)` on scores, on logits; 0 for none.
-        temperature_scale: growth of queries beyond the original context; 0 for none.
+        temperature_scale: growth of queries with position beyond the original context; 0 for none.
         embedding_scale, residual_scale, logit_scale: multiply embeddings, branches and logits.
-        expert_count, expert_used_count: experts in all and per token; 0 for a dense model.
-        expert_groups, expert_groups_used: groups of experts, and how many a token chooses from; 1 and 1 for all.
+        expert_count, expert_used_count: number of experts, and of those used per token; 0 for a dense model.
+        expert_groups, expert_groups_used: number of groups of experts, and of those that a token's experts come from;
+            1 and 1 without groups.
         expert_weights_scale: multiplies the weights of routed experts.
         expert_feed_forward_length, expert_shared_feed_forward_length: hidden units of a routed and the shared expert.
-        leading_dense: blocks before the first mixture; 0 where there is none.
+        leading_dense: number of dense blocks before the first mixture.
     """
 
     architecture: str
@@ -458,14 +202,14 @@ class ModelConfig:
 
     @property
     def hidden_units(self) -> int:
-        """Hidden units of the widest feed-forward network; of a mixture, of one expert."""
+        """Hidden units of the widest feed-forward network, or expert of a mixture."""
         routed = max(self.expert_feed_forward_length, self.expert_shared_feed_forward_length)
-        # Files may state the width of a dense network that they do not have.
+        # Files may state the width of a dense network without having one.
         return routed if self.routed(0) else max(routed, self.feed_forward_length)
 
     @property
     def slices(self) -> dict[str, tuple[str, int, int]]:
-        """The parts of fused tensors: stem -> (fused stem, first row, past the last)."""
+        """The parts of fused tensors: stem -> (fused stem, first row, row after the last)."""
         q, kv = self.head_count * self.head_size, self.head_count_kv * self.head_size
         k, v = q + kv, q + 2 * kv
         parts = {"attn_q": ("attn_qkv", 0, q), "attn_k": ("attn_qkv", q, k), "attn_v": ("attn_qkv", k, v)}
@@ -476,58 +220,28 @@ class ModelConfig:
 
     @staticmethod
     def from_metadata(metadata: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> "ModelConfig":
-        """Read and check a model's configuration; `shapes` holds every tensor's shape, out x in.
+        """Read and check a model's configuration.
+
+        Args:
+            metadata: of the file, by full key.
+            shapes: of every tensor, out x in.
 
         Raises:
-            ConfigError: an architecture, a key or a tensor that is missing, malformed or unsupported, by name.
+            ConfigError: names the architecture, key or tensor that is missing, malformed or unsupported.
         """
-        kind, name = metadata.get("general.type", "model"), metadata.get("general.architecture")
-        if kind != "model":
-            raise ConfigError(f"general.type is {_shown(kind)}, not a language model; give the model's own file")
-        if not isinstance(name, str) or name not in ARCHITECTURES:
-            # First those that are spelt alike.
-            alike = get_close_matches(name[:64], ARCHITECTURES) if isinstance(name, str) else []
-            some = list(dict.fromkeys([*alike, *ARCHITECTURES]))[:8]
-            raise ConfigError(
-                f"architecture {_shown(name)} is not supported; supported: {', '.join(some)} and "
-                f"{len(ARCHITECTURES) - len(some)} more (docs/architectures.md)"
-            )
+        name = _architecture(metadata)
         keys = _Keys(metadata, name)
         row = _decided(keys, ARCHITECTURES[name], shapes)
         if not metadata.get(f"{name}.attention.causal", True):
             raise ConfigError(f"{name}.attention.causal is False: attention to later tokens is not supported")
-
-        stored = keys.integer("block_count")
-        if stored > len(shapes):
-            raise ConfigError(f"{name}.block_count is {stored}, but the file holds only {len(shapes)} tensors")
-        predictors = keys.count("nextn_predict_layers") if row.predictors else 0
-        if predictors >= stored:
-            raise ConfigError(f"{name}.nextn_predict_layers is {predictors}, of {stored} blocks in all")
-        blocks = stored - predictors
+        stored, blocks = _block_counts(keys, row, len(shapes))
         d, context = keys.integer("embedding_length"), keys.integer("context_length")
-        heads = keys.for_all_blocks("attention.head_count", stored)
-        kv_heads = keys.for_all_blocks("attention.head_count_kv", stored, default=heads)
-        if heads % kv_heads:
-            raise ConfigError(f"{name}.attention: {heads} heads cannot share {kv_heads} key/value heads evenly")
-        head_size = keys.integer("attention.key_length", d // heads)
-        value_length = keys.integer("attention.value_length", head_size)
-        if value_length != head_size:
-            raise ConfigError(
-                f"{name}.attention: values of {value_length} beside keys of {head_size} are not supported"
-            )
-        experts = keys.count("expert_count")
-        leading = keys.count("leading_dense_block_count") if row.leading_dense and experts else 0
-        feed_forward = keys.for_all_blocks("feed_forward_length", stored, None if leading or not experts else 0)
-        used = keys.for_all_blocks("expert_used_count", stored) if experts else 0
-        if used > experts:
-            raise ConfigError(f"{name}.expert_used_count is {used}, but there are {experts} experts")
-        step = keys.integer("interleave_moe_layer_step", 1) if experts else 1
-        if step > 1:
-            raise ConfigError(
-                f"{name}.interleave_moe_layer_step {step}: dense blocks between mixtures are not supported"
-            )
-        groups, groups_used = _groups(keys, experts, used)
-        width, shared = _expert_widths(keys, row, shapes, leading) if experts else (0, 0)
+        heads, kv_heads, head_size = _heads(keys, stored, d)
+        experts = _experts(keys, row, stored, shapes)
+        # Only where every block is a mixture may the width of a dense feed-forward be missing.
+        feed_forward = keys.for_all_blocks(
+            "feed_forward_length", stored, 0 if experts.total and not experts.leading_dense else None
+        )
         ropes, windows = _ropes(keys, row, head_size), _windows(keys, row, stored)
         xielu = _xielu(keys, blocks) if row.activation == "xielu" else [None] * blocks
         wide = row.wide_scale_blocks == blocks
@@ -546,8 +260,7 @@ class ModelConfig:
             head_size=head_size,
             feed_forward_length=feed_forward,
             norm_epsilon=keys.real(f"attention.layer_norm_{'rms_' if row.norm == 'rms' else ''}epsilon"),
-            attention_scale=(keys.real("attention.scale", 0.0) if row.attention_scale_key else 0)
-            or (max(1, d // heads) if wide else head_size) ** -0.5,
+            attention_scale=_attention_scale(keys, row, max(1, d // heads) if wide else head_size),
             attention_clamp=keys.real("attention.clamp_kqv", 0.0) if row.clamp_key else 0.0,
             attention_softcap=_softcap(keys, "attn_logit_softcapping", row.attention_softcap),
             logit_softcap=_softcap(keys, "final_logit_softcapping", row.logit_softcap),
@@ -555,22 +268,97 @@ class ModelConfig:
             embedding_scale=_embedding_scale(keys, row, d),
             residual_scale=_residual_scale(keys, row, blocks),
             logit_scale=_logit_scale(keys, row, d),
-            expert_count=experts,
-            expert_used_count=used,
-            expert_groups=groups,
-            expert_groups_used=groups_used,
+            expert_count=experts.total,
+            expert_used_count=experts.used,
+            expert_groups=experts.groups,
+            expert_groups_used=experts.groups_used,
             expert_weights_scale=(keys.real("expert_weights_scale", 0.0) if row.expert_scale_key else 0) or 1.0,
-            expert_feed_forward_length=width,
-            expert_shared_feed_forward_length=shared,
-            leading_dense=leading,
+            expert_feed_forward_length=experts.width,
+            expert_shared_feed_forward_length=experts.shared_width,
+            leading_dense=experts.leading_dense,
         )
         left_out = tuple(f"blk.{i}." for i in range(blocks, stored))
         _check_tensors(config, {name: shape for name, shape in shapes.items() if not name.startswith(left_out)})
         return config
 
 
+def _architecture(metadata: Mapping[str, Any]) -> str:
+    """Return `general.architecture`.
+
+    Raises:
+        ConfigError: the file is not a model, or its architecture has no row.
+    """
+    kind, name = metadata.get("general.type", "model"), metadata.get("general.architecture")
+    if kind != "model":
+        raise ConfigError(f"general.type is {_shown(kind)}, not a language model; give the model's own file")
+    if not isinstance(name, str) or name not in ARCHITECTURES:
+        # Similar names first.
+        alike = get_close_matches(name[:64], ARCHITECTURES) if isinstance(name, str) else []
+        some = list(dict.fromkeys([*alike, *ARCHITECTURES]))[:8]
+        raise ConfigError(
+            f"architecture {_shown(name)} is not supported; supported: {', '.join(some)} and "
+            f"{len(ARCHITECTURES) - len(some)} more (docs/architectures.md)"
+        )
+    return name
+
+
+def _block_counts(keys: "_Keys", row: Architecture, tensors: int) -> tuple[int, int]:
+    """Return the number of blocks in the file and the number used, which leaves out predictors of later tokens."""
+    stored = keys.integer("block_count")
+    if stored > tensors:
+        raise ConfigError(f"{keys.prefix}.block_count is {stored}, but the file holds only {tensors} tensors")
+    predictors = keys.count("nextn_predict_layers") if row.predictors else 0
+    if predictors >= stored:
+        raise ConfigError(f"{keys.prefix}.nextn_predict_layers is {predictors}, of {stored} blocks in all")
+    return stored, stored - predictors
+
+
+def _heads(keys: "_Keys", blocks: int, d: int) -> tuple[int, int, int]:
+    """Return the number of query heads, of key/value heads, and the elements of a head."""
+    heads = keys.for_all_blocks("attention.head_count", blocks)
+    kv_heads = keys.for_all_blocks("attention.head_count_kv", blocks, default=heads)
+    if heads % kv_heads:
+        raise ConfigError(f"{keys.prefix}.attention: {heads} heads cannot share {kv_heads} key/value heads evenly")
+    head_size = keys.integer("attention.key_length", d // heads)
+    value_length = keys.integer("attention.value_length", head_size)
+    if value_length != head_size:
+        raise ConfigError(
+            f"{keys.prefix}.attention: values of {value_length} elements with keys of {head_size} are not supported"
+        )
+    return heads, kv_heads, head_size
+
+
+class _Experts(NamedTuple):
+    """Sizes of the mixtures; see the fields of `ModelConfig`. The defaults are those of a dense model."""
+
+    total: int = 0
+    used: int = 0
+    groups: int = 1
+    groups_used: int = 1
+    width: int = 0
+    shared_width: int = 0
+    leading_dense: int = 0
+
+
+def _experts(keys: "_Keys", row: Architecture, blocks: int, shapes: Mapping[str, tuple[int, ...]]) -> _Experts:
+    """Return the sizes of the mixtures of experts."""
+    total = keys.count("expert_count")
+    if not total:
+        return _Experts()
+    used = keys.for_all_blocks("expert_used_count", blocks)
+    if used > total:
+        raise ConfigError(f"{keys.prefix}.expert_used_count is {used}, but there are {total} experts")
+    step = keys.integer("interleave_moe_layer_step", 1)
+    if step > 1:
+        raise ConfigError(
+            f"{keys.prefix}.interleave_moe_layer_step {step}: dense blocks between mixtures are not supported"
+        )
+    leading = keys.count("leading_dense_block_count") if row.leading_dense else 0
+    return _Experts(total, used, *_groups(keys, total, used), *_expert_widths(keys, row, shapes, leading), leading)
+
+
 def _decided(keys: "_Keys", row: Architecture, shapes: Mapping[str, tuple[int, ...]]) -> Architecture:
-    """Return the row with what it leaves to the file; what block 0 has, all must have."""
+    """Resolve the row's file-dependent options, using block 0 as representative."""
     if row.parallel_key:
         row = replace(row, parallel=keys.flag("use_parallel_residual"))
     if row.parallel_unless_normed:
@@ -591,22 +379,22 @@ def _decided(keys: "_Keys", row: Architecture, shapes: Mapping[str, tuple[int, .
 
 
 def _groups(keys: "_Keys", experts: int, used: int) -> tuple[int, int]:
-    """Return into how many groups experts fall, and how many of them a token chooses from; llama.cpp always asks."""
-    groups = keys.count("expert_group_count") if experts else 0
+    """Return the number of groups of experts, and of those a token chooses from; llama.cpp reads them in any family."""
+    groups = keys.count("expert_group_count")
     if groups <= 1:
         return 1, 1
     chosen = keys.integer("expert_group_used_count")
-    # A group is known by its best two.
+    # A group is ranked by its best two experts.
     if experts % groups or experts < 2 * groups or chosen > groups or used > chosen * (experts // groups):
         raise ConfigError(
             f"{keys.prefix}.expert_group_count is {groups}, expert_group_used_count {chosen}: {used} of {experts} "
-            "experts cannot be chosen so"
+            "experts cannot be chosen"
         )
     return groups, chosen
 
 
 def _ropes(keys: "_Keys", row: Architecture, key_length: int) -> tuple[Rope | None, Rope | None]:
-    """Return the rotation of full layers and of windowed ones; keys that llama.cpp does not read are not read here."""
+    """Return the rotation of full layers and of windowed ones; only keys that llama.cpp reads are read."""
     dimensions = keys.integer("rope.dimension_count", key_length)
     if dimensions % 2 or dimensions > key_length or (dimensions < key_length and not row.partial_rotary):
         raise ConfigError(
@@ -616,39 +404,16 @@ def _ropes(keys: "_Keys", row: Architecture, key_length: int) -> tuple[Rope | No
     if kind not in ("none", "linear", "yarn", "longrope"):
         known = "none, linear, yarn, longrope"
         raise ConfigError(f"{keys.prefix}.rope.scaling.type {_shown(kind)} is not supported; supported: {known}")
-    if alpha := keys.real("rope.scaling.alpha", 0.0):
-        # Of Hunyuan's bases; llama.cpp's converter writes the scaled base instead, into files of text models.
-        raise ConfigError(f"{keys.prefix}.rope.scaling.alpha {alpha} is not supported")
-    sections = keys.metadata.get(f"{keys.prefix}.rope.dimension_sections", [])
-    if sections:
-        # Text has the same position on the first three axes and none on the fourth: together they must cover all pairs.
-        whole = isinstance(sections, Sequence) and all(isinstance(entry, int) for entry in sections[:3])
-        whole = whole and len(sections) >= 3
-        if not row.rope_sections or not whole or sum(sections[:3]) < dimensions // 2:
-            shown = _shown(list(sections) if isinstance(sections, Sequence) else sections)
-            raise ConfigError(f"{keys.prefix}.rope.dimension_sections {shown} is not supported")
-    for key, same in (
-        ("rope.dimension_count_swa", dimensions),
-        ("attention.key_length_swa", key_length),
-        ("attention.value_length_swa", key_length),
-    ):
-        if row.windowed and keys.integer(key, same) != same:
-            raise ConfigError(
-                f"{keys.prefix}.{key} {keys.integer(key)} differs from other layers' {same}: not supported"
-            )
-    if "rope.freq_base" not in keys and "rope.global.freq_base" in keys:
-        raise ConfigError(
-            f"metadata key {keys.prefix}.rope.global.freq_base is Ollama's own, and rope.freq_base, which llama.cpp "
-            "reads, is missing; get a file converted by llama.cpp"
-        )
-    # Granite's way to say that no position embedding was trained.
+    sections = _rope_sections(keys, row, dimensions)
+    _refuse_unsupported_ropes(keys, row, dimensions, key_length)
+    # Granite files without position embeddings have this flag.
     untrained = row.rope_optional and keys.metadata.get(f"{keys.prefix}.rope.scaling.finetuned") is False
     if not row.rope_pairs or untrained:
         return None, None
 
     factor = keys.real("rope.scaling.factor", keys.real("rope.scale_linear", 0.0)) or 1.0
     if kind == "yarn" and factor < 1:
-        raise ConfigError(f"{keys.prefix}.rope.scaling.factor is {factor}, but YaRN extends a context: at least 1")
+        raise ConfigError(f"{keys.prefix}.rope.scaling.factor is {factor}; YaRN needs at least 1")
     magnitude = attention_factor = keys.real("rope.scaling.attn_factor", 1.0)
     if kind == "yarn":
         # llama.cpp scales cos and sin by g(1) / g(multiplier), g(m) = 1 + 0.1 m ln F (DeepSeek's mscale).
@@ -672,7 +437,7 @@ def _ropes(keys: "_Keys", row: Architecture, key_length: int) -> tuple[Rope | No
     unscaled = Rope(dimensions, full.base, row.rope_pairs)
     windowed = {
         "same": full,
-        # llama.cpp takes their factor from the file whatever the type of scaling; only the full layers heed "none".
+        # llama.cpp applies the file's factor here for any type of scaling; only full layers respect "none".
         "based": replace(full, base=keys.real("rope.freq_base_swa", full.base), factor=factor),
         "plain": unscaled,
         "own": replace(unscaled, base=keys.real("rope.freq_base_swa", 10000.0), magnitude=attention_factor),
@@ -680,10 +445,44 @@ def _ropes(keys: "_Keys", row: Architecture, key_length: int) -> tuple[Rope | No
     return full, windowed[row.window_rope]
 
 
-def _still(sections: Sequence[int], pairs: int) -> tuple[int, ...]:
-    """Return the pairs that interleaved sections leave to an image's fourth axis, whose position is 0 on text.
+def _rope_sections(keys: "_Keys", row: Architecture, dimensions: int) -> Sequence[int]:
+    """Return the numbers of pairs that rotate by an image's axes; empty if the file has no sections."""
+    sections = keys.metadata.get(f"{keys.prefix}.rope.dimension_sections", [])
+    if sections:
+        # Text has the same position on the first three axes and 0 on the fourth: the three must cover all pairs.
+        whole = isinstance(sections, Sequence) and all(isinstance(entry, int) for entry in sections[:3])
+        whole = whole and len(sections) >= 3
+        if not row.rope_sections or not whole or sum(sections[:3]) < dimensions // 2:
+            shown = _shown(list(sections) if isinstance(sections, Sequence) else sections)
+            raise ConfigError(f"{keys.prefix}.rope.dimension_sections {shown} is not supported")
+    return sections
 
-    Pair `i` belongs to axis `i % 3` while that axis has sections left (ggml's `ggml_mrope_cache_init`).
+
+def _refuse_unsupported_ropes(keys: "_Keys", row: Architecture, dimensions: int, key_length: int) -> None:
+    """Refuse scaled bases, windowed layers of other sizes, and the keys of Ollama's own converter."""
+    if alpha := keys.real("rope.scaling.alpha", 0.0):
+        # Hunyuan scales its base by it; llama.cpp's converter writes the scaled base instead, for text models.
+        raise ConfigError(f"{keys.prefix}.rope.scaling.alpha {alpha} is not supported")
+    for key, same in (
+        ("rope.dimension_count_swa", dimensions),
+        ("attention.key_length_swa", key_length),
+        ("attention.value_length_swa", key_length),
+    ):
+        if row.windowed and keys.integer(key, same) != same:
+            raise ConfigError(
+                f"{keys.prefix}.{key} {keys.integer(key)} differs from other layers' {same}: not supported"
+            )
+    if "rope.freq_base" not in keys and "rope.global.freq_base" in keys:
+        raise ConfigError(
+            f"metadata key {keys.prefix}.rope.global.freq_base is specific to Ollama, and rope.freq_base, which "
+            "llama.cpp reads, is missing; get a file converted by llama.cpp"
+        )
+
+
+def _still(sections: Sequence[int], pairs: int) -> tuple[int, ...]:
+    """Return the pairs that belong to an image's fourth axis, whose position is 0 in text.
+
+    Pair `i` belongs to axis `i % 3` until that axis has all its sections (ggml's `ggml_mrope_cache_init`).
     """
     return tuple(i for i in range(pairs) if i >= 3 * sections[i % 3])
 
@@ -691,7 +490,7 @@ def _still(sections: Sequence[int], pairs: int) -> tuple[int, ...]:
 def _rope_of(
     row: Architecture, ropes: tuple[Rope | None, Rope | None], layer: int, windows: Sequence[int | None]
 ) -> Rope | None:
-    """Choose the rotation of one layer; `windows` are those of all."""
+    """Return the rotation of one layer; `windows` are those of all layers."""
     full, windowed = ropes
     if row.rope_layers == "windowed" and windows[layer] is None and any(windows):
         return None
@@ -701,7 +500,7 @@ def _rope_of(
 
 
 def _windows(keys: "_Keys", row: Architecture, blocks: int) -> list[int | None]:
-    """Return each layer's sliding window in tokens, None where it attends to everything."""
+    """Return each layer's sliding window in tokens, or None if it attends to all tokens."""
     key = "attention.sliding_window"
     if row.window_blocks not in (0, blocks):
         return [None] * blocks
@@ -715,7 +514,7 @@ def _windows(keys: "_Keys", row: Architecture, blocks: int) -> list[int | None]:
     pattern = keys.metadata.get(name, row.window_period)
     if isinstance(pattern, Sequence) and not isinstance(pattern, str):
         if len(pattern) != blocks or not all(isinstance(entry, bool) for entry in pattern):
-            raise ConfigError(f"metadata key {name} is not one true or false for each of {blocks} blocks")
+            raise ConfigError(f"metadata key {name} must have one true or false for each of {blocks} blocks")
         windows = [size if local else None for local in pattern]
     else:
         period = keys.count("attention.sliding_window_pattern", row.window_period)
@@ -726,10 +525,10 @@ def _windows(keys: "_Keys", row: Architecture, blocks: int) -> list[int | None]:
 
 
 def _xielu(keys: "_Keys", blocks: int) -> list[tuple[float, float, float]]:
-    """Return the constants of each block's xIELU; the file keeps both α as ggml's `ggml_xielu` takes them."""
+    """Return αn, αp and β of each block's xIELU; the file has both α as ggml's `ggml_xielu` takes them."""
     n, p, beta, eps = (keys.of_each_block(f"xielu.{name}", blocks) for name in ("alpha_n", "alpha_p", "beta", "eps"))
     if min(eps) < -1e-5:
-        # Between eps and 0 the exponential is that of eps: a step of αn eps at 0, which is left out where it is tiny.
+        # Between eps and 0 the exponential is that of eps: a step of αn eps at 0, which is neglected where tiny.
         raise ConfigError(f"metadata key xielu.eps is {min(eps)}: steps larger than 1e-05 are not supported")
     return [(b + _softplus(a), _softplus(c), b) for a, c, b in zip(n, p, beta, strict=True)]
 
@@ -740,12 +539,17 @@ def _softplus(x: float) -> float:
 
 
 def _softcap(keys: "_Keys", key: str, default: float | None) -> float:
-    """Return a cap; architectures whose default is None have none whatever the file says."""
+    """Return a cap; 0, whatever the file says, if the default is None."""
     return 0.0 if default is None else keys.real(key, default)
 
 
+def _attention_scale(keys: "_Keys", row: Architecture, width: int) -> float:
+    """Return the factor on scores: the file's, if the family reads it and it is not 0, else 1/√width."""
+    return (keys.real("attention.scale", 0.0) if row.attention_scale_key else 0) or width**-0.5
+
+
 def _embedding_scale(keys: "_Keys", row: Architecture, d: int) -> float:
-    """Return the factor on embeddings; Gemma's root is rounded to float32, as llama.cpp does."""
+    """Return the factor on embeddings; the root is rounded to float32, as in llama.cpp."""
     if row.embedding_scale == "sqrt":
         return struct.unpack("<f", struct.pack("<f", math.sqrt(d)))[0]
     return (keys.real("embedding_scale", row.scale_defaults[0]) if row.embedding_scale == "key" else 0) or 1.0
@@ -764,16 +568,16 @@ def _logit_scale(keys: "_Keys", row: Architecture, d: int) -> float:
     if row.logit_scale == "multiply":
         return scale or 1.0
     if scale == 0:
-        raise ConfigError(f"metadata key {keys.prefix}.logit_scale is 0, and logits are divided by it")
+        raise ConfigError(f"metadata key {keys.prefix}.logit_scale is 0, but logits are divided by it")
     return 1 / scale
 
 
 def _expert_widths(
     keys: "_Keys", row: Architecture, shapes: Mapping[str, tuple[int, ...]], first: int
 ) -> tuple[int, int]:
-    """Return the hidden units of a routed expert and of the shared one, or 0; `first` is the first mixture's block."""
+    """Return the hidden units of a routed expert and of the shared one, 0 if absent; `first` is the first mixture."""
     if row.expert_widths == "tensors":
-        # Families differ in the key that states them, and Qwen 1.5's files have none for the shared one.
+        # Families use different keys, and Qwen 1.5's files have none for the shared expert.
         routed, shared = (shapes.get(f"blk.{first}.ffn_up_{kind}.weight", ()) for kind in ("exps", "shexp"))
         stated = keys.count("expert_shared_feed_forward_length")
         return routed[1] if len(routed) == 3 else 0, stated or (shared[0] if len(shared) == 2 else 0)
@@ -783,7 +587,7 @@ def _expert_widths(
 
 
 def _check_tensors(config: ModelConfig, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Refuse missing tensors, wrong shapes, and tensors that this architecture does not use."""
+    """Refuse missing tensors, wrong shapes, and tensors that the architecture does not use."""
     known, needed = set(), "exp_probs_b.bias" if config.row.selection_bias == "required" else ""
     for prefix, table, sizes in _scopes(config):
         optional = _OPTIONAL | (_FUSED_QKV if f"{prefix}attn_qkv.weight" in shapes else set())
@@ -801,7 +605,7 @@ def _check_tensors(config: ModelConfig, shapes: Mapping[str, tuple[int, ...]]) -
 
 
 def _scopes(config: ModelConfig) -> Iterator[tuple[str, dict[str, tuple[str, ...]], dict[str, int]]]:
-    """Yield name prefix, table of tensors and named sizes: once for the model, once for each block."""
+    """Yield name prefix, table of tensors and named sizes, for the tensors outside the blocks and for each block."""
     full = next((layer.rope for layer in config.layers if layer.rope), None)
     q, kv, f = config.head_count * config.head_size, config.head_count_kv * config.head_size, config.feed_forward_length
     sizes = {
@@ -850,7 +654,7 @@ def _block_table(config: ModelConfig, layer: int) -> dict[str, tuple[str, ...]]:
 
 @dataclass(frozen=True)
 class _Keys:
-    """Checked access to the metadata under one architecture's prefix."""
+    """Checked access to the metadata under an architecture's prefix."""
 
     metadata: Mapping[str, Any]
     prefix: str
@@ -866,26 +670,28 @@ class _Keys:
         if value is None:
             raise ConfigError(f"metadata key {name} is missing; the file is incomplete or was converted wrongly")
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
-            raise ConfigError(f"metadata key {name} is {_shown(value)}, not a number that makes sense")
+            raise ConfigError(f"metadata key {name} is {_shown(value)}; expected a finite, non-negative number")
         return value
 
     def real(self, key: str, default: float | None = None) -> float:
-        """Return a finite, non-negative number as a float, however the file writes it."""
+        """Return a finite, non-negative number as a float, whatever type the file stores."""
         return float(self.number(key, default))
 
     def integer(self, key: str, default: int | None = None) -> int:
-        """Return a positive integer that a model can have."""
+        """Return an integer from 1 to `MAX_SIZE`."""
         value = self.number(key, default)
         if not isinstance(value, int) or not 1 <= value <= MAX_SIZE:
-            raise ConfigError(f"metadata key {self.prefix}.{key} is {value}, not a whole number from 1 to {MAX_SIZE}")
+            raise ConfigError(
+                f"metadata key {self.prefix}.{key} is {value}; expected a whole number from 1 to {MAX_SIZE}"
+            )
         return value
 
     def count(self, key: str, default: int = 0) -> int:
-        """Return an integer that may be 0; absent means `default`."""
+        """Return an integer from 0 to `MAX_SIZE`, or the default if the key is absent."""
         return self.integer(key, default) if self.number(key, default) else 0
 
     def of_each_block(self, name: str, blocks: int) -> list[float]:
-        """Return a finite number, of either sign, for every block, from a scalar or an array; `name` has no prefix."""
+        """Return a finite number of either sign for each block, from a scalar or an array; `name` is the full key."""
         value = self.metadata.get(name)
         if value is None:
             raise ConfigError(f"metadata key {name} is missing; the file is incomplete or was converted wrongly")
@@ -894,20 +700,20 @@ class _Keys:
             raise ConfigError(f"metadata key {name} has {len(entries)} entries for {blocks} blocks")
         for entry in entries:
             if isinstance(entry, bool) or not isinstance(entry, int | float) or not abs(entry) < math.inf:
-                raise ConfigError(f"metadata key {name} holds {_shown(entry)}, not a number that makes sense")
+                raise ConfigError(f"metadata key {name} contains {_shown(entry)}; expected finite numbers")
         return [float(entry) for entry in entries]
 
     def flag(self, key: str) -> bool:
-        """Return true or false, which the file must say."""
+        """Return true or false; the key is required."""
         name = f"{self.prefix}.{key}"
         value = self.metadata.get(name)
         if not isinstance(value, bool):
             shown = "missing" if value is None else _shown(value)
-            raise ConfigError(f"metadata key {name} is {shown}: it must be true or false; convert the file again")
+            raise ConfigError(f"metadata key {name} is {shown}; expected true or false; convert the file again")
         return value
 
     def for_all_blocks(self, key: str, blocks: int, default: int | None = None) -> int:
-        """Return a positive integer that holds for every block; the file gives a scalar or an array of equals."""
+        """Return a positive integer that is the same for every block, from a scalar or an array."""
         name = f"{self.prefix}.{key}"
         value = self.metadata.get(name)
         if value is None and default is not None:
@@ -925,6 +731,6 @@ class _Keys:
 
 
 def _shown(value: Any) -> str:
-    """Quote something from a file for a message: short, and with control characters escaped."""
+    """Return a value from a file for a message: shortened, and with control characters escaped."""
     text = ascii(value)
     return text if len(text) <= 60 else f"{text[:57]}..."

@@ -1,15 +1,16 @@
 """Dequantize ggml blocks to float32, bit for bit as ggml and gguf-py do.
 
-Two paths over one contract. `dequantize` is a few vectorized torch operations per type and runs on any device.
-`dequantize_rows` is the CPU fast path: libggml's own C, which llama-cpp-python installs, on row tiles and threads.
+Two implementations of one contract. `dequantize` is a few vectorized torch operations per type and runs on any device.
+`dequantize_rows` is the fast path on the CPU: libggml's own C code, which llama-cpp-python installs, on tiles of rows
+and several threads.
 
-The order of operations is ggml's: block scale times sub-block scale, times the quant, less the minimum. Where a minimum
-is subtracted every product before it is exact in float32 (an 11-bit f16 significand, 6 bits of scale, 5 of quant), so a
-compiler that fuses multiply and add, as on ARM or CUDA, changes no bit.
+The order of operations is ggml's: block scale times sub-block scale, times the quant, minus the minimum. Where a
+minimum is subtracted, every product before it is exact in float32 (an 11-bit f16 significand, 6 bits of scale, 5 of
+quant), so a compiler that fuses multiply and add, as on ARM or CUDA, changes no bit.
 
-Set `GGJAC_NATIVE=0` in the environment, before the first call, to leave libggml out.
+Set `GGJAC_NATIVE=0` in the environment, before the first call, to disable libggml.
 
-Layouts: the block structs of ggml-common.h and `dequantize_row_*` of ggml-quants.c; fields carry their names there.
+Layouts: the block structs of ggml-common.h and `dequantize_row_*` of ggml-quants.c; fields keep their names.
 """
 
 import ctypes
@@ -30,11 +31,11 @@ from torch import Tensor
 
 from ggjac.gguf.types import TYPES, GGMLType
 
-# Elements that torch dequantizes at once on the CPU: few enough for temporaries to stay in cache, enough to make the
-# cost of calling some twenty operations small.
+# Elements that torch dequantizes at once on the CPU: few enough for temporaries to stay in cache, enough to amortize
+# the call overhead of some twenty operations.
 TILE = 1 << 18
-# The same for libggml, a thread each, between copies of strided rows or conversions to 16 bit: its float32, 1 MiB, is
-# still in the core's own cache when it is converted.
+# The same for libggml, per thread, where rows are strided or converted to 16 bit: 1 MiB of float32 is still in the
+# core's own cache when it is converted.
 NATIVE_TILE = 1 << 18
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -72,7 +73,7 @@ def q1_0(blocks: Blocks) -> Elements:
 
 
 def q2_0(blocks: Blocks) -> Elements:
-    """Return d (q - 1); consecutive elements share a byte."""
+    """Return d (q - 1); four consecutive elements share a byte."""
     d, qs = blocks.split((2, 16), 1)
     q = _shift(qs.unsqueeze(2), (0, 2, 4, 6), 3).flatten(1)
     return q.float().sub_(1).mul_(_half(d))
@@ -261,37 +262,61 @@ def tq2_0(blocks: Blocks) -> Elements:
     return _shift(qs.unflatten(1, (2, 32)), (0, 2, 4, 6), 3).flatten(1).float().sub_(1).mul_(_half(d))
 
 
-# Type name -> function on blocks. A new type is one row here, and enters the tests by it.
-TORCH: dict[str, Callable[[Blocks], Elements]] = {
-    "F32": f32,
-    "F16": f16,
-    "BF16": bf16,
-    "F64": f64,
-    "Q1_0": q1_0,
-    "Q2_0": q2_0,
-    "Q4_0": q4_0,
-    "Q4_1": q4_1,
-    "Q5_0": q5_0,
-    "Q5_1": q5_1,
-    "Q8_0": q8_0,
-    "Q2_K": q2_k,
-    "Q3_K": q3_k,
-    "Q4_K": q4_k,
-    "Q5_K": q5_k,
-    "Q6_K": q6_k,
-    "IQ1_S": iq1_s,
-    "IQ1_M": iq1_m,
-    "IQ2_XXS": iq2_xxs,
-    "IQ2_XS": iq2_xs,
-    "IQ2_S": iq2_s,
-    "IQ3_XXS": iq3_xxs,
-    "IQ3_S": iq3_s,
-    "IQ4_NL": iq4_nl,
-    "IQ4_XS": iq4_xs,
-    "MXFP4": mxfp4,
-    "NVFP4": nvfp4,
-    "TQ1_0": tq1_0,
-    "TQ2_0": tq2_0,
+class Exponent(NamedTuple):
+    """The exponent of a scale: `mask` of the little-endian word at byte `offset`; all ones mean infinite or NaN."""
+
+    offset: int
+    word: str
+    mask: int
+
+
+def _f16_at(*offsets: int) -> tuple[Exponent, ...]:
+    return tuple(Exponent(offset, "<u2", 0x7C00) for offset in offsets)
+
+
+class Format(NamedTuple):
+    """How a storage type is read.
+
+    Attributes:
+        decode: returns the elements of blocks, uint8 `[b, block_bytes]` -> `[b, block_size]`.
+        scales: the exponents of a block's scales, for `has_invalid_scales`; an element is its own scale.
+    """
+
+    decode: Callable[[Blocks], Elements]
+    scales: tuple[Exponent, ...]
+
+
+# By the name of the type. A new type is one row here and one in `ggjac.gguf.types`, and enters the tests by them.
+FORMATS: dict[str, Format] = {
+    "F32": Format(f32, (Exponent(0, "<u4", 0x7F80_0000),)),
+    "F16": Format(f16, _f16_at(0)),
+    "BF16": Format(bf16, (Exponent(0, "<u2", 0x7F80),)),
+    "F64": Format(f64, (Exponent(0, "<u8", 0x7FF0_0000_0000_0000),)),
+    "Q1_0": Format(q1_0, _f16_at(0)),
+    "Q2_0": Format(q2_0, _f16_at(0)),
+    "Q4_0": Format(q4_0, _f16_at(0)),
+    "Q4_1": Format(q4_1, _f16_at(0, 2)),
+    "Q5_0": Format(q5_0, _f16_at(0)),
+    "Q5_1": Format(q5_1, _f16_at(0, 2)),
+    "Q8_0": Format(q8_0, _f16_at(0)),
+    "Q2_K": Format(q2_k, _f16_at(80, 82)),
+    "Q3_K": Format(q3_k, _f16_at(108)),
+    "Q4_K": Format(q4_k, _f16_at(0, 2)),
+    "Q5_K": Format(q5_k, _f16_at(0, 2)),
+    "Q6_K": Format(q6_k, _f16_at(208)),
+    "IQ1_S": Format(iq1_s, _f16_at(0)),
+    "IQ1_M": Format(iq1_m, (Exponent(52, "<u4", 0x7000_C000),)),  # an f16 spread over the top nibbles of four uint16
+    "IQ2_XXS": Format(iq2_xxs, _f16_at(0)),
+    "IQ2_XS": Format(iq2_xs, _f16_at(0)),
+    "IQ2_S": Format(iq2_s, _f16_at(0)),
+    "IQ3_XXS": Format(iq3_xxs, _f16_at(0)),
+    "IQ3_S": Format(iq3_s, _f16_at(0)),
+    "IQ4_NL": Format(iq4_nl, _f16_at(0)),
+    "IQ4_XS": Format(iq4_xs, _f16_at(0)),
+    "MXFP4": Format(mxfp4, (Exponent(0, "u1", 0xFF),)),
+    "NVFP4": Format(nvfp4, ()),  # its only NaN is read as 0
+    "TQ1_0": Format(tq1_0, _f16_at(52)),
+    "TQ2_0": Format(tq2_0, _f16_at(64)),
 }
 
 KVALUES_IQ4NL = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
@@ -313,7 +338,7 @@ def _half(field: Tensor) -> Tensor:
 
 def _shift(field: Tensor, shifts: tuple[int, ...], mask: int) -> Tensor:
     """Return `field >> shift & mask` for every shift, uint8 [..., r] -> [..., s, r]."""
-    # Shifts by a number run vectorized; one shift by a broadcast tensor runs element by element, eight times slower.
+    # Shifts by a scalar are vectorized; a shift by a broadcast tensor runs element by element, eight times slower.
     return torch.stack([field >> shift & mask for shift in shifts], -2)
 
 
@@ -338,7 +363,7 @@ def _scale_min_k4(scales: Tensor) -> tuple[Tensor, Tensor]:
     """Unpack Q4_K's and Q5_K's 12 bytes into 8 six-bit scales and 8 minima, float32 [b, 8] each.
 
     Source: `get_scale_min_k4` of ggml-quants.c. Bytes 0-3 and 4-7 hold scales and minima 0-3 in six bits, and in their
-    two top bits those of 4-7, whose low nibbles are bytes 8-11.
+    two top bits those of 4-7, whose low nibbles are in bytes 8-11.
     """
     sc, mn, low = scales.unflatten(1, (3, 4)).unbind(1)
     sc = torch.cat((sc & 63, low & 15 | sc >> 2 & 48), 1)
@@ -357,13 +382,13 @@ def _words(field: Tensor) -> Tensor:
 
 
 def _scale_and_signs(words: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the top four bits, float32 [b, s], and the bytes of signs that four times seven bits stand for."""
-    # Negative words shift ones in from above; the masks drop them.
+    """Return the top four bits, float32 [b, s], and the four bytes of signs encoded in the other 28."""
+    # A right shift of a negative word brings in ones from above; the masks drop them.
     return (words >> 28 & 15).flatten(1).float(), _even(_shift(words, (0, 7, 14, 21), 127).flatten(1))
 
 
 def _even(index: Tensor) -> Tensor:
-    """Return bytes with seven given bits and an eighth that makes the number of ones even (ksigns_iq2xs)."""
+    """Return bytes of seven given bits and an eighth that makes the number of ones even (ksigns_iq2xs)."""
     parity = index
     for shift in (4, 2, 1):
         parity = parity ^ (parity >> shift)
@@ -371,7 +396,7 @@ def _even(index: Tensor) -> Tensor:
 
 
 def _coded(name: str, q: Tensor, scale: Tensor, signs: Tensor) -> Tensor:
-    """Return signed rows of a codebook times the scale of their sub-block; a byte of `signs` holds those of eight."""
+    """Return signed rows of a codebook times the scale of their sub-block; a byte of `signs` covers eight elements."""
     minus = _bits(signs.unsqueeze(2)).flatten(1)
     values = _codebook(name, q.device)[q.flatten(1).long()].flatten(1)
     values.mul_(minus.float().mul_(-2).add_(1))
@@ -379,7 +404,7 @@ def _coded(name: str, q: Tensor, scale: Tensor, signs: Tensor) -> Tensor:
 
 
 def _shifted(name: str, q: Tensor, scale: Tensor, minus: Tensor) -> Tensor:
-    """Return rows of a codebook, 1/8 more or less, times the scale of their sub-block."""
+    """Return rows of a codebook, plus or minus 1/8, times the scale of their sub-block."""
     values = _codebook(name, q.device)[q.long()]
     delta = minus.float().mul_(-0.25).add_(0.125)
     values = values.unflatten(1, (delta.shape[1], -1)).add_(delta[..., None, None])
@@ -388,7 +413,7 @@ def _shifted(name: str, q: Tensor, scale: Tensor, minus: Tensor) -> Tensor:
 
 @cache
 def _codebook(name: str, device: torch.device) -> Tensor:
-    """Return a type's codebook, float32 [rows, 4 or 8]: the one that gguf-py has, which is not copied here."""
+    """Return a type's codebook, float32 [rows, 4 or 8], from gguf-py rather than a copy."""
     from gguf import quants as reference
 
     kind = getattr(reference, name)
@@ -398,7 +423,7 @@ def _codebook(name: str, device: torch.device) -> Tensor:
 
 @cache
 def _table(values: tuple[int, ...], device: torch.device) -> Tensor:
-    # Kept, as the copy to a device waits for all work queued there.
+    # Cached, because the copy to a device waits for all work queued there.
     return torch.tensor(values, dtype=torch.float32).to(device)
 
 
@@ -408,7 +433,7 @@ def _table(values: tuple[int, ...], device: torch.device) -> Tensor:
 
 def supported(type: GGMLType) -> bool:
     """Say whether tensors of this type can be dequantized."""
-    return type.name in TORCH
+    return type.name in FORMATS
 
 
 def dequantize(data: Tensor, type: GGMLType, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -422,12 +447,12 @@ def dequantize(data: Tensor, type: GGMLType, dtype: torch.dtype = torch.float32)
     if data.dtype != torch.uint8 or data.ndim == 0:
         raise ValueError(f"{type.name}: expected uint8 [..., row_bytes], found {_spell(data.dtype)} {list(data.shape)}")
     elements = _elements(type, data.shape[-1])
-    values = TORCH[type.name](data.reshape(-1, type.block_bytes))
+    values = FORMATS[type.name].decode(data.reshape(-1, type.block_bytes))
     return values.reshape(*data.shape[:-1], elements).to(dtype)
 
 
 def _elements(type: GGMLType, row_bytes: int) -> int:
-    """Return the elements in a row of bytes, or refuse the type or a partial block."""
+    """Return the number of elements in a row of bytes; refuse unsupported types and partial blocks."""
     if not supported(type):
         names = ", ".join(row.name for row in TYPES.values() if supported(row))
         raise ValueError(f"type {type.name} cannot be dequantized; supported: {names}")
@@ -450,19 +475,19 @@ def _spell(dtype: object) -> str:
 def dequantize_rows(raw: np.ndarray, type: GGMLType, out: Tensor | None = None, *, threads: int = 1) -> Tensor:
     """Return rows of blocks as floats, uint8 [rows, row_bytes] -> [rows, elements].
 
-    Quantized types run in libggml's C on `threads` threads. Element types (F32, F16, BF16, F64), and every type where
-    libggml is not installed, run in torch on torch's own threads. Pass the last `out` again when you can: the page
-    faults of a fresh one cost as much as the arithmetic.
+    Quantized types run in libggml on `threads` threads. Element types (F32, F16, BF16, F64), and without libggml all
+    types, run in torch on torch's own threads. Pass the previous `out` again when you can: the page faults of a
+    new one cost as much as the arithmetic.
 
     Args:
         raw: may be a read-only view of a mapped file, and its rows may be strided.
         type: how the rows are stored.
-        out: [rows, elements], contiguous, on the CPU; overwritten and returned. Default a new float32 tensor. Another
-            dtype is converted from float32 a tile at a time, while the tile is in cache.
-        threads: split the rows among so many threads, the caller's included.
+        out: [rows, elements], contiguous, on the CPU; overwritten and returned. The default is a new float32 tensor.
+            Other dtypes are converted from float32 one tile at a time, while the tile is in cache.
+        threads: number of threads that share the rows.
 
     Raises:
-        ValueError: the type is not supported, or `raw`, `out` or `threads` is not as told.
+        ValueError: the type is not supported, or `raw`, `out` or `threads` is not as described.
     """
     if raw.dtype != np.uint8 or raw.ndim != 2:
         raise ValueError(f"{type.name}: expected raw as uint8 [rows, row_bytes], found {raw.dtype} {list(raw.shape)}")
@@ -490,7 +515,7 @@ def dequantize_rows(raw: np.ndarray, type: GGMLType, out: Tensor | None = None, 
     step = rows if whole else max(1, (NATIVE_TILE if native else TILE) // elements)
 
     def work(start: int, stop: int) -> None:
-        # Little happens between one call and the next: the threads share Python.
+        # Keep the Python between two calls short: all threads share the interpreter.
         scratch = None if direct else _scratch(min(step, stop - start) * elements).view(-1, elements)
         for a, piece in zip(range(start, stop, step), out[start:stop].split(step), strict=True):
             blocks = raw[a : min(a + step, stop)]
@@ -514,7 +539,7 @@ _kept = threading.local()
 
 
 def _scratch(elements: int) -> Tensor:
-    """Return this thread's float32 scratch; kept, as the page faults of a fresh one cost as much as the arithmetic."""
+    """Return this thread's float32 scratch; reused, because page faults of a new one cost as much as the arithmetic."""
     scratch = getattr(_kept, "scratch", None)
     if scratch is None or scratch.numel() < elements:
         scratch = _kept.scratch = torch.empty(elements, dtype=torch.float32, device="cpu")
@@ -527,14 +552,14 @@ def _pool() -> ThreadPoolExecutor:
     count = os.cpu_count() or 1
 
     def alone() -> None:
-        torch.get_num_threads()  # asked for the first time in a thread, torch sets what holds elsewhere: undone here
+        torch.get_num_threads()  # the first call in a thread copies the global setting, which the next line replaces
         torch.set_num_threads(1)
 
     pool = ThreadPoolExecutor(count, "ggjac-dequantize", initializer=alone)
     started = threading.Barrier(count)
     before = torch.get_num_threads()
     list(pool.map(lambda _: started.wait(), range(count)))
-    torch.set_num_threads(before)  # for the threads that others start: torch keeps the last number set anywhere
+    torch.set_num_threads(before)  # torch gives threads started later the last number set anywhere
     return pool
 
 
@@ -545,14 +570,14 @@ Decoder = Callable[[np.ndarray, Tensor], None]
 def _torch(type: GGMLType) -> Decoder:
     def decode(raw: np.ndarray, out: Tensor) -> None:
         blocks = as_tensor(raw).view(-1, type.block_bytes)
-        out.copy_(TORCH[type.name](blocks).view(out.shape))
+        out.copy_(FORMATS[type.name].decode(blocks).view(out.shape))
 
     return decode
 
 
 def as_tensor(raw: np.ndarray) -> Tensor:
-    """Return a tensor on the memory of a uint8 array [rows, columns], which must outlive it and not be written to."""
-    # Torch warns of any read-only array; a buffer of ctypes says nothing of who may write, and nobody does.
+    """Return a tensor that shares the memory of a uint8 array [rows, columns], which must outlive it; do not write."""
+    # Torch warns about every read-only array; a ctypes buffer does not carry that flag.
     apart = raw.strides[0] if len(raw) > 1 else raw.shape[1]
     buffer = (ctypes.c_uint8 * ((len(raw) - 1) * apart + raw.shape[1])).from_address(_address(raw))
     return torch.frombuffer(buffer, dtype=torch.uint8).as_strided(raw.shape, (apart, 1))
@@ -567,57 +592,11 @@ def _address(array: np.ndarray) -> int:
 # Scales that are not finite
 
 
-class Exponent(NamedTuple):
-    """The exponent of a scale: `mask` of the little-endian word at byte `offset`; all ones mean infinite or NaN."""
-
-    offset: int
-    word: str
-    mask: int
-
-
-def _f16_at(*offsets: int) -> tuple[Exponent, ...]:
-    return tuple(Exponent(offset, "<u2", 0x7C00) for offset in offsets)
-
-
-# Type name -> the scales of its block. An element is its own scale. NVFP4 has none: it reads its only NaN as 0.
-EXPONENTS: dict[str, tuple[Exponent, ...]] = {
-    "F32": (Exponent(0, "<u4", 0x7F80_0000),),
-    "F64": (Exponent(0, "<u8", 0x7FF0_0000_0000_0000),),
-    "F16": _f16_at(0),
-    "BF16": (Exponent(0, "<u2", 0x7F80),),
-    "Q1_0": _f16_at(0),
-    "Q2_0": _f16_at(0),
-    "Q4_0": _f16_at(0),
-    "Q4_1": _f16_at(0, 2),
-    "Q5_0": _f16_at(0),
-    "Q5_1": _f16_at(0, 2),
-    "Q8_0": _f16_at(0),
-    "Q2_K": _f16_at(80, 82),
-    "Q3_K": _f16_at(108),
-    "Q4_K": _f16_at(0, 2),
-    "Q5_K": _f16_at(0, 2),
-    "Q6_K": _f16_at(208),
-    "IQ1_S": _f16_at(0),
-    "IQ2_XXS": _f16_at(0),
-    "IQ2_XS": _f16_at(0),
-    "IQ2_S": _f16_at(0),
-    "IQ3_XXS": _f16_at(0),
-    "IQ3_S": _f16_at(0),
-    "IQ4_NL": _f16_at(0),
-    "IQ4_XS": _f16_at(0),
-    "TQ1_0": _f16_at(52),
-    "TQ2_0": _f16_at(64),
-    "IQ1_M": (Exponent(52, "<u4", 0x7000_C000),),  # an f16 spread over the top nibbles of four uint16
-    "MXFP4": (Exponent(0, "u1", 0xFF),),
-    "NVFP4": (),
-}
-
-
 def has_invalid_scales(raw: np.ndarray, type: GGMLType) -> bool:
-    """Say whether a block of uint8 [rows, row_bytes] has an infinite or NaN scale, or an element type such an element.
+    """Say whether a block of uint8 [rows, row_bytes] has an infinite or NaN scale (of element types: element).
 
-    The test of `ggml_validate_row_data`, which prints to stderr. It reads a scale's bytes only: some ten times faster
-    than dequantizing, for element types twice.
+    The test of `ggml_validate_row_data`, which prints to stderr. It reads only the bytes of scales: about ten times
+    faster than dequantizing, twice for element types.
 
     Raises:
         ValueError: the type is not supported, or the rows are not whole blocks.
@@ -626,9 +605,9 @@ def has_invalid_scales(raw: np.ndarray, type: GGMLType) -> bool:
     blocks = raw.reshape(len(raw), elements // type.block_size, type.block_bytes)
     step = max(1, TILE // max(1, elements))
     for start in range(0, len(raw), step):
-        for offset, word, mask in EXPONENTS[type.name]:
+        for offset, word, mask in FORMATS[type.name].scales:
             field = blocks[start : start + step, :, offset : offset + np.dtype(word).itemsize].view(word)
-            # Masked words never exceed the mask: the largest equals it when all of some word's bits are set.
+            # A masked word never exceeds the mask; the largest equals it if all exponent bits of a word are set.
             if (field & mask).max(initial=0) == mask:
                 return True
     return False
@@ -636,14 +615,14 @@ def has_invalid_scales(raw: np.ndarray, type: GGMLType) -> bool:
 
 # ----------------------------------------------------------------------------------------------------------------------
 # libggml. The exported `dequantize_row_*` are called rather than `ggml_get_type_traits(type)->to_float`: their
-# signature is stable, while the layout of the traits struct is not, and a type that is missing is a missing symbol.
+# signature is stable, the layout of the traits struct is not, and an unsupported type is simply a missing symbol.
 
 
 @cache
 def native_library() -> ctypes.CDLL | None:
     """Return libggml-base of the installed llama-cpp-python, or None.
 
-    None when it is absent, when the environment says `GGJAC_NATIVE=0`, or when it gets a known block wrong.
+    None if it is absent, disabled by `GGJAC_NATIVE=0`, or decodes a known block wrongly.
     """
     if os.environ.get("GGJAC_NATIVE") == "0":
         return None
@@ -664,7 +643,7 @@ def native_library() -> ctypes.CDLL | None:
 
 
 def _knows_q8_0(library: ctypes.CDLL) -> bool:
-    """Check one hand-made block: d = 1.5, q = -16 .. 15. An old libggml reads f16 by a table that is not filled yet."""
+    """Check one known block, d = 1.5, q = -16 .. 15: an old libggml reads f16 from a table that is not filled yet."""
     function = _function(library, "Q8_0")
     if function is None:
         return False
@@ -686,9 +665,9 @@ def _function(library: ctypes.CDLL, name: str) -> Callable[[int, int, int], None
 
 @cache
 def _native(type: GGMLType) -> Decoder | None:
-    """Return libggml's decoder for one type, or None when it has none or disagrees with this module."""
+    """Return libggml's decoder for one type, or None if it has none or disagrees with this module."""
     library = native_library()
-    if library is None or type.block_size == 1 or type.name not in TORCH:
+    if library is None or type.block_size == 1 or type.name not in FORMATS:
         return None
     function = _function(library, type.name)
     if function is None or not _same_block(library, type):
@@ -697,7 +676,7 @@ def _native(type: GGMLType) -> Decoder | None:
     def decode(raw: np.ndarray, out: Tensor) -> None:
         function(_address(raw), out.data_ptr(), out.numel())
 
-    # One block of arbitrary bytes, d of them small: layouts have changed under a type's name before.
+    # One block of arbitrary bytes with a small d: the layout behind a type's name has changed before.
     raw = np.arange(type.block_bytes, dtype=np.uint8)[None] * 37 % 64
     ours, theirs = torch.zeros(2, 1, type.block_size, dtype=torch.float32, device="cpu")
     _torch(type)(raw, ours)
@@ -708,7 +687,7 @@ def _native(type: GGMLType) -> Decoder | None:
 
 
 def _same_block(library: ctypes.CDLL, type: GGMLType) -> bool:
-    """Ask libggml for the sizes of a block, which its C will assume of our buffers."""
+    """Say whether libggml agrees on the sizes of a block, which its C code assumes of our buffers."""
     try:
         size, elements = library.ggml_type_size, library.ggml_blck_size
     except AttributeError:

@@ -1,10 +1,10 @@
-"""Text to token ids and back, through llama.cpp's own vocabulary: equal to llama.cpp's by construction.
+"""Text to token ids and back, by llama.cpp itself: equal to llama.cpp's by construction.
 
-`open_tokenizer` loads nothing. The bytes of a token are told from the strings in the file (`RawVocabulary`); what needs
-the vocabulary's algorithm or rules, tokenizing above all, is asked of llama.cpp (its `vocab_only`), in a process of its
-own: it ends the process it runs in on much that it does not expect, repeated tokens or a character that a SentencePiece
-vocabulary can spell neither as a token nor as bytes. Where llama.cpp cannot help (llama-cpp-python is not installed, or
-`tokenizer.ggml.model` is `none`) text is refused with a message that says what to do.
+`open_tokenizer` loads nothing. The bytes of a token come from the strings in the file (`RawVocabulary`); everything
+that needs the vocabulary's algorithm or rules, above all tokenizing, is done by llama.cpp (its `vocab_only`) in a child
+process, which may crash, for example on repeated tokens, or on a character that a SentencePiece vocabulary can spell
+neither as a token nor as bytes. Without llama.cpp (llama-cpp-python is not installed, or `tokenizer.ggml.model` is
+`none`) text is refused with a message that says what to do.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from ggjac import llamacpp
 # tokenizer.ggml.model values that name no tokenizer (llama-vocab.cpp, llama_vocab::impl::load).
 NO_TOKENIZER = (None, "", "none", "no_vocab")
 
-# More than any vocabulary has; llama.cpp takes some hundred bytes for each token.
+# More than any vocabulary has; llama.cpp uses some hundred bytes per token.
 MAX_TOKENS = 1 << 22
 
 # tokenizer.ggml.token_type (llama.h, enum llama_token_type).
@@ -34,7 +34,7 @@ class TokenizerError(ValueError):
 
 
 class Tokenizer(ABC):
-    """What the rest of the package asks of a vocabulary."""
+    """The interface of a vocabulary."""
 
     @property
     @abstractmethod
@@ -44,19 +44,19 @@ class Tokenizer(ABC):
     @property
     @abstractmethod
     def bos_id(self) -> int | None:
-        """Return the id of the begin-of-sequence token; None when there is none, or none can be known."""
+        """Return the id of the begin-of-sequence token; None if there is none or it cannot be determined."""
 
     @property
     @abstractmethod
     def adds_bos(self) -> bool:
-        """Tell whether the vocabulary wants every prompt to begin with BOS."""
+        """Say whether every prompt begins with BOS by the vocabulary's rules."""
 
     @abstractmethod
     def encode(self, text: str, *, add_special: bool = True, parse_special: bool = True) -> list[int]:
-        """Turn text into ids as llama.cpp does; empty text gives BOS alone, or nothing where no BOS is added.
+        """Return the ids of a text as llama.cpp does; of an empty one BOS alone, or nothing if no BOS is added.
 
-        `add_special` adds BOS/EOS where the vocabulary says so; `parse_special` reads `<s>` and the like in the text
-        as the tokens they name.
+        `add_special` adds BOS/EOS by the vocabulary's rules; `parse_special` reads `<s>` and the like in the text as
+        the tokens they name.
 
         Raises:
             TokenizerError: the vocabulary cannot be read, the text is not valid Unicode, or has characters for
@@ -65,19 +65,19 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def piece(self, id: int) -> bytes:
-        """Return the bytes a token stands for; special tokens give their name, ids without a string `[id]`."""
+        """Return the bytes of a token; special tokens give their name, ids without a string `[id]`."""
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Turn a prompt's ids into text, invalid UTF-8 replaced; ids beyond the vocabulary give `[id]`."""
+        """Return the text of a prompt's ids, invalid UTF-8 replaced; ids beyond the vocabulary give `[id]`."""
         return b"".join(map(self.piece, ids)).decode("utf-8", errors="replace")
 
 
 def open_tokenizer(path: str | os.PathLike[str], *, tokens: Any, model: Any, types: Any = None) -> Tokenizer:
-    """Return the vocabulary of a GGUF file; it is loaded when first used.
+    """Return the vocabulary of a GGUF file; it is loaded on first use.
 
     `path` is the file, or the first shard of a split one; `tokens`, `model` and `types` are its metadata
-    `tokenizer.ggml.tokens`, `.model` and `.token_type` as they are: strangers may have stored anything there. The types
-    make the bytes of odd tokens exact.
+    `tokenizer.ggml.tokens`, `.model` and `.token_type`, unchecked: they may be anything. The types make the bytes of
+    special and unused tokens exact.
     """
     instead = "give token ids instead, as in --tokens 1,2,3"
     flaw = None
@@ -91,17 +91,17 @@ def open_tokenizer(path: str | os.PathLike[str], *, tokens: Any, model: Any, typ
     types = types if _is_array(types, int) and len(types) == len(tokens) else None
     model = model if isinstance(model, str) else None
     if flaw is not None:
-        return RawVocabulary(tokens, model, types, reason=f"{_name(path)} holds no tokenizer ({flaw}); {instead}")
+        return RawVocabulary(tokens, model, types, reason=f"{_name(path)} contains no tokenizer ({flaw}); {instead}")
     if why := llamacpp.missing():
         return RawVocabulary(tokens, model, types, reason=f"{why}, or give token ids, as in --tokens 1,2,3")
     return LlamaVocabulary(path, RawVocabulary(tokens, model, types, reason=""))
 
 
 def _is_array(value: Any, kind: type) -> bool:
-    """Tell whether a metadata value is an array, not empty, of strings (`str`) or integers (`int`)."""
+    """Say whether a metadata value is a non-empty array of strings (`str`) or integers (`int`)."""
     if not isinstance(value, Sequence) or isinstance(value, str | bytes) or not len(value):
         return False
-    return isinstance(value[0], kind) and not isinstance(value[0], bool)  # a file's arrays are of one type
+    return isinstance(value[0], kind) and not isinstance(value[0], bool)  # the arrays of a file have one type each
 
 
 def _kind(value: Any) -> str:
@@ -113,7 +113,7 @@ def _kind(value: Any) -> str:
 
 
 class RawVocabulary(Tokenizer):
-    """The strings of a file without llama.cpp's algorithms: bytes of a token, but no ids for a text."""
+    """The strings of a file without llama.cpp's algorithms: the bytes of tokens, but no ids for a text."""
 
     def __init__(
         self, tokens: Sequence[str] | None, model: str | None, types: Sequence[int] | None = None, *, reason: str
@@ -125,12 +125,12 @@ class RawVocabulary(Tokenizer):
 
     @property
     def n_vocab(self) -> int:
-        """Return the number of strings in the file; 0 when it has none."""
+        """Return the number of strings in the file, which may be 0."""
         return len(self.tokens)
 
     @property
     def bos_id(self) -> int | None:
-        """Return None: which token opens a prompt is llama.cpp's rule."""
+        """Return None: which token begins a prompt is decided by llama.cpp's rules."""
         return None
 
     @property
@@ -164,13 +164,13 @@ class RawVocabulary(Tokenizer):
 
 
 class LlamaVocabulary(Tokenizer):
-    """llama.cpp's own vocabulary of a file, in a process that lives as long as this object, once it was needed."""
+    """llama.cpp's own vocabulary of a file, in a child process that starts on first use and ends with this object."""
 
     def __init__(self, path: str | os.PathLike[str], raw: RawVocabulary):
         self.path = os.fspath(path)
         self._raw = raw
         self._child: llamacpp.Child | None = None
-        self._rules: dict[str, Any] = {}  # what the child told of the vocabulary
+        self._rules: dict[str, Any] = {}  # the vocabulary's properties, from the child
         self._failure: str | None = None
         self._lock = threading.RLock()
 
@@ -181,17 +181,17 @@ class LlamaVocabulary(Tokenizer):
 
     @property
     def bos_id(self) -> int | None:
-        """Return the id of the begin-of-sequence token; None when there is none or the vocabulary cannot be read."""
+        """Return the id of the begin-of-sequence token; None if there is none or the vocabulary cannot be read."""
         id = self._rules["bos"] if self._readable() else -1
         return id if 0 <= id < self.n_vocab else None
 
     @property
     def adds_bos(self) -> bool:
-        """Tell whether the vocabulary wants every prompt to begin with BOS."""
+        """Say whether every prompt begins with BOS by the vocabulary's rules."""
         return self._readable() and self._rules["add_bos"]
 
     def encode(self, text: str, *, add_special: bool = True, parse_special: bool = True) -> list[int]:
-        """Turn text into ids as llama.cpp does; see `Tokenizer.encode`."""
+        """Return the ids of a text as llama.cpp does; see `Tokenizer.encode`."""
         self._load()
         try:
             data = text.encode("utf-8")
@@ -204,14 +204,14 @@ class LlamaVocabulary(Tokenizer):
         ids = self._ask("tokenize", text=text, add_special=add_special, parse_special=parse_special)
         if bad := [id for id in ids if not 0 <= id < self.n_vocab]:
             raise TokenizerError(
-                f"{_name(self.path)}: the vocabulary gives the text id {bad[0]}, beyond its {self.n_vocab}"
+                f"{_name(self.path)}: the text was given id {bad[0]}, beyond the vocabulary's {self.n_vocab} tokens"
             )
         if self._rules["type"] == "bpe" and self._missing_bytes:
             self._refuse_dropped(ids, data)
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Turn a prompt's ids into text: an automatic BOS or EOS and the space before the text are dropped again.
+        """Return the text of a prompt's ids, without an automatic BOS or EOS and the space added before the text.
 
         Other special tokens give their name, ids beyond the vocabulary `[id]`.
         """
@@ -223,14 +223,14 @@ class LlamaVocabulary(Tokenizer):
         if self._rules["add_eos"] and ids[-1:] == [self._rules["eos"]]:
             del ids[-1]
         pieces = [self.piece(id) for id in ids]
-        # Whether a space was put first, only llama_detokenize knows; not used on the whole prompt, for it also
-        # "cleans up" (" ." becomes "."), nor with its remove_special, for then it keeps that space.
+        # Only llama_detokenize can remove a space that was added; not used on the whole prompt, because it also "cleans
+        # up" (" ." becomes "."), nor with its remove_special, because it then keeps that space.
         if pieces and pieces[0].startswith(b" ") and self._rules["type"] == "spm":
             pieces[0] = bytes.fromhex(self._ask("first_piece", id=ids[0]))
         return b"".join(pieces).decode("utf-8", errors="replace")
 
     def piece(self, id: int) -> bytes:
-        """Return the bytes a token stands for; special tokens give their name, ids without a string `[id]`."""
+        """Return the bytes of a token; special tokens give their name, ids without a string `[id]`."""
         return self._raw.piece(id)
 
     def _readable(self) -> bool:
@@ -241,7 +241,7 @@ class LlamaVocabulary(Tokenizer):
         return True
 
     def _load(self) -> None:
-        """Start llama.cpp and let it read the vocabulary, if it has not (0.1 s, and 0.5 s for 128 k tokens)."""
+        """Start llama.cpp and read the vocabulary, unless done (0.1 s, or 0.5 s for 128 k tokens)."""
         with self._lock:
             if self._failure is not None:
                 raise TokenizerError(self._failure)
@@ -260,7 +260,7 @@ class LlamaVocabulary(Tokenizer):
             self._child = child
 
     def _ask(self, call: str, **arguments: Any) -> Any:
-        """Ask the child that has loaded the vocabulary; when it dies, the next call starts another."""
+        """Call the child that has loaded the vocabulary; if it dies, the next call starts another."""
         with self._lock:
             self._load()
             assert self._child is not None
@@ -282,12 +282,12 @@ class LlamaVocabulary(Tokenizer):
     def _refuse_unspellable(self, text: str) -> None:
         """Refuse characters on which llama.cpp's SentencePiece tokenizer would end its process.
 
-        It spells a character that is no token as `<0xNN>` tokens, and looks those up with `unordered_map::at`.
+        It spells a character that is not a token as `<0xNN>` tokens, and looks those up with `unordered_map::at`.
         """
         if self._rules["type"] != "spm" or not self._missing_bytes:
             return
         known = frozenset(token for token in self._raw.tokens if len(token) == 1)
-        # U+2581 stands for the space, and may be put before the text.
+        # U+2581 represents the space, and may be added before the text.
         characters = {"\u2581" if character == " " else character for character in f" {text}"}
         for character in sorted(characters - known):
             if not self._missing_bytes.isdisjoint(character.encode("utf-8")):
@@ -298,7 +298,7 @@ class LlamaVocabulary(Tokenizer):
                 )
 
     def _refuse_dropped(self, ids: list[int], data: bytes) -> None:
-        """Refuse text of which llama.cpp's BPE silently dropped bytes that are in no token."""
+        """Refuse text from which llama.cpp's BPE silently dropped bytes that no token has."""
         spelled = b"".join(map(self.piece, ids))
         if lost := sorted(set(data) - set(spelled)):
             raise TokenizerError(
@@ -308,7 +308,7 @@ class LlamaVocabulary(Tokenizer):
 
 
 def bos_warning(tokenizer: Tokenizer, ids: Sequence[int]) -> str | None:
-    """Return one line when BOS looks wrong in `ids`: expected and missing, or doubled; else None."""
+    """Return a warning of one line if BOS is missing in `ids` or doubled; else None."""
     if not ids or not tokenizer.adds_bos or tokenizer.bos_id is None:
         return None
     bos = tokenizer.bos_id
@@ -316,12 +316,12 @@ def bos_warning(tokenizer: Tokenizer, ids: Sequence[int]) -> str | None:
     if ids[0] != bos:
         return f"this vocabulary begins every prompt with BOS ({name}), but the first id is {ids[0]}"
     if len(ids) > 1 and ids[1] == bos:
-        return f"BOS ({name}) is there twice: the prompt brings one and the vocabulary adds one"
+        return f"BOS ({name}) occurs twice: once in the prompt, once added by the vocabulary"
     return None
 
 
 def visible(piece: bytes) -> str:
-    """Show a token's bytes on one line, harmlessly: text from strangers must not steer a terminal.
+    """Return a token's bytes as one line that is safe to print: a stranger's text must not manipulate a terminal.
 
     Spaces at either end become `␣`, newline and tab `\\n` and `\\t`, control, format (bidi, zero-width) and other
     invisible characters `\\x1b` or `\\u202e`, bytes that are not UTF-8 `<0xE2>`. Everything printable is unchanged.
@@ -347,7 +347,7 @@ _BLANK = frozenset(
 
 def _shown(character: str) -> str:
     code = ord(character)
-    if 0xDC80 <= code <= 0xDCFF:  # what surrogateescape makes of a byte that is not UTF-8
+    if 0xDC80 <= code <= 0xDCFF:  # a byte that is not UTF-8, as surrogateescape decodes it
         return f"<0x{code - 0xDC00:02X}>"
     if character.isprintable() and code not in _BLANK:
         return character
@@ -358,7 +358,7 @@ def _shown(character: str) -> str:
 def _gpt2_bytes() -> dict[str, int]:
     """Return GPT-2's map from characters to bytes, inverted (openai/gpt-2 encoder.py, bytes_to_unicode).
 
-    Printable Latin-1 stands for itself, the other 68 bytes, in order, for the characters from U+0100.
+    Printable Latin-1 maps to itself, the characters from U+0100 to the other 68 bytes, in order.
     """
     printable = (*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100))
     rest = [byte for byte in range(256) if byte not in printable]
@@ -366,7 +366,7 @@ def _gpt2_bytes() -> dict[str, int]:
 
 
 def _undo_gpt2(text: str) -> bytes:
-    # Characters outside the map (an added token's, say) are kept as they are, as a reader would expect.
+    # Characters outside the map, for example of an added token, are kept.
     table = _gpt2_bytes()
     return b"".join(bytes([table[c]]) if c in table else c.encode("utf-8", errors="surrogateescape") for c in text)
 

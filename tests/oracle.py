@@ -23,6 +23,7 @@ class Facts(NamedTuple):
     """What an architecture's name implies and its file does not say. The defaults are those of `llama`."""
 
     norm: str = "rms"  # rms | ln (weights and biases if there are any)
+    norm_weights: bool = True  # norms have weights in the file
     clamp_key: bool = False  # attention.clamp_kqv limits queries, keys and values
     parallel: bool = False  # attention and feed-forward read the same input
     parallel_key: bool = False  # or do so if use_parallel_residual, each through a norm of its own
@@ -38,6 +39,7 @@ class Facts(NamedTuple):
     roped: str = "all"  # all | local (only layers with a window, where there are any) | three of four
     finetuned_key: bool = False  # rope.scaling.finetuned = false turns the rope off
     factors: bool = False  # divisors of the frequencies are read
+    yarn_keys: bool = False  # YaRN's betas and log multiplier are read
     period: int | None = None  # the last of so many layers is global, 0: none; default. None: windows are ignored
     window: int | None = None  # default
     windowed_at: int | None = None  # with so many layers only are there windows; None: with any number
@@ -62,6 +64,7 @@ class Facts(NamedTuple):
     embedding: str | None = None  # root (of d) | key
     residual_key: bool = False
     logits: str | None = None  # divide | multiply
+    sum_named_ffn_out: bool = False  # llama.cpp's last ffn_out is the branch and its input
     scales: tuple[float, ...] = ()  # of embeddings, branches * sqrt(blocks) and logits * d, where the file has none
 
 
@@ -94,7 +97,7 @@ FACTS: dict[str, Facts] = {
         attn_norm=None, attn_post="post_attention_norm", ffn_norm=None, ffn_post="post_ffw_norm", rope="halves",
         qk_norm="full", period=4, local_base_key=False, local_scaling=False, local_attn_factor=False,
     ),
-    "mistral3": Facts(factors=True, temperature=True),
+    "mistral3": Facts(factors=True, yarn_keys=True, temperature=True),
     "granite": GRANITE._replace(finetuned_key=True),
     "granitemoe": GRANITE,
     "smollm3": Facts(roped="three of four"),
@@ -118,11 +121,11 @@ FACTS: dict[str, Facts] = {
     "gpt2": LAYER_NORM._replace(rope=None),
     "falcon": LAYER_NORM._replace(parallel=True, ffn_norm=None),
     "phi2": LAYER_NORM._replace(parallel=True, ffn_norm=None),
-    "olmo": Facts(norm="ln", clamp_key=True),
+    "olmo": Facts(norm="ln", norm_weights=False, clamp_key=True, sum_named_ffn_out=True),
     "command-r": Facts(norm="ln", parallel=True, ffn_norm=None, qk_norm="head", logits="multiply"),
-    "nemotron": LAYER_NORM._replace(activation="relu2"),
+    "nemotron": LAYER_NORM._replace(activation="relu2", sum_named_ffn_out=True),
     "stablelm": Facts(norm="ln", rope="halves", ffn_norm_optional=True, qk_norm="head"),
-    "gptneox": LAYER_NORM._replace(parallel_key=True),
+    "gptneox": LAYER_NORM._replace(parallel_key=True, sum_named_ffn_out=True),
     "gpt-oss": Facts(ffn_norm="post_attention_norm", rope="halves", period=2, activation="oai", router="selected"),
     "glm4moe": ROUTED._replace(ffn_norm="post_attention_norm", rope="halves", qk_norm="head", router="each"),
     "deepseek": ROUTED._replace(router_key=False, renormalise=False),
@@ -201,7 +204,7 @@ def norm(model: Oracle, name: str, x: Tensor, *, frozen: bool) -> Tensor:
     if model.facts.norm == "ln":
         x = x - x.mean(-1, keepdim=True)
     scale = 1 / root_mean_square(model, x)
-    weight = 1.0 if model.architecture == "olmo" else model.weights[f"{name}.weight"]
+    weight = model.weights[f"{name}.weight"] if model.facts.norm_weights else 1.0
     y = x * (scale.detach() if frozen else scale) * weight
     return y + model.weights.get(f"{name}.bias", 0.0)
 
@@ -246,7 +249,7 @@ def rope_angles(model: Oracle, layer: int, n: int, n_rot: int, context: int) -> 
             return n_rot * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(base))
 
         fast, slow, multiplier = 32.0, 1.0, 0.0
-        if model.architecture == "mistral3":  # the only one to read them
+        if facts.yarn_keys:
             fast = meta.get("rope.scaling.yarn_beta_fast", fast)
             slow = meta.get("rope.scaling.yarn_beta_slow", slow)
             multiplier = meta.get("rope.scaling.yarn_log_multiplier", multiplier)

@@ -5,7 +5,6 @@ import itertools
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -66,9 +65,9 @@ def test_turns_count_the_weights_of_a_tile_and_the_flop_of_both_directions(
     read: list[tuple[int, int]] = []
     dequantize = weights.WeightStore.dequantize
 
-    def watched(store: weights.WeightStore, info: Any, start: int, stop: int, *columns: int) -> torch.Tensor:
-        read.append((start, stop))
-        return dequantize(store, info, start, stop, *columns)
+    def watched(store: weights.WeightStore, key: weights.Key, place: str) -> torch.Tensor:
+        read.append((key.start, key.stop))
+        return dequantize(store, key, place)
 
     monkeypatch.setattr(weights.WeightStore, "dequantize", watched)
     with open_gguf(tiny_file("q8_0")) as file:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import click
+import commands
 import gguf
 import gguf_files
 import numpy as np
@@ -97,50 +98,24 @@ def test_every_command_has_a_help_with_an_example(command: str) -> None:
 
 # -- every command, as a table and as JSON -----------------------------------------------------------------------------
 
-PROMPT_COMMANDS = [name for name in COMMANDS if name not in ("info", "plan", "bench", "report", "compare")]
+# Commands that a model and a prompt are enough for.
+ALONE = [name for name in commands.COMMANDS if not commands.with_file(name, "")]
 ENVELOPE = {
     "schema_version", "created", "versions", "platform", "command", "model", "prompt", "tokens", "warning", "position",
     "device", "dtype", "mlp_path", "threads", "seconds", "peak_memory_bytes",
 }  # fmt: skip
-# What a command adds to the envelope, and words of its table.
-PARTS: dict[str, tuple[set[str], list[str]]] = {
-    "analyze": (
-        {"predictions", "parity", "reconstruction", "svd", "stable_rank", "attribution", "branches", "run_folder"},
-        [
-            "Next token",
-            "llama.cpp (as is): agrees",
-            "Reconstruction",
-            "Singular",
-            "Stable rank",
-            "Exact share",
-            "Saved",
-        ],
-    ),
-    "predict": ({"predictions"}, ["Next token", "probability"]),
-    "verify": ({"parity"}, ["l_out-1", "llama.cpp (as is): agrees"]),
-    "svd": ({"reconstruction", "svd"}, ["converged after", "residual"]),
-    "jacobian": ({"jacobian"}, ["‖J_i‖_F"]),
-    "attribute": ({"reconstruction", "attribution"}, ["Exact share of every input token", "sum"]),
-    "layers": ({"reconstruction", "layers"}, ["From the input to this depth", "Each block alone", "likely tokens"]),
-    "ranks": ({"ranks"}, ["Stable rank of each prompt", "Stable rank by token index", "all converged"]),
-    "norms": ({"reconstruction", "norms"}, ["Longest columns and rows", "‖column‖"]),
-    "contrast": (
-        {"reconstruction", "contrast"},
-        ["Reconstruction", "detached", "ordinary", "Spearman", "KL divergence"],
-    ),
-    "steer": ({"steering"}, ["The concept's own next token", "equation16", "baseline", "random"]),
-}
 
 
-@pytest.mark.parametrize("command", PROMPT_COMMANDS)
+@pytest.mark.parametrize("command", commands.COMMANDS)
 def test_ids_on_a_file_without_a_tokenizer(command: str, tiny_file: TinyFile) -> None:
     model = tiny_file("gqa")
-    parts, words = PARTS[command]
-    table = ggjac_(command, "-m", model, *TOKENS)
+    parts, words = commands.COMMANDS[command].parts, commands.COMMANDS[command].words
+    more = commands.with_file(command, model)
+    table = ggjac_(command, "-m", model, *TOKENS, *more)
     assert table.stderr == ""
     assert all(word in table.stdout for word in ["Tokens", "[17]", *words])
 
-    result = ggjac_(command, "-m", model, *TOKENS, "--format", "json")
+    result = ggjac_(command, "-m", model, *TOKENS, *more, "--format", "json")
     assert result.stderr == ""
     content = json.loads(result.stdout)
     assert content.keys() == ENVELOPE | parts
@@ -153,11 +128,14 @@ def test_ids_on_a_file_without_a_tokenizer(command: str, tiny_file: TinyFile) ->
     assert content["peak_memory_bytes"] > 1e7
 
 
-@pytest.mark.parametrize("command", PROMPT_COMMANDS)
+@pytest.mark.parametrize("command", ALONE)
 def test_text_on_a_real_model(command: str, stories: Path) -> None:
     prompt = "Once upon a time, there was a little girl named"
     out = ggjac_(command, "-m", stories, "-t", 1, "-p", prompt).stdout
-    assert all(word in out for word in ["<s>", "␣Once", *[word for word in PARTS[command][1] if word != "l_out-1"]])
+    assert all(
+        word in out
+        for word in ["<s>", "␣Once", *[word for word in commands.COMMANDS[command].words if word != "l_out-1"]]
+    )
     content = json.loads(ggjac_(command, "-m", stories, "-t", 1, "-p", prompt, "--format", "json").stdout)
     assert content["prompt"] == prompt
     assert [token["text"] for token in content["tokens"]][:3] == ["<s>", "␣Once", "␣upon"]
@@ -672,7 +650,7 @@ def hostile(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("native", [True, False])
-@pytest.mark.parametrize("command", [*PROMPT_COMMANDS, "info"])
+@pytest.mark.parametrize("command", [*ALONE, "info"])
 def test_hostile_tokens(command: str, native: bool, hostile: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if not native:
         monkeypatch.setitem(sys.modules, "llama_cpp", None)
@@ -700,7 +678,7 @@ def test_encodings_without_our_symbols(tiny_file: TinyFile) -> None:
 # -- without llama.cpp -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("command", PROMPT_COMMANDS)
+@pytest.mark.parametrize("command", ALONE)
 def test_without_llama_cpp(command: str, tiny_file: TinyFile, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "llama_cpp", None)
     for case in ("plain", "tokenizer"):

@@ -114,7 +114,7 @@ def test_sizes_may_be_given_per_block_if_they_are_equal() -> None:
     }  # fmt: skip
     with pytest.raises(ConfigError, match=r"head_count differs between blocks \(3 to 6\): not supported"):
         read({"attention.head_count": [H, 3]})
-    with pytest.raises(ConfigError, match="values of 2 beside keys of 4 are not supported"):
+    with pytest.raises(ConfigError, match="values of 2 elements with keys of 4 are not supported"):
         read({"attention.value_length": 2})
 
 
@@ -197,7 +197,7 @@ REFUSALS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "more kv heads": ({"attention.head_count_kv": 12}, {}, "6 heads cannot share 12 key/value heads evenly"),
     "another number of heads": ({"attention.head_count": 3}, {}, r"tensor blk.0.attn_q.weight has shape \[24, 12\]"),
     "more heads than d": ({"attention.head_count": HUGE, "attention.head_count_kv": 1, "attention.key_length": ABSENT},
-                          {}, "key_length is 0, not a whole number from 1"),
+                          {}, "key_length is 0; expected a whole number from 1"),
     "huge heads": ({"attention.head_count": HUGE, "attention.head_count_kv": HUGE}, {}, r"attn_q.weight has shape"),
     "rope: odd": ({"rope.dimension_count": 3}, {}, "rope.dimension_count 3 does not fit heads of 4 elements"),
     "rope: odd heads": (
@@ -216,9 +216,11 @@ REFUSALS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "rope: long factors": ({}, {"rope_factors_long.weight": (3,)}, r"factors_long.weight has shape \[3\], .* \[2\]"),
     "rope: factors of a wrong size": ({}, {"rope_freqs.weight": (4,)}, r"rope_freqs.weight has shape \[4\], .* \[2\]"),
     "array of a wrong length": ({"attention.head_count": [6]}, {}, "head_count has 1 entries for 2 blocks"),
-    "array with a zero": ({"feed_forward_length": [10, 0]}, {}, "feed_forward_length is 0, not a whole number"),
-    "array with a string": ({"feed_forward_length": [10, "x"]}, {}, "feed_forward_length is 'x', not a number"),
-    "array where a number is due": ({"embedding_length": [12]}, {}, r"embedding_length is \[12\], not a number"),
+    "array with a zero": ({"feed_forward_length": [10, 0]}, {}, "feed_forward_length is 0; expected a whole number"),
+    "array with a string": ({"feed_forward_length": [10, "x"]}, {},
+                            "feed_forward_length is 'x'; expected a finite, non-negative number"),
+    "array where a number is due": ({"embedding_length": [12]}, {},
+                                    r"embedding_length is \[12\]; expected a finite, non-negative number"),
     "no kv part": ({}, {"blk.1.attn_k.weight": ABSENT}, "tensor blk.1.attn_k.weight is missing"),
     "a fused part short": ({}, fused(bias=False) | {"blk.0.attn_qkv.weight": (47, D)},
                            r"blk.0.attn_qkv.weight has shape \[47, 12\], the metadata calls for \[48, 12\]"),
@@ -272,7 +274,7 @@ WRONG = ["12", True, False, -1, -1.0, math.nan, math.inf, -math.inf, {}]
 @pytest.mark.parametrize("key", [*NUMBERS, "rope.scaling.factor", "rope.scaling.attn_factor", "rope.scale_linear"])
 @pytest.mark.parametrize("value", WRONG, ids=repr)
 def test_values_that_are_no_sensible_number_are_named(key: str, value: Any) -> None:
-    with pytest.raises(ConfigError, match=rf"metadata key llama.{key} is .*, not a number that makes sense"):
+    with pytest.raises(ConfigError, match=rf"metadata key llama.{key} is .*; expected a finite, non-negative number"):
         read({key: value})
 
 
@@ -282,7 +284,9 @@ WHOLE = [key for key in NUMBERS if key not in ("attention.layer_norm_rms_epsilon
 @pytest.mark.parametrize("key", [*WHOLE, "rope.scaling.original_context_length"])
 @pytest.mark.parametrize("value", [0, 2.0, 2.5, 2**31, 2**64, 10**40])
 def test_counts_are_whole_numbers_within_reason(key: str, value: Any) -> None:
-    with pytest.raises(ConfigError, match=f"metadata key llama.{key} is .*, not a whole number from 1 to 2147483647"):
+    with pytest.raises(
+        ConfigError, match=f"metadata key llama.{key} is .*; expected a whole number from 1 to 2147483647"
+    ):
         read({key: value})
 
 
@@ -373,9 +377,9 @@ def test_xielu_has_constants_of_each_block() -> None:
     [
         ({"beta": ABSENT}, "xielu.beta is missing"),
         ({"beta": [0.5] * 3}, "xielu.beta has 3 entries for 2 blocks"),
-        ({"alpha_n": "x"}, "xielu.alpha_n holds 'x', not a number"),
-        ({"alpha_n": [0.5, math.nan]}, "xielu.alpha_n holds nan, not a number"),
-        ({"alpha_p": True}, "xielu.alpha_p holds True, not a number"),
+        ({"alpha_n": "x"}, "xielu.alpha_n contains 'x'; expected finite numbers"),
+        ({"alpha_n": [0.5, math.nan]}, "xielu.alpha_n contains nan; expected finite numbers"),
+        ({"alpha_p": True}, "xielu.alpha_p contains True; expected finite numbers"),
         ({"eps": [-1e-6, -0.5]}, "xielu.eps is -0.5: steps larger than 1e-05 are not supported"),
     ],
 )
@@ -389,7 +393,9 @@ def test_ollamas_own_keys_are_refused_where_they_stand_in_for_llamacpps() -> Non
     tensors = ("attn_q_norm", "attn_k_norm", "post_attention_norm", "post_ffw_norm")
     own = {"rope.global.freq_base": 1e6, "rope.local.freq_base": 1e4}
     assert rope_of(of("gemma3", own, tensors)).base == 500.0
-    with pytest.raises(ConfigError, match=r"gemma3.rope.global.freq_base is Ollama's own, .* converted by llama.cpp"):
+    with pytest.raises(
+        ConfigError, match=r"gemma3.rope.global.freq_base is specific to Ollama, .* converted by llama.cpp"
+    ):
         of("gemma3", own | {"rope.freq_base": ABSENT}, tensors)
 
 
@@ -405,7 +411,7 @@ def test_experts_per_token_may_be_given_per_block_if_they_are_equal() -> None:
 @pytest.mark.parametrize(("value", "shown"), [(ABSENT, "missing"), (1, "1"), ("true", "'true'")])
 def test_whether_branches_are_parallel_must_be_true_or_false(value: Any, shown: str) -> None:
     """llama.cpp does not run a file without it either."""
-    with pytest.raises(ConfigError, match=f"key gptneox.use_parallel_residual is {shown}: it must be true or false"):
+    with pytest.raises(ConfigError, match=f"key gptneox.use_parallel_residual is {shown}; expected true or false"):
         of("gptneox", {"use_parallel_residual": value}, ())
 
 
@@ -468,7 +474,8 @@ MIXTURES: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {
     "experts' width": ("glm4moe", {"expert_feed_forward_length": ABSENT}, {}, "expert_feed_forward_length is missing"),
     "another width": ("glm4moe", {"expert_feed_forward_length": 9}, {}, r"exps.weight has shape .*4, 8, 12.*4, 9, 12"),
     "shared": ("glm4moe", {"expert_shared_count": ABSENT}, {}, "glm4moe.expert_shared_count is missing"),
-    "none shared": ("glm4moe", {"expert_shared_count": 0}, {}, "expert_shared_count is 0, not a whole number from 1"),
+    "none shared": ("glm4moe", {"expert_shared_count": 0}, {},
+                    "expert_shared_count is 0; expected a whole number from 1"),
     "more shared": ("glm4moe", {"expert_shared_count": 3}, {}, r"shexp.weight has shape \[16, 12\], .* \[24, 12\]"),
     "no bias": ("glm4moe", {}, {"blk.1.exp_probs_b.bias": ABSENT}, "tensor blk.1.exp_probs_b.bias is missing; the fil"),
     "a bias more": ("glm4moe", {}, {"blk.0.exp_probs_b.bias": (E,)}, "'blk.0.exp_probs_b.bias' is not part of a glm4"),
@@ -476,16 +483,18 @@ MIXTURES: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {
     "a bias where none is": ("deepseek", {}, {}, "'blk.1.exp_probs_b.bias' is not part of a deepseek model"),
     "another router": ("glm4moe", {"expert_gating_func": 3}, {}, "gating_func is 3; supported: 1 softmax, 2 sigmoid"),
     "no router": ("dots1", {"expert_gating_func": ABSENT}, HEAD_NORMS, "dots1.expert_gating_func is missing; suppo"),
-    "router by name": ("glm4moe", {"expert_gating_func": "sigmoid"}, {}, "is 'sigmoid', not a number that makes sense"),
-    "norm": ("glm4moe", {"expert_weights_norm": 1}, {}, "glm4moe.expert_weights_norm is 1: it must be true or false"),
-    "a scale": ("glm4moe", {"expert_weights_scale": "x"}, {}, "expert_weights_scale is 'x', not a number"),
+    "router by name": ("glm4moe", {"expert_gating_func": "sigmoid"}, {},
+                       "is 'sigmoid'; expected a finite, non-negative number"),
+    "norm": ("glm4moe", {"expert_weights_norm": 1}, {}, "glm4moe.expert_weights_norm is 1; expected true or false"),
+    "a scale": ("glm4moe", {"expert_weights_scale": "x"}, {},
+                "expert_weights_scale is 'x'; expected a finite, non-negative number"),
     "a groups' number": ("glm4moe", {"expert_group_count": 2}, {}, "expert_group_used_count is missing"),
     "uneven groups": ("glm4moe", {"expert_group_count": 3, "expert_group_used_count": 2}, {},
-                      "glm4moe.expert_group_count is 3, expert_group_used_count 2: 2 of 4 experts cannot be chosen so"),
-    "groups of one": ("glm4moe", {"expert_group_count": 4, "expert_group_used_count": 2}, {}, "cannot be chosen so"),
-    "more groups used": ("glm4moe", {"expert_group_count": 2, "expert_group_used_count": 3}, {}, "cannot be chosen so"),
+                      "glm4moe.expert_group_count is 3, expert_group_used_count 2: 2 of 4 experts cannot be chosen"),
+    "groups of one": ("glm4moe", {"expert_group_count": 4, "expert_group_used_count": 2}, {}, "cannot be chosen"),
+    "more groups used": ("glm4moe", {"expert_group_count": 2, "expert_group_used_count": 3}, {}, "cannot be chosen"),
     "too few to choose": ("glm4moe", {"expert_group_count": 2, "expert_group_used_count": 1, "expert_used_count": 3},
-                          {}, "3 of 4 experts cannot be chosen so"),
+                          {}, "3 of 4 experts cannot be chosen"),
     "mixtures now and then": ("ernie4_5-moe", {"interleave_moe_layer_step": 2}, {}, "dense blocks between mixtures"),
     "predictors": ("glm4moe", {"nextn_predict_layers": 2}, {}, "nextn_predict_layers is 2, of 2 blocks in all"),
     "a predictor elsewhere": ("dots1", {"nextn_predict_layers": 1, "block_count": 1}, HEAD_NORMS, "not part of a dots"),

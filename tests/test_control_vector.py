@@ -116,7 +116,7 @@ def test_where_llamacpp_adds_nothing_we_write_nothing(layer: int, tmp_path: Path
 
 
 def test_a_model_of_one_block_has_no_place(tmp_path: Path) -> None:
-    with pytest.raises(ControlVectorError, match="after 2 blocks or more, and this model has one"):
+    with pytest.raises(ControlVectorError, match="after 2 blocks or more, but this model has one"):
         save(tmp_path / "v.gguf", layer=1, block_count=1)
 
 

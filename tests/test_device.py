@@ -15,6 +15,7 @@ import pytest
 import tiny
 import torch
 from click.testing import CliRunner
+from commands import COMMANDS, with_file
 from test_families import FIRST
 from torch import Tensor
 from torch.utils import backend_registration
@@ -249,18 +250,9 @@ def test_every_type_is_dequantized_there(type: GGMLType, one_card: card.Card, mo
 # ---- commands
 
 TOKENS = ["--tokens", ",".join(map(str, IDS))]
-COMMANDS: dict[str, list[str]] = {
-    "predict": [],
-    "svd": ["-k", "2", "--per-token"],
-    "jacobian": ["-o", "J.safetensors"],
-    "layers": ["-k", "2"],
-    "norms": [],
-    "attribute": ["--by", "head"],
-    "attribute ": ["--position", "all"],
-    "ranks": [],
-    "steer": ["--concept-tokens", "5,6,7"],
-    "analyze": ["-k", "2", "--no-verify", "-o", "RUN"],
-    "verify": [],
+# Runs of every command, by the command and a number.
+RUNS: dict[str, list[str]] = {
+    f"{name} {number}": options for name, command in COMMANDS.items() for number, options in enumerate(command.device)
 }
 # What says where and when something was computed, and not what.
 APART = {"device", "seconds", "peak_memory_bytes", "command", "created", "threads"}
@@ -272,11 +264,12 @@ def plain(value: Any) -> Any:
     return [plain(part) for part in value] if isinstance(value, list) else value
 
 
-def run(command: str, device: str, folder: Path, model: Path) -> Any:
+def run(name: str, device: str, folder: Path, model: Path) -> Any:
     folder.mkdir(exist_ok=True)
-    options = [option.replace("RUN", str(folder / "RUN")).replace("J.", f"{folder}/J.") for option in COMMANDS[command]]
+    command = name.split()[0]
+    options = [option.replace("RUN", str(folder / "RUN")).replace("J.", f"{folder}/J.") for option in RUNS[name]]
     where = ["-m", model, *TOKENS, "-t", "1", "-q", "--format", "json", "--device", device]
-    arguments = [command.strip(), *map(str, where), *options]
+    arguments = [command, *map(str, [*where, *with_file(command, model)]), *options]
     result = CliRunner().invoke(main, arguments, prog_name="ggjac", catch_exceptions=False)
     assert result.exit_code == 0, result.output
     return json.loads(result.stdout.replace(str(folder), "FOLDER"))
@@ -287,38 +280,37 @@ def small(tiny_file: TinyFile) -> Path:
     return tiny_file("gqa", type="Q8_0", d=32, ff=64, layers=3)
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_commands(command: str, device: str, small: Path, tmp_path: Path) -> None:
-    """(Not `contrast`: forward-mode differentiation looks past the card's tensors at their storage.)"""
-    if command == "verify":
+@pytest.mark.parametrize("name", RUNS)
+def test_commands(name: str, device: str, small: Path, tmp_path: Path) -> None:
+    if name.startswith("verify"):
         pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
-    found = plain(run(command, device, tmp_path / "there", small))
-    expected = plain(run(command, "cpu", tmp_path / "here", small))
+    found = plain(run(name, device, tmp_path / "there", small))
+    expected = plain(run(name, "cpu", tmp_path / "here", small))
     if device == card.NAME:
         assert found == expected
     else:
         assert found.keys() == expected.keys()
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_a_device_without_float64(command: str, one_card: card.Card, small: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", RUNS)
+def test_a_device_without_float64(name: str, one_card: card.Card, small: Path, tmp_path: Path) -> None:
     """As Apple's, which has no SVD either."""
-    if command == "verify":
+    if name.startswith("verify"):
         pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
     one_card.refused = {torch.float64, torch.ops.aten._linalg_svd.default}
-    run(command, card.NAME, tmp_path, small)
+    run(name, card.NAME, tmp_path, small)
 
 
 def test_a_command_uses_the_device_memory_that_is_free(one_card: card.Card, small: Path, tmp_path: Path) -> None:
     """Where everything fits, only the trace copies; where nothing does, every sweep."""
-    run("svd", card.NAME, tmp_path, small)
+    run("svd 0", card.NAME, tmp_path, small)
     ample = one_card.copied
     dry = ["svd", "-m", str(small), *TOKENS, "-k", "2", "--per-token", "--device", card.NAME, "--dry-run"]
     planned = CliRunner().invoke(main, [*dry, "--vram-budget", "1", "--format", "json"], prog_name="ggjac")
     needed = json.loads(planned.stdout)["vram_needed"]
     one_card.reset()
     one_card.memory = needed
-    run("svd", card.NAME, tmp_path, small)
+    run("svd 0", card.NAME, tmp_path, small)
     assert one_card.copied > 2 * ample
 
 

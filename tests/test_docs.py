@@ -3,6 +3,8 @@
 import re
 from pathlib import Path
 
+import tiny
+
 from ggjac.cli import COMMANDS
 from ggjac.config import ARCHITECTURES
 
@@ -15,6 +17,15 @@ def test_every_architecture_is_documented_and_no_other() -> None:
     families = text.split("## Families")[1].split("## Evidence")[0]
     documented = re.findall(r"^\| `([a-z0-9_-]+)` \|", families, re.MULTILINE)
     assert documented == list(ARCHITECTURES)
+
+
+def test_the_counts_of_families_and_files_are_todays() -> None:
+    """Those of the README's table, of which test_families.py compares every file with llama.cpp."""
+    assert re.findall(r"(\d+) architectures in (\d+) tiny files", README) == [
+        (str(len(ARCHITECTURES)), str(len(tiny.CASES)))
+    ]
+    changes = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert re.findall(r"Models: (\d+) architectures", changes) == [str(len(ARCHITECTURES))]
 
 
 def test_every_command_is_in_the_readme_and_no_other() -> None:

@@ -278,18 +278,18 @@ def test_rows_are_views_of_the_file(matrix: Path) -> None:
 def test_rows_out_of_range(matrix: Path, start: int, stop: int | None) -> None:
     file = open_gguf(matrix)
     for method in (file.rows, file.will_need):
-        with pytest.raises(GGUFError, match=r"rows .* of m asked for, but it has 3"):
+        with pytest.raises(GGUFError, match=r"rows .* of m requested, but it has 3"):
             method("m", start, stop)
 
 
 def test_rows_of_another_tensor(matrix: Path) -> None:
     file = open_gguf(matrix)
-    with pytest.raises(GGUFError, match=r"has no tensor output\.weight; it holds 2 others"):
+    with pytest.raises(GGUFError, match=r"has no tensor output\.weight; it has 2 others"):
         file.rows("output.weight")
     with pytest.raises(GGUFError, match=r"has no tensor '\\x1b\[2J'"):
         file.rows("\x1b[2J")
     stranger = TensorInfo("m", (3, 4), types.TYPES[0], 0, 1 << 40, 48)
-    with pytest.raises(GGUFError, match="tensor m is another here"):
+    with pytest.raises(GGUFError, match="tensor m is different here"):
         file.rows(stranger)
 
 
@@ -421,6 +421,12 @@ def test_split_file_reads_as_the_whole(split: list[Path]) -> None:
     assert open_gguf(split[0]).fingerprint() != known
 
 
+def test_split_files_are_found_in_their_own_case(split: list[Path]) -> None:
+    renamed = [path.rename(path.with_name(path.name.upper())) for path in split]
+    with open_gguf(renamed[0]) as file:
+        assert [path.name for path in file.paths] == [f"MODEL-0000{i}-OF-00003.GGUF" for i in (1, 2, 3)]
+
+
 def test_split_file_with_an_empty_first_shard(tmp_path: Path) -> None:
     write(tmp_path / "model.gguf", add_five_tensors, split_max_tensors=3, small_first_shard=True)
     file = open_gguf(tmp_path / "model-00001-of-00003.gguf")
@@ -451,13 +457,13 @@ def test_split_file_refusals(split: list[Path], tmp_path: Path) -> None:
     shutil.copy(split[1], split[2])
     message = refusal(split[0])
     assert split[2].name in message
-    assert "expected shard 3 of 3, but it says it is shard 2 of 3" in message
+    assert "expected shard 3 of 3, but its metadata says 2 of 3" in message
     shutil.copy(write(tmp_path / "whole.gguf", add_five_tensors), split[2])
     assert "split.no must be an integer but is absent" in refusal(split[0])
     split[2].write_bytes(split[1].read_bytes()[:-5])
     assert f"{split[2].name}: the tensor data is cut short" in refusal(split[0])
     split[2].unlink()
-    assert "1 of its 3 shards are missing, the first of them model-00003-of-00003.gguf" in refusal(split[0])
+    assert "1 of 3 shards missing, starting with model-00003-of-00003.gguf" in refusal(split[0])
 
 
 def shard(number: int, tensor: str, total: int = 2, count: bytes | None = None) -> bytes:
@@ -504,16 +510,16 @@ REFUSED: dict[str, tuple[bytes, tuple[str, ...]]] = {
     "git lfs": (b"version https://git-lfs.github.com/spec/v1\n", ("Git LFS pointer", "git lfs pull")),
     "old ggml": (b"tjgg" + bytes(100), ("from before GGUF", "convert")),
     "zeros": (bytes(100), ("unfinished download",)),
-    "version 0": (made.file(version=0), ("is GGUF version 0; versions 2 and 3 are read",)),
+    "version 0": (made.file(version=0), ("is GGUF version 0; versions 2 and 3 are supported",)),
     "version 1": (made.file(version=1), ("is GGUF version 1",)),
-    "version 4": (made.file(version=4), ("is GGUF version 4; versions 2 and 3 are read",)),
+    "version 4": (made.file(version=4), ("is GGUF version 4; versions 2 and 3 are supported",)),
     "big endian": (made.file(version=3 << 24), ("is a big-endian GGUF (version 3)", "gguf-convert-endian")),
     "no counts": (made.file()[:12], ("the number of tensors at byte 8 needs 8 bytes, but the file has 4 left",)),
-    "2**60 tensors": (made.file(tensor_count=2**60), ("announces 1152921504606846976 tensors", "room for at most")),
-    "2**64-1 keys": (made.file(key_count=TWO64), ("announces 18446744073709551615 metadata keys", "room for")),
+    "2**60 tensors": (made.file(tensor_count=2**60), ("declares 1152921504606846976 tensors", "room for at most")),
+    "2**64-1 keys": (made.file(key_count=TWO64), ("declares 18446744073709551615 metadata keys", "room for")),
     "tensors after large metadata": (
         made.header([made.key("k", STRING, made.text(b"x" * 999))], tensor_count=20),
-        ("announces 20 tensors, but has room for at most 0",),
+        ("declares 20 tensors, but has room for at most 0",),
     ),
     "key length": (
         made.file([made.u64(2**60) + bytes(32)]),
@@ -523,7 +529,10 @@ REFUSED: dict[str, tuple[bytes, tuple[str, ...]]] = {
     "empty key": (made.file([made.key("", UINT8, b"\1")]), ("metadata key 0 has an empty name",)),
     "key not utf-8": (made.file([made.key(b"a\xff\n", UINT8, b"\1")]), ("key 0 is not UTF-8", r"'a\xff\n'")),
     "key twice": (made.file([made.key("k\x1b", UINT8, b"\1")] * 2), (r"metadata key 'k\x1b' appears twice",)),
-    "value type 13": (made.file([made.key("k", 13, bytes(8))]), ("metadata k has value type 13; GGUF knows 0 to 12",)),
+    "value type 13": (
+        made.file([made.key("k", 13, bytes(8))]),
+        ("metadata k has value type 13; GGUF defines 0 to 12",),
+    ),
     "string length": (
         made.file([made.key("k", STRING, made.u64(TWO64) + bytes(8))]),
         ("the string k", "needs 18446744073709551615 bytes"),
@@ -531,15 +540,15 @@ REFUSED: dict[str, tuple[bytes, tuple[str, ...]]] = {
     "array type 99": (made.file([made.key("k", ARRAY, made.array(99, []))]), ("metadata k has elements of type 99",)),
     "array count": (
         made.file([made.key("k", ARRAY, made.array(INT32, [], 2**60))]),
-        ("announces 1152921504606846976 elements of k", "room for at most"),
+        ("declares 1152921504606846976 elements of k", "room for at most"),
     ),
     "array count wraps": (
         made.file([made.key("k", ARRAY, made.array(6, [], 2**62))]),  # times 4 bytes is 0 in 64 bits
-        ("announces 4611686018427387904 elements of k",),
+        ("declares 4611686018427387904 elements of k",),
     ),
     "string array count": (
         made.file([made.key("k", ARRAY, made.array(STRING, [made.text("x")], 2**61))]),
-        ("announces 2305843009213693952 elements of k",),
+        ("declares 2305843009213693952 elements of k",),
     ),
     "string in array": (
         made.file([made.key("k", ARRAY, made.array(STRING, [made.text("x"), made.u64(2**60), bytes(8)], 3))]),
@@ -559,7 +568,7 @@ REFUSED: dict[str, tuple[bytes, tuple[str, ...]]] = {
     ),
     "nested count": (
         made.file([made.key("k", ARRAY, made.array(ARRAY, [made.array(INT32, [])], 2**60))]),
-        ("announces 1152921504606846976 elements of k",),
+        ("declares 1152921504606846976 elements of k",),
     ),
     "alignment 0": (made.file([made.key(ALIGNMENT, UINT32, made.u32(0))]), ("general.alignment is 0", "power of two")),
     "alignment 24": (made.file([made.key(ALIGNMENT, UINT32, made.u32(24))]), ("general.alignment is 24",)),
@@ -653,7 +662,7 @@ def test_header_has_a_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     for value in (made.text(bytes(1 << 20)), made.array(STRING, [made.text(bytes(1 << 20))])):
         kind = STRING if len(value) == 8 + (1 << 20) else ARRAY
         path.write_bytes(made.file([made.key("k", kind, value)], [], bytes(100)))
-        assert "beyond the 1 MiB that a header may take" in refusal(path)
+        assert "beyond the 1 MiB allowed for a header" in refusal(path)
 
 
 def test_paths_that_are_no_files(tmp_path: Path) -> None:
@@ -676,7 +685,7 @@ def test_a_file_without_permission(matrix: Path, monkeypatch: pytest.MonkeyPatch
         monkeypatch.setattr("builtins.open", deny)
     else:
         matrix.chmod(0)
-    assert "may not be read; check its permissions" in refusal(matrix)
+    assert "cannot be read; check its permissions" in refusal(matrix)
 
 
 # --- Random and systematic damage ---
@@ -781,6 +790,6 @@ def test_a_file_that_is_cut_while_in_use_is_an_error_not_a_crash(tmp_path: Path)
         first, *_, last = file.tensors
         before = file.rows(first).copy()
         os.truncate(path, file.tensors[last].offset + 100)
-        with pytest.raises(GGUFError, match=r"model.gguf: was cut to \d+ bytes while it was in use"):
+        with pytest.raises(GGUFError, match=r"model.gguf: was truncated to \d+ bytes while in use"):
             file.rows(last)
         assert np.array_equal(file.rows(first), before)

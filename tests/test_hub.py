@@ -245,9 +245,9 @@ def test_default_is_q4_k_m_then_q8_0_then_the_only_file(cache: Path) -> None:
 
 def test_several_that_fit_are_listed(cache: Path) -> None:
     put_snapshot(cache, "user/repo", "m-Q5_K_M.gguf", "m-Q6_K.gguf")
-    refused("hf:user/repo", "2 files fit: m-Q5_K_M.gguf, m-Q6_K.gguf", "hf:user/repo/m-Q5_K_M.gguf")
+    refused("hf:user/repo", "2 files match: m-Q5_K_M.gguf, m-Q6_K.gguf", "hf:user/repo/m-Q5_K_M.gguf")
     put_snapshot(cache, "user/two", "small-Q4_K_M.gguf", "large-Q4_K_M.gguf")
-    refused("hf:user/two:Q4_K_M", "2 files fit: large-Q4_K_M.gguf, small-Q4_K_M.gguf")
+    refused("hf:user/two:Q4_K_M", "2 files match: large-Q4_K_M.gguf, small-Q4_K_M.gguf")
 
 
 def test_the_same_file_in_two_places_is_one(cache: Path, home: Path) -> None:
@@ -283,13 +283,13 @@ def test_missing_shards_are_told(gone: int, dangling: bool, cache: Path) -> None
     links[gone].resolve().unlink()
     if not dangling:
         links[gone].unlink()
-    refused("hf:user/repo", f"1 of its 3 files are missing, the first of them {names[gone]}", "--download")
+    refused("hf:user/repo", f"1 of 3 files missing, starting with {names[gone]}", "--download")
 
 
 def test_a_link_whose_blob_is_gone_is_told(cache: Path) -> None:
     (link,) = put_snapshot(cache, "user/repo", "m-Q4_K_M.gguf")
     link.resolve().unlink()
-    refused("hf:user/repo", "1 of its 1 files are missing", "m-Q4_K_M.gguf", "--download")
+    refused("hf:user/repo", "1 of 1 files missing", "m-Q4_K_M.gguf", "--download")
 
 
 def test_a_whole_copy_is_preferred(cache: Path, home: Path) -> None:
@@ -301,7 +301,7 @@ def test_a_whole_copy_is_preferred(cache: Path, home: Path) -> None:
 
 def test_absurd_shard_counts_cost_nothing(cache: Path) -> None:
     put_snapshot(cache, "user/repo", *(f"m{i}-00001-of-99999.gguf" for i in range(50)), "x-00003-of-00002.gguf")
-    refused("hf:user/repo", "51 files fit", "and 46 more")
+    refused("hf:user/repo", "51 files match", "and 46 more")
 
 
 @pytest.mark.parametrize("name", ["m-00003-of-00002.gguf", "m-00000-of-00000.gguf", "m-1-of-2.gguf"])
@@ -362,7 +362,7 @@ def test_a_folder_without_permission_is_told(cache: Path, monkeypatch: pytest.Mo
 
 def test_names_on_disk_cannot_steer_the_terminal(cache: Path, home: Path) -> None:
     put_snapshot(cache, "user/repo", "m\x1b[2J\n.gguf", "m\u202e.gguf")
-    message = refused("hf:user/repo", "2 files fit")
+    message = refused("hf:user/repo", "2 files match")
     assert "\\x1b[2J\\n" in message
     put(home / ".lmstudio/models", "evil\x1b[2J/re\npo/x.gguf")
     assert "evil\\x1b[2J/re\\npo" in refused("hf:a/b")
@@ -441,7 +441,7 @@ def test_download_completes_shards(remote: Callable[..., FakeHub], cache: Path) 
 def test_download_refuses_what_is_not_there(remote: Callable[..., FakeHub]) -> None:
     there = remote("m-Q5_K_M.gguf", "m-Q6_K.gguf", "../../m-Q8_0.gguf", shards("m-Q4_K_M", 2)[1])
     refused("hf:user/repo:Q8_0", "m-Q5_K_M.gguf, m-Q6_K.gguf", download=True)
-    refused("hf:user/repo", "2 files fit", download=True)
+    refused("hf:user/repo", "2 files match", download=True)
     assert there.fetched == []
 
 
@@ -622,19 +622,19 @@ def test_manifest_lists_are_read_up_to_a_cap(models: Path, monkeypatch: pytest.M
         ({"layers": [{"mediaType": "application/vnd.ollama.image.tensor"}]}, "names no GGUF files"),
         ({"layers": [layer(), layer(b"x")]}, "names 2 GGUF files"),
         ({"layers": [layer(), layer(b"x", mediaType="application/vnd.ollama.image.adapter")]}, "LoRA adapter"),
-        ({"layers": [layer(size=5)]}, "has 4 bytes, its manifest says 5"),
+        ({"layers": [layer(size=5)]}, "has 4 bytes, but its manifest says 5"),
         ({"layers": [layer(b"gone")]}, "is missing; fetch it again: ollama pull llama3.2"),
-        ({"layers": [layer(digest="sha256:../../../secret")]}, "for a digest"),
-        ({"layers": [layer(digest="sha256:" + "../" * 21 + "x")]}, "for a digest"),
-        ({"layers": [layer(digest="sha256:" + "A" * 64)]}, "for a digest"),
-        ({"layers": [layer(digest=layer()["digest"] + "\n")]}, "for a digest"),
-        ({"layers": [layer(digest=layer()["digest"] + "/../x")]}, "for a digest"),
-        ({"layers": [layer(digest="sha512:" + "0" * 128)]}, "for a digest"),
+        ({"layers": [layer(digest="sha256:../../../secret")]}, "has the invalid digest"),
+        ({"layers": [layer(digest="sha256:" + "../" * 21 + "x")]}, "has the invalid digest"),
+        ({"layers": [layer(digest="sha256:" + "A" * 64)]}, "has the invalid digest"),
+        ({"layers": [layer(digest=layer()["digest"] + "\n")]}, "has the invalid digest"),
+        ({"layers": [layer(digest=layer()["digest"] + "/../x")]}, "has the invalid digest"),
+        ({"layers": [layer(digest="sha512:" + "0" * 128)]}, "has the invalid digest"),
         ({"layers": [layer(digest="\x1b[2J")]}, "\\x1b[2J"),
-        ({"layers": [layer(digest=7)]}, "for a digest"),
-        ({"layers": [{"mediaType": MODEL_LAYER}]}, "for a digest"),
+        ({"layers": [layer(digest=7)]}, "has the invalid digest"),
+        ({"layers": [{"mediaType": MODEL_LAYER}]}, "has the invalid digest"),
         ({"mediaType": LIST}, "names no GGUF files"),
-        ({"mediaType": LIST, "manifests": [{"digest": "../../secret"}]}, "for a digest"),
+        ({"mediaType": LIST, "manifests": [{"digest": "../../secret"}]}, "has the invalid digest"),
     ],
 )
 def test_hostile_manifests(manifest: Any, words: str, models: Path) -> None:

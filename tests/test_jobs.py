@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
+from commands import COMMANDS, SHORT, SWEEPS
 from jaxtyping import config
 from test_planner import held
 
@@ -41,41 +42,11 @@ CASES: dict[str, dict[str, Any]] = {
     "mixtral": {"experts": 3, "experts_used": 3},
     "qwen3moe": {"experts": 3, "experts_used": 3},
 }
-# The number of sweeps that the plan is made to expect, whatever the spectrum: few, and more down than up.
-SWEEPS = ["--tol", "1e-30", "--max-sweeps", 3]
-SHORT = ["--top", 2]  # every decoded token costs a row
-COMMANDS: dict[str, list[Any]] = {
-    "predict": [],
-    "predict everywhere": ["--all-positions", "-o", "f"],
-    "svd": ["-k", 2, *SWEEPS, *SHORT],
-    "svd without chance": ["-k", 3, *SWEEPS, "--shuffles", 0],
-    "svd per token": ["-k", 3, *SWEEPS, *SHORT, "--shuffles", 5, "--per-token", "--position", 3],
-    "analyze": ["-k", 2, *SWEEPS, *SHORT, "--no-verify", "-o", "run"],
-    "analyze with contrast": ["-k", 2, *SWEEPS, *SHORT, "--no-verify", "-o", "run", "--contrast"],
-    "jacobian": [],
-    "norms": ["--count", 2],
-    "norms early": ["--position", 2],
-    "attribute": [],
-    "attribute early": ["--position", 2],
-    "attribute everywhere": ["--position", "all"],
-    "attribute by layer": ["--by", "layer"],
-    "attribute by head": ["--by", "head", "--position", 4],
-    "attribute by layer everywhere": ["--by", "layer", "--position", "all"],
-    "attribute by head everywhere": ["--by", "head", "--position", "all"],
-    "contrast": [],
-    "contrast early": ["--position", 2],
-    "ranks": SWEEPS,
-    "compare": ["-k", 2, *SWEEPS],
-    "layers": ["-k", 2, *SWEEPS, *SHORT],
-    "layers some": ["-k", 2, *SWEEPS, *SHORT, "--layers", "0,2", "--kinds", "layer,mlp", "--position", 4],
-    "layers transported": ["-k", 3, *SWEEPS, *SHORT, "--maps", "to_end,cumulative", "--transport"],
-    "layers none": [*SHORT, "--layers", 0, "--maps", "cumulative,blockwise"],
-    "analyze with layers": ["-k", 2, *SWEEPS, *SHORT, "--no-verify", "-o", "run", "--layers", "1,-1"],
-    "steer": ["--concept-tokens", "1,2,3,4", "--max-tokens", 4],
-    "steer additive": ["--concept-tokens", "9,8", "--method", "additive", "--layer", 1, "--max-tokens", 3],
-    "steer much": ["--strength", "0,0.1,0.2", "--no-control", "--max-tokens", 2],
-    "steer once": ["--max-tokens", 1],
-    "verify": [],
+# Variants of every command, by `svd per token`.
+COUNTED: dict[str, list[Any]] = {
+    f"{name} {variant}".strip(): options
+    for name, command in COMMANDS.items()
+    for variant, options in command.counted.items()
 }
 
 
@@ -179,7 +150,7 @@ def run(*args: object) -> dict[str, Any]:
 
 
 def arguments(name: str, case: str, tiny_file: TinyFile, tokens: list[str] = TOKENS, **changes: Any) -> list[Any]:
-    command, options = name.split(" ")[0], COMMANDS[name]
+    command, options = name.split(" ")[0], COUNTED[name]
     changes = CASES[case] | ({"layers": 3} if "layers" in name else {}) | changes
     path = tiny_file(case, **changes)
     if command == "compare":
@@ -190,8 +161,8 @@ def arguments(name: str, case: str, tiny_file: TinyFile, tokens: list[str] = TOK
 # Every command on a dense model and on a mixture; on the others, commands that read other tensors or positions.
 FEW = ("svd without chance", "norms", "attribute by head", "contrast early", "steer additive", "layers some")
 EACH = [
-    *((name, "gqa", size) for name in COMMANDS for size in (1 << 30, 500_000 if "layers" in name else 50_000)),
-    *((name, "mixtral", 1 << 30) for name in COMMANDS),
+    *((name, "gqa", size) for name in COUNTED for size in (1 << 30, 500_000 if "layers" in name else 50_000)),
+    *((name, "mixtral", 1 << 30) for name in COUNTED),
     *((name, case, 1 << 30) for name in FEW for case in CASES if case not in ("gqa", "mixtral")),
 ]
 
@@ -303,7 +274,7 @@ HEAVY = {
 def test_a_command_holds_what_its_plan_says(
     name: str, case: str, counted: Counted, tiny_file: TinyFile, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(COMMANDS, name, HEAVY[name])
+    monkeypatch.setitem(COUNTED, name, HEAVY[name])
     experts = {"experts": 6, "experts_used": 2} if "experts" in CASES[case] else {}  # as usual: few positions for each
     asked = arguments(name, case, tiny_file, LONG, layers=3, **experts)
     planned = run(*asked, "--dry-run")["ram"]

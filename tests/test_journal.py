@@ -2,6 +2,7 @@
 
 import errno
 import gc
+import hashlib
 import json
 import os
 import random
@@ -24,7 +25,8 @@ from torch import Tensor
 
 from ggjac import runs
 from ggjac.runs import journal as module
-from ggjac.runs.journal import Journal, JournalError, load_tensors, plain, save_tensors
+from ggjac.runs.journal import Journal, JournalError
+from ggjac.runs.tensors import NAMES, load_tensors, plain, save_tensors
 
 ALL = PRODUCTS * BLOCKS
 FINISHED = {"journal.json", "lock", "results.json", "state.safetensors"} | {
@@ -237,7 +239,7 @@ def test_files_that_may_not_grow_do_not_stop_the_run(run: Run, tmp_path: Path, e
     answer = run(tmp_path / "run", file_limit=limit)
     assert answer["digest"] == expected
     assert len(answer["warnings"]) == 1
-    assert "progress cannot be saved (File too large); going on" in answer["warnings"][0]
+    assert "progress cannot be saved (File too large); the run continues and will retry" in answer["warnings"][0]
     assert set(os.listdir(tmp_path / "run")) <= FINISHED
     resumed = run(tmp_path / "run")
     assert (resumed["digest"], resumed["warnings"]) == (expected, [])
@@ -493,7 +495,7 @@ def test_another_run_is_not_resumed(tmp_path: Path, was: dict[str, Any], now: di
         journal.remember("a", lambda: 1)
     with pytest.raises(JournalError, match=words) as error:
         Journal.open(tmp_path, now, resume=True)
-    assert "start anew with another -o" in one_line(error)
+    assert "choose another -o" in one_line(error)
     assert len(one_line(error)) < 500
     Journal.open(tmp_path, was, resume=True).close()  # the refusal has freed the lock
 
@@ -512,7 +514,9 @@ def test_beginning_and_resuming_are_not_confused(tmp_path: Path, expected: str) 
     assert os.listdir(tmp_path) == []
     Journal.open(tmp_path, IDENTITY, resume=False).close()
     assert attempt(tmp_path, resume=True) == (expected, ALL)  # ended before it saved anything
-    with pytest.raises(JournalError, match="unfinished run; go on with --resume, or start anew with another -o"):
+    with pytest.raises(
+        JournalError, match="contains an unfinished run; continue it with --resume or choose another -o"
+    ):
         Journal.open(tmp_path, IDENTITY, resume=False)
 
 
@@ -584,7 +588,7 @@ def test_a_program_that_does_something_else_is_not_answered(tmp_path: Path, case
     with Journal.open(tmp_path, IDENTITY, resume=True) as journal:
         with pytest.raises(JournalError, match="computed something else as product 0") as error:
             journal.product(kind, change(X))
-        assert "start anew with another -o" in one_line(error)
+        assert "choose another -o" in one_line(error)
     with Journal.open(tmp_path, IDENTITY, resume=True) as journal:
         product = journal.product("up", [X])
         assert (product.result is None, product.done) == (bool(blocks), blocks)
@@ -649,9 +653,9 @@ def test_files_of_others_are_refused(complete: Path, tmp_path: Path) -> None:
     plainly: Callable[[], Any] = lambda: save_file({"0": torch.ones(1)}, first, {"journal": "{}"})  # noqa: E731
     cases: dict[str, Callable[[], Any]] = {
         "belongs to another run": lambda: shutil.copy(other / first.name, first),
-        "carries no digest": plainly,
+        "has no digest": plainly,
         "holds product 1, not 0": lambda: shutil.copy(second, first),
-        "no finished product": lambda: shutil.copy(tmp_path / "state", first),
+        "not a finished product": lambda: shutil.copy(tmp_path / "state", first),
         "is damaged": lambda: first.write_bytes(b"x"),
         "to another run": lambda: save_tensors(first, {"0": torch.ones(1)}),
         "belongs to another": lambda: save_tensors(first, {"0": torch.ones(1)}, {"journal": '{"number": []}'}),
@@ -662,7 +666,7 @@ def test_files_of_others_are_refused(complete: Path, tmp_path: Path) -> None:
     shutil.copy(state, tmp_path / "state")
     for words, spoil in cases.items():
         spoil()
-        inputs = [X] if words == "no finished product" else None
+        inputs = [X] if words == "not a finished product" else None
         with (
             Journal.open(complete, IDENTITY, resume=True, every=1e9) as journal,
             pytest.raises(JournalError, match=words) as error,
@@ -685,6 +689,26 @@ def test_another_schema_is_refused(tmp_path: Path, schema: Any) -> None:
     one_line(error)
 
 
+# SHA-256 of what the first release wrote for the run below.
+SCHEMA_1 = {
+    "journal.json": "3e67ae8b6a18558fef4f34cb0cff5dd7199ec601176353ee34b5678870383bed",
+    "product-0000.safetensors": "31ba171b01dc26dca66892c964a77c0c916c65e48710750798a2b86dcd41c1e1",
+    "results.json": "10fd1dc6ddd0bcb3cccf9f066e4327025ad1b5c944d669279355ee06c652c83d",
+    "state.safetensors": "30b56d4d3ff3ca531f9c4bcde64626001f312d9315fc7bc584c8e14906672eb5",
+}
+
+
+def test_files_of_this_schema_version_keep_their_bytes(tmp_path: Path) -> None:
+    """Folders of earlier versions can then be resumed, and so can traces, whose tensors are written in the same way."""
+    X = torch.arange(6.0).reshape(2, 3)
+    with Journal.open(tmp_path, {"dtype": "float32", "tokens": [1, 2, 3]}, resume=False) as journal:
+        (Y,) = journal.product("up", [X]).finish([X.T + 1])
+        journal.remember("share", lambda: {"share": 0.5, "pair": (1, 2)})
+        journal.product("down", [Y]).reached(2, lambda: [Y.bfloat16(), torch.tensor(3), Y > 2])
+    assert module.SCHEMA_VERSION == 1
+    assert {name: hashlib.sha256((tmp_path / name).read_bytes()).hexdigest() for name in SCHEMA_1} == SCHEMA_1
+
+
 # -- tensors on disk ---------------------------------------------------------------------------------------------------
 
 
@@ -701,7 +725,7 @@ def test_all_16_bit_floats_come_back_exactly(tmp_path: Path, dtype: torch.dtype)
 def tensors(draw: st.DrawFn) -> Tensor:
     """Draw bits of any dtype in any layout: contiguous, transposed, sliced, expanded, shifted."""
     shape = draw(st.lists(st.integers(0, 4), max_size=3))
-    dtype = draw(st.sampled_from(list(module.DTYPES)))
+    dtype = draw(st.sampled_from(list(NAMES)))
     raw = torch.randint(0, 2 if dtype == torch.bool else 256, (4096,), dtype=torch.uint8, generator=torch.Generator())
     base = raw.view(dtype)[draw(st.integers(0, 9)) :]
     strides = [draw(st.integers(0, 20)) for _ in shape]
@@ -743,7 +767,7 @@ def test_files_that_others_wrote_are_no_traces_of_ours(tmp_path: Path, dtype: to
     save_file({"x": torch.ones(3, dtype=dtype)}, tmp_path / "a")
     with pytest.raises(JournalError, match="not written by ggjac"):
         load_tensors(tmp_path / "a")
-    for name, words in (("missing", "is missing"), (".", "damaged, or no safetensors")):
+    for name, words in (("missing", "is missing"), (".", "damaged, or not a safetensors")):
         with pytest.raises(JournalError, match=words) as error:
             load_tensors(tmp_path / name)
         one_line(error)

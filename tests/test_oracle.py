@@ -43,7 +43,6 @@ def parity_file(tiny_file: Callable[..., Path], case: str) -> Path:
 
 
 ROWS = tiny.CASES
-SUMMED = {"gptneox", "nemotron", "olmo"}  # llama.cpp's last ffn_out is the branch and its input
 GELU_ROWS = [case for case in ROWS if oracle.FACTS[tiny.options(case).architecture].activation == "gelu"]
 # The smallest context that llama.cpp allocates; it chooses phi3's rope factors.
 CONTEXT = 256
@@ -54,7 +53,7 @@ CONTEXT = 256
 def as_llamacpp_names(model: Oracle, ours: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return our states under all names that llama.cpp gives to the same vectors, in this family."""
     facts = model.facts
-    if model.architecture in SUMMED:
+    if facts.sum_named_ffn_out:
         ours = {name: state for name, state in ours.items() if not name.startswith("ffn_out")}
     if facts.attn_post or facts.residual_key:  # llama.cpp's are the branches before the norm or the scale
         states = {name: state for name, state in ours.items() if not name.startswith(("attn_out", "ffn_out"))}

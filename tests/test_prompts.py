@@ -13,11 +13,12 @@ import torch
 from click.testing import CliRunner, Result
 from torch import Tensor
 
+from ggjac import runs
 from ggjac.analysis import ranks as module
 from ggjac.analysis.ranks import token_ranks
 from ggjac.cli import main
 from ggjac.model import Model, Trace, open_model
-from ggjac.runs import journal
+from ggjac.runs import lock
 from ggjac.session import Session
 from ggjac.weights import WeightStore
 
@@ -249,15 +250,15 @@ def test_one_process_at_a_time_appends(tmp_path: Path, monkeypatch: pytest.Monke
     out, link = tmp_path / "ranks.jsonl", tmp_path / "link.jsonl"
     link.symlink_to(out)
     busy = f"another ggjac process (pid {os.getpid()}) is working in"
-    with journal.alone(out):
+    with lock.alone(out):
         for path in (out, link):
             err = ggjac("--tokens", "0,465", "-o", path, code=1).stderr
-            assert f"{busy} {path}; wait for it, or choose another -o" in err
+            assert f"{busy} {path}; wait for it or choose another -o" in err
             assert err.count("\n") == 1
     assert not out.exists()
 
     def measured(*args: Any, **options: Any) -> Any:
-        with pytest.raises(journal.JournalError, match=re.escape(f"{busy} {link}")), journal.alone(link):
+        with pytest.raises(runs.JournalError, match=re.escape(f"{busy} {link}")), lock.alone(link):
             pass
         return token_ranks(*args, **options)
 

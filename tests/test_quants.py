@@ -77,7 +77,13 @@ def assert_same_bits(found: torch.Tensor, expected: np.ndarray) -> None:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Blocks. Scales are written where quants.EXPONENTS says; a wrong place leaves NaNs, which assert_same_bits refuses.
+# Blocks. Scales are written where quants.FORMATS says; a wrong place leaves NaNs, which assert_same_bits refuses.
+
+
+def scales_of(type: GGMLType) -> tuple[quants.Exponent, ...]:
+    """Return where a type's scales are; every type in FLOATS must have a row."""
+    assert type.name in quants.FORMATS, f"{type.name} has no row in quants.FORMATS"
+    return quants.FORMATS[type.name].scales
 
 
 def set_scale(blocks: np.ndarray, type: GGMLType, index: int, bits: np.ndarray) -> None:
@@ -87,13 +93,13 @@ def set_scale(blocks: np.ndarray, type: GGMLType, index: int, bits: np.ndarray) 
         words &= 0x0FFF
         words |= (bits[:, None] << np.array([12, 8, 4, 0], np.uint16)) & 0xF000
     else:
-        offset = quants.EXPONENTS[type.name][index].offset
+        offset = scales_of(type)[index].offset
         blocks[:, offset : offset + 2].view(np.uint16)[:, 0] = bits
 
 
 def is_f16(type: GGMLType) -> bool:
     """Whether the scales are f16."""
-    return type.name == "IQ1_M" or any(row.mask == 0x7C00 for row in quants.EXPONENTS[type.name])
+    return type.name == "IQ1_M" or any(row.mask == 0x7C00 for row in scales_of(type))
 
 
 def stored(values: np.ndarray, type: GGMLType) -> np.ndarray:
@@ -109,7 +115,7 @@ def random_blocks(type: GGMLType, count: int, seed: int = 0) -> np.ndarray:
     rng = np.random.default_rng(seed)
     blocks = rng.integers(0, 256, (count, type.block_bytes), dtype=np.uint8)
     if is_f16(type):
-        for index in range(len(quants.EXPONENTS[type.name])):
+        for index in range(len(scales_of(type))):
             bits = rng.integers(0, 1 << 16, count, dtype=np.uint16)
             set_scale(blocks, type, index, np.where(bits & 0x7C00 == 0x7C00, bits ^ 0x4000, bits))
     elif type.name == "MXFP4":
@@ -142,7 +148,7 @@ def edge_blocks(type: GGMLType) -> np.ndarray:
         elif type.name == "NVFP4":
             blocks[:, :2], blocks[:, 2:4] = pairs, pairs[:, ::-1]
         else:
-            for index in range(len(quants.EXPONENTS[type.name])):
+            for index in range(len(scales_of(type))):
                 set_scale(blocks, type, index, pairs[:, index].copy())
         parts.append(blocks)
     return np.concatenate(parts)
@@ -161,7 +167,7 @@ def rows_of(type: GGMLType, rows: int, blocks: int = 3) -> tuple[np.ndarray, np.
 
 def test_every_floating_point_type_is_supported():
     assert {type.name for type in TYPES.values() if quants.supported(type)} == {type.name for type in FLOATS}
-    assert set(quants.EXPONENTS) == set(quants.TORCH) == {type.name for type in FLOATS}
+    assert set(quants.FORMATS) == {type.name for type in FLOATS}
 
 
 def test_every_type_that_gguf_knows_is_here():
@@ -453,6 +459,6 @@ def test_type_that_libggml_lays_out_otherwise_is_left_to_torch(without_native, m
     monkeypatch.delenv("GGJAC_NATIVE")
     if quants.native_library() is None:
         pytest.skip("libggml is not installed (pip install llama-cpp-python)")
-    monkeypatch.setitem(quants.TORCH, "Q4_0", quants.iq4_nl)
+    monkeypatch.setitem(quants.FORMATS, "Q4_0", quants.FORMATS["IQ4_NL"])
     assert quants._native(NAMED["Q4_0"]) is None
     assert quants._native(NAMED["Q4_1"]) is not None

@@ -17,11 +17,12 @@ import numpy as np
 import pytest
 import report_run
 from click.testing import CliRunner, Result
+from commands import COMMANDS, with_file
 from report_run import TOKENS
 from test_report import Page, at, full, rendered
 
 from ggjac.analysis.per_token import TokenSpectrum
-from ggjac.cli import COMMANDS, main
+from ggjac.cli import main
 from ggjac.drawing.charts import Heat, Panel
 from ggjac.report import figures, write_figures
 from ggjac.report.load import checked, load
@@ -588,55 +589,14 @@ def test_a_huge_file_is_refused(result: Path) -> None:
 # -- every command -----------------------------------------------------------------------------------------------------
 
 PROMPT = ["--tokens", "5,17,3,99,42", "-t", "1", "-q"]
-# Command -> its options, the sections that its JSON makes, and words of them.
+# Every command with its variants, by `attribute --by head`.
 PAGES: dict[str, tuple[list[str], dict[str, str]]] = {
-    "analyze": (
-        ["-k", "2", "--per-token", "--contrast", "--layers", "all"],
-        {
-            "predict": "[",
-            "attribute": "= logit",
-            "attribute-branches": "Attention, all blocks",
-            "svd": "Stable rank",
-            "svd-vectors": "by chance",
-            "svd-per-token": "4 [42]",
-            "layers": "Logit lens",
-            "layers-stable-rank": "each block alone",
-            "contrast": "Ordinary",
-        },
-    ),
-    "predict": ([], {"predict": "%"}),
-    "verify": ([], {"verify": "l_out-1", "certificate": "llama.cpp passed agrees"}),
-    "svd": (["-k", "2", "--per-token"], {"svd": "σ", "svd-vectors": "by chance", "svd-per-token": "4 [42]"}),
-    "jacobian": ([], {"jacobian": "64 × 5 × 64 numbers", "certificate": "Reconstruction passed"}),
-    "layers": (["-k", "2"], {"layers": "Logit lens", "layers-stable-rank": "each block alone"}),
-    "ranks": ([], {"ranks": "1 prompt, all converged"}),
-    "norms": ([], {"norms": "Columns"}),
-    "attribute": ([], {"attribute": "= logit"}),
-    "contrast": ([], {"contrast": "Ordinary"}),
-    "compare": (["-k", "2"], {"compare": "Same top token 100 %", "certificate": "Reconstruction, file b passed"}),
-    "steer": (["--strength", "0,0.5", "--max-tokens", "3"], {"steer": "Random 0.5"}),
-    "attribute --by layer": ([], {"attribute-branches": "MLP, all blocks"}),
-    "attribute --by head": ([], {"attribute-branches": "head 1"}),
-    "attribute --versus 7": ([], {"attribute": "minus that of [7]"}),
-    "attribute --position all": ([], {"attribute-positions": "The shares sum to the logit at every position."}),
-    "attribute --position all --by layer": ([], {"attribute-positions": "attention"}),
-    "attribute --position all --by head": ([], {"attribute-positions": ", head "}),
-    "svd --position 2": (["-k", "2"], {"svd": "σ", "svd-vectors": "by chance"}),
+    f"{name} {variant}".strip(): (command.options, page)
+    for name, command in COMMANDS.items()
+    for variant, page in command.page.items()
 }
-# Commands without a prompt.
-WITHOUT = {"info", "plan", "bench", "report"}
-
 
 FORMS = {room.__name__.rpartition(".")[2]: room.FORM for room in ROOMS}
-
-
-def test_every_command_has_a_page_or_a_reason() -> None:
-    assert {name.split()[0] for name in PAGES} == set(COMMANDS) - WITHOUT
-
-
-def test_every_command_has_a_room() -> None:
-    """`analyze` prints the parts of others; the frame is that of every page."""
-    assert FORMS.keys() == set(COMMANDS) - WITHOUT - {"analyze"} | {"frame"}
 
 
 @pytest.mark.parametrize("name", PAGES)
@@ -647,7 +607,7 @@ def test_the_json_of_every_command_has_a_page(
     command, *options = name.split()
     more, expected = PAGES[name]
     model = str(tiny_file("gqa"))
-    options += ["--with", model] if command == "compare" else []
+    options += with_file(command, model)
     printed = CliRunner().invoke(main, [command, "-m", model, *PROMPT, *options, *more, "--format", "json"])
     assert printed.exit_code == 0, printed.output
     Path("it.json").write_text(printed.stdout, encoding="utf-8")

@@ -185,7 +185,7 @@ def test_an_interrupted_forward_pass_is_saved(
         assert stopped["code"] == 130
         assert f"--resume -o {output}" in stopped["stderr"]
     anew = run(folder, *commands[output], "--tokens", "5,3,7")
-    assert (anew["code"], "holds an unfinished run; go on with --resume" in anew["stderr"]) == (1, True)
+    assert (anew["code"], "contains an unfinished run; continue it with --resume" in anew["stderr"]) == (1, True)
     other = run(folder, *commands[output], "--tokens", "5,3,7", "--resume")
     assert (other["code"], "tokens: this run was started with [5, 3, 7, 9]" in other["stderr"]) == (1, True)
     resumed = run(folder, *commands[output], "--resume")
@@ -225,7 +225,7 @@ def test_a_full_disk_does_not_end_the_forward_pass(
     run: Run, commands: dict[str, list[str]], whole: Callable[[str], Whole], tmp_path: Path
 ) -> None:
     full = run(tmp_path / "full", *commands["run"], end=24, how="full")
-    assert "progress cannot be saved (the disk is full); going on" in full["stderr"]
+    assert "progress cannot be saved (the disk is full); the run continues and will retry" in full["stderr"]
     assert full["code"] == 4  # at the end, where the results have no place
     assert not list((tmp_path / "full").rglob("block-002.safetensors"))
     resumed = run(tmp_path / "full", *commands["run"], "--resume")

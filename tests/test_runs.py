@@ -165,7 +165,7 @@ def test_a_disk_that_fills_up_leaves_nothing(tmp_path: Path, monkeypatch: pytest
     def full(*args: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(runs.os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", full)
     for attempt in (lambda: runs.save_json(tmp_path / "a", {}), lambda: runs.save_tensors(tmp_path / "a", {})):
         with pytest.raises(runs.SpaceError, match="the disk is full"):
             attempt()
@@ -251,7 +251,7 @@ def test_peak_memory_is_in_bytes() -> None:
 
 def test_the_digest_of_code_is_that_of_what_computes(tmp_path: Path) -> None:
     package = tmp_path / "package"
-    shutil.copytree(Path(runs.__file__).parent, package, ignore=shutil.ignore_patterns("*.gguf", "__pycache__"))
+    shutil.copytree(Path(runs.__file__).parents[1], package, ignore=shutil.ignore_patterns("*.gguf", "__pycache__"))
     whole = runs.code_digest()
     assert runs.code_digest(package) == whole
     names = {"cli/svd.py": True, "report/sections/new.py": True, "data/x": True, "svd.py": False}

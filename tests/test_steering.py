@@ -315,7 +315,7 @@ def test_usage(tiny_file: TinyFile, tmp_path: Path) -> None:
     ):
         assert words in ggjac(*model, *wrong, code=2).stderr
     assert (
-        "control vectors to the stream after 2 to 2 blocks"
+        "control vectors to the residual stream after 2 to 2 blocks"
         in ggjac(*model, "--layer", 1, "--export-control-vector", tmp_path / "x", code=1).stderr
     )
     assert not list(tmp_path.iterdir())

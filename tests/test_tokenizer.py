@@ -234,7 +234,7 @@ def test_no_tokenizer_in_the_file(model):
     assert (tokenizer.n_vocab, tokenizer.bos_id, tokenizer.adds_bos) == (0, None, False)
     assert tokenizer.piece(3) == b"[3]"
     assert tokenizer.decode([3, 4]) == "[3][4]"
-    with pytest.raises(TokenizerError, match=r"x\.gguf holds no tokenizer .*--tokens 1,2,3"):
+    with pytest.raises(TokenizerError, match=r"x\.gguf contains no tokenizer .*--tokens 1,2,3"):
         tokenizer.encode("a")
 
 
@@ -349,7 +349,7 @@ def test_odd_vocabularies_are_refused_in_one_line_or_work(name, tmp_path):
 def test_tokens_that_are_no_strings_are_no_vocabulary(tokens):
     tokenizer = open_tokenizer("x.gguf", tokens=tokens, model="llama", types=[1, 1])
     assert (tokenizer.n_vocab, tokenizer.piece(0)) == (0, b"[0]")
-    with pytest.raises(TokenizerError, match=r"holds no tokenizer \(tokenizer.ggml.tokens is "):
+    with pytest.raises(TokenizerError, match=r"contains no tokenizer \(tokenizer.ggml.tokens is "):
         tokenizer.encode("a")
 
 
@@ -360,7 +360,7 @@ def test_types_that_are_no_integers_are_none(types):
 
 @pytest.mark.parametrize("model", [7, ["llama"], 1.5])
 def test_a_model_that_is_no_string(model):
-    with pytest.raises(TokenizerError, match="holds no tokenizer"):
+    with pytest.raises(TokenizerError, match="contains no tokenizer"):
         open_tokenizer("x.gguf", tokens=["a"], model=model).encode("a")
 
 

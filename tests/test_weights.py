@@ -189,20 +189,20 @@ def test_what_is_asked_for_again_stays(tiny_file: Callable[..., Path]) -> None:
     everything, (a, b, c, d) = kept(tiny_file("mixtral", experts=4, experts_used=2))
     assert (made(everything, a, b), made(everything, a, b)) == (2, 0)
     assert made(everything, c, c) == 2  # no room
-    places, room = everything.places, dict(everything._given)
+    places, room = everything.places, dict(everything.cache.room)
     everything.place(places, room)
     assert made(everything, a, b) == 0
     # Another prompt's: what it does not use gives way, and no more than that is ever kept.
     everything.place(places, room)
     assert (made(everything, b, c), made(everything, b, c)) == (1, 0)
     assert made(everything, a, d) == 2
-    assert sum(tile.nbytes for tile in everything._tiles.values()) == room["dense"]
+    assert everything.cache.nbytes == room
     everything.place(places, room)
     assert (made(everything, a, d), made(everything, a, d)) == (2, 0)
-    assert sum(tile.nbytes for tile in everything._tiles.values()) == room["dense"]
+    assert everything.cache.nbytes == room
     # Other places: all is given back.
     everything.place(places, {"dense": room["dense"] - 1})
-    assert not everything._tiles
+    assert everything.cache.nbytes == {"dense": 0}
     assert (made(everything, a, d), made(everything, a, d)) == (2, 1)
 
 
@@ -260,7 +260,7 @@ def test_types_without_a_decoder_are_refused_when_the_file_is_opened(
 def test_rows_beyond_the_tensor_are_refused(tiny_file: Callable[..., Path]) -> None:
     weight = store(tiny_file("plain"))["output.weight"]
     for rows in ([128], [-1]):
-        with pytest.raises(GGUFError, match=r"rows -?\d+:\d+ of output.weight asked for, but it has 128"):
+        with pytest.raises(GGUFError, match=r"rows -?\d+:\d+ of output.weight requested, but it has 128"):
             weight.take(rows)
 
 

@@ -2,8 +2,8 @@
 
 import click
 
+from ggjac.cli import COMMANDS, WITHOUT_PROMPT
 from ggjac.cli.options import ModelOptions, model_options, output_format, position
-from ggjac.planner.work import JOBS
 
 
 @click.command()
@@ -15,7 +15,7 @@ from ggjac.planner.work import JOBS
 @click.option(
     "--for",
     "command",
-    type=click.Choice(list(JOBS)),
+    type=click.Choice([name for name in COMMANDS if name not in WITHOUT_PROMPT]),
     default="svd",
     show_default=True,
     help="Command to plan, with its default options; for others use its own --dry-run.",

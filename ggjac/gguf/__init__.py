@@ -1,4 +1,4 @@
-"""GGUF files on disk: the container, its storage types, and where models are found."""
+"""GGUF files: the container, its storage types, and models on this disk by name."""
 
 from ggjac.gguf.container import (
     FINGERPRINT_BLOCK_BYTES,

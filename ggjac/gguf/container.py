@@ -1,11 +1,11 @@
-"""The GGUF container: map a model file, check everything it says about itself, hand out bytes.
+"""The GGUF container: map a model file, check its header, give access to its bytes.
 
 A file is `header | padding | tensor data`; the header holds the counts, the metadata (key, type, value) and one entry
-per tensor (name, sizes, type, offset). The file is mapped read-only, and only the header is read at opening. A model
-may be split over several such files, `-00001-of-0000N.gguf`; they are opened together and look like one.
+per tensor (name, sizes, type, offset). The file is mapped read-only, and only the header is read on opening. A model
+may be split over several such files, `-00001-of-0000N.gguf`; they are opened together and appear as one.
 
 Files come from strangers. Numbers read from a file are Python integers, which do not wrap around; each is compared with
-the bytes that are there before it is used as a size, so that memory follows the file's real size and not its claims.
+the bytes that remain before it is used as a size, so that memory use follows the file's real size, not its claims.
 Layout and limits follow the format's specification (ggml/docs/gguf.md) and llama.cpp's reader (ggml/src/gguf.cpp).
 """
 
@@ -33,7 +33,7 @@ from ggjac.gguf import types
 
 MAX_HEADER_BYTES = 1 << 28  # real headers, vocabulary and merges included, stay below 30 MB
 MAX_ENTRIES = 1 << 17  # keys, tensors or inner arrays of one file; each becomes a Python object
-MAX_STRINGS = 1 << 22  # of one array; vocabularies stay below a million tokens, merges below two
+MAX_STRINGS = 1 << 22  # of one array; vocabularies stay below 1 million tokens, merges below 2 million
 MAX_DEPTH = 4  # arrays within arrays
 MAX_DIMENSIONS = 4  # ggml's GGML_MAX_DIMS
 MAX_NAME_BYTES = 64  # of a tensor
@@ -65,7 +65,7 @@ _SCALARS = {  # value type -> name, layout of one value
 _SMALLEST_KEY = 8 + 1 + 4 + 1
 _SMALLEST_TENSOR = 8 + 4 + 8 + 4 + 8
 
-_NOT_STORED = {  # ids that old files or damaged ones carry, for the message only
+_NOT_STORED = {  # ids found in old or damaged files, for the message only
     4: "Q4_2",
     5: "Q4_3",
     9: "Q8_1",
@@ -89,16 +89,16 @@ _OTHER_FORMATS = {  # first four bytes -> what the file is and what to do
     b"\0\0\0\0": "an unfinished download looks like this: download it again",
 }
 
-_SHARD_NAME = re.compile(r"(?P<prefix>.*)-(?P<number>[0-9]{5})-of-(?P<count>[0-9]{5})\.gguf", re.DOTALL)
-_DOWNLOAD = "the file is damaged or its download incomplete; download it again"
+_SHARD_NAME = re.compile(r"(.*)-([0-9]{5})(-of-([0-9]{5})\.gguf)", re.DOTALL | re.IGNORECASE)
+_DAMAGED = "the file is damaged or incomplete; download it again"
 
 
 class GGUFError(ValueError):
-    """A file that cannot be opened as GGUF, or a request it cannot meet; the message is one line."""
+    """A file that cannot be opened as GGUF, or a request that it cannot satisfy; the message is one line."""
 
 
 def shown(text: str | bytes | os.PathLike[str]) -> str:
-    """Return `text` fit for a one-line message: escaped and quoted if it is not plainly printable, and cut if long."""
+    """Return `text` for a one-line message: escaped and quoted if not printable, cut if beyond 300 characters."""
     text = text.decode("utf-8", "backslashreplace") if isinstance(text, bytes) else os.fspath(text)
     if len(text) > 300:
         text = text[:150] + "…" + text[-150:]
@@ -107,12 +107,31 @@ def shown(text: str | bytes | os.PathLike[str]) -> str:
     return "'" + "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text) + "'"
 
 
+class ShardName(NamedTuple):
+    """The name of one file of a split model, `prefix-00002-of-00003.gguf`, with or without its folder."""
+
+    prefix: str
+    number: int  # from 1
+    total: int
+    ending: str  # "-of-00003.gguf", in its own case
+
+    @staticmethod
+    def parse(name: str) -> "ShardName | None":
+        """Take a file name apart; None if it is not that of a shard."""
+        match = _SHARD_NAME.fullmatch(name)
+        return match and ShardName(match[1], int(match[2]), int(match[4]), match[3])
+
+    def sibling(self, number: int) -> str:
+        """Return the name of another shard of the same model."""
+        return f"{self.prefix}-{number:05}{self.ending}"
+
+
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """Where one tensor lies and how to read it.
+    """Where a tensor is stored and how to read it.
 
     `shape` is in PyTorch's order (the file's sizes reversed; for a matrix out x in), so that the last axis is
-    contiguous and is the one divided into blocks. `offset` counts bytes from the start of shard `shard` (from 0).
+    contiguous and the one divided into blocks. `offset` counts bytes from the start of shard `shard` (from 0).
     """
 
     name: str
@@ -139,7 +158,7 @@ class TensorInfo:
 
 
 class LazyArray(Sequence[Any]):
-    """A metadata array, left in the file until its elements are asked for.
+    """A metadata array whose elements are read from the file when they are accessed.
 
     Elements are Python numbers, `bool`, `str` (bytes that are not UTF-8 become U+FFFD) or, nested, `LazyArray`; a slice
     is a list of them. `element_type` is the format's name: `"INT32"`, `"STRING"`, `"ARRAY"`.
@@ -186,7 +205,7 @@ class _Numbers(LazyArray):
 
 
 class _Strings(LazyArray):
-    """Strings: the map, and where each string's length field is (8 bytes a string, and nothing else)."""
+    """Strings: the map, and the position of each string's length field (8 bytes of memory per string)."""
 
     __slots__ = ("_buffer", "_offsets")
 
@@ -235,16 +254,16 @@ class _Header:
         raise GGUFError(f"{shown(self.path)}: {message}")
 
     def step(self, count: int, what: str) -> int:
-        """Move `count` bytes on; return where they start."""
+        """Advance by `count` bytes; return where they start."""
         start = self.position
         if count > self.limit - start:
             if self.limit < self.size:
                 self.fail(
                     f"{what} at byte {start} needs {count} bytes and would end beyond the {MAX_HEADER_BYTES >> 20} MiB "
-                    f"that a header may take; the file is damaged"
+                    f"allowed for a header; the file is damaged"
                 )
             self.fail(
-                f"{what} at byte {start} needs {count} bytes, but the file has {self.size - start} left; {_DOWNLOAD}"
+                f"{what} at byte {start} needs {count} bytes, but the file has {self.size - start} left; {_DAMAGED}"
             )
         self.position += count
         return start
@@ -267,16 +286,16 @@ class _Header:
             self.fail(f"{what} is not UTF-8: {shown(raw)}; the file is damaged")
 
     def count(self, what: str, smallest: int, most: int) -> int:
-        """Read the number of things that follow, each of at least `smallest` bytes, from a u64."""
+        """Read how many entries follow, a u64; each takes at least `smallest` bytes."""
         count = self.number(_U64, f"the number of {what}")
         return self.fitting(count, what, smallest, most)
 
     def fitting(self, count: int, what: str, smallest: int, most: int) -> int:
         room = (self.limit - self.position) // smallest
         if count > room:
-            self.fail(f"the file announces {count} {what}, but has room for at most {room}; {_DOWNLOAD}")
+            self.fail(f"the file declares {count} {what}, but has room for at most {room}; {_DAMAGED}")
         if count > most:
-            self.fail(f"the file announces {count} {what}; at most {most} are allowed")
+            self.fail(f"the file declares {count} {what}; at most {most} are allowed")
         return count
 
     def value(self, kind: int, key: str) -> Any:
@@ -287,7 +306,7 @@ class _Header:
             return self.array(key, MAX_DEPTH)
         if kind not in _SCALARS:
             self.fail(
-                f"metadata {shown(key)} has value type {kind}; GGUF knows 0 to 12; the file is damaged or too new"
+                f"metadata {shown(key)} has value type {kind}; GGUF defines 0 to 12; the file is damaged or too new"
             )
         value = self.number(_SCALARS[kind][1], f"the value of {shown(key)}")
         return value != 0 if kind == _BOOL else value
@@ -312,14 +331,14 @@ class _Header:
                 self.fail(f"metadata {shown(key)} brings the file's inner arrays above the {MAX_ENTRIES} allowed")
             return _Arrays([self.array(key, depth - 1) for _ in range(count)])
         self.fail(
-            f"metadata {shown(key)} has elements of type {kind}; GGUF knows 0 to 12; the file is damaged or too new"
+            f"metadata {shown(key)} has elements of type {kind}; GGUF defines 0 to 12; the file is damaged or too new"
         )
 
     def strings(self, key: str, count: int) -> LazyArray:
         """Walk over `count` strings.
 
-        This is what opening a file spends its time on (some 400 000 strings), so the loop does no more than it must:
-        positions only grow, so those that leave the buffer are noticed by `unpack_from` or by the one check at the end.
+        Opening a file spends most of its time here (some 400 000 strings), so the loop checks nothing itself: positions
+        only grow, and those beyond the buffer are noticed by `unpack_from` or by the single check at the end.
         """
         buffer, position, length_at = self.buffer, self.position, _U64.unpack_from
         offsets = array("Q")
@@ -329,20 +348,20 @@ class _Header:
                 remember(position)
                 position += 8 + length_at(buffer, position)[0]
         except (struct.error, OverflowError):
-            position = self.size + 1  # beyond the file; the real number does not matter
+            position = self.size + 1  # beyond the file; the exact value does not matter
         if position > self.limit:
             where = f"string {bisect.bisect_right(offsets, self.size) - 1} of {count} in {shown(key)}"
             if self.limit < self.size:
                 self.fail(
-                    f"{where} ends beyond the {MAX_HEADER_BYTES >> 20} MiB that a header may take; the file is damaged"
+                    f"{where} ends beyond the {MAX_HEADER_BYTES >> 20} MiB allowed for a header; the file is damaged"
                 )
-            self.fail(f"{where} ends beyond the file's {self.size} bytes; {_DOWNLOAD}")
+            self.fail(f"{where} ends beyond the file's {self.size} bytes; {_DAMAGED}")
         self.position = position
         return _Strings(buffer, offsets)
 
 
 class _Shard(NamedTuple):
-    """One file, checked."""
+    """One file whose header has been checked."""
 
     path: Path
     buffer: mmap.mmap
@@ -356,7 +375,7 @@ class _Shard(NamedTuple):
 def _map(path: Path) -> mmap.mmap:
     """Map a file read-only."""
     try:
-        # Opening a pipe would wait for its other end, so look first.
+        # Opening a pipe would wait for its other end, so check first.
         mode = os.stat(path).st_mode
         if stat.S_ISDIR(mode):
             raise GGUFError(f"{shown(path)}: is a folder; name the .gguf file in it")
@@ -371,7 +390,7 @@ def _map(path: Path) -> mmap.mmap:
     except FileNotFoundError:
         raise GGUFError(f"{shown(path)}: no such file; check the path") from None
     except PermissionError:
-        raise GGUFError(f"{shown(path)}: may not be read; check its permissions") from None
+        raise GGUFError(f"{shown(path)}: cannot be read; check its permissions") from None
     except OSError as error:
         reason = os.strerror(error.errno) if error.errno else str(error)
         advice = (
@@ -395,12 +414,10 @@ def _read_version(header: _Header) -> int:
         swapped = int.from_bytes(_U32.pack(version), "big")
         header.fail(f"is a big-endian GGUF (version {swapped}); convert it with `gguf-convert-endian FILE little`")
     if version == 1:
-        header.fail(
-            "is GGUF version 1, which only old programs read; convert the model again (versions 2 and 3 are read)"
-        )
+        header.fail("is GGUF version 1, which is obsolete; convert the model again (versions 2 and 3 are supported)")
     if version not in (2, 3):
         header.fail(
-            f"is GGUF version {version}; versions 2 and 3 are read; convert the model again or update this program"
+            f"is GGUF version {version}; versions 2 and 3 are supported; convert the model again or update this program"
         )
     return version
 
@@ -421,7 +438,7 @@ def _read_metadata(header: _Header, count: int) -> dict[str, Any]:
 
 
 def _read_tensor(header: _Header, index: int, shard: int) -> TensorInfo:
-    """Read one tensor's entry; its offset still counts from the start of the data."""
+    """Read one tensor's entry; its offset is still relative to the start of the data."""
     name = header.name(f"the name of tensor {index}", MAX_NAME_BYTES)
     tensor = f"tensor {shown(name)}"
     dimensions = header.number(_U32, f"the number of dimensions of {tensor}")
@@ -448,7 +465,7 @@ def _read_tensor(header: _Header, index: int, shard: int) -> TensorInfo:
 def _place_tensors(
     header: _Header, entries: dict[str, TensorInfo], alignment: int, start: int
 ) -> dict[str, TensorInfo]:
-    """Check where the tensors lie and count their offsets from the start of the file; the data begins at `start`."""
+    """Check the tensors' positions, and make offsets relative to the file; the data begins at byte `start`."""
     placed = {}
     for entry in entries.values():
         if entry.offset % alignment:
@@ -461,7 +478,7 @@ def _place_tensors(
     for before, after in itertools.pairwise(order):
         if before.offset + before.nbytes > after.offset:
             header.fail(f"tensors {shown(before.name)} and {shown(after.name)} overlap; the file is damaged")
-    # Ends grow with the offsets now that nothing overlaps.
+    # Nothing overlaps, so the last tensor ends last.
     if order and (end := order[-1].offset + order[-1].nbytes) > header.size:
         cut = next(info for info in order if info.offset + info.nbytes > header.size)
         header.fail(
@@ -473,10 +490,10 @@ def _place_tensors(
 
 
 def _open_shard(path: Path, number: int) -> _Shard:
-    """Map one file and check all of its header. Reads nothing of the tensor data."""
+    """Map one file and check its whole header. Tensor data is not read."""
     header = _Header(path, _map(path))
     version = _read_version(header)
-    # Both counts come first, and tensors are checked again where they start: the metadata may have used up the room.
+    # Both counts come first; that of the tensors is checked again after the metadata, which may have used up the room.
     tensor_count = header.count("tensors", _SMALLEST_TENSOR, MAX_ENTRIES)
     metadata = _read_metadata(header, header.count("metadata keys", _SMALLEST_KEY, MAX_ENTRIES))
     alignment = metadata.get("general.alignment", 32)
@@ -506,25 +523,25 @@ def _split_number(shard: _Shard, key: str, default: int | None = None) -> int:
 
 
 def _open_siblings(first: _Shard) -> list[_Shard]:
-    """Open the other files of a split model; only names derived from the first one's, in its folder, are looked at."""
+    """Open the other files of a split model, by names derived from the first one's and in its folder only."""
     name = shown(first.path)
     count, number = _split_number(first, "split.count", 1), _split_number(first, "split.no", 0)
     if count <= 1:
         return [first]
-    match = _SHARD_NAME.fullmatch(first.path.name)
+    named = ShardName.parse(first.path.name)
     if number != 0:
-        which = f", {shown(match['prefix'])}-00001-of-{match['count']}.gguf" if match else ""
+        which = f", {shown(named.sibling(1))}" if named else ""
         raise GGUFError(f"{name}: is shard {number + 1} of {count}; open the first one{which}")
-    if match is None or int(match["number"]) != 1 or int(match["count"]) != count:
+    if named is None or (named.number, named.total) != (1, count):
         raise GGUFError(
-            f"{name}: is the first of {count} shards, but is not named so; "
+            f"{name}: is the first of {count} shards, but its name does not say so; "
             f"rename them to PREFIX-00001-of-{count:05}.gguf and so on"
         )
-    paths = [first.path.with_name(f"{match['prefix']}-{i:05}-of-{count:05}.gguf") for i in range(2, count + 1)]
+    paths = [first.path.with_name(named.sibling(i)) for i in range(2, count + 1)]
     missing = [path for path in paths if not os.path.exists(path)]
     if missing:
         raise GGUFError(
-            f"{name}: {len(missing)} of its {count} shards are missing, the first of them {shown(missing[0].name)}; "
+            f"{name}: {len(missing)} of {count} shards missing, starting with {shown(missing[0].name)}; "
             f"put all shards in one folder"
         )
     shards = [first]
@@ -533,8 +550,8 @@ def _open_siblings(first: _Shard) -> list[_Shard]:
         found = _split_number(shard, "split.no"), _split_number(shard, "split.count")
         if found != (index, count):
             raise GGUFError(
-                f"{shown(path)}: expected shard {index + 1} of {count}, but it says it is shard {found[0] + 1} "
-                f"of {found[1]}; download the shards again"
+                f"{shown(path)}: expected shard {index + 1} of {count}, but its metadata says {found[0] + 1} of "
+                f"{found[1]}; download the shards again"
             )
         shards.append(shard)
     return shards
@@ -561,7 +578,7 @@ def _join_tensors(shards: list[_Shard]) -> dict[str, TensorInfo]:
 
 
 class GGUFFile:
-    """An open GGUF model: its metadata, its tensors' places and types, and their bytes. Made by `open_gguf`.
+    """An open GGUF model: its metadata, and its tensors with their types, positions and bytes. Made by `open_gguf`.
 
     Attributes:
         path: the file that was opened; `paths` lists every shard, this one first.
@@ -587,19 +604,19 @@ class GGUFFile:
 
         Raises:
             GGUFError: the tensor is not in this file, the rows are out of range, the file is closed, or another program
-                has cut it shorter since (reading beyond its end would kill the process).
+                has truncated it (reading beyond its end would kill the process).
         """
         info, offset, nbytes = self._span(tensor, start, stop)
         if (size := self._buffers[info.shard].size()) < offset + nbytes:
             raise GGUFError(
-                f"{shown(self.paths[info.shard])}: was cut to {size} bytes while it was in use; restore the file, then "
+                f"{shown(self.paths[info.shard])}: was truncated to {size} bytes while in use; restore the file, then "
                 "start again"
             )
         view = np.frombuffer(self._buffers[info.shard], np.uint8, nbytes, offset)
         return view.reshape(nbytes // info.row_bytes, info.row_bytes)
 
     def will_need(self, tensor: str | TensorInfo, start: int = 0, stop: int | None = None) -> None:
-        """Ask the system to read rows `start:stop` ahead; a hint, without effect where the system has no such call."""
+        """Ask the system to read rows `start:stop` ahead; a hint that some systems do not support."""
         info, offset, nbytes = self._span(tensor, start, stop)
         if hasattr(mmap, "MADV_WILLNEED") and nbytes:
             begin = offset - offset % mmap.PAGESIZE
@@ -607,11 +624,11 @@ class GGUFFile:
                 self._buffers[info.shard].madvise(mmap.MADV_WILLNEED, begin, offset + nbytes - begin)
 
     def fingerprint(self) -> str:
-        """Return `sampled-sha256:` and a hash that tells one model file from another; computed once, in milliseconds.
+        """Return `sampled-sha256:` and a hash that distinguishes model files; computed once, in milliseconds.
 
-        Hashed are each shard's size and header (metadata, tensor names, types and places) and 64 KiB blocks of tensor
-        data at fixed fractions of it. It is NOT a hash of the whole content: a change between two sampled blocks goes
-        unseen.
+        It covers each shard's size and header (metadata, tensor names, types and positions) and 64 KiB blocks at fixed
+        fractions of the tensor data. It is NOT a hash of the whole content: a change between two sampled blocks is not
+        detected.
         """
         buffers = self._open_buffers()
         if self._fingerprint is None:
@@ -634,10 +651,10 @@ class GGUFFile:
         return f"sampled-sha256:{digest.hexdigest()}"
 
     def close(self) -> None:
-        """Let go of the tensor data; `rows` fails from now on.
+        """Release the tensor data; `rows` raises from now on.
 
-        Arrays handed out, and the metadata, stay valid: each holds the map, which is unmapped when the last of them is
-        gone. (Unmapping under a live view would crash the process.)
+        Arrays returned earlier, and the metadata, stay valid: each keeps a reference to the map, which is unmapped with
+        the last of them. (Unmapping it earlier would crash the process.)
         """
         self._buffers = []
 
@@ -663,25 +680,25 @@ class GGUFFile:
         name = tensor if isinstance(tensor, str) else tensor.name
         info = self.tensors.get(name)
         if info is None:
-            raise GGUFError(f"{shown(self.path)}: has no tensor {shown(name)}; it holds {len(self.tensors)} others")
+            raise GGUFError(f"{shown(self.path)}: has no tensor {shown(name)}; it has {len(self.tensors)} others")
         if not isinstance(tensor, str) and tensor != info:
             raise GGUFError(
-                f"{shown(self.path)}: tensor {shown(name)} is another here; its entry is from a different file"
+                f"{shown(self.path)}: tensor {shown(name)} is different here; its entry is from another file"
             )
         stop = info.rows if stop is None else stop
         if not 0 <= start <= stop <= info.rows:
             raise GGUFError(
-                f"{shown(self.path)}: rows {start}:{stop} of {shown(name)} asked for, but it has {info.rows}"
+                f"{shown(self.path)}: rows {start}:{stop} of {shown(name)} requested, but it has {info.rows}"
             )
         return info, info.offset + start * info.row_bytes, (stop - start) * info.row_bytes
 
 
 def open_gguf(path: str | os.PathLike[str]) -> GGUFFile:
-    """Open a GGUF model, and with the first shard of a split one all its shards.
+    """Open a GGUF model; of a split one give the first shard, and all are opened.
 
-    Reads the headers only: 0.1 s for a vocabulary of 128 000 tokens, whatever the size of the tensors.
+    Reads only the headers: 0.1 s with a vocabulary of 128 000 tokens, independent of the size of the tensors.
 
     Raises:
-        GGUFError: the file is missing, unreadable, no GGUF, damaged or cut short, or not the first of its shards.
+        GGUFError: the file is missing, unreadable, not GGUF, damaged or truncated, or not the first of its shards.
     """
     return GGUFFile(_open_siblings(_open_shard(Path(path), 0)))

@@ -1,12 +1,12 @@
-"""Models by name: find the GGUF files that other programs have left on this disk.
+"""Models by name: the GGUF files that other programs have left on this disk, and the demo that ships with ggjac.
 
 `hf:user/repo[:quant]` and `hf:user/repo/path/file.gguf` are looked up where Hugging Face's client, llama.cpp and LM
 Studio keep their files, `ollama:name[:tag]` where Ollama does. Nothing here touches the network, except `resolve` with
-`download=True` and the `hub` extra installed.
+`download=True` and the `hub` extra installed. `demo_path` is the path of the bundled model.
 
-Names come from users, file names and manifests from strangers. Names are held to what the hubs allow before they become
-paths, so that none leads out of its folder; a manifest's only say is a digest of 64 hexadecimal digits. Links are
-followed: they are the disk's owner's (Hugging Face's cache consists of them).
+Names come from users, file names and manifests from strangers. Names must match the hubs' own rules before they become
+paths, so that none leads out of its folder; of a manifest only digests of 64 hexadecimal digits become paths. Links are
+followed, because the disk's owner made them (Hugging Face's cache consists of links).
 
 Layouts: Hugging Face https://huggingface.co/docs/huggingface_hub/guides/manage-cache; llama.cpp common/hf-cache.cpp
 (the same layout; LLAMA_CACHE replaces its place) and, until spring 2026, user_repo_file.gguf in a folder of its own;
@@ -24,23 +24,22 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from ggjac.gguf import shown
+from ggjac.gguf.container import ShardName, shown
 
 HF, OLLAMA = "hf:", "ollama:"
 HF_FORMS = "hf:user/repo, hf:user/repo:Q4_K_M or hf:user/repo/path/file.gguf"
 OLLAMA_FORMS = "ollama:name, ollama:name:tag or ollama:user/name:tag"
-DEFAULT_QUANTS = ("Q4_K_M", "Q8_0")  # what llama.cpp's -hf takes where none is named (common/download.cpp)
+DEFAULT_QUANTS = ("Q4_K_M", "Q8_0")  # the defaults of llama.cpp's -hf (common/download.cpp)
 MAX_NAME = 500  # characters
-MAX_FILES = 20_000  # looked at in one folder tree
+MAX_FILES = 20_000  # visited in one folder tree
 MAX_SHARDS = 1000
 MAX_MANIFEST_BYTES = 1 << 20  # real ones are some kilobytes
-MAX_BUILDS = 16  # of one Ollama model; each may be a file to read
+MAX_BUILDS = 16  # of one Ollama model; each may be a file of its own
 
 _HF_PART = r"[A-Za-z0-9_]+(?:[.-][A-Za-z0-9_]+)*"  # llama.cpp's is_valid_repo_id
 _HF_NAME = re.compile(rf"(?P<user>{_HF_PART})/(?P<repo>{_HF_PART})(?::(?P<quant>[A-Za-z0-9_.-]+)|/(?P<file>.+))?")
-_SHARD = re.compile(r"(?P<prefix>.+)-(?P<number>[0-9]{5})-of-(?P<count>[0-9]{5})\.gguf", re.DOTALL | re.IGNORECASE)
 _REVISION = re.compile(r"[0-9a-f]{40}")
-# What repositories hold beside models: projectors, calibration data, draft heads (gguf_filename_is_model upstream).
+# GGUF files that are not models: projectors, calibration data, draft heads (gguf_filename_is_model upstream).
 _NO_MODEL = ("mmproj", "imatrix", "mtp-", "eagle3-", "dflash-", "dspark-")
 
 _OLLAMA_PART = r"[A-Za-z0-9_](?:[A-Za-z0-9_-]|\.(?!\.))*"
@@ -48,31 +47,31 @@ _OLLAMA_NAME = re.compile(
     rf"(?:(?:(?P<host>{_OLLAMA_PART}(?::[0-9]{{1,5}})?)/)?(?P<space>{_OLLAMA_PART})/)?"
     rf"(?P<model>{_OLLAMA_PART})(?::(?P<tag>{_OLLAMA_PART}))?"
 )
-_OLLAMA_HOSTS = ("registry.ollama.ai", "ollama.com")  # two names of one registry; the first is the one on most disks
-_OLLAMA_MANIFESTS = ("manifests-v2", "manifests")  # the new, links to blobs, comes first
+_OLLAMA_HOSTS = ("registry.ollama.ai", "ollama.com")  # two names of one registry; most disks have the first
+_OLLAMA_MANIFESTS = ("manifests-v2", "manifests")  # the newer layout, links to blobs, comes first
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 _LAYER = "application/vnd.ollama.image."
 _MANIFEST_LIST = "application/vnd.ollama.manifest.list.v2+json"
 
 
 class HubError(ValueError):
-    """A name that leads to no model on this disk; the message is one line."""
+    """A name for which there is no model on this disk; the message is one line."""
 
 
 class DownloadError(HubError):
-    """A download that was asked for and could not be done; the message is one line."""
+    """A requested download that failed; the message is one line."""
 
 
 def resolve(name: str | os.PathLike[str], *, download: bool = False) -> Path:
-    """Return the path of the model that `name` stands for; of a split one, that of its first shard.
+    """Return the path of a model by name; of a split one, that of its first shard.
 
-    Everything that does not begin with `hf:` or `ollama:` is a path, and so is every name under which a file exists:
-    they are returned as they are. With `download`, an `hf:` model that is not here is fetched with `huggingface_hub`
-    into Hugging Face's cache.
+    A name that does not begin with `hf:` or `ollama:`, or under which a file exists, is a path and returned unchanged.
+    With `download`, an `hf:` model that is not on this disk is fetched with `huggingface_hub` into Hugging Face's
+    cache.
 
     Raises:
-        HubError: the name is malformed, or its model is not on this disk, not whole, or one of several that fit.
-        DownloadError: a download was asked for and failed.
+        HubError: the name is malformed, or its model is not on this disk, incomplete, or one of several that match.
+        DownloadError: the download failed.
     """
     if not isinstance(name, str) or not name.startswith((HF, OLLAMA)) or os.path.exists(name):
         return Path(name)
@@ -86,7 +85,7 @@ def resolve(name: str | os.PathLike[str], *, download: bool = False) -> Path:
 
 @dataclass(frozen=True)
 class _HfName:
-    """A parsed `hf:` name; `asked` is the name as given, escaped."""
+    """A parsed `hf:` name; `asked` is the name as given, escaped for messages."""
 
     asked: str
     user: str
@@ -97,9 +96,9 @@ class _HfName:
 
 @dataclass(frozen=True)
 class _Model:
-    """A model in a repository or in a copy of it: one file, or all shards of one.
+    """A model in a repository or in a copy of it: one file, or all shards of a split one.
 
-    `file` is its path within the repository, of the first shard; `missing` are the paths of what is not there.
+    `file` is the path of the (first) file within the repository; `missing` are the paths of files that are not there.
     """
 
     file: str
@@ -109,31 +108,31 @@ class _Model:
 
     @property
     def key(self) -> str:
-        """The same for the same file under every layout: llama.cpp once wrote `_` for `/`."""
+        """A key equal for the same file under every layout: llama.cpp used to write `_` for `/`."""
         return self.file.replace("/", "_").lower()
 
 
 def _find_hf(asked: str, download: bool) -> Path:
     name = _parse_hf(asked)
     here = [model for folder, files in _copies(name) for model in _models(files, folder)]
-    # What is whole comes first, so that an interrupted download of one quantization does not hide another.
-    whole = [model for model in here if not model.missing]
-    found = _choose(whole, name) or _choose(here, name)
+    # Complete models first, so that an interrupted download of one quantization does not hide another.
+    complete = [model for model in here if not model.missing]
+    found = _choose(complete, name) or _choose(here, name)
     if found and not found.missing:
         return found.path
     if download:
         return _download(name)
-    fetch = "add --download to fetch what is missing" if found else "add --download to fetch it, or give a path"
+    fetch = "add --download to fetch the rest" if found else "add --download to fetch it, or give a path"
     if found:
         first = shown(found.missing[0])
         raise HubError(
-            f"{name.asked}: {len(found.missing)} of its {len(found.shards)} files are missing, the first of them "
+            f"{name.asked}: {len(found.missing)} of {len(found.shards)} files missing, starting with "
             f"{first}; looked in {shown(found.path.parent)}; {fetch}"
         )
     places = ", ".join(_described(folder) for folder in _hf_folders())
     if here:
         raise HubError(
-            f"{name.asked}: not on this disk; looked in {places}; of this repository there is "
+            f"{name.asked}: not on this disk; looked in {places}; this repository has here "
             f"{_listed(sorted({model.file for model in here}))}; name one of these, or {fetch}"
         )
     others = _listed(sorted(set(islice(_repositories(), 50))))
@@ -143,7 +142,7 @@ def _find_hf(asked: str, download: bool) -> Path:
 def _parse_hf(asked: str) -> _HfName:
     match = _HF_NAME.fullmatch(asked.removeprefix(HF))
     if match is None or len(asked) > MAX_NAME:
-        raise HubError(f"{shown(asked)}: this is not a name of a model; write {HF_FORMS}")
+        raise HubError(f"{shown(asked)}: not a model name; write {HF_FORMS}")
     file = match["file"]
     if file is not None and not (_is_inside(file) and file.lower().endswith(".gguf")):
         raise HubError(f"{shown(asked)}: {shown(file)} is not a GGUF file in a repository; write {HF_FORMS}")
@@ -151,13 +150,13 @@ def _parse_hf(asked: str) -> _HfName:
 
 
 def _is_inside(file: str) -> bool:
-    """Tell whether a path of a repository stays in it, on every system."""
+    """Say whether a path stays inside its repository, on every system."""
     parts = file.split("/")
     return not {"", ".", ".."} & set(parts) and not any(character in file for character in "\\:\0")
 
 
 def _hf_folders() -> list[Path]:
-    """Return the folders that may hold repositories: llama.cpp's own choice, Hugging Face's, the old one, LM Studio."""
+    """Return the folders that may hold repositories: LLAMA_CACHE, Hugging Face's, llama.cpp's old one, LM Studio's."""
     return list(dict.fromkeys([*_given("LLAMA_CACHE"), _hf_cache(), _llama_cache(), *_lm_studio()]))
 
 
@@ -185,13 +184,13 @@ def _llama_cache() -> Path:
 
 
 def _lm_studio() -> list[Path]:
-    """Return LM Studio's folder and the one that versions before 0.3 used; those that exist."""
+    """Return LM Studio's folder and that of versions before 0.3, if they exist."""
     folders = [_home() / ".lmstudio" / "models", _home() / ".cache" / "lm-studio" / "models"]
     return [folder for folder in folders if os.path.isdir(folder)]
 
 
 def _copies(name: _HfName) -> Iterator[tuple[Path, dict[str, Path]]]:
-    """Yield what each layout has of a repository: a folder, and path in the repository -> path on disk."""
+    """Yield each copy of a repository: its folder, and path in the repository -> path on disk."""
     for hub in dict.fromkeys([*_given("LLAMA_CACHE"), _hf_cache()]):
         repository = _child(hub, f"models--{name.user}--{name.repo}")
         for revision in _revisions(repository):
@@ -203,7 +202,7 @@ def _copies(name: _HfName) -> Iterator[tuple[Path, dict[str, Path]]]:
 
 
 def _revisions(repository: Path) -> list[str]:
-    """Return the snapshots of a repository, that of `main` first, then the newest."""
+    """Return the snapshots of a repository: that of `main` first, then from new to old."""
     kept = [name for name in _entries(repository / "snapshots") if _REVISION.fullmatch(name)]
     kept.sort(key=lambda name: -_modified(repository / "snapshots" / name))
     main = _read(repository / "refs" / "main", 100).decode("ascii", "replace").strip()
@@ -211,7 +210,7 @@ def _revisions(repository: Path) -> list[str]:
 
 
 def _tree(folder: Path) -> dict[str, Path]:
-    """Return the GGUF files below a folder, by their path in it; links that lead nowhere too."""
+    """Return the GGUF files below a folder by their relative path, broken links included."""
     walk = (Path(at, name) for at, _, names in os.walk(folder) for name in names)
     found = [path for path in islice(walk, MAX_FILES) if path.name.lower().endswith(".gguf")]
     return {path.relative_to(folder).as_posix(): path for path in sorted(found)}
@@ -220,8 +219,8 @@ def _tree(folder: Path) -> dict[str, Path]:
 def _flat(folder: Path, name: _HfName) -> dict[str, Path]:
     """Return a repository's files in llama.cpp's old cache: `user_repo_path_file.gguf`.
 
-    `a_b/c` and `a/b_c` look alike there. Where a manifest (`manifest=user=repo=tag.json`) tells of a repository with a
-    longer name, the files that begin with it are that one's.
+    `a_b/c` and `a/b_c` look alike there. If a manifest (`manifest=user=repo=tag.json`) names a repository whose longer
+    prefix begins with this one, files with that prefix belong to it.
     """
     names = list(islice(_entries(folder), MAX_FILES))
     prefix = f"{name.user}_{name.repo}_".lower()
@@ -241,7 +240,7 @@ def _flat(folder: Path, name: _HfName) -> dict[str, Path]:
 
 
 def _models(files: Mapping[str, Path], folder: Path) -> list[_Model]:
-    """Return the models among files, shards put together; a link that leads nowhere counts as missing."""
+    """Return the models among files, with shards grouped; a broken link counts as missing."""
     found: dict[str, _Model] = {}
     present = {file for file, path in files.items() if os.path.isfile(path)}
     for file in files:
@@ -255,29 +254,29 @@ def _models(files: Mapping[str, Path], folder: Path) -> list[_Model]:
 
 
 def _shards(file: str) -> tuple[str, ...]:
-    """Return the names of all shards of the model that a file belongs to; of most, its own."""
-    match = _SHARD.fullmatch(file)
-    if match is None or not 1 <= int(match["number"]) <= int(match["count"]) <= MAX_SHARDS:
+    """Return the names of all shards of the model that a file belongs to; its own if it is not split."""
+    named = ShardName.parse(file)
+    if named is None or not 1 <= named.number <= named.total <= MAX_SHARDS:
         return (file,)
-    return tuple(f"{match['prefix']}-{i:05}-of-{match['count']}.gguf" for i in range(1, int(match["count"]) + 1))
+    return tuple(named.sibling(i) for i in range(1, named.total + 1))
 
 
 def _choose(models: Sequence[_Model], name: _HfName) -> _Model | None:
     """Choose as llama.cpp's -hf does (find_best_model in common/download.cpp), but never silently among several.
 
     Raises:
-        HubError: several different files fit.
+        HubError: several different files match.
     """
-    distinct = {model.key: model for model in reversed(models)}  # of equal ones the first, as the folders are searched
+    distinct = {model.key: model for model in reversed(models)}  # of duplicates, the first in search order
     if name.file:
         return distinct.get(_shards(name.file)[0].replace("/", "_").lower())
     for quant in [name.quant] if name.quant else DEFAULT_QUANTS:
         # Whole words only, unlike llama.cpp: BF16 is not F16. Plain ones before Unsloth's dynamic UD-Q4_K_M.
         for before in (r"(?<![A-Za-z0-9])(?<!UD-)", r"(?<![A-Za-z0-9])"):
             pattern = re.compile(rf"{before}{re.escape(quant)}[./-]", re.IGNORECASE)
-            fitting = [model for model in distinct.values() if pattern.search(model.file)]
-            if fitting:
-                return _only(fitting, name)
+            matching = [model for model in distinct.values() if pattern.search(model.file)]
+            if matching:
+                return _only(matching, name)
     return None if name.quant else _only(list(distinct.values()), name)
 
 
@@ -285,12 +284,12 @@ def _only(models: list[_Model], name: _HfName) -> _Model | None:
     if len(models) > 1:
         files = sorted(model.file for model in models)
         example = shown(f"{HF}{name.user}/{name.repo}/{files[0]}")
-        raise HubError(f"{name.asked}: {len(files)} files fit: {_listed(files)}; name one of them, as in {example}")
+        raise HubError(f"{name.asked}: {len(files)} files match: {_listed(files)}; name one of them, as in {example}")
     return models[0] if models else None
 
 
 def _repositories() -> Iterator[str]:
-    """Yield the repositories with GGUF files that are here, as `user/repo`."""
+    """Yield the repositories on this disk that have GGUF files, as `user/repo`."""
     for hub in dict.fromkeys([*_given("LLAMA_CACHE"), _hf_cache()]):
         for entry in _entries(hub):
             _, _, name = entry.partition("models--")
@@ -341,7 +340,7 @@ def _find_ollama(asked: str) -> Path:
     name = asked.removeprefix(OLLAMA)
     match = _OLLAMA_NAME.fullmatch(name)
     if match is None or len(asked) > MAX_NAME:
-        raise HubError(f"{shown(asked)}: this is not a name of a model; write {OLLAMA_FORMS}")
+        raise HubError(f"{shown(asked)}: not a model name; write {OLLAMA_FORMS}")
     host, space, model, tag = match["host"], match["space"] or "library", match["model"], match["tag"] or "latest"
     folders = _ollama_folders()
     for folder in folders:
@@ -363,7 +362,7 @@ def _find_ollama(asked: str) -> Path:
 
 
 def _ollama_folders() -> list[Path]:
-    """Return Ollama's models folders: the environment's, or the user's and that of the service on Linux."""
+    """Return Ollama's model folders: OLLAMA_MODELS, or the user's and, on Linux, the service's."""
     folders = list(_given("OLLAMA_MODELS")) or [_home() / ".ollama" / "models"]
     if sys.platform == "linux" and not _given("OLLAMA_MODELS"):
         folders.append(Path("/usr/share/ollama/.ollama/models"))
@@ -371,7 +370,7 @@ def _ollama_folders() -> list[Path]:
 
 
 def _ollama_models(folder: Path) -> Iterator[str]:
-    """Yield the models of a folder as Ollama would name them."""
+    """Yield the models of a folder under the names that Ollama uses."""
     for manifests in _OLLAMA_MANIFESTS:
         root = folder / manifests
         for host in _entries(root):
@@ -385,10 +384,10 @@ def _ollama_models(folder: Path) -> Iterator[str]:
 
 
 def _blob(asked: str, folder: Path, manifest: Path) -> Path:
-    """Return the model file that a manifest names, after checking all that it says of it.
+    """Return the model file that a manifest names, after checking its digest and size.
 
     Raises:
-        HubError: the manifest is damaged, names no single GGUF file, or its file is missing or cut short.
+        HubError: the manifest is damaged or does not name exactly one GGUF file, or that is missing or truncated.
     """
     again = f"fetch it again: ollama pull {asked.removeprefix(OLLAMA)}"
 
@@ -405,14 +404,14 @@ def _blob(asked: str, folder: Path, manifest: Path) -> Path:
         return _dicts(found)
 
     def build(entry: dict[str, Any]) -> list[dict[str, Any]]:
-        """Return the layers of one build of a model, written out or referred to; those for Apple's MLX are no GGUF."""
+        """Return the layers of one build, inline or by reference; none for Apple's MLX, whose builds are not GGUF."""
         if str(entry.get("runner")).lower() == "mlx":
             return []
         return _dicts(entry["layers"]) if "layers" in entry else layers(blob(entry.get("digest")), child=True)
 
     def blob(digest: Any) -> Path:
         if not isinstance(digest, str) or not _DIGEST.fullmatch(digest):
-            raise fail(f"its manifest {shown(manifest)} gives {shown(str(digest))} for a digest; {again}")
+            raise fail(f"its manifest {shown(manifest)} has the invalid digest {shown(str(digest))}; {again}")
         path = folder / "blobs" / digest.replace(":", "-")
         if not os.path.isfile(path):
             raise fail(f"its file {shown(path)} is missing; {again}")
@@ -421,15 +420,15 @@ def _blob(asked: str, folder: Path, manifest: Path) -> Path:
     found = layers(manifest)
     kinds = [str(layer.get("mediaType")).removeprefix(_LAYER) for layer in found]
     if "adapter" in kinds:
-        raise fail("it is a model with a LoRA adapter, which ggjac cannot apply; merge them, or name the model alone")
+        raise fail("it is a model with a LoRA adapter, which ggjac cannot apply; merge the two, or leave it out")
     models = [layer for layer, kind in zip(found, kinds, strict=True) if kind == "model"]
     digests = {str(layer.get("digest")) for layer in models}
     if len(digests) != 1:
         count = len(digests) or "no"
-        raise fail(f"its manifest {shown(manifest)} names {count} GGUF files; ggjac needs one: give a path")
+        raise fail(f"its manifest {shown(manifest)} names {count} GGUF files; ggjac needs exactly one; give a path")
     path, size = blob(models[0].get("digest")), models[0].get("size")
     if isinstance(size, int) and os.path.getsize(path) != size:
-        raise fail(f"its file {shown(path)} has {os.path.getsize(path)} bytes, its manifest says {size}; {again}")
+        raise fail(f"its file {shown(path)} has {os.path.getsize(path)} bytes, but its manifest says {size}; {again}")
     return path
 
 
@@ -437,17 +436,17 @@ def _blob(asked: str, folder: Path, manifest: Path) -> Path:
 
 
 def _home() -> Path:
-    return Path(os.path.expanduser("~"))  # unlike Path.home, no error for a user without a home
+    return Path(os.path.expanduser("~"))  # unlike Path.home, does not raise for a user without a home
 
 
 def _given(variable: str) -> tuple[Path, ...]:
-    """Return the folder that an environment variable names, if it names one."""
+    """Return the folder that an environment variable names, if it is set."""
     value = os.environ.get(variable)
     return (Path(os.path.expanduser(value)),) if value else ()
 
 
 def _entries(folder: Path) -> list[str]:
-    """Return the names in a folder, sorted; none if it is missing or may not be read."""
+    """Return the names in a folder, sorted; none if it is missing or cannot be read."""
     try:
         return sorted(os.listdir(folder))
     except OSError:
@@ -455,7 +454,7 @@ def _entries(folder: Path) -> list[str]:
 
 
 def _child(folder: Path, name: str) -> Path:
-    """Return an entry of a folder, by its exact name or else one that differs in case only: hubs ignore case."""
+    """Return an entry of a folder, by its exact name, else one that differs only in case: hubs ignore case."""
     if os.path.lexists(folder / name):
         return folder / name
     return folder / next((entry for entry in _entries(folder) if entry.lower() == name.lower()), name)
@@ -469,9 +468,9 @@ def _modified(path: Path) -> float:
 
 
 def _read(path: Path, most: int) -> bytes:
-    """Return a regular file's bytes; none if it has more than `most` or cannot be read."""
+    """Return a regular file's bytes; empty if it has more than `most` or cannot be read."""
     try:
-        if not os.path.isfile(path):  # a pipe would wait for ever
+        if not os.path.isfile(path):  # a pipe would block
             return b""
         with path.open("rb") as file:
             content = file.read(most + 1)
@@ -481,7 +480,7 @@ def _read(path: Path, most: int) -> bytes:
 
 
 def _json(path: Path) -> Any:
-    """Return the content of a small JSON file; None if it is none."""
+    """Return the content of a small JSON file; None if it is not one."""
     try:
         return json.loads(_read(path, MAX_MANIFEST_BYTES))
     except (ValueError, RecursionError):
@@ -493,7 +492,7 @@ def _dicts(values: Any) -> list[dict[str, Any]]:
 
 
 def _described(folder: Path) -> str:
-    """Return a folder's name for a message, and that it may not be read."""
+    """Return a folder's name for a message, with a note if it is absent or cannot be read."""
     home, path = str(_home()), str(folder)
     name = shown(f"~{path[len(home) :]}" if path.startswith(home + os.sep) else path)
     try:
@@ -511,5 +510,5 @@ def _listed(names: Iterable[str], most: int = 5) -> str:
 
 
 def demo_path() -> Path:
-    """Return the path of the model that ships with the package; `tools/train_demo.py` tells how it was made."""
+    """Return the path of the model that ships with the package; `tools/train_demo.py` made it."""
     return Path(str(resources.files("ggjac") / "data" / "demo.gguf"))

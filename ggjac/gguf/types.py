@@ -1,8 +1,8 @@
 """ggml's tensor types: id, name, elements and bytes per block.
 
-One table, read by the container (sizes) and by the dequantizers (layouts). Source: ggml.h `enum ggml_type` and the
+One table, used by the container (sizes) and the dequantizers (layouts). Source: ggml.h `enum ggml_type` and the
 block structs of ggml-common.h. Types that ggml removed (ids 4, 5, 31-33, 36-38) and types that exist for activations
-only (Q8_1, Q8_K) are absent: a file that stores one is refused by its id.
+only (Q8_1, Q8_K) are absent: a file that uses one is refused by its id.
 """
 
 from typing import NamedTuple
@@ -58,7 +58,7 @@ TYPES: dict[int, GGMLType] = {
 
 
 def holds_weights(type: GGMLType) -> bool:
-    """Say whether a model's weights may be stored so: integers are for tables, and llama.cpp aborts on F64."""
+    """Say whether a model's weights may have this type: integers are for tables, and llama.cpp aborts on F64."""
     return type.name not in ("I8", "I16", "I32", "I64", "F64")
 
 

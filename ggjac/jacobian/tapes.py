@@ -17,7 +17,8 @@ from torch import Tensor
 
 from ggjac import runs
 from ggjac.blocks import AttentionTape, BlockTape, FFNTape, HiddenTape, NormTape
-from ggjac.runs import journal
+from ggjac.runs import tensors as stored
+from ggjac.runs.journal import Journal
 
 SCHEMA_VERSION = 2
 
@@ -55,7 +56,7 @@ class Tapes:
         *,
         resident: bool = True,
         complete: bool = False,
-        run: journal.Journal | None = None,
+        run: Journal | None = None,
     ):
         if folder is None and not resident:
             raise ValueError("these tapes are kept nowhere; give a folder, or resident=True")
@@ -92,7 +93,7 @@ class Tapes:
         """Add the next block's tape, with every tensor laid out as if it had been read back."""
         tensors: dict[str, Tensor] = {}
         description = _described(tape, "", tensors)
-        tensors = {name: journal.plain(tensor) for name, tensor in tensors.items()}
+        tensors = {name: stored.plain(tensor) for name, tensor in tensors.items()}
         self._kept[self._count] = _restored(description, tensors)
         self._count += 1
         if self.complete:
@@ -123,7 +124,7 @@ class Tapes:
         for i in range(self._saved, self._count):
             tensors: dict[str, Tensor] = {}
             description = _described(self._kept[i], "", tensors)
-            journal.save_tensors(self._path(i), tensors, {"tape": json.dumps(description), "trace": self._mark})
+            stored.save_tensors(self._path(i), tensors, {"tape": json.dumps(description), "trace": self._mark})
             self._saved = i + 1
         self._due = time.monotonic() + EVERY
 
@@ -160,9 +161,9 @@ class Tapes:
     def _load(self, index: int) -> BlockTape:
         path = self._path(index)
         try:
-            tensors, metadata = journal.load_tensors(path)
+            tensors, metadata = stored.load_tensors(path)
             tape = _restored(json.loads(metadata["tape"]), {name: t.to(self.device) for name, t in tensors.items()})
-        except journal.JournalError as error:
+        except runs.JournalError as error:
             raise TapeError(f"{error}; remove the folder to trace the prompt again") from error
         except (LookupError, TypeError, ValueError, RecursionError) as error:
             raise TapeError(f"{path}: is not a tape; remove the folder to trace the prompt again") from error

@@ -1,4 +1,4 @@
-"""llama.cpp, asked in a process of its own; and files for it."""
+"""llama.cpp in a child process, and control vector files for it."""
 
 from ggjac.llamacpp.child import (
     COMMAND,

@@ -1,12 +1,12 @@
-"""llama.cpp in a child process: whatever a file makes it do, this process goes on and can say what happened.
+"""Run llama.cpp in a child process, so that a crash becomes an error message.
 
-llama.cpp ends its process on much that it does not expect: assertions abort, exceptions leave threads, and some
-damaged files make it read where nothing is. So nobody here calls it in their own process. `Child` starts
-`python -m ggjac.llamacpp.server`, which imports no torch, and asks it: one JSON object per line, requests on its stdin,
-replies on its stdout, arrays as .npy files in a folder that the request names. What llama.cpp and the child print or
-log goes to a file that is read when the child has died.
+llama.cpp ends its process in many cases: assertions abort, exceptions escape from threads, and some damaged files make
+it read invalid memory. So it is never called in this process. `Child` starts `python -m ggjac.llamacpp.server`, which
+does not import torch, and talks to it with one JSON object per line: requests on its stdin, replies on its stdout,
+arrays as .npy files in a folder that the request names. The output and log of llama.cpp and of the child go to a file
+that is read if the child dies.
 
-Messages may quote files and paths as they are: callers must escape them before printing (`ggjac.tokenizer.visible`).
+Messages may quote files and paths unescaped: callers must escape them before printing (`ggjac.tokenizer.visible`).
 """
 
 import importlib.util
@@ -18,44 +18,41 @@ import subprocess
 import sys
 import tempfile
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:  # the parent needs it only when arrays come back, and the child gets it with llama.cpp
-    pass
-
-# -P: no module is taken from the current folder, unless this process takes modules from there too.
+# -P: do not import from the current folder, unless this process does.
 COMMAND = (sys.executable, "-P", "-m", "ggjac.llamacpp.server")
 
 
 class LlamaCppError(ValueError):
-    """llama.cpp refused, failed, or cannot be asked at all."""
+    """llama.cpp refused, failed, or cannot be started."""
 
     def __init__(self, message: str, *, will_not_fit: bool = False):
         super().__init__(message)
-        self.will_not_fit = will_not_fit  # memory or disk is too small
+        self.will_not_fit = will_not_fit  # for lack of memory or disk
 
 
 class LlamaCppDied(LlamaCppError):
-    """llama.cpp ended its own process; the message names the signal and quotes its last line."""
+    """llama.cpp ended the child process; the message names the signal and quotes the last line of its log."""
 
 
 def missing() -> str | None:
-    """Say what to install where llama.cpp is not there; None where it is (whether it loads, a child will tell)."""
+    """Return what to install if llama.cpp is missing, else None. (Whether it loads is found out by a child.)"""
     if importlib.util.find_spec("llama_cpp") is None:
         return "llama-cpp-python is not installed: pip install llama-cpp-python"
     return None
 
 
 class Child:
-    """A running `python -m ggjac.llamacpp.server`. It ends with `close`, and by itself when this process is gone.
+    """A running `python -m ggjac.llamacpp.server`. It ends at `close`, or when this process ends.
 
-    Starting one takes 0.1 to 0.2 s. One thread at a time may ask.
+    Starting one takes 0.1 to 0.2 s. Only one thread at a time may call `ask`.
     """
 
     def __init__(self) -> None:
-        self.pid = os.getpid()  # whose child it is: after a fork it is not ours to ask
+        self.pid = os.getpid()  # the parent: after a fork the child must not be used
         self._log = tempfile.TemporaryFile()  # noqa: SIM115  # closed by `close`; an unread pipe would fill up
-        # It shall find modules where this process finds them. GGML_NO_BACKTRACE: ggml would start a debugger.
+        # It finds modules where this process does. GGML_NO_BACKTRACE keeps ggml from starting a debugger.
         path = os.pathsep.join(os.path.abspath(folder) for folder in sys.path)
         env = os.environ | {"PYTHONPATH": path, "GGML_NO_BACKTRACE": "1"}
         try:
@@ -73,11 +70,11 @@ class Child:
         self.close()
 
     def ask(self, call: str, **arguments: Any) -> Any:
-        """Return the child's answer to a call of one of `Server`'s methods.
+        """Call one of `Server`'s methods in the child and return its result.
 
         Raises:
-            LlamaCppDied: the child ended, most likely because llama.cpp ended it.
-            LlamaCppError: what llama.cpp or the child said.
+            LlamaCppDied: the child ended, most likely because of llama.cpp.
+            LlamaCppError: the error of llama.cpp or of the child.
         """
         assert self._process.stdin is not None
         assert self._process.stdout is not None
@@ -90,7 +87,7 @@ class Child:
                 line = b""
             if not line.endswith(b"\n"):
                 raise self._death()
-        except BaseException:  # Ctrl-C above all: it must not go on working
+        except BaseException:  # above all Ctrl-C: the child must stop working
             self.close(kill=True)
             raise
         self._log.seek(0)
@@ -102,11 +99,11 @@ class Child:
 
     @property
     def closed(self) -> bool:
-        """Tell whether it has ended."""
+        """Say whether it has ended."""
         return self._log.closed
 
     def close(self, *, kill: bool = False) -> None:
-        """End the child: it goes when its stdin is closed. More than once does no harm."""
+        """End the child by closing its stdin; with `kill` at once. Can be called repeatedly."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         if kill and self.pid == os.getpid():
@@ -129,10 +126,10 @@ class Child:
         self._log.seek(max(0, self._log.seek(0, os.SEEK_END) - 4096))
         lines = [line.strip() for line in self._log.read().decode("utf-8", errors="replace").splitlines()]
         words = next(filter(None, reversed(lines)), "it gave no reason")
-        # An assertion names its file by the path on the machine that compiled it.
+        # An assertion contains the source file's path on the machine that compiled it.
         words = re.sub(r"^\S*[/\\](?=[\w.-]+:\d+: )", "", words)[:400]
         if code >= 0:
             return LlamaCppDied(f"exit code {code}: {words}")
         name = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
-        # The kernel's way to end who takes the last memory.
+        # The kernel kills the process that takes the last memory.
         return LlamaCppDied(f"{name}: {words}", will_not_fit=name == "SIGKILL")

@@ -1,9 +1,9 @@
-"""Directions as llama.cpp takes them: a control vector file, added to the stream of every position.
+"""Control vector files: a direction that llama.cpp adds to the residual stream of every position.
 
 A GGUF of architecture `controlvector` with float32 tensors `direction.N` `[d]`, N from 1 (llama.cpp:
-common_control_vector_load in common/common.cpp). llama.cpp adds `direction.N` to what its block `N` puts out, blocks
-counted from 0 (llama_adapter_cvec in src/llama-adapter.cpp): that is the stream after `N + 1` blocks. There is none for
-block 0, nor for the embeddings.
+common_control_vector_load in common/common.cpp). llama.cpp adds `direction.N` to the output of block `N`, counted from
+0 (llama_adapter_cvec in src/llama-adapter.cpp): to the residual stream after `N + 1` blocks. Block 0 and the embeddings
+have none.
 
     llama-cli -m model.gguf --control-vector file.gguf      (or --control-vector-scaled file.gguf:0.5)
 """
@@ -21,7 +21,7 @@ ARCHITECTURE = "controlvector"
 
 
 class ControlVectorError(ValueError):
-    """A direction that llama.cpp has no place for."""
+    """A direction that llama.cpp cannot add."""
 
 
 def save_control_vector(
@@ -32,14 +32,14 @@ def save_control_vector(
     block_count: int,
     architecture: str,
 ) -> None:
-    """Write a direction that llama.cpp is to add to the stream after `layer` blocks, zeros elsewhere.
+    """Write a control vector that adds a direction to the residual stream after `layer` blocks, and zeros elsewhere.
 
     Args:
-        path: the file; appears whole or not at all.
+        path: of the file, which is written atomically.
         direction: `[d]`, written in float32.
         layer: number of blocks applied, 2 to `block_count`.
         block_count: of the model.
-        architecture: of the model, `general.architecture` in its file: the hint for those who read the file.
+        architecture: `general.architecture` of the model, stored as a hint for readers of the file.
 
     Raises:
         ControlVectorError: llama.cpp cannot add to that layer, or the direction is not finite in float32.
@@ -53,17 +53,17 @@ def save_control_vector(
 
 
 def check_layer(layer: int, block_count: int) -> None:
-    """Refuse a layer to which llama.cpp cannot add.
+    """Refuse a layer to which llama.cpp cannot add a control vector.
 
     Raises:
-        ControlVectorError: with those it can.
+        ControlVectorError: names the layers that are possible.
     """
     if block_count < 2:
-        raise ControlVectorError("llama.cpp adds control vectors after 2 blocks or more, and this model has one")
+        raise ControlVectorError("llama.cpp adds control vectors after 2 blocks or more, but this model has one")
     if not 2 <= layer <= block_count:
         raise ControlVectorError(
-            f"llama.cpp adds control vectors to the stream after 2 to {block_count} blocks of this model, not after "
-            f"{layer}; choose another --layer"
+            f"llama.cpp adds control vectors to the residual stream after 2 to {block_count} blocks of this model, "
+            f"not after {layer}; choose another --layer"
         )
 
 

@@ -1,7 +1,8 @@
-"""The process that calls llama.cpp, asked by `ggjac.llamacpp.child`: evaluates prompts, rewrites files, tokenizes.
+"""The process that calls llama.cpp for `ggjac.llamacpp.child`: it evaluates prompts, rewrites files and tokenizes.
 
-llama.cpp is set to what rounds least: CPU, F32 cache, no flash attention, one batch with every token an output, and
-its parameter defaults otherwise: they mean "from the file" (the high-level `llama_cpp.Llama` overrides YaRN's).
+llama.cpp runs with the settings that round least: CPU, F32 cache, no flash attention, one batch in which every token is
+an output. Other parameters keep their defaults, which mean "from the file" (the high-level `llama_cpp.Llama` overrides
+YaRN's).
 """
 
 import ctypes
@@ -22,7 +23,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:  # the parent needs it only when arrays come back, and the child gets it with llama.cpp
+if TYPE_CHECKING:  # imported where arrays are made; llama_cpp needs it too
     import numpy as np
 
 from ggjac.llamacpp.child import LlamaCppError, missing
@@ -32,13 +33,13 @@ Log = list[tuple[int, str]]  # level, text
 
 def main() -> None:
     """Answer requests until stdin ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears of a Ctrl-C too, and ends us
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent receives Ctrl-C too, and ends this process
     with suppress(ImportError, ValueError, OSError):  # absent on Windows
         import resource
 
         resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
     replies = os.fdopen(os.dup(1), "w", encoding="ascii")
-    os.dup2(2, 1)  # whatever prints to stdout prints to the log
+    os.dup2(2, 1)  # output to stdout goes to the log instead
     requests: queue.SimpleQueue[bytes] = queue.SimpleQueue()
     threading.Thread(target=_listen, args=(requests,), daemon=True).start()
     server = Server()
@@ -53,7 +54,7 @@ def main() -> None:
 
 
 def _listen(requests: "queue.SimpleQueue[bytes]") -> None:
-    """Queue the lines of stdin. At its end the parent is gone, or done with us: end at once, also from work."""
+    """Queue the lines of stdin. When it is closed by the parent, or with it, end at once, even during a call."""
     while line := sys.stdin.buffer.readline():
         requests.put(line)
     os._exit(0)
@@ -70,7 +71,7 @@ def _refusal(error: Exception) -> dict[str, Any]:
 
 
 class Server:
-    """What the child can be asked. Arguments and results are plain data."""
+    """The calls that the child answers. Arguments and results are plain JSON."""
 
     def __init__(self) -> None:
         _skip_high_level()
@@ -96,7 +97,7 @@ class Server:
         folder: str,
         control: str | None = None,
     ) -> dict[str, Any]:
-        """Evaluate token ids; save logits and tensors as `folder/{i}.npy`, i counting the returned names.
+        """Evaluate token ids; save logits and tensors as `folder/{i}.npy`, where i is the index of the returned name.
 
         `control` is the path of a control vector, added at every position with scale 1.
         """
@@ -118,7 +119,7 @@ class Server:
         rewrite(self._ready(), source, target, log=self.log, threads=threads)
 
     def vocabulary(self, path: str) -> dict[str, Any]:
-        """Load the vocabulary of a file, which the later calls use, and tell about it."""
+        """Load the vocabulary of a file for later calls, and return its properties."""
         llama = self._ready()
         llama.llama_backend_init()
         params = llama.llama_model_default_params()
@@ -138,12 +139,12 @@ class Server:
         }
 
     def tokenize(self, text: str, add_special: bool, parse_special: bool) -> list[int]:
-        """Turn text into ids."""
+        """Return the token ids of a text."""
         data = text.encode("utf-8")
         return tokenize(self._ready(), self.vocab, data, add_special=add_special, parse_special=parse_special)
 
     def first_piece(self, id: int) -> str:
-        """Return the bytes of a token that begins a text, as hexadecimal digits."""
+        """Return the bytes of a token at the beginning of a text, as hexadecimal digits."""
         llama, first = self._ready(), (ctypes.c_int32 * 1)(id)
         size = 64
         while True:
@@ -155,7 +156,7 @@ class Server:
 
 
 def _skip_high_level() -> None:
-    """Let `llama_cpp` be a bare package: its own __init__ imports chat templates and more, most of our start-up."""
+    """Make `llama_cpp` a bare package: its own __init__ imports chat templates and more, most of the start-up time."""
     with suppress(ImportError, ValueError):
         spec = importlib.util.find_spec("llama_cpp")
         if spec is not None and spec.submodule_search_locations is not None:
@@ -168,7 +169,7 @@ def import_llama_cpp() -> Any:
     """Import llama.cpp's C interface.
 
     Raises:
-        LlamaCppError: it is missing or cannot be loaded; the message is one line and says what to install.
+        LlamaCppError: it is missing or cannot be loaded; the message is one line that says what to install.
     """
     try:
         from llama_cpp import llama_cpp
@@ -182,7 +183,7 @@ def import_llama_cpp() -> Any:
     return llama_cpp
 
 
-# -- llama.cpp's C interface; runs in the child, and in tests ----------------------------------------------------------
+# -- llama.cpp's C interface, used in the child and in tests -----------------------------------------------------------
 
 
 def evaluate(
@@ -197,21 +198,21 @@ def evaluate(
     threads: int,
     control: str | None = None,
 ) -> list[int] | None:
-    """Evaluate token ids; `keep` gets "logits" [n, v] last, and before them the named tensors [n, width].
+    """Evaluate token ids; `keep` is called with each named tensor [n, width], and last with "logits" [n, v].
 
-    `names` are llama.cpp's, without the layer number; a name that occurs several times in the graph is kept again.
-    Arrays are float32, and valid during the call of `keep` only. Returns llama.cpp's tokens of the prompt.
+    `names` are llama.cpp's, without the layer number; `keep` is called for every occurrence of a name in the graph.
+    Arrays are float32 and valid only during the call of `keep`. Returns llama.cpp's tokens of the prompt.
 
     Raises:
-        LlamaCppError: llama.cpp cannot load or evaluate the file, or does not have a token id.
+        LlamaCppError: llama.cpp cannot load or evaluate the file, or a token id is not in its vocabulary.
     """
     n = len(ids)
     capture = _Capture(llama, names, keep) if names else None
     with ExitStack() as stack:
         llama.llama_backend_init()
         params = llama.llama_model_default_params()
-        # No GPU: CUDA rounds products to TF32. No repacking: it copies the weights, which then no longer fit beside a
-        # big file, and some shapes crash it (0.3.36: Q8_0 with 96 rows).
+        # No GPU: CUDA rounds products to TF32. No repacking: it copies the weights, for which a big file leaves no
+        # memory, and some shapes crash it (0.3.36: Q8_0 with 96 rows).
         _set(params, n_gpu_layers=0, use_extra_bufts=False)
         model = llama.llama_model_load_from_file(os.fsencode(path), params)
         if not model:
@@ -267,10 +268,10 @@ def evaluate(
 def _set_control_vector(llama: Any, model: Any, context: Any, path: str, *, log: Log) -> None:
     """Load a control vector as llama.cpp's programs do (`common_control_vector_load`, which its library lacks).
 
-    `direction.N` is row `N - 1` of what `llama_set_adapter_cvec` takes; missing ones are zero.
+    `direction.N` is row `N - 1` of the argument of `llama_set_adapter_cvec`; missing ones are zero.
 
     Raises:
-        LlamaCppError: the file is no control vector, or of another width than the model.
+        LlamaCppError: the file is not a control vector, or its width is not the model's.
     """
     import gguf
     import numpy as np
@@ -300,10 +301,10 @@ def _set_control_vector(llama: Any, model: Any, context: Any, path: str, *, log:
 def rewrite(
     llama: Any, source: str | os.PathLike[str], target: str | os.PathLike[str], *, log: Log, threads: int
 ) -> None:
-    """Let llama.cpp dequantize a GGUF file into another (exactly, metadata kept).
+    """Dequantize a GGUF file into another with llama.cpp: exactly, metadata kept.
 
     Raises:
-        LlamaCppError: llama.cpp cannot read or write; then there is no target.
+        LlamaCppError: llama.cpp cannot read or write; the target is then removed.
     """
     params = llama.llama_model_quantize_default_params()
     _set(params, ftype=llama.LLAMA_FTYPE_ALL_F32, allow_requantize=True, nthread=threads)
@@ -316,7 +317,7 @@ def rewrite(
 
 
 def tokenize(llama: Any, vocab: Any, data: bytes, *, add_special: bool, parse_special: bool) -> list[int]:
-    """Call `llama_tokenize` on UTF-8 bytes, with a buffer that is large enough."""
+    """Call `llama_tokenize` on UTF-8 bytes, with a sufficiently large buffer."""
     size = len(data) + 8
     while True:
         buffer = (ctypes.c_int32 * size)()
@@ -340,10 +341,10 @@ class _TensorHead(ctypes.Structure):
 
 
 class _Capture:
-    """Copy named tensors while llama.cpp computes: its buffers are reused by later nodes of the graph."""
+    """Copy named tensors while llama.cpp computes, because later nodes of the graph reuse their buffers."""
 
     def __init__(self, llama: Any, names: Sequence[str], keep: Callable[[str, "np.ndarray"], None]) -> None:
-        self.error: BaseException | None = None  # ctypes would swallow it
+        self.error: BaseException | None = None  # ctypes would discard it
         self.callback = llama.ggml_backend_sched_eval_callback(self._call)
         self._keep = keep
         self._wanted = re.compile(rf"(?:{'|'.join(map(re.escape, names))})(?:-\d+)?")
@@ -351,7 +352,7 @@ class _Capture:
         self._ggml = _libggml(llama)
 
     def _call(self, tensor: int, ask: bool, _: int | None) -> bool:
-        """Say which nodes are wanted (`ask`), then take them; False after `ask` ends the computation."""
+        """With `ask`, say whether a node is wanted; else copy it. Returning False then ends the computation."""
         if self.error is not None:
             return ask
         try:
@@ -360,7 +361,7 @@ class _Capture:
                 return not ask
             if not ask:
                 self._keep(name, self._copy(tensor, name))  # a name's last occurrence is its final value
-        except BaseException as error:  # raised again after llama_decode
+        except BaseException as error:  # re-raised after llama_decode
             self.error = error
             return ask
         return True
@@ -387,7 +388,7 @@ class _Capture:
 def _libggml(llama: Any) -> Any:
     """Return the tensor library that this llama.cpp uses, with the functions a capture needs declared."""
     try:
-        # Through libllama's own handle, which also finds its dependencies: another copy of libggml would do harm.
+        # Through libllama's own handle, which also finds its dependencies: a second copy of libggml would do harm.
         library = ctypes.CDLL(llama._lib._name, handle=llama._lib._handle)
         for name, result, arguments in (
             ("ggml_get_name", ctypes.c_char_p, [ctypes.c_void_p]),
@@ -398,12 +399,12 @@ def _libggml(llama: Any) -> Any:
             function = getattr(library, name)
             function.restype, function.argtypes = result, arguments
     except AttributeError as error:
-        raise LlamaCppError(f"llama-cpp-python lacks what the layer check needs ({error}); update it") from None
+        raise LlamaCppError(f"llama-cpp-python lacks a function for the layer check ({error}); update it") from None
     return library
 
 
 def _set(params: Any, **values: Any) -> None:
-    """Set fields of a parameter struct; ctypes alone would accept a name that the struct does not have."""
+    """Set fields of a parameter struct; refuse unknown names, which ctypes alone would accept."""
     for name, value in values.items():
         if not hasattr(params, name):
             raise LlamaCppError(f"this llama-cpp-python has no parameter {name}; update it, or skip with --no-verify")
@@ -413,8 +414,8 @@ def _set(params: Any, **values: Any) -> None:
 def _load_failure(path: str | os.PathLike[str], log: str) -> str:
     if "unknown model architecture" in log:
         return (
-            f"this llama.cpp does not know the architecture of {_name(path)} ({log}); update llama-cpp-python, or skip "
-            "the check with --no-verify"
+            f"this llama.cpp does not support the architecture of {_name(path)} ({log}); update llama-cpp-python, or "
+            "skip the check with --no-verify"
         )
     return f"llama.cpp cannot load {_name(path)}: {log}; skip the check with --no-verify"
 
@@ -425,12 +426,12 @@ def _name(path: str | os.PathLike[str]) -> str:
 
 @contextmanager
 def captured_log(llama: Any, *, echo: bool = False) -> Iterator[Log]:
-    """Collect what llama.cpp logs instead of letting it print, or with `echo` also on stderr; then undo it."""
+    """Collect llama.cpp's log instead of printing it, or with `echo` print it to stderr too; undone at the end."""
     lines: Log = []
 
     def collect(level: int, text: bytes | None, _: Any) -> None:
         lines.append((level, (text or b"").decode("utf-8", errors="replace")))
-        del lines[:-1000]  # a log has no bound
+        del lines[:-1000]  # the log is unbounded
         if echo:
             os.write(2, text or b"")
 
@@ -445,7 +446,7 @@ def captured_log(llama: Any, *, echo: bool = False) -> Iterator[Log]:
 
 
 def quoted_log(log: Sequence[tuple[int, str]]) -> str:
-    """Return llama.cpp's error lines as one line; its last words when it reported no error."""
+    """Return llama.cpp's error lines as one line, or its last lines if it reported no error."""
     lines = [line.strip() for level, line in log if level == _ERROR and line.strip()]
     lines = lines or [line.strip() for _, line in log if line.strip(" .\n")]
     return "; ".join(dict.fromkeys(lines[-3:]))[:400] or "it gave no reason"

@@ -207,7 +207,7 @@ def turn_rates(
     """
     import torch
 
-    from ggjac.weights import WeightStore
+    from ggjac.weights import Key, WeightStore
 
     info, kind = dominant(file, type), getattr(torch, dtype)
     store = WeightStore(file, device=torch.device(device), dtype=kind, threads=threads)
@@ -228,7 +228,7 @@ def turn_rates(
     end, turn = time.perf_counter() + budget, 0
     while turn < 2 * TURNS or time.perf_counter() < end:
         at = turn * rows % (info.rows - rows + 1) if device == "cpu" else 0
-        tile = timed("dequantize", store.dequantize, info, at, at + rows, 0, into, "device")
+        tile = timed("dequantize", store.dequantize, Key(info.name, at, at + rows, 0, into), "device")
         if turn % 2:
             timed("up", partial(onto_Y.addmm_, beta=0), X, tile.T)
         else:

@@ -1,10 +1,12 @@
-"""What is on disk: results, written atomically, and the journal of a run that can be resumed."""
+"""Results on disk, written atomically, and the journal of a run that can be resumed."""
 
 from ggjac.runs.files import (
     DTYPES,
     PRESENTATION,
     SCHEMA_VERSION,
+    Dtype,
     Entry,
+    JournalError,
     RunError,
     SpaceError,
     TensorWriter,
@@ -14,6 +16,7 @@ from ggjac.runs.files import (
     finite,
     json_text,
     load_run,
+    one_line,
     peak_memory,
     provenance,
     remove_unfinished,
@@ -28,7 +31,9 @@ __all__ = [
     "DTYPES",
     "PRESENTATION",
     "SCHEMA_VERSION",
+    "Dtype",
     "Entry",
+    "JournalError",
     "RunError",
     "SpaceError",
     "TensorWriter",
@@ -38,6 +43,7 @@ __all__ = [
     "finite",
     "json_text",
     "load_run",
+    "one_line",
     "peak_memory",
     "provenance",
     "remove_unfinished",

@@ -1,9 +1,9 @@
-"""What a command leaves on disk: safetensors files and a run folder, complete or not there at all.
+"""The files of a command, written atomically: JSON, and safetensors that may be larger than memory.
 
-Everything is written under a temporary name beside its destination, flushed to the disk, and renamed, and the folder
-is flushed too, so that a loss of power leaves the old file or the new one. Tensors are written piece by piece, so that
-a dense Jacobian larger than memory can be saved; the format is safetensors (a length, a JSON header, raw bytes), which
-needs no pickle to read.
+Every file is written under a temporary name next to its destination, flushed to the disk, and renamed; the folder is
+flushed too, so that a loss of power leaves either the old file or the new one. Tensors are written piece by piece, so
+that a dense Jacobian larger than memory can be saved. The format is safetensors (a length, a JSON header, raw bytes),
+which is read without pickle.
 """
 
 import contextlib
@@ -20,36 +20,48 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 SCHEMA_VERSION = 1
 
-# Folders of the package that show results and compute none: a change there does not keep a run from being resumed.
+# Folders of the package that present results and compute none: after a change there, runs can still be resumed.
 PRESENTATION = ("cli", "report")
 
-# Names of safetensors, and the arrays that hold such values. NumPy has no bfloat16: its bits travel as 16-bit integers.
-DTYPES: dict[str, np.dtype[Any]] = {
-    "F64": np.dtype("<f8"),
-    "F32": np.dtype("<f4"),
-    "F16": np.dtype("<f2"),
-    "BF16": np.dtype("<u2"),
-    "I64": np.dtype("<i8"),
-    "I32": np.dtype("<i4"),
-    "U8": np.dtype("u1"),
-    "BOOL": np.dtype("?"),
+
+class Dtype(NamedTuple):
+    """One storage type of safetensors: the NumPy dtype of an array that holds it, and torch's name for it."""
+
+    array: np.dtype[Any]
+    torch: str
+
+
+# By safetensors' name. NumPy has no bfloat16: its bits travel as 16-bit integers.
+DTYPES: dict[str, Dtype] = {
+    "F64": Dtype(np.dtype("<f8"), "float64"),
+    "F32": Dtype(np.dtype("<f4"), "float32"),
+    "F16": Dtype(np.dtype("<f2"), "float16"),
+    "BF16": Dtype(np.dtype("<u2"), "bfloat16"),
+    "I64": Dtype(np.dtype("<i8"), "int64"),
+    "I32": Dtype(np.dtype("<i4"), "int32"),
+    "U8": Dtype(np.dtype("u1"), "uint8"),
+    "BOOL": Dtype(np.dtype("?"), "bool"),
 }
 
 
 class RunError(ValueError):
-    """A result that cannot be written or read; the message says where and why."""
+    """A result that cannot be written or read; the message says which and why."""
 
 
 class SpaceError(RunError):
-    """The disk is too full for a result."""
+    """The disk has too little space for a result."""
 
     will_not_fit = True  # the command line's exit code 4
+
+
+class JournalError(ValueError):
+    """Saved progress that cannot be begun, resumed or read, or is locked; the message says where and why."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +74,7 @@ class Entry:
     @property
     def nbytes(self) -> int:
         """Size of the data."""
-        return math.prod(self.shape) * DTYPES[self.dtype].itemsize
+        return math.prod(self.shape) * DTYPES[self.dtype].array.itemsize
 
 
 class TensorWriter:
@@ -73,7 +85,7 @@ class TensorWriter:
         self._file, self._entries, self._starts = file, entries, {}
         offset = 0
         # The widest types first keeps every tensor aligned to its element size.
-        for name, entry in sorted(entries.items(), key=lambda item: (-DTYPES[item[1].dtype].itemsize, item[0])):
+        for name, entry in sorted(entries.items(), key=lambda item: (-DTYPES[item[1].dtype].array.itemsize, item[0])):
             self._starts[name] = offset
             header[name] = {
                 "dtype": entry.dtype,
@@ -90,8 +102,8 @@ class TensorWriter:
     def write(self, name: str, values: np.ndarray, start: int = 0) -> None:
         """Write `values` as rows `start:` (along the first axis) of a declared tensor."""
         entry = self._entries[name]
-        dtype = DTYPES[entry.dtype]
-        shape = entry.shape or (1,)  # a scalar is its own only row
+        dtype = DTYPES[entry.dtype].array
+        shape = entry.shape or (1,)  # a scalar is one row
         values = values if entry.shape else values.reshape(1)
         if values.shape[1:] != shape[1:] or start + len(values) > shape[0]:
             raise ValueError(f"{name}: rows {start}: of shape {values.shape} do not fit into {entry.shape}")
@@ -103,7 +115,7 @@ class TensorWriter:
 def writing_tensors(
     path: str | os.PathLike[str], entries: Mapping[str, Entry], metadata: Mapping[str, str] | None = None
 ) -> Iterator[TensorWriter]:
-    """Open a safetensors file for writing; it appears under its name when the block ends without an error.
+    """Open a safetensors file for writing; it appears under its name if the block ends without an error.
 
     Raises:
         SpaceError: the disk is too full.
@@ -132,10 +144,10 @@ def save_tensors(
 
 
 def save_json(path: str | os.PathLike[str], content: Mapping[str, Any]) -> None:
-    """Write a JSON file; numbers that JSON lacks (NaN, infinity) are refused rather than written wrongly.
+    """Write a JSON file; NaN and infinity, which JSON lacks, are refused.
 
     Raises:
-        ValueError: the content holds such a number.
+        ValueError: the content has such a number.
         RunError: as `writing_tensors`.
     """
     save_bytes(path, json_text(content).encode("utf-8"))
@@ -154,24 +166,24 @@ def save_bytes(path: str | os.PathLike[str], content: bytes) -> None:
 
 
 def json_text(content: Mapping[str, Any]) -> str:
-    """Return indented JSON with readable text, in which everything invisible is escaped.
+    """Return indented JSON with readable text, in which all invisible characters are escaped.
 
-    Control and bidi characters of a file from strangers then cannot steer a terminal, and halves of surrogate pairs
-    (bytes of a path that are no UTF-8) can be encoded.
+    Control and bidi characters from a stranger's file then cannot manipulate a terminal, and lone surrogates (path
+    bytes that are not UTF-8) can be encoded.
     """
     text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)
-    # Outside strings JSON is printable ASCII, so that what is found here is inside one, where escapes mean the same.
+    # Outside of strings JSON is printable ASCII, so every match is inside one, where the escape means the same.
     return re.sub(r"[^ -~\n]", lambda match: match[0] if match[0].isprintable() else _escaped(match[0]), text) + "\n"
 
 
 def _escaped(character: str) -> str:
-    """Return a character as JSON escapes, a pair of them beyond U+FFFF."""
+    """Return a character as a JSON escape, or two beyond U+FFFF."""
     code = ord(character)
     return f"\\u{code:04x}" if code < 0x10000 else json.dumps(character)[1:-1]
 
 
 def check_writable(path: str | os.PathLike[str], needed: int = 0) -> None:
-    """Try to create and remove a file beside `path`, so that a long computation does not end in an error.
+    """Create and remove a file next to `path`, so that a long computation does not fail when it saves.
 
     Raises:
         SpaceError: fewer than `needed` bytes are free.
@@ -181,7 +193,7 @@ def check_writable(path: str | os.PathLike[str], needed: int = 0) -> None:
     with _explaining(path):
         if path.is_dir():
             raise IsADirectoryError
-        if path.exists() and not path.is_file():  # /dev/null, say, which must not be replaced
+        if path.exists() and not path.is_file():  # for example /dev/null, which must not be replaced
             raise RunError(f"{path}: is not a regular file; give the name of a file")
         folder = Path(os.path.realpath(path)).parent
         free = shutil.disk_usage(folder).free
@@ -196,14 +208,14 @@ def check_writable(path: str | os.PathLike[str], needed: int = 0) -> None:
 
 
 def sync_folder(path: str | os.PathLike[str]) -> None:
-    """Flush a folder's names to the disk, where the system can: new files and renames then survive a loss of power.
+    """Flush a folder's entries to the disk if the system can: new files and renames then survive a loss of power.
 
     Raises:
         OSError: the disk failed.
     """
     try:
         descriptor = os.open(path, os.O_RDONLY)
-    except PermissionError:  # Windows opens no folders, others none that may only be written
+    except PermissionError:  # Windows cannot open folders, other systems cannot open write-only ones
         return
     try:
         os.fsync(descriptor)
@@ -215,14 +227,14 @@ def sync_folder(path: str | os.PathLike[str]) -> None:
 
 
 def check_folder(path: str | os.PathLike[str], *, unfinished: str) -> None:
-    """Refuse a run folder that holds anything but an unfinished run, or cannot be made; leave it as it is.
+    """Refuse a run folder that contains anything but an unfinished run, or cannot be created. Nothing is changed.
 
     Args:
         path: of the folder.
-        unfinished: the name inside it under which an unfinished run is kept.
+        unfinished: name of the folder inside it that an unfinished run has.
 
     Raises:
-        RunError: it exists and holds something else, or its parent cannot be written.
+        RunError: it exists and contains something else, or its parent cannot be written.
     """
     path = Path(path)
     with _explaining(path):
@@ -236,7 +248,7 @@ def check_folder(path: str | os.PathLike[str], *, unfinished: str) -> None:
 
 
 def remove_unfinished(path: str | os.PathLike[str]) -> None:
-    """Delete what killed processes left of a file, or of the files in a folder; the caller knows that none is at work.
+    """Delete temporary files that killed processes left of a file, or in a folder; no process may be writing there.
 
     Raises:
         RunError: it cannot be deleted.
@@ -250,7 +262,7 @@ def remove_unfinished(path: str | os.PathLike[str]) -> None:
 
 
 def provenance() -> dict[str, Any]:
-    """Return what produced a result: tool and package versions, Python, platform, and the time (UTC)."""
+    """Return the provenance of a result: package versions, Python, platform, and the time (UTC)."""
     versions = {}
     for package in ("ggjac", "torch", "numpy", "gguf", "llama-cpp-python"):
         with contextlib.suppress(PackageNotFoundError):
@@ -264,7 +276,7 @@ def provenance() -> dict[str, Any]:
 
 
 def code_digest(package: str | os.PathLike[str] = Path(__file__).parents[1]) -> str:
-    """Return a hash of every module that computes, in whatever folder: all but the command line and the report."""
+    """Return a hash of all modules that compute: every folder except the command line and the report."""
     package = Path(package)
     hasher = hashlib.blake2b(digest_size=8)
     for path in sorted(package.rglob("*.py")):
@@ -276,7 +288,7 @@ def code_digest(package: str | os.PathLike[str] = Path(__file__).parents[1]) -> 
 
 
 def peak_memory() -> int | None:
-    """Return the most resident memory this process has used, in bytes; None where the system does not say."""
+    """Return the peak resident memory of this process in bytes; None if the system does not report it."""
     try:
         import resource
     except ModuleNotFoundError:  # Windows
@@ -289,7 +301,7 @@ def load_run(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Return the contents of `run.json` in a run folder.
 
     Raises:
-        RunError: not a run folder, or one of another schema version.
+        RunError: it is not a run folder, or has another schema version.
     """
     file = Path(path) / "run.json"
     try:
@@ -297,8 +309,14 @@ def load_run(path: str | os.PathLike[str]) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise RunError(f"{path}: is not a run folder ({type(error).__name__} reading run.json)") from error
     if not isinstance(content, dict) or content.get("schema_version") != SCHEMA_VERSION:
-        raise RunError(f"{path}: run.json is not of schema version {SCHEMA_VERSION}; analyse the prompt again")
+        raise RunError(f"{path}: run.json does not have schema version {SCHEMA_VERSION}; analyse the prompt again")
     return content
+
+
+def one_line(error: BaseException) -> str:
+    """Return an error's message without paths, its first line cut to 120 characters."""
+    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return (text.splitlines() or [type(error).__name__])[0][:120]
 
 
 def finite(value: Any) -> Any:
@@ -313,19 +331,19 @@ def finite(value: Any) -> Any:
 
 
 def _temporary(path: Path) -> Path:
-    """Name a hidden neighbour of `path`, behind links; the process id keeps two runs apart."""
+    """Return a hidden file next to `path`, links resolved; the process id keeps two runs apart."""
     path = Path(os.path.realpath(path))
     return path.with_name(f".{path.name}.{os.getpid()}.tmp")
 
 
 def _stored(dtype: np.dtype) -> str:
-    """Name the safetensors dtype that holds values of a NumPy dtype."""
+    """Return the safetensors dtype for values of a NumPy dtype."""
     return "I64" if dtype.kind in "iu" else "F64" if dtype.itemsize == 8 else "F32"
 
 
 @contextlib.contextmanager
 def _replacing(path: Path, needed: int) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; rename it to `path` at the end, or remove it after an error."""
+    """Yield a temporary path next to `path`; rename it to `path` at the end, or remove it after an error."""
     check_writable(path, needed)
     temporary = _temporary(path)
     with _explaining(path):
@@ -340,10 +358,10 @@ def _replacing(path: Path, needed: int) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def _explaining(path: Path) -> Iterator[None]:
-    """Turn the system's errors about `path` into one line that says what to do."""
+    """Turn the system's errors about `path` into a `RunError` of one line that says what to do."""
     try:
         yield
-    except BrokenPipeError:  # not about a file, but about stdout
+    except BrokenPipeError:  # concerns stdout, not a file
         raise
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):

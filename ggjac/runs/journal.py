@@ -1,19 +1,19 @@
-"""A folder that remembers what a long run has computed, so that it survives kill -9, a loss of power and a full disk.
+"""A folder that records what a long run has computed, so that it survives kill -9, a loss of power and a full disk.
 
-The program is deterministic. To resume it is to run it again: every product (one sweep over the weights) that an
-earlier attempt finished is answered from the disk, the one in progress goes on after its last saved block, and what
-follows is computed. The result has the same bits, because tensors come back with the bits, dtype and memory layout
-that they had: BLAS may round otherwise at another stride or alignment.
+The program is deterministic; to resume it is to run it again. Every product (one sweep over the weights) that an
+earlier attempt finished is read from the disk, the one in progress continues after its last saved block, and the rest
+is computed. The result has the same bits, because tensors come back with their bits, dtype and memory layout: BLAS may
+round differently at another stride or alignment.
 
     journal.json               schema version and the identity of the run, written first
-    lock                       held by the process at work; the system frees it however that process ends
+    lock                       held by the running process; see `ggjac.runs.lock`
     product-0007.safetensors   a finished product
-    state.safetensors          the product in progress, after its newest saved block
+    state.safetensors          the product in progress, after its last saved block
     results.json               small results, by name
 
-Nothing is ever half there: each file is written under a temporary name, flushed and renamed. Every tensor file carries
+No file is ever incomplete: each is written under a temporary name, flushed and renamed. Every tensor file carries
 a digest of its content, the identity's hash and a hash of the product's inputs. Nothing is written before it is due, so
-that a short run writes nothing at all.
+that a short run writes nothing.
 """
 
 import contextlib
@@ -28,181 +28,90 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ggjac import runs
+from ggjac.runs import lock
+from ggjac.runs.files import JournalError
+from ggjac.runs.tensors import canonical, hash_tensor, load_tensors, plain, save_tensors
 from ggjac.sizes import WAITING_BYTES
-
-if sys.platform == "win32":
-    import msvcrt
-else:
-    import fcntl
 
 SCHEMA_VERSION = 1
 
-# What torch's allocator aligns to, in bytes.
-ALIGNMENT = 64
-
-# Writing may take a tenth of the time, but a checkpoint is never further than this, in seconds.
+# Writing may take a tenth of the time, but the next checkpoint is at most this far away, in seconds.
 LONGEST_WAIT = 60.0
 
-DTYPES: dict[torch.dtype, str] = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
-
 _OWN_FILE = r"journal\.json|results\.json|state\.safetensors|product-\d{4,}\.safetensors"
-
-
-class JournalError(ValueError):
-    """A journal that cannot be begun, resumed or read; the message says where and why."""
-
-
-# -- tensors on disk ---------------------------------------------------------------------------------------------------
-
-
-def save_tensors(
-    path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
-) -> None:
-    """Write tensors of the `DTYPES`, bit by bit, to a safetensors file with a digest; durable when this returns.
-
-    Raises:
-        RunError: as `runs.writing_tensors`.
-        ValueError: a tensor of another dtype, or metadata named `digest`, which is this function's own.
-    """
-    unknown = [f"{name} ({tensor.dtype})" for name, tensor in tensors.items() if tensor.dtype not in DTYPES]
-    if unknown or "digest" in (metadata or {}):
-        raise ValueError(f"{path}: cannot be saved: {', '.join(unknown) or 'metadata named digest'}")
-    entries = {name: runs.Entry(DTYPES[tensor.dtype], tuple(tensor.shape)) for name, tensor in tensors.items()}
-    here = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    carried = dict(metadata or {})
-    with runs.writing_tensors(path, entries, carried | {"digest": _digest(here, carried)}) as writer:
-        for name, entry in entries.items():
-            writer.write(name, _bytes(here[name]).view(runs.DTYPES[entry.dtype]).reshape(entry.shape))
-
-
-def load_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Return the tensors that `save_tensors` wrote, each in memory of its own on the CPU, and the metadata.
-
-    Comparing the digest takes a second for about 1 GB.
-
-    Raises:
-        JournalError: the file is missing, damaged, or not one of `save_tensors`.
-    """
-    tensors: dict[str, Tensor] = {}
-    try:
-        with safe_open(path, "pt") as file:
-            metadata = dict(file.metadata() or {})
-            for name in file.keys():  # noqa: SIM118 (it is no mapping)
-                mapped = file.get_tensor(name)
-                tensors[name] = torch.empty(mapped.shape, dtype=mapped.dtype)
-                # As bytes: a damaged bool would be mended on the way, and its digest be right.
-                tensors[name].reshape(-1).view(torch.uint8).copy_(mapped.reshape(-1).view(torch.uint8))
-    except (SafetensorError, OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError) as error:
-        reason = "is missing" if isinstance(error, FileNotFoundError) else "is damaged, or no safetensors file"
-        raise JournalError(f"{path}: {reason} ({_one_line(error)})") from error
-    digest = metadata.pop("digest", None)
-    if digest is None or not {tensor.dtype for tensor in tensors.values()} <= DTYPES.keys():
-        raise JournalError(f"{path}: was not written by ggjac (it carries no digest)")
-    if digest != _digest(tensors, metadata):
-        raise JournalError(f"{path}: is damaged (its content does not match its digest)")
-    return tensors, metadata
-
-
-def plain(tensor: Tensor) -> Tensor:
-    """Return a tensor laid out as if read back from disk: itself where it is contiguous and aligned, else a copy."""
-    strides, step = [], 1
-    for size in reversed(tensor.shape):
-        strides.append(step)
-        step *= max(size, 1)
-    if tensor.stride() == tuple(reversed(strides)) and tensor.data_ptr() % ALIGNMENT == 0:
-        return tensor
-    return torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device).copy_(tensor.detach())
-
-
-def _bytes(tensor: Tensor) -> np.ndarray:
-    """Return a tensor's bytes, in the order of its elements."""
-    # `contiguous` is not enough: it calls an empty tensor with any strides so, which then cannot be viewed as bytes.
-    return plain(tensor.detach().cpu()).reshape(-1).view(torch.uint8).numpy()
-
-
-def _hashed(hasher: "hashlib.blake2b", tensor: Tensor) -> None:
-    """Hash a tensor: dtype, shape and bytes."""
-    hasher.update(f"{tensor.dtype} {list(tensor.shape)}\n".encode())
-    hasher.update(_bytes(tensor).data)
-
-
-def _digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
-    """Return a hash of all that a file holds."""
-    hasher = hashlib.blake2b(_canonical([sorted(metadata.items()), sorted(tensors)]), digest_size=16)
-    for name in sorted(tensors):
-        _hashed(hasher, tensors[name])
-    return hasher.hexdigest()
-
-
-# -- the journal -------------------------------------------------------------------------------------------------------
 
 
 class Product:
     """One product of a run; made by `Journal.product`.
 
     Attributes:
-        result: if an earlier attempt finished this product, its result: use it, do not compute.
-        done: how many steps an earlier attempt had made; 0 to begin from nothing.
-        state: where to go on from after step `done`; None to begin from nothing.
+        number: its place in the run, from 0.
+        kind: what it does with its inputs ("up", "down").
+        inputs: a hash of its inputs.
+        result: the result, if an earlier attempt finished this product: use it instead of computing.
+        done: steps that an earlier attempt completed; 0 to start from the inputs.
+        state: the tensors after step `done`; None to start from the inputs.
     """
 
     def __init__(self, journal: "Journal", number: int, kind: str, inputs: str):
+        self.number, self.kind, self.inputs = number, kind, inputs
         self.result: list[Tensor] | None = None
         self.done = 0
         self.state: list[Tensor] | None = None
-        self._journal, self._number, self._kind, self._inputs = journal, number, kind, inputs
+        self._journal = journal
 
     def reached(self, done: int, state: Callable[[], list[Tensor]]) -> list[Tensor]:
-        """Remember that step `done` is behind, and all that the next steps need; write it if a write is due.
+        """Record that step `done` is complete, with all that the next steps need; write it if a write is due.
 
-        `state` is called at once and should return existing tensors: they are kept without a copy, until the next
-        boundary. Torch counts changes in place; tensors that were changed since are not saved. (Changes behind torch's
-        back, or of tensors made in inference mode, are not seen.)
+        `state` is called at once and should return existing tensors: they are kept without a copy until the next step.
+        Torch counts changes in place; tensors that have changed since are not saved. (Changes behind torch's back, or
+        to tensors made in inference mode, are not noticed.)
 
         Returns:
-            the same tensors, where their layout was plain; copies of the others. Going on with what is returned makes
-            the bits of a run that was never interrupted those of one that was.
+            the same tensors if their layout was plain, copies of the others. To continue with the returned tensors
+            makes the bits of an uninterrupted run equal to those of a resumed one.
         """
         tensors = [plain(tensor) for tensor in state()]
-        self.state = None  # read, and of no more use
-        self._journal._remember_state(self, done, tensors)
+        self.state = None  # used by now
+        self._journal.keep_state(_Kept.of(self, done, tensors))
         return tensors
 
     def finish(self, result: list[Tensor]) -> list[Tensor]:
-        """Remember the result (a copy of it, unless it is written at once); return it in plain layout, as `reached`."""
+        """Record the result, copied unless it is written at once; return it in plain layout, as `reached` does."""
         tensors = [plain(tensor) for tensor in result]
         self.state = None
-        self._journal._remember_result(self, tensors)
+        self._journal.keep_result(_Kept.of(self, None, tensors))
         return tensors
-
-    def _header(self, done: int | None, tensors: Sequence[Tensor]) -> dict[str, Any]:
-        """Say what a file about this product holds; `done` is None for the result."""
-        devices = [str(tensor.device) for tensor in tensors]
-        return {"number": self._number, "kind": self._kind, "inputs": self._inputs, "done": done, "devices": devices}
 
 
 @dataclass(frozen=True)
 class _Kept:
-    """Tensors that wait to be written, and what their file says of them."""
+    """Tensors that wait to be written, and the header of their file."""
 
     header: dict[str, Any]
     tensors: list[Tensor]
     versions: list[int | None]
+
+    @classmethod
+    def of(cls, product: Product, done: int | None, tensors: list[Tensor]) -> "_Kept":
+        """Describe a product's tensors after step `done`, or its result where `done` is None."""
+        header = {
+            "number": product.number,
+            "kind": product.kind,
+            "inputs": product.inputs,
+            "done": done,
+            "devices": [str(tensor.device) for tensor in tensors],
+        }
+        return cls(header, tensors, _versions(tensors))
+
+    def copied(self) -> "_Kept":
+        """Return the same with copies in memory on the CPU."""
+        copies = [torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor) for tensor in self.tensors]
+        return _Kept(self.header, copies, _versions(copies))
 
     @property
     def nbytes(self) -> int:
@@ -214,9 +123,9 @@ class _Kept:
 
 
 class Journal:
-    """What a run has computed, kept in a folder; made by `Journal.open`.
+    """The record of a run in a folder; made by `Journal.open`.
 
-    As a context manager it saves what is pending when the block ends, also by an error or Ctrl-C, and frees the lock.
+    As a context manager it saves what is pending when the block ends, even by an error or Ctrl-C, and frees the lock.
     """
 
     def __init__(
@@ -227,15 +136,15 @@ class Journal:
         every: float,
         memory: int,
         on_warning: Callable[[str], None],
-        lock: int,
+        locked: int,
         begun: bool,
         made: list[Path],
     ):
         self.folder, self.identity = folder, identity
         self._every, self._memory, self._on_warning = every, memory, on_warning
-        self._lock: int | None = lock
+        self._lock: int | None = locked
         self._begun, self._made = begun, made
-        self._run = hashlib.blake2b(_canonical(identity), digest_size=16).hexdigest()
+        self._run = hashlib.blake2b(canonical(identity), digest_size=16).hexdigest()
         self._resumed = self._state_on_disk = begun
         self._results: dict[str, Any] = self._load_results() if begun else {}
         self._unsaved_results = False
@@ -256,56 +165,39 @@ class Journal:
         memory: int = WAITING_BYTES,
         on_warning: Callable[[str], None] | None = None,
     ) -> "Journal":
-        """Begin a run's journal in a folder, or go on with the one that is there.
+        """Begin a run's journal in a folder, or continue the one that is there.
 
         Args:
-            folder: made if it is missing; at most one process works in it.
-            identity: plain JSON, all that decides the bits of the results: file, tokens, dtype, seed, versions, ...
-            resume: go on with an earlier attempt, which must have the same identity. Where that one was ended before it
-                saved anything, the run begins anew.
-            every: seconds from one write to the next, more (up to a minute) where writing is slow; 0 writes always.
+            folder: created if missing; at most one process works in it.
+            identity: plain JSON, everything that decides the bits of the results: file, tokens, dtype, seed, versions.
+            resume: continue an earlier attempt, which must have the same identity. If it ended before it saved
+                anything, the run starts from the beginning.
+            every: seconds between writes; more (up to a minute) if writing is slow; 0 to write always.
             memory: bytes of finished products that may wait in memory.
-            on_warning: told, once for each reason, when progress cannot be saved. The run goes on and tries again.
+            on_warning: called once for each reason why progress cannot be saved. The run continues and tries again.
 
         Raises:
-            JournalError: another process works there, the folder cannot be used, it holds an unfinished run (without
-                `resume`), it holds none or another one (with `resume`).
+            JournalError: another process is working there, the folder cannot be used, it contains an unfinished run
+                (without `resume`), or it contains none or a different one (with `resume`).
         """
         folder = Path(folder)
         given: dict[str, Any] = json.loads(json.dumps(identity, allow_nan=False))  # as it will read back
-        made = [parent for parent in (folder, *folder.parents) if not parent.exists()]
         if resume and not (folder / "journal.json").exists() and not (folder / "lock").exists():
             raise JournalError(f"{folder}: there is no run to resume; leave out --resume, or give the -o of that run")
-        on_warning = on_warning or _print_warning
-        with _explaining(folder):
+        on_warning = on_warning or lock.print_warning
+        made = [parent for parent in (folder, *folder.parents) if not parent.exists()]
+        with lock.explaining(folder):
             folder.mkdir(parents=True, exist_ok=True)
-            lock = _acquire(folder / "lock", folder, on_warning)
+            locked = lock.acquire(folder / "lock", folder, on_warning)
         try:
             begun = (folder / "journal.json").exists()
             if begun:
-                stored = _stored_identity(folder)  # of a damaged journal, too, the first thing to hear is its damage
-                if not resume:
-                    raise JournalError(
-                        f"{folder}: holds an unfinished run; go on with --resume, or start anew with another -o"
-                    )
-                _compare(folder, stored, given)
-                given = stored
-            with _explaining(folder):
-                for path in folder.glob(".*.tmp"):  # left by a kill: nobody else writes here now
-                    if re.fullmatch(rf"\.({_OWN_FILE})\.\d+\.tmp", path.name):
-                        path.unlink()
-            return cls(
-                folder,
-                given,
-                every=every,
-                memory=memory,
-                on_warning=on_warning,
-                lock=lock,
-                begun=begun,
-                made=made,
-            )
+                given = _resumable(folder, given, resume)
+            _remove_leftovers(folder)
+            options: dict[str, Any] = {"every": every, "memory": memory, "on_warning": on_warning}
+            return cls(folder, given, **options, locked=locked, begun=begun, made=made)
         except BaseException:
-            _release(lock)
+            lock.release(locked)
             raise
 
     def __enter__(self) -> "Journal":
@@ -318,48 +210,48 @@ class Journal:
             self.close()
 
     def product(self, kind: str, inputs: Sequence[Tensor]) -> Product:
-        """Return the next product of this run, with what earlier attempts know of it.
+        """Return the next product of this run, with the result or state that an earlier attempt saved.
 
         Args:
             kind: what it does with its inputs ("up", "down"); it must be the same when the run is resumed.
             inputs: the vectors that it is applied to; they too must be the same, bit by bit.
 
         Raises:
-            JournalError: a file is damaged, or the earlier attempt was doing something else here.
+            JournalError: a file is damaged, or the earlier attempt computed something else here.
         """
         hasher = hashlib.blake2b(digest_size=16)
         for tensor in inputs:
-            _hashed(hasher, tensor)
+            hash_tensor(hasher, tensor)
         product = Product(self, self._next, kind, hasher.hexdigest())
         self._next += 1
-        if self._resumed and (path := self._path(product._number)).exists():
+        if self._resumed and (path := self._path(product.number)).exists():
             header, product.result = self._load(path)
             self._check(path, product, header)
             if header["done"] is not None:
-                raise self._foreign(path, "it is no finished product")
+                raise self._foreign(path, "is not a finished product")
         elif self._state_on_disk and (path := self.folder / "state.safetensors").exists():
             header, state = self._load(path)
-            self._state_on_disk = header["number"] > product._number  # else it is used now, or of no more use
-            if header["number"] == product._number:
+            self._state_on_disk = header["number"] > product.number  # else it is used now, or obsolete
+            if header["number"] == product.number:
                 self._check(path, product, header)
                 if header["done"] is None:
-                    raise self._foreign(path, "it is no state")
+                    raise self._foreign(path, "is not a state")
                 product.done, product.state = header["done"], state
         return product
 
     def remember(self, name: str, compute: Callable[[], Any]) -> Any:
-        """Return the JSON value that an earlier attempt kept under this name, or compute and keep it.
+        """Return the JSON value that an earlier attempt recorded under this name, or compute and record it.
 
-        The value is returned as it reads back (tuples as lists), also the first time.
+        The value is always returned as it reads back, with tuples as lists.
         """
         if name not in self._results:
             self._results[name] = json.loads(json.dumps(compute()))
             self._unsaved_results = True
             self._write_if_due()
-        return json.loads(json.dumps(self._results[name]))  # the caller's own, to change
+        return json.loads(json.dumps(self._results[name]))  # a copy, which the caller may change
 
     def flush(self) -> bool:
-        """Write everything pending now; return whether all that is remembered is on the disk."""
+        """Write everything pending now; return whether all of it is on the disk."""
         if self._lock is None:
             return False
         if not (self._pending or self._state or self._unsaved_results):
@@ -375,7 +267,7 @@ class Journal:
         return complete
 
     def begin(self) -> None:
-        """Write the run's identity, if it is not there: what lies in the folder from now on can be resumed.
+        """Write the run's identity, unless it is there: from then on the folder can be resumed.
 
         Raises:
             RunError: it cannot be written.
@@ -390,52 +282,52 @@ class Journal:
         self._begun = True
 
     def failed(self, error: runs.RunError) -> None:
-        """Tell once for each reason that progress could not be saved; what is computed goes on."""
-        self._warn(f"{self.folder}: progress cannot be saved ({_reason(error)}); going on, and trying again")
+        """Warn, once for each reason, that progress could not be saved; the computation continues."""
+        self._warn(f"{self.folder}: progress cannot be saved ({_reason(error)}); the run continues and will retry")
 
     def close(self) -> None:
-        """Free the folder for another process; nothing can be written from here on."""
+        """Free the folder for another process; nothing can be written afterwards."""
         if self._lock is not None:
-            lock, self._lock = self._lock, None
-            _release(lock)
+            locked, self._lock = self._lock, None
+            lock.release(locked)
 
     def remove(self) -> None:
-        """Delete the journal's files, and its folder if that is then empty: the run has succeeded."""
+        """Delete the journal's files, and its folder if that is then empty, because the run has succeeded."""
         if self._lock is None:
             return
         self._pending, self._state, self._unsaved_results = [], None, False
         try:
             paths = [path for path in self.folder.iterdir() if re.fullmatch(_OWN_FILE, path.name)]
-            # What makes the rest a journal goes last.
+            # journal.json last: it makes the rest a journal.
             for path in sorted(paths, key=lambda path: (path.name == "journal.json", path.name)):
                 path.unlink()
             if sys.platform == "win32":  # an open file cannot be deleted there
                 self.close()
             (self.folder / "lock").unlink()
         except OSError as error:
-            self._warn(f"{self.folder}: the journal of this finished run cannot be removed ({_one_line(error)})")
+            self._warn(f"{self.folder}: the journal of this finished run cannot be removed ({runs.one_line(error)})")
         self.close()
         with contextlib.suppress(OSError):  # not empty: something else lives there
             self.folder.rmdir()
 
-    # What products call.
+    # Called by products.
 
-    def _remember_state(self, product: Product, done: int, tensors: list[Tensor]) -> None:
-        self._state = _Kept(product._header(done, tensors), tensors, _versions(tensors))
+    def keep_state(self, kept: _Kept) -> None:
+        """Replace the state of the product in progress; write it if a write is due."""
+        self._state = kept
         self._write_if_due()
 
-    def _remember_result(self, product: Product, tensors: list[Tensor]) -> None:
+    def keep_result(self, kept: _Kept) -> None:
+        """Add a finished product; write it if a write is due or memory is full, else keep a copy."""
         self._state = None
-        kept = _Kept(product._header(None, tensors), tensors, _versions(tensors))
         self._pending.append(kept)
         self._write_if_due(now=self._waiting > self._memory)
-        if self._pending and self._pending[-1] is kept:  # the caller may change the result before it is written
+        if self._pending and self._pending[-1] is kept:  # not written, and the caller may change the tensors
             if self._waiting > self._memory:
                 del self._pending[-1]
-                self._warn(f"{self.folder}: finished work that cannot be saved exceeds the memory kept for it")
+                self._warn(f"{self.folder}: finished work that cannot be saved exceeds the memory reserved for it")
             else:
-                copies = [torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor) for tensor in tensors]
-                self._pending[-1] = _Kept(kept.header, copies, _versions(copies))
+                self._pending[-1] = kept.copied()
 
     @property
     def _waiting(self) -> int:
@@ -449,15 +341,15 @@ class Journal:
             self.flush()
 
     def _write(self) -> bool:
-        """Write what is pending, oldest first; what was written is no longer pending, wherever an error strikes.
+        """Write what is pending, oldest first. Whatever was written before an error is no longer pending.
 
         Raises:
-            RunError: the disk is full, say.
+            RunError: it cannot be written, for example because the disk is full.
         """
         self.begin()
         while self._pending:
             kept = self._pending[0]
-            if kept.unchanged:  # else an interrupt came before it could be copied
+            if kept.unchanged:  # else an interrupt came before it was copied
                 self._save(self._path(kept.header["number"]), kept)
             del self._pending[0]
         if self._unsaved_results:
@@ -486,10 +378,10 @@ class Journal:
     # Reading.
 
     def _load(self, path: Path) -> tuple[dict[str, Any], list[Tensor]]:
-        """Return what a file says of itself, and its tensors on the devices where they were.
+        """Return a file's header, and its tensors on their original devices.
 
         Raises:
-            JournalError: it is damaged, or of another run.
+            JournalError: it is damaged, or belongs to another run.
         """
         try:
             loaded, metadata = load_tensors(path)
@@ -507,29 +399,28 @@ class Journal:
         try:
             return header, [tensor.to(device) for tensor, device in zip(tensors, devices, strict=True)]
         except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
-            raise JournalError(f"{path}: torch cannot use its device here ({_one_line(error)})") from error
+            raise JournalError(
+                f"{path}: torch cannot use the device of these tensors here ({runs.one_line(error)})"
+            ) from error
 
     def _check(self, path: Path, product: Product, header: dict[str, Any]) -> None:
-        """Compare a product with what a file holds.
+        """Compare a product with the header of its file.
 
         Raises:
-            JournalError: they are not the same.
+            JournalError: they differ.
         """
-        wanted = product._header(None, [])
-        if header["number"] != wanted["number"]:
-            raise self._foreign(path, f"holds product {header['number']}, not {wanted['number']}")
-        differs = [name for name in ("kind", "inputs") if header.get(name) != wanted[name]]
+        if header["number"] != product.number:
+            raise self._foreign(path, f"holds product {header['number']}, not {product.number}")
+        differs = [name for name in ("kind", "inputs") if header.get(name) != getattr(product, name)]
         if differs:
-            how = f'"{header.get("kind")}", now "{product._kind}"' if "kind" in differs else "other input vectors"
+            how = f'"{header.get("kind")}", now "{product.kind}"' if "kind" in differs else "other input vectors"
             raise JournalError(
-                f"{path}: the earlier attempt computed something else as product {product._number} ({how}), so this "
-                "machine, its threads or its libraries do not repeat it bit by bit; start anew with another -o"
+                f"{path}: the earlier attempt computed something else as product {product.number} ({how}), so this "
+                "machine, its threads or its libraries do not repeat it bit by bit; choose another -o"
             )
 
     def _foreign(self, path: Path, reason: str) -> JournalError:
-        return JournalError(
-            f"{path}: {reason}; remove this file to compute its part again, or start anew with another -o"
-        )
+        return JournalError(f"{path}: {reason}; remove this file to compute its part again, or choose another -o")
 
     def _load_results(self) -> dict[str, Any]:
         path = self.folder / "results.json"
@@ -541,41 +432,66 @@ class Journal:
         except FileNotFoundError:
             return {}
         except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
-            raise self._foreign(path, "is damaged, or no file of a journal") from error
+            raise self._foreign(path, "is damaged, or not a file of a journal") from error
         if content.get("run") != self._run:
             raise self._foreign(path, "belongs to another run")
         return results
 
     @staticmethod
     def _digest_of_results(results: Any) -> str:
-        return hashlib.blake2b(_canonical(results), digest_size=16).hexdigest()
+        return hashlib.blake2b(canonical(results), digest_size=16).hexdigest()
 
 
 # -- identity ----------------------------------------------------------------------------------------------------------
+
+
+def _resumable(folder: Path, given: dict[str, Any], resume: bool) -> dict[str, Any]:
+    """Return the identity stored in a folder, if its run may be continued as `given`.
+
+    Raises:
+        JournalError: it is damaged, is not to be resumed, or belongs to a different run.
+    """
+    stored = _stored_identity(folder)  # first: without `resume`, damage is reported too
+    if not resume:
+        raise JournalError(f"{folder}: contains an unfinished run; continue it with --resume or choose another -o")
+    _compare(folder, stored, given)
+    return stored
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Delete temporary files that a kill left; the lock is held, so no other process is writing them.
+
+    Raises:
+        JournalError: one cannot be deleted.
+    """
+    with lock.explaining(folder):
+        for path in folder.glob(".*.tmp"):
+            if re.fullmatch(rf"\.({_OWN_FILE})\.\d+\.tmp", path.name):
+                path.unlink()
 
 
 def _stored_identity(folder: Path) -> dict[str, Any]:
     """Return the identity in `journal.json`.
 
     Raises:
-        JournalError: the file is damaged, or of another schema version.
+        JournalError: the file is damaged, or has another schema version.
     """
     path = folder / "journal.json"
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         schema, identity = content["schema_version"], content.get("identity")
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        raise JournalError(f"{path}: is damaged, or no journal; start anew with another -o") from error
+        raise JournalError(f"{path}: is damaged, or not a journal; choose another -o") from error
     if schema != SCHEMA_VERSION or not isinstance(identity, dict):
         raise JournalError(
-            f"{path}: is of schema version {str(schema)[:20]!r}, this ggjac reads {SCHEMA_VERSION}; resume with the "
-            "version that began it, or start anew with another -o"
+            f"{path}: has schema version {str(schema)[:20]!r}, but this ggjac reads {SCHEMA_VERSION}; resume with "
+            "the version that began it, or choose another -o"
         )
     return identity
 
 
 def _compare(folder: Path, stored: dict[str, Any], given: dict[str, Any]) -> None:
-    """Refuse to resume another run, and name what differs.
+    """Refuse to resume a different run, and name the differences.
 
     Raises:
         JournalError: the identities differ.
@@ -590,7 +506,7 @@ def _compare(folder: Path, stored: dict[str, Any], given: dict[str, Any]) -> Non
     if differing:
         more = f"; and {len(differing) - 3} more" if len(differing) > 3 else ""
         raise JournalError(
-            f"{folder}: {'; '.join(differing[:3])}{more}. Give the same to resume, or start anew with another -o"
+            f"{folder}: {'; '.join(differing[:3])}{more}. Give the same values to resume, or choose another -o"
         )
 
 
@@ -607,7 +523,7 @@ def _flat(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, A
 
 
 def _shown(first: Any, second: Any, width: int = 60) -> tuple[str, str]:
-    """Return two differing values as short text: where they are long, the part in which they begin to differ."""
+    """Return two different values as short text: of long ones, the part in which they begin to differ."""
     texts = ["nothing" if value is _ABSENT else repr(value) for value in (first, second)]
     if max(map(len, texts)) <= width:
         return texts[0], texts[1]
@@ -620,118 +536,21 @@ def _shown(first: Any, second: Any, width: int = 60) -> tuple[str, str]:
     return shown[0], shown[1]
 
 
-# -- the lock ----------------------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def alone(path: str | os.PathLike[str], *, on_warning: Callable[[str], None] | None = None) -> Iterator[None]:
-    """Keep other processes from a file in this block, by a lock beside it that is gone in the end.
-
-    Args:
-        path: of the file, which need not be there; by links to it, it is the same one.
-        on_warning: told where the file system has no locks.
-
-    Raises:
-        JournalError: another process is working there, or the lock cannot be made.
-    """
-    file = Path(os.path.realpath(path))
-    lock = file.with_name(f"{file.name}.lock")
-    with _explaining(file):
-        descriptor = _acquire(lock, Path(path), on_warning or _print_warning)
-    try:
-        yield
-    finally:
-        if sys.platform == "win32":  # an open file cannot be deleted there
-            _release(descriptor)
-        with contextlib.suppress(OSError):
-            lock.unlink()
-        if sys.platform != "win32":
-            _release(descriptor)
-
-
-def _acquire(path: Path, what: Path, on_warning: Callable[[str], None]) -> int:
-    """Return the descriptor of a lock file, locked; messages name what it protects.
-
-    Raises:
-        JournalError: another process holds it.
-        OSError: it cannot be created.
-    """
-    while True:
-        # Not through a link: a folder from strangers must not have us write into a file elsewhere.
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
-        try:
-            if sys.platform == "win32":
-                os.lseek(descriptor, 1 << 30, os.SEEK_SET)  # what is locked cannot be read, and the id below should be
-                msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
-                os.lseek(descriptor, 0, os.SEEK_SET)
-            else:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError) as error:
-            os.lseek(descriptor, 0, os.SEEK_SET)
-            holder = os.read(descriptor, 20).decode("ascii", "replace").strip()
-            os.close(descriptor)
-            who = f"another ggjac process (pid {holder})" if holder.isdigit() else "another ggjac process"
-            raise JournalError(f"{who} is working in {what}; wait for it, or choose another -o") from error
-        except OSError as error:  # a network file system without locks
-            on_warning(f"{what}: cannot be locked ({_one_line(error)}); let no other process work there")
-        # The former holder may have deleted the file between our opening and locking it: then it protects nothing.
-        with contextlib.suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(descriptor), os.stat(path)):
-                break
-        os.close(descriptor)
-    with contextlib.suppress(OSError):  # only for the message above; the disk may be full
-        os.ftruncate(descriptor, 0)
-        os.write(descriptor, f"{os.getpid()}\n".encode())
-    return descriptor
-
-
-def _release(descriptor: int) -> None:
-    """Free the lock: closing the file does, unless a forked child has it open too."""
-    if sys.platform != "win32":
-        with contextlib.suppress(OSError):
-            fcntl.flock(descriptor, fcntl.LOCK_UN)
-    os.close(descriptor)
-
-
 # -- small things ------------------------------------------------------------------------------------------------------
 
 
-def _canonical(content: Any) -> bytes:
-    """Return JSON by which equal contents are equal bytes."""
-    return json.dumps(content, sort_keys=True).encode()
-
-
 def _readable(content: Any) -> bytes:
-    """Return JSON for a file; NaN is allowed, for only Python reads it back."""
+    """Return JSON for a file; NaN is allowed, because only Python reads it back."""
     return (json.dumps(content, indent=1) + "\n").encode()
 
 
 def _versions(tensors: Sequence[Tensor]) -> list[int | None]:
-    """Return how often each tensor was changed in place, where torch counts that."""
+    """Return how often each tensor was changed in place; None for those of which torch keeps no count."""
     return [None if tensor.is_inference() else tensor._version for tensor in tensors]
 
 
 def _reason(error: runs.RunError) -> str:
-    """Say in a few words, the same at every attempt, why something could not be written."""
+    """Return why something could not be written, in a few words that are the same at every attempt."""
     if isinstance(error, runs.SpaceError):
         return "the disk is full"
-    return _one_line(error.__cause__ or error)
-
-
-def _one_line(error: BaseException) -> str:
-    """Return an error's message, shortened to one line without paths."""
-    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    return (text.splitlines() or [type(error).__name__])[0][:120]
-
-
-def _print_warning(message: str) -> None:
-    print(f"Warning: {message}", file=sys.stderr)
-
-
-@contextlib.contextmanager
-def _explaining(folder: Path) -> Iterator[None]:
-    """Turn the system's errors about the folder into one line that says what to do."""
-    try:
-        yield
-    except OSError as error:
-        raise JournalError(f"{folder}: cannot be written ({_one_line(error)}); choose another -o") from error
+    return runs.one_line(error.__cause__ or error)

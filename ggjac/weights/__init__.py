@@ -1,8 +1,8 @@
-"""From bytes to tiles of dense weights, on the CPU or on a device."""
+"""Weights as dense tiles, dequantized from the file's bytes on the CPU or a device."""
 
+from ggjac.weights.cache import Key
 from ggjac.weights.store import (
     Block,
-    Key,
     Weight,
     WeightError,
     WeightStore,

@@ -1,8 +1,8 @@
-"""Quantized bytes on their way from RAM to a device, beside what the device computes and never far ahead of it.
+"""Copies of quantized bytes from RAM to a device, concurrent with its computation and never far ahead of it.
 
-A device works on its own: the host asks and goes on. Copies have a stream of their own, so that they travel while the
-device computes. The host waits until what it sent `sizes.ON_THE_WAY` pieces ago has been used: where multiplying takes
-longer than copying, bytes would otherwise queue up without end, in pinned memory and on the device.
+A device works asynchronously: the host enqueues work and continues. Copies use a stream of their own, so that they run
+while the device computes. The host waits until the piece sent `sizes.ON_THE_WAY` pieces ago has been used: if
+multiplying takes longer than copying, bytes would otherwise pile up in pinned memory and on the device.
 """
 
 import threading
@@ -19,10 +19,10 @@ from ggjac.sizes import ON_THE_WAY, PINNED_BYTES
 
 
 class Bus:
-    """The way to one device.
+    """The connection to one device.
 
-    Streams and events are those of the device's own torch module (`torch.cuda` for CUDA and ROCm). A device whose
-    module has no streams (MPS) shares its memory with the host, or copies in order.
+    Streams and events come from the device's own torch module (`torch.cuda` for CUDA and ROCm). A device whose module
+    has no streams (MPS) shares memory with the host, or copies in order.
     """
 
     def __init__(self, device: torch.device):
@@ -36,11 +36,11 @@ class Bus:
 
     @contextmanager
     def sent(self, raw: np.ndarray | Tensor) -> Iterator[Tensor]:
-        """Yield bytes on the device. What the block asks of them is all that is ever asked, unless it keeps them.
+        """Yield bytes on the device. Unless the block keeps them, they may be used only by work that it enqueues.
 
         Args:
-            raw: uint8 `[rows, columns]`: an array in ordinary memory, which goes through a buffer that the device can
-                reach, or a tensor from `Pinned`.
+            raw: uint8 `[rows, columns]`: an array in ordinary memory, which is copied through a pinned buffer, or a
+                tensor from `Pinned`.
         """
         if self._module is None:
             yield (torch.from_numpy(np.array(raw)) if isinstance(raw, np.ndarray) else raw).to(self.device)
@@ -62,32 +62,32 @@ class Bus:
 
 
 class _Slot:
-    """A buffer in pinned memory, and the event after which it may be filled again."""
+    """A buffer in pinned memory, and the event after which it may be refilled."""
 
     def __init__(self) -> None:
         self.used: Any = None
         self._buffer: Tensor | None = None
 
     def filled(self, raw: np.ndarray) -> Tensor:
-        """Return the bytes in the buffer, which only grows."""
+        """Copy bytes to the buffer, enlarged if need be, and return them there."""
         if self._buffer is None or self._buffer.numel() < raw.size:
             self._buffer = _pinned(raw.size)
         return _copied(raw, self._buffer)
 
 
 class Pinned:
-    """Bytes that wait in pinned memory, many pieces to a slab: torch rounds what it pins up to a power of two.
+    """Bytes kept in pinned memory, many pieces per slab, because torch rounds allocations up to a power of two.
 
     Args:
-        room: bytes that slabs may take together.
+        room: total bytes of all slabs.
     """
 
     def __init__(self, room: int):
         self._room = room
-        self._free = torch.empty(0, dtype=torch.uint8)  # what is left of the newest slab
+        self._free = torch.empty(0, dtype=torch.uint8)  # the unused rest of the newest slab
 
     def keep(self, raw: np.ndarray) -> Tensor | None:
-        """Return a copy of uint8 `[rows, columns]`, or None where there is no room."""
+        """Return a copy of uint8 `[rows, columns]`, or None if there is no room."""
         if self._free.numel() < raw.size:
             size = min(PINNED_BYTES, 1 << self._room.bit_length() >> 1)  # the largest power of two that fits
             if size < raw.size:
@@ -103,5 +103,5 @@ def _pinned(size: int) -> Tensor:
 
 
 def _copied(raw: np.ndarray, into: Tensor) -> Tensor:
-    """Copy bytes `[rows, columns]` to the front of a buffer, with all of torch's threads; return them there."""
+    """Copy bytes `[rows, columns]` to the front of a buffer, on all of torch's threads; return them there."""
     return into[: raw.size].view(raw.shape).copy_(as_tensor(raw))

@@ -66,7 +66,7 @@ def measure(type: GGMLType, rows: int, threads: int, repeats: int) -> str:
         cells.append(text)
     else:
         cells.append("-")
-    if type.name in quants.TORCH:
+    if type.name in quants.FORMATS:
         data = torch.from_numpy(raw)
         cells.append("-" if type.name == "F32" else cell(lambda: quants.dequantize(data, type), threads)[1])
         with without_native():

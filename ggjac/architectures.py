@@ -1,0 +1,285 @@
+"""What a model file does not say about itself: one row per family, nothing else.
+
+A family is what `general.architecture` names; rows state facts of llama.cpp's graphs (src/models/*.cpp).
+`ggjac.config` reads sizes and options from a file and completes them with its row.
+"""
+
+from dataclasses import dataclass, replace
+
+
+@dataclass(frozen=True)
+class Norms:
+    """Names of the norms before and after a block's two branches; of several, the first present in the file is used."""
+
+    attention_in: tuple[str, ...] = ("attn_norm",)
+    attention_out: tuple[str, ...] = ()
+    ffn_in: tuple[str, ...] = ("ffn_norm",)
+    ffn_out: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What the files of a family do not say about themselves.
+
+    "The file's `key`" below is metadata under the prefix of `general.architecture`.
+
+    Attributes:
+        norm: `"rms"` (weight / root mean square), `"layer"` (centred, with an optional bias) or `"bare"` (centred,
+            without weight or bias: no tensor).
+        norm_bias: RMSNorms may have biases too.
+        norms: their names, before and after each branch.
+        parallel: both branches read the block's input, and are added to it together.
+        parallel_key: the file's `use_parallel_residual`, which is then required, overrides `parallel`.
+        parallel_unless_normed: parallel only in files without a tensor of the first name in `norms.ffn_in`.
+        rope_pairs: which dims of a head rotate together: `"adjacent"` (2i and 2i+1; llama.cpp's NORM), `"halves"`
+            (i and i + rotary/2; NEOX), or `""` for none.
+        partial_rotary: the file's `rope.dimension_count` may be smaller than the head; llama.cpp cannot run other
+            families so.
+        rope_sections: an image's axes rotate in interleaved sections (`rope.dimension_sections`); see
+            `ggjac.config.Rope.still`.
+        rope_optional: `rope.scaling.finetuned = false` turns rotation off.
+        rope_layers: layers that rotate: `"all"`, `"windowed"` (only those with a sliding window, if the model has any)
+            or `"three of four"` (all but every fourth).
+        yarn_keys: YaRN's betas and log multiplier are read from the file; llama.cpp ignores them in other families.
+        windowed: whether some layers attend through a sliding window: `"optional"` (if the file states its size),
+            `"required"`, or `""` for never.
+        window_blocks: block count of the only variant with windows (llama.cpp identifies it so); 0 for all variants.
+        window: default size in tokens.
+        window_period: default period; the last layer of each period attends to all earlier tokens.
+        window_rope: rotation of windowed layers: `"same"`; `"based"` (base from `rope.freq_base_swa`, if present);
+            `"plain"` (same base, no scaling) or `"own"` (base from `rope.freq_base_swa`, 10000 by default, no scaling).
+        qk_norm: `"head"` (each query and key head), `"heads"` (likewise, with separate weights per head), `"rotated"`
+            (like `"head"`, but after rotation), `"full"` (the whole projection), or `""` for none.
+        qk_norm_optional: files may lack these norms.
+        clamp_key: queries, keys and values are clamped to ± the file's `attention.clamp_kqv`, if present.
+        sinks: a learned logit per head joins the softmax without a value.
+        attention_scale_key: the scale of scores is the file's `attention.scale`; the default is 1/√(head size).
+        wide_scale_blocks: block count of the variant whose default is 1/√(d / heads) instead; 0 for none.
+        attention_softcap, logit_softcap: default caps of scores and logits, 0 for none; None if the file's keys are
+            not read.
+        temperature: queries may grow with position (`attention.temperature_scale`).
+        ffn: `"gated"`, `"fused"` (gate and up in one tensor, gate first) or `"plain"` (no gate).
+        activation: `"silu"`, `"gelu"` (tanh form), `"relu2"` (the square of the positive part), `"xielu"` (see
+            `ggjac.config.Layer`) or `"silu_oai"` (clamped, with up shifted by one).
+        router: how expert weights come from router logits: `"softmax"` over all experts, `"softmax_selected"` over
+            the chosen ones, or `"sigmoid"`.
+        router_key: the file's `expert_gating_func` overrides `router`, which is the default, or `""` for none.
+        selection_bias: a bias added for the choice of experts but not to their weights (`exp_probs_b`): `"optional"`,
+            `"required"`, or `""` for none.
+        renormalize: divide the chosen experts' weights by their sum.
+        renormalize_key: the file's `expert_weights_norm`, false by default, overrides `renormalize`.
+        expert_scale_key: expert weights are multiplied by the file's `expert_weights_scale`, unless that is 0.
+        leading_dense: the first `leading_dense_block_count` blocks are dense.
+        expert_widths: where the experts' hidden units are stated: `"tensors"` (their shapes; for the shared expert
+            `expert_shared_feed_forward_length`, if present), `"count"` (`expert_feed_forward_length`, times
+            `expert_shared_count` for the shared expert) or `"shared count"` (likewise, but the shared expert has
+            `expert_shared_feed_forward_length` times the count, if present).
+        predictors: the file's last `nextn_predict_layers` blocks predict tokens after the next one; they are left out.
+        positions: learned position embeddings are added to the input.
+        embedding_scale: `"sqrt"` (of d), `"key"` (the file's `embedding_scale`), or `""` for none.
+        residual_scale: branches are multiplied by the file's `residual_scale`.
+        logit_scale: `"multiply"` or `"divide"` by the file's `logit_scale`, or `""` for neither.
+        scale_defaults: for files without these keys: embedding scale; branch scale times √(blocks); logit scale times
+            d; 0 for no default.
+        reused_name: a tensor name, such as `"ffn_out"`, that llama.cpp's graph gives again, or only, to the branch's
+            sum with the residual stream; the branch itself cannot be read under it. `""` for none.
+    """
+
+    norm: str = "rms"
+    norm_bias: bool = False
+    norms: Norms = Norms()
+    parallel: bool = False
+    parallel_key: bool = False
+    parallel_unless_normed: bool = False
+    rope_pairs: str = "halves"
+    partial_rotary: bool = False
+    rope_sections: bool = False
+    rope_optional: bool = False
+    rope_layers: str = "all"
+    yarn_keys: bool = False
+    windowed: str = ""
+    window_blocks: int = 0
+    window: int = 0
+    window_period: int = 0
+    window_rope: str = "same"
+    qk_norm: str = ""
+    qk_norm_optional: bool = False
+    clamp_key: bool = False
+    sinks: bool = False
+    attention_scale_key: bool = False
+    wide_scale_blocks: int = 0
+    attention_softcap: float | None = None
+    logit_softcap: float | None = None
+    temperature: bool = False
+    ffn: str = "gated"
+    activation: str = "silu"
+    router: str = "softmax"
+    router_key: bool = False
+    selection_bias: str = ""
+    renormalize: bool = True
+    renormalize_key: bool = False
+    expert_scale_key: bool = False
+    leading_dense: bool = False
+    expert_widths: str = "tensors"
+    predictors: bool = False
+    positions: bool = False
+    embedding_scale: str = ""
+    residual_scale: bool = False
+    logit_scale: str = ""
+    scale_defaults: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    reused_name: str = ""
+
+
+_LLAMA = Architecture(rope_pairs="adjacent")
+_QWEN3 = Architecture(qk_norm="head")
+_SANDWICH = Norms(attention_out=("post_attention_norm",), ffn_out=("post_ffw_norm",))
+_DEEPSEEK = Architecture(renormalize_key=True, expert_scale_key=True, leading_dense=True, expert_widths="count")
+_DOTS = replace(_DEEPSEEK, qk_norm="head", router="", router_key=True, selection_bias="optional")
+_SHARED_NORM = Norms(ffn_in=("attn_norm",))
+_POST_AS_FFN = Norms(ffn_in=("post_attention_norm",))
+_GEMMA = Architecture(partial_rotary=True, activation="gelu", embedding_scale="sqrt")
+_GRANITE = replace(
+    _LLAMA,
+    attention_scale_key=True,
+    embedding_scale="key",
+    residual_scale=True,
+    logit_scale="divide",
+)
+_GPT = Architecture(norm="layer", ffn="plain", activation="gelu")
+_COHERE = Architecture(
+    norm="layer",
+    norms=_SHARED_NORM,
+    parallel=True,
+    rope_pairs="adjacent",
+    partial_rotary=True,
+    logit_scale="multiply",
+)
+
+ARCHITECTURES: dict[str, Architecture] = {
+    "llama": _LLAMA,
+    "mistral3": replace(_LLAMA, yarn_keys=True, temperature=True),
+    "qwen2": Architecture(),
+    "qwen2moe": Architecture(renormalize=False),
+    "qwen3": _QWEN3,
+    "qwen3moe": _QWEN3,
+    "qwen3vl": replace(_QWEN3, rope_sections=True),
+    "qwen3vlmoe": replace(_QWEN3, rope_sections=True),
+    "gemma": _GEMMA,
+    "gemma2": replace(
+        _GEMMA,
+        norms=_SANDWICH,
+        windowed="required",
+        window=4096,
+        window_period=2,
+        window_rope="based",
+        wide_scale_blocks=46,
+        attention_softcap=50.0,
+        logit_softcap=30.0,
+    ),
+    "gemma3": replace(
+        _GEMMA,
+        norms=_SANDWICH,
+        qk_norm="head",
+        windowed="optional",
+        window_period=6,
+        window_rope="own",
+        wide_scale_blocks=62,
+        logit_softcap=0.0,
+    ),
+    "phi3": Architecture(ffn="fused", partial_rotary=True),
+    "olmo2": Architecture(
+        norms=replace(_SANDWICH, attention_in=(), ffn_in=()),
+        qk_norm="full",
+        windowed="optional",
+        window_period=4,
+        window_rope="plain",
+    ),
+    "olmoe": Architecture(qk_norm="full", renormalize=False),
+    "granite": replace(_GRANITE, rope_optional=True),
+    "granitemoe": _GRANITE,
+    "smollm3": replace(_LLAMA, rope_layers="three of four"),
+    "exaone4": Architecture(
+        norms=replace(_SANDWICH, attention_in=(), ffn_in=()),
+        rope_layers="windowed",
+        windowed="required",
+        window_blocks=64,
+        window=4096,
+        window_period=4,
+        qk_norm="head",
+    ),
+    "seed_oss": Architecture(norms=_POST_AS_FFN),
+    "hunyuan-dense": Architecture(qk_norm="rotated"),
+    "internlm2": _LLAMA,
+    "ernie4_5": _LLAMA,
+    "exaone": Architecture(),
+    "minicpm": replace(
+        _LLAMA,
+        embedding_scale="key",
+        residual_scale=True,
+        logit_scale="divide",
+        scale_defaults=(12.0, 1.4, 256.0),
+    ),
+    "arcee": replace(_LLAMA, ffn="plain", activation="relu2"),
+    "apertus": replace(_QWEN3, ffn="plain", activation="xielu"),
+    "glm4": Architecture(norms=_SANDWICH, rope_pairs="adjacent", partial_rotary=True, ffn="fused"),
+    "cohere2": replace(_COHERE, rope_layers="windowed", windowed="required", window_period=4),
+    "gpt2": replace(_GPT, rope_pairs="", positions=True),
+    "starcoder2": _GPT,
+    "phi2": replace(_GPT, norms=_SHARED_NORM, parallel=True, partial_rotary=True),
+    "olmo": Architecture(norm="bare", rope_pairs="adjacent", clamp_key=True, reused_name="ffn_out"),
+    "command-r": replace(_COHERE, qk_norm="heads", qk_norm_optional=True),
+    "nemotron": Architecture(norm="layer", partial_rotary=True, ffn="plain", activation="relu2", reused_name="ffn_out"),
+    "stablelm": Architecture(
+        norm="layer",
+        norms=Norms(ffn_in=("ffn_norm", "attn_norm")),
+        parallel_unless_normed=True,
+        partial_rotary=True,
+        qk_norm="heads",
+        qk_norm_optional=True,
+    ),
+    "gptneox": replace(_GPT, parallel_key=True, partial_rotary=True, reused_name="ffn_out"),
+    "falcon": replace(
+        _GPT,
+        norms=Norms(attention_in=("attn_norm_2", "attn_norm"), ffn_in=("attn_norm",)),
+        parallel=True,
+    ),
+    "gpt-oss": Architecture(
+        norms=_POST_AS_FFN,
+        windowed="required",
+        window_period=2,
+        window_rope="based",
+        sinks=True,
+        activation="silu_oai",
+        router="softmax_selected",
+        renormalize=False,
+    ),
+    "glm4moe": replace(
+        _DEEPSEEK,
+        norms=_POST_AS_FFN,
+        partial_rotary=True,
+        qk_norm="head",
+        qk_norm_optional=True,
+        router="sigmoid",
+        router_key=True,
+        selection_bias="required",
+        predictors=True,
+    ),
+    "deepseek": replace(_DEEPSEEK, rope_pairs="adjacent", renormalize=False, renormalize_key=False),
+    "dots1": _DOTS,
+    "ernie4_5-moe": replace(_LLAMA, selection_bias="optional", leading_dense=True),
+    "hunyuan-moe": Architecture(qk_norm="rotated"),
+    "bailingmoe": replace(_DEEPSEEK, rope_pairs="adjacent", leading_dense=False),
+    "bailingmoe2": replace(_DOTS, partial_rotary=True, expert_widths="shared count", predictors=True),
+    "exaone-moe": replace(
+        _DOTS,
+        rope_layers="windowed",
+        windowed="required",
+        window_period=4,
+        expert_widths="tensors",
+        predictors=True,
+    ),
+    "minimax-m2": Architecture(
+        partial_rotary=True, qk_norm="full", router="", router_key=True, selection_bias="required"
+    ),
+    "phimoe": Architecture(norm_bias=True),
+}

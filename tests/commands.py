@@ -1,0 +1,183 @@
+"""Every command that takes a prompt, and what the tests expect of it: a new command is one row of `COMMANDS`.
+
+A row without a plan, a page, or runs on a device turns the tests of these red (`test_commands.py`).
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+# The number of sweeps that a plan is made to expect, whatever the spectrum: few, and more down than up.
+SWEEPS = ["--tol", "1e-30", "--max-sweeps", 3]
+SHORT = ["--top", 2]  # every decoded token costs a row
+
+Options = list[Any]
+
+
+@dataclass(frozen=True)
+class Command:
+    """What tests expect of a command.
+
+    Attributes:
+        parts: keys that its JSON adds to the envelope.
+        words: of its tables, on a file without a tokenizer.
+        page: sections of the report of its JSON, and words of each; variants of the command after its options.
+        options: with which that JSON is made.
+        counted: options of runs that are counted and compared with their own plan, by the name of the variant.
+        device: options of runs on a device that must give the CPU's bits; empty with a reason in `not_on_devices`.
+        not_on_devices: why not.
+    """
+
+    parts: set[str]
+    words: list[str]
+    page: dict[str, dict[str, str]]
+    counted: dict[str, Options]
+    options: list[str] = field(default_factory=list)
+    device: list[list[str]] = field(default_factory=lambda: [[]])
+    not_on_devices: str = ""
+
+
+COMMANDS: dict[str, Command] = {
+    "analyze": Command(
+        {"predictions", "parity", "reconstruction", "svd", "stable_rank", "attribution", "branches", "run_folder"},
+        [
+            *("Next token", "llama.cpp (as is): agrees", "Reconstruction", "Singular", "Stable rank", "Exact share"),
+            "Saved",
+        ],
+        {
+            "": {
+                "predict": "[",
+                "attribute": "= logit",
+                "attribute-branches": "Attention, all blocks",
+                "svd": "Stable rank",
+                "svd-vectors": "by chance",
+                "svd-per-token": "4 [42]",
+                "layers": "Logit lens",
+                "layers-stable-rank": "each block alone",
+                "contrast": "Ordinary",
+            }
+        },
+        {
+            "": ["-k", 2, *SWEEPS, *SHORT, "--no-verify", "-o", "run"],
+            "with contrast": ["-k", 2, *SWEEPS, *SHORT, "--no-verify", "-o", "run", "--contrast"],
+            "with layers": ["-k", 2, *SWEEPS, *SHORT, "--no-verify", "-o", "run", "--layers", "1,-1"],
+        },
+        options=["-k", "2", "--per-token", "--contrast", "--layers", "all"],
+        device=[["-k", "2", "--no-verify", "-o", "RUN"]],
+    ),
+    "predict": Command(
+        {"predictions"},
+        ["Next token", "probability"],
+        {"": {"predict": "%"}},
+        {"": [], "everywhere": ["--all-positions", "-o", "f"]},
+    ),
+    "verify": Command(
+        {"parity"},
+        ["l_out-1", "llama.cpp (as is): agrees"],
+        {"": {"verify": "l_out-1", "certificate": "llama.cpp passed agrees"}},
+        {"": []},
+    ),
+    "svd": Command(
+        {"reconstruction", "svd"},
+        ["converged after", "residual"],
+        {
+            "--per-token": {"svd": "σ", "svd-vectors": "by chance", "svd-per-token": "4 [42]"},
+            "--position 2": {"svd": "σ", "svd-vectors": "by chance"},
+        },
+        {
+            "": ["-k", 2, *SWEEPS, *SHORT],
+            "without chance": ["-k", 3, *SWEEPS, "--shuffles", 0],
+            "per token": ["-k", 3, *SWEEPS, *SHORT, "--shuffles", 5, "--per-token", "--position", 3],
+        },
+        options=["-k", "2"],
+        device=[["-k", "2", "--per-token"]],
+    ),
+    "jacobian": Command(
+        {"jacobian"},
+        ["‖J_i‖_F"],
+        {"": {"jacobian": "64 × 5 × 64 numbers", "certificate": "Reconstruction passed"}},
+        {"": []},
+        device=[["-o", "J.safetensors"]],
+    ),
+    "layers": Command(
+        {"reconstruction", "layers"},
+        ["From the input to this depth", "Each block alone", "likely tokens"],
+        {"": {"layers": "Logit lens", "layers-stable-rank": "each block alone"}},
+        {
+            "": ["-k", 2, *SWEEPS, *SHORT],
+            "some": ["-k", 2, *SWEEPS, *SHORT, "--layers", "0,2", "--kinds", "layer,mlp", "--position", 4],
+            "transported": ["-k", 3, *SWEEPS, *SHORT, "--maps", "to_end,cumulative", "--transport"],
+            "none": [*SHORT, "--layers", 0, "--maps", "cumulative,blockwise"],
+        },
+        options=["-k", "2"],
+        device=[["-k", "2"]],
+    ),
+    "ranks": Command(
+        {"ranks"},
+        ["Stable rank of each prompt", "Stable rank by token index", "all converged"],
+        {"": {"ranks": "1 prompt, all converged"}},
+        {"": SWEEPS},
+    ),
+    "norms": Command(
+        {"reconstruction", "norms"},
+        ["Longest columns and rows", "‖column‖"],
+        {"": {"norms": "Columns"}},
+        {"": ["--count", 2], "early": ["--position", 2]},
+    ),
+    "attribute": Command(
+        {"reconstruction", "attribution"},
+        ["Exact share of every input token", "sum"],
+        {
+            "": {"attribute": "= logit"},
+            "--by layer": {"attribute-branches": "MLP, all blocks"},
+            "--by head": {"attribute-branches": "head 1"},
+            "--versus 7": {"attribute": "minus that of [7]"},
+            "--position all": {"attribute-positions": "The shares sum to the logit at every position."},
+            "--position all --by layer": {"attribute-positions": "attention"},
+            "--position all --by head": {"attribute-positions": ", head "},
+        },
+        {
+            "": [],
+            "early": ["--position", 2],
+            "everywhere": ["--position", "all"],
+            "by layer": ["--by", "layer"],
+            "by head": ["--by", "head", "--position", 4],
+            "by layer everywhere": ["--by", "layer", "--position", "all"],
+            "by head everywhere": ["--by", "head", "--position", "all"],
+        },
+        device=[["--by", "head"], ["--position", "all"]],
+    ),
+    "compare": Command(
+        {"compare", "other_model"},
+        ["a: ", "Principal angles", "Next token at every position"],
+        {"": {"compare": "Same top token 100 %", "certificate": "Reconstruction, file b passed"}},
+        {"": ["-k", 2, *SWEEPS]},
+        options=["-k", "2"],
+        device=[["-k", "2"]],
+    ),
+    "contrast": Command(
+        {"reconstruction", "contrast"},
+        ["Reconstruction", "detached", "ordinary", "Spearman", "KL divergence"],
+        {"": {"contrast": "Ordinary"}},
+        {"": [], "early": ["--position", 2]},
+        device=[],
+        not_on_devices="forward-mode differentiation looks past the card's tensors at their storage",
+    ),
+    "steer": Command(
+        {"steering"},
+        ["The concept's own next token", "equation16", "baseline", "random"],
+        {"": {"steer": "Random 0.5"}},
+        {
+            "": ["--concept-tokens", "1,2,3,4", "--max-tokens", 4],
+            "additive": ["--concept-tokens", "9,8", "--method", "additive", "--layer", 1, "--max-tokens", 3],
+            "much": ["--strength", "0,0.1,0.2", "--no-control", "--max-tokens", 2],
+            "once": ["--max-tokens", 1],
+        },
+        options=["--strength", "0,0.5", "--max-tokens", "3"],
+        device=[["--concept-tokens", "5,6,7"]],
+    ),
+}
+
+
+def with_file(command: str, model: object) -> list[Any]:
+    """Return the further file that a command must have."""
+    return ["--with", model] if command == "compare" else []
