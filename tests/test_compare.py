@@ -10,7 +10,7 @@ import oracle
 import pytest
 import tiny
 import torch
-from test_model import edited
+from helpers import edited
 
 from ggjac.analysis.compare import (
     CompareError,
