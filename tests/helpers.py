@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import oracle
 import tiny
 import torch
 from click.testing import CliRunner, Result
@@ -15,7 +16,8 @@ from jaxtyping import config as checks
 
 from ggjac.cli import main
 from ggjac.gguf import open_gguf
-from ggjac.model import DTYPES
+from ggjac.jacobian import DetachedJacobian
+from ggjac.model import DTYPES, Model, open_model
 
 # A prompt, and the same as options of a command.
 IDS = [5, 17, 3, 99, 42]
@@ -30,6 +32,24 @@ EPS = {name: torch.finfo(dtype).eps for name, dtype in DTYPES.items()}
 def distance(actual: torch.Tensor, expected: torch.Tensor) -> float:
     """Return the relative L2 distance, in float64."""
     return float((actual.double() - expected.double()).norm() / expected.double().norm())
+
+
+# ---- a Jacobian and the oracle's
+
+
+def pair(
+    tiny_files: dict[str, Path], case: str, position: int = -1, dtype: str = "float64"
+) -> tuple[Model, DetachedJacobian, oracle.Jacobian, dict[str, torch.Tensor]]:
+    """Return ggjac's model and Jacobian, and the oracle's Jacobian and weights."""
+    ids, model = tiny.prompt(case, 6), open_model(tiny_files[case], dtype=dtype)
+    known = oracle.load(tiny_files[case])
+    expected = oracle.jacobian(known, ids, mlp_path="up", position=position)
+    return model, model.trace(ids).jacobian(position), expected, known.weights
+
+
+def head_of(weights: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Return the matrix of the LM head, `[v, d]`."""
+    return weights.get("output.weight", weights["token_embd.weight"])
 
 
 # ---- commands
