@@ -1,9 +1,9 @@
 """Files that version 0.1.0 wrote before its code changed: finished ones are read, an unfinished run is refused by name.
 
 data/0.1.0 is of a tiny file, `tiny.write("model.gguf", d=16, heads=2, kv_heads=1, ff=24, layers=2, vocab=320,
-tokenizer="spm", type="F16")`, and of three commands there, each with the options of `SVD` below: `analyze --no-verify --per-token
---contrast --layers all -o run` (its page deleted), `svd --trace trace`, and `svd -o unfinished.safetensors`, interrupted
-in an early sweep.
+tokenizer="spm", type="F16")`, and of three commands there, each with the options of `SVD` below:
+`analyze --no-verify --per-token --contrast --layers all -o run`, the page deleted; `svd --trace trace`; and
+`svd -o unfinished.safetensors`, interrupted in an early sweep.
 """
 
 import shutil
