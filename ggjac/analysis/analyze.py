@@ -27,7 +27,7 @@ from ggjac.sizes import MlpPath
 CHECKPOINT = "checkpoint"  # inside a run folder, while the run is not finished
 LIKELY = 5  # next tokens in the result
 
-# Called with the key of a part of the result and its data, as soon as it is there.
+# Called with the key of a part of the result and its data, as soon as the part is computed.
 Show = Callable[[str, Any], None]
 
 
@@ -69,7 +69,7 @@ def analyze(
         tol, max_sweeps, seed: of the iteration, as `ggjac.svd.svd` takes them.
         mlp_path: freezing rule of gated feed-forwards, `"up"` or `"gate"`.
         verify: compare with llama.cpp.
-        layers: depths (blocks applied) whose maps are decomposed too; None for none.
+        layers: depths, in blocks applied, at which maps are decomposed too; None for none.
         per_token: decompose each position's own map too.
         contrast: rebuild the output by the ordinary Jacobian too.
         resume: continue the interrupted run in `output`.
@@ -125,7 +125,7 @@ def run(
 ) -> dict[str, Any]:
     """Write the run folder of a session that has been fitted; return the content of run.json.
 
-    Arguments as those of `analyze`; `show(key, data)` gets each part of the result when it is there.
+    Arguments as those of `analyze`; `show(key, data)` gets each part of the result when it is computed.
     """
     from ggjac.report import write_report
 
@@ -183,12 +183,12 @@ def run(
 
 
 def finished(folder: Path) -> bool:
-    """Tell whether a run folder is complete."""
+    """Return whether a run folder is complete."""
     return (folder / "run.json").exists() and not (folder / CHECKPOINT).exists()
 
 
 def new_folder(stem: str) -> Path:
-    """Name a run folder by model and time; a number tells apart two runs of the same second."""
+    """Return the name of a run folder, from model and time; a number distinguishes runs of the same second."""
     name = f"{stem}-{time.strftime('%Y%m%d-%H%M%S')}"
     names = (Path("ggjac-runs") / (f"{name}-{i}" if i else name) for i in count())
     return next(folder for folder in names if not folder.exists())

@@ -1,4 +1,4 @@
-"""What a logit is made of: exact additive shares of the input tokens, or of the branches and heads of every block.
+"""Exact additive shares in a logit: of the input tokens, or (direct logit attribution) of blocks and heads.
 
 By token, along the live paths of the whole network, `w` being the head's row of the target (minus that of a second
 token, for what sets the two apart):
@@ -11,7 +11,7 @@ reads from each part, wherever that part's own input came from):
     logit = w · N (x_p + Σ_i attn_i + Σ_i mlp_i),    attn_i = norm_out (Σ_h W_h z_h + bias)
 
 with `z_h` what head `h` read at the position and `W_h` its columns of the output projection. Either split is an
-identity of the frozen network; it says what each part contributes, not what would happen if the part were changed.
+identity of the frozen network: it states the contribution of each part, not the effect of changing that part.
 """
 
 from collections.abc import Iterator, Sequence
@@ -32,7 +32,7 @@ from ggjac.sizes import chunk_floats
 
 @dataclass(frozen=True)
 class Attribution(Plotted):
-    """How one logit, or the difference of two, is made up.
+    """The shares of the input positions in one logit, or in the difference of two.
 
     Attributes:
         target: token id whose logit is split.
@@ -257,7 +257,7 @@ def _entry(shares: TokenShares | BranchShares, by: str, row: int, words: Words) 
 
 
 def _split(words: Words, target: int | None, versus: int | None) -> str:
-    """Say what is split: of one target, or of each output's own."""
+    """Return the name of the split quantity: the logit of one target, or of each output's own."""
     logit = "the logit" if target is None else f"the logit of {words.name(target)}"
     return logit if versus is None else f"{logit} minus that of {words.name(versus)}"
 
@@ -296,9 +296,10 @@ def attribute_positions(
 ) -> TokenShares:
     """Split a logit at every position of the prompt over the input positions; default the most likely one at each.
 
-    One upward pass carries every token's embedding alone, and the biases: where a vector started says whose share it
-    is, where it is read off says in which logit. `n + 1` vectors of `n` positions travel together; where they need more
-    than the Jacobian's `chunk_bytes` of working memory, in several passes. The Jacobian's own position does not matter.
+    One upward pass carries every token's embedding alone, and the biases: a vector's start identifies the share, the
+    position at which it is read identifies the logit. `n + 1` vectors of `n` positions advance together, or in several
+    passes where they need more than the Jacobian's `chunk_bytes` of working memory. The Jacobian's own position has no
+    influence.
     """
     network, chunk_bytes = jacobian.network, jacobian.chunk_bytes
     n, d = network.x.shape

@@ -1,4 +1,4 @@
-"""What quantization changes: two files of one model, at the same prompt.
+"""Two files of one model at the same prompt, as before and after quantization.
 
 One file at a time is measured into a `Portrait`, so that two large models need not be in memory together; `compare`
 sets two of them side by side. Angles between subspaces do not depend on signs, on rotations among close singular

@@ -1,10 +1,11 @@
-"""What freezing is good for: the output rebuilt by the detached Jacobian, and by the ordinary one beside it.
+"""Reconstruction with and without freezing: the output from the detached and from the ordinary Jacobian.
 
     detached:  J x + offset      ordinary:  (∂y/∂x) x
 
-(Golden, arXiv 2505.24293, section 3.1.) The first is the output itself, up to rounding. The second is not, and has no
-reason to be: a derivative says what the next small change does, not what made the value up. A norm's derivative, say,
-annihilates the norm's own input, for scaling that does not change the output (Euler's theorem, up to the epsilon).
+(Golden, arXiv 2505.24293, section 3.1.) The first is the output itself, up to rounding. The second is not, and need not
+be: a derivative describes the next small change, not the composition of the value. The derivative of a norm, for
+example, annihilates the norm's own input, since scaling the input does not change the output (Euler's theorem, up to
+the epsilon).
 """
 
 from dataclasses import asdict, dataclass
@@ -21,14 +22,14 @@ from ggjac.results import NO_WORDS, Plotted, Points, Result, Table, Words
 
 @dataclass(frozen=True)
 class Agreement(Result):
-    """How well a reconstruction `r` agrees with the output `y`, by all the measures in circulation.
+    """How well a reconstruction `r` agrees with the output `y`, by all measures in use.
 
     A measure whose denominator is zero is NaN, or infinite.
 
     Attributes:
         relative_l2: `‖r - y‖ / ‖y‖`.
-        std_ratio: `std(r - y) / std(r)`, over the reconstruction: what the paper's figures state.
-        std_ratio_output: `std(r - y) / std(y)`, over the output: what its notebooks for large models state.
+        std_ratio: `std(r - y) / std(r)`, over the reconstruction, as in the paper's figures.
+        std_ratio_output: `std(r - y) / std(y)`, over the output, as in its notebooks for large models.
         max_abs: `max |r - y|`.
         pearson: correlation over the `d` components.
         spearman: correlation of their ranks; equal components share their mean rank.
@@ -67,7 +68,7 @@ class Agreement(Result):
 
 @dataclass(frozen=True)
 class Contrast(Plotted):
-    """An output beside its two reconstructions.
+    """An output and its two reconstructions.
 
     Attributes:
         y: `[d]`, float64: the forward pass's output.

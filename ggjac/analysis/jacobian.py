@@ -20,7 +20,7 @@ from ggjac.session import Session, numpy
 
 @dataclass(frozen=True)
 class Contributions(Plotted):
-    """What each input position contributes to the output, from the dense matrix.
+    """The contribution of each input position to the output, from the dense matrix.
 
     Attributes:
         terms: `[n, d]`, float64: `J_i x_i`.
@@ -34,7 +34,7 @@ class Contributions(Plotted):
     reconstruction: Reconstruction
 
     def data(self, words: Words = NO_WORDS) -> dict[str, Any]:
-        """Return the size of each position's part, and of what it contributes."""
+        """Return for each position the Frobenius norm of its part, and the length of its contribution."""
         n, d = self.terms.shape
         return {
             "shape": [d, n, d],

@@ -1,4 +1,4 @@
-"""Every depth of the network: what the maps to it, through it and from it say (Golden, arXiv 2505.24293, section 3.4).
+"""The maps to, through and from every depth, decoded, and the logit lens (Golden, arXiv 2505.24293, section 3.4).
 
 A map is one of
 
@@ -27,7 +27,7 @@ from ggjac.results import NO_WORDS, Plotted, Points, Table, Words
 from ggjac.sizes import EXACT_ROWS, KINDS, MAPS, PROBES, Kind, MapName
 from ggjac.svd import SVD, svd_together
 
-# Tokens whose ranks are followed through the depths, at most.
+# The most tokens that are followed through the depths by rank.
 MAX_TOKENS = 4000
 
 
@@ -140,7 +140,7 @@ class Readout(Plotted):
 
 
 class Way(NamedTuple):
-    """How the output's directions come about (paper, analysis A14).
+    """The path to the output's directions, depth by depth (paper, analysis A14).
 
     Attributes:
         depths: `m` numbers of blocks applied; the last is the output.
@@ -273,7 +273,7 @@ def layers(
     probes: int = PROBES,
     progress: Progress | None = None,
 ) -> Layers:
-    """Decompose the maps of every depth, and read the stream out there.
+    """Decompose the maps of every depth, and read the residual stream there with a logit lens.
 
     Args:
         jacobian: of the prompt and position, with the journal that is to remember sweeps, if any; its span does not
@@ -352,15 +352,15 @@ class _Group:
         self.name = name.replace("_", " ") + (f" {ends.pop()}" if name == "blockwise" else "")
         self.operators = [DetachedJacobian(network, position, span, raw=raw) for span in spans]  # for their shapes
         self.sweep = self.sweeping(spans, raw=raw)
-        self.says(self.name)
+        self.report_as(self.name)
 
     def sweeping(self, spans: list[Span], *, raw: bool) -> SharedSweep:
         """Return sweeps along some spans."""
         jacobian = self.jacobian
         return SharedSweep(jacobian.network, spans, jacobian.position, raw=raw, journal=jacobian.sweep.journal)
 
-    def says(self, what: str, sweep: SharedSweep | None = None) -> None:
-        """Let progress say what the next sweeps are for."""
+    def report_as(self, what: str, sweep: SharedSweep | None = None) -> None:
+        """Report the next sweeps under a name."""
         sweep = sweep or self.sweep
         if self.progress:
             report = self.progress
@@ -368,21 +368,21 @@ class _Group:
 
     def svd(self, rank: int, **options: Any) -> list[SVD]:
         """Return the triplets of each map, left vectors signed to point along what the map makes of its stream."""
-        self.says(f"{self.name}, sweep 1")
+        self.report_as(f"{self.name}, sweep 1")
 
         def swept(sweeps: int, worst: float) -> None:
-            self.says(f"{self.name}, sweep {sweeps + 1}, worst residual {worst:.1e}")
+            self.report_as(f"{self.name}, sweep {sweeps + 1}, worst residual {worst:.1e}")
 
         up, down = self.sweep.up, self.sweep.down
         found = svd_together(self.operators, rank, up=up, down=down, progress=swept, **options)
-        self.says(f"{self.name}, signs")
+        self.report_as(f"{self.name}, signs")
         tapes = self.jacobian.network.tapes
         outputs = self.sweep.up([tapes[span.start].x[None] for span in self.spans])
         return [triplets.pointing_along(output[0]) for triplets, output in zip(found, outputs, strict=True)]
 
     def stable_ranks(self, triplets: list[SVD], probes: int, seed: int) -> list[StableRank]:
         """Return the stable rank of each map."""
-        self.says(f"{self.name}, stable rank")
+        self.report_as(f"{self.name}, stable rank")
         exact = self.operators[0].out_shape[0] <= EXACT_ROWS
         chunk = self.jacobian.rows_at_once(len(self.spans)) if exact else None
         down = self.sweep.down
@@ -406,7 +406,7 @@ def _transported(run: _Group, triplets: list[SVD]) -> list[Tensor | None]:
     below = run.sweeping([run.spans[j] for j in inner], raw=True)
     above = run.sweeping([Span(run.spans[j].tap.index, end) for j in inner], raw=run.sweep.raw)
     for sweep in (below, above):
-        run.says(f"{run.name}, transport", sweep)
+        run.report_as(f"{run.name}, transport", sweep)
     streams = below.up([triplets[j].Vh.to(run.jacobian.dtype) for j in inner])
     placed = []
     for j, stream in zip(inner, streams, strict=True):

@@ -1,7 +1,8 @@
 """The longest columns and rows of a dense detached Jacobian, in tokens (Golden, arXiv 2505.24293, section 3.2).
 
-A column `J_i[:, j]` is what one component of the embedding at position `i` does to the output, and decodes through the
-LM head; a row `J_i[e, :]` is what one component of the output reads there, and decodes to the nearest input embeddings.
+A column `J_i[:, j]` is the effect of one component of the embedding at position `i` on the output, and decodes through
+the LM head; a row `J_i[e, :]` is the weight of that embedding in one component of the output, and decodes to the
+nearest input embeddings.
 """
 
 from dataclasses import dataclass
@@ -118,7 +119,7 @@ def _norms(jacobian: DetachedJacobian, count: int, column_words: int, row_words:
         lengths, kept = lengths.topk(min(count, lengths.shape[1]), dim=1)
         components = components.gather(1, kept)
         best = torch.cat([best, part.transpose(0, 1)], 1).gather(1, kept[..., None].expand(-1, -1, d).to(best.device))
-        del part, wide  # nobody holds the rows while the next ones are made
+        del part, wide  # the rows are freed before the next ones are made
     columns = squares.sqrt()
     longest = columns.topk(count, dim=1).indices
     along = jacobian.linear_output
@@ -137,7 +138,7 @@ def _norms(jacobian: DetachedJacobian, count: int, column_words: int, row_words:
 
 
 def _columns(jacobian: DetachedJacobian, components: Int[Tensor, "n count"]) -> Float[Tensor, "m d"]:
-    """Return the columns of some input components of every position, as many at a time as rows would be."""
+    """Return the columns of some input components of every position, in chunks of `rows_at_once`."""
     n, d = jacobian.in_shape
     positions = torch.arange(n).repeat_interleave(components.shape[1])
     at_once = jacobian.rows_at_once()

@@ -1,7 +1,7 @@
-"""The singular vectors of each position's own map `J_i`, `[d, d]`, beside those of the joint one `[d, n d]`.
+"""The singular vectors of each position's own map `J_i`, `[d, d]`; those of the joint map `[d, n d]` mix positions.
 
-`y = Σ_i J_i x_i + offset` (Golden, arXiv 2505.24293, eq. 15): a `J_i` is what the network makes of the embedding at one
-position. The joint map's vectors mix positions; these do not.
+`y = Σ_i J_i x_i + offset` (Golden, arXiv 2505.24293, eq. 15): `J_i` maps the embedding at one position to
+the output.
 """
 
 from collections.abc import Callable, Sequence
@@ -76,7 +76,7 @@ def per_token(
     """Compute `rank` singular triplets of every `J_i` and decode both ends to `top` tokens each.
 
     Positions up to the Jacobian's own; later ones have a map of zero. All positions advance in the same sweeps over the
-    weights, as long as their vectors are no more than dense rows that go together; options as of `ggjac.svd.svd`.
+    weights, in chunks of `rows_at_once` vectors; options as of `ggjac.svd.svd`.
     """
     positions = range(jacobian.position + 1)
     operators = [jacobian.at_position(i) for i in positions]

@@ -1,6 +1,6 @@
 """The stable rank of each token's own map, and its distribution over many prompts (Golden, arXiv 2505.24293, figure 3).
 
-`y = Σ_i J_i x_i + offset`: how many directions of its embedding does the network use at each position `i`?
+`y = Σ_i J_i x_i + offset`: the number of directions of its embedding that the network uses at position `i`.
 """
 
 import contextlib
@@ -28,7 +28,7 @@ from ggjac.session import Session
 from ggjac.sizes import EXACT_ROWS, PROBES, TOKENS_AT_ONCE, block_width
 from ggjac.svd import svd_together
 
-# What a record of a prompt has, beside the keys of every record.
+# Keys of a record, in addition to those of every record.
 FIELDS = ("joint", "next", "reconstruction", "residual", "sweeps", "stopped_by")
 
 
@@ -122,7 +122,7 @@ def _own(position: int | None) -> slice:
 
 
 def _portions(places: list[int | None], stacks: list[Tensor], limit: int) -> Iterator[list[tuple[slice, Tensor]]]:
-    """Yield the vectors of all stacks with the positions of their maps, so many at a time."""
+    """Yield the vectors of all stacks with the positions of their maps, at most `limit` at a time."""
     every = [(_own(i), vector) for i, stack in zip(places, stacks, strict=True) for vector in stack]
     for start in range(0, len(every), limit):
         yield every[start : start + limit]
@@ -135,7 +135,7 @@ class Ranks(Plotted):
     Attributes:
         records: one for each prompt, in the order given: plain data, as the lines of the file are.
         ready: how many of them were in the file already.
-        last: session of the last prompt; its envelope tells how all were computed.
+        last: session of the last prompt; its envelope describes how all were computed.
     """
 
     records: list[dict[str, Any]]
@@ -242,7 +242,7 @@ def _session(model: Model, prompt: str | Sequence[int], *, alone: bool, **option
 
 
 def _settled(record: dict[str, Any] | None, max_sweeps: int) -> bool:
-    """Tell whether a prompt needs no more work; where sweeps ran out, more of them are another attempt."""
+    """Return whether a prompt is done; where its sweeps ran out, a larger `max_sweeps` is another attempt."""
     return record is not None and not (record["stopped_by"] == "sweeps" and record["sweeps"] < max_sweeps)
 
 

@@ -1,8 +1,8 @@
-"""What it is worth that the top tokens of a vector read well: their coherence, beside that of shuffled vectors.
+"""The coherence of a decoded vector's top tokens, with a chance baseline from shuffled vectors.
 
 Any direction has top tokens, and eight tokens out of many thousands can always be read as a story. So the tokens of a
 vector get a score that no reader gives, and so do those of vectors that mean nothing: the same vectors with their
-components shuffled, which keeps the sizes of the components and destroys what they were components of.
+components shuffled, which keeps the sizes of the components and destroys their meaning.
 
 The score is the mean cosine between the input embeddings of a vector's top tokens, over all pairs: tokens about one
 thing have similar embeddings, and those of a random direction only what all embeddings have in common.
@@ -24,7 +24,7 @@ from ggjac.weights import Weight
 
 Decode = Callable[[Tensor, int], Ranked]
 
-# Vectors whose tokens' embeddings are held at a time: those of all would outweigh a streamed model.
+# Vectors scored at a time: the embeddings of the tokens of all vectors could outweigh a streamed model.
 AT_ONCE = 16
 
 

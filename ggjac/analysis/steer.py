@@ -1,7 +1,7 @@
-"""Steering: a prompt's stream pushed by the linear map of another prompt, the concept, while the text is generated.
+"""Activation steering: the linear map of one prompt, the concept, steers the residual stream of another text.
 
 Let `J_j` `[d, d]`, `j < T`, be the concept's detached Jacobian from its `T` embeddings to its last position after
-`layer` blocks. It takes a new text's embeddings `e_0, e_1, ...` in turn, beginning anew after `T` of them:
+`layer` blocks. It takes a new text's embeddings `e_0, e_1, ...` in turn, starting over after `T` of them:
 
     c_i = offset + Σ_{j <= i} J_{j mod T} e_j
 
@@ -10,8 +10,9 @@ Let `J_j` `[d, d]`, `j < T`, be the concept's detached Jacobian from its `T` emb
       h_i <- λ h_i + (1 - λ) c_i
 
   `J` ends in the raw stream, which `c` replaces. λ = 1 changes nothing; strength is 1 - λ, so that 0 is the baseline.
-  The equation does not say how a map of `T` tokens takes a longer text: that much is from the code below. `offset`
-  (what biases contribute; zero in the paper's models) makes `c` the concept's own stream where text and concept agree.
+  The equation does not define how a map of `T` tokens applies to a longer text: that part follows the paper's code.
+  `offset` (the contribution of biases; zero in the paper's models) makes `c` the concept's own stream where text and
+  concept agree.
 
 - `"additive"` (the paper's code, `apply_steering_operator`): `J` ends after the final norm, as its code computes it,
   without offset; what changes is the stream one block earlier, after `layer - 1` blocks, in every position
@@ -23,7 +24,7 @@ Let `J_j` `[d, d]`, `j < T`, be the concept's detached Jacobian from its `T` emb
 The rest of the network then runs as usual. Generation is greedy, and `c` grows with every token.
 
 The control is an operator with the same singular values and the same reading of the text, that writes elsewhere:
-`Q J` with `Q` orthogonal, random and seeded. `‖Q c‖ = ‖c‖` for every text: what it does is due to length alone.
+`Q J` with `Q` orthogonal, random and seeded. `‖Q c‖ = ‖c‖` for every text: its effect is due to length alone.
 """
 
 from collections.abc import Callable, Sequence

@@ -1,4 +1,4 @@
-"""What the leading singular vectors of a detached Jacobian say, in tokens (Golden, arXiv 2505.24293, section 3.2).
+"""The leading singular vectors of a detached Jacobian, decoded to tokens (Golden, arXiv 2505.24293, section 3.2).
 
 Left vectors live where the LM head reads, and decode to the tokens they promote. Right vectors live in the input
 embeddings, one slice per position, and decode to the nearest tokens there.

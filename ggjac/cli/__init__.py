@@ -28,7 +28,7 @@ COMMANDS = {
     "verify": "Compare tokens, logits and every layer with llama.cpp.",
     "svd": "Leading singular vectors, decoded to tokens, with a chance baseline.",
     "jacobian": "The dense detached Jacobian, and the contribution of each position.",
-    "layers": "Singular vectors and stable rank of every layer, beside the logit lens.",
+    "layers": "Singular vectors and stable rank of every layer, and the logit lens.",
     "ranks": "Stable rank of every token's own map, over many prompts.",
     "norms": "Longest columns and rows of the dense detached Jacobian, decoded.",
     "attribute": "Exact shares of input tokens in a logit; direct logit attribution to layers and heads.",
@@ -52,7 +52,7 @@ class Failure(click.ClickException):
         self.exit_code = exit_code  # type: ignore[misc]  # declared as a class variable, read from the instance
 
     def show(self, file: object = None) -> None:
-        """Print the message to stderr on one line; what it quotes from a file or a path cannot steer the terminal."""
+        """Print the message to stderr on one line; quotations from files and paths are escaped."""
         from ggjac.tokenizer import visible
 
         message = " ".join(self.format_message().split())

@@ -41,7 +41,7 @@ def layers(
     output_format: str,
     **options: Any,
 ) -> None:
-    """Decompose the maps of every depth (singular values, stable rank, decoded left vectors), beside the logit lens.
+    """Decompose the maps of every depth (singular values, stable rank, decoded left vectors), and show the logit lens.
 
     A map is cumulative (from the input to a tap), blockwise (one block alone) or to the end (from a depth to the
     output). It ends at the residual stream after a block (layer), or at the addition of the block's attention (attn) or

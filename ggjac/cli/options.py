@@ -5,11 +5,11 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import click
 
-from ggjac.sizes import KINDS, MAPS, MlpPath
+from ggjac.sizes import ITEM_BYTES, KINDS, MAPS, MlpPath
 
 DEFAULT_PROMPT = "The bridge out of Marin is the"
 STEER_PROMPT = "My favorite thing is the"
@@ -205,7 +205,7 @@ _MODEL = [
         help="Download an hf: model that is not on this disk.",
     ),
 ]
-# How a command names the prompt that it takes when none is given, and what its file holds.
+# Help of the prompt options, with the default prompt and the contents of the file.
 PROMPT_HELP = f"Text to analyse.  [default: {DEFAULT_PROMPT!r}]"
 FILE_HELP = "Read the prompt from a file (UTF-8; a last newline is dropped)."
 
@@ -225,14 +225,14 @@ _COMPUTE = [
     device,
     click.option(
         "--dtype",
-        type=click.Choice(["float32", "float64", "bfloat16", "float16"]),
+        type=click.Choice(list(ITEM_BYTES)),
         default="float32",
         show_default=True,
         help="Dtype of all computation.",
     ),
     click.option(
         "--mlp-path",
-        type=click.Choice(["up", "gate"]),
+        type=click.Choice(get_args(MlpPath)),
         default="up",
         show_default=True,
         help="Factor of a gated MLP that stays live (not frozen).",

@@ -12,7 +12,7 @@ from ggjac.session import Stages
 from ggjac.units import duration
 
 PLAIN_SECONDS = 5.0  # between lines without a terminal; also the patience before the first one
-SILENT_SECONDS = 10.0  # there, of a stage that does not get on meanwhile; then twice as long, and so on
+SILENT_SECONDS = 10.0  # there, before the first line of a stage that reports nothing; then twice as long, and so on
 
 
 class Reporter(Stages):
@@ -67,14 +67,14 @@ class Reporter(Stages):
                 print(f"{name}: {step}{duration(round(now - start))}{text}", file=sys.stderr, flush=True)
 
         def wait() -> None:
-            """Say now and then that a stage is still at work which has nothing to say, as llama.cpp's steps are."""
+            """Print a line now and then for a stage that reports nothing for long, as the steps of llama.cpp do."""
             patience = SILENT_SECONDS
             while not ended.wait(patience):
                 if heard.is_set():
                     heard.clear()
                     patience = SILENT_SECONDS
                     continue
-                with suppress(OSError, ValueError):  # nobody reads stderr any more
+                with suppress(OSError, ValueError):  # stderr has been closed
                     print(f"{name}: {step}{duration(round(time.perf_counter() - start))}", file=sys.stderr, flush=True)
                 patience *= 2
 
@@ -87,7 +87,7 @@ class Reporter(Stages):
             waiting.join()
 
     def _rates(self, start: float) -> Callable[[int, int, int], str]:
-        """Return a function that says how fast this stage has been so far, and how long the rest of it takes so."""
+        """Return a function that formats the rates of this stage so far, and the time that is left at this speed."""
         steps = 0
         before = self.work() if self.work else (0, 0)
 
@@ -101,7 +101,7 @@ class Reporter(Stages):
                 nbytes, flop = (now - then for now, then in zip(self.work(), before, strict=True))
                 shown = f", {nbytes / elapsed / 1e9:.2f} GB/s" if nbytes else ""
                 shown += f", {flop / elapsed / 1e9:.0f} GFLOP/s" if flop else ""
-            # Too early to tell while what is measured is the start.
+            # The first seconds measure only the start.
             return shown + (f", about {duration(round(left))} left" if elapsed > 2 and left >= 1 else "")
 
         return rates

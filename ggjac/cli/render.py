@@ -1,4 +1,4 @@
-"""Results for the eye: tables on stdout, tokens shown visibly and harmlessly, or JSON for machines."""
+"""Results on stdout: tables, with tokens shown visibly and escaped, or JSON."""
 
 import math
 import shutil
@@ -9,7 +9,7 @@ from typing import Any
 
 from ggjac import runs
 
-PIPE_WIDTH = 120  # columns where stdout is no terminal
+PIPE_WIDTH = 120  # columns where stdout is not a terminal
 MIN_WIDTH = 60  # columns below which numbers would be cut; a narrower terminal wraps the lines itself
 
 
@@ -19,12 +19,12 @@ def width() -> int:
 
 
 def on_terminal() -> bool:
-    """Tell whether a person reads stdout."""
+    """Return whether stdout is a terminal."""
     return sys.stdout is not None and sys.stdout.isatty()
 
 
 def write(text: str) -> None:
-    """Write to stdout, all at once; what its encoding lacks is escaped.
+    """Write to stdout at once; characters that its encoding lacks are escaped.
 
     Raises:
         BrokenPipeError: the reader has gone.
@@ -84,7 +84,7 @@ def emit_json(content: Mapping[str, Any]) -> None:
 
 
 def bar(value: float, largest: float) -> str:
-    """Return a bar as long as a value is beside the largest one; a lighter one where it is negative."""
+    """Return a bar whose length is proportional to a value; negative values have a lighter one."""
     full = 24 if width() >= 80 else 10
     return ("█" if value > 0 else "░") * round(full * abs(value) / largest)
 

@@ -10,11 +10,11 @@ from ggjac.cli.options import output
 
 @click.command()
 @click.argument("run", type=click.Path(exists=True, path_type=Path))
-@output("HTML file to write.  [default: report.html in the run folder, or NAME.html beside NAME.json]")
+@output("HTML file to write.  [default: report.html in the run folder, or NAME.html in the folder of NAME.json]")
 @click.option(
     "--figures",
     is_flag=True,
-    help="Also write the figures as PNG, SVG and PDF to RUN/figures, or to NAME-figures beside NAME.json.",
+    help="Also write the figures as PNG, SVG and PDF to RUN/figures, or to NAME-figures in the folder of NAME.json.",
 )
 def report(run: Path, output: Path | None, figures: bool) -> None:
     """Write the report of a run folder: one HTML file that needs no network.

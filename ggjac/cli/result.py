@@ -30,11 +30,11 @@ def finish(
     """Print a command's result, as JSON with its provenance or as tables, and exit with code 3 if a check failed.
 
     Args:
-        session: whose result it is.
+        session: of the result.
         content: the result's parts by name.
         output_format: `json` or `table`.
         output: where tensors were saved, if anywhere.
-        show: what prints the part of that name, in this order; a reconstruction comes first.
+        show: functions that print the part of that name, in this order; a reconstruction comes first.
     """
     if output_format == "json":
         emit_json(session.envelope() | content)
@@ -50,9 +50,9 @@ def finish(
 
 
 def failed(content: dict[str, Any]) -> bool:
-    """Tell whether a check of a result fell outside its tolerance.
+    """Return whether a check of a result fell outside its tolerance.
 
-    An SVD that stopped at its dtype's own precision is no failure: it is as good as the dtype allows, and says so.
+    An SVD that stopped at the precision of its dtype is not a failure: it is as good as the dtype allows.
     """
     svd = content.get("svd", {})
     rebuilt = (content, content.get("jacobian", {}))

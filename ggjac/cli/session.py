@@ -1,4 +1,4 @@
-"""A command's prompt on its model: a `ggjac.session.Session` made from the options, and what is printed of it."""
+"""A command's prompt on its model: a `ggjac.session.Session` from the options, and its printed parts."""
 
 import contextlib
 import os
@@ -124,7 +124,7 @@ def plan_command(session: Session, **options: Any) -> planner.Plan:
 
 
 def _running(session: Session) -> tuple[str, dict[str, Any]]:
-    """Return the name of the running command, and what its options ask of the planner."""
+    """Return the name of the running command, and its request to the planner."""
     context = click.get_current_context()
     asked = requested(context.params, session.model.config.block_count)
     return context.info_name or "", asked | {"position": session.position}

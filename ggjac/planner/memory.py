@@ -5,12 +5,15 @@ The peak is a sum of parts (`PARTS`), each a formula below, in bytes. Formulas o
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from ggjac.config import ModelConfig
-from ggjac.gguf import GGUFFile
 from ggjac.planner.passes import LayerPlan
 from ggjac.planner.work import Lookup, Sweeps, Work
 from ggjac.sizes import ITEM_BYTES, ON_THE_WAY, SLAB, TILE_ELEMENTS
+
+if TYPE_CHECKING:  # NumPy would be imported for types alone
+    from ggjac.gguf import GGUFFile
 
 # Anonymous memory of a process that has imported torch and opened a model and done nothing else: measured on Linux.
 BASE_BYTES = {"cpu": 160 << 20, "cuda": 900 << 20}
@@ -24,7 +27,7 @@ DEQUANTIZING_BYTES = 14
 
 
 def peak(
-    file: GGUFFile,
+    file: "GGUFFile",
     config: ModelConfig,
     work: Work,
     layers: Sequence[LayerPlan],
@@ -59,7 +62,7 @@ def peak(
     return {"process": BASE_BYTES["cuda"], "on the way": _on_the_way(file, pinned=True)}, parts
 
 
-def _on_the_way(file: GGUFFile, *, pinned: bool = False) -> int:
+def _on_the_way(file: "GGUFFile", *, pinned: bool = False) -> int:
     """Return the bytes of tiles on their way to a device; torch rounds a pinned buffer up to a power of two."""
     largest = max(math.ceil(min(TILE_ELEMENTS, i.elements) * i.nbytes / i.elements) for i in file.tensors.values())
     return ON_THE_WAY * (1 << (largest - 1).bit_length() if pinned else largest)

@@ -12,11 +12,14 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 from ggjac.config import ModelConfig
-from ggjac.gguf import GGUFFile, TensorInfo
 from ggjac.planner.work import JACOBIAN, Region, Work
 from ggjac.sizes import ITEM_BYTES, SLAB, MlpPath
+
+if TYPE_CHECKING:  # NumPy would be imported for types alone
+    from ggjac.gguf import GGUFFile, TensorInfo
 
 
 @dataclass(frozen=True)
@@ -100,7 +103,7 @@ class LayerPlan:
         return self.sweep if region == JACOBIAN else self.others[region]
 
 
-def layer_plan(file: GGUFFile, config: ModelConfig, index: int, work: Work, mlp_path: MlpPath) -> LayerPlan:
+def layer_plan(file: "GGUFFile", config: ModelConfig, index: int, work: Work, mlp_path: MlpPath) -> LayerPlan:
     """Return the plan of one block for a command's work."""
     block, item = _Block(file, config, index), ITEM_BYTES[work.dtype]
 
@@ -122,14 +125,14 @@ def layer_plan(file: GGUFFile, config: ModelConfig, index: int, work: Work, mlp_
     )
 
 
-def embedding(file: GGUFFile, n: int) -> Pass:
+def embedding(file: "GGUFFile", n: int) -> Pass:
     """Return the reading of the embeddings of `n` tokens, and of their positions where these are learned."""
     names = ("token_embd.weight", "position_embd.weight")
     infos = [file.tensors[name] for name in names if name in file.tensors]
     return total(Pass(n * info.row_bytes, {info.type.name: n * info.shape[-1]}) for info in infos)
 
 
-def matrix(info: TensorInfo) -> Pass:
+def matrix(info: "TensorInfo") -> Pass:
     """Return the application of a whole matrix to one vector."""
     return Pass(info.nbytes, {info.type.name: info.elements}, 2 * info.elements, 1, info.rows)
 
@@ -145,11 +148,11 @@ def routed_experts(config: ModelConfig, positions: int) -> int:
 class _Block:
     """The tensors of one block by the short names that `ggjac.blocks` uses."""
 
-    def __init__(self, file: GGUFFile, config: ModelConfig, index: int):
+    def __init__(self, file: "GGUFFile", config: ModelConfig, index: int):
         self.tensors, self.slices, self.index, self.prefix = file.tensors, config.slices, index, f"blk.{index}."
         self.infos = [info for name, info in file.tensors.items() if name.startswith(self.prefix)]
 
-    def find(self, name: str) -> tuple[TensorInfo, int] | None:
+    def find(self, name: str) -> "tuple[TensorInfo, int] | None":
         """Return the tensor that contains `name`, alone or fused with others, and the number of its rows (elements)."""
         stem, suffix = name.rsplit(".", 1)
         fused, start, stop = self.slices.get(stem, ("", 0, 0))

@@ -8,15 +8,17 @@ two.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ggjac.config import ModelConfig
-from ggjac.gguf import GGUFFile
 from ggjac.planner import machine, memory, passes, work
 from ggjac.planner.passes import LayerPlan, Pass
 from ggjac.planner.work import JACOBIAN, Lookup, PlanError, Region, Work
 from ggjac.sizes import MlpPath
 from ggjac.units import size
+
+if TYPE_CHECKING:  # NumPy would be imported for types alone
+    from ggjac.gguf import GGUFFile
 
 # Commands whose dense rows come in one sweep if the memory allows it.
 DENSE = ("jacobian", "norms")
@@ -169,7 +171,7 @@ class Plan:
 
 
 def fitting(
-    file: GGUFFile, config: ModelConfig, command: str, n: int, dtype: str, request: Mapping[str, Any], **options: Any
+    file: "GGUFFile", config: ModelConfig, command: str, n: int, dtype: str, request: Mapping[str, Any], **options: Any
 ) -> Plan:
     """Return the first plan that fits: dense rows in the largest chunks possible, tapes in memory or else in a folder.
 
@@ -201,7 +203,7 @@ def fitting(
 
 
 def make(
-    file: GGUFFile,
+    file: "GGUFFile",
     config: ModelConfig,
     work: Work,
     *,
