@@ -221,13 +221,13 @@ def test_an_image_of_no_length_pushes_nowhere() -> None:
 
 
 def test_the_tokens_of_all_texts_are_counted(tiny_file: TinyFile) -> None:
-    told: list[tuple[int, int]] = []
+    seen: list[tuple[str, int, int]] = []
 
-    def record(done: int, total: int) -> None:
-        told.append((done, total))
+    def record(what: str, done: int, total: int) -> None:
+        seen.append((what, done, total))
 
     steer(open_model(tiny_file("plain")), [1, 2], [3], strengths=[0.1, 0.2], max_tokens=3, progress=record)
-    assert told == [(i, 15) for i in range(1, 16)]
+    assert seen == [("token", i, 15) for i in range(1, 16)]
 
 
 def test_refusals(tiny_file: TinyFile) -> None:
@@ -261,7 +261,7 @@ def test_the_demo_shows_it() -> None:
     assert steered["concept_mass_first"] > 100 * control["concept_mass_first"]
     out = invoke("steer", "-q", "-t", 1).stdout
     assert "Gate Bridge." in out
-    assert "equation16, the concept's map spans 4 of 6 blocks, the stream is pushed after 4" in " ".join(out.split())
+    assert "equation16, the concept's map spans 4 of 6 blocks, the residual stream is steered after 4" in " ".join(out.split())
 
 
 def test_options_reach_the_library(tiny_file: TinyFile, tmp_path: Path) -> None:
@@ -304,7 +304,7 @@ def test_usage(tiny_file: TinyFile, tmp_path: Path) -> None:
         (["--concept", "x", "--concept-tokens", "1"], "use one of them"),
         (["--concept-tokens", "100000"], "--concept: token id 100000 is out of range"),
         (["--max-tokens", 100000], "more than the model's context"),
-        (["--trace", tmp_path], "--trace keeps"),
+        (["--trace", tmp_path], "No such option '--trace'"),
         (["-o", tmp_path / "x", "--export-control-vector", tmp_path / "x"], "name the same file"),
     ):
         assert words in invoke("steer", "-q", "-t", 1, *model, *wrong, code=2).stderr
