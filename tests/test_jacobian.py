@@ -9,6 +9,7 @@ import oracle
 import pytest
 import tiny
 import torch
+from helpers import EPS, distance
 from safetensors.torch import load_file
 
 from ggjac import blocks
@@ -19,11 +20,6 @@ from ggjac.runs.journal import Journal
 from ggjac.weights import store
 
 MLP_PATHS = ("up", "gate")
-
-
-def distance(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    """Return the relative L2 distance, in float64."""
-    return float((actual.double() - expected.double()).norm() / expected.double().norm())
 
 
 @pytest.mark.parametrize("mlp_path", MLP_PATHS)
@@ -39,8 +35,6 @@ def test_equals_autograd_of_an_independent_forward(tiny_files: dict[str, Path], 
 
 
 # ---- every dtype, every prompt, every way to ask
-
-EPS = {name: torch.finfo(dtype).eps for name, dtype in DTYPES.items()}
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])

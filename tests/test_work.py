@@ -11,14 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from click.testing import CliRunner
 from commands import COMMANDS, SHORT, SWEEPS
+from helpers import held, invoke
 from jaxtyping import config
-from test_planner import held
 
 from ggjac import session
 from ggjac.analysis.steer import steer
-from ggjac.cli import main, planning
+from ggjac.cli import planning
 from ggjac.cli.planning import requested
 from ggjac.config import ModelConfig
 from ggjac.generation import Continuation
@@ -144,7 +143,7 @@ def counted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Counted:
 
 def run(*args: object) -> dict[str, Any]:
     """Return the JSON that a command prints; it may have run out of sweeps, and a plan may not fit."""
-    result = CliRunner().invoke(main, [str(arg) for arg in (*args, "--format", "json", "-t", 1)], prog_name="ggjac")
+    result = invoke(*args, "--format", "json", "-t", 1, code=None)
     assert result.exit_code in (0, 3, 4), result.output
     return json.loads(result.stdout)
 
