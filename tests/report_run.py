@@ -1,11 +1,16 @@
 """A run folder with everything a report can show, of plausible shape, its tokens from many scripts and from enemies."""
 
 import json
+from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from safetensors.numpy import save_file
+
+from ggjac.report import page
+from ggjac.report.load import checked
+from ggjac.report.sections.common import Run
 
 HOSTILE = [
     "<script>window.hit=1</script>",
@@ -363,6 +368,24 @@ def by_token(ids: list[int], seed: int = 2) -> list[dict[str, Any]]:
     return found
 
 
+def run_json() -> dict[str, Any]:
+    """Return `run.json` with every part."""
+    return full()[0]
+
+
+def at(content: dict, path: str, value: Any) -> dict:
+    """Return a run with one place changed; `...` removes it."""
+    *keys, last = [int(key) if key.isdigit() else key for key in path.split(".")]
+    place: Any = content
+    for key in keys:
+        place = place[key]
+    if value is ...:
+        del place[last]
+    else:
+        place[last] = value
+    return content
+
+
 def write(folder: Path, content: Any = None, vectors: dict[str, np.ndarray] | None = None) -> Path:
     """Write a run folder: the full one, or with other contents."""
     whole, all_vectors = full()
@@ -370,3 +393,70 @@ def write(folder: Path, content: Any = None, vectors: dict[str, np.ndarray] | No
     (folder / "run.json").write_text(json.dumps(whole if content is None else content), encoding="utf-8")
     save_file(all_vectors if vectors is None else vectors, folder / "tensors.safetensors")
     return folder
+
+
+# ---- the page of it
+
+VOID = {"meta", "link", "br", "hr", "img", "input"}
+
+
+class Page(HTMLParser):
+    """A page read back: every element with its attributes and the text in it; tags must match."""
+
+    def __init__(self, source: str):
+        super().__init__(convert_charrefs=True)
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.texts: list[list[str]] = []
+        self._open: list[int] = []
+        self.feed(source)
+        self.close()
+        assert not self._open, [self.elements[i] for i in self._open]
+
+    def handle_starttag(self, tag: str, attrs: list) -> None:
+        self.elements.append((tag, dict(attrs)))
+        self.texts.append([])
+        if tag not in VOID:
+            self._open.append(len(self.elements) - 1)
+
+    def handle_startendtag(self, tag: str, attrs: list) -> None:
+        self.elements.append((tag, dict(attrs)))
+        self.texts.append([])
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.elements[self._open[-1]][0] == tag
+        if tag in ("td", "th", "dt", "dd", "div"):  # what a browser sets apart
+            self.handle_data(" ")
+        self._open.pop()
+
+    def handle_data(self, data: str) -> None:
+        for i in self._open:
+            self.texts[i].append(data)
+
+    def find(self, tag: str, **attributes: str) -> list[str]:
+        """Return the text of every such element, whitespace collapsed."""
+        return [
+            " ".join("".join(texts).split())
+            for (name, found), texts in zip(self.elements, self.texts, strict=True)
+            if name == tag and all(value in (found.get(key) or "").split() for key, value in attributes.items())
+        ]
+
+    def raw(self, tag: str) -> list[str]:
+        """Return the text of every such element as it is."""
+        return ["".join(t) for (name, _), t in zip(self.elements, self.texts, strict=True) if name == tag]
+
+    @property
+    def text(self) -> str:
+        """Return what `body` says, without the script and its data."""
+        (body,) = self.raw("body")
+        for script in self.raw("script"):
+            body = body.replace(script, "")
+        return " ".join(body.split())
+
+
+def rendered(content: dict[str, Any] | None = None, vectors: dict[str, np.ndarray] | None = None) -> str:
+    """Return the page of a run."""
+    whole, all_vectors = full()
+    found = all_vectors if vectors is None else vectors
+    return page.render(
+        Run(checked(whole if content is None else content), {k: v.astype(np.float64) for k, v in found.items()})
+    )

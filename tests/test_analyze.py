@@ -7,19 +7,17 @@ from typing import Any
 
 import pytest
 import torch
-from click.testing import CliRunner
+from helpers import IDS, invoke
 from safetensors.torch import load_file
 
 import ggjac
 from ggjac import planner, runs, session
 from ggjac.analysis.analyze import CHECKPOINT, new_folder
-from ggjac.cli import main
 from ggjac.model import PromptError
 from ggjac.results import Words
 from ggjac.runs.journal import JournalError
 
 TinyFile = Callable[..., Path]
-IDS = [5, 17, 3, 99, 42]
 OPTIONS: dict[str, Any] = {"rank": 2, "verify": False, "per_token": True, "contrast": True, "layers": [0, 2]}
 ARGUMENTS = ["-k", "2", "--no-verify", "--per-token", "--contrast", "--layers", "0,2"]
 # What says when and how long, and not what.
@@ -43,8 +41,7 @@ def test_the_library_writes_what_the_command_writes(tiny_file: TinyFile, tmp_pat
     folder = ggjac.analyze(ggjac.open_model(model, threads=threads), IDS, tmp_path / "library", **OPTIONS)
     assert folder == tmp_path / "library"
     arguments = ["analyze", "-m", str(model), "--tokens", ",".join(map(str, IDS)), "-t", str(threads), "-q"]
-    done = CliRunner().invoke(main, [*arguments, *ARGUMENTS, "-o", str(tmp_path / "command")])
-    assert done.exit_code == 0, done.output
+    invoke(*arguments, *ARGUMENTS, "-o", tmp_path / "command")
     assert_same_run(folder, tmp_path / "command")
     assert "Singular vectors" in (folder / "report.html").read_text(encoding="utf-8")
     assert json.loads((folder / "run.json").read_text())["command"] == []

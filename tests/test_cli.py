@@ -27,7 +27,8 @@ import oracle
 import pytest
 import tiny
 import torch
-from click.testing import CliRunner, Result
+from click.testing import CliRunner
+from helpers import IDS, TOKENS, check_streams, invoke
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -37,27 +38,6 @@ from ggjac import runs
 from ggjac.cli import COMMANDS, main, progress
 
 TinyFile = Callable[..., Path]
-IDS = [5, 17, 3, 99, 42]
-TOKENS = ["-t", "1", "--tokens", ",".join(map(str, IDS))]
-
-
-def ggjac_(*args: object, code: int | None = 0, env: dict[str, str] | None = None) -> Result:
-    """Run a command in this process and hold it to the contract."""
-    result = CliRunner().invoke(main, [str(arg) for arg in args], prog_name="ggjac", env=env)
-    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
-    check_streams(result.exit_code, result.stdout, result.stderr)
-    assert code is None or result.exit_code == code, result.output
-    return result
-
-
-def check_streams(code: int, out: str, err: str) -> None:
-    assert "Traceback" not in out + err
-    assert "this is a bug" not in err, err
-    if code in (1, 2, 4):
-        assert err.startswith("Error: "), err
-        assert err.count("\n") == 1, err
-    assert all(character.isprintable() or character == "\n" for character in out + err)
-    assert not any(line.endswith(" ") for line in out.split("\n"))
 
 
 @pytest.fixture(autouse=True)
@@ -79,10 +59,10 @@ def stories(shared: Path) -> Path:
 
 def test_the_overview_lists_every_command() -> None:
     for arg in ("--help", "-h"):
-        out = ggjac_(arg).stdout
+        out = invoke(arg).stdout
         assert all(f"\n  {name} " in out for name in COMMANDS)
         assert "ggjac analyze -m llama-3.2-3b-q4_k_m.gguf -p" in out
-    assert ggjac_("--version").stdout == f"ggjac, version {ggjac.__version__}\n"
+    assert invoke("--version").stdout == f"ggjac, version {ggjac.__version__}\n"
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -111,11 +91,11 @@ def test_ids_on_a_file_without_a_tokenizer(command: str, tiny_file: TinyFile) ->
     model = tiny_file("gqa")
     parts, words = commands.COMMANDS[command].parts, commands.COMMANDS[command].words
     more = commands.with_file(command, model)
-    table = ggjac_(command, "-m", model, *TOKENS, *more)
+    table = invoke(command, "-m", model, *TOKENS, *more)
     assert table.stderr == ""
     assert all(word in table.stdout for word in ["Tokens", "[17]", *words])
 
-    result = ggjac_(command, "-m", model, *TOKENS, *more, "--format", "json")
+    result = invoke(command, "-m", model, *TOKENS, *more, "--format", "json")
     assert result.stderr == ""
     content = json.loads(result.stdout)
     assert content.keys() == ENVELOPE | parts
@@ -131,12 +111,12 @@ def test_ids_on_a_file_without_a_tokenizer(command: str, tiny_file: TinyFile) ->
 @pytest.mark.parametrize("command", ALONE)
 def test_text_on_a_real_model(command: str, stories: Path) -> None:
     prompt = "Once upon a time, there was a little girl named"
-    out = ggjac_(command, "-m", stories, "-t", 1, "-p", prompt).stdout
+    out = invoke(command, "-m", stories, "-t", 1, "-p", prompt).stdout
     assert all(
         word in out
         for word in ["<s>", "␣Once", *[word for word in commands.COMMANDS[command].words if word != "l_out-1"]]
     )
-    content = json.loads(ggjac_(command, "-m", stories, "-t", 1, "-p", prompt, "--format", "json").stdout)
+    content = json.loads(invoke(command, "-m", stories, "-t", 1, "-p", prompt, "--format", "json").stdout)
     assert content["prompt"] == prompt
     assert [token["text"] for token in content["tokens"]][:3] == ["<s>", "␣Once", "␣upon"]
     if command == "predict":
@@ -145,50 +125,50 @@ def test_text_on_a_real_model(command: str, stories: Path) -> None:
 
 def test_info(tiny_file: TinyFile) -> None:
     model = tiny_file("q8_0")
-    out = ggjac_("info", "-m", model, "--tensors").stdout
+    out = invoke("info", "-m", model, "--tensors").stdout
     assert all(word in out for word in ("Supported: yes", "Q8_0", "llama.block_count", "blk.1.ffn_down.weight"))
-    content = json.loads(ggjac_("info", "-m", model, "--tensors", "--format", "json").stdout)
+    content = json.loads(invoke("info", "-m", model, "--tensors", "--format", "json").stdout)
     reader = gguf.GGUFReader(model)
     assert content["schema_version"] == 1
     assert content["bytes"] == model.stat().st_size
     assert sum(kind["tensors"] for kind in content["types"].values()) == len(content["tensors"]) == len(reader.tensors)
     assert sum(kind["bytes"] for kind in content["types"].values()) == sum(int(t.n_bytes) for t in reader.tensors)
     assert content["metadata"]["llama.embedding_length"] == 64
-    assert "tensors" not in json.loads(ggjac_("info", "-m", model, "--format", "json").stdout)
+    assert "tensors" not in json.loads(invoke("info", "-m", model, "--format", "json").stdout)
 
 
 def test_info_shows_what_it_cannot_run() -> None:
     Path("other.gguf").write_bytes(unknown_architecture())
-    assert "Supported: no: " in ggjac_("info", "-m", "other.gguf").stdout
-    content = json.loads(ggjac_("info", "-m", "other.gguf", "--format", "json").stdout)
+    assert "Supported: no: " in invoke("info", "-m", "other.gguf").stdout
+    content = json.loads(invoke("info", "-m", "other.gguf", "--format", "json").stdout)
     assert content["supported"] is False
     assert "mamba" in content["unsupported_because"]
 
 
 def test_info_shows_the_tokenizer_when_asked(tiny_file: TinyFile) -> None:
     model = tiny_file("tokenizer")
-    assert "tokenizer.ggml.tokens" not in ggjac_("info", "-m", model).stdout
-    assert "320 x STRING: [<unk>, <s>, </s>, <0x00>" in ggjac_("info", "-m", model, "--tokenizer").stdout
+    assert "tokenizer.ggml.tokens" not in invoke("info", "-m", model).stdout
+    assert "320 x STRING: [<unk>, <s>, </s>, <0x00>" in invoke("info", "-m", model, "--tokenizer").stdout
 
 
 def test_a_prompt_comes_from_a_file_but_for_the_newline_at_its_end(stories: Path) -> None:
     Path("prompt.txt").write_bytes("Once upon\r\n a time é\n\n".encode())
-    content = json.loads(ggjac_("predict", "-m", stories, "-f", "prompt.txt", "-t", 1, "--format", "json").stdout)
+    content = json.loads(invoke("predict", "-m", stories, "-f", "prompt.txt", "-t", 1, "--format", "json").stdout)
     assert content["prompt"] == "Once upon\r\n a time é\n"
 
 
 def test_bos_warnings_are_shown(stories: Path) -> None:
-    assert "Warning: " in ggjac_("predict", "-m", stories, "--tokens", "403,407", "-t", 1).stdout
-    assert "Warning: " not in ggjac_("predict", "-m", stories, "--tokens", "1,403,407", "-t", 1).stdout
+    assert "Warning: " in invoke("predict", "-m", stories, "--tokens", "403,407", "-t", 1).stdout
+    assert "Warning: " not in invoke("predict", "-m", stories, "--tokens", "1,403,407", "-t", 1).stdout
 
 
 def test_a_target_is_an_id_or_one_token(stories: Path) -> None:
     for target, id in ((" Lily", 317), ("␣Lily", 317), ("Lily", 317), ("410", 410)):
-        result = ggjac_("attribute", "-m", stories, "-p", "Once", "-t", 1, "--target", target, "--format", "json")
+        result = invoke("attribute", "-m", stories, "-p", "Once", "-t", 1, "--target", target, "--format", "json")
         assert json.loads(result.stdout)["attribution"]["target"]["id"] == id
-    assert "2 tokens (" in ggjac_("attribute", "-m", stories, "-p", "Once", "--target", "Lily was", code=2).stderr
+    assert "2 tokens (" in invoke("attribute", "-m", stories, "-p", "Once", "--target", "Lily was", code=2).stderr
     for target in ("", "512", "9" * 30):
-        ggjac_("attribute", "-m", stories, "-p", "Once", "--target", target, code=2)
+        invoke("attribute", "-m", stories, "-p", "Once", "--target", target, code=2)
 
 
 @pytest.mark.parametrize(
@@ -198,7 +178,7 @@ def test_a_target_is_an_id_or_one_token(stories: Path) -> None:
 def test_other_dtypes(command: str, dtype: str, tiny_file: TinyFile) -> None:
     out = "x" if command == "analyze" else "x.safetensors"
     extra = [] if command == "jacobian" else ["-k", "3"]
-    result = ggjac_(command, "-m", tiny_file("plain"), *TOKENS, "--dtype", dtype, "-o", out, *extra, "--format", "json")
+    result = invoke(command, "-m", tiny_file("plain"), *TOKENS, "--dtype", dtype, "-o", out, *extra, "--format", "json")
     assert json.loads(result.stdout)["dtype"] == dtype
     tensors = load_file("x/tensors.safetensors" if command == "analyze" else out)
     wide = torch.float64 if dtype == "float64" else torch.float32
@@ -227,7 +207,7 @@ def close(ours: torch.Tensor, theirs: torch.Tensor, tolerance: float) -> None:
 def test_jacobian_file(dtype: str, tolerance: float, mlp_path: str, position: int, tiny_file: TinyFile) -> None:
     model = tiny_file("biases")
     options = ["--dtype", dtype, "--mlp-path", mlp_path, "--position", position, "-o", "j.safetensors"]
-    out = ggjac_("jacobian", "-m", model, *TOKENS, *options).stdout
+    out = invoke("jacobian", "-m", model, *TOKENS, *options).stdout
     assert "Saved j.safetensors" in out
     saved = load_file("j.safetensors")
     truth = oracle.jacobian(model, IDS, mlp_path=mlp_path, position=position)
@@ -245,7 +225,7 @@ def test_jacobian_file(dtype: str, tolerance: float, mlp_path: str, position: in
 
 def test_svd_file(tiny_file: TinyFile) -> None:
     model = tiny_file("biases")
-    ggjac_("svd", "-m", model, *TOKENS, "-k", 6, "--tol", "1e-9", "--dtype", "float64", "-o", "s.safetensors")
+    invoke("svd", "-m", model, *TOKENS, "-k", 6, "--tol", "1e-9", "--dtype", "float64", "-o", "s.safetensors")
     saved = load_file("s.safetensors")
     J = oracle.jacobian(model, IDS, mlp_path="up").J
     assert saved.keys() == {"U", "S", "Vh", "residual", "ids"}
@@ -259,7 +239,7 @@ def test_svd_file(tiny_file: TinyFile) -> None:
 
 def test_the_same_seed_gives_the_same_digits(tiny_file: TinyFile) -> None:
     def bits(seed: int) -> bytes:
-        ggjac_("svd", "-m", tiny_file("plain"), *TOKENS, "-k", 2, "-s", seed, "-o", "s.safetensors")
+        invoke("svd", "-m", tiny_file("plain"), *TOKENS, "-k", 2, "-s", seed, "-o", "s.safetensors")
         return load_file("s.safetensors")["Vh"].numpy().tobytes()
 
     first = bits(3)
@@ -270,11 +250,11 @@ def test_the_same_seed_gives_the_same_digits(tiny_file: TinyFile) -> None:
 def test_predict_files(tiny_file: TinyFile) -> None:
     model = tiny_file("gqa")
     logits = oracle.forward(oracle.load(model), IDS)["logits"]
-    ggjac_("predict", "-m", model, *TOKENS, "--all-positions", "-o", "p.safetensors")
+    invoke("predict", "-m", model, *TOKENS, "--all-positions", "-o", "p.safetensors")
     saved = load_file("p.safetensors")
     assert saved.keys() == {"logits", "ids"}
     close(saved["logits"], logits, 1e-5)
-    result = ggjac_(
+    result = invoke(
         "predict", "-m", model, *TOKENS, "--position", 1, "-k", 3, "-o", "p.safetensors", "--format", "json"
     )
     close(load_file("p.safetensors")["logits"], logits[1], 1e-5)
@@ -289,7 +269,7 @@ def test_attribution_is_exact(tiny_file: TinyFile) -> None:
     model = tiny_file("biases")
     truth = oracle.jacobian(model, IDS, mlp_path="up")
     w = oracle.load(model).weights["output.weight"][7]
-    result = ggjac_("attribute", "-m", model, *TOKENS, "--target", 7, "--dtype", "float64", "--format", "json")
+    result = invoke("attribute", "-m", model, *TOKENS, "--target", 7, "--dtype", "float64", "--format", "json")
     data = json.loads(result.stdout)["attribution"]
     close(
         torch.tensor([share["share"] for share in data["shares"]], dtype=torch.float64),
@@ -302,7 +282,7 @@ def test_attribution_is_exact(tiny_file: TinyFile) -> None:
 
 def test_run_folder(tiny_file: TinyFile) -> None:
     model = tiny_file("biases")
-    printed = ggjac_("analyze", "-m", model, *TOKENS, "-k", 4, "-o", "new/run", "--format", "json").stdout
+    printed = invoke("analyze", "-m", model, *TOKENS, "-k", 4, "-o", "new/run", "--format", "json").stdout
     assert sorted(os.listdir("new/run")) == ["report.html", "run.json", "tensors.safetensors"]
     content = runs.load_run("new/run")
     assert content == {key: value for key, value in json.loads(printed).items() if key != "run_folder"}
@@ -332,7 +312,7 @@ def test_run_folder(tiny_file: TinyFile) -> None:
 @pytest.mark.parametrize("command", ["contrast", "analyze"])
 def test_the_ordinary_jacobian_is_saved_beside_the_detached_one(command: str, tiny_file: TinyFile) -> None:
     model, options = tiny_file("biases"), ["-m", tiny_file("biases"), *TOKENS, "-o", "saved", "--format", "json"]
-    content = json.loads(ggjac_(command, *options, *(["--contrast"] if command == "analyze" else [])).stdout)
+    content = json.loads(invoke(command, *options, *(["--contrast"] if command == "analyze" else [])).stdout)
     saved = load_file("saved" if command == "contrast" else "saved/tensors.safetensors")
     assert saved.keys() >= {"y", "offset", "linear_output", "ordinary_output", "ids"}
     truth = oracle.jacobian(model, IDS, mlp_path=None)
@@ -349,7 +329,7 @@ def test_the_ordinary_jacobian_is_saved_beside_the_detached_one(command: str, ti
 
 def test_norms_file(tiny_file: TinyFile) -> None:
     model = tiny_file("gqa")
-    out = ggjac_("norms", "-m", model, *TOKENS, "--position", 2, "--count", 2, "-o", "f", "--format", "json").stdout
+    out = invoke("norms", "-m", model, *TOKENS, "--position", 2, "--count", 2, "-o", "f", "--format", "json").stdout
     saved, truth = load_file("f"), oracle.jacobian(model, IDS, mlp_path="up", position=2)
     assert saved.keys() == {"columns", "rows", "ids"}
     close(saved["columns"], truth.J.norm(dim=0), 1e-5)
@@ -367,7 +347,7 @@ def test_norms_file(tiny_file: TinyFile) -> None:
 def test_a_run_gets_a_name_of_its_own(tiny_file: TinyFile, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(time, "strftime", lambda *_: "20260101-000000")  # two runs within one second
     for _ in range(2):
-        ggjac_("analyze", "-m", tiny_file("one_layer"), *TOKENS, "-k", 1, "--no-verify")
+        invoke("analyze", "-m", tiny_file("one_layer"), *TOKENS, "-k", 1, "--no-verify")
     stem = tiny_file("one_layer").stem
     assert sorted(os.listdir("ggjac-runs")) == [f"{stem}-20260101-000000", f"{stem}-20260101-000000-1"]
 
@@ -381,16 +361,16 @@ def test_exit_code_3_when_llama_cpp_disagrees(
 ) -> None:
     run, other = ggjac.parity.run_llama_cpp, tiny_file("plain", seed=1)
     monkeypatch.setattr(ggjac.parity, "run_llama_cpp", lambda path, *args, **options: run(other, *args, **options))
-    out = ggjac_(command, "-m", tiny_file("plain"), *TOKENS, code=3).stdout
+    out = invoke(command, "-m", tiny_file("plain"), *TOKENS, code=3).stdout
     assert "llama.cpp (as is): DISAGREES" in out
-    content = json.loads(ggjac_(command, "-m", tiny_file("plain"), *TOKENS, "--format", "json", code=3).stdout)
+    content = json.loads(invoke(command, "-m", tiny_file("plain"), *TOKENS, "--format", "json", code=3).stdout)
     assert content["parity"]["verdict"] is False
 
 
 @pytest.mark.parametrize("command", ["svd", "analyze"])
 def test_exit_code_3_when_the_sweeps_run_out(command: str, tiny_file: TinyFile) -> None:
     args = ["--max-sweeps", 2, "--tol", "1e-6", "-o", "saved"]
-    out = ggjac_(command, "-m", tiny_file("plain"), *TOKENS, *args, code=3).stdout
+    out = invoke(command, "-m", tiny_file("plain"), *TOKENS, *args, code=3).stdout
     assert "NOT converged to 1e-06 after 2 sweeps" in out
     assert Path("saved").exists()
 
@@ -402,13 +382,13 @@ def test_exit_code_3_when_the_reconstruction_fails(
     from ggjac import jacobian
 
     monkeypatch.setitem(jacobian.HEALTHY, torch.float32, 1e-20)
-    assert "NOT healthy" in ggjac_(command, "-m", tiny_file("plain"), *TOKENS, code=3).stdout
+    assert "NOT healthy" in invoke(command, "-m", tiny_file("plain"), *TOKENS, code=3).stdout
 
 
 @pytest.mark.parametrize("case", ["plain", "q8_0", "q4_0_tied", "q4_k_mixed", "tokenizer"])
 def test_strict_parity(case: str, tiny_file: TinyFile) -> None:
     prompt = ["-p", "the rain", "-t", 1] if case == "tokenizer" else TOKENS
-    result = ggjac_("verify", "-m", tiny_file(case), "--strict", *prompt, "--format", "json")
+    result = invoke("verify", "-m", tiny_file(case), "--strict", *prompt, "--format", "json")
     data = json.loads(result.stdout)["parity"]
     assert data["verdict"] is True
     assert max(layer["error"] for layer in data["layers"]) <= 1e-5
@@ -542,7 +522,7 @@ def test_bad_input(name: str, tiny_file: TinyFile) -> None:
         Path("bad.gguf").write_bytes(bad.file(good.read_bytes()))
     before = {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()}
     for arguments in [bad.args, [*bad.args, "--format", "json"]] if len(bad.args) > 1 else [bad.args]:
-        result = ggjac_(*(str(good) if arg == "MODEL" else arg for arg in arguments), code=bad.code)
+        result = invoke(*(str(good) if arg == "MODEL" else arg for arg in arguments), code=bad.code)
         assert bad.words in result.stderr
         assert result.stdout == ""
         assert len(result.stderr) < 500
@@ -553,7 +533,7 @@ def test_bad_input(name: str, tiny_file: TinyFile) -> None:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
 @pytest.mark.parametrize("device", ["cuda", "cuda:3"])
 def test_cuda_where_there_is_none(device: str, tiny_file: TinyFile) -> None:
-    err = ggjac_("predict", "-m", tiny_file("plain"), *TOKENS, "--device", device, code=1).stderr
+    err = invoke("predict", "-m", tiny_file("plain"), *TOKENS, "--device", device, code=1).stderr
     assert device in err
     assert "use cpu" in err
 
@@ -567,7 +547,7 @@ def test_no_disk_space(command: str, tiny_file: TinyFile, monkeypatch: pytest.Mo
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(1000, 900, 100))
     if command == "jacobian":  # whose result may be large: told before the work
         monkeypatch.delattr("ggjac.model.Model.trace")
-    assert "make room" in ggjac_(command, "-m", tiny_file("plain"), *TOKENS, "-o", SAVING[command], code=4).stderr
+    assert "make room" in invoke(command, "-m", tiny_file("plain"), *TOKENS, "-o", SAVING[command], code=4).stderr
     assert os.listdir() == []
 
 
@@ -577,7 +557,7 @@ def test_a_disk_that_fills_up(command: str, tiny_file: TinyFile, monkeypatch: py
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(runs.TensorWriter, "write", full)
-    assert "disk is full" in ggjac_(command, "-m", tiny_file("plain"), *TOKENS, "-o", "new", code=4).stderr
+    assert "disk is full" in invoke(command, "-m", tiny_file("plain"), *TOKENS, "-o", "new", code=4).stderr
     assert os.listdir() == []
 
 
@@ -602,7 +582,7 @@ def test_errors_of_any_kind(
         raise error
 
     monkeypatch.setattr("ggjac.model.Model.trace", fail)
-    assert words in ggjac_("predict", "-m", tiny_file("plain"), *TOKENS, code=code).stderr
+    assert words in invoke("predict", "-m", tiny_file("plain"), *TOKENS, code=code).stderr
 
 
 def test_a_bug_is_called_one(tiny_file: TinyFile, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -659,7 +639,7 @@ def test_hostile_tokens(command: str, native: bool, hostile: Path, monkeypatch: 
     args += {"predict": ["-k", 300], "svd": ["-k", 1, "--top", 300], "analyze": ["-k", 1]}.get(command, [])
     for form in ("table", "json") if native else ("table",):
         # No raw control characters: `ggjac_` sees to it.
-        result = ggjac_(command, "-m", hostile, *args, "--format", form, code=None if command == "verify" else 0)
+        result = invoke(command, "-m", hostile, *args, "--format", form, code=None if command == "verify" else 0)
         if result.exit_code == 1:
             assert not native
             continue
@@ -682,22 +662,22 @@ def test_encodings_without_our_symbols(tiny_file: TinyFile) -> None:
 def test_without_llama_cpp(command: str, tiny_file: TinyFile, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "llama_cpp", None)
     for case in ("plain", "tokenizer"):
-        result = ggjac_(command, "-m", tiny_file(case), *TOKENS, code=1 if command == "verify" else 0)
+        result = invoke(command, "-m", tiny_file(case), *TOKENS, code=1 if command == "verify" else 0)
         if command == "verify":
             assert "pip install llama-cpp-python" in result.stderr
         if command == "analyze":
             assert "llama.cpp: not compared: " in result.stdout
             assert "pip install llama-cpp-python" in result.stdout
-    err = ggjac_(command, "-m", tiny_file("tokenizer"), "-p", "the", code=1).stderr
+    err = invoke(command, "-m", tiny_file("tokenizer"), "-p", "the", code=1).stderr
     assert "pip install llama-cpp-python" in err
     assert "--tokens" in err
 
 
 def test_analyze_records_that_it_did_not_compare(tiny_file: TinyFile, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "llama_cpp", None)
-    ggjac_("analyze", "-m", tiny_file("plain"), *TOKENS, "-k", 2, "-o", "run")
+    invoke("analyze", "-m", tiny_file("plain"), *TOKENS, "-k", 2, "-o", "run")
     assert runs.load_run("run")["parity"]["verdict"] is None
-    ggjac_("analyze", "-m", tiny_file("plain"), *TOKENS, "-k", 2, "-o", "other", "--no-verify")
+    invoke("analyze", "-m", tiny_file("plain"), *TOKENS, "-k", 2, "-o", "other", "--no-verify")
     assert "parity" not in runs.load_run("other")
 
 
@@ -727,7 +707,7 @@ def test_without_llama_cpp_at_all(tiny_file: TinyFile) -> None:
     assert "not compared" in result.stdout
     native = load_file("run/tensors.safetensors")
     # Dequantization in torch is bit-equal to libggml's, and so is everything that follows.
-    ggjac_("analyze", "-m", tiny_file("q4_k_mixed"), *TOKENS, "-k", 2, "-o", "other")
+    invoke("analyze", "-m", tiny_file("q4_k_mixed"), *TOKENS, "-k", 2, "-o", "other")
     close(load_file("other/tensors.safetensors")["logits"], native["logits"], 1e-6)
 
 
@@ -901,7 +881,7 @@ def test_quiet_progress(clock: list[float], capfd: pytest.CaptureFixture) -> Non
 def test_progress_goes_to_stderr_and_results_to_stdout(tiny_file: TinyFile, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(progress, "PLAIN_SECONDS", 0.0)
     args = ["analyze", "-m", tiny_file("plain"), *TOKENS, "-k", 2, "--format", "json"]
-    loud, silent = ggjac_(*args, "-o", "a"), ggjac_(*args, "-o", "b", "-q")
+    loud, silent = invoke(*args, "-o", "a"), invoke(*args, "-o", "b", "-q")
     json.loads(loud.stdout)
     json.loads(silent.stdout)
     assert silent.stderr == ""

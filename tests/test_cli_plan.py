@@ -9,29 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from click.testing import CliRunner, Result
+from helpers import error, invoke
 
-from ggjac.cli import main
 from ggjac.planner import bench, work
 
 TinyFile = Callable[..., Path]
 TOKENS = ["--tokens", "5,17,3,99,42"]
-
-
-def run(*args: object, code: int = 0) -> Result:
-    result = CliRunner().invoke(main, [str(arg) for arg in args], prog_name="ggjac")
-    assert result.exit_code == code, result.output
-    assert "Traceback" not in result.output
-    assert not any(line.endswith(" ") for line in result.stdout.split("\n"))
-    return result
-
-
-def error(*args: object, code: int = 4) -> str:
-    """Return the one line that a refusal prints."""
-    text = run(*args, code=code).stderr
-    assert text.startswith("Error: ")
-    assert text.count("\n") == 1, text
-    return text
 
 
 class Rates:
@@ -61,7 +44,7 @@ def rates(monkeypatch: pytest.MonkeyPatch) -> Rates:
 
 
 def test_the_tables(rates: Rates, tiny_file: TinyFile) -> None:
-    out = run("plan", "-m", tiny_file("gqa"), *TOKENS, "--ram-budget", "1GiB").stdout
+    out = invoke("plan", "-m", tiny_file("gqa"), *TOKENS, "--ram-budget", "1GiB").stdout
     for words in ("2 layers; ggjac svd, 5 tokens, float32, on the CPU", "dense, ready to multiply", "Fits."):
         assert words in out
     for title in ("\nLayers\n", "Sweeps (the trace reads", "Peak memory", "Time in seconds", "disk 1 GB/s"):
@@ -70,14 +53,14 @@ def test_the_tables(rates: Rates, tiny_file: TinyFile) -> None:
 
 
 def test_alike_layers_share_a_row(tiny_file: TinyFile) -> None:
-    out = run("plan", "-m", tiny_file("gqa", layers=5), *TOKENS, "--no-bench").stdout
+    out = invoke("plan", "-m", tiny_file("gqa", layers=5), *TOKENS, "--no-bench").stdout
     assert "\n0-3 " in out  # the last one works on one position
     assert "\n4 " in out
 
 
 def test_json_says_what_the_library_says(rates: Rates, tiny_file: TinyFile) -> None:
     path = tiny_file("mixtral")
-    data = json.loads(run("plan", "-m", path, *TOKENS, "-k", 3, "--ram-budget", "1GiB", "--format", "json").stdout)
+    data = json.loads(invoke("plan", "-m", path, *TOKENS, "-k", 3, "--ram-budget", "1GiB", "--format", "json").stdout)
     assert data["schema_version"] == 1
     assert (data["tokens"], data["command"], data["dtype"], data["ram_budget"]) == (5, "svd", "float32", 1 << 30)
     assert data["sweeps"][0]["vectors"] == 12
@@ -95,13 +78,13 @@ def test_json_says_what_the_library_says(rates: Rates, tiny_file: TinyFile) -> N
 
 def test_no_bench_measures_nothing(monkeypatch: pytest.MonkeyPatch, tiny_file: TinyFile) -> None:
     monkeypatch.setattr(bench, "measure", lambda *_, **__: pytest.fail("measured"))
-    data = json.loads(run("plan", "-m", tiny_file("gqa"), *TOKENS, "--no-bench", "--format", "json").stdout)
+    data = json.loads(invoke("plan", "-m", tiny_file("gqa"), *TOKENS, "--no-bench", "--format", "json").stdout)
     assert "times" not in data
 
 
 @pytest.mark.parametrize("command", work.JOBS)
 def test_every_planned_command(command: str, tiny_file: TinyFile) -> None:
-    out = run("plan", "-m", tiny_file("gqa"), *TOKENS, "--for", command, "--no-bench").stdout
+    out = invoke("plan", "-m", tiny_file("gqa"), *TOKENS, "--for", command, "--no-bench").stdout
     assert f"ggjac {command}, 5 tokens" in out
 
 
@@ -127,8 +110,8 @@ def test_the_memory_part_needs_no_torch(args: list[str], tiny_file: TinyFile) ->
 
 def test_a_text_is_counted_in_tokens(tiny_file: TinyFile) -> None:
     path = tiny_file("tokenizer")
-    out = run("plan", "-m", path, "-p", "the rest", "--no-bench", "--format", "json").stdout
-    said = json.loads(run("predict", "-m", path, "-p", "the rest", "--format", "json").stdout)
+    out = invoke("plan", "-m", path, "-p", "the rest", "--no-bench", "--format", "json").stdout
+    said = json.loads(invoke("predict", "-m", path, "-p", "the rest", "--format", "json").stdout)
     assert json.loads(out)["tokens"] == len(said["tokens"])
 
 
@@ -149,7 +132,7 @@ def test_a_budget_that_cannot_work_is_refused_before_any_work(
     # The size that it names is enough.
     enough = text.split("; give --ram-budget ")[1].split()[0]
     asked = ["--for", command] if command in work.JOBS else []
-    run("plan", "-m", tiny_file("gqa"), *TOKENS, "--ram-budget", enough, "--no-bench", *asked)
+    invoke("plan", "-m", tiny_file("gqa"), *TOKENS, "--ram-budget", enough, "--no-bench", *asked)
 
 
 @pytest.mark.parametrize("command", work.JOBS)
@@ -159,13 +142,13 @@ def test_a_dry_run_refuses_likewise_and_computes_nothing(
     monkeypatch.chdir(tmp_path)
     other = ["--with", tiny_file("gqa", seed=1)] if command == "compare" else []
     arguments = command, "-m", tiny_file("gqa"), *TOKENS, *other, "--dry-run"
-    assert "Fits." in run(*arguments).stdout
+    assert "Fits." in invoke(*arguments).stdout
     assert f"{command} needs" in error(*arguments, "--ram-budget", "1MiB")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_refusal_in_json_is_data(tiny_file: TinyFile) -> None:
-    result = run("plan", "-m", tiny_file("gqa"), *TOKENS, "--ram-budget", "1M", "--format", "json", code=4)
+    result = invoke("plan", "-m", tiny_file("gqa"), *TOKENS, "--ram-budget", "1M", "--format", "json", code=4)
     data = json.loads(result.stdout)
     assert data["fits"] is False
     assert "--ram-budget allows 1.0 MiB" in data["misfit"]
@@ -211,9 +194,9 @@ def test_what_the_budget_has_room_for_is_read_once(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(session.Session, "fit", remember)
     arguments = "svd", "-m", tiny_file("gqa", layers=3), *TOKENS, "-k", 2, "--format", "json"
-    ample = json.loads(run(*arguments, "--ram-budget", "8GiB").stdout)["svd"]
-    plan = json.loads(run("plan", *arguments[1:], "--no-bench", "--ram-budget", "8GiB").stdout)
-    tight = json.loads(run(*arguments, "--ram-budget", f"{plan['ram_needed']}").stdout)["svd"]
+    ample = json.loads(invoke(*arguments, "--ram-budget", "8GiB").stdout)["svd"]
+    plan = json.loads(invoke("plan", *arguments[1:], "--no-bench", "--ram-budget", "8GiB").stdout)
+    tight = json.loads(invoke(*arguments, "--ram-budget", f"{plan['ram_needed']}").stdout)["svd"]
     assert ample == tight
     reads = [weights.reads["blk.0.ffn_down.weight"] / 64 for weights in seen]
     assert reads[0] == 2
@@ -226,10 +209,10 @@ def test_what_the_budget_has_room_for_is_read_once(monkeypatch: pytest.MonkeyPat
 def test_bench_shows_each_rate_beside_its_limit(monkeypatch: pytest.MonkeyPatch, tiny_file: TinyFile) -> None:
     monkeypatch.setattr(bench, "COPY_ELEMENTS", 1 << 12)
     path = tiny_file("q8_0")
-    out = run("bench", "-m", path, "-t", 1).stdout
+    out = invoke("bench", "-m", path, "-t", 1).stdout
     for words in ("disk, sequential", "memory copy", "dequantize Q8_0 to float32", "dequantize Q8_0 to bfloat16"):
         assert words in out
-    data = json.loads(run("bench", "-m", path, "-t", 1, "--format", "json").stdout)
+    data = json.loads(invoke("bench", "-m", path, "-t", 1, "--format", "json").stdout)
     assert {row["unit"] for row in data["rates"]} == {"B/s", "weights/s", "FLOP/s"}
     assert all(row["rate"] > 0 for row in data["rates"])
     limits = {row["limited_by"] for row in data["rates"] if row["limit"] is not None}
@@ -244,7 +227,7 @@ def test_what_is_not_planned_does_not_run(monkeypatch: pytest.MonkeyPatch, tiny_
 
 def test_a_help_states_its_own_defaults() -> None:
     for command in work.JOBS:
-        text = " ".join(run(command, "--help").stdout.split())
+        text = " ".join(invoke(command, "--help").stdout.split())
         assert ("My favorite thing is the" in text) == (command == "steer")
         assert ("The bridge out of Marin is the'" in text) == (command != "steer"), command
         assert ("one on each line" in text) == (command == "ranks")
@@ -257,14 +240,14 @@ def test_dense_rows_come_in_one_sweep_where_memory_allows(tiny_file: TinyFile, m
 
     def rows(budget: int) -> tuple[int, int]:
         args = ["plan", "-m", path, *TOKENS, "--for", "jacobian", "--no-bench", "--format", "json"]
-        content = json.loads(run(*args, "--ram-budget", budget).stdout)
+        content = json.loads(invoke(*args, "--ram-budget", budget).stdout)
         part = next(part for part in content["sweeps"] if part["what"] == "rows")
         assert content["fits"]
         return part["count"], part["vectors"]
 
     assert rows(1 << 30) == (1, 64)
     needed = json.loads(
-        run("plan", "-m", path, *TOKENS, "--for", "attribute", "--no-bench", "--format", "json").stdout
+        invoke("plan", "-m", path, *TOKENS, "--for", "attribute", "--no-bench", "--format", "json").stdout
     )["ram_needed"]
     count, vectors = rows(needed + 200_000)
     assert count > 1
@@ -272,7 +255,7 @@ def test_dense_rows_come_in_one_sweep_where_memory_allows(tiny_file: TinyFile, m
 
 
 def needed(*args: object) -> int:
-    return json.loads(run(*args, "--dry-run", "--format", "json").stdout)["ram_needed"]
+    return json.loads(invoke(*args, "--dry-run", "--format", "json").stdout)["ram_needed"]
 
 
 def test_of_many_prompts_the_longest_is_refused_before_any_work(
@@ -283,7 +266,7 @@ def test_of_many_prompts_the_longest_is_refused_before_any_work(
     short = needed("ranks", "-m", path, "-f", file)
     file.write_text(f"the\n{'the ' * 60}\n")
     assert needed("ranks", "-m", path, "-f", file) > short
-    shown = run("ranks", "-m", path, "-f", file, "--dry-run").stdout
+    shown = invoke("ranks", "-m", path, "-f", file, "--dry-run").stdout
     assert "ggjac ranks, 2 prompts of up to " in shown
     monkeypatch.delattr("ggjac.model.Model.trace")
     text = error("ranks", "-m", path, "-f", file, "--ram-budget", short, "-o", tmp_path / "out")
@@ -297,12 +280,12 @@ def test_of_two_files_the_second_is_refused_before_any_work(
     """It uses another number of experts, and so freezes more."""
     files = tiny_file("mixtral", experts_used=1), tiny_file("mixtral", experts_used=6)
     arguments = "compare", "-m", files[0], "--with", files[1], *TOKENS
-    shown = run(*arguments, "--dry-run", "--ram-budget", "1GiB").stdout
+    shown = invoke(*arguments, "--dry-run", "--ram-budget", "1GiB").stdout
     assert shown.count("Fits.") == 2
     first, second = needed(*arguments), needed("compare", "-m", files[1], "--with", files[0], *TOKENS)
     assert first < second
     assert "compare needs" in error(*arguments, "--dry-run", "--ram-budget", first)
-    data = json.loads(run(*arguments, "--dry-run", "--format", "json", "--ram-budget", first, code=4).stdout)
+    data = json.loads(invoke(*arguments, "--dry-run", "--format", "json", "--ram-budget", first, code=4).stdout)
     assert (data["fits"], data["other_model"]["fits"]) == (True, False)
     monkeypatch.delattr("ggjac.model.Model.trace")
     assert "compare needs" in error(*arguments, "--ram-budget", first)
@@ -320,7 +303,7 @@ def test_two_files_are_not_in_memory_together(tiny_file: TinyFile, monkeypatch: 
         fit(self, *given, **options)
 
     monkeypatch.setattr(session.Session, "fit", remember)
-    run("compare", "-m", tiny_file("gqa"), "--with", tiny_file("gqa", type="Q8_0"), *TOKENS, "-k", 2)
+    invoke("compare", "-m", tiny_file("gqa"), "--with", tiny_file("gqa", type="Q8_0"), *TOKENS, "-k", 2)
     assert len(models) == 2
 
 
@@ -339,12 +322,12 @@ def test_steering_that_cannot_be_planned(options: list[str], words: str, tiny_fi
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
 def test_a_device_that_is_not_here_is_planned_and_not_measured(tiny_file: TinyFile) -> None:
     arguments = ["-m", tiny_file("plain"), *TOKENS, "--device", "cuda"]
-    shown = run("plan", *arguments).stdout
+    shown = invoke("plan", *arguments).stdout
     assert "Peak device memory" in shown
     assert shown.splitlines()[-1].startswith(
         "Time is not predicted: device cuda was asked for, but torch cannot use it"
     )
-    found = json.loads(run("plan", *arguments, "--format", "json").stdout)
+    found = json.loads(invoke("plan", *arguments, "--format", "json").stdout)
     assert "it finds no CUDA device" in found["not_measured"]
     assert "times" not in found
     assert "it finds no CUDA device" in error("bench", "-m", tiny_file("plain"), "--device", "cuda", code=1)

@@ -1,16 +1,19 @@
 """Two files of one model side by side, against NumPy, SciPy and dense float64 arithmetic on the oracle's Jacobians."""
 
+import gc
 import math
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import oracle
 import pytest
 import tiny
 import torch
-from test_model import edited
+from helpers import IDS, TOKENS, edited, invoke, invoke_json
 
 from ggjac.analysis.compare import (
     CompareError,
@@ -22,6 +25,7 @@ from ggjac.analysis.compare import (
     principal_angles,
 )
 from ggjac.blocks import NumericsError
+from ggjac.cli import session
 from ggjac.model import open_model
 
 linalg = pytest.importorskip("scipy.linalg", reason="SciPy is not installed")
@@ -166,3 +170,87 @@ def test_tokens_in_messages_are_short() -> None:
     with pytest.raises(CompareError, match="token 0: 'aaa") as error:
         check_vocabularies(["a" * 10**6], ["b" * 10**6])
     assert len(str(error.value)) < 250
+
+
+# ---- the command
+
+
+def test_the_command(tiny_file: TinyFile) -> None:
+    a, b = tiny_file("biases"), tiny_file("biases", type="Q4_0")
+    result = invoke_json("compare", "-m", a, "--with", b, *TOKENS, "-k", 3, "--dtype", "float64", "--position", 3)
+    data = result["compare"]
+    logits = [oracle.forward(oracle.load(path), IDS)["logits"] for path in (a, b)]
+    J = [oracle.jacobian(path, IDS, mlp_path="up", position=3) for path in (a, b)]
+    for i, side in enumerate("ab"):
+        S = torch.linalg.svdvals(J[i].J.flatten(1))[:3]
+        values = torch.tensor([value[side] for value in data["singular_values"]]).double()
+        assert torch.allclose(values, S, rtol=1e-4)
+        shares = sum(share[side] for share in data["shares"]) + data["offset"][side]
+        assert abs(shares - float(logits[i][3, data["target"]["id"]])) < 1e-10
+        assert data["reconstruction"][side]["healthy"]
+    log = [z.log_softmax(1) for z in logits]
+    kl = (log[0].exp() * (log[0] - log[1])).sum(1)
+    assert abs(data["kl"] - float(kl[3])) < 1e-10
+    assert abs(data["mean_kl"] - float(kl.mean())) < 1e-10
+    same = logits[0].argmax(1) == logits[1].argmax(1)
+    assert [p["same_top1"] for p in data["positions"]] == same.tolist()
+    assert 0 < min(data["angles"]["left"]) <= max(data["angles"]["left"]) <= 90
+    assert [result[key]["path"] for key in ("model", "other_model")] == [str(a), str(b)]
+    assert {name[-2:] for name in result["seconds"]} == {" a", " b"}
+    out = invoke("compare", "-m", a, "--with", b, *TOKENS, "-k", 3).stdout
+    for word in ("Singular values", "Principal angles", "b - a", "KL(a ‖ b)", "same top token at"):
+        assert word in out
+
+
+def test_the_command_on_a_file_and_itself(tiny_file: TinyFile) -> None:
+    model = tiny_file("gqa")
+    data = invoke_json("compare", "-m", model, "--with", model, *TOKENS)["compare"]
+    assert max(data["angles"]["left"] + data["angles"]["right"]) < 1e-4
+    assert (data["kl"], data["top1_agreement"], data["output_distance"]) == (0, 1, 0)
+
+
+def test_the_command_refuses_other_models(tiny_file: TinyFile, tmp_path: Path) -> None:
+    model = tiny_file("gqa")
+    for other, words in (
+        (tiny_file("plain"), r"blk.0.attn_k.weight: the first file has [32, 64], the second [64, 64]"),
+        (tiny_file("tied"), "output.weight: the first file has [128, 64], the second no such tensor"),
+    ):
+        first = model if "attn_k" in words else tiny_file("plain")
+        assert words in invoke("compare", "-m", first, "--with", other, *TOKENS, code=1).stderr
+    assert "--with" in invoke("compare", "-m", model, *TOKENS, code=2).stderr
+    broken = tmp_path / "broken.gguf"
+    broken.write_bytes(b"GGUF")
+    invoke("compare", "-m", model, "--with", broken, *TOKENS, code=1)
+
+
+def test_the_command_ends_with_3_when_the_sweeps_run_out(tiny_file: TinyFile) -> None:
+    model = tiny_file("gqa")
+    out = invoke("compare", "-m", model, "--with", model, *TOKENS, "--max-sweeps", 2, "--tol", "1e-7", code=3).stdout
+    assert "NOT converged to 1e-07" in out
+    assert tiny.options("gqa").layers == 2
+
+
+def test_the_command_has_one_model_at_a_time(tiny_file: TinyFile, monkeypatch: pytest.MonkeyPatch) -> None:
+    """When the second is opened nothing of the first is left, and no garbage collection was needed: memory is tight."""
+    opened: list[weakref.ref] = []
+    true = session.open_model
+
+    def opening(*args: Any, **options: Any) -> Any:
+        assert [model() for model in opened] == [None] * len(opened)
+        model = true(*args, **options)
+        opened.append(weakref.ref(model))
+        return model
+
+    monkeypatch.setattr(session, "open_model", opening)
+    gc.disable()
+    try:
+        invoke("compare", "-m", tiny_file("gqa"), "--with", tiny_file("gqa", type="Q8_0"), *TOKENS)
+    finally:
+        gc.enable()
+    assert len(opened) == 2
+
+
+def test_the_command_keeps_no_trace(tiny_file: TinyFile, tmp_path: Path) -> None:
+    options = ["--with", tiny_file("gqa", type="Q8_0"), *TOKENS, "--trace", tmp_path / "trace"]
+    assert "No such option '--trace'" in invoke("compare", "-m", tiny_file("gqa"), *options, code=2).stderr
+    assert not (tmp_path / "trace").exists()

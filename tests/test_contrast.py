@@ -9,7 +9,7 @@ import oracle
 import pytest
 import tiny
 import torch
-from test_jacobian import distance
+from helpers import distance
 
 from ggjac.analysis.contrast import Agreement, agreement, contrast, correlation, ordinary_jacobian, ranks
 from ggjac.jacobian import Span, Tap

@@ -10,9 +10,8 @@ import oracle
 import pytest
 import tiny
 import torch
-from click.testing import CliRunner
+from helpers import FIRST, invoke
 
-from ggjac.cli import main
 from ggjac.generation import Continuation
 from ggjac.gguf.hub import demo_path
 from ggjac.llamacpp.control_vector import ControlVectorError, save_control_vector
@@ -21,9 +20,6 @@ from ggjac.parity import ParityError, run_llama_cpp
 from ggjac.runs import RunError
 
 TinyFile = Callable[..., Path]
-
-# One row of each architecture: each has a graph of its own in llama.cpp, and says there where the vector is added.
-FIRST = {tiny.options(case).architecture: case for case in reversed(tiny.CASES)}
 
 
 def direction(d: int = 64) -> torch.Tensor:
@@ -89,8 +85,7 @@ def test_the_export_moves_llamacpp_towards_the_concept(method: str, tmp_path: Pa
     vector, out = tmp_path / "bridge.gguf", tmp_path / "out.json"
     strength = {"equation16": "0.1,0.6", "additive": "0.1,2"}[method]
     args = ["steer", "--method", method, "--strength", strength, "--no-control", "--max-tokens", "2", "-q", "-t", "1"]
-    result = CliRunner().invoke(main, [*args, "-o", str(out), "--export-control-vector", str(vector)])
-    assert result.exit_code == 0, result.output
+    result = invoke(*args, "-o", out, "--export-control-vector", vector)
     assert f"Saved {vector}" in "".join(result.stdout.split("\n"))
     content = json.loads(out.read_text())
     ids = [token["id"] for token in content["tokens"]]

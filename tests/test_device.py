@@ -14,14 +14,12 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from click.testing import CliRunner
 from commands import COMMANDS, with_file
-from test_families import FIRST
+from helpers import FIRST, invoke
 from torch import Tensor
 from torch.utils import backend_registration
 
 from ggjac import planner, quants, sizes
-from ggjac.cli import main
 from ggjac.gguf.types import TYPES, GGMLType
 from ggjac.model import open_model
 from ggjac.weights import bus, store
@@ -269,10 +267,8 @@ def run(name: str, device: str, folder: Path, model: Path) -> Any:
     command = name.split()[0]
     options = [option.replace("RUN", str(folder / "RUN")).replace("J.", f"{folder}/J.") for option in RUNS[name]]
     where = ["-m", model, *TOKENS, "-t", "1", "-q", "--format", "json", "--device", device]
-    arguments = [command, *map(str, [*where, *with_file(command, model)]), *options]
-    result = CliRunner().invoke(main, arguments, prog_name="ggjac", catch_exceptions=False)
-    assert result.exit_code == 0, result.output
-    return json.loads(result.stdout.replace(str(folder), "FOLDER"))
+    arguments = [command, *where, *with_file(command, model), *options]
+    return json.loads(invoke(*arguments).stdout.replace(str(folder), "FOLDER"))
 
 
 @pytest.fixture
@@ -306,7 +302,7 @@ def test_a_command_uses_the_device_memory_that_is_free(one_card: card.Card, smal
     run("svd 0", card.NAME, tmp_path, small)
     ample = one_card.copied
     dry = ["svd", "-m", str(small), *TOKENS, "-k", "2", "--per-token", "--device", card.NAME, "--dry-run"]
-    planned = CliRunner().invoke(main, [*dry, "--vram-budget", "1", "--format", "json"], prog_name="ggjac")
+    planned = invoke(*dry, "--vram-budget", 1, "--format", "json", code=4)
     needed = json.loads(planned.stdout)["vram_needed"]
     one_card.reset()
     one_card.memory = needed
@@ -316,7 +312,6 @@ def test_a_command_uses_the_device_memory_that_is_free(one_card: card.Card, smal
 
 def test_rates_of_a_device(device: str, small: Path) -> None:
     arguments = ["bench", "-m", str(small), "-t", "1", "--device", device, "--format", "json"]
-    result = CliRunner().invoke(main, arguments, prog_name="ggjac", catch_exceptions=False)
-    rows = {row["what"]: row for row in json.loads(result.stdout)["rates"]}
+    rows = {row["what"]: row for row in json.loads(invoke(*arguments).stdout)["rates"]}
     assert all(row["rate"] > 0 for row in rows.values())
     assert rows["to the device, as tiles travel"]["limited_by"] == "a copy from pinned memory"

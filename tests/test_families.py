@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import tiny
+from helpers import FIRST, distance
 from safetensors.torch import load_file
-from test_jacobian import distance
 
 from ggjac.config import ARCHITECTURES
 from ggjac.model import open_model
@@ -18,9 +18,6 @@ from ggjac.parity import verify
 pytestmark = pytest.mark.usefixtures("one_llama_cpp")
 REFERENCES = {"llama3": "up", "mistral": "up", "qwen3": "up", "gemma3": "up", "phi3": "gate", "olmo2": "up"}
 EXPERTS = [case for case in tiny.CASES if tiny.options(case).experts]
-# One row of each architecture, made into Q4_K_M by llama.cpp. The rows are too narrow for K-quants, so that most of
-# their tensors fall back to blocks of 32: what matters here is that stored types differ within one file.
-FIRST = {tiny.options(case).architecture: case for case in reversed(tiny.CASES)}
 
 
 def test_every_architecture_has_a_tiny_file() -> None:

@@ -9,7 +9,7 @@ import oracle
 import pytest
 import tiny
 import torch
-from test_model import edited
+from helpers import distance, edited
 
 from ggjac.blocks import NumericsError
 from ggjac.generation import Continuation, end_tokens, greedy
@@ -29,10 +29,6 @@ CASES = [
     "hunyuan_yarn", "gptneox", "stablelm_12b", "nemotron", "command_r", "olmo_clamped", "glm4moe", "bailingmoe2_groups",
     "exaone_moe_period",
 ]  # fmt: skip
-
-
-def distance(ours: torch.Tensor, theirs: torch.Tensor) -> float:
-    return float((ours.double() - theirs.double()).norm() / theirs.double().norm())
 
 
 @pytest.mark.parametrize("case", CASES)

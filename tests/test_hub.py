@@ -13,10 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from click.testing import CliRunner, Result
+from helpers import error, invoke
 
 import ggjac
-from ggjac.cli import main
 from ggjac.gguf import hub
 
 REVISION = "0123456789abcdef0123456789abcdef01234567"
@@ -681,18 +680,6 @@ def test_ollama_names_on_disk_cannot_steer_the_terminal(models: Path) -> None:
 # --- the commands and the library -------------------------------------------------------------------------------------
 
 
-def run(*args: str, code: int) -> Result:
-    result = CliRunner().invoke(main, list(args), prog_name="ggjac")
-    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
-    assert result.exit_code == code, result.output
-    if code:
-        assert result.stdout == ""
-        assert result.stderr.startswith("Error: ")
-        assert result.stderr.count("\n") == 1
-        assert result.stderr.rstrip("\n").isprintable()
-    return result
-
-
 @pytest.fixture
 def real(tiny_file: Callable[..., Path], cache: Path, models: Path) -> Path:
     """Put a model that runs where Hugging Face's and Ollama's are."""
@@ -705,33 +692,33 @@ def real(tiny_file: Callable[..., Path], cache: Path, models: Path) -> Path:
 
 @pytest.mark.parametrize("name", ["hf:user/repo", "hf:user/repo:q4_k_m", "ollama:llama3.2", "ollama:llama3.2:latest"])
 def test_commands_and_library_take_names(name: str, real: Path) -> None:
-    content = json.loads(run("info", "-m", name, "--format", "json", code=0).stdout)
-    expected = json.loads(run("info", "-m", str(real), "--format", "json", code=0).stdout)
+    content = json.loads(invoke("info", "-m", name, "--format", "json").stdout)
+    expected = json.loads(invoke("info", "-m", str(real), "--format", "json").stdout)
     assert content["path"] == str(hub.resolve(name))
     assert content["fingerprint"] == expected["fingerprint"]
-    run("predict", "-m", name, "--tokens", "1,2,3", "-t", "1", code=0)
+    invoke("predict", "-m", name, "--tokens", "1,2,3", "-t", "1")
     assert ggjac.open_model(name).path == hub.resolve(name)
 
 
 @pytest.mark.parametrize("command", ["info", "predict", "svd"])
 def test_errors_are_usage_errors(command: str, cache: Path) -> None:
     put_snapshot(cache, "user/repo", "m-Q4_K_M.gguf", "m\x1b[2J-Q8_0.gguf")
-    assert "m\\x1b[2J-Q8_0.gguf" in run(command, "-m", "hf:user/repo:Q6_K", code=2).stderr
-    assert "write hf:user/repo" in run(command, "-m", "hf:\x1b[2J", code=2).stderr
-    assert "ollama pull x" in run(command, "-m", "ollama:x", code=2).stderr
-    assert "does not exist" in run(command, "-m", "missing.gguf", code=2).stderr
+    assert "m\\x1b[2J-Q8_0.gguf" in error(command, "-m", "hf:user/repo:Q6_K", code=2)
+    assert "write hf:user/repo" in error(command, "-m", "hf:\x1b[2J", code=2)
+    assert "ollama pull x" in error(command, "-m", "ollama:x", code=2)
+    assert "does not exist" in error(command, "-m", "missing.gguf", code=2)
 
 
 @pytest.mark.parametrize("order", [["-m", "hf:user/repo", "--download"], ["--download", "-m", "hf:user/repo"]])
 def test_download_flag(order: list[str], remote: Callable[..., FakeHub], real: Path, cache: Path) -> None:
     shutil.rmtree(cache)
     there = remote("m-Q4_K_M.gguf")
-    run("info", "-m", "hf:user/repo", code=2)
+    error("info", "-m", "hf:user/repo", code=2)
     assert there.fetched == []
-    run("info", *order, code=1)  # fetched, but what the fake fetches is no GGUF
+    error("info", *order, code=1)  # fetched, but what the fake fetches is no GGUF
     assert there.fetched == ["m-Q4_K_M.gguf"]
 
 
 def test_a_failed_download_is_not_a_usage_error(remote: Callable[..., FakeHub]) -> None:
     remote().list_repo_files = None  # type: ignore[assignment]  # not callable
-    assert "the download failed" in run("info", "-m", "hf:user/repo", "--download", code=1).stderr
+    assert "the download failed" in error("info", "-m", "hf:user/repo", "--download", code=1)

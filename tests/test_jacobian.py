@@ -9,6 +9,7 @@ import oracle
 import pytest
 import tiny
 import torch
+from helpers import EPS, distance
 from safetensors.torch import load_file
 
 from ggjac import blocks
@@ -19,11 +20,6 @@ from ggjac.runs.journal import Journal
 from ggjac.weights import store
 
 MLP_PATHS = ("up", "gate")
-
-
-def distance(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    """Return the relative L2 distance, in float64."""
-    return float((actual.double() - expected.double()).norm() / expected.double().norm())
 
 
 @pytest.mark.parametrize("mlp_path", MLP_PATHS)
@@ -39,8 +35,6 @@ def test_equals_autograd_of_an_independent_forward(tiny_files: dict[str, Path], 
 
 
 # ---- every dtype, every prompt, every way to ask
-
-EPS = {name: torch.finfo(dtype).eps for name, dtype in DTYPES.items()}
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
@@ -414,9 +408,8 @@ def test_an_interrupted_run_ends_with_the_same_bits(case: str, tiny_files: dict[
     t = [torch.randn(len(part), generator=generator) for part in X]
 
     def run(journal: Journal | None, stop: int | None) -> tuple[list[torch.Tensor], int]:
-        sweep = SharedSweep(trace.network, spans, 4)
+        sweep = SharedSweep(trace.network, spans, 4, journal=journal)
         _ = sweep.norms
-        sweep.journal = journal
         sweep.progress = None if stop is None else interrupting(stop)
         result = [*sweep.up(X, t), *sweep.down(Y), *sweep.up(X)]
         return result, sweep.flop

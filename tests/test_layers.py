@@ -12,14 +12,13 @@ import oracle
 import pytest
 import tiny
 import torch
-from click.testing import CliRunner, Result
+from helpers import TOKENS, invoke
 from safetensors.torch import load_file
 from torch import Tensor
 
 from ggjac.analysis import layers as module
 from ggjac.analysis.layers import LayerMap, Layers, layers
 from ggjac.analysis.svd import stable_rank
-from ggjac.cli import main
 from ggjac.cli.layers import spark
 from ggjac.cli.options import Depths
 from ggjac.frobenius import StableRank, stable_ranks
@@ -375,9 +374,7 @@ def test_an_interrupted_run_ends_with_the_same_bits(tiny_files: dict[str, Path],
 
 
 def resumed(trace: Trace, journal: Journal, **options: Any) -> Layers:
-    jacobian = trace.jacobian()
-    jacobian.sweep.journal = journal
-    return layers(jacobian, 3, **EXACT | options)
+    return layers(trace.jacobian(journal=journal), 3, **EXACT | options)
 
 
 # ---- what is refused
@@ -399,15 +396,6 @@ def test_what_cannot_be_is_refused(options: dict[str, Any], message: str, tiny_f
 
 
 # ---- the command
-
-
-def ggjac(*args: object, code: int = 0) -> Result:
-    result = CliRunner().invoke(main, ["layers", *map(str, args)], prog_name="ggjac")
-    assert result.exit_code == code, result.output
-    return result
-
-
-TOKENS = ["-t", 1, "--tokens", "5,17,3,99,42"]
 
 
 @pytest.mark.parametrize(
@@ -433,7 +421,7 @@ def test_what_is_no_list_of_depths_is_refused(given: str) -> None:
 
 @pytest.mark.parametrize(("given", "message"), [("4", "depths 0 to 3"), ("-5", "depths 0 to 3"), ("3-1", "3 comes")])
 def test_depths_that_a_model_lacks_are_refused(given: str, message: str, tiny_files: dict[str, Path]) -> None:
-    err = ggjac("-m", tiny_files["three_layers"], *TOKENS, "--layers", given, code=2).stderr
+    err = invoke("layers", "-m", tiny_files["three_layers"], *TOKENS, "--layers", given, code=2).stderr
     assert message in err
     assert err.count("\n") == 1
 
@@ -441,28 +429,31 @@ def test_depths_that_a_model_lacks_are_refused(given: str, message: str, tiny_fi
 def test_what_cannot_fit_is_refused(tiny_files: dict[str, Path]) -> None:
     """Many maps take more than one: a budget that holds few of them refuses all, and says what to ask for."""
     model = ["-m", tiny_files["gemma2"], "-t", 1, "--tokens", ",".join(["5"] * 60), "-k", 64]
-    assert "Fits." in ggjac(*model, "--layers", "-1", "--maps", "to_end", "--dry-run", "--ram-budget", "200MiB").stdout
-    few = ggjac(*model[:-2], "-k", 2, "--layers", "-1", "--maps", "to_end", "--ram-budget", "200MiB").stdout
+    assert (
+        "Fits."
+        in invoke("layers", *model, "--layers", "-1", "--maps", "to_end", "--dry-run", "--ram-budget", "200MiB").stdout
+    )
+    few = invoke("layers", *model[:-2], "-k", 2, "--layers", "-1", "--maps", "to_end", "--ram-budget", "200MiB").stdout
     assert "no map was requested" in few  # none begins at the last depth: nothing that could be too much
     for command in (["--dry-run"], []):
-        err = ggjac(*model, *command, "--ram-budget", "200MiB", code=4).stderr
+        err = invoke("layers", *model, *command, "--ram-budget", "200MiB", code=4).stderr
         assert "ask for fewer --layers" in err
         assert "layers needs" in err
 
 
 def test_names_of_maps_and_taps(tiny_files: dict[str, Path]) -> None:
     model = ["-m", tiny_files["three_layers"], *TOKENS, "-k", 2]
-    out = ggjac(*model, "--maps", "to_end,cumulative", "--kinds", "mlp", "--format", "json").stdout
+    out = invoke("layers", *model, "--maps", "to_end,cumulative", "--kinds", "mlp", "--format", "json").stdout
     taps = json.loads(out)["layers"]["taps"]
     assert {(tap["map"], tap["kind"]) for tap in taps} == {("cumulative", "mlp"), ("to_end", "layer")}
-    assert "unknown; known: cumulative, blockwise, to_end" in ggjac(*model, "--maps", "all", code=2).stderr
-    assert "unknown; known: layer, attn, mlp" in ggjac(*model, "--kinds", "layer,", code=2).stderr
+    assert "unknown; known: cumulative, blockwise, to_end" in invoke("layers", *model, "--maps", "all", code=2).stderr
+    assert "unknown; known: layer, attn, mlp" in invoke("layers", *model, "--kinds", "layer,", code=2).stderr
 
 
 def test_the_report_takes_what_the_command_gives(tiny_files: dict[str, Path], tmp_path: Path) -> None:
     saved = tmp_path / "maps.safetensors"
     given = ["-m", tiny_files["three_layers"], *TOKENS, "-k", 3, "--transport", "-o", saved]
-    content = json.loads(ggjac(*given, "--format", "json").stdout)
+    content = json.loads(invoke("layers", *given, "--format", "json").stdout)
     trace = open_model(tiny_files["three_layers"]).trace([5, 17, 3, 99, 42])
     found = layers(trace.jacobian(), 3, transport=True)
     part = content["layers"]
@@ -490,7 +481,7 @@ def test_the_report_takes_what_the_command_gives(tiny_files: dict[str, Path], tm
 
 
 def test_the_tables(tiny_files: dict[str, Path]) -> None:
-    out = ggjac("-m", tiny_files["three_layers"], *TOKENS, "-k", 2, "--transport").stdout
+    out = invoke("layers", "-m", tiny_files["three_layers"], *TOKENS, "-k", 2, "--transport").stdout
     for words in (
         "From the input to this depth: attention",
         "Each block alone: MLP",
@@ -501,16 +492,20 @@ def test_the_tables(tiny_files: dict[str, Path]) -> None:
         "all maps converged",
     ):
         assert words in out
-    single = ggjac("-m", tiny_files["three_layers"], *TOKENS, "-k", 1, "--layers", -1, "--maps", "cumulative").stdout
+    single = invoke(
+        "layers", "-m", tiny_files["three_layers"], *TOKENS, "-k", 1, "--layers", -1, "--maps", "cumulative"
+    ).stdout
     assert "The way" not in single  # two dimensions are the least
     assert "vector 1 at" not in single
 
 
 def test_a_map_that_did_not_converge_is_exit_code_3(tiny_files: dict[str, Path]) -> None:
-    result = ggjac("-m", tiny_files["three_layers"], *TOKENS, "--tol", 1e-6, "--max-sweeps", 2, "-k", 4, code=3)
+    result = invoke(
+        "layers", "-m", tiny_files["three_layers"], *TOKENS, "--tol", 1e-6, "--max-sweeps", 2, "-k", 4, code=3
+    )
     assert "NOT all maps converged to 1e-06" in result.stdout
     some = [*TOKENS, "--tol", 0.1, "--max-sweeps", 3, "-k", 4, "--format", "json"]
-    part = json.loads(ggjac("-m", tiny_files["three_layers"], *some, code=3).stdout)["layers"]
+    part = json.loads(invoke("layers", "-m", tiny_files["three_layers"], *some, code=3).stdout)["layers"]
     ended = [tap["stopped_by"] for tap in part["taps"]]
     assert {"sweeps", "tolerance"} <= set(ended)
     assert (part["converged"], part["stopped_by"]) == (False, "sweeps")
@@ -524,13 +519,12 @@ def test_sparks() -> None:
 def test_analyze_takes_it_into_the_run_and_the_report(tiny_files: dict[str, Path], tmp_path: Path) -> None:
     model, run = ["-m", tiny_files["three_layers"], *TOKENS, "-k", 3], tmp_path / "run"
     given = ["analyze", *model, "--no-verify", "--layers", "0,2-3", "-o", run]
-    result = CliRunner().invoke(main, [str(part) for part in given])
-    assert result.exit_code == 0, result.output
+    invoke(*given)
     content = json.loads((run / "run.json").read_text())
-    alone = json.loads(ggjac(*model, "--layers", "0,2-3", "--format", "json").stdout)
+    alone = json.loads(invoke("layers", *model, "--layers", "0,2-3", "--format", "json").stdout)
     assert content["layers"] == alone["layers"]
     assert {tap["index"] for tap in content["layers"]["taps"]} == {0, 2, 3}
     assert "Layer by layer" in (run / "report.html").read_text()
     assert load_file(run / "tensors.safetensors")["cumulative.mlp.U"].shape == (2, 3, 32)
-    refused = CliRunner().invoke(main, [str(part) for part in [*given[:-1], tmp_path / "other", "--layers", "4"]])
-    assert (refused.exit_code, (tmp_path / "other").exists()) == (2, False)
+    invoke(*given[:-1], tmp_path / "other", "--layers", 4, code=2)
+    assert not (tmp_path / "other").exists()

@@ -8,27 +8,20 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import llamacpp
-import numpy as np
 import oracle
 import pytest
 import tiny
 import torch
-from test_planner import held
+from helpers import distance, edited, held
 from torch import Tensor
 
 import ggjac
 from ggjac import blocks, linop, model, planner, weights
 from ggjac.blocks import NumericsError
 from ggjac.config import ConfigError, ModelConfig, Norms, Rope
-from ggjac.gguf import open_gguf
 from ggjac.model import PromptError, open_model
 from ggjac.planner import work
 from ggjac.weights import Block
-
-
-def distance(actual: Tensor, expected: Tensor) -> float:
-    """Return the relative L2 distance, in float64."""
-    return float((actual.double() - expected.double()).norm() / expected.double().norm())
 
 
 def states(path: Path, ids: list[int], dtype: str) -> dict[str, Tensor]:
@@ -559,16 +552,6 @@ def test_impossible_arguments_are_refused(what: str, tiny_file: Callable[..., Pa
 
 
 # ---- numbers that mean nothing are refused
-
-
-def edited(path: Path, name: str, values: float) -> Path:
-    """Overwrite a stored F32 tensor of a file with one value, and return the file."""
-    with open_gguf(path) as file:
-        info = file.tensors[name]
-    with open(path, "r+b") as file:
-        file.seek(info.offset)
-        file.write(np.full(info.elements, values, "<f4").tobytes())
-    return path
 
 
 OVERFLOWS = {

@@ -1,17 +1,15 @@
 """Lengths and tokens of columns and rows against dense float64 arithmetic on the oracle's Jacobian."""
 
-import json
 from pathlib import Path
 
 import oracle
 import pytest
 import tiny
 import torch
-from click.testing import CliRunner
+from helpers import error, invoke, invoke_json
 from torch.nn.functional import cosine_similarity
 
 from ggjac.analysis.norms import norms
-from ggjac.cli import main
 from ggjac.model import open_model
 
 
@@ -103,14 +101,11 @@ def test_the_command_takes_fewer_rows_at_once_before_it_is_refused(tmp_path: Pat
     what = ["-m", str(path), "-t", "1", "--tokens", ",".join(["1"] * 60)]
 
     def needed(command: str) -> int:
-        result = CliRunner().invoke(main, ["plan", *what, "--for", command, "--no-bench", "--format", "json"])
-        return json.loads(result.stdout)["ram_needed"]
+        return invoke_json("plan", *what, "--for", command, "--no-bench")["ram_needed"]
 
     few, many = needed("attribute"), needed("jacobian")
     assert many > few + (32 << 20)
-    tight, short = (
-        CliRunner().invoke(main, ["norms", *what, "--ram-budget", str(size)]) for size in ((few + many) // 2, 1 << 27)
-    )
-    assert (tight.exit_code, short.exit_code) == (0, 4)
-    assert "norms needs" in short.stderr
-    assert "give --ram-budget" in short.stderr
+    invoke("norms", *what, "--ram-budget", (few + many) // 2)
+    text = error("norms", *what, "--ram-budget", 1 << 27)
+    assert "norms needs" in text
+    assert "give --ram-budget" in text

@@ -18,16 +18,12 @@ import oracle
 import pytest
 import tiny
 import torch
+from helpers import distance
 from oracle import Oracle
 from safetensors.torch import load_file
 from torch import Tensor
 
 IDS_OF_STORIES = [1, 403, 407, 261, 378, 432, 405, 285, 432, 375, 397]
-
-
-def relative(a: Tensor, b: Tensor) -> float:
-    """Return the relative L2 distance of a from b."""
-    return float((a.double() - b.double()).norm() / b.double().norm())
 
 
 def prompt_length(case: str) -> int:
@@ -81,7 +77,7 @@ def test_every_state_agrees_with_llamacpp(case: str, tiny_file: Callable[..., Pa
         ours = as_llamacpp_names(model, oracle.forward(model, ids, context=CONTEXT, gelu=gelu))
         compared = theirs.keys() & ours.keys()
         assert compared >= {*(f"l_out-{i}" for i in range(tiny.options(case).blocks)), "result_norm", "logits"}
-        errors = {name: relative(theirs[name], ours[name]) for name in compared}
+        errors = {name: distance(theirs[name], ours[name]) for name in compared}
         assert {name: error for name, error in errors.items() if not error < tolerance} == {}
 
 
@@ -109,8 +105,8 @@ def test_a_quantized_file_equals_its_f32_copy(
     model = oracle.load(path)
     theirs = llamacpp.run(tiny.quantize(path, tmp_path / "f32.gguf", "F32"), ids)["logits"]
     ours = oracle.forward(model, ids, context=CONTEXT, gelu="f16_table")["logits"]
-    assert relative(theirs, ours) < (3e-4 if case in GELU_ROWS else 5e-6)
-    assert relative(ours, oracle.forward(oracle.load(tiny_file(case)), ids)["logits"]) > 1e-3
+    assert distance(theirs, ours) < (3e-4 if case in GELU_ROWS else 5e-6)
+    assert distance(ours, oracle.forward(oracle.load(tiny_file(case)), ids)["logits"]) > 1e-3
 
 
 def test_family_tables_agree() -> None:
@@ -123,17 +119,17 @@ def test_phi3_chooses_its_factors_by_the_context(tiny_file: Callable[..., Path])
     path, ids = tiny_file("phi3_short"), tiny.prompt("phi3_short")
     model = oracle.load(path)
     short, long = (oracle.forward(model, ids, context=context)["logits"] for context in (256, 512))
-    assert relative(short, long) > 1e-2
-    assert relative(llamacpp.run(path, ids, context=256)["logits"], short) < 1e-5
-    assert relative(llamacpp.run(path, ids, context=257)["logits"], long) < 1e-5
+    assert distance(short, long) > 1e-2
+    assert distance(llamacpp.run(path, ids, context=256)["logits"], short) < 1e-5
+    assert distance(llamacpp.run(path, ids, context=257)["logits"], long) < 1e-5
     path = tiny_file("phi3_short", scaling={"original_context_length": 300, "attn_factor": 1.19})
-    assert relative(llamacpp.run(path, ids, context=257)["logits"], long) < 1e-5
+    assert distance(llamacpp.run(path, ids, context=257)["logits"], long) < 1e-5
 
 
 def test_yarn_agrees_at_long_positions(tiny_file: Callable[..., Path]) -> None:
     """llama.cpp's angles are float32 products; at position 600 they are good to about 1e-5 only."""
     path, ids = tiny_file("yarn_ramp"), np.random.default_rng(0).integers(0, 128, 600).tolist()
-    assert relative(llamacpp.run(path, ids)["logits"], oracle.forward(oracle.load(path), ids)["logits"]) < 1e-5
+    assert distance(llamacpp.run(path, ids)["logits"], oracle.forward(oracle.load(path), ids)["logits"]) < 1e-5
 
 
 @pytest.mark.parametrize("kind", ["f32", "q8_0", "q4_0"])
@@ -142,7 +138,7 @@ def test_real_model_agrees_with_llamacpp(kind: str, shared: Path, tmp_path: Path
     theirs = llamacpp.run(tiny.quantize(path, tmp_path / "f32.gguf", "F32"), IDS_OF_STORIES)
     model = oracle.load(path)
     ours = as_llamacpp_names(model, oracle.forward(model, IDS_OF_STORIES))
-    assert max(relative(theirs[name], ours[name]) for name in theirs) < 1e-5
+    assert max(distance(theirs[name], ours[name]) for name in theirs) < 1e-5
 
 
 # ---- negative controls
@@ -611,7 +607,7 @@ def test_llamacpp_reveals(mistake: str, tiny_file: Callable[..., Path]) -> None:
     case, make = MISTAKES[mistake]
     path, ids = tiny_file(case), tiny.prompt(case, prompt_length(case))
     wrong = oracle.forward(make(oracle.load(path)), ids, context=CONTEXT, gelu="f16_table")
-    assert relative(wrong["logits"], llamacpp.run(parity_file(tiny_file, case), ids)["logits"]) > 2e-3
+    assert distance(wrong["logits"], llamacpp.run(parity_file(tiny_file, case), ids)["logits"]) > 2e-3
 
 
 # ---- derivatives, by the paper's own code and by hand
@@ -627,16 +623,16 @@ def test_jacobian_agrees_with_the_papers_code(name: str, shared: Path) -> None:
     theirs = load_file(path.with_name(f"{name}.reference.safetensors"))
     model = oracle.load(path)
     ours = oracle.jacobian(model, theirs["ids"], mlp_path=mlp_path)
-    assert relative(ours.x, theirs["x"]) < 1e-7
-    assert relative(ours.y, theirs["y"]) < 2e-6
-    assert relative(oracle.forward(model, theirs["ids"])["logits"], theirs["logits"]) < 2e-6
-    assert relative(ours.J, theirs["jacobian"]) < 2e-6
+    assert distance(ours.x, theirs["x"]) < 1e-7
+    assert distance(ours.y, theirs["y"]) < 2e-6
+    assert distance(oracle.forward(model, theirs["ids"])["logits"], theirs["logits"]) < 2e-6
+    assert distance(ours.J, theirs["jacobian"]) < 2e-6
     s = torch.linalg.svdvals(ours.J.flatten(1))
-    assert relative(s, theirs["s"]) < 2e-6
+    assert distance(s, theirs["s"]) < 2e-6
     # The convention matters: the other live path has another Jacobian, though the same output.
     other = oracle.jacobian(model, theirs["ids"], mlp_path={"up": "gate", "gate": "up"}[mlp_path])
-    assert relative(other.J, theirs["jacobian"]) > 0.05
-    assert relative(other.y, theirs["y"]) < 2e-6
+    assert distance(other.J, theirs["jacobian"]) > 0.05
+    assert distance(other.y, theirs["y"]) < 2e-6
 
 
 def test_jacobian_of_one_layer_by_hand(tiny_file: Callable[..., Path]) -> None:
@@ -673,8 +669,8 @@ def test_jacobian_of_one_layer_by_hand(tiny_file: Callable[..., Path]) -> None:
     ffn = torch.eye(d).double() + w["ffn_down"] * (gate * gate.sigmoid())[-1] @ w["ffn_up"] * between[-1]
     J = torch.einsum("a,ab,bjc->ajc", after[-1], ffn, attn[-1])
     ours = oracle.jacobian(model, ids, mlp_path="up")
-    assert relative(J, ours.J) < 1e-6  # eps is float32 in the file
-    assert relative(ours.y, states["result_norm"][-1]) < 1e-14
+    assert distance(J, ours.J) < 1e-6  # eps is float32 in the file
+    assert distance(ours.y, states["result_norm"][-1]) < 1e-14
 
 
 def frozen_product(f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
@@ -752,7 +748,7 @@ def test_frozen_feed_forward_by_hand(case: str, mlp_path: str, tiny_file: Callab
     h = torch.randn(64, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     network = oracle.mixture if "blk.0.ffn_gate_inp.weight" in model.weights else oracle.dense
     ours = frozen_product(lambda h: network(model, "blk.0", h, freeze=mlp_path, gelu="exact"), h)
-    assert relative(ours, by_hand(model, h, mlp_path)) < 1e-13
+    assert distance(ours, by_hand(model, h, mlp_path)) < 1e-13
 
 
 def test_frozen_layer_norm_by_hand(tiny_file: Callable[..., Path]) -> None:
@@ -762,7 +758,7 @@ def test_frozen_layer_norm_by_hand(tiny_file: Callable[..., Path]) -> None:
     ours = frozen_product(lambda x: oracle.norm(model, "output_norm", x, frozen=True), x)
     centering = torch.eye(64).double() - 1 / 64
     deviation = ((centering @ x).square().mean() + model.metadata["attention.layer_norm_epsilon"]).sqrt()
-    assert relative(ours, model.weights["output_norm.weight"][:, None] * centering / deviation) < 1e-13
+    assert distance(ours, model.weights["output_norm.weight"][:, None] * centering / deviation) < 1e-13
 
 
 def structure(case: str) -> tuple[str, frozenset[str]]:
@@ -814,9 +810,9 @@ def test_an_earlier_position_is_a_shorter_prompt(tiny_file: Callable[..., Path])
     early, short = (
         oracle.jacobian(path, *args, mlp_path="up", position=p) for args, p in (((ids,), 2), ((ids[:3],), -1))
     )
-    assert relative(early.J[:, :3], short.J) < 1e-13
+    assert distance(early.J[:, :3], short.J) < 1e-13
     assert not early.J[:, 3:].any()
-    assert relative(early.offset + torch.einsum("end,nd->e", early.J, early.x), early.y) < 1e-13
+    assert distance(early.offset + torch.einsum("end,nd->e", early.J, early.x), early.y) < 1e-13
 
 
 # ---- the files themselves
@@ -840,7 +836,7 @@ def test_tiny_files_hold_the_type_asked_for(kind: str, tmp_path: Path) -> None:
     assert types["blk.0.attn_output.weight"] == (kind if kind in ("F16", "BF16") else "F32")  # rows of 16: no block
     up = "blk.0.ffn_up.weight"
     plain = oracle.load(tiny.write(tmp_path / "plain.gguf", **row)).weights[up]
-    assert 0 < relative(oracle.load(path).weights[up], plain) < KINDS[kind]
+    assert 0 < distance(oracle.load(path).weights[up], plain) < KINDS[kind]
 
 
 def test_files_that_differ_in_one_option_share_the_other_weights(tiny_file: Callable[..., Path]) -> None:

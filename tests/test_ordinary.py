@@ -7,7 +7,7 @@ import oracle
 import pytest
 import tiny
 import torch
-from test_jacobian import EPS, distance
+from helpers import EPS, distance
 
 from ggjac.jacobian import ordinary
 from ggjac.jacobian.ordinary import OrdinaryJacobian

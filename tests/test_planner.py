@@ -1,13 +1,11 @@
 """The plan compared with the operators: bytes they read, FLOP they compute, memory they keep; files of every family."""
 
 import dataclasses
-import gc
 import itertools
 import math
 import re
 from collections.abc import Callable, Iterator
 from importlib import import_module
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +13,7 @@ import pytest
 import tiny
 import torch
 from families import FAMILIES
-from jaxtyping import config as checks
+from helpers import held
 
 from ggjac import blocks, planner
 from ggjac.config import ModelConfig
@@ -372,21 +370,6 @@ def test_memory_grows_with_the_prompt_the_rank_and_the_dtype(tiny_file: TinyFile
     assert base < needed(sweeps=20)
     assert planned(path, 50, "predict", budget=AMPLE).ram["tapes"] == 0
     assert planned(path, 50, position=9, budget=AMPLE).ram["vectors"] < planned(path, 50, budget=AMPLE).ram["vectors"]
-
-
-def held(work: Callable[[], object]) -> int:
-    """Return the most bytes that torch's CPU allocator had handed out at once, by its own count.
-
-    Without shape checks, which hold on to arguments that their function has done with.
-    """
-    gc.collect()  # objects freed during the work would count as well
-    before = checks.jaxtyping_disable
-    checks.update("jaxtyping_disable", True)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as seen:
-        work()
-    checks.update("jaxtyping_disable", before)
-    events = [event for event in seen.profiler.kineto_results.events() if event.name() == "[memory]"]
-    return max(accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())))
 
 
 NARROW = {"heads": 4, "head_dim": 8, "kv_heads": 2}

@@ -15,7 +15,6 @@ import sys
 import tomllib
 import xml.etree.ElementTree as ET
 from collections.abc import Callable
-from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -23,92 +22,23 @@ from typing import Any
 import numpy as np
 import pytest
 import report_run
-from click.testing import CliRunner
+from helpers import error, invoke
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from report_run import HOSTILE, TOKENS, VECTORS
+from report_run import HOSTILE, TOKENS, VECTORS, Page, at, rendered, run_json
 from safetensors.numpy import save_file
 
 import ggjac
-from ggjac.cli import main
 from ggjac.drawing import charts
 from ggjac.report import figures, numbers, page, schema, write_figures, write_report
-from ggjac.report.load import checked, load
+from ggjac.report.load import load
 from ggjac.report.sections import PARTS, ROOMS, SECTIONS, common, contrast, layers
 from ggjac.report.sections.common import Run
 from ggjac.runs import RunError
 
 PACKAGE = Path(ggjac.__file__).parent
 ROOT = Path(__file__).parents[1]
-VOID = {"meta", "link", "br", "hr", "img", "input"}
 ALL_SECTIONS = {section.key for section in SECTIONS}
-
-
-class Page(HTMLParser):
-    """A page read back: every element with its attributes and the text in it; tags must match."""
-
-    def __init__(self, source: str):
-        super().__init__(convert_charrefs=True)
-        self.elements: list[tuple[str, dict[str, str | None]]] = []
-        self.texts: list[list[str]] = []
-        self._open: list[int] = []
-        self.feed(source)
-        self.close()
-        assert not self._open, [self.elements[i] for i in self._open]
-
-    def handle_starttag(self, tag: str, attrs: list) -> None:
-        self.elements.append((tag, dict(attrs)))
-        self.texts.append([])
-        if tag not in VOID:
-            self._open.append(len(self.elements) - 1)
-
-    def handle_startendtag(self, tag: str, attrs: list) -> None:
-        self.elements.append((tag, dict(attrs)))
-        self.texts.append([])
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.elements[self._open[-1]][0] == tag
-        if tag in ("td", "th", "dt", "dd", "div"):  # what a browser sets apart
-            self.handle_data(" ")
-        self._open.pop()
-
-    def handle_data(self, data: str) -> None:
-        for i in self._open:
-            self.texts[i].append(data)
-
-    def find(self, tag: str, **attributes: str) -> list[str]:
-        """Return the text of every such element, whitespace collapsed."""
-        return [
-            " ".join("".join(texts).split())
-            for (name, found), texts in zip(self.elements, self.texts, strict=True)
-            if name == tag and all(value in (found.get(key) or "").split() for key, value in attributes.items())
-        ]
-
-    def raw(self, tag: str) -> list[str]:
-        """Return the text of every such element as it is."""
-        return ["".join(t) for (name, _), t in zip(self.elements, self.texts, strict=True) if name == tag]
-
-    @property
-    def text(self) -> str:
-        """Return what `body` says, without the script and its data."""
-        (body,) = self.raw("body")
-        for script in self.raw("script"):
-            body = body.replace(script, "")
-        return " ".join(body.split())
-
-
-def full() -> dict[str, Any]:
-    """Return run.json with every part."""
-    return report_run.full()[0]
-
-
-def rendered(content: dict[str, Any] | None = None, vectors: dict[str, np.ndarray] | None = None) -> str:
-    """Return the page of a run."""
-    whole, all_vectors = report_run.full()
-    found = all_vectors if vectors is None else vectors
-    return page.render(
-        Run(checked(whole if content is None else content), {k: v.astype(np.float64) for k, v in found.items()})
-    )
 
 
 @pytest.fixture(scope="module")
@@ -169,7 +99,7 @@ def test_the_certificate_has_all_it_takes_to_run_again(parsed: Page) -> None:
 
 
 def test_the_shares_and_their_sum(parsed: Page) -> None:
-    attribution = full()["attribution"]
+    attribution = run_json()["attribution"]
     for share in attribution["shares"]:
         value = f"{share['share']:+.4f}".replace("-", "−")
         assert parsed.text.count(value) >= 2, "beside the token and in the table"
@@ -178,14 +108,14 @@ def test_the_shares_and_their_sum(parsed: Page) -> None:
 
 
 def test_a_logit_that_the_shares_do_not_make_up_shows_the_difference() -> None:
-    content = full()
+    content = run_json()
     content["attribution"]["logit"] += 1
     said, *_ = Page(rendered(content)).find("p", **{"class": "equation"})
     assert re.search(r" ≠ logit [−0-9.]+ \(difference 1\.00\)", said)
 
 
 def test_levels_of_colour_follow_sign_and_size() -> None:
-    content = full()
+    content = run_json()
     shares = [3.0, -3.0, 1.5, 0.0, -0.3]
     content["attribution"]["shares"] = [{"position": i, "token": "x", "share": s} for i, s in enumerate(shares)]
     elements = Page(rendered(content)).elements
@@ -194,7 +124,7 @@ def test_levels_of_colour_follow_sign_and_size() -> None:
 
 
 def test_singular_values_are_drawn_where_they_are(html: str) -> None:
-    sigmas = np.array([t["singular_value"] for t in full()["svd"]["triplets"]])
+    sigmas = np.array([t["singular_value"] for t in run_json()["svd"]["triplets"]])
     for scale, axis in (("linear", lambda v: v), ("log", np.log)):
         section = html[html.index('<section id="svd"') :]
         chart = section[section.index(f'<div class="panel" data-scale="{scale}">') :]
@@ -208,7 +138,7 @@ def test_singular_values_are_drawn_where_they_are(html: str) -> None:
 
 
 def test_the_grid_has_a_row_for_each_depth_and_a_column_for_each_rank(parsed: Page) -> None:
-    found = full()["layers"]
+    found = run_json()["layers"]
     # Nine grids of vectors and one readout, with one button for each token shown in them.
     tables = [a for tag, a in parsed.elements if tag == "table" and "cells" in (a.get("class") or "")]
     assert len(tables) == 10
@@ -221,7 +151,7 @@ def test_the_grid_has_a_row_for_each_depth_and_a_column_for_each_rank(parsed: Pa
 
 
 def test_vectors_carried_to_the_output_have_a_grid_of_their_own() -> None:
-    content = full()
+    content = run_json()
     for tap in content["layers"]["taps"]:
         if (tap["map"], tap["kind"]) == ("cumulative", "attn"):
             for vector in tap["triplets"]:
@@ -239,7 +169,7 @@ def test_vectors_carried_to_the_output_have_a_grid_of_their_own() -> None:
 
 def test_the_path_says_which_way_it_goes(parsed: Page, html: str) -> None:
     assert re.findall(r'class="mark-label"[^>]*>(\d+)<', html) == ["1", "2", "3", "4", "5", "6"]
-    long = full()
+    long = run_json()
     long["layers"]["path"] = [{"index": i, "values": [i / 80, i / 80, 0.5]} for i in range(1, 81)]
     labels = [int(label) for label in re.findall(r'class="mark-label"[^>]*>(\d+)<', rendered(long))]
     assert (labels[0], labels[-1]) == (1, 80)
@@ -252,7 +182,7 @@ def test_the_path_says_which_way_it_goes(parsed: Page, html: str) -> None:
 
 def test_ranks_travel_with_the_page(parsed: Page) -> None:
     data = json.loads(parsed.raw("script")[0])
-    ranks = full()["layers"]["ranks"]
+    ranks = run_json()["layers"]["ranks"]
     assert data["tokens"] == [[t["id"], t["token"]] for t in ranks["tokens"]]
     assert data["ranks"] == [depth["ranks"] for depth in ranks["depths"]]
     assert data["depths"] == [0, 1, 2, 3, 4, 5, 6]
@@ -293,7 +223,7 @@ def test_the_measures_of_a_contrast(parsed: Page) -> None:
 
 
 def test_failed_checks_are_said_in_words() -> None:
-    content = full()
+    content = run_json()
     content["reconstruction"] |= {"healthy": False, "error": 0.5}
     content["parity"] |= {"verdict": False, "reason": "another top token"}
     content["svd"] |= {"converged": False, "stopped_by": "sweeps"}
@@ -307,12 +237,12 @@ def test_failed_checks_are_said_in_words() -> None:
 
 
 def test_a_run_without_llama_cpp_has_no_verdict() -> None:
-    content = full() | {"parity": {"verdict": None, "reason": "llama-cpp-python is missing"}}
+    content = run_json() | {"parity": {"verdict": None, "reason": "llama-cpp-python is missing"}}
     assert "llama.cpp no verdict not compared llama-cpp-python is missing" in Page(rendered(content)).text
 
 
 def test_another_position_shows_where_the_prompt_is_read() -> None:
-    content = full() | {"position": 2}
+    content = run_json() | {"position": 2}
     for token, text in zip(
         content["tokens"], ["The", "␣bridge", "␣out", "␣of", "␣Marin", "␣is", "␣the", "桥"], strict=True
     ):
@@ -339,10 +269,10 @@ MISSING = {
 }
 
 
-@pytest.mark.parametrize("key", [key for key in full() if key not in ("schema_version", "model", "tokens")])
+@pytest.mark.parametrize("key", [key for key in run_json() if key not in ("schema_version", "model", "tokens")])
 @pytest.mark.parametrize("null", [False, True])
 def test_a_part_that_is_missing_is_left_out(key: str, null: bool) -> None:
-    content = full()
+    content = run_json()
     content[key] = None
     if not null:
         del content[key]
@@ -355,7 +285,7 @@ def test_a_part_that_is_missing_is_left_out(key: str, null: bool) -> None:
 
 @pytest.mark.parametrize("part", ["readout", "ranks", "path"])
 def test_layers_in_part(part: str) -> None:
-    content = full()
+    content = run_json()
     del content["layers"][part]
     found = Page(rendered(content))
     assert ("Rank by depth" in found.find("h3")) == (part != "ranks")
@@ -389,7 +319,7 @@ def test_hostile_tokens_are_text_and_nothing_else(html: str, parsed: Page) -> No
             return [replace(entry) for entry in value]
         return f"harmless{HOSTILE.index(value)}" if value in HOSTILE else value
 
-    other = Page(rendered(replace(full())))
+    other = Page(rendered(replace(run_json())))
     assert [tag for tag, _ in parsed.elements] == [tag for tag, _ in other.elements], "the same elements"
     assert {tag for tag, _ in parsed.elements} & {"img", "iframe", "object", "embed", "form", "b"} <= {"b"}
     assert not any(name.startswith("on") or name == "style" for _, a in parsed.elements for name in a)
@@ -427,19 +357,6 @@ def test_characters_that_steer_are_shown_as_escapes(text: str) -> None:
     assert re.fullmatch(r"a(\\x[0-9a-f]{2}\[31m|\\x[0-9a-f]{2}|\\u[0-9a-f]{4}|\\[rt])b", shown)
 
 
-def at(content: dict, path: str, value: Any) -> dict:
-    """Return a run with one place changed; `...` removes it."""
-    *keys, last = [int(key) if key.isdigit() else key for key in path.split(".")]
-    place: Any = content
-    for key in keys:
-        place = place[key]
-    if value is ...:
-        del place[last]
-    else:
-        place[last] = value
-    return content
-
-
 WRONG: dict[str, tuple[str, Any, str]] = {
     "no tokens": ("tokens", ..., "run.json: tokens: is missing"),
     "empty prompt": ("tokens", [], "tokens: expected a list of 1 or more"),
@@ -472,13 +389,11 @@ WRONG: dict[str, tuple[str, Any, str]] = {
 @pytest.mark.parametrize("case", WRONG)
 def test_a_run_of_another_form_is_refused_by_name(case: str, tmp_path: Path) -> None:
     path, value, words = WRONG[case]
-    folder = report_run.write(tmp_path / "run", at(full(), path, value))
-    result = CliRunner().invoke(main, ["report", str(folder)], prog_name="ggjac")
-    assert result.exit_code == 1
-    assert words in result.stderr
-    assert "analyse the prompt again" in result.stderr
-    assert result.stderr.count("\n") == 1
-    assert len(result.stderr) < 300
+    folder = report_run.write(tmp_path / "run", at(run_json(), path, value))
+    text = error("report", folder, code=1)
+    assert words in text
+    assert "analyse the prompt again" in text
+    assert len(text) < 300
     assert not (folder / "report.html").exists()
 
 
@@ -512,9 +427,7 @@ def test_what_is_no_run_folder_is_refused(case: str, tmp_path: Path) -> None:
     folder = report_run.write(tmp_path / "run")
     spoil, words = NO_RUN[case]
     spoil(folder)
-    result = CliRunner().invoke(main, ["report", str(folder)], prog_name="ggjac")
-    assert (result.exit_code, result.stderr.count("\n")) == (1, 1), result.output
-    assert words in result.stderr
+    assert words in error("report", folder, code=1)
     assert not (folder / "report.html").exists()
 
 
@@ -626,10 +539,7 @@ def test_colours_have_contrast(scheme: int) -> None:
 
 
 def test_the_demo_has_a_small_report(tmp_path: Path) -> None:
-    result = CliRunner().invoke(
-        main, ["analyze", "-t", "1", "-k", "3", "-q", "-o", str(tmp_path / "run")], prog_name="ggjac"
-    )
-    assert result.exit_code == 0, result.output
+    result = invoke("analyze", "-t", 1, "-k", 3, "-q", "-o", tmp_path / "run")
     assert result.stdout.endswith(f"Saved {tmp_path}/run\nSaved {tmp_path}/run/report.html\n")
     file = tmp_path / "run" / "report.html"
     assert file.stat().st_size < 200_000
@@ -699,11 +609,9 @@ print(*[name for name in ("torch", "matplotlib", "llama_cpp", "gguf") if name in
 def test_the_command_writes_where_it_is_told(tmp_path: Path) -> None:
     folder = report_run.write(tmp_path / "run")
     before = sorted(os.listdir(folder))
-    result = CliRunner().invoke(main, ["report", str(folder), "-o", str(tmp_path / "page.html")], prog_name="ggjac")
-    assert (result.exit_code, result.stdout) == (0, f"Saved {tmp_path}/page.html\n")
+    assert invoke("report", folder, "-o", tmp_path / "page.html").stdout == f"Saved {tmp_path}/page.html\n"
     assert sorted(os.listdir(folder)) == before
-    result = CliRunner().invoke(main, ["report", str(folder)], prog_name="ggjac")
-    assert (result.exit_code, result.stdout) == (0, f"Saved {folder}/report.html\n")
+    assert invoke("report", folder).stdout == f"Saved {folder}/report.html\n"
     assert (folder / "report.html").read_bytes() == (tmp_path / "page.html").read_bytes()
 
 
@@ -713,9 +621,7 @@ def test_the_command_spares_what_it_reads(name: str, tmp_path: Path) -> None:
     before = (folder / name).read_bytes()
     (tmp_path / "link").symlink_to(folder / name)
     for output in (folder / name, tmp_path / "link"):
-        result = CliRunner().invoke(main, ["report", str(folder), "-o", str(output)], prog_name="ggjac")
-        assert (result.exit_code, result.stderr.count("\n")) == (1, 1)
-        assert "is the input of the report" in result.stderr
+        assert "is the input of the report" in error("report", folder, "-o", output, code=1)
     assert (folder / name).read_bytes() == before
 
 
@@ -725,8 +631,7 @@ def test_the_command_refuses_in_one_line(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     report_run.write(tmp_path / "run")
-    result = CliRunner().invoke(main, ["report", *args], prog_name="ggjac")
-    assert (result.exit_code, result.stderr.count("\n")) == (code, 1)
+    error("report", *args, code=code)
 
 
 # -- figures for print -------------------------------------------------------------------------------------------------
@@ -753,7 +658,7 @@ def test_figures_are_the_pages_charts(tmp_path: Path) -> None:
         assert axes.lines[0].get_ydata().tolist() == sigmas
         assert axes.get_yscale() == scale
     bars = [patch.get_width() for patch in drawn["attribute"].axes[0].patches]
-    assert bars == [share["share"] for share in full()["attribution"]["shares"]]
+    assert bars == [share["share"] for share in run_json()["attribution"]["shares"]]
     ranks = [depth["ranks"][0] for depth in run.content["layers"]["ranks"]["depths"]]
     axes = drawn["rank-by-depth"].axes[0]
     assert axes.lines[0].get_ydata().tolist() == ranks
@@ -770,11 +675,12 @@ def test_figures_are_those_of_the_sections(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_figures_come_in_three_formats_with_the_same_bytes_each_time(tmp_path: Path) -> None:
-    content = {key: full()[key] for key in ("schema_version", "model", "tokens", "attribution", "branches", "position")}
+    content = {
+        key: run_json()[key] for key in ("schema_version", "model", "tokens", "attribution", "branches", "position")
+    }
     del content["attribution"]["positions"]
     folder = report_run.write(tmp_path / "run", content, {})
-    result = CliRunner().invoke(main, ["report", str(folder), "--figures"], prog_name="ggjac")
-    assert result.exit_code == 0, result.output
+    result = invoke("report", folder, "--figures")
     names = ["attribute", "attribute-branches", "attribute-branches-heads"]
     files = [folder / "figures" / f"{name}.{kind}" for name in names for kind in ("png", "svg", "pdf")]
     assert result.stdout.split("\n") == [f"Saved {path}" for path in (folder / "report.html", *files)] + [""]
@@ -793,7 +699,7 @@ def test_figures_leave_matplotlib_as_it_was(tmp_path: Path) -> None:
     import matplotlib
 
     before = dict(matplotlib.rcParams)
-    content = {key: full()[key] for key in ("schema_version", "model", "tokens", "attribution")}
+    content = {key: run_json()[key] for key in ("schema_version", "model", "tokens", "attribution")}
     assert len(write_figures(report_run.write(tmp_path / "run", content, {}))) == 6  # at one position, and at all
     assert dict(matplotlib.rcParams) == before
 

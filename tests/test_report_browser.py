@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import report_run
-from report_run import HOSTILE, SCRIPTS, TOKENS
+from report_run import HOSTILE, SCRIPTS, TOKENS, run_json
 
 from ggjac.report import write_report
 
@@ -196,7 +196,7 @@ def test_the_policy_stops_what_would_slip_in(reader: Reader) -> None:
 
 def ranks(id: int) -> list[int]:
     """Return a token's rank at each depth, from the run itself."""
-    found = report_run.full()[0]["layers"]["ranks"]
+    found = run_json()["layers"]["ranks"]
     column = [token["id"] for token in found["tokens"]].index(id)
     return [depth["ranks"][column] for depth in found["depths"]]
 
@@ -276,7 +276,7 @@ def test_values_show_on_hover_and_focus_and_stay_on_the_page(context: Any, repor
     page = context.new_page()
     page.set_viewport_size({"width": 390, "height": 844})
     reader = Reader(page, report)
-    shares = report_run.full()[0]["attribution"]["shares"]
+    shares = run_json()["attribution"]["shares"]
     tokens = page.locator(".share")
     for i, share in enumerate(shares):
         tip = tokens.nth(i).locator(".tip")
@@ -295,7 +295,7 @@ def test_values_show_on_hover_and_focus_and_stay_on_the_page(context: Any, repor
 
 
 def test_a_cell_says_its_value(reader: Reader) -> None:
-    blocks = report_run.full()[0]["branches"]["blocks"]
+    blocks = run_json()["branches"]["blocks"]
     grid = reader.locator("#attribute-branches .heat")
     grid.scroll_into_view_if_needed()
     box = grid.bounding_box()
@@ -380,7 +380,7 @@ def test_keys_reach_everything_in_few_steps(reader: Reader) -> None:
 
 def test_arrows_move_among_tokens(reader: Reader) -> None:
     focused = "document.activeElement.firstChild.textContent"
-    tokens = [share["token"] for share in report_run.full()[0]["attribution"]["shares"]]
+    tokens = [share["token"] for share in run_json()["attribution"]["shares"]]
     reader.locator(".share").first.focus()
     reader.keyboard.press("ArrowRight")
     assert reader.evaluate(focused) == tokens[1]
@@ -389,7 +389,7 @@ def test_arrows_move_among_tokens(reader: Reader) -> None:
     reader.keyboard.press("ArrowLeft")
     assert reader.evaluate(focused) == tokens[-2]
 
-    cells = report_run.full()[0]["layers"]["taps"]
+    cells = run_json()["layers"]["taps"]
     reader.locator(".cells button").first.focus()
     for _ in range(3):  # three tokens in a cell, then the first of the cell below
         reader.keyboard.press("ArrowDown")

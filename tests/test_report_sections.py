@@ -16,13 +16,11 @@ from typing import Any
 import numpy as np
 import pytest
 import report_run
-from click.testing import CliRunner, Result
 from commands import COMMANDS, with_file
-from report_run import TOKENS
-from test_report import Page, at, full, rendered
+from helpers import invoke, invoke_json
+from report_run import TOKENS, Page, at, rendered, run_json
 
 from ggjac.analysis.per_token import TokenSpectrum
-from ggjac.cli import main
 from ggjac.drawing.charts import Heat, Panel
 from ggjac.report import figures, write_figures
 from ggjac.report.load import checked, load
@@ -58,7 +56,7 @@ def html() -> str:
 
 
 def test_every_share_is_in_the_table_and_they_sum_to_the_logit(html: str) -> None:
-    entry, found = full()["branches"], section(html, "attribute-branches")
+    entry, found = run_json()["branches"], section(html, "attribute-branches")
     rows = found.find("tr")
     for block in entry["blocks"]:
         values = [block["attn"], block["mlp"], *block["heads"]]
@@ -76,7 +74,7 @@ def test_every_share_is_in_the_table_and_they_sum_to_the_logit(html: str) -> Non
 
 
 def test_parts_that_do_not_make_up_the_logit_are_said_to() -> None:
-    content = full()
+    content = run_json()
     content["branches"]["logit"] += 3
     (said,) = section(rendered(content), "attribute-branches").find("p", **{"class": "equation"})
     assert " ≠ logit " in said
@@ -97,7 +95,7 @@ def cells(html: str, units: int, rows: int) -> np.ndarray:
 
 @pytest.mark.parametrize("heads", [1, 4, 64])
 def test_a_grid_shows_each_value_at_its_place(heads: int) -> None:
-    content = full()
+    content = run_json()
     content["branches"] = report_run.branches(blocks=5, heads=heads)
     html = re.findall(r'<figure class="map.*?</figure>', rendered(content), re.DOTALL)[0]
     blocks = content["branches"]["blocks"]
@@ -116,7 +114,7 @@ def test_a_grid_shows_each_value_at_its_place(heads: int) -> None:
 
 
 def test_by_layer_there_is_a_chart_and_a_table() -> None:
-    content = full()
+    content = run_json()
     content["branches"] = report_run.branches(blocks=5, heads=0)
     found = section(rendered(content), "attribute-branches")
     assert "data-heat" not in rendered(content)[: rendered(content).index('id="attribute-positions"')]
@@ -126,7 +124,9 @@ def test_by_layer_there_is_a_chart_and_a_table() -> None:
 
 
 def test_a_large_model_has_a_small_page() -> None:
-    content = {key: full()[key] for key in ("model", "tokens")} | {"branches": report_run.branches(blocks=80, heads=64)}
+    content = {key: run_json()[key] for key in ("model", "tokens")} | {
+        "branches": report_run.branches(blocks=80, heads=64)
+    }
     source = rendered(content, {})
     assert len(source.encode()) < 500_000
     assert len(re.findall("<td>[+−0-9]", source)) == 80 * 66
@@ -134,7 +134,7 @@ def test_a_large_model_has_a_small_page() -> None:
 
 
 def test_grids_that_no_eye_could_read_are_left_out() -> None:
-    content = full()
+    content = run_json()
     content["branches"] = report_run.branches(blocks=200, heads=128)
     source = rendered(content)
     assert "attribute-branches-heads-values" not in source
@@ -155,7 +155,7 @@ def test_shades_are_relative_to_the_panel(largest: float, shown: bool) -> None:
 
 def test_every_position_has_its_shares(html: str) -> None:
     found = section(html, "attribute-positions")
-    for entry in full()["attribution"]["positions"]:
+    for entry in run_json()["attribution"]["positions"]:
         cells = " ".join(signed(share["share"]) for share in entry["shares"])
         assert any(row.startswith(f"{entry['position']} ") and f" {cells}" in row for row in found.find("tr"))
         logit = minus(f"{entry['logit']:+.4f} {entry['logit']:.4f}")
@@ -165,7 +165,7 @@ def test_every_position_has_its_shares(html: str) -> None:
 
 @pytest.mark.parametrize("heads", [0, 3])
 def test_every_position_by_block(heads: int) -> None:
-    content = full()
+    content = run_json()
     entries = [report_run.branches(blocks=4, heads=heads, seed=i, position=i, token=TOKENS[i]) for i in range(3)]
     content["attribution"] = {"by": entries[0]["by"], "positions": entries}
     html = rendered(content)
@@ -177,14 +177,14 @@ def test_every_position_by_block(heads: int) -> None:
 
 
 def test_positions_that_do_not_sum_are_said_to() -> None:
-    content = full()
+    content = run_json()
     content["attribution"]["positions"][2]["logit"] += 2
     (said,) = section(rendered(content), "attribute-positions").find("p", **{"class": "equation"})
     assert said == "The shares do not sum to the logit at every position: see the table."
 
 
 def test_the_difference_of_two_logits_is_called_one() -> None:
-    content = full()
+    content = run_json()
     content["attribution"]["versus"] = report_run.token(3)
     content["branches"]["versus"] = report_run.token(4)
     html = rendered(content)
@@ -201,7 +201,7 @@ def test_the_difference_of_two_logits_is_called_one() -> None:
 
 
 def test_each_vector_stands_beside_chance(html: str) -> None:
-    found, readability = section(html, "svd-vectors"), full()["svd"]["readability"]
+    found, readability = section(html, "svd-vectors"), run_json()["svd"]["readability"]
     for j, row in enumerate(found.find("tr")[1:]):
         for side in ("left", "right"):
             chance = 100 * readability[side]["chance"][j]
@@ -213,7 +213,7 @@ def test_each_vector_stands_beside_chance(html: str) -> None:
 
 
 def test_vectors_without_readability_are_shown_as_before() -> None:
-    content = full()
+    content = run_json()
     del content["svd"]["readability"]
     found = section(rendered(content), "svd-vectors")
     assert "coherence" not in found.text.lower()
@@ -222,7 +222,7 @@ def test_vectors_without_readability_are_shown_as_before() -> None:
 
 def test_each_position_has_a_table_of_its_own(html: str) -> None:
     found = section(html, "svd-per-token")
-    entries = full()["svd"]["per_token"]
+    entries = run_json()["svd"]["per_token"]
     assert len(found.find("table")) == len(entries)
     for entry, summary in zip(entries, found.find("summary"), strict=True):
         sigma = f"σ {entry['triplets'][0]['singular_value']:.4f}"
@@ -247,7 +247,7 @@ def test_many_positions_are_folded_and_cut() -> None:
 
 
 def test_norms_and_the_dense_map_by_position(html: str) -> None:
-    found, rows = section(html, "norms"), full()["norms"]["positions"]
+    found, rows = section(html, "norms"), run_json()["norms"]["positions"]
     texts = found.find("tr")
     for entry in rows:
         column, row = entry["columns"][0], entry["rows"][0]
@@ -256,7 +256,7 @@ def test_norms_and_the_dense_map_by_position(html: str) -> None:
             in texts
         )
         assert " ".join(f"Rows 0 9.000 {' '.join(row['tokens'])}".split()) in texts
-    dense, found = full()["jacobian"], section(html, "jacobian")
+    dense, found = run_json()["jacobian"], section(html, "jacobian")
     assert "64 × 8 × 64 numbers; Frobenius norm 77.5" in found.text
     first = dense["positions"][0]
     assert any(
@@ -268,7 +268,7 @@ def test_norms_and_the_dense_map_by_position(html: str) -> None:
 
 
 def test_two_files_side_by_side(html: str) -> None:
-    found, data = section(html, "compare"), full()["compare"]
+    found, data = section(html, "compare"), run_json()["compare"]
     assert "a is tiny.gguf, b is tiny-q4_k_m.gguf." in found.text
     rows = found.find("tr")
     # Angles run the other way: the smallest first.
@@ -289,17 +289,17 @@ def test_two_files_side_by_side(html: str) -> None:
 
 
 def test_both_spectra_are_in_one_chart() -> None:
-    run = Run(checked(full()), {})
+    run = Run(checked(run_json()), {})
     chart = compare.spectra(run)[0]
     assert [[y for _, y in series.points] for series in chart.series] == [
-        [value[side] for value in full()["compare"]["singular_values"]] for side in ("a", "b")
+        [value[side] for value in run_json()["compare"]["singular_values"]] for side in ("a", "b")
     ]
     (angles, *_) = compare.angles(run)
-    assert [y for _, y in angles.series[0].points] == full()["compare"]["angles"]["left"][::-1]
+    assert [y for _, y in angles.series[0].points] == run_json()["compare"]["angles"]["left"][::-1]
 
 
 def test_ranks_over_prompts(html: str) -> None:
-    found, data = section(html, "ranks"), full()["ranks"]
+    found, data = section(html, "ranks"), run_json()["ranks"]
     for row in data["by_position"]:
         start = f"{row['position']} {row['prompts']} {row['mean']:.4g} "
         assert any(text.startswith(start) and f"{row['most']:.4g}" in text for text in found.find("tr"))
@@ -307,14 +307,14 @@ def test_ranks_over_prompts(html: str) -> None:
         tokens = "".join(f"{t['text']}{t['stable_rank']['value']:.4g}" for t in prompt["tokens"])
         assert any("".join(text.split()).startswith("".join(tokens.split())) for text in found.find("tr"))
     assert "7 prompts, all converged." in found.text
-    (chart, *_) = ranks.ranks_over_prompts(Run(checked(full()), {}))
+    (chart, *_) = ranks.ranks_over_prompts(Run(checked(run_json()), {}))
     assert [y for _, y in chart.series[1].points] == [row["mean"] for row in data["by_position"]]
     every = [t["stable_rank"]["value"] for prompt in data["prompts"] for t in prompt["tokens"]]
     assert [y for _, y in chart.series[0].points] == every
 
 
 def test_ranks_of_many_prompts_have_a_page_without_a_prompt() -> None:
-    content = {key: full()[key] for key in ("model", "ranks", "versions", "command", "dtype")}
+    content = {key: run_json()[key] for key in ("model", "ranks", "versions", "command", "dtype")}
     content["ranks"]["prompts"][0]["stopped_by"] = "sweeps"
     found = Page(rendered(content, {}))
     assert found.find("h1") == ["7 prompts"]
@@ -324,7 +324,7 @@ def test_ranks_of_many_prompts_have_a_page_without_a_prompt() -> None:
 
 
 def test_steered_texts_beside_the_baseline(html: str) -> None:
-    found, data = section(html, "steer"), full()["steering"]
+    found, data = section(html, "steer"), run_json()["steering"]
     rows = found.find("tr")[1:]
     assert [row.split()[0] for row in rows] == ["Baseline", "Concept", "Random", "Concept", "Random"]
     order = [data["baseline"], *(t for pair in zip(data["steered"], data["controls"], strict=True) for t in pair)]
@@ -332,7 +332,7 @@ def test_steered_texts_beside_the_baseline(html: str) -> None:
     assert rows[1].startswith("Concept 0.25 0.062 12.5 % 1 of 5 ")
     assert "The concept: The <i>bridge</i>, most likely continued by" in found.text
     assert "Its map spans 4 of 6 blocks; the residual stream is steered after 4 (equation16)." in found.text
-    kl, mass, hits = steer.effects(Run(checked(full()), {}))
+    kl, mass, hits = steer.effects(Run(checked(run_json()), {}))
     assert kl.series[0].points == ((0.0, 0.0), (0.25, 0.0625), (0.5, 0.25))
     assert kl.series[1].points == ((0.0, 0.0), (0.125, 0.015625), (0.375, 0.140625))
     assert [y for _, y in mass.series[0].points] == [0.0, 0.125, 0.25]
@@ -340,7 +340,7 @@ def test_steered_texts_beside_the_baseline(html: str) -> None:
 
 
 def test_one_strength_needs_no_chart() -> None:
-    content = full()
+    content = run_json()
     content["steering"] |= {"steered": content["steering"]["steered"][:1], "controls": []}
     found = section(rendered(content), "steer")
     assert found.find("figure") == []
@@ -356,14 +356,14 @@ def test_every_tensor_against_llama_cpp(html: str) -> None:
 
 
 def test_grids_are_drawn_for_print_as_on_the_page() -> None:
-    run = Run(checked(full()), {})
+    run = Run(checked(run_json()), {})
     drawn = figures.figures(run)
     sides, heads = (axes.collections[0].get_array() for axes in drawn["attribute-branches-heads"].axes[:2])
-    blocks = full()["branches"]["blocks"]
+    blocks = run_json()["branches"]["blocks"]
     assert sides.tolist() == [[block["attn"], block["mlp"]] for block in blocks]
     assert heads.tolist() == [block["heads"] for block in blocks]
     grid = drawn["attribute-positions"].axes[0].collections[0].get_array()
-    assert grid[3, :4].tolist() == [share["share"] for share in full()["attribution"]["positions"][3]["shares"]]
+    assert grid[3, :4].tolist() == [share["share"] for share in run_json()["attribution"]["positions"][3]["shares"]]
     assert np.ma.getmaskarray(grid)[3, 4:].all() or np.isnan(grid[3, 4:]).all(), "later tokens have no share"
 
 
@@ -410,7 +410,7 @@ TEXTS: dict[str, list[str]] = {
 @pytest.mark.parametrize(("key", "path"), [(key, path) for key, paths in TEXTS.items() for path in paths])
 def test_a_script_in_any_text_is_text(key: str, path: str) -> None:
     def made(text: str) -> Page:
-        content = full()
+        content = run_json()
         if ".versus." in path:
             content = at(content, path.rpartition(".")[0], {"id": 1, "token": text})
         return section(rendered(at(content, path, text)), key)
@@ -429,7 +429,7 @@ def test_all_new_text_is_tried() -> None:
     silent = {"branches.by", "steering.concept.tokens.0.text", "ranks.prompts.0.prompt"}
     listed = {path for paths in TEXTS.values() for path in paths}
     keys = {"branches", "norms", "jacobian", "ranks", "compare", "steering"}
-    found = {f"{key}.{path}" for key in keys for path in _texts(full()[key])}
+    found = {f"{key}.{path}" for key in keys for path in _texts(run_json()[key])}
     generic = {re.sub(r"\.\d+", ".#", path) for path in listed | silent}
     shown = {re.sub(r"\.\d+", ".#", path) for path in found}
     unseen = {
@@ -480,11 +480,11 @@ WRONG: dict[str, tuple[str, Any, str]] = {
 @pytest.mark.parametrize("case", WRONG)
 def test_other_forms_are_refused_by_name(case: str, alone: bool, tmp_path: Path) -> None:
     path, value, words = WRONG[case]
-    source = report_run.write(tmp_path / "run", at(full(), path, value))
+    source = report_run.write(tmp_path / "run", at(run_json(), path, value))
     if alone:
         source = (source / "run.json").rename(tmp_path / "result.json")
     before = sorted(os.listdir(tmp_path))
-    result = report(source, code=1)
+    result = invoke("report", source, code=1)
     assert words in result.stderr
     assert ("run the command again" if alone else "analyse the prompt again") in result.stderr
     assert result.stderr.count("\n") == 1
@@ -495,24 +495,18 @@ def test_other_forms_are_refused_by_name(case: str, alone: bool, tmp_path: Path)
 # -- a file of JSON ----------------------------------------------------------------------------------------------------
 
 
-def report(*args: object, code: int = 0) -> Result:
-    result = CliRunner().invoke(main, ["report", *map(str, args)], prog_name="ggjac")
-    assert result.exit_code == code, result.output
-    return result
-
-
 @pytest.fixture
 def result(tmp_path: Path) -> Path:
     """Return a file with every part."""
     path = tmp_path / "some.result.json"
-    path.write_text(json.dumps(full()), encoding="utf-8")
+    path.write_text(json.dumps(run_json()), encoding="utf-8")
     return path
 
 
 def test_the_page_is_beside_the_file(result: Path, tmp_path: Path) -> None:
     before = result.read_bytes()
-    assert report(result).stdout == f"Saved {tmp_path}/some.result.html\n"
-    assert report(result, "-o", tmp_path / "other.html").stdout == f"Saved {tmp_path}/other.html\n"
+    assert invoke("report", result).stdout == f"Saved {tmp_path}/some.result.html\n"
+    assert invoke("report", result, "-o", tmp_path / "other.html").stdout == f"Saved {tmp_path}/other.html\n"
     made = (tmp_path / "some.result.html").read_text(encoding="utf-8")
     assert made == (tmp_path / "other.html").read_text(encoding="utf-8")
     assert "The numbers are in some.result.json." in Page(made).text
@@ -522,9 +516,9 @@ def test_the_page_is_beside_the_file(result: Path, tmp_path: Path) -> None:
 
 def test_figures_are_beside_the_file(result: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(figures, "FORMATS", ("svg",))
-    content = {key: full()[key] for key in ("schema_version", "model", "tokens", "steering")}
+    content = {key: run_json()[key] for key in ("schema_version", "model", "tokens", "steering")}
     result.write_text(json.dumps(content))
-    out = report(result, "--figures").stdout.splitlines()
+    out = invoke("report", result, "--figures").stdout.splitlines()
     folder = tmp_path / "some.result-figures"
     assert out[1:] == [f"Saved {folder}/steering-{name}.svg" for name in ("kl", "mass", "hits")]
     folder.rename(tmp_path / "elsewhere")
@@ -537,16 +531,16 @@ def test_the_source_is_spared(result: Path, tmp_path: Path) -> None:
     before = result.read_bytes()
     (tmp_path / "link.html").symlink_to(result)
     for output in (result, tmp_path / "link.html"):
-        assert "is the input of the report" in report(result, "-o", output, code=1).stderr
+        assert "is the input of the report" in invoke("report", result, "-o", output, code=1).stderr
     page = result.rename(tmp_path / "result.html")
-    assert "is the input of the report" in report(page, code=1).stderr
+    assert "is the input of the report" in invoke("report", page, code=1).stderr
     assert page.read_bytes() == before
 
 
 def test_a_link_beside_the_file_is_not_followed(result: Path, tmp_path: Path) -> None:
     (tmp_path / "precious").write_text("mine")
     (tmp_path / "some.result.html").symlink_to(tmp_path / "precious")
-    assert "is a link" in report(result, code=1).stderr
+    assert "is a link" in invoke("report", result, code=1).stderr
     assert (tmp_path / "precious").read_text() == "mine"
 
 
@@ -569,7 +563,7 @@ NO_RESULT: dict[str, tuple[bytes, str]] = {
 def test_what_is_no_result_is_refused(case: str, tmp_path: Path) -> None:
     data, words = NO_RESULT[case]
     (tmp_path / "x.json").write_bytes(data)
-    err = report(tmp_path / "x.json", code=1).stderr
+    err = invoke("report", tmp_path / "x.json", code=1).stderr
     assert words in err
     assert err.count("\n") == 1
     assert os.listdir(tmp_path) == ["x.json"]
@@ -578,12 +572,12 @@ def test_what_is_no_result_is_refused(case: str, tmp_path: Path) -> None:
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="pipes with names are POSIX's")
 def test_a_pipe_is_refused(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.json")
-    assert "is not a regular file" in report(tmp_path / "pipe.json", code=1).stderr
+    assert "is not a regular file" in invoke("report", tmp_path / "pipe.json", code=1).stderr
 
 
 def test_a_huge_file_is_refused(result: Path) -> None:
     os.truncate(result, 300 * 2**20)
-    assert "is 300.0 MiB, larger than any result" in report(result, code=1).stderr
+    assert "is 300.0 MiB, larger than any result" in invoke("report", result, code=1).stderr
 
 
 # -- every command -----------------------------------------------------------------------------------------------------
@@ -608,14 +602,13 @@ def test_the_json_of_every_command_has_a_page(
     more, expected = PAGES[name]
     model = str(tiny_file("gqa"))
     options += with_file(command, model)
-    printed = CliRunner().invoke(main, [command, "-m", model, *PROMPT, *options, *more, "--format", "json"])
-    assert printed.exit_code == 0, printed.output
+    printed = invoke(command, "-m", model, *PROMPT, *options, *more, "--format", "json")
     Path("it.json").write_text(printed.stdout, encoding="utf-8")
     content = {key: value for key, value in json.loads(printed.stdout).items() if value is not None}
     for room, form in FORMS.items():
         own = {key: form[key](content[key], key) for key in form.keys() & content.keys()}
         assert own or room != command, "a command prints the parts of its own room"
-    assert report("it.json").stdout == "Saved it.html\n"
+    assert invoke("report", "it.json").stdout == "Saved it.html\n"
     html = Path("it.html").read_text(encoding="utf-8")
     sections = set(re.findall(r'<section id="([^"]+)"', html))
     assert sections - {"certificate", "tokens"} == expected.keys() - {"certificate"}
@@ -628,9 +621,9 @@ def test_the_json_of_every_command_has_a_page(
 def test_many_prompts_on_the_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("prompts.txt").write_text("The bridge\nThe opposite of hot is\n")
-    printed = CliRunner().invoke(main, ["ranks", "-q", "-t", "1", "-f", "prompts.txt", "--format", "json"])
+    printed = invoke("ranks", "-q", "-t", 1, "-f", "prompts.txt", "--format", "json")
     Path("ranks.json").write_text(printed.stdout, encoding="utf-8")
-    report("ranks.json")
+    invoke("report", "ranks.json")
     found = Page(Path("ranks.html").read_text(encoding="utf-8"))
     assert found.find("h1") == ["2 prompts"]
     assert "2 prompts, all converged." in found.text
@@ -639,30 +632,25 @@ def test_many_prompts_on_the_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_what_steer_saves_has_a_page(tiny_file: TinyFile, tmp_path: Path) -> None:
     saved = tmp_path / "steer.json"
-    given = ["steer", "-m", str(tiny_file("gqa")), *PROMPT, "--max-tokens", "2", "-o", str(saved)]
-    assert CliRunner().invoke(main, given).exit_code == 0
-    report(saved)
+    invoke("steer", "-m", tiny_file("gqa"), *PROMPT, "--max-tokens", 2, "-o", saved)
+    invoke("report", saved)
     assert "Activation steering" in Page(saved.with_suffix(".html").read_text(encoding="utf-8")).find("h2")
 
 
 @pytest.mark.parametrize("command", [["info"], ["plan", "--no-bench", "--tokens", "1,2"]])
 def test_commands_without_a_prompt_have_no_page(command: list[str], tiny_file: TinyFile, tmp_path: Path) -> None:
-    printed = CliRunner().invoke(main, [*command, "-m", str(tiny_file("gqa")), "--format", "json"])
-    assert printed.exit_code == 0, printed.output
+    printed = invoke(*command, "-m", tiny_file("gqa"), "--format", "json")
     (tmp_path / "x.json").write_text(printed.stdout)
-    assert "holds no result about a prompt" in report(tmp_path / "x.json", code=1).stderr
+    assert "holds no result about a prompt" in invoke("report", tmp_path / "x.json", code=1).stderr
 
 
 def test_analyze_has_what_the_commands_print(tiny_file: TinyFile, tmp_path: Path) -> None:
     given = ["-m", str(tiny_file("gqa")), *PROMPT]
-    shown = CliRunner().invoke(main, ["analyze", *given, "-k", "2", "--per-token", "-o", str(tmp_path / "run")])
-    assert shown.exit_code == 0, shown.output
+    shown = invoke("analyze", *given, "-k", 2, "--per-token", "-o", tmp_path / "run")
     assert "Singular vectors of each position's own map" in shown.stdout
 
     def printed(*args: str) -> dict[str, Any]:
-        out = CliRunner().invoke(main, [args[0], *given, *args[1:], "--format", "json"])
-        assert out.exit_code == 0, out.output
-        return json.loads(out.stdout)
+        return invoke_json(args[0], *given, *args[1:])
 
     content = json.loads((tmp_path / "run" / "run.json").read_text())
     assert content["branches"] == printed("attribute", "--by", "head")["attribution"]
@@ -671,8 +659,7 @@ def test_analyze_has_what_the_commands_print(tiny_file: TinyFile, tmp_path: Path
     assert content["svd"]["per_token"] == svd["per_token"]
     assert "branches" in content["seconds"]
     assert load(tmp_path / "run").content["svd"]["per_token"]
-    plain = CliRunner().invoke(main, ["analyze", *given, "-k", "2", "-o", str(tmp_path / "plain")])
-    assert plain.exit_code == 0
+    invoke("analyze", *given, "-k", 2, "-o", tmp_path / "plain")
     assert "per_token" not in json.loads((tmp_path / "plain" / "run.json").read_text())["svd"]
 
 
@@ -680,22 +667,21 @@ def test_analyze_exits_with_3_where_a_position_has_not_converged(
     tiny_file: TinyFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given = ["analyze", "-m", str(tiny_file("gqa")), *PROMPT, "-k", "2", "--no-verify", "--per-token"]
-    assert CliRunner().invoke(main, [*given, "-o", str(tmp_path / "whole")]).exit_code == 0
+    invoke(*given, "-o", tmp_path / "whole")
     data = TokenSpectrum.data
 
     def hasty(self: TokenSpectrum, *words: Any) -> dict[str, Any]:
         return data(self, *words) | ({"stopped_by": "sweeps", "converged": False} if self.position == 2 else {})
 
     monkeypatch.setattr(TokenSpectrum, "data", hasty)
-    assert CliRunner().invoke(main, [*given, "-o", str(tmp_path / "run")]).exit_code == 3
+    invoke(*given, "-o", tmp_path / "run", code=3)
     page = section((tmp_path / "run" / "report.html").read_text(encoding="utf-8"), "svd-per-token")
     assert ["not converged" in summary for summary in page.find("summary")] == [False, False, True, False, False]
 
 
 def test_a_dry_run_takes_the_new_option(tiny_file: TinyFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    out = CliRunner().invoke(main, ["analyze", "-m", str(tiny_file("gqa")), *PROMPT, "--per-token", "--dry-run"])
-    assert out.exit_code == 0, out.output
+    out = invoke("analyze", "-m", tiny_file("gqa"), *PROMPT, "--per-token", "--dry-run")
     assert "Fits." in out.stdout
     assert os.listdir(tmp_path) == []
 

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+from helpers import invoke
 from safetensors.numpy import load_file
-from test_cli import ggjac_
 
 from ggjac import runs, session
 from ggjac.jacobian import SharedSweep
@@ -295,12 +295,12 @@ def test_rows_at_once_are_those_that_the_run_began_with(
 
     with monkeypatch.context() as patch:
         patch.setattr(SharedSweep, "_walk", interrupted)
-        ggjac_(*commands["jacobian.safetensors"], code=130)
+        invoke(*commands["jacobian.safetensors"], code=130)
     with monkeypatch.context() as patch:
         patch.setattr(work, "all_rows", lambda *args: 0)  # as if all rows did not fit any more
-        err = ggjac_(*commands["jacobian.safetensors"], "--resume", code=1).stderr
+        err = invoke(*commands["jacobian.safetensors"], "--resume", code=1).stderr
         assert "ram-budget for dense rows: this run was started with" in err
-    ggjac_(*commands["jacobian.safetensors"], "--resume")
+    invoke(*commands["jacobian.safetensors"], "--resume")
 
 
 def test_a_run_is_not_resumed_with_more_to_compute(run: Run, commands: dict[str, list[str]], tmp_path: Path) -> None:

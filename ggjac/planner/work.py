@@ -35,7 +35,7 @@ Read it as follows; the classes below describe every field.
   entry in `ggjac.planner.memory.PARTS`.
 - `fewer_vectors`: advice for the user if memory is short, naming options of this command.
 
-`tests/test_jobs.py` counts what a command really does and compares it with its row: list the command's options there.
+`tests/test_work.py` counts what a command really does and compares it with its row: list the command's options there.
 """
 
 import math

@@ -10,13 +10,12 @@ import oracle
 import pytest
 import tiny
 import torch
-from click.testing import CliRunner, Result
+from helpers import invoke
 from torch import Tensor
 
 from ggjac import runs
 from ggjac.analysis import ranks as module
 from ggjac.analysis.ranks import token_ranks
-from ggjac.cli import main
 from ggjac.model import Model, Trace, open_model
 from ggjac.runs import lock
 from ggjac.session import Session
@@ -84,12 +83,6 @@ def test_sweeps_that_ran_out_are_told(tiny_files: dict[str, Path]) -> None:
 # ---- the command
 
 
-def ggjac(*args: object, code: int = 0) -> Result:
-    result = CliRunner().invoke(main, ["ranks", "-t", "1", *map(str, args)], prog_name="ggjac")
-    assert result.exit_code == code, result.output
-    return result
-
-
 LINES = ["The bridge out of Marin is the", "The capital of France is", "The color of snow is"]
 
 
@@ -111,7 +104,7 @@ def test_a_file_of_prompts(tmp_path: Path, counted: list[int]) -> None:
     """Each line once, blank ones not at all; a second run adds what is new, and the numbers are the library's."""
     file, out = tmp_path / "prompts.txt", tmp_path / "ranks.jsonl"
     file.write_bytes("\r\n".join([LINES[0], "", LINES[1], "  ", LINES[0]]).encode())
-    result = ggjac("-f", file, "-o", out)
+    result = invoke("ranks", "-t", 1, "-f", file, "-o", out)
     assert counted == [8, 6]
     assert all(word in result.stdout for word in ("␣Golden", "␣Paris", "Stable rank by token index", "all converged"))
     assert "█" * 24 in result.stdout, "the largest mean"
@@ -120,7 +113,7 @@ def test_a_file_of_prompts(tmp_path: Path, counted: list[int]) -> None:
     before = out.read_bytes()
 
     file.write_text("\n".join(reversed(LINES)))
-    result = ggjac("-f", file, "-o", out, "--format", "json")
+    result = invoke("ranks", "-t", 1, "-f", file, "-o", out, "--format", "json")
     assert counted == [8, 6, 6]
     assert out.read_bytes().startswith(before)
     content = json.loads(result.stdout)
@@ -152,12 +145,12 @@ def test_what_an_interruption_left_is_gone_on_with(
     """Killed in the middle of a line, or stopped between two: the file ends as one run would have left it."""
     file, whole, out = tmp_path / "prompts.txt", tmp_path / "whole.jsonl", tmp_path / "ranks.jsonl"
     file.write_text("\n".join(LINES[1:]))
-    ggjac("-f", file, "-o", whole)
+    invoke("ranks", "-t", 1, "-f", file, "-o", whole)
     lines = whole.read_bytes().splitlines(keepends=True)
     for left in (b"", lines[0][:40], lines[0], lines[0] + lines[1][:-1]):
         out.write_bytes(left)
         counted.clear()
-        ggjac("-f", file, "-o", out)
+        invoke("ranks", "-t", 1, "-f", file, "-o", out)
         assert len(counted) == 2 - left.count(b"\n")
         assert [untimed(line) for line in out.read_bytes().splitlines()] == [untimed(line) for line in lines]
 
@@ -175,8 +168,8 @@ def test_an_interruption_says_what_is_kept(kept: bool, tmp_path: Path, monkeypat
         return original(jacobian, **options)
 
     monkeypatch.setattr(module, "token_ranks", interrupted)
-    err = ggjac("-f", file, *(("-o", out) if kept else ()), code=130).stderr
-    assert ("ranks.jsonl: the same command goes on with the others" in err) == kept
+    err = invoke("ranks", "-t", 1, "-f", file, *(("-o", out) if kept else ()), code=130).stderr
+    assert ("ranks.jsonl: the same command continues with the others" in err) == kept
     assert ("no partial files were left" in err) == (not kept)
     assert not kept or len(out.read_bytes().splitlines()) == 1
 
@@ -190,9 +183,9 @@ def untimed(line: bytes) -> dict[str, Any]:
 )
 def test_results_of_another_kind_are_not_mixed(option: str, value: str, tmp_path: Path) -> None:
     out = tmp_path / "ranks.jsonl"
-    ggjac("--tokens", "0,465", "-o", out)
+    invoke("ranks", "-t", 1, "--tokens", "0,465", "-o", out)
     before = out.read_bytes()
-    err = ggjac("--tokens", "0,465,637", "-o", out, f"--{option}", value, code=1).stderr
+    err = invoke("ranks", "-t", 1, "--tokens", "0,465,637", "-o", out, f"--{option}", value, code=1).stderr
     assert f"--{option}: line 1 was made with" in err
     assert err.count("\n") == 1
     assert out.read_bytes() == before
@@ -217,21 +210,21 @@ def test_a_file_of_something_else_is_left_alone(content: str, newline: str, tmp_
     content += newline
     out = tmp_path / "mine.txt"
     out.write_bytes(content.encode("latin-1"))
-    err = ggjac("--tokens", "0,465", "-o", out, code=1).stderr
+    err = invoke("ranks", "-t", 1, "--tokens", "0,465", "-o", out, code=1).stderr
     assert "line 1 is not a result of this command; choose another -o" in err
     assert out.read_bytes() == content.encode("latin-1")
 
 
 def test_what_follows_the_records_is_left_alone(tmp_path: Path) -> None:
     out = tmp_path / "ranks.jsonl"
-    ggjac("--tokens", "0,465", "-o", out)
+    invoke("ranks", "-t", 1, "--tokens", "0,465", "-o", out)
     whole = out.read_bytes()
     for rest in (b"my own notes", b"\n", b'{"prompt": 1}', b"x\n"):
         out.write_bytes(whole + rest)
-        err = ggjac("--tokens", "0,465,637", "-o", out, code=1).stderr
+        err = invoke("ranks", "-t", 1, "--tokens", "0,465,637", "-o", out, code=1).stderr
         assert "line 2 is not a result of this command; choose another -o" in err
         assert out.read_bytes() == whole + rest
-    assert "is a folder" in ggjac("--tokens", "0,465", "-o", tmp_path, code=1).stderr
+    assert "is a folder" in invoke("ranks", "-t", 1, "--tokens", "0,465", "-o", tmp_path, code=1).stderr
 
 
 def test_more_sweeps_are_another_attempt(tmp_path: Path, counted: list[int]) -> None:
@@ -239,7 +232,9 @@ def test_more_sweeps_are_another_attempt(tmp_path: Path, counted: list[int]) -> 
     out = tmp_path / "ranks.jsonl"
     args = ["--tokens", "0,465", "--tol", "1e-6", "-o", out, "--format", "json"]
     for sweeps, code, times in ((2, 3, 1), (2, 3, 1), (3, 3, 2), (40, 0, 3), (40, 0, 3), (2, 0, 3)):
-        (record,) = json.loads(ggjac(*args, "--max-sweeps", sweeps, code=code).stdout)["ranks"]["prompts"]
+        (record,) = json.loads(invoke("ranks", "-t", 1, *args, "--max-sweeps", sweeps, code=code).stdout)["ranks"][
+            "prompts"
+        ]
         assert len(counted) == times
         assert (record["stopped_by"] == "sweeps") == (code == 3)
     assert len(out.read_bytes().splitlines()) == 3
@@ -252,7 +247,7 @@ def test_one_process_at_a_time_appends(tmp_path: Path, monkeypatch: pytest.Monke
     busy = f"another ggjac process (pid {os.getpid()}) is working in"
     with lock.alone(out):
         for path in (out, link):
-            err = ggjac("--tokens", "0,465", "-o", path, code=1).stderr
+            err = invoke("ranks", "-t", 1, "--tokens", "0,465", "-o", path, code=1).stderr
             assert f"{busy} {path}; wait for it or choose another -o" in err
             assert err.count("\n") == 1
     assert not out.exists()
@@ -265,7 +260,7 @@ def test_one_process_at_a_time_appends(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(module, "token_ranks", measured)
     file = tmp_path / "prompts.txt"
     file.write_text("\n".join(LINES[1:]))
-    ggjac("-f", file, "-o", out)
+    invoke("ranks", "-t", 1, "-f", file, "-o", out)
     assert len(out.read_bytes().splitlines()) == 2
     assert {path.name for path in tmp_path.iterdir()} == {"ranks.jsonl", "link.jsonl", "prompts.txt"}
 
@@ -284,14 +279,17 @@ def test_layers_stay_ready_from_prompt_to_prompt(tight: bool, tmp_path: Path, mo
     file = tmp_path / "prompts.txt"
     file.write_text("\n".join(LINES))
     args = ["-f", file, "--format", "json"]
-    plans = [json.loads(ggjac(*args, "--dry-run").stdout)]
+    plans = [json.loads(invoke("ranks", "-t", 1, *args, "--dry-run").stdout)]
     size = plans[0]["layers"][-1]["dense_bytes"]
     if tight:
         args += ["--ram-budget", plans[0]["ram_needed"] + int(1.9 * size)]
-        plans = [json.loads(ggjac(*args[2:], *prompt, "--dry-run").stdout) for prompt in (args[:2], ["-p", LINES[1]])]
+        plans = [
+            json.loads(invoke("ranks", "-t", 1, *args[2:], *prompt, "--dry-run").stdout)
+            for prompt in (args[:2], ["-p", LINES[1]])
+        ]
         longest, short = (sum(layer["place"] == "dense" for layer in plan["layers"]) for plan in plans)
         assert 1 == longest < short
-    ggjac(*args)
+    invoke("ranks", "-t", 1, *args)
     (store,) = stores.values()
     name = f"blk.{len(plans[0]['layers']) - 1}.ffn_down.weight"
     # The first forward pass, and once for all sweeps and for the forward passes that follow.
@@ -301,11 +299,13 @@ def test_layers_stay_ready_from_prompt_to_prompt(tight: bool, tmp_path: Path, mo
 def test_what_is_no_prompt_is_refused(tmp_path: Path) -> None:
     file, out = tmp_path / "prompts.txt", tmp_path / "ranks.jsonl"
     file.write_text("\n \n")
-    assert "has no prompt" in ggjac("-f", file, "-o", out, code=2).stderr
+    assert "has no prompt" in invoke("ranks", "-t", 1, "-f", file, "-o", out, code=2).stderr
     file.write_text("\n".join(LINES))
-    assert "--trace keeps one prompt" in ggjac("-f", file, "--trace", tmp_path / "trace", code=2).stderr
+    assert (
+        "--trace keeps one prompt" in invoke("ranks", "-t", 1, "-f", file, "--trace", tmp_path / "trace", code=2).stderr
+    )
     file.write_text(f"{LINES[1]}\n{'the ' * 3000}\n{LINES[2]}")
-    err = ggjac("-f", file, "-o", out, code=2).stderr
+    err = invoke("ranks", "-t", 1, "-f", file, "-o", out, code=2).stderr
     assert "context" in err
     assert len(err) < 600
     assert len(out.read_text().splitlines()) == 1  # what was done before is kept
@@ -313,4 +313,7 @@ def test_what_is_no_prompt_is_refused(tmp_path: Path) -> None:
 
 
 def test_sweeps_that_ran_out_are_exit_code_3() -> None:
-    assert "NOT converged: 1 of 1" in ggjac("--tokens", "0,465", "--tol", 1e-7, "--max-sweeps", 2, code=3).stdout
+    assert (
+        "NOT converged: 1 of 1"
+        in invoke("ranks", "-t", 1, "--tokens", "0,465", "--tol", 1e-7, "--max-sweeps", 2, code=3).stdout
+    )

@@ -10,20 +10,15 @@ import oracle
 import pytest
 import tiny
 import torch
-from click.testing import CliRunner, Result
+from helpers import distance, invoke
 from torch import Tensor
 
 from ggjac.analysis.steer import Images, Steering, additive, default_layer, random_rotation, steer
-from ggjac.cli import main
 from ggjac.gguf.hub import demo_path
 from ggjac.jacobian import Span, Tap
 from ggjac.model import PromptError, open_model
 
 TinyFile = Callable[..., Path]
-
-
-def distance(ours: Tensor, theirs: Tensor) -> float:
-    return float((ours.double() - theirs.double()).norm() / theirs.double().norm())
 
 
 class Dense(NamedTuple):
@@ -226,13 +221,13 @@ def test_an_image_of_no_length_pushes_nowhere() -> None:
 
 
 def test_the_tokens_of_all_texts_are_counted(tiny_file: TinyFile) -> None:
-    told: list[tuple[int, int]] = []
+    seen: list[tuple[str, int, int]] = []
 
-    def record(done: int, total: int) -> None:
-        told.append((done, total))
+    def record(what: str, done: int, total: int) -> None:
+        seen.append((what, done, total))
 
     steer(open_model(tiny_file("plain")), [1, 2], [3], strengths=[0.1, 0.2], max_tokens=3, progress=record)
-    assert told == [(i, 15) for i in range(1, 16)]
+    assert seen == [("token", i, 15) for i in range(1, 16)]
 
 
 def test_refusals(tiny_file: TinyFile) -> None:
@@ -254,32 +249,26 @@ def test_refusals(tiny_file: TinyFile) -> None:
 # -- the command -------------------------------------------------------------------------------------------------------
 
 
-def ggjac(*args: object, code: int = 0) -> Result:
-    result = CliRunner().invoke(main, ["steer", *map(str, args), "-q", "-t", "1"], prog_name="ggjac")
-    assert result.exit_code == code, result.output
-    return result
-
-
 def test_the_demo_shows_it() -> None:
     """Pushed by a sentence about a bridge, the model speaks of it; unpushed, and pushed at random, it does not."""
     pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
-    data = json.loads(ggjac("--format", "json").stdout)["steering"]
+    data = json.loads(invoke("steer", "-q", "-t", 1, "--format", "json").stdout)["steering"]
     assert data["concept"]["top"][0]["token"] == "␣Gate"
     (steered,), (control,) = data["steered"], data["controls"]
     assert steered["text"].startswith(" Gate Bridge.")
     assert "Gate" not in data["baseline"]["text"] + control["text"]
     assert steered["concept_hits"] > 0 == control["concept_hits"] == data["baseline"]["concept_hits"]
     assert steered["concept_mass_first"] > 100 * control["concept_mass_first"]
-    out = ggjac().stdout
+    out = " ".join(invoke("steer", "-q", "-t", 1).stdout.split())
     assert "Gate Bridge." in out
-    assert "equation16, the concept's map spans 4 of 6 blocks, the stream is pushed after 4" in " ".join(out.split())
+    assert "equation16, the concept's map spans 4 of 6 blocks, the residual stream is steered after 4" in out
 
 
 def test_options_reach_the_library(tiny_file: TinyFile, tmp_path: Path) -> None:
     path, out = tiny_file("gqa"), tmp_path / "out.json"
     args = ["-m", path, "--tokens", "5,6,7,8", "--concept-tokens", "9,10", "--method", "additive", "--layer", 2]
     args += ["--strength", "0,0.5,1e1", "--max-tokens", 3, "--top", 7, "-s", 4, "--mlp-path", "gate", "-o", out]
-    printed = ggjac(*args, "--format", "json").stdout
+    printed = invoke("steer", "-q", "-t", 1, *args, "--format", "json").stdout
     content = json.loads(printed)
     assert json.loads(out.read_text()) == content
     found = steer(
@@ -298,7 +287,12 @@ def test_options_reach_the_library(tiny_file: TinyFile, tmp_path: Path) -> None:
         assert [token["id"] for token in ours["tokens"]] == theirs.ids
         assert ours["kl_first"] == pytest.approx(theirs.kl, abs=1e-7)
         assert ours["direction_norm"] == pytest.approx(float(theirs.direction.norm()), rel=1e-5)
-    assert json.loads(ggjac(*args, "--no-control", "--format", "json").stdout)["steering"]["controls"] == []
+    assert (
+        json.loads(invoke("steer", "-q", "-t", 1, *args, "--no-control", "--format", "json").stdout)["steering"][
+            "controls"
+        ]
+        == []
+    )
 
 
 def test_usage(tiny_file: TinyFile, tmp_path: Path) -> None:
@@ -310,13 +304,15 @@ def test_usage(tiny_file: TinyFile, tmp_path: Path) -> None:
         (["--concept", "x", "--concept-tokens", "1"], "use one of them"),
         (["--concept-tokens", "100000"], "--concept: token id 100000 is out of range"),
         (["--max-tokens", 100000], "more than the model's context"),
-        (["--trace", tmp_path], "--trace keeps"),
+        (["--trace", tmp_path], "No such option '--trace'"),
         (["-o", tmp_path / "x", "--export-control-vector", tmp_path / "x"], "name the same file"),
     ):
-        assert words in ggjac(*model, *wrong, code=2).stderr
+        assert words in invoke("steer", "-q", "-t", 1, *model, *wrong, code=2).stderr
     assert (
         "control vectors to the residual stream after 2 to 2 blocks"
-        in ggjac(*model, "--layer", 1, "--export-control-vector", tmp_path / "x", code=1).stderr
+        in invoke(
+            "steer", "-q", "-t", 1, *model, "--layer", 1, "--export-control-vector", tmp_path / "x", code=1
+        ).stderr
     )
     assert not list(tmp_path.iterdir())
 
@@ -325,6 +321,6 @@ def test_a_model_is_not_overwritten(tmp_path: Path) -> None:
     path = tmp_path / "model.gguf"
     path.write_bytes(demo_path().read_bytes())
     before = path.read_bytes()
-    err = ggjac("-m", path, "--tokens", "1,2", "--export-control-vector", path, code=2).stderr
+    err = invoke("steer", "-q", "-t", 1, "-m", path, "--tokens", "1,2", "--export-control-vector", path, code=2).stderr
     assert "is an input of this command" in err
     assert path.read_bytes() == before

@@ -11,14 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from click.testing import CliRunner
 from commands import COMMANDS, SHORT, SWEEPS
+from helpers import held, invoke
 from jaxtyping import config
-from test_planner import held
 
 from ggjac import session
 from ggjac.analysis.steer import steer
-from ggjac.cli import main, planning
 from ggjac.cli.planning import requested
 from ggjac.config import ModelConfig
 from ggjac.generation import Continuation
@@ -105,13 +103,13 @@ def counted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Counted:
         found.stores.append(self.model.weights)
 
     monkeypatch.setattr(session.Session, "fit", keeping_nothing)
-    data = planning.plan_data
+    data = Plan.data
 
     def printed(made: Plan) -> dict[str, Any]:
         found.plans.append(made)
         return data(made)
 
-    monkeypatch.setattr(planning, "plan_data", printed)
+    monkeypatch.setattr(Plan, "data", printed)
     for side in ("matmat", "rmatmat"):
         apply = getattr(Linear, side)
 
@@ -144,7 +142,7 @@ def counted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Counted:
 
 def run(*args: object) -> dict[str, Any]:
     """Return the JSON that a command prints; it may have run out of sweeps, and a plan may not fit."""
-    result = CliRunner().invoke(main, [str(arg) for arg in (*args, "--format", "json", "-t", 1)], prog_name="ggjac")
+    result = invoke(*args, "--format", "json", "-t", 1, code=None)
     assert result.exit_code in (0, 3, 4), result.output
     return json.loads(result.stdout)
 

@@ -1,16 +1,22 @@
-"""Shares of logits by token, branch and head against autograd over the independent float64 oracle."""
+"""Shares of logits by token, branch and head against autograd over the independent float64 oracle; the command."""
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import oracle
 import pytest
 import tiny
 import torch
+from helpers import IDS, TOKENS, head_of, invoke, invoke_json, pair
+from safetensors.torch import load_file
 from torch import Tensor
 
 from ggjac.analysis.attribute import attribute, attribute_branches, attribute_positions
+from ggjac.gguf import GGUFError
 from ggjac.model import open_model
+
+TinyFile = Callable[..., Path]
 
 # Sequential and parallel blocks, post-norms, residual scales, LayerNorm with biases, learned positions, biases of every
 # projection and of the head, grouped and single key heads, fused tensors, mixtures with shared experts, after blocks
@@ -224,3 +230,132 @@ def test_the_gate_rule_moves_shares_of_tokens_and_none_of_branches(tiny_files: d
     a, b = (attribute_positions(jacobian) for jacobian in (up, gate))
     assert not torch.allclose(a.shares, b.shares, atol=1e-3)
     assert math.isclose(float(a.shares[-1].sum()), float(b.shares[-1].sum()), rel_tol=1e-10)
+
+
+# ---- shares of tokens against the dense Jacobian
+
+
+@pytest.mark.parametrize("case", ["gqa", "biases", "tied"])
+@pytest.mark.parametrize("position", [-1, 2])
+def test_shares_are_those_of_the_dense_jacobian(case: str, position: int, tiny_files: dict[str, Path]) -> None:
+    _model, J, expected, weights = pair(tiny_files, case, position)
+    logits = head_of(weights) @ expected.y
+    for target in (None, 0, 17):
+        found = attribute(J, target)
+        w = head_of(weights)[found.target]
+        assert found.target == (int(logits.argmax()) if target is None else target)
+        assert math.isclose(found.logit, float(logits[found.target]), rel_tol=1e-10)
+        shares = torch.einsum("e,end,nd->n", w, expected.J, expected.x)
+        assert torch.allclose(found.shares, shares, rtol=0, atol=1e-10)
+        assert math.isclose(found.offset, float(w @ expected.offset), abs_tol=1e-10)
+        assert not found.shares[J.position + 1 :].any()
+        # They make up the logit, with nothing left over.
+        assert math.isclose(float(found.shares.sum()) + found.offset, float(logits[found.target]), rel_tol=1e-10)
+        assert abs(found.unexplained) < 1e-11
+
+
+def test_shares_in_single_precision(tiny_files: dict[str, Path]) -> None:
+    _model, J, expected, weights = pair(tiny_files, "biases", dtype="float32")
+    found = attribute(J, 5)
+    assert found.shares.dtype == torch.float64
+    assert math.isclose(found.logit, float(head_of(weights)[5] @ expected.y), rel_tol=1e-5)
+    assert abs(found.unexplained) < 1e-4
+
+
+def test_one_sweep_pays_for_all_shares(tiny_files: dict[str, Path]) -> None:
+    model, J, *_ = pair(tiny_files, "gqa")
+    _ = J.offset
+    model.weights.reads.clear()
+    attribute(J, 3)
+    assert model.weights.reads["blk.0.ffn_up.weight"] == tiny.options("gqa").ff
+    assert model.weights.reads["output.weight"] == 1
+
+
+@pytest.mark.parametrize("target", [-1, 128])
+def test_a_target_outside_the_vocabulary_is_refused(target: int, tiny_files: dict[str, Path]) -> None:
+    _model, J, *_ = pair(tiny_files, "gqa")
+    with pytest.raises((GGUFError, ValueError), match="128"):
+        attribute(J, target)
+
+
+# ---- the command
+
+
+@pytest.mark.parametrize("by", ["layer", "head"])
+@pytest.mark.parametrize("case", ["biases", "gemma2", "phi2", "gpt_oss"])
+def test_the_command_prints_parts_that_sum_to_the_logit(
+    by: str, case: str, tiny_file: TinyFile, tmp_path: Path
+) -> None:
+    model, known = tiny_file(case), oracle.load(tiny_file(case))
+    options = ["--dtype", "float64", "--by", by, "--target", 7, "--versus", 9, "-o", tmp_path / "f"]
+    data = invoke_json("attribute", "-m", model, *TOKENS, *options)["attribution"]
+    logits = oracle.forward(known._replace(facts=known.facts._replace(final_cap=None)), IDS)["logits"][-1]
+    assert (data["by"], data["target"]["id"], data["versus"]["id"]) == (by, 7, 9)
+    assert abs(data["logit"] - float(logits[7] - logits[9])) < 1e-10
+    parts = [data["embedding"], data["bias"], *(block["mlp"] for block in data["blocks"])]
+    for block in data["blocks"]:
+        if by == "head":
+            assert abs(sum(block["heads"]) + block["attn_bias"] - block["attn"]) < 1e-10
+            parts += [*block["heads"], block["attn_bias"]]
+        else:
+            assert "heads" not in block
+            parts.append(block["attn"])
+    assert abs(sum(parts) - data["logit"]) < 1e-10
+    assert abs(data["unexplained"]) < 1e-10
+    saved = load_file(tmp_path / "f")
+    assert saved["mlp"].flatten().tolist() == [block["mlp"] for block in data["blocks"]]
+    assert ("heads" in saved) == (by == "head")
+    assert saved["ids"].tolist() == IDS
+
+    out = invoke("attribute", "-m", model, *TOKENS, *options).stdout
+    cap = " before the soft cap" if case == "gemma2" else ""
+    assert f"in the logit of [7] minus that of [9]{cap}" in " ".join(out.split())
+    line = next(line for line in out.split("\n") if line.startswith("sum "))
+    assert line.split()[1:] == [f"{data['logit']:+.4f}", "logit", f"{data['logit']:.4f}"]
+
+
+@pytest.mark.parametrize("by", ["token", "layer", "head"])
+def test_the_command_at_every_position(by: str, tiny_file: TinyFile, tmp_path: Path) -> None:
+    model, known = tiny_file("biases"), oracle.load(tiny_file("biases"))
+    options = ["--position", "all", "--by", by, "--dtype", "float64", "-o", tmp_path / "f"]
+    result = invoke_json("attribute", "-m", model, *TOKENS, *options)
+    logits = oracle.forward(known, IDS)["logits"]
+    assert result["position"] == "all"
+    entries = result["attribution"]["positions"]
+    assert [entry["target"]["id"] for entry in entries] == logits.argmax(1).tolist()
+    assert all(abs(e["logit"] - float(z.max())) < 1e-10 for e, z in zip(entries, logits, strict=True))
+    assert load_file(tmp_path / "f")["logits"].tolist() == [entry["logit"] for entry in entries]
+    for position, entry in enumerate(entries):
+        one = ["--position", position, "--by", by, "--dtype", "float64"]
+        alone = invoke_json("attribute", "-m", model, *TOKENS, *one)["attribution"]
+        assert alone["target"] == entry["target"]
+        for key in ("embedding", "bias", "offset"):
+            assert abs(alone.get(key, 0) - entry.get(key, 0)) < 1e-10
+        if by == "token":
+            found, expected = ([s["share"] for s in e["shares"]] for e in (entry, alone))
+            assert len(found) == position + 1
+            assert all(abs(a - b) < 1e-10 for a, b in zip(found, expected[: position + 1], strict=True))
+    out = invoke("attribute", "-m", model, *TOKENS, *options).stdout
+    assert "in a logit at every position" in out
+    assert out.count(f"{entries[3]['logit']:.4f}") == 2  # itself, and the sum of the shares
+
+
+def test_the_command_saves_one_position_too(tiny_file: TinyFile, tmp_path: Path) -> None:
+    data = invoke_json("attribute", "-m", tiny_file("gqa"), *TOKENS, "-o", tmp_path / "f")["attribution"]
+    saved = load_file(tmp_path / "f")
+    assert saved["shares"].shape == (1, len(IDS))
+    assert saved["shares"][0].tolist() == [share["share"] for share in data["shares"]]
+    assert saved["targets"].tolist() == [data["target"]["id"]]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--position", "every"], "'every' is neither a position nor all"),
+        (["--position", "9"], "--position 9 is out of range"),
+        (["--versus", "128"], "--versus: token id 128 is out of range"),
+        (["--by", "neuron"], "neuron"),
+    ],
+)
+def test_the_command_refuses(options: list[str], words: str, tiny_file: TinyFile) -> None:
+    assert words in invoke("attribute", "-m", tiny_file("gqa"), *TOKENS, *options, code=2).stderr
