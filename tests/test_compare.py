@@ -31,11 +31,13 @@ from ggjac.model import open_model
 linalg = pytest.importorskip("scipy.linalg", reason="SciPy is not installed")
 stats = pytest.importorskip("scipy.stats", reason="SciPy is not installed")
 
+TinyFile = Callable[..., Path]
+
 CASES = ("gqa", "biases", "gemma2", "gpt2", "phi2", "gpt_oss")
 RANK = 3
 
 
-def portraits(case: str, position: int, tiny_file: Callable[..., Path], **options: object) -> list[Portrait]:
+def portraits(case: str, position: int, tiny_file: TinyFile, **options: object) -> list[Portrait]:
     """Return those of a file and of its copy with rounded weights."""
     ids = tiny.prompt(case, 6)
     found: list[Portrait] = []
@@ -49,7 +51,7 @@ def portraits(case: str, position: int, tiny_file: Callable[..., Path], **option
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("position", [-1, 2])
-def test_a_comparison_is_that_of_the_dense_matrices(case: str, position: int, tiny_file: Callable[..., Path]) -> None:
+def test_a_comparison_is_that_of_the_dense_matrices(case: str, position: int, tiny_file: TinyFile) -> None:
     ids = tiny.prompt(case, 6)
     a, b = portraits(case, position, tiny_file)
     found = compare(a, b)
@@ -82,7 +84,7 @@ def test_a_comparison_is_that_of_the_dense_matrices(case: str, position: int, ti
     assert math.isclose(found.output_distance, distance, rel_tol=1e-9)
 
 
-def test_a_file_beside_itself(tiny_file: Callable[..., Path]) -> None:
+def test_a_file_beside_itself(tiny_file: TinyFile) -> None:
     a, _ = portraits("gqa", -1, tiny_file)
     other, _ = portraits("gqa", -1, tiny_file, seed=7)
     found = compare(a, other)
@@ -94,7 +96,7 @@ def test_a_file_beside_itself(tiny_file: Callable[..., Path]) -> None:
     assert found.shares.abs().max() == 0
 
 
-def test_other_top_tokens_are_seen(tiny_file: Callable[..., Path]) -> None:
+def test_other_top_tokens_are_seen(tiny_file: TinyFile) -> None:
     a, _ = portraits("gqa", -1, tiny_file)
     logits = a.logits.clone()
     logits[2, int(logits[2].argmin())] = logits[2].max() + 1
@@ -133,9 +135,7 @@ def test_angles_are_scipys(seed: int) -> None:
         ({"logits": torch.ones(6, 9)}, "vocabulary: the first has 128, the second 9"),
     ],
 )
-def test_unlike_portraits_are_refused_by_name(
-    changed: dict[str, object], words: str, tiny_file: Callable[..., Path]
-) -> None:
+def test_unlike_portraits_are_refused_by_name(changed: dict[str, object], words: str, tiny_file: TinyFile) -> None:
     a, _ = portraits("gqa", -1, tiny_file)
     with pytest.raises(CompareError, match=words):
         compare(a, replace(a, **changed))

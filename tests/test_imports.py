@@ -11,6 +11,7 @@ import pytest
 import ggjac
 
 PACKAGE = Path(ggjac.__file__).parent
+TESTS = Path(__file__).parent
 
 # Module (or folder) -> the siblings it may import. Folders are units: what is inside may import its own.
 MAY_IMPORT: dict[str, set[str]] = {
@@ -197,17 +198,24 @@ ELSEWHERE = {"info": "cli", "plan": "planner", "bench": "planner", "report": "re
 
 
 def test_a_question_has_one_name() -> None:
-    """From the command to its analysis; that it has a section, a template and tests is for other tests."""
+    """From the command to its analysis and the tests of it; the section and the template are for other tests."""
     from ggjac.cli import COMMANDS
 
     for name in COMMANDS:
         assert (PACKAGE / "cli" / f"{name}.py").exists()
         assert (PACKAGE / "analysis" / f"{name}.py").exists() == (name not in ELSEWHERE), name
+        assert (TESTS / f"test_{name}.py").exists() or name in ELSEWHERE, name
 
 
 def test_every_question_can_be_asked_in_the_library() -> None:
     for name in (path.stem for path in units()["analysis"] if path.stem != "__init__"):
         assert f"ggjac.analysis.{name}" in ggjac._HOME.values(), f"ggjac/__init__.pyi exports nothing of {name}"
+
+
+def test_no_test_file_imports_another() -> None:
+    """What two of them need is in a file of its own, such as helpers.py."""
+    for path in TESTS.glob("*.py"):
+        assert not [name for name in imports_of(path) if name.startswith("test_")], path.name
 
 
 def test_no_function_is_longer_than_80_lines() -> None:
