@@ -311,7 +311,7 @@ class Past(NamedTuple):
 def record_block(w: BlockWeights, frame: Frame, layer: int, x: Float[Tensor, "n d"]) -> RecordedBlock:
     """Freeze a block at its input `x`."""
     attn = record_attention(w, frame, layer, x)
-    ffn, out = _record_rest(w, frame, layer, x, attn.added)
+    ffn, out = record_rest(w, frame, layer, x, attn.added)
     return RecordedBlock(attn, ffn, out)
 
 
@@ -324,10 +324,10 @@ def extend_block(
     there are none).
     """
     added, past = _extend_attention(w, frame, layer, x, past)
-    return _record_rest(w, frame, layer, x, added)[1], past
+    return record_rest(w, frame, layer, x, added)[1], past
 
 
-def _record_rest(
+def record_rest(
     w: BlockWeights, frame: Frame, layer: int, x: Float[Tensor, "n d"], attn: Float[Tensor, "n d"]
 ) -> tuple[Recorded[FFNTape], Float[Tensor, "n d"]]:
     """Freeze the feed-forward of a block whose attention adds `attn`; return it, and the stream after the block."""

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ggjac.blocks import BlockWeights, WeightMatrix, record_block
+from ggjac.blocks import BlockWeights, WeightMatrix, record_attention, record_rest
 from ggjac.jacobian import FrozenNetwork
 from ggjac.linop import Homogeneous, LinearOperator
 from ggjac.sizes import CHUNK_BYTES
@@ -84,7 +84,8 @@ class OrdinaryJacobian(LinearOperator):
         """Return block `i` as a function of its input `[m, d]`."""
 
         def block(h: Float[Tensor, "m d"]) -> Float[Tensor, "m d"]:
-            return record_block(w, self._frame, i, h).out
+            # `record_block`, but the tape of attention is freed before the feed-forward.
+            return record_rest(w, self._frame, i, h, record_attention(w, self._frame, i, h).added)[1]
 
         return block
 
