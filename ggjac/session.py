@@ -205,9 +205,7 @@ class Session:
     @cached_property
     def jacobian(self) -> DetachedJacobian:
         """The detached Jacobian at the chosen position; its products are remembered in the journal, if there is one."""
-        jacobian = self.trace.jacobian(self.position)
-        jacobian.sweep.journal = self.journal
-        return jacobian
+        return self.trace.jacobian(self.position, journal=self.journal)
 
     def run(self, stage: str, analysis: Callable[..., Found], *given: Any, **options: Any) -> Found:
         """Return the result of an analysis of the Jacobian, reported as a stage."""
