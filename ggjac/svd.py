@@ -20,7 +20,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ggjac.linop import LinearOperator
-from ggjac.results import Plotted, Points, Table, Words
+from ggjac.results import NO_WORDS, Plotted, Points, Table, Words
 from ggjac.sizes import block_width
 
 
@@ -59,13 +59,25 @@ class SVD(Plotted):
         U, Vh = (vectors * sign.view(-1, *[1] * (vectors.dim() - 1)) for vectors in (self.U, self.Vh))
         return replace(self, U=U, Vh=Vh)
 
+    def data(self, words: Words = NO_WORDS) -> dict[str, Any]:
+        """Return the singular values with their residuals, the largest first, and how the iteration ended."""
+        return {
+            "sweeps": self.sweeps,
+            "converged": self.converged,
+            "stopped_by": self.reason,
+            "triplets": [
+                {"singular_value": s, "residual": r}
+                for s, r in zip(self.S.tolist(), self.residual.tolist(), strict=True)
+            ],
+        }
+
     def _table(self, words: Words) -> Table:
         note = f"{self.sweeps} sweeps, stopped by: {self.reason}"
         return Table("Singular triplets", {"sigma": self.S.tolist(), "residual": self.residual.tolist()}, (note,))
 
     def _plot(self, words: Words) -> Points:
         S = self.S.tolist()
-        return Points("Singular values", "index", "σ", {"σ": (range(len(S)), S, ())})
+        return Points("Singular values", "index", "σ", {"σ": (range(1, len(S) + 1), S, ())})
 
 
 # Columns of a stack of vectors that are factored at a time: few enough for the cache, since QR passes over them often.

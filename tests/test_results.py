@@ -287,7 +287,7 @@ def test_every_result_that_can_be_drawn_is(results: dict[str, Any]) -> None:
 
 def test_figures_draw_the_numbers(results: dict[str, Any]) -> None:
     line = triplets([3.0, 2.0, 0.5]).figure().axes[0].lines[0]
-    assert line.get_xydata().tolist() == [[0, 3], [1, 2], [2, 0.5]]
+    assert line.get_xydata().tolist() == [[1, 3], [2, 2], [3, 0.5]]
     bars = results["contributions"].figure(stranger()).axes[0]
     assert [bar.get_width() for bar in bars.patches] == results["contributions"].terms.norm(dim=1).tolist()
     assert [label.get_text().startswith("<script>") for label in bars.get_yticklabels()] == [True] * len(PROMPT)

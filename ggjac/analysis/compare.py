@@ -152,7 +152,7 @@ class Comparison(Plotted):
 
     def _plot(self, words: Words) -> Points:
         found = {name: p.svd.S.tolist() for name, p in (("a", self.a), ("b", self.b))}
-        series = {name: (range(len(S)), S, ()) for name, S in found.items()}
+        series = {name: (range(1, len(S) + 1), S, ()) for name, S in found.items()}
         return Points("Singular values of two files of one model", "index", "σ", series)
 
 

@@ -221,7 +221,7 @@ class Layers(Plotted):
             "kind": [m.tap.kind for m, _ in rows],
             "depth": [m.tap.index for m, _ in rows],
             "stable rank": [m.stable_rank.value for m, _ in rows],
-            "index": [j for _, j in rows],
+            "index": [j + 1 for _, j in rows],
             "sigma": [float(m.S[j]) for m, j in rows],
             "residual": [float(m.residual[j]) for m, j in rows],
             "left": [words.each(m.left.ids[j].tolist()) for m, j in rows],

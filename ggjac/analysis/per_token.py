@@ -36,21 +36,12 @@ class TokenSpectrum(Plotted):
 
     def data(self, words: Words = NO_WORDS) -> dict[str, Any]:
         """Return the position and its triplets, the largest first, with the tokens of both ends."""
-        svd = self.svd
-        return words.here(self.position) | {
-            "sweeps": svd.sweeps,
-            "converged": svd.converged,
-            "stopped_by": svd.reason,
-            "triplets": [
-                {
-                    "singular_value": float(svd.S[j]),
-                    "residual": float(svd.residual[j]),
-                    "left": words.each(self.left.ids[j].tolist()),
-                    "right": words.each(self.right.ids[j].tolist()),
-                }
-                for j in range(len(svd.S))
-            ],
-        }
+        found = self.svd.data()
+        found["triplets"] = [
+            triplet | {side: words.each(getattr(self, side).ids[j].tolist()) for side in ("left", "right")}
+            for j, triplet in enumerate(found["triplets"])
+        ]
+        return words.here(self.position) | found
 
     def _table(self, words: Words) -> Table:
         found = self.svd._table(words)

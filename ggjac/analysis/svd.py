@@ -50,28 +50,21 @@ class Spectrum(Plotted):
 
     def data(self, words: Words = NO_WORDS) -> dict[str, Any]:
         """Return the triplets, the largest first, with the tokens of both ends; right vectors at every position."""
-        svd, right = self.svd, self.right.ids.unflatten(0, self.weight.shape)
-        return {
-            "rank": len(svd.S),
-            "seed": self.seed,
-            "tol": self.tol,
-            "sweeps": svd.sweeps,
-            "converged": svd.converged,
-            "stopped_by": svd.reason,
-            "triplets": [
-                {
-                    "singular_value": float(svd.S[j]),
-                    "residual": float(svd.residual[j]),
-                    "left": words.each(self.left.ids[j].tolist()),
-                    "right": [
-                        words.here(i)
-                        | {"weight": float(self.weight[j, i]), "nearest": words.each(right[j, i].tolist())}
-                        for i in range(self.position + 1)
-                    ],
-                }
-                for j in range(len(svd.S))
-            ],
-        }
+        found, right = self.svd.data(), self.right.ids.unflatten(0, self.weight.shape)
+
+        def at(j: int, i: int) -> dict[str, Any]:
+            weight, nearest = float(self.weight[j, i]), words.each(right[j, i].tolist())
+            return words.here(i) | {"weight": weight, "nearest": nearest}
+
+        found["triplets"] = [
+            triplet
+            | {
+                "left": words.each(self.left.ids[j].tolist()),
+                "right": [at(j, i) for i in range(self.position + 1)],
+            }
+            for j, triplet in enumerate(found["triplets"])
+        ]
+        return found | {"rank": len(self.svd.S), "seed": self.seed, "tol": self.tol}
 
     def tensors(self) -> dict[str, Tensor]:
         """Return what is saved: U `[k, d]`, S `[k]`, Vh `[k, n, d]`, residual `[k]`."""
