@@ -40,7 +40,7 @@ def stable_ranks(
     probes: int = PROBES,
     seed: int = 0,
 ) -> list[StableRank]:
-    """Compute the stable rank of each operator from its leading triplets and what remains of its Frobenius norm.
+    """Compute the stable rank of each operator from its leading triplets and the rest of its Frobenius norm.
 
     Args:
         operators: `[*in_shape]` to `[d]`, the same `d` for all; only shapes, dtypes and devices are used.
@@ -78,12 +78,12 @@ def _estimated(
     (d,) = operators[0].out_shape
     # Drawn on the CPU in float64, so that every device and dtype starts from the same directions.
     z = torch.randn(probes, d, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    asked = []
+    deflated = []
     for A, found in zip(operators, triplets, strict=True):
         U = found.U.cpu().double()
-        asked.append((z - (z @ U.T) @ U).to(A.device, A.dtype))
+        deflated.append((z - (z @ U.T) @ U).to(A.device, A.dtype))
     results = []
-    for found, product in zip(triplets, down(asked), strict=True):
+    for found, product in zip(triplets, down(deflated), strict=True):
         rest = product.cpu().double().square().flatten(1).sum(1)
         squared = float(found.S.cpu().double().square().sum() + rest.mean())
         results.append(_ratio(found, squared, float(rest.std()) / math.sqrt(probes)))

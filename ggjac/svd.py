@@ -12,6 +12,7 @@ Products are stored as coefficients in the basis of the other side, which they e
 import math
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -111,32 +112,29 @@ def svd_together(
     """
     worst = [math.inf] * len(operators)
 
-    def record(i: int) -> Callable[[int, float], None]:
-        def seen(_: int, residual: float) -> None:
-            worst[i] = residual
+    def record(i: int, _: int, residual: float) -> None:
+        worst[i] = residual
 
-        return seen
-
-    steps = [iteration(A, rank, progress=record(i), **options) for i, A in enumerate(operators)]
-    asked: dict[int, Request] = {i: next(run) for i, run in enumerate(steps)}
+    steps = [iteration(A, rank, progress=partial(record, i), **options) for i, A in enumerate(operators)]
+    requests: dict[int, Request] = {i: next(run) for i, run in enumerate(steps)}
     found: dict[int, SVD] = {}
     sweeps = 0
-    while asked:
+    while requests:
         # All started on the same side, and alternate.
-        side = next(iter(asked.values()))[0]
+        side = next(iter(requests.values()))[0]
         stacks = []
         for i, A in enumerate(operators):
             shape = (A.out_shape, A.in_shape)[side]
-            vectors = asked[i][1] if i in asked else torch.zeros(0, math.prod(shape), device=A.device)
+            vectors = requests[i][1] if i in requests else torch.zeros(0, math.prod(shape), device=A.device)
             stacks.append(vectors.to(A.dtype).reshape(-1, *shape))
         products = dict(enumerate((down, up)[side](stacks)))
         sweeps += 1
-        for i in list(asked):
+        for i in list(requests):
             try:
                 # Popped, so that it is freed before the next sweep.
-                asked[i] = steps[i].send(products.pop(i).flatten(1).to(asked[i][1].dtype))
+                requests[i] = steps[i].send(products.pop(i).flatten(1).to(requests[i][1].dtype))
             except StopIteration as stop:
-                del asked[i]
+                del requests[i]
                 found[i] = stop.value
         if progress and sweeps > 1:
             progress(sweeps, max(worst))

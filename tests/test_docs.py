@@ -3,12 +3,16 @@
 import re
 from pathlib import Path
 
+import pytest
 import tiny
 
+import ggjac
 from ggjac.cli import COMMANDS
 from ggjac.config import ARCHITECTURES
 
 ROOT = Path(__file__).parents[1]
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").glob("*.md")]
+FENCED = re.compile(r"```.*?```", re.DOTALL)
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
@@ -33,10 +37,19 @@ def test_every_command_is_in_the_readme_and_no_other() -> None:
     assert documented == list(COMMANDS)
 
 
-def test_the_library_example_runs(capsys) -> None:
+def test_the_library_example_runs(capsys, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     (example,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     exec(compile(example, "README.md", "exec"), {})
     assert re.fullmatch(r"\[('[+-]\d+\.\d\d'(, )?)+\] \d+\.\d+\n", capsys.readouterr().out)
+
+
+def test_every_public_name_runs_on_the_library_page() -> None:
+    """That the code runs, and prints what the page shows, is for test_tutorial.py."""
+    text = (ROOT / "docs" / "library.md").read_text(encoding="utf-8")
+    code = "".join(re.findall(r"```python\n(.*?)```", text, re.DOTALL))
+    used = set(re.findall(r"\bggjac\.(\w+)", code))
+    assert used >= set(ggjac.__all__) - {"__version__"}
 
 
 def test_the_install_commands_are_what_ci_runs() -> None:
@@ -46,7 +59,27 @@ def test_the_install_commands_are_what_ci_runs() -> None:
     assert 'pip install --quiet --disable-pip-version-check -c constraints.txt ".[test]" && pytest' in run
 
 
+def anchors(document: Path) -> set[str]:
+    """Return the anchors of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", FENCED.sub("", document.read_text(encoding="utf-8")), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
 def test_relative_links_lead_somewhere() -> None:
-    for document in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")):
-        for target in re.findall(r"\]\(([^)#:]+)\)", document.read_text(encoding="utf-8")):
-            assert (document.parent / target).exists(), f"{document.name} links to {target}"
+    for document in DOCUMENTS:
+        for target, anchor in re.findall(r"\]\(([^)#:]*)(?:#([^)]*))?\)", document.read_text(encoding="utf-8")):
+            page = document.parent / target if target else document
+            assert page.exists(), f"{document.name} links to {target}"
+            assert not anchor or anchor in anchors(page), f"{document.name} links to {target}#{anchor}"
+
+
+def test_the_checklists_name_files_that_exist() -> None:
+    """NAME stands for a question; what exists for one of them exists for all."""
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    paths = re.findall(r"`((?:ggjac|tests|docs|tools)/[\w./]*)`", text)
+    assert len(paths) > 20
+    for path in paths:
+        assert (ROOT / path.replace("NAME", "norms")).exists(), path
+    sources = [path.read_text(encoding="utf-8") for part in ("ggjac", "tests") for path in (ROOT / part).rglob("*.py")]
+    for name in set(re.findall(r"`([A-Z_]+)`", text)):
+        assert any(re.search(rf"^{name}\b", source, re.MULTILINE) for source in sources), name

@@ -408,9 +408,8 @@ def test_an_interrupted_run_ends_with_the_same_bits(case: str, tiny_files: dict[
     t = [torch.randn(len(part), generator=generator) for part in X]
 
     def run(journal: Journal | None, stop: int | None) -> tuple[list[torch.Tensor], int]:
-        sweep = SharedSweep(trace.network, spans, 4)
+        sweep = SharedSweep(trace.network, spans, 4, journal=journal)
         _ = sweep.norms
-        sweep.journal = journal
         sweep.progress = None if stop is None else interrupting(stop)
         result = [*sweep.up(X, t), *sweep.down(Y), *sweep.up(X)]
         return result, sweep.flop

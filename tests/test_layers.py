@@ -374,9 +374,7 @@ def test_an_interrupted_run_ends_with_the_same_bits(tiny_files: dict[str, Path],
 
 
 def resumed(trace: Trace, journal: Journal, **options: Any) -> Layers:
-    jacobian = trace.jacobian()
-    jacobian.sweep.journal = journal
-    return layers(jacobian, 3, **EXACT | options)
+    return layers(trace.jacobian(journal=journal), 3, **EXACT | options)
 
 
 # ---- what is refused

@@ -259,11 +259,9 @@ def test_the_demo_shows_it() -> None:
     assert "Gate" not in data["baseline"]["text"] + control["text"]
     assert steered["concept_hits"] > 0 == control["concept_hits"] == data["baseline"]["concept_hits"]
     assert steered["concept_mass_first"] > 100 * control["concept_mass_first"]
-    out = invoke("steer", "-q", "-t", 1).stdout
+    out = " ".join(invoke("steer", "-q", "-t", 1).stdout.split())
     assert "Gate Bridge." in out
-    assert "equation16, the concept's map spans 4 of 6 blocks, the residual stream is steered after 4" in " ".join(
-        out.split()
-    )
+    assert "equation16, the concept's map spans 4 of 6 blocks, the residual stream is steered after 4" in out
 
 
 def test_options_reach_the_library(tiny_file: TinyFile, tmp_path: Path) -> None:

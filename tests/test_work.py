@@ -17,7 +17,6 @@ from jaxtyping import config
 
 from ggjac import session
 from ggjac.analysis.steer import steer
-from ggjac.cli import planning
 from ggjac.cli.planning import requested
 from ggjac.config import ModelConfig
 from ggjac.generation import Continuation
@@ -104,13 +103,13 @@ def counted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Counted:
         found.stores.append(self.model.weights)
 
     monkeypatch.setattr(session.Session, "fit", keeping_nothing)
-    data = planning.plan_data
+    data = Plan.data
 
     def printed(made: Plan) -> dict[str, Any]:
         found.plans.append(made)
         return data(made)
 
-    monkeypatch.setattr(planning, "plan_data", printed)
+    monkeypatch.setattr(Plan, "data", printed)
     for side in ("matmat", "rmatmat"):
         apply = getattr(Linear, side)
 

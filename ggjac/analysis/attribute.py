@@ -374,7 +374,7 @@ def attribute_branches(
             z = reading.matmat(stream, one)
             added, constant = writing.matmat(torch.cat([z, torch.zeros_like(z)]), one.expand(2)).split(1)
             stream = frozen.residual.matmat(stream)
-            # Every position has a vector of its own, and the projection acts at each alone: one stack does for all.
+            # Each position has its own vector, and the projection acts at each position alone: one stack is enough.
             parts = writing.rmatmat(read[None])[0].cpu().double() * z[0].cpu().double()
             heads.append(parts.unflatten(1, (config.head_count, -1)).sum(2))
             attn_bias.append(share(constant[0]))
@@ -425,7 +425,7 @@ def _ask(outputs: Float[Tensor, "m d"], head: Head, target: int | None, versus: 
 
 
 def _walk(network: FrozenNetwork, positions: range) -> Iterator[tuple[int, BlockTape, FrozenBlock]]:
-    """Yield the blocks, written at some positions, with their tapes; the next one is read ahead."""
+    """Yield the blocks, written at some positions, with their tapes; the next one is prefetched."""
 
     def build(i: int) -> tuple[int, BlockTape, FrozenBlock]:
         tape = network.tapes[i]

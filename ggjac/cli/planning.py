@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -85,7 +84,7 @@ def _show_one(
         made = make_plan(what, file, config, n, command, request, device_kind(what.device))
         if output_format == "table":
             _show_memory(made, file.path)
-        content = plan_data(made) | {"schema_version": 1, "path": str(file.path)}
+        content = made.data() | {"schema_version": 1, "path": str(file.path)}
         if bench and made.fits:
             from ggjac.planner import bench as measure
             from ggjac.planner import seconds
@@ -110,7 +109,7 @@ def _show_one(
             cached = [cached_bytes(path) for path in file.paths]
             known = None if None in cached else sum(filter(None, cached))
             times = seconds(made, rates, cached=known)
-            content |= {"rates": rates.data(), "times": times_data(times)}
+            content |= {"rates": rates.data(), "times": times.data()}
             if output_format == "table":
                 _show_times(made, times, rates.lines())
     return made, content
@@ -218,63 +217,6 @@ def _count_tokens(
         text, concept = what.texts(params.get("concept"), params.get("concept_tokens"))
         return count(concept), {"text": count(text.given())}
     return count(what.given()), {}
-
-
-def plan_data(made: "Plan") -> dict[str, Any]:
-    """Return a plan as plain data: bytes, weights, FLOP."""
-    return {
-        "command": made.work.command,
-        "tokens": made.work.n,
-        "prompts": made.work.prompts,
-        "dtype": made.work.dtype,
-        "mlp_path": made.mlp_path,
-        "device": made.device,
-        "sweeps": [
-            {
-                "what": step.what,
-                "count": step.count,
-                "vectors": step.vectors,
-                "bytes": made.sweep_of(step.region).nbytes,
-                "flop": step.vectors * made.sweep_of(step.region).flop,
-            }
-            for step in made.work.sweeps
-        ],
-        "lookups": [asdict(step) | {"bytes": made.lookup(step).nbytes} for step in made.work.lookups],
-        "layers": [
-            {
-                "index": layer.index,
-                "stored_bytes": layer.stored_bytes,
-                "sweep_bytes": layer.sweep.nbytes,
-                "live_weights": layer.sweep.weights,
-                "sweep_flop_per_vector": layer.sweep.flop,
-                "trace_bytes": layer.trace.nbytes,
-                "trace_flop": layer.trace.flop,
-                "dense_bytes": layer.dense_bytes,
-                "tape_bytes": layer.tape_bytes,
-                "place": layer.place,
-            }
-            for layer in made.layers
-        ],
-        "trace": {"bytes": made.trace.nbytes, "flop": made.trace.flop},
-        "sweep": {"bytes": made.sweep.nbytes, "weights": made.sweep.weights, "flop_per_vector": made.sweep.flop},
-        "ram": dict(made.ram),
-        "ram_needed": made.ram_needed,
-        "ram_peak": made.ram_peak,
-        "ram_budget": made.budget.ram,
-        "vram": dict(made.vram),
-        "vram_needed": made.vram_needed,
-        "vram_peak": made.vram_peak,
-        "vram_budget": made.budget.vram,
-        "tapes_on_disk": made.tapes_on_disk,
-        "fits": made.fits,
-        "misfit": made.misfit,
-    }
-
-
-def times_data(times: "Times") -> dict[str, Any]:
-    """Return times as plain data, in seconds."""
-    parts = [asdict(part) | {"each": part.each, "total": part.total} for part in times.parts]
-    return {"total": times.total, "parts": parts}
 
 
 def _alike(layers: Sequence["LayerPlan"]) -> Iterator[tuple[str, "LayerPlan"]]:

@@ -125,12 +125,12 @@ class SharedSweep:
         x, m = self.network.x, self.position + 1
         t = None if t is None else [part.to(x) for part in t]
         stack = _Stack(x.new_zeros(0, m, self.d), [len(part) for part in X])
-        for i, frozen in self._steps(self.order, stack, product, self._way_up):
+        for i, frozen in self._steps(self.order, stack, product, self._ways_up):
             stack.H = stack.join(stack.H, {j: X[j][:, :m].to(x) for j in self._starting(i)})  # [k, n, d]
             self.flop += frozen.flop * len(stack)
-            stack.H, stack.added = frozen.matmat_attn(stack.H, stack.of(t))
+            stack.H, stack.added = frozen.matmat_attn(stack.H, stack.homogeneous(t))
             stack.leave(self._ending("attn", i), stack.added, _last)
-            stack.H, stack.added = frozen.matmat_ffn(stack.H, stack.added, stack.of(t))
+            stack.H, stack.added = frozen.matmat_ffn(stack.H, stack.added, stack.homogeneous(t))
             stack.leave(self._ending("mlp", i), stack.added, _last)
             stack.H, stack.added = stack.added.add_(stack.H), None
             stack.leave(self._ending("layer", i), stack.H, _last)
@@ -147,7 +147,7 @@ class SharedSweep:
             return {j: _at_last(read[j], m) for j in self._ending(kind, i)}
 
         stack = _Stack(x.new_zeros(0, self.position + 1, self.d), [len(part) for part in Y])
-        for i, frozen in self._steps(self.order[::-1], stack, product, self._way_down):
+        for i, frozen in self._steps(self.order[::-1], stack, product, self._ways_down):
             m = frozen.ffn.out_shape[0]  # positions that the block writes
             stack.H = stack.join(stack.H[:, :m], joining("layer", i, m))  # [k, m, d]
             middle, attn = frozen.rmatmat_ffn(stack.H, stack.join(stack.H, joining("mlp", i, m)))
@@ -166,20 +166,20 @@ class SharedSweep:
         return [j for j, span in enumerate(self.spans) if span.tap == Tap(kind, i + 1)]
 
     @property
-    def _way_up(self) -> list[tuple[int, int, int]]:
-        """The number of each span, and the blocks at which it joins the stack and leaves it, in order of joining."""
-        ways = [(j, start, tap.index - 1) for j, (start, tap) in enumerate(self.spans)]
-        return sorted(ways, key=lambda way: way[1])
+    def _ways_up(self) -> list["_Way"]:
+        """The way up of every span, in the order in which they join the stack."""
+        ways = [_Way(j, start, tap.index - 1) for j, (start, tap) in enumerate(self.spans)]
+        return sorted(ways, key=lambda way: way.joins)
 
     @property
-    def _way_down(self) -> list[tuple[int, int, int]]:
-        """The same on the way down."""
-        spans = sorted(enumerate(self.spans), key=lambda s: (-s[1].tap.index, DOWNWARDS.index(s[1].tap.kind)))
-        return [(j, tap.index - 1, start) for j, (start, tap) in spans]
+    def _ways_down(self) -> list["_Way"]:
+        """The way down of every span, in the order in which they join the stack."""
+        ways = [_Way(j, tap.index - 1, start) for j, (start, tap) in enumerate(self.spans)]
+        return sorted(ways, key=lambda way: (-way.joins, DOWNWARDS.index(self.spans[way.span].tap.kind)))
 
     @cached_property
     def norms(self) -> list[LinearOperator]:
-        """The final norm as each tap sees it, `[1, d]` to `[1, d]`; the identity if `raw`."""
+        """The final norm of each span, frozen at its tap's vector, `[1, d]` to `[1, d]`; the identity if `raw`."""
         x, network, end = self.network.x, self.network, Tap("layer", len(self.network.tapes))
         if self.raw:
             return [Identity((1, self.d), dtype=x.dtype, device=x.device)] * len(self.spans)
@@ -205,13 +205,13 @@ class SharedSweep:
         return product.finish(compute(product)) if product.result is None else product.result
 
     def _steps(
-        self, order: Sequence[int], stack: "_Stack", product: Product | None, ways: Sequence[tuple[int, int, int]]
+        self, order: Sequence[int], stack: "_Stack", product: Product | None, ways: Sequence["_Way"]
     ) -> Iterator[tuple[int, FrozenBlock]]:
         """Yield the blocks that are left to do; restore the stack before the first one, and record it after each."""
         if product and product.state is not None:
             done = set(order[: product.done])
-            stack.members = [j for j, joins, leaves in ways if joins in done and leaves not in done]
-            stack.unpack(product.state, [j for j, _, leaves in ways if leaves in done])
+            stack.members = [way.span for way in ways if way.joins in done and way.leaves not in done]
+            stack.unpack(product.state, [way.span for way in ways if way.leaves in done])
         for step, i, frozen in self._walk(order, product.done if product else 0):
             yield i, frozen
             if product:
@@ -236,6 +236,14 @@ class SharedSweep:
         return block(self.network.weights(i), self.network.frame.config, self.network.tapes[i], positions)
 
 
+class _Way(NamedTuple):
+    """The way of a span's vectors through the blocks: the number of the span, and its first and last block."""
+
+    span: int
+    joins: int
+    leaves: int
+
+
 class _Stack:
     """The vectors of several spans on their way: consecutive rows for each span, in the order in which they joined.
 
@@ -256,12 +264,12 @@ class _Stack:
     def __len__(self) -> int:
         return sum(self._sizes[j] for j in self.members)
 
-    def of(self, t: Sequence[Tensor] | None) -> Float[Tensor, " k"] | None:
+    def homogeneous(self, t: Sequence[Tensor] | None) -> Float[Tensor, " k"] | None:
         """Return the homogeneous coordinates of all rows, from those of every span."""
         return None if t is None else torch.cat([self.H.new_zeros(0), *(t[j] for j in self.members)])
 
     def join(self, stack: Tensor, more: Mapping[int, Tensor]) -> Tensor:
-        """Return the rows of `stack`, which are the members', and of spans that join them."""
+        """Append the vectors of spans that join the members, whose rows are `stack`; return the longer stack."""
         self.members += more
         return _joined(stack, list(more.values()))
 

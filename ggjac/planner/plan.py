@@ -7,7 +7,7 @@ two.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from ggjac.config import ModelConfig
@@ -77,6 +77,56 @@ class Plan:
     budget: Budget
     file_bytes: int
     tapes_on_disk: bool = False
+
+    def data(self) -> dict[str, Any]:
+        """Return the plan as plain data, ready for JSON: bytes, weights, FLOP."""
+        return {
+            "command": self.work.command,
+            "tokens": self.work.n,
+            "prompts": self.work.prompts,
+            "dtype": self.work.dtype,
+            "mlp_path": self.mlp_path,
+            "device": self.device,
+            "sweeps": [
+                {
+                    "what": step.what,
+                    "count": step.count,
+                    "vectors": step.vectors,
+                    "bytes": self.sweep_of(step.region).nbytes,
+                    "flop": step.vectors * self.sweep_of(step.region).flop,
+                }
+                for step in self.work.sweeps
+            ],
+            "lookups": [asdict(step) | {"bytes": self.lookup(step).nbytes} for step in self.work.lookups],
+            "layers": [
+                {
+                    "index": layer.index,
+                    "stored_bytes": layer.stored_bytes,
+                    "sweep_bytes": layer.sweep.nbytes,
+                    "live_weights": layer.sweep.weights,
+                    "sweep_flop_per_vector": layer.sweep.flop,
+                    "trace_bytes": layer.trace.nbytes,
+                    "trace_flop": layer.trace.flop,
+                    "dense_bytes": layer.dense_bytes,
+                    "tape_bytes": layer.tape_bytes,
+                    "place": layer.place,
+                }
+                for layer in self.layers
+            ],
+            "trace": {"bytes": self.trace.nbytes, "flop": self.trace.flop},
+            "sweep": {"bytes": self.sweep.nbytes, "weights": self.sweep.weights, "flop_per_vector": self.sweep.flop},
+            "ram": dict(self.ram),
+            "ram_needed": self.ram_needed,
+            "ram_peak": self.ram_peak,
+            "ram_budget": self.budget.ram,
+            "vram": dict(self.vram),
+            "vram_needed": self.vram_needed,
+            "vram_peak": self.vram_peak,
+            "vram_budget": self.budget.vram,
+            "tapes_on_disk": self.tapes_on_disk,
+            "fits": self.fits,
+            "misfit": self.misfit,
+        }
 
     @property
     def trace(self) -> Pass:

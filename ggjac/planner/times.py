@@ -3,8 +3,8 @@
 import math
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol
 
 from ggjac.planner import machine
 from ggjac.planner.passes import Pass, total
@@ -85,6 +85,11 @@ class Times:
     def total(self) -> float:
         """Seconds of all the work."""
         return sum(part.total for part in self.parts)
+
+    def data(self) -> dict[str, Any]:
+        """Return the times as plain data, ready for JSON, in seconds."""
+        parts = [asdict(part) | {"each": part.each, "total": part.total} for part in self.parts]
+        return {"total": self.total, "parts": parts}
 
 
 def krylov_flop(size: int, width: int, sweeps: int) -> int:
