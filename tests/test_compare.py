@@ -68,7 +68,7 @@ def test_a_comparison_is_that_of_the_dense_matrices(case: str, position: int, ti
         assert torch.allclose(portrait.svd.S, spectrum[:RANK], rtol=1e-10)
         assert torch.allclose(portrait.logits, z, rtol=0, atol=1e-9)
         assert torch.allclose(portrait.output, jacobian.y, rtol=0, atol=1e-9)
-        assert portrait.reconstruction_error < 1e-13
+        assert portrait.reconstruction.error < 1e-13
         assert portrait.target == int(logits[0][position].argmax())
         w = model.weights.get("output.weight", model.weights["token_embd.weight"])[portrait.target]
         bias = float(model.weights.get("output.bias", torch.zeros(1000))[portrait.target])
