@@ -206,7 +206,7 @@ def test_a_question_has_one_name() -> None:
         if name not in ELSEWHERE:
             paths += [PACKAGE / "analysis" / f"{name}.py", TESTS / f"test_{name}.py"]
         missing = [str(path.relative_to(PACKAGE.parent)) for path in paths if not path.exists()]
-        assert not missing, f"files of `ggjac {name}`: {missing}"
+        assert not missing, f"`ggjac {name}` lacks {', '.join(missing)}"
         assert (PACKAGE / "analysis" / f"{name}.py").exists() == (name not in ELSEWHERE), name
 
 
