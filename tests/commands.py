@@ -94,7 +94,7 @@ COMMANDS: dict[str, Command] = {
     "jacobian": Command(
         {"jacobian"},
         ["‖J_i‖_F"],
-        {"": {"jacobian": "64 × 5 × 64 numbers", "certificate": "Reconstruction passed"}},
+        {"": {"jacobian": "64 × 5 × 64 entries", "certificate": "Reconstruction passed"}},
         {"": []},
         device=[["-o", "J.safetensors"]],
     ),
