@@ -94,7 +94,7 @@ COMMANDS: dict[str, Command] = {
     "jacobian": Command(
         {"jacobian"},
         ["‖J_i‖_F"],
-        {"": {"jacobian": "64 × 5 × 64 numbers", "certificate": "Reconstruction passed"}},
+        {"": {"jacobian": "64 × 5 × 64 entries", "certificate": "Reconstruction passed"}},
         {"": []},
         device=[["-o", "J.safetensors"]],
     ),
@@ -164,7 +164,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "steer": Command(
         {"steering"},
-        ["The concept's own next token", "equation16", "baseline", "random"],
+        ["Next token after the concept", "equation16", "baseline", "random"],
         {"": {"steer": "Random 0.5"}},
         {
             "": ["--concept-tokens", "1,2,3,4", "--max-tokens", 4],

@@ -302,7 +302,8 @@ def test_what_is_no_prompt_is_refused(tmp_path: Path) -> None:
     assert "has no prompt" in invoke("ranks", "-t", 1, "-f", file, "-o", out, code=2).stderr
     file.write_text("\n".join(LINES))
     assert (
-        "--trace keeps one prompt" in invoke("ranks", "-t", 1, "-f", file, "--trace", tmp_path / "trace", code=2).stderr
+        "--trace keeps the forward pass of one prompt"
+        in invoke("ranks", "-t", 1, "-f", file, "--trace", tmp_path / "trace", code=2).stderr
     )
     file.write_text(f"{LINES[1]}\n{'the ' * 3000}\n{LINES[2]}")
     err = invoke("ranks", "-t", 1, "-f", file, "-o", out, code=2).stderr

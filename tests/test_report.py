@@ -90,9 +90,9 @@ def test_the_certificate_has_all_it_takes_to_run_again(parsed: Page) -> None:
         "Reconstruction passed 3.1 × 10⁻⁷ at most 10⁻⁵",
         "llama.cpp passed agrees on the file as it is Same top token",
         "KL divergence 7.8 × 10⁻⁶ nats",
-        "Singular vectors passed 3.6 × 10⁻⁶ asked 10⁻³",
+        "Singular vectors passed 3.6 × 10⁻⁶ tolerance 10⁻³",
         "float32", "Live factor of gated MLPs up", "Seed 4", "Threads 2", "Peak memory 283.3 MiB",
-        "sampled-sha256:" + "ab" * 32, "torch 2.13.0", "trace 0.074 s", "all 1 min 15 s", "2026-01-02 03:04:05 UTC",
+        "sampled-sha256:" + "ab" * 32, "torch 2.13.0", "trace 0.074 s", "total 1 min 15 s", "2026-01-02 03:04:05 UTC",
         """ggjac analyze -p 'The bridge'"'"'s <b>end</b>' -k 5""",
     ):  # fmt: skip
         assert said in box
@@ -111,7 +111,7 @@ def test_a_logit_that_the_shares_do_not_make_up_shows_the_difference() -> None:
     content = run_json()
     content["attribution"]["logit"] += 1
     said, *_ = Page(rendered(content)).find("p", **{"class": "equation"})
-    assert re.search(r" ≠ logit [−0-9.]+ \(difference 1\.00\)", said)
+    assert re.search(r" ≠ logit [−0-9.]+ \(remainder 1\.00\)", said)
 
 
 def test_levels_of_colour_follow_sign_and_size() -> None:
@@ -204,7 +204,7 @@ def test_scatter_samples_keep_the_extremes() -> None:
     (chart,) = contrast.scatters(Run({}, vectors))
     assert len(chart.series[0].points) == common.MAX_POINTS
     assert {y.min(), y.max()} <= {x for x, _ in chart.series[0].points}
-    assert chart.notes == ("2000 of 9000 components, the extremes among them.",)
+    assert chart.notes == ("2000 of 9000 components, including the extremes.",)
 
 
 def test_scatters_are_drawn_on_the_scale_of_the_output() -> None:

@@ -63,7 +63,7 @@ def test_every_share_is_in_the_table_and_they_sum_to_the_logit(html: str) -> Non
         assert f"{block['block']} " + " ".join(signed(value) for value in values) in rows
     logit = minus(f"{entry['logit']:.4f}")
     (equation,) = found.find("p", **{"class": "equation"})
-    assert equation.startswith(f"Sum of all parts {signed(entry['logit'])} = logit {logit} (difference ")
+    assert equation.startswith(f"Sum of all parts {signed(entry['logit'])} = logit {logit} (remainder ")
     attention = sum(block["attn"] for block in entry["blocks"])
     assert any(row.startswith(f"Attention, all blocks {signed(attention)}") for row in rows)
     largest = max(
@@ -78,7 +78,7 @@ def test_parts_that_do_not_make_up_the_logit_are_said_to() -> None:
     content["branches"]["logit"] += 3
     (said,) = section(rendered(content), "attribute-branches").find("p", **{"class": "equation"})
     assert " ≠ logit " in said
-    assert "(difference 3.0)" in said
+    assert "(remainder 3.0)" in said
 
 
 def cells(html: str, units: int, rows: int) -> np.ndarray:
@@ -193,7 +193,7 @@ def test_the_difference_of_two_logits_is_called_one() -> None:
         f"the logit of {TOKENS[0]}, minus that of {TOKENS[4]}, by the parts" in section(html, "attribute-branches").text
     )
     for key in ("attribute", "attribute-branches"):
-        assert "= logit less logit " in section(html, key).text
+        assert "= difference of the logits " in section(html, key).text
         assert "Of logit" not in section(html, key).text, "no share of a difference"
 
 
@@ -206,7 +206,7 @@ def test_each_vector_stands_beside_chance(html: str) -> None:
         for side in ("left", "right"):
             chance = 100 * readability[side]["chance"][j]
             assert f"coherence {readability[side]['scores'][j]:+.3f}, by chance {chance:.1f} %" in row
-    assert "reach 0.019 ± 0.025 (left) and 0.071 ± 0.025 (right)" in found.text
+    assert "reach 0.019 ± 0.025 (left vectors) and 0.071 ± 0.025 (right vectors)" in found.text
     marks = [a["class"] for _, a in found.elements if (a.get("class") or "").startswith("worth")]
     clear, faint = "worth clear", "worth faint"
     assert marks == [clear, clear, clear, faint, *[faint] * 6], "what one in a hundred does as well stands out"
@@ -257,7 +257,7 @@ def test_norms_and_the_dense_map_by_position(html: str) -> None:
         )
         assert " ".join(f"Rows 0 9.000 {' '.join(row['tokens'])}".split()) in texts
     dense, found = run_json()["jacobian"], section(html, "jacobian")
-    assert "64 × 8 × 64 numbers; Frobenius norm 77.5" in found.text
+    assert "64 × 8 × 64 entries; Frobenius norm 77.5" in found.text
     first = dense["positions"][0]
     assert any(
         f"{first['frobenius']:.3f}" in row and f"{first['contribution_norm']:.3f}" in row for row in found.find("tr")
@@ -330,8 +330,10 @@ def test_steered_texts_beside_the_baseline(html: str) -> None:
     order = [data["baseline"], *(t for pair in zip(data["steered"], data["controls"], strict=True) for t in pair)]
     assert all(row.endswith(" ".join(t["text"].split())) for row, t in zip(rows, order, strict=True))
     assert rows[1].startswith("Concept 0.25 0.062 12.5 % 1 of 5 ")
-    assert "The concept: The <i>bridge</i>, most likely continued by" in found.text
-    assert "Its map spans 4 of 6 blocks; the residual stream is steered after 4 (equation16)." in found.text
+    assert "The concept: The <i>bridge</i>, after which the most likely next tokens are" in found.text
+    assert (
+        "Its map spans 4 of 6 blocks; the residual stream is steered after 4 blocks (method equation16)." in found.text
+    )
     kl, mass, hits = steer.effects(Run(checked(run_json()), {}))
     assert kl.series[0].points == ((0.0, 0.0), (0.25, 0.0625), (0.5, 0.25))
     assert kl.series[1].points == ((0.0, 0.0), (0.125, 0.015625), (0.375, 0.140625))

@@ -349,7 +349,7 @@ def test_what_cannot_be_resumed_says_so(run: Run, commands: dict[str, list[str]]
     assert {path.name for path in tmp_path.iterdir()} == {"events", "stderr"}
     nowhere = run(tmp_path, *commands["run"][:-2], "--resume")
     assert nowhere["code"] == 2
-    assert "give its -o" in nowhere["stderr"]
+    assert "needs the -o of the interrupted run" in nowhere["stderr"]
     assert run(tmp_path, *commands["run"], end=60)["signal"]
     again = run(tmp_path, *commands["run"])
     assert again["code"] == 1

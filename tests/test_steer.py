@@ -261,7 +261,7 @@ def test_the_demo_shows_it() -> None:
     assert steered["concept_mass_first"] > 100 * control["concept_mass_first"]
     out = " ".join(invoke("steer", "-q", "-t", 1).stdout.split())
     assert "Gate Bridge." in out
-    assert "equation16, the concept's map spans 4 of 6 blocks, the residual stream is steered after 4" in out
+    assert "equation16; the concept's map spans 4 of 6 blocks; the residual stream is steered after 4 blocks" in out
 
 
 def test_options_reach_the_library(tiny_file: TinyFile, tmp_path: Path) -> None:

@@ -164,7 +164,7 @@ def _terminate(number: int, frame: object) -> None:
 def main() -> None:
     """Show the exact linear map that a GGUF language model applies to one prompt.
 
-    Every command works without -m, on a small demo model that comes with ggjac:
+    Without -m, commands run on a small demo model that comes with ggjac:
 
     \b
         ggjac analyze

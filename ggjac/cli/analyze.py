@@ -76,7 +76,7 @@ def analyze(
     session = open_session(what, position=position, rank=rank)
     depths = None if layers is None else layers.of(session.model.config.block_count)
     if resume and output is None:
-        raise click.UsageError("--resume continues a run folder that was begun; give its -o")
+        raise click.UsageError("--resume needs the -o of the interrupted run")
     folder = output or new_folder(session.model.path.stem)
     if resume and finished(folder):
         line(f"{shown(folder)}: is finished; there is nothing to resume")

@@ -33,18 +33,18 @@ class PositionOrAll(click.ParamType):
     type=PositionOrAll(),
     default="-1",
     show_default=True,
-    help="Output position, negative counts from the end; or all.",
+    help="Output position (negative counts from the end), or all.",
 )
 @click.option(
     "--target", help="Token whose logit is split: its id, or a text of one token.  [default: the most likely one]"
 )
-@click.option("--versus", help="Explain the logit difference to this token.")
+@click.option("--versus", help="Token whose logit is subtracted: split the difference of the two logits.")
 @click.option(
     "--by",
     type=click.Choice(["token", "layer", "head"]),
     default="token",
     show_default=True,
-    help="Parts: input tokens; or direct logit attribution to attention and MLP of each layer, or to each head.",
+    help="Parts: the input tokens; or, as direct logit attribution, the attention and MLP of each layer, or each head.",
 )
 @output(
     "Save `targets` and `logits` [m], and `shares` [m, n], `offsets` [m]; or `embedding`, `bias` [m], `attn`, `mlp` "
@@ -60,11 +60,11 @@ def attribute(
     output: Path | None,
     output_format: str,
 ) -> None:
-    """Split a token's logit, or a logit difference, exactly; the shares and the biases sum to it.
+    """Split a token's logit, or a logit difference, exactly: the shares and the biases sum to it.
 
-    By token, a share follows the live paths from an input embedding to the logit. By layer or head it is direct logit
-    attribution: the part's addition to the residual stream at the output position, read by the frozen final norm and
-    the LM head. Exit code 3 if the reconstruction error is out of bounds.
+    By token, a share follows the live (not frozen) paths from an input embedding to the logit. By layer or head it is
+    direct logit attribution: what that part adds to the residual stream at the output position, read through the frozen
+    final norm and the LM head. Exit code 3 if the reconstruction error is out of bounds.
 
     \b
     ggjac attribute -m model.gguf -p "The capital of France is" --target " Paris" --versus " Rome" --by head

@@ -16,8 +16,8 @@ from ggjac.cli import options
 def bench(model: Path | None, threads: int | None, device: str, output_format: str) -> None:
     """Measure this machine: disk, dequantization of the file's own types, multiplication, each with its limit.
 
-    Dequantization is limited by memory: it cannot move more bytes than a copy does. Products with few columns cannot be
-    faster than those of square matrices. Takes a few seconds.
+    The limit of dequantization is a plain copy of as many bytes in memory; that of multiplication is the rate of square
+    matrices, which small tiles in the cache and noise can exceed. Takes a few seconds.
 
     \b
     ggjac bench -m model.gguf

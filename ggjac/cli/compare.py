@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     type=ModelFile(),
     required=True,
     metavar="FILE",
-    help="The other file of the same model, as -m names one.",
+    help="The other file of the same model, named as for -m.",
 )
 @position
 @spectrum_options
@@ -53,9 +53,9 @@ def compare(
 ) -> None:
     """Compare two files of one model, such as two quantizations, at one prompt.
 
-    Shows both spectra, principal angles between the spans of the leading singular vectors, the shares of a logit in
-    both, and for the next token at every position the KL divergence and whether the top token is the same. The files
-    are measured one after the other. Exit code 3 if the sweeps ran out, or a reconstruction error is out of bounds.
+    Shows both spectra, the principal angles between the spans of the leading singular vectors, the shares of a logit in
+    both files, and for every position the most likely next tokens and the KL divergence. The files are measured one
+    after the other. Exit code 3 if the sweeps ran out, or a reconstruction error is out of bounds.
 
     \b
     ggjac compare -m model-f16.gguf --with model-q4_k_m.gguf -p "The capital of France is"
@@ -147,7 +147,7 @@ def show(data: dict[str, Any], content: dict[str, Any]) -> None:
     table("Next token at every position", ["#position", "token", "a", "b", "#KL(a ‖ b), nats"], cells, differing)
     line(
         f"same top token at {data['top1_agreement']:.0%} of positions; KL divergence {data['kl']:.2e} nats at the "
-        f"output, {data['mean_kl']:.2e} in the mean; ‖y_b - y_a‖/‖y_a‖ = {data['output_distance']:.2e}"
+        f"output position, {data['mean_kl']:.2e} on average; ‖y_b - y_a‖/‖y_a‖ = {data['output_distance']:.2e}"
     )
     if not data["converged"]:
-        line(f"NOT converged to {data['tol']:.0e}: the angles are known no better than the singular vectors")
+        line(f"NOT converged to {data['tol']:.0e}: the angles are only as accurate as the singular vectors")

@@ -14,11 +14,11 @@ from ggjac.cli.planning import dry_run
 @model_options()
 @dry_run
 @position
-@top("Most likely tokens to compare.", 10)
+@top("Number of most likely tokens to compare.", 10)
 @output("Save `y`, `linear_output` (J x), `offset`, `ordinary_output` [d] and `ids` [n] to this safetensors file.")
 @output_format
 def contrast(what: ModelOptions, position: int, top: int, output: Path | None, output_format: str) -> None:
-    """Reconstruct the output with the detached and with the ordinary Jacobian, and compare both with it.
+    """Reconstruct the output with the detached and with the ordinary Jacobian, and compare both with the output.
 
     The ordinary Jacobian is the derivative with nothing frozen, computed exactly by automatic differentiation of the
     same streamed blocks. The detached Jacobian reproduces the output; the ordinary one need not. Exit code 3 if the

@@ -43,9 +43,9 @@ def layers(
 ) -> None:
     """Decompose the maps of every depth (singular values, stable rank, decoded left vectors), and show the logit lens.
 
-    A map is cumulative (from the input to a tap), blockwise (one block alone) or to the end (from a depth to the
-    output). It ends at the residual stream after a block (layer), or at the addition of the block's attention (attn) or
-    MLP (mlp) to it, seen through the final norm frozen there, as a logit lens sees it. `analyze --layers all` shows the
+    A map is cumulative (from the input to a depth), blockwise (of one block alone) or to_end (from a depth to the
+    output). The first two end at the residual stream after a block (layer), or at what the block's attention (attn) or
+    MLP (mlp) adds to it, read through the final norm frozen there, as in a logit lens. `analyze --layers all` shows the
     same in its report. Exit code 3 if the sweeps ran out before every triplet reached --tol, or the reconstruction
     error is out of bounds.
 

@@ -16,7 +16,7 @@ from ggjac.cli.planning import dry_run
 @click.option(
     "--count", type=click.IntRange(min=1), default=3, show_default=True, help="Columns and rows per position."
 )
-@top("Tokens per column; half per row.")
+@top("Tokens per column; half as many per row.")
 @output("Save `columns` [n, d], `rows` [n, d] (norms) and `ids` [n] to this safetensors file.")
 @output_format
 def norms(what: ModelOptions, position: int, count: int, top: int, output: Path | None, output_format: str) -> None:

@@ -202,19 +202,19 @@ _MODEL = [
         is_eager=True,  # before -m, which asks for it
         expose_value=False,
         callback=_remember_download,
-        help="Download an hf: model that is not on this disk.",
+        help="Download an hf: model that is not on this disk yet.",
     ),
 ]
 # Help of the prompt options, with the default prompt and the contents of the file.
 PROMPT_HELP = f"Text to analyse.  [default: {DEFAULT_PROMPT!r}]"
-FILE_HELP = "Read the prompt from a file (UTF-8; a last newline is dropped)."
+FILE_HELP = "Read the prompt from a file (UTF-8; a final newline is dropped)."
 
 
 def _prompt_options(prompt: str, file: str) -> list[Callable]:
     return [
         click.option("-p", "--prompt", help=prompt),
         click.option("-f", "--file", type=_FILE, help=file),
-        click.option("--tokens", type=TokenIds(), help="Token ids, as 1,2,3, instead of a text."),
+        click.option("--tokens", type=TokenIds(), help="Token ids, such as 1,2,3, instead of a text."),
     ]
 
 
@@ -241,13 +241,13 @@ _COMPUTE = [
         "--ram-budget",
         type=MemorySize(),
         metavar="SIZE",
-        help="Memory to use at most, as 2GiB, 500MB or 1.5G.  [default: half of the free memory]",
+        help="Maximum memory, such as 2GiB, 500MB or 1.5G.  [default: half of the free memory]",
     ),
     click.option(
         "--vram-budget",
         type=MemorySize(),
         metavar="SIZE",
-        help="GPU memory to use at most.  [default: all that is free]",
+        help="Maximum GPU memory.  [default: all that is free]",
     ),
     click.option("-q", "--quiet", is_flag=True, help="Do not show progress."),
 ]
@@ -255,7 +255,7 @@ _TRACE = click.option(
     "--trace",
     type=click.Path(file_okay=False, path_type=Path),
     metavar="FOLDER",
-    help="Cache the recorded forward pass in FOLDER and reuse it; it then need not fit in memory.",
+    help="Save the recorded forward pass in FOLDER, or reuse the one there; it then need not fit in memory.",
 )
 position = click.option(
     "--position", type=int, default=-1, show_default=True, help="Output position; negative counts from the end."
@@ -307,24 +307,25 @@ def layer_options(command: Callable) -> Callable:
                 type=Depths(),
                 default="all",
                 show_default=True,
-                help="Depths, in blocks applied: 0,10-20,-1. Negative ones count from the end.",
+                help="Depths, as numbers of blocks applied: 0,10-20,-1. Negative ones count from the end.",
             ),
             click.option(
                 "--maps",
                 callback=_names(*MAPS),
                 default=",".join(MAPS),
                 show_default=True,
-                help="Maps: from the input to a depth, of one block, from a depth to the output.",
+                help="Maps: from the input to a depth (cumulative), of one block (blockwise), from a depth to the "
+                "output (to_end).",
             ),
             click.option(
                 "--kinds",
                 callback=_names(*KINDS),
                 default=",".join(KINDS),
                 show_default=True,
-                help="Where the maps end: residual stream, attention, MLP.",
+                help="Where the maps end: at the residual stream (layer), attention (attn) or MLP (mlp).",
             ),
             click.option(
-                "--transport", is_flag=True, help="Carry left vectors of the residual stream on to the output."
+                "--transport", is_flag=True, help="Also carry the left vectors of the layer maps on to the output."
             ),
         ]
     ):
@@ -364,7 +365,7 @@ def iteration_options(command: Callable) -> Callable:
                 type=click.IntRange(min=2),
                 default=40,
                 show_default=True,
-                help="Most passes over the weights; up and down count as one each.",
+                help="Maximum number of passes over the weights; up and down count as one each.",
             ),
             click.option(
                 "-s",

@@ -18,15 +18,15 @@ from ggjac.cli.options import ModelOptions, model_options, output_format, positi
     type=click.Choice([name for name in COMMANDS if name not in WITHOUT_PROMPT]),
     default="svd",
     show_default=True,
-    help="Command to plan, with its default options; for others use its own --dry-run.",
+    help="Command to plan, with its default options; for other options, use the command's own --dry-run.",
 )
-@click.option("--no-bench", is_flag=True, help="Memory only: skip the measurement of this machine, about two seconds.")
+@click.option("--no-bench", is_flag=True, help="Do not measure this machine (about two seconds): plan without times.")
 @output_format
 def plan(what: ModelOptions, position: int, rank: int, command: str, no_bench: bool, output_format: str) -> None:
-    """Predict whether a command fits into memory, and how long it takes: bytes per layer, peak memory, sweeps, time.
+    """Predict whether a command fits in memory and how long it will take: bytes per layer, peak memory, sweeps, time.
 
-    Nothing is computed except for two seconds of measurements of this machine: disk, dequantization and multiplication.
-    Exit code 4 if it does not fit into the budget.
+    The command itself is not run; only this machine is measured, for two seconds: disk, dequantization and
+    multiplication. Exit code 4 if the command does not fit in the budget.
 
     \b
     ggjac plan -m model.gguf -p "The bridge out of Marin is the" --ram-budget 2GiB

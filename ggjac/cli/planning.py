@@ -36,7 +36,7 @@ def dry_run(command: Callable) -> Callable:
 
     wrapped.__doc__, wrapped.__name__ = command.__doc__, command.__name__
     wrapped.__click_params__ = getattr(command, "__click_params__", [])  # type: ignore[attr-defined]
-    words = "Print the memory and the sweeps that the command needs, and exit."
+    words = "Print the memory and the sweeps that the command needs, without running it."
     return click.option("--dry-run", is_flag=True, help=words)(wrapped)
 
 

@@ -27,10 +27,10 @@ def ranks(
 ) -> None:
     """Measure the stable rank of every token's own map, and of the joint one, for each line of a file (-f) of prompts.
 
-    A token's map leads from its embedding to the output at the last position. The same command continues an interrupted
-    run: -o grows by whole lines. Prompts whose sweeps ran out are computed again where --max-sweeps allows more. Exit
-    code 3 if the sweeps ran out before a largest singular value reached --tol, or a reconstruction error is out of
-    bounds.
+    A token's map leads from its embedding to the output at the last position. With -o, the same command continues an
+    interrupted run: each finished prompt is a line of the file. Prompts that ran out of sweeps are computed again if
+    --max-sweeps is now larger. Exit code 3 if the sweeps ran out before a largest singular value reached --tol, or a
+    reconstruction error is out of bounds.
 
     \b
     ggjac ranks -m model.gguf -f prompts.txt -o ranks.jsonl
@@ -41,7 +41,9 @@ def ranks(
 
     prompts = what.prompts()
     if what.trace and len(prompts) > 1:
-        raise click.UsageError("--trace keeps one prompt's forward pass, here are several; leave it out")
+        raise click.UsageError(
+            "--trace keeps the forward pass of one prompt, but --file has several; leave out --trace"
+        )
     model, options = open_options(what), settings(what)
     stages, options["stages"] = options["stages"], None
     iteration: dict[str, Any] = {"tol": tol, "seed": seed, "max_sweeps": max_sweeps}
@@ -58,7 +60,7 @@ def ranks(
             show_tokens(result.last)
         show(result.data())
         if result.ready:
-            line(f"{result.ready} of {len(records)} prompts were in {output} already")
+            line(f"{result.ready} of {len(records)} prompts were already in {output}")
         show_saved(output)
     if any(r["stopped_by"] == "sweeps" or not r["reconstruction"]["healthy"] for r in records):
         ctx.exit(3)
@@ -78,7 +80,7 @@ def show(data: dict[str, Any]) -> None:
         )
         for r in records
     ]
-    table("Stable rank of each prompt", ["prompt", "next", "#joint", "of each token's own map"], rows)
+    table("Stable rank of each prompt", ["prompt", "next token", "#joint map", "each token's own map"], rows)
     largest = max((p["mean"] for p in positions), default=0.0) or 1.0
     cells = [
         (
@@ -91,7 +93,7 @@ def show(data: dict[str, Any]) -> None:
         )
         for p in positions
     ]
-    headings = ["#token index", "#prompts", "#mean", "#standard error", "#median", "#least", "#most", ""]
+    headings = ["#token index", "#prompts", "#mean", "#standard error", "#median", "#lowest", "#highest", ""]
     table("Stable rank by token index", headings, cells)
     slow = sum(r["stopped_by"] == "sweeps" for r in records)
     line(f"NOT converged: {slow} of {len(records)} prompts" if slow else f"{len(records)} prompts, all converged")

@@ -191,4 +191,4 @@ def check_resume(output: Path | None, resume: bool) -> None:
         click.UsageError: there is no file whose run could be resumed.
     """
     if output is None and resume:
-        raise click.UsageError("--resume continues a run that saves to -o; give its -o")
+        raise click.UsageError("--resume needs the -o of the interrupted run")

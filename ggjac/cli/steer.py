@@ -42,9 +42,10 @@ class Strengths(click.ParamType):
 @model_options(prompt=f"Text to continue.  [default: {STEER_PROMPT!r}]", trace=False)
 @dry_run
 @click.option(
-    "--concept", help=f"Prompt whose linear map steers.  [default: {STEER_CONCEPT!r}, or a prompt of --tokens itself]"
+    "--concept",
+    help=f"Prompt whose linear map steers.  [default: {STEER_CONCEPT!r}; with --tokens, the prompt itself]",
 )
-@click.option("--concept-tokens", type=TokenIds(), help="Token ids, as 1,2,3, instead of the concept's text.")
+@click.option("--concept-tokens", type=TokenIds(), help="Token ids, such as 1,2,3, instead of the concept's text.")
 @click.option(
     "--layer", type=click.IntRange(min=1), help="Number of blocks that the map spans.  [default: two thirds of all]"
 )
@@ -54,11 +55,17 @@ class Strengths(click.ParamType):
     type=Strengths(),
     default="0.5",
     show_default=True,
-    help="Steering strength: one number, or several as 0,0.2,0.5; 0 = off.",
+    help="Steering strength: one number, or several, such as 0,0.2,0.5; 0 = off.",
 )
-@click.option("--method", type=click.Choice(["equation16", "additive"]), default="equation16", show_default=True)
+@click.option(
+    "--method",
+    type=click.Choice(["equation16", "additive"]),
+    default="equation16",
+    show_default=True,
+    help="Steering formula, as above.",
+)
 @click.option("--max-tokens", type=click.IntRange(min=1), default=12, show_default=True, help="Tokens to generate.")
-@top("Next tokens of the concept that count as hits.", 5)
+@top("Number of the concept's own next tokens that count as hits.", 5)
 @click.option("--control/--no-control", default=True, show_default=True, help="Also steer with a random operator.")
 @click.option(
     "-s", "--seed", type=click.IntRange(0, 2**63 - 1), default=0, help="Seed of the random operator.  [default: 0]"
@@ -68,7 +75,7 @@ class Strengths(click.ParamType):
     "control_vector",
     type=click.Path(path_type=Path),
     metavar="FILE",
-    help="Save the addition of the last strength at the prompt's last position as a control vector for llama.cpp.",
+    help="Save what the last strength adds at the prompt's last position as a control vector for llama.cpp.",
 )
 @output("Save the JSON of `--format json` to this file.")
 @output_format
@@ -89,15 +96,15 @@ def steer(
 ) -> None:
     """Continue a prompt while the linear map of another prompt, the concept, steers its residual stream.
 
-    With strength s, the residual stream h at every position, and the cumulative image c of the embeddings under the
-    concept's detached Jacobian:
+    With s the strength, h the residual stream at a position, and c the image of the prompt's embeddings up to that
+    position under the concept's detached Jacobian:
 
     \b
     equation16  h <- (1 - s) h + s c          the paper's equation 16, λ = 1 - s
     additive    h <- h + (s / 2) ‖h‖ c / ‖c‖  the paper's code: c seen through the final norm, h one block earlier
 
-    The same text is also continued without steering, and steered by an operator of equal singular values that writes in
-    random directions. Without a prompt: 'My favorite thing is the'.
+    For comparison, the same prompt is also continued without steering (the baseline), and steered by an operator with
+    the same singular values that writes in random directions (the control).
 
     \b
     ggjac steer -m model.gguf -p "I am going to Arizona to see the" --concept "The bridge is the Golden" --strength 0.5
@@ -130,8 +137,8 @@ def steer(
         raise click.UsageError(f"--concept: {error}") from error
     if len(session.ids) + max_tokens > model.config.context_length:
         raise click.UsageError(
-            f"--max-tokens {max_tokens}: with the prompt's {len(session.ids)} that is more than the model's context, "
-            f"{model.config.context_length}"
+            f"--max-tokens {max_tokens}: with the prompt's {len(session.ids)} tokens that is more than the model's "
+            f"context of {model.config.context_length}"
         )
     fit_command(session, len(ids), text=len(session.ids), position=-1)
     options: dict[str, Any] = {"method": method, "layer": layer, "strengths": strengths, "max_tokens": max_tokens}
@@ -165,14 +172,14 @@ def show(data: dict[str, Any]) -> None:
     concept = data["concept"]
     cells = [(row["token"], row["id"], f"{row['probability']:.4f}") for row in concept["top"]]
     line(f"Concept: {' '.join(token['text'] for token in concept['tokens'])}")
-    table("The concept's own next token", ["token", "#id", "#probability"], cells)
+    table("Next token after the concept", ["token", "#id", "#probability"], cells)
     rows = [("baseline", data["baseline"])]
     for i, text in enumerate(data["steered"]):
         rows.append(("concept", text))
         rows.extend(("random", control) for control in data["controls"][i : i + 1])
     table(
-        f"Continued: {data['method']}, the concept's map spans {data['layer']} of {data['blocks']} blocks, "
-        f"the residual stream is steered after {data['changed_after_blocks']}",
+        f"Steered texts: {data['method']}; the concept's map spans {data['layer']} of {data['blocks']} blocks; "
+        f"the residual stream is steered after {data['changed_after_blocks']} blocks",
         ["steered by", "#strength", "#KL", "#mass", "#hits", "text"],
         [
             (
@@ -187,6 +194,6 @@ def show(data: dict[str, Any]) -> None:
         ],
     )
     line(
-        "KL: divergence of the first token's distribution from the baseline's, in nats. mass: total probability of the "
-        "concept's own next tokens as the first token; hits: how many of the generated tokens are among them."
+        "KL: divergence of the first token's distribution from the baseline's, in nats; mass: total probability of the "
+        "concept's own next tokens as the first token; hits: number of generated tokens among them"
     )

@@ -31,7 +31,7 @@ from ggjac.sizes import SHUFFLES
     type=click.IntRange(min=0),
     default=SHUFFLES,
     show_default=True,
-    help="Shuffled vectors in the chance baseline; 0 for none.",
+    help="Number of shuffled vectors in the chance baseline; 0 for no baseline.",
 )
 @output(
     "Save `U`, `S`, `Vh`, `residual` and `ids`, and with --per-token `token_U` [m, k, d], `token_S` [m, k], `token_Vh` "
@@ -72,7 +72,7 @@ def svd(
     from ggjac.session import checkpoint
 
     if shuffles == 1:
-        raise click.UsageError("--shuffles 1: chance and its spread take two; 0 leaves the comparison out")
+        raise click.UsageError("--shuffles 1: a baseline needs at least 2 vectors; 0 leaves the comparison out")
     check_resume(output, resume)
     session = open_session(what, position=position, rank=rank, output=output)
     settings: dict[str, Any] = {"rank": rank, "tol": tol, "seed": seed}
@@ -159,8 +159,9 @@ def show_readability(data: dict[str, Any]) -> None:
     columns = ["##", "#left", "#sd above", "#by chance", "#right", "#sd above", "#by chance"]
     table("Coherence: mean cosine between the embeddings of a vector's top tokens", columns, rows)
     line(
-        f"right: at its heaviest position; by chance: share of {data['left']['shuffled']['count']} vectors with "
-        "shuffled components that score as high"
+        "right: at the position with most of its weight; sd above: standard deviations above the mean of "
+        f"{data['left']['shuffled']['count']} vectors with shuffled components; by chance: share of them that score as "
+        "high"
     )
     line("")
 

@@ -14,14 +14,15 @@ from ggjac.cli.planning import dry_run
 @click.option(
     "--strict",
     is_flag=True,
-    help="Let llama.cpp run a temporary copy rewritten as F32 (4 bytes per weight); all must then agree to rounding.",
+    help="Let llama.cpp run a temporary copy of the file rewritten as F32 (4 bytes per weight); everything must then "
+    "agree to rounding.",
 )
 @output_format
 def verify(what: ModelOptions, strict: bool, output_format: str) -> None:
     """Compare tokens, logits and every layer with llama.cpp on the same file; exit code 3 if they disagree.
 
-    On a quantized file llama.cpp rounds activations to 8 bit, so only the top token must agree; --strict removes that
-    difference.
+    On a quantized file llama.cpp rounds activations to 8 bits, so that only the top token must agree; --strict removes
+    this difference.
 
     \b
     ggjac verify -m model.gguf --strict
@@ -51,7 +52,7 @@ def show(data: dict[str, Any]) -> None:
         table("Every layer against llama.cpp", columns, rows, departed)
     line(f"llama.cpp ({data['mode']}): {'agrees' if data['verdict'] else 'DISAGREES'}: {data['reason']}")
     line(
-        f"  top token {data['top1']['token']} ({'the same' if data['top1_equal'] else 'not ours'}), "
+        f"  top token {data['top1']['token']} ({'the same' if data['top1_equal'] else 'ours differs'}), "
         f"KL divergence {data['kl_last']:.2e} nats (mean over positions {data['kl']:.2e}), "
         f"logits relative L2 {data['logits_error']:.2e}"
     )

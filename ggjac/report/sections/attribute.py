@@ -409,25 +409,25 @@ SECTIONS = (
         "attribute",
         "Attribution",
         attribute,
-        "At this prompt the network is exactly a linear map of its input embeddings, so a logit splits into one share "
-        "for each input token, without remainder. A share is the contribution of a token along the live (not frozen) "
-        "path; it is not the effect of changing the token.",
+        "At this prompt the output is exactly a linear map of the input embeddings, plus an offset from biases. So a "
+        "logit splits into one share for each input token and one for the offset, without remainder. A share is the "
+        "contribution of a token along the live (not frozen) paths; it is not the effect of changing the token.",
         token_bars,
     ),
     Section(
         "attribute-branches",
         "Blocks and heads",
         branches,
-        "Direct logit attribution: the same logit, split by the output of each attention head and MLP in the residual "
-        "stream, as the frozen final norm and the LM head read it. Point at a cell, or use the arrow keys, to read it.",
+        "Direct logit attribution: the logit, split by what each attention head and MLP adds to the residual stream, "
+        "read through the frozen final norm and the LM head. Point at a cell, or use the arrow keys, to see its value.",
         branch_drawings,
     ),
     Section(
         "attribute-positions",
         "Every position",
         positions,
-        "Each row splits the logit of one position’s own prediction. Point at a cell, or use the arrow keys, to read "
-        "it.",
+        "Each row splits the logit of one position’s own prediction. Point at a cell, or use the arrow keys, to see "
+        "its value.",
         position_grid,
     ),
 )

@@ -151,7 +151,7 @@ def compare(run: Run) -> dict[str, Any] | None:
             (words, value)
             for words, value in (
                 ("KL divergence at the output, nats", _power(found["kl"])),
-                ("in the mean over positions", _power(found["mean_kl"])),
+                ("Mean KL divergence over positions, nats", _power(found["mean_kl"])),
                 ("Same top token", found["top1_agreement"] is not None and percent(found["top1_agreement"], 0)),
                 ("‖y_b − y_a‖ ⁄ ‖y_a‖", _power(found["output_distance"])),
             )
@@ -174,7 +174,7 @@ SECTIONS = (
         "compare",
         "Two files",
         compare,
-        "One prompt on two files of one model: how far quantization moves the map, the shares and the predictions.",
+        "One prompt on two files of one model: how much quantization changes the map, the shares and the predictions.",
         drawings,
     ),
 )

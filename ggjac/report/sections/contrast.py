@@ -46,7 +46,7 @@ def scatters(run: Run) -> list[Chart]:
         if values is None:
             continue
         shown = _sample(y, values)
-        note = () if len(shown) == len(y) else (f"{len(shown)} of {len(y)} components, the extremes among them.",)
+        note = () if len(shown) == len(y) else (f"{len(shown)} of {len(y)} components, including the extremes.",)
         error = float(np.linalg.norm(values - y) / (np.linalg.norm(y) or 1.0))
         pairs = tuple((float(y[i]), float(values[i])) for i in shown)
         found.append(
@@ -113,8 +113,9 @@ SECTIONS = (
         "contrast",
         "Reconstruction",
         contrast,
-        "Every component of the output, and the same component reconstructed by the linear map. The detached Jacobian "
-        "reproduces it by construction, up to rounding; the ordinary Jacobian need not.",
+        "Every component of the output, against the same component reconstructed by the linear map. The detached "
+        "Jacobian reproduces the output by construction, up to rounding; the ordinary Jacobian, with nothing frozen, "
+        "need not.",
         scatters,
     ),
 )

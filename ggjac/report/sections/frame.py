@@ -203,8 +203,8 @@ def _convergence(c: dict[str, Any]) -> dict[str, Any] | None:
         # One that stopped at the precision of its dtype is as good as that allows, not a failure.
         "state": "fail" if found["stopped_by"] == "sweeps" else "pass" if found["converged"] else "none",
         "value": power(max(residuals)) if residuals else "–",
-        "limit": "" if found["tol"] is None else f"asked {power(found['tol'])}",
-        "says": f"Worst residual of {len(found['triplets'])} triplets relative to σ, "
+        "limit": "" if found["tol"] is None else f"tolerance {power(found['tol'])}",
+        "says": f"Largest residual of {len(found['triplets'])} triplets, relative to σ; "
         f"{'converged' if found['converged'] else 'not converged'}{sweeps}.{stopped or ''}",
     }
 
@@ -226,6 +226,8 @@ def tokens(run: Run) -> dict[str, Any] | None:
 
 
 CERTIFICATE = Section(
-    "certificate", "Certificate", certificate, "The checks of this run, and everything needed to repeat it."
+    "certificate", "Certificate", certificate, "The checks of this run, and everything that is needed to repeat it."
 )
-TOKENS = Section("tokens", "Tokens", tokens, "The prompt as the model reads it. Spaces and invisible bytes are shown.")
+TOKENS = Section(
+    "tokens", "Tokens", tokens, "The prompt as the model reads it, with spaces and invisible bytes made visible."
+)

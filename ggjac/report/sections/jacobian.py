@@ -64,7 +64,8 @@ SECTIONS = (
         "jacobian",
         "The dense map",
         jacobian,
-        "The part of the map at each position: its size, and the length of the vector that it adds to the output.",
+        "The map splits into one part for each position: its size, and the length of the vector that it contributes "
+        "to the output.",
         drawings,
     ),
 )

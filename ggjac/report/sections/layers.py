@@ -301,16 +301,16 @@ SECTIONS = (
         "layers",
         "Layer by layer",
         layers,
-        "Depth runs downwards. Choose a token to pin it and follow its rank through the depths in the logit lens: its "
-        "place when the residual stream is read through the final norm and the LM head.",
+        "Depth increases downwards. Click a token to pin it and follow its rank by depth in the logit lens: its place "
+        "among all tokens when the residual stream is read through the final norm and the LM head.",
         ranks_by_depth,
     ),
     Section(
         "layers-stable-rank",
         "Stable rank by depth",
         stable_rank,
-        "The number of directions that the map effectively uses at each depth. Bars are one standard error, where the "
-        "value was estimated.",
+        "The number of directions that the map effectively uses at each depth. Error bars show one standard error "
+        "where the value was estimated.",
         drawings,
     ),
 )

@@ -66,8 +66,9 @@ SECTIONS = (
         "norms",
         "Long columns and rows",
         norms,
-        "A column of the dense map is the effect of one component of an embedding on the output; a row is what one "
-        "component of the output reads. The longest of each position, in tokens.",
+        "A column of the dense map is the effect of one component of an embedding on the output; a row is the "
+        "direction of the embedding that one component of the output reads. The longest ones at each position, decoded "
+        "to tokens.",
         longest,
     ),
 )

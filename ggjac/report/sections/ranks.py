@@ -101,8 +101,8 @@ SECTIONS = (
         "ranks",
         "Stable rank over prompts",
         ranks,
-        "The number of directions of each token’s embedding that the network effectively uses, by the token’s "
-        "position.",
+        "The stable rank of a token’s own map is the number of directions of its embedding that the network "
+        "effectively uses; here by the token’s position.",
         ranks_over_prompts,
     ),
 )

@@ -105,9 +105,9 @@ SECTIONS = (
         "steer",
         "Activation steering",
         steer,
-        "The prompt, continued while the linear map of another prompt, the concept, steers the residual stream; the "
-        "baseline and random directions are for comparison. Greedy decoding amplifies small differences: read the "
-        "numbers as well.",
+        "The prompt, continued while the linear map of another prompt, the concept, steers the residual stream. The "
+        "unsteered baseline and random directions are for comparison. Greedy decoding amplifies small differences, so "
+        "read the numbers as well as the texts.",
         effects,
     ),
 )

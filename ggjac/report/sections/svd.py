@@ -234,25 +234,25 @@ SECTIONS = (
         "svd",
         "Singular values",
         svd,
-        "The gain of the map along its leading directions. The stable rank, Σσ² ⁄ σ₁², measures the number of "
-        "directions it effectively uses.",
+        "The gains of the map along its leading directions. The stable rank, Σσ² ⁄ σ₁² over all singular values, "
+        "measures the number of directions that the map effectively uses.",
         singular_values,
     ),
     Section(
         "svd-vectors",
         "Singular vectors",
         vectors,
-        "Each pair reads one direction of the input and writes one direction of the output. A left vector is decoded "
-        "to the tokens it promotes; a right vector to the positions that carry it and the embeddings nearest to it "
-        "there.",
+        "Each pair reads one direction of the input (the right vector) and writes one direction of the output (the "
+        "left vector). A left vector is decoded through the LM head to the tokens it promotes; a right vector to the "
+        "positions that carry most of it and the input embeddings nearest to it there.",
         readability,
     ),
     Section(
         "svd-per-token",
         "Position by position",
         per_token,
-        "The singular vectors of each position’s own map, which takes the embedding there to the output. The joint "
-        "map’s vectors mix positions; these do not.",
+        "The singular vectors of each position’s own map, from the embedding at that position to the output. The "
+        "vectors of the joint map mix positions; these do not.",
         largest,
     ),
 )
