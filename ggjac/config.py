@@ -10,18 +10,7 @@ from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from typing import Any, NamedTuple
 
-from ggjac.architectures import ARCHITECTURES, Architecture, Norms
-
-__all__ = [
-    "ARCHITECTURES",
-    "MAX_SIZE",
-    "Architecture",
-    "ConfigError",
-    "Layer",
-    "ModelConfig",
-    "Norms",
-    "Rope",
-]
+from ggjac.architectures import ARCHITECTURES, Architecture
 
 # Larger than any model's sizes, and small enough that no product of them surprises.
 MAX_SIZE = 2**31 - 1

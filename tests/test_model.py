@@ -18,8 +18,9 @@ from torch import Tensor
 
 import ggjac
 from ggjac import blocks, linop, model, planner, weights
+from ggjac.architectures import Norms
 from ggjac.blocks import NumericsError
-from ggjac.config import ConfigError, ModelConfig, Norms, Rope
+from ggjac.config import ConfigError, ModelConfig, Rope
 from ggjac.model import PromptError, open_model
 from ggjac.planner import work
 from ggjac.weights import Block
