@@ -31,7 +31,6 @@ from ggjac.weights import Block, Weight, WeightStore
 DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in ITEM_BYTES}
 
 Observer = Callable[[str, Tensor], None]
-Progress = Callable[[int, int], None]
 
 
 class PromptError(ValueError):
@@ -226,7 +225,7 @@ class Model:
         imitate: bool = False,
         tapes: bool | Tapes = True,
         observe: Observer | None = None,
-        progress: Progress | None = None,
+        progress: Callable[[int, int], None] | None = None,
     ) -> "Trace":
         """Run a prompt once and record the quantities that the detached Jacobian freezes.
 

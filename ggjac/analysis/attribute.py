@@ -52,20 +52,6 @@ class Attribution(Plotted):
     position: int
     softcap: float
 
-    @property
-    def positions(self) -> "TokenShares":
-        """The same as shares of several positions are stated, here of one."""
-        logits, offsets = (torch.tensor([value], dtype=torch.float64) for value in (self.logit, self.offset))
-        return TokenShares(
-            positions=range(self.position, self.position + 1),
-            targets=torch.tensor([self.target]),
-            versus=self.versus,
-            logits=logits,
-            shares=self.shares[None],
-            offsets=offsets,
-            softcap=self.softcap,
-        )
-
     def data(self, words: Words = NO_WORDS) -> dict[str, Any]:
         """Return the target and every input position's share."""
         return {
@@ -79,8 +65,10 @@ class Attribution(Plotted):
         }
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return what is saved, as `TokenShares` of one position."""
-        return self.positions.tensors()
+        """Return what is saved, as of `TokenShares`: `targets`, `logits`, `offsets` `[1]` and `shares` `[1, n]`."""
+        logits, offsets = (torch.tensor([value], dtype=torch.float64) for value in (self.logit, self.offset))
+        targets = torch.tensor([self.target])
+        return {"targets": targets, "logits": logits, "shares": self.shares[None], "offsets": offsets}
 
     @property
     def unexplained(self) -> float:
