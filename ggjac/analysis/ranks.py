@@ -135,12 +135,12 @@ class Ranks(Plotted):
     Attributes:
         records: one for each prompt, in the order given: plain data, as the lines of the file are.
         ready: how many of them were in the file already.
-        last: session of the last prompt; its envelope describes how all were computed.
+        envelope: of the session of the last prompt: where the results came from and how all were computed.
     """
 
     records: list[dict[str, Any]]
     ready: int
-    last: Session
+    envelope: dict[str, Any]
 
     def data(self, words: Words = NO_WORDS) -> dict[str, Any]:
         """Return all records, and the distribution of stable ranks at each token index."""
@@ -208,7 +208,7 @@ def ranks(
                 progress("prompt", number, len(prompts))
     if last is None:
         raise PromptError("no prompt was given")
-    return Ranks(found, ready, last)
+    return Ranks(found, ready, last.envelope())
 
 
 def by_position(records: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
