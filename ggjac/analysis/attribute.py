@@ -5,8 +5,8 @@ token, for what sets the two apart):
 
     logit = w · y = Σ_i w · J_i x_i + w · offset
 
-By what was added to the stream, with the final norm `N` frozen at the prompt ("direct logit attribution": what the head
-reads from each part, wherever that part's own input came from):
+By the additions to the residual stream, with the final norm `N` frozen at the prompt ("direct logit attribution": the
+head's reading of each part, wherever that part's own input came from):
 
     logit = w · N (x_p + Σ_i attn_i + Σ_i mlp_i),    attn_i = norm_out (Σ_h W_h z_h + bias)
 
@@ -37,8 +37,8 @@ class Attribution(Plotted):
     Attributes:
         target: token id whose logit is split.
         logit: `w · y` (plus the head's bias), from the forward pass, before any soft cap.
-        shares: `[n]`, float64: what each input position contributes.
-        offset: what the biases contribute, the head's included; 0 for models without them.
+        shares: `[n]`, float64: the contribution of each input position.
+        offset: the contribution of the biases, the head's included; 0 for models without them.
         versus: token id whose logit is subtracted, or None.
         position: of the output.
         softcap: of the head's logits (not applied here); 0 for none.
@@ -98,8 +98,8 @@ class TokenShares(Result):
         targets: `[m]`, token ids.
         versus: token id whose logit is subtracted everywhere, or None.
         logits: `[m]`, float64: from the forward pass, before any soft cap.
-        shares: `[m, n]`, float64: what each input position contributes; 0 after the output position.
-        offsets: `[m]`, float64: what the biases contribute, the head's included.
+        shares: `[m, n]`, float64: the contribution of each input position; 0 after the output position.
+        offsets: `[m]`, float64: the contribution of the biases, the head's included.
         softcap: of the head's logits (not applied here); 0 for none.
     """
 
@@ -129,7 +129,7 @@ class TokenShares(Result):
 
     @property
     def unexplained(self) -> Float[Tensor, " m"]:
-        """What is left of each logit: rounding."""
+        """The rest of each logit: rounding."""
         return self.logits - self.shares.sum(1) - self.offsets
 
     def _table(self, words: Words) -> Table:
@@ -147,7 +147,7 @@ class TokenShares(Result):
 
 @dataclass(frozen=True)
 class BranchShares(Plotted):
-    """What was added to the stream of `m` output positions, as the final norm and the head read it.
+    """The additions to the residual stream of `m` output positions, as the final norm and the head read them.
 
     Attributes:
         positions: the `m` output positions.
@@ -159,7 +159,7 @@ class BranchShares(Plotted):
         mlp: `[m, L]`, float64: the feed-forward branch, likewise.
         bias: `[m]`, float64: of the final norm and of the head; 0 for models without them.
         heads: `[m, L, h]`, float64: `attn` split by query head; None if not asked for.
-        attn_bias: `[m, L]`, float64: what is left of `attn` for no head: the bias of its output projection.
+        attn_bias: `[m, L]`, float64: the part of `attn` of no head: the bias of its output projection.
         softcap: of the head's logits (not applied here); 0 for none.
     """
 
@@ -176,7 +176,7 @@ class BranchShares(Plotted):
     softcap: float
 
     def data(self, words: Words = NO_WORDS) -> list[dict[str, Any]]:
-        """Return a record for each output position: its target, and what each block's branches or heads added."""
+        """Return a record for each output position: its target, and the additions of each block's branches or heads."""
         by = "layer" if self.heads is None else "head"
         return [
             _entry(self, by, row, words)
@@ -202,7 +202,7 @@ class BranchShares(Plotted):
 
     @property
     def unexplained(self) -> Float[Tensor, " m"]:
-        """What is left of each logit: rounding. With heads, these are what is added up, not `attn`."""
+        """The rest of each logit: rounding. With heads, the sum is over them instead of `attn`."""
         attn = self.attn.sum(1)
         if self.heads is not None and self.attn_bias is not None:
             attn = self.heads.sum((1, 2)) + self.attn_bias.sum(1)
@@ -233,7 +233,7 @@ class BranchShares(Plotted):
 
 
 def _entry(shares: TokenShares | BranchShares, by: str, row: int, words: Words) -> dict[str, Any]:
-    """Return what is stated of the logit at an output position, however it is split."""
+    """Return the data of the logit at an output position, however it is split."""
     return {
         "by": by,
         **words.here(shares.positions[row]),

@@ -3,8 +3,8 @@
 A map is one of
 
     cumulative  from the input embeddings to the tap
-    blockwise   of the tap's block alone: from the stream before it to the tap
-    to_end      from the stream at this depth to the output
+    blockwise   of the tap's block alone: from the residual stream before it to the tap
+    to_end      from the residual stream at this depth to the output
 
 and ends at a tap seen through the final norm frozen there, as a logit lens sees it (at the output: the final norm's own
 value). All cumulative maps advance in the same sweeps, so do all maps to the end; blocks alone come one after another.
@@ -45,8 +45,8 @@ class LayerMap:
         residual: `[k]`, as in `ggjac.svd.SVD`.
         sweeps, stopped_by: of its iteration.
         stable_rank: of the map.
-        transported: `[k, d]`, what each left vector becomes at the output, if that was asked for: the stream vector at
-            the position read that the tap's norm turns into `u`, pushed through the blocks that follow.
+        transported: `[k, d]`, each left vector carried on to the output, if that was asked for: the stream vector at
+            the output position that the tap's norm turns into `u`, sent through the blocks that follow.
         left: tokens of highest logit for each left vector, `[k, top]`.
         arriving: tokens of highest logit for each transported vector, `[k, top]`.
     """
@@ -367,7 +367,7 @@ class _Group:
             sweep.progress = lambda done, total: report(f"{what}, block", done, total)
 
     def svd(self, rank: int, **options: Any) -> list[SVD]:
-        """Return the triplets of each map, left vectors signed to point along what the map makes of its stream."""
+        """Return the triplets of each map, left vectors signed to point along the image of its stream."""
         self.report_as(f"{self.name}, sweep 1")
 
         def swept(sweeps: int, worst: float) -> None:
