@@ -186,7 +186,7 @@ class ModelConfig:
     leading_dense: int
 
     def routed(self, layer: int) -> bool:
-        """Say whether the feed-forward of a block is a mixture of experts."""
+        """Return whether the feed-forward of a block is a mixture of experts."""
         return self.expert_count > 0 and layer >= self.leading_dense
 
     @property
@@ -649,7 +649,7 @@ class _Keys:
     prefix: str
 
     def __contains__(self, key: str) -> bool:
-        """Say whether the file has a key."""
+        """Return whether the file has a key."""
         return f"{self.prefix}.{key}" in self.metadata
 
     def number(self, key: str, default: int | float | None = None) -> int | float:
