@@ -90,6 +90,7 @@ class Session:
 
     Raises:
         PromptError: the model cannot run the prompt, or has no such position.
+        SizeError: a budget is not an amount of memory.
         TokenizerError: the file has no tokenizer, or llama-cpp-python is not installed.
     """
 

@@ -257,9 +257,16 @@ def attribute(
     *,
     progress: Progress | None = None,
 ) -> Attribution:
-    """Split the logit of token `target` (default: the most likely next token) over the input positions.
+    """Split a logit over the input positions; one downward sweep.
 
-    With `versus`, split the difference to that token's logit. One downward sweep.
+    Args:
+        jacobian: from the embeddings to the output.
+        target: id of the token whose logit is split; default the most likely next one.
+        versus: id of a token whose logit is subtracted.
+        progress: called as `progress("block", done, total)` after each block.
+
+    Raises:
+        GGUFError: `target` or `versus` is not in the vocabulary.
     """
     asked = _ask(jacobian.output[None], jacobian.network.head, target, versus)
     with jacobian.reporting(progress):
@@ -288,6 +295,9 @@ def attribute_positions(
     position at which it is read identifies the logit. `n + 1` vectors of `n` positions advance together, or in several
     passes where they need more than the Jacobian's `chunk_bytes` of working memory. The Jacobian's own position has no
     influence.
+
+    Raises:
+        GGUFError: `target` or `versus` is not in the vocabulary.
     """
     network, chunk_bytes = jacobian.network, jacobian.chunk_bytes
     n, d = network.x.shape
@@ -332,8 +342,8 @@ def attribute_branches(
 
     Args:
         jacobian: of the prompt.
-        target: token whose logit is split; default the most likely one at each position.
-        versus: token whose logit is subtracted.
+        target: id of the token whose logit is split; default the most likely one at each position.
+        versus: id of a token whose logit is subtracted.
         positions: consecutive output positions; default the Jacobian's own.
         by_head: split attention by query head; the output projections are then read twice.
         progress: called as `progress("block", done, total)` after each block.
@@ -341,6 +351,9 @@ def attribute_branches(
     Returns:
         Shares at all positions at once, in one pass over the weights of the live paths: each branch is applied to the
         stream that the trace recorded, as the forward pass did.
+
+    Raises:
+        GGUFError: `target` or `versus` is not in the vocabulary.
     """
     network = jacobian.network
     config = network.frame.config

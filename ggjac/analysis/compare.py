@@ -172,6 +172,8 @@ def portray(
 
     Raises:
         NumericsError: a logit is not finite.
+        ValueError: rank, `tol` or `max_sweeps` are out of range, as `ggjac.svd.svd` has them.
+        GGUFError: `target` is not in the vocabulary.
     """
     head = jacobian.network.head
     logits = finite_logits(head.logits(jacobian.network.outputs)).cpu()

@@ -76,6 +76,9 @@ def token_ranks(
         at_once: stacked vectors in one sweep, at most; beyond, it is repeated. Never more than dense rows would be.
         tol, seed, max_sweeps: of the iterations for the largest singular values, as `ggjac.svd.svd` takes them.
         probes: of the estimated norms, where there are more than `EXACT_ROWS` outputs.
+
+    Raises:
+        ValueError: `tol` or `max_sweeps` is out of range.
     """
     n, d = jacobian.in_shape
     places = [None, *range(jacobian.position + 1)]
