@@ -34,6 +34,12 @@ def distance(actual: torch.Tensor, expected: torch.Tensor) -> float:
     return float((actual.double() - expected.double()).norm() / expected.double().norm())
 
 
+def lacking(tables: dict[str, set[str]]) -> list[str]:
+    """Return which table lacks a name that another one has, in words."""
+    every = set().union(*tables.values())
+    return [f"{where} lacks {', '.join(sorted(every - names))}" for where, names in tables.items() if every - names]
+
+
 # ---- a Jacobian and the oracle's
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import tiny
+from helpers import lacking
 
 import ggjac
 from ggjac.architectures import ARCHITECTURES
@@ -20,21 +21,22 @@ def test_every_architecture_is_documented_and_no_other() -> None:
     text = (ROOT / "docs" / "architectures.md").read_text(encoding="utf-8")
     families = text.split("## Families")[1].split("## Evidence")[0]
     documented = re.findall(r"^\| `([a-z0-9_-]+)` \|", families, re.MULTILINE)
-    assert documented == list(ARCHITECTURES)
+    assert not lacking({"docs/architectures.md": set(documented), "ARCHITECTURES": set(ARCHITECTURES)})
+    assert documented == list(ARCHITECTURES), "in docs/architectures.md and ARCHITECTURES the order differs"
 
 
 def test_the_counts_of_families_and_files_are_todays() -> None:
     """Those of the README's table, of which test_families.py compares every file with llama.cpp."""
-    assert re.findall(r"(\d+) architectures in (\d+) tiny files", README) == [
-        (str(len(ARCHITECTURES)), str(len(tiny.CASES)))
-    ]
+    files = [(str(len(ARCHITECTURES)), str(len(tiny.CASES)))]
+    assert re.findall(r"(\d+) architectures in (\d+) tiny files", README) == files, "the counts in README.md"
     changes = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
-    assert re.findall(r"Models: (\d+) architectures", changes) == [str(len(ARCHITECTURES))]
+    assert re.findall(r"Models: (\d+) architectures", changes) == [str(len(ARCHITECTURES))], "the count in CHANGELOG.md"
 
 
 def test_every_command_is_in_the_readme_and_no_other() -> None:
     documented = re.findall(r"^\| `ggjac ([a-z]+)` \|", README, re.MULTILINE)
-    assert documented == list(COMMANDS)
+    assert not lacking({"README.md": set(documented), "COMMANDS of ggjac/cli/__init__.py": set(COMMANDS)})
+    assert documented == list(COMMANDS), "in README.md's table of commands and in COMMANDS the order differs"
 
 
 def test_the_library_example_runs(capsys, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -47,12 +49,14 @@ def test_the_library_example_runs(capsys, tmp_path: Path, monkeypatch: pytest.Mo
 def test_every_public_name_is_documented() -> None:
     """In the README's table of commands, or on the library page, whose code is run by test_tutorial.py."""
     text = README + (ROOT / "docs" / "library.md").read_text(encoding="utf-8")
-    assert set(re.findall(r"\bggjac\.(\w+)", text)) >= set(ggjac.__all__) - {"__version__"}
+    missing = set(ggjac.__all__) - {"__version__"} - set(re.findall(r"\bggjac\.(\w+)", text))
+    assert not missing, "neither README.md nor docs/library.md has `ggjac.NAME`"
 
 
 def test_every_command_is_in_the_changelog() -> None:
     changes = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
-    assert not [name for name in COMMANDS if not re.search(rf"\b{name}\b", changes)]
+    missing = [name for name in COMMANDS if not re.search(rf"\b{name}\b", changes)]
+    assert not missing, "CHANGELOG.md does not name them"
 
 
 def test_the_install_commands_are_what_ci_runs() -> None:

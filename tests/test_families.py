@@ -6,9 +6,11 @@
 from collections.abc import Callable
 from pathlib import Path
 
+import families
+import oracle
 import pytest
 import tiny
-from helpers import FIRST, distance
+from helpers import FIRST, distance, lacking
 from safetensors.torch import load_file
 
 from ggjac.architectures import ARCHITECTURES
@@ -20,8 +22,14 @@ REFERENCES = {"llama3": "up", "mistral": "up", "qwen3": "up", "gemma3": "up", "p
 EXPERTS = [case for case in tiny.CASES if tiny.options(case).experts]
 
 
-def test_every_architecture_has_a_tiny_file() -> None:
-    assert set(FIRST) == set(ARCHITECTURES)
+def test_every_architecture_has_its_rows() -> None:
+    tables = {
+        "ARCHITECTURES of ggjac/architectures.py": ARCHITECTURES,
+        "FAMILIES of tests/families.py": families.FAMILIES,
+        "FAMILY_CASES of tests/families.py": FIRST,
+        "FACTS of tests/oracle.py": oracle.FACTS,
+    }
+    assert not lacking({where: set(table) for where, table in tables.items()})
 
 
 @pytest.mark.parametrize("case", tiny.CASES)

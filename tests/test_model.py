@@ -216,12 +216,12 @@ def changed_activation(**changes: object) -> Callable[[Patch], None]:
 def swapped(patch: Patch, a: str, b: str) -> None:
     from ggjac.weights import Block
 
-    locate = Block._locate
+    stored = Block._stored
 
-    def other(self: Block, name: str) -> tuple[str, int, int]:
-        return locate(self, name.replace(a, b) if a in name else name.replace(b, a))
+    def other(self: Block, name: str) -> tuple[str, slice]:
+        return stored(self, name.replace(a, b) if a in name else name.replace(b, a))
 
-    patch.setattr(Block, "_locate", other)
+    patch.setattr(Block, "_stored", other)
 
 
 def biased_weights(patch: Patch) -> None:

@@ -6,12 +6,15 @@ import subprocess
 import sys
 from collections.abc import Callable
 from html.parser import HTMLParser
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import tiny
 import torch
+from commands import COMMANDS, with_file
+from helpers import TOKENS, invoke
 
 import ggjac
 from ggjac.analysis.contrast import contrast
@@ -21,9 +24,12 @@ from ggjac.analysis.norms import norms
 from ggjac.analysis.ranks import token_ranks
 from ggjac.parity import LayerError, Parity
 from ggjac.results import MAX_ROWS, Bars, Plotted, Points, Table, Words, _draw
+from ggjac.session import Session
 from ggjac.svd import SVD
 from ggjac.tokenizer import visible
 
+# Commands that compute without a Jacobian of one prompt; their results are all in `EXPECTED`.
+ELSEWHERE = {"predict", "ranks", "steer", "verify"}
 HOSTILE = "<script>alert('x')</script>\"&\n\x1b[31m"
 PROMPT = [0, 5, 3, 7, 2, 6]
 L, HEADS = tiny.Options.layers, tiny.Options.heads
@@ -211,6 +217,33 @@ def test_tokens_of_strangers_do_nothing(results: dict[str, Any], name: str) -> N
     assert not any(character in source for character in "\x1b\n")
     if {"token", "left", "tokens", "generated"} & set(EXPECTED[name][0]):
         assert any("<script>alert('x')</script>\"&\\n" in cell for row in page.rows for cell in row)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_whatever_a_command_computes_can_be_shown(
+    command: str, tiny_file: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A result that has no row above, too."""
+    shown: list[Any] = []
+    run = Session.run
+
+    def showing(self: Session, *given: Any, **options: Any) -> Any:
+        found = run(self, *given, **options)
+        for result in found if isinstance(found, list) else [found]:
+            for trace in (None, self):
+                rows = Grid(result.table(trace)._repr_html_()).rows
+                assert {len(row) for row in rows} == {len(rows[0])}
+                assert len(rows) > 1
+            if isinstance(result, Plotted):
+                assert result.figure(self)._repr_png_().startswith(b"\x89PNG")
+            shown.append(result)
+        return found
+
+    monkeypatch.setattr(Session, "run", showing)
+    monkeypatch.chdir(tmp_path)
+    model = tiny_file("gqa")
+    invoke(command, "-m", model, *TOKENS, *COMMANDS[command].options, *with_file(command, model))
+    assert shown or command in ELSEWHERE
 
 
 def test_titles_names_and_notes_are_escaped_too() -> None:
