@@ -10,18 +10,7 @@ from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from typing import Any, NamedTuple
 
-from ggjac.architectures import ARCHITECTURES, Architecture, Norms
-
-__all__ = [
-    "ARCHITECTURES",
-    "MAX_SIZE",
-    "Architecture",
-    "ConfigError",
-    "Layer",
-    "ModelConfig",
-    "Norms",
-    "Rope",
-]
+from ggjac.architectures import ARCHITECTURES, Architecture
 
 # Larger than any model's sizes, and small enough that no product of them surprises.
 MAX_SIZE = 2**31 - 1
@@ -197,7 +186,7 @@ class ModelConfig:
     leading_dense: int
 
     def routed(self, layer: int) -> bool:
-        """Say whether the feed-forward of a block is a mixture of experts."""
+        """Return whether the feed-forward of a block is a mixture of experts."""
         return self.expert_count > 0 and layer >= self.leading_dense
 
     @property
@@ -660,7 +649,7 @@ class _Keys:
     prefix: str
 
     def __contains__(self, key: str) -> bool:
-        """Say whether the file has a key."""
+        """Return whether the file has a key."""
         return f"{self.prefix}.{key}" in self.metadata
 
     def number(self, key: str, default: int | float | None = None) -> int | float:

@@ -31,7 +31,6 @@ from ggjac.weights import Block, Weight, WeightStore
 DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in ITEM_BYTES}
 
 Observer = Callable[[str, Tensor], None]
-Progress = Callable[[int, int], None]
 
 
 class PromptError(ValueError):
@@ -226,7 +225,7 @@ class Model:
         imitate: bool = False,
         tapes: bool | Tapes = True,
         observe: Observer | None = None,
-        progress: Progress | None = None,
+        progress: Callable[[int, int], None] | None = None,
     ) -> "Trace":
         """Run a prompt once and record the quantities that the detached Jacobian freezes.
 
@@ -366,6 +365,7 @@ class Trace:
     norm: NormTape
     frame: Frame
     tapes: Tapes
+    # By position, the last one asked for alone: those of all positions would outweigh the trace.
     _logits: dict[int, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
@@ -379,16 +379,19 @@ class Trace:
         return self.logits_at(-1)
 
     def logits_at(self, position: int) -> Float[Tensor, " v"]:
-        """Return the logits at one position, `[v]`; a pass over the head the first time.
+        """Return the logits at one position, `[v]`: a pass over the head, unless it is the position asked for last.
 
         Raises:
             PromptError: the prompt has no such position.
             NumericsError: a logit is not finite.
         """
         index = self.index(position)
-        if index not in self._logits:
-            self._logits[index] = finite_logits(self.model.head.logits(self.outputs[index][None]))[0]
-        return self._logits[index]
+        logits = self._logits.get(index)
+        if logits is None:
+            logits = finite_logits(self.model.head.logits(self.outputs[index][None]))[0]
+            self._logits.clear()
+            self._logits[index] = logits
+        return logits
 
     def all_logits(self) -> Float[Tensor, "n v"]:
         """Return the logits at every position, `[n, v]`; errors as `logits_at`."""

@@ -95,7 +95,7 @@ class Parity(Plotted):
     cause: str | None  # why the numbers may differ at all
 
     def data(self, words: Words = NO_WORDS) -> dict[str, Any]:
-        """Return the verdict and all it rests on."""
+        """Return the verdict with its evidence."""
         return {
             "verdict": self.verdict,
             "reason": self.reason,

@@ -432,7 +432,7 @@ def _table(values: tuple[int, ...], device: torch.device) -> Tensor:
 
 
 def supported(type: GGMLType) -> bool:
-    """Say whether tensors of this type can be dequantized."""
+    """Return whether tensors of this type can be dequantized."""
     return type.name in FORMATS
 
 
@@ -593,7 +593,7 @@ def _address(array: np.ndarray) -> int:
 
 
 def has_invalid_scales(raw: np.ndarray, type: GGMLType) -> bool:
-    """Say whether a block of uint8 [rows, row_bytes] has an infinite or NaN scale (of element types: element).
+    """Return whether a block of uint8 [rows, row_bytes] has an infinite or NaN scale (of element types: element).
 
     The test of `ggml_validate_row_data`, which prints to stderr. It reads only the bytes of scales: about ten times
     faster than dequantizing, twice for element types.
@@ -687,7 +687,7 @@ def _native(type: GGMLType) -> Decoder | None:
 
 
 def _same_block(library: ctypes.CDLL, type: GGMLType) -> bool:
-    """Say whether libggml agrees on the sizes of a block, which its C code assumes of our buffers."""
+    """Return whether libggml agrees on the sizes of a block, which its C code assumes of our buffers."""
     try:
         size, elements = library.ggml_type_size, library.ggml_blck_size
     except AttributeError:

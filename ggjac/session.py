@@ -90,6 +90,7 @@ class Session:
 
     Raises:
         PromptError: the model cannot run the prompt, or has no such position.
+        SizeError: a budget is not an amount of memory.
         TokenizerError: the file has no tokenizer, or llama-cpp-python is not installed.
     """
 
@@ -208,9 +209,10 @@ class Session:
         return self.trace.jacobian(self.position, journal=self.journal)
 
     def run(self, stage: str, analysis: Callable[..., Found], *given: Any, **options: Any) -> Found:
-        """Return the result of an analysis of the Jacobian, reported as a stage."""
+        """Return the result of an analysis of the Jacobian, reported as a stage; a trace that it needs comes before."""
+        jacobian = self.jacobian
         with self.stages.stage(stage) as report:
-            return analysis(self.jacobian, *given, progress=report, **options)
+            return analysis(jacobian, *given, progress=report, **options)
 
     def reconstruction(self) -> Reconstruction:
         """Push the prompt's own embeddings through the frozen map and compare with the forward pass."""
@@ -222,6 +224,8 @@ class Session:
         Raises:
             ParityError: llama.cpp cannot be asked; the message says what to do.
         """
+        # A trace chooses LongRoPE's factors by its prompt, llama.cpp by its context: `parity.verify` makes its own.
+        trace = None if layers or "rope_factors_long.weight" in self.model.weights else self.trace
         with self.stages.stage("verify") as report:
             steps = iter(range(1, 10))
             return parity.verify(
@@ -229,8 +233,7 @@ class Session:
                 self.ids,
                 strict=strict,
                 prompt=self.text,
-                # A trace chooses LongRoPE's factors by its prompt, llama.cpp by its context: `verify` makes its own.
-                trace=None if layers or "rope_factors_long.weight" in self.model.weights else self.trace,
+                trace=trace,
                 threads=self.threads,
                 progress=lambda step: report(step, next(steps), 3),
             )

@@ -49,7 +49,7 @@ class Tokenizer(ABC):
     @property
     @abstractmethod
     def adds_bos(self) -> bool:
-        """Say whether every prompt begins with BOS by the vocabulary's rules."""
+        """Return whether every prompt begins with BOS by the vocabulary's rules."""
 
     @abstractmethod
     def encode(self, text: str, *, add_special: bool = True, parse_special: bool = True) -> list[int]:
@@ -98,7 +98,7 @@ def open_tokenizer(path: str | os.PathLike[str], *, tokens: Any, model: Any, typ
 
 
 def _is_array(value: Any, kind: type) -> bool:
-    """Say whether a metadata value is a non-empty array of strings (`str`) or integers (`int`)."""
+    """Return whether a metadata value is a non-empty array of strings (`str`) or integers (`int`)."""
     if not isinstance(value, Sequence) or isinstance(value, str | bytes) or not len(value):
         return False
     return isinstance(value[0], kind) and not isinstance(value[0], bool)  # the arrays of a file have one type each
@@ -187,7 +187,7 @@ class LlamaVocabulary(Tokenizer):
 
     @property
     def adds_bos(self) -> bool:
-        """Say whether every prompt begins with BOS by the vocabulary's rules."""
+        """Return whether every prompt begins with BOS by the vocabulary's rules."""
         return self._readable() and self._rules["add_bos"]
 
     def encode(self, text: str, *, add_special: bool = True, parse_special: bool = True) -> list[int]:

@@ -11,7 +11,8 @@ import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ggjac.config import ARCHITECTURES, ConfigError, ModelConfig, Rope
+from ggjac.architectures import ARCHITECTURES
+from ggjac.config import ConfigError, ModelConfig, Rope
 from ggjac.gguf import open_gguf
 from ggjac.rope import rotation
 

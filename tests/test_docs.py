@@ -8,8 +8,8 @@ import tiny
 from helpers import lacking
 
 import ggjac
+from ggjac.architectures import ARCHITECTURES
 from ggjac.cli import COMMANDS
-from ggjac.config import ARCHITECTURES
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").glob("*.md")]

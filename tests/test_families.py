@@ -13,7 +13,7 @@ import tiny
 from helpers import FIRST, distance, lacking
 from safetensors.torch import load_file
 
-from ggjac.config import ARCHITECTURES
+from ggjac.architectures import ARCHITECTURES
 from ggjac.model import open_model
 from ggjac.parity import verify
 

@@ -175,8 +175,8 @@ def test_maps_that_are_the_same_map(case: str, dtype: str, tiny_files: dict[str,
 def test_the_way_is_the_papers_and_ends_at_one(tiny_files: dict[str, Path]) -> None:
     """p_k(l) = s_k(L) s_k(l) ⟨u_k(l), u_k(L)⟩, in units of its end."""
     trace, theirs, found = traced(tiny_files, "three_layers")
-    way = analysed(trace, maps=["cumulative"], kinds=["layer"]).way
-    assert way is not None
+    path = analysed(trace, maps=["cumulative"], kinds=["layer"]).path
+    assert path is not None
     dense = [oracle.inner(theirs, found, 0, "layer", i) for i in (1, 2, 3)]
     parts = [torch.linalg.svd(part.J.flatten(1), full_matrices=False)[:2] for part in dense]
     (last, top) = parts[-1]
@@ -184,12 +184,12 @@ def test_the_way_is_the_papers_and_ends_at_one(tiny_files: dict[str, Path]) -> N
     for part, (U, S) in zip(dense, parts, strict=True):
         signs = [torch.sign(A.T @ torch.einsum("end,nd->e", p.J, p.x)) for A, p in ((U, part), (last, dense[-1]))]
         steps.append((top * S * (U * last).sum(0) * signs[0] * signs[1])[:3])
-    assert way.depths == [1, 2, 3]
-    assert torch.allclose(way.values, torch.stack(steps) / steps[-1], rtol=0, atol=1e-7)
-    assert torch.allclose(way.values[-1], torch.ones(3).double(), rtol=0, atol=1e-12)
-    assert float(way.values[:-1].abs().max()) < 2
-    assert analysed(trace, maps=["cumulative"], kinds=["layer"], depths=[1, 2]).way is None
-    assert analysed(trace, maps=["cumulative"], kinds=["attn"]).way is None
+    assert path.depths == [1, 2, 3]
+    assert torch.allclose(path.values, torch.stack(steps) / steps[-1], rtol=0, atol=1e-7)
+    assert torch.allclose(path.values[-1], torch.ones(3).double(), rtol=0, atol=1e-12)
+    assert float(path.values[:-1].abs().max()) < 2
+    assert analysed(trace, maps=["cumulative"], kinds=["layer"], depths=[1, 2]).path is None
+    assert analysed(trace, maps=["cumulative"], kinds=["attn"]).path is None
 
 
 @pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
@@ -224,7 +224,7 @@ def test_maps_alone_and_together_are_the_same(tiny_files: dict[str, Path]) -> No
         assert part.readout.depths == [0, 1, 2, 3]
     nothing = analysed(trace, maps=["cumulative"], depths=[0])
     assert nothing.maps == []
-    assert nothing.way is None
+    assert nothing.path is None
     assert len(nothing.readout.tokens) >= 8
 
 
@@ -495,7 +495,7 @@ def test_the_tables(tiny_files: dict[str, Path]) -> None:
     single = invoke(
         "layers", "-m", tiny_files["three_layers"], *TOKENS, "-k", 1, "--layers", -1, "--maps", "cumulative"
     ).stdout
-    assert "The way" not in single  # two dimensions are the least
+    assert "Path to the output's directions" not in single  # two dimensions are the least
     assert "vector 1 at" not in single
 
 

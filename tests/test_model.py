@@ -3,6 +3,7 @@
 import dataclasses
 import inspect
 import math
+import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,8 +18,9 @@ from torch import Tensor
 
 import ggjac
 from ggjac import blocks, linop, model, planner, weights
+from ggjac.architectures import Norms
 from ggjac.blocks import NumericsError
-from ggjac.config import ConfigError, ModelConfig, Norms, Rope
+from ggjac.config import ConfigError, ModelConfig, Rope
 from ggjac.model import PromptError, open_model
 from ggjac.planner import work
 from ggjac.weights import Block
@@ -603,6 +605,14 @@ def test_positions_of_logits_are_checked(tiny_file: Callable[..., Path]) -> None
     assert torch.equal(trace.logits_at(-1), trace.logits_at(2))
     with pytest.raises(PromptError, match="position 7 is out of range"):
         trace.logits_at(7)
+
+
+def test_logits_are_kept_for_the_last_position_asked_for(tiny_file: Callable[..., Path]) -> None:
+    """Those of all positions would outweigh the trace."""
+    trace = open_model(tiny_file("plain")).trace([1, 2, 3])
+    kept = [weakref.ref(trace.logits_at(i)) for i in range(3)]
+    assert [logits() is not None for logits in kept] == [False, False, True]
+    assert trace.logits is kept[-1](), "no second pass over the head"
 
 
 def test_threads_may_share_a_model(tiny_file: Callable[..., Path]) -> None:

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -318,3 +319,14 @@ def test_sweeps_that_ran_out_are_exit_code_3() -> None:
         "NOT converged: 1 of 1"
         in invoke("ranks", "-t", 1, "--tokens", "0,465", "--tol", 1e-7, "--max-sweeps", 2, code=3).stdout
     )
+
+
+def test_a_result_keeps_no_model(tiny_file: Any) -> None:
+    """Neither the weights nor the tapes of the last prompt: without a garbage collection they go with the model."""
+    model = open_model(tiny_file("plain"), threads=1)
+    gone = weakref.ref(model)
+    found = module.ranks(model, [[1, 2], [3]], ram_budget="1GiB")
+    del model
+    assert gone() is None
+    assert found.envelope["tokens"][0]["id"] == 3
+    assert [len(record["tokens"]) for record in found.records] == [2, 1]

@@ -1,8 +1,9 @@
 """A session of one prompt: planned as the model plans, traced once, resumed to the same bits, and freed when let go."""
 
+import contextlib
 import gc
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,13 @@ import torch
 from helpers import IDS
 from torch import Tensor
 
+from ggjac import parity
 from ggjac import session as module
-from ggjac.jacobian import DetachedJacobian
+from ggjac.jacobian import DetachedJacobian, Progress
 from ggjac.model import Model, PromptError, open_model
+from ggjac.parity import ParityError
 from ggjac.runs.journal import JournalError
-from ggjac.session import Session, checkpoint
+from ggjac.session import Session, Stages, checkpoint
 
 TinyFile = Callable[..., Path]
 
@@ -72,6 +75,32 @@ def test_a_trace_folder_is_used_again(tiny_file: TinyFile, tmp_path: Path) -> No
     # No forward pass: of these only the last block is run, whose output is not kept.
     read = {name.split(".")[1] for name in again.model.weights.reads if name.endswith("attn_q.weight")}
     assert read == {"2"}
+
+
+@pytest.mark.parametrize("first", ["reconstruction", "verify"])
+def test_stages_come_one_after_another(first: str, tiny_file: TinyFile, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The trace is not part of the analysis that needs it first: neither in the seconds nor on the terminal."""
+
+    class Recorded(Stages):
+        @contextlib.contextmanager
+        def reporting(self, name: str, start: float) -> Iterator[Progress]:
+            seen.append(f"{name} begins")
+            try:
+                with super().reporting(name, start) as report:
+                    yield report
+            finally:
+                seen.append(f"{name} ends")
+
+    def refuse(*given: Any, **options: Any) -> None:
+        raise ParityError("llama.cpp is not needed here")
+
+    seen: list[str] = []
+    monkeypatch.setattr(parity, "verify", refuse)
+    session = Session(open_model(tiny_file("three_layers")), IDS, stages=Recorded())
+    with contextlib.suppress(ParityError):
+        {"reconstruction": session.reconstruction, "verify": lambda: session.verify(layers=False)}[first]()
+    assert seen == ["trace begins", "trace ends", f"{first} begins", f"{first} ends"]
+    assert list(session.stages.seconds) == ["trace", first]
 
 
 def test_it_and_its_model_go_with_the_last_reference(tiny_file: TinyFile, tmp_path: Path) -> None:

@@ -81,7 +81,8 @@ def analyze(
         The run folder.
 
     Raises:
-        PromptError: the model cannot run the prompt.
+        PromptError: the model cannot run the prompt, or has no such position.
+        PlanError: rank or layers are out of range.
         NoFitError: the work does not fit the budgets, and how much would.
         RunError: the folder exists, or cannot be written.
         JournalError: there is nothing to resume, or it is another run.

@@ -5,8 +5,8 @@ token, for what sets the two apart):
 
     logit = w · y = Σ_i w · J_i x_i + w · offset
 
-By what was added to the stream, with the final norm `N` frozen at the prompt ("direct logit attribution": what the head
-reads from each part, wherever that part's own input came from):
+By the additions to the residual stream, with the final norm `N` frozen at the prompt ("direct logit attribution": the
+head's reading of each part, wherever that part's own input came from):
 
     logit = w · N (x_p + Σ_i attn_i + Σ_i mlp_i),    attn_i = norm_out (Σ_h W_h z_h + bias)
 
@@ -37,8 +37,8 @@ class Attribution(Plotted):
     Attributes:
         target: token id whose logit is split.
         logit: `w · y` (plus the head's bias), from the forward pass, before any soft cap.
-        shares: `[n]`, float64: what each input position contributes.
-        offset: what the biases contribute, the head's included; 0 for models without them.
+        shares: `[n]`, float64: the contribution of each input position.
+        offset: the contribution of the biases, the head's included; 0 for models without them.
         versus: token id whose logit is subtracted, or None.
         position: of the output.
         softcap: of the head's logits (not applied here); 0 for none.
@@ -51,20 +51,6 @@ class Attribution(Plotted):
     versus: int | None
     position: int
     softcap: float
-
-    @property
-    def positions(self) -> "TokenShares":
-        """The same as shares of several positions are stated, here of one."""
-        logits, offsets = (torch.tensor([value], dtype=torch.float64) for value in (self.logit, self.offset))
-        return TokenShares(
-            positions=range(self.position, self.position + 1),
-            targets=torch.tensor([self.target]),
-            versus=self.versus,
-            logits=logits,
-            shares=self.shares[None],
-            offsets=offsets,
-            softcap=self.softcap,
-        )
 
     def data(self, words: Words = NO_WORDS) -> dict[str, Any]:
         """Return the target and every input position's share."""
@@ -79,8 +65,10 @@ class Attribution(Plotted):
         }
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return what is saved, as `TokenShares` of one position."""
-        return self.positions.tensors()
+        """Return what is saved, as of `TokenShares`: `targets`, `logits`, `offsets` `[1]` and `shares` `[1, n]`."""
+        logits, offsets = (torch.tensor([value], dtype=torch.float64) for value in (self.logit, self.offset))
+        targets = torch.tensor([self.target])
+        return {"targets": targets, "logits": logits, "shares": self.shares[None], "offsets": offsets}
 
     @property
     def unexplained(self) -> float:
@@ -110,8 +98,8 @@ class TokenShares(Result):
         targets: `[m]`, token ids.
         versus: token id whose logit is subtracted everywhere, or None.
         logits: `[m]`, float64: from the forward pass, before any soft cap.
-        shares: `[m, n]`, float64: what each input position contributes; 0 after the output position.
-        offsets: `[m]`, float64: what the biases contribute, the head's included.
+        shares: `[m, n]`, float64: the contribution of each input position; 0 after the output position.
+        offsets: `[m]`, float64: the contribution of the biases, the head's included.
         softcap: of the head's logits (not applied here); 0 for none.
     """
 
@@ -141,7 +129,7 @@ class TokenShares(Result):
 
     @property
     def unexplained(self) -> Float[Tensor, " m"]:
-        """What is left of each logit: rounding."""
+        """The rest of each logit: rounding."""
         return self.logits - self.shares.sum(1) - self.offsets
 
     def _table(self, words: Words) -> Table:
@@ -159,7 +147,7 @@ class TokenShares(Result):
 
 @dataclass(frozen=True)
 class BranchShares(Plotted):
-    """What was added to the stream of `m` output positions, as the final norm and the head read it.
+    """The additions to the residual stream of `m` output positions, as the final norm and the head read them.
 
     Attributes:
         positions: the `m` output positions.
@@ -171,7 +159,7 @@ class BranchShares(Plotted):
         mlp: `[m, L]`, float64: the feed-forward branch, likewise.
         bias: `[m]`, float64: of the final norm and of the head; 0 for models without them.
         heads: `[m, L, h]`, float64: `attn` split by query head; None if not asked for.
-        attn_bias: `[m, L]`, float64: what is left of `attn` for no head: the bias of its output projection.
+        attn_bias: `[m, L]`, float64: the part of `attn` of no head: the bias of its output projection.
         softcap: of the head's logits (not applied here); 0 for none.
     """
 
@@ -188,7 +176,7 @@ class BranchShares(Plotted):
     softcap: float
 
     def data(self, words: Words = NO_WORDS) -> list[dict[str, Any]]:
-        """Return a record for each output position: its target, and what each block's branches or heads added."""
+        """Return a record for each output position: its target, and the additions of each block's branches or heads."""
         by = "layer" if self.heads is None else "head"
         return [
             _entry(self, by, row, words)
@@ -214,7 +202,7 @@ class BranchShares(Plotted):
 
     @property
     def unexplained(self) -> Float[Tensor, " m"]:
-        """What is left of each logit: rounding. With heads, these are what is added up, not `attn`."""
+        """The rest of each logit: rounding. With heads, the sum is over them instead of `attn`."""
         attn = self.attn.sum(1)
         if self.heads is not None and self.attn_bias is not None:
             attn = self.heads.sum((1, 2)) + self.attn_bias.sum(1)
@@ -245,7 +233,7 @@ class BranchShares(Plotted):
 
 
 def _entry(shares: TokenShares | BranchShares, by: str, row: int, words: Words) -> dict[str, Any]:
-    """Return what is stated of the logit at an output position, however it is split."""
+    """Return the data of the logit at an output position, however it is split."""
     return {
         "by": by,
         **words.here(shares.positions[row]),
@@ -269,9 +257,16 @@ def attribute(
     *,
     progress: Progress | None = None,
 ) -> Attribution:
-    """Split the logit of token `target` (default: the most likely next token) over the input positions.
+    """Split a logit over the input positions; one downward sweep.
 
-    With `versus`, split the difference to that token's logit. One downward sweep.
+    Args:
+        jacobian: from the embeddings to the output.
+        target: id of the token whose logit is split; default the most likely next one.
+        versus: id of a token whose logit is subtracted.
+        progress: called as `progress("block", done, total)` after each block.
+
+    Raises:
+        GGUFError: `target` or `versus` is not in the vocabulary.
     """
     asked = _ask(jacobian.output[None], jacobian.network.head, target, versus)
     with jacobian.reporting(progress):
@@ -300,6 +295,9 @@ def attribute_positions(
     position at which it is read identifies the logit. `n + 1` vectors of `n` positions advance together, or in several
     passes where they need more than the Jacobian's `chunk_bytes` of working memory. The Jacobian's own position has no
     influence.
+
+    Raises:
+        GGUFError: `target` or `versus` is not in the vocabulary.
     """
     network, chunk_bytes = jacobian.network, jacobian.chunk_bytes
     n, d = network.x.shape
@@ -344,8 +342,8 @@ def attribute_branches(
 
     Args:
         jacobian: of the prompt.
-        target: token whose logit is split; default the most likely one at each position.
-        versus: token whose logit is subtracted.
+        target: id of the token whose logit is split; default the most likely one at each position.
+        versus: id of a token whose logit is subtracted.
         positions: consecutive output positions; default the Jacobian's own.
         by_head: split attention by query head; the output projections are then read twice.
         progress: called as `progress("block", done, total)` after each block.
@@ -353,6 +351,9 @@ def attribute_branches(
     Returns:
         Shares at all positions at once, in one pass over the weights of the live paths: each branch is applied to the
         stream that the trace recorded, as the forward pass did.
+
+    Raises:
+        GGUFError: `target` or `versus` is not in the vocabulary.
     """
     network = jacobian.network
     config = network.frame.config

@@ -33,12 +33,12 @@ class Portrait(Plotted):
         position: of the output.
         mlp_path: the freezing rule.
         svd: leading triplets of the joint map.
-        reconstruction: `‖J x + offset - y‖ / ‖y‖`, and what is healthy.
+        reconstruction: `‖J x + offset - y‖ / ‖y‖`, and its healthy limit.
         output: `[d]`, float64.
         target: token id whose logit is split.
         logit: its logit, before any soft cap.
-        shares: `[n]`, float64: what each input position contributes to it.
-        offset: what the biases contribute to it.
+        shares: `[n]`, float64: the contribution of each input position to it.
+        offset: the contribution of the biases to it.
         logits: `[n, v]`, on the CPU: at every position, as the model has them.
         tol: relative residual that was asked of every triplet.
         seed: of the random start.
@@ -172,6 +172,8 @@ def portray(
 
     Raises:
         NumericsError: a logit is not finite.
+        ValueError: rank, `tol` or `max_sweeps` are out of range, as `ggjac.svd.svd` has them.
+        GGUFError: `target` is not in the vocabulary.
     """
     head = jacobian.network.head
     logits = finite_logits(head.logits(jacobian.network.outputs)).cpu()

@@ -3,8 +3,8 @@
 A map is one of
 
     cumulative  from the input embeddings to the tap
-    blockwise   of the tap's block alone: from the stream before it to the tap
-    to_end      from the stream at this depth to the output
+    blockwise   of the tap's block alone: from the residual stream before it to the tap
+    to_end      from the residual stream at this depth to the output
 
 and ends at a tap seen through the final norm frozen there, as a logit lens sees it (at the output: the final norm's own
 value). All cumulative maps advance in the same sweeps, so do all maps to the end; blocks alone come one after another.
@@ -45,8 +45,8 @@ class LayerMap:
         residual: `[k]`, as in `ggjac.svd.SVD`.
         sweeps, stopped_by: of its iteration.
         stable_rank: of the map.
-        transported: `[k, d]`, what each left vector becomes at the output, if that was asked for: the stream vector at
-            the position read that the tap's norm turns into `u`, pushed through the blocks that follow.
+        transported: `[k, d]`, each left vector carried on to the output, if that was asked for: the stream vector at
+            the output position that the tap's norm turns into `u`, sent through the blocks that follow.
         left: tokens of highest logit for each left vector, `[k, top]`.
         arriving: tokens of highest logit for each transported vector, `[k, top]`.
     """
@@ -139,7 +139,7 @@ class Readout(Plotted):
         return Points(f"Rank of {name} by depth", "blocks", "rank", series, log=True, flipped=True)
 
 
-class Way(NamedTuple):
+class DirectionPath(NamedTuple):
     """The path to the output's directions, depth by depth (paper, analysis A14).
 
     Attributes:
@@ -158,20 +158,20 @@ class Layers(Plotted):
     Attributes:
         maps: those that were asked for.
         readout: of the residual stream at every depth.
-        way: to the output's directions; None where the map to the output was not asked for.
+        path: to the output's directions; None where the map to the output was not asked for.
         tol: relative residual that was asked of every triplet.
         seed: of the random starts and probes.
     """
 
     maps: list[LayerMap]
     readout: Readout
-    way: Way | None
+    path: DirectionPath | None
     tol: float
     seed: int
 
     def data(self, words: Words = NO_WORDS) -> dict[str, Any]:
         """Return maps (`taps`), readout, ranks and path."""
-        way = self.way
+        path = self.path
         return {
             "seed": self.seed,
             "tol": self.tol,
@@ -181,10 +181,10 @@ class Layers(Plotted):
             **self.readout.data(words),
             # A path is drawn in two dimensions.
             "path": None
-            if way is None or way.values.shape[1] < 2
+            if path is None or path.values.shape[1] < 2
             else [
                 {"index": depth, "values": values.tolist()}
-                for depth, values in zip(way.depths, way.values, strict=True)
+                for depth, values in zip(path.depths, path.values, strict=True)
             ],
         }
 
@@ -316,7 +316,7 @@ def layers(
         for f, words, others in zip(found, left, arriving, strict=True)
     ]
     readout = _readout(jacobian, head, [m.left.ids for m in results], top)
-    return Layers(results, readout, way(results, jacobian.end), tol, seed)
+    return Layers(results, readout, direction_path(results, jacobian.end), tol, seed)
 
 
 def shared(
@@ -367,7 +367,7 @@ class _Group:
             sweep.progress = lambda done, total: report(f"{what}, block", done, total)
 
     def svd(self, rank: int, **options: Any) -> list[SVD]:
-        """Return the triplets of each map, left vectors signed to point along what the map makes of its stream."""
+        """Return the triplets of each map, left vectors signed to point along the image of its stream."""
         self.report_as(f"{self.name}, sweep 1")
 
         def swept(sweeps: int, worst: float) -> None:
@@ -430,7 +430,7 @@ def _decoded(head: Head, stacks: Sequence[Tensor | None], top: int) -> list[Any]
     return [None if stack is None else next(parts) for stack in stacks]
 
 
-def way(maps: Sequence[LayerMap], end: Tap) -> Way | None:
+def direction_path(maps: Sequence[LayerMap], end: Tap) -> DirectionPath | None:
     """Return how far each direction of the output has come at each depth; None where the last depth is missing."""
     steps = [m for m in maps if m.map == "cumulative" and m.tap.kind == "layer"]
     if not steps or steps[-1].tap != end:
@@ -438,7 +438,7 @@ def way(maps: Sequence[LayerMap], end: Tap) -> Way | None:
     last = steps[-1]
     lengths = last.S * last.U.square().sum(1)
     values = [m.S * (m.U * last.U).sum(1) / torch.where(lengths > 0, lengths, 1) for m in steps]
-    return Way([m.tap.index for m in steps], torch.stack(values))
+    return DirectionPath([m.tap.index for m in steps], torch.stack(values))
 
 
 def _readout(jacobian: DetachedJacobian, head: Head, words: Sequence[Tensor], top: int) -> Readout:

@@ -68,6 +68,9 @@ def per_token(
 
     Positions up to the Jacobian's own; later ones have a map of zero. All positions advance in the same sweeps over the
     weights, in chunks of `rows_at_once` vectors; options as of `ggjac.svd.svd`.
+
+    Raises:
+        ValueError: rank, `tol` or `max_sweeps` are out of range.
     """
     positions = range(jacobian.position + 1)
     operators = [jacobian.at_position(i) for i in positions]

@@ -76,6 +76,9 @@ def token_ranks(
         at_once: stacked vectors in one sweep, at most; beyond, it is repeated. Never more than dense rows would be.
         tol, seed, max_sweeps: of the iterations for the largest singular values, as `ggjac.svd.svd` takes them.
         probes: of the estimated norms, where there are more than `EXACT_ROWS` outputs.
+
+    Raises:
+        ValueError: `tol` or `max_sweeps` is out of range.
     """
     n, d = jacobian.in_shape
     places = [None, *range(jacobian.position + 1)]
@@ -135,12 +138,12 @@ class Ranks(Plotted):
     Attributes:
         records: one for each prompt, in the order given: plain data, as the lines of the file are.
         ready: how many of them were in the file already.
-        last: session of the last prompt; its envelope describes how all were computed.
+        envelope: of the session of the last prompt: where the results came from and how all were computed.
     """
 
     records: list[dict[str, Any]]
     ready: int
-    last: Session
+    envelope: dict[str, Any]
 
     def data(self, words: Words = NO_WORDS) -> dict[str, Any]:
         """Return all records, and the distribution of stable ranks at each token index."""
@@ -208,7 +211,7 @@ def ranks(
                 progress("prompt", number, len(prompts))
     if last is None:
         raise PromptError("no prompt was given")
-    return Ranks(found, ready, last)
+    return Ranks(found, ready, last.envelope())
 
 
 def by_position(records: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:

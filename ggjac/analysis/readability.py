@@ -42,27 +42,27 @@ class Coherence(Result):
 
     @property
     def mean(self) -> float:
-        """What chance scores."""
+        """Mean score of shuffled vectors."""
         return float(self.shuffled.mean())
 
     @property
     def sd(self) -> float:
-        """How far chance strays (standard deviation)."""
+        """Standard deviation of the scores of shuffled vectors."""
         return float(self.shuffled.std())
 
     @property
     def above(self) -> Float[Tensor, " k"]:
-        """How far each score is above chance, in its standard deviations."""
+        """Each score's distance above that mean, in standard deviations."""
         return (self.scores - self.mean) / self.sd
 
     @property
     def chance(self) -> Float[Tensor, " k"]:
-        """How often chance does as well: the share of shuffled vectors that reach each score, counting one more."""
+        """The share of shuffled vectors that reach each score, counting one more."""
         reached = (self.shuffled >= self.scores[:, None]).sum(1)
         return (1 + reached).double() / (1 + len(self.shuffled))
 
     def data(self, words: Words = NO_WORDS) -> dict[str, Any]:
-        """Return the scores with what chance does."""
+        """Return the scores with those of shuffled vectors."""
         return {
             "scores": self.scores.tolist(),
             "above": self.above.tolist(),
@@ -107,7 +107,7 @@ def readability(
     """Score the decoded tokens of left and right singular vectors, and of vectors with shuffled components.
 
     Args:
-        jacobian: whose head and embeddings decode.
+        jacobian: of the prompt; its head and embeddings decode.
         left: vectors of the output, decoded by the LM head.
         right: vectors of an input embedding, decoded to the nearest embeddings; of a joint map those at the position
             with most of their weight (`Spectrum.heaviest`).

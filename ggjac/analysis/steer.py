@@ -5,7 +5,7 @@ Let `J_j` `[d, d]`, `j < T`, be the concept's detached Jacobian from its `T` emb
 
     c_i = offset + Σ_{j <= i} J_{j mod T} e_j
 
-- `"equation16"` (Golden, arXiv 2505.24293, eq. 16): the stream `h` after `layer` blocks becomes
+- `"equation16"` (Golden, arXiv 2505.24293, eq. 16): the residual stream `h` after `layer` blocks becomes
 
       h_i <- λ h_i + (1 - λ) c_i
 
@@ -52,14 +52,14 @@ class Generated(Result):
     """One text, and how its first step differs from the baseline's.
 
     Attributes:
-        strength: of the push; 0 for the baseline.
-        control: pushed by the random operator instead of the concept's.
+        strength: of steering; 0 for the baseline.
+        control: steered by the random operator instead of the concept's.
         ids: generated token ids.
         logits: `[v]`, after the prompt: scores of the first generated token.
         kl: `KL(baseline ‖ this)` of the first step's distributions, in nats.
         mass: probability of the concept's top tokens at the first step, together.
         hits: how many of `ids` are among the concept's top tokens.
-        direction: `[d]`, what was added to the stream at the prompt's last position; zero for the baseline.
+        direction: `[d]`, the addition to the residual stream at the prompt's last position; zero for the baseline.
     """
 
     strength: float
@@ -86,19 +86,19 @@ class Generated(Result):
 
 @dataclass(frozen=True)
 class Steering(Plotted):
-    """A prompt continued without and with a push, for several strengths.
+    """A prompt continued without steering, and with several strengths of it.
 
     Attributes:
         method: `"equation16"` or `"additive"`.
         layer: where the concept's map ends: number of blocks applied.
-        changed: where the stream is changed: number of blocks applied.
+        changed: where the residual stream is changed: number of blocks applied.
         ids: of the prompt.
         concept_ids: of the concept.
         concept_tokens: ids that the concept itself predicts next, most likely first.
         concept_chances: their probabilities there.
-        baseline: without a push.
+        baseline: without steering.
         steered: by strength, in the order asked for.
-        controls: the same pushed by the random operator, if asked for.
+        controls: the same, steered by the random operator, if asked for.
         seed: of the random operator.
         blocks: of the model.
         concept: the text that was given for the concept; None where it was token ids.
@@ -144,17 +144,17 @@ class Steering(Plotted):
         columns = {name: [getattr(row, name) for row in rows] for name in ("strength", "control", "kl", "mass", "hits")}
         notes = (
             "mass: of the concept's top tokens at the first step; hits: how many of them were generated",
-            "control: pushed by a random operator",
+            "control: steered by a random operator",
         )
         texts = {"generated": [words.each(row.ids) for row in rows]}
-        return Table(f"Steering ({self.method}), pushed after {self.changed} blocks", columns | texts, notes)
+        return Table(f"Steering ({self.method}) after {self.changed} blocks", columns | texts, notes)
 
     def _plot(self, words: Words) -> Points:
         series = {}
         for name, rows in (("concept", self.steered), ("random operator", self.controls)):
             points = sorted((row.strength, row.kl) for row in (self.baseline, *rows)) if rows else []
             series[name] = [x for x, _ in points], [y for _, y in points], ()
-        return Points("What the push changes at the first step", "strength", "KL to the baseline, nats", series)
+        return Points("Effect of steering on the first token", "strength", "KL to the baseline, nats", series)
 
 
 def steer(
@@ -172,18 +172,18 @@ def steer(
     mlp_path: MlpPath = "up",
     progress: Progress | None = None,
 ) -> Steering:
-    """Continue a prompt greedily, unpushed and pushed by the concept's linear map; see the module for the formulas.
+    """Continue a prompt greedily, alone and steered by the concept's linear map; see the module for the formulas.
 
     Costs a trace of the concept, a sweep for the prompt, then for each text and token a pass over the weights and a
     sweep of `layer` blocks.
 
     Args:
-        model: what computes.
+        model: from `ggjac.open_model`.
         prompt: text, or token ids.
         concept: text, or token ids.
         method: which formula.
         layer: where the concept's map ends, 1 to the number of blocks; default two thirds of them.
-        strengths: of the push; 0 is the baseline in either method.
+        strengths: of steering; 0 is the baseline in either method.
         max_tokens: to generate; fewer where the model ends the text.
         top: how many of the concept's next tokens count as its own.
         control: generate with the random operator too.
@@ -194,7 +194,7 @@ def steer(
     Raises:
         PromptError: a prompt that the model cannot run, or that would outgrow its context.
         ValueError: the method is unknown, or the model has no such layer.
-        NumericsError: the stream left the range of the dtype.
+        NumericsError: the residual stream left the range of the dtype.
     """
     blocks = model.config.block_count
     layer = default_layer(blocks) if layer is None else layer
@@ -253,12 +253,12 @@ def steer(
 
 
 def changed_layer(method: Method, layer: int) -> int:
-    """Return where a method changes the stream, for a map that ends after `layer` blocks: blocks applied."""
+    """Return where a method changes the residual stream, for a map that ends after `layer` blocks: blocks applied."""
     return layer if method == "equation16" else layer - 1
 
 
 class Images:
-    """What the concept's map makes of a text's embeddings: `c_i`, cumulative, `[m, d]` to `[m, d]`.
+    """The images of a text's embeddings under the concept's map: `c_i`, cumulative, `[m, d]` to `[m, d]`.
 
     Args:
         jacobian: the concept's, `[T, d]` to `[d]`.
@@ -297,7 +297,7 @@ class Push:
         rotation: turns every image (the control), or None.
 
     Attributes:
-        direction: `[d]`, what was added at the last position of the text's beginning.
+        direction: `[d]`, the addition at the last position of the text's beginning.
     """
 
     def __init__(
@@ -315,7 +315,7 @@ class Push:
         self._c, self._done = prompt_images, 0
 
     def __call__(self, layer: int, h: Float[Tensor, "m d"]) -> Float[Tensor, "m d"]:
-        """Return the stream after `layer` blocks, changed where the method says."""
+        """Return the residual stream after `layer` blocks, changed if this is the method's depth."""
         if layer == 0 and self._done:  # the beginning's images are known
             self._c = self.images(h, self._done, self._c[-1])
         if layer != self.at:

@@ -84,7 +84,8 @@ def analyze(
     options: dict[str, Any] = {"rank": rank, "tol": tol, "max_sweeps": max_sweeps, "seed": seed, "top": top}
     parts: dict[str, Any] = {"verify": not no_verify, "layers": depths, "per_token": per_token, "contrast": contrast}
     as_table = output_format == "table"
-    content = run(session, folder, resume=resume, show=_shower(session) if as_table else _silent, **options, **parts)
+    show = _shower(session) if as_table else lambda key, data: None
+    content = run(session, folder, resume=resume, show=show, **options, **parts)
     if as_table:
         show_saved(folder)
         show_saved(folder / "report.html")
@@ -100,7 +101,7 @@ def _shower(session: "Session") -> "Show":
     from ggjac.cli.session import show_tokens
 
     parts: dict[str, Callable[[Any], None]] = {
-        "tokens": lambda _: show_tokens(session),
+        "tokens": lambda tokens: show_tokens(tokens, session.warning),
         "predictions": predict.show,
         "parity": verify.show,
         "reconstruction": result.show_reconstruction,
@@ -112,7 +113,3 @@ def _shower(session: "Session") -> "Show":
         "layers": layers.show,
     }
     return lambda key, data: parts[key](data)
-
-
-def _silent(key: str, data: Any) -> None:
-    """Print nothing, where the result comes as JSON at the end."""

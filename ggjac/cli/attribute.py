@@ -10,6 +10,8 @@ from ggjac.cli.planning import dry_run
 
 # Parts in a table of heads; the smaller ones are added up in one line.
 SHOWN = 24
+# Parts of each position, where there are several.
+LARGEST = 3
 
 
 class PositionOrAll(click.ParamType):
@@ -98,7 +100,7 @@ def attribute(
 def show(data: dict[str, Any]) -> None:
     """Print the shares at one position part by part, at several in a line each; and their sums."""
     entries = data.get("positions", [data])
-    if "positions" in data and len(entries) > 1:
+    if len(entries) > 1:
         show_positions(entries)
     elif entries[0].get("by", "token") == "token":
         show_tokens(entries[0])
@@ -187,7 +189,7 @@ def show_heads(data: dict[str, Any]) -> None:
     table(f"Exact share of every head and MLP in {asked_logit(data)}", ["", "#share", ""], rows)
 
 
-def show_positions(entries: list[dict[str, Any]], largest: int = 3) -> None:
+def show_positions(entries: list[dict[str, Any]]) -> None:
     """Print a line for each position: its target, the largest shares and the sum."""
     from ggjac.cli.render import table
 
@@ -197,7 +199,7 @@ def show_positions(entries: list[dict[str, Any]], largest: int = 3) -> None:
             parts = [(s["token"], s["share"]) for s in data["shares"]] + [("offset", data["offset"])]
         else:
             parts = _parts(data)
-        top = sorted(parts, key=lambda part: -abs(part[1]))[:largest]
+        top = sorted(parts, key=lambda part: -abs(part[1]))[:LARGEST]
         rows.append(
             (
                 data["position"],

@@ -79,7 +79,7 @@ def compare(
     if output_format == "json":
         emit_json(content)
     else:
-        show_tokens(second)
+        show_tokens(second.tokens(), second.warning)
         show(data, content)
     unfinished = any(portrait.svd.reason == "sweeps" for portrait in (a, b))
     if unfinished or not all(side["healthy"] for side in data["reconstruction"].values()):

@@ -10,6 +10,8 @@ import click
 from ggjac.cli.options import ModelOptions
 
 if TYPE_CHECKING:
+    from ggjac.config import ModelConfig
+    from ggjac.gguf import GGUFFile
     from ggjac.planner import LayerPlan, Plan, Times
 
 PLACES = {
@@ -146,7 +148,13 @@ def requested(params: Mapping[str, Any], blocks: int) -> dict[str, Any]:
 
 
 def make_plan(
-    what: ModelOptions, file: Any, config: Any, n: int, command: str, request: Mapping[str, Any], device: str
+    what: ModelOptions,
+    file: "GGUFFile",
+    config: "ModelConfig",
+    n: int,
+    command: str,
+    request: Mapping[str, Any],
+    device: str,
 ) -> "Plan":
     """Return the plan of a command; `request` is from `requested`.
 
@@ -179,7 +187,7 @@ def make_plan(
 
 
 def _count_tokens(
-    what: ModelOptions, command: str, params: Mapping[str, Any], file: Any, config: Any
+    what: ModelOptions, command: str, params: Mapping[str, Any], file: "GGUFFile", config: "ModelConfig"
 ) -> tuple[int, dict[str, int]]:
     """Return the number of tokens of a command's trace, and the fields of its request on other texts.
 

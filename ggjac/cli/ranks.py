@@ -51,13 +51,13 @@ def ranks(
         result = measure(model, prompts, output, progress=report, **iteration, **options)
     records = result.records
     if output_format == "json":
-        envelope = result.last.envelope()
+        envelope = result.envelope
         if len(records) > 1:
             envelope = {k: v for k, v in envelope.items() if k not in ("prompt", "tokens", "warning", "position")}
         emit_json(envelope | {"ranks": result.data()})
     else:
         if len(records) == 1:
-            show_tokens(result.last)
+            show_tokens(result.envelope["tokens"], result.envelope["warning"])
         show(result.data())
         if result.ready:
             line(f"{result.ready} of {len(records)} prompts were already in {output}")

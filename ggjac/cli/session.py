@@ -4,7 +4,7 @@ import contextlib
 import os
 import sys
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -169,12 +169,12 @@ def one_token(session: Session, target: str | None, option: str = "--target") ->
         raise click.UsageError(f"{option}: {error}") from error
 
 
-def show_tokens(session: Session) -> None:
-    """Print the token table, and a warning where BOS looks wrong."""
-    rows = [(token["position"], token["id"], token["text"]) for token in session.tokens()]
+def show_tokens(tokens: Sequence[Mapping[str, Any]], warning: str | None) -> None:
+    """Print the table of a prompt's tokens, as `Session.tokens` returns them, and a warning where BOS looks wrong."""
+    rows = [(token["position"], token["id"], token["text"]) for token in tokens]
     table("Tokens", ["#position", "#id", "token"], rows)
-    if session.warning:
-        line(f"Warning: {session.warning}")
+    if warning:
+        line(f"Warning: {warning}")
         line("")
 
 

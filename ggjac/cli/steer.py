@@ -159,7 +159,7 @@ def steer(
     if output_format == "json":
         emit_json(content)
         return
-    show_tokens(session)
+    show_tokens(session.tokens(), session.warning)
     show(content["steering"])
     show_saved(output)
     show_saved(control_vector)

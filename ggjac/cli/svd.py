@@ -18,6 +18,8 @@ from ggjac.cli.options import (
 from ggjac.cli.planning import dry_run
 from ggjac.sizes import SHUFFLES
 
+PLACES, WORDS = 3, 8  # of the tables: positions of each right vector, tokens of each left one
+
 
 @click.command()
 @model_options()
@@ -105,20 +107,20 @@ def show(data: dict[str, Any]) -> None:
         show_per_token(data["per_token"])
 
 
-def show_spectrum(data: dict[str, Any], shown_right: int = 3, words: int = 8) -> None:
+def show_spectrum(data: dict[str, Any]) -> None:
     """Print singular values with both decodings; right vectors at the positions with most of their weight."""
     from ggjac.cli.render import line, numbers, table
 
     rows = []
     sigmas = numbers([t["singular_value"] for t in data["triplets"]])
     for j, t in enumerate(data["triplets"]):
-        heaviest = sorted(t["right"], key=lambda r: -r["weight"])[:shown_right]
+        heaviest = sorted(t["right"], key=lambda r: -r["weight"])[:PLACES]
         places = max(len(str(r["position"])) for r in t["right"])
         right = "\n".join(
             f"{r['weight']:>4.0%}  {r['position']:>{places}} {r['token']}: {' '.join(r['nearest'][:3])}"
             for r in heaviest
         )
-        rows.append((j + 1, sigmas[j], f"{t['residual']:.0e}", " ".join(t["left"][:words]), right))
+        rows.append((j + 1, sigmas[j], f"{t['residual']:.0e}", " ".join(t["left"][:WORDS]), right))
     columns = [
         "##",
         "#σ",
@@ -166,7 +168,7 @@ def show_readability(data: dict[str, Any]) -> None:
     line("")
 
 
-def show_per_token(data: list[dict[str, Any]], words: int = 8) -> None:
+def show_per_token(data: list[dict[str, Any]]) -> None:
     """Print each position's singular values and both decodings."""
     from ggjac.cli.render import line, numbers, table
 
@@ -178,8 +180,8 @@ def show_per_token(data: list[dict[str, Any]], words: int = 8) -> None:
             "" if j else entry["token"],
             sigma,
             f"{triplet['residual']:.0e}",
-            " ".join(triplet["left"][:words]),
-            " ".join(triplet["right"][: words // 2]),
+            " ".join(triplet["left"][:WORDS]),
+            " ".join(triplet["right"][: WORDS // 2]),
         )
         for (entry, j, triplet), sigma in zip(cells, sigmas, strict=True)
     ]

@@ -183,7 +183,7 @@ def _heat(heat: Heat) -> Any:
 
 
 def _scale(axes: Any, axis: Axis, name: str) -> None:
-    """Give an axis of a figure the scale and the ticks of a chart's."""
+    """Set the scale, limits, ticks and label of an axis of a figure to those of a chart's."""
     set_ = {key: getattr(axes, f"set_{name}{key}") for key in ("scale", "lim", "ticks", "label")}
     if axis.log:
         set_["scale"]("log")

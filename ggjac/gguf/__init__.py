@@ -1,16 +1,6 @@
 """GGUF files: the container, its storage types, and models on this disk by name."""
 
 from ggjac.gguf.container import (
-    FINGERPRINT_BLOCK_BYTES,
-    FINGERPRINT_BLOCKS,
-    MAX_ALIGNMENT,
-    MAX_DEPTH,
-    MAX_DIMENSIONS,
-    MAX_ENTRIES,
-    MAX_HEADER_BYTES,
-    MAX_KEY_BYTES,
-    MAX_NAME_BYTES,
-    MAX_STRINGS,
     GGUFError,
     GGUFFile,
     LazyArray,
@@ -20,16 +10,6 @@ from ggjac.gguf.container import (
 )
 
 __all__ = [
-    "FINGERPRINT_BLOCKS",
-    "FINGERPRINT_BLOCK_BYTES",
-    "MAX_ALIGNMENT",
-    "MAX_DEPTH",
-    "MAX_DIMENSIONS",
-    "MAX_ENTRIES",
-    "MAX_HEADER_BYTES",
-    "MAX_KEY_BYTES",
-    "MAX_NAME_BYTES",
-    "MAX_STRINGS",
     "GGUFError",
     "GGUFFile",
     "LazyArray",

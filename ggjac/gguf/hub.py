@@ -150,7 +150,7 @@ def _parse_hf(asked: str) -> _HfName:
 
 
 def _is_inside(file: str) -> bool:
-    """Say whether a path stays inside its repository, on every system."""
+    """Return whether a path stays inside its repository, on every system."""
     parts = file.split("/")
     return not {"", ".", ".."} & set(parts) and not any(character in file for character in "\\:\0")
 

@@ -58,7 +58,7 @@ TYPES: dict[int, GGMLType] = {
 
 
 def holds_weights(type: GGMLType) -> bool:
-    """Say whether a model's weights may have this type: integers are for tables, and llama.cpp aborts on F64."""
+    """Return whether a model's weights may have this type: integers are for tables, and llama.cpp aborts on F64."""
     return type.name not in ("I8", "I16", "I32", "I64", "F64")
 
 

@@ -91,11 +91,11 @@ class DetachedJacobian(LinearOperator):
         self.sweep.progress = report
 
     @contextmanager
-    def reporting(self, progress: Progress | None, what: str = "block") -> Iterator[None]:
-        """Call `progress(what, done, total)` after each block of the products inside."""
+    def reporting(self, progress: Progress | None) -> Iterator[None]:
+        """Call `progress("block", done, total)` after each block of the products inside."""
         before = self.progress
         if progress:
-            self.progress = lambda done, total: progress(what, done, total)
+            self.progress = lambda done, total: progress("block", done, total)
         try:
             yield
         finally:

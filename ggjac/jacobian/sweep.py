@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import accumulate
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -19,9 +19,8 @@ from ggjac.decode import Head
 from ggjac.jacobian.tapes import Tapes
 from ggjac.linop import Identity, LinearOperator
 from ggjac.runs.journal import Journal, Product
+from ggjac.sizes import Kind
 from ggjac.weights import Weight
-
-Kind = Literal["layer", "attn", "mlp"]
 
 # The taps of a block in the order in which cotangents pass them.
 DOWNWARDS: tuple[Kind, ...] = ("layer", "mlp", "attn")

@@ -1,7 +1,6 @@
 """llama.cpp in a child process, and control vector files for it."""
 
 from ggjac.llamacpp.child import (
-    COMMAND,
     Child,
     LlamaCppDied,
     LlamaCppError,
@@ -9,7 +8,6 @@ from ggjac.llamacpp.child import (
 )
 
 __all__ = [
-    "COMMAND",
     "Child",
     "LlamaCppDied",
     "LlamaCppError",

@@ -99,7 +99,7 @@ class Child:
 
     @property
     def closed(self) -> bool:
-        """Say whether it has ended."""
+        """Return whether it has ended."""
         return self._log.closed
 
     def close(self, *, kill: bool = False) -> None:

@@ -6,26 +6,20 @@ and `bench` look at the machine itself.
 """
 
 from ggjac.planner.memory import (
-    BASE_BYTES,
     CONTEXT_BYTES,
     DEQUANTIZING_BYTES,
-    THREAD_BYTES,
     alone_floats,
-    basis_floats,
     sweep_floats,
     trace_floats,
 )
 from ggjac.planner.passes import LayerPlan, Pass, routed_experts
-from ggjac.planner.plan import DENSE, Budget, NoFitError, Plan, check, fitting, make
-from ggjac.planner.times import Rates, Time, Times, krylov_flop, seconds
+from ggjac.planner.plan import Budget, NoFitError, Plan, check, fitting, make
+from ggjac.planner.times import Rates, Times, krylov_flop, seconds
 from ggjac.planner.work import PlanError
 
 __all__ = [
-    "BASE_BYTES",
     "CONTEXT_BYTES",
-    "DENSE",
     "DEQUANTIZING_BYTES",
-    "THREAD_BYTES",
     "Budget",
     "LayerPlan",
     "NoFitError",
@@ -33,10 +27,8 @@ __all__ = [
     "Plan",
     "PlanError",
     "Rates",
-    "Time",
     "Times",
     "alone_floats",
-    "basis_floats",
     "check",
     "fitting",
     "krylov_flop",

@@ -2,9 +2,7 @@
 
 from ggjac.runs.files import (
     DTYPES,
-    PRESENTATION,
     SCHEMA_VERSION,
-    Dtype,
     Entry,
     JournalError,
     RunError,
@@ -29,9 +27,7 @@ from ggjac.runs.files import (
 
 __all__ = [
     "DTYPES",
-    "PRESENTATION",
     "SCHEMA_VERSION",
-    "Dtype",
     "Entry",
     "JournalError",
     "RunError",

@@ -27,7 +27,7 @@ import numpy as np
 SCHEMA_VERSION = 1
 
 # Folders of the package that present results and compute none: after a change there, runs can still be resumed.
-PRESENTATION = ("cli", "report")
+PRESENTATION = ("cli", "drawing", "report")
 
 
 class Dtype(NamedTuple):
@@ -276,7 +276,7 @@ def provenance() -> dict[str, Any]:
 
 
 def code_digest(package: str | os.PathLike[str] = Path(__file__).parents[1]) -> str:
-    """Return a hash of all modules that compute: every folder except the command line and the report."""
+    """Return a hash of all modules that compute: all but those in the folders `PRESENTATION`."""
     package = Path(package)
     hasher = hashlib.blake2b(digest_size=8)
     for path in sorted(package.rglob("*.py")):

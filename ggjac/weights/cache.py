@@ -68,7 +68,7 @@ class Cache:
         self._unused = dict.fromkeys(key for key, kept in self._kept.items() if kept.place != "pinned")
 
     def reserve(self, place: str, nbytes: int) -> bool:
-        """Take room for an entry that is going to be kept, evicting unused ones if need be; say whether it fits."""
+        """Take room for an entry that is going to be kept, evicting unused ones if need be; return whether it fits."""
         while self._free.get(place, 0) < nbytes:
             evicted = next((key for key in self._unused if self._kept[key].place == place), None)
             if evicted is None:

@@ -58,7 +58,7 @@ class WeightStore:
         self._scratch = threading.local()  # one tile per thread on the CPU, reused so that its pages are touched once
 
     def __contains__(self, name: str) -> bool:
-        """Say whether the file has the tensor."""
+        """Return whether the file has the tensor."""
         return name in self.file.tensors
 
     def __getitem__(self, name: str) -> "Weight":
@@ -245,7 +245,7 @@ class Block:
     place: str = "file"
 
     def __contains__(self, name: str) -> bool:
-        """Say whether the file has the tensor, alone or inside a fused one."""
+        """Return whether the file has the tensor, alone or inside a fused one."""
         return self._stored(name)[0] in self.store
 
     def matrix(self, name: str, expert: int | None = None) -> Weight:
