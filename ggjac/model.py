@@ -162,43 +162,45 @@ class Model:
 
     def plan(
         self,
-        prompt: str | Sequence[int],
+        prompt: str | Sequence[int] | int,
         command: str = "svd",
         *,
         mlp_path: MlpPath = "up",
         ram_budget: int | str | None = None,
         vram_budget: int | str | None = None,
         tapes_on_disk: bool = False,
+        threads: int | None = None,
         **asked: Any,
     ) -> Plan:
         """Return the time and memory that a command needs on a prompt, and whether it fits; nothing is computed.
 
         Args:
-            prompt: text, or token ids.
+            prompt: text, token ids, or the number of tokens.
             command: one of `ggjac.planner.work.JOBS`.
             mlp_path: as `trace` takes it.
             ram_budget, vram_budget: bytes, or text such as `"2GiB"`; default half of the free memory, and all of the
                 device's free memory.
             tapes_on_disk: if memory is short, assume `trace(..., tapes=Tapes(folder, resident=False))`; the plan states
                 whether it did.
+            threads: CPU threads of dequantization; default the model's own.
             asked: as `ggjac.planner.work.Request` has it: `rank`, `position` and so on.
 
         Raises:
             PromptError: as `trace`.
             PlanError: no such command, or something is out of range.
         """
-        ids = self.check_prompt(self.tokenize(prompt) if isinstance(prompt, str) else [int(i) for i in prompt])
+        n = prompt if isinstance(prompt, int) else len(self.prompt_ids(prompt))
         ram, vram = (machine.parse_size(b) if isinstance(b, str) else b for b in (ram_budget, vram_budget))
         return planner.fitting(
             self.gguf,
             self.config,
             command,
-            len(ids),
+            n,
             str(self.dtype).removeprefix("torch."),
             asked,
             mlp_path=mlp_path,
             device=machine.device_kind(self.device.type),
-            threads=self.weights.threads,
+            threads=threads or self.weights.threads,
             budget=planner.Budget.of(ram, vram, str(self.device)),
             tapes_on_disk=tapes_on_disk,
         )
@@ -250,7 +252,7 @@ class Model:
         """
         if mlp_path not in ("up", "gate"):
             raise ValueError(f"mlp_path {mlp_path!r} is unknown; known: up, gate")
-        ids = self.check_prompt(self.tokenize(prompt) if isinstance(prompt, str) else [int(i) for i in prompt])
+        ids = self.prompt_ids(prompt)
         config = self.config
         observe = observe or (lambda name, tensor: None)
         frame = self.frame(len(ids), mlp_path=mlp_path, n_ctx=n_ctx, imitate=imitate)
@@ -316,6 +318,15 @@ class Model:
     def block(self, index: int, *, live: bool = False) -> Block:
         """Return the tensors of one block; those requested with `live` are used in every sweep, and may be cached."""
         return self.weights.block(index, self.config.slices, live=live)
+
+    def prompt_ids(self, prompt: str | Sequence[int]) -> list[int]:
+        """Return the token ids of a prompt, which may be ids already, if this model can run them.
+
+        Raises:
+            PromptError: no tokens, more than the model's context, or ids outside the vocabulary.
+            TokenizerError: a text, and the file has no tokenizer, or llama-cpp-python is not installed.
+        """
+        return self.check_prompt(self.tokenize(prompt) if isinstance(prompt, str) else [int(i) for i in prompt])
 
     def check_position(self, position: int, n: int) -> int:
         """Return a position of `n`, counted from the start; negative positions count from the end.

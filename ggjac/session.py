@@ -18,13 +18,10 @@ import torch
 from torch import Tensor
 
 from ggjac import __version__, parity, planner, runs
-from ggjac.config import ModelConfig
-from ggjac.gguf import GGUFFile
 from ggjac.jacobian import DetachedJacobian, Progress
 from ggjac.jacobian.reconstruction import Reconstruction, reconstruction
 from ggjac.jacobian.tapes import TapeError, Tapes
 from ggjac.model import Model, Trace
-from ggjac.planner import machine
 from ggjac.results import Words
 from ggjac.runs.journal import Journal, JournalError
 from ggjac.sizes import MlpPath
@@ -77,7 +74,7 @@ class Session:
         tapes: False keeps nothing of the forward pass but outputs and logits.
         ram_budget, vram_budget: bytes, or as `"2GiB"`; default half of the memory that is free, and all of the
             device's that is.
-        threads: of the plan and of llama.cpp; default all.
+        threads: of plans and of llama.cpp; default all.
         stages: where progress is reported to.
         command: the command line that is recorded with results.
 
@@ -111,12 +108,10 @@ class Session:
     ):
         self.model, self.mlp_path, self.keeps_tapes = model, mlp_path, tapes
         self.text = prompt if isinstance(prompt, str) else None
-        self.ids = model.check_prompt(model.tokenize(prompt) if isinstance(prompt, str) else [int(i) for i in prompt])
+        self.ids = model.prompt_ids(prompt)
         self.position = model.check_position(position, len(self.ids))
         self.trace_folder = None if trace is None else Path(trace)
-        self.ram_budget, self.vram_budget = (
-            machine.parse_size(budget) if isinstance(budget, str) else budget for budget in (ram_budget, vram_budget)
-        )
+        self.ram_budget, self.vram_budget = ram_budget, vram_budget
         self.threads, self.stages, self.command = threads, stages or Stages(), list(command)
         self.warning = bos_warning(model.tokenizer, self.ids)
         self.journal: Journal | None = None
@@ -137,38 +132,27 @@ class Session:
         self.model.fit(plan)
         self._resident = not plan.tapes_on_disk
 
-    def plan(
-        self,
-        command: str,
-        n: int | None = None,
-        *,
-        file: GGUFFile | None = None,
-        config: ModelConfig | None = None,
-        **request: Any,
-    ) -> planner.Plan:
+    def plan(self, command: str, n: int | None = None, **request: Any) -> planner.Plan:
         """Return the plan of a command on this prompt.
 
         Args:
             command: one of `ggjac.planner.work.JOBS`.
-            n: tokens of the trace; default the prompt's.
-            file, config: of another model like this one, in its place.
-            request: what else decides the work, as the planner takes it: `rank`, `layers` and so on.
+            n: number of tokens of the trace; default the prompt's.
+            request: what else decides the work, as `ggjac.planner.work.Request` has it: `rank`, `layers` and so on.
 
         Raises:
             PlanError: no such command, or something is out of range.
+            SizeError: a budget is not an amount of memory.
         """
-        return planner.fitting(
-            file or self.model.gguf,
-            config or self.model.config,
-            command,
+        return self.model.plan(
             n or len(self.ids),
-            self.dtype,
-            {"position": self.position} | request,
+            command,
             mlp_path=self.mlp_path,
-            device=machine.device_kind(self.model.device.type),
-            threads=self.threads or os.cpu_count() or 1,
-            budget=planner.Budget.of(self.ram_budget, self.vram_budget, str(self.model.device)),
+            ram_budget=self.ram_budget,
+            vram_budget=self.vram_budget,
             tapes_on_disk=self.trace_folder is not None,
+            threads=self.threads or os.cpu_count(),  # as a plan without the model, which `ggjac plan` makes
+            **{"position": self.position} | request,
         )
 
     # -- what is computed ----------------------------------------------------------------------------------------------

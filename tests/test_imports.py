@@ -48,7 +48,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "generation": {"blocks", "model", "sizes"},
     "parity": {"gguf", "llamacpp", "model", "results", "tokenizer"},
     "session": {
-        *("blocks", "config", "gguf", "jacobian", "model", "parity", "planner", "results", "runs", "sizes"),
+        *("blocks", "jacobian", "model", "parity", "planner", "results", "runs", "sizes"),
         "tokenizer",
     },
     "analysis": {

@@ -204,7 +204,7 @@ def steer(
         raise ValueError(f"layer {layer} is out of range; this model has layers 1 to {blocks}")
     if max_tokens < 1:
         raise ValueError(f"max_tokens={max_tokens}: at least one is needed")
-    ids = model.check_prompt(model.tokenize(prompt) if isinstance(prompt, str) else list(prompt))
+    ids = model.prompt_ids(prompt)
     capacity = len(ids) + max_tokens
     baseline_text = Continuation(model, capacity, mlp_path=mlp_path)  # refuses what outgrows the context
 

@@ -67,7 +67,7 @@ def compare(
 
     options: dict[str, Any] = {"rank": rank, "tol": tol, "seed": seed, "max_sweeps": max_sweeps}
     first = open_session(what, position=position, rank=rank)
-    _check(first, other)
+    _check(first, what, other)
     a = first.run("measure", portray, target=one_token(first, target), **options)
     envelope = first.envelope()
     what = replace(what, model=other, prompt=None, file=None, tokens=first.ids)
@@ -86,11 +86,11 @@ def compare(
         ctx.exit(3)
 
 
-def _check(session: "Session", other: Path) -> None:
+def _check(session: "Session", what: ModelOptions, other: Path) -> None:
     """Refuse a file of another model before any work, and one that will not fit."""
     from ggjac import planner
     from ggjac.analysis.compare import check_files, check_vocabularies
-    from ggjac.cli.session import plan_command
+    from ggjac.cli.planning import make_plan, requested
     from ggjac.config import ModelConfig
     from ggjac.gguf import open_gguf
 
@@ -98,7 +98,9 @@ def _check(session: "Session", other: Path) -> None:
     check_files(*({name: info.shape for name, info in file.tensors.items()} for file in (ours, theirs)))
     check_vocabularies(*(file.metadata.get("tokenizer.ggml.tokens") for file in (ours, theirs)))
     shapes = {name: info.shape for name, info in theirs.tensors.items()}
-    planner.check(plan_command(session, file=theirs, config=ModelConfig.from_metadata(theirs.metadata, shapes)))
+    config = ModelConfig.from_metadata(theirs.metadata, shapes)
+    request = requested(click.get_current_context().params, config.block_count) | {"position": session.position}
+    planner.check(make_plan(what, theirs, config, len(session.ids), "compare", request, session.model.device.type))
 
 
 def _both(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:

@@ -107,27 +107,10 @@ def fit_command(session: Session, n: int | None = None, **request: Any) -> None:
         click.UsageError: an option is out of range.
         NoFitError: the work does not fit the budgets.
     """
-    name, asked = _running(session)
-    with usage_errors():
-        session.fit(name, n, **asked | request)
-
-
-def plan_command(session: Session, **options: Any) -> planner.Plan:
-    """Return the plan of the running command with its own options; arguments as `Session.plan` takes them.
-
-    Raises:
-        click.UsageError: an option is out of range.
-    """
-    name, asked = _running(session)
-    with usage_errors():
-        return session.plan(name, **asked, **options)
-
-
-def _running(session: Session) -> tuple[str, dict[str, Any]]:
-    """Return the name of the running command, and its request to the planner."""
     context = click.get_current_context()
     asked = requested(context.params, session.model.config.block_count)
-    return context.info_name or "", asked | {"position": session.position}
+    with usage_errors():
+        session.fit(context.info_name or "", n, **asked | {"position": session.position} | request)
 
 
 @contextlib.contextmanager
