@@ -75,6 +75,11 @@ def test_an_interrupted_run_ends_with_the_same_bits(
     # A finished one is left as it is.
     before = (folder / "run.json").read_bytes()
     assert ggjac.analyze(path, IDS, folder, resume=True, **OPTIONS) == folder
+    for other in ({"rank": 3}, {"seed": 1}, {"position": 1}):
+        with pytest.raises(JournalError, match=f"is finished, with {next(iter(other))} .*, now"):
+            ggjac.analyze(path, IDS, folder, resume=True, **OPTIONS | other)
+    with pytest.raises(JournalError, match=r"is finished, with tokens \["):
+        ggjac.analyze(path, IDS[::-1], folder, resume=True, **OPTIONS)
     assert (folder / "run.json").read_bytes() == before
 
 
@@ -87,6 +92,9 @@ def test_refusals_come_before_any_work(tiny_file: TinyFile, tmp_path: Path, monk
         ggjac.analyze(path, IDS, tmp_path / "run", position=5)
     with pytest.raises(planner.PlanError, match="--rank 65 is out of range"):
         ggjac.analyze(path, IDS, tmp_path / "run", rank=65)
+    for wrong in ({"top": 0}, {"tol": torch.inf}, {"tol": torch.nan}, {"max_sweeps": 1}, {"seed": -1}, {"seed": 2**64}):
+        with pytest.raises(ValueError, match=f"^{next(iter(wrong))} .* is out of range"):
+            ggjac.analyze(path, IDS, tmp_path / "run", **wrong)  # type: ignore[arg-type]
     (tmp_path / "there").mkdir()
     (tmp_path / "there" / "file").touch()
     with pytest.raises(runs.RunError, match="exists; choose another name"):
@@ -94,6 +102,12 @@ def test_refusals_come_before_any_work(tiny_file: TinyFile, tmp_path: Path, monk
     with pytest.raises(JournalError):
         ggjac.analyze(path, IDS, tmp_path / "run", resume=True)
     assert [entry.name for entry in tmp_path.iterdir()] == ["there"]
+
+
+def test_layers_may_be_a_range(tiny_file: TinyFile, tmp_path: Path) -> None:
+    path = tiny_file("gqa")
+    folder = ggjac.analyze(path, IDS, tmp_path / "run", **OPTIONS | {"layers": range(2)})
+    assert_same_run(folder, ggjac.analyze(path, IDS, tmp_path / "list", **OPTIONS | {"layers": [0, 1]}))
 
 
 def test_folders_are_named_by_model_and_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

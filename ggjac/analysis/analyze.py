@@ -1,9 +1,11 @@
 """The main job: every analysis of one prompt in a run folder, with a report, certified and resumable."""
 
+import math
 import os
 import time
 from collections.abc import Callable, Sequence
 from itertools import count
+from operator import index
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from ggjac.analysis.svd import spectrum, stable_rank
 from ggjac.jacobian import Progress
 from ggjac.model import Model, open_model
 from ggjac.parity import ParityError
+from ggjac.runs.journal import JournalError
 from ggjac.session import Session, Stages
 from ggjac.sizes import MlpPath
 
@@ -83,14 +86,15 @@ def analyze(
     Raises:
         PromptError: the model cannot run the prompt, or has no such position.
         PlanError: rank or layers are out of range.
+        ValueError: top, tol, max_sweeps or seed is out of range.
         NoFitError: the work does not fit the budgets, and how much would.
         RunError: the folder exists, or cannot be written.
-        JournalError: there is nothing to resume, or it is another run.
+        JournalError: there is nothing to resume, or it is another run, finished or not.
     """
+    _check(top, tol, max_sweeps, seed)
+    layers = None if layers is None else [index(depth) for depth in layers]  # as JSON holds them
     model = model if isinstance(model, Model) else open_model(model)
     folder = new_folder(model.path.stem) if output is None else Path(output)
-    if resume and finished(folder):
-        return folder
     session = Session(
         model,
         prompt,
@@ -101,11 +105,52 @@ def analyze(
         vram_budget=vram_budget,
         stages=Stages(progress),
     )
+    if resume and finished(folder):
+        _check_same(session, folder, rank=rank, tol=tol, seed=seed)
+        return folder
     session.fit("analyze", rank=rank, layers=layers, per_token=per_token, contrast=contrast)
     options: dict[str, Any] = {"rank": rank, "tol": tol, "seed": seed, "max_sweeps": max_sweeps, "top": top}
     parts: dict[str, Any] = {"verify": verify, "layers": layers, "per_token": per_token, "contrast": contrast}
     run(session, folder, resume=resume, **options, **parts)
     return folder
+
+
+def _check(top: int, tol: float, max_sweeps: int, seed: int) -> None:
+    """Refuse, before any work starts, options of the iteration that would fail in the middle of it.
+
+    Raises:
+        ValueError: one is out of range.
+    """
+    if top < 1:
+        raise ValueError(f"top {top} is out of range: it must be at least 1")
+    if not 0 < tol < math.inf:
+        raise ValueError(f"tol {tol} is out of range: it must be positive and finite")
+    if max_sweeps < 2:
+        raise ValueError(f"max_sweeps {max_sweeps} is out of range: it must be at least 2")
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"seed {seed} is out of range: it must be from 0 to 2**63 - 1")
+
+
+def _check_same(session: Session, folder: Path, **settings: Any) -> None:
+    """Refuse a finished run of another model or prompt, or with other settings of the iteration.
+
+    Raises:
+        JournalError: it is not the run that was asked for.
+        RunError: run.json cannot be read.
+    """
+    content = runs.load_run(folder)
+    model, prompt, spectrum_of = (content.get(key) or {} for key in ("model", "tokens", "svd"))
+    then = {key: content.get(key) for key in ("position", "dtype", "mlp_path")}
+    then |= {"model": model.get("fingerprint"), "tokens": [token["id"] for token in prompt]}
+    then |= {key: spectrum_of.get(key) for key in settings}
+    now = {"position": session.position, "dtype": session.dtype, "mlp_path": session.mlp_path}
+    now |= {"model": session.model.gguf.fingerprint(), "tokens": session.ids} | settings
+    for key, value in now.items():
+        if then[key] != value:
+            was, given = str(then[key])[:60], str(value)[:60]
+            raise JournalError(
+                f"{folder}: is finished, with {key} {was}, now {given}; give the same values, or choose another output"
+            )
 
 
 def run(
