@@ -17,7 +17,7 @@ from torch import Tensor
 from ggjac import runs
 from ggjac.analysis import ranks as module
 from ggjac.analysis.ranks import token_ranks
-from ggjac.model import Model, Trace, open_model
+from ggjac.model import Model, PromptError, Trace, open_model
 from ggjac.runs import lock
 from ggjac.session import Session
 from ggjac.weights import WeightStore
@@ -319,6 +319,12 @@ def test_sweeps_that_ran_out_are_exit_code_3() -> None:
         "NOT converged: 1 of 1"
         in invoke("ranks", "-t", 1, "--tokens", "0,465", "--tol", 1e-7, "--max-sweeps", 2, code=3).stdout
     )
+
+
+@pytest.mark.parametrize(("prompts", "message"), [([], "no prompt was given"), ("hi", "prompts is one text")])
+def test_prompts_are_a_list(tiny_file: Any, prompts: Any, message: str) -> None:
+    with pytest.raises(PromptError, match=message):
+        module.ranks(open_model(tiny_file("gqa")), prompts)
 
 
 def test_a_result_keeps_no_model(tiny_file: Any) -> None:
