@@ -132,7 +132,7 @@ def steer(
         check_output(control_vector, "--export-control-vector", what, model)
         check_layer(changed_layer(method, layer), blocks)
     try:
-        ids = model.check_prompt(model.tokenize(of_concept) if isinstance(of_concept, str) else of_concept)
+        ids = model.prompt_ids(of_concept)
     except PromptError as error:
         raise click.UsageError(f"--concept: {error}") from error
     if len(session.ids) + max_tokens > model.config.context_length:
