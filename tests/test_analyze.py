@@ -132,4 +132,8 @@ def test_data_without_words_has_ids(tiny_file: TinyFile) -> None:
     assert [share["token"] for share in named["shares"]] == [f"[{id}]" for id in IDS]
     assert [share["share"] for share in bare["shares"]] == found.shares.tolist()
     assert json.loads(json.dumps(bare)) == bare
+    assert bare["softcap"] is None, "no cap is null in JSON, as for every position and branch"
+    assert ggjac.attribute_positions(J, 3).data()[0]["softcap"] is None
+    capped = ggjac.open_model(tiny_file("gemma2"))
+    assert ggjac.attribute(capped.trace(IDS).jacobian()).data()["softcap"] == capped.head.softcap > 0
     assert ggjac.predict(trace, 2).data()[0]["id"] == int(trace.logits.argmax())
