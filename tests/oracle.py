@@ -10,7 +10,7 @@ Meant for short prompts and small models: all weights are dense float64.
 import functools
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import gguf
@@ -64,6 +64,7 @@ class Facts(NamedTuple):
     embedding: str | None = None  # root (of d) | key
     residual_key: bool = False
     logits: str | None = None  # divide | multiply
+    mixers: Callable[["Oracle", int], tuple[str, ...]] = lambda model, layer: ("attention",)  # of `MIXERS`: their sum
     sum_named_ffn_out: bool = False  # llama.cpp's last ffn_out is the branch and its input
     scales: tuple[float, ...] = ()  # of embeddings, branches * sqrt(blocks) and logits * d, where the file has none
 
@@ -349,6 +350,10 @@ def attention(model: Oracle, layer: int, h: Tensor, *, frozen: bool, context: in
     return linear(model, f"{b}.attn_output", torch.cat(outputs, dim=-1))
 
 
+# What mixes positions in a block, each on the normed input h [n, d] and through the output projection.
+MIXERS: dict[str, Callable[..., Tensor]] = {"attention": attention}
+
+
 def slope(kind: str, g: Tensor) -> Tensor:
     """Return act(g) / g, the factor that is frozen when the path through g stays alive."""
     if kind == "gelu":  # its tanh form
@@ -485,7 +490,8 @@ def block(
     # Falcon 40B has a norm of its own for the attention; the usual one is then the feed-forward's.
     own = facts.parallel and f"{b}.attn_norm_2.weight" in model.weights
     h = sublayer_norm("attn_norm_2" if own else facts.attn_norm, x)
-    attn = attention(model, layer, h, frozen=frozen, context=len(x) if context is None else context)
+    context = len(x) if context is None else context
+    attn = sum(MIXERS[kind](model, layer, h, frozen=frozen, context=context) for kind in facts.mixers(model, layer))
     attn = sublayer_norm(facts.attn_post, attn) * scale
     if facts.parallel or (facts.ffn_norm_optional and f"{b}.ffn_norm.weight" not in model.weights):
         h = sublayer_norm(facts.attn_norm, x)

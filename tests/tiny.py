@@ -58,6 +58,8 @@ class Options:
     biases: tuple[str, ...] = ()  # of ALL_BIASES, "output", and those of the experts
     norm: str = "rms"  # rms | rms_bias | ln (weight only) | ln_bias | ln_bare (neither)
     norms: tuple[str, ...] = ("attn_norm", "ffn_norm")  # of each layer
+    mixers: tuple[str, ...] = ("attention",)  # of `MIXERS`, one a layer, over and over
+    sizes: Mapping[str, Any] = field(default_factory=dict)  # of mixers other than attention, by the mixer's own names
     qk_norm: str = ""  # head | heads (weights of each head's own) | full
     n_rot: int | None = None  # rotated dimensions of a head; None: all
     long_short: bool = False  # write rope_factors_long and rope_factors_short
@@ -190,20 +192,7 @@ def tensors(o: Options) -> Iterator[Entry]:
         b = f"blk.{layer}"
         for name in o.norms:
             yield from norms(o, f"{b}.{name}", o.d, o.post_gain if name.startswith("post_") else 1.0)
-        parts = [
-            matrix(f"{b}.attn_q", q, o.d, o.score_gain),
-            matrix(f"{b}.attn_k", kv, o.d, o.score_gain),
-            matrix(f"{b}.attn_v", kv, o.d),
-        ]
-        yield from [stacked(o, f"{b}.attn_qkv.weight", parts)] if o.fused_qkv else parts
-        if o.qk_norm:
-            # Normed heads have scores with a spread of one; 1.4 squared makes it two.
-            for name, heads, whole in (("attn_q_norm", o.heads, q), ("attn_k_norm", o.hk, kv)):
-                shape = {"head": (o.hd,), "heads": (heads, o.hd), "full": (whole,)}[o.qk_norm]
-                yield Entry(f"{b}.{name}.weight", shape, 0.3, 1.4)
-        if o.sinks:
-            yield Entry(f"{b}.attn_sinks.weight", (o.heads,), 1.0, 2.0)
-        yield matrix(f"{b}.attn_output", o.d, q)
+        yield from MIXERS[o.mixers[layer % len(o.mixers)]](o, b)
         predictor = layer >= o.blocks
         routed = o.experts > 0 and layer >= o.dense_lead and not (predictor and o.architecture == "exaone-moe")
         yield from experts(o, b) if routed else feed_forward(o, b, "", o.ff)
@@ -218,6 +207,29 @@ def tensors(o: Options) -> Iterator[Entry]:
             present = [entry for entry in present if entry not in qkv]
             yield stacked(o, f"{b}.attn_qkv.bias", qkv)
         yield from present
+
+
+def attention(o: Options, b: str) -> Iterator[Entry]:
+    """List the tensors of softmax attention in layer `b`, without its norm."""
+    q, kv = o.heads * o.hd, o.hk * o.hd
+    parts = [
+        matrix(f"{b}.attn_q", q, o.d, o.score_gain),
+        matrix(f"{b}.attn_k", kv, o.d, o.score_gain),
+        matrix(f"{b}.attn_v", kv, o.d),
+    ]
+    yield from [stacked(o, f"{b}.attn_qkv.weight", parts)] if o.fused_qkv else parts
+    if o.qk_norm:
+        # Normed heads have scores with a spread of one; 1.4 squared makes it two.
+        for name, heads, whole in (("attn_q_norm", o.heads, q), ("attn_k_norm", o.hk, kv)):
+            shape = {"head": (o.hd,), "heads": (heads, o.hd), "full": (whole,)}[o.qk_norm]
+            yield Entry(f"{b}.{name}.weight", shape, 0.3, 1.4)
+    if o.sinks:
+        yield Entry(f"{b}.attn_sinks.weight", (o.heads,), 1.0, 2.0)
+    yield matrix(f"{b}.attn_output", o.d, q)
+
+
+# Token mixers: what a layer has in place of attention, by the name that `Options.mixers` uses.
+MIXERS: dict[str, Callable[[Options, str], Iterator[Entry]]] = {"attention": attention}
 
 
 def feed_forward(o: Options, b: str, suffix: str, width: int) -> Iterator[Entry]:
