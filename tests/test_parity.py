@@ -17,7 +17,7 @@ import tiny
 import torch
 
 from ggjac import parity
-from ggjac.config import ModelConfig
+from ggjac.config import read_config
 from ggjac.gguf import GGUFError, open_gguf
 from ggjac.parity import ParityError, Reference, judge, layer_error, rewrite_as_f32, run_llama_cpp, verify
 from ggjac.tokenizer import open_tokenizer
@@ -46,7 +46,7 @@ class StandIn:
         self.gguf = open_gguf(path)
         self.path, self.dtype, self.change, self.source = path, dtype, change, source or path
         metadata = self.gguf.metadata
-        self.config = ModelConfig.from_metadata(metadata, {t.name: t.shape for t in self.gguf.tensors.values()})
+        self.config = read_config(metadata, {t.name: t.shape for t in self.gguf.tensors.values()})
         self.tokenizer = open_tokenizer(
             path, tokens=metadata.get("tokenizer.ggml.tokens"), model=metadata.get("tokenizer.ggml.model")
         )
