@@ -25,6 +25,24 @@ YARN_ROW = {"scaling": YARN, "rope_base": 100.0}
 # As stored: of both α the softplus is taken, and β is added to the first.
 XIELU = {"xielu.alpha_n": 1.6, "xielu.alpha_p": 0.4, "xielu.beta": 0.5, "xielu.eps": -1e-6}
 
+# More value heads than key heads.
+DELTA = {
+    "ssm.conv_kernel": 4,
+    "ssm.state_size": 16,
+    "ssm.group_count": 2,
+    "ssm.time_step_rank": 4,
+    "ssm.inner_size": 64,
+}
+QWEN35 = {"norms": ("attn_norm", "post_attention_norm"), "qk_norm": "head", "head_dim": 32, "n_rot": 16, "sizes": DELTA}
+
+
+def delta_blocks(kinds: str, **more: Any) -> dict[str, Any]:
+    """Return blocks with a delta net (d) or full attention (f), stated one by one."""
+    mixers = tuple({"d": "delta", "f": "gated attention"}[kind] for kind in kinds)
+    listed = {"attention.recurrent_layers": [kind == "d" for kind in kinds]}
+    return more | {"layers": len(kinds), "mixers": mixers, "extra": listed | more.get("extra", {})}
+
+
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},
     "qwen2": {"biases": QKV},
@@ -85,7 +103,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3vl": {"qk_norm": "head", "head_dim": 32, "extra": {"rope.dimension_sections": [6, 5, 5, 0]}},
     "qwen3vlmoe": EXPERTS
     | {"qk_norm": "head", "head_dim": 32, "expert_ff": 48, "extra": {"rope.dimension_sections": [6, 5, 5, 0]}},
-    "qwen2moe": EXPERTS | {"biases": QKV, "shared_ff": 80, "expert_ff": 48},
+    "qwen2moe": EXPERTS | {"biases": QKV, "shared_ff": 80, "shared_gate": True, "expert_ff": 48},
     "olmoe": EXPERTS | {"qk_norm": "full", "kv_heads": 4},
     "granitemoe": EXPERTS | GRANITE,
     # The gain of up makes one value in four leave the clamp at 7.
@@ -133,6 +151,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "minimax-m2": EXPERTS
     | {"qk_norm": "full", "n_rot": 8, "head_dim": 32, "selection_bias": 0.3, "extra": {"expert_gating_func": 2}},
     "phimoe": EXPERTS | {"norm": "rms_bias", "biases": (*QKV, "attn_output", "output")},
+    "qwen35": QWEN35 | {"extra": {"rope.dimension_sections": [3, 3, 2, 0]}},
 }
 
 
@@ -502,4 +521,25 @@ FAMILY_CASES: dict[str, dict[str, Any]] = {
     "llama_longrope": of("llama", long_short=True, scaling=LONGROPE),
     "llama_longrope_long": of("llama", long_short=True, scaling=LONGROPE | {"original_context_length": 64}),
     "granite_longrope": of("granite", long_short=True, scaling=LONGROPE),
+    # Both kinds of block are first, and last; the first case is stated by the default period of four.
+    "qwen35": of("qwen35", layers=4, mixers=(*["delta"] * 3, "gated attention")),
+    "qwen35_listed": of("qwen35", **delta_blocks("fdd"), rope_base=1e6),
+    "qwen35_period": of(
+        "qwen35", layers=4, mixers=("delta", "gated attention"), extra={"full_attention_interval": 2}, tied=True
+    ),
+    # Three taps, heads of another size, three value heads for each key head.
+    "qwen35_sizes": of(
+        "qwen35",
+        **delta_blocks("df"),
+        sizes=DELTA | {"ssm.conv_kernel": 3, "ssm.state_size": 10, "ssm.time_step_rank": 6, "ssm.inner_size": 60},
+    ),
+    "qwen35_equal_heads": of(
+        "qwen35", **delta_blocks("df"), sizes=DELTA | {"ssm.conv_kernel": 2, "ssm.group_count": 4}
+    ),
+    "qwen35_eps": of("qwen35", **delta_blocks("df"), eps=0.05),
+    "qwen35_predictor": of("qwen35", **delta_blocks("dff"), predictors=1, fused_qkv=True),
+    "qwen35_yarn": of("qwen35", **delta_blocks("dff"), **YARN_ROW),
+    "qwen35_still": of("qwen35", **delta_blocks("df", extra={"rope.dimension_sections": [4, 2, 2, 0]}), rope_base=30.0),
+    "qwen35_unread": of("qwen35", **delta_blocks("df", extra=UNREAD), window=3),
+    "qwen35_q8_0": of("qwen35", **delta_blocks("df"), type="Q8_0"),
 }

@@ -27,7 +27,10 @@ def libggml() -> ctypes.CDLL:
     return library
 
 
-NAMES = ("l_out-", "attn_out-", "ffn_out-", "ffn_inp-", "sa_out-", "result_norm")
+NAMES = (
+    *("l_out-", "attn_out-", "ffn_out-", "ffn_inp-", "sa_out-", "result_norm"),
+    *("attn_output-", "linear_attn_out-", "attn_residual-"),
+)
 
 
 def run(

@@ -10,11 +10,12 @@ Meant for short prompts and small models: all weights are dense float64.
 import functools
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import gguf
 import numpy as np
+import oracle_delta
 import torch
 from torch import Tensor
 
@@ -65,8 +66,22 @@ class Facts(NamedTuple):
     residual_key: bool = False
     logits: str | None = None  # divide | multiply
     mixers: Callable[["Oracle", int], tuple[str, ...]] = lambda model, layer: ("attention",)  # of `MIXERS`: their sum
+    branches: Mapping[str, str] = {}  # mixer -> what llama.cpp calls its output, where that is not attn_out
+    query_gate: bool = False  # attn_q has for each head the query, then a gate: its sigmoid scales what the head reads
+    final_norm: str = "output_norm"
     sum_named_ffn_out: bool = False  # llama.cpp's last ffn_out is the branch and its input
     scales: tuple[float, ...] = ()  # of embeddings, branches * sqrt(blocks) and logits * d, where the file has none
+
+
+def by_interval(kind: str) -> Callable[["Oracle", int], tuple[str, ...]]:
+    """Return which mixer a block has, in families that list the blocks of `kind` or their period."""
+
+    def mixers(model: "Oracle", layer: int) -> tuple[str, ...]:
+        stated = model.metadata.get("attention.recurrent_layers")
+        period = model.metadata.get("full_attention_interval", 4)
+        return (kind if (stated[layer] if stated else (layer + 1) % period) else "attention",)
+
+    return mixers
 
 
 SANDWICH = Facts(attn_post="post_attention_norm", ffn_post="post_ffw_norm")
@@ -74,6 +89,10 @@ GEMMA = Facts(rope="halves", activation="gelu", embedding="root")
 GRANITE = Facts(factors=True, attn_scale_key=True, embedding="key", residual_key=True, logits="divide")
 ROUTED = Facts(router_key=True, renormalise=None, routed_scale_key=True)
 LAYER_NORM = Facts(norm="ln", rope="halves", activation="gelu", ffn="plain")
+QWEN35 = Facts(
+    ffn_norm="post_attention_norm", rope="halves", qk_norm="head", query_gate=True, mixers=by_interval("delta"),
+    branches={"delta": "linear_attn_out", "grouped delta": "linear_attn_out", "attention": "attn_output"},
+)  # fmt: skip
 
 FACTS: dict[str, Facts] = {
     "llama": Facts(factors=True),
@@ -140,6 +159,7 @@ FACTS: dict[str, Facts] = {
     ),
     "minimax-m2": Facts(rope="halves", qk_norm="full", router_key=True),
     "phimoe": Facts(rope="halves", factors=True),
+    "qwen35": QWEN35,
 }  # fmt: skip
 
 
@@ -302,18 +322,20 @@ def attention(model: Oracle, layer: int, h: Tensor, *, frozen: bool, context: in
     kv_heads = scalar(meta.get("attention.head_count_kv", heads), layer)
     hd = meta.get("attention.key_length", meta["embedding_length"] // heads)
     assert meta.get("attention.value_length", hd) == hd
+    q_width = heads * hd * (2 if facts.query_gate else 1)
     if f"{b}.attn_qkv.weight" in model.weights:
         qkv = linear(model, f"{b}.attn_qkv", h)
         if f"{b}.attn_qkv.bias" not in model.weights and f"{b}.attn_q.bias" in model.weights:
             qkv = qkv + torch.cat([model.weights[f"{b}.attn_{part}.bias"] for part in "qkv"])
-        q, k, v = qkv.split([heads * hd, kv_heads * hd, kv_heads * hd], dim=-1)
+        q, k, v = qkv.split([q_width, kv_heads * hd, kv_heads * hd], dim=-1)
     else:
         q, k, v = (linear(model, f"{b}.attn_{part}", h) for part in "qkv")
     if facts.clamp_key and (limit := meta.get("attention.clamp_kqv", 0.0)):
         q, k, v = (torch.where(part.abs() <= limit, part, limit * part.detach().sign()) for part in (q, k, v))
     if facts.qk_norm == "full":
         q, k = (norm(model, f"{b}.attn_{name}_norm", part, frozen=False) for name, part in (("q", q), ("k", k)))
-    q, k, v = q.reshape(n, heads, hd), k.reshape(n, kv_heads, hd), v.reshape(n, kv_heads, hd)
+    q, k, v = q.reshape(n, heads, -1), k.reshape(n, kv_heads, hd), v.reshape(n, kv_heads, hd)
+    q, gate = q[..., :hd], q[..., hd:]
     if facts.qk_norm == "head" and f"{b}.attn_q_norm.weight" in model.weights:
         q, k = (norm(model, f"{b}.attn_{name}_norm", part, frozen=False) for name, part in (("q", q), ("k", k)))
     if roped(model, layer):
@@ -347,11 +369,29 @@ def attention(model: Oracle, layer: int, h: Tensor, *, frozen: bool, context: in
         else:
             p = scores.softmax(-1)
         outputs.append((p.detach() if frozen else p) @ v[:, group])
+        if facts.query_gate:
+            share = torch.sigmoid(gate[:, head])
+            outputs[-1] = outputs[-1] * (share.detach() if frozen else share)
     return linear(model, f"{b}.attn_output", torch.cat(outputs, dim=-1))
 
 
+def recurrent(mixer: Callable[..., Tensor], **options: Any) -> Callable[..., Tensor]:
+    """Return a mixer of another module, which sees its block's tensors and the metadata only."""
+
+    def mix(model: Oracle, layer: int, h: Tensor, *, frozen: bool, context: int) -> Tensor:
+        b = f"blk.{layer}."
+        block = {name.removeprefix(b): w for name, w in model.weights.items() if name.startswith(b)}
+        return mixer(block, model.metadata, h, frozen=frozen, **options)
+
+    return mix
+
+
 # What mixes positions in a block, each on the normed input h [n, d] and through the output projection.
-MIXERS: dict[str, Callable[..., Tensor]] = {"attention": attention}
+MIXERS: dict[str, Callable[..., Tensor]] = {
+    "attention": attention,
+    "delta": recurrent(oracle_delta.gated_delta, grouped=False),
+    "grouped delta": recurrent(oracle_delta.gated_delta, grouped=True),
+}
 
 
 def slope(kind: str, g: Tensor) -> Tensor:
@@ -531,7 +571,7 @@ def forward(
     for layer in range(meta["block_count"] - meta.get("nextn_predict_layers", 0)):
         out |= block(model, layer, x, freeze=freeze, context=context, gelu=gelu)
         x = out[f"l_out-{layer}"]
-    out["result_norm"] = norm(model, "output_norm", x, frozen=freeze is not None)
+    out["result_norm"] = norm(model, facts.final_norm, x, frozen=freeze is not None)
     logits = out["result_norm"] @ model.weights.get("output.weight", model.weights["token_embd.weight"]).T
     logits = logits + model.weights.get("output.bias", 0.0)
     if facts.logits is not None:
@@ -590,7 +630,7 @@ def inner(
         h = values[f"l_out-{i}"]
     name = {"layer": "l_out", "attn": "attn_out", "mlp": "ffn_out"}[kind]
     y = values[f"{name}-{index - 1}"]
-    y = (y if raw else norm(model, "output_norm", y, frozen=True))[position]
+    y = (y if raw else norm(model, model.facts.final_norm, y, frozen=True))[position]
     (J,) = torch.autograd.grad(y, x, torch.eye(len(y), dtype=torch.float64), is_grads_batched=True)
     x, y = x.detach(), y.detach()
     return Jacobian(J, y, y - torch.einsum("end,nd->e", J, x), x)

@@ -15,6 +15,7 @@ import gguf
 import llamacpp
 import numpy as np
 import oracle
+import oracle_delta
 import pytest
 import tiny
 import torch
@@ -46,6 +47,16 @@ CONTEXT = 256
 # ---- values, by llama.cpp
 
 
+AFTER_ATTENTION = ("ffn_inp", "sa_out", "attn_residual")
+
+
+def named_branches(model: Oracle, ours: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return what the mixers add, in families that have names of their own for it."""
+    layers = range(sum(name.startswith("l_out-") for name in ours))
+    names = {i: model.facts.branches.get(kind) for i in layers for kind in model.facts.mixers(model, i)}
+    return {f"{name}-{i}": ours[f"attn_out-{i}"] for i, name in names.items() if name}
+
+
 def as_llamacpp_names(model: Oracle, ours: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return our states under all names that llama.cpp gives to the same vectors, in this family."""
     facts = model.facts
@@ -58,8 +69,8 @@ def as_llamacpp_names(model: Oracle, ours: dict[str, Tensor]) -> dict[str, Tenso
     parallel = facts.parallel or (facts.parallel_key and model.metadata["use_parallel_residual"])
     for i in range(0 if parallel else sum(name.startswith("l_out-") for name in ours)):
         before = ours[f"l_out-{i - 1}" if i else "x"]
-        states[f"ffn_inp-{i}"] = states[f"sa_out-{i}"] = before + ours[f"attn_out-{i}"]
-    return states
+        states |= dict.fromkeys((f"{name}-{i}" for name in AFTER_ATTENTION), before + ours[f"attn_out-{i}"])
+    return states | named_branches(model, ours)
 
 
 @pytest.mark.parametrize("case", ROWS)
@@ -74,11 +85,23 @@ def test_every_state_agrees_with_llamacpp(case: str, tiny_file: Callable[..., Pa
     model = oracle.load(tiny_file(case))
     table = 3e-4 if model.facts.ffn_post else 5e-5
     for gelu, tolerance in (("exact", 1e-3), ("f16_table", table)) if case in GELU_ROWS else (("exact", 5e-6),):
-        ours = as_llamacpp_names(model, oracle.forward(model, ids, context=CONTEXT, gelu=gelu))
+        states = oracle.forward(model, ids, context=CONTEXT, gelu=gelu)
+        ours = as_llamacpp_names(model, states)
         compared = theirs.keys() & ours.keys()
         assert compared >= {*(f"l_out-{i}" for i in range(tiny.options(case).blocks)), "result_norm", "logits"}
+        assert compared >= named_branches(model, states).keys()
         errors = {name: distance(theirs[name], ours[name]) for name in compared}
         assert {name: error for name, error in errors.items() if not error < tolerance} == {}
+
+
+SHORT = ("qwen35", "qwen35_sizes")
+
+
+@pytest.mark.parametrize("length", [1, 2, 3])
+@pytest.mark.parametrize("case", SHORT)
+def test_prompts_shorter_than_the_convolution_agree(case: str, length: int, tiny_file: Callable[..., Path]) -> None:
+    ids, path = tiny.prompt(case, length), tiny_file(case)
+    assert distance(oracle.forward(oracle.load(path), ids)["logits"], llamacpp.run(path, ids)["logits"]) < 5e-6
 
 
 @pytest.mark.parametrize("case", GELU_ROWS)
@@ -285,6 +308,19 @@ def softened(x: float) -> float:
 def unsoftened(y: float) -> float:
     """Return what softplus makes `y` of."""
     return math.log(math.exp(y) - 1)
+
+
+def other_mixer(kind: str, instead: str) -> Callable[[Oracle], Oracle]:
+    def make(model: Oracle) -> Oracle:
+        had = model.facts.mixers
+        return facts(mixers=lambda m, layer: tuple(instead if one == kind else one for one in had(m, layer)))(model)
+
+    return make
+
+
+def query_rows(model: Oracle, change: Callable[[Tensor], Tensor]) -> Oracle:
+    """Change attn_q's rows, given for each head as query and gate [heads, 2, hd, d]."""
+    return edit(model, "attn_q.", lambda w: change(w.reshape(-1, 2, head_size(model), w.shape[1])).reshape(w.shape))
 
 
 NO_POST_NORMS = {"attention": facts(attn_post=None), "feed-forward": facts(ffn_post=None)}
@@ -559,6 +595,27 @@ FAMILY_MISTAKES: dict[str, tuple[str, Callable[[Oracle], Oracle]]] = {
     "phimoe: norms centred": ("phimoe", both(facts(norm="ln"), keys(attention__layer_norm_epsilon=1e-5))),
     "phimoe: weights not normed": ("phimoe", facts(renormalise=False)),
     "phimoe: rope factors ignored": ("phimoe_fused", facts(factors=False)),
+    "qwen35: value heads grouped": ("qwen35", other_mixer("delta", "grouped delta")),
+    "qwen35: taps reversed": ("qwen35", on("ssm_conv1d", lambda w: w.flip(-1))),
+    "qwen35: taps one late": ("qwen35", on("ssm_conv1d", lambda w: w.roll(-1, -1))),
+    "qwen35: keys before queries": ("qwen35", on("attn_qkv", lambda w: torch.cat([w[32:64], w[:32], w[64:]]))),
+    "qwen35: growth": ("qwen35", on("ssm_a", torch.neg)),
+    "qwen35: no decay": ("qwen35", on("ssm_a", torch.zeros_like)),
+    "qwen35: ssm_a is a logarithm": ("qwen35", on("ssm_a", lambda w: -w.exp())),
+    "qwen35: time step without bias": ("qwen35", drop("ssm_dt.bias")),
+    "qwen35: alpha and beta swapped": ("qwen35", lambda m: swap(m, "ssm_alpha", "ssm_beta")),
+    "qwen35: one added to the inner norm": ("qwen35", on("ssm_norm", lambda w: w + 1)),
+    "qwen35: no gate on heads": ("qwen35", facts(query_gate=False)),
+    "qwen35: gate before query": ("qwen35", lambda m: query_rows(m, lambda w: w.flip(1))),
+    "qwen35: gates after all queries": (
+        "qwen35",
+        lambda m: query_rows(m, lambda w: w.reshape(2, -1, *w.shape[2:]).transpose(0, 1)),
+    ),
+    "qwen35: rotation of whole heads": ("qwen35", lambda m: meta(m, rope__dimension_count=head_size(m))),
+    "qwen35: rope pairs otherwise": ("qwen35", facts(rope="adjacent")),
+    "qwen35: qk-norm absent": ("qwen35", facts(qk_norm=None)),
+    "qwen35: every pair turns": ("qwen35_still", keys(rope__dimension_sections=None)),
+    "qwen35: a predictor as a block": ("qwen35_predictor", keys(nextn_predict_layers=0)),
 }
 
 
@@ -608,6 +665,76 @@ def test_llamacpp_reveals(mistake: str, tiny_file: Callable[..., Path]) -> None:
     path, ids = tiny_file(case), tiny.prompt(case, prompt_length(case))
     wrong = oracle.forward(make(oracle.load(path)), ids, context=CONTEXT, gelu="f16_table")
     assert distance(wrong["logits"], llamacpp.run(parity_file(tiny_file, case), ids)["logits"]) > 2e-3
+
+
+def without_removal(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, beta: Tensor) -> Tensor:
+    """Add to the faded state, as linear attention does."""
+    state, outputs = torch.zeros(v.shape[1], k.shape[1]).double(), []
+    for t in range(len(v)):
+        state = state * decay[t] + beta[t] * torch.outer(v[t], k[t])
+        outputs.append(state @ q[t])
+    return torch.stack(outputs)
+
+
+def fading_last(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, beta: Tensor) -> Tensor:
+    """Correct the state before it fades."""
+    state, outputs = torch.zeros(v.shape[1], k.shape[1]).double(), []
+    for t in range(len(v)):
+        state = (state + beta[t] * torch.outer(v[t] - state @ k[t], k[t])) * decay[t]
+        outputs.append(state @ q[t])
+    return torch.stack(outputs)
+
+
+def gate_before_norm(x: Tensor, weight: Tensor, gate: Tensor, eps: float, *, frozen: bool) -> Tensor:
+    return gated_norm(x * gate, weight, torch.ones_like(gate), eps, frozen=frozen)
+
+
+def ungated_norm(x: Tensor, weight: Tensor, gate: Tensor, eps: float, *, frozen: bool) -> Tensor:
+    return gated_norm(x, weight, torch.ones_like(gate), eps, frozen=frozen)
+
+
+delta_rule, gated_norm = oracle_delta.delta_rule, oracle_delta.gated_norm
+
+# Mistakes in code: -> (the row that must reveal it, the function of `oracle_delta`, what is in its place)
+CODE_MISTAKES: dict[str, tuple[str, str, Callable[..., Tensor]]] = {
+    "delta: keys and queries of any length": ("qwen35", "unit", lambda x, eps: x),
+    "delta: epsilon beside a mean": (
+        "qwen35_eps",
+        "unit",
+        lambda x, eps: x / (x.square().sum(-1, True) + eps * 16).sqrt(),
+    ),
+    "delta: epsilon added to the length": (
+        "qwen35_eps",
+        "unit",
+        lambda x, eps: x / (x.norm(dim=-1, keepdim=True) + eps),
+    ),
+    "delta: epsilon as the least length": (
+        "qwen35_eps",
+        "unit",
+        lambda x, eps: x / x.norm(dim=-1, keepdim=True).clamp(min=eps),
+    ),
+    # The norm after it hides the size of the queries but for its epsilon.
+    "delta: queries not scaled": ("qwen35_eps", "delta_rule", lambda q, *rest: delta_rule(4 * q, *rest)),
+    "delta: nothing removed": ("qwen35", "delta_rule", without_removal),
+    "delta: fading last": ("qwen35", "delta_rule", fading_last),
+    "delta: whole values written": ("qwen35", "delta_rule", lambda *x: delta_rule(*x[:-1], torch.ones_like(x[-1]))),
+    "delta: gate before norm": ("qwen35", "gated_norm", gate_before_norm),
+    "delta: no gate": ("qwen35", "gated_norm", ungated_norm),
+    "delta: no SiLU": ("qwen35", "silu", lambda x, frozen: x),
+    "delta: a sigmoid for SiLU": ("qwen35", "silu", lambda x, frozen: torch.sigmoid(x)),
+}
+
+
+@pytest.mark.parametrize("mistake", CODE_MISTAKES)
+def test_llamacpp_reveals_other_code(
+    mistake: str, tiny_file: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case, name, instead = CODE_MISTAKES[mistake]
+    path, ids = tiny_file(case), tiny.prompt(case)
+    theirs = llamacpp.run(path, ids)["logits"]
+    assert distance(oracle.forward(oracle.load(path), ids)["logits"], theirs) < 5e-6
+    monkeypatch.setattr(oracle_delta, name, instead)
+    assert distance(oracle.forward(oracle.load(path), ids)["logits"], theirs) > 2e-3
 
 
 # ---- derivatives, by the paper's own code and by hand
@@ -733,6 +860,66 @@ def by_hand(model: Oracle, h: Tensor, mlp_path: str) -> Tensor:
     gate, up = up.chunk(2) if model.facts.ffn == "fused" else (w.get("ffn_gate.weight", up), up)
     kind = "ffn_up" if model.facts.ffn == "plain" else "ffn_gate"
     return network(gate, biases(kind, gate), up, biases("ffn_up", up), down)
+
+
+def frozen_mixer(model: Oracle, n: int = 6) -> tuple[Tensor, Tensor]:
+    """Return an input h [n, d] of block 0's mixer and its frozen Jacobian there [n, d, n, d]."""
+    h = torch.randn(n, 64, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    (kind,) = model.facts.mixers(model, 0)
+    J = torch.autograd.functional.jacobian(lambda h: oracle.MIXERS[kind](model, 0, h, frozen=True, context=n), h)
+    return h, J
+
+
+def shifted(taps: Tensor, n: int) -> Tensor:
+    """Return the convolution as one matrix for each channel [c, n, n]."""
+    return sum(
+        torch.diag_embed(taps[:, -1 - back, None].expand(-1, n - back), -back) for back in range(min(n, taps.shape[1]))
+    )
+
+
+@pytest.mark.parametrize("case", ["qwen35", "qwen35_sizes"])
+def test_frozen_delta_net_by_hand(case: str, tiny_file: Callable[..., Path]) -> None:
+    """A head's pattern in closed form, M (I + A)^-1 diag(beta); live are the values, their convolution and ssm_out."""
+    model = oracle.load(tiny_file(case))
+    h, J = frozen_mixer(model)
+    w = {name.removeprefix("blk.0."): value for name, value in model.weights.items()}
+    size, keys, heads = (model.metadata[f"ssm.{name}"] for name in ("state_size", "group_count", "time_step_rank"))
+    eps, n, k = model.metadata["attention.layer_norm_rms_epsilon"], len(h), keys * size
+    conv = shifted(w["ssm_conv1d.weight"], n)
+    c = torch.einsum("cij,jc->ic", conv, h @ w["attn_qkv.weight"].T)
+    q, key, v = (c * c.sigmoid()).split([k, k, heads * size], dim=-1)
+    beta = (h @ w["ssm_beta.weight"].T).sigmoid()
+    steps = w["ssm_a"] * (1 + (h @ w["ssm_alpha.weight"].T + w["ssm_dt.bias"]).exp()).log()
+    z, expected = h @ w["attn_gate.weight"].T, torch.zeros_like(J)
+    for head in range(heads):
+        part = slice(head % keys * size, (head % keys + 1) * size)
+        one, other = (x[:, part] / (x[:, part].square().sum(-1, keepdim=True) + eps).sqrt() for x in (q, key))
+        fade = steps[:, head].cumsum(0)
+        fade = (fade[:, None] - fade).exp().tril()
+        read, removed = fade * (one @ other.T) / math.sqrt(size), fade * (other @ other.T) * beta[:, head, None]
+        pattern = read @ torch.linalg.inv(torch.eye(n) + removed.tril(-1)) @ beta[:, head].diag()
+        part = slice(head * size, (head + 1) * size)
+        o, gate = pattern @ v[:, part], z[:, part]
+        out = w["ssm_norm.weight"] * gate * gate.sigmoid() / (o.square().mean(-1, keepdim=True) + eps).sqrt()
+        share, taps = c[:, 2 * k :][:, part].sigmoid(), conv[2 * k :][part]
+        rows = w["attn_qkv.weight"][2 * k :][part]
+        expected += torch.einsum(
+            "ac,ic,ij,jc,cjl,cb->ialb", w["ssm_out.weight"][:, part], out, pattern, share, taps, rows
+        )
+    assert distance(J, expected) < 1e-12
+
+
+def test_frozen_gate_on_heads_by_hand(tiny_file: Callable[..., Path]) -> None:
+    """With keys of zero every head reads the mean of the values so far."""
+    model = edit(oracle.load(tiny_file("qwen35_listed")), "attn_k.", torch.zeros_like)
+    h, J = frozen_mixer(model)
+    w = {name.removeprefix("blk.0.").removesuffix(".weight"): value for name, value in model.weights.items()}
+    heads, kv, hd, n = 4, 2, 32, len(h)
+    gate = (h @ w["attn_q"].T).reshape(n, heads, 2, hd)[:, :, 1].sigmoid()
+    values = w["attn_v"].reshape(kv, hd, 64).repeat_interleave(heads // kv, 0)
+    pattern = torch.ones(n, n).double().tril() / torch.arange(1, n + 1)[:, None]
+    expected = torch.einsum("ahc,ihc,ij,hcb->iajb", w["attn_output"].reshape(64, heads, hd), gate, pattern, values)
+    assert distance(J, expected) < 1e-12
 
 
 @pytest.mark.parametrize("mlp_path", ["up", "gate"])

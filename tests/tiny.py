@@ -59,7 +59,8 @@ class Options:
     norm: str = "rms"  # rms | rms_bias | ln (weight only) | ln_bias | ln_bare (neither)
     norms: tuple[str, ...] = ("attn_norm", "ffn_norm")  # of each layer
     mixers: tuple[str, ...] = ("attention",)  # of `MIXERS`, one a layer, over and over
-    sizes: Mapping[str, Any] = field(default_factory=dict)  # of mixers other than attention, by the mixer's own names
+    sizes: Mapping[str, Any] = field(default_factory=dict)  # of mixers other than attention: keys below `{arch}.`
+    final_norm: str = "output_norm"
     qk_norm: str = ""  # head | heads (weights of each head's own) | full
     n_rot: int | None = None  # rotated dimensions of a head; None: all
     long_short: bool = False  # write rope_factors_long and rope_factors_short
@@ -71,6 +72,7 @@ class Options:
     experts_used: int = 0
     expert_ff: int = 0
     shared_ff: int = 0  # width of a shared expert beside the routed ones; 0: none
+    shared_gate: bool = False  # whether a sigmoid scales the shared expert
     shared_count: int = 0  # of shared experts of expert_ff in one, stated so; 0: not stated
     dense_lead: int = 0  # the first blocks, without experts
     selection_bias: float = 0.0  # spread of exp_probs_b around `selection_mean`; 0: no such tensor
@@ -133,6 +135,12 @@ def stacked(o: Options, name: str, parts: Sequence[Entry]) -> Entry:
     return Entry(name, values.shape, 0.0, values=values)
 
 
+def interleaved(o: Options, name: str, groups: int, parts: Sequence[Entry]) -> Entry:
+    """Return the parts in one tensor, by group: its share of the rows of each part."""
+    values = np.concatenate([v.reshape(groups, -1, o.d) for v in (draw(part, o.seed) for part in parts)], axis=1)
+    return Entry(name, (values.size // o.d, o.d), 0.0, values=values.reshape(-1, o.d))
+
+
 def llama3_factors(n_rot: int, base: float, *, factor: float = 8.0, original: float = 64.0) -> np.ndarray:
     """Return Llama 3's frequency divisors [n_rot / 2] (low_freq_factor 1, high_freq_factor 4)."""
     wavelength = 2 * math.pi * base ** (np.arange(0, n_rot, 2) / n_rot)
@@ -168,6 +176,7 @@ def metadata(o: Options) -> dict[str, Any]:
         "nextn_predict_layers": o.predictors,
     }
     keys |= {key: value for key, value in optional.items() if value}
+    keys |= o.sizes
     return keys | {f"rope.scaling.{key}": value for key, value in o.scaling.items()} | dict(o.extra)
 
 
@@ -177,7 +186,7 @@ def tensors(o: Options) -> Iterator[Entry]:
     yield Entry("token_embd.weight", (o.vocab, o.d), o.embed_std)
     if o.positions:
         yield Entry("position_embd.weight", (o.context, o.d), 0.5)
-    yield from norms(o, "output_norm", o.d)
+    yield from norms(o, o.final_norm, o.d)
     if not o.tied:
         yield matrix("output", o.vocab, o.d, 2.0)
     if "output" in o.biases:
@@ -209,11 +218,12 @@ def tensors(o: Options) -> Iterator[Entry]:
         yield from present
 
 
-def attention(o: Options, b: str) -> Iterator[Entry]:
-    """List the tensors of softmax attention in layer `b`, without its norm."""
+def attention(o: Options, b: str, *, gated: bool = False) -> Iterator[Entry]:
+    """List the tensors of softmax attention in layer `b`, without its norm; `gated`: each head's query has a gate."""
     q, kv = o.heads * o.hd, o.hk * o.hd
+    query, gate = (matrix(f"{b}.{name}", q, o.d, gain) for name, gain in (("attn_q", o.score_gain), ("gate_q", 2.0)))
     parts = [
-        matrix(f"{b}.attn_q", q, o.d, o.score_gain),
+        interleaved(o, query.name, o.heads, [query, gate]) if gated else query,
         matrix(f"{b}.attn_k", kv, o.d, o.score_gain),
         matrix(f"{b}.attn_v", kv, o.d),
     ]
@@ -228,8 +238,38 @@ def attention(o: Options, b: str) -> Iterator[Entry]:
     yield matrix(f"{b}.attn_output", o.d, q)
 
 
+def delta(o: Options, b: str, *, layout: str) -> Iterator[Entry]:
+    """List the tensors of a gated delta net in layer `b`, without its norm.
+
+    `layout` is of qwen35 (alpha and beta apart), qwen3next (together, by key head), or its older files (q, k, v and z
+    together, too). Decays are from 0.99 in the first head to about 0.01 in the last, write strengths anywhere.
+    """
+    size, keys, heads = (o.sizes[f"ssm.{name}"] for name in ("state_size", "group_count", "time_step_rank"))
+    k, v, kernel = keys * size, heads * size, o.sizes["ssm.conv_kernel"]
+    parts = [matrix(f"{b}.{name}", out, o.d) for name, out in (("delta_q", k), ("delta_k", k), ("delta_v", v))]
+    z = matrix(f"{b}.attn_gate", v, o.d, o.gate_gain)
+    if layout == "old":
+        yield interleaved(o, f"{b}.ssm_in.weight", keys, [*parts, z])
+    else:
+        yield from [stacked(o, f"{b}.attn_qkv.weight", parts), z]
+    beta, alpha = (matrix(f"{b}.ssm_{name}", heads, o.d, gain) for name, gain in (("beta", 3.0), ("alpha", 1.5)))
+    yield from [beta, alpha] if layout == "qwen35" else [interleaved(o, f"{b}.ssm_ba.weight", keys, [beta, alpha])]
+    yield Entry(f"{b}.ssm_conv1d.weight", (2 * k + v, kernel), 1.2 / math.sqrt(kernel))
+    yield Entry(f"{b}.ssm_dt.bias", (heads,), 0.5)
+    spread = draw(Entry(f"{b}.ssm_a", (heads,), 0.2), o.seed)
+    yield Entry(f"{b}.ssm_a", (heads,), 0.0, values=-np.geomspace(0.02, 6.0, heads) * np.exp(spread))
+    yield Entry(f"{b}.ssm_norm.weight", (size,), 0.3, 1.0)
+    yield matrix(f"{b}.ssm_out", o.d, v, 1.5)
+
+
 # Token mixers: what a layer has in place of attention, by the name that `Options.mixers` uses.
-MIXERS: dict[str, Callable[[Options, str], Iterator[Entry]]] = {"attention": attention}
+MIXERS: dict[str, Callable[[Options, str], Iterator[Entry]]] = {
+    "attention": attention,
+    "gated attention": functools.partial(attention, gated=True),
+    "delta": functools.partial(delta, layout="qwen35"),
+    "grouped delta": functools.partial(delta, layout="qwen3next"),
+    "old delta": functools.partial(delta, layout="old"),
+}
 
 
 def feed_forward(o: Options, b: str, suffix: str, width: int) -> Iterator[Entry]:
@@ -259,7 +299,7 @@ def experts(o: Options, b: str) -> Iterator[Entry]:
         yield Entry(f"{b}.exp_probs_b.bias", (o.experts,), o.selection_bias, o.selection_mean)
     if shared := o.shared_count * (o.shared_ff or o.expert_ff) or o.shared_ff:
         yield from feed_forward(o, b, "_shexp", shared)
-        if o.architecture == "qwen2moe":
+        if o.shared_gate:
             yield Entry(f"{b}.ffn_gate_inp_shexp.weight", (o.d,), 1.5 / math.sqrt(o.d))
 
 
@@ -359,8 +399,9 @@ def write(path: str | os.PathLike[str], **differences: Any) -> Path:
         values = draw(entry, o.seed)
         name = next((kind for part, kind in o.types.items() if part in entry.name), o.type)
         kind = gguf.GGMLQuantizationType[name]
-        # Norms, routers and learned positions are never quantized; llama.cpp's copy in F32 would keep them as they are.
-        kept = ("_norm.weight", "ffn_gate_inp", "position_embd.weight")
+        # Norms, routers, learned positions and convolutions are never quantized; llama.cpp's copy in F32 would keep
+        # them as they are.
+        kept = ("_norm.weight", "ffn_gate_inp", "position_embd.weight", "conv")
         exempt = values.ndim < 2 or any(part in entry.name for part in kept)
         if exempt or values.shape[-1] % gguf.GGML_QUANT_SIZES[kind][0]:
             kind = gguf.GGMLQuantizationType.F32
