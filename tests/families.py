@@ -152,6 +152,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
     | {"qk_norm": "full", "n_rot": 8, "head_dim": 32, "selection_bias": 0.3, "extra": {"expert_gating_func": 2}},
     "phimoe": EXPERTS | {"norm": "rms_bias", "biases": (*QKV, "attn_output", "output")},
     "qwen35": QWEN35 | {"extra": {"rope.dimension_sections": [3, 3, 2, 0]}},
+    "qwen35moe": EXPERTS
+    | QWEN35
+    | {"expert_ff": 48, "shared_ff": 80, "shared_gate": True, "extra": {"rope.dimension_sections": [3, 3, 2, 0]}},
 }
 
 
@@ -542,4 +545,14 @@ FAMILY_CASES: dict[str, dict[str, Any]] = {
     "qwen35_still": of("qwen35", **delta_blocks("df", extra={"rope.dimension_sections": [4, 2, 2, 0]}), rope_base=30.0),
     "qwen35_unread": of("qwen35", **delta_blocks("df", extra=UNREAD), window=3),
     "qwen35_q8_0": of("qwen35", **delta_blocks("df"), type="Q8_0"),
+    "qwen35moe": of("qwen35moe", **delta_blocks("dfd")),
+    "qwen35moe_fused": of("qwen35moe", **delta_blocks("fd"), fused_experts=True, experts_used=3, tied=True),
+    "qwen35moe_default_widths": of(
+        "qwen35moe",
+        **delta_blocks("df"),
+        shared_ff=96,
+        omit=("expert_feed_forward_length", "expert_shared_feed_forward_length"),
+    ),
+    "qwen35moe_predictor": of("qwen35moe", **delta_blocks("fdf"), predictors=1, fused_experts=True),
+    "qwen35moe_unread": of("qwen35moe", **delta_blocks("df", extra=UNREAD | UNREAD_ROUTING), window=3),
 }

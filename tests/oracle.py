@@ -160,6 +160,7 @@ FACTS: dict[str, Facts] = {
     "minimax-m2": Facts(rope="halves", qk_norm="full", router_key=True),
     "phimoe": Facts(rope="halves", factors=True),
     "qwen35": QWEN35,
+    "qwen35moe": QWEN35,
 }  # fmt: skip
 
 
@@ -493,7 +494,11 @@ def mixture(model: Oracle, b: str, h: Tensor, **how: Any) -> Tensor:
                 y = model.weights[f"{b}.{name}.weight"][expert] @ x
                 return y + model.weights[f"{b}.{name}.bias"][expert] if f"{b}.{name}.bias" in model.weights else y
 
-            hidden = activate(model.facts, apply("ffn_gate_exps", x), apply("ffn_up_exps", x), **how)
+            if f"{b}.ffn_gate_up_exps.weight" in model.weights:
+                gate, up = apply("ffn_gate_up_exps", x).chunk(2)
+            else:
+                gate, up = apply("ffn_gate_exps", x), apply("ffn_up_exps", x)
+            hidden = activate(model.facts, gate, up, **how)
             row = row + weight * apply("ffn_down_exps", hidden)
         rows.append(row)
     y = torch.stack(rows)

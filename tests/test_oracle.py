@@ -616,6 +616,13 @@ FAMILY_MISTAKES: dict[str, tuple[str, Callable[[Oracle], Oracle]]] = {
     "qwen35: qk-norm absent": ("qwen35", facts(qk_norm=None)),
     "qwen35: every pair turns": ("qwen35_still", keys(rope__dimension_sections=None)),
     "qwen35: a predictor as a block": ("qwen35_predictor", keys(nextn_predict_layers=0)),
+    "qwen35moe: weights not normed": ("qwen35moe", facts(renormalise=False)),
+    "qwen35moe: weights scaled": ("qwen35moe_unread", facts(routed_scale_key=True)),
+    "qwen35moe: router as the file has it": ("qwen35moe_unread", facts(router_key=True)),
+    "qwen35moe: shared expert missing": ("qwen35moe", drop("ffn_down_shexp")),
+    "qwen35moe: shared expert ungated": ("qwen35moe", lambda m: without(m, "ffn_gate_inp_shexp")),
+    "qwen35moe: up before gate": ("qwen35moe_fused", on("gate_up_exps", lambda w: torch.cat(w.chunk(2, 1)[::-1], 1))),
+    "qwen35moe: value heads grouped": ("qwen35moe", other_mixer("delta", "grouped delta")),
 }
 
 

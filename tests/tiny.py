@@ -71,6 +71,7 @@ class Options:
     experts: int = 0  # 0: dense
     experts_used: int = 0
     expert_ff: int = 0
+    fused_experts: bool = False  # gate above up in one tensor
     shared_ff: int = 0  # width of a shared expert beside the routed ones; 0: none
     shared_gate: bool = False  # whether a sigmoid scales the shared expert
     shared_count: int = 0  # of shared experts of expert_ff in one, stated so; 0: not stated
@@ -129,9 +130,9 @@ def bias(name: str, width: int) -> Entry:
     return Entry(f"{name}.bias", (width,), 0.4)
 
 
-def stacked(o: Options, name: str, parts: Sequence[Entry]) -> Entry:
+def stacked(o: Options, name: str, parts: Sequence[Entry], axis: int = 0) -> Entry:
     """Return the parts in one tensor: the same numbers as in a file that keeps them apart."""
-    values = np.concatenate([draw(part, o.seed) for part in parts])
+    values = np.concatenate([draw(part, o.seed) for part in parts], axis)
     return Entry(name, values.shape, 0.0, values=values)
 
 
@@ -291,8 +292,13 @@ def experts(o: Options, b: str) -> Iterator[Entry]:
         "ffn_up_exps": (o.expert_ff, o.d, o.up_gain),
         "ffn_down_exps": (o.d, o.expert_ff, o.down_gain),
     }
-    for name, (out, into, gain) in shapes.items():
-        yield Entry(f"{b}.{name}.weight", (o.experts, out, into), gain / math.sqrt(into))
+    gate, up, down = (
+        Entry(f"{b}.{name}.weight", (o.experts, out, into), gain / math.sqrt(into))
+        for name, (out, into, gain) in shapes.items()
+    )
+    yield from [stacked(o, f"{b}.ffn_gate_up_exps.weight", [gate, up], 1)] if o.fused_experts else [gate, up]
+    yield down
+    for name, (out, _, _) in shapes.items():
         if name in o.biases:
             yield Entry(f"{b}.{name}.bias", (o.experts, out), 0.4)
     if o.selection_bias:
