@@ -37,9 +37,10 @@ QWEN35 = {"norms": ("attn_norm", "post_attention_norm"), "qk_norm": "head", "hea
 
 
 def delta_blocks(kinds: str, **more: Any) -> dict[str, Any]:
-    """Return blocks with a delta net (d) or full attention (f), stated one by one."""
-    mixers = tuple({"d": "delta", "f": "gated attention"}[kind] for kind in kinds)
-    listed = {"attention.recurrent_layers": [kind == "d" for kind in kinds]}
+    """Return blocks with a delta net (d; grouped: g; in an old layout: o) or full attention (f), stated one by one."""
+    names = {"d": "delta", "g": "grouped delta", "o": "old delta", "f": "gated attention"}
+    mixers = tuple(names[kind] for kind in kinds)
+    listed = {"attention.recurrent_layers": [kind != "f" for kind in kinds]}
     return more | {"layers": len(kinds), "mixers": mixers, "extra": listed | more.get("extra", {})}
 
 
@@ -155,6 +156,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen35moe": EXPERTS
     | QWEN35
     | {"expert_ff": 48, "shared_ff": 80, "shared_gate": True, "extra": {"rope.dimension_sections": [3, 3, 2, 0]}},
+    "qwen3next": EXPERTS | QWEN35 | {"expert_ff": 48, "shared_ff": 80, "shared_gate": True},
 }
 
 
@@ -555,4 +557,17 @@ FAMILY_CASES: dict[str, dict[str, Any]] = {
     ),
     "qwen35moe_predictor": of("qwen35moe", **delta_blocks("fdf"), predictors=1, fused_experts=True),
     "qwen35moe_unread": of("qwen35moe", **delta_blocks("df", extra=UNREAD | UNREAD_ROUTING), window=3),
+    "qwen3next": of("qwen3next", layers=4, mixers=(*["grouped delta"] * 3, "gated attention")),
+    # Three value heads for each key head, two taps; the first block's q, k, v and z are in one matrix.
+    "qwen3next_old": of(
+        "qwen3next",
+        **delta_blocks("ofg"),
+        sizes=DELTA | {"ssm.conv_kernel": 2, "ssm.state_size": 10, "ssm.time_step_rank": 6, "ssm.inner_size": 60},
+    ),
+    "qwen3next_fused": of(
+        "qwen3next", **delta_blocks("fg"), fused_experts=True, fused_qkv=True, tied=True, rope_base=1e6
+    ),
+    "qwen3next_predictor": of("qwen3next", **delta_blocks("gff"), predictors=1),
+    "qwen3next_yarn": of("qwen3next", **delta_blocks("fgf"), **YARN_ROW),
+    "qwen3next_unread": of("qwen3next", **delta_blocks("gf", extra=UNREAD | UNREAD_ROUTING), window=3),
 }

@@ -161,6 +161,7 @@ FACTS: dict[str, Facts] = {
     "phimoe": Facts(rope="halves", factors=True),
     "qwen35": QWEN35,
     "qwen35moe": QWEN35,
+    "qwen3next": QWEN35._replace(mixers=by_interval("grouped delta")),
 }  # fmt: skip
 
 

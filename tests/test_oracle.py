@@ -94,7 +94,7 @@ def test_every_state_agrees_with_llamacpp(case: str, tiny_file: Callable[..., Pa
         assert {name: error for name, error in errors.items() if not error < tolerance} == {}
 
 
-SHORT = ("qwen35", "qwen35_sizes")
+SHORT = ("qwen35", "qwen35_sizes", "qwen3next")
 
 
 @pytest.mark.parametrize("length", [1, 2, 3])
@@ -321,6 +321,11 @@ def other_mixer(kind: str, instead: str) -> Callable[[Oracle], Oracle]:
 def query_rows(model: Oracle, change: Callable[[Tensor], Tensor]) -> Oracle:
     """Change attn_q's rows, given for each head as query and gate [heads, 2, hd, d]."""
     return edit(model, "attn_q.", lambda w: change(w.reshape(-1, 2, head_size(model), w.shape[1])).reshape(w.shape))
+
+
+def key_heads_apart(change: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """Return a change of rows that are given for each of two key heads [2, rows, d]."""
+    return lambda w: change(w.unflatten(0, (2, -1))).reshape(w.shape)
 
 
 NO_POST_NORMS = {"attention": facts(attn_post=None), "feed-forward": facts(ffn_post=None)}
@@ -623,6 +628,23 @@ FAMILY_MISTAKES: dict[str, tuple[str, Callable[[Oracle], Oracle]]] = {
     "qwen35moe: shared expert ungated": ("qwen35moe", lambda m: without(m, "ffn_gate_inp_shexp")),
     "qwen35moe: up before gate": ("qwen35moe_fused", on("gate_up_exps", lambda w: torch.cat(w.chunk(2, 1)[::-1], 1))),
     "qwen35moe: value heads grouped": ("qwen35moe", other_mixer("delta", "grouped delta")),
+    "qwen3next: value heads tiled": ("qwen3next", other_mixer("grouped delta", "delta")),
+    "qwen3next: alpha before beta": ("qwen3next", on("ssm_ba", key_heads_apart(lambda w: w.roll(2, 1)))),
+    "qwen3next: all betas first": (
+        "qwen3next",
+        on("ssm_ba", key_heads_apart(lambda w: w.unflatten(1, (2, -1)).transpose(0, 1))),
+    ),
+    "qwen3next: z before v": (
+        "qwen3next_old",
+        on("ssm_in", key_heads_apart(lambda w: torch.cat([w[:, :20], w[:, 50:], w[:, 20:50]], 1))),
+    ),
+    "qwen3next: k before q": (
+        "qwen3next_old",
+        on("ssm_in", key_heads_apart(lambda w: torch.cat([w[:, 10:20], w[:, :10], w[:, 20:]], 1))),
+    ),
+    "qwen3next: weights scaled": ("qwen3next_unread", facts(routed_scale_key=True)),
+    "qwen3next: shared expert ungated": ("qwen3next", lambda m: without(m, "ffn_gate_inp_shexp")),
+    "qwen3next: a predictor as a block": ("qwen3next_predictor", keys(nextn_predict_layers=0)),
 }
 
 
