@@ -44,6 +44,16 @@ def delta_blocks(kinds: str, **more: Any) -> dict[str, Any]:
     return more | {"layers": len(kinds), "mixers": mixers, "extra": listed | more.get("extra", {})}
 
 
+LFM2 = {"qk_norm": "head", "final_norm": "token_embd_norm", "sizes": {"shortconv.l_cache": 3}, "tied": True}
+
+
+def convolution_blocks(kinds: str, **more: Any) -> dict[str, Any]:
+    """Return blocks with a short convolution (c), which have no kv heads, or attention (a)."""
+    mixers = tuple({"c": "convolution", "a": "attention"}[kind] for kind in kinds)
+    kv_heads = {"attention.head_count_kv": [2 if kind == "a" else 0 for kind in kinds]}
+    return more | {"layers": len(kinds), "mixers": mixers, "extra": kv_heads | more.get("extra", {})}
+
+
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},
     "qwen2": {"biases": QKV},
@@ -156,6 +166,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen35moe": EXPERTS
     | QWEN35
     | {"expert_ff": 48, "shared_ff": 80, "shared_gate": True, "extra": {"rope.dimension_sections": [3, 3, 2, 0]}},
+    "lfm2": LFM2,
     "qwen3next": EXPERTS | QWEN35 | {"expert_ff": 48, "shared_ff": 80, "shared_gate": True},
 }
 
@@ -570,4 +581,10 @@ FAMILY_CASES: dict[str, dict[str, Any]] = {
     "qwen3next_predictor": of("qwen3next", **delta_blocks("gff"), predictors=1),
     "qwen3next_yarn": of("qwen3next", **delta_blocks("fgf"), **YARN_ROW),
     "qwen3next_unread": of("qwen3next", **delta_blocks("gf", extra=UNREAD | UNREAD_ROUTING), window=3),
+    "lfm2": of("lfm2", **convolution_blocks("ccac"), rope_base=1e6),
+    "lfm2_window": of("lfm2", **convolution_blocks("aca"), window=4, tied=False),
+    "lfm2_taps": of("lfm2", **convolution_blocks("ac"), sizes={"shortconv.l_cache": 4}, fused_qkv=True),
+    "lfm2_two_taps": of("lfm2", **convolution_blocks("ca"), sizes={"shortconv.l_cache": 2}, **YARN_ROW),
+    "lfm2_unread": of("lfm2", **convolution_blocks("ca", extra=UNREAD), window=4),
+    "lfm2_q8_0": of("lfm2", **convolution_blocks("ca"), type="Q8_0"),
 }

@@ -84,6 +84,15 @@ def by_interval(kind: str) -> Callable[["Oracle", int], tuple[str, ...]]:
     return mixers
 
 
+def by_kv_heads(kind: str) -> Callable[["Oracle", int], tuple[str, ...]]:
+    """Return which mixer a block has, in families where the blocks of `kind` are said to have no kv heads."""
+
+    def mixers(model: "Oracle", layer: int) -> tuple[str, ...]:
+        return ("attention" if scalar(model.metadata["attention.head_count_kv"], layer) else kind,)
+
+    return mixers
+
+
 SANDWICH = Facts(attn_post="post_attention_norm", ffn_post="post_ffw_norm")
 GEMMA = Facts(rope="halves", activation="gelu", embedding="root")
 GRANITE = Facts(factors=True, attn_scale_key=True, embedding="key", residual_key=True, logits="divide")
@@ -92,6 +101,13 @@ LAYER_NORM = Facts(norm="ln", rope="halves", activation="gelu", ffn="plain")
 QWEN35 = Facts(
     ffn_norm="post_attention_norm", rope="halves", qk_norm="head", query_gate=True, mixers=by_interval("delta"),
     branches={"delta": "linear_attn_out", "grouped delta": "linear_attn_out", "attention": "attn_output"},
+)  # fmt: skip
+LFM2 = Facts(
+    rope="halves", qk_norm="head", local_base_key=False, final_norm="token_embd_norm",
+    mixers=by_kv_heads("convolution"),
+    branches={
+        "convolution": "model.layers.{}.conv.out_proj", "attention": "model.layers.{}.self_attn.out_proj"
+    },
 )  # fmt: skip
 
 FACTS: dict[str, Facts] = {
@@ -161,6 +177,7 @@ FACTS: dict[str, Facts] = {
     "phimoe": Facts(rope="halves", factors=True),
     "qwen35": QWEN35,
     "qwen35moe": QWEN35,
+    "lfm2": LFM2._replace(period=0),
     "qwen3next": QWEN35._replace(mixers=by_interval("grouped delta")),
 }  # fmt: skip
 
@@ -393,6 +410,7 @@ MIXERS: dict[str, Callable[..., Tensor]] = {
     "attention": attention,
     "delta": recurrent(oracle_delta.gated_delta, grouped=False),
     "grouped delta": recurrent(oracle_delta.gated_delta, grouped=True),
+    "convolution": recurrent(oracle_delta.short_convolution),
 }
 
 

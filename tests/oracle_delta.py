@@ -1,6 +1,7 @@
 """Token mixers without softmax, written a second time: plain float64 torch, one token after the other.
 
-Gated DeltaNet is Yang, Kautz and Hatamizadeh's (arXiv:2412.06464) as Hugging Face's `Qwen3NextGatedDeltaNet` has it.
+Gated DeltaNet is Yang, Kautz and Hatamizadeh's (arXiv:2412.06464) as Hugging Face's `Qwen3NextGatedDeltaNet` has it,
+the gated short convolution is its `Lfm2ShortConv`.
 Every function takes its block's tensors (`w`, by name without `blk.i.`), the metadata and the normed input h [n, d],
 and applies the output projection, too. With `frozen` all is detached but the path of the values: their projection, the
 convolution on them, what the state hands on, and the output projection.
@@ -83,3 +84,11 @@ def gated_delta(w: dict[str, Tensor], meta: dict[str, Any], h: Tensor, *, frozen
         o = delta_rule(q[:, key], k[:, key], v[:, head], decay[:, head, None], beta[:, head])
         outputs.append(gated_norm(o, w["ssm_norm.weight"], silu(z[:, head], frozen=False), eps, frozen=frozen))
     return torch.cat(outputs, dim=-1) @ w["ssm_out.weight"].T
+
+
+def short_convolution(w: dict[str, Tensor], meta: dict[str, Any], h: Tensor, *, frozen: bool) -> Tensor:
+    """LFM2's c * Conv(b * x), without any activation; x is live, the two gates may be frozen."""
+    b, c, x = (h @ w["shortconv.in_proj.weight"].T).chunk(3, dim=-1)
+    if frozen:
+        b, c = b.detach(), c.detach()
+    return (c * convolve(b * x, w["shortconv.conv.weight"])) @ w["shortconv.out_proj.weight"].T

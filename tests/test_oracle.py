@@ -94,7 +94,7 @@ def test_every_state_agrees_with_llamacpp(case: str, tiny_file: Callable[..., Pa
         assert {name: error for name, error in errors.items() if not error < tolerance} == {}
 
 
-SHORT = ("qwen35", "qwen35_sizes", "qwen3next")
+SHORT = ("qwen35", "qwen35_sizes", "qwen3next", "lfm2")
 
 
 @pytest.mark.parametrize("length", [1, 2, 3])
@@ -628,6 +628,22 @@ FAMILY_MISTAKES: dict[str, tuple[str, Callable[[Oracle], Oracle]]] = {
     "qwen35moe: shared expert ungated": ("qwen35moe", lambda m: without(m, "ffn_gate_inp_shexp")),
     "qwen35moe: up before gate": ("qwen35moe_fused", on("gate_up_exps", lambda w: torch.cat(w.chunk(2, 1)[::-1], 1))),
     "qwen35moe: value heads grouped": ("qwen35moe", other_mixer("delta", "grouped delta")),
+    **{
+        f"lfm2: {order} in place of b, c, x": (
+            "lfm2",
+            on("in_proj", lambda w, order=order: torch.cat([w.chunk(3)["bcx".index(part)] for part in order])),
+        )
+        for order in ("cbx", "bxc", "xbc")
+    },
+    "lfm2: taps reversed": ("lfm2", on("conv.conv", lambda w: w.flip(-1))),
+    "lfm2: taps one late": ("lfm2", on("conv.conv", lambda w: w.roll(-1, -1))),
+    "lfm2: qk-norm absent": ("lfm2", facts(qk_norm=None)),
+    "lfm2: rope pairs otherwise": ("lfm2", facts(rope="adjacent")),
+    "lfm2: norm of the embeddings": ("lfm2", on("token_embd_norm", torch.ones_like)),
+    "lfm2: windows ignored": ("lfm2_window", facts(period=None)),
+    "lfm2: window one wider": ("lfm2_window", width_of_window(1)),
+    "lfm2: window one narrower": ("lfm2_window", width_of_window(-1)),
+    "lfm2: rope base of windows read": ("lfm2_unread", facts(local_base_key=True)),
     "qwen3next: value heads tiled": ("qwen3next", other_mixer("grouped delta", "delta")),
     "qwen3next: alpha before beta": ("qwen3next", on("ssm_ba", key_heads_apart(lambda w: w.roll(2, 1)))),
     "qwen3next: all betas first": (
@@ -722,7 +738,7 @@ def ungated_norm(x: Tensor, weight: Tensor, gate: Tensor, eps: float, *, frozen:
     return gated_norm(x, weight, torch.ones_like(gate), eps, frozen=frozen)
 
 
-delta_rule, gated_norm = oracle_delta.delta_rule, oracle_delta.gated_norm
+delta_rule, gated_norm, convolve = oracle_delta.delta_rule, oracle_delta.gated_norm, oracle_delta.convolve
 
 # Mistakes in code: -> (the row that must reveal it, the function of `oracle_delta`, what is in its place)
 CODE_MISTAKES: dict[str, tuple[str, str, Callable[..., Tensor]]] = {
@@ -750,6 +766,8 @@ CODE_MISTAKES: dict[str, tuple[str, str, Callable[..., Tensor]]] = {
     "delta: gate before norm": ("qwen35", "gated_norm", gate_before_norm),
     "delta: no gate": ("qwen35", "gated_norm", ungated_norm),
     "delta: no SiLU": ("qwen35", "silu", lambda x, frozen: x),
+    "convolution: an activation": ("lfm2", "convolve", lambda x, taps: torch.nn.functional.silu(convolve(x, taps))),
+    "convolution: centred": ("lfm2", "convolve", lambda x, taps: convolve(x, taps).roll(-1, 0)),
     "delta: a sigmoid for SiLU": ("qwen35", "silu", lambda x, frozen: torch.sigmoid(x)),
 }
 
@@ -935,6 +953,18 @@ def test_frozen_delta_net_by_hand(case: str, tiny_file: Callable[..., Path]) -> 
         expected += torch.einsum(
             "ac,ic,ij,jc,cjl,cb->ialb", w["ssm_out.weight"][:, part], out, pattern, share, taps, rows
         )
+    assert distance(J, expected) < 1e-12
+
+
+def test_frozen_short_convolution_by_hand(tiny_file: Callable[..., Path]) -> None:
+    """Of the three factors x is live."""
+    model = oracle.load(tiny_file("lfm2"))
+    h, J = frozen_mixer(model)
+    w = {name.removeprefix("blk.0.shortconv."): value for name, value in model.weights.items()}
+    b, c, x = w["in_proj.weight"].chunk(3)
+    expected = torch.einsum(
+        "ac,ic,cij,jc,cb->iajb", w["out_proj.weight"], h @ c.T, shifted(w["conv.weight"], len(h)), h @ b.T, x
+    )
     assert distance(J, expected) < 1e-12
 
 

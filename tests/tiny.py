@@ -263,6 +263,13 @@ def delta(o: Options, b: str, *, layout: str) -> Iterator[Entry]:
     yield matrix(f"{b}.ssm_out", o.d, v, 1.5)
 
 
+def short_convolution(o: Options, b: str) -> Iterator[Entry]:
+    """List the tensors of a gated short convolution in layer `b`, without its norm."""
+    yield matrix(f"{b}.shortconv.in_proj", 3 * o.d, o.d)
+    yield Entry(f"{b}.shortconv.conv.weight", (o.d, o.sizes["shortconv.l_cache"]), 0.8)
+    yield matrix(f"{b}.shortconv.out_proj", o.d, o.d)
+
+
 # Token mixers: what a layer has in place of attention, by the name that `Options.mixers` uses.
 MIXERS: dict[str, Callable[[Options, str], Iterator[Entry]]] = {
     "attention": attention,
@@ -270,6 +277,7 @@ MIXERS: dict[str, Callable[[Options, str], Iterator[Entry]]] = {
     "delta": functools.partial(delta, layout="qwen35"),
     "grouped delta": functools.partial(delta, layout="qwen3next"),
     "old delta": functools.partial(delta, layout="old"),
+    "convolution": short_convolution,
 }
 
 
@@ -407,7 +415,7 @@ def write(path: str | os.PathLike[str], **differences: Any) -> Path:
         kind = gguf.GGMLQuantizationType[name]
         # Norms, routers, learned positions and convolutions are never quantized; llama.cpp's copy in F32 would keep
         # them as they are.
-        kept = ("_norm.weight", "ffn_gate_inp", "position_embd.weight", "conv")
+        kept = ("_norm.weight", "ffn_gate_inp", "position_embd.weight", "conv1d", "conv.conv")
         exempt = values.ndim < 2 or any(part in entry.name for part in kept)
         if exempt or values.shape[-1] % gguf.GGML_QUANT_SIZES[kind][0]:
             kind = gguf.GGMLQuantizationType.F32
