@@ -167,6 +167,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
     | QWEN35
     | {"expert_ff": 48, "shared_ff": 80, "shared_gate": True, "extra": {"rope.dimension_sections": [3, 3, 2, 0]}},
     "lfm2": LFM2,
+    "lfm2moe": EXPERTS
+    | LFM2
+    | {"dense_lead": 1, "expert_ff": 48, "selection_bias": 0.3, "extra": {"expert_gating_func": 2}},
     "qwen3next": EXPERTS | QWEN35 | {"expert_ff": 48, "shared_ff": 80, "shared_gate": True},
 }
 
@@ -587,4 +590,20 @@ FAMILY_CASES: dict[str, dict[str, Any]] = {
     "lfm2_two_taps": of("lfm2", **convolution_blocks("ca"), sizes={"shortconv.l_cache": 2}, **YARN_ROW),
     "lfm2_unread": of("lfm2", **convolution_blocks("ca", extra=UNREAD), window=4),
     "lfm2_q8_0": of("lfm2", **convolution_blocks("ca"), type="Q8_0"),
+    "lfm2moe": of("lfm2moe", **convolution_blocks("cac")),
+    "lfm2moe_softmax": of(
+        "lfm2moe", **convolution_blocks("ac", extra={"expert_gating_func": 1}), dense_lead=0, selection_bias=0.05
+    ),
+    "lfm2moe_groups": of(
+        "lfm2moe",
+        **convolution_blocks("ca", extra={"expert_group_count": 4, "expert_group_used_count": 2}),
+        experts=12,
+        experts_used=3,
+    ),
+    # Nor is the window read here.
+    "lfm2moe_unread": of(
+        "lfm2moe",
+        **convolution_blocks("ca", extra=UNREAD | {"expert_weights_scale": 2.5, "expert_weights_norm": False}),
+        window=4,
+    ),
 }

@@ -178,6 +178,7 @@ FACTS: dict[str, Facts] = {
     "qwen35": QWEN35,
     "qwen35moe": QWEN35,
     "lfm2": LFM2._replace(period=0),
+    "lfm2moe": LFM2._replace(router_key=True),
     "qwen3next": QWEN35._replace(mixers=by_interval("grouped delta")),
 }  # fmt: skip
 

@@ -644,6 +644,13 @@ FAMILY_MISTAKES: dict[str, tuple[str, Callable[[Oracle], Oracle]]] = {
     "lfm2: window one wider": ("lfm2_window", width_of_window(1)),
     "lfm2: window one narrower": ("lfm2_window", width_of_window(-1)),
     "lfm2: rope base of windows read": ("lfm2_unread", facts(local_base_key=True)),
+    "lfm2moe: router as without a key": ("lfm2moe", facts(router_key=False)),
+    "lfm2moe: sigmoid router": ("lfm2moe_softmax", keys(expert_gating_func=2)),
+    "lfm2moe: selection bias missing": ("lfm2moe", drop("exp_probs_b")),
+    "lfm2moe: weights not normed": ("lfm2moe_unread", facts(renormalise=None)),
+    "lfm2moe: weights scaled": ("lfm2moe_unread", facts(routed_scale_key=True)),
+    "lfm2moe: groups ignored": ("lfm2moe_groups", keys(expert_group_count=1)),
+    "lfm2moe: window read": ("lfm2moe_unread", facts(period=0)),
     "qwen3next: value heads tiled": ("qwen3next", other_mixer("grouped delta", "delta")),
     "qwen3next: alpha before beta": ("qwen3next", on("ssm_ba", key_heads_apart(lambda w: w.roll(2, 1)))),
     "qwen3next: all betas first": (
