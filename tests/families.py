@@ -22,6 +22,20 @@ YARN = {"type": "yarn", "factor": 4.0, "original_context_length": 32}
 # With a base of 100 the ramp of YaRN lies within the pairs.
 YARN_ROW = {"scaling": YARN, "rope_base": 100.0}
 
+# No two sizes are equal, neither of a head's parts nor of what they are made from.
+SIZES = {"nope": 12, "latent": 20, "value": 10, "query": 24}
+LATENT = {"mixers": ("latent",), "n_rot": 8, "sizes": SIZES}
+# Two of four groups, three of their six experts.
+GROUPS = {"experts": 12, "experts_used": 3} | {
+    "extra": {
+        "expert_group_count": 4,
+        "expert_group_used_count": 2,
+        "expert_gating_func": 2,
+        "expert_weights_norm": True,
+        "expert_weights_scale": 2.5,
+    }
+}
+
 # As stored: of both α the softplus is taken, and β is added to the first.
 XIELU = {"xielu.alpha_n": 1.6, "xielu.alpha_p": 0.4, "xielu.beta": 0.5, "xielu.eps": -1e-6}
 
@@ -133,6 +147,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "minimax-m2": EXPERTS
     | {"qk_norm": "full", "n_rot": 8, "head_dim": 32, "selection_bias": 0.3, "extra": {"expert_gating_func": 2}},
     "phimoe": EXPERTS | {"norm": "rms_bias", "biases": (*QKV, "attn_output", "output")},
+    "deepseek2": LATENT
+    | GROUPS
+    | {"kv_heads": 1, "layers": 3, "dense_lead": 1, "expert_ff": 48, "shared_count": 2, "selection_bias": 0.3},
 }
 
 
@@ -160,6 +177,20 @@ UNREAD = {
     "rope.scaling.original_context_length": 4,
 }
 UNREAD_ROUTING = {"expert_weights_scale": 2.5, "expert_weights_norm": False, "expert_gating_func": 2}
+
+NO_GROUPS = ("expert_group_count", "expert_group_used_count", "expert_gating_func")
+UNSPLIT = SIZES | {"unsplit": True}
+# YaRN as DeepSeek has it: a tenth of its second scale is stored, and the betas are not read.
+DEEPSEEK_YARN = YARN | {"yarn_log_multiplier": 0.0707, "yarn_beta_fast": 2.0, "yarn_beta_slow": 0.5}
+TEMPERATURE = {"attention.temperature_scale": 0.5, "attention.temperature_length": 4}
+# With 26 or 27 blocks queries have no latent. Embeddings are large beside the branches, lest rounding grow with depth.
+LITE = {"layers": 27, "d": 32, "heads": 2, "ff": 32, "expert_ff": 32, "shared_count": 1, "experts": 6} | {
+    "experts_used": 2,
+    "selection_bias": 0.0,
+    "omit": NO_GROUPS,
+    "embed_std": 3.0,
+    "down_gain": 0.5,
+}
 
 EXAONE4_32B = {"layers": 64, "d": 32, "ff": 32, "heads": 2, "kv_heads": 1, "post_gain": 0.1}
 
@@ -416,6 +447,41 @@ FAMILY_CASES: dict[str, dict[str, Any]] = {
         context=1024,
     ),
     "phimoe_unread": of("phimoe", window=3, extra=UNREAD | UNREAD_ROUTING | {"leading_dense_block_count": 1}),
+    "deepseek2": of("deepseek2"),
+    "deepseek2_predictor": of("deepseek2", layers=4, predictors=1, shared_count=1, tied=True),
+    # As GLM 4.7 Flash's first files.
+    "deepseek2_unsplit": of("deepseek2", sizes=UNSPLIT, kv_heads=4),
+    "deepseek2_softmax": of(
+        "deepseek2", omit=NO_GROUPS, selection_bias=0.05, extra={"expert_weights_norm": False}, dense_lead=2
+    ),
+    # As Youtu: no experts, of whose size the file speaks all the same.
+    "deepseek2_dense": of(
+        "deepseek2",
+        experts=0,
+        experts_used=0,
+        dense_lead=3,
+        shared_count=0,
+        tied=True,
+        omit=("expert_group_count", "expert_group_used_count"),
+        extra={"expert_shared_count": 0},
+    ),
+    "deepseek2_yarn": of("deepseek2", rope_base=100.0, scaling=DEEPSEEK_YARN),
+    # Without a multiplier the scores have YaRN's magnitude twice, and stretched otherwise, have it nevertheless.
+    "deepseek2_yarn_bare": of("deepseek2", rope_base=100.0, scaling=YARN | {"attn_factor": 1.1}),
+    "deepseek2_linear": of("deepseek2", scaling=LINEAR | {"yarn_log_multiplier": 0.05}),
+    "deepseek2_temperature": of("deepseek2", extra=TEMPERATURE),
+    "deepseek2_q8_0": of(
+        "deepseek2",
+        type="Q8_0",
+        sizes={"nope": 32, "latent": 64, "value": 96, "query": 128},
+        n_rot=16,
+        expert_ff=64,
+        head_dim=48,
+    ),
+    "deepseek2_lite": of("deepseek2", **LITE, sizes={**UNSPLIT, "query": 0}, kv_heads=2),
+    "deepseek2_lite_split": of(
+        "deepseek2", **LITE | {"layers": 26}, sizes={**SIZES, "query": 0}, scaling=DEEPSEEK_YARN, rope_base=100.0
+    ),
     # Groups of experts any mixture may have.
     "qwen3moe_groups": of(
         "qwen3moe", experts=12, experts_used=3, extra={"expert_group_count": 4, "expert_group_used_count": 2}
@@ -449,6 +515,9 @@ FAMILY_CASES: dict[str, dict[str, Any]] = {
         )
     },
     "mistral3_unread": of("mistral3", window=3, extra=UNREAD | {"attention.temperature_scale": 0.0}),
+    "deepseek2_unread": of(
+        "deepseek2", window=3, extra=UNREAD | {"attention.temperature_scale": 0.0, "attention.temperature_length": 4}
+    ),
     "granite_window_ignored": of("granite", window=3),
     "granitemoe_finetuned_ignored": of("granitemoe", extra={"rope.scaling.finetuned": False}),
     "mixtral_unread": of("llama", **EXPERTS, window=3, extra=UNREAD | UNREAD_ROUTING),

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import gguf
 import numpy as np
+import oracle_latent
 import torch
 from torch import Tensor
 
@@ -67,12 +68,16 @@ class Facts(NamedTuple):
     mixers: Callable[["Oracle", int], tuple[str, ...]] = lambda model, layer: ("attention",)  # of `MIXERS`: their sum
     sum_named_ffn_out: bool = False  # llama.cpp's last ffn_out is the branch and its input
     scales: tuple[float, ...] = ()  # of embeddings, branches * sqrt(blocks) and logits * d, where the file has none
+    scale_keys: bool = True  # and the file may have some
+    mscale: str | None = None  # of latent attention in a stretched context: equal | one | alone (oracle_latent.py)
 
 
 SANDWICH = Facts(attn_post="post_attention_norm", ffn_post="post_ffw_norm")
 GEMMA = Facts(rope="halves", activation="gelu", embedding="root")
 GRANITE = Facts(factors=True, attn_scale_key=True, embedding="key", residual_key=True, logits="divide")
 ROUTED = Facts(router_key=True, renormalise=None, routed_scale_key=True)
+LATENT = Facts(mixers=lambda model, layer: ("latent",))
+LATENT_ROUTED = ROUTED._replace(mixers=LATENT.mixers, temperature=True)
 LAYER_NORM = Facts(norm="ln", rope="halves", activation="gelu", ffn="plain")
 
 FACTS: dict[str, Facts] = {
@@ -140,6 +145,7 @@ FACTS: dict[str, Facts] = {
     ),
     "minimax-m2": Facts(rope="halves", qk_norm="full", router_key=True),
     "phimoe": Facts(rope="halves", factors=True),
+    "deepseek2": LATENT_ROUTED._replace(mscale="equal"),
 }  # fmt: skip
 
 
@@ -179,7 +185,8 @@ def _read(path: str, changed: int) -> Oracle:
     if scales := FACTS[architecture].scales:
         sizes = 1, math.sqrt(metadata["block_count"]), metadata["embedding_length"]
         names = "embedding_scale", "residual_scale", "logit_scale"
-        metadata = {name: s / size for name, s, size in zip(names, scales, sizes, strict=True)} | metadata
+        scales = {name: s / size for name, s, size in zip(names, scales, sizes, strict=True)}
+        metadata = scales | metadata if FACTS[architecture].scale_keys else metadata | scales
     return Oracle(architecture, metadata, weights, FACTS[architecture])
 
 
@@ -350,8 +357,31 @@ def attention(model: Oracle, layer: int, h: Tensor, *, frozen: bool, context: in
     return linear(model, f"{b}.attn_output", torch.cat(outputs, dim=-1))
 
 
+def latent_attention(model: Oracle, layer: int, h: Tensor, *, frozen: bool, context: int) -> Tensor:
+    """Causal latent attention on the normed input h [n, d], through the output projection."""
+    meta, facts, n = model.metadata, model.facts, len(h)
+    w = {name.removesuffix(".weight"): value for name, value in tensors_of(model, layer).items()}
+    angles, magnitude = rope_angles(model, layer, n, meta["rope.dimension_count"], context)
+    magnitude, factor = oracle_latent.stretched(meta, magnitude, facts.mscale)
+    return oracle_latent.attention(
+        w,
+        h,
+        heads=scalar(meta["attention.head_count"], layer),
+        eps=meta["attention.layer_norm_rms_epsilon"],
+        turn=lambda x: rotate(x, angles, magnitude, pairs=facts.rope),
+        factor=factor * oracle_latent.temperatures(meta if facts.temperature else {}, n),
+        frozen=frozen,
+    )
+
+
+def tensors_of(model: Oracle, layer: int) -> dict[str, Tensor]:
+    """Return a block's tensors, by their names without the block's."""
+    prefix = f"blk.{layer}."
+    return {name.removeprefix(prefix): w for name, w in model.weights.items() if name.startswith(prefix)}
+
+
 # What mixes positions in a block, each on the normed input h [n, d] and through the output projection.
-MIXERS: dict[str, Callable[..., Tensor]] = {"attention": attention}
+MIXERS: dict[str, Callable[..., Tensor]] = {"attention": attention, "latent": latent_attention}
 
 
 def slope(kind: str, g: Tensor) -> Tensor:

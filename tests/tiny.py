@@ -168,6 +168,8 @@ def metadata(o: Options) -> dict[str, Any]:
         "nextn_predict_layers": o.predictors,
     }
     keys |= {key: value for key, value in optional.items() if value}
+    for mixer in o.mixers:
+        keys |= MIXER_KEYS.get(mixer, lambda _: {})(o)
     return keys | {f"rope.scaling.{key}": value for key, value in o.scaling.items()} | dict(o.extra)
 
 
@@ -228,8 +230,50 @@ def attention(o: Options, b: str) -> Iterator[Entry]:
     yield matrix(f"{b}.attn_output", o.d, q)
 
 
+def latent(o: Options, b: str) -> Iterator[Entry]:
+    """List the tensors of latent attention in layer `b`; rotated dimensions are `n_rot`.
+
+    Sizes: `nope` (of a key, not rotated), `latent`, `value`, `query` (of the queries' latent vector; without it, they
+    have none), `unsplit` (keys and values are made by one matrix).
+    """
+    rope, nope, width, value = o.n_rot or 0, o.sizes["nope"], o.sizes["latent"], o.sizes["value"]
+    q = o.heads * (nope + rope)
+    if query := o.sizes.get("query"):
+        yield matrix(f"{b}.attn_q_a", query, o.d)
+        yield from norms(o, f"{b}.attn_q_a_norm", query)
+        yield matrix(f"{b}.attn_q_b", q, query, o.score_gain)
+    else:
+        yield matrix(f"{b}.attn_q", q, o.d, o.score_gain)
+    parts = [matrix(f"{b}.attn_kv_a", width, o.d), matrix(f"{b}.attn_k_rope", rope, o.d, o.score_gain)]
+    yield stacked(o, f"{b}.attn_kv_a_mqa.weight", parts)
+    yield from norms(o, f"{b}.attn_kv_a_norm", width)
+    keys = Entry(f"{b}.attn_k_b.weight", (o.heads, width, nope), o.score_gain / math.sqrt(width))
+    values = Entry(f"{b}.attn_v_b.weight", (o.heads, value, width), 1 / math.sqrt(width))
+    if o.sizes.get("unsplit"):
+        both = np.concatenate([draw(keys, o.seed).transpose(0, 2, 1), draw(values, o.seed)], axis=1)
+        both = both.reshape(-1, width)
+        yield Entry(f"{b}.attn_kv_b.weight", both.shape, 0.0, values=both)
+    else:
+        yield from (keys, values)
+    yield matrix(f"{b}.attn_output", o.d, o.heads * value)
+
+
+def latent_keys(o: Options) -> dict[str, Any]:
+    """Return the keys of latent attention: a file in two parts describes what is cached as if it were one wide head."""
+    key, value, width = o.sizes["nope"] + (o.n_rot or 0), o.sizes["value"], o.sizes["latent"]
+    keys = {"attention.kv_lora_rank": width, "attention.key_length": key, "attention.value_length": value}
+    if query := o.sizes.get("query"):
+        keys["attention.q_lora_rank"] = query
+    if not o.sizes.get("unsplit"):
+        keys |= {"attention.key_length": width + (o.n_rot or 0), "attention.value_length": width}
+        keys |= {"attention.key_length_mla": key, "attention.value_length_mla": value}
+    return keys
+
+
 # Token mixers: what a layer has in place of attention, by the name that `Options.mixers` uses.
-MIXERS: dict[str, Callable[[Options, str], Iterator[Entry]]] = {"attention": attention}
+MIXERS: dict[str, Callable[[Options, str], Iterator[Entry]]] = {"attention": attention, "latent": latent}
+# And what the metadata then have besides, or instead.
+MIXER_KEYS: dict[str, Callable[[Options], dict[str, Any]]] = {"latent": latent_keys}
 
 
 def feed_forward(o: Options, b: str, suffix: str, width: int) -> Iterator[Entry]:
