@@ -146,6 +146,15 @@ FACTS: dict[str, Facts] = {
     "minimax-m2": Facts(rope="halves", qk_norm="full", router_key=True),
     "phimoe": Facts(rope="halves", factors=True),
     "deepseek2": LATENT_ROUTED._replace(mscale="equal"),
+    "mistral4": LATENT_ROUTED._replace(mscale="one"),
+    "minicpm3": LATENT._replace(
+        rope="halves", factors=True, embedding="key", residual_key=True, logits="multiply", scales=(12.0, 1.4, 256.0),
+        scale_keys=False,
+    ),
+    "plm": LATENT._replace(activation="relu2", ffn="plain"),
+    "deepseek32": LATENT_ROUTED._replace(mscale="one", temperature=False),
+    "glm-dsa": LATENT_ROUTED._replace(mscale="alone", temperature=False, router="each"),
+    "minimax-m3": ROUTED._replace(rope="halves", qk_norm="head", activation="oai"),
 }  # fmt: skip
 
 

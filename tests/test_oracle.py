@@ -605,6 +605,10 @@ def heads_together(model: Oracle) -> Oracle:
     return unsplit(model, split)
 
 
+def other_pairs(model: Oracle) -> Oracle:
+    return facts(rope="halves" if model.facts.rope == "adjacent" else "adjacent")(model)
+
+
 LATENT_MISTAKES: dict[str, tuple[str, Callable[[Oracle], Oracle]]] = {
     **{
         f"{case}: {mistake}": (case, make)
@@ -651,6 +655,73 @@ LATENT_MISTAKES: dict[str, tuple[str, Callable[[Oracle], Oracle]]] = {
     "deepseek2: YaRN's two scales unlike": ("deepseek2_yarn", facts(mscale="one")),
     "deepseek2: YaRN's magnitude in the scores once": ("deepseek2_yarn_bare", facts(mscale=None)),
     "deepseek2: linear scaling not in the scores": ("deepseek2_linear", facts(mscale=None)),
+    **{
+        f"{case}: {mistake}": (case, make)
+        for case in ("mistral4", "minicpm3", "minicpm3_value", "plm", "deepseek32", "glm_dsa")
+        for mistake, make in {
+            "rope pairs otherwise": other_pairs,
+            "rotated part of the queries first": rotated_first,
+            "rotated part of the keys first": rotated_key_first,
+            "scores scaled by what is not rotated": scaled_by_nope,
+            "latent norm's weight ignored": on("attn_kv_a_norm", torch.ones_like),
+        }.items()
+    },
+    **{
+        f"{case}: {mistake}": (case, make)
+        for case in ("mistral4_sigmoid", "deepseek32", "glm_dsa", "minimax_m3")
+        for mistake, make in {
+            "softmax router": both(facts(router="all"), keys(expert_gating_func=1)),
+            "weights not normed": keys(expert_weights_norm=False),
+            "weights not scaled": keys(expert_weights_scale=0.0),
+            "selection bias missing": drop("exp_probs_b"),
+            "shared expert missing": drop("ffn_down_shexp"),
+        }.items()
+    },
+    **{f"{case}: a predictor as a block": (case, keys(nextn_predict_layers=0)) for case in ("deepseek32", "glm_dsa")},
+    **{f"{case}: groups ignored": (case, keys(expert_group_count=1)) for case in ("deepseek32", "glm_dsa")},
+    "mistral4: sigmoid router": ("mistral4", keys(expert_gating_func=2)),
+    "mistral4: weights not normed": ("mistral4", keys(expert_weights_norm=False)),
+    "mistral4: temperature missing": ("mistral4_temperature", facts(temperature=False)),
+    "mistral4: temperature missing beside YaRN": ("mistral4_yarn", facts(temperature=False)),
+    "mistral4: YaRN's scale of the scores missing": ("mistral4_yarn", lambda m: scaled_scores(m, 0.1)),
+    "mistral4: YaRN's multiplier as it is stored": (
+        "mistral4_yarn",
+        keys(rope__scaling__yarn_log_multiplier=0.01),
+    ),
+    "mistral4: YaRN's two scales alike": ("mistral4_yarn_half", facts(mscale="equal")),
+    "deepseek32: YaRN's two scales alike": ("deepseek32_yarn", facts(mscale="equal")),
+    "deepseek32: YaRN's multiplier ignored": ("deepseek32_yarn", facts(mscale="alone")),
+    "glm-dsa: YaRN's multiplier read": ("glm_dsa_yarn", facts(mscale="one")),
+    "glm-dsa: YaRN's magnitude in the scores once": ("glm_dsa_yarn", facts(mscale=None)),
+    "glm-dsa: softmax router by default": ("glm_dsa_yarn", facts(router="all")),
+    **{
+        f"{case}: stretched scores": (case, facts(mscale="alone"))
+        for case in ("minicpm3_yarn", "minicpm3_long", "plm_yarn")
+    },
+    "deepseek32: temperature read": ("deepseek32_unread", facts(temperature=True)),
+    "glm-dsa: temperature read": ("glm_dsa_unread", facts(temperature=True)),
+    "plm: temperature read": ("plm_unread", facts(temperature=True)),
+    "plm: SiLU": ("plm", facts(activation="silu")),
+    "plm: values above keys": ("plm", lambda m: unsplit(m, lambda w: w.roll(-10, 1))),
+    "minicpm3: values above keys": ("minicpm3_value", lambda m: unsplit(m, lambda w: w.roll(-10, 1))),
+    "minicpm3: norm's weight of the queries' latent ignored": ("minicpm3", on("attn_q_a_norm", torch.ones_like)),
+    "minicpm3: embeddings unscaled": ("minicpm3", facts(embedding=None)),
+    "minicpm3: branches unscaled": ("minicpm3", facts(residual_key=False)),
+    "minicpm3: logits divided": ("minicpm3", facts(logits="divide")),
+    "minicpm3: the file's scales read": (
+        "minicpm3_unread",
+        keys(**{key: families.UNREAD[key] for key in ("embedding_scale", "residual_scale", "logit_scale")}),
+    ),
+    "minicpm3: factors ignored": ("minicpm3_short", facts(factors=False)),
+    "minicpm3: short for long": ("minicpm3_long", lambda m: swap(m, "factors_long", "factors_short")),
+    "minimax-m3: rope pairs otherwise": ("minimax_m3", other_pairs),
+    "minimax-m3: rotation of whole heads": ("minimax_m3", lambda m: meta(m, rope__dimension_count=head_size(m))),
+    "minimax-m3: no norm of heads": ("minimax_m3", facts(qk_norm=None)),
+    "minimax-m3: norm over all heads": ("minimax_m3", as_full_norm),
+    "minimax-m3: heads normed after rope": ("minimax_m3", facts(qk_norm="head after rope")),
+    "minimax-m3: SiLU": ("minimax_m3", facts(activation="silu")),
+    "minimax-m3: clamps missing": ("minimax_m3", facts(limit=math.inf)),
+    "minimax-m3: one not added to up": ("minimax_m3", facts(shift=0.0)),
     "deepseek2: YaRN missing in the deep model": ("deepseek2_lite_split", keys(rope__scaling__type="none")),
 }
 
@@ -774,6 +845,17 @@ def test_a_latent_file_in_two_parts_computes_what_one_in_one_part_does(tiny_file
     assert distance(llamacpp.run(split, ids)["logits"], llamacpp.run(unsplit, ids)["logits"]) < 2e-6
     ours = [oracle.forward(oracle.load(path), ids)["logits"] for path in (split, unsplit)]
     assert distance(*ours) < 1e-14
+
+
+@pytest.mark.parametrize("case", ["deepseek32", "glm_dsa"])
+def test_an_indexer_acts_beyond_as_many_tokens_as_it_chooses(case: str, tiny_file: Callable[..., Path]) -> None:
+    """Up to then attention is dense; what is here called an oracle has no indexer, and must not be asked further."""
+    path, ids = tiny_file(case), np.random.default_rng(0).integers(0, 128, 80).tolist()
+    model = oracle.load(path)
+    most = model.metadata["attention.indexer.top_k"]
+    theirs, ours = llamacpp.run(path, ids)["logits"], oracle.forward(model, ids)["logits"]
+    assert distance(theirs[:most], ours[:most]) < 5e-6
+    assert distance(theirs[most:], ours[most:]) > 2e-3
 
 
 # ---- derivatives, by the paper's own code and by hand
@@ -982,7 +1064,11 @@ def test_offset_is_what_the_live_biases_add(case: str, mlp_path: str, tiny_file:
     """
     model, ids = oracle.load(tiny_file(case)), tiny.prompt(case, 6)
     J = oracle.jacobian(model, ids, mlp_path=mlp_path)
-    live = {name: w.clone().requires_grad_() for name, w in model.weights.items() if name.endswith(".bias")}
+    live = {
+        name: w.clone().requires_grad_()
+        for name, w in model.weights.items()
+        if name.endswith(".bias") and ".indexer." not in name
+    }
     constants = {"limit": 7.0, "shift": 1.0} if model.facts.activation == "oai" else {}
     constants = {name: torch.tensor(value, dtype=torch.float64).requires_grad_() for name, value in constants.items()}
     model = facts(**constants)(model._replace(weights=model.weights | live))

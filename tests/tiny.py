@@ -28,6 +28,7 @@ import gguf
 import numpy as np
 from families import FAMILY_CASES
 
+INDEXER_KEY = 64  # llama.cpp multiplies an indexer's keys by an orthogonal matrix of this size
 ALL_BIASES = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
 
 
@@ -234,7 +235,8 @@ def latent(o: Options, b: str) -> Iterator[Entry]:
     """List the tensors of latent attention in layer `b`; rotated dimensions are `n_rot`.
 
     Sizes: `nope` (of a key, not rotated), `latent`, `value`, `query` (of the queries' latent vector; without it, they
-    have none), `unsplit` (keys and values are made by one matrix).
+    have none), `unsplit` (keys and values are made by one matrix), `indexer` (heads that choose the keys to attend to),
+    `indexer_types` (which blocks choose; the others do as the block before; without it, all choose).
     """
     rope, nope, width, value = o.n_rot or 0, o.sizes["nope"], o.sizes["latent"], o.sizes["value"]
     q = o.heads * (nope + rope)
@@ -256,6 +258,34 @@ def latent(o: Options, b: str) -> Iterator[Entry]:
     else:
         yield from (keys, values)
     yield matrix(f"{b}.attn_output", o.d, o.heads * value)
+    choosing = dict(enumerate(o.sizes.get("indexer_types", ())))
+    if "indexer" in o.sizes and choosing.get(int(b.removeprefix("blk.")), True):
+        yield matrix(f"{b}.indexer.attn_q_b", o.sizes["indexer"] * INDEXER_KEY, o.sizes["query"])
+        yield matrix(f"{b}.indexer.attn_k", INDEXER_KEY, o.d)
+        yield matrix(f"{b}.indexer.proj", o.sizes["indexer"], o.d)
+        yield Entry(f"{b}.indexer.k_norm.weight", (INDEXER_KEY,), 0.3, 1.0)
+        yield bias(f"{b}.indexer.k_norm", INDEXER_KEY)
+
+
+def block_sparse(o: Options, b: str) -> Iterator[Entry]:
+    """List attention with an indexer that chooses blocks of keys, in all but the leading dense layers."""
+    yield from attention(o, b)
+    if int(b.removeprefix("blk.")) >= o.dense_lead:
+        yield matrix(f"{b}.indexer.q_proj", o.sizes["indexer"] * INDEXER_KEY, o.d)
+        yield matrix(f"{b}.indexer.k_proj", INDEXER_KEY, o.d)
+        yield from (Entry(f"{b}.indexer.{part}_norm.weight", (INDEXER_KEY,), 0.3, 1.0) for part in "qk")
+
+
+def block_sparse_keys(o: Options) -> dict[str, Any]:
+    return indexer_keys(o) | {"attention.indexer.block_size": 4, "attention.indexer.local_blocks": 1}
+
+
+def indexer_keys(o: Options) -> dict[str, Any]:
+    """Return the keys of an indexer that chooses everything in a prompt that is as short as in the tests."""
+    keys = {"head_count": o.sizes["indexer"], "key_length": INDEXER_KEY, "top_k": 64}
+    if types := o.sizes.get("indexer_types"):
+        keys["types"] = types
+    return {f"attention.indexer.{name}": value for name, value in keys.items()}
 
 
 def latent_keys(o: Options) -> dict[str, Any]:
@@ -267,13 +297,17 @@ def latent_keys(o: Options) -> dict[str, Any]:
     if not o.sizes.get("unsplit"):
         keys |= {"attention.key_length": width + (o.n_rot or 0), "attention.value_length": width}
         keys |= {"attention.key_length_mla": key, "attention.value_length_mla": value}
-    return keys
+    return keys | (indexer_keys(o) if "indexer" in o.sizes else {})
 
 
 # Token mixers: what a layer has in place of attention, by the name that `Options.mixers` uses.
-MIXERS: dict[str, Callable[[Options, str], Iterator[Entry]]] = {"attention": attention, "latent": latent}
+MIXERS: dict[str, Callable[[Options, str], Iterator[Entry]]] = {
+    "attention": attention,
+    "latent": latent,
+    "block_sparse": block_sparse,
+}
 # And what the metadata then have besides, or instead.
-MIXER_KEYS: dict[str, Callable[[Options], dict[str, Any]]] = {"latent": latent_keys}
+MIXER_KEYS: dict[str, Callable[[Options], dict[str, Any]]] = {"latent": latent_keys, "block_sparse": block_sparse_keys}
 
 
 def feed_forward(o: Options, b: str, suffix: str, width: int) -> Iterator[Entry]:
