@@ -22,6 +22,23 @@ YARN = {"type": "yarn", "factor": 4.0, "original_context_length": 32}
 # With a base of 100 the ramp of YaRN lies within the pairs.
 YARN_ROW = {"scaling": YARN, "rope_base": 100.0}
 
+# No two sizes are equal, neither of a head's parts nor of what they are made from.
+SIZES = {"nope": 12, "latent": 20, "value": 10, "query": 24}
+UNSPLIT = SIZES | {"unsplit": True}
+LATENT = {"mixers": ("latent",), "n_rot": 8, "sizes": SIZES}
+# Two of four groups, three of their six experts.
+GROUPS = {"experts": 12, "experts_used": 3} | {
+    "extra": {
+        "expert_group_count": 4,
+        "expert_group_used_count": 2,
+        "expert_gating_func": 2,
+        "expert_weights_norm": True,
+        "expert_weights_scale": 2.5,
+    }
+}
+DEEPSEEK = LATENT | GROUPS
+DEEPSEEK |= {"kv_heads": 1, "layers": 3, "dense_lead": 1, "expert_ff": 48, "shared_count": 2, "selection_bias": 0.3}
+
 # As stored: of both α the softplus is taken, and β is added to the first.
 XIELU = {"xielu.alpha_n": 1.6, "xielu.alpha_p": 0.4, "xielu.beta": 0.5, "xielu.eps": -1e-6}
 
@@ -171,6 +188,22 @@ FAMILIES: dict[str, dict[str, Any]] = {
     | LFM2
     | {"dense_lead": 1, "expert_ff": 48, "selection_bias": 0.3, "extra": {"expert_gating_func": 2}},
     "qwen3next": EXPERTS | QWEN35 | {"expert_ff": 48, "shared_ff": 80, "shared_gate": True},
+    "deepseek2": DEEPSEEK,
+    "mistral4": LATENT
+    | EXPERTS
+    | {"kv_heads": 1, "expert_ff": 48, "shared_count": 1}
+    | {"extra": {"expert_weights_norm": True, "leading_dense_block_count": 0}},
+    "minicpm3": LATENT | {"sizes": UNSPLIT, "kv_heads": 4, "embed_std": 0.1, "tied": True},
+    "plm": LATENT | {"sizes": UNSPLIT | {"query": 0}, "kv_heads": 4, "ffn": "plain", "tied": True},
+    "deepseek32": DEEPSEEK | {"sizes": SIZES | {"indexer": 8}, "layers": 4, "predictors": 1},
+    "glm-dsa": DEEPSEEK
+    | {"sizes": SIZES | {"indexer": 8, "indexer_types": [True, False, True]}, "layers": 4, "predictors": 1},
+    # The gain of up makes some values leave the clamp at 7.
+    "minimax-m3": EXPERTS
+    | {"mixers": ("block_sparse",), "sizes": {"indexer": 2}, "qk_norm": "head", "n_rot": 8, "head_dim": 32}
+    | {"layers": 3, "dense_lead": 1, "expert_ff": 48, "shared_count": 2, "selection_bias": 0.3}
+    | {"up_gain": 6.0, "gate_gain": 6.0, "down_gain": 0.2}
+    | {"extra": {"expert_gating_func": 2, "expert_weights_norm": True, "expert_weights_scale": 2.0}},
 }
 
 
@@ -198,6 +231,19 @@ UNREAD = {
     "rope.scaling.original_context_length": 4,
 }
 UNREAD_ROUTING = {"expert_weights_scale": 2.5, "expert_weights_norm": False, "expert_gating_func": 2}
+
+NO_GROUPS = ("expert_group_count", "expert_group_used_count", "expert_gating_func")
+# YaRN as DeepSeek has it: a tenth of its second scale is stored, and the betas are not read.
+DEEPSEEK_YARN = YARN | {"yarn_log_multiplier": 0.0707, "yarn_beta_fast": 2.0, "yarn_beta_slow": 0.5}
+TEMPERATURE = {"attention.temperature_scale": 0.5, "attention.temperature_length": 4}
+# With 26 or 27 blocks queries have no latent. Embeddings are large beside the branches, lest rounding grow with depth.
+LITE = {"layers": 27, "d": 32, "heads": 2, "ff": 32, "expert_ff": 32, "shared_count": 1, "experts": 6} | {
+    "experts_used": 2,
+    "selection_bias": 0.0,
+    "omit": NO_GROUPS,
+    "embed_std": 3.0,
+    "down_gain": 0.5,
+}
 
 EXAONE4_32B = {"layers": 64, "d": 32, "ff": 32, "heads": 2, "kv_heads": 1, "post_gain": 0.1}
 
@@ -454,6 +500,79 @@ FAMILY_CASES: dict[str, dict[str, Any]] = {
         context=1024,
     ),
     "phimoe_unread": of("phimoe", window=3, extra=UNREAD | UNREAD_ROUTING | {"leading_dense_block_count": 1}),
+    "deepseek2": of("deepseek2"),
+    "deepseek2_predictor": of("deepseek2", layers=4, predictors=1, shared_count=1, tied=True),
+    # As GLM 4.7 Flash's first files.
+    "deepseek2_unsplit": of("deepseek2", sizes=UNSPLIT, kv_heads=4),
+    "deepseek2_softmax": of(
+        "deepseek2", omit=NO_GROUPS, selection_bias=0.05, extra={"expert_weights_norm": False}, dense_lead=2
+    ),
+    # As Youtu: no experts, of whose size the file speaks all the same.
+    "deepseek2_dense": of(
+        "deepseek2",
+        experts=0,
+        experts_used=0,
+        dense_lead=3,
+        shared_count=0,
+        tied=True,
+        omit=("expert_group_count", "expert_group_used_count"),
+        extra={"expert_shared_count": 0},
+    ),
+    "deepseek2_yarn": of("deepseek2", rope_base=100.0, scaling=DEEPSEEK_YARN),
+    # Without a multiplier the scores have YaRN's magnitude twice, and stretched otherwise, have it nevertheless.
+    "deepseek2_yarn_bare": of("deepseek2", rope_base=100.0, scaling=YARN | {"attn_factor": 1.1}),
+    "deepseek2_linear": of("deepseek2", scaling=LINEAR | {"yarn_log_multiplier": 0.05}),
+    "deepseek2_temperature": of("deepseek2", extra=TEMPERATURE),
+    "deepseek2_q8_0": of(
+        "deepseek2",
+        type="Q8_0",
+        sizes={"nope": 32, "latent": 64, "value": 96, "query": 128},
+        n_rot=16,
+        expert_ff=64,
+        head_dim=48,
+    ),
+    "deepseek2_lite": of("deepseek2", **LITE, sizes={**UNSPLIT, "query": 0}, kv_heads=2),
+    "deepseek2_lite_split": of(
+        "deepseek2", **LITE | {"layers": 26}, sizes={**SIZES, "query": 0}, scaling=DEEPSEEK_YARN, rope_base=100.0
+    ),
+    "mistral4": of("mistral4"),
+    "mistral4_temperature": of("mistral4", extra=TEMPERATURE, tied=True),
+    "mistral4_yarn": of(
+        "mistral4", rope_base=100.0, scaling=DEEPSEEK_YARN | {"yarn_log_multiplier": 0.1}, extra=TEMPERATURE
+    ),
+    "mistral4_yarn_half": of("mistral4", rope_base=100.0, scaling=DEEPSEEK_YARN | {"yarn_log_multiplier": 0.05}),
+    "mistral4_sigmoid": of(
+        "mistral4", selection_bias=0.3, extra={"expert_gating_func": 2, "expert_weights_scale": 2.5}
+    ),
+    # The converter leaves it out: values are as wide as the model's width says.
+    "minicpm3": of("minicpm3", omit=("attention.value_length",), sizes=UNSPLIT | {"value": 16}),
+    "minicpm3_value": of("minicpm3", tied=False, layers=3),
+    "minicpm3_short": of("minicpm3", long_short=True, scaling=LONGROPE),
+    "minicpm3_long": of("minicpm3", long_short=True, scaling=LONGROPE | {"original_context_length": 64}),
+    "minicpm3_yarn": of("minicpm3", **YARN_ROW),
+    "plm": of("plm"),
+    "plm_yarn": of("plm", **YARN_ROW),
+    "plm_q8_0": of("plm", type="Q8_0", sizes={"nope": 32, "latent": 64, "value": 96, "unsplit": True}, n_rot=16),
+    "deepseek32": of("deepseek32"),
+    "deepseek32_yarn": of(
+        "deepseek32",
+        predictors=0,
+        rope_base=100.0,
+        scaling=DEEPSEEK_YARN | {"yarn_log_multiplier": 0.05},
+        extra={"expert_gating_func": 1},
+        selection_bias=0.05,
+    ),
+    "glm_dsa": of("glm-dsa"),
+    "glm_dsa_yarn": of(
+        "glm-dsa",
+        predictors=0,
+        omit=("expert_gating_func",),
+        sizes=SIZES | {"indexer": 8},
+        rope_base=100.0,
+        scaling=DEEPSEEK_YARN,
+    ),
+    "minimax_m3": of("minimax-m3"),
+    "minimax_m3_fused": of("minimax-m3", fused_qkv=True, dense_lead=0, layers=2, extra={"expert_gating_func": 1}),
     # Groups of experts any mixture may have.
     "qwen3moe_groups": of(
         "qwen3moe", experts=12, experts_used=3, extra={"expert_group_count": 4, "expert_group_used_count": 2}
@@ -487,6 +606,22 @@ FAMILY_CASES: dict[str, dict[str, Any]] = {
         )
     },
     "mistral3_unread": of("mistral3", window=3, extra=UNREAD | {"attention.temperature_scale": 0.0}),
+    "deepseek2_unread": of(
+        "deepseek2", window=3, extra=UNREAD | {"attention.temperature_scale": 0.0, "attention.temperature_length": 4}
+    ),
+    "mistral4_unread": of(
+        "mistral4", window=3, extra=UNREAD | {"attention.temperature_scale": 0.0, "attention.temperature_length": 4}
+    ),
+    **{
+        f"{name}_unread": of(architecture, window=3, extra=UNREAD | TEMPERATURE)
+        for name, architecture in {
+            "minicpm3": "minicpm3",
+            "plm": "plm",
+            "deepseek32": "deepseek32",
+            "glm_dsa": "glm-dsa",
+            "minimax_m3": "minimax-m3",
+        }.items()
+    },
     "granite_window_ignored": of("granite", window=3),
     "granitemoe_finetuned_ignored": of("granitemoe", extra={"rope.scaling.finetuned": False}),
     "mixtral_unread": of("llama", **EXPERTS, window=3, extra=UNREAD | UNREAD_ROUTING),

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import gguf
 import numpy as np
 import oracle_delta
+import oracle_latent
 import torch
 from torch import Tensor
 
@@ -71,6 +72,8 @@ class Facts(NamedTuple):
     final_norm: str = "output_norm"
     sum_named_ffn_out: bool = False  # llama.cpp's last ffn_out is the branch and its input
     scales: tuple[float, ...] = ()  # of embeddings, branches * sqrt(blocks) and logits * d, where the file has none
+    scale_keys: bool = True  # and the file may have some
+    mscale: str | None = None  # of latent attention in a stretched context: equal | one | alone (oracle_latent.py)
 
 
 def by_interval(kind: str) -> Callable[["Oracle", int], tuple[str, ...]]:
@@ -97,6 +100,8 @@ SANDWICH = Facts(attn_post="post_attention_norm", ffn_post="post_ffw_norm")
 GEMMA = Facts(rope="halves", activation="gelu", embedding="root")
 GRANITE = Facts(factors=True, attn_scale_key=True, embedding="key", residual_key=True, logits="divide")
 ROUTED = Facts(router_key=True, renormalise=None, routed_scale_key=True)
+LATENT = Facts(mixers=lambda model, layer: ("latent",))
+LATENT_ROUTED = ROUTED._replace(mixers=LATENT.mixers, temperature=True)
 LAYER_NORM = Facts(norm="ln", rope="halves", activation="gelu", ffn="plain")
 QWEN35 = Facts(
     ffn_norm="post_attention_norm", rope="halves", qk_norm="head", query_gate=True, mixers=by_interval("delta"),
@@ -180,6 +185,16 @@ FACTS: dict[str, Facts] = {
     "lfm2": LFM2._replace(period=0),
     "lfm2moe": LFM2._replace(router_key=True),
     "qwen3next": QWEN35._replace(mixers=by_interval("grouped delta")),
+    "deepseek2": LATENT_ROUTED._replace(mscale="equal"),
+    "mistral4": LATENT_ROUTED._replace(mscale="one"),
+    "minicpm3": LATENT._replace(
+        rope="halves", factors=True, embedding="key", residual_key=True, logits="multiply", scales=(12.0, 1.4, 256.0),
+        scale_keys=False,
+    ),
+    "plm": LATENT._replace(activation="relu2", ffn="plain"),
+    "deepseek32": LATENT_ROUTED._replace(mscale="one", temperature=False),
+    "glm-dsa": LATENT_ROUTED._replace(mscale="alone", temperature=False, router="each"),
+    "minimax-m3": ROUTED._replace(rope="halves", qk_norm="head", activation="oai"),
 }  # fmt: skip
 
 
@@ -219,7 +234,8 @@ def _read(path: str, changed: int) -> Oracle:
     if scales := FACTS[architecture].scales:
         sizes = 1, math.sqrt(metadata["block_count"]), metadata["embedding_length"]
         names = "embedding_scale", "residual_scale", "logit_scale"
-        metadata = {name: s / size for name, s, size in zip(names, scales, sizes, strict=True)} | metadata
+        scales = {name: s / size for name, s, size in zip(names, scales, sizes, strict=True)}
+        metadata = scales | metadata if FACTS[architecture].scale_keys else metadata | scales
     return Oracle(architecture, metadata, weights, FACTS[architecture])
 
 
@@ -399,16 +415,38 @@ def recurrent(mixer: Callable[..., Tensor], **options: Any) -> Callable[..., Ten
     """Return a mixer of another module, which sees its block's tensors and the metadata only."""
 
     def mix(model: Oracle, layer: int, h: Tensor, *, frozen: bool, context: int) -> Tensor:
-        b = f"blk.{layer}."
-        block = {name.removeprefix(b): w for name, w in model.weights.items() if name.startswith(b)}
-        return mixer(block, model.metadata, h, frozen=frozen, **options)
+        return mixer(tensors_of(model, layer), model.metadata, h, frozen=frozen, **options)
 
     return mix
+
+
+def latent_attention(model: Oracle, layer: int, h: Tensor, *, frozen: bool, context: int) -> Tensor:
+    """Causal latent attention on the normed input h [n, d], through the output projection."""
+    meta, facts, n = model.metadata, model.facts, len(h)
+    w = {name.removesuffix(".weight"): value for name, value in tensors_of(model, layer).items()}
+    angles, magnitude = rope_angles(model, layer, n, meta["rope.dimension_count"], context)
+    magnitude, factor = oracle_latent.stretched(meta, magnitude, facts.mscale)
+    return oracle_latent.attention(
+        w,
+        h,
+        heads=scalar(meta["attention.head_count"], layer),
+        eps=meta["attention.layer_norm_rms_epsilon"],
+        turn=lambda x: rotate(x, angles, magnitude, pairs=facts.rope),
+        factor=factor * oracle_latent.temperatures(meta if facts.temperature else {}, n),
+        frozen=frozen,
+    )
+
+
+def tensors_of(model: Oracle, layer: int) -> dict[str, Tensor]:
+    """Return a block's tensors, by their names without the block's."""
+    prefix = f"blk.{layer}."
+    return {name.removeprefix(prefix): w for name, w in model.weights.items() if name.startswith(prefix)}
 
 
 # What mixes positions in a block, each on the normed input h [n, d] and through the output projection.
 MIXERS: dict[str, Callable[..., Tensor]] = {
     "attention": attention,
+    "latent": latent_attention,
     "delta": recurrent(oracle_delta.gated_delta, grouped=False),
     "grouped delta": recurrent(oracle_delta.gated_delta, grouped=True),
     "convolution": recurrent(oracle_delta.short_convolution),

@@ -28,6 +28,7 @@ import gguf
 import numpy as np
 from families import FAMILY_CASES
 
+INDEXER_KEY = 64  # llama.cpp multiplies an indexer's keys by an orthogonal matrix of this size
 ALL_BIASES = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
 
 
@@ -59,7 +60,7 @@ class Options:
     norm: str = "rms"  # rms | rms_bias | ln (weight only) | ln_bias | ln_bare (neither)
     norms: tuple[str, ...] = ("attn_norm", "ffn_norm")  # of each layer
     mixers: tuple[str, ...] = ("attention",)  # of `MIXERS`, one a layer, over and over
-    sizes: Mapping[str, Any] = field(default_factory=dict)  # of mixers other than attention: keys below `{arch}.`
+    sizes: Mapping[str, Any] = field(default_factory=dict)  # of mixers other than attention, by names of theirs or keys
     final_norm: str = "output_norm"
     qk_norm: str = ""  # head | heads (weights of each head's own) | full
     n_rot: int | None = None  # rotated dimensions of a head; None: all
@@ -177,7 +178,9 @@ def metadata(o: Options) -> dict[str, Any]:
         "nextn_predict_layers": o.predictors,
     }
     keys |= {key: value for key, value in optional.items() if value}
-    keys |= o.sizes
+    keys |= {key: value for key, value in o.sizes.items() if "." in key}
+    for mixer in o.mixers:
+        keys |= MIXER_KEYS.get(mixer, lambda _: {})(o)
     return keys | {f"rope.scaling.{key}": value for key, value in o.scaling.items()} | dict(o.extra)
 
 
@@ -270,15 +273,88 @@ def short_convolution(o: Options, b: str) -> Iterator[Entry]:
     yield matrix(f"{b}.shortconv.out_proj", o.d, o.d)
 
 
+def latent(o: Options, b: str) -> Iterator[Entry]:
+    """List the tensors of latent attention in layer `b`; rotated dimensions are `n_rot`.
+
+    Sizes: `nope` (of a key, not rotated), `latent`, `value`, `query` (of the queries' latent vector; without it, they
+    have none), `unsplit` (keys and values are made by one matrix), `indexer` (heads that choose the keys to attend to),
+    `indexer_types` (which blocks choose; the others do as the block before; without it, all choose).
+    """
+    rope, nope, width, value = o.n_rot or 0, o.sizes["nope"], o.sizes["latent"], o.sizes["value"]
+    q = o.heads * (nope + rope)
+    if query := o.sizes.get("query"):
+        yield matrix(f"{b}.attn_q_a", query, o.d)
+        yield from norms(o, f"{b}.attn_q_a_norm", query)
+        yield matrix(f"{b}.attn_q_b", q, query, o.score_gain)
+    else:
+        yield matrix(f"{b}.attn_q", q, o.d, o.score_gain)
+    parts = [matrix(f"{b}.attn_kv_a", width, o.d), matrix(f"{b}.attn_k_rope", rope, o.d, o.score_gain)]
+    yield stacked(o, f"{b}.attn_kv_a_mqa.weight", parts)
+    yield from norms(o, f"{b}.attn_kv_a_norm", width)
+    keys = Entry(f"{b}.attn_k_b.weight", (o.heads, width, nope), o.score_gain / math.sqrt(width))
+    values = Entry(f"{b}.attn_v_b.weight", (o.heads, value, width), 1 / math.sqrt(width))
+    if o.sizes.get("unsplit"):
+        both = np.concatenate([draw(keys, o.seed).transpose(0, 2, 1), draw(values, o.seed)], axis=1)
+        both = both.reshape(-1, width)
+        yield Entry(f"{b}.attn_kv_b.weight", both.shape, 0.0, values=both)
+    else:
+        yield from (keys, values)
+    yield matrix(f"{b}.attn_output", o.d, o.heads * value)
+    choosing = dict(enumerate(o.sizes.get("indexer_types", ())))
+    if "indexer" in o.sizes and choosing.get(int(b.removeprefix("blk.")), True):
+        yield matrix(f"{b}.indexer.attn_q_b", o.sizes["indexer"] * INDEXER_KEY, o.sizes["query"])
+        yield matrix(f"{b}.indexer.attn_k", INDEXER_KEY, o.d)
+        yield matrix(f"{b}.indexer.proj", o.sizes["indexer"], o.d)
+        yield Entry(f"{b}.indexer.k_norm.weight", (INDEXER_KEY,), 0.3, 1.0)
+        yield bias(f"{b}.indexer.k_norm", INDEXER_KEY)
+
+
+def block_sparse(o: Options, b: str) -> Iterator[Entry]:
+    """List attention with an indexer that chooses blocks of keys, in all but the leading dense layers."""
+    yield from attention(o, b)
+    if int(b.removeprefix("blk.")) >= o.dense_lead:
+        yield matrix(f"{b}.indexer.q_proj", o.sizes["indexer"] * INDEXER_KEY, o.d)
+        yield matrix(f"{b}.indexer.k_proj", INDEXER_KEY, o.d)
+        yield from (Entry(f"{b}.indexer.{part}_norm.weight", (INDEXER_KEY,), 0.3, 1.0) for part in "qk")
+
+
+def block_sparse_keys(o: Options) -> dict[str, Any]:
+    return indexer_keys(o) | {"attention.indexer.block_size": 4, "attention.indexer.local_blocks": 1}
+
+
+def indexer_keys(o: Options) -> dict[str, Any]:
+    """Return the keys of an indexer that chooses everything in a prompt that is as short as in the tests."""
+    keys = {"head_count": o.sizes["indexer"], "key_length": INDEXER_KEY, "top_k": 64}
+    if types := o.sizes.get("indexer_types"):
+        keys["types"] = types
+    return {f"attention.indexer.{name}": value for name, value in keys.items()}
+
+
+def latent_keys(o: Options) -> dict[str, Any]:
+    """Return the keys of latent attention: a file in two parts describes what is cached as if it were one wide head."""
+    key, value, width = o.sizes["nope"] + (o.n_rot or 0), o.sizes["value"], o.sizes["latent"]
+    keys = {"attention.kv_lora_rank": width, "attention.key_length": key, "attention.value_length": value}
+    if query := o.sizes.get("query"):
+        keys["attention.q_lora_rank"] = query
+    if not o.sizes.get("unsplit"):
+        keys |= {"attention.key_length": width + (o.n_rot or 0), "attention.value_length": width}
+        keys |= {"attention.key_length_mla": key, "attention.value_length_mla": value}
+    return keys | (indexer_keys(o) if "indexer" in o.sizes else {})
+
+
 # Token mixers: what a layer has in place of attention, by the name that `Options.mixers` uses.
 MIXERS: dict[str, Callable[[Options, str], Iterator[Entry]]] = {
     "attention": attention,
     "gated attention": functools.partial(attention, gated=True),
+    "latent": latent,
+    "block_sparse": block_sparse,
     "delta": functools.partial(delta, layout="qwen35"),
     "grouped delta": functools.partial(delta, layout="qwen3next"),
     "old delta": functools.partial(delta, layout="old"),
     "convolution": short_convolution,
 }
+# And what the metadata then have besides, or instead; sizes with a dot in their names are keys themselves.
+MIXER_KEYS: dict[str, Callable[[Options], dict[str, Any]]] = {"latent": latent_keys, "block_sparse": block_sparse_keys}
 
 
 def feed_forward(o: Options, b: str, suffix: str, width: int) -> Iterator[Entry]:
