@@ -71,6 +71,19 @@ def convolution_blocks(kinds: str, **more: Any) -> dict[str, Any]:
     return more | {"layers": len(kinds), "mixers": mixers, "extra": kv_heads | more.get("extra", {})}
 
 
+# The file has no length of values, nor need it be the model's width by heads.
+KIMI = EXPERTS | {"kv_heads": 1, "n_rot": 8, "dense_lead": 1, "expert_ff": 48, "shared_count": 2, "selection_bias": 0.3}
+KIMI |= {"omit": ("attention.value_length",), "extra": {"expert_gating_func": 2, "expert_weights_scale": 2.5}}
+KIMI |= {"sizes": SIZES | {"query": 0, "ssm.conv_kernel": 4, "kda.head_dim": 16}}
+
+
+def kda_blocks(kinds: str, **more: Any) -> dict[str, Any]:
+    """Return blocks with Kimi Delta Attention (k; with a bound: b), which have no kv heads, or latent attention (l)."""
+    mixers = tuple({"k": "kda", "b": "bounded kda", "l": "latent"}[kind] for kind in kinds)
+    kv_heads = {"attention.head_count_kv": [1 if kind == "l" else 0 for kind in kinds]}
+    return more | {"layers": len(kinds), "mixers": mixers, "extra": kv_heads | more.get("extra", {})}
+
+
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},
     "qwen2": {"biases": QKV},
@@ -187,6 +200,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "lfm2moe": EXPERTS
     | LFM2
     | {"dense_lead": 1, "expert_ff": 48, "selection_bias": 0.3, "extra": {"expert_gating_func": 2}},
+    "kimi-linear": KIMI,
     "qwen3next": EXPERTS | QWEN35 | {"expert_ff": 48, "shared_ff": 80, "shared_gate": True},
     "deepseek2": DEEPSEEK,
     "mistral4": LATENT
@@ -740,5 +754,19 @@ FAMILY_CASES: dict[str, dict[str, Any]] = {
         "lfm2moe",
         **convolution_blocks("ca", extra=UNREAD | {"expert_weights_scale": 2.5, "expert_weights_norm": False}),
         window=4,
+    ),
+    "kimi_linear": of("kimi-linear", **kda_blocks("kkl")),
+    # Three taps, heads of a size that does not make the model's width; softmax in the router.
+    "kimi_linear_sizes": of(
+        "kimi-linear",
+        **kda_blocks("lk", extra={"expert_gating_func": 1}),
+        sizes=KIMI["sizes"] | {"ssm.conv_kernel": 3, "kda.head_dim": 10},
+        selection_bias=0.05,
+        dense_lead=0,
+    ),
+    "kimi_linear_fused": of("kimi-linear", **kda_blocks("kl"), fused_qkv=True),
+    "kimi_linear_eps": of("kimi-linear", **kda_blocks("kl"), eps=0.05, dense_lead=2),
+    "kimi_linear_unread": of(
+        "kimi-linear", **kda_blocks("kl", extra=UNREAD | {"expert_weights_norm": False}), window=3
     ),
 }

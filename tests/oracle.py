@@ -87,11 +87,11 @@ def by_interval(kind: str) -> Callable[["Oracle", int], tuple[str, ...]]:
     return mixers
 
 
-def by_kv_heads(kind: str) -> Callable[["Oracle", int], tuple[str, ...]]:
+def by_kv_heads(kind: str, other: str = "attention") -> Callable[["Oracle", int], tuple[str, ...]]:
     """Return which mixer a block has, in families where the blocks of `kind` are said to have no kv heads."""
 
     def mixers(model: "Oracle", layer: int) -> tuple[str, ...]:
-        return ("attention" if scalar(model.metadata["attention.head_count_kv"], layer) else kind,)
+        return (other if scalar(model.metadata["attention.head_count_kv"], layer) else kind,)
 
     return mixers
 
@@ -106,6 +106,10 @@ LAYER_NORM = Facts(norm="ln", rope="halves", activation="gelu", ffn="plain")
 QWEN35 = Facts(
     ffn_norm="post_attention_norm", rope="halves", qk_norm="head", query_gate=True, mixers=by_interval("delta"),
     branches={"delta": "linear_attn_out", "grouped delta": "linear_attn_out", "attention": "attn_output"},
+)  # fmt: skip
+KIMI = ROUTED._replace(
+    rope=None, mixers=by_kv_heads("kda", "latent"),
+    branches={"kda": "kda_out", "bounded kda": "kda_out", "latent": "mla_out"},
 )  # fmt: skip
 LFM2 = Facts(
     rope="halves", qk_norm="head", local_base_key=False, final_norm="token_embd_norm",
@@ -184,6 +188,7 @@ FACTS: dict[str, Facts] = {
     "qwen35moe": QWEN35,
     "lfm2": LFM2._replace(period=0),
     "lfm2moe": LFM2._replace(router_key=True),
+    "kimi-linear": KIMI._replace(renormalise=True),
     "qwen3next": QWEN35._replace(mixers=by_interval("grouped delta")),
     "deepseek2": LATENT_ROUTED._replace(mscale="equal"),
     "mistral4": LATENT_ROUTED._replace(mscale="one"),
@@ -431,7 +436,7 @@ def latent_attention(model: Oracle, layer: int, h: Tensor, *, frozen: bool, cont
         h,
         heads=scalar(meta["attention.head_count"], layer),
         eps=meta["attention.layer_norm_rms_epsilon"],
-        turn=lambda x: rotate(x, angles, magnitude, pairs=facts.rope),
+        turn=lambda x: rotate(x, angles, magnitude, pairs=facts.rope) if roped(model, layer) else x,
         factor=factor * oracle_latent.temperatures(meta if facts.temperature else {}, n),
         frozen=frozen,
     )
@@ -450,6 +455,8 @@ MIXERS: dict[str, Callable[..., Tensor]] = {
     "delta": recurrent(oracle_delta.gated_delta, grouped=False),
     "grouped delta": recurrent(oracle_delta.gated_delta, grouped=True),
     "convolution": recurrent(oracle_delta.short_convolution),
+    "kda": recurrent(oracle_delta.kimi_delta, bounded=False),
+    "bounded kda": recurrent(oracle_delta.kimi_delta, bounded=True),
 }
 
 

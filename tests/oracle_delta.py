@@ -1,7 +1,7 @@
 """Token mixers without softmax, written a second time: plain float64 torch, one token after the other.
 
 Gated DeltaNet is Yang, Kautz and Hatamizadeh's (arXiv:2412.06464) as Hugging Face's `Qwen3NextGatedDeltaNet` has it,
-the gated short convolution is its `Lfm2ShortConv`.
+the gated short convolution is its `Lfm2ShortConv`; Kimi Delta Attention is Kimi Linear's (arXiv:2510.26692).
 Every function takes its block's tensors (`w`, by name without `blk.i.`), the metadata and the normed input h [n, d],
 and applies the output projection, too. With `frozen` all is detached but the path of the values: their projection, the
 convolution on them, what the state hands on, and the output projection.
@@ -84,6 +84,35 @@ def gated_delta(w: dict[str, Tensor], meta: dict[str, Any], h: Tensor, *, frozen
         o = delta_rule(q[:, key], k[:, key], v[:, head], decay[:, head, None], beta[:, head])
         outputs.append(gated_norm(o, w["ssm_norm.weight"], silu(z[:, head], frozen=False), eps, frozen=frozen))
     return torch.cat(outputs, dim=-1) @ w["ssm_out.weight"].T
+
+
+def kimi_delta(w: dict[str, Tensor], meta: dict[str, Any], h: Tensor, *, frozen: bool, bounded: bool) -> Tensor:
+    """Kimi Delta Attention: a decay for each channel of the key; `bounded`: it does not fall below a bound."""
+    n, size, heads, eps = len(h), meta["kda.head_dim"], w["ssm_a"].numel(), meta["attention.layer_norm_rms_epsilon"]
+
+    def two_steps(name: str) -> Tensor:
+        """Project h, through few dimensions where there is a second matrix."""
+        y = h @ w[f"{name}_a.weight"].T
+        return (y @ w[f"{name}_b.weight"].T if f"{name}_b.weight" in w else y).reshape(n, heads, size)
+
+    names = ["attn_qkv"] if "attn_qkv.weight" in w else ["attn_q", "attn_k", "attn_v"]
+    mixed = h @ torch.cat([w[f"{name}.weight"] for name in names]).T
+    taps = torch.cat([w[f"ssm_conv1d_{part}.weight"].reshape(heads * size, -1) for part in "qkv"])
+    q, k, v = silu(convolve(mixed, taps), frozen=frozen).reshape(n, 3, heads, size).unbind(1)
+    q, k = unit(q, eps) / size**0.5, unit(k, eps)
+    step, a = two_steps("ssm_f") + w["ssm_dt.bias"].reshape(heads, size), w["ssm_a"].reshape(heads, 1)
+    if bounded:
+        decay = torch.exp(meta["kda.gate_lower_bound"] * torch.sigmoid(a * step))
+    else:
+        decay = torch.exp(a * torch.nn.functional.softplus(step))
+    beta, gate = torch.sigmoid(h @ w["ssm_beta.weight"].T), torch.sigmoid(two_steps("ssm_g"))
+    if frozen:
+        q, k, beta, decay = q.detach(), k.detach(), beta.detach(), decay.detach()
+    outputs = []
+    for i in range(heads):
+        o = delta_rule(q[:, i], k[:, i], v[:, i], decay[:, i], beta[:, i])
+        outputs.append(gated_norm(o, w["ssm_norm.weight"], gate[:, i], eps, frozen=frozen))
+    return torch.cat(outputs, dim=-1) @ w["attn_output.weight"].T
 
 
 def short_convolution(w: dict[str, Tensor], meta: dict[str, Any], h: Tensor, *, frozen: bool) -> Tensor:

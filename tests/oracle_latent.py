@@ -69,6 +69,9 @@ def attention(
     scores = torch.einsum("ihc,jhc->hij", q, k) * factor[:, None] / math.sqrt(q.shape[-1])
     p = scores.masked_fill(torch.ones(scores.shape[1:]).triu(1).bool(), -math.inf).softmax(-1)
     read = torch.einsum("hij,jhv->ihv", p.detach() if frozen else p, v)
+    if "attn_gate" in w:  # of each head, or of all it has read
+        share = torch.sigmoid(h @ w["attn_gate"].T).unflatten(-1, (heads, -1))
+        read = read * (share.detach() if frozen else share)
     return read.flatten(1) @ w["attn_output"].T
 
 

@@ -97,7 +97,7 @@ def test_every_state_agrees_with_llamacpp(case: str, tiny_file: Callable[..., Pa
         assert {name: error for name, error in errors.items() if not error < tolerance} == {}
 
 
-SHORT = ("qwen35", "qwen35_sizes", "qwen3next", "lfm2")
+SHORT = ("qwen35", "qwen35_sizes", "qwen3next", "lfm2", "kimi_linear")
 
 
 @pytest.mark.parametrize("length", [1, 2, 3])
@@ -654,6 +654,28 @@ FAMILY_MISTAKES: dict[str, tuple[str, Callable[[Oracle], Oracle]]] = {
     "lfm2moe: weights scaled": ("lfm2moe_unread", facts(routed_scale_key=True)),
     "lfm2moe: groups ignored": ("lfm2moe_groups", keys(expert_group_count=1)),
     "lfm2moe: window read": ("lfm2moe_unread", facts(period=0)),
+    **{
+        f"kimi-linear: {part}'s taps reversed": ("kimi_linear", on(f"conv1d_{part}", lambda w: w.flip(-1)))
+        for part in "qkv"
+    },
+    "kimi-linear: taps of q and k swapped": ("kimi_linear", lambda m: swap(m, "conv1d_q", "conv1d_k")),
+    "kimi-linear: growth": ("kimi_linear", on("ssm_a", torch.neg)),
+    "kimi-linear: no decay": ("kimi_linear", on("ssm_a", torch.zeros_like)),
+    "kimi-linear: time step without bias": ("kimi_linear", drop("ssm_dt.bias")),
+    "kimi-linear: one time step for a head": (
+        "kimi_linear",
+        on("ssm_dt.bias", lambda w: w.reshape(4, -1).mean(1).repeat_interleave(16)),
+    ),
+    "kimi-linear: gate and step swapped": ("kimi_linear", lambda m: swap(m, "ssm_f", "ssm_g")),
+    "kimi-linear: a bound": ("kimi_linear", both(other_mixer("kda", "bounded kda"), keys(kda__gate_lower_bound=-5.0))),
+    "kimi-linear: one added to the inner norm": ("kimi_linear", on("ssm_norm", lambda w: w + 1)),
+    "kimi-linear: rotated": ("kimi_linear", facts(rope="adjacent")),
+    "kimi-linear: weights not normed": ("kimi_linear_unread", facts(renormalise=None)),
+    "kimi-linear: weights not scaled": ("kimi_linear", keys(expert_weights_scale=0.0)),
+    "kimi-linear: softmax router": ("kimi_linear", keys(expert_gating_func=1)),
+    "kimi-linear: sigmoid router": ("kimi_linear_sizes", keys(expert_gating_func=2)),
+    "kimi-linear: selection bias missing": ("kimi_linear", drop("exp_probs_b")),
+    "kimi-linear: shared expert missing": ("kimi_linear", drop("ffn_down_shexp")),
     "qwen3next: value heads tiled": ("qwen3next", other_mixer("grouped delta", "delta")),
     "qwen3next: alpha before beta": ("qwen3next", on("ssm_ba", key_heads_apart(lambda w: w.roll(2, 1)))),
     "qwen3next: all betas first": (
@@ -908,6 +930,16 @@ def fading_last(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, beta: Tensor) ->
     return torch.stack(outputs)
 
 
+def fading_values(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, beta: Tensor) -> Tensor:
+    """Let the channels of the values fade, not those of the keys."""
+    state, outputs = torch.zeros(v.shape[1], k.shape[1]).double(), []
+    for t in range(len(v)):
+        state = state * decay[t][:, None]
+        state = state + beta[t] * torch.outer(v[t] - state @ k[t], k[t])
+        outputs.append(state @ q[t])
+    return torch.stack(outputs)
+
+
 def gate_before_norm(x: Tensor, weight: Tensor, gate: Tensor, eps: float, *, frozen: bool) -> Tensor:
     return gated_norm(x * gate, weight, torch.ones_like(gate), eps, frozen=frozen)
 
@@ -944,6 +976,27 @@ CODE_MISTAKES: dict[str, tuple[str, str, Callable[..., Tensor]]] = {
     "delta: gate before norm": ("qwen35", "gated_norm", gate_before_norm),
     "delta: no gate": ("qwen35", "gated_norm", ungated_norm),
     "delta: no SiLU": ("qwen35", "silu", lambda x, frozen: x),
+    "kda: SiLU for a sigmoid": (
+        "kimi_linear",
+        "gated_norm",
+        lambda x, weight, gate, *rest, **how: gated_norm(x, weight, gate * (gate / (1 - gate)).log(), *rest, **how),
+    ),
+    "kda: one decay for a head": (
+        "kimi_linear",
+        "delta_rule",
+        lambda q, k, v, decay, beta: delta_rule(q, k, v, decay.log().mean(-1, True).exp(), beta),
+    ),
+    "kda: values fade": ("kimi_linear", "delta_rule", fading_values),
+    "kda: nothing removed": ("kimi_linear", "delta_rule", without_removal),
+    "kda: fading last": ("kimi_linear", "delta_rule", fading_last),
+    "kda: keys and queries of any length": ("kimi_linear", "unit", lambda x, eps: x),
+    "kda: epsilon beside a mean": (
+        "kimi_linear_eps",
+        "unit",
+        lambda x, eps: x / (x.square().sum(-1, True) + eps * 16).sqrt(),
+    ),
+    "kda: queries not scaled": ("kimi_linear_eps", "delta_rule", lambda q, *rest: delta_rule(4 * q, *rest)),
+    "kda: gate before norm": ("kimi_linear", "gated_norm", gate_before_norm),
     "convolution: an activation": ("lfm2", "convolve", lambda x, taps: torch.nn.functional.silu(convolve(x, taps))),
     "convolution: centred": ("lfm2", "convolve", lambda x, taps: convolve(x, taps).roll(-1, 0)),
     "delta: a sigmoid for SiLU": ("qwen35", "silu", lambda x, frozen: torch.sigmoid(x)),
@@ -1248,6 +1301,34 @@ def test_frozen_delta_net_by_hand(case: str, tiny_file: Callable[..., Path]) -> 
         expected += torch.einsum(
             "ac,ic,ij,jc,cjl,cb->ialb", w["ssm_out.weight"][:, part], out, pattern, share, taps, rows
         )
+    assert distance(J, expected) < 1e-12
+
+
+@pytest.mark.parametrize("case", ["kimi_linear"])
+def test_frozen_kimi_delta_by_hand(case: str, tiny_file: Callable[..., Path]) -> None:
+    """As above, but the decay between two tokens is inside the product of their keys."""
+    model = oracle.load(tiny_file(case))
+    h, J = frozen_mixer(model)
+    w = {name.removeprefix("blk.0.").removesuffix(".weight"): value for name, value in model.weights.items()}
+    n, size, heads = len(h), model.metadata["kda.head_dim"], model.metadata["attention.head_count"]
+    eps, expected = model.metadata["attention.layer_norm_rms_epsilon"], torch.zeros_like(J)
+    convs = {part: shifted(w[f"ssm_conv1d_{part}"][0, :, 0], n) for part in "qkv"}
+    c = {part: torch.einsum("cij,jc->ic", conv, h @ w[f"attn_{part}"].T) for part, conv in convs.items()}
+    q, key, v = (x * x.sigmoid() for x in c.values())
+    beta, gates = (h @ w["ssm_beta"].T).sigmoid(), (h @ w["ssm_g_a"].T @ w["ssm_g_b"].T).sigmoid()
+    steps = (1 + (h @ w["ssm_f_a"].T @ w["ssm_f_b"].T + w["ssm_dt.bias"]).exp()).log()
+    for head in range(heads):
+        part = slice(head * size, (head + 1) * size)
+        one, other = (x[:, part] / (x[:, part].square().sum(-1, keepdim=True) + eps).sqrt() for x in (q, key))
+        fade = (w["ssm_a"][head] * steps[:, part]).cumsum(0)
+        fade = (fade[:, None] - fade).exp() * torch.ones(n, n).tril()[..., None]
+        read = torch.einsum("ic,ijc,jc->ij", one, fade, other) / math.sqrt(size)
+        removed = torch.einsum("ic,ijc,jc->ij", other, fade, other) * beta[:, head, None]
+        pattern = read @ torch.linalg.inv(torch.eye(n) + removed.tril(-1)) @ beta[:, head].diag()
+        o = pattern @ v[:, part]
+        out = w["ssm_norm"] * gates[:, part] / (o.square().mean(-1, keepdim=True) + eps).sqrt()
+        share, taps, rows = c["v"][:, part].sigmoid(), convs["v"][part], w["attn_v"][part]
+        expected += torch.einsum("ac,ic,ij,jc,cjl,cb->ialb", w["attn_output"][:, part], out, pattern, share, taps, rows)
     assert distance(J, expected) < 1e-12
 
 

@@ -266,6 +266,31 @@ def delta(o: Options, b: str, *, layout: str) -> Iterator[Entry]:
     yield matrix(f"{b}.ssm_out", o.d, v, 1.5)
 
 
+def kda(o: Options, b: str, *, bounded: bool) -> Iterator[Entry]:
+    """List the tensors of Kimi Delta Attention in layer `b`, without its norm.
+
+    `bounded`: decays have a bound, and the projections to them and to the gate are not in two steps.
+    """
+    size, kernel = o.sizes["kda.head_dim"], o.sizes["ssm.conv_kernel"]
+    width = o.heads * size
+    qkv = [matrix(f"{b}.attn_{part}", width, o.d) for part in "qkv"]
+    yield from [stacked(o, f"{b}.attn_qkv.weight", qkv)] if o.fused_qkv else qkv
+    for part in "qkv":
+        yield Entry(f"{b}.ssm_conv1d_{part}.weight", (1, width, 1, kernel), 1.2 / math.sqrt(kernel))
+    for name, gain in (("ssm_f", 2.0), ("ssm_g", o.gate_gain)):
+        if bounded:
+            yield matrix(f"{b}.{name}_a", width, o.d, gain)
+        else:
+            yield from (matrix(f"{b}.{name}_a", size, o.d), matrix(f"{b}.{name}_b", width, size, gain))
+    spread = np.exp(draw(Entry(f"{b}.ssm_a", (o.heads, 1), 0.2), o.seed))
+    ends = (0.4, 2.5) if bounded else (-0.02, -6.0)
+    yield Entry(f"{b}.ssm_a", spread.shape, 0.0, values=np.geomspace(*ends, o.heads)[:, None] * spread)
+    yield Entry(f"{b}.ssm_dt.bias", (width,), 1.0)
+    yield matrix(f"{b}.ssm_beta", o.heads, o.d, 3.0)
+    yield Entry(f"{b}.ssm_norm.weight", (size,), 0.3, 1.0)
+    yield matrix(f"{b}.attn_output", o.d, width, 1.5)
+
+
 def short_convolution(o: Options, b: str) -> Iterator[Entry]:
     """List the tensors of a gated short convolution in layer `b`, without its norm."""
     yield matrix(f"{b}.shortconv.in_proj", 3 * o.d, o.d)
@@ -352,6 +377,8 @@ MIXERS: dict[str, Callable[[Options, str], Iterator[Entry]]] = {
     "grouped delta": functools.partial(delta, layout="qwen3next"),
     "old delta": functools.partial(delta, layout="old"),
     "convolution": short_convolution,
+    "kda": functools.partial(kda, bounded=False),
+    "bounded kda": functools.partial(kda, bounded=True),
 }
 # And what the metadata then have besides, or instead; sizes with a dot in their names are keys themselves.
 MIXER_KEYS: dict[str, Callable[[Options], dict[str, Any]]] = {"latent": latent_keys, "block_sparse": block_sparse_keys}
