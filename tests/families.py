@@ -184,6 +184,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "bailingmoe2": EXPERTS
     | {"qk_norm": "head", "fused_qkv": True, "n_rot": 8, "layers": 3, "dense_lead": 1, "experts": 12}
     | {"experts_used": 3, "expert_ff": 48, "shared_count": 1, "selection_bias": 0.3}
+    | {"predictor_norms": ("nextn.enorm", "nextn.hnorm", "layer_output_norm")}
     | {"extra": {"expert_weights_norm": True, "expert_weights_scale": 2.5, "expert_gating_func": 2}},
     "exaone-moe": EXPERTS
     | {"qk_norm": "head", "layers": 5, "dense_lead": 1, "window": 4, "expert_ff": 48, "shared_ff": 48}
@@ -201,6 +202,10 @@ FAMILIES: dict[str, dict[str, Any]] = {
     | LFM2
     | {"dense_lead": 1, "expert_ff": 48, "selection_bias": 0.3, "extra": {"expert_gating_func": 2}},
     "kimi-linear": KIMI,
+    "bailingmoe3": KIMI
+    | {"shared_ff": 80, "shared_count": 1, "predictor_norms": ("nextn.enorm", "nextn.hnorm", "layer_output_norm")}
+    | {"sizes": KIMI["sizes"] | {"head_gate": True, "kda.safe_gate": True, "kda.gate_lower_bound": -5.0}}
+    | {"extra": KIMI["extra"] | {"expert_weights_norm": True}},
     "qwen3next": EXPERTS | QWEN35 | {"expert_ff": 48, "shared_ff": 80, "shared_gate": True},
     "deepseek2": DEEPSEEK,
     "mistral4": LATENT
@@ -768,5 +773,28 @@ FAMILY_CASES: dict[str, dict[str, Any]] = {
     "kimi_linear_eps": of("kimi-linear", **kda_blocks("kl"), eps=0.05, dense_lead=2),
     "kimi_linear_unread": of(
         "kimi-linear", **kda_blocks("kl", extra=UNREAD | {"expert_weights_norm": False}), window=3
+    ),
+    "bailingmoe3": of("bailingmoe3", **kda_blocks("bbl"), tied=True),
+    "bailingmoe3_clamped": of(
+        "bailingmoe3",
+        **kda_blocks("lbb", extra={"swiglu_clamp_exp": [0.0, 0.5, 0.0], "swiglu_clamp_shexp": [0.7, 0.0, 0.6]}),
+    ),
+    # As the larger one: queries have a latent, too, and experts are in groups.
+    "bailingmoe3_predictor": of(
+        "bailingmoe3",
+        **kda_blocks("lbl", extra={"expert_group_count": 4, "expert_group_used_count": 2}),
+        sizes=KIMI["sizes"] | {"query": 24, "head_gate": True, "kda.gate_lower_bound": -1.5},
+        predictors=1,
+        shared_ff=0,
+        shared_count=2,
+        experts=12,
+        experts_used=3,
+    ),
+    "bailingmoe3_yarn": of("bailingmoe3", **kda_blocks("bl"), **YARN_ROW),
+    "bailingmoe3_unread": of(
+        "bailingmoe3",
+        **kda_blocks("bl", extra=UNREAD | {"expert_weights_norm": False, "expert_gating_func": 1}),
+        selection_bias=0.05,
+        window=3,
     ),
 }

@@ -58,6 +58,8 @@ class Facts(NamedTuple):
     xielu: tuple[float, ...] = ()  # its stored constants in one layer
     limit: float | Tensor = 7.0  # of oai's clamps
     shift: float | Tensor = 1.0  # added to oai's up
+    clamp_keys: bool = False  # swiglu_clamp_exp and _shexp limit gate, after SiLU, and up
+    clamp: float | Tensor = 0.0  # so in one layer, where it is not zero
     ffn: str = "gated"  # gated | fused (gate above up in one matrix) | plain
     router: str = "all"  # softmax over: all | selected; or of each its sigmoid: each
     router_key: bool = False  # expert_gating_func, where it is not 0: 1 all, 2 each
@@ -189,6 +191,7 @@ FACTS: dict[str, Facts] = {
     "lfm2": LFM2._replace(period=0),
     "lfm2moe": LFM2._replace(router_key=True),
     "kimi-linear": KIMI._replace(renormalise=True),
+    "bailingmoe3": KIMI._replace(rope="adjacent", mixers=by_kv_heads("bounded kda", "latent"), clamp_keys=True),
     "qwen3next": QWEN35._replace(mixers=by_interval("grouped delta")),
     "deepseek2": LATENT_ROUTED._replace(mscale="equal"),
     "mistral4": LATENT_ROUTED._replace(mscale="one"),
@@ -489,6 +492,8 @@ def activate(facts: Facts, gate: Tensor, up: Tensor | None, *, freeze: str | Non
         limit = torch.as_tensor(facts.limit, dtype=torch.float64)
         gate = gate.minimum(limit)
         up = up.minimum(limit).maximum(-limit) + facts.shift
+    clamp = torch.as_tensor(facts.clamp or math.inf, dtype=torch.float64)
+    up = up if up is None else up.minimum(clamp).maximum(-clamp)
     factor = xielu(gate, *facts.xielu) / gate if facts.xielu else slope(facts.activation, gate)
     if gelu == "f16_table" and facts.activation == "gelu":
         assert freeze is None, "the table has no derivative"
@@ -496,15 +501,21 @@ def activate(facts: Facts, gate: Tensor, up: Tensor | None, *, freeze: str | Non
     if up is None:
         return gate * (factor if freeze is None else factor.detach())
     if freeze == "up":  # the path through `up` stays alive
-        return (gate * factor).detach() * up
+        return (gate * factor).minimum(clamp).detach() * up
     if freeze == "gate":  # the linear factor of the gate stays alive
-        return gate * factor.detach() * up.detach()
-    return gate * factor * up
+        return (gate * factor.detach()).minimum(clamp) * up.detach()
+    return (gate * factor).minimum(clamp) * up
+
+
+def clamped(model: Oracle, b: str, key: str) -> Facts:
+    """Return the facts with layer `b`'s limit, where the file has any."""
+    limits = model.metadata.get(key, 0.0) if model.facts.clamp_keys else 0.0
+    return model.facts._replace(clamp=scalar(limits, int(b.removeprefix("blk."))))
 
 
 def dense(model: Oracle, b: str, h: Tensor, suffix: str = "", **how: Any) -> Tensor:
     """Apply a feed-forward network of layer `b`; `suffix` is `_shexp` for an expert that all share."""
-    up, facts = linear(model, f"{b}.ffn_up{suffix}", h), model.facts
+    up, facts = linear(model, f"{b}.ffn_up{suffix}", h), clamped(model, b, "swiglu_clamp_shexp")
     if facts.activation == "xielu":
         layer, names = int(b.removeprefix("blk.")), ("alpha_n", "alpha_p", "beta", "eps")
         facts = facts._replace(xielu=tuple(scalar(model.metadata[f"xielu.{name}"], layer) for name in names))
@@ -550,7 +561,7 @@ def mixture(model: Oracle, b: str, h: Tensor, **how: Any) -> Tensor:
     chosen, weights = routes(model, b, h)
     if how["freeze"] is not None:
         weights = weights.detach()
-    rows = []
+    facts, rows = clamped(model, b, "swiglu_clamp_exp"), []
     for i, x in enumerate(h):
         row = torch.zeros_like(x)
         for expert, weight in zip(chosen[i].tolist(), weights[i], strict=True):
@@ -563,7 +574,7 @@ def mixture(model: Oracle, b: str, h: Tensor, **how: Any) -> Tensor:
                 gate, up = apply("ffn_gate_up_exps", x).chunk(2)
             else:
                 gate, up = apply("ffn_gate_exps", x), apply("ffn_up_exps", x)
-            hidden = activate(model.facts, gate, up, **how)
+            hidden = activate(facts, gate, up, **how)
             row = row + weight * apply("ffn_down_exps", hidden)
         rows.append(row)
     y = torch.stack(rows)

@@ -97,7 +97,7 @@ def test_every_state_agrees_with_llamacpp(case: str, tiny_file: Callable[..., Pa
         assert {name: error for name, error in errors.items() if not error < tolerance} == {}
 
 
-SHORT = ("qwen35", "qwen35_sizes", "qwen3next", "lfm2", "kimi_linear")
+SHORT = ("qwen35", "qwen35_sizes", "qwen3next", "lfm2", "kimi_linear", "bailingmoe3")
 
 
 @pytest.mark.parametrize("length", [1, 2, 3])
@@ -676,6 +676,21 @@ FAMILY_MISTAKES: dict[str, tuple[str, Callable[[Oracle], Oracle]]] = {
     "kimi-linear: sigmoid router": ("kimi_linear_sizes", keys(expert_gating_func=2)),
     "kimi-linear: selection bias missing": ("kimi_linear", drop("exp_probs_b")),
     "kimi-linear: shared expert missing": ("kimi_linear", drop("ffn_down_shexp")),
+    "bailingmoe3: no bound": ("bailingmoe3", both(other_mixer("bounded kda", "kda"), on("ssm_a", torch.neg))),
+    "bailingmoe3: another bound": ("bailingmoe3_predictor", keys(kda__gate_lower_bound=-5.0)),
+    "bailingmoe3: ssm_a of the other sign": ("bailingmoe3", on("ssm_a", torch.neg)),
+    "bailingmoe3: time step without bias": ("bailingmoe3", drop("ssm_dt.bias")),
+    "bailingmoe3: no gate on heads": ("bailingmoe3", lambda m: without(m, "attn_gate")),
+    "bailingmoe3: gates of heads in another order": ("bailingmoe3", on("attn_gate", lambda w: w.roll(1, 0))),
+    "bailingmoe3: not rotated": ("bailingmoe3", facts(rope=None)),
+    "bailingmoe3: rope pairs otherwise": ("bailingmoe3", facts(rope="halves")),
+    "bailingmoe3: a predictor as a block": ("bailingmoe3_predictor", keys(nextn_predict_layers=0)),
+    "bailingmoe3: weights normed": ("bailingmoe3_unread", facts(renormalise=True)),
+    "bailingmoe3: weights not scaled": ("bailingmoe3", keys(expert_weights_scale=0.0)),
+    "bailingmoe3: groups ignored": ("bailingmoe3_predictor", keys(expert_group_count=1)),
+    "bailingmoe3: experts not clamped": ("bailingmoe3_clamped", keys(swiglu_clamp_exp=0.0)),
+    "bailingmoe3: shared expert and dense block not clamped": ("bailingmoe3_clamped", keys(swiglu_clamp_shexp=0.0)),
+    "bailingmoe3: one clamp in every layer": ("bailingmoe3_clamped", keys(swiglu_clamp_exp=0.5)),
     "qwen3next: value heads tiled": ("qwen3next", other_mixer("grouped delta", "delta")),
     "qwen3next: alpha before beta": ("qwen3next", on("ssm_ba", key_heads_apart(lambda w: w.roll(2, 1)))),
     "qwen3next: all betas first": (
@@ -1066,7 +1081,9 @@ def test_blocks_with_latent_attention_agree_one_by_one(case: str, tiny_file: Cal
     x = oracle.embed(model, ids)
     for layer in range(tiny.options(case).blocks):
         ours = oracle.block(model, layer, x, context=CONTEXT)
-        branch = theirs[f"ffn_inp-{layer}"].double() - x
+        (kind,) = model.facts.mixers(model, layer)
+        name = model.facts.branches.get(kind)
+        branch = theirs[f"{name}-{layer}"] if name else theirs[f"ffn_inp-{layer}"].double() - x
         assert distance(ours[f"attn_out-{layer}"], branch) < 5e-6, layer  # a difference of two that are rounded
         x = theirs[f"l_out-{layer}"].double()
         assert distance(ours[f"l_out-{layer}"], x) < 2e-6, layer
@@ -1304,7 +1321,7 @@ def test_frozen_delta_net_by_hand(case: str, tiny_file: Callable[..., Path]) -> 
     assert distance(J, expected) < 1e-12
 
 
-@pytest.mark.parametrize("case", ["kimi_linear"])
+@pytest.mark.parametrize("case", ["kimi_linear", "bailingmoe3"])
 def test_frozen_kimi_delta_by_hand(case: str, tiny_file: Callable[..., Path]) -> None:
     """As above, but the decay between two tokens is inside the product of their keys."""
     model = oracle.load(tiny_file(case))
@@ -1315,12 +1332,16 @@ def test_frozen_kimi_delta_by_hand(case: str, tiny_file: Callable[..., Path]) ->
     convs = {part: shifted(w[f"ssm_conv1d_{part}"][0, :, 0], n) for part in "qkv"}
     c = {part: torch.einsum("cij,jc->ic", conv, h @ w[f"attn_{part}"].T) for part, conv in convs.items()}
     q, key, v = (x * x.sigmoid() for x in c.values())
-    beta, gates = (h @ w["ssm_beta"].T).sigmoid(), (h @ w["ssm_g_a"].T @ w["ssm_g_b"].T).sigmoid()
-    steps = (1 + (h @ w["ssm_f_a"].T @ w["ssm_f_b"].T + w["ssm_dt.bias"]).exp()).log()
+    gates, steps = (
+        w[f"ssm_{name}_b"] @ w[f"ssm_{name}_a"] if f"ssm_{name}_b" in w else w[f"ssm_{name}_a"] for name in "gf"
+    )
+    beta, gates, steps = (h @ w["ssm_beta"].T).sigmoid(), (h @ gates.T).sigmoid(), h @ steps.T + w["ssm_dt.bias"]
+    a, bound = w["ssm_a"].repeat_interleave(size), model.metadata.get("kda.gate_lower_bound")
+    steps = bound / (1 + (-a * steps).exp()) if bound else a * (1 + steps.exp()).log()
     for head in range(heads):
         part = slice(head * size, (head + 1) * size)
         one, other = (x[:, part] / (x[:, part].square().sum(-1, keepdim=True) + eps).sqrt() for x in (q, key))
-        fade = (w["ssm_a"][head] * steps[:, part]).cumsum(0)
+        fade = steps[:, part].cumsum(0)
         fade = (fade[:, None] - fade).exp() * torch.ones(n, n).tril()[..., None]
         read = torch.einsum("ic,ijc,jc->ij", one, fade, other) / math.sqrt(size)
         removed = torch.einsum("ic,ijc,jc->ij", other, fade, other) * beta[:, head, None]
@@ -1357,6 +1378,21 @@ def test_frozen_gate_on_heads_by_hand(tiny_file: Callable[..., Path]) -> None:
     assert distance(J, expected) < 1e-12
 
 
+def test_frozen_gate_on_latent_heads_by_hand(tiny_file: Callable[..., Path]) -> None:
+    """Again with keys of zero, here those of the latent vector and the rotated ones."""
+    model = edit(oracle.load(tiny_file("bailingmoe3_clamped")), "attn_k_b.", torch.zeros_like)
+    model = edit(model, "attn_kv_a_mqa", lambda w: torch.cat([w[:20], 0 * w[20:]]))
+    h, J = frozen_mixer(model)
+    w = {name.removeprefix("blk.0.").removesuffix(".weight"): value for name, value in model.weights.items()}
+    heads, n, eps = 4, len(h), model.metadata["attention.layer_norm_rms_epsilon"]
+    gate, rows = (h @ w["attn_gate"].T).sigmoid(), w["attn_kv_a_mqa"][:20]
+    scale = w["attn_kv_a_norm"] / ((h @ rows.T).square().mean(-1, keepdim=True) + eps).sqrt()
+    pattern = torch.ones(n, n).double().tril() / torch.arange(1, n + 1)[:, None]
+    out = w["attn_output"].reshape(64, heads, -1)
+    expected = torch.einsum("ahv,ih,ij,hvl,jl,lb->iajb", out, gate, pattern, w["attn_v_b"], scale, rows)
+    assert distance(J, expected) < 1e-12
+
+
 @pytest.mark.parametrize("mlp_path", ["up", "gate"])
 @pytest.mark.parametrize(
     "case",
@@ -1389,6 +1425,9 @@ def structure(case: str) -> tuple[str, frozenset[str]]:
     return o.architecture, frozenset(entry.name for entry in tiny.tensors(o))
 
 
+CLAMPS = {"swiglu_clamp_exp", "swiglu_clamp_shexp"}
+
+
 @pytest.mark.parametrize("mlp_path", ["up", "gate"])
 @pytest.mark.parametrize("case", {structure(case): case for case in reversed(ROWS)}.values())
 def test_offset_is_what_the_live_biases_add(case: str, mlp_path: str, tiny_file: Callable[..., Path]) -> None:
@@ -1409,6 +1448,10 @@ def test_offset_is_what_the_live_biases_add(case: str, mlp_path: str, tiny_file:
     if limit := model.facts.clamp_key and model.metadata.get("attention.clamp_kqv"):
         constants["clamp"] = torch.tensor(limit, dtype=torch.float64).requires_grad_()
         model = meta(model, attention__clamp_kqv=constants["clamp"])
+    for key in model.metadata.keys() & CLAMPS if model.facts.clamp_keys else ():
+        limits = [torch.tensor(limit, dtype=torch.float64) for limit in model.metadata[key]]
+        constants |= {f"{key}-{i}": limit.requires_grad_() for i, limit in enumerate(limits) if limit}
+        model = meta(model, **{key: limits})
     expected = torch.zeros_like(J.y)
     y = oracle.forward(model, ids, freeze=mlp_path)["result_norm"][-1]
     if y.requires_grad:  # else no bias is on the live path

@@ -80,6 +80,7 @@ class Options:
     selection_bias: float = 0.0  # spread of exp_probs_b around `selection_mean`; 0: no such tensor
     selection_mean: float = 0.0
     predictors: int = 0  # of `layers` the last, which predict later tokens
+    predictor_norms: tuple[str, ...] = ("nextn.enorm", "nextn.hnorm")
     embed_std: float = 1.0
     post_gain: float = 1.0  # of the norms after a sublayer
     score_gain: float = 1.4  # of the projections to q and k
@@ -211,8 +212,7 @@ def tensors(o: Options) -> Iterator[Entry]:
         yield from experts(o, b) if routed else feed_forward(o, b, "", o.ff)
         if predictor:
             yield matrix(f"{b}.nextn.eh_proj", o.d, 2 * o.d)
-            more = ("layer_output_norm",) if o.architecture == "bailingmoe2" else ()
-            for name in ("nextn.enorm", "nextn.hnorm", *more):
+            for name in o.predictor_norms:
                 yield from norms(o, f"{b}.{name}", o.d)
         present = [bias(f"{b}.{name}", widths.get(name, o.d)) for name in o.biases if name in (*ALL_BIASES, *widths)]
         if o.fused_bias:
@@ -302,8 +302,9 @@ def latent(o: Options, b: str) -> Iterator[Entry]:
     """List the tensors of latent attention in layer `b`; rotated dimensions are `n_rot`.
 
     Sizes: `nope` (of a key, not rotated), `latent`, `value`, `query` (of the queries' latent vector; without it, they
-    have none), `unsplit` (keys and values are made by one matrix), `indexer` (heads that choose the keys to attend to),
-    `indexer_types` (which blocks choose; the others do as the block before; without it, all choose).
+    have none), `head_gate` (a sigmoid scales what each head has read), `unsplit` (keys and values are made by one
+    matrix), `indexer` (heads that choose the keys to attend to), `indexer_types` (which blocks choose; the others do as
+    the block before; without it, all choose).
     """
     rope, nope, width, value = o.n_rot or 0, o.sizes["nope"], o.sizes["latent"], o.sizes["value"]
     q = o.heads * (nope + rope)
@@ -324,6 +325,8 @@ def latent(o: Options, b: str) -> Iterator[Entry]:
         yield Entry(f"{b}.attn_kv_b.weight", both.shape, 0.0, values=both)
     else:
         yield from (keys, values)
+    if o.sizes.get("head_gate"):
+        yield matrix(f"{b}.attn_gate", o.heads, o.d, 2.0)
     yield matrix(f"{b}.attn_output", o.d, o.heads * value)
     choosing = dict(enumerate(o.sizes.get("indexer_types", ())))
     if "indexer" in o.sizes and choosing.get(int(b.removeprefix("blk.")), True):
