@@ -713,7 +713,8 @@ FAMILY_CASES: dict[str, dict[str, Any]] = {
     "qwen35_predictor": of("qwen35", **delta_blocks("dff"), predictors=1, fused_qkv=True),
     "qwen35_yarn": of("qwen35", **delta_blocks("dff"), **YARN_ROW),
     "qwen35_still": of("qwen35", **delta_blocks("df", extra={"rope.dimension_sections": [4, 2, 2, 0]}), rope_base=30.0),
-    "qwen35_unread": of("qwen35", **delta_blocks("df", extra=UNREAD), window=3),
+    # The list of blocks counts, not the period.
+    "qwen35_unread": of("qwen35", **delta_blocks("df", extra=UNREAD | {"full_attention_interval": 1}), window=3),
     "qwen35_q8_0": of("qwen35", **delta_blocks("df"), type="Q8_0"),
     "qwen35moe": of("qwen35moe", **delta_blocks("dfd")),
     "qwen35moe_fused": of("qwen35moe", **delta_blocks("fd"), fused_experts=True, experts_used=3, tied=True),
