@@ -541,6 +541,7 @@ FAMILY_CASES: dict[str, dict[str, Any]] = {
     # Without a multiplier the scores have YaRN's magnitude twice, and stretched otherwise, have it nevertheless.
     "deepseek2_yarn_bare": of("deepseek2", rope_base=100.0, scaling=YARN | {"attn_factor": 1.1}),
     "deepseek2_linear": of("deepseek2", scaling=LINEAR | {"yarn_log_multiplier": 0.05}),
+    "deepseek2_none": of("deepseek2", scaling={"type": "none", "factor": 4.0, "attn_factor": 1.3}),
     "deepseek2_temperature": of("deepseek2", extra=TEMPERATURE),
     "deepseek2_q8_0": of(
         "deepseek2",

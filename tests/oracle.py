@@ -242,8 +242,8 @@ def _read(path: str, changed: int) -> Oracle:
     if scales := FACTS[architecture].scales:
         sizes = 1, math.sqrt(metadata["block_count"]), metadata["embedding_length"]
         names = "embedding_scale", "residual_scale", "logit_scale"
-        scales = {name: s / size for name, s, size in zip(names, scales, sizes, strict=True)}
-        metadata = scales | metadata if FACTS[architecture].scale_keys else metadata | scales
+        constants = {name: s / size for name, s, size in zip(names, scales, sizes, strict=True)}
+        metadata = constants | metadata if FACTS[architecture].scale_keys else metadata | constants
     return Oracle(architecture, metadata, weights, FACTS[architecture])
 
 

@@ -78,21 +78,24 @@ def attention(
 def stretched(meta: Mapping[str, Any], magnitude: float, mscale: str | None) -> tuple[float, float]:
     """Return the magnitude of the rotation, and the factor of all scores, in a context that is stretched.
 
-    `magnitude` is that of YaRN's own paper. DeepSeek has m(x) = 1 + 0.1 x ln(factor) twice: m(mscale) / m(all) is the
-    magnitude of the rotation, m(all)^2 multiplies the scores. A file states a tenth of `all`; of the other `mscale`
-    here says what llama.cpp takes it for: "equal" to the first, "one", or "alone" if the first is not read, which is
-    then zero. llama.cpp has the square of the rotation's magnitude in the scores once more, and it does not ask whether
-    the stretching is YaRN's. None: nothing of this, just YaRN.
+    `magnitude` is that of YaRN's own paper, m(1) with m(x) = 1 + 0.1 x ln(factor). DeepSeek has two constants:
+    m(mscale) / m(all) is the magnitude of the rotation, and m(all)^2 multiplies the scores. A file states a tenth of
+    `all`. What llama.cpp takes the other for, `mscale` says here: "equal" to `all`, "one", or "alone" if `all` is not
+    read, which is zero then. llama.cpp multiplies the scores by the square of the rotation's magnitude once more, and
+    of m(1) where the stretching is not YaRN's. None: nothing of this, just YaRN.
     """
+    if mscale is None:
+        return magnitude, 1.0
     kind = meta.get("rope.scaling.type", "linear")
     factor = meta.get("rope.scaling.factor", meta.get("rope.scale_linear", 1.0)) or 1.0
-    if mscale is None or kind == "none":
-        return magnitude, 1.0
     whole = 0.0 if mscale == "alone" else meta.get("rope.scaling.yarn_log_multiplier", 0.0) / 0.1
-    m = 1 + 0.1 * math.log(factor) * torch.tensor([1.0, whole], dtype=torch.float64)
+
+    def m(x: float) -> float:
+        return 1.0 if kind == "none" else 1 + 0.1 * x * math.log(factor)
+
     if kind == "yarn" and whole:
-        magnitude = float(magnitude / (m[0] if mscale == "equal" else m[1]))
-    return magnitude, float(((magnitude if kind == "yarn" else magnitude * m[0]) * m[1]) ** 2)
+        magnitude *= m(whole if mscale == "equal" else 1.0) / m(whole) / m(1.0)
+    return magnitude, (magnitude * (1.0 if kind == "yarn" else m(1.0)) * m(whole)) ** 2
 
 
 def temperatures(meta: Mapping[str, Any], n: int) -> Tensor:

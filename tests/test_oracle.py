@@ -800,6 +800,7 @@ LATENT_MISTAKES: dict[str, tuple[str, Callable[[Oracle], Oracle]]] = {
     ),
     "deepseek2: YaRN's two scales unlike": ("deepseek2_yarn", facts(mscale="one")),
     "deepseek2: YaRN's magnitude in the scores once": ("deepseek2_yarn_bare", facts(mscale=None)),
+    "deepseek2: the rotation's magnitude not in all scores": ("deepseek2_none", facts(mscale=None)),
     "deepseek2: linear scaling not in the scores": ("deepseek2_linear", facts(mscale=None)),
     **{
         f"{case}: {mistake}": (case, make)
