@@ -23,6 +23,7 @@ from ggjac.blocks import NumericsError, activations, mixers, networks, norms
 from ggjac.config import ConfigError, ModelConfig, Rope
 from ggjac.model import PromptError, open_model
 from ggjac.planner import work
+from ggjac.sizes import Part
 from ggjac.weights import Block
 
 
@@ -218,7 +219,7 @@ def swapped(patch: Patch, a: str, b: str) -> None:
 
     stored = Block._stored
 
-    def other(self: Block, name: str) -> tuple[str, slice]:
+    def other(self: Block, name: str) -> tuple[str, Part | None]:
         return stored(self, name.replace(a, b) if a in name else name.replace(b, a))
 
     patch.setattr(Block, "_stored", other)
