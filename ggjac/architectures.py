@@ -83,6 +83,8 @@ class Architecture:
             not read.
         temperature: queries may grow with position (`attention.temperature_scale`).
         ffn: `"gated"`, `"fused"` (gate and up in one tensor, gate first) or `"plain"` (no gate).
+        ffn_scales: the constant factors of the feed-forward's matrices are applied, as those of attention's are in all
+            families.
         activation: `"silu"`, `"gelu"` (tanh form), `"relu2"` (the square of the positive part), `"xielu"` (see
             `ggjac.config.Layer`) or `"silu_oai"` (clamped, with up shifted by one).
         router: how expert weights come from router logits: `"softmax"` over all experts, `"softmax_selected"` over
@@ -154,6 +156,7 @@ class Architecture:
     logit_softcap: float | None = None
     temperature: bool = False
     ffn: str = "gated"
+    ffn_scales: bool = False
     activation: str = "silu"
     router: str = "softmax"
     router_key: bool = False
@@ -201,12 +204,12 @@ _COHERE = Architecture(
 )
 
 ARCHITECTURES: dict[str, Architecture] = {
-    "llama": _LLAMA,
-    "mistral3": replace(_LLAMA, yarn_keys=True, temperature=True),
+    "llama": replace(_LLAMA, ffn_scales=True),
+    "mistral3": replace(_LLAMA, yarn_keys=True, temperature=True, ffn_scales=True),
     "qwen2": Architecture(),
     "qwen2moe": Architecture(renormalize=False),
-    "qwen3": _QWEN3,
-    "qwen3moe": _QWEN3,
+    "qwen3": replace(_QWEN3, ffn_scales=True),
+    "qwen3moe": replace(_QWEN3, ffn_scales=True),
     "qwen3vl": replace(_QWEN3, rope_sections=True),
     "qwen3vlmoe": replace(_QWEN3, rope_sections=True),
     "gemma": _GEMMA,
@@ -267,7 +270,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "arcee": replace(_LLAMA, ffn="plain", activation="relu2"),
     "apertus": replace(_QWEN3, ffn="plain", activation="xielu"),
     "glm4": Architecture(norms=_SANDWICH, rope_pairs="adjacent", partial_rotary=True, ffn="fused"),
-    "cohere2": replace(_COHERE, rope_layers="windowed", windowed="required", window_period=4),
+    "cohere2": replace(_COHERE, rope_layers="windowed", windowed="required", window_period=4, ffn_scales=True),
     "gpt2": replace(_GPT, rope_pairs="", positions=True),
     "starcoder2": _GPT,
     "phi2": replace(_GPT, norms=_SHARED_NORM, parallel=True, partial_rotary=True),

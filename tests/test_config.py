@@ -233,7 +233,17 @@ REFUSALS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "flat embeddings": ({}, {"token_embd.weight": (V,)}, r"token_embd.weight has shape \[7\]"),
     "a head of another vocabulary": ({}, {"output.weight": (V + 1, D)}, r"output.weight has shape \[8, 12\]"),
     "a tensor that would change the sum": ({}, {"blk.0.attn_q_norm.weight": (HD,)}, "attn_q_norm.weight' is not"),
-    "a scale": ({}, {"blk.0.ffn_up.scale": (1,)}, "tensor 'blk.0.ffn_up.scale' is not part of a llama model"),
+    "a scale of a norm": ({}, {"blk.0.ffn_norm.scale": (1,)}, "'blk.0.ffn_norm.scale' is not part of a llama model"),
+    "a scale of nothing": ({}, {"blk.0.attn_qkv.scale": (1,)}, "'blk.0.attn_qkv.scale' is not part of a llama model"),
+    "a scale of a part": ({}, {f"blk.{i}.{name}.weight": shape for i in range(L) for name, shape in
+                               (("attn_qkv", (48, D)), *((f"attn_{part}", ABSENT) for part in "qkv"))}
+                          | {"blk.1.attn_q.scale": (1,)}, "'blk.1.attn_q.scale' is not part of a llama model"),
+    "a scale of a tied head": ({}, {"output.weight": ABSENT, "output.scale": (1,)}, "'output.scale' is not part of a"),
+    "a scale of each row": ({}, {"blk.0.ffn_up.scale": (F,)}, r"ffn_up.scale has shape \[10\], .* calls for \[1\]"),
+    "scales of the head": ({}, {"output.scale": (V,)}, r"tensor output.scale has shape \[7\], .* calls for \[1\]"),
+    "two scales": ({}, {"blk.1.attn_q.input_scale": (2,)}, r"attn_q.input_scale has shape \[2\], .* calls for \[1\]"),
+    "a bias scaled or not": ({}, {"blk.0.ffn_up.scale": (1,), "blk.0.ffn_up.bias": (F,)},
+                             "'blk.0.ffn_up.scale' is not part of a llama model"),
     "an unprintable tensor": ({}, {"\x1b[31m": (1,)}, r"tensor '\\x1b\[31m' is not part of a llama model"),
 }  # fmt: skip
 
@@ -320,14 +330,16 @@ def test_every_architecture_says_how_its_pairs_rotate() -> None:
     assert {row.rope_pairs for row in ARCHITECTURES.values()} == {"adjacent", "halves", ""}
 
 
-def of(architecture: str, changes: dict[str, Any], tensors: tuple[str, ...]) -> ModelConfig:
+def of(
+    architecture: str, changes: dict[str, Any], tensors: tuple[str, ...], more: dict[str, Any] | None = None
+) -> ModelConfig:
     """Read the model above as of another architecture, with more tensors in each block: norms of heads or of d."""
     metadata = {key.replace("llama.", f"{architecture}."): value for key, value in METADATA.items()}
     metadata |= {"general.architecture": architecture} | {f"{architecture}.{k}": v for k, v in changes.items()}
     metadata = {key: value for key, value in metadata.items() if value is not ABSENT}
     shapes = {f"blk.{i}.{name}.weight": (HD if name[-6:] in ("q_norm", "k_norm") else D,)
               for i in range(L) for name in tensors}  # fmt: skip
-    return read_config(metadata, SHAPES | shapes)
+    return read_config(metadata, SHAPES | shapes | (more or {}))
 
 
 @pytest.mark.parametrize(
@@ -469,6 +481,59 @@ def test_blocks_that_predict_later_tokens_are_left_out() -> None:
     assert (
         mixture(block_count=3, nextn_predict_layers=1, shapes=more, attention__head_count=[H] * 3).layers[0].heads == H
     )
+
+
+def routed(shapes: dict[str, Any]) -> ModelConfig:
+    """Read the model above as a mixture in all blocks, with changes."""
+    stacks = {"gate_inp": (E, D), "gate_exps": (E, FE, D), "up_exps": (E, FE, D), "down_exps": (E, D, FE)}
+    found: dict[str, Any] = {f"blk.{i}.ffn_{name}.weight": shape for i in range(L) for name, shape in stacks.items()}
+    found |= {f"blk.{i}.ffn_{name}.weight": ABSENT for i in range(L) for name in ("gate", "up", "down")}
+    return read({"expert_count": E, "expert_used_count": USED}, found | shapes)
+
+
+FUSED: dict[str, Any] = {f"blk.{i}.ffn_{name}_exps.weight": ABSENT for i in range(L) for name in ("gate", "up")}
+FUSED |= {f"blk.{i}.ffn_gate_up_exps.weight": (E, 2 * FE, D) for i in range(L)}
+
+
+def test_the_experts_gates_may_be_stored_above_their_other_projections() -> None:
+    config = routed(FUSED)
+    parts = fused_parts(config, 0)
+    assert config.expert_feed_forward_length == FE
+    assert parts["ffn_gate_exps"] == Part("ffn_gate_up_exps", 0, FE)
+    assert parts["ffn_up_exps"] == Part("ffn_gate_up_exps", FE, 2 * FE)
+
+
+@pytest.mark.parametrize("kind", ["scale", "input_scale", "weight.scale", "weight.input_scale"])
+def test_any_matrix_may_have_a_constant_factor(kind: str) -> None:
+    read(shapes={"output." + kind: (1,), **{f"blk.0.{name.removesuffix('weight')}{kind}": (1,) for name, shape in
+                                            BLOCK.items() if len(shape) > 1}})  # fmt: skip
+    read(shapes={f"blk.1.attn_q.{kind}": (1,), "blk.1.attn_q.bias": (H * HD,)})
+    routed({f"blk.1.ffn_{name}_exps.{kind}": (E,) for name in ("gate", "up", "down")})
+    routed({f"blk.1.ffn_up_exps.{kind}": (E,), "blk.1.ffn_up_exps.bias": (E, FE)})
+    routed(FUSED | {f"blk.0.ffn_gate_up_exps.{kind}": (E,), f"blk.1.ffn_gate_up_exps.{kind}": (E,)})
+    for architecture in ("llama", "qwen2"):
+        of(architecture, {}, (), {f"blk.0.attn_v.{kind}": (1,)})
+    with pytest.raises(ConfigError, match=rf"tensor 'blk.0.ffn_up.{kind}' is not part of a qwen2 model"):
+        of("qwen2", {}, (), {f"blk.0.ffn_up.{kind}": (1,)})
+
+
+SCALES: dict[str, tuple[dict[str, Any], str]] = {
+    "of a stack": ({"blk.1.ffn_up_exps.scale": (1,)}, r"ffn_up_exps.scale has shape \[1\], .* calls for \[4\]"),
+    "of the router": ({"blk.1.ffn_gate_inp.scale": (1,)}, "'blk.1.ffn_gate_inp.scale' is not part of a llama model"),
+    "beside the whole": (FUSED | {"blk.1.ffn_up_exps.scale": (E,)}, "'blk.1.ffn_up_exps.scale' is not part of a llama"),
+    "of another block": ({"blk.1.ffn_up.scale": (1,)}, "'blk.1.ffn_up.scale' is not part of a llama model"),
+    "fused, too narrow": (FUSED | {"blk.1.ffn_gate_up_exps.weight": (E, FE, D)},
+                          r"gate_up_exps.weight has shape \[4, 8, 12\], the metadata calls for \[4, 16, 12\]"),
+    "neither fused nor gates": (FUSED | {"blk.1.ffn_gate_up_exps.weight": ABSENT}, "blk.1.ffn_gate_exps.weight is mis"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SCALES)
+def test_scales_and_fused_experts_are_refused_by_name(name: str) -> None:
+    shapes, message = SCALES[name]
+    with pytest.raises(ConfigError, match=message) as error:
+        routed(shapes)
+    assert "\n" not in str(error.value)
 
 
 HEAD_NORMS = {f"blk.{i}.attn_{of}_norm.weight": (HD,) for i in range(L) for of in "qk"}

@@ -324,9 +324,9 @@ def _expert_widths(keys: Keys, row: Architecture, shapes: Mapping[str, tuple[int
     """Return the hidden units of a routed expert and of the shared one, 0 if absent; `first` is the first mixture."""
     if row.expert_widths == "tensors":
         # Families use different keys, and Qwen 1.5's files have none for the shared expert.
-        routed, shared = (shapes.get(f"blk.{first}.ffn_up_{kind}.weight", ()) for kind in ("exps", "shexp"))
+        down, shared = (shapes.get(f"blk.{first}.ffn_{stem}.weight", ()) for stem in ("down_exps", "up_shexp"))
         stated = keys.count("expert_shared_feed_forward_length")
-        return routed[1] if len(routed) == 3 else 0, stated or (shared[0] if len(shared) == 2 else 0)
+        return down[2] if len(down) == 3 else 0, stated or (shared[0] if len(shared) == 2 else 0)
     width = keys.integer("expert_feed_forward_length")
     each = keys.count("expert_shared_feed_forward_length") if row.expert_widths == "shared count" else 0
     return width, (each or width) * keys.integer("expert_shared_count")

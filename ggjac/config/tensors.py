@@ -7,6 +7,10 @@ from ggjac.config.keys import ConfigError, shown
 from ggjac.config.model import ModelConfig
 from ggjac.sizes import Part
 
+# A matrix's constant factor, one for each expert of a stack, and that of inputs in low precision, which llama.cpp reads
+# and does not use; as llama.cpp names them, and as some converters do.
+_SCALES = ("scale", "input_scale", "weight.scale", "weight.input_scale")
+
 # Tensor -> its shape in named sizes (`_scopes`). Outside the blocks; `output` is absent if the head is tied.
 _GLOBAL = {
     "token_embd.weight": ("vocabulary", "d"),
@@ -14,6 +18,7 @@ _GLOBAL = {
     "output_norm.bias": ("d",),
     "output.weight": ("vocabulary", "d"),
     "output.bias": ("vocabulary",),
+    **{f"output.{kind}": ("one",) for kind in _SCALES},
     "rope_freqs.weight": ("pairs",),
     "rope_factors_long.weight": ("pairs",),
     "rope_factors_short.weight": ("pairs",),
@@ -176,7 +181,7 @@ def check_tensors(config: ModelConfig, shapes: Mapping[str, tuple[int, ...]]) ->
     Raises:
         ConfigError: names the tensor.
     """
-    known, needed = set(), {"ssm_dt.bias"}
+    known, needed = set(), {"ssm_dt.bias", "ffn_gate_inp.scale"}
     if config.row.selection_bias == "required":
         needed.add("exp_probs_b.bias")
     for prefix, table, sizes in _scopes(config):
@@ -187,15 +192,27 @@ def check_tensors(config: ModelConfig, shapes: Mapping[str, tuple[int, ...]]) ->
                 optional |= {f"{part}.weight" for part in parts}
         for short, axes in table.items():
             name, shape = prefix + short, tuple(sizes[axis] for axis in axes)
+            stem = short.rsplit(".", 1)[0].removesuffix(".weight")
+            if short.endswith("scale") and short not in needed and not _scaled(shapes, prefix + stem):
+                continue
             known.add(name)
             if name not in shapes:
-                if short in needed or not (short.endswith(".bias") or short in optional):
+                if short in needed or not (short.endswith((".bias", "scale")) or short in optional):
                     raise ConfigError(f"tensor {name} is missing; the file is incomplete, download or convert it again")
             elif tuple(shapes[name]) != shape:
                 raise ConfigError(f"tensor {name} has shape {list(shapes[name])}, the metadata calls for {list(shape)}")
     for name in shapes:
         if name not in known:
             raise ConfigError(f"tensor {shown(name)} is not part of a {config.architecture} model as supported here")
+
+
+def _scaled(shapes: Mapping[str, tuple[int, ...]], stem: str) -> bool:
+    """Return whether a matrix is in the file and may have a constant factor.
+
+    llama.cpp multiplies the bias by it too in networks other than routed experts, and nowhere else: not supported.
+    """
+    biased = f"{stem}.bias" in shapes and ".ffn_" in stem and not stem.endswith("_exps")
+    return f"{stem}.weight" in shapes and not biased
 
 
 def _scopes(config: ModelConfig) -> Iterator[tuple[str, dict[str, tuple[str, ...]], dict[str, int]]]:
@@ -262,12 +279,18 @@ def _recurrent_sizes(config: ModelConfig) -> dict[str, int]:
 
 
 def _block_table(config: ModelConfig, layer: int) -> dict[str, tuple[str, ...]]:
-    """Return the tensors of a block with their shapes; every matrix and LayerNorm may have a bias."""
+    """Return the tensors of a block with their shapes.
+
+    Every matrix and LayerNorm may have a bias; every matrix but the router may have a constant factor, if the family's
+    graph applies it.
+    """
     row, own = config.row, config.layers[layer]
     matrices: dict[str, tuple[str, ...]] = {}
     vectors: dict[str, tuple[str, ...]] = {}
     for mixer in own.mixers:
         matrices |= _MIXERS[mixer]
+    scaled = set(matrices)
+    for mixer in own.mixers:
         vectors |= _VECTORS.get(mixer, {})
         if mixer == "attention":
             vectors |= {f"{name}.weight": axes for name, axes in _QK_NORMS[row.qk_norm].items()}
@@ -282,6 +305,9 @@ def _block_table(config: ModelConfig, layer: int) -> dict[str, tuple[str, ...]]:
     norms = dict.fromkeys(_norms(config, layer), ("d",))
     table = {f"{name}.weight": axes for name, axes in (matrices | norms).items()} | vectors
     table |= {f"{name}.bias": axes[:-1] for name, axes in matrices.items() if len(axes) > 1}
+    for name, axes in matrices.items():
+        if (name in scaled or row.ffn_scales) and len(axes) > 1 and name != "ffn_gate_inp":
+            table |= {f"{name}.{kind}": axes[:-2] or ("one",) for kind in _SCALES}
     if row.norm == "layer" or row.norm_bias:
         table |= {f"{name}.bias": axes for name, axes in norms.items()}
     if row.sinks and own.heads:
