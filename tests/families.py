@@ -266,6 +266,11 @@ LITE = {"layers": 27, "d": 32, "heads": 2, "ff": 32, "expert_ff": 32, "shared_co
 
 EXAONE4_32B = {"layers": 64, "d": 32, "ff": 32, "heads": 2, "kv_heads": 1, "post_gain": 0.1}
 
+# Matrices that may have a constant factor: those of attention, and of the feed-forward.
+SCALED = (
+    ("attn_q", "attn_k", "attn_v", "attn_qkv", "attn_output"),
+    tuple(f"ffn_{name}{kind}" for name in ("gate", "up", "down") for kind in ("", "_exps", "_shexp")),
+)
 FAMILY_CASES: dict[str, dict[str, Any]] = {
     "qwen2": of("qwen2"),
     "qwen2_yarn": of("qwen2", **YARN_ROW, tied=True),
@@ -285,6 +290,7 @@ FAMILY_CASES: dict[str, dict[str, Any]] = {
     ),
     "qwen3_tied_fused": of("qwen3", tied=True, fused_qkv=True),
     "qwen3_q8_0": of("qwen3", type="Q8_0"),
+    "qwen3_nvfp4": of("qwen3", types={"blk.": "NVFP4"}, ff=128, scales=SCALED[0] + SCALED[1]),
     "gemma": of("gemma"),
     "gemma_fused": of("gemma", fused_qkv=True, kv_heads=1),
     "gemma2": of("gemma2"),
@@ -443,6 +449,9 @@ FAMILY_CASES: dict[str, dict[str, Any]] = {
     "qwen3vl_still": of("qwen3vl", rope_base=30.0, extra={"rope.dimension_sections": [8, 4, 4, 0]}),
     "qwen3moe_yarn": of("qwen3moe", **YARN_ROW, tied=True, experts=5, experts_used=3),
     "qwen3moe_q8_0": of("qwen3moe", type="Q8_0", expert_ff=64),
+    "qwen3moe_nvfp4": of("qwen3moe", types={"blk.": "NVFP4"}, expert_ff=64, scales=SCALED[0] + SCALED[1]),
+    "cohere2_scales": of("cohere2", scales=SCALED[0] + SCALED[1], fused_qkv=True),
+    "glm4moe_scales": of("glm4moe", scales=SCALED[0]),
     "gpt_oss": of("gpt-oss"),
     "gpt_oss_mxfp4": of("gpt-oss", types={"_exps.weight": "MXFP4"}),
     "gpt_oss_none": of("gpt-oss", scaling={"type": "none", "factor": 4.0}),

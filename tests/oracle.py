@@ -237,6 +237,10 @@ def _read(path: str, changed: int) -> Oracle:
     weights = {
         t.name: torch.from_numpy(gguf.quants.dequantize(t.data, t.tensor_type).copy()).double() for t in reader.tensors
     }
+    for name in [name for name in weights if name.endswith("scale")]:
+        factor, matrix = weights.pop(name), name[: name.rindex(".")].removesuffix(".weight") + ".weight"
+        if name.endswith(".scale"):  # of the matrix, or of each expert's; no graph of llama.cpp uses an `.input_scale`
+            weights[matrix] = weights[matrix] * factor.reshape(-1, *[1] * (weights[matrix].ndim - 1))
     assert architecture in FACTS, f"the oracle does not know {architecture}"
     metadata = {k.removeprefix(f"{architecture}."): v for k, v in fields.items()}
     if scales := FACTS[architecture].scales:

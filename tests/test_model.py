@@ -454,6 +454,25 @@ def test_outputs_and_logits(case: str, tiny_file: Callable[..., Path]) -> None:
     assert (m.head.matrix.info.name == m.embedding.info.name) == tiny.options(case).tied
 
 
+@pytest.mark.parametrize("mlp_path", ["up", "gate"])
+@pytest.mark.parametrize("kind", ["F32", "Q8_0"])
+def test_experts_may_be_stored_with_their_gates_above(kind: str, mlp_path: str, tiny_file: Callable[..., Path]) -> None:
+    """No bit changes, and neither does what is read and planned."""
+    files = (tiny_file("qwen3moe", type=kind, expert_ff=64, fused_experts=fused) for fused in (False, True))
+    (apart, fused), ids = (open_model(file) for file in files), tiny.prompt("qwen3moe", 6)
+    assert "blk.0.ffn_gate_up_exps.weight" in fused.gguf.tensors
+    J, K = (m.trace(ids, mlp_path=mlp_path).jacobian() for m in (apart, fused))
+    assert torch.equal(J.output, K.output)
+    for m in (apart, fused):
+        m.weights.reads.clear()
+    assert torch.equal(J.to_dense(), K.to_dense())
+    live = [f"blk.0.ffn_{name}_exps.weight" for name in (mlp_path, "gate_up")]
+    assert apart.weights.reads[live[0]] == fused.weights.reads[live[1]] > 0
+    assert apart.weights.reads["blk.0.ffn_down_exps.weight"] == fused.weights.reads["blk.0.ffn_down_exps.weight"]
+    plans = [m.plan(ids, "svd", rank=1, mlp_path=mlp_path).layers for m in (apart, fused)]
+    assert [(a.sweep, a.trace, a.kept) for a in plans[0]] == [(b.sweep, b.trace, b.kept) for b in plans[1]]
+
+
 def test_mlp_path_does_not_change_the_forward_pass(tiny_file: Callable[..., Path]) -> None:
     m = open_model(tiny_file("biases"), dtype="float64")
     up, gate = (m.trace([1, 2, 3], mlp_path=path) for path in ("up", "gate"))

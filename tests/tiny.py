@@ -89,6 +89,7 @@ class Options:
     up_gain: float = 1.0
     down_gain: float = 1.5
     tokenizer: str = "none"  # none | spm
+    scales: tuple[str, ...] = ()  # matrices in the blocks that have a constant factor
     type: str = "F32"  # of the matrices whose rows are whole blocks; the others stay F32
     types: Mapping[str, str] = field(default_factory=dict)  # part of a tensor's name -> its type
     seed: int = 0
@@ -220,6 +221,19 @@ def tensors(o: Options) -> Iterator[Entry]:
             present = [entry for entry in present if entry not in qkv]
             yield stacked(o, f"{b}.attn_qkv.bias", qkv)
         yield from present
+
+
+def scaled(o: Options) -> Iterator[Entry]:
+    """List the tensors of a file, with a factor of a matrix (or of each expert's) where the options name it.
+
+    A second one, of the matrix's input in low precision, is there to be ignored.
+    """
+    for entry in tensors(o):
+        yield entry
+        stem, kind = entry.name.rsplit(".", 1)
+        if kind == "weight" and stem.rpartition(".")[2] in o.scales:
+            for suffix in ("scale", "input_scale"):
+                yield Entry(f"{stem}.{suffix}", entry.shape[:-2] or (1,), 0.2, 0.8)
 
 
 def attention(o: Options, b: str, *, gated: bool = False) -> Iterator[Entry]:
@@ -515,7 +529,7 @@ def write(path: str | os.PathLike[str], **differences: Any) -> Path:
         add = {float: writer.add_float32, int: writer.add_uint32, str: writer.add_string, list: writer.add_array}
         (add | {bool: writer.add_bool})[type(value)](key, value)
     {"none": lambda *_: writer.add_tokenizer_model("none"), "spm": add_spm}[o.tokenizer](writer, o.vocab)
-    for entry in tensors(o):
+    for entry in scaled(o):
         values = draw(entry, o.seed)
         name = next((kind for part, kind in o.types.items() if part in entry.name), o.type)
         kind = gguf.GGMLQuantizationType[name]

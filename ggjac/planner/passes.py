@@ -309,11 +309,11 @@ def _trace(block: _Block, config: ModelConfig, mlp_path: MlpPath, n: int, m: int
         if len(stems) < 3 or mlp_path == "gate" or clamped:
             stems = [*stems, _live(block, kind, mlp_path)]
         parts += [block.linear(stem, m, experts, uses) for stem in stems]
-    # Head norms with separate weights for each head are small tensors with two axes.
+    # Head norms with separate weights for each head are small tensors with two axes. Matrices' factors do not count.
     vectors = (
         info
         for info in block.infos
-        if info.name.endswith("_norm.weight") or (len(info.shape) == 1 and not info.name.endswith(".bias"))
+        if info.name.endswith("_norm.weight") or (len(info.shape) == 1 and not info.name.endswith((".bias", "scale")))
     )
     parts += [Pass(info.nbytes, {info.type.name: info.elements}) for info in vectors]
     return total(parts)
