@@ -126,7 +126,7 @@ class Model:
         self.head = decode.Head(
             self.weights["output.weight" if "output.weight" in self.weights else "token_embd.weight"],
             bias=self.weights["output.bias"].dense() if "output.bias" in self.weights else None,
-            scale=self.config.logit_scale,
+            scale=self.config.logit_scale * self.weights.gain("output.weight"),
             softcap=self.config.logit_softcap,
         )
 
