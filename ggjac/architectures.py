@@ -203,6 +203,19 @@ _COHERE = Architecture(
     logit_scale="multiply",
 )
 
+_DELTA = replace(
+    _QWEN3,
+    norms=_POST_AS_FFN,
+    recurrent="delta",
+    recurrent_blocks="interval",
+    gated_queries=True,
+    partial_rotary=True,
+    predictors=True,
+    ffn_scales=True,
+)
+_QWEN35 = replace(_DELTA, key_heads_tiled=True, rope_sections=True)
+_LFM2 = replace(_QWEN3, output_norm="token_embd_norm", recurrent="convolution", recurrent_blocks="no kv heads")
+
 ARCHITECTURES: dict[str, Architecture] = {
     "llama": replace(_LLAMA, ffn_scales=True),
     "mistral3": replace(_LLAMA, yarn_keys=True, temperature=True, ffn_scales=True),
@@ -330,4 +343,9 @@ ARCHITECTURES: dict[str, Architecture] = {
         partial_rotary=True, qk_norm="full", router="", router_key=True, selection_bias="required"
     ),
     "phimoe": Architecture(norm_bias=True),
+    "qwen35": _QWEN35,
+    "qwen35moe": _QWEN35,
+    "qwen3next": _DELTA,
+    "lfm2": replace(_LFM2, windowed="optional"),
+    "lfm2moe": replace(_LFM2, router="", router_key=True, selection_bias="required", leading_dense=True),
 }

@@ -283,15 +283,15 @@ def _conv(w: BlockWeights, stem: str, n: int) -> Conv:
 
 def _convolved(
     w: BlockWeights, stems: Mapping[str, str], h: Float[Tensor, "m d"], past: Past | None
-) -> tuple[list[Float[Tensor, "m c"]], Float[Tensor, "_ c"]]:
+) -> tuple[list[Float[Tensor, "m _"]], Float[Tensor, "_ all"]]:
     """Return projections of `h` after their convolutions, by projection, and the last inputs of the convolutions."""
     x = torch.cat([affine(linear(w, stem, len(h)), h) for stem in stems], 1)
     return _in_time([_taps(w, stem) for stem in stems.values()], x, past)
 
 
 def _in_time(
-    taps: Sequence[tuple[Tensor, Tensor | None]], x: Float[Tensor, "m c"], past: Past | None
-) -> tuple[list[Float[Tensor, "m c"]], Float[Tensor, "_ c"]]:
+    taps: Sequence[tuple[Tensor, Tensor | None]], x: Float[Tensor, "m all"], past: Past | None
+) -> tuple[list[Float[Tensor, "m _"]], Float[Tensor, "_ all"]]:
     """Return the convolutions of several sections of `x`, which continue the past, and the last inputs of them all."""
     weight = torch.cat([weight for weight, _ in taps])  # [c, K]
     bias = torch.cat([weight.new_zeros(len(weight)) if own is None else own for weight, own in taps])

@@ -51,6 +51,7 @@ class Layer:
         hidden_units: of the dense feed-forward network; 0 if the block has none.
         routed: whether the block has a mixture of experts.
         keys_as_values: whether the key projection, before its norm and rotation, gives the values too.
+        by_key_head: whether all projections of a delta rule are in one tensor, `ssm_in`, key head by key head.
         window: number of tokens to which a position attends, itself included; None for all up to it.
         rope: rotation of queries and keys; None for none.
         xielu: αn, αp and β of the activation xIELU (arXiv 2411.13010), `β z + αp z²` for positive z and
@@ -68,6 +69,7 @@ class Layer:
     rope: Rope | None
     xielu: tuple[float, float, float] | None = None
     keys_as_values: bool = False
+    by_key_head: bool = False
 
 
 @dataclass(frozen=True)
@@ -115,7 +117,6 @@ class ModelConfig:
             1 and 1 without groups.
         expert_weights_scale: multiplies the weights of routed experts.
         expert_feed_forward_length, expert_shared_feed_forward_length: hidden units of a routed and the shared expert.
-        parts_in_one: whether the parts of a recurrent mixer's input are interleaved in one tensor (`ssm_in`).
         decay_bound: lower bound of the logarithm of decays; 0 for none.
     """
 
@@ -145,7 +146,6 @@ class ModelConfig:
     expert_weights_scale: float
     expert_feed_forward_length: int
     expert_shared_feed_forward_length: int
-    parts_in_one: bool = False
     decay_bound: float = 0.0
 
     @property

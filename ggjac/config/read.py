@@ -70,7 +70,6 @@ def read_config(metadata: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...
         expert_weights_scale=(keys.real("expert_weights_scale", 0.0) if row.expert_scale_key else 0) or 1.0,
         expert_feed_forward_length=experts.width,
         expert_shared_feed_forward_length=experts.shared_width,
-        parts_in_one=any(f"blk.{i}.ssm_in.weight" in shapes for i in range(blocks)),
     )
     left_out = tuple(f"blk.{i}." for i in range(blocks, stored))
     check_tensors(config, {name: shape for name, shape in shapes.items() if not name.startswith(left_out)})
@@ -146,6 +145,7 @@ def _layers(
                 rope=rope_of(keys, row, key_size, i, windows) if attends else None,
                 xielu=xielu[i],
                 keys_as_values=row.keys_as_values and attends and f"blk.{i}.attn_v.weight" not in shapes,
+                by_key_head="delta" in mixers and f"blk.{i}.ssm_in.weight" in shapes,
             )
         )
     return tuple(layers)

@@ -141,7 +141,7 @@ def _delta_parts(config: ModelConfig, layer: int) -> dict[str, Part]:
     qk, hv = sizes["qk"], sizes["hv"]
     each, state = hv // sizes["groups"], sizes["state"]  # of one key head: its values, and its keys
     parts = _sections("attn_qkv", attn_q=qk, attn_k=qk, attn_v=hv)
-    if config.parts_in_one:  # by key head: query, key, values and gate
+    if config.layers[layer].by_key_head:  # of each: query, key, values and gate
         parts = _sections("ssm_in", attn_q=state, attn_k=state, attn_v=each, attn_gate=each, period=2 * (state + each))
     shared = sizes["states"] // sizes["groups"]
     parts |= _sections("ssm_ba", ssm_beta=shared, ssm_alpha=shared, period=2 * shared)
