@@ -268,7 +268,7 @@ EXAONE4_32B = {"layers": 64, "d": 32, "ff": 32, "heads": 2, "kv_heads": 1, "post
 
 # Matrices that may have a constant factor: those of attention, and of the feed-forward.
 SCALED = (
-    ("attn_q", "attn_k", "attn_v", "attn_qkv", "attn_output"),
+    ("attn_q", "attn_k", "attn_v", "attn_qkv", "attn_output", "attn_gate", "ssm_in", "ssm_out"),
     tuple(f"ffn_{name}{kind}" for name in ("gate", "up", "down") for kind in ("", "_exps", "_shexp")),
 )
 FAMILY_CASES: dict[str, dict[str, Any]] = {
