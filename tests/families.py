@@ -85,7 +85,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3vl": {"qk_norm": "head", "head_dim": 32, "extra": {"rope.dimension_sections": [6, 5, 5, 0]}},
     "qwen3vlmoe": EXPERTS
     | {"qk_norm": "head", "head_dim": 32, "expert_ff": 48, "extra": {"rope.dimension_sections": [6, 5, 5, 0]}},
-    "qwen2moe": EXPERTS | {"biases": QKV, "shared_ff": 80, "expert_ff": 48},
+    "qwen2moe": EXPERTS | {"biases": QKV, "shared_ff": 80, "shared_gate": True, "expert_ff": 48},
     "olmoe": EXPERTS | {"qk_norm": "full", "kv_heads": 4},
     "granitemoe": EXPERTS | GRANITE,
     # The gain of up makes one value in four leave the clamp at 7.
@@ -125,10 +125,11 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "bailingmoe2": EXPERTS
     | {"qk_norm": "head", "fused_qkv": True, "n_rot": 8, "layers": 3, "dense_lead": 1, "experts": 12}
     | {"experts_used": 3, "expert_ff": 48, "shared_count": 1, "selection_bias": 0.3}
+    | {"predictor_norms": ("nextn.enorm", "nextn.hnorm", "layer_output_norm")}
     | {"extra": {"expert_weights_norm": True, "expert_weights_scale": 2.5, "expert_gating_func": 2}},
     "exaone-moe": EXPERTS
     | {"qk_norm": "head", "layers": 5, "dense_lead": 1, "window": 4, "expert_ff": 48, "shared_ff": 48}
-    | {"selection_bias": 0.3}
+    | {"selection_bias": 0.3, "predictor_experts": False}
     | {"extra": {"expert_weights_norm": True, "expert_weights_scale": 2.5, "expert_gating_func": 2}},
     "minimax-m2": EXPERTS
     | {"qk_norm": "full", "n_rot": 8, "head_dim": 32, "selection_bias": 0.3, "extra": {"expert_gating_func": 2}},

@@ -75,7 +75,10 @@ class Options:
     dense_lead: int = 0  # the first blocks, without experts
     selection_bias: float = 0.0  # spread of exp_probs_b around `selection_mean`; 0: no such tensor
     selection_mean: float = 0.0
+    shared_gate: bool = False  # the shared expert is weighed by a router of its own
     predictors: int = 0  # of `layers` the last, which predict later tokens
+    predictor_norms: tuple[str, ...] = ("nextn.enorm", "nextn.hnorm")
+    predictor_experts: bool = True  # predictors are mixtures where the other blocks are
     embed_std: float = 1.0
     post_gain: float = 1.0  # of the norms after a sublayer
     score_gain: float = 1.4  # of the projections to q and k
@@ -194,12 +197,11 @@ def tensors(o: Options) -> Iterator[Entry]:
             yield from norms(o, f"{b}.{name}", o.d, o.post_gain if name.startswith("post_") else 1.0)
         yield from MIXERS[o.mixers[layer % len(o.mixers)]](o, b)
         predictor = layer >= o.blocks
-        routed = o.experts > 0 and layer >= o.dense_lead and not (predictor and o.architecture == "exaone-moe")
+        routed = o.experts > 0 and layer >= o.dense_lead and (o.predictor_experts or not predictor)
         yield from experts(o, b) if routed else feed_forward(o, b, "", o.ff)
         if predictor:
             yield matrix(f"{b}.nextn.eh_proj", o.d, 2 * o.d)
-            more = ("layer_output_norm",) if o.architecture == "bailingmoe2" else ()
-            for name in ("nextn.enorm", "nextn.hnorm", *more):
+            for name in o.predictor_norms:
                 yield from norms(o, f"{b}.{name}", o.d)
         present = [bias(f"{b}.{name}", widths.get(name, o.d)) for name in o.biases if name in (*ALL_BIASES, *widths)]
         if o.fused_bias:
@@ -259,7 +261,7 @@ def experts(o: Options, b: str) -> Iterator[Entry]:
         yield Entry(f"{b}.exp_probs_b.bias", (o.experts,), o.selection_bias, o.selection_mean)
     if shared := o.shared_count * (o.shared_ff or o.expert_ff) or o.shared_ff:
         yield from feed_forward(o, b, "_shexp", shared)
-        if o.architecture == "qwen2moe":
+        if o.shared_gate:
             yield Entry(f"{b}.ffn_gate_inp_shexp.weight", (o.d,), 1.5 / math.sqrt(o.d))
 
 
