@@ -18,12 +18,23 @@ GRANITE = {
     "tied": True,
 }
 EXPERTS = {"experts": 6, "experts_used": 2, "expert_ff": 96}
+ATTENTION_KEYS = (
+    *("attention.head_count_kv", "attention.key_length", "attention.value_length"),
+    *("rope.dimension_count", "rope.freq_base"),
+)
 YARN = {"type": "yarn", "factor": 4.0, "original_context_length": 32}
 # With a base of 100 the ramp of YaRN lies within the pairs.
 YARN_ROW = {"scaling": YARN, "rope_base": 100.0}
 
 # As stored: of both α the softplus is taken, and β is added to the first.
 XIELU = {"xielu.alpha_n": 1.6, "xielu.alpha_p": 0.4, "xielu.beta": 0.5, "xielu.eps": -1e-6}
+
+# Architectures with state space mixers.
+STATE_SPACE: dict[str, dict[str, Any]] = {
+    # The converter writes zeros.
+    "mamba2": {"mixers": ("mamba2",), "alone": True, "norms": ("attn_norm",), "layers": 3, "kv_heads": None}
+    | {"extra": {"attention.head_count": 0}, "omit": ATTENTION_KEYS},
+}
 
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},
@@ -134,6 +145,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "minimax-m2": EXPERTS
     | {"qk_norm": "full", "n_rot": 8, "head_dim": 32, "selection_bias": 0.3, "extra": {"expert_gating_func": 2}},
     "phimoe": EXPERTS | {"norm": "rms_bias", "biases": (*QKV, "attn_output", "output")},
+    **STATE_SPACE,
 }
 
 
@@ -504,3 +516,13 @@ FAMILY_CASES: dict[str, dict[str, Any]] = {
     "llama_longrope_long": of("llama", long_short=True, scaling=LONGROPE | {"original_context_length": 64}),
     "granite_longrope": of("granite", long_short=True, scaling=LONGROPE),
 }
+
+STATE_SPACE_CASES: dict[str, dict[str, Any]] = {
+    "mamba2": of("mamba2"),
+    # One group, a head as wide as four of the others, and a convolution of two tokens.
+    "mamba2_one_group": of("mamba2", sizes={"groups": 1, "ssm_heads": 2, "kernel": 2}, tied=True, layers=1),
+    # Every head has B and C of its own, and the state is narrower than a head.
+    "mamba2_groups": of("mamba2", sizes={"groups": 8, "state": 8, "kernel": 3}, eps=0.05),
+    "mamba2_q8_0": of("mamba2", type="Q8_0"),
+}
+FAMILY_CASES |= STATE_SPACE_CASES

@@ -10,13 +10,20 @@ Meant for short prompts and small models: all weights are dense float64.
 import functools
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import gguf
 import numpy as np
+import oracle_state
 import torch
 from torch import Tensor
+
+
+def by_tensors(model: "Oracle", layer: int) -> tuple[str, ...]:
+    """Return the mixers whose output projection block `layer` has."""
+    outputs = {"attention": "attn_output", "mamba2": "ssm_out"}
+    return tuple(kind for kind, name in outputs.items() if f"blk.{layer}.{name}.weight" in model.weights)
 
 
 class Facts(NamedTuple):
@@ -32,6 +39,8 @@ class Facts(NamedTuple):
     attn_post: str | None = None
     ffn_norm: str | None = "ffn_norm"
     ffn_post: str | None = None
+    # The networks of a block with a router, their norms before and after; (): the experts, between the norms above.
+    parts: tuple[tuple[str, str, str], ...] = ()
     ffn_norm_optional: bool = False  # without it the feed-forward reads what the attention reads
     # head (if there is one) | head after rope | full; before the rope, but for the second; full: and before the split
     qk_norm: str | None = None
@@ -58,6 +67,7 @@ class Facts(NamedTuple):
     shift: float | Tensor = 1.0  # added to oai's up
     ffn: str = "gated"  # gated | fused (gate above up in one matrix) | plain
     router: str = "all"  # softmax over: all | selected; or of each its sigmoid: each
+    router_reads: str = "branch"  # what the experts read: branch | or the stream, normed and scaled on its own: stream
     router_key: bool = False  # expert_gating_func, where it is not 0: 1 all, 2 each
     renormalise: bool | None = True  # None: as expert_weights_norm says, else not
     routed_scale_key: bool = False  # expert_weights_scale
@@ -66,6 +76,8 @@ class Facts(NamedTuple):
     logits: str | None = None  # divide | multiply
     mixers: Callable[["Oracle", int], tuple[str, ...]] = lambda model, layer: ("attention",)  # of `MIXERS`: their sum
     sum_named_ffn_out: bool = False  # llama.cpp's last ffn_out is the branch and its input
+    # Names in llama.cpp's graph that mean other states of ours, or that are not ours; None: those of most families.
+    graph: Mapping[str, str] | None = None
     scales: tuple[float, ...] = ()  # of embeddings, branches * sqrt(blocks) and logits * d, where the file has none
 
 
@@ -73,6 +85,15 @@ SANDWICH = Facts(attn_post="post_attention_norm", ffn_post="post_ffw_norm")
 GEMMA = Facts(rope="halves", activation="gelu", embedding="root")
 GRANITE = Facts(factors=True, attn_scale_key=True, embedding="key", residual_key=True, logits="divide")
 ROUTED = Facts(router_key=True, renormalise=None, routed_scale_key=True)
+MAMBA2 = Facts(mixers=by_tensors)
+NEMOTRON_H = MAMBA2._replace(
+    ffn_norm="attn_norm", rope=None, activation="relu2", ffn="plain", router="each", renormalise=None,
+    routed_scale_key=True,
+    graph={
+        "attn_out": "attention", "mamba_out": "mamba2", "ffn_out": "ffn_out", "l_out": "ffn_out",
+        "nemotron_h_block_out": "l_out",
+    },
+)  # fmt: skip
 LAYER_NORM = Facts(norm="ln", rope="halves", activation="gelu", ffn="plain")
 
 FACTS: dict[str, Facts] = {
@@ -140,6 +161,7 @@ FACTS: dict[str, Facts] = {
     ),
     "minimax-m2": Facts(rope="halves", qk_norm="full", router_key=True),
     "phimoe": Facts(rope="halves", factors=True),
+    "mamba2": MAMBA2._replace(graph={"mamba_out": "attn_out", "l_out": "l_out"}),
 }  # fmt: skip
 
 
@@ -196,8 +218,9 @@ def linear(model: Oracle, name: str, x: Tensor) -> Tensor:
 
 
 def root_mean_square(model: Oracle, x: Tensor) -> Tensor:
-    kind = "rms_" if model.facts.norm == "rms" else ""
-    return torch.sqrt((x * x).mean(-1, keepdim=True) + model.metadata[f"attention.layer_norm_{kind}epsilon"])
+    keys = [f"attention.layer_norm_{kind}epsilon" for kind in ("rms_", "")][model.facts.norm == "ln" :]
+    eps = next(model.metadata[key] for key in keys if key in model.metadata)
+    return torch.sqrt((x * x).mean(-1, keepdim=True) + eps)
 
 
 def norm(model: Oracle, name: str, x: Tensor, *, frozen: bool) -> Tensor:
@@ -205,7 +228,9 @@ def norm(model: Oracle, name: str, x: Tensor, *, frozen: bool) -> Tensor:
     if model.facts.norm == "ln":
         x = x - x.mean(-1, keepdim=True)
     scale = 1 / root_mean_square(model, x)
-    weight = model.weights[f"{name}.weight"] if model.facts.norm_weights else 1.0
+    weight = 1.0
+    if model.facts.norm_weights:
+        weight = model.weights[name if name in model.weights else f"{name}.weight"]
     y = x * (scale.detach() if frozen else scale) * weight
     return y + model.weights.get(f"{name}.bias", 0.0)
 
@@ -351,7 +376,7 @@ def attention(model: Oracle, layer: int, h: Tensor, *, frozen: bool, context: in
 
 
 # What mixes positions in a block, each on the normed input h [n, d] and through the output projection.
-MIXERS: dict[str, Callable[..., Tensor]] = {"attention": attention}
+MIXERS: dict[str, Callable[..., Tensor]] = {"attention": attention, "mamba2": oracle_state.mamba2}
 
 
 def slope(kind: str, g: Tensor) -> Tensor:
@@ -411,10 +436,16 @@ def dense(model: Oracle, b: str, h: Tensor, suffix: str = "", **how: Any) -> Ten
     return linear(model, f"{b}.ffn_down{suffix}", activate(facts, gate, up, **how))
 
 
+def router_input(model: Oracle, b: str, stream: Tensor) -> Tensor:
+    """Return the stream normed without weights and scaled, per dimension and by sqrt(d)."""
+    scale = model.weights[f"{b}.ffn_gate_inp.scale"] / math.sqrt(stream.shape[-1])
+    return stream / root_mean_square(model, stream) * scale
+
+
 def routes(model: Oracle, b: str, h: Tensor) -> tuple[Tensor, Tensor]:
     """Return the experts chosen [n, used] and their weights [n, used]."""
     logits, meta, facts = linear(model, f"{b}.ffn_gate_inp", h), model.metadata, model.facts
-    used = meta["expert_used_count"]
+    used = experts_used(model, b)
     if facts.router == "selected":
         chosen = logits.topk(used).indices
         return chosen, logits.gather(-1, chosen).softmax(-1)
@@ -428,6 +459,10 @@ def routes(model: Oracle, b: str, h: Tensor) -> tuple[Tensor, Tensor]:
     return chosen, weights * (scale or 1.0)
 
 
+def experts_used(model: Oracle, b: str) -> int:
+    return scalar(model.metadata["expert_used_count"], int(b.removeprefix("blk.")))
+
+
 def choice(model: Oracle, b: str, p: Tensor) -> list[int]:
     """Return the best experts of one position with shares `p` [experts], of the best groups if there are any."""
     merit = p + model.weights.get(f"{b}.exp_probs_b.bias", 0.0)
@@ -436,16 +471,20 @@ def choice(model: Oracle, b: str, p: Tensor) -> list[int]:
         ranking = sorted(groups, key=lambda group: -sum(sorted(group.tolist())[-2:]))
         best = ranking[: model.metadata["expert_group_used_count"]]
         groups = [group if any(group is one for one in best) else group - 1e9 for group in groups]
-    return torch.cat(groups).argsort(descending=True)[: model.metadata["expert_used_count"]].tolist()
+    return torch.cat(groups).argsort(descending=True)[: experts_used(model, b)].tolist()
 
 
-def mixture(model: Oracle, b: str, h: Tensor, **how: Any) -> Tensor:
-    """Apply the chosen experts of layer `b`, position by position, and the shared expert where there is one."""
-    chosen, weights = routes(model, b, h)
+def mixture(model: Oracle, b: str, h: Tensor, *, stream: Tensor | None = None, **how: Any) -> Tensor:
+    """Apply the chosen experts of layer `b`, position by position, and the shared expert where there is one.
+
+    `h` is what the experts read; some routers read the stream before its norm, through one of their own.
+    """
+    chosen, weights = routes(model, b, router_input(model, b, stream) if model.facts.router_reads == "stream" else h)
     if how["freeze"] is not None:
         weights = weights.detach()
+    latent = f"{b}.ffn_latent_down.weight" in model.weights
     rows = []
-    for i, x in enumerate(h):
+    for i, x in enumerate(linear(model, f"{b}.ffn_latent_down", h) if latent else h):
         row = torch.zeros_like(x)
         for expert, weight in zip(chosen[i].tolist(), weights[i], strict=True):
 
@@ -453,10 +492,14 @@ def mixture(model: Oracle, b: str, h: Tensor, **how: Any) -> Tensor:
                 y = model.weights[f"{b}.{name}.weight"][expert] @ x
                 return y + model.weights[f"{b}.{name}.bias"][expert] if f"{b}.{name}.bias" in model.weights else y
 
-            hidden = activate(model.facts, apply("ffn_gate_exps", x), apply("ffn_up_exps", x), **how)
-            row = row + weight * apply("ffn_down_exps", hidden)
+            up = apply("ffn_up_exps", x)
+            plain = model.facts.ffn == "plain"
+            gate, up = (up, None) if plain else (apply("ffn_gate_exps", x), up)
+            row = row + weight * apply("ffn_down_exps", activate(model.facts, gate, up, **how))
         rows.append(row)
     y = torch.stack(rows)
+    if latent:
+        y = linear(model, f"{b}.ffn_latent_up", y)
     if f"{b}.ffn_up_shexp.weight" in model.weights:
         share = torch.ones(())
         if f"{b}.ffn_gate_inp_shexp.weight" in model.weights:
@@ -477,31 +520,50 @@ def embed(model: Oracle, ids: Sequence[int] | Tensor) -> Tensor:
     return x
 
 
+def branch_norm(model: Oracle, b: str, name: str | None, x: Tensor, *, frozen: bool) -> Tensor:
+    """Apply the norm `name` of a block before or after a branch; None: there is none."""
+    return x if name is None else norm(model, f"{b}.{name}", x, frozen=frozen)
+
+
+def feed_forward(model: Oracle, b: str, x: Tensor, before: str | None, **how: Any) -> Tensor:
+    """Apply what a block has after its mixer to the stream x [n, d]: one network, or several added, between norms."""
+    facts, frozen = model.facts, how["freeze"] is not None
+    routed = f"{b}.ffn_gate_inp.weight" in model.weights
+    parts: Sequence[tuple[str, str | None, str | None]] = [("mixture" if routed else "dense", before, None)]
+    if routed and facts.parts:
+        parts = facts.parts
+    y = torch.zeros_like(x)
+    for network, before, after in parts:
+        h = branch_norm(model, b, before, x, frozen=frozen)
+        added = mixture(model, b, h, stream=x, **how) if network == "mixture" else dense(model, b, h, **how)
+        y = y + branch_norm(model, b, after, added, frozen=frozen)
+    return branch_norm(model, b, facts.ffn_post, y, frozen=frozen)
+
+
 def block(
     model: Oracle, layer: int, x: Tensor, *, freeze: str | None = None, context: int | None = None, gelu: str = "exact"
 ) -> dict[str, Tensor]:
-    """Compute layer `layer` on its input x [n, d]; arguments and results are those of `forward`."""
+    """Compute layer `layer` on its input x [n, d]; arguments and results are those of `forward`.
+
+    A branch that the block does not have adds zeros.
+    """
     facts, b, frozen = model.facts, f"blk.{layer}", freeze is not None
     scale = (model.metadata.get("residual_scale", 0.0) or 1.0) if facts.residual_key else 1.0
-
-    def sublayer_norm(name: str | None, x: Tensor) -> Tensor:
-        return x if name is None else norm(model, f"{b}.{name}", x, frozen=frozen)
-
+    context = len(x) if context is None else context
     # Falcon 40B has a norm of its own for the attention; the usual one is then the feed-forward's.
     own = facts.parallel and f"{b}.attn_norm_2.weight" in model.weights
-    h = sublayer_norm("attn_norm_2" if own else facts.attn_norm, x)
-    context = len(x) if context is None else context
-    attn = sum(MIXERS[kind](model, layer, h, frozen=frozen, context=context) for kind in facts.mixers(model, layer))
-    attn = sublayer_norm(facts.attn_post, attn) * scale
-    if facts.parallel or (facts.ffn_norm_optional and f"{b}.ffn_norm.weight" not in model.weights):
-        h = sublayer_norm(facts.attn_norm, x)
-    elif facts.parallel_key and model.metadata["use_parallel_residual"]:
-        h = sublayer_norm(facts.ffn_norm, x)
-    else:
-        h = sublayer_norm(facts.ffn_norm, x + attn)
-    network = mixture if f"{b}.ffn_gate_inp.weight" in model.weights else dense
-    ffn = sublayer_norm(facts.ffn_post, network(model, b, h, freeze=freeze, gelu=gelu)) * scale
-    return {f"attn_out-{layer}": attn, f"ffn_out-{layer}": ffn, f"l_out-{layer}": x + attn + ffn}
+    h = branch_norm(model, b, "attn_norm_2" if own else facts.attn_norm, x, frozen=frozen)
+    mixed = {kind: MIXERS[kind](model, layer, h, frozen=frozen, context=context) for kind in facts.mixers(model, layer)}
+    attn = ffn = torch.zeros_like(x)
+    if mixed:
+        attn = branch_norm(model, b, facts.attn_post, sum(mixed.values()), frozen=frozen) * scale
+    shared = facts.parallel or (facts.ffn_norm_optional and f"{b}.ffn_norm.weight" not in model.weights)
+    together = shared or (facts.parallel_key and model.metadata["use_parallel_residual"])
+    if any(f"{b}.{name}.weight" in model.weights for name in ("ffn_down", "ffn_down_exps")):
+        before = facts.attn_norm if shared else facts.ffn_norm
+        ffn = feed_forward(model, b, x if together else x + attn, before, freeze=freeze, gelu=gelu) * scale
+    states = {"attn_out": attn, "ffn_inp": x + attn, "ffn_out": ffn, "l_out": x + attn + ffn} | mixed
+    return {f"{name}-{layer}": state for name, state in states.items()}
 
 
 def forward(
@@ -521,7 +583,8 @@ def forward(
     counts what its context can hold. `gelu` "f16_table" emulates ggml's GELU on the CPU.
 
     Returns, by llama.cpp's names where they mean the same: `x` [n, d]; per layer `attn_out-i` and `ffn_out-i` [n, d],
-    each exactly what is added to the residual stream, and `l_out-i`; `result_norm` [n, d]; `logits` [n, v].
+    each exactly what is added to the residual stream, `ffn_inp-i`, the stream and attn_out, and `l_out-i`, with what
+    each mixer of the layer returns under the mixer's name; `result_norm` [n, d]; `logits` [n, v].
     """
     assert freeze in (None, "up", "gate"), freeze
     assert gelu in ("exact", "f16_table"), gelu

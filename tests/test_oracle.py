@@ -15,6 +15,7 @@ import gguf
 import llamacpp
 import numpy as np
 import oracle
+import oracle_state
 import pytest
 import tiny
 import torch
@@ -46,20 +47,34 @@ CONTEXT = 256
 # ---- values, by llama.cpp
 
 
+def names_in_llamacpp(model: Oracle) -> dict[str, str]:
+    """Return which state of ours each name in llama.cpp's graph means, in this family."""
+    facts = model.facts
+    if facts.graph is not None:
+        return dict(facts.graph)
+    names = {"l_out": "l_out"}
+    if not (facts.attn_post or facts.residual_key):  # llama.cpp's are the branches before the norm or the scale
+        names["attn_out"] = "attn_out"
+        if not facts.sum_named_ffn_out:
+            names["ffn_out"] = "ffn_out"
+    if not (facts.parallel or (facts.parallel_key and model.metadata["use_parallel_residual"])):
+        names |= {"ffn_inp": "ffn_inp", "sa_out": "ffn_inp"}
+    return names
+
+
 def as_llamacpp_names(model: Oracle, ours: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return our states under all names that llama.cpp gives to the same vectors, in this family."""
-    facts = model.facts
-    if facts.sum_named_ffn_out:
-        ours = {name: state for name, state in ours.items() if not name.startswith("ffn_out")}
-    if facts.attn_post or facts.residual_key:  # llama.cpp's are the branches before the norm or the scale
-        states = {name: state for name, state in ours.items() if not name.startswith(("attn_out", "ffn_out"))}
-    else:
-        states = dict(ours)
-    parallel = facts.parallel or (facts.parallel_key and model.metadata["use_parallel_residual"])
-    for i in range(0 if parallel else sum(name.startswith("l_out-") for name in ours)):
-        before = ours[f"l_out-{i - 1}" if i else "x"]
-        states[f"ffn_inp-{i}"] = states[f"sa_out-{i}"] = before + ours[f"attn_out-{i}"]
+    states = {name: ours[name] for name in ("result_norm", "logits")}
+    for layer in range(model.metadata["block_count"]):
+        found = {theirs: ours.get(f"{name}-{layer}") for theirs, name in names_in_llamacpp(model).items()}
+        states |= {f"{name}-{layer}": state for name, state in found.items() if state is not None}
     return states
+
+
+def streams(model: Oracle, states: dict[str, Tensor]) -> list[str]:
+    """Return the names in llama.cpp's graph of the stream after each layer."""
+    name = next(theirs for theirs, ours in names_in_llamacpp(model).items() if ours == "l_out")
+    return [f"{name}-{layer}" for layer in range(model.metadata["block_count"]) if f"{name}-{layer}" in states]
 
 
 @pytest.mark.parametrize("case", ROWS)
@@ -76,7 +91,8 @@ def test_every_state_agrees_with_llamacpp(case: str, tiny_file: Callable[..., Pa
     for gelu, tolerance in (("exact", 1e-3), ("f16_table", table)) if case in GELU_ROWS else (("exact", 5e-6),):
         ours = as_llamacpp_names(model, oracle.forward(model, ids, context=CONTEXT, gelu=gelu))
         compared = theirs.keys() & ours.keys()
-        assert compared >= {*(f"l_out-{i}" for i in range(tiny.options(case).blocks)), "result_norm", "logits"}
+        assert compared >= {*streams(model, theirs), "result_norm", "logits"}
+        assert len(streams(model, theirs)) == tiny.options(case).blocks
         errors = {name: distance(theirs[name], ours[name]) for name in compared}
         assert {name: error for name, error in errors.items() if not error < tolerance} == {}
 
@@ -87,9 +103,8 @@ def test_layers_with_gelu_agree_one_by_one(case: str, tiny_file: Callable[..., P
     ids = tiny.prompt(case)
     theirs, model = llamacpp.run(parity_file(tiny_file, case), ids), oracle.load(tiny_file(case))
     x = oracle.embed(model, ids)
-    for layer in range(model.metadata["block_count"]):
-        name = f"l_out-{layer}"
-        ours, x = oracle.block(model, layer, x, gelu="f16_table")[name], theirs[name].double()
+    for layer, name in enumerate(streams(model, theirs)):
+        ours, x = oracle.block(model, layer, x, gelu="f16_table")[f"l_out-{layer}"], theirs[name].double()
         errors = (ours - x).norm(dim=-1) / x.norm(dim=-1)
         assert errors.median() < 1e-6, name
         assert errors.max() < 1e-4, name
@@ -610,6 +625,68 @@ def test_llamacpp_reveals(mistake: str, tiny_file: Callable[..., Path]) -> None:
     assert distance(wrong["logits"], llamacpp.run(parity_file(tiny_file, case), ids)["logits"]) > 2e-3
 
 
+# ---- and in state space mixers
+
+
+def rows_exchanged(*parts: int) -> Callable[[Oracle], Oracle]:
+    """Let two of the parts z, x, B, C of what `ssm_in` makes change places; both are as wide."""
+
+    def change(model: Oracle) -> Oracle:
+        meta = model.metadata
+        inner, bc = meta["ssm.inner_size"], meta["ssm.group_count"] * meta["ssm.state_size"]
+
+        def exchange(w: Tensor, widths: list[int], a: int, b: int) -> Tensor:
+            pieces = list(w.split([*widths, len(w) - sum(widths)]))
+            pieces[a], pieces[b] = pieces[b], pieces[a]
+            return torch.cat(pieces)
+
+        a, b = parts
+        model = edit(model, "ssm_in.weight", lambda w: exchange(w, [inner, inner, bc, bc], a, b))
+        if min(a, b) > 0:
+            model = edit(model, "ssm_conv1d", lambda w: exchange(w, [inner, bc, bc], a - 1, b - 1))
+        return model
+
+    return change
+
+
+def gate_last(y: Tensor, gate: Tensor, weight: Tensor, eps: float, *, frozen: bool) -> Tensor:
+    return GATED_NORM(y, torch.ones_like(gate), weight, eps, frozen=frozen) * gate
+
+
+GATED_NORM = oracle_state.gated_norm
+# mistake -> the edit that makes it, or the name and the mistaken form of a function of the mixer
+STATE_SPACE_MISTAKES: dict[str, Callable[[Oracle], Oracle] | tuple[str, Callable[..., Tensor]]] = {
+    "one norm for all groups": on("ssm_norm", lambda w: w.reshape(1, -1)),
+    "norm's weights ignored": on("ssm_norm", torch.ones_like),
+    "B and C swapped": rows_exchanged(2, 3),
+    "z and x swapped": rows_exchanged(0, 1),
+    "time steps without bias": drop("ssm_dt.bias"),
+    "D left out": lambda m: m._replace(weights={k: w * (not k.endswith("ssm_d")) for k, w in m.weights.items()}),
+    "bias of the convolution left out": drop("ssm_conv1d.bias"),
+    "convolution backwards": on("ssm_conv1d.weight", lambda w: w.flip(1)),
+    "convolution of the present alone": on("ssm_conv1d.weight", lambda w: torch.cat([0 * w[:, :-1], w[:, -1:]], 1)),
+    "decays as logarithms": on("ssm_a", lambda w: torch.log(-w)),
+    "nothing forgotten": drop("ssm_a"),
+    "time steps without softplus": ("softplus", lambda x: x),
+    "no SiLU": ("silu", lambda x: x),
+    "heads of a group apart": ("of_heads", lambda parts, heads: parts.repeat(1, heads // parts.shape[1], 1)),
+    "gate after the norm": ("gated_norm", gate_last),
+}
+
+
+@pytest.mark.parametrize("mistake", STATE_SPACE_MISTAKES)
+def test_llamacpp_reveals_in_mamba2(
+    mistake: str, tiny_file: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make, path, ids = STATE_SPACE_MISTAKES[mistake], tiny_file("mamba2"), tiny.prompt("mamba2")
+    model = oracle.load(path)
+    if isinstance(make, tuple):
+        monkeypatch.setattr(oracle_state, *make)
+    else:
+        model = make(model)
+    assert distance(oracle.forward(model, ids)["logits"], llamacpp.run(path, ids)["logits"]) > 2e-3
+
+
 # ---- derivatives, by the paper's own code and by hand
 
 
@@ -751,6 +828,46 @@ def test_frozen_feed_forward_by_hand(case: str, mlp_path: str, tiny_file: Callab
     assert distance(ours, by_hand(model, h, mlp_path)) < 1e-13
 
 
+@pytest.mark.parametrize("case", ["mamba2", "mamba2_one_group"])
+def test_frozen_mamba2_by_hand(case: str, tiny_file: Callable[..., Path]) -> None:
+    """Assemble out @ gate and norm @ pattern @ share of SiLU @ convolution @ rows of x from explicit matrices."""
+    model = oracle.load(tiny_file(case))
+    w = {name.removeprefix("blk.0.ssm_"): value for name, value in model.weights.items() if ".ssm_" in name}
+    names = ("inner_size", "state_size", "group_count", "time_step_rank", "conv_kernel")
+    inner, size, groups, heads, width = (model.metadata[f"ssm.{name}"] for name in names)
+    n, x_rows = 5, slice(inner, 2 * inner)
+    h = torch.randn(n, 64, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    projected = h @ w["in.weight"].T
+    # [t, s, c]: how much of channel c at s is in the convolution at t; the last tap is the present.
+    shifts = torch.stack([torch.eye(n).double().roll(k, 0).tril() for k in range(width)])
+    taps = torch.einsum("kts,ck->tsc", shifts, w["conv1d.weight"].flip(1))
+    convolved = torch.einsum("tsc,sc->tc", taps, projected[:, inner:-heads]) + w["conv1d.bias"]
+    share = 1 / (1 + (-convolved).exp())
+    b, c = (convolved * share)[:, inner:].reshape(n, 2, groups, size).unbind(1)
+    dt = (1 + (projected[:, -heads:] + w["dt.bias"]).exp()).log()
+    since = (w["a"].flatten() * dt).cumsum(0)
+    pattern = torch.zeros(heads, n, n).double()
+    for head in range(heads):
+        group = head // (heads // groups)
+        decay = (since[:, None, head] - since[None, :, head]).exp().tril()
+        pattern[head] = (c[:, group] @ b[:, group].T) * decay * dt[:, head] + w["d"][head] * torch.eye(n)
+    pattern = pattern.repeat_interleave(inner // heads, 0)  # [inner, n, n]
+    gate = projected[:, :inner] / (1 + (-projected[:, :inner]).exp())
+    gated = torch.einsum("its,si->ti", pattern, (convolved * share)[:, :inner]) * gate
+    power = gated.reshape(n, groups, -1).square().mean(-1) + model.metadata["attention.layer_norm_rms_epsilon"]
+    after = gate * w["norm.weight"].flatten() / power.sqrt().repeat_interleave(inner // groups, 1)
+    J = torch.einsum(
+        "ei,ti,its,si,sri,id->terd",
+        *(w["out.weight"], after, pattern, share[:, :inner], taps[..., :inner], w["in.weight"][x_rows]),
+    )
+    ours = torch.autograd.functional.jacobian(lambda h: oracle_state.mamba2(model, 0, h, frozen=True, context=n), h)
+    assert distance(ours, J) < 1e-13
+    ordinary = torch.autograd.functional.jacobian(
+        lambda h: oracle_state.mamba2(model, 0, h, frozen=False, context=n), h
+    )
+    assert distance(ordinary, J) > 0.1
+
+
 def test_frozen_layer_norm_by_hand(tiny_file: Callable[..., Path]) -> None:
     """Centering is linear and stays; only the standard deviation is frozen."""
     model = oracle.load(tiny_file("gpt2"))
@@ -762,8 +879,9 @@ def test_frozen_layer_norm_by_hand(tiny_file: Callable[..., Path]) -> None:
 
 
 def structure(case: str) -> tuple[str, frozenset[str]]:
-    """Return what decides where biases are: the architecture and the tensors of a layer."""
-    o = dataclasses.replace(tiny.options(case), layers=1)
+    """Return what decides where biases are: the architecture and the tensors of one layer of each kind."""
+    o = tiny.options(case)
+    o = dataclasses.replace(o, layers=len(o.mixers))
     return o.architecture, frozenset(entry.name for entry in tiny.tensors(o))
 
 
@@ -794,6 +912,7 @@ def test_offset_is_what_the_live_biases_add(case: str, mlp_path: str, tiny_file:
     assert (J.offset - expected).norm() < 1e-12 * J.y.norm()
     # Biases of q, k, the router and the frozen factor are frozen; any other must show.
     parts = ("attn_v", "attn_qkv", "attn_output", "ffn_down", "ffn_down_exps", "norm", "norm_2", f"ffn_{mlp_path}")
+    parts += ("ssm_conv1d",)
     if model.facts.ffn == "plain":
         parts += ("ffn_up",)
     shows = bool(constants) or any(name.endswith(f"{part}.bias") for name in live for part in parts)

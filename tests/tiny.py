@@ -58,9 +58,13 @@ class Options:
     biases: tuple[str, ...] = ()  # of ALL_BIASES, "output", and those of the experts
     norm: str = "rms"  # rms | rms_bias | ln (weight only) | ln_bias | ln_bare (neither)
     norms: tuple[str, ...] = ("attn_norm", "ffn_norm")  # of each layer
+    bare_norms: tuple[str, ...] = ()  # whose tensors' names do not end in .weight
     mixers: tuple[str, ...] = ("attention",)  # of `MIXERS`, one a layer, over and over
     sizes: Mapping[str, Any] = field(default_factory=dict)  # of mixers other than attention, by the mixer's own names
+    alone: bool = False  # a layer is its mixer only, or its feed-forward network only where the mixer is "none"
+    kv_by_layer: bool = False  # write an array of numbers of kv heads, 0 where a layer has no attention
     qk_norm: str = ""  # head | heads (weights of each head's own) | full
+    values: bool = True  # there is attn_v; else the values are made by attn_k
     n_rot: int | None = None  # rotated dimensions of a head; None: all
     long_short: bool = False  # write rope_factors_long and rope_factors_short
     positions: bool = False  # write position_embd
@@ -75,6 +79,7 @@ class Options:
     dense_lead: int = 0  # the first blocks, without experts
     selection_bias: float = 0.0  # spread of exp_probs_b around `selection_mean`; 0: no such tensor
     selection_mean: float = 0.0
+    latent: int = 0  # width of the stream that routed experts read and write; 0: that of all
     shared_gate: bool = False  # the shared expert is weighed by a router of its own
     predictors: int = 0  # of `layers` the last, which predict later tokens
     predictor_norms: tuple[str, ...] = ("nextn.enorm", "nextn.hnorm")
@@ -121,7 +126,8 @@ def matrix(name: str, out: int, into: int, gain: float = 1.0) -> Entry:
 
 def norms(o: Options, name: str, width: int, gain: float = 1.0) -> Iterator[Entry]:
     if o.norm != "ln_bare":
-        yield Entry(f"{name}.weight", (width,), 0.3 * gain, gain)
+        suffix = "" if name.split(".")[-1] in o.bare_norms else ".weight"
+        yield Entry(f"{name}{suffix}", (width,), 0.3 * gain, gain)
     if o.norm.endswith("_bias"):
         yield bias(name, width)
 
@@ -146,13 +152,14 @@ def llama3_factors(n_rot: int, base: float, *, factor: float = 8.0, original: fl
 def metadata(o: Options) -> dict[str, Any]:
     """Return the keys below `{arch}.`; Python floats are written as float32, integers as uint32."""
     repeat: Callable[[int], Any] = (lambda count: [count] * o.layers) if o.per_layer_arrays else (lambda count: count)
+    kinds = [kind_of(o, layer) for layer in range(o.layers)]
     keys = {
         "block_count": o.layers,
         "context_length": o.context,
         "embedding_length": o.d,
-        "feed_forward_length": repeat(o.ff),
+        "feed_forward_length": [o.ff * (kind == "none") for kind in kinds] if o.alone else repeat(o.ff),
         "attention.head_count": repeat(o.heads),
-        "attention.head_count_kv": repeat(o.hk),
+        "attention.head_count_kv": [kv_heads(o, kind) for kind in kinds] if o.kv_by_layer else repeat(o.hk),
         "attention.key_length": o.hd,
         "attention.value_length": o.hd,
         f"attention.layer_norm_{'rms_' if o.norm.startswith('rms') else ''}epsilon": o.eps,
@@ -171,6 +178,8 @@ def metadata(o: Options) -> dict[str, Any]:
         "nextn_predict_layers": o.predictors,
     }
     keys |= {key: value for key, value in optional.items() if value}
+    for kind in {kind: KEYS[kind] for kind in kinds if kind in KEYS}.values():
+        keys |= kind(o)
     return keys | {f"rope.scaling.{key}": value for key, value in o.scaling.items()} | dict(o.extra)
 
 
@@ -195,20 +204,38 @@ def tensors(o: Options) -> Iterator[Entry]:
         b = f"blk.{layer}"
         for name in o.norms:
             yield from norms(o, f"{b}.{name}", o.d, o.post_gain if name.startswith("post_") else 1.0)
-        yield from MIXERS[o.mixers[layer % len(o.mixers)]](o, b)
+        kind = kind_of(o, layer)
+        yield from MIXERS[kind](o, b)
         predictor = layer >= o.blocks
-        routed = o.experts > 0 and layer >= o.dense_lead and (o.predictor_experts or not predictor)
-        yield from experts(o, b) if routed else feed_forward(o, b, "", o.ff)
+        if not o.alone or kind == "none":
+            routed = o.experts > 0 and layer >= o.dense_lead and (o.predictor_experts or not predictor)
+            yield from experts(o, b) if routed else feed_forward(o, b, "", o.ff)
         if predictor:
             yield matrix(f"{b}.nextn.eh_proj", o.d, 2 * o.d)
             for name in o.predictor_norms:
                 yield from norms(o, f"{b}.{name}", o.d)
         present = [bias(f"{b}.{name}", widths.get(name, o.d)) for name in o.biases if name in (*ALL_BIASES, *widths)]
+        present = [entry for entry in present if has_part(o, layer, entry.name)]
         if o.fused_bias:
             qkv = [entry for entry in present if entry.name.split(".")[2] in ALL_BIASES[:3]]
             present = [entry for entry in present if entry not in qkv]
             yield stacked(o, f"{b}.attn_qkv.bias", qkv)
         yield from present
+
+
+def kind_of(o: Options, layer: int) -> str:
+    return o.mixers[layer % len(o.mixers)]
+
+
+def has_part(o: Options, layer: int, name: str) -> bool:
+    """Return whether layer `layer` has the sublayer, attention or feed-forward, that a tensor belongs to."""
+    kind = kind_of(o, layer)
+    return kv_heads(o, kind) > 0 if ".attn_" in name else not o.alone or kind == "none"
+
+
+def kv_heads(o: Options, kind: str) -> int:
+    """Return the number of kv heads of a layer with this mixer."""
+    return o.hk if ATTENDS[kind] else 0
 
 
 def attention(o: Options, b: str) -> Iterator[Entry]:
@@ -230,8 +257,57 @@ def attention(o: Options, b: str) -> Iterator[Entry]:
     yield matrix(f"{b}.attn_output", o.d, q)
 
 
+def nothing(o: Options, b: str) -> Iterator[Entry]:
+    """List the tensors of a layer that does not mix positions."""
+    yield from ()
+
+
+# ---- state space
+
+
+def mamba2(o: Options, b: str) -> Iterator[Entry]:
+    """List the tensors of a Mamba-2 mixer; its input projection makes the gate z, x, B, C and the time steps."""
+    s = MAMBA2 | o.sizes
+    inner, heads, bc = s["inner"], s["ssm_heads"], s["groups"] * s["state"]
+    parts = {"z": (inner, o.gate_gain), "x": (inner, 1.0), "b": (bc, 1.0), "c": (bc, 1.0), "dt": (heads, 1.0)}
+    rows = [matrix(f"{b}.ssm_in_{name}", out, o.d, gain) for name, (out, gain) in parts.items()]
+    yield stacked(o, f"{b}.ssm_in.weight", rows)
+    yield Entry(f"{b}.ssm_conv1d.weight", (inner + 2 * bc, s["kernel"]), 1 / math.sqrt(s["kernel"]), 0.2)
+    yield bias(f"{b}.ssm_conv1d", inner + 2 * bc)
+    # With time steps around one half, some heads forget within a token and others nothing within the prompt.
+    yield Entry(f"{b}.ssm_dt.bias", (heads,), 1.0, -0.5)
+    yield Entry(f"{b}.ssm_a", (heads, 1), 0.0, values=-np.geomspace(0.02, 12.0, heads)[:, None])
+    yield Entry(f"{b}.ssm_d", (heads, 1), 0.5, 1.0)
+    if s["normed"]:
+        yield Entry(f"{b}.ssm_norm.weight", (s["groups"], inner // s["groups"]), 0.3, 1.0)
+    yield matrix(f"{b}.ssm_out", o.d, inner, s["out_gain"])
+
+
+def mamba2_keys(o: Options) -> dict[str, Any]:
+    names = {"conv_kernel": "kernel", "inner_size": "inner", "state_size": "state", "time_step_rank": "ssm_heads"}
+    s = MAMBA2 | o.sizes
+    return {f"ssm.{key}": s[name] for key, name in (names | {"group_count": "groups"}).items()}
+
+
+def mamba2_beside_attention(o: Options, b: str) -> Iterator[Entry]:
+    yield from attention(o, b)
+    yield from mamba2(o, b)
+
+
+# Heads are 16 wide, not as wide as the state; four of them share a group's B and C.
+MAMBA2 = {"inner": 128, "ssm_heads": 8, "state": 24, "groups": 2, "kernel": 4, "normed": True, "out_gain": 1.0}
+
 # Token mixers: what a layer has in place of attention, by the name that `Options.mixers` uses.
-MIXERS: dict[str, Callable[[Options, str], Iterator[Entry]]] = {"attention": attention}
+MIXERS: dict[str, Callable[[Options, str], Iterator[Entry]]] = {
+    "attention": attention,
+    "none": nothing,
+    "mamba2": mamba2,
+    "attention, mamba2": mamba2_beside_attention,
+}
+# Whether such a layer has the tensors of attention.
+ATTENDS = {kind: "attention" in kind for kind in MIXERS}
+# The keys of their sizes, below `{arch}.`.
+KEYS: dict[str, Callable[[Options], dict[str, Any]]] = {"mamba2": mamba2_keys, "attention, mamba2": mamba2_keys}
 
 
 def feed_forward(o: Options, b: str, suffix: str, width: int) -> Iterator[Entry]:
@@ -248,11 +324,17 @@ def feed_forward(o: Options, b: str, suffix: str, width: int) -> Iterator[Entry]
 def experts(o: Options, b: str) -> Iterator[Entry]:
     """List a router and its experts, with a shared one where there is one."""
     yield matrix(f"{b}.ffn_gate_inp", o.experts, o.d, o.router_gain)
+    into = o.latent or o.d
     shapes = {
-        "ffn_gate_exps": (o.expert_ff, o.d, o.gate_gain),
-        "ffn_up_exps": (o.expert_ff, o.d, o.up_gain),
-        "ffn_down_exps": (o.d, o.expert_ff, o.down_gain),
+        "ffn_gate_exps": (o.expert_ff, into, o.gate_gain),
+        "ffn_up_exps": (o.expert_ff, into, o.up_gain),
+        "ffn_down_exps": (into, o.expert_ff, o.down_gain),
     }
+    if o.ffn == "plain":
+        del shapes["ffn_gate_exps"]
+    if o.latent:
+        yield matrix(f"{b}.ffn_latent_down", o.latent, o.d)
+        yield matrix(f"{b}.ffn_latent_up", o.d, o.latent)
     for name, (out, into, gain) in shapes.items():
         yield Entry(f"{b}.{name}.weight", (o.experts, out, into), gain / math.sqrt(into))
         if name in o.biases:
