@@ -18,6 +18,27 @@ GRANITE = {
     "tied": True,
 }
 EXPERTS = {"experts": 6, "experts_used": 2, "expert_ff": 96}
+# Full layers have larger heads, fewer of them for keys, and no matrix of values; scores are not divided by a root.
+GEMMA4 = GEMMA | {
+    "norms": SANDWICH,
+    "layers": 4,
+    "mixers": ("window", "window", "attention"),
+    "kv_by_layer": True,
+    "kv_heads": 1,
+    "values": False,
+    "still_pairs": 12,
+    "sizes": {"window": {"head_dim": 16, "kv_heads": 2, "values": True}},
+    "window": 4,
+    "rope_base": 100.0,
+    "qk_norm": "head",
+    "qk_gain": 0.6,
+    "output_scale": True,
+    "extra": {
+        "embedding_length_per_layer_input": 0,
+        "final_logit_softcapping": 1.2,
+        "rope.freq_base_swa": 50.0,
+    },
+}
 ATTENTION_KEYS = (
     *("attention.head_count_kv", "attention.key_length", "attention.value_length"),
     *("rope.dimension_count", "rope.freq_base"),
@@ -50,6 +71,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
     # Layer 5 is global: six are the fewest that have both kinds.
     "gemma3": GEMMA | {"norms": SANDWICH, "layers": 7, "qk_norm": "head", "window": 4, "rope_base": 100.0},
+    "gemma4": GEMMA4,
     "phi3": {"fused_qkv": True, "ffn": "fused"},
     "olmo2": {"norms": ("post_attention_norm", "post_ffw_norm"), "qk_norm": "full"},
     "mistral3": {},
@@ -526,3 +548,32 @@ STATE_SPACE_CASES: dict[str, dict[str, Any]] = {
     "mamba2_q8_0": of("mamba2", type="Q8_0"),
 }
 FAMILY_CASES |= STATE_SPACE_CASES
+
+GEMMA4_CASES: dict[str, dict[str, Any]] = {
+    "gemma4": of("gemma4"),
+    # Full layers first, windowed last; only those lack the values here, nothing scales the stream, the cap is 30.
+    "gemma4_full_first": of(
+        "gemma4",
+        mixers=("attention", "window"),
+        layers=4,
+        values=True,
+        sizes={"window": {"head_dim": 16, "kv_heads": 4, "values": False, "n_rot": 8}},
+        output_scale=False,
+        tied=False,
+        omit=("final_logit_softcapping", "rope.freq_base_swa"),
+    ),
+    # Windowed layers do not take the divisors of the rotation, even where they could.
+    "gemma4_one_size": of(
+        "gemma4",
+        kv_heads=2,
+        sizes={"window": {"head_dim": 32, "values": True}},
+        kv_by_layer=False,
+        scaling={"type": "linear", "factor": 8.0},
+    ),
+    "gemma4_fused": of("gemma4", values=True, fused_qkv=True, layers=3),
+    "gemma4_unread": of("gemma4", extra={k: v for k, v in UNREAD.items() if not k.startswith(("final", "rope.freq"))}),
+    "gemma4_q8_0": of(
+        "gemma4", type="Q8_0", heads=2, sizes={"window": {"head_dim": 16, "kv_heads": 2}}, values=True, layers=3
+    ),
+}
+FAMILY_CASES |= GEMMA4_CASES

@@ -55,9 +55,12 @@ class Facts(NamedTuple):
     local_base: float | None = None  # default of the rope base in local layers; None: that of the global ones
     local_base_key: bool = True
     local_scaling: bool = True  # rope scaling applies to local layers, too
+    local_factors: bool = True  # divisors of the frequencies, where they are read, apply to local layers, too
     local_attn_factor: bool = True  # and so does its attn_factor, whatever the scaling
     width_scaled_at: int | None = None  # with so many layers attention is scaled by sqrt(d / heads), not of head_dim
+    attn_scale: float | None = None  # of scores; None: 1 / sqrt(head size)
     attn_scale_key: bool = False
+    value_norm: bool = False  # values are normed, each head by itself and without weights
     attn_cap: float | None = None  # default; None: there is none
     final_cap: float | None = None
     temperature: bool = False
@@ -113,6 +116,16 @@ FACTS: dict[str, Facts] = {
     "gemma3": GEMMA._replace(
         attn_post="post_attention_norm", ffn_post="post_ffw_norm", qk_norm="head", period=6, width_scaled_at=62,
         local_base=10000.0, local_scaling=False, final_cap=0.0,
+    ),
+    "gemma4": GEMMA._replace(
+        attn_post="post_attention_norm", ffn_post="post_ffw_norm", qk_norm="head", period=0, local_base=10000.0,
+        local_scaling=False, factors=True, local_factors=False, attn_scale=1.0, value_norm=True, final_cap=30.0,
+        parts=(
+            ("dense", "ffn_norm", "post_ffw_norm_1"),
+            ("mixture", "pre_ffw_norm_2", "post_ffw_norm_2"),
+        ),
+        router_reads="stream",
+        graph={"attn_post_norm": "attn_out", "attn_out": "ffn_inp", "ffn_post_norm": "ffn_out", "l_out": "l_out"},
     ),
     "phi3": Facts(rope="halves", factors=True, ffn="fused"),
     "olmo2": Facts(
@@ -264,7 +277,8 @@ def rope_angles(model: Oracle, layer: int, n: int, n_rot: int, context: int) -> 
     pair = torch.arange(n_rot // 2, dtype=torch.float64)
     frequency = base ** (-2 * pair / n_rot)
     names = ["rope_freqs.weight", f"rope_factors_{'long' if context > original else 'short'}.weight"]
-    names = names[:: -1 if kind == "longrope" else 1] if facts.factors else []
+    factors = facts.factors and (facts.local_factors or not local)
+    names = names[:: -1 if kind == "longrope" else 1] if factors else []
     frequency = frequency / next((model.weights[name] for name in names if name in model.weights), 1.0)
     if kind in ("linear", "longrope"):
         frequency = frequency / factor
@@ -320,20 +334,31 @@ def roped(model: Oracle, layer: int) -> bool:
     return rules[model.facts.roped]
 
 
+def of_kind(model: Oracle, layer: int, key: str, default: Any) -> Any:
+    """Return a size that layers with a window may have a key of their own for."""
+    value = model.metadata.get(key, default)
+    return model.metadata.get(f"{key}_swa", value) if window(model, layer) is not None else value
+
+
+def projections(model: Oracle, b: str, h: Tensor, q_width: int, kv_width: int) -> Sequence[Tensor]:
+    """Return the queries, keys and values of h; where there is no matrix of values, they are the keys."""
+    if f"{b}.attn_qkv.weight" not in model.weights:
+        q, k = (linear(model, f"{b}.attn_{part}", h) for part in "qk")
+        return q, k, linear(model, f"{b}.attn_v", h) if f"{b}.attn_v.weight" in model.weights else k
+    qkv = linear(model, f"{b}.attn_qkv", h)
+    if f"{b}.attn_qkv.bias" not in model.weights and f"{b}.attn_q.bias" in model.weights:
+        qkv = qkv + torch.cat([model.weights[f"{b}.attn_{part}.bias"] for part in "qkv"])
+    return qkv.split([q_width, kv_width, kv_width], dim=-1)
+
+
 def attention(model: Oracle, layer: int, h: Tensor, *, frozen: bool, context: int) -> Tensor:
     """Causal attention on the normed input h [n, d], through the output projection."""
     meta, facts, b, n = model.metadata, model.facts, f"blk.{layer}", len(h)
     heads = scalar(meta["attention.head_count"], layer)
     kv_heads = scalar(meta.get("attention.head_count_kv", heads), layer)
-    hd = meta.get("attention.key_length", meta["embedding_length"] // heads)
-    assert meta.get("attention.value_length", hd) == hd
-    if f"{b}.attn_qkv.weight" in model.weights:
-        qkv = linear(model, f"{b}.attn_qkv", h)
-        if f"{b}.attn_qkv.bias" not in model.weights and f"{b}.attn_q.bias" in model.weights:
-            qkv = qkv + torch.cat([model.weights[f"{b}.attn_{part}.bias"] for part in "qkv"])
-        q, k, v = qkv.split([heads * hd, kv_heads * hd, kv_heads * hd], dim=-1)
-    else:
-        q, k, v = (linear(model, f"{b}.attn_{part}", h) for part in "qkv")
+    hd = of_kind(model, layer, "attention.key_length", meta["embedding_length"] // heads)
+    assert of_kind(model, layer, "attention.value_length", hd) == hd
+    q, k, v = projections(model, b, h, heads * hd, kv_heads * hd)
     if facts.clamp_key and (limit := meta.get("attention.clamp_kqv", 0.0)):
         q, k, v = (torch.where(part.abs() <= limit, part, limit * part.detach().sign()) for part in (q, k, v))
     if facts.qk_norm == "full":
@@ -342,12 +367,17 @@ def attention(model: Oracle, layer: int, h: Tensor, *, frozen: bool, context: in
     if facts.qk_norm == "head" and f"{b}.attn_q_norm.weight" in model.weights:
         q, k = (norm(model, f"{b}.attn_{name}_norm", part, frozen=False) for name, part in (("q", q), ("k", k)))
     if roped(model, layer):
-        angles, magnitude = rope_angles(model, layer, n, meta.get("rope.dimension_count", hd), context)
+        n_rot = of_kind(model, layer, "rope.dimension_count", hd)
+        angles, magnitude = rope_angles(model, layer, n, n_rot, context)
         q, k = (rotate(part, angles, magnitude, pairs=facts.rope) for part in (q, k))
+    if facts.value_norm:
+        size = root_mean_square(model, v)
+        v = v / (size.detach() if frozen else size)
     if facts.qk_norm == "head after rope":
         q, k = (norm(model, f"{b}.attn_{name}_norm", part, frozen=False) for name, part in (("q", q), ("k", k)))
     position = torch.arange(n)
     scale = 1 / math.sqrt(meta["embedding_length"] // heads if meta["block_count"] == facts.width_scaled_at else hd)
+    scale = facts.attn_scale or scale
     if facts.attn_scale_key:
         scale = meta.get("attention.scale", 0.0) or scale
     scale = torch.full((n, 1), scale, dtype=torch.float64)
@@ -490,11 +520,16 @@ def mixture(model: Oracle, b: str, h: Tensor, *, stream: Tensor | None = None, *
 
             def apply(name: str, x: Tensor, expert: int = expert) -> Tensor:
                 y = model.weights[f"{b}.{name}.weight"][expert] @ x
+                if f"{b}.{name}.scale" in model.weights:
+                    y = y * model.weights[f"{b}.{name}.scale"][expert]
                 return y + model.weights[f"{b}.{name}.bias"][expert] if f"{b}.{name}.bias" in model.weights else y
 
-            up = apply("ffn_up_exps", x)
-            plain = model.facts.ffn == "plain"
-            gate, up = (up, None) if plain else (apply("ffn_gate_exps", x), up)
+            if f"{b}.ffn_gate_up_exps.weight" in model.weights:
+                gate, up = apply("ffn_gate_up_exps", x).chunk(2)
+            elif model.facts.ffn == "plain":
+                gate, up = apply("ffn_up_exps", x), None
+            else:
+                gate, up = apply("ffn_gate_exps", x), apply("ffn_up_exps", x)
             row = row + weight * apply("ffn_down_exps", activate(model.facts, gate, up, **how))
         rows.append(row)
     y = torch.stack(rows)
@@ -562,7 +597,8 @@ def block(
     if any(f"{b}.{name}.weight" in model.weights for name in ("ffn_down", "ffn_down_exps")):
         before = facts.attn_norm if shared else facts.ffn_norm
         ffn = feed_forward(model, b, x if together else x + attn, before, freeze=freeze, gelu=gelu) * scale
-    states = {"attn_out": attn, "ffn_inp": x + attn, "ffn_out": ffn, "l_out": x + attn + ffn} | mixed
+    out = (x + attn + ffn) * model.weights.get(f"{b}.layer_output_scale.weight", 1.0)
+    states = {"attn_out": attn, "ffn_inp": x + attn, "ffn_out": ffn, "l_out": out} | mixed
     return {f"{name}-{layer}": state for name, state in states.items()}
 
 

@@ -577,6 +577,46 @@ FAMILY_MISTAKES: dict[str, tuple[str, Callable[[Oracle], Oracle]]] = {
 }
 
 
+# ---- Gemma 4
+
+
+def with_normed_keys_as_values(model: Oracle) -> Oracle:
+    """Make values of the keys after their norm: its scale is lost in the norm of the values, its weights are not."""
+    added = {}
+    for name, k in model.weights.items():
+        v = name.replace("attn_k.", "attn_v.")
+        if "attn_k." in name and v not in model.weights:
+            weight = model.weights[name.replace("attn_k.", "attn_k_norm.")]
+            added[v] = weight.repeat(len(k) // len(weight))[:, None] * k
+    assert added
+    return model._replace(weights=model.weights | added)
+
+
+GEMMA4_MISTAKES: dict[str, tuple[str, Callable[[Oracle], Oracle]]] = {
+    f"gemma4: {mistake}": (case, make)
+    for mistake, (case, make) in {
+        "values not normed": ("gemma4", facts(value_norm=False)),
+        "normed keys as values": ("gemma4", with_normed_keys_as_values),
+        "normed keys as values in windowed layers": ("gemma4_full_first", with_normed_keys_as_values),
+        "scores divided by a root": ("gemma4", facts(attn_scale=None)),
+        "stream not scaled": ("gemma4", on("layer_output_scale", torch.ones_like)),
+        "every pair rotates": ("gemma4", facts(factors=False)),
+        "windowed layers take the divisors": ("gemma4_one_size", facts(local_factors=True)),
+        "windowed layers scaled": ("gemma4_one_size", facts(local_scaling=True)),
+        "windowed layers have the base of the others": ("gemma4", facts(local_base_key=False)),
+        "no default base of windowed layers": ("gemma4_full_first", facts(local_base=None)),
+        "whole heads rotate in windowed layers": ("gemma4_full_first", keys(rope__dimension_count_swa=16)),
+        "final cap missing": ("gemma4", facts(final_cap=None)),
+        "no default of the final cap": ("gemma4_full_first", facts(final_cap=0.0)),
+        "window one wider": ("gemma4", width_of_window(1)),
+        "embeddings unscaled": ("gemma4", facts(embedding=None)),
+        "attention post-norm absent": ("gemma4", NO_POST_NORMS["attention"]),
+        "feed-forward post-norm absent": ("gemma4", NO_POST_NORMS["feed-forward"]),
+        "rope pairs otherwise": ("gemma4", facts(rope="adjacent")),
+    }.items()
+}
+
+
 # mistake -> (the row that must reveal it, the edit that makes it)
 MISTAKES: dict[str, tuple[str, Callable[[Oracle], Oracle]]] = {
     "rope pairs as NEOX": ("plain", rotate_halves),
@@ -614,6 +654,7 @@ MISTAKES: dict[str, tuple[str, Callable[[Oracle], Oracle]]] = {
     "fused bias dropped": ("fused_biases", drop("attn_qkv.bias")),
     "split biases of a fused matrix dropped": ("fused_split_biases", drop("attn_v.bias")),
     **FAMILY_MISTAKES,
+    **GEMMA4_MISTAKES,
 }
 
 

@@ -47,6 +47,7 @@ class Options:
     context: int = 256
     rope_base: float = 10000.0
     rope_factors: bool = False  # write rope_freqs.weight, Llama-3 style
+    still_pairs: int = 0  # of a head the last, which do not rotate: their divisors in rope_freqs.weight are 1e30
     scaling: Mapping[str, Any] = field(default_factory=dict)  # keys below `{arch}.rope.scaling.`
     extra: Mapping[str, Any] = field(default_factory=dict)  # more keys below `{arch}.`
     bare: Mapping[str, Any] = field(default_factory=dict)  # more keys, below nothing
@@ -61,8 +62,10 @@ class Options:
     bare_norms: tuple[str, ...] = ()  # whose tensors' names do not end in .weight
     mixers: tuple[str, ...] = ("attention",)  # of `MIXERS`, one a layer, over and over
     sizes: Mapping[str, Any] = field(default_factory=dict)  # of mixers other than attention, by the mixer's own names
+    output_scale: bool = False  # a factor of the stream after each layer
     alone: bool = False  # a layer is its mixer only, or its feed-forward network only where the mixer is "none"
     kv_by_layer: bool = False  # write an array of numbers of kv heads, 0 where a layer has no attention
+    qk_gain: float = 1.4  # of the norms of q and k
     qk_norm: str = ""  # head | heads (weights of each head's own) | full
     values: bool = True  # there is attn_v; else the values are made by attn_k
     n_rot: int | None = None  # rotated dimensions of a head; None: all
@@ -77,6 +80,11 @@ class Options:
     shared_ff: int = 0  # width of a shared expert beside the routed ones; 0: none
     shared_count: int = 0  # of shared experts of expert_ff in one, stated so; 0: not stated
     dense_lead: int = 0  # the first blocks, without experts
+    expert_norms: tuple[str, ...] = ()  # of layers with experts only
+    dense_beside: bool = False  # layers with experts have a dense network, too
+    fused_experts: bool = False  # the experts' gate above up in one tensor
+    router_scale: bool = False  # ffn_gate_inp.scale, of the router's input
+    expert_scale: bool = False  # ffn_down_exps.scale, of each expert's output
     selection_bias: float = 0.0  # spread of exp_probs_b around `selection_mean`; 0: no such tensor
     selection_mean: float = 0.0
     latent: int = 0  # width of the stream that routed experts read and write; 0: that of all
@@ -136,9 +144,9 @@ def bias(name: str, width: int) -> Entry:
     return Entry(f"{name}.bias", (width,), 0.4)
 
 
-def stacked(o: Options, name: str, parts: Sequence[Entry]) -> Entry:
+def stacked(o: Options, name: str, parts: Sequence[Entry], axis: int = 0) -> Entry:
     """Return the parts in one tensor: the same numbers as in a file that keeps them apart."""
-    values = np.concatenate([draw(part, o.seed) for part in parts])
+    values = np.concatenate([draw(part, o.seed) for part in parts], axis)
     return Entry(name, values.shape, 0.0, values=values)
 
 
@@ -196,6 +204,9 @@ def tensors(o: Options) -> Iterator[Entry]:
         yield bias("output", o.vocab)
     if o.rope_factors:
         yield Entry("rope_freqs.weight", (o.hd // 2,), 0.0, values=llama3_factors(o.hd, o.rope_base))
+    if o.still_pairs:
+        divisors = np.repeat([1.0, 1e30], [o.hd // 2 - o.still_pairs, o.still_pairs])
+        yield Entry("rope_freqs.weight", (o.hd // 2,), 0.0, values=divisors)
     if o.long_short:
         yield Entry("rope_factors_short.weight", (pairs,), 0.0, values=np.linspace(1.0, 1.6, pairs))
         yield Entry("rope_factors_long.weight", (pairs,), 0.0, values=np.geomspace(1.1, 12.0, pairs))
@@ -206,6 +217,8 @@ def tensors(o: Options) -> Iterator[Entry]:
             yield from norms(o, f"{b}.{name}", o.d, o.post_gain if name.startswith("post_") else 1.0)
         kind = kind_of(o, layer)
         yield from MIXERS[kind](o, b)
+        if o.output_scale:
+            yield Entry(f"{b}.layer_output_scale.weight", (1,), 0.1, 0.8)
         predictor = layer >= o.blocks
         if not o.alone or kind == "none":
             routed = o.experts > 0 and layer >= o.dense_lead and (o.predictor_experts or not predictor)
@@ -235,7 +248,7 @@ def has_part(o: Options, layer: int, name: str) -> bool:
 
 def kv_heads(o: Options, kind: str) -> int:
     """Return the number of kv heads of a layer with this mixer."""
-    return o.hk if ATTENDS[kind] else 0
+    return windowed(o).hk if kind == "window" else o.hk if ATTENDS[kind] else 0
 
 
 def attention(o: Options, b: str) -> Iterator[Entry]:
@@ -244,14 +257,14 @@ def attention(o: Options, b: str) -> Iterator[Entry]:
     parts = [
         matrix(f"{b}.attn_q", q, o.d, o.score_gain),
         matrix(f"{b}.attn_k", kv, o.d, o.score_gain),
-        matrix(f"{b}.attn_v", kv, o.d),
+        *([matrix(f"{b}.attn_v", kv, o.d)] if o.values else []),
     ]
     yield from [stacked(o, f"{b}.attn_qkv.weight", parts)] if o.fused_qkv else parts
     if o.qk_norm:
-        # Normed heads have scores with a spread of one; 1.4 squared makes it two.
+        # Normed heads have scores with a spread of one; 1.4 squared makes it two. (Where scores are divided by a root.)
         for name, heads, whole in (("attn_q_norm", o.heads, q), ("attn_k_norm", o.hk, kv)):
             shape = {"head": (o.hd,), "heads": (heads, o.hd), "full": (whole,)}[o.qk_norm]
-            yield Entry(f"{b}.{name}.weight", shape, 0.3, 1.4)
+            yield Entry(f"{b}.{name}.weight", shape, 0.3, o.qk_gain)
     if o.sinks:
         yield Entry(f"{b}.attn_sinks.weight", (o.heads,), 1.0, 2.0)
     yield matrix(f"{b}.attn_output", o.d, q)
@@ -260,6 +273,28 @@ def attention(o: Options, b: str) -> Iterator[Entry]:
 def nothing(o: Options, b: str) -> Iterator[Entry]:
     """List the tensors of a layer that does not mix positions."""
     yield from ()
+
+
+# ---- windowed layers of another size
+
+
+def windowed(o: Options) -> Options:
+    """Return the options of windowed layers where their attention has sizes of its own."""
+    return dataclasses.replace(o, **o.sizes["window"])
+
+
+def window(o: Options, b: str) -> Iterator[Entry]:
+    yield from attention(windowed(o), b)
+
+
+def window_keys(o: Options) -> dict[str, Any]:
+    local = windowed(o)
+    return {
+        "attention.sliding_window_pattern": [kind_of(o, layer) == "window" for layer in range(o.layers)],
+        "attention.key_length_swa": local.hd,
+        "attention.value_length_swa": local.hd,
+        "rope.dimension_count_swa": local.n_rot or local.hd,
+    }
 
 
 # ---- state space
@@ -300,14 +335,19 @@ MAMBA2 = {"inner": 128, "ssm_heads": 8, "state": 24, "groups": 2, "kernel": 4, "
 # Token mixers: what a layer has in place of attention, by the name that `Options.mixers` uses.
 MIXERS: dict[str, Callable[[Options, str], Iterator[Entry]]] = {
     "attention": attention,
+    "window": window,
     "none": nothing,
     "mamba2": mamba2,
     "attention, mamba2": mamba2_beside_attention,
 }
 # Whether such a layer has the tensors of attention.
-ATTENDS = {kind: "attention" in kind for kind in MIXERS}
+ATTENDS = {kind: "attention" in kind or kind == "window" for kind in MIXERS}
 # The keys of their sizes, below `{arch}.`.
-KEYS: dict[str, Callable[[Options], dict[str, Any]]] = {"mamba2": mamba2_keys, "attention, mamba2": mamba2_keys}
+KEYS: dict[str, Callable[[Options], dict[str, Any]]] = {
+    "window": window_keys,
+    "mamba2": mamba2_keys,
+    "attention, mamba2": mamba2_keys,
+}
 
 
 def feed_forward(o: Options, b: str, suffix: str, width: int) -> Iterator[Entry]:
@@ -335,10 +375,24 @@ def experts(o: Options, b: str) -> Iterator[Entry]:
     if o.latent:
         yield matrix(f"{b}.ffn_latent_down", o.latent, o.d)
         yield matrix(f"{b}.ffn_latent_up", o.d, o.latent)
-    for name, (out, into, gain) in shapes.items():
-        yield Entry(f"{b}.{name}.weight", (o.experts, out, into), gain / math.sqrt(into))
+    parts = {
+        name: Entry(f"{b}.{name}.weight", (o.experts, out, into), gain / math.sqrt(into))
+        for name, (out, into, gain) in shapes.items()
+    }
+    if o.fused_experts:
+        yield stacked(o, f"{b}.ffn_gate_up_exps.weight", [parts.pop("ffn_gate_exps"), parts.pop("ffn_up_exps")], 1)
+    for name, part in parts.items():
+        yield part
         if name in o.biases:
-            yield Entry(f"{b}.{name}.bias", (o.experts, out), 0.4)
+            yield Entry(f"{b}.{name}.bias", part.shape[:2], 0.4)
+    if o.router_scale:  # the normed input is divided by sqrt(d)
+        yield Entry(f"{b}.ffn_gate_inp.scale", (o.d,), 0.3 * math.sqrt(o.d), math.sqrt(o.d))
+    if o.expert_scale:
+        yield Entry(f"{b}.ffn_down_exps.scale", (o.experts,), 0.3, 1.0)
+    for name in o.expert_norms:
+        yield from norms(o, f"{b}.{name}", o.d, o.post_gain if name.startswith("post_") else 1.0)
+    if o.dense_beside:
+        yield from feed_forward(o, b, "", o.ff)
     if o.selection_bias:
         yield Entry(f"{b}.exp_probs_b.bias", (o.experts,), o.selection_bias, o.selection_mean)
     if shared := o.shared_count * (o.shared_ff or o.expert_ff) or o.shared_ff:
