@@ -53,6 +53,9 @@ XIELU = {"xielu.alpha_n": 1.6, "xielu.alpha_p": 0.4, "xielu.beta": 0.5, "xielu.e
 # Architectures with state space mixers.
 STATE_SPACE: dict[str, dict[str, Any]] = {
     # The converter writes zeros.
+    "granitehybrid": GRANITE
+    | {"mixers": ("mamba2", "attention", "mamba2"), "layers": 3, "kv_by_layer": True}
+    | {"extra": GRANITE["extra"] | {"rope.scaling.finetuned": False}},
     "mamba2": {"mixers": ("mamba2",), "alone": True, "norms": ("attn_norm",), "layers": 3, "kv_heads": None}
     | {"extra": {"attention.head_count": 0}, "omit": ATTENTION_KEYS},
 }
@@ -547,6 +550,30 @@ STATE_SPACE_CASES: dict[str, dict[str, Any]] = {
     "mamba2_groups": of("mamba2", sizes={"groups": 8, "state": 8, "kernel": 3}, eps=0.05),
     "mamba2_q8_0": of("mamba2", type="Q8_0"),
 }
+STATE_SPACE_CASES |= {
+    "granitehybrid": of("granitehybrid"),
+    # As Bamba: rotated, and nothing is scaled. Attention first and last.
+    "granitehybrid_roped": of(
+        "granitehybrid",
+        mixers=("attention", "mamba2"),
+        extra={"rope.scaling.finetuned": True},
+        omit=("attention.scale", "embedding_scale", "residual_scale", "logit_scale"),
+        embed_std=1.0,
+        rope_factors=True,
+        rope_base=500.0,
+        fused_qkv=True,
+        tied=False,
+    ),
+    "granitehybrid_experts": of("granitehybrid", **EXPERTS, omit=("rope.scaling.finetuned",)),
+    "granitehybrid_shared": of("granitehybrid", **EXPERTS, shared_ff=80, layers=2),
+    "granitehybrid_biases": of(
+        "granitehybrid", biases=(*QKV, "attn_output", "ffn_gate", "ffn_up", "ffn_down"), layers=2
+    ),
+    "granitehybrid_unread": of(
+        "granitehybrid", **EXPERTS, layers=2, window=3, extra={"final_logit_softcapping": 1.2} | UNREAD_ROUTING
+    ),
+    "granitehybrid_q8_0": of("granitehybrid", type="Q8_0", heads=2, kv_heads=1, layers=2),
+}
 FAMILY_CASES |= STATE_SPACE_CASES
 
 GEMMA4_CASES: dict[str, dict[str, Any]] = {
@@ -574,6 +601,27 @@ GEMMA4_CASES: dict[str, dict[str, Any]] = {
     "gemma4_unread": of("gemma4", extra={k: v for k, v in UNREAD.items() if not k.startswith(("final", "rope.freq"))}),
     "gemma4_q8_0": of(
         "gemma4", type="Q8_0", heads=2, sizes={"window": {"head_dim": 16, "kv_heads": 2}}, values=True, layers=3
+    ),
+}
+# A dense network and experts side by side, each between norms of its own.
+GEMMA4_EXPERTS = EXPERTS | {
+    "expert_ff": 48,
+    "expert_norms": ("pre_ffw_norm_2", "post_ffw_norm_1", "post_ffw_norm_2"),
+    "dense_beside": True,
+    "router_scale": True,
+    "expert_scale": True,
+    "fused_experts": True,
+}
+GEMMA4_CASES |= {
+    "gemma4_experts": of("gemma4", **GEMMA4_EXPERTS),
+    "gemma4_experts_apart": of(
+        "gemma4",
+        **GEMMA4_EXPERTS | {"fused_experts": False, "expert_scale": False, "dense_lead": 1, "experts_used": 3},
+        mixers=("attention", "window"),
+        layers=3,
+    ),
+    "gemma4_experts_unread": of(
+        "gemma4", **GEMMA4_EXPERTS, layers=3, extra=UNREAD_ROUTING | {"leading_dense_block_count": 1}
     ),
 }
 FAMILY_CASES |= GEMMA4_CASES

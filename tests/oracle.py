@@ -26,6 +26,14 @@ def by_tensors(model: "Oracle", layer: int) -> tuple[str, ...]:
     return tuple(kind for kind, name in outputs.items() if f"blk.{layer}.{name}.weight" in model.weights)
 
 
+class Part(NamedTuple):
+    """A network of a feed-forward branch that has several, added up, each between norms of its own."""
+
+    network: str  # dense | mixture
+    before: str | None
+    after: str | None
+
+
 class Facts(NamedTuple):
     """What an architecture's name implies and its file does not say. The defaults are those of `llama`."""
 
@@ -39,8 +47,7 @@ class Facts(NamedTuple):
     attn_post: str | None = None
     ffn_norm: str | None = "ffn_norm"
     ffn_post: str | None = None
-    # The networks of a block with a router, their norms before and after; (): the experts, between the norms above.
-    parts: tuple[tuple[str, str, str], ...] = ()
+    parts: tuple[Part, ...] = ()  # of a block with a router; (): the experts alone, between the norms above
     ffn_norm_optional: bool = False  # without it the feed-forward reads what the attention reads
     # head (if there is one) | head after rope | full; before the rope, but for the second; full: and before the split
     qk_norm: str | None = None
@@ -121,8 +128,8 @@ FACTS: dict[str, Facts] = {
         attn_post="post_attention_norm", ffn_post="post_ffw_norm", qk_norm="head", period=0, local_base=10000.0,
         local_scaling=False, factors=True, local_factors=False, attn_scale=1.0, value_norm=True, final_cap=30.0,
         parts=(
-            ("dense", "ffn_norm", "post_ffw_norm_1"),
-            ("mixture", "pre_ffw_norm_2", "post_ffw_norm_2"),
+            Part("dense", "ffn_norm", "post_ffw_norm_1"),
+            Part("mixture", "pre_ffw_norm_2", "post_ffw_norm_2"),
         ),
         router_reads="stream",
         graph={"attn_post_norm": "attn_out", "attn_out": "ffn_inp", "ffn_post_norm": "ffn_out", "l_out": "l_out"},
@@ -174,6 +181,10 @@ FACTS: dict[str, Facts] = {
     ),
     "minimax-m2": Facts(rope="halves", qk_norm="full", router_key=True),
     "phimoe": Facts(rope="halves", factors=True),
+    "granitehybrid": GRANITE._replace(
+        finetuned_key=True, mixers=by_tensors,
+        graph={"attn_out": "attention", "mamba_out": "mamba2", "ffn_inp": "ffn_inp", "l_out": "l_out"},
+    ),
     "mamba2": MAMBA2._replace(graph={"mamba_out": "attn_out", "l_out": "l_out"}),
 }  # fmt: skip
 
@@ -564,7 +575,7 @@ def feed_forward(model: Oracle, b: str, x: Tensor, before: str | None, **how: An
     """Apply what a block has after its mixer to the stream x [n, d]: one network, or several added, between norms."""
     facts, frozen = model.facts, how["freeze"] is not None
     routed = f"{b}.ffn_gate_inp.weight" in model.weights
-    parts: Sequence[tuple[str, str | None, str | None]] = [("mixture" if routed else "dense", before, None)]
+    parts = (Part("mixture" if routed else "dense", before, None),)
     if routed and facts.parts:
         parts = facts.parts
     y = torch.zeros_like(x)
@@ -634,8 +645,8 @@ def forward(
     logits = out["result_norm"] @ model.weights.get("output.weight", model.weights["token_embd.weight"]).T
     logits = logits + model.weights.get("output.bias", 0.0)
     if facts.logits is not None:
-        scale = meta["logit_scale"]
-        logits = logits / scale if facts.logits == "divide" else logits * (scale or 1.0)
+        scale = meta.get("logit_scale", 0.0) or 1.0
+        logits = logits / scale if facts.logits == "divide" else logits * scale
     if facts.final_cap is not None and (cap := meta.get("final_logit_softcapping", facts.final_cap)):
         logits = cap * torch.tanh(logits / cap)
     return out | {"logits": logits}

@@ -592,6 +592,14 @@ def with_normed_keys_as_values(model: Oracle) -> Oracle:
     return model._replace(weights=model.weights | added)
 
 
+def with_part(model: Oracle, index: int, **changes: str | None) -> Oracle:
+    """Change a norm of one of the networks of a block with experts."""
+    parts = list(model.facts.parts)
+    parts[index] = parts[index]._replace(**changes)
+    return facts(parts=tuple(parts))(model)
+
+
+# That the routing weights sum to one cannot show: the norm after the experts undoes any factor of all of them.
 GEMMA4_MISTAKES: dict[str, tuple[str, Callable[[Oracle], Oracle]]] = {
     f"gemma4: {mistake}": (case, make)
     for mistake, (case, make) in {
@@ -613,7 +621,45 @@ GEMMA4_MISTAKES: dict[str, tuple[str, Callable[[Oracle], Oracle]]] = {
         "attention post-norm absent": ("gemma4", NO_POST_NORMS["attention"]),
         "feed-forward post-norm absent": ("gemma4", NO_POST_NORMS["feed-forward"]),
         "rope pairs otherwise": ("gemma4", facts(rope="adjacent")),
+        "router reads the experts' input": ("gemma4_experts", facts(router_reads="branch")),
+        "router's input unscaled": ("gemma4_experts", on("ffn_gate_inp.scale", lambda w: torch.full_like(w, 8.0))),
+        "router's input not divided by sqrt(d)": ("gemma4_experts", on("ffn_gate_inp.scale", lambda w: 8 * w)),
+        "experts unscaled": ("gemma4_experts", on("ffn_down_exps.scale", torch.ones_like)),
+        "another expert's scale": ("gemma4_experts", on("ffn_down_exps.scale", lambda w: w.roll(1))),
+        "up before gate in experts": ("gemma4_experts", on("gate_up_exps", lambda w: w.roll(w.shape[1] // 2, 1))),
+        "norms of the two networks swapped": (
+            "gemma4_experts",
+            lambda m: swap(m, "post_ffw_norm_1", "post_ffw_norm_2"),
+        ),
+        "one norm before both networks": ("gemma4_experts", lambda m: with_part(m, 1, before="ffn_norm")),
+        "no norm after the dense network": ("gemma4_experts", lambda m: with_part(m, 0, after=None)),
+        "no norm after the experts": ("gemma4_experts", lambda m: with_part(m, 1, after=None)),
+        "no dense network beside the experts": ("gemma4_experts", lambda m: facts(parts=m.facts.parts[1:])(m)),
     }.items()
+}
+
+
+# ---- hybrids of attention and state space
+
+HYBRID_MISTAKES: dict[str, tuple[str, Callable[[Oracle], Oracle]]] = {
+    "granitehybrid: roped": ("granitehybrid", keys(rope__scaling__finetuned=True)),
+    "granitehybrid: not roped": ("granitehybrid_roped", keys(rope__scaling__finetuned=False)),
+    "granitehybrid: not roped by default": ("granitehybrid_experts", keys(rope__scaling__finetuned=False)),
+    "granitehybrid: rope pairs otherwise": ("granitehybrid_roped", facts(rope="halves")),
+    "granitehybrid: rope factors ignored": ("granitehybrid_roped", facts(factors=False)),
+    "granitehybrid: attention scale ignored": ("granitehybrid", facts(attn_scale_key=False)),
+    "granitehybrid: embedding scale ignored": ("granitehybrid", facts(embedding=None)),
+    "granitehybrid: residual scale ignored": ("granitehybrid", facts(residual_key=False)),
+    "granitehybrid: logits multiplied": ("granitehybrid", facts(logits="multiply")),
+    "granitehybrid: shared expert missing": ("granitehybrid_shared", drop("ffn_down_shexp")),
+    "granitehybrid: weights not normed": ("granitehybrid_experts", facts(renormalise=False)),
+    "granitehybrid: weights scaled": ("granitehybrid_unread", facts(routed_scale_key=True)),
+    "granitehybrid: window applied": ("granitehybrid_unread", facts(period=0)),
+    "granitehybrid: one norm for all groups": ("granitehybrid", on("ssm_norm", lambda w: w.reshape(1, -1))),
+    **{  # without rotation, a bias of the keys cannot show
+        f"granitehybrid: {part} bias dropped": ("granitehybrid_biases", drop(f"{part}.bias"))
+        for part in ("attn_q", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
+    },
 }
 
 
@@ -655,6 +701,7 @@ MISTAKES: dict[str, tuple[str, Callable[[Oracle], Oracle]]] = {
     "split biases of a fused matrix dropped": ("fused_split_biases", drop("attn_v.bias")),
     **FAMILY_MISTAKES,
     **GEMMA4_MISTAKES,
+    **HYBRID_MISTAKES,
 }
 
 

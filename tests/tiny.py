@@ -330,7 +330,15 @@ def mamba2_beside_attention(o: Options, b: str) -> Iterator[Entry]:
 
 
 # Heads are 16 wide, not as wide as the state; four of them share a group's B and C.
-MAMBA2 = {"inner": 128, "ssm_heads": 8, "state": 24, "groups": 2, "kernel": 4, "normed": True, "out_gain": 1.0}
+MAMBA2 = {
+    "inner": 128,
+    "ssm_heads": 8,
+    "state": 24,
+    "groups": 2,
+    "kernel": 4,
+    "normed": True,
+    "out_gain": 1.0,
+}
 
 # Token mixers: what a layer has in place of attention, by the name that `Options.mixers` uses.
 MIXERS: dict[str, Callable[[Options, str], Iterator[Entry]]] = {
