@@ -50,12 +50,34 @@ YARN_ROW = {"scaling": YARN, "rope_base": 100.0}
 # As stored: of both α the softplus is taken, and β is added to the first.
 XIELU = {"xielu.alpha_n": 1.6, "xielu.alpha_p": 0.4, "xielu.beta": 0.5, "xielu.eps": -1e-6}
 
+NEMOTRON_H = {
+    "mixers": ("mamba2", "none", "attention", "none"),
+    "alone": True,
+    "norms": ("attn_norm",),
+    "layers": 5,
+    "kv_by_layer": True,
+    "ffn": "plain",
+    "extra": {"attention.layer_norm_epsilon": 1e-5},
+}
 # Architectures with state space mixers.
 STATE_SPACE: dict[str, dict[str, Any]] = {
     # The converter writes zeros.
     "granitehybrid": GRANITE
     | {"mixers": ("mamba2", "attention", "mamba2"), "layers": 3, "kv_by_layer": True}
     | {"extra": GRANITE["extra"] | {"rope.scaling.finetuned": False}},
+    # Attention and Mamba-2 read the same input, and their outputs are added.
+    "falcon-h1": {
+        "mixers": ("attention, mamba2",),
+        "bare_norms": ("ffn_norm",),
+        "sizes": {"normed": False},
+        "layers": 3,
+    },
+    # One branch a block, after one norm: Mamba-2, attention or a feed-forward network.
+    "nemotron_h": NEMOTRON_H,
+    "nemotron_h_moe": NEMOTRON_H
+    | EXPERTS
+    | {"expert_ff": 48, "shared_ff": 80, "selection_bias": 0.3}
+    | {"extra": NEMOTRON_H["extra"] | {"expert_weights_norm": True, "expert_weights_scale": 2.5}},
     "mamba2": {"mixers": ("mamba2",), "alone": True, "norms": ("attn_norm",), "layers": 3, "kv_heads": None}
     | {"extra": {"attention.head_count": 0}, "omit": ATTENTION_KEYS},
 }
@@ -573,6 +595,62 @@ STATE_SPACE_CASES |= {
         "granitehybrid", **EXPERTS, layers=2, window=3, extra={"final_logit_softcapping": 1.2} | UNREAD_ROUTING
     ),
     "granitehybrid_q8_0": of("granitehybrid", type="Q8_0", heads=2, kv_heads=1, layers=2),
+}
+STATE_SPACE_CASES |= {
+    "nemotron_h": of("nemotron_h", rope_base=100.0),
+    # Attention first, a feed-forward network last; the norms' epsilon is stated in LayerNorm's key only.
+    "nemotron_h_attention_first": of(
+        "nemotron_h",
+        mixers=("attention", "mamba2", "none"),
+        layers=3,
+        omit=("attention.layer_norm_rms_epsilon",),
+        extra={"attention.layer_norm_epsilon": 0.05},
+        head_dim=32,
+        tied=True,
+    ),
+    "nemotron_h_biases": of("nemotron_h", biases=(*QKV, "attn_output", "ffn_up", "ffn_down"), fused_qkv=True, layers=4),
+    "nemotron_h_unread": of("nemotron_h", window=3, extra=UNREAD),
+    "nemotron_h_q8_0": of("nemotron_h", type="Q8_0", heads=2, kv_heads=1),
+    "nemotron_h_moe": of("nemotron_h_moe"),
+    # The experts read and write a stream of their own, narrower one.
+    "nemotron_h_moe_latent": of("nemotron_h_moe", latent=32),
+    # As Puzzle: another number of experts in use in every block, and experts of other widths.
+    "nemotron_h_moe_uneven": of(
+        "nemotron_h_moe", latent=32, layers=4, extra={"expert_used_count": [0, 3, 0, 1]}, expert_ffs=(0, 48, 0, 64)
+    ),
+    # (llama.cpp aborts on hybrids that have no block with attention.)
+    "nemotron_h_moe_not_normed": of(
+        "nemotron_h_moe",
+        omit=("expert_weights_norm", "expert_weights_scale"),
+        layers=3,
+        mixers=("none", "attention", "mamba2"),
+    ),
+    "nemotron_h_moe_groups": of(
+        "nemotron_h_moe",
+        experts=12,
+        experts_used=3,
+        layers=3,
+        extra={"expert_group_count": 4, "expert_group_used_count": 2},
+    ),
+    # A last block for the token after the next has both branches.
+    "nemotron_h_moe_predictor": of(
+        "nemotron_h_moe",
+        layers=4,
+        mixers=("mamba2", "attention", "none"),
+        predictors=1,
+        predictor_norms=("nextn.enorm", "nextn.hnorm", "nextn.shared_head_norm", "post_attention_norm"),
+    ),
+    "nemotron_h_moe_q8_0": of("nemotron_h_moe", type="Q8_0", latent=32, expert_ff=64, layers=3),
+}
+STATE_SPACE_CASES |= {
+    "falcon_h1": of("falcon-h1"),
+    "falcon_h1_normed": of("falcon-h1", sizes={"inner": 96, "ssm_heads": 6}, tied=True, rope_base=100.0),
+    "falcon_h1_fused": of(
+        "falcon-h1", fused_qkv=True, head_dim=32, biases=(*QKV, "ffn_gate", "ffn_up", "ffn_down"), layers=2
+    ),
+    "falcon_h1_unread": of("falcon-h1", layers=2, window=3, extra=UNREAD, rope_factors=True),
+    "falcon_h1_yarn": of("falcon-h1", **YARN_ROW, layers=2),
+    "falcon_h1_q8_0": of("falcon-h1", type="Q8_0", heads=2, kv_heads=1, layers=2),
 }
 FAMILY_CASES |= STATE_SPACE_CASES
 

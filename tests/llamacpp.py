@@ -29,7 +29,15 @@ def libggml() -> ctypes.CDLL:
 
 NAMES = (
     *("l_out-", "attn_out-", "ffn_out-", "ffn_inp-", "sa_out-", "result_norm"),
-    *("mamba_out-", "layer_out-", "nemotron_h_block_out-", "attn_post_norm-", "ffn_post_norm-", "per_layer_embd_out-"),
+    *(
+        "mamba_out-",
+        "ssm_out-",
+        "layer_out-",
+        "nemotron_h_block_out-",
+        "attn_post_norm-",
+        "ffn_post_norm-",
+        "per_layer_embd_out-",
+    ),
 )
 
 

@@ -100,7 +100,7 @@ NEMOTRON_H = MAMBA2._replace(
     ffn_norm="attn_norm", rope=None, activation="relu2", ffn="plain", router="each", renormalise=None,
     routed_scale_key=True,
     graph={
-        "attn_out": "attention", "mamba_out": "mamba2", "ffn_out": "ffn_out", "l_out": "ffn_out",
+        "attn_out": "attention", "mamba_out": "mamba2", "l_out": "ffn_out",
         "nemotron_h_block_out": "l_out",
     },
 )  # fmt: skip
@@ -185,6 +185,15 @@ FACTS: dict[str, Facts] = {
         finetuned_key=True, mixers=by_tensors,
         graph={"attn_out": "attention", "mamba_out": "mamba2", "ffn_inp": "ffn_inp", "l_out": "l_out"},
     ),
+    "falcon-h1": Facts(
+        rope="halves", mixers=by_tensors,
+        graph={
+            "attn_out": "attention", "ssm_out": "mamba2", "layer_out": "attn_out", "ffn_inp": "ffn_inp",
+            "ffn_out": "ffn_out", "l_out": "l_out",
+        },
+    ),
+    "nemotron_h": NEMOTRON_H,
+    "nemotron_h_moe": NEMOTRON_H,
     "mamba2": MAMBA2._replace(graph={"mamba_out": "attn_out", "l_out": "l_out"}),
 }  # fmt: skip
 
@@ -222,6 +231,7 @@ def _read(path: str, changed: int) -> Oracle:
     }
     assert architecture in FACTS, f"the oracle does not know {architecture}"
     metadata = {k.removeprefix(f"{architecture}."): v for k, v in fields.items()}
+    metadata.setdefault("attention.layer_norm_rms_epsilon", metadata.get("attention.layer_norm_epsilon"))
     if scales := FACTS[architecture].scales:
         sizes = 1, math.sqrt(metadata["block_count"]), metadata["embedding_length"]
         names = "embedding_scale", "residual_scale", "logit_scale"
@@ -242,9 +252,8 @@ def linear(model: Oracle, name: str, x: Tensor) -> Tensor:
 
 
 def root_mean_square(model: Oracle, x: Tensor) -> Tensor:
-    keys = [f"attention.layer_norm_{kind}epsilon" for kind in ("rms_", "")][model.facts.norm == "ln" :]
-    eps = next(model.metadata[key] for key in keys if key in model.metadata)
-    return torch.sqrt((x * x).mean(-1, keepdim=True) + eps)
+    kind = "rms_" if model.facts.norm == "rms" else ""
+    return torch.sqrt((x * x).mean(-1, keepdim=True) + model.metadata[f"attention.layer_norm_{kind}epsilon"])
 
 
 def norm(model: Oracle, name: str, x: Tensor, *, frozen: bool) -> Tensor:

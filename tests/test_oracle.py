@@ -641,6 +641,31 @@ GEMMA4_MISTAKES: dict[str, tuple[str, Callable[[Oracle], Oracle]]] = {
 
 # ---- hybrids of attention and state space
 
+
+def without_d(model: Oracle) -> Oracle:
+    return model._replace(weights={name: w * (not name.endswith("ssm_d")) for name, w in model.weights.items()})
+
+
+def router_reads_latent(model: Oracle) -> Oracle:
+    """Let the router read what comes back from the latent stream, in place of the whole one."""
+    return through_latent(model, "ffn_gate_inp")
+
+
+def shared_reads_latent(model: Oracle) -> Oracle:
+    return through_latent(model, "ffn_up_shexp")
+
+
+def through_latent(model: Oracle, name: str) -> Oracle:
+    changed = {}
+    for up, w in model.weights.items():
+        if up.endswith("ffn_latent_up.weight"):
+            b = up.removesuffix("ffn_latent_up.weight")
+            read = f"{b}{name}.weight"
+            changed[read] = model.weights[read] @ w @ model.weights[f"{b}ffn_latent_down.weight"]
+    assert changed
+    return model._replace(weights=model.weights | changed)
+
+
 HYBRID_MISTAKES: dict[str, tuple[str, Callable[[Oracle], Oracle]]] = {
     "granitehybrid: roped": ("granitehybrid", keys(rope__scaling__finetuned=True)),
     "granitehybrid: not roped": ("granitehybrid_roped", keys(rope__scaling__finetuned=False)),
@@ -656,6 +681,42 @@ HYBRID_MISTAKES: dict[str, tuple[str, Callable[[Oracle], Oracle]]] = {
     "granitehybrid: weights scaled": ("granitehybrid_unread", facts(routed_scale_key=True)),
     "granitehybrid: window applied": ("granitehybrid_unread", facts(period=0)),
     "granitehybrid: one norm for all groups": ("granitehybrid", on("ssm_norm", lambda w: w.reshape(1, -1))),
+    "nemotron_h: roped": ("nemotron_h", facts(rope="halves")),
+    "nemotron_h: SiLU": ("nemotron_h", facts(activation="silu")),
+    "nemotron_h: attention scale read": ("nemotron_h_unread", facts(attn_scale_key=True)),
+    "nemotron_h: D left out": ("nemotron_h", without_d),
+    "nemotron_h: epsilon of the other key": (
+        "nemotron_h_attention_first",
+        keys(attention__layer_norm_rms_epsilon=1e-5),
+    ),
+    **{
+        f"nemotron_h: {part} bias dropped": ("nemotron_h_biases", drop(f"{part}.bias"))
+        for part in ("attn_q", "attn_v", "attn_output", "ffn_up", "ffn_down")
+    },
+    **{
+        f"nemotron_h_moe: {mistake}": (case, make)
+        for mistake, (case, make) in {
+            "softmax router": ("nemotron_h_moe", facts(router="all")),
+            "weights not normed": ("nemotron_h_moe", keys(expert_weights_norm=False)),
+            "weights normed": ("nemotron_h_moe_not_normed", keys(expert_weights_norm=True)),
+            "weights not scaled": ("nemotron_h_moe", keys(expert_weights_scale=0.0)),
+            "selection bias missing": ("nemotron_h_moe", drop("exp_probs_b")),
+            "shared expert missing": ("nemotron_h_moe", drop("ffn_down_shexp")),
+            "router reads the latent stream": ("nemotron_h_moe_latent", router_reads_latent),
+            "shared expert reads the latent stream": ("nemotron_h_moe_latent", shared_reads_latent),
+            "SiLU": ("nemotron_h_moe_latent", facts(activation="silu")),
+            "the first block's number of experts": ("nemotron_h_moe_uneven", keys(expert_used_count=3)),
+            "groups ignored": ("nemotron_h_moe_groups", keys(expert_group_count=1)),
+        }.items()
+    },
+    "nemotron_h_moe: a predictor as a block": ("nemotron_h_moe_predictor", keys(nextn_predict_layers=0)),
+    "falcon-h1: rope pairs otherwise": ("falcon_h1", facts(rope="adjacent")),
+    "falcon-h1: attention only": ("falcon_h1", facts(mixers=lambda model, layer: ("attention",))),
+    "falcon-h1: state space only": ("falcon_h1", facts(mixers=lambda model, layer: ("mamba2",))),
+    "falcon-h1: no norm in the mixer": ("falcon_h1_normed", lambda m: without(m, "ssm_norm")),
+    "falcon-h1: norm before the feed-forward network ignored": ("falcon_h1", on("ffn_norm", torch.ones_like)),
+    "falcon-h1: attention scale read": ("falcon_h1_unread", facts(attn_scale_key=True)),
+    "falcon-h1: rope factors read": ("falcon_h1_unread", facts(factors=True)),
     **{  # without rotation, a bias of the keys cannot show
         f"granitehybrid: {part} bias dropped": ("granitehybrid_biases", drop(f"{part}.bias"))
         for part in ("attn_q", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
@@ -749,7 +810,7 @@ STATE_SPACE_MISTAKES: dict[str, Callable[[Oracle], Oracle] | tuple[str, Callable
     "B and C swapped": rows_exchanged(2, 3),
     "z and x swapped": rows_exchanged(0, 1),
     "time steps without bias": drop("ssm_dt.bias"),
-    "D left out": lambda m: m._replace(weights={k: w * (not k.endswith("ssm_d")) for k, w in m.weights.items()}),
+    "D left out": without_d,
     "bias of the convolution left out": drop("ssm_conv1d.bias"),
     "convolution backwards": on("ssm_conv1d.weight", lambda w: w.flip(1)),
     "convolution of the present alone": on("ssm_conv1d.weight", lambda w: torch.cat([0 * w[:, :-1], w[:, -1:]], 1)),

@@ -77,6 +77,7 @@ class Options:
     experts: int = 0  # 0: dense
     experts_used: int = 0
     expert_ff: int = 0
+    expert_ffs: tuple[int, ...] = ()  # of each layer; (): expert_ff in all
     shared_ff: int = 0  # width of a shared expert beside the routed ones; 0: none
     shared_count: int = 0  # of shared experts of expert_ff in one, stated so; 0: not stated
     dense_lead: int = 0  # the first blocks, without experts
@@ -165,7 +166,7 @@ def metadata(o: Options) -> dict[str, Any]:
         "block_count": o.layers,
         "context_length": o.context,
         "embedding_length": o.d,
-        "feed_forward_length": [o.ff * (kind == "none") for kind in kinds] if o.alone else repeat(o.ff),
+        "feed_forward_length": [o.ff * feeds(o, layer) for layer in range(o.layers)] if o.alone else repeat(o.ff),
         "attention.head_count": repeat(o.heads),
         "attention.head_count_kv": [kv_heads(o, kind) for kind in kinds] if o.kv_by_layer else repeat(o.hk),
         "attention.key_length": o.hd,
@@ -179,9 +180,10 @@ def metadata(o: Options) -> dict[str, Any]:
         "attention.sliding_window": o.window or 0,
         "expert_count": o.experts,
         "expert_used_count": o.experts_used,
-        "expert_feed_forward_length": o.expert_ff,
+        "expert_feed_forward_length": list(o.expert_ffs) or o.expert_ff,
         "expert_shared_feed_forward_length": o.shared_ff,
         "expert_shared_count": o.shared_count,
+        "moe_latent_size": o.latent,
         "leading_dense_block_count": o.dense_lead,
         "nextn_predict_layers": o.predictors,
     }
@@ -220,9 +222,10 @@ def tensors(o: Options) -> Iterator[Entry]:
         if o.output_scale:
             yield Entry(f"{b}.layer_output_scale.weight", (1,), 0.1, 0.8)
         predictor = layer >= o.blocks
-        if not o.alone or kind == "none":
+        if feeds(o, layer):
             routed = o.experts > 0 and layer >= o.dense_lead and (o.predictor_experts or not predictor)
-            yield from experts(o, b) if routed else feed_forward(o, b, "", o.ff)
+            width = o.expert_ffs[layer] if o.expert_ffs else o.expert_ff
+            yield from experts(o, b, width) if routed else feed_forward(o, b, "", o.ff)
         if predictor:
             yield matrix(f"{b}.nextn.eh_proj", o.d, 2 * o.d)
             for name in o.predictor_norms:
@@ -237,13 +240,18 @@ def tensors(o: Options) -> Iterator[Entry]:
 
 
 def kind_of(o: Options, layer: int) -> str:
-    return o.mixers[layer % len(o.mixers)]
+    """Return the mixer of a layer; those that predict later tokens have attention."""
+    return o.mixers[layer % len(o.mixers)] if layer < o.blocks else "attention"
+
+
+def feeds(o: Options, layer: int) -> bool:
+    """Return whether a layer has a feed-forward network."""
+    return not o.alone or kind_of(o, layer) == "none" or layer >= o.blocks
 
 
 def has_part(o: Options, layer: int, name: str) -> bool:
-    """Return whether layer `layer` has the sublayer, attention or feed-forward, that a tensor belongs to."""
-    kind = kind_of(o, layer)
-    return kv_heads(o, kind) > 0 if ".attn_" in name else not o.alone or kind == "none"
+    """Return whether a layer has the sublayer, attention or feed-forward, that a tensor belongs to."""
+    return kv_heads(o, kind_of(o, layer)) > 0 if ".attn_" in name else feeds(o, layer)
 
 
 def kv_heads(o: Options, kind: str) -> int:
@@ -369,14 +377,14 @@ def feed_forward(o: Options, b: str, suffix: str, width: int) -> Iterator[Entry]
     yield matrix(f"{b}.ffn_down{suffix}", o.d, width, o.down_gain)
 
 
-def experts(o: Options, b: str) -> Iterator[Entry]:
-    """List a router and its experts, with a shared one where there is one."""
+def experts(o: Options, b: str, width: int) -> Iterator[Entry]:
+    """List a router and its experts of `width` hidden units, with a shared one where there is one."""
     yield matrix(f"{b}.ffn_gate_inp", o.experts, o.d, o.router_gain)
     into = o.latent or o.d
     shapes = {
-        "ffn_gate_exps": (o.expert_ff, into, o.gate_gain),
-        "ffn_up_exps": (o.expert_ff, into, o.up_gain),
-        "ffn_down_exps": (into, o.expert_ff, o.down_gain),
+        "ffn_gate_exps": (width, into, o.gate_gain),
+        "ffn_up_exps": (width, into, o.up_gain),
+        "ffn_down_exps": (into, width, o.down_gain),
     }
     if o.ffn == "plain":
         del shapes["ffn_gate_exps"]
