@@ -67,6 +67,7 @@ class Facts(NamedTuple):
     width_scaled_at: int | None = None  # with so many layers attention is scaled by sqrt(d / heads), not of head_dim
     attn_scale: float | None = None  # of scores; None: 1 / sqrt(head size)
     attn_scale_key: bool = False
+    shared_kv_key: bool = False  # attention.shared_kv_layers: that many blocks read earlier ones' keys and values
     value_norm: bool = False  # values are normed, each head by itself and without weights
     attn_cap: float | None = None  # default; None: there is none
     final_cap: float | None = None
@@ -131,8 +132,11 @@ FACTS: dict[str, Facts] = {
             Part("dense", "ffn_norm", "post_ffw_norm_1"),
             Part("mixture", "pre_ffw_norm_2", "post_ffw_norm_2"),
         ),
-        router_reads="stream",
-        graph={"attn_post_norm": "attn_out", "attn_out": "ffn_inp", "ffn_post_norm": "ffn_out", "l_out": "l_out"},
+        router_reads="stream", shared_kv_key=True,
+        graph={
+            "attn_post_norm": "attn_out", "attn_out": "ffn_inp", "ffn_post_norm": "ffn_out",
+            "per_layer_embd_out": "per_layer_out", "l_out": "l_out",
+        },
     ),
     "phi3": Facts(rope="halves", factors=True, ffn="fused"),
     "olmo2": Facts(
@@ -360,41 +364,73 @@ def of_kind(model: Oracle, layer: int, key: str, default: Any) -> Any:
     return model.metadata.get(f"{key}_swa", value) if window(model, layer) is not None else value
 
 
-def projections(model: Oracle, b: str, h: Tensor, q_width: int, kv_width: int) -> Sequence[Tensor]:
-    """Return the queries, keys and values of h; where there is no matrix of values, they are the keys."""
-    if f"{b}.attn_qkv.weight" not in model.weights:
-        q, k = (linear(model, f"{b}.attn_{part}", h) for part in "qk")
-        return q, k, linear(model, f"{b}.attn_v", h) if f"{b}.attn_v.weight" in model.weights else k
-    qkv = linear(model, f"{b}.attn_qkv", h)
-    if f"{b}.attn_qkv.bias" not in model.weights and f"{b}.attn_q.bias" in model.weights:
-        qkv = qkv + torch.cat([model.weights[f"{b}.attn_{part}.bias"] for part in "qkv"])
-    return qkv.split([q_width, kv_width, kv_width], dim=-1)
-
-
-def attention(model: Oracle, layer: int, h: Tensor, *, frozen: bool, context: int) -> Tensor:
-    """Causal attention on the normed input h [n, d], through the output projection."""
-    meta, facts, b, n = model.metadata, model.facts, f"blk.{layer}", len(h)
+def shape_of_heads(model: Oracle, layer: int) -> dict[str, tuple[int, int]]:
+    """Return how many heads queries, keys and values have in a layer, and how wide they are."""
+    meta = model.metadata
     heads = scalar(meta["attention.head_count"], layer)
     kv_heads = scalar(meta.get("attention.head_count_kv", heads), layer)
     hd = of_kind(model, layer, "attention.key_length", meta["embedding_length"] // heads)
     assert of_kind(model, layer, "attention.value_length", hd) == hd
-    q, k, v = projections(model, b, h, heads * hd, kv_heads * hd)
-    if facts.clamp_key and (limit := meta.get("attention.clamp_kqv", 0.0)):
-        q, k, v = (torch.where(part.abs() <= limit, part, limit * part.detach().sign()) for part in (q, k, v))
+    return {"q": (heads, hd), "k": (kv_heads, hd), "v": (kv_heads, hd)}
+
+
+def projection(model: Oracle, layer: int, part: str, h: Tensor) -> Tensor:
+    """Return the queries, keys or values of h, "q", "k" or "v", before norms; without their matrix, values are keys."""
+    b, limit = f"blk.{layer}", model.metadata.get("attention.clamp_kqv", 0.0)
+    if f"{b}.attn_qkv.weight" in model.weights:
+        qkv = linear(model, f"{b}.attn_qkv", h)
+        if f"{b}.attn_qkv.bias" not in model.weights and f"{b}.attn_q.bias" in model.weights:
+            qkv = qkv + torch.cat([model.weights[f"{b}.attn_{name}.bias"] for name in "qkv"])
+        widths = [heads * hd for heads, hd in shape_of_heads(model, layer).values()]
+        x = qkv.split(widths, dim=-1)["qkv".index(part)]
+    else:
+        missing = part == "v" and f"{b}.attn_v.weight" not in model.weights
+        x = linear(model, f"{b}.attn_{'k' if missing else part}", h)
+    if model.facts.clamp_key and limit:
+        x = torch.where(x.abs() <= limit, x, limit * x.detach().sign())
+    return x
+
+
+def turned(model: Oracle, layer: int, part: str, h: Tensor, context: int) -> Tensor:
+    """Return the queries or keys of h [n, heads, hd], normed and rotated."""
+    facts, name = model.facts, f"blk.{layer}.attn_{part}_norm"
+    heads, hd = shape_of_heads(model, layer)[part]
+    x = projection(model, layer, part, h)
     if facts.qk_norm == "full":
-        q, k = (norm(model, f"{b}.attn_{name}_norm", part, frozen=False) for name, part in (("q", q), ("k", k)))
-    q, k, v = q.reshape(n, heads, hd), k.reshape(n, kv_heads, hd), v.reshape(n, kv_heads, hd)
-    if facts.qk_norm == "head" and f"{b}.attn_q_norm.weight" in model.weights:
-        q, k = (norm(model, f"{b}.attn_{name}_norm", part, frozen=False) for name, part in (("q", q), ("k", k)))
+        x = norm(model, name, x, frozen=False)
+    x = x.reshape(len(h), heads, hd)
+    if facts.qk_norm == "head" and f"{name}.weight" in model.weights:
+        x = norm(model, name, x, frozen=False)
     if roped(model, layer):
-        n_rot = of_kind(model, layer, "rope.dimension_count", hd)
-        angles, magnitude = rope_angles(model, layer, n, n_rot, context)
-        q, k = (rotate(part, angles, magnitude, pairs=facts.rope) for part in (q, k))
-    if facts.value_norm:
-        size = root_mean_square(model, v)
-        v = v / (size.detach() if frozen else size)
-    if facts.qk_norm == "head after rope":
-        q, k = (norm(model, f"{b}.attn_{name}_norm", part, frozen=False) for name, part in (("q", q), ("k", k)))
+        angles, magnitude = rope_angles(
+            model, layer, len(h), of_kind(model, layer, "rope.dimension_count", hd), context
+        )
+        x = rotate(x, angles, magnitude, pairs=facts.rope)
+    return norm(model, name, x, frozen=False) if facts.qk_norm == "head after rope" else x
+
+
+def values(model: Oracle, layer: int, h: Tensor, *, frozen: bool) -> Tensor:
+    """Return the values of h [n, kv heads, hd]."""
+    v = projection(model, layer, "v", h).reshape(len(h), *shape_of_heads(model, layer)["v"])
+    if not model.facts.value_norm:
+        return v
+    size = root_mean_square(model, v)
+    return v / (size.detach() if frozen else size)
+
+
+def attention(
+    model: Oracle, layer: int, h: Tensor, *, frozen: bool, context: int, source: tuple[int, Tensor] | None = None
+) -> Tensor:
+    """Causal attention on the normed input h [n, d], through the output projection.
+
+    `source` is the earlier layer whose keys and values are read, and what that layer's attention reads; None: this one.
+    """
+    meta, facts, b, n = model.metadata, model.facts, f"blk.{layer}", len(h)
+    heads, hd = shape_of_heads(model, layer)["q"]
+    at, read = source or (layer, h)
+    q, k = turned(model, layer, "q", h, context), turned(model, at, "k", read, context)
+    v = values(model, at, read, frozen=frozen)
+    kv_heads = v.shape[1]
     position = torch.arange(n)
     scale = 1 / math.sqrt(meta["embedding_length"] // heads if meta["block_count"] == facts.width_scaled_at else hd)
     scale = facts.attn_scale or scale
@@ -595,20 +631,60 @@ def feed_forward(model: Oracle, b: str, x: Tensor, before: str | None, **how: An
     return branch_norm(model, b, facts.ffn_post, y, frozen=frozen)
 
 
+def per_layer_inputs(model: Oracle, ids: Sequence[int] | Tensor, x: Tensor) -> Tensor:
+    """Return what every layer reads of the tokens [n, layers, width]: from a table, and of the block-0 inputs x."""
+    meta, weights = model.metadata, model.weights
+    width, shape = meta["embedding_length_per_layer_input"], (len(x), meta["block_count"], -1)
+    table = weights["per_layer_token_embd.weight"][torch.as_tensor(ids)].reshape(shape) * math.sqrt(width)
+    projected = (x @ weights["per_layer_model_proj.weight"].T).reshape(shape) / math.sqrt(x.shape[1])
+    return (norm(model, "per_layer_proj_norm", projected, frozen=False) + table) / math.sqrt(2)
+
+
+def per_layer_branch(model: Oracle, b: str, x: Tensor, inputs: Tensor, **how: Any) -> Tensor:
+    """Return what a block adds by its inputs of the tokens [n, width]: a gate on the stream x is what stays alive."""
+    gate = activate(model.facts, linear(model, f"{b}.inp_gate", x), None, **how)
+    frozen = how["freeze"] is not None
+    return norm(
+        model,
+        f"{b}.post_norm",
+        linear(model, f"{b}.proj", gate * (inputs.detach() if frozen else inputs)),
+        frozen=frozen,
+    )
+
+
+def source_of(model: Oracle, layer: int) -> int | None:
+    """Return the layer whose keys and values this one reads; None: its own. The last before the first such layer."""
+    first = model.metadata["block_count"] - model.metadata.get("attention.shared_kv_layers", 0)
+    if not model.facts.shared_kv_key or layer < first:
+        return None
+    return first - (1 if window(model, layer) is None else 2)
+
+
 def block(
-    model: Oracle, layer: int, x: Tensor, *, freeze: str | None = None, context: int | None = None, gelu: str = "exact"
+    model: Oracle,
+    layer: int,
+    x: Tensor,
+    *,
+    freeze: str | None = None,
+    context: int | None = None,
+    gelu: str = "exact",
+    states: Mapping[str, Tensor] = {},
 ) -> dict[str, Tensor]:
     """Compute layer `layer` on its input x [n, d]; arguments and results are those of `forward`.
 
-    A branch that the block does not have adds zeros.
+    A branch that the block does not have adds zeros. `states` are those before the block, by the names of `forward`,
+    for families whose blocks read what earlier ones had.
     """
     facts, b, frozen = model.facts, f"blk.{layer}", freeze is not None
     scale = (model.metadata.get("residual_scale", 0.0) or 1.0) if facts.residual_key else 1.0
-    context = len(x) if context is None else context
+    how = {"frozen": frozen, "context": len(x) if context is None else context}
     # Falcon 40B has a norm of its own for the attention; the usual one is then the feed-forward's.
     own = facts.parallel and f"{b}.attn_norm_2.weight" in model.weights
     h = branch_norm(model, b, "attn_norm_2" if own else facts.attn_norm, x, frozen=frozen)
-    mixed = {kind: MIXERS[kind](model, layer, h, frozen=frozen, context=context) for kind in facts.mixers(model, layer)}
+    if (source := source_of(model, layer)) is not None:
+        stream = states[f"l_out-{source - 1}"] if source else states["x"]
+        how["source"] = source, branch_norm(model, f"blk.{source}", facts.attn_norm, stream, frozen=frozen)
+    mixed = {kind: MIXERS[kind](model, layer, h, **how) for kind in facts.mixers(model, layer)}
     attn = ffn = torch.zeros_like(x)
     if mixed:
         attn = branch_norm(model, b, facts.attn_post, sum(mixed.values()), frozen=frozen) * scale
@@ -617,8 +693,12 @@ def block(
     if any(f"{b}.{name}.weight" in model.weights for name in ("ffn_down", "ffn_down_exps")):
         before = facts.attn_norm if shared else facts.ffn_norm
         ffn = feed_forward(model, b, x if together else x + attn, before, freeze=freeze, gelu=gelu) * scale
-    out = (x + attn + ffn) * model.weights.get(f"{b}.layer_output_scale.weight", 1.0)
-    states = {"attn_out": attn, "ffn_inp": x + attn, "ffn_out": ffn, "l_out": out} | mixed
+    more = {}
+    if f"{b}.inp_gate.weight" in model.weights:
+        inputs = states["per_layer_inputs"][:, layer]
+        more["per_layer_out"] = per_layer_branch(model, b, x + attn + ffn, inputs, freeze=freeze, gelu=gelu)
+    out = (x + attn + ffn + sum(more.values())) * model.weights.get(f"{b}.layer_output_scale.weight", 1.0)
+    states = {"attn_out": attn, "ffn_inp": x + attn, "ffn_out": ffn, "l_out": out} | mixed | more
     return {f"{name}-{layer}": state for name, state in states.items()}
 
 
@@ -647,8 +727,10 @@ def forward(
     meta, facts = model.metadata, model.facts
     x = embed(model, ids) if x is None else x
     out = {"x": x}
+    if meta.get("embedding_length_per_layer_input"):
+        out["per_layer_inputs"] = per_layer_inputs(model, ids, x)
     for layer in range(meta["block_count"] - meta.get("nextn_predict_layers", 0)):
-        out |= block(model, layer, x, freeze=freeze, context=context, gelu=gelu)
+        out |= block(model, layer, x, freeze=freeze, context=context, gelu=gelu, states=out)
         x = out[f"l_out-{layer}"]
     out["result_norm"] = norm(model, "output_norm", x, frozen=freeze is not None)
     logits = out["result_norm"] @ model.weights.get("output.weight", model.weights["token_embd.weight"]).T
@@ -703,12 +785,13 @@ def inner(
     `raw` it is seen through the final norm, frozen there. `found` is what `forward` returned for the prompt.
     """
     x = (found[f"l_out-{start - 1}"] if start else found["x"]).detach().clone().requires_grad_()
-    h, values = x, {}
+    states = found | {f"l_out-{start - 1}" if start else "x": x}
+    h = x
     for i in range(start, index):
-        values = block(model, i, h, freeze=mlp_path)
-        h = values[f"l_out-{i}"]
+        states |= block(model, i, h, freeze=mlp_path, states=states)
+        h = states[f"l_out-{i}"]
     name = {"layer": "l_out", "attn": "attn_out", "mlp": "ffn_out"}[kind]
-    y = values[f"{name}-{index - 1}"]
+    y = states[f"{name}-{index - 1}"]
     y = (y if raw else norm(model, "output_norm", y, frozen=True))[position]
     (J,) = torch.autograd.grad(y, x, torch.eye(len(y), dtype=torch.float64), is_grads_batched=True)
     x, y = x.detach(), y.detach()
