@@ -33,8 +33,8 @@ GEMMA4 = GEMMA | {
     "qk_norm": "head",
     "qk_gain": 0.6,
     "output_scale": True,
+    "zeros": ("embedding_length_per_layer_input", "attention.shared_kv_layers"),
     "extra": {
-        "embedding_length_per_layer_input": 0,
         "final_logit_softcapping": 1.2,
         "rope.freq_base_swa": 50.0,
     },
@@ -700,6 +700,36 @@ GEMMA4_CASES |= {
     ),
     "gemma4_experts_unread": of(
         "gemma4", **GEMMA4_EXPERTS, layers=3, extra=UNREAD_ROUTING | {"leading_dense_block_count": 1}
+    ),
+}
+# As E2B and E4B: the last layers have no keys and values, but wider networks; each layer has inputs of its own.
+GEMMA4_SMALL = {
+    "mixers": ("window", "attention"),
+    "values": True,
+    "shared_kv": 2,
+    "per_layer": 24,
+    "omit": ("final_logit_softcapping",),
+}
+GEMMA4_CASES |= {
+    "gemma4_small": of("gemma4", **GEMMA4_SMALL, ffs=(96, 96, 192, 192)),
+    # Of two windowed layers, the later one's keys and values are read; those of the last layers are there, unread.
+    "gemma4_shared": of(
+        "gemma4",
+        **GEMMA4_SMALL | {"mixers": ("window", "window", "attention", "window", "attention"), "per_layer": 0},
+        idle_kv=True,
+        layers=5,
+        post_gain=0.5,
+    ),
+    # As 12B and 31B: the values that are shared are keys.
+    "gemma4_shared_keys": of("gemma4", **GEMMA4_SMALL | {"per_layer": 0, "values": False}),
+    "gemma4_inputs": of("gemma4", layers=3, per_layer=8, output_scale=False, embed_std=0.5),
+    "gemma4_small_q8_0": of(
+        "gemma4",
+        **GEMMA4_SMALL | {"per_layer": 32, "shared_kv": 1},
+        layers=3,
+        type="Q8_0",
+        heads=2,
+        ffs=(96, 96, 192),
     ),
 }
 FAMILY_CASES |= GEMMA4_CASES

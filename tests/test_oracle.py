@@ -103,8 +103,13 @@ def test_layers_with_gelu_agree_one_by_one(case: str, tiny_file: Callable[..., P
     ids = tiny.prompt(case)
     theirs, model = llamacpp.run(parity_file(tiny_file, case), ids), oracle.load(tiny_file(case))
     x = oracle.embed(model, ids)
+    # What earlier blocks leave for later ones is made of llama.cpp's streams, too.
+    states = oracle.forward(model, ids) | {
+        f"l_out-{layer}": theirs[name].double() for layer, name in enumerate(streams(model, theirs))
+    }
     for layer, name in enumerate(streams(model, theirs)):
-        ours, x = oracle.block(model, layer, x, gelu="f16_table")[f"l_out-{layer}"], theirs[name].double()
+        found = oracle.block(model, layer, x, gelu="f16_table", states=states)
+        ours, x = found[f"l_out-{layer}"], states[f"l_out-{layer}"]
         errors = (ours - x).norm(dim=-1) / x.norm(dim=-1)
         assert errors.median() < 1e-6, name
         assert errors.max() < 1e-4, name
@@ -599,7 +604,8 @@ def with_part(model: Oracle, index: int, **changes: str | None) -> Oracle:
     return facts(parts=tuple(parts))(model)
 
 
-# That the routing weights sum to one cannot show: the norm after the experts undoes any factor of all of them.
+# That the routing weights sum to one cannot show: the norm after the experts undoes any factor of all of them. Nor can
+# the factor 1 / sqrt(2) of the inputs per layer.
 GEMMA4_MISTAKES: dict[str, tuple[str, Callable[[Oracle], Oracle]]] = {
     f"gemma4: {mistake}": (case, make)
     for mistake, (case, make) in {
@@ -634,6 +640,17 @@ GEMMA4_MISTAKES: dict[str, tuple[str, Callable[[Oracle], Oracle]]] = {
         "one norm before both networks": ("gemma4_experts", lambda m: with_part(m, 1, before="ffn_norm")),
         "no norm after the dense network": ("gemma4_experts", lambda m: with_part(m, 0, after=None)),
         "no norm after the experts": ("gemma4_experts", lambda m: with_part(m, 1, after=None)),
+        "own keys and values": ("gemma4_shared", facts(shared_kv_key=False)),
+        "inputs left out": ("gemma4_small", drop("blk.0.proj.")),
+        "another layer's inputs": (
+            "gemma4_small",
+            both(
+                on("per_layer_model_proj", lambda w: w.roll(24, 0)), on("per_layer_token_embd", lambda w: w.roll(24, 1))
+            ),
+        ),
+        "table left out": ("gemma4_small", drop("per_layer_token_embd")),
+        "table unscaled": ("gemma4_small", on("per_layer_token_embd", lambda w: w / math.sqrt(24))),
+        "projected inputs left out": ("gemma4_small", drop("per_layer_proj_norm")),
         "no dense network beside the experts": ("gemma4_experts", lambda m: facts(parts=m.facts.parts[1:])(m)),
     }.items()
 }
@@ -772,6 +789,19 @@ def test_llamacpp_reveals(mistake: str, tiny_file: Callable[..., Path]) -> None:
     path, ids = tiny_file(case), tiny.prompt(case, prompt_length(case))
     wrong = oracle.forward(make(oracle.load(path)), ids, context=CONTEXT, gelu="f16_table")
     assert distance(wrong["logits"], llamacpp.run(parity_file(tiny_file, case), ids)["logits"]) > 2e-3
+
+
+def test_llamacpp_reveals_another_source_of_keys(
+    tiny_file: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Block 3 reads what block 1 wrote, not block 0."""
+    path, ids = tiny_file("gemma4_shared"), tiny.prompt("gemma4_shared")
+    monkeypatch.setattr(oracle, "source_of", lambda model, layer: {3: 0, 4: 2}.get(layer))
+    wrong = oracle.forward(oracle.load(path), ids, gelu="f16_table")
+    assert distance(wrong["logits"], llamacpp.run(path, ids)["logits"]) > 2e-3
+    monkeypatch.setattr(oracle, "source_of", lambda model, layer: {3: 1, 4: 2}.get(layer))
+    right = oracle.forward(oracle.load(path), ids, gelu="f16_table")
+    assert distance(right["logits"], llamacpp.run(path, ids)["logits"]) < 3e-4
 
 
 # ---- and in state space mixers

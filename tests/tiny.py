@@ -42,6 +42,7 @@ class Options:
     kv_heads: int | None = None  # None: as many as heads
     head_dim: int | None = None  # None: d / heads
     ff: int = 96
+    ffs: tuple[int, ...] = ()  # of each layer; (): ff in all
     vocab: int = 128
     eps: float = 1e-5
     context: int = 256
@@ -51,6 +52,7 @@ class Options:
     scaling: Mapping[str, Any] = field(default_factory=dict)  # keys below `{arch}.rope.scaling.`
     extra: Mapping[str, Any] = field(default_factory=dict)  # more keys below `{arch}.`
     bare: Mapping[str, Any] = field(default_factory=dict)  # more keys, below nothing
+    zeros: tuple[str, ...] = ()  # keys below `{arch}.` that are written although they are 0
     omit: tuple[str, ...] = ()  # keys below `{arch}.` to leave out, so that the reader's defaults count
     per_layer_arrays: bool = False  # write head counts and feed-forward length as arrays of equal numbers
     tied: bool = False  # no output.weight
@@ -67,6 +69,9 @@ class Options:
     kv_by_layer: bool = False  # write an array of numbers of kv heads, 0 where a layer has no attention
     qk_gain: float = 1.4  # of the norms of q and k
     qk_norm: str = ""  # head | heads (weights of each head's own) | full
+    shared_kv: int = 0  # so many of the last layers read earlier layers' keys and values
+    idle_kv: bool = False  # and still have the matrices for their own
+    per_layer: int = 0  # width of the inputs that each layer has of its own; 0: none
     values: bool = True  # there is attn_v; else the values are made by attn_k
     n_rot: int | None = None  # rotated dimensions of a head; None: all
     long_short: bool = False  # write rope_factors_long and rope_factors_short
@@ -166,7 +171,9 @@ def metadata(o: Options) -> dict[str, Any]:
         "block_count": o.layers,
         "context_length": o.context,
         "embedding_length": o.d,
-        "feed_forward_length": [o.ff * feeds(o, layer) for layer in range(o.layers)] if o.alone else repeat(o.ff),
+        "feed_forward_length": [o.ff * feeds(o, layer) for layer in range(o.layers)]
+        if o.alone
+        else list(o.ffs) or repeat(o.ff),
         "attention.head_count": repeat(o.heads),
         "attention.head_count_kv": [kv_heads(o, kind) for kind in kinds] if o.kv_by_layer else repeat(o.hk),
         "attention.key_length": o.hd,
@@ -184,10 +191,12 @@ def metadata(o: Options) -> dict[str, Any]:
         "expert_shared_feed_forward_length": o.shared_ff,
         "expert_shared_count": o.shared_count,
         "moe_latent_size": o.latent,
+        "attention.shared_kv_layers": o.shared_kv,
+        "embedding_length_per_layer_input": o.per_layer,
         "leading_dense_block_count": o.dense_lead,
         "nextn_predict_layers": o.predictors,
     }
-    keys |= {key: value for key, value in optional.items() if value}
+    keys |= {key: value for key, value in optional.items() if value or key in o.zeros}
     for kind in {kind: KEYS[kind] for kind in kinds if kind in KEYS}.values():
         keys |= kind(o)
     return keys | {f"rope.scaling.{key}": value for key, value in o.scaling.items()} | dict(o.extra)
@@ -206,6 +215,11 @@ def tensors(o: Options) -> Iterator[Entry]:
         yield bias("output", o.vocab)
     if o.rope_factors:
         yield Entry("rope_freqs.weight", (o.hd // 2,), 0.0, values=llama3_factors(o.hd, o.rope_base))
+    if o.per_layer:
+        width = o.layers * o.per_layer
+        yield Entry("per_layer_token_embd.weight", (o.vocab, width), 1 / math.sqrt(o.per_layer))
+        yield matrix("per_layer_model_proj", width, o.d, math.sqrt(o.d))
+        yield from norms(o, "per_layer_proj_norm", o.per_layer)
     if o.still_pairs:
         divisors = np.repeat([1.0, 1e30], [o.hd // 2 - o.still_pairs, o.still_pairs])
         yield Entry("rope_freqs.weight", (o.hd // 2,), 0.0, values=divisors)
@@ -218,14 +232,20 @@ def tensors(o: Options) -> Iterator[Entry]:
         for name in o.norms:
             yield from norms(o, f"{b}.{name}", o.d, o.post_gain if name.startswith("post_") else 1.0)
         kind = kind_of(o, layer)
-        yield from MIXERS[kind](o, b)
+        entries = MIXERS[kind](o, b)
+        if layer >= o.layers - o.shared_kv and not o.idle_kv:
+            entries = (entry for entry in entries if ".attn_k" not in entry.name and ".attn_v" not in entry.name)
+        yield from entries
+        if o.per_layer:
+            yield from [matrix(f"{b}.inp_gate", o.per_layer, o.d, 0.7), matrix(f"{b}.proj", o.d, o.per_layer)]
+            yield from norms(o, f"{b}.post_norm", o.d, o.post_gain)
         if o.output_scale:
             yield Entry(f"{b}.layer_output_scale.weight", (1,), 0.1, 0.8)
         predictor = layer >= o.blocks
         if feeds(o, layer):
             routed = o.experts > 0 and layer >= o.dense_lead and (o.predictor_experts or not predictor)
             width = o.expert_ffs[layer] if o.expert_ffs else o.expert_ff
-            yield from experts(o, b, width) if routed else feed_forward(o, b, "", o.ff)
+            yield from experts(o, b, width) if routed else feed_forward(o, b, "", o.ffs[layer] if o.ffs else o.ff)
         if predictor:
             yield matrix(f"{b}.nextn.eh_proj", o.d, 2 * o.d)
             for name in o.predictor_norms:
