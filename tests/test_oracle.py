@@ -1007,6 +1007,128 @@ def test_frozen_feed_forward_by_hand(case: str, mlp_path: str, tiny_file: Callab
     assert distance(ours, by_hand(model, h, mlp_path)) < 1e-13
 
 
+def normal(*shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+
+@pytest.mark.parametrize(
+    ("case", "layer", "source"),
+    [
+        ("gemma4", 0, None),  # windowed, with values of their own
+        ("gemma4", 2, None),  # full; the values are keys
+        ("gemma4_shared", 3, 1),
+        ("gemma4_shared_keys", 3, 1),
+    ],
+)
+def test_frozen_attention_of_gemma4_by_hand(
+    case: str, layer: int, source: int | None, tiny_file: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """output @ pattern @ scale of the values' norm @ their matrix; all else is frozen, shared values are not."""
+    model, n = oracle.load(tiny_file(case)), 6
+    h, read = normal(n, 64), normal(2 * n, 64)[n:]
+    at = layer if source is None else source
+    w = model.weights.get(f"blk.{at}.attn_v.weight", model.weights[f"blk.{at}.attn_k.weight"])
+    (heads, hd), (kv_heads, _) = (oracle.shape_of_heads(model, at)[part] for part in "qv")
+
+    def attend(model: Oracle, read: Tensor, *, frozen: bool) -> Tensor:
+        own = (read, None) if source is None else (h, (source, read))
+        return oracle.attention(model, layer, own[0], frozen=frozen, context=n, source=own[1])
+
+    ours = torch.autograd.functional.jacobian(lambda read: attend(model, read, frozen=True), read)
+    ordinary = torch.autograd.functional.jacobian(lambda read: attend(model, read, frozen=False), read)
+    # The pattern is what comes of one-hot values without an output projection.
+    monkeypatch.setattr(oracle, "values", lambda *_, **__: torch.eye(n).double()[:, None].expand(n, kv_heads, n))
+    name = f"blk.{layer}.attn_output.weight"
+    bare = model._replace(weights=model.weights | {name: torch.eye(heads * n).double()})
+    pattern = attend(bare, read, frozen=False).reshape(n, heads, n)
+    v = (read @ w.T).reshape(n, kv_heads, hd)
+    scale = (v.square().mean(-1) + model.metadata["attention.layer_norm_rms_epsilon"]).rsqrt()
+    group = torch.arange(heads) // (heads // kv_heads)
+    out = model.weights[name].reshape(64, heads, hd)
+    J = torch.einsum("ehc,ths,sh,hcd->tesd", out, pattern, scale[:, group], w.reshape(kv_heads, hd, 64)[group])
+    assert distance(ours, J) < 1e-13
+    assert distance(ordinary, J) > 0.1
+
+
+def test_frozen_inputs_of_a_layer_by_hand(tiny_file: Callable[..., Path]) -> None:
+    """The norm's diagonal @ projection @ (share of GELU times inputs) @ gate; what makes the inputs is frozen."""
+    model, x, inputs = oracle.load(tiny_file("gemma4_small")), normal(1, 64), normal(2, 24)[1:]
+    w = {name.removeprefix("blk.1."): value for name, value in model.weights.items()}
+
+    def branch(x: Tensor, inputs: Tensor) -> Tensor:
+        return oracle.per_layer_branch(model, "blk.1", x, inputs, freeze="up", gelu="exact")[0]
+
+    ours, none = torch.autograd.functional.jacobian(branch, (x, inputs))
+    gate = (x @ w["inp_gate.weight"].T)[0]
+    share = 0.5 * (1 + (0.7978845608028654 * (gate + 0.044715 * gate**3)).tanh())
+    made = w["proj.weight"] @ (share * gate * inputs[0])
+    after = w["post_norm.weight"] / (made.square().mean() + model.metadata["attention.layer_norm_rms_epsilon"]).sqrt()
+    J = after[:, None] * w["proj.weight"] * (share * inputs[0]) @ w["inp_gate.weight"]
+    assert distance(ours[:, 0], J) < 1e-13
+    assert not none.any()
+
+
+def mixed_by_hand(w: dict[str, Tensor], h: Tensor, logits: Tensor, *, used: int, mlp_path: str) -> Tensor:
+    """Return the frozen map [d, d] of gated experts with GELU, fused, scaled and renormalised."""
+    p = logits.softmax(-1)
+    chosen = p.argsort(descending=True)[:used]
+    total = torch.zeros(len(h), len(h)).double()
+    for e in chosen:
+        gate, up = w["ffn_gate_up_exps.weight"][e].chunk(2)
+        factor = p[e] / p[chosen].sum() * w["ffn_down_exps.scale"][e]
+        total += factor * w["ffn_down_exps.weight"][e] @ gated_by_hand(gate, up, h, mlp_path)
+    return total
+
+
+def gated_by_hand(gate: Tensor, up: Tensor, h: Tensor, mlp_path: str) -> Tensor:
+    """Return the frozen map [hidden, d] from h to GELU(gate h) * (up h)."""
+    g, u = gate @ h, up @ h
+    share = 0.5 * (1 + (0.7978845608028654 * (g + 0.044715 * g**3)).tanh())
+    return (share * g).diag() @ up if mlp_path == "up" else (share * u).diag() @ gate
+
+
+@pytest.mark.parametrize("mlp_path", ["up", "gate"])
+def test_frozen_networks_side_by_side_by_hand(mlp_path: str, tiny_file: Callable[..., Path]) -> None:
+    """Gemma 4's dense network and experts: five norms with frozen scales, and a frozen router on the stream."""
+    model, x = oracle.load(tiny_file("gemma4_experts")), normal(64)
+    w = {name.removeprefix("blk.0."): value for name, value in model.weights.items()}
+    eps = model.metadata["attention.layer_norm_rms_epsilon"]
+
+    def scaled(x: Tensor, weight: Tensor) -> Tensor:
+        """Return the diagonal of a frozen norm."""
+        return (weight / (x.square().mean() + eps).sqrt()).diag()
+
+    first, second = (scaled(x, w[f"{name}.weight"]) for name in ("ffn_norm", "pre_ffw_norm_2"))
+    logits = w["ffn_gate_inp.weight"] @ (scaled(x, w["ffn_gate_inp.scale"]) @ x / 8)
+    hidden = gated_by_hand(w["ffn_gate.weight"], w["ffn_up.weight"], first @ x, mlp_path)
+    dense = w["ffn_down.weight"] @ hidden @ first
+    experts = mixed_by_hand(w, second @ x, logits, used=2, mlp_path=mlp_path) @ second
+    dense, experts = (scaled(part @ x, w[f"post_ffw_norm_{i}.weight"]) @ part for i, part in ((1, dense), (2, experts)))
+    J = scaled((dense + experts) @ x, w["post_ffw_norm.weight"]) @ (dense + experts)
+    ours = frozen_product(
+        lambda x: oracle.feed_forward(model, "blk.0", x, "ffn_norm", freeze=mlp_path, gelu="exact"), x
+    )
+    assert distance(ours, J) < 1e-13
+
+
+def test_frozen_latent_experts_by_hand(tiny_file: Callable[..., Path]) -> None:
+    """Nemotron's experts: router and shared expert read h, routed ones what `ffn_latent_down` makes of it."""
+    model, h = oracle.load(tiny_file("nemotron_h_moe_latent")), normal(64)
+    w = {name.removeprefix("blk.1.").removesuffix(".weight"): value for name, value in model.weights.items()}
+    p = 1 / (1 + (-w["ffn_gate_inp"] @ h).exp())
+    chosen = (p + w["exp_probs_b.bias"]).argsort(descending=True)[: model.metadata["expert_used_count"]]
+
+    def network(up: Tensor, down: Tensor, h: Tensor) -> Tensor:
+        return down @ (up @ h).clamp(min=0).diag() @ up
+
+    latent = w["ffn_latent_down"] @ h
+    routed = sum(p[e] * network(w["ffn_up_exps"][e], w["ffn_down_exps"][e], latent) for e in chosen)
+    routed = model.metadata["expert_weights_scale"] / p[chosen].sum() * routed
+    J = w["ffn_latent_up"] @ routed @ w["ffn_latent_down"] + network(w["ffn_up_shexp"], w["ffn_down_shexp"], h)
+    ours = frozen_product(lambda h: oracle.mixture(model, "blk.1", h, freeze="up", gelu="exact"), h)
+    assert distance(ours, J) < 1e-13
+
+
 @pytest.mark.parametrize("case", ["mamba2", "mamba2_one_group"])
 def test_frozen_mamba2_by_hand(case: str, tiny_file: Callable[..., Path]) -> None:
     """Assemble out @ gate and norm @ pattern @ share of SiLU @ convolution @ rows of x from explicit matrices."""
