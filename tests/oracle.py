@@ -2,8 +2,8 @@
 
 Nothing is shared with the package and nothing is clever. Bytes are decoded by the `gguf` package, the model is a few
 readable functions that follow llama.cpp's rules, the table `FACTS` states what a file does not say, and the detached
-Jacobian is autograd's, with `.detach()` on the factors that the method freezes. Itself tested in `test_oracle.py`
-against llama.cpp and the paper's own code.
+Jacobian is autograd's, with `.detach()` on the factors that the method freezes. Mixers other than attention are in
+modules of their own, `oracle_*.py`. Itself tested in `test_oracle.py` against llama.cpp and the paper's own code.
 Meant for short prompts and small models: all weights are dense float64.
 """
 

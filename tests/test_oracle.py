@@ -866,6 +866,15 @@ def test_llamacpp_reveals_in_mamba2(
     assert distance(oracle.forward(model, ids)["logits"], llamacpp.run(path, ids)["logits"]) > 2e-3
 
 
+@pytest.mark.parametrize("length", [1, 2, 3, 40])
+@pytest.mark.parametrize("case", ["mamba2", "mamba2_groups", "falcon_h1_normed"])
+def test_prompts_of_any_length(case: str, length: int, tiny_file: Callable[..., Path]) -> None:
+    """Shorter than the convolution, which then reads nothing, and so long that much is forgotten."""
+    path, ids = tiny_file(case), tiny.prompt(case, length)
+    ours = oracle.forward(oracle.load(path), ids)["logits"]
+    assert distance(llamacpp.run(path, ids)["logits"], ours) < 5e-6
+
+
 # ---- derivatives, by the paper's own code and by hand
 
 
@@ -1146,6 +1155,8 @@ def test_frozen_mamba2_by_hand(case: str, tiny_file: Callable[..., Path]) -> Non
     share = 1 / (1 + (-convolved).exp())
     b, c = (convolved * share)[:, inner:].reshape(n, 2, groups, size).unbind(1)
     dt = (1 + (projected[:, -heads:] + w["dt.bias"]).exp()).log()
+    decays = (w["a"].flatten() * dt).exp()
+    assert decays.min() < 0.01 < 0.99 < decays.max()
     since = (w["a"].flatten() * dt).cumsum(0)
     pattern = torch.zeros(heads, n, n).double()
     for head in range(heads):
