@@ -61,7 +61,6 @@ NEMOTRON_H = {
 }
 # Architectures with state space mixers.
 STATE_SPACE: dict[str, dict[str, Any]] = {
-    # The converter writes zeros.
     "granitehybrid": GRANITE
     | {"mixers": ("mamba2", "attention", "mamba2"), "layers": 3, "kv_by_layer": True}
     | {"extra": GRANITE["extra"] | {"rope.scaling.finetuned": False}},
@@ -78,6 +77,7 @@ STATE_SPACE: dict[str, dict[str, Any]] = {
     | EXPERTS
     | {"expert_ff": 48, "shared_ff": 80, "selection_bias": 0.3}
     | {"extra": NEMOTRON_H["extra"] | {"expert_weights_norm": True, "expert_weights_scale": 2.5}},
+    # The converter writes 0 heads, and no other key of attention.
     "mamba2": {"mixers": ("mamba2",), "alone": True, "norms": ("attn_norm",), "layers": 3, "kv_heads": None}
     | {"extra": {"attention.head_count": 0}, "omit": ATTENTION_KEYS},
 }
