@@ -11,9 +11,9 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -23,6 +23,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ggjac import llamacpp
+from ggjac.architectures import Graph
 from ggjac.gguf import open_gguf, shown
 from ggjac.results import NO_WORDS, Plotted, Points, Table, Words
 from ggjac.tokenizer import visible
@@ -40,8 +41,9 @@ EPS_TOLERANCE = 16
 # boundary may be rounded the other way, which moves one value by half a unit of half precision.
 GELU_TOLERANCE = 1e-3
 
-# The tensors that are compared, by llama.cpp's names, which are those of every family's graph.
-NAMES = ("attn_out", "ffn_out", "l_out", "result_norm")
+# What `Model.trace` observes of a block, in the order of `Graph`'s fields, and after the last block.
+ATTENTION, FFN, STREAM, OUTPUT = "attn_out", "ffn_out", "l_out", "result_norm"
+NAMES = (ATTENTION, FFN, STREAM, OUTPUT)
 
 
 class ParityError(ValueError):
@@ -176,8 +178,10 @@ def verify(
             path = rewrite_as_f32(path, folder, threads=threads)
             types = _types(path)
         report("llama.cpp: evaluating the prompt")
-        names = [name for name in NAMES if name != model.config.row.reused_name]
+        graph = model.config.row.graph
+        names = (*graph.attention, *graph.ffn, *graph.stream, OUTPUT)
         reference = run_llama_cpp(path, ids, layers=trace is None, prompt=prompt, threads=threads, names=names)
+        reference = replace(reference, tensors=by_kind(reference.tensors, graph))
 
     layers: dict[str, LayerError] = {}
 
@@ -199,6 +203,21 @@ def verify(
         tokens_equal=None if reference.prompt_ids is None else reference.prompt_ids == list(ids),
         cause=_cause(types, model.dtype, gelu),
     )
+
+
+def by_kind(tensors: Mapping[str, Tensor], graph: Graph) -> dict[str, Tensor]:
+    """Return llama.cpp's tensors by the names that `Model.trace` observes, in the order of llama.cpp's graph.
+
+    Of several names for the same thing, the first that a block has counts.
+    """
+    wanted: dict[str, str] = {}  # llama.cpp's name -> ours
+    for kind, names in ((ATTENTION, graph.attention), (FFN, graph.ffn), (STREAM, graph.stream)):
+        taken: set[str] = set()
+        for name in names:
+            layers = {full.rpartition("-")[2] for full in tensors if full.rpartition("-")[0] == name} - taken
+            wanted |= {f"{name}-{layer}": f"{kind}-{layer}" for layer in layers}
+            taken |= layers
+    return {wanted.get(name, name): tensor for name, tensor in tensors.items() if name in wanted or name == OUTPUT}
 
 
 def judge(

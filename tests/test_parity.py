@@ -17,6 +17,7 @@ import tiny
 import torch
 
 from ggjac import parity
+from ggjac.architectures import Graph
 from ggjac.config import ModelConfig
 from ggjac.gguf import GGUFError, open_gguf
 from ggjac.parity import ParityError, Reference, judge, layer_error, rewrite_as_f32, run_llama_cpp, verify
@@ -373,6 +374,20 @@ def test_layer_error_on_zeros():
     assert layer_error("l_out-12", one, zero).error == math.inf
     assert layer_error("l_out-12", one, one).layer == 12
     assert layer_error("result_norm", one, one * 2).error == 0.5
+
+
+def test_names_in_the_graph_are_data():
+    """As in qwen35: `attn_output` is the branch in some blocks, and something else in those with `linear_attn_out`."""
+    graph = Graph(("linear_attn_out", "attn_output"), (), ("block_out", "l_out"))
+    one = torch.zeros(1, 1)
+    tensors = dict.fromkeys(
+        ("attn_output-0", "linear_attn_out-0", "block_out-0", "attn_output-1", "ffn_out-1", "l_out-1", "result_norm"),
+        one,
+    )
+    found = parity.by_kind(tensors, graph)
+    assert list(found) == ["attn_out-0", "l_out-0", "attn_out-1", "l_out-1", "result_norm"]
+    tensors["linear_attn_out-0"] = torch.ones(1, 1)
+    assert parity.by_kind(tensors, graph)["attn_out-0"] is tensors["linear_attn_out-0"]
 
 
 # -- refusals ----------------------------------------------------------------------------------------------------------
