@@ -23,7 +23,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -34,9 +34,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ggjac import blocks, llamacpp
+from ggjac import blocks, exports, llamacpp
 from ggjac.architectures import Graph
-from ggjac.gguf import open_gguf, shown
+from ggjac.gguf import GGUFFile, open_gguf, shown
 from ggjac.results import NO_WORDS, Plotted, Points, Table, Words
 from ggjac.tokenizer import visible
 
@@ -235,11 +235,10 @@ def verify(
     row, given = model.config.row, tolerance
     if tolerance is None and (strict or types == {"F32"}):
         tolerance = max(_dtype_tolerance(model.dtype), GELU_TOLERANCE if row.activation == "gelu" else 0.0)
-    path = model.gguf.paths[0]
-    with ExitStack() as stack:
+    with tempfile.TemporaryDirectory(prefix="ggjac-") as folder:
+        path = for_llama_cpp(model.gguf, folder)
         if strict and types != {"F32"}:
             report("llama.cpp: rewriting the file as F32")
-            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="ggjac-"))
             path = rewrite_as_f32(path, folder, threads=threads)
             types = _types(path)
         report("llama.cpp: evaluating the prompt")
@@ -654,14 +653,7 @@ def rewrite_as_f32(path: str | os.PathLike[str], folder: str | os.PathLike[str],
         source = file.paths[0]
         elements = sum(info.elements for info in file.tensors.values())
         header = file.nbytes - sum(info.nbytes for info in file.tensors.values())
-    # Padding between tensors, and a reserve: a full disk would affect other processes.
-    needed = 4 * elements + header + max(64 << 20, elements // 25)
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise NoRoomError(
-            f"rewriting {_name(path)} as F32 needs {needed / 1e9:.1f} GB in {_name(folder)}, which has "
-            f"{free / 1e9:.1f} GB free; make room, set TMPDIR to another disk, or check without --strict"
-        )
+    _check_room(folder, 4 * elements + header, f"rewriting {_name(path)} as F32", "or check without --strict")
     target = Path(folder) / "f32.gguf"
     try:
         with _llama_cpp(f"while it rewrote {_name(path)} as F32") as child:
@@ -670,6 +662,43 @@ def rewrite_as_f32(path: str | os.PathLike[str], folder: str | os.PathLike[str],
         target.unlink(missing_ok=True)
         raise
     return target
+
+
+def for_llama_cpp(file: GGUFFile, folder: str | os.PathLike[str]) -> Path:
+    """Return the path of a file that llama.cpp accepts: the same one, or a copy in `folder` as `EXPORTS` says.
+
+    A copy takes as much disk as the file. Call it with a temporary folder.
+
+    Raises:
+        ParityError: not enough free disk, or the copy cannot be written.
+    """
+    copy = exports.different(file)
+    if copy is None:
+        return file.paths[0]
+    _check_room(
+        folder, file.nbytes, f"a copy of {_name(file.path)} for llama.cpp", "or skip the check with --no-verify"
+    )
+    target = Path(folder) / "copy.gguf"
+    try:
+        exports.write(file, copy, target)
+    except (OSError, ValueError, LookupError) as error:
+        target.unlink(missing_ok=True)
+        raise ParityError(f"{_name(file.path)}: cannot be copied for llama.cpp ({error})") from error
+    except BaseException:
+        target.unlink(missing_ok=True)
+        raise
+    return target
+
+
+def _check_room(folder: str | os.PathLike[str], nbytes: int, task: str, otherwise: str) -> None:
+    # Padding between tensors, and a reserve: a full disk would affect other processes.
+    needed = nbytes + max(64 << 20, nbytes // 100)
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise NoRoomError(
+            f"{task} needs {needed / 1e9:.1f} GB in {_name(folder)}, which has {free / 1e9:.1f} GB free; make room, "
+            f"set TMPDIR to another disk, {otherwise}"
+        )
 
 
 @contextmanager

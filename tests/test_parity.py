@@ -6,6 +6,7 @@ The verdicts are tested with a stand-in model whose trace is llama.cpp's own run
 import math
 import shutil
 import sys
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,11 +18,11 @@ import pytest
 import tiny
 import torch
 
-from ggjac import blocks, parity
+from ggjac import blocks, exports, parity
 from ggjac.architectures import Graph
 from ggjac.gguf import GGUFError, open_gguf
 from ggjac.model import open_model
-from ggjac.parity import ParityError, Reference, judge, layer_error, rewrite_as_f32, run_llama_cpp, verify
+from ggjac.parity import NoRoomError, ParityError, Reference, judge, layer_error, rewrite_as_f32, run_llama_cpp, verify
 from ggjac.rope import rotation
 
 llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
@@ -207,6 +208,107 @@ def test_a_full_disk_is_seen_before_anything_is_written(tiny_file, tmp_path, mon
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=12_000_000))
     with pytest.raises(ParityError, match=r"needs 0\.1 GB .* has 0\.0 GB free; .*TMPDIR.*--strict"):
         rewrite_as_f32(tiny_file("q8_0"), tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+# -- a copy of a file that llama.cpp refuses ---------------------------------------------------------------------------
+
+
+def exported(source: Path, path: Path, *, alignment: int = 32) -> Path:
+    """Write a Llama file as if by another exporter: other names, other keys, and tensors of another model."""
+    reader = gguf.GGUFReader(source)
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_custom_alignment(alignment)
+    for key, field in reader.fields.items():
+        if not key.startswith("GGUF.") and key not in ("general.architecture", "llama.attention.head_count_kv"):
+            writer.add_key_value(key, field.contents(), field.types[0], field.types[-1])
+    writer.add_array("llama.attention.head_count_kv", [0, 2, 0])
+    writer.add_array("llama.rope.dimension_sections", [3, 2, 1])
+    for t in reader.tensors:
+        writer.add_tensor(t.name.replace("ffn_norm.weight", "ffn_norm"), t.data, raw_dtype=t.tensor_type)
+    writer.add_tensor("v.blk.0.weight", np.ones((3, 5), np.float32))
+    writer.add_tensor("mtp.norm", np.ones(7, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+@pytest.fixture
+def llama_exports(monkeypatch) -> None:
+    qwen = exports.EXPORTS["qwen35"]
+    assert qwen.renamed == {"ssm_dt": "ssm_dt.bias"}
+    monkeypatch.setitem(exports.EXPORTS, "llama", replace(qwen, renamed={"ffn_norm": "ffn_norm.weight"}))
+
+
+@pytest.mark.usefixtures("llama_exports")
+@pytest.mark.parametrize(("case", "alignment"), [("gqa", 32), ("q4_k_mixed", 64), ("tokenizer", 32)])
+def test_a_copy_has_what_llama_cpp_expects(tiny_file, tmp_path, case, alignment):
+    source = tiny_file(case)
+    path, folder = exported(source, tmp_path / "export.gguf", alignment=alignment), tmp_path / "copy"
+    folder.mkdir()
+    with pytest.raises(ParityError, match="cannot load"):
+        run_llama_cpp(path, [1, 2])
+    before = path.read_bytes()
+    with open_gguf(path) as file:
+        target = parity.for_llama_cpp(file, folder)
+    assert [target] == list(folder.iterdir())
+    assert path.read_bytes() == before
+    original, found = gguf.GGUFReader(source), gguf.GGUFReader(target)
+    assert [t.name for t in found.tensors] == [t.name for t in original.tensors]
+    for a, b in zip(found.tensors, original.tensors, strict=True):
+        assert (a.tensor_type, a.shape.tolist()) == (b.tensor_type, b.shape.tolist())
+        assert np.array_equal(a.data, b.data)
+    changed = {"llama.attention.head_count_kv": 2, "llama.rope.dimension_sections": [3, 2, 1, 0]}
+    for key, field in gguf.GGUFReader(path).fields.items():
+        if not key.startswith("GGUF."):
+            expected = changed.get(key, field.contents())
+            assert found.fields[key].contents() == expected
+            if not key.endswith("head_count_kv"):
+                assert found.fields[key].types == field.types
+    assert target.stat().st_size % alignment == 0
+    with open_gguf(target) as file:
+        assert parity.for_llama_cpp(file, folder) == target, "it needs no further copy"
+    if case != "gqa":
+        return
+    assert torch.equal(run_llama_cpp(target, [1, 2]).logits, run_llama_cpp(source, [1, 2]).logits)
+
+
+@pytest.mark.usefixtures("llama_exports")
+@pytest.mark.parametrize("strict", [False, True])
+def test_a_file_that_llama_cpp_refuses_is_verified_on_a_copy(tiny_file, tmp_path, monkeypatch, strict):
+    """Ours stands on the file that was exported; llama.cpp runs the copy."""
+    path = exported(tiny_file("gqa"), tmp_path / "export.gguf")
+    model = open_model(tiny_file("gqa"))
+    model.gguf = open_gguf(path)
+    folder = tmp_path / "temporary"
+    folder.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    assert verify(model, tiny.prompt("gqa"), strict=strict).verdict
+    assert list(folder.iterdir()) == []
+
+
+@pytest.mark.usefixtures("llama_exports")
+def test_no_half_copy_stays(tiny_file, tmp_path, monkeypatch):
+    path, folder = exported(tiny_file("gqa"), tmp_path / "export.gguf"), tmp_path / "copy"
+    folder.mkdir()
+    file = open_gguf(path)
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=12_000_000))
+        with pytest.raises(NoRoomError, match=r"a copy of .*export\.gguf for llama.cpp needs 0\.1 GB .*--no-verify"):
+            parity.for_llama_cpp(file, folder)
+    for error in (OSError(28, "No space left on device"), KeyboardInterrupt()):
+        with monkeypatch.context() as patch:
+            patch.setattr(type(file), "rows", lambda *_, error=error: (_ for _ in ()).throw(error))
+            with pytest.raises(ParityError if isinstance(error, OSError) else KeyboardInterrupt):
+                parity.for_llama_cpp(file, folder)
+        assert list(folder.iterdir()) == []
+
+
+def test_other_files_need_no_copy(tiny_file, tmp_path):
+    with open_gguf(tiny_file("gqa")) as file:
+        assert parity.for_llama_cpp(file, tmp_path) == file.paths[0]
     assert list(tmp_path.iterdir()) == []
 
 
