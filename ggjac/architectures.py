@@ -9,12 +9,19 @@ from dataclasses import dataclass, replace
 
 @dataclass(frozen=True)
 class Norms:
-    """Names of the norms before and after a block's two branches; of several, the first present in the file is used."""
+    """Names of the norms before and after a block's two branches; of several, the first present in the file is used.
+
+    Where a block has both a dense network and a mixture, `ffn_in` and `dense_out` are around the dense network,
+    `experts_in` and `experts_out` around the mixture, and `ffn_out` is after their sum.
+    """
 
     attention_in: tuple[str, ...] = ("attn_norm",)
     attention_out: tuple[str, ...] = ()
     ffn_in: tuple[str, ...] = ("ffn_norm",)
     ffn_out: tuple[str, ...] = ()
+    dense_out: tuple[str, ...] = ()
+    experts_in: tuple[str, ...] = ()
+    experts_out: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -45,7 +52,21 @@ class Architecture:
         norm: `"rms"` (weight / root mean square), `"layer"` (centred, with an optional bias) or `"bare"` (centred,
             without weight or bias: no tensor).
         norm_bias: RMSNorms may have biases too.
+        epsilon_optional: files may state LayerNorm's epsilon in place of RMSNorm's.
+        output_norm: stem of the norm before the head.
         norms: their names, before and after each branch.
+        mixer: kind of the softmax attention, of `ggjac.blocks.mixers.MIXERS`.
+        recurrent: kind of the mixer in blocks without attention, or `""` for none.
+        recurrent_blocks: which blocks those are: `"all"`; `"no kv heads"` (0 in `attention.head_count_kv`);
+            `"interval"` (`attention.recurrent_layers`, or all but the last of every `full_attention_interval`, 4 by
+            default); `"beside"` (every block has both mixers, added); or `""` for none.
+        one_branch: a block with a feed-forward (`feed_forward_length` above 0) has no mixer.
+        key_heads_tiled: of `h` value heads, head `i` uses key head `i % g` in place of `i // (h // g)`.
+        sigmoid_gate: the gate on a recurrence's output is a sigmoid in place of a SiLU.
+        positive_decay: `ssm_a` is stored positive where decays have a lower bound.
+        gated_queries: `attn_q` has a gate after each head's query: its sigmoid multiplies what the head reads.
+        value_norm: the values of each head are normed (RMSNorm without weight).
+        keys_as_values: where a block lacks `attn_v`, its key projection gives the values too.
         parallel: both branches read the block's input, and are added to it together.
         parallel_key: the file's `use_parallel_residual`, which is then required, overrides `parallel`.
         parallel_unless_normed: parallel only in files without a tensor of the first name in `norms.ffn_in`.
@@ -58,12 +79,14 @@ class Architecture:
         rope_optional: `rope.scaling.finetuned = false` turns rotation off.
         rope_layers: layers that rotate: `"all"`, `"windowed"` (only those with a sliding window, if the model has any)
             or `"three of four"` (all but every fourth).
+        full_factors: `rope_freqs` apply to full layers only.
         yarn_keys: YaRN's betas and log multiplier are read from the file; llama.cpp ignores them in other families.
         windowed: whether some layers attend through a sliding window: `"optional"` (if the file states its size),
             `"required"`, or `""` for never.
         window_blocks: block count of the only variant with windows (llama.cpp identifies it so); 0 for all variants.
         window: default size in tokens.
         window_period: default period; the last layer of each period attends to all earlier tokens.
+        windowed_sizes: windowed layers have sizes of heads and rotations of their own (`attention.key_length_swa`).
         window_rope: rotation of windowed layers: `"same"`; `"based"` (base from `rope.freq_base_swa`, if present);
             `"plain"` (same base, no scaling) or `"own"` (base from `rope.freq_base_swa`, 10000 by default, no scaling).
         qk_norm: `"head"` (each query and key head), `"heads"` (likewise, with separate weights per head), `"rotated"`
@@ -72,11 +95,14 @@ class Architecture:
         clamp_key: queries, keys and values are clamped to ± the file's `attention.clamp_kqv`, if present.
         sinks: a learned logit per head joins the softmax without a value.
         attention_scale_key: the scale of scores is the file's `attention.scale`; the default is 1/√(head size).
+        attention_scale: the scale of scores in all files of the family; 0 for the default.
         wide_scale_blocks: block count of the variant whose default is 1/√(d / heads) instead; 0 for none.
         attention_softcap, logit_softcap: default caps of scores and logits, 0 for none; None if the file's keys are
             not read.
         temperature: queries may grow with position (`attention.temperature_scale`).
         ffn: `"gated"`, `"fused"` (gate and up in one tensor, gate first) or `"plain"` (no gate).
+        ffn_scales: the constant factors of the feed-forward's matrices are applied, as those of attention's are in all
+            families.
         activation: `"silu"`, `"gelu"` (tanh form), `"relu2"` (the square of the positive part), `"xielu"` (see
             `ggjac.config.Layer`) or `"silu_oai"` (clamped, with up shifted by one).
         router: how expert weights come from router logits: `"softmax"` over all experts, `"softmax_selected"` over
@@ -87,12 +113,15 @@ class Architecture:
         renormalize: divide the chosen experts' weights by their sum.
         renormalize_key: the file's `expert_weights_norm`, false by default, overrides `renormalize`.
         expert_scale_key: expert weights are multiplied by the file's `expert_weights_scale`, unless that is 0.
+        router_norm: the router reads the stream, normed without weight, divided by √d and times `ffn_gate_inp.scale`.
+        dense_beside_experts: blocks with a mixture have a dense network too, and add both.
         leading_dense: the first `leading_dense_block_count` blocks are dense.
         expert_widths: where the experts' hidden units are stated: `"tensors"` (their shapes; for the shared expert
             `expert_shared_feed_forward_length`, if present), `"count"` (`expert_feed_forward_length`, times
             `expert_shared_count` for the shared expert) or `"shared count"` (likewise, but the shared expert has
             `expert_shared_feed_forward_length` times the count, if present).
         predictors: the file's last `nextn_predict_layers` blocks predict tokens after the next one; they are left out.
+        stream_scale: a block's output may be multiplied by a number (`layer_output_scale`).
         positions: learned position embeddings are added to the input.
         embedding_scale: `"sqrt"` (of d), `"key"` (the file's `embedding_scale`), or `""` for none.
         residual_scale: branches are multiplied by the file's `residual_scale`.
@@ -104,7 +133,19 @@ class Architecture:
 
     norm: str = "rms"
     norm_bias: bool = False
+    epsilon_optional: bool = False
+    output_norm: str = "output_norm"
     norms: Norms = Norms()
+    mixer: str = "attention"
+    recurrent: str = ""
+    recurrent_blocks: str = ""
+    one_branch: bool = False
+    key_heads_tiled: bool = False
+    sigmoid_gate: bool = False
+    positive_decay: bool = False
+    gated_queries: bool = False
+    value_norm: bool = False
+    keys_as_values: bool = False
     parallel: bool = False
     parallel_key: bool = False
     parallel_unless_normed: bool = False
@@ -113,22 +154,26 @@ class Architecture:
     rope_sections: bool = False
     rope_optional: bool = False
     rope_layers: str = "all"
+    full_factors: bool = False
     yarn_keys: bool = False
     windowed: str = ""
     window_blocks: int = 0
     window: int = 0
     window_period: int = 0
+    windowed_sizes: bool = False
     window_rope: str = "same"
     qk_norm: str = ""
     qk_norm_optional: bool = False
     clamp_key: bool = False
     sinks: bool = False
     attention_scale_key: bool = False
+    attention_scale: float = 0.0
     wide_scale_blocks: int = 0
     attention_softcap: float | None = None
     logit_softcap: float | None = None
     temperature: bool = False
     ffn: str = "gated"
+    ffn_scales: bool = False
     activation: str = "silu"
     router: str = "softmax"
     router_key: bool = False
@@ -136,9 +181,12 @@ class Architecture:
     renormalize: bool = True
     renormalize_key: bool = False
     expert_scale_key: bool = False
+    router_norm: bool = False
+    dense_beside_experts: bool = False
     leading_dense: bool = False
     expert_widths: str = "tensors"
     predictors: bool = False
+    stream_scale: bool = False
     positions: bool = False
     embedding_scale: str = ""
     residual_scale: bool = False
@@ -173,13 +221,33 @@ _COHERE = Architecture(
     logit_scale="multiply",
 )
 
+_DELTA = replace(
+    _QWEN3,
+    norms=_POST_AS_FFN,
+    recurrent="delta",
+    recurrent_blocks="interval",
+    gated_queries=True,
+    partial_rotary=True,
+    predictors=True,
+    ffn_scales=True,
+    graph=Graph(attention=("linear_attn_out", "attn_output")),  # the latter also names the recurrence's output
+)
+_QWEN35 = replace(_DELTA, key_heads_tiled=True, rope_sections=True)
+_LFM2 = replace(
+    _QWEN3,
+    output_norm="token_embd_norm",
+    recurrent="convolution",
+    recurrent_blocks="no kv heads",
+    graph=Graph(("model.layers.{}.conv.out_proj", "model.layers.{}.self_attn.out_proj"), ffn=()),
+)
+
 ARCHITECTURES: dict[str, Architecture] = {
-    "llama": _LLAMA,
-    "mistral3": replace(_LLAMA, yarn_keys=True, temperature=True),
+    "llama": replace(_LLAMA, ffn_scales=True),
+    "mistral3": replace(_LLAMA, yarn_keys=True, temperature=True, ffn_scales=True),
     "qwen2": Architecture(),
     "qwen2moe": Architecture(renormalize=False),
-    "qwen3": _QWEN3,
-    "qwen3moe": _QWEN3,
+    "qwen3": replace(_QWEN3, ffn_scales=True),
+    "qwen3moe": replace(_QWEN3, ffn_scales=True),
     "qwen3vl": replace(_QWEN3, rope_sections=True),
     "qwen3vlmoe": replace(_QWEN3, rope_sections=True),
     "gemma": _GEMMA,
@@ -240,7 +308,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "arcee": replace(_LLAMA, ffn="plain", activation="relu2"),
     "apertus": replace(_QWEN3, ffn="plain", activation="xielu"),
     "glm4": Architecture(norms=_SANDWICH, rope_pairs="adjacent", partial_rotary=True, ffn="fused"),
-    "cohere2": replace(_COHERE, rope_layers="windowed", windowed="required", window_period=4),
+    "cohere2": replace(_COHERE, rope_layers="windowed", windowed="required", window_period=4, ffn_scales=True),
     "gpt2": replace(_GPT, rope_pairs="", positions=True),
     "starcoder2": _GPT,
     "phi2": replace(_GPT, norms=_SHARED_NORM, parallel=True, partial_rotary=True),
@@ -300,4 +368,9 @@ ARCHITECTURES: dict[str, Architecture] = {
         partial_rotary=True, qk_norm="full", router="", router_key=True, selection_bias="required"
     ),
     "phimoe": Architecture(norm_bias=True),
+    "qwen35": _QWEN35,
+    "qwen35moe": _QWEN35,
+    "qwen3next": _DELTA,
+    "lfm2": replace(_LFM2, windowed="optional"),
+    "lfm2moe": replace(_LFM2, router="", router_key=True, selection_bias="required", leading_dense=True),
 }

@@ -26,7 +26,7 @@ class Head(NamedTuple):
     Attributes:
         matrix: `[v, d]`, W.
         bias: `[v]`, or None.
-        scale: factor of all logits (Granite, Command R).
+        scale: factor of all logits (Granite, Command R), and of the matrix where it has one.
         softcap: `c` in `c tanh(z / c)`, applied last (Gemma); 0 for none.
     """
 

@@ -41,7 +41,7 @@ class Continuation:
         self.model, self.capacity, self.length = model, capacity, 0
         self.change: Change = change or (lambda layer, h: h)
         self._frame = model.frame(capacity, mlp_path=mlp_path)
-        self._past: list[Past | None] = [None] * model.config.block_count
+        self._past: list[tuple[Past, ...] | None] = [None] * model.config.block_count
 
     def extend(self, ids: Sequence[int]) -> Float[Tensor, "m d"]:
         """Append tokens and return their outputs `[m, d]`, after the final norm; one pass over the weights.

@@ -166,6 +166,22 @@ class Identity(LinearOperator):
         return Y
 
 
+class Zero(LinearOperator):
+    """The map to zero: a branch that a block does not have."""
+
+    def __init__(self, in_shape: Sequence[int], out_shape: Sequence[int], *, dtype: torch.dtype, device: torch.device):
+        self.in_shape, self.out_shape = tuple(in_shape), tuple(out_shape)
+        self.dtype, self.device = dtype, device
+
+    def matmat(self, X: Tensor, t: Homogeneous = None) -> Tensor:
+        """Return zeros."""
+        return X.new_zeros(len(X), *self.out_shape)
+
+    def rmatmat(self, Y: Tensor) -> Tensor:
+        """Return zeros."""
+        return Y.new_zeros(len(Y), *self.in_shape)
+
+
 class Select(LinearOperator):
     """Keep some of `n` positions, `[n, d]` to `[m, d]`; the transpose puts zeros at the others."""
 
@@ -222,11 +238,48 @@ class Center(LinearOperator):
         return Y - Y.mean(-1, keepdim=True)
 
 
-class Linear(LinearOperator):
-    """`x Wᵀ (+ bias)` at each of `n` positions, `[n, in]` to `[n, out]`, one tile of W's rows at a time."""
+class Conv(LinearOperator):
+    """Convolve each of `c` channels over `n` positions with taps of its own, causally: `[n, c]` to `[n, c]`.
 
-    def __init__(self, weight: TiledMatrix, n: int, bias: Float[Tensor, " out"] | None = None):
-        self.weight, self.bias = weight, bias
+    `y[t] = Σᵢ taps[:, i] * x[t - K + 1 + i] (+ bias)`: the last of the `K` taps is at the position itself, and before
+    the first position there are zeros. `flop` leaves its products out, as they are elementwise.
+    """
+
+    def __init__(self, taps: Float[Tensor, "c taps"], n: int, bias: Float[Tensor, " c"] | None = None):
+        self.taps, self.bias = taps, bias
+        self.in_shape = self.out_shape = (n, len(taps))
+        self.dtype, self.device = taps.dtype, taps.device
+
+    def matmat(self, X: Float[Tensor, "k n c"], t: Homogeneous = None) -> Float[Tensor, "k n c"]:
+        """Add up the input, shifted by each tap's distance; add `t` times the bias."""
+        Y = X * self.taps[:, -1]
+        for distance, tap in self._earlier():
+            Y[:, distance:].addcmul_(X[:, :-distance], tap)
+        if self.bias is not None and t is not None:
+            Y += t[:, None, None] * self.bias
+        return Y
+
+    def rmatmat(self, Y: Float[Tensor, "k n c"]) -> Float[Tensor, "k n c"]:
+        """Convolve with the same taps, forward in time."""
+        X = Y * self.taps[:, -1]
+        for distance, tap in self._earlier():
+            X[:, :-distance].addcmul_(Y[:, distance:], tap)
+        return X
+
+    def _earlier(self) -> Iterator[tuple[int, Float[Tensor, " c"]]]:
+        """Yield the taps at earlier positions, with their distance in positions, where there are such positions."""
+        n, count = self.in_shape[0], self.taps.shape[1]
+        return ((distance, self.taps[:, -1 - distance]) for distance in range(1, min(n, count)))
+
+
+class Linear(LinearOperator):
+    """`gain x Wᵀ (+ bias)` at each of `n` positions, `[n, in]` to `[n, out]`, one tile of W's rows at a time.
+
+    `gain` is a constant factor of the whole matrix; it does not multiply the bias.
+    """
+
+    def __init__(self, weight: TiledMatrix, n: int, bias: Float[Tensor, " out"] | None = None, gain: float = 1.0):
+        self.weight, self.bias, self.gain = weight, bias, gain
         out, d = weight.shape
         self.in_shape, self.out_shape = (n, d), (n, out)
         self.dtype, self.device = weight.dtype, weight.device
@@ -246,7 +299,7 @@ class Linear(LinearOperator):
         Y = X.new_empty(len(flat), self.out_shape[1])
         for start, stop, tile in self.weight.tiles():
             for some in _panels(len(flat)):  # in place: for many vectors a tile's part is large too
-                Y[some, start:stop].addmm_(flat[some], tile.T, beta=0)
+                Y[some, start:stop].addmm_(flat[some], tile.T, beta=0, alpha=self.gain)
         Y = Y.reshape(len(X), *self.out_shape)
         if self.bias is not None and t is not None:
             Y += t[:, None, None] * self.bias
@@ -258,7 +311,7 @@ class Linear(LinearOperator):
         X = Y.new_zeros(len(flat), self.in_shape[1])
         for start, stop, tile in self.weight.tiles():
             for some in _panels(len(flat)):
-                X[some].addmm_(flat[some, start:stop], tile)
+                X[some].addmm_(flat[some, start:stop], tile, alpha=self.gain)
         return X.reshape(len(Y), *self.in_shape)
 
 
@@ -297,6 +350,118 @@ class Mix(LinearOperator):
         groups, per_group = self.pattern.shape[:2]
         heads = Y.unflatten(2, (groups, per_group, self.head_size))  # [k, m, g, h / g, hd]
         return torch.einsum("ghmn,kmghd->kngd", self.pattern, heads).flatten(2)
+
+
+class Scan(LinearOperator):
+    """Mix positions by a linear recurrence, in chunks of `C` positions: `[n, h c]` to the last `m` of `n`, `[m, h c]`.
+
+    Each of `h` heads has a state `S`, `[s, c]`, and values of its own, `[n, c]`. Starting from `S = 0`, each chunk with
+    values `v`, `[C, c]`, gives
+
+        outputs of the chunk     = within @ v + reading @ S
+        state for the next chunk = writing @ v + moving @ S
+
+    All four matrices are frozen. `within` is the part inside the chunk of a pattern `[n, n]` that `Mix` would apply;
+    the others are factors of the rest of it. The last chunk in use may be filled in part, and chunks beyond it are
+    ignored.
+    """
+
+    def __init__(
+        self,
+        within: Float[Tensor, "h b C C"],
+        reading: Float[Tensor, "h b C s"],
+        writing: Float[Tensor, "h b s C"],
+        moving: Float[Tensor, "h b s s"],
+        n: int,
+        m: int | None = None,
+        *,
+        value_size: int,
+    ):
+        self.within, self.reading, self.writing, self.moving = within, reading, writing, moving
+        self.value_size = value_size
+        heads, m = len(within), n if m is None else m
+        self.in_shape, self.out_shape = (n, heads * value_size), (m, heads * value_size)
+        self.dtype, self.device = within.dtype, within.device
+
+    @property
+    def flop(self) -> int:
+        """One multiplication and one addition for each entry of the matrices in use and component of a value."""
+        heads, _, _, s = self.reading.shape
+        entries = 0
+        for chunk in self._chunks():
+            length = chunk.used.stop
+            written = length - chunk.written.start
+            entries += written * length + (0 if chunk.first else written * s)
+            entries += 0 if chunk.last else s * length + (0 if chunk.first else s * s)
+        return 2 * heads * entries * self.value_size
+
+    def matmat(self, X: Float[Tensor, "k n in"], t: Homogeneous = None) -> Float[Tensor, "k m out"]:
+        """Go through the chunks, and carry the state."""
+        Y, state = X.new_empty(len(X), *self.out_shape), X.new_empty(0)
+        for chunk in self._chunks():
+            b, used, written = chunk.number, chunk.used, chunk.written
+            values = self._by_head(X[:, chunk.read])
+            output = self.within[:, b, written, used] @ values
+            if not chunk.first:
+                output.baddbmm_(self.reading[:, b, written], state)
+            Y[:, chunk.put] = self._by_vector(output, len(X))
+            if not chunk.last:
+                added = self.writing[:, b, :, used] @ values
+                state = added if chunk.first else added.baddbmm_(self.moving[:, b], state)
+        return Y
+
+    def rmatmat(self, Y: Float[Tensor, "k m out"]) -> Float[Tensor, "k n in"]:
+        """Go through the chunks backwards, and carry the cotangent of the state."""
+        X, state = Y.new_empty(len(Y), *self.in_shape), Y.new_empty(0)
+        for chunk in reversed(list(self._chunks())):
+            b, used, written = chunk.number, chunk.used, chunk.written
+            output = self._by_head(Y[:, chunk.put])
+            values = self.within[:, b, written, used].mT @ output
+            if not chunk.last:
+                values.baddbmm_(self.writing[:, b, :, used].mT, state)
+            X[:, chunk.read] = self._by_vector(values, len(Y))
+            if not chunk.first:
+                read = self.reading[:, b, written].mT @ output
+                state = read if chunk.last else read.baddbmm_(self.moving[:, b].mT, state)
+        return X
+
+    def _chunks(self) -> Iterator["_Chunk"]:
+        """Yield the chunks in order."""
+        size, n, skipped = self.within.shape[2], self.in_shape[0], self.in_shape[0] - self.out_shape[0]
+        for number, start in enumerate(range(0, n, size)):
+            stop = min(start + size, n)
+            first = min(max(start, skipped), stop)  # of the positions that are written
+            put = slice(max(0, first - skipped), max(0, stop - skipped))
+            used, written = slice(0, stop - start), slice(first - start, stop - start)
+            yield _Chunk(number, slice(start, stop), used, written, put, start == 0, stop == n)
+
+    def _by_head(self, X: Float[Tensor, "k l hc"]) -> Float[Tensor, "h l kc"]:
+        """Return stacked values with the heads first and the vectors side by side: one product serves all vectors."""
+        return X.unflatten(2, (-1, self.value_size)).permute(2, 1, 0, 3).flatten(2)
+
+    def _by_vector(self, values: Float[Tensor, "h l kc"], k: int) -> Float[Tensor, "k l hc"]:
+        """Return `k` stacked vectors of values that come by head."""
+        return values.unflatten(2, (k, self.value_size)).permute(2, 1, 0, 3).flatten(2)
+
+
+class _Chunk(NamedTuple):
+    """Some consecutive positions of a `Scan`.
+
+    Attributes:
+        number: of its matrices.
+        read: its positions.
+        used, written: of the chunk's rows, those that have a position, and of them those that are written.
+        put: where the latter are in the output.
+        first, last: whether no state comes in, and whether none goes out.
+    """
+
+    number: int
+    read: slice
+    used: slice
+    written: slice
+    put: slice
+    first: bool
+    last: bool
 
 
 class Experts(LinearOperator):

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ggjac import blocks, decode, planner
 from ggjac.blocks import BlockTape, Frame, NormTape
-from ggjac.config import ModelConfig
+from ggjac.config import ModelConfig, fused_parts, read_config
 from ggjac.gguf import GGUFFile, open_gguf
 from ggjac.gguf.hub import demo_path, resolve
 from ggjac.jacobian import DetachedJacobian, FrozenNetwork, Span
@@ -119,14 +119,14 @@ class Model:
 
     def __init__(self, file: GGUFFile, *, device: torch.device, dtype: torch.dtype, threads: int):
         self.gguf, self.path = file, file.path
-        self.config = ModelConfig.from_metadata(file.metadata, {t.name: t.shape for t in file.tensors.values()})
+        self.config: ModelConfig = read_config(file.metadata, {t.name: t.shape for t in file.tensors.values()})
         self.weights = WeightStore(file, device=device, dtype=dtype, threads=threads)
         self.device, self.dtype, self.chunk_bytes = device, dtype, CHUNK_BYTES
         self.embedding: Weight = self.weights["token_embd.weight"]
         self.head = decode.Head(
             self.weights["output.weight" if "output.weight" in self.weights else "token_embd.weight"],
             bias=self.weights["output.bias"].dense() if "output.bias" in self.weights else None,
-            scale=self.config.logit_scale,
+            scale=self.config.logit_scale * self.weights.gain("output.weight"),
             softcap=self.config.logit_softcap,
         )
 
@@ -289,7 +289,7 @@ class Model:
         factors = self._rope_factors(n_ctx or n)
         return Frame(
             config,
-            {rope: rotation(replace(rope, rounded=imitate), n, factors) for rope in ropes},
+            {rope: rotation(replace(rope, rounded=imitate), n, factors if rope.factored else None) for rope in ropes},
             mlp_path,
             [blocks.activation(config, i, table=imitate) for i in range(config.block_count)],
         )
@@ -303,7 +303,7 @@ class Model:
 
     def freeze_final_norm(self, h: Float[Tensor, "n d"]) -> NormTape:
         """Freeze the norm before the head at any stream."""
-        names = ("output_norm.weight", "output_norm.bias")
+        names = (f"{self.config.row.output_norm}.{part}" for part in ("weight", "bias"))
         weight, bias = (self.weights[name].dense() if name in self.weights else None for name in names)
         return blocks.frozen_norm(self.config, weight, bias, h)
 
@@ -317,7 +317,7 @@ class Model:
 
     def block(self, index: int, *, live: bool = False) -> Block:
         """Return the tensors of one block; those requested with `live` are used in every sweep, and may be cached."""
-        return self.weights.block(index, self.config.slices, live=live)
+        return self.weights.block(index, fused_parts(self.config, index), live=live)
 
     def prompt_ids(self, prompt: str | Sequence[int]) -> list[int]:
         """Return the token ids of a prompt, which may be ids already, if this model can run them.

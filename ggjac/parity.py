@@ -105,10 +105,10 @@ class LocalError:
     all positions.
 
     For branches, the final norm and the logits the scale is `‖theirs‖`. For the stream after a block it is what the
-    block adds, `‖theirs - input‖`: a stream may be a thousand times as large, and would hide the block. Rounding of the
-    sums is relative to the stream, however, so `STREAM_EPS · eps / tolerance` of the stream is added to the scale. An
-    error within the tolerance thus means: within the tolerance of what the block adds, plus `STREAM_EPS` eps of the
-    stream.
+    block adds, `‖theirs - input‖` (where the block multiplies the stream by a number, so is the input): a stream may be
+    a thousand times as large, and would hide the block. Rounding of the sums is relative to the stream, however, so
+    `STREAM_EPS · eps / tolerance` of the stream is added to the scale. An error within the tolerance thus means: within
+    the tolerance of what the block adds, plus `STREAM_EPS` eps of the stream.
     """
 
     name: str  # as in `LayerError`, or logits
@@ -344,10 +344,11 @@ def local_errors(
     x: Tensor | None = model.embed(ids)
     for i in range(model.config.block_count):
         if x is not None:
-            attn, ffn, out = blocks.record_block(model.block(i), frame, i, x)
+            w = model.block(i)
+            attn, ffn, out = blocks.record_block(w, frame, i, x)
             compare(f"{ATTENTION}-{i}", attn.raw, exact)
             compare(f"{FFN}-{i}", ffn.raw, tolerance)
-            compare(f"{STREAM}-{i}", out, tolerance, before=x)
+            compare(f"{STREAM}-{i}", out, tolerance, before=x * blocks.stream_scale(w))
             del attn, ffn, out  # before the next block is recorded
         theirs = reference.tensors.get(f"{STREAM}-{i}")
         x = None if theirs is None or not _finite(theirs) else theirs.to(model.device, _dtype(model.dtype))
@@ -457,22 +458,13 @@ def judge(
         reason = "; ".join(faults)
         if rounding:
             own = max(rounding.values())
-            reason += f"; every block agrees given llama.cpp's own input, but rounding explains no more than {own:.1e}"
+            reason += f"; every block agrees given llama.cpp's own input, but our own rounding is only {own:.1e}"
         if tolerance is not None:
             reason += f" (tolerance {tolerance:.1e})"
         elif mode != "strict":
             reason += "; a strict check (--strict) distinguishes rounding from errors, and names the layer"
     else:
-        top = "same top token" if numbers.top1_equal else f"near tie for the top token ({numbers.gap:.2f} logits)"
-        reason = f"{top}, logits within {numbers.logits_error:.1e} relative L2"
-        if compared:
-            worst = max(compared, key=lambda layer: layer.error)
-            reason += f", {len(compared)} tensors within {worst.error:.1e} ({worst.name})"
-        if local:
-            largest = max(local, key=lambda e: e.error)
-            reason += f" and, given llama.cpp's own input, within {largest.error:.1e} ({largest.name})"
-        if rounding:
-            reason += f"; the model amplifies rounding, by which ours alone is off by {max(rounding.values()):.1e}"
+        reason = _agreement(numbers, compared, local, rounding)
     return Parity(
         mode=mode,
         verdict=not faults,
@@ -486,6 +478,23 @@ def judge(
         local=local,
         rounding=rounding,
     )
+
+
+def _agreement(
+    numbers: "_Logits", compared: Sequence[LayerError], local: Sequence[LocalError], rounding: Mapping[str, float]
+) -> str:
+    """Return what agrees, and how well."""
+    top = "same top token" if numbers.top1_equal else f"near tie for the top token ({numbers.gap:.2f} logits)"
+    reason = f"{top}, logits within {numbers.logits_error:.1e} relative L2"
+    if compared:
+        worst = max(compared, key=lambda layer: layer.error)
+        reason += f", {len(compared)} tensors within {worst.error:.1e} ({worst.name})"
+    if local:
+        largest = max(local, key=lambda e: e.error)
+        reason += f" and, given llama.cpp's own input, within {largest.error:.1e} ({largest.name})"
+    if rounding:
+        reason += f"; the model amplifies rounding, by which ours alone is off by {max(rounding.values()):.1e}"
+    return reason
 
 
 def _others(wrong: Sequence[LocalError]) -> str:

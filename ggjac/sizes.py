@@ -1,6 +1,9 @@
-"""Tile, chunk and batch sizes, and the names of options, shared by the computation and the torch-free planner."""
+"""Sizes of tiles, chunks, batches and parts of tensors, and the names of options.
 
-from typing import Literal
+Shared by the computation and the torch-free planner.
+"""
+
+from typing import Literal, NamedTuple
 
 # Maps inside the network (see `ggjac.analysis.layers`), and the taps at which they end.
 MapName = Literal["cumulative", "blockwise", "to_end"]
@@ -10,6 +13,27 @@ KINDS: tuple[Kind, ...] = ("layer", "attn", "mlp")
 
 # Which factor of a gated feed-forward network stays live (is not frozen).
 MlpPath = Literal["up", "gate"]
+
+
+class Part(NamedTuple):
+    """Some rows of a fused tensor, which stand for a tensor of its own; in a stack of experts, of each expert's rows.
+
+    Attributes:
+        stem: of the fused tensor.
+        start, stop: the rows; with a period, of every `period` rows. (Where each head has rows for several uses, the
+            rows of one use form a matrix.)
+        period: number of rows after which the section repeats, a divisor of all rows; 0 for one section.
+    """
+
+    stem: str
+    start: int
+    stop: int
+    period: int = 0
+
+    def rows(self, whole: int) -> int:
+        """Return the number of rows of the part, where the fused tensor has `whole` rows."""
+        return (self.stop - self.start) * (whole // self.period if self.period else 1)
+
 
 # Bytes of one element, by the name of a dtype that can be computed in; the default first.
 ITEM_BYTES = {"float32": 4, "float64": 8, "bfloat16": 2, "float16": 2}
@@ -73,3 +97,12 @@ def chunk_floats(n: int, d: int, hidden_units: int) -> int:
 def default_layer(block_count: int) -> int:
     """Return the layer at which a concept's map steers by default: two thirds of the depth, as in the paper's code."""
     return max(1, 2 * block_count // 3)
+
+
+def scan_chunk(n: int, key_size: int) -> int | None:
+    """Return the chunk length of a recurrence over `n` positions, or None where its pattern is kept as a whole.
+
+    A pattern takes `n` floats for each position and head, chunks of `c` positions `c + 2 s + s² / c` of them, which is
+    least, `4 s`, for chunks as long as a key. A product takes twice as many FLOP for each element of a value.
+    """
+    return key_size if n > 4 * key_size else None

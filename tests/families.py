@@ -22,8 +22,67 @@ YARN = {"type": "yarn", "factor": 4.0, "original_context_length": 32}
 # With a base of 100 the ramp of YaRN lies within the pairs.
 YARN_ROW = {"scaling": YARN, "rope_base": 100.0}
 
+# No two sizes are equal, neither of a head's parts nor of what they are made from.
+SIZES = {"nope": 12, "latent": 20, "value": 10, "query": 24}
+UNSPLIT = SIZES | {"unsplit": True}
+LATENT = {"mixers": ("latent",), "n_rot": 8, "sizes": SIZES}
+# Two of four groups, three of their six experts.
+GROUPS = {"experts": 12, "experts_used": 3} | {
+    "extra": {
+        "expert_group_count": 4,
+        "expert_group_used_count": 2,
+        "expert_gating_func": 2,
+        "expert_weights_norm": True,
+        "expert_weights_scale": 2.5,
+    }
+}
+DEEPSEEK = LATENT | GROUPS
+DEEPSEEK |= {"kv_heads": 1, "layers": 3, "dense_lead": 1, "expert_ff": 48, "shared_count": 2, "selection_bias": 0.3}
+
 # As stored: of both α the softplus is taken, and β is added to the first.
 XIELU = {"xielu.alpha_n": 1.6, "xielu.alpha_p": 0.4, "xielu.beta": 0.5, "xielu.eps": -1e-6}
+
+# More value heads than key heads.
+DELTA = {
+    "ssm.conv_kernel": 4,
+    "ssm.state_size": 16,
+    "ssm.group_count": 2,
+    "ssm.time_step_rank": 4,
+    "ssm.inner_size": 64,
+}
+QWEN35 = {"norms": ("attn_norm", "post_attention_norm"), "qk_norm": "head", "head_dim": 32, "n_rot": 16, "sizes": DELTA}
+
+
+def delta_blocks(kinds: str, **more: Any) -> dict[str, Any]:
+    """Return blocks with a delta net (d; grouped: g; in an old layout: o) or full attention (f), stated one by one."""
+    names = {"d": "delta", "g": "grouped delta", "o": "old delta", "f": "gated attention"}
+    mixers = tuple(names[kind] for kind in kinds)
+    listed = {"attention.recurrent_layers": [kind != "f" for kind in kinds]}
+    return more | {"layers": len(kinds), "mixers": mixers, "extra": listed | more.get("extra", {})}
+
+
+LFM2 = {"qk_norm": "head", "final_norm": "token_embd_norm", "sizes": {"shortconv.l_cache": 3}, "tied": True}
+
+
+def convolution_blocks(kinds: str, **more: Any) -> dict[str, Any]:
+    """Return blocks with a short convolution (c), which have no kv heads, or attention (a)."""
+    mixers = tuple({"c": "convolution", "a": "attention"}[kind] for kind in kinds)
+    kv_heads = {"attention.head_count_kv": [2 if kind == "a" else 0 for kind in kinds]}
+    return more | {"layers": len(kinds), "mixers": mixers, "extra": kv_heads | more.get("extra", {})}
+
+
+# The file has no length of values, nor need it be the model's width by heads.
+KIMI = EXPERTS | {"kv_heads": 1, "n_rot": 8, "dense_lead": 1, "expert_ff": 48, "shared_count": 2, "selection_bias": 0.3}
+KIMI |= {"omit": ("attention.value_length",), "extra": {"expert_gating_func": 2, "expert_weights_scale": 2.5}}
+KIMI |= {"sizes": SIZES | {"query": 0, "ssm.conv_kernel": 4, "kda.head_dim": 16}}
+
+
+def kda_blocks(kinds: str, **more: Any) -> dict[str, Any]:
+    """Return blocks with Kimi Delta Attention (k; with a bound: b), which have no kv heads, or latent attention (l)."""
+    mixers = tuple({"k": "kda", "b": "bounded kda", "l": "latent"}[kind] for kind in kinds)
+    kv_heads = {"attention.head_count_kv": [1 if kind == "l" else 0 for kind in kinds]}
+    return more | {"layers": len(kinds), "mixers": mixers, "extra": kv_heads | more.get("extra", {})}
+
 
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},
@@ -85,7 +144,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3vl": {"qk_norm": "head", "head_dim": 32, "extra": {"rope.dimension_sections": [6, 5, 5, 0]}},
     "qwen3vlmoe": EXPERTS
     | {"qk_norm": "head", "head_dim": 32, "expert_ff": 48, "extra": {"rope.dimension_sections": [6, 5, 5, 0]}},
-    "qwen2moe": EXPERTS | {"biases": QKV, "shared_ff": 80, "expert_ff": 48},
+    "qwen2moe": EXPERTS | {"biases": QKV, "shared_ff": 80, "shared_gate": True, "expert_ff": 48},
     "olmoe": EXPERTS | {"qk_norm": "full", "kv_heads": 4},
     "granitemoe": EXPERTS | GRANITE,
     # The gain of up makes one value in four leave the clamp at 7.
@@ -125,6 +184,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "bailingmoe2": EXPERTS
     | {"qk_norm": "head", "fused_qkv": True, "n_rot": 8, "layers": 3, "dense_lead": 1, "experts": 12}
     | {"experts_used": 3, "expert_ff": 48, "shared_count": 1, "selection_bias": 0.3}
+    | {"predictor_norms": ("nextn.enorm", "nextn.hnorm", "layer_output_norm")}
     | {"extra": {"expert_weights_norm": True, "expert_weights_scale": 2.5, "expert_gating_func": 2}},
     "exaone-moe": EXPERTS
     | {"qk_norm": "head", "layers": 5, "dense_lead": 1, "window": 4, "expert_ff": 48, "shared_ff": 48}
@@ -133,6 +193,36 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "minimax-m2": EXPERTS
     | {"qk_norm": "full", "n_rot": 8, "head_dim": 32, "selection_bias": 0.3, "extra": {"expert_gating_func": 2}},
     "phimoe": EXPERTS | {"norm": "rms_bias", "biases": (*QKV, "attn_output", "output")},
+    "qwen35": QWEN35 | {"extra": {"rope.dimension_sections": [3, 3, 2, 0]}},
+    "qwen35moe": EXPERTS
+    | QWEN35
+    | {"expert_ff": 48, "shared_ff": 80, "shared_gate": True, "extra": {"rope.dimension_sections": [3, 3, 2, 0]}},
+    "lfm2": LFM2,
+    "lfm2moe": EXPERTS
+    | LFM2
+    | {"dense_lead": 1, "expert_ff": 48, "selection_bias": 0.3, "extra": {"expert_gating_func": 2}},
+    "kimi-linear": KIMI,
+    "bailingmoe3": KIMI
+    | {"shared_ff": 80, "shared_count": 1, "predictor_norms": ("nextn.enorm", "nextn.hnorm", "layer_output_norm")}
+    | {"sizes": KIMI["sizes"] | {"head_gate": True, "kda.safe_gate": True, "kda.gate_lower_bound": -5.0}}
+    | {"extra": KIMI["extra"] | {"expert_weights_norm": True}},
+    "qwen3next": EXPERTS | QWEN35 | {"expert_ff": 48, "shared_ff": 80, "shared_gate": True},
+    "deepseek2": DEEPSEEK,
+    "mistral4": LATENT
+    | EXPERTS
+    | {"kv_heads": 1, "expert_ff": 48, "shared_count": 1}
+    | {"extra": {"expert_weights_norm": True, "leading_dense_block_count": 0}},
+    "minicpm3": LATENT | {"sizes": UNSPLIT, "kv_heads": 4, "embed_std": 0.1, "tied": True},
+    "plm": LATENT | {"sizes": UNSPLIT | {"query": 0}, "kv_heads": 4, "ffn": "plain", "tied": True},
+    "deepseek32": DEEPSEEK | {"sizes": SIZES | {"indexer": 8}, "layers": 4, "predictors": 1},
+    "glm-dsa": DEEPSEEK
+    | {"sizes": SIZES | {"indexer": 8, "indexer_types": [True, False, True]}, "layers": 4, "predictors": 1},
+    # The gain of up makes some values leave the clamp at 7.
+    "minimax-m3": EXPERTS
+    | {"mixers": ("block_sparse",), "sizes": {"indexer": 2}, "qk_norm": "head", "n_rot": 8, "head_dim": 32}
+    | {"layers": 3, "dense_lead": 1, "expert_ff": 48, "shared_count": 2, "selection_bias": 0.3}
+    | {"up_gain": 6.0, "gate_gain": 6.0, "down_gain": 0.2}
+    | {"extra": {"expert_gating_func": 2, "expert_weights_norm": True, "expert_weights_scale": 2.0}},
 }
 
 
@@ -161,8 +251,26 @@ UNREAD = {
 }
 UNREAD_ROUTING = {"expert_weights_scale": 2.5, "expert_weights_norm": False, "expert_gating_func": 2}
 
+NO_GROUPS = ("expert_group_count", "expert_group_used_count", "expert_gating_func")
+# YaRN as DeepSeek has it: a tenth of its second scale is stored, and the betas are not read.
+DEEPSEEK_YARN = YARN | {"yarn_log_multiplier": 0.0707, "yarn_beta_fast": 2.0, "yarn_beta_slow": 0.5}
+TEMPERATURE = {"attention.temperature_scale": 0.5, "attention.temperature_length": 4}
+# With 26 or 27 blocks queries have no latent. Embeddings are large beside the branches, lest rounding grow with depth.
+LITE = {"layers": 27, "d": 32, "heads": 2, "ff": 32, "expert_ff": 32, "shared_count": 1, "experts": 6} | {
+    "experts_used": 2,
+    "selection_bias": 0.0,
+    "omit": NO_GROUPS,
+    "embed_std": 3.0,
+    "down_gain": 0.5,
+}
+
 EXAONE4_32B = {"layers": 64, "d": 32, "ff": 32, "heads": 2, "kv_heads": 1, "post_gain": 0.1}
 
+# Matrices that may have a constant factor: those of attention, and of the feed-forward.
+SCALED = (
+    ("attn_q", "attn_k", "attn_v", "attn_qkv", "attn_output"),
+    tuple(f"ffn_{name}{kind}" for name in ("gate", "up", "down") for kind in ("", "_exps", "_shexp")),
+)
 FAMILY_CASES: dict[str, dict[str, Any]] = {
     "qwen2": of("qwen2"),
     "qwen2_yarn": of("qwen2", **YARN_ROW, tied=True),
@@ -182,6 +290,7 @@ FAMILY_CASES: dict[str, dict[str, Any]] = {
     ),
     "qwen3_tied_fused": of("qwen3", tied=True, fused_qkv=True),
     "qwen3_q8_0": of("qwen3", type="Q8_0"),
+    "qwen3_nvfp4": of("qwen3", types={"blk.": "NVFP4"}, ff=128, scales=SCALED[0] + SCALED[1]),
     "gemma": of("gemma"),
     "gemma_fused": of("gemma", fused_qkv=True, kv_heads=1),
     "gemma2": of("gemma2"),
@@ -340,6 +449,9 @@ FAMILY_CASES: dict[str, dict[str, Any]] = {
     "qwen3vl_still": of("qwen3vl", rope_base=30.0, extra={"rope.dimension_sections": [8, 4, 4, 0]}),
     "qwen3moe_yarn": of("qwen3moe", **YARN_ROW, tied=True, experts=5, experts_used=3),
     "qwen3moe_q8_0": of("qwen3moe", type="Q8_0", expert_ff=64),
+    "qwen3moe_nvfp4": of("qwen3moe", types={"blk.": "NVFP4"}, expert_ff=64, scales=SCALED[0] + SCALED[1]),
+    "cohere2_scales": of("cohere2", scales=SCALED[0] + SCALED[1], fused_qkv=True),
+    "glm4moe_scales": of("glm4moe", scales=SCALED[0]),
     "gpt_oss": of("gpt-oss"),
     "gpt_oss_mxfp4": of("gpt-oss", types={"_exps.weight": "MXFP4"}),
     "gpt_oss_none": of("gpt-oss", scaling={"type": "none", "factor": 4.0}),
@@ -416,6 +528,80 @@ FAMILY_CASES: dict[str, dict[str, Any]] = {
         context=1024,
     ),
     "phimoe_unread": of("phimoe", window=3, extra=UNREAD | UNREAD_ROUTING | {"leading_dense_block_count": 1}),
+    "deepseek2": of("deepseek2"),
+    "deepseek2_predictor": of("deepseek2", layers=4, predictors=1, shared_count=1, tied=True),
+    # As GLM 4.7 Flash's first files.
+    "deepseek2_unsplit": of("deepseek2", sizes=UNSPLIT, kv_heads=4),
+    "deepseek2_softmax": of(
+        "deepseek2", omit=NO_GROUPS, selection_bias=0.05, extra={"expert_weights_norm": False}, dense_lead=2
+    ),
+    # As Youtu: no experts, of whose size the file speaks all the same.
+    "deepseek2_dense": of(
+        "deepseek2",
+        experts=0,
+        experts_used=0,
+        dense_lead=3,
+        shared_count=0,
+        tied=True,
+        omit=("expert_group_count", "expert_group_used_count"),
+        extra={"expert_shared_count": 0},
+    ),
+    "deepseek2_yarn": of("deepseek2", rope_base=100.0, scaling=DEEPSEEK_YARN),
+    # Without a multiplier the scores have YaRN's magnitude twice, and stretched otherwise, have it nevertheless.
+    "deepseek2_yarn_bare": of("deepseek2", rope_base=100.0, scaling=YARN | {"attn_factor": 1.1}),
+    "deepseek2_linear": of("deepseek2", scaling=LINEAR | {"yarn_log_multiplier": 0.05}),
+    "deepseek2_none": of("deepseek2", scaling={"type": "none", "factor": 4.0, "attn_factor": 1.3}),
+    "deepseek2_temperature": of("deepseek2", extra=TEMPERATURE),
+    "deepseek2_q8_0": of(
+        "deepseek2",
+        type="Q8_0",
+        sizes={"nope": 32, "latent": 64, "value": 96, "query": 128},
+        n_rot=16,
+        expert_ff=64,
+        head_dim=48,
+    ),
+    "deepseek2_lite": of("deepseek2", **LITE, sizes={**UNSPLIT, "query": 0}, kv_heads=2),
+    "deepseek2_lite_split": of(
+        "deepseek2", **LITE | {"layers": 26}, sizes={**SIZES, "query": 0}, scaling=DEEPSEEK_YARN, rope_base=100.0
+    ),
+    "mistral4": of("mistral4"),
+    "mistral4_temperature": of("mistral4", extra=TEMPERATURE, tied=True),
+    "mistral4_yarn": of(
+        "mistral4", rope_base=100.0, scaling=DEEPSEEK_YARN | {"yarn_log_multiplier": 0.1}, extra=TEMPERATURE
+    ),
+    "mistral4_yarn_half": of("mistral4", rope_base=100.0, scaling=DEEPSEEK_YARN | {"yarn_log_multiplier": 0.05}),
+    "mistral4_sigmoid": of(
+        "mistral4", selection_bias=0.3, extra={"expert_gating_func": 2, "expert_weights_scale": 2.5}
+    ),
+    # The converter leaves it out: values are as wide as the model's width says.
+    "minicpm3": of("minicpm3", omit=("attention.value_length",), sizes=UNSPLIT | {"value": 16}),
+    "minicpm3_value": of("minicpm3", tied=False, layers=3),
+    "minicpm3_short": of("minicpm3", long_short=True, scaling=LONGROPE),
+    "minicpm3_long": of("minicpm3", long_short=True, scaling=LONGROPE | {"original_context_length": 64}),
+    "minicpm3_yarn": of("minicpm3", **YARN_ROW),
+    "plm": of("plm"),
+    "plm_yarn": of("plm", **YARN_ROW),
+    "plm_q8_0": of("plm", type="Q8_0", sizes={"nope": 32, "latent": 64, "value": 96, "unsplit": True}, n_rot=16),
+    "deepseek32": of("deepseek32"),
+    "deepseek32_yarn": of(
+        "deepseek32",
+        predictors=0,
+        rope_base=100.0,
+        scaling=DEEPSEEK_YARN | {"yarn_log_multiplier": 0.05},
+        extra={"expert_gating_func": 1},
+        selection_bias=0.05,
+    ),
+    "glm_dsa": of("glm-dsa"),
+    "glm_dsa_yarn": of(
+        "glm-dsa",
+        predictors=0,
+        omit=("expert_gating_func",),
+        sizes=SIZES | {"indexer": 8},
+        rope_base=100.0,
+        scaling=DEEPSEEK_YARN,
+    ),
+    "minimax_m3": of("minimax-m3"),
+    "minimax_m3_fused": of("minimax-m3", fused_qkv=True, dense_lead=0, layers=2, extra={"expert_gating_func": 1}),
     # Groups of experts any mixture may have.
     "qwen3moe_groups": of(
         "qwen3moe", experts=12, experts_used=3, extra={"expert_group_count": 4, "expert_group_used_count": 2}
@@ -449,6 +635,22 @@ FAMILY_CASES: dict[str, dict[str, Any]] = {
         )
     },
     "mistral3_unread": of("mistral3", window=3, extra=UNREAD | {"attention.temperature_scale": 0.0}),
+    "deepseek2_unread": of(
+        "deepseek2", window=3, extra=UNREAD | {"attention.temperature_scale": 0.0, "attention.temperature_length": 4}
+    ),
+    "mistral4_unread": of(
+        "mistral4", window=3, extra=UNREAD | {"attention.temperature_scale": 0.0, "attention.temperature_length": 4}
+    ),
+    **{
+        f"{name}_unread": of(architecture, window=3, extra=UNREAD | TEMPERATURE)
+        for name, architecture in {
+            "minicpm3": "minicpm3",
+            "plm": "plm",
+            "deepseek32": "deepseek32",
+            "glm_dsa": "glm-dsa",
+            "minimax_m3": "minimax-m3",
+        }.items()
+    },
     "granite_window_ignored": of("granite", window=3),
     "granitemoe_finetuned_ignored": of("granitemoe", extra={"rope.scaling.finetuned": False}),
     "mixtral_unread": of("llama", **EXPERTS, window=3, extra=UNREAD | UNREAD_ROUTING),
@@ -502,4 +704,108 @@ FAMILY_CASES: dict[str, dict[str, Any]] = {
     "llama_longrope": of("llama", long_short=True, scaling=LONGROPE),
     "llama_longrope_long": of("llama", long_short=True, scaling=LONGROPE | {"original_context_length": 64}),
     "granite_longrope": of("granite", long_short=True, scaling=LONGROPE),
+    # Both kinds of block are first, and last; the first case is stated by the default period of four.
+    "qwen35": of("qwen35", layers=4, mixers=(*["delta"] * 3, "gated attention")),
+    "qwen35_listed": of("qwen35", **delta_blocks("fdd"), rope_base=1e6),
+    "qwen35_period": of(
+        "qwen35", layers=4, mixers=("delta", "gated attention"), extra={"full_attention_interval": 2}, tied=True
+    ),
+    # Three taps, heads of another size, three value heads for each key head.
+    "qwen35_sizes": of(
+        "qwen35",
+        **delta_blocks("df"),
+        sizes=DELTA | {"ssm.conv_kernel": 3, "ssm.state_size": 10, "ssm.time_step_rank": 6, "ssm.inner_size": 60},
+    ),
+    "qwen35_equal_heads": of(
+        "qwen35", **delta_blocks("df"), sizes=DELTA | {"ssm.conv_kernel": 2, "ssm.group_count": 4}
+    ),
+    "qwen35_eps": of("qwen35", **delta_blocks("df"), eps=0.05),
+    "qwen35_predictor": of("qwen35", **delta_blocks("dff"), predictors=1, fused_qkv=True),
+    "qwen35_yarn": of("qwen35", **delta_blocks("dff"), **YARN_ROW),
+    "qwen35_still": of("qwen35", **delta_blocks("df", extra={"rope.dimension_sections": [4, 2, 2, 0]}), rope_base=30.0),
+    # The list of blocks counts, not the period.
+    "qwen35_unread": of("qwen35", **delta_blocks("df", extra=UNREAD | {"full_attention_interval": 1}), window=3),
+    "qwen35_q8_0": of("qwen35", **delta_blocks("df"), type="Q8_0"),
+    "qwen35moe": of("qwen35moe", **delta_blocks("dfd")),
+    "qwen35moe_fused": of("qwen35moe", **delta_blocks("fd"), fused_experts=True, experts_used=3, tied=True),
+    "qwen35moe_default_widths": of(
+        "qwen35moe",
+        **delta_blocks("df"),
+        shared_ff=96,
+        omit=("expert_feed_forward_length", "expert_shared_feed_forward_length"),
+    ),
+    "qwen35moe_predictor": of("qwen35moe", **delta_blocks("fdf"), predictors=1, fused_experts=True),
+    "qwen35moe_unread": of("qwen35moe", **delta_blocks("df", extra=UNREAD | UNREAD_ROUTING), window=3),
+    "qwen3next": of("qwen3next", layers=4, mixers=(*["grouped delta"] * 3, "gated attention")),
+    # Three value heads for each key head, two taps; the first block's q, k, v and z are in one matrix.
+    "qwen3next_old": of(
+        "qwen3next",
+        **delta_blocks("ofg"),
+        sizes=DELTA | {"ssm.conv_kernel": 2, "ssm.state_size": 10, "ssm.time_step_rank": 6, "ssm.inner_size": 60},
+    ),
+    "qwen3next_fused": of(
+        "qwen3next", **delta_blocks("fg"), fused_experts=True, fused_qkv=True, tied=True, rope_base=1e6
+    ),
+    "qwen3next_predictor": of("qwen3next", **delta_blocks("gff"), predictors=1),
+    "qwen3next_yarn": of("qwen3next", **delta_blocks("fgf"), **YARN_ROW),
+    "qwen3next_unread": of("qwen3next", **delta_blocks("gf", extra=UNREAD | UNREAD_ROUTING), window=3),
+    "lfm2": of("lfm2", **convolution_blocks("ccac"), rope_base=1e6),
+    "lfm2_window": of("lfm2", **convolution_blocks("aca"), window=4, tied=False),
+    "lfm2_taps": of("lfm2", **convolution_blocks("ac"), sizes={"shortconv.l_cache": 4}, fused_qkv=True),
+    "lfm2_two_taps": of("lfm2", **convolution_blocks("ca"), sizes={"shortconv.l_cache": 2}, **YARN_ROW),
+    "lfm2_unread": of("lfm2", **convolution_blocks("ca", extra=UNREAD), window=4),
+    "lfm2_q8_0": of("lfm2", **convolution_blocks("ca"), type="Q8_0"),
+    "lfm2moe": of("lfm2moe", **convolution_blocks("cac")),
+    "lfm2moe_softmax": of(
+        "lfm2moe", **convolution_blocks("ac", extra={"expert_gating_func": 1}), dense_lead=0, selection_bias=0.05
+    ),
+    "lfm2moe_groups": of(
+        "lfm2moe",
+        **convolution_blocks("ca", extra={"expert_group_count": 4, "expert_group_used_count": 2}),
+        experts=12,
+        experts_used=3,
+    ),
+    # Nor is the window read here.
+    "lfm2moe_unread": of(
+        "lfm2moe",
+        **convolution_blocks("ca", extra=UNREAD | {"expert_weights_scale": 2.5, "expert_weights_norm": False}),
+        window=4,
+    ),
+    "kimi_linear": of("kimi-linear", **kda_blocks("kkl")),
+    # Three taps, heads of a size that does not make the model's width; softmax in the router.
+    "kimi_linear_sizes": of(
+        "kimi-linear",
+        **kda_blocks("lk", extra={"expert_gating_func": 1}),
+        sizes=KIMI["sizes"] | {"ssm.conv_kernel": 3, "kda.head_dim": 10},
+        selection_bias=0.05,
+        dense_lead=0,
+    ),
+    "kimi_linear_fused": of("kimi-linear", **kda_blocks("kl"), fused_qkv=True),
+    "kimi_linear_eps": of("kimi-linear", **kda_blocks("kl"), eps=0.05, dense_lead=2),
+    "kimi_linear_unread": of(
+        "kimi-linear", **kda_blocks("kl", extra=UNREAD | {"expert_weights_norm": False}), window=3
+    ),
+    "bailingmoe3": of("bailingmoe3", **kda_blocks("bbl"), tied=True),
+    "bailingmoe3_clamped": of(
+        "bailingmoe3",
+        **kda_blocks("lbb", extra={"swiglu_clamp_exp": [0.0, 0.5, 0.0], "swiglu_clamp_shexp": [0.7, 0.0, 0.6]}),
+    ),
+    # As the larger one: queries have a latent, too, and experts are in groups.
+    "bailingmoe3_predictor": of(
+        "bailingmoe3",
+        **kda_blocks("lbl", extra={"expert_group_count": 4, "expert_group_used_count": 2}),
+        sizes=KIMI["sizes"] | {"query": 24, "head_gate": True, "kda.gate_lower_bound": -1.5},
+        predictors=1,
+        shared_ff=0,
+        shared_count=2,
+        experts=12,
+        experts_used=3,
+    ),
+    "bailingmoe3_yarn": of("bailingmoe3", **kda_blocks("bl"), **YARN_ROW),
+    "bailingmoe3_unread": of(
+        "bailingmoe3",
+        **kda_blocks("bl", extra=UNREAD | {"expert_weights_norm": False, "expert_gating_func": 1}),
+        selection_bias=0.05,
+        window=3,
+    ),
 }

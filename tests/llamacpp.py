@@ -27,7 +27,11 @@ def libggml() -> ctypes.CDLL:
     return library
 
 
-NAMES = ("l_out-", "attn_out-", "ffn_out-", "ffn_inp-", "sa_out-", "result_norm")
+NAMES = (
+    *("l_out-", "attn_out-", "ffn_out-", "ffn_inp-", "sa_out-", "result_norm"),
+    *("attn_output-", "linear_attn_out-", "attn_residual-", "kda_out-", "mla_out-"),
+    *("model.layers.{}.conv.out_proj-", "model.layers.{}.self_attn.out_proj-"),
+)
 
 
 def run(

@@ -10,11 +10,13 @@ Meant for short prompts and small models: all weights are dense float64.
 import functools
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import gguf
 import numpy as np
+import oracle_delta
+import oracle_latent
 import torch
 from torch import Tensor
 
@@ -56,6 +58,8 @@ class Facts(NamedTuple):
     xielu: tuple[float, ...] = ()  # its stored constants in one layer
     limit: float | Tensor = 7.0  # of oai's clamps
     shift: float | Tensor = 1.0  # added to oai's up
+    clamp_keys: bool = False  # swiglu_clamp_exp and _shexp limit gate, after SiLU, and up
+    clamp: float | Tensor = 0.0  # so in one layer, where it is not zero
     ffn: str = "gated"  # gated | fused (gate above up in one matrix) | plain
     router: str = "all"  # softmax over: all | selected; or of each its sigmoid: each
     router_key: bool = False  # expert_gating_func, where it is not 0: 1 all, 2 each
@@ -65,15 +69,57 @@ class Facts(NamedTuple):
     residual_key: bool = False
     logits: str | None = None  # divide | multiply
     mixers: Callable[["Oracle", int], tuple[str, ...]] = lambda model, layer: ("attention",)  # of `MIXERS`: their sum
+    branches: Mapping[str, str] = {}  # mixer -> what llama.cpp calls its output, where that is not attn_out
+    query_gate: bool = False  # attn_q has for each head the query, then a gate: its sigmoid scales what the head reads
+    final_norm: str = "output_norm"
     sum_named_ffn_out: bool = False  # llama.cpp's last ffn_out is the branch and its input
     scales: tuple[float, ...] = ()  # of embeddings, branches * sqrt(blocks) and logits * d, where the file has none
+    scale_keys: bool = True  # and the file may have some
+    mscale: str | None = None  # of latent attention in a stretched context: equal | one | alone (oracle_latent.py)
+
+
+def by_interval(kind: str) -> Callable[["Oracle", int], tuple[str, ...]]:
+    """Return which mixer a block has, in families that list the blocks of `kind` or their period."""
+
+    def mixers(model: "Oracle", layer: int) -> tuple[str, ...]:
+        stated = model.metadata.get("attention.recurrent_layers")
+        period = model.metadata.get("full_attention_interval", 4)
+        return (kind if (stated[layer] if stated else (layer + 1) % period) else "attention",)
+
+    return mixers
+
+
+def by_kv_heads(kind: str, other: str = "attention") -> Callable[["Oracle", int], tuple[str, ...]]:
+    """Return which mixer a block has, in families where the blocks of `kind` are said to have no kv heads."""
+
+    def mixers(model: "Oracle", layer: int) -> tuple[str, ...]:
+        return (other if scalar(model.metadata["attention.head_count_kv"], layer) else kind,)
+
+    return mixers
 
 
 SANDWICH = Facts(attn_post="post_attention_norm", ffn_post="post_ffw_norm")
 GEMMA = Facts(rope="halves", activation="gelu", embedding="root")
 GRANITE = Facts(factors=True, attn_scale_key=True, embedding="key", residual_key=True, logits="divide")
 ROUTED = Facts(router_key=True, renormalise=None, routed_scale_key=True)
+LATENT = Facts(mixers=lambda model, layer: ("latent",))
+LATENT_ROUTED = ROUTED._replace(mixers=LATENT.mixers, temperature=True)
 LAYER_NORM = Facts(norm="ln", rope="halves", activation="gelu", ffn="plain")
+QWEN35 = Facts(
+    ffn_norm="post_attention_norm", rope="halves", qk_norm="head", query_gate=True, mixers=by_interval("delta"),
+    branches={"delta": "linear_attn_out", "grouped delta": "linear_attn_out", "attention": "attn_output"},
+)  # fmt: skip
+KIMI = ROUTED._replace(
+    rope=None, mixers=by_kv_heads("kda", "latent"),
+    branches={"kda": "kda_out", "bounded kda": "kda_out", "latent": "mla_out"},
+)  # fmt: skip
+LFM2 = Facts(
+    rope="halves", qk_norm="head", local_base_key=False, final_norm="token_embd_norm",
+    mixers=by_kv_heads("convolution"),
+    branches={
+        "convolution": "model.layers.{}.conv.out_proj", "attention": "model.layers.{}.self_attn.out_proj"
+    },
+)  # fmt: skip
 
 FACTS: dict[str, Facts] = {
     "llama": Facts(factors=True),
@@ -140,6 +186,23 @@ FACTS: dict[str, Facts] = {
     ),
     "minimax-m2": Facts(rope="halves", qk_norm="full", router_key=True),
     "phimoe": Facts(rope="halves", factors=True),
+    "qwen35": QWEN35,
+    "qwen35moe": QWEN35,
+    "lfm2": LFM2._replace(period=0),
+    "lfm2moe": LFM2._replace(router_key=True),
+    "kimi-linear": KIMI._replace(renormalise=True),
+    "bailingmoe3": KIMI._replace(rope="adjacent", mixers=by_kv_heads("bounded kda", "latent"), clamp_keys=True),
+    "qwen3next": QWEN35._replace(mixers=by_interval("grouped delta")),
+    "deepseek2": LATENT_ROUTED._replace(mscale="equal"),
+    "mistral4": LATENT_ROUTED._replace(mscale="one"),
+    "minicpm3": LATENT._replace(
+        rope="halves", factors=True, embedding="key", residual_key=True, logits="multiply", scales=(12.0, 1.4, 256.0),
+        scale_keys=False,
+    ),
+    "plm": LATENT._replace(activation="relu2", ffn="plain"),
+    "deepseek32": LATENT_ROUTED._replace(mscale="one", temperature=False),
+    "glm-dsa": LATENT_ROUTED._replace(mscale="alone", temperature=False, router="each"),
+    "minimax-m3": ROUTED._replace(rope="halves", qk_norm="head", activation="oai"),
 }  # fmt: skip
 
 
@@ -174,12 +237,17 @@ def _read(path: str, changed: int) -> Oracle:
     weights = {
         t.name: torch.from_numpy(gguf.quants.dequantize(t.data, t.tensor_type).copy()).double() for t in reader.tensors
     }
+    for name in [name for name in weights if name.endswith("scale")]:
+        factor, matrix = weights.pop(name), name[: name.rindex(".")].removesuffix(".weight") + ".weight"
+        if name.endswith(".scale"):  # of the matrix, or of each expert's; no graph of llama.cpp uses an `.input_scale`
+            weights[matrix] = weights[matrix] * factor.reshape(-1, *[1] * (weights[matrix].ndim - 1))
     assert architecture in FACTS, f"the oracle does not know {architecture}"
     metadata = {k.removeprefix(f"{architecture}."): v for k, v in fields.items()}
     if scales := FACTS[architecture].scales:
         sizes = 1, math.sqrt(metadata["block_count"]), metadata["embedding_length"]
         names = "embedding_scale", "residual_scale", "logit_scale"
-        metadata = {name: s / size for name, s, size in zip(names, scales, sizes, strict=True)} | metadata
+        constants = {name: s / size for name, s, size in zip(names, scales, sizes, strict=True)}
+        metadata = constants | metadata if FACTS[architecture].scale_keys else metadata | constants
     return Oracle(architecture, metadata, weights, FACTS[architecture])
 
 
@@ -302,18 +370,20 @@ def attention(model: Oracle, layer: int, h: Tensor, *, frozen: bool, context: in
     kv_heads = scalar(meta.get("attention.head_count_kv", heads), layer)
     hd = meta.get("attention.key_length", meta["embedding_length"] // heads)
     assert meta.get("attention.value_length", hd) == hd
+    q_width = heads * hd * (2 if facts.query_gate else 1)
     if f"{b}.attn_qkv.weight" in model.weights:
         qkv = linear(model, f"{b}.attn_qkv", h)
         if f"{b}.attn_qkv.bias" not in model.weights and f"{b}.attn_q.bias" in model.weights:
             qkv = qkv + torch.cat([model.weights[f"{b}.attn_{part}.bias"] for part in "qkv"])
-        q, k, v = qkv.split([heads * hd, kv_heads * hd, kv_heads * hd], dim=-1)
+        q, k, v = qkv.split([q_width, kv_heads * hd, kv_heads * hd], dim=-1)
     else:
         q, k, v = (linear(model, f"{b}.attn_{part}", h) for part in "qkv")
     if facts.clamp_key and (limit := meta.get("attention.clamp_kqv", 0.0)):
         q, k, v = (torch.where(part.abs() <= limit, part, limit * part.detach().sign()) for part in (q, k, v))
     if facts.qk_norm == "full":
         q, k = (norm(model, f"{b}.attn_{name}_norm", part, frozen=False) for name, part in (("q", q), ("k", k)))
-    q, k, v = q.reshape(n, heads, hd), k.reshape(n, kv_heads, hd), v.reshape(n, kv_heads, hd)
+    q, k, v = q.reshape(n, heads, -1), k.reshape(n, kv_heads, hd), v.reshape(n, kv_heads, hd)
+    q, gate = q[..., :hd], q[..., hd:]
     if facts.qk_norm == "head" and f"{b}.attn_q_norm.weight" in model.weights:
         q, k = (norm(model, f"{b}.attn_{name}_norm", part, frozen=False) for name, part in (("q", q), ("k", k)))
     if roped(model, layer):
@@ -347,11 +417,54 @@ def attention(model: Oracle, layer: int, h: Tensor, *, frozen: bool, context: in
         else:
             p = scores.softmax(-1)
         outputs.append((p.detach() if frozen else p) @ v[:, group])
+        if facts.query_gate:
+            share = torch.sigmoid(gate[:, head])
+            outputs[-1] = outputs[-1] * (share.detach() if frozen else share)
     return linear(model, f"{b}.attn_output", torch.cat(outputs, dim=-1))
 
 
+def recurrent(mixer: Callable[..., Tensor], **options: Any) -> Callable[..., Tensor]:
+    """Return a mixer of another module, which sees its block's tensors and the metadata only."""
+
+    def mix(model: Oracle, layer: int, h: Tensor, *, frozen: bool, context: int) -> Tensor:
+        return mixer(tensors_of(model, layer), model.metadata, h, frozen=frozen, **options)
+
+    return mix
+
+
+def latent_attention(model: Oracle, layer: int, h: Tensor, *, frozen: bool, context: int) -> Tensor:
+    """Causal latent attention on the normed input h [n, d], through the output projection."""
+    meta, facts, n = model.metadata, model.facts, len(h)
+    w = {name.removesuffix(".weight"): value for name, value in tensors_of(model, layer).items()}
+    angles, magnitude = rope_angles(model, layer, n, meta["rope.dimension_count"], context)
+    magnitude, factor = oracle_latent.stretched(meta, magnitude, facts.mscale)
+    return oracle_latent.attention(
+        w,
+        h,
+        heads=scalar(meta["attention.head_count"], layer),
+        eps=meta["attention.layer_norm_rms_epsilon"],
+        turn=lambda x: rotate(x, angles, magnitude, pairs=facts.rope) if roped(model, layer) else x,
+        factor=factor * oracle_latent.temperatures(meta if facts.temperature else {}, n),
+        frozen=frozen,
+    )
+
+
+def tensors_of(model: Oracle, layer: int) -> dict[str, Tensor]:
+    """Return a block's tensors, by their names without the block's."""
+    prefix = f"blk.{layer}."
+    return {name.removeprefix(prefix): w for name, w in model.weights.items() if name.startswith(prefix)}
+
+
 # What mixes positions in a block, each on the normed input h [n, d] and through the output projection.
-MIXERS: dict[str, Callable[..., Tensor]] = {"attention": attention}
+MIXERS: dict[str, Callable[..., Tensor]] = {
+    "attention": attention,
+    "latent": latent_attention,
+    "delta": recurrent(oracle_delta.gated_delta, grouped=False),
+    "grouped delta": recurrent(oracle_delta.gated_delta, grouped=True),
+    "convolution": recurrent(oracle_delta.short_convolution),
+    "kda": recurrent(oracle_delta.kimi_delta, bounded=False),
+    "bounded kda": recurrent(oracle_delta.kimi_delta, bounded=True),
+}
 
 
 def slope(kind: str, g: Tensor) -> Tensor:
@@ -383,6 +496,8 @@ def activate(facts: Facts, gate: Tensor, up: Tensor | None, *, freeze: str | Non
         limit = torch.as_tensor(facts.limit, dtype=torch.float64)
         gate = gate.minimum(limit)
         up = up.minimum(limit).maximum(-limit) + facts.shift
+    clamp = torch.as_tensor(facts.clamp or math.inf, dtype=torch.float64)
+    up = up if up is None else up.minimum(clamp).maximum(-clamp)
     factor = xielu(gate, *facts.xielu) / gate if facts.xielu else slope(facts.activation, gate)
     if gelu == "f16_table" and facts.activation == "gelu":
         assert freeze is None, "the table has no derivative"
@@ -390,15 +505,21 @@ def activate(facts: Facts, gate: Tensor, up: Tensor | None, *, freeze: str | Non
     if up is None:
         return gate * (factor if freeze is None else factor.detach())
     if freeze == "up":  # the path through `up` stays alive
-        return (gate * factor).detach() * up
+        return (gate * factor).minimum(clamp).detach() * up
     if freeze == "gate":  # the linear factor of the gate stays alive
-        return gate * factor.detach() * up.detach()
-    return gate * factor * up
+        return (gate * factor.detach()).minimum(clamp) * up.detach()
+    return (gate * factor).minimum(clamp) * up
+
+
+def clamped(model: Oracle, b: str, key: str) -> Facts:
+    """Return the facts with layer `b`'s limit, where the file has any."""
+    limits = model.metadata.get(key, 0.0) if model.facts.clamp_keys else 0.0
+    return model.facts._replace(clamp=scalar(limits, int(b.removeprefix("blk."))))
 
 
 def dense(model: Oracle, b: str, h: Tensor, suffix: str = "", **how: Any) -> Tensor:
     """Apply a feed-forward network of layer `b`; `suffix` is `_shexp` for an expert that all share."""
-    up, facts = linear(model, f"{b}.ffn_up{suffix}", h), model.facts
+    up, facts = linear(model, f"{b}.ffn_up{suffix}", h), clamped(model, b, "swiglu_clamp_shexp")
     if facts.activation == "xielu":
         layer, names = int(b.removeprefix("blk.")), ("alpha_n", "alpha_p", "beta", "eps")
         facts = facts._replace(xielu=tuple(scalar(model.metadata[f"xielu.{name}"], layer) for name in names))
@@ -444,7 +565,7 @@ def mixture(model: Oracle, b: str, h: Tensor, **how: Any) -> Tensor:
     chosen, weights = routes(model, b, h)
     if how["freeze"] is not None:
         weights = weights.detach()
-    rows = []
+    facts, rows = clamped(model, b, "swiglu_clamp_exp"), []
     for i, x in enumerate(h):
         row = torch.zeros_like(x)
         for expert, weight in zip(chosen[i].tolist(), weights[i], strict=True):
@@ -453,7 +574,11 @@ def mixture(model: Oracle, b: str, h: Tensor, **how: Any) -> Tensor:
                 y = model.weights[f"{b}.{name}.weight"][expert] @ x
                 return y + model.weights[f"{b}.{name}.bias"][expert] if f"{b}.{name}.bias" in model.weights else y
 
-            hidden = activate(model.facts, apply("ffn_gate_exps", x), apply("ffn_up_exps", x), **how)
+            if f"{b}.ffn_gate_up_exps.weight" in model.weights:
+                gate, up = apply("ffn_gate_up_exps", x).chunk(2)
+            else:
+                gate, up = apply("ffn_gate_exps", x), apply("ffn_up_exps", x)
+            hidden = activate(facts, gate, up, **how)
             row = row + weight * apply("ffn_down_exps", hidden)
         rows.append(row)
     y = torch.stack(rows)
@@ -531,7 +656,7 @@ def forward(
     for layer in range(meta["block_count"] - meta.get("nextn_predict_layers", 0)):
         out |= block(model, layer, x, freeze=freeze, context=context, gelu=gelu)
         x = out[f"l_out-{layer}"]
-    out["result_norm"] = norm(model, "output_norm", x, frozen=freeze is not None)
+    out["result_norm"] = norm(model, facts.final_norm, x, frozen=freeze is not None)
     logits = out["result_norm"] @ model.weights.get("output.weight", model.weights["token_embd.weight"]).T
     logits = logits + model.weights.get("output.bias", 0.0)
     if facts.logits is not None:
@@ -590,7 +715,7 @@ def inner(
         h = values[f"l_out-{i}"]
     name = {"layer": "l_out", "attn": "attn_out", "mlp": "ffn_out"}[kind]
     y = values[f"{name}-{index - 1}"]
-    y = (y if raw else norm(model, "output_norm", y, frozen=True))[position]
+    y = (y if raw else norm(model, model.facts.final_norm, y, frozen=True))[position]
     (J,) = torch.autograd.grad(y, x, torch.eye(len(y), dtype=torch.float64), is_grads_batched=True)
     x, y = x.detach(), y.detach()
     return Jacobian(J, y, y - torch.einsum("end,nd->e", J, x), x)

@@ -89,7 +89,7 @@ def test_branches_and_heads_are_those_of_the_oracle(case: str, versus: int | Non
     found = attribute_branches(jacobian, versus=versus, positions=range(N), by_head=True)
     alone = attribute_branches(model.trace(expected.ids).jacobian(2), 5, versus, by_head=True)
     assert (found.positions, alone.positions) == (range(N), range(2, 3))
-    assert found.heads.shape == (N, expected.layers, model.config.head_count)
+    assert found.heads.shape == (N, expected.layers, model.config.layers[0].heads)
     best = expected.uncapped(expected.states["result_norm"]).argmax(1)
     assert found.targets.tolist() == best.tolist()
     assert alone.targets.tolist() == [5]

@@ -66,7 +66,9 @@ def test_a_trace_is_read(models: list[Model]) -> None:
     assert found.keys() == expected.keys()
     assert all(distance(found[name], expected[name]) < 1e-4 for name in ("S", "U", "Vh"))
     tapes = [[load_file(file) for file in sorted(Path(at).glob("block-*"))] for at in ("trace", "fresh")]
-    assert [tape.keys() for tape in tapes[0]] == [tape.keys() for tape in tapes[1]]
+    for a, b in zip(*tapes, strict=True):
+        b[".attn.pattern"] = b.pop(".attn.mixers.0.pattern")
+        assert a.keys() == b.keys()
     # Another machine may round the forward pass otherwise.
     if all(torch.equal(a[name], b[name]) for a, b in zip(*tapes, strict=True) for name in a):
         assert all(torch.equal(found[name], expected[name]) for name in found)

@@ -12,9 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ggjac.architectures import ARCHITECTURES
-from ggjac.config import ConfigError, ModelConfig, Rope
+from ggjac.config import ConfigError, ModelConfig, Rope, fused_parts, read_config
 from ggjac.gguf import open_gguf
 from ggjac.rope import rotation
+from ggjac.sizes import Part
 
 L, D, H, G, HD, F, V = 2, 12, 6, 3, 4, 10, 7
 
@@ -56,7 +57,7 @@ def read(metadata: dict[str, Any] | None = None, shapes: dict[str, Any] | None =
     """Read the model above with changes; keys without a dot-separated prefix get `llama.`, ABSENT removes."""
     changed = {name if name.startswith(("general.", "llama.")) else f"llama.{name}": value
                for name, value in (metadata or {}).items()}  # fmt: skip
-    return ModelConfig.from_metadata(
+    return read_config(
         {name: value for name, value in (METADATA | changed).items() if value is not ABSENT},
         {name: shape for name, shape in (SHAPES | (shapes or {})).items() if shape is not ABSENT},
     )
@@ -64,7 +65,9 @@ def read(metadata: dict[str, Any] | None = None, shapes: dict[str, Any] | None =
 
 def sizes(config: ModelConfig) -> tuple[int, int, int]:
     """Query heads, key/value heads, elements of a head."""
-    return config.head_count, config.head_count_kv, config.head_size
+    (own,) = {(layer.heads, layer.kv_heads, layer.key_size) for layer in config.layers}
+    assert {layer.value_size for layer in config.layers} == {own[2]}
+    return own
 
 
 def rope_of(config: ModelConfig) -> Rope:
@@ -81,7 +84,7 @@ def test_everything_is_read() -> None:
     config = read()
     assert (config.architecture, config.block_count, config.d, config.vocabulary) == ("llama", L, D, V)
     assert sizes(config) == (H, G, HD)
-    assert (config.context_length, config.feed_forward_length) == (32, F)
+    assert (config.context_length, {layer.hidden_units for layer in config.layers}) == (32, {F})
     assert config.norm_epsilon == 1e-5
     assert len({layer.rope for layer in config.layers}) == 1
     rope = rope_of(config)
@@ -105,17 +108,17 @@ def test_defaults_are_llamacpps() -> None:
     assert (rope_of(config).dimensions, rope_of(config).base) == (2, 10000.0)
 
 
-def test_sizes_may_be_given_per_block_if_they_are_equal() -> None:
-    """(Where they differ, llama.cpp refuses these architectures too.)"""
+def test_sizes_may_be_given_per_block() -> None:
     arrays = {"attention.head_count": [H, H], "attention.head_count_kv": (G, G), "feed_forward_length": [F, F]}
     config = read(arrays)
     assert sizes(config) == (H, G, HD)
-    assert config.slices == {
-        "attn_q": ("attn_qkv", 0, 24), "attn_k": ("attn_qkv", 24, 36), "attn_v": ("attn_qkv", 36, 48)
+    parts = fused_parts(config, 0)
+    assert {name: part for name, part in parts.items() if part.stem == "attn_qkv"} == {
+        "attn_q": Part("attn_qkv", 0, 24), "attn_k": Part("attn_qkv", 24, 36), "attn_v": Part("attn_qkv", 36, 48)
     }  # fmt: skip
-    with pytest.raises(ConfigError, match=r"head_count differs between blocks \(3 to 6\): not supported"):
+    with pytest.raises(ConfigError, match=r"blk.1.attn_q.weight has shape \[24, 12\], the metadata calls for \[12"):
         read({"attention.head_count": [H, 3]})
-    with pytest.raises(ConfigError, match="values of 2 elements with keys of 4 are not supported"):
+    with pytest.raises(ConfigError, match=r"blk.0.attn_v.weight has shape \[12, 12\], the metadata calls for \[6"):
         read({"attention.value_length": 2})
 
 
@@ -127,7 +130,7 @@ def fused(*, bias: bool) -> dict[str, Any]:
 
 @pytest.mark.parametrize("bias", [False, True])
 def test_fused_attention_replaces_its_parts(bias: bool) -> None:
-    assert read(shapes=fused(bias=bias)).slices["attn_k"] == ("attn_qkv", 24, 36)
+    assert fused_parts(read(shapes=fused(bias=bias)), 0)["attn_k"] == Part("attn_qkv", 24, 36)
 
 
 @pytest.mark.parametrize("name", ["attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down"])
@@ -170,7 +173,7 @@ def test_rope_scaling(name: str) -> None:
 def test_files_are_read(case: str, tiny_file: Callable[..., Path]) -> None:
     o = tiny.options(case)
     with open_gguf(tiny_file(case)) as file:
-        config = ModelConfig.from_metadata(file.metadata, {t.name: t.shape for t in file.tensors.values()})
+        config = read_config(file.metadata, {t.name: t.shape for t in file.tensors.values()})
     assert (config.block_count, config.d, config.vocabulary) == (o.layers, o.d, o.vocab)
     assert sizes(config) == (o.heads, o.hk, o.hd)
     assert rope_of(config).dimensions == o.hd
@@ -230,7 +233,17 @@ REFUSALS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "flat embeddings": ({}, {"token_embd.weight": (V,)}, r"token_embd.weight has shape \[7\]"),
     "a head of another vocabulary": ({}, {"output.weight": (V + 1, D)}, r"output.weight has shape \[8, 12\]"),
     "a tensor that would change the sum": ({}, {"blk.0.attn_q_norm.weight": (HD,)}, "attn_q_norm.weight' is not"),
-    "a scale": ({}, {"blk.0.ffn_up.scale": (1,)}, "tensor 'blk.0.ffn_up.scale' is not part of a llama model"),
+    "a scale of a norm": ({}, {"blk.0.ffn_norm.scale": (1,)}, "'blk.0.ffn_norm.scale' is not part of a llama model"),
+    "a scale of nothing": ({}, {"blk.0.attn_qkv.scale": (1,)}, "'blk.0.attn_qkv.scale' is not part of a llama model"),
+    "a scale of a part": ({}, {f"blk.{i}.{name}.weight": shape for i in range(L) for name, shape in
+                               (("attn_qkv", (48, D)), *((f"attn_{part}", ABSENT) for part in "qkv"))}
+                          | {"blk.1.attn_q.scale": (1,)}, "'blk.1.attn_q.scale' is not part of a llama model"),
+    "a scale of a tied head": ({}, {"output.weight": ABSENT, "output.scale": (1,)}, "'output.scale' is not part of a"),
+    "a scale of each row": ({}, {"blk.0.ffn_up.scale": (F,)}, r"ffn_up.scale has shape \[10\], .* calls for \[1\]"),
+    "scales of the head": ({}, {"output.scale": (V,)}, r"tensor output.scale has shape \[7\], .* calls for \[1\]"),
+    "two scales": ({}, {"blk.1.attn_q.input_scale": (2,)}, r"attn_q.input_scale has shape \[2\], .* calls for \[1\]"),
+    "a bias scaled or not": ({}, {"blk.0.ffn_up.scale": (1,), "blk.0.ffn_up.bias": (F,)},
+                             "'blk.0.ffn_up.scale' is not part of a llama model"),
     "an unprintable tensor": ({}, {"\x1b[31m": (1,)}, r"tensor '\\x1b\[31m' is not part of a llama model"),
 }  # fmt: skip
 
@@ -317,14 +330,16 @@ def test_every_architecture_says_how_its_pairs_rotate() -> None:
     assert {row.rope_pairs for row in ARCHITECTURES.values()} == {"adjacent", "halves", ""}
 
 
-def of(architecture: str, changes: dict[str, Any], tensors: tuple[str, ...]) -> ModelConfig:
+def of(
+    architecture: str, changes: dict[str, Any], tensors: tuple[str, ...], more: dict[str, Any] | None = None
+) -> ModelConfig:
     """Read the model above as of another architecture, with more tensors in each block: norms of heads or of d."""
     metadata = {key.replace("llama.", f"{architecture}."): value for key, value in METADATA.items()}
     metadata |= {"general.architecture": architecture} | {f"{architecture}.{k}": v for k, v in changes.items()}
     metadata = {key: value for key, value in metadata.items() if value is not ABSENT}
     shapes = {f"blk.{i}.{name}.weight": (HD if name[-6:] in ("q_norm", "k_norm") else D,)
               for i in range(L) for name in tensors}  # fmt: skip
-    return ModelConfig.from_metadata(metadata, SHAPES | shapes)
+    return read_config(metadata, SHAPES | shapes | (more or {}))
 
 
 @pytest.mark.parametrize(
@@ -364,7 +379,7 @@ def apertus(**changes: Any) -> ModelConfig:
     metadata = {key: value for key, value in metadata.items() if value is not ABSENT}
     norms = {f"blk.{i}.{name}.weight": (HD,) for i in range(L) for name in ("attn_q_norm", "attn_k_norm")}
     shapes = {name: shape for name, shape in SHAPES.items() if "ffn_gate" not in name}
-    return ModelConfig.from_metadata(metadata | {"general.architecture": "apertus"}, shapes | norms)
+    return read_config(metadata | {"general.architecture": "apertus"}, shapes | norms)
 
 
 def test_xielu_has_constants_of_each_block() -> None:
@@ -435,7 +450,7 @@ def mixture(architecture: str = "glm4moe", shapes: dict[str, Any] | None = None,
     found |= {f"blk.1.{name}.weight": shape for name, shape in routed.items()} | {"blk.1.exp_probs_b.bias": (E,)}
     norm = "post_attention_norm" if architecture == "glm4moe" else "ffn_norm"
     found |= {f"blk.1.{norm}.weight": (D,)} | (shapes or {})
-    return ModelConfig.from_metadata(
+    return read_config(
         {name: value for name, value in metadata.items() if value is not ABSENT},
         {name: shape for name, shape in found.items() if shape is not ABSENT},
     )
@@ -443,11 +458,12 @@ def mixture(architecture: str = "glm4moe", shapes: dict[str, Any] | None = None,
 
 def test_first_blocks_of_a_mixture_may_be_dense() -> None:
     config = mixture()
-    assert [config.routed(i) for i in range(L)] == [False, True]
-    assert (config.feed_forward_length, config.expert_feed_forward_length) == (F, FE)
+    assert [layer.routed for layer in config.layers] == [False, True]
+    assert [layer.hidden_units for layer in config.layers] == [F, 0]
+    assert config.expert_feed_forward_length == FE
     assert config.expert_shared_feed_forward_length == config.hidden_units == 2 * FE
-    assert dataclasses.replace(config, feed_forward_length=40).hidden_units == 40
-    assert dataclasses.replace(config, feed_forward_length=40, leading_dense=0).hidden_units == 2 * FE
+    wide = dataclasses.replace(config.layers[0], hidden_units=40)
+    assert dataclasses.replace(config, layers=(wide, config.layers[1])).hidden_units == 40
     assert (config.expert_groups, config.expert_weights_scale, config.row.renormalize) == (1, 1.0, False)
     assert config.row.router == "sigmoid"
     assert mixture(expert_gating_func=1).row.router == "softmax"
@@ -462,7 +478,62 @@ def test_blocks_that_predict_later_tokens_are_left_out() -> None:
     """(As llama.cpp does: whatever is in them.)"""
     more = {f"blk.2.{name}.weight": shape for name, shape in {"attn_q": (1,), "nextn.eh_proj": (D, 2 * D)}.items()}
     assert mixture(block_count=3, nextn_predict_layers=1, shapes=more).block_count == 2
-    assert mixture(block_count=3, nextn_predict_layers=1, shapes=more, attention__head_count=[H] * 3).head_count == H
+    assert (
+        mixture(block_count=3, nextn_predict_layers=1, shapes=more, attention__head_count=[H] * 3).layers[0].heads == H
+    )
+
+
+def routed(shapes: dict[str, Any]) -> ModelConfig:
+    """Read the model above as a mixture in all blocks, with changes."""
+    stacks = {"gate_inp": (E, D), "gate_exps": (E, FE, D), "up_exps": (E, FE, D), "down_exps": (E, D, FE)}
+    found: dict[str, Any] = {f"blk.{i}.ffn_{name}.weight": shape for i in range(L) for name, shape in stacks.items()}
+    found |= {f"blk.{i}.ffn_{name}.weight": ABSENT for i in range(L) for name in ("gate", "up", "down")}
+    return read({"expert_count": E, "expert_used_count": USED}, found | shapes)
+
+
+FUSED: dict[str, Any] = {f"blk.{i}.ffn_{name}_exps.weight": ABSENT for i in range(L) for name in ("gate", "up")}
+FUSED |= {f"blk.{i}.ffn_gate_up_exps.weight": (E, 2 * FE, D) for i in range(L)}
+
+
+def test_the_experts_gates_may_be_stored_above_their_other_projections() -> None:
+    config = routed(FUSED)
+    parts = fused_parts(config, 0)
+    assert config.expert_feed_forward_length == FE
+    assert parts["ffn_gate_exps"] == Part("ffn_gate_up_exps", 0, FE)
+    assert parts["ffn_up_exps"] == Part("ffn_gate_up_exps", FE, 2 * FE)
+
+
+@pytest.mark.parametrize("kind", ["scale", "input_scale", "weight.scale", "weight.input_scale"])
+def test_any_matrix_may_have_a_constant_factor(kind: str) -> None:
+    read(shapes={"output." + kind: (1,), **{f"blk.0.{name.removesuffix('weight')}{kind}": (1,) for name, shape in
+                                            BLOCK.items() if len(shape) > 1}})  # fmt: skip
+    read(shapes={f"blk.1.attn_q.{kind}": (1,), "blk.1.attn_q.bias": (H * HD,)})
+    routed({f"blk.1.ffn_{name}_exps.{kind}": (E,) for name in ("gate", "up", "down")})
+    routed({f"blk.1.ffn_up_exps.{kind}": (E,), "blk.1.ffn_up_exps.bias": (E, FE)})
+    routed(FUSED | {f"blk.0.ffn_gate_up_exps.{kind}": (E,), f"blk.1.ffn_gate_up_exps.{kind}": (E,)})
+    for architecture in ("llama", "qwen2"):
+        of(architecture, {}, (), {f"blk.0.attn_v.{kind}": (1,)})
+    with pytest.raises(ConfigError, match=rf"tensor 'blk.0.ffn_up.{kind}' is not part of a qwen2 model"):
+        of("qwen2", {}, (), {f"blk.0.ffn_up.{kind}": (1,)})
+
+
+SCALES: dict[str, tuple[dict[str, Any], str]] = {
+    "of a stack": ({"blk.1.ffn_up_exps.scale": (1,)}, r"ffn_up_exps.scale has shape \[1\], .* calls for \[4\]"),
+    "of the router": ({"blk.1.ffn_gate_inp.scale": (1,)}, "'blk.1.ffn_gate_inp.scale' is not part of a llama model"),
+    "beside the whole": (FUSED | {"blk.1.ffn_up_exps.scale": (E,)}, "'blk.1.ffn_up_exps.scale' is not part of a llama"),
+    "of another block": ({"blk.1.ffn_up.scale": (1,)}, "'blk.1.ffn_up.scale' is not part of a llama model"),
+    "fused, too narrow": (FUSED | {"blk.1.ffn_gate_up_exps.weight": (E, FE, D)},
+                          r"gate_up_exps.weight has shape \[4, 8, 12\], the metadata calls for \[4, 16, 12\]"),
+    "neither fused nor gates": (FUSED | {"blk.1.ffn_gate_up_exps.weight": ABSENT}, "blk.1.ffn_gate_exps.weight is mis"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SCALES)
+def test_scales_and_fused_experts_are_refused_by_name(name: str) -> None:
+    shapes, message = SCALES[name]
+    with pytest.raises(ConfigError, match=message) as error:
+        routed(shapes)
+    assert "\n" not in str(error.value)
 
 
 HEAD_NORMS = {f"blk.{i}.attn_{of}_norm.weight": (HD,) for i in range(L) for of in "qk"}
@@ -523,7 +594,7 @@ def test_all_blocks_are_normed_alike(layer: int) -> None:
     metadata |= {"general.architecture": "stablelm", "stablelm.attention.layer_norm_epsilon": 1e-5}
 
     def parallel(shapes: dict[str, Any]) -> bool:
-        return ModelConfig.from_metadata(metadata, shapes).row.parallel
+        return read_config(metadata, shapes).row.parallel
 
     whole = SHAPES | {f"blk.{i}.attn_{of}.weight": (heads, HD) for i in range(L) for of, heads in NORMED.items()}
     for part in ("ffn_norm", "attn_q_norm", "attn_k_norm"):

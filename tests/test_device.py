@@ -102,6 +102,17 @@ PLACES = [
 ]
 
 
+@pytest.mark.parametrize("place", ["file", "pinned", "device", "dense"])
+def test_parts_with_gaps_wait_there_too(place: str, device: str, tiny_file: TinyFile) -> None:
+    path, part = tiny_file("plain", type="Q8_0"), {"part": sizes.Part("attn_q", 3, 7, 16)}
+    there, here = (open_model(path, device=name).weights for name in (device, "cpu"))
+    there.place([place] * 2, {"pinned": 1 << 22, "device": 1 << 22, "dense": 1 << 24})
+    found, expected = (weights.block(0, part, live=True).matrix("part.weight") for weights in (there, here))
+    for _ in range(3):
+        assert_same(found.dense(), expected.dense())
+    assert there.reads["blk.0.attn_q.weight"] == (16 if place == "dense" else 48)
+
+
 @pytest.mark.parametrize("places", PLACES, ids="-".join)
 def test_weights_wait_where_they_should(
     places: list[str], device: str, tiny_file: TinyFile, monkeypatch: pytest.MonkeyPatch

@@ -13,7 +13,10 @@ import tiny
 from helpers import FIRST, distance, lacking
 from safetensors.torch import load_file
 
+import ggjac
 from ggjac.architectures import ARCHITECTURES
+from ggjac.config import ConfigError
+from ggjac.gguf import open_gguf
 from ggjac.model import open_model
 from ggjac.parity import verify
 
@@ -42,6 +45,54 @@ def test_every_layer_agrees_with_llamacpp(case: str, tiny_file: Callable[..., Pa
     assert result.tolerance == (1e-3 if gelu else 1e-5)
     assert ("half-precision" in (result.cause or "")) == gelu
     assert sum(layer.name.startswith("l_out-") for layer in result.layers) == model.config.block_count
+
+
+@pytest.mark.parametrize("case", [*FIRST.values(), "mixtral", "mistral3_experts"])
+def test_matrices_have_constant_factors_where_llamacpp_applies_them(case: str, tiny_file: Callable[..., Path]) -> None:
+    """Attention's everywhere, the feed-forward's where the row says so; elsewhere, it computes what no model meant."""
+    attention, feed_forward = families.SCALED
+    row = ARCHITECTURES[tiny.options(case).architecture]
+    assert agrees(tiny_file(case, type="F32", types={}, scales=attention))
+    assert agrees(tiny_file(case, type="F32", types={}, scales=feed_forward)) == row.ffn_scales
+
+
+@pytest.mark.parametrize("bias", ["attn_q", "attn_v", "attn_output", "ffn_up", "ffn_down"])
+def test_a_factor_does_not_multiply_the_bias(bias: str, tiny_file: Callable[..., Path]) -> None:
+    """In llama.cpp it does if the network is dense, which the model did not mean: such a file is refused."""
+    path = tiny_file("mistral3_biases", biases=(bias,), scales=(bias,))
+    if agrees(path):
+        assert verify(open_model(path), tiny.prompt("mistral3"), strict=True, threads=1).verdict
+    else:
+        assert bias.startswith("ffn_")
+        with pytest.raises(ConfigError, match=f"tensor 'blk.0.{bias}.scale' is not part of a mistral3 model"):
+            open_model(path)
+
+
+def test_the_head_may_have_a_factor(tiny_file: Callable[..., Path], tmp_path: Path) -> None:
+    """llama.cpp knows it only beside a quantized head, where it rounds; its own logits show that it is one of them."""
+    llamacpp = pytest.importorskip("llamacpp", reason="llama-cpp-python is not installed")
+    row = {"type": "NVFP4", "ff": 128}
+    plain, path = tiny_file("qwen3", **row), tiny_file("qwen3", **row, scales=("output",))
+    with open_gguf(path) as file:
+        factor = float(file.rows("output.scale").view("<f4")[0, 0])
+    ids, model = tiny.prompt("qwen3"), open_model(path, dtype="float64")
+    theirs = llamacpp.run(path, ids)["logits"]
+    assert distance(theirs, factor * llamacpp.run(plain, ids)["logits"]) < 1e-6
+    exact = llamacpp.run(tiny.quantize(plain, tmp_path / "f32.gguf", "F32"), ids)["logits"]
+    trace = model.trace(ids)
+    assert distance(trace.all_logits(), factor * exact) < 5e-6
+    assert abs(factor - 1) > 0.1
+    assert verify(model, ids, strict=False, threads=1).verdict
+    shares = ggjac.attribute(trace.jacobian(), target=7)
+    assert abs(shares.shares.sum() + shares.offset - trace.logits[7]) < 1e-8
+
+
+def agrees(path: Path) -> bool:
+    """Return whether llama.cpp's logits are the oracle's."""
+    llamacpp = pytest.importorskip("llamacpp", reason="llama-cpp-python is not installed")
+    ids = tiny.prompt({})
+    ours = oracle.forward(oracle.load(path), ids, context=256, gelu="f16_table")["logits"]
+    return distance(llamacpp.run(path, ids)["logits"], ours) < 3e-4
 
 
 @pytest.mark.parametrize(

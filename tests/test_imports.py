@@ -27,7 +27,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "frobenius": {"linop", "results", "sizes", "svd"},
     # files
     "architectures": set(),
-    "config": {"architectures"},
+    "config": {"architectures", "sizes"},
     "quants": {"gguf"},
     "weights": {"gguf", "quants", "sizes"},
     "runs": {"sizes"},

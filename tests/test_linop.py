@@ -1,5 +1,6 @@
 """One contract over all operators, hand-made operators with their answers written out, and the algebra."""
 
+import itertools
 import math
 import sys
 from collections.abc import Callable, Iterator
@@ -17,6 +18,7 @@ from ggjac import linop
 from ggjac.linop import (
     Center,
     Chain,
+    Conv,
     Experts,
     Identity,
     Linear,
@@ -24,9 +26,11 @@ from ggjac.linop import (
     Matrix,
     Mix,
     Scale,
+    Scan,
     Select,
     Sum,
     TiledMatrix,
+    Zero,
     dot_test,
 )
 
@@ -57,12 +61,20 @@ class Random:
     def identity(self, n: int = 3, d: int = 4) -> Identity:
         return Identity((n, d), dtype=self.dtype, device=CPU)
 
-    def linear(self, n: int = 3, into: int = 4, out: int = 5, *, bias: bool = True, tiled: bool = True) -> Linear:
+    def linear(
+        self, n: int = 3, into: int = 4, out: int = 5, *, bias: bool = True, tiled: bool = True, gain: float = 1.0
+    ) -> Linear:
         weight = (Tiles if tiled else Matrix)(self(out, into))
-        return Linear(weight, n, self(out) if bias else None)
+        return Linear(weight, n, self(out) if bias else None, gain)
 
     def select(self, *positions: int, n: int = 3, d: int = 4) -> Select:
         return Select(torch.tensor(positions), n, d, dtype=self.dtype, device=CPU)
+
+    def scan(self, n: int, m: int | None = None, *, heads: int = 2, size: int = 3, s: int = 2, c: int = 2) -> Scan:
+        """Return a recurrence with one chunk more than its positions need."""
+        b = -(-n // size) + 1
+        shapes = (size, size), (size, s), (s, size), (s, s)
+        return Scan(*(self(heads, b, *shape) for shape in shapes), n, m, value_size=c)
 
 
 def attention(r: Random, m: int = 3) -> LinearOperator:
@@ -79,6 +91,7 @@ def block(r: Random) -> LinearOperator:
 
 OPERATORS: dict[str, Callable[[Random], LinearOperator]] = {
     "identity": lambda r: r.identity(),
+    "zero": lambda r: Zero((3, 4), (2, 5), dtype=r.dtype, device=CPU),
     "scale": lambda r: Scale(r(3, 4)),
     "scale by zero": lambda r: Scale(r(3, 4) * 0),
     "scale and shift": lambda r: Scale(r(3, 4), r(3, 4)),
@@ -87,6 +100,7 @@ OPERATORS: dict[str, Callable[[Random], LinearOperator]] = {
     "linear": lambda r: r.linear(bias=False, tiled=False),
     "linear, tiled": lambda r: r.linear(bias=False),
     "linear, bias": lambda r: r.linear(),
+    "linear, gain": lambda r: r.linear(gain=-0.375),
     "linear to one": lambda r: r.linear(out=1),
     "select": lambda r: r.select(0, 2),
     "select out of order": lambda r: r.select(2, 0, 1),
@@ -95,6 +109,17 @@ OPERATORS: dict[str, Callable[[Random], LinearOperator]] = {
     "mix, grouped": lambda r: Mix(r(6, 3, 3), 2, 2),
     "mix, one group": lambda r: Mix(r(4, 3, 3), 1, 2),
     "mix to fewer positions": lambda r: Mix(r(4, 2, 3), 2, 2),
+    "convolution": lambda r: Conv(r(4, 3), 5),
+    "convolution, bias": lambda r: Conv(r(4, 3), 5, r(4)),
+    "convolution of fewer positions than taps": lambda r: Conv(r(2, 4), 2, r(2)),
+    "convolution with one tap": lambda r: Conv(r(4, 1), 3),
+    "scan": lambda r: r.scan(6),
+    "scan, last chunk in part": lambda r: r.scan(7),
+    "scan inside a chunk": lambda r: r.scan(2),
+    "scan, one chunk": lambda r: r.scan(3),
+    "scan to fewer positions": lambda r: r.scan(8, 4),
+    "scan to one position": lambda r: r.scan(7, 1),
+    "scan to the last chunk": lambda r: r.scan(9, 3),
     "chain": lambda r: r.linear(3, 5, 2) @ r.linear(3, 4, 5),
     "chain of one": lambda r: Chain(r.linear()),
     "sum": lambda r: r.linear() + r.linear(),
@@ -253,6 +278,37 @@ def test_linear_by_hand() -> None:
     assert (A.T @ torch.tensor([[1.0, 1.0, 1.0], [0.0, 2.0, 0.0]])).tolist() == [[4, 1], [0, -2]]
 
 
+def test_a_gain_multiplies_the_matrix_but_not_the_bias() -> None:
+    """2 x W' + b with W = [[1, 2], [0, -1], [3, 0]], b = [10, 20, 30] at one position."""
+    A = Linear(Tiles(torch.tensor([[1.0, 2.0], [0.0, -1.0], [3.0, 0.0]])), 1, torch.tensor([10.0, 20.0, 30.0]), 2.0)
+    x = torch.tensor([[1.0, 1.0]])
+    assert (A @ x).tolist() == [[6, -2, 6]]
+    assert A.matmat(x[None], torch.tensor([1.0]))[0].tolist() == [[16, 18, 36]]
+    assert (A.T @ torch.tensor([[1.0, 1.0, 1.0]])).tolist() == [[8, 2]]
+
+
+def test_convolution_by_hand() -> None:
+    """Two channels, three taps, the last one at the position itself, at four positions."""
+    A = Conv(torch.tensor([[100.0, 10.0, 1.0], [0.0, 1.0, 2.0]]), 4, torch.tensor([0.5, 0.0]))
+    x = torch.tensor([[1.0, 1.0], [2.0, 0.0], [3.0, -1.0], [4.0, 0.0]])
+    assert (A @ x).tolist() == [[1, 2], [12, 1], [123, -2], [234, -1]]
+    assert A.matmat(x[None], torch.tensor([2.0]))[0, 0].tolist() == [2, 2]
+    # Position 3 is read by itself alone, position 0 by the first three.
+    assert (A.T @ x).tolist() == [[321, 2], [432, -1], [43, -2], [4, 0]]
+
+
+def test_scan_by_hand() -> None:
+    """A state that halves at each position, to which the value is added, and that is written out: chunks of two."""
+    within, reading = torch.tensor([[1.0, 0.0], [0.5, 1.0]]), torch.tensor([[0.5], [0.25]])
+    writing, moving = torch.tensor([[0.5, 1.0]]), torch.tensor([[0.25]])
+    chunks = [part.expand(1, 3, -1, -1) for part in (within, reading, writing, moving)]
+    values = torch.tensor([[16.0], [0.0], [32.0], [0.0], [64.0]])
+    assert (Scan(*chunks, 5, value_size=1) @ values).flatten().tolist() == [16, 8, 36, 18, 73]
+    assert (Scan(*chunks, 5, 2, value_size=1) @ values).flatten().tolist() == [18, 73]
+    cotangent = torch.tensor([[0.0], [64.0]])
+    assert (Scan(*chunks, 5, 2, value_size=1).T @ cotangent).flatten().tolist() == [4, 8, 16, 32, 64]
+
+
 def test_grouped_query_mix_by_hand() -> None:
     """Four query heads, two value heads of one element, two positions: heads 0 and 1 read value 0, 2 and 3 value 1."""
     pattern = torch.tensor(
@@ -309,6 +365,53 @@ def test_any_mix_is_a_sum_over_heads(groups: int, shared: int, m: int, n: int, s
         expected[:, :, head * size : (head + 1) * size] = pattern[head] @ value
     assert torch.allclose(A.matmat(X), expected, rtol=1e-12, atol=1e-12)
     assert dot_test(A, torch.Generator().manual_seed(seed)) < 1e-14
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.integers(1, 3), st.integers(1, 9), st.integers(1, 4), st.data())
+def test_any_scan_is_the_recurrence_position_by_position(heads: int, n: int, size: int, data: st.DataObject) -> None:
+    """`S = A S + w vᵀ`, `o = rᵀ S` with an own transition A at each position, chunked by products of those."""
+    m, s, c = data.draw(st.integers(1, n)), data.draw(st.integers(1, 3)), data.draw(st.integers(1, 3))
+    r, b = Random(torch.float64, data.draw(st.integers(0, 99))), -(-n // size)
+    A, w, read = r(heads, b * size, s, s), r(heads, b * size, s), r(heads, b * size, s)
+
+    def through(head: int, start: int, stop: int) -> Tensor:
+        """Return the product of the transitions at `start:stop`."""
+        product = torch.eye(s, dtype=torch.float64)
+        for t in range(start, stop):
+            product = A[head, t] @ product
+        return product
+
+    within, reading = torch.zeros(heads, b, size, size).double(), torch.zeros(heads, b, size, s).double()
+    writing, moving = torch.zeros(heads, b, s, size).double(), torch.zeros(heads, b, s, s).double()
+    for head, chunk, i in itertools.product(range(heads), range(b), range(size)):
+        start, t, stop = chunk * size, chunk * size + i, (chunk + 1) * size
+        for j in range(i + 1):
+            within[head, chunk, i, j] = read[head, t] @ through(head, start + j + 1, t + 1) @ w[head, start + j]
+        reading[head, chunk, i] = read[head, t] @ through(head, start, t + 1)
+        writing[head, chunk, :, i] = through(head, t + 1, stop) @ w[head, t]
+        moving[head, chunk] = through(head, start, stop)
+
+    X, expected = r(2, n, heads * c), torch.zeros(2, n, heads * c, dtype=torch.float64)
+    for one, head in itertools.product(range(2), range(heads)):
+        state, of_head = torch.zeros(s, c, dtype=torch.float64), slice(head * c, (head + 1) * c)
+        for t in range(n):
+            state = A[head, t] @ state + torch.outer(w[head, t], X[one, t, of_head])
+            expected[one, t, of_head] = read[head, t] @ state
+    scan = Scan(within, reading, writing, moving, n, m, value_size=c)
+    assert torch.allclose(scan.matmat(X), expected[:, n - m :], rtol=1e-9, atol=1e-9 * float(expected.abs().max()))
+    assert dot_test(scan, torch.Generator().manual_seed(0)) < 1e-13
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.integers(1, 6), st.integers(1, 5), st.integers(1, 3), st.integers(0, 99))
+def test_any_convolution_is_torchs(n: int, taps: int, channels: int, seed: int) -> None:
+    r = Random(torch.float64, seed)
+    X, weight, bias = r(2, n, channels), r(channels, taps), r(channels)
+    padded = torch.nn.functional.pad(X.mT, (taps - 1, 0))
+    expected = torch.nn.functional.conv1d(padded, weight[:, None], bias, groups=channels).mT
+    found = Conv(weight, n, bias).matmat(X, torch.ones(2, dtype=torch.float64))
+    assert torch.allclose(found, expected, rtol=1e-12, atol=1e-12)
 
 
 def test_matrices_are_tiled_matrices() -> None:
@@ -381,12 +484,19 @@ def addmm_flop(total: Tensor, a: tuple[int, int], b: tuple[int, int], **_: objec
     return 2 * a[0] * a[1] * b[1]
 
 
-@pytest.mark.parametrize("name", ["linear, tiled", "mix, grouped", "mix to fewer positions", "experts", "two blocks"])
+def baddbmm_flop(total: Tensor, a: tuple[int, int, int], b: tuple[int, int, int], **_: object) -> int:
+    return 2 * a[0] * a[1] * a[2] * b[2]
+
+
+COUNTED = ["linear, tiled", "linear, gain", "mix, grouped", "mix to fewer positions", "experts", "two blocks"]
+
+
+@pytest.mark.parametrize("name", [*COUNTED, *(name for name in OPERATORS if name.startswith("scan"))])
 def test_flop_is_what_torch_counts(name: str) -> None:
     A = make(name)
     for product, shape in ((A.matmat, A.in_shape), (A.rmatmat, A.out_shape)):
-        # The counter knows `addmm` only by its pure form.
-        in_place = {torch.ops.aten.addmm_: addmm_flop}
+        # The counter knows these only by their pure forms.
+        in_place = {torch.ops.aten.addmm_: addmm_flop, torch.ops.aten.baddbmm_: baddbmm_flop}
         with FlopCounterMode(display=False, custom_mapping=in_place) as counted:
             product(torch.ones(5, *shape, dtype=A.dtype))
         assert counted.get_total_flops() == 5 * A.flop > 0

@@ -19,10 +19,11 @@ from torch import Tensor
 import ggjac
 from ggjac import blocks, linop, model, planner, weights
 from ggjac.architectures import Norms
-from ggjac.blocks import NumericsError
+from ggjac.blocks import NumericsError, activations, mixers, networks, norms
 from ggjac.config import ConfigError, ModelConfig, Rope
 from ggjac.model import PromptError, open_model
 from ggjac.planner import work
+from ggjac.sizes import Part
 from ggjac.weights import Block
 
 
@@ -101,12 +102,12 @@ Patch = pytest.MonkeyPatch
 
 
 def uncentred_heads(patch: Patch) -> None:
-    normed = blocks._normed
+    normed = mixers.normed
 
     def changed(w: blocks.BlockWeights, name: str, config: ModelConfig, x: torch.Tensor) -> torch.Tensor:
         return normed(w, name, dataclasses.replace(config, row=dataclasses.replace(config.row, norm="rms")), x)
 
-    patch.setattr(blocks, "_normed", changed)
+    patch.setattr(mixers, "normed", changed)
 
 
 def one_norm_of_heads(patch: Patch) -> None:
@@ -120,18 +121,18 @@ def one_norm_of_heads(patch: Patch) -> None:
 
 
 def uncentred_bare_norm(patch: Patch) -> None:
-    frozen = blocks.frozen_norm
-    patch.setattr(blocks, "frozen_norm", lambda *args: frozen(*args)._replace(centred=False))
+    frozen = norms.frozen_norm
+    for module in (norms, blocks):  # of branches, and before the head
+        patch.setattr(module, "frozen_norm", lambda *args: frozen(*args)._replace(centred=False))
 
 
 def unclamped_values(patch: Patch) -> None:
-    heads = blocks._heads
-    patch.setattr(blocks, "_heads", lambda w, config, tape: heads(w, config, tape._replace(passed=None, limits=None)))
+    patch.setattr(mixers, "_value_factor", lambda config, layer, v: None)
 
 
 def change_config(patch: Patch, **changes: object) -> None:
     """Let every model be read with some fields changed; `rope__x`, `layer__x` and `row__x` reach inside."""
-    read = ModelConfig.from_metadata
+    read = model.read_config
     inner: dict[str, dict[str, object]] = {"rope": {}, "layer": {}, "row": {}, "": {}}
     for name, value in changes.items():
         where, _, field = name.rpartition("__")
@@ -150,7 +151,7 @@ def change_config(patch: Patch, **changes: object) -> None:
         row = dataclasses.replace(config.row, **inner["row"])
         return dataclasses.replace(config, **{"layers": layers, "row": row} | inner[""])
 
-    patch.setattr(ModelConfig, "from_metadata", staticmethod(changed))
+    patch.setattr(model, "read_config", changed)
 
 
 def mask_off_by_one(patch: Patch) -> None:
@@ -160,19 +161,19 @@ def mask_off_by_one(patch: Patch) -> None:
 
 
 def wrong_scale(patch: Patch) -> None:
-    right = blocks.attention_pattern
-    patch.setattr(blocks, "attention_pattern", lambda q, k, scale, **rest: right(q, k, scale * math.sqrt(2), **rest))
+    right = mixers.attention_pattern
+    patch.setattr(mixers, "attention_pattern", lambda q, k, scale, **rest: right(q, k, scale * math.sqrt(2), **rest))
 
 
 def interleaved_keys(patch: Patch) -> None:
     """Let query head i read key head i % g in place of i // (h / g)."""
-    right = blocks.attention_pattern
+    right = mixers.attention_pattern
 
     def wrong(q: Tensor, k: Tensor, scale: float, **rest: object) -> Tensor:
         heads = torch.arange(q.shape[1]) % k.shape[1]
         return right(q, k[:, heads], scale, **rest)
 
-    patch.setattr(blocks, "attention_pattern", wrong)
+    patch.setattr(mixers, "attention_pattern", wrong)
 
 
 def interleaved_values(patch: Patch) -> None:
@@ -188,8 +189,8 @@ def interleaved_values(patch: Patch) -> None:
 
 
 def without_sinks(patch: Patch) -> None:
-    right = blocks.attention_pattern
-    patch.setattr(blocks, "attention_pattern", lambda *args, **rest: right(*args, **rest | {"sinks": None}))
+    right = mixers.attention_pattern
+    patch.setattr(mixers, "attention_pattern", lambda *args, **rest: right(*args, **rest | {"sinks": None}))
 
 
 def without(name: str) -> Callable[[Patch], None]:
@@ -208,7 +209,7 @@ def changed_activation(**changes: object) -> Callable[[Patch], None]:
     """Let the gpt-oss activation have other fields."""
 
     def make(patch: Patch) -> None:
-        patch.setitem(blocks.ACTIVATIONS, "silu_oai", blocks.ACTIVATIONS["silu_oai"]._replace(**changes))
+        patch.setitem(activations.ACTIVATIONS, "silu_oai", activations.ACTIVATIONS["silu_oai"]._replace(**changes))
 
     return make
 
@@ -218,7 +219,7 @@ def swapped(patch: Patch, a: str, b: str) -> None:
 
     stored = Block._stored
 
-    def other(self: Block, name: str) -> tuple[str, slice]:
+    def other(self: Block, name: str) -> tuple[str, Part | None]:
         return stored(self, name.replace(a, b) if a in name else name.replace(b, a))
 
     patch.setattr(Block, "_stored", other)
@@ -226,21 +227,20 @@ def swapped(patch: Patch, a: str, b: str) -> None:
 
 def biased_weights(patch: Patch) -> None:
     """Weigh experts by what they are chosen by."""
-    record, chosen, router = blocks.record_experts, blocks._chosen, blocks.ROUTERS["sigmoid"]
+    record, chosen, router = networks.record_experts, networks._chosen, networks.ROUTERS["sigmoid"]
     bias: list[Tensor] = []
 
     def shifted(w: Block, *args: object) -> object:
         bias.append(w.wide_vector("exp_probs_b.bias"))
         return record(w, *args)
 
-    patch.setattr(blocks, "record_experts", shifted)
-    patch.setitem(blocks.ROUTERS, "sigmoid", lambda logits: router(logits) + bias[-1])
-    patch.setattr(blocks, "_chosen", lambda w, config, scores: chosen(w, config, scores - bias[-1]))
+    patch.setattr(networks, "record_experts", shifted)
+    patch.setitem(networks.ROUTERS, "sigmoid", lambda logits: router(logits) + bias[-1])
+    patch.setattr(networks, "_chosen", lambda w, config, scores: chosen(w, config, scores - bias[-1]))
 
 
 def without_shared(patch: Patch) -> None:
-    record = blocks.record_experts
-    patch.setattr(blocks, "record_experts", lambda *args: [tape for tape in record(*args) if tape.kind == "_exps"])
+    patch.setattr(networks, "record_shared", lambda *args: [])
 
 
 def best_of_groups(members: int) -> Callable[[Patch], None]:
@@ -253,7 +253,7 @@ def best_of_groups(members: int) -> Callable[[Patch], None]:
             kept = torch.zeros(scores.shape[:2], dtype=torch.bool).scatter(-1, best, True)
             return scores.where(kept[..., None], -torch.inf).flatten(1).topk(config.expert_used_count).indices
 
-        patch.setattr(blocks, "_chosen", wrong)
+        patch.setattr(networks, "_chosen", wrong)
 
     return make
 
@@ -276,7 +276,7 @@ def without_magnitude(patch: Patch) -> None:
 
 def shifted_positions(patch: Patch) -> None:
     """Rotate queries as if one position later than keys."""
-    right, calls = blocks.rotate, []
+    right, calls = mixers.rotate, []
 
     def wrong(x: Tensor, rope: object, cos: Tensor, sin: Tensor) -> Tensor:
         calls.append(1)
@@ -285,7 +285,7 @@ def shifted_positions(patch: Patch) -> None:
             cos, sin = later[0][1:], later[1][1:]
         return right(x, rope, cos, sin)
 
-    patch.setattr(blocks, "rotate", wrong)
+    patch.setattr(mixers, "rotate", wrong)
 
 
 MISTAKES: dict[str, tuple[str, Callable[[Patch], None]]] = {
@@ -342,7 +342,7 @@ MISTAKES: dict[str, tuple[str, Callable[[Patch], None]]] = {
     "OLMo's norm not centred": ("olmo", uncentred_bare_norm),
     "clamp missing": ("olmo_clamped", lambda p: change_config(p, attention_clamp=0.0)),
     "values not clamped": ("olmo_clamped", unclamped_values),
-    "queries and keys not clamped": ("olmo_clamped", lambda p: p.setattr(blocks, "_clamped", lambda config, x: x)),
+    "queries and keys not clamped": ("olmo_clamped", lambda p: p.setattr(mixers, "_clamped", lambda config, x: x)),
     "branches at once": ("gptneox_sequential", lambda p: change_config(p, row__parallel=True)),
     "branches not at once": ("gptneox", lambda p: change_config(p, row__parallel=False)),
     "one norm for both branches": ("gptneox", lambda p: change_config(p, row__norms=Norms(ffn_in=("attn_norm",)))),
@@ -350,7 +350,7 @@ MISTAKES: dict[str, tuple[str, Callable[[Patch], None]]] = {
     "LayerNorm bias dropped": ("starcoder2", without("attn_norm.bias")),
     "second norm of Falcon 40B ignored": ("falcon_40b", without("attn_norm_2.weight")),
     "ReLU not squared": (
-        "arcee", lambda p: p.setitem(blocks.ACTIVATIONS, "relu2", blocks.Activation(lambda g: (g > 0).to(g)))
+        "arcee", lambda p: p.setitem(activations.ACTIVATIONS, "relu2", activations.Activation(lambda g: (g > 0).to(g)))
     ),
     "xIELU of the first block in all": (
         "apertus_layers", lambda p: change_config(p, layer__xielu=(0.9, 0.91, 0.5))
@@ -431,7 +431,7 @@ def test_a_selection_bias_is_not_rounded(tiny_file: Callable[..., Path]) -> None
 
 def test_xielu_is_smooth_at_zero() -> None:
     z = torch.tensor([-1e-9, 0.0, 1e-9], dtype=torch.float64, requires_grad=True)
-    share = blocks.xielu_share(z, 0.9, 0.4, 0.5)
+    share = activations.xielu_share(z, 0.9, 0.4, 0.5)
     assert torch.allclose(share.detach(), torch.full_like(share, 0.5), rtol=0, atol=1e-7)
     (slope,) = torch.autograd.grad((z * share).sum(), z)
     assert torch.allclose(slope, torch.full_like(slope, 0.5), rtol=0, atol=1e-7)
@@ -452,6 +452,25 @@ def test_outputs_and_logits(case: str, tiny_file: Callable[..., Path]) -> None:
     assert distance(trace.logits, theirs["logits"][-1]) < 1e-10
     assert distance(trace.logits_at(1), theirs["logits"][1]) < 1e-10
     assert (m.head.matrix.info.name == m.embedding.info.name) == tiny.options(case).tied
+
+
+@pytest.mark.parametrize("mlp_path", ["up", "gate"])
+@pytest.mark.parametrize("kind", ["F32", "Q8_0"])
+def test_experts_may_be_stored_with_their_gates_above(kind: str, mlp_path: str, tiny_file: Callable[..., Path]) -> None:
+    """No bit changes, and neither does what is read and planned."""
+    files = (tiny_file("qwen3moe", type=kind, expert_ff=64, fused_experts=fused) for fused in (False, True))
+    (apart, fused), ids = (open_model(file) for file in files), tiny.prompt("qwen3moe", 6)
+    assert "blk.0.ffn_gate_up_exps.weight" in fused.gguf.tensors
+    J, K = (m.trace(ids, mlp_path=mlp_path).jacobian() for m in (apart, fused))
+    assert torch.equal(J.output, K.output)
+    for m in (apart, fused):
+        m.weights.reads.clear()
+    assert torch.equal(J.to_dense(), K.to_dense())
+    live = [f"blk.0.ffn_{name}_exps.weight" for name in (mlp_path, "gate_up")]
+    assert apart.weights.reads[live[0]] == fused.weights.reads[live[1]] > 0
+    assert apart.weights.reads["blk.0.ffn_down_exps.weight"] == fused.weights.reads["blk.0.ffn_down_exps.weight"]
+    plans = [m.plan(ids, "svd", rank=1, mlp_path=mlp_path).layers for m in (apart, fused)]
+    assert [(a.sweep, a.trace, a.kept) for a in plans[0]] == [(b.sweep, b.trace, b.kept) for b in plans[1]]
 
 
 def test_mlp_path_does_not_change_the_forward_pass(tiny_file: Callable[..., Path]) -> None:

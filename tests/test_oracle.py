@@ -9,12 +9,16 @@ import functools
 import math
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import families
 import gguf
 import llamacpp
 import numpy as np
 import oracle
+import oracle_delta
+import oracle_latent
 import pytest
 import tiny
 import torch
@@ -46,6 +50,16 @@ CONTEXT = 256
 # ---- values, by llama.cpp
 
 
+AFTER_ATTENTION = ("ffn_inp", "sa_out", "attn_residual")
+
+
+def named_branches(model: Oracle, ours: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return what the mixers add, in families that have names of their own for it."""
+    layers = range(sum(name.startswith("l_out-") for name in ours))
+    names = {i: model.facts.branches.get(kind) for i in layers for kind in model.facts.mixers(model, i)}
+    return {f"{name}-{i}": ours[f"attn_out-{i}"] for i, name in names.items() if name}
+
+
 def as_llamacpp_names(model: Oracle, ours: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return our states under all names that llama.cpp gives to the same vectors, in this family."""
     facts = model.facts
@@ -58,8 +72,8 @@ def as_llamacpp_names(model: Oracle, ours: dict[str, Tensor]) -> dict[str, Tenso
     parallel = facts.parallel or (facts.parallel_key and model.metadata["use_parallel_residual"])
     for i in range(0 if parallel else sum(name.startswith("l_out-") for name in ours)):
         before = ours[f"l_out-{i - 1}" if i else "x"]
-        states[f"ffn_inp-{i}"] = states[f"sa_out-{i}"] = before + ours[f"attn_out-{i}"]
-    return states
+        states |= dict.fromkeys((f"{name}-{i}" for name in AFTER_ATTENTION), before + ours[f"attn_out-{i}"])
+    return states | named_branches(model, ours)
 
 
 @pytest.mark.parametrize("case", ROWS)
@@ -74,11 +88,23 @@ def test_every_state_agrees_with_llamacpp(case: str, tiny_file: Callable[..., Pa
     model = oracle.load(tiny_file(case))
     table = 3e-4 if model.facts.ffn_post else 5e-5
     for gelu, tolerance in (("exact", 1e-3), ("f16_table", table)) if case in GELU_ROWS else (("exact", 5e-6),):
-        ours = as_llamacpp_names(model, oracle.forward(model, ids, context=CONTEXT, gelu=gelu))
+        states = oracle.forward(model, ids, context=CONTEXT, gelu=gelu)
+        ours = as_llamacpp_names(model, states)
         compared = theirs.keys() & ours.keys()
         assert compared >= {*(f"l_out-{i}" for i in range(tiny.options(case).blocks)), "result_norm", "logits"}
+        assert compared >= named_branches(model, states).keys()
         errors = {name: distance(theirs[name], ours[name]) for name in compared}
         assert {name: error for name, error in errors.items() if not error < tolerance} == {}
+
+
+SHORT = ("qwen35", "qwen35_sizes", "qwen3next", "lfm2", "kimi_linear", "bailingmoe3")
+
+
+@pytest.mark.parametrize("length", [1, 2, 3])
+@pytest.mark.parametrize("case", SHORT)
+def test_prompts_shorter_than_the_convolution_agree(case: str, length: int, tiny_file: Callable[..., Path]) -> None:
+    ids, path = tiny.prompt(case, length), tiny_file(case)
+    assert distance(oracle.forward(oracle.load(path), ids)["logits"], llamacpp.run(path, ids)["logits"]) < 5e-6
 
 
 @pytest.mark.parametrize("case", GELU_ROWS)
@@ -285,6 +311,24 @@ def softened(x: float) -> float:
 def unsoftened(y: float) -> float:
     """Return what softplus makes `y` of."""
     return math.log(math.exp(y) - 1)
+
+
+def other_mixer(kind: str, instead: str) -> Callable[[Oracle], Oracle]:
+    def make(model: Oracle) -> Oracle:
+        had = model.facts.mixers
+        return facts(mixers=lambda m, layer: tuple(instead if one == kind else one for one in had(m, layer)))(model)
+
+    return make
+
+
+def gated_query_rows(model: Oracle, change: Callable[[Tensor], Tensor]) -> Oracle:
+    """Change attn_q's rows, given for each head as query and gate [heads, 2, hd, d]."""
+    return edit(model, "attn_q.", lambda w: change(w.reshape(-1, 2, head_size(model), w.shape[1])).reshape(w.shape))
+
+
+def key_heads_apart(change: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """Return a change of rows that are given for each of two key heads [2, rows, d]."""
+    return lambda w: change(w.unflatten(0, (2, -1))).reshape(w.shape)
 
 
 NO_POST_NORMS = {"attention": facts(attn_post=None), "feed-forward": facts(ffn_post=None)}
@@ -559,7 +603,280 @@ FAMILY_MISTAKES: dict[str, tuple[str, Callable[[Oracle], Oracle]]] = {
     "phimoe: norms centred": ("phimoe", both(facts(norm="ln"), keys(attention__layer_norm_epsilon=1e-5))),
     "phimoe: weights not normed": ("phimoe", facts(renormalise=False)),
     "phimoe: rope factors ignored": ("phimoe_fused", facts(factors=False)),
+    "qwen35: value heads grouped": ("qwen35", other_mixer("delta", "grouped delta")),
+    "qwen35: taps reversed": ("qwen35", on("ssm_conv1d", lambda w: w.flip(-1))),
+    "qwen35: taps one late": ("qwen35", on("ssm_conv1d", lambda w: w.roll(-1, -1))),
+    "qwen35: keys before queries": ("qwen35", on("attn_qkv", lambda w: torch.cat([w[32:64], w[:32], w[64:]]))),
+    "qwen35: growth": ("qwen35", on("ssm_a", torch.neg)),
+    "qwen35: no decay": ("qwen35", on("ssm_a", torch.zeros_like)),
+    "qwen35: ssm_a is a logarithm": ("qwen35", on("ssm_a", lambda w: -w.exp())),
+    "qwen35: time step without bias": ("qwen35", drop("ssm_dt.bias")),
+    "qwen35: alpha and beta swapped": ("qwen35", lambda m: swap(m, "ssm_alpha", "ssm_beta")),
+    "qwen35: one added to the inner norm": ("qwen35", on("ssm_norm", lambda w: w + 1)),
+    "qwen35: no gate on heads": ("qwen35", facts(query_gate=False)),
+    "qwen35: gate before query": ("qwen35", lambda m: gated_query_rows(m, lambda w: w.flip(1))),
+    "qwen35: gates after all queries": (
+        "qwen35",
+        lambda m: gated_query_rows(m, lambda w: w.reshape(2, -1, *w.shape[2:]).transpose(0, 1)),
+    ),
+    "qwen35: rotation of whole heads": ("qwen35", lambda m: meta(m, rope__dimension_count=head_size(m))),
+    "qwen35: rope pairs otherwise": ("qwen35", facts(rope="adjacent")),
+    "qwen35: qk-norm absent": ("qwen35", facts(qk_norm=None)),
+    "qwen35: every pair turns": ("qwen35_still", keys(rope__dimension_sections=None)),
+    "qwen35: a predictor as a block": ("qwen35_predictor", keys(nextn_predict_layers=0)),
+    "qwen35moe: weights not normed": ("qwen35moe", facts(renormalise=False)),
+    "qwen35moe: weights scaled": ("qwen35moe_unread", facts(routed_scale_key=True)),
+    "qwen35moe: router as the file has it": ("qwen35moe_unread", facts(router_key=True)),
+    "qwen35moe: shared expert missing": ("qwen35moe", drop("ffn_down_shexp")),
+    "qwen35moe: shared expert ungated": ("qwen35moe", lambda m: without(m, "ffn_gate_inp_shexp")),
+    "qwen35moe: up before gate": ("qwen35moe_fused", on("gate_up_exps", lambda w: torch.cat(w.chunk(2, 1)[::-1], 1))),
+    "qwen35moe: value heads grouped": ("qwen35moe", other_mixer("delta", "grouped delta")),
+    **{
+        f"lfm2: {order} in place of b, c, x": (
+            "lfm2",
+            on("in_proj", lambda w, order=order: torch.cat([w.chunk(3)["bcx".index(part)] for part in order])),
+        )
+        for order in ("cbx", "bxc", "xbc")
+    },
+    "lfm2: taps reversed": ("lfm2", on("conv.conv", lambda w: w.flip(-1))),
+    "lfm2: taps one late": ("lfm2", on("conv.conv", lambda w: w.roll(-1, -1))),
+    "lfm2: qk-norm absent": ("lfm2", facts(qk_norm=None)),
+    "lfm2: rope pairs otherwise": ("lfm2", facts(rope="adjacent")),
+    "lfm2: norm of the embeddings": ("lfm2", on("token_embd_norm", torch.ones_like)),
+    "lfm2: windows ignored": ("lfm2_window", facts(period=None)),
+    "lfm2: window one wider": ("lfm2_window", width_of_window(1)),
+    "lfm2: window one narrower": ("lfm2_window", width_of_window(-1)),
+    "lfm2: rope base of windows read": ("lfm2_unread", facts(local_base_key=True)),
+    "lfm2moe: router as without a key": ("lfm2moe", facts(router_key=False)),
+    "lfm2moe: sigmoid router": ("lfm2moe_softmax", keys(expert_gating_func=2)),
+    "lfm2moe: selection bias missing": ("lfm2moe", drop("exp_probs_b")),
+    "lfm2moe: weights not normed": ("lfm2moe_unread", facts(renormalise=None)),
+    "lfm2moe: weights scaled": ("lfm2moe_unread", facts(routed_scale_key=True)),
+    "lfm2moe: groups ignored": ("lfm2moe_groups", keys(expert_group_count=1)),
+    "lfm2moe: window read": ("lfm2moe_unread", facts(period=0)),
+    **{
+        f"kimi-linear: {part}'s taps reversed": ("kimi_linear", on(f"conv1d_{part}", lambda w: w.flip(-1)))
+        for part in "qkv"
+    },
+    "kimi-linear: taps of q and k swapped": ("kimi_linear", lambda m: swap(m, "conv1d_q", "conv1d_k")),
+    "kimi-linear: growth": ("kimi_linear", on("ssm_a", torch.neg)),
+    "kimi-linear: no decay": ("kimi_linear", on("ssm_a", torch.zeros_like)),
+    "kimi-linear: time step without bias": ("kimi_linear", drop("ssm_dt.bias")),
+    "kimi-linear: one time step for a head": (
+        "kimi_linear",
+        on("ssm_dt.bias", lambda w: w.reshape(4, -1).mean(1).repeat_interleave(16)),
+    ),
+    "kimi-linear: gate and step swapped": ("kimi_linear", lambda m: swap(m, "ssm_f", "ssm_g")),
+    "kimi-linear: a bound": ("kimi_linear", both(other_mixer("kda", "bounded kda"), keys(kda__gate_lower_bound=-5.0))),
+    "kimi-linear: one added to the inner norm": ("kimi_linear", on("ssm_norm", lambda w: w + 1)),
+    "kimi-linear: rotated": ("kimi_linear", facts(rope="adjacent")),
+    "kimi-linear: weights not normed": ("kimi_linear_unread", facts(renormalise=None)),
+    "kimi-linear: weights not scaled": ("kimi_linear", keys(expert_weights_scale=0.0)),
+    "kimi-linear: softmax router": ("kimi_linear", keys(expert_gating_func=1)),
+    "kimi-linear: sigmoid router": ("kimi_linear_sizes", keys(expert_gating_func=2)),
+    "kimi-linear: selection bias missing": ("kimi_linear", drop("exp_probs_b")),
+    "kimi-linear: shared expert missing": ("kimi_linear", drop("ffn_down_shexp")),
+    "bailingmoe3: no bound": ("bailingmoe3", both(other_mixer("bounded kda", "kda"), on("ssm_a", torch.neg))),
+    "bailingmoe3: another bound": ("bailingmoe3_predictor", keys(kda__gate_lower_bound=-5.0)),
+    "bailingmoe3: ssm_a of the other sign": ("bailingmoe3", on("ssm_a", torch.neg)),
+    "bailingmoe3: time step without bias": ("bailingmoe3", drop("ssm_dt.bias")),
+    "bailingmoe3: no gate on heads": ("bailingmoe3", lambda m: without(m, "attn_gate")),
+    "bailingmoe3: gates of heads in another order": ("bailingmoe3", on("attn_gate", lambda w: w.roll(1, 0))),
+    "bailingmoe3: not rotated": ("bailingmoe3", facts(rope=None)),
+    "bailingmoe3: rope pairs otherwise": ("bailingmoe3", facts(rope="halves")),
+    "bailingmoe3: a predictor as a block": ("bailingmoe3_predictor", keys(nextn_predict_layers=0)),
+    "bailingmoe3: weights normed": ("bailingmoe3_unread", facts(renormalise=True)),
+    "bailingmoe3: weights not scaled": ("bailingmoe3", keys(expert_weights_scale=0.0)),
+    "bailingmoe3: groups ignored": ("bailingmoe3_predictor", keys(expert_group_count=1)),
+    "bailingmoe3: experts not clamped": ("bailingmoe3_clamped", keys(swiglu_clamp_exp=0.0)),
+    "bailingmoe3: shared expert and dense block not clamped": ("bailingmoe3_clamped", keys(swiglu_clamp_shexp=0.0)),
+    "bailingmoe3: one clamp in every layer": ("bailingmoe3_clamped", keys(swiglu_clamp_exp=0.5)),
+    "qwen3next: value heads tiled": ("qwen3next", other_mixer("grouped delta", "delta")),
+    "qwen3next: alpha before beta": ("qwen3next", on("ssm_ba", key_heads_apart(lambda w: w.roll(2, 1)))),
+    "qwen3next: all betas first": (
+        "qwen3next",
+        on("ssm_ba", key_heads_apart(lambda w: w.unflatten(1, (2, -1)).transpose(0, 1))),
+    ),
+    "qwen3next: z before v": (
+        "qwen3next_old",
+        on("ssm_in", key_heads_apart(lambda w: torch.cat([w[:, :20], w[:, 50:], w[:, 20:50]], 1))),
+    ),
+    "qwen3next: k before q": (
+        "qwen3next_old",
+        on("ssm_in", key_heads_apart(lambda w: torch.cat([w[:, 10:20], w[:, :10], w[:, 20:]], 1))),
+    ),
+    "qwen3next: weights scaled": ("qwen3next_unread", facts(routed_scale_key=True)),
+    "qwen3next: shared expert ungated": ("qwen3next", lambda m: without(m, "ffn_gate_inp_shexp")),
+    "qwen3next: a predictor as a block": ("qwen3next_predictor", keys(nextn_predict_layers=0)),
 }
+
+
+def query_rows(model: Oracle, change: Callable[[Tensor], Tensor]) -> Oracle:
+    """Change the rows [heads, nope + rope, ...] that make the queries of latent attention."""
+    heads = model.metadata["attention.head_count"]
+    part = "attn_q_b." if any("attn_q_b." in name for name in model.weights) else "attn_q."
+    return edit(model, part, lambda w: change(w.unflatten(0, (heads, -1))).flatten(0, 1))
+
+
+def rotated_first(model: Oracle) -> Oracle:
+    return query_rows(model, lambda w: w.roll(-model.metadata["rope.dimension_count"], 1))
+
+
+def rotated_key_first(model: Oracle) -> Oracle:
+    """Take the first rows of the joint matrix for the rotated part of the keys, not the last."""
+    return edit(model, "attn_kv_a_mqa", lambda w: w.roll(-model.metadata["rope.dimension_count"], 0))
+
+
+def scaled_by_nope(model: Oracle) -> Oracle:
+    """Divide the scores by the root of what is not rotated."""
+    rope, heads = model.metadata["rope.dimension_count"], model.metadata["attention.head_count"]
+    size = next(len(w) for name, w in model.weights.items() if "attn_q_b." in name or "attn_q." in name) // heads
+    return query_rows(model, lambda w: w * math.sqrt(size / (size - rope)))
+
+
+def unsplit(model: Oracle, change: Callable[[Tensor], Tensor]) -> Oracle:
+    """Change the rows [heads, nope + value, latent] that make keys and values."""
+    heads = model.metadata["attention.head_count"]
+    return edit(model, "attn_kv_b", lambda w: change(w.unflatten(0, (heads, -1))).flatten(0, 1))
+
+
+def heads_together(model: Oracle) -> Oracle:
+    """Take the keys of all heads to be above the values of all heads."""
+    heads, value = model.metadata["attention.head_count"], model.metadata["attention.value_length"]
+
+    def split(w: Tensor) -> Tensor:
+        keys, values = w.flatten(0, 1).tensor_split([heads * (w.shape[1] - value)])
+        return torch.cat([part.unflatten(0, (heads, -1)) for part in (keys, values)], dim=1)
+
+    return unsplit(model, split)
+
+
+def other_pairs(model: Oracle) -> Oracle:
+    return facts(rope="halves" if model.facts.rope == "adjacent" else "adjacent")(model)
+
+
+LATENT_MISTAKES: dict[str, tuple[str, Callable[[Oracle], Oracle]]] = {
+    **{
+        f"{case}: {mistake}": (case, make)
+        for case in ("deepseek2", "deepseek2_unsplit", "deepseek2_lite")
+        for mistake, make in {
+            "pairs of two halves": facts(rope="halves"),
+            "rotated part of the queries first": rotated_first,
+            "rotated part of the keys first": rotated_key_first,
+            "scores scaled by what is not rotated": scaled_by_nope,
+            "latent norm's weight ignored": on("attn_kv_a_norm", torch.ones_like),
+            "weights not scaled": keys(expert_weights_scale=0.0),
+            "weights not normed": keys(expert_weights_norm=False),
+            "shared expert missing": drop("ffn_down_shexp"),
+        }.items()
+    },
+    **{
+        f"deepseek2: {mistake}": ("deepseek2", make)
+        for mistake, make in {
+            "norm's weight of the queries' latent ignored": on("attn_q_a_norm", torch.ones_like),
+            "keys' matrix not transposed": on("attn_k_b", lambda w: w.reshape(len(w), w.shape[2], -1).transpose(1, 2)),
+            "softmax router": keys(expert_gating_func=1),
+            "selection bias missing": drop("exp_probs_b"),
+            "groups ignored": keys(expert_group_count=1),
+            "one group": keys(expert_group_used_count=1),
+        }.items()
+    },
+    "deepseek2_unsplit: values above keys": (
+        "deepseek2_unsplit",
+        lambda m: unsplit(m, lambda w: w.roll(-m.metadata["attention.value_length"], 1)),
+    ),
+    "deepseek2_unsplit: keys of all heads above the values": ("deepseek2_unsplit", heads_together),
+    "deepseek2_lite: keys of all heads above the values": ("deepseek2_lite", heads_together),
+    "deepseek2_lite: sigmoid router": ("deepseek2_lite", keys(expert_gating_func=2)),
+    "deepseek2_softmax: sigmoid router": ("deepseek2_softmax", keys(expert_gating_func=2)),
+    "deepseek2: a predictor as a block": ("deepseek2_predictor", keys(nextn_predict_layers=0)),
+    "deepseek2: temperature missing": ("deepseek2_temperature", facts(temperature=False)),
+    "deepseek2: temperature steps late": ("deepseek2_temperature", keys(attention__temperature_length=5)),
+    "deepseek2: YaRN's scale of the scores missing": ("deepseek2_yarn", lambda m: scaled_scores(m, 0.0707)),
+    "deepseek2: YaRN's magnitude kept": ("deepseek2_yarn", keys(rope__scaling__attn_factor=1 + 0.1 * math.log(4))),
+    "deepseek2: YaRN's multiplier as it is stored": (
+        "deepseek2_yarn",
+        keys(rope__scaling__yarn_log_multiplier=0.00707),
+    ),
+    "deepseek2: YaRN's two scales unlike": ("deepseek2_yarn", facts(mscale="one")),
+    "deepseek2: YaRN's magnitude in the scores once": ("deepseek2_yarn_bare", facts(mscale=None)),
+    "deepseek2: the rotation's magnitude not in all scores": ("deepseek2_none", facts(mscale=None)),
+    "deepseek2: linear scaling not in the scores": ("deepseek2_linear", facts(mscale=None)),
+    **{
+        f"{case}: {mistake}": (case, make)
+        for case in ("mistral4", "minicpm3", "minicpm3_value", "plm", "deepseek32", "glm_dsa")
+        for mistake, make in {
+            "rope pairs otherwise": other_pairs,
+            "rotated part of the queries first": rotated_first,
+            "rotated part of the keys first": rotated_key_first,
+            "scores scaled by what is not rotated": scaled_by_nope,
+            "latent norm's weight ignored": on("attn_kv_a_norm", torch.ones_like),
+        }.items()
+    },
+    **{
+        f"{case}: {mistake}": (case, make)
+        for case in ("mistral4_sigmoid", "deepseek32", "glm_dsa", "minimax_m3")
+        for mistake, make in {
+            "softmax router": both(facts(router="all"), keys(expert_gating_func=1)),
+            "weights not normed": keys(expert_weights_norm=False),
+            "weights not scaled": keys(expert_weights_scale=0.0),
+            "selection bias missing": drop("exp_probs_b"),
+            "shared expert missing": drop("ffn_down_shexp"),
+        }.items()
+    },
+    **{f"{case}: a predictor as a block": (case, keys(nextn_predict_layers=0)) for case in ("deepseek32", "glm_dsa")},
+    **{f"{case}: groups ignored": (case, keys(expert_group_count=1)) for case in ("deepseek32", "glm_dsa")},
+    "mistral4: sigmoid router": ("mistral4", keys(expert_gating_func=2)),
+    "mistral4: weights not normed": ("mistral4", keys(expert_weights_norm=False)),
+    "mistral4: temperature missing": ("mistral4_temperature", facts(temperature=False)),
+    "mistral4: temperature missing beside YaRN": ("mistral4_yarn", facts(temperature=False)),
+    "mistral4: YaRN's scale of the scores missing": ("mistral4_yarn", lambda m: scaled_scores(m, 0.1)),
+    "mistral4: YaRN's multiplier as it is stored": (
+        "mistral4_yarn",
+        keys(rope__scaling__yarn_log_multiplier=0.01),
+    ),
+    "mistral4: YaRN's two scales alike": ("mistral4_yarn_half", facts(mscale="equal")),
+    "deepseek32: YaRN's two scales alike": ("deepseek32_yarn", facts(mscale="equal")),
+    "deepseek32: YaRN's multiplier ignored": ("deepseek32_yarn", facts(mscale="alone")),
+    "glm-dsa: YaRN's multiplier read": ("glm_dsa_yarn", facts(mscale="one")),
+    "glm-dsa: YaRN's magnitude in the scores once": ("glm_dsa_yarn", facts(mscale=None)),
+    "glm-dsa: softmax router by default": ("glm_dsa_yarn", facts(router="all")),
+    **{
+        f"{case}: stretched scores": (case, facts(mscale="alone"))
+        for case in ("minicpm3_yarn", "minicpm3_long", "plm_yarn")
+    },
+    "deepseek32: temperature read": ("deepseek32_unread", facts(temperature=True)),
+    "glm-dsa: temperature read": ("glm_dsa_unread", facts(temperature=True)),
+    "plm: temperature read": ("plm_unread", facts(temperature=True)),
+    "plm: SiLU": ("plm", facts(activation="silu")),
+    "plm: values above keys": ("plm", lambda m: unsplit(m, lambda w: w.roll(-10, 1))),
+    "minicpm3: values above keys": ("minicpm3_value", lambda m: unsplit(m, lambda w: w.roll(-10, 1))),
+    "minicpm3: norm's weight of the queries' latent ignored": ("minicpm3", on("attn_q_a_norm", torch.ones_like)),
+    "minicpm3: embeddings unscaled": ("minicpm3", facts(embedding=None)),
+    "minicpm3: branches unscaled": ("minicpm3", facts(residual_key=False)),
+    "minicpm3: logits divided": ("minicpm3", facts(logits="divide")),
+    "minicpm3: the file's scales read": (
+        "minicpm3_unread",
+        keys(**{key: families.UNREAD[key] for key in ("embedding_scale", "residual_scale", "logit_scale")}),
+    ),
+    "minicpm3: factors ignored": ("minicpm3_short", facts(factors=False)),
+    "minicpm3: short for long": ("minicpm3_long", lambda m: swap(m, "factors_long", "factors_short")),
+    "minimax-m3: rope pairs otherwise": ("minimax_m3", other_pairs),
+    "minimax-m3: rotation of whole heads": ("minimax_m3", lambda m: meta(m, rope__dimension_count=head_size(m))),
+    "minimax-m3: no norm of heads": ("minimax_m3", facts(qk_norm=None)),
+    "minimax-m3: norm over all heads": ("minimax_m3", as_full_norm),
+    "minimax-m3: heads normed after rope": ("minimax_m3", facts(qk_norm="head after rope")),
+    "minimax-m3: SiLU": ("minimax_m3", facts(activation="silu")),
+    "minimax-m3: clamps missing": ("minimax_m3", facts(limit=math.inf)),
+    "minimax-m3: one not added to up": ("minimax_m3", facts(shift=0.0)),
+    "deepseek2: YaRN missing in the deep model": ("deepseek2_lite_split", keys(rope__scaling__type="none")),
+}
+
+
+def scaled_scores(model: Oracle, multiplier: float) -> Oracle:
+    """Divide the scores by the square of what YaRN multiplies them by, other things being equal."""
+    factor = 1 + multiplier * math.log(model.metadata["rope.scaling.factor"])
+    return query_rows(model, lambda w: w / factor**2)
 
 
 # mistake -> (the row that must reveal it, the edit that makes it)
@@ -599,6 +916,7 @@ MISTAKES: dict[str, tuple[str, Callable[[Oracle], Oracle]]] = {
     "fused bias dropped": ("fused_biases", drop("attn_qkv.bias")),
     "split biases of a fused matrix dropped": ("fused_split_biases", drop("attn_v.bias")),
     **FAMILY_MISTAKES,
+    **LATENT_MISTAKES,
 }
 
 
@@ -608,6 +926,188 @@ def test_llamacpp_reveals(mistake: str, tiny_file: Callable[..., Path]) -> None:
     path, ids = tiny_file(case), tiny.prompt(case, prompt_length(case))
     wrong = oracle.forward(make(oracle.load(path)), ids, context=CONTEXT, gelu="f16_table")
     assert distance(wrong["logits"], llamacpp.run(parity_file(tiny_file, case), ids)["logits"]) > 2e-3
+
+
+def without_removal(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, beta: Tensor) -> Tensor:
+    """Add to the faded state, as linear attention does."""
+    state, outputs = torch.zeros(v.shape[1], k.shape[1]).double(), []
+    for t in range(len(v)):
+        state = state * decay[t] + beta[t] * torch.outer(v[t], k[t])
+        outputs.append(state @ q[t])
+    return torch.stack(outputs)
+
+
+def fading_last(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, beta: Tensor) -> Tensor:
+    """Correct the state before it fades."""
+    state, outputs = torch.zeros(v.shape[1], k.shape[1]).double(), []
+    for t in range(len(v)):
+        state = (state + beta[t] * torch.outer(v[t] - state @ k[t], k[t])) * decay[t]
+        outputs.append(state @ q[t])
+    return torch.stack(outputs)
+
+
+def fading_values(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, beta: Tensor) -> Tensor:
+    """Let the channels of the values fade, not those of the keys."""
+    state, outputs = torch.zeros(v.shape[1], k.shape[1]).double(), []
+    for t in range(len(v)):
+        state = state * decay[t][:, None]
+        state = state + beta[t] * torch.outer(v[t] - state @ k[t], k[t])
+        outputs.append(state @ q[t])
+    return torch.stack(outputs)
+
+
+def gate_before_norm(x: Tensor, weight: Tensor, gate: Tensor, eps: float, *, frozen: bool) -> Tensor:
+    return gated_norm(x * gate, weight, torch.ones_like(gate), eps, frozen=frozen)
+
+
+def ungated_norm(x: Tensor, weight: Tensor, gate: Tensor, eps: float, *, frozen: bool) -> Tensor:
+    return gated_norm(x, weight, torch.ones_like(gate), eps, frozen=frozen)
+
+
+delta_rule, gated_norm, convolve = oracle_delta.delta_rule, oracle_delta.gated_norm, oracle_delta.convolve
+
+# Mistakes in code: -> (the row that must reveal it, the function of `oracle_delta`, what is in its place)
+CODE_MISTAKES: dict[str, tuple[str, str, Callable[..., Tensor]]] = {
+    "delta: keys and queries of any length": ("qwen35", "unit", lambda x, eps: x),
+    "delta: epsilon beside a mean": (
+        "qwen35_eps",
+        "unit",
+        lambda x, eps: x / (x.square().sum(-1, True) + eps * 16).sqrt(),
+    ),
+    "delta: epsilon added to the length": (
+        "qwen35_eps",
+        "unit",
+        lambda x, eps: x / (x.norm(dim=-1, keepdim=True) + eps),
+    ),
+    "delta: epsilon as the least length": (
+        "qwen35_eps",
+        "unit",
+        lambda x, eps: x / x.norm(dim=-1, keepdim=True).clamp(min=eps),
+    ),
+    # The norm after it hides the size of the queries but for its epsilon.
+    "delta: queries not scaled": ("qwen35_eps", "delta_rule", lambda q, *rest: delta_rule(4 * q, *rest)),
+    "delta: nothing removed": ("qwen35", "delta_rule", without_removal),
+    "delta: fading last": ("qwen35", "delta_rule", fading_last),
+    "delta: whole values written": ("qwen35", "delta_rule", lambda *x: delta_rule(*x[:-1], torch.ones_like(x[-1]))),
+    "delta: gate before norm": ("qwen35", "gated_norm", gate_before_norm),
+    "delta: no gate": ("qwen35", "gated_norm", ungated_norm),
+    "delta: no SiLU": ("qwen35", "silu", lambda x, frozen: x),
+    "kda: SiLU for a sigmoid": (
+        "kimi_linear",
+        "gated_norm",
+        lambda x, weight, gate, *rest, **how: gated_norm(x, weight, gate * (gate / (1 - gate)).log(), *rest, **how),
+    ),
+    "kda: one decay for a head": (
+        "kimi_linear",
+        "delta_rule",
+        lambda q, k, v, decay, beta: delta_rule(q, k, v, decay.log().mean(-1, True).exp(), beta),
+    ),
+    "kda: values fade": ("kimi_linear", "delta_rule", fading_values),
+    "kda: nothing removed": ("kimi_linear", "delta_rule", without_removal),
+    "kda: fading last": ("kimi_linear", "delta_rule", fading_last),
+    "kda: keys and queries of any length": ("kimi_linear", "unit", lambda x, eps: x),
+    "kda: epsilon beside a mean": (
+        "kimi_linear_eps",
+        "unit",
+        lambda x, eps: x / (x.square().sum(-1, True) + eps * 16).sqrt(),
+    ),
+    "kda: queries not scaled": ("kimi_linear_eps", "delta_rule", lambda q, *rest: delta_rule(4 * q, *rest)),
+    "kda: gate before norm": ("kimi_linear", "gated_norm", gate_before_norm),
+    "convolution: an activation": ("lfm2", "convolve", lambda x, taps: torch.nn.functional.silu(convolve(x, taps))),
+    "convolution: centred": ("lfm2", "convolve", lambda x, taps: convolve(x, taps).roll(-1, 0)),
+    "delta: a sigmoid for SiLU": ("qwen35", "silu", lambda x, frozen: torch.sigmoid(x)),
+}
+
+
+@pytest.mark.parametrize("mistake", CODE_MISTAKES)
+def test_llamacpp_reveals_other_code(
+    mistake: str, tiny_file: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case, name, instead = CODE_MISTAKES[mistake]
+    path, ids = tiny_file(case), tiny.prompt(case)
+    theirs = llamacpp.run(path, ids)["logits"]
+    assert distance(oracle.forward(oracle.load(path), ids)["logits"], theirs) < 5e-6
+    monkeypatch.setattr(oracle_delta, name, instead)
+    assert distance(oracle.forward(oracle.load(path), ids)["logits"], theirs) > 2e-3
+
+
+def ranked_by_the_best(model: Oracle, b: str, p: Tensor) -> list[int]:
+    """Choose experts as `oracle.choice` does, but for groups that rank by their one best expert."""
+    merit = (p + model.weights[f"{b}.exp_probs_b.bias"]).unflatten(0, (model.metadata["expert_group_count"], -1))
+    best = merit.max(-1).values.topk(model.metadata["expert_group_used_count"]).indices
+    hidden = torch.full_like(merit, -math.inf)
+    hidden[best] = merit[best]
+    return hidden.flatten().topk(model.metadata["expert_used_count"]).indices.tolist()
+
+
+def biased_weights(
+    model: Oracle, b: str, h: Tensor, routes: Callable[..., Any] = oracle.routes
+) -> tuple[Tensor, Tensor]:
+    """Let the bias that selects experts enter their weights."""
+    chosen, _ = routes(model, b, h)
+    merit = torch.sigmoid(oracle.linear(model, f"{b}.ffn_gate_inp", h)) + model.weights[f"{b}.exp_probs_b.bias"]
+    weights = merit.gather(-1, chosen)
+    return chosen, weights / weights.sum(-1, keepdim=True) * model.metadata["expert_weights_scale"]
+
+
+def not_normed(x: Tensor, weight: Tensor, eps: float, *, frozen: bool) -> Tensor:
+    return x * weight
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "wrong"),
+    [
+        (oracle, "choice", ranked_by_the_best),
+        (oracle, "routes", biased_weights),
+        (oracle_latent, "normed", not_normed),
+    ],
+)
+def test_llamacpp_reveals_what_no_edit_of_a_file_can_say(
+    module: ModuleType, name: str, wrong: Callable[..., Any], tiny_file: Callable[..., Path], monkeypatch: Any
+) -> None:
+    path, ids = tiny_file("deepseek2"), tiny.prompt("deepseek2")
+    monkeypatch.setattr(module, name, wrong)
+    logits = oracle.forward(oracle.load(path), ids, context=CONTEXT)["logits"]
+    assert distance(logits, llamacpp.run(path, ids)["logits"]) > 2e-3
+
+
+LATENT_ROWS = [case for case in ROWS if "latent" in tiny.options(case).mixers]
+
+
+@pytest.mark.parametrize("case", LATENT_ROWS)
+def test_blocks_with_latent_attention_agree_one_by_one(case: str, tiny_file: Callable[..., Path]) -> None:
+    """From llama.cpp's own input of a block nothing is left but rounding, and both branches are seen."""
+    ids = tiny.prompt(case, prompt_length(case))
+    theirs, model = llamacpp.run(parity_file(tiny_file, case), ids), oracle.load(tiny_file(case))
+    x = oracle.embed(model, ids)
+    for layer in range(tiny.options(case).blocks):
+        ours = oracle.block(model, layer, x, context=CONTEXT)
+        (kind,) = model.facts.mixers(model, layer)
+        name = model.facts.branches.get(kind)
+        branch = theirs[f"{name}-{layer}"] if name else theirs[f"ffn_inp-{layer}"].double() - x
+        assert distance(ours[f"attn_out-{layer}"], branch) < 5e-6, layer  # a difference of two that are rounded
+        x = theirs[f"l_out-{layer}"].double()
+        assert distance(ours[f"l_out-{layer}"], x) < 2e-6, layer
+
+
+def test_a_latent_file_in_two_parts_computes_what_one_in_one_part_does(tiny_file: Callable[..., Path]) -> None:
+    """The writer's two layouts hold the same numbers, in llama.cpp's eyes, too."""
+    ids = tiny.prompt("deepseek2")
+    split, unsplit = (tiny_file(case) for case in ("deepseek2", "deepseek2_unsplit"))
+    assert distance(llamacpp.run(split, ids)["logits"], llamacpp.run(unsplit, ids)["logits"]) < 2e-6
+    ours = [oracle.forward(oracle.load(path), ids)["logits"] for path in (split, unsplit)]
+    assert distance(*ours) < 1e-14
+
+
+@pytest.mark.parametrize("case", ["deepseek32", "glm_dsa"])
+def test_an_indexer_acts_beyond_as_many_tokens_as_it_chooses(case: str, tiny_file: Callable[..., Path]) -> None:
+    """Up to then attention is dense; what is here called an oracle has no indexer, and must not be asked further."""
+    path, ids = tiny_file(case), np.random.default_rng(0).integers(0, 128, 80).tolist()
+    model = oracle.load(path)
+    most = model.metadata["attention.indexer.top_k"]
+    theirs, ours = llamacpp.run(path, ids)["logits"], oracle.forward(model, ids)["logits"]
+    assert distance(theirs[:most], ours[:most]) < 5e-6
+    assert distance(theirs[most:], ours[most:]) > 2e-3
 
 
 # ---- derivatives, by the paper's own code and by hand
@@ -673,6 +1173,46 @@ def test_jacobian_of_one_layer_by_hand(tiny_file: Callable[..., Path]) -> None:
     assert distance(ours.y, states["result_norm"][-1]) < 1e-14
 
 
+@pytest.mark.parametrize("case", ["deepseek2", "deepseek2_lite"])
+def test_frozen_latent_attention_by_hand(case: str, tiny_file: Callable[..., Path]) -> None:
+    """Assemble it in the absorbed form: every head mixes latent vectors, and makes its values of what it has mixed."""
+    model, n = oracle.load(tiny_file(case)), 5
+    d, heads = model.metadata["embedding_length"], model.metadata["attention.head_count"]
+    h = torch.randn(n, d, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    w = {name.removesuffix(".weight"): value for name, value in oracle.tensors_of(model, 0).items()}
+    width, rope, eps = len(w["attn_kv_a_norm"]), 8, model.metadata["attention.layer_norm_rms_epsilon"]
+
+    def norm(state: Tensor, gamma: Tensor) -> Tensor:
+        """Return the frozen norm as diagonals."""
+        return gamma * (state.square().mean(-1, keepdim=True) + eps).rsqrt()
+
+    to_latent, to_rotated = w["attn_kv_a_mqa"][:width], w["attn_kv_a_mqa"][width:]
+    if "attn_kv_b" in w:
+        both = w["attn_kv_b"].reshape(heads, -1, width)
+        absorbed, to_values, q = both[:, :12].transpose(1, 2), both[:, 12:], h @ w["attn_q"].T
+    else:
+        absorbed, to_values = w["attn_k_b"], w["attn_v_b"]
+        q = h @ w["attn_q_a"].T
+        q = (norm(q, w["attn_q_a_norm"]) * q) @ w["attn_q_b"].T
+    scale = norm(h @ to_latent.T, w["attn_kv_a_norm"])
+    c = scale * (h @ to_latent.T)
+    q = q.reshape(n, heads, 12 + rope)
+    turn = torch.polar(
+        torch.ones(n, 4).double(), torch.outer(torch.arange(n), 10000.0 ** -(torch.arange(4) / 4).double())
+    )
+    pairs = torch.view_as_complex(q[..., 12:].reshape(n, heads, 4, 2)) * turn[:, None]
+    shared = torch.view_as_complex((h @ to_rotated.T).reshape(n, 4, 2)) * turn
+    scores = torch.einsum("iho,hlo,jl->hij", q[..., :12], absorbed, c)
+    scores = (scores + torch.einsum("ihp,jp->hij", pairs, shared.conj()).real) / math.sqrt(12 + rope)
+    p = scores.masked_fill(torch.ones(n, n).triu(1).bool(), -torch.inf).softmax(-1)
+    o = w["attn_output"].reshape(d, heads, -1)
+    J = torch.einsum("hij,ahv,hvl,jl,lb->iajb", p, o, to_values, scale, to_latent)
+    mix = functools.partial(oracle.latent_attention, model, 0, frozen=True, context=n)
+    ours = torch.autograd.functional.jacobian(mix, h)
+    assert distance(ours, J) < 1e-13
+    assert distance(torch.einsum("iajb,jb->ia", J, h), mix(h)) < 1e-13
+
+
 def frozen_product(f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """Return the Jacobian [out, in] of f at x [in], by autograd."""
     return torch.autograd.functional.jacobian(lambda x: f(x[None])[0], x)
@@ -735,6 +1275,125 @@ def by_hand(model: Oracle, h: Tensor, mlp_path: str) -> Tensor:
     return network(gate, biases(kind, gate), up, biases("ffn_up", up), down)
 
 
+def frozen_mixer(model: Oracle, n: int = 6) -> tuple[Tensor, Tensor]:
+    """Return an input h [n, d] of block 0's mixer and its frozen Jacobian there [n, d, n, d]."""
+    h = torch.randn(n, 64, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    (kind,) = model.facts.mixers(model, 0)
+    J = torch.autograd.functional.jacobian(lambda h: oracle.MIXERS[kind](model, 0, h, frozen=True, context=n), h)
+    return h, J
+
+
+def shifted(taps: Tensor, n: int) -> Tensor:
+    """Return the convolution as one matrix for each channel [c, n, n]."""
+    return sum(
+        torch.diag_embed(taps[:, -1 - back, None].expand(-1, n - back), -back) for back in range(min(n, taps.shape[1]))
+    )
+
+
+@pytest.mark.parametrize("case", ["qwen35", "qwen35_sizes"])
+def test_frozen_delta_net_by_hand(case: str, tiny_file: Callable[..., Path]) -> None:
+    """A head's pattern in closed form, M (I + A)^-1 diag(beta); live are the values, their convolution and ssm_out."""
+    model = oracle.load(tiny_file(case))
+    h, J = frozen_mixer(model)
+    w = {name.removeprefix("blk.0."): value for name, value in model.weights.items()}
+    size, keys, heads = (model.metadata[f"ssm.{name}"] for name in ("state_size", "group_count", "time_step_rank"))
+    eps, n, k = model.metadata["attention.layer_norm_rms_epsilon"], len(h), keys * size
+    conv = shifted(w["ssm_conv1d.weight"], n)
+    c = torch.einsum("cij,jc->ic", conv, h @ w["attn_qkv.weight"].T)
+    q, key, v = (c * c.sigmoid()).split([k, k, heads * size], dim=-1)
+    beta = (h @ w["ssm_beta.weight"].T).sigmoid()
+    steps = w["ssm_a"] * (1 + (h @ w["ssm_alpha.weight"].T + w["ssm_dt.bias"]).exp()).log()
+    z, expected = h @ w["attn_gate.weight"].T, torch.zeros_like(J)
+    for head in range(heads):
+        part = slice(head % keys * size, (head % keys + 1) * size)
+        one, other = (x[:, part] / (x[:, part].square().sum(-1, keepdim=True) + eps).sqrt() for x in (q, key))
+        fade = steps[:, head].cumsum(0)
+        fade = (fade[:, None] - fade).exp().tril()
+        read, removed = fade * (one @ other.T) / math.sqrt(size), fade * (other @ other.T) * beta[:, head, None]
+        pattern = read @ torch.linalg.inv(torch.eye(n) + removed.tril(-1)) @ beta[:, head].diag()
+        part = slice(head * size, (head + 1) * size)
+        o, gate = pattern @ v[:, part], z[:, part]
+        out = w["ssm_norm.weight"] * gate * gate.sigmoid() / (o.square().mean(-1, keepdim=True) + eps).sqrt()
+        share, taps = c[:, 2 * k :][:, part].sigmoid(), conv[2 * k :][part]
+        rows = w["attn_qkv.weight"][2 * k :][part]
+        expected += torch.einsum(
+            "ac,ic,ij,jc,cjl,cb->ialb", w["ssm_out.weight"][:, part], out, pattern, share, taps, rows
+        )
+    assert distance(J, expected) < 1e-12
+
+
+@pytest.mark.parametrize("case", ["kimi_linear", "bailingmoe3"])
+def test_frozen_kimi_delta_by_hand(case: str, tiny_file: Callable[..., Path]) -> None:
+    """As above, but the decay between two tokens is inside the product of their keys."""
+    model = oracle.load(tiny_file(case))
+    h, J = frozen_mixer(model)
+    w = {name.removeprefix("blk.0.").removesuffix(".weight"): value for name, value in model.weights.items()}
+    n, size, heads = len(h), model.metadata["kda.head_dim"], model.metadata["attention.head_count"]
+    eps, expected = model.metadata["attention.layer_norm_rms_epsilon"], torch.zeros_like(J)
+    convs = {part: shifted(w[f"ssm_conv1d_{part}"][0, :, 0], n) for part in "qkv"}
+    c = {part: torch.einsum("cij,jc->ic", conv, h @ w[f"attn_{part}"].T) for part, conv in convs.items()}
+    q, key, v = (x * x.sigmoid() for x in c.values())
+    gates, steps = (
+        w[f"ssm_{name}_b"] @ w[f"ssm_{name}_a"] if f"ssm_{name}_b" in w else w[f"ssm_{name}_a"] for name in "gf"
+    )
+    beta, gates, steps = (h @ w["ssm_beta"].T).sigmoid(), (h @ gates.T).sigmoid(), h @ steps.T + w["ssm_dt.bias"]
+    a, bound = w["ssm_a"].repeat_interleave(size), model.metadata.get("kda.gate_lower_bound")
+    steps = bound / (1 + (-a * steps).exp()) if bound else a * (1 + steps.exp()).log()
+    for head in range(heads):
+        part = slice(head * size, (head + 1) * size)
+        one, other = (x[:, part] / (x[:, part].square().sum(-1, keepdim=True) + eps).sqrt() for x in (q, key))
+        fade = steps[:, part].cumsum(0)
+        fade = (fade[:, None] - fade).exp() * torch.ones(n, n).tril()[..., None]
+        read = torch.einsum("ic,ijc,jc->ij", one, fade, other) / math.sqrt(size)
+        removed = torch.einsum("ic,ijc,jc->ij", other, fade, other) * beta[:, head, None]
+        pattern = read @ torch.linalg.inv(torch.eye(n) + removed.tril(-1)) @ beta[:, head].diag()
+        o = pattern @ v[:, part]
+        out = w["ssm_norm"] * gates[:, part] / (o.square().mean(-1, keepdim=True) + eps).sqrt()
+        share, taps, rows = c["v"][:, part].sigmoid(), convs["v"][part], w["attn_v"][part]
+        expected += torch.einsum("ac,ic,ij,jc,cjl,cb->ialb", w["attn_output"][:, part], out, pattern, share, taps, rows)
+    assert distance(J, expected) < 1e-12
+
+
+def test_frozen_short_convolution_by_hand(tiny_file: Callable[..., Path]) -> None:
+    """Of the three factors x is live."""
+    model = oracle.load(tiny_file("lfm2"))
+    h, J = frozen_mixer(model)
+    w = {name.removeprefix("blk.0.shortconv."): value for name, value in model.weights.items()}
+    b, c, x = w["in_proj.weight"].chunk(3)
+    expected = torch.einsum(
+        "ac,ic,cij,jc,cb->iajb", w["out_proj.weight"], h @ c.T, shifted(w["conv.weight"], len(h)), h @ b.T, x
+    )
+    assert distance(J, expected) < 1e-12
+
+
+def test_frozen_gate_on_heads_by_hand(tiny_file: Callable[..., Path]) -> None:
+    """With keys of zero every head reads the mean of the values so far."""
+    model = edit(oracle.load(tiny_file("qwen35_listed")), "attn_k.", torch.zeros_like)
+    h, J = frozen_mixer(model)
+    w = {name.removeprefix("blk.0.").removesuffix(".weight"): value for name, value in model.weights.items()}
+    heads, kv, hd, n = 4, 2, 32, len(h)
+    gate = (h @ w["attn_q"].T).reshape(n, heads, 2, hd)[:, :, 1].sigmoid()
+    values = w["attn_v"].reshape(kv, hd, 64).repeat_interleave(heads // kv, 0)
+    pattern = torch.ones(n, n).double().tril() / torch.arange(1, n + 1)[:, None]
+    expected = torch.einsum("ahc,ihc,ij,hcb->iajb", w["attn_output"].reshape(64, heads, hd), gate, pattern, values)
+    assert distance(J, expected) < 1e-12
+
+
+def test_frozen_gate_on_latent_heads_by_hand(tiny_file: Callable[..., Path]) -> None:
+    """Again with keys of zero, here those of the latent vector and the rotated ones."""
+    model = edit(oracle.load(tiny_file("bailingmoe3_clamped")), "attn_k_b.", torch.zeros_like)
+    model = edit(model, "attn_kv_a_mqa", lambda w: torch.cat([w[:20], 0 * w[20:]]))
+    h, J = frozen_mixer(model)
+    w = {name.removeprefix("blk.0.").removesuffix(".weight"): value for name, value in model.weights.items()}
+    heads, n, eps = 4, len(h), model.metadata["attention.layer_norm_rms_epsilon"]
+    gate, rows = (h @ w["attn_gate"].T).sigmoid(), w["attn_kv_a_mqa"][:20]
+    scale = w["attn_kv_a_norm"] / ((h @ rows.T).square().mean(-1, keepdim=True) + eps).sqrt()
+    pattern = torch.ones(n, n).double().tril() / torch.arange(1, n + 1)[:, None]
+    out = w["attn_output"].reshape(64, heads, -1)
+    expected = torch.einsum("ahv,ih,ij,hvl,jl,lb->iajb", out, gate, pattern, w["attn_v_b"], scale, rows)
+    assert distance(J, expected) < 1e-12
+
+
 @pytest.mark.parametrize("mlp_path", ["up", "gate"])
 @pytest.mark.parametrize(
     "case",
@@ -767,6 +1426,9 @@ def structure(case: str) -> tuple[str, frozenset[str]]:
     return o.architecture, frozenset(entry.name for entry in tiny.tensors(o))
 
 
+CLAMPS = {"swiglu_clamp_exp", "swiglu_clamp_shexp"}
+
+
 @pytest.mark.parametrize("mlp_path", ["up", "gate"])
 @pytest.mark.parametrize("case", {structure(case): case for case in reversed(ROWS)}.values())
 def test_offset_is_what_the_live_biases_add(case: str, mlp_path: str, tiny_file: Callable[..., Path]) -> None:
@@ -776,13 +1438,21 @@ def test_offset_is_what_the_live_biases_add(case: str, mlp_path: str, tiny_file:
     """
     model, ids = oracle.load(tiny_file(case)), tiny.prompt(case, 6)
     J = oracle.jacobian(model, ids, mlp_path=mlp_path)
-    live = {name: w.clone().requires_grad_() for name, w in model.weights.items() if name.endswith(".bias")}
+    live = {
+        name: w.clone().requires_grad_()
+        for name, w in model.weights.items()
+        if name.endswith(".bias") and ".indexer." not in name
+    }
     constants = {"limit": 7.0, "shift": 1.0} if model.facts.activation == "oai" else {}
     constants = {name: torch.tensor(value, dtype=torch.float64).requires_grad_() for name, value in constants.items()}
     model = facts(**constants)(model._replace(weights=model.weights | live))
     if limit := model.facts.clamp_key and model.metadata.get("attention.clamp_kqv"):
         constants["clamp"] = torch.tensor(limit, dtype=torch.float64).requires_grad_()
         model = meta(model, attention__clamp_kqv=constants["clamp"])
+    for key in model.metadata.keys() & CLAMPS if model.facts.clamp_keys else ():
+        limits = [torch.tensor(limit, dtype=torch.float64) for limit in model.metadata[key]]
+        constants |= {f"{key}-{i}": limit.requires_grad_() for i, limit in enumerate(limits) if limit}
+        model = meta(model, **{key: limits})
     expected = torch.zeros_like(J.y)
     y = oracle.forward(model, ids, freeze=mlp_path)["result_norm"][-1]
     if y.requires_grad:  # else no bias is on the live path

@@ -155,5 +155,6 @@ def test_no_graph_keeps_a_weight(case: str, tiny_files: dict[str, Path], monkeyp
     assert distance(J.to_dense(), expected.J) < 1e-10
     tiles = [entry for entry in kept if isinstance(entry, ordinary._Tile)]
     assert len(tiles) > 7 * model.config.block_count  # several of each matrix
-    widest = max(model.config.d, model.config.feed_forward_length, 4 * model.config.head_size * 4)
+    own = model.config.layers[0]
+    widest = max(model.config.d, own.hidden_units, 4 * own.key_size * 4)
     assert max(entry.untyped_storage().nbytes() for entry in kept if isinstance(entry, torch.Tensor)) <= 2 * widest * 8

@@ -16,7 +16,7 @@ from families import FAMILIES
 from helpers import held
 
 from ggjac import blocks, planner
-from ggjac.config import ModelConfig
+from ggjac.config import ModelConfig, read_config
 from ggjac.gguf import GGUFFile, open_gguf
 from ggjac.jacobian import SharedSweep, Span, Tap
 from ggjac.linop import Linear, LinearOperator, Mix
@@ -46,7 +46,7 @@ BOTH_WAYS = pytest.mark.parametrize(
 
 def header(path: Path) -> tuple[GGUFFile, ModelConfig]:
     file = open_gguf(path)
-    return file, ModelConfig.from_metadata(file.metadata, {t.name: t.shape for t in file.tensors.values()})
+    return file, read_config(file.metadata, {t.name: t.shape for t in file.tensors.values()})
 
 
 MAKING = ("mlp_path", "device", "threads", "budget", "tapes_on_disk")
@@ -435,10 +435,11 @@ def test_an_activation_holds_what_is_counted(case: str, hidden: int, tiny_file: 
     z = torch.linspace(-3, 3, 10_000)
     share = blocks.activation(config, 0).share
     assert held(lambda: share(z)) + z.nbytes < (hidden + 0.01) * z.nbytes
-    stream = dataclasses.replace(config, feed_forward_length=10_000)
-    more = planner.trace_floats(stream, 1) - planner.trace_floats(
-        dataclasses.replace(stream, feed_forward_length=9_000), 1
+    wide, narrow = (
+        dataclasses.replace(config, layers=(dataclasses.replace(config.layers[0], hidden_units=units),))
+        for units in (10_000, 9_000)
     )
+    more = planner.trace_floats(wide, 1) - planner.trace_floats(narrow, 1)
     assert more == hidden * 1000
 
 

@@ -11,10 +11,12 @@ import pytest
 import tiny
 import torch
 
+from ggjac.config import fused_parts
 from ggjac.gguf import GGUFError, open_gguf
 from ggjac.gguf.types import TYPES, holds_weights
 from ggjac.linop import TiledMatrix
 from ggjac.model import open_model
+from ggjac.sizes import Part
 from ggjac.weights import WeightError, WeightStore
 from ggjac.weights import store as module
 
@@ -135,7 +137,7 @@ def test_blocks_answer_to_the_parts_of_fused_tensors(
 ) -> None:
     monkeypatch.setattr(module, "TILE_ELEMENTS", 5 * 64)
     model, expected = open_model(tiny_file(case)), split(tiny_file(case))
-    block = model.weights.block(1, model.config.slices)
+    block = model.weights.block(1, fused_parts(model.config, 1))
     for name, tensor in expected.items():
         assert name in block
         if tensor.ndim == 1:
@@ -146,6 +148,115 @@ def test_blocks_answer_to_the_parts_of_fused_tensors(
             assert torch.equal(torch.cat([tile.clone() for *_, tile in matrix.tiles()]), tensor), name
     missing = {f"{stem}.bias" for stem in tiny.ALL_BIASES} - expected.keys()
     assert not [name for name in missing if name in block]
+
+
+def tiles_of(matrix: module.Weight) -> torch.Tensor:
+    return torch.cat([tile.clone() for *_, tile in matrix.tiles()])
+
+
+@pytest.mark.parametrize("place", ["file", "dense"])
+@pytest.mark.parametrize("kind", ["F32", "Q4_K", "Q8_0"])
+def test_a_part_may_be_some_rows_of_every_few(
+    kind: str, place: str, small_tiles: int, tiny_file: Callable[..., Path]
+) -> None:
+    """As of every head's rows those of its values: 3 of every 8 of 24 rows, read in tiles of 7, and of 2."""
+    path, name = tiny_file("plain", type=kind, **ROW), "blk.0.ffn_up.weight"
+    everything, expected = store(path), dense(path)[name]
+    everything.place([place], {"dense": 1 << 20})
+    chosen = [2, 3, 4, 10, 11, 12, 18, 19, 20]
+    matrix = everything.block(0, {"values": Part("ffn_up", 2, 5, 8)}, live=True).matrix("values.weight")
+    assert isinstance(matrix, TiledMatrix)
+    assert matrix.shape == (9, 256)
+    for _ in range(2):
+        assert torch.equal(tiles_of(matrix), expected[chosen])
+    assert everything.reads == {name: 9 if place == "dense" else 18}
+    assert [(start, stop) for start, stop, _ in matrix.tiles()] == [(0, 7), (7, 9)]
+    for start, stop in ((1, 8), (3, 6), (4, 5), (5, 9)):
+        assert torch.equal(tiles_of(matrix.rows(start, stop)), expected[chosen[start:stop]])
+    assert torch.equal(tiles_of(matrix.rows(2, 9).rows(1, 4).columns(0, 256)), expected[[10, 11, 12]])
+    assert torch.equal(matrix.take([8, 0]), expected[[20, 2]])
+    if kind != "Q4_K":
+        columns = matrix.rows(1, 7).columns(64, 224)
+        assert columns.shape == (6, 160)
+        assert torch.equal(tiles_of(columns), expected[chosen[1:7], 64:224])
+
+
+def test_a_part_with_gaps_is_read_ahead_without_them(
+    tiny_file: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    everything, asked = store(tiny_file("plain", **ROW)), []
+    monkeypatch.setattr(everything.file, "will_need", lambda info, start, stop: asked.append((start, stop)))
+    matrix = everything.block(0, {"values": Part("ffn_up", 2, 5, 8)}).matrix("values.weight")
+    matrix.read_ahead()
+    matrix.rows(1, 4).read_ahead()
+    assert asked == [(2, 5), (10, 13), (18, 21), (3, 5), (10, 11)]
+
+
+def test_a_part_of_a_vector_may_be_some_elements_of_every_few(tiny_file: Callable[..., Path]) -> None:
+    path = tiny_file("biases")
+    parts = {"head": Part("attn_q", 4, 6, 16), "second": Part("attn_q", 16, 32)}
+    block, expected = store(path).block(0, parts), dense(path)["blk.0.attn_q.bias"]
+    assert torch.equal(block.vector("head.bias"), expected[[4, 5, 20, 21, 36, 37, 52, 53]])
+    assert torch.equal(block.vector("second.bias"), expected[16:32])
+    assert "head.bias" in block
+    assert "attn_q.bias" in block
+
+
+@pytest.mark.parametrize(("part", "rows"), [(Part("ffn_up_exps", 8, 24), range(8, 24)),
+                                            (Part("ffn_up_exps", 1, 3, 8), [1, 2, 9, 10, 17, 18, 25, 26])])  # fmt: skip
+def test_of_each_expert_only_the_part_is_read(
+    part: Part, rows: range | list[int], tiny_file: Callable[..., Path]
+) -> None:
+    """As where the gates of all experts are stored above their other projections."""
+    path = tiny_file("gpt_oss", experts=4, experts_used=2, expert_ff=32)
+    everything, expected = store(path), dense(path)
+    block, rows = everything.block(1, {"fused": part}), list(rows)
+    for expert in (2, 0, 3):
+        everything.reads.clear()
+        matrix = block.matrix("fused.weight", expert)
+        assert matrix.shape == (len(rows), 64)
+        assert torch.equal(tiles_of(matrix), expected["blk.1.ffn_up_exps.weight"][expert][rows])
+        assert everything.reads == {"blk.1.ffn_up_exps.weight": len(rows)}
+        assert torch.equal(block.vector("fused.bias", expert), expected["blk.1.ffn_up_exps.bias"][expert][rows])
+
+
+def with_scales(path: Path, target: Path, scales: dict[str, list[float]]) -> Path:
+    """Copy an F32 file with further tensors."""
+    reader = gguf.GGUFReader(path)
+    writer = gguf.GGUFWriter(target, "llama")
+    for tensor in reader.tensors:
+        writer.add_tensor(tensor.name, tensor.data)
+    for name, values in scales.items():
+        writer.add_tensor(name, np.array(values, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return target
+
+
+def test_the_gain_of_a_matrix_is_the_files(tmp_path: Path, tiny_file: Callable[..., Path]) -> None:
+    scales = {
+        "blk.0.attn_output.scale": [0.5], "blk.0.attn_output.input_scale": [7.0], "blk.0.attn_qkv.scale": [0.125],
+        "blk.0.ffn_down_exps.scale": [2.0, 3.0, 4.0, 5.0], "blk.0.ffn_up_exps.scale": [6.0],
+        "blk.0.ffn_gate_exps.weight.scale": [7.0, 8.0, 9.0, 10.0], "blk.0.ffn_gate_inp.scale": [0.5] * 64,
+        "output.scale": [-0.1], "blk.1.attn_output.scale": [math.inf],
+    }  # fmt: skip
+    path = tiny_file("mixtral", experts=4, experts_used=2, fused_qkv=True)
+    everything = store(with_scales(path, tmp_path / "m.gguf", scales), torch.bfloat16)
+    block = everything.block(0, {"attn_v": Part("attn_qkv", 8, 16), "attn_output": Part("absent", 0, 8)})
+    assert block.gain("attn_output.weight") == 0.5
+    assert block.gain("attn_qkv.weight") == block.gain("attn_v.weight") == 0.125
+    assert [block.gain("ffn_down_exps.weight", expert) for expert in range(4)] == [2, 3, 4, 5]
+    assert [block.gain("ffn_up_exps.weight", expert) for expert in range(4)] == [6] * 4
+    assert [block.gain("ffn_gate_exps.weight", expert) for expert in (3, 0)] == [10, 7]
+    assert block.gain("ffn_gate_inp.weight") == 1  # one for each column is no factor of the matrix
+    assert block.gain("attn_norm.weight") == 1
+    assert everything.gain("output.weight") == float(np.float32(-0.1))  # not rounded to the tiles' dtype
+    assert everything.gain("token_embd.weight") == 1
+    assert not everything.reads
+    with pytest.raises(WeightError, match=r"tensor blk.1.attn_output.scale holds NaN or infinite values"):
+        everything.block(1, {}).gain("attn_output.weight")
 
 
 # ---- what is counted

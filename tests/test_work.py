@@ -18,7 +18,7 @@ from jaxtyping import config
 from ggjac import session
 from ggjac.analysis.steer import steer
 from ggjac.cli.planning import requested
-from ggjac.config import ModelConfig
+from ggjac.config import read_config
 from ggjac.generation import Continuation
 from ggjac.gguf import open_gguf
 from ggjac.jacobian import SharedSweep
@@ -309,7 +309,7 @@ def test_the_example_of_a_row_is_one(tiny_file: TinyFile, monkeypatch: pytest.Mo
     exec(textwrap.dedent(text[text.index("    def example") : text.index("\nRead it as follows")]), names)
     monkeypatch.setitem(work.JOBS, "example", names["example"])
     with open_gguf(tiny_file("plain", layers=4)) as file:
-        sizes = ModelConfig.from_metadata(file.metadata, {t.name: t.shape for t in file.tensors.values()})
+        sizes = read_config(file.metadata, {t.name: t.shape for t in file.tensors.values()})
         plan = make(file, sizes, work.command_work("example", sizes, 5, "float32"))
     counts = [(step.what, step.count, getattr(step, "vectors", None)) for step in plan.work.steps]
     assert counts == [("svd", 8, 32), ("decoding", 1, None), ("first half", 1, 1)]
@@ -335,7 +335,7 @@ def test_budgets_hold_by_smaller_chunks(tiny_file: TinyFile, monkeypatch: pytest
 
 def test_in_bfloat16_sweeps_go_on_until_its_rounding_shows(tiny_file: TinyFile) -> None:
     with open_gguf(tiny_file("plain")) as file:
-        sizes = ModelConfig.from_metadata(file.metadata, {t.name: t.shape for t in file.tensors.values()})
+        sizes = read_config(file.metadata, {t.name: t.shape for t in file.tensors.values()})
     counts = {dtype: work.command_work("svd", sizes, 5, dtype).sweeps[0].count for dtype in ITEM_BYTES}
     assert counts == {"float64": 8, "float32": 8, "float16": 8, "bfloat16": 11}
     assert work.command_work("svd", sizes, 5, "bfloat16", sweeps=4).sweeps[0].count == 4
@@ -349,7 +349,7 @@ def test_keys_and_values_of_texts_are_counted(case: str, tiny_file: TinyFile, mo
 
     def counted(self: Continuation, ids: Any) -> Any:
         outputs = extend(self, ids)
-        found.append(sum(part.nbytes for past in self._past if past is not None for part in past))
+        found.append(sum(past.k.nbytes + past.v.nbytes for (past,) in filter(None, self._past)))
         return outputs
 
     monkeypatch.setattr(Continuation, "extend", counted)

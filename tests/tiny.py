@@ -28,6 +28,7 @@ import gguf
 import numpy as np
 from families import FAMILY_CASES
 
+INDEXER_KEY = 64  # llama.cpp multiplies an indexer's keys by an orthogonal matrix of this size
 ALL_BIASES = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
 
 
@@ -59,7 +60,8 @@ class Options:
     norm: str = "rms"  # rms | rms_bias | ln (weight only) | ln_bias | ln_bare (neither)
     norms: tuple[str, ...] = ("attn_norm", "ffn_norm")  # of each layer
     mixers: tuple[str, ...] = ("attention",)  # of `MIXERS`, one a layer, over and over
-    sizes: Mapping[str, Any] = field(default_factory=dict)  # of mixers other than attention, by the mixer's own names
+    sizes: Mapping[str, Any] = field(default_factory=dict)  # of mixers other than attention, by names of theirs or keys
+    final_norm: str = "output_norm"
     qk_norm: str = ""  # head | heads (weights of each head's own) | full
     n_rot: int | None = None  # rotated dimensions of a head; None: all
     long_short: bool = False  # write rope_factors_long and rope_factors_short
@@ -70,12 +72,15 @@ class Options:
     experts: int = 0  # 0: dense
     experts_used: int = 0
     expert_ff: int = 0
+    fused_experts: bool = False  # gate above up in one tensor
     shared_ff: int = 0  # width of a shared expert beside the routed ones; 0: none
+    shared_gate: bool = False  # whether a sigmoid scales the shared expert
     shared_count: int = 0  # of shared experts of expert_ff in one, stated so; 0: not stated
     dense_lead: int = 0  # the first blocks, without experts
     selection_bias: float = 0.0  # spread of exp_probs_b around `selection_mean`; 0: no such tensor
     selection_mean: float = 0.0
     predictors: int = 0  # of `layers` the last, which predict later tokens
+    predictor_norms: tuple[str, ...] = ("nextn.enorm", "nextn.hnorm")
     embed_std: float = 1.0
     post_gain: float = 1.0  # of the norms after a sublayer
     score_gain: float = 1.4  # of the projections to q and k
@@ -84,6 +89,7 @@ class Options:
     up_gain: float = 1.0
     down_gain: float = 1.5
     tokenizer: str = "none"  # none | spm
+    scales: tuple[str, ...] = ()  # matrices in the blocks that have a constant factor
     type: str = "F32"  # of the matrices whose rows are whole blocks; the others stay F32
     types: Mapping[str, str] = field(default_factory=dict)  # part of a tensor's name -> its type
     seed: int = 0
@@ -127,10 +133,16 @@ def bias(name: str, width: int) -> Entry:
     return Entry(f"{name}.bias", (width,), 0.4)
 
 
-def stacked(o: Options, name: str, parts: Sequence[Entry]) -> Entry:
+def stacked(o: Options, name: str, parts: Sequence[Entry], axis: int = 0) -> Entry:
     """Return the parts in one tensor: the same numbers as in a file that keeps them apart."""
-    values = np.concatenate([draw(part, o.seed) for part in parts])
+    values = np.concatenate([draw(part, o.seed) for part in parts], axis)
     return Entry(name, values.shape, 0.0, values=values)
+
+
+def interleaved(o: Options, name: str, groups: int, parts: Sequence[Entry]) -> Entry:
+    """Return the parts in one tensor, by group: its share of the rows of each part."""
+    values = np.concatenate([v.reshape(groups, -1, o.d) for v in (draw(part, o.seed) for part in parts)], axis=1)
+    return Entry(name, (values.size // o.d, o.d), 0.0, values=values.reshape(-1, o.d))
 
 
 def llama3_factors(n_rot: int, base: float, *, factor: float = 8.0, original: float = 64.0) -> np.ndarray:
@@ -168,6 +180,9 @@ def metadata(o: Options) -> dict[str, Any]:
         "nextn_predict_layers": o.predictors,
     }
     keys |= {key: value for key, value in optional.items() if value}
+    keys |= {key: value for key, value in o.sizes.items() if "." in key}
+    for mixer in o.mixers:
+        keys |= MIXER_KEYS.get(mixer, lambda _: {})(o)
     return keys | {f"rope.scaling.{key}": value for key, value in o.scaling.items()} | dict(o.extra)
 
 
@@ -177,7 +192,7 @@ def tensors(o: Options) -> Iterator[Entry]:
     yield Entry("token_embd.weight", (o.vocab, o.d), o.embed_std)
     if o.positions:
         yield Entry("position_embd.weight", (o.context, o.d), 0.5)
-    yield from norms(o, "output_norm", o.d)
+    yield from norms(o, o.final_norm, o.d)
     if not o.tied:
         yield matrix("output", o.vocab, o.d, 2.0)
     if "output" in o.biases:
@@ -198,8 +213,7 @@ def tensors(o: Options) -> Iterator[Entry]:
         yield from experts(o, b) if routed else feed_forward(o, b, "", o.ff)
         if predictor:
             yield matrix(f"{b}.nextn.eh_proj", o.d, 2 * o.d)
-            more = ("layer_output_norm",) if o.architecture == "bailingmoe2" else ()
-            for name in ("nextn.enorm", "nextn.hnorm", *more):
+            for name in o.predictor_norms:
                 yield from norms(o, f"{b}.{name}", o.d)
         present = [bias(f"{b}.{name}", widths.get(name, o.d)) for name in o.biases if name in (*ALL_BIASES, *widths)]
         if o.fused_bias:
@@ -209,11 +223,25 @@ def tensors(o: Options) -> Iterator[Entry]:
         yield from present
 
 
-def attention(o: Options, b: str) -> Iterator[Entry]:
-    """List the tensors of softmax attention in layer `b`, without its norm."""
+def scaled(o: Options) -> Iterator[Entry]:
+    """List the tensors of a file, with a factor of a matrix (or of each expert's) where the options name it.
+
+    A second one, of the matrix's input in low precision, is there to be ignored.
+    """
+    for entry in tensors(o):
+        yield entry
+        stem, kind = entry.name.rsplit(".", 1)
+        if kind == "weight" and stem.rpartition(".")[2] in o.scales:
+            for suffix in ("scale", "input_scale"):
+                yield Entry(f"{stem}.{suffix}", entry.shape[:-2] or (1,), 0.2, 0.8)
+
+
+def attention(o: Options, b: str, *, gated: bool = False) -> Iterator[Entry]:
+    """List the tensors of softmax attention in layer `b`, without its norm; `gated`: each head's query has a gate."""
     q, kv = o.heads * o.hd, o.hk * o.hd
+    query, gate = (matrix(f"{b}.{name}", q, o.d, gain) for name, gain in (("attn_q", o.score_gain), ("gate_q", 2.0)))
     parts = [
-        matrix(f"{b}.attn_q", q, o.d, o.score_gain),
+        interleaved(o, query.name, o.heads, [query, gate]) if gated else query,
         matrix(f"{b}.attn_k", kv, o.d, o.score_gain),
         matrix(f"{b}.attn_v", kv, o.d),
     ]
@@ -228,8 +256,149 @@ def attention(o: Options, b: str) -> Iterator[Entry]:
     yield matrix(f"{b}.attn_output", o.d, q)
 
 
+def delta(o: Options, b: str, *, layout: str) -> Iterator[Entry]:
+    """List the tensors of a gated delta net in layer `b`, without its norm.
+
+    `layout` is of qwen35 (alpha and beta apart), qwen3next (together, by key head), or its older files (q, k, v and z
+    together, too). Decays are from 0.99 in the first head to about 0.01 in the last, write strengths anywhere.
+    """
+    size, keys, heads = (o.sizes[f"ssm.{name}"] for name in ("state_size", "group_count", "time_step_rank"))
+    k, v, kernel = keys * size, heads * size, o.sizes["ssm.conv_kernel"]
+    parts = [matrix(f"{b}.{name}", out, o.d) for name, out in (("delta_q", k), ("delta_k", k), ("delta_v", v))]
+    z = matrix(f"{b}.attn_gate", v, o.d, o.gate_gain)
+    if layout == "old":
+        yield interleaved(o, f"{b}.ssm_in.weight", keys, [*parts, z])
+    else:
+        yield from [stacked(o, f"{b}.attn_qkv.weight", parts), z]
+    beta, alpha = (matrix(f"{b}.ssm_{name}", heads, o.d, gain) for name, gain in (("beta", 3.0), ("alpha", 1.5)))
+    yield from [beta, alpha] if layout == "qwen35" else [interleaved(o, f"{b}.ssm_ba.weight", keys, [beta, alpha])]
+    yield Entry(f"{b}.ssm_conv1d.weight", (2 * k + v, kernel), 1.2 / math.sqrt(kernel))
+    yield Entry(f"{b}.ssm_dt.bias", (heads,), 0.5)
+    spread = draw(Entry(f"{b}.ssm_a", (heads,), 0.2), o.seed)
+    yield Entry(f"{b}.ssm_a", (heads,), 0.0, values=-np.geomspace(0.02, 6.0, heads) * np.exp(spread))
+    yield Entry(f"{b}.ssm_norm.weight", (size,), 0.3, 1.0)
+    yield matrix(f"{b}.ssm_out", o.d, v, 1.5)
+
+
+def kda(o: Options, b: str, *, bounded: bool) -> Iterator[Entry]:
+    """List the tensors of Kimi Delta Attention in layer `b`, without its norm.
+
+    `bounded`: decays have a bound, and the projections to them and to the gate are not in two steps.
+    """
+    size, kernel = o.sizes["kda.head_dim"], o.sizes["ssm.conv_kernel"]
+    width = o.heads * size
+    qkv = [matrix(f"{b}.attn_{part}", width, o.d) for part in "qkv"]
+    yield from [stacked(o, f"{b}.attn_qkv.weight", qkv)] if o.fused_qkv else qkv
+    for part in "qkv":
+        yield Entry(f"{b}.ssm_conv1d_{part}.weight", (1, width, 1, kernel), 1.2 / math.sqrt(kernel))
+    for name, gain in (("ssm_f", 2.0), ("ssm_g", o.gate_gain)):
+        if bounded:
+            yield matrix(f"{b}.{name}_a", width, o.d, gain)
+        else:
+            yield from (matrix(f"{b}.{name}_a", size, o.d), matrix(f"{b}.{name}_b", width, size, gain))
+    spread = np.exp(draw(Entry(f"{b}.ssm_a", (o.heads, 1), 0.2), o.seed))
+    ends = (0.4, 2.5) if bounded else (-0.02, -6.0)
+    yield Entry(f"{b}.ssm_a", spread.shape, 0.0, values=np.geomspace(*ends, o.heads)[:, None] * spread)
+    yield Entry(f"{b}.ssm_dt.bias", (width,), 1.0)
+    yield matrix(f"{b}.ssm_beta", o.heads, o.d, 3.0)
+    yield Entry(f"{b}.ssm_norm.weight", (size,), 0.3, 1.0)
+    yield matrix(f"{b}.attn_output", o.d, width, 1.5)
+
+
+def short_convolution(o: Options, b: str) -> Iterator[Entry]:
+    """List the tensors of a gated short convolution in layer `b`, without its norm."""
+    yield matrix(f"{b}.shortconv.in_proj", 3 * o.d, o.d)
+    yield Entry(f"{b}.shortconv.conv.weight", (o.d, o.sizes["shortconv.l_cache"]), 0.8)
+    yield matrix(f"{b}.shortconv.out_proj", o.d, o.d)
+
+
+def latent(o: Options, b: str) -> Iterator[Entry]:
+    """List the tensors of latent attention in layer `b`; rotated dimensions are `n_rot`.
+
+    Sizes: `nope` (of a key, not rotated), `latent`, `value`, `query` (of the queries' latent vector; without it, they
+    have none), `head_gate` (a sigmoid scales what each head has read), `unsplit` (keys and values are made by one
+    matrix), `indexer` (heads that choose the keys to attend to), `indexer_types` (which blocks choose; the others do as
+    the block before; without it, all choose).
+    """
+    rope, nope, width, value = o.n_rot or 0, o.sizes["nope"], o.sizes["latent"], o.sizes["value"]
+    q = o.heads * (nope + rope)
+    if query := o.sizes.get("query"):
+        yield matrix(f"{b}.attn_q_a", query, o.d)
+        yield from norms(o, f"{b}.attn_q_a_norm", query)
+        yield matrix(f"{b}.attn_q_b", q, query, o.score_gain)
+    else:
+        yield matrix(f"{b}.attn_q", q, o.d, o.score_gain)
+    parts = [matrix(f"{b}.attn_kv_a", width, o.d), matrix(f"{b}.attn_k_rope", rope, o.d, o.score_gain)]
+    yield stacked(o, f"{b}.attn_kv_a_mqa.weight", parts)
+    yield from norms(o, f"{b}.attn_kv_a_norm", width)
+    keys = Entry(f"{b}.attn_k_b.weight", (o.heads, width, nope), o.score_gain / math.sqrt(width))
+    values = Entry(f"{b}.attn_v_b.weight", (o.heads, value, width), 1 / math.sqrt(width))
+    if o.sizes.get("unsplit"):
+        both = np.concatenate([draw(keys, o.seed).transpose(0, 2, 1), draw(values, o.seed)], axis=1)
+        both = both.reshape(-1, width)
+        yield Entry(f"{b}.attn_kv_b.weight", both.shape, 0.0, values=both)
+    else:
+        yield from (keys, values)
+    if o.sizes.get("head_gate"):
+        yield matrix(f"{b}.attn_gate", o.heads, o.d, 2.0)
+    yield matrix(f"{b}.attn_output", o.d, o.heads * value)
+    choosing = dict(enumerate(o.sizes.get("indexer_types", ())))
+    if "indexer" in o.sizes and choosing.get(int(b.removeprefix("blk.")), True):
+        yield matrix(f"{b}.indexer.attn_q_b", o.sizes["indexer"] * INDEXER_KEY, o.sizes["query"])
+        yield matrix(f"{b}.indexer.attn_k", INDEXER_KEY, o.d)
+        yield matrix(f"{b}.indexer.proj", o.sizes["indexer"], o.d)
+        yield Entry(f"{b}.indexer.k_norm.weight", (INDEXER_KEY,), 0.3, 1.0)
+        yield bias(f"{b}.indexer.k_norm", INDEXER_KEY)
+
+
+def block_sparse(o: Options, b: str) -> Iterator[Entry]:
+    """List attention with an indexer that chooses blocks of keys, in all but the leading dense layers."""
+    yield from attention(o, b)
+    if int(b.removeprefix("blk.")) >= o.dense_lead:
+        yield matrix(f"{b}.indexer.q_proj", o.sizes["indexer"] * INDEXER_KEY, o.d)
+        yield matrix(f"{b}.indexer.k_proj", INDEXER_KEY, o.d)
+        yield from (Entry(f"{b}.indexer.{part}_norm.weight", (INDEXER_KEY,), 0.3, 1.0) for part in "qk")
+
+
+def block_sparse_keys(o: Options) -> dict[str, Any]:
+    return indexer_keys(o) | {"attention.indexer.block_size": 4, "attention.indexer.local_blocks": 1}
+
+
+def indexer_keys(o: Options) -> dict[str, Any]:
+    """Return the keys of an indexer that chooses everything in a prompt that is as short as in the tests."""
+    keys = {"head_count": o.sizes["indexer"], "key_length": INDEXER_KEY, "top_k": 64}
+    if types := o.sizes.get("indexer_types"):
+        keys["types"] = types
+    return {f"attention.indexer.{name}": value for name, value in keys.items()}
+
+
+def latent_keys(o: Options) -> dict[str, Any]:
+    """Return the keys of latent attention: a file in two parts describes what is cached as if it were one wide head."""
+    key, value, width = o.sizes["nope"] + (o.n_rot or 0), o.sizes["value"], o.sizes["latent"]
+    keys = {"attention.kv_lora_rank": width, "attention.key_length": key, "attention.value_length": value}
+    if query := o.sizes.get("query"):
+        keys["attention.q_lora_rank"] = query
+    if not o.sizes.get("unsplit"):
+        keys |= {"attention.key_length": width + (o.n_rot or 0), "attention.value_length": width}
+        keys |= {"attention.key_length_mla": key, "attention.value_length_mla": value}
+    return keys | (indexer_keys(o) if "indexer" in o.sizes else {})
+
+
 # Token mixers: what a layer has in place of attention, by the name that `Options.mixers` uses.
-MIXERS: dict[str, Callable[[Options, str], Iterator[Entry]]] = {"attention": attention}
+MIXERS: dict[str, Callable[[Options, str], Iterator[Entry]]] = {
+    "attention": attention,
+    "gated attention": functools.partial(attention, gated=True),
+    "latent": latent,
+    "block_sparse": block_sparse,
+    "delta": functools.partial(delta, layout="qwen35"),
+    "grouped delta": functools.partial(delta, layout="qwen3next"),
+    "old delta": functools.partial(delta, layout="old"),
+    "convolution": short_convolution,
+    "kda": functools.partial(kda, bounded=False),
+    "bounded kda": functools.partial(kda, bounded=True),
+}
+# And what the metadata then have besides, or instead; sizes with a dot in their names are keys themselves.
+MIXER_KEYS: dict[str, Callable[[Options], dict[str, Any]]] = {"latent": latent_keys, "block_sparse": block_sparse_keys}
 
 
 def feed_forward(o: Options, b: str, suffix: str, width: int) -> Iterator[Entry]:
@@ -251,15 +420,20 @@ def experts(o: Options, b: str) -> Iterator[Entry]:
         "ffn_up_exps": (o.expert_ff, o.d, o.up_gain),
         "ffn_down_exps": (o.d, o.expert_ff, o.down_gain),
     }
-    for name, (out, into, gain) in shapes.items():
-        yield Entry(f"{b}.{name}.weight", (o.experts, out, into), gain / math.sqrt(into))
+    gate, up, down = (
+        Entry(f"{b}.{name}.weight", (o.experts, out, into), gain / math.sqrt(into))
+        for name, (out, into, gain) in shapes.items()
+    )
+    yield from [stacked(o, f"{b}.ffn_gate_up_exps.weight", [gate, up], 1)] if o.fused_experts else [gate, up]
+    yield down
+    for name, (out, _, _) in shapes.items():
         if name in o.biases:
             yield Entry(f"{b}.{name}.bias", (o.experts, out), 0.4)
     if o.selection_bias:
         yield Entry(f"{b}.exp_probs_b.bias", (o.experts,), o.selection_bias, o.selection_mean)
     if shared := o.shared_count * (o.shared_ff or o.expert_ff) or o.shared_ff:
         yield from feed_forward(o, b, "_shexp", shared)
-        if o.architecture == "qwen2moe":
+        if o.shared_gate:
             yield Entry(f"{b}.ffn_gate_inp_shexp.weight", (o.d,), 1.5 / math.sqrt(o.d))
 
 
@@ -355,12 +529,13 @@ def write(path: str | os.PathLike[str], **differences: Any) -> Path:
         add = {float: writer.add_float32, int: writer.add_uint32, str: writer.add_string, list: writer.add_array}
         (add | {bool: writer.add_bool})[type(value)](key, value)
     {"none": lambda *_: writer.add_tokenizer_model("none"), "spm": add_spm}[o.tokenizer](writer, o.vocab)
-    for entry in tensors(o):
+    for entry in scaled(o):
         values = draw(entry, o.seed)
         name = next((kind for part, kind in o.types.items() if part in entry.name), o.type)
         kind = gguf.GGMLQuantizationType[name]
-        # Norms, routers and learned positions are never quantized; llama.cpp's copy in F32 would keep them as they are.
-        kept = ("_norm.weight", "ffn_gate_inp", "position_embd.weight")
+        # Norms, routers, learned positions and convolutions are never quantized; llama.cpp's copy in F32 would keep
+        # them as they are.
+        kept = ("_norm.weight", "ffn_gate_inp", "position_embd.weight", "conv1d", "conv.conv")
         exempt = values.ndim < 2 or any(part in entry.name for part in kept)
         if exempt or values.shape[-1] % gguf.GGML_QUANT_SIZES[kind][0]:
             kind = gguf.GGMLQuantizationType.F32

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from ggjac.blocks import BlockTape, FrozenBlock, attention_halves, block
 from ggjac.decode import Head
@@ -158,7 +159,8 @@ class BranchShares(Plotted):
         attn: `[m, L]`, float64: the attention branch of each of `L` blocks, after any post-norm and scale.
         mlp: `[m, L]`, float64: the feed-forward branch, likewise.
         bias: `[m]`, float64: of the final norm and of the head; 0 for models without them.
-        heads: `[m, L, h]`, float64: `attn` split by query head; None if not asked for.
+        heads: `[m, L, h]`, float64: `attn` split by head; None if not asked for. A convolution counts as one head;
+            where blocks differ, `h` is the largest number, and heads that a block does not have add 0.
         attn_bias: `[m, L]`, float64: the part of `attn` of no head: the bias of its output projection.
         softcap: of the head's logits (not applied here); 0 for none.
     """
@@ -371,14 +373,19 @@ def attribute_branches(
     for i, tape, frozen in _walk(network, positions):
         stream = tape.x[None, : positions.stop]
         if by_head:
-            reading, writing = attention_halves(network.weights(i), config, tape.attn.at(chosen))
-            z = reading.matmat(stream, one)
-            added, constant = writing.matmat(torch.cat([z, torch.zeros_like(z)]), one.expand(2)).split(1)
+            halves = attention_halves(network.weights(i), config, tape.attn.at(chosen), positions.stop, len(positions))
+            added, constant = torch.zeros_like(read[None]), torch.zeros_like(read)
+            parts = [wide.new_zeros(len(positions), 0)]
+            for mixer, (reading, writing) in zip(tape.attn.mixers, halves, strict=True):
+                z = reading.matmat(stream, one)
+                own, bias = writing.matmat(torch.cat([z, torch.zeros_like(z)]), one.expand(2)).split(1)
+                added, constant = added + own, constant + bias[0]
+                # Each position has its own vector, and the projection acts at each position alone: one stack is enough.
+                shares = writing.rmatmat(read[None])[0].cpu().double() * z[0].cpu().double()
+                parts.append(shares.unflatten(1, (mixer.heads, -1)).sum(2))
             stream = frozen.residual.matmat(stream)
-            # Each position has its own vector, and the projection acts at each position alone: one stack is enough.
-            parts = writing.rmatmat(read[None])[0].cpu().double() * z[0].cpu().double()
-            heads.append(parts.unflatten(1, (config.head_count, -1)).sum(2))
-            attn_bias.append(share(constant[0]))
+            heads.append(torch.cat(parts, 1))
+            attn_bias.append(share(constant))
         else:
             stream, added = frozen.matmat_attn(stream, one)
         attn.append(share(added[0]))
@@ -393,7 +400,7 @@ def attribute_branches(
         attn=torch.stack(attn, 1),
         mlp=torch.stack(mlp, 1),
         bias=_constant(norm, asked.w) + asked.bias,
-        heads=torch.stack(heads, 1) if by_head else None,
+        heads=pad_sequence([own.T for own in heads], batch_first=True).movedim(2, 0) if by_head else None,
         attn_bias=torch.stack(attn_bias, 1) if by_head else None,
         softcap=network.head.softcap,
     )

@@ -91,14 +91,14 @@ def _check(session: "Session", what: ModelOptions, other: Path) -> None:
     from ggjac import planner
     from ggjac.analysis.compare import check_files, check_vocabularies
     from ggjac.cli.planning import make_plan, requested
-    from ggjac.config import ModelConfig
+    from ggjac.config import read_config
     from ggjac.gguf import open_gguf
 
     ours, theirs = session.model.gguf, open_gguf(other)
     check_files(*({name: info.shape for name, info in file.tensors.items()} for file in (ours, theirs)))
     check_vocabularies(*(file.metadata.get("tokenizer.ggml.tokens") for file in (ours, theirs)))
     shapes = {name: info.shape for name, info in theirs.tensors.items()}
-    config = ModelConfig.from_metadata(theirs.metadata, shapes)
+    config = read_config(theirs.metadata, shapes)
     request = requested(click.get_current_context().params, config.block_count) | {"position": session.position}
     planner.check(make_plan(what, theirs, config, len(session.ids), "compare", request, session.model.device.type))
 

@@ -20,7 +20,7 @@ def info(model: Path | None, tensors: bool, tokenizer: bool, output_format: str)
     \b
     ggjac info -m model.gguf
     """
-    from ggjac.config import ConfigError, ModelConfig
+    from ggjac.config import ConfigError, read_config
     from ggjac.gguf import LazyArray, open_gguf, shown
     from ggjac.gguf.hub import demo_path
     from ggjac.gguf.types import holds_weights
@@ -28,7 +28,7 @@ def info(model: Path | None, tensors: bool, tokenizer: bool, output_format: str)
     with open_gguf(model or demo_path()) as file:
         reason = None
         try:
-            ModelConfig.from_metadata(file.metadata, {name: t.shape for name, t in file.tensors.items()})
+            read_config(file.metadata, {name: t.shape for name, t in file.tensors.items()})
         except ConfigError as error:
             reason = str(error)
         for tensor in file.tensors.values():

@@ -74,13 +74,13 @@ def _show_one(
 ) -> tuple["Plan", dict[str, Any]]:
     """Make the plan for one file and print it if the format is a table; return it, also as plain data."""
     from ggjac.cli import render
-    from ggjac.config import ModelConfig
+    from ggjac.config import read_config
     from ggjac.gguf import open_gguf
     from ggjac.gguf.hub import demo_path
     from ggjac.planner.machine import device_kind
 
     with open_gguf(what.model or demo_path()) as file:
-        config = ModelConfig.from_metadata(file.metadata, {name: t.shape for name, t in file.tensors.items()})
+        config = read_config(file.metadata, {name: t.shape for name, t in file.tensors.items()})
         n, texts = _count_tokens(what, command, params, file, config)
         request = requested(params, config.block_count) | texts
         made = make_plan(what, file, config, n, command, request, device_kind(what.device))

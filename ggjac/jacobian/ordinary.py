@@ -66,8 +66,8 @@ class OrdinaryJacobian(LinearOperator):
     def rows(self, chunk: int | None = None) -> Iterator[tuple[int, int, Tensor]]:
         """Yield rows of the dense Jacobian; by default as many at a time as fit into `chunk_bytes`."""
         config, (n, d) = self.network.frame.config, self.in_shape
-        widths = (config.feed_forward_length, config.expert_feed_forward_length)
-        floats = 4 * n * (d + max(widths)) + 3 * config.head_count * n * n
+        heads = max(layer.heads for layer in config.layers)
+        floats = 4 * n * (d + config.hidden_units) + 3 * heads * n * n
         return super().rows(chunk or max(1, self.chunk_bytes // (floats * self.dtype.itemsize)))
 
     @cached_property
@@ -158,6 +158,10 @@ class _Forgetful:
     def vector(self, name: str, expert: int | None = None) -> Tensor:
         """Return a small dense tensor; it is not in a scratch buffer, so that a graph may keep it."""
         return self._weights.vector(name, expert)
+
+    def gain(self, name: str, expert: int | None = None) -> float:
+        """Return the constant factor of a matrix."""
+        return self._weights.gain(name, expert)
 
     def wide_vector(self, name: str) -> Tensor:
         """Return a small dense tensor in float32 at least."""

@@ -131,7 +131,7 @@ class SharedSweep:
             stack.leave(self._ending("attn", i), stack.added, _last)
             stack.H, stack.added = frozen.matmat_ffn(stack.H, stack.added, stack.homogeneous(t))
             stack.leave(self._ending("mlp", i), stack.added, _last)
-            stack.H, stack.added = stack.added.add_(stack.H), None
+            stack.H, stack.added = frozen.matmat_out(stack.H, stack.added), None
             stack.leave(self._ending("layer", i), stack.H, _last)
         return [
             norm.matmat(stack.results[j][:, None], None if t is None else t[j])[:, 0]
@@ -148,7 +148,7 @@ class SharedSweep:
         stack = _Stack(x.new_zeros(0, self.position + 1, self.d), [len(part) for part in Y])
         for i, frozen in self._steps(self.order[::-1], stack, product, self._ways_down):
             m = frozen.ffn.out_shape[0]  # positions that the block writes
-            stack.H = stack.join(stack.H[:, :m], joining("layer", i, m))  # [k, m, d]
+            stack.H = frozen.rmatmat_out(stack.join(stack.H[:, :m], joining("layer", i, m)))  # [k, m, d]
             middle, attn = frozen.rmatmat_ffn(stack.H, stack.join(stack.H, joining("mlp", i, m)))
             attn = stack.join(attn, joining("attn", i, m))
             stack.H = frozen.rmatmat_attn(middle, attn)  # [k, n, d]

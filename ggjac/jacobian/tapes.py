@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ggjac import runs
-from ggjac.blocks import AttentionTape, BlockTape, FFNTape, HiddenTape, NormTape
+from ggjac.blocks import AttentionTape, BlockTape, Factor, FFNTape, HiddenTape, MixerTape, NormTape, ScanTape
 from ggjac.runs import tensors as stored
 from ggjac.runs.journal import Journal
 
@@ -25,7 +25,7 @@ SCHEMA_VERSION = 2
 # Seconds between writes of tapes that are kept in memory too.
 EVERY = 30.0
 
-_TAPES = (BlockTape, AttentionTape, FFNTape, HiddenTape, NormTape)
+_TAPES = (BlockTape, AttentionTape, MixerTape, Factor, ScanTape, FFNTape, HiddenTape, NormTape)
 _KINDS = {kind.__name__: kind for kind in _TAPES}
 
 
@@ -213,8 +213,13 @@ def _restored(value: Any, tensors: Mapping[str, Tensor]) -> Any:
     if isinstance(value, dict):
         if "tensor" in value:
             return tensors[value["tensor"]]
-        kind = _KINDS[value["kind"]]
-        return kind(**{field: _restored(part, tensors) for field, part in value["fields"].items()})
+        fields = {field: _restored(part, tensors) for field, part in value["fields"].items()}
+        if "pattern" in fields and value["kind"] == "AttentionTape":  # of version 0.1.0: a mixer was all of the branch
+            passed = fields.pop("passed")
+            written = None if passed is None else Factor(passed, fields["limits"])
+            fields["mixers"] = (MixerTape("attention", fields.pop("pattern"), written=written),)
+            del fields["limits"]
+        return _KINDS[value["kind"]](**fields)
     if isinstance(value, list):
         return tuple(_restored(item, tensors) for item in value)
     return value

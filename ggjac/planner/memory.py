@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from ggjac.config import ModelConfig
+from ggjac.config.mixers import MIXERS
 from ggjac.planner.passes import LayerPlan
 from ggjac.planner.work import Lookup, Sweeps, Work
 from ggjac.sizes import ITEM_BYTES, ON_THE_WAY, SLAB, TILE_ELEMENTS
@@ -116,13 +117,14 @@ def sweep_floats(config: ModelConfig, n: int, *, up: bool) -> int:
     after a branch adds a copy of the stream, and so do parallel branches, which share one. An expert's own part, its
     hidden units included, covers only the positions that use it.
     """
-    d, q, kv, row = config.d, config.head_count * config.head_size, config.head_count_kv * config.head_size, config.row
+    d, row = config.d, config.row
     scaled = row.norms.attention_out or row.norms.ffn_out or config.residual_scale != 1
     more = d if scaled or row.parallel else 0
     if up:
-        return max(n * (3 * d + kv + q + max(q, d)), _ffn_floats(config, n, 4 * d, 0, lambda s: 2 * s, 2 * d))
+        attention = max(n * (3 * d + kv + q + max(q, d)) for q, kv in _mixed(config))
+        return max(attention, _ffn_floats(config, n, 4 * d, 0, lambda s: 2 * s, 2 * d))
     centred = d if more or row.norm != "rms" else 0
-    attention = n * max(2 * d + 2 * q + kv, 4 * d + q + centred)
+    attention = max(n * max(2 * d + 2 * q + kv, 4 * d + q + centred) for q, kv in _mixed(config))
     return max(attention, _ffn_floats(config, n, 2 * d + more, d, lambda s: max(2 * s, s + d), d))
 
 
@@ -134,7 +136,7 @@ def alone_floats(config: ModelConfig, n: int, *, up: bool) -> int:
 
     These have `n` positions. The last position alone takes, before or after them, what `sweep_floats` counts for one.
     """
-    d, kv, row = config.d, config.head_count_kv * config.head_size, config.row
+    d, kv, row = config.d, max(kv for _, kv in _mixed(config)), config.row
     once, centred = sweep_floats(config, 1, up=up), d if row.norm != "rms" else 0
     if up:
         normed = d if row.norms.attention_in else 0
@@ -161,8 +163,8 @@ def _ffn_floats(
     def network(width: int) -> int:
         return hidden(min(SLAB, width)) + (config.d if width > SLAB else 0)
 
-    dense = 0 if config.routed(0) else n * (stream + network(config.feed_forward_length))
-    if not config.routed(config.block_count - 1):
+    dense = max(n * (stream + network(own.hidden_units)) if own.hidden_units else 0 for own in config.layers)
+    if not any(own.routed for own in config.layers):
         return dense
     busy = min(n, max(n // 2, 2 * n * config.expert_used_count // config.expert_count) + 1)
     routed = busy * (gathered + network(config.expert_feed_forward_length))
@@ -178,9 +180,25 @@ def trace_floats(config: ModelConfig, n: int, m: int | None = None) -> int:
     They are streams, projections, and scores in float32.
     """
     m = n if m is None else m
-    q, kv = config.head_count * config.head_size, config.head_count_kv * config.head_size
+    mixed = max(2 * (q + 2 * kv) for q, kv in _mixed(config))
     hidden = config.hidden_units * (4 if config.row.activation == "xielu" else 3)
-    return m * (4 * config.d + max(2 * (q + 2 * kv), hidden)) + 3 * config.head_count * m * n
+    heads = max(own.heads for own in config.layers)
+    return m * (4 * config.d + max(mixed, hidden)) + 3 * heads * m * n
+
+
+def _mixed(config: ModelConfig) -> set[tuple[int, int]]:
+    """Return the widths of what heads read and of the values, of every kind of mixer in the model."""
+    found = {(0, 0)}
+    for own in config.layers:
+        for mixer in own.mixers:
+            if MIXERS[mixer].recurrent:
+                wide = config.recurrence.heads * config.recurrence.value_size
+                found.add((wide, 2 * wide))  # before and after the convolution
+            elif MIXERS[mixer].convolution:
+                found.add((config.d, 2 * config.d))
+            else:
+                found.add((own.heads * own.value_size, own.kv_heads * own.value_size))
+    return found
 
 
 def basis_floats(config: ModelConfig, n: int, width: int, sweeps: int) -> int:

@@ -14,9 +14,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from ggjac.config import ModelConfig
+from ggjac.config import ModelConfig, fused_parts
+from ggjac.config.mixers import MIXERS
 from ggjac.planner.work import JACOBIAN, Region, Work
-from ggjac.sizes import ITEM_BYTES, SLAB, MlpPath
+from ggjac.sizes import ITEM_BYTES, SLAB, MlpPath, scan_chunk
 
 if TYPE_CHECKING:  # NumPy would be imported for types alone
     from ggjac.gguf import GGUFFile, TensorInfo
@@ -149,18 +150,21 @@ class _Block:
     """The tensors of one block by the short names that `ggjac.blocks` uses."""
 
     def __init__(self, file: "GGUFFile", config: ModelConfig, index: int):
-        self.tensors, self.slices, self.index, self.prefix = file.tensors, config.slices, index, f"blk.{index}."
+        self.tensors, self.slices = file.tensors, fused_parts(config, index)
+        self.index, self.prefix, self.layer = index, f"blk.{index}.", config.layers[index]
         self.infos = [info for name, info in file.tensors.items() if name.startswith(self.prefix)]
 
     def find(self, name: str) -> "tuple[TensorInfo, int] | None":
         """Return the tensor that contains `name`, alone or fused with others, and the number of its rows (elements)."""
-        stem, suffix = name.rsplit(".", 1)
-        fused, start, stop = self.slices.get(stem, ("", 0, 0))
-        info = self.tensors.get(f"{self.prefix}{fused}.{suffix}") if fused else None
-        if info is not None:
-            return info, stop - start
-        info = self.tensors.get(self.prefix + name)
-        return None if info is None else (info, info.shape[-2] if len(info.shape) > 1 else info.shape[-1])
+        stem, _, suffix = name.rpartition(".")
+        part = self.slices.get(stem)
+        info = self.tensors.get(f"{self.prefix}{part.stem}.{suffix}") if part else None
+        if info is None:
+            part, info = None, self.tensors.get(self.prefix + name)
+        if info is None:
+            return None
+        rows = info.shape[-2] if len(info.shape) > 1 else info.shape[-1]
+        return info, part.rows(rows) if part else rows
 
     def linear(self, stem: str, positions: int, experts: int = 0, uses: int = 0) -> Pass:
         """Return one application of a projection and its bias at some positions; an empty pass if the file has none.
@@ -195,13 +199,13 @@ class _Block:
 
 def _networks(block: _Block, config: ModelConfig, positions: int) -> Iterator[tuple[str, int, int, int]]:
     """Yield kind, experts read, uses and hidden units of each feed-forward network in a block."""
-    if config.routed(block.index):
+    if block.layer.routed:
         routed, uses = routed_experts(config, positions), positions * config.expert_used_count
         yield "_exps", routed, uses, config.expert_feed_forward_length
         if block.find("ffn_up_shexp.weight"):
             yield "_shexp", 0, positions, config.expert_shared_feed_forward_length
-    else:
-        yield "", 0, positions, config.feed_forward_length
+    if block.layer.hidden_units:
+        yield "", 0, positions, block.layer.hidden_units
 
 
 def _live(block: _Block, kind: str, mlp_path: MlpPath) -> str:
@@ -224,22 +228,63 @@ def _sweep(block: _Block, config: ModelConfig, mlp_path: MlpPath, region: Region
         return _trace(block, config, mlp_path, n, m)
     if region.written is None and set(ends) == {block.index + 1}:
         m = 1
-    output = block.linear("attn_output", m)
-    parts = [block.linear("attn_v", n), _mix(config, n, m), output]
-    if region.tensors == "heads":  # once more for what it adds and for its bias, and once for the head's shares
-        parts.append(output.scaled(2))
+    parts = []
+    for mixer in block.layer.mixers:
+        stems = MIXERS[mixer]
+        output = block.linear(stems.output, m)
+        parts += [
+            block.linear(stems.values, n),
+            block.linear(stems.expansion, n),
+            output,
+            _mix(config, block, mixer, n, m),
+        ]
+        if region.tensors == "heads":  # once more for what it adds and for its bias, and once for the head's shares
+            parts.append(output.scaled(2))
     for kind, experts, uses, _ in _networks(block, config, m):
         parts += [block.linear(stem, m, experts, uses) for stem in (_live(block, kind, mlp_path), f"ffn_down{kind}")]
     # Each vector visits only the blocks of its own map's span: scale by the mean.
     return total(parts) if region.sequential else total(parts).scaled(len(ends) / len(spans))
 
 
-def _mix(config: ModelConfig, n: int, m: int) -> Pass:
-    """Return the application of the attention pattern: `m` query positions each mix the values of `n` positions."""
-    return Pass(flop=2 * config.head_count * config.head_size * m * n)
+def _heads(config: ModelConfig, block: _Block, mixer: str) -> tuple[int, int, int]:
+    """Return a mixer's heads, and the elements of a value and of a key; a convolution has no heads."""
+    if MIXERS[mixer].recurrent:
+        own = config.recurrence
+        return own.heads, own.value_size, own.key_size
+    return (0, 0, 0) if MIXERS[mixer].convolution else (block.layer.heads, block.layer.value_size, block.layer.key_size)
 
 
-_ONCE = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate_inp")
+def _mix(config: ModelConfig, block: _Block, mixer: str, n: int, m: int) -> Pass:
+    """Return the application of a pattern, by which `m` positions each mix the values of `n`, or that of its scan."""
+    heads, value, key = _heads(config, block, mixer)
+    chunk = scan_chunk(n, key) if MIXERS[mixer].recurrent else None
+    if chunk is None:
+        return Pass(flop=2 * heads * value * m * n)
+    entries = 0
+    for start in range(0, n, chunk):
+        length = min(chunk, n - start)
+        written = max(0, min(m - (n - start - length), length))
+        entries += written * (length + (key if start else 0))
+        entries += 0 if start + length == n else key * (length + (key if start else 0))
+    return Pass(flop=2 * heads * value * entries)
+
+
+def _pattern(config: ModelConfig, block: _Block, mixer: str, n: int, m: int) -> Pass:
+    """Return the computation of a pattern in the forward pass: scores, or a recurrence on the identity."""
+    heads, _, key = _heads(config, block, mixer)
+    if not MIXERS[mixer].recurrent:
+        return Pass(flop=2 * heads * key * m * n)
+    chunk = scan_chunk(n, key)
+    return Pass(flop=6 * heads * key * n * (n if chunk is None else chunk + key))
+
+
+_ONCE = ("ffn_gate_inp", "ffn_latent_down", "ffn_latent_up")
+
+
+def _mixer_stems(block: _Block) -> list[str]:
+    """Return all projections of a block's mixers."""
+    own = [MIXERS[mixer] for mixer in block.layer.mixers]
+    return [stem for mixer in own for stem in (*mixer.frozen, mixer.values, mixer.expansion, mixer.output) if stem]
 
 
 def _stems(block: _Block, kind: str) -> list[str]:
@@ -253,10 +298,9 @@ def _trace(block: _Block, config: ModelConfig, mlp_path: MlpPath, n: int, m: int
 
     Each tensor counts once, but one that is both recorded for a frozen factor and applied as a live one counts twice.
     """
-    parts = [block.linear(stem, m) for stem in _ONCE]
-    if config.attention_clamp:  # the values themselves show where they are clamped: computed first, then applied
-        parts.append(block.linear("attn_v", m))
-    parts += [_mix(config, n, m), _mix(config, n, m)]  # scores cost as much as their use
+    parts = [block.linear(stem, m) for stem in (*_mixer_stems(block), *_ONCE)]
+    for mixer in block.layer.mixers:
+        parts += [_pattern(config, block, mixer, n, m), _mix(config, block, mixer, n, m)]
     parts.append(block.vector("exp_probs_b.bias"))
     clamped = config.row.activation == "silu_oai"
     for kind, experts, uses, _ in _networks(block, config, m):
@@ -265,11 +309,11 @@ def _trace(block: _Block, config: ModelConfig, mlp_path: MlpPath, n: int, m: int
         if len(stems) < 3 or mlp_path == "gate" or clamped:
             stems = [*stems, _live(block, kind, mlp_path)]
         parts += [block.linear(stem, m, experts, uses) for stem in stems]
-    # Head norms with separate weights for each head are small tensors with two axes.
+    # Head norms with separate weights for each head are small tensors with two axes. Matrices' factors do not count.
     vectors = (
         info
         for info in block.infos
-        if info.name.endswith("_norm.weight") or (len(info.shape) == 1 and not info.name.endswith(".bias"))
+        if info.name.endswith("_norm.weight") or (len(info.shape) == 1 and not info.name.endswith((".bias", "scale")))
     )
     parts += [Pass(info.nbytes, {info.type.name: info.elements}) for info in vectors]
     return total(parts)
@@ -277,7 +321,7 @@ def _trace(block: _Block, config: ModelConfig, mlp_path: MlpPath, n: int, m: int
 
 def _each_once(block: _Block, config: ModelConfig, n: int) -> Pass:
     """Return all matrices that `n` positions use, each once."""
-    parts = [block.linear(stem, 1) for stem in _ONCE]
+    parts = [block.linear(stem, 1) for stem in (*_mixer_stems(block), *_ONCE)]
     for kind, experts, uses, _ in _networks(block, config, n):
         parts += [block.linear(stem, 1, experts, uses) for stem in _stems(block, kind)]
     return total(parts)
@@ -285,11 +329,14 @@ def _each_once(block: _Block, config: ModelConfig, n: int) -> Pass:
 
 def _tape_bytes(block: _Block, config: ModelConfig, n: int, item: int) -> int:
     """Return the bytes of a block's tape: its stream `[n, d]`, norms, patterns `[h, n, n]`, factors `[n, f]`."""
-    floats, other = n * config.d + config.head_count * n * n, 0
-    if config.attention_clamp:
-        floats += 2 * n * config.head_count_kv * config.head_size
-    norms = config.row.norms
-    for names in (norms.attention_in, norms.attention_out, norms.ffn_in, norms.ffn_out):
+    floats, other = n * config.d, 0
+    for mixer in block.layer.mixers:
+        floats += _mixer_floats(config, block, mixer, n)
+    norms, own = config.row.norms, block.layer
+    places = [norms.attention_in, norms.attention_out] if own.mixers else []
+    places += [norms.ffn_in, norms.ffn_out] if own.hidden_units or own.routed else []
+    places += [norms.dense_out, norms.experts_in, norms.experts_out] if own.hidden_units and own.routed else []
+    for names in places:
         name = next((name for name in names if config.row.norm == "bare" or block.find(f"{name}.weight")), None)
         if name is not None:
             floats += config.d * (2 if block.find(f"{name}.bias") else 1)
@@ -302,3 +349,19 @@ def _tape_bytes(block: _Block, config: ModelConfig, n: int, item: int) -> int:
         elif kind and block.find(f"ffn_gate_inp{kind}.weight"):
             floats += n
     return floats * item + other
+
+
+def _mixer_floats(config: ModelConfig, block: _Block, mixer: str, n: int) -> int:
+    """Return the floats of a mixer's tape: its pattern `[h, n, n]` or its scan, and its factors."""
+    heads, value, key = _heads(config, block, mixer)
+    own, gated = block.layer, config.row.gated_queries
+    if not MIXERS[mixer].recurrent:
+        if MIXERS[mixer].convolution:
+            return 2 * n * config.d
+        written = 2 if config.attention_clamp else int(config.row.value_norm)
+        return heads * n * n + n * (written * own.kv_heads * value + gated * heads * value)
+    chunk = scan_chunk(n, key)
+    factors = 2 * n * heads * value
+    if chunk is None:
+        return heads * n * n + factors
+    return heads * math.ceil(n / chunk) * (chunk + key) ** 2 + factors

@@ -604,7 +604,8 @@ def _steer(builder: _Builder) -> Work:
         raise PlanError(f"a text of {capacity} tokens cannot run; the model's context is {config.context_length}")
     concept = Region(spans=((0, layer),))
     # Keys and values of every block; those of the block being extended exist twice.
-    cache = (config.block_count + 1) * 2 * config.head_count_kv * config.head_size * capacity * builder.item
+    each = [own.kv_heads * (own.key_size + own.value_size) for own in config.layers]
+    cache = (sum(each) + max(each)) * capacity * builder.item
     buffers = {"cache": cache}
     steps: list[Sweeps | Lookup] = [*builder.in_chunks("images of the text", text, region=concept, stream_copies=1)]
     if request.method == "equation16":

@@ -1,6 +1,6 @@
 """Weights that are kept between sweeps, at three places and within the bytes that each may take."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -9,19 +9,39 @@ from torch import Tensor
 from ggjac.weights.bus import Pinned
 
 
+class Section(NamedTuple):
+    """Rows of a stored tensor: from row `first` on, `size` of every `period`."""
+
+    first: int
+    size: int
+    period: int
+
+
 class Key(NamedTuple):
-    """Rows `start:stop` and columns `left:right` of the stored tensor `name`."""
+    """Rows `start:stop` and columns `left:right` of the stored tensor `name`, or of a section of its rows."""
 
     name: str
     start: int
     stop: int
     left: int
     right: int
+    section: Section | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
         """Rows and columns."""
         return self.stop - self.start, self.right - self.left
+
+    @property
+    def runs(self) -> Iterator[tuple[int, int]]:
+        """The start and stop of each run of consecutive stored rows."""
+        if self.section is None:
+            yield self.start, self.stop
+            return
+        first, size, period = self.section
+        for run in range(self.start // size, -(-self.stop // size)):
+            moved = first + run * (period - size)
+            yield max(self.start, run * size) + moved, min(self.stop, (run + 1) * size) + moved
 
 
 class Kept(NamedTuple):

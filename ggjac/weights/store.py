@@ -18,9 +18,9 @@ from torch import Tensor
 from ggjac import quants
 from ggjac.gguf import GGUFFile, TensorInfo
 from ggjac.gguf.types import TYPES, holds_weights, row_bytes
-from ggjac.sizes import TILE_ELEMENTS
+from ggjac.sizes import TILE_ELEMENTS, Part
 from ggjac.weights.bus import Bus
-from ggjac.weights.cache import Cache, Key
+from ggjac.weights.cache import Cache, Key, Section
 
 
 class WeightError(ValueError):
@@ -55,6 +55,7 @@ class WeightStore:
         self.cache = Cache({})
         self._bus = None if device.type == "cpu" else Bus(device)
         self._checked: set[Key] = set()
+        self._gains: dict[str, list[float]] = {}
         self._scratch = threading.local()  # one tile per thread on the CPU, reused so that its pages are touched once
 
     def __contains__(self, name: str) -> bool:
@@ -66,7 +67,7 @@ class WeightStore:
         info = self.file.tensors[name]
         return Weight(self, info, 0, info.rows, 0, info.shape[-1])
 
-    def block(self, index: int, slices: Mapping[str, tuple[str, int, int]], *, live: bool = False) -> "Block":
+    def block(self, index: int, slices: Mapping[str, Part], *, live: bool = False) -> "Block":
         """Return the tensors of block `index`; for `slices` see `Block`.
 
         With `live` they are used in every sweep, and kept where `places` says.
@@ -121,12 +122,34 @@ class WeightStore:
         Raises:
             WeightError: it holds NaN or infinite values.
         """
-        rows, columns = info.rows, info.shape[-1]
-        self.reads[info.name] += rows
+        self.reads[info.name] += info.rows
         self.bytes_read += info.nbytes
+        return self._wide(info).to(self.device)
+
+    def gain(self, name: str, expert: int | None = None) -> float:
+        """Return the constant factor of the matrix `name`, or of one in a stack of experts; 1 if the file has none.
+
+        It is the tensor `STEM.scale`, or `STEM.weight.scale` as some converters write, with one element or, for a
+        stack, with one for each expert. (Of another size it has a meaning of its own.) It is read once, and not counted
+        in `reads`.
+        """
+        stem = name.removesuffix(".weight")
+        stored = next((own for own in (f"{stem}.scale", f"{stem}.weight.scale") if own in self), None)
+        if stored is None:
+            return 1.0
+        if stored not in self._gains:
+            self._gains[stored] = self._wide(self.file.tensors[stored]).flatten().tolist()
+        gains = self._gains[stored]
+        if len(gains) == 1:
+            return gains[0]
+        return 1.0 if expert is None else gains[expert]
+
+    def _wide(self, info: TensorInfo) -> Tensor:
+        """Return a small tensor on the CPU, in its own shape, in float32 where `dtype` is narrower."""
+        rows, columns = info.rows, info.shape[-1]
         out = torch.empty((rows, columns), dtype=torch.promote_types(self.dtype, torch.float32))
         raw = self._stored(Key(info.name, 0, rows, 0, columns), info)
-        return quants.dequantize_rows(raw, info.type, out, threads=self.threads).view(info.shape).to(self.device)
+        return quants.dequantize_rows(raw, info.type, out, threads=self.threads).view(info.shape)
 
     def _scratch_tile(self, rows: int, columns: int) -> Tensor:
         """Return this thread's tile; its memory lives as long as the thread, and only grows."""
@@ -136,13 +159,14 @@ class WeightStore:
         return tile[: rows * columns].view(rows, columns)
 
     def _stored(self, key: Key, info: TensorInfo) -> np.ndarray:
-        """Return the quantized bytes of a tile, a view of the file.
+        """Return the quantized bytes of a tile: a view of the file, or a copy if they are not consecutive.
 
         Raises:
             WeightError: they hold NaN or infinite scales.
         """
         columns = slice(row_bytes(info.type, key.left), row_bytes(info.type, key.right))
-        raw = self.file.rows(info, key.start, key.stop)[:, columns]
+        runs = [self.file.rows(info, start, stop)[:, columns] for start, stop in key.runs]
+        raw = runs[0] if len(runs) == 1 else np.concatenate(runs)
         if key not in self._checked:
             if quants.has_invalid_scales(raw, info.type):
                 raise WeightError(
@@ -168,7 +192,10 @@ class WeightStore:
 
 @dataclass(frozen=True)
 class Weight:
-    """Rows `first:last` and columns `left:right` of a stored tensor: a `TiledMatrix`, or a vector as one row."""
+    """Rows `first:last` and columns `left:right` of a stored tensor: a `TiledMatrix`, or a vector as one row.
+
+    With a section, the rows are counted in that.
+    """
 
     store: WeightStore
     info: TensorInfo
@@ -177,6 +204,7 @@ class Weight:
     left: int
     right: int
     place: str = "file"
+    section: Section | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -201,6 +229,13 @@ class Weight:
         """Return a handle to columns `start:stop` of these; both on boundaries of stored blocks."""
         return replace(self, left=self.left + start, right=self.left + stop)
 
+    def part(self, part: Part) -> "Weight":
+        """Return a handle to a part of these rows."""
+        if not part.period:
+            return self.rows(part.start, part.stop)
+        section = Section(self.first + part.start, part.stop - part.start, part.period)
+        return replace(self, first=0, last=part.rows(self.shape[0]), section=section)
+
     def tiles(self) -> Iterator[tuple[int, int, Tensor]]:
         """Yield `(start, stop, rows start:stop)` in order; each tile is overwritten by the next."""
         out, columns = self.shape
@@ -215,7 +250,8 @@ class Weight:
         Slabs of columns share their rows, so that the first one requests all of them.
         """
         if self.left == 0 and self.place == "file":
-            self.store.file.will_need(self.info, self.first, self.last)
+            for start, stop in self._key(0, self.shape[0]).runs:
+                self.store.file.will_need(self.info, start, stop)
 
     def take(self, rows: Sequence[int]) -> Float[Tensor, "n d"]:
         """Return single rows, for example the embeddings of tokens."""
@@ -227,21 +263,22 @@ class Weight:
         return whole[0] if len(self.info.shape) == 1 else whole
 
     def _dequantized(self, start: int, stop: int) -> Tensor:
-        key = Key(self.info.name, self.first + start, self.first + stop, self.left, self.right)
-        return self.store.dequantize(key, self.place)
+        return self.store.dequantize(self._key(start, stop), self.place)
+
+    def _key(self, start: int, stop: int) -> Key:
+        return Key(self.info.name, self.first + start, self.first + stop, self.left, self.right, self.section)
 
 
 @dataclass(frozen=True)
 class Block:
     """The tensors of one block by their short names, such as `attn_q.weight`.
 
-    `slices` maps a stem to `(fused stem, start, stop)`: parts of fused tensors are available under their own names, so
-    that callers never see the fused layout.
+    Parts of fused tensors, `slices`, are available under their own names, so that callers never see the fused layout.
     """
 
     store: WeightStore
     prefix: str
-    slices: Mapping[str, tuple[str, int, int]]
+    slices: Mapping[str, Part]
     place: str = "file"
 
     def __contains__(self, name: str) -> bool:
@@ -254,9 +291,12 @@ class Block:
         weight = replace(self.store[stored], place=self.place)
         if expert is not None:
             out = weight.info.shape[1]
-            return weight.rows(expert * out, (expert + 1) * out)
-        start, stop, _ = part.indices(weight.shape[0])
-        return weight.rows(start, stop)
+            weight = weight.rows(expert * out, (expert + 1) * out)
+        return weight if part is None else weight.part(part)
+
+    def gain(self, name: str, expert: int | None = None) -> float:
+        """Return the constant factor of a matrix; of a part of a fused one, that of the whole."""
+        return self.store.gain(self._stored(name)[0], expert)
 
     def read_ahead(self) -> None:
         """Ask the system to read the whole block except stacks of experts, of which the router chooses only some."""
@@ -268,19 +308,19 @@ class Block:
         """Return a vector, dense, or one row of a stack of experts `[e, out]`."""
         stored, part = self._stored(name)
         weight = self.store[stored]
-        if expert is not None:
-            return weight.rows(expert, expert + 1).dense()[0]
-        return weight.dense()[part]
+        whole = weight.dense() if expert is None else weight.rows(expert, expert + 1).dense()[0]
+        if part is None:
+            return whole
+        return whole.unflatten(0, (-1, part.period or len(whole)))[:, part.start : part.stop].flatten(0, 1)
 
     def wide_vector(self, name: str) -> Tensor:
         """Return a small tensor dense, in float32 or wider; it must not be part of a fused one."""
         return self.store.wide(self.store.file.tensors[self.prefix + name])
 
-    def _stored(self, name: str) -> tuple[str, slice]:
-        """Return the full name of the stored tensor, and which of its rows (or elements of a vector) are `name`."""
-        stem, suffix = name.rsplit(".", 1)
-        if stem in self.slices:
-            fused, start, stop = self.slices[stem]
-            if (stored := f"{self.prefix}{fused}.{suffix}") in self.store:
-                return stored, slice(start, stop)
-        return self.prefix + name, slice(None)
+    def _stored(self, name: str) -> tuple[str, Part | None]:
+        """Return the full name of the stored tensor, and the part of it that is `name`, or None for the whole."""
+        stem, dot, suffix = name.rpartition(".")
+        part = self.slices.get(stem) if dot else None
+        if part and (stored := f"{self.prefix}{part.stem}.{suffix}") in self.store:
+            return stored, part
+        return self.prefix + name, None

@@ -55,7 +55,8 @@ def reference(model: Model, ids: list[int], rank: int) -> dict[str, Any]:
     """Return the singular values, seconds and memory of the reference's method."""
     config, blocks = model.config, dense_weights(model)
     final, x0 = model.weights["output_norm.weight"].dense(), model.embedding.take(ids)
-    n, h, g, s = len(ids), config.head_count, config.head_count_kv, config.head_size
+    own = config.layers[0]
+    n, h, g, s = len(ids), own.heads, own.kv_heads, own.key_size
     base = float(model.gguf.metadata[f"{config.architecture}.rope.freq_base"])
     angles = torch.arange(n)[:, None] * base ** (-torch.arange(0, s, 2) / s)
     if "rope_freqs.weight" in model.weights:

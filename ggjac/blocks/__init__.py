@@ -1,0 +1,54 @@
+"""Transformer blocks at one prompt: what is frozen, and the linear operators that remain."""
+
+from ggjac.blocks.activations import activation
+from ggjac.blocks.block import (
+    AttentionTape,
+    BlockTape,
+    FrozenBlock,
+    Recorded,
+    RecordedBlock,
+    attention_halves,
+    block,
+    extend_block,
+    record_attention,
+    record_block,
+    record_ffn,
+    record_rest,
+    stream_scale,
+)
+from ggjac.blocks.frame import BlockWeights, Frame, NumericsError, WeightMatrix, overflow
+from ggjac.blocks.mixers import Factor, MixerTape, Past
+from ggjac.blocks.networks import FFNTape, HiddenTape
+from ggjac.blocks.norms import NormTape, frozen_norm
+from ggjac.blocks.patterns import ScanTape, attention_pattern
+
+__all__ = [
+    "AttentionTape",
+    "BlockTape",
+    "BlockWeights",
+    "FFNTape",
+    "Factor",
+    "Frame",
+    "FrozenBlock",
+    "HiddenTape",
+    "MixerTape",
+    "NormTape",
+    "NumericsError",
+    "Past",
+    "Recorded",
+    "RecordedBlock",
+    "ScanTape",
+    "WeightMatrix",
+    "activation",
+    "attention_halves",
+    "attention_pattern",
+    "block",
+    "extend_block",
+    "frozen_norm",
+    "overflow",
+    "record_attention",
+    "record_block",
+    "record_ffn",
+    "record_rest",
+    "stream_scale",
+]

@@ -1,0 +1,343 @@
+"""A transformer block at one prompt: its frozen quantities (a tape), and the linear operator that remains.
+
+    attn  = norm_out @ Linear(attn_output) @ Mix(pattern) @ Linear(attn_v) @ norm_in
+    ffn   = norm_out @ Linear(ffn_down) @ Scale(gate) @ Linear(ffn_up) @ norm_in
+    block = (I + ffn) @ (I + attn)
+
+A quantity is *frozen* if it is held at its value at the prompt, and *live* if it is not frozen: the operators are
+linear in their live inputs, and apply live weights. Norms are frozen diagonals (LayerNorm's centring and bias stay
+live), queries and keys act through the frozen attention pattern only, and in a mixture of experts the choice and the
+weights are frozen. The freezing rule is that of Golden, arXiv 2505.24293, section 2.3 (*Large Language Models are
+Locally Linear Mappings*; version 3, TMLR, October 2025: *Equivalent Linear Mappings of Large Language Models*).
+`ggjac.blocks.mixers` has its counterpart for mixers other than attention. Differences between families come from
+`ggjac.config` or from the presence of a tensor: a block may lack either branch, and a branch may be a sum.
+
+Each branch is recorded at its own input, and the forward pass is the recorded operators applied to that input.
+"""
+
+from collections.abc import Sequence
+from typing import Generic, NamedTuple, TypeVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ggjac.blocks.frame import BlockWeights, Frame, affine
+from ggjac.blocks.mixers import MixerTape, Past, extend_mixer, reading, record_mixer, writing
+from ggjac.blocks.networks import FFNTape, networks, record_hidden, record_mixture
+from ggjac.blocks.norms import NormTape, record_norm
+from ggjac.config import ModelConfig
+from ggjac.linop import Homogeneous, Identity, LinearOperator, Scale, Select, Sum, Zero
+
+
+class AttentionTape(NamedTuple):
+    """The frozen quantities of an attention branch, whatever its mixers; without any, the block has no such branch.
+
+    Attributes:
+        norm_in, norm_out: norms before and after the sum of the mixers, or None.
+        mixers: their tapes.
+    """
+
+    norm_in: NormTape | None
+    mixers: tuple[MixerTape, ...]
+    norm_out: NormTape | None
+
+    def at(self, queries: slice) -> "AttentionTape":
+        """Return the tape of some output positions, and of the input positions up to the last of them."""
+        return AttentionTape(
+            self.norm_in and self.norm_in.at(slice(queries.stop)),
+            tuple(mixer.at(queries) for mixer in self.mixers),
+            self.norm_out and self.norm_out.at(queries),
+        )
+
+
+class BlockTape(NamedTuple):
+    """All frozen quantities of one block, and the residual stream at its input."""
+
+    x: Float[Tensor, "n d"]
+    attn: AttentionTape
+    ffn: FFNTape
+
+
+Tape = TypeVar("Tape", AttentionTape, FFNTape)
+
+
+class Recorded(NamedTuple, Generic[Tape]):
+    """A recorded branch.
+
+    Attributes:
+        tape: its frozen quantities.
+        raw: its output before post-norm and scale (llama.cpp's `attn_out` and `ffn_out`).
+        added: what it adds to the residual stream.
+    """
+
+    tape: Tape
+    raw: Float[Tensor, "n d"]
+    added: Float[Tensor, "n d"]
+
+
+class RecordedBlock(NamedTuple):
+    """A recorded block: both branches, and the residual stream after it."""
+
+    attn: Recorded[AttentionTape]
+    ffn: Recorded[FFNTape]
+    out: Float[Tensor, "n d"]
+
+
+def record_block(w: BlockWeights, frame: Frame, layer: int, x: Float[Tensor, "n d"]) -> RecordedBlock:
+    """Freeze a block at its input `x`."""
+    attn = record_attention(w, frame, layer, x)
+    ffn, out = record_rest(w, frame, layer, x, attn.added)
+    return RecordedBlock(attn, ffn, out)
+
+
+def extend_block(
+    w: BlockWeights, frame: Frame, layer: int, x: Float[Tensor, "m d"], past: tuple[Past, ...] | None
+) -> tuple[Float[Tensor, "m d"], tuple[Past, ...]]:
+    """Return the residual stream after a block at `m` positions that follow `past`, and the longer past.
+
+    `record_block` without tapes: the same operators, but nothing is computed again at positions of the past (None:
+    there are none). A past is that of each mixer.
+    """
+    config, mixers = frame.config, frame.config.layers[layer].mixers
+    past = past or (Past(),) * len(mixers)
+    if not mixers:
+        return record_rest(w, frame, layer, x, torch.zeros_like(x))[1], past
+    _, h = _normed_input(w, config, config.row.norms.attention_in, x)
+    extended = [extend_mixer(w, frame, layer, kind, h, own) for kind, own in zip(mixers, past, strict=True)]
+    raw = _total([added for added, _ in extended])
+    added = _normed_output(w, config, config.row.norms.attention_out, raw)[1]
+    return record_rest(w, frame, layer, x, added)[1], tuple(own for _, own in extended)
+
+
+def record_rest(
+    w: BlockWeights, frame: Frame, layer: int, x: Float[Tensor, "n d"], attn: Float[Tensor, "n d"]
+) -> tuple[Recorded[FFNTape], Float[Tensor, "n d"]]:
+    """Freeze the feed-forward of a block whose attention adds `attn`; return it, and the stream after the block."""
+    middle = x + attn
+    ffn = record_ffn(w, frame, layer, x if frame.config.row.parallel else middle)
+    return ffn, (middle + ffn.added) * stream_scale(w)
+
+
+def stream_scale(w: BlockWeights) -> float:
+    """Return the factor on the residual stream at the end of a block (Gemma 4)."""
+    return float(w.vector("layer_output_scale.weight")) if "layer_output_scale.weight" in w else 1.0
+
+
+def record_attention(w: BlockWeights, frame: Frame, layer: int, x: Float[Tensor, "n d"]) -> Recorded[AttentionTape]:
+    """Freeze the attention branch at its input `x`."""
+    config, norms = frame.config, frame.config.row.norms
+    mixers = config.layers[layer].mixers
+    if not mixers:
+        return Recorded(AttentionTape(None, (), None), torch.zeros_like(x), torch.zeros_like(x))
+    norm_in, h = _normed_input(w, config, norms.attention_in, x)
+    recorded = [record_mixer(w, frame, layer, kind, h) for kind in mixers]
+    raw = _total([affine(writing(w, mixed.tape, len(x)), mixed.heads) for mixed in recorded])
+    norm_out, added = _normed_output(w, config, norms.attention_out, raw)
+    return Recorded(AttentionTape(norm_in, tuple(mixed.tape for mixed in recorded), norm_out), raw, added)
+
+
+def record_ffn(w: BlockWeights, frame: Frame, layer: int, x: Float[Tensor, "n d"]) -> Recorded[FFNTape]:
+    """Freeze the feed-forward branch at its input `x`."""
+    config, norms, own = frame.config, frame.config.row.norms, frame.config.layers[layer]
+    if not own.routed and not own.hidden_units:
+        return Recorded(FFNTape(None, (), None), torch.zeros_like(x), torch.zeros_like(x))
+    if own.routed and own.hidden_units:
+        # A dense network and a mixture, added, each between norms of its own.
+        dense = _record_part(w, frame, layer, x, norms.ffn_in, norms.dense_out, routed=False)
+        mixture = _record_part(w, frame, layer, x, norms.experts_in, norms.experts_out, routed=True)
+        tape = FFNTape(None, (dense, mixture), None)
+    else:
+        tape = _record_part(w, frame, layer, x, norms.ffn_in, (), routed=own.routed)
+    raw = affine(networks(w, tape, len(x)), x)
+    norm_out, added = _normed_output(w, config, norms.ffn_out, raw)
+    return Recorded(tape._replace(norm_out=norm_out), raw, added)
+
+
+def _record_part(
+    w: BlockWeights,
+    frame: Frame,
+    layer: int,
+    x: Float[Tensor, "n d"],
+    norm_in: Sequence[str],
+    norm_out: Sequence[str],
+    *,
+    routed: bool,
+) -> FFNTape:
+    """Freeze a dense network or a mixture, between the norms of the given names, at the stream `x`."""
+    norm, h = _normed_input(w, frame.config, norm_in, x)
+    found = record_mixture(w, frame, layer, h, x) if routed else (record_hidden(w, frame, layer, h),)
+    tape = FFNTape(norm, found, None)
+    if not norm_out:
+        return tape
+    return tape._replace(norm_out=record_norm(w, frame.config, norm_out, affine(networks(w, tape, len(x)), x)))
+
+
+def _total(parts: Sequence[Tensor]) -> Tensor:
+    """Return the sum of some tensors of one shape."""
+    return sum(parts[1:], start=parts[0])
+
+
+def attention(w: BlockWeights, config: ModelConfig, tape: AttentionTape, n: int, m: int) -> LinearOperator:
+    """Return the attention branch, `[n, d]` to `[m, d]`: the last `m` of `n` positions."""
+    if len(tape.mixers) == 1:
+        ((heads, output),) = attention_halves(w, config, tape, n, m)
+        return output @ heads
+    inner: LinearOperator = Sum(*(writing(w, mixer, m) @ reading(w, mixer, n, m) for mixer in tape.mixers))
+    return _after(config, tape.norm_out, inner if tape.norm_in is None else inner @ tape.norm_in.operator())
+
+
+def attention_halves(
+    w: BlockWeights, config: ModelConfig, tape: AttentionTape, n: int, m: int
+) -> list[tuple[LinearOperator, LinearOperator]]:
+    """Return each mixer of the branch in two: `[n, d]` to the mixed values `[m, h v]`, and from there to `[m, d]`.
+
+    A constant of the norm after them would be in each of several.
+    """
+    norm_in = tape.norm_in and tape.norm_in.operator()
+    halves = []
+    for mixer in tape.mixers:
+        heads = reading(w, mixer, n, m)
+        halves.append((heads @ norm_in if norm_in else heads, _after(config, tape.norm_out, writing(w, mixer, m))))
+    return halves
+
+
+def ffn(w: BlockWeights, config: ModelConfig, tape: FFNTape, n: int) -> LinearOperator:
+    """Return the feed-forward branch, `[n, d]` to `[n, d]`."""
+    return _after(config, tape.norm_out, networks(w, tape, n))
+
+
+class FrozenBlock(NamedTuple):
+    """A block's branches as operators: `(I + ffn) @ (I + attn)`, or `I + ffn + attn` where both read its input.
+
+    A product goes through the block in two steps, one for each branch: maps may end between them, so that vectors leave
+    on the way up and join on the way down. Sums are taken in place, as stacks of vectors may be large.
+
+    Attributes:
+        attn: the attention branch, from the `n` positions that are read to the `m` that are written.
+        ffn: the feed-forward branch, at the written positions.
+        residual: the residual connection: identity, or a selection where fewer positions are written than read.
+        parallel: whether both branches read the block's input.
+        scale: factor on the stream at the end.
+    """
+
+    attn: LinearOperator
+    ffn: LinearOperator
+    residual: LinearOperator
+    parallel: bool
+    scale: float = 1.0
+
+    def matmat(self, H: Float[Tensor, "k n d"], t: Homogeneous = None) -> Float[Tensor, "k m d"]:
+        """Return the residual stream after the block for `k` stacked streams before it."""
+        H, added = self.matmat_attn(H, t)
+        return self.matmat_out(*self.matmat_ffn(H, added, t))
+
+    def matmat_attn(
+        self, H: Float[Tensor, "k n d"], t: Homogeneous = None
+    ) -> tuple[Float[Tensor, "k m d"], Float[Tensor, "k m d"]]:
+        """Return, at the written positions, the stream `[k, m, d]` and what attention adds to it."""
+        added = self.attn.matmat(H, t)
+        return self.residual.matmat(H), added
+
+    def matmat_ffn(
+        self, H: Float[Tensor, "k m d"], attn: Float[Tensor, "k m d"], t: Homogeneous = None
+    ) -> tuple[Float[Tensor, "k m d"], Float[Tensor, "k m d"]]:
+        """Return the stream after attention `[k, m, d]`, in place of `attn`, and what the feed-forward adds to it."""
+        middle = attn.add_(H)
+        return middle, self.ffn.matmat(H if self.parallel else middle, t)
+
+    def matmat_out(self, H: Float[Tensor, "k m d"], ffn: Float[Tensor, "k m d"]) -> Float[Tensor, "k m d"]:
+        """Return the stream after the block, in place of `ffn`, from the stream after attention and what `ffn` adds."""
+        out = ffn.add_(H)
+        return out if self.scale == 1 else out.mul_(self.scale)
+
+    def rmatmat_out(self, H: Float[Tensor, "k m d"]) -> Float[Tensor, "k m d"]:
+        """Return the cotangents of the stream before its last factor: `matmat_out` transposed."""
+        return H if self.scale == 1 else H * self.scale
+
+    def rmatmat_ffn(
+        self, H: Float[Tensor, "k m d"], ffn: Float[Tensor, "kl m d"]
+    ) -> tuple[Float[Tensor, "kl m d"], Float[Tensor, "kl m d"]]:
+        """Return the cotangents of the stream after attention, and of what attention adds: `matmat_ffn` transposed.
+
+        Args:
+            H: `[k, m, d]`, cotangents of the stream after the feed-forward.
+            ffn: `[k + l, m, d]`, of what the feed-forward adds: `H`, and those of `l` maps that end there.
+
+        Returns:
+            Both `[k + l, m, d]`. They are one tensor unless the branches are parallel.
+        """
+        middle = self.ffn.rmatmat(ffn)
+        middle[: len(H)] += H
+        if not self.parallel:
+            return middle, middle
+        ended = len(ffn) - len(H)
+        return middle, torch.cat([H, H.new_zeros(ended, *H.shape[1:])]) if ended else H
+
+    def rmatmat_attn(self, H: Float[Tensor, "k m d"], attn: Float[Tensor, "kl m d"]) -> Float[Tensor, "kl n d"]:
+        """Return the cotangents of the stream before the block, `[k + l, n, d]`: `matmat_attn` transposed.
+
+        Args:
+            H: `[k, m, d]`, cotangents of the stream after attention.
+            attn: `[k + l, m, d]`, of what attention adds: those from above, and those of `l` maps that end there.
+        """
+        X = self.attn.rmatmat(attn)
+        X[: len(H)] += self.residual.rmatmat(H)
+        return X
+
+    @property
+    def flop(self) -> int:
+        """Floating-point operations of one product with one vector."""
+        return self.attn.flop + self.ffn.flop
+
+    def read_ahead(self) -> None:
+        """Prefetch the weights of both branches from the disk."""
+        self.attn.read_ahead()
+        self.ffn.read_ahead()
+
+
+def block(w: BlockWeights, config: ModelConfig, tape: BlockTape, positions: range) -> FrozenBlock:
+    """Return a frozen block that reads all positions up to the last of `positions`, and writes `positions`.
+
+    Later positions are left out, since attention is causal. Where `positions` are few (the last block needs only one),
+    only keys and values are computed at the others.
+    """
+    n, m, d = positions.stop, len(positions), config.d
+    queries = slice(positions.start, positions.stop)
+    dtype, device = tape.x.dtype, tape.x.device
+    attn: LinearOperator = Zero((n, d), (m, d), dtype=dtype, device=device)
+    if tape.attn.mixers:
+        attn = attention(w, config, tape.attn.at(queries), n, m)
+    feed_forward: LinearOperator = Zero((m, d), (m, d), dtype=dtype, device=device)
+    if tape.ffn.networks:
+        feed_forward = ffn(w, config, tape.ffn.at(queries), m)
+    residual: LinearOperator = Identity((m, d), dtype=dtype, device=device)
+    if m < n:
+        residual = Select(torch.tensor(positions), n, d, dtype=dtype, device=device)
+    return FrozenBlock(attn, feed_forward, residual, config.row.parallel, stream_scale(w))
+
+
+def _normed_input(
+    w: BlockWeights, config: ModelConfig, names: Sequence[str], x: Float[Tensor, "n d"]
+) -> tuple[NormTape | None, Float[Tensor, "n d"]]:
+    """Freeze the norm before a branch, and return it with the normed stream."""
+    norm = record_norm(w, config, names, x)
+    return norm, x if norm is None else norm.apply(x)
+
+
+def _normed_output(
+    w: BlockWeights, config: ModelConfig, names: Sequence[str], raw: Float[Tensor, "n d"]
+) -> tuple[NormTape | None, Float[Tensor, "n d"]]:
+    """Freeze the norm after a branch at the branch's output, and return it with what the branch adds to the stream."""
+    norm = record_norm(w, config, names, raw)
+    identity = Identity(raw.shape, dtype=raw.dtype, device=raw.device)
+    return norm, affine(_after(config, norm, identity), raw)
+
+
+def _after(config: ModelConfig, norm_out: NormTape | None, inner: LinearOperator) -> LinearOperator:
+    """Return an operator followed by a branch's post-norm and residual scale, where the model has them."""
+    added = inner if norm_out is None else norm_out.operator() @ inner
+    if config.residual_scale == 1:
+        return added
+    scale = torch.full(inner.out_shape, config.residual_scale, dtype=inner.dtype, device=inner.device)
+    return Scale(scale) @ added

@@ -1,0 +1,101 @@
+"""What every part of a block needs: its tensors as protocols, the settings at one prompt, and projections.
+
+Tensors keep GGUF's names, without the `blk.N.` prefix.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ggjac.blocks.activations import Activation
+from ggjac.config import ModelConfig, Rope
+from ggjac.linop import Linear, LinearOperator, TiledMatrix
+from ggjac.sizes import MlpPath
+
+
+@runtime_checkable
+class WeightMatrix(TiledMatrix, Protocol):
+    """A streamed matrix with access to some of its rows or columns."""
+
+    def rows(self, start: int, stop: int) -> "WeightMatrix":
+        """Return rows `start:stop`."""
+
+    def columns(self, start: int, stop: int) -> "WeightMatrix":
+        """Return columns `start:stop`; both must be boundaries of quantization blocks."""
+
+
+@runtime_checkable
+class BlockWeights(Protocol):
+    """The tensors of one block by their short names, such as `attn_q.weight`."""
+
+    def __contains__(self, name: str) -> bool:
+        """Return whether the file has the tensor."""
+
+    def matrix(self, name: str, expert: int | None = None) -> WeightMatrix:
+        """Return a streamed matrix; from a stack of experts, that of one expert."""
+
+    def vector(self, name: str, expert: int | None = None) -> Tensor:
+        """Return a small dense tensor; from a stack of experts, the row of one expert."""
+
+    def gain(self, name: str, expert: int | None = None) -> float:
+        """Return the constant factor of a matrix, 1 where the file has none."""
+
+    def wide_vector(self, name: str) -> Tensor:
+        """Return a small dense tensor in float32 at least, also where computation is in a narrower dtype."""
+
+
+class NumericsError(ValueError):
+    """The forward pass left the range of its dtype; results computed from it would be meaningless."""
+
+
+def overflow(place: str, dtype: torch.dtype) -> NumericsError:
+    """Return the error about numbers of a dtype that are not finite, at some place in the forward pass."""
+    wider = "float32" if dtype.itemsize == 2 else "float64"
+    advice = f"try --dtype {wider}. If it persists, the file may be damaged"
+    name = str(dtype).removeprefix("torch.")
+    return NumericsError(f"{place} overflowed {name}; {'the file may be damaged' if name == wider else advice}")
+
+
+class Frame(NamedTuple):
+    """Settings and tables shared by all blocks at one prompt.
+
+    Attributes:
+        config: sizes and constants.
+        rotations: cos and sin at every position, for each rotary embedding in use.
+        mlp_path: the freezing rule of gated feed-forwards.
+        activations: the activation of each block's feed-forward.
+    """
+
+    config: ModelConfig
+    rotations: Mapping[Rope, tuple[Tensor, Tensor]]
+    mlp_path: MlpPath
+    activations: Sequence[Activation]
+
+
+def linear(
+    w: BlockWeights,
+    stem: str,
+    n: int,
+    kind: str = "",
+    expert: int | None = None,
+    *,
+    rows: slice | None = None,
+    columns: slice | None = None,
+) -> Linear:
+    """Return a projection with its bias, if the file has one; of several parts by columns, the first has the bias."""
+    name = f"{stem}{kind}"
+    matrix = w.matrix(f"{name}.weight", expert)
+    bias = w.vector(f"{name}.bias", expert) if f"{name}.bias" in w else None
+    if rows:
+        matrix, bias = matrix.rows(rows.start, rows.stop), None if bias is None else bias[rows]
+    if columns:
+        matrix, bias = matrix.columns(columns.start, columns.stop), None if columns.start else bias
+    return Linear(matrix, n, bias, w.gain(f"{name}.weight", expert))
+
+
+def affine(operator: LinearOperator, x: Float[Tensor, "n d"]) -> Float[Tensor, "m e"]:
+    """Return `A x + b` for one input."""
+    return operator.matmat(x[None], x.new_ones(1))[0]

@@ -1,0 +1,420 @@
+"""Token mixers at one prompt: what is frozen, the operator that remains, and the extension by further positions.
+
+    mixer = Linear(output) @ Scale(read) @ Mix(pattern) @ Scale(written) @ Conv @ Scale(entering) @ Linear(values)
+
+A mixer has the factors that its tensors call for: attention has `Linear(attn_output) @ Mix(pattern) @ Linear(attn_v)`.
+Live is the path of the values: their projection, their convolution and the output projection. Frozen is everything else
+that decides how they are mixed: queries and keys, decays and write strengths, the sigmoid-like share of an activation
+on the values, gates on the output, and the scales of norms.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn.functional import softplus
+
+from ggjac.blocks.frame import BlockWeights, Frame, affine, linear
+from ggjac.blocks.norms import NormTape, inverse_rms, normed
+from ggjac.blocks.patterns import (
+    Recurrence,
+    ScanTape,
+    attention_pattern,
+    recurrent_pattern,
+    recurrent_scan,
+)
+from ggjac.config import ModelConfig
+from ggjac.config.mixers import MIXERS
+from ggjac.linop import Conv, LinearOperator, Mix, Scale, Scan, Select
+from ggjac.rope import rotate
+from ggjac.sizes import scan_chunk
+
+
+class Factor(NamedTuple):
+    """A frozen diagonal, and a constant that is added where the factor came with one (a clamp)."""
+
+    diagonal: Float[Tensor, "n e"]
+    constant: Float[Tensor, "n e"] | None = None
+
+    def at(self, positions: slice) -> "Factor":
+        """Return the factor at some positions."""
+        return Factor(self.diagonal[positions], None if self.constant is None else self.constant[positions])
+
+    def operator(self) -> LinearOperator:
+        """Return the factor as an operator."""
+        return Scale(self.diagonal, self.constant)
+
+
+class MixerTape(NamedTuple):
+    """The frozen quantities of a token mixer. What its kind does not have is None.
+
+    Attributes:
+        kind: of `ggjac.config.mixers.MIXERS`.
+        pattern: weights from `n` value to `m` output positions.
+        scan: in place of a pattern, a recurrence over a long prompt.
+        entering: factor of the projected values before the convolution.
+        latent: norm of the latent.
+        written: factor of the values before they are mixed.
+        read: factor of what is mixed, before the output projection.
+    """
+
+    kind: str
+    pattern: Float[Tensor, "h m n"] | None = None
+    scan: ScanTape | None = None
+    entering: Factor | None = None
+    latent: NormTape | None = None
+    written: Factor | None = None
+    read: Factor | None = None
+
+    @property
+    def heads(self) -> int:
+        """Number of heads: parts of the mixed values with a pattern of their own."""
+        pattern = self.pattern if self.scan is None else self.scan.within
+        return 1 if pattern is None else len(pattern)
+
+    def at(self, queries: slice) -> "MixerTape":
+        """Return the tape of some output positions, and of the value positions up to the last of them."""
+        values = slice(queries.stop)
+        return self._replace(
+            pattern=None if self.pattern is None else self.pattern[:, queries, values],
+            scan=self.scan and self.scan.at(queries.stop),
+            entering=self.entering and self.entering.at(values),
+            latent=self.latent and self.latent.at(values),
+            written=self.written and self.written.at(values),
+            read=self.read and self.read.at(queries),
+        )
+
+
+class Past(NamedTuple):
+    """What a mixer at later positions needs of the positions before them; nothing at the first one.
+
+    Attributes:
+        k, v: of attention: keys, rotated, and values of all `p` positions.
+        rows: of a convolution with `K` taps: its last `K - 1` inputs.
+        state: of a recurrence, keys by values.
+    """
+
+    k: Float[Tensor, "p g s"] | None = None
+    v: Float[Tensor, "p gv"] | None = None
+    rows: Float[Tensor, "_ c"] | None = None
+    state: Float[Tensor, "h s v"] | None = None
+
+    @property
+    def length(self) -> int:
+        """Number of positions whose keys are cached."""
+        return 0 if self.k is None else len(self.k)
+
+
+class Mixed(NamedTuple):
+    """A recorded mixer.
+
+    Attributes:
+        tape: its frozen quantities.
+        heads: `[m, h v]`, the mixed values, before the factor on them and the output projection.
+        past: for positions that follow.
+    """
+
+    tape: MixerTape
+    heads: Float[Tensor, "m hv"]
+    past: Past
+
+
+# Freezes a mixer of a layer at its (normed) input `[m, d]`, which continues a past; None where a prompt begins and its
+# pattern is wanted. The tape of a recurrence with a past has no pattern: the state is carried on instead.
+Record = Callable[[BlockWeights, Frame, int, Tensor, Past | None], Mixed]
+
+
+def record_mixer(w: BlockWeights, frame: Frame, layer: int, kind: str, h: Float[Tensor, "n d"]) -> Mixed:
+    """Freeze a mixer at its (normed) input `h`."""
+    return RECORD[kind](w, frame, layer, h, None)
+
+
+def extend_mixer(
+    w: BlockWeights, frame: Frame, layer: int, kind: str, h: Float[Tensor, "m d"], past: Past
+) -> tuple[Float[Tensor, "m d"], Past]:
+    """Return what a mixer adds at `m` positions that follow `past`, and the longer past."""
+    tape, heads, past = RECORD[kind](w, frame, layer, h, past)
+    return affine(writing(w, tape, len(h)), heads), past
+
+
+def reading(w: BlockWeights, tape: MixerTape, n: int, m: int) -> LinearOperator:
+    """Return a mixer from its (normed) input to the mixed values, `[n, d]` to `[m, h v]`: the last `m` positions."""
+    path = MIXERS[tape.kind]
+    values: LinearOperator = linear(w, path.values, n)
+    if tape.latent is not None:
+        values = linear(w, path.expansion, n) @ tape.latent.operator() @ values
+    if tape.entering is not None:
+        values = tape.entering.operator() @ values
+    if path.convolution:
+        values = _conv(w, path.convolution, n) @ values
+    if tape.written is not None:
+        values = tape.written.operator() @ values
+    width = values.out_shape[1]
+    if tape.scan is not None:
+        return _scan(tape.scan, n, m, width) @ values
+    if tape.pattern is not None:
+        return _mix(w, tape, width) @ values
+    last = torch.arange(n - m, n)
+    return values if m == n else Select(last, n, width, dtype=values.dtype, device=values.device) @ values
+
+
+def writing(w: BlockWeights, tape: MixerTape, m: int) -> LinearOperator:
+    """Return a mixer from the mixed values to what it adds, `[m, h v]` to `[m, d]`."""
+    output = linear(w, MIXERS[tape.kind].output, m)
+    return output if tape.read is None else output @ tape.read.operator()
+
+
+def _mix(w: BlockWeights, tape: MixerTape, width: int) -> Mix:
+    """Return the application of a pattern to values of some width; the output projection gives a head's width."""
+    assert tape.pattern is not None
+    size = w.matrix(f"{MIXERS[tape.kind].output}.weight").shape[1] // len(tape.pattern)
+    return Mix(tape.pattern, width // size, size)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Attention
+
+# The step after which queries and keys are normed, by the row's `qk_norm`: over the whole projection, over each head,
+# or over each head after the rotary embedding.
+QK_NORM_AFTER = {"": "", "full": "projection", "head": "split", "heads": "split", "rotated": "rotation"}
+
+
+def _attention(w: BlockWeights, frame: Frame, layer: int, h: Float[Tensor, "m d"], past: Past | None) -> Mixed:
+    """Freeze softmax attention: its pattern, and the factors on values and heads."""
+    config, past = frame.config, past or Past()
+    q, k, gate = _queries_keys(w, frame, layer, h, past.length)
+    v = affine(linear(w, "attn_v", len(h)), h)  # [m, g v]
+    written = _value_factor(config, layer, v)
+    if written is not None:
+        v = affine(written.operator(), v)
+    if past.k is not None and past.v is not None:
+        k, v = torch.cat((past.k, k)), torch.cat((past.v, v))  # [p + m, g, s], [p + m, g v]
+    tape = MixerTape("attention", _pattern(w, config, layer, q, k), written=written, read=gate)
+    return Mixed(tape, affine(_mix(w, tape, v.shape[1]), v), Past(k, v))
+
+
+def _queries_keys(
+    w: BlockWeights, frame: Frame, layer: int, h: Float[Tensor, "m d"], start: int
+) -> tuple[Float[Tensor, "m h s"], Float[Tensor, "m g s"], Factor | None]:
+    """Return queries, keys and the heads' gate, of positions `start`, `start + 1`, ... from their normed input `h`."""
+    config, own = frame.config, frame.config.layers[layer]
+
+    def normed_after(step: str, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        if QK_NORM_AFTER[config.row.qk_norm] != step:
+            return q, k
+        return normed(w, "attn_q_norm", config, q), normed(w, "attn_k_norm", config, k)
+
+    q, k = (_clamped(config, affine(linear(w, stem, len(h)), h)) for stem in ("attn_q", "attn_k"))  # [m, hs], [m, gs]
+    gate = None
+    if config.row.gated_queries:  # of each head, first the query and then its gate
+        q, gate = (part.flatten(1) for part in q.unflatten(1, (own.heads, 2, -1)).unbind(2))
+        gate = Factor(gate.sigmoid())
+    q, k = normed_after("projection", q, k)
+    q, k = q.unflatten(1, (own.heads, -1)), k.unflatten(1, (own.kv_heads, -1))  # [m, h, s], [m, g, s]
+    q, k = normed_after("split", q, k)
+    if own.rope:
+        cos, sin = (part[start : start + len(h)] for part in frame.rotations[own.rope])
+        q, k = (rotate(part, own.rope, cos, sin) for part in (q, k))
+    q, k = normed_after("rotation", q, k)
+    return _warmed(config, q, start), k, gate
+
+
+def _warmed(config: ModelConfig, q: Float[Tensor, "m h s"], start: int) -> Float[Tensor, "m h s"]:
+    """Return queries scaled by their position, where the model does so.
+
+    In Llama 4 and Ministral 3, they grow with the logarithm of their position in original contexts.
+    """
+    if not config.temperature_scale:
+        return q
+    positions = torch.arange(start, start + len(q), dtype=torch.float64)
+    periods = positions.div(config.temperature_length, rounding_mode="floor")
+    return q * (1 + config.temperature_scale * torch.log1p(periods)).to(q)[:, None, None]
+
+
+def _pattern(
+    w: BlockWeights, config: ModelConfig, layer: int, q: Float[Tensor, "m h s"], k: Float[Tensor, "n g s"]
+) -> Float[Tensor, "h m n"]:
+    """Return the attention probabilities of a layer's queries and keys."""
+    return attention_pattern(
+        q,
+        k,
+        config.attention_scale,
+        softcap=config.attention_softcap,
+        window=config.layers[layer].window,
+        sinks=w.vector("attn_sinks.weight") if "attn_sinks.weight" in w else None,
+    )
+
+
+def _value_factor(config: ModelConfig, layer: int, v: Float[Tensor, "m gv"]) -> Factor | None:
+    """Return the factor on values that a clamp or a norm of each head amounts to; None where the model has neither."""
+    if config.attention_clamp:
+        clamped = _clamped(config, v)
+        passed = v == clamped
+        return Factor(passed.to(v), torch.where(passed, 0, clamped))
+    if config.row.value_norm:
+        heads = v.unflatten(1, (config.layers[layer].kv_heads, -1))  # [m, g, v]
+        return Factor(inverse_rms(heads, config).expand_as(heads).flatten(1).to(v))
+    return None
+
+
+def _clamped(config: ModelConfig, x: Float[Tensor, "n e"]) -> Float[Tensor, "n e"]:
+    """Return queries, keys or values with no entry beyond the model's limit."""
+    limit = config.attention_clamp
+    return x.clamp(-limit, limit) if limit else x
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Convolutions and recurrences
+
+
+def _taps(w: BlockWeights, stem: str) -> tuple[Float[Tensor, "c K"], Float[Tensor, " c"] | None]:
+    """Return a convolution's taps, the last of which is the current position's, and its bias."""
+    taps = w.vector(f"{stem}.weight")  # some files have further axes of length 1
+    return taps.reshape(-1, taps.shape[-1]), w.vector(f"{stem}.bias") if f"{stem}.bias" in w else None
+
+
+def _conv(w: BlockWeights, stem: str, n: int) -> Conv:
+    """Return a convolution as an operator."""
+    taps, bias = _taps(w, stem)
+    return Conv(taps, n, bias)
+
+
+def _convolved(
+    w: BlockWeights, stems: Mapping[str, str], h: Float[Tensor, "m d"], past: Past | None
+) -> tuple[list[Float[Tensor, "m _"]], Float[Tensor, "_ all"]]:
+    """Return projections of `h` after their convolutions, by projection, and the last inputs of the convolutions."""
+    x = torch.cat([affine(linear(w, stem, len(h)), h) for stem in stems], 1)
+    return _in_time([_taps(w, stem) for stem in stems.values()], x, past)
+
+
+def _in_time(
+    taps: Sequence[tuple[Tensor, Tensor | None]], x: Float[Tensor, "m all"], past: Past | None
+) -> tuple[list[Float[Tensor, "m _"]], Float[Tensor, "_ all"]]:
+    """Return the convolutions of several sections of `x`, which continue the past, and the last inputs of them all."""
+    weight = torch.cat([weight for weight, _ in taps])  # [c, K]
+    bias = torch.cat([weight.new_zeros(len(weight)) if own is None else own for weight, own in taps])
+    before = weight.shape[1] - 1
+    rows = x.new_zeros(before, x.shape[1]) if past is None or past.rows is None else past.rows
+    rows = torch.cat([rows, x])
+    found = affine(Conv(weight, len(rows), bias), rows)[before:]
+    return list(found.split([len(weight) for weight, _ in taps], 1)), rows[len(rows) - before :]
+
+
+def _recurrent(
+    recurrence: Recurrence, v: Float[Tensor, "m hv"], past: Past | None
+) -> tuple[MixerTape, Float[Tensor, "m hv"], Float[Tensor, "h s v"] | None]:
+    """Return a tape with the pattern of a recurrence, or its scan; the mixed values; and the state after a past."""
+    n, heads, s = recurrence.k.shape
+    if past is not None:
+        values = v.to(recurrence.k).unflatten(1, (heads, -1))
+        state = values.new_zeros(heads, s, values.shape[2]) if past.state is None else past.state
+        o, state = recurrence.run(values, state)
+        return MixerTape(""), o.flatten(1).to(v), state
+    if chunk := scan_chunk(n, s):
+        scan = ScanTape(*(part.to(v.dtype) for part in recurrent_scan(recurrence, chunk)))
+        return MixerTape("", scan=scan), affine(_scan(scan, n, n, v.shape[1]), v), None
+    pattern = recurrent_pattern(recurrence).to(v.dtype)
+    return MixerTape("", pattern), affine(Mix(pattern, heads, v.shape[1] // heads), v), None
+
+
+def _scan(tape: ScanTape, n: int, m: int, width: int) -> Scan:
+    """Return the recurrence of a tape on values of some width."""
+    return Scan(tape.within, tape.reading, tape.writing, tape.moving, n, m, value_size=width // len(tape.within))
+
+
+def _delta(w: BlockWeights, frame: Frame, layer: int, h: Float[Tensor, "m d"], past: Past | None) -> Mixed:
+    """Freeze a gated delta rule, with a decay for each head or for each key channel."""
+    config, own = frame.config, frame.config.recurrence
+    stems = {f"attn_{part}": f"ssm_conv1d_{part}" for part in "qkv"}
+    (q, k, c), rows = _convolved(w, stems, h, past)
+    wide = torch.promote_types(h.dtype, torch.float32)
+
+    def keyed(part: Float[Tensor, "m gs"]) -> Float[Tensor, "m h s"]:
+        """Return unit queries or keys of every value head."""
+        part = (part * part.sigmoid()).to(wide).unflatten(1, (own.key_heads, -1))
+        part = part * torch.rsqrt(part.square().sum(-1, keepdim=True) + config.norm_epsilon)
+        shared = own.heads // own.key_heads
+        return part.repeat(1, shared, 1) if config.row.key_heads_tiled else part.repeat_interleave(shared, 1)
+
+    write = affine(linear(w, "ssm_beta", len(h)), h).to(wide).sigmoid()  # [m, h]
+    recurrence = Recurrence(keyed(q) * own.key_size**-0.5, keyed(k), _log_decay(w, config, h), write, removes=True)
+    share = c.sigmoid()
+    tape, o, state = _recurrent(recurrence, c * share, past)
+    heads = o.unflatten(1, (own.heads, -1))  # [m, h, v]
+    gate = _projected(w, ("attn_gate", "ssm_g_a", "ssm_g_b"), h).unflatten(1, (own.heads, -1))
+    gate = gate.sigmoid() if config.row.sigmoid_gate else gate * gate.sigmoid()
+    read = inverse_rms(heads, config) * w.vector("ssm_norm.weight").to(wide) * gate
+    tape = tape._replace(kind="delta", written=Factor(share), read=Factor(read.flatten(1).to(h.dtype)))
+    return Mixed(tape, o, Past(rows=rows, state=state))
+
+
+def _log_decay(w: BlockWeights, config: ModelConfig, h: Float[Tensor, "m d"]) -> Float[Tensor, "m h _"]:
+    """Return the logarithm of the decay of each head, or of each of its key channels, in float32 at least.
+
+    It is `a softplus(x)`, or with a lower bound `L sigmoid(±a x)`; `a` is stored negative, and a row's option says so
+    where it is not.
+    """
+    wide = torch.promote_types(h.dtype, torch.float32)
+    x = _projected(w, ("ssm_alpha", "ssm_f_a", "ssm_f_b"), h).to(wide)
+    x = (x + _bare(w, "ssm_dt.bias", "ssm_dt").to(wide)).unflatten(1, (config.recurrence.heads, -1))  # [m, h, s] or 1
+    a = _bare(w, "ssm_a").to(wide).reshape(-1, 1)  # [h, 1]
+    if bound := config.decay_bound:
+        return bound * torch.sigmoid(x * (a if config.row.positive_decay else -a))
+    return a * softplus(x)
+
+
+def _state_space(w: BlockWeights, frame: Frame, layer: int, h: Float[Tensor, "m d"], past: Past | None) -> Mixed:
+    """Freeze the selective state space of Mamba-2."""
+    config, own = frame.config, frame.config.recurrence
+    stems = {f"ssm_in_{part}": f"ssm_conv1d_{part}" for part in "xbc"}
+    (c, key, query), rows = _convolved(w, stems, h, past)
+    wide = torch.promote_types(h.dtype, torch.float32)
+
+    def keyed(part: Float[Tensor, "m gs"]) -> Float[Tensor, "m h s"]:
+        part = (part * part.sigmoid()).to(wide).unflatten(1, (own.key_heads, -1))
+        return part.repeat_interleave(own.heads // own.key_heads, 1)
+
+    step = softplus(affine(linear(w, "ssm_in_dt", len(h)), h).to(wide) + _bare(w, "ssm_dt.bias").to(wide))  # [m, h]
+    log_decay = (step * _bare(w, "ssm_a").to(wide).flatten())[..., None]
+    skip = _bare(w, "ssm_d").to(wide).flatten()
+    share = c.sigmoid()
+    recurrence = Recurrence(keyed(query), keyed(key), log_decay, step, removes=False, skip=skip)
+    tape, o, state = _recurrent(recurrence, c * share, past)
+    gate = affine(linear(w, "ssm_in_z", len(h)), h)
+    read = gate * gate.sigmoid()
+    if "ssm_norm.weight" in w:  # over each group, after the gate
+        groups = (o * read).unflatten(1, (own.key_heads, -1))
+        norm = inverse_rms(groups, config) * w.vector("ssm_norm.weight").to(wide).reshape(own.key_heads, -1)
+        read = read * norm.flatten(1).to(read)
+    tape = tape._replace(kind="state space", written=Factor(share), read=Factor(read))
+    return Mixed(tape, o, Past(rows=rows, state=state))
+
+
+def _convolution(w: BlockWeights, frame: Frame, layer: int, h: Float[Tensor, "m d"], past: Past | None) -> Mixed:
+    """Freeze a short convolution between two gates; of its three factors the input stays live."""
+    b, c, x = (affine(linear(w, f"shortconv.in_proj_{part}", len(h)), h) for part in "bcx")
+    (heads,), rows = _in_time([_taps(w, "shortconv.conv")], b * x, past)
+    return Mixed(MixerTape("convolution", entering=Factor(b), read=Factor(c)), heads, Past(rows=rows))
+
+
+def _projected(w: BlockWeights, stems: Sequence[str], h: Float[Tensor, "m d"]) -> Float[Tensor, "m e"]:
+    """Return `h` through those of the projections that the file has, one after the other."""
+    for stem in stems:
+        if f"{stem}.weight" in w:
+            h = affine(linear(w, stem, len(h)), h)
+    return h
+
+
+def _bare(w: BlockWeights, *names: str) -> Tensor:
+    """Return the first of some small tensors that the file has."""
+    return w.wide_vector(next(name for name in names if name in w))
+
+
+RECORD: dict[str, Record] = {
+    "attention": _attention,
+    "delta": _delta,
+    "state space": _state_space,
+    "convolution": _convolution,
+}

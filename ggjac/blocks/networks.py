@@ -1,0 +1,233 @@
+"""Feed-forward networks and mixtures of experts, frozen at one prompt.
+
+For gated networks there are two conventions; see `record_hidden`.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from ggjac.blocks.frame import BlockWeights, Frame, affine, linear
+from ggjac.blocks.norms import NormTape, inverse_rms
+from ggjac.config import ModelConfig
+from ggjac.linop import Experts, LinearOperator, Scale, Sum
+from ggjac.sizes import SLAB
+
+# Expert scores of router logits `[n, e]`. With `softmax_selected`, the softmax is over the chosen experts and is taken
+# after the choice.
+ROUTERS: dict[str, Callable[[Tensor], Tensor]] = {
+    "softmax": lambda logits: logits.softmax(-1),
+    "softmax_selected": lambda logits: logits,
+    "sigmoid": torch.sigmoid,
+}
+
+
+class HiddenTape(NamedTuple):
+    """The frozen quantities of one feed-forward network: the factor on each hidden unit, and where the network is used.
+
+    Attributes:
+        kind: suffix of its tensors' names: none, `_exps` for a routed expert, `_shexp` for the shared one.
+        expert: index in the stack of experts, or None.
+        live: stem of the live projection, `ffn_up` or `ffn_gate`.
+        factor: `[m, f]`, multiplies the live projection.
+        constant: `[m, f]`, added to the product by a clamp or shift, or None.
+        positions: `[m]`, the positions that use a routed expert; None for all.
+        weight: `[m]`, the router's weight of its output, or None for 1.
+    """
+
+    kind: str
+    expert: int | None
+    live: str
+    factor: Float[Tensor, "m f"]
+    constant: Float[Tensor, "m f"] | None
+    positions: Int[Tensor, " m"] | None
+    weight: Float[Tensor, " m"] | None
+
+    def at(self, queries: slice) -> "HiddenTape":
+        """Return the tape of some positions, which are counted from the first of them."""
+        rows: slice | Tensor = queries
+        positions = self.positions
+        if positions is not None:
+            inside = (positions >= queries.start) & (positions < queries.stop)
+            if queries.start == 0 and inside.all():
+                return self  # all of them: no copy
+            rows, positions = inside, positions[inside] - queries.start
+        return self._replace(
+            factor=self.factor[rows],
+            constant=None if self.constant is None else self.constant[rows],
+            positions=positions,
+            weight=None if self.weight is None else self.weight[rows],
+        )
+
+
+class FFNTape(NamedTuple):
+    """The frozen quantities of a feed-forward branch: its networks (several in a mixture of experts), and its norms.
+
+    A part of a branch that has norms of its own, or a latent width, is a branch in the place of a network. A branch
+    without networks adds nothing: the block has none.
+
+    Attributes:
+        norm_in, norm_out: norms before and after the sum of the networks, or None.
+        networks: their tapes.
+        latent: whether they read and write a narrower stream, through `ffn_latent_down` and `ffn_latent_up`.
+    """
+
+    norm_in: NormTape | None
+    networks: "tuple[HiddenTape | FFNTape, ...]"
+    norm_out: NormTape | None
+    latent: bool = False
+
+    def at(self, queries: slice) -> "FFNTape":
+        """Return the tape of some positions, without the experts that none of them uses."""
+        networks = (network.at(queries) for network in self.networks)
+        return self._replace(
+            norm_in=self.norm_in and self.norm_in.at(queries),
+            networks=tuple(part for part in networks if isinstance(part, FFNTape) or len(part.factor)),
+            norm_out=self.norm_out and self.norm_out.at(queries),
+        )
+
+
+def record_hidden(
+    w: BlockWeights, frame: Frame, layer: int, h: Float[Tensor, "m d"], kind: str = "", expert: int | None = None
+) -> HiddenTape:
+    """Freeze one feed-forward network at its (normed) input `h`.
+
+    A gated network is `down(a(gate) * up)`, and either factor can be live. With `mlp_path="up"` the whole activated
+    gate is frozen and `up` is live (the paper's code for five families). With `"gate"`, `up` and the sigmoid-like share
+    inside `a` are frozen and `gate` is live (the paper's code for Phi). Both reproduce the output; their operators
+    differ. For a network without a gate, `down(a(up))`, there is one rule: the share of `a` is frozen.
+    """
+
+    def projected(stem: str) -> Tensor:
+        return affine(linear(w, stem, len(h), kind, expert), h)
+
+    share, limit, shift = frame.activations[layer]
+    if f"ffn_gate{kind}.weight" not in w:
+        return HiddenTape(kind, expert, "ffn_up", share(projected("ffn_up")), None, None, None)
+    if frame.mlp_path == "up" and limit is None:
+        gate = projected("ffn_gate")
+        return HiddenTape(kind, expert, "ffn_up", gate * share(gate), None, None, None)
+
+    gate, up = projected("ffn_gate"), projected("ffn_up")
+    # A clamp is linear too once frozen: 1 or 0 on its input, plus the limit where it acts.
+    gate_clamped = gate if limit is None else gate.clamp(max=limit)
+    up_clamped = up if limit is None else up.clamp(-limit, limit)
+    if frame.mlp_path == "up":
+        factor, live, clamped = gate_clamped * share(gate_clamped), up, up_clamped
+    else:
+        factor, live, clamped = share(gate_clamped) * (up_clamped + shift), gate, gate_clamped
+        shift = 0.0  # it is part of the factor
+    free = live == clamped  # [m, f]
+    constant = None if limit is None else factor * (torch.where(free, 0, clamped) + shift)
+    return HiddenTape(kind, expert, f"ffn_{frame.mlp_path}", factor * free, constant, None, None)
+
+
+def record_mixture(
+    w: BlockWeights, frame: Frame, layer: int, h: Float[Tensor, "n d"], x: Float[Tensor, "n d"]
+) -> "tuple[HiddenTape | FFNTape, ...]":
+    """Freeze a mixture of experts at its normed input `h`; `x` is the stream, which some routers read."""
+    shared = record_shared(w, frame, layer, h)
+    router = _router_input(w, frame.config, x) if frame.config.row.router_norm else h
+    if "ffn_latent_down.weight" not in w:
+        return (*record_experts(w, frame, layer, h, router), *shared)
+    narrow = affine(linear(w, "ffn_latent_down", len(h)), h)
+    experts = record_experts(w, frame, layer, narrow, router)
+    return (FFNTape(None, tuple(experts), None, latent=True), *shared)
+
+
+def _router_input(w: BlockWeights, config: ModelConfig, x: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
+    """Return what Gemma 4's router reads: the stream, normed without weight, divided by √d, times a vector."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    scale = w.vector("ffn_gate_inp.scale").to(wide) / config.d**0.5
+    return (wide * inverse_rms(wide, config) * scale).to(x.dtype)
+
+
+def record_experts(
+    w: BlockWeights, frame: Frame, layer: int, h: Float[Tensor, "n e"], router: Float[Tensor, "n d"]
+) -> list[HiddenTape]:
+    """Freeze the routed experts of a mixture: those that each position uses, their weights, and the tape of each.
+
+    Only experts that some position uses are read, here and in every product.
+
+    Args:
+        w, frame, layer: of the block.
+        h: what the experts read.
+        router: what the router reads.
+    """
+    config = frame.config
+    logits = affine(linear(w, "ffn_gate_inp", len(h)), router)
+    scores = ROUTERS[config.row.router](logits.to(torch.promote_types(h.dtype, torch.float32)))  # [n, e]
+    chosen = _chosen(w, config, scores.detach())
+    weights = scores.gather(-1, chosen)  # [n, used]
+    if config.row.router == "softmax_selected":
+        weights = weights.softmax(-1)
+    if config.row.renormalize:
+        weights = weights / weights.sum(-1, keepdim=True).clamp_min(2.0**-14)  # llama.cpp's floor: F16's smallest
+    weights = weights * config.expert_weights_scale
+
+    found = []
+    for expert in chosen.unique().tolist():
+        positions, slot = (chosen == expert).nonzero(as_tuple=True)  # [m] each
+        tape = record_hidden(w, frame, layer, h[positions], "_exps", expert)
+        found.append(tape._replace(positions=positions, weight=weights[positions, slot].to(h.dtype)))
+    return found
+
+
+def record_shared(w: BlockWeights, frame: Frame, layer: int, h: Float[Tensor, "n d"]) -> list[HiddenTape]:
+    """Freeze the expert of a mixture that every position uses; none if the block has none."""
+    if "ffn_up_shexp.weight" not in w:
+        return []
+    shared = record_hidden(w, frame, layer, h, "_shexp")
+    if "ffn_gate_inp_shexp.weight" in w:
+        shared = shared._replace(weight=(h @ w.vector("ffn_gate_inp_shexp.weight")).sigmoid())  # [n]
+    return [shared]
+
+
+def _chosen(w: BlockWeights, config: ModelConfig, scores: Float[Tensor, "n e"]) -> Int[Tensor, "n used"]:
+    """Return the experts of each position: those of highest score plus bias, within the best groups if there are any.
+
+    A group is as good as the sum of its two best members. The bias is not rounded to a narrower dtype, since the part
+    of it that is common to all experts may exceed the differences between them.
+    """
+    if "exp_probs_b.bias" in w:
+        scores = scores + w.wide_vector("exp_probs_b.bias")
+    if config.expert_groups > 1:
+        grouped = scores.unflatten(-1, (config.expert_groups, -1))  # [n, groups, e / groups]
+        best = grouped.topk(2).values.sum(-1).topk(config.expert_groups_used).indices
+        left_out = torch.ones(grouped.shape[:2], dtype=torch.bool, device=scores.device).scatter(-1, best, False)
+        scores = grouped.masked_fill(left_out[..., None], -torch.inf).flatten(1)
+    return scores.topk(config.expert_used_count).indices
+
+
+def networks(w: BlockWeights, tape: FFNTape, n: int) -> LinearOperator:
+    """Return a feed-forward branch up to the sum of its networks, `[n, d]` to `[n, d]`, before any norm after them."""
+    parts: list[LinearOperator] = []
+    routed: list[tuple[Tensor, LinearOperator]] = []
+    for part in tape.networks:
+        if isinstance(part, FFNTape):
+            inner = networks(w, part, n)
+            parts.append(inner if part.norm_out is None else part.norm_out.operator() @ inner)
+        elif part.positions is None:
+            parts.append(_network(w, part))
+        else:
+            routed.append((part.positions, _network(w, part)))
+    core: LinearOperator = Sum(*parts, *([Experts(routed, n)] if routed else []))
+    if tape.latent:
+        core = linear(w, "ffn_latent_up", n) @ core @ linear(w, "ffn_latent_down", n)
+    return core if tape.norm_in is None else core @ tape.norm_in.operator()
+
+
+def _network(w: BlockWeights, tape: HiddenTape) -> LinearOperator:
+    """Return one feed-forward network at the positions that use it, `[m, d]` to `[m, d]`: a sum over slabs."""
+    m, f = tape.factor.shape
+    slabs: list[LinearOperator] = []
+    for units in (slice(a, min(a + SLAB, f)) for a in range(0, f, SLAB)):
+        live = linear(w, tape.live, m, tape.kind, tape.expert, rows=units)
+        scale = Scale(tape.factor[:, units], None if tape.constant is None else tape.constant[:, units])
+        down = linear(w, "ffn_down", m, tape.kind, tape.expert, columns=units)
+        slabs.append(down @ scale @ live)
+    network = Sum(*slabs)
+    return network if tape.weight is None else Scale(tape.weight[:, None].expand(network.out_shape)) @ network

@@ -1,0 +1,80 @@
+"""Norms as frozen diagonals: the scale is held at its value at the prompt; LayerNorm's centring and bias stay live."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ggjac.blocks.frame import BlockWeights, affine, overflow
+from ggjac.config import ModelConfig
+from ggjac.linop import Center, LinearOperator, Scale
+
+
+class NormTape(NamedTuple):
+    """A norm at one input: the scale of each position, the norm's weight, and LayerNorm's centring and bias.
+
+    `scale` is `1 / rms`, in float32 at least.
+    """
+
+    scale: Float[Tensor, "n 1"]
+    weight: Float[Tensor, " d"]
+    centred: bool
+    bias: Float[Tensor, " d"] | None
+
+    def at(self, positions: slice) -> "NormTape":
+        """Return the tape of some positions."""
+        return self._replace(scale=self.scale[positions])
+
+    def apply(self, x: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
+        """Return the norm of `x`."""
+        return affine(self.operator(), x)
+
+    def operator(self) -> LinearOperator:
+        """Return the frozen norm, `[n, d]` to `[n, d]`."""
+        scale = Scale((self.scale * self.weight.to(self.scale)).to(self.weight), self.bias)  # [n, 1] * [d] -> [n, d]
+        if not self.centred:
+            return scale
+        return scale @ Center(scale.in_shape, dtype=scale.dtype, device=scale.device)
+
+
+def record_norm(w: BlockWeights, config: ModelConfig, names: Sequence[str], x: Float[Tensor, "n d"]) -> NormTape | None:
+    """Freeze a norm at its input, or return None where the block has no such norm; see `frozen_norm`."""
+    if config.row.norm == "bare":
+        return frozen_norm(config, None, None, x) if names else None
+    name = next((name for name in names if f"{name}.weight" in w), None)
+    if name is None:
+        return None
+    bias = w.vector(f"{name}.bias") if f"{name}.bias" in w else None
+    return frozen_norm(config, w.vector(f"{name}.weight"), bias, x)
+
+
+def frozen_norm(
+    config: ModelConfig, weight: Float[Tensor, " d"] | None, bias: Float[Tensor, " d"] | None, x: Float[Tensor, "n d"]
+) -> NormTape:
+    """Freeze the scale `1 / sqrt(mean(x²) + epsilon)` of RMSNorm or LayerNorm at `x`; LayerNorm's centring stays live.
+
+    A missing weight counts as ones. Squares are summed in float32 at least.
+    """
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    centred = config.row.norm != "rms"
+    if centred:
+        wide = wide - wide.mean(-1, keepdim=True)
+    return NormTape(inverse_rms(wide, config), x.new_ones(x.shape[-1]) if weight is None else weight, centred, bias)
+
+
+def normed(w: BlockWeights, name: str, config: ModelConfig, x: Float[Tensor, "*n s"]) -> Float[Tensor, "*n s"]:
+    """Return queries or keys normed over the last axis; they act through the frozen pattern, so there is no tape."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    if config.row.norm == "layer":
+        wide = wide - wide.mean(-1, keepdim=True)
+    return (wide * inverse_rms(wide, config) * w.vector(f"{name}.weight").to(wide)).to(x.dtype)
+
+
+def inverse_rms(x: Float[Tensor, "*n s"], config: ModelConfig) -> Float[Tensor, "*n 1"]:
+    """Return `1 / sqrt(mean(x²) + epsilon)` over the last axis."""
+    mean = x.square().mean(-1, keepdim=True)
+    if not mean.isfinite().all():
+        raise overflow("activations in a norm", x.dtype)
+    return torch.rsqrt(mean + config.norm_epsilon)

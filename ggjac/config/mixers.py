@@ -1,0 +1,48 @@
+"""The tensors of each kind of token mixer, by stem: data for the forward pass, for products and for the planner."""
+
+from typing import NamedTuple
+
+
+class Mixer(NamedTuple):
+    """The tensors of a token mixer.
+
+    Attributes:
+        values: the live projection to the values, or to the latent that they are expanded from.
+        output: the live output projection.
+        frozen: projections that only decide how values are mixed: a product does not read them.
+        convolution: the live convolution in time on the values, or none.
+        expansion: the live projection from a latent to the values, or none.
+        recurrent: whether a state, and not scores, connects positions.
+    """
+
+    values: str
+    output: str
+    frozen: tuple[str, ...]
+    convolution: str = ""
+    expansion: str = ""
+    recurrent: bool = False
+
+
+MIXERS = {
+    "attention": Mixer("attn_v", "attn_output", ("attn_q", "attn_k", "attn_gate")),
+    "delta": Mixer(
+        "attn_v",
+        "ssm_out",
+        (*("attn_q", "attn_k", "attn_gate", "ssm_alpha", "ssm_beta"), *("ssm_f_a", "ssm_f_b", "ssm_g_a", "ssm_g_b")),
+        convolution="ssm_conv1d_v",
+        recurrent=True,
+    ),
+    "state space": Mixer(
+        "ssm_in_x",
+        "ssm_out",
+        ("ssm_in_z", "ssm_in_b", "ssm_in_c", "ssm_in_dt"),
+        convolution="ssm_conv1d_x",
+        recurrent=True,
+    ),
+    "convolution": Mixer(
+        "shortconv.in_proj_x",
+        "shortconv.out_proj",
+        ("shortconv.in_proj_b", "shortconv.in_proj_c"),
+        convolution="shortconv.conv",
+    ),
+}

@@ -1,0 +1,155 @@
+"""Sizes and constants of a model: data, as read and checked by `ggjac.config.read`."""
+
+from dataclasses import dataclass
+
+from ggjac.architectures import Architecture
+
+
+@dataclass(frozen=True)
+class Rope:
+    """One rotary position embedding; see `ggjac.rope`.
+
+    Attributes:
+        dimensions: number of leading dims of each head that rotate.
+        base: of the geometric series of frequencies.
+        pairs: as in `Architecture.rope_pairs`.
+        factor: of context extension, F; positions are scaled by 1/F (everywhere, or where YaRN interpolates).
+        yarn: interpolate only low frequencies.
+        beta_fast, beta_slow: numbers of turns within the original context between which YaRN blends.
+        original_context: context length in tokens before its extension.
+        magnitude: multiplies cos and sin.
+        still: pairs that do not rotate.
+        factored: the file's `rope_freqs` apply.
+        rounded: round angles as llama.cpp does; for parity.
+    """
+
+    dimensions: int
+    base: float
+    pairs: str
+    factor: float = 1.0
+    yarn: bool = False
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    original_context: int = 0
+    magnitude: float = 1.0
+    still: tuple[int, ...] = ()
+    factored: bool = True
+    rounded: bool = False
+
+
+@dataclass(frozen=True)
+class Layer:
+    """The properties that may differ from block to block.
+
+    Attributes:
+        mixers: kinds of the block's token mixers, which are added; none if the block has no such branch. See
+            `ggjac.blocks.mixers.MIXERS`.
+        heads: number of query heads; 0 without attention, as the next three.
+        kv_heads: number of key/value heads; divides `heads`.
+        key_size: elements of a query or key head.
+        value_size: elements of a value head.
+        hidden_units: of the dense feed-forward network; 0 if the block has none.
+        routed: whether the block has a mixture of experts.
+        keys_as_values: whether the key projection, before its norm and rotation, gives the values too.
+        by_key_head: whether all projections of a delta rule are in one tensor, `ssm_in`, key head by key head.
+        window: number of tokens to which a position attends, itself included; None for all up to it.
+        rope: rotation of queries and keys; None for none.
+        xielu: αn, αp and β of the activation xIELU (arXiv 2411.13010), `β z + αp z²` for positive z and
+            `β z + αn (exp(z) - 1 - z)` otherwise; None for other activations.
+    """
+
+    mixers: tuple[str, ...]
+    heads: int
+    kv_heads: int
+    key_size: int
+    value_size: int
+    hidden_units: int
+    routed: bool
+    window: int | None
+    rope: Rope | None
+    xielu: tuple[float, float, float] | None = None
+    keys_as_values: bool = False
+    by_key_head: bool = False
+
+
+@dataclass(frozen=True)
+class Recurrence:
+    """Sizes of the recurrent mixers of a model, or of its convolutions.
+
+    Attributes:
+        taps: positions that a convolution in time reads.
+        heads: number of value heads, each with a state of its own; 0 for a convolution alone, as the next three.
+        key_heads: number of key heads; divides `heads`.
+        key_size: elements of a key, and rows of a state.
+        value_size: elements of a value, and columns of a state.
+    """
+
+    taps: int = 0
+    heads: int = 0
+    key_heads: int = 0
+    key_size: int = 0
+    value_size: int = 0
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Sizes and constants of a model, validated against its tensors.
+
+    Attributes:
+        architecture: `general.architecture`.
+        row: its entry in `ARCHITECTURES`, with file-dependent options resolved.
+        block_count: number of blocks, L, without those that predict later tokens.
+        layers: properties of each block.
+        d: embedding length.
+        vocabulary: rows of the embedding matrix.
+        context_length: largest number of tokens that the model supports.
+        original_context: number of tokens beyond which long rope factors apply.
+        recurrence: sizes of mixers other than attention; zeros if there are none.
+        norm_epsilon: added to the mean square or the variance inside a norm's root.
+        attention_scale: multiplies scores.
+        attention_clamp: largest magnitude of queries, keys and values; 0 for no limit.
+        attention_softcap, logit_softcap: `c tanh(z / c)` on scores, on logits; 0 for none.
+        temperature_scale: growth of queries with position; 0 for none.
+        temperature_length: number of positions after which they first grow.
+        embedding_scale, residual_scale, logit_scale: multiply embeddings, branches and logits.
+        expert_count, expert_used_count: number of experts, and of those used per token; 0 for a dense model.
+        expert_groups, expert_groups_used: number of groups of experts, and of those that a token's experts come from;
+            1 and 1 without groups.
+        expert_weights_scale: multiplies the weights of routed experts.
+        expert_feed_forward_length, expert_shared_feed_forward_length: hidden units of a routed and the shared expert.
+        decay_bound: lower bound of the logarithm of decays; 0 for none.
+    """
+
+    architecture: str
+    row: Architecture
+    block_count: int
+    layers: tuple[Layer, ...]
+    d: int
+    vocabulary: int
+    context_length: int
+    original_context: int
+    recurrence: Recurrence
+    norm_epsilon: float
+    attention_scale: float
+    attention_clamp: float
+    attention_softcap: float
+    logit_softcap: float
+    temperature_scale: float
+    temperature_length: int
+    embedding_scale: float
+    residual_scale: float
+    logit_scale: float
+    expert_count: int
+    expert_used_count: int
+    expert_groups: int
+    expert_groups_used: int
+    expert_weights_scale: float
+    expert_feed_forward_length: int
+    expert_shared_feed_forward_length: int
+    decay_bound: float = 0.0
+
+    @property
+    def hidden_units(self) -> int:
+        """Hidden units of the widest feed-forward network, or expert of a mixture."""
+        routed = max(self.expert_feed_forward_length, self.expert_shared_feed_forward_length)
+        return max(routed, *(layer.hidden_units for layer in self.layers))

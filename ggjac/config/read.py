@@ -1,0 +1,332 @@
+"""Read and check a model's sizes and options: from its metadata, its tensors, and its row of `ARCHITECTURES`.
+
+Keys and defaults follow llama.cpp (src/llama-arch.cpp, src/llama-model.cpp).
+"""
+
+import math
+import struct
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from difflib import get_close_matches
+from typing import Any, NamedTuple
+
+from ggjac.architectures import ARCHITECTURES, Architecture
+from ggjac.config.keys import ConfigError, Keys, shown
+from ggjac.config.model import Layer, ModelConfig, Recurrence
+from ggjac.config.rotations import read_windows, rope_of
+from ggjac.config.tensors import check_tensors
+
+# Values of `expert_gating_func` (llama.cpp); 0 means the architecture's default.
+_ROUTERS = {1: "softmax", 2: "sigmoid"}
+
+
+def read_config(metadata: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> ModelConfig:
+    """Read and check a model's configuration.
+
+    Args:
+        metadata: of the file, by full key.
+        shapes: of every tensor, out x in.
+
+    Raises:
+        ConfigError: names the architecture, key or tensor that is missing, malformed or unsupported.
+    """
+    name = _architecture(metadata)
+    keys = Keys(metadata, name)
+    row = _decided(keys, ARCHITECTURES[name], shapes)
+    if not metadata.get(f"{name}.attention.causal", True):
+        raise ConfigError(f"{name}.attention.causal is False: attention to later tokens is not supported")
+    stored, blocks = _block_counts(keys, row, len(shapes))
+    d, context = keys.integer("embedding_length"), keys.integer("context_length")
+    experts = _experts(keys, row, stored, shapes)
+    layers = _layers(keys, row, stored, blocks, experts, shapes)
+    first = next((layer for layer in layers if layer.heads), None)
+    wide = row.wide_scale_blocks == blocks
+    width = 1 if first is None else max(1, d // first.heads) if wide else first.key_size
+
+    config = ModelConfig(
+        architecture=name,
+        row=row,
+        block_count=blocks,
+        layers=layers,
+        d=d,
+        vocabulary=shapes.get("token_embd.weight", (0,))[0],
+        context_length=context,
+        original_context=keys.integer("rope.scaling.original_context_length", context),
+        recurrence=_recurrence(keys, row, context),
+        norm_epsilon=_epsilon(keys, row),
+        attention_scale=_attention_scale(keys, row, width),
+        attention_clamp=keys.real("attention.clamp_kqv", 0.0) if row.clamp_key else 0.0,
+        attention_softcap=_softcap(keys, "attn_logit_softcapping", row.attention_softcap),
+        logit_softcap=_softcap(keys, "final_logit_softcapping", row.logit_softcap),
+        temperature_scale=keys.real("attention.temperature_scale", 0.0) if row.temperature else 0.0,
+        temperature_length=keys.integer("rope.scaling.original_context_length", context),
+        embedding_scale=_embedding_scale(keys, row, d),
+        residual_scale=_residual_scale(keys, row, blocks),
+        logit_scale=_logit_scale(keys, row, d),
+        expert_count=experts.total,
+        expert_used_count=experts.used,
+        expert_groups=experts.groups,
+        expert_groups_used=experts.groups_used,
+        expert_weights_scale=(keys.real("expert_weights_scale", 0.0) if row.expert_scale_key else 0) or 1.0,
+        expert_feed_forward_length=experts.width,
+        expert_shared_feed_forward_length=experts.shared_width,
+    )
+    left_out = tuple(f"blk.{i}." for i in range(blocks, stored))
+    check_tensors(config, {name: shape for name, shape in shapes.items() if not name.startswith(left_out)})
+    return config
+
+
+def _architecture(metadata: Mapping[str, Any]) -> str:
+    """Return `general.architecture`.
+
+    Raises:
+        ConfigError: the file is not a model, or its architecture has no row.
+    """
+    kind, name = metadata.get("general.type", "model"), metadata.get("general.architecture")
+    if kind != "model":
+        raise ConfigError(f"general.type is {shown(kind)}, not a language model; give the model's own file")
+    if not isinstance(name, str) or name not in ARCHITECTURES:
+        # Similar names first.
+        alike = get_close_matches(name[:64], ARCHITECTURES) if isinstance(name, str) else []
+        some = list(dict.fromkeys([*alike, *ARCHITECTURES]))[:8]
+        raise ConfigError(
+            f"architecture {shown(name)} is not supported; supported: {', '.join(some)} and "
+            f"{len(ARCHITECTURES) - len(some)} more (docs/architectures.md)"
+        )
+    return name
+
+
+def _block_counts(keys: Keys, row: Architecture, tensors: int) -> tuple[int, int]:
+    """Return the number of blocks in the file and the number used, which leaves out predictors of later tokens."""
+    stored = keys.integer("block_count")
+    if stored > tensors:
+        raise ConfigError(f"{keys.prefix}.block_count is {stored}, but the file holds only {tensors} tensors")
+    predictors = keys.count("nextn_predict_layers") if row.predictors else 0
+    if predictors >= stored:
+        raise ConfigError(f"{keys.prefix}.nextn_predict_layers is {predictors}, of {stored} blocks in all")
+    return stored, stored - predictors
+
+
+def _layers(
+    keys: Keys,
+    row: Architecture,
+    stored: int,
+    blocks: int,
+    experts: "_Experts",
+    shapes: Mapping[str, tuple[int, ...]],
+) -> tuple[Layer, ...]:
+    """Return the properties of each block that is used; the file states them for all that are stored."""
+    d, least = keys.integer("embedding_length"), 0 if row.recurrent else 1
+    heads = keys.counts("attention.head_count", stored, 0 if row.recurrent else None, least=least)
+    kv_heads = keys.counts("attention.head_count_kv", stored, heads, least=least)
+    # Only where every block is a mixture may the width of a dense feed-forward be missing.
+    optional = experts.total and not experts.leading_dense
+    units = keys.counts("feed_forward_length", stored, 0 if optional or row.recurrent else None, least=least)
+    windows = read_windows(keys, row, stored)
+    xielu = _xielu(keys, blocks) if row.activation == "xielu" else [None] * blocks
+    layers = []
+    for i, mixers in enumerate(_mixers(keys, row, stored, blocks, kv_heads, units)):
+        attends = row.mixer in mixers
+        h, g = (heads[i], kv_heads[i]) if attends else (0, 0)
+        if attends and (not g or h % g):
+            raise ConfigError(f"{keys.prefix}.attention: {h} heads cannot share {g} key/value heads evenly")
+        key_size, value_size = _head_sizes(keys, row, d // h, windows[i] is not None) if attends else (0, 0)
+        routed = experts.total > 0 and i >= experts.leading_dense and (units[i] > 0 or not row.one_branch)
+        layers.append(
+            Layer(
+                mixers=mixers,
+                heads=h,
+                kv_heads=g,
+                key_size=key_size,
+                value_size=value_size,
+                hidden_units=0 if routed and not row.dense_beside_experts else units[i],
+                routed=routed,
+                window=windows[i] if attends else None,
+                rope=rope_of(keys, row, key_size, i, windows) if attends else None,
+                xielu=xielu[i],
+                keys_as_values=row.keys_as_values and attends and f"blk.{i}.attn_v.weight" not in shapes,
+                by_key_head="delta" in mixers and f"blk.{i}.ssm_in.weight" in shapes,
+            )
+        )
+    return tuple(layers)
+
+
+def _mixers(
+    keys: Keys, row: Architecture, stored: int, blocks: int, kv_heads: Sequence[int], units: Sequence[int]
+) -> list[tuple[str, ...]]:
+    """Return the kinds of each block's mixers."""
+    if row.recurrent_blocks == "beside":
+        return [(row.mixer, row.recurrent)] * blocks
+    recurrent = {
+        "": [False] * blocks,
+        "all": [True] * blocks,
+        "no kv heads": [not count for count in kv_heads[:blocks]],
+        "interval": _interval(keys, stored)[:blocks],
+    }[row.recurrent_blocks]
+    kinds = [row.recurrent if flag else row.mixer for flag in recurrent]
+    return [() if row.one_branch and own else (kind,) for kind, own in zip(kinds, units[:blocks], strict=True)]
+
+
+def _interval(keys: Keys, stored: int) -> list[bool]:
+    """Return whether each block is recurrent, as the file says, or all but the last of every few."""
+    period = keys.integer("full_attention_interval", 4)
+    flags = keys.flags("attention.recurrent_layers", stored)
+    return [(i + 1) % period != 0 for i in range(stored)] if flags is None else flags
+
+
+def _head_sizes(keys: Keys, row: Architecture, default: int, windowed: bool) -> tuple[int, int]:
+    """Return the elements of a key head and of a value head."""
+    suffix = "_swa" if windowed and row.windowed_sizes else ""
+    key_size = keys.integer(f"attention.key_length{suffix}", default)
+    return key_size, keys.integer(f"attention.value_length{suffix}", key_size)
+
+
+def _recurrence(keys: Keys, row: Architecture, context: int) -> Recurrence:
+    """Return the sizes of mixers other than attention."""
+    if not row.recurrent:
+        return Recurrence()
+    taps = keys.integer("shortconv.l_cache" if row.recurrent == "convolution" else "ssm.conv_kernel")
+    if taps > context:
+        raise ConfigError(f"{keys.prefix}: a convolution over {taps} positions does not fit a context of {context}")
+    if row.recurrent == "convolution":
+        return Recurrence(taps)
+    heads, key_heads = keys.integer("ssm.time_step_rank"), keys.integer("ssm.group_count")
+    inner, key_size = keys.integer("ssm.inner_size"), keys.integer("ssm.state_size")
+    if inner % heads or heads % key_heads:
+        raise ConfigError(
+            f"{keys.prefix}.ssm: {heads} heads cannot share {inner} elements and {key_heads} key heads evenly"
+        )
+    return Recurrence(taps, heads, key_heads, key_size, inner // heads)
+
+
+def _epsilon(keys: Keys, row: Architecture) -> float:
+    """Return the number added inside a norm's root."""
+    name = f"attention.layer_norm_{'rms_' if row.norm == 'rms' else ''}epsilon"
+    if row.epsilon_optional and name not in keys:
+        name = "attention.layer_norm_epsilon"
+    return keys.real(name)
+
+
+class _Experts(NamedTuple):
+    """Sizes of the mixtures; see the fields of `ModelConfig`. The defaults are those of a dense model."""
+
+    total: int = 0
+    used: int = 0
+    groups: int = 1
+    groups_used: int = 1
+    width: int = 0
+    shared_width: int = 0
+    leading_dense: int = 0
+
+
+def _experts(keys: Keys, row: Architecture, blocks: int, shapes: Mapping[str, tuple[int, ...]]) -> _Experts:
+    """Return the sizes of the mixtures of experts."""
+    total = keys.count("expert_count")
+    if not total:
+        return _Experts()
+    used = keys.for_all_blocks("expert_used_count", blocks)
+    if used > total:
+        raise ConfigError(f"{keys.prefix}.expert_used_count is {used}, but there are {total} experts")
+    step = keys.integer("interleave_moe_layer_step", 1)
+    if step > 1:
+        raise ConfigError(
+            f"{keys.prefix}.interleave_moe_layer_step {step}: dense blocks between mixtures are not supported"
+        )
+    leading = keys.count("leading_dense_block_count") if row.leading_dense else 0
+    return _Experts(total, used, *_groups(keys, total, used), *_expert_widths(keys, row, shapes, leading), leading)
+
+
+def _decided(keys: Keys, row: Architecture, shapes: Mapping[str, tuple[int, ...]]) -> Architecture:
+    """Resolve the row's file-dependent options, using block 0 as representative."""
+    if row.parallel_key:
+        row = replace(row, parallel=keys.flag("use_parallel_residual"))
+    if row.parallel_unless_normed:
+        own, shared = row.norms.ffn_in
+        normed = f"blk.0.{own}.weight" in shapes
+        row = replace(row, parallel=not normed, norms=replace(row.norms, ffn_in=(own if normed else shared,)))
+    if row.qk_norm_optional and "blk.0.attn_q_norm.weight" not in shapes:
+        row = replace(row, qk_norm="")
+    if row.router_key:
+        kind = keys.count("expert_gating_func")
+        row = replace(row, router=_ROUTERS.get(kind, "") if kind else row.router)
+        if not row.router:
+            known = ", ".join(f"{i} {name}" for i, name in _ROUTERS.items())
+            raise ConfigError(f"{keys.prefix}.expert_gating_func is {kind or 'missing'}; supported: {known}")
+    if row.renormalize_key:
+        row = replace(row, renormalize="expert_weights_norm" in keys and keys.flag("expert_weights_norm"))
+    return row
+
+
+def _groups(keys: Keys, experts: int, used: int) -> tuple[int, int]:
+    """Return the number of groups of experts, and of those a token chooses from; llama.cpp reads them in any family."""
+    groups = keys.count("expert_group_count")
+    if groups <= 1:
+        return 1, 1
+    chosen = keys.integer("expert_group_used_count")
+    # A group is ranked by its best two experts.
+    if experts % groups or experts < 2 * groups or chosen > groups or used > chosen * (experts // groups):
+        raise ConfigError(
+            f"{keys.prefix}.expert_group_count is {groups}, expert_group_used_count {chosen}: {used} of {experts} "
+            "experts cannot be chosen"
+        )
+    return groups, chosen
+
+
+def _xielu(keys: Keys, blocks: int) -> list[tuple[float, float, float]]:
+    """Return αn, αp and β of each block's xIELU; the file has both α as ggml's `ggml_xielu` takes them."""
+    n, p, beta, eps = (keys.of_each_block(f"xielu.{name}", blocks) for name in ("alpha_n", "alpha_p", "beta", "eps"))
+    if min(eps) < -1e-5:
+        # Between eps and 0 the exponential is that of eps: a step of αn eps at 0, which is neglected where tiny.
+        raise ConfigError(f"metadata key xielu.eps is {min(eps)}: steps larger than 1e-05 are not supported")
+    return [(b + _softplus(a), _softplus(c), b) for a, c, b in zip(n, p, beta, strict=True)]
+
+
+def _softplus(x: float) -> float:
+    """Return `log(1 + exp(x))`."""
+    return x if x > 20 else math.log1p(math.exp(x))
+
+
+def _softcap(keys: Keys, key: str, default: float | None) -> float:
+    """Return a cap; 0, whatever the file says, if the default is None."""
+    return 0.0 if default is None else keys.real(key, default)
+
+
+def _attention_scale(keys: Keys, row: Architecture, width: int) -> float:
+    """Return the factor on scores: the file's, if the family reads it and it is not 0, else 1/√width."""
+    return (keys.real("attention.scale", 0.0) if row.attention_scale_key else 0) or row.attention_scale or width**-0.5
+
+
+def _embedding_scale(keys: Keys, row: Architecture, d: int) -> float:
+    """Return the factor on embeddings; the root is rounded to float32, as in llama.cpp."""
+    if row.embedding_scale == "sqrt":
+        return struct.unpack("<f", struct.pack("<f", math.sqrt(d)))[0]
+    return (keys.real("embedding_scale", row.scale_defaults[0]) if row.embedding_scale == "key" else 0) or 1.0
+
+
+def _residual_scale(keys: Keys, row: Architecture, blocks: int) -> float:
+    """Return the factor on branches."""
+    return (keys.real("residual_scale", row.scale_defaults[1] / math.sqrt(blocks)) if row.residual_scale else 0) or 1.0
+
+
+def _logit_scale(keys: Keys, row: Architecture, d: int) -> float:
+    """Return the factor on logits."""
+    if not row.logit_scale:
+        return 1.0
+    scale = keys.real("logit_scale", row.scale_defaults[2] / d or None)
+    if row.logit_scale == "multiply":
+        return scale or 1.0
+    if scale == 0:
+        raise ConfigError(f"metadata key {keys.prefix}.logit_scale is 0, but logits are divided by it")
+    return 1 / scale
+
+
+def _expert_widths(keys: Keys, row: Architecture, shapes: Mapping[str, tuple[int, ...]], first: int) -> tuple[int, int]:
+    """Return the hidden units of a routed expert and of the shared one, 0 if absent; `first` is the first mixture."""
+    if row.expert_widths == "tensors":
+        # Families use different keys, and Qwen 1.5's files have none for the shared expert.
+        down, shared = (shapes.get(f"blk.{first}.ffn_{stem}.weight", ()) for stem in ("down_exps", "up_shexp"))
+        stated = keys.count("expert_shared_feed_forward_length")
+        return down[2] if len(down) == 3 else 0, stated or (shared[0] if len(shared) == 2 else 0)
+    width = keys.integer("expert_feed_forward_length")
+    each = keys.count("expert_shared_feed_forward_length") if row.expert_widths == "shared count" else 0
+    return width, (each or width) * keys.integer("expert_shared_count")

@@ -1,0 +1,144 @@
+"""Rotations and windows of a model's layers, from its metadata and its family's row."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+from ggjac.architectures import Architecture
+from ggjac.config.keys import ConfigError, Keys, shown
+from ggjac.config.model import Rope
+
+
+def rope_of(keys: Keys, row: Architecture, key_length: int, layer: int, windows: Sequence[int | None]) -> Rope | None:
+    """Return the rotation of one layer, whose keys have `key_length` elements; `windows` are those of all layers."""
+    windowed = windows[layer] is not None
+    full, local = _ropes(keys, row, key_length, windowed=windowed)
+    if row.rope_layers == "windowed" and not windowed and any(windows):
+        return None
+    if row.rope_layers == "three of four" and layer % 4 == 3:
+        return None
+    return local if windowed else full
+
+
+def _ropes(keys: Keys, row: Architecture, key_length: int, *, windowed: bool) -> tuple[Rope | None, Rope | None]:
+    """Return the rotation of full layers and of windowed ones; only keys that llama.cpp reads are read.
+
+    Where their sizes differ, those of the layer asked for count.
+    """
+    suffix = "_swa" if windowed and row.windowed_sizes else ""
+    dimensions = keys.integer(f"rope.dimension_count{suffix}", key_length)
+    if dimensions % 2 or dimensions > key_length or (dimensions < key_length and not row.partial_rotary):
+        raise ConfigError(
+            f"{keys.prefix}.rope.dimension_count{suffix} {dimensions} does not fit heads of {key_length} elements"
+        )
+    kind = keys.metadata.get(f"{keys.prefix}.rope.scaling.type", "linear")
+    if kind not in ("none", "linear", "yarn", "longrope"):
+        known = "none, linear, yarn, longrope"
+        raise ConfigError(f"{keys.prefix}.rope.scaling.type {shown(kind)} is not supported; supported: {known}")
+    sections = _rope_sections(keys, row, dimensions)
+    _refuse_unsupported_ropes(keys, row, dimensions, key_length)
+    # Granite files without position embeddings have this flag.
+    untrained = row.rope_optional and keys.metadata.get(f"{keys.prefix}.rope.scaling.finetuned") is False
+    if not row.rope_pairs or untrained:
+        return None, None
+
+    factor = keys.real("rope.scaling.factor", keys.real("rope.scale_linear", 0.0)) or 1.0
+    if kind == "yarn" and factor < 1:
+        raise ConfigError(f"{keys.prefix}.rope.scaling.factor is {factor}; YaRN needs at least 1")
+    magnitude = attention_factor = keys.real("rope.scaling.attn_factor", 1.0)
+    if kind == "yarn":
+        # llama.cpp scales cos and sin by g(1) / g(multiplier), g(m) = 1 + 0.1 m ln F (DeepSeek's mscale).
+        multiplier = keys.real("rope.scaling.yarn_log_multiplier", 0.0) if row.yarn_keys else 0
+        magnitude *= (1 + 0.1 * math.log(factor)) / (1 + 0.1 * multiplier * math.log(factor))
+    base, least = keys.real("rope.freq_base", 10000.0), 1 if kind == "yarn" else 0
+    if base <= least:
+        raise ConfigError(f"{keys.prefix}.rope.freq_base is {base}, but rotation needs a base above {least}")
+    full = Rope(
+        dimensions=dimensions,
+        base=base,
+        pairs=row.rope_pairs,
+        factor=1.0 if kind == "none" else factor,
+        yarn=kind == "yarn",
+        beta_fast=(keys.real("rope.scaling.yarn_beta_fast", 0.0) if row.yarn_keys else 0) or 32.0,
+        beta_slow=(keys.real("rope.scaling.yarn_beta_slow", 0.0) if row.yarn_keys else 0) or 1.0,
+        original_context=keys.integer("rope.scaling.original_context_length", keys.integer("context_length")),
+        magnitude=magnitude,
+        still=_still(sections, dimensions // 2) if sections else (),
+    )
+    unscaled = Rope(dimensions, full.base, row.rope_pairs)
+    local = {
+        "same": full,
+        # llama.cpp applies the file's factor here for any type of scaling; only full layers respect "none".
+        "based": replace(full, base=keys.real("rope.freq_base_swa", full.base), factor=factor),
+        "plain": unscaled,
+        "own": replace(unscaled, base=keys.real("rope.freq_base_swa", 10000.0), magnitude=attention_factor),
+    }
+    own = local[row.window_rope]
+    return full, replace(own, factored=False) if row.full_factors else own
+
+
+def _rope_sections(keys: Keys, row: Architecture, dimensions: int) -> Sequence[int]:
+    """Return the numbers of pairs that rotate by an image's axes; empty if the file has no sections."""
+    sections = keys.metadata.get(f"{keys.prefix}.rope.dimension_sections", [])
+    if sections:
+        # Text has the same position on the first three axes and 0 on the fourth: the three must cover all pairs.
+        whole = isinstance(sections, Sequence) and all(isinstance(entry, int) for entry in sections[:3])
+        whole = whole and len(sections) >= 3
+        if not row.rope_sections or not whole or sum(sections[:3]) < dimensions // 2:
+            given = shown(list(sections) if isinstance(sections, Sequence) else sections)
+            raise ConfigError(f"{keys.prefix}.rope.dimension_sections {given} is not supported")
+    return sections
+
+
+def _refuse_unsupported_ropes(keys: Keys, row: Architecture, dimensions: int, key_length: int) -> None:
+    """Refuse scaled bases, windowed layers of other sizes, and the keys of Ollama's own converter."""
+    if alpha := keys.real("rope.scaling.alpha", 0.0):
+        # Hunyuan scales its base by it; llama.cpp's converter writes the scaled base instead, for text models.
+        raise ConfigError(f"{keys.prefix}.rope.scaling.alpha {alpha} is not supported")
+    for key, same in (
+        ("rope.dimension_count_swa", dimensions),
+        ("attention.key_length_swa", key_length),
+        ("attention.value_length_swa", key_length),
+    ):
+        if row.windowed and not row.windowed_sizes and keys.integer(key, same) != same:
+            raise ConfigError(
+                f"{keys.prefix}.{key} {keys.integer(key)} differs from other layers' {same}: not supported"
+            )
+    if "rope.freq_base" not in keys and "rope.global.freq_base" in keys:
+        raise ConfigError(
+            f"metadata key {keys.prefix}.rope.global.freq_base is specific to Ollama, and rope.freq_base, which "
+            "llama.cpp reads, is missing; get a file converted by llama.cpp"
+        )
+
+
+def _still(sections: Sequence[int], pairs: int) -> tuple[int, ...]:
+    """Return the pairs that belong to an image's fourth axis, whose position is 0 in text.
+
+    Pair `i` belongs to axis `i % 3` until that axis has all its sections (ggml's `ggml_mrope_cache_init`).
+    """
+    return tuple(i for i in range(pairs) if i >= 3 * sections[i % 3])
+
+
+def read_windows(keys: Keys, row: Architecture, blocks: int) -> list[int | None]:
+    """Return each layer's sliding window in tokens, or None if it attends to all tokens."""
+    key = "attention.sliding_window"
+    if row.window_blocks not in (0, blocks):
+        return [None] * blocks
+    if row.windowed == "required":
+        size = keys.integer(key, row.window or None)
+    else:
+        size = keys.count(key) if row.windowed else 0
+    if not size:
+        return [None] * blocks
+    name = f"{keys.prefix}.attention.sliding_window_pattern"
+    pattern = keys.metadata.get(name, row.window_period)
+    if isinstance(pattern, Sequence) and not isinstance(pattern, str):
+        if len(pattern) != blocks or not all(isinstance(entry, bool) for entry in pattern):
+            raise ConfigError(f"metadata key {name} must have one true or false for each of {blocks} blocks")
+        windows = [size if local else None for local in pattern]
+    else:
+        period = keys.count("attention.sliding_window_pattern", row.window_period)
+        windows = [None if period and i % period == period - 1 else size for i in range(blocks)]
+    if not any(windows):
+        raise ConfigError(f"{name} gives no layer the window of {size} tokens; llama.cpp does not run such a file")
+    return windows

@@ -1,0 +1,334 @@
+"""The tensors of a model: their shapes in named sizes, and the parts of fused ones."""
+
+from collections.abc import Callable, Iterator, Mapping
+from itertools import accumulate
+
+from ggjac.config.keys import ConfigError, shown
+from ggjac.config.model import ModelConfig
+from ggjac.sizes import Part
+
+# A matrix's constant factor, one for each expert of a stack, and that of inputs in low precision, which llama.cpp reads
+# and does not use; as llama.cpp names them, and as some converters do.
+_SCALES = ("scale", "input_scale", "weight.scale", "weight.input_scale")
+
+# Tensor -> its shape in named sizes (`_scopes`). Outside the blocks; `output` is absent if the head is tied.
+_GLOBAL = {
+    "token_embd.weight": ("vocabulary", "d"),
+    "output_norm.weight": ("d",),
+    "output_norm.bias": ("d",),
+    "output.weight": ("vocabulary", "d"),
+    "output.bias": ("vocabulary",),
+    **{f"output.{kind}": ("one",) for kind in _SCALES},
+    "rope_freqs.weight": ("pairs",),
+    "rope_factors_long.weight": ("pairs",),
+    "rope_factors_short.weight": ("pairs",),
+}
+_POSITIONS = {"position_embd.weight": ("context", "d")}
+# In a block, by kind of mixer.
+_ATTENTION: dict[str, tuple[str, ...]] = {
+    "attn_q": ("q", "d"),
+    "attn_k": ("keys", "d"),
+    "attn_v": ("values", "d"),
+    "attn_qkv": ("qkv", "d"),
+    "attn_output": ("d", "read"),
+}
+_DELTA: dict[str, tuple[str, ...]] = {
+    "attn_q": ("qk", "d"),
+    "attn_k": ("qk", "d"),
+    "attn_v": ("hv", "d"),
+    "attn_qkv": ("2qk + hv", "d"),
+    "attn_gate": ("hv", "d"),
+    "ssm_in": ("2qk + 2hv", "d"),
+    "ssm_alpha": ("states", "d"),
+    "ssm_beta": ("states", "d"),
+    "ssm_ba": ("2 states", "d"),
+    "ssm_out": ("d", "hv"),
+}
+_STATE_SPACE: dict[str, tuple[str, ...]] = {"ssm_in": ("2hv + 2qk + states", "d"), "ssm_out": ("d", "hv")}
+_CONVOLUTION: dict[str, tuple[str, ...]] = {"shortconv.in_proj": ("3d", "d"), "shortconv.out_proj": ("d", "d")}
+_MIXERS: dict[str, dict[str, tuple[str, ...]]] = {
+    "attention": _ATTENTION,
+    "delta": _DELTA,
+    "state space": _STATE_SPACE,
+    "convolution": _CONVOLUTION,
+}
+# Small tensors of mixers, by full name.
+_VECTORS: dict[str, dict[str, tuple[str, ...]]] = {
+    "delta": {
+        "ssm_conv1d.weight": ("2qk + hv", "taps"),
+        "ssm_dt.bias": ("states",),
+        "ssm_a": ("states",),
+        "ssm_norm.weight": ("value",),
+    },
+    "state space": {
+        "ssm_conv1d.weight": ("2qk + hv", "taps"),
+        "ssm_conv1d.bias": ("2qk + hv",),
+        "ssm_dt.bias": ("states",),
+        "ssm_a": ("states", "one"),
+        "ssm_d": ("states", "one"),
+        "ssm_norm.weight": ("groups", "of a group"),
+    },
+    "convolution": {"shortconv.conv.weight": ("d", "taps")},
+}
+# Fused tensors and their parts: the file has either. Experts' gates are above their up projections.
+FUSED = {
+    "attn_qkv": ("attn_q", "attn_k", "attn_v"),
+    "ssm_in": ("attn_q", "attn_k", "attn_v", "attn_gate"),
+    "ssm_ba": ("ssm_beta", "ssm_alpha"),
+    "ffn_gate_up_exps": ("ffn_gate_exps", "ffn_up_exps"),
+}
+_FFN = {
+    "gated": {"ffn_gate": ("f", "d"), "ffn_up": ("f", "d"), "ffn_down": ("d", "f")},
+    "fused": {"ffn_up": ("2f", "d"), "ffn_down": ("d", "f")},
+    "plain": {"ffn_up": ("f", "d"), "ffn_down": ("d", "f")},
+}
+_QK_NORMS: dict[str, dict[str, tuple[str, ...]]] = {
+    "": {},
+    "head": {"attn_q_norm": ("head",), "attn_k_norm": ("head",)},
+    "heads": {"attn_q_norm": ("heads", "head"), "attn_k_norm": ("kv heads", "head")},
+    "rotated": {"attn_q_norm": ("head",), "attn_k_norm": ("head",)},
+    "full": {"attn_q_norm": ("q",), "attn_k_norm": ("keys",)},
+}
+_EXPERTS = {
+    "ffn_gate_inp": ("experts", "d"),
+    "ffn_gate_exps": ("experts", "fe", "d"),
+    "ffn_up_exps": ("experts", "fe", "d"),
+    "ffn_gate_up_exps": ("experts", "2fe", "d"),
+    "ffn_down_exps": ("experts", "d", "fe"),
+}
+_SHARED_EXPERT = {
+    "ffn_gate_shexp": ("fs", "d"),
+    "ffn_up_shexp": ("fs", "d"),
+    "ffn_down_shexp": ("d", "fs"),
+    "ffn_gate_inp_shexp": ("d",),
+}
+_OPTIONAL = {
+    "attn_norm_2.weight",
+    "ffn_gate_inp_shexp.weight",
+    "output.weight",
+    "rope_freqs.weight",
+    "rope_factors_long.weight",
+    "rope_factors_short.weight",
+}
+_GATES = {"ffn_gate_exps", "ffn_gate_up_exps", "ffn_gate_shexp"}
+
+
+def fused_parts(config: ModelConfig, layer: int) -> dict[str, Part]:
+    """Return the parts of fused tensors of a block by the stems under which they are used.
+
+    A part counts where the file has the fused tensor; otherwise the stem is a tensor of its own.
+    """
+    row, own = config.row, config.layers[layer]
+    parts: dict[str, Part] = {}
+    for mixer in own.mixers:
+        parts |= _MIXER_PARTS[mixer](config, layer)
+    if row.ffn == "fused":
+        f = own.hidden_units
+        parts |= {"ffn_gate": Part("ffn_up", 0, f), "ffn_up": Part("ffn_up", f, 2 * f)}
+    f = config.expert_feed_forward_length
+    return parts | {"ffn_gate_exps": Part("ffn_gate_up_exps", 0, f), "ffn_up_exps": Part("ffn_gate_up_exps", f, 2 * f)}
+
+
+def _attention_parts(config: ModelConfig, layer: int) -> dict[str, Part]:
+    sizes = _attention_sizes(config, layer)
+    if config.layers[layer].keys_as_values:
+        return {"attn_v": Part("attn_k", 0, sizes["keys"])}
+    return _sections("attn_qkv", attn_q=sizes["q"], attn_k=sizes["keys"], attn_v=sizes["values"])
+
+
+def _delta_parts(config: ModelConfig, layer: int) -> dict[str, Part]:
+    sizes = _recurrent_sizes(config)
+    qk, hv = sizes["qk"], sizes["hv"]
+    each, state = hv // sizes["groups"], sizes["state"]  # of one key head: its values, and its keys
+    parts = _sections("attn_qkv", attn_q=qk, attn_k=qk, attn_v=hv)
+    if config.layers[layer].by_key_head:  # of each: query, key, values and gate
+        parts = _sections("ssm_in", attn_q=state, attn_k=state, attn_v=each, attn_gate=each, period=2 * (state + each))
+    shared = sizes["states"] // sizes["groups"]
+    parts |= _sections("ssm_ba", ssm_beta=shared, ssm_alpha=shared, period=2 * shared)
+    return parts | _sections("ssm_conv1d", ssm_conv1d_q=qk, ssm_conv1d_k=qk, ssm_conv1d_v=hv)
+
+
+def _state_space_parts(config: ModelConfig, layer: int) -> dict[str, Part]:
+    sizes = _recurrent_sizes(config)
+    hv, qk, heads = sizes["hv"], sizes["qk"], sizes["states"]
+    parts = _sections("ssm_in", ssm_in_z=hv, ssm_in_x=hv, ssm_in_b=qk, ssm_in_c=qk, ssm_in_dt=heads)
+    return parts | _sections("ssm_conv1d", ssm_conv1d_x=hv, ssm_conv1d_b=qk, ssm_conv1d_c=qk)
+
+
+def _convolution_parts(config: ModelConfig, layer: int) -> dict[str, Part]:
+    d = config.d
+    stem = "shortconv.in_proj"
+    return _sections(stem, **{f"{stem}_b": d, f"{stem}_c": d, f"{stem}_x": d})
+
+
+_MIXER_PARTS: dict[str, Callable[[ModelConfig, int], dict[str, Part]]] = {
+    "attention": _attention_parts,
+    "delta": _delta_parts,
+    "state space": _state_space_parts,
+    "convolution": _convolution_parts,
+}
+
+
+def _sections(stem: str, period: int = 0, **rows: int) -> dict[str, Part]:
+    """Return consecutive parts of a fused tensor from the numbers of their rows."""
+    ends = list(accumulate(rows.values()))
+    return {name: Part(stem, end - rows[name], end, period) for name, end in zip(rows, ends, strict=True)}
+
+
+def check_tensors(config: ModelConfig, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Refuse missing tensors, wrong shapes, and tensors that the architecture does not use.
+
+    Raises:
+        ConfigError: names the tensor.
+    """
+    known, needed = set(), {"ssm_dt.bias", "ffn_gate_inp.scale"}
+    if config.row.selection_bias == "required":
+        needed.add("exp_probs_b.bias")
+    for prefix, table, sizes in _scopes(config):
+        fused = {stem: parts for stem, parts in FUSED.items() if all(f"{part}.weight" in table for part in parts)}
+        optional = _OPTIONAL | {f"{stem}.weight" for stem in fused}
+        for stem, parts in fused.items():
+            if f"{prefix}{stem}.weight" in shapes:
+                optional |= {f"{part}.weight" for part in parts}
+        for short, axes in table.items():
+            name, shape = prefix + short, tuple(sizes[axis] for axis in axes)
+            stem = short.rsplit(".", 1)[0].removesuffix(".weight")
+            if short.endswith("scale") and short not in needed and not _scaled(shapes, prefix + stem):
+                continue
+            known.add(name)
+            if name not in shapes:
+                if short in needed or not (short.endswith((".bias", "scale")) or short in optional):
+                    raise ConfigError(f"tensor {name} is missing; the file is incomplete, download or convert it again")
+            elif tuple(shapes[name]) != shape:
+                raise ConfigError(f"tensor {name} has shape {list(shapes[name])}, the metadata calls for {list(shape)}")
+    for name in shapes:
+        if name not in known:
+            raise ConfigError(f"tensor {shown(name)} is not part of a {config.architecture} model as supported here")
+
+
+def _scaled(shapes: Mapping[str, tuple[int, ...]], stem: str) -> bool:
+    """Return whether a matrix is in the file and may have a constant factor.
+
+    llama.cpp multiplies the bias by it too in networks other than routed experts, and nowhere else: not supported.
+    """
+    biased = f"{stem}.bias" in shapes and ".ffn_" in stem and not stem.endswith("_exps")
+    return f"{stem}.weight" in shapes and not biased
+
+
+def _scopes(config: ModelConfig) -> Iterator[tuple[str, dict[str, tuple[str, ...]], dict[str, int]]]:
+    """Yield name prefix, table of tensors and named sizes, for the tensors outside the blocks and for each block."""
+    full = next((layer.rope for layer in config.layers if layer.rope and layer.rope.factored), None)
+    sizes = {
+        "d": config.d,
+        "vocabulary": config.vocabulary,
+        "context": config.context_length,
+        "pairs": full.dimensions // 2 if full else 0,
+        "experts": config.expert_count,
+        "fe": config.expert_feed_forward_length,
+        "2fe": 2 * config.expert_feed_forward_length,
+        "fs": config.expert_shared_feed_forward_length,
+        "one": 1,
+    }
+    outside = _GLOBAL | (_POSITIONS if config.row.positions else {})
+    if config.row.norm == "bare":
+        outside = {name: axes for name, axes in outside.items() if not name.startswith("output_norm.")}
+    outside = {name.replace("output_norm", config.row.output_norm): axes for name, axes in outside.items()}
+    yield "", outside, sizes
+    sizes |= _recurrent_sizes(config)
+    for i, own in enumerate(config.layers):
+        widths = {"f": own.hidden_units, "2f": 2 * own.hidden_units}
+        yield f"blk.{i}.", _block_table(config, i), sizes | widths | _attention_sizes(config, i)
+
+
+def _attention_sizes(config: ModelConfig, layer: int) -> dict[str, int]:
+    """Return the named sizes of a block's attention."""
+    own = config.layers[layer]
+    q = own.heads * own.key_size * (2 if config.row.gated_queries else 1)
+    keys, values = own.kv_heads * own.key_size, own.kv_heads * own.value_size
+    return {
+        "heads": own.heads,
+        "kv heads": own.kv_heads,
+        "head": own.key_size,
+        "q": q,
+        "keys": keys,
+        "values": values,
+        "qkv": q + keys + values,
+        "read": own.heads * own.value_size,
+    }
+
+
+def _recurrent_sizes(config: ModelConfig) -> dict[str, int]:
+    """Return the named sizes of a model's recurrent mixers, or of its convolutions."""
+    own = config.recurrence
+    qk, hv = own.key_heads * own.key_size, own.heads * own.value_size
+    return {
+        "taps": own.taps,
+        "states": own.heads,
+        "2 states": 2 * own.heads,
+        "groups": own.key_heads,
+        "state": own.key_size,
+        "value": own.value_size,
+        "qk": qk,
+        "hv": hv,
+        "of a group": hv // max(1, own.key_heads),
+        "2qk + hv": 2 * qk + hv,
+        "2qk + 2hv": 2 * (qk + hv),
+        "2hv + 2qk + states": 2 * (hv + qk) + own.heads,
+        "3d": 3 * config.d,
+    }
+
+
+def _block_table(config: ModelConfig, layer: int) -> dict[str, tuple[str, ...]]:
+    """Return the tensors of a block with their shapes.
+
+    Every matrix and LayerNorm may have a bias; every matrix but the router may have a constant factor, if the family's
+    graph applies it.
+    """
+    row, own = config.row, config.layers[layer]
+    matrices: dict[str, tuple[str, ...]] = {}
+    vectors: dict[str, tuple[str, ...]] = {}
+    for mixer in own.mixers:
+        matrices |= _MIXERS[mixer]
+    scaled = set(matrices)
+    for mixer in own.mixers:
+        vectors |= _VECTORS.get(mixer, {})
+        if mixer == "attention":
+            vectors |= {f"{name}.weight": axes for name, axes in _QK_NORMS[row.qk_norm].items()}
+    if own.hidden_units:
+        matrices |= _FFN[row.ffn]
+    if own.routed:
+        matrices |= _EXPERTS | (_SHARED_EXPERT if config.expert_shared_feed_forward_length else {})
+    if row.ffn == "plain":
+        matrices = {name: axes for name, axes in matrices.items() if name not in _GATES}
+    if own.keys_as_values:
+        del matrices["attn_v"]
+    norms = dict.fromkeys(_norms(config, layer), ("d",))
+    table = {f"{name}.weight": axes for name, axes in (matrices | norms).items()} | vectors
+    table |= {f"{name}.bias": axes[:-1] for name, axes in matrices.items() if len(axes) > 1}
+    for name, axes in matrices.items():
+        if (name in scaled or row.ffn_scales) and len(axes) > 1 and name != "ffn_gate_inp":
+            table |= {f"{name}.{kind}": axes[:-2] or ("one",) for kind in _SCALES}
+    if row.norm == "layer" or row.norm_bias:
+        table |= {f"{name}.bias": axes for name, axes in norms.items()}
+    if row.sinks and own.heads:
+        table["attn_sinks.weight"] = ("heads",)
+    if row.selection_bias and own.routed:
+        table["exp_probs_b.bias"] = ("experts",)
+    if row.router_norm and own.routed:
+        table["ffn_gate_inp.scale"] = ("d",)
+    if row.stream_scale:
+        table["layer_output_scale.weight"] = ("one",)
+    return table
+
+
+def _norms(config: ModelConfig, layer: int) -> list[str]:
+    """Return the names of a block's norms."""
+    row, own = config.row, config.layers[layer]
+    if row.norm == "bare":
+        return []
+    places = [row.norms.attention_in, row.norms.attention_out] if own.mixers else []
+    if own.hidden_units or own.routed:
+        places += [row.norms.ffn_in, row.norms.ffn_out]
+    if own.hidden_units and own.routed:
+        places += [row.norms.dense_out, row.norms.experts_in, row.norms.experts_out]
+    return [name for names in places for name in names]
