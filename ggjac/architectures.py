@@ -25,6 +25,24 @@ class Norms:
 
 
 @dataclass(frozen=True)
+class Graph:
+    """Names that llama.cpp's graph gives to what ggjac compares with it; of several, the first present in each block.
+
+    A branch cannot be compared where the graph has none of its names. Names that the graph also gives to something else
+    come last, or not at all.
+
+    Attributes:
+        attention: what attention, or what stands in its place, yields before any post-norm and scale.
+        ffn: what the feed-forward yields before any post-norm and scale.
+        stream: the residual stream after the block.
+    """
+
+    attention: tuple[str, ...] = ("attn_out",)
+    ffn: tuple[str, ...] = ("ffn_out",)
+    stream: tuple[str, ...] = ("l_out",)
+
+
+@dataclass(frozen=True)
 class Architecture:
     """What the files of a family do not say about themselves.
 
@@ -111,8 +129,7 @@ class Architecture:
         logit_scale: `"multiply"` or `"divide"` by the file's `logit_scale`, or `""` for neither.
         scale_defaults: for files without these keys: embedding scale; branch scale times √(blocks); logit scale times
             d; 0 for no default.
-        reused_name: a tensor name, such as `"ffn_out"`, that llama.cpp's graph gives again, or only, to the branch's
-            sum with the residual stream; the branch itself cannot be read under it. `""` for none.
+        graph: names in llama.cpp's graph.
     """
 
     norm: str = "rms"
@@ -177,10 +194,11 @@ class Architecture:
     residual_scale: bool = False
     logit_scale: str = ""
     scale_defaults: tuple[float, float, float] = (0.0, 0.0, 0.0)
-    reused_name: str = ""
+    graph: Graph = Graph()
 
 
 _LLAMA = Architecture(rope_pairs="adjacent")
+_SUMMED = Graph(ffn=())  # `ffn_out` is, or becomes, the branch's sum with the stream
 _QWEN3 = Architecture(qk_norm="head")
 _SANDWICH = Norms(attention_out=("post_attention_norm",), ffn_out=("post_ffw_norm",))
 _DEEPSEEK = Architecture(renormalize_key=True, expert_scale_key=True, leading_dense=True, expert_widths="count")
@@ -214,9 +232,16 @@ _DELTA = replace(
     partial_rotary=True,
     predictors=True,
     ffn_scales=True,
+    graph=Graph(attention=("linear_attn_out", "attn_output")),  # the latter also names the recurrence's output
 )
 _QWEN35 = replace(_DELTA, key_heads_tiled=True, rope_sections=True, recurrent_scales=True)
-_LFM2 = replace(_QWEN3, output_norm="token_embd_norm", recurrent="convolution", recurrent_blocks="no kv heads")
+_LFM2 = replace(
+    _QWEN3,
+    output_norm="token_embd_norm",
+    recurrent="convolution",
+    recurrent_blocks="no kv heads",
+    graph=Graph(("model.layers.{}.conv.out_proj", "model.layers.{}.self_attn.out_proj"), ffn=()),
+)
 
 ARCHITECTURES: dict[str, Architecture] = {
     "llama": replace(_LLAMA, ffn_scales=True),
@@ -289,9 +314,9 @@ ARCHITECTURES: dict[str, Architecture] = {
     "gpt2": replace(_GPT, rope_pairs="", positions=True),
     "starcoder2": _GPT,
     "phi2": replace(_GPT, norms=_SHARED_NORM, parallel=True, partial_rotary=True),
-    "olmo": Architecture(norm="bare", rope_pairs="adjacent", clamp_key=True, reused_name="ffn_out"),
+    "olmo": Architecture(norm="bare", rope_pairs="adjacent", clamp_key=True, graph=_SUMMED),
     "command-r": replace(_COHERE, qk_norm="heads", qk_norm_optional=True),
-    "nemotron": Architecture(norm="layer", partial_rotary=True, ffn="plain", activation="relu2", reused_name="ffn_out"),
+    "nemotron": Architecture(norm="layer", partial_rotary=True, ffn="plain", activation="relu2", graph=_SUMMED),
     "stablelm": Architecture(
         norm="layer",
         norms=Norms(ffn_in=("ffn_norm", "attn_norm")),
@@ -300,7 +325,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         qk_norm="heads",
         qk_norm_optional=True,
     ),
-    "gptneox": replace(_GPT, parallel_key=True, partial_rotary=True, reused_name="ffn_out"),
+    "gptneox": replace(_GPT, parallel_key=True, partial_rotary=True, graph=_SUMMED),
     "falcon": replace(
         _GPT,
         norms=Norms(attention_in=("attn_norm_2", "attn_norm"), ffn_in=("attn_norm",)),

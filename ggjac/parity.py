@@ -4,6 +4,17 @@ Two modes. *As is*: llama.cpp runs the file itself; on a quantized file it round
 product, so only the prediction is judged (same top token, or a near tie). *Strict*: llama.cpp first rewrites the file
 as F32 (it dequantizes exactly); then logits and every layer must agree to 1e-5, with ours computed from the original.
 
+Under a tolerance there are two comparisons, and both must hold.
+
+*Local*: each block of ours is given the stream that llama.cpp had before it, and its result is compared with
+llama.cpp's. Nothing accumulates, so a mistake shows in its own block and in no other; see `LocalError`.
+
+*Accumulated*: our own trace, compared tensor by tensor. Its distance grows from block to block with the rounding of
+both programs, and in some models, random ones among them, the blocks amplify rounding: then two correct programs differ
+by more than 1e-5. Where every block agrees locally, a tensor may therefore also be `ROUNDING_FACTOR` times as far from
+llama.cpp's as it is from itself in float64 (our float32 from our float64, on the same prompt), if the prediction agrees
+too.
+
 llama.cpp runs in a child process (`ggjac.llamacpp`), because some files crash it.
 """
 
@@ -11,9 +22,10 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -22,8 +34,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ggjac import llamacpp
-from ggjac.gguf import open_gguf, shown
+from ggjac import blocks, exports, llamacpp
+from ggjac.architectures import Graph
+from ggjac.gguf import GGUFFile, open_gguf, shown
 from ggjac.results import NO_WORDS, Plotted, Points, Table, Words
 from ggjac.tokenizer import visible
 
@@ -40,8 +53,17 @@ EPS_TOLERANCE = 16
 # boundary may be rounded the other way, which moves one value by half a unit of half precision.
 GELU_TOLERANCE = 1e-3
 
-# The tensors that are compared, by llama.cpp's names, which are those of every family's graph.
-NAMES = ("attn_out", "ffn_out", "l_out", "result_norm")
+# float32 rounds each sum in the residual stream by a part of its own size, however little a block adds. A block may
+# differ by this many eps of the stream on top of the tolerance for what it adds (measured: up to 3).
+STREAM_EPS = 4
+# Two correct programs are each about as far from float64 as the other. Measured on 79 random models that amplify
+# rounding beyond the tolerance: llama.cpp's distance from ours is 1.1 times that of ours from float64 in the median,
+# and 3.8 times at most. Rounding explains no more than ROUNDING_MOST: beyond it too few digits are left.
+ROUNDING_FACTOR, ROUNDING_MOST = 10, 1e-2
+
+# What `Model.trace` observes of a block, in the order of `Graph`'s fields, and after the last block.
+ATTENTION, FFN, STREAM, OUTPUT = "attn_out", "ffn_out", "l_out", "result_norm"
+NAMES = (ATTENTION, FFN, STREAM, OUTPUT)
 
 
 class ParityError(ValueError):
@@ -75,6 +97,34 @@ class LayerError:
 
 
 @dataclass(frozen=True)
+class LocalError:
+    """The distance of one of our tensors from llama.cpp's, where our block was given llama.cpp's own input.
+
+    At one position it is `‖ours - theirs‖ / scale`, and every position counts alike: `error` is the root of the mean
+    square, because a position with a very large stream, as the first often has, would hide all others from a norm over
+    all positions.
+
+    For branches, the final norm and the logits the scale is `‖theirs‖`. For the stream after a block it is what the
+    block adds, `‖theirs - input‖` (where the block multiplies the stream by a number, so is the input): a stream may be
+    a thousand times as large, and would hide the block. Rounding of the sums is relative to the stream, however, so
+    `STREAM_EPS · eps / tolerance` of the stream is added to the scale. An error within the tolerance thus means: within
+    the tolerance of what the block adds, plus `STREAM_EPS` eps of the stream.
+    """
+
+    name: str  # as in `LayerError`, or logits
+    layer: int | None
+    error: float  # root mean square over positions
+    position: int  # with the largest error
+    position_error: float  # at that position
+    tolerance: float
+
+    @property
+    def passes(self) -> bool:
+        """Whether the error is within the tolerance; NaN and infinity never are."""
+        return self.error <= self.tolerance and math.isfinite(self.error)
+
+
+@dataclass(frozen=True)
 class Parity(Plotted):
     """The verdict on one prompt, with its evidence. The prediction is judged at the last position."""
 
@@ -90,9 +140,18 @@ class Parity(Plotted):
     kl_last: float  # ... at the last position
     logits_error: float  # relative L2 over all positions
     layers: list[LayerError]
-    first_departure: str | None  # the first tensor beyond the tolerance, in the order of the graph
+    first_departure: str | None  # the first tensor beyond the tolerance, and beyond what rounding explains
     tolerance: float | None  # relative L2 allowed for logits and layers; None: the margin rule
     cause: str | None  # why the numbers may differ at all
+    local: Sequence[LocalError] = ()  # in the order of the graph; empty if blocks were not compared one by one
+    # Of our own trace, by name, relative L2 of float32 from float64; measured only where it decides.
+    rounding: Mapping[str, float] = field(default_factory=dict)
+    amplification: float | None = None  # that of the last stream, in eps of the narrower dtype
+
+    @property
+    def first_local_departure(self) -> str | None:
+        """The first tensor that is wrong although its block was given llama.cpp's input."""
+        return next((e.name for e in self.local if not e.passes), None)
 
     def data(self, words: Words = NO_WORDS) -> dict[str, Any]:
         """Return the verdict with its evidence."""
@@ -109,25 +168,34 @@ class Parity(Plotted):
             "logits_error": self.logits_error,
             "first_departure": self.first_departure,
             "cause": self.cause,
-            "layers": [
-                {"name": e.name, "error": e.error, "worst_position": e.position, "worst_error": e.position_error}
-                for e in self.layers
-            ],
+            "layers": [_row(e) | {"rounding": self.rounding.get(e.name)} for e in self.layers],
+            "first_local_departure": self.first_local_departure,
+            "local": [_row(e) | {"tolerance": e.tolerance} for e in self.local],
+            "amplification": self.amplification,
         }
 
     def _table(self, words: Words) -> Table:
         columns = {name: [getattr(layer, name) for layer in self.layers] for name in LayerError.__annotations__}
+        if local := {e.name: e.error for e in self.local}:
+            columns["local_error"] = [local.get(layer.name) for layer in self.layers]
+        if self.rounding:
+            columns["rounding"] = [self.rounding.get(layer.name) for layer in self.layers]
         title = f"llama.cpp ({self.mode}): {'agrees' if self.verdict else 'disagrees'}: {self.reason}"
         top = f"top token {words.name(self.top1)}, rank {self.rank} of ours; KL {self.kl:.1e} nats"
         return Table(title, columns, (f"{top}, logits relative L2 {self.logits_error:.1e}",))
 
     def _plot(self, words: Words) -> Points:
         found: dict[str, dict[int, float]] = {}
-        for e in self.layers:
-            if e.layer is not None and 0 < e.error < math.inf:
-                found.setdefault(e.name.rsplit("-", 1)[0], {})[e.layer] = e.error
+        for suffix, errors in (("", self.layers), (", given llama.cpp's input", self.local)):
+            for e in errors:
+                if e.layer is not None and 0 < e.error < math.inf:
+                    found.setdefault(e.name.rsplit("-", 1)[0] + suffix, {})[e.layer] = e.error
         series = {kind: (list(own), list(own.values()), ()) for kind, own in found.items()}
         return Points("Distance from llama.cpp, layer by layer", "layer", "relative L2", series, log=True)
+
+
+def _row(e: LayerError | LocalError) -> dict[str, Any]:
+    return {"name": e.name, "error": e.error, "worst_position": e.position, "worst_error": e.position_error}
 
 
 def verify(
@@ -143,8 +211,8 @@ def verify(
 ) -> Parity:
     """Compare a model's trace of `ids` with llama.cpp on the same file.
 
-    Costs one pass over the file by llama.cpp and one by ggjac; `strict` also 4 bytes per weight in a temporary folder.
-    For a file that is all F32 the strict tolerance holds in both modes.
+    Costs one pass over the file by llama.cpp and one by ggjac, or two if there is a tolerance; `strict` also 4 bytes
+    per weight in a temporary folder. For a file that is all F32 the strict tolerance holds in both modes.
 
     Args:
         model: a `ggjac.model.Model`.
@@ -164,41 +232,176 @@ def verify(
     if prompt is not None:
         model.tokenizer.encode(prompt)  # refuses text that would crash llama.cpp
     types = {info.type.name for info in model.gguf.tensors.values()}
-    rewrite = strict and types != {"F32"}
-    gelu = model.config.row.activation == "gelu"
+    row, given = model.config.row, tolerance
     if tolerance is None and (strict or types == {"F32"}):
-        tolerance = max(_dtype_tolerance(model.dtype), GELU_TOLERANCE if gelu else 0.0)
-    path = model.gguf.paths[0]
-    with ExitStack() as stack:
-        if rewrite:
+        tolerance = max(_dtype_tolerance(model.dtype), GELU_TOLERANCE if row.activation == "gelu" else 0.0)
+    with tempfile.TemporaryDirectory(prefix="ggjac-") as folder:
+        path = for_llama_cpp(model.gguf, folder)
+        if strict and types != {"F32"}:
             report("llama.cpp: rewriting the file as F32")
-            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="ggjac-"))
             path = rewrite_as_f32(path, folder, threads=threads)
             types = _types(path)
         report("llama.cpp: evaluating the prompt")
-        names = [name for name in NAMES if name != model.config.row.reused_name]
+        names = (*row.graph.attention, *row.graph.ffn, *row.graph.stream, OUTPUT)
         reference = run_llama_cpp(path, ids, layers=trace is None, prompt=prompt, threads=threads, names=names)
+        reference = replace(reference, tensors=by_kind(reference.tensors, row.graph))
+    judged = partial(
+        judge,
+        reference,
+        mode="strict" if strict else "as is",
+        tolerance=tolerance,
+        tokens_equal=None if reference.prompt_ids is None else reference.prompt_ids == list(ids),
+        cause=_cause(types, model.dtype, row.activation == "gelu"),
+    )
+    if trace is not None:
+        return judged(trace.all_logits(), {})
+
+    exact = _dtype_tolerance(model.dtype) if given is None else given
+    return _judge_layers(model, ids, reference, judged, tolerance=tolerance, exact=exact, report=report)
+
+
+def _judge_layers(
+    model: "Model",
+    ids: Sequence[int],
+    reference: Reference,
+    judged: Callable[..., Parity],
+    *,
+    tolerance: float | None,
+    exact: float,
+    report: Callable[[str], None],
+) -> Parity:
+    """Return the verdict on every layer, from as few passes over the file as decide it; `exact` as in `local_errors`.
+
+    `reference.tensors` is used up.
+    """
+    n_ctx = -(-len(ids) // 256) * 256  # the context that llama.cpp allocates, which decides LongRoPE's factors
+    local: list[LocalError] = []
+    if tolerance is not None:
+        report("comparing every block, given llama.cpp's input")
+        local = local_errors(model, ids, reference, tolerance=tolerance, exact=exact, n_ctx=n_ctx)
 
     layers: dict[str, LayerError] = {}
 
     def observe(name: str, ours: Tensor) -> None:
-        # Compared one by one, to keep no second copy of the whole network's states.
         if (theirs := reference.tensors.get(name)) is not None:
             layers[name] = layer_error(name, ours, theirs)
+            # In its place, to keep no second copy of the whole network's states.
+            reference.tensors[name] = ours.detach().to("cpu", torch.float32)
 
-    if trace is None:
-        report("comparing every layer of the trace")
-        n_ctx = -(-len(ids) // 256) * 256  # the context that llama.cpp allocates, which decides LongRoPE's factors
-        trace = model.trace(ids, observe=observe, imitate=tolerance is not None, n_ctx=n_ctx, tapes=False)
-    return judge(
-        reference,
-        trace.all_logits(),
-        layers,
-        mode="strict" if strict else "as is",
-        tolerance=tolerance,
-        tokens_equal=None if reference.prompt_ids is None else reference.prompt_ids == list(ids),
-        cause=_cause(types, model.dtype, gelu),
-    )
+    report("comparing every layer of the trace")
+    trace = model.trace(ids, observe=observe, imitate=tolerance is not None, n_ctx=n_ctx, tapes=False)
+    logits = trace.all_logits()
+    found = judged(logits, layers, local=local)
+    if tolerance is None or found.verdict or not _blocks_agree(local, model.config.block_count):
+        return found
+
+    report("comparing every layer with itself in another precision")
+    rounding = rounding_errors(model, ids, replace(reference, logits=logits), n_ctx=n_ctx)
+    last = rounding[f"{STREAM}-{model.config.block_count - 1}"]
+    eps = max(torch.finfo(_dtype(dtype)).eps for dtype in (model.dtype, torch.float32))
+    return replace(judged(logits, layers, local=local, rounding=rounding), amplification=last / eps)
+
+
+def by_kind(tensors: Mapping[str, Tensor], graph: Graph) -> dict[str, Tensor]:
+    """Return llama.cpp's tensors by the names that `Model.trace` observes, in the order of llama.cpp's graph.
+
+    Of several names for the same thing, the first that a block has counts.
+    """
+    wanted: dict[str, str] = {}  # llama.cpp's name -> ours
+    for kind, names in ((ATTENTION, graph.attention), (FFN, graph.ffn), (STREAM, graph.stream)):
+        taken: set[str] = set()
+        for name in names:
+            layers = {full.rpartition("-")[2] for full in tensors if full.rpartition("-")[0] == name} - taken
+            wanted |= {f"{name}-{layer}": f"{kind}-{layer}" for layer in layers}
+            taken |= layers
+    return {wanted.get(name, name): tensor for name, tensor in tensors.items() if name in wanted or name == OUTPUT}
+
+
+def local_errors(
+    model: "Model", ids: Sequence[int], reference: Reference, *, tolerance: float, exact: float, n_ctx: int
+) -> list[LocalError]:
+    """Compare every block, the final norm and the head with llama.cpp's, each given llama.cpp's own input to it.
+
+    The first block is given our embeddings. Blocks are read one at a time, once more than for the trace.
+
+    Args:
+        model: a model.
+        ids: token ids of the prompt.
+        reference: llama.cpp's tensors, by the names that `Model.trace` observes.
+        tolerance: allowed for a block and its feed-forward.
+        exact: allowed where no activation function acts: for attention, the final norm and the logits.
+        n_ctx: context size, as in `Model.trace`.
+    """
+    eps = max(torch.finfo(_dtype(dtype)).eps for dtype in (model.dtype, torch.float32))
+    share = STREAM_EPS * eps / tolerance if tolerance else 0.0
+    frame = model.frame(len(ids), n_ctx=n_ctx, imitate=True)
+    found: list[LocalError] = []
+
+    def compare(name: str, ours: Tensor, allowed: float, before: Tensor | None = None) -> None:
+        if (theirs := reference.tensors.get(name)) is not None:
+            found.append(_local_error(name, ours, theirs, allowed, before, share))
+
+    x: Tensor | None = model.embed(ids)
+    for i in range(model.config.block_count):
+        if x is not None:
+            w = model.block(i)
+            attn, ffn, out = blocks.record_block(w, frame, i, x)
+            compare(f"{ATTENTION}-{i}", attn.raw, exact)
+            compare(f"{FFN}-{i}", ffn.raw, tolerance)
+            compare(f"{STREAM}-{i}", out, tolerance, before=x * blocks.stream_scale(w))
+            del attn, ffn, out  # before the next block is recorded
+        theirs = reference.tensors.get(f"{STREAM}-{i}")
+        x = None if theirs is None or not _finite(theirs) else theirs.to(model.device, _dtype(model.dtype))
+    if x is not None:
+        outputs = model.freeze_final_norm(x).apply(x)
+        compare(OUTPUT, outputs, exact)
+        found.append(_local_error("logits", model.head.logits(outputs), reference.logits, exact))
+    return found
+
+
+def _local_error(
+    name: str, ours: Tensor, theirs: Tensor, tolerance: float, before: Tensor | None = None, share: float = 0.0
+) -> LocalError:
+    """Compare two tensors [n, width] as `LocalError` says; different shapes are an infinite error."""
+    layer = _layer(name)
+    if ours.shape != theirs.shape:
+        return LocalError(name, layer, math.inf, 0, math.inf, tolerance)
+    squares = []
+    for i in range(len(theirs)):  # row by row: float64 copies of logits can take gigabytes
+        mine, other = ours[i].detach().cpu().double(), theirs[i].double()
+        scale = other.norm()
+        if before is not None:
+            start = before[i].detach().cpu().double()
+            scale = (other - start).norm() + share * torch.maximum(scale, start.norm())
+        squares.append(_ratio((mine - other).norm(), scale).square())
+    by_position = torch.stack(squares)
+    worst = _worst(by_position)
+    error, largest = float(by_position.mean().sqrt()), float(by_position[worst].sqrt())
+    return LocalError(name, layer, error, worst, largest, tolerance)
+
+
+def _blocks_agree(local: Sequence[LocalError], block_count: int) -> bool:
+    """Return whether every block was compared locally, and nothing departs."""
+    return all(e.passes for e in local) and sum(e.name.startswith(f"{STREAM}-") for e in local) == block_count
+
+
+def rounding_errors(model: "Model", ids: Sequence[int], ours: Reference, *, n_ctx: int) -> dict[str, float]:
+    """Return the relative L2 of our own tensors and logits from those of the same model in float64.
+
+    A model that computes in float64 itself is compared with float32. Costs a pass over the file.
+    """
+    from ggjac.model import Model
+
+    dtype = torch.float32 if _dtype(model.dtype) == torch.float64 else torch.float64
+    twin = Model(model.gguf, device=model.device, dtype=dtype, threads=model.weights.threads)
+    found: dict[str, float] = {}
+
+    def observe(name: str, values: Tensor) -> None:
+        if (own := ours.tensors.get(name)) is not None:
+            found[name] = layer_error(name, own, values.detach().cpu()).error
+
+    trace = twin.trace(ids, observe=observe, imitate=True, n_ctx=n_ctx, tapes=False)
+    return found | {"logits": _compare_logits(ours.logits, trace.all_logits()).logits_error}
 
 
 def judge(
@@ -210,15 +413,26 @@ def judge(
     tolerance: float | None,
     tokens_equal: bool | None = None,
     cause: str | None = None,
+    local: Sequence[LocalError] = (),
+    rounding: Mapping[str, float] | None = None,
 ) -> Parity:
-    """Return the verdict on logits and on layers already compared; values that are not finite never pass."""
+    """Return the verdict on logits and on layers already compared; values that are not finite never pass.
+
+    `rounding` has the errors of `rounding_errors`, to be given only where every block agrees locally.
+    """
     numbers = _compare_logits(logits, reference.logits)
     # In the order of the graph. A layer that llama.cpp has and we did not observe is a fault of ours.
     compared = [layers[name] for name in reference.tensors if name in layers]
-    unseen = [name for name in reference.tensors if name.startswith("l_out-") and name not in layers]
-    limit = math.inf if tolerance is None else tolerance
+    unseen = [name for name in reference.tensors if name.startswith(f"{STREAM}-") and name not in layers]
+    rounding = rounding or {}
+
+    def limit(name: str) -> float:
+        explained = min(ROUNDING_FACTOR * rounding.get(name, 0.0), ROUNDING_MOST)
+        return math.inf if tolerance is None else max(tolerance, explained)
+
     # `not (a <= b)` because of NaN; an infinite error departs even without a tolerance.
-    departed = [layer for layer in compared if not (layer.error <= limit and math.isfinite(layer.error))]
+    departed = [layer for layer in compared if not (layer.error <= limit(layer.name) and math.isfinite(layer.error))]
+    wrong = [e for e in local if not e.passes]
 
     faults = []
     if tokens_equal is False:
@@ -226,30 +440,31 @@ def judge(
     for whose, values in (("our", logits), ("llama.cpp's", reference.logits)):
         if not _finite(values):
             faults.append(f"{whose} logits are not all finite")
+    if wrong:
+        faults.append(f"given llama.cpp's own input, {wrong[0].name} is off by {wrong[0].error:.1e}{_others(wrong)}")
     if departed:
         first = departed[0]
         faults.append(f"{first.name} is off by {first.error:.1e} relative L2, first of {len(departed)} tensors")
     if unseen:
         faults.append(f"{unseen[0]} was not compared, first of {len(unseen)} layers")
-    if not numbers.logits_error <= limit:
+    if not numbers.logits_error <= limit("logits"):
         faults.append(f"the logits are off by {numbers.logits_error:.1e} relative L2")
-    if tolerance is None and not numbers.top1_equal:
+    if (tolerance is None or rounding) and not numbers.top1_equal:
         rank, gap = numbers.rank, numbers.gap
         if not (rank <= MARGIN_RANK and gap <= MARGIN_LOGITS):
             faults.append(f"llama.cpp's top token has rank {rank} in ours, {gap:.2f} logits below our first")
 
     if faults:
         reason = "; ".join(faults)
+        if rounding:
+            own = max(rounding.values())
+            reason += f"; every block agrees given llama.cpp's own input, but our own rounding is only {own:.1e}"
         if tolerance is not None:
             reason += f" (tolerance {tolerance:.1e})"
         elif mode != "strict":
             reason += "; a strict check (--strict) distinguishes rounding from errors, and names the layer"
     else:
-        top = "same top token" if numbers.top1_equal else f"near tie for the top token ({numbers.gap:.2f} logits)"
-        reason = f"{top}, logits within {numbers.logits_error:.1e} relative L2"
-        if compared:
-            worst = max(compared, key=lambda layer: layer.error)
-            reason += f", {len(compared)} tensors within {worst.error:.1e} ({worst.name})"
+        reason = _agreement(numbers, compared, local, rounding)
     return Parity(
         mode=mode,
         verdict=not faults,
@@ -260,21 +475,54 @@ def judge(
         first_departure=departed[0].name if departed else None,
         tolerance=tolerance,
         cause=cause,
+        local=local,
+        rounding=rounding,
     )
+
+
+def _agreement(
+    numbers: "_Logits", compared: Sequence[LayerError], local: Sequence[LocalError], rounding: Mapping[str, float]
+) -> str:
+    """Return what agrees, and how well."""
+    top = "same top token" if numbers.top1_equal else f"near tie for the top token ({numbers.gap:.2f} logits)"
+    reason = f"{top}, logits within {numbers.logits_error:.1e} relative L2"
+    if compared:
+        worst = max(compared, key=lambda layer: layer.error)
+        reason += f", {len(compared)} tensors within {worst.error:.1e} ({worst.name})"
+    if local:
+        largest = max(local, key=lambda e: e.error)
+        reason += f" and, given llama.cpp's own input, within {largest.error:.1e} ({largest.name})"
+    if rounding:
+        reason += f"; the model amplifies rounding, by which ours alone is off by {max(rounding.values()):.1e}"
+    return reason
+
+
+def _others(wrong: Sequence[LocalError]) -> str:
+    """Name the other blocks that are wrong, if any: each of them has a mistake of its own."""
+    places = list(dict.fromkeys(e.name if e.layer is None else f"block {e.layer}" for e in wrong))
+    return "" if len(places) == 1 else f", wrong also: {', '.join(places[1:6])}{', ...' if len(places) > 6 else ''}"
 
 
 def layer_error(name: str, ours: Tensor, theirs: Tensor) -> LayerError:
     """Compare two tensors [n, width] in float64; different shapes are an infinite error."""
-    number = name.rpartition("-")[2]
-    layer = int(number) if number.isdecimal() else None
+    layer = _layer(name)
     if ours.shape != theirs.shape:
         return LayerError(name, layer, math.inf, 0, math.inf)
     theirs = theirs.double()
     difference = (ours.detach().cpu().double() - theirs).norm(dim=-1)
     scale = theirs.norm(dim=-1)
     by_position = _ratio(difference, scale)
-    worst = int(by_position.nan_to_num(nan=math.inf, posinf=math.inf).argmax())
+    worst = _worst(by_position)
     return LayerError(name, layer, float(_ratio(difference.norm(), scale.norm())), worst, float(by_position[worst]))
+
+
+def _layer(name: str) -> int | None:
+    number = name.rpartition("-")[2]
+    return int(number) if number.isdecimal() else None
+
+
+def _worst(errors: Float[Tensor, " n"]) -> int:
+    return int(errors.nan_to_num(nan=math.inf, posinf=math.inf).argmax())
 
 
 def _ratio(error: Tensor, scale: Tensor) -> Tensor:
@@ -414,14 +662,7 @@ def rewrite_as_f32(path: str | os.PathLike[str], folder: str | os.PathLike[str],
         source = file.paths[0]
         elements = sum(info.elements for info in file.tensors.values())
         header = file.nbytes - sum(info.nbytes for info in file.tensors.values())
-    # Padding between tensors, and a reserve: a full disk would affect other processes.
-    needed = 4 * elements + header + max(64 << 20, elements // 25)
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise NoRoomError(
-            f"rewriting {_name(path)} as F32 needs {needed / 1e9:.1f} GB in {_name(folder)}, which has "
-            f"{free / 1e9:.1f} GB free; make room, set TMPDIR to another disk, or check without --strict"
-        )
+    _check_room(folder, 4 * elements + header, f"rewriting {_name(path)} as F32", "or check without --strict")
     target = Path(folder) / "f32.gguf"
     try:
         with _llama_cpp(f"while it rewrote {_name(path)} as F32") as child:
@@ -430,6 +671,43 @@ def rewrite_as_f32(path: str | os.PathLike[str], folder: str | os.PathLike[str],
         target.unlink(missing_ok=True)
         raise
     return target
+
+
+def for_llama_cpp(file: GGUFFile, folder: str | os.PathLike[str]) -> Path:
+    """Return the path of a file that llama.cpp accepts: the same one, or a copy in `folder` as `EXPORTS` says.
+
+    A copy takes as much disk as the file. Call it with a temporary folder.
+
+    Raises:
+        ParityError: not enough free disk, or the copy cannot be written.
+    """
+    copy = exports.different(file)
+    if copy is None:
+        return file.paths[0]
+    _check_room(
+        folder, file.nbytes, f"a copy of {_name(file.path)} for llama.cpp", "or skip the check with --no-verify"
+    )
+    target = Path(folder) / "copy.gguf"
+    try:
+        exports.write(file, copy, target)
+    except (OSError, ValueError, LookupError) as error:
+        target.unlink(missing_ok=True)
+        raise ParityError(f"{_name(file.path)}: cannot be copied for llama.cpp ({error})") from error
+    except BaseException:
+        target.unlink(missing_ok=True)
+        raise
+    return target
+
+
+def _check_room(folder: str | os.PathLike[str], nbytes: int, task: str, otherwise: str) -> None:
+    # Padding between tensors, and a reserve: a full disk would affect other processes.
+    needed = nbytes + max(64 << 20, nbytes // 100)
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise NoRoomError(
+            f"{task} needs {needed / 1e9:.1f} GB in {_name(folder)}, which has {free / 1e9:.1f} GB free; make room, "
+            f"set TMPDIR to another disk, {otherwise}"
+        )
 
 
 @contextmanager

@@ -219,7 +219,7 @@ class Session:
                 prompt=self.text,
                 trace=trace,
                 threads=self.threads,
-                progress=lambda step: report(step, next(steps), 3),
+                progress=lambda step: report(step, next(steps), 5),
             )
 
     def work(self) -> tuple[int, int]:

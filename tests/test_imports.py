@@ -32,6 +32,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "weights": {"gguf", "quants", "sizes"},
     "runs": {"sizes"},
     "llamacpp": {"runs"},
+    "exports": {"gguf"},
     "tokenizer": {"llamacpp"},
     "report": {"drawing", "runs", "units"},
     # planning: sizes and rates
@@ -46,7 +47,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "weights",
     },
     "generation": {"blocks", "model", "sizes"},
-    "parity": {"gguf", "llamacpp", "model", "results", "tokenizer"},
+    "parity": {"architectures", "blocks", "exports", "gguf", "llamacpp", "model", "results", "tokenizer"},
     "session": {
         *("blocks", "jacobian", "model", "parity", "planner", "results", "runs", "sizes"),
         "tokenizer",

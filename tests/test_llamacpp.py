@@ -223,6 +223,32 @@ def test_results_arrive_as_they_were(tiny_file):
     assert all(np.array_equal(here[name], there.tensors[name].numpy()) for name in here)
 
 
+@pytest.mark.parametrize("case", [case for case in ("gqa", "qwen35", "lfm2", "mamba2") if case in tiny.CASES])
+def test_a_prompt_knows_nothing_of_the_one_before(tiny_file, case):
+    """A recurrent state, unlike keys and values, would pass on what was not dropped."""
+    ids = tiny.prompt(case, 8)
+    first = engine(tiny_file(case), ids)
+    for others in (ids[::-1], ids[:3]):
+        engine(tiny_file(case), others)
+        again = engine(tiny_file(case), ids)
+        assert all(np.array_equal(first[name], again[name]) for name in first)
+
+
+def test_tensors_arrive_as_rows_of_their_contiguous_axis():
+    """As what a delta net yields, [sequences, positions, width]: one sequence leaves [positions, width]."""
+    data, kept = np.arange(6, dtype=np.float32), {}
+    head = server._TensorHead(llama.GGML_TYPE_F32, None, (3, 2, 1, 1), (4, 12, 24, 24))
+    capture = server._Capture(llama, ["model.layers.{}.out"], kept.__setitem__)
+    capture._ggml = SimpleNamespace(
+        ggml_nbytes=lambda _: 24,
+        ggml_nelements=lambda _: 6,
+        ggml_backend_tensor_get=lambda tensor, target, offset, size: ctypes.memmove(target, data.ctypes.data, size),
+        ggml_get_name=lambda _: b"model.layers.{}.out-0",  # with these braces, as in LFM2's graph
+    )
+    assert capture._call(ctypes.addressof(head), False, None)
+    assert kept["model.layers.{}.out-0"].tolist() == [[0, 1, 2], [3, 4, 5]]
+
+
 def test_strides_are_honoured():
     """A view: 2 rows of 3 elements, 5 elements apart."""
     data, kept = np.arange(10, dtype=np.float32), {}

@@ -6,6 +6,8 @@ The verdicts are tested with a stand-in model whose trace is llama.cpp's own run
 import math
 import shutil
 import sys
+import tempfile
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,11 +18,12 @@ import pytest
 import tiny
 import torch
 
-from ggjac import parity
-from ggjac.config import read_config
+from ggjac import blocks, exports, parity
+from ggjac.architectures import Graph
 from ggjac.gguf import GGUFError, open_gguf
-from ggjac.parity import ParityError, Reference, judge, layer_error, rewrite_as_f32, run_llama_cpp, verify
-from ggjac.tokenizer import open_tokenizer
+from ggjac.model import open_model
+from ggjac.parity import NoRoomError, ParityError, Reference, judge, layer_error, rewrite_as_f32, run_llama_cpp, verify
+from ggjac.rope import rotation
 
 llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
 
@@ -40,16 +43,14 @@ def relative(a: np.ndarray | torch.Tensor, b: np.ndarray | torch.Tensor) -> floa
 
 
 class StandIn:
-    """A model whose trace is llama.cpp's own run on the file, after `change(name, tensor)`."""
+    """A model whose trace is llama.cpp's own run on the file, after `change(name, tensor)`; its blocks are ours."""
 
-    def __init__(self, path: Path, *, source: Path | None = None, change=lambda name, tensor: tensor, dtype="float32"):
-        self.gguf = open_gguf(path)
-        self.path, self.dtype, self.change, self.source = path, dtype, change, source or path
-        metadata = self.gguf.metadata
-        self.config = read_config(metadata, {t.name: t.shape for t in self.gguf.tensors.values()})
-        self.tokenizer = open_tokenizer(
-            path, tokens=metadata.get("tokenizer.ggml.tokens"), model=metadata.get("tokenizer.ggml.model")
-        )
+    def __init__(self, path: Path, *, source: Path | None = None, change=lambda name, tensor: tensor):
+        self.model = open_model(path, threads=1)
+        self.dtype, self.change, self.source = torch.float32, change, source or path
+
+    def __getattr__(self, name):
+        return getattr(self.model, name)
 
     def trace(self, ids, *, observe=None, **_):
         run = run_llama_cpp(self.source, ids)
@@ -64,6 +65,21 @@ class StandIn:
 def one_thread(monkeypatch):
     """Files this small are slower on two threads, and much slower when the machine is busy: the threads spin."""
     monkeypatch.setattr(parity, "_cpus", lambda: 1)
+
+
+@pytest.fixture(autouse=True)
+def no_amplification(monkeypatch):
+    """A stand-in cannot be run in another precision: its trace is as exact as llama.cpp's."""
+    measure = parity.rounding_errors
+
+    def stand_in(model, ids, ours, **options):
+        return (
+            dict.fromkeys((*ours.tensors, "logits"), 1e-7)
+            if isinstance(model, StandIn)
+            else measure(model, ids, ours, **options)
+        )
+
+    monkeypatch.setattr(parity, "rounding_errors", stand_in)
 
 
 @pytest.fixture(scope="module")
@@ -195,6 +211,107 @@ def test_a_full_disk_is_seen_before_anything_is_written(tiny_file, tmp_path, mon
     assert list(tmp_path.iterdir()) == []
 
 
+# -- a copy of a file that llama.cpp refuses ---------------------------------------------------------------------------
+
+
+def exported(source: Path, path: Path, *, alignment: int = 32) -> Path:
+    """Write a Llama file as if by another exporter: other names, other keys, and tensors of another model."""
+    reader = gguf.GGUFReader(source)
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_custom_alignment(alignment)
+    for key, field in reader.fields.items():
+        if not key.startswith("GGUF.") and key not in ("general.architecture", "llama.attention.head_count_kv"):
+            writer.add_key_value(key, field.contents(), field.types[0], field.types[-1])
+    writer.add_array("llama.attention.head_count_kv", [0, 2, 0])
+    writer.add_array("llama.rope.dimension_sections", [3, 2, 1])
+    for t in reader.tensors:
+        writer.add_tensor(t.name.replace("ffn_norm.weight", "ffn_norm"), t.data, raw_dtype=t.tensor_type)
+    writer.add_tensor("v.blk.0.weight", np.ones((3, 5), np.float32))
+    writer.add_tensor("mtp.norm", np.ones(7, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+@pytest.fixture
+def llama_exports(monkeypatch) -> None:
+    qwen = exports.EXPORTS["qwen35"]
+    assert qwen.renamed == {"ssm_dt": "ssm_dt.bias"}
+    monkeypatch.setitem(exports.EXPORTS, "llama", replace(qwen, renamed={"ffn_norm": "ffn_norm.weight"}))
+
+
+@pytest.mark.usefixtures("llama_exports")
+@pytest.mark.parametrize(("case", "alignment"), [("gqa", 32), ("q4_k_mixed", 64), ("tokenizer", 32)])
+def test_a_copy_has_what_llama_cpp_expects(tiny_file, tmp_path, case, alignment):
+    source = tiny_file(case)
+    path, folder = exported(source, tmp_path / "export.gguf", alignment=alignment), tmp_path / "copy"
+    folder.mkdir()
+    with pytest.raises(ParityError, match="cannot load"):
+        run_llama_cpp(path, [1, 2])
+    before = path.read_bytes()
+    with open_gguf(path) as file:
+        target = parity.for_llama_cpp(file, folder)
+    assert [target] == list(folder.iterdir())
+    assert path.read_bytes() == before
+    original, found = gguf.GGUFReader(source), gguf.GGUFReader(target)
+    assert [t.name for t in found.tensors] == [t.name for t in original.tensors]
+    for a, b in zip(found.tensors, original.tensors, strict=True):
+        assert (a.tensor_type, a.shape.tolist()) == (b.tensor_type, b.shape.tolist())
+        assert np.array_equal(a.data, b.data)
+    changed = {"llama.attention.head_count_kv": 2, "llama.rope.dimension_sections": [3, 2, 1, 0]}
+    for key, field in gguf.GGUFReader(path).fields.items():
+        if not key.startswith("GGUF."):
+            expected = changed.get(key, field.contents())
+            assert found.fields[key].contents() == expected
+            if not key.endswith("head_count_kv"):
+                assert found.fields[key].types == field.types
+    assert target.stat().st_size % alignment == 0
+    with open_gguf(target) as file:
+        assert parity.for_llama_cpp(file, folder) == target, "it needs no further copy"
+    if case != "gqa":
+        return
+    assert torch.equal(run_llama_cpp(target, [1, 2]).logits, run_llama_cpp(source, [1, 2]).logits)
+
+
+@pytest.mark.usefixtures("llama_exports")
+@pytest.mark.parametrize("strict", [False, True])
+def test_a_file_that_llama_cpp_refuses_is_verified_on_a_copy(tiny_file, tmp_path, monkeypatch, strict):
+    """Ours stands on the file that was exported; llama.cpp runs the copy."""
+    path = exported(tiny_file("gqa"), tmp_path / "export.gguf")
+    model = open_model(tiny_file("gqa"))
+    model.gguf = open_gguf(path)
+    folder = tmp_path / "temporary"
+    folder.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    assert verify(model, tiny.prompt("gqa"), strict=strict).verdict
+    assert list(folder.iterdir()) == []
+
+
+@pytest.mark.usefixtures("llama_exports")
+def test_no_half_copy_stays(tiny_file, tmp_path, monkeypatch):
+    path, folder = exported(tiny_file("gqa"), tmp_path / "export.gguf"), tmp_path / "copy"
+    folder.mkdir()
+    file = open_gguf(path)
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=12_000_000))
+        with pytest.raises(NoRoomError, match=r"a copy of .*export\.gguf for llama.cpp needs 0\.1 GB .*--no-verify"):
+            parity.for_llama_cpp(file, folder)
+    for error in (OSError(28, "No space left on device"), KeyboardInterrupt()):
+        with monkeypatch.context() as patch:
+            patch.setattr(type(file), "rows", lambda *_, error=error: (_ for _ in ()).throw(error))
+            with pytest.raises(ParityError if isinstance(error, OSError) else KeyboardInterrupt):
+                parity.for_llama_cpp(file, folder)
+        assert list(folder.iterdir()) == []
+
+
+def test_other_files_need_no_copy(tiny_file, tmp_path):
+    with open_gguf(tiny_file("gqa")) as file:
+        assert parity.for_llama_cpp(file, tmp_path) == file.paths[0]
+    assert list(tmp_path.iterdir()) == []
+
+
 # -- verdicts ----------------------------------------------------------------------------------------------------------
 
 
@@ -213,7 +330,8 @@ def test_equal_is_equal(tiny_file):
     assert result.first_departure is None
     assert result.cause is None
     assert result.tokens_equal is None
-    assert told == ["llama.cpp: evaluating the prompt", "comparing every layer of the trace"]
+    steps = ["llama.cpp: evaluating the prompt", "comparing every block, given llama.cpp's input"]
+    assert told == [*steps, "comparing every layer of the trace"]
     assert result.reason.startswith("same top token, logits within 0.0e+00 relative L2, 7 tensors within")
 
 
@@ -261,7 +379,7 @@ def test_the_tolerance_is_a_bound_on_every_tensor(tiny_file):
     assert verify(model, tiny.prompt("gqa"), tolerance=1e-6).first_departure == "l_out-0"
     rough = StandIn(tiny_file("gqa"), change=lambda name, tensor: tensor * 1.004)
     assert not verify(rough, tiny.prompt("gqa")).verdict
-    rough.dtype = "bfloat16"
+    rough.dtype = torch.bfloat16
     result = verify(rough, tiny.prompt("gqa"))
     assert result.verdict
     assert result.tolerance == 16 * 2**-7
@@ -373,6 +491,230 @@ def test_layer_error_on_zeros():
     assert layer_error("l_out-12", one, zero).error == math.inf
     assert layer_error("l_out-12", one, one).layer == 12
     assert layer_error("result_norm", one, one * 2).error == 0.5
+
+
+# -- blocks, each given llama.cpp's own input --------------------------------------------------------------------------
+
+
+class Without:
+    """A block without some of its tensors."""
+
+    def __init__(self, block, *names):
+        self.block, self.names = block, names
+
+    def __contains__(self, name):
+        return name not in self.names and name in self.block
+
+    def __getattr__(self, name):
+        return getattr(self.block, name)
+
+
+def another_epsilon(w, frame):
+    return w, frame._replace(config=replace(frame.config, norm_epsilon=1e-3))
+
+
+def another_base(w, frame):
+    ropes = {
+        rope: rotation(replace(rope, base=rope.base * 1.1), len(cos), None)
+        for rope, (cos, _) in frame.rotations.items()
+    }
+    return w, frame._replace(rotations=ropes)
+
+
+def without_a_bias(w, frame):
+    return Without(w, "attn_v.bias"), frame
+
+
+def another_scale(w, frame):
+    return w, frame._replace(config=replace(frame.config, attention_scale=frame.config.attention_scale * 1.001))
+
+
+MISTAKES = [another_epsilon, another_base, without_a_bias, another_scale]
+
+
+def mistaken(monkeypatch, mistake, *layers: int) -> None:
+    """Let our program compute some blocks with a mistake, in a trace and alone."""
+    record = blocks.record_block
+
+    def record_block(w, frame, layer, x):
+        return record(*(mistake(w, frame) if layer in layers else (w, frame)), layer, x)
+
+    monkeypatch.setattr(blocks, "record_block", record_block)
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+@pytest.mark.parametrize("graph", [Graph(), Graph((), ())], ids=["all names", "the stream alone"])
+def test_a_mistake_shows_in_its_own_block_alone(tiny_file, monkeypatch, mistake, graph):
+    model = open_model(tiny_file("biases", layers=5))
+    model.config = replace(model.config, row=replace(model.config.row, graph=graph))
+    assert verify(model, tiny.prompt("biases")).verdict
+    mistaken(monkeypatch, mistake, 2)
+    result = verify(model, tiny.prompt("biases"))
+    assert not result.verdict
+    assert {e.layer for e in result.local if not e.passes} == {2}
+    first = "attn_out-2" if graph.attention else "l_out-2"
+    assert result.first_local_departure == first == result.first_departure
+    assert f"given llama.cpp's own input, {first} is off by" in result.reason
+    assert "wrong also" not in result.reason
+    # In the trace, every later block is wrong as well.
+    assert all(e.error > result.tolerance for e in result.layers if e.layer is None or e.layer > 2)
+    assert result.rounding == {}  # not measured: it could excuse nothing
+
+
+def test_every_block_with_a_mistake_is_named(tiny_file, monkeypatch):
+    model = open_model(tiny_file("biases", layers=5))
+    mistaken(monkeypatch, without_a_bias, 1, 3)
+    result = verify(model, tiny.prompt("biases"))
+    assert {e.layer for e in result.local if not e.passes} == {1, 3}
+    assert "attn_out-1 is off by" in result.reason
+    assert "wrong also: block 3" in result.reason
+
+
+@pytest.mark.parametrize("graph", [Graph(), Graph((), ())], ids=["all names", "the stream alone"])
+def test_a_large_stream_hides_no_mistake(tiny_file, monkeypatch, graph):
+    """What the blocks add is a thousandth of the stream, in whose norm a mistake of 0.1% would be 1e-6."""
+    model = open_model(tiny_file("biases", layers=4, embed_std=1000.0))
+    model.config = replace(model.config, row=replace(model.config.row, graph=graph))
+    good = verify(model, tiny.prompt("biases"))
+    assert good.verdict
+    mistaken(monkeypatch, without_a_bias, 1)
+    result = verify(model, tiny.prompt("biases"))
+    assert max(e.error for e in result.layers if e.name == "l_out-1") < 1e-3
+    assert {e.layer for e in result.local if not e.passes} == {1}
+
+
+def test_a_large_position_hides_no_mistake(tiny_file, monkeypatch):
+    """As in trained models, where the first position's stream may be a thousand times as large as the others'."""
+    ids = tiny.prompt("biases")
+    model = open_model(tiny_file("biases", layers=3))
+    reference = run_llama_cpp(model.path, ids)
+    for name, tensor in reference.tensors.items():
+        if name.startswith("l_out"):
+            tensor[0] *= 1e4
+    record = blocks.record_block
+
+    def record_block(w, frame, layer, x):
+        attn, ffn, out = record(w, frame, layer, x)
+        out = reference.tensors[f"l_out-{layer}"].clone()  # right, but for 0.1% of what the block adds at one position
+        out[5] += 1e-3 * (out[5] - x[5]) if layer == 1 else 0.0
+        return blocks.RecordedBlock(attn, ffn, out)
+
+    monkeypatch.setattr(blocks, "record_block", record_block)
+    local = parity.local_errors(model, ids, reference, tolerance=1e-5, exact=1e-5, n_ctx=256)
+    streams = [e for e in local if e.name.startswith("l_out")]
+    assert [e.passes for e in streams] == [True, False, True]
+    assert (streams[1].position, streams[1].error) == (5, pytest.approx(1e-3 / math.sqrt(len(ids)), rel=0.1))
+
+
+def test_embeddings_are_judged_with_the_first_block(tiny_file):
+    model = open_model(tiny_file("gqa"))
+    model.config = replace(model.config, embedding_scale=1.0001)
+    result = verify(model, tiny.prompt("gqa"))
+    assert {e.layer for e in result.local if not e.passes} == {0}
+
+
+def test_the_final_norm_and_the_head_are_judged_alone(tiny_file):
+    model = open_model(tiny_file("gqa"))
+    model.head = model.head._replace(scale=1.001)
+    result = verify(model, tiny.prompt("gqa"))
+    assert [e.name for e in result.local if not e.passes] == ["logits"]
+    assert "given llama.cpp's own input, logits is off by 1.0e-03" in result.reason
+
+
+SHARP = {"layers": 12, "score_gain": 4.0, "embed_std": 0.1}  # attention this sharp amplifies rounding
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_rounding_that_the_model_amplifies_is_no_mistake(tiny_file, dtype):
+    ids = tiny.prompt("plain", 24)
+    result = verify(open_model(tiny_file("plain", **SHARP), dtype=dtype), ids)
+    assert result.verdict
+    assert result.first_departure is None
+    assert max(e.error for e in result.layers) > 2e-5
+    assert all(e.error < 1e-5 for e in result.local)
+    assert len(result.local) == len(result.layers) + 1
+    assert result.amplification > 50
+    assert "the model amplifies rounding" in result.reason
+    # Against a forward written independently in float64, llama.cpp itself is as far off.
+    path = tiny_file("plain", **SHARP)
+    truth, theirs = oracle.forward(oracle.load(path), ids)["l_out-11"], run_llama_cpp(path, ids).tensors["l_out-11"]
+    assert relative(theirs, truth) == pytest.approx(result.rounding["l_out-11"], rel=0.9)
+
+
+def test_amplification_excuses_no_more_than_it_explains(tiny_file, monkeypatch):
+    model, ids = open_model(tiny_file("plain", **SHARP)), tiny.prompt("plain", 24)
+    monkeypatch.setattr(parity, "ROUNDING_FACTOR", 0.1)
+    result = verify(model, ids)
+    assert not result.verdict
+    assert result.first_departure is not None
+    assert "every block agrees given llama.cpp's own input, but our own rounding is only" in result.reason
+    monkeypatch.undo()
+    monkeypatch.setattr(parity, "_cpus", lambda: 1)
+    mistaken(monkeypatch, another_scale, 7)
+    result = verify(model, ids)
+    assert not result.verdict
+    assert {e.layer for e in result.local if not e.passes} == {7}
+
+
+def test_rounding_excuses_neither_another_prediction_nor_chaos():
+    reference = Reference(logits(0, 5, 4, 3))
+    shared = {"mode": "strict", "tolerance": 1e-5}
+    assert judge(reference, logits(0, 5.01, 4, 3), {}, **shared, rounding={"logits": 1e-3}).verdict
+    assert not judge(reference, logits(0, 5.01, 4, 3), {}, **shared, rounding={"logits": 1e-5}).verdict
+    assert not judge(reference, logits(0, 5.5, 4, 3), {}, **shared, rounding={"logits": 1.0}).verdict
+    close = Reference(logits(0, 5000, 4999, 3))
+    result = judge(close, logits(0, 4999, 5000, 3), {}, **shared, rounding={"logits": 1e-3})
+    assert not result.verdict
+    assert "rank 2" in result.reason
+
+
+def test_local_comparisons_need_no_names_but_the_streams(tiny_file):
+    result = verify(open_model(tiny_file("olmo")), tiny.prompt("olmo"), strict=True)
+    assert result.verdict
+    assert not [e for e in result.local if e.name.startswith("ffn_out")]
+    assert sum(e.name.startswith("l_out") for e in result.local) == len(open_model(tiny_file("olmo")).config.layers)
+
+
+def test_only_the_activation_has_a_tolerance_of_its_own(tiny_file):
+    result = verify(open_model(tiny_file("starcoder2")), tiny.prompt("starcoder2"), strict=True)
+    assert result.verdict
+    tolerances = {e.name.rpartition("-")[0] or e.name: e.tolerance for e in result.local}
+    assert tolerances == {"ffn_out": 1e-3, "l_out": 1e-3, "result_norm": 1e-5, "logits": 1e-5}
+
+
+def test_nothing_is_compared_locally_where_llama_cpp_rounds_activations(tiny_file):
+    result = verify(open_model(tiny_file("q8_0")), tiny.prompt("q8_0"))
+    assert (result.tolerance, result.local, result.first_local_departure) == (None, [], None)
+    assert result.data()["local"] == []
+
+
+def test_a_stream_that_is_not_finite_is_no_input(tiny_file, monkeypatch):
+    run = run_llama_cpp
+
+    def broken(*args, **options):
+        reference = run(*args, **options)
+        reference.tensors["l_out-0"][3, 3] = math.nan
+        return reference
+
+    monkeypatch.setattr(parity, "run_llama_cpp", broken)
+    result = verify(open_model(tiny_file("three_layers")), tiny.prompt("gqa"))
+    assert not result.verdict
+    assert result.first_local_departure == "l_out-0"
+    assert [e.name for e in result.local if e.name.startswith("l_out")] == ["l_out-0", "l_out-2"]
+
+
+def test_names_in_the_graph_are_data():
+    """As in qwen35: `attn_output` is the branch in some blocks, and something else in those with `linear_attn_out`."""
+    graph = Graph(("linear_attn_out", "attn_output"), (), ("block_out", "l_out"))
+    one = torch.zeros(1, 1)
+    tensors = dict.fromkeys(
+        ("attn_output-0", "linear_attn_out-0", "block_out-0", "attn_output-1", "ffn_out-1", "l_out-1", "result_norm"),
+        one,
+    )
+    found = parity.by_kind(tensors, graph)
+    assert list(found) == ["attn_out-0", "l_out-0", "attn_out-1", "l_out-1", "result_norm"]
+    tensors["linear_attn_out-0"] = torch.ones(1, 1)
+    assert parity.by_kind(tensors, graph)["attn_out-0"] is tensors["linear_attn_out-0"]
 
 
 # -- refusals ----------------------------------------------------------------------------------------------------------

@@ -26,6 +26,7 @@ from ggjac.report import figures, write_figures
 from ggjac.report.load import checked, load
 from ggjac.report.sections import ROOMS, common, compare, ranks, steer
 from ggjac.report.sections.common import Run
+from ggjac.report.sections.verify import departures
 from ggjac.runs import RunError
 
 TinyFile = Callable[..., Path]
@@ -355,6 +356,39 @@ def test_every_tensor_against_llama_cpp(html: str) -> None:
     assert "l_out-3 10⁻⁴ 3 10⁻³" in found.find("tr")
     failing = [a for tag, a in found.elements if tag == "tr" and a.get("class") == "fails"]
     assert len(failing) == 1, "10⁻² is beyond the tolerance of 0.002"
+
+
+def test_every_tensor_given_llama_cpps_input() -> None:
+    """An older run lacks these errors; a layer that fails alone is marked, whatever its distance in the trace."""
+    content = run_json()
+    assert "Given its input" not in section(rendered(content), "verify").text
+    content["parity"] |= {
+        "local": [
+            {
+                "name": f"l_out-{i}",
+                "error": 3e-6 if i else 0.2,
+                "tolerance": 1e-5,
+                "worst_position": 0,
+                "worst_error": 1.0,
+            }
+            for i in range(3)
+        ],
+        "verdict": False,
+        "amplification": 120.4,
+    }
+    found = section(rendered(content), "verify")
+    assert "Given its input" in found.text
+    assert "l_out-1 10⁻⁶ 1 10⁻⁵ 3.0 × 10⁻⁶" in found.find("tr")
+    assert "l_out-3 10⁻⁴ 3 10⁻³ –" in found.find("tr")
+    assert "120 eps" in found.text
+    failing = [a for tag, a in found.elements if tag == "tr" and a.get("class") == "fails"]
+    assert len(failing) == 2, "10⁻² is beyond the tolerance of 0.002, and 0.2 beyond 10⁻⁵"
+    content["parity"] |= {"verdict": True, "local": content["parity"]["local"][1:]}
+    found = section(rendered(content), "verify")
+    assert not [a for tag, a in found.elements if tag == "tr" and a.get("class") == "fails"]
+    series = departures(Run(checked(content), {}))[0].series
+    assert [s.name for s in series] == ["relative L2", "given llama.cpp's own input", "tolerance"]
+    assert [x for x, _ in series[1].points] == [1, 2]
 
 
 def test_grids_are_drawn_for_print_as_on_the_page() -> None:

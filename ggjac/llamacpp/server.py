@@ -2,7 +2,7 @@
 
 llama.cpp runs with the settings that round least: CPU, F32 cache, no flash attention, one batch in which every token is
 an output. Other parameters keep their defaults, which mean "from the file" (the high-level `llama_cpp.Llama` overrides
-YaRN's).
+YaRN's). Every prompt has a context of its own, since the state of a recurrent block cannot be cut back.
 """
 
 import ctypes

@@ -11,6 +11,7 @@ _TENSOR = record(
     {"name": text, "error": maybe(number)},  # relative L2
     {"worst_position": integer, "worst_error": maybe(number)},
 )
+_LOCAL = record({"name": text, "error": maybe(number), "tolerance": number})
 FORM: dict[str, Check] = {
     "parity": record(
         {"verdict": maybe(flag)},  # null where nothing was compared
@@ -25,6 +26,8 @@ FORM: dict[str, Check] = {
             "logits_error": number,
             "cause": text,  # of a difference that is expected
             "layers": each(_TENSOR),  # in the order of computation
+            "local": each(_LOCAL),  # likewise, each given llama.cpp's own input
+            "amplification": number,  # of rounding, in eps
         },
     ),
 }
@@ -35,6 +38,9 @@ def departures(run: Run) -> list[Chart]:
     parity = run.content["parity"] or {}
     points = known(enumerate(row["error"] for row in parity.get("layers") or []))
     series = [Series("relative L2", points)]
+    local = {row["name"]: row["error"] for row in parity.get("local") or []}
+    own = known(enumerate(local.get(row["name"]) for row in parity.get("layers") or []))
+    series.append(Series("given llama.cpp's own input", own, "ink"))
     if parity.get("tolerance") is not None and points:
         series.append(Series("tolerance", tuple((x, parity["tolerance"]) for x in (0.0, points[-1][0])), "faint"))
     title, axes = "Distance from llama.cpp, tensor by tensor", ("tensor", "relative L2")
@@ -47,10 +53,13 @@ def verify(run: Run) -> dict[str, Any] | None:
     drawn = departures(run)
     if not drawn:
         return None
-    limit = found["tolerance"]
+    limit, local = found["tolerance"], {row["name"]: row for row in found["local"] or []}
+    excused = found["amplification"] is not None and found["verdict"]  # by rounding that the model amplifies
     return {
         "charts": drawn,
         "limit": None if limit is None else power(limit),
+        "local": bool(local),
+        "amplification": None if found["amplification"] is None else power(found["amplification"]),
         "short": len(found["layers"]) <= SHORT,
         "rows": [
             {
@@ -58,11 +67,17 @@ def verify(run: Run) -> dict[str, Any] | None:
                 "error": power(row["error"]),
                 "position": MISSING if row["worst_position"] is None else str(row["worst_position"]),
                 "worst": power(row["worst_error"]),
-                "fails": limit is not None and not (row["error"] is not None and row["error"] <= limit),
+                "local": power(local[row["name"]]["error"]) if row["name"] in local else MISSING,
+                "fails": _departs(row, None if excused else limit)
+                or (row["name"] in local and _departs(local[row["name"]], local[row["name"]]["tolerance"])),
             }
             for row in found["layers"]
         ],
     }
+
+
+def _departs(row: dict[str, Any], limit: float | None) -> bool:
+    return limit is not None and not (row["error"] is not None and row["error"] <= limit)
 
 
 SECTIONS = (
