@@ -627,11 +627,15 @@ def _predict(builder: _Builder) -> Work:
 
 
 def _verify(builder: _Builder) -> Work:
-    """A trace without tapes, compared with llama.cpp's tensors; memory of llama.cpp's own process is not counted."""
+    """A trace without tapes, and the same blocks once more, each given llama.cpp's input.
+
+    Only a quantized file as it is does without the latter. Memory of llama.cpp's own process is not counted.
+    """
     n, config = builder.n, builder.config
     tensors = n * builder.d * (3 * config.block_count + 1)  # each block's two branches and stream; the output
     reference = {"llama.cpp's tensors": 4 * (tensors + n * config.vocabulary)}
-    return builder.work(Lookup("all logits", logits=n), tapes=False, buffers=reference)
+    alone = Sweeps("blocks, given llama.cpp's input", 1, 1, region=Region("all", n))
+    return builder.work(alone, Lookup("all logits", count=2, logits=n), tapes=False, buffers=reference, reused="all")
 
 
 # The commands that can be planned, the main one first.
