@@ -162,7 +162,7 @@ def surplus(run: Trace, layer: int, positions: int, used: list[blocks.HiddenTape
     if "ffn_gate_inp.weight" not in run.model.block(layer):
         return 0
     chosen = sum(network.kind == "_exps" for network in used)
-    return (planner.routed_experts(run.model.config, positions) - chosen) * expert_elements(run.model, stems)
+    return (planner.routed_experts(run.model.config, layer, positions) - chosen) * expert_elements(run.model, stems)
 
 
 @BOTH_WAYS

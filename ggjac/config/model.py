@@ -50,6 +50,8 @@ class Layer:
         value_size: elements of a value head.
         hidden_units: of the dense feed-forward network; 0 if the block has none.
         routed: whether the block has a mixture of experts.
+        experts_used: number of routed experts that each token uses; 0 without a mixture, as the next one.
+        expert_units: hidden units of a routed expert.
         keys_as_values: whether the key projection, before its norm and rotation, gives the values too.
         by_key_head: whether all projections of a delta rule are in one tensor, `ssm_in`, key head by key head.
         window: number of tokens to which a position attends, itself included; None for all up to it.
@@ -68,6 +70,8 @@ class Layer:
     window: int | None
     rope: Rope | None
     xielu: tuple[float, float, float] | None = None
+    experts_used: int = 0
+    expert_units: int = 0
     keys_as_values: bool = False
     by_key_head: bool = False
 
@@ -112,11 +116,12 @@ class ModelConfig:
         temperature_scale: growth of queries with position; 0 for none.
         temperature_length: number of positions after which they first grow.
         embedding_scale, residual_scale, logit_scale: multiply embeddings, branches and logits.
-        expert_count, expert_used_count: number of experts, and of those used per token; 0 for a dense model.
+        expert_count: number of routed experts in a mixture; 0 for a dense model.
         expert_groups, expert_groups_used: number of groups of experts, and of those that a token's experts come from;
             1 and 1 without groups.
         expert_weights_scale: multiplies the weights of routed experts.
-        expert_feed_forward_length, expert_shared_feed_forward_length: hidden units of a routed and the shared expert.
+        expert_shared_feed_forward_length: hidden units of the shared expert.
+        expert_latent: width of what routed experts read and write; 0 if it is that of the stream.
         decay_bound: lower bound of the logarithm of decays; 0 for none.
     """
 
@@ -140,16 +145,15 @@ class ModelConfig:
     residual_scale: float
     logit_scale: float
     expert_count: int
-    expert_used_count: int
     expert_groups: int
     expert_groups_used: int
     expert_weights_scale: float
-    expert_feed_forward_length: int
     expert_shared_feed_forward_length: int
+    expert_latent: int = 0
     decay_bound: float = 0.0
 
     @property
     def hidden_units(self) -> int:
         """Hidden units of the widest feed-forward network, or expert of a mixture."""
-        routed = max(self.expert_feed_forward_length, self.expert_shared_feed_forward_length)
-        return max(routed, *(layer.hidden_units for layer in self.layers))
+        own = (max(layer.hidden_units, layer.expert_units) for layer in self.layers)
+        return max(self.expert_shared_feed_forward_length, *own)

@@ -64,6 +64,7 @@ def _ropes(keys: Keys, row: Architecture, key_length: int, *, windowed: bool) ->
         original_context=keys.integer("rope.scaling.original_context_length", keys.integer("context_length")),
         magnitude=magnitude,
         still=_still(sections, dimensions // 2) if sections else (),
+        factored=row.rope_factors != "",
     )
     unscaled = Rope(dimensions, full.base, row.rope_pairs)
     local = {
@@ -73,8 +74,7 @@ def _ropes(keys: Keys, row: Architecture, key_length: int, *, windowed: bool) ->
         "plain": unscaled,
         "own": replace(unscaled, base=keys.real("rope.freq_base_swa", 10000.0), magnitude=attention_factor),
     }
-    own = local[row.window_rope]
-    return full, replace(own, factored=False) if row.full_factors else own
+    return full, replace(local[row.window_rope], factored=row.rope_factors == "all")
 
 
 def _rope_sections(keys: Keys, row: Architecture, dimensions: int) -> Sequence[int]:
@@ -131,6 +131,8 @@ def read_windows(keys: Keys, row: Architecture, blocks: int) -> list[int | None]
     if not size:
         return [None] * blocks
     name = f"{keys.prefix}.attention.sliding_window_pattern"
+    if row.windowed == "required" and not row.window_period and name not in keys.metadata:
+        raise ConfigError(f"metadata key {name} is missing; the file is incomplete or was converted wrongly")
     pattern = keys.metadata.get(name, row.window_period)
     if isinstance(pattern, Sequence) and not isinstance(pattern, str):
         if len(pattern) != blocks or not all(isinstance(entry, bool) for entry in pattern):

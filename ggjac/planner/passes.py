@@ -138,11 +138,11 @@ def matrix(info: "TensorInfo") -> Pass:
     return Pass(info.nbytes, {info.type.name: info.elements}, 2 * info.elements, 1, info.rows)
 
 
-def routed_experts(config: ModelConfig, positions: int) -> int:
+def routed_experts(config: ModelConfig, layer: int, positions: int) -> int:
     """Return how many experts of a layer some positions use together, if they are spread evenly; rounded up."""
-    if not config.expert_count:
+    if not config.layers[layer].routed:
         return 0
-    miss = 1 - config.expert_used_count / config.expert_count
+    miss = 1 - config.layers[layer].experts_used / config.expert_count
     return math.ceil(config.expert_count * (1 - miss**positions) - 1e-9)
 
 
@@ -200,8 +200,8 @@ class _Block:
 def _networks(block: _Block, config: ModelConfig, positions: int) -> Iterator[tuple[str, int, int, int]]:
     """Yield kind, experts read, uses and hidden units of each feed-forward network in a block."""
     if block.layer.routed:
-        routed, uses = routed_experts(config, positions), positions * config.expert_used_count
-        yield "_exps", routed, uses, config.expert_feed_forward_length
+        routed = routed_experts(config, block.index, positions)
+        yield "_exps", routed, positions * block.layer.experts_used, block.layer.expert_units
         if block.find("ffn_up_shexp.weight"):
             yield "_shexp", 0, positions, config.expert_shared_feed_forward_length
     if block.layer.hidden_units:
