@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from ggjac.architectures import Architecture
+from ggjac.sizes import KINDS, Kind
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,13 @@ class Layer:
     expert_units: int = 0
     keys_as_values: bool = False
     by_key_head: bool = False
+
+    @property
+    def taps(self) -> tuple[Kind, ...]:
+        """The taps that the block has: the stream after it, and what each of its branches adds."""
+        feeds = self.routed or self.hidden_units > 0
+        present = {"layer": True, "attn": bool(self.mixers), "mlp": feeds}
+        return tuple(kind for kind in KINDS if present[kind])
 
 
 @dataclass(frozen=True)
