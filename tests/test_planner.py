@@ -17,6 +17,7 @@ from helpers import held
 
 from ggjac import blocks, planner
 from ggjac.config import ModelConfig, read_config
+from ggjac.config.mixers import MIXERS
 from ggjac.gguf import GGUFFile, open_gguf
 from ggjac.jacobian import SharedSweep, Span, Tap
 from ggjac.linop import Linear, LinearOperator, Mix
@@ -37,6 +38,8 @@ CASES = [
     *("gptneox", "stablelm_12b", "nemotron", "command_r", "olmo", "olmo_clamped"),
     *("glm4moe", "glm4moe_355b", "deepseek", "dots1", "ernie4_5_moe", "hunyuan_moe", "bailingmoe"),
     *("bailingmoe2_groups", "exaone_moe", "minimax_m2", "phimoe"),
+    *("qwen35", "qwen35_sizes", "qwen35_predictor", "qwen35_q8_0", "qwen35moe", "qwen35moe_fused", "qwen3next"),
+    *("qwen3next_old", "qwen3next_fused", "lfm2", "lfm2_window", "lfm2_taps", "lfm2_q8_0", "lfm2moe"),
 ]
 GATED = ("plain", "biases", "phi3", "gpt2", "gemma2", "mixtral", "qwen2moe", "gpt_oss", "glm4moe")
 BOTH_WAYS = pytest.mark.parametrize(
@@ -142,8 +145,10 @@ def networks(run: Trace, layer: int) -> list[blocks.HiddenTape]:
 
 def live_bias_elements(run: Trace, layer: int) -> int:
     """Count the elements of the biases that a sweep pushes through."""
-    w = run.model.block(layer)
-    names = [(f"{stem}.bias", None) for stem in ("attn_v", "attn_output")]
+    w, mixers = run.model.block(layer), [MIXERS[kind] for kind in run.model.config.layers[layer].mixers]
+    names: list[tuple[str, int | None]] = []
+    for mixer in mixers:
+        names += [(f"{stem}.bias", None) for stem in (mixer.values, mixer.expansion, mixer.convolution, mixer.output)]
     for network in networks(run, layer):
         names += [(f"{stem}{network.kind}.bias", network.expert) for stem in (network.live, "ffn_down")]
     return sum(w.vector(name, expert).numel() for name, expert in names if name in w)
@@ -151,10 +156,10 @@ def live_bias_elements(run: Trace, layer: int) -> int:
 
 def expert_elements(model: Model, stems: tuple[str, ...]) -> int:
     """Return the elements of one expert's tensors, biases included."""
-    infos = model.gguf.tensors
-    first = next(name for name in infos if "ffn_gate_inp" in name).split(".")[1]
-    names = [f"blk.{first}.{stem}_exps.{suffix}" for stem in stems for suffix in ("weight", "bias")]
-    return sum(math.prod(infos[name].shape[1:]) for name in names if name in infos)
+    first = next(i for i, own in enumerate(model.config.layers) if own.routed)
+    w, names = model.block(first), [f"{stem}_exps" for stem in stems]
+    matrices = sum(math.prod(w.matrix(f"{name}.weight", 0).shape) for name in names if f"{name}.weight" in w)
+    return matrices + sum(w.vector(f"{name}.bias", 0).numel() for name in names if f"{name}.bias" in w)
 
 
 def surplus(run: Trace, layer: int, positions: int, used: list[blocks.HiddenTape], stems: tuple[str, ...]) -> int:

@@ -187,14 +187,15 @@ class _Block:
         return weight + self.vector(f"{stem}.bias", matrices if experts else 0)
 
     def vector(self, name: str, experts: int = 0) -> Pass:
-        """Return the reading of a vector, or of `experts` rows of a stack of them."""
+        """Return the reading of a vector or of a convolution's taps, or of `experts` rows of a stack of vectors."""
         found = self.find(name)
         if found is None:
             return Pass()
-        info, elements = found
+        info, rows = found
         if experts:
             return Pass(experts * info.row_bytes, {info.type.name: experts * info.shape[-1]})
-        return Pass(elements * info.row_bytes // info.shape[-1], {info.type.name: elements})
+        whole = info.shape[-2] if len(info.shape) > 1 else info.shape[-1]
+        return Pass(rows * info.nbytes // whole, {info.type.name: rows * info.elements // whole})
 
 
 def _networks(block: _Block, config: ModelConfig, positions: int) -> Iterator[tuple[str, int, int, int]]:
@@ -235,6 +236,8 @@ def _sweep(block: _Block, config: ModelConfig, mlp_path: MlpPath, region: Region
         parts += [
             block.linear(stems.values, n),
             block.linear(stems.expansion, n),
+            block.vector(f"{stems.convolution}.weight"),
+            block.vector(f"{stems.convolution}.bias"),
             output,
             _mix(config, block, mixer, n, m),
         ]
@@ -309,14 +312,25 @@ def _trace(block: _Block, config: ModelConfig, mlp_path: MlpPath, n: int, m: int
         if len(stems) < 3 or mlp_path == "gate" or clamped:
             stems = [*stems, _live(block, kind, mlp_path)]
         parts += [block.linear(stem, m, experts, uses) for stem in stems]
-    # Head norms with separate weights for each head are small tensors with two axes. Matrices' factors do not count.
-    vectors = (
-        info
-        for info in block.infos
-        if info.name.endswith("_norm.weight") or (len(info.shape) == 1 and not info.name.endswith((".bias", "scale")))
-    )
-    parts += [Pass(info.nbytes, {info.type.name: info.elements}) for info in vectors]
+    parts += [Pass(info.nbytes, {info.type.name: info.elements}) for info in _small(block)]
     return total(parts)
+
+
+def _small(block: _Block) -> Iterator["TensorInfo"]:
+    """Yield a block's tensors that are not matrices, nor biases or constant factors of matrices.
+
+    Some have two axes or more: norms with weights for each head, taps of convolutions, constants of recurrences.
+    """
+    taps = {MIXERS[mixer].convolution.rsplit("_", 1)[0] for mixer in block.layer.mixers}
+    for info in block.infos:
+        stem, _, suffix = info.name.removeprefix(block.prefix).rpartition(".")
+        shared = any(stem.startswith(name) for name in taps if name)
+        if suffix == "weight":
+            small = len(info.shape) == 1 or stem.endswith("_norm") or shared
+        else:  # constants of a recurrence have no suffix
+            small = not stem or (suffix == "bias" and (stem == "ssm_dt" or shared))
+        if small:
+            yield info
 
 
 def _each_once(block: _Block, config: ModelConfig, n: int) -> Pass:
