@@ -12,15 +12,17 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from families import FAMILIES
+from families import DELTA, FAMILIES
 from helpers import held
+from torch.utils.flop_counter import FlopCounterMode
 
 from ggjac import blocks, planner
+from ggjac.blocks.patterns import Recurrence
 from ggjac.config import ModelConfig, read_config
 from ggjac.config.mixers import MIXERS
 from ggjac.gguf import GGUFFile, open_gguf
 from ggjac.jacobian import SharedSweep, Span, Tap
-from ggjac.linop import Linear, LinearOperator, Mix
+from ggjac.linop import Linear, LinearOperator, Mix, Scan
 from ggjac.model import DTYPES, Model, Trace, open_model
 from ggjac.planner import machine, memory, work
 from ggjac.sizes import ITEM_BYTES
@@ -129,8 +131,36 @@ def test_flop_and_tapes_are_those_of_the_operators(case: str, mlp_path: Any, tin
         assert layer.tape_bytes == nbytes(tape)
 
 
+# torch's own counter leaves out products that are added in place.
+IN_PLACE = dict.fromkeys(
+    (torch.ops.aten.addmm_, torch.ops.aten.baddbmm_), lambda _, left, right, **more: 2 * math.prod(left) * right[-1]
+)
+SHORT_KEYS = {"sizes": DELTA | {"ssm.state_size": 4, "ssm.inner_size": 16}}
+RECURRENT = ("qwen35", "qwen35moe", "qwen3next_old")
+
+
+@pytest.mark.parametrize("n", [16, 17, 19, 20])
+@pytest.mark.parametrize("case", RECURRENT)
+def test_a_recurrence_over_a_long_prompt_is_in_chunks(case: str, n: int, tiny_file: TinyFile) -> None:
+    """Beyond four keys of positions: chunks as long as a key, the last of them filled in part or whole."""
+    path = tiny_file(case, **SHORT_KEYS)
+    plan, run = planned(path, n), trace(path, n)
+    for layer, tape in zip(plan.layers, run.tapes, strict=True):
+        (mixer,) = tape.attn.mixers
+        assert (mixer.scan is not None) == (n > 16 and mixer.kind == "delta")
+        span = range(n - 1, n) if layer.index == len(plan.layers) - 1 else range(n)
+        block = blocks.block(run.model.block(layer.index), run.model.config, tape, span)
+        assert layer.sweep.flop == block.flop
+        assert layer.tape_bytes == nbytes(tape)
+        with FlopCounterMode(display=False, custom_mapping=IN_PLACE) as counter:
+            block.matmat(torch.ones(1, n, plan.d))
+        assert counter.get_total_flops() == block.flop
+
+
 @pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
-@pytest.mark.parametrize("case", ["biases", "gpt2", "gpt_oss", "qwen2moe", "gemma2", "olmo2", "olmo_clamped"])
+@pytest.mark.parametrize(
+    "case", ["biases", "gpt2", "gpt_oss", "qwen2moe", "gemma2", "olmo2", "olmo_clamped", "qwen35", "lfm2"]
+)
 def test_tapes_in_other_dtypes(case: str, dtype: str, tiny_file: TinyFile) -> None:
     path, n = tiny_file(case), 6
     plan = planned(path, n, dtype=dtype)
@@ -213,30 +243,50 @@ def test_a_trace_reads_what_the_plan_says(case: str, mlp_path: Any, tiny_file: T
     assert model.weights.reads["token_embd.weight"] * model.config.d <= plan.embedding.weights
 
 
-@pytest.mark.parametrize(
-    "case", ["gqa", "fused_qkv", "phi3", "gpt2", "mixtral", "qwen2moe", "cohere2", "olmo2", "olmo_clamped", "glm4moe"]
-)
-def test_flop_of_a_trace(case: str, monkeypatch: pytest.MonkeyPatch, tiny_file: TinyFile) -> None:
+TRACED: list[tuple[str, dict[str, Any], int]] = [
+    *((case, {}, 5) for case in ("gqa", "fused_qkv", "phi3", "gpt2", "mixtral", "qwen2moe", "cohere2", "olmo2")),
+    *((case, {}, 5) for case in ("olmo_clamped", "glm4moe", "lfm2", "lfm2moe", *RECURRENT)),
+    *((case, SHORT_KEYS, n) for case in RECURRENT for n in (16, 17, 20)),
+]
+
+
+@pytest.mark.parametrize(("case", "sizes", "n"), TRACED)
+def test_flop_of_a_trace(
+    case: str, sizes: dict[str, Any], n: int, monkeypatch: pytest.MonkeyPatch, tiny_file: TinyFile
+) -> None:
     """Every projection that the trace applies passes through `Linear`; scores cost as much as their use."""
     counted = 0
-    multiply, mix = Linear.matmat, Mix.matmat
 
-    def linear(self: Linear, X: torch.Tensor, t: Any = None) -> torch.Tensor:
+    def count(kind: type[LinearOperator], cost: Callable[[Any], int]) -> None:
+        multiply = kind.matmat
+
+        def counting(self: LinearOperator, X: torch.Tensor, t: Any = None) -> torch.Tensor:
+            nonlocal counted
+            counted += cost(self) * len(X)
+            return multiply(self, X, t)
+
+        monkeypatch.setattr(kind, "matmat", counting)
+
+    run = Recurrence.run
+
+    def running(self: Recurrence, v: torch.Tensor, state: torch.Tensor) -> Any:
+        """Count what is removed, written and read; the pattern that comes of it is used once, without scores."""
         nonlocal counted
-        counted += flop(self) * len(X)
-        return multiply(self, X, t)
+        counted += 6 * len(v) * state.numel()
+        if state.shape[2] == len(v):
+            counted -= 2 * v.shape[1] * len(v) ** 2 * own.value_size
+        return run(self, v, state)
 
-    def mixed(self: Mix, X: torch.Tensor, t: Any = None) -> torch.Tensor:
-        nonlocal counted
-        counted += 2 * flop(self) * len(X)
-        return mix(self, X, t)
-
-    monkeypatch.setattr(Linear, "matmat", linear)
-    monkeypatch.setattr(Mix, "matmat", mixed)
+    count(Linear, flop)
+    count(Mix, lambda mix: 2 * flop(mix))
+    count(Scan, lambda scan: scan.flop)
+    monkeypatch.setattr(Recurrence, "run", running)
+    path = tiny_file(case, **sizes)
+    own = open_model(path).config.recurrence
     for mlp_path in ("up", "gate"):
         counted = 0
-        trace(tiny_file(case), 5, mlp_path)
-        assert planned(tiny_file(case), 5, mlp_path=mlp_path).trace.flop == counted
+        trace(path, n, mlp_path)
+        assert planned(path, n, mlp_path=mlp_path).trace.flop == counted
 
 
 # ---- the whole

@@ -273,12 +273,23 @@ def _mix(config: ModelConfig, block: _Block, mixer: str, n: int, m: int) -> Pass
 
 
 def _pattern(config: ModelConfig, block: _Block, mixer: str, n: int, m: int) -> Pass:
-    """Return the computation of a pattern in the forward pass: scores, or a recurrence on the identity."""
+    """Return the computation of a pattern in the forward pass: scores, or a recurrence on the identity.
+
+    At each position the state is read for what is removed, written, and read by the query. Apart from these products, a
+    position writes the state three times: decayed, what is added to it, and the sum.
+    """
     heads, _, key = _heads(config, block, mixer)
     if not MIXERS[mixer].recurrent:
         return Pass(flop=2 * heads * key * m * n)
     chunk = scan_chunk(n, key)
-    return Pass(flop=6 * heads * key * n * (n if chunk is None else chunk + key))
+    if chunk is None:
+        return _recurrence(heads * key * n, n)
+    return _recurrence(heads * key * (chunk + key), math.ceil(n / chunk) * chunk)
+
+
+def _recurrence(state: int, positions: int) -> Pass:
+    """Return a recurrence over some positions, with a state of so many floats."""
+    return Pass(flop=6 * state * positions, written=3 * state * positions)
 
 
 _ONCE = ("ffn_gate_inp", "ffn_latent_down", "ffn_latent_up")
