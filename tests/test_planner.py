@@ -427,6 +427,13 @@ def test_memory_grows_with_the_prompt_the_rank_and_the_dtype(tiny_file: TinyFile
     assert planned(path, 50, position=9, budget=AMPLE).ram["vectors"] < planned(path, 50, budget=AMPLE).ram["vectors"]
 
 
+def recurrent(size: int, heads: int) -> dict[str, Any]:
+    """Return three blocks' delta rule with heads of some size, two of them for each key head."""
+    sizes = {"state_size": size, "group_count": heads // 2, "time_step_rank": heads, "inner_size": size * heads}
+    return {"sizes": DELTA | {f"ssm.{name}": value for name, value in sizes.items()}}
+
+
+CONVOLUTIONS = {"mixers": ("convolution",) * 3, "extra": {"attention.head_count_kv": [0] * 3}}
 NARROW = {"heads": 4, "head_dim": 8, "kv_heads": 2}
 WIDE = {"heads": 8, "head_dim": 32}
 # Each thing that can dominate: heads, hidden units, the stream; and an expert that many positions use.
@@ -446,6 +453,11 @@ HOLDING: list[tuple[str, dict[str, Any]]] = [
     ("mixtral", NARROW | {"d": 256, "experts": 32, "experts_used": 2, "expert_ff": 512}),
     *(("glm4moe", NARROW | {"n_rot": None, "ff": ff, "expert_ff": 64}) for ff in (32, 512)),
     *(("deepseek", {"ff": ff, "dense_lead": lead}) for ff, lead in ((96, 1), (400, 2), (400, 0), (96, 3))),
+    *(("lfm2", CONVOLUTIONS | {"ff": ff}) for ff in (32, 512)),
+    ("lfm2", CONVOLUTIONS | {"ff": 32, "d": 256}),
+    *(("qwen35_listed", recurrent(size, heads) | {"ff": 32}) for size, heads in ((4, 64), (16, 16), (32, 8))),
+    ("qwen35_listed", recurrent(16, 16) | {"ff": 512}),
+    ("qwen35_listed", recurrent(16, 16) | {"d": 32, "ff": 32}),
 ]
 
 
@@ -479,6 +491,24 @@ def test_maps_of_one_block_hold_what_is_counted(
         if up and len(kinds) == 1:  # a stack of one part is the caller's own
             counted -= 4 * k * n * config.d
         assert 0.84 < held(product) / counted < 1.12, up
+
+
+@pytest.mark.parametrize("n", [24, 200])
+@pytest.mark.parametrize(
+    ("case", "sizes"),
+    [
+        *(("qwen35_listed", recurrent(size, heads) | {"ff": 32}) for size, heads in ((8, 16), (16, 16), (32, 8))),
+        ("qwen35_listed", recurrent(16, 16) | {"d": 128}),
+        ("lfm2", CONVOLUTIONS | {"ff": 32, "layers": 3}),
+    ],
+)
+def test_a_trace_holds_what_is_counted(case: str, sizes: dict[str, Any], n: int, tiny_file: TinyFile) -> None:
+    """Of a convolution, and of a recurrence: with a pattern and, of the longer prompt, in chunks."""
+    model = open_model(tiny_file(case, **sizes))
+    ids = [i % model.config.vocabulary for i in range(n)]
+    model.trace(ids, tapes=False)  # the tile is there from now on
+    counted = 4 * planner.trace_floats(model.config, n)
+    assert 0.7 < held(lambda: model.trace(ids, tapes=False)) / counted < 1.1
 
 
 # ---- where weights wait
