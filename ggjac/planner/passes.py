@@ -233,16 +233,11 @@ def _sweep(block: _Block, config: ModelConfig, mlp_path: MlpPath, region: Region
     for mixer in block.layer.mixers:
         stems = MIXERS[mixer]
         output = block.linear(stems.output, m)
-        parts += [
-            block.linear(stems.values, n),
-            block.linear(stems.expansion, n),
-            block.vector(f"{stems.convolution}.weight"),
-            block.vector(f"{stems.convolution}.bias"),
-            output,
-            _mix(config, block, mixer, n, m),
-        ]
+        taps = block.vector(f"{stems.convolution}.weight") + block.vector(f"{stems.convolution}.bias")
+        parts += [block.linear(stems.values, n), block.linear(stems.expansion, n), taps, output]
+        parts.append(_mix(config, block, mixer, n, m))
         if region.tensors == "heads":  # once more for what it adds and for its bias, and once for the head's shares
-            parts.append(output.scaled(2))
+            parts += [output.scaled(2), taps]
     for kind, experts, uses, _ in _networks(block, config, m):
         parts += [block.linear(stem, m, experts, uses) for stem in (_live(block, kind, mlp_path), f"ffn_down{kind}")]
     # Each vector visits only the blocks of its own map's span: scale by the mean.
