@@ -289,6 +289,27 @@ def test_flop_of_a_trace(
         assert planned(path, n, mlp_path=mlp_path).trace.flop == counted
 
 
+def test_a_recurrence_is_continued_from_its_state(tiny_file: TinyFile) -> None:
+    """However long the text: a token costs a step of the recurrence, where attention looks back at all of it."""
+
+    def token(case: str, text: int, **changes: Any) -> int:
+        plan = planned(tiny_file(case, **changes), 5, "steer", text=text)
+        return plan.sweep_of(next(step.region for step in plan.work.sweeps if step.what == "tokens")).flop
+
+    listed = {"mixers": ("delta",) * 2, "layers": 2, "extra": {"attention.recurrent_layers": [True] * 2}}
+    (delta, longer), (attention, more) = (
+        (token(case, 5, **changes), token(case, 50, **changes)) for case, changes in (("qwen35", listed), ("gqa", {}))
+    )
+    assert delta == longer
+    assert attention < more
+    run = trace(tiny_file("qwen35", **listed), 1)
+    own = run.model.config.recurrence
+    projections = planned(tiny_file("qwen35", **listed), 1).trace.flop - sum(
+        6 * own.heads * own.key_size + 2 * own.heads * own.value_size for _ in run.tapes
+    )
+    assert delta == projections + 6 * own.heads * own.key_size * own.value_size * len(run.tapes)
+
+
 # ---- the whole
 
 

@@ -75,7 +75,7 @@ def _sweep_parts(config: ModelConfig, work: Work, step: Sweeps) -> dict[str, int
     wide = max(4, item)  # bases and softmax are at least in float32
     region = step.region
     n = region.read or work.input_positions
-    if region.tensors == "all":
+    if region.tensors in ("all", "continued"):
         moving = trace_floats(config, n, region.written or n) * wide
     else:
         # A basis in float32 gives the sweep a copy of its vectors rounded to the dtype.

@@ -225,8 +225,8 @@ def _sweep(block: _Block, config: ModelConfig, mlp_path: MlpPath, region: Region
         return Pass()
     n = region.read or input_positions
     m = region.written or n
-    if region.tensors == "all":
-        return _trace(block, config, mlp_path, n, m)
+    if region.tensors in ("all", "continued"):
+        return _trace(block, config, mlp_path, n, m, continued=region.tensors == "continued")
     if region.written is None and set(ends) == {block.index + 1}:
         m = 1
     parts = []
@@ -302,14 +302,20 @@ def _stems(block: _Block, kind: str) -> list[str]:
     return stems if block.find(f"ffn_gate{kind}.weight") else stems[1:]
 
 
-def _trace(block: _Block, config: ModelConfig, mlp_path: MlpPath, n: int, m: int) -> Pass:
+def _trace(block: _Block, config: ModelConfig, mlp_path: MlpPath, n: int, m: int, *, continued: bool = False) -> Pass:
     """Return what the last `m` of `n` positions read and compute in the forward pass.
+
+    A recurrence that is continued has a state in place of a pattern.
 
     Each tensor counts once, but one that is both recorded for a frozen factor and applied as a live one counts twice.
     """
     parts = [block.linear(stem, m) for stem in (*_mixer_stems(block), *_ONCE)]
     for mixer in block.layer.mixers:
-        parts += [_pattern(config, block, mixer, n, m), _mix(config, block, mixer, n, m)]
+        if continued and MIXERS[mixer].recurrent:
+            heads, value, key = _heads(config, block, mixer)
+            parts.append(_recurrence(heads * value * key, m))
+        else:
+            parts += [_pattern(config, block, mixer, n, m), _mix(config, block, mixer, n, m)]
     parts.append(block.vector("exp_probs_b.bias"))
     clamped = config.row.activation == "silu_oai"
     for kind, experts, uses, _ in _networks(block, config, m):

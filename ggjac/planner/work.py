@@ -75,7 +75,8 @@ class Region(NamedTuple):
 
     Attributes:
         tensors: `"live"`: those that products use; `"heads"`: the same, with the output projection twice more; `"all"`:
-            those of the forward pass.
+            those of the forward pass; `"continued"`: the same, for positions that follow others, whose keys, values and
+            states are kept.
         read: positions read; None: those up to the output's.
         written: positions written; None: the positions read, but only one in a block where all maps end.
         spans: for each map in the stack, its first block and the one after its last; empty: one map over all blocks.
@@ -83,7 +84,7 @@ class Region(NamedTuple):
         sequential: sweep the maps one after another instead of together, each with the step's full stack of vectors.
     """
 
-    tensors: Literal["live", "heads", "all"] = "live"
+    tensors: Literal["live", "heads", "all", "continued"] = "live"
     read: int | None = None
     written: int | None = None
     spans: tuple[tuple[int, int], ...] = ()
@@ -610,9 +611,9 @@ def _steer(builder: _Builder) -> Work:
     steps: list[Sweeps | Lookup] = [*builder.in_chunks("images of the text", text, region=concept, stream_copies=1)]
     if request.method == "equation16":
         steps.append(Sweeps("offset", 1, 3, region=concept))
-    steps.append(Sweeps("texts", 1 + steered, 1, region=Region("all", text), buffers=buffers))
+    steps.append(Sweeps("texts", 1 + steered, 1, region=Region("continued", text), buffers=buffers))
     if later:
-        token = Region("all", capacity, 1)
+        token = Region("continued", capacity, 1)
         steps.append(Sweeps("tokens", (1 + steered) * later, 1, region=token, buffers=buffers))
         if steered:
             images = Sweeps("images of tokens", steered * later, 1, region=concept, stream_copies=1, buffers=buffers)
