@@ -652,6 +652,16 @@ def test_a_large_position_hides_no_mistake(tiny_file, monkeypatch):
     assert (streams[1].position, streams[1].error) == (5, pytest.approx(1e-3 / math.sqrt(len(ids)), rel=0.1))
 
 
+@pytest.mark.parametrize("case", ["gpt_oss", "qwen2_yarn"])
+def test_far_positions_are_rotated_as_llama_cpp_does(tiny_file, case):
+    """YaRN's share of an angle, rounded in another place, would be off by 1e-5 at the last positions."""
+    model = open_model(tiny_file(case, context=1024))
+    ids = (tiny.prompt(case, 100) * 8)[:800]
+    result = verify(model, ids)
+    assert result.verdict
+    assert all(e.error < 1e-6 for e in result.local)
+
+
 def test_embeddings_are_judged_with_the_first_block(tiny_file):
     model = open_model(tiny_file("gqa"))
     model.config = replace(model.config, embedding_scale=1.0001)
