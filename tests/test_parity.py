@@ -580,6 +580,33 @@ def test_a_mistake_shows_in_its_own_block_alone(tiny_file, monkeypatch, mistake,
     assert result.rounding == {}  # not measured: it could excuse nothing
 
 
+@pytest.mark.parametrize("case", ["qwen35", "qwen3next", "lfm2", "gemma3", "olmo", "gpt_oss"])
+def test_a_mistake_is_named_in_other_families_too(tiny_file, monkeypatch, case):
+    """Where the graph has other names or none, where a recurrence mixes positions, and where GELU's table acts."""
+    model = open_model(tiny_file(case))
+    layer = model.config.block_count - 2
+    mistaken(monkeypatch, lambda w, f: (w, f._replace(config=replace(f.config, norm_epsilon=0.1))), layer)
+    result = verify(model, tiny.prompt(case))
+    assert not result.verdict
+    assert {e.layer for e in result.local if not e.passes} == {layer}
+
+
+def test_rows_are_compared_in_parts(monkeypatch):
+    torch.manual_seed(0)
+    ours, before = torch.randn(7, 5), torch.randn(7, 5)
+    theirs = ours + 1e-3 * torch.randn(7, 5)
+    whole = parity._local_error("l_out-1", ours, theirs, 1e-5, before, 0.1)
+    scale = (theirs - before).norm(dim=-1) + 0.1 * torch.maximum(theirs.norm(dim=-1), before.norm(dim=-1))
+    errors = (ours - theirs).norm(dim=-1) / scale
+    assert (whole.layer, whole.position) == (1, int(errors.argmax()))
+    assert whole.error == pytest.approx(float(errors.square().mean().sqrt()), rel=1e-5)
+    assert whole.position_error == pytest.approx(float(errors.max()), rel=1e-5)
+    for size in (1, 10, 12):
+        monkeypatch.setattr(parity, "COMPARED", size)
+        assert parity._local_error("l_out-1", ours, theirs, 1e-5, before, 0.1) == whole
+    assert parity._local_error("l_out-1", ours[:3], theirs, 1e-5).error == math.inf
+
+
 def test_every_block_with_a_mistake_is_named(tiny_file, monkeypatch):
     model = open_model(tiny_file("biases", layers=5))
     mistaken(monkeypatch, without_a_bias, 1, 3)
@@ -623,6 +650,16 @@ def test_a_large_position_hides_no_mistake(tiny_file, monkeypatch):
     streams = [e for e in local if e.name.startswith("l_out")]
     assert [e.passes for e in streams] == [True, False, True]
     assert (streams[1].position, streams[1].error) == (5, pytest.approx(1e-3 / math.sqrt(len(ids)), rel=0.1))
+
+
+@pytest.mark.parametrize("case", ["gpt_oss", "qwen2_yarn"])
+def test_far_positions_are_rotated_as_llama_cpp_does(tiny_file, case):
+    """YaRN's share of an angle, rounded in another place, would be off by 1e-5 at the last positions."""
+    model = open_model(tiny_file(case, context=1024))
+    ids = (tiny.prompt(case, 100) * 8)[:800]
+    result = verify(model, ids)
+    assert result.verdict
+    assert all(e.error < 1e-6 for e in result.local)
 
 
 def test_embeddings_are_judged_with_the_first_block(tiny_file):
