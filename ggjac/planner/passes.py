@@ -240,6 +240,7 @@ def _sweep(block: _Block, config: ModelConfig, mlp_path: MlpPath, region: Region
             parts += [output.scaled(2), taps]
     for kind, experts, uses, _ in _networks(block, config, m):
         parts += [block.linear(stem, m, experts, uses) for stem in (_live(block, kind, mlp_path), f"ffn_down{kind}")]
+    parts += [block.linear(stem, m) for stem in _LATENT]
     # Each vector visits only the blocks of its own map's span: scale by the mean.
     return total(parts) if region.sequential else total(parts).scaled(len(ends) / len(spans))
 
@@ -287,7 +288,9 @@ def _recurrence(state: int, positions: int) -> Pass:
     return Pass(flop=6 * state * positions, written=3 * state * positions)
 
 
-_ONCE = ("ffn_gate_inp", "ffn_latent_down", "ffn_latent_up")
+# Around the routed experts: live, and the first of them is applied before they are recorded, too.
+_LATENT = ("ffn_latent_down", "ffn_latent_up")
+_ONCE = ("ffn_gate_inp", *_LATENT)
 
 
 def _mixer_stems(block: _Block) -> list[str]:
@@ -309,7 +312,7 @@ def _trace(block: _Block, config: ModelConfig, mlp_path: MlpPath, n: int, m: int
 
     Each tensor counts once, but one that is both recorded for a frozen factor and applied as a live one counts twice.
     """
-    parts = [block.linear(stem, m) for stem in (*_mixer_stems(block), *_ONCE)]
+    parts = [block.linear(stem, m) for stem in (*_mixer_stems(block), *_ONCE, _LATENT[0])]
     for mixer in block.layer.mixers:
         if continued and MIXERS[mixer].recurrent:
             heads, value, key = _heads(config, block, mixer)
@@ -363,7 +366,8 @@ def _tape_bytes(block: _Block, config: ModelConfig, n: int, item: int) -> int:
     places += [norms.ffn_in, norms.ffn_out] if own.hidden_units or own.routed else []
     places += [norms.dense_out, norms.experts_in, norms.experts_out] if own.hidden_units and own.routed else []
     for names in places:
-        name = next((name for name in names if config.row.norm == "bare" or block.find(f"{name}.weight")), None)
+        found = (name for name in names if block.find(f"{name}.weight") or block.find(name))
+        name = names[0] if names and config.row.norm == "bare" else next(found, None)
         if name is not None:
             floats += config.d * (2 if block.find(f"{name}.bias") else 1)
             other += n * max(4, item)  # one over the root mean square, at least in float32
