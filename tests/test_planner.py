@@ -257,6 +257,8 @@ def test_a_trace_reads_what_the_plan_says(case: str, mlp_path: Any, tiny_file: T
 TRACED: list[tuple[str, dict[str, Any], int]] = [
     *((case, {}, 5) for case in ("gqa", "fused_qkv", "phi3", "gpt2", "mixtral", "qwen2moe", "cohere2", "olmo2")),
     *((case, {}, 5) for case in ("olmo_clamped", "glm4moe", "lfm2", "lfm2moe", *RECURRENT)),
+    *((case, {}, 5) for case in ("mamba2", "granitehybrid_experts", "falcon_h1", "nemotron_h_moe", "gemma4")),
+    *((case, {}, 5) for case in ("nemotron_h_moe_latent", "gemma4_experts")),
     *((case, SHORT_KEYS, n) for case in RECURRENT for n in (16, 17, 20)),
 ]
 
