@@ -288,6 +288,43 @@ def shifted_positions(patch: Patch) -> None:
     patch.setattr(mixers, "rotate", wrong)
 
 
+def changed_vector(name: str, change: Callable[[Tensor], Tensor]) -> Callable[[Patch], None]:
+    """Let a small tensor be read as another."""
+
+    def make(patch: Patch) -> None:
+        vector = weights.Block.vector
+
+        def changed(self: weights.Block, wanted: str, expert: int | None = None) -> Tensor:
+            found = vector(self, wanted, expert)
+            return change(found) if wanted == name else found
+
+        patch.setattr(weights.Block, "vector", changed)
+
+    return make
+
+
+def moved(name: str, by: int) -> Callable[[Patch], None]:
+    """Let the elements of all queries or keys of latent attention be shifted, as if its parts had another order."""
+
+    def make(patch: Patch) -> None:
+        right = getattr(mixers, name)
+        patch.setattr(mixers, name, lambda *args: right(*args).roll(by, -1))
+
+    return make
+
+
+def keys_above_values(patch: Patch) -> None:
+    """Take the first rows of a fused expansion for the keys of all heads, not the first of each head."""
+    right = model.fused_parts
+
+    def wrong(config: ModelConfig, layer: int) -> dict[str, Part]:
+        parts, own = right(config, layer), config.layers[layer]
+        keys, rows = own.heads * (own.key_size - config.latent.rotary), own.heads * own.value_size
+        return parts | {"attn_k_nope": Part("attn_kv_b", 0, keys), "attn_v_b": Part("attn_kv_b", keys, keys + rows)}
+
+    patch.setattr(model, "fused_parts", wrong)
+
+
 MISTAKES: dict[str, tuple[str, Callable[[Patch], None]]] = {
     "rope pairs as NEOX": ("plain", lambda p: change_config(p, rope__pairs="halves")),
     "rope base ignored": ("rope_base", lambda p: change_config(p, rope__base=10000.0)),
@@ -366,7 +403,7 @@ MISTAKES: dict[str, tuple[str, Callable[[Patch], None]]] = {
     "shared expert not gated": ("qwen2moe", without("ffn_gate_inp_shexp.weight")),
     **{
         f"{case}: {mistake}": (case, make)
-        for case in ("glm4moe", "glm4moe_355b", "dots1", "bailingmoe2_groups", "exaone_moe_period")
+        for case in ("glm4moe", "glm4moe_355b", "dots1", "bailingmoe2_groups", "exaone_moe_period", "deepseek2")
         for mistake, make in {
             "softmax in place of sigmoid": lambda p: change_config(p, row__router="softmax"),
             "weights not normed": lambda p: change_config(p, row__renormalize=False),
@@ -403,6 +440,29 @@ MISTAKES: dict[str, tuple[str, Callable[[Patch], None]]] = {
     "no norm on heads that have one": ("glm4moe_355b", lambda p: change_config(p, row__qk_norm="")),
     "no clamp": ("gpt_oss", changed_activation(limit=None)),
     "up not shifted": ("gpt_oss", changed_activation(shift=0.0)),
+    "norm of the latent without weights": ("deepseek2", changed_vector("attn_kv_a_norm.weight", torch.ones_like)),
+    "norm of the queries' latent without weights": (
+        "deepseek2", changed_vector("attn_q_a_norm.weight", torch.ones_like)
+    ),
+    "norm of the queries' latent missing": (
+        "deepseek2", lambda p: p.setattr(mixers, "normed", lambda w, name, config, x: x)
+    ),
+    "rotating part of queries first": ("deepseek2", moved("_latent_queries", 8)),
+    "rotating part of keys first": ("deepseek2_unsplit", moved("_latent_keys", 8)),
+    "keys of all heads above their values": ("deepseek2_unsplit", keys_above_values),
+    "latent attention rotates halves": ("deepseek2", lambda p: change_config(p, rope__pairs="halves")),
+    "latent attention does not rotate": ("deepseek2_lite", lambda p: change_config(p, layer__rope=None)),
+    "scores scaled by the size of what is cached": ("deepseek2", lambda p: change_config(p, attention_scale=28**-0.5)),
+    "scores not scaled by YaRN": ("deepseek2_yarn", lambda p: change_config(p, attention_scale=20**-0.5)),
+    "scores not scaled by YaRN's magnitude": (
+        "deepseek2_yarn_bare", lambda p: change_config(p, attention_scale=20**-0.5)
+    ),
+    "magnitude of YaRN's own": ("deepseek2_yarn", lambda p: change_config(p, rope__magnitude=1 + 0.1 * math.log(4))),
+    "scores not scaled where nothing is stretched": (
+        "deepseek2_none", lambda p: change_config(p, attention_scale=20**-0.5)
+    ),
+    "latent queries do not grow": ("deepseek2_temperature", lambda p: change_config(p, temperature_scale=0.0)),
+    "latent queries grow late": ("deepseek2_temperature", lambda p: change_config(p, temperature_length=5)),
 }  # fmt: skip
 
 

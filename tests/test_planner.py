@@ -37,8 +37,9 @@ CASES = [
     *("gptneox", "stablelm_12b", "nemotron", "command_r", "olmo", "olmo_clamped"),
     *("glm4moe", "glm4moe_355b", "deepseek", "dots1", "ernie4_5_moe", "hunyuan_moe", "bailingmoe"),
     *("bailingmoe2_groups", "exaone_moe", "minimax_m2", "phimoe"),
+    *("deepseek2", "deepseek2_unsplit", "deepseek2_dense"),
 ]
-GATED = ("plain", "biases", "phi3", "gpt2", "gemma2", "mixtral", "qwen2moe", "gpt_oss", "glm4moe")
+GATED = ("plain", "biases", "phi3", "gpt2", "gemma2", "mixtral", "qwen2moe", "gpt_oss", "glm4moe", "deepseek2")
 BOTH_WAYS = pytest.mark.parametrize(
     ("case", "mlp_path"), [*((case, "up") for case in CASES), *((case, "gate") for case in GATED)]
 )
@@ -127,7 +128,9 @@ def test_flop_and_tapes_are_those_of_the_operators(case: str, mlp_path: Any, tin
 
 
 @pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
-@pytest.mark.parametrize("case", ["biases", "gpt2", "gpt_oss", "qwen2moe", "gemma2", "olmo2", "olmo_clamped"])
+@pytest.mark.parametrize(
+    "case", ["biases", "gpt2", "gpt_oss", "qwen2moe", "gemma2", "olmo2", "olmo_clamped", "deepseek2"]
+)
 def test_tapes_in_other_dtypes(case: str, dtype: str, tiny_file: TinyFile) -> None:
     path, n = tiny_file(case), 6
     plan = planned(path, n, dtype=dtype)
