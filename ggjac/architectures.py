@@ -416,6 +416,18 @@ ARCHITECTURES: dict[str, Architecture] = {
     "qwen35moe": _QWEN35,
     "qwen3next": _DELTA,
     "deepseek2": _DEEPSEEK2,
+    "mistral4": replace(_DEEPSEEK2, mscale="one"),
+    "minicpm3": replace(
+        _LATENT,
+        rope_pairs="halves",
+        latent_queries="required",
+        embedding_scale="key",
+        residual_scale=True,
+        logit_scale="multiply",
+        scale_defaults=(12.0, 1.4, 256.0),
+        scale_keys=False,
+    ),
+    "plm": replace(_LATENT, ffn="plain", activation="relu2", head="tied"),
     "lfm2": replace(_LFM2, windowed="optional"),
     "lfm2moe": replace(_LFM2, router="", router_key=True, selection_bias="required", leading_dense=True),
 }

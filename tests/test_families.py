@@ -49,11 +49,24 @@ def test_every_layer_agrees_with_llamacpp(case: str, tiny_file: Callable[..., Pa
 
 @pytest.mark.parametrize("case", [*FIRST.values(), "mixtral", "mistral3_experts"])
 def test_matrices_have_constant_factors_where_llamacpp_applies_them(case: str, tiny_file: Callable[..., Path]) -> None:
-    """Attention's everywhere, the feed-forward's where the row says so; elsewhere, it computes what no model meant."""
+    """Attention's everywhere, the feed-forward's where the row says so; elsewhere, it computes what no model meant.
+
+    Of latent attention it applies the output projection's only.
+    """
     attention, feed_forward = families.SCALED
     row = ARCHITECTURES[tiny.options(case).architecture]
+    if row.mixer == "latent":
+        attention = ("attn_output",)
     assert agrees(tiny_file(case, type="F32", types={}, scales=attention))
     assert agrees(tiny_file(case, type="F32", types={}, scales=feed_forward)) == row.ffn_scales
+
+
+@pytest.mark.parametrize("case", ["plm", "deepseek2_lite"])
+def test_queries_of_latent_attention_have_no_factor(case: str, tiny_file: Callable[..., Path]) -> None:
+    path = tiny_file(case, scales=("attn_q",))
+    assert not agrees(path)
+    with pytest.raises(ConfigError, match=r"tensor 'blk.0.attn_q.scale' is not part of a \w+ model"):
+        open_model(path)
 
 
 @pytest.mark.parametrize("bias", ["attn_q", "attn_v", "attn_output", "ffn_up", "ffn_down"])

@@ -27,7 +27,7 @@ CASES = [
     "mistral3_temperature", "granite", "granite_nope", "smollm3", "glm4", "cohere2", "gpt2", "falcon_7b", "falcon_40b",
     "starcoder2", "mixtral", "gpt_oss", "qwen2moe", "olmoe", "granitemoe_shared", "llama_longrope_long", "qwen3vl",
     "hunyuan_yarn", "gptneox", "stablelm_12b", "nemotron", "command_r", "olmo_clamped", "glm4moe", "bailingmoe2_groups",
-    "exaone_moe_period", "deepseek2_yarn", "deepseek2_temperature", "deepseek2_unsplit",
+    "exaone_moe_period", "deepseek2_yarn", "deepseek2_temperature", "deepseek2_unsplit", "minicpm3_long",
 ]  # fmt: skip
 
 

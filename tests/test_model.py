@@ -462,6 +462,13 @@ MISTAKES: dict[str, tuple[str, Callable[[Patch], None]]] = {
         "deepseek2_none", lambda p: change_config(p, attention_scale=20**-0.5)
     ),
     "latent queries do not grow": ("deepseek2_temperature", lambda p: change_config(p, temperature_scale=0.0)),
+    "magnitude of YaRN left as stored": ("mistral4_yarn_half", lambda p: change_config(p, rope__magnitude=1.0)),
+    "MiniCPM 3's scales as in the file": (
+        "minicpm3_unread", lambda p: change_config(p, embedding_scale=3.0, residual_scale=0.5)
+    ),
+    "MiniCPM 3's logits divided": ("minicpm3", lambda p: change_config(p, logit_scale=64 / 256)),
+    "MiniCPM 3 rotates adjacent elements": ("minicpm3", lambda p: change_config(p, rope__pairs="adjacent")),
+    "factors of a short context": ("minicpm3_long", without_factors),
     "latent queries grow late": ("deepseek2_temperature", lambda p: change_config(p, temperature_length=5)),
 }  # fmt: skip
 
