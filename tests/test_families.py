@@ -57,8 +57,9 @@ def test_matrices_have_constant_factors_where_llamacpp_applies_them(case: str, t
     row = ARCHITECTURES[tiny.options(case).architecture]
     if row.mixer == "latent":
         attention = ("attn_output",)
-    assert agrees(tiny_file(case, type="F32", types={}, scales=attention))
-    assert agrees(tiny_file(case, type="F32", types={}, scales=feed_forward)) == row.ffn_scales
+    plain = {"type": "F32", "types": {}, "layers": tiny.options(case).blocks, "predictors": 0}
+    assert agrees(tiny_file(case, **plain, scales=attention))
+    assert agrees(tiny_file(case, **plain, scales=feed_forward)) == row.ffn_scales
 
 
 @pytest.mark.parametrize("case", ["plm", "deepseek2_lite"])

@@ -28,6 +28,7 @@ CASES = [
     "starcoder2", "mixtral", "gpt_oss", "qwen2moe", "olmoe", "granitemoe_shared", "llama_longrope_long", "qwen3vl",
     "hunyuan_yarn", "gptneox", "stablelm_12b", "nemotron", "command_r", "olmo_clamped", "glm4moe", "bailingmoe2_groups",
     "exaone_moe_period", "deepseek2_yarn", "deepseek2_temperature", "deepseek2_unsplit", "minicpm3_long",
+    "glm_dsa", "minimax_m3",
 ]  # fmt: skip
 
 

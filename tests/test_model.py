@@ -21,6 +21,7 @@ from ggjac import blocks, linop, model, planner, weights
 from ggjac.architectures import Norms
 from ggjac.blocks import NumericsError, activations, mixers, networks, norms
 from ggjac.config import ConfigError, ModelConfig, Rope
+from ggjac.generation import Continuation
 from ggjac.model import PromptError, open_model
 from ggjac.planner import work
 from ggjac.sizes import Part
@@ -403,7 +404,9 @@ MISTAKES: dict[str, tuple[str, Callable[[Patch], None]]] = {
     "shared expert not gated": ("qwen2moe", without("ffn_gate_inp_shexp.weight")),
     **{
         f"{case}: {mistake}": (case, make)
-        for case in ("glm4moe", "glm4moe_355b", "dots1", "bailingmoe2_groups", "exaone_moe_period", "deepseek2")
+        for case in (
+            *("glm4moe", "glm4moe_355b", "dots1", "bailingmoe2_groups", "exaone_moe_period", "deepseek2"), "minimax_m3"
+        )
         for mistake, make in {
             "softmax in place of sigmoid": lambda p: change_config(p, row__router="softmax"),
             "weights not normed": lambda p: change_config(p, row__renormalize=False),
@@ -469,6 +472,13 @@ MISTAKES: dict[str, tuple[str, Callable[[Patch], None]]] = {
     "MiniCPM 3's logits divided": ("minicpm3", lambda p: change_config(p, logit_scale=64 / 256)),
     "MiniCPM 3 rotates adjacent elements": ("minicpm3", lambda p: change_config(p, rope__pairs="adjacent")),
     "factors of a short context": ("minicpm3_long", without_factors),
+    "both multipliers of YaRN read where one counts": (
+        "glm_dsa_yarn", lambda p: change_config(p, rope__magnitude=1.0)
+    ),
+    "no multiplier of YaRN read": ("deepseek32_yarn", lambda p: change_config(p, attention_scale=20**-0.5)),
+    "no clamp in dense blocks": ("minimax_m3", changed_activation(limit=None)),
+    "no shift in shared experts": ("minimax_m3", changed_activation(shift=0.0)),
+    "no norm of heads beside an indexer": ("minimax_m3", lambda p: change_config(p, row__qk_norm="")),
     "latent queries grow late": ("deepseek2_temperature", lambda p: change_config(p, temperature_length=5)),
 }  # fmt: skip
 
@@ -592,6 +602,28 @@ def test_prompts_that_cannot_be_run_are_refused(ids: list[int], message: str, ti
     with pytest.raises(PromptError, match=message):
         m.trace(ids)
     assert not m.weights.reads  # before anything is read
+
+
+@pytest.mark.parametrize("case", ["deepseek32", "glm_dsa"])
+def test_prompts_of_which_attention_would_leave_something_out_are_refused(
+    case: str, tiny_file: Callable[..., Path]
+) -> None:
+    """llama.cpp selects keys, the most at the last positions; up to 64, all of them."""
+    path = tiny_file(case)
+    m, ids = open_model(path), [i * i % 128 for i in range(90)]
+    whole = oracle.forward(oracle.load(path), ids)["logits"]
+    selected = llamacpp.run(path, ids)["logits"]
+    assert distance(selected[:64], whole[:64]) < 1e-5
+    assert distance(selected[64:], whole[64:]) > 1e-2
+    assert distance(m.trace(ids[:64]).all_logits(), whole[:64]) < 1e-5
+    reads = dict(m.weights.reads)
+    with pytest.raises(PromptError, match="has 65 tokens, of which this model's attention selects 64: not supported"):
+        m.trace(ids[:65])
+    with pytest.raises(PromptError, match="grow to 65 tokens"):
+        Continuation(m, 65)
+    with pytest.raises(work.PlanError, match="a prompt of 65 tokens cannot run; this model takes from 1 to 64"):
+        m.plan(65)
+    assert dict(m.weights.reads) == reads
 
 
 def test_a_full_context_runs(tiny_file: Callable[..., Path]) -> None:

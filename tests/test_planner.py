@@ -38,6 +38,7 @@ CASES = [
     *("glm4moe", "glm4moe_355b", "deepseek", "dots1", "ernie4_5_moe", "hunyuan_moe", "bailingmoe"),
     *("bailingmoe2_groups", "exaone_moe", "minimax_m2", "phimoe"),
     *("deepseek2", "deepseek2_unsplit", "deepseek2_dense", "mistral4", "minicpm3", "plm"),
+    *("deepseek32", "glm_dsa", "minimax_m3"),
 ]
 GATED = ("plain", "biases", "phi3", "gpt2", "gemma2", "mixtral", "qwen2moe", "gpt_oss", "glm4moe", "deepseek2")
 BOTH_WAYS = pytest.mark.parametrize(

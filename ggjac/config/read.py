@@ -199,7 +199,12 @@ def _latent(keys: Keys, row: Architecture) -> Latent:
     """Return the sizes of latent attention."""
     if row.mixer != "latent":
         return Latent()
-    stated = all(keys.count(f"attention.{part}_length_mla") for part in ("key", "value"))
+    stated = [keys.count(f"attention.{part}_length_mla") > 0 for part in ("key", "value")]
+    if row.latent_split == "optional" and stated[0] != stated[1]:
+        raise ConfigError(
+            f"{keys.prefix}.attention: the file states one of key_length_mla and value_length_mla; it must state both "
+            "or neither"
+        )
     queries = 0
     if row.latent_queries:
         queries = (
@@ -211,7 +216,7 @@ def _latent(keys: Keys, row: Architecture) -> Latent:
         size=keys.integer("attention.kv_lora_rank"),
         queries=queries,
         rotary=keys.integer("rope.dimension_count"),
-        split=row.latent_split == "required" or (row.latent_split == "optional" and stated),
+        split=row.latent_split == "required" or (row.latent_split == "optional" and all(stated)),
     )
 
 
