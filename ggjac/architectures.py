@@ -116,6 +116,7 @@ class Architecture:
         ffn: `"gated"`, `"fused"` (gate and up in one tensor, gate first) or `"plain"` (no gate).
         ffn_scales: the constant factors of the feed-forward's matrices are applied, as those of attention's are in all
             families.
+        recurrent_scales: those of a recurrent mixer's matrices are applied.
         activation: `"silu"`, `"gelu"` (tanh form), `"relu2"` (the square of the positive part), `"xielu"` (see
             `ggjac.config.Layer`) or `"silu_oai"` (clamped, with up shifted by one).
         router: how expert weights come from router logits: `"softmax"` over all experts, `"softmax_selected"` over
@@ -196,6 +197,7 @@ class Architecture:
     temperature: str = ""
     ffn: str = "gated"
     ffn_scales: bool = False
+    recurrent_scales: bool = False
     activation: str = "silu"
     router: str = "softmax"
     sigmoid_routers: tuple[tuple[int, int], ...] = ()
@@ -257,7 +259,7 @@ _DELTA = replace(
     ffn_scales=True,
     graph=Graph(attention=("linear_attn_out", "attn_output")),  # the latter also names the recurrence's output
 )
-_QWEN35 = replace(_DELTA, key_heads_tiled=True, rope_sections=True)
+_QWEN35 = replace(_DELTA, key_heads_tiled=True, rope_sections=True, recurrent_scales=True)
 _LFM2 = replace(
     _QWEN3,
     output_norm="token_embd_norm",

@@ -61,6 +61,8 @@ STREAM_EPS = 4
 # and 3.8 times at most. Rounding explains no more than ROUNDING_MOST: beyond it too few digits are left.
 ROUNDING_FACTOR, ROUNDING_MOST = 10, 1e-2
 
+COMPARED = 1 << 22  # elements compared at once: float64 copies of all logits can take gigabytes
+
 # What `Model.trace` observes of a block, in the order of `Graph`'s fields, and after the last block.
 ATTENTION, FFN, STREAM, OUTPUT = "attn_out", "ffn_out", "l_out", "result_norm"
 NAMES = (ATTENTION, FFN, STREAM, OUTPUT)
@@ -366,15 +368,16 @@ def _local_error(
     layer = _layer(name)
     if ours.shape != theirs.shape:
         return LocalError(name, layer, math.inf, 0, math.inf, tolerance)
+    rows = max(1, COMPARED // theirs.shape[1])
     squares = []
-    for i in range(len(theirs)):  # row by row: float64 copies of logits can take gigabytes
-        mine, other = ours[i].detach().cpu().double(), theirs[i].double()
-        scale = other.norm()
+    for part in (slice(start, start + rows) for start in range(0, len(theirs), rows)):
+        mine, other = ours[part].detach().cpu().double(), theirs[part].double()
+        scale = other.norm(dim=-1)
         if before is not None:
-            start = before[i].detach().cpu().double()
-            scale = (other - start).norm() + share * torch.maximum(scale, start.norm())
-        squares.append(_ratio((mine - other).norm(), scale).square())
-    by_position = torch.stack(squares)
+            origin = before[part].detach().cpu().double()
+            scale = (other - origin).norm(dim=-1) + share * torch.maximum(scale, origin.norm(dim=-1))
+        squares.append(_ratio((mine - other).norm(dim=-1), scale).square())
+    by_position = torch.cat(squares)
     worst = _worst(by_position)
     error, largest = float(by_position.mean().sqrt()), float(by_position[worst].sqrt())
     return LocalError(name, layer, error, worst, largest, tolerance)

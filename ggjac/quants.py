@@ -239,7 +239,7 @@ def mxfp4(blocks: Blocks) -> Elements:
 
 
 def nvfp4(blocks: Blocks) -> Elements:
-    """Return d F[q]: 4 sub-blocks of 16 with an unsigned E4M3 scale each; the tensor's own `.scale` is left to its user."""
+    """Return d F[q]: 4 sub-blocks of 16, each with an unsigned E4M3 scale; the tensor's `.scale` is not applied."""
     scales, qs = blocks.split((4, 32), 1)
     exponent, mantissa = (scales >> 3 & 15).int(), (scales & 7).float()
     # Halved, as F is doubled: exponent - 8 for bias 7, 2^-10 for the subnormals. 0x7F is NaN and read as 0.

@@ -35,8 +35,10 @@ def rotation(rope: Rope, n: int, factors: Tensor | None = None) -> tuple[Float[T
 
         low = max(0, math.floor(pair_turning(rope.beta_fast)))
         high = min(rope.dimensions - 1, math.ceil(pair_turning(rope.beta_slow)))
-        keep = (1 - ((pairs - low) / max(0.001, high - low)).clamp(0, 1)).to(turning.dtype)
-        interpolated = interpolated * (1 - keep) + turning * keep
+        # Rounded where ggml rounds, since at a far position the last bit of an angle counts: `keep` to the dtype of the
+        # angles, and the first product not at all, because compilers fuse it with the sum.
+        keep = 1 - ((pairs - low) / max(0.001, high - low)).to(turning.dtype).clamp(0, 1)
+        interpolated = (interpolated.double() * (1 - keep) + turning * keep).to(turning.dtype)
     interpolated[:, list(rope.still)] = 0
     angles = interpolated.double() if rope.rounded else torch.arange(n, dtype=torch.float64)[:, None] * interpolated
     return rope.magnitude * angles.cos(), rope.magnitude * angles.sin()

@@ -18,6 +18,31 @@ GRANITE = {
     "tied": True,
 }
 EXPERTS = {"experts": 6, "experts_used": 2, "expert_ff": 96}
+# Full layers have larger heads, fewer of them for keys, and no matrix of values; scores are not divided by a root.
+GEMMA4 = GEMMA | {
+    "norms": SANDWICH,
+    "layers": 4,
+    "mixers": ("window", "window", "attention"),
+    "kv_by_layer": True,
+    "kv_heads": 1,
+    "values": False,
+    "still_pairs": 12,
+    "sizes": {"window": {"head_dim": 16, "kv_heads": 2, "values": True}},
+    "window": 4,
+    "rope_base": 100.0,
+    "qk_norm": "head",
+    "qk_gain": 0.6,
+    "output_scale": True,
+    "zeros": ("embedding_length_per_layer_input", "attention.shared_kv_layers"),
+    "extra": {
+        "final_logit_softcapping": 1.2,
+        "rope.freq_base_swa": 50.0,
+    },
+}
+ATTENTION_KEYS = (
+    *("attention.head_count_kv", "attention.key_length", "attention.value_length"),
+    *("rope.dimension_count", "rope.freq_base"),
+)
 YARN = {"type": "yarn", "factor": 4.0, "original_context_length": 32}
 # With a base of 100 the ramp of YaRN lies within the pairs.
 YARN_ROW = {"scaling": YARN, "rope_base": 100.0}
@@ -67,8 +92,7 @@ LFM2 = {"qk_norm": "head", "final_norm": "token_embd_norm", "sizes": {"shortconv
 def convolution_blocks(kinds: str, **more: Any) -> dict[str, Any]:
     """Return blocks with a short convolution (c), which have no kv heads, or attention (a)."""
     mixers = tuple({"c": "convolution", "a": "attention"}[kind] for kind in kinds)
-    kv_heads = {"attention.head_count_kv": [2 if kind == "a" else 0 for kind in kinds]}
-    return more | {"layers": len(kinds), "mixers": mixers, "extra": kv_heads | more.get("extra", {})}
+    return more | {"layers": len(kinds), "mixers": mixers, "kv_by_layer": True}
 
 
 # The file has no length of values, nor need it be the model's width by heads.
@@ -80,9 +104,40 @@ KIMI |= {"sizes": SIZES | {"query": 0, "ssm.conv_kernel": 4, "kda.head_dim": 16}
 def kda_blocks(kinds: str, **more: Any) -> dict[str, Any]:
     """Return blocks with Kimi Delta Attention (k; with a bound: b), which have no kv heads, or latent attention (l)."""
     mixers = tuple({"k": "kda", "b": "bounded kda", "l": "latent"}[kind] for kind in kinds)
-    kv_heads = {"attention.head_count_kv": [1 if kind == "l" else 0 for kind in kinds]}
-    return more | {"layers": len(kinds), "mixers": mixers, "extra": kv_heads | more.get("extra", {})}
+    return more | {"layers": len(kinds), "mixers": mixers, "kv_by_layer": True}
 
+
+NEMOTRON_H = {
+    "mixers": ("mamba2", "none", "attention", "none"),
+    "alone": True,
+    "norms": ("attn_norm",),
+    "layers": 5,
+    "kv_by_layer": True,
+    "ffn": "plain",
+    "extra": {"attention.layer_norm_epsilon": 1e-5},
+}
+# Architectures with state space mixers.
+STATE_SPACE: dict[str, dict[str, Any]] = {
+    "granitehybrid": GRANITE
+    | {"mixers": ("mamba2", "attention", "mamba2"), "layers": 3, "kv_by_layer": True}
+    | {"extra": GRANITE["extra"] | {"rope.scaling.finetuned": False}},
+    # Attention and Mamba-2 read the same input, and their outputs are added.
+    "falcon-h1": {
+        "mixers": ("attention, mamba2",),
+        "bare_norms": ("ffn_norm",),
+        "sizes": {"normed": False},
+        "layers": 3,
+    },
+    # One branch a block, after one norm: Mamba-2, attention or a feed-forward network.
+    "nemotron_h": NEMOTRON_H,
+    "nemotron_h_moe": NEMOTRON_H
+    | EXPERTS
+    | {"expert_ff": 48, "shared_ff": 80, "selection_bias": 0.3}
+    | {"extra": NEMOTRON_H["extra"] | {"expert_weights_norm": True, "expert_weights_scale": 2.5}},
+    # The converter writes 0 heads, and no other key of attention.
+    "mamba2": {"mixers": ("mamba2",), "alone": True, "norms": ("attn_norm",), "layers": 3, "kv_heads": None}
+    | {"extra": {"attention.head_count": 0}, "omit": ATTENTION_KEYS},
+}
 
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},
@@ -98,6 +153,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
     # Layer 5 is global: six are the fewest that have both kinds.
     "gemma3": GEMMA | {"norms": SANDWICH, "layers": 7, "qk_norm": "head", "window": 4, "rope_base": 100.0},
+    "gemma4": GEMMA4,
     "phi3": {"fused_qkv": True, "ffn": "fused"},
     "olmo2": {"norms": ("post_attention_norm", "post_ffw_norm"), "qk_norm": "full"},
     "mistral3": {},
@@ -188,7 +244,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     | {"extra": {"expert_weights_norm": True, "expert_weights_scale": 2.5, "expert_gating_func": 2}},
     "exaone-moe": EXPERTS
     | {"qk_norm": "head", "layers": 5, "dense_lead": 1, "window": 4, "expert_ff": 48, "shared_ff": 48}
-    | {"selection_bias": 0.3}
+    | {"selection_bias": 0.3, "predictor_experts": False}
     | {"extra": {"expert_weights_norm": True, "expert_weights_scale": 2.5, "expert_gating_func": 2}},
     "minimax-m2": EXPERTS
     | {"qk_norm": "full", "n_rot": 8, "head_dim": 32, "selection_bias": 0.3, "extra": {"expert_gating_func": 2}},
@@ -223,6 +279,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     | {"layers": 3, "dense_lead": 1, "expert_ff": 48, "shared_count": 2, "selection_bias": 0.3}
     | {"up_gain": 6.0, "gate_gain": 6.0, "down_gain": 0.2}
     | {"extra": {"expert_gating_func": 2, "expert_weights_norm": True, "expert_weights_scale": 2.0}},
+    **STATE_SPACE,
 }
 
 
@@ -268,7 +325,7 @@ EXAONE4_32B = {"layers": 64, "d": 32, "ff": 32, "heads": 2, "kv_heads": 1, "post
 
 # Matrices that may have a constant factor: those of attention, and of the feed-forward.
 SCALED = (
-    ("attn_q", "attn_k", "attn_v", "attn_qkv", "attn_output"),
+    ("attn_q", "attn_k", "attn_v", "attn_qkv", "attn_output", "attn_gate", "ssm_in", "ssm_out"),
     tuple(f"ffn_{name}{kind}" for name in ("gate", "up", "down") for kind in ("", "_exps", "_shexp")),
 )
 FAMILY_CASES: dict[str, dict[str, Any]] = {
@@ -809,3 +866,173 @@ FAMILY_CASES: dict[str, dict[str, Any]] = {
         window=3,
     ),
 }
+
+STATE_SPACE_CASES: dict[str, dict[str, Any]] = {
+    "mamba2": of("mamba2"),
+    # One group, a head as wide as four of the others, and a convolution of two tokens.
+    "mamba2_one_group": of("mamba2", sizes={"groups": 1, "ssm_heads": 2, "kernel": 2}, tied=True, layers=1),
+    # Every head has B and C of its own, and the state is narrower than a head.
+    "mamba2_groups": of("mamba2", sizes={"groups": 8, "state": 8, "kernel": 3}, eps=0.05),
+    "mamba2_q8_0": of("mamba2", type="Q8_0"),
+}
+STATE_SPACE_CASES |= {
+    "granitehybrid": of("granitehybrid"),
+    # As Bamba: rotated, and nothing is scaled. Attention first and last.
+    "granitehybrid_roped": of(
+        "granitehybrid",
+        mixers=("attention", "mamba2"),
+        extra={"rope.scaling.finetuned": True},
+        omit=("attention.scale", "embedding_scale", "residual_scale", "logit_scale"),
+        embed_std=1.0,
+        rope_factors=True,
+        rope_base=500.0,
+        fused_qkv=True,
+        tied=False,
+    ),
+    "granitehybrid_experts": of("granitehybrid", **EXPERTS, omit=("rope.scaling.finetuned",)),
+    "granitehybrid_shared": of("granitehybrid", **EXPERTS, shared_ff=80, layers=2),
+    "granitehybrid_biases": of(
+        "granitehybrid", biases=(*QKV, "attn_output", "ffn_gate", "ffn_up", "ffn_down"), layers=2
+    ),
+    "granitehybrid_unread": of(
+        "granitehybrid", **EXPERTS, layers=2, window=3, extra={"final_logit_softcapping": 1.2} | UNREAD_ROUTING
+    ),
+    "granitehybrid_q8_0": of("granitehybrid", type="Q8_0", heads=2, kv_heads=1, layers=2),
+}
+STATE_SPACE_CASES |= {
+    "nemotron_h": of("nemotron_h", rope_base=100.0),
+    # Attention first, a feed-forward network last; the norms' epsilon is stated in LayerNorm's key only.
+    "nemotron_h_attention_first": of(
+        "nemotron_h",
+        mixers=("attention", "mamba2", "none"),
+        layers=3,
+        omit=("attention.layer_norm_rms_epsilon",),
+        extra={"attention.layer_norm_epsilon": 0.05},
+        head_dim=32,
+        tied=True,
+    ),
+    "nemotron_h_biases": of("nemotron_h", biases=(*QKV, "attn_output", "ffn_up", "ffn_down"), fused_qkv=True, layers=4),
+    "nemotron_h_unread": of("nemotron_h", window=3, extra=UNREAD),
+    "nemotron_h_q8_0": of("nemotron_h", type="Q8_0", heads=2, kv_heads=1),
+    "nemotron_h_moe": of("nemotron_h_moe"),
+    # The experts read and write a stream of their own, narrower one.
+    "nemotron_h_moe_latent": of("nemotron_h_moe", latent=32),
+    # As Puzzle: another number of experts in use in every block, and experts of other widths.
+    "nemotron_h_moe_uneven": of(
+        "nemotron_h_moe", latent=32, layers=4, extra={"expert_used_count": [0, 3, 0, 1]}, expert_ffs=(0, 48, 0, 64)
+    ),
+    # (llama.cpp aborts on hybrids that have no block with attention.)
+    "nemotron_h_moe_not_normed": of(
+        "nemotron_h_moe",
+        omit=("expert_weights_norm", "expert_weights_scale"),
+        layers=3,
+        mixers=("none", "attention", "mamba2"),
+    ),
+    "nemotron_h_moe_groups": of(
+        "nemotron_h_moe",
+        experts=12,
+        experts_used=3,
+        layers=3,
+        extra={"expert_group_count": 4, "expert_group_used_count": 2},
+    ),
+    # A last block for the token after the next has both branches.
+    "nemotron_h_moe_predictor": of(
+        "nemotron_h_moe",
+        layers=4,
+        mixers=("mamba2", "attention", "none", "attention"),
+        predictors=1,
+        predictor_norms=("nextn.enorm", "nextn.hnorm", "nextn.shared_head_norm", "post_attention_norm"),
+    ),
+    "nemotron_h_moe_q8_0": of("nemotron_h_moe", type="Q8_0", latent=32, expert_ff=64, layers=3),
+}
+STATE_SPACE_CASES |= {
+    "falcon_h1": of("falcon-h1"),
+    "falcon_h1_normed": of("falcon-h1", sizes={"inner": 96, "ssm_heads": 6}, tied=True, rope_base=100.0),
+    "falcon_h1_fused": of(
+        "falcon-h1", fused_qkv=True, head_dim=32, biases=(*QKV, "ffn_gate", "ffn_up", "ffn_down"), layers=2
+    ),
+    "falcon_h1_unread": of("falcon-h1", layers=2, window=3, extra=UNREAD, rope_factors=True),
+    "falcon_h1_yarn": of("falcon-h1", **YARN_ROW, layers=2),
+    "falcon_h1_q8_0": of("falcon-h1", type="Q8_0", heads=2, kv_heads=1, layers=2),
+}
+FAMILY_CASES |= STATE_SPACE_CASES
+
+GEMMA4_CASES: dict[str, dict[str, Any]] = {
+    "gemma4": of("gemma4"),
+    # Full layers first, windowed last; only those lack the values here, nothing scales the stream, the cap is 30.
+    "gemma4_full_first": of(
+        "gemma4",
+        mixers=("attention", "window"),
+        layers=4,
+        values=True,
+        sizes={"window": {"head_dim": 16, "kv_heads": 4, "values": False, "n_rot": 8}},
+        output_scale=False,
+        tied=False,
+        omit=("final_logit_softcapping", "rope.freq_base_swa"),
+    ),
+    # Windowed layers do not take the divisors of the rotation, even where they could.
+    "gemma4_one_size": of(
+        "gemma4",
+        kv_heads=2,
+        sizes={"window": {"head_dim": 32, "values": True}},
+        kv_by_layer=False,
+        scaling={"type": "linear", "factor": 8.0},
+    ),
+    "gemma4_fused": of("gemma4", values=True, fused_qkv=True, layers=3),
+    "gemma4_unread": of("gemma4", extra={k: v for k, v in UNREAD.items() if not k.startswith(("final", "rope.freq"))}),
+    "gemma4_q8_0": of(
+        "gemma4", type="Q8_0", heads=2, sizes={"window": {"head_dim": 16, "kv_heads": 2}}, values=True, layers=3
+    ),
+}
+# A dense network and experts side by side, each between norms of its own.
+GEMMA4_EXPERTS = EXPERTS | {
+    "expert_ff": 48,
+    "expert_norms": ("pre_ffw_norm_2", "post_ffw_norm_1", "post_ffw_norm_2"),
+    "dense_beside": True,
+    "router_scale": True,
+    "expert_scale": True,
+    "fused_experts": True,
+}
+GEMMA4_CASES |= {
+    "gemma4_experts": of("gemma4", **GEMMA4_EXPERTS),
+    "gemma4_experts_apart": of(
+        "gemma4",
+        **GEMMA4_EXPERTS | {"fused_experts": False, "expert_scale": False, "dense_lead": 1, "experts_used": 3},
+        mixers=("attention", "window"),
+        layers=3,
+    ),
+    "gemma4_experts_unread": of(
+        "gemma4", **GEMMA4_EXPERTS, layers=3, extra=UNREAD_ROUTING | {"leading_dense_block_count": 1}
+    ),
+}
+# As E2B and E4B: the last layers have no keys and values, but wider networks; each layer has inputs of its own.
+GEMMA4_SMALL = {
+    "mixers": ("window", "attention"),
+    "values": True,
+    "shared_kv": 2,
+    "per_layer": 24,
+    "omit": ("final_logit_softcapping",),
+}
+GEMMA4_CASES |= {
+    "gemma4_small": of("gemma4", **GEMMA4_SMALL, ffs=(96, 96, 192, 192)),
+    # Of two windowed layers, the later one's keys and values are read; those of the last layers are there, unread.
+    "gemma4_shared": of(
+        "gemma4",
+        **GEMMA4_SMALL | {"mixers": ("window", "window", "attention", "window", "attention"), "per_layer": 0},
+        idle_kv=True,
+        layers=5,
+        post_gain=0.5,
+    ),
+    # As 12B and 31B: the values that are shared are keys.
+    "gemma4_shared_keys": of("gemma4", **GEMMA4_SMALL | {"per_layer": 0, "values": False}),
+    "gemma4_inputs": of("gemma4", layers=3, per_layer=8, output_scale=False, embed_std=0.5),
+    "gemma4_small_q8_0": of(
+        "gemma4",
+        **GEMMA4_SMALL | {"per_layer": 32, "shared_kv": 1},
+        layers=3,
+        type="Q8_0",
+        heads=2,
+        ffs=(96, 96, 192),
+    ),
+}
+FAMILY_CASES |= GEMMA4_CASES

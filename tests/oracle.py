@@ -2,8 +2,8 @@
 
 Nothing is shared with the package and nothing is clever. Bytes are decoded by the `gguf` package, the model is a few
 readable functions that follow llama.cpp's rules, the table `FACTS` states what a file does not say, and the detached
-Jacobian is autograd's, with `.detach()` on the factors that the method freezes. Itself tested in `test_oracle.py`
-against llama.cpp and the paper's own code.
+Jacobian is autograd's, with `.detach()` on the factors that the method freezes. Mixers other than attention are in
+modules of their own, `oracle_*.py`. Itself tested in `test_oracle.py` against llama.cpp and the paper's own code.
 Meant for short prompts and small models: all weights are dense float64.
 """
 
@@ -17,8 +17,23 @@ import gguf
 import numpy as np
 import oracle_delta
 import oracle_latent
+import oracle_state
 import torch
 from torch import Tensor
+
+
+def by_tensors(model: "Oracle", layer: int) -> tuple[str, ...]:
+    """Return the mixers whose output projection block `layer` has."""
+    outputs = {"attention": "attn_output", "mamba2": "ssm_out"}
+    return tuple(kind for kind, name in outputs.items() if f"blk.{layer}.{name}.weight" in model.weights)
+
+
+class Part(NamedTuple):
+    """A network of a feed-forward branch that has several, added up, each between norms of its own."""
+
+    network: str  # dense | mixture
+    before: str | None
+    after: str | None
 
 
 class Facts(NamedTuple):
@@ -34,6 +49,7 @@ class Facts(NamedTuple):
     attn_post: str | None = None
     ffn_norm: str | None = "ffn_norm"
     ffn_post: str | None = None
+    parts: tuple[Part, ...] = ()  # of a block with a router; (): the experts alone, between the norms above
     ffn_norm_optional: bool = False  # without it the feed-forward reads what the attention reads
     # head (if there is one) | head after rope | full; before the rope, but for the second; full: and before the split
     qk_norm: str | None = None
@@ -48,9 +64,13 @@ class Facts(NamedTuple):
     local_base: float | None = None  # default of the rope base in local layers; None: that of the global ones
     local_base_key: bool = True
     local_scaling: bool = True  # rope scaling applies to local layers, too
+    local_factors: bool = True  # divisors of the frequencies, where they are read, apply to local layers, too
     local_attn_factor: bool = True  # and so does its attn_factor, whatever the scaling
     width_scaled_at: int | None = None  # with so many layers attention is scaled by sqrt(d / heads), not of head_dim
+    attn_scale: float | None = None  # of scores; None: 1 / sqrt(head size)
     attn_scale_key: bool = False
+    shared_kv_key: bool = False  # attention.shared_kv_layers: that many blocks read earlier ones' keys and values
+    value_norm: bool = False  # values are normed, each head by itself and without weights
     attn_cap: float | None = None  # default; None: there is none
     final_cap: float | None = None
     temperature: bool = False
@@ -62,6 +82,7 @@ class Facts(NamedTuple):
     clamp: float | Tensor = 0.0  # so in one layer, where it is not zero
     ffn: str = "gated"  # gated | fused (gate above up in one matrix) | plain
     router: str = "all"  # softmax over: all | selected; or of each its sigmoid: each
+    router_reads: str = "branch"  # what the experts read: branch | or the stream, normed and scaled on its own: stream
     router_key: bool = False  # expert_gating_func, where it is not 0: 1 all, 2 each
     renormalise: bool | None = True  # None: as expert_weights_norm says, else not
     routed_scale_key: bool = False  # expert_weights_scale
@@ -69,10 +90,12 @@ class Facts(NamedTuple):
     residual_key: bool = False
     logits: str | None = None  # divide | multiply
     mixers: Callable[["Oracle", int], tuple[str, ...]] = lambda model, layer: ("attention",)  # of `MIXERS`: their sum
-    branches: Mapping[str, str] = {}  # mixer -> what llama.cpp calls its output, where that is not attn_out
     query_gate: bool = False  # attn_q has for each head the query, then a gate: its sigmoid scales what the head reads
     final_norm: str = "output_norm"
     sum_named_ffn_out: bool = False  # llama.cpp's last ffn_out is the branch and its input
+    # More names in llama.cpp's graph, and those of most families that mean other states of ours here.
+    graph: Mapping[str, str] = {}
+    own_scales: tuple[str, ...] = ()  # tensors whose `.scale` is a part of the model, not of how they are stored
     scales: tuple[float, ...] = ()  # of embeddings, branches * sqrt(blocks) and logits * d, where the file has none
     scale_keys: bool = True  # and the file may have some
     mscale: str | None = None  # of latent attention in a stretched context: equal | one | alone (oracle_latent.py)
@@ -104,20 +127,28 @@ GRANITE = Facts(factors=True, attn_scale_key=True, embedding="key", residual_key
 ROUTED = Facts(router_key=True, renormalise=None, routed_scale_key=True)
 LATENT = Facts(mixers=lambda model, layer: ("latent",))
 LATENT_ROUTED = ROUTED._replace(mixers=LATENT.mixers, temperature=True)
+MAMBA2 = Facts(mixers=by_tensors)
+NEMOTRON_H = MAMBA2._replace(
+    ffn_norm="attn_norm", rope=None, activation="relu2", ffn="plain", router="each", renormalise=None,
+    routed_scale_key=True,
+    graph={
+        "attn_out": "attention", "mamba_out": "mamba2", "l_out": "ffn_out", "nemotron_h_block_out": "l_out"
+    },
+)  # fmt: skip
 LAYER_NORM = Facts(norm="ln", rope="halves", activation="gelu", ffn="plain")
 QWEN35 = Facts(
     ffn_norm="post_attention_norm", rope="halves", qk_norm="head", query_gate=True, mixers=by_interval("delta"),
-    branches={"delta": "linear_attn_out", "grouped delta": "linear_attn_out", "attention": "attn_output"},
+    graph={"linear_attn_out": "delta", "attn_output": "attention", "attn_residual": "ffn_inp"},
 )  # fmt: skip
 KIMI = ROUTED._replace(
     rope=None, mixers=by_kv_heads("kda", "latent"),
-    branches={"kda": "kda_out", "bounded kda": "kda_out", "latent": "mla_out"},
+    graph={"kda_out": "kda", "mla_out": "latent"},
 )  # fmt: skip
 LFM2 = Facts(
     rope="halves", qk_norm="head", local_base_key=False, final_norm="token_embd_norm",
     mixers=by_kv_heads("convolution"),
-    branches={
-        "convolution": "model.layers.{}.conv.out_proj", "attention": "model.layers.{}.self_attn.out_proj"
+    graph={
+        "model.layers.{}.conv.out_proj": "convolution", "model.layers.{}.self_attn.out_proj": "attention"
     },
 )  # fmt: skip
 
@@ -138,6 +169,20 @@ FACTS: dict[str, Facts] = {
     "gemma3": GEMMA._replace(
         attn_post="post_attention_norm", ffn_post="post_ffw_norm", qk_norm="head", period=6, width_scaled_at=62,
         local_base=10000.0, local_scaling=False, final_cap=0.0,
+    ),
+    "gemma4": GEMMA._replace(
+        attn_post="post_attention_norm", ffn_post="post_ffw_norm", qk_norm="head", period=0, local_base=10000.0,
+        local_scaling=False, factors=True, local_factors=False, attn_scale=1.0, value_norm=True, final_cap=30.0,
+        parts=(
+            Part("dense", "ffn_norm", "post_ffw_norm_1"),
+            Part("mixture", "pre_ffw_norm_2", "post_ffw_norm_2"),
+        ),
+        router_reads="stream", shared_kv_key=True,
+        own_scales=("ffn_gate_inp", "ffn_down_exps"),
+        graph={
+            "attn_post_norm": "attn_out", "attn_out": "ffn_inp", "ffn_post_norm": "ffn_out",
+            "per_layer_embd_out": "per_layer_out",
+        },
     ),
     "phi3": Facts(rope="halves", factors=True, ffn="fused"),
     "olmo2": Facts(
@@ -191,8 +236,13 @@ FACTS: dict[str, Facts] = {
     "lfm2": LFM2._replace(period=0),
     "lfm2moe": LFM2._replace(router_key=True),
     "kimi-linear": KIMI._replace(renormalise=True),
-    "bailingmoe3": KIMI._replace(rope="adjacent", mixers=by_kv_heads("bounded kda", "latent"), clamp_keys=True),
-    "qwen3next": QWEN35._replace(mixers=by_interval("grouped delta")),
+    "bailingmoe3": KIMI._replace(
+        rope="adjacent", mixers=by_kv_heads("bounded kda", "latent"), clamp_keys=True,
+        graph={"kda_out": "bounded kda", "mla_out": "latent"},
+    ),
+    "qwen3next": QWEN35._replace(
+        mixers=by_interval("grouped delta"), graph=QWEN35.graph | {"linear_attn_out": "grouped delta"}
+    ),
     "deepseek2": LATENT_ROUTED._replace(mscale="equal"),
     "mistral4": LATENT_ROUTED._replace(mscale="one"),
     "minicpm3": LATENT._replace(
@@ -203,6 +253,17 @@ FACTS: dict[str, Facts] = {
     "deepseek32": LATENT_ROUTED._replace(mscale="one", temperature=False),
     "glm-dsa": LATENT_ROUTED._replace(mscale="alone", temperature=False, router="each"),
     "minimax-m3": ROUTED._replace(rope="halves", qk_norm="head", activation="oai"),
+    "granitehybrid": GRANITE._replace(
+        finetuned_key=True, mixers=by_tensors,
+        graph={"attn_out": "attention", "mamba_out": "mamba2"},
+    ),
+    "falcon-h1": Facts(
+        rope="halves", mixers=by_tensors,
+        graph={"attn_out": "attention", "ssm_out": "mamba2", "layer_out": "attn_out"},
+    ),
+    "nemotron_h": NEMOTRON_H,
+    "nemotron_h_moe": NEMOTRON_H,
+    "mamba2": MAMBA2._replace(graph={"mamba_out": "mamba2"}),
 }  # fmt: skip
 
 
@@ -237,12 +298,14 @@ def _read(path: str, changed: int) -> Oracle:
     weights = {
         t.name: torch.from_numpy(gguf.quants.dequantize(t.data, t.tensor_type).copy()).double() for t in reader.tensors
     }
-    for name in [name for name in weights if name.endswith("scale")]:
+    own = tuple(f"{name}.scale" for name in FACTS[architecture].own_scales)
+    for name in [name for name in weights if name.endswith("scale") and not name.endswith(own)]:
         factor, matrix = weights.pop(name), name[: name.rindex(".")].removesuffix(".weight") + ".weight"
         if name.endswith(".scale"):  # of the matrix, or of each expert's; no graph of llama.cpp uses an `.input_scale`
             weights[matrix] = weights[matrix] * factor.reshape(-1, *[1] * (weights[matrix].ndim - 1))
     assert architecture in FACTS, f"the oracle does not know {architecture}"
     metadata = {k.removeprefix(f"{architecture}."): v for k, v in fields.items()}
+    metadata.setdefault("attention.layer_norm_rms_epsilon", metadata.get("attention.layer_norm_epsilon"))
     if scales := FACTS[architecture].scales:
         sizes = 1, math.sqrt(metadata["block_count"]), metadata["embedding_length"]
         names = "embedding_scale", "residual_scale", "logit_scale"
@@ -273,7 +336,9 @@ def norm(model: Oracle, name: str, x: Tensor, *, frozen: bool) -> Tensor:
     if model.facts.norm == "ln":
         x = x - x.mean(-1, keepdim=True)
     scale = 1 / root_mean_square(model, x)
-    weight = model.weights[f"{name}.weight"] if model.facts.norm_weights else 1.0
+    weight = 1.0
+    if model.facts.norm_weights:
+        weight = model.weights[name if name in model.weights else f"{name}.weight"]
     y = x * (scale.detach() if frozen else scale) * weight
     return y + model.weights.get(f"{name}.bias", 0.0)
 
@@ -307,7 +372,8 @@ def rope_angles(model: Oracle, layer: int, n: int, n_rot: int, context: int) -> 
     pair = torch.arange(n_rot // 2, dtype=torch.float64)
     frequency = base ** (-2 * pair / n_rot)
     names = ["rope_freqs.weight", f"rope_factors_{'long' if context > original else 'short'}.weight"]
-    names = names[:: -1 if kind == "longrope" else 1] if facts.factors else []
+    factors = facts.factors and (facts.local_factors or not local)
+    names = names[:: -1 if kind == "longrope" else 1] if factors else []
     frequency = frequency / next((model.weights[name] for name in names if name in model.weights), 1.0)
     if kind in ("linear", "longrope"):
         frequency = frequency / factor
@@ -363,36 +429,83 @@ def roped(model: Oracle, layer: int) -> bool:
     return rules[model.facts.roped]
 
 
-def attention(model: Oracle, layer: int, h: Tensor, *, frozen: bool, context: int) -> Tensor:
-    """Causal attention on the normed input h [n, d], through the output projection."""
-    meta, facts, b, n = model.metadata, model.facts, f"blk.{layer}", len(h)
+def of_kind(model: Oracle, layer: int, key: str, default: Any) -> Any:
+    """Return a size that layers with a window may have a key of their own for."""
+    value = model.metadata.get(key, default)
+    return model.metadata.get(f"{key}_swa", value) if window(model, layer) is not None else value
+
+
+def shape_of_heads(model: Oracle, layer: int) -> dict[str, tuple[int, int]]:
+    """Return how many heads queries, keys and values have in a layer, and how wide they are."""
+    meta = model.metadata
     heads = scalar(meta["attention.head_count"], layer)
     kv_heads = scalar(meta.get("attention.head_count_kv", heads), layer)
-    hd = meta.get("attention.key_length", meta["embedding_length"] // heads)
-    assert meta.get("attention.value_length", hd) == hd
-    q_width = heads * hd * (2 if facts.query_gate else 1)
+    hd = of_kind(model, layer, "attention.key_length", meta["embedding_length"] // heads)
+    assert of_kind(model, layer, "attention.value_length", hd) == hd
+    return {"q": (heads, hd), "k": (kv_heads, hd), "v": (kv_heads, hd)}
+
+
+def projection(model: Oracle, layer: int, part: str, h: Tensor) -> Tensor:
+    """Return the queries, keys or values of h, "q", "k" or "v", before norms; without their matrix, values are keys."""
+    b, limit = f"blk.{layer}", model.metadata.get("attention.clamp_kqv", 0.0)
     if f"{b}.attn_qkv.weight" in model.weights:
         qkv = linear(model, f"{b}.attn_qkv", h)
         if f"{b}.attn_qkv.bias" not in model.weights and f"{b}.attn_q.bias" in model.weights:
-            qkv = qkv + torch.cat([model.weights[f"{b}.attn_{part}.bias"] for part in "qkv"])
-        q, k, v = qkv.split([q_width, kv_heads * hd, kv_heads * hd], dim=-1)
+            qkv = qkv + torch.cat([model.weights[f"{b}.attn_{name}.bias"] for name in "qkv"])
+        widths = [heads * hd for heads, hd in shape_of_heads(model, layer).values()]
+        widths[0] *= 2 if model.facts.query_gate else 1
+        x = qkv.split(widths, dim=-1)["qkv".index(part)]
     else:
-        q, k, v = (linear(model, f"{b}.attn_{part}", h) for part in "qkv")
-    if facts.clamp_key and (limit := meta.get("attention.clamp_kqv", 0.0)):
-        q, k, v = (torch.where(part.abs() <= limit, part, limit * part.detach().sign()) for part in (q, k, v))
+        missing = part == "v" and f"{b}.attn_v.weight" not in model.weights
+        x = linear(model, f"{b}.attn_{'k' if missing else part}", h)
+    if model.facts.clamp_key and limit:
+        x = torch.where(x.abs() <= limit, x, limit * x.detach().sign())
+    return x
+
+
+def turned(model: Oracle, layer: int, part: str, h: Tensor, context: int) -> Tensor:
+    """Return the queries or keys of h [n, heads, hd], normed and rotated."""
+    facts, name = model.facts, f"blk.{layer}.attn_{part}_norm"
+    heads, hd = shape_of_heads(model, layer)[part]
+    x = projection(model, layer, part, h)
     if facts.qk_norm == "full":
-        q, k = (norm(model, f"{b}.attn_{name}_norm", part, frozen=False) for name, part in (("q", q), ("k", k)))
-    q, k, v = q.reshape(n, heads, -1), k.reshape(n, kv_heads, hd), v.reshape(n, kv_heads, hd)
-    q, gate = q[..., :hd], q[..., hd:]
-    if facts.qk_norm == "head" and f"{b}.attn_q_norm.weight" in model.weights:
-        q, k = (norm(model, f"{b}.attn_{name}_norm", part, frozen=False) for name, part in (("q", q), ("k", k)))
+        x = norm(model, name, x, frozen=False)
+    x = x.reshape(len(h), heads, -1)[..., :hd]  # without the queries' gates
+    if facts.qk_norm == "head" and f"{name}.weight" in model.weights:
+        x = norm(model, name, x, frozen=False)
     if roped(model, layer):
-        angles, magnitude = rope_angles(model, layer, n, meta.get("rope.dimension_count", hd), context)
-        q, k = (rotate(part, angles, magnitude, pairs=facts.rope) for part in (q, k))
-    if facts.qk_norm == "head after rope":
-        q, k = (norm(model, f"{b}.attn_{name}_norm", part, frozen=False) for name, part in (("q", q), ("k", k)))
+        angles, magnitude = rope_angles(
+            model, layer, len(h), of_kind(model, layer, "rope.dimension_count", hd), context
+        )
+        x = rotate(x, angles, magnitude, pairs=facts.rope)
+    return norm(model, name, x, frozen=False) if facts.qk_norm == "head after rope" else x
+
+
+def values(model: Oracle, layer: int, h: Tensor, *, frozen: bool) -> Tensor:
+    """Return the values of h [n, kv heads, hd]."""
+    v = projection(model, layer, "v", h).reshape(len(h), *shape_of_heads(model, layer)["v"])
+    if not model.facts.value_norm:
+        return v
+    size = root_mean_square(model, v)
+    return v / (size.detach() if frozen else size)
+
+
+def attention(
+    model: Oracle, layer: int, h: Tensor, *, frozen: bool, context: int, source: tuple[int, Tensor] | None = None
+) -> Tensor:
+    """Causal attention on the normed input h [n, d], through the output projection.
+
+    `source` is the earlier layer whose keys and values are read, and what that layer's attention reads; None: this one.
+    """
+    meta, facts, b, n = model.metadata, model.facts, f"blk.{layer}", len(h)
+    heads, hd = shape_of_heads(model, layer)["q"]
+    at, read = source or (layer, h)
+    q, k = turned(model, layer, "q", h, context), turned(model, at, "k", read, context)
+    v = values(model, at, read, frozen=frozen)
+    kv_heads = v.shape[1]
     position = torch.arange(n)
     scale = 1 / math.sqrt(meta["embedding_length"] // heads if meta["block_count"] == facts.width_scaled_at else hd)
+    scale = facts.attn_scale or scale
     if facts.attn_scale_key:
         scale = meta.get("attention.scale", 0.0) or scale
     scale = torch.full((n, 1), scale, dtype=torch.float64)
@@ -405,6 +518,8 @@ def attention(model: Oracle, layer: int, h: Tensor, *, frozen: bool, context: in
     distance = position[:, None] - position
     hidden = (distance < 0) | (distance >= (window(model, layer) or n))
     outputs = []
+    if facts.query_gate:
+        gates = projection(model, layer, "q", h).reshape(n, heads, -1)[..., hd:]
     for head in range(heads):
         group = head // (heads // kv_heads)
         scores = q[:, head] @ k[:, group].T * scale
@@ -418,7 +533,7 @@ def attention(model: Oracle, layer: int, h: Tensor, *, frozen: bool, context: in
             p = scores.softmax(-1)
         outputs.append((p.detach() if frozen else p) @ v[:, group])
         if facts.query_gate:
-            share = torch.sigmoid(gate[:, head])
+            share = torch.sigmoid(gates[:, head])
             outputs[-1] = outputs[-1] * (share.detach() if frozen else share)
     return linear(model, f"{b}.attn_output", torch.cat(outputs, dim=-1))
 
@@ -459,6 +574,7 @@ def tensors_of(model: Oracle, layer: int) -> dict[str, Tensor]:
 MIXERS: dict[str, Callable[..., Tensor]] = {
     "attention": attention,
     "latent": latent_attention,
+    "mamba2": oracle_state.mamba2,
     "delta": recurrent(oracle_delta.gated_delta, grouped=False),
     "grouped delta": recurrent(oracle_delta.gated_delta, grouped=True),
     "convolution": recurrent(oracle_delta.short_convolution),
@@ -532,10 +648,16 @@ def dense(model: Oracle, b: str, h: Tensor, suffix: str = "", **how: Any) -> Ten
     return linear(model, f"{b}.ffn_down{suffix}", activate(facts, gate, up, **how))
 
 
+def router_input(model: Oracle, b: str, stream: Tensor) -> Tensor:
+    """Return the stream normed without weights and scaled, per dimension and by sqrt(d)."""
+    scale = model.weights[f"{b}.ffn_gate_inp.scale"] / math.sqrt(stream.shape[-1])
+    return stream / root_mean_square(model, stream) * scale
+
+
 def routes(model: Oracle, b: str, h: Tensor) -> tuple[Tensor, Tensor]:
     """Return the experts chosen [n, used] and their weights [n, used]."""
     logits, meta, facts = linear(model, f"{b}.ffn_gate_inp", h), model.metadata, model.facts
-    used = meta["expert_used_count"]
+    used = experts_used(model, b)
     if facts.router == "selected":
         chosen = logits.topk(used).indices
         return chosen, logits.gather(-1, chosen).softmax(-1)
@@ -549,6 +671,10 @@ def routes(model: Oracle, b: str, h: Tensor) -> tuple[Tensor, Tensor]:
     return chosen, weights * (scale or 1.0)
 
 
+def experts_used(model: Oracle, b: str) -> int:
+    return scalar(model.metadata["expert_used_count"], int(b.removeprefix("blk.")))
+
+
 def choice(model: Oracle, b: str, p: Tensor) -> list[int]:
     """Return the best experts of one position with shares `p` [experts], of the best groups if there are any."""
     merit = p + model.weights.get(f"{b}.exp_probs_b.bias", 0.0)
@@ -557,31 +683,40 @@ def choice(model: Oracle, b: str, p: Tensor) -> list[int]:
         ranking = sorted(groups, key=lambda group: -sum(sorted(group.tolist())[-2:]))
         best = ranking[: model.metadata["expert_group_used_count"]]
         groups = [group if any(group is one for one in best) else group - 1e9 for group in groups]
-    return torch.cat(groups).argsort(descending=True)[: model.metadata["expert_used_count"]].tolist()
+    return torch.cat(groups).argsort(descending=True)[: experts_used(model, b)].tolist()
 
 
-def mixture(model: Oracle, b: str, h: Tensor, **how: Any) -> Tensor:
-    """Apply the chosen experts of layer `b`, position by position, and the shared expert where there is one."""
-    chosen, weights = routes(model, b, h)
+def mixture(model: Oracle, b: str, h: Tensor, *, stream: Tensor | None = None, **how: Any) -> Tensor:
+    """Apply the chosen experts of layer `b`, position by position, and the shared expert where there is one.
+
+    `h` is what the experts read; some routers read the stream before its norm, through one of their own.
+    """
+    chosen, weights = routes(model, b, router_input(model, b, stream) if model.facts.router_reads == "stream" else h)
     if how["freeze"] is not None:
         weights = weights.detach()
     facts, rows = clamped(model, b, "swiglu_clamp_exp"), []
-    for i, x in enumerate(h):
+    latent = f"{b}.ffn_latent_down.weight" in model.weights
+    for i, x in enumerate(linear(model, f"{b}.ffn_latent_down", h) if latent else h):
         row = torch.zeros_like(x)
         for expert, weight in zip(chosen[i].tolist(), weights[i], strict=True):
 
             def apply(name: str, x: Tensor, expert: int = expert) -> Tensor:
                 y = model.weights[f"{b}.{name}.weight"][expert] @ x
+                if f"{b}.{name}.scale" in model.weights:
+                    y = y * model.weights[f"{b}.{name}.scale"][expert]
                 return y + model.weights[f"{b}.{name}.bias"][expert] if f"{b}.{name}.bias" in model.weights else y
 
             if f"{b}.ffn_gate_up_exps.weight" in model.weights:
                 gate, up = apply("ffn_gate_up_exps", x).chunk(2)
+            elif model.facts.ffn == "plain":
+                gate, up = apply("ffn_up_exps", x), None
             else:
                 gate, up = apply("ffn_gate_exps", x), apply("ffn_up_exps", x)
-            hidden = activate(facts, gate, up, **how)
-            row = row + weight * apply("ffn_down_exps", hidden)
+            row = row + weight * apply("ffn_down_exps", activate(facts, gate, up, **how))
         rows.append(row)
     y = torch.stack(rows)
+    if latent:
+        y = linear(model, f"{b}.ffn_latent_up", y)
     if f"{b}.ffn_up_shexp.weight" in model.weights:
         share = torch.ones(())
         if f"{b}.ffn_gate_inp_shexp.weight" in model.weights:
@@ -602,31 +737,95 @@ def embed(model: Oracle, ids: Sequence[int] | Tensor) -> Tensor:
     return x
 
 
+def branch_norm(model: Oracle, b: str, name: str | None, x: Tensor, *, frozen: bool) -> Tensor:
+    """Apply the norm `name` of a block before or after a branch; None: there is none."""
+    return x if name is None else norm(model, f"{b}.{name}", x, frozen=frozen)
+
+
+def feed_forward(model: Oracle, b: str, x: Tensor, before: str | None, **how: Any) -> Tensor:
+    """Apply what a block has after its mixer to the stream x [n, d]: one network, or several added, between norms."""
+    facts, frozen = model.facts, how["freeze"] is not None
+    routed = f"{b}.ffn_gate_inp.weight" in model.weights
+    parts = (Part("mixture" if routed else "dense", before, None),)
+    if routed and facts.parts:
+        parts = facts.parts
+    y = torch.zeros_like(x)
+    for network, before, after in parts:
+        h = branch_norm(model, b, before, x, frozen=frozen)
+        added = mixture(model, b, h, stream=x, **how) if network == "mixture" else dense(model, b, h, **how)
+        y = y + branch_norm(model, b, after, added, frozen=frozen)
+    return branch_norm(model, b, facts.ffn_post, y, frozen=frozen)
+
+
+def per_layer_inputs(model: Oracle, ids: Sequence[int] | Tensor, x: Tensor) -> Tensor:
+    """Return what every layer reads of the tokens [n, layers, width]: from a table, and of the block-0 inputs x."""
+    meta, weights = model.metadata, model.weights
+    width, shape = meta["embedding_length_per_layer_input"], (len(x), meta["block_count"], -1)
+    table = weights["per_layer_token_embd.weight"][torch.as_tensor(ids)].reshape(shape) * math.sqrt(width)
+    projected = (x @ weights["per_layer_model_proj.weight"].T).reshape(shape) / math.sqrt(x.shape[1])
+    return (norm(model, "per_layer_proj_norm", projected, frozen=False) + table) / math.sqrt(2)
+
+
+def per_layer_branch(model: Oracle, b: str, x: Tensor, inputs: Tensor, **how: Any) -> Tensor:
+    """Return what a block adds by its inputs of the tokens [n, width]: a gate on the stream x is what stays alive."""
+    gate = activate(model.facts, linear(model, f"{b}.inp_gate", x), None, **how)
+    frozen = how["freeze"] is not None
+    return norm(
+        model,
+        f"{b}.post_norm",
+        linear(model, f"{b}.proj", gate * (inputs.detach() if frozen else inputs)),
+        frozen=frozen,
+    )
+
+
+def source_of(model: Oracle, layer: int) -> int | None:
+    """Return the layer whose keys and values this one reads; None: its own. The last before the first such layer."""
+    first = model.metadata["block_count"] - model.metadata.get("attention.shared_kv_layers", 0)
+    if not model.facts.shared_kv_key or layer < first:
+        return None
+    return first - (1 if window(model, layer) is None else 2)
+
+
 def block(
-    model: Oracle, layer: int, x: Tensor, *, freeze: str | None = None, context: int | None = None, gelu: str = "exact"
+    model: Oracle,
+    layer: int,
+    x: Tensor,
+    *,
+    freeze: str | None = None,
+    context: int | None = None,
+    gelu: str = "exact",
+    states: Mapping[str, Tensor] = {},
 ) -> dict[str, Tensor]:
-    """Compute layer `layer` on its input x [n, d]; arguments and results are those of `forward`."""
+    """Compute layer `layer` on its input x [n, d]; arguments and results are those of `forward`.
+
+    A branch that the block does not have adds zeros. `states` are those before the block, by the names of `forward`,
+    for families whose blocks read what earlier ones had.
+    """
     facts, b, frozen = model.facts, f"blk.{layer}", freeze is not None
     scale = (model.metadata.get("residual_scale", 0.0) or 1.0) if facts.residual_key else 1.0
-
-    def sublayer_norm(name: str | None, x: Tensor) -> Tensor:
-        return x if name is None else norm(model, f"{b}.{name}", x, frozen=frozen)
-
+    how = {"frozen": frozen, "context": len(x) if context is None else context}
     # Falcon 40B has a norm of its own for the attention; the usual one is then the feed-forward's.
     own = facts.parallel and f"{b}.attn_norm_2.weight" in model.weights
-    h = sublayer_norm("attn_norm_2" if own else facts.attn_norm, x)
-    context = len(x) if context is None else context
-    attn = sum(MIXERS[kind](model, layer, h, frozen=frozen, context=context) for kind in facts.mixers(model, layer))
-    attn = sublayer_norm(facts.attn_post, attn) * scale
-    if facts.parallel or (facts.ffn_norm_optional and f"{b}.ffn_norm.weight" not in model.weights):
-        h = sublayer_norm(facts.attn_norm, x)
-    elif facts.parallel_key and model.metadata["use_parallel_residual"]:
-        h = sublayer_norm(facts.ffn_norm, x)
-    else:
-        h = sublayer_norm(facts.ffn_norm, x + attn)
-    network = mixture if f"{b}.ffn_gate_inp.weight" in model.weights else dense
-    ffn = sublayer_norm(facts.ffn_post, network(model, b, h, freeze=freeze, gelu=gelu)) * scale
-    return {f"attn_out-{layer}": attn, f"ffn_out-{layer}": ffn, f"l_out-{layer}": x + attn + ffn}
+    h = branch_norm(model, b, "attn_norm_2" if own else facts.attn_norm, x, frozen=frozen)
+    if (source := source_of(model, layer)) is not None:
+        stream = states[f"l_out-{source - 1}"] if source else states["x"]
+        how["source"] = source, branch_norm(model, f"blk.{source}", facts.attn_norm, stream, frozen=frozen)
+    mixed = {kind: MIXERS[kind](model, layer, h, **how) for kind in facts.mixers(model, layer)}
+    attn = ffn = torch.zeros_like(x)
+    if mixed:
+        attn = branch_norm(model, b, facts.attn_post, sum(mixed.values()), frozen=frozen) * scale
+    shared = facts.parallel or (facts.ffn_norm_optional and f"{b}.ffn_norm.weight" not in model.weights)
+    together = shared or (facts.parallel_key and model.metadata["use_parallel_residual"])
+    if any(f"{b}.{name}.weight" in model.weights for name in ("ffn_down", "ffn_down_exps")):
+        before = facts.attn_norm if shared else facts.ffn_norm
+        ffn = feed_forward(model, b, x if together else x + attn, before, freeze=freeze, gelu=gelu) * scale
+    more = {}
+    if f"{b}.inp_gate.weight" in model.weights:
+        inputs = states["per_layer_inputs"][:, layer]
+        more["per_layer_out"] = per_layer_branch(model, b, x + attn + ffn, inputs, freeze=freeze, gelu=gelu)
+    out = (x + attn + ffn + sum(more.values())) * model.weights.get(f"{b}.layer_output_scale.weight", 1.0)
+    states = {"attn_out": attn, "ffn_inp": x + attn, "ffn_out": ffn, "l_out": out} | mixed | more
+    return {f"{name}-{layer}": state for name, state in states.items()}
 
 
 def forward(
@@ -646,22 +845,25 @@ def forward(
     counts what its context can hold. `gelu` "f16_table" emulates ggml's GELU on the CPU.
 
     Returns, by llama.cpp's names where they mean the same: `x` [n, d]; per layer `attn_out-i` and `ffn_out-i` [n, d],
-    each exactly what is added to the residual stream, and `l_out-i`; `result_norm` [n, d]; `logits` [n, v].
+    each exactly what is added to the residual stream, `ffn_inp-i`, the stream and attn_out, and `l_out-i`, with what
+    each mixer of the layer returns under the mixer's name; `result_norm` [n, d]; `logits` [n, v].
     """
     assert freeze in (None, "up", "gate"), freeze
     assert gelu in ("exact", "f16_table"), gelu
     meta, facts = model.metadata, model.facts
     x = embed(model, ids) if x is None else x
     out = {"x": x}
+    if meta.get("embedding_length_per_layer_input"):
+        out["per_layer_inputs"] = per_layer_inputs(model, ids, x)
     for layer in range(meta["block_count"] - meta.get("nextn_predict_layers", 0)):
-        out |= block(model, layer, x, freeze=freeze, context=context, gelu=gelu)
+        out |= block(model, layer, x, freeze=freeze, context=context, gelu=gelu, states=out)
         x = out[f"l_out-{layer}"]
     out["result_norm"] = norm(model, facts.final_norm, x, frozen=freeze is not None)
     logits = out["result_norm"] @ model.weights.get("output.weight", model.weights["token_embd.weight"]).T
     logits = logits + model.weights.get("output.bias", 0.0)
     if facts.logits is not None:
-        scale = meta["logit_scale"]
-        logits = logits / scale if facts.logits == "divide" else logits * (scale or 1.0)
+        scale = meta.get("logit_scale", 0.0) or 1.0
+        logits = logits / scale if facts.logits == "divide" else logits * scale
     if facts.final_cap is not None and (cap := meta.get("final_logit_softcapping", facts.final_cap)):
         logits = cap * torch.tanh(logits / cap)
     return out | {"logits": logits}
@@ -709,12 +911,13 @@ def inner(
     `raw` it is seen through the final norm, frozen there. `found` is what `forward` returned for the prompt.
     """
     x = (found[f"l_out-{start - 1}"] if start else found["x"]).detach().clone().requires_grad_()
-    h, values = x, {}
+    states = found | {f"l_out-{start - 1}" if start else "x": x}
+    h = x
     for i in range(start, index):
-        values = block(model, i, h, freeze=mlp_path)
-        h = values[f"l_out-{i}"]
+        states |= block(model, i, h, freeze=mlp_path, states=states)
+        h = states[f"l_out-{i}"]
     name = {"layer": "l_out", "attn": "attn_out", "mlp": "ffn_out"}[kind]
-    y = values[f"{name}-{index - 1}"]
+    y = states[f"{name}-{index - 1}"]
     y = (y if raw else norm(model, model.facts.final_norm, y, frozen=True))[position]
     (J,) = torch.autograd.grad(y, x, torch.eye(len(y), dtype=torch.float64), is_grads_batched=True)
     x, y = x.detach(), y.detach()

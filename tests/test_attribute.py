@@ -20,14 +20,17 @@ TinyFile = Callable[..., Path]
 
 # Sequential and parallel blocks, post-norms, residual scales, LayerNorm with biases, learned positions, biases of every
 # projection and of the head, grouped and single key heads, fused tensors, mixtures with shared experts, after blocks
-# that are none, sinks, clamps, soft caps, windows, scaled logits and embeddings.
+# that are none, sinks, clamps, soft caps, windows, scaled logits and embeddings, recurrences and convolutions.
 CASES = (
     *("gqa", "mqa", "biases", "one_layer", "head_dim_wide", "fused_biases"),
     *("gemma2", "olmo2", "granite", "phi2", "falcon_7b", "cohere2", "gpt2", "starcoder2", "glm4", "gemma3"),
     *("gptneox", "stablelm_12b", "nemotron", "command_r", "olmo_clamped", "qwen2moe", "granitemoe", "gpt_oss"),
-    *("glm4moe", "deepseek2", "deepseek2_unsplit", "minicpm3", "minimax_m3"),
+    *("glm4moe", "qwen35", "lfm2", "deepseek2", "deepseek2_unsplit", "minicpm3", "minimax_m3"),
 )
 N = 6
+
+# The output projection of a mixer -> the key that states the number of its heads; a convolution is one part.
+OUTPUTS = {"attn_output": "attention.head_count", "ssm_out": "ssm.time_step_rank", "shortconv.out_proj": ""}
 
 
 class Expected:
@@ -51,7 +54,7 @@ class Expected:
     def direction(self, position: int, target: int, versus: int | None) -> tuple[Tensor, float, float]:
         """Return what the logit reads from the stream, the logit, and what is left of it for a stream of zero."""
         h = self.last[position].clone().requires_grad_()
-        z = self.uncapped(oracle.norm(self.known, "output_norm", h, frozen=True))
+        z = self.uncapped(oracle.norm(self.known, self.known.facts.final_norm, h, frozen=True))
         logit = z[target] - (0 if versus is None else z[versus])
         (c,) = torch.autograd.grad(logit, h)
         logit, h = logit.detach(), h.detach()
@@ -59,9 +62,9 @@ class Expected:
 
     def heads(self, layer: int, position: int, c: Tensor) -> Tensor:
         """Return each head's share: the derivative by a factor on its columns of the output projection."""
-        count = self.known.metadata["attention.head_count"]
+        name = next(name for stem in OUTPUTS if (name := f"blk.{layer}.{stem}.weight") in self.known.weights)
+        count = self.known.metadata.get(OUTPUTS[name.split(".", 2)[2].removesuffix(".weight")], 1)
         factor = torch.ones(count, dtype=torch.float64, requires_grad=True)
-        name = f"blk.{layer}.attn_output.weight"
         W = self.known.weights[name]
         scaled = self.known._replace(
             weights=self.known.weights | {name: W * factor.repeat_interleave(W.shape[1] // count)}
@@ -89,7 +92,7 @@ def test_branches_and_heads_are_those_of_the_oracle(case: str, versus: int | Non
     found = attribute_branches(jacobian, versus=versus, positions=range(N), by_head=True)
     alone = attribute_branches(model.trace(expected.ids).jacobian(2), 5, versus, by_head=True)
     assert (found.positions, alone.positions) == (range(N), range(2, 3))
-    assert found.heads.shape == (N, expected.layers, model.config.layers[0].heads)
+    assert found.heads.shape[:2] == (N, expected.layers)
     best = expected.uncapped(expected.states["result_norm"]).argmax(1)
     assert found.targets.tolist() == best.tolist()
     assert alone.targets.tolist() == [5]
@@ -103,7 +106,9 @@ def test_branches_and_heads_are_those_of_the_oracle(case: str, versus: int | Non
             heads = expected.heads(layer, position, c)
             close(shares.attn[row, layer], float(c @ attn))
             close(shares.mlp[row, layer], float(c @ mlp))
-            close(shares.heads[row, layer], heads)
+            close(shares.heads[row, layer, : len(heads)], heads)
+            assert not shares.heads[row, layer, len(heads) :].any()
+            assert [count for _, count in shares.mixers[layer]] == [len(heads)]
             close(shares.attn_bias[row, layer], float(c @ attn - heads.sum()))
     for shares in (found, alone):
         # They make up the logit, and the heads the branch.

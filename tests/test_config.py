@@ -658,7 +658,7 @@ LATENT: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {
     "another router": ("deepseek2", {"expert_gating_func": 4}, {}, "gating_func is 4; supported: 1 softmax, 2 sigmoid"),
     "no router": ("deepseek32", {"expert_gating_func": ABSENT}, {}, "deepseek32.expert_gating_func is missing; suppo"),
     "router zero": ("minimax_m3", {"expert_gating_func": 0}, {}, "minimax-m3.expert_gating_func is missing; supported"),
-    "sections": ("deepseek32", {"rope.dimension_sections": [2, 1, 1, 0]}, {}, "rope.dimension_sections .* not supported"),
+    "sections": ("deepseek32", {"rope.dimension_sections": [2, 1, 1, 0]}, {}, "dimension_sections .* not supported"),
     "no keys chosen": ("deepseek32", {"attention.indexer.top_k": 0}, {}, "indexer.top_k is 0; expected a whole number"),
     "choice not stated": ("glm_dsa", {"attention.indexer.top_k": ABSENT}, {}, "attention.indexer.top_k is missing"),
     "blocks of nothing": ("minimax_m3", {"attention.indexer.block_size": 0}, {}, "indexer.block_size is 0; expected"),

@@ -49,16 +49,18 @@ def test_every_layer_agrees_with_llamacpp(case: str, tiny_file: Callable[..., Pa
 
 @pytest.mark.parametrize("case", [*FIRST.values(), "mixtral", "mistral3_experts"])
 def test_matrices_have_constant_factors_where_llamacpp_applies_them(case: str, tiny_file: Callable[..., Path]) -> None:
-    """Attention's everywhere, the feed-forward's where the row says so; elsewhere, it computes what no model meant.
+    """Attention's everywhere, others' where the row says so; elsewhere, it computes what no model meant.
 
     Of latent attention it applies the output projection's only.
     """
-    attention, feed_forward = families.SCALED
+    mixers, feed_forward = families.SCALED
     row = ARCHITECTURES[tiny.options(case).architecture]
     if row.mixer == "latent":
-        attention = ("attn_output",)
+        mixers = ("attn_output",)
     plain = {"type": "F32", "types": {}, "layers": tiny.options(case).blocks, "predictors": 0}
-    assert agrees(tiny_file(case, **plain, scales=attention))
+    assert agrees(tiny_file(case, **plain, scales=mixers)) == (
+        row.recurrent_scales or row.recurrent in ("", "convolution")
+    )
     assert agrees(tiny_file(case, **plain, scales=feed_forward)) == row.ffn_scales
 
 
@@ -169,7 +171,7 @@ def test_only_routed_experts_are_read(case: str, tiny_files: dict[str, Path]) ->
     reads, shapes = model.weights.reads, {name: info.shape for name, info in model.gguf.tensors.items()}
     blocks = range(o.dense_lead, o.blocks)
     stacks = [name for name in shapes if name.endswith("_exps.weight") and int(name.split(".")[1]) in blocks]
-    assert len(stacks) == 3 * len(blocks)
+    assert len(stacks) == (2 if o.fused_experts else 3) * len(blocks)
 
     def share(name: str) -> int:
         return o.experts_used * shapes[name][1]
@@ -182,7 +184,8 @@ def test_only_routed_experts_are_read(case: str, tiny_files: dict[str, Path]) ->
         reads.clear()
         sweep()
         for name in stacks:
-            assert reads[name] == (0 if "ffn_gate" in name else share(name))
+            halves = {"ffn_gate_exps": 0, "ffn_gate_up_exps": 0.5}  # of a fused stack, the gates are not read
+            assert reads[name] == halves.get(name.split(".")[2], 1) * share(name)
 
 
 @pytest.mark.parametrize("case", EXPERTS)
@@ -192,8 +195,9 @@ def test_an_expert_is_read_once_for_all_its_tokens(case: str, tiny_files: dict[s
     J = model.trace(tiny.prompt(case, 12)).jacobian()
     model.weights.reads.clear()
     J.matmat(J.x[None])
-    first = f"blk.{o.dense_lead}.ffn_up_exps.weight"
+    first = f"blk.{o.dense_lead}.ffn_{'gate_' * o.fused_experts}up_exps.weight"
     experts, width, _ = model.gguf.tensors[first].shape
+    width //= 1 + o.fused_experts
     # In the last block only the last token counts.
     least = o.experts_used * width
     assert least <= model.weights.reads[first] <= experts * width

@@ -19,16 +19,17 @@ from ggjac.parity import run_llama_cpp
 
 TinyFile = Callable[..., Path]
 
-# Every way in which a position enters attention (rope kinds, windows, sinks, temperature, learned), and the branches
-# around it: experts, shared experts, parallel blocks, post-norms, biases.
+# Every way in which a position enters attention (rope kinds, windows, sinks, temperature, learned), the branches around
+# it (experts, shared experts, parallel blocks, post-norms, biases), and mixers whose past is a state and a few rows.
 CASES = [
     "gqa", "mqa", "biases", "fused_qkv", "rope_factors", "linear", "yarn", "attn_factor", "qwen2", "qwen3", "qwen3moe",
     "gemma", "gemma2", "gemma3", "phi2", "phi3", "phi3_long", "phi3_short", "phi3_partial", "olmo2", "olmo3",
     "mistral3_temperature", "granite", "granite_nope", "smollm3", "glm4", "cohere2", "gpt2", "falcon_7b", "falcon_40b",
     "starcoder2", "mixtral", "gpt_oss", "qwen2moe", "olmoe", "granitemoe_shared", "llama_longrope_long", "qwen3vl",
     "hunyuan_yarn", "gptneox", "stablelm_12b", "nemotron", "command_r", "olmo_clamped", "glm4moe", "bailingmoe2_groups",
-    "exaone_moe_period", "deepseek2_yarn", "deepseek2_temperature", "deepseek2_unsplit", "minicpm3_long",
-    "glm_dsa", "minimax_m3",
+    "exaone_moe_period", "qwen35", "qwen35_sizes", "qwen35_predictor", "qwen35moe_fused", "qwen3next_old", "lfm2",
+    "lfm2_window", "lfm2_taps", "lfm2moe",
+    "deepseek2_yarn", "deepseek2_temperature", "deepseek2_unsplit", "minicpm3_long", "glm_dsa", "minimax_m3",
 ]  # fmt: skip
 
 
@@ -82,7 +83,7 @@ def test_a_change_goes_on_from_where_it_is_made(layer: int, tiny_file: TinyFile)
     assert distance(torch.cat([text.extend(ids[:4]), text.extend(ids[4:5]), text.extend(ids[5:])]), truth) < 1e-12
 
 
-@pytest.mark.parametrize("case", ["gqa", "gemma3", "gpt_oss", "qwen3moe", "phi3"])
+@pytest.mark.parametrize("case", ["gqa", "gemma3", "gpt_oss", "qwen3moe", "phi3", "qwen35", "lfm2"])
 def test_greedy_tokens_are_llamacpps(case: str, tiny_file: TinyFile) -> None:
     pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
     path, ids = tiny_file(case, ftype="F32"), tiny.prompt(case, 8)

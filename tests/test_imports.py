@@ -53,7 +53,8 @@ MAY_IMPORT: dict[str, set[str]] = {
         "tokenizer",
     },
     "analysis": {
-        *("blocks", "decode", "frobenius", "generation", "gguf", "jacobian", "linop", "model", "parity", "report"),
+        *("blocks", "config", "decode", "frobenius", "generation", "gguf", "jacobian", "linop", "model", "parity"),
+        "report",
         *("results", "runs", "session", "sizes", "svd", "weights"),
     },
 }

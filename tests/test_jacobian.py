@@ -81,7 +81,22 @@ def test_short_and_repeated_prompts(case: str, prompt: str, tiny_files: dict[str
     assert distance(J.x, expected.x) < 1e-15
 
 
-@pytest.mark.parametrize("case", ["one_layer", "fused_biases"])
+@pytest.mark.parametrize("position", [-1, 25])
+@pytest.mark.parametrize("case", ["qwen35_sizes", "qwen3next"])
+def test_recurrences_over_long_prompts(case: str, position: int, tiny_files: dict[str, Path]) -> None:
+    """Beyond four times the key size they are kept in chunks with a state, and not as a pattern."""
+    model, ids = open_model(tiny_files[case], dtype="float64"), tiny.prompt(case, 70)
+    trace = model.trace(ids)
+    scans = [mixer.scan is not None for tape in trace.tapes for mixer in tape.attn.mixers]
+    assert scans == ["delta" in layer.mixers for layer in model.config.layers]
+    expected = oracle.jacobian(tiny_files[case], ids, mlp_path="up", position=position)
+    J = trace.jacobian(position)
+    assert distance(J.to_dense(), expected.J) < 1e-10
+    assert distance(J.output, expected.y) < 1e-10
+    assert dot_test(J, torch.Generator().manual_seed(0)) < 1e-13
+
+
+@pytest.mark.parametrize("case", ["one_layer", "fused_biases", "qwen35", "lfm2"])
 @pytest.mark.parametrize("position", [0, 3, -1, -2, -6])
 def test_any_position_and_nothing_after_it(case: str, position: int, tiny_files: dict[str, Path]) -> None:
     ids = tiny.prompt(case, 6)

@@ -7,6 +7,7 @@ import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import llamacpp
 import oracle
@@ -20,6 +21,7 @@ import ggjac
 from ggjac import blocks, linop, model, planner, weights
 from ggjac.architectures import Norms
 from ggjac.blocks import NumericsError, activations, mixers, networks, norms
+from ggjac.blocks.patterns import Recurrence
 from ggjac.config import ConfigError, ModelConfig, Rope
 from ggjac.generation import Continuation
 from ggjac.model import PromptError, open_model
@@ -275,6 +277,44 @@ def without_magnitude(patch: Patch) -> None:
     patch.setattr(model, "rotation", wrong)
 
 
+def recorded(kind: str, change: Callable[[mixers.Mixed], mixers.Mixed]) -> Callable[[Patch], None]:
+    """Change what is recorded of a kind of mixer."""
+
+    def make(patch: Patch) -> None:
+        right = mixers.RECORD[kind]
+        patch.setitem(mixers.RECORD, kind, lambda *args: change(right(*args)))
+
+    return make
+
+
+def ungated(mixed: mixers.Mixed) -> mixers.Mixed:
+    return mixed._replace(tape=mixed.tape._replace(read=None))
+
+
+def changed_recurrence(**changes: Any) -> Callable[[Patch], None]:
+    """Let recurrences have other fields; a function is given the field."""
+
+    def make(patch: Patch) -> None:
+        def wrong(*args: Any, **rest: Any) -> Recurrence:
+            right = Recurrence(*args, **rest)
+            new = {name: value(getattr(right, name)) if callable(value) else value for name, value in changes.items()}
+            return right._replace(**new)
+
+        patch.setattr(mixers, "Recurrence", wrong)
+
+    return make
+
+
+def reversed_taps(patch: Patch) -> None:
+    taps = mixers._taps
+
+    def wrong(w: blocks.BlockWeights, stem: str) -> tuple[Tensor, Tensor | None]:
+        weight, bias = taps(w, stem)
+        return weight.flip(1), bias
+
+    patch.setattr(mixers, "_taps", wrong)
+
+
 def shifted_positions(patch: Patch) -> None:
     """Rotate queries as if one position later than keys."""
     right, calls = mixers.rotate, []
@@ -441,6 +481,21 @@ MISTAKES: dict[str, tuple[str, Callable[[Patch], None]]] = {
     ),
     "windows ignored": ("exaone_moe", lambda p: change_config(p, layer__window=None)),
     "no norm on heads that have one": ("glm4moe_355b", lambda p: change_config(p, row__qk_norm="")),
+    "key heads grouped": ("qwen35", lambda p: change_config(p, row__key_heads_tiled=False)),
+    "key heads tiled": ("qwen3next", lambda p: change_config(p, row__key_heads_tiled=True)),
+    "gate of attention ignored": ("qwen35", recorded("attention", ungated)),
+    "gate of a recurrence ignored": ("qwen35", recorded("delta", ungated)),
+    "gate as a sigmoid": ("qwen35", lambda p: change_config(p, row__sigmoid_gate=True)),
+    "nothing removed": ("qwen35", changed_recurrence(removes=False)),
+    "no decay": ("qwen35", changed_recurrence(log_decay=torch.zeros_like)),
+    "everything written": ("qwen35", changed_recurrence(write=torch.ones_like)),
+    "queries unscaled": ("qwen35_eps", changed_recurrence(q=lambda q: q * q.shape[-1] ** 0.5)),
+    "keys not of unit length": ("qwen35", changed_recurrence(k=lambda k: 2 * k)),
+    "taps reversed": ("qwen35", reversed_taps),
+    "short convolution reversed": ("lfm2", reversed_taps),
+    "gates of a convolution swapped": ("lfm2", lambda p: swapped(p, "in_proj_b", "in_proj_c")),
+    "a convolution's second gate ignored": ("lfm2", recorded("convolution", ungated)),
+    "beta and alpha swapped": ("qwen3next", lambda p: swapped(p, "ssm_beta", "ssm_alpha")),
     "no clamp": ("gpt_oss", changed_activation(limit=None)),
     "up not shifted": ("gpt_oss", changed_activation(shift=0.0)),
     "norm of the latent without weights": ("deepseek2", changed_vector("attn_kv_a_norm.weight", torch.ones_like)),

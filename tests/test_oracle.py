@@ -19,6 +19,7 @@ import numpy as np
 import oracle
 import oracle_delta
 import oracle_latent
+import oracle_state
 import pytest
 import tiny
 import torch
@@ -50,30 +51,39 @@ CONTEXT = 256
 # ---- values, by llama.cpp
 
 
-AFTER_ATTENTION = ("ffn_inp", "sa_out", "attn_residual")
+def names_in_llamacpp(model: Oracle) -> dict[str, str]:
+    """Return which state of ours each name in llama.cpp's graph means, in this family."""
+    facts = model.facts
+    names = {"l_out": "l_out"}
+    if not (facts.attn_post or facts.residual_key):  # llama.cpp's are the branches before the norm or the scale
+        names["attn_out"] = "attn_out"
+        if not facts.sum_named_ffn_out:
+            names["ffn_out"] = "ffn_out"
+    if not (facts.parallel or (facts.parallel_key and model.metadata["use_parallel_residual"])):
+        names |= {"ffn_inp": "ffn_inp", "sa_out": "ffn_inp"}
+    return names | dict(facts.graph)
 
 
 def named_branches(model: Oracle, ours: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return what the mixers add, in families that have names of their own for it."""
-    layers = range(sum(name.startswith("l_out-") for name in ours))
-    names = {i: model.facts.branches.get(kind) for i in layers for kind in model.facts.mixers(model, i)}
-    return {f"{name}-{i}": ours[f"attn_out-{i}"] for i, name in names.items() if name}
+    theirs = {kind: name for name, kind in model.facts.graph.items() if kind in oracle.MIXERS}
+    parted = {name: name.rpartition("-") for name in ours}
+    return {f"{theirs[kind]}-{i}": ours[name] for name, (kind, _, i) in parted.items() if kind in theirs}
 
 
 def as_llamacpp_names(model: Oracle, ours: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return our states under all names that llama.cpp gives to the same vectors, in this family."""
-    facts = model.facts
-    if facts.sum_named_ffn_out:
-        ours = {name: state for name, state in ours.items() if not name.startswith("ffn_out")}
-    if facts.attn_post or facts.residual_key:  # llama.cpp's are the branches before the norm or the scale
-        states = {name: state for name, state in ours.items() if not name.startswith(("attn_out", "ffn_out"))}
-    else:
-        states = dict(ours)
-    parallel = facts.parallel or (facts.parallel_key and model.metadata["use_parallel_residual"])
-    for i in range(0 if parallel else sum(name.startswith("l_out-") for name in ours)):
-        before = ours[f"l_out-{i - 1}" if i else "x"]
-        states |= dict.fromkeys((f"{name}-{i}" for name in AFTER_ATTENTION), before + ours[f"attn_out-{i}"])
-    return states | named_branches(model, ours)
+    states = {name: ours[name] for name in ("result_norm", "logits")}
+    for layer in range(model.metadata["block_count"]):
+        found = {theirs: ours.get(f"{name}-{layer}") for theirs, name in names_in_llamacpp(model).items()}
+        states |= {f"{name}-{layer}": state for name, state in found.items() if state is not None}
+    return states
+
+
+def streams(model: Oracle, states: dict[str, Tensor]) -> list[str]:
+    """Return the names in llama.cpp's graph of the stream after each layer."""
+    name = next(theirs for theirs, ours in names_in_llamacpp(model).items() if ours == "l_out")
+    return [f"{name}-{layer}" for layer in range(model.metadata["block_count"]) if f"{name}-{layer}" in states]
 
 
 @pytest.mark.parametrize("case", ROWS)
@@ -91,7 +101,8 @@ def test_every_state_agrees_with_llamacpp(case: str, tiny_file: Callable[..., Pa
         states = oracle.forward(model, ids, context=CONTEXT, gelu=gelu)
         ours = as_llamacpp_names(model, states)
         compared = theirs.keys() & ours.keys()
-        assert compared >= {*(f"l_out-{i}" for i in range(tiny.options(case).blocks)), "result_norm", "logits"}
+        assert compared >= {*streams(model, theirs), "result_norm", "logits"}
+        assert len(streams(model, theirs)) == tiny.options(case).blocks
         assert compared >= named_branches(model, states).keys()
         errors = {name: distance(theirs[name], ours[name]) for name in compared}
         assert {name: error for name, error in errors.items() if not error < tolerance} == {}
@@ -113,9 +124,13 @@ def test_layers_with_gelu_agree_one_by_one(case: str, tiny_file: Callable[..., P
     ids = tiny.prompt(case)
     theirs, model = llamacpp.run(parity_file(tiny_file, case), ids), oracle.load(tiny_file(case))
     x = oracle.embed(model, ids)
-    for layer in range(model.metadata["block_count"]):
-        name = f"l_out-{layer}"
-        ours, x = oracle.block(model, layer, x, gelu="f16_table")[name], theirs[name].double()
+    # What earlier blocks leave for later ones is made of llama.cpp's streams, too.
+    states = oracle.forward(model, ids) | {
+        f"l_out-{layer}": theirs[name].double() for layer, name in enumerate(streams(model, theirs))
+    }
+    for layer, name in enumerate(streams(model, theirs)):
+        found = oracle.block(model, layer, x, gelu="f16_table", states=states)
+        ours, x = found[f"l_out-{layer}"], states[f"l_out-{layer}"]
         errors = (ours - x).norm(dim=-1) / x.norm(dim=-1)
         assert errors.median() < 1e-6, name
         assert errors.max() < 1e-4, name
@@ -879,6 +894,165 @@ def scaled_scores(model: Oracle, multiplier: float) -> Oracle:
     return query_rows(model, lambda w: w / factor**2)
 
 
+# ---- Gemma 4
+
+
+def with_normed_keys_as_values(model: Oracle) -> Oracle:
+    """Make values of the keys after their norm: its scale is lost in the norm of the values, its weights are not."""
+    added = {}
+    for name, k in model.weights.items():
+        v = name.replace("attn_k.", "attn_v.")
+        if "attn_k." in name and v not in model.weights:
+            weight = model.weights[name.replace("attn_k.", "attn_k_norm.")]
+            added[v] = weight.repeat(len(k) // len(weight))[:, None] * k
+    assert added
+    return model._replace(weights=model.weights | added)
+
+
+def with_part(model: Oracle, index: int, **changes: str | None) -> Oracle:
+    """Change a norm of one of the networks of a block with experts."""
+    parts = list(model.facts.parts)
+    parts[index] = parts[index]._replace(**changes)
+    return facts(parts=tuple(parts))(model)
+
+
+# That the routing weights sum to one cannot show: the norm after the experts undoes any factor of all of them. Nor can
+# the factor 1 / sqrt(2) of the inputs per layer.
+GEMMA4_MISTAKES: dict[str, tuple[str, Callable[[Oracle], Oracle]]] = {
+    f"gemma4: {mistake}": (case, make)
+    for mistake, (case, make) in {
+        "values not normed": ("gemma4", facts(value_norm=False)),
+        "normed keys as values": ("gemma4", with_normed_keys_as_values),
+        "normed keys as values in windowed layers": ("gemma4_full_first", with_normed_keys_as_values),
+        "scores divided by a root": ("gemma4", facts(attn_scale=None)),
+        "stream not scaled": ("gemma4", on("layer_output_scale", torch.ones_like)),
+        "every pair rotates": ("gemma4", facts(factors=False)),
+        "windowed layers take the divisors": ("gemma4_one_size", facts(local_factors=True)),
+        "windowed layers scaled": ("gemma4_one_size", facts(local_scaling=True)),
+        "windowed layers have the base of the others": ("gemma4", facts(local_base_key=False)),
+        "no default base of windowed layers": ("gemma4_full_first", facts(local_base=None)),
+        "whole heads rotate in windowed layers": ("gemma4_full_first", keys(rope__dimension_count_swa=16)),
+        "final cap missing": ("gemma4", facts(final_cap=None)),
+        "no default of the final cap": ("gemma4_full_first", facts(final_cap=0.0)),
+        "window one wider": ("gemma4", width_of_window(1)),
+        "embeddings unscaled": ("gemma4", facts(embedding=None)),
+        "attention post-norm absent": ("gemma4", NO_POST_NORMS["attention"]),
+        "feed-forward post-norm absent": ("gemma4", NO_POST_NORMS["feed-forward"]),
+        "rope pairs otherwise": ("gemma4", facts(rope="adjacent")),
+        "router reads the experts' input": ("gemma4_experts", facts(router_reads="branch")),
+        "router's input unscaled": ("gemma4_experts", on("ffn_gate_inp.scale", lambda w: torch.full_like(w, 8.0))),
+        "router's input not divided by sqrt(d)": ("gemma4_experts", on("ffn_gate_inp.scale", lambda w: 8 * w)),
+        "experts unscaled": ("gemma4_experts", on("ffn_down_exps.scale", torch.ones_like)),
+        "another expert's scale": ("gemma4_experts", on("ffn_down_exps.scale", lambda w: w.roll(1))),
+        "up before gate in experts": ("gemma4_experts", on("gate_up_exps", lambda w: w.roll(w.shape[1] // 2, 1))),
+        "norms of the two networks swapped": (
+            "gemma4_experts",
+            lambda m: swap(m, "post_ffw_norm_1", "post_ffw_norm_2"),
+        ),
+        "one norm before both networks": ("gemma4_experts", lambda m: with_part(m, 1, before="ffn_norm")),
+        "no norm after the dense network": ("gemma4_experts", lambda m: with_part(m, 0, after=None)),
+        "no norm after the experts": ("gemma4_experts", lambda m: with_part(m, 1, after=None)),
+        "own keys and values": ("gemma4_shared", facts(shared_kv_key=False)),
+        "inputs left out": ("gemma4_small", drop("blk.0.proj.")),
+        "another layer's inputs": (
+            "gemma4_small",
+            both(
+                on("per_layer_model_proj", lambda w: w.roll(24, 0)), on("per_layer_token_embd", lambda w: w.roll(24, 1))
+            ),
+        ),
+        "table left out": ("gemma4_small", drop("per_layer_token_embd")),
+        "table unscaled": ("gemma4_small", on("per_layer_token_embd", lambda w: w / math.sqrt(24))),
+        "projected inputs left out": ("gemma4_small", drop("per_layer_proj_norm")),
+        "no dense network beside the experts": ("gemma4_experts", lambda m: facts(parts=m.facts.parts[1:])(m)),
+    }.items()
+}
+
+
+# ---- hybrids of attention and state space
+
+
+def without_d(model: Oracle) -> Oracle:
+    return model._replace(weights={name: w * (not name.endswith("ssm_d")) for name, w in model.weights.items()})
+
+
+def router_reads_latent(model: Oracle) -> Oracle:
+    """Let the router read what comes back from the latent stream, in place of the whole one."""
+    return through_latent(model, "ffn_gate_inp")
+
+
+def shared_reads_latent(model: Oracle) -> Oracle:
+    return through_latent(model, "ffn_up_shexp")
+
+
+def through_latent(model: Oracle, name: str) -> Oracle:
+    changed = {}
+    for up, w in model.weights.items():
+        if up.endswith("ffn_latent_up.weight"):
+            b = up.removesuffix("ffn_latent_up.weight")
+            read = f"{b}{name}.weight"
+            changed[read] = model.weights[read] @ w @ model.weights[f"{b}ffn_latent_down.weight"]
+    assert changed
+    return model._replace(weights=model.weights | changed)
+
+
+HYBRID_MISTAKES: dict[str, tuple[str, Callable[[Oracle], Oracle]]] = {
+    "granitehybrid: roped": ("granitehybrid", keys(rope__scaling__finetuned=True)),
+    "granitehybrid: not roped": ("granitehybrid_roped", keys(rope__scaling__finetuned=False)),
+    "granitehybrid: not roped by default": ("granitehybrid_experts", keys(rope__scaling__finetuned=False)),
+    "granitehybrid: rope pairs otherwise": ("granitehybrid_roped", facts(rope="halves")),
+    "granitehybrid: rope factors ignored": ("granitehybrid_roped", facts(factors=False)),
+    "granitehybrid: attention scale ignored": ("granitehybrid", facts(attn_scale_key=False)),
+    "granitehybrid: embedding scale ignored": ("granitehybrid", facts(embedding=None)),
+    "granitehybrid: residual scale ignored": ("granitehybrid", facts(residual_key=False)),
+    "granitehybrid: logits multiplied": ("granitehybrid", facts(logits="multiply")),
+    "granitehybrid: shared expert missing": ("granitehybrid_shared", drop("ffn_down_shexp")),
+    "granitehybrid: weights not normed": ("granitehybrid_experts", facts(renormalise=False)),
+    "granitehybrid: weights scaled": ("granitehybrid_unread", facts(routed_scale_key=True)),
+    "granitehybrid: window applied": ("granitehybrid_unread", facts(period=0)),
+    "granitehybrid: one norm for all groups": ("granitehybrid", on("ssm_norm", lambda w: w.reshape(1, -1))),
+    "nemotron_h: roped": ("nemotron_h", facts(rope="halves")),
+    "nemotron_h: SiLU": ("nemotron_h", facts(activation="silu")),
+    "nemotron_h: attention scale read": ("nemotron_h_unread", facts(attn_scale_key=True)),
+    "nemotron_h: D left out": ("nemotron_h", without_d),
+    "nemotron_h: epsilon of the other key": (
+        "nemotron_h_attention_first",
+        keys(attention__layer_norm_rms_epsilon=1e-5),
+    ),
+    **{
+        f"nemotron_h: {part} bias dropped": ("nemotron_h_biases", drop(f"{part}.bias"))
+        for part in ("attn_q", "attn_v", "attn_output", "ffn_up", "ffn_down")
+    },
+    **{
+        f"nemotron_h_moe: {mistake}": (case, make)
+        for mistake, (case, make) in {
+            "softmax router": ("nemotron_h_moe", facts(router="all")),
+            "weights not normed": ("nemotron_h_moe", keys(expert_weights_norm=False)),
+            "weights normed": ("nemotron_h_moe_not_normed", keys(expert_weights_norm=True)),
+            "weights not scaled": ("nemotron_h_moe", keys(expert_weights_scale=0.0)),
+            "selection bias missing": ("nemotron_h_moe", drop("exp_probs_b")),
+            "shared expert missing": ("nemotron_h_moe", drop("ffn_down_shexp")),
+            "router reads the latent stream": ("nemotron_h_moe_latent", router_reads_latent),
+            "shared expert reads the latent stream": ("nemotron_h_moe_latent", shared_reads_latent),
+            "SiLU": ("nemotron_h_moe_latent", facts(activation="silu")),
+            "the first block's number of experts": ("nemotron_h_moe_uneven", keys(expert_used_count=3)),
+            "groups ignored": ("nemotron_h_moe_groups", keys(expert_group_count=1)),
+        }.items()
+    },
+    "nemotron_h_moe: a predictor as a block": ("nemotron_h_moe_predictor", keys(nextn_predict_layers=0)),
+    "falcon-h1: rope pairs otherwise": ("falcon_h1", facts(rope="adjacent")),
+    "falcon-h1: attention only": ("falcon_h1", facts(mixers=lambda model, layer: ("attention",))),
+    "falcon-h1: state space only": ("falcon_h1", facts(mixers=lambda model, layer: ("mamba2",))),
+    "falcon-h1: no norm in the mixer": ("falcon_h1_normed", lambda m: without(m, "ssm_norm")),
+    "falcon-h1: norm before the feed-forward network ignored": ("falcon_h1", on("ffn_norm", torch.ones_like)),
+    "falcon-h1: attention scale read": ("falcon_h1_unread", facts(attn_scale_key=True)),
+    "falcon-h1: rope factors read": ("falcon_h1_unread", facts(factors=True)),
+    **{  # without rotation, a bias of the keys cannot show
+        f"granitehybrid: {part} bias dropped": ("granitehybrid_biases", drop(f"{part}.bias"))
+        for part in ("attn_q", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
+    },
+}
+
+
 # mistake -> (the row that must reveal it, the edit that makes it)
 MISTAKES: dict[str, tuple[str, Callable[[Oracle], Oracle]]] = {
     "rope pairs as NEOX": ("plain", rotate_halves),
@@ -917,6 +1091,8 @@ MISTAKES: dict[str, tuple[str, Callable[[Oracle], Oracle]]] = {
     "split biases of a fused matrix dropped": ("fused_split_biases", drop("attn_v.bias")),
     **FAMILY_MISTAKES,
     **LATENT_MISTAKES,
+    **GEMMA4_MISTAKES,
+    **HYBRID_MISTAKES,
 }
 
 
@@ -1082,9 +1258,8 @@ def test_blocks_with_latent_attention_agree_one_by_one(case: str, tiny_file: Cal
     x = oracle.embed(model, ids)
     for layer in range(tiny.options(case).blocks):
         ours = oracle.block(model, layer, x, context=CONTEXT)
-        (kind,) = model.facts.mixers(model, layer)
-        name = model.facts.branches.get(kind)
-        branch = theirs[f"{name}-{layer}"] if name else theirs[f"ffn_inp-{layer}"].double() - x
+        (name, *_) = [*named_branches(model, ours), None]
+        branch = theirs[name] if name else theirs[f"ffn_inp-{layer}"].double() - x
         assert distance(ours[f"attn_out-{layer}"], branch) < 5e-6, layer  # a difference of two that are rounded
         x = theirs[f"l_out-{layer}"].double()
         assert distance(ours[f"l_out-{layer}"], x) < 2e-6, layer
@@ -1108,6 +1283,90 @@ def test_an_indexer_acts_beyond_as_many_tokens_as_it_chooses(case: str, tiny_fil
     theirs, ours = llamacpp.run(path, ids)["logits"], oracle.forward(model, ids)["logits"]
     assert distance(theirs[:most], ours[:most]) < 5e-6
     assert distance(theirs[most:], ours[most:]) > 2e-3
+
+
+def test_llamacpp_reveals_another_source_of_keys(
+    tiny_file: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Block 3 reads what block 1 wrote, not block 0."""
+    path, ids = tiny_file("gemma4_shared"), tiny.prompt("gemma4_shared")
+    monkeypatch.setattr(oracle, "source_of", lambda model, layer: {3: 0, 4: 2}.get(layer))
+    wrong = oracle.forward(oracle.load(path), ids, gelu="f16_table")
+    assert distance(wrong["logits"], llamacpp.run(path, ids)["logits"]) > 2e-3
+    monkeypatch.setattr(oracle, "source_of", lambda model, layer: {3: 1, 4: 2}.get(layer))
+    right = oracle.forward(oracle.load(path), ids, gelu="f16_table")
+    assert distance(right["logits"], llamacpp.run(path, ids)["logits"]) < 3e-4
+
+
+# ---- and in state space mixers
+
+
+def rows_exchanged(*parts: int) -> Callable[[Oracle], Oracle]:
+    """Let two of the parts z, x, B, C of what `ssm_in` makes change places; both are as wide."""
+
+    def change(model: Oracle) -> Oracle:
+        meta = model.metadata
+        inner, bc = meta["ssm.inner_size"], meta["ssm.group_count"] * meta["ssm.state_size"]
+
+        def exchange(w: Tensor, widths: list[int], a: int, b: int) -> Tensor:
+            pieces = list(w.split([*widths, len(w) - sum(widths)]))
+            pieces[a], pieces[b] = pieces[b], pieces[a]
+            return torch.cat(pieces)
+
+        a, b = parts
+        model = edit(model, "ssm_in.weight", lambda w: exchange(w, [inner, inner, bc, bc], a, b))
+        if min(a, b) > 0:
+            model = edit(model, "ssm_conv1d", lambda w: exchange(w, [inner, bc, bc], a - 1, b - 1))
+        return model
+
+    return change
+
+
+def gate_last(y: Tensor, gate: Tensor, weight: Tensor, eps: float, *, frozen: bool) -> Tensor:
+    return GATED_NORM(y, torch.ones_like(gate), weight, eps, frozen=frozen) * gate
+
+
+GATED_NORM = oracle_state.gated_norm
+# mistake -> the edit that makes it, or the name and the mistaken form of a function of the mixer
+STATE_SPACE_MISTAKES: dict[str, Callable[[Oracle], Oracle] | tuple[str, Callable[..., Tensor]]] = {
+    "one norm for all groups": on("ssm_norm", lambda w: w.reshape(1, -1)),
+    "norm's weights ignored": on("ssm_norm", torch.ones_like),
+    "B and C swapped": rows_exchanged(2, 3),
+    "z and x swapped": rows_exchanged(0, 1),
+    "time steps without bias": drop("ssm_dt.bias"),
+    "D left out": without_d,
+    "bias of the convolution left out": drop("ssm_conv1d.bias"),
+    "convolution backwards": on("ssm_conv1d.weight", lambda w: w.flip(1)),
+    "convolution of the present alone": on("ssm_conv1d.weight", lambda w: torch.cat([0 * w[:, :-1], w[:, -1:]], 1)),
+    "decays as logarithms": on("ssm_a", lambda w: torch.log(-w)),
+    "nothing forgotten": drop("ssm_a"),
+    "time steps without softplus": ("softplus", lambda x: x),
+    "no SiLU": ("silu", lambda x: x),
+    "heads of a group apart": ("of_heads", lambda parts, heads: parts.repeat(1, heads // parts.shape[1], 1)),
+    "gate after the norm": ("gated_norm", gate_last),
+}
+
+
+@pytest.mark.parametrize("mistake", STATE_SPACE_MISTAKES)
+def test_llamacpp_reveals_in_mamba2(
+    mistake: str, tiny_file: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make, path, ids = STATE_SPACE_MISTAKES[mistake], tiny_file("mamba2"), tiny.prompt("mamba2")
+    model = oracle.load(path)
+    if isinstance(make, tuple):
+        monkeypatch.setattr(oracle_state, *make)
+    else:
+        model = make(model)
+    assert distance(oracle.forward(model, ids)["logits"], llamacpp.run(path, ids)["logits"]) > 2e-3
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 40])
+@pytest.mark.parametrize("case", ["mamba2", "mamba2_groups", "falcon_h1_normed"])
+def test_prompts_of_any_length(case: str, length: int, tiny_file: Callable[..., Path]) -> None:
+    """Shorter than the convolution, which then reads nothing, and so long that much is forgotten."""
+    path, ids = tiny_file(case), tiny.prompt(case, length)
+    ours = oracle.forward(oracle.load(path), ids)["logits"]
+    assert distance(llamacpp.run(path, ids)["logits"], ours) < 5e-6
 
 
 # ---- derivatives, by the paper's own code and by hand
@@ -1410,6 +1669,170 @@ def test_frozen_feed_forward_by_hand(case: str, mlp_path: str, tiny_file: Callab
     assert distance(ours, by_hand(model, h, mlp_path)) < 1e-13
 
 
+def normal(*shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+
+@pytest.mark.parametrize(
+    ("case", "layer", "source"),
+    [
+        ("gemma4", 0, None),  # windowed, with values of their own
+        ("gemma4", 2, None),  # full; the values are keys
+        ("gemma4_shared", 3, 1),
+        ("gemma4_shared_keys", 3, 1),
+    ],
+)
+def test_frozen_attention_of_gemma4_by_hand(
+    case: str, layer: int, source: int | None, tiny_file: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """output @ pattern @ scale of the values' norm @ their matrix; all else is frozen, shared values are not."""
+    model, n = oracle.load(tiny_file(case)), 6
+    h, read = normal(n, 64), normal(2 * n, 64)[n:]
+    at = layer if source is None else source
+    w = model.weights.get(f"blk.{at}.attn_v.weight", model.weights[f"blk.{at}.attn_k.weight"])
+    (heads, hd), (kv_heads, _) = (oracle.shape_of_heads(model, at)[part] for part in "qv")
+
+    def attend(model: Oracle, read: Tensor, *, frozen: bool) -> Tensor:
+        own = (read, None) if source is None else (h, (source, read))
+        return oracle.attention(model, layer, own[0], frozen=frozen, context=n, source=own[1])
+
+    ours = torch.autograd.functional.jacobian(lambda read: attend(model, read, frozen=True), read)
+    ordinary = torch.autograd.functional.jacobian(lambda read: attend(model, read, frozen=False), read)
+    # The pattern is what comes of one-hot values without an output projection.
+    monkeypatch.setattr(oracle, "values", lambda *_, **__: torch.eye(n).double()[:, None].expand(n, kv_heads, n))
+    name = f"blk.{layer}.attn_output.weight"
+    bare = model._replace(weights=model.weights | {name: torch.eye(heads * n).double()})
+    pattern = attend(bare, read, frozen=False).reshape(n, heads, n)
+    v = (read @ w.T).reshape(n, kv_heads, hd)
+    scale = (v.square().mean(-1) + model.metadata["attention.layer_norm_rms_epsilon"]).rsqrt()
+    group = torch.arange(heads) // (heads // kv_heads)
+    out = model.weights[name].reshape(64, heads, hd)
+    J = torch.einsum("ehc,ths,sh,hcd->tesd", out, pattern, scale[:, group], w.reshape(kv_heads, hd, 64)[group])
+    assert distance(ours, J) < 1e-13
+    assert distance(ordinary, J) > 0.1
+
+
+def test_frozen_inputs_of_a_layer_by_hand(tiny_file: Callable[..., Path]) -> None:
+    """The norm's diagonal @ projection @ (share of GELU times inputs) @ gate; what makes the inputs is frozen."""
+    model, x, inputs = oracle.load(tiny_file("gemma4_small")), normal(1, 64), normal(2, 24)[1:]
+    w = {name.removeprefix("blk.1."): value for name, value in model.weights.items()}
+
+    def branch(x: Tensor, inputs: Tensor) -> Tensor:
+        return oracle.per_layer_branch(model, "blk.1", x, inputs, freeze="up", gelu="exact")[0]
+
+    ours, none = torch.autograd.functional.jacobian(branch, (x, inputs))
+    gate = (x @ w["inp_gate.weight"].T)[0]
+    share = 0.5 * (1 + (0.7978845608028654 * (gate + 0.044715 * gate**3)).tanh())
+    made = w["proj.weight"] @ (share * gate * inputs[0])
+    after = w["post_norm.weight"] / (made.square().mean() + model.metadata["attention.layer_norm_rms_epsilon"]).sqrt()
+    J = after[:, None] * w["proj.weight"] * (share * inputs[0]) @ w["inp_gate.weight"]
+    assert distance(ours[:, 0], J) < 1e-13
+    assert not none.any()
+
+
+def mixed_by_hand(w: dict[str, Tensor], h: Tensor, logits: Tensor, *, used: int, mlp_path: str) -> Tensor:
+    """Return the frozen map [d, d] of gated experts with GELU, fused, scaled and renormalised."""
+    p = logits.softmax(-1)
+    chosen = p.argsort(descending=True)[:used]
+    total = torch.zeros(len(h), len(h)).double()
+    for e in chosen:
+        gate, up = w["ffn_gate_up_exps.weight"][e].chunk(2)
+        factor = p[e] / p[chosen].sum() * w["ffn_down_exps.scale"][e]
+        total += factor * w["ffn_down_exps.weight"][e] @ gated_by_hand(gate, up, h, mlp_path)
+    return total
+
+
+def gated_by_hand(gate: Tensor, up: Tensor, h: Tensor, mlp_path: str) -> Tensor:
+    """Return the frozen map [hidden, d] from h to GELU(gate h) * (up h)."""
+    g, u = gate @ h, up @ h
+    share = 0.5 * (1 + (0.7978845608028654 * (g + 0.044715 * g**3)).tanh())
+    return (share * g).diag() @ up if mlp_path == "up" else (share * u).diag() @ gate
+
+
+@pytest.mark.parametrize("mlp_path", ["up", "gate"])
+def test_frozen_networks_side_by_side_by_hand(mlp_path: str, tiny_file: Callable[..., Path]) -> None:
+    """Gemma 4's dense network and experts: five norms with frozen scales, and a frozen router on the stream."""
+    model, x = oracle.load(tiny_file("gemma4_experts")), normal(64)
+    w = {name.removeprefix("blk.0."): value for name, value in model.weights.items()}
+    eps = model.metadata["attention.layer_norm_rms_epsilon"]
+
+    def scaled(x: Tensor, weight: Tensor) -> Tensor:
+        """Return the diagonal of a frozen norm."""
+        return (weight / (x.square().mean() + eps).sqrt()).diag()
+
+    first, second = (scaled(x, w[f"{name}.weight"]) for name in ("ffn_norm", "pre_ffw_norm_2"))
+    logits = w["ffn_gate_inp.weight"] @ (scaled(x, w["ffn_gate_inp.scale"]) @ x / 8)
+    hidden = gated_by_hand(w["ffn_gate.weight"], w["ffn_up.weight"], first @ x, mlp_path)
+    dense = w["ffn_down.weight"] @ hidden @ first
+    experts = mixed_by_hand(w, second @ x, logits, used=2, mlp_path=mlp_path) @ second
+    dense, experts = (scaled(part @ x, w[f"post_ffw_norm_{i}.weight"]) @ part for i, part in ((1, dense), (2, experts)))
+    J = scaled((dense + experts) @ x, w["post_ffw_norm.weight"]) @ (dense + experts)
+    ours = frozen_product(
+        lambda x: oracle.feed_forward(model, "blk.0", x, "ffn_norm", freeze=mlp_path, gelu="exact"), x
+    )
+    assert distance(ours, J) < 1e-13
+
+
+def test_frozen_latent_experts_by_hand(tiny_file: Callable[..., Path]) -> None:
+    """Nemotron's experts: router and shared expert read h, routed ones what `ffn_latent_down` makes of it."""
+    model, h = oracle.load(tiny_file("nemotron_h_moe_latent")), normal(64)
+    w = {name.removeprefix("blk.1.").removesuffix(".weight"): value for name, value in model.weights.items()}
+    p = 1 / (1 + (-w["ffn_gate_inp"] @ h).exp())
+    chosen = (p + w["exp_probs_b.bias"]).argsort(descending=True)[: model.metadata["expert_used_count"]]
+
+    def network(up: Tensor, down: Tensor, h: Tensor) -> Tensor:
+        return down @ (up @ h).clamp(min=0).diag() @ up
+
+    latent = w["ffn_latent_down"] @ h
+    routed = sum(p[e] * network(w["ffn_up_exps"][e], w["ffn_down_exps"][e], latent) for e in chosen)
+    routed = model.metadata["expert_weights_scale"] / p[chosen].sum() * routed
+    J = w["ffn_latent_up"] @ routed @ w["ffn_latent_down"] + network(w["ffn_up_shexp"], w["ffn_down_shexp"], h)
+    ours = frozen_product(lambda h: oracle.mixture(model, "blk.1", h, freeze="up", gelu="exact"), h)
+    assert distance(ours, J) < 1e-13
+
+
+@pytest.mark.parametrize("case", ["mamba2", "mamba2_one_group"])
+def test_frozen_mamba2_by_hand(case: str, tiny_file: Callable[..., Path]) -> None:
+    """Assemble out @ gate and norm @ pattern @ share of SiLU @ convolution @ rows of x from explicit matrices."""
+    model = oracle.load(tiny_file(case))
+    w = {name.removeprefix("blk.0.ssm_"): value for name, value in model.weights.items() if ".ssm_" in name}
+    names = ("inner_size", "state_size", "group_count", "time_step_rank", "conv_kernel")
+    inner, size, groups, heads, width = (model.metadata[f"ssm.{name}"] for name in names)
+    n, x_rows = 5, slice(inner, 2 * inner)
+    h = torch.randn(n, 64, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    projected = h @ w["in.weight"].T
+    # [t, s, c]: how much of channel c at s is in the convolution at t; the last tap is the present.
+    shifts = torch.stack([torch.eye(n).double().roll(k, 0).tril() for k in range(width)])
+    taps = torch.einsum("kts,ck->tsc", shifts, w["conv1d.weight"].flip(1))
+    convolved = torch.einsum("tsc,sc->tc", taps, projected[:, inner:-heads]) + w["conv1d.bias"]
+    share = 1 / (1 + (-convolved).exp())
+    b, c = (convolved * share)[:, inner:].reshape(n, 2, groups, size).unbind(1)
+    dt = (1 + (projected[:, -heads:] + w["dt.bias"]).exp()).log()
+    decays = (w["a"].flatten() * dt).exp()
+    assert decays.min() < 0.01 < 0.99 < decays.max()
+    since = (w["a"].flatten() * dt).cumsum(0)
+    pattern = torch.zeros(heads, n, n).double()
+    for head in range(heads):
+        group = head // (heads // groups)
+        decay = (since[:, None, head] - since[None, :, head]).exp().tril()
+        pattern[head] = (c[:, group] @ b[:, group].T) * decay * dt[:, head] + w["d"][head] * torch.eye(n)
+    pattern = pattern.repeat_interleave(inner // heads, 0)  # [inner, n, n]
+    gate = projected[:, :inner] / (1 + (-projected[:, :inner]).exp())
+    gated = torch.einsum("its,si->ti", pattern, (convolved * share)[:, :inner]) * gate
+    power = gated.reshape(n, groups, -1).square().mean(-1) + model.metadata["attention.layer_norm_rms_epsilon"]
+    after = gate * w["norm.weight"].flatten() / power.sqrt().repeat_interleave(inner // groups, 1)
+    J = torch.einsum(
+        "ei,ti,its,si,sri,id->terd",
+        *(w["out.weight"], after, pattern, share[:, :inner], taps[..., :inner], w["in.weight"][x_rows]),
+    )
+    ours = torch.autograd.functional.jacobian(lambda h: oracle_state.mamba2(model, 0, h, frozen=True, context=n), h)
+    assert distance(ours, J) < 1e-13
+    ordinary = torch.autograd.functional.jacobian(
+        lambda h: oracle_state.mamba2(model, 0, h, frozen=False, context=n), h
+    )
+    assert distance(ordinary, J) > 0.1
+
+
 def test_frozen_layer_norm_by_hand(tiny_file: Callable[..., Path]) -> None:
     """Centering is linear and stays; only the standard deviation is frozen."""
     model = oracle.load(tiny_file("gpt2"))
@@ -1421,8 +1844,9 @@ def test_frozen_layer_norm_by_hand(tiny_file: Callable[..., Path]) -> None:
 
 
 def structure(case: str) -> tuple[str, frozenset[str]]:
-    """Return what decides where biases are: the architecture and the tensors of a layer."""
-    o = dataclasses.replace(tiny.options(case), layers=1)
+    """Return what decides where biases are: the architecture and the tensors of one layer of each kind."""
+    o = tiny.options(case)
+    o = dataclasses.replace(o, layers=len(o.mixers))
     return o.architecture, frozenset(entry.name for entry in tiny.tensors(o))
 
 
@@ -1464,6 +1888,7 @@ def test_offset_is_what_the_live_biases_add(case: str, mlp_path: str, tiny_file:
     assert (J.offset - expected).norm() < 1e-12 * J.y.norm()
     # Biases of q, k, the router and the frozen factor are frozen; any other must show.
     parts = ("attn_v", "attn_qkv", "attn_output", "ffn_down", "ffn_down_exps", "norm", "norm_2", f"ffn_{mlp_path}")
+    parts += ("ssm_conv1d",)
     if model.facts.ffn == "plain":
         parts += ("ffn_up",)
     shows = bool(constants) or any(name.endswith(f"{part}.bias") for name in live for part in parts)

@@ -214,18 +214,22 @@ def test_a_full_disk_is_seen_before_anything_is_written(tiny_file, tmp_path, mon
 # -- a copy of a file that llama.cpp refuses ---------------------------------------------------------------------------
 
 
-def exported(source: Path, path: Path, *, alignment: int = 32) -> Path:
-    """Write a Llama file as if by another exporter: other names, other keys, and tensors of another model."""
+def exported(source: Path, path: Path, renamed: str, *, alignment: int = 32) -> Path:
+    """Write a file as Ollama exports Qwen3.5: a name without its end, other keys, and tensors of other models."""
     reader = gguf.GGUFReader(source)
-    writer = gguf.GGUFWriter(path, "llama")
+    architecture = reader.fields["general.architecture"].contents()
+    count, sections = f"{architecture}.attention.head_count_kv", f"{architecture}.rope.dimension_sections"
+    writer = gguf.GGUFWriter(path, architecture)
     writer.add_custom_alignment(alignment)
     for key, field in reader.fields.items():
-        if not key.startswith("GGUF.") and key not in ("general.architecture", "llama.attention.head_count_kv"):
+        if not key.startswith("GGUF.") and key not in ("general.architecture", count, sections):
             writer.add_key_value(key, field.contents(), field.types[0], field.types[-1])
-    writer.add_array("llama.attention.head_count_kv", [0, 2, 0])
-    writer.add_array("llama.rope.dimension_sections", [3, 2, 1])
+    heads, uint32 = reader.fields[count].contents(), gguf.GGUFValueType.UINT32
+    writer.add_key_value(count, [0, heads, 0], gguf.GGUFValueType.ARRAY, uint32)
+    writer.add_array(sections, reader.fields[sections].contents()[:3] if sections in reader.fields else [3, 2, 1])
     for t in reader.tensors:
-        writer.add_tensor(t.name.replace("ffn_norm.weight", "ffn_norm"), t.data, raw_dtype=t.tensor_type)
+        name = t.name.rpartition(".")[0] if t.name.endswith(renamed) else t.name
+        writer.add_tensor(name, t.data, raw_dtype=t.tensor_type)
     writer.add_tensor("v.blk.0.weight", np.ones((3, 5), np.float32))
     writer.add_tensor("mtp.norm", np.ones(7, np.float32))
     writer.write_header_to_file()
@@ -237,16 +241,29 @@ def exported(source: Path, path: Path, *, alignment: int = 32) -> Path:
 
 @pytest.fixture
 def llama_exports(monkeypatch) -> None:
-    qwen = exports.EXPORTS["qwen35"]
-    assert qwen.renamed == {"ssm_dt": "ssm_dt.bias"}
-    monkeypatch.setitem(exports.EXPORTS, "llama", replace(qwen, renamed={"ffn_norm": "ffn_norm.weight"}))
+    renamed = {"ffn_norm": "ffn_norm.weight"}
+    monkeypatch.setitem(exports.EXPORTS, "llama", replace(exports.EXPORTS["qwen35"], renamed=renamed))
+
+
+@pytest.mark.parametrize("case", ["qwen35", "qwen35moe"])
+def test_llama_cpp_runs_a_copy_of_ollamas_export(tiny_file, tmp_path, case):
+    source, ids = tiny_file(case), tiny.prompt(case)
+    path = exported(source, tmp_path / "export.gguf", "ssm_dt.bias")
+    with pytest.raises(ParityError, match="cannot load"):
+        run_llama_cpp(path, ids)
+    with open_gguf(path) as file:
+        target = parity.for_llama_cpp(file, tmp_path)
+    assert torch.equal(run_llama_cpp(target, ids).logits, run_llama_cpp(source, ids).logits)
+    whole = rewrite_as_f32(target, tmp_path)
+    assert torch.equal(run_llama_cpp(whole, ids).logits, run_llama_cpp(source, ids).logits)
 
 
 @pytest.mark.usefixtures("llama_exports")
 @pytest.mark.parametrize(("case", "alignment"), [("gqa", 32), ("q4_k_mixed", 64), ("tokenizer", 32)])
 def test_a_copy_has_what_llama_cpp_expects(tiny_file, tmp_path, case, alignment):
     source = tiny_file(case)
-    path, folder = exported(source, tmp_path / "export.gguf", alignment=alignment), tmp_path / "copy"
+    path = exported(source, tmp_path / "export.gguf", "ffn_norm.weight", alignment=alignment)
+    folder = tmp_path / "copy"
     folder.mkdir()
     with pytest.raises(ParityError, match="cannot load"):
         run_llama_cpp(path, [1, 2])
@@ -260,7 +277,8 @@ def test_a_copy_has_what_llama_cpp_expects(tiny_file, tmp_path, case, alignment)
     for a, b in zip(found.tensors, original.tensors, strict=True):
         assert (a.tensor_type, a.shape.tolist()) == (b.tensor_type, b.shape.tolist())
         assert np.array_equal(a.data, b.data)
-    changed = {"llama.attention.head_count_kv": 2, "llama.rope.dimension_sections": [3, 2, 1, 0]}
+    heads = original.fields["llama.attention.head_count_kv"].contents()
+    changed = {"llama.attention.head_count_kv": heads, "llama.rope.dimension_sections": [3, 2, 1, 0]}
     for key, field in gguf.GGUFReader(path).fields.items():
         if not key.startswith("GGUF."):
             expected = changed.get(key, field.contents())
@@ -279,7 +297,7 @@ def test_a_copy_has_what_llama_cpp_expects(tiny_file, tmp_path, case, alignment)
 @pytest.mark.parametrize("strict", [False, True])
 def test_a_file_that_llama_cpp_refuses_is_verified_on_a_copy(tiny_file, tmp_path, monkeypatch, strict):
     """Ours stands on the file that was exported; llama.cpp runs the copy."""
-    path = exported(tiny_file("gqa"), tmp_path / "export.gguf")
+    path = exported(tiny_file("gqa"), tmp_path / "export.gguf", "ffn_norm.weight")
     model = open_model(tiny_file("gqa"))
     model.gguf = open_gguf(path)
     folder = tmp_path / "temporary"
@@ -291,7 +309,8 @@ def test_a_file_that_llama_cpp_refuses_is_verified_on_a_copy(tiny_file, tmp_path
 
 @pytest.mark.usefixtures("llama_exports")
 def test_no_half_copy_stays(tiny_file, tmp_path, monkeypatch):
-    path, folder = exported(tiny_file("gqa"), tmp_path / "export.gguf"), tmp_path / "copy"
+    path = exported(tiny_file("gqa"), tmp_path / "export.gguf", "ffn_norm.weight")
+    folder = tmp_path / "copy"
     folder.mkdir()
     file = open_gguf(path)
     with monkeypatch.context() as patch:
@@ -561,6 +580,33 @@ def test_a_mistake_shows_in_its_own_block_alone(tiny_file, monkeypatch, mistake,
     assert result.rounding == {}  # not measured: it could excuse nothing
 
 
+@pytest.mark.parametrize("case", ["qwen35", "qwen3next", "lfm2", "gemma3", "olmo", "gpt_oss"])
+def test_a_mistake_is_named_in_other_families_too(tiny_file, monkeypatch, case):
+    """Where the graph has other names or none, where a recurrence mixes positions, and where GELU's table acts."""
+    model = open_model(tiny_file(case))
+    layer = model.config.block_count - 2
+    mistaken(monkeypatch, lambda w, f: (w, f._replace(config=replace(f.config, norm_epsilon=0.1))), layer)
+    result = verify(model, tiny.prompt(case))
+    assert not result.verdict
+    assert {e.layer for e in result.local if not e.passes} == {layer}
+
+
+def test_rows_are_compared_in_parts(monkeypatch):
+    torch.manual_seed(0)
+    ours, before = torch.randn(7, 5), torch.randn(7, 5)
+    theirs = ours + 1e-3 * torch.randn(7, 5)
+    whole = parity._local_error("l_out-1", ours, theirs, 1e-5, before, 0.1)
+    scale = (theirs - before).norm(dim=-1) + 0.1 * torch.maximum(theirs.norm(dim=-1), before.norm(dim=-1))
+    errors = (ours - theirs).norm(dim=-1) / scale
+    assert (whole.layer, whole.position) == (1, int(errors.argmax()))
+    assert whole.error == pytest.approx(float(errors.square().mean().sqrt()), rel=1e-5)
+    assert whole.position_error == pytest.approx(float(errors.max()), rel=1e-5)
+    for size in (1, 10, 12):
+        monkeypatch.setattr(parity, "COMPARED", size)
+        assert parity._local_error("l_out-1", ours, theirs, 1e-5, before, 0.1) == whole
+    assert parity._local_error("l_out-1", ours[:3], theirs, 1e-5).error == math.inf
+
+
 def test_every_block_with_a_mistake_is_named(tiny_file, monkeypatch):
     model = open_model(tiny_file("biases", layers=5))
     mistaken(monkeypatch, without_a_bias, 1, 3)
@@ -604,6 +650,16 @@ def test_a_large_position_hides_no_mistake(tiny_file, monkeypatch):
     streams = [e for e in local if e.name.startswith("l_out")]
     assert [e.passes for e in streams] == [True, False, True]
     assert (streams[1].position, streams[1].error) == (5, pytest.approx(1e-3 / math.sqrt(len(ids)), rel=0.1))
+
+
+@pytest.mark.parametrize("case", ["gpt_oss", "qwen2_yarn"])
+def test_far_positions_are_rotated_as_llama_cpp_does(tiny_file, case):
+    """YaRN's share of an angle, rounded in another place, would be off by 1e-5 at the last positions."""
+    model = open_model(tiny_file(case, context=1024))
+    ids = (tiny.prompt(case, 100) * 8)[:800]
+    result = verify(model, ids)
+    assert result.verdict
+    assert all(e.error < 1e-6 for e in result.local)
 
 
 def test_embeddings_are_judged_with_the_first_block(tiny_file):

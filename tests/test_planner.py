@@ -12,14 +12,17 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from families import FAMILIES
+from families import DELTA, FAMILIES
 from helpers import held
+from torch.utils.flop_counter import FlopCounterMode
 
 from ggjac import blocks, planner
+from ggjac.blocks.patterns import Recurrence
 from ggjac.config import ModelConfig, read_config
+from ggjac.config.mixers import MIXERS
 from ggjac.gguf import GGUFFile, open_gguf
 from ggjac.jacobian import SharedSweep, Span, Tap
-from ggjac.linop import Linear, LinearOperator, Mix
+from ggjac.linop import Linear, LinearOperator, Mix, Scan
 from ggjac.model import DTYPES, Model, Trace, open_model
 from ggjac.planner import machine, memory, work
 from ggjac.sizes import ITEM_BYTES
@@ -37,6 +40,8 @@ CASES = [
     *("gptneox", "stablelm_12b", "nemotron", "command_r", "olmo", "olmo_clamped"),
     *("glm4moe", "glm4moe_355b", "deepseek", "dots1", "ernie4_5_moe", "hunyuan_moe", "bailingmoe"),
     *("bailingmoe2_groups", "exaone_moe", "minimax_m2", "phimoe"),
+    *("qwen35", "qwen35_sizes", "qwen35_predictor", "qwen35_q8_0", "qwen35moe", "qwen35moe_fused", "qwen3next"),
+    *("qwen3next_old", "qwen3next_fused", "lfm2", "lfm2_window", "lfm2_taps", "lfm2_q8_0", "lfm2moe"),
     *("deepseek2", "deepseek2_unsplit", "deepseek2_dense", "mistral4", "minicpm3", "plm"),
     *("deepseek32", "glm_dsa", "minimax_m3"),
 ]
@@ -128,9 +133,35 @@ def test_flop_and_tapes_are_those_of_the_operators(case: str, mlp_path: Any, tin
         assert layer.tape_bytes == nbytes(tape)
 
 
+# torch's own counter leaves out products that are added in place.
+IN_PLACE = dict.fromkeys(
+    (torch.ops.aten.addmm_, torch.ops.aten.baddbmm_), lambda _, left, right, **more: 2 * math.prod(left) * right[-1]
+)
+SHORT_KEYS = {"sizes": DELTA | {"ssm.state_size": 4, "ssm.inner_size": 16}}
+RECURRENT = ("qwen35", "qwen35moe", "qwen3next_old")
+
+
+@pytest.mark.parametrize("n", [16, 17, 19, 20])
+@pytest.mark.parametrize("case", RECURRENT)
+def test_a_recurrence_over_a_long_prompt_is_in_chunks(case: str, n: int, tiny_file: TinyFile) -> None:
+    """Beyond four keys of positions: chunks as long as a key, the last of them filled in part or whole."""
+    path = tiny_file(case, **SHORT_KEYS)
+    plan, run = planned(path, n), trace(path, n)
+    for layer, tape in zip(plan.layers, run.tapes, strict=True):
+        (mixer,) = tape.attn.mixers
+        assert (mixer.scan is not None) == (n > 16 and mixer.kind == "delta")
+        span = range(n - 1, n) if layer.index == len(plan.layers) - 1 else range(n)
+        block = blocks.block(run.model.block(layer.index), run.model.config, tape, span)
+        assert layer.sweep.flop == block.flop
+        assert layer.tape_bytes == nbytes(tape)
+        with FlopCounterMode(display=False, custom_mapping=IN_PLACE) as counter:
+            block.matmat(torch.ones(1, n, plan.d))
+        assert counter.get_total_flops() == block.flop
+
+
 @pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
 @pytest.mark.parametrize(
-    "case", ["biases", "gpt2", "gpt_oss", "qwen2moe", "gemma2", "olmo2", "olmo_clamped", "deepseek2"]
+    "case", ["biases", "gpt2", "gpt_oss", "qwen2moe", "gemma2", "olmo2", "olmo_clamped", "qwen35", "lfm2", "deepseek2"]
 )
 def test_tapes_in_other_dtypes(case: str, dtype: str, tiny_file: TinyFile) -> None:
     path, n = tiny_file(case), 6
@@ -146,8 +177,10 @@ def networks(run: Trace, layer: int) -> list[blocks.HiddenTape]:
 
 def live_bias_elements(run: Trace, layer: int) -> int:
     """Count the elements of the biases that a sweep pushes through."""
-    w = run.model.block(layer)
-    names = [(f"{stem}.bias", None) for stem in ("attn_v", "attn_output")]
+    w, mixers = run.model.block(layer), [MIXERS[kind] for kind in run.model.config.layers[layer].mixers]
+    names: list[tuple[str, int | None]] = []
+    for mixer in mixers:
+        names += [(f"{stem}.bias", None) for stem in (mixer.values, mixer.expansion, mixer.convolution, mixer.output)]
     for network in networks(run, layer):
         names += [(f"{stem}{network.kind}.bias", network.expert) for stem in (network.live, "ffn_down")]
     return sum(w.vector(name, expert).numel() for name, expert in names if name in w)
@@ -155,10 +188,10 @@ def live_bias_elements(run: Trace, layer: int) -> int:
 
 def expert_elements(model: Model, stems: tuple[str, ...]) -> int:
     """Return the elements of one expert's tensors, biases included."""
-    infos = model.gguf.tensors
-    first = next(name for name in infos if "ffn_gate_inp" in name).split(".")[1]
-    names = [f"blk.{first}.{stem}_exps.{suffix}" for stem in stems for suffix in ("weight", "bias")]
-    return sum(math.prod(infos[name].shape[1:]) for name in names if name in infos)
+    first = next(i for i, own in enumerate(model.config.layers) if own.routed)
+    w, names = model.block(first), [f"{stem}_exps" for stem in stems]
+    matrices = sum(math.prod(w.matrix(f"{name}.weight", 0).shape) for name in names if f"{name}.weight" in w)
+    return matrices + sum(w.vector(f"{name}.bias", 0).numel() for name in names if f"{name}.bias" in w)
 
 
 def surplus(run: Trace, layer: int, positions: int, used: list[blocks.HiddenTape], stems: tuple[str, ...]) -> int:
@@ -212,30 +245,71 @@ def test_a_trace_reads_what_the_plan_says(case: str, mlp_path: Any, tiny_file: T
     assert model.weights.reads["token_embd.weight"] * model.config.d <= plan.embedding.weights
 
 
-@pytest.mark.parametrize(
-    "case", ["gqa", "fused_qkv", "phi3", "gpt2", "mixtral", "qwen2moe", "cohere2", "olmo2", "olmo_clamped", "glm4moe"]
-)
-def test_flop_of_a_trace(case: str, monkeypatch: pytest.MonkeyPatch, tiny_file: TinyFile) -> None:
+TRACED: list[tuple[str, dict[str, Any], int]] = [
+    *((case, {}, 5) for case in ("gqa", "fused_qkv", "phi3", "gpt2", "mixtral", "qwen2moe", "cohere2", "olmo2")),
+    *((case, {}, 5) for case in ("olmo_clamped", "glm4moe", "lfm2", "lfm2moe", *RECURRENT)),
+    *((case, SHORT_KEYS, n) for case in RECURRENT for n in (16, 17, 20)),
+]
+
+
+@pytest.mark.parametrize(("case", "sizes", "n"), TRACED)
+def test_flop_of_a_trace(
+    case: str, sizes: dict[str, Any], n: int, monkeypatch: pytest.MonkeyPatch, tiny_file: TinyFile
+) -> None:
     """Every projection that the trace applies passes through `Linear`; scores cost as much as their use."""
     counted = 0
-    multiply, mix = Linear.matmat, Mix.matmat
 
-    def linear(self: Linear, X: torch.Tensor, t: Any = None) -> torch.Tensor:
+    def count(kind: type[LinearOperator], cost: Callable[[Any], int]) -> None:
+        multiply = kind.matmat
+
+        def counting(self: LinearOperator, X: torch.Tensor, t: Any = None) -> torch.Tensor:
+            nonlocal counted
+            counted += cost(self) * len(X)
+            return multiply(self, X, t)
+
+        monkeypatch.setattr(kind, "matmat", counting)
+
+    run = Recurrence.run
+
+    def running(self: Recurrence, v: torch.Tensor, state: torch.Tensor) -> Any:
+        """Count what is removed, written and read; the pattern that comes of it is used once, without scores."""
         nonlocal counted
-        counted += flop(self) * len(X)
-        return multiply(self, X, t)
+        counted += 6 * len(v) * state.numel()
+        if state.shape[2] == len(v):
+            counted -= 2 * v.shape[1] * len(v) ** 2 * own.value_size
+        return run(self, v, state)
 
-    def mixed(self: Mix, X: torch.Tensor, t: Any = None) -> torch.Tensor:
-        nonlocal counted
-        counted += 2 * flop(self) * len(X)
-        return mix(self, X, t)
-
-    monkeypatch.setattr(Linear, "matmat", linear)
-    monkeypatch.setattr(Mix, "matmat", mixed)
+    count(Linear, flop)
+    count(Mix, lambda mix: 2 * flop(mix))
+    count(Scan, lambda scan: scan.flop)
+    monkeypatch.setattr(Recurrence, "run", running)
+    path = tiny_file(case, **sizes)
+    own = open_model(path).config.recurrence
     for mlp_path in ("up", "gate"):
         counted = 0
-        trace(tiny_file(case), 5, mlp_path)
-        assert planned(tiny_file(case), 5, mlp_path=mlp_path).trace.flop == counted
+        trace(path, n, mlp_path)
+        assert planned(path, n, mlp_path=mlp_path).trace.flop == counted
+
+
+def test_a_recurrence_is_continued_from_its_state(tiny_file: TinyFile) -> None:
+    """However long the text: a token costs a step of the recurrence, where attention looks back at all of it."""
+
+    def token(case: str, text: int, **changes: Any) -> int:
+        plan = planned(tiny_file(case, **changes), 5, "steer", text=text)
+        return plan.sweep_of(next(step.region for step in plan.work.sweeps if step.what == "tokens")).flop
+
+    listed = {"mixers": ("delta",) * 2, "layers": 2, "extra": {"attention.recurrent_layers": [True] * 2}}
+    (delta, longer), (attention, more) = (
+        (token(case, 5, **changes), token(case, 50, **changes)) for case, changes in (("qwen35", listed), ("gqa", {}))
+    )
+    assert delta == longer
+    assert attention < more
+    run = trace(tiny_file("qwen35", **listed), 1)
+    own = run.model.config.recurrence
+    projections = planned(tiny_file("qwen35", **listed), 1).trace.flop - sum(
+        6 * own.heads * own.key_size + 2 * own.heads * own.value_size for _ in run.tapes
+    )
+    assert delta == projections + 6 * own.heads * own.key_size * own.value_size * len(run.tapes)
 
 
 # ---- the whole
@@ -376,6 +450,13 @@ def test_memory_grows_with_the_prompt_the_rank_and_the_dtype(tiny_file: TinyFile
     assert planned(path, 50, position=9, budget=AMPLE).ram["vectors"] < planned(path, 50, budget=AMPLE).ram["vectors"]
 
 
+def recurrent(size: int, heads: int) -> dict[str, Any]:
+    """Return three blocks' delta rule with heads of some size, two of them for each key head."""
+    sizes = {"state_size": size, "group_count": heads // 2, "time_step_rank": heads, "inner_size": size * heads}
+    return {"sizes": DELTA | {f"ssm.{name}": value for name, value in sizes.items()}}
+
+
+CONVOLUTIONS = {"mixers": ("convolution",) * 3, "extra": {"attention.head_count_kv": [0] * 3}}
 NARROW = {"heads": 4, "head_dim": 8, "kv_heads": 2}
 WIDE = {"heads": 8, "head_dim": 32}
 # Each thing that can dominate: heads, hidden units, the stream; and an expert that many positions use.
@@ -395,6 +476,11 @@ HOLDING: list[tuple[str, dict[str, Any]]] = [
     ("mixtral", NARROW | {"d": 256, "experts": 32, "experts_used": 2, "expert_ff": 512}),
     *(("glm4moe", NARROW | {"n_rot": None, "ff": ff, "expert_ff": 64}) for ff in (32, 512)),
     *(("deepseek", {"ff": ff, "dense_lead": lead}) for ff, lead in ((96, 1), (400, 2), (400, 0), (96, 3))),
+    *(("lfm2", CONVOLUTIONS | {"ff": ff}) for ff in (32, 512)),
+    ("lfm2", CONVOLUTIONS | {"ff": 32, "d": 256}),
+    *(("qwen35_listed", recurrent(size, heads) | {"ff": 32}) for size, heads in ((4, 64), (16, 16), (32, 8))),
+    ("qwen35_listed", recurrent(16, 16) | {"ff": 512}),
+    ("qwen35_listed", recurrent(16, 16) | {"d": 32, "ff": 32}),
 ]
 
 
@@ -428,6 +514,24 @@ def test_maps_of_one_block_hold_what_is_counted(
         if up and len(kinds) == 1:  # a stack of one part is the caller's own
             counted -= 4 * k * n * config.d
         assert 0.84 < held(product) / counted < 1.12, up
+
+
+@pytest.mark.parametrize("n", [24, 200])
+@pytest.mark.parametrize(
+    ("case", "sizes"),
+    [
+        *(("qwen35_listed", recurrent(size, heads) | {"ff": 32}) for size, heads in ((8, 16), (16, 16), (32, 8))),
+        ("qwen35_listed", recurrent(16, 16) | {"d": 128}),
+        ("lfm2", CONVOLUTIONS | {"ff": 32, "layers": 3}),
+    ],
+)
+def test_a_trace_holds_what_is_counted(case: str, sizes: dict[str, Any], n: int, tiny_file: TinyFile) -> None:
+    """Of a convolution, and of a recurrence: with a pattern and, of the longer prompt, in chunks."""
+    model = open_model(tiny_file(case, **sizes))
+    ids = [i % model.config.vocabulary for i in range(n)]
+    model.trace(ids, tapes=False)  # the tile is there from now on
+    counted = 4 * planner.trace_floats(model.config, n)
+    assert 0.7 < held(lambda: model.trace(ids, tapes=False)) / counted < 1.1
 
 
 # ---- where weights wait

@@ -43,14 +43,17 @@ class Options:
     kv_heads: int | None = None  # None: as many as heads
     head_dim: int | None = None  # None: d / heads
     ff: int = 96
+    ffs: tuple[int, ...] = ()  # of each layer; (): ff in all
     vocab: int = 128
     eps: float = 1e-5
     context: int = 256
     rope_base: float = 10000.0
     rope_factors: bool = False  # write rope_freqs.weight, Llama-3 style
+    still_pairs: int = 0  # of a head the last, which do not rotate: their divisors in rope_freqs.weight are 1e30
     scaling: Mapping[str, Any] = field(default_factory=dict)  # keys below `{arch}.rope.scaling.`
     extra: Mapping[str, Any] = field(default_factory=dict)  # more keys below `{arch}.`
     bare: Mapping[str, Any] = field(default_factory=dict)  # more keys, below nothing
+    zeros: tuple[str, ...] = ()  # keys below `{arch}.` that are written although they are 0
     omit: tuple[str, ...] = ()  # keys below `{arch}.` to leave out, so that the reader's defaults count
     per_layer_arrays: bool = False  # write head counts and feed-forward length as arrays of equal numbers
     tied: bool = False  # no output.weight
@@ -59,10 +62,19 @@ class Options:
     biases: tuple[str, ...] = ()  # of ALL_BIASES, "output", and those of the experts
     norm: str = "rms"  # rms | rms_bias | ln (weight only) | ln_bias | ln_bare (neither)
     norms: tuple[str, ...] = ("attn_norm", "ffn_norm")  # of each layer
+    bare_norms: tuple[str, ...] = ()  # whose tensors' names do not end in .weight
     mixers: tuple[str, ...] = ("attention",)  # of `MIXERS`, one a layer, over and over
     sizes: Mapping[str, Any] = field(default_factory=dict)  # of mixers other than attention, by names of theirs or keys
     final_norm: str = "output_norm"
+    output_scale: bool = False  # a factor of the stream after each layer
+    alone: bool = False  # a layer is its mixer only, or its feed-forward network only where the mixer is "none"
+    kv_by_layer: bool = False  # write an array of numbers of kv heads, 0 where a layer has no attention
+    qk_gain: float = 1.4  # of the norms of q and k
     qk_norm: str = ""  # head | heads (weights of each head's own) | full
+    shared_kv: int = 0  # so many of the last layers read earlier layers' keys and values
+    idle_kv: bool = False  # and still have the matrices for their own
+    per_layer: int = 0  # width of the inputs that each layer has of its own; 0: none
+    values: bool = True  # there is attn_v; else the values are made by attn_k
     n_rot: int | None = None  # rotated dimensions of a head; None: all
     long_short: bool = False  # write rope_factors_long and rope_factors_short
     positions: bool = False  # write position_embd
@@ -72,15 +84,22 @@ class Options:
     experts: int = 0  # 0: dense
     experts_used: int = 0
     expert_ff: int = 0
-    fused_experts: bool = False  # gate above up in one tensor
+    expert_ffs: tuple[int, ...] = ()  # of each layer; (): expert_ff in all
     shared_ff: int = 0  # width of a shared expert beside the routed ones; 0: none
     shared_gate: bool = False  # whether a sigmoid scales the shared expert
     shared_count: int = 0  # of shared experts of expert_ff in one, stated so; 0: not stated
     dense_lead: int = 0  # the first blocks, without experts
+    expert_norms: tuple[str, ...] = ()  # of layers with experts only
+    dense_beside: bool = False  # layers with experts have a dense network, too
+    fused_experts: bool = False  # the experts' gate above up in one tensor
+    router_scale: bool = False  # ffn_gate_inp.scale, of the router's input
+    expert_scale: bool = False  # ffn_down_exps.scale, of each expert's output
     selection_bias: float = 0.0  # spread of exp_probs_b around `selection_mean`; 0: no such tensor
     selection_mean: float = 0.0
+    latent: int = 0  # width of the stream that routed experts read and write; 0: that of all
     predictors: int = 0  # of `layers` the last, which predict later tokens
     predictor_norms: tuple[str, ...] = ("nextn.enorm", "nextn.hnorm")
+    predictor_experts: bool = True  # predictors are mixtures where the other blocks are
     embed_std: float = 1.0
     post_gain: float = 1.0  # of the norms after a sublayer
     score_gain: float = 1.4  # of the projections to q and k
@@ -124,7 +143,8 @@ def matrix(name: str, out: int, into: int, gain: float = 1.0) -> Entry:
 
 def norms(o: Options, name: str, width: int, gain: float = 1.0) -> Iterator[Entry]:
     if o.norm != "ln_bare":
-        yield Entry(f"{name}.weight", (width,), 0.3 * gain, gain)
+        suffix = "" if name.split(".")[-1] in o.bare_norms else ".weight"
+        yield Entry(f"{name}{suffix}", (width,), 0.3 * gain, gain)
     if o.norm.endswith("_bias"):
         yield bias(name, width)
 
@@ -155,13 +175,16 @@ def llama3_factors(n_rot: int, base: float, *, factor: float = 8.0, original: fl
 def metadata(o: Options) -> dict[str, Any]:
     """Return the keys below `{arch}.`; Python floats are written as float32, integers as uint32."""
     repeat: Callable[[int], Any] = (lambda count: [count] * o.layers) if o.per_layer_arrays else (lambda count: count)
+    kinds = [kind_of(o, layer) for layer in range(o.layers)]
     keys = {
         "block_count": o.layers,
         "context_length": o.context,
         "embedding_length": o.d,
-        "feed_forward_length": repeat(o.ff),
+        "feed_forward_length": [o.ff * feeds(o, layer) for layer in range(o.layers)]
+        if o.alone
+        else list(o.ffs) or repeat(o.ff),
         "attention.head_count": repeat(o.heads),
-        "attention.head_count_kv": repeat(o.hk),
+        "attention.head_count_kv": [kv_heads(o, kind) for kind in kinds] if o.kv_by_layer else repeat(o.hk),
         "attention.key_length": o.hd,
         "attention.value_length": o.hd,
         f"attention.layer_norm_{'rms_' if o.norm.startswith('rms') else ''}epsilon": o.eps,
@@ -173,16 +196,19 @@ def metadata(o: Options) -> dict[str, Any]:
         "attention.sliding_window": o.window or 0,
         "expert_count": o.experts,
         "expert_used_count": o.experts_used,
-        "expert_feed_forward_length": o.expert_ff,
+        "expert_feed_forward_length": list(o.expert_ffs) or o.expert_ff,
         "expert_shared_feed_forward_length": o.shared_ff,
         "expert_shared_count": o.shared_count,
+        "moe_latent_size": o.latent,
+        "attention.shared_kv_layers": o.shared_kv,
+        "embedding_length_per_layer_input": o.per_layer,
         "leading_dense_block_count": o.dense_lead,
         "nextn_predict_layers": o.predictors,
     }
-    keys |= {key: value for key, value in optional.items() if value}
+    keys |= {key: value for key, value in optional.items() if value or key in o.zeros}
     keys |= {key: value for key, value in o.sizes.items() if "." in key}
-    for mixer in o.mixers:
-        keys |= MIXER_KEYS.get(mixer, lambda _: {})(o)
+    for kind in dict.fromkeys(kinds):
+        keys |= KEYS.get(kind, lambda _: {})(o)
     return keys | {f"rope.scaling.{key}": value for key, value in o.scaling.items()} | dict(o.extra)
 
 
@@ -199,6 +225,14 @@ def tensors(o: Options) -> Iterator[Entry]:
         yield bias("output", o.vocab)
     if o.rope_factors:
         yield Entry("rope_freqs.weight", (o.hd // 2,), 0.0, values=llama3_factors(o.hd, o.rope_base))
+    if o.per_layer:
+        width = o.layers * o.per_layer
+        yield Entry("per_layer_token_embd.weight", (o.vocab, width), 1 / math.sqrt(o.per_layer))
+        yield matrix("per_layer_model_proj", width, o.d, math.sqrt(o.d))
+        yield from norms(o, "per_layer_proj_norm", o.per_layer)
+    if o.still_pairs:
+        divisors = np.repeat([1.0, 1e30], [o.hd // 2 - o.still_pairs, o.still_pairs])
+        yield Entry("rope_freqs.weight", (o.hd // 2,), 0.0, values=divisors)
     if o.long_short:
         yield Entry("rope_factors_short.weight", (pairs,), 0.0, values=np.linspace(1.0, 1.6, pairs))
         yield Entry("rope_factors_long.weight", (pairs,), 0.0, values=np.geomspace(1.1, 12.0, pairs))
@@ -207,15 +241,27 @@ def tensors(o: Options) -> Iterator[Entry]:
         b = f"blk.{layer}"
         for name in o.norms:
             yield from norms(o, f"{b}.{name}", o.d, o.post_gain if name.startswith("post_") else 1.0)
-        yield from MIXERS[o.mixers[layer % len(o.mixers)]](o, b)
+        kind = kind_of(o, layer)
+        entries = MIXERS[kind](o, b)
+        if layer >= o.layers - o.shared_kv and not o.idle_kv:
+            entries = (entry for entry in entries if ".attn_k" not in entry.name and ".attn_v" not in entry.name)
+        yield from entries
+        if o.per_layer:
+            yield from [matrix(f"{b}.inp_gate", o.per_layer, o.d, 0.7), matrix(f"{b}.proj", o.d, o.per_layer)]
+            yield from norms(o, f"{b}.post_norm", o.d, o.post_gain)
+        if o.output_scale:
+            yield Entry(f"{b}.layer_output_scale.weight", (1,), 0.1, 0.8)
         predictor = layer >= o.blocks
-        routed = o.experts > 0 and layer >= o.dense_lead and not (predictor and o.architecture == "exaone-moe")
-        yield from experts(o, b) if routed else feed_forward(o, b, "", o.ff)
+        if feeds(o, layer):
+            routed = o.experts > 0 and layer >= o.dense_lead and (o.predictor_experts or not predictor)
+            width = o.expert_ffs[layer] if o.expert_ffs else o.expert_ff
+            yield from experts(o, b, width) if routed else feed_forward(o, b, "", o.ffs[layer] if o.ffs else o.ff)
         if predictor:
             yield matrix(f"{b}.nextn.eh_proj", o.d, 2 * o.d)
             for name in o.predictor_norms:
                 yield from norms(o, f"{b}.{name}", o.d)
         present = [bias(f"{b}.{name}", widths.get(name, o.d)) for name in o.biases if name in (*ALL_BIASES, *widths)]
+        present = [entry for entry in present if has_part(o, layer, entry.name)]
         if o.fused_bias:
             qkv = [entry for entry in present if entry.name.split(".")[2] in ALL_BIASES[:3]]
             present = [entry for entry in present if entry not in qkv]
@@ -236,6 +282,25 @@ def scaled(o: Options) -> Iterator[Entry]:
                 yield Entry(f"{stem}.{suffix}", entry.shape[:-2] or (1,), 0.2, 0.8)
 
 
+def kind_of(o: Options, layer: int) -> str:
+    return o.mixers[layer % len(o.mixers)]
+
+
+def feeds(o: Options, layer: int) -> bool:
+    """Return whether a layer has a feed-forward network."""
+    return not o.alone or kind_of(o, layer) == "none" or layer >= o.blocks
+
+
+def has_part(o: Options, layer: int, name: str) -> bool:
+    """Return whether a layer has the sublayer, attention or feed-forward, that a tensor belongs to."""
+    return kv_heads(o, kind_of(o, layer)) > 0 if ".attn_" in name else feeds(o, layer)
+
+
+def kv_heads(o: Options, kind: str) -> int:
+    """Return the number of kv heads of a layer with this mixer."""
+    return windowed(o).hk if kind == "window" else 0 if kind in RECURRENT else o.hk
+
+
 def attention(o: Options, b: str, *, gated: bool = False) -> Iterator[Entry]:
     """List the tensors of softmax attention in layer `b`, without its norm; `gated`: each head's query has a gate."""
     q, kv = o.heads * o.hd, o.hk * o.hd
@@ -243,14 +308,14 @@ def attention(o: Options, b: str, *, gated: bool = False) -> Iterator[Entry]:
     parts = [
         interleaved(o, query.name, o.heads, [query, gate]) if gated else query,
         matrix(f"{b}.attn_k", kv, o.d, o.score_gain),
-        matrix(f"{b}.attn_v", kv, o.d),
+        *([matrix(f"{b}.attn_v", kv, o.d)] if o.values else []),
     ]
     yield from [stacked(o, f"{b}.attn_qkv.weight", parts)] if o.fused_qkv else parts
     if o.qk_norm:
-        # Normed heads have scores with a spread of one; 1.4 squared makes it two.
+        # Normed heads have scores with a spread of one; 1.4 squared makes it two. (Where scores are divided by a root.)
         for name, heads, whole in (("attn_q_norm", o.heads, q), ("attn_k_norm", o.hk, kv)):
             shape = {"head": (o.hd,), "heads": (heads, o.hd), "full": (whole,)}[o.qk_norm]
-            yield Entry(f"{b}.{name}.weight", shape, 0.3, 1.4)
+            yield Entry(f"{b}.{name}.weight", shape, 0.3, o.qk_gain)
     if o.sinks:
         yield Entry(f"{b}.attn_sinks.weight", (o.heads,), 1.0, 2.0)
     yield matrix(f"{b}.attn_output", o.d, q)
@@ -384,10 +449,81 @@ def latent_keys(o: Options) -> dict[str, Any]:
     return keys | (indexer_keys(o) if "indexer" in o.sizes else {})
 
 
+def nothing(o: Options, b: str) -> Iterator[Entry]:
+    """List the tensors of a layer that does not mix positions."""
+    yield from ()
+
+
+# ---- windowed layers of another size
+
+
+def windowed(o: Options) -> Options:
+    """Return the options of windowed layers where their attention has sizes of its own."""
+    return dataclasses.replace(o, **o.sizes["window"])
+
+
+def window(o: Options, b: str) -> Iterator[Entry]:
+    yield from attention(windowed(o), b)
+
+
+def window_keys(o: Options) -> dict[str, Any]:
+    local = windowed(o)
+    return {
+        "attention.sliding_window_pattern": [kind_of(o, layer) == "window" for layer in range(o.layers)],
+        "attention.key_length_swa": local.hd,
+        "attention.value_length_swa": local.hd,
+        "rope.dimension_count_swa": local.n_rot or local.hd,
+    }
+
+
+# ---- state space
+
+
+def mamba2(o: Options, b: str) -> Iterator[Entry]:
+    """List the tensors of a Mamba-2 mixer; its input projection makes the gate z, x, B, C and the time steps."""
+    s = MAMBA2 | o.sizes
+    inner, heads, bc = s["inner"], s["ssm_heads"], s["groups"] * s["state"]
+    parts = {"z": (inner, o.gate_gain), "x": (inner, 1.0), "b": (bc, 1.0), "c": (bc, 1.0), "dt": (heads, 1.0)}
+    rows = [matrix(f"{b}.ssm_in_{name}", out, o.d, gain) for name, (out, gain) in parts.items()]
+    yield stacked(o, f"{b}.ssm_in.weight", rows)
+    yield Entry(f"{b}.ssm_conv1d.weight", (inner + 2 * bc, s["kernel"]), 1 / math.sqrt(s["kernel"]), 0.2)
+    yield bias(f"{b}.ssm_conv1d", inner + 2 * bc)
+    # With time steps around one half, some heads forget within a token and others nothing within the prompt.
+    yield Entry(f"{b}.ssm_dt.bias", (heads,), 1.0, -0.5)
+    yield Entry(f"{b}.ssm_a", (heads, 1), 0.0, values=-np.geomspace(0.02, 12.0, heads)[:, None])
+    yield Entry(f"{b}.ssm_d", (heads, 1), 0.5, 1.0)
+    if s["normed"]:
+        yield Entry(f"{b}.ssm_norm.weight", (s["groups"], inner // s["groups"]), 0.3, 1.0)
+    yield matrix(f"{b}.ssm_out", o.d, inner, s["out_gain"])
+
+
+def mamba2_keys(o: Options) -> dict[str, Any]:
+    names = {"conv_kernel": "kernel", "inner_size": "inner", "state_size": "state", "time_step_rank": "ssm_heads"}
+    s = MAMBA2 | o.sizes
+    return {f"ssm.{key}": s[name] for key, name in (names | {"group_count": "groups"}).items()}
+
+
+def mamba2_beside_attention(o: Options, b: str) -> Iterator[Entry]:
+    yield from attention(o, b)
+    yield from mamba2(o, b)
+
+
+# Heads are 16 wide, not as wide as the state; four of them share a group's B and C.
+MAMBA2 = {
+    "inner": 128,
+    "ssm_heads": 8,
+    "state": 24,
+    "groups": 2,
+    "kernel": 4,
+    "normed": True,
+    "out_gain": 1.0,
+}
+
 # Token mixers: what a layer has in place of attention, by the name that `Options.mixers` uses.
 MIXERS: dict[str, Callable[[Options, str], Iterator[Entry]]] = {
     "attention": attention,
     "gated attention": functools.partial(attention, gated=True),
+    "window": window,
     "latent": latent,
     "block_sparse": block_sparse,
     "delta": functools.partial(delta, layout="qwen35"),
@@ -396,9 +532,20 @@ MIXERS: dict[str, Callable[[Options, str], Iterator[Entry]]] = {
     "convolution": short_convolution,
     "kda": functools.partial(kda, bounded=False),
     "bounded kda": functools.partial(kda, bounded=True),
+    "mamba2": mamba2,
+    "attention, mamba2": mamba2_beside_attention,
+    "none": nothing,
 }
-# And what the metadata then have besides, or instead; sizes with a dot in their names are keys themselves.
-MIXER_KEYS: dict[str, Callable[[Options], dict[str, Any]]] = {"latent": latent_keys, "block_sparse": block_sparse_keys}
+# Those that have no kv heads.
+RECURRENT = {"delta", "grouped delta", "old delta", "convolution", "kda", "bounded kda", "mamba2", "none"}
+# What the metadata then have besides, or instead; sizes with a dot in their names are keys themselves.
+KEYS: dict[str, Callable[[Options], dict[str, Any]]] = {
+    "window": window_keys,
+    "latent": latent_keys,
+    "block_sparse": block_sparse_keys,
+    "mamba2": mamba2_keys,
+    "attention, mamba2": mamba2_keys,
+}
 
 
 def feed_forward(o: Options, b: str, suffix: str, width: int) -> Iterator[Entry]:
@@ -412,23 +559,38 @@ def feed_forward(o: Options, b: str, suffix: str, width: int) -> Iterator[Entry]
     yield matrix(f"{b}.ffn_down{suffix}", o.d, width, o.down_gain)
 
 
-def experts(o: Options, b: str) -> Iterator[Entry]:
-    """List a router and its experts, with a shared one where there is one."""
+def experts(o: Options, b: str, width: int) -> Iterator[Entry]:
+    """List a router and its experts of `width` hidden units, with a shared one where there is one."""
     yield matrix(f"{b}.ffn_gate_inp", o.experts, o.d, o.router_gain)
+    into = o.latent or o.d
     shapes = {
-        "ffn_gate_exps": (o.expert_ff, o.d, o.gate_gain),
-        "ffn_up_exps": (o.expert_ff, o.d, o.up_gain),
-        "ffn_down_exps": (o.d, o.expert_ff, o.down_gain),
+        "ffn_gate_exps": (width, into, o.gate_gain),
+        "ffn_up_exps": (width, into, o.up_gain),
+        "ffn_down_exps": (into, width, o.down_gain),
     }
-    gate, up, down = (
-        Entry(f"{b}.{name}.weight", (o.experts, out, into), gain / math.sqrt(into))
+    if o.ffn == "plain":
+        del shapes["ffn_gate_exps"]
+    if o.latent:
+        yield matrix(f"{b}.ffn_latent_down", o.latent, o.d)
+        yield matrix(f"{b}.ffn_latent_up", o.d, o.latent)
+    parts = {
+        name: Entry(f"{b}.{name}.weight", (o.experts, out, into), gain / math.sqrt(into))
         for name, (out, into, gain) in shapes.items()
-    )
-    yield from [stacked(o, f"{b}.ffn_gate_up_exps.weight", [gate, up], 1)] if o.fused_experts else [gate, up]
-    yield down
-    for name, (out, _, _) in shapes.items():
+    }
+    if o.fused_experts:
+        yield stacked(o, f"{b}.ffn_gate_up_exps.weight", [parts.pop("ffn_gate_exps"), parts.pop("ffn_up_exps")], 1)
+    for name, part in parts.items():
+        yield part
         if name in o.biases:
-            yield Entry(f"{b}.{name}.bias", (o.experts, out), 0.4)
+            yield Entry(f"{b}.{name}.bias", part.shape[:2], 0.4)
+    if o.router_scale:  # the normed input is divided by sqrt(d)
+        yield Entry(f"{b}.ffn_gate_inp.scale", (o.d,), 0.3 * math.sqrt(o.d), math.sqrt(o.d))
+    if o.expert_scale:
+        yield Entry(f"{b}.ffn_down_exps.scale", (o.experts,), 0.3, 1.0)
+    for name in o.expert_norms:
+        yield from norms(o, f"{b}.{name}", o.d, o.post_gain if name.startswith("post_") else 1.0)
+    if o.dense_beside:
+        yield from feed_forward(o, b, "", o.ff)
     if o.selection_bias:
         yield Entry(f"{b}.exp_probs_b.bias", (o.experts,), o.selection_bias, o.selection_mean)
     if shared := o.shared_count * (o.shared_ff or o.expert_ff) or o.shared_ff:

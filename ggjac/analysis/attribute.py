@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from ggjac.blocks import BlockTape, FrozenBlock, attention_halves, block
+from ggjac.config.mixers import MIXERS
 from ggjac.decode import Head
 from ggjac.jacobian import DetachedJacobian, FrozenNetwork, Progress
 from ggjac.linop import LinearOperator
@@ -161,6 +162,7 @@ class BranchShares(Plotted):
         bias: `[m]`, float64: of the final norm and of the head; 0 for models without them.
         heads: `[m, L, h]`, float64: `attn` split by head; None if not asked for. A convolution counts as one head;
             where blocks differ, `h` is the largest number, and heads that a block does not have add 0.
+        mixers: the kind of each of a block's mixers (see `ggjac.config.mixers`) and the number of its heads.
         attn_bias: `[m, L]`, float64: the part of `attn` of no head: the bias of its output projection.
         softcap: of the head's logits (not applied here); 0 for none.
     """
@@ -175,10 +177,14 @@ class BranchShares(Plotted):
     bias: Float[Tensor, " m"]
     heads: Float[Tensor, "m L h"] | None
     attn_bias: Float[Tensor, "m L"] | None
+    mixers: list[list[tuple[str, int]]]
     softcap: float
 
     def data(self, words: Words = NO_WORDS) -> list[dict[str, Any]]:
-        """Return a record for each output position: its target, and the additions of each block's branches or heads."""
+        """Return a record for each output position: its target, and the additions of each block's branches or heads.
+
+        A block whose `attn` is not attention alone has the kinds of its mixers, and names of their heads.
+        """
         by = "layer" if self.heads is None else "head"
         return [
             _entry(self, by, row, words)
@@ -193,8 +199,15 @@ class BranchShares(Plotted):
 
     def _block(self, row: int, i: int) -> dict[str, Any]:
         block: dict[str, Any] = {"block": i + 1, "attn": float(self.attn[row, i]), "mlp": float(self.mlp[row, i])}
+        mixers = self.mixers[i]
+        plain = [MIXERS[kind].softmax for kind, _ in mixers] == [True]
+        if not plain:
+            block["mixer"] = " and ".join(kind for kind, _ in mixers)
         if self.heads is not None and self.attn_bias is not None:
-            block |= {"heads": self.heads[row, i].tolist(), "attn_bias": float(self.attn_bias[row, i])}
+            own = self.heads[row, i, : sum(count for _, count in mixers)]
+            block |= {"heads": own.tolist(), "attn_bias": float(self.attn_bias[row, i])}
+            if not plain:
+                block["head_names"] = [name for kind, count in mixers for name in _head_names(kind, count)]
         return block
 
     def tensors(self) -> dict[str, Tensor]:
@@ -232,6 +245,11 @@ class BranchShares(Plotted):
         series = {"attention": (blocks, self.attn[-1].tolist(), ()), "MLP": (blocks, self.mlp[-1].tolist(), ())}
         title = f"Shares in {_split(words, int(self.targets[-1]), self.versus)}"
         return Points(title, "block", "share", series)
+
+
+def _head_names(kind: str, count: int) -> list[str]:
+    """Return the names of a mixer's heads; a convolution, which has none, is one part."""
+    return [f"{kind} head {i}" for i in range(count)] if MIXERS[kind].has_heads else [kind]
 
 
 def _entry(shares: TokenShares | BranchShares, by: str, row: int, words: Words) -> dict[str, Any]:
@@ -369,9 +387,10 @@ def attribute_branches(
     def share(added: Float[Tensor, "m d"]) -> Float[Tensor, " m"]:
         return (added.cpu().double() * wide).sum(1)
 
-    attn, mlp, heads, attn_bias = [], [], [], []
+    attn, mlp, heads, attn_bias, mixers = [], [], [], [], []
     for i, tape, frozen in _walk(network, positions):
         stream = tape.x[None, : positions.stop]
+        mixers.append([(mixer.kind, mixer.heads) for mixer in tape.attn.mixers])
         if by_head:
             halves = attention_halves(network.weights(i), config, tape.attn.at(chosen), positions.stop, len(positions))
             added, constant = torch.zeros_like(read[None]), torch.zeros_like(read)
@@ -402,6 +421,7 @@ def attribute_branches(
         bias=_constant(norm, asked.w) + asked.bias,
         heads=pad_sequence([own.T for own in heads], batch_first=True).movedim(2, 0) if by_head else None,
         attn_bias=torch.stack(attn_bias, 1) if by_head else None,
+        mixers=mixers,
         softcap=network.head.softcap,
     )
 

@@ -352,7 +352,7 @@ def _in_time(
     rows = x.new_zeros(before, x.shape[1]) if past is None or past.rows is None else past.rows
     rows = torch.cat([rows, x])
     found = affine(Conv(weight, len(rows), bias), rows)[before:]
-    return list(found.split([len(weight) for weight, _ in taps], 1)), rows[len(rows) - before :]
+    return list(found.split([len(weight) for weight, _ in taps], 1)), rows[len(rows) - before :].clone()
 
 
 def _recurrent(

@@ -151,7 +151,8 @@ def show_blocks(data: dict[str, Any]) -> None:
     rows: list[tuple] = [("embedding", f"{data['embedding']:+.4f}", "", "", "")]
     for block in blocks:
         attn, mlp = block["attn"], block["mlp"]
-        rows.append((f"block {block['block']}", f"{attn:+.4f}", bar(attn, largest), f"{mlp:+.4f}", bar(mlp, largest)))
+        name = f"block {block['block']}" + (f" ({block['mixer']})" if "mixer" in block else "")
+        rows.append((name, f"{attn:+.4f}", bar(attn, largest), f"{mlp:+.4f}", bar(mlp, largest)))
     if data["bias"]:
         rows.append(("biases of norm and head", f"{data['bias']:+.4f}", "", "", ""))
     attn, mlp = (sum(block[kind] for block in blocks) for kind in ("attn", "mlp"))
@@ -167,10 +168,11 @@ def _parts(data: dict[str, Any]) -> list[tuple[str, float]]:
     for block in data["blocks"]:
         name = f"block {block['block']}"
         if "heads" in block:
-            parts += [(f"{name} head {i}", share) for i, share in enumerate(block["heads"])]
-            parts.append((f"{name} bias of attention", block["attn_bias"]))
+            names = block.get("head_names") or [f"head {i}" for i in range(len(block["heads"]))]
+            parts += [(f"{name} {head}", share) for head, share in zip(names, block["heads"], strict=True)]
+            parts.append((f"{name} bias of {block.get('mixer', 'attention')}", block["attn_bias"]))
         else:
-            parts.append((f"{name} attention", block["attn"]))
+            parts.append((f"{name} {block.get('mixer', 'attention')}", block["attn"]))
         parts.append((f"{name} MLP", block["mlp"]))
     return [*parts, ("biases of norm and head", data["bias"])]
 

@@ -22,6 +22,16 @@ class Mixer(NamedTuple):
     expansion: str = ""
     recurrent: bool = False
 
+    @property
+    def has_heads(self) -> bool:
+        """Whether parts of the values are mixed each in a way of its own, as scores or a state do."""
+        return self.recurrent or not self.convolution
+
+    @property
+    def softmax(self) -> bool:
+        """Whether positions are mixed by attention: weights that are positive and sum to one."""
+        return self.has_heads and not self.recurrent
+
 
 MIXERS = {
     "attention": Mixer("attn_v", "attn_output", ("attn_q", "attn_k", "attn_gate")),

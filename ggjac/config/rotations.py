@@ -8,8 +8,6 @@ from ggjac.architectures import Architecture
 from ggjac.config.keys import ConfigError, Keys, shown
 from ggjac.config.model import Rope
 
-_STRETCHING = (("attn_factor", 1.0), ("yarn_log_multiplier", 0.0))
-
 
 def rope_of(keys: Keys, row: Architecture, key_length: int, layer: int, windows: Sequence[int | None]) -> Rope | None:
     """Return the rotation of one layer, whose keys have `key_length` elements; `windows` are those of all layers."""
@@ -93,13 +91,14 @@ def stretching(keys: Keys, row: Architecture) -> tuple[float, float]:
     extension is not YaRN's, of `g(1)`.
     """
     kind, factor = _scaling(keys)
-    magnitude, multiplier = (keys.real(f"rope.scaling.{key}", default) for key, default in _STRETCHING)
+    magnitude = keys.real("rope.scaling.attn_factor", 1.0)
+    multiplier = keys.real("rope.scaling.yarn_log_multiplier", 0.0) if row.yarn_keys or row.mscale else 0
 
     def g(m: float) -> float:
         return 1 + 0.1 * m * math.log(1 if kind == "none" else factor)
 
     if not row.mscale:
-        return magnitude * (g(1) / g(multiplier if row.yarn_keys else 0) if kind == "yarn" else 1), 1.0
+        return magnitude * (g(1) / g(multiplier) if kind == "yarn" else 1), 1.0
     every = 0 if row.mscale == "alone" else multiplier / 0.1  # the file has a tenth of it
     mscale = every if row.mscale == "equal" and every else 1
     magnitude *= g(mscale) / g(every) if kind == "yarn" else 1

@@ -337,7 +337,7 @@ def _block_table(config: ModelConfig, layer: int) -> dict[str, tuple[str, ...]]:
     vectors: dict[str, tuple[str, ...]] = {}
     for mixer in own.mixers:
         matrices |= _MIXERS[mixer]
-    scaled = set(matrices)
+    scaled = set() if row.recurrent in own.mixers and not row.recurrent_scales else set(matrices)
     for mixer in own.mixers:
         vectors |= _VECTORS.get(mixer, {})
         if config.indexer.selected:

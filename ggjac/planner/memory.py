@@ -5,13 +5,13 @@ The peak is a sum of parts (`PARTS`), each a formula below, in bytes. Formulas o
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
-from ggjac.config import ModelConfig
+from ggjac.config import Layer, ModelConfig
 from ggjac.config.mixers import MIXERS
 from ggjac.planner.passes import LayerPlan
 from ggjac.planner.work import Lookup, Sweeps, Work
-from ggjac.sizes import ITEM_BYTES, ON_THE_WAY, SLAB, TILE_ELEMENTS
+from ggjac.sizes import ITEM_BYTES, ON_THE_WAY, SLAB, TILE_ELEMENTS, scan_chunk
 
 if TYPE_CHECKING:  # NumPy would be imported for types alone
     from ggjac.gguf import GGUFFile
@@ -75,7 +75,7 @@ def _sweep_parts(config: ModelConfig, work: Work, step: Sweeps) -> dict[str, int
     wide = max(4, item)  # bases and softmax are at least in float32
     region = step.region
     n = region.read or work.input_positions
-    if region.tensors == "all":
+    if region.tensors in ("all", "continued"):
         moving = trace_floats(config, n, region.written or n) * wide
     else:
         # A basis in float32 gives the sweep a copy of its vectors rounded to the dtype.
@@ -105,43 +105,98 @@ def sweep_floats(config: ModelConfig, n: int, *, up: bool) -> int:
     same. `d`, `q` and `kv` are the widths of the stream, of all query heads and of all value heads, `s` that of a slab
     of hidden units:
 
-        up, attention        stream, normed stream, values, and mixed heads twice (or once, with the output)
+        up, attention        stream, normed stream, values, and mixed heads twice (or once, with the output); or values
+                             twice
         up, feed-forward     stream, middle, normed middle, the sum over slabs or experts, hidden units
                              before and after the gate, inputs gathered for an expert, and its output
         down, attention      stream, middle, heads twice, values (or heads once, their gradient on the stream,
-                             and the same normed, or before that centred)
+                             and the same normed, or before that centred); or heads, the values once and again for
+                             each factor or convolution, and their gradient on the stream
         down, feed-forward   stream, the sum over slabs or experts, hidden units twice (or once, with one slab's
                              output), and inputs gathered for an expert
 
     All but the first "down" line include one stream that the previous block has left. Going down, a norm or a scale
     after a branch adds a copy of the stream, and so do parallel branches, which share one. An expert's own part, its
     hidden units included, covers only the positions that use it.
+
+    Other mixers: a convolution's values are its heads. A recurrence has as many values as heads; in chunks, it copies
+    only those of a chunk, and has two states instead.
     """
     d, row = config.d, config.row
     scaled = row.norms.attention_out or row.norms.ffn_out or config.residual_scale != 1
     more = d if scaled or row.parallel else 0
     if up:
-        attention = max(n * (3 * d + kv + q + max(q, d)) for q, kv in _mixed(config))
+        attention = max(_attention_up(d, n, path) for path in _paths(config, n))
         return max(attention, _ffn_floats(config, n, 4 * d, 0, lambda s: 2 * s, 2 * d))
     centred = d if more or row.norm != "rms" else 0
-    attention = max(n * max(2 * d + 2 * q + kv, 4 * d + q + centred) for q, kv in _mixed(config))
+    attention = max(_attention_down(d, n, path, centred) for path in _paths(config, n))
     return max(attention, _ffn_floats(config, n, 2 * d + more, d, lambda s: max(2 * s, s + d), d))
+
+
+class _Path(NamedTuple):
+    """The path of the values through a mixer.
+
+    Attributes:
+        heads: width of what the output projection reads.
+        values: width of the values.
+        factors: factors on the values, and convolutions of them.
+        mixed: whether positions are mixed by a pattern or a scan.
+        chunk: positions in a chunk of a scan, as many as a state has rows for each head; 0 without scan.
+    """
+
+    heads: int
+    values: int
+    factors: int = 0
+    mixed: bool = True
+    chunk: int = 0
+
+
+def _paths(config: ModelConfig, n: int) -> set[_Path]:
+    """Return the paths of values of every kind of mixer in the model."""
+    found = {_Path(0, 0)}
+    for own in config.layers:
+        for mixer in own.mixers:
+            if MIXERS[mixer].recurrent:
+                wide = config.recurrence.heads * config.recurrence.value_size
+                found.add(_Path(wide, wide, 2, chunk=scan_chunk(n, config.recurrence.key_size) or 0))
+            elif MIXERS[mixer].convolution:
+                found.add(_Path(config.d, config.d, 2, mixed=False))
+            else:
+                factors = int(bool(config.attention_clamp) or config.row.value_norm)
+                found.add(_Path(own.heads * own.value_size, own.kv_heads * own.value_size, factors))
+    return found
+
+
+def _attention_up(d: int, n: int, path: _Path) -> int:
+    q, kv = path.heads, path.values * path.mixed
+    if path.chunk:
+        return n * (3 * d + q + kv) + 4 * path.chunk * q
+    return n * (3 * d + max(2 * kv, kv + q + max(q, d)))
+
+
+def _attention_down(d: int, n: int, path: _Path, centred: int) -> int:
+    q, kv, again = path.heads, path.values, path.factors + path.mixed
+    mixing = 2 * q + kv if path.mixed else 0
+    return n * (2 * d + max(mixing, 2 * d + q + centred, q + again * kv + d))
 
 
 def alone_floats(config: ModelConfig, n: int, *, up: bool) -> int:
     """Return the floats like `sweep_floats`, for single-block maps that write only the last position.
 
         up     stream, normed stream, values twice (or centred stream)
-        down   values twice, or once and their gradient on the stream; or that, normed, and before that centred
+        down   values twice; or once, again for each factor or convolution, and their gradient on the stream; or that,
+               normed, and before that centred
 
     These have `n` positions. The last position alone takes, before or after them, what `sweep_floats` counts for one.
     """
-    d, kv, row = config.d, max(kv for _, kv in _mixed(config)), config.row
+    d, row, paths = config.d, config.row, _paths(config, n)
+    kv = max(path.values for path in paths)
     once, centred = sweep_floats(config, 1, up=up), d if row.norm != "rms" else 0
     if up:
         normed = d if row.norms.attention_in else 0
         return n * d + max(n * (normed + max(2 * kv, centred)), once)
-    return max(n * max(2 * kv, kv + d, 2 * d + centred), once)
+    again = max((1 + path.factors) * path.values for path in paths)
+    return max(n * max(2 * kv, again + d, 2 * d + centred), once)
 
 
 def _ffn_floats(
@@ -177,28 +232,45 @@ def _ffn_floats(
 def trace_floats(config: ModelConfig, n: int, m: int | None = None) -> int:
     """Return the floats that `m` of `n` positions (default all) take at most in the forward pass, without tapes.
 
-    They are streams, projections, and scores in float32.
+    They are streams, projections, and scores in float32; or what a recurrence takes, see `_recurrence_floats`.
     """
     m = n if m is None else m
-    mixed = max(2 * (q + 2 * kv) for q, kv in _mixed(config))
     hidden = config.hidden_units * (4 if config.row.activation == "xielu" else 3)
-    heads = max(own.heads for own in config.layers)
-    return m * (4 * config.d + max(mixed, hidden)) + 3 * heads * m * n
+    mixed = max((_mixer_floats(config, own, mixer, n, m) for own in config.layers for mixer in own.mixers), default=0)
+    return m * 4 * config.d + max(mixed, m * hidden)
 
 
-def _mixed(config: ModelConfig) -> set[tuple[int, int]]:
-    """Return the widths of what heads read and of the values, of every kind of mixer in the model."""
-    found = {(0, 0)}
-    for own in config.layers:
-        for mixer in own.mixers:
-            if MIXERS[mixer].recurrent:
-                wide = config.recurrence.heads * config.recurrence.value_size
-                found.add((wide, 2 * wide))  # before and after the convolution
-            elif MIXERS[mixer].convolution:
-                found.add((config.d, 2 * config.d))
-            else:
-                found.add((own.heads * own.value_size, own.kv_heads * own.value_size))
-    return found
+def _mixer_floats(config: ModelConfig, own: Layer, mixer: str, n: int, m: int) -> int:
+    """Return the floats of a mixer in the forward pass, beside streams."""
+    if MIXERS[mixer].recurrent:
+        return _recurrence_floats(config, n, m)
+    if MIXERS[mixer].convolution:
+        return 6 * m * config.d  # three projections; the convolution's input twice, and its output
+    q, kv = own.heads * own.value_size, own.kv_heads * own.value_size
+    return m * 2 * ((1 + config.row.gated_queries) * q + 2 * kv) + 3 * own.heads * m * n
+
+
+def _recurrence_floats(config: ModelConfig, n: int, m: int) -> int:
+    """Return the floats of a recurrence in the forward pass: the most of three moments.
+
+        convolution   its input twice, and its output
+        recurrence    the last two of these; queries and keys of every head (twice in chunks), values and their factor;
+                      three states and the outputs, or one state and the outputs twice
+        gate          instead of states and outputs, the pattern, and the values five times
+
+    States and outputs are those of the identity, or where a prompt is continued, of its values.
+    """
+    own = config.recurrence
+    values, keys = own.heads * own.value_size, own.heads * own.key_size
+    convolved = values + 2 * own.key_heads * own.key_size
+    state, outputs, again = keys * own.value_size, m * values, 0
+    if m == n:
+        chunk = scan_chunk(n, own.key_size)
+        chunks, width = (1, n) if chunk is None else (math.ceil(n / chunk), chunk + own.key_size)
+        state, outputs = chunks * keys * width, own.heads * width * (n if chunk is None else chunks * chunk)
+        again = 0 if chunk is None else keys
+    kept = m * 2 * (convolved + keys + again + values)
+    return max(3 * m * convolved, kept + outputs + max(3 * state, outputs + state), kept + outputs + 5 * m * values)
 
 
 def basis_floats(config: ModelConfig, n: int, width: int, sweeps: int) -> int:

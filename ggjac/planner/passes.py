@@ -191,14 +191,15 @@ class _Block:
         return weight + self.vector(f"{stem}.bias", matrices if experts else 0)
 
     def vector(self, name: str, experts: int = 0) -> Pass:
-        """Return the reading of a vector, or of `experts` rows of a stack of them."""
+        """Return the reading of a vector or of a convolution's taps, or of `experts` rows of a stack of vectors."""
         found = self.find(name)
         if found is None:
             return Pass()
-        info, elements = found
+        info, rows = found
         if experts:
             return Pass(experts * info.row_bytes, {info.type.name: experts * info.shape[-1]})
-        return Pass(elements * info.row_bytes // info.shape[-1], {info.type.name: elements})
+        whole = info.shape[-2] if len(info.shape) > 1 else info.shape[-1]
+        return Pass(rows * info.nbytes // whole, {info.type.name: rows * info.elements // whole})
 
 
 def _networks(block: _Block, config: ModelConfig, positions: int) -> Iterator[tuple[str, int, int, int]]:
@@ -228,22 +229,19 @@ def _sweep(block: _Block, config: ModelConfig, mlp_path: MlpPath, region: Region
         return Pass()
     n = region.read or input_positions
     m = region.written or n
-    if region.tensors == "all":
-        return _trace(block, config, mlp_path, n, m)
+    if region.tensors in ("all", "continued"):
+        return _trace(block, config, mlp_path, n, m, continued=region.tensors == "continued")
     if region.written is None and set(ends) == {block.index + 1}:
         m = 1
     parts = []
     for mixer in block.layer.mixers:
         stems = MIXERS[mixer]
         output = block.linear(stems.output, m)
-        parts += [
-            block.linear(stems.values, n),
-            block.linear(stems.expansion, n),
-            output,
-            _mix(config, block, mixer, n, m),
-        ]
+        taps = block.vector(f"{stems.convolution}.weight") + block.vector(f"{stems.convolution}.bias")
+        parts += [block.linear(stems.values, n), block.linear(stems.expansion, n), taps, output]
+        parts.append(_mix(config, block, mixer, n, m))
         if region.tensors == "heads":  # once more for what it adds and for its bias, and once for the head's shares
-            parts.append(output.scaled(2))
+            parts += [output.scaled(2), taps]
     for kind, experts, uses, _ in _networks(block, config, m):
         parts += [block.linear(stem, m, experts, uses) for stem in (_live(block, kind, mlp_path), f"ffn_down{kind}")]
     # Each vector visits only the blocks of its own map's span: scale by the mean.
@@ -274,12 +272,23 @@ def _mix(config: ModelConfig, block: _Block, mixer: str, n: int, m: int) -> Pass
 
 
 def _pattern(config: ModelConfig, block: _Block, mixer: str, n: int, m: int) -> Pass:
-    """Return the computation of a pattern in the forward pass: scores, or a recurrence on the identity."""
+    """Return the computation of a pattern in the forward pass: scores, or a recurrence on the identity.
+
+    At each position the state is read for what is removed, written, and read by the query. Apart from these products, a
+    position writes the state three times: decayed, what is added to it, and the sum.
+    """
     heads, _, key = _heads(config, block, mixer)
     if not MIXERS[mixer].recurrent:
         return Pass(flop=2 * heads * key * m * n)
     chunk = scan_chunk(n, key)
-    return Pass(flop=6 * heads * key * n * (n if chunk is None else chunk + key))
+    if chunk is None:
+        return _recurrence(heads * key * n, n)
+    return _recurrence(heads * key * (chunk + key), math.ceil(n / chunk) * chunk)
+
+
+def _recurrence(state: int, positions: int) -> Pass:
+    """Return a recurrence over some positions, with a state of so many floats."""
+    return Pass(flop=6 * state * positions, written=3 * state * positions)
 
 
 _ONCE = ("ffn_gate_inp", "ffn_latent_down", "ffn_latent_up")
@@ -297,14 +306,20 @@ def _stems(block: _Block, kind: str) -> list[str]:
     return stems if block.find(f"ffn_gate{kind}.weight") else stems[1:]
 
 
-def _trace(block: _Block, config: ModelConfig, mlp_path: MlpPath, n: int, m: int) -> Pass:
+def _trace(block: _Block, config: ModelConfig, mlp_path: MlpPath, n: int, m: int, *, continued: bool = False) -> Pass:
     """Return what the last `m` of `n` positions read and compute in the forward pass.
+
+    A recurrence that is continued has a state in place of a pattern.
 
     Each tensor counts once, but one that is both recorded for a frozen factor and applied as a live one counts twice.
     """
     parts = [block.linear(stem, m) for stem in (*_mixer_stems(block), *_ONCE)]
     for mixer in block.layer.mixers:
-        parts += [_pattern(config, block, mixer, n, m), _mix(config, block, mixer, n, m)]
+        if continued and MIXERS[mixer].recurrent:
+            heads, value, key = _heads(config, block, mixer)
+            parts.append(_recurrence(heads * value * key, m))
+        else:
+            parts += [_pattern(config, block, mixer, n, m), _mix(config, block, mixer, n, m)]
     parts.append(block.vector("exp_probs_b.bias"))
     clamped = config.row.activation == "silu_oai"
     for kind, experts, uses, _ in _networks(block, config, m):
@@ -313,15 +328,27 @@ def _trace(block: _Block, config: ModelConfig, mlp_path: MlpPath, n: int, m: int
         if len(stems) < 3 or mlp_path == "gate" or clamped:
             stems = [*stems, _live(block, kind, mlp_path)]
         parts += [block.linear(stem, m, experts, uses) for stem in stems]
-    # Head norms with separate weights for each head are small tensors with two axes. Matrices' factors do not count.
-    used = (info for info in block.infos if ".indexer." not in info.name)
-    vectors = (
-        info
-        for info in used
-        if info.name.endswith("_norm.weight") or (len(info.shape) == 1 and not info.name.endswith((".bias", "scale")))
-    )
-    parts += [Pass(info.nbytes, {info.type.name: info.elements}) for info in vectors]
+    parts += [Pass(info.nbytes, {info.type.name: info.elements}) for info in _small(block)]
     return total(parts)
+
+
+def _small(block: _Block) -> Iterator["TensorInfo"]:
+    """Yield a block's tensors that are not matrices, nor biases or constant factors of matrices.
+
+    Some have two axes or more: norms with weights for each head, taps of convolutions, constants of recurrences.
+    """
+    taps = {MIXERS[mixer].convolution.rsplit("_", 1)[0] for mixer in block.layer.mixers}
+    for info in block.infos:
+        stem, _, suffix = info.name.removeprefix(block.prefix).rpartition(".")
+        if stem.startswith("indexer."):  # not used
+            continue
+        shared = any(stem.startswith(name) for name in taps if name)
+        if suffix == "weight":
+            small = len(info.shape) == 1 or stem.endswith("_norm") or shared
+        else:  # constants of a recurrence have no suffix
+            small = not stem or (suffix == "bias" and (stem == "ssm_dt" or shared))
+        if small:
+            yield info
 
 
 def _each_once(block: _Block, config: ModelConfig, n: int) -> Pass:

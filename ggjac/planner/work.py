@@ -43,7 +43,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
-from ggjac.config import ModelConfig
+from ggjac.config import Layer, ModelConfig
+from ggjac.config.mixers import MIXERS
 from ggjac.sizes import (
     CHUNK_BYTES,
     EXACT_ROWS,
@@ -74,7 +75,8 @@ class Region(NamedTuple):
 
     Attributes:
         tensors: `"live"`: those that products use; `"heads"`: the same, with the output projection twice more; `"all"`:
-            those of the forward pass.
+            those of the forward pass; `"continued"`: the same, for positions that follow others, whose keys, values and
+            states are kept.
         read: positions read; None: those up to the output's.
         written: positions written; None: the positions read, but only one in a block where all maps end.
         spans: for each map in the stack, its first block and the one after its last; empty: one map over all blocks.
@@ -82,7 +84,7 @@ class Region(NamedTuple):
         sequential: sweep the maps one after another instead of together, each with the step's full stack of vectors.
     """
 
-    tensors: Literal["live", "heads", "all"] = "live"
+    tensors: Literal["live", "heads", "all", "continued"] = "live"
     read: int | None = None
     written: int | None = None
     spans: tuple[tuple[int, int], ...] = ()
@@ -603,16 +605,15 @@ def _steer(builder: _Builder) -> Work:
     if capacity > config.longest:
         raise PlanError(f"a text of {capacity} tokens cannot run; the model's context is {config.longest}")
     concept = Region(spans=((0, layer),))
-    # Keys and values of every block; those of the block being extended exist twice.
-    each = [own.kv_heads * (own.key_size + own.value_size) for own in config.layers]
-    cache = (sum(each) + max(each)) * capacity * builder.item
-    buffers = {"cache": cache}
+    # What every block keeps of the past; that of the block being extended exists twice.
+    each = [sum(_past_bytes(config, own, kind, capacity, builder.item) for kind in own.mixers) for own in config.layers]
+    buffers = {"cache": sum(each) + max(each)}
     steps: list[Sweeps | Lookup] = [*builder.in_chunks("images of the text", text, region=concept, stream_copies=1)]
     if request.method == "equation16":
         steps.append(Sweeps("offset", 1, 3, region=concept))
-    steps.append(Sweeps("texts", 1 + steered, 1, region=Region("all", text), buffers=buffers))
+    steps.append(Sweeps("texts", 1 + steered, 1, region=Region("continued", text), buffers=buffers))
     if later:
-        token = Region("all", capacity, 1)
+        token = Region("continued", capacity, 1)
         steps.append(Sweeps("tokens", (1 + steered) * later, 1, region=token, buffers=buffers))
         if steered:
             images = Sweeps("images of tokens", steered * later, 1, region=concept, stream_copies=1, buffers=buffers)
@@ -621,17 +622,33 @@ def _steer(builder: _Builder) -> Work:
     return builder.work(*steps, reused="all", tapes_to_disk=False)
 
 
+def _past_bytes(config: ModelConfig, own: Layer, mixer: str, positions: int, item: int) -> int:
+    """Return the bytes of what a mixer keeps of some positions: their keys and values, or a state and a few rows."""
+    kind, sizes = MIXERS[mixer], config.recurrence
+    if kind.recurrent:
+        channels = sizes.heads * sizes.value_size + 2 * sizes.key_heads * sizes.key_size
+        state = sizes.heads * sizes.key_size * sizes.value_size
+        return state * max(4, item) + (sizes.taps - 1) * channels * item
+    if kind.convolution:
+        return (sizes.taps - 1) * config.d * item
+    return own.kv_heads * (own.key_size + own.value_size) * positions * item
+
+
 def _predict(builder: _Builder) -> Work:
     everywhere = (Lookup("all logits", logits=builder.n),) if builder.request.everywhere else ()
     return builder.work(Lookup("logits", logits=1), *everywhere, tapes=False)
 
 
 def _verify(builder: _Builder) -> Work:
-    """A trace without tapes, compared with llama.cpp's tensors; memory of llama.cpp's own process is not counted."""
+    """A trace without tapes, and the same blocks once more, each given llama.cpp's input.
+
+    Only a quantized file as it is does without the latter. Memory of llama.cpp's own process is not counted.
+    """
     n, config = builder.n, builder.config
     tensors = n * builder.d * (3 * config.block_count + 1)  # each block's two branches and stream; the output
     reference = {"llama.cpp's tensors": 4 * (tensors + n * config.vocabulary)}
-    return builder.work(Lookup("all logits", logits=n), tapes=False, buffers=reference)
+    alone = Sweeps("blocks, given llama.cpp's input", 1, 1, region=Region("all", n))
+    return builder.work(alone, Lookup("all logits", count=2, logits=n), tapes=False, buffers=reference, reused="all")
 
 
 # The commands that can be planned, the main one first.

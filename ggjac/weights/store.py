@@ -308,6 +308,8 @@ class Block:
         """Return a vector, dense, or one row of a stack of experts `[e, out]`."""
         stored, part = self._stored(name)
         weight = self.store[stored]
+        if part is not None and expert is None and len(weight.info.shape) > 1:
+            return weight.part(part).dense()
         whole = weight.dense() if expert is None else weight.rows(expert, expert + 1).dense()[0]
         if part is None:
             return whole

@@ -47,7 +47,12 @@ _SHARES = record(
 #: `attn` is Σ heads + attn_bias; embedding + Σ (attn + mlp) + bias + unexplained = logit.
 _BLOCK = record(
     {"block": integer, "attn": number, "mlp": number},
-    {"heads": each(number, most=MAX_HEADS), "attn_bias": number},
+    {
+        "heads": each(number, most=MAX_HEADS),
+        "attn_bias": number,
+        "mixer": text,  # in place of attention
+        "head_names": each(text, most=MAX_HEADS),
+    },
 )
 _BRANCHES = record(
     _WHOLE | {"embedding": number, "blocks": each(_BLOCK, least=1, most=MAX_BLOCKS)},
@@ -84,10 +89,13 @@ def _placed(entry: Check) -> Check:
 
 
 def _check_blocks(entries: list[dict[str, Any]], where: str) -> None:
-    """Check that all entries have the same number of blocks, and all blocks the same number of heads."""
+    """Check that entries agree in their blocks and heads, blocks in whether heads are known, and names with heads."""
     forms = {tuple(None if b["heads"] is None else len(b["heads"]) for b in entry["blocks"]) for entry in entries}
-    if len(forms) > 1 or len({count for form in forms for count in form}) > 1:
+    if len(forms) > 1 or len({count is None for form in forms for count in form}) > 1:
         raise Wrong(f"{where}: blocks differ in their number, or in that of their heads")
+    for block in [block for entry in entries for block in entry["blocks"] if block["head_names"] is not None]:
+        if len(block["head_names"]) != len(block["heads"] or ()):
+            raise Wrong(f"{where}: block {block['block']} has names for other heads than it has")
 
 
 def _check_attribution(found: dict[str, Any], where: str) -> None:
@@ -160,12 +168,18 @@ def _branch_parts(entry: dict[str, Any]) -> list[Part]:
     for block in entry["blocks"]:
         name = f"Block {block['block']}"
         if block["heads"] is None:
-            parts.append((f"{name}, attention", block["attn"]))
+            parts.append((f"{name}, {_mixer(block)}", block["attn"]))
         else:
-            parts += [(f"{name}, head {i}", share) for i, share in enumerate(block["heads"])]
-            parts.append((f"{name}, bias of attention", block["attn_bias"] or 0.0))
+            names = block["head_names"] or [f"head {i}" for i in range(len(block["heads"]))]
+            parts += [(f"{name}, {head}", share) for head, share in zip(names, block["heads"], strict=True)]
+            parts.append((f"{name}, bias of {_mixer(block)}", block["attn_bias"] or 0.0))
         parts.append((f"{name}, MLP", block["mlp"]))
     return [*parts, ("Biases of norm and head", entry["bias"] or 0.0)]
+
+
+def _mixer(block: dict[str, Any]) -> str:
+    """Return the name of what mixes positions in a block."""
+    return "attention" if block["mixer"] is None else block["mixer"]
 
 
 # -- input tokens ------------------------------------------------------------------------------------------------------
@@ -237,9 +251,9 @@ def branch_lines(run: Run) -> list[Chart]:
 def branch_grid(run: Run) -> list[Heat]:
     """Draw the shares of every block's attention, MLP and heads; nothing where the heads are not known or too many."""
     given = _by_branch(run)
-    if not given or not given["blocks"][0]["heads"]:
+    if not given or not any(block["heads"] for block in given["blocks"]):
         return []
-    blocks, count = given["blocks"], len(given["blocks"][0]["heads"])
+    blocks, count = given["blocks"], max(len(block["heads"]) for block in given["blocks"])
     sides = Panel(
         "attention and MLP",
         ("attn", "MLP"),
@@ -251,7 +265,7 @@ def branch_grid(run: Run) -> list[Heat]:
         "heads",
         tuple(map(str, range(count))),
         tuple(f"head {i}" for i in range(count)),
-        tuple(tuple(block["heads"]) for block in blocks),
+        tuple((*block["heads"], *[0.0] * (count - len(block["heads"]))) for block in blocks),
     )
     largest = max(((abs(s), b["block"], i) for b in blocks for i, s in enumerate(b["heads"])), default=(0.0, 0, 0))
     grid = Heat(
@@ -260,8 +274,8 @@ def branch_grid(run: Run) -> list[Heat]:
         label="block",
         rows=tuple(str(block["block"]) for block in blocks),
         panels=(sides, heads),
-        summary=f"{len(blocks)} blocks of {count} heads; the largest share of a head is that of head {largest[2]} of "
-        f"block {largest[1]}.",
+        summary=f"{len(blocks)} blocks of up to {count} heads; the largest share of a head is that of "
+        f"head {largest[2]} of block {largest[1]}.",
     )
     return [grid] if grid.cells <= MAX_CELLS else []
 
