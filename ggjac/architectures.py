@@ -66,6 +66,18 @@ class Architecture:
         sigmoid_gate: the gate on a recurrence's output is a sigmoid in place of a SiLU.
         positive_decay: `ssm_a` is stored positive where decays have a lower bound.
         gated_queries: `attn_q` has a gate after each head's query: its sigmoid multiplies what the head reads.
+        gated_heads: the sigmoid of a number for each head, from `attn_gate`, multiplies what the head reads.
+        latent_queries: whether queries of latent attention are expanded from a latent vector, as keys and values are:
+            `"required"`, `"optional"` (if the file states its size, `attention.q_lora_rank`), or `""` for never.
+        direct_queries: blocks and vocabulary of the variants whose queries are not, whatever the file states (llama.cpp
+            identifies them so); a vocabulary of 0 stands for any.
+        latent_split: whether keys and values are expanded by tensors of their own: `"required"`, `"optional"` (if the
+            file states `attention.key_length_mla` and `attention.value_length_mla`), or `""` for never.
+        mscale: the first of DeepSeek's two multipliers of YaRN (`ggjac.config.rotations.stretching`), which the file
+            does not state: `"equal"` to the second, if that is not 0; `"one"`; or `"alone"` (it is 1 and the second 0,
+            whatever the file states); `""` where there are none.
+        indexer: prompts may be so long that attention selects keys: one by one (`"keys"`), in blocks (`"blocks"`), or
+            `""` for never. Such prompts are not supported.
         value_norm: the values of each head are normed (RMSNorm without weight).
         keys_as_values: where a block lacks `attn_v`, its key projection gives the values too.
         parallel: both branches read the block's input, and are added to it together.
@@ -100,7 +112,8 @@ class Architecture:
         wide_scale_blocks: block count of the variant whose default is 1/√(d / heads) instead; 0 for none.
         attention_softcap, logit_softcap: default caps of scores and logits, 0 for none; None if the file's keys are
             not read.
-        temperature: queries may grow with position (`attention.temperature_scale`).
+        temperature: queries may grow with position (`attention.temperature_scale`), after each original context
+            (`"context"`) or each `attention.temperature_length` (`"length"`); `""` for never.
         ffn: `"gated"`, `"fused"` (gate and up in one tensor, gate first) or `"plain"` (no gate).
         ffn_scales: the constant factors of the feed-forward's matrices are applied, as those of attention's are in all
             families.
@@ -109,6 +122,7 @@ class Architecture:
             `ggjac.config.Layer`) or `"silu_oai"` (clamped, with up shifted by one).
         router: how expert weights come from router logits: `"softmax"` over all experts, `"softmax_selected"` over
             the chosen ones, or `"sigmoid"`.
+        sigmoid_routers: blocks and vocabulary of the variants where it is `"sigmoid"` (llama.cpp identifies them so).
         router_key: the file's `expert_gating_func` overrides `router`, which is the default, or `""` for none.
         selection_bias: a bias added for the choice of experts but not to their weights (`exp_probs_b`): `"optional"`,
             `"required"`, or `""` for none.
@@ -134,6 +148,8 @@ class Architecture:
         logit_scale_optional: files may lack that key.
         scale_defaults: for files without these keys: embedding scale; branch scale times √(blocks); logit scale times
             d; 0 for no default.
+        scale_keys: files may have these keys; otherwise the defaults count.
+        head: whether the head has a matrix of its own (`output`): `"optional"`, `"required"`, or `"tied"` for never.
         graph: names in llama.cpp's graph.
     """
 
@@ -151,6 +167,12 @@ class Architecture:
     sigmoid_gate: bool = False
     positive_decay: bool = False
     gated_queries: bool = False
+    gated_heads: bool = False
+    latent_queries: str = ""
+    direct_queries: tuple[tuple[int, int], ...] = ()
+    latent_split: str = ""
+    mscale: str = ""
+    indexer: str = ""
     value_norm: bool = False
     keys_as_values: bool = False
     parallel: bool = False
@@ -178,12 +200,13 @@ class Architecture:
     wide_scale_blocks: int = 0
     attention_softcap: float | None = None
     logit_softcap: float | None = None
-    temperature: bool = False
+    temperature: str = ""
     ffn: str = "gated"
     ffn_scales: bool = False
     recurrent_scales: bool = False
     activation: str = "silu"
     router: str = "softmax"
+    sigmoid_routers: tuple[tuple[int, int], ...] = ()
     router_key: bool = False
     selection_bias: str = ""
     renormalize: bool = True
@@ -204,6 +227,8 @@ class Architecture:
     logit_scale: str = ""
     logit_scale_optional: bool = False
     scale_defaults: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    scale_keys: bool = True
+    head: str = "optional"
     graph: Graph = Graph()
 
 
@@ -283,9 +308,28 @@ _GEMMA4_NORMS = replace(
     _SANDWICH, dense_out=("post_ffw_norm_1",), experts_in=("pre_ffw_norm_2",), experts_out=("post_ffw_norm_2",)
 )
 
+_LATENT = Architecture(mixer="latent", rope_pairs="adjacent", partial_rotary=True)
+_DEEPSEEK2 = replace(
+    _LATENT,
+    latent_queries="required",
+    direct_queries=((26, 0), (27, 0), (48, 128256)),
+    latent_split="optional",
+    mscale="equal",
+    temperature="length",
+    sigmoid_routers=((47, 154880), (48, 154880)),
+    router_key=True,
+    selection_bias="optional",
+    renormalize_key=True,
+    expert_scale_key=True,
+    leading_dense=True,
+    expert_widths="count",
+    predictors=True,
+    graph=Graph(attention=()),
+)
+
 ARCHITECTURES: dict[str, Architecture] = {
     "llama": replace(_LLAMA, ffn_scales=True),
-    "mistral3": replace(_LLAMA, yarn_keys=True, temperature=True, ffn_scales=True),
+    "mistral3": replace(_LLAMA, yarn_keys=True, temperature="context", ffn_scales=True),
     "qwen2": Architecture(),
     "qwen2moe": Architecture(renormalize=False),
     "qwen3": replace(_QWEN3, ffn_scales=True),
@@ -413,6 +457,52 @@ ARCHITECTURES: dict[str, Architecture] = {
     "qwen35": _QWEN35,
     "qwen35moe": _QWEN35,
     "qwen3next": _DELTA,
+    "deepseek2": _DEEPSEEK2,
+    "mistral4": replace(_DEEPSEEK2, mscale="one"),
+    "minicpm3": replace(
+        _LATENT,
+        rope_pairs="halves",
+        latent_queries="required",
+        embedding_scale="key",
+        residual_scale=True,
+        logit_scale="multiply",
+        scale_defaults=(12.0, 1.4, 256.0),
+        scale_keys=False,
+    ),
+    "plm": replace(_LATENT, ffn="plain", activation="relu2", head="tied"),
+    "deepseek32": replace(
+        _DEEPSEEK2,
+        direct_queries=(),
+        latent_split="required",
+        mscale="one",
+        temperature="",
+        router="",
+        sigmoid_routers=(),
+        indexer="keys",
+        ffn_scales=True,
+    ),
+    "glm-dsa": replace(
+        _DEEPSEEK2,
+        direct_queries=(),
+        latent_split="required",
+        mscale="alone",
+        temperature="",
+        router="sigmoid",
+        sigmoid_routers=(),
+        indexer="keys",
+        ffn_scales=True,
+    ),
+    "minimax-m3": replace(
+        _DEEPSEEK,
+        partial_rotary=True,
+        qk_norm="head",
+        indexer="blocks",
+        activation="silu_oai",
+        router="",
+        router_key=True,
+        selection_bias="required",
+        head="required",
+    ),
     "lfm2": replace(_LFM2, windowed="optional"),
     "lfm2moe": replace(_LFM2, router="", router_key=True, selection_bias="required", leading_dense=True),
     "mamba2": _MAMBA2,

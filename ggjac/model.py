@@ -349,6 +349,11 @@ class Model:
             raise PromptError("the prompt has no tokens; give a text with -p or token ids with --tokens")
         if len(ids) > context:
             raise PromptError(f"the prompt has {len(ids)} tokens, the model's context {context}; shorten it")
+        if len(ids) > self.config.longest:
+            raise PromptError(
+                f"the prompt has {len(ids)} tokens, of which this model's attention selects {self.config.longest}: not "
+                "supported beyond that; shorten it"
+            )
         for i in ids:
             if not 0 <= i < vocabulary:
                 raise PromptError(f"token id {i} is out of range; the vocabulary has ids 0 to {vocabulary - 1}")

@@ -27,6 +27,7 @@ CASES = (
     *("gptneox", "stablelm_12b", "nemotron", "command_r", "olmo_clamped", "qwen2moe", "granitemoe", "gpt_oss"),
     *("glm4moe", "qwen35", "lfm2", "mamba2", "granitehybrid", "falcon_h1", "nemotron_h_moe", "gemma4"),
     *("gemma4_experts", "gemma4_full_first"),
+    *("deepseek2", "deepseek2_unsplit", "minicpm3", "minimax_m3"),
 )
 N = 6
 

@@ -49,13 +49,27 @@ def test_every_layer_agrees_with_llamacpp(case: str, tiny_file: Callable[..., Pa
 
 @pytest.mark.parametrize("case", [*FIRST.values(), "mixtral", "mistral3_experts"])
 def test_matrices_have_constant_factors_where_llamacpp_applies_them(case: str, tiny_file: Callable[..., Path]) -> None:
-    """Attention's everywhere, others' where the row says so; elsewhere, it computes what no model meant."""
+    """Attention's everywhere, others' where the row says so; elsewhere, it computes what no model meant.
+
+    Of latent attention it applies the output projection's only.
+    """
     mixers, feed_forward = families.SCALED
     row = ARCHITECTURES[tiny.options(case).architecture]
-    assert agrees(tiny_file(case, type="F32", types={}, scales=mixers)) == (
+    if row.mixer == "latent":
+        mixers = ("attn_output",)
+    plain = {"type": "F32", "types": {}, "layers": tiny.options(case).blocks, "predictors": 0}
+    assert agrees(tiny_file(case, **plain, scales=mixers)) == (
         row.recurrent_scales or row.recurrent in ("", "convolution")
     )
-    assert agrees(tiny_file(case, type="F32", types={}, scales=feed_forward)) == row.ffn_scales
+    assert agrees(tiny_file(case, **plain, scales=feed_forward)) == row.ffn_scales
+
+
+@pytest.mark.parametrize("case", ["plm", "deepseek2_lite"])
+def test_queries_of_latent_attention_have_no_factor(case: str, tiny_file: Callable[..., Path]) -> None:
+    path = tiny_file(case, scales=("attn_q",))
+    assert not agrees(path)
+    with pytest.raises(ConfigError, match=r"tensor 'blk.0.attn_q.scale' is not part of a \w+ model"):
+        open_model(path)
 
 
 @pytest.mark.parametrize("bias", ["attn_q", "attn_v", "attn_output", "ffn_up", "ffn_down"])

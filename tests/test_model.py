@@ -23,6 +23,7 @@ from ggjac.architectures import Norms
 from ggjac.blocks import NumericsError, activations, mixers, networks, norms
 from ggjac.blocks.patterns import Recurrence
 from ggjac.config import ConfigError, ModelConfig, Rope
+from ggjac.generation import Continuation
 from ggjac.model import PromptError, open_model
 from ggjac.planner import work
 from ggjac.sizes import Part
@@ -328,6 +329,43 @@ def shifted_positions(patch: Patch) -> None:
     patch.setattr(mixers, "rotate", wrong)
 
 
+def changed_vector(name: str, change: Callable[[Tensor], Tensor]) -> Callable[[Patch], None]:
+    """Let a small tensor be read as another."""
+
+    def make(patch: Patch) -> None:
+        vector = weights.Block.vector
+
+        def changed(self: weights.Block, wanted: str, expert: int | None = None) -> Tensor:
+            found = vector(self, wanted, expert)
+            return change(found) if wanted == name else found
+
+        patch.setattr(weights.Block, "vector", changed)
+
+    return make
+
+
+def moved(name: str, by: int) -> Callable[[Patch], None]:
+    """Let the elements of all queries or keys of latent attention be shifted, as if its parts had another order."""
+
+    def make(patch: Patch) -> None:
+        right = getattr(mixers, name)
+        patch.setattr(mixers, name, lambda *args: right(*args).roll(by, -1))
+
+    return make
+
+
+def keys_above_values(patch: Patch) -> None:
+    """Take the first rows of a fused expansion for the keys of all heads, not the first of each head."""
+    right = model.fused_parts
+
+    def wrong(config: ModelConfig, layer: int) -> dict[str, Part]:
+        parts, own = right(config, layer), config.layers[layer]
+        keys, rows = own.heads * (own.key_size - config.latent.rotary), own.heads * own.value_size
+        return parts | {"attn_k_nope": Part("attn_kv_b", 0, keys), "attn_v_b": Part("attn_kv_b", keys, keys + rows)}
+
+    patch.setattr(model, "fused_parts", wrong)
+
+
 MISTAKES: dict[str, tuple[str, Callable[[Patch], None]]] = {
     "rope pairs as NEOX": ("plain", lambda p: change_config(p, rope__pairs="halves")),
     "rope base ignored": ("rope_base", lambda p: change_config(p, rope__base=10000.0)),
@@ -406,7 +444,9 @@ MISTAKES: dict[str, tuple[str, Callable[[Patch], None]]] = {
     "shared expert not gated": ("qwen2moe", without("ffn_gate_inp_shexp.weight")),
     **{
         f"{case}: {mistake}": (case, make)
-        for case in ("glm4moe", "glm4moe_355b", "dots1", "bailingmoe2_groups", "exaone_moe_period")
+        for case in (
+            *("glm4moe", "glm4moe_355b", "dots1", "bailingmoe2_groups", "exaone_moe_period", "deepseek2"), "minimax_m3"
+        )
         for mistake, make in {
             "softmax in place of sigmoid": lambda p: change_config(p, row__router="softmax"),
             "weights not normed": lambda p: change_config(p, row__renormalize=False),
@@ -458,6 +498,43 @@ MISTAKES: dict[str, tuple[str, Callable[[Patch], None]]] = {
     "beta and alpha swapped": ("qwen3next", lambda p: swapped(p, "ssm_beta", "ssm_alpha")),
     "no clamp": ("gpt_oss", changed_activation(limit=None)),
     "up not shifted": ("gpt_oss", changed_activation(shift=0.0)),
+    "norm of the latent without weights": ("deepseek2", changed_vector("attn_kv_a_norm.weight", torch.ones_like)),
+    "norm of the queries' latent without weights": (
+        "deepseek2", changed_vector("attn_q_a_norm.weight", torch.ones_like)
+    ),
+    "norm of the queries' latent missing": (
+        "deepseek2", lambda p: p.setattr(mixers, "normed", lambda w, name, config, x: x)
+    ),
+    "rotating part of queries first": ("deepseek2", moved("_latent_queries", 8)),
+    "rotating part of keys first": ("deepseek2_unsplit", moved("_latent_keys", 8)),
+    "keys of all heads above their values": ("deepseek2_unsplit", keys_above_values),
+    "latent attention rotates halves": ("deepseek2", lambda p: change_config(p, rope__pairs="halves")),
+    "latent attention does not rotate": ("deepseek2_lite", lambda p: change_config(p, layer__rope=None)),
+    "scores scaled by the size of what is cached": ("deepseek2", lambda p: change_config(p, attention_scale=28**-0.5)),
+    "scores not scaled by YaRN": ("deepseek2_yarn", lambda p: change_config(p, attention_scale=20**-0.5)),
+    "scores not scaled by YaRN's magnitude": (
+        "deepseek2_yarn_bare", lambda p: change_config(p, attention_scale=20**-0.5)
+    ),
+    "magnitude of YaRN's own": ("deepseek2_yarn", lambda p: change_config(p, rope__magnitude=1 + 0.1 * math.log(4))),
+    "scores not scaled where nothing is stretched": (
+        "deepseek2_none", lambda p: change_config(p, attention_scale=20**-0.5)
+    ),
+    "latent queries do not grow": ("deepseek2_temperature", lambda p: change_config(p, temperature_scale=0.0)),
+    "magnitude of YaRN left as stored": ("mistral4_yarn_half", lambda p: change_config(p, rope__magnitude=1.0)),
+    "MiniCPM 3's scales as in the file": (
+        "minicpm3_unread", lambda p: change_config(p, embedding_scale=3.0, residual_scale=0.5)
+    ),
+    "MiniCPM 3's logits divided": ("minicpm3", lambda p: change_config(p, logit_scale=64 / 256)),
+    "MiniCPM 3 rotates adjacent elements": ("minicpm3", lambda p: change_config(p, rope__pairs="adjacent")),
+    "factors of a short context": ("minicpm3_long", without_factors),
+    "both multipliers of YaRN read where one counts": (
+        "glm_dsa_yarn", lambda p: change_config(p, rope__magnitude=1.0)
+    ),
+    "no multiplier of YaRN read": ("deepseek32_yarn", lambda p: change_config(p, attention_scale=20**-0.5)),
+    "no clamp in dense blocks": ("minimax_m3", changed_activation(limit=None)),
+    "no shift in shared experts": ("minimax_m3", changed_activation(shift=0.0)),
+    "no norm of heads beside an indexer": ("minimax_m3", lambda p: change_config(p, row__qk_norm="")),
+    "latent queries grow late": ("deepseek2_temperature", lambda p: change_config(p, temperature_length=5)),
 }  # fmt: skip
 
 
@@ -580,6 +657,28 @@ def test_prompts_that_cannot_be_run_are_refused(ids: list[int], message: str, ti
     with pytest.raises(PromptError, match=message):
         m.trace(ids)
     assert not m.weights.reads  # before anything is read
+
+
+@pytest.mark.parametrize("case", ["deepseek32", "glm_dsa"])
+def test_prompts_of_which_attention_would_leave_something_out_are_refused(
+    case: str, tiny_file: Callable[..., Path]
+) -> None:
+    """llama.cpp selects keys, the most at the last positions; up to 64, all of them."""
+    path = tiny_file(case)
+    m, ids = open_model(path), [i * i % 128 for i in range(90)]
+    whole = oracle.forward(oracle.load(path), ids)["logits"]
+    selected = llamacpp.run(path, ids)["logits"]
+    assert distance(selected[:64], whole[:64]) < 1e-5
+    assert distance(selected[64:], whole[64:]) > 1e-2
+    assert distance(m.trace(ids[:64]).all_logits(), whole[:64]) < 1e-5
+    reads = dict(m.weights.reads)
+    with pytest.raises(PromptError, match="has 65 tokens, of which this model's attention selects 64: not supported"):
+        m.trace(ids[:65])
+    with pytest.raises(PromptError, match="grow to 65 tokens"):
+        Continuation(m, 65)
+    with pytest.raises(work.PlanError, match="a prompt of 65 tokens cannot run; this model takes from 1 to 64"):
+        m.plan(65)
+    assert dict(m.weights.reads) == reads
 
 
 def test_a_full_context_runs(tiny_file: Callable[..., Path]) -> None:

@@ -46,8 +46,10 @@ CASES = [
     *("falcon_h1_normed", "nemotron_h", "nemotron_h_biases", "nemotron_h_moe", "nemotron_h_moe_latent"),
     *("nemotron_h_moe_uneven", "nemotron_h_moe_q8_0", "gemma4", "gemma4_full_first", "gemma4_fused"),
     *("gemma4_experts", "gemma4_experts_apart", "gemma4_q8_0"),
+    *("deepseek2", "deepseek2_unsplit", "deepseek2_dense", "mistral4", "minicpm3", "plm"),
+    *("deepseek32", "glm_dsa", "minimax_m3"),
 ]
-GATED = ("plain", "biases", "phi3", "gpt2", "gemma2", "mixtral", "qwen2moe", "gpt_oss", "glm4moe")
+GATED = ("plain", "biases", "phi3", "gpt2", "gemma2", "mixtral", "qwen2moe", "gpt_oss", "glm4moe", "deepseek2")
 BOTH_WAYS = pytest.mark.parametrize(
     ("case", "mlp_path"), [*((case, "up") for case in CASES), *((case, "gate") for case in GATED)]
 )
@@ -163,7 +165,7 @@ def test_a_recurrence_over_a_long_prompt_is_in_chunks(case: str, n: int, tiny_fi
 
 @pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
 @pytest.mark.parametrize(
-    "case", ["biases", "gpt2", "gpt_oss", "qwen2moe", "gemma2", "olmo2", "olmo_clamped", "qwen35", "lfm2"]
+    "case", ["biases", "gpt2", "gpt_oss", "qwen2moe", "gemma2", "olmo2", "olmo_clamped", "qwen35", "lfm2", "deepseek2"]
 )
 def test_tapes_in_other_dtypes(case: str, dtype: str, tiny_file: TinyFile) -> None:
     path, n = tiny_file(case), 6

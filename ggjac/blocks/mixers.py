@@ -2,7 +2,8 @@
 
     mixer = Linear(output) @ Scale(read) @ Mix(pattern) @ Scale(written) @ Conv @ Scale(entering) @ Linear(values)
 
-A mixer has the factors that its tensors call for: attention has `Linear(attn_output) @ Mix(pattern) @ Linear(attn_v)`.
+A mixer has the factors that its tensors call for: attention has `Linear(attn_output) @ Mix(pattern) @ Linear(attn_v)`,
+and latent attention `Linear(attn_output) @ Mix(pattern) @ Linear(attn_v_b) @ norm @ Linear(attn_kv_a_mqa[:l])`.
 Live is the path of the values: their projection, their convolution and the output projection. Frozen is everything else
 that decides how they are mixed: queries and keys, decays and write strengths, the sigmoid-like share of an activation
 on the values, gates on the output, and the scales of norms.
@@ -17,7 +18,7 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from ggjac.blocks.frame import BlockWeights, Frame, affine, linear
-from ggjac.blocks.norms import NormTape, inverse_rms, normed
+from ggjac.blocks.norms import NormTape, inverse_rms, normed, record_norm
 from ggjac.blocks.patterns import (
     Recurrence,
     ScanTape,
@@ -214,9 +215,7 @@ def _queries_keys(
     q, k = normed_after("projection", q, k)
     q, k = q.unflatten(1, (own.heads, -1)), k.unflatten(1, (own.kv_heads, -1))  # [m, h, s], [m, g, s]
     q, k = normed_after("split", q, k)
-    if own.rope:
-        cos, sin = (part[start : start + len(h)] for part in frame.rotations[own.rope])
-        q, k = (rotate(part, own.rope, cos, sin) for part in (q, k))
+    q, k = (_turned(frame, layer, part, start) for part in (q, k))
     q, k = normed_after("rotation", q, k)
     return _warmed(config, q, start), k, gate
 
@@ -263,6 +262,60 @@ def _clamped(config: ModelConfig, x: Float[Tensor, "n e"]) -> Float[Tensor, "n e
     """Return queries, keys or values with no entry beyond the model's limit."""
     limit = config.attention_clamp
     return x.clamp(-limit, limit) if limit else x
+
+
+def _latent(w: BlockWeights, frame: Frame, layer: int, h: Float[Tensor, "m d"], past: Past | None) -> Mixed:
+    """Freeze latent attention: its pattern, the norm of the latent that makes the values, and a gate on each head."""
+    config, own, past = frame.config, frame.config.layers[layer], past or Past()
+    latent = affine(linear(w, "attn_kv_latent", len(h)), h)
+    norm = record_norm(w, config, ("attn_kv_a_norm",), latent)
+    assert norm is not None
+    latent = norm.apply(latent)
+    v = affine(linear(w, "attn_v_b", len(h)), latent)  # [m, h v]
+    q, k = _latent_queries(w, frame, layer, h, past.length), _latent_keys(w, frame, layer, h, latent, past.length)
+    if past.k is not None and past.v is not None:
+        k, v = torch.cat((past.k, k)), torch.cat((past.v, v))  # [p + m, h, s], [p + m, h v]
+    gate = None
+    if "attn_gate.weight" in w:
+        shares = affine(linear(w, "attn_gate", len(h)), h).sigmoid()  # [m, h]
+        gate = Factor(shares.repeat_interleave(own.value_size, 1))
+    tape = MixerTape("latent", _pattern(w, config, layer, q, k), latent=norm, read=gate)
+    return Mixed(tape, affine(_mix(w, tape, v.shape[1]), v), Past(k, v))
+
+
+def _latent_queries(
+    w: BlockWeights, frame: Frame, layer: int, h: Float[Tensor, "m d"], start: int
+) -> Float[Tensor, "m h s"]:
+    """Return queries of positions `start`, `start + 1`, ..., in most models expanded from a latent vector too."""
+    if "attn_q_a.weight" in w:
+        h = normed(w, "attn_q_a_norm", frame.config, affine(linear(w, "attn_q_a", len(h)), h))
+    q = affine(linear(w, "attn_q_b" if "attn_q_b.weight" in w else "attn_q", len(h)), h)
+    own, rotary = frame.config.layers[layer], frame.config.latent.rotary
+    nope, turning = q.unflatten(1, (own.heads, -1)).split([own.key_size - rotary, rotary], -1)
+    return _warmed(frame.config, torch.cat((nope, _turned(frame, layer, turning, start)), -1), start)
+
+
+def _latent_keys(
+    w: BlockWeights, frame: Frame, layer: int, h: Float[Tensor, "m d"], latent: Float[Tensor, "m l"], start: int
+) -> Float[Tensor, "m h s"]:
+    """Return keys of positions `start`, `start + 1`, ...: expanded from the latent, and a part common to all heads."""
+    own = frame.config.layers[layer]
+    if "attn_k_nope.weight" in w:
+        nope = affine(linear(w, "attn_k_nope", len(h)), latent).unflatten(1, (own.heads, -1))
+    else:  # a stack of transposed matrices, one for each head
+        heads = (linear(w, "attn_k_b", len(h), expert=i) for i in range(own.heads))
+        nope = torch.stack([head.rmatmat(latent[None])[0] for head in heads], 1)
+    shared = _turned(frame, layer, affine(linear(w, "attn_kv_rope", len(h)), h)[:, None], start)
+    return torch.cat((nope, shared.expand(-1, own.heads, -1)), -1)
+
+
+def _turned(frame: Frame, layer: int, x: Float[Tensor, "m h r"], start: int) -> Float[Tensor, "m h r"]:
+    """Return queries or keys of positions `start`, `start + 1`, ... rotated, if the layer rotates them."""
+    rope = frame.config.layers[layer].rope
+    if rope is None:
+        return x
+    cos, sin = (part[start : start + len(x)] for part in frame.rotations[rope])
+    return rotate(x, rope, cos, sin)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -414,6 +467,7 @@ def _bare(w: BlockWeights, *names: str) -> Tensor:
 
 RECORD: dict[str, Record] = {
     "attention": _attention,
+    "latent": _latent,
     "delta": _delta,
     "state space": _state_space,
     "convolution": _convolution,

@@ -104,6 +104,39 @@ class Recurrence:
 
 
 @dataclass(frozen=True)
+class Latent:
+    """Sizes of latent attention, where keys and values are expanded from one short vector; zeros without.
+
+    Attributes:
+        size: elements of the latent vector.
+        queries: elements of the latent vector that queries are expanded from; 0 if they come from the stream.
+        rotary: last elements of a query or key, which rotate; those of a key are the same for all heads.
+        split: whether keys and values have tensors of their own (`attn_k_b`, `attn_v_b`), and not one for both
+            (`attn_kv_b`).
+    """
+
+    size: int = 0
+    queries: int = 0
+    rotary: int = 0
+    split: bool = False
+
+
+@dataclass(frozen=True)
+class Indexer:
+    """Sizes of what selects the keys that a query attends to; zeros if it attends to all.
+
+    Attributes:
+        heads: number of heads.
+        key_size: elements of a query or key.
+        selected: number of keys that are selected.
+    """
+
+    heads: int = 0
+    key_size: int = 0
+    selected: int = 0
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """Sizes and constants of a model, validated against its tensors.
 
@@ -131,6 +164,8 @@ class ModelConfig:
         expert_shared_feed_forward_length: hidden units of the shared expert.
         expert_latent: width of what routed experts read and write; 0 if it is that of the stream.
         decay_bound: lower bound of the logarithm of decays; 0 for none.
+        latent: sizes of latent attention.
+        indexer: of attention to selected keys.
     """
 
     architecture: str
@@ -159,6 +194,13 @@ class ModelConfig:
     expert_shared_feed_forward_length: int
     expert_latent: int = 0
     decay_bound: float = 0.0
+    latent: Latent = Latent()
+    indexer: Indexer = Indexer()
+
+    @property
+    def longest(self) -> int:
+        """Largest number of tokens that can be run: an indexer would leave some out in longer prompts."""
+        return min(self.context_length, self.indexer.selected or self.context_length)
 
     @property
     def hidden_units(self) -> int:

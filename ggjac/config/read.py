@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 
 from ggjac.architectures import ARCHITECTURES, Architecture
 from ggjac.config.keys import ConfigError, Keys, shown
-from ggjac.config.model import Layer, ModelConfig, Recurrence
-from ggjac.config.rotations import read_windows, rope_of
+from ggjac.config.model import Indexer, Latent, Layer, ModelConfig, Recurrence
+from ggjac.config.rotations import read_windows, rope_of, stretching
 from ggjac.config.tensors import check_tensors
 
 # Values of `expert_gating_func` (llama.cpp); 0 means the architecture's default.
@@ -34,20 +34,22 @@ def read_config(metadata: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...
     """
     name = _architecture(metadata)
     keys = Keys(metadata, name)
-    row = _decided(keys, ARCHITECTURES[name], shapes)
+    stored, blocks = _block_counts(keys, ARCHITECTURES[name], len(shapes))
+    row = _decided(keys, ARCHITECTURES[name], blocks, shapes)
     if not metadata.get(f"{name}.attention.causal", True):
         raise ConfigError(f"{name}.attention.causal is False: attention to later tokens is not supported")
     if shared := keys.count("attention.shared_kv_layers"):
         raise ConfigError(
             f"{name}.attention.shared_kv_layers {shared}: keys shared by several blocks are not supported"
         )
-    stored, blocks = _block_counts(keys, row, len(shapes))
     d, context = keys.integer("embedding_length"), keys.integer("context_length")
     experts = _experts(keys, row, stored, shapes)
-    layers = _layers(keys, row, stored, blocks, experts, shapes)
+    latent = _latent(keys, row)
+    layers = _layers(keys, row, stored, blocks, experts, latent, shapes)
     first = next((layer for layer in layers if layer.heads), None)
     wide = row.wide_scale_blocks == blocks
     width = 1 if first is None else max(1, d // first.heads) if wide else first.key_size
+    temperature = keys.real("attention.temperature_scale", 0.0) if row.temperature else 0.0
 
     config = ModelConfig(
         architecture=name,
@@ -60,12 +62,12 @@ def read_config(metadata: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...
         original_context=keys.integer("rope.scaling.original_context_length", context),
         recurrence=_recurrence(keys, row, context),
         norm_epsilon=_epsilon(keys, row),
-        attention_scale=_attention_scale(keys, row, width),
+        attention_scale=_attention_scale(keys, row, width) * stretching(keys, row)[1],
         attention_clamp=keys.real("attention.clamp_kqv", 0.0) if row.clamp_key else 0.0,
         attention_softcap=_softcap(keys, "attn_logit_softcapping", row.attention_softcap),
         logit_softcap=_softcap(keys, "final_logit_softcapping", row.logit_softcap),
-        temperature_scale=keys.real("attention.temperature_scale", 0.0) if row.temperature else 0.0,
-        temperature_length=keys.integer("rope.scaling.original_context_length", context),
+        temperature_scale=temperature,
+        temperature_length=_temperature_length(keys, row, context) if temperature else context,
         embedding_scale=_embedding_scale(keys, row, d),
         residual_scale=_residual_scale(keys, row, blocks),
         logit_scale=_logit_scale(keys, row, d),
@@ -75,6 +77,8 @@ def read_config(metadata: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...
         expert_weights_scale=(keys.real("expert_weights_scale", 0.0) if row.expert_scale_key else 0) or 1.0,
         expert_shared_feed_forward_length=experts.shared_width,
         expert_latent=keys.count("moe_latent_size") if row.expert_latent else 0,
+        latent=latent,
+        indexer=_indexer(keys, row),
     )
     left_out = tuple(f"blk.{i}." for i in range(blocks, stored))
     check_tensors(config, {name: shape for name, shape in shapes.items() if not name.startswith(left_out)})
@@ -118,6 +122,7 @@ def _layers(
     stored: int,
     blocks: int,
     experts: "_Experts",
+    latent: Latent,
     shapes: Mapping[str, tuple[int, ...]],
 ) -> tuple[Layer, ...]:
     """Return the properties of each block that is used; the file states them for all that are stored."""
@@ -132,10 +137,10 @@ def _layers(
     layers = []
     for i, mixers in enumerate(_mixers(keys, row, stored, blocks, kv_heads, units)):
         attends = row.mixer in mixers
-        h, g = (heads[i], kv_heads[i]) if attends else (0, 0)
+        h, g = (heads[i], heads[i] if latent.size else kv_heads[i]) if attends else (0, 0)
         if attends and (not g or h % g):
             raise ConfigError(f"{keys.prefix}.attention: {h} heads cannot share {g} key/value heads evenly")
-        key_size, value_size = _head_sizes(keys, row, d // h, windows[i] is not None) if attends else (0, 0)
+        key_size, value_size = _head_sizes(keys, row, d // h, windows[i] is not None, latent) if attends else (0, 0)
         routed = _routed(row, i, units[i], experts, shapes)
         layers.append(
             Layer(
@@ -183,11 +188,64 @@ def _interval(keys: Keys, stored: int) -> list[bool]:
     return [(i + 1) % period != 0 for i in range(stored)] if flags is None else flags
 
 
-def _head_sizes(keys: Keys, row: Architecture, default: int, windowed: bool) -> tuple[int, int]:
+def _head_sizes(keys: Keys, row: Architecture, default: int, windowed: bool, latent: Latent) -> tuple[int, int]:
     """Return the elements of a key head and of a value head."""
+    if latent.size:
+        # With tensors of their own, the usual keys are sizes of what llama.cpp caches.
+        suffix, least = ("_mla", None) if latent.split else ("", default)
+        key_size, value_size = (keys.integer(f"attention.{part}_length{suffix}", least) for part in ("key", "value"))
+        if latent.rotary >= key_size:
+            raise ConfigError(
+                f"{keys.prefix}.rope.dimension_count {latent.rotary} leaves no other elements of keys of {key_size}"
+            )
+        return key_size, value_size
     suffix = "_swa" if windowed and row.windowed_sizes else ""
     key_size = keys.integer(f"attention.key_length{suffix}", default)
     return key_size, keys.integer(f"attention.value_length{suffix}", key_size)
+
+
+def _latent(keys: Keys, row: Architecture) -> Latent:
+    """Return the sizes of latent attention."""
+    if row.mixer != "latent":
+        return Latent()
+    stated = [keys.count(f"attention.{part}_length_mla") > 0 for part in ("key", "value")]
+    if row.latent_split == "optional" and stated[0] != stated[1]:
+        raise ConfigError(
+            f"{keys.prefix}.attention: the file states one of key_length_mla and value_length_mla; it must state both "
+            "or neither"
+        )
+    queries = 0
+    if row.latent_queries:
+        queries = (
+            keys.integer("attention.q_lora_rank")
+            if row.latent_queries == "required"
+            else keys.count("attention.q_lora_rank")
+        )
+    return Latent(
+        size=keys.integer("attention.kv_lora_rank"),
+        queries=queries,
+        rotary=keys.integer("rope.dimension_count"),
+        split=row.latent_split == "required" or (row.latent_split == "optional" and all(stated)),
+    )
+
+
+def _indexer(keys: Keys, row: Architecture) -> Indexer:
+    """Return the sizes of what selects keys, one by one or by blocks."""
+    if not row.indexer:
+        return Indexer()
+    heads, key_size, selected = (
+        keys.integer(f"attention.indexer.{key}") for key in ("head_count", "key_length", "top_k")
+    )
+    if row.indexer == "blocks":
+        selected *= keys.integer("attention.indexer.block_size")
+    return Indexer(heads, key_size, selected)
+
+
+def _temperature_length(keys: Keys, row: Architecture, context: int) -> int:
+    """Return the number of positions after which queries first grow."""
+    if row.temperature == "length":
+        return keys.integer("attention.temperature_length")
+    return keys.integer("rope.scaling.original_context_length", context)
 
 
 def _recurrence(keys: Keys, row: Architecture, context: int) -> Recurrence:
@@ -246,8 +304,13 @@ def _experts(keys: Keys, row: Architecture, blocks: int, shapes: Mapping[str, tu
     return _Experts(total, used, *_groups(keys, total, max(used)), _shared_units(keys, row, shapes), leading)
 
 
-def _decided(keys: Keys, row: Architecture, shapes: Mapping[str, tuple[int, ...]]) -> Architecture:
+def _decided(keys: Keys, row: Architecture, blocks: int, shapes: Mapping[str, tuple[int, ...]]) -> Architecture:
     """Resolve the row's file-dependent options, using block 0 as representative."""
+    variant = {(blocks, 0), (blocks, shapes.get("token_embd.weight", (0,))[0])}
+    if variant.intersection(row.direct_queries):
+        row = replace(row, latent_queries="")
+    if variant.intersection(row.sigmoid_routers):
+        row = replace(row, router="sigmoid")
     if row.parallel_key:
         row = replace(row, parallel=keys.flag("use_parallel_residual"))
     if row.parallel_unless_normed:
@@ -310,12 +373,13 @@ def _embedding_scale(keys: Keys, row: Architecture, d: int) -> float:
     """Return the factor on embeddings; the root is rounded to float32, as in llama.cpp."""
     if row.embedding_scale == "sqrt":
         return struct.unpack("<f", struct.pack("<f", math.sqrt(d)))[0]
-    return (keys.real("embedding_scale", row.scale_defaults[0]) if row.embedding_scale == "key" else 0) or 1.0
+    return (_scale(keys, row, "embedding_scale", row.scale_defaults[0]) if row.embedding_scale == "key" else 0) or 1.0
 
 
 def _residual_scale(keys: Keys, row: Architecture, blocks: int) -> float:
     """Return the factor on branches."""
-    return (keys.real("residual_scale", row.scale_defaults[1] / math.sqrt(blocks)) if row.residual_scale else 0) or 1.0
+    default = row.scale_defaults[1] / math.sqrt(blocks)
+    return (_scale(keys, row, "residual_scale", default) if row.residual_scale else 0) or 1.0
 
 
 def _logit_scale(keys: Keys, row: Architecture, d: int) -> float:
@@ -323,12 +387,17 @@ def _logit_scale(keys: Keys, row: Architecture, d: int) -> float:
     if not row.logit_scale:
         return 1.0
     default = 0.0 if row.logit_scale_optional else row.scale_defaults[2] / d or None
-    scale = keys.real("logit_scale", default)
+    scale = _scale(keys, row, "logit_scale", default)
     if scale == 0 and (row.logit_scale == "multiply" or row.logit_scale_optional):
         return 1.0
     if scale == 0:
         raise ConfigError(f"metadata key {keys.prefix}.logit_scale is 0, but logits are divided by it")
     return scale if row.logit_scale == "multiply" else 1 / scale
+
+
+def _scale(keys: Keys, row: Architecture, key: str, default: float | None) -> float:
+    """Return the file's scale, or the family's if its files are not asked."""
+    return keys.real(key, default) if row.scale_keys or default is None else default
 
 
 def _routed(

@@ -48,6 +48,7 @@ _STATE_SPACE: dict[str, tuple[str, ...]] = {"ssm_in": ("2hv + 2qk + states", "d"
 _CONVOLUTION: dict[str, tuple[str, ...]] = {"shortconv.in_proj": ("3d", "d"), "shortconv.out_proj": ("d", "d")}
 _MIXERS: dict[str, dict[str, tuple[str, ...]]] = {
     "attention": _ATTENTION,
+    "latent": {"attn_output": ("d", "read")},
     "delta": _DELTA,
     "state space": _STATE_SPACE,
     "convolution": _CONVOLUTION,
@@ -58,7 +59,7 @@ _VECTORS: dict[str, dict[str, tuple[str, ...]]] = {
         "ssm_conv1d.weight": ("2qk + hv", "taps"),
         "ssm_dt.bias": ("states",),
         "ssm_a": ("states",),
-        "ssm_norm.weight": ("value",),
+        "ssm_norm.weight": ("state value",),
     },
     "state space": {
         "ssm_conv1d.weight": ("2qk + hv", "taps"),
@@ -69,6 +70,22 @@ _VECTORS: dict[str, dict[str, tuple[str, ...]]] = {
         "ssm_norm.weight": ("groups", "of a group"),
     },
     "convolution": {"shortconv.conv.weight": ("d", "taps")},
+}
+# Of what selects keys: not used, since prompts in which it would leave some out are not supported.
+_INDEXER: dict[str, dict[str, tuple[str, ...]]] = {
+    "latent": {
+        "indexer.attn_q_b.weight": ("indexer queries", "query latent"),
+        "indexer.attn_k.weight": ("indexer key", "d"),
+        "indexer.proj.weight": ("indexer heads", "d"),
+        "indexer.k_norm.weight": ("indexer key",),
+        "indexer.k_norm.bias": ("indexer key",),
+    },
+    "attention": {
+        "indexer.q_proj.weight": ("indexer queries", "d"),
+        "indexer.k_proj.weight": ("indexer key", "d"),
+        "indexer.q_norm.weight": ("indexer key",),
+        "indexer.k_norm.weight": ("indexer key",),
+    },
 }
 # Fused tensors and their parts: the file has either. Experts' gates are above their up projections.
 FUSED = {
@@ -112,6 +129,7 @@ _OPTIONAL = {
     "rope_factors_short.weight",
     "ssm_norm.weight",
     "layer_output_scale.weight",
+    *(name for table in _INDEXER.values() for name in table),
 }
 _GATES = {"ffn_gate_exps", "ffn_gate_up_exps", "ffn_gate_shexp"}
 
@@ -137,6 +155,15 @@ def _attention_parts(config: ModelConfig, layer: int) -> dict[str, Part]:
     if config.layers[layer].keys_as_values:
         return {"attn_v": Part("attn_k", 0, sizes["keys"])}
     return _sections("attn_qkv", attn_q=sizes["q"], attn_k=sizes["keys"], attn_v=sizes["values"])
+
+
+def _latent_parts(config: ModelConfig, layer: int) -> dict[str, Part]:
+    own, latent = config.layers[layer], config.latent
+    parts = _sections("attn_kv_a_mqa", attn_kv_latent=latent.size, attn_kv_rope=latent.rotary)
+    if latent.split:
+        return parts
+    nope, value = own.key_size - latent.rotary, own.value_size
+    return parts | _sections("attn_kv_b", attn_k_nope=nope, attn_v_b=value, period=nope + value)
 
 
 def _delta_parts(config: ModelConfig, layer: int) -> dict[str, Part]:
@@ -166,6 +193,7 @@ def _convolution_parts(config: ModelConfig, layer: int) -> dict[str, Part]:
 
 _MIXER_PARTS: dict[str, Callable[[ModelConfig, int], dict[str, Part]]] = {
     "attention": _attention_parts,
+    "latent": _latent_parts,
     "delta": _delta_parts,
     "state space": _state_space_parts,
     "convolution": _convolution_parts,
@@ -185,6 +213,8 @@ def check_tensors(config: ModelConfig, shapes: Mapping[str, tuple[int, ...]]) ->
         ConfigError: names the tensor.
     """
     known, needed = set(), {"ssm_dt.bias", "ffn_gate_inp.scale"}
+    if config.row.head == "required":
+        needed.add("output.weight")
     if config.row.selection_bias == "required":
         needed.add("exp_probs_b.bias")
     if config.row.recurrent == "delta":
@@ -237,8 +267,10 @@ def _scopes(config: ModelConfig) -> Iterator[tuple[str, dict[str, tuple[str, ...
     if config.row.norm == "bare":
         outside = {name: axes for name, axes in outside.items() if not name.startswith("output_norm.")}
     outside = {name.replace("output_norm", config.row.output_norm): axes for name, axes in outside.items()}
+    if config.row.head == "tied":
+        outside = {name: axes for name, axes in outside.items() if not name.startswith("output.")}
     yield "", outside, sizes
-    sizes |= _recurrent_sizes(config)
+    sizes |= _recurrent_sizes(config) | _latent_sizes(config)
     for i, own in enumerate(config.layers):
         widths = {"f": own.hidden_units, "fe": own.expert_units}
         widths |= {f"2{name}": 2 * width for name, width in widths.items()}
@@ -258,7 +290,23 @@ def _attention_sizes(config: ModelConfig, layer: int) -> dict[str, int]:
         "keys": keys,
         "values": values,
         "qkv": q + keys + values,
+        "value": own.value_size,
+        "nope": own.key_size - config.latent.rotary,
+        "expanded": own.heads * (own.key_size - config.latent.rotary + own.value_size),
         "read": own.heads * own.value_size,
+    }
+
+
+def _latent_sizes(config: ModelConfig) -> dict[str, int]:
+    """Return the named sizes of latent attention, and of what selects keys."""
+    latent, indexer = config.latent, config.indexer
+    return {
+        "latent": latent.size,
+        "latent + rotary": latent.size + latent.rotary,
+        "query latent": latent.queries,
+        "indexer heads": indexer.heads,
+        "indexer key": indexer.key_size,
+        "indexer queries": indexer.heads * indexer.key_size,
     }
 
 
@@ -272,7 +320,7 @@ def _recurrent_sizes(config: ModelConfig) -> dict[str, int]:
         "2 states": 2 * own.heads,
         "groups": own.key_heads,
         "state": own.key_size,
-        "value": own.value_size,
+        "state value": own.value_size,
         "qk": qk,
         "hv": hv,
         "of a group": hv // max(1, own.key_heads),
@@ -297,6 +345,10 @@ def _block_table(config: ModelConfig, layer: int) -> dict[str, tuple[str, ...]]:
     scaled = set() if row.recurrent in own.mixers and not row.recurrent_scales else set(matrices)
     for mixer in own.mixers:
         vectors |= _VECTORS.get(mixer, {})
+        if config.indexer.selected:
+            vectors |= _INDEXER.get(mixer, {})
+        if mixer == "latent":
+            vectors |= _latent_table(config)
         if mixer == "attention":
             vectors |= {f"{name}.weight": axes for name, axes in _QK_NORMS[row.qk_norm].items()}
     if own.hidden_units:
@@ -326,6 +378,26 @@ def _block_table(config: ModelConfig, layer: int) -> dict[str, tuple[str, ...]]:
     if row.stream_scale:
         table["layer_output_scale.weight"] = ("one",)
     return table
+
+
+def _latent_table(config: ModelConfig) -> dict[str, tuple[str, ...]]:
+    """Return the tensors of latent attention but its output projection, by full name; they have no biases."""
+    table: dict[str, tuple[str, ...]] = {"attn_kv_a_mqa": ("latent + rotary", "d"), "attn_kv_a_norm": ("latent",)}
+    if config.latent.queries:
+        table |= {
+            "attn_q_a": ("query latent", "d"),
+            "attn_q_a_norm": ("query latent",),
+            "attn_q_b": ("q", "query latent"),
+        }
+    else:
+        table["attn_q"] = ("q", "d")
+    if config.latent.split:
+        table |= {"attn_k_b": ("heads", "latent", "nope"), "attn_v_b": ("heads", "value", "latent")}
+    else:
+        table["attn_kv_b"] = ("expanded", "latent")
+    if config.row.gated_heads:
+        table["attn_gate"] = ("heads", "d")
+    return {f"{name}.weight": axes for name, axes in table.items()}
 
 
 def _norms(config: ModelConfig, layer: int) -> list[str]:

@@ -155,7 +155,10 @@ class _Block:
         self.infos = [info for name, info in file.tensors.items() if name.startswith(self.prefix)]
 
     def find(self, name: str) -> "tuple[TensorInfo, int] | None":
-        """Return the tensor that contains `name`, alone or fused with others, and the number of its rows (elements)."""
+        """Return the tensor that contains `name`, alone or fused with others, and the number of its rows (elements).
+
+        Of a stack of experts they are those of each; the matrices of heads count as one.
+        """
         stem, _, suffix = name.rpartition(".")
         part = self.slices.get(stem)
         info = self.tensors.get(f"{self.prefix}{part.stem}.{suffix}") if part else None
@@ -163,7 +166,8 @@ class _Block:
             part, info = None, self.tensors.get(self.prefix + name)
         if info is None:
             return None
-        rows = info.shape[-2] if len(info.shape) > 1 else info.shape[-1]
+        of_each = info.shape[-2:-1] if "_exps." in info.name else (info.rows,)
+        rows = of_each[0] if len(info.shape) > 1 else info.shape[-1]
         return info, part.rows(rows) if part else rows
 
     def linear(self, stem: str, positions: int, experts: int = 0, uses: int = 0) -> Pass:
@@ -339,6 +343,8 @@ def _small(block: _Block) -> Iterator["TensorInfo"]:
     taps = {MIXERS[mixer].convolution.rsplit("_", 1)[0] for mixer in block.layer.mixers}
     for info in block.infos:
         stem, _, suffix = info.name.removeprefix(block.prefix).rpartition(".")
+        if stem.startswith("indexer."):  # not used
+            continue
         shared = any(stem.startswith(name) for name in taps if name)
         if suffix == "weight":
             small = len(info.shape) == 1 or stem.endswith("_norm") or shared
@@ -361,6 +367,9 @@ def _tape_bytes(block: _Block, config: ModelConfig, n: int, item: int) -> int:
     floats, other = n * config.d, 0
     for mixer in block.layer.mixers:
         floats += _mixer_floats(config, block, mixer, n)
+        if MIXERS[mixer].expansion:  # the norm of the latent
+            floats += config.latent.size
+            other += n * max(4, item)
     norms, own = config.row.norms, block.layer
     places = [norms.attention_in, norms.attention_out] if own.mixers else []
     places += [norms.ffn_in, norms.ffn_out] if own.hidden_units or own.routed else []
@@ -384,7 +393,7 @@ def _tape_bytes(block: _Block, config: ModelConfig, n: int, item: int) -> int:
 def _mixer_floats(config: ModelConfig, block: _Block, mixer: str, n: int) -> int:
     """Return the floats of a mixer's tape: its pattern `[h, n, n]` or its scan, and its factors."""
     heads, value, key = _heads(config, block, mixer)
-    own, gated = block.layer, config.row.gated_queries
+    own, gated = block.layer, config.row.gated_queries or config.row.gated_heads
     if not MIXERS[mixer].recurrent:
         if MIXERS[mixer].convolution:
             return 2 * n * config.d

@@ -275,8 +275,8 @@ def command_work(command: str, config: ModelConfig, n: int, dtype: str, **option
     if dtype not in ITEM_BYTES:
         raise PlanError(f"dtype {dtype!r} is unknown; known: {', '.join(ITEM_BYTES)}")
     request = Request(**options)
-    if not 1 <= n <= config.context_length:
-        raise PlanError(f"a prompt of {n} tokens cannot run; this model takes from 1 to {config.context_length}")
+    if not 1 <= n <= config.longest:
+        raise PlanError(f"a prompt of {n} tokens cannot run; this model takes from 1 to {config.longest}")
     if not -n <= request.position < n:
         raise PlanError(f"--position {request.position} is out of range; the prompt has positions 0 to {n - 1}")
     if not 1 <= request.rank <= config.d:
@@ -612,8 +612,8 @@ def _steer(builder: _Builder) -> Work:
     layer = request.layer or default_layer(config.block_count)
     if layer > config.block_count:
         raise PlanError(f"--layer {layer} is out of range; this model has layers 1 to {config.block_count}")
-    if capacity > config.context_length:
-        raise PlanError(f"a text of {capacity} tokens cannot run; the model's context is {config.context_length}")
+    if capacity > config.longest:
+        raise PlanError(f"a text of {capacity} tokens cannot run; the model's context is {config.longest}")
     concept = Region(spans=((0, layer),))
     # What every block keeps of the past; that of the block being extended exists twice.
     each = [sum(_past_bytes(config, own, kind, capacity, builder.item) for kind in own.mixers) for own in config.layers]
