@@ -4,7 +4,8 @@ A family is what `general.architecture` names; rows state facts of llama.cpp's g
 `ggjac.config` reads sizes and options from a file and completes them with its row.
 """
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,31 @@ class Graph:
     attention: tuple[str, ...] = ("attn_out",)
     ffn: tuple[str, ...] = ("ffn_out",)
     stream: tuple[str, ...] = ("l_out",)
+
+
+@dataclass(frozen=True)
+class Export:
+    """How a family's files may differ from those that llama.cpp reads.
+
+    Ollama's exports of Qwen 3.5 and 3.6 have the vision and prediction tensors of the model in the same file, and write
+    some keys and names in another way (ggml-org/llama.cpp, pull requests 22954, 23700 and 25334).
+
+    Attributes:
+        dropped: prefixes of the names of tensors that are not part of the model.
+        renamed: names in a block, after its number, and llama.cpp's for them.
+        padded: arrays below the architecture's prefix that may be too short, and their length with zeros at the end.
+        largest: arrays that have zeros for blocks without attention, where llama.cpp expects one number.
+    """
+
+    dropped: tuple[str, ...] = ()
+    renamed: Mapping[str, str] = field(default_factory=dict)
+    padded: Mapping[str, int] = field(default_factory=dict)
+    largest: tuple[str, ...] = ()
+
+    def name(self, stored: str) -> str:
+        """Return llama.cpp's name of a tensor."""
+        block, number, rest = [*stored.split(".", 2), "", ""][:3]
+        return f"{block}.{number}.{self.renamed[rest]}" if block == "blk" and rest in self.renamed else stored
 
 
 @dataclass(frozen=True)
@@ -151,6 +177,7 @@ class Architecture:
         scale_keys: files may have these keys; otherwise the defaults count.
         head: whether the head has a matrix of its own (`output`): `"optional"`, `"required"`, or `"tied"` for never.
         graph: names in llama.cpp's graph.
+        export: how files of other converters may differ.
     """
 
     norm: str = "rms"
@@ -230,6 +257,7 @@ class Architecture:
     scale_keys: bool = True
     head: str = "optional"
     graph: Graph = Graph()
+    export: Export = Export()
 
 
 _LLAMA = Architecture(rope_pairs="adjacent")
@@ -269,7 +297,13 @@ _DELTA = replace(
     ffn_scales=True,
     graph=Graph(attention=("linear_attn_out", "attn_output")),  # the latter also names the recurrence's output
 )
-_QWEN35 = replace(_DELTA, key_heads_tiled=True, rope_sections=True, recurrent_scales=True)
+_OLLAMA = Export(
+    dropped=("v.", "mtp."),
+    renamed={"ssm_dt": "ssm_dt.bias"},
+    padded={"rope.dimension_sections": 4},
+    largest=("attention.head_count_kv",),
+)
+_QWEN35 = replace(_DELTA, key_heads_tiled=True, rope_sections=True, recurrent_scales=True, export=_OLLAMA)
 _LFM2 = replace(
     _QWEN3,
     output_norm="token_embd_norm",

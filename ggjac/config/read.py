@@ -80,8 +80,9 @@ def read_config(metadata: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...
         latent=latent,
         indexer=_indexer(keys, row),
     )
-    left_out = tuple(f"blk.{i}." for i in range(blocks, stored))
-    check_tensors(config, {name: shape for name, shape in shapes.items() if not name.startswith(left_out)})
+    left_out = (*(f"blk.{i}." for i in range(blocks, stored)), *row.export.dropped)
+    used = {row.export.name(name): shape for name, shape in shapes.items() if not name.startswith(left_out)}
+    check_tensors(config, used)
     return config
 
 
