@@ -35,6 +35,8 @@ class Mixer(NamedTuple):
 
 MIXERS = {
     "attention": Mixer("attn_v", "attn_output", ("attn_q", "attn_k", "attn_gate")),
+    # The values are another block's, which made them from its own input.
+    "shared attention": Mixer("", "attn_output", ("attn_q",)),
     "delta": Mixer(
         "attn_v",
         "ssm_out",
