@@ -105,6 +105,8 @@ class Architecture:
         indexer: prompts may be so long that attention selects keys: one by one (`"keys"`), in blocks (`"blocks"`), or
             `""` for never. Such prompts are not supported.
         value_norm: the values of each head are normed (RMSNorm without weight).
+        shared_keys: the file's last `attention.shared_kv_layers` blocks read keys and values of an earlier block.
+        inputs: blocks may have inputs of their own (`embedding_length_per_layer_input`), made from the tokens.
         keys_as_values: where a block lacks `attn_v`, its key projection gives the values too.
         parallel: both branches read the block's input, and are added to it together.
         parallel_key: the file's `use_parallel_residual`, which is then required, overrides `parallel`.
@@ -202,6 +204,8 @@ class Architecture:
     indexer: str = ""
     value_norm: bool = False
     keys_as_values: bool = False
+    shared_keys: bool = False
+    inputs: bool = False
     parallel: bool = False
     parallel_key: bool = False
     parallel_unless_normed: bool = False
@@ -564,6 +568,8 @@ ARCHITECTURES: dict[str, Architecture] = {
         norms=_GEMMA4_NORMS,
         value_norm=True,
         keys_as_values=True,
+        shared_keys=True,
+        inputs=True,
         attention_scale=1.0,
         qk_norm="head",
         rope_factors="full",
