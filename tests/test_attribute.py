@@ -26,6 +26,7 @@ CASES = (
     *("gemma2", "olmo2", "granite", "phi2", "falcon_7b", "cohere2", "gpt2", "starcoder2", "glm4", "gemma3"),
     *("gptneox", "stablelm_12b", "nemotron", "command_r", "olmo_clamped", "qwen2moe", "granitemoe", "gpt_oss"),
     *("glm4moe", "qwen35", "lfm2", "deepseek2", "deepseek2_unsplit", "minicpm3", "minimax_m3"),
+    *("kimi_linear", "bailingmoe3_clamped"),
 )
 N = 6
 

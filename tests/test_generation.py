@@ -30,6 +30,7 @@ CASES = [
     "exaone_moe_period", "qwen35", "qwen35_sizes", "qwen35_predictor", "qwen35moe_fused", "qwen3next_old", "lfm2",
     "lfm2_window", "lfm2_taps", "lfm2moe",
     "deepseek2_yarn", "deepseek2_temperature", "deepseek2_unsplit", "minicpm3_long", "glm_dsa", "minimax_m3",
+    "kimi_linear", "kimi_linear_sizes", "bailingmoe3_predictor", "bailingmoe3_clamped",
 ]  # fmt: skip
 
 

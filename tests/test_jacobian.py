@@ -308,7 +308,7 @@ def all_spans(blocks: int) -> list[Span]:
 STRUCTURES = [
     "three_layers", "gqa", "q8_0", "biases", "fused_biases", "gemma2", "gemma3", "phi3", "olmo2", "granite_biases",
     "cohere2", "gpt2", "phi2", "falcon_40b", "mixtral_biases", "gpt_oss", "qwen2moe", "granitemoe_shared",
-    "glm4moe", "deepseek2", "deepseek2_unsplit", "minimax_m3",
+    "glm4moe", "deepseek2", "deepseek2_unsplit", "minimax_m3", "kimi_linear", "bailingmoe3_clamped",
 ]
 # fmt: on
 

@@ -43,9 +43,21 @@ CASES = [
     *("qwen35", "qwen35_sizes", "qwen35_predictor", "qwen35_q8_0", "qwen35moe", "qwen35moe_fused", "qwen3next"),
     *("qwen3next_old", "qwen3next_fused", "lfm2", "lfm2_window", "lfm2_taps", "lfm2_q8_0", "lfm2moe"),
     *("deepseek2", "deepseek2_unsplit", "deepseek2_dense", "mistral4", "minicpm3", "plm"),
-    *("deepseek32", "glm_dsa", "minimax_m3"),
+    *("deepseek32", "glm_dsa", "minimax_m3", "kimi_linear", "kimi_linear_fused", "bailingmoe3", "bailingmoe3_clamped"),
 ]
-GATED = ("plain", "biases", "phi3", "gpt2", "gemma2", "mixtral", "qwen2moe", "gpt_oss", "glm4moe", "deepseek2")
+GATED = (
+    "plain",
+    "biases",
+    "phi3",
+    "gpt2",
+    "gemma2",
+    "mixtral",
+    "qwen2moe",
+    "gpt_oss",
+    "glm4moe",
+    "deepseek2",
+    "bailingmoe3_clamped",
+)
 BOTH_WAYS = pytest.mark.parametrize(
     ("case", "mlp_path"), [*((case, "up") for case in CASES), *((case, "gate") for case in GATED)]
 )
@@ -234,7 +246,7 @@ def test_a_trace_reads_what_the_plan_says(case: str, mlp_path: Any, tiny_file: T
         elements, _ = matrices(of_layer, model)
         stems = ("ffn_gate", "ffn_up", "ffn_down")
         twice = ("ffn_up",) if mlp_path == "up" else ("ffn_gate",)
-        clamped = model.config.row.activation == "silu_oai"
+        clamped = model.config.row.activation == "silu_oai" or model.config.layers[layer.index].clamp("_exps") > 0
         stems += twice if clamped or mlp_path == "gate" else ()
         elements += surplus(run, layer.index, n, list(run.tapes[layer.index].ffn.networks), stems)
         # Vectors are a trifle, and read where they are needed: norms once, biases once or twice.

@@ -50,6 +50,8 @@ class Layer:
         value_size: elements of a value head.
         hidden_units: of the dense feed-forward network; 0 if the block has none.
         routed: whether the block has a mixture of experts.
+        clamps: largest activated gate, and largest magnitude of what it multiplies, in routed experts and in other
+            networks; 0 for no limit.
         keys_as_values: whether the key projection, before its norm and rotation, gives the values too.
         by_key_head: whether all projections of a delta rule are in one tensor, `ssm_in`, key head by key head.
         window: number of tokens to which a position attends, itself included; None for all up to it.
@@ -68,8 +70,13 @@ class Layer:
     window: int | None
     rope: Rope | None
     xielu: tuple[float, float, float] | None = None
+    clamps: tuple[float, float] = (0.0, 0.0)
     keys_as_values: bool = False
     by_key_head: bool = False
+
+    def clamp(self, kind: str) -> float:
+        """Return the limit in networks of a kind, the suffix of their tensors' names."""
+        return self.clamps[0 if kind == "_exps" else 1]
 
 
 @dataclass(frozen=True)
