@@ -13,6 +13,7 @@ from helpers import EPS, distance
 from safetensors.torch import load_file
 
 from ggjac import blocks
+from ggjac.blocks import networks
 from ggjac.jacobian import SharedSweep, Span, Tap
 from ggjac.linop import dot_test
 from ggjac.model import DTYPES, open_model
@@ -275,7 +276,7 @@ def test_slabs_of_hidden_units_change_nothing(
     """Feed-forwards in slabs of 32 hidden units: the same map, and still every weight read once per sweep."""
     ids = tiny.prompt(case, 5)
     whole = open_model(tiny_files[case], dtype="float64").trace(ids).jacobian()
-    monkeypatch.setattr(blocks, "SLAB", 32)
+    monkeypatch.setattr(networks, "SLAB", 32)
     model = open_model(tiny_files[case], dtype="float64")
     trace = model.trace(ids)
     J = trace.jacobian()
