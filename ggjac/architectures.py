@@ -55,6 +55,7 @@ class Architecture:
         epsilon_optional: files may state LayerNorm's epsilon in place of RMSNorm's.
         output_norm: stem of the norm before the head.
         norms: their names, before and after each branch.
+        bare_names: stems of norms whose tensors' names lack the suffix `.weight`.
         mixer: kind of the softmax attention, of `ggjac.blocks.mixers.MIXERS`.
         recurrent: kind of the mixer in blocks without attention, or `""` for none.
         recurrent_blocks: which blocks those are: `"all"`; `"no kv heads"` (0 in `attention.head_count_kv`);
@@ -93,7 +94,7 @@ class Architecture:
         rope_optional: `rope.scaling.finetuned = false` turns rotation off.
         rope_layers: layers that rotate: `"all"`, `"windowed"` (only those with a sliding window, if the model has any)
             or `"three of four"` (all but every fourth).
-        full_factors: `rope_freqs` apply to full layers only.
+        rope_factors: layers to which `rope_freqs` apply: `"all"`, `"full"` (those without a window) or `""` for none.
         yarn_keys: YaRN's betas and log multiplier are read from the file; llama.cpp ignores them in other families.
         windowed: whether some layers attend through a sliding window: `"optional"` (if the file states its size),
             `"required"`, or `""` for never.
@@ -134,6 +135,9 @@ class Architecture:
         router_norm: the router reads the stream, normed without weight, divided by √d and times `ffn_gate_inp.scale`.
         dense_beside_experts: blocks with a mixture have a dense network too, and add both.
         leading_dense: the first `leading_dense_block_count` blocks are dense.
+        router_optional: blocks without a router are dense.
+        uneven_experts: the number of experts that a token uses may differ between blocks.
+        expert_latent: the file's `moe_latent_size`, if present, is the width of what routed experts read and write.
         expert_widths: where the experts' hidden units are stated: `"tensors"` (their shapes; for the shared expert
             `expert_shared_feed_forward_length`, if present), `"count"` (`expert_feed_forward_length`, times
             `expert_shared_count` for the shared expert), `"shared count"` (likewise, but the shared expert has
@@ -145,6 +149,7 @@ class Architecture:
         embedding_scale: `"sqrt"` (of d), `"key"` (the file's `embedding_scale`), or `""` for none.
         residual_scale: branches are multiplied by the file's `residual_scale`.
         logit_scale: `"multiply"` or `"divide"` by the file's `logit_scale`, or `""` for neither.
+        logit_scale_optional: files may lack that key.
         scale_defaults: for files without these keys: embedding scale; branch scale times √(blocks); logit scale times
             d; 0 for no default.
         scale_keys: files may have these keys; otherwise the defaults count.
@@ -157,6 +162,7 @@ class Architecture:
     epsilon_optional: bool = False
     output_norm: str = "output_norm"
     norms: Norms = Norms()
+    bare_names: tuple[str, ...] = ()
     mixer: str = "attention"
     recurrent: str = ""
     recurrent_blocks: str = ""
@@ -183,7 +189,7 @@ class Architecture:
     rope_sections: bool = False
     rope_optional: bool = False
     rope_layers: str = "all"
-    full_factors: bool = False
+    rope_factors: str = "all"
     yarn_keys: bool = False
     windowed: str = ""
     window_blocks: int = 0
@@ -216,6 +222,9 @@ class Architecture:
     router_norm: bool = False
     dense_beside_experts: bool = False
     leading_dense: bool = False
+    router_optional: bool = False
+    uneven_experts: bool = False
+    expert_latent: bool = False
     expert_widths: str = "tensors"
     predictors: bool = False
     stream_scale: bool = False
@@ -223,6 +232,7 @@ class Architecture:
     embedding_scale: str = ""
     residual_scale: bool = False
     logit_scale: str = ""
+    logit_scale_optional: bool = False
     scale_defaults: tuple[float, float, float] = (0.0, 0.0, 0.0)
     scale_keys: bool = True
     head: str = "optional"
@@ -273,6 +283,36 @@ _LFM2 = replace(
     recurrent="convolution",
     recurrent_blocks="no kv heads",
     graph=Graph(("model.layers.{}.conv.out_proj", "model.layers.{}.self_attn.out_proj"), ffn=()),
+)
+_MAMBA2 = Architecture(
+    recurrent="state space",
+    recurrent_scales=True,
+    recurrent_blocks="all",
+    rope_pairs="",
+    ffn_scales=True,
+    graph=Graph(attention=("mamba_out",)),
+)
+_NEMOTRON_H = replace(
+    _MAMBA2,
+    norms=_SHARED_NORM,
+    recurrent_blocks="no kv heads",
+    one_branch=True,
+    partial_rotary=True,
+    epsilon_optional=True,
+    ffn="plain",
+    ffn_scales=True,
+    activation="relu2",
+    router="sigmoid",
+    selection_bias="required",
+    renormalize_key=True,
+    expert_scale_key=True,
+    uneven_experts=True,
+    expert_latent=True,
+    predictors=True,
+    graph=Graph(("mamba_out", "attn_out"), ("l_out",), ("nemotron_h_block_out",)),
+)
+_GEMMA4_NORMS = replace(
+    _SANDWICH, dense_out=("post_ffw_norm_1",), experts_in=("pre_ffw_norm_2",), experts_out=("post_ffw_norm_2",)
 )
 
 _LATENT = Architecture(mixer="latent", rope_pairs="adjacent", partial_rotary=True)
@@ -505,4 +545,43 @@ ARCHITECTURES: dict[str, Architecture] = {
     ),
     "lfm2": replace(_LFM2, windowed="optional"),
     "lfm2moe": replace(_LFM2, router="", router_key=True, selection_bias="required", leading_dense=True),
+    "mamba2": _MAMBA2,
+    "granitehybrid": replace(
+        _GRANITE,
+        rope_optional=True,
+        logit_scale_optional=True,
+        recurrent="state space",
+        recurrent_scales=True,
+        recurrent_blocks="no kv heads",
+        graph=Graph(("mamba_out", "attn_out"), ffn=()),
+    ),
+    "falcon-h1": Architecture(
+        bare_names=("ffn_norm",),
+        rope_factors="",
+        recurrent="state space",
+        recurrent_scales=True,
+        recurrent_blocks="beside",
+        graph=Graph(attention=("layer_out",)),
+    ),
+    "nemotron_h": _NEMOTRON_H,
+    "nemotron_h_moe": _NEMOTRON_H,
+    "gemma4": replace(
+        _GEMMA,
+        norms=_GEMMA4_NORMS,
+        value_norm=True,
+        keys_as_values=True,
+        attention_scale=1.0,
+        qk_norm="head",
+        rope_factors="full",
+        windowed="required",
+        windowed_sizes=True,
+        window_rope="own",
+        logit_softcap=30.0,
+        ffn_scales=True,
+        router_norm=True,
+        dense_beside_experts=True,
+        router_optional=True,
+        stream_scale=True,
+        graph=Graph(attention=(), ffn=("ffn_moe_combined", "ffn_out")),
+    ),
 }

@@ -421,7 +421,7 @@ def test_experts_per_token_may_be_given_per_block_if_they_are_equal() -> None:
     experts = {"ffn_gate_inp": (4, D), "ffn_gate_exps": (4, 8, D), "ffn_up_exps": (4, 8, D), "ffn_down_exps": (4, D, 8)}
     shapes: dict[str, Any] = {f"blk.{i}.{name}.weight": shape for i in range(L) for name, shape in experts.items()}
     shapes |= {f"blk.{i}.{name}.weight": ABSENT for i in range(L) for name in ("ffn_gate", "ffn_up", "ffn_down")}
-    assert read({"expert_count": 4, "expert_used_count": [2, 2]}, shapes).expert_used_count == 2
+    assert read({"expert_count": 4, "expert_used_count": [2, 2]}, shapes).layers[1].experts_used == 2
     with pytest.raises(ConfigError, match="expert_used_count differs between blocks"):
         read({"expert_count": 4, "expert_used_count": [2, 1]}, shapes)
 
@@ -462,7 +462,7 @@ def test_first_blocks_of_a_mixture_may_be_dense() -> None:
     config = mixture()
     assert [layer.routed for layer in config.layers] == [False, True]
     assert [layer.hidden_units for layer in config.layers] == [F, 0]
-    assert config.expert_feed_forward_length == FE
+    assert config.layers[-1].expert_units == FE
     assert config.expert_shared_feed_forward_length == config.hidden_units == 2 * FE
     wide = dataclasses.replace(config.layers[0], hidden_units=40)
     assert dataclasses.replace(config, layers=(wide, config.layers[1])).hidden_units == 40
@@ -500,7 +500,7 @@ FUSED |= {f"blk.{i}.ffn_gate_up_exps.weight": (E, 2 * FE, D) for i in range(L)}
 def test_the_experts_gates_may_be_stored_above_their_other_projections() -> None:
     config = routed(FUSED)
     parts = fused_parts(config, 0)
-    assert config.expert_feed_forward_length == FE
+    assert config.layers[-1].expert_units == FE
     assert parts["ffn_gate_exps"] == Part("ffn_gate_up_exps", 0, FE)
     assert parts["ffn_up_exps"] == Part("ffn_gate_up_exps", FE, 2 * FE)
 

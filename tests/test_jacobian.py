@@ -12,7 +12,6 @@ import torch
 from helpers import EPS, distance
 from safetensors.torch import load_file
 
-from ggjac import blocks
 from ggjac.blocks import networks
 from ggjac.jacobian import SharedSweep, Span, Tap
 from ggjac.linop import dot_test

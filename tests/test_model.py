@@ -250,11 +250,11 @@ def best_of_groups(members: int) -> Callable[[Patch], None]:
     """Rank groups by so many of their members."""
 
     def make(patch: Patch) -> None:
-        def wrong(w: Block, config: ModelConfig, scores: Tensor) -> Tensor:
+        def wrong(w: Block, config: ModelConfig, scores: Tensor, used: int) -> Tensor:
             scores = (scores + w.wide_vector("exp_probs_b.bias")).unflatten(-1, (config.expert_groups, -1))
             best = scores.topk(members).values.sum(-1).topk(config.expert_groups_used).indices
             kept = torch.zeros(scores.shape[:2], dtype=torch.bool).scatter(-1, best, True)
-            return scores.where(kept[..., None], -torch.inf).flatten(1).topk(config.expert_used_count).indices
+            return scores.where(kept[..., None], -torch.inf).flatten(1).topk(used).indices
 
         patch.setattr(networks, "_chosen", wrong)
 
@@ -464,7 +464,7 @@ MISTAKES: dict[str, tuple[str, Callable[[Patch], None]]] = {
     "experts not renormalized": ("mixtral", lambda p: change_config(p, row__renormalize=False)),
     "experts renormalized": ("olmoe", lambda p: change_config(p, row__renormalize=True)),
     "softmax before the choice": ("gpt_oss", lambda p: change_config(p, row__router="softmax")),
-    "an expert too few": ("mixtral", lambda p: change_config(p, expert_used_count=1)),
+    "an expert too few": ("mixtral", lambda p: change_config(p, layer__experts_used=1)),
     "router bias dropped": ("gpt_oss", without("ffn_gate_inp.bias")),
     "expert biases dropped": ("gpt_oss", without("ffn_down_exps.bias")),
     "shared expert missing": ("granitemoe_shared", without("ffn_up_shexp.weight")),

@@ -34,7 +34,21 @@ def shapes(tool):
     """The architectures of the presets, made small: all that a preset says but its sizes."""
     small = {"d": 256, "heads": 4, "kv_heads": 2, "head": 64, "feed_forward": 512, "vocabulary": 320, "layers": 3}
     experts = {"experts": 6, "experts_used": 2, "expert_feed_forward": 512}
-    return {name: replace(shape, **small | (experts if shape.experts else {})) for name, shape in tool.PRESETS.items()}
+    shared = {"shared_feed_forward": 256}
+    delta = {"delta": tool.Delta(4, 2, 4, 64), "rope": 32, "period": 2}
+    latent = {"latent": tool.Latent(256, 256, 32, 32, 64), "kv_heads": 1, "dense_lead": 1}
+
+    def made(shape):
+        parts = [small, experts if shape.experts else {}, shared if shape.shared_feed_forward else {}]
+        parts += [delta if shape.delta else {}, latent if shape.latent else {}]
+        more = dict(shape.more)
+        if shape.delta:
+            more["rope.dimension_sections"] = (6, 5, 5, 0)
+        if more.get("expert_group_count", 1) > 1:
+            more |= {"expert_group_count": 3, "expert_group_used_count": 2}
+        return replace(shape, **{key: value for part in parts for key, value in part.items()}, more=tuple(more.items()))
+
+    return {name: made(shape) for name, shape in tool.PRESETS.items()}
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +64,9 @@ def stored(path):
         return {name: info.type.name for name, info in file.tensors.items()}
 
 
-NAMES = ["llama-3.3-70b", "llama-3.1-8b", "llama-3.2-1b", "qwen3-32b", "qwen3-30b-a3b", "bench-1024"]
+RUN = ["llama-3.3-70b", "llama-3.1-8b", "llama-3.2-1b", "qwen3-32b", "qwen3-30b-a3b", "bench-1024"]
+RUN += ["qwen3.5-27b", "qwen3.5-35b-a3b"]
+NAMES = [*RUN, "deepseek-v3", "kimi-k2"]
 
 
 def test_the_list_here_is_the_tools(tool):
@@ -66,6 +82,10 @@ def test_the_list_here_is_the_tools(tool):
         ("llama-3.2-1b", 3, "Q8_0"),
         ("qwen3-30b-a3b", 3, "Q4_K_M"),
         ("qwen3-30b-a3b", 2, "Q8_0"),
+        ("qwen3.5-27b", 9, "Q4_K_M"),
+        ("qwen3.5-35b-a3b", 4, "Q4_K_M"),
+        ("deepseek-v3", 3, "Q4_K_M"),
+        ("kimi-k2", 3, "Q8_0"),
     ],
 )
 def test_the_mix_is_llamacpps(tool, shapes, tmp_path, name, layers, quant):
@@ -78,7 +98,7 @@ def test_the_mix_is_llamacpps(tool, shapes, tmp_path, name, layers, quant):
 
 
 @pytest.mark.parametrize(
-    ("name", "quant"), [*((name, "Q4_K_M") for name in NAMES), ("llama-3.3-70b", "BF16"), ("qwen3-30b-a3b", "Q8_0")]
+    ("name", "quant"), [*((name, "Q4_K_M") for name in RUN), ("llama-3.3-70b", "BF16"), ("qwen3-30b-a3b", "Q8_0")]
 )
 def test_llamacpp_agrees(tool, shapes, tmp_path, name, quant):
     path = tmp_path / "model.gguf"
@@ -113,6 +133,10 @@ def test_the_presets_shapes_are_the_models(tool):
             "llama-3.2-1b": 1.236,
             "qwen3-32b": 32.762,
             "qwen3-30b-a3b": 30.532,
+            "qwen3.5-27b": 26.896,
+            "qwen3.5-35b-a3b": 34.661,
+            "deepseek-v3": 671.026,
+            "kimi-k2": 1026.408,
             "bench-1024": 0.200,
         },
         abs=6e-4,

@@ -3,7 +3,8 @@
     python tools/make_synthetic_gguf.py --preset llama-3.3-70b --quant Q4_K_M -o 70b.gguf     # 42.5 GB
     python tools/make_synthetic_gguf.py --preset llama-3.3-70b --layers 4 --vocabulary 4096 -o small.gguf
 
-For measuring speed and memory on shapes whose files are too large to fetch. The vocabulary has no strings (tokenizer
+For measuring speed and memory on shapes whose files are too large to fetch. Sizes are those of the published
+configurations; blocks that predict later tokens are left out. The vocabulary has no strings (tokenizer
 model "none"): give prompts as token ids.
 
 How it is made. Of each kind of matrix (reads the residual stream, writes to it, embeds) one pool of rows is drawn and
@@ -47,7 +48,7 @@ from dataclasses import dataclass, field, replace
 from functools import cache
 from itertools import cycle
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import click
 import gguf
@@ -77,9 +78,39 @@ class SyntheticError(ValueError):
     """The file cannot be written."""
 
 
+class Delta(NamedTuple):
+    """Sizes of the delta nets of a model: taps of the convolution, heads of keys and of values, elements of a head."""
+
+    taps: int
+    key_heads: int
+    heads: int
+    size: int
+
+
+class Latent(NamedTuple):
+    """Sizes of latent attention: of the queries' and the shared latent vector, and parts of a key and value head."""
+
+    query: int
+    width: int
+    nope: int
+    rope: int
+    value: int
+
+
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of a model, in elements; widths of matrices are multiples of `PIECE`."""
+    """Sizes of a model, in elements; widths of matrices are multiples of `PIECE`.
+
+    Attributes (those that do not speak for themselves):
+        rope_factor: of Llama 3's frequency scaling; 0: no rope_freqs.weight.
+        rope: elements of a head that rotate; 0: all.
+        tied: no output.weight.
+        delta: of blocks with a delta net in place of attention: all but every `period`-th.
+        gated: each head's query has a gate.
+        latent: of attention in all blocks.
+        dense_lead: blocks with a dense network before those with a mixture.
+        more: keys that a family's files have beside these.
+    """
 
     layers: int
     d: int
@@ -90,19 +121,77 @@ class Shape:
     architecture: str = "llama"
     head: int = 128
     rope_base: float = 5e5
-    rope_factor: float = 0.0  # of Llama 3's frequency scaling; 0: no rope_freqs.weight
+    rope_factor: float = 0.0
+    rope: int = 0
     epsilon: float = 1e-5
     context: int = 131072
-    tied: bool = False  # no output.weight
+    tied: bool = False
     qk_norm: bool = False
     experts: int = 0
     experts_used: int = 0
     expert_feed_forward: int = 0
+    shared_feed_forward: int = 0
+    delta: Delta | None = None
+    period: int = 4
+    gated: bool = False
+    latent: Latent | None = None
+    dense_lead: int = 0
+    more: tuple[tuple[str, bool | int | float | str | tuple[int, ...]], ...] = ()
 
 
 QWEN3 = Shape(
     64, 5120, 64, 8, 25600, 151936, architecture="qwen3", rope_base=1e6, epsilon=1e-6, context=40960, qk_norm=True
 )
+QWEN35 = Shape(
+    64,
+    5120,
+    24,
+    4,
+    17408,
+    248320,
+    architecture="qwen35",
+    head=256,
+    rope_base=1e7,
+    rope=64,
+    epsilon=1e-6,
+    context=262144,
+    qk_norm=True,
+    gated=True,
+    delta=Delta(4, 16, 48, 128),
+    more=(("rope.dimension_sections", (11, 11, 10, 0)),),
+)
+DEEPSEEK_V3 = Shape(
+    61,
+    7168,
+    128,
+    1,
+    18432,
+    129280,
+    architecture="deepseek2",
+    rope_base=1e4,
+    epsilon=1e-6,
+    context=163840,
+    experts=256,
+    experts_used=8,
+    expert_feed_forward=2048,
+    shared_feed_forward=2048,
+    latent=Latent(1536, 512, 128, 64, 128),
+    dense_lead=3,
+    more=(
+        ("expert_shared_count", 1),
+        ("expert_weights_scale", 2.5),
+        ("expert_weights_norm", True),
+        ("expert_gating_func", 2),
+        ("expert_group_count", 8),
+        ("expert_group_used_count", 4),
+        ("rope.scaling.type", "yarn"),
+        ("rope.scaling.factor", 40.0),
+        ("rope.scaling.original_context_length", 4096),
+        ("rope.scaling.yarn_log_multiplier", 0.1),
+    ),
+)
+NO_GROUPS = {"expert_group_count": 1, "expert_group_used_count": 1}
+KIMI = {"expert_weights_scale": 2.827, "rope.scaling.factor": 32.0}
 PRESETS = {
     "llama-3.3-70b": Shape(80, 8192, 64, 8, 28672, 128256, rope_factor=8.0),
     "llama-3.1-8b": Shape(32, 4096, 32, 8, 14336, 128256, rope_factor=8.0),
@@ -119,6 +208,32 @@ PRESETS = {
         experts=128,
         experts_used=8,
         expert_feed_forward=768,
+    ),
+    "qwen3.5-27b": QWEN35,
+    "qwen3.5-35b-a3b": replace(
+        QWEN35,
+        architecture="qwen35moe",
+        layers=40,
+        d=2048,
+        heads=16,
+        kv_heads=2,
+        feed_forward=0,
+        delta=Delta(4, 16, 32, 128),
+        experts=256,
+        experts_used=8,
+        expert_feed_forward=512,
+        shared_feed_forward=512,
+    ),
+    "deepseek-v3": DEEPSEEK_V3,
+    "kimi-k2": replace(
+        DEEPSEEK_V3,
+        heads=64,
+        vocabulary=163840,
+        context=131072,
+        rope_base=5e4,
+        experts=384,
+        dense_lead=1,
+        more=tuple((dict(DEEPSEEK_V3.more) | NO_GROUPS | KIMI).items()),
     ),
     "bench-1024": Shape(8, 1024, 8, 8, 4096, 32000, context=4096),
 }
@@ -167,25 +282,31 @@ def more_bits(layer: int, layers: int) -> bool:
     return layer < first or layer >= 7 * layers // 8 or (layer - first) % 3 == 2
 
 
-def stored_type(quant: str, name: str, shape: Shape) -> Type:
-    """Return the type in which llama.cpp stores a matrix (`llama_tensor_get_type` in llama-quant.cpp)."""
+def stored_type(quant: str, name: str, shape: Shape, width: int) -> Type:
+    """Return the type in which llama.cpp stores a matrix of some width (`llama_tensor_get_type` in llama-quant.cpp)."""
     if quant != "Q4_K_M":
         return Type[quant]
     if name == "output.weight" or (shape.tied and name == "token_embd.weight"):
         return Type.Q6_K
     _, _, rest = name.partition("blk.")
     layer, _, tensor = rest.partition(".")
-    if tensor.startswith(("attn_v.", "ffn_down")) and more_bits(int(layer), shape.layers):
+    # `attn_qkv` counts as values here, and each block has either. (Alone it would have been Q5_K.)
+    if tensor.startswith(("attn_v.", "attn_qkv.", "ffn_down")) and more_bits(int(layer), shape.layers):
         return Type.Q6_K
     # What llama.cpp takes for a 70B: one value head serves eight, so more bits for it are cheap.
     if tensor.startswith("attn_v.") and shape.architecture == "llama" and shape.layers == 80:
         return Type.Q5_K if shape.kv_heads < shape.heads else Type.Q4_K
-    return Type.Q4_K
+    return Type.Q5_0 if width % PIECE else Type.Q4_K
 
 
 def around_one(width: int) -> Callable[[np.random.Generator], np.ndarray]:
     """Return a function that draws the weights of a norm."""
     return lambda random: 1.0 + 0.1 * random.standard_normal(width, np.float32)
+
+
+def normal(*size: int, scale: float = 1.0) -> Callable[[np.random.Generator], np.ndarray]:
+    """Return a function that draws from a normal distribution."""
+    return lambda random: np.float32(scale) * random.standard_normal(size, np.float32)
 
 
 def router(experts: int, d: int) -> Callable[[np.random.Generator], np.ndarray]:
@@ -206,7 +327,7 @@ def tensors(shape: Shape, quant: str) -> Iterator[Tensor]:
 
     def matrix(name: str, out: tuple[int, ...], source: Source) -> Tensor:
         name += ".weight"
-        return Tensor(name, (*out, source.width), stored_type(quant, name, shape), source)
+        return Tensor(name, (*out, source.width), stored_type(quant, name, shape, source.width), source)
 
     def vector(name: str, values: Callable[[np.random.Generator], np.ndarray], *size: int) -> Tensor:
         return Tensor(f"{name}.weight", size, Type.F32, values)
@@ -224,26 +345,92 @@ def tensors(shape: Shape, quant: str) -> Iterator[Tensor]:
     for i in range(shape.layers):
         b = f"blk.{i}"
         yield vector(f"{b}.attn_norm", around_one(d), d)
-        if shape.experts:
+        is_delta = shape.delta is not None and (i + 1) % shape.period != 0
+        if shape.delta and is_delta:
+            yield from delta(shape.delta, b, matrix, reads, scores, writes)
+        if shape.experts and i >= shape.dense_lead:
             f, e = shape.expert_feed_forward, shape.experts
+            if shape.latent:
+                yield Tensor(f"{b}.exp_probs_b.bias", (e,), Type.F32, normal(e, scale=0.01))
             # The experts' outputs are averaged; the gain makes up for the length that an average loses.
             yield matrix(f"{b}.ffn_down_exps", (e, d), writes(f, math.sqrt(shape.experts_used)))
             yield matrix(f"{b}.ffn_gate_exps", (e, f), scores)
             yield matrix(f"{b}.ffn_up_exps", (e, f), reads)
             yield vector(f"{b}.ffn_gate_inp", router(e, d), e, d)
+            if shared := shape.shared_feed_forward:
+                yield matrix(f"{b}.ffn_down_shexp", (d,), writes(shared))
+                yield matrix(f"{b}.ffn_gate_shexp", (shared,), scores)
+                yield matrix(f"{b}.ffn_up_shexp", (shared,), reads)
+                if not shape.latent:
+                    yield vector(f"{b}.ffn_gate_inp_shexp", lambda random: router(1, d)(random)[0], d)
         else:
             yield matrix(f"{b}.ffn_down", (d,), writes(shape.feed_forward))
             yield matrix(f"{b}.ffn_gate", (shape.feed_forward,), scores)
             yield matrix(f"{b}.ffn_up", (shape.feed_forward,), reads)
-        yield vector(f"{b}.ffn_norm", around_one(d), d)
-        yield matrix(f"{b}.attn_k", (kv,), scores)
-        if shape.qk_norm:
-            for name in ("attn_k_norm", "attn_q_norm"):
-                yield vector(f"{b}.{name}", lambda random: SCORES * around_one(shape.head)(random), shape.head)
-        yield matrix(f"{b}.attn_output", (d,), writes(q))
-        yield matrix(f"{b}.attn_q", (q,), scores)
-        yield matrix(f"{b}.attn_v", (kv,), reads)
+        yield vector(f"{b}.{'post_attention_norm' if shape.delta else 'ffn_norm'}", around_one(d), d)
+        if shape.latent:
+            yield from latent(shape, shape.latent, b, matrix, reads, scores, writes)
+        elif not is_delta:
+            yield matrix(f"{b}.attn_k", (kv,), scores)
+            if shape.qk_norm:
+                for name in ("attn_k_norm", "attn_q_norm"):
+                    yield vector(f"{b}.{name}", lambda random: SCORES * around_one(shape.head)(random), shape.head)
+            yield matrix(f"{b}.attn_output", (d,), writes(q))
+            yield matrix(f"{b}.attn_q", (2 * q if shape.gated else q,), scores)
+            yield matrix(f"{b}.attn_v", (kv,), reads)
     yield vector("output_norm", around_one(d), d)
+
+
+class Make(Protocol):
+    """Makes a matrix."""
+
+    def __call__(self, name: str, out: tuple[int, ...], source: Source) -> Tensor:
+        """Return a matrix from its name without suffix, its shape without columns and the source of its rows."""
+
+
+def delta(
+    sizes: Delta, b: str, matrix: Make, reads: Source, scores: Source, writes: Callable[[int], Source]
+) -> Iterator[Tensor]:
+    """List the tensors of a gated delta net: decays between 0.98 and nearly 0, write strengths anywhere."""
+    taps, key_heads, heads, size = sizes
+    channels, values = (2 * key_heads + heads) * size, heads * size
+    yield Tensor(f"{b}.ssm_a", (heads,), Type.F32, lambda _: -np.geomspace(0.02, 6.0, heads, dtype=np.float32))
+    kernel = (channels, taps)
+    yield Tensor(f"{b}.ssm_conv1d.weight", kernel, Type.F32, normal(*kernel, scale=1.2 / math.sqrt(taps)))
+    yield Tensor(f"{b}.ssm_dt.bias", (heads,), Type.F32, normal(heads))
+    yield matrix(f"{b}.ssm_alpha", (heads,), scores)
+    yield matrix(f"{b}.ssm_beta", (heads,), scores)
+    yield matrix(f"{b}.attn_qkv", (channels,), reads)
+    yield matrix(f"{b}.attn_gate", (values,), scores)
+    yield Tensor(f"{b}.ssm_norm.weight", (size,), Type.F32, around_one(size))
+    yield matrix(f"{b}.ssm_out", (reads.width,), writes(values))
+
+
+def latent(
+    shape: Shape,
+    sizes: Latent,
+    b: str,
+    matrix: Make,
+    reads: Source,
+    scores: Source,
+    writes: Callable[[int], Source],
+) -> Iterator[Tensor]:
+    """List the tensors of latent attention; the keys' expansion is stored transposed, as llama.cpp multiplies by it."""
+    heads, wide = shape.heads, sizes.nope + sizes.rope
+
+    def expands(width: int, gain: float = 1.0) -> Source:
+        return Source("read", width, gain / math.sqrt(width))
+
+    yield matrix(f"{b}.attn_kv_a_mqa", (sizes.width + sizes.rope,), reads)
+    yield Tensor(f"{b}.attn_kv_a_norm.weight", (sizes.width,), Type.F32, around_one(sizes.width))
+    yield matrix(
+        f"{b}.attn_k_b", (heads, sizes.width), expands(sizes.nope, SCORES * math.sqrt(sizes.nope / sizes.width))
+    )
+    yield matrix(f"{b}.attn_v_b", (heads, sizes.value), expands(sizes.width))
+    yield matrix(f"{b}.attn_output", (shape.d,), writes(heads * sizes.value))
+    yield matrix(f"{b}.attn_q_a", (sizes.query,), scores)
+    yield Tensor(f"{b}.attn_q_a_norm.weight", (sizes.query,), Type.F32, around_one(sizes.query))
+    yield matrix(f"{b}.attn_q_b", (heads * wide,), expands(sizes.query, SCORES))
 
 
 # --- pools --------------------------------------------------------------------------------------------------------
@@ -315,7 +502,7 @@ class Pools:
                     lambda start: encode(values[start : start + step], type), range(0, len(values), step)
                 )
                 data = np.concatenate(list(parts))
-            self.made[source, type] = data.view(f"V{PIECE // size * nbytes}")
+            self.made[source, type] = data.view(f"V{min(PIECE, source.width) // size * nbytes}")
         return self.made[source, type]
 
     def draw(self, source: Source, weights: int) -> np.ndarray:
@@ -358,7 +545,7 @@ def tiles(tensor: Tensor, pools: Pools, buffers: Iterator[np.ndarray]) -> Iterat
         yield tensor.source(random).reshape(-1).view(np.uint8)
         return
     pool = pools(tensor.source, tensor.type)
-    height, pieces = len(pool), tensor.shape[-1] // PIECE
+    height, pieces = len(pool), max(1, tensor.shape[-1] // PIECE)
     step = max(1, TILE_BYTES // tensor.row_bytes)  # rows
 
     def take(source: np.ndarray, chosen: np.ndarray, rows: int, axis: int | None) -> np.ndarray:
@@ -399,16 +586,20 @@ def header(path: Path, name: str, shape: Shape, quant: str, listed: list[Tensor]
     writer.add_feed_forward_length(shape.feed_forward)
     writer.add_head_count(shape.heads)
     writer.add_head_count_kv(shape.kv_heads)
-    writer.add_key_length(shape.head)
-    writer.add_value_length(shape.head)
+    writer.add_key_length(shape.latent.width + shape.latent.rope if shape.latent else shape.head)
+    writer.add_value_length(shape.latent.width if shape.latent else shape.head)
     writer.add_layer_norm_rms_eps(shape.epsilon)
-    writer.add_rope_dimension_count(shape.head)
+    writer.add_rope_dimension_count(shape.latent.rope if shape.latent else shape.rope or shape.head)
     writer.add_rope_freq_base(shape.rope_base)
     writer.add_vocab_size(shape.vocabulary)
     if shape.experts:
         writer.add_expert_count(shape.experts)
         writer.add_expert_used_count(shape.experts_used)
         writer.add_expert_feed_forward_length(shape.expert_feed_forward)
+    kinds: dict[type, Callable[[str, Any], None]] = {bool: writer.add_bool, int: writer.add_uint32}
+    kinds |= {float: writer.add_float32, str: writer.add_string, tuple: writer.add_array}
+    for key, value in own_keys(shape).items():
+        kinds[type(value)](f"{shape.architecture}.{key}", value)
     writer.add_tokenizer_model("none")
     for tensor in listed:
         writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), tensor.nbytes, raw_dtype=tensor.type)
@@ -416,6 +607,23 @@ def header(path: Path, name: str, shape: Shape, quant: str, listed: list[Tensor]
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     writer.close()
+
+
+def own_keys(shape: Shape) -> dict[str, Any]:
+    """Return the keys of what only some families have: shared experts, delta nets, latent attention."""
+    keys: dict[str, Any] = dict(shape.more)
+    if shape.dense_lead:
+        keys["leading_dense_block_count"] = shape.dense_lead
+    if shape.shared_feed_forward and not shape.latent:
+        keys["expert_shared_feed_forward_length"] = shape.shared_feed_forward
+    if delta := shape.delta:
+        keys |= {"ssm.conv_kernel": delta.taps, "ssm.state_size": delta.size, "ssm.group_count": delta.key_heads}
+        keys |= {"ssm.time_step_rank": delta.heads, "ssm.inner_size": delta.heads * delta.size}
+        keys["full_attention_interval"] = shape.period
+    if latent := shape.latent:
+        keys |= {"attention.q_lora_rank": latent.query, "attention.kv_lora_rank": latent.width}
+        keys |= {"attention.key_length_mla": latent.nope + latent.rope, "attention.value_length_mla": latent.value}
+    return keys
 
 
 def padding(nbytes: int) -> int:
@@ -429,9 +637,12 @@ def check(shape: Shape) -> None:
     Raises:
         SyntheticError: naming the size.
     """
-    widths = {"d": shape.d, "heads * head": shape.heads * shape.head, "feed_forward": shape.feed_forward}
+    head = shape.latent.value if shape.latent else shape.head
+    widths = {"d": shape.d, "heads * head": shape.heads * head, "feed_forward": shape.feed_forward}
+    if shape.delta:
+        widths |= {"delta.heads * delta.size": shape.delta.heads * shape.delta.size}
     if shape.experts:
-        widths |= {"expert_feed_forward": shape.expert_feed_forward}
+        widths |= {"expert_feed_forward": shape.expert_feed_forward, "shared_feed_forward": shape.shared_feed_forward}
     for name, width in widths.items():
         if width % PIECE:
             raise SyntheticError(f"{name} is {width}; give a multiple of {PIECE}")

@@ -10,7 +10,8 @@ head's reading of each part, wherever that part's own input came from):
 
     logit = w · N (x_p + Σ_i attn_i + Σ_i mlp_i),    attn_i = norm_out (Σ_h W_h z_h + bias)
 
-with `z_h` what head `h` read at the position and `W_h` its columns of the output projection. Either split is an
+with `z_h` what head `h` read at the position and `W_h` its columns of the output projection. Where a number multiplies
+the stream after a block, the parts added so far are multiplied by it too. Either split is an
 identity of the frozen network: it states the contribution of each part, not the effect of changing that part.
 """
 
@@ -387,7 +388,7 @@ def attribute_branches(
     def share(added: Float[Tensor, "m d"]) -> Float[Tensor, " m"]:
         return (added.cpu().double() * wide).sum(1)
 
-    attn, mlp, heads, attn_bias, mixers = [], [], [], [], []
+    attn, mlp, heads, attn_bias, mixers, scales = [], [], [], [], [], []
     for i, tape, frozen in _walk(network, positions):
         stream = tape.x[None, : positions.stop]
         mixers.append([(mixer.kind, mixer.heads) for mixer in tape.attn.mixers])
@@ -409,18 +410,21 @@ def attribute_branches(
             stream, added = frozen.matmat_attn(stream, one)
         attn.append(share(added[0]))
         mlp.append(share(frozen.matmat_ffn(stream, added, one)[1][0]))
+        scales.append(frozen.scale)
         _report(progress, i + 1, len(network.tapes))
+    # [L]: what multiplies each block's additions on the way to the end.
+    later = torch.tensor(scales, dtype=torch.float64).flip(0).cumprod(0).flip(0)
     return BranchShares(
         positions=positions,
         targets=asked.targets,
         versus=versus,
         logits=asked.logits,
-        embedding=share(network.x[chosen]),
-        attn=torch.stack(attn, 1),
-        mlp=torch.stack(mlp, 1),
+        embedding=share(network.x[chosen]) * later[0],
+        attn=torch.stack(attn, 1) * later,
+        mlp=torch.stack(mlp, 1) * later,
         bias=_constant(norm, asked.w) + asked.bias,
-        heads=pad_sequence([own.T for own in heads], batch_first=True).movedim(2, 0) if by_head else None,
-        attn_bias=torch.stack(attn_bias, 1) if by_head else None,
+        heads=pad_sequence([own.T for own in heads], True).movedim(2, 0) * later[:, None] if by_head else None,
+        attn_bias=torch.stack(attn_bias, 1) * later if by_head else None,
         mixers=mixers,
         softcap=network.head.softcap,
     )

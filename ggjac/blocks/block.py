@@ -144,12 +144,11 @@ def record_ffn(w: BlockWeights, frame: Frame, layer: int, x: Float[Tensor, "n d"
         return Recorded(FFNTape(None, (), None), torch.zeros_like(x), torch.zeros_like(x))
     if own.routed and own.hidden_units:
         # A dense network and a mixture, added, each between norms of its own.
-        dense = _record_part(w, frame, layer, x, norms.ffn_in, norms.dense_out, routed=False)
-        mixture = _record_part(w, frame, layer, x, norms.experts_in, norms.experts_out, routed=True)
-        tape = FFNTape(None, (dense, mixture), None)
+        dense, added = _record_part(w, frame, layer, x, norms.ffn_in, norms.dense_out, routed=False)
+        mixture, raw = _record_part(w, frame, layer, x, norms.experts_in, norms.experts_out, routed=True)
+        tape, raw = FFNTape(None, (dense, mixture), None), added + raw
     else:
-        tape = _record_part(w, frame, layer, x, norms.ffn_in, (), routed=own.routed)
-    raw = affine(networks(w, tape, len(x)), x)
+        tape, raw = _record_part(w, frame, layer, x, norms.ffn_in, (), routed=own.routed)
     norm_out, added = _normed_output(w, config, norms.ffn_out, raw)
     return Recorded(tape._replace(norm_out=norm_out), raw, added)
 
@@ -163,14 +162,14 @@ def _record_part(
     norm_out: Sequence[str],
     *,
     routed: bool,
-) -> FFNTape:
-    """Freeze a dense network or a mixture, between the norms of the given names, at the stream `x`."""
+) -> tuple[FFNTape, Float[Tensor, "n d"]]:
+    """Freeze a dense network or a mixture, between the norms of the given names, at the stream `x`; add its output."""
     norm, h = _normed_input(w, frame.config, norm_in, x)
     found = record_mixture(w, frame, layer, h, x) if routed else (record_hidden(w, frame, layer, h),)
     tape = FFNTape(norm, found, None)
-    if not norm_out:
-        return tape
-    return tape._replace(norm_out=record_norm(w, frame.config, norm_out, affine(networks(w, tape, len(x)), x)))
+    added = affine(networks(w, tape, len(x)), x)
+    after = record_norm(w, frame.config, norm_out, added)
+    return tape._replace(norm_out=after), added if after is None else after.apply(added)
 
 
 def _total(parts: Sequence[Tensor]) -> Tensor:

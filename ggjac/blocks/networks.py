@@ -164,7 +164,7 @@ def record_experts(
     config = frame.config
     logits = affine(linear(w, "ffn_gate_inp", len(h)), router)
     scores = ROUTERS[config.row.router](logits.to(torch.promote_types(h.dtype, torch.float32)))  # [n, e]
-    chosen = _chosen(w, config, scores.detach())
+    chosen = _chosen(w, config, scores.detach(), config.layers[layer].experts_used)
     weights = scores.gather(-1, chosen)  # [n, used]
     if config.row.router == "softmax_selected":
         weights = weights.softmax(-1)
@@ -190,7 +190,7 @@ def record_shared(w: BlockWeights, frame: Frame, layer: int, h: Float[Tensor, "n
     return [shared]
 
 
-def _chosen(w: BlockWeights, config: ModelConfig, scores: Float[Tensor, "n e"]) -> Int[Tensor, "n used"]:
+def _chosen(w: BlockWeights, config: ModelConfig, scores: Float[Tensor, "n e"], used: int) -> Int[Tensor, "n used"]:
     """Return the experts of each position: those of highest score plus bias, within the best groups if there are any.
 
     A group is as good as the sum of its two best members. The bias is not rounded to a narrower dtype, since the part
@@ -203,7 +203,7 @@ def _chosen(w: BlockWeights, config: ModelConfig, scores: Float[Tensor, "n e"]) 
         best = grouped.topk(2).values.sum(-1).topk(config.expert_groups_used).indices
         left_out = torch.ones(grouped.shape[:2], dtype=torch.bool, device=scores.device).scatter(-1, best, False)
         scores = grouped.masked_fill(left_out[..., None], -torch.inf).flatten(1)
-    return scores.topk(config.expert_used_count).indices
+    return scores.topk(used).indices
 
 
 def networks(w: BlockWeights, tape: FFNTape, n: int) -> LinearOperator:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from ggjac.architectures import Architecture
+from ggjac.sizes import KINDS, Kind
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,8 @@ class Layer:
         routed: whether the block has a mixture of experts.
         clamps: largest activated gate, and largest magnitude of what it multiplies, in routed experts and in other
             networks; 0 for no limit.
+        experts_used: number of routed experts that each token uses; 0 without a mixture, as the next one.
+        expert_units: hidden units of a routed expert.
         keys_as_values: whether the key projection, before its norm and rotation, gives the values too.
         by_key_head: whether all projections of a delta rule are in one tensor, `ssm_in`, key head by key head.
         window: number of tokens to which a position attends, itself included; None for all up to it.
@@ -71,8 +74,17 @@ class Layer:
     rope: Rope | None
     xielu: tuple[float, float, float] | None = None
     clamps: tuple[float, float] = (0.0, 0.0)
+    experts_used: int = 0
+    expert_units: int = 0
     keys_as_values: bool = False
     by_key_head: bool = False
+
+    @property
+    def taps(self) -> tuple[Kind, ...]:
+        """The taps that the block has: the stream after it, and what each of its branches adds."""
+        feeds = self.routed or self.hidden_units > 0
+        present = {"layer": True, "attn": bool(self.mixers), "mlp": feeds}
+        return tuple(kind for kind in KINDS if present[kind])
 
     def clamp(self, kind: str) -> float:
         """Return the limit in networks of a kind, the suffix of their tensors' names."""
@@ -152,11 +164,12 @@ class ModelConfig:
         temperature_scale: growth of queries with position; 0 for none.
         temperature_length: number of positions after which they first grow.
         embedding_scale, residual_scale, logit_scale: multiply embeddings, branches and logits.
-        expert_count, expert_used_count: number of experts, and of those used per token; 0 for a dense model.
+        expert_count: number of routed experts in a mixture; 0 for a dense model.
         expert_groups, expert_groups_used: number of groups of experts, and of those that a token's experts come from;
             1 and 1 without groups.
         expert_weights_scale: multiplies the weights of routed experts.
-        expert_feed_forward_length, expert_shared_feed_forward_length: hidden units of a routed and the shared expert.
+        expert_shared_feed_forward_length: hidden units of the shared expert.
+        expert_latent: width of what routed experts read and write; 0 if it is that of the stream.
         decay_bound: lower bound of the logarithm of decays; 0 for none.
         latent: sizes of latent attention.
         indexer: of attention to selected keys.
@@ -182,12 +195,11 @@ class ModelConfig:
     residual_scale: float
     logit_scale: float
     expert_count: int
-    expert_used_count: int
     expert_groups: int
     expert_groups_used: int
     expert_weights_scale: float
-    expert_feed_forward_length: int
     expert_shared_feed_forward_length: int
+    expert_latent: int = 0
     decay_bound: float = 0.0
     latent: Latent = Latent()
     indexer: Indexer = Indexer()
@@ -200,5 +212,5 @@ class ModelConfig:
     @property
     def hidden_units(self) -> int:
         """Hidden units of the widest feed-forward network, or expert of a mixture."""
-        routed = max(self.expert_feed_forward_length, self.expert_shared_feed_forward_length)
-        return max(routed, *(layer.hidden_units for layer in self.layers))
+        own = (max(layer.hidden_units, layer.expert_units) for layer in self.layers)
+        return max(self.expert_shared_feed_forward_length, *own)

@@ -18,6 +18,8 @@ from ggjac.config.tensors import check_tensors
 
 # Values of `expert_gating_func` (llama.cpp); 0 means the architecture's default.
 _ROUTERS = {1: "softmax", 2: "sigmoid"}
+# Tensors that have a projection of their own to the values.
+_VALUES = ("attn_v", "attn_qkv")
 
 
 def read_config(metadata: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> ModelConfig:
@@ -36,6 +38,10 @@ def read_config(metadata: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...
     row = _decided(keys, ARCHITECTURES[name], blocks, shapes)
     if not metadata.get(f"{name}.attention.causal", True):
         raise ConfigError(f"{name}.attention.causal is False: attention to later tokens is not supported")
+    if shared := keys.count("attention.shared_kv_layers"):
+        raise ConfigError(
+            f"{name}.attention.shared_kv_layers {shared}: keys shared by several blocks are not supported"
+        )
     d, context = keys.integer("embedding_length"), keys.integer("context_length")
     experts = _experts(keys, row, stored, shapes)
     latent = _latent(keys, row)
@@ -66,13 +72,12 @@ def read_config(metadata: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...
         residual_scale=_residual_scale(keys, row, blocks),
         logit_scale=_logit_scale(keys, row, d),
         expert_count=experts.total,
-        expert_used_count=experts.used,
         expert_groups=experts.groups,
         expert_groups_used=experts.groups_used,
         expert_weights_scale=(keys.real("expert_weights_scale", 0.0) if row.expert_scale_key else 0) or 1.0,
-        expert_feed_forward_length=experts.width,
         expert_shared_feed_forward_length=experts.shared_width,
         decay_bound=_decay_bound(keys, row),
+        expert_latent=keys.count("moe_latent_size") if row.expert_latent else 0,
         latent=latent,
         indexer=_indexer(keys, row),
     )
@@ -138,7 +143,7 @@ def _layers(
         if attends and (not g or h % g):
             raise ConfigError(f"{keys.prefix}.attention: {h} heads cannot share {g} key/value heads evenly")
         key_size, value_size = _head_sizes(keys, row, d // h, windows[i] is not None, latent) if attends else (0, 0)
-        routed = experts.total > 0 and i >= experts.leading_dense and (units[i] > 0 or not row.one_branch)
+        routed = _routed(row, i, units[i], experts, shapes)
         layers.append(
             Layer(
                 mixers=mixers,
@@ -148,11 +153,15 @@ def _layers(
                 value_size=value_size,
                 hidden_units=0 if routed and not row.dense_beside_experts else units[i],
                 routed=routed,
+                experts_used=experts.used[i] if routed else 0,
+                expert_units=_expert_units(keys, row, i, shapes) if routed else 0,
                 window=windows[i] if attends else None,
                 rope=rope_of(keys, row, key_size, i, windows) if attends else None,
                 xielu=xielu[i],
                 clamps=clamps[i],
-                keys_as_values=row.keys_as_values and attends and f"blk.{i}.attn_v.weight" not in shapes,
+                keys_as_values=row.keys_as_values
+                and attends
+                and not any(f"blk.{i}.{stem}.weight" in shapes for stem in _VALUES),
                 by_key_head="delta" in mixers and f"blk.{i}.ssm_in.weight" in shapes,
             )
         )
@@ -285,13 +294,12 @@ def _epsilon(keys: Keys, row: Architecture) -> float:
 
 
 class _Experts(NamedTuple):
-    """Sizes of the mixtures; see the fields of `ModelConfig`. The defaults are those of a dense model."""
+    """Sizes of the mixtures; see `ModelConfig` and `Layer`. The defaults are those of a dense model."""
 
     total: int = 0
-    used: int = 0
+    used: Sequence[int] = ()
     groups: int = 1
     groups_used: int = 1
-    width: int = 0
     shared_width: int = 0
     leading_dense: int = 0
 
@@ -301,16 +309,18 @@ def _experts(keys: Keys, row: Architecture, blocks: int, shapes: Mapping[str, tu
     total = keys.count("expert_count")
     if not total:
         return _Experts()
-    used = keys.for_all_blocks("expert_used_count", blocks)
-    if used > total:
-        raise ConfigError(f"{keys.prefix}.expert_used_count is {used}, but there are {total} experts")
+    used = keys.counts("expert_used_count", blocks, least=0 if row.uneven_experts else 1)
+    if not row.uneven_experts:
+        keys.for_all_blocks("expert_used_count", blocks)
+    if max(used) > total:
+        raise ConfigError(f"{keys.prefix}.expert_used_count is {max(used)}, but there are {total} experts")
     step = keys.integer("interleave_moe_layer_step", 1)
     if step > 1:
         raise ConfigError(
             f"{keys.prefix}.interleave_moe_layer_step {step}: dense blocks between mixtures are not supported"
         )
     leading = keys.count("leading_dense_block_count") if row.leading_dense else 0
-    return _Experts(total, used, *_groups(keys, total, used), *_expert_widths(keys, row, shapes, leading), leading)
+    return _Experts(total, used, *_groups(keys, total, max(used)), _shared_units(keys, row, shapes), leading)
 
 
 def _decided(keys: Keys, row: Architecture, blocks: int, shapes: Mapping[str, tuple[int, ...]]) -> Architecture:
@@ -409,12 +419,13 @@ def _logit_scale(keys: Keys, row: Architecture, d: int) -> float:
     """Return the factor on logits."""
     if not row.logit_scale:
         return 1.0
-    scale = _scale(keys, row, "logit_scale", row.scale_defaults[2] / d or None)
-    if row.logit_scale == "multiply":
-        return scale or 1.0
+    default = 0.0 if row.logit_scale_optional else row.scale_defaults[2] / d or None
+    scale = _scale(keys, row, "logit_scale", default)
+    if scale == 0 and (row.logit_scale == "multiply" or row.logit_scale_optional):
+        return 1.0
     if scale == 0:
         raise ConfigError(f"metadata key {keys.prefix}.logit_scale is 0, but logits are divided by it")
-    return 1 / scale
+    return scale if row.logit_scale == "multiply" else 1 / scale
 
 
 def _scale(keys: Keys, row: Architecture, key: str, default: float | None) -> float:
@@ -422,15 +433,30 @@ def _scale(keys: Keys, row: Architecture, key: str, default: float | None) -> fl
     return keys.real(key, default) if row.scale_keys or default is None else default
 
 
-def _expert_widths(keys: Keys, row: Architecture, shapes: Mapping[str, tuple[int, ...]], first: int) -> tuple[int, int]:
-    """Return the hidden units of a routed expert and of the shared one, 0 if absent; `first` is the first mixture."""
-    if row.expert_widths == "tensors":
-        # Families use different keys, and Qwen 1.5's files have none for the shared expert.
-        down, shared = (shapes.get(f"blk.{first}.ffn_{stem}.weight", ()) for stem in ("down_exps", "up_shexp"))
-        stated = keys.count("expert_shared_feed_forward_length")
-        return down[2] if len(down) == 3 else 0, stated or (shared[0] if len(shared) == 2 else 0)
+def _routed(
+    row: Architecture, layer: int, units: int, experts: _Experts, shapes: Mapping[str, tuple[int, ...]]
+) -> bool:
+    """Return whether a block has a mixture."""
+    if not experts.total or layer < experts.leading_dense or (row.one_branch and not units):
+        return False
+    return not row.router_optional or f"blk.{layer}.ffn_gate_inp.weight" in shapes
+
+
+def _expert_units(keys: Keys, row: Architecture, layer: int, shapes: Mapping[str, tuple[int, ...]]) -> int:
+    """Return the hidden units of a routed expert of a block."""
+    if row.expert_widths == "tensors":  # families use different keys
+        down = shapes.get(f"blk.{layer}.ffn_down_exps.weight", ())
+        return down[2] if len(down) == 3 else 0
+    return keys.integer("expert_feed_forward_length")
+
+
+def _shared_units(keys: Keys, row: Architecture, shapes: Mapping[str, tuple[int, ...]]) -> int:
+    """Return the hidden units of the shared expert, 0 if absent."""
+    if row.expert_widths == "tensors":  # Qwen 1.5's files have no key for it
+        shared = next((shape for name, shape in shapes.items() if name.endswith(".ffn_up_shexp.weight")), ())
+        return keys.count("expert_shared_feed_forward_length") or (shared[0] if len(shared) == 2 else 0)
     width, count = keys.integer("expert_feed_forward_length"), keys.integer("expert_shared_count")
     stated = keys.count("expert_shared_feed_forward_length") if row.expert_widths.startswith("shared") else 0
     if row.expert_widths == "shared":
-        return width, stated or width * count
-    return width, (stated or width) * count
+        return stated or width * count
+    return (stated or width) * count

@@ -53,6 +53,7 @@ def _ropes(keys: Keys, row: Architecture, key_length: int, *, windowed: bool) ->
         original_context=keys.integer("rope.scaling.original_context_length", keys.integer("context_length")),
         magnitude=stretching(keys, row)[0],
         still=_still(sections, dimensions // 2) if sections else (),
+        factored=row.rope_factors != "",
     )
     unscaled = Rope(dimensions, full.base, row.rope_pairs)
     local = {
@@ -66,8 +67,7 @@ def _ropes(keys: Keys, row: Architecture, key_length: int, *, windowed: bool) ->
             magnitude=keys.real("rope.scaling.attn_factor", 1.0),
         ),
     }
-    own = local[row.window_rope]
-    return full, replace(own, factored=False) if row.full_factors else own
+    return full, replace(local[row.window_rope], factored=row.rope_factors == "all")
 
 
 def _scaling(keys: Keys) -> tuple[str, float]:
@@ -159,6 +159,8 @@ def read_windows(keys: Keys, row: Architecture, blocks: int) -> list[int | None]
     if not size:
         return [None] * blocks
     name = f"{keys.prefix}.attention.sliding_window_pattern"
+    if row.windowed == "required" and not row.window_period and name not in keys.metadata:
+        raise ConfigError(f"metadata key {name} is missing; the file is incomplete or was converted wrongly")
     pattern = keys.metadata.get(name, row.window_period)
     if isinstance(pattern, Sequence) and not isinstance(pattern, str):
         if len(pattern) != blocks or not all(isinstance(entry, bool) for entry in pattern):

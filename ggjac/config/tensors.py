@@ -122,11 +122,12 @@ _QK_NORMS: dict[str, dict[str, tuple[str, ...]]] = {
 }
 _EXPERTS = {
     "ffn_gate_inp": ("experts", "d"),
-    "ffn_gate_exps": ("experts", "fe", "d"),
-    "ffn_up_exps": ("experts", "fe", "d"),
-    "ffn_gate_up_exps": ("experts", "2fe", "d"),
-    "ffn_down_exps": ("experts", "d", "fe"),
+    "ffn_gate_exps": ("experts", "fe", "de"),
+    "ffn_up_exps": ("experts", "fe", "de"),
+    "ffn_gate_up_exps": ("experts", "2fe", "de"),
+    "ffn_down_exps": ("experts", "de", "fe"),
 }
+_LATENT_EXPERTS = {"ffn_latent_down": ("de", "d"), "ffn_latent_up": ("d", "de")}
 _SHARED_EXPERT = {
     "ffn_gate_shexp": ("fs", "d"),
     "ffn_up_shexp": ("fs", "d"),
@@ -140,6 +141,8 @@ _OPTIONAL = {
     "rope_freqs.weight",
     "rope_factors_long.weight",
     "rope_factors_short.weight",
+    "ssm_norm.weight",
+    "layer_output_scale.weight",
     *(name for table in _INDEXER.values() for name in table),
 }
 # Some files have further axes of length 1.
@@ -159,7 +162,7 @@ def fused_parts(config: ModelConfig, layer: int) -> dict[str, Part]:
     if row.ffn == "fused":
         f = own.hidden_units
         parts |= {"ffn_gate": Part("ffn_up", 0, f), "ffn_up": Part("ffn_up", f, 2 * f)}
-    f = config.expert_feed_forward_length
+    f = own.expert_units
     return parts | {"ffn_gate_exps": Part("ffn_gate_up_exps", 0, f), "ffn_up_exps": Part("ffn_gate_up_exps", f, 2 * f)}
 
 
@@ -236,6 +239,8 @@ def check_tensors(config: ModelConfig, shapes: Mapping[str, tuple[int, ...]]) ->
         needed.add("output.weight")
     if config.row.selection_bias == "required":
         needed.add("exp_probs_b.bias")
+    if config.row.recurrent == "delta":
+        needed.add("ssm_norm.weight")
     loose = {name for own in config.layers for mixer in own.mixers for name in _LOOSE.get(mixer, ())}
     for prefix, table, sizes in _scopes(config):
         fused = {stem: parts for stem, parts in FUSED.items() if all(f"{part}.weight" in table for part in parts)}
@@ -275,15 +280,14 @@ def _scaled(shapes: Mapping[str, tuple[int, ...]], stem: str) -> bool:
 
 def _scopes(config: ModelConfig) -> Iterator[tuple[str, dict[str, tuple[str, ...]], dict[str, int]]]:
     """Yield name prefix, table of tensors and named sizes, for the tensors outside the blocks and for each block."""
-    full = next((layer.rope for layer in config.layers if layer.rope and layer.rope.factored), None)
+    ropes = sorted((layer.rope for layer in config.layers if layer.rope), key=lambda rope: not rope.factored)
     sizes = {
         "d": config.d,
         "vocabulary": config.vocabulary,
         "context": config.context_length,
-        "pairs": full.dimensions // 2 if full else 0,
+        "pairs": ropes[0].dimensions // 2 if ropes else 0,
         "experts": config.expert_count,
-        "fe": config.expert_feed_forward_length,
-        "2fe": 2 * config.expert_feed_forward_length,
+        "de": config.expert_latent or config.d,
         "fs": config.expert_shared_feed_forward_length,
         "one": 1,
     }
@@ -296,7 +300,8 @@ def _scopes(config: ModelConfig) -> Iterator[tuple[str, dict[str, tuple[str, ...
     yield "", outside, sizes
     sizes |= _recurrent_sizes(config) | _latent_sizes(config)
     for i, own in enumerate(config.layers):
-        widths = {"f": own.hidden_units, "2f": 2 * own.hidden_units}
+        widths = {"f": own.hidden_units, "fe": own.expert_units}
+        widths |= {f"2{name}": 2 * width for name, width in widths.items()}
         yield f"blk.{i}.", _block_table(config, i), sizes | widths | _attention_sizes(config, i)
 
 
@@ -379,13 +384,15 @@ def _block_table(config: ModelConfig, layer: int) -> dict[str, tuple[str, ...]]:
     if own.hidden_units:
         matrices |= _FFN[row.ffn]
     if own.routed:
-        matrices |= _EXPERTS | (_SHARED_EXPERT if config.expert_shared_feed_forward_length else {})
+        matrices |= _EXPERTS | (_LATENT_EXPERTS if config.expert_latent else {})
+        matrices |= _SHARED_EXPERT if config.expert_shared_feed_forward_length else {}
     if row.ffn == "plain":
         matrices = {name: axes for name, axes in matrices.items() if name not in _GATES}
     if own.keys_as_values:
-        del matrices["attn_v"]
+        del matrices["attn_v"], matrices["attn_qkv"]
     norms = dict.fromkeys(_norms(config, layer), ("d",))
     table = {f"{name}.weight": axes for name, axes in (matrices | norms).items()} | vectors
+    table = {name.removesuffix(".weight" if name[:-7] in row.bare_names else ""): axes for name, axes in table.items()}
     table |= {f"{name}.bias": axes[:-1] for name, axes in matrices.items() if len(axes) > 1}
     for name, axes in matrices.items():
         if (name in scaled or row.ffn_scales) and len(axes) > 1 and name != "ffn_gate_inp":

@@ -138,11 +138,11 @@ def matrix(info: "TensorInfo") -> Pass:
     return Pass(info.nbytes, {info.type.name: info.elements}, 2 * info.elements, 1, info.rows)
 
 
-def routed_experts(config: ModelConfig, positions: int) -> int:
+def routed_experts(config: ModelConfig, layer: int, positions: int) -> int:
     """Return how many experts of a layer some positions use together, if they are spread evenly; rounded up."""
-    if not config.expert_count:
+    if not config.layers[layer].routed:
         return 0
-    miss = 1 - config.expert_used_count / config.expert_count
+    miss = 1 - config.layers[layer].experts_used / config.expert_count
     return math.ceil(config.expert_count * (1 - miss**positions) - 1e-9)
 
 
@@ -205,8 +205,8 @@ class _Block:
 def _networks(block: _Block, config: ModelConfig, positions: int) -> Iterator[tuple[str, int, int, int]]:
     """Yield kind, experts read, uses and hidden units of each feed-forward network in a block."""
     if block.layer.routed:
-        routed, uses = routed_experts(config, positions), positions * config.expert_used_count
-        yield "_exps", routed, uses, config.expert_feed_forward_length
+        routed = routed_experts(config, block.index, positions)
+        yield "_exps", routed, positions * block.layer.experts_used, block.layer.expert_units
         if block.find("ffn_up_shexp.weight"):
             yield "_shexp", 0, positions, config.expert_shared_feed_forward_length
     if block.layer.hidden_units:
@@ -249,6 +249,7 @@ def _sweep(block: _Block, config: ModelConfig, mlp_path: MlpPath, region: Region
             parts += [output.scaled(2), taps]
     for kind, experts, uses, _ in _networks(block, config, m):
         parts += [block.linear(stem, m, experts, uses) for stem in (_live(block, kind, mlp_path), f"ffn_down{kind}")]
+    parts += [block.linear(stem, m) for stem in _LATENT]
     # Each vector visits only the blocks of its own map's span: scale by the mean.
     return total(parts) if region.sequential else total(parts).scaled(len(ends) / len(spans))
 
@@ -296,7 +297,9 @@ def _recurrence(state: int, positions: int) -> Pass:
     return Pass(flop=6 * state * positions, written=3 * state * positions)
 
 
-_ONCE = ("ffn_gate_inp", "ffn_latent_down", "ffn_latent_up")
+# Around the routed experts: live, and the first of them is applied before they are recorded, too.
+_LATENT = ("ffn_latent_down", "ffn_latent_up")
+_ONCE = ("ffn_gate_inp", *_LATENT)
 
 
 def _mixer_stems(block: _Block) -> list[str]:
@@ -318,7 +321,7 @@ def _trace(block: _Block, config: ModelConfig, mlp_path: MlpPath, n: int, m: int
 
     Each tensor counts once, but one that is both recorded for a frozen factor and applied as a live one counts twice.
     """
-    parts = [block.linear(stem, m) for stem in (*_mixer_stems(block), *_ONCE)]
+    parts = [block.linear(stem, m) for stem in (*_mixer_stems(block), *_ONCE, _LATENT[0])]
     for mixer in block.layer.mixers:
         if continued and MIXERS[mixer].recurrent:
             heads, value, key = _heads(config, block, mixer)
@@ -376,7 +379,8 @@ def _tape_bytes(block: _Block, config: ModelConfig, n: int, item: int) -> int:
     places += [norms.ffn_in, norms.ffn_out] if own.hidden_units or own.routed else []
     places += [norms.dense_out, norms.experts_in, norms.experts_out] if own.hidden_units and own.routed else []
     for names in places:
-        name = next((name for name in names if config.row.norm == "bare" or block.find(f"{name}.weight")), None)
+        found = (name for name in names if block.find(f"{name}.weight") or block.find(name))
+        name = names[0] if names and config.row.norm == "bare" else next(found, None)
         if name is not None:
             floats += config.d * (2 if block.find(f"{name}.bias") else 1)
             other += n * max(4, item)  # one over the root mean square, at least in float32
