@@ -90,6 +90,8 @@ class Architecture:
         one_branch: a block with a feed-forward (`feed_forward_length` above 0) has no mixer.
         key_heads_tiled: of `h` value heads, head `i` uses key head `i % g` in place of `i // (h // g)`.
         sigmoid_gate: the gate on a recurrence's output is a sigmoid in place of a SiLU.
+        low_rank_gates: decays and gates of Kimi's delta rule are projected in two steps.
+        bounded_decay: the logarithms of decays have a lower bound, the file's `kda.gate_lower_bound`.
         positive_decay: `ssm_a` is stored positive where decays have a lower bound.
         gated_queries: `attn_q` has a gate after each head's query: its sigmoid multiplies what the head reads.
         gated_heads: the sigmoid of a number for each head, from `attn_gate`, multiplies what the head reads.
@@ -148,6 +150,7 @@ class Architecture:
         recurrent_scales: those of a recurrent mixer's matrices are applied.
         activation: `"silu"`, `"gelu"` (tanh form), `"relu2"` (the square of the positive part), `"xielu"` (see
             `ggjac.config.Layer`) or `"silu_oai"` (clamped, with up shifted by one).
+        hidden_clamps: hidden units may have limits in each block (`swiglu_clamp_exp`, `swiglu_clamp_shexp`).
         router: how expert weights come from router logits: `"softmax"` over all experts, `"softmax_selected"` over
             the chosen ones, or `"sigmoid"`.
         sigmoid_routers: blocks and vocabulary of the variants where it is `"sigmoid"` (llama.cpp identifies them so).
@@ -165,8 +168,9 @@ class Architecture:
         expert_latent: the file's `moe_latent_size`, if present, is the width of what routed experts read and write.
         expert_widths: where the experts' hidden units are stated: `"tensors"` (their shapes; for the shared expert
             `expert_shared_feed_forward_length`, if present), `"count"` (`expert_feed_forward_length`, times
-            `expert_shared_count` for the shared expert) or `"shared count"` (likewise, but the shared expert has
-            `expert_shared_feed_forward_length` times the count, if present).
+            `expert_shared_count` for the shared expert), `"shared count"` (likewise, but the shared expert has
+            `expert_shared_feed_forward_length` times the count, if present) or `"shared"` (likewise, but that key
+            counts alone).
         predictors: the file's last `nextn_predict_layers` blocks predict tokens after the next one; they are left out.
         stream_scale: a block's output may be multiplied by a number (`layer_output_scale`).
         positions: learned position embeddings are added to the input.
@@ -194,6 +198,8 @@ class Architecture:
     one_branch: bool = False
     key_heads_tiled: bool = False
     sigmoid_gate: bool = False
+    low_rank_gates: bool = False
+    bounded_decay: bool = False
     positive_decay: bool = False
     gated_queries: bool = False
     gated_heads: bool = False
@@ -236,6 +242,7 @@ class Architecture:
     ffn_scales: bool = False
     recurrent_scales: bool = False
     activation: str = "silu"
+    hidden_clamps: bool = False
     router: str = "softmax"
     sigmoid_routers: tuple[tuple[int, int], ...] = ()
     router_key: bool = False
@@ -363,6 +370,19 @@ _DEEPSEEK2 = replace(
     expert_widths="count",
     predictors=True,
     graph=Graph(attention=()),
+)
+
+_KIMI = replace(
+    _DEEPSEEK,
+    mixer="latent",
+    latent_split="required",
+    recurrent="kimi delta",
+    recurrent_blocks="no kv heads",
+    sigmoid_gate=True,
+    partial_rotary=True,
+    router="",
+    router_key=True,
+    selection_bias="required",
 )
 
 ARCHITECTURES: dict[str, Architecture] = {
@@ -540,6 +560,26 @@ ARCHITECTURES: dict[str, Architecture] = {
         router_key=True,
         selection_bias="required",
         head="required",
+    ),
+    "kimi-linear": replace(
+        _KIMI,
+        low_rank_gates=True,
+        rope_pairs="",
+        renormalize_key=False,
+        head="required",
+        graph=Graph(("kda_out", "mla_out")),
+    ),
+    "bailingmoe3": replace(
+        _KIMI,
+        latent_queries="optional",
+        gated_heads=True,
+        bounded_decay=True,
+        positive_decay=True,
+        rope_pairs="adjacent",
+        hidden_clamps=True,
+        expert_widths="shared",
+        predictors=True,
+        graph=Graph(("kda_out", "mla_out"), ffn=()),
     ),
     "lfm2": replace(_LFM2, windowed="optional"),
     "lfm2moe": replace(_LFM2, router="", router_key=True, selection_bias="required", leading_dense=True),

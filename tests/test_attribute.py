@@ -28,6 +28,7 @@ CASES = (
     *("glm4moe", "qwen35", "lfm2", "mamba2", "granitehybrid", "falcon_h1", "nemotron_h_moe", "gemma4"),
     *("gemma4_experts", "gemma4_full_first", "gemma4_small", "gemma4_shared"),
     *("deepseek2", "deepseek2_unsplit", "minicpm3", "minimax_m3"),
+    *("kimi_linear", "bailingmoe3_clamped"),
 )
 N = 6
 

@@ -668,6 +668,32 @@ LATENT: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {
     "a bias of the latent": ("deepseek2", {}, {"attn_kv_a_mqa.bias": (28,)}, "'blk.0.attn_kv_a_mqa.bias' is not part"),
     "a head of its own": ("plm", {}, {"output.weight": (128, 64)}, "'output.weight' is not part of a plm model"),
     "none": ("minimax_m3", {}, {"output.weight": ABSENT}, "tensor output.weight is missing; the file is incomplete"),
+    **{
+        f"no {name} in Kimi's delta rule": (case, {}, {name: ABSENT}, f"tensor blk.0.{name} is missing")
+        for case, names in {
+            "kimi_linear": ("ssm_f_b.weight", "ssm_g_b.weight", "ssm_conv1d_v.weight", "ssm_a", "ssm_dt.bias",
+                            "attn_k.weight"),
+            "bailingmoe3": ("ssm_f_a.weight", "ssm_beta.weight", "ssm_norm.weight"),
+        }.items()
+        for name in names
+    },
+    "decays in one step": ("kimi_linear", {}, {"ssm_f_a.weight": (64, 64)}, r"f_a.weight has .* \[16, 64\]"),
+    "decays in two steps": ("bailingmoe3", {}, {"ssm_f_b.weight": (64, 16)}, "'blk.0.ssm_f_b.weight' is not part of"),
+    "heads of another size": ("kimi_linear", {"kda.head_dim": 15}, {}, r"attn_output.weight has shape .* \[64, 60\]"),
+    "no size of its heads": ("kimi_linear", {"kda.head_dim": ABSENT}, {}, "kimi-linear.kda.head_dim is missing"),
+    "taps of another number": ("kimi_linear", {"ssm.conv_kernel": 3}, {}, r"conv1d_q.weight has .* \[1, 64, 1, 4\]"),
+    "taps the other way": ("kimi_linear", {}, {"ssm_conv1d_k.weight": (4, 1, 64, 1)}, "conv1d_k.weight has shape"),
+    "a latent of queries": ("kimi_linear_sizes", {"attention.q_lora_rank": 8}, {"attn_q_a.weight": (8, 64)},
+                            "'blk.0.attn_q_a.weight' is not part of a kimi-linear model"),
+    "an old expansion": ("kimi_linear_sizes", {}, {"attn_k_b.weight": ABSENT, "attn_kv_b.weight": (88, 20)},
+                         "tensor blk.0.attn_k_b.weight is missing"),
+    "no bound": ("bailingmoe3", {"kda.gate_lower_bound": ABSENT}, {}, "kda.gate_lower_bound is missing"),
+    "a bound of zero": ("bailingmoe3", {"kda.gate_lower_bound": 0.0}, {}, "gate_lower_bound is 0.0; the logarithm"),
+    "decays without a bound": ("bailingmoe3", {"kda.safe_gate": False}, {}, "safe_gate is False: .* not supported"),
+    "negative limits": ("bailingmoe3", {"swiglu_clamp_exp": [0.0, -1.0, 0.0]}, {}, "clamp_exp contains -1.0; limits"),
+    "limits of other blocks": ("bailingmoe3", {"swiglu_clamp_shexp": [0.0, 1.0]}, {}, "has 2 entries for 3 blocks"),
+    "rotated sections": ("bailingmoe3", {"rope.dimension_sections": [2, 1, 1, 0]}, {}, "sections .* not supp"),
+    "no gate of heads": ("bailingmoe3_clamped", {}, {"attn_gate.weight": ABSENT}, "blk.0.attn_gate.weight is missing"),
     "none shared": ("mistral4", {"expert_shared_count": ABSENT}, {}, "mistral4.expert_shared_count is missing"),
 }  # fmt: skip
 
@@ -708,6 +734,14 @@ def test_variants_of_deepseek_are_known_by_their_vocabulary() -> None:
         assert (found.latent_queries, found.router) == (queries, router)
         stated = Keys(keys.metadata | {"deepseek2.expert_gating_func": 1}, "deepseek2")
         assert decided(stated, row, blocks, shapes).router == "softmax"
+
+
+def test_axes_of_length_one_do_not_count_in_kimis_delta_rule(tiny_file: Callable[..., Path]) -> None:
+    path = tiny_file("kimi_linear")
+    known = altered(path, {}, {})
+    for taps, decays in (((64, 1, 4), (4,)), ((64, 4), (1, 1, 4, 1)), ((1, 64, 1, 4), (4, 1))):
+        shapes = {f"ssm_conv1d_{part}.weight": taps for part in "qkv"} | {"ssm_a": decays}
+        assert altered(path, {}, shapes) == known
 
 
 def test_an_indexer_limits_the_prompt(tiny_file: Callable[..., Path]) -> None:

@@ -344,6 +344,33 @@ def changed_vector(name: str, change: Callable[[Tensor], Tensor]) -> Callable[[P
     return make
 
 
+def changed_wide_vector(name: str, change: Callable[[Tensor], Tensor]) -> Callable[[Patch], None]:
+    """Let a small tensor that is read at full precision be another."""
+
+    def make(patch: Patch) -> None:
+        vector = weights.Block.wide_vector
+
+        def changed(self: weights.Block, wanted: str) -> Tensor:
+            found = vector(self, wanted)
+            return change(found) if wanted == name else found
+
+        patch.setattr(weights.Block, "wide_vector", changed)
+
+    return make
+
+
+def unbounded_decays(patch: Patch) -> None:
+    """Let decays be those of files without a bound, whose constants have the other sign."""
+    change_config(patch, decay_bound=0.0)
+    changed_wide_vector("ssm_a", torch.neg)(patch)
+
+
+def one_decay_of_heads(patch: Patch) -> None:
+    """Let all channels of a head decay alike."""
+    right = mixers._log_decay
+    patch.setattr(mixers, "_log_decay", lambda *args: right(*args).mean(-1, keepdim=True))
+
+
 def moved(name: str, by: int) -> Callable[[Patch], None]:
     """Let the elements of all queries or keys of latent attention be shifted, as if its parts had another order."""
 
@@ -534,6 +561,28 @@ MISTAKES: dict[str, tuple[str, Callable[[Patch], None]]] = {
     "no clamp in dense blocks": ("minimax_m3", changed_activation(limit=None)),
     "no shift in shared experts": ("minimax_m3", changed_activation(shift=0.0)),
     "no norm of heads beside an indexer": ("minimax_m3", lambda p: change_config(p, row__qk_norm="")),
+    "decay of each head alone": ("kimi_linear", one_decay_of_heads),
+    "decays without their bias": ("kimi_linear", changed_wide_vector("ssm_dt.bias", torch.zeros_like)),
+    "decays bounded": ("kimi_linear", lambda p: change_config(p, decay_bound=-5.0)),
+    "decays not bounded": ("bailingmoe3", unbounded_decays),
+    "decays of the other sign": ("bailingmoe3", lambda p: change_config(p, row__positive_decay=False)),
+    "another bound of decays": ("bailingmoe3_predictor", lambda p: change_config(p, decay_bound=-5.0)),
+    "gate of a delta rule with SiLU": ("kimi_linear", lambda p: change_config(p, row__sigmoid_gate=False)),
+    "keys of a delta rule of another length": ("kimi_linear_eps", lambda p: change_config(p, norm_epsilon=1e-5)),
+    "taps of queries and keys swapped": ("kimi_linear", lambda p: swapped(p, "ssm_conv1d_q", "ssm_conv1d_k")),
+    "decay and gate swapped": ("kimi_linear", lambda p: swapped(p, "ssm_f_", "ssm_g_")),
+    "latent attention rotates in Kimi Linear": (
+        "kimi_linear", lambda p: change_config(p, layer__rope=lambda layer: Rope(8, 10000.0, "adjacent"))
+    ),
+    "heads of latent attention not gated": ("bailingmoe3", without("attn_gate.weight")),
+    "latent attention does not rotate beside a delta rule": (
+        "bailingmoe3", lambda p: change_config(p, layer__rope=None)
+    ),
+    "hidden units not clamped": ("bailingmoe3_clamped", lambda p: change_config(p, layer__clamps=(0.0, 0.0))),
+    "experts clamped as shared ones": (
+        "bailingmoe3_clamped", lambda p: change_config(p, layer__clamps=lambda layer: layer.clamps[::-1])
+    ),
+    "weights not normed in Kimi Linear": ("kimi_linear_unread", lambda p: change_config(p, row__renormalize=False)),
     "latent queries grow late": ("deepseek2_temperature", lambda p: change_config(p, temperature_length=5)),
 }  # fmt: skip
 

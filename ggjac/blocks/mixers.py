@@ -10,6 +10,7 @@ on the values, gates on the output, and the scales of norms.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -404,7 +405,9 @@ def _scan(tape: ScanTape, n: int, m: int, width: int) -> Scan:
     return Scan(tape.within, tape.reading, tape.writing, tape.moving, n, m, value_size=width // len(tape.within))
 
 
-def _delta(w: BlockWeights, frame: Frame, layer: int, h: Float[Tensor, "m d"], past: Past | None) -> Mixed:
+def _delta(
+    w: BlockWeights, frame: Frame, layer: int, h: Float[Tensor, "m d"], past: Past | None, kind: str = "delta"
+) -> Mixed:
     """Freeze a gated delta rule, with a decay for each head or for each key channel."""
     config, own = frame.config, frame.config.recurrence
     stems = {f"attn_{part}": f"ssm_conv1d_{part}" for part in "qkv"}
@@ -426,7 +429,7 @@ def _delta(w: BlockWeights, frame: Frame, layer: int, h: Float[Tensor, "m d"], p
     gate = _projected(w, ("attn_gate", "ssm_g_a", "ssm_g_b"), h).unflatten(1, (own.heads, -1))
     gate = gate.sigmoid() if config.row.sigmoid_gate else gate * gate.sigmoid()
     read = inverse_rms(heads, config) * w.vector("ssm_norm.weight").to(wide) * gate
-    tape = tape._replace(kind="delta", written=Factor(share), read=Factor(read.flatten(1).to(h.dtype)))
+    tape = tape._replace(kind=kind, written=Factor(share), read=Factor(read.flatten(1).to(h.dtype)))
     return Mixed(tape, o, Past(rows=rows, state=state))
 
 
@@ -497,6 +500,7 @@ RECORD: dict[str, Record] = {
     "latent": _latent,
     "shared attention": _shared_attention,
     "delta": _delta,
+    "kimi delta": partial(_delta, kind="kimi delta"),
     "state space": _state_space,
     "convolution": _convolution,
 }

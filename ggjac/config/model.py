@@ -51,6 +51,8 @@ class Layer:
         value_size: elements of a value head.
         hidden_units: of the dense feed-forward network; 0 if the block has none.
         routed: whether the block has a mixture of experts.
+        clamps: largest activated gate, and largest magnitude of what it multiplies, in routed experts and in other
+            networks; 0 for no limit.
         experts_used: number of routed experts that each token uses; 0 without a mixture, as the next one.
         expert_units: hidden units of a routed expert.
         keys_as_values: whether the key projection, before its norm and rotation, gives the values too.
@@ -72,6 +74,7 @@ class Layer:
     window: int | None
     rope: Rope | None
     xielu: tuple[float, float, float] | None = None
+    clamps: tuple[float, float] = (0.0, 0.0)
     experts_used: int = 0
     expert_units: int = 0
     keys_as_values: bool = False
@@ -84,6 +87,10 @@ class Layer:
         feeds = self.routed or self.hidden_units > 0
         present = {"layer": True, "attn": bool(self.mixers), "mlp": feeds}
         return tuple(kind for kind in KINDS if present[kind])
+
+    def clamp(self, kind: str) -> float:
+        """Return the limit in networks of a kind, the suffix of their tensors' names."""
+        return self.clamps[0 if kind == "_exps" else 1]
 
 
 @dataclass(frozen=True)

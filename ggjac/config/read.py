@@ -56,7 +56,7 @@ def read_config(metadata: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...
         vocabulary=shapes.get("token_embd.weight", (0,))[0],
         context_length=context,
         original_context=keys.integer("rope.scaling.original_context_length", context),
-        recurrence=_recurrence(keys, row, context),
+        recurrence=_recurrence(keys, row, stored, context),
         norm_epsilon=_epsilon(keys, row),
         attention_scale=_attention_scale(keys, row, width) * stretching(keys, row)[1],
         attention_clamp=keys.real("attention.clamp_kqv", 0.0) if row.clamp_key else 0.0,
@@ -72,6 +72,7 @@ def read_config(metadata: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...
         expert_groups_used=experts.groups_used,
         expert_weights_scale=(keys.real("expert_weights_scale", 0.0) if row.expert_scale_key else 0) or 1.0,
         expert_shared_feed_forward_length=experts.shared_width,
+        decay_bound=_decay_bound(keys, row),
         expert_latent=keys.count("moe_latent_size") if row.expert_latent else 0,
         latent=latent,
         indexer=_indexer(keys, row),
@@ -136,6 +137,7 @@ def _layers(
     optional = experts.total and not experts.leading_dense
     units = keys.counts("feed_forward_length", stored, 0 if optional or row.recurrent else None, least=least)
     windows = read_windows(keys, row, stored)
+    clamps = _clamps(keys, row, stored)
     xielu = _xielu(keys, blocks) if row.activation == "xielu" else [None] * blocks
     layers: list[Layer] = []
     first_reader = stored - (keys.count("attention.shared_kv_layers") if row.shared_keys else 0)
@@ -162,6 +164,7 @@ def _layers(
                 rope=rope_of(keys, row, key_size, i, windows) if attends else None,
                 xielu=xielu[i],
                 source=source,
+                clamps=clamps[i],
                 keys_as_values=row.keys_as_values
                 and source is None
                 and attends
@@ -275,7 +278,7 @@ def _temperature_length(keys: Keys, row: Architecture, context: int) -> int:
     return keys.integer("rope.scaling.original_context_length", context)
 
 
-def _recurrence(keys: Keys, row: Architecture, context: int) -> Recurrence:
+def _recurrence(keys: Keys, row: Architecture, blocks: int, context: int) -> Recurrence:
     """Return the sizes of mixers other than attention."""
     if not row.recurrent:
         return Recurrence()
@@ -284,6 +287,9 @@ def _recurrence(keys: Keys, row: Architecture, context: int) -> Recurrence:
         raise ConfigError(f"{keys.prefix}: a convolution over {taps} positions does not fit a context of {context}")
     if row.recurrent == "convolution":
         return Recurrence(taps)
+    if row.recurrent == "kimi delta":
+        heads, size = keys.for_all_blocks("attention.head_count", blocks), keys.integer("kda.head_dim")
+        return Recurrence(taps, heads, heads, size, size)
     heads, key_heads = keys.integer("ssm.time_step_rank"), keys.integer("ssm.group_count")
     inner, key_size = keys.integer("ssm.inner_size"), keys.integer("ssm.state_size")
     if inner % heads or heads % key_heads:
@@ -291,6 +297,19 @@ def _recurrence(keys: Keys, row: Architecture, context: int) -> Recurrence:
             f"{keys.prefix}.ssm: {heads} heads cannot share {inner} elements and {key_heads} key heads evenly"
         )
     return Recurrence(taps, heads, key_heads, key_size, inner // heads)
+
+
+def _decay_bound(keys: Keys, row: Architecture) -> float:
+    """Return the lower bound of the logarithm of decays, or 0 for none."""
+    if not row.bounded_decay:
+        return 0.0
+    if "kda.safe_gate" in keys and not keys.flag("kda.safe_gate"):
+        raise ConfigError(f"{keys.prefix}.kda.safe_gate is False: decays without a bound are not supported")
+    name = f"{keys.prefix}.kda.gate_lower_bound"
+    (bound,) = keys.of_each_block(name, 1)
+    if bound >= 0:
+        raise ConfigError(f"metadata key {name} is {bound}; the logarithm of a decay is negative")
+    return bound
 
 
 def _epsilon(keys: Keys, row: Architecture) -> float:
@@ -372,6 +391,20 @@ def _groups(keys: Keys, experts: int, used: int) -> tuple[int, int]:
     return groups, chosen
 
 
+def _clamps(keys: Keys, row: Architecture, blocks: int) -> list[tuple[float, float]]:
+    """Return each block's limits of hidden units: in routed experts, and in other networks; 0 for none."""
+    if not row.hidden_clamps:
+        return [(0.0, 0.0)] * blocks
+    found = []
+    for kind in ("exp", "shexp"):
+        key = f"swiglu_clamp_{kind}"
+        limits = keys.of_each_block(f"{keys.prefix}.{key}", blocks) if key in keys else [0.0] * blocks
+        if min(limits) < 0:
+            raise ConfigError(f"metadata key {keys.prefix}.{key} contains {min(limits)}; limits are not negative")
+        found.append(limits)
+    return list(zip(*found, strict=True))
+
+
 def _xielu(keys: Keys, blocks: int) -> list[tuple[float, float, float]]:
     """Return αn, αp and β of each block's xIELU; the file has both α as ggml's `ggml_xielu` takes them."""
     n, p, beta, eps = (keys.of_each_block(f"xielu.{name}", blocks) for name in ("alpha_n", "alpha_p", "beta", "eps"))
@@ -449,5 +482,8 @@ def _shared_units(keys: Keys, row: Architecture, shapes: Mapping[str, tuple[int,
     if row.expert_widths == "tensors":  # Qwen 1.5's files have no key for it
         shared = next((shape for name, shape in shapes.items() if name.endswith(".ffn_up_shexp.weight")), ())
         return keys.count("expert_shared_feed_forward_length") or (shared[0] if len(shared) == 2 else 0)
-    each = keys.count("expert_shared_feed_forward_length") if row.expert_widths == "shared count" else 0
-    return (each or keys.integer("expert_feed_forward_length")) * keys.integer("expert_shared_count")
+    width, count = keys.integer("expert_feed_forward_length"), keys.integer("expert_shared_count")
+    stated = keys.count("expert_shared_feed_forward_length") if row.expert_widths.startswith("shared") else 0
+    if row.expert_widths == "shared":
+        return stated or width * count
+    return (stated or width) * count

@@ -57,6 +57,7 @@ _MIXERS: dict[str, dict[str, tuple[str, ...]]] = {
     "latent": {"attn_output": ("d", "read")},
     "shared attention": {"attn_q": ("q", "d"), "attn_output": ("d", "read")},
     "delta": _DELTA,
+    "kimi delta": {"attn_output": ("d", "hv")},
     "state space": _STATE_SPACE,
     "convolution": _CONVOLUTION,
 }
@@ -65,6 +66,19 @@ _VECTORS: dict[str, dict[str, tuple[str, ...]]] = {
     "delta": {
         "ssm_conv1d.weight": ("2qk + hv", "taps"),
         "ssm_dt.bias": ("states",),
+        "ssm_a": ("states",),
+        "ssm_norm.weight": ("state value",),
+    },
+    "kimi delta": {
+        "attn_q.weight": ("qk", "d"),
+        "attn_k.weight": ("qk", "d"),
+        "attn_v.weight": ("hv", "d"),
+        "attn_qkv.weight": ("2qk + hv", "d"),
+        "ssm_conv1d_q.weight": ("qk", "taps"),
+        "ssm_conv1d_k.weight": ("qk", "taps"),
+        "ssm_conv1d_v.weight": ("hv", "taps"),
+        "ssm_beta.weight": ("states", "d"),
+        "ssm_dt.bias": ("qk",),
         "ssm_a": ("states",),
         "ssm_norm.weight": ("state value",),
     },
@@ -138,6 +152,8 @@ _OPTIONAL = {
     "layer_output_scale.weight",
     *(name for table in _INDEXER.values() for name in table),
 }
+# Some files have further axes of length 1.
+_LOOSE = {"kimi delta": {"ssm_a", *(f"ssm_conv1d_{part}.weight" for part in "qkv")}}
 _GATES = {"ffn_gate_exps", "ffn_gate_up_exps", "ffn_gate_shexp"}
 
 
@@ -185,6 +201,11 @@ def _delta_parts(config: ModelConfig, layer: int) -> dict[str, Part]:
     return parts | _sections("ssm_conv1d", ssm_conv1d_q=qk, ssm_conv1d_k=qk, ssm_conv1d_v=hv)
 
 
+def _kimi_delta_parts(config: ModelConfig, layer: int) -> dict[str, Part]:
+    sizes = _recurrent_sizes(config)
+    return _sections("attn_qkv", attn_q=sizes["qk"], attn_k=sizes["qk"], attn_v=sizes["hv"])
+
+
 def _state_space_parts(config: ModelConfig, layer: int) -> dict[str, Part]:
     sizes = _recurrent_sizes(config)
     hv, qk, heads = sizes["hv"], sizes["qk"], sizes["states"]
@@ -203,6 +224,7 @@ _MIXER_PARTS: dict[str, Callable[[ModelConfig, int], dict[str, Part]]] = {
     "latent": _latent_parts,
     "shared attention": lambda config, layer: {},
     "delta": _delta_parts,
+    "kimi delta": _kimi_delta_parts,
     "state space": _state_space_parts,
     "convolution": _convolution_parts,
 }
@@ -227,6 +249,7 @@ def check_tensors(config: ModelConfig, shapes: Mapping[str, tuple[int, ...]]) ->
         needed.add("exp_probs_b.bias")
     if config.row.recurrent == "delta":
         needed.add("ssm_norm.weight")
+    loose = {name for own in config.layers for mixer in own.mixers for name in _LOOSE.get(mixer, ())}
     for prefix, table, sizes in _scopes(config):
         fused = {stem: parts for stem, parts in FUSED.items() if all(f"{part}.weight" in table for part in parts)}
         optional = _OPTIONAL | {f"{stem}.weight" for stem in fused}
@@ -242,11 +265,16 @@ def check_tensors(config: ModelConfig, shapes: Mapping[str, tuple[int, ...]]) ->
             if name not in shapes:
                 if short in needed or not (short.endswith((".bias", "scale")) or short in optional):
                     raise ConfigError(f"tensor {name} is missing; the file is incomplete, download or convert it again")
-            elif tuple(shapes[name]) != shape:
+            elif tuple(shapes[name]) != shape and not (short in loose and _same(shapes[name], shape)):
                 raise ConfigError(f"tensor {name} has shape {list(shapes[name])}, the metadata calls for {list(shape)}")
     for name in shapes:
         if name not in known:
             raise ConfigError(f"tensor {shown(name)} is not part of a {config.architecture} model as supported here")
+
+
+def _same(a: tuple[int, ...], b: tuple[int, ...]) -> bool:
+    """Return whether two shapes differ in axes of length 1 only."""
+    return [size for size in a if size != 1] == [size for size in b if size != 1]
 
 
 def _scaled(shapes: Mapping[str, tuple[int, ...]], stem: str) -> bool:
@@ -359,6 +387,8 @@ def _block_table(config: ModelConfig, layer: int) -> dict[str, tuple[str, ...]]:
             vectors |= _INDEXER.get(mixer, {})
         if mixer == "latent":
             vectors |= _latent_table(config)
+        if mixer == "kimi delta":
+            vectors |= _gates_table(row.low_rank_gates)
         if mixer in ("attention", "shared attention"):
             vectors |= {f"{name}.weight": axes for name, axes in _QK_NORMS[row.qk_norm].items()}
     if own.source is not None:
@@ -411,6 +441,15 @@ def _latent_table(config: ModelConfig) -> dict[str, tuple[str, ...]]:
     if config.row.gated_heads:
         table["attn_gate"] = ("heads", "d")
     return {f"{name}.weight": axes for name, axes in table.items()}
+
+
+def _gates_table(low_rank: bool) -> dict[str, tuple[str, ...]]:
+    """Return the projections to the decays and to the gate of Kimi's delta rule, in one step or two."""
+    if low_rank:
+        steps: dict[str, tuple[str, ...]] = {"a": ("state", "d"), "b": ("qk", "state")}
+    else:
+        steps = {"a": ("qk", "d")}
+    return {f"ssm_{name}_{step}.weight": axes for name in "fg" for step, axes in steps.items()}
 
 
 def _norms(config: ModelConfig, layer: int) -> list[str]:

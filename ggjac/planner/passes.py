@@ -198,7 +198,7 @@ class _Block:
         info, rows = found
         if experts:
             return Pass(experts * info.row_bytes, {info.type.name: experts * info.shape[-1]})
-        whole = info.shape[-2] if len(info.shape) > 1 else info.shape[-1]
+        whole = info.rows if len(info.shape) > 1 else info.shape[-1]
         return Pass(rows * info.nbytes // whole, {info.type.name: rows * info.elements // whole})
 
 
@@ -216,6 +216,11 @@ def _networks(block: _Block, config: ModelConfig, positions: int) -> Iterator[tu
 def _live(block: _Block, kind: str, mlp_path: MlpPath) -> str:
     """Return the stem of the projection that stays live; without a gate it is `ffn_up`."""
     return f"ffn_{mlp_path}{kind}" if block.find(f"ffn_gate{kind}.weight") else f"ffn_up{kind}"
+
+
+def _clamped(config: ModelConfig, block: _Block, kind: str) -> bool:
+    """Return whether hidden units of a network have limits."""
+    return config.row.activation == "silu_oai" or block.layer.clamp(kind) > 0
 
 
 def _sweep(block: _Block, config: ModelConfig, mlp_path: MlpPath, region: Region, input_positions: int) -> Pass:
@@ -324,11 +329,10 @@ def _trace(block: _Block, config: ModelConfig, mlp_path: MlpPath, n: int, m: int
         else:
             parts += [_pattern(config, block, mixer, n, m), _mix(config, block, mixer, n, m)]
     parts.append(block.vector("exp_probs_b.bias"))
-    clamped = config.row.activation == "silu_oai"
     for kind, experts, uses, _ in _networks(block, config, m):
         stems = _stems(block, kind)
         # A frozen factor that needs the live projection's own output is recorded first, and then applied.
-        if len(stems) < 3 or mlp_path == "gate" or clamped:
+        if len(stems) < 3 or mlp_path == "gate" or _clamped(config, block, kind):
             stems = [*stems, _live(block, kind, mlp_path)]
         parts += [block.linear(stem, m, experts, uses) for stem in stems]
     parts += [Pass(info.nbytes, {info.type.name: info.elements}) for info in _small(block)]
@@ -380,9 +384,8 @@ def _tape_bytes(block: _Block, config: ModelConfig, n: int, item: int) -> int:
         if name is not None:
             floats += config.d * (2 if block.find(f"{name}.bias") else 1)
             other += n * max(4, item)  # one over the root mean square, at least in float32
-    clamped = config.row.activation == "silu_oai"
     for kind, experts, uses, width in _networks(block, config, n):
-        floats += uses * width * (1 + clamped)
+        floats += uses * width * (1 + _clamped(config, block, kind))
         if experts:
             floats, other = floats + uses, other + uses * 8  # the router's weights, and positions in int64
         elif kind and block.find(f"ffn_gate_inp{kind}.weight"):
