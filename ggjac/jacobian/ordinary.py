@@ -38,6 +38,12 @@ class OrdinaryJacobian(LinearOperator):
         self.in_shape, self.out_shape = (n, d), (d,)
         self.dtype, self.device = network.x.dtype, network.x.device
         self.network, self.position = network, position
+        config = network.frame.config
+        if config.inputs or config.writers:
+            raise ValueError(
+                f"the ordinary Jacobian of this {config.architecture} model is not supported: its blocks read more of "
+                "earlier ones than the stream"
+            )
         self.progress: Callable[[int, int], None] | None = None
         self.chunk_bytes = CHUNK_BYTES
         rotations = {rope: (c[: position + 1], s[: position + 1]) for rope, (c, s) in network.frame.rotations.items()}
