@@ -21,7 +21,6 @@ from ggjac.gguf import GGUFFile, open_gguf
 from ggjac.gguf.hub import demo_path, resolve
 from ggjac.jacobian import DetachedJacobian, FrozenNetwork, Span
 from ggjac.jacobian.tapes import Tapes
-from ggjac.linop import Linear
 from ggjac.planner import Plan, machine
 from ggjac.rope import rotation
 from ggjac.runs.journal import Journal
@@ -311,15 +310,17 @@ class Model:
 
     def block_inputs(self, ids: Sequence[int]) -> Float[Tensor, "n L w"] | None:
         """Return what each block reads of the tokens beside the stream: rows of a table, and of their embeddings."""
-        config = self.config
-        if not config.inputs:
-            return None
-        x, n = self.embed(ids), len(ids)
-        projected = Linear(self.weights["per_layer_model_proj.weight"], n).matmat(x[None])[0] / config.d**0.5
-        projected = projected.reshape(-1, config.inputs)  # [n L, w]
-        norm = blocks.frozen_norm(config, self.weights["per_layer_proj_norm.weight"].dense(), None, projected)
-        table = self.weights["per_layer_token_embd.weight"].take(ids).reshape(-1, config.inputs)
-        return ((norm.apply(projected) + table * config.inputs**0.5) / 2**0.5).unflatten(0, (n, -1))
+        table = self.block_table(ids)
+        return None if table is None else blocks.block_inputs(self.outside, self.config, table, self.embed(ids))
+
+    def block_table(self, ids: Sequence[int]) -> Float[Tensor, "n Lw"] | None:
+        """Return the rows of the table from which blocks read beside the stream, or None if there is none."""
+        return self.weights["per_layer_token_embd.weight"].take(ids) if self.config.inputs else None
+
+    @property
+    def outside(self) -> Block:
+        """The tensors that belong to no block."""
+        return Block(self.weights, "", {})
 
     def freeze_final_norm(self, h: Float[Tensor, "n d"]) -> NormTape:
         """Freeze the norm before the head at any stream."""
@@ -481,6 +482,8 @@ class Trace:
             ids=self.ids,
             head=model.head,
             embedding=model.embedding,
+            outside=model.outside,
+            table=model.block_table(self.ids),
         )
 
 

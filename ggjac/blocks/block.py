@@ -25,7 +25,7 @@ from torch import Tensor
 from ggjac.blocks.frame import BlockWeights, Frame, affine, linear
 from ggjac.blocks.mixers import MixerTape, Past, extend_mixer, reading, record_mixer, valued, writing
 from ggjac.blocks.networks import FFNTape, networks, record_hidden, record_mixture
-from ggjac.blocks.norms import NormTape, record_norm
+from ggjac.blocks.norms import NormTape, frozen_norm, record_norm
 from ggjac.config import ModelConfig
 from ggjac.linop import Homogeneous, Identity, LinearOperator, Scale, Select, Sum, Zero
 
@@ -143,6 +143,24 @@ def record_rest(
         inputs, added = _record_inputs(w, frame, layer, out)
         out = out + added
     return ffn, inputs, out * stream_scale(w)
+
+
+def block_inputs(
+    w: BlockWeights, config: ModelConfig, table: Float[Tensor, "n Lw"], x: Float[Tensor, "n d"]
+) -> Float[Tensor, "n L w"]:
+    """Return what each of `L` blocks reads of the tokens beside the stream (Gemma 4 E2B, E4B).
+
+    Args:
+        w: the tensors outside the blocks.
+        config: the model's sizes.
+        table: rows of `per_layer_token_embd`.
+        x: the input of block 0.
+    """
+    projected = affine(linear(w, "per_layer_model_proj", len(x)), x) / config.d**0.5
+    projected = projected.reshape(-1, config.inputs)  # [n L, w]
+    norm = frozen_norm(config, w.vector("per_layer_proj_norm.weight"), None, projected)
+    rows = table.reshape(-1, config.inputs) * config.inputs**0.5
+    return ((norm.apply(projected) + rows) / 2**0.5).unflatten(0, (len(x), -1))
 
 
 def _record_inputs(

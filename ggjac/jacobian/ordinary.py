@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ggjac.blocks import BlockWeights, WeightMatrix, record_attention, record_rest
+from ggjac.blocks import BlockWeights, Past, WeightMatrix, block_inputs, record_attention, record_rest
 from ggjac.jacobian import FrozenNetwork
 from ggjac.linop import Homogeneous, LinearOperator
 from ggjac.sizes import CHUNK_BYTES
@@ -38,35 +38,33 @@ class OrdinaryJacobian(LinearOperator):
         self.in_shape, self.out_shape = (n, d), (d,)
         self.dtype, self.device = network.x.dtype, network.x.device
         self.network, self.position = network, position
-        config = network.frame.config
-        if config.inputs or config.writers:
-            raise ValueError(
-                f"the ordinary Jacobian of this {config.architecture} model is not supported: its blocks read more of "
-                "earlier ones than the stream"
-            )
         self.progress: Callable[[int, int], None] | None = None
         self.chunk_bytes = CHUNK_BYTES
         rotations = {rope: (c[: position + 1], s[: position + 1]) for rope, (c, s) in network.frame.rotations.items()}
         self._frame = network.frame._replace(rotations=rotations)
         self._blocks = network.frame.config.block_count
+        self._pasts: dict[int, State] = {}
 
     def matmat(self, X: Float[Tensor, "k n d"], t: Homogeneous = None) -> Float[Tensor, "k d"]:
         """Return `J x` for stacked tangents; a derivative has no constant term, so `t` is ignored."""
-        H = X[:, : self.position + 1].to(self.device, self.dtype)  # [k, m, d]
+        x = X[:, : self.position + 1].to(self.device, self.dtype)  # [k, m, d]
+        state = _pushed(self._start(self.network.outside), {STREAM: self._stream(0)}, {STREAM: x})
         for i in range(self._blocks):
-            H = _pushed(self._block(i, self.network.weights(i)), self._stream(i), H)
+            state = _pushed(self._block(i, self.network.weights(i)), self._state(i), state)
             self._report(i + 1)
-        return _pushed(self._norm, self._last_stream, H)
+        return _pushed(self._norm, {STREAM: self._last_stream}, {STREAM: state[STREAM]})[STREAM]
 
     def rmatmat(self, Y: Float[Tensor, "k d"]) -> Float[Tensor, "k n d"]:
         """Return `Jᵀ y` for stacked cotangents."""
-        H = _pulled(self._norm, self._last_stream, Y.to(self.device, self.dtype))  # [k, m, d]
+        state = _pulled(self._norm, {STREAM: self._last_stream}, {STREAM: Y.to(self.device, self.dtype)})  # [k, m, d]
         for done, i in enumerate(reversed(range(self._blocks)), start=1):
             weights = _Forgetful(self.network.weights(i))
-            H = _pulled(self._block(i, weights), self._stream(i), H, weights.forgetting())
+            state = _pulled(self._block(i, weights), self._state(i), state, weights.forgetting())
             self._report(done)
-        X = H.new_zeros(len(Y), *self.in_shape)
-        X[:, : self.position + 1] = H
+        weights = _Forgetful(self.network.outside)
+        state = _pulled(self._start(weights), {STREAM: self._stream(0)}, state, weights.forgetting())
+        X = Y.new_zeros(len(Y), *self.in_shape, device=self.device, dtype=self.dtype)
+        X[:, : self.position + 1] = state[STREAM]
         return X
 
     def rows(self, chunk: int | None = None) -> Iterator[tuple[int, int, Tensor]]:
@@ -80,58 +78,124 @@ class OrdinaryJacobian(LinearOperator):
     def _last_stream(self) -> Float[Tensor, "m d"]:
         """The residual stream after all blocks, which is on no tape."""
         i = self._blocks - 1
-        return self._block(i, self.network.weights(i))(self._stream(i))
+        return self._block(i, self.network.weights(i))(self._state(i))[STREAM]
 
     def _stream(self, i: int) -> Float[Tensor, "m d"]:
         """Return the input of block `i` at the prompt, up to the output's position."""
         return self.network.tapes[i].x[: self.position + 1]
 
-    def _block(self, i: int, w: BlockWeights) -> Callable[[Tensor], Tensor]:
-        """Return block `i` as a function of its input `[m, d]`."""
+    def _state(self, i: int) -> "State":
+        """Return all that block `i` reads at the prompt."""
+        config, state = self._frame.config, {STREAM: self._stream(i)}
+        if config.inputs:
+            state |= {INPUTS: self._start(self.network.outside)({STREAM: self._stream(0)})[INPUTS]}
+        for writer in config.writers & set(range(i)):
+            state |= self._kept(writer)
+        return state
 
-        def block(h: Float[Tensor, "m d"]) -> Float[Tensor, "m d"]:
+    def _kept(self, writer: int) -> "State":
+        """Return the keys and values at the prompt of a block from which later ones read."""
+        if writer not in self._pasts:
+            x = self._stream(writer)
+            past = record_attention(self.network.weights(writer), self._frame, writer, x).past[0]
+            self._pasts[writer] = _named(writer, past)
+        return self._pasts[writer]
+
+    def _start(self, w: BlockWeights) -> "Function":
+        """Return what blocks read of the input of block 0, as a function of it: the stream, and inputs of their own."""
+        config, table = self._frame.config, self.network.table
+
+        def start(state: State) -> State:
+            if table is None:
+                return {}
+            return {INPUTS: block_inputs(w, config, table[: self.position + 1], state[STREAM])}
+
+        return start
+
+    def _block(self, i: int, w: BlockWeights) -> "Function":
+        """Return block `i` as a function of all that it may read."""
+        config = self._frame.config
+        source = config.layers[i].source
+
+        def block(state: State) -> State:
+            past = None if source is None else Past(state[f"keys {source}"], state[f"values {source}"])
+            frame = self._frame._replace(inputs=state.get(INPUTS))
             # `record_block`, but the tape of attention is freed before the feed-forward.
-            return record_rest(w, self._frame, i, h, record_attention(w, self._frame, i, h).added)[2]
+            attn = record_attention(w, frame, i, state[STREAM], past)
+            made = _named(i, attn.past[0]) if i in config.writers else {}
+            added = attn.added
+            del attn
+            return made | {STREAM: record_rest(w, frame, i, state[STREAM], added)[2]}
 
         return block
 
-    def _norm(self, h: Float[Tensor, "m d"]) -> Float[Tensor, " d"]:
+    def _norm(self, state: "State") -> "State":
         """Apply the final norm at the output's position."""
-        return self.network.freeze_norm(h[-1:]).apply(h[-1:])[0]
+        h = state[STREAM]
+        return {STREAM: self.network.freeze_norm(h[-1:]).apply(h[-1:])[0]}
 
     def _report(self, done: int) -> None:
         if self.progress:
             self.progress(done, self._blocks)
 
 
-def _pushed(f: Callable[[Tensor], Tensor], x: Tensor, X: Float[Tensor, "k *x"]) -> Float[Tensor, "k *y"]:
-    """Return the derivatives of `f` at `x` along `k` directions: forward mode, all of them at once."""
-    if not len(X):
-        return X.new_zeros(0, *f(x).shape)
+# All that blocks read: the residual stream, inputs of their own, and the keys and values of earlier blocks, by name.
+State = dict[str, Tensor]
+# The parts of the state that it returns replace those before, or are new; the others stay as they are.
+Function = Callable[[State], State]
+STREAM, INPUTS = "stream", "inputs"
 
-    def along(c: Float[Tensor, " k"]) -> Tensor:
-        return f(x + torch.tensordot(c, X, 1))
+
+def _named(i: int, past: Past) -> State:
+    """Return the keys and values of block `i` under their names."""
+    assert past.k is not None
+    assert past.v is not None
+    return {f"keys {i}": past.k, f"values {i}": past.v}
+
+
+def _pushed(f: Function, x: State, X: State) -> State:
+    """Return the derivatives of the state after `f` at `x` along `k` directions: forward mode, all of them at once."""
+    k = len(X[STREAM])
+    if not k:
+        return X | {name: y.new_zeros(0, *y.shape) for name, y in f(x).items()}
+    names: list[str] = []
+
+    def along(c: Float[Tensor, " k"]) -> tuple[Tensor, ...]:
+        y = f({name: part + torch.tensordot(c, X[name], 1) for name, part in x.items()})
+        names[:] = y
+        return tuple(y.values())
 
     with torch.no_grad():  # forward mode needs no graph; the columns of this Jacobian, at c = 0, are the derivatives
         columns = torch.autograd.functional.jacobian(
-            along, X.new_zeros(len(X)), vectorize=True, strategy="forward-mode"
+            along, X[STREAM].new_zeros(k), vectorize=True, strategy="forward-mode"
         )
-    return columns.movedim(-1, 0)
+    return X | {name: part.movedim(-1, 0) for name, part in zip(names, columns, strict=True)}
 
 
-def _pulled(
-    f: Callable[[Tensor], Tensor],
-    x: Tensor,
-    Y: Float[Tensor, "k *y"],
-    saving: AbstractContextManager | None = None,
-) -> Float[Tensor, "k *x"]:
-    """Return the transposed derivative of `f` at `x` applied to `k` cotangents: reverse mode, all of them at once."""
-    if not len(Y):
-        return Y.new_zeros(0, *x.shape)
-    x = x.detach().requires_grad_()
+def _pulled(f: Function, x: State, Y: State, saving: AbstractContextManager | None = None) -> State:
+    """Return the transposed derivative at `x` applied to `k` cotangents of the state after `f`: reverse mode.
+
+    A part that `f` returns and nothing reads later has no cotangents.
+    """
+    if not len(Y[STREAM]):
+        return {name: part.new_zeros(0, *part.shape) for name, part in x.items()}
+    x = {name: part.detach().requires_grad_() for name, part in x.items()}
     with saving or nullcontext(), torch.enable_grad():
         y = f(x)
-    (X,) = torch.autograd.grad(y, x, Y, is_grads_batched=True)
+    read = [name for name in y if name in Y]
+    X = {name: Y[name] for name in x if name not in y and name in Y}  # what stays as it is
+    if not read:
+        return X
+    found = torch.autograd.grad(
+        [y[name] for name in read],
+        list(x.values()),
+        [Y[name] for name in read],
+        is_grads_batched=True,
+        allow_unused=True,
+    )
+    for name, part in zip(x, found, strict=True):
+        if part is not None:
+            X[name] = X[name] + part if name in X else part
     return X
 
 

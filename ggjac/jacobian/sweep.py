@@ -61,6 +61,8 @@ class FrozenNetwork(NamedTuple):
         ids: the `n` token ids.
         head: the LM head, which decodes outputs.
         embedding: `[v, d]`, the input embeddings, to which inputs are compared.
+        outside: the tensors that belong to no block.
+        table: what blocks read of the tokens from a table of their own, or None; see `ggjac.blocks.block_inputs`.
     """
 
     weights: Callable[[int], BlockWeights]
@@ -73,6 +75,8 @@ class FrozenNetwork(NamedTuple):
     ids: list[int]
     head: Head
     embedding: Weight
+    outside: BlockWeights
+    table: Float[Tensor, "n Lw"] | None
 
 
 class SharedSweep:
