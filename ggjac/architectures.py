@@ -4,7 +4,8 @@ A family is what `general.architecture` names; rows state facts of llama.cpp's g
 `ggjac.config` reads sizes and options from a file and completes them with its row.
 """
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,31 @@ class Graph:
     attention: tuple[str, ...] = ("attn_out",)
     ffn: tuple[str, ...] = ("ffn_out",)
     stream: tuple[str, ...] = ("l_out",)
+
+
+@dataclass(frozen=True)
+class Export:
+    """How a family's files may differ from those that llama.cpp reads.
+
+    Ollama's exports of Qwen 3.5 and 3.6 have the vision and prediction tensors of the model in the same file, and write
+    some keys and names in another way (ggml-org/llama.cpp, pull requests 22954, 23700 and 25334).
+
+    Attributes:
+        dropped: prefixes of the names of tensors that are not part of the model.
+        renamed: names in a block, after its number, and llama.cpp's for them.
+        padded: arrays below the architecture's prefix that may be too short, and their length with zeros at the end.
+        largest: arrays that have zeros for blocks without attention, where llama.cpp expects one number.
+    """
+
+    dropped: tuple[str, ...] = ()
+    renamed: Mapping[str, str] = field(default_factory=dict)
+    padded: Mapping[str, int] = field(default_factory=dict)
+    largest: tuple[str, ...] = ()
+
+    def name(self, stored: str) -> str:
+        """Return llama.cpp's name of a tensor."""
+        block, number, rest = [*stored.split(".", 2), "", ""][:3]
+        return f"{block}.{number}.{self.renamed[rest]}" if block == "blk" and rest in self.renamed else stored
 
 
 @dataclass(frozen=True)
@@ -81,6 +107,8 @@ class Architecture:
         indexer: prompts may be so long that attention selects keys: one by one (`"keys"`), in blocks (`"blocks"`), or
             `""` for never. Such prompts are not supported.
         value_norm: the values of each head are normed (RMSNorm without weight).
+        shared_keys: the file's last `attention.shared_kv_layers` blocks read keys and values of an earlier block.
+        inputs: blocks may have inputs of their own (`embedding_length_per_layer_input`), made from the tokens.
         keys_as_values: where a block lacks `attn_v`, its key projection gives the values too.
         parallel: both branches read the block's input, and are added to it together.
         parallel_key: the file's `use_parallel_residual`, which is then required, overrides `parallel`.
@@ -155,6 +183,7 @@ class Architecture:
         scale_keys: files may have these keys; otherwise the defaults count.
         head: whether the head has a matrix of its own (`output`): `"optional"`, `"required"`, or `"tied"` for never.
         graph: names in llama.cpp's graph.
+        export: how files of other converters may differ.
     """
 
     norm: str = "rms"
@@ -181,6 +210,8 @@ class Architecture:
     indexer: str = ""
     value_norm: bool = False
     keys_as_values: bool = False
+    shared_keys: bool = False
+    inputs: bool = False
     parallel: bool = False
     parallel_key: bool = False
     parallel_unless_normed: bool = False
@@ -237,6 +268,7 @@ class Architecture:
     scale_keys: bool = True
     head: str = "optional"
     graph: Graph = Graph()
+    export: Export = Export()
 
 
 _LLAMA = Architecture(rope_pairs="adjacent")
@@ -276,7 +308,13 @@ _DELTA = replace(
     ffn_scales=True,
     graph=Graph(attention=("linear_attn_out", "attn_output")),  # the latter also names the recurrence's output
 )
-_QWEN35 = replace(_DELTA, key_heads_tiled=True, rope_sections=True, recurrent_scales=True)
+_OLLAMA = Export(
+    dropped=("v.", "mtp."),
+    renamed={"ssm_dt": "ssm_dt.bias"},
+    padded={"rope.dimension_sections": 4},
+    largest=("attention.head_count_kv",),
+)
+_QWEN35 = replace(_DELTA, key_heads_tiled=True, rope_sections=True, recurrent_scales=True, export=_OLLAMA)
 _LFM2 = replace(
     _QWEN3,
     output_norm="token_embd_norm",
@@ -570,6 +608,8 @@ ARCHITECTURES: dict[str, Architecture] = {
         norms=_GEMMA4_NORMS,
         value_norm=True,
         keys_as_values=True,
+        shared_keys=True,
+        inputs=True,
         attention_scale=1.0,
         qk_norm="head",
         rope_factors="full",

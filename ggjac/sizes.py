@@ -103,6 +103,8 @@ def scan_chunk(n: int, key_size: int) -> int | None:
     """Return the chunk length of a recurrence over `n` positions, or None where its pattern is kept as a whole.
 
     A pattern takes `n` floats for each position and head, chunks of `c` positions `c + 2 s + s² / c` of them, which is
-    least, `4 s`, for chunks as long as a key. A product takes twice as many FLOP for each element of a value.
+    least, `4 s`, for chunks as long as a key. A product takes two FLOP for each of them and each element of a value. It
+    is as fast in such chunks from two or three keys on, and at four it is faster by a quarter or more; shorter chunks
+    are slower, and longer ones not faster (docs/benchmarks.md).
     """
     return key_size if n > 4 * key_size else None

@@ -26,7 +26,7 @@ CASES = (
     *("gemma2", "olmo2", "granite", "phi2", "falcon_7b", "cohere2", "gpt2", "starcoder2", "glm4", "gemma3"),
     *("gptneox", "stablelm_12b", "nemotron", "command_r", "olmo_clamped", "qwen2moe", "granitemoe", "gpt_oss"),
     *("glm4moe", "qwen35", "lfm2", "mamba2", "granitehybrid", "falcon_h1", "nemotron_h_moe", "gemma4"),
-    *("gemma4_experts", "gemma4_full_first"),
+    *("gemma4_experts", "gemma4_full_first", "gemma4_small", "gemma4_shared"),
     *("deepseek2", "deepseek2_unsplit", "minicpm3", "minimax_m3"),
     *("kimi_linear", "bailingmoe3_clamped"),
 )
@@ -114,6 +114,7 @@ def test_branches_and_heads_are_those_of_the_oracle(case: str, versus: int | Non
         close(shares.bias[row], constant)
         for layer in range(expected.layers):
             attn, mlp = (expected.states[f"{kind}_out-{layer}"][position] for kind in ("attn", "ffn"))
+            mlp = mlp + expected.states.get(f"per_layer_out-{layer}", 0 * expected.last)[position]
             attn, mlp = attn * expected.later(layer), mlp * expected.later(layer)
             heads = expected.heads(layer, position, c) * expected.later(layer)
             close(shares.attn[row, layer], float(c @ attn))

@@ -45,7 +45,8 @@ CASES = [
     *("mamba2", "mamba2_groups", "granitehybrid", "granitehybrid_shared", "granitehybrid_biases", "falcon_h1"),
     *("falcon_h1_normed", "nemotron_h", "nemotron_h_biases", "nemotron_h_moe", "nemotron_h_moe_latent"),
     *("nemotron_h_moe_uneven", "nemotron_h_moe_q8_0", "gemma4", "gemma4_full_first", "gemma4_fused"),
-    *("gemma4_experts", "gemma4_experts_apart", "gemma4_q8_0"),
+    *("gemma4_experts", "gemma4_experts_apart", "gemma4_q8_0", "gemma4_small", "gemma4_shared", "gemma4_shared_keys"),
+    *("gemma4_inputs", "gemma4_small_q8_0"),
     *("deepseek2", "deepseek2_unsplit", "deepseek2_dense", "mistral4", "minicpm3", "plm"),
     *("deepseek32", "glm_dsa", "minimax_m3", "kimi_linear", "kimi_linear_fused", "bailingmoe3", "bailingmoe3_clamped"),
 ]
@@ -144,8 +145,10 @@ def test_flop_and_tapes_are_those_of_the_operators(case: str, mlp_path: Any, tin
     for layer, tape in zip(plan.layers, run.tapes, strict=True):
         last = layer.index == len(plan.layers) - 1
         span = range(n - 1, n) if last else range(n)
-        block = blocks.block(run.model.block(layer.index), run.model.config, tape, span)
-        assert layer.sweep.flop == flop(block.attn) + flop(block.ffn)
+        config = run.model.config
+        block = blocks.block(run.model.block(layer.index), config, tape, span, config.bank(layer.index))
+        parts = (block.attn, block.ffn, block.inputs, block.values)
+        assert layer.sweep.flop == sum(flop(part) for part in parts if part is not None)
         assert layer.tape_bytes == nbytes(tape)
 
 

@@ -33,6 +33,7 @@ from ggjac.weights import WeightStore
 TinyFile = Callable[..., Path]
 OUTPUTS = {mixer.output for mixer in MIXERS.values()}
 TOKENS = ["--tokens", "5,17,3,99,42,7"]
+MIXED = ("convolution", "attention", "convolution")
 # No biases, so every tensor that is read is a matrix or a norm; every expert used, so the router has no effect.
 CASES: dict[str, dict[str, Any]] = {
     "gqa": {},
@@ -43,7 +44,7 @@ CASES: dict[str, dict[str, Any]] = {
     "qwen3moe": {"experts": 3, "experts_used": 3},
     "qwen35_listed": {},
     "qwen3next_old": {"experts": 3, "experts_used": 3},
-    "lfm2_window": {},
+    "lfm2": {"layers": 3, "mixers": MIXED, "extra": {"attention.head_count_kv": [0, 2, 0]}},
 }
 # Variants of every command, by `svd per token`.
 COUNTED: dict[str, list[Any]] = {
@@ -272,7 +273,7 @@ HEAVY = {
 }
 
 
-@pytest.mark.parametrize("case", ["gqa", "gemma2", "mixtral", "qwen3moe"])
+@pytest.mark.parametrize("case", ["gqa", "gemma2", "mixtral", "qwen3moe", "qwen35_listed", "lfm2"])
 @pytest.mark.parametrize("name", HEAVY)
 def test_a_command_holds_what_its_plan_says(
     name: str, case: str, counted: Counted, tiny_file: TinyFile, monkeypatch: pytest.MonkeyPatch

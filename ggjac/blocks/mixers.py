@@ -60,6 +60,7 @@ class MixerTape(NamedTuple):
         latent: norm of the latent.
         written: factor of the values before they are mixed.
         read: factor of what is mixed, before the output projection.
+        shared: width of the values if they are those of another block; 0 if the mixer makes its own.
     """
 
     kind: str
@@ -69,6 +70,7 @@ class MixerTape(NamedTuple):
     latent: NormTape | None = None
     written: Factor | None = None
     read: Factor | None = None
+    shared: int = 0
 
     @property
     def heads(self) -> int:
@@ -124,13 +126,16 @@ class Mixed(NamedTuple):
 
 
 # Freezes a mixer of a layer at its (normed) input `[m, d]`, which continues a past; None where a prompt begins and its
-# pattern is wanted. The tape of a recurrence with a past has no pattern: the state is carried on instead.
+# pattern is wanted. The tape of a recurrence with a past has no pattern: the state is carried on instead. Attention to
+# another block's keys has that block's past, which includes the new positions.
 Record = Callable[[BlockWeights, Frame, int, Tensor, Past | None], Mixed]
 
 
-def record_mixer(w: BlockWeights, frame: Frame, layer: int, kind: str, h: Float[Tensor, "n d"]) -> Mixed:
-    """Freeze a mixer at its (normed) input `h`."""
-    return RECORD[kind](w, frame, layer, h, None)
+def record_mixer(
+    w: BlockWeights, frame: Frame, layer: int, kind: str, h: Float[Tensor, "n d"], source: Past | None = None
+) -> Mixed:
+    """Freeze a mixer at its (normed) input `h`; `source` has another block's keys and values, if it reads those."""
+    return RECORD[kind](w, frame, layer, h, source)
 
 
 def extend_mixer(
@@ -142,7 +147,24 @@ def extend_mixer(
 
 
 def reading(w: BlockWeights, tape: MixerTape, n: int, m: int) -> LinearOperator:
-    """Return a mixer from its (normed) input to the mixed values, `[n, d]` to `[m, h v]`: the last `m` positions."""
+    """Return a mixer from its (normed) input to the mixed values, `[n, d]` to `[m, h v]`: the last `m` positions.
+
+    With another block's values it reads these, `[n, g v]`.
+    """
+    if tape.shared:
+        return _mix(w, tape, tape.shared)
+    values = valued(w, tape, n)
+    width = values.out_shape[1]
+    if tape.scan is not None:
+        return _scan(tape.scan, n, m, width) @ values
+    if tape.pattern is not None:
+        return _mix(w, tape, width) @ values
+    last = torch.arange(n - m, n)
+    return values if m == n else Select(last, n, width, dtype=values.dtype, device=values.device) @ values
+
+
+def valued(w: BlockWeights, tape: MixerTape, n: int) -> LinearOperator:
+    """Return a mixer from its (normed) input to the values that it mixes, `[n, d]` to `[n, g v]`."""
     path = MIXERS[tape.kind]
     values: LinearOperator = linear(w, path.values, n)
     if tape.latent is not None:
@@ -153,13 +175,7 @@ def reading(w: BlockWeights, tape: MixerTape, n: int, m: int) -> LinearOperator:
         values = _conv(w, path.convolution, n) @ values
     if tape.written is not None:
         values = tape.written.operator() @ values
-    width = values.out_shape[1]
-    if tape.scan is not None:
-        return _scan(tape.scan, n, m, width) @ values
-    if tape.pattern is not None:
-        return _mix(w, tape, width) @ values
-    last = torch.arange(n - m, n)
-    return values if m == n else Select(last, n, width, dtype=values.dtype, device=values.device) @ values
+    return values
 
 
 def writing(w: BlockWeights, tape: MixerTape, m: int) -> LinearOperator:
@@ -186,7 +202,8 @@ QK_NORM_AFTER = {"": "", "full": "projection", "head": "split", "heads": "split"
 def _attention(w: BlockWeights, frame: Frame, layer: int, h: Float[Tensor, "m d"], past: Past | None) -> Mixed:
     """Freeze softmax attention: its pattern, and the factors on values and heads."""
     config, past = frame.config, past or Past()
-    q, k, gate = _queries_keys(w, frame, layer, h, past.length)
+    q, gate = _queries_or_keys(w, frame, layer, "q", h, past.length)
+    k, _ = _queries_or_keys(w, frame, layer, "k", h, past.length)
     v = affine(linear(w, "attn_v", len(h)), h)  # [m, g v]
     written = _value_factor(config, layer, v)
     if written is not None:
@@ -197,28 +214,38 @@ def _attention(w: BlockWeights, frame: Frame, layer: int, h: Float[Tensor, "m d"
     return Mixed(tape, affine(_mix(w, tape, v.shape[1]), v), Past(k, v))
 
 
-def _queries_keys(
-    w: BlockWeights, frame: Frame, layer: int, h: Float[Tensor, "m d"], start: int
-) -> tuple[Float[Tensor, "m h s"], Float[Tensor, "m g s"], Factor | None]:
-    """Return queries, keys and the heads' gate, of positions `start`, `start + 1`, ... from their normed input `h`."""
+def _shared_attention(w: BlockWeights, frame: Frame, layer: int, h: Float[Tensor, "m d"], past: Past | None) -> Mixed:
+    """Freeze softmax attention to keys and values of an earlier block, at all positions up to the last of `h`."""
+    assert past is not None
+    assert past.k is not None
+    assert past.v is not None
+    q, gate = _queries_or_keys(w, frame, layer, "q", h, past.length - len(h))
+    width = past.v.shape[1]
+    tape = MixerTape("shared attention", _pattern(w, frame.config, layer, q, past.k), read=gate, shared=width)
+    return Mixed(tape, affine(_mix(w, tape, width), past.v), past)
+
+
+def _queries_or_keys(
+    w: BlockWeights, frame: Frame, layer: int, part: str, h: Float[Tensor, "m d"], start: int
+) -> tuple[Float[Tensor, "m _ s"], Factor | None]:
+    """Return queries ("q"), with the heads' gate if there is one, or keys ("k") of the normed input `h`.
+
+    Positions are `start`, `start + 1`, ...
+    """
     config, own = frame.config, frame.config.layers[layer]
+    heads = own.heads if part == "q" else own.kv_heads
 
-    def normed_after(step: str, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        if QK_NORM_AFTER[config.row.qk_norm] != step:
-            return q, k
-        return normed(w, "attn_q_norm", config, q), normed(w, "attn_k_norm", config, k)
+    def normed_after(step: str, x: Tensor) -> Tensor:
+        return normed(w, f"attn_{part}_norm", config, x) if QK_NORM_AFTER[config.row.qk_norm] == step else x
 
-    q, k = (_clamped(config, affine(linear(w, stem, len(h)), h)) for stem in ("attn_q", "attn_k"))  # [m, hs], [m, gs]
+    x = _clamped(config, affine(linear(w, f"attn_{part}", len(h)), h))  # [m, hs]
     gate = None
-    if config.row.gated_queries:  # of each head, first the query and then its gate
-        q, gate = (part.flatten(1) for part in q.unflatten(1, (own.heads, 2, -1)).unbind(2))
-        gate = Factor(gate.sigmoid())
-    q, k = normed_after("projection", q, k)
-    q, k = q.unflatten(1, (own.heads, -1)), k.unflatten(1, (own.kv_heads, -1))  # [m, h, s], [m, g, s]
-    q, k = normed_after("split", q, k)
-    q, k = (_turned(frame, layer, part, start) for part in (q, k))
-    q, k = normed_after("rotation", q, k)
-    return _warmed(config, q, start), k, gate
+    if part == "q" and config.row.gated_queries:  # of each head, first the query and then its gate
+        x, rest = (half.flatten(1) for half in x.unflatten(1, (heads, 2, -1)).unbind(2))
+        gate = Factor(rest.sigmoid())
+    x = normed_after("split", normed_after("projection", x).unflatten(1, (heads, -1)))  # [m, h, s]
+    x = normed_after("rotation", _turned(frame, layer, x, start))
+    return _warmed(config, x, start) if part == "q" else x, gate
 
 
 def _warmed(config: ModelConfig, q: Float[Tensor, "m h s"], start: int) -> Float[Tensor, "m h s"]:
@@ -471,6 +498,7 @@ def _bare(w: BlockWeights, *names: str) -> Tensor:
 RECORD: dict[str, Record] = {
     "attention": _attention,
     "latent": _latent,
+    "shared attention": _shared_attention,
     "delta": _delta,
     "kimi delta": partial(_delta, kind="kimi delta"),
     "state space": _state_space,

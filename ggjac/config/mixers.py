@@ -41,6 +41,8 @@ MIXERS = {
         ("attn_q", "attn_q_a", "attn_q_b", "attn_k_nope", "attn_k_b", "attn_kv_rope", "attn_gate"),
         expansion="attn_v_b",
     ),
+    # The values are another block's, which made them from its own input.
+    "shared attention": Mixer("", "attn_output", ("attn_q",)),
     "delta": Mixer(
         "attn_v",
         "ssm_out",

@@ -56,6 +56,7 @@ class Layer:
         experts_used: number of routed experts that each token uses; 0 without a mixture, as the next one.
         expert_units: hidden units of a routed expert.
         keys_as_values: whether the key projection, before its norm and rotation, gives the values too.
+        source: number of the earlier block whose keys and values attention reads; None for its own.
         by_key_head: whether all projections of a delta rule are in one tensor, `ssm_in`, key head by key head.
         window: number of tokens to which a position attends, itself included; None for all up to it.
         rope: rotation of queries and keys; None for none.
@@ -77,6 +78,7 @@ class Layer:
     experts_used: int = 0
     expert_units: int = 0
     keys_as_values: bool = False
+    source: int | None = None
     by_key_head: bool = False
 
     @property
@@ -170,6 +172,7 @@ class ModelConfig:
         expert_weights_scale: multiplies the weights of routed experts.
         expert_shared_feed_forward_length: hidden units of the shared expert.
         expert_latent: width of what routed experts read and write; 0 if it is that of the stream.
+        inputs: width of the inputs that each block has of its own; 0 for none.
         decay_bound: lower bound of the logarithm of decays; 0 for none.
         latent: sizes of latent attention.
         indexer: of attention to selected keys.
@@ -200,6 +203,7 @@ class ModelConfig:
     expert_weights_scale: float
     expert_shared_feed_forward_length: int
     expert_latent: int = 0
+    inputs: int = 0
     decay_bound: float = 0.0
     latent: Latent = Latent()
     indexer: Indexer = Indexer()
@@ -208,6 +212,15 @@ class ModelConfig:
     def longest(self) -> int:
         """Largest number of tokens that can be run: an indexer would leave some out in longer prompts."""
         return min(self.context_length, self.indexer.selected or self.context_length)
+
+    @property
+    def writers(self) -> set[int]:
+        """Blocks whose keys and values later blocks read."""
+        return {layer.source for layer in self.layers if layer.source is not None}
+
+    def bank(self, layer: int) -> int | None:
+        """Return the block whose values the attention of a block reads, if several blocks read them; or None."""
+        return layer if layer in self.writers else self.layers[layer].source
 
     @property
     def hidden_units(self) -> int:

@@ -38,10 +38,6 @@ def read_config(metadata: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...
     row = _decided(keys, ARCHITECTURES[name], blocks, shapes)
     if not metadata.get(f"{name}.attention.causal", True):
         raise ConfigError(f"{name}.attention.causal is False: attention to later tokens is not supported")
-    if shared := keys.count("attention.shared_kv_layers"):
-        raise ConfigError(
-            f"{name}.attention.shared_kv_layers {shared}: keys shared by several blocks are not supported"
-        )
     d, context = keys.integer("embedding_length"), keys.integer("context_length")
     experts = _experts(keys, row, stored, shapes)
     latent = _latent(keys, row)
@@ -80,9 +76,16 @@ def read_config(metadata: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...
         expert_latent=keys.count("moe_latent_size") if row.expert_latent else 0,
         latent=latent,
         indexer=_indexer(keys, row),
+        inputs=keys.count("embedding_length_per_layer_input") if row.inputs else 0,
     )
-    left_out = tuple(f"blk.{i}." for i in range(blocks, stored))
-    check_tensors(config, {name: shape for name, shape in shapes.items() if not name.startswith(left_out)})
+    readers = [f"blk.{i}." for i, layer in enumerate(layers) if layer.source is not None]
+    left_out = (
+        *row.export.dropped,
+        *(f"blk.{i}." for i in range(blocks, stored)),
+        *(f"{block}{stem}." for block in readers for stem in ("attn_k", "attn_v", "attn_k_norm")),  # they may be there
+    )
+    used = {row.export.name(name): shape for name, shape in shapes.items() if not name.startswith(left_out)}
+    check_tensors(config, used)
     return config
 
 
@@ -136,9 +139,11 @@ def _layers(
     windows = read_windows(keys, row, stored)
     clamps = _clamps(keys, row, stored)
     xielu = _xielu(keys, blocks) if row.activation == "xielu" else [None] * blocks
-    layers = []
+    layers: list[Layer] = []
+    first_reader = stored - (keys.count("attention.shared_kv_layers") if row.shared_keys else 0)
     for i, mixers in enumerate(_mixers(keys, row, stored, blocks, kv_heads, units)):
         attends = row.mixer in mixers
+        source = None if i < first_reader else first_reader - (1 if windows[i] is None else 2)
         h, g = (heads[i], heads[i] if latent.size else kv_heads[i]) if attends else (0, 0)
         if attends and (not g or h % g):
             raise ConfigError(f"{keys.prefix}.attention: {h} heads cannot share {g} key/value heads evenly")
@@ -146,7 +151,7 @@ def _layers(
         routed = _routed(row, i, units[i], experts, shapes)
         layers.append(
             Layer(
-                mixers=mixers,
+                mixers=mixers if source is None else ("shared attention",),
                 heads=h,
                 kv_heads=g,
                 key_size=key_size,
@@ -158,14 +163,36 @@ def _layers(
                 window=windows[i] if attends else None,
                 rope=rope_of(keys, row, key_size, i, windows) if attends else None,
                 xielu=xielu[i],
+                source=source,
                 clamps=clamps[i],
                 keys_as_values=row.keys_as_values
+                and source is None
                 and attends
                 and not any(f"blk.{i}.{stem}.weight" in shapes for stem in _VALUES),
                 by_key_head="delta" in mixers and f"blk.{i}.ssm_in.weight" in shapes,
             )
         )
+    _check_sources(keys, layers)
     return tuple(layers)
+
+
+def _check_sources(keys: Keys, layers: Sequence[Layer]) -> None:
+    """Check that blocks without keys of their own read those of an earlier block that is like them.
+
+    It is the last before them, or that before it in windowed blocks, of whichever kind it is.
+
+    Raises:
+        ConfigError: there is no such block, or it is not like them.
+    """
+    for i, layer in enumerate(layers):
+        if layer.source is None:
+            continue
+        read = layers[layer.source] if layer.source >= 0 else None
+        sizes = [(own.window, own.kv_heads, own.key_size, own.value_size) for own in (layer, read) if own]
+        if len(set(sizes)) > 1 or read is None:
+            raise ConfigError(
+                f"{keys.prefix}.attention.shared_kv_layers: block {i} cannot read keys of block {layer.source}"
+            )
 
 
 def _mixers(

@@ -24,6 +24,12 @@ _GLOBAL = {
     "rope_factors_short.weight": ("pairs",),
 }
 _POSITIONS = {"position_embd.weight": ("context", "d")}
+_INPUTS = {
+    "per_layer_token_embd.weight": ("vocabulary", "all inputs"),
+    "per_layer_model_proj.weight": ("all inputs", "d"),
+    "per_layer_proj_norm.weight": ("inputs",),
+}
+_OWN_INPUTS = {"inp_gate.weight": ("inputs", "d"), "proj.weight": ("d", "inputs"), "post_norm.weight": ("d",)}
 # In a block, by kind of mixer.
 _ATTENTION: dict[str, tuple[str, ...]] = {
     "attn_q": ("q", "d"),
@@ -49,6 +55,7 @@ _CONVOLUTION: dict[str, tuple[str, ...]] = {"shortconv.in_proj": ("3d", "d"), "s
 _MIXERS: dict[str, dict[str, tuple[str, ...]]] = {
     "attention": _ATTENTION,
     "latent": {"attn_output": ("d", "read")},
+    "shared attention": {"attn_q": ("q", "d"), "attn_output": ("d", "read")},
     "delta": _DELTA,
     "kimi delta": {"attn_output": ("d", "hv")},
     "state space": _STATE_SPACE,
@@ -215,6 +222,7 @@ def _convolution_parts(config: ModelConfig, layer: int) -> dict[str, Part]:
 _MIXER_PARTS: dict[str, Callable[[ModelConfig, int], dict[str, Part]]] = {
     "attention": _attention_parts,
     "latent": _latent_parts,
+    "shared attention": lambda config, layer: {},
     "delta": _delta_parts,
     "kimi delta": _kimi_delta_parts,
     "state space": _state_space_parts,
@@ -290,8 +298,10 @@ def _scopes(config: ModelConfig) -> Iterator[tuple[str, dict[str, tuple[str, ...
         "de": config.expert_latent or config.d,
         "fs": config.expert_shared_feed_forward_length,
         "one": 1,
+        "inputs": config.inputs,
+        "all inputs": config.inputs * config.block_count,
     }
-    outside = _GLOBAL | (_POSITIONS if config.row.positions else {})
+    outside = _GLOBAL | (_POSITIONS if config.row.positions else {}) | (_INPUTS if config.inputs else {})
     if config.row.norm == "bare":
         outside = {name: axes for name, axes in outside.items() if not name.startswith("output_norm.")}
     outside = {name.replace("output_norm", config.row.output_norm): axes for name, axes in outside.items()}
@@ -379,8 +389,11 @@ def _block_table(config: ModelConfig, layer: int) -> dict[str, tuple[str, ...]]:
             vectors |= _latent_table(config)
         if mixer == "kimi delta":
             vectors |= _gates_table(row.low_rank_gates)
-        if mixer == "attention":
+        if mixer in ("attention", "shared attention"):
             vectors |= {f"{name}.weight": axes for name, axes in _QK_NORMS[row.qk_norm].items()}
+    if own.source is not None:
+        del vectors["attn_k_norm.weight"]
+    vectors |= _OWN_INPUTS if config.inputs else {}
     if own.hidden_units:
         matrices |= _FFN[row.ffn]
     if own.routed:

@@ -38,6 +38,12 @@ class OrdinaryJacobian(LinearOperator):
         self.in_shape, self.out_shape = (n, d), (d,)
         self.dtype, self.device = network.x.dtype, network.x.device
         self.network, self.position = network, position
+        config = network.frame.config
+        if config.inputs or config.writers:
+            raise ValueError(
+                f"the ordinary Jacobian of this {config.architecture} model is not supported: its blocks read more of "
+                "earlier ones than the stream"
+            )
         self.progress: Callable[[int, int], None] | None = None
         self.chunk_bytes = CHUNK_BYTES
         rotations = {rope: (c[: position + 1], s[: position + 1]) for rope, (c, s) in network.frame.rotations.items()}
@@ -85,7 +91,7 @@ class OrdinaryJacobian(LinearOperator):
 
         def block(h: Float[Tensor, "m d"]) -> Float[Tensor, "m d"]:
             # `record_block`, but the tape of attention is freed before the feed-forward.
-            return record_rest(w, self._frame, i, h, record_attention(w, self._frame, i, h).added)[1]
+            return record_rest(w, self._frame, i, h, record_attention(w, self._frame, i, h).added)[2]
 
         return block
 

@@ -125,12 +125,13 @@ def sweep_floats(config: ModelConfig, n: int, *, up: bool) -> int:
     d, row = config.d, config.row
     scaled = row.norms.attention_out or row.norms.ffn_out or config.residual_scale != 1
     more = d if scaled or row.parallel else 0
+    bank = n * _bank(config)
     if up:
         attention = max(_attention_up(d, n, path) for path in _paths(config, n))
-        return max(attention, _ffn_floats(config, n, 4 * d, 0, lambda s: 2 * s, 2 * d))
+        return bank + max(attention, _ffn_floats(config, n, 4 * d, 0, lambda s: 2 * s, 2 * d))
     centred = d if more or row.norm != "rms" else 0
     attention = max(_attention_down(d, n, path, centred) for path in _paths(config, n))
-    return max(attention, _ffn_floats(config, n, 2 * d + more, d, lambda s: max(2 * s, s + d), d))
+    return bank + max(attention, _ffn_floats(config, n, 2 * d + more, d, lambda s: max(2 * s, s + d), d))
 
 
 class _Path(NamedTuple):
@@ -238,7 +239,15 @@ def trace_floats(config: ModelConfig, n: int, m: int | None = None) -> int:
     m = n if m is None else m
     hidden = config.hidden_units * (4 if config.row.activation == "xielu" else 3)
     mixed = max((_mixer_floats(config, own, mixer, n, m) for own in config.layers for mixer in own.mixers), default=0)
-    return m * 4 * config.d + max(mixed, m * hidden)
+    # The blocks' own inputs, and keys and values that later blocks read.
+    held = m * config.inputs * config.block_count + 2 * n * _bank(config)
+    return m * 4 * config.d + held + max(mixed, m * hidden)
+
+
+def _bank(config: ModelConfig) -> int:
+    """Return the widths of all values that several blocks read."""
+    writers = [config.layers[i] for i in config.writers]
+    return sum(own.kv_heads * own.value_size for own in writers)
 
 
 def _mixer_floats(config: ModelConfig, own: Layer, mixer: str, n: int, m: int) -> int:

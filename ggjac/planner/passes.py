@@ -127,10 +127,17 @@ def layer_plan(file: "GGUFFile", config: ModelConfig, index: int, work: Work, ml
 
 
 def embedding(file: "GGUFFile", n: int) -> Pass:
-    """Return the reading of the embeddings of `n` tokens, and of their positions where these are learned."""
-    names = ("token_embd.weight", "position_embd.weight")
+    """Return the reading of the embeddings of `n` tokens, of learned positions, and of the blocks' own inputs."""
+    names = ("token_embd.weight", "position_embd.weight", "per_layer_token_embd.weight")
     infos = [file.tensors[name] for name in names if name in file.tensors]
-    return total(Pass(n * info.row_bytes, {info.type.name: n * info.shape[-1]}) for info in infos)
+    rows = total(Pass(n * info.row_bytes, {info.type.name: n * info.shape[-1]}) for info in infos)
+    return rows + total(matrix(info).scaled(n) for info in _projections(file))
+
+
+def _projections(file: "GGUFFile") -> "list[TensorInfo]":
+    """Return the matrix from embeddings to the inputs of all blocks, if the file has one."""
+    name = "per_layer_model_proj.weight"
+    return [file.tensors[name]] if name in file.tensors else []
 
 
 def matrix(info: "TensorInfo") -> Pass:
@@ -249,7 +256,7 @@ def _sweep(block: _Block, config: ModelConfig, mlp_path: MlpPath, region: Region
             parts += [output.scaled(2), taps]
     for kind, experts, uses, _ in _networks(block, config, m):
         parts += [block.linear(stem, m, experts, uses) for stem in (_live(block, kind, mlp_path), f"ffn_down{kind}")]
-    parts += [block.linear(stem, m) for stem in _LATENT]
+    parts += [block.linear(stem, m) for stem in (*_LATENT, *_INPUTS)]
     # Each vector visits only the blocks of its own map's span: scale by the mean.
     return total(parts) if region.sequential else total(parts).scaled(len(ends) / len(spans))
 
@@ -299,7 +306,9 @@ def _recurrence(state: int, positions: int) -> Pass:
 
 # Around the routed experts: live, and the first of them is applied before they are recorded, too.
 _LATENT = ("ffn_latent_down", "ffn_latent_up")
-_ONCE = ("ffn_gate_inp", *_LATENT)
+# Of a block's own inputs.
+_INPUTS = ("inp_gate", "proj")
+_ONCE = ("ffn_gate_inp", *_LATENT, *_INPUTS)
 
 
 def _mixer_stems(block: _Block) -> list[str]:
@@ -378,6 +387,8 @@ def _tape_bytes(block: _Block, config: ModelConfig, n: int, item: int) -> int:
     places = [norms.attention_in, norms.attention_out] if own.mixers else []
     places += [norms.ffn_in, norms.ffn_out] if own.hidden_units or own.routed else []
     places += [norms.dense_out, norms.experts_in, norms.experts_out] if own.hidden_units and own.routed else []
+    places += [("post_norm",)] if config.inputs else []
+    floats += n * config.inputs
     for names in places:
         found = (name for name in names if block.find(f"{name}.weight") or block.find(name))
         name = names[0] if names and config.row.norm == "bare" else next(found, None)
@@ -401,6 +412,7 @@ def _mixer_floats(config: ModelConfig, block: _Block, mixer: str, n: int) -> int
         if MIXERS[mixer].convolution:
             return 2 * n * config.d
         written = 2 if config.attention_clamp else int(config.row.value_norm)
+        written *= bool(MIXERS[mixer].values)
         return heads * n * n + n * (written * own.kv_heads * value + gated * heads * value)
     chunk = scan_chunk(n, key)
     factors = 2 * n * heads * value
