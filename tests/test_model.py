@@ -239,7 +239,7 @@ def biased_weights(patch: Patch) -> None:
 
     patch.setattr(networks, "record_experts", shifted)
     patch.setitem(networks.ROUTERS, "sigmoid", lambda logits: router(logits) + bias[-1])
-    patch.setattr(networks, "_chosen", lambda w, config, scores: chosen(w, config, scores - bias[-1]))
+    patch.setattr(networks, "_chosen", lambda w, config, scores, used: chosen(w, config, scores - bias[-1], used))
 
 
 def without_shared(patch: Patch) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from families import DELTA, FAMILIES
+from families import DELTA, FAMILIES, SIZES
 from helpers import held
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -510,6 +510,8 @@ HOLDING: list[tuple[str, dict[str, Any]]] = [
     *(("qwen35_listed", recurrent(size, heads) | {"ff": 32}) for size, heads in ((4, 64), (16, 16), (32, 8))),
     ("qwen35_listed", recurrent(16, 16) | {"ff": 512}),
     ("qwen35_listed", recurrent(16, 16) | {"d": 32, "ff": 32}),
+    *(("deepseek2_dense", {"ff": 32, "heads": heads}) for heads in (4, 16)),
+    ("plm", {"ff": 32, "heads": 16}),
 ]
 
 
@@ -552,10 +554,11 @@ def test_maps_of_one_block_hold_what_is_counted(
         *(("qwen35_listed", recurrent(size, heads) | {"ff": 32}) for size, heads in ((8, 16), (16, 16), (32, 8))),
         ("qwen35_listed", recurrent(16, 16) | {"d": 128}),
         ("lfm2", CONVOLUTIONS | {"ff": 32, "layers": 3}),
+        *(("deepseek2_dense", {"ff": 32, "sizes": SIZES | more}) for more in ({}, {"nope": 64}, {"query": 200})),
     ],
 )
 def test_a_trace_holds_what_is_counted(case: str, sizes: dict[str, Any], n: int, tiny_file: TinyFile) -> None:
-    """Of a convolution, and of a recurrence: with a pattern and, of the longer prompt, in chunks."""
+    """Of a convolution, of latent attention, and of a recurrence: of the longer prompt, in chunks."""
     model = open_model(tiny_file(case, **sizes))
     ids = [i % model.config.vocabulary for i in range(n)]
     model.trace(ids, tapes=False)  # the tile is there from now on

@@ -247,7 +247,7 @@ def check_tensors(config: ModelConfig, shapes: Mapping[str, tuple[int, ...]]) ->
         needed.add("output.weight")
     if config.row.selection_bias == "required":
         needed.add("exp_probs_b.bias")
-    if config.row.recurrent == "delta":
+    if config.row.recurrent.endswith("delta"):
         needed.add("ssm_norm.weight")
     loose = {name for own in config.layers for mixer in own.mixers for name in _LOOSE.get(mixer, ())}
     for prefix, table, sizes in _scopes(config):

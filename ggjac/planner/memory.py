@@ -256,8 +256,12 @@ def _mixer_floats(config: ModelConfig, own: Layer, mixer: str, n: int, m: int) -
         return _recurrence_floats(config, n, m)
     if MIXERS[mixer].convolution:
         return 6 * m * config.d  # three projections; the convolution's input twice, and its output
+    scores = 3 * own.heads * m * n
+    if MIXERS[mixer].expansion:  # queries and keys of every head are wider than values; with their latents, or scores
+        wide = m * own.heads * max(own.key_size, own.value_size)
+        return max(3 * wide + 2 * m * max(config.latent.size, config.latent.queries), 2 * wide + scores)
     q, kv = own.heads * own.value_size, own.kv_heads * own.value_size
-    return m * 2 * ((1 + config.row.gated_queries) * q + 2 * kv) + 3 * own.heads * m * n
+    return m * 2 * ((1 + config.row.gated_queries) * q + 2 * kv) + scores
 
 
 def _recurrence_floats(config: ModelConfig, n: int, m: int) -> int:
