@@ -131,6 +131,8 @@ def sweep_floats(config: ModelConfig, n: int, *, up: bool) -> int:
         return bank + max(attention, _ffn_floats(config, n, 4 * d, 0, lambda s: 2 * s, 2 * d))
     centred = d if more or row.norm != "rms" else 0
     attention = max(_attention_down(d, n, path, centred) for path in _paths(config, n))
+    if any(len(own.mixers) > 1 for own in config.layers):
+        attention += n * d  # the gradient of those before
     return bank + max(attention, _ffn_floats(config, n, 2 * d + more, d, lambda s: max(2 * s, s + d), d))
 
 
