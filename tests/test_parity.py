@@ -808,6 +808,16 @@ def test_an_architecture_that_llama_cpp_does_not_know(tmp_path, call):
     assert [file.name for file in tmp_path.iterdir()] == ["m.gguf"]
 
 
+@pytest.mark.parametrize(("case", "mixer"), [("nemotron_h", "mamba2"), ("lfm2", "convolution")])
+def test_hybrids_without_attention_are_refused(case, mixer, tiny_file):
+    """llama.cpp aborts on them; a model of one kind of block throughout is no hybrid."""
+    model = open_model(tiny_file(case, mixers=(mixer,), layers=2))
+    with pytest.raises(ParityError, match=f"cannot run a {case} model in which no block has attention; skip the check"):
+        verify(model, [1, 2, 3])
+    with pytest.raises(ParityError, match=r"llama\.cpp itself ended"):
+        run_llama_cpp(model.path, [1, 2, 3])
+
+
 def test_files_that_cannot_be_loaded(tmp_path, tiny_file):
     with pytest.raises(ParityError, match=r"cannot load .*missing\.gguf: .*failed to open.*--no-verify"):
         run_llama_cpp(tmp_path / "missing.gguf", [1])

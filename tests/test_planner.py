@@ -509,6 +509,7 @@ HOLDING: list[tuple[str, dict[str, Any]]] = [
     ("lfm2", CONVOLUTIONS | {"ff": 32, "d": 256}),
     *(("qwen35_listed", recurrent(size, heads) | {"ff": 32}) for size, heads in ((4, 64), (16, 16), (32, 8))),
     ("qwen35_listed", recurrent(16, 16) | {"ff": 512}),
+    *((case, {}) for case in ("mamba2", "falcon_h1", "gemma4", "gemma4_experts")),
     ("qwen35_listed", recurrent(16, 16) | {"d": 32, "ff": 32}),
     *(("deepseek2_dense", {"ff": 32, "heads": heads}) for heads in (4, 16)),
     ("plm", {"ff": 32, "heads": 16}),

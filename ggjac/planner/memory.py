@@ -130,7 +130,7 @@ def sweep_floats(config: ModelConfig, n: int, *, up: bool) -> int:
         attention = max(_attention_up(d, n, path) for path in _paths(config, n))
         return bank + max(attention, _ffn_floats(config, n, 4 * d, 0, lambda s: 2 * s, 2 * d))
     centred = d if more or row.norm != "rms" else 0
-    attention = max(_attention_down(d, n, path, centred) for path in _paths(config, n))
+    attention = max(_attention_down(d, n, path, centred) for path in _paths(config, n)) + _beside(config, n)
     return bank + max(attention, _ffn_floats(config, n, 2 * d + more, d, lambda s: max(2 * s, s + d), d))
 
 
@@ -197,7 +197,12 @@ def alone_floats(config: ModelConfig, n: int, *, up: bool) -> int:
         normed = d if row.norms.attention_in else 0
         return n * d + max(n * (normed + max(2 * kv, centred)), once)
     again = max((1 + path.factors) * path.values for path in paths)
-    return max(n * max(2 * kv, again + d, 2 * d + centred), once)
+    return max(n * max(2 * kv, again + d, 2 * d + centred) + _beside(config, n), once)
+
+
+def _beside(config: ModelConfig, n: int) -> int:
+    """Return the floats of the gradient of one mixer while that of another beside it is computed."""
+    return n * config.d if any(len(own.mixers) > 1 for own in config.layers) else 0
 
 
 def _ffn_floats(
@@ -225,7 +230,9 @@ def _ffn_floats(
     used = max(own.experts_used for own in config.layers)
     busy = min(n, max(n // 2, 2 * n * used // config.expert_count) + 1)
     routed = busy * (gathered + network(max(own.expert_units for own in config.layers)))
-    shared = config.expert_shared_feed_forward_length
+    # A dense network beside a mixture is added to it as a shared expert is.
+    beside = max(own.hidden_units if own.routed else 0 for own in config.layers)
+    shared = max(config.expert_shared_feed_forward_length, beside)
     if shared:
         return max(dense, n * (stream + summed + config.d) + max(routed, n * network(shared)))
     return max(dense, n * (stream + summed) + routed)
