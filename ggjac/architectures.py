@@ -82,8 +82,8 @@ class Architecture:
         output_norm: stem of the norm before the head.
         norms: their names, before and after each branch.
         bare_names: stems of norms whose tensors' names lack the suffix `.weight`.
-        mixer: kind of the softmax attention, of `ggjac.blocks.mixers.MIXERS`.
-        recurrent: kind of the mixer in blocks without attention, or `""` for none.
+        mixer: kind of the softmax attention, of `ggjac.config.mixers.MIXERS`.
+        recurrent: kind of the mixer in blocks without attention, of the same table, or `""` for none.
         recurrent_blocks: which blocks those are: `"all"`; `"no kv heads"` (0 in `attention.head_count_kv`);
             `"interval"` (`attention.recurrent_layers`, or all but the last of every `full_attention_interval`, 4 by
             default); `"beside"` (every block has both mixers, added); or `""` for none.
@@ -91,8 +91,8 @@ class Architecture:
         key_heads_tiled: of `h` value heads, head `i` uses key head `i % g` in place of `i // (h // g)`.
         sigmoid_gate: the gate on a recurrence's output is a sigmoid in place of a SiLU.
         low_rank_gates: decays and gates of Kimi's delta rule are projected in two steps.
-        bounded_decay: the logarithms of decays have a lower bound, the file's `kda.gate_lower_bound`.
-        positive_decay: `ssm_a` is stored positive where decays have a lower bound.
+        bounded_decay: the logarithms of decays have a lower bound, the file's `kda.gate_lower_bound`, and `ssm_a` is
+            positive.
         gated_queries: `attn_q` has a gate after each head's query: its sigmoid multiplies what the head reads.
         gated_heads: the sigmoid of a number for each head, from `attn_gate`, multiplies what the head reads.
         latent_queries: whether queries of latent attention are expanded from a latent vector, as keys and values are:
@@ -200,7 +200,6 @@ class Architecture:
     sigmoid_gate: bool = False
     low_rank_gates: bool = False
     bounded_decay: bool = False
-    positive_decay: bool = False
     gated_queries: bool = False
     gated_heads: bool = False
     latent_queries: str = ""
@@ -338,7 +337,6 @@ _NEMOTRON_H = replace(
     partial_rotary=True,
     epsilon_optional=True,
     ffn="plain",
-    ffn_scales=True,
     activation="relu2",
     router="sigmoid",
     selection_bias="required",
@@ -574,7 +572,6 @@ ARCHITECTURES: dict[str, Architecture] = {
         latent_queries="optional",
         gated_heads=True,
         bounded_decay=True,
-        positive_decay=True,
         rope_pairs="adjacent",
         hidden_clamps=True,
         expert_widths="shared",

@@ -110,6 +110,10 @@ def test_defaults_are_llamacpps() -> None:
     assert (rope_of(config).dimensions, rope_of(config).base) == (2, 10000.0)
 
 
+def test_keys_of_recurrent_blocks_are_read_in_families_that_have_them_only() -> None:
+    assert read({"full_attention_interval": 0, "attention.recurrent_layers": [7]}) == read()
+
+
 def test_sizes_may_be_given_per_block() -> None:
     arrays = {"attention.head_count": [H, H], "attention.head_count_kv": (G, G), "feed_forward_length": [F, F]}
     config = read(arrays)

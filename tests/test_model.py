@@ -565,7 +565,7 @@ MISTAKES: dict[str, tuple[str, Callable[[Patch], None]]] = {
     "decays without their bias": ("kimi_linear", changed_wide_vector("ssm_dt.bias", torch.zeros_like)),
     "decays bounded": ("kimi_linear", lambda p: change_config(p, decay_bound=-5.0)),
     "decays not bounded": ("bailingmoe3", unbounded_decays),
-    "decays of the other sign": ("bailingmoe3", lambda p: change_config(p, row__positive_decay=False)),
+    "decays of the other sign": ("bailingmoe3", changed_wide_vector("ssm_a", torch.neg)),
     "another bound of decays": ("bailingmoe3_predictor", lambda p: change_config(p, decay_bound=-5.0)),
     "gate of a delta rule with SiLU": ("kimi_linear", lambda p: change_config(p, row__sigmoid_gate=False)),
     "keys of a delta rule of another length": ("kimi_linear_eps", lambda p: change_config(p, norm_epsilon=1e-5)),

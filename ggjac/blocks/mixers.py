@@ -293,7 +293,7 @@ def _clamped(config: ModelConfig, x: Float[Tensor, "n e"]) -> Float[Tensor, "n e
 
 
 def _latent(w: BlockWeights, frame: Frame, layer: int, h: Float[Tensor, "m d"], past: Past | None) -> Mixed:
-    """Freeze latent attention: its pattern, the norm of the latent that makes the values, and a gate on each head."""
+    """Freeze multi-head latent attention (MLA): its pattern, the norm of the latent, and a gate on each head."""
     config, own, past = frame.config, frame.config.layers[layer], past or Past()
     latent = affine(linear(w, "attn_kv_latent", len(h)), h)
     norm = record_norm(w, config, ("attn_kv_a_norm",), latent)
@@ -408,7 +408,7 @@ def _scan(tape: ScanTape, n: int, m: int, width: int) -> Scan:
 def _delta(
     w: BlockWeights, frame: Frame, layer: int, h: Float[Tensor, "m d"], past: Past | None, kind: str = "delta"
 ) -> Mixed:
-    """Freeze a gated delta rule, with a decay for each head or for each key channel."""
+    """Freeze a gated delta rule, with a decay for each head, or for each key channel as in Kimi's (KDA)."""
     config, own = frame.config, frame.config.recurrence
     stems = {f"attn_{part}": f"ssm_conv1d_{part}" for part in "qkv"}
     (q, k, c), rows = _convolved(w, stems, h, past)
@@ -435,14 +435,13 @@ def _delta(
 def _log_decay(w: BlockWeights, config: ModelConfig, h: Float[Tensor, "m d"]) -> Float[Tensor, "m h _"]:
     """Return the logarithm of the decay of each head, or of each of its key channels, in float32 at least.
 
-    It is `a softplus(x)`, or with a lower bound `L sigmoid(±a x)`; `a` is stored negative, and a row's option says so
-    where it is not.
+    It is `a softplus(x)` with a negative `a`, or with a lower bound `L` it is `L sigmoid(a x)` with a positive one.
     """
     x = widened(_projected(w, ("ssm_alpha", "ssm_f_a", "ssm_f_b"), h))
     x = (x + _bare(w, "ssm_dt.bias", "ssm_dt")).unflatten(1, (config.recurrence.heads, -1))  # [m, h, s] or [m, h, 1]
     a = _bare(w, "ssm_a").reshape(-1, 1)  # [h, 1]
     if bound := config.decay_bound:
-        return bound * torch.sigmoid(x * (a if config.row.positive_decay else -a))
+        return bound * torch.sigmoid(a * x)
     return a * softplus(x)
 
 

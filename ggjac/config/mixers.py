@@ -29,12 +29,13 @@ class Mixer(NamedTuple):
 
     @property
     def softmax(self) -> bool:
-        """Whether positions are mixed by attention: weights that are positive and sum to one."""
+        """Whether positions are mixed by attention: with weights of at least 0 that sum to one (less, with sinks)."""
         return self.has_heads and not self.recurrent
 
 
 MIXERS = {
-    "attention": Mixer("attn_v", "attn_output", ("attn_q", "attn_k", "attn_gate")),
+    "attention": Mixer("attn_v", "attn_output", ("attn_q", "attn_k")),
+    # Multi-head latent attention, MLA (DeepSeek-V2, arXiv 2405.04434).
     "latent": Mixer(
         "attn_kv_latent",
         "attn_output",
@@ -43,6 +44,7 @@ MIXERS = {
     ),
     # The values are another block's, which made them from its own input.
     "shared attention": Mixer("", "attn_output", ("attn_q",)),
+    # The gated delta rule (arXiv 2412.06464).
     "delta": Mixer(
         "attn_v",
         "ssm_out",
@@ -50,6 +52,7 @@ MIXERS = {
         convolution="ssm_conv1d_v",
         recurrent=True,
     ),
+    # Kimi Delta Attention, KDA (arXiv 2510.26692): a decay for each key channel.
     "kimi delta": Mixer(
         "attn_v",
         "attn_output",
@@ -57,6 +60,7 @@ MIXERS = {
         convolution="ssm_conv1d_v",
         recurrent=True,
     ),
+    # Mamba-2 (arXiv 2405.21060).
     "state space": Mixer(
         "ssm_in_x",
         "ssm_out",
@@ -64,6 +68,7 @@ MIXERS = {
         convolution="ssm_conv1d_x",
         recurrent=True,
     ),
+    # The gated short convolution of LFM2 (arXiv 2511.23404).
     "convolution": Mixer(
         "shortconv.in_proj_x",
         "shortconv.out_proj",

@@ -44,7 +44,7 @@ class Layer:
 
     Attributes:
         mixers: kinds of the block's token mixers, which are added; none if the block has no such branch. See
-            `ggjac.blocks.mixers.MIXERS`.
+            `ggjac.config.mixers.MIXERS`.
         heads: number of query heads; 0 without attention, as the next three.
         kv_heads: number of key/value heads; divides `heads`.
         key_size: elements of a query or key head.

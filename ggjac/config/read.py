@@ -201,13 +201,13 @@ def _mixers(
     """Return the kinds of each block's mixers."""
     if row.recurrent_blocks == "beside":
         return [(row.mixer, row.recurrent)] * blocks
-    recurrent = {
-        "": [False] * blocks,
-        "all": [True] * blocks,
-        "no kv heads": [not count for count in kv_heads[:blocks]],
-        "interval": _interval(keys, stored)[:blocks],
-    }[row.recurrent_blocks]
-    kinds = [row.recurrent if flag else row.mixer for flag in recurrent]
+    if row.recurrent_blocks == "interval":
+        recurrent = _interval(keys, stored)
+    elif row.recurrent_blocks == "no kv heads":
+        recurrent = [not count for count in kv_heads]
+    else:
+        recurrent = [row.recurrent_blocks == "all"] * stored
+    kinds = [row.recurrent if flag else row.mixer for flag in recurrent[:blocks]]
     return [() if row.one_branch and own else (kind,) for kind, own in zip(kinds, units[:blocks], strict=True)]
 
 

@@ -163,9 +163,7 @@ def read_windows(keys: Keys, row: Architecture, blocks: int) -> list[int | None]
         raise ConfigError(f"metadata key {name} is missing; the file is incomplete or was converted wrongly")
     pattern = keys.metadata.get(name, row.window_period)
     if isinstance(pattern, Sequence) and not isinstance(pattern, str):
-        if len(pattern) != blocks or not all(isinstance(entry, bool) for entry in pattern):
-            raise ConfigError(f"metadata key {name} must have one true or false for each of {blocks} blocks")
-        windows = [size if local else None for local in pattern]
+        windows = [size if local else None for local in keys.flags("attention.sliding_window_pattern", blocks) or ()]
     else:
         period = keys.count("attention.sliding_window_pattern", row.window_period)
         windows = [None if period and i % period == period - 1 else size for i in range(blocks)]

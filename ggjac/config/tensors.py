@@ -61,7 +61,7 @@ _MIXERS: dict[str, dict[str, tuple[str, ...]]] = {
     "state space": _STATE_SPACE,
     "convolution": _CONVOLUTION,
 }
-# Small tensors of mixers, by full name.
+# Tensors of mixers by full name: small ones, and matrices that have neither a bias nor a constant factor.
 _VECTORS: dict[str, dict[str, tuple[str, ...]]] = {
     "delta": {
         "ssm_conv1d.weight": ("2qk + hv", "taps"),
