@@ -130,6 +130,17 @@ def test_branches_and_heads_are_those_of_the_oracle(case: str, versus: int | Non
         assert shares.unexplained.abs().max() < 1e-11
 
 
+def test_blocks_without_attention_are_named(tiny_files: dict[str, Path]) -> None:
+    model = open_model(tiny_files["nemotron_h"])
+    (data,) = attribute_branches(model.trace(tiny.prompt("nemotron_h", N)).jacobian(), by_head=True).data()
+    expected = [" and ".join(layer.mixers) or "none" for layer in model.config.layers]
+    assert {"attention", "state space", "none"} == set(expected)
+    assert [block.get("mixer", "attention") for block in data["blocks"]] == expected
+    for block, layer in zip(data["blocks"], model.config.layers, strict=True):
+        names = [f"{kind} head {i}" for kind in layer.mixers for i in range(len(block["heads"]))]
+        assert block.get("head_names", names) == names
+
+
 def test_without_heads_the_same(case: str, tiny_files: dict[str, Path]) -> None:
     model = open_model(tiny_files[case], dtype="float64")
     jacobian = model.trace(tiny.prompt(case, N)).jacobian()

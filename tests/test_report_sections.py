@@ -177,6 +177,19 @@ def test_every_position_by_block(heads: int) -> None:
     assert 'id="attribute"' not in html
 
 
+@pytest.mark.parametrize(
+    ("mixer", "name"), [(None, "Attention"), ("state space", "Token mixers"), ("none", "Token mixers")]
+)
+def test_blocks_are_not_said_to_attend_where_some_do_not(mixer: str | None, name: str) -> None:
+    content = run_json()
+    content["branches"] = report_run.branches(blocks=4, heads=0)
+    if mixer:
+        content["branches"]["blocks"][1]["mixer"] = mixer
+    found = section(rendered(content), "attribute-branches")
+    assert sum(row.startswith(f"{name}, all blocks ") for row in found.find("tr")) == 1
+    assert name in found.find("th", **{"class": "n"})
+
+
 def test_positions_that_do_not_sum_are_said_to() -> None:
     content = run_json()
     content["attribution"]["positions"][2]["logit"] += 2

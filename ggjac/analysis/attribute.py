@@ -184,7 +184,7 @@ class BranchShares(Plotted):
     def data(self, words: Words = NO_WORDS) -> list[dict[str, Any]]:
         """Return a record for each output position: its target, and the additions of each block's branches or heads.
 
-        A block whose `attn` is not attention alone has the kinds of its mixers, and names of their heads.
+        A block whose `attn` is not attention alone has the kinds of its mixers (or `"none"`), and names of their heads.
         """
         by = "layer" if self.heads is None else "head"
         return [
@@ -200,10 +200,9 @@ class BranchShares(Plotted):
 
     def _block(self, row: int, i: int) -> dict[str, Any]:
         block: dict[str, Any] = {"block": i + 1, "attn": float(self.attn[row, i]), "mlp": float(self.mlp[row, i])}
-        mixers = self.mixers[i]
-        plain = [MIXERS[kind].softmax for kind, _ in mixers] == [True]
+        mixers, plain = self.mixers[i], _attends(self.mixers[i])
         if not plain:
-            block["mixer"] = " and ".join(kind for kind, _ in mixers)
+            block["mixer"] = " and ".join(kind for kind, _ in mixers) or "none"
         if self.heads is not None and self.attn_bias is not None:
             own = self.heads[row, i, : sum(count for _, count in mixers)]
             block |= {"heads": own.tolist(), "attn_bias": float(self.attn_bias[row, i])}
@@ -243,9 +242,15 @@ class BranchShares(Plotted):
 
     def _plot(self, words: Words) -> Points:
         blocks = range(1, self.attn.shape[1] + 1)
-        series = {"attention": (blocks, self.attn[-1].tolist(), ()), "MLP": (blocks, self.mlp[-1].tolist(), ())}
+        mixing = "attention" if all(map(_attends, self.mixers)) else "token mixers"
+        series = {mixing: (blocks, self.attn[-1].tolist(), ()), "MLP": (blocks, self.mlp[-1].tolist(), ())}
         title = f"Shares in {_split(words, int(self.targets[-1]), self.versus)}"
         return Points(title, "block", "share", series)
+
+
+def _attends(mixers: Sequence[tuple[str, int]]) -> bool:
+    """Return whether a block's mixer is attention alone."""
+    return [MIXERS[kind].softmax for kind, _ in mixers] == [True]
 
 
 def _head_names(kind: str, count: int) -> list[str]:

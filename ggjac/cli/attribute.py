@@ -143,22 +143,23 @@ def _sum(data: dict[str, Any]) -> str:
 
 
 def show_blocks(data: dict[str, Any]) -> None:
-    """Print two columns: the shares of the attention and of the MLP of each block."""
+    """Print two columns: the shares of the attention, or what is in its place, and of the MLP of each block."""
     from ggjac.cli.render import bar, table
 
     blocks = data["blocks"]
+    attends = not any("mixer" in block for block in blocks)  # everywhere
     largest = max(abs(block[kind]) for block in blocks for kind in ("attn", "mlp")) or 1.0
     rows: list[tuple] = [("embedding", f"{data['embedding']:+.4f}", "", "", "")]
     for block in blocks:
         attn, mlp = block["attn"], block["mlp"]
-        name = f"block {block['block']}" + (f" ({block['mixer']})" if "mixer" in block else "")
+        name = f"block {block['block']}" + ("" if attends else f" ({block.get('mixer', 'attention')})")
         rows.append((name, f"{attn:+.4f}", bar(attn, largest), f"{mlp:+.4f}", bar(mlp, largest)))
     if data["bias"]:
         rows.append(("biases of norm and head", f"{data['bias']:+.4f}", "", "", ""))
     attn, mlp = (sum(block[kind] for block in blocks) for kind in ("attn", "mlp"))
     rows.append(("all blocks", f"{attn:+.4f}", "", f"{mlp:+.4f}", ""))
     rows.append(("sum", _sum(data), f"logit {data['logit']:.4f}", "", ""))
-    columns = ["", "#attention", "", "#MLP", ""]
+    columns = ["", "#attention" if attends else "#token mixers", "", "#MLP", ""]
     table(f"Exact share of every block's branches in {asked_logit(data)}", columns, rows)
 
 

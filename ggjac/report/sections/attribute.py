@@ -182,6 +182,12 @@ def _mixer(block: dict[str, Any]) -> str:
     return "attention" if block["mixer"] is None else block["mixer"]
 
 
+def _kinds(entry: dict[str, Any]) -> dict[str, str]:
+    """Return the names of both branches of all blocks: not every model has attention alone."""
+    attends = all(block["mixer"] is None for block in entry["blocks"])
+    return {"attn": KINDS["attn"] if attends else "token mixers", "mlp": KINDS["mlp"]}
+
+
 # -- input tokens ------------------------------------------------------------------------------------------------------
 
 
@@ -238,13 +244,15 @@ def attribute(run: Run) -> dict[str, Any] | None:
 def branch_lines(run: Run) -> list[Chart]:
     """Draw the shares of each block's attention and MLP by depth."""
     given = _by_branch(run)
-    blocks = given["blocks"] if given else []
+    if not given:
+        return []
+    tones = {"attn": "ink", "mlp": "accent"}
     series = [
-        Series(KINDS[kind], known((block["block"], block[kind]) for block in blocks), tone)
-        for kind, tone in (("attn", "ink"), ("mlp", "accent"))
+        Series(name, known((block["block"], block[kind]) for block in given["blocks"]), tones[kind])
+        for kind, name in _kinds(given).items()
     ]
     summary = "; ".join(from_to(s.name, s.points) for s in series) + "."
-    title = f"Shares in {asked(given)} by block" if given else ""
+    title = f"Shares in {asked(given)} by block"
     return curves("attribute-branches", title, ("block", "share"), series, summary, log=False)
 
 
@@ -254,10 +262,11 @@ def branch_grid(run: Run) -> list[Heat]:
     if not given or not any(block["heads"] for block in given["blocks"]):
         return []
     blocks, count = given["blocks"], max(len(block["heads"]) for block in given["blocks"])
+    names = tuple(_kinds(given).values())
     sides = Panel(
-        "attention and MLP",
+        " and ".join(names),
         ("attn", "MLP"),
-        ("attention", "MLP"),
+        names,
         tuple((block["attn"], block["mlp"]) for block in blocks),
         max(1, round(count / 20)),
     )
@@ -293,7 +302,7 @@ def branches(run: Run) -> dict[str, Any] | None:
     parts, blocks = _branch_parts(found), found["blocks"]
     totals: list[Part] = [
         ("Embedding", found["embedding"]),
-        ("Attention, all blocks", sum(_attention(block) for block in blocks)),
+        (f"{_kinds(found)['attn'].capitalize()}, all blocks", sum(_attention(block) for block in blocks)),
         ("MLP, all blocks", sum(block["mlp"] for block in blocks)),
         ("Biases of norm and head", found["bias"] or 0.0),
     ]
@@ -308,6 +317,7 @@ def branches(run: Run) -> dict[str, Any] | None:
         "heats": [heat(grid) for grid in grids],
         "lines": branch_lines(run),
         "table": None if grids else _block_table(found),
+        "mixing": _kinds(found)["attn"],
         "equation": _equation(found, [share for _, share in parts]),
         "legend": LEGEND,
         "short": len(blocks) <= SHORT and sum(len(block["heads"] or ()) for block in blocks) <= 4 * SHORT,
@@ -364,12 +374,12 @@ def position_grid(run: Run) -> list[Heat]:
         blocks = [block["block"] for block in entries[0]["blocks"]]
         panels = tuple(
             Panel(
-                KINDS[kind],
+                name,
                 tuple(map(str, blocks)),
-                tuple(f"{KINDS[kind]} of block {i}" for i in blocks),
+                tuple(f"{name} of block {i}" for i in blocks),
                 tuple(tuple(block[kind] for block in entry["blocks"]) for entry in entries),
             )
-            for kind in ("attn", "mlp")
+            for kind, name in _kinds(entries[0]).items()
         )
     grid = Heat(
         key="attribute-positions",
@@ -432,7 +442,7 @@ SECTIONS = (
         "attribute-branches",
         "Blocks and heads",
         branches,
-        "Direct logit attribution: the logit, split by what each attention head and MLP adds to the residual stream, "
+        "Direct logit attribution: the logit, split by what each head and MLP adds to the residual stream, "
         "read through the frozen final norm and the LM head. Point at a cell, or use the arrow keys, to see its value.",
         branch_drawings,
     ),
