@@ -321,7 +321,7 @@ def _panels(count: int) -> Iterator[slice]:
 
 
 class Mix(LinearOperator):
-    """Mix positions by a frozen attention pattern, `[n, g hd]` to `[m, h hd]`.
+    """Mix positions by a frozen pattern, of attention or of a recurrence: `[n, g hd]` to `[m, h hd]`.
 
     `h` query heads share `g` key/value heads in consecutive groups (query head `i` reads value head `i // (h // g)`),
     as in grouped-query attention. Row `pattern[i, q]` contains the weights of all positions for query position `q` of

@@ -233,14 +233,14 @@ class Model:
 
         Args:
             prompt: text, or token ids.
-            mlp_path: freezing rule of gated feed-forwards; see `ggjac.blocks.record_hidden`.
+            mlp_path: freezing rule of gated feed-forwards; see `ggjac.blocks.networks.record_hidden`.
             n_ctx: context size that decides between short and long rope factors where a model has both; default the
                 prompt's length. (llama.cpp uses the context it allocates, a multiple of 256.)
             imitate: round where llama.cpp does on the CPU, for parity: GELU comes from a half-precision table, and
                 rotary angles are float32 (see `ggjac.rope.rotation`).
             tapes: True keeps tapes in memory, for Jacobians; a `Tapes` keeps them where it says, and continues an
                 interrupted trace. False keeps none: the trace then has outputs and logits only, and takes less memory
-                (attention patterns alone are heads x n² floats per layer).
+                (patterns alone are heads x n² floats per layer; a recurrence in chunks takes less).
             observe: called with llama.cpp's name and value of intermediate tensors, each `[n, d]`: `attn_out-i` and
                 `ffn_out-i` (the branches before post-norm and scale), `l_out-i` (the residual stream after block `i`)
                 and `result_norm`.

@@ -688,7 +688,7 @@ def rewrite_as_f32(path: str | os.PathLike[str], folder: str | os.PathLike[str],
 
 
 def for_llama_cpp(file: GGUFFile, folder: str | os.PathLike[str]) -> Path:
-    """Return the path of a file that llama.cpp accepts: the same one, or a copy in `folder` as `EXPORTS` says.
+    """Return the path of a file that llama.cpp accepts: the same one, or a copy in `folder` as its row says.
 
     A copy takes as much disk as the file. Call it with a temporary folder.
 
