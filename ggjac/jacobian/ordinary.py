@@ -25,7 +25,8 @@ class OrdinaryJacobian(LinearOperator):
 
     `matmat` is forward mode, upwards, and `rmatmat` reverse mode, downwards; each block is computed again at the input
     in its tape. Either reads every weight once or twice, whatever the number of stacked vectors. For `k` of
-    them, memory is about `k` times one block's activations, attention scores (heads x n²) among them.
+    them, memory is about `k` times one block's activations, attention scores (heads x n²) or states of a recurrence
+    (heads x elements of a key x n) among them.
 
     Attributes:
         position: the output position, counted from 0; later positions have no influence.
@@ -70,8 +71,9 @@ class OrdinaryJacobian(LinearOperator):
     def rows(self, chunk: int | None = None) -> Iterator[tuple[int, int, Tensor]]:
         """Yield rows of the dense Jacobian; by default as many at a time as fit into `chunk_bytes`."""
         config, (n, d) = self.network.frame.config, self.in_shape
-        heads = max(layer.heads for layer in config.layers)
-        floats = 4 * n * (d + config.hidden_units) + 3 * heads * n * n
+        own, scores = config.recurrence, max(layer.heads for layer in config.layers) * n
+        states = own.heads * (2 * own.key_size + min(n, 4 * own.key_size))  # and the pattern, or its chunks
+        floats = 4 * n * (d + config.hidden_units) + 3 * n * max(scores, states)
         return super().rows(chunk or max(1, self.chunk_bytes // (floats * self.dtype.itemsize)))
 
     @cached_property
