@@ -3,7 +3,7 @@
 from ggjac.config.keys import ConfigError
 from ggjac.config.model import Indexer, Latent, Layer, ModelConfig, Recurrence, Rope
 from ggjac.config.read import read_config
-from ggjac.config.tensors import fused_parts
+from ggjac.config.tensors import fused_parts, norm_places
 
 __all__ = [
     "ConfigError",
@@ -14,5 +14,6 @@ __all__ = [
     "Recurrence",
     "Rope",
     "fused_parts",
+    "norm_places",
     "read_config",
 ]

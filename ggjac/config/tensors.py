@@ -148,11 +148,13 @@ _OPTIONAL = {
     "rope_freqs.weight",
     "rope_factors_long.weight",
     "rope_factors_short.weight",
-    "ssm_norm.weight",
     "layer_output_scale.weight",
     *(name for table in _INDEXER.values() for name in table),
 }
-# Some files have further axes of length 1.
+# Other biases and factors are optional.
+_NEEDED = {"ssm_dt.bias", "ffn_gate_inp.scale"}
+# By kind of mixer: tensors that may be missing, and those that have further axes of length 1 in some files.
+_MIXER_OPTIONAL = {"state space": {"ssm_norm.weight"}}
 _LOOSE = {"kimi delta": {"ssm_a", *(f"ssm_conv1d_{part}.weight" for part in "qkv")}}
 _GATES = {"ffn_gate_exps", "ffn_gate_up_exps", "ffn_gate_shexp"}
 
@@ -242,17 +244,16 @@ def check_tensors(config: ModelConfig, shapes: Mapping[str, tuple[int, ...]]) ->
     Raises:
         ConfigError: names the tensor.
     """
-    known, needed = set(), {"ssm_dt.bias", "ffn_gate_inp.scale"}
+    known, needed = set(), set(_NEEDED)
     if config.row.head == "required":
         needed.add("output.weight")
     if config.row.selection_bias == "required":
         needed.add("exp_probs_b.bias")
-    if config.row.recurrent.endswith("delta"):
-        needed.add("ssm_norm.weight")
-    loose = {name for own in config.layers for mixer in own.mixers for name in _LOOSE.get(mixer, ())}
+    mixers = {mixer for own in config.layers for mixer in own.mixers}
+    loose, missing = ({name for mixer in mixers for name in of.get(mixer, ())} for of in (_LOOSE, _MIXER_OPTIONAL))
     for prefix, table, sizes in _scopes(config):
         fused = {stem: parts for stem, parts in FUSED.items() if all(f"{part}.weight" in table for part in parts)}
-        optional = _OPTIONAL | {f"{stem}.weight" for stem in fused}
+        optional = _OPTIONAL | missing | {f"{stem}.weight" for stem in fused}
         for stem, parts in fused.items():
             if f"{prefix}{stem}.weight" in shapes:
                 optional |= {f"{part}.weight" for part in parts}
@@ -403,7 +404,8 @@ def _block_table(config: ModelConfig, layer: int) -> dict[str, tuple[str, ...]]:
         matrices = {name: axes for name, axes in matrices.items() if name not in _GATES}
     if own.keys_as_values:
         del matrices["attn_v"], matrices["attn_qkv"]
-    norms = dict.fromkeys(_norms(config, layer), ("d",))
+    places = () if row.norm == "bare" else norm_places(config, layer)
+    norms = {name: ("d",) for names in places for name in names}
     table = {f"{name}.weight": axes for name, axes in (matrices | norms).items()} | vectors
     table = {name.removesuffix(".weight" if name[:-7] in row.bare_names else ""): axes for name, axes in table.items()}
     table |= {f"{name}.bias": axes[:-1] for name, axes in matrices.items() if len(axes) > 1}
@@ -452,14 +454,12 @@ def _gates_table(low_rank: bool) -> dict[str, tuple[str, ...]]:
     return {f"ssm_{name}_{step}.weight": axes for name in "fg" for step, axes in steps.items()}
 
 
-def _norms(config: ModelConfig, layer: int) -> list[str]:
-    """Return the names of a block's norms."""
+def norm_places(config: ModelConfig, layer: int) -> list[tuple[str, ...]]:
+    """Return the names that a block's norm may have at each place, before and after its branches and their parts."""
     row, own = config.row, config.layers[layer]
-    if row.norm == "bare":
-        return []
     places = [row.norms.attention_in, row.norms.attention_out] if own.mixers else []
     if own.hidden_units or own.routed:
         places += [row.norms.ffn_in, row.norms.ffn_out]
     if own.hidden_units and own.routed:
         places += [row.norms.dense_out, row.norms.experts_in, row.norms.experts_out]
-    return [name for names in places for name in names]
+    return places

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from ggjac.config import ModelConfig, fused_parts
+from ggjac.config import ModelConfig, fused_parts, norm_places
 from ggjac.config.mixers import MIXERS
 from ggjac.planner.work import JACOBIAN, Region, Work
 from ggjac.sizes import ITEM_BYTES, SLAB, MlpPath, scan_chunk
@@ -256,7 +256,7 @@ def _sweep(block: _Block, config: ModelConfig, mlp_path: MlpPath, region: Region
             parts += [output.scaled(2), taps]
     for kind, experts, uses, _ in _networks(block, config, m):
         parts += [block.linear(stem, m, experts, uses) for stem in (_live(block, kind, mlp_path), f"ffn_down{kind}")]
-    parts += [block.linear(stem, m) for stem in (*_LATENT, *_INPUTS)]
+    parts += [block.linear(stem, m) for stem in (*_LATENT_EXPERTS, *_INPUTS)]
     # Each vector visits only the blocks of its own map's span: scale by the mean.
     return total(parts) if region.sequential else total(parts).scaled(len(ends) / len(spans))
 
@@ -305,10 +305,10 @@ def _recurrence(state: int, positions: int) -> Pass:
 
 
 # Around the routed experts: live, and the first of them is applied before they are recorded, too.
-_LATENT = ("ffn_latent_down", "ffn_latent_up")
+_LATENT_EXPERTS = ("ffn_latent_down", "ffn_latent_up")
 # Of a block's own inputs.
 _INPUTS = ("inp_gate", "proj")
-_ONCE = ("ffn_gate_inp", *_LATENT, *_INPUTS)
+_ONCE = ("ffn_gate_inp", *_LATENT_EXPERTS, *_INPUTS)
 
 
 def _mixer_stems(block: _Block) -> list[str]:
@@ -330,7 +330,7 @@ def _trace(block: _Block, config: ModelConfig, mlp_path: MlpPath, n: int, m: int
 
     Each tensor counts once, but one that is both recorded for a frozen factor and applied as a live one counts twice.
     """
-    parts = [block.linear(stem, m) for stem in (*_mixer_stems(block), *_ONCE, _LATENT[0])]
+    parts = [block.linear(stem, m) for stem in (*_mixer_stems(block), *_ONCE, _LATENT_EXPERTS[0])]
     for mixer in block.layer.mixers:
         if continued and MIXERS[mixer].recurrent:
             heads, value, key = _heads(config, block, mixer)
@@ -383,11 +383,7 @@ def _tape_bytes(block: _Block, config: ModelConfig, n: int, item: int) -> int:
         if MIXERS[mixer].expansion:  # the norm of the latent
             floats += config.latent.size
             other += n * max(4, item)
-    norms, own = config.row.norms, block.layer
-    places = [norms.attention_in, norms.attention_out] if own.mixers else []
-    places += [norms.ffn_in, norms.ffn_out] if own.hidden_units or own.routed else []
-    places += [norms.dense_out, norms.experts_in, norms.experts_out] if own.hidden_units and own.routed else []
-    places += [("post_norm",)] if config.inputs else []
+    places = norm_places(config, block.index) + ([("post_norm",)] if config.inputs else [])
     floats += n * config.inputs
     for names in places:
         found = (name for name in names if block.find(f"{name}.weight") or block.find(name))
