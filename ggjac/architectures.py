@@ -4,7 +4,8 @@ A family is what `general.architecture` names; rows state facts of llama.cpp's g
 `ggjac.config` reads sizes and options from a file and completes them with its row.
 """
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,31 @@ class Graph:
 
 
 @dataclass(frozen=True)
+class Export:
+    """How a family's files may differ from those that llama.cpp reads.
+
+    Ollama's exports of Qwen 3.5 and 3.6 have the vision and prediction tensors of the model in the same file, and write
+    some keys and names in another way (ggml-org/llama.cpp, pull requests 22954, 23700 and 25334).
+
+    Attributes:
+        dropped: prefixes of the names of tensors that are not part of the model.
+        renamed: names in a block, after its number, and llama.cpp's for them.
+        padded: arrays below the architecture's prefix that may be too short, and their length with zeros at the end.
+        largest: arrays that have zeros for blocks without attention, where llama.cpp expects one number.
+    """
+
+    dropped: tuple[str, ...] = ()
+    renamed: Mapping[str, str] = field(default_factory=dict)
+    padded: Mapping[str, int] = field(default_factory=dict)
+    largest: tuple[str, ...] = ()
+
+    def name(self, stored: str) -> str:
+        """Return llama.cpp's name of a tensor."""
+        block, number, rest = [*stored.split(".", 2), "", ""][:3]
+        return f"{block}.{number}.{self.renamed[rest]}" if block == "blk" and rest in self.renamed else stored
+
+
+@dataclass(frozen=True)
 class Architecture:
     """What the files of a family do not say about themselves.
 
@@ -55,6 +81,7 @@ class Architecture:
         epsilon_optional: files may state LayerNorm's epsilon in place of RMSNorm's.
         output_norm: stem of the norm before the head.
         norms: their names, before and after each branch.
+        bare_names: stems of norms whose tensors' names lack the suffix `.weight`.
         mixer: kind of the softmax attention, of `ggjac.blocks.mixers.MIXERS`.
         recurrent: kind of the mixer in blocks without attention, or `""` for none.
         recurrent_blocks: which blocks those are: `"all"`; `"no kv heads"` (0 in `attention.head_count_kv`);
@@ -63,9 +90,25 @@ class Architecture:
         one_branch: a block with a feed-forward (`feed_forward_length` above 0) has no mixer.
         key_heads_tiled: of `h` value heads, head `i` uses key head `i % g` in place of `i // (h // g)`.
         sigmoid_gate: the gate on a recurrence's output is a sigmoid in place of a SiLU.
+        low_rank_gates: decays and gates of Kimi's delta rule are projected in two steps.
+        bounded_decay: the logarithms of decays have a lower bound, the file's `kda.gate_lower_bound`.
         positive_decay: `ssm_a` is stored positive where decays have a lower bound.
         gated_queries: `attn_q` has a gate after each head's query: its sigmoid multiplies what the head reads.
+        gated_heads: the sigmoid of a number for each head, from `attn_gate`, multiplies what the head reads.
+        latent_queries: whether queries of latent attention are expanded from a latent vector, as keys and values are:
+            `"required"`, `"optional"` (if the file states its size, `attention.q_lora_rank`), or `""` for never.
+        direct_queries: blocks and vocabulary of the variants whose queries are not, whatever the file states (llama.cpp
+            identifies them so); a vocabulary of 0 stands for any.
+        latent_split: whether keys and values are expanded by tensors of their own: `"required"`, `"optional"` (if the
+            file states `attention.key_length_mla` and `attention.value_length_mla`), or `""` for never.
+        mscale: the first of DeepSeek's two multipliers of YaRN (`ggjac.config.rotations.stretching`), which the file
+            does not state: `"equal"` to the second, if that is not 0; `"one"`; or `"alone"` (it is 1 and the second 0,
+            whatever the file states); `""` where there are none.
+        indexer: prompts may be so long that attention selects keys: one by one (`"keys"`), in blocks (`"blocks"`), or
+            `""` for never. Such prompts are not supported.
         value_norm: the values of each head are normed (RMSNorm without weight).
+        shared_keys: the file's last `attention.shared_kv_layers` blocks read keys and values of an earlier block.
+        inputs: blocks may have inputs of their own (`embedding_length_per_layer_input`), made from the tokens.
         keys_as_values: where a block lacks `attn_v`, its key projection gives the values too.
         parallel: both branches read the block's input, and are added to it together.
         parallel_key: the file's `use_parallel_residual`, which is then required, overrides `parallel`.
@@ -79,7 +122,7 @@ class Architecture:
         rope_optional: `rope.scaling.finetuned = false` turns rotation off.
         rope_layers: layers that rotate: `"all"`, `"windowed"` (only those with a sliding window, if the model has any)
             or `"three of four"` (all but every fourth).
-        full_factors: `rope_freqs` apply to full layers only.
+        rope_factors: layers to which `rope_freqs` apply: `"all"`, `"full"` (those without a window) or `""` for none.
         yarn_keys: YaRN's betas and log multiplier are read from the file; llama.cpp ignores them in other families.
         windowed: whether some layers attend through a sliding window: `"optional"` (if the file states its size),
             `"required"`, or `""` for never.
@@ -99,15 +142,18 @@ class Architecture:
         wide_scale_blocks: block count of the variant whose default is 1/√(d / heads) instead; 0 for none.
         attention_softcap, logit_softcap: default caps of scores and logits, 0 for none; None if the file's keys are
             not read.
-        temperature: queries may grow with position (`attention.temperature_scale`).
+        temperature: queries may grow with position (`attention.temperature_scale`), after each original context
+            (`"context"`) or each `attention.temperature_length` (`"length"`); `""` for never.
         ffn: `"gated"`, `"fused"` (gate and up in one tensor, gate first) or `"plain"` (no gate).
         ffn_scales: the constant factors of the feed-forward's matrices are applied, as those of attention's are in all
             families.
         recurrent_scales: those of a recurrent mixer's matrices are applied.
         activation: `"silu"`, `"gelu"` (tanh form), `"relu2"` (the square of the positive part), `"xielu"` (see
             `ggjac.config.Layer`) or `"silu_oai"` (clamped, with up shifted by one).
+        hidden_clamps: hidden units may have limits in each block (`swiglu_clamp_exp`, `swiglu_clamp_shexp`).
         router: how expert weights come from router logits: `"softmax"` over all experts, `"softmax_selected"` over
             the chosen ones, or `"sigmoid"`.
+        sigmoid_routers: blocks and vocabulary of the variants where it is `"sigmoid"` (llama.cpp identifies them so).
         router_key: the file's `expert_gating_func` overrides `router`, which is the default, or `""` for none.
         selection_bias: a bias added for the choice of experts but not to their weights (`exp_probs_b`): `"optional"`,
             `"required"`, or `""` for none.
@@ -117,19 +163,27 @@ class Architecture:
         router_norm: the router reads the stream, normed without weight, divided by √d and times `ffn_gate_inp.scale`.
         dense_beside_experts: blocks with a mixture have a dense network too, and add both.
         leading_dense: the first `leading_dense_block_count` blocks are dense.
+        router_optional: blocks without a router are dense.
+        uneven_experts: the number of experts that a token uses may differ between blocks.
+        expert_latent: the file's `moe_latent_size`, if present, is the width of what routed experts read and write.
         expert_widths: where the experts' hidden units are stated: `"tensors"` (their shapes; for the shared expert
             `expert_shared_feed_forward_length`, if present), `"count"` (`expert_feed_forward_length`, times
-            `expert_shared_count` for the shared expert) or `"shared count"` (likewise, but the shared expert has
-            `expert_shared_feed_forward_length` times the count, if present).
+            `expert_shared_count` for the shared expert), `"shared count"` (likewise, but the shared expert has
+            `expert_shared_feed_forward_length` times the count, if present) or `"shared"` (likewise, but that key
+            counts alone).
         predictors: the file's last `nextn_predict_layers` blocks predict tokens after the next one; they are left out.
         stream_scale: a block's output may be multiplied by a number (`layer_output_scale`).
         positions: learned position embeddings are added to the input.
         embedding_scale: `"sqrt"` (of d), `"key"` (the file's `embedding_scale`), or `""` for none.
         residual_scale: branches are multiplied by the file's `residual_scale`.
         logit_scale: `"multiply"` or `"divide"` by the file's `logit_scale`, or `""` for neither.
+        logit_scale_optional: files may lack that key.
         scale_defaults: for files without these keys: embedding scale; branch scale times √(blocks); logit scale times
             d; 0 for no default.
+        scale_keys: files may have these keys; otherwise the defaults count.
+        head: whether the head has a matrix of its own (`output`): `"optional"`, `"required"`, or `"tied"` for never.
         graph: names in llama.cpp's graph.
+        export: how files of other converters may differ.
     """
 
     norm: str = "rms"
@@ -137,16 +191,27 @@ class Architecture:
     epsilon_optional: bool = False
     output_norm: str = "output_norm"
     norms: Norms = Norms()
+    bare_names: tuple[str, ...] = ()
     mixer: str = "attention"
     recurrent: str = ""
     recurrent_blocks: str = ""
     one_branch: bool = False
     key_heads_tiled: bool = False
     sigmoid_gate: bool = False
+    low_rank_gates: bool = False
+    bounded_decay: bool = False
     positive_decay: bool = False
     gated_queries: bool = False
+    gated_heads: bool = False
+    latent_queries: str = ""
+    direct_queries: tuple[tuple[int, int], ...] = ()
+    latent_split: str = ""
+    mscale: str = ""
+    indexer: str = ""
     value_norm: bool = False
     keys_as_values: bool = False
+    shared_keys: bool = False
+    inputs: bool = False
     parallel: bool = False
     parallel_key: bool = False
     parallel_unless_normed: bool = False
@@ -155,7 +220,7 @@ class Architecture:
     rope_sections: bool = False
     rope_optional: bool = False
     rope_layers: str = "all"
-    full_factors: bool = False
+    rope_factors: str = "all"
     yarn_keys: bool = False
     windowed: str = ""
     window_blocks: int = 0
@@ -172,12 +237,14 @@ class Architecture:
     wide_scale_blocks: int = 0
     attention_softcap: float | None = None
     logit_softcap: float | None = None
-    temperature: bool = False
+    temperature: str = ""
     ffn: str = "gated"
     ffn_scales: bool = False
     recurrent_scales: bool = False
     activation: str = "silu"
+    hidden_clamps: bool = False
     router: str = "softmax"
+    sigmoid_routers: tuple[tuple[int, int], ...] = ()
     router_key: bool = False
     selection_bias: str = ""
     renormalize: bool = True
@@ -186,6 +253,9 @@ class Architecture:
     router_norm: bool = False
     dense_beside_experts: bool = False
     leading_dense: bool = False
+    router_optional: bool = False
+    uneven_experts: bool = False
+    expert_latent: bool = False
     expert_widths: str = "tensors"
     predictors: bool = False
     stream_scale: bool = False
@@ -193,8 +263,12 @@ class Architecture:
     embedding_scale: str = ""
     residual_scale: bool = False
     logit_scale: str = ""
+    logit_scale_optional: bool = False
     scale_defaults: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    scale_keys: bool = True
+    head: str = "optional"
     graph: Graph = Graph()
+    export: Export = Export()
 
 
 _LLAMA = Architecture(rope_pairs="adjacent")
@@ -234,7 +308,13 @@ _DELTA = replace(
     ffn_scales=True,
     graph=Graph(attention=("linear_attn_out", "attn_output")),  # the latter also names the recurrence's output
 )
-_QWEN35 = replace(_DELTA, key_heads_tiled=True, rope_sections=True, recurrent_scales=True)
+_OLLAMA = Export(
+    dropped=("v.", "mtp."),
+    renamed={"ssm_dt": "ssm_dt.bias"},
+    padded={"rope.dimension_sections": 4},
+    largest=("attention.head_count_kv",),
+)
+_QWEN35 = replace(_DELTA, key_heads_tiled=True, rope_sections=True, recurrent_scales=True, export=_OLLAMA)
 _LFM2 = replace(
     _QWEN3,
     output_norm="token_embd_norm",
@@ -242,10 +322,72 @@ _LFM2 = replace(
     recurrent_blocks="no kv heads",
     graph=Graph(("model.layers.{}.conv.out_proj", "model.layers.{}.self_attn.out_proj"), ffn=()),
 )
+_MAMBA2 = Architecture(
+    recurrent="state space",
+    recurrent_scales=True,
+    recurrent_blocks="all",
+    rope_pairs="",
+    ffn_scales=True,
+    graph=Graph(attention=("mamba_out",)),
+)
+_NEMOTRON_H = replace(
+    _MAMBA2,
+    norms=_SHARED_NORM,
+    recurrent_blocks="no kv heads",
+    one_branch=True,
+    partial_rotary=True,
+    epsilon_optional=True,
+    ffn="plain",
+    ffn_scales=True,
+    activation="relu2",
+    router="sigmoid",
+    selection_bias="required",
+    renormalize_key=True,
+    expert_scale_key=True,
+    uneven_experts=True,
+    expert_latent=True,
+    predictors=True,
+    graph=Graph(("mamba_out", "attn_out"), ("l_out",), ("nemotron_h_block_out",)),
+)
+_GEMMA4_NORMS = replace(
+    _SANDWICH, dense_out=("post_ffw_norm_1",), experts_in=("pre_ffw_norm_2",), experts_out=("post_ffw_norm_2",)
+)
+
+_LATENT = Architecture(mixer="latent", rope_pairs="adjacent", partial_rotary=True)
+_DEEPSEEK2 = replace(
+    _LATENT,
+    latent_queries="required",
+    direct_queries=((26, 0), (27, 0), (48, 128256)),
+    latent_split="optional",
+    mscale="equal",
+    temperature="length",
+    sigmoid_routers=((47, 154880), (48, 154880)),
+    router_key=True,
+    selection_bias="optional",
+    renormalize_key=True,
+    expert_scale_key=True,
+    leading_dense=True,
+    expert_widths="count",
+    predictors=True,
+    graph=Graph(attention=()),
+)
+
+_KIMI = replace(
+    _DEEPSEEK,
+    mixer="latent",
+    latent_split="required",
+    recurrent="kimi delta",
+    recurrent_blocks="no kv heads",
+    sigmoid_gate=True,
+    partial_rotary=True,
+    router="",
+    router_key=True,
+    selection_bias="required",
+)
 
 ARCHITECTURES: dict[str, Architecture] = {
     "llama": replace(_LLAMA, ffn_scales=True),
-    "mistral3": replace(_LLAMA, yarn_keys=True, temperature=True, ffn_scales=True),
+    "mistral3": replace(_LLAMA, yarn_keys=True, temperature="context", ffn_scales=True),
     "qwen2": Architecture(),
     "qwen2moe": Architecture(renormalize=False),
     "qwen3": replace(_QWEN3, ffn_scales=True),
@@ -373,6 +515,113 @@ ARCHITECTURES: dict[str, Architecture] = {
     "qwen35": _QWEN35,
     "qwen35moe": _QWEN35,
     "qwen3next": _DELTA,
+    "deepseek2": _DEEPSEEK2,
+    "mistral4": replace(_DEEPSEEK2, mscale="one"),
+    "minicpm3": replace(
+        _LATENT,
+        rope_pairs="halves",
+        latent_queries="required",
+        embedding_scale="key",
+        residual_scale=True,
+        logit_scale="multiply",
+        scale_defaults=(12.0, 1.4, 256.0),
+        scale_keys=False,
+    ),
+    "plm": replace(_LATENT, ffn="plain", activation="relu2", head="tied"),
+    "deepseek32": replace(
+        _DEEPSEEK2,
+        direct_queries=(),
+        latent_split="required",
+        mscale="one",
+        temperature="",
+        router="",
+        sigmoid_routers=(),
+        indexer="keys",
+        ffn_scales=True,
+    ),
+    "glm-dsa": replace(
+        _DEEPSEEK2,
+        direct_queries=(),
+        latent_split="required",
+        mscale="alone",
+        temperature="",
+        router="sigmoid",
+        sigmoid_routers=(),
+        indexer="keys",
+        ffn_scales=True,
+    ),
+    "minimax-m3": replace(
+        _DEEPSEEK,
+        partial_rotary=True,
+        qk_norm="head",
+        indexer="blocks",
+        activation="silu_oai",
+        router="",
+        router_key=True,
+        selection_bias="required",
+        head="required",
+    ),
+    "kimi-linear": replace(
+        _KIMI,
+        low_rank_gates=True,
+        rope_pairs="",
+        renormalize_key=False,
+        head="required",
+        graph=Graph(("kda_out", "mla_out")),
+    ),
+    "bailingmoe3": replace(
+        _KIMI,
+        latent_queries="optional",
+        gated_heads=True,
+        bounded_decay=True,
+        positive_decay=True,
+        rope_pairs="adjacent",
+        hidden_clamps=True,
+        expert_widths="shared",
+        predictors=True,
+        graph=Graph(("kda_out", "mla_out"), ffn=()),
+    ),
     "lfm2": replace(_LFM2, windowed="optional"),
     "lfm2moe": replace(_LFM2, router="", router_key=True, selection_bias="required", leading_dense=True),
+    "mamba2": _MAMBA2,
+    "granitehybrid": replace(
+        _GRANITE,
+        rope_optional=True,
+        logit_scale_optional=True,
+        recurrent="state space",
+        recurrent_scales=True,
+        recurrent_blocks="no kv heads",
+        graph=Graph(("mamba_out", "attn_out"), ffn=()),
+    ),
+    "falcon-h1": Architecture(
+        bare_names=("ffn_norm",),
+        rope_factors="",
+        recurrent="state space",
+        recurrent_scales=True,
+        recurrent_blocks="beside",
+        graph=Graph(attention=("layer_out",)),
+    ),
+    "nemotron_h": _NEMOTRON_H,
+    "nemotron_h_moe": _NEMOTRON_H,
+    "gemma4": replace(
+        _GEMMA,
+        norms=_GEMMA4_NORMS,
+        value_norm=True,
+        keys_as_values=True,
+        shared_keys=True,
+        inputs=True,
+        attention_scale=1.0,
+        qk_norm="head",
+        rope_factors="full",
+        windowed="required",
+        windowed_sizes=True,
+        window_rope="own",
+        logit_softcap=30.0,
+        ffn_scales=True,
+        router_norm=True,
+        dense_beside_experts=True,
+        router_optional=True,
+        stream_scale=True,
+        graph=Graph(attention=(), ffn=("ffn_moe_combined", "ffn_out")),
+    ),
 }

@@ -1,44 +1,18 @@
-"""Files that llama.cpp refuses although it runs their family: what is different in a copy that it accepts, as data.
+"""Files that llama.cpp refuses although it runs their family: what is different in a copy that it accepts.
 
-Ollama's exports of Qwen3.5 and 3.6 carry the vision and prediction tensors of the model in the same file, and write
-some keys and names in another way (ggml-org/llama.cpp, pull requests 22954, 23700 and 25334).
+What may be different is part of the family's row (`ggjac.architectures.Export`).
 """
 
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ggjac.architectures import ARCHITECTURES
 from ggjac.gguf import GGUFFile, TensorInfo
-
-
-@dataclass(frozen=True)
-class Export:
-    """How a family's files may differ from those that llama.cpp reads.
-
-    Attributes:
-        dropped: prefixes of the names of tensors that are not part of the model.
-        renamed: names in a block, after its number, and llama.cpp's for them.
-        padded: arrays below the architecture's prefix that may be too short, and their length with zeros at the end.
-        largest: arrays that have zeros for blocks without attention, where llama.cpp expects one number.
-    """
-
-    dropped: tuple[str, ...] = ()
-    renamed: Mapping[str, str] = field(default_factory=dict)
-    padded: Mapping[str, int] = field(default_factory=dict)
-    largest: tuple[str, ...] = ()
-
-
-_QWEN35 = Export(
-    dropped=("v.", "mtp."),
-    renamed={"ssm_dt": "ssm_dt.bias"},
-    padded={"rope.dimension_sections": 4},
-    largest=("attention.head_count_kv",),
-)
-EXPORTS = {"qwen35": _QWEN35, "qwen35moe": _QWEN35}
 
 
 @dataclass(frozen=True)
@@ -52,10 +26,11 @@ class Copy:
 def different(file: GGUFFile) -> Copy | None:
     """Return what a copy for llama.cpp has, or None if the file needs no copy."""
     architecture = file.metadata.get("general.architecture")
-    export = EXPORTS.get(architecture) if isinstance(architecture, str) else None
-    if export is None:
+    row = ARCHITECTURES.get(architecture) if isinstance(architecture, str) else None
+    if row is None:
         return None
-    tensors = {_name(name, export): info for name, info in file.tensors.items() if not name.startswith(export.dropped)}
+    export = row.export
+    tensors = {export.name(name): info for name, info in file.tensors.items() if not name.startswith(export.dropped)}
     keys: dict[str, Any] = {}
     for stem, length in export.padded.items():
         found = _numbers(file, key := f"{architecture}.{stem}")
@@ -66,11 +41,6 @@ def different(file: GGUFFile) -> Copy | None:
         if found and not all(found):
             keys[key] = max(found)
     return None if not keys and tensors == dict(file.tensors) else Copy(tensors, keys)
-
-
-def _name(name: str, export: Export) -> str:
-    block, number, rest = [*name.split(".", 2), "", ""][:3]
-    return f"{block}.{number}.{export.renamed[rest]}" if block == "blk" and rest in export.renamed else name
 
 
 def _numbers(file: GGUFFile, key: str) -> list[Any]:

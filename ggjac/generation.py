@@ -33,9 +33,9 @@ class Continuation:
     """
 
     def __init__(self, model: Model, capacity: int, *, mlp_path: MlpPath = "up", change: Change | None = None):
-        if capacity > model.config.context_length:
+        if capacity > model.config.longest:
             raise PromptError(
-                f"the text would grow to {capacity} tokens, the model's context is {model.config.context_length}; "
+                f"the text would grow to {capacity} tokens, the model's context is {model.config.longest}; "
                 "ask for fewer tokens or shorten the prompt"
             )
         self.model, self.capacity, self.length = model, capacity, 0
@@ -54,12 +54,15 @@ class Continuation:
         ids = model.check_prompt(ids)
         if self.length + len(ids) > self.capacity:
             raise PromptError(f"there is room for {self.capacity} tokens, not for {self.length + len(ids)}")
+        frame = self._frame._replace(inputs=model.block_inputs(ids))
         h = self.change(0, model.embed(ids, self.length))
         for i in range(config.block_count):
             w = model.block(i, live=True)
             if i + 1 < config.block_count:
                 model.block(i + 1, live=True).read_ahead()
-            h, self._past[i] = extend_block(w, self._frame, i, h, self._past[i])
+            source = config.layers[i].source
+            past = self._past[i if source is None else source]
+            h, self._past[i] = extend_block(w, frame, i, h, past)
             h = self.change(i + 1, h)
             if not h.isfinite().all():
                 name = str(model.dtype).removeprefix("torch.")

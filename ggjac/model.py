@@ -15,12 +15,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ggjac import blocks, decode, planner
-from ggjac.blocks import BlockTape, Frame, NormTape
+from ggjac.blocks import BlockTape, Frame, NormTape, Past
 from ggjac.config import ModelConfig, fused_parts, read_config
 from ggjac.gguf import GGUFFile, open_gguf
 from ggjac.gguf.hub import demo_path, resolve
 from ggjac.jacobian import DetachedJacobian, FrozenNetwork, Span
 from ggjac.jacobian.tapes import Tapes
+from ggjac.linop import Linear
 from ggjac.planner import Plan, machine
 from ggjac.rope import rotation
 from ggjac.runs.journal import Journal
@@ -255,32 +256,39 @@ class Model:
         ids = self.prompt_ids(prompt)
         config = self.config
         observe = observe or (lambda name, tensor: None)
-        frame = self.frame(len(ids), mlp_path=mlp_path, n_ctx=n_ctx, imitate=imitate)
+        shared = self.frame(len(ids), mlp_path=mlp_path, n_ctx=n_ctx, imitate=imitate)
+        frame = shared._replace(inputs=self.block_inputs(ids))
         x = self.embed(ids)
         h, kept = x, Tapes() if isinstance(tapes, bool) else tapes
         kept.device = self.device
         begun = max(0, len(kept) - 1)  # the last block of an earlier attempt again: its output is on no tape
         if len(kept):
             h = kept[begun].x
+        pasts: dict[int, Past] = {}  # of blocks whose keys later ones read
+        for i in config.writers & set(range(begun)):
+            pasts[i] = blocks.record_attention(self.block(i), frame, i, kept[i].x).past[0]
         for i in range(begun, config.block_count):
-            w = self.block(i)
+            w, source = self.block(i), config.layers[i].source
+            past = None if source is None else pasts[source]
             if i + 1 < config.block_count:
                 self.block(i + 1).read_ahead()
-            x_in, (attn, ffn, h) = h, blocks.record_block(w, frame, i, h)
+            x_in, (attn, ffn, inputs, h) = h, blocks.record_block(w, frame, i, h, past)
+            if i in config.writers:
+                pasts[i] = attn.past[0]
             observe(f"attn_out-{i}", attn.raw)
             observe(f"ffn_out-{i}", ffn.raw)
             observe(f"l_out-{i}", h)
             if not h.isfinite().all():
                 raise blocks.overflow(f"block {i}", self.dtype)
             if tapes is not False and i == len(kept):
-                kept.append(BlockTape(x_in, attn.tape, ffn.tape))
-            del x_in, attn, ffn  # before the next block is recorded
+                kept.append(BlockTape(x_in, attn.tape, ffn.tape, inputs))
+            del x_in, attn, ffn, inputs  # before the next block is recorded
             if progress:
                 progress(i + 1, config.block_count)
         norm = self.freeze_final_norm(h)
         outputs = norm.apply(h)
         observe("result_norm", outputs)
-        return Trace(model=self, ids=ids, x=x, outputs=outputs, norm=norm, frame=frame, tapes=kept)
+        return Trace(model=self, ids=ids, x=x, outputs=outputs, norm=norm, frame=shared, tapes=kept)
 
     def frame(self, n: int, *, mlp_path: MlpPath = "up", n_ctx: int | None = None, imitate: bool = False) -> Frame:
         """Return the settings that all blocks share, for positions 0 to `n - 1`; arguments as `trace` takes them."""
@@ -300,6 +308,18 @@ class Model:
         if "position_embd.weight" in self.weights:
             x = x + self.weights["position_embd.weight"].take(range(start, start + len(ids)))
         return x
+
+    def block_inputs(self, ids: Sequence[int]) -> Float[Tensor, "n L w"] | None:
+        """Return what each block reads of the tokens beside the stream: rows of a table, and of their embeddings."""
+        config = self.config
+        if not config.inputs:
+            return None
+        x, n = self.embed(ids), len(ids)
+        projected = Linear(self.weights["per_layer_model_proj.weight"], n).matmat(x[None])[0] / config.d**0.5
+        projected = projected.reshape(-1, config.inputs)  # [n L, w]
+        norm = blocks.frozen_norm(config, self.weights["per_layer_proj_norm.weight"].dense(), None, projected)
+        table = self.weights["per_layer_token_embd.weight"].take(ids).reshape(-1, config.inputs)
+        return ((norm.apply(projected) + table * config.inputs**0.5) / 2**0.5).unflatten(0, (n, -1))
 
     def freeze_final_norm(self, h: Float[Tensor, "n d"]) -> NormTape:
         """Freeze the norm before the head at any stream."""
@@ -349,6 +369,11 @@ class Model:
             raise PromptError("the prompt has no tokens; give a text with -p or token ids with --tokens")
         if len(ids) > context:
             raise PromptError(f"the prompt has {len(ids)} tokens, the model's context {context}; shorten it")
+        if len(ids) > self.config.longest:
+            raise PromptError(
+                f"the prompt has {len(ids)} tokens, of which this model's attention selects {self.config.longest}: not "
+                "supported beyond that; shorten it"
+            )
         for i in ids:
             if not 0 <= i < vocabulary:
                 raise PromptError(f"token id {i} is out of range; the vocabulary has ids 0 to {vocabulary - 1}")

@@ -36,6 +36,7 @@ from torch import Tensor
 
 from ggjac import blocks, exports, llamacpp
 from ggjac.architectures import Graph
+from ggjac.blocks import Past
 from ggjac.gguf import GGUFFile, open_gguf, shown
 from ggjac.results import NO_WORDS, Plotted, Points, Table, Words
 from ggjac.tokenizer import visible
@@ -336,18 +337,22 @@ def local_errors(
     """
     eps = max(torch.finfo(_dtype(dtype)).eps for dtype in (model.dtype, torch.float32))
     share = STREAM_EPS * eps / tolerance if tolerance else 0.0
-    frame = model.frame(len(ids), n_ctx=n_ctx, imitate=True)
+    x: Tensor | None = model.embed(ids)
+    frame = model.frame(len(ids), n_ctx=n_ctx, imitate=True)._replace(inputs=model.block_inputs(ids))
+    pasts: dict[int, Past] = {}  # of blocks whose keys later ones read
     found: list[LocalError] = []
 
     def compare(name: str, ours: Tensor, allowed: float, before: Tensor | None = None) -> None:
         if (theirs := reference.tensors.get(name)) is not None:
             found.append(_local_error(name, ours, theirs, allowed, before, share))
 
-    x: Tensor | None = model.embed(ids)
-    for i in range(model.config.block_count):
-        if x is not None:
+    for i, layer in enumerate(model.config.layers):
+        source = None if layer.source is None else pasts.get(layer.source)
+        if x is not None and (layer.source is None or source is not None):
             w = model.block(i)
-            attn, ffn, out = blocks.record_block(w, frame, i, x)
+            attn, ffn, _, out = blocks.record_block(w, frame, i, x, source)
+            if i in model.config.writers:
+                pasts[i] = attn.past[0]
             compare(f"{ATTENTION}-{i}", attn.raw, exact)
             compare(f"{FFN}-{i}", ffn.raw, tolerance)
             compare(f"{STREAM}-{i}", out, tolerance, before=x * blocks.stream_scale(w))

@@ -943,6 +943,7 @@ STATE_SPACE_CASES |= {
         predictors=1,
         predictor_norms=("nextn.enorm", "nextn.hnorm", "nextn.shared_head_norm", "post_attention_norm"),
     ),
+    "nemotron_h_moe_scales": of("nemotron_h_moe", latent=32, layers=4, scales=SCALED[0] + SCALED[1]),
     "nemotron_h_moe_q8_0": of("nemotron_h_moe", type="Q8_0", latent=32, expert_ff=64, layers=3),
 }
 STATE_SPACE_CASES |= {

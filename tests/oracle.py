@@ -917,7 +917,7 @@ def inner(
         states |= block(model, i, h, freeze=mlp_path, states=states)
         h = states[f"l_out-{i}"]
     name = {"layer": "l_out", "attn": "attn_out", "mlp": "ffn_out"}[kind]
-    y = states[f"{name}-{index - 1}"]
+    y = states[f"{name}-{index - 1}"] + 0 * x  # it may depend on x nowhere
     y = (y if raw else norm(model, model.facts.final_norm, y, frozen=True))[position]
     (J,) = torch.autograd.grad(y, x, torch.eye(len(y), dtype=torch.float64), is_grads_batched=True)
     x, y = x.detach(), y.detach()

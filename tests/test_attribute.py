@@ -25,7 +25,10 @@ CASES = (
     *("gqa", "mqa", "biases", "one_layer", "head_dim_wide", "fused_biases"),
     *("gemma2", "olmo2", "granite", "phi2", "falcon_7b", "cohere2", "gpt2", "starcoder2", "glm4", "gemma3"),
     *("gptneox", "stablelm_12b", "nemotron", "command_r", "olmo_clamped", "qwen2moe", "granitemoe", "gpt_oss"),
-    *("glm4moe", "qwen35", "lfm2"),
+    *("glm4moe", "qwen35", "lfm2", "mamba2", "granitehybrid", "falcon_h1", "nemotron_h_moe", "gemma4"),
+    *("gemma4_experts", "gemma4_full_first", "gemma4_small", "gemma4_shared"),
+    *("deepseek2", "deepseek2_unsplit", "minicpm3", "minimax_m3"),
+    *("kimi_linear", "bailingmoe3_clamped"),
 )
 N = 6
 
@@ -62,16 +65,23 @@ class Expected:
 
     def heads(self, layer: int, position: int, c: Tensor) -> Tensor:
         """Return each head's share: the derivative by a factor on its columns of the output projection."""
-        name = next(name for stem in OUTPUTS if (name := f"blk.{layer}.{stem}.weight") in self.known.weights)
-        count = self.known.metadata.get(OUTPUTS[name.split(".", 2)[2].removesuffix(".weight")], 1)
-        factor = torch.ones(count, dtype=torch.float64, requires_grad=True)
-        W = self.known.weights[name]
-        scaled = self.known._replace(
-            weights=self.known.weights | {name: W * factor.repeat_interleave(W.shape[1] // count)}
-        )
+        names = {f"blk.{layer}.{stem}.weight": key for stem, key in OUTPUTS.items()}
+        shares = [torch.zeros(0, dtype=torch.float64)]
         x = self.states["x"] if layer == 0 else self.states[f"l_out-{layer - 1}"]
-        added = oracle.block(scaled, layer, x, freeze="up")[f"attn_out-{layer}"][position]
-        return torch.autograd.grad(c @ added, factor)[0]
+        for name, key in names.items():
+            if name in self.known.weights:
+                factor = torch.ones(self.known.metadata.get(key, 1), dtype=torch.float64, requires_grad=True)
+                W = self.known.weights[name]
+                columns = factor.repeat_interleave(W.shape[1] // len(factor))
+                scaled = self.known._replace(weights=self.known.weights | {name: W * columns})
+                added = oracle.block(scaled, layer, x, freeze="up", states=self.states)[f"attn_out-{layer}"][position]
+                shares.append(torch.autograd.grad(c @ added, factor)[0])
+        return torch.cat(shares)
+
+    def later(self, layer: int) -> float:
+        """Return the product of what multiplies the stream after this layer and those that follow."""
+        names = (f"blk.{i}.layer_output_scale.weight" for i in range(layer, self.layers))
+        return math.prod(float(self.known.weights[name]) for name in names if name in self.known.weights)
 
 
 @pytest.fixture(params=CASES)
@@ -82,7 +92,8 @@ def case(request: pytest.FixtureRequest) -> str:
 def close(found: Tensor | float, expected: Tensor | float, tolerance: float = 1e-10) -> None:
     found, expected = (torch.as_tensor(part, dtype=torch.float64) for part in (found, expected))
     assert found.shape == expected.shape
-    assert float((found - expected).abs().max()) <= tolerance * (1 + float(expected.abs().max()))
+    largest = expected.abs().max() if expected.numel() else 0.0
+    assert bool(((found - expected).abs() <= tolerance * (1 + largest)).all())
 
 
 @pytest.mark.parametrize("versus", [None, 17])
@@ -99,16 +110,18 @@ def test_branches_and_heads_are_those_of_the_oracle(case: str, versus: int | Non
     for shares, row, position in [(found, p, p) for p in range(N)] + [(alone, 0, 2)]:
         c, logit, constant = expected.direction(position, int(shares.targets[row]), versus)
         close(shares.logits[row], logit)
-        close(shares.embedding[row], float(c @ expected.states["x"][position]))
+        close(shares.embedding[row], float(c @ expected.states["x"][position]) * expected.later(0))
         close(shares.bias[row], constant)
         for layer in range(expected.layers):
             attn, mlp = (expected.states[f"{kind}_out-{layer}"][position] for kind in ("attn", "ffn"))
-            heads = expected.heads(layer, position, c)
+            mlp = mlp + expected.states.get(f"per_layer_out-{layer}", 0 * expected.last)[position]
+            attn, mlp = attn * expected.later(layer), mlp * expected.later(layer)
+            heads = expected.heads(layer, position, c) * expected.later(layer)
             close(shares.attn[row, layer], float(c @ attn))
             close(shares.mlp[row, layer], float(c @ mlp))
             close(shares.heads[row, layer, : len(heads)], heads)
             assert not shares.heads[row, layer, len(heads) :].any()
-            assert [count for _, count in shares.mixers[layer]] == [len(heads)]
+            assert sum(count for _, count in shares.mixers[layer]) == len(heads)
             close(shares.attn_bias[row, layer], float(c @ attn - heads.sum()))
     for shares in (found, alone):
         # They make up the logit, and the heads the branch.

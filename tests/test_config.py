@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 
 from ggjac.architectures import ARCHITECTURES
 from ggjac.config import ConfigError, ModelConfig, Rope, fused_parts, read_config
+from ggjac.config.keys import Keys
+from ggjac.config.read import _decided as decided
 from ggjac.gguf import open_gguf
 from ggjac.rope import rotation
 from ggjac.sizes import Part
@@ -419,7 +421,7 @@ def test_experts_per_token_may_be_given_per_block_if_they_are_equal() -> None:
     experts = {"ffn_gate_inp": (4, D), "ffn_gate_exps": (4, 8, D), "ffn_up_exps": (4, 8, D), "ffn_down_exps": (4, D, 8)}
     shapes: dict[str, Any] = {f"blk.{i}.{name}.weight": shape for i in range(L) for name, shape in experts.items()}
     shapes |= {f"blk.{i}.{name}.weight": ABSENT for i in range(L) for name in ("ffn_gate", "ffn_up", "ffn_down")}
-    assert read({"expert_count": 4, "expert_used_count": [2, 2]}, shapes).expert_used_count == 2
+    assert read({"expert_count": 4, "expert_used_count": [2, 2]}, shapes).layers[1].experts_used == 2
     with pytest.raises(ConfigError, match="expert_used_count differs between blocks"):
         read({"expert_count": 4, "expert_used_count": [2, 1]}, shapes)
 
@@ -460,7 +462,7 @@ def test_first_blocks_of_a_mixture_may_be_dense() -> None:
     config = mixture()
     assert [layer.routed for layer in config.layers] == [False, True]
     assert [layer.hidden_units for layer in config.layers] == [F, 0]
-    assert config.expert_feed_forward_length == FE
+    assert config.layers[-1].expert_units == FE
     assert config.expert_shared_feed_forward_length == config.hidden_units == 2 * FE
     wide = dataclasses.replace(config.layers[0], hidden_units=40)
     assert dataclasses.replace(config, layers=(wide, config.layers[1])).hidden_units == 40
@@ -498,7 +500,7 @@ FUSED |= {f"blk.{i}.ffn_gate_up_exps.weight": (E, 2 * FE, D) for i in range(L)}
 def test_the_experts_gates_may_be_stored_above_their_other_projections() -> None:
     config = routed(FUSED)
     parts = fused_parts(config, 0)
-    assert config.expert_feed_forward_length == FE
+    assert config.layers[-1].expert_units == FE
     assert parts["ffn_gate_exps"] == Part("ffn_gate_up_exps", 0, FE)
     assert parts["ffn_up_exps"] == Part("ffn_gate_up_exps", FE, 2 * FE)
 
@@ -603,3 +605,147 @@ def test_all_blocks_are_normed_alike(layer: int) -> None:
             parallel(lacking)
     assert not parallel(whole)
     assert parallel({name: shape for name, shape in whole.items() if "ffn_norm" not in name})
+
+
+# ---- latent attention
+
+
+def altered(path: Path, keys: dict[str, Any], shapes: dict[str, Any]) -> ModelConfig:
+    """Read a file's configuration with changes; keys are below its architecture's, and names below `blk.0.`."""
+    with open_gguf(path) as file:
+        prefix = file.metadata["general.architecture"]
+        metadata = dict(file.metadata) | {f"{prefix}.{key}": value for key, value in keys.items()}
+        found = {info.name: info.shape for info in file.tensors.values()}
+        found |= {name if name.startswith("output") else f"blk.0.{name}": shape for name, shape in shapes.items()}
+        return read_config(
+            {name: value for name, value in metadata.items() if value is not ABSENT},
+            {name: shape for name, shape in found.items() if shape is not ABSENT},
+        )
+
+
+# name -> (case, changes, shape changes, message)
+LATENT: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {
+    **{
+        f"no {name}": (case, {}, {f"{name}.weight": ABSENT}, f"tensor blk.0.{name}.weight is missing; the file is inco")
+        for case, names in {
+            "deepseek2": ("attn_q_a", "attn_q_a_norm", "attn_q_b", "attn_kv_a_mqa", "attn_kv_a_norm", "attn_k_b",
+                          "attn_v_b", "attn_output"),
+            "deepseek2_unsplit": ("attn_kv_b",),
+            "plm": ("attn_q",),
+        }.items()
+        for name in names
+    },
+    "keys not transposed": ("deepseek2", {}, {"attn_k_b.weight": (4, 12, 20)}, r"k_b.weight has shape \[4, 12, 20\], "
+                            r"the metadata calls for \[4, 20, 12\]"),
+    "values of another size": ("deepseek2", {"attention.value_length_mla": 11}, {}, r"attn_output.weight has .*, 44\]"),
+    "values not as the output": ("deepseek2", {}, {"attn_v_b.weight": (4, 11, 20)}, r"v_b.weight has .* \[4, 10, 20\]"),
+    "another latent": ("deepseek2", {"attention.kv_lora_rank": 21}, {}, r"kv_a_mqa.weight has shape .* \[29, 64\]"),
+    "no latent": ("deepseek2", {"attention.kv_lora_rank": ABSENT}, {}, "attention.kv_lora_rank is missing"),
+    "no latent of queries": ("deepseek2", {"attention.q_lora_rank": ABSENT}, {}, "attention.q_lora_rank is missing"),
+    "of size zero": ("minicpm3", {"attention.q_lora_rank": 0}, {}, "q_lora_rank is 0; expected a whole number from 1"),
+    "only one size of heads": ("deepseek2", {"attention.key_length_mla": ABSENT}, {}, "the file states one of key_le"),
+    "no size of heads": ("deepseek32", {"attention.key_length_mla": ABSENT}, {}, "attention.key_length_mla is missing"),
+    "old layout where there is none": ("glm_dsa", {}, {"attn_k_b.weight": ABSENT, "attn_kv_b.weight": (88, 20)},
+                                       "tensor blk.0.attn_k_b.weight is missing"),
+    "nothing rotates": ("deepseek2", {"rope.dimension_count": ABSENT}, {}, "rope.dimension_count is missing"),
+    "everything rotates": ("deepseek2", {"rope.dimension_count": 20}, {},
+                           "rope.dimension_count 20 leaves no other elements of keys of 20"),
+    "a latent of queries in 27 blocks": ("deepseek2_lite", {"block_count": 28}, {}, "attention.q_lora_rank is missing"),
+    "none in 28": ("deepseek2_lite", {}, {"attn_q.weight": ABSENT}, "tensor blk.0.attn_q.weight is missing"),
+    "growth by nothing": ("deepseek2", {"attention.temperature_scale": 0.5}, {}, "temperature_length is missing"),
+    "growth by zero": ("mistral4", {"attention.temperature_scale": 0.5, "attention.temperature_length": 0}, {},
+                       "temperature_length is 0; expected a whole number"),
+    "another router": ("deepseek2", {"expert_gating_func": 4}, {}, "gating_func is 4; supported: 1 softmax, 2 sigmoid"),
+    "no router": ("deepseek32", {"expert_gating_func": ABSENT}, {}, "deepseek32.expert_gating_func is missing; suppo"),
+    "router zero": ("minimax_m3", {"expert_gating_func": 0}, {}, "minimax-m3.expert_gating_func is missing; supported"),
+    "sections": ("deepseek32", {"rope.dimension_sections": [2, 1, 1, 0]}, {}, "dimension_sections .* not supported"),
+    "no keys chosen": ("deepseek32", {"attention.indexer.top_k": 0}, {}, "indexer.top_k is 0; expected a whole number"),
+    "choice not stated": ("glm_dsa", {"attention.indexer.top_k": ABSENT}, {}, "attention.indexer.top_k is missing"),
+    "blocks of nothing": ("minimax_m3", {"attention.indexer.block_size": 0}, {}, "indexer.block_size is 0; expected"),
+    "another indexer": ("deepseek32", {"attention.indexer.head_count": 7}, {}, r"indexer.attn_q_b.weight has shape "
+                        r"\[512, 24\], the metadata calls for \[448, 24\]"),
+    "an indexer elsewhere": ("deepseek2", {}, {"indexer.proj.weight": (8, 64)}, "'blk.0.indexer.proj.weight' is not"),
+    "a bias of the latent": ("deepseek2", {}, {"attn_kv_a_mqa.bias": (28,)}, "'blk.0.attn_kv_a_mqa.bias' is not part"),
+    "a head of its own": ("plm", {}, {"output.weight": (128, 64)}, "'output.weight' is not part of a plm model"),
+    "none": ("minimax_m3", {}, {"output.weight": ABSENT}, "tensor output.weight is missing; the file is incomplete"),
+    **{
+        f"no {name} in Kimi's delta rule": (case, {}, {name: ABSENT}, f"tensor blk.0.{name} is missing")
+        for case, names in {
+            "kimi_linear": ("ssm_f_b.weight", "ssm_g_b.weight", "ssm_conv1d_v.weight", "ssm_a", "ssm_dt.bias",
+                            "attn_k.weight"),
+            "bailingmoe3": ("ssm_f_a.weight", "ssm_beta.weight", "ssm_norm.weight"),
+        }.items()
+        for name in names
+    },
+    "decays in one step": ("kimi_linear", {}, {"ssm_f_a.weight": (64, 64)}, r"f_a.weight has .* \[16, 64\]"),
+    "decays in two steps": ("bailingmoe3", {}, {"ssm_f_b.weight": (64, 16)}, "'blk.0.ssm_f_b.weight' is not part of"),
+    "heads of another size": ("kimi_linear", {"kda.head_dim": 15}, {}, r"attn_output.weight has shape .* \[64, 60\]"),
+    "no size of its heads": ("kimi_linear", {"kda.head_dim": ABSENT}, {}, "kimi-linear.kda.head_dim is missing"),
+    "taps of another number": ("kimi_linear", {"ssm.conv_kernel": 3}, {}, r"conv1d_q.weight has .* \[1, 64, 1, 4\]"),
+    "taps the other way": ("kimi_linear", {}, {"ssm_conv1d_k.weight": (4, 1, 64, 1)}, "conv1d_k.weight has shape"),
+    "a latent of queries": ("kimi_linear_sizes", {"attention.q_lora_rank": 8}, {"attn_q_a.weight": (8, 64)},
+                            "'blk.0.attn_q_a.weight' is not part of a kimi-linear model"),
+    "an old expansion": ("kimi_linear_sizes", {}, {"attn_k_b.weight": ABSENT, "attn_kv_b.weight": (88, 20)},
+                         "tensor blk.0.attn_k_b.weight is missing"),
+    "no bound": ("bailingmoe3", {"kda.gate_lower_bound": ABSENT}, {}, "kda.gate_lower_bound is missing"),
+    "a bound of zero": ("bailingmoe3", {"kda.gate_lower_bound": 0.0}, {}, "gate_lower_bound is 0.0; the logarithm"),
+    "decays without a bound": ("bailingmoe3", {"kda.safe_gate": False}, {}, "safe_gate is False: .* not supported"),
+    "negative limits": ("bailingmoe3", {"swiglu_clamp_exp": [0.0, -1.0, 0.0]}, {}, "clamp_exp contains -1.0; limits"),
+    "limits of other blocks": ("bailingmoe3", {"swiglu_clamp_shexp": [0.0, 1.0]}, {}, "has 2 entries for 3 blocks"),
+    "rotated sections": ("bailingmoe3", {"rope.dimension_sections": [2, 1, 1, 0]}, {}, "sections .* not supp"),
+    "no gate of heads": ("bailingmoe3_clamped", {}, {"attn_gate.weight": ABSENT}, "blk.0.attn_gate.weight is missing"),
+    "none shared": ("mistral4", {"expert_shared_count": ABSENT}, {}, "mistral4.expert_shared_count is missing"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LATENT)
+def test_latent_attention_is_refused_by_name(name: str, tiny_file: Callable[..., Path]) -> None:
+    case, keys, shapes, message = LATENT[name]
+    with pytest.raises(ConfigError, match=message) as error:
+        altered(tiny_file(case), keys, shapes)
+    assert "\n" not in str(error.value)
+    assert len(str(error.value)) < 160
+
+
+@pytest.mark.parametrize("blocks", [26, 27])
+def test_variants_without_a_latent_of_queries_are_known_by_their_blocks(
+    blocks: int, tiny_file: Callable[..., Path]
+) -> None:
+    """Predictors do not count, and what the file states of the latent does not either."""
+    path = tiny_file("deepseek2_lite", layers=blocks)
+    assert altered(path, {"attention.q_lora_rank": 24}, {}).latent.queries == 0
+    longer = {"nextn_predict_layers": 1, "block_count": blocks + 1}
+    assert altered(path, longer, {}).block_count == blocks
+
+
+def test_variants_of_deepseek_are_known_by_their_vocabulary() -> None:
+    row = ARCHITECTURES["deepseek2"]
+    keys = Keys({"deepseek2.expert_weights_norm": True}, "deepseek2")
+    for blocks, vocabulary, queries, router in (
+        (48, 128256, "", "softmax"),
+        (48, 128255, "required", "softmax"),
+        (47, 128256, "required", "softmax"),
+        (48, 154880, "required", "sigmoid"),
+        (47, 154880, "required", "sigmoid"),
+        (46, 154880, "required", "softmax"),
+    ):
+        shapes = {"token_embd.weight": (vocabulary, 64)}
+        found = decided(keys, row, blocks, shapes)
+        assert (found.latent_queries, found.router) == (queries, router)
+        stated = Keys(keys.metadata | {"deepseek2.expert_gating_func": 1}, "deepseek2")
+        assert decided(stated, row, blocks, shapes).router == "softmax"
+
+
+def test_axes_of_length_one_do_not_count_in_kimis_delta_rule(tiny_file: Callable[..., Path]) -> None:
+    path = tiny_file("kimi_linear")
+    known = altered(path, {}, {})
+    for taps, decays in (((64, 1, 4), (4,)), ((64, 4), (1, 1, 4, 1)), ((1, 64, 1, 4), (4, 1))):
+        shapes = {f"ssm_conv1d_{part}.weight": taps for part in "qkv"} | {"ssm_a": decays}
+        assert altered(path, {}, shapes) == known
+
+
+def test_an_indexer_limits_the_prompt(tiny_file: Callable[..., Path]) -> None:
+    assert altered(tiny_file("deepseek32"), {"attention.indexer.top_k": 10}, {}).longest == 10
+    assert altered(tiny_file("deepseek32"), {"attention.indexer.top_k": 1000}, {}).longest == 256
+    assert altered(tiny_file("minimax_m3"), {"attention.indexer.top_k": 10}, {}).longest == 40
+    assert altered(tiny_file("deepseek2"), {"attention.indexer.top_k": 10}, {}).longest == 256

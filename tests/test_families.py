@@ -17,12 +17,12 @@ import ggjac
 from ggjac.architectures import ARCHITECTURES
 from ggjac.config import ConfigError
 from ggjac.gguf import open_gguf
-from ggjac.model import open_model
+from ggjac.model import Model, open_model
 from ggjac.parity import verify
 
 pytestmark = pytest.mark.usefixtures("one_llama_cpp")
 REFERENCES = {"llama3": "up", "mistral": "up", "qwen3": "up", "gemma3": "up", "phi3": "gate", "olmo2": "up"}
-EXPERTS = [case for case in tiny.CASES if tiny.options(case).experts]
+EXPERTS = [case for case in tiny.CASES if (o := tiny.options(case)).experts and o.dense_lead < o.blocks]
 
 
 def test_every_architecture_has_its_rows() -> None:
@@ -49,13 +49,27 @@ def test_every_layer_agrees_with_llamacpp(case: str, tiny_file: Callable[..., Pa
 
 @pytest.mark.parametrize("case", [*FIRST.values(), "mixtral", "mistral3_experts"])
 def test_matrices_have_constant_factors_where_llamacpp_applies_them(case: str, tiny_file: Callable[..., Path]) -> None:
-    """Attention's everywhere, others' where the row says so; elsewhere, it computes what no model meant."""
+    """Attention's everywhere, others' where the row says so; elsewhere, it computes what no model meant.
+
+    Of latent attention it applies the output projection's only.
+    """
     mixers, feed_forward = families.SCALED
     row = ARCHITECTURES[tiny.options(case).architecture]
-    assert agrees(tiny_file(case, type="F32", types={}, scales=mixers)) == (
+    if row.mixer == "latent":
+        mixers = ("attn_output",)
+    plain = {"type": "F32", "types": {}, "layers": tiny.options(case).blocks, "predictors": 0}
+    assert agrees(tiny_file(case, **plain, scales=mixers)) == (
         row.recurrent_scales or row.recurrent in ("", "convolution")
     )
-    assert agrees(tiny_file(case, type="F32", types={}, scales=feed_forward)) == row.ffn_scales
+    assert agrees(tiny_file(case, **plain, scales=feed_forward)) == row.ffn_scales
+
+
+@pytest.mark.parametrize("case", ["plm", "deepseek2_lite"])
+def test_queries_of_latent_attention_have_no_factor(case: str, tiny_file: Callable[..., Path]) -> None:
+    path = tiny_file(case, scales=("attn_q",))
+    assert not agrees(path)
+    with pytest.raises(ConfigError, match=r"tensor 'blk.0.attn_q.scale' is not part of a \w+ model"):
+        open_model(path)
 
 
 @pytest.mark.parametrize("bias", ["attn_q", "attn_v", "attn_output", "ffn_up", "ffn_down"])
@@ -149,23 +163,33 @@ def test_quantized_files(architecture: str, tiny_file: Callable[..., Path]) -> N
         assert "llama.cpp's top token has rank" in as_is.reason
 
 
+def experts_used(case: str, model: Model) -> dict[int, int]:
+    """Return how many experts a token uses in each block that has a router."""
+    o, tensors = tiny.options(case), model.gguf.tensors
+    blocks = [i for i in range(o.blocks) if f"blk.{i}.ffn_gate_inp.weight" in tensors]
+    stated = o.extra.get("expert_used_count", [o.experts_used] * o.layers)
+    return {i: stated[i] for i in blocks}
+
+
 @pytest.mark.parametrize("case", EXPERTS)
 def test_only_routed_experts_are_read(case: str, tiny_files: dict[str, Path]) -> None:
     """One token uses `experts_used` of the experts, and so many rows are read: in the trace and in every sweep."""
     o = tiny.options(case)
     model = open_model(tiny_files[case])
     reads, shapes = model.weights.reads, {name: info.shape for name, info in model.gguf.tensors.items()}
-    blocks = range(o.dense_lead, o.blocks)
-    stacks = [name for name in shapes if name.endswith("_exps.weight") and int(name.split(".")[1]) in blocks]
-    assert len(stacks) == (2 if o.fused_experts else 3) * len(blocks)
+    used = experts_used(case, model)
+    stacks = [name for name in shapes if name.endswith("_exps.weight") and int(name.split(".")[1]) in used]
+    assert len(stacks) == (3 - o.fused_experts - (o.ffn == "plain")) * len(used)
 
     def share(name: str) -> int:
-        return o.experts_used * shapes[name][1]
+        return used[int(name.split(".")[1])] * shapes[name][1]
 
     J = model.trace(tiny.prompt(case, 1)).jacobian()
-    clamped = model.config.row.activation == "silu_oai"  # where `up` is clamped is recorded from `up` itself
+    # Where `up` is clamped, or its activation frozen, is recorded from `up` itself.
+    always = model.config.row.activation == "silu_oai" or o.ffn == "plain"
     for name in stacks:
-        assert reads[name] == share(name) * (2 if clamped and "ffn_up" in name else 1)
+        twice = always or model.config.layers[int(name.split(".")[1])].clamp("_exps") > 0
+        assert reads[name] == share(name) * (2 if twice and "ffn_up" in name else 1)
     for sweep in (lambda: J.matmat(J.x[None]), lambda: J.rmatmat(J.output[None].expand(5, -1))):
         reads.clear()
         sweep()
@@ -181,9 +205,11 @@ def test_an_expert_is_read_once_for_all_its_tokens(case: str, tiny_files: dict[s
     J = model.trace(tiny.prompt(case, 12)).jacobian()
     model.weights.reads.clear()
     J.matmat(J.x[None])
-    first = f"blk.{o.dense_lead}.ffn_{'gate_' * o.fused_experts}up_exps.weight"
+    used = experts_used(case, model)
+    block = next(iter(used))
+    first = f"blk.{block}.ffn_{'gate_' * o.fused_experts}up_exps.weight"
     experts, width, _ = model.gguf.tensors[first].shape
     width //= 1 + o.fused_experts
     # In the last block only the last token counts.
-    least = o.experts_used * width
+    least = used[block] * width
     assert least <= model.weights.reads[first] <= experts * width

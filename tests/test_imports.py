@@ -32,7 +32,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "weights": {"gguf", "quants", "sizes"},
     "runs": {"sizes"},
     "llamacpp": {"runs"},
-    "exports": {"gguf"},
+    "exports": {"architectures", "gguf"},
     "tokenizer": {"llamacpp"},
     "report": {"drawing", "runs", "units"},
     # planning: sizes and rates

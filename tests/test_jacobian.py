@@ -12,7 +12,7 @@ import torch
 from helpers import EPS, distance
 from safetensors.torch import load_file
 
-from ggjac import blocks
+from ggjac.blocks import networks
 from ggjac.jacobian import SharedSweep, Span, Tap
 from ggjac.linop import dot_test
 from ggjac.model import DTYPES, open_model
@@ -275,7 +275,7 @@ def test_slabs_of_hidden_units_change_nothing(
     """Feed-forwards in slabs of 32 hidden units: the same map, and still every weight read once per sweep."""
     ids = tiny.prompt(case, 5)
     whole = open_model(tiny_files[case], dtype="float64").trace(ids).jacobian()
-    monkeypatch.setattr(blocks, "SLAB", 32)
+    monkeypatch.setattr(networks, "SLAB", 32)
     model = open_model(tiny_files[case], dtype="float64")
     trace = model.trace(ids)
     J = trace.jacobian()
@@ -308,7 +308,8 @@ def all_spans(blocks: int) -> list[Span]:
 STRUCTURES = [
     "three_layers", "gqa", "q8_0", "biases", "fused_biases", "gemma2", "gemma3", "phi3", "olmo2", "granite_biases",
     "cohere2", "gpt2", "phi2", "falcon_40b", "mixtral_biases", "gpt_oss", "qwen2moe", "granitemoe_shared",
-    "glm4moe",
+    "glm4moe", "falcon_h1", "nemotron_h", "gemma4_experts", "gemma4_small", "gemma4_shared",
+    "deepseek2", "deepseek2_unsplit", "minimax_m3", "kimi_linear", "bailingmoe3_clamped",
 ]
 # fmt: on
 
@@ -412,7 +413,7 @@ def interrupting(after: int) -> Callable[[int, int], None]:
     return seen
 
 
-@pytest.mark.parametrize("case", ["three_layers", "phi2", "qwen2moe"])
+@pytest.mark.parametrize("case", ["three_layers", "phi2", "qwen2moe", "gemma4_shared"])
 def test_an_interrupted_run_ends_with_the_same_bits(case: str, tiny_files: dict[str, Path], tmp_path: Path) -> None:
     """Many maps at once, up and down, stopped after every single block in turn; only what is left is computed."""
     trace = open_model(tiny_files[case]).trace(tiny.prompt(case, 5))

@@ -23,6 +23,7 @@ from ggjac.architectures import Norms
 from ggjac.blocks import NumericsError, activations, mixers, networks, norms
 from ggjac.blocks.patterns import Recurrence
 from ggjac.config import ConfigError, ModelConfig, Rope
+from ggjac.generation import Continuation
 from ggjac.model import PromptError, open_model
 from ggjac.planner import work
 from ggjac.sizes import Part
@@ -249,11 +250,11 @@ def best_of_groups(members: int) -> Callable[[Patch], None]:
     """Rank groups by so many of their members."""
 
     def make(patch: Patch) -> None:
-        def wrong(w: Block, config: ModelConfig, scores: Tensor) -> Tensor:
+        def wrong(w: Block, config: ModelConfig, scores: Tensor, used: int) -> Tensor:
             scores = (scores + w.wide_vector("exp_probs_b.bias")).unflatten(-1, (config.expert_groups, -1))
             best = scores.topk(members).values.sum(-1).topk(config.expert_groups_used).indices
             kept = torch.zeros(scores.shape[:2], dtype=torch.bool).scatter(-1, best, True)
-            return scores.where(kept[..., None], -torch.inf).flatten(1).topk(config.expert_used_count).indices
+            return scores.where(kept[..., None], -torch.inf).flatten(1).topk(used).indices
 
         patch.setattr(networks, "_chosen", wrong)
 
@@ -328,6 +329,70 @@ def shifted_positions(patch: Patch) -> None:
     patch.setattr(mixers, "rotate", wrong)
 
 
+def changed_vector(name: str, change: Callable[[Tensor], Tensor]) -> Callable[[Patch], None]:
+    """Let a small tensor be read as another."""
+
+    def make(patch: Patch) -> None:
+        vector = weights.Block.vector
+
+        def changed(self: weights.Block, wanted: str, expert: int | None = None) -> Tensor:
+            found = vector(self, wanted, expert)
+            return change(found) if wanted == name else found
+
+        patch.setattr(weights.Block, "vector", changed)
+
+    return make
+
+
+def changed_wide_vector(name: str, change: Callable[[Tensor], Tensor]) -> Callable[[Patch], None]:
+    """Let a small tensor that is read at full precision be another."""
+
+    def make(patch: Patch) -> None:
+        vector = weights.Block.wide_vector
+
+        def changed(self: weights.Block, wanted: str) -> Tensor:
+            found = vector(self, wanted)
+            return change(found) if wanted == name else found
+
+        patch.setattr(weights.Block, "wide_vector", changed)
+
+    return make
+
+
+def unbounded_decays(patch: Patch) -> None:
+    """Let decays be those of files without a bound, whose constants have the other sign."""
+    change_config(patch, decay_bound=0.0)
+    changed_wide_vector("ssm_a", torch.neg)(patch)
+
+
+def one_decay_of_heads(patch: Patch) -> None:
+    """Let all channels of a head decay alike."""
+    right = mixers._log_decay
+    patch.setattr(mixers, "_log_decay", lambda *args: right(*args).mean(-1, keepdim=True))
+
+
+def moved(name: str, by: int) -> Callable[[Patch], None]:
+    """Let the elements of all queries or keys of latent attention be shifted, as if its parts had another order."""
+
+    def make(patch: Patch) -> None:
+        right = getattr(mixers, name)
+        patch.setattr(mixers, name, lambda *args: right(*args).roll(by, -1))
+
+    return make
+
+
+def keys_above_values(patch: Patch) -> None:
+    """Take the first rows of a fused expansion for the keys of all heads, not the first of each head."""
+    right = model.fused_parts
+
+    def wrong(config: ModelConfig, layer: int) -> dict[str, Part]:
+        parts, own = right(config, layer), config.layers[layer]
+        keys, rows = own.heads * (own.key_size - config.latent.rotary), own.heads * own.value_size
+        return parts | {"attn_k_nope": Part("attn_kv_b", 0, keys), "attn_v_b": Part("attn_kv_b", keys, keys + rows)}
+
+    patch.setattr(model, "fused_parts", wrong)
+
+
 MISTAKES: dict[str, tuple[str, Callable[[Patch], None]]] = {
     "rope pairs as NEOX": ("plain", lambda p: change_config(p, rope__pairs="halves")),
     "rope base ignored": ("rope_base", lambda p: change_config(p, rope__base=10000.0)),
@@ -399,14 +464,16 @@ MISTAKES: dict[str, tuple[str, Callable[[Patch], None]]] = {
     "experts not renormalized": ("mixtral", lambda p: change_config(p, row__renormalize=False)),
     "experts renormalized": ("olmoe", lambda p: change_config(p, row__renormalize=True)),
     "softmax before the choice": ("gpt_oss", lambda p: change_config(p, row__router="softmax")),
-    "an expert too few": ("mixtral", lambda p: change_config(p, expert_used_count=1)),
+    "an expert too few": ("mixtral", lambda p: change_config(p, layer__experts_used=1)),
     "router bias dropped": ("gpt_oss", without("ffn_gate_inp.bias")),
     "expert biases dropped": ("gpt_oss", without("ffn_down_exps.bias")),
     "shared expert missing": ("granitemoe_shared", without("ffn_up_shexp.weight")),
     "shared expert not gated": ("qwen2moe", without("ffn_gate_inp_shexp.weight")),
     **{
         f"{case}: {mistake}": (case, make)
-        for case in ("glm4moe", "glm4moe_355b", "dots1", "bailingmoe2_groups", "exaone_moe_period")
+        for case in (
+            *("glm4moe", "glm4moe_355b", "dots1", "bailingmoe2_groups", "exaone_moe_period", "deepseek2"), "minimax_m3"
+        )
         for mistake, make in {
             "softmax in place of sigmoid": lambda p: change_config(p, row__router="softmax"),
             "weights not normed": lambda p: change_config(p, row__renormalize=False),
@@ -458,6 +525,65 @@ MISTAKES: dict[str, tuple[str, Callable[[Patch], None]]] = {
     "beta and alpha swapped": ("qwen3next", lambda p: swapped(p, "ssm_beta", "ssm_alpha")),
     "no clamp": ("gpt_oss", changed_activation(limit=None)),
     "up not shifted": ("gpt_oss", changed_activation(shift=0.0)),
+    "norm of the latent without weights": ("deepseek2", changed_vector("attn_kv_a_norm.weight", torch.ones_like)),
+    "norm of the queries' latent without weights": (
+        "deepseek2", changed_vector("attn_q_a_norm.weight", torch.ones_like)
+    ),
+    "norm of the queries' latent missing": (
+        "deepseek2", lambda p: p.setattr(mixers, "normed", lambda w, name, config, x: x)
+    ),
+    "rotating part of queries first": ("deepseek2", moved("_latent_queries", 8)),
+    "rotating part of keys first": ("deepseek2_unsplit", moved("_latent_keys", 8)),
+    "keys of all heads above their values": ("deepseek2_unsplit", keys_above_values),
+    "latent attention rotates halves": ("deepseek2", lambda p: change_config(p, rope__pairs="halves")),
+    "latent attention does not rotate": ("deepseek2_lite", lambda p: change_config(p, layer__rope=None)),
+    "scores scaled by the size of what is cached": ("deepseek2", lambda p: change_config(p, attention_scale=28**-0.5)),
+    "scores not scaled by YaRN": ("deepseek2_yarn", lambda p: change_config(p, attention_scale=20**-0.5)),
+    "scores not scaled by YaRN's magnitude": (
+        "deepseek2_yarn_bare", lambda p: change_config(p, attention_scale=20**-0.5)
+    ),
+    "magnitude of YaRN's own": ("deepseek2_yarn", lambda p: change_config(p, rope__magnitude=1 + 0.1 * math.log(4))),
+    "scores not scaled where nothing is stretched": (
+        "deepseek2_none", lambda p: change_config(p, attention_scale=20**-0.5)
+    ),
+    "latent queries do not grow": ("deepseek2_temperature", lambda p: change_config(p, temperature_scale=0.0)),
+    "magnitude of YaRN left as stored": ("mistral4_yarn_half", lambda p: change_config(p, rope__magnitude=1.0)),
+    "MiniCPM 3's scales as in the file": (
+        "minicpm3_unread", lambda p: change_config(p, embedding_scale=3.0, residual_scale=0.5)
+    ),
+    "MiniCPM 3's logits divided": ("minicpm3", lambda p: change_config(p, logit_scale=64 / 256)),
+    "MiniCPM 3 rotates adjacent elements": ("minicpm3", lambda p: change_config(p, rope__pairs="adjacent")),
+    "factors of a short context": ("minicpm3_long", without_factors),
+    "both multipliers of YaRN read where one counts": (
+        "glm_dsa_yarn", lambda p: change_config(p, rope__magnitude=1.0)
+    ),
+    "no multiplier of YaRN read": ("deepseek32_yarn", lambda p: change_config(p, attention_scale=20**-0.5)),
+    "no clamp in dense blocks": ("minimax_m3", changed_activation(limit=None)),
+    "no shift in shared experts": ("minimax_m3", changed_activation(shift=0.0)),
+    "no norm of heads beside an indexer": ("minimax_m3", lambda p: change_config(p, row__qk_norm="")),
+    "decay of each head alone": ("kimi_linear", one_decay_of_heads),
+    "decays without their bias": ("kimi_linear", changed_wide_vector("ssm_dt.bias", torch.zeros_like)),
+    "decays bounded": ("kimi_linear", lambda p: change_config(p, decay_bound=-5.0)),
+    "decays not bounded": ("bailingmoe3", unbounded_decays),
+    "decays of the other sign": ("bailingmoe3", lambda p: change_config(p, row__positive_decay=False)),
+    "another bound of decays": ("bailingmoe3_predictor", lambda p: change_config(p, decay_bound=-5.0)),
+    "gate of a delta rule with SiLU": ("kimi_linear", lambda p: change_config(p, row__sigmoid_gate=False)),
+    "keys of a delta rule of another length": ("kimi_linear_eps", lambda p: change_config(p, norm_epsilon=1e-5)),
+    "taps of queries and keys swapped": ("kimi_linear", lambda p: swapped(p, "ssm_conv1d_q", "ssm_conv1d_k")),
+    "decay and gate swapped": ("kimi_linear", lambda p: swapped(p, "ssm_f_", "ssm_g_")),
+    "latent attention rotates in Kimi Linear": (
+        "kimi_linear", lambda p: change_config(p, layer__rope=lambda layer: Rope(8, 10000.0, "adjacent"))
+    ),
+    "heads of latent attention not gated": ("bailingmoe3", without("attn_gate.weight")),
+    "latent attention does not rotate beside a delta rule": (
+        "bailingmoe3", lambda p: change_config(p, layer__rope=None)
+    ),
+    "hidden units not clamped": ("bailingmoe3_clamped", lambda p: change_config(p, layer__clamps=(0.0, 0.0))),
+    "experts clamped as shared ones": (
+        "bailingmoe3_clamped", lambda p: change_config(p, layer__clamps=lambda layer: layer.clamps[::-1])
+    ),
+    "weights not normed in Kimi Linear": ("kimi_linear_unread", lambda p: change_config(p, row__renormalize=False)),
+    "latent queries grow late": ("deepseek2_temperature", lambda p: change_config(p, temperature_length=5)),
 }  # fmt: skip
 
 
@@ -580,6 +706,28 @@ def test_prompts_that_cannot_be_run_are_refused(ids: list[int], message: str, ti
     with pytest.raises(PromptError, match=message):
         m.trace(ids)
     assert not m.weights.reads  # before anything is read
+
+
+@pytest.mark.parametrize("case", ["deepseek32", "glm_dsa"])
+def test_prompts_of_which_attention_would_leave_something_out_are_refused(
+    case: str, tiny_file: Callable[..., Path]
+) -> None:
+    """llama.cpp selects keys, the most at the last positions; up to 64, all of them."""
+    path = tiny_file(case)
+    m, ids = open_model(path), [i * i % 128 for i in range(90)]
+    whole = oracle.forward(oracle.load(path), ids)["logits"]
+    selected = llamacpp.run(path, ids)["logits"]
+    assert distance(selected[:64], whole[:64]) < 1e-5
+    assert distance(selected[64:], whole[64:]) > 1e-2
+    assert distance(m.trace(ids[:64]).all_logits(), whole[:64]) < 1e-5
+    reads = dict(m.weights.reads)
+    with pytest.raises(PromptError, match="has 65 tokens, of which this model's attention selects 64: not supported"):
+        m.trace(ids[:65])
+    with pytest.raises(PromptError, match="grow to 65 tokens"):
+        Continuation(m, 65)
+    with pytest.raises(work.PlanError, match="a prompt of 65 tokens cannot run; this model takes from 1 to 64"):
+        m.plan(65)
+    assert dict(m.weights.reads) == reads
 
 
 def test_a_full_context_runs(tiny_file: Callable[..., Path]) -> None:

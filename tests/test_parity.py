@@ -18,8 +18,8 @@ import pytest
 import tiny
 import torch
 
-from ggjac import blocks, exports, parity
-from ggjac.architectures import Graph
+from ggjac import blocks, parity
+from ggjac.architectures import ARCHITECTURES, Graph
 from ggjac.gguf import GGUFError, open_gguf
 from ggjac.model import open_model
 from ggjac.parity import NoRoomError, ParityError, Reference, judge, layer_error, rewrite_as_f32, run_llama_cpp, verify
@@ -225,7 +225,10 @@ def exported(source: Path, path: Path, renamed: str, *, alignment: int = 32) -> 
         if not key.startswith("GGUF.") and key not in ("general.architecture", count, sections):
             writer.add_key_value(key, field.contents(), field.types[0], field.types[-1])
     heads, uint32 = reader.fields[count].contents(), gguf.GGUFValueType.UINT32
-    writer.add_key_value(count, [0, heads, 0], gguf.GGUFValueType.ARRAY, uint32)
+    names = {t.name for t in reader.tensors}
+    blocks = range(reader.fields[f"{architecture}.block_count"].contents())
+    each = [0 if f"blk.{i}.ssm_out.weight" in names else heads for i in blocks]
+    writer.add_key_value(count, each if 0 in each else [0, heads, 0], gguf.GGUFValueType.ARRAY, uint32)
     writer.add_array(sections, reader.fields[sections].contents()[:3] if sections in reader.fields else [3, 2, 1])
     for t in reader.tensors:
         name = t.name.rpartition(".")[0] if t.name.endswith(renamed) else t.name
@@ -242,7 +245,16 @@ def exported(source: Path, path: Path, renamed: str, *, alignment: int = 32) -> 
 @pytest.fixture
 def llama_exports(monkeypatch) -> None:
     renamed = {"ffn_norm": "ffn_norm.weight"}
-    monkeypatch.setitem(exports.EXPORTS, "llama", replace(exports.EXPORTS["qwen35"], renamed=renamed))
+    export = replace(ARCHITECTURES["qwen35"].export, renamed=renamed)
+    monkeypatch.setitem(ARCHITECTURES, "llama", replace(ARCHITECTURES["llama"], export=export))
+
+
+@pytest.mark.parametrize("case", ["qwen35", "qwen35moe", "qwen35_predictor"])
+def test_ollamas_export_is_the_same_model(tiny_file, tmp_path, case):
+    source, ids = tiny_file(case), tiny.prompt(case)
+    model = open_model(exported(source, tmp_path / "export.gguf", "ssm_dt.bias"))
+    assert torch.equal(model.trace(ids).all_logits(), open_model(source).trace(ids).all_logits())
+    assert verify(model, ids, strict=True).verdict
 
 
 @pytest.mark.parametrize("case", ["qwen35", "qwen35moe"])

@@ -42,8 +42,26 @@ CASES = [
     *("bailingmoe2_groups", "exaone_moe", "minimax_m2", "phimoe"),
     *("qwen35", "qwen35_sizes", "qwen35_predictor", "qwen35_q8_0", "qwen35moe", "qwen35moe_fused", "qwen3next"),
     *("qwen3next_old", "qwen3next_fused", "lfm2", "lfm2_window", "lfm2_taps", "lfm2_q8_0", "lfm2moe"),
+    *("mamba2", "mamba2_groups", "granitehybrid", "granitehybrid_shared", "granitehybrid_biases", "falcon_h1"),
+    *("falcon_h1_normed", "nemotron_h", "nemotron_h_biases", "nemotron_h_moe", "nemotron_h_moe_latent"),
+    *("nemotron_h_moe_uneven", "nemotron_h_moe_q8_0", "gemma4", "gemma4_full_first", "gemma4_fused"),
+    *("gemma4_experts", "gemma4_experts_apart", "gemma4_q8_0"),
+    *("deepseek2", "deepseek2_unsplit", "deepseek2_dense", "mistral4", "minicpm3", "plm"),
+    *("deepseek32", "glm_dsa", "minimax_m3", "kimi_linear", "kimi_linear_fused", "bailingmoe3", "bailingmoe3_clamped"),
 ]
-GATED = ("plain", "biases", "phi3", "gpt2", "gemma2", "mixtral", "qwen2moe", "gpt_oss", "glm4moe")
+GATED = (
+    "plain",
+    "biases",
+    "phi3",
+    "gpt2",
+    "gemma2",
+    "mixtral",
+    "qwen2moe",
+    "gpt_oss",
+    "glm4moe",
+    "deepseek2",
+    "bailingmoe3_clamped",
+)
 BOTH_WAYS = pytest.mark.parametrize(
     ("case", "mlp_path"), [*((case, "up") for case in CASES), *((case, "gate") for case in GATED)]
 )
@@ -159,7 +177,7 @@ def test_a_recurrence_over_a_long_prompt_is_in_chunks(case: str, n: int, tiny_fi
 
 @pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
 @pytest.mark.parametrize(
-    "case", ["biases", "gpt2", "gpt_oss", "qwen2moe", "gemma2", "olmo2", "olmo_clamped", "qwen35", "lfm2"]
+    "case", ["biases", "gpt2", "gpt_oss", "qwen2moe", "gemma2", "olmo2", "olmo_clamped", "qwen35", "lfm2", "deepseek2"]
 )
 def test_tapes_in_other_dtypes(case: str, dtype: str, tiny_file: TinyFile) -> None:
     path, n = tiny_file(case), 6
@@ -170,7 +188,13 @@ def test_tapes_in_other_dtypes(case: str, dtype: str, tiny_file: TinyFile) -> No
 def networks(run: Trace, layer: int) -> list[blocks.HiddenTape]:
     """Return the feed-forward networks that a sweep uses: in the last layer, at the last position only."""
     tape, n = run.tapes[layer].ffn, len(run.ids)
-    return list((tape.at(slice(n - 1, n)) if layer == len(run.tapes) - 1 else tape).networks)
+    return flat(tape.at(slice(n - 1, n)) if layer == len(run.tapes) - 1 else tape)
+
+
+def flat(tape: blocks.FFNTape) -> list[blocks.HiddenTape]:
+    """Return the networks of a branch, and of its parts."""
+    parts = [flat(part) if isinstance(part, blocks.FFNTape) else [part] for part in tape.networks]
+    return [network for part in parts for network in part]
 
 
 def live_bias_elements(run: Trace, layer: int) -> int:
@@ -184,10 +208,9 @@ def live_bias_elements(run: Trace, layer: int) -> int:
     return sum(w.vector(name, expert).numel() for name, expert in names if name in w)
 
 
-def expert_elements(model: Model, stems: tuple[str, ...]) -> int:
-    """Return the elements of one expert's tensors, biases included."""
-    first = next(i for i, own in enumerate(model.config.layers) if own.routed)
-    w, names = model.block(first), [f"{stem}_exps" for stem in stems]
+def expert_elements(model: Model, layer: int, stems: tuple[str, ...]) -> int:
+    """Return the elements of the tensors of one expert of a layer, biases included."""
+    w, names = model.block(layer), [f"{stem}_exps" for stem in stems]
     matrices = sum(math.prod(w.matrix(f"{name}.weight", 0).shape) for name in names if f"{name}.weight" in w)
     return matrices + sum(w.vector(f"{name}.bias", 0).numel() for name in names if f"{name}.bias" in w)
 
@@ -197,7 +220,8 @@ def surplus(run: Trace, layer: int, positions: int, used: list[blocks.HiddenTape
     if "ffn_gate_inp.weight" not in run.model.block(layer):
         return 0
     chosen = sum(network.kind == "_exps" for network in used)
-    return (planner.routed_experts(run.model.config, positions) - chosen) * expert_elements(run.model, stems)
+    each = expert_elements(run.model, layer, stems)
+    return (planner.routed_experts(run.model.config, layer, positions) - chosen) * each
 
 
 @BOTH_WAYS
@@ -214,7 +238,8 @@ def test_a_sweep_reads_what_the_plan_says(case: str, mlp_path: Any, tiny_file: T
         last = layer.index == len(plan.layers) - 1
         expected = found[0] + live_bias_elements(run, layer.index)
         used = networks(run, layer.index)
-        expected += surplus(run, layer.index, 1 if last else n, used, (used[0].live, "ffn_down"))
+        live = {network.live for network in used}
+        expected += surplus(run, layer.index, 1 if last else n, used, (*live, "ffn_down"))
         assert layer.sweep.weights == pytest.approx(expected, rel=1e-12)
         assert layer.dense_bytes == 4 * layer.sweep.weights
         if not model.config.expert_count:
@@ -232,9 +257,10 @@ def test_a_trace_reads_what_the_plan_says(case: str, mlp_path: Any, tiny_file: T
         elements, _ = matrices(of_layer, model)
         stems = ("ffn_gate", "ffn_up", "ffn_down")
         twice = ("ffn_up",) if mlp_path == "up" else ("ffn_gate",)
-        clamped = model.config.row.activation == "silu_oai"
-        stems += twice if clamped or mlp_path == "gate" else ()
-        elements += surplus(run, layer.index, n, list(run.tapes[layer.index].ffn.networks), stems)
+        alone = model.config.row.activation == "silu_oai" or model.config.row.ffn == "plain"
+        alone = alone or model.config.layers[layer.index].clamp("_exps") > 0
+        stems += twice if alone or mlp_path == "gate" else ()
+        elements += surplus(run, layer.index, n, flat(run.tapes[layer.index].ffn), stems)
         # Vectors are a trifle, and read where they are needed: norms once, biases once or twice.
         infos = [info for info in model.gguf.tensors.values() if info.name.startswith(f"blk.{layer.index}.")]
         trifle = 2 * sum(info.elements for info in infos if len(info.shape) == 1 or info.name.endswith(".bias"))
@@ -246,6 +272,8 @@ def test_a_trace_reads_what_the_plan_says(case: str, mlp_path: Any, tiny_file: T
 TRACED: list[tuple[str, dict[str, Any], int]] = [
     *((case, {}, 5) for case in ("gqa", "fused_qkv", "phi3", "gpt2", "mixtral", "qwen2moe", "cohere2", "olmo2")),
     *((case, {}, 5) for case in ("olmo_clamped", "glm4moe", "lfm2", "lfm2moe", *RECURRENT)),
+    *((case, {}, 5) for case in ("mamba2", "granitehybrid_experts", "falcon_h1", "nemotron_h_moe", "gemma4")),
+    *((case, {}, 5) for case in ("nemotron_h_moe_latent", "gemma4_experts")),
     *((case, SHORT_KEYS, n) for case in RECURRENT for n in (16, 17, 20)),
 ]
 

@@ -10,7 +10,8 @@ head's reading of each part, wherever that part's own input came from):
 
     logit = w · N (x_p + Σ_i attn_i + Σ_i mlp_i),    attn_i = norm_out (Σ_h W_h z_h + bias)
 
-with `z_h` what head `h` read at the position and `W_h` its columns of the output projection. Either split is an
+with `z_h` what head `h` read at the position and `W_h` its columns of the output projection. Where a number multiplies
+the stream after a block, the parts added so far are multiplied by it too. Either split is an
 identity of the frozen network: it states the contribution of each part, not the effect of changing that part.
 """
 
@@ -158,7 +159,7 @@ class BranchShares(Plotted):
         logits: `[m]`, float64: from the forward pass, before any soft cap.
         embedding: `[m]`, float64: the position's own input of block 0.
         attn: `[m, L]`, float64: the attention branch of each of `L` blocks, after any post-norm and scale.
-        mlp: `[m, L]`, float64: the feed-forward branch, likewise.
+        mlp: `[m, L]`, float64: the feed-forward branch, likewise, and what the block adds by inputs of its own.
         bias: `[m]`, float64: of the final norm and of the head; 0 for models without them.
         heads: `[m, L, h]`, float64: `attn` split by head; None if not asked for. A convolution counts as one head;
             where blocks differ, `h` is the largest number, and heads that a block does not have add 0.
@@ -331,9 +332,10 @@ def attribute_positions(
         X = network.x.new_zeros(len(part), n, d)
         tokens = part[part < n]
         X[torch.arange(len(tokens)), tokens] = network.x[tokens]
+        banks: dict[int, Tensor] = {}
         t = (part == n).to(X)
         for i, _, frozen in _walk(network, range(n)):
-            X = frozen.matmat(X, t)  # [k, n, d]
+            X = frozen.matmat(X, t, banks)  # [k, n, d]
             _report(progress, number * len(network.tapes) + i + 1, len(parts) * len(network.tapes))
         Y = network.norm.operator().matmat(X, t)
         found.append(torch.stack([(y.cpu().double() * w).sum(1) for y in Y]))  # one by one: float64 copies are large
@@ -387,7 +389,8 @@ def attribute_branches(
     def share(added: Float[Tensor, "m d"]) -> Float[Tensor, " m"]:
         return (added.cpu().double() * wide).sum(1)
 
-    attn, mlp, heads, attn_bias, mixers = [], [], [], [], []
+    attn, mlp, heads, attn_bias, mixers, scales = [], [], [], [], [], []
+    banks: dict[int, Tensor] = {}
     for i, tape, frozen in _walk(network, positions):
         stream = tape.x[None, : positions.stop]
         mixers.append([(mixer.kind, mixer.heads) for mixer in tape.attn.mixers])
@@ -396,31 +399,39 @@ def attribute_branches(
             added, constant = torch.zeros_like(read[None]), torch.zeros_like(read)
             parts = [wide.new_zeros(len(positions), 0)]
             for mixer, (reading, writing) in zip(tape.attn.mixers, halves, strict=True):
-                z = reading.matmat(stream, one)
+                z = reading.matmat(banks[frozen.bank] if mixer.shared and frozen.bank is not None else stream, one)
                 own, bias = writing.matmat(torch.cat([z, torch.zeros_like(z)]), one.expand(2)).split(1)
                 added, constant = added + own, constant + bias[0]
                 # Each position has its own vector, and the projection acts at each position alone: one stack is enough.
                 shares = writing.rmatmat(read[None])[0].cpu().double() * z[0].cpu().double()
                 parts.append(shares.unflatten(1, (mixer.heads, -1)).sum(2))
+            if frozen.values is not None:
+                banks[i] = frozen.values.matmat(stream, one)
             stream = frozen.residual.matmat(stream)
             heads.append(torch.cat(parts, 1))
             attn_bias.append(share(constant))
         else:
-            stream, added = frozen.matmat_attn(stream, one)
+            stream, added = frozen.matmat_attn(stream, one, banks)
         attn.append(share(added[0]))
-        mlp.append(share(frozen.matmat_ffn(stream, added, one)[1][0]))
+        middle, added = frozen.matmat_ffn(stream, added, one)
+        if frozen.inputs is not None:
+            added = added + frozen.inputs.matmat(middle + added, one)
+        mlp.append(share(added[0]))
+        scales.append(frozen.scale)
         _report(progress, i + 1, len(network.tapes))
+    # [L]: what multiplies each block's additions on the way to the end.
+    later = torch.tensor(scales, dtype=torch.float64).flip(0).cumprod(0).flip(0)
     return BranchShares(
         positions=positions,
         targets=asked.targets,
         versus=versus,
         logits=asked.logits,
-        embedding=share(network.x[chosen]),
-        attn=torch.stack(attn, 1),
-        mlp=torch.stack(mlp, 1),
+        embedding=share(network.x[chosen]) * later[0],
+        attn=torch.stack(attn, 1) * later,
+        mlp=torch.stack(mlp, 1) * later,
         bias=_constant(norm, asked.w) + asked.bias,
-        heads=pad_sequence([own.T for own in heads], batch_first=True).movedim(2, 0) if by_head else None,
-        attn_bias=torch.stack(attn_bias, 1) if by_head else None,
+        heads=pad_sequence([own.T for own in heads], True).movedim(2, 0) * later[:, None] if by_head else None,
+        attn_bias=torch.stack(attn_bias, 1) * later if by_head else None,
         mixers=mixers,
         softcap=network.head.softcap,
     )
@@ -457,7 +468,8 @@ def _walk(network: FrozenNetwork, positions: range) -> Iterator[tuple[int, Block
 
     def build(i: int) -> tuple[int, BlockTape, FrozenBlock]:
         tape = network.tapes[i]
-        return i, tape, block(network.weights(i), network.frame.config, tape, positions)
+        config = network.frame.config
+        return i, tape, block(network.weights(i), config, tape, positions, config.bank(i))
 
     ahead = build(0)
     for i in range(len(network.tapes)):

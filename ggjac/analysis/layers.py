@@ -20,6 +20,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from ggjac.config import Layer
 from ggjac.decode import Head, Ranked, top_logits
 from ggjac.frobenius import StableRank, stable_ranks
 from ggjac.jacobian import DetachedJacobian, Progress, SharedSweep, Span, Tap
@@ -298,7 +299,7 @@ def layers(
         raise ValueError(f"depth {wrong} is out of range; this model has depths 0 to {L}, counted in blocks applied")
     found: list[_Found] = []
     for name in MAPS:
-        for part in shared(name, kinds, chosen, L) if name in maps else ():
+        for part in shared(name, kinds, chosen, jacobian.network.frame.config.layers) if name in maps else ():
             run = _Group(jacobian, name, [span for _, span in part], progress)
             triplets = run.svd(rank, tol=tol, seed=seed, max_sweeps=max_sweeps)
             ranks = run.stable_ranks(triplets, probes, seed)
@@ -320,19 +321,17 @@ def layers(
 
 
 def shared(
-    name: MapName, kinds: Sequence[Kind], depths: Sequence[int], blocks: int
+    name: MapName, kinds: Sequence[Kind], depths: Sequence[int], blocks: Sequence[Layer]
 ) -> Iterator[list[tuple[Tap, Span]]]:
-    """Yield the maps that advance together: each with the depth it is about, and its span."""
-    end = Tap("layer", blocks)
+    """Yield the maps that advance together, to taps that the blocks have: each with its depth, and its span."""
+    end = Tap("layer", len(blocks))
+    taps = [Tap(kind, i) for kind in KINDS if kind in kinds for i in depths if i > 0 and kind in blocks[i - 1].taps]
     if name == "to_end":
-        together = [[(Tap("layer", i), Span(i, end)) for i in depths if i < blocks]]
+        together = [[(Tap("layer", i), Span(i, end)) for i in depths if i < end.index]]
     elif name == "cumulative":
-        taps = [Tap(kind, i) for kind in KINDS if kind in kinds for i in depths if i > 0]
         together = [[(tap, Span(0, tap)) for tap in taps]]
     else:  # they share no weight, and less memory is taken one after another
-        together = [
-            [(Tap(kind, i), Span(i - 1, Tap(kind, i))) for kind in KINDS if kind in kinds] for i in depths if i > 0
-        ]
+        together = [[(tap, Span(i - 1, tap)) for tap in taps if tap.index == i] for i in depths]
     yield from filter(None, together)
 
 

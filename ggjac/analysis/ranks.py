@@ -275,7 +275,7 @@ def _longest(session: Session, prompts: Sequence[str | Sequence[int]]) -> int:
     """Return the tokens of the longest prompt, by which all are planned; one that cannot run is refused in its turn."""
     model = session.model
     lengths = [len(model.tokenize(prompt) if isinstance(prompt, str) else prompt) for prompt in prompts[1:] if prompt]
-    return max([len(session.ids), *(n for n in lengths if n <= model.config.context_length)])
+    return max([len(session.ids), *(n for n in lengths if n <= model.config.longest)])
 
 
 def _settings(session: Session, *, tol: float, seed: int) -> dict[str, Any]:

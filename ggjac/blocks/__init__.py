@@ -5,6 +5,7 @@ from ggjac.blocks.block import (
     AttentionTape,
     BlockTape,
     FrozenBlock,
+    InputsTape,
     Recorded,
     RecordedBlock,
     attention_halves,
@@ -16,7 +17,7 @@ from ggjac.blocks.block import (
     record_rest,
     stream_scale,
 )
-from ggjac.blocks.frame import BlockWeights, Frame, NumericsError, WeightMatrix, overflow
+from ggjac.blocks.frame import BlockWeights, Frame, NumericsError, WeightMatrix, affine, overflow
 from ggjac.blocks.mixers import Factor, MixerTape, Past
 from ggjac.blocks.networks import FFNTape, HiddenTape
 from ggjac.blocks.norms import NormTape, frozen_norm
@@ -31,6 +32,7 @@ __all__ = [
     "Frame",
     "FrozenBlock",
     "HiddenTape",
+    "InputsTape",
     "MixerTape",
     "NormTape",
     "NumericsError",
@@ -40,6 +42,7 @@ __all__ = [
     "ScanTape",
     "WeightMatrix",
     "activation",
+    "affine",
     "attention_halves",
     "attention_pattern",
     "block",

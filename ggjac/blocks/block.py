@@ -22,8 +22,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ggjac.blocks.frame import BlockWeights, Frame, affine
-from ggjac.blocks.mixers import MixerTape, Past, extend_mixer, reading, record_mixer, writing
+from ggjac.blocks.frame import BlockWeights, Frame, affine, linear
+from ggjac.blocks.mixers import MixerTape, Past, extend_mixer, reading, record_mixer, valued, writing
 from ggjac.blocks.networks import FFNTape, networks, record_hidden, record_mixture
 from ggjac.blocks.norms import NormTape, record_norm
 from ggjac.config import ModelConfig
@@ -51,12 +51,29 @@ class AttentionTape(NamedTuple):
         )
 
 
+class InputsTape(NamedTuple):
+    """The frozen quantities of what a block adds by inputs of its own, `norm_out @ proj @ Scale(factor) @ inp_gate`.
+
+    Attributes:
+        factor: the block's inputs, times the share of the activation on the gate. The gate is live.
+        norm_out: the norm after the projection.
+    """
+
+    factor: Float[Tensor, "n w"]
+    norm_out: NormTape
+
+    def at(self, queries: slice) -> "InputsTape":
+        """Return the tape of some positions."""
+        return InputsTape(self.factor[queries], self.norm_out.at(queries))
+
+
 class BlockTape(NamedTuple):
     """All frozen quantities of one block, and the residual stream at its input."""
 
     x: Float[Tensor, "n d"]
     attn: AttentionTape
     ffn: FFNTape
+    inputs: InputsTape | None = None
 
 
 Tape = TypeVar("Tape", AttentionTape, FFNTape)
@@ -69,26 +86,31 @@ class Recorded(NamedTuple, Generic[Tape]):
         tape: its frozen quantities.
         raw: its output before post-norm and scale (llama.cpp's `attn_out` and `ffn_out`).
         added: what it adds to the residual stream.
+        past: of attention's mixers, for positions or blocks that follow.
     """
 
     tape: Tape
     raw: Float[Tensor, "n d"]
     added: Float[Tensor, "n d"]
+    past: tuple[Past, ...] = ()
 
 
 class RecordedBlock(NamedTuple):
-    """A recorded block: both branches, and the residual stream after it."""
+    """A recorded block: both branches, what it adds by inputs of its own, and the residual stream after it."""
 
     attn: Recorded[AttentionTape]
     ffn: Recorded[FFNTape]
+    inputs: InputsTape | None
     out: Float[Tensor, "n d"]
 
 
-def record_block(w: BlockWeights, frame: Frame, layer: int, x: Float[Tensor, "n d"]) -> RecordedBlock:
-    """Freeze a block at its input `x`."""
-    attn = record_attention(w, frame, layer, x)
-    ffn, out = record_rest(w, frame, layer, x, attn.added)
-    return RecordedBlock(attn, ffn, out)
+def record_block(
+    w: BlockWeights, frame: Frame, layer: int, x: Float[Tensor, "n d"], source: Past | None = None
+) -> RecordedBlock:
+    """Freeze a block at its input `x`; `source` has another block's keys and values, if it reads those."""
+    attn = record_attention(w, frame, layer, x, source)
+    ffn, inputs, out = record_rest(w, frame, layer, x, attn.added)
+    return RecordedBlock(attn, ffn, inputs, out)
 
 
 def extend_block(
@@ -97,26 +119,43 @@ def extend_block(
     """Return the residual stream after a block at `m` positions that follow `past`, and the longer past.
 
     `record_block` without tapes: the same operators, but nothing is computed again at positions of the past (None:
-    there are none). A past is that of each mixer.
+    there are none). A past is that of each mixer, or of the block whose keys it reads, extended already.
     """
     config, mixers = frame.config, frame.config.layers[layer].mixers
     past = past or (Past(),) * len(mixers)
     if not mixers:
-        return record_rest(w, frame, layer, x, torch.zeros_like(x))[1], past
+        return record_rest(w, frame, layer, x, torch.zeros_like(x))[2], past
     _, h = _normed_input(w, config, config.row.norms.attention_in, x)
     extended = [extend_mixer(w, frame, layer, kind, h, own) for kind, own in zip(mixers, past, strict=True)]
     raw = _total([added for added, _ in extended])
     added = _normed_output(w, config, config.row.norms.attention_out, raw)[1]
-    return record_rest(w, frame, layer, x, added)[1], tuple(own for _, own in extended)
+    return record_rest(w, frame, layer, x, added)[2], tuple(own for _, own in extended)
 
 
 def record_rest(
     w: BlockWeights, frame: Frame, layer: int, x: Float[Tensor, "n d"], attn: Float[Tensor, "n d"]
-) -> tuple[Recorded[FFNTape], Float[Tensor, "n d"]]:
-    """Freeze the feed-forward of a block whose attention adds `attn`; return it, and the stream after the block."""
+) -> tuple[Recorded[FFNTape], InputsTape | None, Float[Tensor, "n d"]]:
+    """Freeze the rest of a block whose attention adds `attn`; return it, and the stream after the block."""
     middle = x + attn
     ffn = record_ffn(w, frame, layer, x if frame.config.row.parallel else middle)
-    return ffn, (middle + ffn.added) * stream_scale(w)
+    out, inputs = middle + ffn.added, None
+    if frame.inputs is not None:
+        inputs, added = _record_inputs(w, frame, layer, out)
+        out = out + added
+    return ffn, inputs, out * stream_scale(w)
+
+
+def _record_inputs(
+    w: BlockWeights, frame: Frame, layer: int, x: Float[Tensor, "n d"]
+) -> tuple[InputsTape, Float[Tensor, "n d"]]:
+    """Freeze what a block adds by inputs of its own at the stream `x`; return that too."""
+    assert frame.inputs is not None
+    gate = affine(linear(w, "inp_gate", len(x)), x)
+    factor = frame.activations[layer].share(gate) * frame.inputs[:, layer]
+    made = affine(linear(w, "proj", len(x)), factor * gate)
+    norm = record_norm(w, frame.config, ("post_norm",), made)
+    assert norm is not None
+    return InputsTape(factor, norm), norm.apply(made)
 
 
 def stream_scale(w: BlockWeights) -> float:
@@ -124,17 +163,20 @@ def stream_scale(w: BlockWeights) -> float:
     return float(w.vector("layer_output_scale.weight")) if "layer_output_scale.weight" in w else 1.0
 
 
-def record_attention(w: BlockWeights, frame: Frame, layer: int, x: Float[Tensor, "n d"]) -> Recorded[AttentionTape]:
-    """Freeze the attention branch at its input `x`."""
+def record_attention(
+    w: BlockWeights, frame: Frame, layer: int, x: Float[Tensor, "n d"], source: Past | None = None
+) -> Recorded[AttentionTape]:
+    """Freeze the attention branch at its input `x`; `source` has another block's keys and values, if it reads those."""
     config, norms = frame.config, frame.config.row.norms
     mixers = config.layers[layer].mixers
     if not mixers:
         return Recorded(AttentionTape(None, (), None), torch.zeros_like(x), torch.zeros_like(x))
     norm_in, h = _normed_input(w, config, norms.attention_in, x)
-    recorded = [record_mixer(w, frame, layer, kind, h) for kind in mixers]
+    recorded = [record_mixer(w, frame, layer, kind, h, source) for kind in mixers]
     raw = _total([affine(writing(w, mixed.tape, len(x)), mixed.heads) for mixed in recorded])
     norm_out, added = _normed_output(w, config, norms.attention_out, raw)
-    return Recorded(AttentionTape(norm_in, tuple(mixed.tape for mixed in recorded), norm_out), raw, added)
+    tape = AttentionTape(norm_in, tuple(mixed.tape for mixed in recorded), norm_out)
+    return Recorded(tape, raw, added, tuple(mixed.past for mixed in recorded))
 
 
 def record_ffn(w: BlockWeights, frame: Frame, layer: int, x: Float[Tensor, "n d"]) -> Recorded[FFNTape]:
@@ -144,12 +186,11 @@ def record_ffn(w: BlockWeights, frame: Frame, layer: int, x: Float[Tensor, "n d"
         return Recorded(FFNTape(None, (), None), torch.zeros_like(x), torch.zeros_like(x))
     if own.routed and own.hidden_units:
         # A dense network and a mixture, added, each between norms of its own.
-        dense = _record_part(w, frame, layer, x, norms.ffn_in, norms.dense_out, routed=False)
-        mixture = _record_part(w, frame, layer, x, norms.experts_in, norms.experts_out, routed=True)
-        tape = FFNTape(None, (dense, mixture), None)
+        dense, added = _record_part(w, frame, layer, x, norms.ffn_in, norms.dense_out, routed=False)
+        mixture, raw = _record_part(w, frame, layer, x, norms.experts_in, norms.experts_out, routed=True)
+        tape, raw = FFNTape(None, (dense, mixture), None), added + raw
     else:
-        tape = _record_part(w, frame, layer, x, norms.ffn_in, (), routed=own.routed)
-    raw = affine(networks(w, tape, len(x)), x)
+        tape, raw = _record_part(w, frame, layer, x, norms.ffn_in, (), routed=own.routed)
     norm_out, added = _normed_output(w, config, norms.ffn_out, raw)
     return Recorded(tape._replace(norm_out=norm_out), raw, added)
 
@@ -163,14 +204,14 @@ def _record_part(
     norm_out: Sequence[str],
     *,
     routed: bool,
-) -> FFNTape:
-    """Freeze a dense network or a mixture, between the norms of the given names, at the stream `x`."""
+) -> tuple[FFNTape, Float[Tensor, "n d"]]:
+    """Freeze a dense network or a mixture, between the norms of the given names, at the stream `x`; add its output."""
     norm, h = _normed_input(w, frame.config, norm_in, x)
     found = record_mixture(w, frame, layer, h, x) if routed else (record_hidden(w, frame, layer, h),)
     tape = FFNTape(norm, found, None)
-    if not norm_out:
-        return tape
-    return tape._replace(norm_out=record_norm(w, frame.config, norm_out, affine(networks(w, tape, len(x)), x)))
+    added = affine(networks(w, tape, len(x)), x)
+    after = record_norm(w, frame.config, norm_out, added)
+    return tape._replace(norm_out=after), added if after is None else after.apply(added)
 
 
 def _total(parts: Sequence[Tensor]) -> Tensor:
@@ -192,14 +233,22 @@ def attention_halves(
 ) -> list[tuple[LinearOperator, LinearOperator]]:
     """Return each mixer of the branch in two: `[n, d]` to the mixed values `[m, h v]`, and from there to `[m, d]`.
 
-    A constant of the norm after them would be in each of several.
+    A constant of the norm after them would be in each of several. The first reads another block's values, `[n, g v]`,
+    where attention does.
     """
     norm_in = tape.norm_in and tape.norm_in.operator()
     halves = []
     for mixer in tape.mixers:
         heads = reading(w, mixer, n, m)
-        halves.append((heads @ norm_in if norm_in else heads, _after(config, tape.norm_out, writing(w, mixer, m))))
+        joined = heads @ norm_in if norm_in and not mixer.shared else heads
+        halves.append((joined, _after(config, tape.norm_out, writing(w, mixer, m))))
     return halves
+
+
+def _inputs(w: BlockWeights, tape: InputsTape, m: int) -> LinearOperator:
+    """Return what a block adds by inputs of its own, `[m, d]` to `[m, d]`."""
+    core = linear(w, "proj", m) @ Scale(tape.factor) @ linear(w, "inp_gate", m)
+    return tape.norm_out.operator() @ core
 
 
 def ffn(w: BlockWeights, config: ModelConfig, tape: FFNTape, n: int) -> LinearOperator:
@@ -219,6 +268,14 @@ class FrozenBlock(NamedTuple):
         residual: the residual connection: identity, or a selection where fewer positions are written than read.
         parallel: whether both branches read the block's input.
         scale: factor on the stream at the end.
+        inputs: what the block adds by inputs of its own, to the stream after both branches; or None.
+        bank: number of the block whose values attention reads, if several blocks read them; or None.
+        values: those values, from this block's input, if it is that block.
+
+    Values that several blocks read are held in a bank, by number of their block: going up, their block writes them
+    there for each vector of the stack, and attention reads them there; going down, the cotangents of all that have
+    read them are added up there, and join those of their block's input. Vectors that join the stack come after the
+    others: going down, rows that are missing in the bank are zeros.
     """
 
     attn: LinearOperator
@@ -226,17 +283,25 @@ class FrozenBlock(NamedTuple):
     residual: LinearOperator
     parallel: bool
     scale: float = 1.0
+    inputs: LinearOperator | None = None
+    bank: int | None = None
+    values: LinearOperator | None = None
 
-    def matmat(self, H: Float[Tensor, "k n d"], t: Homogeneous = None) -> Float[Tensor, "k m d"]:
+    def matmat(
+        self, H: Float[Tensor, "k n d"], t: Homogeneous = None, banks: dict[int, Tensor] | None = None
+    ) -> Float[Tensor, "k m d"]:
         """Return the residual stream after the block for `k` stacked streams before it."""
-        H, added = self.matmat_attn(H, t)
-        return self.matmat_out(*self.matmat_ffn(H, added, t))
+        H, added = self.matmat_attn(H, t, banks)
+        return self.matmat_out(*self.matmat_ffn(H, added, t), t)
 
     def matmat_attn(
-        self, H: Float[Tensor, "k n d"], t: Homogeneous = None
+        self, H: Float[Tensor, "k n d"], t: Homogeneous = None, banks: dict[int, Tensor] | None = None
     ) -> tuple[Float[Tensor, "k m d"], Float[Tensor, "k m d"]]:
         """Return, at the written positions, the stream `[k, m, d]` and what attention adds to it."""
-        added = self.attn.matmat(H, t)
+        banks = {} if banks is None else banks
+        if self.bank is not None and self.values is not None:
+            banks[self.bank] = self.values.matmat(H, t)  # [k, n, gv]
+        added = self.attn.matmat(H if self.bank is None else banks[self.bank], t)
         return self.residual.matmat(H), added
 
     def matmat_ffn(
@@ -246,14 +311,19 @@ class FrozenBlock(NamedTuple):
         middle = attn.add_(H)
         return middle, self.ffn.matmat(H if self.parallel else middle, t)
 
-    def matmat_out(self, H: Float[Tensor, "k m d"], ffn: Float[Tensor, "k m d"]) -> Float[Tensor, "k m d"]:
+    def matmat_out(
+        self, H: Float[Tensor, "k m d"], ffn: Float[Tensor, "k m d"], t: Homogeneous = None
+    ) -> Float[Tensor, "k m d"]:
         """Return the stream after the block, in place of `ffn`, from the stream after attention and what `ffn` adds."""
         out = ffn.add_(H)
+        if self.inputs is not None:
+            out += self.inputs.matmat(out, t)
         return out if self.scale == 1 else out.mul_(self.scale)
 
     def rmatmat_out(self, H: Float[Tensor, "k m d"]) -> Float[Tensor, "k m d"]:
         """Return the cotangents of the stream before its last factor: `matmat_out` transposed."""
-        return H if self.scale == 1 else H * self.scale
+        H = H if self.scale == 1 else H * self.scale
+        return H if self.inputs is None else H + self.inputs.rmatmat(H)
 
     def rmatmat_ffn(
         self, H: Float[Tensor, "k m d"], ffn: Float[Tensor, "kl m d"]
@@ -274,7 +344,9 @@ class FrozenBlock(NamedTuple):
         ended = len(ffn) - len(H)
         return middle, torch.cat([H, H.new_zeros(ended, *H.shape[1:])]) if ended else H
 
-    def rmatmat_attn(self, H: Float[Tensor, "k m d"], attn: Float[Tensor, "kl m d"]) -> Float[Tensor, "kl n d"]:
+    def rmatmat_attn(
+        self, H: Float[Tensor, "k m d"], attn: Float[Tensor, "kl m d"], banks: dict[int, Tensor] | None = None
+    ) -> Float[Tensor, "kl n d"]:
         """Return the cotangents of the stream before the block, `[k + l, n, d]`: `matmat_attn` transposed.
 
         Args:
@@ -282,39 +354,67 @@ class FrozenBlock(NamedTuple):
             attn: `[k + l, m, d]`, of what attention adds: those from above, and those of `l` maps that end there.
         """
         X = self.attn.rmatmat(attn)
+        if self.bank is not None:
+            banks = {} if banks is None else banks
+            above = banks.get(self.bank)
+            if above is not None:
+                X[: len(above)] += above
+            banks[self.bank] = X  # [k + l, n, gv]
+            zeros = (len(X), *self.residual.in_shape)
+            X = X.new_zeros(zeros) if self.values is None else self.values.rmatmat(X)
         X[: len(H)] += self.residual.rmatmat(H)
         return X
 
     @property
     def flop(self) -> int:
         """Floating-point operations of one product with one vector."""
-        return self.attn.flop + self.ffn.flop
+        return sum(part.flop for part in (self.attn, self.ffn, self.inputs, self.values) if part is not None)
 
     def read_ahead(self) -> None:
         """Prefetch the weights of both branches from the disk."""
-        self.attn.read_ahead()
-        self.ffn.read_ahead()
+        for part in (self.values, self.attn, self.ffn, self.inputs):
+            if part is not None:
+                part.read_ahead()
 
 
-def block(w: BlockWeights, config: ModelConfig, tape: BlockTape, positions: range) -> FrozenBlock:
+def block(
+    w: BlockWeights, config: ModelConfig, tape: BlockTape, positions: range, bank: int | None = None
+) -> FrozenBlock:
     """Return a frozen block that reads all positions up to the last of `positions`, and writes `positions`.
 
     Later positions are left out, since attention is causal. Where `positions` are few (the last block needs only one),
-    only keys and values are computed at the others.
+    only keys and values are computed at the others. `bank` is as `FrozenBlock` has it.
     """
     n, m, d = positions.stop, len(positions), config.d
     queries = slice(positions.start, positions.stop)
     dtype, device = tape.x.dtype, tape.x.device
     attn: LinearOperator = Zero((n, d), (m, d), dtype=dtype, device=device)
+    values = None
     if tape.attn.mixers:
         attn = attention(w, config, tape.attn.at(queries), n, m)
+    if bank is not None and not tape.attn.mixers[0].shared:
+        values, attn = _with_bank(w, config, tape.attn.at(queries), n, m)
     feed_forward: LinearOperator = Zero((m, d), (m, d), dtype=dtype, device=device)
     if tape.ffn.networks:
         feed_forward = ffn(w, config, tape.ffn.at(queries), m)
     residual: LinearOperator = Identity((m, d), dtype=dtype, device=device)
     if m < n:
         residual = Select(torch.tensor(positions), n, d, dtype=dtype, device=device)
-    return FrozenBlock(attn, feed_forward, residual, config.row.parallel, stream_scale(w))
+    inputs = None if tape.inputs is None else _inputs(w, tape.inputs.at(queries), m)
+    return FrozenBlock(
+        attn, feed_forward, residual, config.row.parallel, stream_scale(w), inputs, bank=bank, values=values
+    )
+
+
+def _with_bank(
+    w: BlockWeights, config: ModelConfig, tape: AttentionTape, n: int, m: int
+) -> tuple[LinearOperator, LinearOperator]:
+    """Return attention in two at its values, which later blocks read too: `[n, d]` to `[n, g v]`, and to `[m, d]`."""
+    (mixer,) = tape.mixers
+    values = valued(w, mixer, n)
+    heads = reading(w, mixer._replace(shared=values.out_shape[1]), n, m)
+    attn = _after(config, tape.norm_out, writing(w, mixer, m)) @ heads
+    return values if tape.norm_in is None else values @ tape.norm_in.operator(), attn
 
 
 def _normed_input(

@@ -67,12 +67,14 @@ class Frame(NamedTuple):
         rotations: cos and sin at every position, for each rotary embedding in use.
         mlp_path: the freezing rule of gated feed-forwards.
         activations: the activation of each block's feed-forward.
+        inputs: what each block reads of the tokens beside the stream, at the positions that are recorded; or None.
     """
 
     config: ModelConfig
     rotations: Mapping[Rope, tuple[Tensor, Tensor]]
     mlp_path: MlpPath
     activations: Sequence[Activation]
+    inputs: Float[Tensor, "n L w"] | None = None
 
 
 def linear(

@@ -2,13 +2,15 @@
 
     mixer = Linear(output) @ Scale(read) @ Mix(pattern) @ Scale(written) @ Conv @ Scale(entering) @ Linear(values)
 
-A mixer has the factors that its tensors call for: attention has `Linear(attn_output) @ Mix(pattern) @ Linear(attn_v)`.
+A mixer has the factors that its tensors call for: attention has `Linear(attn_output) @ Mix(pattern) @ Linear(attn_v)`,
+and latent attention `Linear(attn_output) @ Mix(pattern) @ Linear(attn_v_b) @ norm @ Linear(attn_kv_a_mqa[:l])`.
 Live is the path of the values: their projection, their convolution and the output projection. Frozen is everything else
 that decides how they are mixed: queries and keys, decays and write strengths, the sigmoid-like share of an activation
 on the values, gates on the output, and the scales of norms.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -17,7 +19,7 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from ggjac.blocks.frame import BlockWeights, Frame, affine, linear
-from ggjac.blocks.norms import NormTape, inverse_rms, normed
+from ggjac.blocks.norms import NormTape, inverse_rms, normed, record_norm
 from ggjac.blocks.patterns import (
     Recurrence,
     ScanTape,
@@ -58,6 +60,7 @@ class MixerTape(NamedTuple):
         latent: norm of the latent.
         written: factor of the values before they are mixed.
         read: factor of what is mixed, before the output projection.
+        shared: width of the values if they are those of another block; 0 if the mixer makes its own.
     """
 
     kind: str
@@ -67,6 +70,7 @@ class MixerTape(NamedTuple):
     latent: NormTape | None = None
     written: Factor | None = None
     read: Factor | None = None
+    shared: int = 0
 
     @property
     def heads(self) -> int:
@@ -122,13 +126,16 @@ class Mixed(NamedTuple):
 
 
 # Freezes a mixer of a layer at its (normed) input `[m, d]`, which continues a past; None where a prompt begins and its
-# pattern is wanted. The tape of a recurrence with a past has no pattern: the state is carried on instead.
+# pattern is wanted. The tape of a recurrence with a past has no pattern: the state is carried on instead. Attention to
+# another block's keys has that block's past, which includes the new positions.
 Record = Callable[[BlockWeights, Frame, int, Tensor, Past | None], Mixed]
 
 
-def record_mixer(w: BlockWeights, frame: Frame, layer: int, kind: str, h: Float[Tensor, "n d"]) -> Mixed:
-    """Freeze a mixer at its (normed) input `h`."""
-    return RECORD[kind](w, frame, layer, h, None)
+def record_mixer(
+    w: BlockWeights, frame: Frame, layer: int, kind: str, h: Float[Tensor, "n d"], source: Past | None = None
+) -> Mixed:
+    """Freeze a mixer at its (normed) input `h`; `source` has another block's keys and values, if it reads those."""
+    return RECORD[kind](w, frame, layer, h, source)
 
 
 def extend_mixer(
@@ -140,7 +147,24 @@ def extend_mixer(
 
 
 def reading(w: BlockWeights, tape: MixerTape, n: int, m: int) -> LinearOperator:
-    """Return a mixer from its (normed) input to the mixed values, `[n, d]` to `[m, h v]`: the last `m` positions."""
+    """Return a mixer from its (normed) input to the mixed values, `[n, d]` to `[m, h v]`: the last `m` positions.
+
+    With another block's values it reads these, `[n, g v]`.
+    """
+    if tape.shared:
+        return _mix(w, tape, tape.shared)
+    values = valued(w, tape, n)
+    width = values.out_shape[1]
+    if tape.scan is not None:
+        return _scan(tape.scan, n, m, width) @ values
+    if tape.pattern is not None:
+        return _mix(w, tape, width) @ values
+    last = torch.arange(n - m, n)
+    return values if m == n else Select(last, n, width, dtype=values.dtype, device=values.device) @ values
+
+
+def valued(w: BlockWeights, tape: MixerTape, n: int) -> LinearOperator:
+    """Return a mixer from its (normed) input to the values that it mixes, `[n, d]` to `[n, g v]`."""
     path = MIXERS[tape.kind]
     values: LinearOperator = linear(w, path.values, n)
     if tape.latent is not None:
@@ -151,13 +175,7 @@ def reading(w: BlockWeights, tape: MixerTape, n: int, m: int) -> LinearOperator:
         values = _conv(w, path.convolution, n) @ values
     if tape.written is not None:
         values = tape.written.operator() @ values
-    width = values.out_shape[1]
-    if tape.scan is not None:
-        return _scan(tape.scan, n, m, width) @ values
-    if tape.pattern is not None:
-        return _mix(w, tape, width) @ values
-    last = torch.arange(n - m, n)
-    return values if m == n else Select(last, n, width, dtype=values.dtype, device=values.device) @ values
+    return values
 
 
 def writing(w: BlockWeights, tape: MixerTape, m: int) -> LinearOperator:
@@ -184,7 +202,8 @@ QK_NORM_AFTER = {"": "", "full": "projection", "head": "split", "heads": "split"
 def _attention(w: BlockWeights, frame: Frame, layer: int, h: Float[Tensor, "m d"], past: Past | None) -> Mixed:
     """Freeze softmax attention: its pattern, and the factors on values and heads."""
     config, past = frame.config, past or Past()
-    q, k, gate = _queries_keys(w, frame, layer, h, past.length)
+    q, gate = _queries_or_keys(w, frame, layer, "q", h, past.length)
+    k, _ = _queries_or_keys(w, frame, layer, "k", h, past.length)
     v = affine(linear(w, "attn_v", len(h)), h)  # [m, g v]
     written = _value_factor(config, layer, v)
     if written is not None:
@@ -195,30 +214,38 @@ def _attention(w: BlockWeights, frame: Frame, layer: int, h: Float[Tensor, "m d"
     return Mixed(tape, affine(_mix(w, tape, v.shape[1]), v), Past(k, v))
 
 
-def _queries_keys(
-    w: BlockWeights, frame: Frame, layer: int, h: Float[Tensor, "m d"], start: int
-) -> tuple[Float[Tensor, "m h s"], Float[Tensor, "m g s"], Factor | None]:
-    """Return queries, keys and the heads' gate, of positions `start`, `start + 1`, ... from their normed input `h`."""
+def _shared_attention(w: BlockWeights, frame: Frame, layer: int, h: Float[Tensor, "m d"], past: Past | None) -> Mixed:
+    """Freeze softmax attention to keys and values of an earlier block, at all positions up to the last of `h`."""
+    assert past is not None
+    assert past.k is not None
+    assert past.v is not None
+    q, gate = _queries_or_keys(w, frame, layer, "q", h, past.length - len(h))
+    width = past.v.shape[1]
+    tape = MixerTape("shared attention", _pattern(w, frame.config, layer, q, past.k), read=gate, shared=width)
+    return Mixed(tape, affine(_mix(w, tape, width), past.v), past)
+
+
+def _queries_or_keys(
+    w: BlockWeights, frame: Frame, layer: int, part: str, h: Float[Tensor, "m d"], start: int
+) -> tuple[Float[Tensor, "m _ s"], Factor | None]:
+    """Return queries ("q"), with the heads' gate if there is one, or keys ("k") of the normed input `h`.
+
+    Positions are `start`, `start + 1`, ...
+    """
     config, own = frame.config, frame.config.layers[layer]
+    heads = own.heads if part == "q" else own.kv_heads
 
-    def normed_after(step: str, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        if QK_NORM_AFTER[config.row.qk_norm] != step:
-            return q, k
-        return normed(w, "attn_q_norm", config, q), normed(w, "attn_k_norm", config, k)
+    def normed_after(step: str, x: Tensor) -> Tensor:
+        return normed(w, f"attn_{part}_norm", config, x) if QK_NORM_AFTER[config.row.qk_norm] == step else x
 
-    q, k = (_clamped(config, affine(linear(w, stem, len(h)), h)) for stem in ("attn_q", "attn_k"))  # [m, hs], [m, gs]
+    x = _clamped(config, affine(linear(w, f"attn_{part}", len(h)), h))  # [m, hs]
     gate = None
-    if config.row.gated_queries:  # of each head, first the query and then its gate
-        q, gate = (part.flatten(1) for part in q.unflatten(1, (own.heads, 2, -1)).unbind(2))
-        gate = Factor(gate.sigmoid())
-    q, k = normed_after("projection", q, k)
-    q, k = q.unflatten(1, (own.heads, -1)), k.unflatten(1, (own.kv_heads, -1))  # [m, h, s], [m, g, s]
-    q, k = normed_after("split", q, k)
-    if own.rope:
-        cos, sin = (part[start : start + len(h)] for part in frame.rotations[own.rope])
-        q, k = (rotate(part, own.rope, cos, sin) for part in (q, k))
-    q, k = normed_after("rotation", q, k)
-    return _warmed(config, q, start), k, gate
+    if part == "q" and config.row.gated_queries:  # of each head, first the query and then its gate
+        x, rest = (half.flatten(1) for half in x.unflatten(1, (heads, 2, -1)).unbind(2))
+        gate = Factor(rest.sigmoid())
+    x = normed_after("split", normed_after("projection", x).unflatten(1, (heads, -1)))  # [m, h, s]
+    x = normed_after("rotation", _turned(frame, layer, x, start))
+    return _warmed(config, x, start) if part == "q" else x, gate
 
 
 def _warmed(config: ModelConfig, q: Float[Tensor, "m h s"], start: int) -> Float[Tensor, "m h s"]:
@@ -263,6 +290,60 @@ def _clamped(config: ModelConfig, x: Float[Tensor, "n e"]) -> Float[Tensor, "n e
     """Return queries, keys or values with no entry beyond the model's limit."""
     limit = config.attention_clamp
     return x.clamp(-limit, limit) if limit else x
+
+
+def _latent(w: BlockWeights, frame: Frame, layer: int, h: Float[Tensor, "m d"], past: Past | None) -> Mixed:
+    """Freeze latent attention: its pattern, the norm of the latent that makes the values, and a gate on each head."""
+    config, own, past = frame.config, frame.config.layers[layer], past or Past()
+    latent = affine(linear(w, "attn_kv_latent", len(h)), h)
+    norm = record_norm(w, config, ("attn_kv_a_norm",), latent)
+    assert norm is not None
+    latent = norm.apply(latent)
+    v = affine(linear(w, "attn_v_b", len(h)), latent)  # [m, h v]
+    q, k = _latent_queries(w, frame, layer, h, past.length), _latent_keys(w, frame, layer, h, latent, past.length)
+    if past.k is not None and past.v is not None:
+        k, v = torch.cat((past.k, k)), torch.cat((past.v, v))  # [p + m, h, s], [p + m, h v]
+    gate = None
+    if "attn_gate.weight" in w:
+        shares = affine(linear(w, "attn_gate", len(h)), h).sigmoid()  # [m, h]
+        gate = Factor(shares.repeat_interleave(own.value_size, 1))
+    tape = MixerTape("latent", _pattern(w, config, layer, q, k), latent=norm, read=gate)
+    return Mixed(tape, affine(_mix(w, tape, v.shape[1]), v), Past(k, v))
+
+
+def _latent_queries(
+    w: BlockWeights, frame: Frame, layer: int, h: Float[Tensor, "m d"], start: int
+) -> Float[Tensor, "m h s"]:
+    """Return queries of positions `start`, `start + 1`, ..., in most models expanded from a latent vector too."""
+    if "attn_q_a.weight" in w:
+        h = normed(w, "attn_q_a_norm", frame.config, affine(linear(w, "attn_q_a", len(h)), h))
+    q = affine(linear(w, "attn_q_b" if "attn_q_b.weight" in w else "attn_q", len(h)), h)
+    own, rotary = frame.config.layers[layer], frame.config.latent.rotary
+    nope, turning = q.unflatten(1, (own.heads, -1)).split([own.key_size - rotary, rotary], -1)
+    return _warmed(frame.config, torch.cat((nope, _turned(frame, layer, turning, start)), -1), start)
+
+
+def _latent_keys(
+    w: BlockWeights, frame: Frame, layer: int, h: Float[Tensor, "m d"], latent: Float[Tensor, "m l"], start: int
+) -> Float[Tensor, "m h s"]:
+    """Return keys of positions `start`, `start + 1`, ...: expanded from the latent, and a part common to all heads."""
+    own = frame.config.layers[layer]
+    if "attn_k_nope.weight" in w:
+        nope = affine(linear(w, "attn_k_nope", len(h)), latent).unflatten(1, (own.heads, -1))
+    else:  # a stack of transposed matrices, one for each head
+        heads = (linear(w, "attn_k_b", len(h), expert=i) for i in range(own.heads))
+        nope = torch.stack([head.rmatmat(latent[None])[0] for head in heads], 1)
+    shared = _turned(frame, layer, affine(linear(w, "attn_kv_rope", len(h)), h)[:, None], start)
+    return torch.cat((nope, shared.expand(-1, own.heads, -1)), -1)
+
+
+def _turned(frame: Frame, layer: int, x: Float[Tensor, "m h r"], start: int) -> Float[Tensor, "m h r"]:
+    """Return queries or keys of positions `start`, `start + 1`, ... rotated, if the layer rotates them."""
+    rope = frame.config.layers[layer].rope
+    if rope is None:
+        return x
+    cos, sin = (part[start : start + len(x)] for part in frame.rotations[rope])
+    return rotate(x, rope, cos, sin)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -324,7 +405,9 @@ def _scan(tape: ScanTape, n: int, m: int, width: int) -> Scan:
     return Scan(tape.within, tape.reading, tape.writing, tape.moving, n, m, value_size=width // len(tape.within))
 
 
-def _delta(w: BlockWeights, frame: Frame, layer: int, h: Float[Tensor, "m d"], past: Past | None) -> Mixed:
+def _delta(
+    w: BlockWeights, frame: Frame, layer: int, h: Float[Tensor, "m d"], past: Past | None, kind: str = "delta"
+) -> Mixed:
     """Freeze a gated delta rule, with a decay for each head or for each key channel."""
     config, own = frame.config, frame.config.recurrence
     stems = {f"attn_{part}": f"ssm_conv1d_{part}" for part in "qkv"}
@@ -346,7 +429,7 @@ def _delta(w: BlockWeights, frame: Frame, layer: int, h: Float[Tensor, "m d"], p
     gate = _projected(w, ("attn_gate", "ssm_g_a", "ssm_g_b"), h).unflatten(1, (own.heads, -1))
     gate = gate.sigmoid() if config.row.sigmoid_gate else gate * gate.sigmoid()
     read = inverse_rms(heads, config) * w.vector("ssm_norm.weight").to(wide) * gate
-    tape = tape._replace(kind="delta", written=Factor(share), read=Factor(read.flatten(1).to(h.dtype)))
+    tape = tape._replace(kind=kind, written=Factor(share), read=Factor(read.flatten(1).to(h.dtype)))
     return Mixed(tape, o, Past(rows=rows, state=state))
 
 
@@ -414,7 +497,10 @@ def _bare(w: BlockWeights, *names: str) -> Tensor:
 
 RECORD: dict[str, Record] = {
     "attention": _attention,
+    "latent": _latent,
+    "shared attention": _shared_attention,
     "delta": _delta,
+    "kimi delta": partial(_delta, kind="kimi delta"),
     "state space": _state_space,
     "convolution": _convolution,
 }

@@ -3,6 +3,7 @@
 For gated networks there are two conventions; see `record_hidden`.
 """
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -105,23 +106,26 @@ def record_hidden(
         return affine(linear(w, stem, len(h), kind, expert), h)
 
     share, limit, shift = frame.activations[layer]
+    bound = frame.config.layers[layer].clamp(kind)
     if f"ffn_gate{kind}.weight" not in w:
         return HiddenTape(kind, expert, "ffn_up", share(projected("ffn_up")), None, None, None)
-    if frame.mlp_path == "up" and limit is None:
-        gate = projected("ffn_gate")
-        return HiddenTape(kind, expert, "ffn_up", gate * share(gate), None, None, None)
+    gate = projected("ffn_gate")
+    if limit is None and not bound:
+        factor = gate * share(gate) if frame.mlp_path == "up" else share(gate) * projected("ffn_up")
+        return HiddenTape(kind, expert, f"ffn_{frame.mlp_path}", factor, None, None, None)
 
-    gate, up = projected("ffn_gate"), projected("ffn_up")
-    # A clamp is linear too once frozen: 1 or 0 on its input, plus the limit where it acts.
-    gate_clamped = gate if limit is None else gate.clamp(max=limit)
-    up_clamped = up if limit is None else up.clamp(-limit, limit)
+    # A clamp, before the activation or after it, is linear too once frozen: 1 or 0 on its input, plus the limit where
+    # it acts.
+    limit, bound = limit or math.inf, bound or math.inf
+    gate_clamped, up = gate.clamp(max=limit), projected("ffn_up")
+    activated = gate_clamped * share(gate_clamped)
+    activated_clamped, up_clamped = activated.clamp(max=bound), up.clamp(-min(limit, bound), min(limit, bound))
     if frame.mlp_path == "up":
-        factor, live, clamped = gate_clamped * share(gate_clamped), up, up_clamped
+        factor, free = activated_clamped, up == up_clamped  # [m, f]
+        constant = factor * (torch.where(free, 0, up_clamped) + shift)
     else:
-        factor, live, clamped = share(gate_clamped) * (up_clamped + shift), gate, gate_clamped
-        shift = 0.0  # it is part of the factor
-    free = live == clamped  # [m, f]
-    constant = None if limit is None else factor * (torch.where(free, 0, clamped) + shift)
+        factor, free = share(gate) * (up_clamped + shift), (gate == gate_clamped) & (activated == activated_clamped)
+        constant = torch.where(free, 0, activated_clamped) * (up_clamped + shift)
     return HiddenTape(kind, expert, f"ffn_{frame.mlp_path}", factor * free, constant, None, None)
 
 
@@ -160,7 +164,7 @@ def record_experts(
     config = frame.config
     logits = affine(linear(w, "ffn_gate_inp", len(h)), router)
     scores = ROUTERS[config.row.router](logits.to(torch.promote_types(h.dtype, torch.float32)))  # [n, e]
-    chosen = _chosen(w, config, scores.detach())
+    chosen = _chosen(w, config, scores.detach(), config.layers[layer].experts_used)
     weights = scores.gather(-1, chosen)  # [n, used]
     if config.row.router == "softmax_selected":
         weights = weights.softmax(-1)
@@ -186,7 +190,7 @@ def record_shared(w: BlockWeights, frame: Frame, layer: int, h: Float[Tensor, "n
     return [shared]
 
 
-def _chosen(w: BlockWeights, config: ModelConfig, scores: Float[Tensor, "n e"]) -> Int[Tensor, "n used"]:
+def _chosen(w: BlockWeights, config: ModelConfig, scores: Float[Tensor, "n e"], used: int) -> Int[Tensor, "n used"]:
     """Return the experts of each position: those of highest score plus bias, within the best groups if there are any.
 
     A group is as good as the sum of its two best members. The bias is not rounded to a narrower dtype, since the part
@@ -199,7 +203,7 @@ def _chosen(w: BlockWeights, config: ModelConfig, scores: Float[Tensor, "n e"]) 
         best = grouped.topk(2).values.sum(-1).topk(config.expert_groups_used).indices
         left_out = torch.ones(grouped.shape[:2], dtype=torch.bool, device=scores.device).scatter(-1, best, False)
         scores = grouped.masked_fill(left_out[..., None], -torch.inf).flatten(1)
-    return scores.topk(config.expert_used_count).indices
+    return scores.topk(used).indices
 
 
 def networks(w: BlockWeights, tape: FFNTape, n: int) -> LinearOperator:

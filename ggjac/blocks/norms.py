@@ -43,11 +43,12 @@ def record_norm(w: BlockWeights, config: ModelConfig, names: Sequence[str], x: F
     """Freeze a norm at its input, or return None where the block has no such norm; see `frozen_norm`."""
     if config.row.norm == "bare":
         return frozen_norm(config, None, None, x) if names else None
-    name = next((name for name in names if f"{name}.weight" in w), None)
-    if name is None:
+    found = next(((name, full) for name in names for full in (f"{name}.weight", name) if full in w), None)
+    if found is None:
         return None
+    name, full = found
     bias = w.vector(f"{name}.bias") if f"{name}.bias" in w else None
-    return frozen_norm(config, w.vector(f"{name}.weight"), bias, x)
+    return frozen_norm(config, w.vector(full), bias, x)
 
 
 def frozen_norm(

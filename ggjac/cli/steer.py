@@ -135,10 +135,10 @@ def steer(
         ids = model.prompt_ids(of_concept)
     except PromptError as error:
         raise click.UsageError(f"--concept: {error}") from error
-    if len(session.ids) + max_tokens > model.config.context_length:
+    if len(session.ids) + max_tokens > model.config.longest:
         raise click.UsageError(
             f"--max-tokens {max_tokens}: with the prompt's {len(session.ids)} tokens that is more than the model's "
-            f"context of {model.config.context_length}"
+            f"context of {model.config.longest}"
         )
     fit_command(session, len(ids), text=len(session.ids), position=-1)
     options: dict[str, Any] = {"method": method, "layer": layer, "strengths": strengths, "max_tokens": max_tokens}

@@ -35,10 +35,25 @@ class Mixer(NamedTuple):
 
 MIXERS = {
     "attention": Mixer("attn_v", "attn_output", ("attn_q", "attn_k", "attn_gate")),
+    "latent": Mixer(
+        "attn_kv_latent",
+        "attn_output",
+        ("attn_q", "attn_q_a", "attn_q_b", "attn_k_nope", "attn_k_b", "attn_kv_rope", "attn_gate"),
+        expansion="attn_v_b",
+    ),
+    # The values are another block's, which made them from its own input.
+    "shared attention": Mixer("", "attn_output", ("attn_q",)),
     "delta": Mixer(
         "attn_v",
         "ssm_out",
-        (*("attn_q", "attn_k", "attn_gate", "ssm_alpha", "ssm_beta"), *("ssm_f_a", "ssm_f_b", "ssm_g_a", "ssm_g_b")),
+        ("attn_q", "attn_k", "attn_gate", "ssm_alpha", "ssm_beta"),
+        convolution="ssm_conv1d_v",
+        recurrent=True,
+    ),
+    "kimi delta": Mixer(
+        "attn_v",
+        "attn_output",
+        ("attn_q", "attn_k", "ssm_beta", "ssm_f_a", "ssm_f_b", "ssm_g_a", "ssm_g_b"),
         convolution="ssm_conv1d_v",
         recurrent=True,
     ),

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from ggjac.architectures import Architecture
+from ggjac.sizes import KINDS, Kind
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,12 @@ class Layer:
         value_size: elements of a value head.
         hidden_units: of the dense feed-forward network; 0 if the block has none.
         routed: whether the block has a mixture of experts.
+        clamps: largest activated gate, and largest magnitude of what it multiplies, in routed experts and in other
+            networks; 0 for no limit.
+        experts_used: number of routed experts that each token uses; 0 without a mixture, as the next one.
+        expert_units: hidden units of a routed expert.
         keys_as_values: whether the key projection, before its norm and rotation, gives the values too.
+        source: number of the earlier block whose keys and values attention reads; None for its own.
         by_key_head: whether all projections of a delta rule are in one tensor, `ssm_in`, key head by key head.
         window: number of tokens to which a position attends, itself included; None for all up to it.
         rope: rotation of queries and keys; None for none.
@@ -68,8 +74,23 @@ class Layer:
     window: int | None
     rope: Rope | None
     xielu: tuple[float, float, float] | None = None
+    clamps: tuple[float, float] = (0.0, 0.0)
+    experts_used: int = 0
+    expert_units: int = 0
     keys_as_values: bool = False
+    source: int | None = None
     by_key_head: bool = False
+
+    @property
+    def taps(self) -> tuple[Kind, ...]:
+        """The taps that the block has: the stream after it, and what each of its branches adds."""
+        feeds = self.routed or self.hidden_units > 0
+        present = {"layer": True, "attn": bool(self.mixers), "mlp": feeds}
+        return tuple(kind for kind in KINDS if present[kind])
+
+    def clamp(self, kind: str) -> float:
+        """Return the limit in networks of a kind, the suffix of their tensors' names."""
+        return self.clamps[0 if kind == "_exps" else 1]
 
 
 @dataclass(frozen=True)
@@ -89,6 +110,39 @@ class Recurrence:
     key_heads: int = 0
     key_size: int = 0
     value_size: int = 0
+
+
+@dataclass(frozen=True)
+class Latent:
+    """Sizes of latent attention, where keys and values are expanded from one short vector; zeros without.
+
+    Attributes:
+        size: elements of the latent vector.
+        queries: elements of the latent vector that queries are expanded from; 0 if they come from the stream.
+        rotary: last elements of a query or key, which rotate; those of a key are the same for all heads.
+        split: whether keys and values have tensors of their own (`attn_k_b`, `attn_v_b`), and not one for both
+            (`attn_kv_b`).
+    """
+
+    size: int = 0
+    queries: int = 0
+    rotary: int = 0
+    split: bool = False
+
+
+@dataclass(frozen=True)
+class Indexer:
+    """Sizes of what selects the keys that a query attends to; zeros if it attends to all.
+
+    Attributes:
+        heads: number of heads.
+        key_size: elements of a query or key.
+        selected: number of keys that are selected.
+    """
+
+    heads: int = 0
+    key_size: int = 0
+    selected: int = 0
 
 
 @dataclass(frozen=True)
@@ -112,12 +166,16 @@ class ModelConfig:
         temperature_scale: growth of queries with position; 0 for none.
         temperature_length: number of positions after which they first grow.
         embedding_scale, residual_scale, logit_scale: multiply embeddings, branches and logits.
-        expert_count, expert_used_count: number of experts, and of those used per token; 0 for a dense model.
+        expert_count: number of routed experts in a mixture; 0 for a dense model.
         expert_groups, expert_groups_used: number of groups of experts, and of those that a token's experts come from;
             1 and 1 without groups.
         expert_weights_scale: multiplies the weights of routed experts.
-        expert_feed_forward_length, expert_shared_feed_forward_length: hidden units of a routed and the shared expert.
+        expert_shared_feed_forward_length: hidden units of the shared expert.
+        expert_latent: width of what routed experts read and write; 0 if it is that of the stream.
+        inputs: width of the inputs that each block has of its own; 0 for none.
         decay_bound: lower bound of the logarithm of decays; 0 for none.
+        latent: sizes of latent attention.
+        indexer: of attention to selected keys.
     """
 
     architecture: str
@@ -140,16 +198,32 @@ class ModelConfig:
     residual_scale: float
     logit_scale: float
     expert_count: int
-    expert_used_count: int
     expert_groups: int
     expert_groups_used: int
     expert_weights_scale: float
-    expert_feed_forward_length: int
     expert_shared_feed_forward_length: int
+    expert_latent: int = 0
+    inputs: int = 0
     decay_bound: float = 0.0
+    latent: Latent = Latent()
+    indexer: Indexer = Indexer()
+
+    @property
+    def longest(self) -> int:
+        """Largest number of tokens that can be run: an indexer would leave some out in longer prompts."""
+        return min(self.context_length, self.indexer.selected or self.context_length)
+
+    @property
+    def writers(self) -> set[int]:
+        """Blocks whose keys and values later blocks read."""
+        return {layer.source for layer in self.layers if layer.source is not None}
+
+    def bank(self, layer: int) -> int | None:
+        """Return the block whose values the attention of a block reads, if several blocks read them; or None."""
+        return layer if layer in self.writers else self.layers[layer].source
 
     @property
     def hidden_units(self) -> int:
         """Hidden units of the widest feed-forward network, or expert of a mixture."""
-        routed = max(self.expert_feed_forward_length, self.expert_shared_feed_forward_length)
-        return max(routed, *(layer.hidden_units for layer in self.layers))
+        own = (max(layer.hidden_units, layer.expert_units) for layer in self.layers)
+        return max(self.expert_shared_feed_forward_length, *own)

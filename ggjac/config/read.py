@@ -12,12 +12,14 @@ from typing import Any, NamedTuple
 
 from ggjac.architectures import ARCHITECTURES, Architecture
 from ggjac.config.keys import ConfigError, Keys, shown
-from ggjac.config.model import Layer, ModelConfig, Recurrence
-from ggjac.config.rotations import read_windows, rope_of
+from ggjac.config.model import Indexer, Latent, Layer, ModelConfig, Recurrence
+from ggjac.config.rotations import read_windows, rope_of, stretching
 from ggjac.config.tensors import check_tensors
 
 # Values of `expert_gating_func` (llama.cpp); 0 means the architecture's default.
 _ROUTERS = {1: "softmax", 2: "sigmoid"}
+# Tensors that have a projection of their own to the values.
+_VALUES = ("attn_v", "attn_qkv")
 
 
 def read_config(metadata: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> ModelConfig:
@@ -32,16 +34,18 @@ def read_config(metadata: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...
     """
     name = _architecture(metadata)
     keys = Keys(metadata, name)
-    row = _decided(keys, ARCHITECTURES[name], shapes)
+    stored, blocks = _block_counts(keys, ARCHITECTURES[name], len(shapes))
+    row = _decided(keys, ARCHITECTURES[name], blocks, shapes)
     if not metadata.get(f"{name}.attention.causal", True):
         raise ConfigError(f"{name}.attention.causal is False: attention to later tokens is not supported")
-    stored, blocks = _block_counts(keys, row, len(shapes))
     d, context = keys.integer("embedding_length"), keys.integer("context_length")
     experts = _experts(keys, row, stored, shapes)
-    layers = _layers(keys, row, stored, blocks, experts, shapes)
+    latent = _latent(keys, row)
+    layers = _layers(keys, row, stored, blocks, experts, latent, shapes)
     first = next((layer for layer in layers if layer.heads), None)
     wide = row.wide_scale_blocks == blocks
     width = 1 if first is None else max(1, d // first.heads) if wide else first.key_size
+    temperature = keys.real("attention.temperature_scale", 0.0) if row.temperature else 0.0
 
     config = ModelConfig(
         architecture=name,
@@ -52,27 +56,36 @@ def read_config(metadata: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...
         vocabulary=shapes.get("token_embd.weight", (0,))[0],
         context_length=context,
         original_context=keys.integer("rope.scaling.original_context_length", context),
-        recurrence=_recurrence(keys, row, context),
+        recurrence=_recurrence(keys, row, stored, context),
         norm_epsilon=_epsilon(keys, row),
-        attention_scale=_attention_scale(keys, row, width),
+        attention_scale=_attention_scale(keys, row, width) * stretching(keys, row)[1],
         attention_clamp=keys.real("attention.clamp_kqv", 0.0) if row.clamp_key else 0.0,
         attention_softcap=_softcap(keys, "attn_logit_softcapping", row.attention_softcap),
         logit_softcap=_softcap(keys, "final_logit_softcapping", row.logit_softcap),
-        temperature_scale=keys.real("attention.temperature_scale", 0.0) if row.temperature else 0.0,
-        temperature_length=keys.integer("rope.scaling.original_context_length", context),
+        temperature_scale=temperature,
+        temperature_length=_temperature_length(keys, row, context) if temperature else context,
         embedding_scale=_embedding_scale(keys, row, d),
         residual_scale=_residual_scale(keys, row, blocks),
         logit_scale=_logit_scale(keys, row, d),
         expert_count=experts.total,
-        expert_used_count=experts.used,
         expert_groups=experts.groups,
         expert_groups_used=experts.groups_used,
         expert_weights_scale=(keys.real("expert_weights_scale", 0.0) if row.expert_scale_key else 0) or 1.0,
-        expert_feed_forward_length=experts.width,
         expert_shared_feed_forward_length=experts.shared_width,
+        decay_bound=_decay_bound(keys, row),
+        expert_latent=keys.count("moe_latent_size") if row.expert_latent else 0,
+        latent=latent,
+        indexer=_indexer(keys, row),
+        inputs=keys.count("embedding_length_per_layer_input") if row.inputs else 0,
     )
-    left_out = tuple(f"blk.{i}." for i in range(blocks, stored))
-    check_tensors(config, {name: shape for name, shape in shapes.items() if not name.startswith(left_out)})
+    readers = [f"blk.{i}." for i, layer in enumerate(layers) if layer.source is not None]
+    left_out = (
+        *row.export.dropped,
+        *(f"blk.{i}." for i in range(blocks, stored)),
+        *(f"{block}{stem}." for block in readers for stem in ("attn_k", "attn_v", "attn_k_norm")),  # they may be there
+    )
+    used = {row.export.name(name): shape for name, shape in shapes.items() if not name.startswith(left_out)}
+    check_tensors(config, used)
     return config
 
 
@@ -113,6 +126,7 @@ def _layers(
     stored: int,
     blocks: int,
     experts: "_Experts",
+    latent: Latent,
     shapes: Mapping[str, tuple[int, ...]],
 ) -> tuple[Layer, ...]:
     """Return the properties of each block that is used; the file states them for all that are stored."""
@@ -123,32 +137,62 @@ def _layers(
     optional = experts.total and not experts.leading_dense
     units = keys.counts("feed_forward_length", stored, 0 if optional or row.recurrent else None, least=least)
     windows = read_windows(keys, row, stored)
+    clamps = _clamps(keys, row, stored)
     xielu = _xielu(keys, blocks) if row.activation == "xielu" else [None] * blocks
-    layers = []
+    layers: list[Layer] = []
+    first_reader = stored - (keys.count("attention.shared_kv_layers") if row.shared_keys else 0)
     for i, mixers in enumerate(_mixers(keys, row, stored, blocks, kv_heads, units)):
         attends = row.mixer in mixers
-        h, g = (heads[i], kv_heads[i]) if attends else (0, 0)
+        source = None if i < first_reader else first_reader - (1 if windows[i] is None else 2)
+        h, g = (heads[i], heads[i] if latent.size else kv_heads[i]) if attends else (0, 0)
         if attends and (not g or h % g):
             raise ConfigError(f"{keys.prefix}.attention: {h} heads cannot share {g} key/value heads evenly")
-        key_size, value_size = _head_sizes(keys, row, d // h, windows[i] is not None) if attends else (0, 0)
-        routed = experts.total > 0 and i >= experts.leading_dense and (units[i] > 0 or not row.one_branch)
+        key_size, value_size = _head_sizes(keys, row, d // h, windows[i] is not None, latent) if attends else (0, 0)
+        routed = _routed(row, i, units[i], experts, shapes)
         layers.append(
             Layer(
-                mixers=mixers,
+                mixers=mixers if source is None else ("shared attention",),
                 heads=h,
                 kv_heads=g,
                 key_size=key_size,
                 value_size=value_size,
                 hidden_units=0 if routed and not row.dense_beside_experts else units[i],
                 routed=routed,
+                experts_used=experts.used[i] if routed else 0,
+                expert_units=_expert_units(keys, row, i, shapes) if routed else 0,
                 window=windows[i] if attends else None,
                 rope=rope_of(keys, row, key_size, i, windows) if attends else None,
                 xielu=xielu[i],
-                keys_as_values=row.keys_as_values and attends and f"blk.{i}.attn_v.weight" not in shapes,
+                source=source,
+                clamps=clamps[i],
+                keys_as_values=row.keys_as_values
+                and source is None
+                and attends
+                and not any(f"blk.{i}.{stem}.weight" in shapes for stem in _VALUES),
                 by_key_head="delta" in mixers and f"blk.{i}.ssm_in.weight" in shapes,
             )
         )
+    _check_sources(keys, layers)
     return tuple(layers)
+
+
+def _check_sources(keys: Keys, layers: Sequence[Layer]) -> None:
+    """Check that blocks without keys of their own read those of an earlier block that is like them.
+
+    It is the last before them, or that before it in windowed blocks, of whichever kind it is.
+
+    Raises:
+        ConfigError: there is no such block, or it is not like them.
+    """
+    for i, layer in enumerate(layers):
+        if layer.source is None:
+            continue
+        read = layers[layer.source] if layer.source >= 0 else None
+        sizes = [(own.window, own.kv_heads, own.key_size, own.value_size) for own in (layer, read) if own]
+        if len(set(sizes)) > 1 or read is None:
+            raise ConfigError(
+                f"{keys.prefix}.attention.shared_kv_layers: block {i} cannot read keys of block {layer.source}"
+            )
 
 
 def _mixers(
@@ -174,14 +218,67 @@ def _interval(keys: Keys, stored: int) -> list[bool]:
     return [(i + 1) % period != 0 for i in range(stored)] if flags is None else flags
 
 
-def _head_sizes(keys: Keys, row: Architecture, default: int, windowed: bool) -> tuple[int, int]:
+def _head_sizes(keys: Keys, row: Architecture, default: int, windowed: bool, latent: Latent) -> tuple[int, int]:
     """Return the elements of a key head and of a value head."""
+    if latent.size:
+        # With tensors of their own, the usual keys are sizes of what llama.cpp caches.
+        suffix, least = ("_mla", None) if latent.split else ("", default)
+        key_size, value_size = (keys.integer(f"attention.{part}_length{suffix}", least) for part in ("key", "value"))
+        if latent.rotary >= key_size:
+            raise ConfigError(
+                f"{keys.prefix}.rope.dimension_count {latent.rotary} leaves no other elements of keys of {key_size}"
+            )
+        return key_size, value_size
     suffix = "_swa" if windowed and row.windowed_sizes else ""
     key_size = keys.integer(f"attention.key_length{suffix}", default)
     return key_size, keys.integer(f"attention.value_length{suffix}", key_size)
 
 
-def _recurrence(keys: Keys, row: Architecture, context: int) -> Recurrence:
+def _latent(keys: Keys, row: Architecture) -> Latent:
+    """Return the sizes of latent attention."""
+    if row.mixer != "latent":
+        return Latent()
+    stated = [keys.count(f"attention.{part}_length_mla") > 0 for part in ("key", "value")]
+    if row.latent_split == "optional" and stated[0] != stated[1]:
+        raise ConfigError(
+            f"{keys.prefix}.attention: the file states one of key_length_mla and value_length_mla; it must state both "
+            "or neither"
+        )
+    queries = 0
+    if row.latent_queries:
+        queries = (
+            keys.integer("attention.q_lora_rank")
+            if row.latent_queries == "required"
+            else keys.count("attention.q_lora_rank")
+        )
+    return Latent(
+        size=keys.integer("attention.kv_lora_rank"),
+        queries=queries,
+        rotary=keys.integer("rope.dimension_count"),
+        split=row.latent_split == "required" or (row.latent_split == "optional" and all(stated)),
+    )
+
+
+def _indexer(keys: Keys, row: Architecture) -> Indexer:
+    """Return the sizes of what selects keys, one by one or by blocks."""
+    if not row.indexer:
+        return Indexer()
+    heads, key_size, selected = (
+        keys.integer(f"attention.indexer.{key}") for key in ("head_count", "key_length", "top_k")
+    )
+    if row.indexer == "blocks":
+        selected *= keys.integer("attention.indexer.block_size")
+    return Indexer(heads, key_size, selected)
+
+
+def _temperature_length(keys: Keys, row: Architecture, context: int) -> int:
+    """Return the number of positions after which queries first grow."""
+    if row.temperature == "length":
+        return keys.integer("attention.temperature_length")
+    return keys.integer("rope.scaling.original_context_length", context)
+
+
+def _recurrence(keys: Keys, row: Architecture, blocks: int, context: int) -> Recurrence:
     """Return the sizes of mixers other than attention."""
     if not row.recurrent:
         return Recurrence()
@@ -190,6 +287,9 @@ def _recurrence(keys: Keys, row: Architecture, context: int) -> Recurrence:
         raise ConfigError(f"{keys.prefix}: a convolution over {taps} positions does not fit a context of {context}")
     if row.recurrent == "convolution":
         return Recurrence(taps)
+    if row.recurrent == "kimi delta":
+        heads, size = keys.for_all_blocks("attention.head_count", blocks), keys.integer("kda.head_dim")
+        return Recurrence(taps, heads, heads, size, size)
     heads, key_heads = keys.integer("ssm.time_step_rank"), keys.integer("ssm.group_count")
     inner, key_size = keys.integer("ssm.inner_size"), keys.integer("ssm.state_size")
     if inner % heads or heads % key_heads:
@@ -197,6 +297,19 @@ def _recurrence(keys: Keys, row: Architecture, context: int) -> Recurrence:
             f"{keys.prefix}.ssm: {heads} heads cannot share {inner} elements and {key_heads} key heads evenly"
         )
     return Recurrence(taps, heads, key_heads, key_size, inner // heads)
+
+
+def _decay_bound(keys: Keys, row: Architecture) -> float:
+    """Return the lower bound of the logarithm of decays, or 0 for none."""
+    if not row.bounded_decay:
+        return 0.0
+    if "kda.safe_gate" in keys and not keys.flag("kda.safe_gate"):
+        raise ConfigError(f"{keys.prefix}.kda.safe_gate is False: decays without a bound are not supported")
+    name = f"{keys.prefix}.kda.gate_lower_bound"
+    (bound,) = keys.of_each_block(name, 1)
+    if bound >= 0:
+        raise ConfigError(f"metadata key {name} is {bound}; the logarithm of a decay is negative")
+    return bound
 
 
 def _epsilon(keys: Keys, row: Architecture) -> float:
@@ -208,13 +321,12 @@ def _epsilon(keys: Keys, row: Architecture) -> float:
 
 
 class _Experts(NamedTuple):
-    """Sizes of the mixtures; see the fields of `ModelConfig`. The defaults are those of a dense model."""
+    """Sizes of the mixtures; see `ModelConfig` and `Layer`. The defaults are those of a dense model."""
 
     total: int = 0
-    used: int = 0
+    used: Sequence[int] = ()
     groups: int = 1
     groups_used: int = 1
-    width: int = 0
     shared_width: int = 0
     leading_dense: int = 0
 
@@ -224,20 +336,27 @@ def _experts(keys: Keys, row: Architecture, blocks: int, shapes: Mapping[str, tu
     total = keys.count("expert_count")
     if not total:
         return _Experts()
-    used = keys.for_all_blocks("expert_used_count", blocks)
-    if used > total:
-        raise ConfigError(f"{keys.prefix}.expert_used_count is {used}, but there are {total} experts")
+    used = keys.counts("expert_used_count", blocks, least=0 if row.uneven_experts else 1)
+    if not row.uneven_experts:
+        keys.for_all_blocks("expert_used_count", blocks)
+    if max(used) > total:
+        raise ConfigError(f"{keys.prefix}.expert_used_count is {max(used)}, but there are {total} experts")
     step = keys.integer("interleave_moe_layer_step", 1)
     if step > 1:
         raise ConfigError(
             f"{keys.prefix}.interleave_moe_layer_step {step}: dense blocks between mixtures are not supported"
         )
     leading = keys.count("leading_dense_block_count") if row.leading_dense else 0
-    return _Experts(total, used, *_groups(keys, total, used), *_expert_widths(keys, row, shapes, leading), leading)
+    return _Experts(total, used, *_groups(keys, total, max(used)), _shared_units(keys, row, shapes), leading)
 
 
-def _decided(keys: Keys, row: Architecture, shapes: Mapping[str, tuple[int, ...]]) -> Architecture:
+def _decided(keys: Keys, row: Architecture, blocks: int, shapes: Mapping[str, tuple[int, ...]]) -> Architecture:
     """Resolve the row's file-dependent options, using block 0 as representative."""
+    variant = {(blocks, 0), (blocks, shapes.get("token_embd.weight", (0,))[0])}
+    if variant.intersection(row.direct_queries):
+        row = replace(row, latent_queries="")
+    if variant.intersection(row.sigmoid_routers):
+        row = replace(row, router="sigmoid")
     if row.parallel_key:
         row = replace(row, parallel=keys.flag("use_parallel_residual"))
     if row.parallel_unless_normed:
@@ -272,6 +391,20 @@ def _groups(keys: Keys, experts: int, used: int) -> tuple[int, int]:
     return groups, chosen
 
 
+def _clamps(keys: Keys, row: Architecture, blocks: int) -> list[tuple[float, float]]:
+    """Return each block's limits of hidden units: in routed experts, and in other networks; 0 for none."""
+    if not row.hidden_clamps:
+        return [(0.0, 0.0)] * blocks
+    found = []
+    for kind in ("exp", "shexp"):
+        key = f"swiglu_clamp_{kind}"
+        limits = keys.of_each_block(f"{keys.prefix}.{key}", blocks) if key in keys else [0.0] * blocks
+        if min(limits) < 0:
+            raise ConfigError(f"metadata key {keys.prefix}.{key} contains {min(limits)}; limits are not negative")
+        found.append(limits)
+    return list(zip(*found, strict=True))
+
+
 def _xielu(keys: Keys, blocks: int) -> list[tuple[float, float, float]]:
     """Return αn, αp and β of each block's xIELU; the file has both α as ggml's `ggml_xielu` takes them."""
     n, p, beta, eps = (keys.of_each_block(f"xielu.{name}", blocks) for name in ("alpha_n", "alpha_p", "beta", "eps"))
@@ -300,33 +433,57 @@ def _embedding_scale(keys: Keys, row: Architecture, d: int) -> float:
     """Return the factor on embeddings; the root is rounded to float32, as in llama.cpp."""
     if row.embedding_scale == "sqrt":
         return struct.unpack("<f", struct.pack("<f", math.sqrt(d)))[0]
-    return (keys.real("embedding_scale", row.scale_defaults[0]) if row.embedding_scale == "key" else 0) or 1.0
+    return (_scale(keys, row, "embedding_scale", row.scale_defaults[0]) if row.embedding_scale == "key" else 0) or 1.0
 
 
 def _residual_scale(keys: Keys, row: Architecture, blocks: int) -> float:
     """Return the factor on branches."""
-    return (keys.real("residual_scale", row.scale_defaults[1] / math.sqrt(blocks)) if row.residual_scale else 0) or 1.0
+    default = row.scale_defaults[1] / math.sqrt(blocks)
+    return (_scale(keys, row, "residual_scale", default) if row.residual_scale else 0) or 1.0
 
 
 def _logit_scale(keys: Keys, row: Architecture, d: int) -> float:
     """Return the factor on logits."""
     if not row.logit_scale:
         return 1.0
-    scale = keys.real("logit_scale", row.scale_defaults[2] / d or None)
-    if row.logit_scale == "multiply":
-        return scale or 1.0
+    default = 0.0 if row.logit_scale_optional else row.scale_defaults[2] / d or None
+    scale = _scale(keys, row, "logit_scale", default)
+    if scale == 0 and (row.logit_scale == "multiply" or row.logit_scale_optional):
+        return 1.0
     if scale == 0:
         raise ConfigError(f"metadata key {keys.prefix}.logit_scale is 0, but logits are divided by it")
-    return 1 / scale
+    return scale if row.logit_scale == "multiply" else 1 / scale
 
 
-def _expert_widths(keys: Keys, row: Architecture, shapes: Mapping[str, tuple[int, ...]], first: int) -> tuple[int, int]:
-    """Return the hidden units of a routed expert and of the shared one, 0 if absent; `first` is the first mixture."""
-    if row.expert_widths == "tensors":
-        # Families use different keys, and Qwen 1.5's files have none for the shared expert.
-        down, shared = (shapes.get(f"blk.{first}.ffn_{stem}.weight", ()) for stem in ("down_exps", "up_shexp"))
-        stated = keys.count("expert_shared_feed_forward_length")
-        return down[2] if len(down) == 3 else 0, stated or (shared[0] if len(shared) == 2 else 0)
-    width = keys.integer("expert_feed_forward_length")
-    each = keys.count("expert_shared_feed_forward_length") if row.expert_widths == "shared count" else 0
-    return width, (each or width) * keys.integer("expert_shared_count")
+def _scale(keys: Keys, row: Architecture, key: str, default: float | None) -> float:
+    """Return the file's scale, or the family's if its files are not asked."""
+    return keys.real(key, default) if row.scale_keys or default is None else default
+
+
+def _routed(
+    row: Architecture, layer: int, units: int, experts: _Experts, shapes: Mapping[str, tuple[int, ...]]
+) -> bool:
+    """Return whether a block has a mixture."""
+    if not experts.total or layer < experts.leading_dense or (row.one_branch and not units):
+        return False
+    return not row.router_optional or f"blk.{layer}.ffn_gate_inp.weight" in shapes
+
+
+def _expert_units(keys: Keys, row: Architecture, layer: int, shapes: Mapping[str, tuple[int, ...]]) -> int:
+    """Return the hidden units of a routed expert of a block."""
+    if row.expert_widths == "tensors":  # families use different keys
+        down = shapes.get(f"blk.{layer}.ffn_down_exps.weight", ())
+        return down[2] if len(down) == 3 else 0
+    return keys.integer("expert_feed_forward_length")
+
+
+def _shared_units(keys: Keys, row: Architecture, shapes: Mapping[str, tuple[int, ...]]) -> int:
+    """Return the hidden units of the shared expert, 0 if absent."""
+    if row.expert_widths == "tensors":  # Qwen 1.5's files have no key for it
+        shared = next((shape for name, shape in shapes.items() if name.endswith(".ffn_up_shexp.weight")), ())
+        return keys.count("expert_shared_feed_forward_length") or (shared[0] if len(shared) == 2 else 0)
+    width, count = keys.integer("expert_feed_forward_length"), keys.integer("expert_shared_count")
+    stated = keys.count("expert_shared_feed_forward_length") if row.expert_widths.startswith("shared") else 0
+    if row.expert_widths == "shared":
+        return stated or width * count
+    return (stated or width) * count

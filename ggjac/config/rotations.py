@@ -31,10 +31,7 @@ def _ropes(keys: Keys, row: Architecture, key_length: int, *, windowed: bool) ->
         raise ConfigError(
             f"{keys.prefix}.rope.dimension_count{suffix} {dimensions} does not fit heads of {key_length} elements"
         )
-    kind = keys.metadata.get(f"{keys.prefix}.rope.scaling.type", "linear")
-    if kind not in ("none", "linear", "yarn", "longrope"):
-        known = "none, linear, yarn, longrope"
-        raise ConfigError(f"{keys.prefix}.rope.scaling.type {shown(kind)} is not supported; supported: {known}")
+    kind, factor = _scaling(keys)
     sections = _rope_sections(keys, row, dimensions)
     _refuse_unsupported_ropes(keys, row, dimensions, key_length)
     # Granite files without position embeddings have this flag.
@@ -42,14 +39,6 @@ def _ropes(keys: Keys, row: Architecture, key_length: int, *, windowed: bool) ->
     if not row.rope_pairs or untrained:
         return None, None
 
-    factor = keys.real("rope.scaling.factor", keys.real("rope.scale_linear", 0.0)) or 1.0
-    if kind == "yarn" and factor < 1:
-        raise ConfigError(f"{keys.prefix}.rope.scaling.factor is {factor}; YaRN needs at least 1")
-    magnitude = attention_factor = keys.real("rope.scaling.attn_factor", 1.0)
-    if kind == "yarn":
-        # llama.cpp scales cos and sin by g(1) / g(multiplier), g(m) = 1 + 0.1 m ln F (DeepSeek's mscale).
-        multiplier = keys.real("rope.scaling.yarn_log_multiplier", 0.0) if row.yarn_keys else 0
-        magnitude *= (1 + 0.1 * math.log(factor)) / (1 + 0.1 * multiplier * math.log(factor))
     base, least = keys.real("rope.freq_base", 10000.0), 1 if kind == "yarn" else 0
     if base <= least:
         raise ConfigError(f"{keys.prefix}.rope.freq_base is {base}, but rotation needs a base above {least}")
@@ -62,8 +51,9 @@ def _ropes(keys: Keys, row: Architecture, key_length: int, *, windowed: bool) ->
         beta_fast=(keys.real("rope.scaling.yarn_beta_fast", 0.0) if row.yarn_keys else 0) or 32.0,
         beta_slow=(keys.real("rope.scaling.yarn_beta_slow", 0.0) if row.yarn_keys else 0) or 1.0,
         original_context=keys.integer("rope.scaling.original_context_length", keys.integer("context_length")),
-        magnitude=magnitude,
+        magnitude=stretching(keys, row)[0],
         still=_still(sections, dimensions // 2) if sections else (),
+        factored=row.rope_factors != "",
     )
     unscaled = Rope(dimensions, full.base, row.rope_pairs)
     local = {
@@ -71,10 +61,48 @@ def _ropes(keys: Keys, row: Architecture, key_length: int, *, windowed: bool) ->
         # llama.cpp applies the file's factor here for any type of scaling; only full layers respect "none".
         "based": replace(full, base=keys.real("rope.freq_base_swa", full.base), factor=factor),
         "plain": unscaled,
-        "own": replace(unscaled, base=keys.real("rope.freq_base_swa", 10000.0), magnitude=attention_factor),
+        "own": replace(
+            unscaled,
+            base=keys.real("rope.freq_base_swa", 10000.0),
+            magnitude=keys.real("rope.scaling.attn_factor", 1.0),
+        ),
     }
-    own = local[row.window_rope]
-    return full, replace(own, factored=False) if row.full_factors else own
+    return full, replace(local[row.window_rope], factored=row.rope_factors == "all")
+
+
+def _scaling(keys: Keys) -> tuple[str, float]:
+    """Return the type and the factor of context extension."""
+    kind = keys.metadata.get(f"{keys.prefix}.rope.scaling.type", "linear")
+    if kind not in ("none", "linear", "yarn", "longrope"):
+        known = "none, linear, yarn, longrope"
+        raise ConfigError(f"{keys.prefix}.rope.scaling.type {shown(kind)} is not supported; supported: {known}")
+    factor = keys.real("rope.scaling.factor", keys.real("rope.scale_linear", 0.0)) or 1.0
+    if kind == "yarn" and factor < 1:
+        raise ConfigError(f"{keys.prefix}.rope.scaling.factor is {factor}; YaRN needs at least 1")
+    return kind, factor
+
+
+def stretching(keys: Keys, row: Architecture) -> tuple[float, float]:
+    """Return the factor on cos and sin, and the factor on scores, where the context is extended.
+
+    With `g(m) = 1 + 0.1 m ln F`, llama.cpp scales cos and sin by `g(1) / g(multiplier)`. DeepSeek has two multipliers:
+    cos and sin are scaled by `g(mscale) / g(all)`, and scores by `g(all)²`. In the graphs of latent attention scores
+    are also scaled by the square of the factor on cos and sin, and where that does not contain `g(1)`, since the
+    extension is not YaRN's, of `g(1)`.
+    """
+    kind, factor = _scaling(keys)
+    magnitude = keys.real("rope.scaling.attn_factor", 1.0)
+    multiplier = keys.real("rope.scaling.yarn_log_multiplier", 0.0) if row.yarn_keys or row.mscale else 0
+
+    def g(m: float) -> float:
+        return 1 + 0.1 * m * math.log(1 if kind == "none" else factor)
+
+    if not row.mscale:
+        return magnitude * (g(1) / g(multiplier) if kind == "yarn" else 1), 1.0
+    every = 0 if row.mscale == "alone" else multiplier / 0.1  # the file has a tenth of it
+    mscale = every if row.mscale == "equal" and every else 1
+    magnitude *= g(mscale) / g(every) if kind == "yarn" else 1
+    return magnitude, (magnitude * (1 if kind == "yarn" else g(1)) * g(every)) ** 2
 
 
 def _rope_sections(keys: Keys, row: Architecture, dimensions: int) -> Sequence[int]:
@@ -131,6 +159,8 @@ def read_windows(keys: Keys, row: Architecture, blocks: int) -> list[int | None]
     if not size:
         return [None] * blocks
     name = f"{keys.prefix}.attention.sliding_window_pattern"
+    if row.windowed == "required" and not row.window_period and name not in keys.metadata:
+        raise ConfigError(f"metadata key {name} is missing; the file is incomplete or was converted wrongly")
     pattern = keys.metadata.get(name, row.window_period)
     if isinstance(pattern, Sequence) and not isinstance(pattern, str):
         if len(pattern) != blocks or not all(isinstance(entry, bool) for entry in pattern):

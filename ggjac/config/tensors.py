@@ -24,6 +24,12 @@ _GLOBAL = {
     "rope_factors_short.weight": ("pairs",),
 }
 _POSITIONS = {"position_embd.weight": ("context", "d")}
+_INPUTS = {
+    "per_layer_token_embd.weight": ("vocabulary", "all inputs"),
+    "per_layer_model_proj.weight": ("all inputs", "d"),
+    "per_layer_proj_norm.weight": ("inputs",),
+}
+_OWN_INPUTS = {"inp_gate.weight": ("inputs", "d"), "proj.weight": ("d", "inputs"), "post_norm.weight": ("d",)}
 # In a block, by kind of mixer.
 _ATTENTION: dict[str, tuple[str, ...]] = {
     "attn_q": ("q", "d"),
@@ -48,7 +54,10 @@ _STATE_SPACE: dict[str, tuple[str, ...]] = {"ssm_in": ("2hv + 2qk + states", "d"
 _CONVOLUTION: dict[str, tuple[str, ...]] = {"shortconv.in_proj": ("3d", "d"), "shortconv.out_proj": ("d", "d")}
 _MIXERS: dict[str, dict[str, tuple[str, ...]]] = {
     "attention": _ATTENTION,
+    "latent": {"attn_output": ("d", "read")},
+    "shared attention": {"attn_q": ("q", "d"), "attn_output": ("d", "read")},
     "delta": _DELTA,
+    "kimi delta": {"attn_output": ("d", "hv")},
     "state space": _STATE_SPACE,
     "convolution": _CONVOLUTION,
 }
@@ -58,7 +67,20 @@ _VECTORS: dict[str, dict[str, tuple[str, ...]]] = {
         "ssm_conv1d.weight": ("2qk + hv", "taps"),
         "ssm_dt.bias": ("states",),
         "ssm_a": ("states",),
-        "ssm_norm.weight": ("value",),
+        "ssm_norm.weight": ("state value",),
+    },
+    "kimi delta": {
+        "attn_q.weight": ("qk", "d"),
+        "attn_k.weight": ("qk", "d"),
+        "attn_v.weight": ("hv", "d"),
+        "attn_qkv.weight": ("2qk + hv", "d"),
+        "ssm_conv1d_q.weight": ("qk", "taps"),
+        "ssm_conv1d_k.weight": ("qk", "taps"),
+        "ssm_conv1d_v.weight": ("hv", "taps"),
+        "ssm_beta.weight": ("states", "d"),
+        "ssm_dt.bias": ("qk",),
+        "ssm_a": ("states",),
+        "ssm_norm.weight": ("state value",),
     },
     "state space": {
         "ssm_conv1d.weight": ("2qk + hv", "taps"),
@@ -69,6 +91,22 @@ _VECTORS: dict[str, dict[str, tuple[str, ...]]] = {
         "ssm_norm.weight": ("groups", "of a group"),
     },
     "convolution": {"shortconv.conv.weight": ("d", "taps")},
+}
+# Of what selects keys: not used, since prompts in which it would leave some out are not supported.
+_INDEXER: dict[str, dict[str, tuple[str, ...]]] = {
+    "latent": {
+        "indexer.attn_q_b.weight": ("indexer queries", "query latent"),
+        "indexer.attn_k.weight": ("indexer key", "d"),
+        "indexer.proj.weight": ("indexer heads", "d"),
+        "indexer.k_norm.weight": ("indexer key",),
+        "indexer.k_norm.bias": ("indexer key",),
+    },
+    "attention": {
+        "indexer.q_proj.weight": ("indexer queries", "d"),
+        "indexer.k_proj.weight": ("indexer key", "d"),
+        "indexer.q_norm.weight": ("indexer key",),
+        "indexer.k_norm.weight": ("indexer key",),
+    },
 }
 # Fused tensors and their parts: the file has either. Experts' gates are above their up projections.
 FUSED = {
@@ -91,11 +129,12 @@ _QK_NORMS: dict[str, dict[str, tuple[str, ...]]] = {
 }
 _EXPERTS = {
     "ffn_gate_inp": ("experts", "d"),
-    "ffn_gate_exps": ("experts", "fe", "d"),
-    "ffn_up_exps": ("experts", "fe", "d"),
-    "ffn_gate_up_exps": ("experts", "2fe", "d"),
-    "ffn_down_exps": ("experts", "d", "fe"),
+    "ffn_gate_exps": ("experts", "fe", "de"),
+    "ffn_up_exps": ("experts", "fe", "de"),
+    "ffn_gate_up_exps": ("experts", "2fe", "de"),
+    "ffn_down_exps": ("experts", "de", "fe"),
 }
+_LATENT_EXPERTS = {"ffn_latent_down": ("de", "d"), "ffn_latent_up": ("d", "de")}
 _SHARED_EXPERT = {
     "ffn_gate_shexp": ("fs", "d"),
     "ffn_up_shexp": ("fs", "d"),
@@ -109,7 +148,12 @@ _OPTIONAL = {
     "rope_freqs.weight",
     "rope_factors_long.weight",
     "rope_factors_short.weight",
+    "ssm_norm.weight",
+    "layer_output_scale.weight",
+    *(name for table in _INDEXER.values() for name in table),
 }
+# Some files have further axes of length 1.
+_LOOSE = {"kimi delta": {"ssm_a", *(f"ssm_conv1d_{part}.weight" for part in "qkv")}}
 _GATES = {"ffn_gate_exps", "ffn_gate_up_exps", "ffn_gate_shexp"}
 
 
@@ -125,7 +169,7 @@ def fused_parts(config: ModelConfig, layer: int) -> dict[str, Part]:
     if row.ffn == "fused":
         f = own.hidden_units
         parts |= {"ffn_gate": Part("ffn_up", 0, f), "ffn_up": Part("ffn_up", f, 2 * f)}
-    f = config.expert_feed_forward_length
+    f = own.expert_units
     return parts | {"ffn_gate_exps": Part("ffn_gate_up_exps", 0, f), "ffn_up_exps": Part("ffn_gate_up_exps", f, 2 * f)}
 
 
@@ -134,6 +178,15 @@ def _attention_parts(config: ModelConfig, layer: int) -> dict[str, Part]:
     if config.layers[layer].keys_as_values:
         return {"attn_v": Part("attn_k", 0, sizes["keys"])}
     return _sections("attn_qkv", attn_q=sizes["q"], attn_k=sizes["keys"], attn_v=sizes["values"])
+
+
+def _latent_parts(config: ModelConfig, layer: int) -> dict[str, Part]:
+    own, latent = config.layers[layer], config.latent
+    parts = _sections("attn_kv_a_mqa", attn_kv_latent=latent.size, attn_kv_rope=latent.rotary)
+    if latent.split:
+        return parts
+    nope, value = own.key_size - latent.rotary, own.value_size
+    return parts | _sections("attn_kv_b", attn_k_nope=nope, attn_v_b=value, period=nope + value)
 
 
 def _delta_parts(config: ModelConfig, layer: int) -> dict[str, Part]:
@@ -146,6 +199,11 @@ def _delta_parts(config: ModelConfig, layer: int) -> dict[str, Part]:
     shared = sizes["states"] // sizes["groups"]
     parts |= _sections("ssm_ba", ssm_beta=shared, ssm_alpha=shared, period=2 * shared)
     return parts | _sections("ssm_conv1d", ssm_conv1d_q=qk, ssm_conv1d_k=qk, ssm_conv1d_v=hv)
+
+
+def _kimi_delta_parts(config: ModelConfig, layer: int) -> dict[str, Part]:
+    sizes = _recurrent_sizes(config)
+    return _sections("attn_qkv", attn_q=sizes["qk"], attn_k=sizes["qk"], attn_v=sizes["hv"])
 
 
 def _state_space_parts(config: ModelConfig, layer: int) -> dict[str, Part]:
@@ -163,7 +221,10 @@ def _convolution_parts(config: ModelConfig, layer: int) -> dict[str, Part]:
 
 _MIXER_PARTS: dict[str, Callable[[ModelConfig, int], dict[str, Part]]] = {
     "attention": _attention_parts,
+    "latent": _latent_parts,
+    "shared attention": lambda config, layer: {},
     "delta": _delta_parts,
+    "kimi delta": _kimi_delta_parts,
     "state space": _state_space_parts,
     "convolution": _convolution_parts,
 }
@@ -182,8 +243,13 @@ def check_tensors(config: ModelConfig, shapes: Mapping[str, tuple[int, ...]]) ->
         ConfigError: names the tensor.
     """
     known, needed = set(), {"ssm_dt.bias", "ffn_gate_inp.scale"}
+    if config.row.head == "required":
+        needed.add("output.weight")
     if config.row.selection_bias == "required":
         needed.add("exp_probs_b.bias")
+    if config.row.recurrent == "delta":
+        needed.add("ssm_norm.weight")
+    loose = {name for own in config.layers for mixer in own.mixers for name in _LOOSE.get(mixer, ())}
     for prefix, table, sizes in _scopes(config):
         fused = {stem: parts for stem, parts in FUSED.items() if all(f"{part}.weight" in table for part in parts)}
         optional = _OPTIONAL | {f"{stem}.weight" for stem in fused}
@@ -199,11 +265,16 @@ def check_tensors(config: ModelConfig, shapes: Mapping[str, tuple[int, ...]]) ->
             if name not in shapes:
                 if short in needed or not (short.endswith((".bias", "scale")) or short in optional):
                     raise ConfigError(f"tensor {name} is missing; the file is incomplete, download or convert it again")
-            elif tuple(shapes[name]) != shape:
+            elif tuple(shapes[name]) != shape and not (short in loose and _same(shapes[name], shape)):
                 raise ConfigError(f"tensor {name} has shape {list(shapes[name])}, the metadata calls for {list(shape)}")
     for name in shapes:
         if name not in known:
             raise ConfigError(f"tensor {shown(name)} is not part of a {config.architecture} model as supported here")
+
+
+def _same(a: tuple[int, ...], b: tuple[int, ...]) -> bool:
+    """Return whether two shapes differ in axes of length 1 only."""
+    return [size for size in a if size != 1] == [size for size in b if size != 1]
 
 
 def _scaled(shapes: Mapping[str, tuple[int, ...]], stem: str) -> bool:
@@ -217,26 +288,30 @@ def _scaled(shapes: Mapping[str, tuple[int, ...]], stem: str) -> bool:
 
 def _scopes(config: ModelConfig) -> Iterator[tuple[str, dict[str, tuple[str, ...]], dict[str, int]]]:
     """Yield name prefix, table of tensors and named sizes, for the tensors outside the blocks and for each block."""
-    full = next((layer.rope for layer in config.layers if layer.rope and layer.rope.factored), None)
+    ropes = sorted((layer.rope for layer in config.layers if layer.rope), key=lambda rope: not rope.factored)
     sizes = {
         "d": config.d,
         "vocabulary": config.vocabulary,
         "context": config.context_length,
-        "pairs": full.dimensions // 2 if full else 0,
+        "pairs": ropes[0].dimensions // 2 if ropes else 0,
         "experts": config.expert_count,
-        "fe": config.expert_feed_forward_length,
-        "2fe": 2 * config.expert_feed_forward_length,
+        "de": config.expert_latent or config.d,
         "fs": config.expert_shared_feed_forward_length,
         "one": 1,
+        "inputs": config.inputs,
+        "all inputs": config.inputs * config.block_count,
     }
-    outside = _GLOBAL | (_POSITIONS if config.row.positions else {})
+    outside = _GLOBAL | (_POSITIONS if config.row.positions else {}) | (_INPUTS if config.inputs else {})
     if config.row.norm == "bare":
         outside = {name: axes for name, axes in outside.items() if not name.startswith("output_norm.")}
     outside = {name.replace("output_norm", config.row.output_norm): axes for name, axes in outside.items()}
+    if config.row.head == "tied":
+        outside = {name: axes for name, axes in outside.items() if not name.startswith("output.")}
     yield "", outside, sizes
-    sizes |= _recurrent_sizes(config)
+    sizes |= _recurrent_sizes(config) | _latent_sizes(config)
     for i, own in enumerate(config.layers):
-        widths = {"f": own.hidden_units, "2f": 2 * own.hidden_units}
+        widths = {"f": own.hidden_units, "fe": own.expert_units}
+        widths |= {f"2{name}": 2 * width for name, width in widths.items()}
         yield f"blk.{i}.", _block_table(config, i), sizes | widths | _attention_sizes(config, i)
 
 
@@ -253,7 +328,23 @@ def _attention_sizes(config: ModelConfig, layer: int) -> dict[str, int]:
         "keys": keys,
         "values": values,
         "qkv": q + keys + values,
+        "value": own.value_size,
+        "nope": own.key_size - config.latent.rotary,
+        "expanded": own.heads * (own.key_size - config.latent.rotary + own.value_size),
         "read": own.heads * own.value_size,
+    }
+
+
+def _latent_sizes(config: ModelConfig) -> dict[str, int]:
+    """Return the named sizes of latent attention, and of what selects keys."""
+    latent, indexer = config.latent, config.indexer
+    return {
+        "latent": latent.size,
+        "latent + rotary": latent.size + latent.rotary,
+        "query latent": latent.queries,
+        "indexer heads": indexer.heads,
+        "indexer key": indexer.key_size,
+        "indexer queries": indexer.heads * indexer.key_size,
     }
 
 
@@ -267,7 +358,7 @@ def _recurrent_sizes(config: ModelConfig) -> dict[str, int]:
         "2 states": 2 * own.heads,
         "groups": own.key_heads,
         "state": own.key_size,
-        "value": own.value_size,
+        "state value": own.value_size,
         "qk": qk,
         "hv": hv,
         "of a group": hv // max(1, own.key_heads),
@@ -292,18 +383,29 @@ def _block_table(config: ModelConfig, layer: int) -> dict[str, tuple[str, ...]]:
     scaled = set() if row.recurrent in own.mixers and not row.recurrent_scales else set(matrices)
     for mixer in own.mixers:
         vectors |= _VECTORS.get(mixer, {})
-        if mixer == "attention":
+        if config.indexer.selected:
+            vectors |= _INDEXER.get(mixer, {})
+        if mixer == "latent":
+            vectors |= _latent_table(config)
+        if mixer == "kimi delta":
+            vectors |= _gates_table(row.low_rank_gates)
+        if mixer in ("attention", "shared attention"):
             vectors |= {f"{name}.weight": axes for name, axes in _QK_NORMS[row.qk_norm].items()}
+    if own.source is not None:
+        del vectors["attn_k_norm.weight"]
+    vectors |= _OWN_INPUTS if config.inputs else {}
     if own.hidden_units:
         matrices |= _FFN[row.ffn]
     if own.routed:
-        matrices |= _EXPERTS | (_SHARED_EXPERT if config.expert_shared_feed_forward_length else {})
+        matrices |= _EXPERTS | (_LATENT_EXPERTS if config.expert_latent else {})
+        matrices |= _SHARED_EXPERT if config.expert_shared_feed_forward_length else {}
     if row.ffn == "plain":
         matrices = {name: axes for name, axes in matrices.items() if name not in _GATES}
     if own.keys_as_values:
-        del matrices["attn_v"]
+        del matrices["attn_v"], matrices["attn_qkv"]
     norms = dict.fromkeys(_norms(config, layer), ("d",))
     table = {f"{name}.weight": axes for name, axes in (matrices | norms).items()} | vectors
+    table = {name.removesuffix(".weight" if name[:-7] in row.bare_names else ""): axes for name, axes in table.items()}
     table |= {f"{name}.bias": axes[:-1] for name, axes in matrices.items() if len(axes) > 1}
     for name, axes in matrices.items():
         if (name in scaled or row.ffn_scales) and len(axes) > 1 and name != "ffn_gate_inp":
@@ -319,6 +421,35 @@ def _block_table(config: ModelConfig, layer: int) -> dict[str, tuple[str, ...]]:
     if row.stream_scale:
         table["layer_output_scale.weight"] = ("one",)
     return table
+
+
+def _latent_table(config: ModelConfig) -> dict[str, tuple[str, ...]]:
+    """Return the tensors of latent attention but its output projection, by full name; they have no biases."""
+    table: dict[str, tuple[str, ...]] = {"attn_kv_a_mqa": ("latent + rotary", "d"), "attn_kv_a_norm": ("latent",)}
+    if config.latent.queries:
+        table |= {
+            "attn_q_a": ("query latent", "d"),
+            "attn_q_a_norm": ("query latent",),
+            "attn_q_b": ("q", "query latent"),
+        }
+    else:
+        table["attn_q"] = ("q", "d")
+    if config.latent.split:
+        table |= {"attn_k_b": ("heads", "latent", "nope"), "attn_v_b": ("heads", "value", "latent")}
+    else:
+        table["attn_kv_b"] = ("expanded", "latent")
+    if config.row.gated_heads:
+        table["attn_gate"] = ("heads", "d")
+    return {f"{name}.weight": axes for name, axes in table.items()}
+
+
+def _gates_table(low_rank: bool) -> dict[str, tuple[str, ...]]:
+    """Return the projections to the decays and to the gate of Kimi's delta rule, in one step or two."""
+    if low_rank:
+        steps: dict[str, tuple[str, ...]] = {"a": ("state", "d"), "b": ("qk", "state")}
+    else:
+        steps = {"a": ("qk", "d")}
+    return {f"ssm_{name}_{step}.weight": axes for name in "fg" for step, axes in steps.items()}
 
 
 def _norms(config: ModelConfig, layer: int) -> list[str]:

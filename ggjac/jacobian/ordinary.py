@@ -85,7 +85,7 @@ class OrdinaryJacobian(LinearOperator):
 
         def block(h: Float[Tensor, "m d"]) -> Float[Tensor, "m d"]:
             # `record_block`, but the tape of attention is freed before the feed-forward.
-            return record_rest(w, self._frame, i, h, record_attention(w, self._frame, i, h).added)[1]
+            return record_rest(w, self._frame, i, h, record_attention(w, self._frame, i, h).added)[2]
 
         return block
 

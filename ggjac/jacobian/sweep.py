@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ggjac.blocks import BlockWeights, Frame, FrozenBlock, NormTape, block
+from ggjac.blocks import BlockWeights, Frame, FrozenBlock, NormTape, affine, block
 from ggjac.decode import Head
 from ggjac.jacobian.tapes import Tapes
 from ggjac.linop import Identity, LinearOperator
@@ -82,6 +82,9 @@ class SharedSweep:
     Positions after `position` have no influence (attention is causal): they are left out, and their part of a result is
     zero.
 
+    Where several blocks read the values of one, these are columns beside the stream: see `FrozenBlock`. A map that
+    starts after the block that makes them has them as a constant, the values at the prompt.
+
     Attributes:
         progress: if set, called as `progress(done, total)` after each block of a pass.
         journal: if set, products are recorded there, and those recorded by an earlier attempt are not computed again.
@@ -109,6 +112,7 @@ class SharedSweep:
         self.progress: Callable[[int, int], None] | None = None
         self.journal = journal
         self.flop = 0
+        self._values: dict[int, Tensor] = {}
 
     def up(
         self, X: Sequence[Float[Tensor, "_ n d"]], t: Sequence[Float[Tensor, " _"]] | None = None
@@ -127,11 +131,13 @@ class SharedSweep:
         for i, frozen in self._steps(self.order, stack, product, self._ways_up):
             stack.H = stack.join(stack.H, {j: X[j][:, :m].to(x) for j in self._starting(i)})  # [k, n, d]
             self.flop += frozen.flop * len(stack)
-            stack.H, stack.added = frozen.matmat_attn(stack.H, stack.homogeneous(t))
+            if frozen.bank is not None and frozen.values is None:
+                self._fill_bank(stack, frozen.bank, stack.homogeneous(t))
+            stack.H, stack.added = frozen.matmat_attn(stack.H, stack.homogeneous(t), stack.banks)
             stack.leave(self._ending("attn", i), stack.added, _last)
             stack.H, stack.added = frozen.matmat_ffn(stack.H, stack.added, stack.homogeneous(t))
             stack.leave(self._ending("mlp", i), stack.added, _last)
-            stack.H, stack.added = frozen.matmat_out(stack.H, stack.added), None
+            stack.H, stack.added = frozen.matmat_out(stack.H, stack.added, stack.homogeneous(t)), None
             stack.leave(self._ending("layer", i), stack.H, _last)
         return [
             norm.matmat(stack.results[j][:, None], None if t is None else t[j])[:, 0]
@@ -151,10 +157,31 @@ class SharedSweep:
             stack.H = frozen.rmatmat_out(stack.join(stack.H[:, :m], joining("layer", i, m)))  # [k, m, d]
             middle, attn = frozen.rmatmat_ffn(stack.H, stack.join(stack.H, joining("mlp", i, m)))
             attn = stack.join(attn, joining("attn", i, m))
-            stack.H = frozen.rmatmat_attn(middle, attn)  # [k, n, d]
+            stack.H = frozen.rmatmat_attn(middle, attn, stack.banks)  # [k, n, d]
             self.flop += frozen.flop * len(stack)
             stack.leave(self._starting(i), stack.H, partial(_padded, n=self.n))
         return [stack.results[j] for j in range(len(self.spans))]
+
+    def _fill_bank(self, stack: "_Stack", bank: int, t: Tensor | None) -> None:
+        """Give values of the prompt to vectors that joined after the block that makes them: a constant of their map."""
+        held = stack.banks.get(bank)
+        first = 0 if held is None else len(held)
+        if first == len(stack):
+            return
+        values = self._constants(bank)[None]
+        constant = values.new_zeros(len(stack) - first) if t is None else t[first:]
+        more = constant[:, None, None] * values
+        stack.banks[bank] = more if held is None else torch.cat([held, more])
+
+    def _constants(self, bank: int) -> Float[Tensor, "n gv"]:
+        """Return the values at the prompt that a block makes and later ones read."""
+        if bank not in self._values:
+            network, positions = self.network, range(self.position + 1)
+            tape = network.tapes[bank]
+            frozen = block(network.weights(bank), network.frame.config, tape, positions, bank)
+            assert frozen.values is not None
+            self._values[bank] = affine(frozen.values, tape.x[: self.position + 1])
+        return self._values[bank]
 
     def _starting(self, i: int) -> list[int]:
         """Return the spans that start at the input of block `i`."""
@@ -210,11 +237,13 @@ class SharedSweep:
         if product and product.state is not None:
             done = set(order[: product.done])
             stack.members = [way.span for way in ways if way.joins in done and way.leaves not in done]
-            stack.unpack(product.state, [way.span for way in ways if way.leaves in done])
+            config = self.network.frame.config
+            banks = {bank for i in done if (bank := config.bank(i)) is not None}
+            stack.unpack(product.state, [way.span for way in ways if way.leaves in done], banks)
         for step, i, frozen in self._walk(order, product.done if product else 0):
             yield i, frozen
             if product:
-                stack.unpack(product.reached(step, stack.pack), stack.results)
+                stack.unpack(product.reached(step, stack.pack), stack.results, stack.banks)
 
     def _walk(self, order: Sequence[int], done: int) -> Iterator[tuple[int, int, FrozenBlock]]:
         """Yield the blocks after the first `done`; each is built and prefetched before the one before it computes."""
@@ -232,7 +261,8 @@ class SharedSweep:
         """Build a block's operators; where all spans that pass through it end in it, it writes one position only."""
         ends = all(tap.index == i + 1 for start, tap in self.spans if start <= i < tap.index)
         positions = range(self.position if ends else 0, self.position + 1)
-        return block(self.network.weights(i), self.network.frame.config, self.network.tapes[i], positions)
+        config = self.network.frame.config
+        return block(self.network.weights(i), config, self.network.tapes[i], positions, config.bank(i))
 
 
 class _Way(NamedTuple):
@@ -251,6 +281,7 @@ class _Stack:
         added: `[k, m, d]`, what a branch adds to it on the way up; None between blocks.
         members: the spans that are in the stack, in the order of their rows.
         results: of the spans that have left it.
+        banks: see `FrozenBlock`.
     """
 
     def __init__(self, empty: Float[Tensor, "0 m d"], sizes: Sequence[int]):
@@ -258,6 +289,7 @@ class _Stack:
         self.added: Tensor | None = None
         self.members: list[int] = []
         self.results: dict[int, Tensor] = {}
+        self.banks: dict[int, Tensor] = {}
         self._sizes = sizes  # of every span
 
     def __len__(self) -> int:
@@ -281,16 +313,19 @@ class _Stack:
             kept = [rows[j] for j in staying]
             self.H = _taken(self.H, kept)
             self.added = None if self.added is None else _taken(self.added, kept)
+            self.banks = {bank: _taken(held, kept) for bank, held in self.banks.items()}
         self.members = staying
 
     def pack(self) -> list[Tensor]:
-        """Return everything that the next block needs: the stream, then the results in the order of spans."""
-        return [self.H, *(self.results[j] for j in sorted(self.results))]
+        """Return everything that the next block needs: stream, banks by number, results in the order of spans."""
+        parts = [self.banks[bank] for bank in sorted(self.banks)]
+        return [self.H, *parts, *(self.results[j] for j in sorted(self.results))]
 
-    def unpack(self, packed: Sequence[Tensor], finished: Iterable[int]) -> None:
-        """Restore what was packed; `finished` are the spans of the results."""
-        self.H, *results = packed
-        self.results = dict(zip(sorted(finished), results, strict=True))
+    def unpack(self, packed: Sequence[Tensor], finished: Iterable[int], banks: Iterable[int]) -> None:
+        """Restore what was packed; `finished` are the spans of the results, `banks` the numbers of the banks."""
+        names, results = sorted(banks), sorted(finished)
+        self.H, self.banks = packed[0], dict(zip(names, packed[1:], strict=False))
+        self.results = dict(zip(results, packed[1 + len(names) :], strict=True))
 
     def _rows(self) -> dict[int, slice]:
         ends = list(accumulate(self._sizes[j] for j in self.members))

@@ -16,7 +16,17 @@ import torch
 from torch import Tensor
 
 from ggjac import runs
-from ggjac.blocks import AttentionTape, BlockTape, Factor, FFNTape, HiddenTape, MixerTape, NormTape, ScanTape
+from ggjac.blocks import (
+    AttentionTape,
+    BlockTape,
+    Factor,
+    FFNTape,
+    HiddenTape,
+    InputsTape,
+    MixerTape,
+    NormTape,
+    ScanTape,
+)
 from ggjac.runs import tensors as stored
 from ggjac.runs.journal import Journal
 
@@ -25,7 +35,7 @@ SCHEMA_VERSION = 2
 # Seconds between writes of tapes that are kept in memory too.
 EVERY = 30.0
 
-_TAPES = (BlockTape, AttentionTape, MixerTape, Factor, ScanTape, FFNTape, HiddenTape, NormTape)
+_TAPES = (BlockTape, AttentionTape, MixerTape, Factor, ScanTape, FFNTape, HiddenTape, InputsTape, NormTape)
 _KINDS = {kind.__name__: kind for kind in _TAPES}
 
 

@@ -221,8 +221,9 @@ def _ffn_floats(
     dense = max(n * (stream + network(own.hidden_units)) if own.hidden_units else 0 for own in config.layers)
     if not any(own.routed for own in config.layers):
         return dense
-    busy = min(n, max(n // 2, 2 * n * config.expert_used_count // config.expert_count) + 1)
-    routed = busy * (gathered + network(config.expert_feed_forward_length))
+    used = max(own.experts_used for own in config.layers)
+    busy = min(n, max(n // 2, 2 * n * used // config.expert_count) + 1)
+    routed = busy * (gathered + network(max(own.expert_units for own in config.layers)))
     shared = config.expert_shared_feed_forward_length
     if shared:
         return max(dense, n * (stream + summed + config.d) + max(routed, n * network(shared)))

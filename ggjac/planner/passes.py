@@ -138,11 +138,11 @@ def matrix(info: "TensorInfo") -> Pass:
     return Pass(info.nbytes, {info.type.name: info.elements}, 2 * info.elements, 1, info.rows)
 
 
-def routed_experts(config: ModelConfig, positions: int) -> int:
+def routed_experts(config: ModelConfig, layer: int, positions: int) -> int:
     """Return how many experts of a layer some positions use together, if they are spread evenly; rounded up."""
-    if not config.expert_count:
+    if not config.layers[layer].routed:
         return 0
-    miss = 1 - config.expert_used_count / config.expert_count
+    miss = 1 - config.layers[layer].experts_used / config.expert_count
     return math.ceil(config.expert_count * (1 - miss**positions) - 1e-9)
 
 
@@ -155,7 +155,10 @@ class _Block:
         self.infos = [info for name, info in file.tensors.items() if name.startswith(self.prefix)]
 
     def find(self, name: str) -> "tuple[TensorInfo, int] | None":
-        """Return the tensor that contains `name`, alone or fused with others, and the number of its rows (elements)."""
+        """Return the tensor that contains `name`, alone or fused with others, and the number of its rows (elements).
+
+        Of a stack of experts they are those of each; the matrices of heads count as one.
+        """
         stem, _, suffix = name.rpartition(".")
         part = self.slices.get(stem)
         info = self.tensors.get(f"{self.prefix}{part.stem}.{suffix}") if part else None
@@ -163,7 +166,8 @@ class _Block:
             part, info = None, self.tensors.get(self.prefix + name)
         if info is None:
             return None
-        rows = info.shape[-2] if len(info.shape) > 1 else info.shape[-1]
+        of_each = info.shape[-2:-1] if "_exps." in info.name else (info.rows,)
+        rows = of_each[0] if len(info.shape) > 1 else info.shape[-1]
         return info, part.rows(rows) if part else rows
 
     def linear(self, stem: str, positions: int, experts: int = 0, uses: int = 0) -> Pass:
@@ -194,15 +198,15 @@ class _Block:
         info, rows = found
         if experts:
             return Pass(experts * info.row_bytes, {info.type.name: experts * info.shape[-1]})
-        whole = info.shape[-2] if len(info.shape) > 1 else info.shape[-1]
+        whole = info.rows if len(info.shape) > 1 else info.shape[-1]
         return Pass(rows * info.nbytes // whole, {info.type.name: rows * info.elements // whole})
 
 
 def _networks(block: _Block, config: ModelConfig, positions: int) -> Iterator[tuple[str, int, int, int]]:
     """Yield kind, experts read, uses and hidden units of each feed-forward network in a block."""
     if block.layer.routed:
-        routed, uses = routed_experts(config, positions), positions * config.expert_used_count
-        yield "_exps", routed, uses, config.expert_feed_forward_length
+        routed = routed_experts(config, block.index, positions)
+        yield "_exps", routed, positions * block.layer.experts_used, block.layer.expert_units
         if block.find("ffn_up_shexp.weight"):
             yield "_shexp", 0, positions, config.expert_shared_feed_forward_length
     if block.layer.hidden_units:
@@ -212,6 +216,11 @@ def _networks(block: _Block, config: ModelConfig, positions: int) -> Iterator[tu
 def _live(block: _Block, kind: str, mlp_path: MlpPath) -> str:
     """Return the stem of the projection that stays live; without a gate it is `ffn_up`."""
     return f"ffn_{mlp_path}{kind}" if block.find(f"ffn_gate{kind}.weight") else f"ffn_up{kind}"
+
+
+def _clamped(config: ModelConfig, block: _Block, kind: str) -> bool:
+    """Return whether hidden units of a network have limits."""
+    return config.row.activation == "silu_oai" or block.layer.clamp(kind) > 0
 
 
 def _sweep(block: _Block, config: ModelConfig, mlp_path: MlpPath, region: Region, input_positions: int) -> Pass:
@@ -240,6 +249,7 @@ def _sweep(block: _Block, config: ModelConfig, mlp_path: MlpPath, region: Region
             parts += [output.scaled(2), taps]
     for kind, experts, uses, _ in _networks(block, config, m):
         parts += [block.linear(stem, m, experts, uses) for stem in (_live(block, kind, mlp_path), f"ffn_down{kind}")]
+    parts += [block.linear(stem, m) for stem in _LATENT]
     # Each vector visits only the blocks of its own map's span: scale by the mean.
     return total(parts) if region.sequential else total(parts).scaled(len(ends) / len(spans))
 
@@ -287,7 +297,9 @@ def _recurrence(state: int, positions: int) -> Pass:
     return Pass(flop=6 * state * positions, written=3 * state * positions)
 
 
-_ONCE = ("ffn_gate_inp", "ffn_latent_down", "ffn_latent_up")
+# Around the routed experts: live, and the first of them is applied before they are recorded, too.
+_LATENT = ("ffn_latent_down", "ffn_latent_up")
+_ONCE = ("ffn_gate_inp", *_LATENT)
 
 
 def _mixer_stems(block: _Block) -> list[str]:
@@ -309,7 +321,7 @@ def _trace(block: _Block, config: ModelConfig, mlp_path: MlpPath, n: int, m: int
 
     Each tensor counts once, but one that is both recorded for a frozen factor and applied as a live one counts twice.
     """
-    parts = [block.linear(stem, m) for stem in (*_mixer_stems(block), *_ONCE)]
+    parts = [block.linear(stem, m) for stem in (*_mixer_stems(block), *_ONCE, _LATENT[0])]
     for mixer in block.layer.mixers:
         if continued and MIXERS[mixer].recurrent:
             heads, value, key = _heads(config, block, mixer)
@@ -317,11 +329,10 @@ def _trace(block: _Block, config: ModelConfig, mlp_path: MlpPath, n: int, m: int
         else:
             parts += [_pattern(config, block, mixer, n, m), _mix(config, block, mixer, n, m)]
     parts.append(block.vector("exp_probs_b.bias"))
-    clamped = config.row.activation == "silu_oai"
     for kind, experts, uses, _ in _networks(block, config, m):
         stems = _stems(block, kind)
         # A frozen factor that needs the live projection's own output is recorded first, and then applied.
-        if len(stems) < 3 or mlp_path == "gate" or clamped:
+        if len(stems) < 3 or mlp_path == "gate" or _clamped(config, block, kind):
             stems = [*stems, _live(block, kind, mlp_path)]
         parts += [block.linear(stem, m, experts, uses) for stem in stems]
     parts += [Pass(info.nbytes, {info.type.name: info.elements}) for info in _small(block)]
@@ -336,6 +347,8 @@ def _small(block: _Block) -> Iterator["TensorInfo"]:
     taps = {MIXERS[mixer].convolution.rsplit("_", 1)[0] for mixer in block.layer.mixers}
     for info in block.infos:
         stem, _, suffix = info.name.removeprefix(block.prefix).rpartition(".")
+        if stem.startswith("indexer."):  # not used
+            continue
         shared = any(stem.startswith(name) for name in taps if name)
         if suffix == "weight":
             small = len(info.shape) == 1 or stem.endswith("_norm") or shared
@@ -358,18 +371,21 @@ def _tape_bytes(block: _Block, config: ModelConfig, n: int, item: int) -> int:
     floats, other = n * config.d, 0
     for mixer in block.layer.mixers:
         floats += _mixer_floats(config, block, mixer, n)
+        if MIXERS[mixer].expansion:  # the norm of the latent
+            floats += config.latent.size
+            other += n * max(4, item)
     norms, own = config.row.norms, block.layer
     places = [norms.attention_in, norms.attention_out] if own.mixers else []
     places += [norms.ffn_in, norms.ffn_out] if own.hidden_units or own.routed else []
     places += [norms.dense_out, norms.experts_in, norms.experts_out] if own.hidden_units and own.routed else []
     for names in places:
-        name = next((name for name in names if config.row.norm == "bare" or block.find(f"{name}.weight")), None)
+        found = (name for name in names if block.find(f"{name}.weight") or block.find(name))
+        name = names[0] if names and config.row.norm == "bare" else next(found, None)
         if name is not None:
             floats += config.d * (2 if block.find(f"{name}.bias") else 1)
             other += n * max(4, item)  # one over the root mean square, at least in float32
-    clamped = config.row.activation == "silu_oai"
     for kind, experts, uses, width in _networks(block, config, n):
-        floats += uses * width * (1 + clamped)
+        floats += uses * width * (1 + _clamped(config, block, kind))
         if experts:
             floats, other = floats + uses, other + uses * 8  # the router's weights, and positions in int64
         elif kind and block.find(f"ffn_gate_inp{kind}.weight"):
@@ -380,7 +396,7 @@ def _tape_bytes(block: _Block, config: ModelConfig, n: int, item: int) -> int:
 def _mixer_floats(config: ModelConfig, block: _Block, mixer: str, n: int) -> int:
     """Return the floats of a mixer's tape: its pattern `[h, n, n]` or its scan, and its factors."""
     heads, value, key = _heads(config, block, mixer)
-    own, gated = block.layer, config.row.gated_queries
+    own, gated = block.layer, config.row.gated_queries or config.row.gated_heads
     if not MIXERS[mixer].recurrent:
         if MIXERS[mixer].convolution:
             return 2 * n * config.d

@@ -57,6 +57,7 @@ from ggjac.sizes import (
     SLICE,
     TOKENS_AT_ONCE,
     WAITING_BYTES,
+    Kind,
     block_width,
     chunk_floats,
     default_layer,
@@ -274,8 +275,8 @@ def command_work(command: str, config: ModelConfig, n: int, dtype: str, **option
     if dtype not in ITEM_BYTES:
         raise PlanError(f"dtype {dtype!r} is unknown; known: {', '.join(ITEM_BYTES)}")
     request = Request(**options)
-    if not 1 <= n <= config.context_length:
-        raise PlanError(f"a prompt of {n} tokens cannot run; this model takes from 1 to {config.context_length}")
+    if not 1 <= n <= config.longest:
+        raise PlanError(f"a prompt of {n} tokens cannot run; this model takes from 1 to {config.longest}")
     if not -n <= request.position < n:
         raise PlanError(f"--position {request.position} is out of range; the prompt has positions 0 to {n - 1}")
     if not 1 <= request.rank <= config.d:
@@ -458,18 +459,27 @@ class _Builder:
     @property
     def batches(self) -> list[_MapBatch]:
         """The maps inside the network in the batches in which `analysis.layers` sweeps them."""
-        ends, end, kinds = self.ends, self.config.block_count, len(self.request.kinds)
-        branches = sum(kind != "layer" for kind in self.request.kinds)
-        blocks = tuple((i - 1, i) for i in ends)
+        end, layers = self.config.block_count, self.config.layers
+        taps = [(kind, i) for i in self.ends for kind in layers[i - 1].taps if kind in self.request.kinds]
+        branches = tuple((i - 1, i) for kind, i in taps if kind != "layer")
         inner = tuple((i, end) for i in self.depths if i < end)
-        cumulative = Region(spans=tuple((0, i) for i in ends for _ in range(kinds)))
-        single = Region(spans=blocks, sequential=True)
+        cumulative = Region(spans=tuple((0, i) for _, i in taps))
         batches = [
-            _MapBatch("cumulative", kinds * len(ends), cumulative, branches * len(ends), Region(spans=blocks)),
-            _MapBatch("blockwise", kinds * bool(ends), single, branches, single),
+            _MapBatch("cumulative", len(taps), cumulative, len(branches), Region(spans=branches)),
+            *self._blockwise(taps),
             _MapBatch("to_end", len(inner), Region(spans=inner), 0, JACOBIAN),
         ]
         return [batch for batch in batches if batch.name in self.request.maps and batch.maps]
+
+    def _blockwise(self, taps: Sequence[tuple[Kind, int]]) -> Iterator[_MapBatch]:
+        """Yield the maps of single blocks; blocks of as many maps are counted together."""
+        alike: dict[tuple[int, int], list[int]] = {}
+        for i in self.ends:
+            kinds = [kind for kind, index in taps if index == i]
+            alike.setdefault((len(kinds), sum(kind != "layer" for kind in kinds)), []).append(i)
+        for (maps, branches), ends in alike.items():
+            single = Region(spans=tuple((i - 1, i) for i in ends), sequential=True)
+            yield _MapBatch("blockwise", maps, single, branches, single)
 
     def layers(self) -> tuple[Sweeps | Lookup, ...]:
         """Return the decomposition of maps inside the network, as of the whole Jacobian, and the logit lens."""
@@ -602,8 +612,8 @@ def _steer(builder: _Builder) -> Work:
     layer = request.layer or default_layer(config.block_count)
     if layer > config.block_count:
         raise PlanError(f"--layer {layer} is out of range; this model has layers 1 to {config.block_count}")
-    if capacity > config.context_length:
-        raise PlanError(f"a text of {capacity} tokens cannot run; the model's context is {config.context_length}")
+    if capacity > config.longest:
+        raise PlanError(f"a text of {capacity} tokens cannot run; the model's context is {config.longest}")
     concept = Region(spans=((0, layer),))
     # What every block keeps of the past; that of the block being extended exists twice.
     each = [sum(_past_bytes(config, own, kind, capacity, builder.item) for kind in own.mixers) for own in config.layers]
