@@ -234,15 +234,16 @@ def trace_floats(config: ModelConfig, n: int, m: int | None = None) -> int:
     """Return the floats that `m` of `n` positions (default all) take at most in the forward pass, without tapes.
 
     They are streams, and a mixer's projections and scores in float32 (or what a recurrence takes, see
-    `_recurrence_floats`), or hidden units beside what the mixer has left for its tape.
+    `_recurrence_floats`), or hidden units beside four more streams and what the mixer has left for its tape.
     """
     m = n if m is None else m
     hidden = config.hidden_units * (4 if config.row.activation == "xielu" else 3)
-    most = m * hidden
+    feed_forward = m * (hidden + 4 * config.d)
+    most = feed_forward
     for own in config.layers:
         for mixer in own.mixers:
             mixing, left = _mixer_floats(config, own, mixer, n, m)
-            most = max(most, mixing, left + m * hidden)
+            most = max(most, mixing, left + feed_forward)
     return m * 4 * config.d + most
 
 
