@@ -61,8 +61,8 @@ class Continuation:
             if i + 1 < config.block_count:
                 model.block(i + 1, live=True).read_ahead()
             source = config.layers[i].source
-            past = self._past[i if source is None else source]
-            h, self._past[i] = extend_block(w, frame, i, h, past)
+            kept = i if source is None else source  # one past for all blocks that read the same keys and values
+            h, self._past[kept] = extend_block(w, frame, i, h, self._past[kept])
             h = self.change(i + 1, h)
             if not h.isfinite().all():
                 name = str(model.dtype).removeprefix("torch.")

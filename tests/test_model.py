@@ -669,11 +669,19 @@ def test_a_later_token_changes_nothing_before_it(tiny_file: Callable[..., Path])
 
 
 @pytest.mark.parametrize(("dtype", "limit"), [("float32", 1e-5), ("bfloat16", 0.1), ("float16", 0.02)])
-def test_every_dtype_is_near_float64(dtype: str, limit: float, tiny_file: Callable[..., Path]) -> None:
-    ids = tiny.prompt("gqa", 8)
-    logits = open_model(tiny_file("gqa"), dtype=dtype).trace(ids).logits
+@pytest.mark.parametrize("case", ["gqa", "qwen35", "bailingmoe3", "mamba2", "lfm2", "deepseek2", "gemma4_small"])
+def test_every_dtype_is_near_float64(case: str, dtype: str, limit: float, tiny_files: dict[str, Path]) -> None:
+    ids = tiny.prompt(case, 8)
+    logits = open_model(tiny_files[case], dtype=dtype).trace(ids).logits
     assert logits.dtype == getattr(torch, dtype)
-    assert distance(logits, open_model(tiny_file("gqa"), dtype="float64").trace(ids).logits) < limit
+    assert distance(logits, open_model(tiny_files[case], dtype="float64").trace(ids).logits) < limit
+
+
+def test_squares_beyond_float16_are_added_up(tiny_file: Callable[..., Path]) -> None:
+    """The norms inside of mixers too: of each head's values, and of what a recurrence yields."""
+    found = norms.inverse_rms(torch.full((2, 64), -300.0, dtype=torch.float16), open_model(tiny_file("gqa")).config)
+    assert found.dtype == torch.float32
+    assert torch.allclose(found, torch.tensor(1 / 300))
 
 
 def test_progress_counts_blocks(tiny_file: Callable[..., Path]) -> None:

@@ -409,10 +409,10 @@ def block(
     dtype, device = tape.x.dtype, tape.x.device
     attn: LinearOperator = Zero((n, d), (m, d), dtype=dtype, device=device)
     values = None
-    if tape.attn.mixers:
-        attn = attention(w, config, tape.attn.at(queries), n, m)
     if bank is not None and not tape.attn.mixers[0].shared:
         values, attn = _with_bank(w, config, tape.attn.at(queries), n, m)
+    elif tape.attn.mixers:
+        attn = attention(w, config, tape.attn.at(queries), n, m)
     feed_forward: LinearOperator = Zero((m, d), (m, d), dtype=dtype, device=device)
     if tape.ffn.networks:
         feed_forward = ffn(w, config, tape.ffn.at(queries), m)

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from ggjac.blocks.frame import BlockWeights, Frame, affine, linear
-from ggjac.blocks.norms import NormTape, inverse_rms, normed, record_norm
+from ggjac.blocks.norms import NormTape, inverse_rms, normed, record_norm, widened
 from ggjac.blocks.patterns import (
     Recurrence,
     ScanTape,
@@ -384,7 +384,7 @@ def _in_time(
 
 
 def _recurrent(
-    recurrence: Recurrence, v: Float[Tensor, "m hv"], past: Past | None
+    kind: str, recurrence: Recurrence, v: Float[Tensor, "m hv"], past: Past | None
 ) -> tuple[MixerTape, Float[Tensor, "m hv"], Float[Tensor, "h s v"] | None]:
     """Return a tape with the pattern of a recurrence, or its scan; the mixed values; and the state after a past."""
     n, heads, s = recurrence.k.shape
@@ -392,12 +392,12 @@ def _recurrent(
         values = v.to(recurrence.k).unflatten(1, (heads, -1))
         state = values.new_zeros(heads, s, values.shape[2]) if past.state is None else past.state
         o, state = recurrence.run(values, state)
-        return MixerTape(""), o.flatten(1).to(v), state
+        return MixerTape(kind), o.flatten(1).to(v), state
     if chunk := scan_chunk(n, s):
         scan = ScanTape(*(part.to(v.dtype) for part in recurrent_scan(recurrence, chunk)))
-        return MixerTape("", scan=scan), affine(_scan(scan, n, n, v.shape[1]), v), None
+        return MixerTape(kind, scan=scan), affine(_scan(scan, n, n, v.shape[1]), v), None
     pattern = recurrent_pattern(recurrence).to(v.dtype)
-    return MixerTape("", pattern), affine(Mix(pattern, heads, v.shape[1] // heads), v), None
+    return MixerTape(kind, pattern), affine(Mix(pattern, heads, v.shape[1] // heads), v), None
 
 
 def _scan(tape: ScanTape, n: int, m: int, width: int) -> Scan:
@@ -412,24 +412,23 @@ def _delta(
     config, own = frame.config, frame.config.recurrence
     stems = {f"attn_{part}": f"ssm_conv1d_{part}" for part in "qkv"}
     (q, k, c), rows = _convolved(w, stems, h, past)
-    wide = torch.promote_types(h.dtype, torch.float32)
 
     def keyed(part: Float[Tensor, "m gs"]) -> Float[Tensor, "m h s"]:
         """Return unit queries or keys of every value head."""
-        part = (part * part.sigmoid()).to(wide).unflatten(1, (own.key_heads, -1))
+        part = widened(part * part.sigmoid()).unflatten(1, (own.key_heads, -1))
         part = part * torch.rsqrt(part.square().sum(-1, keepdim=True) + config.norm_epsilon)
         shared = own.heads // own.key_heads
         return part.repeat(1, shared, 1) if config.row.key_heads_tiled else part.repeat_interleave(shared, 1)
 
-    write = affine(linear(w, "ssm_beta", len(h)), h).to(wide).sigmoid()  # [m, h]
+    write = widened(affine(linear(w, "ssm_beta", len(h)), h)).sigmoid()  # [m, h]
     recurrence = Recurrence(keyed(q) * own.key_size**-0.5, keyed(k), _log_decay(w, config, h), write, removes=True)
     share = c.sigmoid()
-    tape, o, state = _recurrent(recurrence, c * share, past)
+    tape, o, state = _recurrent(kind, recurrence, c * share, past)
     heads = o.unflatten(1, (own.heads, -1))  # [m, h, v]
     gate = _projected(w, ("attn_gate", "ssm_g_a", "ssm_g_b"), h).unflatten(1, (own.heads, -1))
     gate = gate.sigmoid() if config.row.sigmoid_gate else gate * gate.sigmoid()
-    read = inverse_rms(heads, config) * w.vector("ssm_norm.weight").to(wide) * gate
-    tape = tape._replace(kind=kind, written=Factor(share), read=Factor(read.flatten(1).to(h.dtype)))
+    read = inverse_rms(heads, config) * w.vector("ssm_norm.weight") * gate
+    tape = tape._replace(written=Factor(share), read=Factor(read.flatten(1).to(h.dtype)))
     return Mixed(tape, o, Past(rows=rows, state=state))
 
 
@@ -439,10 +438,9 @@ def _log_decay(w: BlockWeights, config: ModelConfig, h: Float[Tensor, "m d"]) ->
     It is `a softplus(x)`, or with a lower bound `L sigmoid(±a x)`; `a` is stored negative, and a row's option says so
     where it is not.
     """
-    wide = torch.promote_types(h.dtype, torch.float32)
-    x = _projected(w, ("ssm_alpha", "ssm_f_a", "ssm_f_b"), h).to(wide)
-    x = (x + _bare(w, "ssm_dt.bias", "ssm_dt").to(wide)).unflatten(1, (config.recurrence.heads, -1))  # [m, h, s] or 1
-    a = _bare(w, "ssm_a").to(wide).reshape(-1, 1)  # [h, 1]
+    x = widened(_projected(w, ("ssm_alpha", "ssm_f_a", "ssm_f_b"), h))
+    x = (x + _bare(w, "ssm_dt.bias", "ssm_dt")).unflatten(1, (config.recurrence.heads, -1))  # [m, h, s] or [m, h, 1]
+    a = _bare(w, "ssm_a").reshape(-1, 1)  # [h, 1]
     if bound := config.decay_bound:
         return bound * torch.sigmoid(x * (a if config.row.positive_decay else -a))
     return a * softplus(x)
@@ -453,25 +451,24 @@ def _state_space(w: BlockWeights, frame: Frame, layer: int, h: Float[Tensor, "m 
     config, own = frame.config, frame.config.recurrence
     stems = {f"ssm_in_{part}": f"ssm_conv1d_{part}" for part in "xbc"}
     (c, key, query), rows = _convolved(w, stems, h, past)
-    wide = torch.promote_types(h.dtype, torch.float32)
 
     def keyed(part: Float[Tensor, "m gs"]) -> Float[Tensor, "m h s"]:
-        part = (part * part.sigmoid()).to(wide).unflatten(1, (own.key_heads, -1))
+        part = widened(part * part.sigmoid()).unflatten(1, (own.key_heads, -1))
         return part.repeat_interleave(own.heads // own.key_heads, 1)
 
-    step = softplus(affine(linear(w, "ssm_in_dt", len(h)), h).to(wide) + _bare(w, "ssm_dt.bias").to(wide))  # [m, h]
-    log_decay = (step * _bare(w, "ssm_a").to(wide).flatten())[..., None]
-    skip = _bare(w, "ssm_d").to(wide).flatten()
+    step = softplus(widened(affine(linear(w, "ssm_in_dt", len(h)), h)) + _bare(w, "ssm_dt.bias"))  # [m, h]
+    log_decay = (step * _bare(w, "ssm_a").flatten())[..., None]
+    skip = _bare(w, "ssm_d").flatten()
     share = c.sigmoid()
     recurrence = Recurrence(keyed(query), keyed(key), log_decay, step, removes=False, skip=skip)
-    tape, o, state = _recurrent(recurrence, c * share, past)
+    tape, o, state = _recurrent("state space", recurrence, c * share, past)
     gate = affine(linear(w, "ssm_in_z", len(h)), h)
     read = gate * gate.sigmoid()
     if "ssm_norm.weight" in w:  # over each group, after the gate
-        groups = (o * read).unflatten(1, (own.key_heads, -1))
-        norm = inverse_rms(groups, config) * w.vector("ssm_norm.weight").to(wide).reshape(own.key_heads, -1)
-        read = read * norm.flatten(1).to(read)
-    tape = tape._replace(kind="state space", written=Factor(share), read=Factor(read))
+        groups = (widened(o) * read).unflatten(1, (own.key_heads, -1))
+        norm = inverse_rms(groups, config) * w.vector("ssm_norm.weight").reshape(own.key_heads, -1)
+        read = (read * norm.flatten(1)).to(o.dtype)
+    tape = tape._replace(written=Factor(share), read=Factor(read))
     return Mixed(tape, o, Past(rows=rows, state=state))
 
 
@@ -491,7 +488,7 @@ def _projected(w: BlockWeights, stems: Sequence[str], h: Float[Tensor, "m d"]) -
 
 
 def _bare(w: BlockWeights, *names: str) -> Tensor:
-    """Return the first of some small tensors that the file has."""
+    """Return the first of some small tensors that the file has, in float32 at least."""
     return w.wide_vector(next(name for name in names if name in w))
 
 

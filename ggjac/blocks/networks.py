@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ggjac.blocks.frame import BlockWeights, Frame, affine, linear
-from ggjac.blocks.norms import NormTape, inverse_rms
+from ggjac.blocks.norms import NormTape, inverse_rms, widened
 from ggjac.config import ModelConfig
 from ggjac.linop import Experts, LinearOperator, Scale, Sum
 from ggjac.sizes import SLAB
@@ -144,7 +144,7 @@ def record_mixture(
 
 def _router_input(w: BlockWeights, config: ModelConfig, x: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
     """Return what Gemma 4's router reads: the stream, normed without weight, divided by √d, times a vector."""
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    wide = widened(x)
     scale = w.vector("ffn_gate_inp.scale").to(wide) / config.d**0.5
     return (wide * inverse_rms(wide, config) * scale).to(x.dtype)
 
@@ -163,7 +163,7 @@ def record_experts(
     """
     config = frame.config
     logits = affine(linear(w, "ffn_gate_inp", len(h)), router)
-    scores = ROUTERS[config.row.router](logits.to(torch.promote_types(h.dtype, torch.float32)))  # [n, e]
+    scores = ROUTERS[config.row.router](widened(logits))  # [n, e]
     chosen = _chosen(w, config, scores.detach(), config.layers[layer].experts_used)
     weights = scores.gather(-1, chosen)  # [n, used]
     if config.row.router == "softmax_selected":

@@ -58,7 +58,7 @@ def frozen_norm(
 
     A missing weight counts as ones. Squares are summed in float32 at least.
     """
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    wide = widened(x)
     centred = config.row.norm != "rms"
     if centred:
         wide = wide - wide.mean(-1, keepdim=True)
@@ -67,15 +67,20 @@ def frozen_norm(
 
 def normed(w: BlockWeights, name: str, config: ModelConfig, x: Float[Tensor, "*n s"]) -> Float[Tensor, "*n s"]:
     """Return queries or keys normed over the last axis; they act through the frozen pattern, so there is no tape."""
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    wide = widened(x)
     if config.row.norm == "layer":
         wide = wide - wide.mean(-1, keepdim=True)
     return (wide * inverse_rms(wide, config) * w.vector(f"{name}.weight").to(wide)).to(x.dtype)
 
 
+def widened(x: Float[Tensor, "*n s"]) -> Float[Tensor, "*n s"]:
+    """Return `x` in float32 at least: in 16 bit, sums of squares lose their digits, and in float16 they overflow."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def inverse_rms(x: Float[Tensor, "*n s"], config: ModelConfig) -> Float[Tensor, "*n 1"]:
-    """Return `1 / sqrt(mean(x²) + epsilon)` over the last axis."""
-    mean = x.square().mean(-1, keepdim=True)
+    """Return `1 / sqrt(mean(x²) + epsilon)` over the last axis, in float32 at least."""
+    mean = widened(x).square().mean(-1, keepdim=True)
     if not mean.isfinite().all():
         raise overflow("activations in a norm", x.dtype)
     return torch.rsqrt(mean + config.norm_epsilon)
