@@ -61,9 +61,9 @@ def test_every_command_is_in_the_changelog() -> None:
 
 def test_the_install_commands_are_what_ci_runs() -> None:
     commands = re.findall(r"^    (pip install .*)$", README, re.MULTILINE)
-    assert commands == ["pip install -c constraints.txt .", 'pip install -c constraints.txt ".[test]" && pytest']
+    assert commands == ["pip install -c constraints.txt .", 'pip install -c constraints.txt ".[test]" && pytest -n auto']
     run = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
-    assert 'pip install --quiet --disable-pip-version-check -c constraints.txt ".[test]" && pytest' in run
+    assert 'pip install --quiet --disable-pip-version-check -c constraints.txt ".[test]" && pytest -n auto' in run
 
 
 def anchors(document: Path) -> set[str]:

@@ -327,7 +327,7 @@ def test_a_recurrence_is_continued_from_its_state(tiny_file: TinyFile) -> None:
         plan = planned(tiny_file(case, **changes), 5, "steer", text=text)
         return plan.sweep_of(next(step.region for step in plan.work.sweeps if step.what == "tokens")).flop
 
-    listed = {"mixers": ("delta",) * 2, "layers": 2, "extra": {"attention.recurrent_layers": [True] * 2}}
+    listed = ALONE["qwen35_listed"]
     (delta, longer), (attention, more) = (
         (token(case, 5, **changes), token(case, 50, **changes)) for case, changes in (("qwen35", listed), ("gqa", {}))
     )
@@ -548,19 +548,26 @@ def test_maps_of_one_block_hold_what_is_counted(
         assert 0.84 < held(product) / counted < 1.12, up
 
 
+# Blocks of one kind.
+ALONE: dict[str, dict[str, Any]] = {
+    "qwen35_listed": {"layers": 3, "mixers": ("delta",) * 3, "extra": {"attention.recurrent_layers": [True] * 3}},
+    "lfm2": CONVOLUTIONS | {"layers": 3},
+}
+
+
 @pytest.mark.parametrize("n", [24, 200])
 @pytest.mark.parametrize(
     ("case", "sizes"),
     [
         *(("qwen35_listed", recurrent(size, heads) | {"ff": 32}) for size, heads in ((8, 16), (16, 16), (32, 8))),
         ("qwen35_listed", recurrent(16, 16) | {"d": 128}),
-        ("lfm2", CONVOLUTIONS | {"ff": 32, "layers": 3}),
+        ("lfm2", {"ff": 32}),
         *(("deepseek2_dense", {"ff": 32, "sizes": SIZES | more}) for more in ({}, {"nope": 64}, {"query": 200})),
     ],
 )
 def test_a_trace_holds_what_is_counted(case: str, sizes: dict[str, Any], n: int, tiny_file: TinyFile) -> None:
     """Of a convolution, of latent attention, and of a recurrence: of the longer prompt, in chunks."""
-    model = open_model(tiny_file(case, **sizes))
+    model = open_model(tiny_file(case, **ALONE.get(case, {}), **sizes))
     ids = [i % model.config.vocabulary for i in range(n)]
     model.trace(ids, tapes=False)  # the tile is there from now on
     counted = 4 * planner.trace_floats(model.config, n)

@@ -86,7 +86,7 @@ class Recorded(NamedTuple, Generic[Tape]):
         tape: its frozen quantities.
         raw: its output before post-norm and scale (llama.cpp's `attn_out` and `ffn_out`).
         added: what it adds to the residual stream.
-        past: of attention's mixers, for positions or blocks that follow.
+        past: keys and values that later blocks read, if any do.
     """
 
     tape: Tape
@@ -194,7 +194,8 @@ def record_attention(
     raw = _total([affine(writing(w, mixed.tape, len(x)), mixed.heads) for mixed in recorded])
     norm_out, added = _normed_output(w, config, norms.attention_out, raw)
     tape = AttentionTape(norm_in, tuple(mixed.tape for mixed in recorded), norm_out)
-    return Recorded(tape, raw, added, tuple(mixed.past for mixed in recorded))
+    kept = tuple(mixed.past for mixed in recorded) if layer in config.writers else ()
+    return Recorded(tape, raw, added, kept)
 
 
 def record_ffn(w: BlockWeights, frame: Frame, layer: int, x: Float[Tensor, "n d"]) -> Recorded[FFNTape]:

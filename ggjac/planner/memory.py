@@ -241,14 +241,20 @@ def _ffn_floats(
 def trace_floats(config: ModelConfig, n: int, m: int | None = None) -> int:
     """Return the floats that `m` of `n` positions (default all) take at most in the forward pass, without tapes.
 
-    They are streams, projections, and scores in float32; or what a recurrence takes, see `_recurrence_floats`.
+    They are streams, and a mixer's projections and scores in float32 (or what a recurrence takes, see
+    `_recurrence_floats`), or hidden units beside four more streams and what the mixer has left for its tape.
     """
     m = n if m is None else m
     hidden = config.hidden_units * (4 if config.row.activation == "xielu" else 3)
-    mixed = max((_mixer_floats(config, own, mixer, n, m) for own in config.layers for mixer in own.mixers), default=0)
     # The blocks' own inputs, and keys and values that later blocks read.
     held = m * config.inputs * config.block_count + 2 * n * _bank(config)
-    return m * 4 * config.d + held + max(mixed, m * hidden)
+    feed_forward = m * (hidden + 4 * config.d)
+    most = feed_forward
+    for own in config.layers:
+        for mixer in own.mixers:
+            mixing, left = _mixer_floats(config, own, mixer, n, m)
+            most = max(most, mixing, left + feed_forward)
+    return m * 4 * config.d + held + most
 
 
 def _bank(config: ModelConfig) -> int:
@@ -257,22 +263,23 @@ def _bank(config: ModelConfig) -> int:
     return sum(own.kv_heads * own.value_size for own in writers)
 
 
-def _mixer_floats(config: ModelConfig, own: Layer, mixer: str, n: int, m: int) -> int:
-    """Return the floats of a mixer in the forward pass, beside streams."""
+def _mixer_floats(config: ModelConfig, own: Layer, mixer: str, n: int, m: int) -> tuple[int, int]:
+    """Return the floats of a mixer in the forward pass, beside streams, and those that it leaves for its tape."""
     if MIXERS[mixer].recurrent:
         return _recurrence_floats(config, n, m)
     if MIXERS[mixer].convolution:
-        return 6 * m * config.d  # three projections; the convolution's input twice, and its output
-    scores = 3 * own.heads * m * n
+        return 6 * m * config.d, 2 * m * config.d  # projections; the convolution's input twice, and its output
+    pattern = own.heads * m * n
     if MIXERS[mixer].expansion:  # queries and keys of every head are wider than values; with their latents, or scores
         wide = m * own.heads * max(own.key_size, own.value_size)
-        return max(3 * wide + 2 * m * max(config.latent.size, config.latent.queries), 2 * wide + scores)
+        latents = 2 * m * max(config.latent.size, config.latent.queries)
+        return max(3 * wide + latents, 2 * wide + 3 * pattern), pattern
     q, kv = own.heads * own.value_size, own.kv_heads * own.value_size
-    return m * 2 * ((1 + config.row.gated_queries) * q + 2 * kv) + scores
+    return m * 2 * ((1 + config.row.gated_queries) * q + 2 * kv) + 3 * pattern, pattern
 
 
-def _recurrence_floats(config: ModelConfig, n: int, m: int) -> int:
-    """Return the floats of a recurrence in the forward pass: the most of three moments.
+def _recurrence_floats(config: ModelConfig, n: int, m: int) -> tuple[int, int]:
+    """Return the floats of a recurrence in the forward pass, and those that stay: the most of three moments.
 
         convolution   its input twice, and its output
         recurrence    the last two of these; queries and keys of every head (twice in chunks), values and their factor;
@@ -291,7 +298,8 @@ def _recurrence_floats(config: ModelConfig, n: int, m: int) -> int:
         state, outputs = chunks * keys * width, own.heads * width * (n if chunk is None else chunks * chunk)
         again = 0 if chunk is None else keys
     kept = m * 2 * (convolved + keys + again + values)
-    return max(3 * m * convolved, kept + outputs + max(3 * state, outputs + state), kept + outputs + 5 * m * values)
+    most = max(3 * m * convolved, kept + outputs + max(3 * state, outputs + state), kept + outputs + 5 * m * values)
+    return most, outputs + (state if again else 0) + 2 * m * values
 
 
 def basis_floats(config: ModelConfig, n: int, width: int, sweeps: int) -> int:
