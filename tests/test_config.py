@@ -744,6 +744,18 @@ def test_axes_of_length_one_do_not_count_in_kimis_delta_rule(tiny_file: Callable
         assert altered(path, {}, shapes) == known
 
 
+@pytest.mark.parametrize("changes", [{"attention.head_count": 0}, {"attention.head_count": ABSENT}])
+def test_attention_without_heads_is_refused(changes: dict[str, Any], tiny_file: Callable[..., Path]) -> None:
+    with pytest.raises(ConfigError, match="qwen35.attention: 0 heads cannot share 2 key/value heads evenly"):
+        altered(tiny_file("qwen35"), changes, {})
+
+
+@pytest.mark.parametrize("count", [4, 5, 1000])
+def test_some_block_has_keys_of_its_own(count: int, tiny_file: Callable[..., Path]) -> None:
+    with pytest.raises(ConfigError, match="shared_kv_layers: there is no block before block 0 whose keys it can read"):
+        altered(tiny_file("gemma4"), {"attention.shared_kv_layers": count}, {})
+
+
 def test_an_indexer_limits_the_prompt(tiny_file: Callable[..., Path]) -> None:
     assert altered(tiny_file("deepseek32"), {"attention.indexer.top_k": 10}, {}).longest == 10
     assert altered(tiny_file("deepseek32"), {"attention.indexer.top_k": 1000}, {}).longest == 256

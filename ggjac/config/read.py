@@ -145,7 +145,7 @@ def _layers(
         attends = row.mixer in mixers
         source = None if i < first_reader else first_reader - (1 if windows[i] is None else 2)
         h, g = (heads[i], heads[i] if latent.size else kv_heads[i]) if attends else (0, 0)
-        if attends and (not g or h % g):
+        if attends and (not h or not g or h % g):
             raise ConfigError(f"{keys.prefix}.attention: {h} heads cannot share {g} key/value heads evenly")
         key_size, value_size = _head_sizes(keys, row, d // h, windows[i] is not None, latent) if attends else (0, 0)
         routed = _routed(row, i, units[i], experts, shapes)
@@ -187,9 +187,12 @@ def _check_sources(keys: Keys, layers: Sequence[Layer]) -> None:
     for i, layer in enumerate(layers):
         if layer.source is None:
             continue
-        read = layers[layer.source] if layer.source >= 0 else None
-        sizes = [(own.window, own.kv_heads, own.key_size, own.value_size) for own in (layer, read) if own]
-        if len(set(sizes)) > 1 or read is None:
+        if layer.source < 0:
+            raise ConfigError(
+                f"{keys.prefix}.attention.shared_kv_layers: there is no block before block {i} whose keys it can read"
+            )
+        sizes = [(own.window, own.kv_heads, own.key_size, own.value_size) for own in (layer, layers[layer.source])]
+        if len(set(sizes)) > 1:
             raise ConfigError(
                 f"{keys.prefix}.attention.shared_kv_layers: block {i} cannot read keys of block {layer.source}"
             )
