@@ -34,7 +34,7 @@ def read_config(metadata: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...
     """
     name = _architecture(metadata)
     keys = Keys(metadata, name)
-    stored, blocks = _block_counts(keys, ARCHITECTURES[name], len(shapes))
+    stored, blocks = _block_counts(keys, ARCHITECTURES[name], shapes)
     row = _decided(keys, ARCHITECTURES[name], blocks, shapes)
     if not metadata.get(f"{name}.attention.causal", True):
         raise ConfigError(f"{name}.attention.causal is False: attention to later tokens is not supported")
@@ -109,12 +109,14 @@ def _architecture(metadata: Mapping[str, Any]) -> str:
     return name
 
 
-def _block_counts(keys: Keys, row: Architecture, tensors: int) -> tuple[int, int]:
+def _block_counts(keys: Keys, row: Architecture, shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, int]:
     """Return the number of blocks in the file and the number used, which leaves out predictors of later tokens."""
     stored = keys.integer("block_count")
-    if stored > tensors:
-        raise ConfigError(f"{keys.prefix}.block_count is {stored}, but the file holds only {tensors} tensors")
     predictors = keys.count("nextn_predict_layers") if row.predictors else 0
+    if predictors and not any(name.startswith("blk.0.") for name in shapes):
+        raise ConfigError("the file has only the blocks that predict later tokens; give the model's own file")
+    if stored > len(shapes):
+        raise ConfigError(f"{keys.prefix}.block_count is {stored}, but the file holds only {len(shapes)} tensors")
     if predictors >= stored:
         raise ConfigError(f"{keys.prefix}.nextn_predict_layers is {predictors}, of {stored} blocks in all")
     return stored, stored - predictors
