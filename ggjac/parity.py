@@ -236,12 +236,14 @@ def verify(
         model.tokenizer.encode(prompt)  # refuses text that would crash llama.cpp
     types = {info.type.name for info in model.gguf.tensors.values()}
     row, given = model.config.row, tolerance
-    hybrid = row.recurrent_blocks in ("no kv heads", "interval")
-    if hybrid and not any(layer.heads for layer in model.config.layers):
-        raise ParityError(
-            f"llama.cpp cannot run a {model.config.architecture} model in which no block has attention; "
-            "skip the check with --no-verify"
-        )
+    if row.recurrent_blocks in ("no kv heads", "interval"):
+        found = {kind for layer in model.config.layers for kind in layer.mixers}
+        lacking = {row.mixer: "attention", row.recurrent: "a state"}
+        for words in (words for kind, words in lacking.items() if kind not in found):
+            raise ParityError(
+                f"llama.cpp cannot run a {model.config.architecture} model in which no block has {words}; "
+                "skip the check with --no-verify"
+            )
     if tolerance is None and (strict or types == {"F32"}):
         tolerance = max(_dtype_tolerance(model.dtype), GELU_TOLERANCE if row.activation == "gelu" else 0.0)
     with tempfile.TemporaryDirectory(prefix="ggjac-") as folder:

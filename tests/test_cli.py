@@ -28,7 +28,7 @@ import pytest
 import tiny
 import torch
 from click.testing import CliRunner
-from helpers import IDS, TOKENS, check_streams, invoke
+from helpers import IDS, TOKENS, check_streams, edited, invoke
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -383,6 +383,13 @@ def test_exit_code_3_when_the_reconstruction_fails(
 
     monkeypatch.setitem(jacobian.HEALTHY, torch.float32, 1e-20)
     assert "NOT healthy" in invoke(command, "-m", tiny_file("plain"), *TOKENS, code=3).stdout
+
+
+@pytest.mark.parametrize("command", ["svd", "attribute", "layers", "jacobian", "contrast", "norms", "analyze"])
+def test_an_output_of_zeros_is_not_healthy(command: str, tiny_file: TinyFile, tmp_path: Path) -> None:
+    path = edited(Path(shutil.copy(tiny_file("plain"), tmp_path)), "output_norm.weight", 0.0)
+    options = ["--no-verify", "-o", tmp_path / "run"] if command == "analyze" else []
+    assert "= nan (> 1e-05: NOT healthy)" in invoke(command, "-m", path, *TOKENS, *options, code=3).stdout
 
 
 @pytest.mark.parametrize("case", ["plain", "q8_0", "q4_0_tied", "q4_k_mixed", "tokenizer"])

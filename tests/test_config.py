@@ -748,6 +748,27 @@ def test_axes_of_length_one_do_not_count_in_kimis_delta_rule(tiny_file: Callable
         assert altered(path, {}, shapes) == known
 
 
+@pytest.mark.parametrize("changes", [{"attention.head_count": 0}, {"attention.head_count": ABSENT}])
+def test_attention_without_heads_is_refused(changes: dict[str, Any], tiny_file: Callable[..., Path]) -> None:
+    with pytest.raises(ConfigError, match=r"qwen35\.attention: 0 heads cannot share 2 key/value heads evenly"):
+        altered(tiny_file("qwen35"), changes, {})
+
+
+def test_files_of_predictors_only_are_refused_by_name(tiny_file: Callable[..., Path]) -> None:
+    path = tiny_file("glm_dsa")
+    with open_gguf(path) as file:
+        shapes = {name: info.shape for name, info in file.tensors.items()}
+        kept = {name: shape for name, shape in shapes.items() if not name.startswith(("blk.0.", "blk.1.", "blk.2."))}
+        with pytest.raises(ConfigError, match="has only the blocks that predict later tokens; give the model's own fi"):
+            read_config(dict(file.metadata) | {"glm-dsa.block_count": 100}, kept)
+
+
+@pytest.mark.parametrize("count", [4, 5, 1000])
+def test_some_block_has_keys_of_its_own(count: int, tiny_file: Callable[..., Path]) -> None:
+    with pytest.raises(ConfigError, match="shared_kv_layers: there is no block before block 0 whose keys it can read"):
+        altered(tiny_file("gemma4"), {"attention.shared_kv_layers": count}, {})
+
+
 def test_an_indexer_limits_the_prompt(tiny_file: Callable[..., Path]) -> None:
     assert altered(tiny_file("deepseek32"), {"attention.indexer.top_k": 10}, {}).longest == 10
     assert altered(tiny_file("deepseek32"), {"attention.indexer.top_k": 1000}, {}).longest == 256

@@ -808,11 +808,20 @@ def test_an_architecture_that_llama_cpp_does_not_know(tmp_path, call):
     assert [file.name for file in tmp_path.iterdir()] == ["m.gguf"]
 
 
-@pytest.mark.parametrize(("case", "mixer"), [("nemotron_h", "mamba2"), ("lfm2", "convolution")])
-def test_hybrids_without_attention_are_refused(case, mixer, tiny_file):
-    """llama.cpp aborts on them; a model of one kind of block throughout is no hybrid."""
-    model = open_model(tiny_file(case, mixers=(mixer,), layers=2))
-    with pytest.raises(ParityError, match=f"cannot run a {case} model in which no block has attention; skip the check"):
+@pytest.mark.parametrize(
+    ("case", "mixers", "lacking"),
+    [
+        ("nemotron_h", ["mamba2"], "attention"),
+        ("lfm2", ["convolution"], "attention"),
+        ("lfm2", ["attention"], "a state"),
+        ("qwen35", ["gated attention"], "a state"),
+    ],
+)
+def test_hybrids_of_one_kind_of_block_are_refused(case, mixers, lacking, tiny_file):
+    """llama.cpp aborts on them; a model of one kind of block by its architecture is no hybrid."""
+    keys = {"extra": tiny.row(case)["extra"] | {"attention.recurrent_layers": [False] * 2}} if case == "qwen35" else {}
+    model = open_model(tiny_file(case, mixers=tuple(mixers), layers=2, **keys))
+    with pytest.raises(ParityError, match=f"a {case} model in which no block has {lacking}; skip the check"):
         verify(model, [1, 2, 3])
     with pytest.raises(ParityError, match=r"llama\.cpp itself ended"):
         run_llama_cpp(model.path, [1, 2, 3])

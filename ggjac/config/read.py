@@ -34,7 +34,7 @@ def read_config(metadata: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...
     """
     name = _architecture(metadata)
     keys = Keys(metadata, name)
-    stored, blocks = _block_counts(keys, ARCHITECTURES[name], len(shapes))
+    stored, blocks = _block_counts(keys, ARCHITECTURES[name], shapes)
     row = _decided(keys, ARCHITECTURES[name], blocks, shapes)
     if not metadata.get(f"{name}.attention.causal", True):
         raise ConfigError(f"{name}.attention.causal is False: attention to later tokens is not supported")
@@ -109,12 +109,14 @@ def _architecture(metadata: Mapping[str, Any]) -> str:
     return name
 
 
-def _block_counts(keys: Keys, row: Architecture, tensors: int) -> tuple[int, int]:
+def _block_counts(keys: Keys, row: Architecture, shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, int]:
     """Return the number of blocks in the file and the number used, which leaves out predictors of later tokens."""
     stored = keys.integer("block_count")
-    if stored > tensors:
-        raise ConfigError(f"{keys.prefix}.block_count is {stored}, but the file holds only {tensors} tensors")
     predictors = keys.count("nextn_predict_layers") if row.predictors else 0
+    if predictors and not any(name.startswith("blk.0.") for name in shapes):
+        raise ConfigError("the file has only the blocks that predict later tokens; give the model's own file")
+    if stored > len(shapes):
+        raise ConfigError(f"{keys.prefix}.block_count is {stored}, but the file holds only {len(shapes)} tensors")
     if predictors >= stored:
         raise ConfigError(f"{keys.prefix}.nextn_predict_layers is {predictors}, of {stored} blocks in all")
     return stored, stored - predictors
@@ -145,7 +147,7 @@ def _layers(
         attends = row.mixer in mixers
         source = None if i < first_reader else first_reader - (1 if windows[i] is None else 2)
         h, g = (heads[i], heads[i] if latent.size else kv_heads[i]) if attends else (0, 0)
-        if attends and (not g or h % g):
+        if attends and (not h or not g or h % g):
             raise ConfigError(f"{keys.prefix}.attention: {h} heads cannot share {g} key/value heads evenly")
         key_size, value_size = _head_sizes(keys, row, d // h, windows[i] is not None, latent) if attends else (0, 0)
         routed = _routed(row, i, units[i], experts, shapes)
@@ -187,9 +189,12 @@ def _check_sources(keys: Keys, layers: Sequence[Layer]) -> None:
     for i, layer in enumerate(layers):
         if layer.source is None:
             continue
-        read = layers[layer.source] if layer.source >= 0 else None
-        sizes = [(own.window, own.kv_heads, own.key_size, own.value_size) for own in (layer, read) if own]
-        if len(set(sizes)) > 1 or read is None:
+        if layer.source < 0:
+            raise ConfigError(
+                f"{keys.prefix}.attention.shared_kv_layers: there is no block before block {i} whose keys it can read"
+            )
+        sizes = [(own.window, own.kv_heads, own.key_size, own.value_size) for own in (layer, layers[layer.source])]
+        if len(set(sizes)) > 1:
             raise ConfigError(
                 f"{keys.prefix}.attention.shared_kv_layers: block {i} cannot read keys of block {layer.source}"
             )
