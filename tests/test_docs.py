@@ -61,7 +61,8 @@ def test_every_command_is_in_the_changelog() -> None:
 
 def test_the_install_commands_are_what_ci_runs() -> None:
     commands = re.findall(r"^    (pip install .*)$", README, re.MULTILINE)
-    assert commands == ["pip install -c constraints.txt .", 'pip install -c constraints.txt ".[test]" && pytest -n auto']
+    tests = 'pip install -c constraints.txt ".[test]" && pytest -n auto'
+    assert commands == ["pip install -c constraints.txt .", tests]
     run = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
     assert 'pip install --quiet --disable-pip-version-check -c constraints.txt ".[test]" && pytest -n auto' in run
 
