@@ -89,6 +89,7 @@ class Architecture:
             default); `"beside"` (every block has both mixers, added); or `""` for none.
         one_branch: a block with a feed-forward (`feed_forward_length` above 0) has no mixer.
         key_heads_tiled: of `h` value heads, head `i` uses key head `i % g` in place of `i // (h // g)`.
+        state_norm_optional: the outputs of a state space may lack their norm.
         sigmoid_gate: the gate on a recurrence's output is a sigmoid in place of a SiLU.
         low_rank_gates: decays and gates of Kimi's delta rule are projected in two steps.
         bounded_decay: the logarithms of decays have a lower bound, the file's `kda.gate_lower_bound`, and `ssm_a` is
@@ -197,6 +198,7 @@ class Architecture:
     recurrent_blocks: str = ""
     one_branch: bool = False
     key_heads_tiled: bool = False
+    state_norm_optional: bool = False
     sigmoid_gate: bool = False
     low_rank_gates: bool = False
     bounded_decay: bool = False
@@ -592,6 +594,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     ),
     "falcon-h1": Architecture(
         bare_names=("ffn_norm",),
+        state_norm_optional=True,
         rope_factors="",
         recurrent="state space",
         recurrent_scales=True,

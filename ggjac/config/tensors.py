@@ -154,7 +154,6 @@ _OPTIONAL = {
 # Other biases and factors are optional.
 _NEEDED = {"ssm_dt.bias", "ffn_gate_inp.scale"}
 # By kind of mixer: tensors that may be missing, and those that have further axes of length 1 in some files.
-_MIXER_OPTIONAL = {"state space": {"ssm_norm.weight"}}
 _LOOSE = {"kimi delta": {"ssm_a", *(f"ssm_conv1d_{part}.weight" for part in "qkv")}}
 _GATES = {"ffn_gate_exps", "ffn_gate_up_exps", "ffn_gate_shexp"}
 
@@ -250,10 +249,16 @@ def check_tensors(config: ModelConfig, shapes: Mapping[str, tuple[int, ...]]) ->
     if config.row.selection_bias == "required":
         needed.add("exp_probs_b.bias")
     mixers = {mixer for own in config.layers for mixer in own.mixers}
-    loose, missing = ({name for mixer in mixers for name in of.get(mixer, ())} for of in (_LOOSE, _MIXER_OPTIONAL))
+    loose = {name for mixer in mixers for name in _LOOSE.get(mixer, ())}
+    if "state space" in mixers:  # llama.cpp's graph adds it without asking whether there is one
+        needed.add("ssm_conv1d.bias")
+    if config.row.rope_factors == "full" and any(own.rope and own.rope.factored for own in config.layers):
+        needed.add("rope_freqs.weight")
     for prefix, table, sizes in _scopes(config):
         fused = {stem: parts for stem, parts in FUSED.items() if all(f"{part}.weight" in table for part in parts)}
-        optional = _OPTIONAL | missing | {f"{stem}.weight" for stem in fused}
+        optional = _OPTIONAL | {f"{stem}.weight" for stem in fused}
+        if config.row.state_norm_optional:
+            optional.add("ssm_norm.weight")
         for stem, parts in fused.items():
             if f"{prefix}{stem}.weight" in shapes:
                 optional |= {f"{part}.weight" for part in parts}
