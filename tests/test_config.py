@@ -620,7 +620,8 @@ def altered(path: Path, keys: dict[str, Any], shapes: dict[str, Any]) -> ModelCo
         prefix = file.metadata["general.architecture"]
         metadata = dict(file.metadata) | {f"{prefix}.{key}": value for key, value in keys.items()}
         found = {info.name: info.shape for info in file.tensors.values()}
-        found |= {name if name.startswith("output") else f"blk.0.{name}": shape for name, shape in shapes.items()}
+        outside = ("output", "rope_freqs")
+        found |= {name if name.startswith(outside) else f"blk.0.{name}": shape for name, shape in shapes.items()}
         return read_config(
             {name: value for name, value in metadata.items() if value is not ABSENT},
             {name: shape for name, shape in found.items() if shape is not ABSENT},
