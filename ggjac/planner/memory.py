@@ -80,7 +80,9 @@ def _sweep_parts(config: ModelConfig, work: Work, step: Sweeps) -> dict[str, int
     else:
         # A basis in float32 gives the sweep a copy of its vectors rounded to the dtype.
         rounded = bool(step.bases) and item < wide
-        floats = (alone_floats if region.sequential else sweep_floats)(config, n, up=step.up)
+        counted = alone_floats if region.sequential else sweep_floats
+        # A decomposition goes both ways.
+        floats = max(counted(config, n, up=up) for up in ({False, step.up} if step.bases else {step.up}))
         moving = (floats + (step.stream_copies + rounded) * n * config.d) * item
     bases = sum(b.maps * basis_floats(config, b.positions, b.width, b.sweeps) for b in step.bases) // region.rounds
     result = round(step.result_floats * work.n * config.d) * item

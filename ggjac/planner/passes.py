@@ -198,15 +198,19 @@ class _Block:
         return weight + self.vector(f"{stem}.bias", matrices if experts else 0)
 
     def vector(self, name: str, experts: int = 0) -> Pass:
-        """Return the reading of a vector or of a convolution's taps, or of `experts` rows of a stack of vectors."""
+        """Return the reading of a vector or of a convolution's taps, or of `experts` rows of a stack of vectors.
+
+        Of several vectors in one, each is read with the others.
+        """
         found = self.find(name)
         if found is None:
             return Pass()
         info, rows = found
         if experts:
             return Pass(experts * info.row_bytes, {info.type.name: experts * info.shape[-1]})
-        whole = info.rows if len(info.shape) > 1 else info.shape[-1]
-        return Pass(rows * info.nbytes // whole, {info.type.name: rows * info.elements // whole})
+        if len(info.shape) == 1:
+            return Pass(info.nbytes, {info.type.name: info.elements})
+        return Pass(rows * info.row_bytes, {info.type.name: rows * info.shape[-1]})
 
 
 def _networks(block: _Block, config: ModelConfig, positions: int) -> Iterator[tuple[str, int, int, int]]:
@@ -254,9 +258,12 @@ def _sweep(block: _Block, config: ModelConfig, mlp_path: MlpPath, region: Region
         parts.append(_mix(config, block, mixer, n, m))
         if region.tensors == "heads":  # once more for what it adds and for its bias, and once for the head's shares
             parts += [output.scaled(2), taps]
+            if block.index in config.writers:  # once more for later blocks
+                parts.append(block.linear(stems.values, n))
     for kind, experts, uses, _ in _networks(block, config, m):
         parts += [block.linear(stem, m, experts, uses) for stem in (_live(block, kind, mlp_path), f"ffn_down{kind}")]
     parts += [block.linear(stem, m) for stem in (*_LATENT_EXPERTS, *_INPUTS)]
+    parts.append(block.vector("layer_output_scale.weight"))
     # Each vector visits only the blocks of its own map's span: scale by the mean.
     return total(parts) if region.sequential else total(parts).scaled(len(ends) / len(spans))
 
@@ -363,8 +370,9 @@ def _small(block: _Block) -> Iterator["TensorInfo"]:
             small = len(info.shape) == 1 or stem.endswith("_norm") or shared
         else:  # constants of a recurrence have no suffix
             small = not stem or (suffix == "bias" and (stem == "ssm_dt" or shared))
-        if small:
-            yield info
+        if small:  # several vectors in one are read for each
+            parts = sum(part.stem == stem for part in block.slices.values())
+            yield from [info] * (parts if parts and len(info.shape) == 1 else 1)
 
 
 def _each_once(block: _Block, config: ModelConfig, n: int) -> Pass:

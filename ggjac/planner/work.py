@@ -28,7 +28,7 @@ Read it as follows; the classes below describe every field.
 - `bases`: the sweeps build Krylov bases, so the plan adds their memory and their orthogonalisation.
 - `region`: the blocks, tensors and positions that the sweeps visit; by default all that a Jacobian uses. Here it is one
   map, from block 0 to before the middle one.
-- `up=False`: vectors only travel from the output to the input (`rmatmat`), which takes less memory.
+- `up=False`: vectors only travel from the output to the input (`rmatmat`), which may take less memory.
 - `Lookup`: a pass over the vocabulary, here to decode `rank` vectors with the head, and one at each of the `n`
   positions of `rank` others to the nearest input embeddings.
 - `buffers`: bytes that stay allocated from step to step, by the name that the table of memory shows. Each name has an
@@ -121,7 +121,7 @@ class Sweeps:
     """`count` sweeps over the blocks, each with `vectors` stacked vectors; `what` labels them.
 
     Attributes:
-        up: some of them go up the layers (`matmat`), which takes more memory than going down.
+        up: some of them go up the layers (`matmat`), which may take more memory than going down.
         region: the part of the network they visit.
         result_floats: floats of working memory for each float of the complete result, for example for copies in
             float64.
