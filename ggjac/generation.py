@@ -35,7 +35,7 @@ class Continuation:
     def __init__(self, model: Model, capacity: int, *, mlp_path: MlpPath = "up", change: Change | None = None):
         if capacity > model.config.longest:
             raise PromptError(
-                f"the text would grow to {capacity} tokens, the model's context is {model.config.longest}; "
+                f"the text would grow to {capacity} tokens, this model takes at most {model.config.longest}; "
                 "ask for fewer tokens or shorten the prompt"
             )
         self.model, self.capacity, self.length = model, capacity, 0

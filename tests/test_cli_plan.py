@@ -311,7 +311,7 @@ def test_two_files_are_not_in_memory_together(tiny_file: TinyFile, monkeypatch: 
     ("options", "words"),
     [
         (["--layer", "3"], "--layer 3 is out of range; this model has layers 1 to 2"),
-        (["--max-tokens", "252"], "a text of 257 tokens cannot run; the model's context is 256"),
+        (["--max-tokens", "252"], "a text of 257 tokens cannot run; this model takes at most 256"),
         (["--concept", "a", "--concept-tokens", "1"], "both give a concept"),
     ],
 )

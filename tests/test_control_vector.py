@@ -12,11 +12,12 @@ import tiny
 import torch
 from helpers import FIRST, invoke
 
+from ggjac.architectures import ARCHITECTURES
 from ggjac.generation import Continuation
 from ggjac.gguf.hub import demo_path
 from ggjac.llamacpp.control_vector import ControlVectorError, save_control_vector
 from ggjac.model import open_model
-from ggjac.parity import ParityError, run_llama_cpp
+from ggjac.parity import ParityError, by_kind, run_llama_cpp
 from ggjac.runs import RunError
 
 TinyFile = Callable[..., Path]
@@ -61,21 +62,24 @@ def test_llamacpp_adds_it_to_the_stream_we_say(case: str, layer: int, tiny_file:
     known, blocks = oracle.load(path), layers - given.predictors
     push = direction().float().double()
     vector = save(tmp_path / "v.gguf", layer=layer, block_count=blocks)
-    plain = run_llama_cpp(path, ids, threads=1)
-    pushed = run_llama_cpp(path, ids, threads=1, control_vector=vector)
+    graph = ARCHITECTURES[known.architecture].graph
+    names = (*graph.stream, "result_norm")
+    plain = run_llama_cpp(path, ids, threads=1, names=names)
+    pushed = run_llama_cpp(path, ids, threads=1, names=names, control_vector=vector)
+    before, after = (by_kind(found.tensors, graph) for found in (plain, pushed))
 
     h = oracle.embed(known, ids)
     for i in range(blocks):
         h = oracle.block(known, i, h, context=256)[f"l_out-{i}"] + push * (i + 1 == layer)
     truth = oracle.norm(known, known.facts.final_norm, h, frozen=False)
     tolerance = 1e-3 if known.facts.activation == "gelu" else 1e-5
-    assert (pushed.tensors["result_norm"] - truth).norm() <= tolerance * truth.norm()
+    assert (after["result_norm"] - truth).norm() <= tolerance * truth.norm()
     for i in range(layer - 1):
-        assert torch.equal(pushed.tensors[f"l_out-{i}"], plain.tensors[f"l_out-{i}"])
+        assert torch.equal(after[f"l_out-{i}"], before[f"l_out-{i}"])
     assert (pushed.logits - plain.logits).norm() > 0.05 * plain.logits.norm()
 
     model = open_model(path)
-    text = Continuation(model, 256, change=lambda at, h: h + push.float() * (at == layer))
+    text = Continuation(model, min(256, model.config.longest), change=lambda at, h: h + push.float() * (at == layer))
     ours = model.head.logits(text.extend(ids))
     assert (ours - pushed.logits).norm() <= tolerance * ours.norm()
 

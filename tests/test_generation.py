@@ -133,7 +133,7 @@ def test_the_models_own_end_is_the_end() -> None:
 def test_what_does_not_fit_is_refused(tiny_file: TinyFile) -> None:
     model = open_model(tiny_file("gqa"))
     context = model.config.context_length
-    with pytest.raises(PromptError, match=f"grow to {context + 1} tokens, the model's context is {context}"):
+    with pytest.raises(PromptError, match=f"grow to {context + 1} tokens, this model takes at most {context}"):
         Continuation(model, context + 1)
     text = Continuation(model, 4)
     text.extend([1, 2, 3])

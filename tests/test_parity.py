@@ -567,8 +567,8 @@ def mistaken(monkeypatch, mistake, *layers: int) -> None:
     """Let our program compute some blocks with a mistake, in a trace and alone."""
     record = blocks.record_block
 
-    def record_block(w, frame, layer, x):
-        return record(*(mistake(w, frame) if layer in layers else (w, frame)), layer, x)
+    def record_block(w, frame, layer, x, source):
+        return record(*(mistake(w, frame) if layer in layers else (w, frame)), layer, x, source)
 
     monkeypatch.setattr(blocks, "record_block", record_block)
 
@@ -651,11 +651,11 @@ def test_a_large_position_hides_no_mistake(tiny_file, monkeypatch):
             tensor[0] *= 1e4
     record = blocks.record_block
 
-    def record_block(w, frame, layer, x):
-        attn, ffn, out = record(w, frame, layer, x)
+    def record_block(w, frame, layer, x, source):
+        attn, ffn, inputs, out = record(w, frame, layer, x, source)
         out = reference.tensors[f"l_out-{layer}"].clone()  # right, but for 0.1% of what the block adds at one position
         out[5] += 1e-3 * (out[5] - x[5]) if layer == 1 else 0.0
-        return blocks.RecordedBlock(attn, ffn, out)
+        return blocks.RecordedBlock(attn, ffn, inputs, out)
 
     monkeypatch.setattr(blocks, "record_block", record_block)
     local = parity.local_errors(model, ids, reference, tolerance=1e-5, exact=1e-5, n_ctx=256)

@@ -613,7 +613,7 @@ def _steer(builder: _Builder) -> Work:
     if layer > config.block_count:
         raise PlanError(f"--layer {layer} is out of range; this model has layers 1 to {config.block_count}")
     if capacity > config.longest:
-        raise PlanError(f"a text of {capacity} tokens cannot run; the model's context is {config.longest}")
+        raise PlanError(f"a text of {capacity} tokens cannot run; this model takes at most {config.longest}")
     concept = Region(spans=((0, layer),))
     # What every block keeps of the past; that of the block being extended exists twice.
     each = [sum(_past_bytes(config, own, kind, capacity, builder.item) for kind in own.mixers) for own in config.layers]
