@@ -89,11 +89,15 @@ class OrdinaryJacobian(LinearOperator):
     def _state(self, i: int) -> "State":
         """Return all that block `i` reads at the prompt."""
         config, state = self._frame.config, {STREAM: self._stream(i)}
-        if config.inputs:
-            state |= {INPUTS: self._start(self.network.outside)({STREAM: self._stream(0)})[INPUTS]}
+        state |= self._inputs
         for writer in config.writers & set(range(i)):
             state |= self._kept(writer)
         return state
+
+    @cached_property
+    def _inputs(self) -> "State":
+        """The blocks' own inputs at the prompt; nothing where they have none."""
+        return self._start(self.network.outside)({STREAM: self._stream(0)})
 
     def _kept(self, writer: int) -> "State":
         """Return the keys and values at the prompt of a block from which later ones read."""
