@@ -483,7 +483,7 @@ class Trace:
             head=model.head,
             embedding=model.embedding,
             outside=model.outside,
-            table=model.block_table(self.ids),
+            table=partial(model.block_table, self.ids),
         )
 
 

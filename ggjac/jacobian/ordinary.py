@@ -45,6 +45,7 @@ class OrdinaryJacobian(LinearOperator):
         self._frame = network.frame._replace(rotations=rotations)
         self._blocks = network.frame.config.block_count
         self._pasts: dict[int, State] = {}
+        self._table = network.table()
 
     def matmat(self, X: Float[Tensor, "k n d"], t: Homogeneous = None) -> Float[Tensor, "k d"]:
         """Return `J x` for stacked tangents; a derivative has no constant term, so `t` is ignored."""
@@ -109,7 +110,7 @@ class OrdinaryJacobian(LinearOperator):
 
     def _start(self, w: BlockWeights) -> "Function":
         """Return what blocks read of the input of block 0, as a function of it: the stream, and inputs of their own."""
-        config, table = self._frame.config, self.network.table
+        config, table = self._frame.config, self._table
 
         def start(state: State) -> State:
             if table is None:

@@ -62,7 +62,8 @@ class FrozenNetwork(NamedTuple):
         head: the LM head, which decodes outputs.
         embedding: `[v, d]`, the input embeddings, to which inputs are compared.
         outside: the tensors that belong to no block.
-        table: what blocks read of the tokens from a table of their own, or None; see `ggjac.blocks.block_inputs`.
+        table: reads what blocks have of the tokens in a table of their own, or returns None; see
+            `ggjac.blocks.block_inputs`.
     """
 
     weights: Callable[[int], BlockWeights]
@@ -76,7 +77,7 @@ class FrozenNetwork(NamedTuple):
     head: Head
     embedding: Weight
     outside: BlockWeights
-    table: Float[Tensor, "n Lw"] | None
+    table: Callable[[], Tensor | None]
 
 
 class SharedSweep:
