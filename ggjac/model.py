@@ -153,8 +153,8 @@ class Model:
         return self.tokenizer.encode(prompt)
 
     def word(self, id: int) -> str:
-        """Return a token's text on one line, with control characters made visible and harmless to a terminal."""
-        return visible(self.tokenizer.piece(id))
+        """Return a token's name on one line, never empty; control characters are visible and harmless to a terminal."""
+        return visible(self.tokenizer.name(id))
 
     def text(self, ids: Sequence[int]) -> str:
         """Return the text of several tokens; bytes that are not UTF-8 become U+FFFD."""
