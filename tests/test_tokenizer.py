@@ -194,15 +194,6 @@ def test_every_token_has_a_name(vocabulary):
     assert tokenizer.kind(len(tokens)) == "unused"
 
 
-def test_an_empty_string_is_named_as_in_llama_cpp(tmp_path):
-    for path, tokens, _ in (
-        write_spm(tmp_path / "s.gguf", with_bytes=True),
-        write_bpe(tmp_path / "b.gguf", gpt2_alphabet()),
-    ):
-        raw = RawVocabulary(tokens, "llama", reason="")
-        assert raw.name(len(tokens) - 1) == raw.piece(len(tokens) - 1) == b"[EMPTY_%d]" % (len(tokens) - 1)
-
-
 def test_ids_beyond_the_vocabulary_are_named(vocabulary):
     tokenizer = opened(vocabulary)
     assert tokenizer.decode([tokenizer.n_vocab, -7]) == f"[{tokenizer.n_vocab}][-7]"  # llama.cpp ends the process
