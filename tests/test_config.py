@@ -575,7 +575,7 @@ MIXTURES: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {
                           {}, "3 of 4 experts cannot be chosen"),
     "mixtures now and then": ("ernie4_5-moe", {"interleave_moe_layer_step": 2}, {}, "dense blocks between mixtures"),
     "predictors": ("glm4moe", {"nextn_predict_layers": 2}, {}, "nextn_predict_layers is 2, of 2 blocks in all"),
-    "a predictor elsewhere": ("dots1", {"nextn_predict_layers": 1, "block_count": 1}, HEAD_NORMS, "not part of a dots"),
+    "a predictor is no block": ("dots1", {"nextn_predict_layers": 1}, HEAD_NORMS, "block 1, one of the last"),
     "half a norm of heads": ("glm4moe", {}, {"blk.0.attn_q_norm.weight": (HD,)}, "blk.0.attn_k_norm.weight is missing"),
     "no window": ("exaone-moe", {}, HEAD_NORMS, "metadata key exaone-moe.attention.sliding_window is missing"),
 }  # fmt: skip
