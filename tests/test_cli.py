@@ -36,6 +36,8 @@ import ggjac.parity
 import ggjac.tokenizer
 from ggjac import runs
 from ggjac.cli import COMMANDS, main, progress
+from ggjac.cli.options import DEFAULT_PROMPT, STEER_CONCEPT, STEER_PROMPT
+from ggjac.model import DEMO_PROMPTS, open_model
 
 TinyFile = Callable[..., Path]
 
@@ -679,6 +681,37 @@ def test_without_llama_cpp(command: str, tiny_file: TinyFile, monkeypatch: pytes
     err = invoke(command, "-m", tiny_file("tokenizer"), "-p", "the", code=1).stderr
     assert "pip install llama-cpp-python" in err
     assert "--tokens" in err
+
+
+DEFAULTS = {"analyze": ["-k", 2, "-o", "run"], "predict": [], "svd": ["-k", 1], "steer": [], "verify": []}
+
+
+@pytest.mark.parametrize("command", DEFAULTS)
+def test_the_demo_needs_no_llama_cpp(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not installed by `pip install .`, or a library that does not load: the default prompts come with their ids."""
+    broken = tmp_path / "path" / "llama_cpp"
+    broken.mkdir(parents=True)
+    for name in ("__init__.py", "llama_cpp.py"):
+        (broken / name).write_text("raise ImportError('libllama.so: blocked')")
+    monkeypatch.syspath_prepend(broken.parent)
+    monkeypatch.delitem(sys.modules, "llama_cpp", raising=False)
+    result = invoke(command, *DEFAULTS[command], "-q", "-t", 1, code=1 if command == "verify" else 0)
+    if command == "verify":
+        assert "llama-cpp-python cannot be loaded (libllama.so: blocked)" in result.stderr
+        assert "--tokens" not in result.stderr
+    if command in ("analyze", "predict"):
+        assert "␣Golden     1206" in result.stdout
+
+
+@pytest.mark.parametrize("text", [DEFAULT_PROMPT, STEER_PROMPT, STEER_CONCEPT])
+def test_the_default_prompts_come_with_their_ids(text: str) -> None:
+    model = open_model()
+    assert list(DEMO_PROMPTS[text]) == model.tokenizer.encode(text)
+
+
+def test_a_default_prompt_is_known_for_the_demo_alone(tiny_file: TinyFile, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "llama_cpp", None)
+    assert "pip install llama-cpp-python" in invoke("predict", "-m", tiny_file("tokenizer"), code=1).stderr
 
 
 def test_analyze_records_that_it_did_not_compare(tiny_file: TinyFile, monkeypatch: pytest.MonkeyPatch) -> None:
