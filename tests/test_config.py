@@ -192,7 +192,14 @@ HUGE = 2**31 - 1
 # name -> (metadata changes, shape changes, message)
 REFUSALS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "another architecture": ({"general.architecture": "mamba"}, {}, "architecture 'mamba' is not supported; supp"),
-    "no architecture": ({"general.architecture": ABSENT}, {}, "architecture None is not supported; supported: llama"),
+    "no architecture": ({"general.architecture": ABSENT}, {}, "does not say what it is: general.architecture is missi"),
+    "a vision part": ({"general.type": "mmproj"}, {}, r"general.type is 'mmproj' \(the vision or audio part of a mo"),
+    "an adapter": ({"general.type": "adapter"}, {}, r"general.type is 'adapter' \(a LoRA adapter: merge it"),
+    "statistics": ({"general.type": "imatrix"}, {}, r"general.type is 'imatrix' \(statistics for quantization\), not"),
+    "another type": ({"general.type": ["x"]}, {}, r"general.type is \['x'\], not a language model"),
+    "an image generator": ({"general.architecture": "flux"}, {}, "'flux' is not supported: it is an image or video ge"),
+    "a control vector": ({"general.architecture": "controlvector"}, {}, "it is a control vector, and ggjac needs a la"),
+    "an encoder": ({"general.architecture": "bert"}, {}, "'bert' is not supported: it is a text encoder, and ggjac"),
     "an array for architecture": ({"general.architecture": ["llama"]}, {}, r"architecture \['llama'\] is not supp"),
     "terminal codes": ({"general.architecture": "\x1b[2J"}, {}, r"architecture '\\x1b\[2J' is not supported"),
     "a long name": ({"general.architecture": "x" * 10**6}, {}, r"architecture 'x+\.\.\. is not supported"),
@@ -526,6 +533,10 @@ def test_any_matrix_may_have_a_constant_factor(kind: str) -> None:
 SCALES: dict[str, tuple[dict[str, Any], str]] = {
     "of a stack": ({"blk.1.ffn_up_exps.scale": (1,)}, r"ffn_up_exps.scale has shape \[1\], .* calls for \[4\]"),
     "of the router": ({"blk.1.ffn_gate_inp.scale": (1,)}, "'blk.1.ffn_gate_inp.scale' is not part of a llama model"),
+    "experts one by one": (
+        {"blk.0.ffn_gate_exps.weight": ABSENT, "blk.0.ffn_gate.0.weight": (FE, D)},
+        r"blk.0.ffn_gate_exps.weight is missing: the experts are single tensors \(blk.0.ffn_gate.0.weight\), as be",
+    ),
     "beside the whole": (FUSED | {"blk.1.ffn_up_exps.scale": (E,)}, "'blk.1.ffn_up_exps.scale' is not part of a llama"),
     "of another block": ({"blk.1.ffn_up.scale": (1,)}, "'blk.1.ffn_up.scale' is not part of a llama model"),
     "fused, too narrow": (FUSED | {"blk.1.ffn_gate_up_exps.weight": (E, FE, D)},

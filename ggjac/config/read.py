@@ -11,6 +11,7 @@ from difflib import get_close_matches
 from typing import Any, NamedTuple
 
 from ggjac.architectures import ARCHITECTURES, Architecture
+from ggjac.config import others
 from ggjac.config.keys import ConfigError, Keys, shown
 from ggjac.config.model import Indexer, Latent, Layer, ModelConfig, Recurrence
 from ggjac.config.rotations import read_windows, rope_of, stretching
@@ -104,14 +105,22 @@ def _architecture(metadata: Mapping[str, Any]) -> str:
     """
     kind, name = metadata.get("general.type", "model"), metadata.get("general.architecture")
     if kind != "model":
-        raise ConfigError(f"general.type is {shown(kind)}, not a language model; give the model's own file")
+        known = f" ({others.TYPES[kind]})" if isinstance(kind, str) and kind in others.TYPES else ""
+        raise ConfigError(f"general.type is {shown(kind)}{known}, not a language model; give the model's own file")
+    if name is None:
+        raise ConfigError("the file does not say what it is: general.architecture is missing; take another file")
+    if isinstance(name, str) and name in others.ARCHITECTURES:
+        raise ConfigError(
+            f"architecture {shown(name)} is not supported: it is {others.ARCHITECTURES[name]}, and ggjac needs a "
+            "language model that predicts the next token"
+        )
     if not isinstance(name, str) or name not in ARCHITECTURES:
         # Similar names first.
         alike = get_close_matches(name[:64], ARCHITECTURES) if isinstance(name, str) else []
         some = list(dict.fromkeys([*alike, *ARCHITECTURES]))[:8]
         raise ConfigError(
             f"architecture {shown(name)} is not supported; supported: {', '.join(some)} and "
-            f"{len(ARCHITECTURES) - len(some)} more (docs/architectures.md)"
+            f"{len(ARCHITECTURES) - len(some)} more (`ggjac info --help` lists them)"
         )
     return name
 
