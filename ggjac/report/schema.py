@@ -143,7 +143,8 @@ PIECE = record({"text": text}, {"id": integer, "position": integer})  # of a pro
 ESTIMATE = record({"value": maybe(number)}, {"error": number, "frobenius": number})
 TRIPLET = {"singular_value": number, "residual": maybe(number)}  # the residual is relative to σ
 MODEL = record(
-    {"path": text}, dict.fromkeys(("asked", "name", "architecture", "fingerprint"), text) | {"bytes": integer}
+    {"path": text},
+    dict.fromkeys(("asked", "name", "architecture", "fingerprint", "warning"), text) | {"bytes": integer},
 )
 #: ‖J x + offset − y‖ ⁄ ‖y‖ and the limit up to which it is healthy.
 RECONSTRUCTION = record(
