@@ -7,7 +7,7 @@ import textwrap
 from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import Any
 
-from ggjac import runs
+from ggjac import display, runs
 
 PIPE_WIDTH = 120  # columns where stdout is not a terminal
 MIN_WIDTH = 60  # columns below which numbers would be cut; a narrower terminal wraps the lines itself
@@ -81,6 +81,11 @@ def line(text: str) -> None:
 def emit_json(content: Mapping[str, Any]) -> None:
     """Print JSON; NaN and infinity become null, which JSON has."""
     write(runs.json_text(runs.finite(content)))
+
+
+def words(tokens: Sequence[Mapping[str, Any]]) -> str:
+    """Return tokens of a result in a row."""
+    return " ".join(map(display.token, tokens))
 
 
 def bar(value: float, largest: float) -> str:
