@@ -164,7 +164,7 @@ def show_tokens(tokens: Sequence[Mapping[str, Any]], warning: str | None) -> Non
 def show_doubts(model: Mapping[str, Any], which: str = "") -> None:
     """Print the warning about a model's weights, if there is one; `model` is that of an envelope."""
     if model["warning"]:
-        line(f"Warning: {which}{visible(model['warning'].encode())}")
+        line(f"Warning: {which}{display.visible(model['warning'].encode())}")
         line("")
 
 
