@@ -34,6 +34,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "llamacpp": {"runs"},
     "exports": {"architectures", "gguf"},
     "tokenizer": {"llamacpp"},
+    "chat": {"tokenizer"},
     "report": {"drawing", "runs", "units"},
     # planning: sizes and rates
     "planner": {"config", "gguf", "linop", "sizes", "units", "weights"},
@@ -43,13 +44,14 @@ MAY_IMPORT: dict[str, set[str]] = {
     "blocks": {"config", "linop", "rope", "sizes"},
     "jacobian": {"blocks", "decode", "linop", "results", "runs", "sizes", "svd", "weights"},
     "model": {
-        *("blocks", "config", "decode", "gguf", "jacobian", "planner", "rope", "runs", "sizes", "tokenizer"),
+        *("blocks", "chat", "config", "decode", "gguf", "jacobian", "planner", "rope", "runs", "sizes", "tokenizer"),
         "weights",
     },
+    "prompts": {"model", "tokenizer"},
     "generation": {"blocks", "model", "sizes"},
     "parity": {"architectures", "blocks", "exports", "gguf", "llamacpp", "model", "results", "tokenizer"},
     "session": {
-        *("blocks", "jacobian", "model", "parity", "planner", "results", "runs", "sizes"),
+        *("blocks", "jacobian", "model", "parity", "planner", "prompts", "results", "runs", "sizes"),
         "tokenizer",
     },
     "analysis": {

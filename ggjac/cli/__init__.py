@@ -44,6 +44,21 @@ COMMANDS = {
 WITHOUT_PROMPT = ("info", "plan", "report", "bench")
 
 
+# What the library asks for, and the options that give it.
+OPTIONS = {
+    "give a text or token ids": "-p, -f or --tokens",
+    "give token ids": "--tokens 1,2,3",
+    "give a larger context": "--context N",
+}
+
+
+def in_options(message: str) -> str:
+    """Return a message of the library, its advice with the options of the command line."""
+    for words, option in OPTIONS.items():
+        message = message.replace(words, f"{words} ({option})", 1)
+    return message
+
+
 class Failure(click.ClickException):
     """An error message of one line, with the exit code of its kind."""
 
@@ -55,7 +70,7 @@ class Failure(click.ClickException):
         """Print the message to stderr on one line; quotations from files and paths are escaped."""
         from ggjac.tokenizer import visible
 
-        message = " ".join(self.format_message().split())
+        message = " ".join(in_options(self.format_message()).split())
         click.echo(f"Error: {visible(message.encode('utf-8', 'surrogateescape'))}", err=True)
 
 
