@@ -5,6 +5,7 @@ Commands are imported when they are called, and torch when it is needed, so that
 
 import io
 import os
+import re
 import signal
 import sys
 import threading
@@ -51,11 +52,16 @@ OPTIONS = {
     "give a text or token ids": "-p, -f or --tokens",
     "give token ids": "--tokens 1,2,3",
     "give a larger context": "--context N",
+    "a wider dtype": "--dtype",
+    "a smaller strength": "--strength",
+    "choose another layer": "--layer",
 }
+ARGUMENT = re.compile(r"(?<![\w.])(dtype|layer|position|rank)=(?=\S)")  # `rank=9`, as the library has it
 
 
 def in_options(message: str) -> str:
     """Return a message of the library, its advice with the options of the command line."""
+    message = ARGUMENT.sub(r"--\1 ", message)
     for words, option in OPTIONS.items():
         message = message.replace(words, f"{words} ({option})", 1)
     return message
