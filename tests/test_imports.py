@@ -47,7 +47,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "weights",
     },
     "generation": {"blocks", "model", "sizes"},
-    "parity": {"architectures", "blocks", "exports", "gguf", "llamacpp", "model", "results", "tokenizer"},
+    "parity": {"architectures", "blocks", "exports", "gguf", "llamacpp", "model", "planner", "results", "tokenizer"},
     "session": {
         *("blocks", "jacobian", "model", "parity", "planner", "results", "runs", "sizes"),
         "tokenizer",
