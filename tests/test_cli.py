@@ -454,6 +454,7 @@ FF = b"llama.feed_forward_length" + gguf_files.u32(4)
 BAD: dict[str, Bad] = {
     # the command line
     "no such command": Bad(["nonsense"], 2, "No such command 'nonsense'"),
+    "nearly a command": Bad(["attribut"], 2, "no such command: attribut; did you mean attribute?"),
     "no such option": Bad(["--nonsense"], 2, "No such option"),
     "no such option of a command": Bad([*RUN, "--nonsense"], 2, "ggjac predict --help"),
     "no such choice": Bad([*RUN, "--dtype", "int8"], 2, "float32"),

@@ -1,8 +1,11 @@
 """The container reader against the `gguf` package (writer and reader), and against files that are wrong on purpose."""
 
+import errno
+import hashlib
 import itertools
 import mmap
 import os
+import re
 import shutil
 import struct
 import subprocess
@@ -19,7 +22,7 @@ from gguf_files import ARRAY, BOOL, FLOAT32, INT32, STRING, UINT8, UINT16, UINT3
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ggjac.gguf import GGUFError, GGUFFile, LazyArray, TensorInfo, container, open_gguf, types
+from ggjac.gguf import ChangedError, GGUFError, GGUFFile, LazyArray, TensorInfo, container, open_gguf, types
 from ggjac.gguf.hub import demo_path
 
 ValueType = gguf.GGUFValueType
@@ -386,6 +389,90 @@ def test_fingerprint_samples_a_large_file(tmp_path: Path, monkeypatch: pytest.Mo
     assert len({known, first, middle, last}) == 4
 
 
+def test_sha256_is_that_of_the_whole_file(split: list[Path]) -> None:
+    done: list[int] = []
+    with open_gguf(split[0]) as file:
+        assert file.hashes is None
+        expected = [hashlib.sha256(path.read_bytes()).hexdigest() for path in split]
+        assert file.sha256(done.append) == file.hashes == expected
+        assert sum(done) == file.nbytes
+        assert file.sha256(done.append) == expected
+        assert sum(done) == file.nbytes, "computed once"
+
+
+def test_a_fingerprint_is_whole_if_no_byte_escapes_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(tmp_path / "a.gguf", lambda writer: writer.add_tensor("a", np.ones(2048, np.float32)))
+    raw, start = path.read_bytes(), open_gguf(path)._data_starts[0]
+    for block, whole in ((8192 // 65 + 1, True), (8192 // 65 - 1, False)):
+        monkeypatch.setattr(container, "FINGERPRINT_BLOCK_BYTES", block)
+        file = open_gguf(path)
+        known, seen = file.fingerprint(), set()
+        assert file.fingerprint_is_whole == whole
+        for position in range(start, len(raw), 17):
+            path.write_bytes(raw[:position] + bytes([raw[position] ^ 1]) + raw[position + 1 :])
+            seen.add(open_gguf(path).fingerprint() != known)
+        path.write_bytes(raw)
+        assert seen == ({True} if whole else {True, False})
+
+
+def test_a_file_that_another_program_changes_is_noticed(split: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    def touch(path: Path) -> None:
+        os.utime(path, ns=(1, 1))
+
+    def replace(path: Path) -> None:
+        shutil.copy2(path, path.with_name("new"))
+        path.with_name("new").replace(path)
+
+    def longer(path: Path) -> None:
+        with open(path, "ab") as file:
+            file.write(b"x")
+
+    for change, words in ((touch, "has written to it"), (replace, "has taken its place"), (longer, r"\d+ bytes, and")):
+        with open_gguf(split[0]) as file:
+            file.check_unchanged()
+            change(split[2])
+            with pytest.raises(ChangedError, match=rf"^{split[2]}: changed while in use \(.*{words}"):
+                file.check_unchanged()
+            if change is not replace:
+                with pytest.raises(ChangedError):
+                    file.sha256()
+    with open_gguf(split[0]) as file:
+        split[1].rename(split[1].with_name("moved"))
+        file.check_unchanged()
+        split[2].unlink()
+        file.check_unchanged()
+        monkeypatch.setattr(os, "stat", lambda path: (_ for _ in ()).throw(OSError(errno.EIO, "Input/output error")))
+        with pytest.raises(GGUFError, match=r"cannot be read any more \(Input/output error\); check the disk"):
+            file.check_unchanged()
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux can test pages before they are read")
+def test_a_page_that_cannot_be_read_is_an_error_and_no_bus_error(tmp_path: Path) -> None:
+    """In a process of its own, which reading the page would kill; its file is cut where the size was looked at."""
+    path = write(tmp_path / "a.gguf", lambda writer: writer.add_tensor("a", np.ones((64, 4096), np.float32)))
+    program = f"""
+import mmap, os
+from ggjac.gguf import container, open_gguf
+file = open_gguf({str(path)!r})
+class Late(mmap.mmap):
+    def size(self):
+        return 1 << 40
+with open({str(path)!r}, "rb") as opened:
+    file._buffers = [Late(opened.fileno(), 0, access=mmap.ACCESS_READ)]
+os.truncate({str(path)!r}, 4096)
+for read in (lambda: file.rows("a", 3, 5), file.sha256):
+    try:
+        read()
+    except container.GGUFError as error:
+        print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert [re.sub(r"\d+", "N", line.removeprefix(f"{path}: ")) for line in done.stdout.splitlines()] == [
+        "bytes N to N cannot be read (input/output error); check the disk or the network, or copy the file to a local "
+        "disk"
+    ] * 2
+
+
 # --- Split files ---
 
 
@@ -578,14 +665,14 @@ REFUSED: dict[str, tuple[bytes, tuple[str, ...]]] = {
         made.header(tensor_count=1) + made.u64(2**60) + bytes(64),
         ("the name of tensor 0 at byte 32 needs 1152921504606846976 bytes",),
     ),
-    "long tensor name": (made.file([], [Tensor("n" * 65)], EIGHT), ("65 bytes long; at most 64 are allowed",)),
+    "long tensor name": (made.file([], [Tensor("n" * 1025)], EIGHT), ("1025 bytes long; at most 1024 are allo",)),
     "tensor name not utf-8": (made.file([], [Tensor(b"a\xff")], EIGHT), ("the name of tensor 0 is not UTF-8",)),
     "tensor twice": (
         made.file([], [Tensor("a\n"), Tensor("a\n", offset=32)], EIGHT * 2),
         (r"tensor 'a\n' appears twice",),
     ),
-    "0 dimensions": (made.file([], [Tensor(sizes=())], EIGHT), ("tensor a has 0 dimensions; 1 to 4",)),
-    "5 dimensions": (made.file([], [Tensor(sizes=(1,) * 5)], EIGHT), ("tensor a has 5 dimensions",)),
+    "0 dimensions": (made.file([], [Tensor(sizes=())], EIGHT), ("tensor a has 0 dimensions; 1 to 8",)),
+    "9 dimensions": (made.file([], [Tensor(sizes=(1,) * 9)], EIGHT), ("tensor a has 9 dimensions",)),
     "2**32-1 dimensions": (made.file([], [Tensor(dimensions=2**32 - 1)], EIGHT), ("has 4294967295 dimensions",)),
     "size 0": (made.file([], [Tensor(sizes=(8, 0))], EIGHT), ("tensor a has the impossible shape [0, 8]",)),
     "size 2**60": (
@@ -603,9 +690,12 @@ REFUSED: dict[str, tuple[bytes, tuple[str, ...]]] = {
     "type 999": (made.file([], [Tensor("blk.0.x", type=999)], EIGHT), ("tensor blk.0.x has type id 999",)),
     "type removed": (
         made.file([], [Tensor(type=31)], EIGHT),
-        ("tensor a has type id 31 (Q4_0_4_4, which is no longer",),
+        ("tensor a has type id 31 (Q4_0_4_4, which llama.cpp no longer stores)", "quantize the model again"),
     ),
     "type for activations": (made.file([], [Tensor(type=15)], EIGHT), ("type id 15 (Q8_K",)),
+    "type of ik_llama.cpp": (made.file([], [Tensor(type=139)], EIGHT), ("type id 139 (IQ4_K of ik_llama.cpp)",)),
+    "its last type": (made.file([], [Tensor(type=399)], EIGHT), ("type id 399 (Q8_K_R8 of ik_llama.cpp)",)),
+    "type of bitnet.cpp": (made.file([], [Tensor(type=36)], EIGHT), ("36 (I2_S of bitnet.cpp, or IQ4_NL_4_4 of an",)),
     "partial block": (
         made.file([], [Tensor(sizes=(33,), type=2)], EIGHT),
         ("tensor a of shape [33]", "Q4_0 blocks of 32"),
@@ -630,6 +720,63 @@ def test_refused(tmp_path: Path, case: str) -> None:
     message = refusal(path)
     for part in expected:
         assert part in message
+
+
+def test_files_of_other_programs_can_be_looked_at(tmp_path: Path) -> None:
+    """Video models have tensors of five dimensions, and longer names than ggml allows."""
+    path = tmp_path / "video.gguf"
+    tensors = [Tensor("patch_embedding.weight", (2, 2, 1, 1, 2)), Tensor("n" * 70, offset=32)]
+    path.write_bytes(made.file([made.key("general.architecture", STRING, made.text("wan"))], tensors, EIGHT * 2))
+    with open_gguf(path) as file:
+        assert file.tensors["patch_embedding.weight"].shape == (2, 1, 1, 2, 2)
+        assert file.tensors["n" * 70].rows == 1
+
+
+PIECES = {
+    "m.Q6_K.gguf.part1of2": "cat m.Q6_K.gguf.part{1..2}of2 > m.Q6_K.gguf",
+    "m.Q6_K.gguf.part12of12": "cat m.Q6_K.gguf.part{1..12}of12 > m.Q6_K.gguf",
+    "m.gguf.part01of12": "cat m.gguf.part*of12 > m.gguf",
+    "m.gguf-split-a": "cat m.gguf-split-* > m.gguf",
+    "m.gguf.partaa": "cat m.gguf.part* > m.gguf",
+    "m.gguf.001": "cat m.gguf.* > m.gguf",
+    "m.gguf.part-2-of-3": "cat m.gguf.part-{1..3}-of-3 > m.gguf",
+    "$(touch x) m.gguf.partab": "cat '$(touch x) m.gguf.part'* > '$(touch x) m.gguf'",
+}
+
+
+@pytest.mark.parametrize("name", PIECES)
+def test_pieces_are_to_be_joined(name: str, matrix: Path, tmp_path: Path) -> None:
+    whole, path = matrix.read_bytes(), tmp_path / name
+    for piece in (whole[:-50], whole[:20], whole[-50:]):
+        path.write_bytes(piece)
+        assert refusal(path).endswith(PIECES[name])
+    path.write_bytes(whole)  # as a name of its own
+    open_gguf(path)
+
+
+@pytest.mark.parametrize("name", ["m.gguf", "m-00001-of-00002.gguf", "m.gguf.bak", "m.part1of2", "m.gguf.download"])
+def test_other_names_are_no_pieces(name: str, matrix: Path) -> None:
+    path = matrix.with_name(name)
+    path.write_bytes(matrix.read_bytes()[:-50])
+    assert "cut short" in refusal(path)
+    assert "cat " not in refusal(path)
+
+
+@pytest.mark.parametrize(
+    ("number", "advice"),
+    [
+        (errno.ENODEV, "this file system cannot map files into memory: copy the model to a local disk"),
+        (errno.EINVAL, "this file system cannot map files into memory: copy the model to a local disk"),
+        (errno.ENOMEM, "the address space is too small for the file: raise its limit (`ulimit -v`)"),
+        (errno.EIO, "check the disk"),
+    ],
+)
+def test_a_file_that_cannot_be_mapped(number: int, advice: str, matrix: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(container.mmap, "mmap", fail)
+    assert refusal(matrix).endswith(f"cannot be opened ({os.strerror(number)}); {advice}")
 
 
 def test_memory_follows_the_size_of_the_file_and_not_its_claims(tmp_path: Path) -> None:
