@@ -51,7 +51,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "prompts": {"model", "tokenizer"},
     "generation": {"blocks", "model", "sizes"},
-    "parity": {"architectures", "blocks", "display", "exports", "gguf", "llamacpp", "model", "results", "tokenizer"},
+    "parity": {
+        *("architectures", "blocks", "display", "exports", "gguf", "llamacpp", "model", "planner", "results"),
+        "tokenizer",
+    },
     "session": {
         *("blocks", "display", "gguf", "jacobian", "model", "parity", "planner", "prompts", "results", "runs", "sizes"),
         "tokenizer",
