@@ -16,7 +16,7 @@ _SUPPORTED = textwrap.fill(f"Supported architectures: {', '.join(ARCHITECTURES)}
 @click.command(epilog=f"\b\n{_SUPPORTED}")
 @model_file
 @click.option("--tensors", is_flag=True, help="List every tensor.")
-@click.option("--tokenizer", is_flag=True, help="Also show the tokenizer's keys.")
+@click.option("--tokenizer", is_flag=True, help="Also list the tokenizer's keys.")
 @output_format
 def info(model: Path | None, tensors: bool, tokenizer: bool, output_format: str) -> None:
     """Show what is in a GGUF file: metadata, tensor types and their sizes, and whether ggjac can run it.
@@ -24,20 +24,12 @@ def info(model: Path | None, tensors: bool, tokenizer: bool, output_format: str)
     \b
     ggjac info -m model.gguf
     """
-    from ggjac.config import ConfigError, read_config
     from ggjac.gguf import LazyArray, open_gguf, shown
     from ggjac.gguf.hub import demo_path
-    from ggjac.gguf.types import holds_weights
+    from ggjac.inventory import architecture, quantization, unsupported, vocabulary
 
     with open_gguf(model or demo_path()) as file:
-        reason = None
-        try:
-            read_config(file.metadata, {name: t.shape for name, t in file.tensors.items()})
-        except ConfigError as error:
-            reason = str(error)
-        for tensor in file.tensors.values():
-            if reason is None and not holds_weights(tensor.type):
-                reason = f"tensor {shown(tensor.name)}: type {tensor.type.name} is not supported"
+        reason = unsupported(file)
         kinds: dict[str, list[int]] = defaultdict(lambda: [0, 0, 0])
         for tensor in file.tensors.values():
             for i, amount in enumerate((1, tensor.elements, tensor.nbytes)):
@@ -53,6 +45,9 @@ def info(model: Path | None, tensors: bool, tokenizer: bool, output_format: str)
             "fingerprint": file.fingerprint(),
             "supported": reason is None,
             "unsupported_because": reason,
+            "architecture": architecture(file),
+            "quantization": quantization(file),
+            "tokenizer": vocabulary(file.metadata),
             "weights": weights,
             "types": {
                 name: {"tensors": count, "weights": elements, "bytes": nbytes}
@@ -77,6 +72,7 @@ def info(model: Path | None, tensors: bool, tokenizer: bool, output_format: str)
         return
     render.line(f"{shown(file.path)}: GGUF version {file.version}, {size(file.nbytes)}, {weights:,} weights")
     render.line(f"Supported: {'yes' if reason is None else f'no: {reason}'}")
+    render.line(f"Tokenizer: {_tokenizer(content['tokenizer'])}")
     render.line(f"Fingerprint: {content['fingerprint']}")
     render.line("")
     render.table(
@@ -100,6 +96,23 @@ def info(model: Path | None, tensors: bool, tokenizer: bool, output_format: str)
             for t in content["tensors"]
         ]
         render.table("Tensors", ["name", "type", "shape", "#size"], rows)
+
+
+def _tokenizer(found: dict[str, Any]) -> str:
+    """Return what a file says about its tokenizer, on one line."""
+    from ggjac.gguf import shown
+
+    if found["model"] in (None, "none"):
+        return "none; give token ids, as in --tokens 1,2,3"
+    answers = {True: "yes", False: "no", None: "not stated (llama.cpp decides by the kind)"}
+    added = []
+    for key in ("bos", "eos"):
+        token = found[key]
+        named = f" ({shown(token['text'])}, id {token['id']})" if token and found[f"adds_{key}"] is not False else ""
+        added.append(f"adds {key.upper()}: {answers[found[f'adds_{key}']]}{named}")
+    kind = shown(found["model"]) + (f", pre-tokenizer {shown(found['pre'])}" if found["pre"] is not None else "")
+    template = "yes" if found["chat_template"] else "no"
+    return f"{kind}; {found['tokens']:,} tokens; {'; '.join(added)}; chat template: {template}"
 
 
 def _brief(value: Any) -> str:
