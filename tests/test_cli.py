@@ -653,6 +653,7 @@ HOSTILE = [
     "a\rb",
     "\x07",
     "\u200b",
+    "\U0001f600",
 ]
 
 
@@ -693,6 +694,32 @@ def test_hostile_tokens(command: str, native: bool, hostile: Path, monkeypatch: 
         assert "\\x1b[31mred" in result.stdout or "\\u001b[31mred" in result.stdout
         if form == "json":
             json.loads(result.stdout)
+
+
+@pytest.mark.parametrize("charset", ["cp1252", "latin-1", "ascii"])
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_in_encodings_without_our_symbols(command: str, charset: str) -> None:
+    """As on Windows, where stdout is a file or a pipe."""
+    result = CliRunner(charset=charset).invoke(main, [command, "--help"], catch_exceptions=False)
+    assert result.exit_code == 0
+    assert f"ggjac {command}" in result.stdout
+
+
+@pytest.mark.parametrize("charset", ["cp1252", "latin-1", "ascii"])
+@pytest.mark.parametrize("command", [*commands.COMMANDS, "info", "plan"])
+def test_results_in_encodings_without_our_symbols(command: str, charset: str, hostile: Path) -> None:
+    """Tables are escaped, and JSON stays the JSON that it is in UTF-8."""
+    ids = ["--tokens", str(260 + HOSTILE.index("\U0001f600")), "-t", "1"]
+    more = ["--tokenizer"] if command == "info" else [*ids, *map(str, commands.with_file(command, hostile))]
+    form = ["--format", "json"]
+    for options in ([], form):
+        args = [command, "-m", str(hostile), *more, *options]
+        result = CliRunner(charset=charset).invoke(main, args, catch_exceptions=False)
+        assert result.exit_code in (0, 3), result.stderr
+        if options:
+            json.loads(result.stdout)
+    if command != "plan":
+        assert "\\ud83d\\ude00" in result.stdout
 
 
 def test_encodings_without_our_symbols(tiny_file: TinyFile) -> None:

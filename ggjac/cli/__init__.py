@@ -3,6 +3,7 @@
 Commands are imported when they are called, and torch when it is needed, so that `--help` and `info` answer at once.
 """
 
+import io
 import os
 import signal
 import sys
@@ -74,6 +75,13 @@ class Commands(click.Group):
 
     0 done; 1 failed; 2 usage; 3 a check fell outside its tolerance; 4 will not fit; 130 interrupted.
     """
+
+    def main(self, *args: Any, **options: Any) -> Any:
+        """Run the command line; characters that the encoding of a stream lacks are escaped, in help as in results."""
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):  # None where the shell has closed it
+                stream.reconfigure(errors="backslashreplace")
+        return super().main(*args, **options)
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """Return the commands in the order of the overview."""
