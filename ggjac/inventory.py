@@ -109,6 +109,46 @@ def vocabulary(metadata: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def contents(file: GGUFFile, *, tensors: bool = False) -> dict[str, Any]:
+    """Return what is in a file as plain data, the JSON of `ggjac info`; arrays of the metadata by type and length.
+
+    With `tensors` every tensor is listed.
+    """
+    kinds: dict[str, list[int]] = defaultdict(lambda: [0, 0, 0])
+    for tensor in file.tensors.values():
+        for i, amount in enumerate((1, tensor.elements, tensor.nbytes)):
+            kinds[tensor.type.name][i] += amount
+    reason = unsupported(file)
+    content: dict[str, Any] = {
+        "schema_version": 1,
+        "path": str(file.path),
+        "files": len(file.paths),
+        "gguf_version": file.version,
+        "bytes": file.nbytes,
+        "fingerprint": file.fingerprint(),
+        "supported": reason is None,
+        "unsupported_because": reason,
+        "architecture": architecture(file),
+        "quantization": quantization(file),
+        "tokenizer": vocabulary(file.metadata),
+        "weights": sum(elements for _, elements, _ in kinds.values()),
+        "types": {
+            name: {"tensors": count, "weights": elements, "bytes": nbytes}
+            for name, (count, elements, nbytes) in sorted(kinds.items(), key=lambda item: -item[1][2])
+        },
+        "metadata": {
+            key: {"array_of": value.element_type, "length": len(value)} if isinstance(value, LazyArray) else value
+            for key, value in file.metadata.items()
+        },
+    }
+    if tensors:
+        content["tensors"] = [
+            {"name": t.name, "type": t.type.name, "shape": list(t.shape), "bytes": t.nbytes, "offset": t.offset}
+            for t in file.tensors.values()
+        ]
+    return content
+
+
 def _described(found: hub.Stored) -> LocalModel:
     path = None if found.path is None else str(found.path)
     if found.path is None or found.flaw:

@@ -1,7 +1,6 @@
 """`ggjac info`: what is in a GGUF file. Imports no torch."""
 
 import textwrap
-from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -24,53 +23,22 @@ def info(model: Path | None, tensors: bool, tokenizer: bool, output_format: str)
     \b
     ggjac info -m model.gguf
     """
-    from ggjac.gguf import LazyArray, open_gguf, shown
-    from ggjac.gguf.hub import demo_path
-    from ggjac.inventory import architecture, quantization, unsupported, vocabulary
-
-    with open_gguf(model or demo_path()) as file:
-        reason = unsupported(file)
-        kinds: dict[str, list[int]] = defaultdict(lambda: [0, 0, 0])
-        for tensor in file.tensors.values():
-            for i, amount in enumerate((1, tensor.elements, tensor.nbytes)):
-                kinds[tensor.type.name][i] += amount
-        shown_keys = {k: v for k, v in file.metadata.items() if tokenizer or not k.startswith("tokenizer.")}
-        weights = sum(amount[1] for amount in kinds.values())
-        content: dict[str, Any] = {
-            "schema_version": 1,
-            "path": str(file.path),
-            "files": len(file.paths),
-            "gguf_version": file.version,
-            "bytes": file.nbytes,
-            "fingerprint": file.fingerprint(),
-            "supported": reason is None,
-            "unsupported_because": reason,
-            "architecture": architecture(file),
-            "quantization": quantization(file),
-            "tokenizer": vocabulary(file.metadata),
-            "weights": weights,
-            "types": {
-                name: {"tensors": count, "weights": elements, "bytes": nbytes}
-                for name, (count, elements, nbytes) in sorted(kinds.items(), key=lambda item: -item[1][2])
-            },
-            "metadata": {
-                key: {"array_of": value.element_type, "length": len(value)} if isinstance(value, LazyArray) else value
-                for key, value in shown_keys.items()
-            },
-        }
-        if tensors:
-            content["tensors"] = [
-                {"name": t.name, "type": t.type.name, "shape": list(t.shape), "bytes": t.nbytes, "offset": t.offset}
-                for t in file.tensors.values()
-            ]
-
     from ggjac.cli import render
+    from ggjac.gguf import open_gguf, shown
+    from ggjac.gguf.hub import demo_path
+    from ggjac.inventory import contents
     from ggjac.units import size
 
+    with open_gguf(model or demo_path()) as file:
+        content = contents(file, tensors=tensors)
+        keys = {key: value for key, value in file.metadata.items() if tokenizer or not key.startswith("tokenizer.")}
+    content["metadata"] = {key: content["metadata"][key] for key in keys}
     if output_format == "json":
         render.emit_json(content)
         return
-    render.line(f"{shown(file.path)}: GGUF version {file.version}, {size(file.nbytes)}, {weights:,} weights")
+    summary = f"GGUF version {file.version}, {size(file.nbytes)}, {content['weights']:,} weights"
+    render.line(f"{shown(file.path)}: {summary}")
+    reason = content["unsupported_because"]
     render.line(f"Supported: {'yes' if reason is None else f'no: {reason}'}")
     render.line(f"Tokenizer: {_tokenizer(content['tokenizer'])}")
     render.line(f"Fingerprint: {content['fingerprint']}")
@@ -89,7 +57,7 @@ def info(model: Path | None, tensors: bool, tokenizer: bool, output_format: str)
             for k, t in content["types"].items()
         ],
     )
-    render.table("Metadata", ["key", "value"], [(shown(key), _brief(value)) for key, value in shown_keys.items()])
+    render.table("Metadata", ["key", "value"], [(shown(key), _brief(value)) for key, value in keys.items()])
     if tensors:
         rows = [
             (shown(t["name"]), t["type"], " x ".join(map(str, t["shape"])), size(t["bytes"]))
