@@ -2,11 +2,11 @@
 
     python tools/reliability/damaged_files.py [--count 200000] [--seed 0] [--workers 2] [--keep FOLDER]
     python tools/reliability/damaged_files.py --seed 0 --only 123456    # one file again, with its traceback
-    python tools/reliability/damaged_files.py --guided [--count 200000]  # by coverage; needs atheris (pip install atheris)
+    python tools/reliability/damaged_files.py --guided [--count 200000]  # by coverage; `pip install atheris` before
 
-A file of `tests/tiny.py`, of any architecture, gets one to four changes (`mutations.py`); one in twenty is split in two.
-It is opened, its metadata and all its strings are read, `ggjac info` is made, its configuration is read, the model is
-opened and its vocabulary is decoded; of those that open, some are run: a trace of two tokens and a prediction.
+A file of `tests/tiny.py`, of any architecture, gets one to four changes (`mutations.py`); one in twenty is split in
+two. It is opened, its metadata are read, `ggjac info` is made, its configuration is read, the model is opened and its
+vocabulary is decoded; of those that open, some are run: a trace of two tokens and a prediction.
 
 What must hold: nothing but an error of a known class, on one line that a terminal can print; at most 10 seconds and
 1 GiB for a file; no file written anywhere. Anything else is printed with its seed, and the files are kept. Each worker
@@ -81,17 +81,14 @@ def examine(path: Path, *, run: bool) -> str:
         for value in file.metadata.values():
             read_value(value)
         runs.json_text(runs.finite(inventory.contents(file, tensors=True)))
-        metadata = file.metadata
     try:
         model = open_model(path, device="cpu", threads=1)
     except known as error:
         return refused("configure", error)
-    tokens, types = (metadata.get(f"tokenizer.ggml.{key}") for key in ("tokens", "token_type"))
     stated = model.tokenizer
     raw = stated if isinstance(stated, RawVocabulary) else stated._raw  # type: ignore[attr-defined]
     for id in (*range(min(raw.n_vocab, 300)), raw.n_vocab, raw.n_vocab + 5, model.config.vocabulary):
         read_token(raw, id)
-    del tokens, types
     return run_model(model) if run else "opened"
 
 
@@ -199,6 +196,7 @@ def work(number: int, first: int, options: argparse.Namespace, beat: Any, result
     os.environ["HOME"] = os.environ["TMPDIR"] = str(home)
     tempfile.tempdir = str(home)
     sys.stdout = sys.stderr = open(own / "output", "w")  # noqa: SIM115
+    faulthandler.enable(sys.stderr)
     size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (size + MEMORY, size + MEMORY))
     seen: Counter[str] = Counter()
@@ -294,7 +292,7 @@ def campaign(options: argparse.Namespace) -> int:
             told = now
             done = sum(n for name, n in seen.items() if not name.startswith("change "))
             print(f"{done} files, {done / (now - start):.0f} a second, {len(found)} kinds of finding", flush=True)
-    return report(seen, found, time.monotonic() - start)
+    return report(seen, found, sum(beat[options.workers :]), time.monotonic() - start)
 
 
 def output(options: argparse.Namespace, number: int) -> str:
@@ -316,10 +314,9 @@ def note(finding: Finding, found: dict[str, list[Finding]], options: argparse.Na
     print(f"FOUND {finding.place}; --seed {options.seed} --only {finding.index}; kept in {folder}", flush=True)
 
 
-def report(seen: Counter[str], found: dict[str, list[Finding]], seconds: float) -> int:
-    """Print the figures; return the exit code."""
+def report(seen: Counter[str], found: dict[str, list[Finding]], files: int, seconds: float) -> int:
+    """Print the figures; return the exit code. What a worker had counted when it was killed is not among them."""
     outcomes = {name: n for name, n in seen.items() if not name.startswith("change ")}
-    files = sum(outcomes.values())
     print(f"\n{files} files in {seconds:.0f} s, {files / seconds:.0f} a second")
     for name, n in sorted(outcomes.items(), key=lambda item: -item[1]):
         print(f"  {n:8}  {name}")
@@ -347,41 +344,46 @@ def once(options: argparse.Namespace) -> int:
 
 
 def guided(options: argparse.Namespace) -> int:
-    """Let libFuzzer, through atheris, keep the changes that reach new code; in one process."""
+    """Let libFuzzer, through atheris, keep the changes that reach new code, in a process that it ends itself."""
+    Path(options.keep).mkdir(parents=True, exist_ok=True)
+    process = multiprocessing.get_context("spawn").Process(target=fuzz, args=(options,))
+    process.start()
+    process.join()
+    return int(process.exitcode != 0 or any(Path(options.keep).iterdir()))
+
+
+def fuzz(options: argparse.Namespace) -> None:
+    """Change files and examine them until the count is reached; each kind of finding is kept once."""
     import atheris
 
     with atheris.instrument_imports(include=["ggjac.gguf", "ggjac.config", "ggjac.inventory", "ggjac.tokenizer"]):
         import ggjac.inventory
         import ggjac.tokenizer  # noqa: F401
-    path, found = Path(options.work, "m.gguf"), dict[str, list[Finding]]()
-    tries = iter(range(1 << 62))
+    path, found = Path(options.work, "m.gguf"), set[str]()
 
     def one_input(raw: bytes) -> None:
-        index = next(tries)
         path.write_bytes(raw)
         try:
             examine(path, run=False)
         except Exception as error:
-            where = place(error)
-            if where not in found:
-                found[where] = []
-                folder = Path(options.keep) / f"guided-{options.seed}-{index}"
-                folder.mkdir(parents=True, exist_ok=True)
-                (folder / "m.gguf").write_bytes(raw)
-                (folder / "traceback.txt").write_text("".join(traceback.format_exception(error)))
-                print(f"FOUND {where}; kept in {folder}", flush=True)
+            if (where := place(error)) in found:
+                return
+            found.add(where)
+            folder = Path(options.keep, f"guided-{options.seed}-{len(found)}")
+            folder.mkdir()
+            (folder / "m.gguf").write_bytes(raw)
+            (folder / "traceback.txt").write_text("".join(traceback.format_exception(error)))
+            print(f"FOUND {where}; kept in {folder}", flush=True)
 
     def change(raw: bytes, most: int, seed: int) -> bytes:
         return mutations.mutated(raw, Random(seed))[0][:most]
 
     limits = [f"-runs={options.count}", f"-seed={options.seed or 1}", f"-timeout={SECONDS}", "-rss_limit_mb=4096"]
-    places = [f"-artifact_prefix={options.keep}/", "-max_len=2000000", "-print_final_stats=1", "-verbosity=1"]
-    Path(options.keep).mkdir(parents=True, exist_ok=True)
+    places = [f"-artifact_prefix={options.keep}/", "-max_len=2000000", "-print_final_stats=1", "-verbosity=0"]
     corpus = Path(options.work, "corpus")
     corpus.mkdir()
     atheris.Setup([sys.argv[0], *limits, *places, str(corpus), str(options.bases)], one_input, custom_mutator=change)
     atheris.Fuzz()
-    return 0
 
 
 def main() -> int:

@@ -7,6 +7,7 @@ is no longer GGUF is damaged byte by byte. It shares nothing with the package un
 import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from random import Random
 
 SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  # bytes of a value, by its type
@@ -17,9 +18,38 @@ INTEGERS = (
     *(2**17, 2**24, 2**28, 2**31 - 2, 2**31 - 1, 2**31, 2**32 - 1, 2**32, 2**40, 2**53, 2**62, 2**63 - 1, 2**63),
     *(2**64 - 32, 2**64 - 1),
 )
-REALS = (0.0, -0.0, 1.0, -1.0, 0.5, 2.0, 1e-45, 1e-6, 1e4, 1e30, 3.4e38, 1e300, float("inf"), float("-inf"), float("nan"))
+REALS = (
+    0.0,
+    -0.0,
+    1.0,
+    -1.0,
+    0.5,
+    2.0,
+    1e-45,
+    1e-6,
+    1e4,
+    1e30,
+    3.4e38,
+    1e300,
+    float("inf"),
+    float("-inf"),
+    float("nan"),
+)
 TEXTS = (
-    *(b"", b" ", b"llama", b"none", b"gpt2", b"yarn", b"longrope", b"linear", b"x" * 300, b"\x1b[2J", b"\0", b"\xff\xfe"),
+    *(
+        b"",
+        b" ",
+        b"llama",
+        b"none",
+        b"gpt2",
+        b"yarn",
+        b"longrope",
+        b"linear",
+        b"x" * 300,
+        b"\x1b[2J",
+        b"\0",
+        b"\xff\xfe",
+    ),
     *(b"a\nb", b"<script>", "\u202e\u200b".encode(), b"../../x", b"%s%n", b"[red]", "\U0001f600".encode(), b"1" * 5000),
 )
 PARTS = (
@@ -30,7 +60,15 @@ PARTS = (
 )
 NAMES = (
     *("token_embd.weight", "output.weight", "output.bias", "output_norm.weight", "rope_freqs.weight"),
-    *("position_embd.weight", "per_layer_token_embd.weight", "rope_factors_long.weight", "blk.0.weight", "blk..x", "", "v.x"),
+    *(
+        "position_embd.weight",
+        "per_layer_token_embd.weight",
+        "rope_factors_long.weight",
+        "blk.0.weight",
+        "blk..x",
+        "",
+        "v.x",
+    ),
 )
 SUFFIXES = ("weight", "bias", "scale", "input_scale", "weight.scale")
 KEYS = (
@@ -81,7 +119,9 @@ class Parts:
     data: bytearray
     alignment: int = 32
     magic: bytes = b"GGUF"
-    counts: list[int | None] = field(default_factory=lambda: [None, None])  # of tensors and of keys, if not the true ones
+    counts: list[int | None] = field(
+        default_factory=lambda: [None, None]
+    )  # of tensors and of keys, if not the true ones
 
     def __bytes__(self) -> bytes:
         """Put the file together."""
@@ -358,11 +398,18 @@ def family(parts: Parts, random: Random) -> None:
 
 def vocabulary(parts: Parts, random: Random) -> None:
     """Give the file a vocabulary, with odd tokens and types that do not fit."""
-    tokens = [text(random.choice((*TEXTS, b"<0x41>", "\u2581the".encode(), b"<0xZZ>", b"[PAD1]"))) for _ in range(random.choice((0, 1, 5, 128)))]
+    tokens = [
+        text(random.choice((*TEXTS, b"<0x41>", "\u2581the".encode(), b"<0xZZ>", b"[PAD1]")))
+        for _ in range(random.choice((0, 1, 5, 128)))
+    ]
     types = [struct.pack("<i", random.choice((0, 1, 2, 3, 4, 5, 6, 7, -1, 2**31 - 1))) for _ in tokens]
     parts.keys = [key for key in parts.keys if not key.name.startswith(b"tokenizer.")]
     parts.keys += [
-        Key(b"tokenizer.ggml.model", STRING, text(random.choice((b"llama", b"gpt2", b"bert", b"t5", b"none", b"\x1b[2J")))),
+        Key(
+            b"tokenizer.ggml.model",
+            STRING,
+            text(random.choice((b"llama", b"gpt2", b"bert", b"t5", b"none", b"\x1b[2J"))),
+        ),
         Key(b"tokenizer.ggml.tokens", ARRAY, array(STRING, tokens)),
         Key(b"tokenizer.ggml.token_type", ARRAY, array(5, types[: random.choice((None, None, 1))])),
         Key(b"tokenizer.ggml.bos_token_id", 4, scalar(4, random)),
@@ -437,7 +484,9 @@ def tensor_more(parts: Parts, random: Random) -> None:
     """Add a tensor that some family has, small and at the end of the data."""
     known = f"blk.{random.choice((0, 1))}.{random.choice(PARTS)}.{random.choice(SUFFIXES)}"
     name = random.choice((known, known, random.choice(NAMES))).encode()
-    shape = random.choice(parts.tensors).sizes if parts.tensors and random.random() < 0.5 else (random.choice((1, 4, 64)),)
+    shape = (
+        random.choice(parts.tensors).sizes if parts.tensors and random.random() < 0.5 else (random.choice((1, 4, 64)),)
+    )
     parts.data += bytes(-len(parts.data) % parts.alignment)
     offset = len(parts.data)
     size = 4
@@ -493,8 +542,8 @@ CHANGES, WEIGHTS = list(OFTEN), list(OFTEN.values())
 
 def split(parts: Parts, shards: int) -> list[Parts]:
     """Return a whole file as one of several files, each with some of the tensors."""
-    starts = sorted(tensor.offset for tensor in parts.tensors) + [len(parts.data)]
-    ends = dict(zip(starts, starts[1:], strict=False))
+    starts = [*sorted(tensor.offset for tensor in parts.tensors), len(parts.data)]
+    ends = dict(pairwise(starts))
     made = []
     for number in range(shards):
         keys = [Key(b"split.no", 2, struct.pack("<H", number)), Key(b"split.count", 2, struct.pack("<H", shards))]
