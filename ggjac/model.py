@@ -18,6 +18,7 @@ from torch import Tensor
 from ggjac import blocks, decode, planner
 from ggjac.blocks import BlockTape, Frame, NormTape, Past
 from ggjac.config import ModelConfig, fused_parts, read_config
+from ggjac.display import visible
 from ggjac.gguf import GGUFFile, open_gguf
 from ggjac.gguf.hub import demo_path, resolve, title
 from ggjac.jacobian import DetachedJacobian, FrozenNetwork, Span
@@ -26,7 +27,7 @@ from ggjac.planner import Plan, machine
 from ggjac.rope import rotation
 from ggjac.runs.journal import Journal
 from ggjac.sizes import CHUNK_BYTES, ITEM_BYTES, MlpPath
-from ggjac.tokenizer import Tokenizer, TokenizerError, open_tokenizer, visible
+from ggjac.tokenizer import Tokenizer, TokenizerError, open_tokenizer
 from ggjac.weights import Block, Weight, WeightStore
 
 DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in ITEM_BYTES}
