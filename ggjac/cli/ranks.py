@@ -37,7 +37,7 @@ def ranks(
     """
     from ggjac.analysis.ranks import ranks as measure
     from ggjac.cli.render import emit_json, line
-    from ggjac.cli.session import open_options, settings, show_saved, show_tokens, usage_errors
+    from ggjac.cli.session import open_options, settings, show_doubts, show_saved, show_tokens, usage_errors
 
     prompts = what.prompts()
     if what.trace and len(prompts) > 1:
@@ -58,6 +58,7 @@ def ranks(
     else:
         if len(records) == 1:
             show_tokens(result.envelope["tokens"], result.envelope["warning"])
+        show_doubts(result.envelope["model"])
         show(result.data())
         if result.ready:
             line(f"{result.ready} of {len(records)} prompts were already in {output}")

@@ -207,7 +207,7 @@ def tokens(run: Run) -> dict[str, Any] | None:
     return {
         "rows": [t | {"read": i == read} for i, t in enumerate(c["tokens"])],
         "short": len(c["tokens"]) <= SHORT,
-        "warning": c["warning"],
+        "warnings": [c["warning"], *(model["warning"] for model in (c["model"], c["other_model"]) if model)],
     }
 
 
