@@ -14,7 +14,6 @@ from ggjac.analysis.per_token import per_token as per_token
 from ggjac.analysis.predict import predict as predict
 from ggjac.analysis.ranks import ranks as ranks
 from ggjac.analysis.ranks import token_ranks as token_ranks
-from ggjac.analysis.readability import readability as readability
 from ggjac.analysis.steer import steer as steer
 from ggjac.analysis.svd import spectrum as spectrum
 from ggjac.analysis.svd import stable_rank as stable_rank

@@ -26,7 +26,7 @@ COMMANDS = {
     "plan": "Show whether a command will fit in memory, and how long it will take.",
     "predict": "Show the most likely next tokens.",
     "verify": "Compare tokens, logits and every layer with llama.cpp.",
-    "svd": "Leading singular vectors, decoded to tokens, with a chance baseline.",
+    "svd": "Leading singular vectors, decoded to tokens.",
     "jacobian": "The dense detached Jacobian, and the contribution of each position.",
     "layers": "Singular vectors and stable rank of every layer, and the logit lens.",
     "ranks": "Stable rank of every token's own map, over many prompts.",

@@ -22,7 +22,7 @@ PLACES = {
 }
 # Options of commands that are fields of `ggjac.planner.work.Request` by the same name.
 _SAME = (
-    *("rank", "by", "count", "contrast", "per_token", "shuffles", "maps", "kinds", "transport"),
+    *("rank", "by", "count", "contrast", "per_token", "maps", "kinds", "transport"),
     *("method", "layer", "max_tokens", "control"),
 )
 
