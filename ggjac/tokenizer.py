@@ -27,6 +27,7 @@ MAX_TOKENS = 1 << 22
 
 # tokenizer.ggml.token_type (llama.h, enum llama_token_type).
 _NORMAL, _UNUSED, _BYTE = 1, 5, 6
+KINDS = {1: "normal", 2: "unknown", 3: "control", 4: "user_defined", 5: "unused", 6: "byte"}
 
 
 class TokenizerError(ValueError):
@@ -65,7 +66,15 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def piece(self, id: int) -> bytes:
-        """Return the bytes of a token; special tokens give their name, ids without a string `[id]`."""
+        """Return the bytes of a token as llama.cpp prints it: nothing for an unused one, `[id]` if it has no string."""
+
+    @abstractmethod
+    def name(self, id: int) -> bytes:
+        """Return what a reader needs to recognise a token, never empty: its piece, or the string of an unused one."""
+
+    @abstractmethod
+    def kind(self, id: int) -> str:
+        """Return what the vocabulary says of a token: one of `KINDS`. Ids without a string are unused."""
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of a prompt's ids, invalid UTF-8 replaced; ids beyond the vocabulary give `[id]`."""
@@ -148,19 +157,27 @@ class RawVocabulary(Tokenizer):
 
     def piece(self, id: int) -> bytes:
         """Return a token's bytes as `llama_token_to_piece` would, from the stored string."""
+        return b"" if self.kind(id) == "unused" and 0 <= id < len(self.tokens) else self.name(id)
+
+    def name(self, id: int) -> bytes:
+        """Return a token's bytes, from the stored string; an empty string is `[EMPTY_id]`, as in llama.cpp."""
         if not 0 <= id < len(self.tokens):
             return b"[%d]" % id
-        text = self.tokens[id]
+        text = self.tokens[id] or f"[EMPTY_{id}]"
         kind = None if self.types is None else self.types[id]
-        if kind == _UNUSED:
-            return b""
-        if kind not in (None, _NORMAL, _BYTE):  # special and user-defined tokens are stored as they read
+        if kind not in (None, _NORMAL, _UNUSED, _BYTE):  # special and user-defined tokens are stored as they read
             return text.encode("utf-8", errors="surrogateescape")
         if self.model == "gpt2":
             return _undo_gpt2(text)
         if kind != _NORMAL and (byte := _byte_token(text)) is not None:
             return bytes([byte])
         return text.replace("\u2581", " ").encode("utf-8", errors="surrogateescape")
+
+    def kind(self, id: int) -> str:
+        """Return the stored type's name; without types all tokens are normal."""
+        if not 0 <= id < len(self.tokens):
+            return "unused"
+        return "normal" if self.types is None else KINDS.get(self.types[id], "normal")
 
 
 class LlamaVocabulary(Tokenizer):
@@ -230,8 +247,16 @@ class LlamaVocabulary(Tokenizer):
         return b"".join(pieces).decode("utf-8", errors="replace")
 
     def piece(self, id: int) -> bytes:
-        """Return the bytes of a token; special tokens give their name, ids without a string `[id]`."""
+        """Return the bytes of a token; see `Tokenizer.piece`."""
         return self._raw.piece(id)
+
+    def name(self, id: int) -> bytes:
+        """Return what a reader needs to recognise a token; see `Tokenizer.name`."""
+        return self._raw.name(id)
+
+    def kind(self, id: int) -> str:
+        """Return what the vocabulary says of a token; see `Tokenizer.kind`."""
+        return self._raw.kind(id)
 
     def _readable(self) -> bool:
         try:

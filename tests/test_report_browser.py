@@ -4,6 +4,7 @@ Skipped where either is absent: `apt-get install chromium`, `pip install playwri
 browser of Playwright's own is used.
 """
 
+import io
 import math
 import shutil
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 import report_run
+from PIL import Image
 from report_run import HOSTILE, SCRIPTS, TOKENS, run_json
 
 from ggjac.report import write_report
@@ -142,12 +144,12 @@ def test_it_prints(reader: Reader, tmp_path: Path) -> None:
 
 def test_every_token_has_size_and_direction(reader: Reader) -> None:
     reader.evaluate("for (const panel of document.querySelectorAll('.panel')) panel.hidden = false")
-    sizes = """[...document.querySelectorAll('.token')].filter((e) => e.checkVisibility())
+    sizes = """[...document.querySelectorAll('bdi, .cells button')].filter((e) => e.checkVisibility())
       .map((e) => [e.firstChild.textContent, e.getBoundingClientRect().width])"""
     found = reader.evaluate(sizes)
     assert {text for text, _ in found} >= set(SCRIPTS)
     assert all(width > 3 for _, width in found)
-    directions = """(text) => [...document.querySelectorAll('.token')].filter((e) => e.textContent === text)
+    directions = """(text) => [...document.querySelectorAll('bdi, .cells button')].filter((e) => e.textContent === text)
       .map((e) => getComputedStyle(e).direction)"""
     for text, direction in (("جسر", "rtl"), ("גשר", "rtl"), ("桥", "ltr"), ("мост", "ltr")):
         assert set(reader.evaluate(directions, text)) == {direction}
@@ -158,14 +160,14 @@ def test_every_token_has_size_and_direction(reader: Reader) -> None:
 
 def test_hostile_tokens_do_nothing(reader: Reader) -> None:
     assert reader.evaluate("[document.images.length, document.scripts.length, document.forms.length]") == [0, 2, 0]
-    texts = reader.evaluate("[...document.querySelectorAll('.token')].map((e) => e.textContent)")
+    texts = reader.evaluate("[...document.querySelectorAll('bdi, .cells button')].map((e) => e.textContent)")
     assert set(HOSTILE) <= set(texts)
     # Pinned, they go through the script: into labels, a table and a live region.
     for id in range(TOKENS.index(HOSTILE[0]), len(TOKENS)):
         reader.evaluate("(id) => document.querySelector(`button[value='${id}']`).click()", str(id))
-    pins = reader.locator(".pins .token").all_text_contents()
+    pins = reader.locator(".pins bdi").all_text_contents()
     assert pins == [TOKENS[0], *HOSTILE]
-    assert reader.locator(".ranks tbody .token").all_text_contents() == pins
+    assert reader.locator("table.ranks thead bdi").all_text_contents() == pins
     assert reader.evaluate("[document.images.length, document.scripts.length]") == [0, 2]
 
 
@@ -201,12 +203,14 @@ def ranks(id: int) -> list[int]:
     return [depth["ranks"][column] for depth in found["depths"]]
 
 
-def row(reader: Reader, at: int) -> list[str]:
-    return reader.locator(".ranks tbody tr").nth(at).locator("th, td").all_text_contents()
+def column(reader: Reader, at: int) -> list[str]:
+    """Return the name and the ranks of a pinned token, as its column of the table has them."""
+    cells = "(all, at) => all.map((row) => row.cells[at + 1].textContent)"
+    return reader.locator("table.ranks").first.locator("tr").evaluate_all(cells, at)
 
 
 def test_the_predicted_token_is_pinned_at_first(reader: Reader) -> None:
-    assert row(reader, 0) == [TOKENS[0], *map(str, ranks(0))]
+    assert column(reader, 0) == [TOKENS[0], *map(str, ranks(0))]
     assert reader.locator(".pins li").count() == 1
     pressed = reader.locator("button[aria-pressed=true]")
     assert {int(value) for value in pressed.evaluate_all("(all) => all.map((e) => e.value)")} == {0}
@@ -217,7 +221,7 @@ def test_a_click_pins_a_token_and_shows_its_rank_by_depth(reader: Reader) -> Non
     id = int(button.get_attribute("value"))
     button = reader.locator(f".cells button[value='{id}']:visible").first
     button.click()
-    assert row(reader, 1) == [TOKENS[id], *map(str, ranks(id))]
+    assert column(reader, 1) == [TOKENS[id], *map(str, ranks(id))]
     assert button.get_attribute("aria-pressed") == "true"
     said = reader.locator("#said").text_content()
     assert said.startswith(f"{TOKENS[id]} pinned: rank {ranks(id)[0]} after 0, ")
@@ -232,7 +236,7 @@ def test_a_click_pins_a_token_and_shows_its_rank_by_depth(reader: Reader) -> Non
         assert y == pytest.approx(1000 * (math.log(rank) - top) / (bottom - top), abs=0.1)
 
     button.click()
-    assert reader.locator(".ranks tbody tr").count() == 1
+    assert reader.locator("table.ranks thead bdi").all_text_contents() == [TOKENS[0]]
     assert button.get_attribute("aria-pressed") == "false"
     assert reader.locator("#said").text_content() == f"{TOKENS[id]} unpinned"
 
@@ -250,6 +254,86 @@ def test_a_pin_in_hand_stands_out(reader: Reader) -> None:
     reader.locator(".pins button").first.focus()
     assert reader.locator(".chart.ranks .line").count() == 2
     assert reader.locator(".chart.ranks .line.faint").get_attribute("d") == last
+
+
+@pytest.fixture
+def deep(context: Any, tmp_path: Path) -> Iterator[Reader]:
+    """Return the page of a model of 80 blocks, with twelve tokens pinned."""
+    content, vectors = report_run.full(blocks=80)
+    page = context.new_page()
+    page.set_viewport_size({"width": 1280, "height": 900})
+    reader = Reader(page, write_report(report_run.write(tmp_path / "run", content, vectors)))
+    for id in range(1, 12):
+        reader.evaluate("(id) => document.querySelector(`.cells button[value='${id}']`).click()", str(id))
+    yield reader
+    reader.check()
+    page.close()
+
+
+def test_ranks_of_a_deep_model_are_all_there_on_screen_and_on_paper(deep: Reader) -> None:
+    for media, width in (("screen", 1280), ("screen", 820), ("print", 680)):
+        deep.emulate_media(media=media)
+        deep.set_viewport_size({"width": width, "height": 900})
+        tables = deep.locator("table.ranks")
+        assert [table.locator("tbody tr").count() for table in tables.all()] == [81, 81]
+        assert deep.locator("table.ranks thead bdi").all_text_contents() == TOKENS[:12]
+        place = deep.locator("#pinned").bounding_box()
+        boxes = [table.bounding_box() for table in tables.all()]
+        assert all(box["x"] + box["width"] <= place["x"] + place["width"] + 1 for box in boxes), "cut at the right"
+        # No name breaks inside itself.
+        lines = "(all) => all.map((e) => e.getClientRects().length)"
+        assert set(deep.locator("table.ranks thead bdi").evaluate_all(lines)) == {1}
+
+
+def test_pinned_lines_differ_and_are_named(deep: Reader) -> None:
+    lines = deep.locator(".chart.ranks .line")
+    assert lines.count() == 12
+    dashes = lines.evaluate_all("(all) => all.map((e) => getComputedStyle(e).strokeDasharray)")
+    assert len(set(dashes)) == 6
+    keys = deep.locator(".pins .line").evaluate_all("(all) => all.map((e) => e.getAttribute('stroke-dasharray'))")
+    order = lines.evaluate_all("(all) => all.map((e) => e.getAttribute('stroke-dasharray'))")
+    assert sorted(keys) == sorted(order)
+    labels = deep.locator(".chart.ranks .end")
+    assert set(labels.all_text_contents()) == set(TOKENS[:12])
+    tops = sorted(box["y"] for box in (label.bounding_box() for label in labels.all()))
+    assert all(b - a >= 12 for a, b in pairwise(tops)), "names lie on one another"
+    chart = deep.locator(".chart.ranks").bounding_box()
+    assert min(tops) >= chart["y"] - 12
+    assert max(tops) <= chart["y"] + chart["height"]
+
+
+def test_a_box_that_scrolls_shows_where(context: Any, report: Path, tmp_path: Path) -> None:
+    page = context.new_page()
+    page.set_viewport_size({"width": 390, "height": 844})
+    reader = Reader(page, report)
+    box = reader.locator("#layers .panel .scroll:visible").first
+    box.scroll_into_view_if_needed()
+    assert box.evaluate("(e) => e.scrollWidth > e.clientWidth")
+
+    def edge() -> int:
+        """Return how light the right edge of the box is, mostly."""
+        image = Image.open(io.BytesIO(box.screenshot())).convert("L")
+        column = [image.getpixel((image.width - 2, y)) for y in range(image.height)]
+        return sorted(column)[len(column) // 2]
+
+    shaded = edge()
+    box.evaluate("(e) => { e.scrollLeft = e.scrollWidth; }")
+    assert edge() > shaded + 20
+    reader.check()
+    page.close()
+
+
+def test_a_cell_shows_all_its_tokens_when_asked_and_on_paper(reader: Reader) -> None:
+    cell = reader.locator("#layers .panel:visible td").first
+    tokens = [token["token"] for token in run_json()["layers"]["taps"][0]["triplets"][0]["left"]]
+    shown = "(e) => [...e.querySelectorAll('button, bdi')].filter((t) => t.checkVisibility()).map((t) => t.textContent)"
+    assert cell.evaluate(shown) == tokens[:3]
+    reader.locator("#layers .panel:visible .more input").check()
+    assert cell.evaluate(shown) == tokens
+    assert len(tokens) == 6
+    reader.locator("#layers .panel:visible .more input").uncheck()
+    reader.emulate_media(media="print")
+    assert cell.evaluate(shown) == tokens
 
 
 @pytest.mark.parametrize("section", ["svd", "layers-stable-rank"])
@@ -371,10 +455,10 @@ def test_keys_reach_everything_in_few_steps(reader: Reader) -> None:
         "svd",
         "layers",
         "layers-stable-rank",
-        "contrast",
         "tokens",
         "BODY",
     } <= set(seen)
+    assert "contrast" not in seen, "its table fits: nothing to scroll"
     assert seen.count("attribute") == 2, "the row of tokens is one step, its table another"
 
 

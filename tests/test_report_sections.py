@@ -656,7 +656,7 @@ def test_many_prompts_on_the_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     found = Page(Path("ranks.html").read_text(encoding="utf-8"))
     assert found.find("h1") == ["2 prompts"]
     assert "2 prompts, all converged." in found.text
-    assert "␣opposite" in found.find("span", **{"class": "token"})
+    assert "␣opposite" in found.find("bdi")
 
 
 def test_what_steer_saves_has_a_page(tiny_file: TinyFile, tmp_path: Path) -> None:

@@ -75,15 +75,15 @@ def gpt2_alphabet() -> list[str]:
 def write_spm(path: Path, *, with_bytes: bool) -> tuple[Path, list[str], list[int]]:
     tokens = ["<unk>", "<s>", "</s>", *([f"<0x{b:02X}>" for b in range(256)] if with_bytes else [])]
     types = [2, 3, 3, *[6] * (len(tokens) - 3)]
-    tokens += ["▁", "a", "b", "▁a", "ab", "<|user|>", "unused"]
-    types += [1, 1, 1, 1, 1, 4, 5]
-    scores = [0.0] * (len(tokens) - 4) + [-1.0, -2.0, 0.0, 0.0]
+    tokens += ["▁", "a", "b", "▁a", "ab", "<|user|>", "unused", ""]
+    types += [1, 1, 1, 1, 1, 4, 5, 1]
+    scores = [0.0] * (len(tokens) - 5) + [-1.0, -2.0, 0.0, 0.0, 0.0]
     return write_vocabulary(path, "llama", tokens, types, token_scores=scores), tokens, types
 
 
 def write_bpe(path: Path, alphabet: list[str], **more) -> tuple[Path, list[str], list[int]]:
-    tokens = [*alphabet, "he", "Ġhe", "<|end|>", "two words"]
-    types = [1] * (len(alphabet) + 2) + [3, 4]
+    tokens = [*alphabet, "he", "Ġhe", "<|end|>", "two words", "Ġunused", ""]
+    types = [1] * (len(alphabet) + 2) + [3, 4, 5, 1]
     end = len(alphabet) + 2
     write_vocabulary(
         path, "gpt2", tokens, types, token_merges=["h e", "Ġ he"], tokenizer_pre="gpt-2",
@@ -176,6 +176,22 @@ def test_pieces_known_by_hand(tmp_path):
     assert [tokenizer.piece(i) for i in (0, 1, 3 + 0xE2)] == [b"<unk>", b"<s>", b"\xe2"]
     assert tokenizer.piece(tokens.index("▁a")) == b" a"
     assert tokenizer.encode("a") == [1, tokens.index("▁a")]
+
+
+def test_every_token_has_a_name(vocabulary):
+    tokenizer, tokens = opened(vocabulary), vocabulary[1]
+    for id, (text, kind) in enumerate(zip(tokens, vocabulary[2], strict=True)):
+        assert tokenizer.name(id)
+        assert visible(tokenizer.name(id))
+        assert tokenizer.kind(id) == {1: "normal", 2: "unknown", 3: "control", 4: "user_defined", 5: "unused",
+                                      6: "byte"}[kind]  # fmt: skip
+        if kind == 5:
+            assert tokenizer.piece(id) == b""
+            assert tokenizer.name(id) == text.replace("Ġ", " ").encode()
+        else:
+            assert tokenizer.name(id) == tokenizer.piece(id)
+    assert tokenizer.name(len(tokens)) == b"[%d]" % len(tokens)
+    assert tokenizer.kind(len(tokens)) == "unused"
 
 
 def test_ids_beyond_the_vocabulary_are_named(vocabulary):

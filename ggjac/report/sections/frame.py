@@ -137,7 +137,7 @@ def certificate(run: Run) -> dict[str, Any]:
         "versions": sorted((c["versions"] or {}).items()),
         "seconds": [(name, duration(value)) for name, value in seconds.items()],
         "total": duration(sum(seconds.values())) if seconds else None,
-        "command": shlex.join(c["command"]) if c["command"] else None,
+        "command": [shlex.quote(word) for word in c["command"] or []],
     }
 
 

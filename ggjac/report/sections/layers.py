@@ -171,15 +171,27 @@ def _vector_grid(
         {
             "index": t["index"],
             "cells": [
-                {"sigma": power(v["singular_value"], 2), "tokens": _cell((v[key] or [])[:SHOWN], pinnable)}
+                {
+                    "sigma": power(v["singular_value"], 2),
+                    "tokens": _cell((v[key] or [])[:SHOWN], pinnable),
+                    "rest": [token["token"] for token in (v[key] or [])[SHOWN:]],
+                }
                 for v in t["triplets"]
             ]
-            + [{"sigma": "", "tokens": []}] * (width - len(t["triplets"])),
+            + [{"sigma": "", "tokens": [], "rest": []}] * (width - len(t["triplets"])),
         }
         for t in taps
     ]
     columns = [f"u{str(j).translate(_LOWERED)}" for j in range(1, width + 1)]
-    return {"group": capital(group), "name": capital(name), "columns": columns, "rows": rows, "caption": caption}
+    most = max(SHOWN + len(cell["rest"]) for row in rows for cell in row["cells"])
+    return {
+        "group": capital(group),
+        "name": capital(name),
+        "columns": columns,
+        "rows": rows,
+        "caption": caption,
+        "more": most if most > SHOWN else None,
+    }
 
 
 _LOWERED = str.maketrans("0123456789", "₀₁₂₃₄₅₆₇₈₉")
@@ -197,10 +209,11 @@ def _logit_lens(readout: list[dict[str, Any]], pinnable: set[int]) -> list[dict[
                 {
                     "sigma": "" if t["probability"] is None else percent(t["probability"], 0),
                     "tokens": _cell([t], pinnable),
+                    "rest": [],
                 }
                 for t in row["top"]
             ]
-            + [{"sigma": "", "tokens": []}] * (width - len(row["top"])),
+            + [{"sigma": "", "tokens": [], "rest": []}] * (width - len(row["top"])),
         }
         for row in sorted(readout, key=lambda row: row["index"])
     ]
@@ -211,6 +224,7 @@ def _logit_lens(readout: list[dict[str, Any]], pinnable: set[int]) -> list[dict[
             "columns": [str(rank + 1) for rank in range(width)],
             "rows": rows,
             "caption": "Logit lens: the most likely tokens of the residual stream, read through final norm and LM head",
+            "more": None,
         }
     ]
 

@@ -13,6 +13,15 @@ for (const group of all("[data-switch]")) {
   show();
 }
 
+// -- A box that scrolls takes the focus, so that the arrow keys move it; one that does not need to is no stop of the Tab key.
+const measured = new ResizeObserver((entries) => {
+  for (const { target } of entries) {
+    if (target.scrollWidth > target.clientWidth) target.tabIndex = 0;
+    else target.removeAttribute("tabindex");
+  }
+});
+for (const box of all(".scroll")) measured.observe(box);
+
 // -- Values of tokens: the small box above a token stays on the page.
 for (const tip of all(".tip")) {
   const fit = () => {
@@ -121,31 +130,49 @@ if (source && place) {
   const buttons = all("button[value]");
   const plot = place.querySelector(".plot");
   const chips = place.querySelector(".pins");
-  const body = place.querySelector("tbody");
+  const tables = place.querySelector(".tables");
   const said = document.getElementById("said");
+  const DASHES = ["none", "7 3", "2 3", "9 3 2 3", "4 2", "12 4"];
+  const ACROSS = 8; // tokens of one table: as many as a page is wide
   let pinned = [];
   let marked = null;
 
   const ranks = (id) => data.ranks.map((row) => row[columns.get(id)]);
   const height = (rank) => 1000 * Math.min(1, Math.max(0, (Math.log(rank) - data.span[0]) / (data.span[1] - data.span[0])));
 
-  // The marked token comes last, and so lies on top.
+  function path(kind, text, dash) {
+    const made = svg("path", { class: kind, d: text });
+    if (dash) made.setAttribute("stroke-dasharray", dash);
+    return made;
+  }
+
+  const dash = (id) => DASHES[pinned.indexOf(id) % DASHES.length];
+  const brief = (name) => (name.length > 14 ? `${name.slice(0, 13)}…` : name);
+
+  // The marked token comes last, and so lies on top. Every line has its name at its end, none on another's.
   function draw() {
     plot.replaceChildren();
+    for (const label of all(".end", plot.parentElement)) label.remove();
     const order = pinned.filter((id) => id !== marked).concat(pinned.includes(marked) ? [marked] : []);
+    const ends = [];
     for (const id of order) {
       const points = ranks(id).flatMap((rank, i) => (rank > 0 ? [[1000 * data.x[i], height(rank)]] : []));
       const tone = id === marked ? "accent" : "faint";
-      const texts = { line: points.map(([x, y], i) => `${i ? "L" : "M"}${x} ${y.toFixed(1)}`), dots: points.map(([x, y]) => `M${x} ${y.toFixed(1)}h0`) };
-      for (const [kind, text] of Object.entries(texts)) {
-        const path = document.createElementNS("http://www.w3.org/2000/svg", "path");
-        path.setAttribute("class", `${kind} ${tone}`);
-        path.setAttribute("d", text.join(""));
-        plot.append(path);
-      }
+      plot.append(path(`line ${tone}`, points.map(([x, y], i) => `${i ? "L" : "M"}${x} ${y.toFixed(1)}`).join(""), dash(id)));
+      plot.append(path(`dots ${tone}`, points.map(([x, y]) => `M${x} ${y.toFixed(1)}h0`).join("")));
+      if (points.length) ends.push({ id, tone, y: points[points.length - 1][1] });
+    }
+    const apart = Math.min(62, 1000 / Math.max(1, ends.length - 1));
+    ends.sort((a, b) => a.y - b.y);
+    ends.forEach((end, i) => { if (i) end.y = Math.max(end.y, ends[i - 1].y + apart); });
+    ends.reverse().forEach((end, i) => { end.y = Math.min(end.y, i ? ends[i - 1].y - apart : 1000); });
+    for (const { id, tone, y } of ends) {
+      const label = svg("text", { class: `end ${tone}`, x: "100%", y: `${(y / 10).toFixed(1)}%`, dx: 6, dy: ".32em" });
+      label.textContent = brief(names.get(id));
+      plot.after(label);
     }
     for (const chip of chips.children) chip.classList.toggle("marked", Number(chip.dataset.id) === marked);
-    for (const row of body.rows) row.classList.toggle("best", Number(row.dataset.id) === marked);
+    for (const cell of all("[data-id]", tables)) cell.classList.toggle("best", Number(cell.dataset.id) === marked);
   }
 
   function mark(id) {
@@ -160,11 +187,47 @@ if (source && place) {
     return made;
   }
 
+  function svg(name, attributes) {
+    const made = document.createElementNS("http://www.w3.org/2000/svg", name);
+    for (const [key, value] of Object.entries(attributes)) made.setAttribute(key, value);
+    return made;
+  }
+
+  function key(id) {
+    const made = svg("svg", { viewBox: "0 0 26 8", width: 26, height: 8, "aria-hidden": "true" });
+    made.append(path("line", "M0 4H26", dash(id)));
+    return made;
+  }
+
+  const word = (id) => element("bdi", names.get(id), names.get(id).length > 20 ? { class: "long" } : {});
+
+  // Depths go down, as in the grids, and tokens across: a deep model makes a long table, not a wide one.
+  function table(ids) {
+    const made = element("table", "", { class: "plain ranks" });
+    const line = made.createTHead().insertRow();
+    line.append(element("th", "Depth", { scope: "col", class: "n" }));
+    for (const id of ids) {
+      const head = element("th", "", { scope: "col", class: "n", "data-id": id });
+      head.append(word(id));
+      line.append(head);
+    }
+    const body = made.createTBody();
+    data.depths.forEach((depth, i) => {
+      const row = body.insertRow();
+      row.append(element("th", depth, { scope: "row", class: "n" }));
+      for (const id of ids) {
+        const rank = data.ranks[i][columns.get(id)];
+        row.append(element("td", rank > 0 ? rank.toLocaleString("en") : "–", { class: "n", "data-id": id }));
+      }
+    });
+    return made;
+  }
+
   function fill() {
     chips.replaceChildren(...pinned.map((id) => {
       const item = element("li", "", { "data-id": id });
       const button = element("button", "", { type: "button", "aria-label": `Unpin ${names.get(id)}` });
-      button.append(element("span", names.get(id), { class: "token", dir: "auto" }), element("span", "×", { "aria-hidden": "true" }));
+      button.append(key(id), word(id), element("span", "×", { "aria-hidden": "true" }));
       button.addEventListener("click", () => {
         const next = item.nextElementSibling || item.previousElementSibling;
         const following = next && Number(next.dataset.id);
@@ -176,13 +239,8 @@ if (source && place) {
       item.append(button);
       return item;
     }));
-    body.replaceChildren(...pinned.map((id) => {
-      const row = element("tr", "", { "data-id": id });
-      const head = element("th", "", { scope: "row" });
-      head.append(element("span", names.get(id), { class: "token", dir: "auto" }));
-      row.append(head, ...ranks(id).map((rank) => element("td", rank > 0 ? rank.toLocaleString("en") : "–", { class: "n" })));
-      return row;
-    }));
+    const groups = Array.from({ length: Math.ceil(pinned.length / ACROSS) }, (_, i) => pinned.slice(ACROSS * i, ACROSS * (i + 1)));
+    tables.replaceChildren(...groups.map(table));
     for (const button of buttons) button.setAttribute("aria-pressed", String(pinned.includes(Number(button.value))));
     place.hidden = !pinned.length;
   }
