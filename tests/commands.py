@@ -40,7 +40,7 @@ COMMANDS: dict[str, Command] = {
     "analyze": Command(
         {"predictions", "parity", "reconstruction", "svd", "stable_rank", "attribution", "branches", "run_folder"},
         [
-            *("Next token", "llama.cpp (as is): agrees", "Reconstruction", "Singular", "Stable rank", "Exact share"),
+            *("Next token", "llama.cpp (as is): agrees", "Reconstruction", "Singular", "Stable rank", "Share of every"),
             "Saved",
         ],
         {
@@ -124,7 +124,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "attribute": Command(
         {"reconstruction", "attribution"},
-        ["Exact share of every input token", "sum"],
+        ["Share of every input token", "sum"],
         {
             "": {"attribute": "= logit"},
             "--by layer": {"attribute-branches": "MLP, all blocks"},
@@ -138,6 +138,7 @@ COMMANDS: dict[str, Command] = {
             "": [],
             "early": ["--position", 2],
             "everywhere": ["--position", "all"],
+            "both rules": ["--mlp-path", "both"],
             "by layer": ["--by", "layer"],
             "by head": ["--by", "head", "--position", 4],
             "by layer everywhere": ["--by", "layer", "--position", "all"],

@@ -33,7 +33,7 @@ COMMANDS = {
     "layers": "Singular vectors and stable rank of every layer, and the logit lens.",
     "ranks": "Stable rank of every token's own map, over many prompts.",
     "norms": "Longest columns and rows of the dense detached Jacobian, decoded.",
-    "attribute": "Exact shares of input tokens in a logit; direct logit attribution to layers and heads.",
+    "attribute": "Shares of input tokens in a logit; direct logit attribution to layers and heads.",
     "compare": "Two files of one model: spectra, subspaces, shares, logits.",
     "contrast": "Reconstruction with and without freezing: detached and ordinary Jacobian.",
     "steer": "Steer one prompt with the linear map of another (activation steering).",
