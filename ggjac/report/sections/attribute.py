@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from ggjac.drawing.charts import Bars, Chart, Heat, Panel, Series, curves, from_to, known
+from ggjac.drawing.charts import PARTS, Bars, Chart, Heat, Panel, Series, curves, from_to, known
 from ggjac.report.numbers import fixed, percent, signed
 from ggjac.report.schema import (
     MAX_BLOCKS,
@@ -246,9 +246,8 @@ def branch_lines(run: Run) -> list[Chart]:
     given = _by_branch(run)
     if not given:
         return []
-    tones = {"attn": "ink", "mlp": "accent"}
     series = [
-        Series(name, known((block["block"], block[kind]) for block in given["blocks"]), tones[kind])
+        Series(name, known((block["block"], block[kind]) for block in given["blocks"]), PARTS[kind])
         for kind, name in _kinds(given).items()
     ]
     summary = "; ".join(from_to(s.name, s.points) for s in series) + "."

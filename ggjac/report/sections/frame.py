@@ -106,6 +106,7 @@ def header(run: Run) -> dict[str, Any]:
             ("Precision", " on ".join(filter(None, (c["dtype"], c["device"])))),
             ("Created", (c["created"] or "").partition("T")[0]),
         ),
+        "checks": _checks(c),
         "source": run.source,
     }
 
@@ -116,7 +117,6 @@ def header(run: Run) -> dict[str, Any]:
 def certificate(run: Run) -> dict[str, Any]:
     """Prepare the checks, and everything needed to repeat the run."""
     c = run.content
-    checks = [*_reconstructions(c), *filter(None, (_parity(c), _convergence(c)))]
     seed = next((c[key]["seed"] for key in ("svd", "compare", "steering") if c[key]), None)
     facts = _pairs(
         ("Precision", c["dtype"]),
@@ -132,13 +132,17 @@ def certificate(run: Run) -> dict[str, Any]:
     )
     seconds = c["seconds"] or {}
     return {
-        "checks": checks,
+        "checks": _checks(c),
         "facts": facts,
         "versions": sorted((c["versions"] or {}).items()),
         "seconds": [(name, duration(value)) for name, value in seconds.items()],
         "total": duration(sum(seconds.values())) if seconds else None,
         "command": [shlex.quote(word) for word in c["command"] or []],
     }
+
+
+def _checks(c: dict[str, Any]) -> list[dict[str, Any]]:
+    return [*_reconstructions(c), *filter(None, (_parity(c), _convergence(c)))]
 
 
 def _reconstructions(c: dict[str, Any]) -> list[dict[str, Any]]:
