@@ -172,7 +172,6 @@ class Architecture:
             `expert_shared_count` for the shared expert), `"shared count"` (likewise, but the shared expert has
             `expert_shared_feed_forward_length` times the count, if present) or `"shared"` (likewise, but that key
             counts alone).
-        predictors: the file's last `nextn_predict_layers` blocks predict tokens after the next one; they are left out.
         stream_scale: a block's output may be multiplied by a number (`layer_output_scale`).
         positions: learned position embeddings are added to the input.
         embedding_scale: `"sqrt"` (of d), `"key"` (the file's `embedding_scale`), or `""` for none.
@@ -258,7 +257,6 @@ class Architecture:
     uneven_experts: bool = False
     expert_latent: bool = False
     expert_widths: str = "tensors"
-    predictors: bool = False
     stream_scale: bool = False
     positions: bool = False
     embedding_scale: str = ""
@@ -305,7 +303,6 @@ _DELTA = replace(
     recurrent_blocks="interval",
     gated_queries=True,
     partial_rotary=True,
-    predictors=True,
     ffn_scales=True,
     graph=Graph(attention=("linear_attn_out", "attn_output")),  # the latter also names the recurrence's output
 )
@@ -346,7 +343,6 @@ _NEMOTRON_H = replace(
     expert_scale_key=True,
     uneven_experts=True,
     expert_latent=True,
-    predictors=True,
     graph=Graph(("mamba_out", "attn_out"), ("l_out",), ("nemotron_h_block_out",)),
 )
 _GEMMA4_NORMS = replace(
@@ -368,7 +364,6 @@ _DEEPSEEK2 = replace(
     expert_scale_key=True,
     leading_dense=True,
     expert_widths="count",
-    predictors=True,
     graph=Graph(attention=()),
 )
 
@@ -492,21 +487,19 @@ ARCHITECTURES: dict[str, Architecture] = {
         router="sigmoid",
         router_key=True,
         selection_bias="required",
-        predictors=True,
     ),
     "deepseek": replace(_DEEPSEEK, rope_pairs="adjacent", renormalize=False, renormalize_key=False),
     "dots1": _DOTS,
     "ernie4_5-moe": replace(_LLAMA, selection_bias="optional", leading_dense=True),
     "hunyuan-moe": Architecture(qk_norm="rotated"),
     "bailingmoe": replace(_DEEPSEEK, rope_pairs="adjacent", leading_dense=False),
-    "bailingmoe2": replace(_DOTS, partial_rotary=True, expert_widths="shared count", predictors=True),
+    "bailingmoe2": replace(_DOTS, partial_rotary=True, expert_widths="shared count"),
     "exaone-moe": replace(
         _DOTS,
         rope_layers="windowed",
         windowed="required",
         window_period=4,
         expert_widths="tensors",
-        predictors=True,
     ),
     "minimax-m2": Architecture(
         partial_rotary=True, qk_norm="full", router="", router_key=True, selection_bias="required"
@@ -577,7 +570,6 @@ ARCHITECTURES: dict[str, Architecture] = {
         rope_pairs="adjacent",
         hidden_clamps=True,
         expert_widths="shared",
-        predictors=True,
         graph=Graph(("kda_out", "mla_out"), ffn=()),
     ),
     "lfm2": replace(_LFM2, windowed="optional"),

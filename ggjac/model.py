@@ -17,6 +17,7 @@ from torch import Tensor
 from ggjac import blocks, decode, planner
 from ggjac.blocks import BlockTape, Frame, NormTape, Past
 from ggjac.config import ModelConfig, fused_parts, read_config
+from ggjac.display import visible
 from ggjac.gguf import GGUFFile, open_gguf
 from ggjac.gguf.hub import demo_path, resolve
 from ggjac.jacobian import DetachedJacobian, FrozenNetwork, Span
@@ -25,12 +26,20 @@ from ggjac.planner import Plan, machine
 from ggjac.rope import rotation
 from ggjac.runs.journal import Journal
 from ggjac.sizes import CHUNK_BYTES, ITEM_BYTES, MlpPath
-from ggjac.tokenizer import Tokenizer, open_tokenizer, visible
+from ggjac.tokenizer import Tokenizer, TokenizerError, open_tokenizer
 from ggjac.weights import Block, Weight, WeightStore
 
 DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in ITEM_BYTES}
 
 Observer = Callable[[str, Tensor], None]
+
+
+# Token ids of the prompts that commands have by default, so that the demo runs where llama.cpp cannot tokenize.
+DEMO_PROMPTS = {
+    "The bridge out of Marin is the": (0, 465, 637, 719, 462, 1884, 458, 460),
+    "The bridge out of Marin is the Golden": (0, 465, 637, 719, 462, 1884, 458, 460, 1206),
+    "My favorite thing is the": (0, 603, 525, 416, 309, 458, 460),
+}
 
 
 class PromptError(ValueError):
@@ -150,11 +159,16 @@ class Model:
         """
         if not prompt:
             raise PromptError("the prompt is empty; give a text with -p or token ids with --tokens")
-        return self.tokenizer.encode(prompt)
+        try:
+            return self.tokenizer.encode(prompt)
+        except TokenizerError:
+            if prompt in DEMO_PROMPTS and self.path == demo_path():
+                return list(DEMO_PROMPTS[prompt])
+            raise
 
     def word(self, id: int) -> str:
-        """Return a token's text on one line, with control characters made visible and harmless to a terminal."""
-        return visible(self.tokenizer.piece(id))
+        """Return a token's name on one line, never empty; control characters are visible and harmless to a terminal."""
+        return visible(self.tokenizer.name(id))
 
     def text(self, ids: Sequence[int]) -> str:
         """Return the text of several tokens; bytes that are not UTF-8 become U+FFFD."""

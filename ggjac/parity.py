@@ -37,9 +37,9 @@ from torch import Tensor
 from ggjac import blocks, exports, llamacpp
 from ggjac.architectures import Graph
 from ggjac.blocks import Past
+from ggjac.display import visible
 from ggjac.gguf import GGUFFile, open_gguf, shown
 from ggjac.results import NO_WORDS, Plotted, Points, Table, Words
-from ggjac.tokenizer import visible
 
 if TYPE_CHECKING:
     from ggjac.model import Model, Trace
@@ -233,7 +233,7 @@ def verify(
     """
     report = progress or (lambda _: None)
     if prompt is not None:
-        model.tokenizer.encode(prompt)  # refuses text that would crash llama.cpp
+        model.tokenize(prompt)  # refuses text that would crash llama.cpp
     types = {info.type.name for info in model.gguf.tensors.values()}
     row, given = model.config.row, tolerance
     if row.recurrent_blocks in ("no kv heads", "interval"):
@@ -241,8 +241,8 @@ def verify(
         lacking = {row.mixer: "attention", row.recurrent: "a state"}
         for words in (words for kind, words in lacking.items() if kind not in found):
             raise ParityError(
-                f"llama.cpp cannot run a {model.config.architecture} model in which no block has {words}; "
-                "skip the check with --no-verify"
+                f"llama.cpp cannot run a {model.config.architecture} model in which no block has {words}: "
+                "it cannot be compared"
             )
     if tolerance is None and (strict or types == {"F32"}):
         tolerance = max(_dtype_tolerance(model.dtype), GELU_TOLERANCE if row.activation == "gelu" else 0.0)
@@ -700,9 +700,7 @@ def for_llama_cpp(file: GGUFFile, folder: str | os.PathLike[str]) -> Path:
     copy = exports.different(file)
     if copy is None:
         return file.paths[0]
-    _check_room(
-        folder, file.nbytes, f"a copy of {_name(file.path)} for llama.cpp", "or skip the check with --no-verify"
-    )
+    _check_room(folder, file.nbytes, f"a copy of {_name(file.path)} for llama.cpp", "or do without the comparison")
     target = Path(folder) / "copy.gguf"
     try:
         exports.write(file, copy, target)
@@ -730,7 +728,7 @@ def _check_room(folder: str | os.PathLike[str], nbytes: int, task: str, otherwis
 def _llama_cpp(task: str) -> Iterator[llamacpp.Child]:
     """Start llama.cpp in a child process and turn its errors into `ParityError`."""
     if why := llamacpp.missing():
-        raise ParityError(f"parity needs llama.cpp: {why}, or skip the check with --no-verify")
+        raise ParityError(f"the comparison needs llama.cpp: {why}")
     try:
         with llamacpp.Child() as child:
             yield child
@@ -738,10 +736,7 @@ def _llama_cpp(task: str) -> Iterator[llamacpp.Child]:
         message = visible(str(error).encode("utf-8", errors="surrogateescape"))
         if isinstance(error, llamacpp.LlamaCppDied):
             likely = "too little memory" if error.will_not_fit else "a tensor's type or size that it does not support"
-            message = (
-                f"llama.cpp itself ended {task}, most likely because of {likely} ({message}); "
-                "skip the check with --no-verify"
-            )
+            message = f"llama.cpp itself ended {task}, most likely because of {likely} ({message})"
         raise (NoRoomError if error.will_not_fit else ParityError)(message) from None
 
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ggjac import __version__, parity, planner, runs
+from ggjac.display import visible
 from ggjac.jacobian import DetachedJacobian, Progress
 from ggjac.jacobian.reconstruction import Reconstruction, reconstruction
 from ggjac.jacobian.tapes import TapeError, Tapes
@@ -25,7 +26,7 @@ from ggjac.model import Model, Trace
 from ggjac.results import Words
 from ggjac.runs.journal import Journal, JournalError
 from ggjac.sizes import MlpPath
-from ggjac.tokenizer import bos_warning, visible
+from ggjac.tokenizer import bos_warning
 
 # Between checkpoints, at least.
 CHECKPOINT_SECONDS = 30.0
@@ -343,7 +344,7 @@ class Session:
 
     def tokens(self) -> list[dict[str, Any]]:
         """Return the prompt's tokens as plain data."""
-        return [{"position": i, "id": id, "text": self.words(id)} for i, id in enumerate(self.ids)]
+        return [self.words.here(i) for i in range(len(self.ids))]
 
     def envelope(self) -> dict[str, Any]:
         """Return what every result carries: where it came from and how it was computed."""

@@ -18,6 +18,7 @@ from functools import cache, cached_property
 from typing import Any
 
 from ggjac import llamacpp
+from ggjac.display import visible
 
 # tokenizer.ggml.model values that name no tokenizer (llama-vocab.cpp, llama_vocab::impl::load).
 NO_TOKENIZER = (None, "", "none", "no_vocab")
@@ -27,6 +28,7 @@ MAX_TOKENS = 1 << 22
 
 # tokenizer.ggml.token_type (llama.h, enum llama_token_type).
 _NORMAL, _UNUSED, _BYTE = 1, 5, 6
+KINDS = {1: "normal", 2: "unknown", 3: "control", 4: "user_defined", 5: "unused", 6: "byte"}
 
 
 class TokenizerError(ValueError):
@@ -65,7 +67,15 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def piece(self, id: int) -> bytes:
-        """Return the bytes of a token; special tokens give their name, ids without a string `[id]`."""
+        """Return the bytes of a token as llama.cpp prints it: nothing for an unused one, `[id]` if it has no string."""
+
+    @abstractmethod
+    def name(self, id: int) -> bytes:
+        """Return what a reader needs to recognise a token, never empty: its piece, or the string of an unused one."""
+
+    @abstractmethod
+    def kind(self, id: int) -> str:
+        """Return what the vocabulary says of a token: one of `KINDS`. Ids without a string are unused."""
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of a prompt's ids, invalid UTF-8 replaced; ids beyond the vocabulary give `[id]`."""
@@ -148,19 +158,27 @@ class RawVocabulary(Tokenizer):
 
     def piece(self, id: int) -> bytes:
         """Return a token's bytes as `llama_token_to_piece` would, from the stored string."""
+        return b"" if self.kind(id) == "unused" and 0 <= id < len(self.tokens) else self.name(id)
+
+    def name(self, id: int) -> bytes:
+        """Return a token's bytes, from the stored string; an empty string is `[EMPTY_id]`, as in llama.cpp."""
         if not 0 <= id < len(self.tokens):
             return b"[%d]" % id
-        text = self.tokens[id]
+        text = self.tokens[id] or f"[EMPTY_{id}]"
         kind = None if self.types is None else self.types[id]
-        if kind == _UNUSED:
-            return b""
-        if kind not in (None, _NORMAL, _BYTE):  # special and user-defined tokens are stored as they read
+        if kind not in (None, _NORMAL, _UNUSED, _BYTE):  # special and user-defined tokens are stored as they read
             return text.encode("utf-8", errors="surrogateescape")
         if self.model == "gpt2":
             return _undo_gpt2(text)
         if kind != _NORMAL and (byte := _byte_token(text)) is not None:
             return bytes([byte])
         return text.replace("\u2581", " ").encode("utf-8", errors="surrogateescape")
+
+    def kind(self, id: int) -> str:
+        """Return the stored type's name; without types, or without any strings, all tokens are normal."""
+        if not 0 <= id < len(self.tokens):
+            return "unused" if self.tokens else "normal"
+        return "normal" if self.types is None else KINDS.get(self.types[id], "normal")
 
 
 class LlamaVocabulary(Tokenizer):
@@ -230,8 +248,16 @@ class LlamaVocabulary(Tokenizer):
         return b"".join(pieces).decode("utf-8", errors="replace")
 
     def piece(self, id: int) -> bytes:
-        """Return the bytes of a token; special tokens give their name, ids without a string `[id]`."""
+        """Return the bytes of a token; see `Tokenizer.piece`."""
         return self._raw.piece(id)
+
+    def name(self, id: int) -> bytes:
+        """Return what a reader needs to recognise a token; see `Tokenizer.name`."""
+        return self._raw.name(id)
+
+    def kind(self, id: int) -> str:
+        """Return what the vocabulary says of a token; see `Tokenizer.kind`."""
+        return self._raw.kind(id)
 
     def _readable(self) -> bool:
         try:
@@ -320,38 +346,8 @@ def bos_warning(tokenizer: Tokenizer, ids: Sequence[int]) -> str | None:
     return None
 
 
-def visible(piece: bytes) -> str:
-    """Return a token's bytes as one line that is safe to print: a stranger's text must not manipulate a terminal.
-
-    Spaces at either end become `␣`, newline and tab `\\n` and `\\t`, control, format (bidi, zero-width) and other
-    invisible characters `\\x1b` or `\\u202e`, bytes that are not UTF-8 `<0xE2>`. Everything printable is unchanged.
-    """
-    text = piece.decode("utf-8", errors="surrogateescape")
-    body = text.strip(" ")
-    if not body:
-        return "␣" * len(text)
-    start = text.index(body)
-    return "␣" * start + "".join(map(_shown, body)) + "␣" * (len(text) - start - len(body))
-
-
 def _name(path: str | os.PathLike[str]) -> str:
     return visible(os.fsencode(path))
-
-
-# Printable by category, yet drawn as nothing: Unicode's Default_Ignorable_Code_Point without FE0E/FE0F, which emoji
-# need, and the blank Braille pattern.
-_BLANK = frozenset(
-    (0x034F, 0x115F, 0x1160, 0x17B4, 0x17B5, 0x180B, 0x180C, 0x180D, 0x180F, 0x2800, 0x3164, 0xFFA0)
-) | frozenset((*range(0xFE00, 0xFE0E), *range(0xE0100, 0xE01F0)))
-
-
-def _shown(character: str) -> str:
-    code = ord(character)
-    if 0xDC80 <= code <= 0xDCFF:  # a byte that is not UTF-8, as surrogateescape decodes it
-        return f"<0x{code - 0xDC00:02X}>"
-    if character.isprintable() and code not in _BLANK:
-        return character
-    return character.encode("unicode_escape").decode("ascii")
 
 
 @cache

@@ -414,6 +414,7 @@ FAMILY_CASES: dict[str, dict[str, Any]] = {
     # With 64 blocks it has windows, and rotates in them only.
     "exaone4_32b": of("exaone4", **EXAONE4_32B, window=4, rope_factors=True, rope_base=500.0),
     "exaone4_32b_default_window": of("exaone4", **EXAONE4_32B),
+    "exaone4_33b": of("exaone4", **EXAONE4_32B | {"layers": 65, "predictors": 1}, window=4, rope_base=500.0),
     "exaone4_32b_period": of(
         "exaone4",
         **EXAONE4_32B,
@@ -435,6 +436,8 @@ FAMILY_CASES: dict[str, dict[str, Any]] = {
     "exaone_biases": of("exaone", biases=QKV, tied=True, scaling=LINEAR),
     "minicpm": of("minicpm"),
     "minicpm_default_scales": of("minicpm", omit=("embedding_scale", "residual_scale", "logit_scale"), tied=False),
+    # The default scale of branches depends on the number of blocks, without predictors of later tokens.
+    "minicpm_predictor": of("minicpm", omit=("residual_scale",), extra={"block_count": 3, "nextn_predict_layers": 1}),
     "minicpm_no_scales": of("minicpm", extra={"embedding_scale": 0.0, "residual_scale": 0.0}, embed_std=1.0),
     "minicpm_longrope": of("minicpm", long_short=True, scaling=LONGROPE),
     "minicpm_unread": of(
@@ -458,6 +461,7 @@ FAMILY_CASES: dict[str, dict[str, Any]] = {
     "apertus_yarn": of("apertus", **YARN_ROW, fused_qkv=True, head_dim=32),
     "glm4": of("glm4"),
     "glm4_no_bias": of("glm4", biases=(), tied=True),
+    "glm4_predictor": of("glm4", layers=3, predictors=1),
     "cohere2": of("cohere2"),
     "cohere2_base": of("cohere2", rope_base=100.0),
     "cohere2_period": of("cohere2", extra={"attention.sliding_window_pattern": 2}),

@@ -307,11 +307,16 @@ def _read(path: str, changed: int) -> Oracle:
     metadata = {k.removeprefix(f"{architecture}."): v for k, v in fields.items()}
     metadata.setdefault("attention.layer_norm_rms_epsilon", metadata.get("attention.layer_norm_epsilon"))
     if scales := FACTS[architecture].scales:
-        sizes = 1, math.sqrt(metadata["block_count"]), metadata["embedding_length"]
+        sizes = 1, math.sqrt(blocks(metadata)), metadata["embedding_length"]
         names = "embedding_scale", "residual_scale", "logit_scale"
         constants = {name: s / size for name, s, size in zip(names, scales, sizes, strict=True)}
         metadata = constants | metadata if FACTS[architecture].scale_keys else metadata | constants
     return Oracle(architecture, metadata, weights, FACTS[architecture])
+
+
+def blocks(meta: Mapping[str, Any]) -> int:
+    """Return the number of blocks without those at the end that predict later tokens."""
+    return meta["block_count"] - meta.get("nextn_predict_layers", 0)
 
 
 def scalar(value: Any, layer: int) -> Any:
@@ -347,7 +352,7 @@ def window(model: Oracle, layer: int) -> int | None:
     """Return how many positions a query of this layer sees, itself included; None: all before it."""
     meta, facts = model.metadata, model.facts
     size = meta.get("attention.sliding_window", facts.window)
-    if facts.period is None or not size or facts.windowed_at not in (None, meta["block_count"]):
+    if facts.period is None or not size or facts.windowed_at not in (None, blocks(meta)):
         return None
     pattern = meta.get("attention.sliding_window_pattern", facts.period)
     local = pattern[layer] if isinstance(pattern, list) else pattern == 0 or layer % pattern < pattern - 1
@@ -423,7 +428,7 @@ def roped(model: Oracle, layer: int) -> bool:
     off = model.facts.finetuned_key and not model.metadata.get("rope.scaling.finetuned", True)
     if model.facts.rope is None or off:
         return False
-    windows = [window(model, i) for i in range(model.metadata["block_count"])]
+    windows = [window(model, i) for i in range(blocks(model.metadata))]
     local = windows[layer] is not None or windows == [None] * len(windows)
     rules = {"all": True, "local": local, "three of four": (layer + 1) % 4 != 0}
     return rules[model.facts.roped]
@@ -504,7 +509,7 @@ def attention(
     v = values(model, at, read, frozen=frozen)
     kv_heads = v.shape[1]
     position = torch.arange(n)
-    scale = 1 / math.sqrt(meta["embedding_length"] // heads if meta["block_count"] == facts.width_scaled_at else hd)
+    scale = 1 / math.sqrt(meta["embedding_length"] // heads if blocks(meta) == facts.width_scaled_at else hd)
     scale = facts.attn_scale or scale
     if facts.attn_scale_key:
         scale = meta.get("attention.scale", 0.0) or scale
@@ -855,7 +860,7 @@ def forward(
     out = {"x": x}
     if meta.get("embedding_length_per_layer_input"):
         out["per_layer_inputs"] = per_layer_inputs(model, ids, x)
-    for layer in range(meta["block_count"] - meta.get("nextn_predict_layers", 0)):
+    for layer in range(blocks(meta)):
         out |= block(model, layer, x, freeze=freeze, context=context, gelu=gelu, states=out)
         x = out[f"l_out-{layer}"]
     out["result_norm"] = norm(model, facts.final_norm, x, frozen=freeze is not None)

@@ -36,6 +36,8 @@ import ggjac.parity
 import ggjac.tokenizer
 from ggjac import runs
 from ggjac.cli import COMMANDS, main, progress
+from ggjac.cli.options import DEFAULT_PROMPT, STEER_CONCEPT, STEER_PROMPT
+from ggjac.model import DEMO_PROMPTS, open_model
 
 TinyFile = Callable[..., Path]
 
@@ -118,9 +120,9 @@ def test_text_on_a_real_model(command: str, stories: Path) -> None:
     )
     content = json.loads(invoke(command, "-m", stories, "-t", 1, "-p", prompt, "--format", "json").stdout)
     assert content["prompt"] == prompt
-    assert [token["text"] for token in content["tokens"]][:3] == ["<s>", "␣Once", "␣upon"]
+    assert [token["text"] for token in content["tokens"]][:3] == ["<s>", " Once", " upon"]
     if command == "predict":
-        assert content["predictions"][0]["token"] == "␣Lily"
+        assert content["predictions"][0]["text"] == " Lily"
 
 
 def test_info(tiny_file: TinyFile) -> None:
@@ -335,7 +337,7 @@ def test_norms_file(tiny_file: TinyFile) -> None:
     close(saved["columns"], truth.J.norm(dim=0), 1e-5)
     close(saved["rows"], truth.J.norm(dim=2).T, 1e-5)
     positions = json.loads(out)["norms"]["positions"]
-    assert [(p["position"], p["token"]) for p in positions] == [(i, f"[{id}]") for i, id in enumerate(IDS[:3])]
+    assert [(p["position"], p["text"]) for p in positions] == [(i, f"[{id}]") for i, id in enumerate(IDS[:3])]
     for p in positions:
         for kind, words in (("columns", 8), ("rows", 4)):
             lengths = saved[kind][p["position"]]
@@ -452,6 +454,7 @@ FF = b"llama.feed_forward_length" + gguf_files.u32(4)
 BAD: dict[str, Bad] = {
     # the command line
     "no such command": Bad(["nonsense"], 2, "No such command 'nonsense'"),
+    "nearly a command": Bad(["attribut"], 2, "no such command: attribut; did you mean attribute?"),
     "no such option": Bad(["--nonsense"], 2, "No such option"),
     "no such option of a command": Bad([*RUN, "--nonsense"], 2, "ggjac predict --help"),
     "no such choice": Bad([*RUN, "--dtype", "int8"], 2, "float32"),
@@ -614,6 +617,7 @@ HOSTILE = [
     "a\rb",
     "\x07",
     "\u200b",
+    "\U0001f600",
 ]
 
 
@@ -656,6 +660,32 @@ def test_hostile_tokens(command: str, native: bool, hostile: Path, monkeypatch: 
             json.loads(result.stdout)
 
 
+@pytest.mark.parametrize("charset", ["cp1252", "latin-1", "ascii"])
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_in_encodings_without_our_symbols(command: str, charset: str) -> None:
+    """As on Windows, where stdout is a file or a pipe."""
+    result = CliRunner(charset=charset).invoke(main, [command, "--help"], catch_exceptions=False)
+    assert result.exit_code == 0
+    assert f"ggjac {command}" in result.stdout
+
+
+@pytest.mark.parametrize("charset", ["cp1252", "latin-1", "ascii"])
+@pytest.mark.parametrize("command", [*commands.COMMANDS, "info", "plan"])
+def test_results_in_encodings_without_our_symbols(command: str, charset: str, hostile: Path) -> None:
+    """Tables are escaped, and JSON stays the JSON that it is in UTF-8."""
+    ids = ["--tokens", str(260 + HOSTILE.index("\U0001f600")), "-t", "1"]
+    more = ["--tokenizer"] if command == "info" else [*ids, *map(str, commands.with_file(command, hostile))]
+    form = ["--format", "json"]
+    for options in ([], form):
+        args = [command, "-m", str(hostile), *more, *options]
+        result = CliRunner(charset=charset).invoke(main, args, catch_exceptions=False)
+        assert result.exit_code in (0, 3), result.stderr
+        if options:
+            json.loads(result.stdout)
+    if command != "plan":
+        assert "\\ud83d\\ude00" in result.stdout
+
+
 def test_encodings_without_our_symbols(tiny_file: TinyFile) -> None:
     out = run("attribute", "-m", tiny_file("plain"), *TOKENS, env={"PYTHONIOENCODING": "cp1252"}).stdout
     assert "[17]" in out
@@ -678,6 +708,37 @@ def test_without_llama_cpp(command: str, tiny_file: TinyFile, monkeypatch: pytes
     err = invoke(command, "-m", tiny_file("tokenizer"), "-p", "the", code=1).stderr
     assert "pip install llama-cpp-python" in err
     assert "--tokens" in err
+
+
+DEFAULTS = {"analyze": ["-k", 2, "-o", "run"], "predict": [], "svd": ["-k", 1], "steer": [], "verify": []}
+
+
+@pytest.mark.parametrize("command", DEFAULTS)
+def test_the_demo_needs_no_llama_cpp(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not installed by `pip install .`, or a library that does not load: the default prompts come with their ids."""
+    broken = tmp_path / "path" / "llama_cpp"
+    broken.mkdir(parents=True)
+    for name in ("__init__.py", "llama_cpp.py"):
+        (broken / name).write_text("raise ImportError('libllama.so: blocked')")
+    monkeypatch.syspath_prepend(broken.parent)
+    monkeypatch.delitem(sys.modules, "llama_cpp", raising=False)
+    result = invoke(command, *DEFAULTS[command], "-q", "-t", 1, code=1 if command == "verify" else 0)
+    if command == "verify":
+        assert "llama-cpp-python cannot be loaded (libllama.so: blocked)" in result.stderr
+        assert "--tokens" not in result.stderr
+    if command in ("analyze", "predict"):
+        assert "␣Golden     1206" in result.stdout
+
+
+@pytest.mark.parametrize("text", [DEFAULT_PROMPT, STEER_PROMPT, STEER_CONCEPT])
+def test_the_default_prompts_come_with_their_ids(text: str) -> None:
+    model = open_model()
+    assert list(DEMO_PROMPTS[text]) == model.tokenizer.encode(text)
+
+
+def test_a_default_prompt_is_known_for_the_demo_alone(tiny_file: TinyFile, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "llama_cpp", None)
+    assert "pip install llama-cpp-python" in invoke("predict", "-m", tiny_file("tokenizer"), code=1).stderr
 
 
 def test_analyze_records_that_it_did_not_compare(tiny_file: TinyFile, monkeypatch: pytest.MonkeyPatch) -> None:

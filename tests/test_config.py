@@ -192,7 +192,14 @@ HUGE = 2**31 - 1
 # name -> (metadata changes, shape changes, message)
 REFUSALS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "another architecture": ({"general.architecture": "mamba"}, {}, "architecture 'mamba' is not supported; supp"),
-    "no architecture": ({"general.architecture": ABSENT}, {}, "architecture None is not supported; supported: llama"),
+    "no architecture": ({"general.architecture": ABSENT}, {}, "does not say what it is: general.architecture is missi"),
+    "a vision part": ({"general.type": "mmproj"}, {}, r"general.type is 'mmproj' \(the vision or audio part of a mo"),
+    "an adapter": ({"general.type": "adapter"}, {}, r"general.type is 'adapter' \(a LoRA adapter: merge it"),
+    "statistics": ({"general.type": "imatrix"}, {}, r"general.type is 'imatrix' \(statistics for quantization\), not"),
+    "another type": ({"general.type": ["x"]}, {}, r"general.type is \['x'\], not a language model"),
+    "an image generator": ({"general.architecture": "flux"}, {}, "'flux' is not supported: it is an image or video ge"),
+    "a control vector": ({"general.architecture": "controlvector"}, {}, "it is a control vector, and ggjac needs a la"),
+    "an encoder": ({"general.architecture": "bert"}, {}, "'bert' is not supported: it is a text encoder, and ggjac"),
     "an array for architecture": ({"general.architecture": ["llama"]}, {}, r"architecture \['llama'\] is not supp"),
     "terminal codes": ({"general.architecture": "\x1b[2J"}, {}, r"architecture '\\x1b\[2J' is not supported"),
     "a long name": ({"general.architecture": "x" * 10**6}, {}, r"architecture 'x+\.\.\. is not supported"),
@@ -226,9 +233,9 @@ REFUSALS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "rope: long factors": ({}, {"rope_factors_long.weight": (3,)}, r"factors_long.weight has shape \[3\], .* \[2\]"),
     "rope: factors of a wrong size": ({}, {"rope_freqs.weight": (4,)}, r"rope_freqs.weight has shape \[4\], .* \[2\]"),
     "array of a wrong length": ({"attention.head_count": [6]}, {}, "head_count has 1 entries for 2 blocks"),
-    "array with a zero": ({"feed_forward_length": [10, 0]}, {}, "feed_forward_length is 0; expected a whole number"),
+    "array with a zero": ({"feed_forward_length": [10, 0]}, {}, "feed_forward_length\\[1\\] is 0; expected"),
     "array with a string": ({"feed_forward_length": [10, "x"]}, {},
-                            "feed_forward_length is 'x'; expected a finite, non-negative number"),
+                            "feed_forward_length\\[1\\] is 'x'; expected a finite, non-negative number"),
     "array where a number is due": ({"embedding_length": [12]}, {},
                                     r"embedding_length is \[12\]; expected a finite, non-negative number"),
     "no kv part": ({}, {"blk.1.attn_k.weight": ABSENT}, "tensor blk.1.attn_k.weight is missing"),
@@ -526,6 +533,10 @@ def test_any_matrix_may_have_a_constant_factor(kind: str) -> None:
 SCALES: dict[str, tuple[dict[str, Any], str]] = {
     "of a stack": ({"blk.1.ffn_up_exps.scale": (1,)}, r"ffn_up_exps.scale has shape \[1\], .* calls for \[4\]"),
     "of the router": ({"blk.1.ffn_gate_inp.scale": (1,)}, "'blk.1.ffn_gate_inp.scale' is not part of a llama model"),
+    "experts one by one": (
+        {"blk.0.ffn_gate_exps.weight": ABSENT, "blk.0.ffn_gate.0.weight": (FE, D)},
+        r"blk.0.ffn_gate_exps.weight is missing: the experts are single tensors \(blk.0.ffn_gate.0.weight\), as be",
+    ),
     "beside the whole": (FUSED | {"blk.1.ffn_up_exps.scale": (E,)}, "'blk.1.ffn_up_exps.scale' is not part of a llama"),
     "of another block": ({"blk.1.ffn_up.scale": (1,)}, "'blk.1.ffn_up.scale' is not part of a llama model"),
     "fused, too narrow": (FUSED | {"blk.1.ffn_gate_up_exps.weight": (E, FE, D)},
@@ -575,7 +586,7 @@ MIXTURES: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {
                           {}, "3 of 4 experts cannot be chosen"),
     "mixtures now and then": ("ernie4_5-moe", {"interleave_moe_layer_step": 2}, {}, "dense blocks between mixtures"),
     "predictors": ("glm4moe", {"nextn_predict_layers": 2}, {}, "nextn_predict_layers is 2, of 2 blocks in all"),
-    "a predictor elsewhere": ("dots1", {"nextn_predict_layers": 1, "block_count": 1}, HEAD_NORMS, "not part of a dots"),
+    "a predictor is no block": ("dots1", {"nextn_predict_layers": 1}, HEAD_NORMS, "block 1, one of the last"),
     "half a norm of heads": ("glm4moe", {}, {"blk.0.attn_q_norm.weight": (HD,)}, "blk.0.attn_k_norm.weight is missing"),
     "no window": ("exaone-moe", {}, HEAD_NORMS, "metadata key exaone-moe.attention.sliding_window is missing"),
 }  # fmt: skip

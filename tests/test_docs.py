@@ -1,6 +1,7 @@
 """The documents say what the code does: families, commands, and the README's own example."""
 
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -62,9 +63,18 @@ def test_every_command_is_in_the_changelog() -> None:
 def test_the_install_commands_are_what_ci_runs() -> None:
     commands = re.findall(r"^    (pip install .*)$", README, re.MULTILINE)
     tests = 'pip install -c constraints.txt ".[test]" && pytest -n auto'
-    assert commands == ["pip install -c constraints.txt .", tests]
+    assert commands == ['pip install -c constraints.txt ".[llama]"', tests]
     run = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
     assert 'pip install --quiet --disable-pip-version-check -c constraints.txt ".[test]" && pytest -n auto' in run
+
+
+def test_llama_cpp_is_an_extra_which_the_tests_need() -> None:
+    """It has to be compiled: `pip install .` must work without a compiler."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = project["optional-dependencies"]
+    assert not any("llama" in name for name in project["dependencies"])
+    assert any(name.startswith("llama-cpp-python") for name in extras["llama"])
+    assert "ggjac[llama]" in extras["test"]
 
 
 def anchors(document: Path) -> set[str]:

@@ -1,5 +1,6 @@
 """The container reader against the `gguf` package (writer and reader), and against files that are wrong on purpose."""
 
+import errno
 import itertools
 import mmap
 import os
@@ -578,14 +579,14 @@ REFUSED: dict[str, tuple[bytes, tuple[str, ...]]] = {
         made.header(tensor_count=1) + made.u64(2**60) + bytes(64),
         ("the name of tensor 0 at byte 32 needs 1152921504606846976 bytes",),
     ),
-    "long tensor name": (made.file([], [Tensor("n" * 65)], EIGHT), ("65 bytes long; at most 64 are allowed",)),
+    "long tensor name": (made.file([], [Tensor("n" * 1025)], EIGHT), ("1025 bytes long; at most 1024 are allo",)),
     "tensor name not utf-8": (made.file([], [Tensor(b"a\xff")], EIGHT), ("the name of tensor 0 is not UTF-8",)),
     "tensor twice": (
         made.file([], [Tensor("a\n"), Tensor("a\n", offset=32)], EIGHT * 2),
         (r"tensor 'a\n' appears twice",),
     ),
-    "0 dimensions": (made.file([], [Tensor(sizes=())], EIGHT), ("tensor a has 0 dimensions; 1 to 4",)),
-    "5 dimensions": (made.file([], [Tensor(sizes=(1,) * 5)], EIGHT), ("tensor a has 5 dimensions",)),
+    "0 dimensions": (made.file([], [Tensor(sizes=())], EIGHT), ("tensor a has 0 dimensions; 1 to 8",)),
+    "9 dimensions": (made.file([], [Tensor(sizes=(1,) * 9)], EIGHT), ("tensor a has 9 dimensions",)),
     "2**32-1 dimensions": (made.file([], [Tensor(dimensions=2**32 - 1)], EIGHT), ("has 4294967295 dimensions",)),
     "size 0": (made.file([], [Tensor(sizes=(8, 0))], EIGHT), ("tensor a has the impossible shape [0, 8]",)),
     "size 2**60": (
@@ -603,9 +604,12 @@ REFUSED: dict[str, tuple[bytes, tuple[str, ...]]] = {
     "type 999": (made.file([], [Tensor("blk.0.x", type=999)], EIGHT), ("tensor blk.0.x has type id 999",)),
     "type removed": (
         made.file([], [Tensor(type=31)], EIGHT),
-        ("tensor a has type id 31 (Q4_0_4_4, which is no longer",),
+        ("tensor a has type id 31 (Q4_0_4_4, which llama.cpp no longer stores)", "quantize the model again"),
     ),
     "type for activations": (made.file([], [Tensor(type=15)], EIGHT), ("type id 15 (Q8_K",)),
+    "type of ik_llama.cpp": (made.file([], [Tensor(type=139)], EIGHT), ("type id 139 (IQ4_K of ik_llama.cpp)",)),
+    "its last type": (made.file([], [Tensor(type=399)], EIGHT), ("type id 399 (Q8_K_R8 of ik_llama.cpp)",)),
+    "type of bitnet.cpp": (made.file([], [Tensor(type=36)], EIGHT), ("36 (I2_S of bitnet.cpp, or IQ4_NL_4_4 of an",)),
     "partial block": (
         made.file([], [Tensor(sizes=(33,), type=2)], EIGHT),
         ("tensor a of shape [33]", "Q4_0 blocks of 32"),
@@ -630,6 +634,63 @@ def test_refused(tmp_path: Path, case: str) -> None:
     message = refusal(path)
     for part in expected:
         assert part in message
+
+
+def test_files_of_other_programs_can_be_looked_at(tmp_path: Path) -> None:
+    """Video models have tensors of five dimensions, and longer names than ggml allows."""
+    path = tmp_path / "video.gguf"
+    tensors = [Tensor("patch_embedding.weight", (2, 2, 1, 1, 2)), Tensor("n" * 70, offset=32)]
+    path.write_bytes(made.file([made.key("general.architecture", STRING, made.text("wan"))], tensors, EIGHT * 2))
+    with open_gguf(path) as file:
+        assert file.tensors["patch_embedding.weight"].shape == (2, 1, 1, 2, 2)
+        assert file.tensors["n" * 70].rows == 1
+
+
+PIECES = {
+    "m.Q6_K.gguf.part1of2": "cat m.Q6_K.gguf.part{1..2}of2 > m.Q6_K.gguf",
+    "m.Q6_K.gguf.part12of12": "cat m.Q6_K.gguf.part{1..12}of12 > m.Q6_K.gguf",
+    "m.gguf.part01of12": "cat m.gguf.part*of12 > m.gguf",
+    "m.gguf-split-a": "cat m.gguf-split-* > m.gguf",
+    "m.gguf.partaa": "cat m.gguf.part* > m.gguf",
+    "m.gguf.001": "cat m.gguf.* > m.gguf",
+    "m.gguf.part-2-of-3": "cat m.gguf.part-{1..3}-of-3 > m.gguf",
+    "$(touch x) m.gguf.partab": "cat '$(touch x) m.gguf.part'* > '$(touch x) m.gguf'",
+}
+
+
+@pytest.mark.parametrize("name", PIECES)
+def test_pieces_are_to_be_joined(name: str, matrix: Path, tmp_path: Path) -> None:
+    whole, path = matrix.read_bytes(), tmp_path / name
+    for piece in (whole[:-50], whole[:20], whole[-50:]):
+        path.write_bytes(piece)
+        assert refusal(path).endswith(PIECES[name])
+    path.write_bytes(whole)  # as a name of its own
+    open_gguf(path)
+
+
+@pytest.mark.parametrize("name", ["m.gguf", "m-00001-of-00002.gguf", "m.gguf.bak", "m.part1of2", "m.gguf.download"])
+def test_other_names_are_no_pieces(name: str, matrix: Path) -> None:
+    path = matrix.with_name(name)
+    path.write_bytes(matrix.read_bytes()[:-50])
+    assert "cut short" in refusal(path)
+    assert "cat " not in refusal(path)
+
+
+@pytest.mark.parametrize(
+    ("number", "advice"),
+    [
+        (errno.ENODEV, "this file system cannot map files into memory: copy the model to a local disk"),
+        (errno.EINVAL, "this file system cannot map files into memory: copy the model to a local disk"),
+        (errno.ENOMEM, "the address space is too small for the file: raise its limit (`ulimit -v`)"),
+        (errno.EIO, "check the disk"),
+    ],
+)
+def test_a_file_that_cannot_be_mapped(number: int, advice: str, matrix: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(container.mmap, "mmap", fail)
+    assert refusal(matrix).endswith(f"cannot be opened ({os.strerror(number)}); {advice}")
 
 
 def test_memory_follows_the_size_of_the_file_and_not_its_claims(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ TESTS = Path(__file__).parent
 MAY_IMPORT: dict[str, set[str]] = {
     # ground: no sibling
     "sizes": set(),
+    "display": set(),
     "units": set(),
     "drawing": {"units"},
     "linop": set(),
@@ -33,8 +34,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "runs": {"sizes"},
     "llamacpp": {"runs"},
     "exports": {"architectures", "gguf"},
-    "tokenizer": {"llamacpp"},
-    "report": {"drawing", "runs", "units"},
+    "tokenizer": {"display", "llamacpp"},
+    "report": {"display", "drawing", "runs", "units"},
     # planning: sizes and rates
     "planner": {"config", "gguf", "linop", "sizes", "units", "weights"},
     # network: the block algebra, no file layout
@@ -43,13 +44,13 @@ MAY_IMPORT: dict[str, set[str]] = {
     "blocks": {"config", "linop", "rope", "sizes"},
     "jacobian": {"blocks", "decode", "linop", "results", "runs", "sizes", "svd", "weights"},
     "model": {
-        *("blocks", "config", "decode", "gguf", "jacobian", "planner", "rope", "runs", "sizes", "tokenizer"),
+        *("blocks", "config", "decode", "display", "gguf", "jacobian", "planner", "rope", "runs", "sizes", "tokenizer"),
         "weights",
     },
     "generation": {"blocks", "model", "sizes"},
-    "parity": {"architectures", "blocks", "exports", "gguf", "llamacpp", "model", "results", "tokenizer"},
+    "parity": {"architectures", "blocks", "display", "exports", "gguf", "llamacpp", "model", "results", "tokenizer"},
     "session": {
-        *("blocks", "jacobian", "model", "parity", "planner", "results", "runs", "sizes"),
+        *("blocks", "display", "jacobian", "model", "parity", "planner", "results", "runs", "sizes"),
         "tokenizer",
     },
     "analysis": {

@@ -34,6 +34,18 @@ def test_equals_autograd_of_an_independent_forward(tiny_files: dict[str, Path], 
     assert float((J.offset - expected.offset).norm() / expected.y.norm()) < 1e-10
 
 
+def test_blocks_may_differ_in_heads_and_hidden_units(tiny_file: Callable[..., Path]) -> None:
+    """As in pruned models. llama.cpp reads the keys too, but most of its graphs use the sizes of the first block."""
+    row = {"layers": 3, "ffs": (96, 128, 64), "kv_by_layer": True, "kv_heads": 2}
+    row |= {"mixers": ("attention", "window"), "sizes": {"window": {"kv_heads": 1}}}
+    path, ids = tiny_file("plain", **row), tiny.prompt(row, 6)
+    model = open_model(path, dtype="float64")
+    assert [(own.kv_heads, own.hidden_units) for own in model.config.layers] == [(2, 96), (1, 128), (2, 64)]
+    J, expected = model.trace(ids).jacobian(), oracle.jacobian(path, ids, mlp_path="up")
+    assert distance(J.to_dense(), expected.J) < 1e-10
+    assert distance(J.output, expected.y) < 1e-10
+
+
 # ---- every dtype, every prompt, every way to ask
 
 

@@ -74,7 +74,7 @@ def named_branches(model: Oracle, ours: dict[str, Tensor]) -> dict[str, Tensor]:
 def as_llamacpp_names(model: Oracle, ours: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return our states under all names that llama.cpp gives to the same vectors, in this family."""
     states = {name: ours[name] for name in ("result_norm", "logits")}
-    for layer in range(model.metadata["block_count"]):
+    for layer in range(oracle.blocks(model.metadata)):
         found = {theirs: ours.get(f"{name}-{layer}") for theirs, name in names_in_llamacpp(model).items()}
         states |= {f"{name}-{layer}": state for name, state in found.items() if state is not None}
     return states
@@ -83,7 +83,7 @@ def as_llamacpp_names(model: Oracle, ours: dict[str, Tensor]) -> dict[str, Tenso
 def streams(model: Oracle, states: dict[str, Tensor]) -> list[str]:
     """Return the names in llama.cpp's graph of the stream after each layer."""
     name = next(theirs for theirs, ours in names_in_llamacpp(model).items() if ours == "l_out")
-    return [f"{name}-{layer}" for layer in range(model.metadata["block_count"]) if f"{name}-{layer}" in states]
+    return [f"{name}-{layer}" for layer in range(oracle.blocks(model.metadata)) if f"{name}-{layer}" in states]
 
 
 @pytest.mark.parametrize("case", ROWS)
@@ -592,6 +592,8 @@ FAMILY_MISTAKES: dict[str, tuple[str, Callable[[Oracle], Oracle]]] = {
     },
     "glm4moe: sigmoid router": ("glm4moe_softmax", keys(expert_gating_func=2)),
     "glm4moe: a predictor as a block": ("glm4moe_355b", keys(nextn_predict_layers=0)),
+    "glm4: a predictor as a block": ("glm4_predictor", keys(nextn_predict_layers=0)),
+    "exaone4: a predictor as a block": ("exaone4_33b", keys(nextn_predict_layers=0)),
     **{
         f"{case}: groups ignored": (case, keys(expert_group_count=1))
         for case in ("glm4moe_groups", "bailingmoe2_groups", "qwen3moe_groups")

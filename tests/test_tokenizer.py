@@ -12,13 +12,13 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from ggjac.display import visible
 from ggjac.tokenizer import (
     LlamaVocabulary,
     RawVocabulary,
     TokenizerError,
     bos_warning,
     open_tokenizer,
-    visible,
 )
 
 SHARED = Path(__file__).parents[2] / "shared"
@@ -75,15 +75,15 @@ def gpt2_alphabet() -> list[str]:
 def write_spm(path: Path, *, with_bytes: bool) -> tuple[Path, list[str], list[int]]:
     tokens = ["<unk>", "<s>", "</s>", *([f"<0x{b:02X}>" for b in range(256)] if with_bytes else [])]
     types = [2, 3, 3, *[6] * (len(tokens) - 3)]
-    tokens += ["▁", "a", "b", "▁a", "ab", "<|user|>", "unused"]
-    types += [1, 1, 1, 1, 1, 4, 5]
-    scores = [0.0] * (len(tokens) - 4) + [-1.0, -2.0, 0.0, 0.0]
+    tokens += ["▁", "a", "b", "▁a", "ab", "<|user|>", "unused", ""]
+    types += [1, 1, 1, 1, 1, 4, 5, 1]
+    scores = [0.0] * (len(tokens) - 5) + [-1.0, -2.0, 0.0, 0.0, 0.0]
     return write_vocabulary(path, "llama", tokens, types, token_scores=scores), tokens, types
 
 
 def write_bpe(path: Path, alphabet: list[str], **more) -> tuple[Path, list[str], list[int]]:
-    tokens = [*alphabet, "he", "Ġhe", "<|end|>", "two words"]
-    types = [1] * (len(alphabet) + 2) + [3, 4]
+    tokens = [*alphabet, "he", "Ġhe", "<|end|>", "two words", "Ġunused", ""]
+    types = [1] * (len(alphabet) + 2) + [3, 4, 5, 1]
     end = len(alphabet) + 2
     write_vocabulary(
         path, "gpt2", tokens, types, token_merges=["h e", "Ġ he"], tokenizer_pre="gpt-2",
@@ -178,6 +178,22 @@ def test_pieces_known_by_hand(tmp_path):
     assert tokenizer.encode("a") == [1, tokens.index("▁a")]
 
 
+def test_every_token_has_a_name(vocabulary):
+    tokenizer, tokens = opened(vocabulary), vocabulary[1]
+    for id, (text, kind) in enumerate(zip(tokens, vocabulary[2], strict=True)):
+        assert tokenizer.name(id)
+        assert visible(tokenizer.name(id))
+        assert tokenizer.kind(id) == {1: "normal", 2: "unknown", 3: "control", 4: "user_defined", 5: "unused",
+                                      6: "byte"}[kind]  # fmt: skip
+        if kind == 5:
+            assert tokenizer.piece(id) == b""
+            assert tokenizer.name(id) == text.replace("Ġ", " ").encode()
+        else:
+            assert tokenizer.name(id) == tokenizer.piece(id)
+    assert tokenizer.name(len(tokens)) == b"[%d]" % len(tokens)
+    assert tokenizer.kind(len(tokens)) == "unused"
+
+
 def test_ids_beyond_the_vocabulary_are_named(vocabulary):
     tokenizer = opened(vocabulary)
     assert tokenizer.decode([tokenizer.n_vocab, -7]) == f"[{tokenizer.n_vocab}][-7]"  # llama.cpp ends the process
@@ -244,37 +260,6 @@ def test_without_llama_cpp_the_strings_remain(monkeypatch):
     assert [tokenizer.piece(i) for i in range(4)] == [b"<s>", b"\xe2", b" a", b"[3]"]
     with pytest.raises(TokenizerError, match=r"pip install llama-cpp-python, or give token ids, as in --tokens 1,2,3"):
         tokenizer.encode("a")
-
-
-@pytest.mark.parametrize(
-    ("piece", "shown"),
-    [
-        (b"", ""),
-        (b" Lily", "␣Lily"),
-        (b"a b ", "a b␣"),
-        (b"   ", "␣␣␣"),
-        (b" \n", "␣\\n"),
-        (b"\t\r\0", "\\t\\r\\x00"),
-        (b"\x1b[31mred\x1b[0m", "\\x1b[31mred\\x1b[0m"),
-        (b"\xc2\x9b2J", "\\x9b2J"),  # the one-character form of ESC [
-        (b"\xe2\x96", "<0xE2><0x96>"),
-        (b"ok\xff", "ok<0xFF>"),
-        (b"\xed\xa0\x80", "<0xED><0xA0><0x80>"),  # a surrogate is not UTF-8
-        ("\u202egnp.exe".encode(), "\\u202egnp.exe"),
-        ("a\u200bb\ufeff".encode(), "a\\u200bb\\ufeff"),
-        ("\u2028\u00a0\u3000".encode(), "\\u2028\\xa0\\u3000"),
-        ("\U000e0041\ufe00\u3164".encode(), "\\U000e0041\\ufe00\\u3164"),
-        ("é漢字ไทยहिन्दी🙂❤\ufe0f".encode(), "é漢字ไทยहिन्दी🙂❤\ufe0f"),
-        (b"\\n [x]", "\\n [x]"),
-    ],
-)
-def test_visible(piece, shown):
-    assert visible(piece) == shown
-
-
-@given(st.binary(max_size=12))
-def test_visible_is_always_harmless(piece):
-    assert all(c.isprintable() or c == "\ufe0f" for c in visible(piece))
 
 
 def test_bos_warning(tmp_path):

@@ -349,7 +349,7 @@ def test_scales_that_are_no_numbers_are_refused_where_they_are_read(
     name = "blk.0.ffn_up.weight"
     path = spoiled(tiny_file("plain", type=type_name, **ROW), tmp_path / "bad.gguf", name, at, value)
     weight = store(path)[name]
-    message = rf"tensor {name} holds NaN or infinite values; the file is damaged"
+    message = rf"tensor {name} holds NaN or infinite values in row 20: it was quantized or converted wrongly; down"
     for read in (lambda: list(weight.tiles()), weight.dense, lambda: weight.take([0, 20])):
         for _ in range(2):  # the second time as well as the first
             with pytest.raises(WeightError, match=message):
@@ -357,6 +357,29 @@ def test_scales_that_are_no_numbers_are_refused_where_they_are_read(
     assert weight.rows(0, 20).dense().isfinite().all()
     with pytest.raises(WeightError, match=message):
         open_model(path).trace([1, 2, 3])
+
+
+def test_a_stack_of_experts_is_refused_by_expert_and_row(tmp_path: Path, tiny_file: Callable[..., Path]) -> None:
+    """Where a prompt's tokens do not use the expert, nothing is refused."""
+    name = "blk.0.ffn_down_exps.weight"
+    source = tiny_file("mixtral", experts=4, experts_used=2)
+    path = spoiled(source, tmp_path / "bad.gguf", name, (2 * 64 + 7) * 96 * 4, NAN32)
+    weight = store(path)[name]
+    with pytest.raises(WeightError, match=rf"tensor {name} holds NaN or infinite values in row 7 of expert 2: it was"):
+        weight.rows(128, 192).dense()
+    assert weight.rows(0, 128).dense().isfinite().all()
+    refused = []
+    for token in range(20):
+        try:
+            open_model(path).trace([token])
+        except WeightError as error:
+            refused.append(str(error))
+    assert 0 < len(refused) < 20
+    assert all("in row 7 of expert 2: it was" in message for message in refused)
+    name = "blk.0.attn_norm.weight"
+    vector = store(spoiled(source, tmp_path / "norm.gguf", name, 8, NAN32))[name]
+    with pytest.raises(WeightError, match=rf"tensor {name} holds NaN or infinite values: it was"):
+        vector.dense()
 
 
 def test_types_without_a_decoder_are_refused_when_the_file_is_opened(

@@ -640,6 +640,7 @@ LLAMA_CASES: dict[str, dict[str, Any]] = {
     },
     "per_layer_arrays": {"per_layer_arrays": True, "kv_heads": 2},
     "eps": {"eps": 0.05},
+    "predictor_missing": {"extra": {"block_count": 3, "nextn_predict_layers": 1}},
     "tokenizer": {"tokenizer": "spm", "vocab": 320},
     "bf16": {"type": "BF16"},
     "f16": {"type": "F16"},

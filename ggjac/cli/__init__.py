@@ -3,12 +3,14 @@
 Commands are imported when they are called, and torch when it is needed, so that `--help` and `info` answer at once.
 """
 
+import io
 import os
 import signal
 import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from difflib import get_close_matches
 from importlib import import_module
 from typing import Any
 
@@ -53,7 +55,7 @@ class Failure(click.ClickException):
 
     def show(self, file: object = None) -> None:
         """Print the message to stderr on one line; quotations from files and paths are escaped."""
-        from ggjac.tokenizer import visible
+        from ggjac.display import visible
 
         message = " ".join(self.format_message().split())
         click.echo(f"Error: {visible(message.encode('utf-8', 'surrogateescape'))}", err=True)
@@ -73,6 +75,13 @@ class Commands(click.Group):
     0 done; 1 failed; 2 usage; 3 a check fell outside its tolerance; 4 will not fit; 130 interrupted.
     """
 
+    def main(self, *args: Any, **options: Any) -> Any:
+        """Run the command line; characters that the encoding of a stream lacks are escaped, in help as in results."""
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):  # None where the shell has closed it
+                stream.reconfigure(errors="backslashreplace")
+        return super().main(*args, **options)
+
     def list_commands(self, ctx: click.Context) -> list[str]:
         """Return the commands in the order of the overview."""
         return list(COMMANDS)
@@ -82,6 +91,18 @@ class Commands(click.Group):
         if cmd_name not in COMMANDS:
             return None
         return getattr(import_module(f"ggjac.cli.{cmd_name}"), cmd_name)
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Find the command of the arguments; of an unknown one name the most similar."""
+        try:
+            return super().resolve_command(ctx, args)
+        except click.UsageError as error:
+            alike = get_close_matches(args[0], COMMANDS, 1)
+            if not alike or args[0].startswith("-"):
+                raise
+            raise click.UsageError(f"no such command: {args[0]}; did you mean {alike[0]}?", ctx) from error
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the overview without importing the commands."""

@@ -1,15 +1,19 @@
 """`ggjac info`: what is in a GGUF file. Imports no torch."""
 
+import textwrap
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
 import click
 
+from ggjac.architectures import ARCHITECTURES
 from ggjac.cli.options import model_file, output_format
 
+_SUPPORTED = textwrap.fill(f"Supported architectures: {', '.join(ARCHITECTURES)}.", 76, break_on_hyphens=False)
 
-@click.command()
+
+@click.command(epilog=f"\b\n{_SUPPORTED}")
 @model_file
 @click.option("--tensors", is_flag=True, help="List every tensor.")
 @click.option("--tokenizer", is_flag=True, help="Also show the tokenizer's keys.")

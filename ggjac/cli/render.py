@@ -1,5 +1,6 @@
 """Results on stdout: tables, with tokens shown visibly and escaped, or JSON."""
 
+import json
 import math
 import shutil
 import sys
@@ -7,7 +8,7 @@ import textwrap
 from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import Any
 
-from ggjac import runs
+from ggjac import display, runs
 
 PIPE_WIDTH = 120  # columns where stdout is not a terminal
 MIN_WIDTH = 60  # columns below which numbers would be cut; a narrower terminal wraps the lines itself
@@ -24,7 +25,7 @@ def on_terminal() -> bool:
 
 
 def write(text: str) -> None:
-    """Write to stdout at once; characters that its encoding lacks are escaped.
+    """Write to stdout at once.
 
     Raises:
         BrokenPipeError: the reader has gone.
@@ -32,9 +33,8 @@ def write(text: str) -> None:
     """
     if sys.stdout is None:  # closed by the shell: >&-
         raise OSError("the result cannot be written, for stdout is closed; redirect it elsewhere")
-    encoding = sys.stdout.encoding or "utf-8"
     try:
-        sys.stdout.write(text.encode(encoding, "backslashreplace").decode(encoding))
+        sys.stdout.write(text)
         sys.stdout.flush()
     except BrokenPipeError:
         raise
@@ -79,8 +79,18 @@ def line(text: str) -> None:
 
 
 def emit_json(content: Mapping[str, Any]) -> None:
-    """Print JSON; NaN and infinity become null, which JSON has."""
-    write(runs.json_text(runs.finite(content)))
+    """Print JSON; NaN and infinity become null, which JSON has. In ASCII, where stdout's encoding lacks a character."""
+    text = runs.json_text(runs.finite(content))
+    try:
+        text.encode((sys.stdout and sys.stdout.encoding) or "utf-8")
+    except UnicodeEncodeError:
+        text = json.dumps(json.loads(text), indent=2) + "\n"
+    write(text)
+
+
+def words(tokens: Sequence[Mapping[str, Any]]) -> str:
+    """Return tokens of a result in a row."""
+    return " ".join(map(display.token, tokens))
 
 
 def bar(value: float, largest: float) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from ggjac import planner, runs
+from ggjac import display, planner, runs
 from ggjac.cli.options import ModelOptions
 from ggjac.cli.planning import requested
 from ggjac.cli.progress import Reporter
@@ -18,7 +18,6 @@ from ggjac.cli.render import line, table
 from ggjac.model import DeviceError, Model, PromptError, open_model
 from ggjac.planner import machine
 from ggjac.session import Session
-from ggjac.tokenizer import visible
 
 
 def open_session(
@@ -154,7 +153,7 @@ def one_token(session: Session, target: str | None, option: str = "--target") ->
 
 def show_tokens(tokens: Sequence[Mapping[str, Any]], warning: str | None) -> None:
     """Print the table of a prompt's tokens, as `Session.tokens` returns them, and a warning where BOS looks wrong."""
-    rows = [(token["position"], token["id"], token["text"]) for token in tokens]
+    rows = [(token["position"], token["id"], display.token(token)) for token in tokens]
     table("Tokens", ["#position", "#id", "token"], rows)
     if warning:
         line(f"Warning: {warning}")
@@ -164,7 +163,7 @@ def show_tokens(tokens: Sequence[Mapping[str, Any]], warning: str | None) -> Non
 def show_saved(output: Path | None) -> None:
     """Print where a result was written."""
     if output:
-        line(f"Saved {visible(os.fsencode(output))}")
+        line(f"Saved {display.visible(os.fsencode(output))}")
 
 
 def check_resume(output: Path | None, resume: bool) -> None:

@@ -79,11 +79,16 @@ class Keys:
         value = self.metadata.get(name)
         if value is None and default is not None:
             return [default] * blocks if isinstance(default, int) else list(default)
-        entries = value if isinstance(value, Sequence) and not isinstance(value, str) else [value] * blocks
-        if len(entries) != blocks:
-            raise ConfigError(f"metadata key {name} has {len(entries)} entries for {blocks} blocks")
-        checked = (Keys({name: entry} if entry is not None else {}, self.prefix) for entry in entries)
-        return [one.integer(key) if least or one.number(key) else 0 for one in checked]
+        if value is None or isinstance(value, str) or not isinstance(value, Sequence):
+            return [self._one(key, value, least)] * blocks
+        if len(value) != blocks:
+            raise ConfigError(f"metadata key {name} has {len(value)} entries for {blocks} blocks")
+        return [self._one(f"{key}[{i}]", entry, least) for i, entry in enumerate(value)]
+
+    def _one(self, label: str, value: Any, least: int) -> int:
+        """Return a value of this name in messages as an integer, if it is one of at least `least`."""
+        one = Keys({} if value is None else {f"{self.prefix}.{label}": value}, self.prefix)
+        return one.integer(label) if least or one.number(label) else 0
 
     def for_all_blocks(self, key: str, blocks: int) -> int:
         """Return a positive integer that is the same for every block, from a scalar or an array."""

@@ -11,6 +11,7 @@ from difflib import get_close_matches
 from typing import Any, NamedTuple
 
 from ggjac.architectures import ARCHITECTURES, Architecture
+from ggjac.config import others
 from ggjac.config.keys import ConfigError, Keys, shown
 from ggjac.config.model import Indexer, Latent, Layer, ModelConfig, Recurrence
 from ggjac.config.rotations import read_windows, rope_of, stretching
@@ -20,6 +21,7 @@ from ggjac.config.tensors import check_tensors
 _ROUTERS = {1: "softmax", 2: "sigmoid"}
 # Tensors that have a projection of their own to the values.
 _VALUES = ("attn_v", "attn_qkv")
+_KEYS_AND_VALUES = ("attn_k", "attn_v", "attn_k_norm")
 
 
 def read_config(metadata: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> ModelConfig:
@@ -34,7 +36,7 @@ def read_config(metadata: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...
     """
     name = _architecture(metadata)
     keys = Keys(metadata, name)
-    stored, blocks = _block_counts(keys, ARCHITECTURES[name], shapes)
+    stored, blocks = _block_counts(keys, shapes)
     row = _decided(keys, ARCHITECTURES[name], blocks, shapes)
     if not metadata.get(f"{name}.attention.causal", True):
         raise ConfigError(f"{name}.attention.causal is False: attention to later tokens is not supported")
@@ -78,15 +80,21 @@ def read_config(metadata: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...
         indexer=_indexer(keys, row),
         inputs=keys.count("embedding_length_per_layer_input") if row.inputs else 0,
     )
-    readers = [f"blk.{i}." for i, layer in enumerate(layers) if layer.source is not None]
-    left_out = (
-        *row.export.dropped,
-        *(f"blk.{i}." for i in range(blocks, stored)),
-        *(f"{block}{stem}." for block in readers for stem in ("attn_k", "attn_v", "attn_k_norm")),  # they may be there
-    )
-    used = {row.export.name(name): shape for name, shape in shapes.items() if not name.startswith(left_out)}
+    # Blocks that read another's keys may still have tensors for their own.
+    idle = {f"blk.{i}.{stem}" for i, own in enumerate(layers) if own.source is not None for stem in _KEYS_AND_VALUES}
+    left_out = idle | {f"blk.{i}" for i in range(blocks, stored)}
+    used = {
+        row.export.name(name): shape
+        for name, shape in shapes.items()
+        if not (name.startswith(row.export.dropped) or {_up_to(name, 2), _up_to(name, 3)} & left_out)
+    }
     check_tensors(config, used)
     return config
+
+
+def _up_to(name: str, parts: int) -> str:
+    """Return the first parts of a tensor's name: 2 of them name its block."""
+    return ".".join(name.split(".", parts)[:parts])
 
 
 def _architecture(metadata: Mapping[str, Any]) -> str:
@@ -97,28 +105,48 @@ def _architecture(metadata: Mapping[str, Any]) -> str:
     """
     kind, name = metadata.get("general.type", "model"), metadata.get("general.architecture")
     if kind != "model":
-        raise ConfigError(f"general.type is {shown(kind)}, not a language model; give the model's own file")
+        known = f" ({others.TYPES[kind]})" if isinstance(kind, str) and kind in others.TYPES else ""
+        raise ConfigError(f"general.type is {shown(kind)}{known}, not a language model; give the model's own file")
+    if name is None:
+        raise ConfigError("the file does not say what it is: general.architecture is missing; take another file")
+    if isinstance(name, str) and name in others.ARCHITECTURES:
+        raise ConfigError(
+            f"architecture {shown(name)} is not supported: it is {others.ARCHITECTURES[name]}, and ggjac needs a "
+            "language model that predicts the next token"
+        )
     if not isinstance(name, str) or name not in ARCHITECTURES:
         # Similar names first.
         alike = get_close_matches(name[:64], ARCHITECTURES) if isinstance(name, str) else []
         some = list(dict.fromkeys([*alike, *ARCHITECTURES]))[:8]
         raise ConfigError(
             f"architecture {shown(name)} is not supported; supported: {', '.join(some)} and "
-            f"{len(ARCHITECTURES) - len(some)} more (docs/architectures.md)"
+            f"{len(ARCHITECTURES) - len(some)} more (`ggjac info --help` lists them)"
         )
     return name
 
 
-def _block_counts(keys: Keys, row: Architecture, shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, int]:
-    """Return the number of blocks in the file and the number used, which leaves out predictors of later tokens."""
+def _block_counts(keys: Keys, shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, int]:
+    """Return the number of blocks that the file states, and the number used, which leaves out predictors.
+
+    Those are the last `nextn_predict_layers` blocks, which predict tokens after the next one. llama.cpp leaves them out
+    in every family. Their tensors may be missing; but a block that has others only is one of the model's own.
+    """
     stored = keys.integer("block_count")
-    predictors = keys.count("nextn_predict_layers") if row.predictors else 0
+    predictors = keys.count("nextn_predict_layers")
+    key = f"{keys.prefix}.nextn_predict_layers"
     if predictors and not any(name.startswith("blk.0.") for name in shapes):
         raise ConfigError("the file has only the blocks that predict later tokens; give the model's own file")
     if stored > len(shapes):
         raise ConfigError(f"{keys.prefix}.block_count is {stored}, but the file holds only {len(shapes)} tensors")
     if predictors >= stored:
-        raise ConfigError(f"{keys.prefix}.nextn_predict_layers is {predictors}, of {stored} blocks in all")
+        raise ConfigError(f"{key} is {predictors}, of {stored} blocks in all")
+    ordinary = {_up_to(name, 2) for name in shapes} - {_up_to(name, 2) for name in shapes if ".nextn." in name}
+    for i in range(stored - predictors, stored):
+        if f"blk.{i}" in ordinary:
+            raise ConfigError(
+                f"{key} is {predictors}, but block {i}, one of the last, has no tensor of a predictor (nextn); the key "
+                "is wrong: convert the model again"
+            )
     return stored, stored - predictors
 
 
@@ -138,7 +166,7 @@ def _layers(
     # Only where every block is a mixture may the width of a dense feed-forward be missing.
     optional = experts.total and not experts.leading_dense
     units = keys.counts("feed_forward_length", stored, 0 if optional or row.recurrent else None, least=least)
-    windows = read_windows(keys, row, stored)
+    windows = read_windows(keys, row, stored, blocks)
     clamps = _clamps(keys, row, stored)
     xielu = _xielu(keys, blocks) if row.activation == "xielu" else [None] * blocks
     layers: list[Layer] = []

@@ -147,10 +147,13 @@ def _still(sections: Sequence[int], pairs: int) -> tuple[int, ...]:
     return tuple(i for i in range(pairs) if i >= 3 * sections[i % 3])
 
 
-def read_windows(keys: Keys, row: Architecture, blocks: int) -> list[int | None]:
-    """Return each layer's sliding window in tokens, or None if it attends to all tokens."""
+def read_windows(keys: Keys, row: Architecture, blocks: int, used: int) -> list[int | None]:
+    """Return the sliding window of each of the file's blocks in tokens, or None if it attends to all tokens.
+
+    The first `used` of them are the model's own; their number tells variants of a family apart.
+    """
     key = "attention.sliding_window"
-    if row.window_blocks not in (0, blocks):
+    if row.window_blocks not in (0, used):
         return [None] * blocks
     if row.windowed == "required":
         size = keys.integer(key, row.window or None)

@@ -270,12 +270,23 @@ def check_tensors(config: ModelConfig, shapes: Mapping[str, tuple[int, ...]]) ->
             known.add(name)
             if name not in shapes:
                 if short in needed or not (short.endswith((".bias", "scale")) or short in optional):
-                    raise ConfigError(f"tensor {name} is missing; the file is incomplete, download or convert it again")
+                    raise ConfigError(_missing(name, shapes))
             elif tuple(shapes[name]) != shape and not (short in loose and _same(shapes[name], shape)):
                 raise ConfigError(f"tensor {name} has shape {list(shapes[name])}, the metadata calls for {list(shape)}")
     for name in shapes:
         if name not in known:
             raise ConfigError(f"tensor {shown(name)} is not part of a {config.architecture} model as supported here")
+
+
+def _missing(name: str, shapes: Mapping[str, tuple[int, ...]]) -> str:
+    """Return the message about a tensor that is missing."""
+    single = name.replace("_exps.", ".0.")
+    if single != name and single in shapes:
+        return (
+            f"tensor {name} is missing: the experts are single tensors ({single}), as before March 2024, which "
+            "llama.cpp no longer reads either; take a newer conversion"
+        )
+    return f"tensor {name} is missing; the file is incomplete, download or convert it again"
 
 
 def _same(a: tuple[int, ...], b: tuple[int, ...]) -> bool:

@@ -18,6 +18,7 @@ import math
 import mmap
 import os
 import re
+import shlex
 import stat
 import struct
 from array import array
@@ -35,8 +36,8 @@ MAX_HEADER_BYTES = 1 << 28  # real headers, vocabulary and merges included, stay
 MAX_ENTRIES = 1 << 17  # keys, tensors or inner arrays of one file; each becomes a Python object
 MAX_STRINGS = 1 << 22  # of one array; vocabularies stay below 1 million tokens, merges below 2 million
 MAX_DEPTH = 4  # arrays within arrays
-MAX_DIMENSIONS = 4  # ggml's GGML_MAX_DIMS
-MAX_NAME_BYTES = 64  # of a tensor
+MAX_DIMENSIONS = 8  # ggml has 4; files of other programs have more, and their metadata say what they are
+MAX_NAME_BYTES = 1024  # of a tensor; ggml has 64
 MAX_KEY_BYTES = 65535
 MAX_ALIGNMENT = 1 << 24
 
@@ -65,19 +66,6 @@ _SCALARS = {  # value type -> name, layout of one value
 _SMALLEST_KEY = 8 + 1 + 4 + 1
 _SMALLEST_TENSOR = 8 + 4 + 8 + 4 + 8
 
-_NOT_STORED = {  # ids found in old or damaged files, for the message only
-    4: "Q4_2",
-    5: "Q4_3",
-    9: "Q8_1",
-    15: "Q8_K",
-    31: "Q4_0_4_4",
-    32: "Q4_0_4_8",
-    33: "Q4_0_8_8",
-    36: "IQ4_NL_4_4",
-    37: "IQ4_NL_4_8",
-    38: "IQ4_NL_8_8",
-}
-
 _OLD_GGML = "it is a GGML file from before GGUF: convert the model again with a current llama.cpp"
 _OTHER_FORMATS = {  # first four bytes -> what the file is and what to do
     b"vers": "it looks like a Git LFS pointer: run `git lfs pull` to get the model",
@@ -89,6 +77,25 @@ _OTHER_FORMATS = {  # first four bytes -> what the file is and what to do
     b"\0\0\0\0": "an unfinished download looks like this: download it again",
 }
 
+_CHECK_PATH = "check the path"
+_MAPS_NOTHING = "this file system cannot map files into memory: copy the model to a local disk"
+_ADVICE = {  # why a file cannot be opened or mapped -> what to do
+    errno.ENOTDIR: _CHECK_PATH,
+    errno.ENAMETOOLONG: _CHECK_PATH,
+    errno.ELOOP: _CHECK_PATH,
+    errno.ENODEV: _MAPS_NOTHING,
+    errno.EINVAL: _MAPS_NOTHING,
+    errno.EOPNOTSUPP: _MAPS_NOTHING,
+    errno.ENOMEM: "the address space is too small for the file: raise its limit (`ulimit -v`)",
+    errno.EMFILE: "this process has too many open files: raise the limit (`ulimit -n`)",
+}
+
+# Names of a piece: m.gguf.part1of2, m.gguf-split-a, m.gguf.partaa, m.gguf.001.
+_PIECE_NAME = re.compile(
+    r"(?P<whole>.+\.gguf)(?P<mark>[._-]?(?:part|split)?[._-]?)(?P<number>[0-9]{1,5}|[a-z]{1,2})"
+    r"(?P<of>-?of-?(?P<total>[0-9]{1,5}))?",
+    re.DOTALL | re.IGNORECASE,
+)
 _SHARD_NAME = re.compile(r"(.*)-([0-9]{5})(-of-([0-9]{5})\.gguf)", re.DOTALL | re.IGNORECASE)
 _DAMAGED = "the file is damaged or incomplete; download it again"
 
@@ -393,9 +400,7 @@ def _map(path: Path) -> mmap.mmap:
         raise GGUFError(f"{shown(path)}: cannot be read; check its permissions") from None
     except OSError as error:
         reason = os.strerror(error.errno) if error.errno else str(error)
-        advice = (
-            "check the path" if error.errno in (errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP) else "check the disk"
-        )
+        advice = _ADVICE.get(error.errno or 0, "check the disk")
         raise GGUFError(f"{shown(path)}: cannot be opened ({reason}); {advice}") from None
     except (ValueError, OverflowError) as error:
         if isinstance(error, GGUFError):
@@ -451,9 +456,10 @@ def _read_tensor(header: _Header, index: int, shard: int) -> TensorInfo:
     offset = header.number(_U64, f"the offset of {tensor}")
     type = types.TYPES.get(type_id)
     if type is None:
-        known = f" ({_NOT_STORED[type_id]}, which is no longer stored)" if type_id in _NOT_STORED else ""
+        known = f" ({types.UNREADABLE[type_id]})" if type_id in types.UNREADABLE else ""
         header.fail(
-            f"{tensor} has type id {type_id}{known}, which is not supported; quantize the model again to another type"
+            f"{tensor} has type id {type_id}{known}, which is not supported; take a file that llama.cpp can run, or "
+            "quantize the model again to another type"
         )
     try:
         row_bytes = types.row_bytes(type, shape[-1])
@@ -489,9 +495,38 @@ def _place_tensors(
     return placed
 
 
+def _refuse_piece(path: Path) -> None:
+    """Refuse a damaged file whose name says that it is a piece of one, with the command that joins the pieces.
+
+    Raises:
+        GGUFError: it is one.
+    """
+    match = _PIECE_NAME.fullmatch(path.name)
+    if match is None:
+        return
+    first = match["whole"] + match["mark"]
+    # The shell sorts 10 before 2; it counts in braces.
+    counted = match["total"] and not match["number"].startswith("0")
+    all_of_them = f"{{1..{int(match['total'])}}}" if counted else "*"
+    pieces = shlex.quote(first) + all_of_them + (match["of"] or "")
+    raise GGUFError(
+        f"{shown(path)}: is one of the pieces that {shown(match['whole'])} was cut into; join them, in their folder: "
+        f"cat {shown(pieces)} > {shown(shlex.quote(match['whole']))}"
+    )
+
+
 def _open_shard(path: Path, number: int) -> _Shard:
     """Map one file and check its whole header. Tensor data is not read."""
     header = _Header(path, _map(path))
+    try:
+        return _read_shard(header, number)
+    except GGUFError:
+        _refuse_piece(path)
+        raise
+
+
+def _read_shard(header: _Header, number: int) -> _Shard:
+    """Read and check a whole header."""
     version = _read_version(header)
     # Both counts come first; that of the tensors is checked again after the metadata, which may have used up the room.
     tensor_count = header.count("tensors", _SMALLEST_TENSOR, MAX_ENTRIES)
@@ -511,7 +546,7 @@ def _open_shard(path: Path, number: int) -> _Shard:
 
     data_start = -(-header.position // alignment) * alignment
     tensors = _place_tensors(header, entries, alignment, data_start)
-    return _Shard(path, header.buffer, version, alignment, metadata, tensors, min(data_start, header.size))
+    return _Shard(header.path, header.buffer, version, alignment, metadata, tensors, min(data_start, header.size))
 
 
 def _split_number(shard: _Shard, key: str, default: int | None = None) -> int:

@@ -1,8 +1,8 @@
 """ggml's tensor types: id, name, elements and bytes per block.
 
 One table, used by the container (sizes) and the dequantizers (layouts). Source: ggml.h `enum ggml_type` and the
-block structs of ggml-common.h. Types that ggml removed (ids 4, 5, 31-33, 36-38) and types that exist for activations
-only (Q8_1, Q8_K) are absent: a file that uses one is refused by its id.
+block structs of ggml-common.h. Types that ggml removed, types that exist for activations only, and those of programs
+derived from llama.cpp are absent: a file that uses one is refused by its id, with the name in `UNREADABLE`.
 """
 
 from typing import NamedTuple
@@ -54,6 +54,48 @@ TYPES: dict[int, GGMLType] = {
         GGMLType(41, "Q1_0", 128, 18),
         GGMLType(42, "Q2_0", 64, 18),
     )
+}
+
+
+def _of_ik_llama_cpp() -> dict[int, str]:
+    """Return the types that ik_llama.cpp stores and llama.cpp does not (ggml.h there); rows of _R4 are interleaved."""
+    names = {
+        133: "Q6_0 IQ1_BN IQ2_BN",
+        137: "IQ2_K IQ3_K IQ4_K IQ5_K IQ6_K IQ2_TN IQ1_TN IQ4_KS IQ2_KS IQ4_KSS",
+        151: "Q8_KV IQ5_KS IQ2_KT IQ3_KT IQ4_KT IQ3_KS IQ2_KL IQ1_KT",
+        202: "Q4_0_R8",
+        206: "Q5_0_R4",
+        208: "Q8_0_R8",
+        210: "Q2_K_R4 Q3_K_R4 Q4_K_R4 Q5_K_R4 Q6_K_R4",
+        216: "IQ2_XXS_R4 IQ2_XS_R4 IQ3_XXS_R4 IQ1_S_R4 IQ4_NL_R4 IQ3_S_R4 IQ2_S_R4 IQ4_XS_R8",
+        229: "IQ1_M_R4 BF16_R16",
+        233: "Q6_0_R4",
+        335: "IQ2_BN_R4",
+        337: "IQ2_K_R4 IQ3_K_R4 IQ4_K_R4 IQ5_K_R4",
+        344: "IQ4_KS_R4",
+        352: "IQ5_KS_R4",
+        398: "Q8_KV_R8 Q8_K_R8",
+    }
+    listed = {first + i: name for first, row in names.items() for i, name in enumerate(row.split())}
+    return {id: f"{name} of ik_llama.cpp" for id, name in listed.items()}
+
+
+_REMOVED = "which llama.cpp no longer stores"
+_ACTIVATIONS = "a type of activations"
+# Ids that files have although llama.cpp does not read them, for a message: what each is.
+UNREADABLE = {
+    4: f"Q4_2, {_REMOVED}",
+    5: f"Q4_3, {_REMOVED}",
+    9: f"Q8_1, {_ACTIVATIONS}",
+    15: f"Q8_K, {_ACTIVATIONS}",
+    31: f"Q4_0_4_4, {_REMOVED}",
+    32: f"Q4_0_4_8, {_REMOVED}",
+    33: f"Q4_0_8_8, {_REMOVED}",
+    # One id, two programs.
+    36: "I2_S of bitnet.cpp, or IQ4_NL_4_4 of an old llama.cpp",
+    37: "I8_S of bitnet.cpp, or IQ4_NL_4_8 of an old llama.cpp",
+    38: "TL1 of bitnet.cpp, or IQ4_NL_8_8 of an old llama.cpp",
+    **_of_ik_llama_cpp(),
 }
 
 

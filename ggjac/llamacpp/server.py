@@ -407,7 +407,7 @@ def _set(params: Any, **values: Any) -> None:
     """Set fields of a parameter struct; refuse unknown names, which ctypes alone would accept."""
     for name, value in values.items():
         if not hasattr(params, name):
-            raise LlamaCppError(f"this llama-cpp-python has no parameter {name}; update it, or skip with --no-verify")
+            raise LlamaCppError(f"this llama-cpp-python has no parameter {name}; update it")
         setattr(params, name, value)
 
 
@@ -415,9 +415,9 @@ def _load_failure(path: str | os.PathLike[str], log: str) -> str:
     if "unknown model architecture" in log:
         return (
             f"this llama.cpp does not support the architecture of {_name(path)} ({log}); update llama-cpp-python, or "
-            "skip the check with --no-verify"
+            "do without the comparison"
         )
-    return f"llama.cpp cannot load {_name(path)}: {log}; skip the check with --no-verify"
+    return f"llama.cpp cannot load {_name(path)}: {log}; ggjac itself reads the file, but it cannot be compared"
 
 
 def _name(path: str | os.PathLike[str]) -> str:

@@ -2,6 +2,7 @@
 
 from ggjac.runs.files import (
     DTYPES,
+    READABLE,
     SCHEMA_VERSION,
     Entry,
     JournalError,
@@ -27,6 +28,7 @@ from ggjac.runs.files import (
 
 __all__ = [
     "DTYPES",
+    "READABLE",
     "SCHEMA_VERSION",
     "Entry",
     "JournalError",

@@ -169,8 +169,10 @@ class WeightStore:
         raw = runs[0] if len(runs) == 1 else np.concatenate(runs)
         if key not in self._checked:
             if quants.has_invalid_scales(raw, info.type):
+                where = _first_invalid(key, info, raw)
                 raise WeightError(
-                    f"tensor {info.name} holds NaN or infinite values; the file is damaged, download it again"
+                    f"tensor {info.name} holds NaN or infinite values{where}: it was quantized or converted wrongly; "
+                    "downloading it again does not help, take another file of the model"
                 )
             self._checked.add(key)
         return raw
@@ -326,3 +328,15 @@ class Block:
         if part and (stored := f"{self.prefix}{part.stem}.{suffix}") in self.store:
             return stored, part
         return self.prefix + name, None
+
+
+def _first_invalid(key: Key, info: TensorInfo, raw: np.ndarray) -> str:
+    """Return where in a tensor the first row of a tile is that holds NaN or infinite scales; nothing for a vector."""
+    if len(info.shape) == 1:
+        return ""
+    rows = (row for start, stop in key.runs for row in range(start, stop))
+    row = next(row for row, one in zip(rows, raw, strict=True) if quants.has_invalid_scales(one[None], info.type))
+    if len(info.shape) == 2:
+        return f" in row {row}"
+    expert, row = divmod(row, info.shape[-2])
+    return f" in row {row} of expert {expert}"
