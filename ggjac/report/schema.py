@@ -148,7 +148,7 @@ def spelled(required: Mapping[str, Check], optional: Mapping[str, Check] | None 
 
 
 def _standing(shown: str) -> str:
-    """Return text that begins with a character of its own: a combining mark stands on a dotted circle, not on others."""
+    """Return text that does not join what precedes it: a combining mark at its start stands on a dotted circle."""
     return f"\N{DOTTED CIRCLE}{shown}" if shown and unicodedata.category(shown[0]).startswith("M") else shown
 
 

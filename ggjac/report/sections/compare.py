@@ -21,6 +21,7 @@ from ggjac.report.schema import (
     spelled,
 )
 from ggjac.report.sections.common import SHORT, Run, Section, bars, digits, file_name
+from ggjac.report.summary import caveat
 from ggjac.units import MISSING, power
 
 SMALLEST_ANGLE = 1e-3  # degrees; smaller ones are rounding of vectors that are the same
@@ -152,6 +153,7 @@ def compare(run: Run) -> dict[str, Any] | None:
             }
             for row in found["positions"]
         ],
+        "caveat": caveat(run.content),
         "short": len(found["positions"]) <= SHORT,
         "says": [
             (words, value)

@@ -7,6 +7,7 @@ from ggjac import display
 from ggjac.report.numbers import percent
 from ggjac.report.schema import HERE, MODEL, RECONSTRUCTION, Check, Wrong, each, integer, number, spelled, table, text
 from ggjac.report.sections.common import SHORT, Run, Section, capital, file_name
+from ggjac.report.summary import caveat, sentences
 from ggjac.units import duration, power, size
 
 
@@ -27,6 +28,7 @@ FORM: dict[str, Check] = {
     "command": each(text),  # its words
     "prompt": text,  # as it was typed
     "warning": text,  # about how the prompt was tokenized
+    "warnings": each(text),  # about anything else
     "position": position,  # the output position; the last token's where it is missing
     "device": text,
     "dtype": text,
@@ -81,7 +83,9 @@ def header(run: Run) -> dict[str, Any]:
         "long": len(prompt) > 120,
         "rest": "" if whole else _joined(tokens[position + 1 :])[:200],
         "next": best and _joined([best]),
-        "chance": best and percent(best["probability"]),
+        "sentences": sentences(c),
+        "caveat": caveat(c) if c["attribution"] else None,
+        "warnings": [*filter(None, (c["warning"],)), *(c["warnings"] or [])],
         "name": model["name"] or file_name(model),
         "facts": _pairs(
             ("File", file_name(model)),
@@ -211,7 +215,6 @@ def tokens(run: Run) -> dict[str, Any] | None:
     return {
         "rows": [t | {"read": i == read} for i, t in enumerate(c["tokens"])],
         "short": len(c["tokens"]) <= SHORT,
-        "warning": c["warning"],
     }
 
 
