@@ -95,6 +95,29 @@ def cells(html: str, units: int, rows: int) -> np.ndarray:
     return shades
 
 
+def test_a_long_prompt_begins_with_its_largest_shares() -> None:
+    content, _ = report_run.full(prompt=1000)
+    given = content["attribution"]
+    html = rendered(content)
+    found = section(html, "attribute")
+    assert "The 20 largest of 1000 shares" in found.find("h3")
+    largest = sorted(given["shares"], key=lambda share: -abs(share["share"]))
+    rows = found.find("tr")[1:21]
+    for row, share in zip(rows, largest, strict=False):
+        assert row.startswith(f"{share['position']} ")
+        assert signed(share["share"]) in row
+    rest = sum(share["share"] for share in largest[20:])
+    assert f"980 others {signed(rest)}" in found.find("tr")[21]
+    part = html[html.index('id="attribute"') : html.index('id="attribute-branches"')]
+    assert part.count("<details>") == 2, "the prompt and the whole table are folded"
+    assert len(found.find("tr")) == 2 + 20 + 1 + 1000 + 2
+
+
+def test_a_short_prompt_is_not_folded() -> None:
+    found = section(rendered(run_json()), "attribute")
+    assert not any("largest of" in heading for heading in found.find("h3"))
+
+
 def scale(values: np.ndarray) -> float:
     """Return the largest value that the colours cover: three times what nearly all values stay below."""
     sizes = np.abs(values)

@@ -72,7 +72,7 @@ def analyze(
     from ggjac.cli.result import failed
     from ggjac.cli.session import open_session, show_doubts, show_saved
     from ggjac.gguf import shown
-    from ggjac.report.summary import caveat, plain, sentences
+    from ggjac.report.summary import plain, sentences
 
     session = open_session(what, position=position, rank=rank)
     depths = None if layers is None else layers.of(session.model.config.block_count)
@@ -92,7 +92,6 @@ def analyze(
         show_doubts(content["model"])
         for sentence in sentences(content):
             line(plain(sentence))
-        line(caveat(content))
         line("")
         show_saved(folder)
         show_saved(folder / "report.html")

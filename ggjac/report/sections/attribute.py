@@ -28,6 +28,7 @@ from ggjac.report.summary import caveat
 from ggjac.units import power
 
 LARGEST = 12  # parts in the table of the largest ones
+MANY, FIRST = 64, 20  # tokens above which a prompt is folded, and the largest shares shown then
 AT_ONE = 3  # the same, of each of many positions
 MAX_CELLS = 20_000  # of a heat grid; larger ones would make the page slow and could not be read
 ROUNDING = 5e-2  # of Σ|shares|: the difference from the logit that 16-bit dtypes may leave
@@ -213,18 +214,22 @@ def attribute(run: Run) -> dict[str, Any] | None:
     offset = found["offset"] or 0.0
     drawn, zero = bars(shares)
     decimals = digits(shares)
+    rows = [
+        s
+        | {
+            "value": signed(s["share"], decimals),
+            "percent": _relative(s["share"], found),
+            "level": round(LEVELS * s["share"] / largest),
+            "bar": bar,
+        }
+        for s, bar in zip(found["shares"], drawn, strict=True)
+    ]
+    foremost = sorted(rows, key=lambda row: -abs(row["share"]))[:FIRST] if len(rows) > MANY else []
     return _target(found) | {
         "largest": fixed(largest, 2),
-        "rows": [
-            s
-            | {
-                "value": signed(s["share"], decimals),
-                "percent": _relative(s["share"], found),
-                "level": round(LEVELS * s["share"] / largest),
-                "bar": bar,
-            }
-            for s, bar in zip(found["shares"], drawn, strict=True)
-        ],
+        "rows": rows,
+        "foremost": foremost,
+        "others": signed(sum(shares) - sum(row["share"] for row in foremost), decimals),
         "offset": signed(offset, decimals),
         "offset_percent": _relative(offset, found),
         "equation": _equation(found, [*shares, offset]),
