@@ -61,7 +61,7 @@ def analyze(
     The folder holds report.html (to look at), run.json (all results, with their provenance) and tensors.safetensors (U,
     S, Vh, residual, x, y, offset, linear_output, logits, shares, ids; with --contrast, ordinary_output; with
     --per-token, token_U, token_S, token_Vh, token_residual; with --layers, the tensors of `ggjac layers`). The report
-    and run.json also have direct logit attribution to blocks and heads, and the coherence of decoded vectors. Exit code
+    and run.json also have direct logit attribution to blocks and heads. Exit code
     3 if a check fell outside its tolerance.
 
     \b

@@ -23,7 +23,7 @@ PLACES = {
 }
 # Options of commands that are fields of `ggjac.planner.work.Request` by the same name.
 _SAME = (
-    *("rank", "by", "count", "contrast", "per_token", "shuffles", "maps", "kinds", "transport"),
+    *("rank", "by", "count", "contrast", "per_token", "maps", "kinds", "transport"),
     *("method", "layer", "max_tokens", "control"),
 )
 
@@ -56,9 +56,12 @@ def show_plan(
 
     plans: list[Plan] = []
     content: dict[str, Any] = {}
-    files = {"": what.model} | ({"other_model": params["other"]} if "other" in params else {})
-    for name, model in files.items():
-        one = dataclasses.replace(what, model=model)
+    runs = {"": what}
+    if "other" in params:
+        runs["other_model"] = dataclasses.replace(what, model=params["other"])
+    if what.both_rules:
+        runs["other_rule"] = dataclasses.replace(what, mlp_path="gate")
+    for name, one in runs.items():
         made, data = _show_one(one, command, params, bench=bench, output_format=output_format)
         plans.append(made)
         content |= {name: data} if name else data

@@ -430,7 +430,8 @@ SECTIONS = (
         attribute,
         "At this prompt the output is exactly a linear map of the input embeddings, plus an offset from biases. So a "
         "logit splits into one share for each input token and one for the offset, without remainder. A share is the "
-        "contribution of a token along the live (not frozen) paths; it is not the effect of changing the token.",
+        "contribution of a token along the live (not frozen) paths: it depends on the freezing rule, and is neither "
+        "importance nor the effect of changing the token.",
         token_bars,
     ),
     Section(
