@@ -37,9 +37,9 @@ from torch import Tensor
 from ggjac import blocks, exports, llamacpp
 from ggjac.architectures import Graph
 from ggjac.blocks import Past
+from ggjac.display import visible
 from ggjac.gguf import GGUFFile, open_gguf, shown
 from ggjac.results import NO_WORDS, Plotted, Points, Table, Words
-from ggjac.tokenizer import visible
 
 if TYPE_CHECKING:
     from ggjac.model import Model, Trace

@@ -18,6 +18,7 @@ from functools import cache, cached_property
 from typing import Any
 
 from ggjac import llamacpp
+from ggjac.display import visible
 
 # tokenizer.ggml.model values that name no tokenizer (llama-vocab.cpp, llama_vocab::impl::load).
 NO_TOKENIZER = (None, "", "none", "no_vocab")
@@ -205,9 +206,9 @@ class RawVocabulary(Tokenizer):
         return text.replace("\u2581", " ").encode("utf-8", errors="surrogateescape")
 
     def kind(self, id: int) -> str:
-        """Return the stored type's name; without types all tokens are normal."""
+        """Return the stored type's name; without types, or without any strings, all tokens are normal."""
         if not 0 <= id < len(self.tokens):
-            return "unused"
+            return "unused" if self.tokens else "normal"
         return "normal" if self.types is None else KINDS.get(self.types[id], "normal")
 
 
@@ -401,38 +402,8 @@ def bos_warning(tokenizer: Tokenizer, ids: Sequence[int]) -> str | None:
     return None
 
 
-def visible(piece: bytes) -> str:
-    """Return a token's bytes as one line that is safe to print: a stranger's text must not manipulate a terminal.
-
-    Spaces at either end become `␣`, newline and tab `\\n` and `\\t`, control, format (bidi, zero-width) and other
-    invisible characters `\\x1b` or `\\u202e`, bytes that are not UTF-8 `<0xE2>`. Everything printable is unchanged.
-    """
-    text = piece.decode("utf-8", errors="surrogateescape")
-    body = text.strip(" ")
-    if not body:
-        return "␣" * len(text)
-    start = text.index(body)
-    return "␣" * start + "".join(map(_shown, body)) + "␣" * (len(text) - start - len(body))
-
-
 def _name(path: str | os.PathLike[str]) -> str:
     return visible(os.fsencode(path))
-
-
-# Printable by category, yet drawn as nothing: Unicode's Default_Ignorable_Code_Point without FE0E/FE0F, which emoji
-# need, and the blank Braille pattern.
-_BLANK = frozenset(
-    (0x034F, 0x115F, 0x1160, 0x17B4, 0x17B5, 0x180B, 0x180C, 0x180D, 0x180F, 0x2800, 0x3164, 0xFFA0)
-) | frozenset((*range(0xFE00, 0xFE0E), *range(0xE0100, 0xE01F0)))
-
-
-def _shown(character: str) -> str:
-    code = ord(character)
-    if 0xDC80 <= code <= 0xDCFF:  # a byte that is not UTF-8, as surrogateescape decodes it
-        return f"<0x{code - 0xDC00:02X}>"
-    if character.isprintable() and code not in _BLANK:
-        return character
-    return character.encode("unicode_escape").decode("ascii")
 
 
 @cache

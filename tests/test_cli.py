@@ -120,9 +120,9 @@ def test_text_on_a_real_model(command: str, stories: Path) -> None:
     )
     content = json.loads(invoke(command, "-m", stories, "-t", 1, "-p", prompt, "--format", "json").stdout)
     assert content["prompt"] == prompt
-    assert [token["text"] for token in content["tokens"]][:3] == ["<s>", "␣Once", "␣upon"]
+    assert [token["text"] for token in content["tokens"]][:3] == ["<s>", " Once", " upon"]
     if command == "predict":
-        assert content["predictions"][0]["token"] == "␣Lily"
+        assert content["predictions"][0]["text"] == " Lily"
 
 
 def test_info(tiny_file: TinyFile) -> None:
@@ -337,7 +337,7 @@ def test_norms_file(tiny_file: TinyFile) -> None:
     close(saved["columns"], truth.J.norm(dim=0), 1e-5)
     close(saved["rows"], truth.J.norm(dim=2).T, 1e-5)
     positions = json.loads(out)["norms"]["positions"]
-    assert [(p["position"], p["token"]) for p in positions] == [(i, f"[{id}]") for i, id in enumerate(IDS[:3])]
+    assert [(p["position"], p["text"]) for p in positions] == [(i, f"[{id}]") for i, id in enumerate(IDS[:3])]
     for p in positions:
         for kind, words in (("columns", 8), ("rows", 4)):
             lengths = saved[kind][p["position"]]

@@ -12,13 +12,13 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from ggjac.display import visible
 from ggjac.tokenizer import (
     LlamaVocabulary,
     RawVocabulary,
     TokenizerError,
     bos_warning,
     open_tokenizer,
-    visible,
 )
 
 SHARED = Path(__file__).parents[2] / "shared"
@@ -260,37 +260,6 @@ def test_without_llama_cpp_the_strings_remain(monkeypatch):
     assert [tokenizer.piece(i) for i in range(4)] == [b"<s>", b"\xe2", b" a", b"[3]"]
     with pytest.raises(TokenizerError, match=r"pip install llama-cpp-python, or give token ids"):
         tokenizer.encode("a")
-
-
-@pytest.mark.parametrize(
-    ("piece", "shown"),
-    [
-        (b"", ""),
-        (b" Lily", "␣Lily"),
-        (b"a b ", "a b␣"),
-        (b"   ", "␣␣␣"),
-        (b" \n", "␣\\n"),
-        (b"\t\r\0", "\\t\\r\\x00"),
-        (b"\x1b[31mred\x1b[0m", "\\x1b[31mred\\x1b[0m"),
-        (b"\xc2\x9b2J", "\\x9b2J"),  # the one-character form of ESC [
-        (b"\xe2\x96", "<0xE2><0x96>"),
-        (b"ok\xff", "ok<0xFF>"),
-        (b"\xed\xa0\x80", "<0xED><0xA0><0x80>"),  # a surrogate is not UTF-8
-        ("\u202egnp.exe".encode(), "\\u202egnp.exe"),
-        ("a\u200bb\ufeff".encode(), "a\\u200bb\\ufeff"),
-        ("\u2028\u00a0\u3000".encode(), "\\u2028\\xa0\\u3000"),
-        ("\U000e0041\ufe00\u3164".encode(), "\\U000e0041\\ufe00\\u3164"),
-        ("é漢字ไทยहिन्दी🙂❤\ufe0f".encode(), "é漢字ไทยहिन्दी🙂❤\ufe0f"),
-        (b"\\n [x]", "\\n [x]"),
-    ],
-)
-def test_visible(piece, shown):
-    assert visible(piece) == shown
-
-
-@given(st.binary(max_size=12))
-def test_visible_is_always_harmless(piece):
-    assert all(c.isprintable() or c == "\ufe0f" for c in visible(piece))
 
 
 def test_bos_warning(tmp_path):

@@ -76,7 +76,7 @@ class Failure(click.ClickException):
 
     def show(self, file: object = None) -> None:
         """Print the message to stderr on one line; quotations from files and paths are escaped."""
-        from ggjac.tokenizer import visible
+        from ggjac.display import visible
 
         message = " ".join(in_options(self.format_message()).split())
         click.echo(f"Error: {visible(message.encode('utf-8', 'surrogateescape'))}", err=True)

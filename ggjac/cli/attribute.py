@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 import click
 
+from ggjac import display
 from ggjac.cli.options import ModelOptions, model_options, output, output_format
 from ggjac.cli.planning import dry_run
 
@@ -122,7 +123,7 @@ def show_tokens(data: dict[str, Any]) -> None:
     rows: list[tuple] = [
         (
             s["position"],
-            s["token"],
+            display.token(s),
             f"{s['share']:+.4f}",
             bar(s["share"], largest),
         )
@@ -136,9 +137,9 @@ def show_tokens(data: dict[str, Any]) -> None:
 
 def asked_logit(data: dict[str, Any]) -> str:
     """Return the name of the split quantity: a logit, or the difference of two."""
-    name = f"the logit of {data['target']['token']}"
+    name = f"the logit of {display.token(data['target'])}"
     if data["versus"]:
-        name += f" minus that of {data['versus']['token']}"
+        name += f" minus that of {display.token(data['versus'])}"
     return name + (" before the soft cap" if data["softcap"] else "")
 
 
@@ -203,21 +204,21 @@ def show_positions(entries: list[dict[str, Any]]) -> None:
     rows = []
     for data in entries:
         if data["by"] == "token":
-            parts = [(s["token"], s["share"]) for s in data["shares"]] + [("offset", data["offset"])]
+            parts = [(display.token(s), s["share"]) for s in data["shares"]] + [("offset", data["offset"])]
         else:
             parts = _parts(data)
         top = sorted(parts, key=lambda part: -abs(part[1]))[:LARGEST]
         rows.append(
             (
                 data["position"],
-                data["token"],
-                data["target"]["token"],
+                display.token(data),
+                display.token(data["target"]),
                 f"{data['logit']:.4f}",
                 ", ".join(f"{name} {share:+.2f}" for name, share in top if share),
                 _sum(data),
             )
         )
     of = {"token": "every input token", "layer": "every block's branches", "head": "every head and MLP"}
-    less = f", minus the logit of {entries[0]['versus']['token']}" if entries[0]["versus"] else ""
+    less = f", minus the logit of {display.token(entries[0]['versus'])}" if entries[0]["versus"] else ""
     columns = ["#position", "token", "target", "#logit", "largest shares", "#sum of all"]
     table(f"Exact share of {of[entries[0]['by']]} in a logit at every position{less}", columns, rows)

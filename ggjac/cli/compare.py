@@ -116,13 +116,13 @@ def _both(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:
 
 def show(data: dict[str, Any], content: dict[str, Any]) -> None:
     """Print both files' spectra, angles, shares and predictions; `content` has the envelope."""
+    from ggjac import display
     from ggjac.cli.render import line, numbers, table
-    from ggjac.tokenizer import visible
 
     for side, model in (("a", content["model"]), ("b", content["other_model"])):
         health = data["reconstruction"][side]
         remark = "" if health["healthy"] else ": NOT healthy"
-        name = visible(model["path"].encode("utf-8", "surrogateescape"))
+        name = display.visible((model["asked"] or model["path"]).encode("utf-8", "surrogateescape"))
         line(f"{side}: {name}: reconstruction error {health['error']:.1e} (limit {health['limit']:.0e}{remark})")
     line("")
     values = data["singular_values"]
@@ -137,7 +137,7 @@ def show(data: dict[str, Any], content: dict[str, Any]) -> None:
     title = f"Principal angles between the spans of the {len(left)} leading vectors, smallest first"
     table(title, ["##", "#left", "#right"], angles)
     cells = [
-        (s["position"], s["token"], f"{s['a']:+.4f}", f"{s['b']:+.4f}", f"{s['b'] - s['a']:+.4f}")
+        (s["position"], display.token(s), f"{s['a']:+.4f}", f"{s['b']:+.4f}", f"{s['b'] - s['a']:+.4f}")
         for s in data["shares"]
     ]
     for name in ("offset", "logit"):
@@ -145,9 +145,12 @@ def show(data: dict[str, Any], content: dict[str, Any]) -> None:
         title = {"offset": "offset (biases)", "logit": "logit"}[name]
         cells.append(("", title, f"{of['a']:+.4f}", f"{of['b']:+.4f}", f"{of['b'] - of['a']:+.4f}"))
     cap = " before its soft cap" if data["softcap"] else ""
-    title = f"Share of every input token in the logit of {data['target']['token']}{cap}"
+    title = f"Share of every input token in the logit of {display.token(data['target'])}{cap}"
     table(title, ["#position", "token", "#a", "#b", "#b - a"], cells)
-    cells = [(p["position"], p["token"], p["top1"]["a"], p["top1"]["b"], f"{p['kl']:.2e}") for p in data["positions"]]
+    cells = [
+        (p["position"], *map(display.token, (p, p["top1"]["a"], p["top1"]["b"])), f"{p['kl']:.2e}")
+        for p in data["positions"]
+    ]
     differing = {i for i, p in enumerate(data["positions"]) if not p["same_top1"]}
     table("Next token at every position", ["#position", "token", "a", "b", "#KL(a ‖ b), nats"], cells, differing)
     line(

@@ -70,13 +70,14 @@ def ranks(
 
 def show(data: dict[str, Any]) -> None:
     """Print a row for each prompt, and one for each token index, its mean drawn as a bar."""
+    from ggjac import display
     from ggjac.cli.render import bar, line, stable_rank, table
 
     records, positions = data["prompts"], data["by_position"]
     rows = [
         (
-            "".join(t["text"] for t in r["tokens"]),
-            r["next"]["token"],
+            display.visible(display.joined(r["tokens"]).encode()),
+            display.token(r["next"]),
             stable_rank(r["joint"]),
             " ".join(f"{t['stable_rank']['value']:.3g}" for t in r["tokens"]),
         )

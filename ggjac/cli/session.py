@@ -10,17 +10,16 @@ from typing import Any
 
 import click
 
-from ggjac import planner, runs
+from ggjac import display, planner, runs
 from ggjac.chat import ChatError
 from ggjac.cli import texts
-from ggjac.cli.options import ModelOptions
+from ggjac.cli.options import ModelOptions, asked_name
 from ggjac.cli.planning import requested
 from ggjac.cli.progress import Reporter
 from ggjac.cli.render import line, table
 from ggjac.model import DeviceError, Model, PromptError, open_model
 from ggjac.planner import machine
 from ggjac.session import Session
-from ggjac.tokenizer import visible
 
 LIKELY = 10  # tokens among which another spelling of a target is looked for
 
@@ -77,7 +76,8 @@ def open_options(what: ModelOptions) -> Model:
         click.UsageError: there is no such device.
     """
     try:
-        return open_model(what.model, device=what.device, dtype=what.dtype, threads=what.threads, context=what.context)
+        how: dict[str, Any] = {"device": what.device, "dtype": what.dtype, "threads": what.threads}
+        return open_model(what.model, asked=asked_name(what.model), context=what.context, **how)
     except DeviceError as error:
         raise click.UsageError(f"--device: {error}") from error
 
@@ -197,7 +197,7 @@ def note_likelier(session: Session, target: str | None, id: int | None, option: 
 
 def show_tokens(tokens: Sequence[Mapping[str, Any]], warnings: Sequence[str]) -> None:
     """Print the table of a prompt's tokens, as `Session.tokens` returns them, and remarks on the prompt."""
-    rows = [(token["position"], token["id"], token["text"]) for token in tokens]
+    rows = [(token["position"], token["id"], display.token(token)) for token in tokens]
     table("Tokens", ["#position", "#id", "token"], rows)
     show_warnings(warnings)
 
@@ -213,7 +213,7 @@ def show_warnings(warnings: Sequence[str]) -> None:
 def show_saved(output: Path | None) -> None:
     """Print where a result was written."""
     if output:
-        line(f"Saved {visible(os.fsencode(output))}")
+        line(f"Saved {display.visible(os.fsencode(output))}")
 
 
 def check_resume(output: Path | None, resume: bool) -> None:

@@ -167,11 +167,12 @@ def steer(
 
 def show(data: dict[str, Any]) -> None:
     """Print the concept, the baseline and every steered text."""
-    from ggjac.cli.render import line, table
+    from ggjac import display
+    from ggjac.cli.render import line, table, words
 
     concept = data["concept"]
-    cells = [(row["token"], row["id"], f"{row['probability']:.4f}") for row in concept["top"]]
-    line(f"Concept: {' '.join(token['text'] for token in concept['tokens'])}")
+    cells = [(display.token(row), row["id"], f"{row['probability']:.4f}") for row in concept["top"]]
+    line(f"Concept: {words(concept['tokens'])}")
     table("Next token after the concept", ["token", "#id", "#probability"], cells)
     rows = [("baseline", data["baseline"])]
     for i, text in enumerate(data["steered"]):
@@ -188,7 +189,7 @@ def show(data: dict[str, Any]) -> None:
                 f"{text['kl_first']:.3f}",
                 f"{text['concept_mass_first']:.4f}",
                 f"{text['concept_hits']}/{len(text['tokens'])}",
-                "".join(token["text"] for token in text["tokens"]).replace("␣", " ").strip(),
+                display.visible(text["text"].strip().encode()),
             )
             for name, text in rows
         ],
