@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -89,6 +90,16 @@ def test_special_tokens_may_be_text() -> None:
         expected = oracle.tokenize(text.encode(), add_bos=True, special=special)
         assert ids(invoke_json("predict", "-p", text, *options)) == expected
     assert invoke_json("verify", "-p", text, "--no-parse-special")["parity"]["tokens_equal"]
+
+
+def test_special_tokens_are_marked(tmp_path: Path) -> None:
+    out = tmp_path / "result.json"
+    for options, marked in (([], True), (["--no-parse-special"], False)):
+        shown = invoke("predict", "-p", "hot <|end_of_text|> cold", *options).stdout
+        assert bool(re.search(r"<\|end_of_text\|> +control\n", shown)) == marked
+        assert shown.count("control") == marked  # BOS is none that was written
+        out.write_text(invoke("predict", "-p", "hot <|end_of_text|>", *options, "--format", "json").stdout)
+        assert page(load(out)).count("<small>control</small>") == marked
 
 
 # -- context -----------------------------------------------------------------------------------------------------------
