@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import gguf
 import pytest
 import tiny
 import torch
@@ -80,6 +81,15 @@ def test_repeated_tokens_are_named(tmp_path: Path) -> None:
     assert "700 and 701 (foo), 702 and 711 (bar)" in said
     assert "--tokens 1,2,3" in said
     invoke("predict", "-m", file, "--tokens", "0,465")
+
+
+def test_embeddings_without_tokens_are_what_llama_cpp_refuses(tmp_path: Path) -> None:
+    fields = gguf.GGUFReader(demo_path()).fields
+    names = [f"tokenizer.ggml.{name}" for name in ("tokens", "token_type")]
+    file = reworded(tmp_path / "few.gguf", {name: fields[name].contents()[:2500] for name in names})
+    said = invoke("verify", "-m", file, "-p", "The opposite of hot is", code=1).stderr
+    assert "it has 2544 embeddings, for the 2500 tokens of its vocabulary; ggjac runs such a file" in said
+    assert invoke_json("predict", "-m", file, "-p", "The opposite of hot is")["predictions"][0]["text"] == " cold"
 
 
 def test_special_tokens_may_be_text() -> None:
