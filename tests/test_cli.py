@@ -973,3 +973,21 @@ def test_alarming_rows_are_red_on_a_terminal_only(
     red = [text for text in capsys.readouterr().out.splitlines() if "\x1b[1;31m" in text]
     assert [text.count("l_out") for text in red] == [1, 1]
     assert not any("l_out-0" in text for text in red)
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGBUS"), reason="this system has no SIGBUS")
+def test_a_crash_says_what_it_was_and_where() -> None:
+    program = """
+import signal
+from ggjac.cli import main
+from ggjac.gguf import GGUFFile
+GGUFFile.rows = lambda *_: signal.raise_signal(signal.SIGBUS)
+main(["predict", "--tokens", "1"])
+"""
+    ended = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, env=environment(), timeout=60
+    )
+    assert ended.returncode == -signal.SIGBUS
+    assert ended.stdout == ""
+    assert ended.stderr.startswith("Fatal Python error: Bus error\n")
+    assert "store.py" in ended.stderr

@@ -3,6 +3,7 @@
 Commands are imported when they are called, and torch when it is needed, so that `--help` and `info` answer at once.
 """
 
+import faulthandler
 import io
 import os
 import re
@@ -10,7 +11,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from difflib import get_close_matches
 from importlib import import_module
 from typing import Any
@@ -137,6 +138,7 @@ class Commands(click.Group):
 
     def invoke(self, ctx: click.Context) -> object:
         """Run the command."""
+        _name_crashes()
         with _plain_errors(), _catching_signals():
             return super().invoke(ctx)
 
@@ -178,6 +180,13 @@ def _failure(error: Exception) -> Failure:
         return Failure(message, 1)
     name = type(error).__name__
     return Failure(f"{name}: {message}; this is a bug: please report it with what GGJAC_DEBUG=1 shows", 1)
+
+
+def _name_crashes() -> None:
+    """Let a process that the system ends (by SIGBUS, where a mapped file fails, or SIGSEGV) say what and where."""
+    if not faulthandler.is_enabled():
+        with suppress(OSError, ValueError, AttributeError):  # stderr is closed, or not a file
+            faulthandler.enable(all_threads=False)
 
 
 @contextmanager

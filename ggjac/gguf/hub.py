@@ -13,6 +13,7 @@ Layouts: Hugging Face https://huggingface.co/docs/huggingface_hub/guides/manage-
 LM Studio https://lmstudio.ai/docs/app/advanced/import-model; Ollama manifest/manifest.go and manifest/paths.go.
 """
 
+import hashlib
 import json
 import os
 import re
@@ -22,7 +23,7 @@ from dataclasses import dataclass
 from importlib import resources
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ggjac.gguf.container import ShardName, shown
 
@@ -33,6 +34,7 @@ DEFAULT_QUANTS = ("Q4_K_M", "Q8_0")  # the defaults of llama.cpp's -hf (common/d
 MAX_NAME = 500  # characters
 MAX_FILES = 20_000  # visited in one folder tree
 MAX_SHARDS = 1000
+MAX_DEPTH = 6  # folders between a repository's copy and a file in it
 MAX_MANIFEST_BYTES = 1 << 20  # real ones are some kilobytes
 MAX_BUILDS = 16  # of one Ollama model; each may be a file of its own
 
@@ -103,6 +105,50 @@ def title(path: Path, asked: str | None = None, named: Any = None) -> str:
         name = link.name if link else re.sub(r"[^A-Za-z0-9._-]+", "-", str(named or ""))[:60].strip("-.") or name
     shard = ShardName.parse(name)
     return shard.prefix if shard else name.removesuffix(Path(name).suffix if name.lower().endswith(".gguf") else "")
+
+
+class Digest(NamedTuple):
+    """What a store says of a file's content.
+
+    Attributes:
+        algorithm: `"sha256"`, or `"git"`: the SHA-1 that Git names a file by.
+        value: in hexadecimal.
+        source: where it stands.
+    """
+
+    algorithm: str
+    value: str
+    source: str
+
+
+def expected_digest(path: Path) -> Digest | None:
+    """Return the digest under which a store keeps a file; None for a file of no store.
+
+    Ollama names its files by their SHA-256, Hugging Face's client those of its cache by SHA-256 (large ones) or Git's
+    SHA-1; beside files in a folder of one's own it writes it to `.cache/huggingface/download/FILE.metadata`.
+    """
+    real = Path(os.path.realpath(path))
+    if _BLOB.fullmatch(real.name):
+        return _digest(real.name.removeprefix("sha256-"), "the file's name in its store")
+    for folder in list(real.parents)[:MAX_DEPTH]:
+        note = folder / ".cache" / "huggingface" / "download" / f"{real.relative_to(folder)}.metadata"
+        lines = _read(note, 1000).decode("ascii", "replace").split("\n")  # commit, digest, time
+        if len(lines) > 1 and _BLOB.fullmatch(lines[1]):
+            return _digest(lines[1], str(note))
+    return None
+
+
+def _digest(value: str, source: str) -> Digest:
+    return Digest("git" if len(value) == 40 else "sha256", value, source)
+
+
+def git_digest(path: Path) -> str:
+    """Return the SHA-1 by which Git names a file's content."""
+    digest = hashlib.sha1(b"blob %d\0" % os.path.getsize(path), usedforsecurity=False)
+    with open(path, "rb") as file:
+        while part := file.read(1 << 20):
+            digest.update(part)
+    return digest.hexdigest()
 
 
 # --- Hugging Face, llama.cpp, LM Studio -------------------------------------------------------------------------------
