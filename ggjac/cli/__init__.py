@@ -26,6 +26,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 # Command -> its line in the overview, which therefore imports no command.
 COMMANDS = {
     "analyze": "Analyse a prompt: prediction, parity, singular vectors, attribution; write a run folder.",
+    "models": "List the models that are on this disk already.",
     "info": "Show what is in a GGUF file.",
     "plan": "Show whether a command will fit in memory, and how long it will take.",
     "predict": "Show the most likely next tokens.",
@@ -45,7 +46,7 @@ COMMANDS = {
 
 
 # Those that take no prompt; all others can be planned, and have a row in `ggjac.planner.work.JOBS`.
-WITHOUT_PROMPT = ("info", "plan", "report", "bench")
+WITHOUT_PROMPT = ("models", "info", "plan", "report", "bench")
 
 
 # What the library asks for, and the options that give it.
