@@ -22,8 +22,9 @@ import math
 import os
 import shutil
 import tempfile
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -64,6 +65,9 @@ STREAM_EPS = 4
 ROUNDING_FACTOR, ROUNDING_MOST = 10, 1e-2
 
 COMPARED = 1 << 22  # elements compared at once: float64 copies of all logits can take gigabytes
+
+# Where copies of files go if the usual temporary folder is in memory.
+DISKS = (Path("/var/tmp"),)
 
 # What `Model.trace` observes of a block, in the order of `Graph`'s fields, and after the last block.
 ATTENTION, FFN, STREAM, OUTPUT = "attn_out", "ffn_out", "l_out", "result_norm"
@@ -247,7 +251,7 @@ def verify(
             )
     if tolerance is None and (strict or types == {"F32"}):
         tolerance = max(_dtype_tolerance(model.dtype), GELU_TOLERANCE if row.activation == "gelu" else 0.0)
-    with tempfile.TemporaryDirectory(prefix="ggjac-") as folder:
+    with _temporary_folder(large=True) as folder:
         path = for_llama_cpp(model.gguf, folder)
         if strict and types != {"F32"}:
             report("llama.cpp: rewriting the file as F32")
@@ -648,7 +652,7 @@ def run_llama_cpp(
         raise ParityError("there are no token ids to evaluate; give at least one")
     with (
         _llama_cpp(f"while it loaded {_name(path)} and evaluated {len(ids)} tokens") as child,
-        tempfile.TemporaryDirectory(prefix="ggjac-") as folder,
+        _temporary_folder() as folder,
     ):
         reply = child.ask(
             "evaluate",
@@ -719,12 +723,49 @@ def for_llama_cpp(file: GGUFFile, folder: str | os.PathLike[str]) -> Path:
 def _check_room(folder: str | os.PathLike[str], nbytes: int, task: str, otherwise: str) -> None:
     # Padding between tensors, and a reserve: a full disk would affect other processes.
     needed = nbytes + max(64 << 20, nbytes // 100)
-    free = shutil.disk_usage(folder).free
+    free, where = shutil.disk_usage(folder).free, ""
+    if machine.in_memory(folder):  # a tmpfs has the size that it may grow to, whatever memory is left
+        free, where = min(free, machine.free_memory()), " (it is in memory, not on a disk)"
     if free < needed:
         raise NoRoomError(
-            f"{task} needs {needed / 1e9:.1f} GB in {_name(folder)}, which has {free / 1e9:.1f} GB free; make room, "
-            f"set TMPDIR to another disk, {otherwise}"
+            f"{task} needs {needed / 1e9:.1f} GB in {_name(folder)}{where}, which has {free / 1e9:.1f} GB free; make "
+            f"room, set TMPDIR to another disk, {otherwise}"
         )
+
+
+@contextmanager
+def _temporary_folder(*, large: bool = False) -> Iterator[str]:
+    """Make a temporary folder; a large one preferably on a disk. Warn of what killed processes have left.
+
+    Raises:
+        ParityError: there is no folder that can be written.
+    """
+    try:
+        usual, parent = Path(tempfile.gettempdir()), None
+        if large and not os.environ.get("TMPDIR") and machine.in_memory(usual):
+            parent = next((disk for disk in DISKS if os.access(disk, os.W_OK) and not machine.in_memory(disk)), None)
+        made = tempfile.TemporaryDirectory(prefix=f"ggjac-{os.getpid()}-", dir=parent)
+    except OSError as error:
+        raise ParityError(
+            f"the comparison with llama.cpp needs a temporary folder ({error.strerror}); set TMPDIR to one that can be "
+            "written"
+        ) from None
+    with made as folder:
+        if left := _left_behind({usual, Path(folder).parent}) if large else []:
+            names = ", ".join(map(_name, left[:3])) + (f" and {len(left) - 3} more" if len(left) > 3 else "")
+            warnings.warn(f"{names}: left by a process that was killed; remove it", stacklevel=2)
+        yield folder
+
+
+def _left_behind(parents: Iterable[Path]) -> list[Path]:
+    """Return this user's temporary folders whose processes are gone."""
+    found = []
+    for folder in (folder for parent in parents for folder in parent.glob("ggjac-[0-9]*-*")):
+        with suppress(OSError, ValueError):
+            own = not hasattr(os, "getuid") or folder.lstat().st_uid == os.getuid()
+            if own and not machine.is_running(int(folder.name.split("-")[1])):
+                found.append(folder)
+    return sorted(found)
 
 
 @contextmanager
@@ -738,8 +779,8 @@ def _llama_cpp(task: str) -> Iterator[llamacpp.Child]:
     except llamacpp.LlamaCppError as error:
         message = visible(str(error).encode("utf-8", errors="surrogateescape"))
         if isinstance(error, llamacpp.LlamaCppDied):
-            likely = "too little memory" if error.will_not_fit else "a tensor's type or size that it does not support"
-            message = f"llama.cpp itself ended {task}, most likely because of {likely} ({message})"
+            likely = error.likely or "it does not support a tensor's type or size"
+            message = f"llama.cpp itself ended {task} ({message}), most likely because {likely}"
         raise (NoRoomError if error.will_not_fit else ParityError)(message) from None
 
 

@@ -4,6 +4,7 @@ The verdicts are tested with a stand-in model whose trace is llama.cpp's own run
 """
 
 import math
+import os
 import shutil
 import sys
 import tempfile
@@ -24,6 +25,7 @@ from ggjac.gguf import GGUFError, open_gguf
 from ggjac.model import open_model
 from ggjac.parity import NoRoomError, ParityError, Reference, judge, layer_error, rewrite_as_f32, run_llama_cpp, verify
 from ggjac.rope import rotation
+from ggjac.tokenizer import TokenizerError
 
 llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
 
@@ -852,3 +854,60 @@ def test_without_llama_cpp(tiny_file, monkeypatch, tmp_path):
     for call in (lambda: verify(model, [1]), lambda: rewrite_as_f32(tiny_file("gqa"), tmp_path)):
         with pytest.raises(ParityError, match=r"the comparison needs llama.cpp: .*pip install llama-cpp-python$"):
             call()
+
+
+# -- temporary folders -------------------------------------------------------------------------------------------------
+
+
+def test_no_temporary_folder_is_no_verdict(tiny_file, monkeypatch):
+    """A read-only container: token ids and text work, the comparison says what it lacks."""
+    monkeypatch.setattr(tempfile, "tempdir", "/nonexistent/x")
+    model = open_model(tiny_file("tokenizer"))
+    assert model.tokenizer.adds_bos == open_model(tiny_file("tokenizer")).tokenizer.adds_bos
+    assert model.tokenize("the")
+    for call in (lambda: verify(model, [1, 2]), lambda: run_llama_cpp(model.path, [1])):
+        with pytest.raises(ParityError, match=r"needs a temporary folder \(No such file.*\); set TMPDIR"):
+            call()
+    monkeypatch.delattr(os, "memfd_create", raising=False)
+    with pytest.raises(TokenizerError, match=r"no temporary folder \(No such file.*\): set TMPDIR"):
+        open_model(tiny_file("tokenizer")).tokenize("the")
+
+
+def test_a_copy_prefers_a_disk(tiny_file, tmp_path, monkeypatch):
+    memory, disk = tmp_path / "memory", tmp_path / "disk"
+    for folder in (memory, disk):
+        folder.mkdir()
+    seen = []
+    monkeypatch.setattr(parity, "DISKS", (tmp_path / "absent", disk))
+    monkeypatch.setattr(parity.machine, "in_memory", lambda folder: Path(folder).is_relative_to(memory))
+    monkeypatch.setattr(tempfile, "tempdir", str(memory))
+    monkeypatch.setattr(
+        parity, "rewrite_as_f32", lambda path, folder, threads: seen.append(Path(folder).parent) or path
+    )
+    monkeypatch.delenv("TMPDIR", raising=False)
+    model = open_model(tiny_file("q8_0"))
+    verify(model, [1, 2], strict=True)
+    monkeypatch.setenv("TMPDIR", str(memory))  # the user's decision
+    verify(model, [1, 2], strict=True)
+    assert seen == [disk, memory]
+    assert [*memory.iterdir(), *disk.iterdir()] == []
+
+
+def test_a_folder_in_memory_has_no_more_room_than_memory(tiny_file, tmp_path, monkeypatch):
+    monkeypatch.setattr(parity.machine, "free_memory", lambda: 12_000_000)
+    rewrite_as_f32(tiny_file("q8_0"), tmp_path)
+    monkeypatch.setattr(parity.machine, "in_memory", lambda folder: True)
+    with pytest.raises(
+        NoRoomError, match=r"\(it is in memory, not on a disk\), which has 0\.0 GB free; make room, set"
+    ):
+        rewrite_as_f32(tiny_file("q8_0"), tmp_path)
+
+
+def test_what_a_killed_process_left_is_told(tiny_file, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    for name in (f"ggjac-{os.getpid()}-own", "ggjac-1-running", "ggjac-elsewhere", "ggjac-9999999-x"):
+        (tmp_path / name).mkdir()
+    with pytest.warns(UserWarning, match="ggjac-9999999-x: left by a process that was killed; remove it$") as told:
+        verify(open_model(tiny_file("gqa")), [1, 2])
+    assert len(told) == 1
+    assert not any(name in str(told[0].message) for name in ("running", "elsewhere", "own"))
