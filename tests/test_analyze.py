@@ -201,9 +201,9 @@ def test_data_without_words_has_ids(tiny_file: TinyFile) -> None:
     J = trace.jacobian()
     found = ggjac.attribute(J, 3, 4)
     named, bare = found.data(Words(trace)), found.data()
-    assert named["target"] == {"id": 3, "token": "[3]"}
-    assert bare["target"] == {"id": 3, "token": 3}
-    assert [share["token"] for share in named["shares"]] == [f"[{id}]" for id in IDS]
+    assert named["target"] == {"id": 3, "text": "[3]"}
+    assert bare["target"] == {"id": 3}
+    assert [share["text"] for share in named["shares"]] == [f"[{id}]" for id in IDS]
     assert [share["share"] for share in bare["shares"]] == found.shares.tolist()
     assert json.loads(json.dumps(bare)) == bare
     assert bare["softcap"] is None, "no cap is null in JSON, as for every position and branch"

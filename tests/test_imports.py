@@ -17,6 +17,7 @@ TESTS = Path(__file__).parent
 MAY_IMPORT: dict[str, set[str]] = {
     # ground: no sibling
     "sizes": set(),
+    "display": set(),
     "units": set(),
     "drawing": {"units"},
     "linop": set(),
@@ -28,13 +29,15 @@ MAY_IMPORT: dict[str, set[str]] = {
     # files
     "architectures": set(),
     "config": {"architectures", "sizes"},
+    "inventory": {"config", "gguf"},
     "quants": {"gguf"},
     "weights": {"gguf", "quants", "sizes"},
     "runs": {"gguf", "sizes"},
     "llamacpp": {"runs"},
     "exports": {"architectures", "gguf"},
-    "tokenizer": {"llamacpp"},
-    "report": {"drawing", "runs", "units"},
+    "tokenizer": {"display", "llamacpp"},
+    "chat": {"tokenizer"},
+    "report": {"display", "drawing", "runs", "units"},
     # planning: sizes and rates
     "planner": {"config", "gguf", "linop", "sizes", "units", "weights"},
     # network: the block algebra, no file layout
@@ -43,13 +46,18 @@ MAY_IMPORT: dict[str, set[str]] = {
     "blocks": {"config", "linop", "rope", "sizes"},
     "jacobian": {"blocks", "decode", "gguf", "linop", "results", "runs", "sizes", "svd", "weights"},
     "model": {
-        *("blocks", "config", "decode", "gguf", "jacobian", "planner", "rope", "runs", "sizes", "tokenizer"),
+        *("blocks", "chat", "config", "decode", "display", "gguf", "jacobian", "planner", "rope", "runs", "sizes"),
+        "tokenizer",
         "weights",
     },
+    "prompts": {"model", "tokenizer"},
     "generation": {"blocks", "model", "sizes"},
-    "parity": {"architectures", "blocks", "exports", "gguf", "llamacpp", "model", "planner", "results", "tokenizer"},
+    "parity": {
+        *("architectures", "blocks", "display", "exports", "gguf", "llamacpp", "model", "planner", "results"),
+        "tokenizer",
+    },
     "session": {
-        *("blocks", "gguf", "jacobian", "model", "parity", "planner", "results", "runs", "sizes"),
+        *("blocks", "display", "gguf", "jacobian", "model", "parity", "planner", "prompts", "results", "runs", "sizes"),
         "tokenizer",
     },
     "analysis": {
@@ -196,7 +204,14 @@ def imports_of(path: Path) -> set[str]:
 
 
 # Commands without a question about a prompt, or whose question has its file elsewhere: see the value.
-ELSEWHERE = {"info": "cli", "plan": "planner", "bench": "planner", "report": "report", "verify": "parity"}
+ELSEWHERE = {
+    "models": "inventory",
+    "info": "inventory",
+    "plan": "planner",
+    "bench": "planner",
+    "report": "report",
+    "verify": "parity",
+}
 
 
 def test_a_question_has_one_name() -> None:

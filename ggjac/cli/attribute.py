@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 import click
 
+from ggjac import display
 from ggjac.cli.options import ModelOptions, model_options, output, output_format
 from ggjac.cli.planning import dry_run
 
@@ -38,9 +39,10 @@ class PositionOrAll(click.ParamType):
     help="Output position (negative counts from the end), or all.",
 )
 @click.option(
-    "--target", help="Token whose logit is split: its id, or a text of one token.  [default: the most likely one]"
+    "--target",
+    help="Token whose logit is split: a text of one token, or its id, as id:4.  [default: the most likely one]",
 )
-@click.option("--versus", help="Token whose logit is subtracted: split the difference of the two logits.")
+@click.option("--versus", help="Token whose logit is subtracted, named like --target: split the difference.")
 @click.option(
     "--by",
     type=click.Choice(["token", "layer", "head"]),
@@ -73,7 +75,7 @@ def attribute(
     """
     from ggjac.analysis.attribute import attribute, attribute_branches, attribute_positions
     from ggjac.cli.result import finish
-    from ggjac.cli.session import one_token, open_session
+    from ggjac.cli.session import note_likelier, one_token, open_session
 
     everywhere = position is None
     session = open_session(what, position=-1 if position is None else position, output=output)
@@ -86,6 +88,9 @@ def attribute(
         result = session.run("attribution", attribute_branches, *ids, positions=every, by_head=by == "head")
     else:
         result = session.run("attribution", attribute_positions if everywhere else attribute, *ids)
+    if not everywhere:
+        note_likelier(session, target, ids[0])
+        note_likelier(session, versus, ids[1], "--versus")
     found = result.data(session.words)
     if everywhere:
         found = {"positions": found}
@@ -118,7 +123,7 @@ def show_tokens(data: dict[str, Any]) -> None:
     rows: list[tuple] = [
         (
             s["position"],
-            s["token"],
+            display.token(s),
             f"{s['share']:+.4f}",
             bar(s["share"], largest),
         )
@@ -132,9 +137,9 @@ def show_tokens(data: dict[str, Any]) -> None:
 
 def asked_logit(data: dict[str, Any]) -> str:
     """Return the name of the split quantity: a logit, or the difference of two."""
-    name = f"the logit of {data['target']['token']}"
+    name = f"the logit of {display.token(data['target'])}"
     if data["versus"]:
-        name += f" minus that of {data['versus']['token']}"
+        name += f" minus that of {display.token(data['versus'])}"
     return name + (" before the soft cap" if data["softcap"] else "")
 
 
@@ -199,21 +204,21 @@ def show_positions(entries: list[dict[str, Any]]) -> None:
     rows = []
     for data in entries:
         if data["by"] == "token":
-            parts = [(s["token"], s["share"]) for s in data["shares"]] + [("offset", data["offset"])]
+            parts = [(display.token(s), s["share"]) for s in data["shares"]] + [("offset", data["offset"])]
         else:
             parts = _parts(data)
         top = sorted(parts, key=lambda part: -abs(part[1]))[:LARGEST]
         rows.append(
             (
                 data["position"],
-                data["token"],
-                data["target"]["token"],
+                display.token(data),
+                display.token(data["target"]),
                 f"{data['logit']:.4f}",
                 ", ".join(f"{name} {share:+.2f}" for name, share in top if share),
                 _sum(data),
             )
         )
     of = {"token": "every input token", "layer": "every block's branches", "head": "every head and MLP"}
-    less = f", minus the logit of {entries[0]['versus']['token']}" if entries[0]["versus"] else ""
+    less = f", minus the logit of {display.token(entries[0]['versus'])}" if entries[0]["versus"] else ""
     columns = ["#position", "token", "target", "#logit", "largest shares", "#sum of all"]
     table(f"Exact share of {of[entries[0]['by']]} in a logit at every position{less}", columns, rows)

@@ -2,6 +2,7 @@
 
 from ggjac.runs.files import (
     DTYPES,
+    READABLE,
     SCHEMA_VERSION,
     Entry,
     JournalError,
@@ -28,6 +29,7 @@ from ggjac.runs.files import (
 
 __all__ = [
     "DTYPES",
+    "READABLE",
     "SCHEMA_VERSION",
     "Entry",
     "JournalError",

@@ -24,7 +24,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+READABLE = (1, SCHEMA_VERSION)  # by the report
 
 # Folders of the package that present results and compute none: after a change there, runs can still be resumed.
 PRESENTATION = ("cli", "drawing", "report")
@@ -323,8 +324,9 @@ def load_run(path: str | os.PathLike[str]) -> dict[str, Any]:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise RunError(f"{path}: is not a run folder ({type(error).__name__} reading run.json)") from error
-    if not isinstance(content, dict) or content.get("schema_version") != SCHEMA_VERSION:
-        raise RunError(f"{path}: run.json does not have schema version {SCHEMA_VERSION}; analyse the prompt again")
+    if not isinstance(content, dict) or content.get("schema_version") not in READABLE:
+        versions = " or ".join(map(str, READABLE))
+        raise RunError(f"{path}: run.json does not have schema version {versions}; analyse the prompt again")
     return content
 
 
