@@ -142,7 +142,8 @@ class Parity(Plotted):
     tokens_equal: bool | None  # None: no text was given, or the file has no tokenizer
     top1_equal: bool
     top1: int  # llama.cpp's top token at the last position
-    rank: int  # of that token in our logits, counted from 1
+    top1_ours: int  # our top token there
+    rank: int  # of llama.cpp's top token in our logits, counted from 1
     gap: float  # our top logit minus our logit of that token
     kl: float  # KL(llama.cpp ‖ ours) in nats, mean over positions
     kl_last: float  # ... at the last position
@@ -170,6 +171,7 @@ class Parity(Plotted):
             "tolerance": self.tolerance,
             "tokens_equal": self.tokens_equal,
             "top1_equal": self.top1_equal,
+            "top1_ours": words.token(self.top1_ours),
             "top1": words.token(self.top1) | {"rank_in_ours": self.rank, "gap": self.gap},
             "kl": self.kl,
             "kl_last": self.kl_last,
@@ -189,7 +191,8 @@ class Parity(Plotted):
         if self.rounding:
             columns["rounding"] = [self.rounding.get(layer.name) for layer in self.layers]
         title = f"llama.cpp ({self.mode}): {'agrees' if self.verdict else 'disagrees'}: {self.reason}"
-        top = f"top token {words.name(self.top1)}, rank {self.rank} of ours; KL {self.kl:.1e} nats"
+        top = f"top token {words.name(self.top1)}, rank {self.rank} of ours"
+        top += f"; KL divergence {self.kl_last:.2e} nats at the last position"
         return Table(title, columns, (f"{top}, logits relative L2 {self.logits_error:.1e}",))
 
     def _plot(self, words: Words) -> Points:
@@ -444,7 +447,16 @@ def judge(
     """Return the verdict on logits and on layers already compared; values that are not finite never pass.
 
     `rounding` has the errors of `rounding_errors`, to be given only where every block agrees locally.
+
+    Raises:
+        ParityError: as it is, llama.cpp overflows on the file, and ours does not: there is nothing to compare with.
     """
+    if mode != "strict" and tolerance is None and not _finite(reference.logits) and _finite(logits):
+        raise ParityError(
+            "llama.cpp's own logits are not all finite on this file as it is, and ours are: it overflows where it "
+            "rounds activations (with Q4_1 and Q5_1 it sums them in half precision, with F16 it rounds them to it); "
+            "--strict compares on F32"
+        )
     numbers = _compare_logits(logits, reference.logits)
     # In the order of the graph. A layer that llama.cpp has and we did not observe is a fault of ours.
     compared = [layers[name] for name in reference.tensors if name in layers]
@@ -476,7 +488,7 @@ def judge(
         faults.append(f"the logits are off by {numbers.logits_error:.1e} relative L2")
     if (tolerance is None or rounding) and not numbers.top1_equal:
         rank, gap = numbers.rank, numbers.gap
-        if not (rank <= MARGIN_RANK and gap <= MARGIN_LOGITS):
+        if math.isfinite(gap) and not (rank <= MARGIN_RANK and gap <= MARGIN_LOGITS):
             faults.append(f"llama.cpp's top token has rank {rank} in ours, {gap:.2f} logits below our first")
 
     if faults:
@@ -509,7 +521,8 @@ def _agreement(
     numbers: "_Logits", compared: Sequence[LayerError], local: Sequence[LocalError], rounding: Mapping[str, float]
 ) -> str:
     """Return what agrees, and how well."""
-    top = "same top token" if numbers.top1_equal else f"near tie for the top token ({numbers.gap:.2f} logits)"
+    tie = f"near tie: llama.cpp's top token is our second, {numbers.gap:.2f} logits below our first"
+    top = "same top token" if numbers.top1_equal else tie
     reason = f"{top}, logits within {numbers.logits_error:.1e} relative L2"
     if compared:
         worst = max(compared, key=lambda layer: layer.error)
@@ -564,6 +577,7 @@ class _Logits(NamedTuple):
 
     top1_equal: bool
     top1: int
+    top1_ours: int
     rank: int
     gap: float
     kl: float
@@ -590,6 +604,7 @@ def _compare_logits(ours: Tensor, theirs: Tensor) -> _Logits:
     return _Logits(
         top1_equal=finite and rank == 1,
         top1=top,
+        top1_ours=top if rank == 1 else int(p.argmax()),
         rank=rank,
         gap=float(p.max() - p[top]) if finite else math.nan,
         kl=sum(divergence) / len(divergence),

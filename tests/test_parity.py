@@ -18,6 +18,7 @@ import oracle
 import pytest
 import tiny
 import torch
+from helpers import edited
 
 from ggjac import blocks, parity
 from ggjac.architectures import ARCHITECTURES, Graph
@@ -450,6 +451,31 @@ def test_nan_on_both_sides_does_not_pass():
         assert not result.top1_equal
     result = judge(Reference(torch.zeros(2, 5)), torch.zeros(2, 5), {}, mode="as is", tolerance=None)
     assert result.verdict
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_where_llama_cpp_overflows_there_is_no_verdict(value):
+    """As it runs the file; where it must agree to rounding, as on F32, such a value is a difference."""
+    ours, theirs = torch.zeros(2, 5), torch.zeros(2, 5)
+    theirs[1, 3] = value
+    with pytest.raises(ParityError, match=r"llama\.cpp's own logits are not all finite .* --strict compares on F32$"):
+        judge(Reference(theirs), ours, {}, mode="as is", tolerance=None)
+    for mode, tolerance in (("strict", 1e-5), ("as is", 1e-5)):
+        result = judge(Reference(theirs), ours, {}, mode=mode, tolerance=tolerance)
+        assert not result.verdict
+        assert "nan logits" not in result.reason
+    assert not judge(Reference(theirs), theirs, {}, mode="as is", tolerance=None).verdict  # ours overflow as well
+
+
+def test_llama_cpp_overflows_on_q4_1(tmp_path):
+    """Its products of Q4_1 sum blocks of activations in half precision; an F32 copy has no such limit."""
+    path = tiny.write(tmp_path / "f32.gguf", **tiny.row("gqa"))
+    small = tiny.quantize(path, tmp_path / "q4_1.gguf", "Q4_1")
+    edited(small, "blk.1.ffn_norm.weight", 3e5)
+    model = open_model(small)
+    with pytest.raises(ParityError, match=r"llama\.cpp's own logits are not all finite"):
+        verify(model, tiny.prompt("gqa"))
+    assert verify(model, tiny.prompt("gqa"), strict=True).verdict
 
 
 def logits(*last: float) -> torch.Tensor:

@@ -189,7 +189,8 @@ def test_commands_exist_with_their_options(page: Path, tmp_path: Path, monkeypat
     indented = re.findall(r"^    (ggjac .*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
     for words in [*given, *map(shlex.split, indented)]:
         if words[:2] == ["pip", "install"]:  # what CI runs from a fresh environment, see test_docs.py
-            assert f"    {shlex.join(words)}\n" in (ROOT / "README.md").read_text(encoding="utf-8")
+            readme = (ROOT / "README.md").read_text(encoding="utf-8")
+            assert words in list(map(shlex.split, re.findall(r"^    (pip install [^&\n]*)", readme, re.MULTILINE)))
             continue
         assert words[0] == "ggjac"
         for option, value in pairwise(words):
