@@ -11,6 +11,8 @@ import click
 from ggjac.cli.options import ModelOptions
 
 if TYPE_CHECKING:
+    import torch
+
     from ggjac.config import ModelConfig
     from ggjac.gguf import GGUFFile
     from ggjac.planner import LayerPlan, Plan, Times
@@ -123,8 +125,8 @@ def _show_one(
     return made, content
 
 
-def check_device(name: str) -> None:
-    """Check that a device can be measured on this machine.
+def check_device(name: str) -> "torch.device":
+    """Return a device that can be measured on this machine.
 
     Raises:
         click.UsageError: the name is not that of a device.
@@ -133,7 +135,7 @@ def check_device(name: str) -> None:
     from ggjac.model import DeviceError, find_device
 
     try:
-        find_device(name)
+        return find_device(name)
     except DeviceError as error:
         raise click.UsageError(f"--device: {error}") from error
 
