@@ -28,7 +28,7 @@ class Prompt(Protocol):
 
     @property
     def model(self) -> Any:
-        """The model, whose `word(id)` and `text(ids)` return the texts of tokens."""
+        """The model, whose `word(id)`, `text(ids)` and `tokenizer` have the texts of tokens."""
 
 
 class Words:
@@ -49,13 +49,31 @@ class Words:
         """Return tokens as the text that they make up; without a trace an empty one."""
         return "" if self.trace is None else self.trace.model.text(ids)
 
-    def token(self, id: Any) -> dict[str, Any]:
-        """Return a token as plain data: its id and its text."""
-        return {"id": int(id), "token": self(int(id))}
+    def token(self, id: Any, score: Any = None) -> dict[str, Any]:
+        """Return a token as plain data: `id` and `text`, and what else there is to say.
+
+        `text` is true: nothing in it is escaped. Where the bytes of a token are not whole UTF-8, `text` has U+FFFD, and
+        `bytes` has all of them in hexadecimal. `type` is the vocabulary's, where it is not `"normal"`; `score` is that
+        of a token that was ranked. Without a trace the text is not known.
+        """
+        data: dict[str, Any] = {"id": int(id)}
+        if self.trace is not None:
+            tokenizer = self.trace.model.tokenizer
+            name, kind = tokenizer.name(int(id)), tokenizer.kind(int(id))
+            data["text"] = name.decode("utf-8", errors="replace")
+            if data["text"].encode("utf-8") != name:
+                data["bytes"] = name.hex()
+            if kind != "normal":
+                data["type"] = kind
+        return data if score is None else data | {"score": float(score)}
+
+    def ranked(self, ids: Any, scores: Any) -> list[dict[str, Any]]:
+        """Return ranked tokens as plain data, `ids` and `scores` each `[top]`."""
+        return [self.token(*each) for each in zip(ids.tolist(), scores.tolist(), strict=True)]
 
     def here(self, position: int) -> dict[str, Any]:
-        """Return a position of the prompt as plain data, with the text of its token where it is known."""
-        return {"position": position} | ({"token": self(self.trace.ids[position])} if self.trace else {})
+        """Return a position of the prompt as plain data, with its token where that is known."""
+        return {"position": position} | (self.token(self.trace.ids[position]) if self.trace else {})
 
     def name(self, id: int) -> str:
         """Return a token for a sentence."""

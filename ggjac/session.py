@@ -18,14 +18,16 @@ import torch
 from torch import Tensor
 
 from ggjac import __version__, parity, planner, runs
+from ggjac.display import visible
+from ggjac.gguf import ChangedError
 from ggjac.jacobian import DetachedJacobian, Progress
 from ggjac.jacobian.reconstruction import Reconstruction, reconstruction
 from ggjac.jacobian.tapes import TapeError, Tapes
 from ggjac.model import Model, Trace
+from ggjac.prompts import position_remark, remarks
 from ggjac.results import Words
 from ggjac.runs.journal import Journal, JournalError
 from ggjac.sizes import MlpPath
-from ggjac.tokenizer import bos_warning, visible
 
 # Between checkpoints, at least.
 CHECKPOINT_SECONDS = 30.0
@@ -69,6 +71,7 @@ class Session:
         model: from `ggjac.open_model`.
         prompt: text, or token ids.
         position: of the output; negative counts from the end.
+        parse_special: `<s>` and the like in a text are the tokens that they name.
         mlp_path: freezing rule of gated feed-forwards, `"up"` or `"gate"`.
         trace: folder in which the forward pass is kept, and used again if it is there.
         tapes: False keeps nothing of the forward pass but outputs and logits.
@@ -82,7 +85,7 @@ class Session:
         ids: the `n` token ids.
         text: the prompt's text; None where token ids were given.
         position: of the output, from 0.
-        warning: what looks wrong with BOS, or None.
+        notes: remarks on the prompt, to which a caller may add.
         journal: of the checkpoint, inside `checkpointed`.
 
     Raises:
@@ -97,6 +100,7 @@ class Session:
         prompt: str | Sequence[int],
         *,
         position: int = -1,
+        parse_special: bool = True,
         mlp_path: MlpPath = "up",
         trace: str | os.PathLike[str] | None = None,
         tapes: bool = True,
@@ -108,14 +112,21 @@ class Session:
     ):
         self.model, self.mlp_path, self.keeps_tapes = model, mlp_path, tapes
         self.text = prompt if isinstance(prompt, str) else None
-        self.ids = model.prompt_ids(prompt)
+        self.parse_special = parse_special
+        self.ids = model.prompt_ids(prompt, parse_special=parse_special)
         self.position = model.check_position(position, len(self.ids))
         self.trace_folder = None if trace is None else Path(trace)
         self.ram_budget, self.vram_budget = ram_budget, vram_budget
         self.threads, self.stages, self.command = threads, stages or Stages(), list(command)
-        self.warning = bos_warning(model.tokenizer, self.ids)
+        self.notes = remarks(model, self.ids, self.text)
         self.journal: Journal | None = None
         self._resident = True
+
+    @property
+    def warnings(self) -> list[str]:
+        """Remarks of a line each on the prompt and the output position: what may not be as it was meant."""
+        here = position_remark(self.model, self.ids, self.position)
+        return self.notes + ([here] if here else [])
 
     # -- plan ----------------------------------------------------------------------------------------------------------
 
@@ -212,15 +223,18 @@ class Session:
         trace = None if layers or "rope_factors_long.weight" in self.model.weights else self.trace
         with self.stages.stage("verify") as report:
             steps = iter(range(1, 10))
-            return parity.verify(
+            found = parity.verify(
                 self.model,
                 self.ids,
                 strict=strict,
                 prompt=self.text,
+                parse_special=self.parse_special,
                 trace=trace,
                 threads=self.threads,
                 progress=lambda step: report(step, next(steps), 5),
             )
+        self.model.gguf.check_unchanged()  # llama.cpp has opened it by its name
+        return found
 
     def work(self) -> tuple[int, int]:
         """Return the bytes read and the floating-point operations of sweeps so far."""
@@ -239,7 +253,8 @@ class Session:
         if not self.keeps_tapes:
             return False
         if self.trace_folder:
-            return Tapes(self.trace_folder, self._prompt_identity(), resident=self._resident, complete=True)
+            kept: dict[str, Any] = {"resident": self._resident, "complete": True, "model": self.model.gguf}
+            return Tapes(self.trace_folder, self._prompt_identity(), **kept)
         if self.journal:
             identity = self._prompt_identity() | self._machine_identity()
             return Tapes(self.journal.folder / "trace", identity, run=self.journal)
@@ -265,7 +280,7 @@ class Session:
             "tokens": self.ids,
             "dtype": self.dtype,
             "mlp-path": self.mlp_path,
-        }
+        } | ({} if self.model.context is None else {"context": self.model.context})
 
     def _machine_identity(self) -> dict[str, Any]:
         """Return what may change the last bits of a result."""
@@ -300,14 +315,15 @@ class Session:
         missing = [parent for parent in folder.parents if not parent.exists()]
         identity = self._prompt_identity() | {"position": self.position} | settings | self._machine_identity()
         identity["ram-budget for dense rows"] = self.model.chunk_bytes  # how many rows a sweep carries
-        with Journal.open(folder, identity, resume=resume, every=CHECKPOINT_SECONDS) as self.journal:
+        given: dict[str, Any] = {"resume": resume, "model": self.model.gguf, "every": CHECKPOINT_SECONDS}
+        with Journal.open(folder, identity, **given) as self.journal:
             try:
                 runs.remove_unfinished(output)
                 yield
             except BaseException as error:
                 if not self._saved(error):
                     self._discard(missing)
-                elif not isinstance(error, JournalError | TapeError):  # which say what to do
+                elif not isinstance(error, JournalError | TapeError | ChangedError):  # which say what to do
                     again = f"the same command with --resume -o {visible(os.fsencode(output))}"
                     error.add_note(f"progress is saved; to continue, run {again}")
                 raise
@@ -343,24 +359,31 @@ class Session:
 
     def tokens(self) -> list[dict[str, Any]]:
         """Return the prompt's tokens as plain data."""
-        return [{"position": i, "id": id, "text": self.words(id)} for i, id in enumerate(self.ids)]
+        return [self.words.here(i) for i in range(len(self.ids))]
 
     def envelope(self) -> dict[str, Any]:
-        """Return what every result carries: where it came from and how it was computed."""
+        """Return what every result carries: where it came from and how it was computed.
+
+        Raises:
+            ChangedError: another program has changed the model file, so that the result may be of two models.
+        """
         model, config = self.model, self.model.config
+        model.gguf.check_unchanged()
         metadata = model.gguf.metadata
         return runs.provenance() | {
             "command": self.command,
             "model": {
+                "asked": model.asked,
                 "path": str(model.path),
                 "name": metadata.get("general.name"),
                 "architecture": config.architecture,
                 "bytes": model.gguf.nbytes,
                 "fingerprint": model.gguf.fingerprint(),
+                "sha256": model.gguf.hashes,
             },
             "prompt": self.text,
             "tokens": self.tokens(),
-            "warning": self.warning,
+            "warnings": self.warnings,
             "position": self.position,
             "device": str(model.device),
             "dtype": self.dtype,

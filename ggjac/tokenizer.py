@@ -18,6 +18,7 @@ from functools import cache, cached_property
 from typing import Any
 
 from ggjac import llamacpp
+from ggjac.display import visible
 
 # tokenizer.ggml.model values that name no tokenizer (llama-vocab.cpp, llama_vocab::impl::load).
 NO_TOKENIZER = (None, "", "none", "no_vocab")
@@ -52,6 +53,16 @@ class Tokenizer(ABC):
     def adds_bos(self) -> bool:
         """Return whether every prompt begins with BOS by the vocabulary's rules."""
 
+    @property
+    @abstractmethod
+    def eos_id(self) -> int | None:
+        """Return the id of the end-of-sequence token; None if there is none or it cannot be determined."""
+
+    @property
+    @abstractmethod
+    def adds_eos(self) -> bool:
+        """Return whether every text ends with EOS by the vocabulary's rules."""
+
     @abstractmethod
     def encode(self, text: str, *, add_special: bool = True, parse_special: bool = True) -> list[int]:
         """Return the ids of a text as llama.cpp does; of an empty one BOS alone, or nothing if no BOS is added.
@@ -63,6 +74,17 @@ class Tokenizer(ABC):
             TokenizerError: the vocabulary cannot be read, the text is not valid Unicode, or has characters for
                 which the vocabulary has neither a token nor bytes.
         """
+
+    def prompt(self, text: str, *, parse_special: bool = True) -> list[int]:
+        """Return the ids of a text that a model is to continue: `encode` without the EOS that it appends; errors too.
+
+        After EOS a model predicts how another text begins.
+        """
+        return self.unfinished(self.encode(text, parse_special=parse_special))
+
+    def unfinished(self, ids: Sequence[int]) -> list[int]:
+        """Return the ids of a text without the EOS that the vocabulary's rules appended, if they do."""
+        return list(ids[:-1] if self.adds_eos and ids and ids[-1] == self.eos_id else ids)
 
     @abstractmethod
     def piece(self, id: int) -> bytes:
@@ -88,7 +110,7 @@ def open_tokenizer(path: str | os.PathLike[str], *, tokens: Any, model: Any, typ
     `tokenizer.ggml.tokens`, `.model` and `.token_type`, unchecked: they may be anything. The types make the bytes of
     special and unused tokens exact.
     """
-    instead = "give token ids instead, as in --tokens 1,2,3"
+    instead = "give token ids instead"
     flaw = None
     if model in NO_TOKENIZER or not isinstance(model, str):
         flaw = f"tokenizer.ggml.model is {model if isinstance(model, str) else _kind(model)}"
@@ -102,7 +124,7 @@ def open_tokenizer(path: str | os.PathLike[str], *, tokens: Any, model: Any, typ
     if flaw is not None:
         return RawVocabulary(tokens, model, types, reason=f"{_name(path)} contains no tokenizer ({flaw}); {instead}")
     if why := llamacpp.missing():
-        return RawVocabulary(tokens, model, types, reason=f"{why}, or give token ids, as in --tokens 1,2,3")
+        return RawVocabulary(tokens, model, types, reason=f"{why}, or give token ids")
     return LlamaVocabulary(path, RawVocabulary(tokens, model, types, reason=""))
 
 
@@ -147,6 +169,16 @@ class RawVocabulary(Tokenizer):
         """Return False, for the same reason."""
         return False
 
+    @property
+    def eos_id(self) -> int | None:
+        """Return None, for the same reason."""
+        return None
+
+    @property
+    def adds_eos(self) -> bool:
+        """Return False, for the same reason."""
+        return False
+
     def encode(self, text: str, *, add_special: bool = True, parse_special: bool = True) -> list[int]:
         """Refuse: without the vocabulary's algorithm no text has ids.
 
@@ -174,9 +206,9 @@ class RawVocabulary(Tokenizer):
         return text.replace("\u2581", " ").encode("utf-8", errors="surrogateescape")
 
     def kind(self, id: int) -> str:
-        """Return the stored type's name; without types all tokens are normal."""
+        """Return the stored type's name; without types, or without any strings, all tokens are normal."""
         if not 0 <= id < len(self.tokens):
-            return "unused"
+            return "unused" if self.tokens else "normal"
         return "normal" if self.types is None else KINDS.get(self.types[id], "normal")
 
 
@@ -199,13 +231,26 @@ class LlamaVocabulary(Tokenizer):
     @property
     def bos_id(self) -> int | None:
         """Return the id of the begin-of-sequence token; None if there is none or the vocabulary cannot be read."""
-        id = self._rules["bos"] if self._readable() else -1
-        return id if 0 <= id < self.n_vocab else None
+        return self._special("bos")
 
     @property
     def adds_bos(self) -> bool:
         """Return whether every prompt begins with BOS by the vocabulary's rules."""
         return self._readable() and self._rules["add_bos"]
+
+    @property
+    def eos_id(self) -> int | None:
+        """Return the id of the end-of-sequence token; None if there is none or the vocabulary cannot be read."""
+        return self._special("eos")
+
+    @property
+    def adds_eos(self) -> bool:
+        """Return whether every text ends with EOS by the vocabulary's rules."""
+        return self._readable() and self._rules["add_eos"]
+
+    def _special(self, name: str) -> int | None:
+        id = self._rules[name] if self._readable() else -1
+        return id if 0 <= id < self.n_vocab else None
 
     def encode(self, text: str, *, add_special: bool = True, parse_special: bool = True) -> list[int]:
         """Return the ids of a text as llama.cpp does; see `Tokenizer.encode`."""
@@ -214,8 +259,7 @@ class LlamaVocabulary(Tokenizer):
             data = text.encode("utf-8")
         except UnicodeEncodeError as error:
             raise TokenizerError(
-                f"the text is not valid Unicode at character {error.start}; save it as UTF-8, or give token ids, "
-                "as in --tokens 1,2,3"
+                f"the text is not valid Unicode at character {error.start}; save it as UTF-8, or give token ids"
             ) from None
         self._refuse_unspellable(text)
         ids = self._ask("tokenize", text=text, add_special=add_special, parse_special=parse_special)
@@ -277,7 +321,7 @@ class LlamaVocabulary(Tokenizer):
                 weakref.finalize(self, child.close)
                 self._rules = child.ask("vocabulary", path=os.fsdecode(self.path))
             except llamacpp.LlamaCppError as error:
-                self._failure = self._message("cannot read the vocabulary of", error)
+                self._failure = self._repeated() or self._message("cannot read the vocabulary of", error)
                 raise TokenizerError(self._failure) from None
             if self._rules["n_tokens"] < self.n_vocab:
                 self._failure = f"llama.cpp reads fewer tokens from {_name(self.path)} than its metadata lists"
@@ -294,11 +338,25 @@ class LlamaVocabulary(Tokenizer):
             except llamacpp.LlamaCppError as error:
                 raise TokenizerError(self._message("cannot use the vocabulary of", error)) from None
 
+    def _repeated(self) -> str | None:
+        """Return which tokens have the same string: llama.cpp ends its process on such a vocabulary."""
+        first: dict[str, int] = {}
+        texts = [text.partition("\0")[0] for text in self._raw.tokens]  # as C reads them
+        pairs = [(first[text], id) for id, text in enumerate(texts) if text and first.setdefault(text, id) != id]
+        if not pairs:
+            return None
+        shown = ", ".join(f"{a} and {b} ({visible(self._raw.name(a))})" for a, b in pairs[:3])
+        more = f" and {len(pairs) - 3} more" if len(pairs) > 3 else ""
+        return (
+            f"llama.cpp cannot read the vocabulary of {_name(self.path)}: tokens are in it twice: {shown}{more}; take "
+            "another conversion of the model, or give token ids"
+        )
+
     def _message(self, cannot: str, error: llamacpp.LlamaCppError) -> str:
         reason = visible(str(error).encode("utf-8", errors="surrogateescape"))
         if isinstance(error, llamacpp.LlamaCppDied):
             reason = f"llama.cpp itself ended ({reason})"
-        return f"llama.cpp {cannot} {_name(self.path)}: {reason}; give token ids, as in --tokens 1,2,3"
+        return f"llama.cpp {cannot} {_name(self.path)}: {reason}; give token ids"
 
     @cached_property
     def _missing_bytes(self) -> frozenset[int]:
@@ -318,8 +376,7 @@ class LlamaVocabulary(Tokenizer):
             if not self._missing_bytes.isdisjoint(character.encode("utf-8")):
                 raise TokenizerError(
                     f"{_name(self.path)}: the vocabulary has no token for {visible(character.encode())!r} "
-                    f"(U+{ord(character):04X}) and cannot spell it in bytes; leave it out, or give token ids, "
-                    "as in --tokens 1,2,3"
+                    f"(U+{ord(character):04X}) and cannot spell it in bytes; leave it out, or give token ids"
                 )
 
     def _refuse_dropped(self, ids: list[int], data: bytes) -> None:
@@ -328,7 +385,7 @@ class LlamaVocabulary(Tokenizer):
         if lost := sorted(set(data) - set(spelled)):
             raise TokenizerError(
                 f"{_name(self.path)}: the vocabulary has no token for the byte 0x{lost[0]:02X} of the text; "
-                "leave it out, or give token ids, as in --tokens 1,2,3"
+                "leave it out, or give token ids"
             )
 
 
@@ -345,38 +402,8 @@ def bos_warning(tokenizer: Tokenizer, ids: Sequence[int]) -> str | None:
     return None
 
 
-def visible(piece: bytes) -> str:
-    """Return a token's bytes as one line that is safe to print: a stranger's text must not manipulate a terminal.
-
-    Spaces at either end become `␣`, newline and tab `\\n` and `\\t`, control, format (bidi, zero-width) and other
-    invisible characters `\\x1b` or `\\u202e`, bytes that are not UTF-8 `<0xE2>`. Everything printable is unchanged.
-    """
-    text = piece.decode("utf-8", errors="surrogateescape")
-    body = text.strip(" ")
-    if not body:
-        return "␣" * len(text)
-    start = text.index(body)
-    return "␣" * start + "".join(map(_shown, body)) + "␣" * (len(text) - start - len(body))
-
-
 def _name(path: str | os.PathLike[str]) -> str:
     return visible(os.fsencode(path))
-
-
-# Printable by category, yet drawn as nothing: Unicode's Default_Ignorable_Code_Point without FE0E/FE0F, which emoji
-# need, and the blank Braille pattern.
-_BLANK = frozenset(
-    (0x034F, 0x115F, 0x1160, 0x17B4, 0x17B5, 0x180B, 0x180C, 0x180D, 0x180F, 0x2800, 0x3164, 0xFFA0)
-) | frozenset((*range(0xFE00, 0xFE0E), *range(0xE0100, 0xE01F0)))
-
-
-def _shown(character: str) -> str:
-    code = ord(character)
-    if 0xDC80 <= code <= 0xDCFF:  # a byte that is not UTF-8, as surrogateescape decodes it
-        return f"<0x{code - 0xDC00:02X}>"
-    if character.isprintable() and code not in _BLANK:
-        return character
-    return character.encode("unicode_escape").decode("ascii")
 
 
 @cache

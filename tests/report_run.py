@@ -36,19 +36,20 @@ VECTORS = ("y", "offset", "linear_output", "ordinary_output")
 
 
 def token(id: int) -> dict[str, Any]:
-    """Return a token as `run.json` names one."""
-    return {"id": id, "token": TOKENS[id]}
+    """Return a token as `run.json` has one, by how it is shown."""
+    special = {"<0xE2>": {"text": "\ufffd", "bytes": "e2"}, "\\n": {"text": "\n"}}
+    shown = TOKENS[id]
+    return {"id": id} | special.get(shown, {"text": shown.replace("␣", " ")})
 
 
 def full(*, blocks: int = 6, rank: int = 5, d: int = 64, prompt: int = 8, seed: int = 0) -> tuple[dict, dict]:
     """Return `run.json` with every part, and the vectors of `tensors.safetensors`."""
     random = np.random.default_rng(seed)
     some = lambda count: [token(int(i)) for i in random.choice(len(TOKENS), count, replace=False)]  # noqa: E731
-    texts = lambda count: [t["token"] for t in some(count)]  # noqa: E731
     own = np.random.default_rng(seed + 2)  # so that what was there before stays as it was
-    others = lambda count: [TOKENS[int(i)] for i in own.choice(len(TOKENS), count, replace=False)]  # noqa: E731
+    others = lambda count: [token(int(i)) for i in own.choice(len(TOKENS), count, replace=False)]  # noqa: E731
     ids = [int(i) for i in random.integers(0, len(TOKENS), prompt)]
-    prompt_tokens = [{"position": i, "id": id, "text": TOKENS[id]} for i, id in enumerate(ids)]
+    prompt_tokens = [{"position": i} | token(id) for i, id in enumerate(ids)]
     sigmas = [float(v) for v in 40 * np.exp(-0.7 * np.arange(rank))]
     shares = [float(v) for v in random.normal(size=prompt)]
     y = random.normal(size=d)
@@ -60,7 +61,7 @@ def full(*, blocks: int = 6, rank: int = 5, d: int = 64, prompt: int = 8, seed: 
         ]  # fmt: skip
 
     content = {
-        "schema_version": 1,
+        "schema_version": 2,
         "created": "2026-01-02T03:04:05Z",
         "versions": {"ggjac": "0.1.0", "torch": "2.13.0", "python": "3.11.7"},
         "platform": "Linux-6.1-x86_64",
@@ -74,7 +75,7 @@ def full(*, blocks: int = 6, rank: int = 5, d: int = 64, prompt: int = 8, seed: 
         },
         "prompt": "The bridge's <b>end</b> & the",
         "tokens": prompt_tokens,
-        "warning": "the model expects <s> first",
+        "warnings": ["the model expects <s> first"],
         "position": prompt - 1,
         "device": "cpu",
         "dtype": "float32",
@@ -119,20 +120,17 @@ def full(*, blocks: int = 6, rank: int = 5, d: int = 64, prompt: int = 8, seed: 
                 {
                     "singular_value": s,
                     "residual": 3.6e-6,
-                    "left": texts(8),
+                    "left": some(8),
                     "right": [
-                        {"position": i, "token": t["text"], "weight": float(w), "nearest": texts(8)}
-                        for i, (t, w) in enumerate(
-                            zip(prompt_tokens, random.dirichlet(np.ones(prompt) / 3), strict=True)
-                        )
+                        t | {"weight": float(w), "nearest": some(8)}
+                        for t, w in zip(prompt_tokens, random.dirichlet(np.ones(prompt) / 3), strict=True)
                     ],
                 }
                 for s in sigmas
             ],
             "per_token": [
-                {
-                    "position": t["position"],
-                    "token": t["text"],
+                t
+                | {
                     "sweeps": 9,
                     "converged": t["position"] != 2,
                     "stopped_by": "tolerance",
@@ -154,7 +152,7 @@ def full(*, blocks: int = 6, rank: int = 5, d: int = 64, prompt: int = 8, seed: 
             "target": token(0),
             "logit": sum(shares) + 0.5,
             "softcap": 30.0,
-            "shares": [{"position": i, "token": TOKENS[id], "share": shares[i]} for i, id in enumerate(ids)],
+            "shares": [t | {"share": share} for t, share in zip(prompt_tokens, shares, strict=True)],
             "offset": 0.5,
             "unexplained": 0.0,
             "positions": by_token(ids),
@@ -211,16 +209,15 @@ def more(*, blocks: int, rank: int, prompt: int, ids: list[int], heads: int = 4,
     """Return the parts that `analyze` does not compute, or not always, as the commands print them."""
     random = np.random.default_rng(seed)
     some = lambda count: [token(int(i)) for i in random.choice(len(TOKENS), count, replace=False)]  # noqa: E731
-    texts = lambda count: [t["token"] for t in some(count)]  # noqa: E731
     normal = lambda: float(random.normal())  # noqa: E731
-    at = [{"position": i, "token": TOKENS[id]} for i, id in enumerate(ids)]
+    at = [{"position": i} | token(id) for i, id in enumerate(ids)]
 
     def steered(strength: float) -> dict[str, Any]:
         words = some(5)
         return {
             "strength": strength,
-            "text": "".join(t["token"] for t in words).replace("␣", " "),
-            "tokens": [{"id": t["id"], "text": t["token"]} for t in words],
+            "text": "".join(t["text"] for t in words),
+            "tokens": words,
             "kl_first": strength**2,
             "concept_mass_first": strength / 2,
             "concept_hits": round(4 * strength),
@@ -230,11 +227,12 @@ def more(*, blocks: int, rank: int, prompt: int, ids: list[int], heads: int = 4,
     def measured() -> dict[str, Any]:
         count = int(random.integers(2, 6))
         return {
-            "schema_version": 1,
-            "prompt": "".join(texts(count)),
+            "schema_version": 2,
+            "prompt": "".join(t["text"] for t in some(count)),
             "joint": {"value": 4.5, "error": 0.25, "frobenius": 9.0},
             "tokens": [
-                {"position": i, "id": t["id"], "text": t["token"]}
+                {"position": i}
+                | t
                 | {"stable_rank": {"value": 1 + 3 * float(random.random()), "error": 0.0, "frobenius": 5.0}}
                 for i, t in enumerate(some(count))
             ],
@@ -252,7 +250,7 @@ def more(*, blocks: int, rank: int, prompt: int, ids: list[int], heads: int = 4,
             "positions": [
                 p
                 | {
-                    side: [{"component": j, "norm": 9.0 / (j + 1), "tokens": texts(4)} for j in range(3)]
+                    side: [{"component": j, "norm": 9.0 / (j + 1), "tokens": some(4)} for j in range(3)]
                     for side in ("columns", "rows")
                 }
                 for p in at
@@ -295,7 +293,7 @@ def more(*, blocks: int, rank: int, prompt: int, ids: list[int], heads: int = 4,
             "softcap": None,
             "shares": [p | {"a": normal(), "b": normal()} for p in at],
             "positions": [
-                p | {"kl": 10.0 ** -(1 + i % 5), "top1": {"a": texts(1)[0], "b": texts(1)[0]}, "same_top1": i % 3 > 0}
+                p | {"kl": 10.0 ** -(1 + i % 5), "top1": {"a": some(1)[0], "b": some(1)[0]}, "same_top1": i % 3 > 0}
                 for i, p in enumerate(at)
             ],
             "kl": 0.0321,
@@ -311,7 +309,7 @@ def more(*, blocks: int, rank: int, prompt: int, ids: list[int], heads: int = 4,
             "seed": 5,
             "concept": {
                 "text": "The <i>bridge</i>",
-                "tokens": [{"id": id, "text": TOKENS[id]} for id in ids[:3]],
+                "tokens": [token(id) for id in ids[:3]],
                 "top": [t | {"probability": 0.5 / (i + 1)} for i, t in enumerate(some(4))],
             },
             "baseline": steered(0.0),
@@ -332,7 +330,7 @@ def branches(*, blocks: int, heads: int, seed: int = 1, **entry: Any) -> dict[st
         if heads:
             parts["blocks"][-1] |= {"heads": shares, "attn_bias": 0.125}
     logit = 0.75 + sum(block["attn"] + block["mlp"] for block in parts["blocks"])
-    whose = {"by": "head" if heads else "layer", "position": 7, "token": "␣the", "target": token(0), "versus": None}
+    whose = {"by": "head" if heads else "layer", "position": 7} | token(9) | {"target": token(0), "versus": None}
     return whose | {"logit": logit, "softcap": None} | parts | {"unexplained": 0.0} | entry
 
 
@@ -343,15 +341,14 @@ def by_token(ids: list[int], seed: int = 2) -> list[dict[str, Any]]:
     for position, id in enumerate(ids):
         shares = [float(share) for share in random.normal(size=position + 1)]
         found.append(
-            {
-                "by": "token",
-                "position": position,
-                "token": TOKENS[id],
+            {"by": "token", "position": position}
+            | token(id)
+            | {
                 "target": token(int(random.integers(len(TOKENS)))),
                 "versus": None,
                 "logit": sum(shares) + 0.5,
                 "softcap": None,
-                "shares": [{"position": i, "token": TOKENS[ids[i]], "share": share} for i, share in enumerate(shares)],
+                "shares": [{"position": i} | token(ids[i]) | {"share": share} for i, share in enumerate(shares)],
                 "offset": 0.5,
                 "unexplained": 0.0,
             }

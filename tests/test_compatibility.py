@@ -6,6 +6,7 @@ tokenizer="spm", type="F16")`, and of three commands there, each with the option
 `svd -o unfinished.safetensors`, interrupted in an early sweep.
 """
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,11 @@ def test_a_finished_run_has_its_whole_page() -> None:
     text = page.text
     assert all(words in text for key, words in expected.items() if key != "svd-per-token")  # its words are of ids
     assert "None" not in text
+    svd = json.loads(Path("run/run.json").read_text(encoding="utf-8"))["svd"]
+    vector = svd["triplets"][0]
+    assert " ".join(vector["left"]) in text  # the tokens of version 0.1.0 as they were shown
+    assert all(" ".join(row["nearest"][:3]) in text for row in vector["right"][-1:])
+    assert " ".join(svd["per_token"][0]["triplets"][0]["right"]) in text
 
 
 def test_a_trace_is_read(models: list[Model]) -> None:

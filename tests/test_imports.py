@@ -17,6 +17,7 @@ TESTS = Path(__file__).parent
 MAY_IMPORT: dict[str, set[str]] = {
     # ground: no sibling
     "sizes": set(),
+    "display": set(),
     "units": set(),
     "drawing": {"units"},
     "linop": set(),
@@ -30,26 +31,29 @@ MAY_IMPORT: dict[str, set[str]] = {
     "config": {"architectures", "sizes"},
     "quants": {"gguf"},
     "weights": {"gguf", "quants", "sizes"},
-    "runs": {"sizes"},
+    "runs": {"gguf", "sizes"},
     "llamacpp": {"runs"},
     "exports": {"architectures", "gguf"},
-    "tokenizer": {"llamacpp"},
-    "report": {"drawing", "runs", "units"},
+    "tokenizer": {"display", "llamacpp"},
+    "chat": {"tokenizer"},
+    "report": {"display", "drawing", "runs", "units"},
     # planning: sizes and rates
     "planner": {"config", "gguf", "linop", "sizes", "units", "weights"},
     # network: the block algebra, no file layout
     "rope": {"config"},
     "decode": {"linop", "weights"},
     "blocks": {"config", "linop", "rope", "sizes"},
-    "jacobian": {"blocks", "decode", "linop", "results", "runs", "sizes", "svd", "weights"},
+    "jacobian": {"blocks", "decode", "gguf", "linop", "results", "runs", "sizes", "svd", "weights"},
     "model": {
-        *("blocks", "config", "decode", "gguf", "jacobian", "planner", "rope", "runs", "sizes", "tokenizer"),
+        *("blocks", "chat", "config", "decode", "display", "gguf", "jacobian", "planner", "rope", "runs", "sizes"),
+        "tokenizer",
         "weights",
     },
+    "prompts": {"model", "tokenizer"},
     "generation": {"blocks", "model", "sizes"},
-    "parity": {"architectures", "blocks", "exports", "gguf", "llamacpp", "model", "results", "tokenizer"},
+    "parity": {"architectures", "blocks", "display", "exports", "gguf", "llamacpp", "model", "results", "tokenizer"},
     "session": {
-        *("blocks", "jacobian", "model", "parity", "planner", "results", "runs", "sizes"),
+        *("blocks", "display", "gguf", "jacobian", "model", "parity", "planner", "prompts", "results", "runs", "sizes"),
         "tokenizer",
     },
     "analysis": {

@@ -192,15 +192,15 @@ def test_results_of_another_kind_are_not_mixed(option: str, value: str, tmp_path
     assert out.read_bytes() == before
 
 
-BEGINNING = '{"schema_version": 1, "prompt": "x", '
+BEGINNING = '{"schema_version": 2, "prompt": "x", '
 
 
 @pytest.mark.parametrize("newline", ["\n", ""])
 @pytest.mark.parametrize(
     "content",
     [
-        *("The capital of France is", "{}", "[]", '{"prompt": 1}', "\xff", '{"schema_version": 2, "prompt": "x"}'),
-        '{"schema_version": 1, "results": [',
+        *("The capital of France is", "{}", "[]", '{"prompt": 1}', "\xff", '{"schema_version": 1, "prompt": "x"}'),
+        '{"schema_version": 2, "results": [',
         *(BEGINNING + rest + "\n" for rest in ('"settings": []}', '"settings": 1, "tokens": []}', '"tokens": [1]}')),
         BEGINNING + '"settings": {}, "tokens": []}\n',  # of an older version, say
         BEGINNING + "[" * 99999 + "\n",

@@ -29,6 +29,7 @@ from report_run import HOSTILE, TOKENS, VECTORS, Page, at, rendered, run_json
 from safetensors.numpy import save_file
 
 import ggjac
+from ggjac import display
 from ggjac.drawing import charts
 from ggjac.report import figures, numbers, page, schema, write_figures, write_report
 from ggjac.report.load import load
@@ -117,7 +118,7 @@ def test_a_logit_that_the_shares_do_not_make_up_shows_the_difference() -> None:
 def test_levels_of_colour_follow_sign_and_size() -> None:
     content = run_json()
     shares = [3.0, -3.0, 1.5, 0.0, -0.3]
-    content["attribution"]["shares"] = [{"position": i, "token": "x", "share": s} for i, s in enumerate(shares)]
+    content["attribution"]["shares"] = [{"position": i, "text": "x", "share": s} for i, s in enumerate(shares)]
     elements = Page(rendered(content)).elements
     levels = [(a["class"] or "").split()[-1] for _, a in elements if "share" in (a.get("class") or "").split()]
     assert levels == ["l10", "l-10", "l5", "l0", "l-1"]
@@ -147,7 +148,7 @@ def test_the_grid_has_a_row_for_each_depth_and_a_column_for_each_rank(parsed: Pa
     ]
     shown = [t for tap in found["taps"] for v in tap["triplets"] for t in v["left"][:3]]
     shown += [t for row in found["readout"] for t in row["top"]]
-    assert [(str(t["id"]), t["token"]) for t in shown] == [(id, "".join(text)) for id, text in buttons]
+    assert [(str(t["id"]), display.token(t)) for t in shown] == [(id, "".join(text)) for id, text in buttons]
 
 
 def test_vectors_carried_to_the_output_have_a_grid_of_their_own() -> None:
@@ -163,7 +164,9 @@ def test_vectors_carried_to_the_output_have_a_grid_of_their_own() -> None:
         Page(f"<table{table}</table>").find("button")
         for table in re.findall(r'<table class="cells"(.*?)</table>', rendered(content), re.DOTALL)
     ]
-    shown = [t["token"] for tap in content["layers"]["taps"][6:12] for v in tap["triplets"] for t in v["arriving"]]
+    shown = [
+        display.token(t) for tap in content["layers"]["taps"][6:12] for v in tap["triplets"] for t in v["arriving"]
+    ]
     assert grids[2] == [" ".join(token.split()) for token in shown]
 
 
@@ -183,7 +186,7 @@ def test_the_path_says_which_way_it_goes(parsed: Page, html: str) -> None:
 def test_ranks_travel_with_the_page(parsed: Page) -> None:
     data = json.loads(parsed.raw("script")[0])
     ranks = run_json()["layers"]["ranks"]
-    assert data["tokens"] == [[t["id"], t["token"]] for t in ranks["tokens"]]
+    assert data["tokens"] == [[t["id"], display.token(t)] for t in ranks["tokens"]]
     assert data["ranks"] == [depth["ranks"] for depth in ranks["depths"]]
     assert data["depths"] == [0, 1, 2, 3, 4, 5, 6]
     assert data["pinned"] == 0
@@ -244,7 +247,7 @@ def test_a_run_without_llama_cpp_has_no_verdict() -> None:
 def test_another_position_shows_where_the_prompt_is_read() -> None:
     content = run_json() | {"position": 2}
     for token, text in zip(
-        content["tokens"], ["The", "␣bridge", "␣out", "␣of", "␣Marin", "␣is", "␣the", "桥"], strict=True
+        content["tokens"], ["The", " bridge", " out", " of", " Marin", " is", " the", "桥"], strict=True
     ):
         token["text"] = text
     found = Page(rendered(content))
@@ -337,16 +340,16 @@ def test_any_text_comes_out_as_it_is_or_as_escapes(text: str) -> None:
         "tokens": [{"position": 0, "id": 3, "text": text}],
         "warning": text,
     }
-    content |= {"layers": {"taps": [], "readout": [{"index": 0, "top": [{"id": 1, "token": text}]}]}}
-    content["layers"] |= {"ranks": {"tokens": [{"id": 1, "token": text}], "depths": [{"index": 0, "ranks": [1]}]}}
+    content |= {"layers": {"taps": [], "readout": [{"index": 0, "top": [{"id": 1, "text": text}]}]}}
+    content["layers"] |= {"ranks": {"tokens": [{"id": 1, "text": text}], "depths": [{"index": 0, "ranks": [1]}]}}
     source = rendered(content, {}).encode("utf-8").decode("utf-8")
     found = Page(source)
-    shown = schema.text(text, "here")
+    shown = display.visible(text.encode("utf-8", "surrogatepass"))
     assert shown in found.raw("button")
     assert json.loads(found.raw("script")[0])["tokens"] == [[1, shown]]
-    assert all(c.isprintable() or c in "\n\u200c\u200d" for c in shown)
+    assert all(c.isprintable() or c in "\n\u200c\u200d\ufe0f" for c in shown + schema.text(text, "here"))
     if text.isprintable():
-        assert shown == text
+        assert schema.text(text, "here") == text
 
 
 @pytest.mark.parametrize(
@@ -372,7 +375,7 @@ WRONG: dict[str, tuple[str, Any, str]] = {
     "sigma infinite": ("svd.triplets.0.singular_value", math.inf, "expected a number, found inf"),
     "sigma NaN": ("svd.triplets.0.singular_value", math.nan, "expected a number, found nan"),
     "sigma that overflows": ("svd.triplets.0.singular_value", 1e300, "expected a number"),
-    "left as numbers": ("svd.triplets.0.left.0", 7, "svd.triplets[0].left[0]: expected text, found 7"),
+    "left as numbers": ("svd.triplets.0.left.0", 7, "svd.triplets[0].left[0]: expected an object, found 7"),
     "no shares": ("attribution.shares", [], "attribution.shares: expected a list of 1 or more"),
     "healthy as a number": ("reconstruction.healthy", 1, "reconstruction.healthy: expected true or false, found 1"),
     "an unknown tap": ("layers.taps.0.kind", "head", "taps[0].kind: expected layer or attn or mlp, found 'head'"),

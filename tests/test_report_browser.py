@@ -17,6 +17,7 @@ import report_run
 from PIL import Image
 from report_run import HOSTILE, SCRIPTS, TOKENS, run_json
 
+from ggjac import display
 from ggjac.report import write_report
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="needs Playwright: pip install playwright")
@@ -464,7 +465,7 @@ def test_keys_reach_everything_in_few_steps(reader: Reader) -> None:
 
 def test_arrows_move_among_tokens(reader: Reader) -> None:
     focused = "document.activeElement.firstChild.textContent"
-    tokens = [share["token"] for share in run_json()["attribution"]["shares"]]
+    tokens = [display.token(share) for share in run_json()["attribution"]["shares"]]
     reader.locator(".share").first.focus()
     reader.keyboard.press("ArrowRight")
     assert reader.evaluate(focused) == tokens[1]
@@ -477,9 +478,9 @@ def test_arrows_move_among_tokens(reader: Reader) -> None:
     reader.locator(".cells button").first.focus()
     for _ in range(3):  # three tokens in a cell, then the first of the cell below
         reader.keyboard.press("ArrowDown")
-    assert reader.evaluate(focused) == cells[1]["triplets"][0]["left"][0]["token"]
+    assert reader.evaluate(focused) == display.token(cells[1]["triplets"][0]["left"][0])
     reader.keyboard.press("ArrowUp")
-    assert reader.evaluate(focused) == cells[0]["triplets"][0]["left"][2]["token"]
+    assert reader.evaluate(focused) == display.token(cells[0]["triplets"][0]["left"][2])
     reader.keyboard.press("Enter")
     assert reader.evaluate("document.activeElement.getAttribute('aria-pressed')") == "true"
 

@@ -20,6 +20,7 @@ from commands import COMMANDS, with_file
 from helpers import invoke, invoke_json
 from report_run import TOKENS, Page, at, rendered, run_json
 
+from ggjac import display
 from ggjac.analysis.per_token import TokenSpectrum
 from ggjac.drawing.charts import Heat, Panel
 from ggjac.report import figures, write_figures
@@ -167,7 +168,7 @@ def test_every_position_has_its_shares(html: str) -> None:
 @pytest.mark.parametrize("heads", [0, 3])
 def test_every_position_by_block(heads: int) -> None:
     content = run_json()
-    entries = [report_run.branches(blocks=4, heads=heads, seed=i, position=i, token=TOKENS[i]) for i in range(3)]
+    entries = [report_run.branches(blocks=4, heads=heads, seed=i, position=i, **report_run.token(i)) for i in range(3)]
     content["attribution"] = {"by": entries[0]["by"], "positions": entries}
     html = rendered(content)
     grid = re.findall(r'<figure class="map.*?</figure>', html[html.index('id="attribute-positions"') :], re.DOTALL)[0]
@@ -214,19 +215,23 @@ def test_the_difference_of_two_logits_is_called_one() -> None:
 # -- each position's own vectors ---------------------------------------------------------------------------------------
 
 
+def shown(tokens: list[dict[str, Any]]) -> str:
+    return " ".join(map(display.token, tokens))
+
+
 def test_each_position_has_a_table_of_its_own(html: str) -> None:
     found = section(html, "svd-per-token")
     entries = run_json()["svd"]["per_token"]
     assert len(found.find("table")) == len(entries)
     for entry, summary in zip(entries, found.find("summary"), strict=True):
         sigma = f"σ {entry['triplets'][0]['singular_value']:.4f}"
-        assert summary.startswith(" ".join(f"{entry['position']} {entry['token']} {sigma}".split()))
-        assert " ".join(" ".join(entry["triplets"][0]["left"][:3]).split()) in summary
+        assert summary.startswith(" ".join(f"{entry['position']} {display.token(entry)} {sigma}".split()))
+        assert " ".join(shown(entry["triplets"][0]["left"][:3]).split()) in summary
         assert ("not converged" in summary) == (entry["position"] == 2)
     rows = found.find("tr")
     for entry in entries:
         for triplet in entry["triplets"]:
-            words = " ".join(" ".join([*triplet["left"], *triplet["right"]]).split())
+            words = " ".join(shown([*triplet["left"], *triplet["right"]]).split())
             assert any(row.endswith(words) for row in rows)
     assert all("open" in a for tag, a in found.elements if tag == "details"), "few positions stand open"
 
@@ -245,11 +250,9 @@ def test_norms_and_the_dense_map_by_position(html: str) -> None:
     texts = found.find("tr")
     for entry in rows:
         column, row = entry["columns"][0], entry["rows"][0]
-        assert (
-            " ".join(f"{entry['position']} {entry['token']} Columns 0 9.000 {' '.join(column['tokens'])}".split())
-            in texts
-        )
-        assert " ".join(f"Rows 0 9.000 {' '.join(row['tokens'])}".split()) in texts
+        start = f"{entry['position']} {display.token(entry)} Columns 0 9.000 "
+        assert " ".join(f"{start}{shown(column['tokens'])}".split()) in texts
+        assert " ".join(f"Rows 0 9.000 {shown(row['tokens'])}".split()) in texts
     dense, found = run_json()["jacobian"], section(html, "jacobian")
     assert "64 × 8 × 64 entries; Frobenius norm 77.5" in found.text
     first = dense["positions"][0]
@@ -271,7 +274,7 @@ def test_two_files_side_by_side(html: str) -> None:
     for share in data["shares"]:
         values = [share["a"], share["b"], share["b"] - share["a"]]
         numbers = " ".join(signed(value) for value in values)
-        assert " ".join(f"{share['position']} {share['token']} {numbers}".split()) in rows
+        assert " ".join(f"{share['position']} {display.token(share)} {numbers}".split()) in rows
     assert "Logit +12.5000 +12.2500 −0.2500" in rows
     assert "Offset (biases) +0.5000 +0.2500 −0.2500" in rows
     assert "KL divergence at the output, nats 0.032" in found.text
@@ -298,7 +301,7 @@ def test_ranks_over_prompts(html: str) -> None:
         start = f"{row['position']} {row['prompts']} {row['mean']:.4g} "
         assert any(text.startswith(start) and f"{row['most']:.4g}" in text for text in found.find("tr"))
     for prompt in data["prompts"]:
-        tokens = "".join(f"{t['text']}{t['stable_rank']['value']:.4g}" for t in prompt["tokens"])
+        tokens = "".join(f"{display.token(t)}{t['stable_rank']['value']:.4g}" for t in prompt["tokens"])
         assert any("".join(text.split()).startswith("".join(tokens.split())) for text in found.find("tr"))
     assert "7 prompts, all converged." in found.text
     (chart, *_) = ranks.ranks_over_prompts(Run(checked(run_json()), {}))
@@ -308,7 +311,7 @@ def test_ranks_over_prompts(html: str) -> None:
 
 
 def test_ranks_of_many_prompts_have_a_page_without_a_prompt() -> None:
-    content = {key: run_json()[key] for key in ("model", "ranks", "versions", "command", "dtype")}
+    content = {key: run_json()[key] for key in ("schema_version", "model", "ranks", "versions", "command", "dtype")}
     content["ranks"]["prompts"][0]["stopped_by"] = "sweeps"
     found = Page(rendered(content, {}))
     assert found.find("h1") == ["7 prompts"]
@@ -401,33 +404,37 @@ def test_grids_are_drawn_for_print_as_on_the_page() -> None:
 SCRIPT = "<script>window.hit=1</script>"
 # Section -> where its data can hold text.
 TEXTS: dict[str, list[str]] = {
-    "attribute-branches": ["branches.target.token", "branches.versus.token"],
+    "attribute-branches": ["branches.target.text", "branches.versus.text"],
     "attribute-positions": [
-        "attribution.positions.1.token",
-        "attribution.positions.1.target.token",
-        "attribution.positions.7.shares.0.token",
-        "attribution.positions.0.versus.token",
+        "attribution.positions.1.text",
+        "attribution.positions.1.target.text",
+        "attribution.positions.7.shares.0.text",
+        "attribution.positions.0.versus.text",
     ],
-    "attribute": ["attribution.versus.token"],
+    "attribute": ["attribution.versus.text"],
     "svd-per-token": [
-        "svd.per_token.0.token",
-        "svd.per_token.1.triplets.0.left.0",
-        "svd.per_token.1.triplets.0.right.1",
+        "svd.per_token.0.text",
+        "svd.per_token.1.triplets.0.left.0.text",
+        "svd.per_token.1.triplets.0.right.1.text",
     ],
-    "norms": ["norms.positions.0.token", "norms.positions.0.columns.0.tokens.0", "norms.positions.0.rows.1.tokens.0"],
-    "jacobian": ["jacobian.positions.0.token"],
+    "norms": [
+        "norms.positions.0.text",
+        "norms.positions.0.columns.0.tokens.0.text",
+        "norms.positions.0.rows.1.tokens.0.text",
+    ],
+    "jacobian": ["jacobian.positions.0.text"],
     "compare": [
-        "compare.target.token",
-        "compare.shares.0.token",
-        "compare.positions.0.token",
-        "compare.positions.0.top1.a",
+        "compare.target.text",
+        "compare.shares.0.text",
+        "compare.positions.0.text",
+        "compare.positions.0.top1.a.text",
         "other_model.path",
     ],
-    "ranks": ["ranks.prompts.0.tokens.0.text", "ranks.prompts.0.next.token"],
+    "ranks": ["ranks.prompts.0.tokens.0.text", "ranks.prompts.0.next.text"],
     "steer": [
         "steering.method",
         "steering.concept.text",
-        "steering.concept.top.0.token",
+        "steering.concept.top.0.text",
         "steering.baseline.text",
         "steering.steered.0.text",
         "steering.controls.1.text",
@@ -441,7 +448,7 @@ def test_a_script_in_any_text_is_text(key: str, path: str) -> None:
     def made(text: str) -> Page:
         content = run_json()
         if ".versus." in path:
-            content = at(content, path.rpartition(".")[0], {"id": 1, "token": text})
+            content = at(content, path.rpartition(".")[0], {"id": 1, "text": text})
         return section(rendered(at(content, path, text)), key)
 
     hostile, harmless = made(SCRIPT), made("harmless")
@@ -458,11 +465,11 @@ def test_all_new_text_is_tried() -> None:
     silent = {"branches.by", "steering.concept.tokens.0.text", "ranks.prompts.0.prompt"}
     listed = {path for paths in TEXTS.values() for path in paths}
     keys = {"branches", "norms", "jacobian", "ranks", "compare", "steering"}
-    found = {f"{key}.{path}" for key in keys for path in _texts(run_json()[key])}
+    found = {f"{key}.{path}" for key in keys for path in _texts(run_json()[key]) if not path.endswith(".bytes")}
     generic = {re.sub(r"\.\d+", ".#", path) for path in listed | silent}
     shown = {re.sub(r"\.\d+", ".#", path) for path in found}
     unseen = {
-        "branches.token", "ranks.prompts.#.stopped_by", "compare.positions.#.top#.b", "compare.positions.#.top1.b",
+        "branches.text", "ranks.prompts.#.stopped_by", "compare.positions.#.top1.b.text",
         "steering.baseline.tokens.#.text", "steering.steered.#.tokens.#.text", "steering.controls.#.tokens.#.text",
     }  # fmt: skip
     assert shown - generic <= unseen
@@ -577,14 +584,14 @@ NO_RESULT: dict[str, tuple[bytes, str]] = {
     "no JSON": (b"{", "is not a result (JSONDecodeError)"),
     "nothing": (b"", "is not a result (JSONDecodeError)"),
     "no text": (b"\xff\xfe\x00", "is not a result (UnicodeDecodeError)"),
-    "a list": (b"[]", "is not a result of schema version 1"),
-    "a number": (b"7", "is not a result of schema version 1"),
-    "another version": (b'{"schema_version": 2}', "is not a result of schema version 1"),
+    "a list": (b"[]", "is not a result of schema version 1 or 2"),
+    "a number": (b"7", "is not a result of schema version 1 or 2"),
+    "another version": (b'{"schema_version": 3}', "is not a result of schema version 1 or 2"),
     "JSON lines": (b'{"a": 1}\n{"a": 2}\n', "is not a result (JSONDecodeError)"),
     "nested": (b'{"a":' * 99999, "too deeply"),
     "a digit too many": (b'{"schema_version": ' + b"9" * 5000 + b"}", "is not a result"),
-    "no model": (b'{"schema_version": 1, "tokens": 5}', "holds no result about a prompt"),
-    "no tokens": (b'{"schema_version": 1, "model": {"path": "x"}}', "tokens: is missing; run the command again"),
+    "no model": (b'{"schema_version": 2, "tokens": 5}', "holds no result about a prompt"),
+    "no tokens": (b'{"schema_version": 2, "model": {"path": "x"}}', "tokens: is missing; run the command again"),
 }  # fmt: skip
 
 

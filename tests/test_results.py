@@ -22,11 +22,11 @@ from ggjac.analysis.jacobian import dense
 from ggjac.analysis.layers import layers
 from ggjac.analysis.norms import norms
 from ggjac.analysis.ranks import token_ranks
+from ggjac.display import visible
 from ggjac.parity import LayerError, Parity
 from ggjac.results import MAX_ROWS, Bars, Plotted, Points, Table, Words, _draw
 from ggjac.session import Session
 from ggjac.svd import SVD
-from ggjac.tokenizer import visible
 
 # Commands that compute without a Jacobian of one prompt; their results are all in `EXPECTED`.
 ELSEWHERE = {"predict", "ranks", "steer", "verify"}

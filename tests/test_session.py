@@ -12,7 +12,7 @@ import torch
 from helpers import IDS
 from torch import Tensor
 
-from ggjac import parity
+from ggjac import display, parity
 from ggjac import session as module
 from ggjac.jacobian import DetachedJacobian, Progress
 from ggjac.model import Model, PromptError, open_model
@@ -46,8 +46,8 @@ def test_its_words_are_the_models(model: Model, tiny_file: TinyFile) -> None:
     for opened in (model, open_model(tiny_file("tokenizer"))):
         session = Session(opened, IDS)
         assert [session.words(id) for id in IDS] == [opened.word(id) for id in IDS]
-        assert session.tokens() == [{"position": i, "id": id, "text": opened.word(id)} for i, id in enumerate(IDS)]
-        assert session.words.here(2) == {"position": 2, "token": opened.word(IDS[2])}
+        assert session.tokens() == [session.words.here(i) for i in range(len(IDS))]
+        assert [display.token(token) for token in session.tokens()] == [opened.word(id) for id in IDS]
         assert session.text is None
 
 

@@ -253,7 +253,7 @@ def test_the_demo_shows_it() -> None:
     """Pushed by a sentence about a bridge, the model speaks of it; unpushed, and pushed at random, it does not."""
     pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
     data = json.loads(invoke("steer", "-q", "-t", 1, "--format", "json").stdout)["steering"]
-    assert data["concept"]["top"][0]["token"] == "␣Gate"
+    assert data["concept"]["top"][0]["text"] == " Gate"
     (steered,), (control,) = data["steered"], data["controls"]
     assert steered["text"].startswith(" Gate Bridge.")
     assert "Gate" not in data["baseline"]["text"] + control["text"]

@@ -500,7 +500,7 @@ def test_the_command_per_token(tiny_file: TinyFile, tmp_path: Path) -> None:
         assert torch.allclose(saved["token_S"][i], S, rtol=1e-9)
         rebuilt = torch.einsum("ke,ef,kf->k", saved["token_U"][i], J[:, i], saved["token_Vh"][i])
         assert torch.allclose(rebuilt, S, rtol=1e-9)
-    assert [entry["token"] for entry in data] == [f"[{id}]" for id in IDS]
+    assert [entry["text"] for entry in data] == [f"[{id}]" for id in IDS]
     assert "each position's own map" in invoke("svd", "-m", model, *TOKENS, *options).stdout
     invoke("svd", "-m", model, *TOKENS, "--per-token", "--max-sweeps", 2, "--tol", "1e-6", code=3)
     assert "per_token" not in invoke_json("svd", "-m", model, *TOKENS)["svd"]

@@ -121,7 +121,7 @@ class Comparison(Plotted):
                 words.here(i)
                 | {
                     "kl": float(self.kl[i]),
-                    "top1": {side: words(int(p.logits[i].argmax())) for side, p in (("a", a), ("b", b))},
+                    "top1": {side: words.token(p.logits[i].argmax()) for side, p in (("a", a), ("b", b))},
                     "same_top1": bool(self.top1[i]),
                 }
                 for i in range(len(a.ids))

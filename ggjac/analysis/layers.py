@@ -69,7 +69,7 @@ class LayerMap:
         """Return where the map ends, and its triplets with the tokens that their left vectors promote."""
 
         def tokens(ranked: Ranked, j: int) -> list[dict[str, Any]]:
-            return [words.token(id) for id in ranked.ids[j].tolist()]
+            return words.ranked(ranked.ids[j], ranked.scores[j])
 
         return {
             "map": self.map,

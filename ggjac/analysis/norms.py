@@ -45,10 +45,10 @@ class Norms(Result):
         """Return the longest columns and rows of every position up to the output's, the longest first."""
 
         def longest(i: int, norms: Tensor, components: Tensor, tokens: Ranked) -> list[dict[str, Any]]:
-            decoded = tokens.ids.unflatten(0, components.shape)[i].tolist()
+            decoded = (part.unflatten(0, components.shape)[i] for part in tokens)
             return [
-                {"component": c, "norm": float(norms[i, c]), "tokens": words.each(ids)}
-                for c, ids in zip(components[i].tolist(), decoded, strict=True)
+                {"component": c, "norm": float(norms[i, c]), "tokens": words.ranked(*ranked)}
+                for c, *ranked in zip(components[i].tolist(), *decoded, strict=True)
             ]
 
         return {

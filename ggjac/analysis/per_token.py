@@ -38,7 +38,7 @@ class TokenSpectrum(Plotted):
         """Return the position and its triplets, the largest first, with the tokens of both ends."""
         found = self.svd.data()
         found["triplets"] = [
-            triplet | {side: words.each(getattr(self, side).ids[j].tolist()) for side in ("left", "right")}
+            triplet | {side: words.ranked(*(part[j] for part in getattr(self, side))) for side in ("left", "right")}
             for j, triplet in enumerate(found["triplets"])
         ]
         return words.here(self.position) | found

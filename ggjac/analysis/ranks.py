@@ -195,6 +195,7 @@ def ranks(
     lines: Lines | None = None
     last: Session | None = None
     found: list[dict[str, Any]] = []
+    warnings: dict[str, None] = {}  # of all prompts, each once
     ready = longest = 0  # records that were there; tokens of the longest prompt
     with _alone(path), _keeping(path):
         for number, prompt in enumerate(prompts, 1):
@@ -202,7 +203,7 @@ def ranks(
             longest = longest or _longest(last, prompts)
             # The same for all, so that layers stay ready.
             last.fit("ranks", longest, rank=1, position=-1, prompts=len(prompts))
-            settings = _settings(last, tol=tol, seed=seed)
+            settings = _settings(last, kept=path is not None, tol=tol, seed=seed)
             lines = lines or Lines(path, settings, fields=FIELDS, whole=_values)
             name = key({"prompt": last.text, "tokens": last.tokens()})
             if _settled(lines.records.get(name), max_sweeps):
@@ -210,11 +211,12 @@ def ranks(
             else:
                 lines.add(runs.finite(_record(last, settings, max_sweeps)))
             found.append(lines.records[name])
+            warnings |= dict.fromkeys(last.warnings)
             if progress:
                 progress("prompt", number, len(prompts))
     if last is None:
         raise PromptError("no prompt was given")
-    return Ranks(found, ready, last.envelope())
+    return Ranks(found, ready, last.envelope() | {"warnings": list(warnings)})
 
 
 def by_position(records: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
@@ -274,16 +276,28 @@ def _alone(output: Path | None) -> contextlib.AbstractContextManager[None]:
 def _longest(session: Session, prompts: Sequence[str | Sequence[int]]) -> int:
     """Return the tokens of the longest prompt, by which all are planned; one that cannot run is refused in its turn."""
     model = session.model
-    lengths = [len(model.tokenize(prompt) if isinstance(prompt, str) else prompt) for prompt in prompts[1:] if prompt]
+    special = session.parse_special
+    lengths = [
+        len(model.tokenize(prompt, parse_special=special) if isinstance(prompt, str) else prompt)
+        for prompt in prompts[1:]
+        if prompt
+    ]
     return max([len(session.ids), *(n for n in lengths if n <= model.config.longest)])
 
 
-def _settings(session: Session, *, tol: float, seed: int) -> dict[str, Any]:
-    """Return what decides a record apart from its prompt, named as the options are."""
+def _settings(session: Session, *, kept: bool, tol: float, seed: int) -> dict[str, Any]:
+    """Return what decides a record apart from its prompt, named as the options are.
+
+    For records that are kept, the model is a hash of its whole content.
+    """
+    file = session.model.gguf
+    sampled = file.fingerprint_is_whole or not kept
     return {
-        "model": session.model.gguf.fingerprint(),
+        "model": file.fingerprint() if sampled else f"sha256:{'+'.join(file.sha256())}",
         "dtype": session.dtype,
         "mlp-path": session.mlp_path,
+        "no-parse-special": not session.parse_special or None,  # None as in files of before
+        "context": session.model.context,
         "tol": tol,
         "seed": seed,
     }

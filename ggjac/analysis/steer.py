@@ -76,7 +76,7 @@ class Generated(Result):
         return {
             "strength": self.strength,
             "text": words.text(self.ids),
-            "tokens": [{"id": id, "text": words(id)} for id in self.ids],
+            "tokens": [words.token(id) for id in self.ids],
             "kl_first": self.kl,
             "concept_mass_first": self.mass,
             "concept_hits": self.hits,
@@ -128,7 +128,7 @@ class Steering(Plotted):
             "seed": self.seed,
             "concept": {
                 "text": self.concept,
-                "tokens": [{"id": id, "text": words(id)} for id in self.concept_ids],
+                "tokens": [words.token(id) for id in self.concept_ids],
                 "top": [
                     words.token(id) | {"probability": chance}
                     for id, chance in zip(self.concept_tokens, self.concept_chances, strict=True)

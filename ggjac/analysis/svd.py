@@ -50,16 +50,17 @@ class Spectrum(Plotted):
 
     def data(self, words: Words = NO_WORDS) -> dict[str, Any]:
         """Return the triplets, the largest first, with the tokens of both ends; right vectors at every position."""
-        found, right = self.svd.data(), self.right.ids.unflatten(0, self.weight.shape)
+        found = self.svd.data()
+        right = [part.unflatten(0, self.weight.shape) for part in self.right]
 
         def at(j: int, i: int) -> dict[str, Any]:
-            weight, nearest = float(self.weight[j, i]), words.each(right[j, i].tolist())
-            return words.here(i) | {"weight": weight, "nearest": nearest}
+            nearest = words.ranked(*(part[j, i] for part in right))
+            return words.here(i) | {"weight": float(self.weight[j, i]), "nearest": nearest}
 
         found["triplets"] = [
             triplet
             | {
-                "left": words.each(self.left.ids[j].tolist()),
+                "left": words.ranked(self.left.ids[j], self.left.scores[j]),
                 "right": [at(j, i) for i in range(self.position + 1)],
             }
             for j, triplet in enumerate(found["triplets"])

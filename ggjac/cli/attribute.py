@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import click
 
+from ggjac import display
 from ggjac.cli.options import ModelOptions, model_options, output, output_format
 from ggjac.cli.planning import dry_run
 
@@ -42,9 +43,10 @@ class PositionOrAll(click.ParamType):
     help="Output position (negative counts from the end), or all.",
 )
 @click.option(
-    "--target", help="Token whose logit is split: its id, or a text of one token.  [default: the most likely one]"
+    "--target",
+    help="Token whose logit is split: a text of one token, or its id, as id:4.  [default: the most likely one]",
 )
-@click.option("--versus", help="Token whose logit is subtracted: split the difference of the two logits.")
+@click.option("--versus", help="Token whose logit is subtracted, named like --target: split the difference.")
 @click.option(
     "--by",
     type=click.Choice(["token", "layer", "head"]),
@@ -79,7 +81,7 @@ def attribute(
     """
     from ggjac.analysis.attribute import attribute, attribute_branches, attribute_positions
     from ggjac.cli.result import finish
-    from ggjac.cli.session import one_token, open_session
+    from ggjac.cli.session import note_likelier, one_token, open_session
 
     everywhere = position is None
     if what.both_rules:
@@ -99,6 +101,9 @@ def attribute(
         result = session.run("attribution", attribute_branches, *ids, positions=every, by_head=by == "head")
     else:
         result = session.run("attribution", attribute_positions if everywhere else attribute, *ids)
+    if not everywhere:
+        note_likelier(session, target, ids[0])
+        note_likelier(session, versus, ids[1], "--versus")
     found = result.data(session.words)
     if everywhere:
         found = {"positions": found}
@@ -116,14 +121,19 @@ def both(
     """Split one logit under either freezing rule, one after the other: two forward passes at once may not fit."""
     from ggjac.analysis.attribute import attribute, both_rules
     from ggjac.cli.result import finish
-    from ggjac.cli.session import one_token, open_session
+    from ggjac.cli.session import note_likelier, one_token, open_session
 
     session = open_session(what, position=position, output=output)
     minus = one_token(session, versus, "--versus")
     rebuilt = [session.reconstruction()]
     first = session.run("attribution", attribute, one_token(session, target), minus)
+    note_likelier(session, target, first.target)
+    note_likelier(session, versus, minus, "--versus")
+    again = replace(what, mlp_path="gate", prompt=None, file=None, chat=None, system=None, tokens=session.ids)
+    text = session.text
     del session  # its forward pass is not needed any more
-    session = open_session(replace(what, mlp_path="gate"), position=position, output=output)
+    session = open_session(again, position=position, output=output)
+    session.text = text
     rebuilt.append(session.reconstruction())
     result = both_rules(first, session.run("attribution", attribute, first.target, minus))
     worse = max(rebuilt, key=lambda found: found.error)
@@ -157,7 +167,7 @@ def show_tokens(data: dict[str, Any]) -> None:
     rows: list[tuple] = [
         (
             shares[0]["position"],
-            shares[0]["token"],
+            display.token(shares[0]),
             *(f"{s['share']:+.4f}" for s in shares),
             *([bar(shares[0]["share"], largest)] if alone else []),
         )
@@ -180,9 +190,9 @@ def show_tokens(data: dict[str, Any]) -> None:
 
 def asked_logit(data: dict[str, Any]) -> str:
     """Return the name of the split quantity: a logit, or the difference of two."""
-    name = f"the logit of {data['target']['token']}"
+    name = f"the logit of {display.token(data['target'])}"
     if data["versus"]:
-        name += f" minus that of {data['versus']['token']}"
+        name += f" minus that of {display.token(data['versus'])}"
     return name + (" before the soft cap" if data["softcap"] else "")
 
 
@@ -249,22 +259,22 @@ def show_positions(entries: list[dict[str, Any]]) -> None:
     rows = []
     for data in entries:
         if data["by"] == "token":
-            parts = [(s["token"], s["share"]) for s in data["shares"]] + [("offset", data["offset"])]
+            parts = [(display.token(s), s["share"]) for s in data["shares"]] + [("offset", data["offset"])]
         else:
             parts = _parts(data)
         top = sorted(parts, key=lambda part: -abs(part[1]))[:LARGEST]
         rows.append(
             (
                 data["position"],
-                data["token"],
-                data["target"]["token"],
+                display.token(data),
+                display.token(data["target"]),
                 f"{data['logit']:.4f}",
                 ", ".join(f"{name} {share:+.2f}" for name, share in top if share),
                 _sum(data),
             )
         )
     of = {"token": "every input token", "layer": "every block's branches", "head": "every head and MLP"}
-    less = f", minus the logit of {entries[0]['versus']['token']}" if entries[0]["versus"] else ""
+    less = f", minus the logit of {display.token(entries[0]['versus'])}" if entries[0]["versus"] else ""
     columns = ["#position", "token", "target", "#logit", "largest shares", "#sum of all"]
     rule = f" (mlp-path {entries[0]['mlp_path']})" if entries[0]["by"] == "token" else ""
     table(f"Share of {of[entries[0]['by']]} in a logit at every position{less}{rule}", columns, rows)

@@ -41,13 +41,14 @@ def jacobian(what: ModelOptions, position: int, output: Path | None, resume: boo
 
 def show(data: dict[str, Any]) -> None:
     """Print what each position contributes, and the reconstruction error of the dense matrix."""
+    from ggjac import display
     from ggjac.cli.render import line, numbers, table
     from ggjac.cli.result import show_reconstruction
 
     columns = ["#position", "token", "#‖J_i‖_F", "#‖J_i x_i‖"]
     positions = data["positions"]
     norms = (numbers([p[key] for p in positions]) for key in ("frobenius", "contribution_norm"))
-    rows = zip((p["position"] for p in positions), (p["token"] for p in positions), *norms, strict=True)
+    rows = zip((p["position"] for p in positions), map(display.token, positions), *norms, strict=True)
     table(f"Dense detached Jacobian {' x '.join(map(str, data['shape']))}", columns, rows)
     line(f"‖J‖_F = {data['frobenius']:.4g}")
     show_reconstruction(data["reconstruction"])

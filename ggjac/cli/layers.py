@@ -73,6 +73,7 @@ def layers(
 
 def show(data: dict[str, Any]) -> None:
     """Print a table for each map and kind, the path, and the readout."""
+    from ggjac import display
     from ggjac.cli.render import line, table
     from ggjac.report.sections.common import capital
     from ggjac.report.sections.layers import KINDS, MAPS
@@ -91,9 +92,9 @@ def show(data: dict[str, Any]) -> None:
             rows,
         )
     places = [ranks["ranks"][0] for ranks in data["ranks"]["depths"]]
-    final = data["ranks"]["tokens"][0]["token"]
+    final = display.token(data["ranks"]["tokens"][0])
     rows = [
-        (row["index"], place, "  ".join(f"{t['token']} {t['probability']:.2f}" for t in row["top"][:6]))
+        (row["index"], place, "  ".join(f"{display.token(t)} {t['probability']:.2f}" for t in row["top"][:6]))
         for row, place in zip(data["readout"], places, strict=True)
     ]
     table(
@@ -108,7 +109,7 @@ def show(data: dict[str, Any]) -> None:
 
 
 def _show_maps(title: str, taps: list[dict[str, Any]]) -> None:
-    from ggjac.cli.render import numbers, stable_rank, table
+    from ggjac.cli.render import numbers, stable_rank, table, words
 
     shown = min(VECTORS, len(taps[0]["triplets"]))
     carried = "arriving" in taps[0]["triplets"][0]
@@ -118,8 +119,8 @@ def _show_maps(title: str, taps: list[dict[str, Any]]) -> None:
             sigma,
             spark([t["singular_value"] for t in tap["triplets"]]),
             stable_rank(tap["stable_rank"]),
-            *(_words(t["left"]) for t in tap["triplets"][:shown]),
-            *([_words(tap["triplets"][0]["arriving"])] if carried else []),
+            *(words(t["left"][:WORDS]) for t in tap["triplets"][:shown]),
+            *([words(tap["triplets"][0]["arriving"][:WORDS])] if carried else []),
         )
         for tap, sigma in zip(taps, numbers([tap["triplets"][0]["singular_value"] for tap in taps]), strict=True)
     ]
@@ -131,7 +132,3 @@ def spark(values: list[float]) -> str:
     """Return values as bars, relative to the largest; zero is a blank."""
     largest = max(values, default=0.0) or 1.0
     return "".join(" ▁▂▃▄▅▆▇█"[max(1, round(8 * value / largest)) if value > 0 else 0] for value in values).rstrip()
-
-
-def _words(tokens: list[dict[str, Any]]) -> str:
-    return " ".join(t["token"] for t in tokens[:WORDS])

@@ -44,12 +44,13 @@ def norms(what: ModelOptions, position: int, count: int, top: int, output: Path 
 
 def show(data: dict[str, Any]) -> None:
     """Print the longest columns and rows of every position."""
-    from ggjac.cli.render import numbers, table
+    from ggjac import display
+    from ggjac.cli.render import numbers, table, words
 
     entries = [(p, column, row) for p in data["positions"] for column, row in zip(p["columns"], p["rows"], strict=True)]
     columns, rows = (numbers([entry[side]["norm"] for entry in entries]) for side in (1, 2))
     cells = [
-        (p["position"], p["token"], c, " ".join(column["tokens"]), r, " ".join(row["tokens"]))
+        (p["position"], display.token(p), c, words(column["tokens"]), r, words(row["tokens"]))
         for (p, column, row), c, r in zip(entries, columns, rows, strict=True)
     ]
     headings = ["#position", "token", "#‖column‖", "tokens it promotes", "#‖row‖", "nearest tokens"]

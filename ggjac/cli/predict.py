@@ -40,7 +40,8 @@ def predict(
 
 def show(rows: list[dict[str, Any]]) -> None:
     """Print the next-token table."""
+    from ggjac import display
     from ggjac.cli.render import table
 
-    cells = [(r["token"], r["id"], f"{r['logit']:.3f}", f"{r['probability']:.4f}") for r in rows]
+    cells = [(display.token(r), r["id"], f"{r['logit']:.3f}", f"{r['probability']:.4f}") for r in rows]
     table("Next token", ["token", "#id", "#logit", "#probability"], cells)

@@ -8,7 +8,7 @@ import textwrap
 from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import Any
 
-from ggjac import runs
+from ggjac import display, runs
 
 PIPE_WIDTH = 120  # columns where stdout is not a terminal
 MIN_WIDTH = 60  # columns below which numbers would be cut; a narrower terminal wraps the lines itself
@@ -86,6 +86,11 @@ def emit_json(content: Mapping[str, Any]) -> None:
     except UnicodeEncodeError:
         text = json.dumps(json.loads(text), indent=2) + "\n"
     write(text)
+
+
+def words(tokens: Sequence[Mapping[str, Any]]) -> str:
+    """Return tokens of a result in a row."""
+    return " ".join(map(display.token, tokens))
 
 
 def bar(value: float, largest: float) -> str:

@@ -26,8 +26,8 @@ def report(run: Path, output: Path | None, figures: bool) -> None:
     ggjac report ggjac-runs/demo-20260101-120000 --figures
     """
     from ggjac.cli.render import line
+    from ggjac.display import visible
     from ggjac.report import write_figures, write_report
-    from ggjac.tokenizer import visible
 
     written = [write_report(run, output)]
     if figures:

@@ -39,7 +39,8 @@ def finish(
     if output_format == "json":
         emit_json(session.envelope() | content)
     else:
-        show_tokens(session.tokens(), session.warning)
+        session.model.gguf.check_unchanged()
+        show_tokens(session.tokens(), session.warnings)
         if "reconstruction" in content:
             show_reconstruction(content["reconstruction"])
         for name, show_part in show.items():

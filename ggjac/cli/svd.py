@@ -90,7 +90,8 @@ def show(data: dict[str, Any]) -> None:
 
 def show_spectrum(data: dict[str, Any]) -> None:
     """Print singular values with both decodings; right vectors at the positions with most of their weight."""
-    from ggjac.cli.render import line, numbers, table
+    from ggjac import display
+    from ggjac.cli.render import line, numbers, table, words
 
     rows = []
     sigmas = numbers([t["singular_value"] for t in data["triplets"]])
@@ -98,10 +99,10 @@ def show_spectrum(data: dict[str, Any]) -> None:
         heaviest = sorted(t["right"], key=lambda r: -r["weight"])[:PLACES]
         places = max(len(str(r["position"])) for r in t["right"])
         right = "\n".join(
-            f"{r['weight']:>4.0%}  {r['position']:>{places}} {r['token']}: {' '.join(r['nearest'][:3])}"
+            f"{r['weight']:>4.0%}  {r['position']:>{places}} {display.token(r)}: {words(r['nearest'][:3])}"
             for r in heaviest
         )
-        rows.append((j + 1, sigmas[j], f"{t['residual']:.0e}", " ".join(t["left"][:WORDS]), right))
+        rows.append((j + 1, sigmas[j], f"{t['residual']:.0e}", words(t["left"][:WORDS]), right))
     columns = [
         "##",
         "#σ",
@@ -125,18 +126,19 @@ def show_stable_rank(data: dict[str, Any]) -> None:
 
 def show_per_token(data: list[dict[str, Any]]) -> None:
     """Print each position's singular values and both decodings."""
-    from ggjac.cli.render import line, numbers, table
+    from ggjac import display
+    from ggjac.cli.render import line, numbers, table, words
 
     cells = [(entry, j, triplet) for entry in data for j, triplet in enumerate(entry["triplets"])]
     sigmas = numbers([triplet["singular_value"] for *_, triplet in cells])
     rows = [
         (
             "" if j else entry["position"],
-            "" if j else entry["token"],
+            "" if j else display.token(entry),
             sigma,
             f"{triplet['residual']:.0e}",
-            " ".join(triplet["left"][:WORDS]),
-            " ".join(triplet["right"][: WORDS // 2]),
+            words(triplet["left"][:WORDS]),
+            words(triplet["right"][: WORDS // 2]),
         )
         for (entry, j, triplet), sigma in zip(cells, sigmas, strict=True)
     ]

@@ -38,6 +38,7 @@ def verify(what: ModelOptions, strict: bool, output_format: str) -> None:
 
 def show(data: dict[str, Any]) -> None:
     """Print the verdict, and the per-layer table where there is one."""
+    from ggjac import display
     from ggjac.cli.render import line, table
 
     if data["verdict"] is None:
@@ -63,7 +64,7 @@ def show(data: dict[str, Any]) -> None:
         table("Every layer against llama.cpp", columns, rows, departed)
     line(f"llama.cpp ({data['mode']}): {'agrees' if data['verdict'] else 'DISAGREES'}: {data['reason']}")
     line(
-        f"  top token {data['top1']['token']} ({'the same' if data['top1_equal'] else 'ours differs'}), "
+        f"  top token {display.token(data['top1'])} ({'the same' if data['top1_equal'] else 'ours differs'}), "
         f"KL divergence {data['kl_last']:.2e} nats (mean over positions {data['kl']:.2e}), "
         f"logits relative L2 {data['logits_error']:.2e}"
     )

@@ -22,6 +22,7 @@ from ggjac.units import size
 VECTORS = ("y", "offset", "linear_output", "ordinary_output")
 MAX_JSON = 64 * 2**20  # bytes
 MAX_VECTOR = 2**22  # elements
+_DECODED = ("left", "right", "nearest", "tokens")
 
 #: A result, as in `run.json` and as printed by commands; and one about many prompts, which has no `tokens`.
 _RESULT = record(frame.PROMPT, PARTS)
@@ -39,6 +40,7 @@ def checked(content: Any, source: str = "run.json", again: str = "analyse the pr
     Raises:
         RunError: a part is of another form; the message names it.
     """
+    content = _since_2(content) if isinstance(content, dict) and content.get("schema_version") == 1 else content
     try:
         many = (
             isinstance(content, dict) and "ranks" in content and not {"tokens", "prompt", "position"} & content.keys()
@@ -48,6 +50,21 @@ def checked(content: Any, source: str = "run.json", again: str = "analyse the pr
     except Wrong as error:
         raise RunError(f"{source}: {error}; {again}") from error
     return found
+
+
+def _since_2(value: Any, key: str = "") -> Any:
+    """Return a part of a result of schema version 1 as of version 2.
+
+    In version 1, tokens were as they are shown, under `token` or alone in the lists of `_DECODED`.
+    """
+    if isinstance(value, dict):
+        if key == "top1" and value.keys() == {"a", "b"}:
+            return {side: {"text": text} for side, text in value.items()}
+        return {("text" if name == "token" else name): _since_2(entry, name) for name, entry in value.items()}
+    if isinstance(value, list):
+        bare = key in _DECODED
+        return [{"text": entry} if bare and isinstance(entry, str) else _since_2(entry, key) for entry in value]
+    return value
 
 
 def load(source: str | os.PathLike[str]) -> Run:
@@ -80,8 +97,9 @@ def _result(path: Path) -> dict[str, Any]:
         raise RunError(
             f"{path}: is not a result ({kind}); pass a run folder, or a file that a command printed with --format json"
         ) from error
-    if not isinstance(content, dict) or content.get("schema_version") != runs.SCHEMA_VERSION:
-        raise RunError(f"{path}: is not a result of schema version {runs.SCHEMA_VERSION}; run the command again")
+    if not isinstance(content, dict) or content.get("schema_version") not in runs.READABLE:
+        versions = " or ".join(map(str, runs.READABLE))
+        raise RunError(f"{path}: is not a result of schema version {versions}; run the command again")
     if "model" not in content:  # as of `info`, `plan` and `bench`
         raise RunError(f"{path}: holds no result about a prompt; pass the JSON of a prompt command, such as svd")
     return checked(content, str(path), "run the command again")

@@ -8,6 +8,8 @@ characters and halves of surrogate pairs in text, which could mislead a reader, 
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from ggjac import display
+
 Check = Callable[[Any, str], Any]
 
 # The longest lists of a result, tokens and ranks, stay far below this.
@@ -35,13 +37,9 @@ def text(value: Any, where: str) -> str:
     """Accept text; its invisible characters become escapes."""
     if not isinstance(value, str):
         raise wrong(where, "text", value)
-    return "".join(c if c.isprintable() or c in "\n" + _JOINERS else _escape(c) for c in value)
-
-
-def _escape(character: str) -> str:
-    code = ord(character)
-    named = {"\t": "\\t", "\r": "\\r"}
-    return named.get(character) or (f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}")
+    return "".join(
+        c if c.isprintable() or c in "\n" + _JOINERS else c.encode("unicode_escape").decode("ascii") for c in value
+    )
 
 
 def number(value: Any, where: str) -> float:
@@ -135,14 +133,44 @@ def agreeing(check: Check, rule: Callable[[Any, str], None]) -> Check:
 
 # -- forms of small things that occur in several parts -----------------------------------------------------------------
 
-WORDS = each(text, most=MAX_WORDS)
+
+def spelled(required: Mapping[str, Check], optional: Mapping[str, Check] | None = None) -> Check:
+    """Accept an object about a token; under `token` it also returns the token as it is shown."""
+    own = {"id": integer, "bytes": _hexadecimal, "type": text, "score": number}
+    check = record({"text": _plain} | dict(required), own | dict(optional or {}))
+
+    def check_all(value: Any, where: str) -> dict[str, Any]:
+        found = check(value, where)
+        return found | {"token": text(display.token(found), where)}
+
+    return check_all
+
+
+def _plain(value: Any, where: str) -> str:
+    """Accept text as it is: of a token, which `display` escapes."""
+    if not isinstance(value, str):
+        raise wrong(where, "text", value)
+    return value
+
+
+def _hexadecimal(value: Any, where: str) -> str:
+    """Accept the bytes of a token."""
+    try:
+        return bytes.fromhex(value).hex()
+    except (ValueError, TypeError):
+        raise wrong(where, "bytes in hexadecimal", value) from None
+
+
 NUMBERS = each(maybe(number), most=MAX_VECTORS)  # one for each singular vector
-TOKEN = record({"id": integer, "token": text}, {"logit": number, "probability": number})
-PIECE = record({"text": text}, {"id": integer, "position": integer})  # of a prompt or a generated text
+TOKEN = spelled({"id": integer}, {"logit": number, "probability": number})
+HERE = {"position": integer}  # and the token there
+WORDS = each(spelled({}), most=MAX_WORDS)
 #: `error` is one standard error, 0 where the value is exact; `frobenius` is the norm of the same map.
 ESTIMATE = record({"value": maybe(number)}, {"error": number, "frobenius": number})
 TRIPLET = {"singular_value": number, "residual": maybe(number)}  # the residual is relative to σ
-MODEL = record({"path": text}, {"name": text, "architecture": text, "bytes": integer, "fingerprint": text})
+MODEL = record(
+    {"path": text}, dict.fromkeys(("asked", "name", "architecture", "fingerprint"), text) | {"bytes": integer}
+)
 #: ‖J x + offset − y‖ ⁄ ‖y‖ and the limit up to which it is healthy.
 RECONSTRUCTION = record(
     {"error": maybe(number), "limit": number, "healthy": flag}, {"offset_norm": number, "output_norm": number}

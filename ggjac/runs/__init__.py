@@ -2,6 +2,7 @@
 
 from ggjac.runs.files import (
     DTYPES,
+    READABLE,
     SCHEMA_VERSION,
     Entry,
     JournalError,
@@ -20,6 +21,7 @@ from ggjac.runs.files import (
     remove_unfinished,
     save_bytes,
     save_json,
+    save_new_json,
     save_tensors,
     sync_folder,
     writing_tensors,
@@ -27,6 +29,7 @@ from ggjac.runs.files import (
 
 __all__ = [
     "DTYPES",
+    "READABLE",
     "SCHEMA_VERSION",
     "Entry",
     "JournalError",
@@ -45,6 +48,7 @@ __all__ = [
     "remove_unfinished",
     "save_bytes",
     "save_json",
+    "save_new_json",
     "save_tensors",
     "sync_folder",
     "writing_tensors",

@@ -5,6 +5,7 @@ from typing import Any
 from ggjac.drawing.charts import Bars, Chart, Heat, Panel, Series, curves, from_to, known
 from ggjac.report.numbers import fixed, percent, signed
 from ggjac.report.schema import (
+    HERE,
     MAX_BLOCKS,
     MAX_HEADS,
     TOKEN,
@@ -17,6 +18,7 @@ from ggjac.report.schema import (
     number,
     one_of,
     record,
+    spelled,
     text,
     wrong,
 )
@@ -33,15 +35,13 @@ Part = tuple[str, float]
 
 _WHOLE = {"target": TOKEN, "logit": number}  # the logit, minus that of `versus`
 _WHOSE = {
-    "position": integer,
-    "token": text,
     "versus": TOKEN,
     "softcap": number,  # the logit is the one before it
     "unexplained": number,  # the rest, left by rounding
 }
 #: Σ shares + offset + unexplained = logit.
 _SHARES = record(
-    _WHOLE | {"shares": each(record({"position": integer, "token": text, "share": number}), least=1)},
+    _WHOLE | {"shares": each(spelled(HERE | {"share": number}), least=1)},
     _WHOSE | {"offset": number},  # of biases
 )
 #: `attn` is Σ heads + attn_bias; embedding + Σ (attn + mlp) + bias + unexplained = logit.
@@ -80,12 +80,7 @@ def attribution(value: Any, where: str) -> dict[str, Any]:
 
 def _placed(entry: Check) -> Check:
     """Accept an entry that names its position."""
-
-    def check(value: Any, where: str) -> dict[str, Any]:
-        record({"position": integer, "token": text})(value, where)
-        return entry(value, where)
-
-    return check
+    return lambda value, where: spelled(HERE)(value, where) | entry(value, where)
 
 
 def _check_blocks(entries: list[dict[str, Any]], where: str) -> None:

@@ -5,6 +5,7 @@ from typing import Any
 from ggjac.drawing.charts import Chart, Series, curves, from_to, known
 from ggjac.report.numbers import aligned, percent, signed
 from ggjac.report.schema import (
+    HERE,
     MAX_VECTORS,
     MODEL,
     NUMBERS,
@@ -17,15 +18,15 @@ from ggjac.report.schema import (
     maybe,
     number,
     record,
-    text,
+    spelled,
 )
 from ggjac.report.sections.common import SHORT, Run, Section, bars, digits, file_name
 from ggjac.units import MISSING, power
 
 _BOTH = record({"a": number, "b": number})
-_NEXT = record(
-    {"position": integer, "token": text, "kl": maybe(number)},  # nats
-    {"top1": record({"a": text, "b": text}), "same_top1": flag},
+_NEXT = spelled(
+    HERE | {"kl": maybe(number)},  # nats
+    {"top1": record({"a": spelled({}), "b": spelled({})}), "same_top1": flag},
 )
 FORM: dict[str, Check] = {
     "other_model": MODEL,  # b
@@ -36,7 +37,7 @@ FORM: dict[str, Check] = {
             "target": TOKEN,
             "logit": _BOTH,
             "offset": _BOTH,
-            "shares": each(record({"position": integer, "token": text, "a": number, "b": number})),
+            "shares": each(spelled(HERE | {"a": number, "b": number})),
             "positions": each(_NEXT),
         },
         {
@@ -139,8 +140,8 @@ def compare(run: Run) -> dict[str, Any] | None:
             {
                 "position": row["position"],
                 "token": row["token"],
-                "a": row["top1"]["a"] if row["top1"] else "",
-                "b": row["top1"]["b"] if row["top1"] else "",
+                "a": row["top1"]["a"]["token"] if row["top1"] else "",
+                "b": row["top1"]["b"]["token"] if row["top1"] else "",
                 "kl": power(row["kl"]),
                 "same": row["same_top1"] is not False,
             }

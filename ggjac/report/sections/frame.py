@@ -3,8 +3,11 @@
 import shlex
 from typing import Any
 
+from ggjac import display
 from ggjac.report.numbers import percent
 from ggjac.report.schema import (
+    HERE,
+    MAX_WORDS,
     MODEL,
     RECONSTRUCTION,
     Check,
@@ -12,7 +15,7 @@ from ggjac.report.schema import (
     each,
     integer,
     number,
-    record,
+    spelled,
     table,
     text,
 )
@@ -28,7 +31,7 @@ def position(value: Any, where: str) -> int | str:
 #: The required parts of a result about one prompt; one about many prompts (`ranks`) has a model only.
 PROMPT: dict[str, Check] = {
     "model": MODEL,
-    "tokens": each(record({"position": integer, "id": integer, "text": text}), least=1),
+    "tokens": each(spelled(HERE | {"id": integer}), least=1),
 }
 FORM: dict[str, Check] = {
     "created": text,
@@ -36,7 +39,8 @@ FORM: dict[str, Check] = {
     "platform": text,
     "command": each(text),  # its words
     "prompt": text,  # as it was typed
-    "warning": text,  # about how the prompt was tokenized
+    "warnings": each(text, most=MAX_WORDS),  # about the prompt
+    "warning": text,  # the only one, in results of 0.1.0
     "position": position,  # the output position; the last token's where it is missing
     "device": text,
     "dtype": text,
@@ -70,13 +74,9 @@ def _pairs(*rows: tuple[str, str | None]) -> list[tuple[str, str]]:
     return [(name, value) for name, value in rows if value]
 
 
-def _joined(tokens: list[str]) -> str:
-    """Return running text from visible tokens: `␣` at their edges was a space."""
-    inner = [token.strip("␣") for token in tokens]
-    return "".join(
-        " " * (len(t) - len(t.lstrip("␣"))) + i + " " * (len(t.rstrip("␣")) < len(t) and bool(i))
-        for t, i in zip(tokens, inner, strict=True)
-    )
+def _joined(tokens: list[dict[str, Any]]) -> str:
+    """Return the text that tokens make up."""
+    return text(display.joined(tokens), "")
 
 
 def header(run: Run) -> dict[str, Any]:
@@ -85,7 +85,7 @@ def header(run: Run) -> dict[str, Any]:
     model, tokens, position = c["model"], c["tokens"], _position(c)
     # The prompt as it was typed, if the map reads all of it; else the tokens up to the output position.
     whole = position == len(tokens) - 1 and c["prompt"] is not None
-    prompt = c["prompt"] if whole else _joined([t["text"] for t in tokens[: position + 1]])
+    prompt = c["prompt"] if whole else _joined(tokens[: position + 1])
     if not tokens:
         prompt = f"{len(c['ranks']['prompts'])} prompts"
     best = (c["predictions"] or [None])[0]
@@ -93,8 +93,8 @@ def header(run: Run) -> dict[str, Any]:
     return {
         "prompt": prompt if len(prompt) <= 420 else f"… {prompt[-400:]}",
         "long": len(prompt) > 120,
-        "rest": "" if whole else _joined([t["text"] for t in tokens[position + 1 :]])[:200],
-        "next": best and _joined([best["token"]]),
+        "rest": "" if whole else _joined(tokens[position + 1 :])[:200],
+        "next": best and _joined([best]),
         "chance": best and percent(best["probability"]),
         "name": model["name"] or file_name(model),
         "facts": _pairs(
@@ -221,7 +221,7 @@ def tokens(run: Run) -> dict[str, Any] | None:
     return {
         "rows": [t | {"read": i == read} for i, t in enumerate(c["tokens"])],
         "short": len(c["tokens"]) <= SHORT,
-        "warning": c["warning"],
+        "warnings": c["warnings"] or list(filter(None, [c["warning"]])),
     }
 
 

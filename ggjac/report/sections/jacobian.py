@@ -4,11 +4,11 @@ from typing import Any
 
 from ggjac.drawing.charts import Chart, Series, curves, from_to, known
 from ggjac.report.numbers import aligned
-from ggjac.report.schema import RECONSTRUCTION, Check, each, integer, number, record, text
+from ggjac.report.schema import HERE, RECONSTRUCTION, Check, each, integer, number, record, spelled
 from ggjac.report.sections.common import WHOLE, Run, Section
 
-_POSITION = record(
-    {"position": integer, "token": text},
+_POSITION = spelled(
+    HERE,
     {"frobenius": number, "contribution_norm": number},  # ‖J_i‖ and ‖J_i x_i‖
 )
 FORM: dict[str, Check] = {

@@ -3,19 +3,17 @@
 from typing import Any
 
 from ggjac.drawing.charts import Chart, Series, curves, from_to, known
-from ggjac.report.schema import MAX_VECTORS, WORDS, Check, each, integer, maybe, number, record, text
+from ggjac.report.schema import HERE, MAX_VECTORS, WORDS, Check, each, integer, maybe, number, record, spelled
 from ggjac.report.sections.common import WHOLE, WORDS_SHOWN, Run, Section
 from ggjac.units import power
 
 _LONGEST = each(record({"norm": maybe(number), "tokens": WORDS}, {"component": integer}), most=MAX_VECTORS)
 _POSITION = {
-    "position": integer,
-    "token": text,
     "columns": _LONGEST,  # the longest first, with the tokens that each promotes
     "rows": _LONGEST,  # the longest first, with the embeddings nearest to each
 }
 FORM: dict[str, Check] = {
-    "norms": record({"positions": each(record(_POSITION))}),
+    "norms": record({"positions": each(spelled(HERE | _POSITION))}),
 }
 
 

@@ -4,7 +4,7 @@ from dataclasses import replace
 from typing import Any
 
 from ggjac.drawing.charts import Chart, Series, curves, from_to, known
-from ggjac.report.schema import ESTIMATE, RECONSTRUCTION, TOKEN, Check, each, integer, number, record, text
+from ggjac.report.schema import ESTIMATE, RECONSTRUCTION, TOKEN, Check, each, integer, number, record, spelled, text
 from ggjac.report.sections.common import MAX_POINTS, SHORT, Run, Section
 from ggjac.units import MISSING, power
 
@@ -12,7 +12,7 @@ MAX_PROMPTS = 200  # listed with their tokens; the chart shows all
 
 _PROMPT = record(
     # The stable rank of each token's own map to the output position.
-    {"tokens": each(record({"text": text, "stable_rank": ESTIMATE}, {"id": integer}), least=1)},
+    {"tokens": each(spelled({"stable_rank": ESTIMATE}), least=1)},
     {
         "prompt": text,
         "joint": ESTIMATE,  # of the map of all tokens together
@@ -76,7 +76,7 @@ def ranks(run: Run) -> dict[str, Any] | None:
         "short_positions": len(found["by_position"]) <= SHORT,
         "prompts": [
             {
-                "tokens": [(t["text"], _rank(t["stable_rank"]["value"])) for t in prompt["tokens"]],
+                "tokens": [(t["token"], _rank(t["stable_rank"]["value"])) for t in prompt["tokens"]],
                 "next": prompt["next"] and prompt["next"]["token"],
                 "joint": _rank((prompt["joint"] or {}).get("value")),
                 "error": f"± {prompt['joint']['error']:.1g}" if prompt["joint"] and prompt["joint"]["error"] else "",

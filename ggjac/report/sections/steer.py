@@ -5,21 +5,23 @@ from typing import Any
 
 from ggjac.drawing.charts import Chart, Series, curves, from_to, linear
 from ggjac.report.numbers import percent
-from ggjac.report.schema import MAX_VECTORS, PIECE, TOKEN, Check, each, integer, number, record, text
+from ggjac.report.schema import MAX_VECTORS, TOKEN, Check, each, integer, number, record, spelled, text
 from ggjac.report.sections.common import Run, Section
 from ggjac.units import MISSING, minus, power
 
 _TEXT = record(
     {"strength": number, "text": text},
     {
-        "tokens": each(PIECE),
+        "tokens": each(spelled({})),
         "kl_first": number,  # nats, of the first token's distribution from the baseline's
         "concept_mass_first": number,  # the probability of the concept's `top` tokens as the first token
         "concept_hits": integer,  # the number of generated tokens among them
         "direction_norm": number,
     },
 )
-_CONCEPT = record({}, {"text": text, "tokens": each(PIECE), "top": each(TOKEN)})  # top: its most likely next tokens
+_CONCEPT = record(
+    {}, {"text": text, "tokens": each(spelled({})), "top": each(TOKEN)}
+)  # top: its most likely next tokens
 FORM: dict[str, Check] = {
     "steering": record(
         {"method": text, "layer": integer, "baseline": _TEXT, "steered": each(_TEXT, most=MAX_VECTORS)},
@@ -80,7 +82,7 @@ def steer(run: Run) -> dict[str, Any] | None:
         "spans": spans,
         "changed": found["changed_after_blocks"],
         "concept": concept["text"],
-        "concept_tokens": [t["text"] for t in concept["tokens"] or []],
+        "concept_tokens": [t["token"] for t in concept["tokens"] or []],
         "top": [t | {"chance": percent(t["probability"])} for t in concept["top"] or []],
         "controls": bool(found["controls"]),
     }

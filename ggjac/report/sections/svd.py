@@ -6,6 +6,7 @@ from ggjac.drawing.charts import Axis, Chart, Series, curves, from_to, known, li
 from ggjac.report.numbers import aligned, percent
 from ggjac.report.schema import (
     ESTIMATE,
+    HERE,
     MAX_VECTORS,
     TRIPLET,
     WORDS,
@@ -16,6 +17,7 @@ from ggjac.report.schema import (
     maybe,
     number,
     record,
+    spelled,
     text,
 )
 from ggjac.report.sections.common import SHOWN, WHOLE, WORDS_SHOWN, Run, Section
@@ -26,18 +28,14 @@ from ggjac.units import power
 OPEN, TRIPLETS = 40, 2
 
 _RIGHT = {
-    "position": integer,
-    "token": text,
     "weight": maybe(number),  # the share of the vector's squared norm at this position
     "nearest": WORDS,  # the tokens with the nearest embeddings there
 }
-_TRIPLET = record(TRIPLET | {"left": WORDS, "right": each(record(_RIGHT))})  # left: the tokens it promotes, best first
-_PER_TOKEN = record(
-    {
-        "position": integer,
-        "token": text,
-        "triplets": each(record(TRIPLET | {"left": WORDS, "right": WORDS}), most=MAX_VECTORS),
-    },
+_TRIPLET = record(
+    TRIPLET | {"left": WORDS, "right": each(spelled(HERE | _RIGHT))}
+)  # left: the tokens it promotes, best first
+_PER_TOKEN = spelled(
+    HERE | {"triplets": each(record(TRIPLET | {"left": WORDS, "right": WORDS}), most=MAX_VECTORS)},
     {"sweeps": integer, "converged": flag, "stopped_by": text},
 )
 _SVD = record(

@@ -3,7 +3,7 @@
 from typing import Any
 
 from ggjac.drawing.charts import Chart, Series, curves, from_to, known
-from ggjac.report.schema import Check, each, flag, integer, maybe, number, record, text
+from ggjac.report.schema import Check, each, flag, integer, maybe, number, record, spelled, text
 from ggjac.report.sections.common import SHORT, Run, Section
 from ggjac.units import MISSING, power
 
@@ -20,7 +20,7 @@ FORM: dict[str, Check] = {
             "mode": text,  # `as is` or `strict`
             "tolerance": number,  # the largest relative L2 that a tensor may have
             "top1_equal": flag,
-            "top1": record({"token": text}),
+            "top1": spelled({}),
             "kl": number,  # nats, the mean over positions
             "kl_last": number,  # nats, at the last position
             "logits_error": number,

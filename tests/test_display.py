@@ -1,0 +1,69 @@
+"""Texts of strangers are shown on one line, and harmless; tokens of results likewise."""
+
+from types import SimpleNamespace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ggjac import display
+from ggjac.display import visible
+from ggjac.results import Words
+
+
+@pytest.mark.parametrize(
+    ("piece", "shown"),
+    [
+        (b"", ""),
+        (b" Lily", "␣Lily"),
+        (b"a b ", "a b␣"),
+        (b"   ", "␣␣␣"),
+        (b" \n", "␣\\n"),
+        (b"\t\r\0", "\\t\\r\\x00"),
+        (b"\x1b[31mred\x1b[0m", "\\x1b[31mred\\x1b[0m"),
+        (b"\xc2\x9b2J", "\\x9b2J"),  # the one-character form of ESC [
+        (b"\xe2\x96", "<0xE2><0x96>"),
+        (b"ok\xff", "ok<0xFF>"),
+        (b"\xed\xa0\x80", "<0xED><0xA0><0x80>"),  # a surrogate is not UTF-8
+        ("\u202egnp.exe".encode(), "\\u202egnp.exe"),
+        ("a\u200bb\ufeff".encode(), "a\\u200bb\\ufeff"),
+        ("\u2028\u00a0\u3000".encode(), "\\u2028\\xa0\\u3000"),
+        ("\U000e0041\ufe00\u3164".encode(), "\\U000e0041\\ufe00\\u3164"),
+        ("é漢字ไทยहिन्दी🙂❤\ufe0f".encode(), "é漢字ไทยहिन्दी🙂❤\ufe0f"),
+        (b"\\n [x]", "\\n [x]"),
+    ],
+)
+def test_visible(piece, shown):
+    assert visible(piece) == shown
+
+
+@given(st.binary(max_size=12))
+def test_visible_is_always_harmless(piece):
+    assert all(c.isprintable() or c == "\ufe0f" for c in visible(piece))
+
+
+def words(*names: bytes) -> Words:
+    """Return the words of a vocabulary with these names."""
+    tokenizer = SimpleNamespace(name=lambda id: names[id], kind=lambda id: "normal")
+    return Words(SimpleNamespace(ids=list(range(len(names))), model=SimpleNamespace(tokenizer=tokenizer)))
+
+
+@given(st.lists(st.binary(min_size=1, max_size=6), min_size=1, max_size=4))
+def test_a_token_in_json_keeps_every_byte(names):
+    """The page and the terminal show the same of a result as of the vocabulary itself, and a program gets the text."""
+    here = words(*names)
+    found = [here.token(id) for id in range(len(names))]
+    assert [display.token(data) for data in found] == [visible(name) for name in names]
+    assert [data["text"] for data in found] == [name.decode("utf-8", "replace") for name in names]
+    assert display.joined(found) == b"".join(names).decode("utf-8", "replace")
+    for data, name in zip(found, names, strict=True):
+        whole = name.decode("utf-8", "replace").encode() == name
+        assert data.keys() == {"id", "text"} if whole else bytes.fromhex(data["bytes"]) == name
+
+
+def test_a_token_in_json_is_not_escaped():
+    found = words(b" of", "␣".encode(), b"\n", b"\xf0\x9f")
+    assert found.here(0) == {"position": 0, "id": 0, "text": " of"}
+    assert found.token(1, 0.5) == {"id": 1, "text": "␣", "score": 0.5}
+    assert found.token(2) == {"id": 2, "text": "\n"}
+    assert found.token(3) == {"id": 3, "text": "\ufffd", "bytes": "f09f"}
