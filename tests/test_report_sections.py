@@ -762,7 +762,7 @@ def test_analyze_exits_with_3_where_a_position_has_not_converged(
 
 def test_a_dry_run_takes_the_new_option(tiny_file: TinyFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    out = invoke("analyze", "-m", tiny_file("gqa"), *PROMPT, "--per-token", "--dry-run")
+    out = invoke("analyze", "-m", tiny_file("gqa"), *PROMPT, "--per-token", "--dry-run", "--no-bench")
     assert "Fits." in out.stdout
     assert os.listdir(tmp_path) == []
 

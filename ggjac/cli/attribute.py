@@ -7,7 +7,7 @@ from typing import Any, Literal
 import click
 
 from ggjac import display
-from ggjac.cli.options import ModelOptions, model_options, output, output_format
+from ggjac.cli.options import ModelOptions, PositionOrAll, model_options, output, output_format
 from ggjac.cli.planning import dry_run
 
 # Parts in a table of heads; the smaller ones are added up in one line.
@@ -17,19 +17,6 @@ LARGEST = 3
 # What shares do not say, by token and by block; under every table of them.
 CAVEAT = "The sum is exact; its division depends on the freezing rule (--mlp-path both). A share is not importance."
 DIRECT = "Direct logit attribution, the same under both freezing rules: what a part adds, wherever it read that from."
-
-
-class PositionOrAll(click.ParamType):
-    """An output position, or all of them (None)."""
-
-    name = "position"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | None:
-        """Parse `-1` or `all`."""
-        try:
-            return None if value == "all" else int(value)
-        except ValueError:
-            self.fail(f"{value!r} is neither a position nor all; positions count from 0, or back from -1", param, ctx)
 
 
 @click.command()
@@ -127,8 +114,13 @@ def both(
     minus = one_token(session, versus, "--versus")
     rebuilt = [session.reconstruction()]
     first = session.run("attribution", attribute, one_token(session, target), minus)
+    note_likelier(session, target, first.target)
+    note_likelier(session, versus, minus, "--versus")
+    again = replace(what, mlp_path="gate", prompt=None, file=None, chat=None, system=None, tokens=session.ids)
+    text = session.text
     del session  # its forward pass is not needed any more
-    session = open_session(replace(what, mlp_path="gate"), position=position, output=output)
+    session = open_session(again, position=position, output=output)
+    session.text = text
     rebuilt.append(session.reconstruction())
     result = both_rules(first, session.run("attribution", attribute, first.target, minus))
     note_likelier(session, target, first.target)

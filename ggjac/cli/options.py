@@ -84,6 +84,19 @@ class DepthRanges:
         return sorted(found)
 
 
+class PositionOrAll(click.ParamType):
+    """An output position, or all of them (None)."""
+
+    name = "position"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | None:
+        """Parse `-1` or `all`."""
+        try:
+            return None if value == "all" else int(value)
+        except ValueError:
+            self.fail(f"{value!r} is neither a position nor all; positions count from 0, or back from -1", param, ctx)
+
+
 class MemorySize(click.ParamType):
     """An amount of memory, in bytes once parsed."""
 
