@@ -1,7 +1,6 @@
 """`ggjac info`: what is in a GGUF file. Imports no torch."""
 
 import textwrap
-from collections import defaultdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +19,7 @@ _SUPPORTED = textwrap.fill(f"Supported architectures: {', '.join(ARCHITECTURES)}
 @click.command(epilog=f"\b\n{_SUPPORTED}")
 @model_file
 @click.option("--tensors", is_flag=True, help="List every tensor.")
-@click.option("--tokenizer", is_flag=True, help="Also show the tokenizer's keys.")
+@click.option("--tokenizer", is_flag=True, help="Also list the tokenizer's keys.")
 @click.option(
     "--check",
     "whole",
@@ -40,63 +39,28 @@ def info(
     \b
     ggjac info -m model.gguf
     """
-    from ggjac.config import ConfigError, read_config
-    from ggjac.gguf import LazyArray, open_gguf, shown
+    from ggjac.cli import render
+    from ggjac.gguf import open_gguf, shown
     from ggjac.gguf.hub import demo_path
-    from ggjac.gguf.types import holds_weights
+    from ggjac.inventory import contents
+    from ggjac.units import size
 
     with open_gguf(model or demo_path()) as file:
-        reason = None
-        try:
-            read_config(file.metadata, {name: t.shape for name, t in file.tensors.items()})
-        except ConfigError as error:
-            reason = str(error)
-        for tensor in file.tensors.values():
-            if reason is None and not holds_weights(tensor.type):
-                reason = f"tensor {shown(tensor.name)}: type {tensor.type.name} is not supported"
-        kinds: dict[str, list[int]] = defaultdict(lambda: [0, 0, 0])
-        for tensor in file.tensors.values():
-            for i, amount in enumerate((1, tensor.elements, tensor.nbytes)):
-                kinds[tensor.type.name][i] += amount
-        shown_keys = {k: v for k, v in file.metadata.items() if tokenizer or not k.startswith("tokenizer.")}
-        weights = sum(amount[1] for amount in kinds.values())
-        content: dict[str, Any] = {
-            "schema_version": 1,
-            "path": str(file.path),
-            "files": len(file.paths),
-            "gguf_version": file.version,
-            "bytes": file.nbytes,
-            "fingerprint": file.fingerprint(),
-            "supported": reason is None,
-            "unsupported_because": reason,
-            "weights": weights,
-            "types": {
-                name: {"tensors": count, "weights": elements, "bytes": nbytes}
-                for name, (count, elements, nbytes) in sorted(kinds.items(), key=lambda item: -item[1][2])
-            },
-            "metadata": {
-                key: {"array_of": value.element_type, "length": len(value)} if isinstance(value, LazyArray) else value
-                for key, value in shown_keys.items()
-            },
-        }
-        if tensors:
-            content["tensors"] = [
-                {"name": t.name, "type": t.type.name, "shape": list(t.shape), "bytes": t.nbytes, "offset": t.offset}
-                for t in file.tensors.values()
-            ]
-
+        content = contents(file, tensors=tensors)
+        keys = {key: value for key, value in file.metadata.items() if tokenizer or not key.startswith("tokenizer.")}
+        content["metadata"] = {key: content["metadata"][key] for key in keys}
         found = _checked(file) if whole else None
         content |= {"check": found} if found else {}
-
-    from ggjac.cli import render
-    from ggjac.units import size
 
     exit_code = 3 if found and not found["passed"] else 0
     if output_format == "json":
         render.emit_json(content)
         ctx.exit(exit_code)
-    render.line(f"{shown(file.path)}: GGUF version {file.version}, {size(file.nbytes)}, {weights:,} weights")
+    summary = f"GGUF version {file.version}, {size(file.nbytes)}, {content['weights']:,} weights"
+    render.line(f"{shown(file.path)}: {summary}")
+    reason = content["unsupported_because"]
     render.line(f"Supported: {'yes' if reason is None else f'no: {reason}'}")
+    render.line(f"Tokenizer: {_tokenizer(content['tokenizer'])}")
     render.line(f"Fingerprint: {content['fingerprint']}")
     render.line("")
     render.table(
@@ -113,7 +77,7 @@ def info(
             for k, t in content["types"].items()
         ],
     )
-    render.table("Metadata", ["key", "value"], [(shown(key), _brief(value)) for key, value in shown_keys.items()])
+    render.table("Metadata", ["key", "value"], [(shown(key), _brief(value)) for key, value in keys.items()])
     if tensors:
         rows = [
             (shown(t["name"]), t["type"], " x ".join(map(str, t["shape"])), size(t["bytes"]))
@@ -159,6 +123,23 @@ def _show_check(found: dict[str, Any]) -> None:
         line("Tensors: NOT as a trained model has them")
     else:
         line("Tensors: no NaN, no infinity, no stretches of zeros")
+
+
+def _tokenizer(found: dict[str, Any]) -> str:
+    """Return what a file says about its tokenizer, on one line."""
+    from ggjac.gguf import shown
+
+    if found["model"] in (None, "none"):
+        return "none; give token ids, as in --tokens 1,2,3"
+    answers = {True: "yes", False: "no", None: "not stated (llama.cpp decides by the kind)"}
+    added = []
+    for key in ("bos", "eos"):
+        token = found[key]
+        named = f" ({shown(token['text'])}, id {token['id']})" if token and found[f"adds_{key}"] is not False else ""
+        added.append(f"adds {key.upper()}: {answers[found[f'adds_{key}']]}{named}")
+    kind = shown(found["model"]) + (f", pre-tokenizer {shown(found['pre'])}" if found["pre"] is not None else "")
+    template = "yes" if found["chat_template"] else "no"
+    return f"{kind}; {found['tokens']:,} tokens; {'; '.join(added)}; chat template: {template}"
 
 
 def _brief(value: Any) -> str:
