@@ -539,7 +539,7 @@ def test_every_command_says_it(tmp_path: Path) -> None:
     prompt = ["-m", path, "--tokens", "0,465,637"]
     for command in (
         ["predict"],
-        ["svd", "-k", 1, "--shuffles", 0],
+        ["svd", "-k", 1],
         ["analyze", "-k", 1, "--no-verify", "-o", tmp_path / "a"],
     ):
         shown = invoke(*command, *prompt, code=None).stdout

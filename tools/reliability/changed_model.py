@@ -19,12 +19,12 @@ from pathlib import Path
 from typing import Any
 
 from attempts import (
-    JOBS,
     TOKENS,
     Attempt,
     Job,
     Whole,
     attempt,
+    chosen,
     copied_model,
     differing,
     leftovers,
@@ -204,6 +204,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=200, help="with a model that changes [200]")
     parser.add_argument("--pairs", type=int, default=100, help="of processes [100]")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", help="one command, such as svd [all]")
     parser.add_argument("--model", type=Path, help="[the demo model]")
     parser.add_argument("--folder", type=Path, help="where to make a temporary folder")
     options = parser.parse_args()
@@ -219,7 +220,7 @@ def main() -> None:
             print(f"{name}, run {row['runs']} (seed {options.seed}): {fault}", file=sys.stderr)
 
     with workplace(options.folder) as place:
-        model = copied_model(place, options.model)
+        model, jobs = copied_model(place, options.model), chosen(options.only)
         other, wholes = edited(model, place / "other.gguf"), dict[Job, Whole]()
         at = place / "run"
 
@@ -229,13 +230,12 @@ def main() -> None:
             return wholes[job]
 
         for number in range(options.runs):
-            job, change = JOBS[number % len(JOBS)], list(CHANGES)[number % len(CHANGES)]
-            job = JOBS[(number // len(CHANGES) + number) % len(JOBS)]
+            change, job = list(CHANGES)[number % len(CHANGES)], jobs[(number // len(CHANGES) + number) % len(jobs)]
             stopped, faults = trial(job, change, model, other, whole(job), at, chance)
             note(f"model {change}", [f"{job.name}: {fault}" for fault in faults], stopped=stopped)
             shutil.rmtree(at)
         for number in range(options.pairs):
-            job = JOBS[number % len(JOBS)]
+            job = jobs[number % len(jobs)]
             kind = number % 5
             if kind < 2:
                 name = "two on the same -o"
