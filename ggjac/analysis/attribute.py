@@ -199,7 +199,7 @@ class BranchShares(Plotted):
         ]
 
     def _block(self, row: int, i: int) -> dict[str, Any]:
-        block: dict[str, Any] = {"block": i + 1, "attn": float(self.attn[row, i]), "mlp": float(self.mlp[row, i])}
+        block: dict[str, Any] = {"block": i, "attn": float(self.attn[row, i]), "mlp": float(self.mlp[row, i])}
         mixers, plain = self.mixers[i], _attends(self.mixers[i])
         if not plain:
             block["mixer"] = " and ".join(kind for kind, _ in mixers) or "none"
@@ -229,7 +229,7 @@ class BranchShares(Plotted):
         columns: dict[str, Sequence[Any]] = {
             "output": [self.positions[i] for i in outputs],
             "target": words.each(self.targets[outputs].tolist()),
-            "block": [*range(1, L + 1)] * m,
+            "block": [*range(L)] * m,
             "attn": self.attn.flatten().tolist(),
             "mlp": self.mlp.flatten().tolist(),
         }
@@ -241,7 +241,7 @@ class BranchShares(Plotted):
         return Table(f"Shares in {_split(words, None, self.versus)}, by block", columns, (note,))
 
     def _plot(self, words: Words) -> Points:
-        blocks = range(1, self.attn.shape[1] + 1)
+        blocks = range(self.attn.shape[1])
         mixing = "attention" if all(map(_attends, self.mixers)) else "token mixers"
         series = {mixing: (blocks, self.attn[-1].tolist(), ()), "MLP": (blocks, self.mlp[-1].tolist(), ())}
         title = f"Shares in {_split(words, int(self.targets[-1]), self.versus)}"

@@ -153,7 +153,7 @@ def show_blocks(data: dict[str, Any]) -> None:
     rows: list[tuple] = [("embedding", f"{data['embedding']:+.4f}", "", "", "")]
     for block in blocks:
         attn, mlp = block["attn"], block["mlp"]
-        name = f"block {block['block']}" + ("" if attends else f" ({block.get('mixer', 'attention')})")
+        name = f"L{block['block']}" + ("" if attends else f" ({block.get('mixer', 'attention')})")
         rows.append((name, f"{attn:+.4f}", bar(attn, largest), f"{mlp:+.4f}", bar(mlp, largest)))
     if data["bias"]:
         rows.append(("biases of norm and head", f"{data['bias']:+.4f}", "", "", ""))
@@ -168,10 +168,11 @@ def _parts(data: dict[str, Any]) -> list[tuple[str, float]]:
     """Return all that was added to the residual stream, by name."""
     parts = [("embedding", data["embedding"])]
     for block in data["blocks"]:
-        name = f"block {block['block']}"
+        name = f"L{block['block']}"
         if "heads" in block:
-            names = block.get("head_names") or [f"head {i}" for i in range(len(block["heads"]))]
-            parts += [(f"{name} {head}", share) for head, share in zip(names, block["heads"], strict=True)]
+            heads = block.get("head_names")
+            heads = [f" {head}" for head in heads] if heads else [f"H{i}" for i in range(len(block["heads"]))]
+            parts += [(f"{name}{head}", share) for head, share in zip(heads, block["heads"], strict=True)]
             parts.append((f"{name} bias of {block.get('mixer', 'attention')}", block["attn_bias"]))
         else:
             parts.append((f"{name} {block.get('mixer', 'attention')}", block["attn"]))

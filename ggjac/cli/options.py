@@ -265,6 +265,11 @@ output_format = click.option(
 )
 
 
+def given(name: str) -> bool:
+    """Return whether the command line gives an option, by its parameter's name, instead of leaving the default."""
+    return click.get_current_context().get_parameter_source(name) is not click.core.ParameterSource.DEFAULT
+
+
 def model_file(command: Callable) -> Callable:
     """Add the options that choose a model, for a command that takes no prompt."""
     for option in reversed(_MODEL):
