@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from ggjac.blocks import BlockTape, Frame, NormTape, Past
 from ggjac.config import ModelConfig, fused_parts, read_config
 from ggjac.display import visible
 from ggjac.gguf import GGUFFile, open_gguf
-from ggjac.gguf.hub import demo_path, resolve
+from ggjac.gguf.hub import demo_path, resolve, title
 from ggjac.jacobian import DetachedJacobian, FrozenNetwork, Span
 from ggjac.jacobian.tapes import Tapes
 from ggjac.planner import Plan, machine
@@ -56,15 +57,18 @@ def open_model(
     device: str | torch.device = "auto",
     dtype: str | torch.dtype = "float32",
     threads: int | None = None,
+    asked: str | None = None,
 ) -> "Model":
     """Open a GGUF model for tracing; reads headers only.
 
     Args:
-        path: the file, or the first shard of a split file; default the demo model that ships with the package.
+        path: the file, or the first shard of a split file, or a name as `ggjac.gguf.hub.resolve` takes it; default the
+            demo model that ships with the package.
         device: a torch device, or `"auto"`: CUDA where there is one, else the CPU.
         dtype: dtype of all computation: `"float32"`, `"float64"`, `"bfloat16"` or `"float16"`. Norms and softmax are
             computed in float32 at least.
         threads: CPU threads for dequantization and torch; default torch's own number.
+        asked: the name for which `path` was found, if it was not found here.
 
     Raises:
         GGUFError: the file cannot be opened or is damaged.
@@ -84,8 +88,10 @@ def open_model(
     if threads:
         torch.set_num_threads(threads)
     torch.backends.cuda.matmul.allow_tf32 = False  # TF32 keeps 10 bits of mantissa: not float32
-    file = open_gguf(resolve(path or demo_path()))
-    return Model(file, device=device, dtype=dtype, threads=threads or torch.get_num_threads())
+    found = resolve(path or demo_path())
+    asked = asked or (None if path is None or found == Path(path) else str(path))
+    threads = threads or torch.get_num_threads()
+    return Model(open_gguf(found), device=device, dtype=dtype, threads=threads, asked=asked)
 
 
 def find_device(name: str | torch.device) -> torch.device:
@@ -118,6 +124,7 @@ class Model:
 
     Attributes:
         gguf: the open container; `path` is its file.
+        asked: the name in another program's store for which the file was found; None for a path.
         config: sizes and constants.
         weights: every tensor, dequantized on demand.
         tokenizer: text to token ids and back.
@@ -126,8 +133,10 @@ class Model:
         chunk_bytes: working memory that a chunk of dense rows may take; see `fit`.
     """
 
-    def __init__(self, file: GGUFFile, *, device: torch.device, dtype: torch.dtype, threads: int):
-        self.gguf, self.path = file, file.path
+    def __init__(
+        self, file: GGUFFile, *, device: torch.device, dtype: torch.dtype, threads: int, asked: str | None = None
+    ):
+        self.gguf, self.path, self.asked = file, file.path, asked
         self.config: ModelConfig = read_config(file.metadata, {t.name: t.shape for t in file.tensors.values()})
         self.weights = WeightStore(file, device=device, dtype=dtype, threads=threads)
         self.device, self.dtype, self.chunk_bytes = device, dtype, CHUNK_BYTES
@@ -138,6 +147,11 @@ class Model:
             scale=self.config.logit_scale * self.weights.gain("output.weight"),
             softcap=self.config.logit_softcap,
         )
+
+    @cached_property
+    def title(self) -> str:
+        """A name for people, and for folders: that of the file, or of its model where the file's is only a hash."""
+        return title(self.path, self.asked, self.gguf.metadata.get("general.name"))
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -263,6 +277,7 @@ class Model:
         Raises:
             PromptError: no tokens, more than the model's context, or ids outside the vocabulary.
             NumericsError: the residual stream left the range of the dtype.
+            ChangedError: another program has changed the file.
         """
         if mlp_path not in ("up", "gate"):
             raise ValueError(f"mlp_path {mlp_path!r} is unknown; known: up, gate")
@@ -301,6 +316,7 @@ class Model:
         norm = self.freeze_final_norm(h)
         outputs = norm.apply(h)
         observe("result_norm", outputs)
+        self.gguf.check_unchanged()
         return Trace(model=self, ids=ids, x=x, outputs=outputs, norm=norm, frame=shared, tapes=kept)
 
     def frame(self, n: int, *, mlp_path: MlpPath = "up", n_ctx: int | None = None, imitate: bool = False) -> Frame:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ggjac import __version__, parity, planner, runs
 from ggjac.display import visible
+from ggjac.gguf import ChangedError
 from ggjac.jacobian import DetachedJacobian, Progress
 from ggjac.jacobian.reconstruction import Reconstruction, reconstruction
 from ggjac.jacobian.tapes import TapeError, Tapes
@@ -213,7 +214,7 @@ class Session:
         trace = None if layers or "rope_factors_long.weight" in self.model.weights else self.trace
         with self.stages.stage("verify") as report:
             steps = iter(range(1, 10))
-            return parity.verify(
+            found = parity.verify(
                 self.model,
                 self.ids,
                 strict=strict,
@@ -222,6 +223,8 @@ class Session:
                 threads=self.threads,
                 progress=lambda step: report(step, next(steps), 5),
             )
+        self.model.gguf.check_unchanged()  # llama.cpp has opened it by its name
+        return found
 
     def work(self) -> tuple[int, int]:
         """Return the bytes read and the floating-point operations of sweeps so far."""
@@ -240,7 +243,8 @@ class Session:
         if not self.keeps_tapes:
             return False
         if self.trace_folder:
-            return Tapes(self.trace_folder, self._prompt_identity(), resident=self._resident, complete=True)
+            kept: dict[str, Any] = {"resident": self._resident, "complete": True, "model": self.model.gguf}
+            return Tapes(self.trace_folder, self._prompt_identity(), **kept)
         if self.journal:
             identity = self._prompt_identity() | self._machine_identity()
             return Tapes(self.journal.folder / "trace", identity, run=self.journal)
@@ -301,14 +305,15 @@ class Session:
         missing = [parent for parent in folder.parents if not parent.exists()]
         identity = self._prompt_identity() | {"position": self.position} | settings | self._machine_identity()
         identity["ram-budget for dense rows"] = self.model.chunk_bytes  # how many rows a sweep carries
-        with Journal.open(folder, identity, resume=resume, every=CHECKPOINT_SECONDS) as self.journal:
+        given: dict[str, Any] = {"resume": resume, "model": self.model.gguf, "every": CHECKPOINT_SECONDS}
+        with Journal.open(folder, identity, **given) as self.journal:
             try:
                 runs.remove_unfinished(output)
                 yield
             except BaseException as error:
                 if not self._saved(error):
                     self._discard(missing)
-                elif not isinstance(error, JournalError | TapeError):  # which say what to do
+                elif not isinstance(error, JournalError | TapeError | ChangedError):  # which say what to do
                     again = f"the same command with --resume -o {visible(os.fsencode(output))}"
                     error.add_note(f"progress is saved; to continue, run {again}")
                 raise
@@ -347,17 +352,24 @@ class Session:
         return [self.words.here(i) for i in range(len(self.ids))]
 
     def envelope(self) -> dict[str, Any]:
-        """Return what every result carries: where it came from and how it was computed."""
+        """Return what every result carries: where it came from and how it was computed.
+
+        Raises:
+            ChangedError: another program has changed the model file, so that the result may be of two models.
+        """
         model, config = self.model, self.model.config
+        model.gguf.check_unchanged()
         metadata = model.gguf.metadata
         return runs.provenance() | {
             "command": self.command,
             "model": {
+                "asked": model.asked,
                 "path": str(model.path),
                 "name": metadata.get("general.name"),
                 "architecture": config.architecture,
                 "bytes": model.gguf.nbytes,
                 "fingerprint": model.gguf.fingerprint(),
+                "sha256": model.gguf.hashes,
             },
             "prompt": self.text,
             "tokens": self.tokens(),

@@ -1,5 +1,6 @@
 """The run of the library beside that of the command: the same folder, resumed to the same bits, refused alike."""
 
+import contextlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,7 @@ from safetensors.torch import load_file
 
 import ggjac
 from ggjac import planner, runs, session
-from ggjac.analysis.analyze import CHECKPOINT, new_folder
+from ggjac.analysis.analyze import CHECKPOINT, run_folder
 from ggjac.model import PromptError
 from ggjac.results import Words
 from ggjac.runs.journal import JournalError
@@ -112,12 +113,85 @@ def test_layers_may_be_a_range(tiny_file: TinyFile, tmp_path: Path) -> None:
 
 def test_folders_are_named_by_model_and_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    first = new_folder("demo")
-    assert first.parent == Path("ggjac-runs")
-    assert first.name.startswith("demo-20")
-    first.mkdir(parents=True)
-    monkeypatch.setattr("ggjac.analysis.analyze.time.strftime", lambda _: first.name.removeprefix("demo-"))
-    assert new_folder("demo").name == f"{first.name}-1"
+    with run_folder(None, "demo") as first:
+        assert first.is_dir(), "no other process can choose it"
+        assert first.parent == Path("ggjac-runs")
+        assert first.name.startswith("demo-20")
+        monkeypatch.setattr("ggjac.analysis.analyze.time.strftime", lambda _: first.name.removeprefix("demo-"))
+        with run_folder(None, "demo") as second, run_folder(None, "demo") as third:
+            assert [second.name, third.name] == [f"{first.name}-1", f"{first.name}-2"]
+    with run_folder(Path("own"), "demo") as given:
+        assert given == Path("own")
+        assert not given.exists()
+
+
+def test_a_new_folder_in_which_nothing_is_left_goes_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(KeyboardInterrupt), run_folder(None, "demo"):
+        raise KeyboardInterrupt
+    assert not Path("ggjac-runs").exists()
+    with contextlib.suppress(KeyboardInterrupt), run_folder(None, "demo") as folder:
+        (folder / "checkpoint").mkdir()
+        raise KeyboardInterrupt
+    assert (folder / "checkpoint").exists()
+    with pytest.raises(KeyboardInterrupt), run_folder(None, "demo") as other:
+        raise KeyboardInterrupt
+    assert folder.exists()
+    assert not other.exists()
+    for path in ("elsewhere/ggjac-runs", "file/ggjac-runs"):
+        Path(path).parent.mkdir()
+        monkeypatch.chdir(Path(path).parent)
+        Path("ggjac-runs").touch()
+        with pytest.raises(runs.RunError, match=r"ggjac-runs: is a file, but new run folders go there"):
+            run_folder(None, "demo").__enter__()
+        monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.parametrize("full", ["tensors.safetensors", "run.json", "report.html"])
+def test_a_disk_that_is_full_at_the_end_leaves_a_whole_run_or_none(
+    full: str, tiny_file: TinyFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, folder = tiny_file("gqa"), tmp_path / "run"
+    check = runs.files.check_writable
+
+    def checked(name: Path, needed: int = 0) -> None:
+        if Path(name).name == full:
+            raise runs.SpaceError(f"{name}: the disk is full")
+        check(name, needed)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runs.files, "check_writable", checked)
+        with pytest.raises(runs.SpaceError, match="the disk is full") as caught:
+            ggjac.analyze(path, IDS, folder, **OPTIONS)
+    if full == "report.html":
+        assert caught.value.__notes__ == [
+            f"run.json and tensors.safetensors are saved; `ggjac report {folder}` writes the page"
+        ]
+        assert {entry.name for entry in folder.iterdir()} == {"run.json", "tensors.safetensors"}
+        invoke("report", folder)
+    else:
+        assert not folder.exists()
+        ggjac.analyze(path, IDS, folder, **OPTIONS)
+    assert_same_run(folder, ggjac.analyze(path, IDS, tmp_path / "whole", **OPTIONS))
+
+
+def test_another_process_may_have_finished_meanwhile(
+    tiny_file: TinyFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, folder = tiny_file("gqa"), tmp_path / "run"
+    true = session.Session.checkpointed
+
+    def slow(*arguments: Any, **options: Any) -> Any:
+        with monkeypatch.context() as patch:
+            patch.setattr(session.Session, "checkpointed", true)
+            ggjac.analyze(path, IDS, folder, **OPTIONS)
+        monkeypatch.setattr(session.Session, "checkpointed", true)
+        return true(*arguments, **options)
+
+    monkeypatch.setattr(session.Session, "checkpointed", slow)
+    with pytest.raises(runs.RunError, match="another process has finished a run there; choose another name with -o"):
+        ggjac.analyze(path, IDS, folder, **OPTIONS)
+    assert_same_run(folder, ggjac.analyze(path, IDS, tmp_path / "whole", **OPTIONS))
 
 
 def test_data_without_words_has_ids(tiny_file: TinyFile) -> None:

@@ -1,9 +1,11 @@
 """The container reader against the `gguf` package (writer and reader), and against files that are wrong on purpose."""
 
 import errno
+import hashlib
 import itertools
 import mmap
 import os
+import re
 import shutil
 import struct
 import subprocess
@@ -20,7 +22,7 @@ from gguf_files import ARRAY, BOOL, FLOAT32, INT32, STRING, UINT8, UINT16, UINT3
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ggjac.gguf import GGUFError, GGUFFile, LazyArray, TensorInfo, container, open_gguf, types
+from ggjac.gguf import ChangedError, GGUFError, GGUFFile, LazyArray, TensorInfo, container, open_gguf, types
 from ggjac.gguf.hub import demo_path
 
 ValueType = gguf.GGUFValueType
@@ -385,6 +387,90 @@ def test_fingerprint_samples_a_large_file(tmp_path: Path, monkeypatch: pytest.Mo
     middle = poke(len(head) + ((8 << 30) - 65536) * 31 // 63)
     last = poke(len(head) + (8 << 30) - 1)
     assert len({known, first, middle, last}) == 4
+
+
+def test_sha256_is_that_of_the_whole_file(split: list[Path]) -> None:
+    done: list[int] = []
+    with open_gguf(split[0]) as file:
+        assert file.hashes is None
+        expected = [hashlib.sha256(path.read_bytes()).hexdigest() for path in split]
+        assert file.sha256(done.append) == file.hashes == expected
+        assert sum(done) == file.nbytes
+        assert file.sha256(done.append) == expected
+        assert sum(done) == file.nbytes, "computed once"
+
+
+def test_a_fingerprint_is_whole_if_no_byte_escapes_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(tmp_path / "a.gguf", lambda writer: writer.add_tensor("a", np.ones(2048, np.float32)))
+    raw, start = path.read_bytes(), open_gguf(path)._data_starts[0]
+    for block, whole in ((8192 // 65 + 1, True), (8192 // 65 - 1, False)):
+        monkeypatch.setattr(container, "FINGERPRINT_BLOCK_BYTES", block)
+        file = open_gguf(path)
+        known, seen = file.fingerprint(), set()
+        assert file.fingerprint_is_whole == whole
+        for position in range(start, len(raw), 17):
+            path.write_bytes(raw[:position] + bytes([raw[position] ^ 1]) + raw[position + 1 :])
+            seen.add(open_gguf(path).fingerprint() != known)
+        path.write_bytes(raw)
+        assert seen == ({True} if whole else {True, False})
+
+
+def test_a_file_that_another_program_changes_is_noticed(split: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    def touch(path: Path) -> None:
+        os.utime(path, ns=(1, 1))
+
+    def replace(path: Path) -> None:
+        shutil.copy2(path, path.with_name("new"))
+        path.with_name("new").replace(path)
+
+    def longer(path: Path) -> None:
+        with open(path, "ab") as file:
+            file.write(b"x")
+
+    for change, words in ((touch, "has written to it"), (replace, "has taken its place"), (longer, r"\d+ bytes, and")):
+        with open_gguf(split[0]) as file:
+            file.check_unchanged()
+            change(split[2])
+            with pytest.raises(ChangedError, match=rf"^{split[2]}: changed while in use \(.*{words}"):
+                file.check_unchanged()
+            if change is not replace:
+                with pytest.raises(ChangedError):
+                    file.sha256()
+    with open_gguf(split[0]) as file:
+        split[1].rename(split[1].with_name("moved"))
+        file.check_unchanged()
+        split[2].unlink()
+        file.check_unchanged()
+        monkeypatch.setattr(os, "stat", lambda path: (_ for _ in ()).throw(OSError(errno.EIO, "Input/output error")))
+        with pytest.raises(GGUFError, match=r"cannot be read any more \(Input/output error\); check the disk"):
+            file.check_unchanged()
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux can test pages before they are read")
+def test_a_page_that_cannot_be_read_is_an_error_and_no_bus_error(tmp_path: Path) -> None:
+    """In a process of its own, which reading the page would kill; its file is cut where the size was looked at."""
+    path = write(tmp_path / "a.gguf", lambda writer: writer.add_tensor("a", np.ones((64, 4096), np.float32)))
+    program = f"""
+import mmap, os
+from ggjac.gguf import container, open_gguf
+file = open_gguf({str(path)!r})
+class Late(mmap.mmap):
+    def size(self):
+        return 1 << 40
+with open({str(path)!r}, "rb") as opened:
+    file._buffers = [Late(opened.fileno(), 0, access=mmap.ACCESS_READ)]
+os.truncate({str(path)!r}, 4096)
+for read in (lambda: file.rows("a", 3, 5), file.sha256):
+    try:
+        read()
+    except container.GGUFError as error:
+        print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert [re.sub(r"\d+", "N", line.removeprefix(f"{path}: ")) for line in done.stdout.splitlines()] == [
+        "bytes N to N cannot be read (input/output error); check the disk or the network, or copy the file to a local "
+        "disk"
+    ] * 2
 
 
 # --- Split files ---

@@ -4,6 +4,7 @@ import builtins
 import hashlib
 import json
 import os
+import re
 import shutil
 import socket
 import sys
@@ -722,3 +723,46 @@ def test_download_flag(order: list[str], remote: Callable[..., FakeHub], real: P
 def test_a_failed_download_is_not_a_usage_error(remote: Callable[..., FakeHub]) -> None:
     remote().list_repo_files = None  # type: ignore[assignment]  # not callable
     assert "the download failed" in error("info", "-m", "hf:user/repo", "--download", code=1)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("hf:user/repo", "tiny-Q4_K_M"),
+        ("hf:user/repo:q4_k_m", "tiny-Q4_K_M"),
+        ("ollama:llama3.2", "llama3.2"),
+        ("ollama:llama3.2:latest", "llama3.2"),
+        ("ollama:llama3.2:1b-q4", "llama3.2-1b-q4"),
+        ("ollama:user/model:v1", "model-v1"),
+        ("ollama:localhost:5000/space/model", "model"),
+    ],
+)
+def test_runs_are_named_as_the_model_was_asked_for(
+    name: str, expected: str, real: Path, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if name.startswith("ollama:") and "latest" not in name and name != "ollama:llama3.2":
+        monkeypatch.setattr(hub, "_find_ollama", lambda _: next(models.glob("blobs/sha256-*")))
+    monkeypatch.chdir(tmp_path)
+    invoke("analyze", "-m", name, "--tokens", "1,2,3", "-t", "1", "-k", "1", "--no-verify")
+    (folder,) = Path("ggjac-runs").iterdir()
+    assert re.fullmatch(rf"{re.escape(expected)}-\d{{8}}-\d{{6}}", folder.name)
+    model = json.loads((folder / "run.json").read_text())["model"]
+    assert model["asked"] == name
+    assert Path(model["path"]) == hub.resolve(name)
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    assert name in page
+    assert ggjac.open_model(name).asked == name
+    assert ggjac.open_model(name).title == expected
+
+
+def test_a_hash_is_no_title(real: Path, cache: Path, models: Path) -> None:
+    link = next(cache.rglob("tiny-Q4_K_M.gguf"))
+    blob = next(models.glob("blobs/sha256-*"))
+    assert link.is_symlink()
+    assert ggjac.open_model(link.resolve()).title == "tiny-Q4_K_M", "that of the link to it"
+    assert hub.title(blob, None, "Llama 3.2 / 1B\x1b[2J Instruct") == "Llama-3.2-1B-2J-Instruct"
+    assert hub.title(blob, None, "../..") == hub.title(blob) == hub.title(blob, None, ["x"][:0]) == blob.name
+    assert hub.title(Path("a/b-Q8_0.gguf")) == hub.title(Path("b-Q8_0.gguf"), "b-Q8_0.gguf") == "b-Q8_0"
+    assert hub.title(Path("model-00001-of-00003.gguf")) == "model"
+    assert hub.title(Path("v1.5")) == "v1.5"
+    assert json.loads(invoke("predict", "--tokens", "1,2", "--format", "json").stdout)["model"]["asked"] is None

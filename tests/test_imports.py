@@ -31,7 +31,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "config": {"architectures", "sizes"},
     "quants": {"gguf"},
     "weights": {"gguf", "quants", "sizes"},
-    "runs": {"sizes"},
+    "runs": {"gguf", "sizes"},
     "llamacpp": {"runs"},
     "exports": {"architectures", "gguf"},
     "tokenizer": {"display", "llamacpp"},
@@ -42,7 +42,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "rope": {"config"},
     "decode": {"linop", "weights"},
     "blocks": {"config", "linop", "rope", "sizes"},
-    "jacobian": {"blocks", "decode", "linop", "results", "runs", "sizes", "svd", "weights"},
+    "jacobian": {"blocks", "decode", "gguf", "linop", "results", "runs", "sizes", "svd", "weights"},
     "model": {
         *("blocks", "config", "decode", "display", "gguf", "jacobian", "planner", "rope", "runs", "sizes", "tokenizer"),
         "weights",
@@ -50,7 +50,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "generation": {"blocks", "model", "sizes"},
     "parity": {"architectures", "blocks", "display", "exports", "gguf", "llamacpp", "model", "results", "tokenizer"},
     "session": {
-        *("blocks", "display", "jacobian", "model", "parity", "planner", "results", "runs", "sizes"),
+        *("blocks", "display", "gguf", "jacobian", "model", "parity", "planner", "results", "runs", "sizes"),
         "tokenizer",
     },
     "analysis": {

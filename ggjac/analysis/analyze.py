@@ -1,9 +1,10 @@
 """The main job: every analysis of one prompt in a run folder, with a report, certified and resumable."""
 
+import contextlib
 import math
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import count
 from operator import index
 from pathlib import Path
@@ -20,6 +21,7 @@ from ggjac.analysis.per_token import tensors as token_tensors
 from ggjac.analysis.predict import predict
 from ggjac.analysis.readability import readability
 from ggjac.analysis.svd import spectrum, stable_rank
+from ggjac.gguf import shown
 from ggjac.jacobian import Progress
 from ggjac.model import Model, open_model
 from ggjac.parity import ParityError
@@ -94,7 +96,6 @@ def analyze(
     _check(top, tol, max_sweeps, seed)
     layers = None if layers is None else [index(depth) for depth in layers]  # as JSON holds them
     model = model if isinstance(model, Model) else open_model(model)
-    folder = new_folder(model.path.stem) if output is None else Path(output)
     session = Session(
         model,
         prompt,
@@ -105,13 +106,14 @@ def analyze(
         vram_budget=vram_budget,
         stages=Stages(progress),
     )
-    if resume and finished(folder):
-        _check_same(session, folder, rank=rank, tol=tol, seed=seed)
-        return folder
+    if resume and output is not None and finished(Path(output)):
+        check_same(session, Path(output), rank=rank, tol=tol, seed=seed)
+        return Path(output)
     session.fit("analyze", rank=rank, layers=layers, per_token=per_token, contrast=contrast)
     options: dict[str, Any] = {"rank": rank, "tol": tol, "seed": seed, "max_sweeps": max_sweeps, "top": top}
     parts: dict[str, Any] = {"verify": verify, "layers": layers, "per_token": per_token, "contrast": contrast}
-    run(session, folder, resume=resume, **options, **parts)
+    with run_folder(output, model.title) as folder:
+        run(session, folder, resume=resume, **options, **parts)
     return folder
 
 
@@ -131,7 +133,7 @@ def _check(top: int, tol: float, max_sweeps: int, seed: int) -> None:
         raise ValueError(f"seed {seed} is out of range: it must be from 0 to 2**63 - 1")
 
 
-def _check_same(session: Session, folder: Path, **settings: Any) -> None:
+def check_same(session: Session, folder: Path, **settings: Any) -> None:
     """Refuse a finished run of another model or prompt, or with other settings of the iteration.
 
     Raises:
@@ -141,10 +143,13 @@ def _check_same(session: Session, folder: Path, **settings: Any) -> None:
     content = runs.load_run(folder)
     model, prompt, spectrum_of = (content.get(key) or {} for key in ("model", "tokens", "svd"))
     then = {key: content.get(key) for key in ("position", "dtype", "mlp_path")}
+    file = session.model.gguf
     then |= {"model": model.get("fingerprint"), "tokens": [token["id"] for token in prompt]}
     then |= {key: spectrum_of.get(key) for key in settings}
     now = {"position": session.position, "dtype": session.dtype, "mlp_path": session.mlp_path}
-    now |= {"model": session.model.gguf.fingerprint(), "tokens": session.ids} | settings
+    now |= {"model": file.fingerprint(), "tokens": session.ids} | settings
+    if then["model"] == now["model"] and not file.fingerprint_is_whole:  # which an edited tensor may escape
+        then["model"], now["model"] = model.get("sha256"), file.sha256()
     for key, value in now.items():
         if then[key] != value:
             was, given = str(then[key])[:60], str(value)[:60]
@@ -173,9 +178,8 @@ def run(
 
     Arguments as those of `analyze`; `show(key, data)` gets each part of the result when it is computed.
     """
-    from ggjac.report import write_report
-
     runs.check_folder(folder, unfinished=CHECKPOINT)
+    there = (folder / "run.json").exists()
     settings: dict[str, Any] = {"rank": rank, "tol": tol, "seed": seed}
     iteration = settings | {"top": top, "max_sweeps": max_sweeps}
     marks = {"per_token": per_token} if per_token else {}
@@ -188,6 +192,8 @@ def run(
         show(key, data)
 
     with session.checkpointed(folder / CHECKPOINT, resume=resume, output=folder, layers=layers, **settings, **marks):
+        if not there and (folder / "run.json").exists():
+            raise runs.RunError(f"{folder}: another process has finished a run there; choose another name with -o")
         part("tokens", session.tokens())
         part("predictions", predict(session.trace, LIKELY, position=session.position).data(words))
         if verify:
@@ -221,10 +227,7 @@ def run(
             tensors |= maps.tensors()
 
         tensors |= {"x": J.x, "y": J.output, "offset": J.offset, "logits": session.logits, "shares": split.shares}
-        session.save(folder / "tensors.safetensors", tensors)
-        content = session.envelope() | content
-        runs.save_json(folder / "run.json", runs.finite(content))
-        write_report(folder)
+        content = _save(session, folder, tensors, content)
     return content
 
 
@@ -233,11 +236,65 @@ def finished(folder: Path) -> bool:
     return (folder / "run.json").exists() and not (folder / CHECKPOINT).exists()
 
 
-def new_folder(stem: str) -> Path:
-    """Return the name of a run folder, from model and time; a number distinguishes runs of the same second."""
-    name = f"{stem}-{time.strftime('%Y%m%d-%H%M%S')}"
-    names = (Path("ggjac-runs") / (f"{name}-{i}" if i else name) for i in count())
-    return next(folder for folder in names if not folder.exists())
+@contextlib.contextmanager
+def run_folder(output: str | os.PathLike[str] | None, title: str) -> Iterator[Path]:
+    """Yield a run's folder: the one that was asked for, or a new one, named by model and time.
+
+    A new one belongs to this process alone: a number distinguishes runs of the same second. It is removed again if the
+    run leaves nothing in it.
+
+    Raises:
+        RunError: it cannot be created.
+    """
+    if output is not None:
+        yield Path(output)
+        return
+    name = f"{title}-{time.strftime('%Y%m%d-%H%M%S')}"
+    parent = Path("ggjac-runs")
+    first = not parent.exists()
+    for i in count():
+        folder = parent / (f"{name}-{i}" if i else name)
+        try:
+            parent.mkdir(exist_ok=True)
+            folder.mkdir()
+        except FileExistsError:
+            if not parent.is_dir():
+                raise runs.RunError(
+                    f"{parent}: is a file, but new run folders go there; choose a folder with -o"
+                ) from None
+        except OSError as error:
+            raise runs.RunError(f"{folder}: cannot be created ({error.strerror}); choose a folder with -o") from error
+        else:
+            break
+    try:
+        yield folder
+    except BaseException:
+        for made in (folder, parent)[: 1 + first]:
+            with contextlib.suppress(OSError):  # not empty
+                made.rmdir()
+        raise
+
+
+def _save(session: Session, folder: Path, tensors: dict[str, Tensor], content: dict[str, Any]) -> dict[str, Any]:
+    """Write the files of a run, or none of them, and its report; return the content of run.json."""
+    from ggjac.report import write_report
+
+    session.model.gguf.sha256()  # for the record: a run may be looked at long after the file is gone
+    names = ("tensors.safetensors", "run.json")
+    try:
+        session.save(folder / names[0], tensors)
+        content = session.envelope() | content
+        runs.save_json(folder / names[1], runs.finite(content))
+    except BaseException:
+        for name in names:
+            (folder / name).unlink(missing_ok=True)
+        raise
+    try:
+        write_report(folder)
+    except runs.RunError as error:
+        error.add_note(f"run.json and tensors.safetensors are saved; `ggjac report {shown(folder)}` writes the page")
+        raise
+    return content
 
 
 def _parity(session: Session) -> dict[str, Any]:

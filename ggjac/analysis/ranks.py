@@ -202,7 +202,7 @@ def ranks(
             longest = longest or _longest(last, prompts)
             # The same for all, so that layers stay ready.
             last.fit("ranks", longest, rank=1, position=-1, prompts=len(prompts))
-            settings = _settings(last, tol=tol, seed=seed)
+            settings = _settings(last, kept=path is not None, tol=tol, seed=seed)
             lines = lines or Lines(path, settings, fields=FIELDS, whole=_values)
             name = key({"prompt": last.text, "tokens": last.tokens()})
             if _settled(lines.records.get(name), max_sweeps):
@@ -278,10 +278,15 @@ def _longest(session: Session, prompts: Sequence[str | Sequence[int]]) -> int:
     return max([len(session.ids), *(n for n in lengths if n <= model.config.longest)])
 
 
-def _settings(session: Session, *, tol: float, seed: int) -> dict[str, Any]:
-    """Return what decides a record apart from its prompt, named as the options are."""
+def _settings(session: Session, *, kept: bool, tol: float, seed: int) -> dict[str, Any]:
+    """Return what decides a record apart from its prompt, named as the options are.
+
+    For records that are kept, the model is a hash of its whole content.
+    """
+    file = session.model.gguf
+    sampled = file.fingerprint_is_whole or not kept
     return {
-        "model": session.model.gguf.fingerprint(),
+        "model": file.fingerprint() if sampled else f"sha256:{'+'.join(file.sha256())}",
         "dtype": session.dtype,
         "mlp-path": session.mlp_path,
         "tol": tol,

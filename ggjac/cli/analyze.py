@@ -67,7 +67,7 @@ def analyze(
     \b
     ggjac analyze -m model.gguf -p "The bridge out of Marin is the"
     """
-    from ggjac.analysis.analyze import finished, new_folder, run
+    from ggjac.analysis.analyze import check_same, finished, run, run_folder
     from ggjac.cli.render import emit_json, line
     from ggjac.cli.result import failed
     from ggjac.cli.session import open_session, show_saved
@@ -77,15 +77,16 @@ def analyze(
     depths = None if layers is None else layers.of(session.model.config.block_count)
     if resume and output is None:
         raise click.UsageError("--resume needs the -o of the interrupted run")
-    folder = output or new_folder(session.model.path.stem)
-    if resume and finished(folder):
-        line(f"{shown(folder)}: is finished; there is nothing to resume")
+    if resume and output and finished(output):
+        check_same(session, output, rank=rank, tol=tol, seed=seed)
+        line(f"{shown(output)}: is finished; there is nothing to resume")
         return
     options: dict[str, Any] = {"rank": rank, "tol": tol, "max_sweeps": max_sweeps, "seed": seed, "top": top}
     parts: dict[str, Any] = {"verify": not no_verify, "layers": depths, "per_token": per_token, "contrast": contrast}
     as_table = output_format == "table"
     show = _shower(session) if as_table else lambda key, data: None
-    content = run(session, folder, resume=resume, show=show, **options, **parts)
+    with run_folder(output, session.model.title) as folder:
+        content = run(session, folder, resume=resume, show=show, **options, **parts)
     if as_table:
         show_saved(folder)
         show_saved(folder / "report.html")

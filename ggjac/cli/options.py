@@ -14,6 +14,7 @@ from ggjac.sizes import ITEM_BYTES, KINDS, MAPS, MlpPath
 DEFAULT_PROMPT = "The bridge out of Marin is the"
 STEER_PROMPT = "My favorite thing is the"
 STEER_CONCEPT = "The bridge out of Marin is the Golden"
+_ASKED = "ggjac.asked"  # in click's context: path -> the name for which it was found
 _DOWNLOAD = "ggjac.download"  # in click's context: whether `-m` may use the network
 MAX_THREADS = 512  # llama.cpp's limit (GGML_MAX_N_THREADS); torch crashes on many more
 
@@ -107,13 +108,22 @@ class ModelFile(click.Path):
         """Find the file that a name stands for; with `--download`, on the network too."""
         from ggjac.gguf.hub import DownloadError, HubError, resolve
 
+        asked = value
         try:
             value = resolve(value, download=bool(ctx and ctx.meta.get(_DOWNLOAD)))
         except DownloadError:
             raise
         except HubError as error:
             self.fail(str(error), param, ctx)
+        if ctx and str(value) != str(asked):
+            ctx.meta.setdefault(_ASKED, {})[value] = asked
         return super().convert(value, param, ctx)
+
+
+def asked_name(model: Path | None) -> str | None:
+    """Return the name in another program's store that the running command was given for a file, if it was."""
+    name: str | None = click.get_current_context().meta.get(_ASKED, {}).get(model)
+    return name
 
 
 def _remember_download(ctx: click.Context, param: click.Parameter, value: bool) -> None:

@@ -39,6 +39,7 @@ def finish(
     if output_format == "json":
         emit_json(session.envelope() | content)
     else:
+        session.model.gguf.check_unchanged()
         show_tokens(session.tokens(), session.warning)
         if "reconstruction" in content:
             show_reconstruction(content["reconstruction"])

@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from ggjac import display, planner, runs
-from ggjac.cli.options import ModelOptions
+from ggjac.cli.options import ModelOptions, asked_name
 from ggjac.cli.planning import requested
 from ggjac.cli.progress import Reporter
 from ggjac.cli.render import line, table
@@ -70,7 +70,8 @@ def open_options(what: ModelOptions) -> Model:
         click.UsageError: there is no such device.
     """
     try:
-        return open_model(what.model, device=what.device, dtype=what.dtype, threads=what.threads)
+        how: dict[str, Any] = {"device": what.device, "dtype": what.dtype, "threads": what.threads}
+        return open_model(what.model, asked=asked_name(what.model), **how)
     except DeviceError as error:
         raise click.UsageError(f"--device: {error}") from error
 

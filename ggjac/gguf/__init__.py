@@ -1,6 +1,7 @@
 """GGUF files: the container, its storage types, and models on this disk by name."""
 
 from ggjac.gguf.container import (
+    ChangedError,
     GGUFError,
     GGUFFile,
     LazyArray,
@@ -10,6 +11,7 @@ from ggjac.gguf.container import (
 )
 
 __all__ = [
+    "ChangedError",
     "GGUFError",
     "GGUFFile",
     "LazyArray",

@@ -21,8 +21,9 @@ import re
 import shlex
 import stat
 import struct
+import sys
 from array import array
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType, TracebackType
@@ -43,6 +44,10 @@ MAX_ALIGNMENT = 1 << 24
 
 FINGERPRINT_BLOCKS = 64  # sampled from the tensor data of all shards together
 FINGERPRINT_BLOCK_BYTES = 1 << 16
+HASHED_AT_ONCE = 1 << 23
+
+# Linux 5.14: reads pages as an access would, and reports an error where the access would raise SIGBUS.
+_MADV_POPULATE_READ = 22
 
 _U32 = struct.Struct("<I")
 _U64 = struct.Struct("<Q")
@@ -102,6 +107,10 @@ _DAMAGED = "the file is damaged or incomplete; download it again"
 
 class GGUFError(ValueError):
     """A file that cannot be opened as GGUF, or a request that it cannot satisfy; the message is one line."""
+
+
+class ChangedError(GGUFError):
+    """Another program has changed the file while it was in use; the message is one line."""
 
 
 def shown(text: str | bytes | os.PathLike[str]) -> str:
@@ -246,12 +255,26 @@ class _Arrays(LazyArray):
         return self._arrays[index]
 
 
+class Stamp(NamedTuple):
+    """What the file system says of a file at one moment; writing to it or replacing it changes this."""
+
+    inode: int
+    nbytes: int
+    mtime_ns: int
+
+    @staticmethod
+    def of(status: os.stat_result) -> "Stamp":
+        """Return that of a file's status."""
+        return Stamp(status.st_ino, status.st_size, status.st_mtime_ns)
+
+
 class _Header:
     """A cursor over one file's header; every step is checked against the bytes that remain."""
 
-    def __init__(self, path: Path, buffer: mmap.mmap) -> None:
+    def __init__(self, path: Path, buffer: mmap.mmap, stamp: Stamp) -> None:
         self.path = path
         self.buffer = buffer
+        self.stamp = stamp
         self.size = len(buffer)
         self.limit = min(self.size, MAX_HEADER_BYTES)
         self.position = 0
@@ -372,6 +395,7 @@ class _Shard(NamedTuple):
 
     path: Path
     buffer: mmap.mmap
+    stamp: Stamp
     version: int
     alignment: int
     metadata: dict[str, Any]
@@ -379,8 +403,8 @@ class _Shard(NamedTuple):
     data_start: int  # bytes; the header and its padding end here
 
 
-def _map(path: Path) -> mmap.mmap:
-    """Map a file read-only."""
+def _map(path: Path) -> tuple[mmap.mmap, Stamp]:
+    """Map a file read-only; return its stamp too."""
     try:
         # Opening a pipe would wait for its other end, so check first.
         mode = os.stat(path).st_mode
@@ -391,9 +415,10 @@ def _map(path: Path) -> mmap.mmap:
                 f"{shown(path)}: is not a regular file and cannot be mapped; copy the model to a file first"
             )
         with open(path, "rb") as file:
-            if os.fstat(file.fileno()).st_size == 0:
+            stamp = Stamp.of(os.fstat(file.fileno()))
+            if stamp.nbytes == 0:
                 raise GGUFError(f"{shown(path)}: the file is empty; download it again")
-            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), stamp
     except FileNotFoundError:
         raise GGUFError(f"{shown(path)}: no such file; check the path") from None
     except PermissionError:
@@ -517,7 +542,7 @@ def _refuse_piece(path: Path) -> None:
 
 def _open_shard(path: Path, number: int) -> _Shard:
     """Map one file and check its whole header. Tensor data is not read."""
-    header = _Header(path, _map(path))
+    header = _Header(path, *_map(path))
     try:
         return _read_shard(header, number)
     except GGUFError:
@@ -545,8 +570,8 @@ def _read_shard(header: _Header, number: int) -> _Shard:
         entries[entry.name] = entry
 
     data_start = -(-header.position // alignment) * alignment
-    tensors = _place_tensors(header, entries, alignment, data_start)
-    return _Shard(header.path, header.buffer, version, alignment, metadata, tensors, min(data_start, header.size))
+    placed, begin = _place_tensors(header, entries, alignment, data_start), min(data_start, header.size)
+    return _Shard(header.path, header.buffer, header.stamp, version, alignment, metadata, placed, begin)
 
 
 def _split_number(shard: _Shard, key: str, default: int | None = None) -> int:
@@ -620,6 +645,8 @@ class GGUFFile:
         version: of the format, 2 or 3. `alignment` is the first shard's, in bytes.
         metadata: the first shard's keys; values are Python numbers, `bool`, `str` or `LazyArray`.
         tensors: name -> TensorInfo, in file order, shard after shard.
+        stamps: of each shard when it was opened.
+        hashes: the SHA-256 of each shard, once `sha256` has been called.
     """
 
     def __init__(self, shards: list[_Shard]) -> None:
@@ -630,23 +657,22 @@ class GGUFFile:
         self.metadata: Mapping[str, Any] = MappingProxyType(shards[0].metadata)
         self.tensors = _join_tensors(shards)
         self.nbytes = sum(len(shard.buffer) for shard in shards)  # of all shards, on disk
+        self.stamps = [shard.stamp for shard in shards]
+        self._places = [os.path.abspath(path) for path in self.paths]  # wherever the process goes
         self._data_starts = [shard.data_start for shard in shards]
         self._buffers = [shard.buffer for shard in shards]
         self._fingerprint: str | None = None
+        self.hashes: list[str] | None = None
 
     def rows(self, tensor: str | TensorInfo, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Return rows `start:stop` as a read-only view of the map, uint8 [rows, row_bytes]. Copies nothing.
 
         Raises:
-            GGUFError: the tensor is not in this file, the rows are out of range, the file is closed, or another program
-                has truncated it (reading beyond its end would kill the process).
+            GGUFError: the tensor is not in this file, the rows are out of range, the file is closed, its disk fails, or
+                another program has truncated it.
         """
         info, offset, nbytes = self._span(tensor, start, stop)
-        if (size := self._buffers[info.shard].size()) < offset + nbytes:
-            raise GGUFError(
-                f"{shown(self.paths[info.shard])}: was truncated to {size} bytes while in use; restore the file, then "
-                "start again"
-            )
+        self._present(info.shard, offset, nbytes)
         view = np.frombuffer(self._buffers[info.shard], np.uint8, nbytes, offset)
         return view.reshape(nbytes // info.row_bytes, info.row_bytes)
 
@@ -670,20 +696,87 @@ class GGUFFile:
             self._fingerprint = self._sampled(buffers)
         return self._fingerprint
 
+    @property
+    def _samples(self) -> int:
+        """Blocks of each shard that the fingerprint covers."""
+        return max(2, FINGERPRINT_BLOCKS // len(self.paths))
+
     def _sampled(self, buffers: list[mmap.mmap]) -> str:
         digest = hashlib.sha256()
-        samples = max(2, FINGERPRINT_BLOCKS // len(self.paths))
-        for buffer, start in zip(buffers, self._data_starts, strict=True):
+        samples = self._samples
+        for shard, (buffer, start) in enumerate(zip(buffers, self._data_starts, strict=True)):
             digest.update(struct.pack("<QQ", len(buffer), start))
-            digest.update(memoryview(buffer)[:start])
             last = len(buffer) - FINGERPRINT_BLOCK_BYTES
             if last - start <= samples * FINGERPRINT_BLOCK_BYTES:
-                digest.update(memoryview(buffer)[start:])
-                continue
-            for i in range(samples):
-                block = start + (last - start) * i // (samples - 1)
-                digest.update(memoryview(buffer)[block : block + FINGERPRINT_BLOCK_BYTES])
+                parts = [(0, start), (start, len(buffer))]
+            else:
+                blocks = [start + (last - start) * i // (samples - 1) for i in range(samples)]
+                parts = [(0, start), *((block, block + FINGERPRINT_BLOCK_BYTES) for block in blocks)]
+            for begin, end in parts:
+                self._present(shard, begin, end - begin)
+                digest.update(memoryview(buffer)[begin:end])
         return f"sampled-sha256:{digest.hexdigest()}"
+
+    @property
+    def fingerprint_is_whole(self) -> bool:
+        """Whether the fingerprint covers every byte, as it does in files of a few megabytes."""
+        return all(
+            len(buffer) - start <= (self._samples + 1) * FINGERPRINT_BLOCK_BYTES
+            for buffer, start in zip(self._open_buffers(), self._data_starts, strict=True)
+        )
+
+    def sha256(self, progress: Callable[[int], None] | None = None) -> list[str]:
+        """Return the SHA-256 of each shard's whole content, in hexadecimal; computed once, about a second per GB.
+
+        Args:
+            progress: called with the number of bytes that were hashed since the last call.
+
+        Raises:
+            GGUFError: the disk failed, or the file has changed since it was opened.
+        """
+        if self.hashes is None:
+            found = []
+            for number, buffer in enumerate(self._open_buffers()):
+                digest = hashlib.sha256()
+                for start in range(0, len(buffer), HASHED_AT_ONCE):
+                    part = memoryview(buffer)[start : start + HASHED_AT_ONCE]
+                    self._present(number, start, len(part))
+                    digest.update(part)
+                    if progress:
+                        progress(len(part))
+                found.append(digest.hexdigest())
+            self.check_unchanged()
+            self.hashes = found
+        return self.hashes
+
+    def check_unchanged(self) -> None:
+        """Refuse to go on if another program has written to the file or put another one in its place since it opened.
+
+        A file that was moved away or deleted stays whole in the map, and is no error.
+
+        Raises:
+            ChangedError: it has changed.
+            GGUFError: its disk fails.
+        """
+        for path, place, stamp in zip(self.paths, self._places, self.stamps, strict=True):
+            try:
+                now = Stamp.of(os.stat(place))
+            except FileNotFoundError:
+                continue
+            except OSError as error:
+                raise GGUFError(f"{shown(path)}: cannot be read any more ({error.strerror}); check the disk") from None
+            if now != stamp:
+                how = (
+                    "another file has taken its place"
+                    if now.inode != stamp.inode
+                    else f"it had {stamp.nbytes} bytes, and has {now.nbytes}"
+                    if now.nbytes != stamp.nbytes
+                    else "another program has written to it"
+                )
+                raise ChangedError(
+                    f"{shown(path)}: changed while in use ({how}), so that a result would mix two models; start again "
+                    "when it is complete"
+                )
 
     def close(self) -> None:
         """Release the tensor data; `rows` raises from now on.
@@ -708,6 +801,32 @@ class GGUFFile:
         if not self._buffers:
             raise GGUFError(f"{shown(self.path)}: is closed; open it again to read from it")
         return self._buffers
+
+    def _present(self, shard: int, offset: int, nbytes: int) -> None:
+        """Bring bytes of a shard into memory: to touch a page that cannot be read would kill the process (SIGBUS).
+
+        Where the system cannot do that, only the file's size is checked.
+
+        Raises:
+            GGUFError: they cannot be read.
+        """
+        buffer = self._buffers[shard]
+        if (size := buffer.size()) < offset + nbytes:
+            raise ChangedError(
+                f"{shown(self.paths[shard])}: was truncated to {size} bytes while in use; restore the file, then "
+                "start again"
+            )
+        if not nbytes or not sys.platform.startswith("linux"):
+            return
+        begin = offset - offset % mmap.PAGESIZE
+        try:
+            buffer.madvise(_MADV_POPULATE_READ, begin, offset + nbytes - begin)
+        except OSError as error:
+            if error.errno in (errno.EFAULT, errno.EIO, getattr(errno, "EHWPOISON", errno.EIO)):
+                raise GGUFError(
+                    f"{shown(self.paths[shard])}: bytes {offset} to {offset + nbytes} cannot be read (input/output "
+                    "error); check the disk or the network, or copy the file to a local disk"
+                ) from None
 
     def _span(self, tensor: str | TensorInfo, start: int, stop: int | None) -> tuple[TensorInfo, int, int]:
         """Return the tensor's entry and the offset and length in bytes of rows `start:stop`."""

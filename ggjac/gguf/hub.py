@@ -49,6 +49,8 @@ _OLLAMA_NAME = re.compile(
 )
 _OLLAMA_HOSTS = ("registry.ollama.ai", "ollama.com")  # two names of one registry; most disks have the first
 _OLLAMA_MANIFESTS = ("manifests-v2", "manifests")  # the newer layout, links to blobs, comes first
+# The names of files in the stores of Ollama and of Hugging Face's client.
+_BLOB = re.compile(r"sha256-[0-9a-f]{64}|[0-9a-f]{64}|[0-9a-f]{40}")
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 _LAYER = "application/vnd.ollama.image."
 _MANIFEST_LIST = "application/vnd.ollama.manifest.list.v2+json"
@@ -78,6 +80,29 @@ def resolve(name: str | os.PathLike[str], *, download: bool = False) -> Path:
     if name.startswith(OLLAMA):
         return _find_ollama(name)
     return _find_hf(name, download)
+
+
+def title(path: Path, asked: str | None = None, named: Any = None) -> str:
+    """Return a short name for a model, fit for a folder's.
+
+    It is the name under which Ollama has it, or the file's own; and where that is a hash, as in the stores of Ollama
+    and Hugging Face, that of a link to it, or the name that the model gives itself.
+
+    Args:
+        path: of the file.
+        asked: as `resolve` took it, if it was found by name.
+        named: the file's `general.name`.
+    """
+    if asked and asked.startswith(OLLAMA) and (match := _OLLAMA_NAME.fullmatch(asked.removeprefix(OLLAMA))):
+        tag = match["tag"] or "latest"
+        return match["model"] if tag == "latest" else f"{match['model']}-{tag}"
+    name = path.name
+    if _BLOB.fullmatch(name):
+        links = _tree(path.parent.parent / "snapshots").values() if path.parent.name == "blobs" else ()
+        link = next((link for link in links if os.path.realpath(link) == os.path.realpath(path)), None)
+        name = link.name if link else re.sub(r"[^A-Za-z0-9._-]+", "-", str(named or ""))[:60].strip("-.") or name
+    shard = ShardName.parse(name)
+    return shard.prefix if shard else name.removesuffix(Path(name).suffix if name.lower().endswith(".gguf") else "")
 
 
 # --- Hugging Face, llama.cpp, LM Studio -------------------------------------------------------------------------------

@@ -229,11 +229,17 @@ class SharedSweep:
     def _recorded(
         self, kind: str, inputs: Sequence[Tensor], compute: Callable[[Product | None], list[Tensor]]
     ) -> list[Tensor]:
-        """Return a product from the journal, or compute it from where an earlier attempt stopped, and record it."""
-        if self.journal is None:
-            return compute(None)
-        product = self.journal.product(kind, inputs)
-        return product.finish(compute(product)) if product.result is None else product.result
+        """Return a product from the journal, or compute it from where an earlier attempt stopped, and record it.
+
+        Raises:
+            ChangedError: another program has changed the file, so that the product may be of two models.
+        """
+        product = self.journal.product(kind, inputs) if self.journal else None
+        if product and product.result is not None:
+            return product.result
+        result = compute(product)
+        self.network.embedding.store.check_unchanged()
+        return product.finish(result) if product else result
 
     def _steps(
         self, order: Sequence[int], stack: "_Stack", product: Product | None, ways: Sequence["_Way"]

@@ -27,8 +27,10 @@ from ggjac.blocks import (
     NormTape,
     ScanTape,
 )
+from ggjac.gguf import GGUFFile
 from ggjac.runs import tensors as stored
 from ggjac.runs.journal import Journal
+from ggjac.runs.origin import Origin, OriginError
 
 SCHEMA_VERSION = 2
 
@@ -52,6 +54,7 @@ class Tapes:
         resident: keep the tapes in memory. The folder is then a checkpoint, written from time to time, or after every
             block if `complete`. Otherwise every tape is written at once, and read again at each use.
         complete: whether the folder must contain the whole trace in the end.
+        model: the file that the trace is of; the one of tapes in the folder must have the same content.
         run: the journal that the folder belongs to. It is started before the first write; write errors of a checkpoint
             are reported to it instead of raised.
 
@@ -66,6 +69,7 @@ class Tapes:
         *,
         resident: bool = True,
         complete: bool = False,
+        model: GGUFFile | None = None,
         run: Journal | None = None,
     ):
         if folder is None and not resident:
@@ -73,6 +77,8 @@ class Tapes:
         self.folder, self.identity, self.resident = folder, dict(identity or {}), resident
         self.complete = complete or not resident
         self._run = run
+        self._origin = Origin(model) if model else None
+        self._head: dict[str, Any] = {}  # content of trace.json
         self._mark = hashlib.blake2b(json.dumps(self.identity, sort_keys=True).encode(), digest_size=16).hexdigest()
         self.device = torch.device("cpu")
         self._kept: dict[int, BlockTape] = {}
@@ -130,13 +136,28 @@ class Tapes:
                 raise runs.RunError(
                     f"{self.folder}: cannot be created ({error.strerror}); choose another one"
                 ) from error
-            runs.save_json(self.folder / "trace.json", {"schema_version": SCHEMA_VERSION, "identity": self.identity})
+        self._begin(self.folder)
         for i in range(self._saved, self._count):
             tensors: dict[str, Tensor] = {}
             description = _described(self._kept[i], "", tensors)
             stored.save_tensors(self._path(i), tensors, {"tape": json.dumps(description), "trace": self._mark})
             self._saved = i + 1
         self._due = time.monotonic() + EVERY
+
+    def _begin(self, folder: Path) -> None:
+        """Write whose tapes the folder has; another process may have done so since this one looked.
+
+        Raises:
+            TapeError: it has begun another trace there.
+        """
+        head: dict[str, Any] = {"schema_version": SCHEMA_VERSION, "identity": self.identity}
+        if self._origin:
+            head["model"] = self._origin.record()
+        if not self._head and not runs.save_new_json(folder / "trace.json", head):
+            self._compare(folder)
+        if self._head and self._head != head:
+            runs.save_json(folder / "trace.json", head)
+        self._head = head
 
     def _checkpoint(self) -> None:
         """Save the tapes; a failure is reported to the run, if there is one, and the next checkpoint tries again."""
@@ -203,6 +224,14 @@ class Tapes:
                 f"{key} was {_short(identity.get(key))}, is {_short(self.identity.get(key))}" for key in differing
             )
             raise TapeError(f"{folder}: contains another trace ({what}); choose another --trace folder")
+        try:
+            if self._origin:
+                self._origin.compare(content.get("model"))
+        except OriginError as error:
+            raise TapeError(
+                f"{folder}: its forward pass cannot be used again: {error}; choose another --trace folder, or remove it"
+            ) from error
+        self._head = content
 
 
 def _described(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:

@@ -168,7 +168,9 @@ WORDS = each(spelled({}), most=MAX_WORDS)
 #: `error` is one standard error, 0 where the value is exact; `frobenius` is the norm of the same map.
 ESTIMATE = record({"value": maybe(number)}, {"error": number, "frobenius": number})
 TRIPLET = {"singular_value": number, "residual": maybe(number)}  # the residual is relative to σ
-MODEL = record({"path": text}, {"name": text, "architecture": text, "bytes": integer, "fingerprint": text})
+MODEL = record(
+    {"path": text}, dict.fromkeys(("asked", "name", "architecture", "fingerprint"), text) | {"bytes": integer}
+)
 #: ‖J x + offset − y‖ ⁄ ‖y‖ and the limit up to which it is healthy.
 RECONSTRUCTION = record(
     {"error": maybe(number), "limit": number, "healthy": flag}, {"offset_norm": number, "output_norm": number}

@@ -154,13 +154,28 @@ def save_json(path: str | os.PathLike[str], content: Mapping[str, Any]) -> None:
     save_bytes(path, json_text(content).encode("utf-8"))
 
 
-def save_bytes(path: str | os.PathLike[str], content: bytes) -> None:
-    """Write a file.
+def save_new_json(path: str | os.PathLike[str], content: Mapping[str, Any]) -> bool:
+    """Write a JSON file unless there is one; return whether it was written. Of two processes only one succeeds.
 
     Raises:
+        ValueError: as `save_json`.
         RunError: as `writing_tensors`.
     """
-    with _replacing(Path(path), len(content)) as temporary, open(temporary, "wb") as file:
+    try:
+        save_bytes(path, json_text(content).encode("utf-8"), new=True)
+    except FileExistsError:
+        return False
+    return True
+
+
+def save_bytes(path: str | os.PathLike[str], content: bytes, *, new: bool = False) -> None:
+    """Write a file; with `new`, only where there is none.
+
+    Raises:
+        FileExistsError: there is one, and `new`.
+        RunError: as `writing_tensors`.
+    """
+    with _replacing(Path(path), len(content), new=new) as temporary, open(temporary, "wb") as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
@@ -344,18 +359,42 @@ def _stored(dtype: np.dtype) -> str:
 
 
 @contextlib.contextmanager
-def _replacing(path: Path, needed: int) -> Iterator[Path]:
-    """Yield a temporary path next to `path`; rename it to `path` at the end, or remove it after an error."""
+def _replacing(path: Path, needed: int, *, new: bool = False) -> Iterator[Path]:
+    """Yield a temporary path next to `path`; rename it to `path` at the end, or remove it after an error.
+
+    Raises:
+        FileExistsError: there is a file of that name, and `new`.
+        RunError: as `writing_tensors`.
+    """
     check_writable(path, needed)
     temporary = _temporary(path)
     with _explaining(path):
         try:
             yield temporary
             target = os.path.realpath(path)
-            temporary.replace(target)
+            if new:
+                _link(temporary, target)
+            else:
+                temporary.replace(target)
             sync_folder(os.path.dirname(target))
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def _link(temporary: Path, target: str) -> None:
+    """Give a file its name if no other has it, in one step where the file system has hard links.
+
+    Raises:
+        FileExistsError: another has it.
+    """
+    try:
+        os.link(temporary, target)
+    except FileExistsError:
+        raise
+    except OSError:
+        if os.path.exists(target):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), target) from None
+        temporary.replace(target)
 
 
 @contextlib.contextmanager
@@ -363,7 +402,7 @@ def _explaining(path: Path) -> Iterator[None]:
     """Turn the system's errors about `path` into a `RunError` of one line that says what to do."""
     try:
         yield
-    except BrokenPipeError:  # concerns stdout, not a file
+    except (BrokenPipeError, FileExistsError):  # the first concerns stdout, not a file
         raise
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):

@@ -5,7 +5,7 @@ earlier attempt finished is read from the disk, the one in progress continues af
 is computed. The result has the same bits, because tensors come back with their bits, dtype and memory layout: BLAS may
 round differently at another stride or alignment.
 
-    journal.json               schema version and the identity of the run, written first
+    journal.json               schema version, the identity of the run and its model file, written first
     lock                       held by the running process; see `ggjac.runs.lock`
     product-0007.safetensors   a finished product
     state.safetensors          the product in progress, after its last saved block
@@ -32,8 +32,10 @@ import torch
 from torch import Tensor
 
 from ggjac import runs
+from ggjac.gguf import GGUFFile
 from ggjac.runs import lock
 from ggjac.runs.files import JournalError
+from ggjac.runs.origin import Origin, OriginError
 from ggjac.runs.tensors import canonical, hash_tensor, load_tensors, plain, save_tensors
 from ggjac.sizes import WAITING_BYTES
 
@@ -137,16 +139,17 @@ class Journal:
         memory: int,
         on_warning: Callable[[str], None],
         locked: int,
-        begun: bool,
+        head: dict[str, Any],
         made: list[Path],
+        origin: Origin | None,
     ):
-        self.folder, self.identity = folder, identity
+        self.folder, self.identity, self._origin = folder, identity, origin
         self._every, self._memory, self._on_warning = every, memory, on_warning
         self._lock: int | None = locked
-        self._begun, self._made = begun, made
+        self._head, self._made = head, made
         self._run = hashlib.blake2b(canonical(identity), digest_size=16).hexdigest()
-        self._resumed = self._state_on_disk = begun
-        self._results: dict[str, Any] = self._load_results() if begun else {}
+        self._resumed = self._state_on_disk = bool(head)
+        self._results: dict[str, Any] = self._load_results() if head else {}
         self._unsaved_results = False
         self._pending: list[_Kept] = []
         self._state: _Kept | None = None
@@ -161,6 +164,7 @@ class Journal:
         identity: Mapping[str, Any],
         *,
         resume: bool,
+        model: GGUFFile | None = None,
         every: float = 30.0,
         memory: int = WAITING_BYTES,
         on_warning: Callable[[str], None] | None = None,
@@ -172,6 +176,8 @@ class Journal:
             identity: plain JSON, everything that decides the bits of the results: file, tokens, dtype, seed, versions.
             resume: continue an earlier attempt, which must have the same identity. If it ended before it saved
                 anything, the run starts from the beginning.
+            model: the file that the run reads; its content, too, must be that of the earlier attempt. Nothing is
+                written once it has changed.
             every: seconds between writes; more (up to a minute) if writing is slow; 0 to write always.
             memory: bytes of finished products that may wait in memory.
             on_warning: called once for each reason why progress cannot be saved. The run continues and tries again.
@@ -190,12 +196,14 @@ class Journal:
             folder.mkdir(parents=True, exist_ok=True)
             locked = lock.acquire(folder / "lock", folder, on_warning)
         try:
-            begun = (folder / "journal.json").exists()
-            if begun:
-                given = _resumable(folder, given, resume)
+            origin = Origin(model) if model else None
+            head = {}
+            if (folder / "journal.json").exists():
+                head = _resumable(folder, given, origin, resume)
+                given = head["identity"]
             _remove_leftovers(folder)
             options: dict[str, Any] = {"every": every, "memory": memory, "on_warning": on_warning}
-            return cls(folder, given, **options, locked=locked, begun=begun, made=made)
+            return cls(folder, given, **options, locked=locked, head=head, made=made, origin=origin)
         except BaseException:
             lock.release(locked)
             raise
@@ -203,9 +211,12 @@ class Journal:
     def __enter__(self) -> "Journal":
         return self
 
-    def __exit__(self, *exception: object) -> None:
+    def __exit__(self, kind: object, error: object, traceback: object) -> None:
         try:
             self.flush()
+        except ValueError:  # the model file has changed
+            if error is None:
+                raise
         finally:
             self.close()
 
@@ -251,7 +262,11 @@ class Journal:
         return json.loads(json.dumps(self._results[name]))  # a copy, which the caller may change
 
     def flush(self) -> bool:
-        """Write everything pending now; return whether all of it is on the disk."""
+        """Write everything pending now; return whether all of it is on the disk.
+
+        Raises:
+            GGUFError: the model file has changed; nothing was written.
+        """
         if self._lock is None:
             return False
         if not (self._pending or self._state or self._unsaved_results):
@@ -271,15 +286,18 @@ class Journal:
 
         Raises:
             RunError: it cannot be written.
+            GGUFError: the model file has changed.
         """
-        if self._begun:
+        head = {"schema_version": SCHEMA_VERSION, "identity": self.identity}
+        if self._origin:
+            head["model"] = self._origin.record()
+        if head == self._head:
             return
-        content = {"schema_version": SCHEMA_VERSION, "identity": self.identity}
-        runs.save_bytes(self.folder / "journal.json", _readable(content))
-        for folder in self._made:
+        runs.save_bytes(self.folder / "journal.json", _readable(head))
+        for folder in [] if self._head else self._made:
             with contextlib.suppress(OSError):
                 runs.sync_folder(folder.parent)
-        self._begun = True
+        self._head = head
 
     def failed(self, error: runs.RunError) -> None:
         """Warn, once for each reason, that progress could not be saved; the computation continues."""
@@ -445,17 +463,22 @@ class Journal:
 # -- identity ----------------------------------------------------------------------------------------------------------
 
 
-def _resumable(folder: Path, given: dict[str, Any], resume: bool) -> dict[str, Any]:
-    """Return the identity stored in a folder, if its run may be continued as `given`.
+def _resumable(folder: Path, given: dict[str, Any], origin: Origin | None, resume: bool) -> dict[str, Any]:
+    """Return what journal.json holds, if its run may be continued as `given`.
 
     Raises:
         JournalError: it is damaged, is not to be resumed, or belongs to a different run.
     """
-    stored = _stored_identity(folder)  # first: without `resume`, damage is reported too
+    head = _stored_head(folder)  # first: without `resume`, damage is reported too
     if not resume:
         raise JournalError(f"{folder}: contains an unfinished run; continue it with --resume or choose another -o")
-    _compare(folder, stored, given)
-    return stored
+    _compare(folder, head["identity"], given)
+    try:
+        if origin:
+            origin.compare(head.get("model"))
+    except OriginError as error:
+        raise JournalError(f"{folder}: cannot be resumed: {error}; choose another -o") from error
+    return head
 
 
 def _remove_leftovers(folder: Path) -> None:
@@ -470,15 +493,15 @@ def _remove_leftovers(folder: Path) -> None:
                 path.unlink()
 
 
-def _stored_identity(folder: Path) -> dict[str, Any]:
-    """Return the identity in `journal.json`.
+def _stored_head(folder: Path) -> dict[str, Any]:
+    """Return the content of `journal.json`.
 
     Raises:
         JournalError: the file is damaged, or has another schema version.
     """
     path = folder / "journal.json"
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         schema, identity = content["schema_version"], content.get("identity")
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise JournalError(f"{path}: is damaged, or not a journal; choose another -o") from error
@@ -487,7 +510,7 @@ def _stored_identity(folder: Path) -> dict[str, Any]:
             f"{path}: has schema version {str(schema)[:20]!r}, but this ggjac reads {SCHEMA_VERSION}; resume with "
             "the version that began it, or choose another -o"
         )
-    return identity
+    return content
 
 
 def _compare(folder: Path, stored: dict[str, Any], given: dict[str, Any]) -> None:

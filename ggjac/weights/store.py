@@ -74,6 +74,10 @@ class WeightStore:
         """
         return Block(self, f"blk.{index}.", slices, self.places[index] if live and self.places else "file")
 
+    def check_unchanged(self) -> None:
+        """Refuse to go on if the file was changed by another program, as `GGUFFile.check_unchanged` says."""
+        self.file.check_unchanged()
+
     def place(self, places: Sequence[str], room: Mapping[str, int]) -> None:
         """Choose where the weights of live blocks are kept between sweeps, and release those kept so far.
 

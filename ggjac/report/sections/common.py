@@ -62,8 +62,8 @@ class Section:
 
 
 def file_name(model: dict[str, Any]) -> str:
-    """Return the name of a model's file, whichever system wrote its path."""
-    return PurePath(model["path"].replace("\\", "/")).name
+    """Return the name for which a model was found, or else that of its file, whichever system wrote its path."""
+    return model["asked"] or PurePath(model["path"].replace("\\", "/")).name
 
 
 def capital(sentence: str) -> str:
