@@ -12,6 +12,9 @@ from html import escape
 from itertools import cycle
 from typing import Any, NamedTuple, Protocol
 
+# The first position is an attention sink where it has more than this fraction of a logit, or of a vector's weight.
+# Of fewer positions, one may well have as much for its own sake.
+SINK, SINK_POSITIONS = 0.5, 4
 MAX_ROWS = 100  # of a table on the page; a DataFrame has all
 
 _TABLE = "border-collapse:collapse;color:inherit;font-size:90%"
@@ -74,6 +77,14 @@ class Words:
     def here(self, position: int) -> dict[str, Any]:
         """Return a position of the prompt as plain data, with its token where that is known."""
         return {"position": position} | (self.token(self.trace.ids[position]) if self.trace else {})
+
+    def sink(self, fraction: float, positions: int) -> dict[str, Any] | None:
+        """Return the first position as plain data with its `fraction`, if that makes it an attention sink; else None.
+
+        It does where one of at least `SINK_POSITIONS` positions has more than `SINK` of a whole.
+        """
+        clear = positions >= SINK_POSITIONS and fraction > SINK
+        return self.here(0) | {"fraction": fraction} if clear else None
 
     def name(self, id: int) -> str:
         """Return a token for a sentence."""

@@ -65,6 +65,7 @@ class Attribution(Plotted):
             "shares": [words.here(i) | {"share": float(share)} for i, share in enumerate(self.shares)],
             "offset": self.offset,
             "unexplained": self.unexplained,
+            "sink": words.sink(float(self.shares[0]) / self.logit, len(self.shares)) if self.logit > 0 else None,
         }
 
     def tensors(self) -> dict[str, Tensor]:

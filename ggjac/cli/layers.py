@@ -49,7 +49,7 @@ def layers(
     A map is cumulative (from the input to a depth), blockwise (of one block alone) or to_end (from a depth to the
     output). The first two end at the residual stream after a block (layer), or at what the block's attention (attn) or
     MLP (mlp) adds to it, read through the final norm frozen there, as in a logit lens. `analyze --layers all` shows the
-    same in its report. Exit code 3 if the sweeps ran out before every triplet reached --tol, or the reconstruction
+    same in its report. Exit code 3 if the sweeps ran out before every vector reached --tol, or the reconstruction
     error is out of bounds.
 
     \b

@@ -351,7 +351,12 @@ def layer_options(command: Callable) -> Callable:
 def spectrum_options(command: Callable) -> Callable:
     """Add the options of a singular value decomposition."""
     rank = click.option(
-        "-k", "--rank", type=click.IntRange(min=1), default=8, show_default=True, help="Number of singular triplets."
+        "-k",
+        "--rank",
+        type=click.IntRange(min=1),
+        default=8,
+        show_default=True,
+        help="Number of singular vectors.",
     )
     return rank(iteration_options(command))
 
@@ -373,7 +378,7 @@ def iteration_options(command: Callable) -> Callable:
                 callback=_finite,
                 default=1e-3,
                 show_default=True,
-                help="Relative residual that every triplet must reach.",
+                help="Relative residual that every singular vector must reach.",
             ),
             click.option(
                 "--max-sweeps",
