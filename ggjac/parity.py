@@ -208,6 +208,7 @@ def verify(
     strict: bool = False,
     tolerance: float | None = None,
     prompt: str | None = None,
+    parse_special: bool = True,
     trace: "Trace | None" = None,
     threads: int | None = None,
     progress: Callable[[str], None] | None = None,
@@ -223,6 +224,7 @@ def verify(
         strict: let llama.cpp run a copy of the file rewritten as F32.
         tolerance: relative L2 allowed for logits and layers in either mode, instead of the default.
         prompt: the text of the ids; llama.cpp tokenizes it too, and the token ids are compared.
+        parse_special: as in `Model.tokenize`.
         trace: a trace of the same ids. Only its logits are compared, no layer, and nothing is computed again.
         threads: of llama.cpp; by default the CPUs that this process may use.
         progress: called with a line of text before each step.
@@ -233,7 +235,7 @@ def verify(
     """
     report = progress or (lambda _: None)
     if prompt is not None:
-        model.tokenize(prompt)  # refuses text that would crash llama.cpp
+        model.tokenize(prompt, parse_special=parse_special)  # refuses text that would crash llama.cpp
     types = {info.type.name for info in model.gguf.tensors.values()}
     row, given = model.config.row, tolerance
     if row.recurrent_blocks in ("no kv heads", "interval"):
@@ -254,14 +256,16 @@ def verify(
             types = _types(path)
         report("llama.cpp: evaluating the prompt")
         names = (*row.graph.attention, *row.graph.ffn, *row.graph.stream, OUTPUT)
-        reference = run_llama_cpp(path, ids, layers=trace is None, prompt=prompt, threads=threads, names=names)
+        text: dict[str, Any] = {"prompt": prompt, "parse_special": parse_special}
+        reference = run_llama_cpp(path, ids, layers=trace is None, threads=threads, names=names, **text)
         reference = replace(reference, tensors=by_kind(reference.tensors, row.graph))
+    theirs = reference.prompt_ids
     judged = partial(
         judge,
         reference,
         mode="strict" if strict else "as is",
         tolerance=tolerance,
-        tokens_equal=None if reference.prompt_ids is None else reference.prompt_ids == list(ids),
+        tokens_equal=None if theirs is None else model.tokenizer.unfinished(theirs) == list(ids),
         cause=_cause(types, model.dtype, row.activation == "gelu"),
     )
     if trace is not None:
@@ -627,6 +631,7 @@ def run_llama_cpp(
     *,
     layers: bool = True,
     prompt: str | None = None,
+    parse_special: bool = True,
     threads: int | None = None,
     names: Sequence[str] = NAMES,
     control_vector: str | os.PathLike[str] | None = None,
@@ -655,6 +660,7 @@ def run_llama_cpp(
             ids=[int(id) for id in ids],
             names=list(names) if layers else [],
             prompt=prompt,
+            parse_special=parse_special,
             threads=threads or _cpus(),
             folder=folder,
             control=None if control_vector is None else os.fsdecode(control_vector),

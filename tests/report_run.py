@@ -75,7 +75,7 @@ def full(*, blocks: int = 6, rank: int = 5, d: int = 64, prompt: int = 8, seed: 
         },
         "prompt": "The bridge's <b>end</b> & the",
         "tokens": prompt_tokens,
-        "warning": "the model expects <s> first",
+        "warnings": ["the model expects <s> first"],
         "position": prompt - 1,
         "device": "cpu",
         "dtype": "float32",

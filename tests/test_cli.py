@@ -83,7 +83,7 @@ def test_every_command_has_a_help_with_an_example(command: str) -> None:
 # Commands that a model and a prompt are enough for.
 ALONE = [name for name in commands.COMMANDS if not commands.with_file(name, "")]
 ENVELOPE = {
-    "schema_version", "created", "versions", "platform", "command", "model", "prompt", "tokens", "warning", "position",
+    "schema_version", "created", "versions", "platform", "command", "model", "prompt", "tokens", "warnings", "position",
     "device", "dtype", "mlp_path", "threads", "seconds", "peak_memory_bytes",
 }  # fmt: skip
 
@@ -165,11 +165,11 @@ def test_bos_warnings_are_shown(stories: Path) -> None:
 
 
 def test_a_target_is_an_id_or_one_token(stories: Path) -> None:
-    for target, id in ((" Lily", 317), ("␣Lily", 317), ("Lily", 317), ("410", 410)):
+    for target, id in ((" Lily", 317), ("␣Lily", 317), ("Lily", 317), ("id:410", 410)):
         result = invoke("attribute", "-m", stories, "-p", "Once", "-t", 1, "--target", target, "--format", "json")
         assert json.loads(result.stdout)["attribution"]["target"]["id"] == id
     assert "2 tokens (" in invoke("attribute", "-m", stories, "-p", "Once", "--target", "Lily was", code=2).stderr
-    for target in ("", "512", "9" * 30):
+    for target in ("", "410", "id:512", "9" * 30):
         invoke("attribute", "-m", stories, "-p", "Once", "--target", target, code=2)
 
 
@@ -489,7 +489,7 @@ BAD: dict[str, Bad] = {
     "token too large": Bad(["predict", "-m", "MODEL", "--tokens", "1,128"], 2, "0 to 127"),
     "token negative": Bad(["predict", "-m", "MODEL", "--tokens", "1,-1"], 2, "0 to 127"),
     "token enormous": Bad(["predict", "-m", "MODEL", "--tokens", "9" * 40], 2, "0 to 127"),
-    "prompt too long": Bad(["predict", "-m", "MODEL", "--tokens", ",".join(["1"] * 257)], 2, "context 256; shorten"),
+    "prompt too long": Bad(["predict", "-m", "MODEL", "--tokens", ",".join(["1"] * 257)], 2, "(--context N)"),
     # the file
     "missing file": Bad(["predict", "-m", "missing.gguf", *TOKENS], 2, "'missing.gguf' does not exist"),
     "a folder as file": Bad(["predict", "-m", ".", *TOKENS], 2, "is a directory"),

@@ -5,6 +5,7 @@ Commands are imported when they are called, and torch when it is needed, so that
 
 import io
 import os
+import re
 import signal
 import sys
 import threading
@@ -46,6 +47,26 @@ COMMANDS = {
 WITHOUT_PROMPT = ("info", "plan", "report", "bench")
 
 
+# What the library asks for, and the options that give it.
+OPTIONS = {
+    "give a text or token ids": "-p, -f or --tokens",
+    "give token ids": "--tokens 1,2,3",
+    "give a larger context": "--context N",
+    "a wider dtype": "--dtype",
+    "a smaller strength": "--strength",
+    "choose another layer": "--layer",
+}
+ARGUMENT = re.compile(r"(?<![\w.])(dtype|layer|position|rank)=(?=\S)")  # `rank=9`, as the library has it
+
+
+def in_options(message: str) -> str:
+    """Return a message of the library, its advice with the options of the command line."""
+    message = ARGUMENT.sub(r"--\1 ", message)
+    for words, option in OPTIONS.items():
+        message = message.replace(words, f"{words} ({option})", 1)
+    return message
+
+
 class Failure(click.ClickException):
     """An error message of one line, with the exit code of its kind."""
 
@@ -57,7 +78,7 @@ class Failure(click.ClickException):
         """Print the message to stderr on one line; quotations from files and paths are escaped."""
         from ggjac.display import visible
 
-        message = " ".join(self.format_message().split())
+        message = " ".join(in_options(self.format_message()).split())
         click.echo(f"Error: {visible(message.encode('utf-8', 'surrogateescape'))}", err=True)
 
 

@@ -102,7 +102,7 @@ def _shower(session: "Session") -> "Show":
     from ggjac.cli.session import show_tokens
 
     parts: dict[str, Callable[[Any], None]] = {
-        "tokens": lambda tokens: show_tokens(tokens, session.warning),
+        "tokens": lambda tokens: show_tokens(tokens, session.warnings),
         "predictions": predict.show,
         "parity": verify.show,
         "reconstruction": result.show_reconstruction,

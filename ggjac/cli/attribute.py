@@ -41,9 +41,10 @@ class PositionOrAll(click.ParamType):
     help="Output position (negative counts from the end), or all.",
 )
 @click.option(
-    "--target", help="Token whose logit is split: its id, or a text of one token.  [default: the most likely one]"
+    "--target",
+    help="Token whose logit is split: a text of one token, or its id, as id:4.  [default: the most likely one]",
 )
-@click.option("--versus", help="Token whose logit is subtracted: split the difference of the two logits.")
+@click.option("--versus", help="Token whose logit is subtracted, named like --target: split the difference.")
 @click.option(
     "--by",
     type=click.Choice(["token", "layer", "head"]),
@@ -85,7 +86,7 @@ def attribute(
     """
     from ggjac.analysis.attribute import attribute, attribute_branches, attribute_positions
     from ggjac.cli.result import finish
-    from ggjac.cli.session import one_token, open_session
+    from ggjac.cli.session import note_likelier, one_token, open_session
 
     everywhere = position is None
     session = open_session(what, position=-1 if position is None else position, output=output)
@@ -98,6 +99,9 @@ def attribute(
         result = session.run("attribution", attribute_branches, *ids, positions=every, by_head=by == "head")
     else:
         result = session.run("attribution", attribute_positions if everywhere else attribute, *ids)
+    if not everywhere:
+        note_likelier(session, target, ids[0])
+        note_likelier(session, versus, ids[1], "--versus")
     found = result.data(session.words)
     if everywhere:
         found = {"positions": found}

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -80,7 +81,9 @@ def _show_one(
     from ggjac.planner.machine import device_kind
 
     with open_gguf(what.model or demo_path()) as file:
-        config = read_config(file.metadata, {name: t.shape for name, t in file.tensors.items()})
+        config = read_config(file.metadata, {name: t.shape for name, t in file.tensors.items()}).with_context(
+            what.context
+        )
         n, texts = _count_tokens(what, command, params, file, config)
         request = requested(params, config.block_count) | texts
         made = make_plan(what, file, config, n, command, request, device_kind(what.device))
@@ -196,21 +199,24 @@ def _count_tokens(
     Raises:
         click.UsageError: a prompt is empty, or a token id is out of range.
     """
-    from ggjac.tokenizer import open_tokenizer
+    from ggjac.chat import rendered
+    from ggjac.tokenizer import Tokenizer, open_tokenizer
 
-    tokenizer = None
+    @cache
+    def tokenizer() -> Tokenizer:
+        keys = {key: file.metadata.get(f"tokenizer.ggml.{key}") for key in ("tokens", "model")}
+        return open_tokenizer(file.path, types=file.metadata.get("tokenizer.ggml.token_type"), **keys)
+
+    def conversation(question: str, system: str | None) -> str:
+        return rendered(file.metadata, tokenizer(), question, system)
 
     def count(prompt: str | list[int]) -> int:
-        nonlocal tokenizer
         if not isinstance(prompt, str):
             ids = prompt
         elif not prompt:
-            raise click.UsageError("the prompt is empty; give a text with -p or token ids with --tokens")
+            raise click.UsageError("the prompt is empty; give a text or token ids")
         else:
-            keys = {key: file.metadata.get(f"tokenizer.ggml.{key}") for key in ("tokens", "model")}
-            types = file.metadata.get("tokenizer.ggml.token_type")
-            tokenizer = tokenizer or open_tokenizer(file.path, types=types, **keys)
-            ids = tokenizer.encode(prompt)
+            ids = tokenizer().prompt(prompt, parse_special=what.parse_special)
         for i in ids:
             if not 0 <= i < config.vocabulary:
                 raise click.UsageError(
@@ -219,12 +225,12 @@ def _count_tokens(
         return len(ids)
 
     if command == "ranks":
-        counts = [count(prompt) for prompt in what.prompts()]
+        counts = [count(prompt) for prompt in what.prompts(conversation)]
         return max(counts), {"prompts": len(counts)}
     if command == "steer":
         text, concept = what.texts(params.get("concept"), params.get("concept_tokens"))
-        return count(concept), {"text": count(text.given())}
-    return count(what.given()), {}
+        return count(concept), {"text": count(text.given(conversation))}
+    return count(what.given(conversation)), {}
 
 
 def _alike(layers: Sequence["LayerPlan"]) -> Iterator[tuple[str, "LayerPlan"]]:

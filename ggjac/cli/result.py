@@ -40,7 +40,7 @@ def finish(
         emit_json(session.envelope() | content)
     else:
         session.model.gguf.check_unchanged()
-        show_tokens(session.tokens(), session.warning)
+        show_tokens(session.tokens(), session.warnings)
         if "reconstruction" in content:
             show_reconstruction(content["reconstruction"])
         for name, show_part in show.items():

@@ -278,9 +278,9 @@ def command_work(command: str, config: ModelConfig, n: int, dtype: str, **option
     if not 1 <= n <= config.longest:
         raise PlanError(f"a prompt of {n} tokens cannot run; this model takes from 1 to {config.longest}")
     if not -n <= request.position < n:
-        raise PlanError(f"--position {request.position} is out of range; the prompt has positions 0 to {n - 1}")
+        raise PlanError(f"position={request.position} is out of range; the prompt has positions 0 to {n - 1}")
     if not 1 <= request.rank <= config.d:
-        raise PlanError(f"--rank {request.rank} is out of range; this model's Jacobian has {config.d} singular values")
+        raise PlanError(f"rank={request.rank} is out of range; this model's Jacobian has {config.d} singular values")
     builder = _Builder(config, n, dtype, request)
     if not set(builder.depths) <= set(range(config.block_count + 1)):
         raise PlanError(f"layers {builder.depths}: out of range; this model has depths 0 to {config.block_count}")
@@ -611,7 +611,7 @@ def _steer(builder: _Builder) -> Work:
     capacity, steered = text + request.max_tokens, request.strengths * (1 + request.control)
     layer = request.layer or default_layer(config.block_count)
     if layer > config.block_count:
-        raise PlanError(f"--layer {layer} is out of range; this model has layers 1 to {config.block_count}")
+        raise PlanError(f"layer={layer} is out of range; this model has layers 1 to {config.block_count}")
     if capacity > config.longest:
         raise PlanError(f"a text of {capacity} tokens cannot run; this model takes at most {config.longest}")
     concept = Region(spans=((0, layer),))

@@ -5,7 +5,20 @@ from typing import Any
 
 from ggjac import display
 from ggjac.report.numbers import percent
-from ggjac.report.schema import HERE, MODEL, RECONSTRUCTION, Check, Wrong, each, integer, number, spelled, table, text
+from ggjac.report.schema import (
+    HERE,
+    MAX_WORDS,
+    MODEL,
+    RECONSTRUCTION,
+    Check,
+    Wrong,
+    each,
+    integer,
+    number,
+    spelled,
+    table,
+    text,
+)
 from ggjac.report.sections.common import SHORT, Run, Section, capital, file_name
 from ggjac.units import duration, power, size
 
@@ -26,7 +39,8 @@ FORM: dict[str, Check] = {
     "platform": text,
     "command": each(text),  # its words
     "prompt": text,  # as it was typed
-    "warning": text,  # about how the prompt was tokenized
+    "warnings": each(text, most=MAX_WORDS),  # about the prompt
+    "warning": text,  # the only one, in results of 0.1.0
     "position": position,  # the output position; the last token's where it is missing
     "device": text,
     "dtype": text,
@@ -207,7 +221,7 @@ def tokens(run: Run) -> dict[str, Any] | None:
     return {
         "rows": [t | {"read": i == read} for i, t in enumerate(c["tokens"])],
         "short": len(c["tokens"]) <= SHORT,
-        "warning": c["warning"],
+        "warnings": c["warnings"] or list(filter(None, [c["warning"]])),
     }
 
 
