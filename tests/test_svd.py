@@ -420,6 +420,13 @@ def test_spectrum_in_other_dtypes(dtype: str, tiny_files: dict[str, Path]) -> No
     assert torch.allclose(found.weight.sum(1).double(), torch.ones(3).double(), rtol=0, atol=1e-5)
 
 
+def test_the_jacobians_own_vectors_point_along_its_output(tiny_files: dict[str, Path]) -> None:
+    J = open_model(tiny_files["biases"], dtype="float64").trace(IDS).jacobian()
+    expected = oracle.jacobian(tiny_files["biases"], IDS, mlp_path="up")
+    for seed in range(4):  # the sign of an iteration depends on its start
+        assert (J.svd(6, seed=seed).U @ (expected.y - expected.offset) > 0).all()
+
+
 def test_signs_do_not_depend_on_the_seed(tiny_files: dict[str, Path]) -> None:
     _model, J, *_ = pair(tiny_files, "gqa")
     a, b = (spectrum(J, 3, tol=1e-9, seed=seed, max_sweeps=100) for seed in (0, 1))

@@ -121,10 +121,9 @@ def spectrum(
         sweep += done == total
 
     with jacobian.reporting(report):
-        found = jacobian.svd(
+        triplets = jacobian.svd(
             rank, tol=tol, seed=seed, max_sweeps=max_sweeps, progress=lambda _, worst: history.append(worst)
         )
-        triplets = found.pointing_along(jacobian.linear_output)
     U, Vh = triplets.U.to(head.matrix.dtype), triplets.Vh.to(embedding.dtype)
     return Spectrum(
         svd=triplets,
