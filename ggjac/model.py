@@ -57,8 +57,8 @@ def open_model(
     device: str | torch.device = "auto",
     dtype: str | torch.dtype = "float32",
     threads: int | None = None,
-    context: int | None = None,
     asked: str | None = None,
+    context: int | None = None,
 ) -> "Model":
     """Open a GGUF model for tracing; reads headers only.
 
@@ -68,10 +68,11 @@ def open_model(
         device: a torch device, or `"auto"`: CUDA where there is one, else the CPU.
         dtype: dtype of all computation: `"float32"`, `"float64"`, `"bfloat16"` or `"float16"`. Norms and softmax are
             computed in float32 at least.
-        threads: CPU threads for dequantization and torch; default torch's own number.
+        threads: CPU threads for dequantization and torch; default torch's own number, or as many whole CPUs as the
+            quota of this process's container allows.
+        asked: the name for which `path` was found, if it was not found here.
         context: the largest number of tokens, and, as in llama.cpp, what decides between LongRoPE's short and long
             factors; default the model's own, and the length of each prompt.
-        asked: the name for which `path` was found, if it was not found here.
 
     Raises:
         GGUFError: the file cannot be opened or is damaged.
@@ -88,13 +89,13 @@ def open_model(
     if threads is not None and threads < 1:
         raise ValueError(f"threads={threads}: at least one is needed")
     device = find_device(device)
-    if threads:
+    threads = threads or machine.torch_threads()
+    if threads != torch.get_num_threads():
         torch.set_num_threads(threads)
     torch.backends.cuda.matmul.allow_tf32 = False  # TF32 keeps 10 bits of mantissa: not float32
     found = resolve(path or demo_path())
     asked = asked or (None if path is None or found == Path(path) else str(path))
-    threads = threads or torch.get_num_threads()
-    return Model(open_gguf(found), device=device, dtype=dtype, threads=threads, context=context, asked=asked)
+    return Model(open_gguf(found), device=device, dtype=dtype, threads=threads, asked=asked, context=context)
 
 
 def find_device(name: str | torch.device) -> torch.device:
@@ -145,10 +146,10 @@ class Model:
         device: torch.device,
         dtype: torch.dtype,
         threads: int,
-        context: int | None = None,
         asked: str | None = None,
+        context: int | None = None,
     ):
-        self.gguf, self.path, self.context, self.asked = file, file.path, context, asked
+        self.gguf, self.path, self.asked, self.context = file, file.path, asked, context
         config = read_config(file.metadata, {t.name: t.shape for t in file.tensors.values()})
         self.trained_context = config.context_length
         self.config: ModelConfig = config.with_context(context)

@@ -39,6 +39,7 @@ from ggjac.architectures import Graph
 from ggjac.blocks import Past
 from ggjac.display import visible
 from ggjac.gguf import GGUFFile, open_gguf, shown
+from ggjac.planner import machine
 from ggjac.results import NO_WORDS, Plotted, Points, Table, Words
 
 if TYPE_CHECKING:
@@ -661,7 +662,7 @@ def run_llama_cpp(
             names=list(names) if layers else [],
             prompt=prompt,
             parse_special=parse_special,
-            threads=threads or _cpus(),
+            threads=threads or machine.cpus(),
             folder=folder,
             control=None if control_vector is None else os.fsdecode(control_vector),
         )
@@ -688,7 +689,9 @@ def rewrite_as_f32(path: str | os.PathLike[str], folder: str | os.PathLike[str],
     target = Path(folder) / "f32.gguf"
     try:
         with _llama_cpp(f"while it rewrote {_name(path)} as F32") as child:
-            child.ask("rewrite", source=os.fsdecode(source), target=os.fsdecode(target), threads=threads or _cpus())
+            child.ask(
+                "rewrite", source=os.fsdecode(source), target=os.fsdecode(target), threads=threads or machine.cpus()
+            )
     except BaseException:
         target.unlink(missing_ok=True)
         raise
@@ -744,10 +747,6 @@ def _llama_cpp(task: str) -> Iterator[llamacpp.Child]:
             likely = "too little memory" if error.will_not_fit else "a tensor's type or size that it does not support"
             message = f"llama.cpp itself ended {task}, most likely because of {likely} ({message})"
         raise (NoRoomError if error.will_not_fit else ParityError)(message) from None
-
-
-def _cpus() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _name(path: str | os.PathLike[str]) -> str:

@@ -462,7 +462,14 @@ def test_libraries_are_loaded_when_asked_for_and_pyplot_never() -> None:
 
 def test_a_table_is_printed_as_aligned_text() -> None:
     table = Table("Title", {"token": ["␣of", "漢字"], "share": [0.5, -12.25], "near": [["a", "b"], []]}, ("a note",))
-    lines = ["Title", "token    share   near", "─────────────────────", "␣of        0.5   a b", "漢字    −12.25", "a note"]
+    lines = [
+        "Title",
+        "token    share   near",
+        "─────────────────────",
+        "␣of        0.5   a b",
+        "漢字    −12.25",
+        "a note",
+    ]
     assert str(table) == repr(table) == "\n".join(lines)
     long = Table("T", {"n": list(range(MAX_ROWS + 7))})
     assert str(long).splitlines()[-1] == "… 7 more rows: .to_pandas() has all"

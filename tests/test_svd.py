@@ -18,6 +18,7 @@ from torch import Tensor
 from ggjac.analysis import svd as analysis
 from ggjac.analysis.svd import spectrum, stable_rank
 from ggjac.linop import LinearOperator
+from ggjac.model import open_model
 from ggjac.svd import SVD, svd, svd_together
 
 TinyFile = Callable[..., Path]

@@ -70,7 +70,7 @@ def analyze(
     from ggjac.analysis.analyze import check_same, finished, run, run_folder
     from ggjac.cli.render import emit_json, line
     from ggjac.cli.result import failed
-    from ggjac.cli.session import open_session, show_saved
+    from ggjac.cli.session import open_session, show_doubts, show_saved
     from ggjac.gguf import shown
 
     session = open_session(what, position=position, rank=rank)
@@ -88,6 +88,7 @@ def analyze(
     with run_folder(output, session.model.title) as folder:
         content = run(session, folder, resume=resume, show=show, **options, **parts)
     if as_table:
+        show_doubts(content["model"])
         show_saved(folder)
         show_saved(folder / "report.html")
     else:

@@ -166,9 +166,8 @@ def make_plan(
     Raises:
         click.UsageError: the prompt is too long, or an option is out of range.
     """
-    import os
-
     from ggjac import planner
+    from ggjac.planner import machine
 
     name = "cpu" if device == "cpu" else what.device
     try:
@@ -181,7 +180,7 @@ def make_plan(
             request,
             mlp_path=what.mlp_path,
             device=device,
-            threads=what.threads or os.cpu_count() or 1,
+            threads=what.threads or machine.cpus(),
             budget=planner.Budget.of(what.ram_budget, what.vram_budget, name),
             tapes_on_disk=what.trace is not None,
         )

@@ -204,6 +204,13 @@ def show_warnings(warnings: Sequence[str]) -> None:
         line("")
 
 
+def show_doubts(model: Mapping[str, Any], which: str = "") -> None:
+    """Print the warning about a model's weights, if there is one; `model` is that of an envelope."""
+    if model["warning"]:
+        line(f"Warning: {which}{display.visible(model['warning'].encode())}")
+        line("")
+
+
 def show_saved(output: Path | None) -> None:
     """Print where a result was written."""
     if output:

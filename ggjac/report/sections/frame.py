@@ -218,10 +218,11 @@ def tokens(run: Run) -> dict[str, Any] | None:
     if not c["tokens"]:
         return None
     read = None if c["position"] == "all" else _position(c)
+    of_prompt = c["warnings"] or [c["warning"]]
     return {
         "rows": [t | {"read": i == read} for i, t in enumerate(c["tokens"])],
         "short": len(c["tokens"]) <= SHORT,
-        "warnings": c["warnings"] or list(filter(None, [c["warning"]])),
+        "warnings": [*of_prompt, *(model["warning"] for model in (c["model"], c["other_model"]) if model)],
     }
 
 
