@@ -49,7 +49,7 @@ def svd(
     """Compute the leading singular vectors of a prompt's detached Jacobian, decoded to tokens.
 
     Left vectors decode through the LM head to the tokens they promote, right vectors to the nearest input embeddings at
-    each position. Exit code 3 if the sweeps ran out before every triplet reached --tol, or
+    each position. Exit code 3 if the sweeps ran out before every vector reached --tol, or
     the reconstruction error is out of bounds.
 
     \b
@@ -91,7 +91,7 @@ def show(data: dict[str, Any]) -> None:
 def show_spectrum(data: dict[str, Any]) -> None:
     """Print singular values with both decodings; right vectors at the positions with most of their weight."""
     from ggjac import display
-    from ggjac.cli.render import line, numbers, table, words
+    from ggjac.cli.render import line, numbers, sink, table, words
 
     rows = []
     sigmas = numbers([t["singular_value"] for t in data["triplets"]])
@@ -108,11 +108,12 @@ def show_spectrum(data: dict[str, Any]) -> None:
         "#σ",
         "#residual",
         "left vector: tokens it promotes",
-        "right vector: share, position, nearest tokens",
+        "right vector: weight, position, nearest tokens",
     ]
     table("Singular vectors of the detached Jacobian", columns, rows)
     state = "converged" if data["converged"] else f"NOT converged to {data['tol']:.0e}"
     line(f"{state} after {data['sweeps']} sweeps (stopped by: {data['stopped_by']})")
+    sink(data.get("sink"), "the weight of right vector 1")
 
 
 def show_stable_rank(data: dict[str, Any]) -> None:
