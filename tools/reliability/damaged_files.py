@@ -99,6 +99,7 @@ def run_model(model: Any) -> str:
     try:
         trace = model.trace([0, min(1, model.config.vocabulary - 1)])
         ggjac.predict(trace, top=3).data()
+        model.weights.warning()
     except known_errors() as error:
         return refused("run", error)
     return "ran"
