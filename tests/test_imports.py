@@ -36,6 +36,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "llamacpp": {"runs"},
     "exports": {"architectures", "gguf"},
     "tokenizer": {"display", "llamacpp"},
+    "chat": {"tokenizer"},
     "report": {"display", "drawing", "runs", "units"},
     # planning: sizes and rates
     "planner": {"config", "gguf", "linop", "sizes", "units", "weights"},
@@ -45,13 +46,18 @@ MAY_IMPORT: dict[str, set[str]] = {
     "blocks": {"config", "linop", "rope", "sizes"},
     "jacobian": {"blocks", "decode", "gguf", "linop", "results", "runs", "sizes", "svd", "weights"},
     "model": {
-        *("blocks", "config", "decode", "display", "gguf", "jacobian", "planner", "rope", "runs", "sizes", "tokenizer"),
+        *("blocks", "chat", "config", "decode", "display", "gguf", "jacobian", "planner", "rope", "runs", "sizes"),
+        "tokenizer",
         "weights",
     },
+    "prompts": {"model", "tokenizer"},
     "generation": {"blocks", "model", "sizes"},
-    "parity": {"architectures", "blocks", "display", "exports", "gguf", "llamacpp", "model", "results", "tokenizer"},
+    "parity": {
+        *("architectures", "blocks", "display", "exports", "gguf", "llamacpp", "model", "planner", "results"),
+        "tokenizer",
+    },
     "session": {
-        *("blocks", "display", "gguf", "jacobian", "model", "parity", "planner", "results", "runs", "sizes"),
+        *("blocks", "display", "gguf", "jacobian", "model", "parity", "planner", "prompts", "results", "runs", "sizes"),
         "tokenizer",
     },
     "analysis": {

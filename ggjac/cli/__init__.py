@@ -6,9 +6,11 @@ Commands are imported when they are called, and torch when it is needed, so that
 import faulthandler
 import io
 import os
+import re
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from difflib import get_close_matches
@@ -30,12 +32,12 @@ COMMANDS = {
     "plan": "Show whether a command will fit in memory, and how long it will take.",
     "predict": "Show the most likely next tokens.",
     "verify": "Compare tokens, logits and every layer with llama.cpp.",
-    "svd": "Leading singular vectors, decoded to tokens, with a chance baseline.",
+    "svd": "Leading singular vectors, decoded to tokens.",
     "jacobian": "The dense detached Jacobian, and the contribution of each position.",
     "layers": "Singular vectors and stable rank of every layer, and the logit lens.",
     "ranks": "Stable rank of every token's own map, over many prompts.",
     "norms": "Longest columns and rows of the dense detached Jacobian, decoded.",
-    "attribute": "Exact shares of input tokens in a logit; direct logit attribution to layers and heads.",
+    "attribute": "Shares of input tokens in a logit; direct logit attribution to layers and heads.",
     "compare": "Two files of one model: spectra, subspaces, shares, logits.",
     "contrast": "Reconstruction with and without freezing: detached and ordinary Jacobian.",
     "steer": "Steer one prompt with the linear map of another (activation steering).",
@@ -46,6 +48,26 @@ COMMANDS = {
 
 # Those that take no prompt; all others can be planned, and have a row in `ggjac.planner.work.JOBS`.
 WITHOUT_PROMPT = ("models", "info", "plan", "report", "bench")
+
+
+# What the library asks for, and the options that give it.
+OPTIONS = {
+    "give a text or token ids": "-p, -f or --tokens",
+    "give token ids": "--tokens 1,2,3",
+    "give a larger context": "--context N",
+    "a wider dtype": "--dtype",
+    "a smaller strength": "--strength",
+    "choose another layer": "--layer",
+}
+ARGUMENT = re.compile(r"(?<![\w.])(dtype|layer|position|rank)=(?=\S)")  # `rank=9`, as the library has it
+
+
+def in_options(message: str) -> str:
+    """Return a message of the library, its advice with the options of the command line."""
+    message = ARGUMENT.sub(r"--\1 ", message)
+    for words, option in OPTIONS.items():
+        message = message.replace(words, f"{words} ({option})", 1)
+    return message
 
 
 class Failure(click.ClickException):
@@ -59,7 +81,7 @@ class Failure(click.ClickException):
         """Print the message to stderr on one line; quotations from files and paths are escaped."""
         from ggjac.display import visible
 
-        message = " ".join(self.format_message().split())
+        message = " ".join(in_options(self.format_message()).split())
         click.echo(f"Error: {visible(message.encode('utf-8', 'surrogateescape'))}", err=True)
 
 
@@ -82,6 +104,7 @@ class Commands(click.Group):
         for stream in (sys.stdout, sys.stderr):
             if isinstance(stream, io.TextIOWrapper):  # None where the shell has closed it
                 stream.reconfigure(errors="backslashreplace")
+        warnings.showwarning = _show_warning
         return super().main(*args, **options)
 
     def list_commands(self, ctx: click.Context) -> list[str]:
@@ -121,6 +144,14 @@ class Commands(click.Group):
         _name_crashes()
         with _plain_errors(), _catching_signals():
             return super().invoke(ctx)
+
+
+def _show_warning(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+    """Print a warning to stderr, on one line."""
+    from ggjac.tokenizer import visible
+
+    text = " ".join(str(message).split())
+    click.echo(f"Warning: {visible(text.encode('utf-8', 'surrogateescape'))}", err=True)
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,10 +11,13 @@ import click
 from ggjac.cli.options import ModelOptions
 
 if TYPE_CHECKING:
+    import torch
+
     from ggjac.config import ModelConfig
     from ggjac.gguf import GGUFFile
-    from ggjac.planner import LayerPlan, Plan, Times
+    from ggjac.planner import LayerPlan, Plan, Times, bench
 
+PATIENCE = 600.0  # seconds; of what takes longer, a user is warned before it starts
 PLACES = {
     "file": "in the file",
     "dense": "dense, ready to multiply",
@@ -22,24 +26,29 @@ PLACES = {
 }
 # Options of commands that are fields of `ggjac.planner.work.Request` by the same name.
 _SAME = (
-    *("rank", "by", "count", "contrast", "per_token", "shuffles", "maps", "kinds", "transport"),
+    *("rank", "by", "count", "contrast", "per_token", "maps", "kinds", "transport"),
     *("method", "layer", "max_tokens", "control"),
 )
 
 
 def dry_run(command: Callable) -> Callable:
-    """Add `--dry-run`, which prints the plan of the command instead of running it; apply just below `model_options`."""
+    """Add `--dry-run`, which prints the command's plan instead of running it; apply just below `model_options`."""
 
-    def wrapped(what: ModelOptions, *, dry_run: bool, **rest: Any) -> Any:
+    def wrapped(what: ModelOptions, *, dry_run: bool, no_bench: bool, **rest: Any) -> Any:
         if not dry_run:
             return command(what, **rest)
         name = click.get_current_context().info_name or ""
-        return show_plan(what, name, rest, bench=False, output_format=rest.get("output_format", "table"))
+        return show_plan(what, name, rest, bench=not no_bench, output_format=rest.get("output_format", "table"))
 
     wrapped.__doc__, wrapped.__name__ = command.__doc__, command.__name__
     wrapped.__click_params__ = getattr(command, "__click_params__", [])  # type: ignore[attr-defined]
-    words = "Print the memory and the sweeps that the command needs, without running it."
-    return click.option("--dry-run", is_flag=True, help=words)(wrapped)
+    words = "Print the memory, the sweeps and the time that the command needs, without running it."
+    return click.option("--dry-run", is_flag=True, help=words)(without_bench(wrapped))
+
+
+without_bench = click.option(
+    "--no-bench", is_flag=True, help="Of a plan: do not measure this machine (about two seconds); leaves out the time."
+)
 
 
 def show_plan(
@@ -55,9 +64,12 @@ def show_plan(
 
     plans: list[Plan] = []
     content: dict[str, Any] = {}
-    files = {"": what.model} | ({"other_model": params["other"]} if "other" in params else {})
-    for name, model in files.items():
-        one = dataclasses.replace(what, model=model)
+    runs = {"": what}
+    if "other" in params:
+        runs["other_model"] = dataclasses.replace(what, model=params["other"])
+    if what.both_rules:
+        runs["other_rule"] = dataclasses.replace(what, mlp_path="gate")
+    for name, one in runs.items():
         made, data = _show_one(one, command, params, bench=bench, output_format=output_format)
         plans.append(made)
         content |= {name: data} if name else data
@@ -80,7 +92,9 @@ def _show_one(
     from ggjac.planner.machine import device_kind
 
     with open_gguf(what.model or demo_path()) as file:
-        config = read_config(file.metadata, {name: t.shape for name, t in file.tensors.items()})
+        config = read_config(file.metadata, {name: t.shape for name, t in file.tensors.items()}).with_context(
+            what.context
+        )
         n, texts = _count_tokens(what, command, params, file, config)
         request = requested(params, config.block_count) | texts
         made = make_plan(what, file, config, n, command, request, device_kind(what.device))
@@ -88,10 +102,6 @@ def _show_one(
             _show_memory(made, file.path)
         content = made.data() | {"schema_version": 1, "path": str(file.path)}
         if bench and made.fits:
-            from ggjac.planner import bench as measure
-            from ggjac.planner import seconds
-            from ggjac.planner.machine import cached_bytes
-
             device = "cpu" if made.device == "cpu" else what.device.replace("auto", "cuda")
             try:
                 check_device(device)
@@ -100,25 +110,39 @@ def _show_one(
                 if output_format == "table":
                     render.line(f"Time is not predicted: {error}")
                 return made, content
-            rates = measure.measure(
-                file,
-                made.columns,
-                made.trace.types,
-                dtype=made.work.dtype,
-                threads=what.threads,
-                device=device,
-            )
-            cached = [cached_bytes(path) for path in file.paths]
-            known = None if None in cached else sum(filter(None, cached))
-            times = seconds(made, rates, cached=known)
+            rates, times = predicted(made, file, what.threads, device)
             content |= {"rates": rates.data(), "times": times.data()}
             if output_format == "table":
                 _show_times(made, times, rates.lines())
     return made, content
 
 
-def check_device(name: str) -> None:
-    """Check that a device can be measured on this machine.
+def predicted(made: "Plan", file: "GGUFFile", threads: int | None, device: str) -> tuple["bench.Measured", "Times"]:
+    """Measure this machine with a plan's products, for about two seconds; return its rates, and the plan's times."""
+    from ggjac.planner import bench, seconds
+    from ggjac.planner.machine import cached_bytes
+
+    types, dtype = made.trace.types, made.work.dtype
+    rates = bench.measure(file, made.columns, types, dtype=dtype, threads=threads, device=device)
+    cached = [cached_bytes(path) for path in file.paths]
+    return rates, seconds(made, rates, cached=None if None in cached else sum(filter(None, cached)))
+
+
+def warn_if_long(made: "Plan", file: "GGUFFile", threads: int | None, device: str) -> None:
+    """Print a warning on stderr if a plan takes longer than `PATIENCE`; measured only where a slow machine would."""
+    from ggjac.planner import bench, seconds
+    from ggjac.units import duration
+
+    if seconds(made, bench.SLOW).total <= PATIENCE:
+        return
+    total = predicted(made, file, threads, device)[1].total
+    if total > PATIENCE:
+        remedy = f"to shorten it, {made.work.fewer_vectors}; --dry-run shows its parts"
+        click.echo(f"Warning: this will take about {duration(round(total))}; {remedy}", err=True)
+
+
+def check_device(name: str) -> "torch.device":
+    """Return a device that can be measured on this machine.
 
     Raises:
         click.UsageError: the name is not that of a device.
@@ -127,7 +151,7 @@ def check_device(name: str) -> None:
     from ggjac.model import DeviceError, find_device
 
     try:
-        find_device(name)
+        return find_device(name)
     except DeviceError as error:
         raise click.UsageError(f"--device: {error}") from error
 
@@ -163,9 +187,8 @@ def make_plan(
     Raises:
         click.UsageError: the prompt is too long, or an option is out of range.
     """
-    import os
-
     from ggjac import planner
+    from ggjac.planner import machine
 
     name = "cpu" if device == "cpu" else what.device
     try:
@@ -178,7 +201,7 @@ def make_plan(
             request,
             mlp_path=what.mlp_path,
             device=device,
-            threads=what.threads or os.cpu_count() or 1,
+            threads=what.threads or machine.cpus(),
             budget=planner.Budget.of(what.ram_budget, what.vram_budget, name),
             tapes_on_disk=what.trace is not None,
         )
@@ -196,21 +219,24 @@ def _count_tokens(
     Raises:
         click.UsageError: a prompt is empty, or a token id is out of range.
     """
-    from ggjac.tokenizer import open_tokenizer
+    from ggjac.chat import rendered
+    from ggjac.tokenizer import Tokenizer, open_tokenizer
 
-    tokenizer = None
+    @cache
+    def tokenizer() -> Tokenizer:
+        keys = {key: file.metadata.get(f"tokenizer.ggml.{key}") for key in ("tokens", "model")}
+        return open_tokenizer(file.path, types=file.metadata.get("tokenizer.ggml.token_type"), **keys)
+
+    def conversation(question: str, system: str | None) -> str:
+        return rendered(file.metadata, tokenizer(), question, system)
 
     def count(prompt: str | list[int]) -> int:
-        nonlocal tokenizer
         if not isinstance(prompt, str):
             ids = prompt
         elif not prompt:
-            raise click.UsageError("the prompt is empty; give a text with -p or token ids with --tokens")
+            raise click.UsageError("the prompt is empty; give a text or token ids")
         else:
-            keys = {key: file.metadata.get(f"tokenizer.ggml.{key}") for key in ("tokens", "model")}
-            types = file.metadata.get("tokenizer.ggml.token_type")
-            tokenizer = tokenizer or open_tokenizer(file.path, types=types, **keys)
-            ids = tokenizer.encode(prompt)
+            ids = tokenizer().prompt(prompt, parse_special=what.parse_special)
         for i in ids:
             if not 0 <= i < config.vocabulary:
                 raise click.UsageError(
@@ -219,12 +245,12 @@ def _count_tokens(
         return len(ids)
 
     if command == "ranks":
-        counts = [count(prompt) for prompt in what.prompts()]
+        counts = [count(prompt) for prompt in what.prompts(conversation)]
         return max(counts), {"prompts": len(counts)}
     if command == "steer":
         text, concept = what.texts(params.get("concept"), params.get("concept_tokens"))
-        return count(concept), {"text": count(text.given())}
-    return count(what.given()), {}
+        return count(concept), {"text": count(text.given(conversation))}
+    return count(what.given(conversation)), {}
 
 
 def _alike(layers: Sequence["LayerPlan"]) -> Iterator[tuple[str, "LayerPlan"]]:

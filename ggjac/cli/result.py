@@ -40,7 +40,7 @@ def finish(
     if output_format == "json":
         emit_json(envelope | content)
     else:
-        show_tokens(session.tokens(), session.warning)
+        show_tokens(session.tokens(), session.warnings)
         show_doubts(envelope["model"])
         if "reconstruction" in content:
             show_reconstruction(content["reconstruction"])

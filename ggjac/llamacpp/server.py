@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:  # imported where arrays are made; llama_cpp needs it too
     import numpy as np
 
-from ggjac.llamacpp.child import LlamaCppError, missing
+from ggjac.llamacpp.child import LOADED, LOADING, REINSTALL, LlamaCppError, missing
 
 Log = list[tuple[int, str]]  # level, text
 
@@ -81,7 +81,9 @@ class Server:
 
     def _ready(self) -> Any:
         if self.llama is None:
+            os.write(2, f"{LOADING}\n".encode())
             self.llama = import_llama_cpp()
+            os.write(2, f"{LOADED}\n".encode())
             self._stack = ExitStack()
             self.log = self._stack.enter_context(captured_log(self.llama, echo=True))
         self.log.clear()
@@ -95,6 +97,7 @@ class Server:
         prompt: str | None,
         threads: int,
         folder: str,
+        parse_special: bool = True,
         control: str | None = None,
     ) -> dict[str, Any]:
         """Evaluate token ids; save logits and tensors as `folder/{i}.npy`, where i is the index of the returned name.
@@ -109,8 +112,9 @@ class Server:
             np.save(Path(folder) / f"{files.setdefault(name, len(files))}.npy", values, allow_pickle=False)
 
         llama = self._ready()
+        text: dict[str, Any] = {"prompt": prompt, "parse_special": parse_special}
         prompt_ids = evaluate(
-            llama, path, ids, log=self.log, keep=keep, names=names, prompt=prompt, threads=threads, control=control
+            llama, path, ids, log=self.log, keep=keep, names=names, threads=threads, control=control, **text
         )
         return {"names": list(files), "prompt_ids": prompt_ids}
 
@@ -176,10 +180,10 @@ def import_llama_cpp() -> Any:
     except ModuleNotFoundError as error:
         if missing():
             raise LlamaCppError(str(missing())) from None
-        raise LlamaCppError(f"llama-cpp-python cannot be loaded ({error}): reinstall llama-cpp-python") from None
+        raise LlamaCppError(f"llama-cpp-python cannot be loaded ({error}): {REINSTALL}") from None
     except (ImportError, OSError, RuntimeError, AttributeError) as error:
         detail = " ".join(str(error).split())
-        raise LlamaCppError(f"llama-cpp-python cannot be loaded ({detail}): reinstall llama-cpp-python") from None
+        raise LlamaCppError(f"llama-cpp-python cannot be loaded ({detail}): {REINSTALL}") from None
     return llama_cpp
 
 
@@ -195,6 +199,7 @@ def evaluate(
     keep: Callable[[str, "np.ndarray"], None],
     names: Sequence[str],
     prompt: str | None,
+    parse_special: bool = True,
     threads: int,
     control: str | None = None,
 ) -> list[int] | None:
@@ -227,7 +232,7 @@ def evaluate(
             )
         prompt_ids = None
         if prompt is not None and llama.llama_vocab_type(vocab) != llama.LLAMA_VOCAB_TYPE_NONE:
-            prompt_ids = tokenize(llama, vocab, prompt.encode("utf-8"), add_special=True, parse_special=True)
+            prompt_ids = tokenize(llama, vocab, prompt.encode("utf-8"), add_special=True, parse_special=parse_special)
 
         params = llama.llama_context_default_params()
         _set(
@@ -416,6 +421,11 @@ def _load_failure(path: str | os.PathLike[str], log: str) -> str:
         return (
             f"this llama.cpp does not support the architecture of {_name(path)} ({log}); update llama-cpp-python, or "
             "do without the comparison"
+        )
+    if rows := re.search(r"'token_embd.weight' has wrong shape; expected +\d+, +(\d+), got +\d+, +(\d+)", log):
+        return (
+            f"llama.cpp cannot load {_name(path)}: it has {rows[2]} embeddings, for the {rows[1]} tokens of its "
+            "vocabulary; ggjac runs such a file, but it cannot be compared"
         )
     return f"llama.cpp cannot load {_name(path)}: {log}; ggjac itself reads the file, but it cannot be compared"
 

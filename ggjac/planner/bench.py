@@ -14,6 +14,7 @@ from functools import partial
 from typing import Any
 
 from ggjac.gguf import GGUFFile, TensorInfo
+from ggjac.planner import machine
 from ggjac.sizes import ON_THE_WAY, TILE_ELEMENTS
 
 DISK_REGIONS = 4  # places in the file that are read after dropping them from the page cache
@@ -100,6 +101,19 @@ class Measured:
         ]
 
 
+# No machine in use is slower: work that is short at these rates need not be predicted from measured ones.
+SLOW = Measured(
+    disk=5e7,
+    disk_method="assumed",
+    types={"any": 5e7},
+    multiply={1: 5e8, 64: 2e9},
+    copy=1e9,
+    bus=1e9,
+    touch=2e8,
+    call=1e-3,
+)
+
+
 def seconds_of(call: Callable[[], object], budget: float = 0.15, least: int = 3) -> float:
     """Return the median seconds of a call, repeated for about `budget` seconds after one that is not counted."""
     call()
@@ -128,17 +142,16 @@ def measure(
         columns: of the planned products: positions times stacked vectors.
         types: weights to dequantize, by storage type; rare types are not measured.
         dtype: of all computation.
-        threads: default the number that torch uses.
+        threads: default as `machine.torch_threads`.
         device: of all computation.
     """
     import torch
 
     start, before = time.perf_counter(), torch.get_num_threads()
     columns = sorted({min(count, MOST_COLUMNS) for count in columns})
-    if threads:
-        torch.set_num_threads(threads)
+    threads = threads or machine.torch_threads()
+    torch.set_num_threads(threads)
     try:
-        threads = torch.get_num_threads()
         weights = sum(types.values())
         common = [name for name, count in types.items() if count > weights / 50]
         main = max(common, key=lambda name: types[name])
