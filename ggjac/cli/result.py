@@ -36,7 +36,7 @@ def finish(
         output: where tensors were saved, if anywhere.
         show: functions that print the part of that name, in this order; a reconstruction comes first.
     """
-    envelope = session.envelope()
+    envelope = session.envelope(check=output is None)
     if output_format == "json":
         emit_json(envelope | content)
     else:
