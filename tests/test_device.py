@@ -313,7 +313,7 @@ def test_a_command_uses_the_device_memory_that_is_free(one_card: card.Card, smal
     """Where everything fits, only the trace copies; where nothing does, every sweep."""
     run("svd 0", card.NAME, tmp_path, small)
     ample = one_card.copied
-    dry = ["svd", "-m", str(small), *TOKENS, "-k", "2", "--per-token", "--device", card.NAME, "--dry-run"]
+    dry = ["svd", "-m", str(small), *TOKENS, "-k", "2", "--per-token", "--device", card.NAME, "--dry-run", "--no-bench"]
     planned = invoke(*dry, "--vram-budget", 1, "--format", "json", code=4)
     needed = json.loads(planned.stdout)["vram_needed"]
     one_card.reset()

@@ -422,6 +422,11 @@ def _load_failure(path: str | os.PathLike[str], log: str) -> str:
             f"this llama.cpp does not support the architecture of {_name(path)} ({log}); update llama-cpp-python, or "
             "do without the comparison"
         )
+    if rows := re.search(r"'token_embd.weight' has wrong shape; expected +\d+, +(\d+), got +\d+, +(\d+)", log):
+        return (
+            f"llama.cpp cannot load {_name(path)}: it has {rows[2]} embeddings, for the {rows[1]} tokens of its "
+            "vocabulary; ggjac runs such a file, but it cannot be compared"
+        )
     return f"llama.cpp cannot load {_name(path)}: {log}; ggjac itself reads the file, but it cannot be compared"
 
 
