@@ -16,6 +16,8 @@ def show_reconstruction(data: dict[str, Any]) -> None:
     share = data["offset_norm"] / (data["output_norm"] or 1.0)
     offset = f"offset {share:.1%} of ‖y‖" if share else "offset 0: no bias adds to it"
     sign, remark = ("<=", "") if data["healthy"] else (">", ": NOT healthy")
+    if data["cancellation"] and data["healthy"]:
+        remark = f" after cancellation: the residual stream was {data['cancellation']:.0f} times as long before"
     line(f"Reconstruction ‖J x + offset - y‖/‖y‖ = {data['error']:.1e} ({sign} {data['limit']:.0e}{remark}); {offset}")
     line("")
 
