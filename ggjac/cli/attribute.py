@@ -7,7 +7,7 @@ from typing import Any, Literal
 import click
 
 from ggjac import display
-from ggjac.cli.options import ModelOptions, model_options, output, output_format
+from ggjac.cli.options import ModelOptions, model_options, output, tabular_format
 from ggjac.cli.planning import dry_run
 
 # Parts in a table of heads; the smaller ones are added up in one line.
@@ -63,7 +63,7 @@ class PositionOrAll(click.ParamType):
     "Save `targets` and `logits` [m], and `shares` [m, n], `offsets` [m]; or `embedding`, `bias` [m], `attn`, `mlp` "
     "[m, blocks], `heads` [m, blocks, heads], `attn_bias` [m, blocks]; and `ids` [n] to this safetensors file."
 )
-@output_format
+@tabular_format
 def attribute(
     what: ModelOptions,
     position: int | None,
@@ -110,7 +110,8 @@ def attribute(
     content["attribution"] = {"by": by} | found
     if output:
         session.save(output, result.tensors(), by=by, versus=ids[1])
-    finish(session, content, output_format, output, attribution=partial(show, count=ALL if whole else count))
+    shown = partial(show, count=ALL if whole else count)
+    finish(session, content, output_format, output, result=result, attribution=shown)
 
 
 def show(data: dict[str, Any], count: int | None = None) -> None:

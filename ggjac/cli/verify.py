@@ -4,7 +4,7 @@ from typing import Any
 
 import click
 
-from ggjac.cli.options import ModelOptions, model_options, output_format
+from ggjac.cli.options import ModelOptions, model_options, tabular_format
 from ggjac.cli.planning import dry_run
 
 
@@ -17,7 +17,7 @@ from ggjac.cli.planning import dry_run
     help="Let llama.cpp run a temporary copy of the file rewritten as F32 (4 bytes per weight); everything must then "
     "agree to rounding.",
 )
-@output_format
+@tabular_format
 def verify(what: ModelOptions, strict: bool, output_format: str) -> None:
     """Compare tokens, logits and every layer with llama.cpp on the same file; exit code 3 if they disagree.
 
@@ -32,8 +32,9 @@ def verify(what: ModelOptions, strict: bool, output_format: str) -> None:
     from ggjac.cli.session import open_session
 
     session = open_session(what, tapes=False)
-    content = {"parity": session.verify(strict=strict).data(session.words)}
-    finish(session, content, output_format, parity=show)
+    result = session.verify(strict=strict)
+    content = {"parity": result.data(session.words)}
+    finish(session, content, output_format, result=result, parity=show)
 
 
 def show(data: dict[str, Any]) -> None:
