@@ -19,7 +19,6 @@ from ggjac.analysis.layers import layers as every_layer
 from ggjac.analysis.per_token import per_token as each_token
 from ggjac.analysis.per_token import tensors as token_tensors
 from ggjac.analysis.predict import predict
-from ggjac.analysis.readability import readability
 from ggjac.analysis.svd import spectrum, stable_rank
 from ggjac.gguf import shown
 from ggjac.jacobian import Progress
@@ -47,6 +46,7 @@ def analyze(
     tol: float = 1e-3,
     max_sweeps: int = 40,
     seed: int = 0,
+    parse_special: bool = True,
     mlp_path: MlpPath = "up",
     verify: bool = True,
     layers: Sequence[int] | None = None,
@@ -72,6 +72,7 @@ def analyze(
         rank: number of singular triplets.
         top: tokens to decode each vector to.
         tol, max_sweeps, seed: of the iteration, as `ggjac.svd.svd` takes them.
+        parse_special: `<s>` and the like in a text are the tokens that they name.
         mlp_path: freezing rule of gated feed-forwards, `"up"` or `"gate"`.
         verify: compare with llama.cpp.
         layers: depths, in blocks applied, at which maps are decomposed too; None for none.
@@ -100,6 +101,7 @@ def analyze(
         model,
         prompt,
         position=position,
+        parse_special=parse_special,
         mlp_path=mlp_path,
         trace=trace,
         ram_budget=ram_budget,
@@ -201,9 +203,7 @@ def run(
         part("reconstruction", session.reconstruction().data())
 
         found = session.run("svd", spectrum, **iteration)
-        vectors = found.svd.U, found.heaviest
-        worth = session.run("coherence", readability, *vectors, top=top, seed=seed)
-        part("svd", found.data(words) | {"readability": worth.data()})
+        part("svd", found.data(words))
         part("stable_rank", session.run("stable rank", stable_rank, found.svd, seed=seed).data())
         split = session.run("attribution", attribute, content["predictions"][0]["id"])
         part("attribution", split.data(words))

@@ -254,7 +254,7 @@ class Layers(Plotted):
             for kind, own in found.items()
         }
         title = f"Stable rank by depth, {first.replace('_', ' ')} maps" if first else "Stable rank by depth"
-        return Points(title, "depth", "stable rank", series)
+        return Points(title, "depth", "stable rank", series, parts=tuple(series))
 
 
 def _grid(name: MapName, kind: Kind, maps: Sequence[LayerMap], words: Words) -> Table:

@@ -76,7 +76,8 @@ def table(
         )
     for index, row in enumerate(rows):
         grid.add_row(*(Text(cell) for cell in row), style="bold red" if index in alarming else None)
-    console = Console(highlight=False, width=width())
+    # FORCE_COLOR, which CI sets, must not put escape codes into a file or a pipe.
+    console = Console(highlight=False, width=width(), force_terminal=on_terminal())
     with console.capture() as captured:
         console.print(Text(title, "bold"))
         console.print(grid)
