@@ -70,8 +70,8 @@ class Attribution(Plotted):
             "shares": [words.here(i) | {"share": float(share)} for i, share in enumerate(self.shares)],
             "offset": self.offset,
             "unexplained": self.unexplained,
-            "mlp_path": self.mlp_path,
             "sink": words.sink(float(self.shares[0]) / self.logit, len(self.shares)) if self.logit > 0 else None,
+            "mlp_path": self.mlp_path,
         }
 
     def tensors(self) -> dict[str, Tensor]:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import click
 
 from ggjac import display
-from ggjac.cli.options import ModelOptions, PositionOrAll, model_options, output, output_format
+from ggjac.cli.options import ModelOptions, PositionOrAll, model_options, output, tabular_format
 from ggjac.cli.planning import dry_run
 
 # Parts in a table of heads; the smaller ones are added up in one line.
@@ -54,7 +54,7 @@ ALL = 2**31  # more parts than any table has
     "Save `targets` and `logits` [m], and `shares` [m, n], `offsets` [m]; or `embedding`, `bias` [m], `attn`, `mlp` "
     "[m, blocks], `heads` [m, blocks, heads], `attn_bias` [m, blocks]; and `ids` [n] to this safetensors file."
 )
-@output_format
+@tabular_format
 def attribute(
     what: ModelOptions,
     position: int | None,
@@ -110,7 +110,8 @@ def attribute(
     content["attribution"] = {"by": by} | found
     if output:
         session.save(output, result.tensors(), by=by, versus=ids[1])
-    finish(session, content, output_format, output, attribution=partial(show, count=ALL if whole else count))
+    shown = partial(show, count=ALL if whole else count)
+    finish(session, content, output_format, output, result=result, attribution=shown)
 
 
 def both(
@@ -145,7 +146,7 @@ def both(
     if output:
         session.save(output, result.tensors(), by="token", versus=minus, mlp_path="both")
     content = {"mlp_path": "both", "reconstruction": worse.data(), "attribution": split}
-    finish(session, content, output_format, output, attribution=partial(show, count=count))
+    finish(session, content, output_format, output, result=result, attribution=partial(show, count=count))
 
 
 def show(data: dict[str, Any], count: int | None = None) -> None:
@@ -162,15 +163,15 @@ def show(data: dict[str, Any], count: int | None = None) -> None:
 
 
 def show_tokens(data: dict[str, Any], count: int) -> None:
-    """Print the shares with bars, all in order or the largest, and their sum; under both rules where both are there."""
+    """Print all shares in order, or the largest, with bars, and their sum; those of both rules side by side."""
     from ggjac.cli.render import bar, line, sink, table
 
     rules = [data] + ([data["other_rule"]] if "other_rule" in data else [])
     alone = len(rules) == 1  # bars of two rules are too wide for a terminal
-    parts = list(zip(*(rule["shares"] for rule in rules), strict=True))
-    ranked = sorted(parts, key=lambda shares: -abs(shares[0]["share"]))
-    shown, hidden = (ranked[:count], ranked[count:]) if count < len(parts) else (parts, [])
-    largest = max(abs(shares[0]["share"]) for shares in shown) or 1.0
+    lines = list(zip(*(rule["shares"] for rule in rules), strict=True))
+    if rest := max(0, len(lines) - count):
+        lines = sorted(lines, key=lambda shares: -max(abs(s["share"]) for s in shares))[:count]
+    largest = max(abs(shares[0]["share"]) for shares in lines) or 1.0
     rows: list[tuple] = [
         (
             shares[0]["position"],
@@ -178,11 +179,12 @@ def show_tokens(data: dict[str, Any], count: int) -> None:
             *(f"{s['share']:+.4f}" for s in shares),
             *([bar(shares[0]["share"], largest)] if alone else []),
         )
-        for shares in shown
+        for shares in lines
     ]
-    if hidden:
-        left = [f"{sum(s['share'] for s in rule):+.4f}" for rule in zip(*hidden, strict=True)]
-        rows.append(("", f"{len(hidden)} more: --all", *left, *([""] if alone else [])))
+    if rest:
+        shown = [sum(shares[i]["share"] for shares in lines) for i in range(len(rules))]
+        left = [sum(s["share"] for s in rule["shares"]) - part for rule, part in zip(rules, shown, strict=True)]
+        rows.append(("", f"{rest} more: --all", *(f"{value:+.4f}" for value in left), *([""] if alone else [])))
     end = [f"logit {data['logit']:.4f}"]
     rows.append(("", "offset (biases)", *(f"{rule['offset']:+.4f}" for rule in rules), *([""] if alone else [])))
     rows.append(("", "sum", *map(_sum, rules), *(end if alone else [])))

@@ -341,6 +341,14 @@ position = click.option(
 output_format = click.option(
     "--format", "output_format", type=click.Choice(["table", "json"]), default="table", show_default=True
 )
+tabular_format = click.option(  # of commands whose result is a table
+    "--format",
+    "output_format",
+    type=click.Choice(["table", "json", "csv", "latex"]),
+    default="table",
+    show_default=True,
+    help="csv has all digits and true texts; latex needs the package booktabs.",
+)
 
 
 def given(name: str) -> bool:
