@@ -17,12 +17,14 @@ from commands import COMMANDS, with_file
 from helpers import TOKENS, invoke
 
 import ggjac
+import ggjac.jacobian
 from ggjac.analysis.contrast import contrast
 from ggjac.analysis.jacobian import dense
 from ggjac.analysis.layers import layers
 from ggjac.analysis.norms import norms
 from ggjac.analysis.ranks import token_ranks
 from ggjac.display import visible
+from ggjac.model import PromptError
 from ggjac.parity import LayerError, Parity
 from ggjac.results import MAX_ROWS, Bars, Plotted, Points, Table, Words, _draw
 from ggjac.session import Session
@@ -175,8 +177,8 @@ AXES = {
     "branches": ("block", "share"),
     "portrait": ("share", ""),
     "comparison": ("index", "σ"),
-    "layers": ("blocks", "stable rank"),
-    "readout": ("blocks", "rank"),
+    "layers": ("depth", "stable rank"),
+    "readout": ("depth", "rank"),
     "token ranks": ("stable rank", ""),
     "per token": ("index", "σ"),
     "predictions": ("probability", ""),
@@ -349,7 +351,7 @@ def test_shares_in_tables_sum_to_the_logit(results: dict[str, Any]) -> None:
         assert total == pytest.approx(rows["logit"][own[0]])
     rows = branches.table().columns
     last = [i for i, position in enumerate(rows["output"]) if position == len(PROMPT) - 1]
-    assert [rows["block"][i] for i in last] == list(range(1, L + 1))
+    assert [rows["block"][i] for i in last] == list(range(L))
     heads = [sum(rows[f"head {h}"][i] for h in range(HEADS)) for i in last]
     assert heads == pytest.approx([rows["attn"][i] for i in last])
     total = sum(rows["attn"][i] + rows["mlp"][i] for i in last) + float(branches.embedding[-1] + branches.bias[-1])
@@ -453,3 +455,74 @@ def test_libraries_are_loaded_when_asked_for_and_pyplot_never() -> None:
     )
     out = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
     assert out.split("\n")[:2] == ["[]", "False"]
+
+
+# -- text and one-line reprs -------------------------------------------------------------------------------------------
+
+
+def test_a_table_is_printed_as_aligned_text() -> None:
+    table = Table("Title", {"token": ["␣of", "漢字"], "share": [0.5, -12.25], "near": [["a", "b"], []]}, ("a note",))
+    lines = [
+        "Title",
+        "token    share   near",
+        "─────────────────────",
+        "␣of        0.5   a b",
+        "漢字    −12.25",
+        "a note",
+    ]
+    assert str(table) == repr(table) == "\n".join(lines)
+    long = Table("T", {"n": list(range(MAX_ROWS + 7))})
+    assert str(long).splitlines()[-1] == "… 7 more rows: .to_pandas() has all"
+
+
+def test_printed_tokens_do_not_steer_a_terminal(results: dict[str, Any]) -> None:
+    for result in results.values():
+        text = str(result.table(stranger()))
+        assert all(c.isprintable() or c == "\n" for c in text)
+
+
+def test_what_ends_a_cell_is_one_short_line(results: dict[str, Any], tiny_file: Callable) -> None:
+    model = ggjac.open_model(tiny_file("gqa"))
+    trace = model.trace(PROMPT)
+    J = trace.jacobian(2)
+    inner = trace.jacobian(span=ggjac.jacobian.Span(1, ggjac.jacobian.Tap("attn", 2)))
+    each = ggjac.per_token(J, 1)
+    assert repr(J) == "DetachedJacobian [6, 64] -> [64], position 2, up"
+    assert repr(J.T) == "DetachedJacobian.T [64] -> [6, 64]"
+    assert repr(inner).endswith("position 5, up, from depth 1 to attn 2")
+    assert repr(model) == f"Model({model.path.name!r}, llama, {L} blocks, float32 on cpu)"
+    assert repr(trace) == f"Trace('[0][5][3][7][2][6]', 6 tokens, llama, {L} blocks)"
+    assert repr(each) == 'TokenSpectra("Singular vectors of each position\'s own map", 3 rows)'
+    assert each.table(trace).columns["token"] == ["[0]", "[5]", "[3]"]
+    plan = model.plan(PROMPT)
+    for shown in (J.at_position(1), plan, *results.values()):
+        assert len(repr(shown)) < 200, shown
+        assert "\n" not in repr(shown)
+
+
+# -- text where text is meant ------------------------------------------------------------------------------------------
+
+
+def test_a_target_may_be_a_text(tiny_file: Callable) -> None:
+    pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
+    model = ggjac.open_model(None)
+    trace = model.trace([0, 465, 637])
+    J, cold = trace.jacobian(), model.token(" cold")
+    assert model.word(cold) == "␣cold"
+    assert ggjac.attribute(J, " cold", " hot").logit == ggjac.attribute(J, cold, model.token(" hot")).logit
+    assert ggjac.attribute_positions(J, " cold").targets.tolist() == [cold] * 3
+    assert ggjac.attribute_branches(J, " cold").targets.tolist() == [cold]
+    assert ggjac.portray(J, 1, target=" cold").target == cold
+    with pytest.raises(PromptError, match="' cold and hot' is 3 tokens"):
+        ggjac.attribute(J, " cold and hot")
+    (word, chance), _ = trace.top(2)
+    assert word == model.word(int(trace.logits.argmax()))
+    assert chance == pytest.approx(float(trace.logits.softmax(0).max()))
+
+
+def test_a_vector_is_not_taken_for_a_stack(tiny_file: Callable) -> None:
+    J = ggjac.open_model(tiny_file("gqa")).trace(PROMPT).jacobian()
+    with pytest.raises(ValueError, match=r"takes stacked vectors \[k, 6, 64\], got \[6, 64\]"):
+        J.check_shape(J.x, J.in_shape)
+    with pytest.raises(ValueError, match=r"takes stacked vectors \[k, 64\], got \[64\]"):
+        J.check_shape(J.output, J.out_shape)

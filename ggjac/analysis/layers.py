@@ -66,7 +66,10 @@ class LayerMap:
     arriving: Ranked | None
 
     def data(self, words: Words = NO_WORDS) -> dict[str, Any]:
-        """Return where the map ends, and its triplets with the tokens that their left vectors promote."""
+        """Return where the map ends, and its triplets with the tokens that their left vectors promote.
+
+        `index` is a depth, in blocks applied; maps of one block, or to its attention or MLP, have its `block` too.
+        """
 
         def tokens(ranked: Ranked, j: int) -> list[dict[str, Any]]:
             return words.ranked(ranked.ids[j], ranked.scores[j])
@@ -75,6 +78,7 @@ class LayerMap:
             "map": self.map,
             "kind": self.tap.kind,
             "index": self.tap.index,
+            **({} if self.tap.kind == "layer" and self.map != "blockwise" else {"block": self.tap.index - 1}),
             "sweeps": self.sweeps,
             "stopped_by": self.stopped_by,
             "stable_rank": self.stable_rank.data(),
@@ -137,7 +141,7 @@ class Readout(Plotted):
     def _plot(self, words: Words) -> Points:
         name = words.name(int(self.tokens[0]))
         series = {name: (self.depths, self.ranks[:, 0].tolist(), ())}
-        return Points(f"Rank of {name} by depth", "blocks", "rank", series, log=True, flipped=True)
+        return Points(f"Rank of {name} by depth", "depth", "rank", series, log=True, flipped=True)
 
 
 class DirectionPath(NamedTuple):
@@ -241,7 +245,7 @@ class Layers(Plotted):
             for kind, own in found.items()
         }
         title = f"Stable rank by depth, {first.replace('_', ' ')} maps" if first else "Stable rank by depth"
-        return Points(title, "blocks", "stable rank", series)
+        return Points(title, "depth", "stable rank", series)
 
 
 class _Found(NamedTuple):

@@ -1,5 +1,6 @@
 """`ggjac attribute`: the exact share of every input token, layer or head in a logit."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,6 +14,7 @@ from ggjac.cli.planning import dry_run
 SHOWN = 24
 # Parts of each position, where there are several.
 LARGEST = 3
+ALL = 2**31
 
 
 class PositionOrAll(click.ParamType):
@@ -50,6 +52,13 @@ class PositionOrAll(click.ParamType):
     show_default=True,
     help="Parts: the input tokens; or, as direct logit attribution, the attention and MLP of each layer, or each head.",
 )
+@click.option(
+    "--count",
+    type=click.IntRange(min=1),
+    help=f"Number of parts in the tables, the largest first.  [default: all tokens or layers; {SHOWN} heads; {LARGEST} "
+    "at each of several positions]",
+)
+@click.option("--all", "whole", is_flag=True, help="Show all parts in the tables.")
 @output(
     "Save `targets` and `logits` [m], and `shares` [m, n], `offsets` [m]; or `embedding`, `bias` [m], `attn`, `mlp` "
     "[m, blocks], `heads` [m, blocks, heads], `attn_bias` [m, blocks]; and `ids` [n] to this safetensors file."
@@ -61,6 +70,8 @@ def attribute(
     target: str | None,
     versus: str | None,
     by: Literal["token", "layer", "head"],
+    count: int | None,
+    whole: bool,
     output: Path | None,
     output_format: str,
 ) -> None:
@@ -99,27 +110,30 @@ def attribute(
     content["attribution"] = {"by": by} | found
     if output:
         session.save(output, result.tensors(), by=by, versus=ids[1])
-    finish(session, content, output_format, output, attribution=show)
+    finish(session, content, output_format, output, attribution=partial(show, count=ALL if whole else count))
 
 
-def show(data: dict[str, Any]) -> None:
-    """Print the shares at one position part by part, at several in a line each; and their sums."""
+def show(data: dict[str, Any], count: int | None = None) -> None:
+    """Print the `count` largest shares at one position part by part, at several in a line each; and their sums."""
     entries = data.get("positions", [data])
     if len(entries) > 1:
-        show_positions(entries)
+        show_positions(entries, count or LARGEST)
     elif entries[0].get("by", "token") == "token":
-        show_tokens(entries[0])
+        show_tokens(entries[0], count or ALL)
     elif entries[0]["by"] == "head":
-        show_heads(entries[0])
+        show_heads(entries[0], count or SHOWN)
     else:
         show_blocks(entries[0])
 
 
-def show_tokens(data: dict[str, Any]) -> None:
-    """Print the shares with bars, and their sum."""
-    from ggjac.cli.render import bar, table
+def show_tokens(data: dict[str, Any], count: int) -> None:
+    """Print the shares with bars, all of them in order or the largest, and their sum."""
+    from ggjac.cli.render import bar, sink, table
 
-    largest = max(abs(s["share"]) for s in data["shares"]) or 1.0
+    shares = data["shares"]
+    if count < len(shares):
+        shares = sorted(shares, key=lambda s: -abs(s["share"]))[:count]
+    largest = max(abs(s["share"]) for s in shares) or 1.0
     rows: list[tuple] = [
         (
             s["position"],
@@ -127,12 +141,16 @@ def show_tokens(data: dict[str, Any]) -> None:
             f"{s['share']:+.4f}",
             bar(s["share"], largest),
         )
-        for s in data["shares"]
+        for s in shares
     ]
+    if rest := len(data["shares"]) - len(shares):
+        left = sum(s["share"] for s in data["shares"]) - sum(s["share"] for s in shares)
+        rows.append(("", f"{rest} more: --all", f"{left:+.4f}", ""))
     rows.append(("", "offset (biases)", f"{data['offset']:+.4f}", ""))
     rows.append(("", "sum", f"{data['logit'] - data['unexplained']:+.4f}", f"logit {data['logit']:.4f}"))
     columns = ["#position", "token", "#share", ""]
     table(f"Exact share of every input token in {asked_logit(data)}", columns, rows)
+    sink(data.get("sink"), asked_logit(data))
 
 
 def asked_logit(data: dict[str, Any]) -> str:
@@ -157,7 +175,7 @@ def show_blocks(data: dict[str, Any]) -> None:
     rows: list[tuple] = [("embedding", f"{data['embedding']:+.4f}", "", "", "")]
     for block in blocks:
         attn, mlp = block["attn"], block["mlp"]
-        name = f"block {block['block']}" + ("" if attends else f" ({block.get('mixer', 'attention')})")
+        name = f"L{block['block']}" + ("" if attends else f" ({block.get('mixer', 'attention')})")
         rows.append((name, f"{attn:+.4f}", bar(attn, largest), f"{mlp:+.4f}", bar(mlp, largest)))
     if data["bias"]:
         rows.append(("biases of norm and head", f"{data['bias']:+.4f}", "", "", ""))
@@ -165,17 +183,18 @@ def show_blocks(data: dict[str, Any]) -> None:
     rows.append(("all blocks", f"{attn:+.4f}", "", f"{mlp:+.4f}", ""))
     rows.append(("sum", _sum(data), f"logit {data['logit']:.4f}", "", ""))
     columns = ["", "#attention" if attends else "#token mixers", "", "#MLP", ""]
-    table(f"Exact share of every block's branches in {asked_logit(data)}", columns, rows)
+    table(f"Exact share of every block's attention and MLP in {asked_logit(data)}", columns, rows)
 
 
 def _parts(data: dict[str, Any]) -> list[tuple[str, float]]:
     """Return all that was added to the residual stream, by name."""
     parts = [("embedding", data["embedding"])]
     for block in data["blocks"]:
-        name = f"block {block['block']}"
+        name = f"L{block['block']}"
         if "heads" in block:
-            names = block.get("head_names") or [f"head {i}" for i in range(len(block["heads"]))]
-            parts += [(f"{name} {head}", share) for head, share in zip(names, block["heads"], strict=True)]
+            heads = block.get("head_names")
+            heads = [f" {head}" for head in heads] if heads else [f"H{i}" for i in range(len(block["heads"]))]
+            parts += [(f"{name}{head}", share) for head, share in zip(heads, block["heads"], strict=True)]
             parts.append((f"{name} bias of {block.get('mixer', 'attention')}", block["attn_bias"]))
         else:
             parts.append((f"{name} {block.get('mixer', 'attention')}", block["attn"]))
@@ -183,21 +202,21 @@ def _parts(data: dict[str, Any]) -> list[tuple[str, float]]:
     return [*parts, ("biases of norm and head", data["bias"])]
 
 
-def show_heads(data: dict[str, Any]) -> None:
+def show_heads(data: dict[str, Any], count: int) -> None:
     """Print the largest shares, and the sum of all others."""
     from ggjac.cli.render import bar, table
 
     parts = sorted(_parts(data), key=lambda part: -abs(part[1]))
-    shown, rest = parts[:SHOWN], [share for _, share in parts[SHOWN:] if share]
+    shown, rest = parts[:count], [share for _, share in parts[count:] if share]
     largest = max(abs(share) for _, share in shown) or 1.0
     rows = [(name, f"{share:+.4f}", bar(share, largest)) for name, share in shown if share]
     if rest:
-        rows.append((f"{len(rest)} more", f"{sum(rest):+.4f}", ""))
+        rows.append((f"{len(rest)} more: --count N or --all", f"{sum(rest):+.4f}", ""))
     rows.append(("sum", _sum(data), f"logit {data['logit']:.4f}"))
     table(f"Exact share of every head and MLP in {asked_logit(data)}", ["", "#share", ""], rows)
 
 
-def show_positions(entries: list[dict[str, Any]]) -> None:
+def show_positions(entries: list[dict[str, Any]], count: int) -> None:
     """Print a line for each position: its target, the largest shares and the sum."""
     from ggjac.cli.render import table
 
@@ -207,7 +226,7 @@ def show_positions(entries: list[dict[str, Any]]) -> None:
             parts = [(display.token(s), s["share"]) for s in data["shares"]] + [("offset", data["offset"])]
         else:
             parts = _parts(data)
-        top = sorted(parts, key=lambda part: -abs(part[1]))[:LARGEST]
+        top = sorted(parts, key=lambda part: -abs(part[1]))[:count]
         rows.append(
             (
                 data["position"],
@@ -218,7 +237,7 @@ def show_positions(entries: list[dict[str, Any]]) -> None:
                 _sum(data),
             )
         )
-    of = {"token": "every input token", "layer": "every block's branches", "head": "every head and MLP"}
+    of = {"token": "every input token", "layer": "every block's attention and MLP", "head": "every head and MLP"}
     less = f", minus the logit of {display.token(entries[0]['versus'])}" if entries[0]["versus"] else ""
     columns = ["#position", "token", "target", "#logit", "largest shares", "#sum of all"]
     table(f"Exact share of {of[entries[0]['by']]} in a logit at every position{less}", columns, rows)

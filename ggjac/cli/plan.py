@@ -10,7 +10,12 @@ from ggjac.cli.options import ModelOptions, model_options, output_format, positi
 @model_options()
 @position
 @click.option(
-    "-k", "--rank", type=click.IntRange(min=1), default=8, show_default=True, help="Number of singular triplets."
+    "-k",
+    "--rank",
+    type=click.IntRange(min=1),
+    default=8,
+    show_default=True,
+    help="Number of singular vectors.",
 )
 @click.option(
     "--for",

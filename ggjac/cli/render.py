@@ -78,6 +78,19 @@ def line(text: str) -> None:
     write(f"{text}\n")
 
 
+def sink(data: Mapping[str, Any] | None, of: str) -> None:
+    """Print that the first position takes most of something, where a result says so."""
+    if data:
+        line(f"position 0 ({display.token(data)}) takes {data['fraction']:.0%} of {of}, as an attention sink does")
+
+
+def more(*parts: tuple[int, str, str]) -> None:
+    """Print how many parts of which kind a table leaves out, if any, and the options that show them."""
+    if left := [f"{count} more {what}: {option}" for count, what, option in parts if count > 0]:
+        line(f"{'; '.join(left)}, or --format json")
+        line("")
+
+
 def emit_json(content: Mapping[str, Any]) -> None:
     """Print JSON; NaN and infinity become null, which JSON has. In ASCII, where stdout's encoding lacks a character."""
     text = runs.json_text(runs.finite(content))

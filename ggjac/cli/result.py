@@ -14,7 +14,7 @@ from ggjac.session import Session
 def show_reconstruction(data: dict[str, Any]) -> None:
     """Print the reconstruction error."""
     share = data["offset_norm"] / (data["output_norm"] or 1.0)
-    offset = f"offset {share:.1%} of ‖y‖" if share else "offset 0: no biases on the live path"
+    offset = f"offset {share:.1%} of ‖y‖" if share else "offset 0: no bias adds to it"
     sign, remark = ("<=", "") if data["healthy"] else (">", ": NOT healthy")
     line(f"Reconstruction ‖J x + offset - y‖/‖y‖ = {data['error']:.1e} ({sign} {data['limit']:.0e}{remark}); {offset}")
     line("")

@@ -59,7 +59,7 @@ def svd(
 
     Left vectors decode through the LM head to the tokens they promote, right vectors to the nearest input embeddings at
     each position. The coherence of a vector (mean cosine between the embeddings of its top tokens) is compared with
-    that of vectors with shuffled components. Exit code 3 if the sweeps ran out before every triplet reached --tol, or
+    that of vectors with shuffled components. Exit code 3 if the sweeps ran out before every vector reached --tol, or
     the reconstruction error is out of bounds.
 
     \b
@@ -110,7 +110,7 @@ def show(data: dict[str, Any]) -> None:
 def show_spectrum(data: dict[str, Any]) -> None:
     """Print singular values with both decodings; right vectors at the positions with most of their weight."""
     from ggjac import display
-    from ggjac.cli.render import line, numbers, table, words
+    from ggjac.cli.render import line, numbers, sink, table, words
 
     rows = []
     sigmas = numbers([t["singular_value"] for t in data["triplets"]])
@@ -127,11 +127,12 @@ def show_spectrum(data: dict[str, Any]) -> None:
         "#σ",
         "#residual",
         "left vector: tokens it promotes",
-        "right vector: share, position, nearest tokens",
+        "right vector: weight, position, nearest tokens",
     ]
     table("Singular vectors of the detached Jacobian", columns, rows)
     state = "converged" if data["converged"] else f"NOT converged to {data['tol']:.0e}"
     line(f"{state} after {data['sweeps']} sweeps (stopped by: {data['stopped_by']})")
+    sink(data.get("sink"), "the weight of right vector 1")
 
 
 def show_stable_rank(data: dict[str, Any]) -> None:
@@ -159,12 +160,11 @@ def show_readability(data: dict[str, Any]) -> None:
     )
     rows.append(("shuffled", next(by_chance), "", "", next(by_chance), "", ""))
     line("")
-    columns = ["##", "#left", "#sd above", "#by chance", "#right", "#sd above", "#by chance"]
+    columns = ["##", "#left", "#sd over chance", "#p", "#right", "#sd over chance", "#p"]
     table("Coherence: mean cosine between the embeddings of a vector's top tokens", columns, rows)
     line(
-        "right: at the position with most of its weight; sd above: standard deviations above the mean of "
-        f"{data['left']['shuffled']['count']} vectors with shuffled components; by chance: share of them that score as "
-        "high"
+        "right: at the position with most of its weight; sd over chance: standard deviations above the mean of "
+        f"{data['left']['shuffled']['count']} vectors with shuffled components; p: frequency of such a score among them"
     )
     line("")
 
