@@ -130,21 +130,16 @@ def show_tokens(data: dict[str, Any], count: int) -> None:
     """Print the shares with bars, all of them in order or the largest, and their sum."""
     from ggjac.cli.render import bar, sink, table
 
-    shares = data["shares"]
-    if count < len(shares):
-        shares = sorted(shares, key=lambda s: -abs(s["share"]))[:count]
-    largest = max(abs(s["share"]) for s in shares) or 1.0
-    rows: list[tuple] = [
-        (
-            s["position"],
-            display.token(s),
-            f"{s['share']:+.4f}",
-            bar(s["share"], largest),
-        )
-        for s in shares
-    ]
-    if rest := len(data["shares"]) - len(shares):
-        left = sum(s["share"] for s in data["shares"]) - sum(s["share"] for s in shares)
+    every = [(group, sum(s["share"] for s in group)) for group in display.characters(data["shares"])]
+    shown = every if count >= len(every) else sorted(every, key=lambda part: -abs(part[1]))[:count]
+    largest = max(abs(share) for _, share in shown) or 1.0
+    rows: list[tuple] = []
+    for group, share in shown:
+        rows.append((display.span(group), display.together(group), f"{share:+.4f}", bar(share, largest)))
+        if len(group) > 1:  # the bytes of one character
+            rows += [(s["position"], display.token(s), f"({s['share']:+.4f})", "") for s in group]
+    if rest := len(every) - len(shown):
+        left = sum(share for _, share in every) - sum(share for _, share in shown)
         rows.append(("", f"{rest} more: --all", f"{left:+.4f}", ""))
     rows.append(("", "offset (biases)", f"{data['offset']:+.4f}", ""))
     rows.append(("", "sum", f"{data['logit'] - data['unexplained']:+.4f}", f"logit {data['logit']:.4f}"))
