@@ -4,6 +4,7 @@ from ggjac.analysis.analyze import analyze as analyze
 from ggjac.analysis.attribute import attribute as attribute
 from ggjac.analysis.attribute import attribute_branches as attribute_branches
 from ggjac.analysis.attribute import attribute_positions as attribute_positions
+from ggjac.analysis.attribute import both_rules as both_rules
 from ggjac.analysis.compare import compare as compare
 from ggjac.analysis.compare import portray as portray
 from ggjac.analysis.contrast import contrast as contrast
@@ -14,7 +15,6 @@ from ggjac.analysis.per_token import per_token as per_token
 from ggjac.analysis.predict import predict as predict
 from ggjac.analysis.ranks import ranks as ranks
 from ggjac.analysis.ranks import token_ranks as token_ranks
-from ggjac.analysis.readability import readability as readability
 from ggjac.analysis.steer import steer as steer
 from ggjac.analysis.svd import spectrum as spectrum
 from ggjac.analysis.svd import stable_rank as stable_rank

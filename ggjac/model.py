@@ -5,6 +5,7 @@ second model. It reads each tensor of the file once.
 """
 
 import os
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -106,7 +107,13 @@ def find_device(name: str | torch.device) -> torch.device:
         ValueError: torch cannot use it here.
     """
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
+        if not torch.cuda.is_available():
+            return torch.device("cpu")
+        try:
+            return find_device("cuda")
+        except ValueError as error:
+            warnings.warn(f"{str(error).removesuffix('; use cpu')}: computing on the CPU", stacklevel=2)
+            return torch.device("cpu")
     try:
         device = torch.device(name)
     except RuntimeError as error:
@@ -116,11 +123,22 @@ def find_device(name: str | torch.device) -> torch.device:
     try:
         if device.type == "cuda" and not torch.cuda.is_available():
             raise RuntimeError("it finds no CUDA device")
-        torch.empty(0, device=device)
+        (torch.zeros(1, device=device) + 1).cpu()  # a kernel, and waiting for it: some builds have none for this card
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).split(". ")[0].rstrip(".")  # further sentences list all backends
+        reason = str(error).splitlines()[0].split(". ")[0].rstrip(".")  # further sentences list all backends
+        if "no kernel image" in reason:
+            reason += f": this build of torch has no code for {_card(device)}; install a build of torch that has"
         raise ValueError(f"device {name} was asked for, but torch cannot use it here ({reason}); use cpu") from None
     return device
+
+
+def _card(device: torch.device) -> str:
+    """Return what a CUDA device is, for a message."""
+    try:
+        major, minor = torch.cuda.get_device_capability(device)
+        return f"{torch.cuda.get_device_name(device)}, compute capability {major}.{minor}"
+    except (RuntimeError, AssertionError):
+        return "this device"
 
 
 class Model:

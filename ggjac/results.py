@@ -6,9 +6,11 @@ texts of tokens come from the trace that they were computed from: `result.table(
 `result` shows ids.
 """
 
+import csv
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from html import escape
+from io import StringIO
 from itertools import cycle
 from typing import Any, NamedTuple, Protocol
 from unicodedata import combining, east_asian_width
@@ -38,12 +40,14 @@ class Prompt(Protocol):
 class Words:
     """Texts of tokens, where there is a trace to take them from."""
 
-    def __init__(self, trace: Prompt | None = None):
-        self.trace = trace
+    def __init__(self, trace: Prompt | None = None, *, true: bool = False):
+        self.trace, self.true = trace, true
 
     def __call__(self, id: int) -> str | int:
-        """Return a token on one line, with everything visible; without a trace its id."""
-        return id if self.trace is None else self.trace.model.word(int(id))
+        """Return a token on one line, with everything visible, or its `true` text; without a trace its id."""
+        if self.trace is None:
+            return id
+        return self.token(id)["text"] if self.true else self.trace.model.word(int(id))
 
     def each(self, ids: Sequence[int]) -> list[str | int]:
         """Return several tokens."""
@@ -149,6 +153,31 @@ class Table:
 
     __repr__ = __str__
 
+    def to_csv(self) -> str:
+        """Return all rows as comma-separated values: numbers with all digits, a column for each of several tokens."""
+        columns: dict[str, Sequence[Any]] = {}
+        for name, column in self.columns.items():
+            if any(isinstance(cell, list | tuple) for cell in column):
+                most = max(map(len, column))
+                columns |= {f"{name} {i + 1}": [[*c, *[None] * most][i] for c in column] for i in range(most)}
+            else:
+                columns[name] = column
+        text = StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerows([columns, *zip(*columns.values(), strict=True)])
+        return text.getvalue()
+
+    def to_latex(self) -> str:
+        """Return all rows as a LaTeX table for the package booktabs; some scripts need XeLaTeX or LuaLaTeX."""
+        sides = "".join("r" if _numeric(column) else "l" for column in self.columns.values())
+        cells = zip(*self.columns.values(), strict=True)
+        head, *rows = (
+            " & ".join(map(_latex, row)) + r" \\" for row in (self.columns, *(map(_text, row) for row in cells))
+        )
+        body = [r"\toprule", head, r"\midrule", *rows, r"\bottomrule"]
+        said = [f"% {line}" for line in (self.title, *self.notes)]
+        return "\n".join([*said, rf"\begin{{tabular}}{{{sides}}}", *body, r"\end{tabular}", ""])
+
     def _more(self) -> tuple[str, ...]:
         """Return a note on the rows that are not shown."""
         rows = max(map(len, self.columns.values()), default=0)
@@ -169,6 +198,20 @@ class Table:
             f"<tbody>{''.join(f'<tr>{line}</tr>' for line in lines)}</tbody></table>"
             + "".join(f'<div style="font-size:90%">{escape(note)}</div>' for note in (*self._more(), *self.notes))
         )
+
+
+# Characters that LaTeX reads as commands or joins, or that its fonts lack, and how it prints them.
+_IN_LATEX = {
+    **{character: rf"\{character}" for character in "&%$#_{}"},
+    **{"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "␣": r"\textvisiblespace{}"},
+    **{"<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}", "`": r"\textasciigrave{}"},
+    **{"−": "$-$", "–": "--", "σ": r"$\sigma$", "-": "{-}"},
+}
+
+
+def _latex(text: str) -> str:
+    """Return a text as LaTeX prints it; no token of a stranger's file is a command."""
+    return "".join(_IN_LATEX.get(character, character) for character in text)
 
 
 def _numeric(column: Sequence[Any]) -> bool:
@@ -218,6 +261,10 @@ class Result:
             {name: [value] for name, value in found.items() if isinstance(value, int | float | str)},
         )
 
+    def exhibits(self, trace: Prompt | None = None) -> list[Table]:
+        """Return the tables for print: the one of `table`, unless a kind of result has its own."""
+        return [self.table(trace)]
+
     def table(self, trace: Prompt | None = None) -> Table:
         """Return the result as a table; with the trace it was computed from, tokens are texts instead of ids."""
         return self._table(Words(trace))
@@ -244,6 +291,7 @@ class Points(NamedTuple):
     log: bool = False
     scatter: bool = False  # against the diagonal
     flipped: bool = False  # logarithmic y downwards, as of ranks
+    parts: tuple[str, ...] = ()  # of the network, one for each series: they have the same tones in every chart
 
 
 class Bars(NamedTuple):
@@ -276,7 +324,8 @@ def _draw(plot: Points | Bars) -> Any:
 
     if isinstance(plot, Bars):
         return figures.draw(charts.Bars("", *plot))
-    tones = dict(zip(plot.series, cycle(("accent", "ink", "faint")), strict=False))
+    own = [charts.PARTS[part] for part in plot.parts]
+    tones = dict(zip(plot.series, own or cycle(("accent", "ink", "faint")), strict=False))
     series = tuple(
         charts.Series(
             name,

@@ -131,10 +131,10 @@ class Session:
 
     # -- plan ----------------------------------------------------------------------------------------------------------
 
-    def fit(self, command: str, n: int | None = None, **request: Any) -> None:
+    def fit(self, command: str, n: int | None = None, **request: Any) -> planner.Plan:
         """Refuse work that its budget cannot hold, before it starts, and keep ready what the budget has room for.
 
-        Arguments as those of `plan`.
+        Arguments and result as those of `plan`.
 
         Raises:
             NoFitError: with what is needed, and what to lower.
@@ -143,6 +143,7 @@ class Session:
         plan = self.plan(command, n, **request)
         self.model.fit(plan)
         self._resident = not plan.tapes_on_disk
+        return plan
 
     def plan(self, command: str, n: int | None = None, **request: Any) -> planner.Plan:
         """Return the plan of a command on this prompt.

@@ -1,7 +1,10 @@
 """Results in a notebook: what their tables say, what strangers' tokens do there, and what is drawn."""
 
 import builtins
+import csv
+import io
 import math
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -106,7 +109,6 @@ def results(tiny_file: Callable) -> dict[str, Any]:
     a, b = (ggjac.portray(m.trace(PROMPT).jacobian(), 2, target=3) for m in (model, other))
     depths = layers(J, 2, maps=["cumulative"], top=3)
     spectrum = ggjac.spectrum(J, rank=3, top=4)
-    worth = ggjac.readability(J, spectrum.svd.U, spectrum.heaviest, shuffles=8)
     return {
         "svd": spectrum.svd,
         "spectrum": spectrum,
@@ -125,8 +127,6 @@ def results(tiny_file: Callable) -> dict[str, Any]:
         "readout": depths.readout,
         "token ranks": token_ranks(J),
         "per token": ggjac.per_token(J, 2, top=3)[-1],
-        "readability": worth,
-        "coherence": worth.left,
         "predictions": ggjac.predict(trace, 3),
         "steering": ggjac.steer(model, PROMPT, [1, 2, 3], strengths=[1.0, 0.5], max_tokens=2),
     }
@@ -155,11 +155,6 @@ EXPECTED: dict[str, tuple[list[str], int]] = {
     "readout": (["depth", "probability", "tokens", "rank"], L + 1),
     "token ranks": (["position", "token", "value", "error", "frobenius"], len(PROMPT)),
     "per token": (["sigma", "residual", "left", "right"], 2),
-    "coherence": (["score", "above", "chance"], 3),
-    "readability": (
-        ["left score", "left above", "left chance", "right score", "right above", "right chance"],
-        3,
-    ),
     "predictions": (["next", "logit", "probability"], 3),
     "steering": (["strength", "control", "kl", "mass", "hits", "generated"], 5),
 }
@@ -399,11 +394,6 @@ def test_other_tables_hold_the_results_numbers(results: dict[str, Any]) -> None:
     concept, control = axes.lines
     assert concept.get_xydata().tolist() == [[0, 0], [0.5, rows["kl"][2]], [1, rows["kl"][1]]]
     assert control.get_ydata()[1] == rows["kl"][4]
-    rows = results["coherence"].table().columns
-    assert rows["above"] == results["coherence"].above.tolist()
-    both = results["readability"].table().columns
-    assert [both[f"left {name}"] for name in rows] == list(rows.values())
-    assert both["right score"] == results["readability"].right.scores.tolist()
     last = results["per token"]
     trace = SimpleNamespace(ids=PROMPT, model=SimpleNamespace(word=lambda id: f"t{id}"))
     assert last.table(trace).title == "Singular triplets of position t6"
@@ -526,3 +516,61 @@ def test_a_vector_is_not_taken_for_a_stack(tiny_file: Callable) -> None:
         J.check_shape(J.x, J.in_shape)
     with pytest.raises(ValueError, match=r"takes stacked vectors \[k, 64\], got \[64\]"):
         J.check_shape(J.output, J.out_shape)
+
+
+# -- CSV and LaTeX -----------------------------------------------------------------------------------------------------
+
+
+def read_csv(text: str) -> list[dict[str, str]]:
+    return list(csv.DictReader(io.StringIO(text)))
+
+
+def test_csv_has_all_digits_and_true_texts(results: dict[str, Any]) -> None:
+    names = dict(enumerate((" of", "a,b", 'say "x"', "␣", "line\nbreak", "\\n", "=1+1", "é")))
+    tokenizer = SimpleNamespace(name=lambda id: names.get(id, f"t{id}").encode(), kind=lambda id: "normal")
+    trace = SimpleNamespace(ids=PROMPT, model=SimpleNamespace(tokenizer=tokenizer))
+    rows = read_csv(results["attribution"]._table(Words(trace, true=True)).to_csv())
+    assert [row["token"] for row in rows] == [names[id] for id in PROMPT]
+    assert [float(row["share"]) for row in rows] == results["attribution"].shares.tolist()
+    found = read_csv(results["spectrum"].table().to_csv())
+    assert [[int(row[f"left {i}"]) for i in range(1, 5)] for row in found] == results["spectrum"].left.ids.tolist()
+
+
+def test_no_token_is_a_command_of_latex(results: dict[str, Any]) -> None:
+    name = r"\input{/etc/passwd}%$&#_^~<|>`"
+    trace = SimpleNamespace(ids=PROMPT, model=SimpleNamespace(word=lambda id: name))
+    known = "textbackslash|textasciitilde|textasciicircum|textless|textgreater|textbar|textasciigrave"
+    lines = results["attribution"].table(trace).to_latex().splitlines()
+    rows = lines[lines.index(r"\midrule") + 1 : lines.index(r"\bottomrule")]
+    assert len(rows) == len(PROMPT)
+    for row in rows:
+        cells = row.removesuffix(r" \\").split(" & ")
+        assert len(cells) == 3
+        rest = re.sub(rf"\\(?:{known})\{{\}}|\\[&%$#_{{}}]", "", cells[1])
+        assert rest == "input/etc/passwd"
+    assert all(line.startswith("%") for line in lines[: lines.index(r"\begin{tabular}{rlr}")])
+
+
+def test_the_layer_grid_in_latex(results: dict[str, Any]) -> None:
+    trace = SimpleNamespace(ids=PROMPT, model=SimpleNamespace(word=lambda id: f"␣t{id}"))
+    layer, attn, mlp = results["layers"].exhibits(trace)
+    assert [next(iter(table.columns)) for table in (layer, attn, mlp)] == ["depth", "block", "block"]
+    assert layer.columns["depth"] == list(range(1, L + 1))
+    assert attn.columns["block"] == [f"L{i}" for i in range(L)]
+    first = next(m for m in results["layers"].maps if m.tap.kind == "layer")
+    cells = r"\textvisiblespace{}t" + r" \textvisiblespace{}t".join(map(str, first.left.ids[1].tolist()))
+    assert f"& {cells} \\\\\n" in layer.to_latex()
+
+
+@pytest.mark.parametrize("command", sorted(COMMANDS.keys() - {"analyze", "compare", "ranks", "steer"}))  # of several
+def test_what_is_a_table_is_printed_as_csv_and_latex(command: str, tiny_file: Callable) -> None:
+    model = tiny_file("gqa")
+    options = ["-m", model, *TOKENS, *COMMANDS[command].options, *with_file(command, model)]
+    rows = read_csv(invoke(command, *options, "--format", "csv").stdout)
+    text = invoke(command, *options, "--format", "latex").stdout
+    assert rows
+    assert all(None not in row and None not in row.values() for row in rows), "every row has as many cells as the head"
+    for table in text.split(r"\begin{tabular}")[1:]:
+        body = table[table.index(r"\toprule") : table.index(r"\bottomrule")].splitlines()
+        counts = {len(re.findall(r"(?<!\\)&", line)) for line in body if line.endswith(r"\\")}
+        assert len(counts) == 1

@@ -10,6 +10,7 @@ import re
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from difflib import get_close_matches
@@ -31,12 +32,12 @@ COMMANDS = {
     "plan": "Show whether a command will fit in memory, and how long it will take.",
     "predict": "Show the most likely next tokens.",
     "verify": "Compare tokens, logits and every layer with llama.cpp.",
-    "svd": "Leading singular vectors, decoded to tokens, with a chance baseline.",
+    "svd": "Leading singular vectors, decoded to tokens.",
     "jacobian": "The dense detached Jacobian, and the contribution of each position.",
     "layers": "Singular vectors and stable rank of every layer, and the logit lens.",
     "ranks": "Stable rank of every token's own map, over many prompts.",
     "norms": "Longest columns and rows of the dense detached Jacobian, decoded.",
-    "attribute": "Exact shares of input tokens in a logit; direct logit attribution to layers and heads.",
+    "attribute": "Shares of input tokens in a logit; direct logit attribution to layers and heads.",
     "compare": "Two files of one model: spectra, subspaces, shares, logits.",
     "contrast": "Reconstruction with and without freezing: detached and ordinary Jacobian.",
     "steer": "Steer one prompt with the linear map of another (activation steering).",
@@ -103,6 +104,7 @@ class Commands(click.Group):
         for stream in (sys.stdout, sys.stderr):
             if isinstance(stream, io.TextIOWrapper):  # None where the shell has closed it
                 stream.reconfigure(errors="backslashreplace")
+        warnings.showwarning = _show_warning
         return super().main(*args, **options)
 
     def list_commands(self, ctx: click.Context) -> list[str]:
@@ -142,6 +144,14 @@ class Commands(click.Group):
         _name_crashes()
         with _plain_errors(), _catching_signals():
             return super().invoke(ctx)
+
+
+def _show_warning(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+    """Print a warning to stderr, on one line."""
+    from ggjac.tokenizer import visible
+
+    text = " ".join(str(message).split())
+    click.echo(f"Warning: {visible(text.encode('utf-8', 'surrogateescape'))}", err=True)
 
 
 @contextmanager

@@ -61,7 +61,7 @@ def analyze(
     The folder holds report.html (to look at), run.json (all results, with their provenance) and tensors.safetensors (U,
     S, Vh, residual, x, y, offset, linear_output, logits, shares, ids; with --contrast, ordinary_output; with
     --per-token, token_U, token_S, token_Vh, token_residual; with --layers, the tensors of `ggjac layers`). The report
-    and run.json also have direct logit attribution to blocks and heads, and the coherence of decoded vectors. Exit code
+    and run.json also have direct logit attribution to blocks and heads. Exit code
     3 if a check fell outside its tolerance.
 
     \b
@@ -72,6 +72,7 @@ def analyze(
     from ggjac.cli.result import failed
     from ggjac.cli.session import open_session, show_doubts, show_saved
     from ggjac.gguf import shown
+    from ggjac.report.summary import plain, sentences
 
     session = open_session(what, position=position, rank=rank)
     depths = None if layers is None else layers.of(session.model.config.block_count)
@@ -89,6 +90,9 @@ def analyze(
         content = run(session, folder, resume=resume, show=show, **options, **parts)
     if as_table:
         show_doubts(content["model"])
+        for sentence in sentences(content):
+            line(plain(sentence))
+        line("")
         show_saved(folder)
         show_saved(folder / "report.html")
     else:

@@ -1,5 +1,6 @@
-"""`ggjac attribute`: the exact share of every input token, layer or head in a logit."""
+"""`ggjac attribute`: the share of every input token, layer or head in a logit; the sum is exact."""
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -7,7 +8,7 @@ from typing import Any, Literal
 import click
 
 from ggjac import display
-from ggjac.cli.options import ModelOptions, model_options, output, output_format
+from ggjac.cli.options import ModelOptions, PositionOrAll, model_options, output, tabular_format
 from ggjac.cli.planning import dry_run
 
 # Parts in a table of heads; the smaller ones are added up in one line.
@@ -15,23 +16,13 @@ SHOWN = 24
 # Parts of each position, where there are several.
 LARGEST = 3
 ALL = 2**31
-
-
-class PositionOrAll(click.ParamType):
-    """An output position, or all of them (None)."""
-
-    name = "position"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | None:
-        """Parse `-1` or `all`."""
-        try:
-            return None if value == "all" else int(value)
-        except ValueError:
-            self.fail(f"{value!r} is neither a position nor all; positions count from 0, or back from -1", param, ctx)
+# What shares do not say, by token and by block; under every table of them.
+CAVEAT = "The sum is exact; its division depends on the freezing rule (--mlp-path both). A share is not importance."
+DIRECT = "Direct logit attribution, the same under both freezing rules: what a part adds, wherever it read that from."
 
 
 @click.command()
-@model_options()
+@model_options(both=True)
 @dry_run
 @click.option(
     "--position",
@@ -63,7 +54,7 @@ class PositionOrAll(click.ParamType):
     "Save `targets` and `logits` [m], and `shares` [m, n], `offsets` [m]; or `embedding`, `bias` [m], `attn`, `mlp` "
     "[m, blocks], `heads` [m, blocks, heads], `attn_bias` [m, blocks]; and `ids` [n] to this safetensors file."
 )
-@output_format
+@tabular_format
 def attribute(
     what: ModelOptions,
     position: int | None,
@@ -75,11 +66,13 @@ def attribute(
     output: Path | None,
     output_format: str,
 ) -> None:
-    """Split a token's logit, or a logit difference, exactly: the shares and the biases sum to it.
+    """Split a token's logit, or a logit difference, into shares; they and the biases sum to it exactly.
 
-    By token, a share follows the live (not frozen) paths from an input embedding to the logit. By layer or head it is
-    direct logit attribution: what that part adds to the residual stream at the output position, read through the frozen
-    final norm and the LM head. Exit code 3 if the reconstruction error is out of bounds.
+    By token, a share follows the live (not frozen) paths from an input embedding to the logit. Which paths are live is
+    a rule, --mlp-path: under the other rule the sum is the same and the shares are not. A share is not importance. By
+    layer or head it is direct logit attribution: what that part adds to the residual stream at the output position,
+    read through the frozen final norm and the LM head; the same under both rules. Exit code 3 if the reconstruction
+    error is out of bounds.
 
     \b
     ggjac attribute -m model.gguf -p "The capital of France is" --target " Paris" --versus " Rome" --by head
@@ -89,6 +82,13 @@ def attribute(
     from ggjac.cli.session import note_likelier, one_token, open_session
 
     everywhere = position is None
+    if what.both_rules:
+        if everywhere or by != "token" or what.trace:
+            raise click.UsageError(
+                "--mlp-path both compares the shares of the tokens at one position, from two forward passes; leave "
+                "--position all, --by and --trace out"
+            )
+        return both(what, position or 0, target, versus, output, output_format, ALL if whole else count)
     session = open_session(what, position=-1 if position is None else position, output=output)
     ids = one_token(session, target), one_token(session, versus, "--versus")
     content: dict[str, Any] = {"position": "all"} if everywhere else {}
@@ -110,7 +110,45 @@ def attribute(
     content["attribution"] = {"by": by} | found
     if output:
         session.save(output, result.tensors(), by=by, versus=ids[1])
-    finish(session, content, output_format, output, attribution=partial(show, count=ALL if whole else count))
+    shown = partial(show, count=ALL if whole else count)
+    finish(session, content, output_format, output, result=result, attribution=shown)
+
+
+def both(
+    what: ModelOptions,
+    position: int,
+    target: str | None,
+    versus: str | None,
+    output: Path | None,
+    output_format: str,
+    count: int | None,
+) -> None:
+    """Split one logit under either freezing rule, one after the other: two forward passes at once may not fit."""
+    from ggjac.analysis.attribute import attribute, both_rules
+    from ggjac.cli.result import finish
+    from ggjac.cli.session import note_likelier, one_token, open_session
+
+    session = open_session(what, position=position, output=output)
+    minus = one_token(session, versus, "--versus")
+    rebuilt = [session.reconstruction()]
+    first = session.run("attribution", attribute, one_token(session, target), minus)
+    note_likelier(session, target, first.target)
+    note_likelier(session, versus, minus, "--versus")
+    again = replace(what, mlp_path="gate", prompt=None, file=None, chat=None, system=None, tokens=session.ids)
+    text = session.text
+    del session  # its forward pass is not needed any more
+    session = open_session(again, position=position, output=output)
+    session.text = text
+    rebuilt.append(session.reconstruction())
+    result = both_rules(first, session.run("attribution", attribute, first.target, minus))
+    note_likelier(session, target, first.target)
+    note_likelier(session, versus, minus, "--versus")
+    worse = max(rebuilt, key=lambda found: found.error)
+    split = {"by": "token"} | result.data(session.words)
+    if output:
+        session.save(output, result.tensors(), by="token", versus=minus, mlp_path="both")
+    content = {"mlp_path": "both", "reconstruction": worse.data(), "attribution": split}
+    finish(session, content, output_format, output, result=result, attribution=partial(show, count=count))
 
 
 def show(data: dict[str, Any], count: int | None = None) -> None:
@@ -127,25 +165,53 @@ def show(data: dict[str, Any], count: int | None = None) -> None:
 
 
 def show_tokens(data: dict[str, Any], count: int) -> None:
-    """Print the shares with bars, all of them in order or the largest, and their sum."""
-    from ggjac.cli.render import bar, sink, table
+    """Print all shares in order, or the largest, with bars, and their sum; those of both rules side by side."""
+    from ggjac.cli.render import bar, line, sink, table
 
-    every = [(group, sum(s["share"] for s in group)) for group in display.characters(data["shares"])]
-    shown = every if count >= len(every) else sorted(every, key=lambda part: -abs(part[1]))[:count]
-    largest = max(abs(share) for _, share in shown) or 1.0
+    rules = [data] + ([data["other_rule"]] if "other_rule" in data else [])
+    alone = len(rules) == 1  # bars of two rules are too wide for a terminal
+    lines = _characters(rules)
+    if rest := max(0, len(lines) - count):
+        lines = sorted(lines, key=lambda line: -max(map(abs, line[1])))[:count]
+    largest = max(abs(sums[0]) for _, sums in lines) or 1.0
     rows: list[tuple] = []
-    for group, share in shown:
-        rows.append((display.span(group), display.together(group), f"{share:+.4f}", bar(share, largest)))
-        if len(group) > 1:  # the bytes of one character
-            rows += [(s["position"], display.token(s), f"({s['share']:+.4f})", "") for s in group]
-    if rest := len(every) - len(shown):
-        left = sum(share for _, share in every) - sum(share for _, share in shown)
-        rows.append(("", f"{rest} more: --all", f"{left:+.4f}", ""))
-    rows.append(("", "offset (biases)", f"{data['offset']:+.4f}", ""))
-    rows.append(("", "sum", f"{data['logit'] - data['unexplained']:+.4f}", f"logit {data['logit']:.4f}"))
-    columns = ["#position", "token", "#share", ""]
-    table(f"Exact share of every input token in {asked_logit(data)}", columns, rows)
+    for parts, sums in lines:
+        place = display.span(parts[0]), display.together(parts[0])
+        drawn = [bar(sums[0], largest)] if alone else []
+        rows.append((*place, *(f"{value:+.4f}" for value in sums), *drawn))
+        if len(parts[0]) > 1:  # the bytes of one character
+            for each in zip(*parts, strict=True):
+                values = (f"({s['share']:+.4f})" for s in each)
+                rows.append((each[0]["position"], display.token(each[0]), *values, *([""] if alone else [])))
+    if rest:
+        left = [
+            sum(s["share"] for s in rule["shares"]) - sum(sums[i] for _, sums in lines) for i, rule in enumerate(rules)
+        ]
+        rows.append(("", f"{rest} more: --all", *(f"{value:+.4f}" for value in left), *([""] if alone else [])))
+    end = [f"logit {data['logit']:.4f}"]
+    rows.append(("", "offset (biases)", *(f"{rule['offset']:+.4f}" for rule in rules), *([""] if alone else [])))
+    rows.append(("", "sum", *map(_sum, rules), *(end if alone else [])))
+    names = ["#share", ""] if alone else [f"#mlp-path {rule['mlp_path']}" for rule in rules]
+    of = f" (mlp-path {data['mlp_path']})" if alone else ""
+    table(f"Share of every input token in {asked_logit(data)}{of}", ["#position", "token", *names], rows)
+    if not alone:
+        found = data["agreement"]
+        line(
+            f"Rank correlation of the rules {found['spearman']:.2f}; their absolute differences sum to "
+            f"{found['difference']:.4g}, their absolute shares to {found['size']:.4g} on average."
+        )
     sink(data.get("sink"), asked_logit(data))
+    line(CAVEAT)
+
+
+def _characters(rules: list[dict[str, Any]]) -> list[tuple[list[list[dict[str, Any]]], list[float]]]:
+    """Return the shares of each token, or of tokens that only together make up a character: by rule, and summed."""
+    found, start = [], 0
+    for group in display.characters(rules[0]["shares"]):
+        parts = [rule["shares"][start : start + len(group)] for rule in rules]
+        found.append((parts, [sum(s["share"] for s in part) for part in parts]))
+        start += len(group)
+    return found
 
 
 def asked_logit(data: dict[str, Any]) -> str:
@@ -162,7 +228,7 @@ def _sum(data: dict[str, Any]) -> str:
 
 def show_blocks(data: dict[str, Any]) -> None:
     """Print two columns: the shares of the attention, or what is in its place, and of the MLP of each block."""
-    from ggjac.cli.render import bar, table
+    from ggjac.cli.render import bar, line, table
 
     blocks = data["blocks"]
     attends = not any("mixer" in block for block in blocks)  # everywhere
@@ -178,7 +244,8 @@ def show_blocks(data: dict[str, Any]) -> None:
     rows.append(("all blocks", f"{attn:+.4f}", "", f"{mlp:+.4f}", ""))
     rows.append(("sum", _sum(data), f"logit {data['logit']:.4f}", "", ""))
     columns = ["", "#attention" if attends else "#token mixers", "", "#MLP", ""]
-    table(f"Exact share of every block's attention and MLP in {asked_logit(data)}", columns, rows)
+    table(f"Share of every block's attention and MLP in {asked_logit(data)}", columns, rows)
+    line(DIRECT)
 
 
 def _parts(data: dict[str, Any]) -> list[tuple[str, float]]:
@@ -199,7 +266,7 @@ def _parts(data: dict[str, Any]) -> list[tuple[str, float]]:
 
 def show_heads(data: dict[str, Any], count: int) -> None:
     """Print the largest shares, and the sum of all others."""
-    from ggjac.cli.render import bar, table
+    from ggjac.cli.render import bar, line, table
 
     parts = sorted(_parts(data), key=lambda part: -abs(part[1]))
     shown, rest = parts[:count], [share for _, share in parts[count:] if share]
@@ -208,12 +275,13 @@ def show_heads(data: dict[str, Any], count: int) -> None:
     if rest:
         rows.append((f"{len(rest)} more: --count N or --all", f"{sum(rest):+.4f}", ""))
     rows.append(("sum", _sum(data), f"logit {data['logit']:.4f}"))
-    table(f"Exact share of every head and MLP in {asked_logit(data)}", ["", "#share", ""], rows)
+    table(f"Share of every head and MLP in {asked_logit(data)}", ["", "#share", ""], rows)
+    line(DIRECT)
 
 
 def show_positions(entries: list[dict[str, Any]], count: int) -> None:
     """Print a line for each position: its target, the largest shares and the sum."""
-    from ggjac.cli.render import table
+    from ggjac.cli.render import line, table
 
     rows = []
     for data in entries:
@@ -235,4 +303,6 @@ def show_positions(entries: list[dict[str, Any]], count: int) -> None:
     of = {"token": "every input token", "layer": "every block's attention and MLP", "head": "every head and MLP"}
     less = f", minus the logit of {display.token(entries[0]['versus'])}" if entries[0]["versus"] else ""
     columns = ["#position", "token", "target", "#logit", "largest shares", "#sum of all"]
-    table(f"Exact share of {of[entries[0]['by']]} in a logit at every position{less}", columns, rows)
+    rule = f" (mlp-path {entries[0]['mlp_path']})" if entries[0]["by"] == "token" else ""
+    table(f"Share of {of[entries[0]['by']]} in a logit at every position{less}{rule}", columns, rows)
+    line(CAVEAT if rule else DIRECT)

@@ -13,10 +13,10 @@ from ggjac.cli.options import (
     layer_options,
     model_options,
     output,
-    output_format,
     position,
     resume,
     spectrum_options,
+    tabular_format,
     top,
 )
 from ggjac.cli.planning import dry_run
@@ -34,7 +34,7 @@ VECTORS, WORDS, LIKELY = 3, 3, 6
 @top("Tokens per vector and depth.")
 @output("Save U, S, residual and stable rank of every map, and the ranks, to this safetensors file.")
 @resume
-@output_format
+@tabular_format
 def layers(
     what: ModelOptions,
     position: int,
@@ -73,7 +73,7 @@ def layers(
             session.save(output, result.tensors(), **settings)
     vectors = options["rank"] if given("rank") else VECTORS
     tokens = options["top"] if given("top") else WORDS
-    finish(session, content, output_format, output, layers=partial(show, vectors=vectors, tokens=tokens))
+    finish(session, content, output_format, output, result=result, layers=partial(show, vectors=vectors, tokens=tokens))
 
 
 def show(data: dict[str, Any], vectors: int = VECTORS, tokens: int = WORDS) -> None:

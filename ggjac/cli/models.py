@@ -16,7 +16,7 @@ def models(output_format: str) -> None:
     is downloaded.
 
     \b
-    ggjac models
+    ggjac models --format json
     """
     from ggjac.cli import render
     from ggjac.gguf import hub, shown

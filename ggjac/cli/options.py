@@ -84,6 +84,19 @@ class DepthRanges:
         return sorted(found)
 
 
+class PositionOrAll(click.ParamType):
+    """An output position, or all of them (None)."""
+
+    name = "position"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | None:
+        """Parse `-1` or `all`."""
+        try:
+            return None if value == "all" else int(value)
+        except ValueError:
+            self.fail(f"{value!r} is neither a position nor all; positions count from 0, or back from -1", param, ctx)
+
+
 class MemorySize(click.ParamType):
     """An amount of memory, in bytes once parsed."""
 
@@ -148,6 +161,7 @@ class ModelOptions:
     device: str
     dtype: str
     mlp_path: MlpPath
+    both_rules: bool
     ram_budget: int | None
     vram_budget: int | None
     trace: Path | None
@@ -288,13 +302,6 @@ _COMPUTE = [
         help="Dtype of all computation.",
     ),
     click.option(
-        "--mlp-path",
-        type=click.Choice(get_args(MlpPath)),
-        default="up",
-        show_default=True,
-        help="Factor of a gated MLP that stays live (not frozen).",
-    ),
-    click.option(
         "--ram-budget",
         type=MemorySize(),
         metavar="SIZE",
@@ -308,6 +315,20 @@ _COMPUTE = [
     ),
     click.option("-q", "--quiet", is_flag=True, help="Do not show progress."),
 ]
+_MLP_PATH = click.option(
+    "--mlp-path",
+    type=click.Choice(get_args(MlpPath)),
+    default="up",
+    show_default=True,
+    help="Factor of a gated MLP that stays live (not frozen).",
+)
+_BOTH_RULES = click.option(
+    "--mlp-path",
+    type=click.Choice([*get_args(MlpPath), "both"]),
+    default="up",
+    show_default=True,
+    help="Factor of a gated MLP that stays live (not frozen); both shows the shares under either rule.",
+)
 _TRACE = click.option(
     "--trace",
     type=click.Path(file_okay=False, path_type=Path),
@@ -319,6 +340,14 @@ position = click.option(
 )
 output_format = click.option(
     "--format", "output_format", type=click.Choice(["table", "json"]), default="table", show_default=True
+)
+tabular_format = click.option(  # of commands whose result is a table
+    "--format",
+    "output_format",
+    type=click.Choice(["table", "json", "csv", "latex"]),
+    default="table",
+    show_default=True,
+    help="csv has all digits and true texts; latex needs the package booktabs.",
 )
 
 
@@ -447,18 +476,24 @@ def iteration_options(command: Callable) -> Callable:
     return command
 
 
-def model_options(*, prompt: str = PROMPT_HELP, file: str = FILE_HELP, trace: bool = True) -> Callable:
+def model_options(
+    *, prompt: str = PROMPT_HELP, file: str = FILE_HELP, trace: bool = True, both: bool = False
+) -> Callable:
     """Return a decorator that adds the options of `ModelOptions` and passes them on as one argument, `what`.
 
     Args:
         prompt, file: help of `--prompt` and `--file`, where a command's own differ.
         trace: False for a command that runs several prompts or models, and so keeps no forward pass.
+        both: whether `--mlp-path` may be `both`: `both_rules` then is set, and `mlp_path` is `up`.
     """
-    options = [*_MODEL, *_prompt_options(prompt, file), *_COMPUTE, *([_TRACE] if trace else [])]
+    rule = _BOTH_RULES if both else _MLP_PATH
+    options = [*_MODEL, *_prompt_options(prompt, file), *_COMPUTE, rule, *([_TRACE] if trace else [])]
 
     def decorate(command: Callable) -> Callable:
         def wrapped(**params: Any) -> Any:
             own = {field.name: params.pop(field.name, None) for field in fields(ModelOptions)}
+            own["both_rules"] = own["mlp_path"] == "both"
+            own["mlp_path"] = "up" if own["both_rules"] else own["mlp_path"]
             what = ModelOptions(**own)
             if not what.ways and texts.piped():
                 what = replace(what, file=texts.STDIN)

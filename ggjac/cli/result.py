@@ -6,8 +6,9 @@ from typing import Any
 
 import click
 
-from ggjac.cli.render import emit_json, line
+from ggjac.cli.render import emit_json, emit_tables, line
 from ggjac.cli.session import show_doubts, show_saved, show_tokens
+from ggjac.results import Result
 from ggjac.session import Session
 
 
@@ -25,6 +26,8 @@ def finish(
     content: dict[str, Any],
     output_format: str,
     output: Path | None = None,
+    *,
+    result: Result,
     **show: Callable[[Any], None],
 ) -> None:
     """Print a command's result, as JSON with its provenance or as tables, and exit with code 3 if a check failed.
@@ -32,13 +35,16 @@ def finish(
     Args:
         session: of the result.
         content: the result's parts by name.
-        output_format: `json` or `table`.
+        output_format: `json`, `table`, `csv` or `latex`.
         output: where tensors were saved, if anywhere.
+        result: the main one, as CSV or LaTeX.
         show: functions that print the part of that name, in this order; a reconstruction comes first.
     """
     envelope = session.envelope()
     if output_format == "json":
         emit_json(envelope | content)
+    elif output_format in ("csv", "latex"):
+        emit_tables(result, session, output_format)
     else:
         show_tokens(session.tokens(), session.warnings)
         show_doubts(envelope["model"])

@@ -14,7 +14,7 @@ from ggjac import display, planner, runs
 from ggjac.chat import ChatError
 from ggjac.cli import texts
 from ggjac.cli.options import ModelOptions, asked_name
-from ggjac.cli.planning import requested
+from ggjac.cli.planning import requested, warn_if_long
 from ggjac.cli.progress import Reporter
 from ggjac.cli.render import line, table
 from ggjac.model import DeviceError, Model, PromptError, open_model
@@ -108,7 +108,9 @@ def check_output(output: Path | None, option: str, what: ModelOptions, model: Mo
 
 
 def fit_command(session: Session, n: int | None = None, **request: Any) -> None:
-    """Plan the running command with its own options and keep to the plan; arguments as `Session.fit` takes them.
+    """Plan the running command with its own options, keep to the plan, and warn if it takes long.
+
+    Arguments as `Session.fit` takes them.
 
     Raises:
         click.UsageError: an option is out of range.
@@ -117,7 +119,9 @@ def fit_command(session: Session, n: int | None = None, **request: Any) -> None:
     context = click.get_current_context()
     asked = requested(context.params, session.model.config.block_count)
     with usage_errors():
-        session.fit(context.info_name or "", n, **asked | {"position": session.position} | request)
+        plan = session.fit(context.info_name or "", n, **asked | {"position": session.position} | request)
+    if not context.params.get("resume"):  # what is left of it is not known
+        warn_if_long(plan, session.model.gguf, session.threads, str(session.model.device))
 
 
 @contextlib.contextmanager
