@@ -4,6 +4,7 @@ from ggjac.analysis.analyze import analyze as analyze
 from ggjac.analysis.attribute import attribute as attribute
 from ggjac.analysis.attribute import attribute_branches as attribute_branches
 from ggjac.analysis.attribute import attribute_positions as attribute_positions
+from ggjac.analysis.attribute import both_rules as both_rules
 from ggjac.analysis.compare import compare as compare
 from ggjac.analysis.compare import portray as portray
 from ggjac.analysis.contrast import contrast as contrast
@@ -14,11 +15,11 @@ from ggjac.analysis.per_token import per_token as per_token
 from ggjac.analysis.predict import predict as predict
 from ggjac.analysis.ranks import ranks as ranks
 from ggjac.analysis.ranks import token_ranks as token_ranks
-from ggjac.analysis.readability import readability as readability
 from ggjac.analysis.steer import steer as steer
 from ggjac.analysis.svd import spectrum as spectrum
 from ggjac.analysis.svd import stable_rank as stable_rank
 from ggjac.gguf import open_gguf as open_gguf
+from ggjac.inventory import local_models as local_models
 from ggjac.jacobian import DetachedJacobian as DetachedJacobian
 from ggjac.jacobian.reconstruction import reconstruction as reconstruction
 from ggjac.linop import LinearOperator as LinearOperator

@@ -66,7 +66,7 @@ class Continuation:
             h = self.change(i + 1, h)
             if not h.isfinite().all():
                 name = str(model.dtype).removeprefix("torch.")
-                raise NumericsError(f"block {i} overflowed {name}; try a wider --dtype or a smaller --strength")
+                raise NumericsError(f"block {i} overflowed {name}; try a wider dtype or a smaller strength")
         self.length += len(ids)
         return model.freeze_final_norm(h).apply(h)
 

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ggjac import blocks, decode, planner
+from ggjac import blocks, chat, decode, planner
 from ggjac.blocks import BlockTape, Frame, NormTape, Past
 from ggjac.config import ModelConfig, fused_parts, read_config
 from ggjac.display import visible
@@ -58,6 +58,7 @@ def open_model(
     dtype: str | torch.dtype = "float32",
     threads: int | None = None,
     asked: str | None = None,
+    context: int | None = None,
 ) -> "Model":
     """Open a GGUF model for tracing; reads headers only.
 
@@ -67,12 +68,15 @@ def open_model(
         device: a torch device, or `"auto"`: CUDA where there is one, else the CPU.
         dtype: dtype of all computation: `"float32"`, `"float64"`, `"bfloat16"` or `"float16"`. Norms and softmax are
             computed in float32 at least.
-        threads: CPU threads for dequantization and torch; default torch's own number.
+        threads: CPU threads for dequantization and torch; default torch's own number, or as many whole CPUs as the
+            quota of this process's container allows.
         asked: the name for which `path` was found, if it was not found here.
+        context: the largest number of tokens, and, as in llama.cpp, what decides between LongRoPE's short and long
+            factors; default the model's own, and the length of each prompt.
 
     Raises:
         GGUFError: the file cannot be opened or is damaged.
-        ConfigError: the model is not supported; the message has the reason.
+        ConfigError: the model is not supported, or has no positions for such a context; the message has the reason.
         WeightError: a tensor's storage type is not supported.
         DeviceError: there is no device of that name.
         ValueError: torch cannot use the device here, or the dtype is unknown.
@@ -85,13 +89,13 @@ def open_model(
     if threads is not None and threads < 1:
         raise ValueError(f"threads={threads}: at least one is needed")
     device = find_device(device)
-    if threads:
+    threads = threads or machine.torch_threads()
+    if threads != torch.get_num_threads():
         torch.set_num_threads(threads)
     torch.backends.cuda.matmul.allow_tf32 = False  # TF32 keeps 10 bits of mantissa: not float32
     found = resolve(path or demo_path())
     asked = asked or (None if path is None or found == Path(path) else str(path))
-    threads = threads or torch.get_num_threads()
-    return Model(open_gguf(found), device=device, dtype=dtype, threads=threads, asked=asked)
+    return Model(open_gguf(found), device=device, dtype=dtype, threads=threads, asked=asked, context=context)
 
 
 def find_device(name: str | torch.device) -> torch.device:
@@ -126,6 +130,8 @@ class Model:
         gguf: the open container; `path` is its file.
         asked: the name in another program's store for which the file was found; None for a path.
         config: sizes and constants.
+        context: the context that was asked for, or None.
+        trained_context: the number of tokens that the model was trained on.
         weights: every tensor, dequantized on demand.
         tokenizer: text to token ids and back.
         embedding: `[v, d]` input embeddings, streamed.
@@ -134,10 +140,19 @@ class Model:
     """
 
     def __init__(
-        self, file: GGUFFile, *, device: torch.device, dtype: torch.dtype, threads: int, asked: str | None = None
+        self,
+        file: GGUFFile,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        threads: int,
+        asked: str | None = None,
+        context: int | None = None,
     ):
-        self.gguf, self.path, self.asked = file, file.path, asked
-        self.config: ModelConfig = read_config(file.metadata, {t.name: t.shape for t in file.tensors.values()})
+        self.gguf, self.path, self.asked, self.context = file, file.path, asked, context
+        config = read_config(file.metadata, {t.name: t.shape for t in file.tensors.values()})
+        self.trained_context = config.context_length
+        self.config: ModelConfig = config.with_context(context)
         self.weights = WeightStore(file, device=device, dtype=dtype, threads=threads)
         self.device, self.dtype, self.chunk_bytes = device, dtype, CHUNK_BYTES
         self.embedding: Weight = self.weights["token_embd.weight"]
@@ -164,21 +179,31 @@ class Model:
             types=metadata.get("tokenizer.ggml.token_type"),
         )
 
-    def tokenize(self, prompt: str) -> list[int]:
-        """Return the token ids of a prompt, with BOS if the vocabulary requires it, and special tokens parsed.
+    def tokenize(self, prompt: str, *, parse_special: bool = True) -> list[int]:
+        """Return the token ids of a prompt, with BOS if the vocabulary requires it, and never with EOS after it.
+
+        With `parse_special`, `<s>` and the like in the text are the tokens that they name.
 
         Raises:
             PromptError: the text is empty.
             TokenizerError: the file has no tokenizer, or llama-cpp-python is not installed.
         """
         if not prompt:
-            raise PromptError("the prompt is empty; give a text with -p or token ids with --tokens")
+            raise PromptError("the prompt is empty; give a text or token ids")
         try:
-            return self.tokenizer.encode(prompt)
+            return self.tokenizer.prompt(prompt, parse_special=parse_special)
         except TokenizerError:
             if prompt in DEMO_PROMPTS and self.path == demo_path():
                 return list(DEMO_PROMPTS[prompt])
             raise
+
+    def chat(self, question: str, system: str | None = None) -> str:
+        """Return the prompt in which a user asks a question, by the file's own chat template.
+
+        Raises:
+            ChatError: the file has no template, or it cannot be used.
+        """
+        return chat.rendered(self.gguf.metadata, self.tokenizer, question, system)
 
     def word(self, id: int) -> str:
         """Return a token's name on one line, never empty; control characters are visible and harmless to a terminal."""
@@ -262,8 +287,8 @@ class Model:
         Args:
             prompt: text, or token ids.
             mlp_path: freezing rule of gated feed-forwards; see `ggjac.blocks.networks.record_hidden`.
-            n_ctx: context size that decides between short and long rope factors where a model has both; default the
-                prompt's length. (llama.cpp uses the context it allocates, a multiple of 256.)
+            n_ctx: context size that decides between short and long rope factors where a model has both; default that of
+                `open_model`, or the prompt's length. (llama.cpp uses the context it allocates, a multiple of 256.)
             imitate: round where llama.cpp does on the CPU, for parity: GELU comes from a half-precision table, and
                 rotary angles are float32 (see `ggjac.rope.rotation`).
             tapes: True keeps tapes in memory, for Jacobians; a `Tapes` keeps them where it says, and continues an
@@ -323,7 +348,7 @@ class Model:
         """Return the settings that all blocks share, for positions 0 to `n - 1`; arguments as `trace` takes them."""
         config = self.config
         ropes = {layer.rope for layer in config.layers if layer.rope}
-        factors = self._rope_factors(n_ctx or n)
+        factors = self._rope_factors(n_ctx or self.context or n)
         return Frame(
             config,
             {rope: rotation(replace(rope, rounded=imitate), n, factors if rope.factored else None) for rope in ropes},
@@ -370,14 +395,17 @@ class Model:
         """Return the tensors of one block; those requested with `live` are used in every sweep, and may be cached."""
         return self.weights.block(index, fused_parts(self.config, index), live=live)
 
-    def prompt_ids(self, prompt: str | Sequence[int]) -> list[int]:
-        """Return the token ids of a prompt, which may be ids already, if this model can run them.
+    def prompt_ids(self, prompt: str | Sequence[int], *, parse_special: bool = True) -> list[int]:
+        """Return the token ids of a prompt, which may be ids already, if this model can run them; see `tokenize`.
 
         Raises:
             PromptError: no tokens, more than the model's context, or ids outside the vocabulary.
             TokenizerError: a text, and the file has no tokenizer, or llama-cpp-python is not installed.
         """
-        return self.check_prompt(self.tokenize(prompt) if isinstance(prompt, str) else [int(i) for i in prompt])
+        ids = (
+            self.tokenize(prompt, parse_special=parse_special) if isinstance(prompt, str) else [int(i) for i in prompt]
+        )
+        return self.check_prompt(ids)
 
     def check_position(self, position: int, n: int) -> int:
         """Return a position of `n`, counted from the start; negative positions count from the end.
@@ -397,9 +425,11 @@ class Model:
         """
         context, vocabulary = self.config.context_length, self.config.vocabulary
         if not ids:
-            raise PromptError("the prompt has no tokens; give a text with -p or token ids with --tokens")
+            raise PromptError("the prompt has no tokens; give a text or token ids")
         if len(ids) > context:
-            raise PromptError(f"the prompt has {len(ids)} tokens, the model's context {context}; shorten it")
+            raise PromptError(
+                f"the prompt has {len(ids)} tokens, the model's context {context}; shorten it, or give a larger context"
+            )
         if len(ids) > self.config.longest:
             raise PromptError(
                 f"the prompt has {len(ids)} tokens, of which this model's attention selects {self.config.longest}: not "

@@ -39,6 +39,7 @@ from ggjac.architectures import Graph
 from ggjac.blocks import Past
 from ggjac.display import visible
 from ggjac.gguf import GGUFFile, open_gguf, shown
+from ggjac.planner import machine
 from ggjac.results import NO_WORDS, Plotted, Points, Table, Words
 
 if TYPE_CHECKING:
@@ -208,6 +209,7 @@ def verify(
     strict: bool = False,
     tolerance: float | None = None,
     prompt: str | None = None,
+    parse_special: bool = True,
     trace: "Trace | None" = None,
     threads: int | None = None,
     progress: Callable[[str], None] | None = None,
@@ -223,6 +225,7 @@ def verify(
         strict: let llama.cpp run a copy of the file rewritten as F32.
         tolerance: relative L2 allowed for logits and layers in either mode, instead of the default.
         prompt: the text of the ids; llama.cpp tokenizes it too, and the token ids are compared.
+        parse_special: as in `Model.tokenize`.
         trace: a trace of the same ids. Only its logits are compared, no layer, and nothing is computed again.
         threads: of llama.cpp; by default the CPUs that this process may use.
         progress: called with a line of text before each step.
@@ -233,7 +236,7 @@ def verify(
     """
     report = progress or (lambda _: None)
     if prompt is not None:
-        model.tokenize(prompt)  # refuses text that would crash llama.cpp
+        model.tokenize(prompt, parse_special=parse_special)  # refuses text that would crash llama.cpp
     types = {info.type.name for info in model.gguf.tensors.values()}
     row, given = model.config.row, tolerance
     if row.recurrent_blocks in ("no kv heads", "interval"):
@@ -254,14 +257,16 @@ def verify(
             types = _types(path)
         report("llama.cpp: evaluating the prompt")
         names = (*row.graph.attention, *row.graph.ffn, *row.graph.stream, OUTPUT)
-        reference = run_llama_cpp(path, ids, layers=trace is None, prompt=prompt, threads=threads, names=names)
+        text: dict[str, Any] = {"prompt": prompt, "parse_special": parse_special}
+        reference = run_llama_cpp(path, ids, layers=trace is None, threads=threads, names=names, **text)
         reference = replace(reference, tensors=by_kind(reference.tensors, row.graph))
+    theirs = reference.prompt_ids
     judged = partial(
         judge,
         reference,
         mode="strict" if strict else "as is",
         tolerance=tolerance,
-        tokens_equal=None if reference.prompt_ids is None else reference.prompt_ids == list(ids),
+        tokens_equal=None if theirs is None else model.tokenizer.unfinished(theirs) == list(ids),
         cause=_cause(types, model.dtype, row.activation == "gelu"),
     )
     if trace is not None:
@@ -627,6 +632,7 @@ def run_llama_cpp(
     *,
     layers: bool = True,
     prompt: str | None = None,
+    parse_special: bool = True,
     threads: int | None = None,
     names: Sequence[str] = NAMES,
     control_vector: str | os.PathLike[str] | None = None,
@@ -655,7 +661,8 @@ def run_llama_cpp(
             ids=[int(id) for id in ids],
             names=list(names) if layers else [],
             prompt=prompt,
-            threads=threads or _cpus(),
+            parse_special=parse_special,
+            threads=threads or machine.cpus(),
             folder=folder,
             control=None if control_vector is None else os.fsdecode(control_vector),
         )
@@ -682,7 +689,9 @@ def rewrite_as_f32(path: str | os.PathLike[str], folder: str | os.PathLike[str],
     target = Path(folder) / "f32.gguf"
     try:
         with _llama_cpp(f"while it rewrote {_name(path)} as F32") as child:
-            child.ask("rewrite", source=os.fsdecode(source), target=os.fsdecode(target), threads=threads or _cpus())
+            child.ask(
+                "rewrite", source=os.fsdecode(source), target=os.fsdecode(target), threads=threads or machine.cpus()
+            )
     except BaseException:
         target.unlink(missing_ok=True)
         raise
@@ -738,10 +747,6 @@ def _llama_cpp(task: str) -> Iterator[llamacpp.Child]:
             likely = "too little memory" if error.will_not_fit else "a tensor's type or size that it does not support"
             message = f"llama.cpp itself ended {task}, most likely because of {likely} ({message})"
         raise (NoRoomError if error.will_not_fit else ParityError)(message) from None
-
-
-def _cpus() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _name(path: str | os.PathLike[str]) -> str:

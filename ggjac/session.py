@@ -24,10 +24,11 @@ from ggjac.jacobian import DetachedJacobian, Progress
 from ggjac.jacobian.reconstruction import Reconstruction, reconstruction
 from ggjac.jacobian.tapes import TapeError, Tapes
 from ggjac.model import Model, Trace
+from ggjac.planner import machine
+from ggjac.prompts import position_remark, remarks
 from ggjac.results import Words
 from ggjac.runs.journal import Journal, JournalError
 from ggjac.sizes import MlpPath
-from ggjac.tokenizer import bos_warning
 
 # Between checkpoints, at least.
 CHECKPOINT_SECONDS = 30.0
@@ -71,6 +72,7 @@ class Session:
         model: from `ggjac.open_model`.
         prompt: text, or token ids.
         position: of the output; negative counts from the end.
+        parse_special: `<s>` and the like in a text are the tokens that they name.
         mlp_path: freezing rule of gated feed-forwards, `"up"` or `"gate"`.
         trace: folder in which the forward pass is kept, and used again if it is there.
         tapes: False keeps nothing of the forward pass but outputs and logits.
@@ -84,7 +86,7 @@ class Session:
         ids: the `n` token ids.
         text: the prompt's text; None where token ids were given.
         position: of the output, from 0.
-        warning: what looks wrong with BOS, or None.
+        notes: remarks on the prompt, to which a caller may add.
         journal: of the checkpoint, inside `checkpointed`.
 
     Raises:
@@ -99,6 +101,7 @@ class Session:
         prompt: str | Sequence[int],
         *,
         position: int = -1,
+        parse_special: bool = True,
         mlp_path: MlpPath = "up",
         trace: str | os.PathLike[str] | None = None,
         tapes: bool = True,
@@ -110,14 +113,21 @@ class Session:
     ):
         self.model, self.mlp_path, self.keeps_tapes = model, mlp_path, tapes
         self.text = prompt if isinstance(prompt, str) else None
-        self.ids = model.prompt_ids(prompt)
+        self.parse_special = parse_special
+        self.ids = model.prompt_ids(prompt, parse_special=parse_special)
         self.position = model.check_position(position, len(self.ids))
         self.trace_folder = None if trace is None else Path(trace)
         self.ram_budget, self.vram_budget = ram_budget, vram_budget
         self.threads, self.stages, self.command = threads, stages or Stages(), list(command)
-        self.warning = bos_warning(model.tokenizer, self.ids)
+        self.notes = remarks(model, self.ids, self.text)
         self.journal: Journal | None = None
         self._resident = True
+
+    @property
+    def warnings(self) -> list[str]:
+        """Remarks of a line each on the prompt and the output position: what may not be as it was meant."""
+        here = position_remark(self.model, self.ids, self.position)
+        return self.notes + ([here] if here else [])
 
     # -- plan ----------------------------------------------------------------------------------------------------------
 
@@ -153,7 +163,7 @@ class Session:
             ram_budget=self.ram_budget,
             vram_budget=self.vram_budget,
             tapes_on_disk=self.trace_folder is not None,
-            threads=self.threads or os.cpu_count(),  # as a plan without the model, which `ggjac plan` makes
+            threads=self.threads or machine.cpus(),  # as a plan without the model, which `ggjac plan` makes
             **{"position": self.position} | request,
         )
 
@@ -219,6 +229,7 @@ class Session:
                 self.ids,
                 strict=strict,
                 prompt=self.text,
+                parse_special=self.parse_special,
                 trace=trace,
                 threads=self.threads,
                 progress=lambda step: report(step, next(steps), 5),
@@ -270,7 +281,7 @@ class Session:
             "tokens": self.ids,
             "dtype": self.dtype,
             "mlp-path": self.mlp_path,
-        }
+        } | ({} if self.model.context is None else {"context": self.model.context})
 
     def _machine_identity(self) -> dict[str, Any]:
         """Return what may change the last bits of a result."""
@@ -370,10 +381,11 @@ class Session:
                 "bytes": model.gguf.nbytes,
                 "fingerprint": model.gguf.fingerprint(),
                 "sha256": model.gguf.hashes,
+                "warning": model.weights.holes.warning(),
             },
             "prompt": self.text,
             "tokens": self.tokens(),
-            "warning": self.warning,
+            "warnings": self.warnings,
             "position": self.position,
             "device": str(model.device),
             "dtype": self.dtype,

@@ -67,8 +67,6 @@ PROBES = 16
 # Sweeps until eight residuals are below 1e-3, up and down counted singly: 6 to 10 on spectra like those of models.
 EXPECTED_SWEEPS = 8
 
-# Vectors with shuffled components that decoded ones are compared with.
-SHUFFLES = 200
 
 # Finished products that may wait in memory for the next checkpoint, in bytes.
 WAITING_BYTES = 64 << 20

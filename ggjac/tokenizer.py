@@ -53,6 +53,16 @@ class Tokenizer(ABC):
     def adds_bos(self) -> bool:
         """Return whether every prompt begins with BOS by the vocabulary's rules."""
 
+    @property
+    @abstractmethod
+    def eos_id(self) -> int | None:
+        """Return the id of the end-of-sequence token; None if there is none or it cannot be determined."""
+
+    @property
+    @abstractmethod
+    def adds_eos(self) -> bool:
+        """Return whether every text ends with EOS by the vocabulary's rules."""
+
     @abstractmethod
     def encode(self, text: str, *, add_special: bool = True, parse_special: bool = True) -> list[int]:
         """Return the ids of a text as llama.cpp does; of an empty one BOS alone, or nothing if no BOS is added.
@@ -64,6 +74,17 @@ class Tokenizer(ABC):
             TokenizerError: the vocabulary cannot be read, the text is not valid Unicode, or has characters for
                 which the vocabulary has neither a token nor bytes.
         """
+
+    def prompt(self, text: str, *, parse_special: bool = True) -> list[int]:
+        """Return the ids of a text that a model is to continue: `encode` without the EOS that it appends; errors too.
+
+        After EOS a model predicts how another text begins.
+        """
+        return self.unfinished(self.encode(text, parse_special=parse_special))
+
+    def unfinished(self, ids: Sequence[int]) -> list[int]:
+        """Return the ids of a text without the EOS that the vocabulary's rules appended, if they do."""
+        return list(ids[:-1] if self.adds_eos and ids and ids[-1] == self.eos_id else ids)
 
     @abstractmethod
     def piece(self, id: int) -> bytes:
@@ -89,7 +110,7 @@ def open_tokenizer(path: str | os.PathLike[str], *, tokens: Any, model: Any, typ
     `tokenizer.ggml.tokens`, `.model` and `.token_type`, unchecked: they may be anything. The types make the bytes of
     special and unused tokens exact.
     """
-    instead = "give token ids instead, as in --tokens 1,2,3"
+    instead = "give token ids instead"
     flaw = None
     if model in NO_TOKENIZER or not isinstance(model, str):
         flaw = f"tokenizer.ggml.model is {model if isinstance(model, str) else _kind(model)}"
@@ -103,7 +124,7 @@ def open_tokenizer(path: str | os.PathLike[str], *, tokens: Any, model: Any, typ
     if flaw is not None:
         return RawVocabulary(tokens, model, types, reason=f"{_name(path)} contains no tokenizer ({flaw}); {instead}")
     if why := llamacpp.missing():
-        return RawVocabulary(tokens, model, types, reason=f"{why}, or give token ids, as in --tokens 1,2,3")
+        return RawVocabulary(tokens, model, types, reason=f"{why}, or give token ids")
     return LlamaVocabulary(path, RawVocabulary(tokens, model, types, reason=""))
 
 
@@ -145,6 +166,16 @@ class RawVocabulary(Tokenizer):
 
     @property
     def adds_bos(self) -> bool:
+        """Return False, for the same reason."""
+        return False
+
+    @property
+    def eos_id(self) -> int | None:
+        """Return None, for the same reason."""
+        return None
+
+    @property
+    def adds_eos(self) -> bool:
         """Return False, for the same reason."""
         return False
 
@@ -200,13 +231,26 @@ class LlamaVocabulary(Tokenizer):
     @property
     def bos_id(self) -> int | None:
         """Return the id of the begin-of-sequence token; None if there is none or the vocabulary cannot be read."""
-        id = self._rules["bos"] if self._readable() else -1
-        return id if 0 <= id < self.n_vocab else None
+        return self._special("bos")
 
     @property
     def adds_bos(self) -> bool:
         """Return whether every prompt begins with BOS by the vocabulary's rules."""
         return self._readable() and self._rules["add_bos"]
+
+    @property
+    def eos_id(self) -> int | None:
+        """Return the id of the end-of-sequence token; None if there is none or the vocabulary cannot be read."""
+        return self._special("eos")
+
+    @property
+    def adds_eos(self) -> bool:
+        """Return whether every text ends with EOS by the vocabulary's rules."""
+        return self._readable() and self._rules["add_eos"]
+
+    def _special(self, name: str) -> int | None:
+        id = self._rules[name] if self._readable() else -1
+        return id if 0 <= id < self.n_vocab else None
 
     def encode(self, text: str, *, add_special: bool = True, parse_special: bool = True) -> list[int]:
         """Return the ids of a text as llama.cpp does; see `Tokenizer.encode`."""
@@ -215,8 +259,7 @@ class LlamaVocabulary(Tokenizer):
             data = text.encode("utf-8")
         except UnicodeEncodeError as error:
             raise TokenizerError(
-                f"the text is not valid Unicode at character {error.start}; save it as UTF-8, or give token ids, "
-                "as in --tokens 1,2,3"
+                f"the text is not valid Unicode at character {error.start}; save it as UTF-8, or give token ids"
             ) from None
         self._refuse_unspellable(text)
         ids = self._ask("tokenize", text=text, add_special=add_special, parse_special=parse_special)
@@ -278,7 +321,7 @@ class LlamaVocabulary(Tokenizer):
                 weakref.finalize(self, child.close)
                 self._rules = child.ask("vocabulary", path=os.fsdecode(self.path))
             except llamacpp.LlamaCppError as error:
-                self._failure = self._message("cannot read the vocabulary of", error)
+                self._failure = self._repeated() or self._message("cannot read the vocabulary of", error)
                 raise TokenizerError(self._failure) from None
             if self._rules["n_tokens"] < self.n_vocab:
                 self._failure = f"llama.cpp reads fewer tokens from {_name(self.path)} than its metadata lists"
@@ -295,11 +338,25 @@ class LlamaVocabulary(Tokenizer):
             except llamacpp.LlamaCppError as error:
                 raise TokenizerError(self._message("cannot use the vocabulary of", error)) from None
 
+    def _repeated(self) -> str | None:
+        """Return which tokens have the same string: llama.cpp ends its process on such a vocabulary."""
+        first: dict[str, int] = {}
+        texts = [text.partition("\0")[0] for text in self._raw.tokens]  # as C reads them
+        pairs = [(first[text], id) for id, text in enumerate(texts) if text and first.setdefault(text, id) != id]
+        if not pairs:
+            return None
+        shown = ", ".join(f"{a} and {b} ({visible(self._raw.name(a))})" for a, b in pairs[:3])
+        more = f" and {len(pairs) - 3} more" if len(pairs) > 3 else ""
+        return (
+            f"llama.cpp cannot read the vocabulary of {_name(self.path)}: tokens are in it twice: {shown}{more}; take "
+            "another conversion of the model, or give token ids"
+        )
+
     def _message(self, cannot: str, error: llamacpp.LlamaCppError) -> str:
         reason = visible(str(error).encode("utf-8", errors="surrogateescape"))
         if isinstance(error, llamacpp.LlamaCppDied):
             reason = f"llama.cpp itself ended ({reason})"
-        return f"llama.cpp {cannot} {_name(self.path)}: {reason}; give token ids, as in --tokens 1,2,3"
+        return f"llama.cpp {cannot} {_name(self.path)}: {reason}; give token ids"
 
     @cached_property
     def _missing_bytes(self) -> frozenset[int]:
@@ -319,8 +376,7 @@ class LlamaVocabulary(Tokenizer):
             if not self._missing_bytes.isdisjoint(character.encode("utf-8")):
                 raise TokenizerError(
                     f"{_name(self.path)}: the vocabulary has no token for {visible(character.encode())!r} "
-                    f"(U+{ord(character):04X}) and cannot spell it in bytes; leave it out, or give token ids, "
-                    "as in --tokens 1,2,3"
+                    f"(U+{ord(character):04X}) and cannot spell it in bytes; leave it out, or give token ids"
                 )
 
     def _refuse_dropped(self, ids: list[int], data: bytes) -> None:
@@ -329,7 +385,7 @@ class LlamaVocabulary(Tokenizer):
         if lost := sorted(set(data) - set(spelled)):
             raise TokenizerError(
                 f"{_name(self.path)}: the vocabulary has no token for the byte 0x{lost[0]:02X} of the text; "
-                "leave it out, or give token ids, as in --tokens 1,2,3"
+                "leave it out, or give token ids"
             )
 
 

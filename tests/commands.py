@@ -40,7 +40,7 @@ COMMANDS: dict[str, Command] = {
     "analyze": Command(
         {"predictions", "parity", "reconstruction", "svd", "stable_rank", "attribution", "branches", "run_folder"},
         [
-            *("Next token", "llama.cpp (as is): agrees", "Reconstruction", "Singular", "Stable rank", "Exact share"),
+            *("Next token", "llama.cpp (as is): agrees", "Reconstruction", "Singular", "Stable rank", "Share of every"),
             "Saved",
         ],
         {
@@ -49,7 +49,7 @@ COMMANDS: dict[str, Command] = {
                 "attribute": "= logit",
                 "attribute-branches": "Attention, all blocks",
                 "svd": "Stable rank",
-                "svd-vectors": "by chance",
+                "svd-vectors": "Left vector promotes",
                 "svd-per-token": "4 [42]",
                 "layers": "Logit lens",
                 "layers-stable-rank": "each block alone",
@@ -80,13 +80,12 @@ COMMANDS: dict[str, Command] = {
         {"reconstruction", "svd"},
         ["converged after", "residual"],
         {
-            "--per-token": {"svd": "σ", "svd-vectors": "by chance", "svd-per-token": "4 [42]"},
-            "--position 2": {"svd": "σ", "svd-vectors": "by chance"},
+            "--per-token": {"svd": "σ", "svd-vectors": "Left vector promotes", "svd-per-token": "4 [42]"},
+            "--position 2": {"svd": "σ", "svd-vectors": "Left vector promotes"},
         },
         {
             "": ["-k", 2, *SWEEPS, *SHORT],
-            "without chance": ["-k", 3, *SWEEPS, "--shuffles", 0],
-            "per token": ["-k", 3, *SWEEPS, *SHORT, "--shuffles", 5, "--per-token", "--position", 3],
+            "per token": ["-k", 3, *SWEEPS, *SHORT, "--per-token", "--position", 3],
         },
         options=["-k", "2"],
         device=[["-k", "2", "--per-token"]],
@@ -125,7 +124,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "attribute": Command(
         {"reconstruction", "attribution"},
-        ["Exact share of every input token", "sum"],
+        ["Share of every input token", "sum"],
         {
             "": {"attribute": "= logit"},
             "--by layer": {"attribute-branches": "MLP, all blocks"},
@@ -139,6 +138,7 @@ COMMANDS: dict[str, Command] = {
             "": [],
             "early": ["--position", 2],
             "everywhere": ["--position", "all"],
+            "both rules": ["--mlp-path", "both"],
             "by layer": ["--by", "layer"],
             "by head": ["--by", "head", "--position", 4],
             "by layer everywhere": ["--by", "layer", "--position", "all"],

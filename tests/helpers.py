@@ -2,11 +2,12 @@
 
 import gc
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 import oracle
 import tiny
@@ -16,6 +17,7 @@ from jaxtyping import config as checks
 
 from ggjac.cli import main
 from ggjac.gguf import open_gguf
+from ggjac.gguf.hub import demo_path
 from ggjac.jacobian import DetachedJacobian
 from ggjac.model import DTYPES, Model, open_model
 
@@ -103,6 +105,34 @@ def edited(path: Path, name: str, values: float) -> Path:
         file.seek(info.offset)
         file.write(np.full(info.elements, values, "<f4").tobytes())
     return path
+
+
+def reworded(target: Path, keys: Mapping[str, Any], tokens: Mapping[int, str] | None = None) -> Path:
+    """Write the demo model with other metadata: `keys` (None deletes one), and other strings of tokens."""
+    reader = gguf.GGUFReader(demo_path())
+    writer = gguf.GGUFWriter(target, "llama")
+    changes = dict(keys)
+    for field in reader.fields.values():
+        if field.name.startswith("GGUF.") or field.name == "general.architecture":
+            continue
+        value = changes.pop(field.name, field.contents())
+        if field.name == "tokenizer.ggml.tokens":
+            value = [(tokens or {}).get(i, text) for i, text in enumerate(value)]
+        if value is not None:
+            kind = field.types[0]
+            writer.add_key_value(field.name, value, kind, field.types[-1] if kind == gguf.GGUFValueType.ARRAY else None)
+    for name, value in changes.items():
+        kind = {bool: gguf.GGUFValueType.BOOL, str: gguf.GGUFValueType.STRING, int: gguf.GGUFValueType.UINT32}[
+            type(value)
+        ]
+        writer.add_key_value(name, value, kind)
+    for tensor in reader.tensors:
+        writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return target
 
 
 def held(work: Callable[[], object]) -> int:

@@ -75,7 +75,7 @@ def full(*, blocks: int = 6, rank: int = 5, d: int = 64, prompt: int = 8, seed: 
         },
         "prompt": "The bridge's <b>end</b> & the",
         "tokens": prompt_tokens,
-        "warning": "the model expects <s> first",
+        "warnings": ["the model expects <s> first"],
         "position": prompt - 1,
         "device": "cpu",
         "dtype": "float32",
@@ -128,15 +128,6 @@ def full(*, blocks: int = 6, rank: int = 5, d: int = 64, prompt: int = 8, seed: 
                 }
                 for s in sigmas
             ],
-            "readability": {
-                side: {
-                    "scores": [height / (j + 1) for j in range(rank)],
-                    "above": [9.0 / (j + 1) for j in range(rank)],
-                    "chance": [chance * (j + 1) for j in range(rank)],
-                    "shuffled": {"mean": mean, "sd": 0.025, "count": 200},
-                }
-                for side, mean, height, chance in (("left", 0.019, 0.3, 0.005), ("right", 0.071, 0.2, 0.01))
-            },
             "per_token": [
                 t
                 | {

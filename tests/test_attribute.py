@@ -6,13 +6,14 @@ from pathlib import Path
 
 import oracle
 import pytest
+import scipy.stats
 import tiny
 import torch
 from helpers import IDS, TOKENS, head_of, invoke, invoke_json, pair
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ggjac.analysis.attribute import attribute, attribute_branches, attribute_positions
+from ggjac.analysis.attribute import attribute, attribute_branches, attribute_positions, both_rules
 from ggjac.gguf import GGUFError
 from ggjac.model import open_model
 
@@ -388,3 +389,42 @@ def test_the_command_saves_one_position_too(tiny_file: TinyFile, tmp_path: Path)
 )
 def test_the_command_refuses(options: list[str], words: str, tiny_file: TinyFile) -> None:
     assert words in invoke("attribute", "-m", tiny_file("gqa"), *TOKENS, *options, code=2).stderr
+
+
+def test_both_rules_agree_as_scipy_says(tiny_files: dict[str, Path]) -> None:
+    model = open_model(tiny_files["gqa"], dtype="float64")
+    up, gate = (attribute(model.trace(IDS, mlp_path=rule).jacobian(-2), 3) for rule in ("up", "gate"))
+    found = both_rules(up, gate)
+    a, b = (one.shares[:-1].numpy() for one in (up, gate))
+    assert found.spearman == pytest.approx(scipy.stats.spearmanr(a, b).statistic)
+    assert found.difference == pytest.approx(abs(a - b).sum())
+    assert found.size == pytest.approx((abs(a).sum() + abs(b).sum()) / 2)
+    assert found.table().columns["gate"] == gate.shares.tolist()
+    for wrong in ((gate, up), (up, up), (up, attribute(model.trace(IDS, mlp_path="gate").jacobian(), 3))):
+        with pytest.raises(ValueError, match="give those of one logit under up and gate"):
+            both_rules(*wrong)
+
+
+def test_the_command_under_both_rules_is_each_alone(tiny_file: TinyFile, tmp_path: Path) -> None:
+    given = "attribute", "-m", tiny_file("gqa"), *TOKENS, "--versus", 7
+    up, gate = (invoke_json(*given, "--mlp-path", rule)["attribution"] for rule in ("up", "gate"))
+    result = invoke_json(*given, "--mlp-path", "both", "-o", tmp_path / "both.safetensors")
+    found = result["attribution"]
+    assert result["mlp_path"] == "both"
+    assert found.pop("agreement")["difference"] == pytest.approx(
+        sum(abs(a["share"] - b["share"]) for a, b in zip(up["shares"], gate["shares"], strict=True))
+    )
+    assert found.pop("other_rule") == {name: value for name, value in gate.items() if name != "by"}
+    assert found == up
+    assert up["mlp_path"] == "up"
+    assert up["shares"] != gate["shares"]
+    saved = load_file(tmp_path / "both.safetensors")
+    assert saved["gate_shares"][0].tolist() == [s["share"] for s in gate["shares"]]
+    shown = invoke(*given, "--mlp-path", "both").stdout
+    assert "mlp-path up" in shown
+    assert "mlp-path gate" in shown
+    assert "A share is not importance." in shown
+    for more in (["--position", "all"], ["--by", "head"], ["--trace", tmp_path / "trace"]):
+        assert (
+            "leave --position all, --by and --trace out" in invoke(*given, "--mlp-path", "both", *more, code=2).stderr
+        )

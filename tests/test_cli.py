@@ -28,7 +28,7 @@ import pytest
 import tiny
 import torch
 from click.testing import CliRunner
-from helpers import IDS, TOKENS, check_streams, edited, invoke
+from helpers import IDS, TOKENS, check_streams, edited, invoke, invoke_json
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -83,7 +83,7 @@ def test_every_command_has_a_help_with_an_example(command: str) -> None:
 # Commands that a model and a prompt are enough for.
 ALONE = [name for name in commands.COMMANDS if not commands.with_file(name, "")]
 ENVELOPE = {
-    "schema_version", "created", "versions", "platform", "command", "model", "prompt", "tokens", "warning", "position",
+    "schema_version", "created", "versions", "platform", "command", "model", "prompt", "tokens", "warnings", "position",
     "device", "dtype", "mlp_path", "threads", "seconds", "peak_memory_bytes",
 }  # fmt: skip
 
@@ -153,6 +153,42 @@ def test_info_shows_the_tokenizer_when_asked(tiny_file: TinyFile) -> None:
     assert "320 x STRING: [<unk>, <s>, </s>, <0x00>" in invoke("info", "-m", model, "--tokenizer").stdout
 
 
+def test_info_says_what_a_prompt_gets_besides_its_text(tiny_file: TinyFile) -> None:
+    found = {case: invoke_json("info", "-m", tiny_file(case))["tokenizer"] for case in ("tokenizer", "plain")}
+    bos, eos = {"id": 1, "text": "<s>"}, {"id": 2, "text": "</s>"}
+    assert found["tokenizer"] == {
+        **{"model": "llama", "pre": "default", "tokens": 320, "adds_bos": True, "adds_eos": None},
+        **{"bos": bos, "eos": eos, "chat_template": False},
+    }
+    assert found["plain"]["model"] == "none"
+    out = invoke("info", "-m", tiny_file("tokenizer")).stdout
+    assert "Tokenizer: llama, pre-tokenizer default; 320 tokens; adds BOS: yes (<s>, id 1); adds EOS: not stated" in out
+    assert "Tokenizer: none; give token ids" in invoke("info", "-m", tiny_file("plain")).stdout
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        [gguf_files.key("tokenizer.ggml.model", gguf_files.INT32, gguf_files.u32(5))],
+        [
+            gguf_files.key("tokenizer.ggml.model", gguf_files.STRING, gguf_files.text("\x1b[2J")),
+            gguf_files.key("tokenizer.ggml.pre", gguf_files.STRING, gguf_files.text("\x1b[2J")),
+            gguf_files.key("tokenizer.ggml.tokens", gguf_files.INT32, gguf_files.u32(5)),
+            gguf_files.key("tokenizer.ggml.bos_token_id", gguf_files.UINT32, gguf_files.u32(2**32 - 1)),
+            gguf_files.key("tokenizer.ggml.add_bos_token", gguf_files.UINT32, gguf_files.u32(1)),
+            gguf_files.key("general.architecture", gguf_files.UINT32, gguf_files.u32(1)),
+        ],
+    ],
+)
+def test_info_on_a_strange_tokenizer(keys: list[bytes]) -> None:
+    Path("odd.gguf").write_bytes(gguf_files.file(keys))
+    content = invoke_json("info", "-m", "odd.gguf", "--tokenizer")
+    assert content["architecture"] is None
+    assert content["tokenizer"]["tokens"] == 0
+    assert content["tokenizer"]["bos"] is None
+    assert "\x1b" not in invoke("info", "-m", "odd.gguf", "--tokenizer").stdout
+
+
 def test_a_prompt_comes_from_a_file_but_for_the_newline_at_its_end(stories: Path) -> None:
     Path("prompt.txt").write_bytes("Once upon\r\n a time é\n\n".encode())
     content = json.loads(invoke("predict", "-m", stories, "-f", "prompt.txt", "-t", 1, "--format", "json").stdout)
@@ -165,11 +201,11 @@ def test_bos_warnings_are_shown(stories: Path) -> None:
 
 
 def test_a_target_is_an_id_or_one_token(stories: Path) -> None:
-    for target, id in ((" Lily", 317), ("␣Lily", 317), ("Lily", 317), ("410", 410)):
+    for target, id in ((" Lily", 317), ("␣Lily", 317), ("Lily", 317), ("id:410", 410)):
         result = invoke("attribute", "-m", stories, "-p", "Once", "-t", 1, "--target", target, "--format", "json")
         assert json.loads(result.stdout)["attribution"]["target"]["id"] == id
     assert "2 tokens (" in invoke("attribute", "-m", stories, "-p", "Once", "--target", "Lily was", code=2).stderr
-    for target in ("", "512", "9" * 30):
+    for target in ("", "410", "id:512", "9" * 30):
         invoke("attribute", "-m", stories, "-p", "Once", "--target", target, code=2)
 
 
@@ -489,7 +525,7 @@ BAD: dict[str, Bad] = {
     "token too large": Bad(["predict", "-m", "MODEL", "--tokens", "1,128"], 2, "0 to 127"),
     "token negative": Bad(["predict", "-m", "MODEL", "--tokens", "1,-1"], 2, "0 to 127"),
     "token enormous": Bad(["predict", "-m", "MODEL", "--tokens", "9" * 40], 2, "0 to 127"),
-    "prompt too long": Bad(["predict", "-m", "MODEL", "--tokens", ",".join(["1"] * 257)], 2, "context 256; shorten"),
+    "prompt too long": Bad(["predict", "-m", "MODEL", "--tokens", ",".join(["1"] * 257)], 2, "(--context N)"),
     # the file
     "missing file": Bad(["predict", "-m", "missing.gguf", *TOKENS], 2, "'missing.gguf' does not exist"),
     "a folder as file": Bad(["predict", "-m", ".", *TOKENS], 2, "is a directory"),
@@ -973,3 +1009,21 @@ def test_alarming_rows_are_red_on_a_terminal_only(
     red = [text for text in capsys.readouterr().out.splitlines() if "\x1b[1;31m" in text]
     assert [text.count("l_out") for text in red] == [1, 1]
     assert not any("l_out-0" in text for text in red)
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGBUS"), reason="this system has no SIGBUS")
+def test_a_crash_says_what_it_was_and_where() -> None:
+    program = """
+import signal
+from ggjac.cli import main
+from ggjac.gguf import GGUFFile
+GGUFFile.rows = lambda *_: signal.raise_signal(signal.SIGBUS)
+main(["predict", "--tokens", "1"])
+"""
+    ended = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, env=environment(), timeout=60
+    )
+    assert ended.returncode == -signal.SIGBUS
+    assert ended.stdout == ""
+    assert ended.stderr.startswith("Fatal Python error: Bus error\n")
+    assert "store.py" in ended.stderr

@@ -72,7 +72,7 @@ def test_json_says_what_the_library_says(rates: Rates, tiny_file: TinyFile) -> N
     assert data["rates"] == rates.data()
     assert data["times"]["total"] == pytest.approx(sum(part["total"] for part in data["times"]["parts"]))
     assert [part["what"] for part in data["times"]["parts"]] == [
-        *("trace", "making layers ready", "svd", "decoding", "reconstruction", "coherence")
+        *("trace", "making layers ready", "svd", "decoding", "reconstruction")
     ]
 
 

@@ -29,12 +29,14 @@ MAY_IMPORT: dict[str, set[str]] = {
     # files
     "architectures": set(),
     "config": {"architectures", "sizes"},
+    "inventory": {"config", "gguf"},
     "quants": {"gguf"},
     "weights": {"gguf", "quants", "sizes"},
     "runs": {"gguf", "sizes"},
     "llamacpp": {"runs"},
     "exports": {"architectures", "gguf"},
     "tokenizer": {"display", "llamacpp"},
+    "chat": {"tokenizer"},
     "report": {"display", "drawing", "runs", "units"},
     # planning: sizes and rates
     "planner": {"config", "gguf", "linop", "sizes", "units", "weights"},
@@ -44,13 +46,18 @@ MAY_IMPORT: dict[str, set[str]] = {
     "blocks": {"config", "linop", "rope", "sizes"},
     "jacobian": {"blocks", "decode", "gguf", "linop", "results", "runs", "sizes", "svd", "weights"},
     "model": {
-        *("blocks", "config", "decode", "display", "gguf", "jacobian", "planner", "rope", "runs", "sizes", "tokenizer"),
+        *("blocks", "chat", "config", "decode", "display", "gguf", "jacobian", "planner", "rope", "runs", "sizes"),
+        "tokenizer",
         "weights",
     },
+    "prompts": {"model", "tokenizer"},
     "generation": {"blocks", "model", "sizes"},
-    "parity": {"architectures", "blocks", "display", "exports", "gguf", "llamacpp", "model", "results", "tokenizer"},
+    "parity": {
+        *("architectures", "blocks", "display", "exports", "gguf", "llamacpp", "model", "planner", "results"),
+        "tokenizer",
+    },
     "session": {
-        *("blocks", "display", "gguf", "jacobian", "model", "parity", "planner", "results", "runs", "sizes"),
+        *("blocks", "display", "gguf", "jacobian", "model", "parity", "planner", "prompts", "results", "runs", "sizes"),
         "tokenizer",
     },
     "analysis": {
@@ -197,7 +204,14 @@ def imports_of(path: Path) -> set[str]:
 
 
 # Commands without a question about a prompt, or whose question has its file elsewhere: see the value.
-ELSEWHERE = {"info": "cli", "plan": "planner", "bench": "planner", "report": "report", "verify": "parity"}
+ELSEWHERE = {
+    "models": "inventory",
+    "info": "inventory",
+    "plan": "planner",
+    "bench": "planner",
+    "report": "report",
+    "verify": "parity",
+}
 
 
 def test_a_question_has_one_name() -> None:

@@ -32,7 +32,7 @@ def temporary(tmp_path, monkeypatch) -> Iterator[Path]:
     folder = tmp_path / "temporary"
     folder.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(folder))
-    monkeypatch.setattr(parity, "_cpus", lambda: 1)
+    monkeypatch.setattr(parity.machine, "cpus", lambda: 1)
     yield folder
     assert list(folder.iterdir()) == []
 

@@ -815,14 +815,14 @@ OVERFLOWS = {
         "token_embd.weight",
         1e30,
         "float32",
-        "activations in a norm overflowed float32; try --dtype float64",
+        "activations in a norm overflowed float32; try dtype=float64",
     ),
     "logits beyond float16": (
         "plain",
         "output.weight",
         60000.0,
         "float16",
-        "logits overflowed float16; try --dtype float32",
+        "logits overflowed float16; try dtype=float32",
     ),
 }
 

@@ -64,7 +64,7 @@ class StandIn:
 @pytest.fixture(autouse=True)
 def one_thread(monkeypatch):
     """Files this small are slower on two threads, and much slower when the machine is busy: the threads spin."""
-    monkeypatch.setattr(parity, "_cpus", lambda: 1)
+    monkeypatch.setattr(parity.machine, "cpus", lambda: 1)
 
 
 @pytest.fixture(autouse=True)
@@ -717,7 +717,7 @@ def test_amplification_excuses_no_more_than_it_explains(tiny_file, monkeypatch):
     assert result.first_departure is not None
     assert "every block agrees given llama.cpp's own input, but our own rounding is only" in result.reason
     monkeypatch.undo()
-    monkeypatch.setattr(parity, "_cpus", lambda: 1)
+    monkeypatch.setattr(parity.machine, "cpus", lambda: 1)
     mistaken(monkeypatch, another_scale, 7)
     result = verify(model, ids)
     assert not result.verdict

@@ -457,7 +457,6 @@ def test_advice_on_what_weighs_most_by_hand(tiny_file: TinyFile) -> None:
         return text.split("; ")
 
     assert lines("svd", "process", "tile") == ["give --ram-budget 128MiB"]
-    assert lines("svd", "decoding") == ["lower --shuffles or --rank", "or give --ram-budget 64MiB"]
     triplets = "lower --rank, or use fewer tokens"
     assert lines("analyze", "decoding") == [triplets, "or give --ram-budget 64MiB"]
     assert lines("svd", "bases", "vectors", "checkpoint") == [triplets, "or give --ram-budget 192MiB"]  # once
@@ -659,7 +658,7 @@ def test_times_by_hand(tiny_file: TinyFile) -> None:
     plan = dataclasses.replace(plan, layers=tuple(dataclasses.replace(e, place="file") for e in plan.layers))
     cold = planner.seconds(plan, Rates(), cached=0, free=0)
     parts = {part.what: part for part in cold.parts}
-    assert list(parts) == ["trace", "svd", "decoding", "reconstruction", "coherence"]
+    assert list(parts) == ["trace", "svd", "decoding", "reconstruction"]
     svd, sweep = parts["svd"], plan.sweep
     assert svd.count == work.EXPECTED_SWEEPS
     assert svd.disk == pytest.approx(sweep.nbytes / 1e6)

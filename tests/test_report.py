@@ -660,7 +660,7 @@ def test_figures_are_the_pages_charts(tmp_path: Path) -> None:
     assert list(drawn) == [
         "steering-kl", "steering-mass", "steering-hits", *scaled("compare-singular-values", "compare-angles"),
         *scaled("compare-kl", "ranks-by-position"), "attribute", "attribute-branches", "attribute-branches-heads",
-        "attribute-positions", *scaled("singular-values"), "coherence-left", "coherence-right",
+        "attribute-positions", *scaled("singular-values"),
         *scaled("svd-per-token", "norms", "dense-frobenius", "dense-contribution"), "rank-by-depth", *kinds, "path",
         "reconstruction-detached", "reconstruction-ordinary", "verify-log", "verify-linear",
     ]  # fmt: skip

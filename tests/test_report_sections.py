@@ -258,27 +258,7 @@ def test_the_difference_of_two_logits_is_called_one() -> None:
         assert "Of logit" not in section(html, key).text, "no share of a difference"
 
 
-# -- what decoded vectors are worth, and each position's own -----------------------------------------------------------
-
-
-def test_each_vector_stands_beside_chance(html: str) -> None:
-    found, readability = section(html, "svd-vectors"), run_json()["svd"]["readability"]
-    for j, row in enumerate(found.find("tr")[1:]):
-        for side in ("left", "right"):
-            chance = 100 * readability[side]["chance"][j]
-            assert f"coherence {readability[side]['scores'][j]:+.3f}, by chance {chance:.1f} %" in row
-    assert "reach 0.019 ± 0.025 (left vectors) and 0.071 ± 0.025 (right vectors)" in found.text
-    marks = [a["class"] for _, a in found.elements if (a.get("class") or "").startswith("worth")]
-    clear, faint = "worth clear", "worth faint"
-    assert marks == [clear, clear, clear, faint, *[faint] * 6], "what one in a hundred does as well stands out"
-
-
-def test_vectors_without_readability_are_shown_as_before() -> None:
-    content = run_json()
-    del content["svd"]["readability"]
-    found = section(rendered(content), "svd-vectors")
-    assert "coherence" not in found.text.lower()
-    assert len(found.find("tr")) == 6
+# -- each position's own vectors ---------------------------------------------------------------------------------------
 
 
 def shown(tokens: list[dict[str, Any]]) -> str:
@@ -562,8 +542,6 @@ WRONG: dict[str, tuple[str, Any, str]] = {
     "too many heads": ("branches.blocks.1.heads", [0.0] * 5000, "heads: expected a list of at most 4096, found 5000"),
     "too many blocks": ("branches.blocks", [{}] * 5000, "branches.blocks: expected a list of at most 4096"),
     "a missing MLP": ("branches.blocks.1.mlp", ..., "branches.blocks[1].mlp: is missing"),
-    "fewer scores": ("svd.readability.left.scores", [0.1], "left.scores: 1 numbers for 5 triplets"),
-    "scores of text": ("svd.readability.right.scores.0", "x", "scores[0]: expected a number, found 'x'"),
     "a position's triplets": ("svd.per_token.1.triplets.0.left", "x", "per_token[1].triplets[0].left: expected a list"),
     "too many words": ("svd.per_token.1.triplets.0.left", ["x"] * 5000, "left: expected a list of at most 4096"),
     "norms of text": ("norms.positions.0.columns.0.norm", "x", "columns[0].norm: expected a number"),
@@ -759,7 +737,6 @@ def test_analyze_has_what_the_commands_print(tiny_file: TinyFile, tmp_path: Path
     content = json.loads((tmp_path / "run" / "run.json").read_text())
     assert content["branches"] == printed("attribute", "--by", "head")["attribution"]
     svd = printed("svd", "-k", "2", "--per-token")["svd"]
-    assert content["svd"]["readability"] == svd["readability"]
     assert content["svd"]["per_token"] == svd["per_token"]
     assert "branches" in content["seconds"]
     assert load(tmp_path / "run").content["svd"]["per_token"]

@@ -104,7 +104,6 @@ def results(tiny_file: Callable) -> dict[str, Any]:
     a, b = (ggjac.portray(m.trace(PROMPT).jacobian(), 2, target=3) for m in (model, other))
     depths = layers(J, 2, maps=["cumulative"], top=3)
     spectrum = ggjac.spectrum(J, rank=3, top=4)
-    worth = ggjac.readability(J, spectrum.svd.U, spectrum.heaviest, shuffles=8)
     return {
         "svd": spectrum.svd,
         "spectrum": spectrum,
@@ -123,8 +122,6 @@ def results(tiny_file: Callable) -> dict[str, Any]:
         "readout": depths.readout,
         "token ranks": token_ranks(J),
         "per token": ggjac.per_token(J, 2, top=3)[-1],
-        "readability": worth,
-        "coherence": worth.left,
         "predictions": ggjac.predict(trace, 3),
         "steering": ggjac.steer(model, PROMPT, [1, 2, 3], strengths=[1.0, 0.5], max_tokens=2),
     }
@@ -153,11 +150,6 @@ EXPECTED: dict[str, tuple[list[str], int]] = {
     "readout": (["depth", "probability", "tokens", "rank"], L + 1),
     "token ranks": (["position", "token", "value", "error", "frobenius"], len(PROMPT)),
     "per token": (["sigma", "residual", "left", "right"], 2),
-    "coherence": (["score", "above", "chance"], 3),
-    "readability": (
-        ["left score", "left above", "left chance", "right score", "right above", "right chance"],
-        3,
-    ),
     "predictions": (["next", "logit", "probability"], 3),
     "steering": (["strength", "control", "kl", "mass", "hits", "generated"], 5),
 }
@@ -397,11 +389,6 @@ def test_other_tables_hold_the_results_numbers(results: dict[str, Any]) -> None:
     concept, control = axes.lines
     assert concept.get_xydata().tolist() == [[0, 0], [0.5, rows["kl"][2]], [1, rows["kl"][1]]]
     assert control.get_ydata()[1] == rows["kl"][4]
-    rows = results["coherence"].table().columns
-    assert rows["above"] == results["coherence"].above.tolist()
-    both = results["readability"].table().columns
-    assert [both[f"left {name}"] for name in rows] == list(rows.values())
-    assert both["right score"] == results["readability"].right.scores.tolist()
     last = results["per token"]
     trace = SimpleNamespace(ids=PROMPT, model=SimpleNamespace(word=lambda id: f"t{id}"))
     assert last.table(trace).title == "Singular triplets of position t6"

@@ -504,20 +504,3 @@ def test_the_command_per_token(tiny_file: TinyFile, tmp_path: Path) -> None:
     assert "each position's own map" in invoke("svd", "-m", model, *TOKENS, *options).stdout
     invoke("svd", "-m", model, *TOKENS, "--per-token", "--max-sweeps", 2, "--tol", "1e-6", code=3)
     assert "per_token" not in invoke_json("svd", "-m", model, *TOKENS)["svd"]
-
-
-def test_the_command_compares_with_shuffled_vectors(tiny_file: TinyFile) -> None:
-    model = tiny_file("gqa")
-    a, again, other = (
-        invoke_json("svd", "-m", model, *TOKENS, "-k", 3, "--shuffles", 20, "-s", seed)["svd"]["readability"]
-        for seed in (1, 1, 2)
-    )
-    assert a == again != other
-    for side in ("left", "right"):
-        assert a[side]["shuffled"]["count"] == 20
-        assert len(a[side]["scores"]) == len(a[side]["above"]) == len(a[side]["chance"]) == 3
-    assert "Coherence" in invoke("svd", "-m", model, *TOKENS, "-k", 3).stdout
-    without = invoke("svd", "-m", model, *TOKENS, "--shuffles", 0).stdout
-    assert "Coherence" not in without
-    assert "readability" not in invoke_json("svd", "-m", model, *TOKENS, "--shuffles", 0)["svd"]
-    assert "--shuffles 1: " in invoke("svd", "-m", model, *TOKENS, "--shuffles", 1, code=2).stderr

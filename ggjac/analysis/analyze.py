@@ -19,7 +19,6 @@ from ggjac.analysis.layers import layers as every_layer
 from ggjac.analysis.per_token import per_token as each_token
 from ggjac.analysis.per_token import tensors as token_tensors
 from ggjac.analysis.predict import predict
-from ggjac.analysis.readability import readability
 from ggjac.analysis.svd import spectrum, stable_rank
 from ggjac.gguf import shown
 from ggjac.jacobian import Progress
@@ -201,9 +200,7 @@ def run(
         part("reconstruction", session.reconstruction().data())
 
         found = session.run("svd", spectrum, **iteration)
-        vectors = found.svd.U, found.heaviest
-        worth = session.run("coherence", readability, *vectors, top=top, seed=seed)
-        part("svd", found.data(words) | {"readability": worth.data()})
+        part("svd", found.data(words))
         part("stable_rank", session.run("stable rank", stable_rank, found.svd, seed=seed).data())
         split = session.run("attribution", attribute, content["predictions"][0]["id"])
         part("attribution", split.data(words))

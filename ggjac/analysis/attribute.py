@@ -1,4 +1,4 @@
-"""Exact additive shares in a logit: of the input tokens, or (direct logit attribution) of blocks and heads.
+"""Shares in a logit, whose sum is exact: of the input tokens, or (direct logit attribution) of blocks and heads.
 
 By token, along the live paths of the whole network, `w` being the head's row of the target (minus that of a second
 token, for what sets the two apart):
@@ -30,7 +30,10 @@ from ggjac.decode import Head
 from ggjac.jacobian import DetachedJacobian, FrozenNetwork, Progress
 from ggjac.linop import LinearOperator
 from ggjac.results import NO_WORDS, Bars, Plotted, Points, Result, Table, Words
-from ggjac.sizes import chunk_floats
+from ggjac.sizes import MlpPath, chunk_floats
+
+# What a share by token does not say; under every table of them.
+CAVEAT = "mlp-path {rule}: the sum is exact, its division depends on the freezing rule; a share is not importance"
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,7 @@ class Attribution(Plotted):
         versus: token id whose logit is subtracted, or None.
         position: of the output.
         softcap: of the head's logits (not applied here); 0 for none.
+        mlp_path: the freezing rule, which decides the shares but not their sum.
     """
 
     target: int
@@ -54,6 +58,7 @@ class Attribution(Plotted):
     versus: int | None
     position: int
     softcap: float
+    mlp_path: MlpPath
 
     def data(self, words: Words = NO_WORDS) -> dict[str, Any]:
         """Return the target and every input position's share."""
@@ -65,6 +70,7 @@ class Attribution(Plotted):
             "shares": [words.here(i) | {"share": float(share)} for i, share in enumerate(self.shares)],
             "offset": self.offset,
             "unexplained": self.unexplained,
+            "mlp_path": self.mlp_path,
         }
 
     def tensors(self) -> dict[str, Tensor]:
@@ -83,13 +89,50 @@ class Attribution(Plotted):
         return Table(
             f"Shares in {_split(words, self.target, self.versus)}",
             words.at(range(len(self.shares))) | {"share": self.shares.tolist()},
-            (f"offset {self.offset:.4f}; shares and offset sum to {total:.4f}; forward pass: {self.logit:.4f}",),
+            (
+                f"offset {self.offset:.4f}; shares and offset sum to {total:.4f}; forward pass: {self.logit:.4f}",
+                CAVEAT.format(rule=self.mlp_path),
+            ),
         )
 
     def _plot(self, words: Words) -> Bars:
         title = f"Shares in {_split(words, self.target, self.versus)}"
         label = f"share; all shares and the offset sum to {self.logit:.4f}"
         return Bars(title, label, words.labels(range(len(self.shares))), self.shares.tolist())
+
+
+@dataclass(frozen=True)
+class BothRules(Result):
+    """The shares of one logit under both freezing rules, and how far they agree; made by `both_rules`.
+
+    Attributes:
+        up, gate: under each rule.
+        spearman: correlation of the ranks of their shares, from -1 to 1; NaN for a single token.
+        difference: sum of the absolute differences of their shares.
+        size: mean of the two sums of absolute shares, to compare `difference` with.
+    """
+
+    up: Attribution
+    gate: Attribution
+    spearman: float
+    difference: float
+    size: float
+
+    def data(self, words: Words = NO_WORDS) -> dict[str, Any]:
+        """Return the data of the rule `up`, that of `gate` as `other_rule`, and their `agreement`."""
+        agreement = {"spearman": self.spearman, "difference": self.difference, "size": self.size}
+        return self.up.data(words) | {"other_rule": self.gate.data(words), "agreement": agreement}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return what is saved: the tensors of both rules, `up_shares` and so on."""
+        rules = {"up": self.up, "gate": self.gate}
+        return {f"{rule}_{name}": tensor for rule, one in rules.items() for name, tensor in one.tensors().items()}
+
+    def _table(self, words: Words) -> Table:
+        columns = {"up": self.up.shares.tolist(), "gate": self.gate.shares.tolist()}
+        note = f"rank correlation {self.spearman:.2f}; absolute differences sum to {self.difference:.4f}"
+        title = f"Shares in {_split(words, self.up.target, self.up.versus)} under both freezing rules"
+        return Table(title, words.at(range(len(self.up.shares))) | columns, (note, CAVEAT.format(rule="up and gate")))
 
 
 @dataclass(frozen=True)
@@ -104,6 +147,7 @@ class TokenShares(Result):
         shares: `[m, n]`, float64: the contribution of each input position; 0 after the output position.
         offsets: `[m]`, float64: the contribution of the biases, the head's included.
         softcap: of the head's logits (not applied here); 0 for none.
+        mlp_path: the freezing rule, which decides the shares but not their sum.
     """
 
     positions: range
@@ -113,6 +157,7 @@ class TokenShares(Result):
     shares: Float[Tensor, "m n"]
     offsets: Float[Tensor, " m"]
     softcap: float
+    mlp_path: MlpPath
 
     def data(self, words: Words = NO_WORDS) -> list[dict[str, Any]]:
         """Return a record for each output position: its target, and the shares of the positions up to it."""
@@ -122,6 +167,7 @@ class TokenShares(Result):
                 "shares": [words.here(i) | {"share": float(self.shares[row, i])} for i in range(output + 1)],
                 "offset": float(self.offsets[row]),
                 "unexplained": float(self.unexplained[row]),
+                "mlp_path": self.mlp_path,
             }
             for row, output in enumerate(self.positions)
         ]
@@ -145,7 +191,11 @@ class TokenShares(Result):
             **words.at([i for _, i in rows]),
             "share": [float(self.shares[m, i]) for m, i in rows],
         }
-        return Table(f"Shares in {_split(words, None, self.versus)} of each output position", columns)
+        return Table(
+            f"Shares in {_split(words, None, self.versus)} of each output position",
+            columns,
+            (CAVEAT.format(rule=self.mlp_path),),
+        )
 
 
 @dataclass(frozen=True)
@@ -305,6 +355,34 @@ def attribute(
         versus=versus,
         position=jacobian.position,
         softcap=jacobian.network.head.softcap,
+        mlp_path=jacobian.mlp_path,
+    )
+
+
+def both_rules(up: Attribution, gate: Attribution) -> BothRules:
+    """Set the shares of one logit under both freezing rules side by side.
+
+    Args:
+        up, gate: `attribute` of two Jacobians of one prompt and position, one with either `mlp_path`.
+
+    Raises:
+        ValueError: they are not of one logit under both rules.
+    """
+    rules, logits = (up.mlp_path, gate.mlp_path), [(a.target, a.versus, a.position, len(a.shares)) for a in (up, gate)]
+    if rules != ("up", "gate") or logits[0] != logits[1]:
+        raise ValueError(
+            f"the shares are of mlp_path {rules[0]} and {rules[1]}, of (target, versus, position, tokens) {logits[0]} "
+            f"and {logits[1]}; give those of one logit under up and gate"
+        )
+    sizes = [float(one.shares.abs().sum()) for one in (up, gate)]
+    ranks = torch.stack([one.shares[: up.position + 1].argsort().argsort().double() for one in (up, gate)])
+    a, b = ranks - ranks.mean(1, keepdim=True)
+    return BothRules(
+        up=up,
+        gate=gate,
+        spearman=float(a @ b / (a.norm() * b.norm())),
+        difference=float((up.shares - gate.shares).abs().sum()),
+        size=sum(sizes) / 2,
     )
 
 
@@ -353,6 +431,7 @@ def attribute_positions(
         shares=shares[:, :n].contiguous(),
         offsets=shares[:, n] + asked.bias,
         softcap=network.head.softcap,
+        mlp_path=jacobian.mlp_path,
     )
 
 

@@ -195,6 +195,7 @@ def ranks(
     lines: Lines | None = None
     last: Session | None = None
     found: list[dict[str, Any]] = []
+    warnings: dict[str, None] = {}  # of all prompts, each once
     ready = longest = 0  # records that were there; tokens of the longest prompt
     with _alone(path), _keeping(path):
         for number, prompt in enumerate(prompts, 1):
@@ -210,11 +211,12 @@ def ranks(
             else:
                 lines.add(runs.finite(_record(last, settings, max_sweeps)))
             found.append(lines.records[name])
+            warnings |= dict.fromkeys(last.warnings)
             if progress:
                 progress("prompt", number, len(prompts))
     if last is None:
         raise PromptError("no prompt was given")
-    return Ranks(found, ready, last.envelope())
+    return Ranks(found, ready, last.envelope() | {"warnings": list(warnings)})
 
 
 def by_position(records: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
@@ -274,7 +276,12 @@ def _alone(output: Path | None) -> contextlib.AbstractContextManager[None]:
 def _longest(session: Session, prompts: Sequence[str | Sequence[int]]) -> int:
     """Return the tokens of the longest prompt, by which all are planned; one that cannot run is refused in its turn."""
     model = session.model
-    lengths = [len(model.tokenize(prompt) if isinstance(prompt, str) else prompt) for prompt in prompts[1:] if prompt]
+    special = session.parse_special
+    lengths = [
+        len(model.tokenize(prompt, parse_special=special) if isinstance(prompt, str) else prompt)
+        for prompt in prompts[1:]
+        if prompt
+    ]
     return max([len(session.ids), *(n for n in lengths if n <= model.config.longest)])
 
 
@@ -289,6 +296,8 @@ def _settings(session: Session, *, kept: bool, tol: float, seed: int) -> dict[st
         "model": file.fingerprint() if sampled else f"sha256:{'+'.join(file.sha256())}",
         "dtype": session.dtype,
         "mlp-path": session.mlp_path,
+        "no-parse-special": not session.parse_special or None,  # None as in files of before
+        "context": session.model.context,
         "tol": tol,
         "seed": seed,
     }

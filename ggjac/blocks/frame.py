@@ -54,7 +54,7 @@ class NumericsError(ValueError):
 def overflow(place: str, dtype: torch.dtype) -> NumericsError:
     """Return the error about numbers of a dtype that are not finite, at some place in the forward pass."""
     wider = "float32" if dtype.itemsize == 2 else "float64"
-    advice = f"try --dtype {wider}. If it persists, the file may be damaged"
+    advice = f"try dtype={wider}. If it persists, the file may be damaged"
     name = str(dtype).removeprefix("torch.")
     return NumericsError(f"{place} overflowed {name}; {'the file may be damaged' if name == wider else advice}")
 

@@ -3,13 +3,15 @@
 Commands are imported when they are called, and torch when it is needed, so that `--help` and `info` answer at once.
 """
 
+import faulthandler
 import io
 import os
+import re
 import signal
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from difflib import get_close_matches
 from importlib import import_module
 from typing import Any
@@ -24,16 +26,17 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 # Command -> its line in the overview, which therefore imports no command.
 COMMANDS = {
     "analyze": "Analyse a prompt: prediction, parity, singular vectors, attribution; write a run folder.",
+    "models": "List the models that are on this disk already.",
     "info": "Show what is in a GGUF file.",
     "plan": "Show whether a command will fit in memory, and how long it will take.",
     "predict": "Show the most likely next tokens.",
     "verify": "Compare tokens, logits and every layer with llama.cpp.",
-    "svd": "Leading singular vectors, decoded to tokens, with a chance baseline.",
+    "svd": "Leading singular vectors, decoded to tokens.",
     "jacobian": "The dense detached Jacobian, and the contribution of each position.",
     "layers": "Singular vectors and stable rank of every layer, and the logit lens.",
     "ranks": "Stable rank of every token's own map, over many prompts.",
     "norms": "Longest columns and rows of the dense detached Jacobian, decoded.",
-    "attribute": "Exact shares of input tokens in a logit; direct logit attribution to layers and heads.",
+    "attribute": "Shares of input tokens in a logit; direct logit attribution to layers and heads.",
     "compare": "Two files of one model: spectra, subspaces, shares, logits.",
     "contrast": "Reconstruction with and without freezing: detached and ordinary Jacobian.",
     "steer": "Steer one prompt with the linear map of another (activation steering).",
@@ -43,7 +46,27 @@ COMMANDS = {
 
 
 # Those that take no prompt; all others can be planned, and have a row in `ggjac.planner.work.JOBS`.
-WITHOUT_PROMPT = ("info", "plan", "report", "bench")
+WITHOUT_PROMPT = ("models", "info", "plan", "report", "bench")
+
+
+# What the library asks for, and the options that give it.
+OPTIONS = {
+    "give a text or token ids": "-p, -f or --tokens",
+    "give token ids": "--tokens 1,2,3",
+    "give a larger context": "--context N",
+    "a wider dtype": "--dtype",
+    "a smaller strength": "--strength",
+    "choose another layer": "--layer",
+}
+ARGUMENT = re.compile(r"(?<![\w.])(dtype|layer|position|rank)=(?=\S)")  # `rank=9`, as the library has it
+
+
+def in_options(message: str) -> str:
+    """Return a message of the library, its advice with the options of the command line."""
+    message = ARGUMENT.sub(r"--\1 ", message)
+    for words, option in OPTIONS.items():
+        message = message.replace(words, f"{words} ({option})", 1)
+    return message
 
 
 class Failure(click.ClickException):
@@ -57,7 +80,7 @@ class Failure(click.ClickException):
         """Print the message to stderr on one line; quotations from files and paths are escaped."""
         from ggjac.display import visible
 
-        message = " ".join(self.format_message().split())
+        message = " ".join(in_options(self.format_message()).split())
         click.echo(f"Error: {visible(message.encode('utf-8', 'surrogateescape'))}", err=True)
 
 
@@ -116,6 +139,7 @@ class Commands(click.Group):
 
     def invoke(self, ctx: click.Context) -> object:
         """Run the command."""
+        _name_crashes()
         with _plain_errors(), _catching_signals():
             return super().invoke(ctx)
 
@@ -157,6 +181,13 @@ def _failure(error: Exception) -> Failure:
         return Failure(message, 1)
     name = type(error).__name__
     return Failure(f"{name}: {message}; this is a bug: please report it with what GGJAC_DEBUG=1 shows", 1)
+
+
+def _name_crashes() -> None:
+    """Let a process that the system ends (by SIGBUS, where a mapped file fails, or SIGSEGV) say what and where."""
+    if not faulthandler.is_enabled():
+        with suppress(OSError, ValueError, AttributeError):  # stderr is closed, or not a file
+            faulthandler.enable(all_threads=False)
 
 
 @contextmanager

@@ -61,7 +61,7 @@ def analyze(
     The folder holds report.html (to look at), run.json (all results, with their provenance) and tensors.safetensors (U,
     S, Vh, residual, x, y, offset, linear_output, logits, shares, ids; with --contrast, ordinary_output; with
     --per-token, token_U, token_S, token_Vh, token_residual; with --layers, the tensors of `ggjac layers`). The report
-    and run.json also have direct logit attribution to blocks and heads, and the coherence of decoded vectors. Exit code
+    and run.json also have direct logit attribution to blocks and heads. Exit code
     3 if a check fell outside its tolerance.
 
     \b
@@ -70,9 +70,9 @@ def analyze(
     from ggjac.analysis.analyze import check_same, finished, run, run_folder
     from ggjac.cli.render import emit_json, line
     from ggjac.cli.result import failed
-    from ggjac.cli.session import open_session, show_saved
+    from ggjac.cli.session import open_session, show_doubts, show_saved
     from ggjac.gguf import shown
-    from ggjac.report.summary import caveat, plain, sentences
+    from ggjac.report.summary import plain, sentences
 
     session = open_session(what, position=position, rank=rank)
     depths = None if layers is None else layers.of(session.model.config.block_count)
@@ -91,8 +91,8 @@ def analyze(
     if as_table:
         for sentence in sentences(content):
             line(plain(sentence))
-        line(caveat(content))
         line("")
+        show_doubts(content["model"])
         show_saved(folder)
         show_saved(folder / "report.html")
     else:
@@ -107,7 +107,7 @@ def _shower(session: "Session") -> "Show":
     from ggjac.cli.session import show_tokens
 
     parts: dict[str, Callable[[Any], None]] = {
-        "tokens": lambda tokens: show_tokens(tokens, session.warning),
+        "tokens": lambda tokens: show_tokens(tokens, session.warnings),
         "predictions": predict.show,
         "parity": verify.show,
         "reconstruction": result.show_reconstruction,

@@ -1,5 +1,6 @@
-"""`ggjac attribute`: the exact share of every input token, layer or head in a logit."""
+"""`ggjac attribute`: the share of every input token, layer or head in a logit; the sum is exact."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,6 +14,9 @@ from ggjac.cli.planning import dry_run
 SHOWN = 24
 # Parts of each position, where there are several.
 LARGEST = 3
+# What shares do not say, by token and by block; under every table of them.
+CAVEAT = "The sum is exact; its division depends on the freezing rule (--mlp-path both). A share is not importance."
+DIRECT = "Direct logit attribution, the same under both freezing rules: what a part adds, wherever it read that from."
 
 
 class PositionOrAll(click.ParamType):
@@ -29,7 +33,7 @@ class PositionOrAll(click.ParamType):
 
 
 @click.command()
-@model_options()
+@model_options(both=True)
 @dry_run
 @click.option(
     "--position",
@@ -39,9 +43,10 @@ class PositionOrAll(click.ParamType):
     help="Output position (negative counts from the end), or all.",
 )
 @click.option(
-    "--target", help="Token whose logit is split: its id, or a text of one token.  [default: the most likely one]"
+    "--target",
+    help="Token whose logit is split: a text of one token, or its id, as id:4.  [default: the most likely one]",
 )
-@click.option("--versus", help="Token whose logit is subtracted: split the difference of the two logits.")
+@click.option("--versus", help="Token whose logit is subtracted, named like --target: split the difference.")
 @click.option(
     "--by",
     type=click.Choice(["token", "layer", "head"]),
@@ -63,20 +68,29 @@ def attribute(
     output: Path | None,
     output_format: str,
 ) -> None:
-    """Split a token's logit, or a logit difference, exactly: the shares and the biases sum to it.
+    """Split a token's logit, or a logit difference, into shares; they and the biases sum to it exactly.
 
-    By token, a share follows the live (not frozen) paths from an input embedding to the logit. By layer or head it is
-    direct logit attribution: what that part adds to the residual stream at the output position, read through the frozen
-    final norm and the LM head. Exit code 3 if the reconstruction error is out of bounds.
+    By token, a share follows the live (not frozen) paths from an input embedding to the logit. Which paths are live is
+    a rule, --mlp-path: under the other rule the sum is the same and the shares are not. A share is not importance. By
+    layer or head it is direct logit attribution: what that part adds to the residual stream at the output position,
+    read through the frozen final norm and the LM head; the same under both rules. Exit code 3 if the reconstruction
+    error is out of bounds.
 
     \b
     ggjac attribute -m model.gguf -p "The capital of France is" --target " Paris" --versus " Rome" --by head
     """
     from ggjac.analysis.attribute import attribute, attribute_branches, attribute_positions
     from ggjac.cli.result import finish
-    from ggjac.cli.session import one_token, open_session
+    from ggjac.cli.session import note_likelier, one_token, open_session
 
     everywhere = position is None
+    if what.both_rules:
+        if everywhere or by != "token" or what.trace:
+            raise click.UsageError(
+                "--mlp-path both compares the shares of the tokens at one position, from two forward passes; leave "
+                "--position all, --by and --trace out"
+            )
+        return both(what, position or 0, target, versus, output, output_format)
     session = open_session(what, position=-1 if position is None else position, output=output)
     ids = one_token(session, target), one_token(session, versus, "--versus")
     content: dict[str, Any] = {"position": "all"} if everywhere else {}
@@ -87,6 +101,9 @@ def attribute(
         result = session.run("attribution", attribute_branches, *ids, positions=every, by_head=by == "head")
     else:
         result = session.run("attribution", attribute_positions if everywhere else attribute, *ids)
+    if not everywhere:
+        note_likelier(session, target, ids[0])
+        note_likelier(session, versus, ids[1], "--versus")
     found = result.data(session.words)
     if everywhere:
         found = {"positions": found}
@@ -95,6 +112,32 @@ def attribute(
     content["attribution"] = {"by": by} | found
     if output:
         session.save(output, result.tensors(), by=by, versus=ids[1])
+    finish(session, content, output_format, output, attribution=show)
+
+
+def both(
+    what: ModelOptions, position: int, target: str | None, versus: str | None, output: Path | None, output_format: str
+) -> None:
+    """Split one logit under either freezing rule, one after the other: two forward passes at once may not fit."""
+    from ggjac.analysis.attribute import attribute, both_rules
+    from ggjac.cli.result import finish
+    from ggjac.cli.session import note_likelier, one_token, open_session
+
+    session = open_session(what, position=position, output=output)
+    minus = one_token(session, versus, "--versus")
+    rebuilt = [session.reconstruction()]
+    first = session.run("attribution", attribute, one_token(session, target), minus)
+    del session  # its forward pass is not needed any more
+    session = open_session(replace(what, mlp_path="gate"), position=position, output=output)
+    rebuilt.append(session.reconstruction())
+    result = both_rules(first, session.run("attribution", attribute, first.target, minus))
+    note_likelier(session, target, first.target)
+    note_likelier(session, versus, minus, "--versus")
+    worse = max(rebuilt, key=lambda found: found.error)
+    split = {"by": "token"} | result.data(session.words)
+    if output:
+        session.save(output, result.tensors(), by="token", versus=minus, mlp_path="both")
+    content = {"mlp_path": "both", "reconstruction": worse.data(), "attribution": split}
     finish(session, content, output_format, output, attribution=show)
 
 
@@ -112,23 +155,34 @@ def show(data: dict[str, Any]) -> None:
 
 
 def show_tokens(data: dict[str, Any]) -> None:
-    """Print the shares with bars, and their sum."""
-    from ggjac.cli.render import bar, table
+    """Print the shares with bars, and their sum; under both rules side by side where both are there."""
+    from ggjac.cli.render import bar, line, table
 
+    rules = [data] + ([data["other_rule"]] if "other_rule" in data else [])
+    alone = len(rules) == 1  # bars of two rules are too wide for a terminal
     largest = max(abs(s["share"]) for s in data["shares"]) or 1.0
     rows: list[tuple] = [
         (
-            s["position"],
-            display.token(s),
-            f"{s['share']:+.4f}",
-            bar(s["share"], largest),
+            shares[0]["position"],
+            display.token(shares[0]),
+            *(f"{s['share']:+.4f}" for s in shares),
+            *([bar(shares[0]["share"], largest)] if alone else []),
         )
-        for s in data["shares"]
+        for shares in zip(*(rule["shares"] for rule in rules), strict=True)
     ]
-    rows.append(("", "offset (biases)", f"{data['offset']:+.4f}", ""))
-    rows.append(("", "sum", f"{data['logit'] - data['unexplained']:+.4f}", f"logit {data['logit']:.4f}"))
-    columns = ["#position", "token", "#share", ""]
-    table(f"Exact share of every input token in {asked_logit(data)}", columns, rows)
+    end = [f"logit {data['logit']:.4f}"]
+    rows.append(("", "offset (biases)", *(f"{rule['offset']:+.4f}" for rule in rules), *([""] if alone else [])))
+    rows.append(("", "sum", *map(_sum, rules), *(end if alone else [])))
+    names = ["#share", ""] if alone else [f"#mlp-path {rule['mlp_path']}" for rule in rules]
+    of = f" (mlp-path {data['mlp_path']})" if alone else ""
+    table(f"Share of every input token in {asked_logit(data)}{of}", ["#position", "token", *names], rows)
+    if not alone:
+        found = data["agreement"]
+        line(
+            f"Rank correlation of the rules {found['spearman']:.2f}; their absolute differences sum to "
+            f"{found['difference']:.4g}, their absolute shares to {found['size']:.4g} on average."
+        )
+    line(CAVEAT)
 
 
 def asked_logit(data: dict[str, Any]) -> str:
@@ -145,7 +199,7 @@ def _sum(data: dict[str, Any]) -> str:
 
 def show_blocks(data: dict[str, Any]) -> None:
     """Print two columns: the shares of the attention, or what is in its place, and of the MLP of each block."""
-    from ggjac.cli.render import bar, table
+    from ggjac.cli.render import bar, line, table
 
     blocks = data["blocks"]
     attends = not any("mixer" in block for block in blocks)  # everywhere
@@ -161,7 +215,8 @@ def show_blocks(data: dict[str, Any]) -> None:
     rows.append(("all blocks", f"{attn:+.4f}", "", f"{mlp:+.4f}", ""))
     rows.append(("sum", _sum(data), f"logit {data['logit']:.4f}", "", ""))
     columns = ["", "#attention" if attends else "#token mixers", "", "#MLP", ""]
-    table(f"Exact share of every block's branches in {asked_logit(data)}", columns, rows)
+    table(f"Share of every block's branches in {asked_logit(data)}", columns, rows)
+    line(DIRECT)
 
 
 def _parts(data: dict[str, Any]) -> list[tuple[str, float]]:
@@ -181,7 +236,7 @@ def _parts(data: dict[str, Any]) -> list[tuple[str, float]]:
 
 def show_heads(data: dict[str, Any]) -> None:
     """Print the largest shares, and the sum of all others."""
-    from ggjac.cli.render import bar, table
+    from ggjac.cli.render import bar, line, table
 
     parts = sorted(_parts(data), key=lambda part: -abs(part[1]))
     shown, rest = parts[:SHOWN], [share for _, share in parts[SHOWN:] if share]
@@ -190,12 +245,13 @@ def show_heads(data: dict[str, Any]) -> None:
     if rest:
         rows.append((f"{len(rest)} more", f"{sum(rest):+.4f}", ""))
     rows.append(("sum", _sum(data), f"logit {data['logit']:.4f}"))
-    table(f"Exact share of every head and MLP in {asked_logit(data)}", ["", "#share", ""], rows)
+    table(f"Share of every head and MLP in {asked_logit(data)}", ["", "#share", ""], rows)
+    line(DIRECT)
 
 
 def show_positions(entries: list[dict[str, Any]]) -> None:
     """Print a line for each position: its target, the largest shares and the sum."""
-    from ggjac.cli.render import table
+    from ggjac.cli.render import line, table
 
     rows = []
     for data in entries:
@@ -217,4 +273,6 @@ def show_positions(entries: list[dict[str, Any]]) -> None:
     of = {"token": "every input token", "layer": "every block's branches", "head": "every head and MLP"}
     less = f", minus the logit of {display.token(entries[0]['versus'])}" if entries[0]["versus"] else ""
     columns = ["#position", "token", "target", "#logit", "largest shares", "#sum of all"]
-    table(f"Exact share of {of[entries[0]['by']]} in a logit at every position{less}", columns, rows)
+    rule = f" (mlp-path {entries[0]['mlp_path']})" if entries[0]["by"] == "token" else ""
+    table(f"Share of {of[entries[0]['by']]} in a logit at every position{less}{rule}", columns, rows)
+    line(CAVEAT if rule else DIRECT)

@@ -35,7 +35,8 @@ if TYPE_CHECKING:
 @spectrum_options
 @click.option(
     "--target",
-    help="Token whose logit is split: its id, or a text of one token.  [default: top token of the first model]",
+    help="Token whose logit is split: a text of one token, or its id, as id:4.  [default: top token of the first "
+    "model]",
 )
 @output_format
 @click.pass_context
@@ -63,14 +64,16 @@ def compare(
     from ggjac.analysis.compare import compare as set_side_by_side
     from ggjac.analysis.compare import portray
     from ggjac.cli.render import emit_json
-    from ggjac.cli.session import one_token, open_session, show_tokens
+    from ggjac.cli.session import note_likelier, one_token, open_session, show_doubts, show_tokens
 
     options: dict[str, Any] = {"rank": rank, "tol": tol, "seed": seed, "max_sweeps": max_sweeps}
     first = open_session(what, position=position, rank=rank)
     _check(first, what, other)
-    a = first.run("measure", portray, target=one_token(first, target), **options)
+    token = one_token(first, target)
+    a = first.run("measure", portray, target=token, **options)
+    note_likelier(first, target, token)
     envelope = first.envelope()
-    what = replace(what, model=other, prompt=None, file=None, tokens=first.ids)
+    what = replace(what, model=other, prompt=None, file=None, chat=None, system=None, tokens=first.ids)
     del first  # two models at once may not fit
     second = open_session(what, position=position, rank=rank)
     b = second.run("measure", portray, target=a.target, **options)
@@ -79,7 +82,9 @@ def compare(
     if output_format == "json":
         emit_json(content)
     else:
-        show_tokens(second.tokens(), second.warning)
+        show_tokens(content["tokens"], content["warnings"])
+        for side, model in (("a", content["model"]), ("b", content["other_model"])):
+            show_doubts(model, f"{side}: ")
         show(data, content)
     unfinished = any(portrait.svd.reason == "sweeps" for portrait in (a, b))
     if unfinished or not all(side["healthy"] for side in data["reconstruction"].values()):
@@ -98,7 +103,7 @@ def _check(session: "Session", what: ModelOptions, other: Path) -> None:
     check_files(*({name: info.shape for name, info in file.tensors.items()} for file in (ours, theirs)))
     check_vocabularies(*(file.metadata.get("tokenizer.ggml.tokens") for file in (ours, theirs)))
     shapes = {name: info.shape for name, info in theirs.tensors.items()}
-    config = read_config(theirs.metadata, shapes)
+    config = read_config(theirs.metadata, shapes).with_context(what.context)
     request = requested(click.get_current_context().params, config.block_count) | {"position": session.position}
     planner.check(make_plan(what, theirs, config, len(session.ids), "compare", request, session.model.device.type))
 

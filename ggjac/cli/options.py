@@ -9,6 +9,7 @@ from typing import Any, get_args
 
 import click
 
+from ggjac.cli import texts
 from ggjac.sizes import ITEM_BYTES, KINDS, MAPS, MlpPath
 
 DEFAULT_PROMPT = "The bridge out of Marin is the"
@@ -138,41 +139,71 @@ class ModelOptions:
     prompt: str | None
     file: Path | None
     tokens: list[int] | None
+    chat: str | None
+    system: str | None
+    escape: bool
+    parse_special: bool
+    context: int | None
     threads: int | None
     device: str
     dtype: str
     mlp_path: MlpPath
+    both_rules: bool
     ram_budget: int | None
     vram_budget: int | None
     trace: Path | None
     quiet: bool
 
-    def given(self) -> str | list[int]:
+    @property
+    def ways(self) -> list[str]:
+        """The options that give a prompt."""
+        return [name for name in ("prompt", "file", "tokens", "chat") if getattr(self, name) is not None]
+
+    def given(self, conversation: Callable[[str, str | None], str]) -> str | list[int]:
         """Return the prompt, from wherever it is given: its text, or its token ids.
+
+        Args:
+            conversation: renders a question, and what the system says before it, by the model's chat template.
 
         Raises:
             click.UsageError: it is given twice, or its file is not text.
         """
-        names = [name for name in ("prompt", "file", "tokens") if getattr(self, name) is not None]
-        if len(names) > 1:
-            raise click.UsageError(f"--{names[0]} and --{names[1]} both give a prompt; use one of them")
+        if len(self.ways) > 1:
+            raise click.UsageError(f"--{self.ways[0]} and --{self.ways[1]} both give a prompt; use one of them")
+        if self.system is not None and self.chat is None:
+            raise click.UsageError("--system is a part of a conversation; give the question with --chat")
         if self.tokens is not None:
             return self.tokens
+        if self.chat is not None:
+            text = conversation(self.read(self.chat), None if self.system is None else self.read(self.system))
+            if not self.quiet:
+                click.echo(f"Prompt, by the chat template of the file: {text!r}"[:4000], err=True)
+            return text
         if self.file is not None:
-            try:
-                # Editors end a file with a newline that is not part of the prompt: llama.cpp's -f drops it too.
-                return self.file.read_bytes().decode("utf-8").removesuffix("\n")
-            except UnicodeDecodeError as error:
-                raise click.UsageError(f"--file {self.file} is not UTF-8 text ({error.reason})") from error
-        return DEFAULT_PROMPT if self.prompt is None else self.prompt
+            return self.read(texts.read(self.file))
+        return DEFAULT_PROMPT if self.prompt is None else self.read(self.prompt)
 
-    def prompts(self) -> list[str | list[int]]:
+    def read(self, text: str) -> str:
+        """Return a text as it is meant: with `--escape`, its escapes are read."""
+        return texts.unescaped(text) if self.escape else text
+
+    def remarks(self) -> list[str]:
+        """Return what a reader of results should know about how the prompt was given."""
+        typed = [text for text in (self.prompt, self.chat, self.system) if text is not None]
+        found = []
+        if not self.ways and self.model is not None:
+            found.append("no prompt was given: this is the default one; -p gives another")
+        if not self.escape and any(map(texts.has_escapes, typed)):
+            found.append("a backslash and a letter in the prompt are two characters: -e reads \\n as a line break")
+        return found
+
+    def prompts(self, conversation: Callable[[str, str | None], str]) -> list[str | list[int]]:
         """Return the prompts: the lines of a file that are not empty, each once, or the one prompt given.
 
         Raises:
             click.UsageError: as `given`, or the file has no prompt.
         """
-        prompt = self.given()
+        prompt = self.given(conversation)
         if self.file is None or not isinstance(prompt, str):
             return [prompt]
         lines = dict.fromkeys(part.removesuffix("\r") for part in prompt.split("\n") if part.strip())
@@ -188,15 +219,16 @@ class ModelOptions:
         """
         if concept is not None and concept_tokens is not None:
             raise click.UsageError("--concept and --concept-tokens both give a concept; use one of them")
-        nothing = self.prompt is None and self.file is None and self.tokens is None
-        what = replace(self, prompt=STEER_PROMPT) if nothing else self
+        what = self if self.ways else replace(self, prompt=STEER_PROMPT)
+        if concept is not None:
+            return what, self.read(concept)
         if concept_tokens is None:
             # Where the text is token ids there may be no tokenizer: then it is its own concept.
-            return what, concept if concept is not None else STEER_CONCEPT if what.tokens is None else what.tokens
+            return what, STEER_CONCEPT if what.tokens is None else what.tokens
         return what, concept_tokens
 
 
-_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
+_FILE = click.Path(exists=True, dir_okay=False, allow_dash=True, path_type=Path)
 _MODEL = [
     click.option(
         "-m",
@@ -217,7 +249,7 @@ _MODEL = [
 ]
 # Help of the prompt options, with the default prompt and the contents of the file.
 PROMPT_HELP = f"Text to analyse.  [default: {DEFAULT_PROMPT!r}]"
-FILE_HELP = "Read the prompt from a file (UTF-8; a final newline is dropped)."
+FILE_HELP = "Read the prompt from a file (UTF-8; a final newline is dropped), or from stdin: -f -."
 
 
 def _prompt_options(prompt: str, file: str) -> list[Callable]:
@@ -225,6 +257,22 @@ def _prompt_options(prompt: str, file: str) -> list[Callable]:
         click.option("-p", "--prompt", help=prompt),
         click.option("-f", "--file", type=_FILE, help=file),
         click.option("--tokens", type=TokenIds(), help="Token ids, such as 1,2,3, instead of a text."),
+        click.option("--chat", metavar="QUESTION", help="Ask a question by the file's own chat template."),
+        click.option("--system", metavar="TEXT", help="What the system says before the question of --chat."),
+        click.option(
+            "-e", "--escape", is_flag=True, help=r"Read \n, \t, \x41 and the like in texts, as llama.cpp does."
+        ),
+        click.option(
+            "--parse-special/--no-parse-special",
+            default=True,
+            help="Whether <s> and the like in a text are the tokens that they name.  [default: they are]",
+        ),
+        click.option(
+            "--context",
+            type=click.IntRange(min=1),
+            metavar="N",
+            help="Largest number of tokens, also beyond what the model was trained on.  [default: the model's own]",
+        ),
     ]
 
 
@@ -241,13 +289,6 @@ _COMPUTE = [
         help="Dtype of all computation.",
     ),
     click.option(
-        "--mlp-path",
-        type=click.Choice(get_args(MlpPath)),
-        default="up",
-        show_default=True,
-        help="Factor of a gated MLP that stays live (not frozen).",
-    ),
-    click.option(
         "--ram-budget",
         type=MemorySize(),
         metavar="SIZE",
@@ -261,6 +302,20 @@ _COMPUTE = [
     ),
     click.option("-q", "--quiet", is_flag=True, help="Do not show progress."),
 ]
+_MLP_PATH = click.option(
+    "--mlp-path",
+    type=click.Choice(get_args(MlpPath)),
+    default="up",
+    show_default=True,
+    help="Factor of a gated MLP that stays live (not frozen).",
+)
+_BOTH_RULES = click.option(
+    "--mlp-path",
+    type=click.Choice([*get_args(MlpPath), "both"]),
+    default="up",
+    show_default=True,
+    help="Factor of a gated MLP that stays live (not frozen); both shows the shares under either rule.",
+)
 _TRACE = click.option(
     "--trace",
     type=click.Path(file_okay=False, path_type=Path),
@@ -390,19 +445,28 @@ def iteration_options(command: Callable) -> Callable:
     return command
 
 
-def model_options(*, prompt: str = PROMPT_HELP, file: str = FILE_HELP, trace: bool = True) -> Callable:
+def model_options(
+    *, prompt: str = PROMPT_HELP, file: str = FILE_HELP, trace: bool = True, both: bool = False
+) -> Callable:
     """Return a decorator that adds the options of `ModelOptions` and passes them on as one argument, `what`.
 
     Args:
         prompt, file: help of `--prompt` and `--file`, where a command's own differ.
         trace: False for a command that runs several prompts or models, and so keeps no forward pass.
+        both: whether `--mlp-path` may be `both`: `both_rules` then is set, and `mlp_path` is `up`.
     """
-    options = [*_MODEL, *_prompt_options(prompt, file), *_COMPUTE, *([_TRACE] if trace else [])]
+    rule = _BOTH_RULES if both else _MLP_PATH
+    options = [*_MODEL, *_prompt_options(prompt, file), *_COMPUTE, rule, *([_TRACE] if trace else [])]
 
     def decorate(command: Callable) -> Callable:
         def wrapped(**params: Any) -> Any:
             own = {field.name: params.pop(field.name, None) for field in fields(ModelOptions)}
-            return command(ModelOptions(**own), **params)
+            own["both_rules"] = own["mlp_path"] == "both"
+            own["mlp_path"] = "up" if own["both_rules"] else own["mlp_path"]
+            what = ModelOptions(**own)
+            if not what.ways and texts.piped():
+                what = replace(what, file=texts.STDIN)
+            return command(what, **params)
 
         wrapped.__doc__, wrapped.__name__ = command.__doc__, command.__name__
         wrapped.__click_params__ = getattr(command, "__click_params__", [])  # type: ignore[attr-defined]

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,7 @@ PLACES = {
 }
 # Options of commands that are fields of `ggjac.planner.work.Request` by the same name.
 _SAME = (
-    *("rank", "by", "count", "contrast", "per_token", "shuffles", "maps", "kinds", "transport"),
+    *("rank", "by", "count", "contrast", "per_token", "maps", "kinds", "transport"),
     *("method", "layer", "max_tokens", "control"),
 )
 
@@ -55,9 +56,12 @@ def show_plan(
 
     plans: list[Plan] = []
     content: dict[str, Any] = {}
-    files = {"": what.model} | ({"other_model": params["other"]} if "other" in params else {})
-    for name, model in files.items():
-        one = dataclasses.replace(what, model=model)
+    runs = {"": what}
+    if "other" in params:
+        runs["other_model"] = dataclasses.replace(what, model=params["other"])
+    if what.both_rules:
+        runs["other_rule"] = dataclasses.replace(what, mlp_path="gate")
+    for name, one in runs.items():
         made, data = _show_one(one, command, params, bench=bench, output_format=output_format)
         plans.append(made)
         content |= {name: data} if name else data
@@ -80,7 +84,9 @@ def _show_one(
     from ggjac.planner.machine import device_kind
 
     with open_gguf(what.model or demo_path()) as file:
-        config = read_config(file.metadata, {name: t.shape for name, t in file.tensors.items()})
+        config = read_config(file.metadata, {name: t.shape for name, t in file.tensors.items()}).with_context(
+            what.context
+        )
         n, texts = _count_tokens(what, command, params, file, config)
         request = requested(params, config.block_count) | texts
         made = make_plan(what, file, config, n, command, request, device_kind(what.device))
@@ -163,9 +169,8 @@ def make_plan(
     Raises:
         click.UsageError: the prompt is too long, or an option is out of range.
     """
-    import os
-
     from ggjac import planner
+    from ggjac.planner import machine
 
     name = "cpu" if device == "cpu" else what.device
     try:
@@ -178,7 +183,7 @@ def make_plan(
             request,
             mlp_path=what.mlp_path,
             device=device,
-            threads=what.threads or os.cpu_count() or 1,
+            threads=what.threads or machine.cpus(),
             budget=planner.Budget.of(what.ram_budget, what.vram_budget, name),
             tapes_on_disk=what.trace is not None,
         )
@@ -196,21 +201,24 @@ def _count_tokens(
     Raises:
         click.UsageError: a prompt is empty, or a token id is out of range.
     """
-    from ggjac.tokenizer import open_tokenizer
+    from ggjac.chat import rendered
+    from ggjac.tokenizer import Tokenizer, open_tokenizer
 
-    tokenizer = None
+    @cache
+    def tokenizer() -> Tokenizer:
+        keys = {key: file.metadata.get(f"tokenizer.ggml.{key}") for key in ("tokens", "model")}
+        return open_tokenizer(file.path, types=file.metadata.get("tokenizer.ggml.token_type"), **keys)
+
+    def conversation(question: str, system: str | None) -> str:
+        return rendered(file.metadata, tokenizer(), question, system)
 
     def count(prompt: str | list[int]) -> int:
-        nonlocal tokenizer
         if not isinstance(prompt, str):
             ids = prompt
         elif not prompt:
-            raise click.UsageError("the prompt is empty; give a text with -p or token ids with --tokens")
+            raise click.UsageError("the prompt is empty; give a text or token ids")
         else:
-            keys = {key: file.metadata.get(f"tokenizer.ggml.{key}") for key in ("tokens", "model")}
-            types = file.metadata.get("tokenizer.ggml.token_type")
-            tokenizer = tokenizer or open_tokenizer(file.path, types=types, **keys)
-            ids = tokenizer.encode(prompt)
+            ids = tokenizer().prompt(prompt, parse_special=what.parse_special)
         for i in ids:
             if not 0 <= i < config.vocabulary:
                 raise click.UsageError(
@@ -219,12 +227,12 @@ def _count_tokens(
         return len(ids)
 
     if command == "ranks":
-        counts = [count(prompt) for prompt in what.prompts()]
+        counts = [count(prompt) for prompt in what.prompts(conversation)]
         return max(counts), {"prompts": len(counts)}
     if command == "steer":
         text, concept = what.texts(params.get("concept"), params.get("concept_tokens"))
-        return count(concept), {"text": count(text.given())}
-    return count(what.given()), {}
+        return count(concept), {"text": count(text.given(conversation))}
+    return count(what.given(conversation)), {}
 
 
 def _alike(layers: Sequence["LayerPlan"]) -> Iterator[tuple[str, "LayerPlan"]]:

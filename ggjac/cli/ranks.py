@@ -10,7 +10,7 @@ from ggjac.cli.planning import dry_run
 
 
 @click.command()
-@model_options(file="Read prompts from a file (UTF-8), one on each line; empty lines are skipped.")
+@model_options(file="Read prompts from a file (UTF-8; - is stdin), one on each line; empty lines are skipped.")
 @dry_run
 @iteration_options
 @output("Append a JSON line for each prompt to this file; prompts that it already holds are skipped.")
@@ -37,14 +37,23 @@ def ranks(
     """
     from ggjac.analysis.ranks import ranks as measure
     from ggjac.cli.render import emit_json, line
-    from ggjac.cli.session import open_options, settings, show_saved, show_tokens, usage_errors
+    from ggjac.cli.session import (
+        open_options,
+        settings,
+        show_doubts,
+        show_saved,
+        show_tokens,
+        show_warnings,
+        usage_errors,
+    )
 
-    prompts = what.prompts()
+    model, options = open_options(what), settings(what)
+    with usage_errors():
+        prompts = what.prompts(model.chat)
     if what.trace and len(prompts) > 1:
         raise click.UsageError(
             "--trace keeps the forward pass of one prompt, but --file has several; leave out --trace"
         )
-    model, options = open_options(what), settings(what)
     stages, options["stages"] = options["stages"], None
     iteration: dict[str, Any] = {"tol": tol, "seed": seed, "max_sweeps": max_sweeps}
     with stages.stage("ranks") as report, usage_errors():
@@ -53,11 +62,13 @@ def ranks(
     if output_format == "json":
         envelope = result.envelope
         if len(records) > 1:
-            envelope = {k: v for k, v in envelope.items() if k not in ("prompt", "tokens", "warning", "position")}
+            envelope = {k: v for k, v in envelope.items() if k not in ("prompt", "tokens", "position")}
         emit_json(envelope | {"ranks": result.data()})
     else:
         if len(records) == 1:
-            show_tokens(result.envelope["tokens"], result.envelope["warning"])
+            show_tokens(result.envelope["tokens"], ())
+        show_warnings(result.envelope["warnings"])
+        show_doubts(result.envelope["model"])
         show(result.data())
         if result.ready:
             line(f"{result.ready} of {len(records)} prompts were already in {output}")

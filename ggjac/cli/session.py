@@ -11,6 +11,8 @@ from typing import Any
 import click
 
 from ggjac import display, planner, runs
+from ggjac.chat import ChatError
+from ggjac.cli import texts
 from ggjac.cli.options import ModelOptions, asked_name
 from ggjac.cli.planning import requested
 from ggjac.cli.progress import Reporter
@@ -18,6 +20,8 @@ from ggjac.cli.render import line, table
 from ggjac.model import DeviceError, Model, PromptError, open_model
 from ggjac.planner import machine
 from ggjac.session import Session
+
+LIKELY = 10  # tokens among which another spelling of a target is looked for
 
 
 def open_session(
@@ -45,8 +49,9 @@ def open_session(
     if output:
         runs.check_writable(output)
     machine.return_freed_memory()
-    prompt = what.given()
     model = open_options(what)
+    with usage_errors():
+        prompt = what.given(model.chat)
     check_output(output, "--output", what, model)
     with usage_errors():
         session = Session(model, prompt, tapes=tapes, **settings(what))
@@ -56,6 +61,7 @@ def open_session(
     if rank is not None and rank > d:
         raise click.UsageError(f"--rank {rank} is out of range; this model's Jacobian has {d} singular values")
     session.position = position % n
+    session.notes += what.remarks()
     this = weakref.proxy(session)  # or neither would go with its last reference, nor the model
     session.stages.work = lambda: this.work()
     if fit:
@@ -71,7 +77,7 @@ def open_options(what: ModelOptions) -> Model:
     """
     try:
         how: dict[str, Any] = {"device": what.device, "dtype": what.dtype, "threads": what.threads}
-        return open_model(what.model, asked=asked_name(what.model), **how)
+        return open_model(what.model, asked=asked_name(what.model), context=what.context, **how)
     except DeviceError as error:
         raise click.UsageError(f"--device: {error}") from error
 
@@ -79,6 +85,7 @@ def open_options(what: ModelOptions) -> Model:
 def settings(what: ModelOptions) -> dict[str, Any]:
     """Return the options of a `Session` as the command line gives them."""
     return {
+        "parse_special": what.parse_special,
         "mlp_path": what.mlp_path,
         "trace": what.trace,
         "ram_budget": what.ram_budget,
@@ -96,7 +103,7 @@ def check_output(output: Path | None, option: str, what: ModelOptions, model: Mo
         click.UsageError: it is an input.
     """
     for source in (*model.gguf.paths, what.file):
-        if output and source and output.exists() and output.samefile(source):
+        if output and source and output.exists() and source.exists() and output.samefile(source):
             raise click.UsageError(f"{option} {output} is an input of this command; choose another name")
 
 
@@ -120,44 +127,93 @@ def usage_errors() -> Iterator[None]:
         yield
     except planner.NoFitError:  # an exit code of its own
         raise
-    except (PromptError, planner.PlanError) as error:
+    except (PromptError, ChatError, planner.PlanError) as error:
         raise click.UsageError(str(error)) from error
 
 
 def one_token(session: Session, target: str | None, option: str = "--target") -> int | None:
-    """Return the id that an option names: a number, or a text that is one token, its spaces as they are or as `␣`.
+    """Return the id that an option names: a text that is one token, its spaces as they are or as `␣`, or `id:4`.
 
     Raises:
         click.UsageError: the text is not one token, or the id is not in the vocabulary.
     """
     if target is None:
         return None
-    tokenizer = session.model.tokenizer
-    if target.isascii() and target.isdigit():
-        ids = [int(target)] if len(target) < 20 else [2**63]
+    model, text = session.model, target.replace("␣", " ")
+    number = target.removeprefix("id:")
+    is_id = number.isascii() and number.isdigit()
+    if is_id and (number != target or not model.tokenizer.n_vocab):
+        ids = [int(number)] if len(number) < 20 else [2**63]
     else:
-        text = target.replace("␣", " ")
-        ids = tokenizer.encode(text, add_special=False)
-        if len(ids) != 1 and text.startswith(" "):
-            # SentencePiece puts a space before every text: here it has brought its own.
-            inner = tokenizer.encode(text[1:], add_special=False)
-            if len(inner) == 1 and tokenizer.piece(inner[0]) == text.encode():
-                ids = inner
+        ids = _spelled(model, text)
+        if len(ids) != 1 and "\\" in text:  # as the tables show a line break
+            ids = _spelled(model, texts.unescaped(text))
+        if len(ids) == 1 and is_id and int(number) < model.config.vocabulary:
+            other = model.word(int(number))
+            session.notes.append(
+                f"{option} {target} is the text {target} (id {ids[0]}); for token {other} write id:{target}"
+            )
     if len(ids) != 1:
-        parts = " + ".join(session.model.word(id) for id in ids) or "none"
-        raise click.UsageError(f"{option} {target!r} is {len(ids)} tokens ({parts}); give one token, or its id")
+        parts = " + ".join(model.word(id) for id in ids[:8]) + " + ..." * (len(ids) > 8) or "none"
+        ask = f"id:{target}" if is_id else "an id, as in id:4"
+        if not text.startswith(" ") and len(_spelled(model, f" {text}")) == 1:
+            ask = f"{f' {target}'!r}, with a space before it, which is one"
+        raise click.UsageError(f"{option} {target!r} is {len(ids)} tokens ({parts}); give one token, or {ask}")
     try:
-        return session.model.check_prompt(ids)[0]
+        return model.check_prompt(ids)[0]
     except PromptError as error:
         raise click.UsageError(f"{option}: {error}") from error
 
 
-def show_tokens(tokens: Sequence[Mapping[str, Any]], warning: str | None) -> None:
-    """Print the table of a prompt's tokens, as `Session.tokens` returns them, and a warning where BOS looks wrong."""
+def _spelled(model: Model, text: str) -> list[int]:
+    """Return the ids of a text inside another one."""
+    tokenizer = model.tokenizer
+    ids = tokenizer.encode(text, add_special=False)
+    if len(ids) != 1 and text.startswith(" "):
+        # SentencePiece puts a space before every text: here it has brought its own.
+        inner = tokenizer.encode(text[1:], add_special=False)
+        if len(inner) == 1 and tokenizer.piece(inner[0]) == text.encode():
+            return inner
+    return ids
+
+
+def note_likelier(session: Session, target: str | None, id: int | None, option: str = "--target") -> None:
+    """Add a remark where the same word with or without a space before it is among the likely tokens, and likelier."""
+    if target is None or id is None or target.startswith("id:"):
+        return
+    model, piece = session.model, session.model.tokenizer.piece(id)
+    other = piece[1:] if piece.startswith(b" ") else b" " + piece
+    found = session.logits.topk(min(LIKELY, len(session.logits))).indices.tolist()
+    if id in found:
+        found = found[: found.index(id)]
+    for rank, i in enumerate(found, 1):
+        if model.tokenizer.piece(i) == other:
+            likelier = model.word(i)
+            session.notes.append(
+                f"{option} {target!r} is {model.word(id)}; {likelier} is number {rank} of the likeliest tokens: "
+                f"did you mean {other.decode('utf-8', 'replace')!r}?"
+            )
+
+
+def show_tokens(tokens: Sequence[Mapping[str, Any]], warnings: Sequence[str]) -> None:
+    """Print the table of a prompt's tokens, as `Session.tokens` returns them, and remarks on the prompt."""
     rows = [(token["position"], token["id"], display.token(token)) for token in tokens]
     table("Tokens", ["#position", "#id", "token"], rows)
-    if warning:
+    show_warnings(warnings)
+
+
+def show_warnings(warnings: Sequence[str]) -> None:
+    """Print remarks on a prompt."""
+    for warning in warnings:
         line(f"Warning: {warning}")
+    if warnings:
+        line("")
+
+
+def show_doubts(model: Mapping[str, Any], which: str = "") -> None:
+    """Print the warning about a model's weights, if there is one; `model` is that of an envelope."""
+    if model["warning"]:
+        line(f"Warning: {which}{display.visible(model['warning'].encode())}")
         line("")
 
 

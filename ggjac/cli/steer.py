@@ -113,7 +113,7 @@ def steer(
     from ggjac.analysis.steer import changed_layer
     from ggjac.analysis.steer import steer as run
     from ggjac.cli.render import emit_json
-    from ggjac.cli.session import check_output, fit_command, open_session, show_saved, show_tokens
+    from ggjac.cli.session import check_output, fit_command, open_session, show_doubts, show_saved, show_tokens
     from ggjac.llamacpp.control_vector import check_layer, save_control_vector
     from ggjac.model import PromptError
     from ggjac.sizes import default_layer
@@ -132,7 +132,7 @@ def steer(
         check_output(control_vector, "--export-control-vector", what, model)
         check_layer(changed_layer(method, layer), blocks)
     try:
-        ids = model.prompt_ids(of_concept)
+        ids = model.prompt_ids(of_concept, parse_special=what.parse_special)
     except PromptError as error:
         raise click.UsageError(f"--concept: {error}") from error
     if len(session.ids) + max_tokens > model.config.longest:
@@ -144,7 +144,7 @@ def steer(
     options: dict[str, Any] = {"method": method, "layer": layer, "strengths": strengths, "max_tokens": max_tokens}
     options |= {"top": top, "control": control, "seed": seed, "mlp_path": what.mlp_path}
     with session.stages.stage("steer") as report:
-        result = run(model, session.ids, of_concept, progress=report, **options)
+        result = run(model, session.ids, ids, progress=report, **options)
     content = session.envelope() | {"steering": result.data(session.words)}
     if control_vector:
         save_control_vector(
@@ -159,7 +159,8 @@ def steer(
     if output_format == "json":
         emit_json(content)
         return
-    show_tokens(session.tokens(), session.warning)
+    show_tokens(session.tokens(), session.warnings)
+    show_doubts(content["model"])
     show(content["steering"])
     show_saved(output)
     show_saved(control_vector)

@@ -16,7 +16,6 @@ from ggjac.cli.options import (
     top,
 )
 from ggjac.cli.planning import dry_run
-from ggjac.sizes import SHUFFLES
 
 PLACES, WORDS = 3, 8  # of the tables: positions of each right vector, tokens of each left one
 
@@ -28,13 +27,6 @@ PLACES, WORDS = 3, 8  # of the tables: positions of each right vector, tokens of
 @spectrum_options
 @top("Tokens per vector.")
 @click.option("--per-token", is_flag=True, help="Also decompose each position's own map.")
-@click.option(
-    "--shuffles",
-    type=click.IntRange(min=0),
-    default=SHUFFLES,
-    show_default=True,
-    help="Number of shuffled vectors in the chance baseline; 0 for no baseline.",
-)
 @output(
     "Save `U`, `S`, `Vh`, `residual` and `ids`, and with --per-token `token_U` [m, k, d], `token_S` [m, k], `token_Vh` "
     "[m, k, d], `token_residual` [m, k], to this safetensors file."
@@ -50,16 +42,14 @@ def svd(
     seed: int,
     top: int,
     per_token: bool,
-    shuffles: int,
     output: Path | None,
     resume: bool,
     output_format: str,
 ) -> None:
-    """Compute the leading singular vectors of a prompt's detached Jacobian, decoded to tokens, with a chance baseline.
+    """Compute the leading singular vectors of a prompt's detached Jacobian, decoded to tokens.
 
     Left vectors decode through the LM head to the tokens they promote, right vectors to the nearest input embeddings at
-    each position. The coherence of a vector (mean cosine between the embeddings of its top tokens) is compared with
-    that of vectors with shuffled components. Exit code 3 if the sweeps ran out before every triplet reached --tol, or
+    each position. Exit code 3 if the sweeps ran out before every triplet reached --tol, or
     the reconstruction error is out of bounds.
 
     \b
@@ -67,14 +57,11 @@ def svd(
     """
     from ggjac.analysis.per_token import per_token as each_token
     from ggjac.analysis.per_token import tensors as token_tensors
-    from ggjac.analysis.readability import readability
     from ggjac.analysis.svd import spectrum
     from ggjac.cli.result import finish
     from ggjac.cli.session import check_resume, open_session
     from ggjac.session import checkpoint
 
-    if shuffles == 1:
-        raise click.UsageError("--shuffles 1: a baseline needs at least 2 vectors; 0 leaves the comparison out")
     check_resume(output, resume)
     session = open_session(what, position=position, rank=rank, output=output)
     settings: dict[str, Any] = {"rank": rank, "tol": tol, "seed": seed}
@@ -85,10 +72,6 @@ def svd(
         result = session.run("svd", spectrum, **iteration)
         content = {"reconstruction": session.reconstruction().data(), "svd": result.data(words)}
         tensors = result.tensors()
-        if shuffles:
-            vectors = result.svd.U, result.heaviest
-            worth = session.run("coherence", readability, *vectors, top=top, shuffles=shuffles, seed=seed)
-            content["svd"]["readability"] = worth.data()
         if per_token:
             each = session.run("svd per token", each_token, **iteration)
             content["svd"]["per_token"] = [one.data(words) for one in each]
@@ -99,10 +82,8 @@ def svd(
 
 
 def show(data: dict[str, Any]) -> None:
-    """Print the triplets, their coherence and the triplets of each position, where they were computed."""
+    """Print the triplets and those of each position, where they were computed."""
     show_spectrum(data)
-    if "readability" in data:
-        show_readability(data["readability"])
     if "per_token" in data:
         show_per_token(data["per_token"])
 
@@ -140,32 +121,6 @@ def show_stable_rank(data: dict[str, Any]) -> None:
 
     bar = f" ± {data['error']:.1g}" if data["error"] else " (exact)"
     line(f"Stable rank ‖J‖²_F/σ₁² = {data['value']:.3f}{bar}; ‖J‖_F = {data['frobenius']:.4g}")
-    line("")
-
-
-def show_readability(data: dict[str, Any]) -> None:
-    """Print each vector's coherence with the chance baseline."""
-    from ggjac.cli.render import line, table
-
-    rows: list[tuple] = []
-    for j in range(len(data["left"]["scores"])):
-        row: tuple = (j + 1,)
-        for side in ("left", "right"):
-            found = data[side]
-            row += (f"{found['scores'][j]:.3f}", f"{found['above'][j]:+.1f}", f"{found['chance'][j]:.3f}")
-        rows.append(row)
-    by_chance = (
-        f"{data[side]['shuffled']['mean']:.3f} ± {data[side]['shuffled']['sd']:.3f}" for side in ("left", "right")
-    )
-    rows.append(("shuffled", next(by_chance), "", "", next(by_chance), "", ""))
-    line("")
-    columns = ["##", "#left", "#sd above", "#by chance", "#right", "#sd above", "#by chance"]
-    table("Coherence: mean cosine between the embeddings of a vector's top tokens", columns, rows)
-    line(
-        "right: at the position with most of its weight; sd above: standard deviations above the mean of "
-        f"{data['left']['shuffled']['count']} vectors with shuffled components; by chance: share of them that score as "
-        "high"
-    )
     line("")
 
 

@@ -1,8 +1,9 @@
 """Sizes and constants of a model: data, as read and checked by `ggjac.config.read`."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ggjac.architectures import Architecture
+from ggjac.config.keys import ConfigError
 from ggjac.sizes import KINDS, Kind
 
 
@@ -212,6 +213,21 @@ class ModelConfig:
     def longest(self) -> int:
         """Largest number of tokens that can be run: an indexer would leave some out in longer prompts."""
         return min(self.context_length, self.indexer.selected or self.context_length)
+
+    def with_context(self, context: int | None) -> "ModelConfig":
+        """Return this model with another context, as llama.cpp allocates one; None leaves its own.
+
+        Raises:
+            ConfigError: the model has no positions for it.
+        """
+        if context is None:
+            return self
+        if self.row.positions and context > self.context_length:
+            raise ConfigError(
+                f"a context of {context} is not possible: this model has learned positions, for {self.context_length} "
+                "tokens; shorten the prompt"
+            )
+        return replace(self, context_length=context)
 
     @property
     def writers(self) -> set[int]:

@@ -63,7 +63,7 @@ def check_layer(layer: int, block_count: int) -> None:
     if not 2 <= layer <= block_count:
         raise ControlVectorError(
             f"llama.cpp adds control vectors to the residual stream after 2 to {block_count} blocks of this model, "
-            f"not after {layer}; choose another --layer"
+            f"not after {layer}; choose another layer"
         )
 
 

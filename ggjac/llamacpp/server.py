@@ -95,6 +95,7 @@ class Server:
         prompt: str | None,
         threads: int,
         folder: str,
+        parse_special: bool = True,
         control: str | None = None,
     ) -> dict[str, Any]:
         """Evaluate token ids; save logits and tensors as `folder/{i}.npy`, where i is the index of the returned name.
@@ -109,8 +110,9 @@ class Server:
             np.save(Path(folder) / f"{files.setdefault(name, len(files))}.npy", values, allow_pickle=False)
 
         llama = self._ready()
+        text: dict[str, Any] = {"prompt": prompt, "parse_special": parse_special}
         prompt_ids = evaluate(
-            llama, path, ids, log=self.log, keep=keep, names=names, prompt=prompt, threads=threads, control=control
+            llama, path, ids, log=self.log, keep=keep, names=names, threads=threads, control=control, **text
         )
         return {"names": list(files), "prompt_ids": prompt_ids}
 
@@ -195,6 +197,7 @@ def evaluate(
     keep: Callable[[str, "np.ndarray"], None],
     names: Sequence[str],
     prompt: str | None,
+    parse_special: bool = True,
     threads: int,
     control: str | None = None,
 ) -> list[int] | None:
@@ -227,7 +230,7 @@ def evaluate(
             )
         prompt_ids = None
         if prompt is not None and llama.llama_vocab_type(vocab) != llama.LLAMA_VOCAB_TYPE_NONE:
-            prompt_ids = tokenize(llama, vocab, prompt.encode("utf-8"), add_special=True, parse_special=True)
+            prompt_ids = tokenize(llama, vocab, prompt.encode("utf-8"), add_special=True, parse_special=parse_special)
 
         params = llama.llama_context_default_params()
         _set(

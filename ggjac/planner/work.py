@@ -53,7 +53,6 @@ from ggjac.sizes import (
     KINDS,
     MAPS,
     PROBES,
-    SHUFFLES,
     SLICE,
     TOKENS_AT_ONCE,
     WAITING_BYTES,
@@ -230,7 +229,6 @@ class Request:
         layers, maps, kinds, transport: of maps inside the network, as the options of `layers` define them; `layers` is
             None for all of them, but in `analyze` for none.
         contrast, per_token: parts of `analyze` and `svd`.
-        shuffles: shuffled vectors to decode for comparison (`analyze`, `svd`).
         by: of `attribute`.
         count: columns and rows at each position (`norms`).
         text: tokens of the text that is steered, where `n` are the concept's (`steer`); None: also `n`.
@@ -251,7 +249,6 @@ class Request:
     transport: bool = False
     contrast: bool = False
     per_token: bool = False
-    shuffles: int = SHUFFLES
     by: Literal["token", "layer", "head"] = "token"
     count: int = 3
     text: int | None = None
@@ -278,9 +275,9 @@ def command_work(command: str, config: ModelConfig, n: int, dtype: str, **option
     if not 1 <= n <= config.longest:
         raise PlanError(f"a prompt of {n} tokens cannot run; this model takes from 1 to {config.longest}")
     if not -n <= request.position < n:
-        raise PlanError(f"--position {request.position} is out of range; the prompt has positions 0 to {n - 1}")
+        raise PlanError(f"position={request.position} is out of range; the prompt has positions 0 to {n - 1}")
     if not 1 <= request.rank <= config.d:
-        raise PlanError(f"--rank {request.rank} is out of range; this model's Jacobian has {config.d} singular values")
+        raise PlanError(f"rank={request.rank} is out of range; this model's Jacobian has {config.d} singular values")
     builder = _Builder(config, n, dtype, request)
     if not set(builder.depths) <= set(range(config.block_count + 1)):
         raise PlanError(f"layers {builder.depths}: out of range; this model has depths 0 to {config.block_count}")
@@ -422,11 +419,6 @@ class _Builder:
         last = Region("all", spans=((end - 1, end),))
         return Sweeps("ordinary", 1, 2, region=Region("all")), Sweeps("ordinary: last block", 1, 1, region=last)
 
-    def coherence(self) -> tuple[Lookup, ...]:
-        """Return the decoding of singular and of shuffled vectors, which shows what chance would give."""
-        count = self.request.rank + self.request.shuffles
-        return (Lookup("coherence", head=count, embedding=count),) if self.request.shuffles else ()
-
     def per_token(self) -> tuple[Sweeps | Lookup, ...]:
         """Return the decomposition of each position's own map; vectors going up are first put at their position."""
         maps, rank, sweeps = self.input_positions, self.request.rank, self.sweeps
@@ -535,7 +527,6 @@ def _analyze(builder: _Builder) -> Work:
         Lookup("logits", logits=1),
         RECONSTRUCTION,
         *builder.spectrum(),
-        *builder.coherence(),
         *builder.stable_rank(),
         ATTRIBUTION,
         Sweeps("branches", 1, 1, region=Region("heads", written=1)),
@@ -546,8 +537,7 @@ def _analyze(builder: _Builder) -> Work:
 
 def _svd(builder: _Builder) -> Work:
     per_token = builder.per_token() if builder.request.per_token else ()
-    steps = *builder.spectrum(), RECONSTRUCTION, *builder.coherence(), *per_token
-    return builder.work(*steps, fewer_vectors=FEWER_TRIPLETS, fewer_decoded="lower --shuffles or --rank")
+    return builder.work(*builder.spectrum(), RECONSTRUCTION, *per_token, fewer_vectors=FEWER_TRIPLETS)
 
 
 def _layers(builder: _Builder) -> Work:
@@ -611,7 +601,7 @@ def _steer(builder: _Builder) -> Work:
     capacity, steered = text + request.max_tokens, request.strengths * (1 + request.control)
     layer = request.layer or default_layer(config.block_count)
     if layer > config.block_count:
-        raise PlanError(f"--layer {layer} is out of range; this model has layers 1 to {config.block_count}")
+        raise PlanError(f"layer={layer} is out of range; this model has layers 1 to {config.block_count}")
     if capacity > config.longest:
         raise PlanError(f"a text of {capacity} tokens cannot run; this model takes at most {config.longest}")
     concept = Region(spans=((0, layer),))

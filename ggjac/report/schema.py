@@ -175,7 +175,8 @@ WORDS = each(spelled({}), most=MAX_WORDS)
 ESTIMATE = record({"value": maybe(number)}, {"error": number, "frobenius": number})
 TRIPLET = {"singular_value": number, "residual": maybe(number)}  # the residual is relative to σ
 MODEL = record(
-    {"path": text}, dict.fromkeys(("asked", "name", "architecture", "fingerprint"), text) | {"bytes": integer}
+    {"path": text},
+    dict.fromkeys(("asked", "name", "architecture", "fingerprint", "warning"), text) | {"bytes": integer},
 )
 #: ‖J x + offset − y‖ ⁄ ‖y‖ and the limit up to which it is healthy.
 RECONSTRUCTION = record(

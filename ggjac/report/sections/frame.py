@@ -5,7 +5,20 @@ from typing import Any
 
 from ggjac import display
 from ggjac.report.numbers import percent
-from ggjac.report.schema import HERE, MODEL, RECONSTRUCTION, Check, Wrong, each, integer, number, spelled, table, text
+from ggjac.report.schema import (
+    HERE,
+    MAX_WORDS,
+    MODEL,
+    RECONSTRUCTION,
+    Check,
+    Wrong,
+    each,
+    integer,
+    number,
+    spelled,
+    table,
+    text,
+)
 from ggjac.report.sections.common import SHORT, Run, Section, capital, file_name
 from ggjac.report.summary import caveat, sentences
 from ggjac.units import duration, power, size
@@ -27,8 +40,8 @@ FORM: dict[str, Check] = {
     "platform": text,
     "command": each(text),  # its words
     "prompt": text,  # as it was typed
-    "warning": text,  # about how the prompt was tokenized
-    "warnings": each(text),  # about anything else
+    "warnings": each(text, most=MAX_WORDS),  # about the prompt
+    "warning": text,  # the only one, in results of 0.1.0
     "position": position,  # the output position; the last token's where it is missing
     "device": text,
     "dtype": text,
@@ -77,7 +90,7 @@ def header(run: Run) -> dict[str, Any]:
     if not tokens:
         prompt = f"{len(c['ranks']['prompts'])} prompts"
     best = (c["predictions"] or [None])[0]
-    other = c["other_model"]
+    other, of_prompt = c["other_model"], c["warnings"] or [c["warning"]]
     return {
         "prompt": prompt if len(prompt) <= 420 else f"… {prompt[-400:]}",
         "long": len(prompt) > 120,
@@ -85,7 +98,7 @@ def header(run: Run) -> dict[str, Any]:
         "next": best and _joined([best]),
         "sentences": sentences(c),
         "caveat": caveat(c) if c["attribution"] else None,
-        "warnings": [*filter(None, (c["warning"],)), *(c["warnings"] or [])],
+        "warnings": [*filter(None, (*of_prompt, *(found["warning"] for found in (model, other) if found)))],
         "name": model["name"] or file_name(model),
         "facts": _pairs(
             ("File", file_name(model)),

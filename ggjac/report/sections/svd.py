@@ -3,17 +3,14 @@
 from typing import Any
 
 from ggjac.drawing.charts import Axis, Chart, Series, curves, from_to, known, linear, scales
-from ggjac.report.numbers import aligned, fixed, percent, signed
+from ggjac.report.numbers import aligned, percent
 from ggjac.report.schema import (
     ESTIMATE,
     HERE,
     MAX_VECTORS,
-    NUMBERS,
     TRIPLET,
     WORDS,
     Check,
-    Wrong,
-    agreeing,
     each,
     flag,
     integer,
@@ -30,14 +27,6 @@ from ggjac.units import power
 # more than `WHOLE` positions.
 OPEN, TRIPLETS = 40, 2
 
-_COHERENCE = record(
-    {
-        "scores": NUMBERS,  # of each vector: the mean cosine between the embeddings of its tokens
-        "chance": NUMBERS,  # the share of shuffled vectors that score as high
-        "shuffled": record({"mean": maybe(number), "sd": maybe(number)}),  # the scores of shuffled vectors
-    },
-    {"above": NUMBERS},  # standard deviations above that mean
-)
 _RIGHT = {
     "weight": maybe(number),  # the share of the vector's squared norm at this position
     "nearest": WORDS,  # the tokens with the nearest embeddings there
@@ -56,23 +45,13 @@ _SVD = record(
         "tol": number,
         "sweeps": integer,
         "stopped_by": text,
-        "readability": record({"left": _COHERENCE, "right": _COHERENCE}),  # right: at the heaviest position
         "per_token": each(_PER_TOKEN),  # the triplets of each position's own map
     },
 )
 
 
-def _check_coherence(svd: dict[str, Any], where: str) -> None:
-    """Check that every decoded vector has its score."""
-    count = len(svd["triplets"])
-    for side, found in (svd["readability"] or {}).items():
-        for name in ("scores", "chance"):
-            if len(found[name]) != count:
-                raise Wrong(f"{where}.readability.{side}.{name}: {len(found[name])} numbers for {count} triplets")
-
-
 FORM: dict[str, Check] = {
-    "svd": agreeing(_SVD, _check_coherence),
+    "svd": _SVD,
     "stable_rank": ESTIMATE,
 }
 
@@ -114,32 +93,12 @@ def svd(run: Run) -> dict[str, Any] | None:
 # -- singular vectors --------------------------------------------------------------------------------------------------
 
 
-def readability(run: Run) -> list[Chart]:
-    """Draw the coherence of the decoded vectors and of shuffled ones: a chart for each side."""
-    found, drawn = (run.content["svd"] or {}).get("readability") or {}, []
-    for side, words in (("left", "Left vectors"), ("right", "Right vectors")):
-        own = found.get(side) or {"scores": []}
-        points = known(enumerate(own["scores"], 1))
-        if not points:
-            continue
-        last = float(max(2, len(own["scores"])))
-        series = [Series("decoded", points)]
-        mean, sd = own["shuffled"]["mean"], own["shuffled"]["sd"]
-        if mean is not None:
-            series.append(Series("shuffled ± sd", ((1.0, mean), (last, mean)), "faint", error=(sd or 0.0, sd or 0.0)))
-        summary = f"Coherence: {from_to('from', points)}; of shuffled vectors {0.0 if mean is None else mean:.3g}."
-        # It may be negative: no logarithmic scale.
-        drawn += curves(f"coherence-{side}", words, ("index", "coherence"), series, summary, log=False)
-    return drawn
-
-
 def vectors(run: Run) -> dict[str, Any] | None:
-    """Prepare the decoded singular vectors, and how their readability compares with chance."""
+    """Prepare the decoded singular vectors."""
     triplets = (run.content["svd"] or {}).get("triplets")
     if not triplets:
         return None
     sigmas = aligned([t["singular_value"] for t in triplets])
-    coherence = run.content["svd"]["readability"]
     rows = []
     for j, t in enumerate(triplets):
         heaviest = sorted(t["right"], key=lambda r: -(r["weight"] or 0.0))[:SHOWN]
@@ -151,29 +110,9 @@ def vectors(run: Run) -> dict[str, Any] | None:
                 "left": t["left"],
                 "right": [r | {"share": percent(r["weight"], 0), "nearest": r["nearest"][:SHOWN]} for r in heaviest],
                 "strip": _strip(t["right"]),
-                "worth": {side: coherence and _worth(coherence[side], j) for side in ("left", "right")},
             }
         )
-    return {
-        "rows": rows,
-        "charts": readability(run),
-        "shuffled": [(side, _shuffled(coherence[side])) for side in ("left", "right")] if coherence else [],
-    }
-
-
-def _worth(found: dict[str, Any], j: int) -> dict[str, str] | None:
-    """Return a vector's coherence, and how often a shuffled vector scores as high."""
-    score, chance = found["scores"][j], found["chance"][j]
-    return None if score is None else {"score": signed(score), "chance": percent(chance), "mark": _mark(chance)}
-
-
-def _mark(chance: float | None) -> str:
-    """Return the mark of a score: clear where at most one shuffled vector in a hundred scores as high."""
-    return "clear" if chance is not None and chance <= 0.01 else "faint"
-
-
-def _shuffled(found: dict[str, Any]) -> str:
-    return f"{fixed(found['shuffled']['mean'])} ± {fixed(found['shuffled']['sd'])}"
+    return {"rows": rows}
 
 
 def _strip(right: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -243,7 +182,6 @@ SECTIONS = (
         "Each pair reads one direction of the input (the right vector) and writes one direction of the output (the "
         "left vector). A left vector is decoded through the LM head to the tokens it promotes; a right vector to the "
         "positions that carry most of it and the input embeddings nearest to it there.",
-        readability,
     ),
     Section(
         "svd-per-token",

@@ -1,0 +1,60 @@
+"""What a reader of results should know of a prompt: where its tokens may not be what was meant."""
+
+from collections.abc import Sequence
+
+from ggjac.model import Model
+from ggjac.tokenizer import bos_warning
+
+
+def remarks(model: Model, ids: Sequence[int], text: str | None) -> list[str]:
+    """Return remarks of one line each on a prompt: its ids, and its text if it was given as one."""
+    found = [bos_warning(model.tokenizer, ids), _context(model, len(ids))]
+    if text is not None:
+        found += [_pre_tokenizer(model), _end(model, ids, text)]
+    return [remark for remark in found if remark]
+
+
+def position_remark(model: Model, ids: Sequence[int], position: int) -> str | None:
+    """Return a remark where the output position, from 0, is that of EOS; else None."""
+    eos = model.tokenizer.eos_id
+    if not position or ids[position] != eos:  # some vocabularies begin a prompt with it
+        return None
+    return (
+        f"position {position} is EOS ({model.word(ids[position])}): the model predicts there how another text begins; "
+        f"position {position - len(ids) - 1} is the token before it"
+    )
+
+
+def _context(model: Model, n: int) -> str | None:
+    if n <= model.trained_context:
+        return None
+    return f"the prompt has {n} tokens; the model was trained on {model.trained_context} at most"
+
+
+def _pre_tokenizer(model: Model) -> str | None:
+    """Repeat llama.cpp's warning on files that do not say how text is split before it is tokenized."""
+    metadata = model.gguf.metadata
+    pre = metadata.get("tokenizer.ggml.pre")
+    if metadata.get("tokenizer.ggml.model") != "gpt2" or pre not in (None, "", "default"):
+        return None
+    found = (
+        "has no tokenizer.ggml.pre" if not pre else "names no pre-tokenizer of its own (tokenizer.ggml.pre: default)"
+    )
+    return (
+        f"the file {found}: llama.cpp splits text by its default rules, and the tokens may not be those that the model "
+        "was trained with; take a newer conversion of the model"
+    )
+
+
+def _end(model: Model, ids: Sequence[int], text: str) -> str | None:
+    """Notice an EOS that was left off, and a lone space."""
+    tokenizer = model.tokenizer
+    if tokenizer.adds_eos and tokenizer.eos_id is not None:
+        eos = model.word(tokenizer.eos_id)
+        return (
+            f"this vocabulary ends every text with EOS ({eos}, id {tokenizer.eos_id}), which was left off, since a "
+            f"prompt is to be continued; write {eos} at its end to analyse it there"
+        )
+    if text.endswith(" ") and text.strip() and not tokenizer.name(ids[-1]).strip(b" "):
+        return "the prompt ends with a space, which is a token of its own: most words begin with theirs; leave it out"
+    return None
