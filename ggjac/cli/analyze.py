@@ -89,6 +89,7 @@ def analyze(
     with run_folder(output, session.model.title) as folder:
         content = run(session, folder, resume=resume, show=show, **options, **parts)
     if as_table:
+        line("")
         for sentence in sentences(content):
             line(plain(sentence))
         line("")
