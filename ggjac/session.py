@@ -386,7 +386,7 @@ class Session:
                 "bytes": model.gguf.nbytes,
                 "fingerprint": model.gguf.fingerprint(),
                 "sha256": model.gguf.hashes,
-                "warning": model.weights.holes.warning(),
+                "warning": model.weights.warning(),
             },
             "prompt": self.text,
             "tokens": self.tokens(),
