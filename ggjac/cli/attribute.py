@@ -15,10 +15,10 @@ from ggjac.cli.planning import dry_run
 SHOWN = 24
 # Parts of each position, where there are several.
 LARGEST = 3
-ALL = 2**31
 # What shares do not say, by token and by block; under every table of them.
 CAVEAT = "The sum is exact; its division depends on the freezing rule (--mlp-path both). A share is not importance."
 DIRECT = "Direct logit attribution, the same under both freezing rules: what a part adds, wherever it read that from."
+ALL = 2**31  # more parts than any table has
 
 
 @click.command()
@@ -141,8 +141,6 @@ def both(
     session.text = text
     rebuilt.append(session.reconstruction())
     result = both_rules(first, session.run("attribution", attribute, first.target, minus))
-    note_likelier(session, target, first.target)
-    note_likelier(session, versus, minus, "--versus")
     worse = max(rebuilt, key=lambda found: found.error)
     split = {"by": "token"} | result.data(session.words)
     if output:
@@ -170,22 +168,23 @@ def show_tokens(data: dict[str, Any], count: int) -> None:
 
     rules = [data] + ([data["other_rule"]] if "other_rule" in data else [])
     alone = len(rules) == 1  # bars of two rules are too wide for a terminal
-    lines = list(zip(*(rule["shares"] for rule in rules), strict=True))
+    lines = _characters(rules)
     if rest := max(0, len(lines) - count):
-        lines = sorted(lines, key=lambda shares: -max(abs(s["share"]) for s in shares))[:count]
-    largest = max(abs(shares[0]["share"]) for shares in lines) or 1.0
-    rows: list[tuple] = [
-        (
-            shares[0]["position"],
-            display.token(shares[0]),
-            *(f"{s['share']:+.4f}" for s in shares),
-            *([bar(shares[0]["share"], largest)] if alone else []),
-        )
-        for shares in lines
-    ]
+        lines = sorted(lines, key=lambda line: -max(map(abs, line[1])))[:count]
+    largest = max(abs(sums[0]) for _, sums in lines) or 1.0
+    rows: list[tuple] = []
+    for parts, sums in lines:
+        place = display.span(parts[0]), display.together(parts[0])
+        drawn = [bar(sums[0], largest)] if alone else []
+        rows.append((*place, *(f"{value:+.4f}" for value in sums), *drawn))
+        if len(parts[0]) > 1:  # the bytes of one character
+            for each in zip(*parts, strict=True):
+                values = (f"({s['share']:+.4f})" for s in each)
+                rows.append((each[0]["position"], display.token(each[0]), *values, *([""] if alone else [])))
     if rest:
-        shown = [sum(shares[i]["share"] for shares in lines) for i in range(len(rules))]
-        left = [sum(s["share"] for s in rule["shares"]) - part for rule, part in zip(rules, shown, strict=True)]
+        left = [
+            sum(s["share"] for s in rule["shares"]) - sum(sums[i] for _, sums in lines) for i, rule in enumerate(rules)
+        ]
         rows.append(("", f"{rest} more: --all", *(f"{value:+.4f}" for value in left), *([""] if alone else [])))
     end = [f"logit {data['logit']:.4f}"]
     rows.append(("", "offset (biases)", *(f"{rule['offset']:+.4f}" for rule in rules), *([""] if alone else [])))
@@ -201,6 +200,16 @@ def show_tokens(data: dict[str, Any], count: int) -> None:
         )
     sink(data.get("sink"), asked_logit(data))
     line(CAVEAT)
+
+
+def _characters(rules: list[dict[str, Any]]) -> list[tuple[list[list[dict[str, Any]]], list[float]]]:
+    """Return the shares of each token, or of tokens that only together make up a character: by rule, and summed."""
+    found, start = [], 0
+    for group in display.characters(rules[0]["shares"]):
+        parts = [rule["shares"][start : start + len(group)] for rule in rules]
+        found.append((parts, [sum(s["share"] for s in part) for part in parts]))
+        start += len(group)
+    return found
 
 
 def asked_logit(data: dict[str, Any]) -> str:

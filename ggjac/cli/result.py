@@ -17,6 +17,8 @@ def show_reconstruction(data: dict[str, Any]) -> None:
     share = data["offset_norm"] / (data["output_norm"] or 1.0)
     offset = f"offset {share:.1%} of ‖y‖" if share else "offset 0: no bias adds to it"
     sign, remark = ("<=", "") if data["healthy"] else (">", ": NOT healthy")
+    if data["cancellation"] and data["healthy"]:
+        remark = f" after cancellation: the residual stream was {data['cancellation']:.0f} times as long before"
     line(f"Reconstruction ‖J x + offset - y‖/‖y‖ = {data['error']:.1e} ({sign} {data['limit']:.0e}{remark}); {offset}")
     line("")
 
@@ -40,7 +42,7 @@ def finish(
         result: the main one, as CSV or LaTeX.
         show: functions that print the part of that name, in this order; a reconstruction comes first.
     """
-    envelope = session.envelope()
+    envelope = session.envelope(check=output is None)
     if output_format == "json":
         emit_json(envelope | content)
     elif output_format in ("csv", "latex"):

@@ -194,15 +194,9 @@ def show_tokens(tokens: Sequence[Mapping[str, Any]], warnings: Sequence[str]) ->
     marked = any(kinds)
     rows: list[tuple] = []
     for group in display.characters(tokens):
-        first, last = group[0]["position"], group[-1]["position"]
-        rows.append(
-            (
-                first if first == last else f"{first}-{last}",
-                " ".join(str(token["id"]) for token in group),
-                display.together(group),
-                *([kinds[first].replace("_", "-")] if marked else []),
-            )
-        )
+        kind = kinds[group[0]["position"]].replace("_", "-")
+        number = " ".join(str(token["id"]) for token in group)
+        rows.append((display.span(group), number, display.together(group), *([kind] if marked else [])))
     table("Tokens", ["#position", "#id", "token", *(["type"] if marked else [])], rows)
     show_warnings(warnings)
 

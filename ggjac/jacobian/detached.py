@@ -220,6 +220,23 @@ class DetachedJacobian(LinearOperator):
         blocks = self.span.tap.index - self.span.start
         return HEALTHY[self.dtype] * (max(1.0, (blocks / 32) ** 0.5) if self.dtype.itemsize == 2 else 1.0)
 
+    @property
+    def cancellation(self) -> float:
+        """How many times as long as at some depth the residual stream at this position was before: the digits lost.
+
+        Large where blocks write a long vector into the stream, as some biases do, and later ones erase it.
+        """
+        tap, p = self.span.tap, self.position
+        streams = [self.network.tapes[i].x[p] for i in range(self.span.start, min(tap.index, self.end.index - 1) + 1)]
+        lengths = [float(x.cpu().double().norm()) for x in streams]
+        if tap == self.end:  # on no tape, but its scale is: 1 / rms
+            lengths.append(len(streams[0]) ** 0.5 / float(self.network.norm.scale[p]))
+        longest, factor = 0.0, 1.0
+        for length in lengths:
+            longest = max(longest, length)
+            factor = max(factor, longest / length) if length else factor
+        return factor
+
     @cached_property
     def _pushed(self) -> Float[Tensor, "3 d"]:
         """Both halves of `J x`, and `offset`: inputs `x` even, `x` odd and 0, at homogeneous coordinates 0, 0 and 1."""

@@ -82,6 +82,7 @@ class Job:
             return dict(load_file(path))
         content = json.loads((path / "run.json").read_text())
         content = {key: value for key, value in content.items() if key not in APART}
+        content["model"] = {key: value for key, value in content["model"].items() if key != "path"}
         return {**load_file(path / "tensors.safetensors"), "run.json": content}
 
 
