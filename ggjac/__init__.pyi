@@ -19,6 +19,7 @@ from ggjac.analysis.steer import steer as steer
 from ggjac.analysis.svd import spectrum as spectrum
 from ggjac.analysis.svd import stable_rank as stable_rank
 from ggjac.gguf import open_gguf as open_gguf
+from ggjac.inventory import local_models as local_models
 from ggjac.jacobian import DetachedJacobian as DetachedJacobian
 from ggjac.jacobian.reconstruction import reconstruction as reconstruction
 from ggjac.linop import LinearOperator as LinearOperator

@@ -5,6 +5,7 @@ second model. It reads each tensor of the file once.
 """
 
 import os
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -68,7 +69,8 @@ def open_model(
         device: a torch device, or `"auto"`: CUDA where there is one, else the CPU.
         dtype: dtype of all computation: `"float32"`, `"float64"`, `"bfloat16"` or `"float16"`. Norms and softmax are
             computed in float32 at least.
-        threads: CPU threads for dequantization and torch; default torch's own number.
+        threads: CPU threads for dequantization and torch; default torch's own number, or as many whole CPUs as the
+            quota of this process's container allows.
         asked: the name for which `path` was found, if it was not found here.
         context: the largest number of tokens, and, as in llama.cpp, what decides between LongRoPE's short and long
             factors; default the model's own, and the length of each prompt.
@@ -88,12 +90,12 @@ def open_model(
     if threads is not None and threads < 1:
         raise ValueError(f"threads={threads}: at least one is needed")
     device = find_device(device)
-    if threads:
+    threads = threads or machine.torch_threads()
+    if threads != torch.get_num_threads():
         torch.set_num_threads(threads)
     torch.backends.cuda.matmul.allow_tf32 = False  # TF32 keeps 10 bits of mantissa: not float32
     found = resolve(path or demo_path())
     asked = asked or (None if path is None or found == Path(path) else str(path))
-    threads = threads or torch.get_num_threads()
     return Model(open_gguf(found), device=device, dtype=dtype, threads=threads, asked=asked, context=context)
 
 
@@ -105,7 +107,13 @@ def find_device(name: str | torch.device) -> torch.device:
         ValueError: torch cannot use it here.
     """
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
+        if not torch.cuda.is_available():
+            return torch.device("cpu")
+        try:
+            return find_device("cuda")
+        except ValueError as error:
+            warnings.warn(f"{str(error).removesuffix('; use cpu')}: computing on the CPU", stacklevel=2)
+            return torch.device("cpu")
     try:
         device = torch.device(name)
     except RuntimeError as error:
@@ -115,11 +123,22 @@ def find_device(name: str | torch.device) -> torch.device:
     try:
         if device.type == "cuda" and not torch.cuda.is_available():
             raise RuntimeError("it finds no CUDA device")
-        torch.empty(0, device=device)
+        (torch.zeros(1, device=device) + 1).cpu()  # a kernel, and waiting for it: some builds have none for this card
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).split(". ")[0].rstrip(".")  # further sentences list all backends
+        reason = str(error).splitlines()[0].split(". ")[0].rstrip(".")  # further sentences list all backends
+        if "no kernel image" in reason:
+            reason += f": this build of torch has no code for {_card(device)}; install a build of torch that has"
         raise ValueError(f"device {name} was asked for, but torch cannot use it here ({reason}); use cpu") from None
     return device
+
+
+def _card(device: torch.device) -> str:
+    """Return what a CUDA device is, for a message."""
+    try:
+        major, minor = torch.cuda.get_device_capability(device)
+        return f"{torch.cuda.get_device_name(device)}, compute capability {major}.{minor}"
+    except (RuntimeError, AssertionError):
+        return "this device"
 
 
 class Model:

@@ -193,6 +193,7 @@ class Points(NamedTuple):
     log: bool = False
     scatter: bool = False  # against the diagonal
     flipped: bool = False  # logarithmic y downwards, as of ranks
+    parts: tuple[str, ...] = ()  # of the network, one for each series: they have the same tones in every chart
 
 
 class Bars(NamedTuple):
@@ -225,7 +226,8 @@ def _draw(plot: Points | Bars) -> Any:
 
     if isinstance(plot, Bars):
         return figures.draw(charts.Bars("", *plot))
-    tones = dict(zip(plot.series, cycle(("accent", "ink", "faint")), strict=False))
+    own = [charts.PARTS[part] for part in plot.parts]
+    tones = dict(zip(plot.series, own or cycle(("accent", "ink", "faint")), strict=False))
     series = tuple(
         charts.Series(
             name,

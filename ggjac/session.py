@@ -24,6 +24,7 @@ from ggjac.jacobian import DetachedJacobian, Progress
 from ggjac.jacobian.reconstruction import Reconstruction, reconstruction
 from ggjac.jacobian.tapes import TapeError, Tapes
 from ggjac.model import Model, Trace
+from ggjac.planner import machine
 from ggjac.prompts import position_remark, remarks
 from ggjac.results import Words
 from ggjac.runs.journal import Journal, JournalError
@@ -163,7 +164,7 @@ class Session:
             ram_budget=self.ram_budget,
             vram_budget=self.vram_budget,
             tapes_on_disk=self.trace_folder is not None,
-            threads=self.threads or os.cpu_count(),  # as a plan without the model, which `ggjac plan` makes
+            threads=self.threads or machine.cpus(),  # as a plan without the model, which `ggjac plan` makes
             **{"position": self.position} | request,
         )
 
@@ -381,6 +382,7 @@ class Session:
                 "bytes": model.gguf.nbytes,
                 "fingerprint": model.gguf.fingerprint(),
                 "sha256": model.gguf.hashes,
+                "warning": model.weights.holes.warning(),
             },
             "prompt": self.text,
             "tokens": self.tokens(),

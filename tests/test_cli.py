@@ -28,16 +28,17 @@ import pytest
 import tiny
 import torch
 from click.testing import CliRunner
-from helpers import IDS, TOKENS, check_streams, edited, invoke
+from helpers import IDS, TOKENS, check_streams, edited, invoke, invoke_json
 from safetensors import safe_open
 from safetensors.torch import load_file
 
 import ggjac.parity
 import ggjac.tokenizer
 from ggjac import runs
-from ggjac.cli import COMMANDS, main, progress
+from ggjac.cli import COMMANDS, main, progress, verify
 from ggjac.cli.options import DEFAULT_PROMPT, STEER_CONCEPT, STEER_PROMPT
 from ggjac.model import DEMO_PROMPTS, open_model
+from ggjac.results import Words
 
 TinyFile = Callable[..., Path]
 
@@ -151,6 +152,42 @@ def test_info_shows_the_tokenizer_when_asked(tiny_file: TinyFile) -> None:
     model = tiny_file("tokenizer")
     assert "tokenizer.ggml.tokens" not in invoke("info", "-m", model).stdout
     assert "320 x STRING: [<unk>, <s>, </s>, <0x00>" in invoke("info", "-m", model, "--tokenizer").stdout
+
+
+def test_info_says_what_a_prompt_gets_besides_its_text(tiny_file: TinyFile) -> None:
+    found = {case: invoke_json("info", "-m", tiny_file(case))["tokenizer"] for case in ("tokenizer", "plain")}
+    bos, eos = {"id": 1, "text": "<s>"}, {"id": 2, "text": "</s>"}
+    assert found["tokenizer"] == {
+        **{"model": "llama", "pre": "default", "tokens": 320, "adds_bos": True, "adds_eos": None},
+        **{"bos": bos, "eos": eos, "chat_template": False},
+    }
+    assert found["plain"]["model"] == "none"
+    out = invoke("info", "-m", tiny_file("tokenizer")).stdout
+    assert "Tokenizer: llama, pre-tokenizer default; 320 tokens; adds BOS: yes (<s>, id 1); adds EOS: not stated" in out
+    assert "Tokenizer: none; give token ids" in invoke("info", "-m", tiny_file("plain")).stdout
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        [gguf_files.key("tokenizer.ggml.model", gguf_files.INT32, gguf_files.u32(5))],
+        [
+            gguf_files.key("tokenizer.ggml.model", gguf_files.STRING, gguf_files.text("\x1b[2J")),
+            gguf_files.key("tokenizer.ggml.pre", gguf_files.STRING, gguf_files.text("\x1b[2J")),
+            gguf_files.key("tokenizer.ggml.tokens", gguf_files.INT32, gguf_files.u32(5)),
+            gguf_files.key("tokenizer.ggml.bos_token_id", gguf_files.UINT32, gguf_files.u32(2**32 - 1)),
+            gguf_files.key("tokenizer.ggml.add_bos_token", gguf_files.UINT32, gguf_files.u32(1)),
+            gguf_files.key("general.architecture", gguf_files.UINT32, gguf_files.u32(1)),
+        ],
+    ],
+)
+def test_info_on_a_strange_tokenizer(keys: list[bytes]) -> None:
+    Path("odd.gguf").write_bytes(gguf_files.file(keys))
+    content = invoke_json("info", "-m", "odd.gguf", "--tokenizer")
+    assert content["architecture"] is None
+    assert content["tokenizer"]["tokens"] == 0
+    assert content["tokenizer"]["bos"] is None
+    assert "\x1b" not in invoke("info", "-m", "odd.gguf", "--tokenizer").stdout
 
 
 def test_a_prompt_comes_from_a_file_but_for_the_newline_at_its_end(stories: Path) -> None:
@@ -692,6 +729,28 @@ def test_encodings_without_our_symbols(tiny_file: TinyFile) -> None:
     assert "\\u2016J x" in out
 
 
+def test_the_verdict_comes_before_the_layers_that_differ_most(tiny_file: TinyFile) -> None:
+    out = invoke("verify", "-m", tiny_file("q8_0"), *TOKENS, "--count", 2).stdout
+    verdict, table = out.split("\nLayers against llama.cpp\n")
+    assert "llama.cpp (as is): agrees" in verdict
+    assert "nats at the last position (mean " in verdict
+    data = json.loads(invoke("verify", "-m", tiny_file("q8_0"), *TOKENS, "--format", "json").stdout)["parity"]
+    worst = sorted(data["layers"], key=lambda e: -e["error"])[:2]
+    assert [line.split()[0] for line in table.split("\n")[2:4]] == [e["name"] for e in data["layers"] if e in worst]
+    count = len(data["layers"])
+    assert f"\n{count - 2} more, which differ less: --count {count} or --format json\n" in table
+    assert "more, which" not in invoke("verify", "-m", tiny_file("q8_0"), *TOKENS, "--count", count).stdout
+
+
+def test_both_tokens_of_a_near_tie_are_shown(tiny_file: TinyFile, capsys: pytest.CaptureFixture) -> None:
+    ours, theirs = torch.tensor([[4.0, 4.2, 3]]), torch.tensor([[4.0, 3.9, 3]])
+    found = ggjac.parity.judge(ggjac.parity.Reference(theirs), ours, {}, mode="as is", tolerance=None)
+    verify.show(found.data(Words(open_model(tiny_file("plain")).trace(IDS))))
+    out = capsys.readouterr().out
+    assert "agrees: near tie: llama.cpp's top token is our second, 0.20 logits below our first, " in out
+    assert "top token [0] (ours [1]), KL" in out
+
+
 # -- without llama.cpp -------------------------------------------------------------------------------------------------
 
 
@@ -973,3 +1032,21 @@ def test_alarming_rows_are_red_on_a_terminal_only(
     red = [text for text in capsys.readouterr().out.splitlines() if "\x1b[1;31m" in text]
     assert [text.count("l_out") for text in red] == [1, 1]
     assert not any("l_out-0" in text for text in red)
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGBUS"), reason="this system has no SIGBUS")
+def test_a_crash_says_what_it_was_and_where() -> None:
+    program = """
+import signal
+from ggjac.cli import main
+from ggjac.gguf import GGUFFile
+GGUFFile.rows = lambda *_: signal.raise_signal(signal.SIGBUS)
+main(["predict", "--tokens", "1"])
+"""
+    ended = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, env=environment(), timeout=60
+    )
+    assert ended.returncode == -signal.SIGBUS
+    assert ended.stdout == ""
+    assert ended.stderr.startswith("Fatal Python error: Bus error\n")
+    assert "store.py" in ended.stderr

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import real
 
 ROOT = Path(__file__).parents[1]
 PARTS = [b"first part, " * 300_000, b"second", b"and third"]
@@ -158,3 +159,7 @@ def test_pip_is_told_to_run_nothing(tool: ModuleType, tmp_path: Path, monkeypatc
 
 def test_errors_are_one_printable_line(tool: ModuleType) -> None:
     assert tool.one_line("a\nb \x1b[31mc") == "a b  [31mc"
+
+
+def test_the_files_are_those_that_tests_look_for(tool: ModuleType) -> None:
+    assert {name: source.file for name, source in tool.MODELS.items()} == real.FILES

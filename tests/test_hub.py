@@ -13,11 +13,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import gguf
 import pytest
-from helpers import error, invoke
+from helpers import error, invoke, invoke_json
 
 import ggjac
+from ggjac import inventory
 from ggjac.gguf import hub
+from ggjac.gguf.types import FILE_TYPES
 
 REVISION = "0123456789abcdef0123456789abcdef01234567"
 OLDER = "f" * 40
@@ -178,6 +181,41 @@ def test_lm_studio(folder: str, home: Path) -> None:
     (path,) = put(home / folder, "user/repo/model-Q5_K_M.gguf")
     assert hub.resolve("hf:user/repo") == path
     assert hub.resolve("hf:User/REPO:q5_k_m") == path
+
+
+def test_lm_studios_own_folders(home: Path, tmp_path: Path) -> None:
+    """The folder of its settings, in its usual home or where a pointer says that this is."""
+    for at, where in ((home / ".lmstudio", tmp_path / "lm"), (tmp_path / "moved", tmp_path / "other lm")):
+        (path,) = put(where, f"u/{at.name.removeprefix('.')}/x-Q4_K_M.gguf")
+        put(at, "settings.json")[0].write_text(json.dumps({"downloadsFolder": str(where)}))
+        put(home, ".lmstudio-home-pointer")[0].write_text(f"{tmp_path / 'moved'}\n")
+        assert hub.resolve(f"hf:u/{path.parent.name}") == path
+    (usual,) = put(tmp_path / "moved" / "models", "u/usual/x-Q4_K_M.gguf")
+    assert hub.resolve("hf:u/usual") == usual
+    refused("hf:a/b", "lm,", "other lm")
+
+
+SETTINGS: dict[str, Any] = {
+    "no JSON": b"{",
+    "no object": b"[1]",
+    "another type": b'{"downloadsFolder": 5}',
+    "a relative path": b'{"downloadsFolder": "models"}',
+    "a NUL": b'{"downloadsFolder": "/\\u0000"}',
+    "no Unicode": b'{"downloadsFolder": "/\\ud800"}',
+    "a file": b'{"downloadsFolder": "/dev/null"}',
+    "too long": b'{"downloadsFolder": "' + b"/" * (1 << 20) + b'"}',
+    "too deep": b"[" * 100_000,
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_odd_settings_of_lm_studio(name: str, home: Path) -> None:
+    put(home, ".lmstudio/settings.json")[0].write_bytes(SETTINGS[name])
+    put(home, ".lmstudio-home-pointer")[0].write_bytes(b"\xff/x\0")
+    put(home, "models/u/r/x.gguf")
+    refused("hf:u/r", "not on this disk")
+    put(home / ".lmstudio" / "models", "u/r/y.gguf")
+    assert hub.resolve("hf:u/r").name == "y.gguf"
 
 
 def test_the_snapshot_of_main_comes_first(cache: Path) -> None:
@@ -766,3 +804,104 @@ def test_a_hash_is_no_title(real: Path, cache: Path, models: Path) -> None:
     assert hub.title(Path("model-00001-of-00003.gguf")) == "model"
     assert hub.title(Path("v1.5")) == "v1.5"
     assert json.loads(invoke("predict", "--tokens", "1,2", "--format", "json").stdout)["model"]["asked"] is None
+
+
+# --- all models -------------------------------------------------------------------------------------------------------
+
+
+def listed() -> dict[str | None, inventory.LocalModel]:
+    """Return the models on this disk by name; every name leads to its own path."""
+    found = ggjac.local_models()
+    for model in found:
+        if model.path and not (model.unsupported_because or "").startswith(("1 of", "2 of")):
+            assert hub.resolve(model.name or hub.demo_path()) == Path(model.path)
+    by_name = {model.name: model for model in found}
+    assert len(by_name) == len(found)
+    return by_name
+
+
+def test_the_demo_is_always_there() -> None:
+    assert list(listed()) == [None]
+    (demo,) = listed().values()
+    assert (demo.store, demo.quantization, demo.architecture, demo.supported) == ("ggjac", "Q4_K_M", "llama", True)
+    assert demo.bytes == hub.demo_path().stat().st_size
+
+
+def test_models_of_every_store(
+    tiny_file: Callable[..., Path], cache: Path, models: Path, home: Path, tmp_path: Path
+) -> None:
+    content = tiny_file("q8_0").read_bytes()
+    links = put_snapshot(cache, "user/repo", "m-Q4_K_M.gguf", "sub/m-Q8_0.gguf", "mmproj-F16.gguf", "README.md")
+    put_snapshot(cache, "user/repo", "m-Q4_K_M.gguf", revision=OLDER, main=False)
+    put_snapshot(cache, "user/cut", *shards("m", 3))[1].resolve().unlink()
+    put_snapshot(cache, "user/nothing", "config.json")
+    old = home / ".cache" / "llama.cpp"
+    flat = put(old, "me_mine_m-F16.gguf", "somebody_else.gguf", "manifest=me=mine=latest.json")
+    studio = put(home / ".lmstudio" / "models", "u/r/x.gguf", "odd name/r/y.gguf")
+    for path in [*links[:2], *flat[:2], *studio]:
+        path.write_bytes(content)
+    put_ollama(models, content=content)
+    put_ollama(models, "registry.ollama.ai/library/gone/1b", content=b"x").unlink()
+    found = listed()
+    assert {(name, model.store) for name, model in found.items()} == {
+        (None, "ggjac"),
+        ("hf:user/repo/m-Q4_K_M.gguf", "Hugging Face"),
+        ("hf:user/repo/sub/m-Q8_0.gguf", "Hugging Face"),
+        ("hf:user/cut/m-00001-of-00003.gguf", "Hugging Face"),
+        ("hf:me/mine/m-F16.gguf", "llama.cpp"),
+        (str(flat[1]), "llama.cpp"),
+        ("hf:u/r/x.gguf", "LM Studio"),
+        (str(studio[1]), "LM Studio"),
+        ("ollama:llama3.2:latest", "Ollama"),
+        ("ollama:gone:1b", "Ollama"),
+    }
+    broken = {name for name, model in found.items() if not model.supported}
+    assert broken == {"hf:user/cut/m-00001-of-00003.gguf", "ollama:gone:1b"}
+    assert (found["hf:user/cut/m-00001-of-00003.gguf"].unsupported_because or "").startswith(
+        "1 of 3 files missing: m-0"
+    )
+    assert "is missing; fetch it again" in (found["ollama:gone:1b"].unsupported_because or "")
+    assert all(found[name].bytes == len(content) for name in found.keys() - broken - {None})
+    assert all(found[name].quantization == "Q8_0" for name in found.keys() - broken - {None})
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [(b"", "the file is empty"), (b"PK\x03\x04" + bytes(100), "zip archive"), (b"GGUF\3", "has 1 left")],
+)
+def test_a_broken_file_is_a_row(content: bytes, words: str, cache: Path) -> None:
+    put_snapshot(cache, "user/repo", "m.gguf")[0].write_bytes(content)
+    put_snapshot(cache, "user/pipe", "p.gguf")[0].resolve().unlink()
+    found = listed()["hf:user/repo/m.gguf"]
+    assert not found.supported
+    assert found.bytes is found.architecture is found.quantization is None
+    assert words in (found.unsupported_because or "")
+    done = invoke("models").stdout
+    assert "hf:user/repo/m.gguf: " in done
+    assert words in " ".join(done.split())
+
+
+def test_names_on_disk_lead_nowhere_else(cache: Path, home: Path, tmp_path: Path) -> None:
+    """What a stranger's download could be called: two dots, terminal codes."""
+    put(tmp_path, "secret.gguf")
+    put(home / ".lmstudio" / "models", "u/r/x.gguf")
+    put_snapshot(cache, "../..", "a.gguf")
+    put_snapshot(cache, "user/\x1b[2J", "b.gguf")
+    put(home / ".cache" / "llama.cpp", "manifest=..=..=latest.json", "manifest=.=..=latest.json")
+    paths = {model.path for model in ggjac.local_models()}
+    assert not any("secret" in str(path) for path in paths)
+    assert any("[2J" in str(path) for path in paths)
+    assert "\x1b" not in invoke("models").stdout
+
+
+def test_models_as_json(real: Path) -> None:
+    content = invoke_json("models")
+    assert content["schema_version"] == 1
+    assert [model.data() for model in ggjac.local_models()] == content["models"]
+    assert any(folder.startswith("~/.cache/huggingface/hub") for folder in content["folders"])
+
+
+def test_the_names_of_mixtures_of_types_are_those_of_gguf() -> None:
+    theirs = {int(kind): kind.name.removeprefix("MOSTLY_").removeprefix("ALL_") for kind in gguf.LlamaFileType}
+    ours = FILE_TYPES.items()
+    assert {id: name for id, name in theirs.items() if name != "GUESSED"}.items() == ours

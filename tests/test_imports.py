@@ -29,6 +29,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     # files
     "architectures": set(),
     "config": {"architectures", "sizes"},
+    "inventory": {"config", "gguf"},
     "quants": {"gguf"},
     "weights": {"gguf", "quants", "sizes"},
     "runs": {"gguf", "sizes"},
@@ -51,7 +52,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "prompts": {"model", "tokenizer"},
     "generation": {"blocks", "model", "sizes"},
-    "parity": {"architectures", "blocks", "display", "exports", "gguf", "llamacpp", "model", "results", "tokenizer"},
+    "parity": {
+        *("architectures", "blocks", "display", "exports", "gguf", "llamacpp", "model", "planner", "results"),
+        "tokenizer",
+    },
     "session": {
         *("blocks", "display", "gguf", "jacobian", "model", "parity", "planner", "prompts", "results", "runs", "sizes"),
         "tokenizer",
@@ -200,7 +204,14 @@ def imports_of(path: Path) -> set[str]:
 
 
 # Commands without a question about a prompt, or whose question has its file elsewhere: see the value.
-ELSEWHERE = {"info": "cli", "plan": "planner", "bench": "planner", "report": "report", "verify": "parity"}
+ELSEWHERE = {
+    "models": "inventory",
+    "info": "inventory",
+    "plan": "planner",
+    "bench": "planner",
+    "report": "report",
+    "verify": "parity",
+}
 
 
 def test_a_question_has_one_name() -> None:

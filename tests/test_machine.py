@@ -8,10 +8,16 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ggjac.planner import machine
+from ggjac import planner
+from ggjac.llamacpp import Child
+from ggjac.model import open_model
+from ggjac.parity import rewrite_as_f32, run_llama_cpp
+from ggjac.planner import bench, machine
+from ggjac.session import Session
 from ggjac.units import size
 
 LINUX = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
@@ -127,6 +133,60 @@ def test_odd_or_absent_control_groups_limit_nothing(text: str, cgroups: Path) ->
     assert machine.total_memory() == psutil.virtual_memory().total
 
 
+# ---- CPUs
+
+
+@pytest.fixture
+def many_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(64)))
+
+
+@pytest.mark.parametrize(
+    ("quota", "count"),
+    [("200000 100000", 2), ("150000 100000", 1), ("50000 100000", 1), ("max 100000", 64), ("9900000 100000", 64),
+     ("", 64), ("200000", 64), ("2 0", 64), ("-1 100000", 64), ("200000 100000 7", 2)],
+)  # fmt: skip
+def test_quotas_of_control_groups(quota: str, count: int, cgroups: Path, many_cpus: None) -> None:
+    """`docker --cpus`: the affinity still has all CPUs of the machine."""
+    (cgroups / "self").write_text("0::/outer/inner\n")
+    group(cgroups / "cgroup/outer", {"cpu.max": f"{quota}\n"})
+    group(cgroups / "cgroup/outer/inner", {"cpu.max": "max 100000\n"})
+    assert machine.cpus() == count
+
+
+@pytest.mark.parametrize(("quota", "count"), [("400000", 4), ("-1", 64), ("1000", 1)])
+def test_quotas_of_control_groups_of_version_1(quota: str, count: int, cgroups: Path, many_cpus: None) -> None:
+    (cgroups / "self").write_text("5:cpu,cpuacct:/a\n4:memory:/a\n0::/\n")
+    group(cgroups / "cgroup/cpu/a", {"cpu.cfs_quota_us": f"{quota}\n", "cpu.cfs_period_us": "100000\n"})
+    assert machine.cpus() == count
+
+
+def test_all_that_compute_keep_to_the_quota(cgroups: Path, many_cpus: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch, the dequantizers, llama.cpp, plans and measurements; `-t` is the user's own decision."""
+    (cgroups / "self").write_text("0::/\n")
+    group(cgroups / "cgroup", {"cpu.max": "300000 100000\n"})
+    number, asked = [8], []
+    monkeypatch.setattr(torch, "get_num_threads", lambda: number[0])
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: number.__setitem__(0, count))
+    model = open_model()
+    session = Session(model, [0, 465])
+    assert (number, model.weights.threads) == ([3], 3)
+    monkeypatch.setattr(planner, "fitting", lambda *args, threads, **options: asked.append(threads) or 1 / 0)
+    monkeypatch.setattr(Child, "ask", lambda self, call, *, threads, **options: asked.append(threads) or 1 / 0)
+    for call in (
+        lambda: session.plan("svd"),
+        lambda: run_llama_cpp(model.path, [0]),
+        lambda: rewrite_as_f32(model.path, cgroups),
+    ):
+        with pytest.raises(ZeroDivisionError):
+            call()
+    assert asked == [3, 3, 3]
+    number[0] = 8
+    assert bench.measure(model.gguf, [8], {"Q4_K": 1}).threads == 3
+    assert number == [8]  # as it was
+    assert open_model(threads=5).weights.threads == 5
+
+
 # ---- this process
 
 
@@ -218,3 +278,29 @@ def test_no_gpu_is_invented(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     found = machine.gpu_memory(10**6)
     assert found is None
+
+
+# ---- folders in memory
+
+
+@pytest.mark.parametrize(
+    ("folder", "expected"),
+    [("/tmp/x", True), ("/tmp/disk/x", False), ("/tmpx", False), ("/a b/c", True), ("/over/x", False), ("/", False)],
+)
+def test_folders_in_memory(folder: str, expected: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mounts").write_text(
+        "/dev/sda / ext4 rw 0 0\ntmpfs /tmp tmpfs rw 0 0\n/dev/sdb /tmp/disk ext4 rw 0 0\nramfs /a\\040b ramfs rw 0 0\n"
+        "tmpfs /over tmpfs rw 0 0\n/dev/sdc /over xfs rw 0 0\nodd\n"
+    )
+    monkeypatch.setattr(machine, "_MOUNTS", tmp_path / "mounts")
+    monkeypatch.setattr(Path, "resolve", lambda self: self)
+    assert machine.in_memory(folder) == expected
+    monkeypatch.setattr(machine, "_MOUNTS", tmp_path / "absent")
+    assert not machine.in_memory(folder)
+
+
+@LINUX
+@pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="no /dev/shm")
+def test_shared_memory_is_in_memory() -> None:
+    assert machine.in_memory("/dev/shm")
+    assert not machine.in_memory("/proc")

@@ -2,11 +2,13 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import gguf
 import pytest
 import tiny
 import torch
@@ -81,6 +83,15 @@ def test_repeated_tokens_are_named(tmp_path: Path) -> None:
     invoke("predict", "-m", file, "--tokens", "0,465")
 
 
+def test_embeddings_without_tokens_are_what_llama_cpp_refuses(tmp_path: Path) -> None:
+    fields = gguf.GGUFReader(demo_path()).fields
+    names = [f"tokenizer.ggml.{name}" for name in ("tokens", "token_type")]
+    file = reworded(tmp_path / "few.gguf", {name: fields[name].contents()[:2500] for name in names})
+    said = invoke("verify", "-m", file, "-p", "The opposite of hot is", code=1).stderr
+    assert "it has 2544 embeddings, for the 2500 tokens of its vocabulary; ggjac runs such a file" in said
+    assert invoke_json("predict", "-m", file, "-p", "The opposite of hot is")["predictions"][0]["text"] == " cold"
+
+
 def test_special_tokens_may_be_text() -> None:
     llama = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
     oracle = llama.Llama(str(demo_path()), vocab_only=True, verbose=False)
@@ -89,6 +100,16 @@ def test_special_tokens_may_be_text() -> None:
         expected = oracle.tokenize(text.encode(), add_bos=True, special=special)
         assert ids(invoke_json("predict", "-p", text, *options)) == expected
     assert invoke_json("verify", "-p", text, "--no-parse-special")["parity"]["tokens_equal"]
+
+
+def test_special_tokens_are_marked(tmp_path: Path) -> None:
+    out = tmp_path / "result.json"
+    for options, marked in (([], True), (["--no-parse-special"], False)):
+        shown = invoke("predict", "-p", "hot <|end_of_text|> cold", *options).stdout
+        assert bool(re.search(r"<\|end_of_text\|> +control\n", shown)) == marked
+        assert shown.count("control") == marked  # BOS is none that was written
+        out.write_text(invoke("predict", "-p", "hot <|end_of_text|>", *options, "--format", "json").stdout)
+        assert page(load(out)).count("<small>control</small>") == marked
 
 
 # -- context -----------------------------------------------------------------------------------------------------------

@@ -326,7 +326,7 @@ def test_a_box_that_scrolls_shows_where(context: Any, report: Path, tmp_path: Pa
 
 def test_a_cell_shows_all_its_tokens_when_asked_and_on_paper(reader: Reader) -> None:
     cell = reader.locator("#layers .panel:visible td").first
-    tokens = [token["token"] for token in run_json()["layers"]["taps"][0]["triplets"][0]["left"]]
+    tokens = [TOKENS[token["id"]] for token in run_json()["layers"]["taps"][0]["triplets"][0]["left"]]
     shown = "(e) => [...e.querySelectorAll('button, bdi')].filter((t) => t.checkVisibility()).map((t) => t.textContent)"
     assert cell.evaluate(shown) == tokens[:3]
     reader.locator("#layers .panel:visible .more input").check()

@@ -2,14 +2,14 @@
 
 A console block shows a command and, mostly, its output. Those of the tutorial are all run, in the page's order, and
 elsewhere those that show output, which must be the output of the command. So are all Python blocks, each with the text
-block below it. A command that needs a file which is not here is parsed by its own parser, so that at least its options
-exist. A line `...` on a page stands for any number of lines, `(...)` for any word; nothing else may differ but the last
-digits of a number.
+block below it. A command that names a real model is run where that file is (real.py). One that needs another file which
+is not here is parsed by its own parser, so that at least its options exist. A line `...` on a page stands for any
+number of lines, `(...)` for any word; nothing else may differ but the last digits of a number.
+tools/update_documents.py rewrites output that has changed.
 """
 
 import io
 import math
-import os
 import re
 import shlex
 from contextlib import redirect_stdout
@@ -18,6 +18,7 @@ from pathlib import Path
 
 import click
 import pytest
+import real
 from click.testing import CliRunner
 
 from ggjac.cli import COMMANDS, main
@@ -153,15 +154,19 @@ def test_dots_stand_for_lines_and_nothing_else_is_left_out() -> None:
         assert difference(shown, printed) is not None
 
 
-def linked(name: str) -> bool:
-    """Put a real model from the folder `GGJAC_REAL_MODELS` into the current one, if it is there."""
-    source, here = Path(os.environ.get("GGJAC_REAL_MODELS", "")) / name, Path(name)
-    if source.is_file() and not here.exists():
-        here.symlink_to(source.resolve())
-    return here.exists()
-
-
 # --- the pages ----------------------------------------------------------------------------------------------------
+
+
+def real_model(words: list[str]) -> str | None:
+    """Return the name of the real model that a command runs on."""
+    return next((name for name, file in real.FILES.items() if file in words), None)
+
+
+def check_command(words: list[str], shown: list[str]) -> None:
+    result = CliRunner().invoke(main, words[1:], prog_name="ggjac")
+    assert result.exit_code == 0, result.output
+    found = difference(shown, result.stdout.rstrip().splitlines())
+    assert found is None, f"{shlex.join(words)}: {found}"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
@@ -180,16 +185,34 @@ def test_pages_show_what_is_printed(page: Path, tmp_path: Path, monkeypatch: pyt
         else:
             assert language == "console"
             for words, shown in commands(content):
-                if words[0] != "ggjac" or not (shown or page.stem == "tutorial"):
+                if words[0] != "ggjac" or real_model(words) or not (shown or page.stem == "tutorial"):
                     continue
-                if "smollm2.gguf" in words and not linked("smollm2.gguf"):
-                    continue  # a real model, which is not in the repository
-                result = CliRunner().invoke(main, words[1:], prog_name="ggjac")
-                assert result.exit_code == 0, result.output
-                found = difference(shown, result.stdout.rstrip().splitlines())
-                assert found is None, f"{shlex.join(words)}: {found}"
+                check_command(words, shown)
                 ran += 1
     assert ran or page.stem in ("library", "reproduce")  # one has no commands, the other needs files that are not here
+
+
+def all_commands(page: Path) -> list[tuple[list[str], list[str]]]:
+    return [command for language, text in blocks(page) if language == "console" for command in commands(text)]
+
+
+ON_REAL_MODELS = [
+    (page, number, name)
+    for page in PAGES
+    for number, (words, _) in enumerate(all_commands(page))
+    if (name := real_model(words))
+]
+
+
+@pytest.mark.real
+@pytest.mark.parametrize(("page", "number", "name"), ON_REAL_MODELS, ids=lambda part: getattr(part, "stem", str(part)))
+def test_pages_show_what_is_printed_of_real_models(
+    page: Path, number: int, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each command by itself, with the file where the page has it."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / real.FILES[name]).symlink_to(real.find(name))
+    check_command(*all_commands(page)[number])
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
@@ -200,7 +223,11 @@ def test_commands_exist_with_their_options(page: Path, tmp_path: Path, monkeypat
     indented = re.findall(r"^    (ggjac .*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
     for words in [*given, *map(shlex.split, indented)]:
         if words[:2] == ["pip", "install"]:  # what CI runs from a fresh environment, see test_docs.py
-            assert f"    {shlex.join(words)}\n" in (ROOT / "README.md").read_text(encoding="utf-8")
+            readme = (ROOT / "README.md").read_text(encoding="utf-8")
+            assert words in map(shlex.split, re.findall(r"^    (pip .*?)(?: &&.*)?$", readme, re.MULTILINE))
+            continue
+        if words[0] == "python":
+            assert (ROOT / words[1]).is_file()
             continue
         assert words[0] == "ggjac"
         for option, value in pairwise(words):

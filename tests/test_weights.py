@@ -1,6 +1,8 @@
 """Streamed weights against `gguf.quants.dequantize`, in tiles of any size, with every read counted."""
 
+import json
 import math
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -10,15 +12,18 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from helpers import invoke
 
 from ggjac.config import fused_parts
 from ggjac.gguf import GGUFError, open_gguf
+from ggjac.gguf.hub import demo_path
 from ggjac.gguf.types import TYPES, holds_weights
 from ggjac.linop import TiledMatrix
 from ggjac.model import open_model
 from ggjac.sizes import Part
-from ggjac.weights import WeightError, WeightStore
+from ggjac.weights import WeightError, WeightStore, holes
 from ggjac.weights import store as module
+from ggjac.weights.holes import zero_rows
 
 KINDS = ("F32", "F16", "BF16", "Q4_0", "Q5_1", "Q8_0", "Q3_K", "Q4_K", "Q6_K", "IQ4_XS", "MXFP4", "IQ3_S", "TQ2_0")
 ROW = {"d": 256, "ff": 24, "layers": 1, "vocab": 40, "heads": 1, "head_dim": 16}
@@ -419,3 +424,130 @@ def test_types_that_hold_no_weights_are_refused(tmp_path: Path, tiny_file: Calla
     path.write_bytes(data)
     with pytest.raises(WeightError, match=r"tensor blk.0.ffn_up.weight: type I8 is not supported; supported: F32, "):
         open_model(path)
+
+
+# ---- rows of zeros
+
+
+@pytest.mark.parametrize("width", [1, 4, 8, 9, 64])
+def test_runs_of_zero_rows_are_found(width: int) -> None:
+    random = np.random.default_rng(0)
+    for share in (0.0, 0.2, 0.5, 0.9, 1.0):
+        raw = random.integers(1, 256, (200, width), dtype=np.uint8)
+        raw[random.random(200) < share] = 0
+        raw[random.random(200) < share, : width - 1] = 0  # all but the last byte
+        empty = [not row.any() for row in raw]
+        assert [row for first, last in zero_rows(raw) for row in range(first, last)] == list(np.flatnonzero(empty))
+        assert all(first < last for first, last in zero_rows(raw))
+        assert all(empty[last : last + 1] != [True] for _, last in zero_rows(raw))
+    assert zero_rows(np.zeros((0, width), np.uint8)) == []
+
+
+def zeroed(path: Path, target: Path, spans: dict[str, list[tuple[int, int]]]) -> Path:
+    """Write a copy of a file with some rows of its tensors set to zero."""
+    raw = bytearray(path.read_bytes())
+    with open_gguf(path) as file:
+        for name, rows in spans.items():
+            info = file.tensors[name]
+            for first, last in rows:
+                start = info.offset + first * info.row_bytes
+                raw[start : start + (last - first) * info.row_bytes] = bytes((last - first) * info.row_bytes)
+    target.write_bytes(raw)
+    return target
+
+
+@pytest.mark.parametrize(
+    ("rows", "found"),
+    [
+        ([(8, 16)], [(8, 16)]),
+        ([(3, 4), (6, 11), (13, 20)], [(13, 20)]),  # the others are short
+        ([(0, 7)], [(0, 7)]),
+        ([(10, 24)], []),  # at the end: padding
+        ([(0, 24)], [(0, 24)]),  # the whole matrix
+    ],
+)
+def test_a_hole_in_a_matrix_is_named_by_its_rows(
+    rows: list[tuple[int, int]],
+    found: list[tuple[int, int]],
+    small_tiles: int,
+    tiny_file: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(holes, "LEAST", 7 * 144)  # 7 rows of Q4_K
+    monkeypatch.setattr(holes, "LEAST_MATRIX", 24 * 144)
+    path = zeroed(tiny_file("plain", type="Q4_K", **ROW), tmp_path / "hole.gguf", {"blk.0.ffn_up.weight": rows})
+    weights = store(path)
+    weight = weights["blk.0.ffn_up.weight"]
+    for _ in range(2):
+        list(weight.tiles())
+    list(weights["blk.0.ffn_gate.weight"].tiles())
+    assert weights.holes.found() == ({"blk.0.ffn_up.weight": found} if found else {})
+    warning = weights.holes.warning()
+    if found:
+        ((first, last),) = found
+        assert warning == (
+            f"blk.0.ffn_up.weight: rows {first}:{last} of 24 are all zero: is the download complete? "
+            "ggjac info --check looks at the whole file"
+        )
+    else:
+        assert warning is None
+
+
+def test_embeddings_of_tokens_without_text_may_be_zero(
+    tiny_file: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(holes, "LEAST", 1)
+    path = zeroed(tiny_file("tokenizer"), tmp_path / "zeros.gguf", {"token_embd.weight": [(0, 320)]})
+    weights = store(path)
+    types = list(weights.file.metadata["tokenizer.ggml.token_type"])
+    normal = types.index(1)
+    assert types[normal - 1] != 1
+    for first, last, expected in ((0, normal, []), (normal - 1, normal + 1, [(normal - 1, normal + 1)])):
+        weights = store(path)
+        weights["token_embd.weight"].take(range(first, last))
+        assert weights.holes.found().get("token_embd.weight", []) == expected
+    assert len(types) <= 320
+
+
+def test_biases_experts_and_parts_of_matrices(
+    tiny_file: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(holes, "LEAST", 1)
+    path = tiny_file("qwen2moe")
+    with open_gguf(path) as file:
+        info = file.tensors["blk.0.ffn_up_exps.weight"]
+        vectors = [name for name, tensor in file.tensors.items() if len(tensor.shape) == 1]
+    experts, out = info.shape[:2]
+    assert experts > 2
+    spans = {info.name: [(out - 2, out), (out + 1, out + 3), (2 * out, 3 * out)]} | {n: [(0, 1)] for n in vectors}
+    weights = store(zeroed(path, tmp_path / "zeros.gguf", spans))
+    for name in weights.file.tensors:
+        list(weights[name].tiles())
+    # The end of an expert may be padding; the middle of one, and a whole one, are not.
+    assert weights.holes.found() == {info.name: [(out + 1, out + 3), (2 * out, 3 * out)]}
+
+
+def test_every_command_says_it(tmp_path: Path) -> None:
+    raw = bytearray(demo_path().read_bytes())
+    raw[1_000_000:3_000_000] = bytes(2_000_000)
+    path = tmp_path / "hole.gguf"
+    path.write_bytes(raw)
+    words = (
+        r"blk\.\d\.\w+\.weight: rows 0:\d+ of \d+ are all zero, and rows of \d+ more tensors: is the download complete"
+    )
+    prompt = ["-m", path, "--tokens", "0,465,637"]
+    for command in (
+        ["predict"],
+        ["svd", "-k", 1, "--shuffles", 0],
+        ["analyze", "-k", 1, "--no-verify", "-o", tmp_path / "a"],
+    ):
+        shown = invoke(*command, *prompt, code=None).stdout
+        assert re.search(f"^Warning: {words}", shown, re.MULTILINE), command
+    assert re.search(words, json.loads((tmp_path / "a" / "run.json").read_text())["model"]["warning"])
+    assert re.search(words, (tmp_path / "a" / "report.html").read_text(encoding="utf-8"))
+    found = json.loads(invoke("compare", *prompt, "--with", demo_path(), "-k", 1, "--format", "json", code=None).stdout)
+    assert re.search(words, found["model"]["warning"])
+    assert found["other_model"]["warning"] is None
+    shown = invoke("compare", *prompt, "--with", demo_path(), "-k", 1, code=None).stdout
+    assert re.search(f"^Warning: a: {words}", shown, re.MULTILINE)

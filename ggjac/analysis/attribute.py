@@ -295,7 +295,7 @@ class BranchShares(Plotted):
         mixing = "attention" if all(map(_attends, self.mixers)) else "token mixers"
         series = {mixing: (blocks, self.attn[-1].tolist(), ()), "MLP": (blocks, self.mlp[-1].tolist(), ())}
         title = f"Shares in {_split(words, int(self.targets[-1]), self.versus)}"
-        return Points(title, "block", "share", series)
+        return Points(title, "block", "share", series, parts=("attn", "mlp"))
 
 
 def _attends(mixers: Sequence[tuple[str, int]]) -> bool:

@@ -241,7 +241,7 @@ class Layers(Plotted):
             for kind, own in found.items()
         }
         title = f"Stable rank by depth, {first.replace('_', ' ')} maps" if first else "Stable rank by depth"
-        return Points(title, "blocks", "stable rank", series)
+        return Points(title, "blocks", "stable rank", series, parts=tuple(series))
 
 
 class _Found(NamedTuple):

@@ -3,14 +3,16 @@
 Commands are imported when they are called, and torch when it is needed, so that `--help` and `info` answer at once.
 """
 
+import faulthandler
 import io
 import os
 import re
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from difflib import get_close_matches
 from importlib import import_module
 from typing import Any
@@ -25,6 +27,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 # Command -> its line in the overview, which therefore imports no command.
 COMMANDS = {
     "analyze": "Analyse a prompt: prediction, parity, singular vectors, attribution; write a run folder.",
+    "models": "List the models that are on this disk already.",
     "info": "Show what is in a GGUF file.",
     "plan": "Show whether a command will fit in memory, and how long it will take.",
     "predict": "Show the most likely next tokens.",
@@ -44,7 +47,7 @@ COMMANDS = {
 
 
 # Those that take no prompt; all others can be planned, and have a row in `ggjac.planner.work.JOBS`.
-WITHOUT_PROMPT = ("info", "plan", "report", "bench")
+WITHOUT_PROMPT = ("models", "info", "plan", "report", "bench")
 
 
 # What the library asks for, and the options that give it.
@@ -101,6 +104,7 @@ class Commands(click.Group):
         for stream in (sys.stdout, sys.stderr):
             if isinstance(stream, io.TextIOWrapper):  # None where the shell has closed it
                 stream.reconfigure(errors="backslashreplace")
+        warnings.showwarning = _show_warning
         return super().main(*args, **options)
 
     def list_commands(self, ctx: click.Context) -> list[str]:
@@ -137,8 +141,17 @@ class Commands(click.Group):
 
     def invoke(self, ctx: click.Context) -> object:
         """Run the command."""
+        _name_crashes()
         with _plain_errors(), _catching_signals():
             return super().invoke(ctx)
+
+
+def _show_warning(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+    """Print a warning to stderr, on one line."""
+    from ggjac.tokenizer import visible
+
+    text = " ".join(str(message).split())
+    click.echo(f"Warning: {visible(text.encode('utf-8', 'surrogateescape'))}", err=True)
 
 
 @contextmanager
@@ -178,6 +191,13 @@ def _failure(error: Exception) -> Failure:
         return Failure(message, 1)
     name = type(error).__name__
     return Failure(f"{name}: {message}; this is a bug: please report it with what GGJAC_DEBUG=1 shows", 1)
+
+
+def _name_crashes() -> None:
+    """Let a process that the system ends (by SIGBUS, where a mapped file fails, or SIGSEGV) say what and where."""
+    if not faulthandler.is_enabled():
+        with suppress(OSError, ValueError, AttributeError):  # stderr is closed, or not a file
+            faulthandler.enable(all_threads=False)
 
 
 @contextmanager

@@ -123,6 +123,8 @@ def both(
     session.text = text
     rebuilt.append(session.reconstruction())
     result = both_rules(first, session.run("attribution", attribute, first.target, minus))
+    note_likelier(session, target, first.target)
+    note_likelier(session, versus, minus, "--versus")
     worse = max(rebuilt, key=lambda found: found.error)
     split = {"by": "token"} | result.data(session.words)
     if output:

@@ -64,7 +64,7 @@ def compare(
     from ggjac.analysis.compare import compare as set_side_by_side
     from ggjac.analysis.compare import portray
     from ggjac.cli.render import emit_json
-    from ggjac.cli.session import note_likelier, one_token, open_session, show_tokens
+    from ggjac.cli.session import note_likelier, one_token, open_session, show_doubts, show_tokens
 
     options: dict[str, Any] = {"rank": rank, "tol": tol, "seed": seed, "max_sweeps": max_sweeps}
     first = open_session(what, position=position, rank=rank)
@@ -83,6 +83,8 @@ def compare(
         emit_json(content)
     else:
         show_tokens(content["tokens"], content["warnings"])
+        for side, model in (("a", content["model"]), ("b", content["other_model"])):
+            show_doubts(model, f"{side}: ")
         show(data, content)
     unfinished = any(portrait.svd.reason == "sweeps" for portrait in (a, b))
     if unfinished or not all(side["healthy"] for side in data["reconstruction"].values()):

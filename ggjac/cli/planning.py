@@ -11,6 +11,8 @@ import click
 from ggjac.cli.options import ModelOptions
 
 if TYPE_CHECKING:
+    import torch
+
     from ggjac.config import ModelConfig
     from ggjac.gguf import GGUFFile
     from ggjac.planner import LayerPlan, Plan, Times, bench
@@ -139,8 +141,8 @@ def warn_if_long(made: "Plan", file: "GGUFFile", threads: int | None, device: st
         click.echo(f"Warning: this will take about {duration(round(total))}; {remedy}", err=True)
 
 
-def check_device(name: str) -> None:
-    """Check that a device can be measured on this machine.
+def check_device(name: str) -> "torch.device":
+    """Return a device that can be measured on this machine.
 
     Raises:
         click.UsageError: the name is not that of a device.
@@ -149,7 +151,7 @@ def check_device(name: str) -> None:
     from ggjac.model import DeviceError, find_device
 
     try:
-        find_device(name)
+        return find_device(name)
     except DeviceError as error:
         raise click.UsageError(f"--device: {error}") from error
 
@@ -185,9 +187,8 @@ def make_plan(
     Raises:
         click.UsageError: the prompt is too long, or an option is out of range.
     """
-    import os
-
     from ggjac import planner
+    from ggjac.planner import machine
 
     name = "cpu" if device == "cpu" else what.device
     try:
@@ -200,7 +201,7 @@ def make_plan(
             request,
             mlp_path=what.mlp_path,
             device=device,
-            threads=what.threads or os.cpu_count() or 1,
+            threads=what.threads or machine.cpus(),
             budget=planner.Budget.of(what.ram_budget, what.vram_budget, name),
             tapes_on_disk=what.trace is not None,
         )

@@ -37,7 +37,15 @@ def ranks(
     """
     from ggjac.analysis.ranks import ranks as measure
     from ggjac.cli.render import emit_json, line
-    from ggjac.cli.session import open_options, settings, show_saved, show_tokens, show_warnings, usage_errors
+    from ggjac.cli.session import (
+        open_options,
+        settings,
+        show_doubts,
+        show_saved,
+        show_tokens,
+        show_warnings,
+        usage_errors,
+    )
 
     model, options = open_options(what), settings(what)
     with usage_errors():
@@ -60,6 +68,7 @@ def ranks(
         if len(records) == 1:
             show_tokens(result.envelope["tokens"], ())
         show_warnings(result.envelope["warnings"])
+        show_doubts(result.envelope["model"])
         show(result.data())
         if result.ready:
             line(f"{result.ready} of {len(records)} prompts were already in {output}")

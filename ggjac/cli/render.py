@@ -62,7 +62,8 @@ def table(
         grid.add_column(Text(column.removeprefix("#")), justify=justify, no_wrap=number, overflow="fold")
     for index, row in enumerate(rows):
         grid.add_row(*(Text(str(cell)) for cell in row), style="bold red" if index in alarming else None)
-    console = Console(highlight=False, width=width())
+    # FORCE_COLOR, which CI sets, must not put escape codes into a file or a pipe.
+    console = Console(highlight=False, width=width(), force_terminal=on_terminal())
     with console.capture() as captured:
         console.print(Text(title, "bold"))
         console.print(grid)

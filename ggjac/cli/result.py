@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from ggjac.cli.render import emit_json, line
-from ggjac.cli.session import show_saved, show_tokens
+from ggjac.cli.session import show_doubts, show_saved, show_tokens
 from ggjac.session import Session
 
 
@@ -36,11 +36,12 @@ def finish(
         output: where tensors were saved, if anywhere.
         show: functions that print the part of that name, in this order; a reconstruction comes first.
     """
+    envelope = session.envelope()
     if output_format == "json":
-        emit_json(session.envelope() | content)
+        emit_json(envelope | content)
     else:
-        session.model.gguf.check_unchanged()
         show_tokens(session.tokens(), session.warnings)
+        show_doubts(envelope["model"])
         if "reconstruction" in content:
             show_reconstruction(content["reconstruction"])
         for name, show_part in show.items():

@@ -201,8 +201,21 @@ def note_likelier(session: Session, target: str | None, id: int | None, option: 
 
 def show_tokens(tokens: Sequence[Mapping[str, Any]], warnings: Sequence[str]) -> None:
     """Print the table of a prompt's tokens, as `Session.tokens` returns them, and remarks on the prompt."""
-    rows = [(token["position"], token["id"], display.token(token)) for token in tokens]
-    table("Tokens", ["#position", "#id", "token"], rows)
+    # A special token looks like its text; BOS is expected where it is, and the bytes of a byte token are seen.
+    kinds = [token.get("type", "") if token["position"] and token.get("type") != "byte" else "" for token in tokens]
+    marked = any(kinds)
+    rows: list[tuple] = []
+    for group in display.characters(tokens):
+        first, last = group[0]["position"], group[-1]["position"]
+        rows.append(
+            (
+                first if first == last else f"{first}-{last}",
+                " ".join(str(token["id"]) for token in group),
+                display.together(group),
+                *([kinds[first].replace("_", "-")] if marked else []),
+            )
+        )
+    table("Tokens", ["#position", "#id", "token", *(["type"] if marked else [])], rows)
     show_warnings(warnings)
 
 
@@ -211,6 +224,13 @@ def show_warnings(warnings: Sequence[str]) -> None:
     for warning in warnings:
         line(f"Warning: {warning}")
     if warnings:
+        line("")
+
+
+def show_doubts(model: Mapping[str, Any], which: str = "") -> None:
+    """Print the warning about a model's weights, if there is one; `model` is that of an envelope."""
+    if model["warning"]:
+        line(f"Warning: {which}{display.visible(model['warning'].encode())}")
         line("")
 
 

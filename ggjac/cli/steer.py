@@ -125,7 +125,7 @@ def steer(
     from ggjac.analysis.steer import changed_layer
     from ggjac.analysis.steer import steer as run
     from ggjac.cli.render import emit_json
-    from ggjac.cli.session import check_output, fit_command, open_session, show_saved, show_tokens
+    from ggjac.cli.session import check_output, fit_command, open_session, show_doubts, show_saved, show_tokens
     from ggjac.llamacpp.control_vector import check_layer, save_control_vector
     from ggjac.model import PromptError
     from ggjac.sizes import default_layer
@@ -182,6 +182,7 @@ def steer(
         emit_json(content)
         return
     show_tokens(session.tokens(), session.warnings)
+    show_doubts(content["model"])
     show(content["steering"])
     show_saved(output)
     show_saved(control_vector)

@@ -13,6 +13,7 @@ Layouts: Hugging Face https://huggingface.co/docs/huggingface_hub/guides/manage-
 LM Studio https://lmstudio.ai/docs/app/advanced/import-model; Ollama manifest/manifest.go and manifest/paths.go.
 """
 
+import hashlib
 import json
 import os
 import re
@@ -22,7 +23,7 @@ from dataclasses import dataclass
 from importlib import resources
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ggjac.gguf.container import ShardName, shown
 
@@ -33,7 +34,9 @@ DEFAULT_QUANTS = ("Q4_K_M", "Q8_0")  # the defaults of llama.cpp's -hf (common/d
 MAX_NAME = 500  # characters
 MAX_FILES = 20_000  # visited in one folder tree
 MAX_SHARDS = 1000
+MAX_DEPTH = 6  # folders between a repository's copy and a file in it
 MAX_MANIFEST_BYTES = 1 << 20  # real ones are some kilobytes
+MAX_SETTINGS_BYTES = 4096  # of the file with the path of LM Studio's folder
 MAX_BUILDS = 16  # of one Ollama model; each may be a file of its own
 
 _HF_PART = r"[A-Za-z0-9_]+(?:[.-][A-Za-z0-9_]+)*"  # llama.cpp's is_valid_repo_id
@@ -103,6 +106,50 @@ def title(path: Path, asked: str | None = None, named: Any = None) -> str:
         name = link.name if link else re.sub(r"[^A-Za-z0-9._-]+", "-", str(named or ""))[:60].strip("-.") or name
     shard = ShardName.parse(name)
     return shard.prefix if shard else name.removesuffix(Path(name).suffix if name.lower().endswith(".gguf") else "")
+
+
+class Digest(NamedTuple):
+    """What a store says of a file's content.
+
+    Attributes:
+        algorithm: `"sha256"`, or `"git"`: the SHA-1 that Git names a file by.
+        value: in hexadecimal.
+        source: where it stands.
+    """
+
+    algorithm: str
+    value: str
+    source: str
+
+
+def expected_digest(path: Path) -> Digest | None:
+    """Return the digest under which a store keeps a file; None for a file of no store.
+
+    Ollama names its files by their SHA-256, Hugging Face's client those of its cache by SHA-256 (large ones) or Git's
+    SHA-1; beside files in a folder of one's own it writes it to `.cache/huggingface/download/FILE.metadata`.
+    """
+    real = Path(os.path.realpath(path))
+    if _BLOB.fullmatch(real.name):
+        return _digest(real.name.removeprefix("sha256-"), "the file's name in its store")
+    for folder in list(real.parents)[:MAX_DEPTH]:
+        note = folder / ".cache" / "huggingface" / "download" / f"{real.relative_to(folder)}.metadata"
+        lines = _read(note, 1000).decode("ascii", "replace").split("\n")  # commit, digest, time
+        if len(lines) > 1 and _BLOB.fullmatch(lines[1]):
+            return _digest(lines[1], str(note))
+    return None
+
+
+def _digest(value: str, source: str) -> Digest:
+    return Digest("git" if len(value) == 40 else "sha256", value, source)
+
+
+def git_digest(path: Path) -> str:
+    """Return the SHA-1 by which Git names a file's content."""
+    digest = hashlib.sha1(b"blob %d\0" % os.path.getsize(path), usedforsecurity=False)
+    with open(path, "rb") as file:
+        while part := file.read(1 << 20):
+            digest.update(part)
+    return digest.hexdigest()
 
 
 # --- Hugging Face, llama.cpp, LM Studio -------------------------------------------------------------------------------
@@ -209,9 +256,17 @@ def _llama_cache() -> Path:
 
 
 def _lm_studio() -> list[Path]:
-    """Return LM Studio's folder and that of versions before 0.3, if they exist."""
-    folders = [_home() / ".lmstudio" / "models", _home() / ".cache" / "lm-studio" / "models"]
-    return [folder for folder in folders if os.path.isdir(folder)]
+    """Return LM Studio's folders if they exist: that of its settings, the usual one, that of versions before 0.3."""
+    pointed = _read(_home() / ".lmstudio-home-pointer", MAX_SETTINGS_BYTES).decode("utf-8", "replace").strip()
+    homes = [*([Path(pointed)] if os.path.isabs(pointed) else []), _home() / ".lmstudio"]
+    folders = []
+    for home in homes:
+        settings = _json(home / "settings.json")
+        chosen = settings.get("downloadsFolder") if isinstance(settings, dict) else None
+        folders += [Path(chosen)] if isinstance(chosen, str) and os.path.isabs(chosen) else []
+        folders.append(home / "models")
+    folders.append(_home() / ".cache" / "lm-studio" / "models")
+    return [folder for folder in dict.fromkeys(folders) if os.path.isdir(folder)]
 
 
 def _copies(name: _HfName) -> Iterator[tuple[Path, dict[str, Path]]]:
@@ -249,11 +304,7 @@ def _flat(folder: Path, name: _HfName) -> dict[str, Path]:
     """
     names = list(islice(_entries(folder), MAX_FILES))
     prefix = f"{name.user}_{name.repo}_".lower()
-    longer = [
-        "_".join(parts[1:3]).lower() + "_"
-        for parts in (entry.split("=") for entry in names if entry.startswith("manifest="))
-        if len(parts) == 4
-    ]
+    longer = [f"{user}_{repo}_".lower() for user, repo in _manifests(folder)]
     longer = [other for other in longer if other.startswith(prefix) and other != prefix]
     return {
         entry[len(prefix) :]: folder / entry
@@ -262,6 +313,12 @@ def _flat(folder: Path, name: _HfName) -> dict[str, Path]:
         and entry.lower().endswith(".gguf")
         and not entry.lower().startswith(tuple(longer))
     }
+
+
+def _manifests(folder: Path) -> list[tuple[str, str]]:
+    """Return user and repository of each manifest in llama.cpp's old cache."""
+    names = (entry.split("=") for entry in islice(_entries(folder), MAX_FILES) if entry.startswith("manifest="))
+    return [(parts[1], parts[2]) for parts in names if len(parts) == 4]
 
 
 def _models(files: Mapping[str, Path], folder: Path) -> list[_Model]:
@@ -455,6 +512,73 @@ def _blob(asked: str, folder: Path, manifest: Path) -> Path:
     if isinstance(size, int) and os.path.getsize(path) != size:
         raise fail(f"its file {shown(path)} has {os.path.getsize(path)} bytes, but its manifest says {size}; {again}")
     return path
+
+
+# --- all of them ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A model on this disk.
+
+    Attributes:
+        name: what `resolve` takes: a name, or else the path; None for the bundled demo, which is the default.
+        store: the program whose folder holds it.
+        path: the file, or the first shard; None if it is not known.
+        flaw: why there is no whole file, or None.
+    """
+
+    name: str | None
+    store: str
+    path: Path | None
+    flaw: str | None = None
+
+
+def stored() -> Iterator[Stored]:
+    """Yield the models that `resolve` finds on this disk, and the bundled demo; nothing is opened."""
+    yield Stored(None, "ggjac", demo_path())
+    names = dict.fromkeys([*_repositories(), *(f"{user}/{repo}" for user, repo in _manifests(_llama_cache()))])
+    listed: set[Path] = set()
+    for user, repo in (name.split("/", 1) for name in names if _is_inside(name)):
+        asked = _HfName(f"{HF}{user}/{repo}", user, repo, None, None)
+        here = [(model, folder) for folder, files in _copies(asked) for model in _models(files, folder)]
+        listed.update(model.path for model, _ in here)
+        here.sort(key=lambda found: bool(found[0].missing))  # whole ones first, as `resolve` prefers them
+        for model, folder in {found[0].key: found for found in reversed(here)}.values():
+            yield _stored_hf(f"{asked.asked}/{model.file}", model, _store_of(folder))
+    cache = _llama_cache()
+    flat = {name: cache / name for name in islice(_entries(cache), MAX_FILES) if name.lower().endswith(".gguf")}
+    for model in _models(flat, cache):
+        if model.path not in listed:
+            yield _stored_hf(str(model.path), model, "llama.cpp")
+    for folder in _ollama_folders():
+        for name in dict.fromkeys(islice(_ollama_models(folder), MAX_FILES)):
+            try:
+                yield Stored(f"{OLLAMA}{name}", "Ollama", _find_ollama(f"{OLLAMA}{name}"))
+            except HubError as error:
+                yield Stored(f"{OLLAMA}{name}", "Ollama", None, str(error))
+
+
+def places() -> list[str]:
+    """Return the folders in which `resolve` and `stored` look, with a note where there is none."""
+    return [_described(folder) for folder in [*_hf_folders(), *_ollama_folders()]]
+
+
+def _stored_hf(name: str, model: _Model, store: str) -> Stored:
+    found = _HF_NAME.fullmatch(name.removeprefix(HF))
+    name = name if found and len(name) <= MAX_NAME else str(model.path)
+    if not model.missing:
+        return Stored(name, store, model.path)
+    first = shown(model.missing[0])
+    return Stored(name, store, model.path, f"{len(model.missing)} of {len(model.shards)} files missing: {first}")
+
+
+def _store_of(folder: Path) -> str:
+    """Return the program that keeps models in a folder, or in one around it."""
+    around = {folder, *folder.parents}
+    if not around.isdisjoint(_lm_studio()):
+        return "LM Studio"
+    return "llama.cpp" if _llama_cache() in around else "Hugging Face"
 
 
 # --- the disk ---------------------------------------------------------------------------------------------------------

@@ -99,6 +99,21 @@ UNREADABLE = {
 }
 
 
+def _file_types() -> dict[int, str]:
+    """Return the mixtures of types that llama.cpp's quantizer makes (llama.h, enum llama_ftype)."""
+    names = {
+        0: "F32 F16 Q4_0 Q4_1",
+        7: "Q8_0 Q5_0 Q5_1 Q2_K Q3_K_S Q3_K_M Q3_K_L Q4_K_S Q4_K_M Q5_K_S Q5_K_M Q6_K",
+        19: "IQ2_XXS IQ2_XS Q2_K_S IQ3_XS IQ3_XXS IQ1_S IQ4_NL IQ3_S IQ3_M IQ2_S IQ2_M IQ4_XS IQ1_M BF16",
+        36: "TQ1_0 TQ2_0 MXFP4_MOE NVFP4 Q1_0",
+    }
+    return {first + i: name for first, row in names.items() for i, name in enumerate(row.split())}
+
+
+# `general.file_type` -> the name by which people know the file.
+FILE_TYPES = _file_types()
+
+
 def holds_weights(type: GGMLType) -> bool:
     """Return whether a model's weights may have this type: integers are for tables, and llama.cpp aborts on F64."""
     return type.name not in ("I8", "I16", "I32", "I64", "F64")

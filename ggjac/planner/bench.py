@@ -14,6 +14,7 @@ from functools import partial
 from typing import Any
 
 from ggjac.gguf import GGUFFile, TensorInfo
+from ggjac.planner import machine
 from ggjac.sizes import ON_THE_WAY, TILE_ELEMENTS
 
 DISK_REGIONS = 4  # places in the file that are read after dropping them from the page cache
@@ -141,17 +142,16 @@ def measure(
         columns: of the planned products: positions times stacked vectors.
         types: weights to dequantize, by storage type; rare types are not measured.
         dtype: of all computation.
-        threads: default the number that torch uses.
+        threads: default as `machine.torch_threads`.
         device: of all computation.
     """
     import torch
 
     start, before = time.perf_counter(), torch.get_num_threads()
     columns = sorted({min(count, MOST_COLUMNS) for count in columns})
-    if threads:
-        torch.set_num_threads(threads)
+    threads = threads or machine.torch_threads()
+    torch.set_num_threads(threads)
     try:
-        threads = torch.get_num_threads()
         weights = sum(types.values())
         common = [name for name, count in types.items() if count > weights / 50]
         main = max(common, key=lambda name: types[name])

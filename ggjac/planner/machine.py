@@ -1,4 +1,4 @@
-"""Free and used memory, and page-cache residency.
+"""Free and used memory, CPUs, and page-cache residency.
 
 *Anonymous* memory is memory that a process cannot give back: its heap and its tensors, but not the pages of a mapped
 model file, which the system reclaims when it needs them. Budgets bound anonymous memory.
@@ -26,6 +26,7 @@ _LARGEST = 1 << 62
 
 _CGROUPS = Path("/sys/fs/cgroup")
 _OWN_GROUPS = Path("/proc/self/cgroup")
+_MOUNTS = Path("/proc/self/mounts")
 _STATUS = "/proc/self/status"
 _RESIDENCY_STEP = 1 << 30  # bytes of a file that are mapped at a time to query their residency
 
@@ -76,36 +77,72 @@ def default_budget() -> int:
     return (free_memory() + anonymous_memory()) // 2
 
 
+def cpus() -> int:
+    """Return how many CPUs this process may use: by its affinity, and by the quotas of its control groups."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min([allowed, *_quotas()]))
+
+
+def torch_threads() -> int:
+    """Return the threads of torch by default: its own number, which does not regard quotas, or fewer."""
+    import torch
+
+    return min(torch.get_num_threads(), cpus())
+
+
 def _limits() -> Iterator[tuple[int, int]]:
     """Yield the limit and the use, in bytes, of every control group of this process that has a limit."""
+    for version, folder in _groups("memory"):
+        limit, used = ("limit_in_bytes", "usage_in_bytes") if version == 1 else ("max", "current")
+        if (most := _number(folder / f"memory.{limit}")) is not None:
+            yield most, max(0, (_number(folder / f"memory.{used}") or 0) - _cached(folder / "memory.stat"))
+
+
+def _quotas() -> Iterator[int]:
+    """Yield the whole CPUs that every control group of this process may use, where it has a quota."""
+    for version, folder in _groups("cpu"):
+        if version == 1:
+            quota, period = (_number(folder / f"cpu.cfs_{name}_us") for name in ("quota", "period"))
+        else:
+            quota, period = (*_numbers(folder / "cpu.max"), None, None)[:2]
+        if quota and period:
+            yield quota // period
+
+
+def _groups(controller: str) -> Iterator[tuple[int, Path]]:
+    """Yield the version and the folder of every control group of this process, and of those around it."""
     try:
         lines = _OWN_GROUPS.read_text(encoding="utf-8").splitlines()
     except OSError:
         return
     for line in lines:
         _, controllers, path = (*line.split(":", 2), "", "")[:3]
-        if line.startswith("0::"):  # version 2
-            root, limit, used = _CGROUPS, "memory.max", "memory.current"
-        elif "memory" in controllers.split(","):
-            root, limit, used = _CGROUPS / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
+        if line.startswith("0::"):
+            version, root = 2, _CGROUPS
+        elif controller in controllers.split(","):
+            version, root = 1, _CGROUPS / controller
         else:
             continue
         # In a container the path may be the host's, and only the root exists. A parent's limit binds its children.
         inside = root / path.lstrip("/")
         for folder in (inside, *inside.parents):
-            if (most := _number(folder / limit)) is not None:
-                yield most, max(0, (_number(folder / used) or 0) - _cached(folder / "memory.stat"))
+            yield version, folder
             if folder == root:
                 break
 
 
 def _number(path: Path) -> int | None:
     """Return the number in a file; None if it contains something else, as the `max` of a group without a limit."""
+    return (*_numbers(path), None)[0]
+
+
+def _numbers(path: Path) -> list[int | None]:
+    """Return the numbers in a file, None for each word that is something else; nothing if it cannot be read."""
     try:
-        text = path.read_text(encoding="ascii").strip()
+        words = path.read_text(encoding="ascii").split()
     except (OSError, ValueError):
-        return None
-    return int(text) if text.isdigit() else None
+        return []
+    return [int(word) if word.isdigit() else None for word in words]
 
 
 def _cached(path: Path) -> int:
@@ -145,6 +182,27 @@ def return_freed_memory() -> None:
     if mallopt is not None:
         mallopt(_M_MMAP_THRESHOLD, _MAPPED_BYTES)
         mallopt(_M_TRIM_THRESHOLD, _TRIMMED_BYTES)
+
+
+def in_memory(folder: str | os.PathLike[str]) -> bool:
+    """Return whether the files in a folder take memory: whether it is on a tmpfs. False if that is unknown."""
+    try:
+        lines = _MOUNTS.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
+    except OSError:
+        return False
+    # A mount hides what lay there before: of the longest folder that contains this one, the last line counts.
+    kind, longest = "", -1
+    for words in map(str.split, lines):
+        if len(words) > 2:
+            point = Path(re.sub(r"\\([0-7]{3})", lambda code: chr(int(code[1], 8)), words[1]))
+            if len(point.parts) >= longest and Path(folder).resolve().is_relative_to(point):
+                kind, longest = words[2], len(point.parts)
+    return kind in ("tmpfs", "ramfs")
+
+
+def is_running(pid: int) -> bool:
+    """Return whether there is a process of that number."""
+    return psutil.pid_exists(pid)
 
 
 class PeakMemory:

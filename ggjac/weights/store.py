@@ -21,6 +21,7 @@ from ggjac.gguf.types import TYPES, holds_weights, row_bytes
 from ggjac.sizes import TILE_ELEMENTS, Part
 from ggjac.weights.bus import Bus
 from ggjac.weights.cache import Cache, Key, Section
+from ggjac.weights.holes import Holes
 
 
 class WeightError(ValueError):
@@ -41,6 +42,7 @@ class WeightStore:
         bytes_read: quantized bytes dequantized.
         places: where the weights of each block are kept between sweeps; see `place`.
         cache: the weights that are kept.
+        holes: rows of zeros among the weights that were read.
     """
 
     def __init__(self, file: GGUFFile, *, device: torch.device, dtype: torch.dtype, threads: int):
@@ -54,6 +56,7 @@ class WeightStore:
         self.places: list[str] = []
         self.cache = Cache({})
         self._bus = None if device.type == "cpu" else Bus(device)
+        self.holes = Holes(file.metadata)
         self._checked: set[Key] = set()
         self._gains: dict[str, list[float]] = {}
         self._scratch = threading.local()  # one tile per thread on the CPU, reused so that its pages are touched once
@@ -178,6 +181,8 @@ class WeightStore:
                     f"tensor {info.name} holds NaN or infinite values{where}: it was quantized or converted wrongly; "
                     "downloading it again does not help, take another file of the model"
                 )
+            for (start, _), run in zip(key.runs, runs, strict=True):
+                self.holes.look(info, run, start)
             self._checked.add(key)
         return raw
 

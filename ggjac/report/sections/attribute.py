@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from ggjac.drawing.charts import Bars, Chart, Heat, Panel, Series, curves, from_to, known
+from ggjac.drawing.charts import PARTS, Bars, Chart, Heat, Panel, Series, curves, from_to, known
 from ggjac.report.numbers import fixed, percent, signed
 from ggjac.report.schema import (
     HERE,
@@ -24,9 +24,11 @@ from ggjac.report.schema import (
 )
 from ggjac.report.sections.common import LEGEND, LEVELS, SHORT, Run, Section, bars, digits, heat
 from ggjac.report.sections.layers import KINDS
+from ggjac.report.summary import caveat
 from ggjac.units import power
 
 LARGEST = 12  # parts in the table of the largest ones
+MANY, FIRST = 64, 20  # tokens above which a prompt is folded, and the largest shares shown then
 AT_ONE = 3  # the same, of each of many positions
 MAX_CELLS = 20_000  # of a heat grid; larger ones would make the page slow and could not be read
 ROUNDING = 5e-2  # of Σ|shares|: the difference from the logit that 16-bit dtypes may leave
@@ -212,22 +214,27 @@ def attribute(run: Run) -> dict[str, Any] | None:
     offset = found["offset"] or 0.0
     drawn, zero = bars(shares)
     decimals = digits(shares)
+    rows = [
+        s
+        | {
+            "value": signed(s["share"], decimals),
+            "percent": _relative(s["share"], found),
+            "level": round(LEVELS * s["share"] / largest),
+            "bar": bar,
+        }
+        for s, bar in zip(found["shares"], drawn, strict=True)
+    ]
+    foremost = sorted(rows, key=lambda row: -abs(row["share"]))[:FIRST] if len(rows) > MANY else []
     return _target(found) | {
         "largest": fixed(largest, 2),
-        "rows": [
-            s
-            | {
-                "value": signed(s["share"], decimals),
-                "percent": _relative(s["share"], found),
-                "level": round(LEVELS * s["share"] / largest),
-                "bar": bar,
-            }
-            for s, bar in zip(found["shares"], drawn, strict=True)
-        ],
+        "rows": rows,
+        "foremost": foremost,
+        "others": signed(sum(shares) - sum(row["share"] for row in foremost), decimals),
         "offset": signed(offset, decimals),
         "offset_percent": _relative(offset, found),
         "equation": _equation(found, [*shares, offset]),
         "zero": zero,
+        "caveat": caveat(run.content),
         "short": len(found["shares"]) <= SHORT,
         "legend": LEGEND,
     }
@@ -241,9 +248,8 @@ def branch_lines(run: Run) -> list[Chart]:
     given = _by_branch(run)
     if not given:
         return []
-    tones = {"attn": "ink", "mlp": "accent"}
     series = [
-        Series(name, known((block["block"], block[kind]) for block in given["blocks"]), tones[kind])
+        Series(name, known((block["block"], block[kind]) for block in given["blocks"]), PARTS[kind])
         for kind, name in _kinds(given).items()
     ]
     summary = "; ".join(from_to(s.name, s.points) for s in series) + "."
@@ -312,6 +318,7 @@ def branches(run: Run) -> dict[str, Any] | None:
         "heats": [heat(grid) for grid in grids],
         "lines": branch_lines(run),
         "table": None if grids else _block_table(found),
+        "caveat": caveat(run.content),
         "mixing": _kinds(found)["attn"],
         "equation": _equation(found, [share for _, share in parts]),
         "legend": LEGEND,
@@ -417,6 +424,7 @@ def positions(run: Run) -> dict[str, Any] | None:
         "heats": [heat(grid) for grid in grids],
         "of": {"token": "input token", "layer": "block's branches", "head": "head and MLP"}[found["by"]],
         "versus": found["positions"][0]["versus"],
+        "caveat": caveat(run.content),
         "complete": all(row["complete"] for row in rows),
         "short": len(rows) <= SHORT,
         "legend": LEGEND,
@@ -429,9 +437,7 @@ SECTIONS = (
         "Attribution",
         attribute,
         "At this prompt the output is exactly a linear map of the input embeddings, plus an offset from biases. So a "
-        "logit splits into one share for each input token and one for the offset, without remainder. A share is the "
-        "contribution of a token along the live (not frozen) paths: it depends on the freezing rule, and is neither "
-        "importance nor the effect of changing the token.",
+        "logit splits into one share for each input token and one for the offset, without remainder.",
         token_bars,
     ),
     Section(

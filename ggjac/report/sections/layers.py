@@ -4,7 +4,7 @@ import math
 from dataclasses import replace
 from typing import Any
 
-from ggjac.drawing.charts import Axis, Chart, Series, linear, logarithmic, scales
+from ggjac.drawing.charts import PARTS, Axis, Chart, Series, linear, logarithmic, scales
 from ggjac.report.numbers import percent
 from ggjac.report.schema import (
     ESTIMATE,
@@ -240,10 +240,9 @@ def stable_ranks(run: Run) -> list[list[Chart]]:
     """Draw the stable rank by depth: for each map a chart in both scales, a series for layer, attention and MLP."""
     taps = [tap for tap in (run.content["layers"] or {}).get("taps", []) if _stable(tap) is not None]
     found = []
-    tones = {"layer": "accent", "attn": "ink", "mlp": "faint"}
     for name, words in MAPS.items():
         series = []
-        for kind, tone in tones.items():
+        for kind, tone in PARTS.items():
             own = sorted((t for t in taps if t["map"] == name and t["kind"] == kind), key=lambda t: t["index"])
             if own:
                 points = tuple((float(t["index"]), t["stable_rank"]["value"]) for t in own)
