@@ -1,6 +1,7 @@
 """Texts from strangers, one line each and safe to print; and tokens, as results have them, in that form."""
 
-from collections.abc import Iterable, Mapping
+import codecs
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 
@@ -12,6 +13,39 @@ def token(data: Mapping[str, Any]) -> str:
 def joined(tokens: Iterable[Mapping[str, Any]]) -> str:
     """Return the text that tokens of a result make up; bytes that are not UTF-8 become U+FFFD."""
     return b"".join(map(_spelled, tokens)).decode("utf-8", errors="replace")
+
+
+def together(tokens: Sequence[Mapping[str, Any]]) -> str:
+    """Return the tokens of one group of `characters` as they are shown."""
+    return visible(b"".join(map(_spelled, tokens)))
+
+
+def span(tokens: Sequence[Mapping[str, Any]]) -> str:
+    """Return the positions of one group of `characters`."""
+    first, last = tokens[0]["position"], tokens[-1]["position"]
+    return str(first) if first == last else f"{first}-{last}"
+
+
+def characters(tokens: Sequence[Mapping[str, Any]]) -> list[list[Mapping[str, Any]]]:
+    """Return tokens of a text in groups: those that only together make up whole characters, and all others alone."""
+    groups: list[list[Mapping[str, Any]]] = []
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    open_ended = False
+    for token in tokens:
+        try:
+            if open_ended:
+                groups[-1].append(token)
+            else:
+                groups.append([token])
+            decoder.decode(_spelled(token))
+            open_ended = bool(decoder.getstate()[0])
+        except UnicodeDecodeError:  # these are no characters
+            groups[-1:] = [[part] for part in groups[-1]]
+            decoder.reset()
+            open_ended = False
+    if open_ended:
+        groups[-1:] = [[part] for part in groups[-1]]
+    return groups
 
 
 def _spelled(data: Mapping[str, Any]) -> bytes:

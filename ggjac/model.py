@@ -5,6 +5,7 @@ second model. It reads each tensor of the file once.
 """
 
 import os
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -106,7 +107,13 @@ def find_device(name: str | torch.device) -> torch.device:
         ValueError: torch cannot use it here.
     """
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
+        if not torch.cuda.is_available():
+            return torch.device("cpu")
+        try:
+            return find_device("cuda")
+        except ValueError as error:
+            warnings.warn(f"{str(error).removesuffix('; use cpu')}: computing on the CPU", stacklevel=2)
+            return torch.device("cpu")
     try:
         device = torch.device(name)
     except RuntimeError as error:
@@ -116,11 +123,22 @@ def find_device(name: str | torch.device) -> torch.device:
     try:
         if device.type == "cuda" and not torch.cuda.is_available():
             raise RuntimeError("it finds no CUDA device")
-        torch.empty(0, device=device)
+        (torch.zeros(1, device=device) + 1).cpu()  # a kernel, and waiting for it: some builds have none for this card
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).split(". ")[0].rstrip(".")  # further sentences list all backends
+        reason = str(error).splitlines()[0].split(". ")[0].rstrip(".")  # further sentences list all backends
+        if "no kernel image" in reason:
+            reason += f": this build of torch has no code for {_card(device)}; install a build of torch that has"
         raise ValueError(f"device {name} was asked for, but torch cannot use it here ({reason}); use cpu") from None
     return device
+
+
+def _card(device: torch.device) -> str:
+    """Return what a CUDA device is, for a message."""
+    try:
+        major, minor = torch.cuda.get_device_capability(device)
+        return f"{torch.cuda.get_device_name(device)}, compute capability {major}.{minor}"
+    except (RuntimeError, AssertionError):
+        return "this device"
 
 
 class Model:
@@ -196,6 +214,39 @@ class Model:
             if prompt in DEMO_PROMPTS and self.path == demo_path():
                 return list(DEMO_PROMPTS[prompt])
             raise
+
+    def spelled(self, text: str) -> list[int]:
+        """Return the token ids of a text inside another one: nothing is added at its ends.
+
+        Raises:
+            TokenizerError: the file has no tokenizer, or llama-cpp-python is not installed.
+        """
+        ids = self.tokenizer.encode(text, add_special=False)
+        if len(ids) != 1 and text.startswith(" "):
+            # SentencePiece puts a space before every text: here it has brought its own.
+            inner = self.tokenizer.encode(text[1:], add_special=False)
+            if len(inner) == 1 and self.tokenizer.piece(inner[0]) == text.encode():
+                return inner
+        return ids
+
+    def token(self, text: str) -> int:
+        """Return the id of a text that is one token.
+
+        Raises:
+            PromptError: it is not.
+            TokenizerError: the file has no tokenizer, or llama-cpp-python is not installed.
+        """
+        ids = self.spelled(text)
+        if len(ids) != 1:
+            parts = " + ".join(self.word(id) for id in ids[:8]) + " + ..." * (len(ids) > 8) or "none"
+            raise PromptError(f"{text!r} is {len(ids)} tokens ({parts}); give the text of one token, or its id")
+        return ids[0]
+
+    def __repr__(self) -> str:
+        """Return file, architecture, blocks and dtype on one line."""
+        config, dtype = self.config, str(self.dtype).removeprefix("torch.")
+        where = f"{dtype} on {self.device}"
+        return f"Model({self.path.name!r}, {config.architecture}, {config.block_count} blocks, {where})"
 
     def chat(self, question: str, system: str | None = None) -> str:
         """Return the prompt in which a user asks a question, by the file's own chat template.
@@ -441,7 +492,7 @@ class Model:
         return list(ids)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Trace:
     """The run of one prompt: its outputs, and the tapes of the network frozen at it.
 
@@ -464,6 +515,17 @@ class Trace:
     tapes: Tapes
     # By position, the last one asked for alone: those of all positions would outweigh the trace.
     _logits: dict[int, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def __repr__(self) -> str:
+        """Return the prompt and the model on one line."""
+        text, config = self.model.text(self.ids), self.model.config
+        start = text if len(text) <= 40 else f"{text[:40]}…"
+        return f"Trace({start!r}, {len(self.ids)} tokens, {config.architecture}, {config.block_count} blocks)"
+
+    def top(self, count: int = 5, position: int = -1) -> list[tuple[str, float]]:
+        """Return the most likely tokens after a position, as they are shown, with their probabilities."""
+        best = self.logits_at(position).cpu().double().softmax(0).topk(min(count, self.model.config.vocabulary))
+        return [(self.model.word(id), chance) for chance, id in zip(*(part.tolist() for part in best), strict=True)]
 
     @property
     def output(self) -> Float[Tensor, " d"]:
@@ -544,6 +606,7 @@ class Trace:
             embedding=model.embedding,
             outside=model.outside,
             table=partial(model.block_table, self.ids),
+            token=model.token,
         )
 
 

@@ -22,8 +22,9 @@ import math
 import os
 import shutil
 import tempfile
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -64,6 +65,9 @@ STREAM_EPS = 4
 ROUNDING_FACTOR, ROUNDING_MOST = 10, 1e-2
 
 COMPARED = 1 << 22  # elements compared at once: float64 copies of all logits can take gigabytes
+
+# Where copies of files go if the usual temporary folder is in memory.
+DISKS = (Path("/var/tmp"),)
 
 # What `Model.trace` observes of a block, in the order of `Graph`'s fields, and after the last block.
 ATTENTION, FFN, STREAM, OUTPUT = "attn_out", "ffn_out", "l_out", "result_norm"
@@ -138,7 +142,8 @@ class Parity(Plotted):
     tokens_equal: bool | None  # None: no text was given, or the file has no tokenizer
     top1_equal: bool
     top1: int  # llama.cpp's top token at the last position
-    rank: int  # of that token in our logits, counted from 1
+    top1_ours: int  # our top token there
+    rank: int  # of llama.cpp's top token in our logits, counted from 1
     gap: float  # our top logit minus our logit of that token
     kl: float  # KL(llama.cpp ‖ ours) in nats, mean over positions
     kl_last: float  # ... at the last position
@@ -166,6 +171,7 @@ class Parity(Plotted):
             "tolerance": self.tolerance,
             "tokens_equal": self.tokens_equal,
             "top1_equal": self.top1_equal,
+            "top1_ours": words.token(self.top1_ours),
             "top1": words.token(self.top1) | {"rank_in_ours": self.rank, "gap": self.gap},
             "kl": self.kl,
             "kl_last": self.kl_last,
@@ -185,7 +191,8 @@ class Parity(Plotted):
         if self.rounding:
             columns["rounding"] = [self.rounding.get(layer.name) for layer in self.layers]
         title = f"llama.cpp ({self.mode}): {'agrees' if self.verdict else 'disagrees'}: {self.reason}"
-        top = f"top token {words.name(self.top1)}, rank {self.rank} of ours; KL {self.kl:.1e} nats"
+        top = f"top token {words.name(self.top1)}, rank {self.rank} of ours"
+        top += f"; KL divergence {self.kl_last:.2e} nats at the last position"
         return Table(title, columns, (f"{top}, logits relative L2 {self.logits_error:.1e}",))
 
     def _plot(self, words: Words) -> Points:
@@ -249,7 +256,7 @@ def verify(
             )
     if tolerance is None and (strict or types == {"F32"}):
         tolerance = max(_dtype_tolerance(model.dtype), GELU_TOLERANCE if row.activation == "gelu" else 0.0)
-    with tempfile.TemporaryDirectory(prefix="ggjac-") as folder:
+    with _temporary_folder(large=True) as folder:
         path = for_llama_cpp(model.gguf, folder)
         if strict and types != {"F32"}:
             report("llama.cpp: rewriting the file as F32")
@@ -440,7 +447,16 @@ def judge(
     """Return the verdict on logits and on layers already compared; values that are not finite never pass.
 
     `rounding` has the errors of `rounding_errors`, to be given only where every block agrees locally.
+
+    Raises:
+        ParityError: as it is, llama.cpp overflows on the file, and ours does not: there is nothing to compare with.
     """
+    if mode != "strict" and tolerance is None and not _finite(reference.logits) and _finite(logits):
+        raise ParityError(
+            "llama.cpp's own logits are not all finite on this file as it is, and ours are: it overflows where it "
+            "rounds activations (with Q4_1 and Q5_1 it sums them in half precision, with F16 it rounds them to it); "
+            "--strict compares on F32"
+        )
     numbers = _compare_logits(logits, reference.logits)
     # In the order of the graph. A layer that llama.cpp has and we did not observe is a fault of ours.
     compared = [layers[name] for name in reference.tensors if name in layers]
@@ -472,7 +488,7 @@ def judge(
         faults.append(f"the logits are off by {numbers.logits_error:.1e} relative L2")
     if (tolerance is None or rounding) and not numbers.top1_equal:
         rank, gap = numbers.rank, numbers.gap
-        if not (rank <= MARGIN_RANK and gap <= MARGIN_LOGITS):
+        if math.isfinite(gap) and not (rank <= MARGIN_RANK and gap <= MARGIN_LOGITS):
             faults.append(f"llama.cpp's top token has rank {rank} in ours, {gap:.2f} logits below our first")
 
     if faults:
@@ -505,7 +521,8 @@ def _agreement(
     numbers: "_Logits", compared: Sequence[LayerError], local: Sequence[LocalError], rounding: Mapping[str, float]
 ) -> str:
     """Return what agrees, and how well."""
-    top = "same top token" if numbers.top1_equal else f"near tie for the top token ({numbers.gap:.2f} logits)"
+    tie = f"near tie: llama.cpp's top token is our second, {numbers.gap:.2f} logits below our first"
+    top = "same top token" if numbers.top1_equal else tie
     reason = f"{top}, logits within {numbers.logits_error:.1e} relative L2"
     if compared:
         worst = max(compared, key=lambda layer: layer.error)
@@ -560,6 +577,7 @@ class _Logits(NamedTuple):
 
     top1_equal: bool
     top1: int
+    top1_ours: int
     rank: int
     gap: float
     kl: float
@@ -586,6 +604,7 @@ def _compare_logits(ours: Tensor, theirs: Tensor) -> _Logits:
     return _Logits(
         top1_equal=finite and rank == 1,
         top1=top,
+        top1_ours=top if rank == 1 else int(p.argmax()),
         rank=rank,
         gap=float(p.max() - p[top]) if finite else math.nan,
         kl=sum(divergence) / len(divergence),
@@ -653,7 +672,7 @@ def run_llama_cpp(
         raise ParityError("there are no token ids to evaluate; give at least one")
     with (
         _llama_cpp(f"while it loaded {_name(path)} and evaluated {len(ids)} tokens") as child,
-        tempfile.TemporaryDirectory(prefix="ggjac-") as folder,
+        _temporary_folder() as folder,
     ):
         reply = child.ask(
             "evaluate",
@@ -725,12 +744,49 @@ def for_llama_cpp(file: GGUFFile, folder: str | os.PathLike[str]) -> Path:
 def _check_room(folder: str | os.PathLike[str], nbytes: int, task: str, otherwise: str) -> None:
     # Padding between tensors, and a reserve: a full disk would affect other processes.
     needed = nbytes + max(64 << 20, nbytes // 100)
-    free = shutil.disk_usage(folder).free
+    free, where = shutil.disk_usage(folder).free, ""
+    if machine.in_memory(folder):  # a tmpfs has the size that it may grow to, whatever memory is left
+        free, where = min(free, machine.free_memory()), " (it is in memory, not on a disk)"
     if free < needed:
         raise NoRoomError(
-            f"{task} needs {needed / 1e9:.1f} GB in {_name(folder)}, which has {free / 1e9:.1f} GB free; make room, "
-            f"set TMPDIR to another disk, {otherwise}"
+            f"{task} needs {needed / 1e9:.1f} GB in {_name(folder)}{where}, which has {free / 1e9:.1f} GB free; make "
+            f"room, set TMPDIR to another disk, {otherwise}"
         )
+
+
+@contextmanager
+def _temporary_folder(*, large: bool = False) -> Iterator[str]:
+    """Make a temporary folder; a large one preferably on a disk. Warn of what killed processes have left.
+
+    Raises:
+        ParityError: there is no folder that can be written.
+    """
+    try:
+        usual, parent = Path(tempfile.gettempdir()), None
+        if large and not os.environ.get("TMPDIR") and machine.in_memory(usual):
+            parent = next((disk for disk in DISKS if os.access(disk, os.W_OK) and not machine.in_memory(disk)), None)
+        made = tempfile.TemporaryDirectory(prefix=f"ggjac-{os.getpid()}-", dir=parent)
+    except OSError as error:
+        raise ParityError(
+            f"the comparison with llama.cpp needs a temporary folder ({error.strerror}); set TMPDIR to one that can be "
+            "written"
+        ) from None
+    with made as folder:
+        if left := _left_behind({usual, Path(folder).parent}) if large else []:
+            names = ", ".join(map(_name, left[:3])) + (f" and {len(left) - 3} more" if len(left) > 3 else "")
+            warnings.warn(f"{names}: left by a process that was killed; remove it", stacklevel=2)
+        yield folder
+
+
+def _left_behind(parents: Iterable[Path]) -> list[Path]:
+    """Return this user's temporary folders whose processes are gone."""
+    found = []
+    for folder in (folder for parent in parents for folder in parent.glob("ggjac-[0-9]*-*")):
+        with suppress(OSError, ValueError):
+            own = not hasattr(os, "getuid") or folder.lstat().st_uid == os.getuid()
+            if own and not machine.is_running(int(folder.name.split("-")[1])):
+                found.append(folder)
+    return sorted(found)
 
 
 @contextmanager
@@ -744,8 +800,8 @@ def _llama_cpp(task: str) -> Iterator[llamacpp.Child]:
     except llamacpp.LlamaCppError as error:
         message = visible(str(error).encode("utf-8", errors="surrogateescape"))
         if isinstance(error, llamacpp.LlamaCppDied):
-            likely = "too little memory" if error.will_not_fit else "a tensor's type or size that it does not support"
-            message = f"llama.cpp itself ended {task}, most likely because of {likely} ({message})"
+            likely = error.likely or "it does not support a tensor's type or size"
+            message = f"llama.cpp itself ended {task} ({message}), most likely because {likely}"
         raise (NoRoomError if error.will_not_fit else ParityError)(message) from None
 
 

@@ -131,10 +131,10 @@ class Session:
 
     # -- plan ----------------------------------------------------------------------------------------------------------
 
-    def fit(self, command: str, n: int | None = None, **request: Any) -> None:
+    def fit(self, command: str, n: int | None = None, **request: Any) -> planner.Plan:
         """Refuse work that its budget cannot hold, before it starts, and keep ready what the budget has room for.
 
-        Arguments as those of `plan`.
+        Arguments and result as those of `plan`.
 
         Raises:
             NoFitError: with what is needed, and what to lower.
@@ -143,6 +143,7 @@ class Session:
         plan = self.plan(command, n, **request)
         self.model.fit(plan)
         self._resident = not plan.tapes_on_disk
+        return plan
 
     def plan(self, command: str, n: int | None = None, **request: Any) -> planner.Plan:
         """Return the plan of a command on this prompt.
@@ -362,14 +363,18 @@ class Session:
         """Return the prompt's tokens as plain data."""
         return [self.words.here(i) for i in range(len(self.ids))]
 
-    def envelope(self) -> dict[str, Any]:
+    def envelope(self, *, check: bool = True) -> dict[str, Any]:
         """Return what every result carries: where it came from and how it was computed.
+
+        Args:
+            check: whether the model file is unchanged; not asked again about a result that is saved already.
 
         Raises:
             ChangedError: another program has changed the model file, so that the result may be of two models.
         """
         model, config = self.model, self.model.config
-        model.gguf.check_unchanged()
+        if check:
+            model.gguf.check_unchanged()
         metadata = model.gguf.metadata
         return runs.provenance() | {
             "command": self.command,
@@ -381,7 +386,7 @@ class Session:
                 "bytes": model.gguf.nbytes,
                 "fingerprint": model.gguf.fingerprint(),
                 "sha256": model.gguf.hashes,
-                "warning": model.weights.holes.warning(),
+                "warning": model.weights.warning(),
             },
             "prompt": self.text,
             "tokens": self.tokens(),

@@ -355,7 +355,7 @@ class LlamaVocabulary(Tokenizer):
     def _message(self, cannot: str, error: llamacpp.LlamaCppError) -> str:
         reason = visible(str(error).encode("utf-8", errors="surrogateescape"))
         if isinstance(error, llamacpp.LlamaCppDied):
-            reason = f"llama.cpp itself ended ({reason})"
+            reason = f"llama.cpp itself ended ({reason})" + (f", because {error.likely}" if error.likely else "")
         return f"llama.cpp {cannot} {_name(self.path)}: {reason}; give token ids"
 
     @cached_property

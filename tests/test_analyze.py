@@ -91,7 +91,7 @@ def test_refusals_come_before_any_work(tiny_file: TinyFile, tmp_path: Path, monk
         ggjac.analyze(path, IDS, tmp_path / "run", ram_budget="100MiB")
     with pytest.raises(PromptError, match="position 5 is out of range"):
         ggjac.analyze(path, IDS, tmp_path / "run", position=5)
-    with pytest.raises(planner.PlanError, match="--rank 65 is out of range"):
+    with pytest.raises(planner.PlanError, match="rank=65 is out of range"):
         ggjac.analyze(path, IDS, tmp_path / "run", rank=65)
     for wrong in ({"top": 0}, {"tol": torch.inf}, {"tol": torch.nan}, {"max_sweeps": 1}, {"seed": -1}, {"seed": 2**64}):
         with pytest.raises(ValueError, match=f"^{next(iter(wrong))} .* is out of range"):

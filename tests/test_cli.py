@@ -35,9 +35,10 @@ from safetensors.torch import load_file
 import ggjac.parity
 import ggjac.tokenizer
 from ggjac import runs
-from ggjac.cli import COMMANDS, main, progress
+from ggjac.cli import COMMANDS, main, progress, verify
 from ggjac.cli.options import DEFAULT_PROMPT, STEER_CONCEPT, STEER_PROMPT
 from ggjac.model import DEMO_PROMPTS, open_model
+from ggjac.results import Words
 
 TinyFile = Callable[..., Path]
 
@@ -726,6 +727,28 @@ def test_encodings_without_our_symbols(tiny_file: TinyFile) -> None:
     out = run("attribute", "-m", tiny_file("plain"), *TOKENS, env={"PYTHONIOENCODING": "cp1252"}).stdout
     assert "[17]" in out
     assert "\\u2016J x" in out
+
+
+def test_the_verdict_comes_before_the_layers_that_differ_most(tiny_file: TinyFile) -> None:
+    out = invoke("verify", "-m", tiny_file("q8_0"), *TOKENS, "--count", 2).stdout
+    verdict, table = out.split("\nLayers against llama.cpp\n")
+    assert "llama.cpp (as is): agrees" in verdict
+    assert "nats at the last position (mean " in verdict
+    data = json.loads(invoke("verify", "-m", tiny_file("q8_0"), *TOKENS, "--format", "json").stdout)["parity"]
+    worst = sorted(data["layers"], key=lambda e: -e["error"])[:2]
+    assert [line.split()[0] for line in table.split("\n")[2:4]] == [e["name"] for e in data["layers"] if e in worst]
+    count = len(data["layers"])
+    assert f"\n{count - 2} more, which differ less: --count {count} or --format json\n" in table
+    assert "more, which" not in invoke("verify", "-m", tiny_file("q8_0"), *TOKENS, "--count", count).stdout
+
+
+def test_both_tokens_of_a_near_tie_are_shown(tiny_file: TinyFile, capsys: pytest.CaptureFixture) -> None:
+    ours, theirs = torch.tensor([[4.0, 4.2, 3]]), torch.tensor([[4.0, 3.9, 3]])
+    found = ggjac.parity.judge(ggjac.parity.Reference(theirs), ours, {}, mode="as is", tolerance=None)
+    verify.show(found.data(Words(open_model(tiny_file("plain")).trace(IDS))))
+    out = capsys.readouterr().out
+    assert "agrees: near tie: llama.cpp's top token is our second, 0.20 logits below our first, " in out
+    assert "top token [0] (ours [1]), KL" in out
 
 
 # -- without llama.cpp -------------------------------------------------------------------------------------------------

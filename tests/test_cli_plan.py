@@ -11,6 +11,8 @@ import pytest
 import torch
 from helpers import error, invoke
 
+from ggjac import planner
+from ggjac.cli import planning
 from ggjac.planner import bench, work
 
 TinyFile = Callable[..., Path]
@@ -99,10 +101,11 @@ main()
 
 
 @pytest.mark.parametrize(
-    "args", [["plan", "--no-bench"], *([command, "--dry-run"] for command in work.JOBS if command != "compare")]
+    "args",
+    [["plan", "--no-bench"], *([command, "--dry-run", "--no-bench"] for command in work.JOBS if command != "compare")],
 )
 def test_the_memory_part_needs_no_torch(args: list[str], tiny_file: TinyFile) -> None:
-    command = [sys.executable, "-c", BLOCKED, *args, "-m", str(tiny_file("gqa")), *TOKENS]
+    command = [sys.executable, "-c", BLOCKED, *args, "--no-bench", "-m", str(tiny_file("gqa")), *TOKENS]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "Peak memory" in done.stdout
@@ -116,6 +119,47 @@ def test_a_text_is_counted_in_tokens(tiny_file: TinyFile) -> None:
 
 
 # ---- refusals
+
+
+def test_a_dry_run_tells_the_time(rates: Rates, tiny_file: TinyFile) -> None:
+    model = "-m", tiny_file("gqa"), *TOKENS, "--ram-budget", "1GiB"
+    given = "svd", *model, "--per-token", "--dry-run"
+    assert "Total: about " in invoke(*given).stdout
+    assert "Total: about " not in invoke(*given, "--no-bench").stdout
+    made = json.loads(invoke(*given, "--format", "json").stdout)
+    planned = "plan", *model, "--format", "json"
+    assert json.loads(invoke(*planned, "--per-token").stdout) == made
+    everywhere = "attribute", *model, "--position", "all", "--dry-run", "--format", "json"
+    found = json.loads(invoke(*planned, "--for", "attribute", "--position", "all").stdout)
+    assert found == json.loads(invoke(*everywhere).stdout)
+    assert found["sweeps"][-1]["vectors"] > 1
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--for", "layers", "--per-token"], "--per-token is an option of analyze and svd; layers has no such option"),
+        (["--position", "all"], "--position all is for attribute; give a position of svd"),
+    ],
+)
+def test_options_that_the_planned_command_does_not_have(options: list[str], words: str, tiny_file: TinyFile) -> None:
+    assert words in error("plan", "-m", tiny_file("gqa"), *TOKENS, "--no-bench", *options, code=2)
+
+
+def test_long_work_warns_before_it_starts(
+    rates: Rates, tiny_file: TinyFile, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    given = "svd", "-m", tiny_file("gqa"), *TOKENS, "-k", 2, "-q", "-o", tmp_path / "svd.safetensors"
+    assert invoke(*given).stderr == ""
+    monkeypatch.setattr(planning, "PATIENCE", 1e-9)
+    warning = invoke(*given).stderr
+    assert warning.startswith("Warning: this will take about ")
+    assert warning.endswith("; to shorten it, lower --rank, or use fewer tokens; --dry-run shows its parts\n")
+
+
+def test_short_work_is_not_measured(tiny_file: TinyFile, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "measure", lambda *_, **__: pytest.fail("measured"))
+    assert invoke("svd", "-m", tiny_file("gqa"), *TOKENS, "-k", 2, "-q").stderr == ""
 
 
 @pytest.mark.parametrize("command", ["plan", *work.JOBS])
@@ -141,7 +185,7 @@ def test_a_dry_run_refuses_likewise_and_computes_nothing(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     other = ["--with", tiny_file("gqa", seed=1)] if command == "compare" else []
-    arguments = command, "-m", tiny_file("gqa"), *TOKENS, *other, "--dry-run"
+    arguments = command, "-m", tiny_file("gqa"), *TOKENS, *other, "--dry-run", "--no-bench"
     assert "Fits." in invoke(*arguments).stdout
     assert f"{command} needs" in error(*arguments, "--ram-budget", "1MiB")
     assert list(tmp_path.iterdir()) == []
@@ -188,9 +232,9 @@ def test_what_the_budget_has_room_for_is_read_once(monkeypatch: pytest.MonkeyPat
     seen = []
     make = session.Session.fit
 
-    def remember(self: session.Session, *given: object, **options: object) -> None:
-        make(self, *given, **options)
+    def remember(self: session.Session, *given: object, **options: object) -> planner.Plan:
         seen.append(self.model.weights)
+        return make(self, *given, **options)
 
     monkeypatch.setattr(session.Session, "fit", remember)
     arguments = "svd", "-m", tiny_file("gqa", layers=3), *TOKENS, "-k", 2, "--format", "json"
@@ -255,7 +299,7 @@ def test_dense_rows_come_in_one_sweep_where_memory_allows(tiny_file: TinyFile, m
 
 
 def needed(*args: object) -> int:
-    return json.loads(invoke(*args, "--dry-run", "--format", "json").stdout)["ram_needed"]
+    return json.loads(invoke(*args, "--dry-run", "--no-bench", "--format", "json").stdout)["ram_needed"]
 
 
 def test_of_many_prompts_the_longest_is_refused_before_any_work(
@@ -266,7 +310,7 @@ def test_of_many_prompts_the_longest_is_refused_before_any_work(
     short = needed("ranks", "-m", path, "-f", file)
     file.write_text(f"the\n{'the ' * 60}\n")
     assert needed("ranks", "-m", path, "-f", file) > short
-    shown = invoke("ranks", "-m", path, "-f", file, "--dry-run").stdout
+    shown = invoke("ranks", "-m", path, "-f", file, "--dry-run", "--no-bench").stdout
     assert "ggjac ranks, 2 prompts of up to " in shown
     monkeypatch.delattr("ggjac.model.Model.trace")
     text = error("ranks", "-m", path, "-f", file, "--ram-budget", short, "-o", tmp_path / "out")
@@ -280,12 +324,13 @@ def test_of_two_files_the_second_is_refused_before_any_work(
     """It uses another number of experts, and so freezes more."""
     files = tiny_file("mixtral", experts_used=1), tiny_file("mixtral", experts_used=6)
     arguments = "compare", "-m", files[0], "--with", files[1], *TOKENS
-    shown = invoke(*arguments, "--dry-run", "--ram-budget", "1GiB").stdout
+    shown = invoke(*arguments, "--dry-run", "--no-bench", "--ram-budget", "1GiB").stdout
     assert shown.count("Fits.") == 2
     first, second = needed(*arguments), needed("compare", "-m", files[1], "--with", files[0], *TOKENS)
     assert first < second
-    assert "compare needs" in error(*arguments, "--dry-run", "--ram-budget", first)
-    data = json.loads(invoke(*arguments, "--dry-run", "--format", "json", "--ram-budget", first, code=4).stdout)
+    dry = *arguments, "--dry-run", "--no-bench"
+    assert "compare needs" in error(*dry, "--ram-budget", first)
+    data = json.loads(invoke(*dry, "--format", "json", "--ram-budget", first, code=4).stdout)
     assert (data["fits"], data["other_model"]["fits"]) == (True, False)
     monkeypatch.delattr("ggjac.model.Model.trace")
     assert "compare needs" in error(*arguments, "--ram-budget", first)
@@ -297,10 +342,10 @@ def test_two_files_are_not_in_memory_together(tiny_file: TinyFile, monkeypatch: 
     models: list[weakref.ref] = []
     fit = session.Session.fit
 
-    def remember(self: session.Session, *given: object, **options: object) -> None:
+    def remember(self: session.Session, *given: object, **options: object) -> planner.Plan:
         assert [model() for model in models] == [None] * len(models)
         models.append(weakref.ref(self.model))
-        fit(self, *given, **options)
+        return fit(self, *given, **options)
 
     monkeypatch.setattr(session.Session, "fit", remember)
     invoke("compare", "-m", tiny_file("gqa"), "--with", tiny_file("gqa", type="Q8_0"), *TOKENS, "-k", 2)
@@ -316,7 +361,7 @@ def test_two_files_are_not_in_memory_together(tiny_file: TinyFile, monkeypatch: 
     ],
 )
 def test_steering_that_cannot_be_planned(options: list[str], words: str, tiny_file: TinyFile) -> None:
-    assert words in error("steer", "-m", tiny_file("gqa"), *TOKENS, *options, "--dry-run", code=2)
+    assert words in error("steer", "-m", tiny_file("gqa"), *TOKENS, *options, "--dry-run", "--no-bench", code=2)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")

@@ -5,6 +5,7 @@ the way of the data. A GPU rounds otherwise; its tests are marked `cuda`.
 """
 
 import json
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from torch.utils import backend_registration
 
 from ggjac import planner, quants, sizes
 from ggjac.gguf.types import TYPES, GGMLType
-from ggjac.model import open_model
+from ggjac.model import find_device, open_model
 from ggjac.weights import bus, store
 from ggjac.weights.bus import Bus, Pinned
 
@@ -312,7 +313,7 @@ def test_a_command_uses_the_device_memory_that_is_free(one_card: card.Card, smal
     """Where everything fits, only the trace copies; where nothing does, every sweep."""
     run("svd 0", card.NAME, tmp_path, small)
     ample = one_card.copied
-    dry = ["svd", "-m", str(small), *TOKENS, "-k", "2", "--per-token", "--device", card.NAME, "--dry-run"]
+    dry = ["svd", "-m", str(small), *TOKENS, "-k", "2", "--per-token", "--device", card.NAME, "--dry-run", "--no-bench"]
     planned = invoke(*dry, "--vram-budget", 1, "--format", "json", code=4)
     needed = json.loads(planned.stdout)["vram_needed"]
     one_card.reset()
@@ -326,3 +327,40 @@ def test_rates_of_a_device(device: str, small: Path) -> None:
     rows = {row["what"]: row for row in json.loads(invoke(*arguments).stdout)["rates"]}
     assert all(row["rate"] > 0 for row in rows.values())
     assert rows["to the device, as tiles travel"]["limited_by"] == "a copy from pinned memory"
+
+
+# ---- a device without code
+
+
+def no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let there be a CUDA device for which this build of torch has no code."""
+
+    def zeros(*size: int, device: object = None) -> None:
+        raise torch.AcceleratorError(
+            "CUDA error: no kernel image is available for execution on the device\nCUDA kernel errors might be ..."
+        )
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Tesla K80")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (3, 7))
+    monkeypatch.setattr(torch, "zeros", zeros)
+
+
+def test_a_gpu_without_code_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    no_kernels(monkeypatch)
+    with pytest.raises(ValueError, match=r"no code for Tesla K80, compute capability 3\.7; install .*; use cpu$"):
+        find_device("cuda")
+    with pytest.warns(UserWarning, match="no kernel image .*Tesla K80.*: computing on the CPU$"):
+        assert find_device("auto") == torch.device("cpu")
+
+
+def test_the_command_line_goes_on_with_the_cpu(tiny_file: TinyFile, monkeypatch: pytest.MonkeyPatch) -> None:
+    no_kernels(monkeypatch)
+    err = invoke("predict", "-m", tiny_file("plain"), *TOKENS, "--device", "cuda", code=1).stderr
+    assert "install a build of torch that has" in err
+    assert "this is a bug" not in err
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")
+        result = invoke("predict", "-m", tiny_file("plain"), *TOKENS)
+    assert result.stderr.startswith("Warning: device cuda was asked for, but")
+    assert result.stderr.count("\n") == 1

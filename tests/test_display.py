@@ -37,6 +37,45 @@ def test_visible(piece, shown):
     assert visible(piece) == shown
 
 
+def as_tokens(pieces: list[bytes]) -> list[dict]:
+    return [{"position": i, "text": "", "bytes": piece.hex()} for i, piece in enumerate(pieces)]
+
+
+@pytest.mark.parametrize(
+    ("pieces", "groups"),
+    [
+        ([b"a", b" b"], ["a", "␣b"]),
+        ([b"\xf0", b"\x9f\x99", b"\x82", b"!"], ["🙂", "!"]),
+        ([b" \xe6\x97", b"\xa5\xe6", b"\x9c\xac", b"\xe8\xaa\x9e"], ["␣日本", "語"]),
+        ([b"\xf0\x9f", b"x", b"y"], ["<0xF0><0x9F>", "x", "y"]),
+        ([b"\x99", b"\xe6\x97"], ["<0x99>", "<0xE6><0x97>"]),
+        ([b"\xe6", b"\xe6", b"\x97", b"\xa5"], ["<0xE6>", "<0xE6>", "<0x97>", "<0xA5>"]),
+        ([], []),
+    ],
+)
+def test_tokens_that_make_up_a_character_are_one_group(pieces, groups):
+    assert [display.together(group) for group in display.characters(as_tokens(pieces))] == groups
+
+
+@given(st.lists(st.binary(min_size=1, max_size=3), max_size=8))
+def test_groups_have_every_token_in_order(pieces):
+    tokens = as_tokens(pieces)
+    groups = display.characters(tokens)
+    assert [token for group in groups for token in group] == tokens
+    for group in groups:
+        whole = b"".join(bytes.fromhex(token["bytes"]) for token in group)
+        assert len(group) == 1 or whole.decode()
+
+
+@given(st.text(max_size=6), st.randoms())
+def test_no_text_has_a_half_character(text, random):
+    data = text.encode("utf-8", "replace")
+    cuts = sorted(random.sample(range(len(data) + 1), min(3, len(data) + 1)))
+    pieces = [data[a:b] for a, b in zip([0, *cuts], [*cuts, len(data)], strict=True) if b > a]
+    shown = "".join(display.together(group) for group in display.characters(as_tokens(pieces)))
+    assert "<0x" not in shown or "<0x" in text
+
+
 @given(st.binary(max_size=12))
 def test_visible_is_always_harmless(piece):
     assert all(c.isprintable() or c == "\ufe0f" for c in visible(piece))

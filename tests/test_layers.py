@@ -438,11 +438,13 @@ def test_what_cannot_fit_is_refused(tiny_files: dict[str, Path]) -> None:
     model = ["-m", tiny_files["gemma2"], "-t", 1, "--tokens", ",".join(["5"] * 60), "-k", 64]
     assert (
         "Fits."
-        in invoke("layers", *model, "--layers", "-1", "--maps", "to_end", "--dry-run", "--ram-budget", "200MiB").stdout
+        in invoke(
+            "layers", *model, "--layers", "-1", "--maps", "to_end", "--dry-run", "--no-bench", "--ram-budget", "200MiB"
+        ).stdout
     )
     few = invoke("layers", *model[:-2], "-k", 2, "--layers", "-1", "--maps", "to_end", "--ram-budget", "200MiB").stdout
     assert "no map was requested" in few  # none begins at the last depth: nothing that could be too much
-    for command in (["--dry-run"], []):
+    for command in (["--dry-run", "--no-bench"], []):
         err = invoke("layers", *model, *command, "--ram-budget", "200MiB", code=4).stderr
         assert "ask for fewer --layers" in err
         assert "layers needs" in err

@@ -59,7 +59,8 @@ def test_a_file_that_llama_cpp_aborts_on(tmp_path, capfd):
     message = str(error.value)
     assert "llama.cpp itself ended while it loaded" in message
     assert "evaluated 3 tokens" in message
-    assert "a tensor's type or size that it does not support (SIGABRT: " in message
+    assert "(SIGABRT: " in message
+    assert message.endswith("most likely because it does not support a tensor's type or size")
     assert "--no-verify" not in message
     assert "\n" not in message
     assert "\x1b" not in message
@@ -98,9 +99,44 @@ def test_the_signal_and_the_last_words_are_told(tiny_file, tmp_path, monkeypatch
 
 def test_killed_for_memory_is_a_lack_of_room(tiny_file, monkeypatch):
     stand_in(monkeypatch, "os.kill(os.getpid(), 9)")
-    with pytest.raises(NoRoomError, match=r"too little memory .SIGKILL: it gave no reason") as error:
+    with pytest.raises(NoRoomError, match=r"\(SIGKILL: it gave no reason\), .* there is too little memory") as error:
         run_llama_cpp(tiny_file("gqa"), [1])
     assert error.value.will_not_fit
+
+
+@pytest.mark.parametrize(
+    ("program", "expected"),
+    [
+        ("os.kill(os.getpid(), 4)", r"\(SIGILL: .*\), .* build of llama-cpp-python is for another processor"),
+        (f"print({module.LOADING!r}, file=sys.stderr, flush=True); os.kill(os.getpid(), 11)",
+         r"\(SIGSEGV: it gave no reason\), most likely because its library cannot be loaded: reinstall"),
+        (f"print({module.LOADING!r}, {module.LOADED!r}, 'last', sep='\\n', file=sys.stderr, flush=True); os.abort()",
+         r"\(SIGABRT: last\), most likely because it does not support a tensor's type or size"),
+    ],
+)  # fmt: skip
+def test_the_file_is_not_blamed_for_the_library(program, expected, tiny_file, monkeypatch):
+    stand_in(monkeypatch, program)
+    with pytest.raises(ParityError, match=expected):
+        run_llama_cpp(tiny_file("gqa"), [1])
+
+
+@pytest.mark.parametrize("reply", ["noise", "[1]", '{"words": 1}', "{"])
+def test_what_is_not_a_reply_is_told(reply, tiny_file, monkeypatch):
+    stand_in(monkeypatch, f"print({reply!r}, flush=True); sys.stdin.read()")
+    with pytest.raises(ParityError, match=r"llama.cpp's process answered b'.*', which is not a reply: reinstall"):
+        run_llama_cpp(tiny_file("gqa"), [1])
+
+
+def test_a_child_that_hangs_is_ended_and_one_that_works_is_not(tiny_file, monkeypatch):
+    monkeypatch.setattr(module, "PATIENCE", 1.0)
+    stand_in(monkeypatch, "time.sleep(1000)")
+    with pytest.raises(ParityError, match=r"llama.cpp hangs: its process did nothing for 1 s, and was ended"):
+        run_llama_cpp(tiny_file("gqa"), [1])
+    busy = "end = time.time() + 4\nwhile time.time() < end: pass\n"
+    stand_in(monkeypatch, f'{busy}print(\'{{"error": "done", "will_not_fit": false}}\', flush=True)')
+    with pytest.raises(ParityError, match=r"^done$"):
+        run_llama_cpp(tiny_file("gqa"), [1])
+    assert not children()
 
 
 def test_an_exit_code_is_told(tiny_file, monkeypatch):

@@ -278,3 +278,29 @@ def test_no_gpu_is_invented(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     found = machine.gpu_memory(10**6)
     assert found is None
+
+
+# ---- folders in memory
+
+
+@pytest.mark.parametrize(
+    ("folder", "expected"),
+    [("/tmp/x", True), ("/tmp/disk/x", False), ("/tmpx", False), ("/a b/c", True), ("/over/x", False), ("/", False)],
+)
+def test_folders_in_memory(folder: str, expected: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mounts").write_text(
+        "/dev/sda / ext4 rw 0 0\ntmpfs /tmp tmpfs rw 0 0\n/dev/sdb /tmp/disk ext4 rw 0 0\nramfs /a\\040b ramfs rw 0 0\n"
+        "tmpfs /over tmpfs rw 0 0\n/dev/sdc /over xfs rw 0 0\nodd\n"
+    )
+    monkeypatch.setattr(machine, "_MOUNTS", tmp_path / "mounts")
+    monkeypatch.setattr(Path, "resolve", lambda self: self)
+    assert machine.in_memory(folder) == expected
+    monkeypatch.setattr(machine, "_MOUNTS", tmp_path / "absent")
+    assert not machine.in_memory(folder)
+
+
+@LINUX
+@pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="no /dev/shm")
+def test_shared_memory_is_in_memory() -> None:
+    assert machine.in_memory("/dev/shm")
+    assert not machine.in_memory("/proc")

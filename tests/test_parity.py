@@ -4,6 +4,7 @@ The verdicts are tested with a stand-in model whose trace is llama.cpp's own run
 """
 
 import math
+import os
 import shutil
 import sys
 import tempfile
@@ -17,6 +18,7 @@ import oracle
 import pytest
 import tiny
 import torch
+from helpers import edited
 
 from ggjac import blocks, parity
 from ggjac.architectures import ARCHITECTURES, Graph
@@ -24,6 +26,7 @@ from ggjac.gguf import GGUFError, open_gguf
 from ggjac.model import open_model
 from ggjac.parity import NoRoomError, ParityError, Reference, judge, layer_error, rewrite_as_f32, run_llama_cpp, verify
 from ggjac.rope import rotation
+from ggjac.tokenizer import TokenizerError
 
 llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
 
@@ -450,6 +453,31 @@ def test_nan_on_both_sides_does_not_pass():
     assert result.verdict
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_where_llama_cpp_overflows_there_is_no_verdict(value):
+    """As it runs the file; where it must agree to rounding, as on F32, such a value is a difference."""
+    ours, theirs = torch.zeros(2, 5), torch.zeros(2, 5)
+    theirs[1, 3] = value
+    with pytest.raises(ParityError, match=r"llama\.cpp's own logits are not all finite .* --strict compares on F32$"):
+        judge(Reference(theirs), ours, {}, mode="as is", tolerance=None)
+    for mode, tolerance in (("strict", 1e-5), ("as is", 1e-5)):
+        result = judge(Reference(theirs), ours, {}, mode=mode, tolerance=tolerance)
+        assert not result.verdict
+        assert "nan logits" not in result.reason
+    assert not judge(Reference(theirs), theirs, {}, mode="as is", tolerance=None).verdict  # ours overflow as well
+
+
+def test_llama_cpp_overflows_on_q4_1(tmp_path):
+    """Its products of Q4_1 sum blocks of activations in half precision; an F32 copy has no such limit."""
+    path = tiny.write(tmp_path / "f32.gguf", **tiny.row("gqa"))
+    small = tiny.quantize(path, tmp_path / "q4_1.gguf", "Q4_1")
+    edited(small, "blk.1.ffn_norm.weight", 3e5)
+    model = open_model(small)
+    with pytest.raises(ParityError, match=r"llama\.cpp's own logits are not all finite"):
+        verify(model, tiny.prompt("gqa"))
+    assert verify(model, tiny.prompt("gqa"), strict=True).verdict
+
+
 def logits(*last: float) -> torch.Tensor:
     return torch.tensor([[0.0, 1.0, 0.0, 0.0], last])
 
@@ -852,3 +880,60 @@ def test_without_llama_cpp(tiny_file, monkeypatch, tmp_path):
     for call in (lambda: verify(model, [1]), lambda: rewrite_as_f32(tiny_file("gqa"), tmp_path)):
         with pytest.raises(ParityError, match=r"the comparison needs llama.cpp: .*pip install llama-cpp-python$"):
             call()
+
+
+# -- temporary folders -------------------------------------------------------------------------------------------------
+
+
+def test_no_temporary_folder_is_no_verdict(tiny_file, monkeypatch):
+    """A read-only container: token ids and text work, the comparison says what it lacks."""
+    monkeypatch.setattr(tempfile, "tempdir", "/nonexistent/x")
+    model = open_model(tiny_file("tokenizer"))
+    assert model.tokenizer.adds_bos == open_model(tiny_file("tokenizer")).tokenizer.adds_bos
+    assert model.tokenize("the")
+    for call in (lambda: verify(model, [1, 2]), lambda: run_llama_cpp(model.path, [1])):
+        with pytest.raises(ParityError, match=r"needs a temporary folder \(No such file.*\); set TMPDIR"):
+            call()
+    monkeypatch.delattr(os, "memfd_create", raising=False)
+    with pytest.raises(TokenizerError, match=r"no temporary folder \(No such file.*\): set TMPDIR"):
+        open_model(tiny_file("tokenizer")).tokenize("the")
+
+
+def test_a_copy_prefers_a_disk(tiny_file, tmp_path, monkeypatch):
+    memory, disk = tmp_path / "memory", tmp_path / "disk"
+    for folder in (memory, disk):
+        folder.mkdir()
+    seen = []
+    monkeypatch.setattr(parity, "DISKS", (tmp_path / "absent", disk))
+    monkeypatch.setattr(parity.machine, "in_memory", lambda folder: Path(folder).is_relative_to(memory))
+    monkeypatch.setattr(tempfile, "tempdir", str(memory))
+    monkeypatch.setattr(
+        parity, "rewrite_as_f32", lambda path, folder, threads: seen.append(Path(folder).parent) or path
+    )
+    monkeypatch.delenv("TMPDIR", raising=False)
+    model = open_model(tiny_file("q8_0"))
+    verify(model, [1, 2], strict=True)
+    monkeypatch.setenv("TMPDIR", str(memory))  # the user's decision
+    verify(model, [1, 2], strict=True)
+    assert seen == [disk, memory]
+    assert [*memory.iterdir(), *disk.iterdir()] == []
+
+
+def test_a_folder_in_memory_has_no_more_room_than_memory(tiny_file, tmp_path, monkeypatch):
+    monkeypatch.setattr(parity.machine, "free_memory", lambda: 12_000_000)
+    rewrite_as_f32(tiny_file("q8_0"), tmp_path)
+    monkeypatch.setattr(parity.machine, "in_memory", lambda folder: True)
+    with pytest.raises(
+        NoRoomError, match=r"\(it is in memory, not on a disk\), which has 0\.0 GB free; make room, set"
+    ):
+        rewrite_as_f32(tiny_file("q8_0"), tmp_path)
+
+
+def test_what_a_killed_process_left_is_told(tiny_file, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    for name in (f"ggjac-{os.getpid()}-own", "ggjac-1-running", "ggjac-elsewhere", "ggjac-9999999-x"):
+        (tmp_path / name).mkdir()
+    with pytest.warns(UserWarning, match="ggjac-9999999-x: left by a process that was killed; remove it$") as told:
+        verify(open_model(tiny_file("gqa")), [1, 2])
+    assert len(told) == 1
+    assert not any(name in str(told[0].message) for name in ("running", "elsewhere", "own"))

@@ -2,11 +2,13 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import gguf
 import pytest
 import tiny
 import torch
@@ -81,6 +83,15 @@ def test_repeated_tokens_are_named(tmp_path: Path) -> None:
     invoke("predict", "-m", file, "--tokens", "0,465")
 
 
+def test_embeddings_without_tokens_are_what_llama_cpp_refuses(tmp_path: Path) -> None:
+    fields = gguf.GGUFReader(demo_path()).fields
+    names = [f"tokenizer.ggml.{name}" for name in ("tokens", "token_type")]
+    file = reworded(tmp_path / "few.gguf", {name: fields[name].contents()[:2500] for name in names})
+    said = invoke("verify", "-m", file, "-p", "The opposite of hot is", code=1).stderr
+    assert "it has 2544 embeddings, for the 2500 tokens of its vocabulary; ggjac runs such a file" in said
+    assert invoke_json("predict", "-m", file, "-p", "The opposite of hot is")["predictions"][0]["text"] == " cold"
+
+
 def test_special_tokens_may_be_text() -> None:
     llama = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
     oracle = llama.Llama(str(demo_path()), vocab_only=True, verbose=False)
@@ -89,6 +100,16 @@ def test_special_tokens_may_be_text() -> None:
         expected = oracle.tokenize(text.encode(), add_bos=True, special=special)
         assert ids(invoke_json("predict", "-p", text, *options)) == expected
     assert invoke_json("verify", "-p", text, "--no-parse-special")["parity"]["tokens_equal"]
+
+
+def test_special_tokens_are_marked(tmp_path: Path) -> None:
+    out = tmp_path / "result.json"
+    for options, marked in (([], True), (["--no-parse-special"], False)):
+        shown = invoke("predict", "-p", "hot <|end_of_text|> cold", *options).stdout
+        assert bool(re.search(r"<\|end_of_text\|> +control\n", shown)) == marked
+        assert shown.count("control") == marked  # BOS is none that was written
+        out.write_text(invoke("predict", "-p", "hot <|end_of_text|>", *options, "--format", "json").stdout)
+        assert page(load(out)).count("<small>control</small>") == marked
 
 
 # -- context -----------------------------------------------------------------------------------------------------------
@@ -212,6 +233,24 @@ def test_the_likelier_spelling_of_the_space_is_offered() -> None:
 def test_a_target_is_written_as_it_is_shown() -> None:
     found = invoke_json("attribute", "-p", DEFAULT, "--target", r"\n")["attribution"]["target"]
     assert open_model().tokenizer.piece(found["id"]) == b"\n"
+
+
+# -- characters --------------------------------------------------------------------------------------------------------
+
+
+def test_a_character_of_several_tokens_is_one_row_with_the_sum_of_its_shares() -> None:
+    options = ["-p", "日 is"]
+    data = invoke_json("attribute", *options)["attribution"]["shares"]
+    assert [row.get("bytes") for row in data[1:4]] == ["e6", "97", "a5"]
+    assert re.search(r"\n +1-3 +\d+ \d+ \d+ +日\n +4 ", invoke("predict", *options).stdout)
+    shown = invoke("attribute", *options).stdout
+    sum_of_parts = sum(row["share"] for row in data[1:4])
+    assert re.search(rf"\n +1-3 +日 +{re.escape(f'{sum_of_parts:+.4f}')}", shown)
+    for row in data[1:4]:
+        part = f"<0x{row['bytes'].upper()}>"
+        assert re.search(rf"\n +{row['position']} +{part} +\({re.escape(format(row['share'], '+.4f'))}\)", shown)
+    few = invoke("attribute", *options, "--count", 1).stdout
+    assert "more: --all" in few
 
 
 # -- pipes -------------------------------------------------------------------------------------------------------------

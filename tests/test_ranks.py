@@ -280,12 +280,12 @@ def test_layers_stay_ready_from_prompt_to_prompt(tight: bool, tmp_path: Path, mo
     file = tmp_path / "prompts.txt"
     file.write_text("\n".join(LINES))
     args = ["-f", file, "--format", "json"]
-    plans = [json.loads(invoke("ranks", "-t", 1, *args, "--dry-run").stdout)]
+    plans = [json.loads(invoke("ranks", "-t", 1, *args, "--dry-run", "--no-bench").stdout)]
     size = plans[0]["layers"][-1]["dense_bytes"]
     if tight:
         args += ["--ram-budget", plans[0]["ram_needed"] + int(1.9 * size)]
         plans = [
-            json.loads(invoke("ranks", "-t", 1, *args[2:], *prompt, "--dry-run").stdout)
+            json.loads(invoke("ranks", "-t", 1, *args[2:], *prompt, "--dry-run", "--no-bench").stdout)
             for prompt in (args[:2], ["-p", LINES[1]])
         ]
         longest, short = (sum(layer["place"] == "dense" for layer in plan["layers"]) for plan in plans)

@@ -25,7 +25,7 @@ from ggjac.analysis.per_token import TokenSpectrum
 from ggjac.drawing.charts import Heat, Panel
 from ggjac.report import figures, write_figures
 from ggjac.report.load import checked, load
-from ggjac.report.sections import ROOMS, common, compare, ranks, steer
+from ggjac.report.sections import ROOMS, attribute, common, compare, ranks, steer
 from ggjac.report.sections.common import Run
 from ggjac.report.sections.verify import departures
 from ggjac.runs import RunError
@@ -62,14 +62,14 @@ def test_every_share_is_in_the_table_and_they_sum_to_the_logit(html: str) -> Non
     rows = found.find("tr")
     for block in entry["blocks"]:
         values = [block["attn"], block["mlp"], *block["heads"]]
-        assert f"{block['block']} " + " ".join(signed(value) for value in values) in rows
+        assert f"L{block['block']} " + " ".join(signed(value) for value in values) in rows
     logit = minus(f"{entry['logit']:.4f}")
     (equation,) = found.find("p", **{"class": "equation"})
     assert equation.startswith(f"Sum of all parts {signed(entry['logit'])} = logit {logit} (remainder ")
     attention = sum(block["attn"] for block in entry["blocks"])
     assert any(row.startswith(f"Attention, all blocks {signed(attention)}") for row in rows)
     largest = max(
-        ((share, f"Block {b['block']}, head {i}") for b in entry["blocks"] for i, share in enumerate(b["heads"])),
+        ((share, f"L{b['block']}H{i}") for b in entry["blocks"] for i, share in enumerate(b["heads"])),
         key=lambda part: abs(part[0]),
     )
     assert any(row.startswith(f"{largest[1]} {signed(largest[0])}") for row in rows)
@@ -95,6 +95,52 @@ def cells(html: str, units: int, rows: int) -> np.ndarray:
     return shades
 
 
+def test_a_long_prompt_begins_with_its_largest_shares() -> None:
+    content, _ = report_run.full(prompt=1000)
+    given = content["attribution"]
+    html = rendered(content)
+    found = section(html, "attribute")
+    assert "The 20 largest of 1000 shares" in found.find("h3")
+    largest = sorted(given["shares"], key=lambda share: -abs(share["share"]))
+    rows = found.find("tr")[1:21]
+    for row, share in zip(rows, largest, strict=False):
+        assert row.startswith(f"{share['position']} ")
+        assert signed(share["share"]) in row
+    rest = sum(share["share"] for share in largest[20:])
+    assert f"980 others {signed(rest)}" in found.find("tr")[21]
+    part = html[html.index('id="attribute"') : html.index('id="attribute-branches"')]
+    assert part.count("<details>") == 2, "the prompt and the whole table are folded"
+    assert len(found.find("tr")) == 2 + 20 + 1 + 1000 + 2
+
+
+def test_a_short_prompt_is_not_folded() -> None:
+    found = section(rendered(run_json()), "attribute")
+    assert not any("largest of" in heading for heading in found.find("h3"))
+
+
+def scale(values: np.ndarray) -> float:
+    """Return the largest value that the colours cover: three times what nearly all values stay below."""
+    sizes = np.abs(values)
+    return float(sizes[sizes <= 3 * np.quantile(sizes, 0.95, method="lower")].max())
+
+
+def test_one_large_value_does_not_leave_a_grid_without_colours() -> None:
+    content = run_json()
+    content["branches"] = report_run.branches(blocks=30, heads=9)
+    for i, block in enumerate(content["branches"]["blocks"]):
+        block |= {"attn": 0.5 + i / 60, "mlp": -0.5 - i / 60}
+    content["branches"]["blocks"][29]["mlp"] = 14.1
+    html = rendered(content)
+    grid = re.findall(r'<figure class="map.*?</figure>', html, re.DOTALL)[0]
+    shades = cells(grid, 12, 30)[:, :2]
+    assert (np.abs(shades) >= 5).all()
+    assert shades[29].tolist() == [10, 10]
+    outer = content["branches"]["blocks"][29]["block"]
+    assert f"Beyond the colours: block {outer}, MLP: +14.10." in section(html, "attribute-branches").text
+    (grid,) = attribute.branch_grid(Run(checked(content), {}))
+    assert grid.panels[0].beyond == [(29, 1, 14.1)]
+
+
 @pytest.mark.parametrize("heads", [1, 4, 64])
 def test_a_grid_shows_each_value_at_its_place(heads: int) -> None:
     content = run_json()
@@ -105,7 +151,7 @@ def test_a_grid_shows_each_value_at_its_place(heads: int) -> None:
     shades = cells(html, 2 * span + 1 + heads, 5)
     sides = np.array([[block["attn"], block["mlp"]] for block in blocks])
     inner = np.array([block["heads"] for block in blocks])
-    expected = [np.round(10 * part / np.abs(part).max()).astype(int) for part in (sides, inner)]
+    expected = [np.round(10 * part / scale(part)).clip(-10, 10).astype(int) for part in (sides, inner)]
     assert (shades[:, :span] == expected[0][:, :1]).all()
     assert (shades[:, span : 2 * span] == expected[0][:, 1:]).all()
     assert (shades[:, 2 * span] == 0).all(), "a gap"
@@ -121,8 +167,8 @@ def test_by_layer_there_is_a_chart_and_a_table() -> None:
     found = section(rendered(content), "attribute-branches")
     assert "data-heat" not in rendered(content)[: rendered(content).index('id="attribute-positions"')]
     for block in content["branches"]["blocks"]:
-        assert f"{block['block']} {signed(block['attn'])} {signed(block['mlp'])}" in found.find("tr")
-    assert ", head " not in found.text
+        assert f"L{block['block']} {signed(block['attn'])} {signed(block['mlp'])}" in found.find("tr")
+    assert "H0" not in found.text
 
 
 def test_a_large_model_has_a_small_page() -> None:
@@ -490,7 +536,7 @@ WRONG: dict[str, tuple[str, Any, str]] = {
     "a share of text": ("attribution.positions.2.shares.1.share", "x", "shares[1].share: expected a number, found 'x'"),
     "no blocks": ("branches.blocks", [], "branches.blocks: expected a list of 1 or more"),
     "heads of some blocks": ("branches.blocks.1.heads", None, "blocks differ in their number, or in that of"),
-    "names of other heads": ("branches.blocks.1.head_names", ["x"], "branches: block 2 has names for other heads"),
+    "names of other heads": ("branches.blocks.1.head_names", ["x"], "branches: block 1 has names for other heads"),
     "a name that is none": ("branches.blocks.1.head_names", [1], "head_names[0]: expected text"),
     "a head of text": ("branches.blocks.1.heads.0", "x", "branches.blocks[1].heads[0]: expected a number"),
     "too many heads": ("branches.blocks.1.heads", [0.0] * 5000, "heads: expected a list of at most 4096, found 5000"),
@@ -716,7 +762,7 @@ def test_analyze_exits_with_3_where_a_position_has_not_converged(
 
 def test_a_dry_run_takes_the_new_option(tiny_file: TinyFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    out = invoke("analyze", "-m", tiny_file("gqa"), *PROMPT, "--per-token", "--dry-run")
+    out = invoke("analyze", "-m", tiny_file("gqa"), *PROMPT, "--per-token", "--dry-run", "--no-bench")
     assert "Fits." in out.stdout
     assert os.listdir(tmp_path) == []
 

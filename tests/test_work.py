@@ -203,7 +203,7 @@ def test_estimates_are_planned_too(
 
 def check(asked: list[Any], counted: Counted) -> None:
     """Compare what a command does with what its plan says."""
-    planned = run(*asked, "--dry-run")
+    planned = run(*asked, "--dry-run", "--no-bench")
     counted.stacks.clear()  # of the measurement
     assert counted.products == counted.stores == []
     run(*asked)
@@ -311,7 +311,7 @@ def test_a_command_holds_what_its_plan_says(
     monkeypatch.setitem(COUNTED, name, HEAVY[name])
     experts = {"experts": 6, "experts_used": 2} if "experts" in CASES[case] else {}  # as usual: few positions for each
     asked = arguments(name, case, tiny_file, LONG, **({"layers": 3} | CASES[case] | experts))
-    planned = run(*asked, "--dry-run")["ram"]
+    planned = run(*asked, "--dry-run", "--no-bench")["ram"]
     needed = sum(planned.values()) - planned["process"]
     # Products wait for a checkpoint until the end; the choices of a router are estimated.
     least = 0.7 if "checkpoint" in planned or "experts" in CASES[case] else 0.75
@@ -359,7 +359,7 @@ def test_budgets_hold_by_smaller_chunks(tiny_file: TinyFile, monkeypatch: pytest
     """Work that needs too much memory at once is divided into chunks before it is refused."""
     monkeypatch.setattr(work, "CHUNK_BYTES", 1 << 22)
     for name in ("jacobian", "norms", "ranks", "attribute everywhere"):
-        asked = [*arguments(name, "gqa", tiny_file, ["--tokens", ",".join(["5"] * 200)]), "--dry-run"]
+        asked = [*arguments(name, "gqa", tiny_file, ["--tokens", ",".join(["5"] * 200)]), "--dry-run", "--no-bench"]
         ample, least = (run(*asked, "--ram-budget", size) for size in ("100GiB", "1"))
         assert least["fits"] is False
         assert ample["ram_needed"] > least["ram_needed"], name

@@ -46,6 +46,7 @@ def analyze(
     tol: float = 1e-3,
     max_sweeps: int = 40,
     seed: int = 0,
+    parse_special: bool = True,
     mlp_path: MlpPath = "up",
     verify: bool = True,
     layers: Sequence[int] | None = None,
@@ -71,6 +72,7 @@ def analyze(
         rank: number of singular triplets.
         top: tokens to decode each vector to.
         tol, max_sweeps, seed: of the iteration, as `ggjac.svd.svd` takes them.
+        parse_special: `<s>` and the like in a text are the tokens that they name.
         mlp_path: freezing rule of gated feed-forwards, `"up"` or `"gate"`.
         verify: compare with llama.cpp.
         layers: depths, in blocks applied, at which maps are decomposed too; None for none.
@@ -99,6 +101,7 @@ def analyze(
         model,
         prompt,
         position=position,
+        parse_special=parse_special,
         mlp_path=mlp_path,
         trace=trace,
         ram_budget=ram_budget,

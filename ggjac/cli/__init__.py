@@ -10,6 +10,7 @@ import re
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from difflib import get_close_matches
@@ -103,6 +104,7 @@ class Commands(click.Group):
         for stream in (sys.stdout, sys.stderr):
             if isinstance(stream, io.TextIOWrapper):  # None where the shell has closed it
                 stream.reconfigure(errors="backslashreplace")
+        warnings.showwarning = _show_warning
         return super().main(*args, **options)
 
     def list_commands(self, ctx: click.Context) -> list[str]:
@@ -142,6 +144,14 @@ class Commands(click.Group):
         _name_crashes()
         with _plain_errors(), _catching_signals():
             return super().invoke(ctx)
+
+
+def _show_warning(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+    """Print a warning to stderr, on one line."""
+    from ggjac.tokenizer import visible
+
+    text = " ".join(str(message).split())
+    click.echo(f"Warning: {visible(text.encode('utf-8', 'surrogateescape'))}", err=True)
 
 
 @contextmanager
@@ -184,10 +194,13 @@ def _failure(error: Exception) -> Failure:
 
 
 def _name_crashes() -> None:
-    """Let a process that the system ends (by SIGBUS, where a mapped file fails, or SIGSEGV) say what and where."""
+    """Let pages that cannot be read end a command by an error; and a process that crashes say why, and where."""
     if not faulthandler.is_enabled():
         with suppress(OSError, ValueError, AttributeError):  # stderr is closed, or not a file
             faulthandler.enable(all_threads=False)
+    from ggjac.guard import install
+
+    install()
 
 
 @contextmanager

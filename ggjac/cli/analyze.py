@@ -72,6 +72,7 @@ def analyze(
     from ggjac.cli.result import failed
     from ggjac.cli.session import open_session, show_doubts, show_saved
     from ggjac.gguf import shown
+    from ggjac.report.summary import plain, sentences
 
     session = open_session(what, position=position, rank=rank)
     depths = None if layers is None else layers.of(session.model.config.block_count)
@@ -88,6 +89,10 @@ def analyze(
     with run_folder(output, session.model.title) as folder:
         content = run(session, folder, resume=resume, show=show, **options, **parts)
     if as_table:
+        line("")
+        for sentence in sentences(content):
+            line(plain(sentence))
+        line("")
         show_doubts(content["model"])
         show_saved(folder)
         show_saved(folder / "report.html")

@@ -24,8 +24,6 @@ def bench(model: Path | None, threads: int | None, device: str, output_format: s
     """
     from collections import Counter
 
-    import torch
-
     from ggjac.cli import render
     from ggjac.cli.planning import check_device
     from ggjac.gguf import open_gguf, shown
@@ -35,9 +33,7 @@ def bench(model: Path | None, threads: int | None, device: str, output_format: s
     from ggjac.planner.machine import default_budget, free_memory, total_memory
     from ggjac.units import size
 
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    check_device(device)
+    device = str(check_device(device))
     with open_gguf(model or demo_path()) as file:
         types: Counter[str] = Counter()
         for info in file.tensors.values():

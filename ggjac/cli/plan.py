@@ -3,14 +3,26 @@
 import click
 
 from ggjac.cli import COMMANDS, WITHOUT_PROMPT
-from ggjac.cli.options import ModelOptions, model_options, output_format, position
+from ggjac.cli.options import ModelOptions, PositionOrAll, model_options, output_format
+from ggjac.cli.planning import show_plan, without_bench
 
 
 @click.command()
 @model_options()
-@position
 @click.option(
-    "-k", "--rank", type=click.IntRange(min=1), default=8, show_default=True, help="Number of singular triplets."
+    "--position",
+    type=PositionOrAll(),
+    default="-1",
+    show_default=True,
+    help="Output position (negative counts from the end), or all (of attribute).",
+)
+@click.option(
+    "-k",
+    "--rank",
+    type=click.IntRange(min=1),
+    default=8,
+    show_default=True,
+    help="Number of singular vectors.",
 )
 @click.option(
     "--for",
@@ -20,9 +32,18 @@ from ggjac.cli.options import ModelOptions, model_options, output_format, positi
     show_default=True,
     help="Command to plan, with its default options; for other options, use the command's own --dry-run.",
 )
-@click.option("--no-bench", is_flag=True, help="Do not measure this machine (about two seconds): plan without times.")
+@click.option("--per-token", is_flag=True, help="Plan also each position's own map (of svd and analyze).")
+@without_bench
 @output_format
-def plan(what: ModelOptions, position: int, rank: int, command: str, no_bench: bool, output_format: str) -> None:
+def plan(
+    what: ModelOptions,
+    position: int | None,
+    rank: int,
+    command: str,
+    per_token: bool,
+    no_bench: bool,
+    output_format: str,
+) -> None:
     """Predict whether a command fits in memory and how long it will take: bytes per layer, peak memory, sweeps, time.
 
     The command itself is not run; only this machine is measured, for two seconds: disk, dequantization and
@@ -31,7 +52,9 @@ def plan(what: ModelOptions, position: int, rank: int, command: str, no_bench: b
     \b
     ggjac plan -m model.gguf -p "The bridge out of Marin is the" --ram-budget 2GiB
     """
-    from ggjac.cli.planning import show_plan
-
-    options = {"rank": rank, "position": position}
+    if per_token and command not in ("analyze", "svd"):
+        raise click.UsageError(f"--per-token is an option of analyze and svd; {command} has no such option")
+    if position is None and command != "attribute":
+        raise click.UsageError(f"--position all is for attribute; give a position of {command}")
+    options = {"rank": rank, "position": position, "per_token": per_token}
     show_plan(what, command, options, bench=not no_bench, output_format=output_format)

@@ -11,10 +11,13 @@ import click
 from ggjac.cli.options import ModelOptions
 
 if TYPE_CHECKING:
+    import torch
+
     from ggjac.config import ModelConfig
     from ggjac.gguf import GGUFFile
-    from ggjac.planner import LayerPlan, Plan, Times
+    from ggjac.planner import LayerPlan, Plan, Times, bench
 
+PATIENCE = 600.0  # seconds; of what takes longer, a user is warned before it starts
 PLACES = {
     "file": "in the file",
     "dense": "dense, ready to multiply",
@@ -29,18 +32,24 @@ _SAME = (
 
 
 def dry_run(command: Callable) -> Callable:
-    """Add `--dry-run`, which prints the plan of the command instead of running it; apply just below `model_options`."""
+    """Add `--dry-run`, which prints the command's plan instead of running it; apply just below `model_options`."""
 
-    def wrapped(what: ModelOptions, *, dry_run: bool, **rest: Any) -> Any:
+    def wrapped(what: ModelOptions, *, dry_run: bool, no_bench: bool, **rest: Any) -> Any:
         if not dry_run:
             return command(what, **rest)
         name = click.get_current_context().info_name or ""
-        return show_plan(what, name, rest, bench=False, output_format=rest.get("output_format", "table"))
+        form = "json" if rest.get("output_format") == "json" else "table"
+        return show_plan(what, name, rest, bench=not no_bench, output_format=form)
 
     wrapped.__doc__, wrapped.__name__ = command.__doc__, command.__name__
     wrapped.__click_params__ = getattr(command, "__click_params__", [])  # type: ignore[attr-defined]
-    words = "Print the memory and the sweeps that the command needs, without running it."
-    return click.option("--dry-run", is_flag=True, help=words)(wrapped)
+    words = "Print the memory, the sweeps and the time that the command needs, without running it."
+    return click.option("--dry-run", is_flag=True, help=words)(without_bench(wrapped))
+
+
+without_bench = click.option(
+    "--no-bench", is_flag=True, help="Of a plan: do not measure this machine (about two seconds); leaves out the time."
+)
 
 
 def show_plan(
@@ -94,10 +103,6 @@ def _show_one(
             _show_memory(made, file.path)
         content = made.data() | {"schema_version": 1, "path": str(file.path)}
         if bench and made.fits:
-            from ggjac.planner import bench as measure
-            from ggjac.planner import seconds
-            from ggjac.planner.machine import cached_bytes
-
             device = "cpu" if made.device == "cpu" else what.device.replace("auto", "cuda")
             try:
                 check_device(device)
@@ -106,25 +111,39 @@ def _show_one(
                 if output_format == "table":
                     render.line(f"Time is not predicted: {error}")
                 return made, content
-            rates = measure.measure(
-                file,
-                made.columns,
-                made.trace.types,
-                dtype=made.work.dtype,
-                threads=what.threads,
-                device=device,
-            )
-            cached = [cached_bytes(path) for path in file.paths]
-            known = None if None in cached else sum(filter(None, cached))
-            times = seconds(made, rates, cached=known)
+            rates, times = predicted(made, file, what.threads, device)
             content |= {"rates": rates.data(), "times": times.data()}
             if output_format == "table":
                 _show_times(made, times, rates.lines())
     return made, content
 
 
-def check_device(name: str) -> None:
-    """Check that a device can be measured on this machine.
+def predicted(made: "Plan", file: "GGUFFile", threads: int | None, device: str) -> tuple["bench.Measured", "Times"]:
+    """Measure this machine with a plan's products, for about two seconds; return its rates, and the plan's times."""
+    from ggjac.planner import bench, seconds
+    from ggjac.planner.machine import cached_bytes
+
+    types, dtype = made.trace.types, made.work.dtype
+    rates = bench.measure(file, made.columns, types, dtype=dtype, threads=threads, device=device)
+    cached = [cached_bytes(path) for path in file.paths]
+    return rates, seconds(made, rates, cached=None if None in cached else sum(filter(None, cached)))
+
+
+def warn_if_long(made: "Plan", file: "GGUFFile", threads: int | None, device: str) -> None:
+    """Print a warning on stderr if a plan takes longer than `PATIENCE`; measured only where a slow machine would."""
+    from ggjac.planner import bench, seconds
+    from ggjac.units import duration
+
+    if seconds(made, bench.SLOW).total <= PATIENCE:
+        return
+    total = predicted(made, file, threads, device)[1].total
+    if total > PATIENCE:
+        remedy = f"to shorten it, {made.work.fewer_vectors}; --dry-run shows its parts"
+        click.echo(f"Warning: this will take about {duration(round(total))}; {remedy}", err=True)
+
+
+def check_device(name: str) -> "torch.device":
+    """Return a device that can be measured on this machine.
 
     Raises:
         click.UsageError: the name is not that of a device.
@@ -133,7 +152,7 @@ def check_device(name: str) -> None:
     from ggjac.model import DeviceError, find_device
 
     try:
-        find_device(name)
+        return find_device(name)
     except DeviceError as error:
         raise click.UsageError(f"--device: {error}") from error
 

@@ -14,7 +14,7 @@ from ggjac import display, planner, runs
 from ggjac.chat import ChatError
 from ggjac.cli import texts
 from ggjac.cli.options import ModelOptions, asked_name
-from ggjac.cli.planning import requested
+from ggjac.cli.planning import requested, warn_if_long
 from ggjac.cli.progress import Reporter
 from ggjac.cli.render import line, table
 from ggjac.model import DeviceError, Model, PromptError, open_model
@@ -108,7 +108,9 @@ def check_output(output: Path | None, option: str, what: ModelOptions, model: Mo
 
 
 def fit_command(session: Session, n: int | None = None, **request: Any) -> None:
-    """Plan the running command with its own options and keep to the plan; arguments as `Session.fit` takes them.
+    """Plan the running command with its own options, keep to the plan, and warn if it takes long.
+
+    Arguments as `Session.fit` takes them.
 
     Raises:
         click.UsageError: an option is out of range.
@@ -117,7 +119,9 @@ def fit_command(session: Session, n: int | None = None, **request: Any) -> None:
     context = click.get_current_context()
     asked = requested(context.params, session.model.config.block_count)
     with usage_errors():
-        session.fit(context.info_name or "", n, **asked | {"position": session.position} | request)
+        plan = session.fit(context.info_name or "", n, **asked | {"position": session.position} | request)
+    if not context.params.get("resume"):  # what is left of it is not known
+        warn_if_long(plan, session.model.gguf, session.threads, str(session.model.device))
 
 
 @contextlib.contextmanager
@@ -145,9 +149,9 @@ def one_token(session: Session, target: str | None, option: str = "--target") ->
     if is_id and (number != target or not model.tokenizer.n_vocab):
         ids = [int(number)] if len(number) < 20 else [2**63]
     else:
-        ids = _spelled(model, text)
+        ids = model.spelled(text)
         if len(ids) != 1 and "\\" in text:  # as the tables show a line break
-            ids = _spelled(model, texts.unescaped(text))
+            ids = model.spelled(texts.unescaped(text))
         if len(ids) == 1 and is_id and int(number) < model.config.vocabulary:
             other = model.word(int(number))
             session.notes.append(
@@ -156,25 +160,13 @@ def one_token(session: Session, target: str | None, option: str = "--target") ->
     if len(ids) != 1:
         parts = " + ".join(model.word(id) for id in ids[:8]) + " + ..." * (len(ids) > 8) or "none"
         ask = f"id:{target}" if is_id else "an id, as in id:4"
-        if not text.startswith(" ") and len(_spelled(model, f" {text}")) == 1:
+        if not text.startswith(" ") and len(model.spelled(f" {text}")) == 1:
             ask = f"{f' {target}'!r}, with a space before it, which is one"
         raise click.UsageError(f"{option} {target!r} is {len(ids)} tokens ({parts}); give one token, or {ask}")
     try:
         return model.check_prompt(ids)[0]
     except PromptError as error:
         raise click.UsageError(f"{option}: {error}") from error
-
-
-def _spelled(model: Model, text: str) -> list[int]:
-    """Return the ids of a text inside another one."""
-    tokenizer = model.tokenizer
-    ids = tokenizer.encode(text, add_special=False)
-    if len(ids) != 1 and text.startswith(" "):
-        # SentencePiece puts a space before every text: here it has brought its own.
-        inner = tokenizer.encode(text[1:], add_special=False)
-        if len(inner) == 1 and tokenizer.piece(inner[0]) == text.encode():
-            return inner
-    return ids
 
 
 def note_likelier(session: Session, target: str | None, id: int | None, option: str = "--target") -> None:
@@ -197,8 +189,15 @@ def note_likelier(session: Session, target: str | None, id: int | None, option: 
 
 def show_tokens(tokens: Sequence[Mapping[str, Any]], warnings: Sequence[str]) -> None:
     """Print the table of a prompt's tokens, as `Session.tokens` returns them, and remarks on the prompt."""
-    rows = [(token["position"], token["id"], display.token(token)) for token in tokens]
-    table("Tokens", ["#position", "#id", "token"], rows)
+    # A special token looks like its text; BOS is expected where it is, and the bytes of a byte token are seen.
+    kinds = [token.get("type", "") if token["position"] and token.get("type") != "byte" else "" for token in tokens]
+    marked = any(kinds)
+    rows: list[tuple] = []
+    for group in display.characters(tokens):
+        kind = kinds[group[0]["position"]].replace("_", "-")
+        number = " ".join(str(token["id"]) for token in group)
+        rows.append((display.span(group), number, display.together(group), *([kind] if marked else [])))
+    table("Tokens", ["#position", "#id", "token", *(["type"] if marked else [])], rows)
     show_warnings(warnings)
 
 

@@ -6,6 +6,7 @@ A chart holds its axes and series and nothing about how it is drawn. Places on a
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from ggjac.units import minus, power
 
@@ -30,6 +31,10 @@ class Axis:
         return 1 - share if self.flipped else share
 
 
+#: The tone of each part of the network, in every chart.
+PARTS = {"layer": "ink", "attn": "accent", "mlp": "warm"}
+
+
 @dataclass(frozen=True)
 class Series:
     """Points of one kind.
@@ -37,7 +42,7 @@ class Series:
     Attributes:
         name: in the legend.
         points: `(x, y)` in data units.
-        tone: `accent`, `ink` or `faint`.
+        tone: `accent`, `ink`, `warm` or `faint`.
         line: whether points are joined.
         error: one standard error of each y, 0 where it is exact; empty where all are.
         labels: of some points, `(index in points, text)`.
@@ -101,6 +106,10 @@ class Bars:
         return self.key
 
 
+# A scale of colour covers values up to FAR times the one at this fraction of all, by size.
+FAR, USUAL = 3.0, 0.95
+
+
 @dataclass(frozen=True)
 class Panel:
     """Columns of a heat grid that share a scale of colour, from `-largest` to `largest`.
@@ -119,10 +128,24 @@ class Panel:
     values: tuple[tuple[float | None, ...], ...]
     span: int = 1
 
-    @property
+    @cached_property
     def largest(self) -> float:
-        """Return the largest absolute value."""
-        return max((abs(value) for row in self.values for value in row if value is not None), default=0.0)
+        """Return the largest absolute value that the scale of colour covers.
+
+        Few values that are far beyond all others would leave the others without colour; they lie outside the scale.
+        """
+        sizes = sorted(abs(value) for row in self.values for value in row if value is not None)
+        if not sizes:
+            return 0.0
+        usual = FAR * sizes[int(USUAL * (len(sizes) - 1))]
+        return max((size for size in sizes if size <= usual), default=0.0) or sizes[-1]
+
+    @property
+    def beyond(self) -> list[tuple[int, int, float]]:
+        """Return the values outside the scale, `(row, column, value)`, the largest first."""
+        places = [(i, j, value) for i, row in enumerate(self.values) for j, value in enumerate(row)]
+        found = [(i, j, value) for i, j, value in places if value is not None and abs(value) > self.largest]
+        return sorted(found, key=lambda place: -abs(place[2]))
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ from ggjac.units import minus
 MAX_BARS = 60  # those of the largest values, in the order given
 MAX_LABEL = 16  # characters of a label at a grid
 
-TONES = {"accent": "#2b5bb8", "ink": "#1d1c1a", "faint": "#8a857d"}
-LESS = "#b4531c"
+TONES = {"accent": "#2b5bb8", "ink": "#1d1c1a", "warm": "#b4531c", "faint": "#8a857d"}
+LESS = TONES["warm"]
 # Fonts for tokens of every script, where this machine has them; matplotlib itself ships DejaVu Sans.
 FAMILIES = (
     "DejaVu Sans", "Noto Sans", "Noto Sans CJK SC", "Noto Sans CJK JP", "Noto Sans Arabic", "Noto Sans Hebrew",
@@ -174,9 +174,11 @@ def _heat(heat: Heat) -> Any:
         if heat.tilted or panel.span > 1:
             axes.tick_params(axis="x", rotation=60)
         axes.set_xlabel(panel.name)
-        figure.colorbar(mesh, ax=axes, pad=0.02, fraction=0.1 if widths[i] < 12 else 0.03, aspect=30).ax.tick_params(
-            labelsize=7
-        )
+        bar = figure.colorbar(
+            mesh, ax=axes, pad=0.02, fraction=0.1 if widths[i] < 12 else 0.03, aspect=30,
+            extend="both" if panel.beyond else "neither",
+        )  # fmt: skip
+        bar.ax.tick_params(labelsize=7)
     drawn[0].set_ylabel(heat.label)
     figure.suptitle(_label(heat.title), x=0.02, ha="left", fontsize=10)
     return figure

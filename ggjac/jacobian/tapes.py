@@ -7,6 +7,9 @@ the tapes need not fit into memory together.
 import contextlib
 import hashlib
 import json
+import os
+import re
+import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -36,6 +39,9 @@ SCHEMA_VERSION = 2
 
 # Seconds between writes of tapes that are kept in memory too.
 EVERY = 30.0
+
+# Seconds after which a file that a process left unfinished is deleted, if that process has ended.
+ABANDONED = 60.0
 
 _TAPES = (BlockTape, AttentionTape, MixerTape, Factor, ScanTape, FFNTape, HiddenTape, InputsTape, NormTape)
 _KINDS = {kind.__name__: kind for kind in _TAPES}
@@ -79,6 +85,7 @@ class Tapes:
         self._run = run
         self._origin = Origin(model) if model else None
         self._head: dict[str, Any] = {}  # content of trace.json
+        self._begun = False
         self._mark = hashlib.blake2b(json.dumps(self.identity, sort_keys=True).encode(), digest_size=16).hexdigest()
         self.device = torch.device("cpu")
         self._kept: dict[int, BlockTape] = {}
@@ -153,6 +160,9 @@ class Tapes:
         head: dict[str, Any] = {"schema_version": SCHEMA_VERSION, "identity": self.identity}
         if self._origin:
             head["model"] = self._origin.record()
+        if not self._begun:
+            _remove_abandoned(folder)
+            self._begun = True
         if not self._head and not runs.save_new_json(folder / "trace.json", head):
             self._compare(folder)
         if self._head and self._head != head:
@@ -232,6 +242,28 @@ class Tapes:
                 f"{folder}: its forward pass cannot be used again: {error}; choose another --trace folder, or remove it"
             ) from error
         self._head = content
+
+
+def _remove_abandoned(folder: Path) -> None:
+    """Delete what killed processes have left unfinished; another one may be writing to the same trace."""
+    for path in folder.glob(".*.tmp"):
+        match = re.fullmatch(r"\.(block-\d+\.safetensors|trace\.json)\.(\d+)\.tmp", path.name)
+        with contextlib.suppress(OSError):
+            if match and time.time() - path.stat().st_mtime > ABANDONED and not _alive(int(match[2])):
+                path.unlink()
+
+
+def _alive(process: int) -> bool:
+    """Return whether a process of this number runs on this machine; True where that cannot be known."""
+    if sys.platform == "win32":  # a signal of any number ends a process there
+        return True
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):
+        return True
+    return True
 
 
 def _described(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:

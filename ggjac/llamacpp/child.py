@@ -12,13 +12,27 @@ Messages may quote files and paths unescaped: callers must escape them before pr
 import importlib.util
 import json
 import os
+import queue
 import re
 import signal
 import subprocess
 import sys
 import tempfile
+import threading
 from contextlib import suppress
-from typing import Any
+from typing import Any, BinaryIO
+
+# A child that works uses the processor, or waits for a disk. One that has done neither for so many seconds hangs.
+PATIENCE = 120.0
+LONGEST_REPLY = 1 << 28  # bytes; token ids of a long prompt are a few MiB
+
+# What the child writes to its log before and after it loads llama.cpp's library: an end between is not a file's fault.
+LOADING, LOADED = "ggjac: loading llama.cpp", "ggjac: loaded llama.cpp"
+REINSTALL = "reinstall llama-cpp-python"
+OTHER_PROCESSOR = (
+    "this build of llama-cpp-python is for another processor: reinstall it from source, with pip install "
+    "--force-reinstall --no-deps --no-binary llama-cpp-python llama-cpp-python"
+)
 
 # -P: do not import from the current folder, unless this process does.
 COMMAND = (sys.executable, "-P", "-m", "ggjac.llamacpp.server")
@@ -33,7 +47,15 @@ class LlamaCppError(ValueError):
 
 
 class LlamaCppDied(LlamaCppError):
-    """llama.cpp ended the child process; the message names the signal and quotes the last line of its log."""
+    """llama.cpp ended the child process; the message names the signal and quotes the last line of its log.
+
+    Attributes:
+        likely: the most likely cause; None if it is not known.
+    """
+
+    def __init__(self, message: str, *, will_not_fit: bool = False, likely: str | None = None):
+        super().__init__(message, will_not_fit=will_not_fit)
+        self.likely = likely
 
 
 def missing() -> str | None:
@@ -51,7 +73,7 @@ class Child:
 
     def __init__(self) -> None:
         self.pid = os.getpid()  # the parent: after a fork the child must not be used
-        self._log = tempfile.TemporaryFile()  # noqa: SIM115  # closed by `close`; an unread pipe would fill up
+        self._log = _log_file()
         # It finds modules where this process does. GGML_NO_BACKTRACE keeps ggml from starting a debugger.
         path = os.pathsep.join(os.path.abspath(folder) for folder in sys.path)
         env = os.environ | {"PYTHONPATH": path, "GGML_NO_BACKTRACE": "1"}
@@ -62,6 +84,8 @@ class Child:
         except OSError as error:
             self._log.close()
             raise LlamaCppError(f"a process for llama.cpp cannot be started ({error})") from None
+        self._lines: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+        threading.Thread(target=self._listen, name="ggjac-llama.cpp", daemon=True).start()
 
     def __enter__(self) -> "Child":
         return self
@@ -77,25 +101,60 @@ class Child:
             LlamaCppError: the error of llama.cpp or of the child.
         """
         assert self._process.stdin is not None
-        assert self._process.stdout is not None
         try:
             try:
                 self._process.stdin.write(json.dumps([call, arguments]).encode() + b"\n")
                 self._process.stdin.flush()
-                line = self._process.stdout.readline()
+                line = self._next_line()
             except BrokenPipeError:
                 line = b""
             if not line.endswith(b"\n"):
                 raise self._death()
+            reply = _parsed(line)
         except BaseException:  # above all Ctrl-C: the child must stop working
             self.close(kill=True)
             raise
         self._log.seek(0)
         self._log.truncate()
-        reply = json.loads(line)
         if "error" in reply:
-            raise LlamaCppError(reply["error"], will_not_fit=reply["will_not_fit"])
+            raise LlamaCppError(str(reply["error"]), will_not_fit=bool(reply.get("will_not_fit")))
         return reply["result"]
+
+    def _listen(self) -> None:
+        """Queue the lines of the child's stdout; an incomplete or empty one is the last."""
+        assert self._process.stdout is not None
+        with self._process.stdout as replies:
+            while (line := replies.readline(LONGEST_REPLY)).endswith(b"\n"):
+                self._lines.put(line)
+            self._lines.put(line)
+
+    def _next_line(self) -> bytes:
+        """Return the next line of the child's stdout, as long as it works on it.
+
+        Raises:
+            LlamaCppError: it hangs.
+        """
+        waited, before = 0.0, self._work()
+        while True:
+            step = min(1.0, PATIENCE / 4)
+            try:
+                return self._lines.get(timeout=step)
+            except queue.Empty:
+                work = self._work()
+                waited, before = (0.0 if work != before else waited + step), work
+            if waited >= PATIENCE:
+                raise LlamaCppError(f"llama.cpp hangs: its process did nothing for {PATIENCE:g} s, and was ended")
+
+    def _work(self) -> object:
+        """Return what changes while the child works: its processor time, and anything while it waits for a disk."""
+        import psutil
+
+        try:
+            process = psutil.Process(self._process.pid)
+            times = process.cpu_times()
+            return object() if process.status() == psutil.STATUS_DISK_SLEEP else (times.user, times.system)
+        except psutil.Error:  # it has ended, or the system does not say
+            return None
 
     @property
     def closed(self) -> bool:
@@ -105,7 +164,8 @@ class Child:
     def close(self, *, kill: bool = False) -> None:
         """End the child by closing its stdin; with `kill` at once. Can be called repeatedly."""
         assert self._process.stdin is not None
-        assert self._process.stdout is not None
+        if self.closed:
+            return
         if kill and self.pid == os.getpid():
             self._process.kill()
         with suppress(BrokenPipeError):
@@ -115,7 +175,6 @@ class Child:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
-        self._process.stdout.close()
         self._log.close()
 
     def _death(self) -> LlamaCppDied:
@@ -125,11 +184,47 @@ class Child:
             return LlamaCppDied("its process no longer answers")
         self._log.seek(max(0, self._log.seek(0, os.SEEK_END) - 4096))
         lines = [line.strip() for line in self._log.read().decode("utf-8", errors="replace").splitlines()]
-        words = next(filter(None, reversed(lines)), "it gave no reason")
+        loading = next((line == LOADING for line in reversed(lines) if line in (LOADING, LOADED)), False)
+        words = next((line for line in reversed(lines) if line and line not in (LOADING, LOADED)), "it gave no reason")
         # An assertion contains the source file's path on the machine that compiled it.
         words = re.sub(r"^\S*[/\\](?=[\w.-]+:\d+: )", "", words)[:400]
         if code >= 0:
             return LlamaCppDied(f"exit code {code}: {words}")
         name = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
-        # The kernel kills the process that takes the last memory.
-        return LlamaCppDied(f"{name}: {words}", will_not_fit=name == "SIGKILL")
+        likely = None
+        if name == "SIGILL":
+            likely = OTHER_PROCESSOR
+        elif name == "SIGKILL":  # the kernel kills the process that takes the last memory
+            likely = "there is too little memory"
+        elif loading:
+            likely = f"its library cannot be loaded: {REINSTALL}"
+        return LlamaCppDied(f"{name}: {words}", will_not_fit=name == "SIGKILL", likely=likely)
+
+
+def _log_file() -> BinaryIO:
+    """Return a file without a name for the child's log: an unread pipe would fill up.
+
+    Raises:
+        LlamaCppError: there is no folder for it.
+    """
+    try:
+        return tempfile.TemporaryFile()
+    except OSError as error:
+        if hasattr(os, "memfd_create"):
+            return open(os.memfd_create("ggjac-llama.cpp"), "w+b")
+        raise LlamaCppError(f"no temporary folder ({error.strerror}): set TMPDIR to one that can be written") from None
+
+
+def _parsed(line: bytes) -> dict[str, Any]:
+    """Return a reply of the child.
+
+    Raises:
+        LlamaCppError: it is not one.
+    """
+    try:
+        reply = json.loads(line)
+    except ValueError:
+        reply = None
+    if not isinstance(reply, dict) or not reply.keys() & {"error", "result"}:
+        raise LlamaCppError(f"llama.cpp's process answered {line[:40]!r}, which is not a reply: {REINSTALL}")
+    return reply

@@ -49,7 +49,7 @@ def save_control_vector(
     values = direction.detach().cpu().float().numpy()
     if not np.isfinite(values).all():
         raise ControlVectorError("the direction is not finite in float32; nothing was written")
-    runs.save_bytes(path, _encoded(values, layer - 1, block_count - 1, architecture))
+    runs.save_bytes(path, _encoded(values, layer - 1, block_count - 1, architecture, Path(path).parent))
 
 
 def check_layer(layer: int, block_count: int) -> None:
@@ -67,13 +67,13 @@ def check_layer(layer: int, block_count: int) -> None:
         )
 
 
-def _encoded(values: np.ndarray, block: int, count: int, architecture: str) -> bytes:
-    """Return the file's bytes."""
+def _encoded(values: np.ndarray, block: int, count: int, architecture: str, beside: Path) -> bytes:
+    """Return the file's bytes; gguf-py writes files only, so one is made in a folder `beside`."""
     import tempfile
 
     import gguf
 
-    with tempfile.TemporaryDirectory(prefix="ggjac-") as folder:
+    with tempfile.TemporaryDirectory(prefix=".ggjac-", dir=beside) as folder:
         path = Path(folder) / "control-vector.gguf"
         writer = gguf.GGUFWriter(path, ARCHITECTURE)
         writer.add_string(f"{ARCHITECTURE}.model_hint", architecture)

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:  # imported where arrays are made; llama_cpp needs it too
     import numpy as np
 
-from ggjac.llamacpp.child import LlamaCppError, missing
+from ggjac.llamacpp.child import LOADED, LOADING, REINSTALL, LlamaCppError, missing
 
 Log = list[tuple[int, str]]  # level, text
 
@@ -81,7 +81,9 @@ class Server:
 
     def _ready(self) -> Any:
         if self.llama is None:
+            os.write(2, f"{LOADING}\n".encode())
             self.llama = import_llama_cpp()
+            os.write(2, f"{LOADED}\n".encode())
             self._stack = ExitStack()
             self.log = self._stack.enter_context(captured_log(self.llama, echo=True))
         self.log.clear()
@@ -178,10 +180,10 @@ def import_llama_cpp() -> Any:
     except ModuleNotFoundError as error:
         if missing():
             raise LlamaCppError(str(missing())) from None
-        raise LlamaCppError(f"llama-cpp-python cannot be loaded ({error}): reinstall llama-cpp-python") from None
+        raise LlamaCppError(f"llama-cpp-python cannot be loaded ({error}): {REINSTALL}") from None
     except (ImportError, OSError, RuntimeError, AttributeError) as error:
         detail = " ".join(str(error).split())
-        raise LlamaCppError(f"llama-cpp-python cannot be loaded ({detail}): reinstall llama-cpp-python") from None
+        raise LlamaCppError(f"llama-cpp-python cannot be loaded ({detail}): {REINSTALL}") from None
     return llama_cpp
 
 
@@ -419,6 +421,11 @@ def _load_failure(path: str | os.PathLike[str], log: str) -> str:
         return (
             f"this llama.cpp does not support the architecture of {_name(path)} ({log}); update llama-cpp-python, or "
             "do without the comparison"
+        )
+    if rows := re.search(r"'token_embd.weight' has wrong shape; expected +\d+, +(\d+), got +\d+, +(\d+)", log):
+        return (
+            f"llama.cpp cannot load {_name(path)}: it has {rows[2]} embeddings, for the {rows[1]} tokens of its "
+            "vocabulary; ggjac runs such a file, but it cannot be compared"
         )
     return f"llama.cpp cannot load {_name(path)}: {log}; ggjac itself reads the file, but it cannot be compared"
 

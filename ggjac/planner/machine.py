@@ -26,6 +26,7 @@ _LARGEST = 1 << 62
 
 _CGROUPS = Path("/sys/fs/cgroup")
 _OWN_GROUPS = Path("/proc/self/cgroup")
+_MOUNTS = Path("/proc/self/mounts")
 _STATUS = "/proc/self/status"
 _RESIDENCY_STEP = 1 << 30  # bytes of a file that are mapped at a time to query their residency
 
@@ -181,6 +182,27 @@ def return_freed_memory() -> None:
     if mallopt is not None:
         mallopt(_M_MMAP_THRESHOLD, _MAPPED_BYTES)
         mallopt(_M_TRIM_THRESHOLD, _TRIMMED_BYTES)
+
+
+def in_memory(folder: str | os.PathLike[str]) -> bool:
+    """Return whether the files in a folder take memory: whether it is on a tmpfs. False if that is unknown."""
+    try:
+        lines = _MOUNTS.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
+    except OSError:
+        return False
+    # A mount hides what lay there before: of the longest folder that contains this one, the last line counts.
+    kind, longest = "", -1
+    for words in map(str.split, lines):
+        if len(words) > 2:
+            point = Path(re.sub(r"\\([0-7]{3})", lambda code: chr(int(code[1], 8)), words[1]))
+            if len(point.parts) >= longest and Path(folder).resolve().is_relative_to(point):
+                kind, longest = words[2], len(point.parts)
+    return kind in ("tmpfs", "ramfs")
+
+
+def is_running(pid: int) -> bool:
+    """Return whether there is a process of that number."""
+    return psutil.pid_exists(pid)
 
 
 class PeakMemory:

@@ -20,13 +20,15 @@ def signed(value: float | None, digits: int = 3) -> str:
 
 
 def percent(value: float | None, digits: int = 1) -> str:
-    """Return a share in percent; small ones are not rounded to zero."""
+    """Return a share in percent, which no line breaks; small ones are not rounded to zero."""
     if value is None:
         return MISSING
     smallest = 10.0 ** -(digits + 2)
-    if 0 < value < smallest:
-        return f"< {100 * smallest:.{digits}f} %"
-    return minus(f"{100 * value:.{digits}f} %")
+    if 0 < abs(value) < smallest:
+        shown = f"< {100 * smallest:.{digits}f} %" if value > 0 else f"> -{100 * smallest:.{digits}f} %"
+    else:
+        shown = f"{100 * value:.{digits}f} %"
+    return minus(shown).replace(" ", "\N{NO-BREAK SPACE}")
 
 
 def aligned(values: Sequence[float | None]) -> list[str]:

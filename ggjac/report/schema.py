@@ -5,6 +5,7 @@ A *check* is a function `(value, where) -> value` that returns the value as the 
 characters and halves of surrogate pairs in text, which could mislead a reader, become escapes.
 """
 
+import unicodedata
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -141,9 +142,14 @@ def spelled(required: Mapping[str, Check], optional: Mapping[str, Check] | None 
 
     def check_all(value: Any, where: str) -> dict[str, Any]:
         found = check(value, where)
-        return found | {"token": text(display.token(found), where)}
+        return found | {"token": _standing(text(display.token(found), where))}
 
     return check_all
+
+
+def _standing(shown: str) -> str:
+    """Return text that does not join what precedes it: a combining mark at its start stands on a dotted circle."""
+    return f"\N{DOTTED CIRCLE}{shown}" if shown and unicodedata.category(shown[0]).startswith("M") else shown
 
 
 def _plain(value: Any, where: str) -> str:
@@ -174,5 +180,6 @@ MODEL = record(
 )
 #: ‖J x + offset − y‖ ⁄ ‖y‖ and the limit up to which it is healthy.
 RECONSTRUCTION = record(
-    {"error": maybe(number), "limit": number, "healthy": flag}, {"offset_norm": number, "output_norm": number}
+    {"error": maybe(number), "limit": number, "healthy": flag},
+    {"offset_norm": number, "output_norm": number, "cancellation": number},
 )

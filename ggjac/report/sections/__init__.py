@@ -31,7 +31,6 @@ SECTIONS = (
     *compare.SECTIONS,
     *ranks.SECTIONS,
     *attribute.SECTIONS,
-    frame.CERTIFICATE,
     *svd.SECTIONS,
     *norms.SECTIONS,
     *jacobian.SECTIONS,
@@ -39,4 +38,5 @@ SECTIONS = (
     *contrast.SECTIONS,
     *verify.SECTIONS,
     frame.TOKENS,
+    frame.CERTIFICATE,
 )

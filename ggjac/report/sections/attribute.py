@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from ggjac.drawing.charts import Bars, Chart, Heat, Panel, Series, curves, from_to, known
+from ggjac.drawing.charts import PARTS, Bars, Chart, Heat, Panel, Series, curves, from_to, known
 from ggjac.report.numbers import fixed, percent, signed
 from ggjac.report.schema import (
     HERE,
@@ -24,9 +24,11 @@ from ggjac.report.schema import (
 )
 from ggjac.report.sections.common import LEGEND, LEVELS, SHORT, Run, Section, bars, digits, heat
 from ggjac.report.sections.layers import KINDS
+from ggjac.report.summary import caveat
 from ggjac.units import power
 
 LARGEST = 12  # parts in the table of the largest ones
+MANY, FIRST = 64, 20  # tokens above which a prompt is folded, and the largest shares shown then
 AT_ONE = 3  # the same, of each of many positions
 MAX_CELLS = 20_000  # of a heat grid; larger ones would make the page slow and could not be read
 ROUNDING = 5e-2  # of Σ|shares|: the difference from the logit that 16-bit dtypes may leave
@@ -161,14 +163,15 @@ def _branch_parts(entry: dict[str, Any]) -> list[Part]:
     """Return every part of the residual stream by name: heads where they are known, else attention."""
     parts = [("Embedding", entry["embedding"])]
     for block in entry["blocks"]:
-        name = f"Block {block['block']}"
+        name = f"L{block['block']}"
         if block["heads"] is None:
-            parts.append((f"{name}, {_mixer(block)}", block["attn"]))
+            parts.append((f"{name} {_mixer(block)}", block["attn"]))
         else:
-            names = block["head_names"] or [f"head {i}" for i in range(len(block["heads"]))]
-            parts += [(f"{name}, {head}", share) for head, share in zip(names, block["heads"], strict=True)]
-            parts.append((f"{name}, bias of {_mixer(block)}", block["attn_bias"] or 0.0))
-        parts.append((f"{name}, MLP", block["mlp"]))
+            heads = block["head_names"]
+            heads = [f" {head}" for head in heads] if heads else [f"H{i}" for i in range(len(block["heads"]))]
+            parts += [(f"{name}{head}", share) for head, share in zip(heads, block["heads"], strict=True)]
+            parts.append((f"{name} bias of {_mixer(block)}", block["attn_bias"] or 0.0))
+        parts.append((f"{name} MLP", block["mlp"]))
     return [*parts, ("Biases of norm and head", entry["bias"] or 0.0)]
 
 
@@ -212,22 +215,27 @@ def attribute(run: Run) -> dict[str, Any] | None:
     offset = found["offset"] or 0.0
     drawn, zero = bars(shares)
     decimals = digits(shares)
+    rows = [
+        s
+        | {
+            "value": signed(s["share"], decimals),
+            "percent": _relative(s["share"], found),
+            "level": round(LEVELS * s["share"] / largest),
+            "bar": bar,
+        }
+        for s, bar in zip(found["shares"], drawn, strict=True)
+    ]
+    foremost = sorted(rows, key=lambda row: -abs(row["share"]))[:FIRST] if len(rows) > MANY else []
     return _target(found) | {
         "largest": fixed(largest, 2),
-        "rows": [
-            s
-            | {
-                "value": signed(s["share"], decimals),
-                "percent": _relative(s["share"], found),
-                "level": round(LEVELS * s["share"] / largest),
-                "bar": bar,
-            }
-            for s, bar in zip(found["shares"], drawn, strict=True)
-        ],
+        "rows": rows,
+        "foremost": foremost,
+        "others": signed(sum(shares) - sum(row["share"] for row in foremost), decimals),
         "offset": signed(offset, decimals),
         "offset_percent": _relative(offset, found),
         "equation": _equation(found, [*shares, offset]),
         "zero": zero,
+        "caveat": caveat(run.content),
         "short": len(found["shares"]) <= SHORT,
         "legend": LEGEND,
     }
@@ -241,9 +249,8 @@ def branch_lines(run: Run) -> list[Chart]:
     given = _by_branch(run)
     if not given:
         return []
-    tones = {"attn": "ink", "mlp": "accent"}
     series = [
-        Series(name, known((block["block"], block[kind]) for block in given["blocks"]), tones[kind])
+        Series(name, known((block["block"], block[kind]) for block in given["blocks"]), PARTS[kind])
         for kind, name in _kinds(given).items()
     ]
     summary = "; ".join(from_to(s.name, s.points) for s in series) + "."
@@ -276,10 +283,10 @@ def branch_grid(run: Run) -> list[Heat]:
         key="attribute-branches-heads",
         title=f"Shares in {asked(given)} by block and head",
         label="block",
-        rows=tuple(str(block["block"]) for block in blocks),
+        rows=tuple(f"L{block['block']}" for block in blocks),
         panels=(sides, heads),
         summary=f"{len(blocks)} blocks of up to {count} heads; the largest share of a head is that of "
-        f"head {largest[2]} of block {largest[1]}.",
+        f"L{largest[1]}H{largest[2]}.",
     )
     return [grid] if grid.cells <= MAX_CELLS else []
 
@@ -312,6 +319,7 @@ def branches(run: Run) -> dict[str, Any] | None:
         "heats": [heat(grid) for grid in grids],
         "lines": branch_lines(run),
         "table": None if grids else _block_table(found),
+        "caveat": caveat(run.content),
         "mixing": _kinds(found)["attn"],
         "equation": _equation(found, [share for _, share in parts]),
         "legend": LEGEND,
@@ -341,10 +349,10 @@ def _rows(parts: list[Part], entry: dict[str, Any], decimals: int) -> list[dict[
     ]
 
 
-def _block_table(entry: dict[str, Any]) -> list[tuple[int, str, str]]:
+def _block_table(entry: dict[str, Any]) -> list[tuple[str, str, str]]:
     """Return the shares of each block's attention and MLP."""
     decimals = digits([block[kind] for block in entry["blocks"] for kind in ("attn", "mlp")])
-    return [(b["block"], signed(b["attn"], decimals), signed(b["mlp"], decimals)) for b in entry["blocks"]]
+    return [(f"L{b['block']}", signed(b["attn"], decimals), signed(b["mlp"], decimals)) for b in entry["blocks"]]
 
 
 # -- every position ----------------------------------------------------------------------------------------------------
@@ -371,7 +379,7 @@ def position_grid(run: Run) -> list[Heat]:
             Panel(
                 name,
                 tuple(map(str, blocks)),
-                tuple(f"{name} of block {i}" for i in blocks),
+                tuple(f"L{i} {name}" for i in blocks),
                 tuple(tuple(block[kind] for block in entry["blocks"]) for entry in entries),
             )
             for kind, name in _kinds(entries[0]).items()
@@ -417,6 +425,7 @@ def positions(run: Run) -> dict[str, Any] | None:
         "heats": [heat(grid) for grid in grids],
         "of": {"token": "input token", "layer": "block's branches", "head": "head and MLP"}[found["by"]],
         "versus": found["positions"][0]["versus"],
+        "caveat": caveat(run.content),
         "complete": all(row["complete"] for row in rows),
         "short": len(rows) <= SHORT,
         "legend": LEGEND,
@@ -429,9 +438,7 @@ SECTIONS = (
         "Attribution",
         attribute,
         "At this prompt the output is exactly a linear map of the input embeddings, plus an offset from biases. So a "
-        "logit splits into one share for each input token and one for the offset, without remainder. A share is the "
-        "contribution of a token along the live (not frozen) paths: it depends on the freezing rule, and is neither "
-        "importance nor the effect of changing the token.",
+        "logit splits into one share for each input token and one for the offset, without remainder.",
         token_bars,
     ),
     Section(

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from ggjac.drawing.charts import Drawing, Heat
+from ggjac.drawing.charts import Drawing, Heat, Panel
 from ggjac.report.numbers import signed
 from ggjac.units import power
 
@@ -18,6 +18,7 @@ WORDS_SHOWN = 4  # tokens shown of each vector in such tables, where they are no
 MAX_POINTS = 2000  # of a cloud of points; of more, a selection is drawn
 LEVELS = 10  # shades of a diverging colour, each way
 LEGEND = [*range(-LEVELS, LEVELS + 1, 2)]
+NAMED = 3  # values outside a scale of colour that are named
 # A heat grid on a screen, in pixels: as wide as the column of text, its cells not too small and not too large.
 WIDE, TALL, CELL_WIDTH, CELL_HEIGHT = 720, 640, (4, 36), (5, 24)
 SMALL, FEW = 280, 3  # pixels that a phone has left for the grid: there, wider panels show every third label
@@ -137,7 +138,10 @@ def heat(grid: Heat) -> dict[str, Any]:
         "places": " ".join(places),
         "columns": columns,
         "rows": [{"y": length((i + 0.5) / count), "label": _cut(grid.rows[i])} for i in range(0, count, below)],
-        "scales": [{"name": panel.name, "largest": power(panel.largest, 2)} for panel in grid.panels],
+        "scales": [
+            {"name": panel.name, "largest": power(panel.largest, 2), "beyond": _beyond(grid, panel)}
+            for panel in grid.panels
+        ],
         "head": [(_cut(c), name) for panel in grid.panels for c, name in zip(panel.columns, panel.names, strict=True)],
         "body": [
             (name, ["" if v is None else signed(v, decimals) for panel in grid.panels for v in panel.values[i]])
@@ -146,11 +150,20 @@ def heat(grid: Heat) -> dict[str, Any]:
     }
 
 
+def _beyond(grid: Heat, panel: Panel) -> str:
+    """Return the values outside a scale of colour: the largest by name, and the number of the others."""
+    found = panel.beyond
+    named = [f"{grid.label} {grid.rows[i]}, {panel.names[j]}: {signed(value, 2)}" for i, j, value in found[:NAMED]]
+    return "; ".join(named) + (f"; {len(found) - NAMED} more" if len(found) > NAMED else "")
+
+
 def _draw_row(
     paths: dict[str, list[str]], row: tuple[float | None, ...], largest: float, start: int, i: int, span: int
 ) -> None:
     """Add the cells of a row to the paths of their shades; neighbours of one shade are one rectangle."""
-    levels = ["none" if value is None else f"{round(LEVELS * value / (largest or 1.0))}" for value in row]
+    levels = [
+        "none" if v is None else f"{max(-LEVELS, min(LEVELS, round(LEVELS * v / (largest or 1.0))))}" for v in row
+    ]
     j = 0
     while j < len(levels):
         end = j + 1

@@ -21,7 +21,10 @@ from ggjac.report.schema import (
     spelled,
 )
 from ggjac.report.sections.common import SHORT, Run, Section, bars, digits, file_name
+from ggjac.report.summary import caveat
 from ggjac.units import MISSING, power
+
+SMALLEST_ANGLE = 1e-3  # degrees; smaller ones are rounding of vectors that are the same
 
 _BOTH = record({"a": number, "b": number})
 _NEXT = spelled(
@@ -67,8 +70,10 @@ def spectra(run: Run) -> list[Chart]:
 
 
 def angles(run: Run) -> list[Chart]:
-    """Draw the principal angles between the spans of two files' singular vectors, the smallest first."""
+    """Draw the principal angles between the spans of two files' vectors, the smallest first; not those of rounding."""
     given = (run.content["compare"] or {}).get("angles") or {"left": [], "right": []}
+    if max((angle or 0.0 for side in given.values() for angle in side), default=0.0) < SMALLEST_ANGLE:
+        return []
     series = [
         Series(side, known(enumerate(reversed(given[side]), 1)), tone)
         for side, tone in (("left", "accent"), ("right", "ink"))
@@ -117,6 +122,7 @@ def compare(run: Run) -> dict[str, Any] | None:
         "b": run.content["other_model"] and file_name(run.content["other_model"]),
         "spectra": spectra(run),
         "angle_charts": angles(run),
+        "smallest": f"{SMALLEST_ANGLE:g}",
         "kl_charts": divergences(run),
         "triplets": [
             {
@@ -147,6 +153,7 @@ def compare(run: Run) -> dict[str, Any] | None:
             }
             for row in found["positions"]
         ],
+        "caveat": caveat(run.content),
         "short": len(found["positions"]) <= SHORT,
         "says": [
             (words, value)

@@ -20,6 +20,7 @@ from ggjac.report.schema import (
     text,
 )
 from ggjac.report.sections.common import SHORT, Run, Section, capital, file_name
+from ggjac.report.summary import caveat, sentences
 from ggjac.units import duration, power, size
 
 
@@ -90,12 +91,15 @@ def header(run: Run) -> dict[str, Any]:
         prompt = f"{len(c['ranks']['prompts'])} prompts"
     best = (c["predictions"] or [None])[0]
     other = c["other_model"]
+    doubts = [*(c["warnings"] or [c["warning"]]), model["warning"], other and other["warning"]]
     return {
         "prompt": prompt if len(prompt) <= 420 else f"… {prompt[-400:]}",
         "long": len(prompt) > 120,
         "rest": "" if whole else _joined(tokens[position + 1 :])[:200],
         "next": best and _joined([best]),
-        "chance": best and percent(best["probability"]),
+        "sentences": sentences(c),
+        "caveat": caveat(c) if c["attribution"] else None,
+        "warnings": list(filter(None, doubts)),
         "name": model["name"] or file_name(model),
         "facts": _pairs(
             ("File", file_name(model)),
@@ -106,6 +110,7 @@ def header(run: Run) -> dict[str, Any]:
             ("Precision", " on ".join(filter(None, (c["dtype"], c["device"])))),
             ("Created", (c["created"] or "").partition("T")[0]),
         ),
+        "checks": _checks(c),
         "source": run.source,
     }
 
@@ -116,7 +121,6 @@ def header(run: Run) -> dict[str, Any]:
 def certificate(run: Run) -> dict[str, Any]:
     """Prepare the checks, and everything needed to repeat the run."""
     c = run.content
-    checks = [*_reconstructions(c), *filter(None, (_parity(c), _convergence(c)))]
     seed = next((c[key]["seed"] for key in ("svd", "compare", "steering") if c[key]), None)
     facts = _pairs(
         ("Precision", c["dtype"]),
@@ -132,13 +136,17 @@ def certificate(run: Run) -> dict[str, Any]:
     )
     seconds = c["seconds"] or {}
     return {
-        "checks": checks,
+        "checks": _checks(c),
         "facts": facts,
         "versions": sorted((c["versions"] or {}).items()),
         "seconds": [(name, duration(value)) for name, value in seconds.items()],
         "total": duration(sum(seconds.values())) if seconds else None,
         "command": [shlex.quote(word) for word in c["command"] or []],
     }
+
+
+def _checks(c: dict[str, Any]) -> list[dict[str, Any]]:
+    return [*_reconstructions(c), *filter(None, (_parity(c), _convergence(c)))]
 
 
 def _reconstructions(c: dict[str, Any]) -> list[dict[str, Any]]:
@@ -154,6 +162,11 @@ def _reconstruction(name: str, found: dict[str, Any]) -> dict[str, Any]:
     offset = (
         f" The biases contribute an offset of {percent(share)} of ‖y‖." if share else " No biases: the offset is 0."
     )
+    if found["healthy"] and found["cancellation"]:
+        offset += (
+            f" Digits cancel: the residual stream was {found['cancellation']:.0f} times as long before, and rounding "
+            "is relative to that."
+        )
     return {
         "name": name,
         "state": "pass" if found["healthy"] else "fail",
@@ -218,11 +231,9 @@ def tokens(run: Run) -> dict[str, Any] | None:
     if not c["tokens"]:
         return None
     read = None if c["position"] == "all" else _position(c)
-    of_prompt = c["warnings"] or [c["warning"]]
     return {
         "rows": [t | {"read": i == read} for i, t in enumerate(c["tokens"])],
         "short": len(c["tokens"]) <= SHORT,
-        "warnings": [*of_prompt, *(model["warning"] for model in (c["model"], c["other_model"]) if model)],
     }
 
 

@@ -21,6 +21,7 @@ FORM: dict[str, Check] = {
             "tolerance": number,  # the largest relative L2 that a tensor may have
             "top1_equal": flag,
             "top1": spelled({}),
+            "top1_ours": spelled({}),
             "kl": number,  # nats, the mean over positions
             "kl_last": number,  # nats, at the last position
             "logits_error": number,
