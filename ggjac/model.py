@@ -155,7 +155,11 @@ class Model:
         embedding: `[v, d]` input embeddings, streamed.
         head: the LM head; in models with tied embeddings, its matrix is that of the embeddings.
         chunk_bytes: working memory that a chunk of dense rows may take; see `fit`.
+        keeps_ready: whether weights stay ready between sweeps, as far as half of the free memory has room, where `fit`
+            does not rule; no bit of a result changes.
     """
+
+    keeps_ready = True
 
     def __init__(
         self,
@@ -173,6 +177,7 @@ class Model:
         self.config: ModelConfig = config.with_context(context)
         self.weights = WeightStore(file, device=device, dtype=dtype, threads=threads)
         self.device, self.dtype, self.chunk_bytes = device, dtype, CHUNK_BYTES
+        self._placed = False
         self.embedding: Weight = self.weights["token_embd.weight"]
         self.head = decode.Head(
             self.weights["output.weight" if "output.weight" in self.weights else "token_embd.weight"],
@@ -318,9 +323,20 @@ class Model:
             NoFitError: the plan's budget is too small; the message names a sufficient one.
         """
         planner.check(plan)
+        self._placed = True
         machine.return_freed_memory()
         self.weights.place(plan.places, plan.room)
         self.chunk_bytes = plan.work.chunk_bytes
+
+    def _keep_ready(self, n: int) -> None:
+        """Without a plan, cache as many live weights between sweeps as half of the free memory has room for.
+
+        Once, at the first trace whose map may be swept: what is cached lessens what is free.
+        """
+        self._placed = True
+        plan = self.plan(n)
+        if plan.fits:
+            self.weights.place(plan.places, plan.room)
 
     def trace(
         self,
@@ -358,6 +374,8 @@ class Model:
         if mlp_path not in ("up", "gate"):
             raise ValueError(f"mlp_path {mlp_path!r} is unknown; known: up, gate")
         ids = self.prompt_ids(prompt)
+        if tapes is not False and self.keeps_ready and not self._placed:
+            self._keep_ready(len(ids))
         config = self.config
         observe = observe or (lambda name, tensor: None)
         shared = self.frame(len(ids), mlp_path=mlp_path, n_ctx=n_ctx, imitate=imitate)

@@ -15,6 +15,7 @@ from ggjac.sizes import ITEM_BYTES, KINDS, MAPS, MlpPath
 DEFAULT_PROMPT = "The bridge out of Marin is the"
 STEER_PROMPT = "My favorite thing is the"
 STEER_CONCEPT = "The bridge out of Marin is the Golden"
+STEER_CONTROL = "She put the book on the table and then"
 _ASKED = "ggjac.asked"  # in click's context: path -> the name for which it was found
 _DOWNLOAD = "ggjac.download"  # in click's context: whether `-m` may use the network
 MAX_THREADS = 512  # llama.cpp's limit (GGML_MAX_N_THREADS); torch crashes on many more
@@ -239,6 +240,14 @@ class ModelOptions:
             # Where the text is token ids there may be no tokenizer: then it is its own concept.
             return what, STEER_CONCEPT if what.tokens is None else what.tokens
         return what, concept_tokens
+
+    def unrelated(self, control: bool, given: str | None, concept_tokens: list[int] | None) -> str | None:
+        """Return the prompt whose map is the control of `steer`; None for none, and by default where ids are given."""
+        if not control:
+            return None
+        if given is not None:
+            return self.read(given)
+        return STEER_CONTROL if self.tokens is None and concept_tokens is None else None
 
 
 _FILE = click.Path(exists=True, dir_okay=False, allow_dash=True, path_type=Path)

@@ -250,7 +250,9 @@ def _count_tokens(
         return max(counts), {"prompts": len(counts)}
     if command == "steer":
         text, concept = what.texts(params.get("concept"), params.get("concept_tokens"))
-        return count(concept), {"text": count(text.given(conversation))}
+        other = text.unrelated(params.get("control", True), params.get("control_concept"), params.get("concept_tokens"))
+        n = max(count(concept), 0 if other is None else count(other))
+        return n, {"text": count(text.given(conversation)), "other_map": other is not None}
     return count(what.given(conversation)), {}
 
 

@@ -237,7 +237,7 @@ class _Strings(LazyArray):
     def _element(self, index: int) -> str:
         start = self._offsets[index]
         (length,) = _U64.unpack_from(self._buffer, start)
-        return self._buffer[start + 8 : start + 8 + length].decode("utf-8", "replace")
+        return self._buffer[start + 8 : start + 8 + length].decode("utf-8", "surrogateescape")
 
 
 class _Arrays(LazyArray):
