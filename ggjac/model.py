@@ -155,7 +155,11 @@ class Model:
         embedding: `[v, d]` input embeddings, streamed.
         head: the LM head; in models with tied embeddings, its matrix is that of the embeddings.
         chunk_bytes: working memory that a chunk of dense rows may take; see `fit`.
+        keeps_ready: whether weights stay ready between sweeps, as far as half of the free memory has room, where `fit`
+            does not rule; no bit of a result changes.
     """
+
+    keeps_ready = True
 
     def __init__(
         self,
@@ -173,6 +177,7 @@ class Model:
         self.config: ModelConfig = config.with_context(context)
         self.weights = WeightStore(file, device=device, dtype=dtype, threads=threads)
         self.device, self.dtype, self.chunk_bytes = device, dtype, CHUNK_BYTES
+        self._placed = False
         self.embedding: Weight = self.weights["token_embd.weight"]
         self.head = decode.Head(
             self.weights["output.weight" if "output.weight" in self.weights else "token_embd.weight"],
@@ -214,6 +219,39 @@ class Model:
             if prompt in DEMO_PROMPTS and self.path == demo_path():
                 return list(DEMO_PROMPTS[prompt])
             raise
+
+    def spelled(self, text: str) -> list[int]:
+        """Return the token ids of a text inside another one: nothing is added at its ends.
+
+        Raises:
+            TokenizerError: the file has no tokenizer, or llama-cpp-python is not installed.
+        """
+        ids = self.tokenizer.encode(text, add_special=False)
+        if len(ids) != 1 and text.startswith(" "):
+            # SentencePiece puts a space before every text: here it has brought its own.
+            inner = self.tokenizer.encode(text[1:], add_special=False)
+            if len(inner) == 1 and self.tokenizer.piece(inner[0]) == text.encode():
+                return inner
+        return ids
+
+    def token(self, text: str) -> int:
+        """Return the id of a text that is one token.
+
+        Raises:
+            PromptError: it is not.
+            TokenizerError: the file has no tokenizer, or llama-cpp-python is not installed.
+        """
+        ids = self.spelled(text)
+        if len(ids) != 1:
+            parts = " + ".join(self.word(id) for id in ids[:8]) + " + ..." * (len(ids) > 8) or "none"
+            raise PromptError(f"{text!r} is {len(ids)} tokens ({parts}); give the text of one token, or its id")
+        return ids[0]
+
+    def __repr__(self) -> str:
+        """Return file, architecture, blocks and dtype on one line."""
+        config, dtype = self.config, str(self.dtype).removeprefix("torch.")
+        where = f"{dtype} on {self.device}"
+        return f"Model({self.path.name!r}, {config.architecture}, {config.block_count} blocks, {where})"
 
     def chat(self, question: str, system: str | None = None) -> str:
         """Return the prompt in which a user asks a question, by the file's own chat template.
@@ -285,9 +323,20 @@ class Model:
             NoFitError: the plan's budget is too small; the message names a sufficient one.
         """
         planner.check(plan)
+        self._placed = True
         machine.return_freed_memory()
         self.weights.place(plan.places, plan.room)
         self.chunk_bytes = plan.work.chunk_bytes
+
+    def _keep_ready(self, n: int) -> None:
+        """Without a plan, cache as many live weights between sweeps as half of the free memory has room for.
+
+        Once, at the first trace whose map may be swept: what is cached lessens what is free.
+        """
+        self._placed = True
+        plan = self.plan(n)
+        if plan.fits:
+            self.weights.place(plan.places, plan.room)
 
     def trace(
         self,
@@ -325,6 +374,8 @@ class Model:
         if mlp_path not in ("up", "gate"):
             raise ValueError(f"mlp_path {mlp_path!r} is unknown; known: up, gate")
         ids = self.prompt_ids(prompt)
+        if tapes is not False and self.keeps_ready and not self._placed:
+            self._keep_ready(len(ids))
         config = self.config
         observe = observe or (lambda name, tensor: None)
         shared = self.frame(len(ids), mlp_path=mlp_path, n_ctx=n_ctx, imitate=imitate)
@@ -459,7 +510,7 @@ class Model:
         return list(ids)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Trace:
     """The run of one prompt: its outputs, and the tapes of the network frozen at it.
 
@@ -482,6 +533,17 @@ class Trace:
     tapes: Tapes
     # By position, the last one asked for alone: those of all positions would outweigh the trace.
     _logits: dict[int, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def __repr__(self) -> str:
+        """Return the prompt and the model on one line."""
+        text, config = self.model.text(self.ids), self.model.config
+        start = text if len(text) <= 40 else f"{text[:40]}…"
+        return f"Trace({start!r}, {len(self.ids)} tokens, {config.architecture}, {config.block_count} blocks)"
+
+    def top(self, count: int = 5, position: int = -1) -> list[tuple[str, float]]:
+        """Return the most likely tokens after a position, as they are shown, with their probabilities."""
+        best = self.logits_at(position).cpu().double().softmax(0).topk(min(count, self.model.config.vocabulary))
+        return [(self.model.word(id), chance) for chance, id in zip(*(part.tolist() for part in best), strict=True)]
 
     @property
     def output(self) -> Float[Tensor, " d"]:
@@ -562,6 +624,7 @@ class Trace:
             embedding=model.embedding,
             outside=model.outside,
             table=partial(model.block_table, self.ids),
+            token=model.token,
         )
 
 

@@ -30,6 +30,14 @@ torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def streamed() -> None:
+    """Keep no weights ready between sweeps unless a test asks: tests count what is read."""
+    from ggjac.model import Model
+
+    Model.keeps_ready = False
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """Return the folder of shared models and reference results, or skip."""

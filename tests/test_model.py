@@ -14,7 +14,7 @@ import oracle
 import pytest
 import tiny
 import torch
-from helpers import distance, edited, held
+from helpers import IDS, distance, edited, held
 from torch import Tensor
 
 import ggjac
@@ -24,7 +24,7 @@ from ggjac.blocks import NumericsError, activations, mixers, networks, norms
 from ggjac.blocks.patterns import Recurrence
 from ggjac.config import ConfigError, ModelConfig, Rope
 from ggjac.generation import Continuation
-from ggjac.model import PromptError, open_model
+from ggjac.model import Model, PromptError, open_model
 from ggjac.planner import work
 from ggjac.sizes import Part
 from ggjac.weights import Block
@@ -923,3 +923,25 @@ def test_dense_rows_come_in_chunks_that_fit(tiny_file: Callable[..., Path], monk
         model.fit(model.plan(ids, "jacobian", ram_budget=budget))
         rows.append(model.trace(ids).jacobian().rows_at_once())
     assert rows[1] < rows[0]
+
+
+def test_weights_stay_ready_between_sweeps_unless_a_plan_rules(
+    tiny_files: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Model, "keeps_ready", True)
+    model = open_model(tiny_files["gqa"])
+    J = model.trace(IDS).jacobian()
+    first = J.svd(2)
+    read = model.weights.reads["blk.0.ffn_down.weight"]
+    assert torch.equal(model.trace(IDS).jacobian().svd(2).S, first.S)
+    again = model.weights.reads["blk.0.ffn_down.weight"]
+    assert again - read <= read / 2, "only the trace reads them again"
+    monkeypatch.setattr(Model, "keeps_ready", False)
+    streaming = open_model(tiny_files["gqa"])
+    assert torch.equal(streaming.trace(IDS).jacobian().svd(2).S, first.S)
+    assert streaming.weights.reads["blk.0.ffn_down.weight"] > 2 * read
+    monkeypatch.setattr(Model, "keeps_ready", True)
+    ruled = open_model(tiny_files["gqa"])
+    ruled.fit(ruled.plan(IDS, ram_budget=ruled.plan(IDS).ram_needed))
+    assert torch.equal(ruled.trace(IDS).jacobian().svd(2).S, first.S)
+    assert ruled.weights.reads["blk.0.ffn_down.weight"] > 2 * read

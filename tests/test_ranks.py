@@ -18,6 +18,7 @@ from ggjac import runs
 from ggjac.analysis import ranks as module
 from ggjac.analysis.ranks import token_ranks
 from ggjac.model import Model, PromptError, Trace, open_model
+from ggjac.planner import Plan
 from ggjac.runs import lock
 from ggjac.session import Session
 from ggjac.weights import WeightStore
@@ -272,9 +273,9 @@ def test_layers_stay_ready_from_prompt_to_prompt(tight: bool, tmp_path: Path, mo
     stores: dict[int, WeightStore] = {}
     fit = Session.fit
 
-    def fitted(self: Session, *given: Any, **options: Any) -> None:
-        fit(self, *given, **options)
+    def fitted(self: Session, *given: Any, **options: Any) -> Plan:
         stores[id(self.model.weights)] = self.model.weights
+        return fit(self, *given, **options)
 
     monkeypatch.setattr(Session, "fit", fitted)
     file = tmp_path / "prompts.txt"

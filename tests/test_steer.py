@@ -84,7 +84,7 @@ def test_generation_by_the_formula(case: str, method: str, control: bool, layer:
     model = open_model(path, dtype="float64")
     found = steer(
         model, ids, concept, method=method, layer=layer, strengths=[strength], max_tokens=count, seed=seed,
-        mlp_path=mlp_path,
+        mlp_path=mlp_path, first=True,
     )  # fmt: skip
 
     J, offset = dense(known, concept, layer, context, mlp_path=mlp_path, normed=method == "additive")
@@ -142,7 +142,55 @@ def test_a_prompt_by_its_own_map_stays_where_it_is(case: str, tiny_file: TinyFil
     assert float(found.direction.norm() / stream.norm()) < 1e-12
 
 
-def test_the_control_is_of_equal_spectrum_and_reads_the_same(tiny_file: TinyFile) -> None:
+def test_the_control_is_the_map_of_an_unrelated_prompt(tiny_file: TinyFile) -> None:
+    model, ids = open_model(tiny_file("biases"), dtype="float64"), tiny.prompt("biases", 6)
+    found = steer(model, ids, [9, 8, 7], strengths=[0.2, 0.7], max_tokens=3, control_concept=[4, 3])
+    alone = steer(model, ids, [4, 3], strengths=[0.2, 0.7], max_tokens=3, control=False)
+    assert found.control_ids == [4, 3]
+    for ours, theirs in zip(found.controls, alone.steered, strict=True):
+        assert ours.control
+        assert ours.ids == theirs.ids
+        assert torch.equal(ours.logits, theirs.logits)
+        assert torch.equal(ours.direction, theirs.direction)
+        assert ours.kl == theirs.kl
+    assert found.data()["control"]["kind"] == "concept"
+    assert steer(model, ids, [9, 8, 7], max_tokens=1).data()["control"]["kind"] == "random"
+
+
+@pytest.mark.parametrize("method", ["equation16", "additive"])
+def test_position_0_is_spared(method: str, tiny_file: TinyFile) -> None:
+    path, ids, concept = tiny_file("gqa"), tiny.prompt("gqa", 5), [9, 8, 7]
+    known, model = oracle.load(path), open_model(path, dtype="float64")
+    found = steer(model, ids, concept, method=method, layer=1, strengths=[0.4], max_tokens=1, control=False)
+    J, offset = dense(known, concept, 1, 6, mlp_path="up", normed=method == "additive")
+
+    def formula(h: Tensor, c: Tensor) -> Tensor:
+        changed = 0.6 * h + 0.4 * c
+        if method == "additive":
+            changed = h + 0.2 * h.norm(dim=1, keepdim=True) * c / c.norm(dim=1, keepdim=True)
+        return torch.cat([h[:1], changed[1:]])
+
+    images = cumulative(known, ids, J, offset * (method == "equation16"))
+    logits = pushed_forward(known, ids, images, found.changed, 6, formula)
+    assert distance(found.steered[0].logits, logits) < 1e-10
+    (alone,) = steer(
+        model, ids[:1], concept, method=method, layer=1, strengths=[0.4], max_tokens=1, control=False
+    ).steered
+    assert alone.direction.any(), "or a text of one token could not be steered"
+
+
+def test_the_command_says_what_it_steered_and_where_it_is_too_much() -> None:
+    pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
+    out = " ".join(invoke("steer", "-q", "-t", 1, "--strength", "0.1,3", "--max-tokens", 2).stdout.split())
+    assert "control: steered by the map of <|begin_of_text|> S he " in out
+    assert "position 0 is spared" in out
+    assert "Warning: at strength 3 the first token's distribution is nearly another one" in out
+    mild = invoke("steer", "-q", "-t", 1, "--strength", "0.1", "--max-tokens", 2, "--first").stdout
+    assert "position 0 is steered, too" in mild
+    assert "Warning" not in mild
+
+
+def test_the_random_control_is_of_equal_spectrum_and_reads_the_same(tiny_file: TinyFile) -> None:
     known, concept = oracle.load(tiny_file("gqa")), tiny.prompt("gqa", 4)
     J = dense(known, concept, 1, 4, mlp_path="up", normed=False).J.transpose(0, 1).flatten(1)
     Q = matrix(random_rotation(64, 3), 64)

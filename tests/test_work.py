@@ -112,10 +112,11 @@ def counted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Counted:
     found = Counted()
     fit = session.Session.fit
 
-    def keeping_nothing(self: session.Session, *given: Any, **options: Any) -> None:
-        fit(self, *given, **options)
+    def keeping_nothing(self: session.Session, *given: Any, **options: Any) -> Plan:
+        made = fit(self, *given, **options)
         self.model.weights.place([], {})
         found.stores.append(self.model.weights)
+        return made
 
     monkeypatch.setattr(session.Session, "fit", keeping_nothing)
     data = Plan.data

@@ -23,8 +23,13 @@ Let `J_j` `[d, d]`, `j < T`, be the concept's detached Jacobian from its `T` emb
 
 The rest of the network then runs as usual. Generation is greedy, and `c` grows with every token.
 
-The control is an operator with the same singular values and the same reading of the text, that writes elsewhere:
-`Q J` with `Q` orthogonal, random and seeded. `‖Q c‖ = ‖c‖` for every text: its effect is due to length alone.
+Position 0 is spared: it is an attention sink in most models, and a push there changes what all heads do with it. (The
+paper's code pushes it, too: `first`. A text of one token is pushed there in any case.)
+
+The control is the map of an unrelated prompt, used in the same way. Without such a prompt it is an operator with the
+same singular values and the same reading of the text, that writes elsewhere: `Q J` with `Q` orthogonal, random and
+seeded. `‖Q c‖ = ‖c‖` for every text. That is not like for like where the stream's length lies in a few huge components,
+as in Gemma: a rotation destroys such a stream, and any text's map beats it.
 """
 
 from collections.abc import Callable, Sequence
@@ -37,7 +42,7 @@ from torch import Tensor
 
 from ggjac.generation import Continuation, greedy
 from ggjac.jacobian import DetachedJacobian, Progress, Span, Tap
-from ggjac.model import Model
+from ggjac.model import Model, Trace
 from ggjac.results import NO_WORDS, Plotted, Points, Result, Table, Words
 from ggjac.sizes import MlpPath, default_layer
 
@@ -53,7 +58,7 @@ class Generated(Result):
 
     Attributes:
         strength: of steering; 0 for the baseline.
-        control: steered by the random operator instead of the concept's.
+        control: steered by the control instead of the concept.
         ids: generated token ids.
         logits: `[v]`, after the prompt: scores of the first generated token.
         kl: `KL(baseline ‖ this)` of the first step's distributions, in nats.
@@ -98,10 +103,12 @@ class Steering(Plotted):
         concept_chances: their probabilities there.
         baseline: without steering.
         steered: by strength, in the order asked for.
-        controls: the same, steered by the random operator, if asked for.
+        controls: the same, steered by the control, if asked for.
         seed: of the random operator.
         blocks: of the model.
         concept: the text that was given for the concept; None where it was token ids.
+        control_ids: of the unrelated prompt; None where the control is the random operator.
+        first: whether position 0 was pushed, too.
     """
 
     method: Method
@@ -117,6 +124,8 @@ class Steering(Plotted):
     seed: int
     blocks: int
     concept: str | None
+    control_ids: list[int] | None
+    first: bool
 
     def data(self, words: Words = NO_WORDS) -> dict[str, Any]:
         """Return the concept and all texts."""
@@ -134,24 +143,33 @@ class Steering(Plotted):
                     for id, chance in zip(self.concept_tokens, self.concept_chances, strict=True)
                 ],
             },
+            "control": {"kind": "random"}
+            if self.control_ids is None
+            else {"kind": "concept", "tokens": [words.token(id) for id in self.control_ids]},
+            "first_position": self.first,
             "baseline": self.baseline.data(words),
             "steered": [text.data(words) for text in self.steered],
             "controls": [text.data(words) for text in self.controls],
         }
+
+    @property
+    def controlled_by(self) -> str:
+        """What steered the controls, in words."""
+        return "a random operator" if self.control_ids is None else "the map of an unrelated prompt"
 
     def _table(self, words: Words) -> Table:
         rows = [self.baseline, *self.steered, *self.controls]
         columns = {name: [getattr(row, name) for row in rows] for name in ("strength", "control", "kl", "mass", "hits")}
         notes = (
             "mass: of the concept's top tokens at the first step; hits: how many of them were generated",
-            "control: steered by a random operator",
+            f"control: steered by {self.controlled_by}; position 0 is {'steered, too' if self.first else 'spared'}",
         )
         texts = {"generated": [words.each(row.ids) for row in rows]}
         return Table(f"Steering ({self.method}) after {self.changed} blocks", columns | texts, notes)
 
     def _plot(self, words: Words) -> Points:
         series = {}
-        for name, rows in (("concept", self.steered), ("random operator", self.controls)):
+        for name, rows in (("concept", self.steered), ("control", self.controls)):
             points = sorted((row.strength, row.kl) for row in (self.baseline, *rows)) if rows else []
             series[name] = [x for x, _ in points], [y for _, y in points], ()
         return Points("Effect of steering on the first token", "strength", "KL to the baseline, nats", series)
@@ -168,14 +186,16 @@ def steer(
     max_tokens: int = 24,
     top: int = 5,
     control: bool = True,
+    control_concept: str | Sequence[int] | None = None,
+    first: bool = False,
     seed: int = 0,
     mlp_path: MlpPath = "up",
     progress: Progress | None = None,
 ) -> Steering:
     """Continue a prompt greedily, alone and steered by the concept's linear map; see the module for the formulas.
 
-    Costs a trace of the concept, a sweep for the prompt, then for each text and token a pass over the weights and a
-    sweep of `layer` blocks.
+    Costs a trace and a sweep for the prompt with either map, then for each text and token a pass over the weights and
+    a sweep of `layer` blocks.
 
     Args:
         model: from `ggjac.open_model`.
@@ -186,7 +206,9 @@ def steer(
         strengths: of steering; 0 is the baseline in either method.
         max_tokens: to generate; fewer where the model ends the text.
         top: how many of the concept's next tokens count as its own.
-        control: generate with the random operator too.
+        control: generate with a control too.
+        control_concept: text, or token ids, of an unrelated prompt whose map is the control; default a random operator.
+        first: push position 0 as well.
         seed: of the random operator.
         mlp_path: freezing rule of the concept's map.
         progress: called as `progress("token", done, total)` after each token of all texts.
@@ -208,14 +230,18 @@ def steer(
     capacity = len(ids) + max_tokens
     baseline_text = Continuation(model, capacity, mlp_path=mlp_path)  # refuses what outgrows the context
 
-    trace = model.trace(concept, mlp_path=mlp_path, n_ctx=capacity)
-    chances = trace.logits.cpu().double().softmax(0)
+    def mapped(of: str | Sequence[int]) -> tuple[Trace, Images]:
+        trace = model.trace(of, mlp_path=mlp_path, n_ctx=capacity)
+        raw = method == "equation16"
+        return trace, Images(trace.jacobian(span=Span(0, Tap("layer", layer)), raw=raw), affine=raw)
+
+    control_ids = None if control_concept is None or not control else model.prompt_ids(control_concept)
+    trace, images = mapped(concept)
+    concept_ids, chances = list(trace.ids), trace.logits.cpu().double().softmax(0)
+    del trace
     best = chances.topk(min(top, len(chances)))
-    images = Images(
-        trace.jacobian(span=Span(0, Tap("layer", layer)), raw=method == "equation16"), affine=method == "equation16"
-    )
     prompt_images = images(model.embed(ids))
-    turned = random_rotation(model.config.d, seed) if control else None
+    turned = random_rotation(model.config.d, seed) if control and control_ids is None else None
 
     count = len(strengths)
     runs = 1 + count * (1 + control)
@@ -229,26 +255,33 @@ def steer(
     plain, plain_logits = greedy(baseline_text, ids, max_tokens, progress=steps(0))
     del baseline_text  # with its keys and values
 
-    def generated(run: int, strength: float, rotation: Rotation | None) -> Generated:
-        push = Push(method, layer, strength, images, prompt_images, rotation)
+    def generated(run: int, strength: float, control: bool = False) -> Generated:
+        rotation = turned if control else None
+        push = Push(method, layer, strength, images, prompt_images, rotation, first=first or len(ids) == 1)
         text = Continuation(model, capacity, mlp_path=mlp_path, change=push)
         found, logits = greedy(text, ids, max_tokens, progress=steps(run))
-        return _measured(strength, rotation is not None, found, logits, plain_logits, best.indices, push.direction)
+        return _measured(strength, control, found, logits, plain_logits, best.indices, push.direction)
 
+    steered = [generated(run, strength) for run, strength in enumerate(strengths, 1)]
+    if control_ids is not None:
+        images = mapped(control_ids)[1]  # in place of the concept's: two traces at once may not fit
+        prompt_images = images(model.embed(ids))
     return Steering(
         method=method,
         layer=layer,
         changed=changed_layer(method, layer),
         ids=ids,
-        concept_ids=list(trace.ids),
+        concept_ids=concept_ids,
         concept_tokens=best.indices.tolist(),
         concept_chances=best.values.tolist(),
         baseline=_measured(0.0, False, plain, plain_logits, plain_logits, best.indices, baseline_direction),
-        steered=[generated(run, strength, None) for run, strength in enumerate(strengths, 1)],
-        controls=[generated(run, strength, turned) for run, strength in enumerate(strengths, 1 + count) if control],
+        steered=steered,
+        controls=[generated(run, strength, True) for run, strength in enumerate(strengths, 1 + count) if control],
         seed=seed,
         blocks=blocks,
         concept=concept if isinstance(concept, str) else None,
+        control_ids=control_ids,
+        first=first,
     )
 
 
@@ -294,7 +327,8 @@ class Push:
         strength: 0 changes nothing.
         images: of the concept.
         prompt_images: those of the text's beginning, which all texts share, `[n, d]`.
-        rotation: turns every image (the control), or None.
+        rotation: turns every image (the random control), or None.
+        first: push position 0 of the text as well.
 
     Attributes:
         direction: `[d]`, the addition at the last position of the text's beginning.
@@ -308,11 +342,13 @@ class Push:
         images: Images,
         prompt_images: Float[Tensor, "n d"],
         rotation: Rotation | None = None,
+        *,
+        first: bool = True,
     ):
         self.formula = equation16 if method == "equation16" else additive
         self.at, self.strength, self.images, self.rotation = changed_layer(method, layer), strength, images, rotation
         self.direction = torch.zeros_like(prompt_images[-1])
-        self._c, self._done = prompt_images, 0
+        self._c, self._done, self._first = prompt_images, 0, first
 
     def __call__(self, layer: int, h: Float[Tensor, "m d"]) -> Float[Tensor, "m d"]:
         """Return the residual stream after `layer` blocks, changed if this is the method's depth."""
@@ -322,6 +358,8 @@ class Push:
             return h
         changed = self.formula(h, self._c if self.rotation is None else self.rotation(self._c), self.strength)
         if not self._done:
+            if not self._first:
+                changed = torch.cat([h[:1], changed[1:]])
             self.direction = (changed - h)[-1]
         self._done += len(h)
         return changed

@@ -15,6 +15,7 @@ from ggjac.sizes import ITEM_BYTES, KINDS, MAPS, MlpPath
 DEFAULT_PROMPT = "The bridge out of Marin is the"
 STEER_PROMPT = "My favorite thing is the"
 STEER_CONCEPT = "The bridge out of Marin is the Golden"
+STEER_CONTROL = "She put the book on the table and then"
 _ASKED = "ggjac.asked"  # in click's context: path -> the name for which it was found
 _DOWNLOAD = "ggjac.download"  # in click's context: whether `-m` may use the network
 MAX_THREADS = 512  # llama.cpp's limit (GGML_MAX_N_THREADS); torch crashes on many more
@@ -240,6 +241,14 @@ class ModelOptions:
             return what, STEER_CONCEPT if what.tokens is None else what.tokens
         return what, concept_tokens
 
+    def unrelated(self, control: bool, given: str | None, concept_tokens: list[int] | None) -> str | None:
+        """Return the prompt whose map is the control of `steer`; None for none, and by default where ids are given."""
+        if not control:
+            return None
+        if given is not None:
+            return self.read(given)
+        return STEER_CONTROL if self.tokens is None and concept_tokens is None else None
+
 
 _FILE = click.Path(exists=True, dir_okay=False, allow_dash=True, path_type=Path)
 _MODEL = [
@@ -341,6 +350,19 @@ position = click.option(
 output_format = click.option(
     "--format", "output_format", type=click.Choice(["table", "json"]), default="table", show_default=True
 )
+tabular_format = click.option(  # of commands whose result is a table
+    "--format",
+    "output_format",
+    type=click.Choice(["table", "json", "csv", "latex"]),
+    default="table",
+    show_default=True,
+    help="csv has all digits and true texts; latex needs the package booktabs.",
+)
+
+
+def given(name: str) -> bool:
+    """Return whether the command line gives an option, by its parameter's name, instead of leaving the default."""
+    return click.get_current_context().get_parameter_source(name) is not click.core.ParameterSource.DEFAULT
 
 
 def model_file(command: Callable) -> Callable:
@@ -414,7 +436,12 @@ def layer_options(command: Callable) -> Callable:
 def spectrum_options(command: Callable) -> Callable:
     """Add the options of a singular value decomposition."""
     rank = click.option(
-        "-k", "--rank", type=click.IntRange(min=1), default=8, show_default=True, help="Number of singular triplets."
+        "-k",
+        "--rank",
+        type=click.IntRange(min=1),
+        default=8,
+        show_default=True,
+        help="Number of singular vectors.",
     )
     return rank(iteration_options(command))
 
@@ -436,7 +463,7 @@ def iteration_options(command: Callable) -> Callable:
                 callback=_finite,
                 default=1e-3,
                 show_default=True,
-                help="Relative residual that every triplet must reach.",
+                help="Relative residual that every singular vector must reach.",
             ),
             click.option(
                 "--max-sweeps",

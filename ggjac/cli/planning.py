@@ -38,7 +38,8 @@ def dry_run(command: Callable) -> Callable:
         if not dry_run:
             return command(what, **rest)
         name = click.get_current_context().info_name or ""
-        return show_plan(what, name, rest, bench=not no_bench, output_format=rest.get("output_format", "table"))
+        form = "json" if rest.get("output_format") == "json" else "table"
+        return show_plan(what, name, rest, bench=not no_bench, output_format=form)
 
     wrapped.__doc__, wrapped.__name__ = command.__doc__, command.__name__
     wrapped.__click_params__ = getattr(command, "__click_params__", [])  # type: ignore[attr-defined]
@@ -249,7 +250,9 @@ def _count_tokens(
         return max(counts), {"prompts": len(counts)}
     if command == "steer":
         text, concept = what.texts(params.get("concept"), params.get("concept_tokens"))
-        return count(concept), {"text": count(text.given(conversation))}
+        other = text.unrelated(params.get("control", True), params.get("control_concept"), params.get("concept_tokens"))
+        n = max(count(concept), 0 if other is None else count(other))
+        return n, {"text": count(text.given(conversation)), "other_map": other is not None}
     return count(what.given(conversation)), {}
 
 

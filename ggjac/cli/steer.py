@@ -8,6 +8,7 @@ import click
 
 from ggjac.cli.options import (
     STEER_CONCEPT,
+    STEER_CONTROL,
     STEER_PROMPT,
     ModelOptions,
     TokenIds,
@@ -17,6 +18,9 @@ from ggjac.cli.options import (
     top,
 )
 from ggjac.cli.planning import dry_run
+
+# Divergence in nats beyond which the steered distribution has little to do with the model's own.
+LARGE = 5.0
 
 
 class Strengths(click.ParamType):
@@ -66,7 +70,12 @@ class Strengths(click.ParamType):
 )
 @click.option("--max-tokens", type=click.IntRange(min=1), default=12, show_default=True, help="Tokens to generate.")
 @top("Number of the concept's own next tokens that count as hits.", 5)
-@click.option("--control/--no-control", default=True, show_default=True, help="Also steer with a random operator.")
+@click.option("--control/--no-control", default=True, show_default=True, help="Also steer with a control.")
+@click.option(
+    "--control-concept",
+    help=f"Unrelated prompt whose map is the control.  [default: {STEER_CONTROL!r}; with token ids, a random operator]",
+)
+@click.option("--first", is_flag=True, help="Steer position 0, an attention sink in most models, as well.")
 @click.option(
     "-s", "--seed", type=click.IntRange(0, 2**63 - 1), default=0, help="Seed of the random operator.  [default: 0]"
 )
@@ -89,6 +98,8 @@ def steer(
     max_tokens: int,
     top: int,
     control: bool,
+    control_concept: str | None,
+    first: bool,
     seed: int,
     control_vector: Path | None,
     output: Path | None,
@@ -103,8 +114,9 @@ def steer(
     equation16  h <- (1 - s) h + s c          the paper's equation 16, λ = 1 - s
     additive    h <- h + (s / 2) ‖h‖ c / ‖c‖  the paper's code: c seen through the final norm, h one block earlier
 
-    For comparison, the same prompt is also continued without steering (the baseline), and steered by an operator with
-    the same singular values that writes in random directions (the control).
+    For comparison, the same prompt is also continued without steering (the baseline), and steered by the map of an
+    unrelated prompt (the control). A random operator, the control where the concept is token ids, is not like for like:
+    it can destroy a stream that any text's map would spare. Position 0 is spared, unless --first is given.
 
     \b
     ggjac steer -m model.gguf -p "I am going to Arizona to see the" --concept "The bridge is the Golden" --strength 0.5
@@ -140,9 +152,19 @@ def steer(
             f"--max-tokens {max_tokens}: with the prompt's {len(session.ids)} tokens that is more than the model's "
             f"context of {model.config.longest}"
         )
-    fit_command(session, len(ids), text=len(session.ids), position=-1)
+    other = what.unrelated(control, control_concept, concept_tokens)
+    unrelated = None if other is None else model.prompt_ids(other, parse_special=what.parse_special)
+    n = max(len(ids), len(unrelated or ()))
+    fit_command(session, n, text=len(session.ids), position=-1, other_map=unrelated is not None)
     options: dict[str, Any] = {"method": method, "layer": layer, "strengths": strengths, "max_tokens": max_tokens}
-    options |= {"top": top, "control": control, "seed": seed, "mlp_path": what.mlp_path}
+    options |= {
+        "top": top,
+        "control": control,
+        "control_concept": unrelated,
+        "first": first,
+        "seed": seed,
+        "mlp_path": what.mlp_path,
+    }
     with session.stages.stage("steer") as report:
         result = run(model, session.ids, ids, progress=report, **options)
     content = session.envelope() | {"steering": result.data(session.words)}
@@ -178,7 +200,7 @@ def show(data: dict[str, Any]) -> None:
     rows = [("baseline", data["baseline"])]
     for i, text in enumerate(data["steered"]):
         rows.append(("concept", text))
-        rows.extend(("random", control) for control in data["controls"][i : i + 1])
+        rows.extend(("control", control) for control in data["controls"][i : i + 1])
     table(
         f"Steered texts: {data['method']}; the concept's map spans {data['layer']} of {data['blocks']} blocks; "
         f"the residual stream is steered after {data['changed_after_blocks']} blocks",
@@ -199,3 +221,13 @@ def show(data: dict[str, Any]) -> None:
         "KL: divergence of the first token's distribution from the baseline's, in nats; mass: total probability of the "
         "concept's own next tokens as the first token; hits: number of generated tokens among them"
     )
+    if data["controls"]:
+        kind = data["control"]["kind"]
+        unrelated = "a random operator" if kind == "random" else f"the map of {words(data['control']['tokens'])}"
+        line(f"control: steered by {unrelated}; position 0 is {'steered, too' if data['first_position'] else 'spared'}")
+    strong = [f"{text['strength']:g}" for text in data["steered"] if (text["kl_first"] or 0.0) > LARGE]
+    if strong:
+        line(
+            f"Warning: at strength {', '.join(strong)} the first token's distribution is nearly another one (KL over "
+            f"{LARGE:g} nats): what follows shows a broken model more than the concept; lower --strength"
+        )

@@ -232,7 +232,7 @@ class Request:
         by: of `attribute`.
         count: columns and rows at each position (`norms`).
         text: tokens of the text that is steered, where `n` are the concept's (`steer`); None: also `n`.
-        method, layer, max_tokens, control: of `steer`.
+        method, layer, max_tokens, control: of `steer`; `other_map` if the control is the map of another prompt.
         strengths: number of strengths (`steer`).
         prompts: number of prompts, the longest of `n` tokens (`ranks`).
         saved: checkpoints are written as well as the result; `analyze` always keeps them.
@@ -257,6 +257,7 @@ class Request:
     strengths: int = 1
     max_tokens: int = 12
     control: bool = True
+    other_map: bool = False
     prompts: int = 1
     saved: bool = False
 
@@ -608,9 +609,13 @@ def _steer(builder: _Builder) -> Work:
     # What every block keeps of the past; that of the block being extended exists twice.
     each = [sum(_past_bytes(config, own, kind, capacity, builder.item) for kind in own.mixers) for own in config.layers]
     buffers = {"cache": sum(each) + max(each)}
-    steps: list[Sweeps | Lookup] = [*builder.in_chunks("images of the text", text, region=concept, stream_copies=1)]
-    if request.method == "equation16":
-        steps.append(Sweeps("offset", 1, 3, region=concept))
+    steps: list[Sweeps | Lookup] = []
+    for _ in range(1 + request.other_map):
+        steps += builder.in_chunks("images of the text", text, region=concept, stream_copies=1)
+        if request.method == "equation16":
+            steps.append(Sweeps("offset", 1, 3, region=concept))
+    if request.other_map:
+        steps.append(Sweeps("the control's own pass", 1, 1, region=Region("all", builder.n)))
     steps.append(Sweeps("texts", 1 + steered, 1, region=Region("continued", text), buffers=buffers))
     if later:
         token = Region("continued", capacity, 1)

@@ -30,7 +30,7 @@ FORM: dict[str, Check] = {
             "blocks": integer,
             "seed": integer,
             "concept": _CONCEPT,
-            "controls": each(_TEXT, most=MAX_VECTORS),  # steered by a random operator, in the order of `steered`
+            "controls": each(_TEXT, most=MAX_VECTORS),  # steered by the control, in the order of `steered`
         },
     ),
 }
@@ -50,7 +50,7 @@ def effects(run: Run) -> list[Chart]:
     found = []
     for measure, (name, title, label) in MEASURES.items():
         series = []
-        for texts, words, tone in ((given["steered"], "concept", "accent"), (given["controls"], "random", "faint")):
+        for texts, words, tone in ((given["steered"], "concept", "accent"), (given["controls"], "control", "faint")):
             whole = [given["baseline"], *texts] if texts else []
             points = sorted((t["strength"], t[measure]) for t in whole if t[measure] is not None)
             series.append(Series(words, tuple((s, float(value)) for s, value in points), tone))
@@ -64,7 +64,7 @@ def effects(run: Run) -> list[Chart]:
 
 
 def steer(run: Run) -> dict[str, Any] | None:
-    """Prepare the steered texts, with the baseline and a random control."""
+    """Prepare the steered texts, with the baseline and a control."""
     found = run.content["steering"]
     if not found:
         return None
@@ -73,7 +73,7 @@ def steer(run: Run) -> dict[str, Any] | None:
     for i, steered in enumerate(found["steered"]):
         strength = minus(f"{steered['strength']:g}")
         rows.append(_row("Concept", steered, strength))
-        rows += [_row("Random", control, strength) for control in (found["controls"] or [])[i : i + 1]]
+        rows += [_row("Control", control, strength) for control in (found["controls"] or [])[i : i + 1]]
     spans = f"{found['layer']} of {found['blocks']}" if found["blocks"] else str(found["layer"])
     return {
         "rows": rows,
