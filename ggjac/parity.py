@@ -42,6 +42,7 @@ from ggjac.display import visible
 from ggjac.gguf import GGUFFile, open_gguf, shown
 from ggjac.planner import machine
 from ggjac.results import NO_WORDS, Plotted, Points, Table, Words
+from ggjac.tokenizer import TokenizerError
 
 if TYPE_CHECKING:
     from ggjac.model import Model, Trace
@@ -238,12 +239,14 @@ def verify(
         progress: called with a line of text before each step.
 
     Raises:
-        ParityError: llama.cpp is missing or cannot run the file, or there is no room for the copy.
-        TokenizerError: `prompt` cannot be tokenized.
+        ParityError: llama.cpp is missing, cannot run the file or tokenize the prompt, or there is no room for the copy.
     """
     report = progress or (lambda _: None)
     if prompt is not None:
-        model.tokenize(prompt, parse_special=parse_special)  # refuses text that would crash llama.cpp
+        try:
+            model.tokenize(prompt, parse_special=parse_special)  # refuses text that would crash llama.cpp
+        except TokenizerError as error:  # above all if llama.cpp has died since the session began
+            raise ParityError(str(error)) from None
     types = {info.type.name for info in model.gguf.tensors.values()}
     row, given = model.config.row, tolerance
     if row.recurrent_blocks in ("no kv heads", "interval"):

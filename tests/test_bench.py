@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import invoke
 
 from ggjac import weights
 from ggjac.gguf import open_gguf
@@ -124,3 +125,13 @@ def test_all_of_it(monkeypatch: pytest.MonkeyPatch, tiny_file: TinyFile) -> None
     assert math.isinf(found.bus)
     assert min(*found.types.values(), *found.multiply.values(), found.disk, found.copy, found.touch, found.call) > 0
     assert torch.get_num_threads() == threads
+
+
+def test_a_rate_above_its_limit_is_no_percentage(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a busy machine: "364 % of square matrices" beside a limit that cannot be exceeded."""
+    monkeypatch.setattr(bench, "square_rate", lambda *_: 1.0)
+    out = invoke("bench", "-t", 1).stdout
+    rows = [line for line in out.split("\n") if line.startswith("multiply a tile")]
+    assert rows
+    assert all(line.split()[-3:] == ["above", "square", "matrices"] for line in rows)
+    assert "measured while other programs ran: measure again" in out

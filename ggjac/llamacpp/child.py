@@ -181,23 +181,23 @@ class Child:
         try:
             code = self._process.wait(timeout=5)
         except subprocess.TimeoutExpired:
-            return LlamaCppDied("its process no longer answers")
+            code = None
         self._log.seek(max(0, self._log.seek(0, os.SEEK_END) - 4096))
         lines = [line.strip() for line in self._log.read().decode("utf-8", errors="replace").splitlines()]
         loading = next((line == LOADING for line in reversed(lines) if line in (LOADING, LOADED)), False)
         words = next((line for line in reversed(lines) if line and line not in (LOADING, LOADED)), "it gave no reason")
         # An assertion contains the source file's path on the machine that compiled it.
         words = re.sub(r"^\S*[/\\](?=[\w.-]+:\d+: )", "", words)[:400]
+        likely = f"its library cannot be loaded: {REINSTALL}" if loading else None
+        if code is None:
+            return LlamaCppDied(f"its process no longer answers: {words}", likely=likely)
         if code >= 0:
-            return LlamaCppDied(f"exit code {code}: {words}")
+            return LlamaCppDied(f"exit code {code}: {words}", likely=likely)
         name = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
-        likely = None
         if name == "SIGILL":
             likely = OTHER_PROCESSOR
         elif name == "SIGKILL":  # the kernel kills the process that takes the last memory
             likely = "there is too little memory"
-        elif loading:
-            likely = f"its library cannot be loaded: {REINSTALL}"
         return LlamaCppDied(f"{name}: {words}", will_not_fit=name == "SIGKILL", likely=likely)
 
 
