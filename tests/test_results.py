@@ -82,7 +82,7 @@ def parity() -> Parity:
         LayerError("result_norm", None, 5e-7, 2, 6e-7),
     ]
     return Parity(
-        "strict", True, "within 1e-05", True, True, 4, 1, 0.0, 1e-9, 2e-9, 3e-7, layers, None, 1e-5, None
+        "strict", True, "within 1e-05", True, True, 4, 4, 1, 0.0, 1e-9, 2e-9, 3e-7, layers, None, 1e-5, None
     )  # fmt: skip
 
 
