@@ -3,6 +3,7 @@
 from types import SimpleNamespace
 
 import pytest
+from helpers import invoke
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -106,3 +107,10 @@ def test_a_token_in_json_is_not_escaped():
     assert found.token(1, 0.5) == {"id": 1, "text": "␣", "score": 0.5}
     assert found.token(2) == {"id": 2, "text": "\n"}
     assert found.token(3) == {"id": 3, "text": "\ufffd", "bytes": "f09f"}
+
+
+@pytest.mark.parametrize("env", [{"FORCE_COLOR": "1"}, {"NO_COLOR": "1"}, {"TERM": "dumb"}])
+def test_a_pipe_gets_no_escape_codes(env: dict[str, str]) -> None:
+    out = invoke("predict", "-q", "-p", "\U0001f469\u200d\U0001f467 \u05e9\u05dc\u05d5\u05dd", env=env).stdout
+    assert "Next token" in out
+    assert "\x1b" not in out

@@ -258,10 +258,15 @@ def check_page(report: Report, browser: Any, path: Path, where: str) -> None:
     """Open a page and look for anything that a text brought in."""
     complaints: list[str] = []
     requests: list[str] = []
+
+    def closed(dialog: Any) -> None:
+        complaints.append("dialog")
+        dialog.dismiss()
+
     page = browser.new_page()
     page.on("console", lambda message: complaints.append(message.text))
     page.on("pageerror", lambda error: complaints.append(str(error)))
-    page.on("dialog", lambda dialog: complaints.append("dialog") or dialog.dismiss())  # type: ignore[func-returns-value]
+    page.on("dialog", closed)
     page.on("request", lambda request: requests.append(request.url))
     page.goto(path.as_uri())
     page.evaluate("for (const b of [...document.querySelectorAll('button[value]')].slice(0, 20)) b.click()")

@@ -171,7 +171,7 @@ SECTIONS = (
         "svd",
         "Singular values",
         svd,
-        "The gains of the map along its leading directions. The stable rank, Σσ² ⁄ σ₁² over all singular values, "
+        "The gains of the map along its leading directions. The stable rank, ‖J‖²_F ⁄ σ₁², "
         "measures the number of directions that the map effectively uses.",
         singular_values,
     ),
