@@ -119,10 +119,15 @@ def spectrum(
             progress(f"sweep {sweep}{residual}, {what}", done, total, sweeps_left(history, sweep, tol))
         sweep += done == total
 
+    def signs(what: str, done: int, total: int, rounds: int = 0) -> None:
+        if progress:
+            progress(f"signs, {what}", done, total)
+
     with jacobian.reporting(report):
         found = jacobian.svd(
             rank, tol=tol, seed=seed, max_sweeps=max_sweeps, progress=lambda _, worst: history.append(worst)
         )
+    with jacobian.reporting(signs):
         triplets = found.pointing_along(jacobian.linear_output)
     U, Vh = triplets.U.to(head.matrix.dtype), triplets.Vh.to(embedding.dtype)
     return Spectrum(
