@@ -36,10 +36,12 @@ class Head(NamedTuple):
     softcap: float = 0.0
 
     def logits(self, Y: Float[Tensor, "k d"]) -> Float[Tensor, "k v"]:
-        """Return the logits of `k` outputs of the final norm."""
+        """Return the logits of `k` outputs of the final norm; tokens without a valid row are the least likely."""
         z = self.scale * torch.cat([Y @ tile.T for *_, tile in self.matrix.tiles()], 1)
         if self.bias is not None:
             z = z + self.bias
+        if invalid := self.matrix.invalid:
+            z[:, invalid] = z.amin(1, keepdim=True)
         return self.softcap * torch.tanh(z / self.softcap) if self.softcap else z
 
 

@@ -20,6 +20,12 @@ def together(tokens: Sequence[Mapping[str, Any]]) -> str:
     return visible(b"".join(map(_spelled, tokens)))
 
 
+def span(tokens: Sequence[Mapping[str, Any]]) -> str:
+    """Return the positions of one group of `characters`."""
+    first, last = tokens[0]["position"], tokens[-1]["position"]
+    return str(first) if first == last else f"{first}-{last}"
+
+
 def characters(tokens: Sequence[Mapping[str, Any]]) -> list[list[Mapping[str, Any]]]:
     """Return tokens of a text in groups: those that only together make up whole characters, and all others alone."""
     groups: list[list[Mapping[str, Any]]] = []

@@ -71,6 +71,23 @@ class LinearOperator:
         """Return `Aᵀ y` for each of `k` stacked vectors: `[k, *out_shape]` to `[k, *in_shape]`."""
         raise NotImplementedError
 
+    def __repr__(self) -> str:
+        """Return the kind of operator and its shapes on one line."""
+        return f"{type(self).__name__} {list(self.in_shape)} -> {list(self.out_shape)}"
+
+    def check_shape(self, given: Tensor, shape: tuple[int, ...]) -> None:
+        """Refuse what is not a stack of vectors of a shape.
+
+        Raises:
+            ValueError: the message names both shapes.
+        """
+        if tuple(given.shape[1:]) != shape or given.dim() != len(shape) + 1:
+            sizes = ", ".join(map(str, shape))
+            raise ValueError(
+                f"this operator takes stacked vectors [k, {sizes}], got {list(given.shape)}; make a stack of one "
+                "vector with x[None]"
+            )
+
     def read_ahead(self) -> None:
         """Prefetch the weights of the next product, so that the disk is read while something else is computed."""
         for part in self.parts:
@@ -559,6 +576,10 @@ class Transpose(LinearOperator):
         self.parts = (operator,)
         self.in_shape, self.out_shape = operator.out_shape, operator.in_shape
         self.dtype, self.device = operator.dtype, operator.device
+
+    def __repr__(self) -> str:
+        """Return the operator and the shapes of its transpose on one line."""
+        return f"{type(self.operator).__name__}.T {list(self.in_shape)} -> {list(self.out_shape)}"
 
     @property
     def T(self) -> LinearOperator:

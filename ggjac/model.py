@@ -220,6 +220,39 @@ class Model:
                 return list(DEMO_PROMPTS[prompt])
             raise
 
+    def spelled(self, text: str) -> list[int]:
+        """Return the token ids of a text inside another one: nothing is added at its ends.
+
+        Raises:
+            TokenizerError: the file has no tokenizer, or llama-cpp-python is not installed.
+        """
+        ids = self.tokenizer.encode(text, add_special=False)
+        if len(ids) != 1 and text.startswith(" "):
+            # SentencePiece puts a space before every text: here it has brought its own.
+            inner = self.tokenizer.encode(text[1:], add_special=False)
+            if len(inner) == 1 and self.tokenizer.piece(inner[0]) == text.encode():
+                return inner
+        return ids
+
+    def token(self, text: str) -> int:
+        """Return the id of a text that is one token.
+
+        Raises:
+            PromptError: it is not.
+            TokenizerError: the file has no tokenizer, or llama-cpp-python is not installed.
+        """
+        ids = self.spelled(text)
+        if len(ids) != 1:
+            parts = " + ".join(self.word(id) for id in ids[:8]) + " + ..." * (len(ids) > 8) or "none"
+            raise PromptError(f"{text!r} is {len(ids)} tokens ({parts}); give the text of one token, or its id")
+        return ids[0]
+
+    def __repr__(self) -> str:
+        """Return file, architecture, blocks and dtype on one line."""
+        config, dtype = self.config, str(self.dtype).removeprefix("torch.")
+        where = f"{dtype} on {self.device}"
+        return f"Model({self.path.name!r}, {config.architecture}, {config.block_count} blocks, {where})"
+
     def chat(self, question: str, system: str | None = None) -> str:
         """Return the prompt in which a user asks a question, by the file's own chat template.
 
@@ -477,7 +510,7 @@ class Model:
         return list(ids)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Trace:
     """The run of one prompt: its outputs, and the tapes of the network frozen at it.
 
@@ -500,6 +533,17 @@ class Trace:
     tapes: Tapes
     # By position, the last one asked for alone: those of all positions would outweigh the trace.
     _logits: dict[int, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def __repr__(self) -> str:
+        """Return the prompt and the model on one line."""
+        text, config = self.model.text(self.ids), self.model.config
+        start = text if len(text) <= 40 else f"{text[:40]}…"
+        return f"Trace({start!r}, {len(self.ids)} tokens, {config.architecture}, {config.block_count} blocks)"
+
+    def top(self, count: int = 5, position: int = -1) -> list[tuple[str, float]]:
+        """Return the most likely tokens after a position, as they are shown, with their probabilities."""
+        best = self.logits_at(position).cpu().double().softmax(0).topk(min(count, self.model.config.vocabulary))
+        return [(self.model.word(id), chance) for chance, id in zip(*(part.tolist() for part in best), strict=True)]
 
     @property
     def output(self) -> Float[Tensor, " d"]:
@@ -580,6 +624,7 @@ class Trace:
             embedding=model.embedding,
             outside=model.outside,
             table=partial(model.block_table, self.ids),
+            token=model.token,
         )
 
 

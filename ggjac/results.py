@@ -6,12 +6,18 @@ texts of tokens come from the trace that they were computed from: `result.table(
 `result` shows ids.
 """
 
+import csv
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from html import escape
+from io import StringIO
 from itertools import cycle
 from typing import Any, NamedTuple, Protocol
+from unicodedata import combining, east_asian_width
 
+# The first position is an attention sink where it has more than this fraction of a logit, or of a vector's weight.
+# Of fewer positions, one may well have as much for its own sake.
+SINK, SINK_POSITIONS = 0.5, 4
 MAX_ROWS = 100  # of a table on the page; a DataFrame has all
 
 _TABLE = "border-collapse:collapse;color:inherit;font-size:90%"
@@ -34,12 +40,14 @@ class Prompt(Protocol):
 class Words:
     """Texts of tokens, where there is a trace to take them from."""
 
-    def __init__(self, trace: Prompt | None = None):
-        self.trace = trace
+    def __init__(self, trace: Prompt | None = None, *, true: bool = False):
+        self.trace, self.true = trace, true
 
     def __call__(self, id: int) -> str | int:
-        """Return a token on one line, with everything visible; without a trace its id."""
-        return id if self.trace is None else self.trace.model.word(int(id))
+        """Return a token on one line, with everything visible, or its `true` text; without a trace its id."""
+        if self.trace is None:
+            return id
+        return self.token(id)["text"] if self.true else self.trace.model.word(int(id))
 
     def each(self, ids: Sequence[int]) -> list[str | int]:
         """Return several tokens."""
@@ -74,6 +82,14 @@ class Words:
     def here(self, position: int) -> dict[str, Any]:
         """Return a position of the prompt as plain data, with its token where that is known."""
         return {"position": position} | (self.token(self.trace.ids[position]) if self.trace else {})
+
+    def sink(self, fraction: float, positions: int) -> dict[str, Any] | None:
+        """Return the first position as plain data with its `fraction`, if that makes it an attention sink; else None.
+
+        It does where one of at least `SINK_POSITIONS` positions has more than `SINK` of a whole.
+        """
+        clear = positions >= SINK_POSITIONS and fraction > SINK
+        return self.here(0) | {"fraction": fraction} if clear else None
 
     def name(self, id: int) -> str:
         """Return a token for a sentence."""
@@ -120,23 +136,91 @@ class Table:
         frame.attrs |= {"title": self.title, "notes": self.notes}
         return frame
 
+    def __str__(self) -> str:
+        """Return an aligned table of text, its title above and its notes below."""
+        numeric = [_numeric(column) for column in self.columns.values()]
+        cells = [list(map(_text, column[:MAX_ROWS])) for column in self.columns.values()]
+        widths = [max(map(_width, [name, *column])) for name, column in zip(self.columns, cells, strict=True)]
+
+        def line(row: Sequence[str]) -> str:
+            parts = zip(row, widths, numeric, strict=True)
+            spaced = [(text, " " * (width - _width(text)), right) for text, width, right in parts]
+            return "   ".join(gap + text if right else text + gap for text, gap, right in spaced).rstrip()
+
+        rule = "─" * (sum(widths) + 3 * (len(widths) - 1))
+        rows = [line(row) for row in zip(*cells, strict=True)]
+        return "\n".join([self.title, line(list(self.columns)), rule, *rows, *self._more(), *self.notes])
+
+    __repr__ = __str__
+
+    def to_csv(self) -> str:
+        """Return all rows as comma-separated values: numbers with all digits, a column for each of several tokens."""
+        columns: dict[str, Sequence[Any]] = {}
+        for name, column in self.columns.items():
+            if any(isinstance(cell, list | tuple) for cell in column):
+                most = max(map(len, column))
+                columns |= {f"{name} {i + 1}": [[*c, *[None] * most][i] for c in column] for i in range(most)}
+            else:
+                columns[name] = column
+        text = StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerows([columns, *zip(*columns.values(), strict=True)])
+        return text.getvalue()
+
+    def to_latex(self) -> str:
+        """Return all rows as a LaTeX table for the package booktabs; some scripts need XeLaTeX or LuaLaTeX."""
+        sides = "".join("r" if _numeric(column) else "l" for column in self.columns.values())
+        cells = zip(*self.columns.values(), strict=True)
+        head, *rows = (
+            " & ".join(map(_latex, row)) + r" \\" for row in (self.columns, *(map(_text, row) for row in cells))
+        )
+        body = [r"\toprule", head, r"\midrule", *rows, r"\bottomrule"]
+        said = [f"% {line}" for line in (self.title, *self.notes)]
+        return "\n".join([*said, rf"\begin{{tabular}}{{{sides}}}", *body, r"\end{tabular}", ""])
+
+    def _more(self) -> tuple[str, ...]:
+        """Return a note on the rows that are not shown."""
+        rows = max(map(len, self.columns.values()), default=0)
+        return (f"… {rows - MAX_ROWS} more rows: .to_pandas() has all",) if rows > MAX_ROWS else ()
+
     def _repr_html_(self) -> str:
         """Return an HTML table in the colours of the notebook, whatever they are; tokens come from strangers."""
         rows = list(zip(*self.columns.values(), strict=True))
-        numeric = [all(isinstance(cell, int | float | None) for cell in column) for column in self.columns.values()]
-        sides = ["right" if right else "left" for right in numeric]
+        sides = ["right" if _numeric(column) else "left" for column in self.columns.values()]
         names = [_cell("th", name, side, _RULE) for name, side in zip(self.columns, sides, strict=True)]
         lines = [
             "".join(_cell("td", _text(cell), side) for cell, side in zip(row, sides, strict=True))
             for row in rows[:MAX_ROWS]
         ]
-        more = (f"… {len(rows) - MAX_ROWS} more rows: .to_pandas() has all",) if len(rows) > MAX_ROWS else ()
         return (
             f'<table style="{_TABLE}"><caption style="caption-side:top;text-align:left;color:inherit">'
             f"{escape(self.title)}</caption><thead><tr>{''.join(names)}</tr></thead>"
             f"<tbody>{''.join(f'<tr>{line}</tr>' for line in lines)}</tbody></table>"
-            + "".join(f'<div style="font-size:90%">{escape(note)}</div>' for note in (*more, *self.notes))
+            + "".join(f'<div style="font-size:90%">{escape(note)}</div>' for note in (*self._more(), *self.notes))
         )
+
+
+# Characters that LaTeX reads as commands or joins, or that its fonts lack, and how it prints them.
+_IN_LATEX = {
+    **{character: rf"\{character}" for character in "&%$#_{}"},
+    **{"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "␣": r"\textvisiblespace{}"},
+    **{"<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}", "`": r"\textasciigrave{}"},
+    **{"−": "$-$", "–": "--", "σ": r"$\sigma$", "-": "{-}"},
+}
+
+
+def _latex(text: str) -> str:
+    """Return a text as LaTeX prints it; no token of a stranger's file is a command."""
+    return "".join(_IN_LATEX.get(character, character) for character in text)
+
+
+def _numeric(column: Sequence[Any]) -> bool:
+    return all(isinstance(cell, int | float | None) for cell in column)
+
+
+def _width(text: str) -> int:
+    """Return the columns that a terminal gives a text: two to East Asian characters, none to combining marks."""
+    return sum(2 if east_asian_width(c) in "WF" else 0 if combining(c) or c == "\ufe0f" else 1 for c in text)
 
 
 def _cell(tag: str, text: str, side: str, more: str = "") -> str:
@@ -155,6 +239,16 @@ def _text(cell: Any) -> str:
 class Result:
     """A result that gives its data, and shows itself in a notebook. By default both are its fields of single values."""
 
+    def __init_subclass__(cls, **options: Any) -> None:
+        """Let no dataclass print its tensors."""
+        super().__init_subclass__(**options)
+        cls.__repr__ = Result.__repr__  # type: ignore[method-assign]
+
+    def __repr__(self) -> str:
+        """Return kind, title and size on one line."""
+        table = self.table()
+        return f"{type(self).__name__}({table.title!r}, {max(map(len, table.columns.values()), default=0)} rows)"
+
     def data(self, words: Words = NO_WORDS) -> Any:
         """Return the result as plain data, ready for JSON: what the command prints and the report reads."""
         found = {field.name: getattr(self, field.name) for field in fields(self)}  # type: ignore[arg-type]
@@ -166,6 +260,10 @@ class Result:
             "".join(f" {c.lower()}" if c.isupper() else c for c in type(self).__name__).strip().capitalize(),
             {name: [value] for name, value in found.items() if isinstance(value, int | float | str)},
         )
+
+    def exhibits(self, trace: Prompt | None = None) -> list[Table]:
+        """Return the tables for print: the one of `table`, unless a kind of result has its own."""
+        return [self.table(trace)]
 
     def table(self, trace: Prompt | None = None) -> Table:
         """Return the result as a table; with the trace it was computed from, tokens are texts instead of ids."""

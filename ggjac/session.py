@@ -363,14 +363,18 @@ class Session:
         """Return the prompt's tokens as plain data."""
         return [self.words.here(i) for i in range(len(self.ids))]
 
-    def envelope(self) -> dict[str, Any]:
+    def envelope(self, *, check: bool = True) -> dict[str, Any]:
         """Return what every result carries: where it came from and how it was computed.
+
+        Args:
+            check: whether the model file is unchanged; not asked again about a result that is saved already.
 
         Raises:
             ChangedError: another program has changed the model file, so that the result may be of two models.
         """
         model, config = self.model, self.model.config
-        model.gguf.check_unchanged()
+        if check:
+            model.gguf.check_unchanged()
         metadata = model.gguf.metadata
         return runs.provenance() | {
             "command": self.command,
@@ -382,7 +386,7 @@ class Session:
                 "bytes": model.gguf.nbytes,
                 "fingerprint": model.gguf.fingerprint(),
                 "sha256": model.gguf.hashes,
-                "warning": model.weights.holes.warning(),
+                "warning": model.weights.warning(),
             },
             "prompt": self.text,
             "tokens": self.tokens(),

@@ -24,6 +24,11 @@ def power(value: float | None, digits: int = 1) -> str:
     return minus(raised if mantissa.rstrip("0").rstrip(".") == "1" else f"{mantissa} × {raised}")
 
 
+def counted(count: int, thing: str) -> str:
+    """Return a number of things: `1 prompt`, `2 prompts`."""
+    return f"{count} {thing}" + "s" * (count != 1)
+
+
 def size(nbytes: int | float) -> str:
     """Return bytes in binary units: `999 B`, `1.5 GiB`."""
     value = float(nbytes)

@@ -128,11 +128,11 @@ COMMANDS: dict[str, Command] = {
         {
             "": {"attribute": "= logit"},
             "--by layer": {"attribute-branches": "MLP, all blocks"},
-            "--by head": {"attribute-branches": "head 1"},
+            "--by head": {"attribute-branches": "L1H0"},
             "--versus 7": {"attribute": "minus that of [7]"},
             "--position all": {"attribute-positions": "The shares sum to the logit at every position."},
             "--position all --by layer": {"attribute-positions": "attention"},
-            "--position all --by head": {"attribute-positions": ", head "},
+            "--position all --by head": {"attribute-positions": "L1H0"},
         },
         {
             "": [],

@@ -323,7 +323,7 @@ def branches(*, blocks: int, heads: int, seed: int = 1, **entry: Any) -> dict[st
     """Return the shares of blocks and heads in a logit, as `attribute --by head` (or, of no heads, `layer`) prints."""
     random = np.random.default_rng(seed)
     parts: dict[str, Any] = {"embedding": 0.5, "blocks": [], "bias": 0.25}
-    for block in range(1, blocks + 1):
+    for block in range(blocks):
         shares = [float(share) for share in random.normal(size=heads) ** 3]
         attn = sum(shares) + 0.125 if heads else float(random.normal())
         parts["blocks"].append({"block": block, "attn": attn, "mlp": float(random.normal())})

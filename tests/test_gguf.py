@@ -5,6 +5,7 @@ import hashlib
 import itertools
 import mmap
 import os
+import platform
 import re
 import shutil
 import struct
@@ -471,6 +472,34 @@ for read in (lambda: file.rows("a", 3, 5), file.sha256):
         "bytes N to N cannot be read (input/output error); check the disk or the network, or copy the file to a local "
         "disk"
     ] * 2
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "aarch64") or sys.platform != "linux", reason="Linux only")
+def test_a_page_that_goes_while_it_is_read_is_zeros_and_the_file_is_lost(tmp_path: Path) -> None:
+    """In a process of its own, which would be killed: two files are open, one is cut behind the back of its reader."""
+    for name in ("a.gguf", "b.gguf"):
+        write(tmp_path / name, lambda writer: writer.add_tensor("a", np.ones((64, 4096), np.float32)))
+    program = """
+import os
+from ggjac import guard
+from ggjac.gguf import GGUFError, open_gguf
+guard.install()
+files = [open_gguf(name) for name in ("a.gguf", "b.gguf")]
+rows = [file.rows("a") for file in files]
+os.truncate("b.gguf", 8192)
+print([int(part.view("<f4").sum()) == 64 * 4096 for part in rows], [file.lost for file in files])
+files[0].check_unchanged()
+try:
+    files[1].check_unchanged()
+except GGUFError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path, check=True)
+    assert done.stdout.splitlines() == [
+        "[True, False] [False, True]",
+        "b.gguf: a part of it could not be read while in use: it was truncated, or the disk or the network failed; "
+        "restore the file, or copy it to a local disk, then start again",
+    ]
 
 
 # --- Split files ---

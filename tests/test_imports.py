@@ -21,7 +21,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "units": set(),
     "drawing": {"units"},
     "linop": set(),
-    "gguf": set(),
+    "guard": set(),
+    "gguf": {"guard"},
     "results": {"drawing"},
     # algebra: operators, no transformer
     "svd": {"linop", "results", "sizes"},

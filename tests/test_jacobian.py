@@ -9,11 +9,12 @@ import oracle
 import pytest
 import tiny
 import torch
-from helpers import EPS, distance
+from helpers import EPS, distance, edited
 from safetensors.torch import load_file
 
 from ggjac.blocks import networks
 from ggjac.jacobian import SharedSweep, Span, Tap
+from ggjac.jacobian.reconstruction import reconstruction
 from ggjac.linop import dot_test
 from ggjac.model import DTYPES, open_model
 from ggjac.runs.journal import Journal
@@ -480,3 +481,55 @@ def test_kept_weights_change_no_bit_and_are_not_read_again(
         assert torch.equal(J.rmatmat(Y), expected)
     again = {name.split(".")[1] for name in model.weights.reads if name.endswith("weight")}
     assert again == {str(i) for i in range(blocks)}
+
+
+# ---- health
+
+
+def cancelling(path: Path, length: float) -> Path:
+    """Let a bias write a long vector into the stream after the first block, and another erase it before the last."""
+    edited(path, "blk.0.ffn_down.bias", length)
+    return edited(path, "blk.2.ffn_down.bias", -length)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("length", [1e3, 1e5])
+def test_cancellation_is_healthy(length: float, dtype: str, tmp_path: Path) -> None:
+    """The map is as good as sums that cancel can be, and is so in every dtype."""
+    path = cancelling(tiny.write(tmp_path / "model.gguf", **tiny.resized("live_biases", layers=4)), length)
+    J = open_model(path, dtype=dtype).trace([5, 17, 3, 99]).jacobian()
+    streams: dict[str, torch.Tensor] = {}
+    open_model(path, dtype="float64").trace([5, 17, 3, 99], observe=streams.__setitem__)
+    lengths = [float(streams[f"l_out-{i}"][-1].norm()) for i in range(4)]
+    expected = max(lengths[:3]) / min(lengths[2:])
+    assert J.cancellation == pytest.approx(expected, rel=1e-3)
+    found = reconstruction(J)
+    assert found.healthy
+    if length == 1e5:
+        assert found.error > J.reconstruction_limit
+        assert found.data()["cancellation"] == J.cancellation
+        assert found.limit <= max(4 * torch.finfo(J.dtype).eps * expected * 1.01, J.reconstruction_limit)
+    assert found.limit <= 1e-2
+
+
+@pytest.mark.parametrize("length", [None, 1e3, 1e5])
+def test_cancellation_excuses_no_mistake(length: float | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bias that the map forgets, and a map that is off by 2 %."""
+    path = tiny.write(tmp_path / "model.gguf", **tiny.resized("live_biases", layers=4))
+    if length:
+        cancelling(path, length)
+    J = open_model(path).trace([5, 17, 3, 99]).jacobian()
+    pushed = J._pushed.clone()
+    for mistake in (pushed * 1.02, torch.stack([pushed[0], pushed[1], 0 * pushed[2]])):
+        J.__dict__["_pushed"] = mistake
+        assert not reconstruction(J).healthy
+    J.__dict__["_pushed"] = pushed * torch.nan
+    assert not reconstruction(J).healthy
+
+
+@pytest.mark.parametrize("case", ["gqa", "live_biases", "gpt2", "gemma3"])
+def test_ordinary_models_have_the_ordinary_limit(case: str, tiny_files: dict[str, Path]) -> None:
+    J = open_model(tiny_files[case]).trace(tiny.prompt(case, 6)).jacobian()
+    found = reconstruction(J)
+    assert (found.limit, found.cancellation) == (1e-5, None)
+    assert 1 <= J.cancellation < 10

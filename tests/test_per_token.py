@@ -74,4 +74,4 @@ def test_progress_counts_the_sweeps_of_the_result(tiny_files: dict[str, Path]) -
         sweeps = found.svd.sweeps if analysis is spectrum else max(one.svd.sweeps for one in found)
         numbers = [int(what.split(",")[0].split()[1]) for what in seen if what.startswith("sweep ")]
         assert sorted(set(numbers)) == list(range(1, sweeps + 1))
-        assert seen[-1].startswith("signs, ")
+        assert any(what.startswith("signs, ") for what in seen)

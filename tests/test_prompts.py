@@ -235,6 +235,24 @@ def test_a_target_is_written_as_it_is_shown() -> None:
     assert open_model().tokenizer.piece(found["id"]) == b"\n"
 
 
+# -- characters --------------------------------------------------------------------------------------------------------
+
+
+def test_a_character_of_several_tokens_is_one_row_with_the_sum_of_its_shares() -> None:
+    options = ["-p", "日 is"]
+    data = invoke_json("attribute", *options)["attribution"]["shares"]
+    assert [row.get("bytes") for row in data[1:4]] == ["e6", "97", "a5"]
+    assert re.search(r"\n +1-3 +\d+ \d+ \d+ +日\n +4 ", invoke("predict", *options).stdout)
+    shown = invoke("attribute", *options).stdout
+    sum_of_parts = sum(row["share"] for row in data[1:4])
+    assert re.search(rf"\n +1-3 +日 +{re.escape(f'{sum_of_parts:+.4f}')}", shown)
+    for row in data[1:4]:
+        part = f"<0x{row['bytes'].upper()}>"
+        assert re.search(rf"\n +{row['position']} +{part} +\({re.escape(format(row['share'], '+.4f'))}\)", shown)
+    few = invoke("attribute", *options, "--count", 1).stdout
+    assert "more: --all" in few
+
+
 # -- pipes -------------------------------------------------------------------------------------------------------------
 
 

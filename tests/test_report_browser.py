@@ -225,7 +225,7 @@ def test_a_click_pins_a_token_and_shows_its_rank_by_depth(reader: Reader) -> Non
     assert column(reader, 1) == [TOKENS[id], *map(str, ranks(id))]
     assert button.get_attribute("aria-pressed") == "true"
     said = reader.locator("#said").text_content()
-    assert said.startswith(f"{TOKENS[id]} pinned: rank {ranks(id)[0]} after 0, ")
+    assert said.startswith(f"{TOKENS[id]} pinned: rank by depth {ranks(id)[0]} at 0, ")
 
     # The line drawn: depths from left to right, height the logarithm of the rank, better ranks higher.
     line = reader.locator(".chart.ranks .line.accent").get_attribute("d")
@@ -385,20 +385,20 @@ def test_a_cell_says_its_value(reader: Reader) -> None:
     grid.scroll_into_view_if_needed()
     box = grid.bounding_box()
     says = reader.locator("#attribute-branches output")
-    # Two columns, a gap, four heads: the middle of head 2 of block 3.
+    # Two columns, a gap, four heads: the middle of L2H2.
     reader.mouse.move(box["x"] + box["width"] * 5.5 / 7, box["y"] + box["height"] * 2.5 / 6)
     expected = f"{blocks[2]['heads'][2]:+.4f}".replace("-", "−")
-    assert says.text_content() == f"block 3, head 2: {expected}"
+    assert says.text_content() == f"block L2, head 2: {expected}"
     reader.mouse.move(box["x"] + box["width"] * 2.5 / 7, box["y"] + box["height"] * 2.5 / 6)
-    assert says.text_content() == f"block 3, head 2: {expected}", "the gap says nothing"
+    assert says.text_content() == f"block L2, head 2: {expected}", "the gap says nothing"
 
     reader.locator("#attribute-branches .map").press("ArrowLeft")
     reader.locator("#attribute-branches .map").press("ArrowUp")
     expected = f"{blocks[1]['heads'][1]:+.4f}".replace("-", "−")
-    assert says.text_content() == f"block 2, head 1: {expected}"
+    assert says.text_content() == f"block L1, head 1: {expected}"
     reader.keyboard.press("Home")
     expected = f"{blocks[1]['attn']:+.4f}".replace("-", "−")
-    assert says.text_content() == f"block 2, attention: {expected}"
+    assert says.text_content() == f"block L1, attention: {expected}"
     cursor = reader.locator("#attribute-branches .cursor")
     assert [cursor.get_attribute(name) for name in ("x", "y", "width")] == ["0", "1", "1"]
     for _ in range(20):  # not beyond the edge

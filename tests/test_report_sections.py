@@ -62,14 +62,14 @@ def test_every_share_is_in_the_table_and_they_sum_to_the_logit(html: str) -> Non
     rows = found.find("tr")
     for block in entry["blocks"]:
         values = [block["attn"], block["mlp"], *block["heads"]]
-        assert f"{block['block']} " + " ".join(signed(value) for value in values) in rows
+        assert f"L{block['block']} " + " ".join(signed(value) for value in values) in rows
     logit = minus(f"{entry['logit']:.4f}")
     (equation,) = found.find("p", **{"class": "equation"})
     assert equation.startswith(f"Sum of all parts {signed(entry['logit'])} = logit {logit} (remainder ")
     attention = sum(block["attn"] for block in entry["blocks"])
     assert any(row.startswith(f"Attention, all blocks {signed(attention)}") for row in rows)
     largest = max(
-        ((share, f"Block {b['block']}, head {i}") for b in entry["blocks"] for i, share in enumerate(b["heads"])),
+        ((share, f"L{b['block']}H{i}") for b in entry["blocks"] for i, share in enumerate(b["heads"])),
         key=lambda part: abs(part[0]),
     )
     assert any(row.startswith(f"{largest[1]} {signed(largest[0])}") for row in rows)
@@ -167,8 +167,8 @@ def test_by_layer_there_is_a_chart_and_a_table() -> None:
     found = section(rendered(content), "attribute-branches")
     assert "data-heat" not in rendered(content)[: rendered(content).index('id="attribute-positions"')]
     for block in content["branches"]["blocks"]:
-        assert f"{block['block']} {signed(block['attn'])} {signed(block['mlp'])}" in found.find("tr")
-    assert ", head " not in found.text
+        assert f"L{block['block']} {signed(block['attn'])} {signed(block['mlp'])}" in found.find("tr")
+    assert "H0" not in found.text
 
 
 def test_a_large_model_has_a_small_page() -> None:
@@ -536,7 +536,7 @@ WRONG: dict[str, tuple[str, Any, str]] = {
     "a share of text": ("attribution.positions.2.shares.1.share", "x", "shares[1].share: expected a number, found 'x'"),
     "no blocks": ("branches.blocks", [], "branches.blocks: expected a list of 1 or more"),
     "heads of some blocks": ("branches.blocks.1.heads", None, "blocks differ in their number, or in that of"),
-    "names of other heads": ("branches.blocks.1.head_names", ["x"], "branches: block 2 has names for other heads"),
+    "names of other heads": ("branches.blocks.1.head_names", ["x"], "branches: block 1 has names for other heads"),
     "a name that is none": ("branches.blocks.1.head_names", [1], "head_names[0]: expected text"),
     "a head of text": ("branches.blocks.1.heads.0", "x", "branches.blocks[1].heads[0]: expected a number"),
     "too many heads": ("branches.blocks.1.heads", [0.0] * 5000, "heads: expected a list of at most 4096, found 5000"),

@@ -1,7 +1,10 @@
 """Results in a notebook: what their tables say, what strangers' tokens do there, and what is drawn."""
 
 import builtins
+import csv
+import io
 import math
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -17,12 +20,14 @@ from commands import COMMANDS, with_file
 from helpers import TOKENS, invoke
 
 import ggjac
+import ggjac.jacobian
 from ggjac.analysis.contrast import contrast
 from ggjac.analysis.jacobian import dense
 from ggjac.analysis.layers import layers
 from ggjac.analysis.norms import norms
 from ggjac.analysis.ranks import token_ranks
 from ggjac.display import visible
+from ggjac.model import PromptError
 from ggjac.parity import LayerError, Parity
 from ggjac.results import MAX_ROWS, Bars, Plotted, Points, Table, Words, _draw
 from ggjac.session import Session
@@ -167,8 +172,8 @@ AXES = {
     "branches": ("block", "share"),
     "portrait": ("share", ""),
     "comparison": ("index", "σ"),
-    "layers": ("blocks", "stable rank"),
-    "readout": ("blocks", "rank"),
+    "layers": ("depth", "stable rank"),
+    "readout": ("depth", "rank"),
     "token ranks": ("stable rank", ""),
     "per token": ("index", "σ"),
     "predictions": ("probability", ""),
@@ -341,7 +346,7 @@ def test_shares_in_tables_sum_to_the_logit(results: dict[str, Any]) -> None:
         assert total == pytest.approx(rows["logit"][own[0]])
     rows = branches.table().columns
     last = [i for i, position in enumerate(rows["output"]) if position == len(PROMPT) - 1]
-    assert [rows["block"][i] for i in last] == list(range(1, L + 1))
+    assert [rows["block"][i] for i in last] == list(range(L))
     heads = [sum(rows[f"head {h}"][i] for h in range(HEADS)) for i in last]
     assert heads == pytest.approx([rows["attn"][i] for i in last])
     total = sum(rows["attn"][i] + rows["mlp"][i] for i in last) + float(branches.embedding[-1] + branches.bias[-1])
@@ -440,3 +445,132 @@ def test_libraries_are_loaded_when_asked_for_and_pyplot_never() -> None:
     )
     out = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
     assert out.split("\n")[:2] == ["[]", "False"]
+
+
+# -- text and one-line reprs -------------------------------------------------------------------------------------------
+
+
+def test_a_table_is_printed_as_aligned_text() -> None:
+    table = Table("Title", {"token": ["␣of", "漢字"], "share": [0.5, -12.25], "near": [["a", "b"], []]}, ("a note",))
+    lines = [
+        "Title",
+        "token    share   near",
+        "─────────────────────",
+        "␣of        0.5   a b",
+        "漢字    −12.25",
+        "a note",
+    ]
+    assert str(table) == repr(table) == "\n".join(lines)
+    long = Table("T", {"n": list(range(MAX_ROWS + 7))})
+    assert str(long).splitlines()[-1] == "… 7 more rows: .to_pandas() has all"
+
+
+def test_printed_tokens_do_not_steer_a_terminal(results: dict[str, Any]) -> None:
+    for result in results.values():
+        text = str(result.table(stranger()))
+        assert all(c.isprintable() or c == "\n" for c in text)
+
+
+def test_what_ends_a_cell_is_one_short_line(results: dict[str, Any], tiny_file: Callable) -> None:
+    model = ggjac.open_model(tiny_file("gqa"))
+    trace = model.trace(PROMPT)
+    J = trace.jacobian(2)
+    inner = trace.jacobian(span=ggjac.jacobian.Span(1, ggjac.jacobian.Tap("attn", 2)))
+    each = ggjac.per_token(J, 1)
+    assert repr(J) == "DetachedJacobian [6, 64] -> [64], position 2, up"
+    assert repr(J.T) == "DetachedJacobian.T [64] -> [6, 64]"
+    assert repr(inner).endswith("position 5, up, from depth 1 to attn 2")
+    assert repr(model) == f"Model({model.path.name!r}, llama, {L} blocks, float32 on cpu)"
+    assert repr(trace) == f"Trace('[0][5][3][7][2][6]', 6 tokens, llama, {L} blocks)"
+    assert repr(each) == 'TokenSpectra("Singular vectors of each position\'s own map", 3 rows)'
+    assert each.table(trace).columns["token"] == ["[0]", "[5]", "[3]"]
+    plan = model.plan(PROMPT)
+    for shown in (J.at_position(1), plan, *results.values()):
+        assert len(repr(shown)) < 200, shown
+        assert "\n" not in repr(shown)
+
+
+# -- text where text is meant ------------------------------------------------------------------------------------------
+
+
+def test_a_target_may_be_a_text(tiny_file: Callable) -> None:
+    pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
+    model = ggjac.open_model(None)
+    trace = model.trace([0, 465, 637])
+    J, cold = trace.jacobian(), model.token(" cold")
+    assert model.word(cold) == "␣cold"
+    assert ggjac.attribute(J, " cold", " hot").logit == ggjac.attribute(J, cold, model.token(" hot")).logit
+    assert ggjac.attribute_positions(J, " cold").targets.tolist() == [cold] * 3
+    assert ggjac.attribute_branches(J, " cold").targets.tolist() == [cold]
+    assert ggjac.portray(J, 1, target=" cold").target == cold
+    with pytest.raises(PromptError, match="' cold and hot' is 3 tokens"):
+        ggjac.attribute(J, " cold and hot")
+    (word, chance), _ = trace.top(2)
+    assert word == model.word(int(trace.logits.argmax()))
+    assert chance == pytest.approx(float(trace.logits.softmax(0).max()))
+
+
+def test_a_vector_is_not_taken_for_a_stack(tiny_file: Callable) -> None:
+    J = ggjac.open_model(tiny_file("gqa")).trace(PROMPT).jacobian()
+    with pytest.raises(ValueError, match=r"takes stacked vectors \[k, 6, 64\], got \[6, 64\]"):
+        J.check_shape(J.x, J.in_shape)
+    with pytest.raises(ValueError, match=r"takes stacked vectors \[k, 64\], got \[64\]"):
+        J.check_shape(J.output, J.out_shape)
+
+
+# -- CSV and LaTeX -----------------------------------------------------------------------------------------------------
+
+
+def read_csv(text: str) -> list[dict[str, str]]:
+    return list(csv.DictReader(io.StringIO(text)))
+
+
+def test_csv_has_all_digits_and_true_texts(results: dict[str, Any]) -> None:
+    names = dict(enumerate((" of", "a,b", 'say "x"', "␣", "line\nbreak", "\\n", "=1+1", "é")))
+    tokenizer = SimpleNamespace(name=lambda id: names.get(id, f"t{id}").encode(), kind=lambda id: "normal")
+    trace = SimpleNamespace(ids=PROMPT, model=SimpleNamespace(tokenizer=tokenizer))
+    rows = read_csv(results["attribution"]._table(Words(trace, true=True)).to_csv())
+    assert [row["token"] for row in rows] == [names[id] for id in PROMPT]
+    assert [float(row["share"]) for row in rows] == results["attribution"].shares.tolist()
+    found = read_csv(results["spectrum"].table().to_csv())
+    assert [[int(row[f"left {i}"]) for i in range(1, 5)] for row in found] == results["spectrum"].left.ids.tolist()
+
+
+def test_no_token_is_a_command_of_latex(results: dict[str, Any]) -> None:
+    name = r"\input{/etc/passwd}%$&#_^~<|>`"
+    trace = SimpleNamespace(ids=PROMPT, model=SimpleNamespace(word=lambda id: name))
+    known = "textbackslash|textasciitilde|textasciicircum|textless|textgreater|textbar|textasciigrave"
+    lines = results["attribution"].table(trace).to_latex().splitlines()
+    rows = lines[lines.index(r"\midrule") + 1 : lines.index(r"\bottomrule")]
+    assert len(rows) == len(PROMPT)
+    for row in rows:
+        cells = row.removesuffix(r" \\").split(" & ")
+        assert len(cells) == 3
+        rest = re.sub(rf"\\(?:{known})\{{\}}|\\[&%$#_{{}}]", "", cells[1])
+        assert rest == "input/etc/passwd"
+    assert all(line.startswith("%") for line in lines[: lines.index(r"\begin{tabular}{rlr}")])
+
+
+def test_the_layer_grid_in_latex(results: dict[str, Any]) -> None:
+    trace = SimpleNamespace(ids=PROMPT, model=SimpleNamespace(word=lambda id: f"␣t{id}"))
+    layer, attn, mlp = results["layers"].exhibits(trace)
+    assert [next(iter(table.columns)) for table in (layer, attn, mlp)] == ["depth", "block", "block"]
+    assert layer.columns["depth"] == list(range(1, L + 1))
+    assert attn.columns["block"] == [f"L{i}" for i in range(L)]
+    first = next(m for m in results["layers"].maps if m.tap.kind == "layer")
+    cells = r"\textvisiblespace{}t" + r" \textvisiblespace{}t".join(map(str, first.left.ids[1].tolist()))
+    assert f"& {cells} \\\\\n" in layer.to_latex()
+
+
+@pytest.mark.parametrize("command", sorted(COMMANDS.keys() - {"analyze", "compare", "ranks", "steer"}))  # of several
+def test_what_is_a_table_is_printed_as_csv_and_latex(command: str, tiny_file: Callable) -> None:
+    model = tiny_file("gqa")
+    options = ["-m", model, *TOKENS, *COMMANDS[command].options, *with_file(command, model)]
+    rows = read_csv(invoke(command, *options, "--format", "csv").stdout)
+    text = invoke(command, *options, "--format", "latex").stdout
+    assert rows
+    assert all(None not in row and None not in row.values() for row in rows), "every row has as many cells as the head"
+    for table in text.split(r"\begin{tabular}")[1:]:
+        body = table[table.index(r"\toprule") : table.index(r"\bottomrule")].splitlines()
+        counts = {len(re.findall(r"(?<!\\)&", line)) for line in body if line.endswith(r"\\")}
+        assert len(counts) == 1

@@ -18,6 +18,7 @@ from torch import Tensor
 from ggjac.analysis import svd as analysis
 from ggjac.analysis.svd import spectrum, stable_rank
 from ggjac.linop import LinearOperator
+from ggjac.model import open_model
 from ggjac.svd import SVD, svd, svd_together
 
 TinyFile = Callable[..., Path]
@@ -418,6 +419,13 @@ def test_spectrum_in_other_dtypes(dtype: str, tiny_files: dict[str, Path]) -> No
     assert torch.allclose(found.svd.S.double(), exact, rtol=1e-3 if dtype == "float32" else 0.05)
     assert (found.svd.U.double() @ (expected.y - expected.offset) > 0).all()
     assert torch.allclose(found.weight.sum(1).double(), torch.ones(3).double(), rtol=0, atol=1e-5)
+
+
+def test_the_jacobians_own_vectors_point_along_its_output(tiny_files: dict[str, Path]) -> None:
+    J = open_model(tiny_files["biases"], dtype="float64").trace(IDS).jacobian()
+    expected = oracle.jacobian(tiny_files["biases"], IDS, mlp_path="up")
+    for seed in range(4):  # the sign of an iteration depends on its start
+        assert (J.svd(6, seed=seed).U @ (expected.y - expected.offset) > 0).all()
 
 
 def test_signs_do_not_depend_on_the_seed(tiny_files: dict[str, Path]) -> None:

@@ -1,6 +1,9 @@
 """Tapes on disk: the same bits as in memory, interrupted or not; what is not theirs is refused by name."""
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -168,3 +171,25 @@ def test_a_folder_that_cannot_be_made(tiny_files: dict[str, Path], tmp_path: Pat
 def test_tapes_need_a_place() -> None:
     with pytest.raises(ValueError, match="kept nowhere"):
         Tapes(resident=False)
+
+
+def test_what_killed_processes_left_is_deleted(
+    tiny_files: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    names = {
+        "gone": f".block-002.safetensors.{ended.pid}.tmp",
+        "gone too": f".trace.json.{ended.pid}.tmp",
+        "of a process that runs": f".block-001.safetensors.{os.getppid()}.tmp",
+        "of another program": f".notes.{ended.pid}.tmp",
+        "not a process": ".block-001.safetensors.99999999999999999999.tmp",
+    }
+    for name in names.values():
+        (tmp_path / name).touch()
+    traced(tiny_files["three_layers"], Tapes(tmp_path, IDENTITY, resident=False))
+    assert all((tmp_path / name).exists() for name in names.values()), "they may belong to a process elsewhere"
+    monkeypatch.setattr(tapes_module, "ABANDONED", -1.0)
+    (tmp_path / "block-002.safetensors").unlink()
+    traced(tiny_files["three_layers"], Tapes(tmp_path, IDENTITY, resident=False))
+    assert {what for what, name in names.items() if not (tmp_path / name).exists()} == {"gone", "gone too"}

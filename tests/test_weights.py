@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from helpers import invoke
+from helpers import invoke, invoke_json
 
+import ggjac
 from ggjac.config import fused_parts
 from ggjac.gguf import GGUFError, open_gguf
 from ggjac.gguf.hub import demo_path
@@ -387,6 +388,36 @@ def test_a_stack_of_experts_is_refused_by_expert_and_row(tmp_path: Path, tiny_fi
         vector.dense()
 
 
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_a_token_that_no_text_has_does_not_stop_everything(
+    tied: bool, dtype: str, tmp_path: Path, tiny_file: Callable[..., Path]
+) -> None:
+    """One row of NaN in the vocabulary's matrices: that token is the least likely, all others are as before."""
+    whole = path = tiny_file("plain", tied=tied)
+    names = ["token_embd.weight", *([] if tied else ["output.weight"])]
+    for name in names:
+        path = spoiled(path, tmp_path / f"{name}.gguf", name, 77 * 64 * 4 + 8, NAN32)
+    model, good = open_model(path, dtype=dtype), open_model(whole, dtype=dtype)
+    assert model.weights.warning() is None  # nothing was read
+    trace, expected = model.trace([1, 2, 3]), good.trace([1, 2, 3])
+    others = [id for id in range(128) if id != 77]
+    assert torch.equal(trace.all_logits()[:, others], expected.all_logits()[:, others])
+    assert trace.logits.argmin() == 77
+    warning = f"{names[-1]}: NaN or infinite values in row 77 of 128, which count as zeros or as the least likely"
+    assert (model.weights.warning() or "").startswith(warning)
+    J, same = trace.jacobian(), expected.jacobian()
+    found, right = (ggjac.spectrum(each, rank=3).data()["triplets"] for each in (J, same))
+    assert [one["singular_value"] for one in found] == [one["singular_value"] for one in right]
+    assert not any(token["id"] == 77 for one in found for near in one["right"] for token in near["nearest"])
+    with pytest.raises(WeightError, match=rf"tensor {names[0]} holds NaN or infinite values in row 77: it was"):
+        model.trace([1, 77])
+    with pytest.raises(WeightError, match=rf"tensor {names[-1]} holds NaN or infinite values in row 77: it was"):
+        ggjac.attribute(J, target=77)
+    content = invoke_json("predict", "-m", path, "--tokens", "1,2,3")
+    assert content["model"]["warning"] == model.weights.warning()
+
+
 def test_types_without_a_decoder_are_refused_when_the_file_is_opened(
     monkeypatch: pytest.MonkeyPatch, tiny_file: Callable[..., Path]
 ) -> None:
@@ -539,7 +570,7 @@ def test_every_command_says_it(tmp_path: Path) -> None:
     prompt = ["-m", path, "--tokens", "0,465,637"]
     for command in (
         ["predict"],
-        ["svd", "-k", 1, "--shuffles", 0],
+        ["svd", "-k", 1],
         ["analyze", "-k", 1, "--no-verify", "-o", tmp_path / "a"],
     ):
         shown = invoke(*command, *prompt, code=None).stdout

@@ -70,6 +70,7 @@ class Attribution(Plotted):
             "shares": [words.here(i) | {"share": float(share)} for i, share in enumerate(self.shares)],
             "offset": self.offset,
             "unexplained": self.unexplained,
+            "sink": words.sink(float(self.shares[0]) / self.logit, len(self.shares)) if self.logit > 0 else None,
             "mlp_path": self.mlp_path,
         }
 
@@ -249,7 +250,7 @@ class BranchShares(Plotted):
         ]
 
     def _block(self, row: int, i: int) -> dict[str, Any]:
-        block: dict[str, Any] = {"block": i + 1, "attn": float(self.attn[row, i]), "mlp": float(self.mlp[row, i])}
+        block: dict[str, Any] = {"block": i, "attn": float(self.attn[row, i]), "mlp": float(self.mlp[row, i])}
         mixers, plain = self.mixers[i], _attends(self.mixers[i])
         if not plain:
             block["mixer"] = " and ".join(kind for kind, _ in mixers) or "none"
@@ -279,7 +280,7 @@ class BranchShares(Plotted):
         columns: dict[str, Sequence[Any]] = {
             "output": [self.positions[i] for i in outputs],
             "target": words.each(self.targets[outputs].tolist()),
-            "block": [*range(1, L + 1)] * m,
+            "block": [*range(L)] * m,
             "attn": self.attn.flatten().tolist(),
             "mlp": self.mlp.flatten().tolist(),
         }
@@ -291,7 +292,7 @@ class BranchShares(Plotted):
         return Table(f"Shares in {_split(words, None, self.versus)}, by block", columns, (note,))
 
     def _plot(self, words: Words) -> Points:
-        blocks = range(1, self.attn.shape[1] + 1)
+        blocks = range(self.attn.shape[1])
         mixing = "attention" if all(map(_attends, self.mixers)) else "token mixers"
         series = {mixing: (blocks, self.attn[-1].tolist(), ()), "MLP": (blocks, self.mlp[-1].tolist(), ())}
         title = f"Shares in {_split(words, int(self.targets[-1]), self.versus)}"
@@ -328,8 +329,8 @@ def _split(words: Words, target: int | None, versus: int | None) -> str:
 
 def attribute(
     jacobian: DetachedJacobian,
-    target: int | None = None,
-    versus: int | None = None,
+    target: int | str | None = None,
+    versus: int | str | None = None,
     *,
     progress: Progress | None = None,
 ) -> Attribution:
@@ -337,13 +338,15 @@ def attribute(
 
     Args:
         jacobian: from the embeddings to the output.
-        target: id of the token whose logit is split; default the most likely next one.
-        versus: id of a token whose logit is subtracted.
+        target: id or text of the token whose logit is split; default the most likely next one.
+        versus: id or text of a token whose logit is subtracted.
         progress: called as `progress("block", done, total)` after each block.
 
     Raises:
         GGUFError: `target` or `versus` is not in the vocabulary.
+        PromptError: one of them is a text, and not one token.
     """
+    target, versus = jacobian.token_id(target), jacobian.token_id(versus)
     asked = _ask(jacobian.output[None], jacobian.network.head, target, versus)
     with jacobian.reporting(progress):
         pulled = jacobian.rmatmat(asked.w)[0].cpu().double()
@@ -388,8 +391,8 @@ def both_rules(up: Attribution, gate: Attribution) -> BothRules:
 
 def attribute_positions(
     jacobian: DetachedJacobian,
-    target: int | None = None,
-    versus: int | None = None,
+    target: int | str | None = None,
+    versus: int | str | None = None,
     *,
     progress: Progress | None = None,
 ) -> TokenShares:
@@ -402,9 +405,11 @@ def attribute_positions(
 
     Raises:
         GGUFError: `target` or `versus` is not in the vocabulary.
+        PromptError: one of them is a text, and not one token.
     """
     network, chunk_bytes = jacobian.network, jacobian.chunk_bytes
     n, d = network.x.shape
+    target, versus = jacobian.token_id(target), jacobian.token_id(versus)
     asked = _ask(network.outputs, network.head, target, versus)
     w = asked.w.cpu().double()
     floats = chunk_floats(n, d, network.frame.config.hidden_units)
@@ -437,8 +442,8 @@ def attribute_positions(
 
 def attribute_branches(
     jacobian: DetachedJacobian,
-    target: int | None = None,
-    versus: int | None = None,
+    target: int | str | None = None,
+    versus: int | str | None = None,
     *,
     positions: range | None = None,
     by_head: bool = False,
@@ -448,8 +453,8 @@ def attribute_branches(
 
     Args:
         jacobian: of the prompt.
-        target: id of the token whose logit is split; default the most likely one at each position.
-        versus: id of a token whose logit is subtracted.
+        target: id or text of the token whose logit is split; default the most likely one at each position.
+        versus: id or text of a token whose logit is subtracted.
         positions: consecutive output positions; default the Jacobian's own.
         by_head: split attention by query head; the output projections are then read twice.
         progress: called as `progress("block", done, total)` after each block.
@@ -460,11 +465,13 @@ def attribute_branches(
 
     Raises:
         GGUFError: `target` or `versus` is not in the vocabulary.
+        PromptError: one of them is a text, and not one token.
     """
     network = jacobian.network
     config = network.frame.config
     positions = range(jacobian.position, jacobian.position + 1) if positions is None else positions
     chosen = slice(positions.start, positions.stop)
+    target, versus = jacobian.token_id(target), jacobian.token_id(versus)
     asked = _ask(network.outputs[chosen], network.head, target, versus)
     norm, one = network.norm.at(chosen).operator(), network.x.new_ones(1)
     read = norm.rmatmat(asked.w[None])[0]  # what the head reads from the stream, through the final norm

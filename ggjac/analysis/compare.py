@@ -160,7 +160,7 @@ def portray(
     jacobian: DetachedJacobian,
     rank: int = 8,
     *,
-    target: int | None = None,
+    target: int | str | None = None,
     tol: float = 1e-3,
     seed: int = 0,
     max_sweeps: int = 40,
@@ -177,6 +177,7 @@ def portray(
     """
     head = jacobian.network.head
     logits = finite_logits(head.logits(jacobian.network.outputs)).cpu()
+    target = jacobian.token_id(target)
     if target is None:
         target = int(logits[jacobian.position].argmax())
     w = head.scale * head.matrix.take([target])

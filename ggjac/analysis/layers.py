@@ -24,7 +24,7 @@ from ggjac.config import Layer
 from ggjac.decode import Head, Ranked, top_logits
 from ggjac.frobenius import StableRank, stable_ranks
 from ggjac.jacobian import DetachedJacobian, Progress, SharedSweep, Span, Tap
-from ggjac.results import NO_WORDS, Plotted, Points, Table, Words
+from ggjac.results import NO_WORDS, Plotted, Points, Prompt, Table, Words
 from ggjac.sizes import EXACT_ROWS, KINDS, MAPS, PROBES, Kind, MapName
 from ggjac.svd import SVD, svd_together
 
@@ -66,7 +66,10 @@ class LayerMap:
     arriving: Ranked | None
 
     def data(self, words: Words = NO_WORDS) -> dict[str, Any]:
-        """Return where the map ends, and its triplets with the tokens that their left vectors promote."""
+        """Return where the map ends, and its triplets with the tokens that their left vectors promote.
+
+        `index` is a depth, in blocks applied; maps of one block, or to its attention or MLP, have its `block` too.
+        """
 
         def tokens(ranked: Ranked, j: int) -> list[dict[str, Any]]:
             return words.ranked(ranked.ids[j], ranked.scores[j])
@@ -75,6 +78,7 @@ class LayerMap:
             "map": self.map,
             "kind": self.tap.kind,
             "index": self.tap.index,
+            **({} if self.tap.kind == "layer" and self.map != "blockwise" else {"block": self.tap.index - 1}),
             "sweeps": self.sweeps,
             "stopped_by": self.stopped_by,
             "stable_rank": self.stable_rank.data(),
@@ -137,7 +141,7 @@ class Readout(Plotted):
     def _plot(self, words: Words) -> Points:
         name = words.name(int(self.tokens[0]))
         series = {name: (self.depths, self.ranks[:, 0].tolist(), ())}
-        return Points(f"Rank of {name} by depth", "blocks", "rank", series, log=True, flipped=True)
+        return Points(f"Rank of {name} by depth", "depth", "rank", series, log=True, flipped=True)
 
 
 class DirectionPath(NamedTuple):
@@ -229,6 +233,15 @@ class Layers(Plotted):
         }
         return Table("Singular triplets of every map", columns, ("left: tokens the vector promotes",))
 
+    def exhibits(self, trace: Prompt | None = None) -> list[Table]:
+        """Return the layer grid of every map: a row for each depth, a column with the tokens of each left vector."""
+        words = Words(trace)
+        return [
+            _grid(name, kind, own, words)
+            for name, kind in product(MAPS, KINDS)
+            if (own := [m for m in self.maps if (m.map, m.tap.kind) == (name, kind)])
+        ]
+
     def _plot(self, words: Words) -> Points:
         first = self.maps[0].map if self.maps else None
         found = {kind: [m for m in self.maps if (m.map, m.tap.kind) == (first, kind)] for kind in KINDS}
@@ -241,7 +254,19 @@ class Layers(Plotted):
             for kind, own in found.items()
         }
         title = f"Stable rank by depth, {first.replace('_', ' ')} maps" if first else "Stable rank by depth"
-        return Points(title, "blocks", "stable rank", series, parts=tuple(series))
+        return Points(title, "depth", "stable rank", series, parts=tuple(series))
+
+
+def _grid(name: MapName, kind: Kind, maps: Sequence[LayerMap], words: Words) -> Table:
+    """Return the maps to one kind of tap as a grid."""
+    of_block = kind != "layer" or name == "blockwise"
+    places = [f"L{m.tap.index - 1}" if of_block else m.tap.index for m in maps]
+    columns: dict[str, Sequence[Any]] = {"block" if of_block else "depth": places}
+    columns |= {"σ1": [float(m.S[0]) for m in maps], "stable rank": [m.stable_rank.value for m in maps]}
+    for j in range(min(len(m.S) for m in maps)):
+        columns[f"u{j + 1}"] = [words.each(m.left.ids[j].tolist()) for m in maps]
+    note = "depth: number of blocks applied; u: tokens that each left singular vector promotes"
+    return Table(f"{name.replace('_', ' ')} maps, {kind}", columns, (note,))
 
 
 class _Found(NamedTuple):

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ggjac.decode import Ranked, nearest, top_logits
 from ggjac.jacobian import DetachedJacobian, Progress
-from ggjac.results import NO_WORDS, Plotted, Points, Table, Words
+from ggjac.results import NO_WORDS, Plotted, Points, Result, Table, Words
 from ggjac.svd import SVD, svd_together
 
 
@@ -54,6 +54,20 @@ class TokenSpectrum(Plotted):
         return self.svd._plot(words)
 
 
+class TokenSpectra(list[TokenSpectrum], Result):
+    """The maps of all positions, in order."""
+
+    def data(self, words: Words = NO_WORDS) -> list[dict[str, Any]]:
+        """Return a record for each position."""
+        return [each.data(words) for each in self]
+
+    def _table(self, words: Words) -> Table:
+        rows = [(each.position, each._table(words).columns, j) for each in self for j in range(len(each.svd.S))]
+        names = list(rows[0][1]) if rows else []
+        columns = {name: [columns[name][j] for _, columns, j in rows] for name in names}
+        return Table("Singular vectors of each position's own map", words.at([i for i, *_ in rows]) | columns)
+
+
 def per_token(
     jacobian: DetachedJacobian,
     rank: int = 4,
@@ -63,7 +77,7 @@ def per_token(
     seed: int = 0,
     max_sweeps: int = 40,
     progress: Progress | None = None,
-) -> list[TokenSpectrum]:
+) -> TokenSpectra:
     """Compute `rank` singular triplets of every `J_i` and decode both ends to `top` tokens each.
 
     Positions up to the Jacobian's own; later ones have a map of zero. All positions advance in the same sweeps over the
@@ -128,10 +142,10 @@ def per_token(
     left = top_logits(head.matrix, U.to(head.matrix.dtype), top)
     right = nearest(embedding, V.to(embedding.dtype), top)
     rows = [slice(i * rank, (i + 1) * rank) for i in range(len(found))]
-    return [
+    return TokenSpectra(
         TokenSpectrum(i, svd, *(Ranked(side.ids[part], side.scores[part]) for side in (left, right)))
         for i, svd, part in zip(positions, found, rows, strict=True)
-    ]
+    )
 
 
 def tensors(found: Sequence[TokenSpectrum]) -> dict[str, Tensor]:

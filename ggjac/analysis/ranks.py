@@ -192,6 +192,7 @@ def ranks(
     if isinstance(prompts, str):  # a sequence too, of texts of one character
         raise PromptError("prompts is one text; give a list of texts")
     path = None if output is None else Path(output)
+    start = time.perf_counter()
     lines: Lines | None = None
     last: Session | None = None
     found: list[dict[str, Any]] = []
@@ -216,7 +217,8 @@ def ranks(
                 progress("prompt", number, len(prompts))
     if last is None:
         raise PromptError("no prompt was given")
-    return Ranks(found, ready, last.envelope() | {"warnings": list(warnings)})
+    seconds = {"ranks": round(time.perf_counter() - start, 3)}
+    return Ranks(found, ready, last.envelope() | {"warnings": list(warnings), "seconds": seconds})
 
 
 def by_position(records: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:

@@ -65,7 +65,8 @@ class Spectrum(Plotted):
             }
             for j, triplet in enumerate(found["triplets"])
         ]
-        return found | {"rank": len(self.svd.S), "seed": self.seed, "tol": self.tol}
+        sink = words.sink(float(self.weight[0, 0]), self.position + 1)
+        return found | {"rank": len(self.svd.S), "seed": self.seed, "tol": self.tol, "sink": sink}
 
     def tensors(self) -> dict[str, Tensor]:
         """Return what is saved: U `[k, d]`, S `[k]`, Vh `[k, n, d]`, residual `[k]`."""
@@ -123,12 +124,12 @@ def spectrum(
         if progress:
             progress(f"signs, {what}", done, total)
 
+    with jacobian.reporting(signs):
+        _ = jacobian.linear_output  # along which the vectors will point
     with jacobian.reporting(report):
-        found = jacobian.svd(
+        triplets = jacobian.svd(
             rank, tol=tol, seed=seed, max_sweeps=max_sweeps, progress=lambda _, worst: history.append(worst)
         )
-    with jacobian.reporting(signs):
-        triplets = found.pointing_along(jacobian.linear_output)
     U, Vh = triplets.U.to(head.matrix.dtype), triplets.Vh.to(embedding.dtype)
     return Spectrum(
         svd=triplets,

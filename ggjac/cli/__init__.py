@@ -194,10 +194,13 @@ def _failure(error: Exception) -> Failure:
 
 
 def _name_crashes() -> None:
-    """Let a process that the system ends (by SIGBUS, where a mapped file fails, or SIGSEGV) say what and where."""
+    """Let pages that cannot be read end a command by an error; and a process that crashes say why, and where."""
     if not faulthandler.is_enabled():
         with suppress(OSError, ValueError, AttributeError):  # stderr is closed, or not a file
             faulthandler.enable(all_threads=False)
+    from ggjac.guard import install
+
+    install()
 
 
 @contextmanager

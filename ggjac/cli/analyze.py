@@ -89,10 +89,11 @@ def analyze(
     with run_folder(output, session.model.title) as folder:
         content = run(session, folder, resume=resume, show=show, **options, **parts)
     if as_table:
-        show_doubts(content["model"])
+        line("")
         for sentence in sentences(content):
             line(plain(sentence))
         line("")
+        show_doubts(content["model"])
         show_saved(folder)
         show_saved(folder / "report.html")
     else:

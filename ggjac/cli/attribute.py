@@ -1,13 +1,14 @@
 """`ggjac attribute`: the share of every input token, layer or head in a logit; the sum is exact."""
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import click
 
 from ggjac import display
-from ggjac.cli.options import ModelOptions, PositionOrAll, model_options, output, output_format
+from ggjac.cli.options import ModelOptions, PositionOrAll, model_options, output, tabular_format
 from ggjac.cli.planning import dry_run
 
 # Parts in a table of heads; the smaller ones are added up in one line.
@@ -17,6 +18,7 @@ LARGEST = 3
 # What shares do not say, by token and by block; under every table of them.
 CAVEAT = "The sum is exact; its division depends on the freezing rule (--mlp-path both). A share is not importance."
 DIRECT = "Direct logit attribution, the same under both freezing rules: what a part adds, wherever it read that from."
+ALL = 2**31  # more parts than any table has
 
 
 @click.command()
@@ -41,17 +43,26 @@ DIRECT = "Direct logit attribution, the same under both freezing rules: what a p
     show_default=True,
     help="Parts: the input tokens; or, as direct logit attribution, the attention and MLP of each layer, or each head.",
 )
+@click.option(
+    "--count",
+    type=click.IntRange(min=1),
+    help=f"Number of parts in the tables, the largest first.  [default: all tokens or layers; {SHOWN} heads; {LARGEST} "
+    "at each of several positions]",
+)
+@click.option("--all", "whole", is_flag=True, help="Show all parts in the tables.")
 @output(
     "Save `targets` and `logits` [m], and `shares` [m, n], `offsets` [m]; or `embedding`, `bias` [m], `attn`, `mlp` "
     "[m, blocks], `heads` [m, blocks, heads], `attn_bias` [m, blocks]; and `ids` [n] to this safetensors file."
 )
-@output_format
+@tabular_format
 def attribute(
     what: ModelOptions,
     position: int | None,
     target: str | None,
     versus: str | None,
     by: Literal["token", "layer", "head"],
+    count: int | None,
+    whole: bool,
     output: Path | None,
     output_format: str,
 ) -> None:
@@ -77,7 +88,7 @@ def attribute(
                 "--mlp-path both compares the shares of the tokens at one position, from two forward passes; leave "
                 "--position all, --by and --trace out"
             )
-        return both(what, position or 0, target, versus, output, output_format)
+        return both(what, position or 0, target, versus, output, output_format, ALL if whole else count)
     session = open_session(what, position=-1 if position is None else position, output=output)
     ids = one_token(session, target), one_token(session, versus, "--versus")
     content: dict[str, Any] = {"position": "all"} if everywhere else {}
@@ -99,11 +110,18 @@ def attribute(
     content["attribution"] = {"by": by} | found
     if output:
         session.save(output, result.tensors(), by=by, versus=ids[1])
-    finish(session, content, output_format, output, attribution=show)
+    shown = partial(show, count=ALL if whole else count)
+    finish(session, content, output_format, output, result=result, attribution=shown)
 
 
 def both(
-    what: ModelOptions, position: int, target: str | None, versus: str | None, output: Path | None, output_format: str
+    what: ModelOptions,
+    position: int,
+    target: str | None,
+    versus: str | None,
+    output: Path | None,
+    output_format: str,
+    count: int | None,
 ) -> None:
     """Split one logit under either freezing rule, one after the other: two forward passes at once may not fit."""
     from ggjac.analysis.attribute import attribute, both_rules
@@ -123,45 +141,51 @@ def both(
     session.text = text
     rebuilt.append(session.reconstruction())
     result = both_rules(first, session.run("attribution", attribute, first.target, minus))
-    note_likelier(session, target, first.target)
-    note_likelier(session, versus, minus, "--versus")
     worse = max(rebuilt, key=lambda found: found.error)
     split = {"by": "token"} | result.data(session.words)
     if output:
         session.save(output, result.tensors(), by="token", versus=minus, mlp_path="both")
     content = {"mlp_path": "both", "reconstruction": worse.data(), "attribution": split}
-    finish(session, content, output_format, output, attribution=show)
+    finish(session, content, output_format, output, result=result, attribution=partial(show, count=count))
 
 
-def show(data: dict[str, Any]) -> None:
-    """Print the shares at one position part by part, at several in a line each; and their sums."""
+def show(data: dict[str, Any], count: int | None = None) -> None:
+    """Print the `count` largest shares at one position part by part, at several in a line each; and their sums."""
     entries = data.get("positions", [data])
     if len(entries) > 1:
-        show_positions(entries)
+        show_positions(entries, count or LARGEST)
     elif entries[0].get("by", "token") == "token":
-        show_tokens(entries[0])
+        show_tokens(entries[0], count or ALL)
     elif entries[0]["by"] == "head":
-        show_heads(entries[0])
+        show_heads(entries[0], count or SHOWN)
     else:
         show_blocks(entries[0])
 
 
-def show_tokens(data: dict[str, Any]) -> None:
-    """Print the shares with bars, and their sum; under both rules side by side where both are there."""
-    from ggjac.cli.render import bar, line, table
+def show_tokens(data: dict[str, Any], count: int) -> None:
+    """Print all shares in order, or the largest, with bars, and their sum; those of both rules side by side."""
+    from ggjac.cli.render import bar, line, sink, table
 
     rules = [data] + ([data["other_rule"]] if "other_rule" in data else [])
     alone = len(rules) == 1  # bars of two rules are too wide for a terminal
-    largest = max(abs(s["share"]) for s in data["shares"]) or 1.0
-    rows: list[tuple] = [
-        (
-            shares[0]["position"],
-            display.token(shares[0]),
-            *(f"{s['share']:+.4f}" for s in shares),
-            *([bar(shares[0]["share"], largest)] if alone else []),
-        )
-        for shares in zip(*(rule["shares"] for rule in rules), strict=True)
-    ]
+    lines = _characters(rules)
+    if rest := max(0, len(lines) - count):
+        lines = sorted(lines, key=lambda line: -max(map(abs, line[1])))[:count]
+    largest = max(abs(sums[0]) for _, sums in lines) or 1.0
+    rows: list[tuple] = []
+    for parts, sums in lines:
+        place = display.span(parts[0]), display.together(parts[0])
+        drawn = [bar(sums[0], largest)] if alone else []
+        rows.append((*place, *(f"{value:+.4f}" for value in sums), *drawn))
+        if len(parts[0]) > 1:  # the bytes of one character
+            for each in zip(*parts, strict=True):
+                values = (f"({s['share']:+.4f})" for s in each)
+                rows.append((each[0]["position"], display.token(each[0]), *values, *([""] if alone else [])))
+    if rest:
+        left = [
+            sum(s["share"] for s in rule["shares"]) - sum(sums[i] for _, sums in lines) for i, rule in enumerate(rules)
+        ]
+        rows.append(("", f"{rest} more: --all", *(f"{value:+.4f}" for value in left), *([""] if alone else [])))
     end = [f"logit {data['logit']:.4f}"]
     rows.append(("", "offset (biases)", *(f"{rule['offset']:+.4f}" for rule in rules), *([""] if alone else [])))
     rows.append(("", "sum", *map(_sum, rules), *(end if alone else [])))
@@ -174,7 +198,18 @@ def show_tokens(data: dict[str, Any]) -> None:
             f"Rank correlation of the rules {found['spearman']:.2f}; their absolute differences sum to "
             f"{found['difference']:.4g}, their absolute shares to {found['size']:.4g} on average."
         )
+    sink(data.get("sink"), asked_logit(data))
     line(CAVEAT)
+
+
+def _characters(rules: list[dict[str, Any]]) -> list[tuple[list[list[dict[str, Any]]], list[float]]]:
+    """Return the shares of each token, or of tokens that only together make up a character: by rule, and summed."""
+    found, start = [], 0
+    for group in display.characters(rules[0]["shares"]):
+        parts = [rule["shares"][start : start + len(group)] for rule in rules]
+        found.append((parts, [sum(s["share"] for s in part) for part in parts]))
+        start += len(group)
+    return found
 
 
 def asked_logit(data: dict[str, Any]) -> str:
@@ -199,7 +234,7 @@ def show_blocks(data: dict[str, Any]) -> None:
     rows: list[tuple] = [("embedding", f"{data['embedding']:+.4f}", "", "", "")]
     for block in blocks:
         attn, mlp = block["attn"], block["mlp"]
-        name = f"block {block['block']}" + ("" if attends else f" ({block.get('mixer', 'attention')})")
+        name = f"L{block['block']}" + ("" if attends else f" ({block.get('mixer', 'attention')})")
         rows.append((name, f"{attn:+.4f}", bar(attn, largest), f"{mlp:+.4f}", bar(mlp, largest)))
     if data["bias"]:
         rows.append(("biases of norm and head", f"{data['bias']:+.4f}", "", "", ""))
@@ -207,7 +242,7 @@ def show_blocks(data: dict[str, Any]) -> None:
     rows.append(("all blocks", f"{attn:+.4f}", "", f"{mlp:+.4f}", ""))
     rows.append(("sum", _sum(data), f"logit {data['logit']:.4f}", "", ""))
     columns = ["", "#attention" if attends else "#token mixers", "", "#MLP", ""]
-    table(f"Share of every block's branches in {asked_logit(data)}", columns, rows)
+    table(f"Share of every block's attention and MLP in {asked_logit(data)}", columns, rows)
     line(DIRECT)
 
 
@@ -215,10 +250,11 @@ def _parts(data: dict[str, Any]) -> list[tuple[str, float]]:
     """Return all that was added to the residual stream, by name."""
     parts = [("embedding", data["embedding"])]
     for block in data["blocks"]:
-        name = f"block {block['block']}"
+        name = f"L{block['block']}"
         if "heads" in block:
-            names = block.get("head_names") or [f"head {i}" for i in range(len(block["heads"]))]
-            parts += [(f"{name} {head}", share) for head, share in zip(names, block["heads"], strict=True)]
+            heads = block.get("head_names")
+            heads = [f" {head}" for head in heads] if heads else [f"H{i}" for i in range(len(block["heads"]))]
+            parts += [(f"{name}{head}", share) for head, share in zip(heads, block["heads"], strict=True)]
             parts.append((f"{name} bias of {block.get('mixer', 'attention')}", block["attn_bias"]))
         else:
             parts.append((f"{name} {block.get('mixer', 'attention')}", block["attn"]))
@@ -226,22 +262,22 @@ def _parts(data: dict[str, Any]) -> list[tuple[str, float]]:
     return [*parts, ("biases of norm and head", data["bias"])]
 
 
-def show_heads(data: dict[str, Any]) -> None:
+def show_heads(data: dict[str, Any], count: int) -> None:
     """Print the largest shares, and the sum of all others."""
     from ggjac.cli.render import bar, line, table
 
     parts = sorted(_parts(data), key=lambda part: -abs(part[1]))
-    shown, rest = parts[:SHOWN], [share for _, share in parts[SHOWN:] if share]
+    shown, rest = parts[:count], [share for _, share in parts[count:] if share]
     largest = max(abs(share) for _, share in shown) or 1.0
     rows = [(name, f"{share:+.4f}", bar(share, largest)) for name, share in shown if share]
     if rest:
-        rows.append((f"{len(rest)} more", f"{sum(rest):+.4f}", ""))
+        rows.append((f"{len(rest)} more: --count N or --all", f"{sum(rest):+.4f}", ""))
     rows.append(("sum", _sum(data), f"logit {data['logit']:.4f}"))
     table(f"Share of every head and MLP in {asked_logit(data)}", ["", "#share", ""], rows)
     line(DIRECT)
 
 
-def show_positions(entries: list[dict[str, Any]]) -> None:
+def show_positions(entries: list[dict[str, Any]], count: int) -> None:
     """Print a line for each position: its target, the largest shares and the sum."""
     from ggjac.cli.render import line, table
 
@@ -251,7 +287,7 @@ def show_positions(entries: list[dict[str, Any]]) -> None:
             parts = [(display.token(s), s["share"]) for s in data["shares"]] + [("offset", data["offset"])]
         else:
             parts = _parts(data)
-        top = sorted(parts, key=lambda part: -abs(part[1]))[:LARGEST]
+        top = sorted(parts, key=lambda part: -abs(part[1]))[:count]
         rows.append(
             (
                 data["position"],
@@ -262,7 +298,7 @@ def show_positions(entries: list[dict[str, Any]]) -> None:
                 _sum(data),
             )
         )
-    of = {"token": "every input token", "layer": "every block's branches", "head": "every head and MLP"}
+    of = {"token": "every input token", "layer": "every block's attention and MLP", "head": "every head and MLP"}
     less = f", minus the logit of {display.token(entries[0]['versus'])}" if entries[0]["versus"] else ""
     columns = ["#position", "token", "target", "#logit", "largest shares", "#sum of all"]
     rule = f" (mlp-path {entries[0]['mlp_path']})" if entries[0]["by"] == "token" else ""

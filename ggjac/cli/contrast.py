@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from ggjac.cli.options import ModelOptions, model_options, output, output_format, position, top
+from ggjac.cli.options import ModelOptions, model_options, output, position, tabular_format, top
 from ggjac.cli.planning import dry_run
 
 
@@ -16,7 +16,7 @@ from ggjac.cli.planning import dry_run
 @position
 @top("Number of most likely tokens to compare.", 10)
 @output("Save `y`, `linear_output` (J x), `offset`, `ordinary_output` [d] and `ids` [n] to this safetensors file.")
-@output_format
+@tabular_format
 def contrast(what: ModelOptions, position: int, top: int, output: Path | None, output_format: str) -> None:
     """Reconstruct the output with the detached and with the ordinary Jacobian, and compare both with the output.
 
@@ -39,7 +39,7 @@ def contrast(what: ModelOptions, position: int, top: int, output: Path | None, o
         J = session.jacobian
         rebuilt = {"linear_output": J.linear_output, "ordinary_output": result.ordinary.to(J.linear_output.dtype)}
         session.save(output, {"y": J.output, "offset": J.offset} | rebuilt)
-    finish(session, content, output_format, output, contrast=show)
+    finish(session, content, output_format, output, result=result, contrast=show)
 
 
 def show(data: dict[str, Any]) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from ggjac.cli.options import ModelOptions, model_options, output, output_format, position, resume
+from ggjac.cli.options import ModelOptions, model_options, output, position, resume, tabular_format
 from ggjac.cli.planning import dry_run
 
 
@@ -16,7 +16,7 @@ from ggjac.cli.planning import dry_run
 @position
 @output("Save `jacobian` [d, n, d], `x` [n, d], `y` [d], `offset` [d] and `ids` [n] to this safetensors file.")
 @resume
-@output_format
+@tabular_format
 def jacobian(what: ModelOptions, position: int, output: Path | None, resume: bool, output_format: str) -> None:
     """Compute the dense detached Jacobian, and the contribution of each position to the output.
 
@@ -35,8 +35,9 @@ def jacobian(what: ModelOptions, position: int, output: Path | None, resume: boo
     session = open_session(what, position=position, output=output)
     saving = saved(session, output) if output else contextlib.nullcontext()
     with session.checkpointed(checkpoint(output), resume=resume, output=output), saving as sink:
-        content = {"jacobian": session.run("jacobian", dense, sink).data(session.words)}
-    finish(session, content, output_format, output, jacobian=show)
+        result = session.run("jacobian", dense, sink)
+    content = {"jacobian": result.data(session.words)}
+    finish(session, content, output_format, output, result=result, jacobian=show)
 
 
 def show(data: dict[str, Any]) -> None:

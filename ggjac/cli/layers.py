@@ -1,5 +1,6 @@
 """`ggjac layers`: the maps to, through and from every depth, and the logit lens."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -8,18 +9,20 @@ import click
 from ggjac.cli.options import (
     DepthRanges,
     ModelOptions,
+    given,
     layer_options,
     model_options,
     output,
-    output_format,
     position,
     resume,
     spectrum_options,
+    tabular_format,
     top,
 )
 from ggjac.cli.planning import dry_run
 
-VECTORS, WORDS = 3, 3  # of the tables: vectors of each map, tokens of each vector
+# Of the tables: vectors of each map and tokens of each vector, where the command line does not say; tokens of the lens.
+VECTORS, WORDS, LIKELY = 3, 3, 6
 
 
 @click.command()
@@ -31,7 +34,7 @@ VECTORS, WORDS = 3, 3  # of the tables: vectors of each map, tokens of each vect
 @top("Tokens per vector and depth.")
 @output("Save U, S, residual and stable rank of every map, and the ranks, to this safetensors file.")
 @resume
-@output_format
+@tabular_format
 def layers(
     what: ModelOptions,
     position: int,
@@ -46,7 +49,7 @@ def layers(
     A map is cumulative (from the input to a depth), blockwise (of one block alone) or to_end (from a depth to the
     output). The first two end at the residual stream after a block (layer), or at what the block's attention (attn) or
     MLP (mlp) adds to it, read through the final norm frozen there, as in a logit lens. `analyze --layers all` shows the
-    same in its report. Exit code 3 if the sweeps ran out before every triplet reached --tol, or the reconstruction
+    same in its report. Exit code 3 if the sweeps ran out before every vector reached --tol, or the reconstruction
     error is out of bounds.
 
     \b
@@ -68,13 +71,15 @@ def layers(
         content["layers"] = result.data(session.words)
         if output:
             session.save(output, result.tensors(), **settings)
-    finish(session, content, output_format, output, layers=show)
+    vectors = options["rank"] if given("rank") else VECTORS
+    tokens = options["top"] if given("top") else WORDS
+    finish(session, content, output_format, output, result=result, layers=partial(show, vectors=vectors, tokens=tokens))
 
 
-def show(data: dict[str, Any]) -> None:
-    """Print a table for each map and kind, the path, and the readout."""
+def show(data: dict[str, Any], vectors: int = VECTORS, tokens: int = WORDS) -> None:
+    """Print a table for each map and kind, the path, and the readout; and how many vectors and tokens it left out."""
     from ggjac import display
-    from ggjac.cli.render import line, table
+    from ggjac.cli.render import line, more, table
     from ggjac.report.sections.common import capital
     from ggjac.report.sections.layers import KINDS, MAPS
 
@@ -82,50 +87,75 @@ def show(data: dict[str, Any]) -> None:
         for kind, label in KINDS.items():
             own = [tap for tap in data["taps"] if (tap["map"], tap["kind"]) == (name, kind)]
             if own:
-                _show_maps(f"{capital(words)}: {label}", own)
+                _show_maps(f"{capital(words)}: {label}", own, vectors, tokens)
+    if data["taps"]:
+        found = data["taps"][0]["triplets"]
+        left, rest = len(found) - vectors, len(found[0]["left"]) - tokens
+        more((left, "vectors", "-k N"), (rest, "tokens of each vector", "--top N"))
     if data["path"]:
         columns = [f"#{j + 1}" for j in range(min(6, len(data["path"][0]["values"])))]
         rows = [(p["index"], *(f"{value:+.3f}" for value in p["values"][: len(columns)])) for p in data["path"]]
-        table(
-            "Path to the output's directions: σ(l) ⟨u(l), u(L)⟩ / σ(L)",
-            ["#blocks", *(f"#{c}" for c in columns)],
-            rows,
-        )
+        title = "Path to the output's directions: σ(l) ⟨u(l), u(L)⟩ / σ(L)"
+        table(title, ["#depth", *(f"#{c}" for c in columns)], rows)
     places = [ranks["ranks"][0] for ranks in data["ranks"]["depths"]]
     final = display.token(data["ranks"]["tokens"][0])
     rows = [
-        (row["index"], place, "  ".join(f"{display.token(t)} {t['probability']:.2f}" for t in row["top"][:6]))
+        (
+            row["index"],
+            place,
+            "  ".join(f"{display.token(t)} {t['probability']:.2f}" for t in row["top"][: max(LIKELY, tokens)]),
+        )
         for row, place in zip(data["readout"], places, strict=True)
     ]
     table(
         "Logit lens: the residual stream read through the final norm and the LM head",
-        ["#blocks", f"#rank of {final}", "most likely tokens"],
+        ["#depth", f"#rank of {final}", "most likely tokens"],
         rows,
     )
+    line("depth: number of blocks applied, so that depth 1 is after L0; blocks and heads are counted from 0")
     state = "all maps converged" if data["converged"] else f"NOT all maps converged to {data['tol']:.0e}"
     sweeps = [tap["sweeps"] for tap in data["taps"]]
     line(f"{state}, in {min(sweeps)} to {max(sweeps)} sweeps" if sweeps else "no map was requested")
     line("")
 
 
-def _show_maps(title: str, taps: list[dict[str, Any]]) -> None:
+def _show_maps(title: str, taps: list[dict[str, Any]], vectors: int, tokens: int) -> None:
+    """Print the vectors of a map side by side, or below each other where they are many."""
     from ggjac.cli.render import numbers, stable_rank, table, words
+    from ggjac.report.sections.layers import place
 
-    shown = min(VECTORS, len(taps[0]["triplets"]))
-    carried = "arriving" in taps[0]["triplets"][0]
+    axis, carried = "block" if "block" in taps[0] else "depth", "arriving" in taps[0]["triplets"][0]
+    if vectors > VECTORS:
+        cells = [(tap, j, triplet) for tap in taps for j, triplet in enumerate(tap["triplets"][:vectors])]
+        sigmas = numbers([triplet["singular_value"] for *_, triplet in cells])
+        rows = [
+            (
+                "" if j else place(tap),
+                "" if j else stable_rank(tap["stable_rank"]),
+                j + 1,
+                sigma,
+                words(triplet["left"][:tokens]),
+                *([words(triplet["arriving"][:tokens])] if carried else []),
+            )
+            for (tap, j, triplet), sigma in zip(cells, sigmas, strict=True)
+        ]
+        ends = ["left vector: tokens it promotes"] + ["the same at the output"] * carried
+        table(title, [f"#{axis}", "#stable rank", "##", "#σ", *ends], rows)
+        return
+    shown = min(vectors, len(taps[0]["triplets"]))
     rows = [
         (
-            tap["index"],
+            place(tap),
             sigma,
             spark([t["singular_value"] for t in tap["triplets"]]),
             stable_rank(tap["stable_rank"]),
-            *(words(t["left"][:WORDS]) for t in tap["triplets"][:shown]),
-            *([words(tap["triplets"][0]["arriving"][:WORDS])] if carried else []),
+            *(words(t["left"][:tokens]) for t in tap["triplets"][:shown]),
+            *([words(tap["triplets"][0]["arriving"][:tokens])] if carried else []),
         )
         for tap, sigma in zip(taps, numbers([tap["triplets"][0]["singular_value"] for tap in taps]), strict=True)
     ]
-    vectors = [f"left vector {j + 1}" for j in range(shown)] + ["vector 1 at the output"] * carried
-    table(title, ["#blocks", "#σ", "spectrum", "#stable rank", *vectors], rows)
+    names = [f"left vector {j + 1}" for j in range(shown)] + ["vector 1 at the output"] * carried
+    table(title, [f"#{axis}", "#σ", "spectrum", "#stable rank", *names], rows)
 
 
 def spark(values: list[float]) -> str:

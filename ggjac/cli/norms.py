@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from ggjac.cli.options import ModelOptions, model_options, output, output_format, position, top
+from ggjac.cli.options import ModelOptions, model_options, output, position, tabular_format, top
 from ggjac.cli.planning import dry_run
 
 
@@ -18,7 +18,7 @@ from ggjac.cli.planning import dry_run
 )
 @top("Tokens per column; half as many per row.")
 @output("Save `columns` [n, d], `rows` [n, d] (norms) and `ids` [n] to this safetensors file.")
-@output_format
+@tabular_format
 def norms(what: ModelOptions, position: int, count: int, top: int, output: Path | None, output_format: str) -> None:
     """Find the longest columns and rows of the dense detached Jacobian at each position, and decode them.
 
@@ -39,7 +39,7 @@ def norms(what: ModelOptions, position: int, count: int, top: int, output: Path 
     content["norms"] = result.data(session.words)
     if output:
         session.save(output, result.tensors())
-    finish(session, content, output_format, output, norms=show)
+    finish(session, content, output_format, output, result=result, norms=show)
 
 
 def show(data: dict[str, Any]) -> None:

@@ -350,6 +350,19 @@ position = click.option(
 output_format = click.option(
     "--format", "output_format", type=click.Choice(["table", "json"]), default="table", show_default=True
 )
+tabular_format = click.option(  # of commands whose result is a table
+    "--format",
+    "output_format",
+    type=click.Choice(["table", "json", "csv", "latex"]),
+    default="table",
+    show_default=True,
+    help="csv has all digits and true texts; latex needs the package booktabs.",
+)
+
+
+def given(name: str) -> bool:
+    """Return whether the command line gives an option, by its parameter's name, instead of leaving the default."""
+    return click.get_current_context().get_parameter_source(name) is not click.core.ParameterSource.DEFAULT
 
 
 def model_file(command: Callable) -> Callable:
@@ -423,7 +436,12 @@ def layer_options(command: Callable) -> Callable:
 def spectrum_options(command: Callable) -> Callable:
     """Add the options of a singular value decomposition."""
     rank = click.option(
-        "-k", "--rank", type=click.IntRange(min=1), default=8, show_default=True, help="Number of singular triplets."
+        "-k",
+        "--rank",
+        type=click.IntRange(min=1),
+        default=8,
+        show_default=True,
+        help="Number of singular vectors.",
     )
     return rank(iteration_options(command))
 
@@ -445,7 +463,7 @@ def iteration_options(command: Callable) -> Callable:
                 callback=_finite,
                 default=1e-3,
                 show_default=True,
-                help="Relative residual that every triplet must reach.",
+                help="Relative residual that every singular vector must reach.",
             ),
             click.option(
                 "--max-sweeps",

@@ -17,7 +17,12 @@ from ggjac.cli.planning import show_plan, without_bench
     help="Output position (negative counts from the end), or all (of attribute).",
 )
 @click.option(
-    "-k", "--rank", type=click.IntRange(min=1), default=8, show_default=True, help="Number of singular triplets."
+    "-k",
+    "--rank",
+    type=click.IntRange(min=1),
+    default=8,
+    show_default=True,
+    help="Number of singular vectors.",
 )
 @click.option(
     "--for",

@@ -38,7 +38,8 @@ def dry_run(command: Callable) -> Callable:
         if not dry_run:
             return command(what, **rest)
         name = click.get_current_context().info_name or ""
-        return show_plan(what, name, rest, bench=not no_bench, output_format=rest.get("output_format", "table"))
+        form = "json" if rest.get("output_format") == "json" else "table"
+        return show_plan(what, name, rest, bench=not no_bench, output_format=form)
 
     wrapped.__doc__, wrapped.__name__ = command.__doc__, command.__name__
     wrapped.__click_params__ = getattr(command, "__click_params__", [])  # type: ignore[attr-defined]

@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from ggjac.cli.options import ModelOptions, model_options, output, output_format, position
+from ggjac.cli.options import ModelOptions, model_options, output, position, tabular_format
 from ggjac.cli.planning import dry_run
 
 
@@ -16,7 +16,7 @@ from ggjac.cli.planning import dry_run
 @click.option("-k", "--top", type=click.IntRange(min=1), default=5, show_default=True, help="Tokens to show.")
 @click.option("--all-positions", is_flag=True, help="Save the logits of every position.")
 @output("Save `logits` and `ids` to this safetensors file.")
-@output_format
+@tabular_format
 def predict(
     what: ModelOptions, position: int, top: int, all_positions: bool, output: Path | None, output_format: str
 ) -> None:
@@ -32,10 +32,11 @@ def predict(
     if all_positions and not output:
         raise click.UsageError("--all-positions changes what is saved; name a file with -o")
     session = open_session(what, position=position, output=output, tapes=False)
-    content = {"predictions": predict(session.trace, top, position=session.position).data(session.words)}
+    result = predict(session.trace, top, position=session.position)
+    content = {"predictions": result.data(session.words)}
     if output:
         session.save(output, {"logits": session.trace.all_logits() if all_positions else session.logits})
-    finish(session, content, output_format, output, predictions=show)
+    finish(session, content, output_format, output, result=result, predictions=show)
 
 
 def show(rows: list[dict[str, Any]]) -> None:

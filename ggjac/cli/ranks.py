@@ -81,11 +81,12 @@ def show(data: dict[str, Any]) -> None:
     """Print a row for each prompt, and one for each token index, its mean drawn as a bar."""
     from ggjac import display
     from ggjac.cli.render import bar, line, stable_rank, table
+    from ggjac.units import counted
 
     records, positions = data["prompts"], data["by_position"]
     rows = [
         (
-            display.visible(display.joined(r["tokens"]).encode()),
+            display.visible((display.joined(r["tokens"]) if r["prompt"] is None else r["prompt"]).encode()),
             display.token(r["next"]),
             stable_rank(r["joint"]),
             " ".join(f"{t['stable_rank']['value']:.3g}" for t in r["tokens"]),
@@ -108,4 +109,8 @@ def show(data: dict[str, Any]) -> None:
     headings = ["#token index", "#prompts", "#mean", "#standard error", "#median", "#lowest", "#highest", ""]
     table("Stable rank by token index", headings, cells)
     slow = sum(r["stopped_by"] == "sweeps" for r in records)
-    line(f"NOT converged: {slow} of {len(records)} prompts" if slow else f"{len(records)} prompts, all converged")
+    line(
+        f"NOT converged: {slow} of {len(records)} prompts"
+        if slow
+        else f"{counted(len(records), 'prompt')}, all converged"
+    )

@@ -6,9 +6,12 @@ import shutil
 import sys
 import textwrap
 from collections.abc import Container, Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ggjac import display, runs
+
+if TYPE_CHECKING:
+    from ggjac.results import Result
 
 PIPE_WIDTH = 120  # columns where stdout is not a terminal
 MIN_WIDTH = 60  # columns below which numbers would be cut; a narrower terminal wraps the lines itself
@@ -47,21 +50,32 @@ def table(
 ) -> None:
     """Print a table; columns whose heading starts with `#` hold numbers: aligned right, never cut.
 
-    Cells are plain text: a token such as `[red]` is not markup. The rows whose numbers are in `alarming` are red on a
-    terminal.
+    Cells are plain text: a token such as `[red]` is not markup. Lines are broken between words, which are whole where
+    the columns have room for them. The rows whose numbers are in `alarming` are red on a terminal.
     """
     from rich import box
+    from rich.cells import cell_len
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
     grid = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
-    for column in columns:
+    rows = [[str(cell) for cell in row] for row in rows]
+    longest = [
+        max((cell_len(word) for cell in [name, *cells] for word in (cell.split() or [""])), default=0)
+        for name, *cells in zip(columns, *rows, strict=True)
+    ]
+    texts = [size for name, size in zip(columns, longest, strict=True) if not name.startswith("#")]
+    room = width() - 3 * (len(columns) - 1) - (sum(longest) - sum(texts))
+    for column, size in zip(columns, longest, strict=True):
         number = column.startswith("#")
         justify: Any = "right" if number else "left"
-        grid.add_column(Text(column.removeprefix("#")), justify=justify, no_wrap=number, overflow="fold")
+        least = None if number else min(size, max(1, room // len(texts)))
+        grid.add_column(
+            Text(column.removeprefix("#")), justify=justify, no_wrap=number, overflow="fold", min_width=least
+        )
     for index, row in enumerate(rows):
-        grid.add_row(*(Text(str(cell)) for cell in row), style="bold red" if index in alarming else None)
+        grid.add_row(*(Text(cell) for cell in row), style="bold red" if index in alarming else None)
     # FORCE_COLOR, which CI sets, must not put escape codes into a file or a pipe.
     console = Console(highlight=False, width=width(), force_terminal=on_terminal())
     with console.capture() as captured:
@@ -79,6 +93,19 @@ def line(text: str) -> None:
     write(f"{text}\n")
 
 
+def sink(data: Mapping[str, Any] | None, of: str) -> None:
+    """Print that the first position takes most of something, where a result says so."""
+    if data:
+        line(f"position 0 ({display.token(data)}) takes {data['fraction']:.0%} of {of}, as an attention sink does")
+
+
+def more(*parts: tuple[int, str, str]) -> None:
+    """Print how many parts of which kind a table leaves out, if any, and the options that show them."""
+    if left := [f"{count} more {what}: {option}" for count, what, option in parts if count > 0]:
+        line(f"{'; '.join(left)}, or --format json")
+        line("")
+
+
 def emit_json(content: Mapping[str, Any]) -> None:
     """Print JSON; NaN and infinity become null, which JSON has. In ASCII, where stdout's encoding lacks a character."""
     text = runs.json_text(runs.finite(content))
@@ -89,9 +116,25 @@ def emit_json(content: Mapping[str, Any]) -> None:
     write(text)
 
 
+def wrapped(text: str, columns: int, indent: int) -> str:
+    """Return a text broken between words, its lines after the first one indented."""
+    options: dict[str, Any] = {"break_long_words": False, "break_on_hyphens": False, "drop_whitespace": True}
+    return textwrap.fill(text, max(columns, 2 * indent), subsequent_indent=" " * indent, **options)
+
+
 def words(tokens: Sequence[Mapping[str, Any]]) -> str:
     """Return tokens of a result in a row."""
     return " ".join(map(display.token, tokens))
+
+
+def emit_tables(result: "Result", trace: Any, output_format: str) -> None:
+    """Print a result as CSV, on a terminal with escapes for what is not printable, or the tables for print as LaTeX."""
+    from ggjac.results import Words
+
+    if output_format == "csv":
+        write(result._table(Words(trace, true=not on_terminal())).to_csv())
+    else:
+        write("\n".join(table.to_latex() for table in result.exhibits(trace)))
 
 
 def bar(value: float, largest: float) -> str:

@@ -6,16 +6,19 @@ from typing import Any
 
 import click
 
-from ggjac.cli.render import emit_json, line
+from ggjac.cli.render import emit_json, emit_tables, line
 from ggjac.cli.session import show_doubts, show_saved, show_tokens
+from ggjac.results import Result
 from ggjac.session import Session
 
 
 def show_reconstruction(data: dict[str, Any]) -> None:
     """Print the reconstruction error."""
     share = data["offset_norm"] / (data["output_norm"] or 1.0)
-    offset = f"offset {share:.1%} of ‖y‖" if share else "offset 0: no biases on the live path"
+    offset = f"offset {share:.1%} of ‖y‖" if share else "offset 0: no bias adds to it"
     sign, remark = ("<=", "") if data["healthy"] else (">", ": NOT healthy")
+    if data["cancellation"] and data["healthy"]:
+        remark = f" after cancellation: the residual stream was {data['cancellation']:.0f} times as long before"
     line(f"Reconstruction ‖J x + offset - y‖/‖y‖ = {data['error']:.1e} ({sign} {data['limit']:.0e}{remark}); {offset}")
     line("")
 
@@ -25,6 +28,8 @@ def finish(
     content: dict[str, Any],
     output_format: str,
     output: Path | None = None,
+    *,
+    result: Result,
     **show: Callable[[Any], None],
 ) -> None:
     """Print a command's result, as JSON with its provenance or as tables, and exit with code 3 if a check failed.
@@ -32,13 +37,16 @@ def finish(
     Args:
         session: of the result.
         content: the result's parts by name.
-        output_format: `json` or `table`.
+        output_format: `json`, `table`, `csv` or `latex`.
         output: where tensors were saved, if anywhere.
+        result: the main one, as CSV or LaTeX.
         show: functions that print the part of that name, in this order; a reconstruction comes first.
     """
-    envelope = session.envelope()
+    envelope = session.envelope(check=output is None)
     if output_format == "json":
         emit_json(envelope | content)
+    elif output_format in ("csv", "latex"):
+        emit_tables(result, session, output_format)
     else:
         show_tokens(session.tokens(), session.warnings)
         show_doubts(envelope["model"])

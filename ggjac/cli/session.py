@@ -149,9 +149,9 @@ def one_token(session: Session, target: str | None, option: str = "--target") ->
     if is_id and (number != target or not model.tokenizer.n_vocab):
         ids = [int(number)] if len(number) < 20 else [2**63]
     else:
-        ids = _spelled(model, text)
+        ids = model.spelled(text)
         if len(ids) != 1 and "\\" in text:  # as the tables show a line break
-            ids = _spelled(model, texts.unescaped(text))
+            ids = model.spelled(texts.unescaped(text))
         if len(ids) == 1 and is_id and int(number) < model.config.vocabulary:
             other = model.word(int(number))
             session.notes.append(
@@ -160,25 +160,13 @@ def one_token(session: Session, target: str | None, option: str = "--target") ->
     if len(ids) != 1:
         parts = " + ".join(model.word(id) for id in ids[:8]) + " + ..." * (len(ids) > 8) or "none"
         ask = f"id:{target}" if is_id else "an id, as in id:4"
-        if not text.startswith(" ") and len(_spelled(model, f" {text}")) == 1:
+        if not text.startswith(" ") and len(model.spelled(f" {text}")) == 1:
             ask = f"{f' {target}'!r}, with a space before it, which is one"
         raise click.UsageError(f"{option} {target!r} is {len(ids)} tokens ({parts}); give one token, or {ask}")
     try:
         return model.check_prompt(ids)[0]
     except PromptError as error:
         raise click.UsageError(f"{option}: {error}") from error
-
-
-def _spelled(model: Model, text: str) -> list[int]:
-    """Return the ids of a text inside another one."""
-    tokenizer = model.tokenizer
-    ids = tokenizer.encode(text, add_special=False)
-    if len(ids) != 1 and text.startswith(" "):
-        # SentencePiece puts a space before every text: here it has brought its own.
-        inner = tokenizer.encode(text[1:], add_special=False)
-        if len(inner) == 1 and tokenizer.piece(inner[0]) == text.encode():
-            return inner
-    return ids
 
 
 def note_likelier(session: Session, target: str | None, id: int | None, option: str = "--target") -> None:
@@ -206,15 +194,9 @@ def show_tokens(tokens: Sequence[Mapping[str, Any]], warnings: Sequence[str]) ->
     marked = any(kinds)
     rows: list[tuple] = []
     for group in display.characters(tokens):
-        first, last = group[0]["position"], group[-1]["position"]
-        rows.append(
-            (
-                first if first == last else f"{first}-{last}",
-                " ".join(str(token["id"]) for token in group),
-                display.together(group),
-                *([kinds[first].replace("_", "-")] if marked else []),
-            )
-        )
+        kind = kinds[group[0]["position"]].replace("_", "-")
+        number = " ".join(str(token["id"]) for token in group)
+        rows.append((display.span(group), number, display.together(group), *([kind] if marked else [])))
     table("Tokens", ["#position", "#id", "token", *(["type"] if marked else [])], rows)
     show_warnings(warnings)
 

@@ -9,14 +9,15 @@ from ggjac.cli.options import (
     ModelOptions,
     model_options,
     output,
-    output_format,
     position,
     resume,
     spectrum_options,
+    tabular_format,
     top,
 )
 from ggjac.cli.planning import dry_run
 
+NUMBERS = 32  # columns of the terminal that the numbers of singular vectors take, and the gaps
 PLACES, WORDS = 3, 8  # of the tables: positions of each right vector, tokens of each left one
 
 
@@ -32,7 +33,7 @@ PLACES, WORDS = 3, 8  # of the tables: positions of each right vector, tokens of
     "[m, k, d], `token_residual` [m, k], to this safetensors file."
 )
 @resume
-@output_format
+@tabular_format
 def svd(
     what: ModelOptions,
     position: int,
@@ -49,7 +50,7 @@ def svd(
     """Compute the leading singular vectors of a prompt's detached Jacobian, decoded to tokens.
 
     Left vectors decode through the LM head to the tokens they promote, right vectors to the nearest input embeddings at
-    each position. Exit code 3 if the sweeps ran out before every triplet reached --tol, or
+    each position. Exit code 3 if the sweeps ran out before every vector reached --tol, or
     the reconstruction error is out of bounds.
 
     \b
@@ -78,7 +79,7 @@ def svd(
             tensors |= token_tensors(each)
         if output:
             session.save(output, tensors, **settings)
-    finish(session, content, output_format, output, svd=show)
+    finish(session, content, output_format, output, result=result, svd=show)
 
 
 def show(data: dict[str, Any]) -> None:
@@ -91,7 +92,7 @@ def show(data: dict[str, Any]) -> None:
 def show_spectrum(data: dict[str, Any]) -> None:
     """Print singular values with both decodings; right vectors at the positions with most of their weight."""
     from ggjac import display
-    from ggjac.cli.render import line, numbers, table, words
+    from ggjac.cli.render import line, numbers, sink, table, width, words, wrapped
 
     rows = []
     sigmas = numbers([t["singular_value"] for t in data["triplets"]])
@@ -99,7 +100,11 @@ def show_spectrum(data: dict[str, Any]) -> None:
         heaviest = sorted(t["right"], key=lambda r: -r["weight"])[:PLACES]
         places = max(len(str(r["position"])) for r in t["right"])
         right = "\n".join(
-            f"{r['weight']:>4.0%}  {r['position']:>{places}} {display.token(r)}: {words(r['nearest'][:3])}"
+            wrapped(
+                f"{r['weight']:>4.0%}  {r['position']:>{places}} {display.token(r)}: {words(r['nearest'][:3])}",
+                (width() - NUMBERS) // 2,
+                7 + places,
+            )
             for r in heaviest
         )
         rows.append((j + 1, sigmas[j], f"{t['residual']:.0e}", words(t["left"][:WORDS]), right))
@@ -108,11 +113,12 @@ def show_spectrum(data: dict[str, Any]) -> None:
         "#σ",
         "#residual",
         "left vector: tokens it promotes",
-        "right vector: share, position, nearest tokens",
+        "right vector: weight, position, nearest tokens",
     ]
     table("Singular vectors of the detached Jacobian", columns, rows)
     state = "converged" if data["converged"] else f"NOT converged to {data['tol']:.0e}"
     line(f"{state} after {data['sweeps']} sweeps (stopped by: {data['stopped_by']})")
+    sink(data.get("sink"), "the weight of right vector 1")
 
 
 def show_stable_rank(data: dict[str, Any]) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from ggjac.cli.options import ModelOptions, model_options, output_format
+from ggjac.cli.options import ModelOptions, model_options, tabular_format
 from ggjac.cli.planning import dry_run
 
 
@@ -25,7 +25,7 @@ from ggjac.cli.planning import dry_run
     show_default=True,
     help="Tensors in the table, those that differ most.",
 )
-@output_format
+@tabular_format
 def verify(what: ModelOptions, strict: bool, count: int, output_format: str) -> None:
     """Compare tokens, logits and every layer with llama.cpp on the same file; exit code 3 if they disagree.
 
@@ -40,13 +40,14 @@ def verify(what: ModelOptions, strict: bool, count: int, output_format: str) -> 
     from ggjac.cli.session import open_session
 
     session = open_session(what, tapes=False)
-    content = {"parity": session.verify(strict=strict).data(session.words)}
+    result = session.verify(strict=strict)
+    content = {"parity": result.data(session.words)}
 
     def show_all(data: dict[str, Any]) -> None:
         show(data)
         show_layers(data, count)
 
-    finish(session, content, output_format, parity=show_all)
+    finish(session, content, output_format, result=result, parity=show_all)
 
 
 def show(data: dict[str, Any]) -> None:

@@ -32,6 +32,7 @@ from typing import Any, NamedTuple, NoReturn
 import numpy as np
 
 from ggjac.gguf import types
+from ggjac.guard import guard
 
 MAX_HEADER_BYTES = 1 << 28  # real headers, vocabulary and merges included, stay below 30 MB
 MAX_ENTRIES = 1 << 17  # keys, tensors or inner arrays of one file; each becomes a Python object
@@ -236,7 +237,7 @@ class _Strings(LazyArray):
     def _element(self, index: int) -> str:
         start = self._offsets[index]
         (length,) = _U64.unpack_from(self._buffer, start)
-        return self._buffer[start + 8 : start + 8 + length].decode("utf-8", "replace")
+        return self._buffer[start + 8 : start + 8 + length].decode("utf-8", "surrogateescape")
 
 
 class _Arrays(LazyArray):
@@ -431,6 +432,11 @@ def _map(path: Path) -> tuple[mmap.mmap, Stamp]:
         if isinstance(error, GGUFError):
             raise
         raise GGUFError(f"{shown(path)}: cannot be opened ({error}); check the path") from None
+
+
+def _address(buffer: mmap.mmap) -> tuple[int, int]:
+    """Return where a file is mapped, and how many bytes."""
+    return np.frombuffer(buffer, np.uint8).ctypes.data, len(buffer)
 
 
 def _read_version(header: _Header) -> int:
@@ -646,6 +652,8 @@ class GGUFFile:
         metadata: the first shard's keys; values are Python numbers, `bool`, `str` or `LazyArray`.
         tensors: name -> TensorInfo, in file order, shard after shard.
         stamps: of each shard when it was opened.
+        addresses: where each shard is mapped, and how many bytes.
+        lost: whether a page could not be read and was replaced by zeros; see `ggjac.guard`.
         hashes: the SHA-256 of each shard, once `sha256` has been called.
     """
 
@@ -658,6 +666,9 @@ class GGUFFile:
         self.tensors = _join_tensors(shards)
         self.nbytes = sum(len(shard.buffer) for shard in shards)  # of all shards, on disk
         self.stamps = [shard.stamp for shard in shards]
+        self.addresses = [_address(shard.buffer) for shard in shards]
+        self.lost = False
+        guard(self)
         self._places = [os.path.abspath(path) for path in self.paths]  # wherever the process goes
         self._data_starts = [shard.data_start for shard in shards]
         self._buffers = [shard.buffer for shard in shards]
@@ -758,6 +769,11 @@ class GGUFFile:
             ChangedError: it has changed.
             GGUFError: its disk fails.
         """
+        if self.lost:
+            raise ChangedError(
+                f"{shown(self.path)}: a part of it could not be read while in use: it was truncated, or the disk or "
+                "the network failed; restore the file, or copy it to a local disk, then start again"
+            )
         for path, place, stamp in zip(self.paths, self._places, self.stamps, strict=True):
             try:
                 now = Stamp.of(os.stat(place))

@@ -81,6 +81,12 @@ class DetachedJacobian(LinearOperator):
         self.sweep = SharedSweep(network, [self.span], position, raw=raw, journal=journal)
         self.chunk_bytes = chunk_bytes
 
+    def __repr__(self) -> str:
+        """Return shapes, position, freezing rule and, of a map inside the network, its span, on one line."""
+        whole = self.span == Span(0, self.end)
+        span = "" if whole else f", from depth {self.span.start} to {self.span.tap.kind} {self.span.tap.index}"
+        return f"{super().__repr__()}, position {self.position}, {self.mlp_path}{span}"
+
     @property
     def progress(self) -> Callable[[int, int], None] | None:
         """If set, called as `progress(done, total)` after each block of a product."""
@@ -102,11 +108,21 @@ class DetachedJacobian(LinearOperator):
             self.progress = before
 
     def matmat(self, X: Float[Tensor, "k n d"], t: Homogeneous = None) -> Float[Tensor, "k d"]:
-        """Return `J x + t offset` for stacked inputs: one upward sweep."""
+        """Return `J x + t offset` for stacked inputs: one upward sweep.
+
+        Raises:
+            ValueError: they have another shape.
+        """
+        self.check_shape(X, self.in_shape)
         return self.sweep.up([X.to(self.device, self.dtype)], None if t is None else [t])[0]
 
     def rmatmat(self, Y: Float[Tensor, "k d"]) -> Float[Tensor, "k n d"]:
-        """Return `Jᵀ y` for stacked output cotangents: one downward sweep."""
+        """Return `Jᵀ y` for stacked output cotangents: one downward sweep.
+
+        Raises:
+            ValueError: they have another shape.
+        """
+        self.check_shape(Y, self.out_shape)
         return self.sweep.down([Y.to(self.device, self.dtype)])[0]
 
     def rows(self, chunk: int | None = None) -> Iterator[tuple[int, int, Tensor]]:
@@ -131,6 +147,15 @@ class DetachedJacobian(LinearOperator):
         floats = chunk_floats(n, d, self.network.frame.config.hidden_units)
         return max(1, self.chunk_bytes // (floats * self.dtype.itemsize * maps))
 
+    def token_id(self, token: int | str | None) -> int | None:
+        """Return the id of a token that is given as its text, such as `" Paris"`; ids and None as they are.
+
+        Raises:
+            PromptError: the text is not one token.
+            TokenizerError: a text, and the file has no tokenizer, or llama-cpp-python is not installed.
+        """
+        return self.network.token(token) if isinstance(token, str) else token
+
     def svd(
         self,
         rank: int,
@@ -141,7 +166,7 @@ class DetachedJacobian(LinearOperator):
         seed: int = 0,
         progress: Callable[[int, float], None] | None = None,
     ) -> SVD:
-        """Return the leading singular triplets of the `[d, n d]` matrix.
+        """Return the leading singular triplets of the `[d, n d]` matrix, left vectors signed to point along `J x`.
 
         Args:
             rank: number of triplets.
@@ -154,7 +179,8 @@ class DetachedJacobian(LinearOperator):
         Raises:
             ValueError: an argument is out of range, or a product is not finite.
         """
-        return svd(self, rank, tol=tol, max_sweeps=max_sweeps, block=block, seed=seed, progress=progress)
+        found = svd(self, rank, tol=tol, max_sweeps=max_sweeps, block=block, seed=seed, progress=progress)
+        return found.pointing_along(self.linear_output)
 
     @cached_property
     def x(self) -> Float[Tensor, "n d"]:
@@ -193,6 +219,23 @@ class DetachedJacobian(LinearOperator):
         """The largest healthy reconstruction error in this dtype; in 16 bit it grows with depth beyond 32 blocks."""
         blocks = self.span.tap.index - self.span.start
         return HEALTHY[self.dtype] * (max(1.0, (blocks / 32) ** 0.5) if self.dtype.itemsize == 2 else 1.0)
+
+    @property
+    def cancellation(self) -> float:
+        """How many times as long as at some depth the residual stream at this position was before: the digits lost.
+
+        Large where blocks write a long vector into the stream, as some biases do, and later ones erase it.
+        """
+        tap, p = self.span.tap, self.position
+        streams = [self.network.tapes[i].x[p] for i in range(self.span.start, min(tap.index, self.end.index - 1) + 1)]
+        lengths = [float(x.cpu().double().norm()) for x in streams]
+        if tap == self.end:  # on no tape, but its scale is: 1 / rms
+            lengths.append(len(streams[0]) ** 0.5 / float(self.network.norm.scale[p]))
+        longest, factor = 0.0, 1.0
+        for length in lengths:
+            longest = max(longest, length)
+            factor = max(factor, longest / length) if length else factor
+        return factor
 
     @cached_property
     def _pushed(self) -> Float[Tensor, "3 d"]:

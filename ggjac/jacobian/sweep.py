@@ -64,6 +64,7 @@ class FrozenNetwork(NamedTuple):
         outside: the tensors that belong to no block.
         table: reads what blocks have of the tokens in a table of their own, or returns None; see
             `ggjac.blocks.block_inputs`.
+        token: returns the id of a text that is one token.
     """
 
     weights: Callable[[int], BlockWeights]
@@ -78,6 +79,7 @@ class FrozenNetwork(NamedTuple):
     embedding: Weight
     outside: BlockWeights
     table: Callable[[], Tensor | None]
+    token: Callable[[str], int]
 
 
 class SharedSweep:

@@ -45,7 +45,7 @@ class Budget:
         )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Plan:
     """What a command's work needs, for each layer and in total.
 
@@ -157,6 +157,11 @@ class Plan:
     def tape_bytes(self) -> int:
         """Bytes of all tapes."""
         return sum(layer.tape_bytes for layer in self.layers)
+
+    def __repr__(self) -> str:
+        """Return the work, the memory and whether it fits on one line."""
+        fits = "fits" if self.fits else "does not fit"
+        return f"Plan({self.work.command}, {self.work.n} tokens, {size(self.ram_peak)} of memory: {fits})"
 
     @property
     def ram_needed(self) -> int:

@@ -6,6 +6,7 @@ Everything that is read is checked first, by the forms that the sections state.
 import json
 import os
 from collections.abc import Iterable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,9 @@ from ggjac.units import size
 VECTORS = ("y", "offset", "linear_output", "ordinary_output")
 MAX_JSON = 64 * 2**20  # bytes
 MAX_VECTOR = 2**22  # elements
+# Of results of schema version 1: lists of tokens; maps of one block.
 _DECODED = ("left", "right", "nearest", "tokens")
+_OF_BLOCKS = {("cumulative", "attn"), ("cumulative", "mlp"), *product(["blockwise"], ["layer", "attn", "mlp"])}
 
 #: A result, as in `run.json` and as printed by commands; and one about many prompts, which has no `tokens`.
 _RESULT = record(frame.PROMPT, PARTS)
@@ -55,11 +58,16 @@ def checked(content: Any, source: str = "run.json", again: str = "analyse the pr
 def _since_2(value: Any, key: str = "") -> Any:
     """Return a part of a result of schema version 1 as of version 2.
 
-    In version 1, tokens were as they are shown, under `token` or alone in the lists of `_DECODED`.
+    In version 1, tokens were as they are shown, under `token` or alone in the lists of `_DECODED`, and the blocks of a
+    logit were counted from 1.
     """
     if isinstance(value, dict):
         if key == "top1" and value.keys() == {"a", "b"}:
             return {side: {"text": text} for side, text in value.items()}
+        if isinstance(block := value.get("block"), int):
+            value = value | {"block": block - 1}
+        if isinstance(depth := value.get("index"), int) and (value.get("map"), value.get("kind")) in _OF_BLOCKS:
+            value = value | {"block": depth - 1}
         return {("text" if name == "token" else name): _since_2(entry, name) for name, entry in value.items()}
     if isinstance(value, list):
         bare = key in _DECODED

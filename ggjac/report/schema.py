@@ -180,5 +180,6 @@ MODEL = record(
 )
 #: ‖J x + offset − y‖ ⁄ ‖y‖ and the limit up to which it is healthy.
 RECONSTRUCTION = record(
-    {"error": maybe(number), "limit": number, "healthy": flag}, {"offset_norm": number, "output_norm": number}
+    {"error": maybe(number), "limit": number, "healthy": flag},
+    {"offset_norm": number, "output_norm": number, "cancellation": number},
 )

@@ -29,7 +29,7 @@ def caveat(content: Mapping[str, Any]) -> str:
     of = f" under the freezing rule --mlp-path {path}" if path else ""
     other = "; another rule splits the same logit into other shares" if path else ""
     part = f"A share is one part of an exact sum along the live paths{of}{other}."
-    return f"{part} It is not the effect of changing a token."
+    return f"{part} It is neither importance nor the effect of changing a token."
 
 
 def plain(sentence: Iterable[Piece]) -> str:

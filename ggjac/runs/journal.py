@@ -471,7 +471,9 @@ def _resumable(folder: Path, given: dict[str, Any], origin: Origin | None, resum
     """
     head = _stored_head(folder)  # first: without `resume`, damage is reported too
     if not resume:
-        raise JournalError(f"{folder}: contains an unfinished run; continue it with --resume or choose another -o")
+        raise JournalError(
+            f"{folder}: contains an unfinished run; continue it with --resume, choose another -o, or delete it"
+        )
     _compare(folder, head["identity"], given)
     try:
         if origin:

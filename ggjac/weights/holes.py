@@ -43,7 +43,8 @@ class Holes:
     """
 
     def __init__(self, metadata: Mapping[str, Any]):
-        self._types: Sequence[int] = metadata.get("tokenizer.ggml.token_type") or ()
+        types = metadata.get("tokenizer.ggml.token_type")
+        self._types: Sequence[int] = types if isinstance(types, Sequence) and not isinstance(types, str) else ()
         self._rows: dict[str, set[Rows]] = defaultdict(set)
         self._infos: dict[str, TensorInfo] = {}
 

@@ -21,7 +21,7 @@ from ggjac.gguf.types import TYPES, holds_weights, row_bytes
 from ggjac.sizes import TILE_ELEMENTS, Part
 from ggjac.weights.bus import Bus
 from ggjac.weights.cache import Cache, Key, Section
-from ggjac.weights.holes import Holes
+from ggjac.weights.holes import VOCABULARY, Holes
 
 
 class WeightError(ValueError):
@@ -43,6 +43,8 @@ class WeightStore:
         places: where the weights of each block are kept between sweeps; see `place`.
         cache: the weights that are kept.
         holes: rows of zeros among the weights that were read.
+        invalid: rows of the vocabulary's matrices that hold NaN or infinite values, of those that were read, by tensor.
+            A token that no text has must not stop everything.
     """
 
     def __init__(self, file: GGUFFile, *, device: torch.device, dtype: torch.dtype, threads: int):
@@ -57,6 +59,7 @@ class WeightStore:
         self.cache = Cache({})
         self._bus = None if device.type == "cpu" else Bus(device)
         self.holes = Holes(file.metadata)
+        self.invalid: dict[str, set[int]] = defaultdict(set)
         self._checked: set[Key] = set()
         self._gains: dict[str, list[float]] = {}
         self._scratch = threading.local()  # one tile per thread on the CPU, reused so that its pages are touched once
@@ -97,13 +100,14 @@ class WeightStore:
         else:
             self.places, self.cache = list(places), Cache(room)
 
-    def dequantize(self, key: Key, place: str = "file") -> Float[Tensor, "rows d"]:
+    def dequantize(self, key: Key, place: str = "file", *, forgiving: bool = False) -> Float[Tensor, "rows d"]:
         """Return a tile dense; its columns must lie on block boundaries. It is kept at `place` if there is room.
 
         Valid until the same thread calls again: two tensors cannot be streamed side by side in one thread.
 
         Raises:
-            WeightError: the rows hold NaN or infinite scales (checked the first time they are read).
+            WeightError: the rows hold NaN or infinite scales (checked the first time they are read), and the caller is
+                not `forgiving`: then they are zeros, and `invalid` has them.
         """
         kept = self.cache.get(key)
         if kept and kept.place == "dense":
@@ -114,14 +118,28 @@ class WeightStore:
         self.bytes_read += shape[0] * row_bytes(info.type, shape[1])
         if self._bus is None:
             out = torch.empty(shape, dtype=self.dtype) if keep else self._scratch_tile(*shape)
-            tile = quants.dequantize_rows(self._stored(key, info), info.type, out, threads=self.threads)
+            tile = quants.dequantize_rows(self._stored(key, info, forgiving), info.type, out, threads=self.threads)
         elif kept and kept.place == "device":
             tile = quants.dequantize(kept.tensor, info.type, self.dtype)
         else:
-            tile = self._sent_and_dequantized(self._bus, key, info, kept.tensor if kept else None, place)
+            raw = kept.tensor if kept else self._stored(key, info, forgiving)
+            tile = self._sent_and_dequantized(self._bus, key, info, raw, place)
+        if invalid := [row - key.start for row in self.invalid.get(key.name, ()) if key.start <= row < key.stop]:
+            tile[invalid] = 0
         if keep:
             self.cache.keep(key, place, tile)
         return tile
+
+    def warning(self) -> str | None:
+        """Return one line about what a trained model does not have, among the weights that were read; or None."""
+        if not self.invalid:
+            return self.holes.warning()
+        name, rows = next(iter(self.invalid.items()))
+        more = f" and {len(rows) - 1} more" if len(rows) > 1 else ""
+        return (
+            f"{name}: NaN or infinite values in row {min(rows)}{more} of {self.file.tensors[name].rows}, which count "
+            "as zeros or as the least likely tokens: the quantization is broken, take another file of the model"
+        )
 
     def wide(self, info: TensorInfo) -> Tensor:
         """Return a small tensor dense, in its own shape, in float32 where `dtype` is narrower.
@@ -165,36 +183,36 @@ class WeightStore:
             tile = self._scratch.tile = torch.empty(rows * columns, dtype=self.dtype)
         return tile[: rows * columns].view(rows, columns)
 
-    def _stored(self, key: Key, info: TensorInfo) -> np.ndarray:
+    def _stored(self, key: Key, info: TensorInfo, forgiving: bool = False) -> np.ndarray:
         """Return the quantized bytes of a tile: a view of the file, or a copy if they are not consecutive.
 
         Raises:
-            WeightError: they hold NaN or infinite scales.
+            WeightError: they hold NaN or infinite scales, and the caller is not `forgiving`.
         """
         columns = slice(row_bytes(info.type, key.left), row_bytes(info.type, key.right))
         runs = [self.file.rows(info, start, stop)[:, columns] for start, stop in key.runs]
         raw = runs[0] if len(runs) == 1 else np.concatenate(runs)
         if key not in self._checked:
-            if quants.has_invalid_scales(raw, info.type):
-                where = _first_invalid(key, info, raw)
+            invalid = _invalid_rows(key, info, raw)
+            if invalid and not forgiving:
                 raise WeightError(
-                    f"tensor {info.name} holds NaN or infinite values{where}: it was quantized or converted wrongly; "
-                    "downloading it again does not help, take another file of the model"
+                    f"tensor {info.name} holds NaN or infinite values{_where(info, invalid[0])}: it was quantized or "
+                    "converted wrongly; downloading it again does not help, take another file of the model"
                 )
+            if invalid:
+                self.invalid[info.name].update(invalid)
+                return raw
             for (start, _), run in zip(key.runs, runs, strict=True):
                 self.holes.look(info, run, start)
             self._checked.add(key)
         return raw
 
     def _sent_and_dequantized(
-        self, bus: Bus, key: Key, info: TensorInfo, pinned: Tensor | None, place: str
+        self, bus: Bus, key: Key, info: TensorInfo, raw: Tensor | np.ndarray, place: str
     ) -> Float[Tensor, "rows d"]:
         """Copy a tile's bytes to the device, from pinned memory or the file, and dequantize them there."""
-        raw: Tensor | np.ndarray | None = pinned
-        if raw is None:
-            raw = stored = self._stored(key, info)
-            if place == "pinned" and (copy := self.cache.pin(key, stored)) is not None:
-                raw = copy
+        if isinstance(raw, np.ndarray) and place == "pinned" and (copy := self.cache.pin(key, raw)) is not None:
+            raw = copy
         with bus.sent(raw) as moved:
             if place == "device" and self.cache.reserve(place, moved.nbytes):
                 self.cache.keep(key, place, moved)
@@ -247,13 +265,21 @@ class Weight:
         section = Section(self.first + part.start, part.stop - part.start, part.period)
         return replace(self, first=0, last=part.rows(self.shape[0]), section=section)
 
+    @property
+    def invalid(self) -> list[int]:
+        """Those of these rows, among those read, that hold NaN or infinite values and were read as zeros."""
+        return sorted(row for row in self.store.invalid.get(self.info.name, ()) if self.first <= row < self.last)
+
     def tiles(self) -> Iterator[tuple[int, int, Tensor]]:
-        """Yield `(start, stop, rows start:stop)` in order; each tile is overwritten by the next."""
+        """Yield `(start, stop, rows start:stop)` in order; each tile is overwritten by the next.
+
+        Rows of the vocabulary's matrices that hold NaN or infinite values are zeros; see `WeightStore.invalid`.
+        """
         out, columns = self.shape
         step = max(1, TILE_ELEMENTS // columns)
         for start in range(0, out, step):
             stop = min(start + step, out)
-            yield start, stop, self._dequantized(start, stop)
+            yield start, stop, self._dequantized(start, stop, forgiving=self.info.name in VOCABULARY)
 
     def read_ahead(self) -> None:
         """Ask the system to read these rows from the disk in the background.
@@ -273,8 +299,8 @@ class Weight:
         whole = self._dequantized(0, self.last - self.first).clone()
         return whole[0] if len(self.info.shape) == 1 else whole
 
-    def _dequantized(self, start: int, stop: int) -> Tensor:
-        return self.store.dequantize(self._key(start, stop), self.place)
+    def _dequantized(self, start: int, stop: int, *, forgiving: bool = False) -> Tensor:
+        return self.store.dequantize(self._key(start, stop), self.place, forgiving=forgiving)
 
     def _key(self, start: int, stop: int) -> Key:
         return Key(self.info.name, self.first + start, self.first + stop, self.left, self.right, self.section)
@@ -339,12 +365,18 @@ class Block:
         return self.prefix + name, None
 
 
-def _first_invalid(key: Key, info: TensorInfo, raw: np.ndarray) -> str:
-    """Return where in a tensor the first row of a tile is that holds NaN or infinite scales; nothing for a vector."""
+def _invalid_rows(key: Key, info: TensorInfo, raw: np.ndarray) -> list[int]:
+    """Return the rows of a tensor, among those of a tile, that hold NaN or infinite scales."""
+    if not quants.has_invalid_scales(raw, info.type):
+        return []
+    rows = (row for start, stop in key.runs for row in range(start, stop))
+    return [row for row, one in zip(rows, raw, strict=True) if quants.has_invalid_scales(one[None], info.type)]
+
+
+def _where(info: TensorInfo, row: int) -> str:
+    """Return where in a tensor a row is, for a message; nothing for a vector."""
     if len(info.shape) == 1:
         return ""
-    rows = (row for start, stop in key.runs for row in range(start, stop))
-    row = next(row for row, one in zip(rows, raw, strict=True) if quants.has_invalid_scales(one[None], info.type))
     if len(info.shape) == 2:
         return f" in row {row}"
     expert, row = divmod(row, info.shape[-2])

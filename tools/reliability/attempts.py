@@ -82,13 +82,14 @@ class Job:
             return dict(load_file(path))
         content = json.loads((path / "run.json").read_text())
         content = {key: value for key, value in content.items() if key not in APART}
+        content["model"] = {key: value for key, value in content["model"].items() if key != "path"}
         return {**load_file(path / "tensors.safetensors"), "run.json": content}
 
 
 _PROMPT = ("--tokens", TOKENS)
 _BASES = (
     Job(("analyze", *_PROMPT, "-k", "2", "--no-verify"), "run"),
-    Job(("svd", *_PROMPT, "-k", "2", "--shuffles", "0"), "svd.safetensors"),
+    Job(("svd", *_PROMPT, "-k", "2"), "svd.safetensors"),
     Job(("layers", *_PROMPT, "-k", "1", "--layers", "2", "--maps", "cumulative"), "layers.safetensors"),
     Job(("jacobian", *_PROMPT), "jacobian.safetensors"),
     Job(("ranks", *_PROMPT), "ranks.jsonl", resumed=False),
@@ -96,6 +97,11 @@ _BASES = (
 # Several prompts have no trace.
 _MANY = Job(("ranks", "-f", f"../{PROMPTS}"), "ranks.jsonl", resumed=False)
 JOBS = (*_BASES[:-1], _MANY, *(Job(job.arguments, job.output, job.resumed, traced=True) for job in _BASES))
+
+
+def chosen(only: str | None) -> list[Job]:
+    """Return the jobs of one command, or all."""
+    return [job for job in JOBS if only in (None, job.arguments[0])]
 
 
 @dataclass(frozen=True)

@@ -99,6 +99,7 @@ def run_model(model: Any) -> str:
     try:
         trace = model.trace([0, min(1, model.config.vocabulary - 1)])
         ggjac.predict(trace, top=3).data()
+        model.weights.warning()
     except known_errors() as error:
         return refused("run", error)
     return "ran"
@@ -117,12 +118,11 @@ def read_value(value: Any, depth: int = 0) -> None:
 
 def read_token(raw: Any, id: int) -> None:
     """Decode a token in all ways."""
-    from ggjac.tokenizer import visible
+    from ggjac.display import visible
 
     visible(raw.piece(id))
-    for way in ("name", "kind"):
-        if hasattr(raw, way):
-            getattr(raw, way)(id)
+    if not visible(raw.name(id)) or not raw.kind(id):
+        raise AssertionError(f"token {id} has no name, or no kind")
 
 
 def refused(stage: str, error: Exception) -> str:

@@ -23,12 +23,12 @@ from pathlib import Path
 from typing import Any
 
 from attempts import (
-    JOBS,
     Attempt,
     Ended,
     Job,
     Whole,
     attempt,
+    chosen,
     copied_model,
     differing,
     leftovers,
@@ -171,17 +171,18 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=200, help="over all commands [200]")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--limit", action="store_true", help="limit the size of files even where a disk can be mounted")
+    parser.add_argument("--only", help="one command, such as svd [all]")
     parser.add_argument("--model", type=Path, help="[the demo model]")
     parser.add_argument("--folder", type=Path, help="where to make a temporary folder")
     options = parser.parse_args()
     chance, counts = random.Random(options.seed), {name: Counter[Job]() for name in ("runs", "failed", "wrong")}
     with workplace(options.folder) as place:
-        model = copied_model(place, options.model)
+        model, jobs = copied_model(place, options.model), chosen(options.only)
         mounting = can_mount(place) and not options.limit
         wholes: dict[Job, Whole] = {}
         sizes: dict[Job, int] = {}
         for number in range(options.runs):
-            job = JOBS[number % len(JOBS)]
+            job = jobs[number % len(jobs)]
             if job not in wholes:
                 wholes[job] = undisturbed(job, model, place / "whole")
                 sizes[job] = most(job, model, place / "size") if mounting else largest_file(wholes[job])

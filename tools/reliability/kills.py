@@ -13,7 +13,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-from attempts import JOBS, Job, Whole, attempt, copied_model, differing, leftovers, show, undisturbed, workplace
+from attempts import Job, Whole, attempt, chosen, copied_model, differing, leftovers, show, undisturbed, workplace
 
 
 def trial(job: Job, model: Path, whole: Whole, folder: Path, chance: random.Random) -> tuple[int, list[str]]:
@@ -46,7 +46,7 @@ def main() -> None:
     chance, trials, kills, wrong = random.Random(options.seed), Counter[Job](), Counter[Job](), Counter[Job]()
     with workplace(options.folder) as place:
         model = copied_model(place, options.model)
-        jobs = [job for job in JOBS if options.only in (None, job.arguments[0])]
+        jobs = chosen(options.only)
         wholes = {job: undisturbed(job, model, place / "whole") for job in jobs}
         while kills.total() < options.kills:
             job = min(jobs, key=lambda job: kills[job])

@@ -163,14 +163,15 @@ def _branch_parts(entry: dict[str, Any]) -> list[Part]:
     """Return every part of the residual stream by name: heads where they are known, else attention."""
     parts = [("Embedding", entry["embedding"])]
     for block in entry["blocks"]:
-        name = f"Block {block['block']}"
+        name = f"L{block['block']}"
         if block["heads"] is None:
-            parts.append((f"{name}, {_mixer(block)}", block["attn"]))
+            parts.append((f"{name} {_mixer(block)}", block["attn"]))
         else:
-            names = block["head_names"] or [f"head {i}" for i in range(len(block["heads"]))]
-            parts += [(f"{name}, {head}", share) for head, share in zip(names, block["heads"], strict=True)]
-            parts.append((f"{name}, bias of {_mixer(block)}", block["attn_bias"] or 0.0))
-        parts.append((f"{name}, MLP", block["mlp"]))
+            heads = block["head_names"]
+            heads = [f" {head}" for head in heads] if heads else [f"H{i}" for i in range(len(block["heads"]))]
+            parts += [(f"{name}{head}", share) for head, share in zip(heads, block["heads"], strict=True)]
+            parts.append((f"{name} bias of {_mixer(block)}", block["attn_bias"] or 0.0))
+        parts.append((f"{name} MLP", block["mlp"]))
     return [*parts, ("Biases of norm and head", entry["bias"] or 0.0)]
 
 
@@ -282,10 +283,10 @@ def branch_grid(run: Run) -> list[Heat]:
         key="attribute-branches-heads",
         title=f"Shares in {asked(given)} by block and head",
         label="block",
-        rows=tuple(str(block["block"]) for block in blocks),
+        rows=tuple(f"L{block['block']}" for block in blocks),
         panels=(sides, heads),
         summary=f"{len(blocks)} blocks of up to {count} heads; the largest share of a head is that of "
-        f"head {largest[2]} of block {largest[1]}.",
+        f"L{largest[1]}H{largest[2]}.",
     )
     return [grid] if grid.cells <= MAX_CELLS else []
 
@@ -348,10 +349,10 @@ def _rows(parts: list[Part], entry: dict[str, Any], decimals: int) -> list[dict[
     ]
 
 
-def _block_table(entry: dict[str, Any]) -> list[tuple[int, str, str]]:
+def _block_table(entry: dict[str, Any]) -> list[tuple[str, str, str]]:
     """Return the shares of each block's attention and MLP."""
     decimals = digits([block[kind] for block in entry["blocks"] for kind in ("attn", "mlp")])
-    return [(b["block"], signed(b["attn"], decimals), signed(b["mlp"], decimals)) for b in entry["blocks"]]
+    return [(f"L{b['block']}", signed(b["attn"], decimals), signed(b["mlp"], decimals)) for b in entry["blocks"]]
 
 
 # -- every position ----------------------------------------------------------------------------------------------------
@@ -378,7 +379,7 @@ def position_grid(run: Run) -> list[Heat]:
             Panel(
                 name,
                 tuple(map(str, blocks)),
-                tuple(f"{name} of block {i}" for i in blocks),
+                tuple(f"L{i} {name}" for i in blocks),
                 tuple(tuple(block[kind] for block in entry["blocks"]) for entry in entries),
             )
             for kind, name in _kinds(entries[0]).items()

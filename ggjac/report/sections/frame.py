@@ -162,6 +162,11 @@ def _reconstruction(name: str, found: dict[str, Any]) -> dict[str, Any]:
     offset = (
         f" The biases contribute an offset of {percent(share)} of ‖y‖." if share else " No biases: the offset is 0."
     )
+    if found["healthy"] and found["cancellation"]:
+        offset += (
+            f" Digits cancel: the residual stream was {found['cancellation']:.0f} times as long before, and rounding "
+            "is relative to that."
+        )
     return {
         "name": name,
         "state": "pass" if found["healthy"] else "fail",

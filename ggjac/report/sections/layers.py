@@ -1,6 +1,7 @@
 """Depth by depth: the vectors of every map, the logit lens, ranks of tokens, stable ranks."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -24,10 +25,10 @@ from ggjac.units import power
 
 MAX_RANKS = 300_000  # ranks in the page; of more, those of the tokens listed first
 
-#: A tap is a place in the network, seen through the final norm frozen there: the residual stream after `index` blocks,
-#: or the output of the attention or MLP of block `index`.
+#: A tap is a place in the network, seen through the final norm frozen there: the residual stream at depth `index`,
+#: counted in blocks applied, or what the attention or MLP of `block` adds to it (`index - 1`: blocks count from 0).
 KINDS = {"layer": "layer", "attn": "attention", "mlp": "MLP"}
-#: The map between a tap and an end: from the embeddings to the tap, of block `index` alone, from the tap to the output.
+#: The map between a tap and an end: from the embeddings to the tap, of `block` alone, from the tap to the output.
 MAPS = {
     "cumulative": "from the input to this depth",
     "blockwise": "each block alone",
@@ -38,12 +39,12 @@ _TAP = record(
     {
         "map": one_of(*MAPS),
         "kind": one_of(*KINDS),
-        "index": integer,  # blocks are counted from 1
+        "index": integer,
         # The largest singular value first. `left`: the tokens that the left vector promotes through the LM head;
         # `arriving`: those of the same vector carried on to the output.
         "triplets": each(record(TRIPLET | {"left": each(TOKEN)}, {"arriving": each(TOKEN)})),
     },
-    {"stable_rank": ESTIMATE},
+    {"block": integer, "stable_rank": ESTIMATE},
 )
 _RANKS = record(
     {
@@ -54,7 +55,7 @@ _RANKS = record(
 _LAYERS = record(
     {"taps": each(_TAP)},
     {
-        "readout": each(record({"index": integer, "top": each(TOKEN)})),  # logit lens after `index` blocks, 0 included
+        "readout": each(record({"index": integer, "top": each(TOKEN)})),  # logit lens at depth `index`, 0 included
         "ranks": _RANKS,  # in the readout at each depth
         "path": each(record({"index": integer, "values": each(number, least=2)})),  # along the output's directions
     },
@@ -87,7 +88,7 @@ def rank_axes(run: Run) -> Chart | None:
     return Chart(
         key="rank-by-depth",
         title="Rank by depth",
-        x=linear("blocks", depths, whole=True, pad=0.03),
+        x=linear("depth", depths, whole=True, pad=0.03),
         y=logarithmic("rank", [1, max(10, worst)], flipped=True),
         series=(),
         summary="The table below has the numbers.",
@@ -167,9 +168,9 @@ def _vector_grid(
 ) -> dict[str, Any]:
     """Return the grid of one map and kind; `key` is the decoding shown, `left` or `arriving`."""
     width = max(len(t["triplets"]) for t in taps)
-    rows = [
+    rows: list[dict[str, Any]] = [
         {
-            "index": t["index"],
+            "index": place(t),
             "cells": [
                 {
                     "sigma": power(v["singular_value"], 2),
@@ -187,11 +188,17 @@ def _vector_grid(
     return {
         "group": capital(group),
         "name": capital(name),
+        "axis": "Depth" if taps[0]["block"] is None else "Block",
         "columns": columns,
         "rows": rows,
         "caption": caption,
         "more": most if most > SHOWN else None,
     }
+
+
+def place(tap: Mapping[str, Any]) -> str:
+    """Return how tables name a map: by its block, or by its depth."""
+    return str(tap["index"]) if tap.get("block") is None else f"L{tap['block']}"
 
 
 _LOWERED = str.maketrans("0123456789", "₀₁₂₃₄₅₆₇₈₉")
@@ -221,6 +228,7 @@ def _logit_lens(readout: list[dict[str, Any]], pinnable: set[int]) -> list[dict[
         {
             "group": "Logit lens",
             "name": "Most likely tokens",
+            "axis": "Depth",
             "columns": [str(rank + 1) for rank in range(width)],
             "rows": rows,
             "caption": "Logit lens: the most likely tokens of the residual stream, read through final norm and LM head",
@@ -256,7 +264,7 @@ def stable_ranks(run: Run) -> list[list[Chart]]:
         chart = Chart(
             key=f"stable-rank-{name.replace('_', '-')}",
             title=f"Stable rank by depth, {words}",
-            x=linear("blocks", depths, whole=True, pad=0.03),
+            x=linear("depth", depths, whole=True, pad=0.03),
             y=Axis("stable rank", 0.0, 1.0, ()),
             series=tuple(series),
             summary=f"Stable rank from the first depth to the last: {'; '.join(ends)}.",
@@ -314,7 +322,8 @@ SECTIONS = (
         "layers",
         "Layer by layer",
         layers,
-        "Depth increases downwards. Click a token to pin it and follow its rank by depth in the logit lens: its place "
+        "Depth is the number of blocks applied and increases downwards; depth 1 is after L0, for blocks and heads are "
+        "counted from 0. Click a token to pin it and follow its rank by depth in the logit lens: its place "
         "among all tokens when the residual stream is read through the final norm and the LM head.",
         ranks_by_depth,
     ),

@@ -251,8 +251,8 @@ if (source && place) {
     if (!there || marked === id) marked = there ? pinned[pinned.length - 1] ?? null : id;
     fill();
     draw();
-    const depths = ranks(id).map((rank, i) => `${rank} after ${data.depths[i]}`).join(", ");
-    said.textContent = there ? `${names.get(id)} unpinned` : `${names.get(id)} pinned: rank ${depths} blocks`;
+    const depths = ranks(id).map((rank, i) => `${rank} at ${data.depths[i]}`).join(", ");
+    said.textContent = there ? `${names.get(id)} unpinned` : `${names.get(id)} pinned: rank by depth ${depths}`;
   }
 
   for (const button of buttons) button.addEventListener("click", () => toggle(Number(button.value)));
