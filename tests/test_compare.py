@@ -200,6 +200,20 @@ def test_the_command(tiny_file: TinyFile) -> None:
     out = invoke("compare", "-m", a, "--with", b, *TOKENS, "-k", 3).stdout
     for word in ("Singular values", "Principal angles", "b - a", "KL(a ‖ b)", "same top token at"):
         assert word in out
+    assert out.index("b against a: ") < out.index("Singular values change by ") < out.index("Principal angles")
+
+
+def test_the_verdict_is_of_the_numbers(tiny_file: TinyFile) -> None:
+    a, b = tiny_file("biases"), tiny_file("biases", seed=3)
+    data = invoke_json("compare", "-m", a, "--with", b, *TOKENS, "-k", 3)["compare"]
+    out = invoke("compare", "-m", a, "--with", b, *TOKENS, "-k", 3).stdout
+    changes = [100 * (value["b"] / value["a"] - 1) for value in data["singular_values"]]
+    assert f"Singular values change by {min(changes):+.1f} % to {max(changes):+.1f} %." in out
+    largest = max(data["angles"]["left"])
+    assert largest > 45
+    assert f"The largest angle is {largest:.0f}°" in out
+    assert ("another top token" in out) == (not data["positions"][-1]["same_top1"])
+    assert "The largest angle" not in invoke("compare", "-m", a, "--with", a, *TOKENS, "-k", 3).stdout
 
 
 def test_the_command_on_a_file_and_itself(tiny_file: TinyFile) -> None:
@@ -216,7 +230,9 @@ def test_the_command_refuses_other_models(tiny_file: TinyFile, tmp_path: Path) -
         (tiny_file("tied"), "output.weight: the first file has [128, 64], the second no such tensor"),
     ):
         first = model if "attn_k" in words else tiny_file("plain")
-        assert words in invoke("compare", "-m", first, "--with", other, *TOKENS, code=1).stderr
+        err = invoke("compare", "-m", first, "--with", other, *TOKENS, code=1).stderr
+        assert words in err
+        assert f"these are different models ({first.stem}, {other.stem}): " in err
     assert "--with" in invoke("compare", "-m", model, *TOKENS, code=2).stderr
     broken = tmp_path / "broken.gguf"
     broken.write_bytes(b"GGUF")

@@ -6,8 +6,10 @@ import oracle
 import pytest
 import tiny
 import torch
+from helpers import IDS
 
 from ggjac.analysis.per_token import per_token
+from ggjac.analysis.svd import spectrum
 from ggjac.linop import dot_test
 from ggjac.model import open_model
 
@@ -61,3 +63,15 @@ def test_all_positions_share_their_sweeps(tiny_files: dict[str, Path]) -> None:
     found = per_token(J, 2)
     sweeps = max(each.svd.sweeps for each in found)
     assert reads["blk.0.ffn_up.weight"] == (sweeps + 1) * tiny.options("gqa").ff  # one more for the signs
+
+
+def test_progress_counts_the_sweeps_of_the_result(tiny_files: dict[str, Path]) -> None:
+    """And nothing after them: the product that decides the signs has a name of its own."""
+    J = open_model(tiny_files["gqa"]).trace(IDS).jacobian()
+    for analysis in (spectrum, per_token):
+        seen: list[str] = []
+        found = analysis(J, 2, progress=lambda what, *_, seen=seen: seen.append(what))
+        sweeps = found.svd.sweeps if analysis is spectrum else max(one.svd.sweeps for one in found)
+        numbers = [int(what.split(",")[0].split()[1]) for what in seen if what.startswith("sweep ")]
+        assert sorted(set(numbers)) == list(range(1, sweeps + 1))
+        assert any(what.startswith("signs, ") for what in seen)

@@ -90,7 +90,11 @@ def per_token(
     operators = [jacobian.at_position(i) for i in positions]
     n, d = jacobian.in_shape
 
+    sweep, worst, ended = 0, "", False
+
     def together(side: Callable[[Tensor], Tensor], stack: Tensor) -> Tensor:
+        nonlocal sweep
+        sweep += 1
         return torch.cat([side(part) for part in stack.split(jacobian.rows_at_once())])
 
     def up(stacks: list[Tensor]) -> list[Tensor]:
@@ -117,20 +121,19 @@ def per_token(
 
         return list(together(pulled, torch.arange(len(vectors))).split(sizes))
 
-    worst = ""
-
     def swept(sweeps: int, residual: float) -> None:
         nonlocal worst
-        worst = f"sweep {sweeps + 1}, worst residual {residual:.1e}, "
+        worst = f", worst residual {residual:.1e}"
 
     def report(what: str, done: int, total: int, rounds: int = 0) -> None:
         if progress:
-            progress(f"{worst}{what}", done, total)
+            progress(f"signs, {what}" if ended else f"sweep {sweep}{worst}, {what}", done, total)
 
     with jacobian.reporting(report):
         found = svd_together(
             operators, rank, up=up, down=down, tol=tol, seed=seed, max_sweeps=max_sweeps, progress=swept
         )
+        ended = True
         contributed = torch.cat(up([jacobian.x[i].reshape(1, 1, d) for i in positions]))
     head, embedding = jacobian.network.head, jacobian.network.embedding
     found = [svd.pointing_along(output) for svd, output in zip(found, contributed, strict=True)]

@@ -120,6 +120,12 @@ def spectrum(
             progress(f"sweep {sweep}{residual}, {what}", done, total, sweeps_left(history, sweep, tol))
         sweep += done == total
 
+    def signs(what: str, done: int, total: int, rounds: int = 0) -> None:
+        if progress:
+            progress(f"signs, {what}", done, total)
+
+    with jacobian.reporting(signs):
+        _ = jacobian.linear_output  # along which the vectors will point
     with jacobian.reporting(report):
         triplets = jacobian.svd(
             rank, tol=tol, seed=seed, max_sweeps=max_sweeps, progress=lambda _, worst: history.append(worst)

@@ -19,6 +19,9 @@ from ggjac.cli.planning import dry_run
 if TYPE_CHECKING:
     from ggjac.session import Session
 
+# Degrees beyond which an angle between spans says that a vector was exchanged for another.
+SWAPPED = 45.0
+
 
 @click.command()
 @model_options(trace=False)
@@ -94,13 +97,18 @@ def compare(
 def _check(session: "Session", what: ModelOptions, other: Path) -> None:
     """Refuse a file of another model before any work, and one that will not fit."""
     from ggjac import planner
-    from ggjac.analysis.compare import check_files, check_vocabularies
+    from ggjac.analysis.compare import CompareError, check_files, check_vocabularies
     from ggjac.cli.planning import make_plan, requested
     from ggjac.config import read_config
     from ggjac.gguf import open_gguf
+    from ggjac.model import title
 
     ours, theirs = session.model.gguf, open_gguf(other)
-    check_files(*({name: info.shape for name, info in file.tensors.items()} for file in (ours, theirs)))
+    try:
+        check_files(*({name: info.shape for name, info in file.tensors.items()} for file in (ours, theirs)))
+    except CompareError as error:
+        names = session.model.title, title(other, None, theirs.metadata.get("general.name"))
+        raise CompareError(f"these are different models ({names[0]}, {names[1]}): {error}") from error
     check_vocabularies(*(file.metadata.get("tokenizer.ggml.tokens") for file in (ours, theirs)))
     shapes = {name: info.shape for name, info in theirs.tensors.items()}
     config = read_config(theirs.metadata, shapes).with_context(what.context)
@@ -116,6 +124,26 @@ def _both(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:
     return a | {"other_model": b["model"], "seconds": seconds, "peak_memory_bytes": b["peak_memory_bytes"]}
 
 
+def verdict(data: dict[str, Any], position: int) -> list[str]:
+    """Return what the two files have in common, in plain lines: the prediction, the gains, the directions."""
+    (here,) = (p for p in data["positions"] if p["position"] == position)
+    changes = [100 * (value["b"] / value["a"] - 1) for value in data["singular_values"] if value["a"]]
+    same = "the same top token" if here["same_top1"] else "another top token"
+    lines = [
+        f"b against a: {same} at the output position, the same at {data['top1_agreement']:.0%} of positions;",
+        f"KL divergence {data['kl']:.2g} nats there.",
+    ]
+    if changes:
+        lines.append(f"Singular values change by {min(changes):+.1f} % to {max(changes):+.1f} %.")
+    largest, count = max(data["angles"]["left"]), len(data["angles"]["left"])
+    if largest > SWAPPED:
+        lines += [
+            f"The largest angle is {largest:.0f}°: in the two files the {count} leading vectors span other directions,",
+            "or the next singular value is close to the last, and the cut swaps the two.",
+        ]
+    return lines
+
+
 def show(data: dict[str, Any], content: dict[str, Any]) -> None:
     """Print both files' spectra, angles, shares and predictions; `content` has the envelope."""
     from ggjac import display
@@ -127,6 +155,9 @@ def show(data: dict[str, Any], content: dict[str, Any]) -> None:
         name = display.visible((model["asked"] or model["path"]).encode("utf-8", "surrogateescape"))
         line(f"{side}: {name}: reconstruction error {health['error']:.1e} (limit {health['limit']:.0e}{remark})")
     line("")
+    for text in verdict(data, content["position"]):
+        line(text)
+    line("")
     values = data["singular_values"]
     a, b = (numbers([value[side] for value in values]) for side in ("a", "b"))
     left, right = (data["angles"][side][::-1] for side in ("left", "right"))
@@ -134,7 +165,7 @@ def show(data: dict[str, Any], content: dict[str, Any]) -> None:
         (j + 1, a[j], b[j], f"{value['b'] / value['a'] - 1:+.1%}" if value["a"] else "", f"{value['residual']:.0e}")
         for j, value in enumerate(values)
     ]
-    table("Singular values", ["##", "#σ of a", "#σ of b", "#difference", "#residual"], rows)
+    table("Singular values", ["##", "#σ of a", "#σ of b", "#difference", "#larger residual"], rows)
     angles = [(j + 1, f"{left[j]:.3f}°", f"{right[j]:.3f}°") for j in range(len(left))]
     title = f"Principal angles between the spans of the {len(left)} leading vectors, smallest first"
     table(title, ["##", "#left", "#right"], angles)
