@@ -129,9 +129,11 @@ def parts(shown: list[str]) -> list[tuple[bool, list[str], bool]]:
 
 
 def find(line: str, printed: list[str], start: int) -> int | None:
-    """Return where a line stands from `start` on, whatever its numbers are now."""
+    """Return where a line stands from `start` on: as it was if it is there, else with other numbers."""
     wanted = anchor(line)
-    return next((i for i in range(start, len(printed)) if anchor(printed[i]) == wanted), None)
+    places = range(start, len(printed))
+    alike = (i for i in places if anchor(printed[i]) == wanted)
+    return next((i for i in places if pages.same_line(line, printed[i])), next(alike, None))
 
 
 def anchor(line: str) -> list[str]:
