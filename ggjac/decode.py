@@ -3,6 +3,7 @@
 Both stream the vocabulary matrix tile by tile and keep only the best candidates: the matrix is never dense.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -45,27 +46,31 @@ class Head(NamedTuple):
         return self.softcap * torch.tanh(z / self.softcap) if self.softcap else z
 
 
-def top_logits(matrix: TiledMatrix, Y: Float[Tensor, "k d"], count: int) -> Ranked:
+def top_logits(matrix: TiledMatrix, Y: Float[Tensor, "k d"], count: int, *, hidden: Sequence[int] = ()) -> Ranked:
     """Return the `count` tokens of highest `y Wᵀ` for each direction: the paper's decoding of left singular vectors.
 
-    Bias, scale and cap do not apply to a direction: only the head's matrix is used.
+    Bias, scale and cap do not apply to a direction: only the head's matrix is used. Tokens `hidden` are left out.
     """
-    return _best(matrix, Y, count, unit_rows=False)
+    return _best(matrix, Y, count, hidden, unit_rows=False)
 
 
-def nearest(embedding: TiledMatrix, V: Float[Tensor, "k d"], count: int) -> Ranked:
+def nearest(embedding: TiledMatrix, V: Float[Tensor, "k d"], count: int, *, hidden: Sequence[int] = ()) -> Ranked:
     """Return the `count` tokens whose embeddings have the highest cosine with each vector.
 
     The paper's decoding of right singular vectors. Scores are cosines. A row of zeros, as some padding tokens have,
-    never ranks first (score -inf).
+    never ranks first (score -inf). Tokens `hidden` are left out.
     """
     lengths = V.norm(dim=1, keepdim=True)
-    return _best(embedding, V / torch.where(lengths > 0, lengths, 1), count, unit_rows=True)
+    return _best(embedding, V / torch.where(lengths > 0, lengths, 1), count, hidden, unit_rows=True)
 
 
-def _best(matrix: TiledMatrix, vectors: Float[Tensor, "k d"], count: int, *, unit_rows: bool) -> Ranked:
-    """Keep the best `count` rows while streaming the matrix; ties go to the smaller id."""
-    count = min(count, matrix.shape[0])
+def _best(
+    matrix: TiledMatrix, vectors: Float[Tensor, "k d"], count: int, hidden: Sequence[int], *, unit_rows: bool
+) -> Ranked:
+    """Keep the best `count` rows that are not hidden while streaming the matrix; ties go to the smaller id."""
+    shown = torch.ones(matrix.shape[0], dtype=torch.bool, device=vectors.device)
+    shown[list(hidden)] = False
+    count = min(count, matrix.shape[0] - len(hidden))
     ids = torch.empty(len(vectors), 0, dtype=torch.long, device=vectors.device)
     scores = vectors.new_empty(len(vectors), 0)
     for start, stop, tile in matrix.tiles():
@@ -73,9 +78,13 @@ def _best(matrix: TiledMatrix, vectors: Float[Tensor, "k d"], count: int, *, uni
         if unit_rows:
             lengths = tile.norm(dim=1)
             products = torch.where(lengths > 0, products / lengths, -torch.inf)
-        new = _first_best(products, min(count, stop - start))
+        rows = torch.arange(start, stop, device=vectors.device)
+        if hidden:
+            rows = rows[shown[start:stop]]
+            products = products[:, rows - start]
+        new = _first_best(products, min(count, len(rows)))
         # Every id here is larger than those kept so far, so that a stable sort leaves ties in order of id.
-        scores, ids = torch.cat([scores, products.gather(1, new)], 1), torch.cat([ids, new + start], 1)
+        scores, ids = torch.cat([scores, products.gather(1, new)], 1), torch.cat([ids, rows[new]], 1)
         scores, by_score = scores.sort(dim=1, descending=True, stable=True)
         scores, ids = scores[:, :count], ids.gather(1, by_score)[:, :count]
     return Ranked(ids, scores)

@@ -261,6 +261,11 @@ class Model:
         """
         return chat.rendered(self.gguf.metadata, self.tokenizer, question, system)
 
+    def special_ids(self) -> list[int]:
+        """Return the ids of tokens that are not text: by the vocabulary's types, control, unused and byte tokens."""
+        kind = self.tokenizer.kind
+        return [id for id in range(self.config.vocabulary) if kind(id) in ("control", "unused", "byte")]
+
     def word(self, id: int) -> str:
         """Return a token's name on one line, never empty; control characters are visible and harmless to a terminal."""
         return visible(self.tokenizer.name(id))
@@ -625,6 +630,7 @@ class Trace:
             outside=model.outside,
             table=partial(model.block_table, self.ids),
             token=model.token,
+            special=model.special_ids,
         )
 
 

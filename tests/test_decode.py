@@ -75,6 +75,24 @@ def test_top_logits_are_those_of_a_full_sort(case: tuple[Tensor, Tensor, int]) -
         assert best.scores.tolist() == scores
 
 
+@settings(deadline=None, max_examples=100)
+@given(matrices(), st.sets(st.integers(0, 39)))
+def test_hidden_tokens_leave_their_places_to_the_next_best(case: tuple[Tensor, Tensor, int], some: set[int]) -> None:
+    W, Y, count = case
+    hidden = [i for i in sorted(some) if i < len(W)]
+    left = [i for i in range(len(W)) if i not in some]
+    for find in (decode.top_logits, decode.nearest):
+        every = find(Matrix(W), Y, len(W))
+        wanted = [[i for i in row if i in left][:count] for row in every.ids.tolist()]
+        for matrix in (Matrix(W), Tiled(W)):
+            best = find(matrix, Y, count, hidden=hidden)
+            assert best.ids.tolist() == wanted
+            scores = [
+                dict(zip(*row, strict=True)) for row in zip(every.ids.tolist(), every.scores.tolist(), strict=True)
+            ]
+            assert best.scores.tolist() == [[of[i] for i in ids] for of, ids in zip(scores, wanted, strict=True)]
+
+
 def test_many_equal_scores_go_to_the_smaller_ids() -> None:
     """Enough rows that torch's own top-k would pick any of the equals."""
     W = (torch.arange(5000) % 3).double()[:, None]

@@ -11,7 +11,7 @@ from pathlib import Path
 import oracle
 import pytest
 import torch
-from helpers import IDS, TOKENS, head_of, invoke, invoke_json, pair
+from helpers import IDS, TOKENS, head_of, invoke, invoke_json, pair, reworded
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -512,3 +512,34 @@ def test_the_command_per_token(tiny_file: TinyFile, tmp_path: Path) -> None:
     assert "each position's own map" in invoke("svd", "-m", model, *TOKENS, *options).stdout
     invoke("svd", "-m", model, *TOKENS, "--per-token", "--max-sweeps", 2, "--tol", "1e-6", code=3)
     assert "per_token" not in invoke_json("svd", "-m", model, *TOKENS)["svd"]
+
+
+def lists(data: object) -> list[list[int]]:
+    """Return the ids of all lists of ranked tokens inside a command's JSON."""
+    if isinstance(data, dict):
+        return [ids for part in data.values() for ids in lists(part)]
+    if not isinstance(data, list):
+        return []
+    if data and all(isinstance(one, dict) and "score" in one for one in data):
+        return [[one["id"] for one in data]]
+    return [ids for part in data for ids in lists(part)]
+
+
+@pytest.mark.parametrize(
+    "command", [["svd", "-k", 2, "--per-token"], ["norms", "--count", 2], ["layers", "-k", 2, "--layers", "2,-1"]]
+)
+def test_special_tokens_are_hidden_and_the_next_ones_shown(command: list, tmp_path: Path) -> None:
+    """Of a vocabulary in which every third token is a control, unused or byte token."""
+    kinds = [(1, 3, 1, 1, 5, 1, 1, 6, 1)[id % 9] for id in range(2544)]
+    model = reworded(tmp_path / "kinds.gguf", {"tokenizer.ggml.token_type": kinds})
+    ask = [*command, "-q", "-m", model, "--tokens", "0,465,506", "--format", "json"]
+    every = invoke_json(*ask, "--top", 60)[command[0]]
+    found = invoke_json(*ask, "--top", 6, "--hide-special")[command[0]]
+    assert not every["hide_special"]
+    assert found["hide_special"]
+    wanted = [[id for id in ids if kinds[id] == 1] for ids in lists(every)]
+    assert len(wanted) == len(lists(found)) > 4
+    assert any(kinds[id] != 1 for ids in lists(every) for id in ids[:3])
+    for best, ids in zip(wanted, lists(found), strict=True):
+        assert len(ids) in (3, 6)
+        assert ids == best[: len(ids)]

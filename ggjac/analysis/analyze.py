@@ -43,6 +43,7 @@ def analyze(
     position: int = -1,
     rank: int = 8,
     top: int = 8,
+    hide_special: bool = False,
     tol: float = 1e-3,
     max_sweeps: int = 40,
     seed: int = 0,
@@ -71,6 +72,7 @@ def analyze(
         position: of the output; negative counts from the end.
         rank: number of singular triplets.
         top: tokens to decode each vector to.
+        hide_special: leave control, unused and byte tokens out of the decoding.
         tol, max_sweeps, seed: of the iteration, as `ggjac.svd.svd` takes them.
         parse_special: `<s>` and the like in a text are the tokens that they name.
         mlp_path: freezing rule of gated feed-forwards, `"up"` or `"gate"`.
@@ -113,6 +115,7 @@ def analyze(
         return Path(output)
     session.fit("analyze", rank=rank, layers=layers, per_token=per_token, contrast=contrast)
     options: dict[str, Any] = {"rank": rank, "tol": tol, "seed": seed, "max_sweeps": max_sweeps, "top": top}
+    options["hide_special"] = hide_special
     parts: dict[str, Any] = {"verify": verify, "layers": layers, "per_token": per_token, "contrast": contrast}
     with run_folder(output, model.title) as folder:
         run(session, folder, resume=resume, **options, **parts)
@@ -166,6 +169,7 @@ def run(
     *,
     rank: int,
     top: int,
+    hide_special: bool,
     tol: float,
     max_sweeps: int,
     seed: int,
@@ -183,7 +187,7 @@ def run(
     runs.check_folder(folder, unfinished=CHECKPOINT)
     there = (folder / "run.json").exists()
     settings: dict[str, Any] = {"rank": rank, "tol": tol, "seed": seed}
-    iteration = settings | {"top": top, "max_sweeps": max_sweeps}
+    iteration = settings | {"top": top, "max_sweeps": max_sweeps, "hide_special": hide_special}
     marks = {"per_token": per_token} if per_token else {}
     words = session.words
     content: dict[str, Any] = {}

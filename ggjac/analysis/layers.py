@@ -166,6 +166,7 @@ class Layers(Plotted):
         path: to the output's directions; None where the map to the output was not asked for.
         tol: relative residual that was asked of every triplet.
         seed: of the random starts and probes.
+        hide_special: whether the decoding of vectors left out control, unused and byte tokens; the readout has all.
     """
 
     maps: list[LayerMap]
@@ -173,6 +174,7 @@ class Layers(Plotted):
     path: DirectionPath | None
     tol: float
     seed: int
+    hide_special: bool = False
 
     def data(self, words: Words = NO_WORDS) -> dict[str, Any]:
         """Return maps (`taps`), readout, ranks and path."""
@@ -180,6 +182,7 @@ class Layers(Plotted):
         return {
             "seed": self.seed,
             "tol": self.tol,
+            "hide_special": self.hide_special,
             "converged": all(bool((m.residual <= self.tol).all()) for m in self.maps),
             "stopped_by": "sweeps" if any(m.stopped_by == "sweeps" for m in self.maps) else "tolerance",
             "taps": [m.data(words) for m in self.maps],
@@ -292,6 +295,7 @@ def layers(
     kinds: Sequence[Kind] = KINDS,
     depths: Sequence[int] | None = None,
     top: int = 8,
+    hide_special: bool = False,
     transport: bool = False,
     tol: float = 1e-3,
     seed: int = 0,
@@ -309,6 +313,7 @@ def layers(
         kinds: taps of cumulative and blockwise maps; maps to the end begin at the stream.
         depths: numbers of blocks applied, 0 to all; default all. No map ends at 0, none to the end begins at the last.
         top: tokens for each vector and depth.
+        hide_special: leave control, unused and byte tokens out of the decoding of vectors.
         transport: carry the left vectors of cumulative `layer` maps to the output; two more upward sweeps.
         tol, seed, max_sweeps: of each iteration, as `ggjac.svd.svd` takes them.
         probes: of stable ranks, where they are estimated (beyond `EXACT_ROWS` outputs).
@@ -335,14 +340,15 @@ def layers(
             ]
     found.sort(key=lambda f: (MAPS.index(f.map), KINDS.index(f.tap.kind), f.tap.index))
 
-    left = _decoded(head, [f.U for f in found], top)
-    arriving = _decoded(head, [f.transported for f in found], top)
+    hidden = jacobian.hidden_ids(hide_special)
+    left = _decoded(head, [f.U for f in found], top, hidden)
+    arriving = _decoded(head, [f.transported for f in found], top, hidden)
     results = [
         LayerMap(**f._asdict(), left=words, arriving=others)
         for f, words, others in zip(found, left, arriving, strict=True)
     ]
     readout = _readout(jacobian, head, [m.left.ids for m in results], top)
-    return Layers(results, readout, direction_path(results, jacobian.end), tol, seed)
+    return Layers(results, readout, direction_path(results, jacobian.end), tol, seed, hide_special)
 
 
 def shared(
@@ -443,12 +449,12 @@ def _transported(run: _Group, triplets: list[SVD]) -> list[Tensor | None]:
     return carried
 
 
-def _decoded(head: Head, stacks: Sequence[Tensor | None], top: int) -> list[Any]:
+def _decoded(head: Head, stacks: Sequence[Tensor | None], top: int, hidden: Sequence[int]) -> list[Any]:
     """Decode several stacks of directions in one pass over the head, each to a `Ranked`; None stays None."""
     present = [stack for stack in stacks if stack is not None]
     if not present:
         return [None] * len(stacks)
-    every = top_logits(head.matrix, torch.cat(present).to(head.matrix.dtype), top)
+    every = top_logits(head.matrix, torch.cat(present).to(head.matrix.dtype), top, hidden=hidden)
     sizes = [len(stack) for stack in present]
     parts = map(Ranked, every.ids.split(sizes), every.scores.split(sizes))
     return [None if stack is None else next(parts) for stack in stacks]

@@ -31,6 +31,7 @@ class Norms(Result):
         row_tokens: tokens of nearest embedding (cosine) for each longest row, `[n * count, row_words]`; rows are signed
             as their component of `J x` is, so that they read what makes it up.
         position: of the output; later positions have no influence.
+        hide_special: whether decoding left out control, unused and byte tokens.
     """
 
     columns: Float[Tensor, "n d"]
@@ -40,6 +41,7 @@ class Norms(Result):
     column_tokens: Ranked
     row_tokens: Ranked
     position: int
+    hide_special: bool = False
 
     def data(self, words: Words = NO_WORDS) -> dict[str, Any]:
         """Return the longest columns and rows of every position up to the output's, the longest first."""
@@ -52,6 +54,7 @@ class Norms(Result):
             ]
 
         return {
+            "hide_special": self.hide_special,
             "positions": [
                 words.here(i)
                 | {
@@ -59,7 +62,7 @@ class Norms(Result):
                     "rows": longest(i, self.rows, self.longest_rows, self.row_tokens),
                 }
                 for i in range(self.position + 1)
-            ]
+            ],
         }
 
     def tensors(self) -> dict[str, Tensor]:
@@ -83,6 +86,7 @@ def norms(
     *,
     column_words: int = 8,
     row_words: int = 4,
+    hide_special: bool = False,
     progress: Progress | None = None,
 ) -> Norms:
     """Measure all columns and rows in one pass over the dense rows, and decode the `count` longest at each position.
@@ -94,13 +98,14 @@ def norms(
         jacobian: from the embeddings.
         count: columns and rows decoded at each position.
         column_words, row_words: tokens of each.
+        hide_special: leave control, unused and byte tokens out of the decoding.
         progress: called as `progress("block", done, total)` in each pass over the blocks.
     """
     with jacobian.reporting(progress):
-        return _norms(jacobian, count, column_words, row_words)
+        return _norms(jacobian, count, column_words, row_words, hide_special)
 
 
-def _norms(jacobian: DetachedJacobian, count: int, column_words: int, row_words: int) -> Norms:
+def _norms(jacobian: DetachedJacobian, count: int, column_words: int, row_words: int, hide_special: bool) -> Norms:
     head, embedding = jacobian.network.head, jacobian.network.embedding
     n, d = jacobian.in_shape
     count = min(count, d)
@@ -126,14 +131,16 @@ def _norms(jacobian: DetachedJacobian, count: int, column_words: int, row_words:
     left = _columns(jacobian, longest)
     left = left * _sign(left.to(along) @ along).to(left)[:, None]
     right = best * _sign(along)[components.to(along.device)].to(best)[..., None]
+    hidden = jacobian.hidden_ids(hide_special)
     return Norms(
         columns=columns,
         rows=rows,
         longest_columns=longest,
         longest_rows=components,
-        column_tokens=top_logits(head.matrix, left.to(head.matrix.dtype), column_words),
-        row_tokens=nearest(embedding, right.flatten(0, 1).to(embedding.dtype), row_words),
+        column_tokens=top_logits(head.matrix, left.to(head.matrix.dtype), column_words, hidden=hidden),
+        row_tokens=nearest(embedding, right.flatten(0, 1).to(embedding.dtype), row_words, hidden=hidden),
         position=jacobian.position,
+        hide_special=hide_special,
     )
 
 

@@ -73,6 +73,7 @@ def per_token(
     rank: int = 4,
     *,
     top: int = 8,
+    hide_special: bool = False,
     tol: float = 1e-3,
     seed: int = 0,
     max_sweeps: int = 40,
@@ -81,7 +82,8 @@ def per_token(
     """Compute `rank` singular triplets of every `J_i` and decode both ends to `top` tokens each.
 
     Positions up to the Jacobian's own; later ones have a map of zero. All positions advance in the same sweeps over the
-    weights, in chunks of `rows_at_once` vectors; options as of `ggjac.svd.svd`.
+    weights, in chunks of `rows_at_once` vectors; options as of `ggjac.svd.svd`. `hide_special` leaves control, unused
+    and byte tokens out of the decoding.
 
     Raises:
         ValueError: rank, `tol` or `max_sweeps` are out of range.
@@ -139,8 +141,9 @@ def per_token(
     found = [svd.pointing_along(output) for svd, output in zip(found, contributed, strict=True)]
     found = [replace(svd, Vh=svd.Vh[:, 0]) for svd in found]  # [k, 1, d] -> [k, d]
     U, V = (torch.cat([getattr(svd, side) for svd in found]) for side in ("U", "Vh"))
-    left = top_logits(head.matrix, U.to(head.matrix.dtype), top)
-    right = nearest(embedding, V.to(embedding.dtype), top)
+    hidden = jacobian.hidden_ids(hide_special)
+    left = top_logits(head.matrix, U.to(head.matrix.dtype), top, hidden=hidden)
+    right = nearest(embedding, V.to(embedding.dtype), top, hidden=hidden)
     rows = [slice(i * rank, (i + 1) * rank) for i in range(len(found))]
     return TokenSpectra(
         TokenSpectrum(i, svd, *(Ranked(side.ids[part], side.scores[part]) for side in (left, right)))

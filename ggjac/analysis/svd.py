@@ -33,6 +33,7 @@ class Spectrum(Plotted):
         position: of the output; later positions have no influence.
         tol: relative residual that was asked of every triplet.
         seed: of the random start.
+        hide_special: whether decoding left out control, unused and byte tokens.
     """
 
     svd: SVD
@@ -42,6 +43,7 @@ class Spectrum(Plotted):
     position: int
     tol: float
     seed: int
+    hide_special: bool = False
 
     @property
     def heaviest(self) -> Float[Tensor, "k d"]:
@@ -66,7 +68,8 @@ class Spectrum(Plotted):
             for j, triplet in enumerate(found["triplets"])
         ]
         sink = words.sink(float(self.weight[0, 0]), self.position + 1)
-        return found | {"rank": len(self.svd.S), "seed": self.seed, "tol": self.tol, "sink": sink}
+        settings = {key: getattr(self, key) for key in ("seed", "tol", "hide_special")}
+        return found | {"rank": len(self.svd.S), **settings, "sink": sink}
 
     def tensors(self) -> dict[str, Tensor]:
         """Return what is saved: U `[k, d]`, S `[k]`, Vh `[k, n, d]`, residual `[k]`."""
@@ -95,6 +98,7 @@ def spectrum(
     rank: int = 8,
     *,
     top: int = 8,
+    hide_special: bool = False,
     tol: float = 1e-3,
     seed: int = 0,
     max_sweeps: int = 40,
@@ -102,9 +106,9 @@ def spectrum(
 ) -> Spectrum:
     """Compute `rank` singular triplets of the joint `[d, n d]` map and decode both ends to `top` tokens each.
 
-    Tokens of right vectors at positions after the Jacobian's own are meaningless, since the map is zero there; their
-    `weight` is 0. `progress` is called after each block, with the sweep and its worst residual, and the number of
-    sweeps that are expected to follow.
+    `hide_special` leaves control, unused and byte tokens out of the ranking. Tokens of right vectors at positions after
+    the Jacobian's own are meaningless, since the map is zero there; their `weight` is 0. `progress` is called after
+    each block, with the sweep and its worst residual, and the number of sweeps that are expected to follow.
 
     Raises:
         ValueError: rank, `tol` or `max_sweeps` are out of range, as `ggjac.svd.svd` has them.
@@ -130,15 +134,17 @@ def spectrum(
         triplets = jacobian.svd(
             rank, tol=tol, seed=seed, max_sweeps=max_sweeps, progress=lambda _, worst: history.append(worst)
         )
+    hidden = jacobian.hidden_ids(hide_special)
     U, Vh = triplets.U.to(head.matrix.dtype), triplets.Vh.to(embedding.dtype)
     return Spectrum(
         svd=triplets,
-        left=top_logits(head.matrix, U, top),
-        right=nearest(embedding, Vh.flatten(0, 1), top),
+        left=top_logits(head.matrix, U, top, hidden=hidden),
+        right=nearest(embedding, Vh.flatten(0, 1), top, hidden=hidden),
         weight=triplets.Vh.square().sum(2),
         position=jacobian.position,
         tol=tol,
         seed=seed,
+        hide_special=hide_special,
     )
 
 

@@ -10,6 +10,7 @@ from ggjac.cli.options import (
     DepthRanges,
     Depths,
     ModelOptions,
+    hide_special,
     model_options,
     output,
     output_format,
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 @position
 @spectrum_options
 @top("Tokens per vector.")
+@hide_special
 @click.option("--no-verify", is_flag=True, help="Do not compare with llama.cpp.")
 @click.option("--layers", type=Depths(), help="Also decompose the maps of these depths: all, or 0,10-20,-1.")
 @click.option("--per-token", is_flag=True, help="Also decompose each position's own map.")
@@ -48,6 +50,7 @@ def analyze(
     max_sweeps: int,
     seed: int,
     top: int,
+    hide_special: bool,
     no_verify: bool,
     layers: DepthRanges | None,
     per_token: bool,
@@ -83,6 +86,7 @@ def analyze(
         line(f"{shown(output)}: is finished; there is nothing to resume")
         return
     options: dict[str, Any] = {"rank": rank, "tol": tol, "max_sweeps": max_sweeps, "seed": seed, "top": top}
+    options["hide_special"] = hide_special
     parts: dict[str, Any] = {"verify": not no_verify, "layers": depths, "per_token": per_token, "contrast": contrast}
     as_table = output_format == "table"
     show = _shower(session) if as_table else lambda key, data: None

@@ -10,6 +10,7 @@ from ggjac.cli.options import (
     DepthRanges,
     ModelOptions,
     given,
+    hide_special,
     layer_options,
     model_options,
     output,
@@ -32,6 +33,7 @@ VECTORS, WORDS, LIKELY = 3, 3, 6
 @layer_options
 @spectrum_options
 @top("Tokens per vector and depth.")
+@hide_special
 @output("Save U, S, residual and stable rank of every map, and the ranks, to this safetensors file.")
 @resume
 @tabular_format

@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from ggjac.cli.options import ModelOptions, model_options, output, position, tabular_format, top
+from ggjac.cli.options import ModelOptions, hide_special, model_options, output, position, tabular_format, top
 from ggjac.cli.planning import dry_run
 
 
@@ -17,9 +17,12 @@ from ggjac.cli.planning import dry_run
     "--count", type=click.IntRange(min=1), default=3, show_default=True, help="Columns and rows per position."
 )
 @top("Tokens per column; half as many per row.")
+@hide_special
 @output("Save `columns` [n, d], `rows` [n, d] (norms) and `ids` [n] to this safetensors file.")
 @tabular_format
-def norms(what: ModelOptions, position: int, count: int, top: int, output: Path | None, output_format: str) -> None:
+def norms(
+    what: ModelOptions, position: int, count: int, top: int, hide_special: bool, output: Path | None, output_format: str
+) -> None:
     """Find the longest columns and rows of the dense detached Jacobian at each position, and decode them.
 
     A column is the effect of one component of a position's embedding on the output, and decodes through the LM head. A
@@ -35,7 +38,8 @@ def norms(what: ModelOptions, position: int, count: int, top: int, output: Path 
 
     session = open_session(what, position=position, output=output)
     content: dict[str, Any] = {"reconstruction": session.reconstruction().data()}
-    result = session.run("norms", norms, count, column_words=top, row_words=max(1, top // 2))
+    decoding = {"column_words": top, "row_words": max(1, top // 2), "hide_special": hide_special}
+    result = session.run("norms", norms, count, **decoding)
     content["norms"] = result.data(session.words)
     if output:
         session.save(output, result.tensors())

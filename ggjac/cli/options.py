@@ -377,6 +377,13 @@ def top(help: str, default: int = 8) -> Callable:
     return click.option("--top", type=click.IntRange(min=1), default=default, show_default=True, help=help)
 
 
+hide_special = click.option(
+    "--hide-special",
+    is_flag=True,
+    help="Leave control, unused and byte tokens, such as <s> and <0x0A>, out of the tokens of each vector.",
+)
+
+
 def output(help: str) -> Callable:
     """Return the `-o/--output` option with a command's own explanation."""
     return click.option("-o", "--output", type=click.Path(path_type=Path), help=help)

@@ -7,6 +7,7 @@ import click
 
 from ggjac.cli.options import (
     ModelOptions,
+    hide_special,
     model_options,
     output,
     position,
@@ -27,6 +28,7 @@ PLACES, WORDS = 3, 8  # of the tables: positions of each right vector, tokens of
 @position
 @spectrum_options
 @top("Tokens per vector.")
+@hide_special
 @click.option("--per-token", is_flag=True, help="Also decompose each position's own map.")
 @output(
     "Save `U`, `S`, `Vh`, `residual` and `ids`, and with --per-token `token_U` [m, k, d], `token_S` [m, k], `token_Vh` "
@@ -42,6 +44,7 @@ def svd(
     max_sweeps: int,
     seed: int,
     top: int,
+    hide_special: bool,
     per_token: bool,
     output: Path | None,
     resume: bool,
@@ -66,7 +69,7 @@ def svd(
     check_resume(output, resume)
     session = open_session(what, position=position, rank=rank, output=output)
     settings: dict[str, Any] = {"rank": rank, "tol": tol, "seed": seed}
-    iteration = settings | {"top": top, "max_sweeps": max_sweeps}
+    iteration = settings | {"top": top, "max_sweeps": max_sweeps, "hide_special": hide_special}
     marks = {"per_token": per_token} if per_token else {}
     words = session.words
     with session.checkpointed(checkpoint(output), resume=resume, output=output, **settings, **marks):

@@ -156,6 +156,10 @@ class DetachedJacobian(LinearOperator):
         """
         return self.network.token(token) if isinstance(token, str) else token
 
+    def hidden_ids(self, hide_special: bool) -> list[int]:
+        """Return the ids that decoding is to leave out: those of control, unused and byte tokens, or none."""
+        return self.network.special() if hide_special else []
+
     def svd(
         self,
         rank: int,

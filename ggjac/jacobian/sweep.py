@@ -65,6 +65,7 @@ class FrozenNetwork(NamedTuple):
         table: reads what blocks have of the tokens in a table of their own, or returns None; see
             `ggjac.blocks.block_inputs`.
         token: returns the id of a text that is one token.
+        special: returns the ids of the vocabulary's tokens that are not text.
     """
 
     weights: Callable[[int], BlockWeights]
@@ -80,6 +81,7 @@ class FrozenNetwork(NamedTuple):
     outside: BlockWeights
     table: Callable[[], Tensor | None]
     token: Callable[[str], int]
+    special: Callable[[], list[int]]
 
 
 class SharedSweep:
