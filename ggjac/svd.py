@@ -10,7 +10,7 @@ Products are stored as coefficients in the basis of the other side, which they e
 """
 
 import math
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -22,6 +22,22 @@ from torch import Tensor
 from ggjac.linop import LinearOperator
 from ggjac.results import NO_WORDS, Plotted, Points, Table, Words
 from ggjac.sizes import block_width
+
+CLUSTER = 0.05  # singular values that differ by less than this fraction are called close
+
+
+class Following(NamedTuple):
+    """The singular value after the last one that was asked for, as the iteration has it.
+
+    Attributes:
+        value: of the subspace searched, and so at most the true one.
+        residual: of its triplet, as in `SVD`.
+        converged: whether that is at most `tol`.
+    """
+
+    value: float
+    residual: float
+    converged: bool
 
 
 @dataclass(frozen=True)
@@ -39,6 +55,7 @@ class SVD(Plotted):
         reason: why the iteration stopped: `"tolerance"`, `"complete"` (the subspace is the whole space: exact to
             precision), `"precision"` (the residual stalls at the rounding error of the operator's dtype) or `"sweeps"`
             (the limit is reached).
+        following: the next singular value; None where the subspace holds no more than these.
     """
 
     U: Tensor
@@ -48,6 +65,7 @@ class SVD(Plotted):
     sweeps: int
     converged: bool
     reason: str
+    following: Following | None = None
 
     def pointing_along(self, output: Tensor) -> "SVD":
         """Flip pairs of vectors so that each left one points along an output `[*out_shape]`: `⟨output, u⟩ >= 0`.
@@ -60,11 +78,12 @@ class SVD(Plotted):
         return replace(self, U=U, Vh=Vh)
 
     def data(self, words: Words = NO_WORDS) -> dict[str, Any]:
-        """Return the singular values with their residuals, the largest first, and how the iteration ended."""
+        """Return the singular values with their residuals, the largest first, the next one, and how it all ended."""
         return {
             "sweeps": self.sweeps,
             "converged": self.converged,
             "stopped_by": self.reason,
+            "next_singular_value": self.following and self.following._asdict(),
             "triplets": [
                 {"singular_value": s, "residual": r}
                 for s, r in zip(self.S.tolist(), self.residual.tolist(), strict=True)
@@ -72,12 +91,33 @@ class SVD(Plotted):
         }
 
     def _table(self, words: Words) -> Table:
-        note = f"{self.sweeps} sweeps, stopped by: {self.reason}"
-        return Table("Singular triplets", {"sigma": self.S.tolist(), "residual": self.residual.tolist()}, (note,))
+        S = self.S.tolist()
+        cut = cut_after(S[-1], len(S), self.following and self.following._asdict())
+        notes = (f"{self.sweeps} sweeps, stopped by: {self.reason}", *([cut] if cut else []))
+        return Table("Singular triplets", {"sigma": S, "residual": self.residual.tolist()}, notes)
 
     def _plot(self, words: Words) -> Points:
         S = self.S.tolist()
         return Points("Singular values", "index", "σ", {"σ": (range(1, len(S) + 1), S, ())})
+
+
+def is_close(last: float, following: Mapping[str, Any] | None) -> bool:
+    """Return whether a spectrum is cut inside a cluster, given its last value and the data of the `following` one."""
+    return following is not None and 0 < last * (1 - CLUSTER) <= following["value"]
+
+
+def cut_after(last: float, rank: int, following: Mapping[str, Any] | None) -> str | None:
+    """Return a line on the gap between the last of `rank` singular values and the next one; None if that is unknown."""
+    if following is None or not last > 0:
+        return None
+    gap = f"{max(0.0, 1 - following['value'] / last):.1%} below σ{rank}"
+    if following["converged"]:
+        found = f"σ{rank + 1} = {following['value']:.4g}, {gap}"
+    else:
+        found = f"σ{rank + 1} ≥ {following['value']:.4g} (not converged), at most {gap}"
+    if not is_close(last, following):
+        return found
+    return f"{found}: the cut goes through a cluster, of which the last vectors are a basis of a part only"
 
 
 # Columns of a stack of vectors that are factored at a time: few enough for the cache, since QR passes over them often.
@@ -205,6 +245,7 @@ def iteration(
     new = _expanded(draw(width, 0), basis[0], 0.0).directions  # [width, size]
     basis[0].append(new)
     triplets: tuple[Tensor, Tensor] | None = None  # those last extracted: coefficients of U, [rank, m], and of V
+    with_next: tuple[Tensor, Tensor]  # the same and the next one, if there is one: [rank + 1, m]
     history: list[float] = []  # the worst residual after each sweep that measured it
 
     for sweeps in range(1, max_sweeps + 1):
@@ -241,7 +282,8 @@ def iteration(
             new = torch.cat([new, more])
 
         # Extract triplets. Without a new direction the subspace is closed, and all images are known.
-        triplets = _extracted(image[side].core(basis[other].count), side, rank)
+        with_next = _extracted(image[side].core(basis[other].count), side, rank + 1)
+        triplets = with_next[0][:rank], with_next[1][:rank]
         if not len(new):
             S, residual = _measured(triplets, image, eps)
             reason = "complete"
@@ -250,6 +292,7 @@ def iteration(
     assert triplets is not None
     order = S.argsort(descending=True, stable=True)  # rounding may swap equal values
     U, V = (side.combined(coefficients)[order] for side, coefficients in zip(basis, triplets, strict=True))
+    values, residuals = (part[rank:].tolist() for part in _measured(with_next, image, eps))
     return SVD(
         U.reshape(-1, *A.out_shape),
         S[order],
@@ -258,6 +301,7 @@ def iteration(
         sweeps=sweeps,
         converged=bool((residual <= tol).all()),
         reason=reason,
+        following=Following(values[0], residuals[0], residuals[0] <= tol) if values else None,
     )
 
 
@@ -279,7 +323,7 @@ def _check(A: LinearOperator, rank: int, tol: float, max_sweeps: int, block: int
 
 
 def _extracted(core: Float[Tensor, "m m2"], side: int, rank: int) -> tuple[Tensor, Tensor]:
-    """Return the leading triplets in the subspace (Rayleigh-Ritz): coefficients of U and of V.
+    """Return the leading triplets in the subspace (Rayleigh-Ritz), `rank` or all: coefficients of U and of V.
 
     `image = core @ basis` with orthonormal rows on both sides, so that the SVD of the small `core` gives the triplets.
     """

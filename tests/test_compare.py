@@ -212,6 +212,10 @@ def test_the_verdict_is_of_the_numbers(tiny_file: TinyFile) -> None:
     largest = max(data["angles"]["left"])
     assert largest > 45
     assert f"The largest angle is {largest:.0f}°" in out
+    for side, following in data["next_singular_value"].items():
+        last = data["singular_values"][-1][side]
+        assert 0 < following["value"] <= last * (1 + 1e-6)
+        assert (f"\n{side}: σ4 " in out) == (following["value"] > 0.95 * last), "a cut through a cluster"
     assert ("another top token" in out) == (not data["positions"][-1]["same_top1"])
     assert "The largest angle" not in invoke("compare", "-m", a, "--with", a, *TOKENS, "-k", 3).stdout
 

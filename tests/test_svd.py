@@ -152,6 +152,48 @@ def test_triplets_are_those_of_the_dense_svd(name: str, dtype: torch.dtype) -> N
         assert result.reason in ("tolerance", "complete")
 
 
+@pytest.mark.parametrize("name", SPECTRA)
+def test_the_next_value_is_at_most_the_true_one(name: str) -> None:
+    make, rank = SPECTRA[name]
+    matrix = make()
+    exact = torch.linalg.svdvals(matrix)
+    following = svd(Counted(matrix), rank, tol=TOL).following
+    if following is None:
+        assert rank == len(exact) or exact[rank] <= 1e-12 * exact[0]
+        return
+    assert following.value <= exact[rank] + 1e-13 * exact[0]
+    off = (exact - following.value).abs().min()
+    assert off <= following.residual * max(following.value, float(exact[0]) * 1e-12) + 1e-13 * exact[0]
+    if following.converged:
+        assert following.value == pytest.approx(float(exact[rank]), rel=TOL, abs=1e-13 * float(exact[0]))
+
+
+@pytest.mark.parametrize(
+    ("values", "line"),
+    [
+        ([8.0, 4.0, 2.0, 1.0], "σ3 = 2, 50.0% below σ2"),
+        (
+            [8.0, 4.0, 3.9, 1.0],
+            "σ3 = 3.9, 2.5% below σ2: the cut goes through a cluster, "
+            "of which the last vectors are a basis of a part only",
+        ),
+        ([8.0, 4.0], None),
+    ],
+)
+def test_a_cut_through_a_cluster_is_said(values: list[float], line: str | None) -> None:
+    result = svd(Counted(prescribed(len(values), 9, values)), 2, tol=TOL)
+    notes = result.table().notes[1:]
+    assert notes == (() if line is None else (line,))
+
+
+def test_a_next_value_that_did_not_converge_is_a_bound() -> None:
+    result = svd(Counted(slow()), 3, tol=1e-6, max_sweeps=4)
+    assert result.following is not None
+    assert not result.following.converged
+    value = f"{result.following.value:.4g}"
+    assert result.table().notes[1].startswith(f"σ4 ≥ {value} (not converged), at most ")
+
+
 @pytest.mark.parametrize("dtype", DTYPES[2:], ids=str)
 @pytest.mark.parametrize("name", [name for name in SPECTRA if "numbers" not in name])
 def test_low_precision_operators_give_honest_triplets(name: str, dtype: torch.dtype) -> None:

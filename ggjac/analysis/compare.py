@@ -107,6 +107,9 @@ class Comparison(Plotted):
                 {"a": float(s), "b": float(t), "residual": float(max(r, q))}
                 for s, t, r, q in zip(a.svd.S, b.svd.S, a.svd.residual, b.svd.residual, strict=True)
             ],
+            "next_singular_value": {
+                side: p.svd.following and p.svd.following._asdict() for side, p in (("a", a), ("b", b))
+            },
             "converged": a.svd.converged and b.svd.converged,
             "angles": {"left": self.left.rad2deg().tolist(), "right": self.right.rad2deg().tolist()},
             "output_distance": self.output_distance,

@@ -126,8 +126,11 @@ def _both(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:
 
 def verdict(data: dict[str, Any], position: int) -> list[str]:
     """Return what the two files have in common, in plain lines: the prediction, the gains, the directions."""
+    from ggjac.svd import cut_after, is_close
+
     (here,) = (p for p in data["positions"] if p["position"] == position)
-    changes = [100 * (value["b"] / value["a"] - 1) for value in data["singular_values"] if value["a"]]
+    values = data["singular_values"]
+    changes = [100 * (value["b"] / value["a"] - 1) for value in values if value["a"]]
     same = "the same top token" if here["same_top1"] else "another top token"
     lines = [
         f"b against a: {same} at the output position, the same at {data['top1_agreement']:.0%} of positions;",
@@ -137,9 +140,13 @@ def verdict(data: dict[str, Any], position: int) -> list[str]:
         lines.append(f"Singular values change by {min(changes):+.1f} % to {max(changes):+.1f} %.")
     largest, count = max(data["angles"]["left"]), len(data["angles"]["left"])
     if largest > SWAPPED:
+        lines.append(
+            f"The largest angle is {largest:.0f}°: in the two files the {count} leading vectors span other directions."
+        )
         lines += [
-            f"The largest angle is {largest:.0f}°: in the two files the {count} leading vectors span other directions,",
-            "or the next singular value is close to the last, and the cut swaps the two.",
+            f"{side}: {cut_after(values[-1][side], count, following)}"
+            for side, following in data["next_singular_value"].items()
+            if is_close(values[-1][side], following)
         ]
     return lines
 

@@ -96,6 +96,7 @@ def show_spectrum(data: dict[str, Any]) -> None:
     """Print singular values with both decodings; right vectors at the positions with most of their weight."""
     from ggjac import display
     from ggjac.cli.render import line, numbers, sink, table, width, words, wrapped
+    from ggjac.svd import cut_after
 
     rows = []
     sigmas = numbers([t["singular_value"] for t in data["triplets"]])
@@ -121,6 +122,11 @@ def show_spectrum(data: dict[str, Any]) -> None:
     table("Singular vectors of the detached Jacobian", columns, rows)
     state = "converged" if data["converged"] else f"NOT converged to {data['tol']:.0e}"
     line(f"{state} after {data['sweeps']} sweeps (stopped by: {data['stopped_by']})")
+    cut = data["triplets"] and cut_after(
+        data["triplets"][-1]["singular_value"], len(data["triplets"]), data["next_singular_value"]
+    )
+    if cut:
+        line(cut)
     sink(data.get("sink"), "the weight of right vector 1")
 
 
