@@ -585,3 +585,29 @@ def test_special_tokens_are_hidden_and_the_next_ones_shown(command: list, tmp_pa
     for best, ids in zip(wanted, lists(found), strict=True):
         assert len(ids) in (3, 6)
         assert ids == best[: len(ids)]
+
+
+@pytest.mark.parametrize(
+    ("command", "places"),
+    [
+        (["svd", "-k", 1, "--per-token"], ("left", "nearest", "right")),
+        (["norms", "--count", 1], ("tokens",)),
+        (["layers", "-k", 1, "--layers", -1], ("left",)),
+    ],
+)
+def test_scores_stand_beside_decoded_tokens(command: list, places: tuple[str, ...], tiny_file: TinyFile) -> None:
+    ask = [*command, "-q", "-m", tiny_file("gqa"), *TOKENS, "--top", 2]
+    shown = invoke(*ask, "--scores").stdout
+    assert "](" not in invoke(*ask).stdout
+
+    def best(data: object, key: str = "") -> list[dict]:
+        if isinstance(data, dict):
+            return [token for name, part in data.items() for token in best(part, name)]
+        if key in places and isinstance(data, list) and data and "score" in data[0]:
+            return data[:1]
+        return [token for part in data for token in best(part, key)] if isinstance(data, list) else []
+
+    tokens = best(invoke_json(*ask, "--scores")[command[0]])
+    assert tokens
+    missing = [token for token in tokens if f"[{token['id']}]({token['score']:.2f})" not in shown]
+    assert len(missing) < len(tokens) / 2, "those of positions with little weight are not shown"

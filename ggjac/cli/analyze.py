@@ -16,6 +16,7 @@ from ggjac.cli.options import (
     output_format,
     position,
     resume,
+    scores,
     spectrum_options,
     top,
 )
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 @spectrum_options
 @top("Tokens per vector.")
 @hide_special
+@scores
 @click.option("--no-verify", is_flag=True, help="Do not compare with llama.cpp.")
 @click.option("--layers", type=Depths(), help="Also decompose the maps of these depths: all, or 0,10-20,-1.")
 @click.option("--per-token", is_flag=True, help="Also decompose each position's own map.")

@@ -16,6 +16,7 @@ from ggjac.cli.options import (
     output,
     position,
     resume,
+    scores,
     spectrum_options,
     tabular_format,
     top,
@@ -34,6 +35,7 @@ VECTORS, WORDS, LIKELY = 3, 3, 6
 @spectrum_options
 @top("Tokens per vector and depth.")
 @hide_special
+@scores
 @output("Save U, S, residual and stable rank of every map, and the ranks, to this safetensors file.")
 @resume
 @tabular_format

@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from ggjac.cli.options import ModelOptions, hide_special, model_options, output, position, tabular_format, top
+from ggjac.cli.options import ModelOptions, hide_special, model_options, output, position, scores, tabular_format, top
 from ggjac.cli.planning import dry_run
 
 
@@ -18,6 +18,7 @@ from ggjac.cli.planning import dry_run
 )
 @top("Tokens per column; half as many per row.")
 @hide_special
+@scores
 @output("Save `columns` [n, d], `rows` [n, d] (norms) and `ids` [n] to this safetensors file.")
 @tabular_format
 def norms(

@@ -18,6 +18,7 @@ STEER_CONCEPT = "The bridge out of Marin is the Golden"
 STEER_CONTROL = "She put the book on the table and then"
 _ASKED = "ggjac.asked"  # in click's context: path -> the name for which it was found
 _DOWNLOAD = "ggjac.download"  # in click's context: whether `-m` may use the network
+_SCORES = "ggjac.scores"  # in click's context: whether tables show the scores of decoded tokens
 MAX_THREADS = 512  # llama.cpp's limit (GGML_MAX_N_THREADS); torch crashes on many more
 
 
@@ -382,6 +383,25 @@ hide_special = click.option(
     is_flag=True,
     help="Leave control, unused and byte tokens, such as <s> and <0x0A>, out of the tokens of each vector.",
 )
+
+
+def _remember_scores(ctx: click.Context, param: click.Parameter, value: bool) -> None:
+    ctx.meta[_SCORES] = value
+
+
+scores = click.option(
+    "--scores",
+    is_flag=True,
+    expose_value=False,
+    callback=_remember_scores,
+    help="Show in tables the score of each token of a vector: logit (promoted tokens) or cosine (nearest tokens).",
+)
+
+
+def shows_scores() -> bool:
+    """Return whether the running command is to show the scores of decoded tokens."""
+    context = click.get_current_context(silent=True)
+    return bool(context and context.meta.get(_SCORES))
 
 
 def output(help: str) -> Callable:

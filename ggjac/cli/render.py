@@ -9,6 +9,7 @@ from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ggjac import display, runs
+from ggjac.cli.options import shows_scores
 
 if TYPE_CHECKING:
     from ggjac.results import Result
@@ -123,8 +124,11 @@ def wrapped(text: str, columns: int, indent: int) -> str:
 
 
 def words(tokens: Sequence[Mapping[str, Any]]) -> str:
-    """Return tokens of a result in a row."""
-    return " ".join(map(display.token, tokens))
+    """Return tokens of a result in a row, with `--scores` each with its own."""
+    scored = shows_scores()
+    return " ".join(
+        display.token(token) + (f"({token['score']:.2f})" if scored and "score" in token else "") for token in tokens
+    )
 
 
 def emit_tables(result: "Result", trace: Any, output_format: str) -> None:

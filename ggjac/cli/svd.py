@@ -12,6 +12,7 @@ from ggjac.cli.options import (
     output,
     position,
     resume,
+    scores,
     spectrum_options,
     tabular_format,
     top,
@@ -29,6 +30,7 @@ PLACES, WORDS = 3, 8  # of the tables: positions of each right vector, tokens of
 @spectrum_options
 @top("Tokens per vector.")
 @hide_special
+@scores
 @click.option("--per-token", is_flag=True, help="Also decompose each position's own map.")
 @output(
     "Save `U`, `S`, `Vh`, `residual` and `ids`, and with --per-token `token_U` [m, k, d], `token_S` [m, k], `token_Vh` "
