@@ -40,7 +40,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "chat": {"tokenizer"},
     "report": {"display", "drawing", "runs", "units"},
     # planning: sizes and rates
-    "planner": {"config", "gguf", "linop", "sizes", "units", "weights"},
+    "planner": {"config", "gguf", "linop", "results", "sizes", "units", "weights"},
     # network: the block algebra, no file layout
     "rope": {"config"},
     "decode": {"linop", "weights"},

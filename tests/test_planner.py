@@ -768,3 +768,15 @@ def test_what_cannot_be_planned(tiny_file: TinyFile) -> None:
         planned(path, 5, position=-6)
     with pytest.raises(planner.PlanError, match="dtype 'float8' is unknown"):
         planned(path, 5, dtype="float8")
+
+
+def test_a_plan_is_a_table_in_a_notebook() -> None:
+    model = open_model()
+    plan = model.plan("The opposite of hot is", "svd", rank=4, ram_budget="2GiB")
+    table = plan.table()
+    assert table.columns["part"][0] == max(plan.ram, key=lambda part: plan.ram[part])
+    assert set(table.columns["part"]) == {part for part, needed in plan.ram.items() if needed}
+    assert table.notes[1:] == ("allowed: 2.0 GiB of memory", "it fits")
+    assert str(table.columns["size"][0]) in plan._repr_html_()
+    small = model.plan("The opposite of hot is", "svd", rank=4, ram_budget="1MiB")
+    assert small.table().notes[-1] == small.misfit

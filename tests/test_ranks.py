@@ -200,7 +200,7 @@ BEGINNING = '{"schema_version": 2, "prompt": "x", '
 @pytest.mark.parametrize(
     "content",
     [
-        *("The capital of France is", "{}", "[]", '{"prompt": 1}', "\xff", '{"schema_version": 1, "prompt": "x"}'),
+        *("The capital of France is", "{}", "[]", '{"prompt": 1}', "\xff", '{"schema_version": 1, "model": "x"}'),
         '{"schema_version": 2, "results": [',
         *(BEGINNING + rest + "\n" for rest in ('"settings": []}', '"settings": 1, "tokens": []}', '"tokens": [1]}')),
         BEGINNING + '"settings": {}, "tokens": []}\n',  # of an older version, say
@@ -215,6 +215,21 @@ def test_a_file_of_something_else_is_left_alone(content: str, newline: str, tmp_
     err = invoke("ranks", "-t", 1, "--tokens", "0,465", "-o", out, code=1).stderr
     assert "line 1 is not a result of this command; choose another -o" in err
     assert out.read_bytes() == content.encode("latin-1")
+
+
+def test_results_of_another_version_are_named_as_such(tmp_path: Path) -> None:
+    out = tmp_path / "ranks.jsonl"
+    invoke("ranks", "-t", 1, "--tokens", "0,465", "-o", out)
+    now = out.read_bytes()
+    for then in (b'"schema_version": 1,', b'"schema_version": 7,'):
+        old = now.replace(b'"schema_version": 2,', then, 1)
+        for line, content in ((1, old), (1, old + now), (2, now + old)):
+            out.write_bytes(content)
+            err = invoke("ranks", "-t", 1, "--tokens", "0,465,637", "-o", out, code=1).stderr
+            said = f"line {line} was written by another version of ggjac (schema version {then.decode()[-2]}; this one"
+            assert said in err
+            assert "choose another -o" in err
+            assert out.read_bytes() == content
 
 
 def test_what_follows_the_records_is_left_alone(tmp_path: Path) -> None:

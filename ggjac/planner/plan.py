@@ -14,6 +14,7 @@ from ggjac.config import ModelConfig
 from ggjac.planner import machine, memory, passes, work
 from ggjac.planner.passes import LayerPlan, Pass
 from ggjac.planner.work import JACOBIAN, Lookup, PlanError, Region, Work
+from ggjac.results import Table
 from ggjac.sizes import MlpPath
 from ggjac.units import size
 
@@ -162,6 +163,32 @@ class Plan:
         """Return the work, the memory and whether it fits on one line."""
         fits = "fits" if self.fits else "does not fit"
         return f"Plan({self.work.command}, {self.work.n} tokens, {size(self.ram_peak)} of memory: {fits})"
+
+    def table(self) -> Table:
+        """Return the parts of the memory that is needed, the largest first, and whether it fits."""
+        parts = [
+            (where, part, size(needed[part]))
+            for where, needed in (("memory", self.ram), ("device memory", self.vram))
+            for part in memory.by_size(needed)
+            if needed[part]
+        ]
+        work = self.work
+        sweeps = sum(step.count for step in work.sweeps) * work.prompts
+        budgets = {"memory": self.budget.ram, "device memory": self.budget.vram if self.vram else None}
+        allowed = ", ".join(f"{size(most)} of {where}" for where, most in budgets.items() if most is not None)
+        columns = {name: [row[i] for row in parts] for i, name in enumerate(("where", "part", "size"))}
+        return Table(
+            f"Plan: {work.command}, {work.n} tokens, {work.dtype}, {sweeps} sweeps",
+            columns,
+            (
+                f"peak of memory {size(self.ram_peak)}, with weights that stay ready between sweeps",
+                f"allowed: {allowed or 'not known'}",
+                self.misfit or "it fits",
+            ),
+        )
+
+    def _repr_html_(self) -> str:
+        return self.table()._repr_html_()
 
     @property
     def ram_needed(self) -> int:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -56,9 +57,17 @@ class Lines:
     def _check_beginning(self, found: bytes, number: int) -> None:
         """Refuse what does not begin as a record does, or as a part of one."""
         if found != _BEGINNING[: len(found)]:
-            raise self._foreign(number)
+            raise self._foreign(found, number)
 
-    def _foreign(self, number: int) -> RunError:
+    def _foreign(self, found: bytes, number: int) -> RunError:
+        """Return the error about a line that begins as `found`."""
+        version = re.match(rb'\{"schema_version": (\d{1,3}), "prompt"', found)
+        if version and int(version[1]) != SCHEMA_VERSION:
+            return RunError(
+                f"{self.path}: line {number} was written by another version of ggjac (schema version "
+                f"{int(version[1])}; this one writes {SCHEMA_VERSION}); choose another -o, and "
+                "all prompts are computed again"
+            )
         return RunError(f"{self.path}: line {number} is not a result of this command; choose another -o")
 
     def _checked(self, part: bytes, number: int) -> dict[str, Any]:
@@ -71,7 +80,7 @@ class Lines:
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             complete = False
         if not complete:
-            raise self._foreign(number)
+            raise self._foreign(part, number)
         for name, value in self.settings.items():
             if settings.get(name) != value:
                 raise RunError(
