@@ -113,6 +113,18 @@ def test_a_long_prompt_begins_with_its_largest_shares() -> None:
     assert len(found.find("tr")) == 2 + 20 + 1 + 1000 + 2
 
 
+def test_an_attention_sink_is_named_where_the_result_has_one() -> None:
+    content = run_json()
+    assert "as an attention sink does" not in rendered(content)
+    for key, part, of in (
+        ("attribute", "attribution", "the logit"),
+        ("svd-vectors", "svd", "the weight of right vector 1"),
+    ):
+        content[part]["sink"] = {"position": 0, "id": 3, "text": "<|begin|>", "fraction": 0.8312}
+        said = f"Position 0, <|begin|>, takes 83 % of {of}, as an attention sink does."
+        assert said in section(rendered(content), key).text
+
+
 def test_a_short_prompt_is_not_folded() -> None:
     found = section(rendered(run_json()), "attribute")
     assert not any("largest of" in heading for heading in found.find("h3"))

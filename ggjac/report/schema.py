@@ -170,6 +170,7 @@ def _hexadecimal(value: Any, where: str) -> str:
 NUMBERS = each(maybe(number), most=MAX_VECTORS)  # one for each singular vector
 TOKEN = spelled({"id": integer}, {"logit": number, "probability": number})
 HERE = {"position": integer}  # and the token there
+SINK = spelled(HERE | {"fraction": number})  # the first position, where it has most of a whole
 WORDS = each(spelled({}), most=MAX_WORDS)
 #: `error` is one standard error, 0 where the value is exact; `frobenius` is the norm of the same map.
 ESTIMATE = record({"value": maybe(number)}, {"error": number, "frobenius": number})

@@ -8,6 +8,7 @@ from ggjac.report.schema import (
     HERE,
     MAX_BLOCKS,
     MAX_HEADS,
+    SINK,
     TOKEN,
     Check,
     Wrong,
@@ -22,7 +23,7 @@ from ggjac.report.schema import (
     text,
     wrong,
 )
-from ggjac.report.sections.common import LEGEND, LEVELS, SHORT, Run, Section, bars, digits, heat
+from ggjac.report.sections.common import LEGEND, LEVELS, SHORT, Run, Section, bars, digits, heat, sink
 from ggjac.report.sections.layers import KINDS
 from ggjac.report.summary import caveat
 from ggjac.units import power
@@ -44,7 +45,7 @@ _WHOSE = {
 #: Σ shares + offset + unexplained = logit.
 _SHARES = record(
     _WHOLE | {"shares": each(spelled(HERE | {"share": number}), least=1)},
-    _WHOSE | {"offset": number},  # of biases
+    _WHOSE | {"offset": number, "sink": SINK},  # offset: of biases; sink: of the logit
 )
 #: `attn` is Σ heads + attn_bias; embedding + Σ (attn + mlp) + bias + unexplained = logit.
 _BLOCK = record(
@@ -235,6 +236,7 @@ def attribute(run: Run) -> dict[str, Any] | None:
         "offset_percent": _relative(offset, found),
         "equation": _equation(found, [*shares, offset]),
         "zero": zero,
+        "sink": sink(found["sink"]),
         "caveat": caveat(run.content),
         "short": len(found["shares"]) <= SHORT,
         "legend": LEGEND,

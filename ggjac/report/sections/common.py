@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from ggjac.drawing.charts import Drawing, Heat, Panel
-from ggjac.report.numbers import signed
+from ggjac.report.numbers import percent, signed
 from ggjac.units import power
 
 SHORT = 32  # prompts up to this many tokens show their tables open
@@ -70,6 +70,11 @@ def file_name(model: dict[str, Any]) -> str:
 def capital(sentence: str) -> str:
     """Return a sentence with a capital at its start."""
     return sentence[:1].upper() + sentence[1:]
+
+
+def sink(found: dict[str, Any] | None) -> dict[str, str] | None:
+    """Prepare the first position, where a result says that it is an attention sink."""
+    return found and {"token": found["token"], "percent": percent(found["fraction"], 0)}
 
 
 def length(share: float) -> str:

@@ -8,6 +8,7 @@ from ggjac.report.schema import (
     ESTIMATE,
     HERE,
     MAX_VECTORS,
+    SINK,
     TRIPLET,
     WORDS,
     Check,
@@ -20,7 +21,7 @@ from ggjac.report.schema import (
     spelled,
     text,
 )
-from ggjac.report.sections.common import SHOWN, WHOLE, WORDS_SHOWN, Run, Section
+from ggjac.report.sections.common import SHOWN, WHOLE, WORDS_SHOWN, Run, Section, sink
 from ggjac.units import power
 
 # Tables for each position: the number of triplets up to which all stand open, and the number shown where there are
@@ -45,6 +46,7 @@ _SVD = record(
         "tol": number,
         "sweeps": integer,
         "stopped_by": text,
+        "sink": SINK,  # of the first right vector's weight
         "per_token": each(_PER_TOKEN),  # the triplets of each position's own map
     },
 )
@@ -95,7 +97,8 @@ def svd(run: Run) -> dict[str, Any] | None:
 
 def vectors(run: Run) -> dict[str, Any] | None:
     """Prepare the decoded singular vectors."""
-    triplets = (run.content["svd"] or {}).get("triplets")
+    found = run.content["svd"] or {}
+    triplets = found.get("triplets")
     if not triplets:
         return None
     sigmas = aligned([t["singular_value"] for t in triplets])
@@ -112,7 +115,7 @@ def vectors(run: Run) -> dict[str, Any] | None:
                 "strip": _strip(t["right"]),
             }
         )
-    return {"rows": rows}
+    return {"rows": rows, "sink": sink(found["sink"])}
 
 
 def _strip(right: list[dict[str, Any]]) -> list[dict[str, Any]]:
