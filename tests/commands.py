@@ -165,7 +165,7 @@ COMMANDS: dict[str, Command] = {
     "steer": Command(
         {"steering"},
         ["Next token after the concept", "equation16", "baseline", "random"],
-        {"": {"steer": "Random 0.5"}},
+        {"": {"steer": "Control 0.5"}},
         {
             "": ["--concept-tokens", "1,2,3,4", "--max-tokens", 4],
             "additive": ["--concept-tokens", "9,8", "--method", "additive", "--layer", 1, "--max-tokens", 3],

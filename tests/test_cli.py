@@ -1027,7 +1027,8 @@ def test_alarming_rows_are_red_on_a_terminal_only(
     rows = [("l_out-0", "1e-7"), ("l_out-1", "1e-2"), ("l_out-2", "2e-2")]
     table("Layers", ["tensor", "#error"], rows, {1, 2})
     assert "\x1b" not in capsys.readouterr().out
-    monkeypatch.setenv("FORCE_COLOR", "1")  # as on a terminal
+    monkeypatch.setattr("ggjac.cli.render.on_terminal", lambda: True)
+    monkeypatch.setenv("TERM", "xterm")
     table("Layers", ["tensor", "#error"], rows, {1, 2})
     red = [text for text in capsys.readouterr().out.splitlines() if "\x1b[1;31m" in text]
     assert [text.count("l_out") for text in red] == [1, 1]

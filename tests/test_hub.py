@@ -493,7 +493,7 @@ def test_download_without_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.delitem(sys.modules, "huggingface_hub", raising=False)
     monkeypatch.setattr(builtins, "__import__", without)
-    refused("hf:user/repo", "pip install 'ggjac[hub]'", download=True)
+    refused("hf:user/repo", "pip install huggingface-hub", download=True)
     with pytest.raises(hub.DownloadError):
         hub.resolve("hf:user/repo", download=True)
 

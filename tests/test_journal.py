@@ -514,7 +514,7 @@ def test_beginning_and_resuming_are_not_confused(tmp_path: Path, expected: str) 
     assert os.listdir(tmp_path) == []
     Journal.open(tmp_path, IDENTITY, resume=False).close()
     assert attempt(tmp_path, resume=True) == (expected, ALL)  # ended before it saved anything
-    with pytest.raises(JournalError, match="contains an unfinished run; continue it with --resume, or delete it"):
+    with pytest.raises(JournalError, match="continue it with --resume, choose another -o, or delete it"):
         Journal.open(tmp_path, IDENTITY, resume=False)
 
 

@@ -760,11 +760,11 @@ def test_what_cannot_be_planned(tiny_file: TinyFile) -> None:
     for n in (0, 257):
         with pytest.raises(planner.PlanError, match=rf"a prompt of {n} tokens cannot run; .* from 1 to 256"):
             planned(path, n)
-    with pytest.raises(planner.PlanError, match="--rank 65 is out of range"):
+    with pytest.raises(planner.PlanError, match="rank=65 is out of range"):
         planned(path, 5, rank=65)
     with pytest.raises(planner.PlanError, match="'sing' is not planned; planned: analyze, svd"):
         planned(path, 5, "sing")
-    with pytest.raises(planner.PlanError, match="--position -6 is out of range"):
+    with pytest.raises(planner.PlanError, match="position=-6 is out of range"):
         planned(path, 5, position=-6)
     with pytest.raises(planner.PlanError, match="dtype 'float8' is unknown"):
         planned(path, 5, dtype="float8")

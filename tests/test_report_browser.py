@@ -403,7 +403,7 @@ def test_a_cell_says_its_value(reader: Reader) -> None:
     assert [cursor.get_attribute(name) for name in ("x", "y", "width")] == ["0", "1", "1"]
     for _ in range(20):  # not beyond the edge
         reader.keyboard.press("ArrowDown")
-    assert says.text_content().startswith("block 6, attention: ")
+    assert says.text_content().startswith("block L5, attention: ")
 
 
 def test_a_cell_without_a_share_says_so(reader: Reader) -> None:
@@ -433,7 +433,7 @@ def test_a_grid_of_many_heads_fits_a_phone(context: Any, tmp_path: Path) -> None
         assert len(boxes) >= 8
         assert all(a[1] + 4 <= b[0] for a, b in pairwise(sorted(boxes)))
         page.mouse.move(box["x"] + box["width"] - 2, box["y"] + box["height"] - 2)
-        assert page.locator("#attribute-branches output").text_content().startswith("block 80, head 63: ")
+        assert page.locator("#attribute-branches output").text_content().startswith("block L79, head 63: ")
         reader.check()
     page.close()
 

@@ -148,7 +148,7 @@ def test_one_large_value_does_not_leave_a_grid_without_colours() -> None:
     assert (np.abs(shades) >= 5).all()
     assert shades[29].tolist() == [10, 10]
     outer = content["branches"]["blocks"][29]["block"]
-    assert f"Beyond the colours: block {outer}, MLP: +14.10." in section(html, "attribute-branches").text
+    assert f"Beyond the colours: block L{outer}, MLP: +14.10." in section(html, "attribute-branches").text
     (grid,) = attribute.branch_grid(Run(checked(content), {}))
     assert grid.panels[0].beyond == [(29, 1, 14.1)]
 
@@ -381,7 +381,7 @@ def test_ranks_of_many_prompts_have_a_page_without_a_prompt() -> None:
 def test_steered_texts_beside_the_baseline(html: str) -> None:
     found, data = section(html, "steer"), run_json()["steering"]
     rows = found.find("tr")[1:]
-    assert [row.split()[0] for row in rows] == ["Baseline", "Concept", "Random", "Concept", "Random"]
+    assert [row.split()[0] for row in rows] == ["Baseline", "Concept", "Control", "Concept", "Control"]
     order = [data["baseline"], *(t for pair in zip(data["steered"], data["controls"], strict=True) for t in pair)]
     assert all(row.endswith(" ".join(t["text"].split())) for row, t in zip(rows, order, strict=True))
     assert rows[1].startswith("Concept 0.25 0.062 12.5 % 1 of 5 ")
@@ -402,7 +402,7 @@ def test_one_strength_needs_no_chart() -> None:
     found = section(rendered(content), "steer")
     assert found.find("figure") == []
     assert len(found.find("tr")) == 3
-    assert "Random: an operator" not in found.text
+    assert "Control: steered by" not in found.text
 
 
 def test_every_tensor_against_llama_cpp(html: str) -> None:

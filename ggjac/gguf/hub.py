@@ -388,7 +388,7 @@ def _download(name: _HfName) -> Path:
         import huggingface_hub
     except ImportError:
         raise DownloadError(
-            f"{name.asked}: --download needs huggingface-hub, which is not installed; pip install 'ggjac[hub]'"
+            f"{name.asked}: --download needs huggingface-hub, which is not installed; pip install huggingface-hub"
         ) from None
     repo_id = f"{name.user}/{name.repo}"
     try:

@@ -49,6 +49,7 @@ def save_control_vector(
     values = direction.detach().cpu().float().numpy()
     if not np.isfinite(values).all():
         raise ControlVectorError("the direction is not finite in float32; nothing was written")
+    runs.check_writable(path)
     runs.save_bytes(path, _encoded(values, layer - 1, block_count - 1, architecture, Path(path).parent))
 
 

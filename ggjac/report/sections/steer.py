@@ -43,7 +43,7 @@ MEASURES = {
 
 
 def effects(run: Run) -> list[Chart]:
-    """Draw the effects of steering by its strength, with the random control; nothing for a single strength."""
+    """Draw the effects of steering by its strength, with the control; nothing for a single strength."""
     given = run.content["steering"]
     if not given or len({t["strength"] for t in given["steered"]}) < 2:
         return []
@@ -108,7 +108,7 @@ SECTIONS = (
         "Activation steering",
         steer,
         "The prompt, continued while the linear map of another prompt, the concept, steers the residual stream. The "
-        "unsteered baseline and random directions are for comparison. Greedy decoding amplifies small differences, so "
+        "unsteered baseline and a control are for comparison. Greedy decoding amplifies small differences, so "
         "read the numbers as well as the texts.",
         effects,
     ),
