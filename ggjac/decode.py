@@ -68,7 +68,7 @@ def _best(
     matrix: TiledMatrix, vectors: Float[Tensor, "k d"], count: int, hidden: Sequence[int], *, unit_rows: bool
 ) -> Ranked:
     """Keep the best `count` rows that are not hidden while streaming the matrix; ties go to the smaller id."""
-    shown = torch.ones(matrix.shape[0], dtype=torch.bool, device=vectors.device)
+    shown = torch.ones(matrix.shape[0], dtype=torch.bool)
     shown[list(hidden)] = False
     count = min(count, matrix.shape[0] - len(hidden))
     ids = torch.empty(len(vectors), 0, dtype=torch.long, device=vectors.device)
@@ -78,13 +78,17 @@ def _best(
         if unit_rows:
             lengths = tile.norm(dim=1)
             products = torch.where(lengths > 0, products / lengths, -torch.inf)
-        rows = torch.arange(start, stop, device=vectors.device)
-        if hidden:
-            rows = rows[shown[start:stop]]
-            products = products[:, rows - start]
-        new = _first_best(products, min(count, len(rows)))
+        rows = shown[start:stop].nonzero()[:, 0]
+        if len(rows) < stop - start:
+            rows = rows.to(vectors.device)
+            products = products[:, rows]
+            new = _first_best(products, min(count, len(rows)))
+            found = rows[new] + start
+        else:
+            new = _first_best(products, min(count, len(rows)))
+            found = new + start
         # Every id here is larger than those kept so far, so that a stable sort leaves ties in order of id.
-        scores, ids = torch.cat([scores, products.gather(1, new)], 1), torch.cat([ids, rows[new]], 1)
+        scores, ids = torch.cat([scores, products.gather(1, new)], 1), torch.cat([ids, found], 1)
         scores, by_score = scores.sort(dim=1, descending=True, stable=True)
         scores, ids = scores[:, :count], ids.gather(1, by_score)[:, :count]
     return Ranked(ids, scores)
