@@ -41,6 +41,7 @@ DEMO_PROMPTS = {
     "The bridge out of Marin is the": (0, 465, 637, 719, 462, 1884, 458, 460),
     "The bridge out of Marin is the Golden": (0, 465, 637, 719, 462, 1884, 458, 460, 1206),
     "My favorite thing is the": (0, 603, 525, 416, 309, 458, 460),
+    "She put the book on the table and then": (0, 52, 324, 1234, 460, 1417, 522, 460, 1351, 483, 416, 264),
 }
 
 

@@ -164,7 +164,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "steer": Command(
         {"steering"},
-        ["Next token after the concept", "equation16", "baseline", "random"],
+        ["Next token after the concept", "equation16", "baseline", "control"],
         {"": {"steer": "Control 0.5"}},
         {
             "": ["--concept-tokens", "1,2,3,4", "--max-tokens", 4],

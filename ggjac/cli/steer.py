@@ -153,7 +153,10 @@ def steer(
             f"context of {model.config.longest}"
         )
     other = what.unrelated(control, control_concept, concept_tokens)
-    unrelated = None if other is None else model.prompt_ids(other, parse_special=what.parse_special)
+    try:
+        unrelated = None if other is None else model.prompt_ids(other, parse_special=what.parse_special)
+    except PromptError as error:
+        raise click.UsageError(f"--control-concept: {error}") from error
     n = max(len(ids), len(unrelated or ()))
     fit_command(session, n, text=len(session.ids), position=-1, other_map=unrelated is not None)
     options: dict[str, Any] = {"method": method, "layer": layer, "strengths": strengths, "max_tokens": max_tokens}

@@ -20,13 +20,14 @@ from ggjac.cli.planning import dry_run
 )
 @click.option(
     "--count",
+    "shown",
     type=click.IntRange(min=1),
     default=10,
     show_default=True,
     help="Tensors in the table, those that differ most.",
 )
 @tabular_format
-def verify(what: ModelOptions, strict: bool, count: int, output_format: str) -> None:
+def verify(what: ModelOptions, strict: bool, shown: int, output_format: str) -> None:
     """Compare tokens, logits and every layer with llama.cpp on the same file; exit code 3 if they disagree.
 
     On a quantized file llama.cpp rounds activations to 8 bits, so that only the top token must agree; --strict removes
@@ -45,7 +46,7 @@ def verify(what: ModelOptions, strict: bool, count: int, output_format: str) -> 
 
     def show_all(data: dict[str, Any]) -> None:
         show(data)
-        show_layers(data, count)
+        show_layers(data, shown)
 
     finish(session, content, output_format, result=result, parity=show_all)
 

@@ -25,7 +25,7 @@ MAX_JSON = 64 * 2**20  # bytes
 MAX_VECTOR = 2**22  # elements
 # Of results of schema version 1: lists of tokens; maps of one block.
 _DECODED = ("left", "right", "nearest", "tokens")
-_OF_BLOCKS = {("cumulative", "attn"), ("cumulative", "mlp"), *product(["blockwise"], ["layer", "attn", "mlp"])}
+_OF_BLOCKS = (("cumulative", "attn"), ("cumulative", "mlp"), *product(["blockwise"], ["layer", "attn", "mlp"]))
 
 #: A result, as in `run.json` and as printed by commands; and one about many prompts, which has no `tokens`.
 _RESULT = record(frame.PROMPT, PARTS)

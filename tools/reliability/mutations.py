@@ -133,8 +133,8 @@ class Parts:
         for tensor in self.tensors:
             dimensions = len(tensor.sizes) if tensor.dimensions is None else tensor.dimensions
             out += text(tensor.name) + struct.pack("<I", dimensions)
-            out += b"".join(struct.pack("<Q", size) for size in tensor.sizes)
-            out += struct.pack("<IQ", tensor.kind, tensor.offset)
+            out += b"".join(struct.pack("<Q", size & (1 << 64) - 1) for size in tensor.sizes)
+            out += struct.pack("<IQ", tensor.kind, tensor.offset & (1 << 64) - 1)
         return bytes(out + bytes(-len(out) % self.alignment) + self.data)
 
 
