@@ -244,9 +244,14 @@ class Model:
         """
         ids = self.spelled(text)
         if len(ids) != 1:
-            parts = " + ".join(self.word(id) for id in ids[:8]) + " + ..." * (len(ids) > 8) or "none"
-            raise PromptError(f"{text!r} is {len(ids)} tokens ({parts}); give the text of one token, or its id")
+            raise PromptError(
+                f"{text!r} is {len(ids)} tokens ({self.words(ids)}); give the text of one token, or its id"
+            )
         return ids[0]
+
+    def words(self, ids: Sequence[int]) -> str:
+        """Return the first tokens of several for a message, as they are shown."""
+        return " + ".join(map(self.word, ids[:8])) + " + ..." * (len(ids) > 8) or "none"
 
     def __repr__(self) -> str:
         """Return file, architecture, blocks and dtype on one line."""

@@ -148,7 +148,7 @@ class Commands(click.Group):
 
 def _show_warning(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
     """Print a warning to stderr, on one line."""
-    from ggjac.tokenizer import visible
+    from ggjac.display import visible
 
     text = " ".join(str(message).split())
     click.echo(f"Warning: {visible(text.encode('utf-8', 'surrogateescape'))}", err=True)

@@ -75,14 +75,13 @@ def analyze(
     from ggjac.analysis.analyze import check_same, finished, run, run_folder
     from ggjac.cli.render import emit_json, line
     from ggjac.cli.result import failed
-    from ggjac.cli.session import open_session, show_doubts, show_saved
+    from ggjac.cli.session import check_resume, open_session, show_doubts, show_saved
     from ggjac.gguf import shown
     from ggjac.report.summary import plain, sentences
 
+    check_resume(output, resume)
     session = open_session(what, position=position, rank=rank)
     depths = None if layers is None else layers.of(session.model.config.block_count)
-    if resume and output is None:
-        raise click.UsageError("--resume needs the -o of the interrupted run")
     if resume and output and finished(output):
         check_same(session, output, rank=rank, tol=tol, seed=seed)
         line(f"{shown(output)}: is finished; there is nothing to resume")

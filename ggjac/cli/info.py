@@ -128,8 +128,9 @@ def _show_check(found: dict[str, Any]) -> None:
 def _tokenizer(found: dict[str, Any]) -> str:
     """Return what a file says about its tokenizer, on one line."""
     from ggjac.gguf import shown
+    from ggjac.tokenizer import NO_TOKENIZER
 
-    if found["model"] in (None, "none"):
+    if found["model"] in NO_TOKENIZER:
         return "none; give token ids, as in --tokens 1,2,3"
     answers = {True: "yes", False: "no", None: "not stated (llama.cpp decides by the kind)"}
     added = []

@@ -460,16 +460,13 @@ def layer_options(command: Callable) -> Callable:
     return command
 
 
+rank = click.option(
+    "-k", "--rank", type=click.IntRange(min=1), default=8, show_default=True, help="Number of singular vectors."
+)
+
+
 def spectrum_options(command: Callable) -> Callable:
     """Add the options of a singular value decomposition."""
-    rank = click.option(
-        "-k",
-        "--rank",
-        type=click.IntRange(min=1),
-        default=8,
-        show_default=True,
-        help="Number of singular vectors.",
-    )
     return rank(iteration_options(command))
 
 

@@ -3,7 +3,7 @@
 import click
 
 from ggjac.cli import COMMANDS, WITHOUT_PROMPT
-from ggjac.cli.options import ModelOptions, PositionOrAll, model_options, output_format
+from ggjac.cli.options import ModelOptions, PositionOrAll, model_options, output_format, rank
 from ggjac.cli.planning import show_plan, without_bench
 
 
@@ -16,14 +16,7 @@ from ggjac.cli.planning import show_plan, without_bench
     show_default=True,
     help="Output position (negative counts from the end), or all (of attribute).",
 )
-@click.option(
-    "-k",
-    "--rank",
-    type=click.IntRange(min=1),
-    default=8,
-    show_default=True,
-    help="Number of singular vectors.",
-)
+@rank
 @click.option(
     "--for",
     "command",

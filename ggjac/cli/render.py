@@ -88,9 +88,7 @@ def table(
 def line(text: str) -> None:
     """Print a line of text, on a terminal broken between words."""
     if on_terminal():
-        indent = text[: len(text) - len(text.lstrip(" "))] + "  "
-        options: dict[str, Any] = {"break_long_words": False, "break_on_hyphens": False, "drop_whitespace": True}
-        text = textwrap.fill(text, width(), subsequent_indent=indent, **options)
+        text = wrapped(text, width(), len(text) - len(text.lstrip(" ")) + 2)
     write(f"{text}\n")
 
 

@@ -158,11 +158,12 @@ def one_token(session: Session, target: str | None, option: str = "--target") ->
                 f"{option} {target} is the text {target} (id {ids[0]}); for token {other} write id:{target}"
             )
     if len(ids) != 1:
-        parts = " + ".join(model.word(id) for id in ids[:8]) + " + ..." * (len(ids) > 8) or "none"
         ask = f"id:{target}" if is_id else "an id, as in id:4"
         if not text.startswith(" ") and len(model.spelled(f" {text}")) == 1:
             ask = f"{f' {target}'!r}, with a space before it, which is one"
-        raise click.UsageError(f"{option} {target!r} is {len(ids)} tokens ({parts}); give one token, or {ask}")
+        raise click.UsageError(
+            f"{option} {target!r} is {len(ids)} tokens ({model.words(ids)}); give one token, or {ask}"
+        )
     try:
         return model.check_prompt(ids)[0]
     except PromptError as error:

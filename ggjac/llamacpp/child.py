@@ -6,7 +6,7 @@ does not import torch, and talks to it with one JSON object per line: requests o
 arrays as .npy files in a folder that the request names. The output and log of llama.cpp and of the child go to a file
 that is read if the child dies.
 
-Messages may quote files and paths unescaped: callers must escape them before printing (`ggjac.tokenizer.visible`).
+Messages may quote files and paths unescaped: callers must escape them before printing (`ggjac.display.visible`).
 """
 
 import importlib.util

@@ -4,6 +4,7 @@ Torch is imported once; each attempt is a forked child that runs a command of gg
 files beside it, and writes a checkpoint whenever it can.
 """
 
+import argparse
 import json
 import os
 import pkgutil
@@ -97,6 +98,16 @@ _BASES = (
 # Several prompts have no trace.
 _MANY = Job(("ranks", "-f", f"../{PROMPTS}"), "ranks.jsonl", resumed=False)
 JOBS = (*_BASES[:-1], _MANY, *(Job(job.arguments, job.output, job.resumed, traced=True) for job in _BASES))
+
+
+def arguments(description: str | None) -> argparse.ArgumentParser:
+    """Return a parser with the options that the tools share."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", help="one command, such as svd [all]")
+    parser.add_argument("--model", type=Path, help="[the demo model]")
+    parser.add_argument("--folder", type=Path, help="where to make a temporary folder")
+    return parser
 
 
 def chosen(only: str | None) -> list[Job]:

@@ -7,7 +7,6 @@ that it needs; with the model as it was, it goes on to the same bits, and with t
 processes at least one must end well, with the same bits, and the other with one line.
 """
 
-import argparse
 import os
 import random
 import shutil
@@ -23,6 +22,7 @@ from attempts import (
     Attempt,
     Job,
     Whole,
+    arguments,
     attempt,
     chosen,
     copied_model,
@@ -200,13 +200,9 @@ def one_second(model: Path, folder: Path) -> tuple[int, list[str]]:
 
 def main() -> None:
     """Run trials of both kinds."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__)
     parser.add_argument("--runs", type=int, default=200, help="with a model that changes [200]")
     parser.add_argument("--pairs", type=int, default=100, help="of processes [100]")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", help="one command, such as svd [all]")
-    parser.add_argument("--model", type=Path, help="[the demo model]")
-    parser.add_argument("--folder", type=Path, help="where to make a temporary folder")
     options = parser.parse_args()
     chance, wrong = random.Random(options.seed), 0
     rows: dict[str, Counter[str]] = {}

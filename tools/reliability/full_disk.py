@@ -7,7 +7,6 @@ the disks are too small from the start, by a random amount; the others are fille
 enlarged and the command started again, with `--resume` where there is a run.
 """
 
-import argparse
 import json
 import os
 import random
@@ -27,6 +26,7 @@ from attempts import (
     Ended,
     Job,
     Whole,
+    arguments,
     attempt,
     chosen,
     copied_model,
@@ -167,13 +167,9 @@ def can_mount(place: Path) -> bool:
 
 def main() -> None:
     """Run trials."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__)
     parser.add_argument("--runs", type=int, default=200, help="over all commands [200]")
-    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--limit", action="store_true", help="limit the size of files even where a disk can be mounted")
-    parser.add_argument("--only", help="one command, such as svd [all]")
-    parser.add_argument("--model", type=Path, help="[the demo model]")
-    parser.add_argument("--folder", type=Path, help="where to make a temporary folder")
     options = parser.parse_args()
     chance, counts = random.Random(options.seed), {name: Counter[Job]() for name in ("runs", "failed", "wrong")}
     with workplace(options.folder) as place:

@@ -6,14 +6,25 @@ Each trial starts a command in a new folder and kills it after a random part of 
 started again, with `--resume` where there is a run, and half of the time killed again, until it ends by itself.
 """
 
-import argparse
 import random
 import shutil
 import sys
 from collections import Counter
 from pathlib import Path
 
-from attempts import Job, Whole, attempt, chosen, copied_model, differing, leftovers, show, undisturbed, workplace
+from attempts import (
+    Job,
+    Whole,
+    arguments,
+    attempt,
+    chosen,
+    copied_model,
+    differing,
+    leftovers,
+    show,
+    undisturbed,
+    workplace,
+)
 
 
 def trial(job: Job, model: Path, whole: Whole, folder: Path, chance: random.Random) -> tuple[int, list[str]]:
@@ -36,12 +47,8 @@ def trial(job: Job, model: Path, whole: Whole, folder: Path, chance: random.Rand
 
 def main() -> None:
     """Run trials until there were enough kills."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__)
     parser.add_argument("--kills", type=int, default=300, help="at least so many, over all commands [300]")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", help="one command, such as svd [all]")
-    parser.add_argument("--model", type=Path, help="[the demo model]")
-    parser.add_argument("--folder", type=Path, help="where to make a temporary folder")
     options = parser.parse_args()
     chance, trials, kills, wrong = random.Random(options.seed), Counter[Job](), Counter[Job](), Counter[Job]()
     with workplace(options.folder) as place:
