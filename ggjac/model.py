@@ -619,9 +619,9 @@ class Trace:
             PromptError: the prompt has no such position.
             ValueError: the trace was made without tapes, or the model has no such span.
         """
-        return DetachedJacobian(
-            self.network, self.index(position), span, raw=raw, journal=journal, chunk_bytes=self.model.chunk_bytes
-        )
+        crew, at = self.model.crew, self.index(position)
+        records = crew.recorded(journal) if crew else journal
+        return DetachedJacobian(self.network, at, span, raw=raw, journal=records, chunk_bytes=self.model.chunk_bytes)
 
     @property
     def network(self) -> FrozenNetwork:

@@ -11,18 +11,26 @@ Only `blocks` asks the weights whether others have more terms of a sum. What can
 computed by each of them, and not added up.
 """
 
+import hashlib
+import json
 import math
-from collections.abc import Mapping
+import os
+import socket
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd import forward_ad
 
 from ggjac.config import ModelConfig
+from ggjac.config.mixers import MIXERS
 from ggjac.config.model import Layer
 from ggjac.linop import Homogeneous, LinearOperator
+from ggjac.runs.journal import Journal, Product
+from ggjac.runs.tensors import plain
 from ggjac.weights import Block, Weight
 
 # Mixers whose heads are divided, and others with tensors of the same names, which are not.
@@ -32,6 +40,43 @@ WHOLE = {"delta", "kimi delta", "shared attention"}
 
 class ParallelError(ValueError):
     """Something that several ranks cannot compute together."""
+
+
+def join() -> tuple[dist.ProcessGroup, dist.Store]:
+    """Join the processes that `torchrun`, or what sets the same variables, started; return their group and its store.
+
+    On one machine they listen on its loopback interface only. Over a network nothing is encrypted and nobody is asked
+    for a password: it must be one that is trusted.
+
+    Raises:
+        KeyError: a variable is not set.
+    """
+    given = os.environ
+    rank, ranks = int(given["RANK"]), int(given["WORLD_SIZE"])
+    loopback = [name for _, name in socket.if_nameindex() if name in ("lo", "lo0")]
+    if given.get("LOCAL_WORLD_SIZE") == given["WORLD_SIZE"] and loopback:
+        given.setdefault("GLOO_SOCKET_IFNAME", loopback[0])
+    master = rank == 0 and given.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    served = dist.TCPStore(given["MASTER_ADDR"], int(given["MASTER_PORT"]), is_master=master)
+    # After a restart the agent's store still has the addresses of the attempt before.
+    store = dist.PrefixStore(f"attempt-{given.get('TORCHELASTIC_RESTART_COUNT', '0')}", served)
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=ranks)
+    assert dist.group.WORLD is not None
+    return dist.group.WORLD, store
+
+
+def of_first(own: bytes, group: dist.ProcessGroup) -> bytes:
+    """Return the bytes of the first rank."""
+    size = torch.tensor([len(own)])
+    dist.broadcast(size, 0, group=group)
+    if not int(size):
+        return b""
+    raw = torch.empty(int(size), dtype=torch.uint8)
+    if dist.get_rank(group) == 0:
+        raw.copy_(torch.frombuffer(bytearray(own), dtype=torch.uint8))
+    dist.broadcast(raw, 0, group=group)
+    return raw.numpy().tobytes()
 
 
 class Joined(LinearOperator):
@@ -116,6 +161,10 @@ class Crew:
     def part(self, block: Block, index: int) -> "Part":
         """Return this rank's view of a block."""
         return Part(block.store, block.prefix, block.slices, block.place, crew=self, cuts=self.cuts[index])
+
+    def recorded(self, journal: Journal | None) -> "SharedJournal":
+        """Return what records products of all ranks: the first one's journal, if it has one."""
+        return SharedJournal(self, journal)
 
     def share(self, total: int, unit: int, rank: int | None = None, ranks: int | None = None) -> range | None:
         """Return a rank's range, on multiples of a unit; None where there are not enough of them for all."""
@@ -261,3 +310,97 @@ class Part(Block):
     def joined(self, part: LinearOperator, *, inputs: bool = True, outputs: bool = True) -> LinearOperator:  # type: ignore[override]
         """Return an operator of which this rank has a part, completed by the others."""
         return Joined(part, self.crew.group, inputs=inputs, outputs=outputs)
+
+    def gathered(self, own: Tensor, stem: str) -> Tensor:
+        """Return numbers `[m, h]` of each head from this rank's; without heads, their sum over the ranks."""
+        cut, found = self.cuts.get(stem), own.clone()
+        if cut is None:
+            return own
+        if any(mixer.output == stem and mixer.has_heads for mixer in MIXERS.values()):
+            width = (cut.stop - cut.start) // own.shape[1]
+            found = own.new_zeros(len(own), super().matrix(f"{stem}.weight").shape[1] // width)
+            found[:, cut.start // width : cut.stop // width] = own
+        dist.all_reduce(found, group=self.crew.group)
+        return found
+
+
+class SharedJournal:
+    """The journal of the first rank, for all: what it has of a product, all have, so that all skip the same work.
+
+    Before each product the ranks compare what they are about to do, and take the first one's vectors: processors of
+    different makes may differ in a last bit. What goes from rank to rank is tensors and JSON, and nothing is unpickled.
+    """
+
+    def __init__(self, crew: Crew, journal: Journal | None):
+        self._crew, self._journal = crew, journal
+
+    def product(self, kind: str, inputs: Sequence[Tensor]) -> Product:
+        """Return the next product of this run, as `Journal.product` does, with the result or state of the first rank.
+
+        Raises:
+            ParallelError: another rank is about to compute something else.
+        """
+        self._compare([kind, *(_described(tensor) for tensor in inputs)])
+        for tensor in inputs:
+            self._receive(tensor)
+        own = self._journal.product(kind, inputs) if self._journal else None
+        kept = [None if part is None else [_described(one) for one in part] for part in _parts(own)]
+        done, *shapes = self.told([own.done if own else 0, *kept])
+        parts = _parts(own) if own else [None if part is None else [_empty(one) for one in part] for part in shapes]
+        for tensor in (tensor for part in parts if part is not None for tensor in part):
+            self._receive(tensor)
+        return own or Told(kind, done, *parts)
+
+    def told(self, content: Any) -> Any:
+        """Return the first rank's plain JSON, which is small."""
+        return json.loads(of_first(json.dumps(content).encode(), self._crew.group))
+
+    def _compare(self, content: Any) -> None:
+        digest = hashlib.blake2b(json.dumps(content).encode(), digest_size=7).digest()
+        own = torch.tensor([int.from_bytes(digest, "big")])
+        others = [torch.empty_like(own) for _ in range(self._crew.ranks)]
+        dist.all_gather(others, own, group=self._crew.group)
+        if any(not torch.equal(own, other) for other in others):
+            raise ParallelError(
+                "the processes of this run are about to compute different things: start all with the same command, "
+                "file, prompt and ggjac, on machines of one kind"
+            )
+
+    def _receive(self, tensor: Tensor) -> None:
+        """Replace a tensor's content by the first rank's, where it differs."""
+        if not tensor.numel():
+            return
+        first = tensor.detach().clone(memory_format=torch.contiguous_format)
+        dist.broadcast(first, 0, group=self._crew.group)
+        if not torch.equal(first, tensor):
+            tensor.copy_(first)
+
+
+class Told(Product):
+    """A product of which another rank keeps the record, if any does."""
+
+    def __init__(self, kind: str, done: int, result: list[Tensor] | None, state: list[Tensor] | None):
+        self.kind, self.done, self.result, self.state = kind, done, result, state
+
+    def reached(self, done: int, state: Callable[[], list[Tensor]]) -> list[Tensor]:
+        """Return the tensors in plain layout, as they are where they are recorded."""
+        return [plain(tensor) for tensor in state()]
+
+    def finish(self, result: list[Tensor]) -> list[Tensor]:
+        """Return the result in plain layout."""
+        return [plain(tensor) for tensor in result]
+
+
+def _parts(product: Product | None) -> list[list[Tensor] | None]:
+    return [None, None] if product is None else [product.result, product.state]
+
+
+def _described(tensor: Tensor) -> list[Any]:
+    """Return shape, dtype and kind of device, as plain JSON."""
+    return [list(tensor.shape), str(tensor.dtype).removeprefix("torch."), tensor.device.type]
+
+
+def _empty(described: list[Any]) -> Tensor:
+    """Return a tensor as it was described, to be filled."""
+    shape, dtype, device = described
+    return torch.empty(shape, dtype=getattr(torch, dtype), device=device)

@@ -257,7 +257,7 @@ class Session:
         if self.trace_folder:
             kept: dict[str, Any] = {"resident": self._resident, "complete": True, "model": self.model.gguf}
             return Tapes(self.trace_folder, self._prompt_identity(), **kept)
-        if self.journal:
+        if self.journal and not self.model.crew:  # of several processes, all begin anew
             identity = self._prompt_identity() | self._machine_identity()
             return Tapes(self.journal.folder / "trace", identity, run=self.journal)
         return True
@@ -291,7 +291,11 @@ class Session:
             "torch": torch.__version__,
             "device": str(self.model.device),
             "threads": torch.get_num_threads(),
-        }
+        } | self._ranks()
+
+    def _ranks(self) -> dict[str, int]:
+        """Return how many processes share the model, if several do."""
+        return {"ranks": self.model.crew.ranks} if self.model.crew else {}
 
     @contextlib.contextmanager
     def checkpointed(
@@ -310,7 +314,7 @@ class Session:
         Raises:
             JournalError: it cannot be resumed, or another process is at work.
         """
-        if folder is None:
+        if folder is None or (self.model.crew and self.model.crew.rank):  # the first rank keeps the record of all
             yield
             return
         assert output is not None
@@ -396,6 +400,7 @@ class Session:
             "dtype": self.dtype,
             "mlp_path": self.mlp_path,
             "threads": torch.get_num_threads(),
+            **self._ranks(),
             "seconds": dict(self.stages.seconds),
             "peak_memory_bytes": runs.peak_memory(),
         }

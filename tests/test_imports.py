@@ -46,7 +46,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "decode": {"linop", "weights"},
     "blocks": {"config", "linop", "rope", "sizes"},
     "jacobian": {"blocks", "decode", "gguf", "linop", "results", "runs", "sizes", "svd", "weights"},
-    "parallel": {"config", "linop", "weights"},
+    "parallel": {"config", "linop", "runs", "weights"},
     "model": {
         *("blocks", "chat", "config", "decode", "display", "gguf", "jacobian", "planner", "rope", "runs", "sizes"),
         "parallel",

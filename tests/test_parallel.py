@@ -37,7 +37,7 @@ NETWORKS_WHOLE = {"mamba2"}
 def found(tiny_files: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """Return what each of the processes reports; they are started once."""
     folder = tmp_path_factory.mktemp("parallel")
-    cases = {case: (str(tiny_files[case]), tiny.prompt(case, 6)) for case in CASES}
+    cases = {case: (str(tiny_files[case]), tiny.prompt(case, 6), case in FIRST.values()) for case in CASES}
     (folder / "cases.json").write_text(json.dumps(cases))
     given = [folder / "store", folder / "cases.json", folder / "result"]
     started = [subprocess.Popen([sys.executable, PROGRAM, str(rank), *map(str, given)]) for rank in range(RANKS)]

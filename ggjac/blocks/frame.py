@@ -61,6 +61,9 @@ class BlockWeights(Protocol):
             outputs: whether the outputs are added up.
         """
 
+    def gathered(self, own: Tensor, stem: str) -> Tensor:
+        """Return numbers `[m, h]` of each head of the mixer that ends with a projection, from those of some heads."""
+
 
 class NumericsError(ValueError):
     """The forward pass left the range of its dtype; results computed from it would be meaningless."""

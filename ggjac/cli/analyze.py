@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ggjac.cli import together
 from ggjac.cli.options import (
     DepthRanges,
     Depths,
@@ -91,6 +92,9 @@ def analyze(
     parts: dict[str, Any] = {"verify": not no_verify, "layers": depths, "per_token": per_token, "contrast": contrast}
     as_table = output_format == "table"
     show = _shower(session) if as_table else lambda key, data: None
+    place = together.here()
+    if place and place.rank and output is None:
+        output = together.scratch() / "run"
     with run_folder(output, session.model.title) as folder:
         content = run(session, folder, resume=resume, show=show, **options, **parts)
     if as_table:

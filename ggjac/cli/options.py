@@ -9,7 +9,7 @@ from typing import Any, get_args
 
 import click
 
-from ggjac.cli import texts
+from ggjac.cli import texts, together
 from ggjac.sizes import ITEM_BYTES, KINDS, MAPS, MlpPath
 
 DEFAULT_PROMPT = "The bridge out of Marin is the"
@@ -406,7 +406,7 @@ def shows_scores() -> bool:
 
 def output(help: str) -> Callable:
     """Return the `-o/--output` option with a command's own explanation."""
-    return click.option("-o", "--output", type=click.Path(path_type=Path), help=help)
+    return click.option("-o", "--output", type=click.Path(path_type=Path), callback=together.own, help=help)
 
 
 resume = click.option("--resume", is_flag=True, help="Resume the interrupted run that writes to this -o.")

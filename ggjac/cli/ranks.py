@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from ggjac import display
+from ggjac.cli import together
 from ggjac.cli.options import ModelOptions, iteration_options, model_options, output, output_format
 from ggjac.cli.planning import dry_run
 
@@ -57,6 +58,8 @@ def ranks(
             "--trace keeps the forward pass of one prompt, but --file has several; leave out --trace"
         )
     stages, options["stages"] = options["stages"], None
+    if place := together.here():
+        place.same(output)
     iteration: dict[str, Any] = {"tol": tol, "seed": seed, "max_sweeps": max_sweeps}
     with stages.stage("ranks") as report, usage_errors():
         result = measure(model, prompts, output, progress=report, **iteration, **options)

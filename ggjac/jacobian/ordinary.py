@@ -256,6 +256,10 @@ class _Forgetful:
         """Return an operator, completed by those who have the rest of it."""
         return self._weights.joined(part, inputs=inputs, outputs=outputs)
 
+    def gathered(self, own: Tensor, stem: str) -> Tensor:
+        """Return numbers of each head, from those of some."""
+        return self._weights.gathered(own, stem)
+
     def forgetting(self) -> AbstractContextManager:
         """Return a context in which graphs are built without the tiles."""
         return torch.autograd.graph.saved_tensors_hooks(self._pack, _unpack)

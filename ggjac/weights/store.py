@@ -371,6 +371,10 @@ class Block:
         """Return an operator as it is, since nobody has more of its terms."""
         return part
 
+    def gathered(self, own: Tensor, stem: str) -> Tensor:
+        """Return numbers of each head as they are: they are of all heads."""
+        return own
+
     def _stored(self, name: str) -> tuple[str, Part | None]:
         """Return the full name of the stored tensor, and the part of it that is `name`, or None for the whole."""
         stem, dot, suffix = name.rpartition(".")
