@@ -291,11 +291,7 @@ class Session:
             "torch": torch.__version__,
             "device": str(self.model.device),
             "threads": torch.get_num_threads(),
-        } | self._ranks()
-
-    def _ranks(self) -> dict[str, int]:
-        """Return how many processes share the model, if several do."""
-        return {"ranks": self.model.crew.ranks} if self.model.crew else {}
+        } | ({"ranks": self.model.crew.ranks} if self.model.crew else {})
 
     @contextlib.contextmanager
     def checkpointed(
@@ -400,7 +396,7 @@ class Session:
             "dtype": self.dtype,
             "mlp_path": self.mlp_path,
             "threads": torch.get_num_threads(),
-            **self._ranks(),
+            **({"processes": model.crew.ranks} if model.crew else {}),
             "seconds": dict(self.stages.seconds),
             "peak_memory_bytes": runs.peak_memory(),
         }

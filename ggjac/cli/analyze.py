@@ -93,8 +93,9 @@ def analyze(
     as_table = output_format == "table"
     show = _shower(session) if as_table else lambda key, data: None
     place = together.here()
-    if place and place.rank and output is None:
+    if place and place.rank:
         output = together.scratch() / "run"
+        output.mkdir()
     with run_folder(output, session.model.title) as folder:
         content = run(session, folder, resume=resume, show=show, **options, **parts)
     if as_table:
