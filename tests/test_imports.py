@@ -17,6 +17,7 @@ TESTS = Path(__file__).parent
 MAY_IMPORT: dict[str, set[str]] = {
     # ground: no sibling
     "sizes": set(),
+    "checks": set(),
     "display": set(),
     "units": set(),
     "drawing": {"units"},
@@ -25,8 +26,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "gguf": {"guard"},
     "results": {"drawing"},
     # algebra: operators, no transformer
-    "svd": {"linop", "results", "sizes"},
-    "frobenius": {"linop", "results", "sizes", "svd"},
+    "svd": {"checks", "linop", "results", "sizes"},
+    "frobenius": {"checks", "linop", "results", "sizes", "svd"},
     # files
     "architectures": set(),
     "config": {"architectures", "sizes"},
@@ -47,9 +48,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "blocks": {"config", "linop", "rope", "sizes"},
     "jacobian": {"blocks", "decode", "gguf", "linop", "results", "runs", "sizes", "svd", "weights"},
     "model": {
-        *("blocks", "chat", "config", "decode", "display", "gguf", "jacobian", "planner", "rope", "runs", "sizes"),
-        "tokenizer",
-        "weights",
+        *("blocks", "chat", "checks", "config", "decode", "display", "gguf", "jacobian", "planner", "rope", "runs"),
+        *("sizes", "tokenizer", "weights"),
     },
     "prompts": {"model", "tokenizer"},
     "generation": {"blocks", "model", "sizes"},
@@ -62,8 +62,8 @@ MAY_IMPORT: dict[str, set[str]] = {
         "tokenizer",
     },
     "analysis": {
-        *("blocks", "config", "decode", "frobenius", "generation", "gguf", "jacobian", "linop", "model", "parity"),
-        "report",
+        *("blocks", "checks", "config", "decode", "frobenius", "generation", "gguf", "jacobian", "linop", "model"),
+        *("parity", "report"),
         *("results", "runs", "session", "sizes", "svd", "weights"),
     },
 }

@@ -337,7 +337,7 @@ def test_sweeps_that_ran_out_are_exit_code_3() -> None:
     )
 
 
-@pytest.mark.parametrize(("prompts", "message"), [([], "no prompt was given"), ("hi", "prompts is one text")])
+@pytest.mark.parametrize(("prompts", "message"), [([], "no prompt was given"), ("hi", "prompts is of type str")])
 def test_prompts_are_a_list(tiny_file: Any, prompts: Any, message: str) -> None:
     with pytest.raises(PromptError, match=message):
         module.ranks(open_model(tiny_file("gqa")), prompts)

@@ -176,7 +176,7 @@ def portray(
     Raises:
         NumericsError: a logit is not finite.
         ValueError: rank, `tol` or `max_sweeps` are out of range, as `ggjac.svd.svd` has them.
-        GGUFError: `target` is not in the vocabulary.
+        PromptError: `target` is not in the vocabulary, or a text that is not one token.
     """
     head = jacobian.network.head
     logits = finite_logits(head.logits(jacobian.network.outputs)).cpu()

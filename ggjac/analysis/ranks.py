@@ -184,13 +184,13 @@ def ranks(
         session: of `ggjac.session.Session`: `mlp_path`, budgets, `trace` (for a single prompt), ...
 
     Raises:
-        PromptError: `prompts` is empty or a text, or the model cannot run a prompt; where there are several, the
+        PromptError: `prompts` is empty or no list, or the model cannot run a prompt; where there are several, the
             message quotes it.
         RunError: the file holds something else, or records that were made otherwise; or another process writes to it.
         NoFitError: the longest prompt does not fit the budgets.
     """
-    if isinstance(prompts, str):  # a sequence too, of texts of one character
-        raise PromptError("prompts is one text; give a list of texts")
+    if isinstance(prompts, str) or not isinstance(prompts, Sequence):  # a text is a sequence too, of characters
+        raise PromptError(f"prompts is of type {type(prompts).__name__}; give a list of texts")
     path = None if output is None else Path(output)
     start = time.perf_counter()
     lines: Lines | None = None

@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ggjac.checks import whole
 from ggjac.decode import Ranked, nearest, top_logits
 from ggjac.frobenius import StableRank, stable_ranks
 from ggjac.jacobian import DetachedJacobian, Progress
@@ -111,8 +112,9 @@ def spectrum(
     each block, with the sweep and its worst residual, and the number of sweeps that are expected to follow.
 
     Raises:
-        ValueError: rank, `tol` or `max_sweeps` are out of range, as `ggjac.svd.svd` has them.
+        ValueError: `top` is out of range, or rank, `tol`, `max_sweeps` or `seed`, as `ggjac.svd.svd` has them.
     """
+    top = whole("top", top)
     head, embedding = jacobian.network.head, jacobian.network.embedding
     sweep = 1
     history: list[float] = []  # the worst residual after each sweep that measured it

@@ -3,13 +3,16 @@
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
 from ggjac import display
 from ggjac.cli.options import ModelOptions, PositionOrAll, model_options, output, tabular_format
 from ggjac.cli.planning import dry_run
+
+if TYPE_CHECKING:
+    from ggjac.session import Session
 
 # Parts in a table of heads; the smaller ones are added up in one line.
 SHOWN = 24
@@ -91,6 +94,7 @@ def attribute(
         return both(what, position or 0, target, versus, output, output_format, ALL if whole else count)
     session = open_session(what, position=-1 if position is None else position, output=output)
     ids = one_token(session, target), one_token(session, versus, "--versus")
+    _check_difference(session, *ids, everywhere=everywhere)
     content: dict[str, Any] = {"position": "all"} if everywhere else {}
     content["reconstruction"] = session.reconstruction().data()
     result: Any
@@ -129,9 +133,11 @@ def both(
     from ggjac.cli.session import note_likelier, one_token, open_session
 
     session = open_session(what, position=position, output=output)
-    minus = one_token(session, versus, "--versus")
+    ids = one_token(session, target), one_token(session, versus, "--versus")
+    _check_difference(session, *ids)
+    minus = ids[1]
     rebuilt = [session.reconstruction()]
-    first = session.run("attribution", attribute, one_token(session, target), minus)
+    first = session.run("attribution", attribute, *ids)
     note_likelier(session, target, first.target)
     note_likelier(session, versus, minus, "--versus")
     again = replace(what, mlp_path="gate", prompt=None, file=None, chat=None, system=None, tokens=session.ids)
@@ -147,6 +153,20 @@ def both(
         session.save(output, result.tensors(), by="token", versus=minus, mlp_path="both")
     content = {"mlp_path": "both", "reconstruction": worse.data(), "attribution": split}
     finish(session, content, output_format, output, result=result, attribution=partial(show, count=count))
+
+
+def _check_difference(session: "Session", target: int | None, versus: int | None, *, everywhere: bool = False) -> None:
+    """Refuse the difference of a logit and itself; where every position has a target of its own, some may be.
+
+    Raises:
+        click.UsageError: `versus` is the target.
+    """
+    if versus is None or (everywhere and target is None):
+        return
+    if versus == (int(session.logits.argmax()) if target is None else target):
+        name = "the most likely token, whose logit is split" if target is None else "the token of --target"
+        word = session.model.word(versus)
+        raise click.UsageError(f"--versus: {word} is {name}: the difference is 0; name another token")
 
 
 def show(data: dict[str, Any], count: int | None = None) -> None:
