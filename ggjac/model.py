@@ -29,21 +29,12 @@ from ggjac.planner import Plan, machine
 from ggjac.rope import rotation
 from ggjac.runs.journal import Journal
 from ggjac.sizes import CHUNK_BYTES, ITEM_BYTES, MlpPath
-from ggjac.tokenizer import Tokenizer, TokenizerError, open_tokenizer
+from ggjac.tokenizer import Tokenizer, open_tokenizer
 from ggjac.weights import Block, Weight, WeightStore
 
 DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in ITEM_BYTES}
 
 Observer = Callable[[str, Tensor], None]
-
-
-# Token ids of the prompts that commands have by default, so that the demo runs where llama.cpp cannot tokenize.
-DEMO_PROMPTS = {
-    "The bridge out of Marin is the": (0, 465, 637, 719, 462, 1884, 458, 460),
-    "The bridge out of Marin is the Golden": (0, 465, 637, 719, 462, 1884, 458, 460, 1206),
-    "My favorite thing is the": (0, 603, 525, 416, 309, 458, 460),
-    "She put the book on the table and then": (0, 52, 324, 1234, 460, 1417, 522, 460, 1351, 483, 416, 264),
-}
 
 
 class PromptError(ValueError):
@@ -216,12 +207,7 @@ class Model:
         """
         if not prompt:
             raise PromptError("the prompt is empty; give a text or token ids")
-        try:
-            return self.tokenizer.prompt(prompt, parse_special=parse_special)
-        except TokenizerError:
-            if prompt in DEMO_PROMPTS and self.path == demo_path():
-                return list(DEMO_PROMPTS[prompt])
-            raise
+        return self.tokenizer.prompt(prompt, parse_special=parse_special)
 
     def spelled(self, text: str) -> list[int]:
         """Return the token ids of a text inside another one: nothing is added at its ends.

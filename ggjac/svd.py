@@ -214,7 +214,8 @@ def iteration(
         max_sweeps: limit on the number of products with A or its transpose.
         block: stacked vectors per sweep; default `ggjac.sizes.block_width(rank, size of an input)`.
         seed: seed of the random start vectors; the same seed gives the same digits on the same machine.
-        progress: called after each sweep with the sweep count and the worst relative residual known so far.
+        progress: called after each sweep with the sweep count and the worst relative residual known so far; that is
+            infinite after the first sweep, which measures none.
 
     Yields:
         A side and vectors to multiply: 0 and `[k, *out_shape]` flattened, for a product with the transpose; 1 and
@@ -272,6 +273,8 @@ def iteration(
                 progress(sweeps, history[-1])
             if reason := _reason_to_stop(history, S, eps, tol, last=sweeps == max_sweeps):
                 break
+        elif progress:
+            progress(sweeps, math.inf)
 
         # Extend the other basis. If A's numerical rank is smaller than `rank`, random directions fill the gap.
         new = expanded.directions

@@ -1,8 +1,10 @@
 """Shares of logits by token, branch and head against autograd over the independent float64 oracle; the command."""
 
+import itertools
 import math
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import oracle
 import pytest
@@ -13,6 +15,7 @@ from helpers import IDS, TOKENS, head_of, invoke, invoke_json, pair
 from safetensors.torch import load_file
 from torch import Tensor
 
+from ggjac import session
 from ggjac.analysis.attribute import attribute, attribute_branches, attribute_positions, both_rules
 from ggjac.model import open_model
 
@@ -438,3 +441,18 @@ def test_the_difference_of_a_logit_and_itself_is_refused(rule: str) -> None:
     default = invoke(*options, "--versus", f"id:{best}", code=2).output
     assert "is the most likely token, whose logit is split: the difference is 0" in default
     assert "sum" in invoke(*options, "--target", "id:7", "--versus", "id:9").output
+
+
+def test_the_ranks_of_one_token_have_no_correlation() -> None:
+    options = ["attribute", "-q", "-t", 1, "--tokens", "5", "--mlp-path", "both"]
+    assert invoke_json(*options)["attribution"]["agreement"]["spearman"] is None
+    assert "Rank correlation of the rules of one token is not defined; their" in " ".join(
+        invoke(*options).stdout.split()
+    )
+
+
+def test_the_seconds_of_both_rules_are_those_of_both_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    ticks = itertools.count(0.0)
+    monkeypatch.setattr(session, "time", SimpleNamespace(perf_counter=lambda: next(ticks)))
+    one, both = (invoke_json("attribute", "-q", *TOKENS, "--mlp-path", rule)["seconds"] for rule in ("up", "both"))
+    assert both == {stage: 2 * seconds for stage, seconds in one.items()}

@@ -37,7 +37,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "runs": {"gguf", "sizes"},
     "llamacpp": {"runs"},
     "exports": {"architectures", "gguf"},
-    "tokenizer": {"display", "llamacpp"},
+    "tokenizer": {"display", "gguf", "llamacpp"},
     "chat": {"tokenizer"},
     "report": {"display", "drawing", "runs", "units"},
     # planning: sizes and rates
@@ -54,7 +54,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "prompts": {"model", "tokenizer"},
     "generation": {"blocks", "model", "sizes"},
     "parity": {
-        *("architectures", "blocks", "display", "exports", "gguf", "llamacpp", "model", "planner", "results"),
+        *("architectures", "blocks", "display", "exports", "gguf", "llamacpp", "model", "planner", "results", "runs"),
         "tokenizer",
     },
     "session": {
@@ -63,7 +63,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "analysis": {
         *("blocks", "checks", "config", "decode", "frobenius", "generation", "gguf", "jacobian", "linop", "model"),
-        *("parity", "report"),
+        *("parity", "planner", "report"),
         *("results", "runs", "session", "sizes", "svd", "weights"),
     },
 }

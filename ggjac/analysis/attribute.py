@@ -15,6 +15,7 @@ the stream after a block, the parts added so far are multiplied by it too. Eithe
 identity of the frozen network: it states the contribution of each part, not the effect of changing that part.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -121,7 +122,8 @@ class BothRules(Result):
 
     def data(self, words: Words = NO_WORDS) -> dict[str, Any]:
         """Return the data of the rule `up`, that of `gate` as `other_rule`, and their `agreement`."""
-        agreement = {"spearman": self.spearman, "difference": self.difference, "size": self.size}
+        spearman = None if math.isnan(self.spearman) else self.spearman
+        agreement = {"spearman": spearman, "difference": self.difference, "size": self.size}
         return self.up.data(words) | {"other_rule": self.gate.data(words), "agreement": agreement}
 
     def tensors(self) -> dict[str, Tensor]:
@@ -131,7 +133,8 @@ class BothRules(Result):
 
     def _table(self, words: Words) -> Table:
         columns = {"up": self.up.shares.tolist(), "gate": self.gate.shares.tolist()}
-        note = f"rank correlation {self.spearman:.2f}; absolute differences sum to {self.difference:.4f}"
+        ranked = "of one token is not defined" if math.isnan(self.spearman) else f"{self.spearman:.2f}"
+        note = f"rank correlation {ranked}; absolute differences sum to {self.difference:.4f}"
         title = f"Shares in {_split(words, self.up.target, self.up.versus)} under both freezing rules"
         return Table(title, words.at(range(len(self.up.shares))) | columns, (note, CAVEAT.format(rule="up and gate")))
 

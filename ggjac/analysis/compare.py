@@ -254,6 +254,19 @@ def principal_angles(A: Float[Tensor, "k m"], B: Float[Tensor, "k m"]) -> Float[
     return torch.where(cosines.square() < 0.5, torch.acos(cosines), torch.asin(sines))
 
 
+def check_families(a: str | None, b: str | None) -> None:
+    """Check that two files state the same architecture.
+
+    Raises:
+        CompareError: they do not.
+    """
+    if a != b:
+        kinds = [_short(kind or "none") for kind in (a, b)]
+        raise CompareError(
+            f"architecture: {kinds[0]} in the first file, {kinds[1]} in the second; give two files of one model"
+        )
+
+
 def check_files(a: Mapping[str, Sequence[int]], b: Mapping[str, Sequence[int]]) -> None:
     """Check that two files hold tensors of the same names and shapes.
 

@@ -7,7 +7,7 @@ import contextlib
 import os
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from ggjac.frobenius import StableRank, stable_ranks
 from ggjac.gguf import shown
 from ggjac.jacobian import DetachedJacobian, Progress
 from ggjac.model import Model, PromptError
+from ggjac.planner import Plan
 from ggjac.results import NO_WORDS, Bars, Plotted, Points, Table, Words
 from ggjac.runs import lock
 from ggjac.runs.lines import Lines, key
@@ -170,6 +171,7 @@ def ranks(
     max_sweeps: int = 40,
     seed: int = 0,
     progress: Progress | None = None,
+    planned: Callable[[Plan], None] | None = None,
     **session: Any,
 ) -> Ranks:
     """Measure the stable rank of every token's own map, and of the joint one, for each prompt at its last position.
@@ -181,6 +183,7 @@ def ranks(
             computed again, but for those whose sweeps ran out where `max_sweeps` allows more.
         tol, max_sweeps, seed: of the iterations for the largest singular values, as `ggjac.svd.svd` takes them.
         progress: called as `progress("prompt", done, total)`.
+        planned: called with the plan of all prompts before the first is run, unless the file holds some already.
         session: of `ggjac.session.Session`: `mlp_path`, budgets, `trace` (for a single prompt), ...
 
     Raises:
@@ -203,9 +206,11 @@ def ranks(
             last = _session(model, prompt, alone=len(prompts) == 1, **session)
             longest = longest or _longest(last, prompts)
             # The same for all, so that layers stay ready.
-            last.fit("ranks", longest, rank=1, position=-1, prompts=len(prompts))
+            plan = last.fit("ranks", longest, rank=1, position=-1, prompts=len(prompts))
             settings = _settings(last, kept=path is not None, tol=tol, seed=seed)
             lines = lines or Lines(path, settings, fields=FIELDS, whole=_values)
+            if planned and not lines.records:
+                planned(plan)
             name = key({"prompt": last.text, "tokens": last.tokens()})
             if _settled(lines.records.get(name), max_sweeps):
                 ready += 1

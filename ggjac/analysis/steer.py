@@ -26,10 +26,11 @@ The rest of the network then runs as usual. Generation is greedy, and `c` grows 
 Position 0 is spared: it is an attention sink in most models, and a push there changes what all heads do with it. (The
 paper's code pushes it, too: `first`. A text of one token is pushed there in any case.)
 
-The control is the map of an unrelated prompt, used in the same way. Without such a prompt it is an operator with the
-same singular values and the same reading of the text, that writes elsewhere: `Q J` with `Q` orthogonal, random and
-seeded. `‖Q c‖ = ‖c‖` for every text. That is not like for like where the stream's length lies in a few huge components,
-as in Gemma: a rotation destroys such a stream, and any text's map beats it.
+The control is the map of an unrelated prompt, used in the same way. Without such a prompt it is the concept's own map,
+offset included, that writes elsewhere: `Q c` in place of `c`, with `Q` orthogonal, random and seeded. It has the same
+singular values and reads the text in the same way, and `‖Q c‖ = ‖c‖` for every text. That is not like for like where
+the stream's length lies in a few huge components, as in Gemma: a rotation destroys such a stream, and any text's map
+beats it.
 """
 
 import math

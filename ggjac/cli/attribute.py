@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 from ggjac import display
-from ggjac.cli.options import ModelOptions, PositionOrAll, model_options, output, tabular_format
+from ggjac.cli.options import ModelOptions, model_options, output, position_or_all, tabular_format
 from ggjac.cli.planning import dry_run
 
 if TYPE_CHECKING:
@@ -27,13 +27,7 @@ ALL = 2**31  # more parts than any table has
 @click.command()
 @model_options(both=True)
 @dry_run
-@click.option(
-    "--position",
-    type=PositionOrAll(),
-    default="-1",
-    show_default=True,
-    help="Output position (negative counts from the end), or all.",
-)
+@position_or_all
 @click.option(
     "--target",
     help="Token whose logit is split: a text of one token, or its id, as id:4.  [default: the most likely one]",
@@ -141,13 +135,15 @@ def both(
     note_likelier(session, target, first.target)
     note_likelier(session, versus, minus, "--versus")
     again = replace(what, mlp_path="gate", prompt=None, file=None, chat=None, system=None, tokens=session.ids)
-    text, notes = session.text, session.notes
+    text, notes, seconds = session.text, session.notes, session.stages.seconds
     del session  # its forward pass is not needed any more
     session = open_session(again, position=position, output=output)
     session.text, session.notes = text, notes
     rebuilt.append(session.reconstruction())
     result = both_rules(first, session.run("attribution", attribute, first.target, minus))
     worse = max(rebuilt, key=lambda found: found.error)
+    for stage, first_seconds in seconds.items():
+        session.stages.seconds[stage] = round(session.stages.seconds[stage] + first_seconds, 3)
     split = {"by": "token"} | result.data(session.words)
     if output:
         session.save(output, result.tensors(), by="token", versus=minus, mlp_path="both")
@@ -214,8 +210,9 @@ def show_tokens(data: dict[str, Any], count: int) -> None:
     table(f"Share of every input token in {asked_logit(data)}{of}", ["#position", "token", *names], rows)
     if not alone:
         found = data["agreement"]
+        ranked = "of one token is not defined" if found["spearman"] is None else f"{found['spearman']:.2f}"
         line(
-            f"Rank correlation of the rules {found['spearman']:.2f}; their absolute differences sum to "
+            f"Rank correlation of the rules {ranked}; their absolute differences sum to "
             f"{found['difference']:.4g}, their absolute shares to {found['size']:.4g} on average."
         )
     if alone:

@@ -10,7 +10,7 @@ from ggjac.cli.planning import dry_run
 
 
 @click.command()
-@model_options()
+@model_options(trace=False)
 @dry_run
 @position
 @click.option("-k", "--top", type=click.IntRange(min=1), default=5, show_default=True, help="Tokens to show.")

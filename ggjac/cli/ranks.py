@@ -2,13 +2,16 @@
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from ggjac import display
 from ggjac.cli.options import ModelOptions, iteration_options, model_options, output, output_format
-from ggjac.cli.planning import dry_run
+from ggjac.cli.planning import dry_run, warn_if_long
+
+if TYPE_CHECKING:
+    from ggjac.planner import Plan
 
 
 @click.command()
@@ -58,9 +61,14 @@ def ranks(
         )
     stages, options["stages"] = options["stages"], None
     iteration: dict[str, Any] = {"tol": tol, "seed": seed, "max_sweeps": max_sweeps}
+
+    def planned(plan: "Plan") -> None:
+        warn_if_long(plan, model.gguf, options["threads"], str(model.device))
+
     with stages.stage("ranks") as report, usage_errors():
-        result = measure(model, prompts, output, progress=report, **iteration, **options)
+        result = measure(model, prompts, output, progress=report, planned=planned, **iteration, **options)
     records = result.records
+    result.envelope["warnings"] += what.remarks()
     if output_format == "json":
         envelope = result.envelope
         if len(records) > 1:
