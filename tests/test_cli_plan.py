@@ -281,7 +281,7 @@ def test_a_help_states_its_own_defaults() -> None:
         assert ("My favorite thing is the" in text) == (command == "steer")
         assert ("The bridge out of Marin is the'" in text) == (command != "steer"), command
         assert ("one on each line" in text) == (command == "ranks")
-        assert ("--trace" in text) == (command not in ("compare", "steer"))
+        assert ("--trace" in text) == (command not in ("compare", "predict", "steer"))
 
 
 def test_dense_rows_come_in_one_sweep_where_memory_allows(tiny_file: TinyFile, monkeypatch: pytest.MonkeyPatch) -> None:
