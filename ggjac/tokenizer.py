@@ -20,7 +20,6 @@ from typing import Any
 
 from ggjac import llamacpp
 from ggjac.display import visible
-from ggjac.gguf.hub import demo_path
 
 # tokenizer.ggml.model values that name no tokenizer (llama-vocab.cpp, llama_vocab::impl::load).
 NO_TOKENIZER = (None, "", "none", "no_vocab")
@@ -131,6 +130,8 @@ def open_tokenizer(path: str | os.PathLike[str], *, tokens: Any, model: Any, typ
     `tokenizer.ggml.tokens`, `.model` and `.token_type`, unchecked: they may be anything. The types make the bytes of
     special and unused tokens exact.
     """
+    from ggjac.gguf.hub import demo_path  # numpy comes with it
+
     instead = "give token ids instead"
     flaw = None
     if model in NO_TOKENIZER or not isinstance(model, str):
