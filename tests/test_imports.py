@@ -25,7 +25,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "gguf": {"guard"},
     "results": {"drawing"},
     # algebra: operators, no transformer
-    "svd": {"linop", "results", "sizes"},
+    "svd": {"linop", "results", "sizes", "units"},
     "frobenius": {"linop", "results", "sizes", "svd"},
     # files
     "architectures": set(),
@@ -62,8 +62,8 @@ MAY_IMPORT: dict[str, set[str]] = {
         "tokenizer",
     },
     "analysis": {
-        *("blocks", "config", "decode", "frobenius", "generation", "gguf", "jacobian", "linop", "model", "parity"),
-        "report",
+        *("blocks", "config", "decode", "display", "frobenius", "generation", "gguf", "jacobian", "linop", "model"),
+        *("parity", "report"),
         *("results", "runs", "session", "sizes", "svd", "weights"),
     },
 }
