@@ -135,6 +135,11 @@ class Table:
     notes: tuple[str, ...] = ()
     common: Mapping[str, Any] = field(default_factory=dict)
 
+    @classmethod
+    def of(cls, title: str, facts: Mapping[str, Any]) -> "Table":
+        """Return a table of a thing: a row for each fact, its name and value as text."""
+        return cls(title, {"": list(facts), "value": [str(value) for value in facts.values()]})
+
     def to_pandas(self) -> Any:
         """Return a `pandas.DataFrame` of all rows; title, notes and what the rows have in common are in its `attrs`.
 

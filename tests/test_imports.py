@@ -47,8 +47,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "blocks": {"config", "linop", "rope", "sizes"},
     "jacobian": {"blocks", "decode", "gguf", "linop", "results", "runs", "sizes", "svd", "weights"},
     "model": {
-        *("blocks", "chat", "config", "decode", "display", "gguf", "jacobian", "planner", "rope", "runs", "sizes"),
-        "tokenizer",
+        *("blocks", "chat", "config", "decode", "display", "gguf", "jacobian", "planner", "results", "rope", "runs"),
+        *("sizes", "tokenizer"),
         "weights",
     },
     "prompts": {"model", "tokenizer"},

@@ -251,6 +251,20 @@ def test_whatever_a_command_computes_can_be_shown(
     assert shown or command in ELSEWHERE
 
 
+def test_what_is_no_result_is_a_table_on_the_page_too(tiny_file: Callable) -> None:
+    model = ggjac.open_model(tiny_file("tokenizer"))
+    trace = model.trace([5, 6, 7])
+    for thing, cells in (
+        (model, {"llama", str(model.config.vocabulary), "float32", "cpu"}),
+        (trace, {"7", model.word(7), "token id"}),
+        (trace.jacobian(1), {"[3, 64]", "[64]", "1", "up", "depth 0", "layer 2"}),
+        (model.plan(3), {"memory"}),
+    ):
+        page = Grid(thing._repr_html_())
+        assert cells <= {cell for row in page.rows for cell in row}
+        assert {tag for tag, _ in page.tags} <= {"table", "caption", "thead", "tbody", "tr", "th", "td", "div"}
+
+
 def test_titles_names_and_notes_are_escaped_too() -> None:
     source = Table(HOSTILE, {HOSTILE: [HOSTILE]}, (HOSTILE,))._repr_html_()
     assert "<script" not in source
