@@ -527,7 +527,7 @@ def test_a_sink_and_a_cut_through_a_cluster_are_named(tmp_path: Path) -> None:
     sinks = [tap["sink"]["fraction"] for tap in own if tap["sink"]]
     assert sinks, "the demo has one"
     assert f"Position 0 takes {min(sinks):.0%}" in shown
-    close = "The last singular value is close to the next one at "
+    close = "σ5 is close to σ4 at "
     assert close in shown
     for tap, fraction in zip(own, (0.6123, 0.9, *[None] * 4), strict=True):
         tap["sink"] = fraction and {"position": 0, "id": 0, "text": "x", "fraction": fraction}

@@ -215,10 +215,8 @@ def remarks(taps: Sequence[Mapping[str, Any]]) -> list[str]:
         found.append(f"Position 0 takes {takes} of the weight of right vector 1 at {where}, as an attention sink does.")
     ends = [(tap, tap["triplets"][-1]["singular_value"]) for tap in taps if tap["triplets"]]
     if cut := [tap for tap, last in ends if is_close(last, tap.get("next_singular_value"))]:
-        found.append(
-            f"The last singular value is close to the next one at {_places(cut, taps)}: there the cut goes through a "
-            "cluster, of which the last vectors are a basis of a part only."
-        )
+        k = len(cut[0]["triplets"])
+        found.append(f"σ{k + 1} is close to σ{k} at {_places(cut, taps)}: there the cut goes through a cluster.")
     return found
 
 
