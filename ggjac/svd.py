@@ -10,7 +10,7 @@ Products are stored as coefficients in the basis of the other side, which they e
 """
 
 import math
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -23,8 +23,7 @@ from ggjac import checks
 from ggjac.linop import LinearOperator
 from ggjac.results import NO_WORDS, Plotted, Points, Table, Words
 from ggjac.sizes import block_width
-
-CLUSTER = 0.05  # singular values that differ by less than this fraction are called close
+from ggjac.units import cut_after
 
 
 class Following(NamedTuple):
@@ -95,30 +94,13 @@ class SVD(Plotted):
         S = self.S.tolist()
         cut = cut_after(S[-1], len(S), self.following and self.following._asdict())
         notes = (f"{self.sweeps} sweeps, stopped by: {self.reason}", *([cut] if cut else []))
-        return Table("Singular triplets", {"sigma": S, "residual": self.residual.tolist()}, notes)
+        columns = {"vector": [*range(1, len(S) + 1)], "sigma": S, "residual": self.residual.tolist()}
+        after = {"next sigma": self.following and self.following.value, "stopped by": self.reason}
+        return Table("Singular triplets", columns, notes, after)
 
     def _plot(self, words: Words) -> Points:
         S = self.S.tolist()
         return Points("Singular values", "index", "σ", {"σ": (range(1, len(S) + 1), S, ())})
-
-
-def is_close(last: float, following: Mapping[str, Any] | None) -> bool:
-    """Return whether a spectrum is cut inside a cluster, given its last value and the data of the `following` one."""
-    return following is not None and 0 < last * (1 - CLUSTER) <= following["value"]
-
-
-def cut_after(last: float, rank: int, following: Mapping[str, Any] | None) -> str | None:
-    """Return a line on the gap between the last of `rank` singular values and the next one; None if that is unknown."""
-    if following is None or not last > 0:
-        return None
-    gap = f"{max(0.0, 1 - following['value'] / last):.1%} below σ{rank}"
-    if following["converged"]:
-        found = f"σ{rank + 1} = {following['value']:.4g}, {gap}"
-    else:
-        found = f"σ{rank + 1} ≥ {following['value']:.4g} (not converged), at most {gap}"
-    if not is_close(last, following):
-        return found
-    return f"{found}: the cut goes through a cluster, of which the last vectors are a basis of a part only"
 
 
 # Columns of a stack of vectors that are factored at a time: few enough for the cache, since QR passes over them often.

@@ -15,14 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ggjac import __version__, runs
+from ggjac import __version__, display, runs
 from ggjac.analysis.predict import predict
 from ggjac.frobenius import StableRank, stable_ranks
 from ggjac.gguf import shown
 from ggjac.jacobian import DetachedJacobian, Progress
 from ggjac.model import Model, PromptError
 from ggjac.planner import Plan
-from ggjac.results import NO_WORDS, Bars, Plotted, Points, Table, Words
+from ggjac.results import NO_WORDS, Bars, Plotted, Points, Prompt, Table, Words
 from ggjac.runs import lock
 from ggjac.runs.lines import Lines, key
 from ggjac.session import Session
@@ -154,6 +154,34 @@ class Ranks(Plotted):
         rows = list(by_position(self.records))
         return Table("Stable rank by token index", {name: [row[name] for row in rows] for name in rows[0]})
 
+    def _sheet(self, words: Words) -> Table:
+        """Return a row for each token of each prompt."""
+        rows = [(i, record, token) for i, record in enumerate(self.records) for token in record["tokens"]]
+        columns: dict[str, list[Any]] = {
+            "prompt": [i for i, *_ in rows],
+            "text": [_shown(record) for _, record, _ in rows],
+            "next id": [record["next"]["id"] for _, record, _ in rows],
+            "next": [display.token(record["next"]) for _, record, _ in rows],
+            "joint": [record["joint"]["value"] for _, record, _ in rows],
+            "position": [token["position"] for *_, token in rows],
+            "token id": [token["id"] for *_, token in rows],
+            "token": [display.token(token) for *_, token in rows],
+        }
+        ranks = [token["stable_rank"] for *_, token in rows]
+        columns |= {name: [rank[key] for rank in ranks] for name, key in (("stable rank", "value"), ("error", "error"))}
+        return Table("Stable rank of each token's map", columns)
+
+    def exhibits(self, trace: Prompt | None = None) -> list[Table]:
+        """Return two tables for print: by prompt and by token index."""
+        columns = {
+            "prompt": [_shown(record) for record in self.records],
+            "next": [display.token(record["next"]) for record in self.records],
+            "joint": [record["joint"]["value"] for record in self.records],
+            "each token": [[f"{value:.3g}" for value in _values(record)] for record in self.records],
+        }
+        notes = ("joint: of the joint map; each token: of each token's own map",)
+        return [Table("Stable rank of each prompt", columns, notes), self.table(trace)]
+
     def _plot(self, words: Words) -> Points:
         rows = list(by_position(self.records))
         means = [row["mean"] for row in rows], [row["error"] or 0.0 for row in rows]
@@ -239,6 +267,12 @@ def by_position(records: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
             "least": min(values),
             "most": max(values),
         }
+
+
+def _shown(record: dict[str, Any]) -> str:
+    """Return a prompt on one line."""
+    text = display.joined(record["tokens"]) if record["prompt"] is None else record["prompt"]
+    return display.visible(text.encode())
 
 
 def _values(record: dict[str, Any]) -> list[float]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ggjac import display
-from ggjac.cli.options import ModelOptions, iteration_options, model_options, output, output_format
+from ggjac.cli.options import ModelOptions, iteration_options, model_options, output, tabular_format
 from ggjac.cli.planning import dry_run, warn_if_long
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 @dry_run
 @iteration_options
 @output("Append a JSON line for each prompt to this file; prompts that it already holds are skipped.")
-@output_format
+@tabular_format
 @click.pass_context
 def ranks(
     ctx: click.Context,
@@ -41,8 +41,9 @@ def ranks(
     ggjac ranks -m model.gguf -f prompts.txt -o ranks.jsonl
     """
     from ggjac.analysis.ranks import ranks as measure
-    from ggjac.cli.render import emit_json, line
+    from ggjac.cli.render import emit_json, emit_tables, line
     from ggjac.cli.session import (
+        doubts,
         open_options,
         settings,
         show_doubts,
@@ -74,6 +75,8 @@ def ranks(
         if len(records) > 1:
             envelope = {k: v for k, v in envelope.items() if k not in ("prompt", "tokens", "position")}
         emit_json(envelope | {"ranks": result.data()})
+    elif output_format != "table":
+        emit_tables([result], None, output_format, [*result.envelope["warnings"], *doubts(result.envelope["model"])])
     else:
         if len(records) == 1:
             show_tokens(result.envelope["tokens"], ())

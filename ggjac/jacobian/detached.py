@@ -23,6 +23,7 @@ from torch import Tensor
 
 from ggjac.jacobian.sweep import FrozenNetwork, SharedSweep, Span, Tap
 from ggjac.linop import Homogeneous, LinearOperator, Select
+from ggjac.results import Table
 from ggjac.runs.journal import Journal
 from ggjac.sizes import CHUNK_BYTES, SLICE, MlpPath, chunk_floats
 from ggjac.svd import SVD, svd
@@ -86,6 +87,15 @@ class DetachedJacobian(LinearOperator):
         whole = self.span == Span(0, self.end)
         span = "" if whole else f", from depth {self.span.start} to {self.span.tap.kind} {self.span.tap.index}"
         return f"{super().__repr__()}, position {self.position}, {self.mlp_path}{span}"
+
+    def _repr_html_(self) -> str:
+        """Return what the map is as a table."""
+        start, tap = self.span
+        facts = {"from": f"depth {start}", "to": f"{tap.kind} {tap.index}", "output position": self.position}
+        facts |= {"input": list(self.in_shape), "output": list(self.out_shape), "mlp path": self.mlp_path}
+        return Table.of(
+            "Detached Jacobian", facts | {"dtype": str(self.dtype).removeprefix("torch."), "device": self.device}
+        )._repr_html_()
 
     @property
     def progress(self) -> Callable[[int, int], None] | None:
