@@ -472,9 +472,12 @@ class Model:
                 return self.weights[name].dense()
         return None
 
-    def block(self, index: int, *, live: bool = False) -> Block:
-        """Return the tensors of one block; those requested with `live` are used in every sweep, and may be cached."""
-        return self.weights.block(index, fused_parts(self.config, index), live=live)
+    def block(self, index: int, rounding: torch.dtype | None = None, *, live: bool = False) -> Block:
+        """Return the tensors of one block; those requested with `live` are used in every sweep, and may be cached.
+
+        Its matrices come in the dtype `rounding`, default that of the model.
+        """
+        return self.weights.block(index, fused_parts(self.config, index), live=live, rounding=rounding)
 
     def prompt_ids(self, prompt: str | Sequence[int], *, parse_special: bool = True) -> list[int]:
         """Return the token ids of a prompt, which may be ids already, if this model can run them; see `tokenize`.

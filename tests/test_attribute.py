@@ -474,6 +474,8 @@ def test_the_seconds_of_both_rules_are_those_of_both_passes(monkeypatch: pytest.
     monkeypatch.setattr(session, "time", SimpleNamespace(perf_counter=lambda: next(ticks)))
     one, both = (invoke_json("attribute", "-q", *TOKENS, "--mlp-path", rule)["seconds"] for rule in ("up", "both"))
     assert both == {stage: 2 * seconds for stage, seconds in one.items()}
+
+
 def test_the_number_of_parts_is_that_of_every_format(tiny_file: TinyFile) -> None:
     model = tiny_file("gqa")
     for by in ("token", "layer", "head"):
