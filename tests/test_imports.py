@@ -34,7 +34,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "inventory": {"config", "gguf"},
     "quants": {"gguf"},
     "weights": {"gguf", "quants", "sizes"},
-    "runs": {"gguf", "sizes"},
+    "runs": {"gguf", "sizes", "units"},
     "llamacpp": {"runs"},
     "exports": {"architectures", "gguf"},
     "tokenizer": {"display", "gguf", "llamacpp"},
