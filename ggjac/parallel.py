@@ -160,7 +160,9 @@ class Crew:
 
     def part(self, block: Block, index: int) -> "Part":
         """Return this rank's view of a block."""
-        return Part(block.store, block.prefix, block.slices, block.place, crew=self, cuts=self.cuts[index])
+        return Part(
+            block.store, block.prefix, block.slices, block.place, block.rounding, crew=self, cuts=self.cuts[index]
+        )
 
     def recorded(self, journal: Journal | None) -> "SharedJournal":
         """Return what records products of all ranks: the first one's journal, if it has one."""
