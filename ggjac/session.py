@@ -315,6 +315,8 @@ class Session:
             return
         assert output is not None
         missing = [parent for parent in folder.parents if not parent.exists()]
+        if self.model.crew and not (folder / "journal.json").exists():
+            resume = False  # as after a restart by torchrun, which repeats the command
         identity = self._prompt_identity() | {"position": self.position} | settings | self._machine_identity()
         identity["ram-budget for dense rows"] = self.model.chunk_bytes  # how many rows a sweep carries
         given: dict[str, Any] = {"resume": resume, "model": self.model.gguf, "every": CHECKPOINT_SECONDS}

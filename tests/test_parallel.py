@@ -12,7 +12,7 @@ import pytest
 import tiny
 import torch
 import torch.distributed as dist
-from helpers import FIRST, VARIED
+from helpers import FIRST
 
 from ggjac.jacobian.ordinary import OrdinaryJacobian
 from ggjac.linop import Identity
@@ -21,11 +21,15 @@ from ggjac.parallel import Crew, Joined, ParallelError
 
 PROGRAM = Path(__file__).with_name("parallel_program.py")
 RANKS = 3
-# Every architecture, and every way in which a position enters a mixer or a network, biases and types among them.
+# Every architecture, and what is divided in a way of its own: biases, fused tensors, storage types, groups of heads and
+# experts, several mixers or networks in a block, and keys that several blocks read.
 CASES = sorted({
-    *FIRST.values(), *VARIED,
-    "fused_biases", "qwen3_q8_0", "olmo2_fused", "mixtral_biases", "mixtral_one_expert", "qwen2_fused_split",
-    "nemotron_biases", "gpt_oss_mxfp4", "gptneox_whole_heads", "deepseek2_lite_split", "granitehybrid_biases",
+    *FIRST.values(),
+    "gqa", "mqa", "fused_biases", "fused_qkv", "qwen3_q8_0", "qwen2_fused_split", "olmo2_fused", "nemotron_biases",
+    "gptneox_whole_heads", "falcon_40b", "mixtral_biases", "mixtral_one_expert", "gpt_oss_mxfp4", "granitemoe_shared",
+    "bailingmoe2_groups", "deepseek2_lite_split", "deepseek2_unsplit", "deepseek2_yarn", "minimax_m3_fused", "lfm2_window",
+    "granitehybrid_biases", "granitehybrid_shared", "nemotron_h_moe_latent", "falcon_h1_normed", "qwen35moe_fused",
+    "gemma4_experts", "gemma4_small", "gemma4_shared", "gemma4_shared_keys", "kimi_linear_sizes",
 })  # fmt: skip
 # Of the architectures, those of whose mixers two ranks divide nothing (recurrences alone, or a norm over all heads) ...
 MIXERS_WHOLE = {"mamba2", "minimax-m2", "olmo2", "olmoe"}
