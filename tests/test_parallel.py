@@ -27,9 +27,9 @@ CASES = sorted({
     *FIRST.values(),
     "gqa", "mqa", "fused_biases", "fused_qkv", "qwen3_q8_0", "qwen2_fused_split", "olmo2_fused", "nemotron_biases",
     "gptneox_whole_heads", "falcon_40b", "mixtral_biases", "mixtral_one_expert", "gpt_oss_mxfp4", "granitemoe_shared",
-    "bailingmoe2_groups", "deepseek2_lite_split", "deepseek2_unsplit", "deepseek2_yarn", "minimax_m3_fused", "lfm2_window",
-    "granitehybrid_biases", "granitehybrid_shared", "nemotron_h_moe_latent", "falcon_h1_normed", "qwen35moe_fused",
-    "gemma4_experts", "gemma4_small", "gemma4_shared", "gemma4_shared_keys", "kimi_linear_sizes",
+    "bailingmoe2_groups", "deepseek2_lite_split", "deepseek2_unsplit", "deepseek2_yarn", "minimax_m3_fused",
+    "lfm2_window", "granitehybrid_biases", "granitehybrid_shared", "nemotron_h_moe_latent", "falcon_h1_normed",
+    "qwen35moe_fused", "gemma4_experts", "gemma4_small", "gemma4_shared", "gemma4_shared_keys", "kimi_linear_sizes",
 })  # fmt: skip
 # Of the architectures, those of whose mixers two ranks divide nothing (recurrences alone, or a norm over all heads) ...
 MIXERS_WHOLE = {"mamba2", "minimax-m2", "olmo2", "olmoe"}
