@@ -168,6 +168,10 @@ class Crew:
         """Return what records products of all ranks: the first one's journal, if it has one."""
         return SharedJournal(self, journal)
 
+    def told(self, content: Any) -> Any:
+        """Return the first rank's plain JSON, which is small."""
+        return json.loads(of_first(json.dumps(content).encode(), self.group))
+
     def share(self, total: int, unit: int, rank: int | None = None, ranks: int | None = None) -> range | None:
         """Return a rank's range, on multiples of a unit; None where there are not enough of them for all."""
         rank, ranks = self.rank if rank is None else rank, ranks or self.ranks
@@ -347,15 +351,11 @@ class SharedJournal:
             self._receive(tensor)
         own = self._journal.product(kind, inputs) if self._journal else None
         kept = [None if part is None else [_described(one) for one in part] for part in _parts(own)]
-        done, *shapes = self.told([own.done if own else 0, *kept])
+        done, *shapes = self._crew.told([own.done if own else 0, *kept])
         parts = _parts(own) if own else [None if part is None else [_empty(one) for one in part] for part in shapes]
         for tensor in (tensor for part in parts if part is not None for tensor in part):
             self._receive(tensor)
         return own or Told(kind, done, *parts)
-
-    def told(self, content: Any) -> Any:
-        """Return the first rank's plain JSON, which is small."""
-        return json.loads(of_first(json.dumps(content).encode(), self._crew.group))
 
     def _compare(self, content: Any) -> None:
         digest = hashlib.blake2b(json.dumps(content).encode(), digest_size=7).digest()

@@ -386,8 +386,9 @@ class Session:
                 folder.rmdir()
 
     def remember(self, name: str, compute: Callable[[], Any]) -> Any:
-        """Return a result that is plain JSON, from an earlier attempt if it has it."""
-        return self.journal.remember(name, compute) if self.journal else compute()
+        """Return a result that is plain JSON, from an earlier attempt if it has it; the first of several processes'."""
+        found = self.journal.remember(name, compute) if self.journal else compute()
+        return self.model.crew.told(found) if self.model.crew else found
 
     # -- results -------------------------------------------------------------------------------------------------------
 

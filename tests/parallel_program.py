@@ -53,11 +53,13 @@ def main() -> None:
         model = open_model(path, dtype="float64", device="cpu", group=None if last else two)
         own = results(model, ids, thorough)
         read = sum(model.weights.reads.values())
-        three = results(open_model(path, dtype="float64", device="cpu", group=dist.group.WORLD), ids, thorough)
+        shared = open_model(path, dtype="float64", device="cpu", group=dist.group.WORLD)
+        three = results(shared, ids, thorough)
         of_two = {name: value.clone().contiguous() for name, value in own.items()}
         for value in of_two.values():
             dist.broadcast(value, 0)
-        report[case] = {"read": read}
+        assert shared.crew is not None
+        report[case] = {"read": read, "told": shared.crew.told({"rank": rank, "text": "ü"})}
         if last:
             report[case] |= {"2": compared(of_two, own), "3": compared(three, own)}
         elif model.crew:

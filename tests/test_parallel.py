@@ -72,6 +72,10 @@ def test_ranks_give_what_one_process_gives(case: str, found: list[dict[str, Any]
             assert distance <= 1e-12, f"{name} on {ranks} ranks"
 
 
+def test_all_are_told_the_same(found: list[dict[str, Any]]) -> None:
+    assert all(report["gqa"]["told"] == {"rank": 0, "text": "ü"} for report in found)
+
+
 def test_what_is_divided(found: list[dict[str, Any]]) -> None:
     """What falls back to whole is right too, so that only this test sees it."""
     mixers, networks = set(), set()
