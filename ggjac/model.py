@@ -94,7 +94,7 @@ def open_model(
     threads = threads or machine.torch_threads()
     if threads != torch.get_num_threads():
         torch.set_num_threads(threads)
-    torch.backends.cuda.matmul.allow_tf32 = False  # TF32 keeps 10 bits of mantissa: not float32
+    _multiply_in_full()
     found = resolve(path or demo_path())
     asked = asked or (None if path is None or found == Path(path) else str(path))
     return Model(open_gguf(found), device=device, dtype=dtype, threads=threads, asked=asked, context=context)
@@ -131,6 +131,14 @@ def find_device(name: str | torch.device) -> torch.device:
             reason += f": this build of torch has no code for {_card(device)}; install a build of torch that has"
         raise ValueError(f"device {name} was asked for, but torch cannot use it here ({reason}); use cpu") from None
     return device
+
+
+def _multiply_in_full() -> None:
+    """Let torch multiply float32 as float32, and let CUDA add up products of 16 bit in float32: neither is sure."""
+    torch.set_float32_matmul_precision("highest")  # under its later name too, `fp32_precision`, and for oneDNN
+    # Parts of a sum that several blocks of threads share would be rounded to 16 bit.
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
 
 
 def _card(device: torch.device) -> str:

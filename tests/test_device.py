@@ -329,6 +329,28 @@ def test_rates_of_a_device(device: str, small: Path) -> None:
     assert rows["to the device, as tiles travel"]["limited_by"] == "a copy from pinned memory"
 
 
+# ---- arithmetic
+
+
+@pytest.mark.parametrize("name", ["highest", "high", "medium", "allow_tf32", "fp32_precision"])
+def test_products_are_not_rounded(name: str, tiny_file: TinyFile) -> None:
+    """Whatever torch was told before. It has three names for TF32, of which some may not be mixed."""
+    matmul = torch.backends.cuda.matmul
+    matmul.allow_bf16_reduced_precision_reduction = matmul.allow_fp16_reduced_precision_reduction = True
+    if name == "allow_tf32":
+        matmul.allow_tf32 = True
+    elif name != "fp32_precision":
+        torch.set_float32_matmul_precision(name)
+    elif hasattr(matmul, name):  # from torch 2.9 on
+        matmul.fp32_precision = "tf32"
+    open_model(tiny_file("plain"))
+    assert not matmul.allow_tf32
+    assert torch.get_float32_matmul_precision() == "highest"
+    assert getattr(matmul, "fp32_precision", "ieee") == "ieee"
+    assert not matmul.allow_bf16_reduced_precision_reduction
+    assert not matmul.allow_fp16_reduced_precision_reduction
+
+
 # ---- a device without code
 
 
