@@ -165,7 +165,7 @@ class Model:
         head: the LM head; in models with tied embeddings, its matrix is that of the embeddings.
         chunk_bytes: working memory that a chunk of dense rows may take; see `fit`.
         keeps_ready: whether weights stay ready between sweeps, as far as half of the free memory has room, where `fit`
-            does not rule; no bit of a result changes.
+            does not rule; on the CPU no bit of a result changes.
     """
 
     keeps_ready = True
@@ -336,7 +336,8 @@ class Model:
     def fit(self, plan: Plan) -> None:
         """Follow a plan from now on: as many live weights as it has room for are cached between sweeps.
 
-        Jacobians of later traces compute dense rows in chunks of the plan's size. No bit of a result changes.
+        Jacobians of later traces compute dense rows in chunks of the plan's size. On the CPU no bit of a result
+        changes; on a device, larger tiles may change the last ones.
 
         Raises:
             NoFitError: the plan's budget is too small; the message names a sufficient one.
@@ -344,7 +345,7 @@ class Model:
         planner.check(plan)
         self._placed = True
         machine.return_freed_memory()
-        self.weights.place(plan.places, plan.room)
+        self.weights.place(plan.places, plan.room, plan.pieces)
         self.chunk_bytes = plan.work.chunk_bytes
 
     def _keep_ready(self, n: int) -> None:
@@ -355,7 +356,7 @@ class Model:
         self._placed = True
         plan = self.plan(n)
         if plan.fits:
-            self.weights.place(plan.places, plan.room)
+            self.weights.place(plan.places, plan.room, plan.pieces)
 
     def trace(
         self,

@@ -16,14 +16,16 @@ import pytest
 import tiny
 import torch
 from commands import COMMANDS, with_file
-from helpers import FIRST, invoke
+from helpers import FIRST, compute_in, invoke
 from torch import Tensor
 from torch.utils import backend_registration
 
 from ggjac import planner, quants, sizes
 from ggjac.gguf.types import TYPES, GGMLType
 from ggjac.model import find_device, open_model
-from ggjac.weights import bus, store
+from ggjac.planner import memory
+from ggjac.planner import plan as plans
+from ggjac.weights import bus
 from ggjac.weights.bus import Bus, Pinned
 
 TinyFile = Callable[..., Path]
@@ -118,7 +120,7 @@ def test_parts_with_gaps_wait_there_too(place: str, device: str, tiny_file: Tiny
 def test_weights_wait_where_they_should(
     places: list[str], device: str, tiny_file: TinyFile, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(store, "TILE_ELEMENTS", 9 * 96)  # several tiles a matrix, of uneven sizes
+    compute_in(monkeypatch, sizes.SMALL_PIECES._replace(tile=9 * 96))  # several tiles a matrix, of uneven sizes
     path = tiny_file("plain", layers=4, type="Q8_0")
     model = open_model(path, device=device)
     expected = open_model(path, device="cpu").trace(IDS).jacobian()
@@ -158,7 +160,7 @@ def test_the_file_is_not_read_again_for_what_waits(
 def test_the_host_is_never_far_ahead(one_card: card.Card, tiny_file: TinyFile, monkeypatch: pytest.MonkeyPatch) -> None:
     """However long the device takes, few tiles are on their way: no more pinned memory, no more bytes on the device."""
     rows = 5
-    monkeypatch.setattr(store, "TILE_ELEMENTS", rows * 96)
+    compute_in(monkeypatch, sizes.SMALL_PIECES._replace(tile=rows * 96))
     model = open_model(tiny_file("plain", layers=3, type="Q8_0"), device=card.NAME)
     model.weights.place(["pinned", "file", "file"], {"pinned": 1 << 22})
     K = model.trace(IDS).jacobian()
@@ -219,6 +221,27 @@ def test_device_memory_is_what_the_plan_says(case: str, dtype: str, one_card: ca
     assert plan.places == ["dense"] * 6
     model.trace(ids).jacobian().svd(3, tol=1e-30, max_sweeps=plan.work.sweeps[0].count)
     expected = plan.vram_peak - planner.CONTEXT_BYTES - plan.vram["on the way"]  # nothing is, when all is there
+    assert 0.8 < one_card.peak / expected < 1.03
+
+
+@pytest.mark.parametrize("large", [False, True], ids=["small pieces", "large pieces"])
+def test_pieces_are_large_where_there_is_room(
+    large: bool, one_card: card.Card, tiny_file: TinyFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half of the device's memory must be left for weights; either way it takes what the plan says."""
+    monkeypatch.setattr(plans, "SMALL_PIECES", sizes.Pieces(8 * 96, 32))
+    monkeypatch.setattr(memory, "CONTEXT_BYTES", 0)
+    model = open_model(tiny_file("plain", layers=2, ff=512, type="Q8_0"), device=card.NAME)
+    ids = tiny.prompt("plain", 30)
+    ample = model.plan(ids, "svd", rank=3, ram_budget="1GiB", vram_budget="64GiB")
+    exact = 2 * ample.vram_needed
+    plan = model.plan(ids, "svd", rank=3, ram_budget="1GiB", vram_budget=exact if large else exact - 1)
+    assert ample.pieces == sizes.LARGE_PIECES
+    assert plan.pieces == (sizes.LARGE_PIECES if large else plans.SMALL_PIECES)
+    assert plan.fits
+    model.fit(plan)
+    model.trace(ids).jacobian().svd(3, tol=1e-30, max_sweeps=plan.work.sweeps[0].count)
+    expected = plan.vram_peak - plan.vram["on the way"]
     assert 0.8 < one_card.peak / expected < 1.03
 
 

@@ -15,7 +15,6 @@ from ggjac.blocks.frame import BlockWeights, Frame, affine, linear
 from ggjac.blocks.norms import NormTape, inverse_rms, widened
 from ggjac.config import ModelConfig
 from ggjac.linop import Experts, LinearOperator, Scale, Sum
-from ggjac.sizes import SLAB
 
 # Expert scores of router logits `[n, e]`. With `softmax_selected`, the softmax is over the chosen experts and is taken
 # after the choice.
@@ -228,7 +227,7 @@ def _network(w: BlockWeights, tape: HiddenTape) -> LinearOperator:
     """Return one feed-forward network at the positions that use it, `[m, d]` to `[m, d]`: a sum over slabs."""
     m, f = tape.factor.shape
     slabs: list[LinearOperator] = []
-    for units in (slice(a, min(a + SLAB, f)) for a in range(0, f, SLAB)):
+    for units in (slice(a, min(a + w.slab, f)) for a in range(0, f, w.slab)):
         live = linear(w, tape.live, m, tape.kind, tape.expert, rows=units)
         scale = Scale(tape.factor[:, units], None if tape.constant is None else tape.constant[:, units])
         down = linear(w, "ffn_down", m, tape.kind, tape.expert, columns=units)
