@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ggjac import blocks, chat, decode, planner
 from ggjac.blocks import BlockTape, Frame, NormTape, Past
-from ggjac.config import ModelConfig, fused_parts, read_config
+from ggjac.config import ModelConfig, Rope, fused_parts, read_config
 from ggjac.display import visible
 from ggjac.gguf import GGUFFile, open_gguf
 from ggjac.gguf.hub import demo_path, resolve, title
@@ -430,17 +430,22 @@ class Model:
         norm = self.freeze_final_norm(h)
         outputs = norm.apply(h)
         observe("result_norm", outputs)
+        if not outputs.isfinite().all():
+            raise blocks.overflow("the final norm", self.dtype)
         self.gguf.check_unchanged()
         return Trace(model=self, ids=ids, x=x, outputs=outputs, norm=norm, frame=shared, tapes=kept)
 
     def frame(self, n: int, *, mlp_path: MlpPath = "up", n_ctx: int | None = None, imitate: bool = False) -> Frame:
         """Return the settings that all blocks share, for positions 0 to `n - 1`; arguments as `trace` takes them."""
         config = self.config
-        ropes = {layer.rope for layer in config.layers if layer.rope}
         factors = self._rope_factors(n_ctx or self.context or n)
+        rotations: dict[Rope, tuple[Tensor, Tensor]] = {}
+        for rope in {layer.rope for layer in config.layers if layer.rope}:
+            cos, sin = rotation(replace(rope, rounded=imitate), n, factors if rope.factored else None)
+            rotations[rope] = cos.to(self.device, self.dtype), sin.to(self.device, self.dtype)
         return Frame(
             config,
-            {rope: rotation(replace(rope, rounded=imitate), n, factors if rope.factored else None) for rope in ropes},
+            rotations,
             mlp_path,
             [blocks.activation(config, i, table=imitate) for i in range(config.block_count)],
         )

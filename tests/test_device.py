@@ -20,7 +20,7 @@ from helpers import FIRST, compute_in, invoke
 from torch import Tensor
 from torch.utils import backend_registration
 
-from ggjac import planner, quants, sizes
+from ggjac import planner, quants, sizes, svd
 from ggjac.gguf.types import TYPES, GGMLType
 from ggjac.model import find_device, open_model
 from ggjac.planner import memory
@@ -80,6 +80,38 @@ def test_every_architecture(architecture: str, dtype: str, device: str, tiny_fil
     if J.offset.any():
         assert_same(K.offset, J.offset)
     assert_same(K.svd(2, max_sweeps=4).S, J.svd(2, max_sweeps=4).S)
+    if device == card.NAME:
+        Y, inner = K.output[None], found.jacobian(3)
+        card.CARD.waits.clear()
+        for sweep in (lambda: K.rmatmat(Y), lambda: K.matmat(K.x[None]), lambda: inner.rmatmat(Y)):
+            sweep()
+            assert not card.CARD.waits
+
+
+@pytest.mark.parametrize("experts", [6, 12])
+def test_a_trace_waits_once_for_each_look(experts: int, one_card: card.Card, tiny_file: TinyFile) -> None:
+    """At the stream after each block, at the outputs, and at each router's choice, however many experts there are."""
+    model = open_model(tiny_file("qwen3moe", experts=experts, layers=3), device=card.NAME)
+    model.embed(IDS)
+    one_card.waits.clear()
+    trace = model.trace(IDS)
+    assert max(len(tape.ffn.networks) for tape in trace.tapes) > 3
+    assert one_card.waits.pop("_local_scalar_dense") == 3 + 1
+    assert one_card.waits.pop("_to_copy") == 3 + 2  # and cosines and sines
+    assert not one_card.waits
+
+
+def test_lengths_of_a_product_come_back_alone(one_card: card.Card) -> None:
+    """And the whole product where the device has no float64."""
+    rows = torch.randn(3, 1000, generator=torch.Generator().manual_seed(0))
+    there, expected = rows.to(card.NAME), torch.linalg.vector_norm(rows.double(), dim=1)
+    moved: list[int] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Tensor, "cpu", lambda tensor: moved.append(tensor.numel()) or tensor.to("cpu"))
+        assert torch.equal(svd._lengths(there), expected)
+        one_card.refused = {torch.float64}
+        assert torch.equal(svd._lengths(there), expected)
+    assert moved == [3, 3000, 3]
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
