@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ggjac.checks import whole
 from ggjac.decode import Ranked, nearest, top_logits
 from ggjac.jacobian import DetachedJacobian, Progress
 from ggjac.results import NO_WORDS, Plotted, Points, Result, Table, Words
@@ -45,10 +46,9 @@ class TokenSpectrum(Plotted):
 
     def _table(self, words: Words) -> Table:
         found = self.svd._table(words)
-        sides = {side: getattr(self, side).ids.tolist() for side in ("left", "right")}
-        columns = {side: [words.each(row) for row in rows] for side, rows in sides.items()}
+        left, right = (words.column(side, getattr(self, side).ids.tolist()) for side in ("left", "right"))
         (name,) = words.labels([self.position])
-        return Table(f"{found.title} of position {name}", {**found.columns, **columns}, found.notes)
+        return Table(f"{found.title} of position {name}", {**found.columns, **left, **right}, found.notes, found.common)
 
     def _plot(self, words: Words) -> Points:
         return self.svd._plot(words)
@@ -86,8 +86,9 @@ def per_token(
     and byte tokens out of the decoding.
 
     Raises:
-        ValueError: rank, `tol` or `max_sweeps` are out of range.
+        ValueError: `top`, rank, `tol`, `max_sweeps` or `seed` is out of range.
     """
+    top = whole("top", top)
     positions = range(jacobian.position + 1)
     operators = [jacobian.at_position(i) for i in positions]
     n, d = jacobian.in_shape
