@@ -4,6 +4,7 @@ The card computes with the CPU's own arithmetic, so that every number must be eq
 the way of the data. A GPU rounds otherwise; its tests are marked `cuda`.
 """
 
+import contextlib
 import json
 import warnings
 from collections.abc import Callable, Iterator
@@ -63,6 +64,21 @@ def assert_same(found: Tensor, expected: Tensor) -> None:
         assert float((found - expected).norm() / expected.norm()) < CLOSE[expected.dtype]
 
 
+@contextlib.contextmanager
+def waiting_for_nothing(device: str) -> Iterator[None]:
+    """Fail if what happens in this block makes the host wait for the device."""
+    if device == card.NAME:
+        card.CARD.waits.clear()
+        yield
+        assert not card.CARD.waits
+        return
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 # ---- numbers
 
 
@@ -80,12 +96,11 @@ def test_every_architecture(architecture: str, dtype: str, device: str, tiny_fil
     if J.offset.any():
         assert_same(K.offset, J.offset)
     assert_same(K.svd(2, max_sweeps=4).S, J.svd(2, max_sweeps=4).S)
-    if device == card.NAME:
-        Y, inner = K.output[None], found.jacobian(3)
-        card.CARD.waits.clear()
-        for sweep in (lambda: K.rmatmat(Y), lambda: K.matmat(K.x[None]), lambda: inner.rmatmat(Y)):
-            sweep()
-            assert not card.CARD.waits
+    Y, inner = K.output[None], found.jacobian(3)
+    with waiting_for_nothing(device):
+        K.rmatmat(Y)
+        K.matmat(K.x[None])
+        inner.rmatmat(Y)
 
 
 @pytest.mark.parametrize("experts", [6, 12])

@@ -27,7 +27,10 @@ from ggjac import kernels  # noqa: E402
 
 every_kernel = pytest.mark.parametrize("name", kernels.KERNELS)
 # The interpreter computes in NumPy, which warns where numbers leave a dtype.
-pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in cast:RuntimeWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:overflow encountered in cast:RuntimeWarning"),
+    *([pytest.mark.cuda] if CUDA else []),
+]
 
 
 @pytest.fixture(autouse=True)
