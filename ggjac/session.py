@@ -24,11 +24,16 @@ from ggjac.jacobian import DetachedJacobian, Progress
 from ggjac.jacobian.reconstruction import Reconstruction, reconstruction
 from ggjac.jacobian.tapes import TapeError, Tapes
 from ggjac.model import Model, Trace
-from ggjac.planner import machine
+from ggjac.planner import bench, machine
 from ggjac.prompts import position_remark, remarks
 from ggjac.results import Words
 from ggjac.runs.journal import Journal, JournalError
-from ggjac.sizes import MlpPath
+from ggjac.sizes import ROUGH_FROM, MlpPath
+
+# Dtypes in which a decomposition may search first: that of the model, so that there is no such search, or a narrower.
+SEARCHES = ("auto", "same", "bfloat16")
+# Times as fast that products must be for a search to pay: some of its sweeps come on top of those that finish it.
+CLEARLY_FASTER = 1.5
 
 # Between checkpoints, at least.
 CHECKPOINT_SECONDS = 30.0
@@ -88,6 +93,7 @@ class Session:
         position: of the output, from 0.
         notes: remarks on the prompt, to which a caller may add.
         journal: of the checkpoint, inside `checkpointed`.
+        planned: the plan that `fit` made; None before.
 
     Raises:
         PromptError: the model cannot run the prompt, or has no such position.
@@ -121,6 +127,7 @@ class Session:
         self.threads, self.stages, self.command = threads, stages or Stages(), list(command)
         self.notes = remarks(model, self.ids, self.text)
         self.journal: Journal | None = None
+        self.planned: planner.Plan | None = None
         self._resident = True
 
     @property
@@ -140,7 +147,7 @@ class Session:
             NoFitError: with what is needed, and what to lower.
             PlanError: as `plan`.
         """
-        plan = self.plan(command, n, **request)
+        plan = self.planned = self.plan(command, n, **request)
         self.model.fit(plan)
         self._resident = not plan.tapes_on_disk
         return plan
@@ -210,6 +217,29 @@ class Session:
         jacobian = self.jacobian
         with self.stages.stage(stage) as report:
             return analysis(jacobian, *given, progress=report, **options)
+
+    def search_dtype(self, asked: str) -> torch.dtype | None:
+        """Return the dtype in which a decomposition of the joint map is to search first; None for no such search.
+
+        `"auto"` is bfloat16 where that is faster on this device, which takes half a second to measure, and only in
+        float32, and where the map is large; a resumed run does not measure again. For the others see `SEARCHES`.
+        """
+        if asked not in SEARCHES:
+            raise ValueError(f"search_dtype {asked!r} is unknown; known: {', '.join(SEARCHES)}")
+        if asked == "auto":
+            asked = self.remember("search dtype", lambda: "bfloat16" if self._is_faster("bfloat16") else "same")
+        return None if asked == "same" or self.model.dtype.itemsize < 4 else torch.bfloat16
+
+    def _is_faster(self, dtype: str) -> bool:
+        """Return whether products in another dtype are clearly faster than those that were planned."""
+        plan, model = self.planned, self.model
+        joint = next((step for step in plan.work.sweeps if step.what == "svd"), None) if plan else None
+        if plan is None or joint is None or model.dtype != torch.float32 or model.config.d < ROUGH_FROM:
+            return False
+        sweep = plan.sweep
+        how: dict[str, Any] = {"threads": torch.get_num_threads(), "device": str(model.device)}
+        gain = bench.rounding_gain(model.gguf, sweep.types, sweep.columns(joint.vectors), dtype=dtype, **how)
+        return gain >= CLEARLY_FASTER
 
     def reconstruction(self) -> Reconstruction:
         """Push the prompt's own embeddings through the frozen map and compare with the forward pass."""

@@ -94,6 +94,9 @@ WAITING_BYTES = 64 << 20
 # Tokens whose maps travel together when the stable rank of each is measured.
 TOKENS_AT_ONCE = 16
 
+# Embedding length from which a decomposition may begin with products rounded to bfloat16: smaller maps take seconds.
+ROUGH_FROM = 2048
+
 # A stacked vector with more elements than this counts as large: 128 tokens of a model with 8192 dimensions.
 LARGE = 1 << 20
 

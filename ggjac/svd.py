@@ -159,12 +159,13 @@ def roughly_first(
     with rounded:
         rough = solve(tol=max(tol, ROUGH_TOL), max_sweeps=max_sweeps // 2, spare=SPARE, noise=noise, progress=progress)
     done = max(one.sweeps for one in rough)
+    worst = max(float(one.residual.max()) for one in rough)  # until one is measured without rounding
     starts = [one.U if one.spare is None else torch.cat([one.U, one.spare]) for one in rough]
     found = solve(
         tol=tol,
         max_sweeps=max_sweeps - done,
         starts=starts,
-        progress=progress and (lambda sweeps, worst: progress(done + sweeps, worst)),
+        progress=progress and (lambda sweeps, found: progress(done + sweeps, min(worst, found))),
     )
     return [replace(one, sweeps=done + one.sweeps, rough_sweeps=done) for one in found]
 

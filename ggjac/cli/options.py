@@ -503,6 +503,16 @@ def spectrum_options(command: Callable) -> Callable:
     return rank(iteration_options(command))
 
 
+search_dtype = click.option(
+    "--search-dtype",
+    type=click.Choice(["auto", "same", "bfloat16"]),
+    default="auto",
+    show_default=True,
+    help="Search the subspace in this dtype first, and finish in --dtype, whose values and residuals are given. auto: "
+    "bfloat16 where that is faster.",
+)
+
+
 def _finite(ctx: click.Context, param: click.Parameter, value: float) -> float:
     """Refuse nan, and infinity where there is no upper bound: click's ranges accept them."""
     if not math.isfinite(value):

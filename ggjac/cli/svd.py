@@ -13,6 +13,7 @@ from ggjac.cli.options import (
     position,
     resume,
     scores,
+    search_dtype,
     spectrum_options,
     tabular_format,
     top,
@@ -31,6 +32,7 @@ PLACES, WORDS = 3, 8  # of the tables: positions of each right vector, tokens of
 @dry_run
 @position
 @spectrum_options
+@search_dtype
 @top("Tokens per vector.")
 @hide_special
 @scores
@@ -48,6 +50,7 @@ def svd(
     tol: float,
     max_sweeps: int,
     seed: int,
+    search_dtype: str,
     top: int,
     hide_special: bool,
     per_token: bool,
@@ -75,10 +78,10 @@ def svd(
     session = open_session(what, position=position, rank=rank, output=output)
     settings: dict[str, Any] = {"rank": rank, "tol": tol, "seed": seed}
     iteration = settings | {"top": top, "max_sweeps": max_sweeps, "hide_special": hide_special}
-    marks = {"per_token": per_token} if per_token else {}
+    marks: dict[str, Any] = {"search-dtype": search_dtype} | ({"per_token": per_token} if per_token else {})
     words = session.words
     with session.checkpointed(checkpoint(output), resume=resume, output=output, **settings, **marks):
-        result = session.run("svd", spectrum, **iteration)
+        result = session.run("svd", spectrum, search_dtype=session.search_dtype(search_dtype), **iteration)
         results: list[Result] = [result]
         content = {"reconstruction": session.reconstruction().data(), "svd": result.data(words)}
         tensors = result.tensors()
@@ -130,7 +133,8 @@ def show_spectrum(data: dict[str, Any]) -> None:
     ]
     table("Singular vectors of the detached Jacobian", columns, rows)
     state = "converged" if data["converged"] else f"NOT converged to {data['tol']:.0e}"
-    line(f"{state} after {data['sweeps']} sweeps (stopped by: {data['stopped_by']})")
+    rough = f", {data['rough_sweeps']} of them rough" if data["rough_sweeps"] else ""
+    line(f"{state} after {data['sweeps']} sweeps{rough} (stopped by: {data['stopped_by']})")
     cut = data["triplets"] and cut_after(
         data["triplets"][-1]["singular_value"], len(data["triplets"]), data["next_singular_value"]
     )

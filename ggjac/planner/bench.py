@@ -260,6 +260,28 @@ def turn_rates(
     return rows * into / dequantize, 2 * 2 * columns * rows * into / (up + down)
 
 
+def rounding_gain(
+    file: GGUFFile, types: Mapping[str, int], columns: int, *, dtype: str, threads: int, device: str = "cpu"
+) -> float:
+    """Return how many times as fast weights are dequantized and multiplied in another dtype as in float32.
+
+    Args:
+        file: the model.
+        types: weights to dequantize, by storage type; the most frequent one is measured.
+        columns: of the products: positions times stacked vectors.
+        dtype: the other one.
+        threads, device: as `measure` takes them.
+    """
+    type, columns = max(types, key=lambda name: types[name]), min(columns, MOST_COLUMNS)
+
+    def seconds(dtype: str) -> float:
+        """Return the seconds that a weight takes."""
+        weights, flop = turn_rates(file, type, columns, dtype, threads, device)
+        return 1 / weights + 2 * columns / flop
+
+    return seconds("float32") / seconds(dtype)
+
+
 def square_rate(dtype: str, device: str = "cpu", threads: int | None = None, size: int = 1536) -> float:
     """Return FLOP per second of a product of square matrices: the best rate of the matrix library."""
     import torch
