@@ -349,6 +349,7 @@ class Session:
             resume = False  # as after a restart by torchrun, which repeats the command
         identity = self._prompt_identity() | {"position": self.position} | settings | self._machine_identity()
         identity["ram-budget for dense rows"] = self.model.chunk_bytes  # how many rows a sweep carries
+        identity["vram-budget for tiles"] = list(self.model.weights.pieces)
         given: dict[str, Any] = {"resume": resume, "model": self.model.gguf, "every": CHECKPOINT_SECONDS}
         with Journal.open(folder, identity, **given) as self.journal:
             try:

@@ -129,7 +129,8 @@ def predicted(made: "Plan", file: "GGUFFile", threads: int | None, device: str) 
     from ggjac.planner.machine import cached_bytes
 
     types, dtype = made.trace.types, made.work.dtype
-    rates = bench.measure(file, made.columns, types, dtype=dtype, threads=threads, device=device)
+    tile = made.pieces.tile
+    rates = bench.measure(file, made.columns, types, dtype=dtype, threads=threads, device=device, tile=tile)
     cached = [cached_bytes(path) for path in file.paths]
     return rates, seconds(made, rates, cached=None if None in cached else sum(filter(None, cached)))
 
