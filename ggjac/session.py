@@ -286,12 +286,12 @@ class Session:
 
     def _machine_identity(self) -> dict[str, Any]:
         """Return what may change the last bits of a result."""
-        return {
-            "code": runs.code_digest(),
-            "torch": torch.__version__,
-            "device": str(self.model.device),
-            "threads": torch.get_num_threads(),
-        }
+        return {"code": runs.code_digest()} | self.machine
+
+    @property
+    def machine(self) -> dict[str, Any]:
+        """What computes here, as plain data: results of the same code are equal to the last bit where it is equal."""
+        return {"torch": torch.__version__, "device": str(self.model.device), "threads": torch.get_num_threads()}
 
     @contextlib.contextmanager
     def checkpointed(

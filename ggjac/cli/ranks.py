@@ -1,19 +1,18 @@
 """`ggjac ranks`: the stable rank of every token's map, over many prompts."""
 
-import os
 from pathlib import Path
 from typing import Any
 
 import click
 
-from ggjac import display
-from ggjac.cli.options import ModelOptions, iteration_options, model_options, output, output_format
+from ggjac.cli.options import Many, ModelOptions, iteration_options, many_options, model_options, output, output_format
 from ggjac.cli.planning import dry_run
 
 
 @click.command()
 @model_options(file="Read prompts from a file (UTF-8; - is stdin), one on each line; empty lines are skipped.")
 @dry_run
+@many_options(always=True)
 @iteration_options
 @output("Append a JSON line for each prompt to this file; prompts that it already holds are skipped.")
 @output_format
@@ -21,6 +20,7 @@ from ggjac.cli.planning import dry_run
 def ranks(
     ctx: click.Context,
     what: ModelOptions,
+    many: Many,
     tol: float,
     max_sweeps: int,
     seed: int,
@@ -37,45 +37,26 @@ def ranks(
     \b
     ggjac ranks -m model.gguf -f prompts.txt -o ranks.jsonl
     """
-    from ggjac.analysis.ranks import ranks as measure
-    from ggjac.cli.render import emit_json, line
-    from ggjac.cli.session import (
-        open_options,
-        settings,
-        show_doubts,
-        show_saved,
-        show_tokens,
-        show_warnings,
-        usage_errors,
-    )
+    from ggjac.analysis.ranks import Ranks
+    from ggjac.cli.render import emit_json
+    from ggjac.cli.result import failed
+    from ggjac.cli.session import show_doubts, show_saved, show_tokens, show_warnings
+    from ggjac.cli.studies import common, run, show_ready
 
-    model, options = open_options(what), settings(what)
-    with usage_errors():
-        prompts = what.prompts(model.chat)
-    if what.trace and len(prompts) > 1:
-        raise click.UsageError(
-            "--trace keeps the forward pass of one prompt, but --file has several; leave out --trace"
-        )
-    stages, options["stages"] = options["stages"], None
-    iteration: dict[str, Any] = {"tol": tol, "seed": seed, "max_sweeps": max_sweeps}
-    with stages.stage("ranks") as report, usage_errors():
-        result = measure(model, prompts, output, progress=report, **iteration, **options)
-    records = result.records
+    found, output = run(what, many, "ranks", output, tol=tol, seed=seed, max_sweeps=max_sweeps)
+    records, envelope = found.records, found.envelope
+    data = Ranks(records, found.ready, envelope).data()
     if output_format == "json":
-        envelope = result.envelope
-        if len(records) > 1:
-            envelope = {k: v for k, v in envelope.items() if k not in ("prompt", "tokens", "position")}
-        emit_json(envelope | {"ranks": result.data()})
+        emit_json(common(envelope, records) | {"ranks": data})
     else:
         if len(records) == 1:
-            show_tokens(result.envelope["tokens"], ())
-        show_warnings(result.envelope["warnings"])
-        show_doubts(result.envelope["model"])
-        show(result.data())
-        if result.ready and output:
-            line(f"{result.ready} of {len(records)} prompts were already in {display.visible(os.fsencode(output))}")
+            show_tokens(envelope["tokens"], ())
+        show_warnings(envelope["warnings"])
+        show_doubts(envelope["model"])
+        show(data)
+        show_ready(found, output)
         show_saved(output)
-    if any(r["stopped_by"] == "sweeps" or not r["reconstruction"]["healthy"] for r in records):
+    if any(map(failed, records)):
         ctx.exit(3)
 
 

@@ -6,8 +6,10 @@ from typing import Any
 import click
 
 from ggjac.cli.options import (
+    Many,
     ModelOptions,
     hide_special,
+    many_options,
     model_options,
     output,
     position,
@@ -26,6 +28,7 @@ PLACES, WORDS = 3, 8  # of the tables: positions of each right vector, tokens of
 @click.command()
 @model_options()
 @dry_run
+@many_options
 @position
 @spectrum_options
 @top("Tokens per vector.")
@@ -40,6 +43,7 @@ PLACES, WORDS = 3, 8  # of the tables: positions of each right vector, tokens of
 @tabular_format
 def svd(
     what: ModelOptions,
+    many: Many,
     position: int,
     rank: int,
     tol: float,
@@ -61,30 +65,24 @@ def svd(
     \b
     ggjac svd -m model.gguf -p "The capital of France is" -k 4 -o svd.safetensors
     """
-    from ggjac.analysis.per_token import per_token as each_token
-    from ggjac.analysis.per_token import tensors as token_tensors
-    from ggjac.analysis.svd import spectrum
     from ggjac.cli.result import finish
     from ggjac.cli.session import check_resume, open_session
+    from ggjac.cli.studies import over_prompts
     from ggjac.session import checkpoint
+    from ggjac.studies.measures import answer_svd
 
+    settings: dict[str, Any] = {"rank": rank, "tol": tol, "seed": seed}
+    options = settings | {"top": top, "max_sweeps": max_sweeps, "hide_special": hide_special, "per_token": per_token}
+    if many.each_line:
+        return over_prompts(what, many, "svd", output, output_format, position=position, **options)
     check_resume(output, resume)
     session = open_session(what, position=position, rank=rank, output=output)
-    settings: dict[str, Any] = {"rank": rank, "tol": tol, "seed": seed}
-    iteration = settings | {"top": top, "max_sweeps": max_sweeps, "hide_special": hide_special}
     marks = {"per_token": per_token} if per_token else {}
-    words = session.words
     with session.checkpointed(checkpoint(output), resume=resume, output=output, **settings, **marks):
-        result = session.run("svd", spectrum, **iteration)
-        content = {"reconstruction": session.reconstruction().data(), "svd": result.data(words)}
-        tensors = result.tensors()
-        if per_token:
-            each = session.run("svd per token", each_token, **iteration)
-            content["svd"]["per_token"] = [one.data(words) for one in each]
-            tensors |= token_tensors(each)
+        answer = answer_svd(session, **options)
         if output:
-            session.save(output, tensors, **settings)
-    finish(session, content, output_format, output, result=result, svd=show)
+            session.save(output, answer.tensors, **settings)
+    finish(session, answer.content, output_format, output, result=answer.result, svd=show)
 
 
 def show(data: dict[str, Any]) -> None:
