@@ -23,8 +23,8 @@ ALL = 2**31  # more parts than any table has
 
 @click.command()
 @model_options(both=True)
-@dry_run
 @many_options
+@dry_run
 @click.option(
     "--position",
     type=PositionOrAll(),

@@ -32,7 +32,7 @@ _SAME = (
 
 
 def dry_run(command: Callable) -> Callable:
-    """Add `--dry-run`, which prints the command's plan instead of running it; apply just below `model_options`."""
+    """Add `--dry-run`, which prints the command's plan instead of running it; apply below the options that it plans."""
 
     def wrapped(what: ModelOptions, *, dry_run: bool, no_bench: bool, **rest: Any) -> Any:
         if not dry_run:

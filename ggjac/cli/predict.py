@@ -11,8 +11,8 @@ from ggjac.cli.planning import dry_run
 
 @click.command()
 @model_options()
-@dry_run
 @many_options
+@dry_run
 @position
 @click.option("-k", "--top", type=click.IntRange(min=1), default=5, show_default=True, help="Tokens to show.")
 @click.option("--all-positions", is_flag=True, help="Save the logits of every position.")

@@ -50,7 +50,8 @@ def over_prompts(
         click.UsageError: an option is not for many prompts.
     """
     refused = {"resume": "the same command continues", "trace": "it keeps the forward pass of one prompt"}
-    for option in (option for option in refused if click.get_current_context().params.get(option) or what.trace):
+    given = {"resume": click.get_current_context().params.get("resume"), "trace": what.trace}
+    for option in (option for option in refused if given[option]):
         raise click.UsageError(f"--{option} is not for --each-line: {refused[option]}")
     if output_format in ("csv", "latex"):
         raise click.UsageError(f"--format {output_format} is for one prompt; --each-line has json")

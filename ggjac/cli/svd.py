@@ -27,8 +27,8 @@ PLACES, WORDS = 3, 8  # of the tables: positions of each right vector, tokens of
 
 @click.command()
 @model_options()
-@dry_run
 @many_options
+@dry_run
 @position
 @spectrum_options
 @top("Tokens per vector.")

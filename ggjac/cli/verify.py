@@ -12,8 +12,8 @@ from ggjac.cli.planning import dry_run
 
 @click.command()
 @model_options()
-@dry_run
 @many_options
+@dry_run
 @click.option(
     "--strict",
     is_flag=True,

@@ -221,7 +221,7 @@ class Measure:
     name: str
     options: Mapping[str, Any]
     session: Mapping[str, Any]
-    settings: Mapping[str, Any] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)  # of `settled`
     longest: int = 0
     prompts: int = 1
 
@@ -243,7 +243,7 @@ class Measure:
             | answer.content
             | {
                 "warnings": session.warnings,
-                "settings": dict(self.settings or self.settled(kept=False).settings),
+                "settings": dict(self.settings),
                 "ggjac": __version__,
                 "machine": session.machine | {"cpu": torch.backends.cpu.get_cpu_capability()},
             }
@@ -252,6 +252,9 @@ class Measure:
     def __getstate__(self) -> dict[str, Any]:
         session = {name: value for name, value in self.session.items() if name not in _HERE}
         return self.__dict__ | {"model": self._source(), "session": session}
+
+    def _open(self) -> Model:
+        return _opened(self.model) if isinstance(self.model, Source) else self.model
 
     def _source(self) -> Source:
         model = self.model
@@ -263,8 +266,7 @@ class Measure:
 
     def opened(self, prompt: str | Sequence[int]) -> Session:
         """Return the session of a prompt; the model is open already, or opened now."""
-        model = _opened(self.model) if isinstance(self.model, Source) else self.model
-        return Session(model, prompt, tapes=KINDS[self.name].tapes, **self.session)
+        return Session(self._open(), prompt, tapes=KINDS[self.name].tapes, **self.session)
 
     def request(self) -> dict[str, Any]:
         """Return what decides the plan, the same for all prompts, so that layers stay ready."""
@@ -273,18 +275,18 @@ class Measure:
 
     def settled(self, *, kept: bool) -> "Measure":
         """Return the measure with its settings; for records that are `kept`, a hash of the whole model."""
-        assert isinstance(self.model, Model)
-        file = self.model.gguf
+        model = self._open()
+        file = model.gguf
         sampled = file.fingerprint_is_whole or not kept
         everywhere = self.options.get("everywhere")
         place = {"position": "all" if everywhere else self.session.get("position", -1)}
         own = {name: value for name, value in self.options.items() if name not in ("max_sweeps", "everywhere")}
         settings = {
             "model": file.fingerprint() if sampled else f"sha256:{'+'.join(file.sha256())}",
-            "dtype": str(self.model.dtype).removeprefix("torch."),
+            "dtype": str(model.dtype).removeprefix("torch."),
             "mlp_path": self.session.get("mlp_path", "up"),
             "no_parse_special": not self.session.get("parse_special", True) or None,  # None as in files of before
-            "context": self.model.context,
+            "context": model.context,
             **(place if KINDS[self.name].positions else {}),
             **own,
         }
@@ -310,4 +312,4 @@ def measure(model: Model, name: str, **options: Any) -> Measure:
     bound = inspect.signature(KINDS[name].answer).bind(None, **options)
     bound.apply_defaults()
     own = {key: value for key, value in bound.arguments.items() if key != "session"}
-    return Measure(model, name, own, session)
+    return Measure(model, name, own, session).settled(kept=False)
