@@ -42,6 +42,7 @@ from ggjac.display import visible
 from ggjac.gguf import GGUFFile, open_gguf, shown
 from ggjac.planner import machine
 from ggjac.results import NO_WORDS, Plotted, Points, Table, Words
+from ggjac.runs.lock import is_running
 from ggjac.tokenizer import TokenizerError
 
 if TYPE_CHECKING:
@@ -787,7 +788,7 @@ def _left_behind(parents: Iterable[Path]) -> list[Path]:
     for folder in (folder for parent in parents for folder in parent.glob("ggjac-[0-9]*-*")):
         with suppress(OSError, ValueError):
             own = not hasattr(os, "getuid") or folder.lstat().st_uid == os.getuid()
-            if own and not machine.is_running(int(folder.name.split("-")[1])):
+            if own and not is_running(int(folder.name.split("-")[1])):
                 found.append(folder)
     return sorted(found)
 

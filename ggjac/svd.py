@@ -19,6 +19,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ggjac import checks
 from ggjac.linop import LinearOperator
 from ggjac.results import NO_WORDS, Plotted, Points, Table, Words
 from ggjac.sizes import block_width
@@ -213,7 +214,8 @@ def iteration(
         max_sweeps: limit on the number of products with A or its transpose.
         block: stacked vectors per sweep; default `ggjac.sizes.block_width(rank, size of an input)`.
         seed: seed of the random start vectors; the same seed gives the same digits on the same machine.
-        progress: called after each sweep with the sweep count and the worst relative residual known so far.
+        progress: called after each sweep with the sweep count and the worst relative residual known so far; that is
+            infinite after the first sweep, which measures none.
 
     Yields:
         A side and vectors to multiply: 0 and `[k, *out_shape]` flattened, for a product with the transpose; 1 and
@@ -225,9 +227,9 @@ def iteration(
         with `m` at most `block * (max_sweeps + 1) / 2`.
 
     Raises:
-        ValueError: `rank`, `tol`, `max_sweeps` or `block` is out of range, or a product with A is not finite.
+        ValueError: `rank`, `tol`, `max_sweeps`, `block` or `seed` is out of range, or a product with A is not finite.
     """
-    _check(A, rank, tol, max_sweeps, block)
+    _check(A, rank, tol, max_sweeps, block, seed)
     sizes = math.prod(A.out_shape), math.prod(A.in_shape)
     width = min(block or block_width(rank, sizes[1]), sizes[0])
     work = torch.promote_types(A.dtype, torch.float32)
@@ -271,6 +273,8 @@ def iteration(
                 progress(sweeps, history[-1])
             if reason := _reason_to_stop(history, S, eps, tol, last=sweeps == max_sweeps):
                 break
+        elif progress:
+            progress(sweeps, math.inf)
 
         # Extend the other basis. If A's numerical rank is smaller than `rank`, random directions fill the gap.
         new = expanded.directions
@@ -305,21 +309,22 @@ def iteration(
     )
 
 
-def _check(A: LinearOperator, rank: int, tol: float, max_sweeps: int, block: int | None) -> None:
+def _check(A: LinearOperator, rank: int, tol: float, max_sweeps: int, block: int | None, seed: int) -> None:
     """Check the arguments of `iteration`.
 
     Raises:
         ValueError: one is out of range.
     """
     values = min(math.prod(A.out_shape), math.prod(A.in_shape))
-    if not 1 <= rank <= values:
+    if not 1 <= checks.whole("rank", rank, None) <= values:
         raise ValueError(f"rank {rank} is out of range: this operator has {values} singular values")
     if not tol > 0:
         raise ValueError(f"tol {tol} is out of range: the relative residual to reach must be positive")
-    if max_sweeps < 2:
+    if checks.whole("max_sweeps", max_sweeps, None) < 2:
         raise ValueError(f"max_sweeps {max_sweeps} is out of range: triplets and their residuals take at least 2")
-    if block is not None and block < rank:
+    if block is not None and checks.whole("block", block, None) < rank:
         raise ValueError(f"block {block} is out of range: it must be at least the rank, {rank}")
+    checks.seed(seed)
 
 
 def _extracted(core: Float[Tensor, "m m2"], side: int, rank: int) -> tuple[Tensor, Tensor]:

@@ -13,8 +13,9 @@ import os
 import threading
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache, cached_property
+from types import MappingProxyType
 from typing import Any
 
 from ggjac import llamacpp
@@ -30,13 +31,27 @@ MAX_TOKENS = 1 << 22
 _NORMAL, _UNUSED, _BYTE = 1, 5, 6
 KINDS = {1: "normal", 2: "unknown", 3: "control", 4: "user_defined", 5: "unused", 6: "byte"}
 
+# Token ids of the prompts that commands have by default, so that the demo runs where llama.cpp cannot tokenize.
+DEMO_PROMPTS = {
+    "The bridge out of Marin is the": (0, 465, 637, 719, 462, 1884, 458, 460),
+    "The bridge out of Marin is the Golden": (0, 465, 637, 719, 462, 1884, 458, 460, 1206),
+    "My favorite thing is the": (0, 603, 525, 416, 309, 458, 460),
+    "She put the book on the table and then": (0, 52, 324, 1234, 460, 1417, 522, 460, 1351, 483, 416, 264),
+}
+
 
 class TokenizerError(ValueError):
     """Text that cannot be turned into token ids, or a vocabulary that cannot be read."""
 
 
 class Tokenizer(ABC):
-    """The interface of a vocabulary."""
+    """The interface of a vocabulary.
+
+    Attributes:
+        known: ids of texts that need no llama.cpp.
+    """
+
+    known: Mapping[str, Sequence[int]] = MappingProxyType({})
 
     @property
     @abstractmethod
@@ -80,7 +95,12 @@ class Tokenizer(ABC):
 
         After EOS a model predicts how another text begins.
         """
-        return self.unfinished(self.encode(text, parse_special=parse_special))
+        try:
+            return self.unfinished(self.encode(text, parse_special=parse_special))
+        except TokenizerError:
+            if text in self.known:
+                return list(self.known[text])
+            raise
 
     def unfinished(self, ids: Sequence[int]) -> list[int]:
         """Return the ids of a text without the EOS that the vocabulary's rules appended, if they do."""
@@ -110,6 +130,8 @@ def open_tokenizer(path: str | os.PathLike[str], *, tokens: Any, model: Any, typ
     `tokenizer.ggml.tokens`, `.model` and `.token_type`, unchecked: they may be anything. The types make the bytes of
     special and unused tokens exact.
     """
+    from ggjac.gguf.hub import demo_path  # numpy comes with it
+
     instead = "give token ids instead"
     flaw = None
     if model in NO_TOKENIZER or not isinstance(model, str):
@@ -123,9 +145,12 @@ def open_tokenizer(path: str | os.PathLike[str], *, tokens: Any, model: Any, typ
     model = model if isinstance(model, str) else None
     if flaw is not None:
         return RawVocabulary(tokens, model, types, reason=f"{_name(path)} contains no tokenizer ({flaw}); {instead}")
-    if why := llamacpp.missing():
-        return RawVocabulary(tokens, model, types, reason=f"{why}, or give token ids")
-    return LlamaVocabulary(path, RawVocabulary(tokens, model, types, reason=""))
+    why = llamacpp.missing()
+    raw = RawVocabulary(tokens, model, types, reason=f"{why}, or give token ids" if why else "")
+    found = raw if why else LlamaVocabulary(path, raw)
+    if os.fspath(path) == os.fspath(demo_path()):
+        found.known = DEMO_PROMPTS
+    return found
 
 
 def _is_array(value: Any, kind: type) -> bool:

@@ -274,3 +274,10 @@ def test_the_command_keeps_no_trace(tiny_file: TinyFile, tmp_path: Path) -> None
     options = ["--with", tiny_file("gqa", type="Q8_0"), *TOKENS, "--trace", tmp_path / "trace"]
     assert "No such option '--trace'" in invoke("compare", "-m", tiny_file("gqa"), *options, code=2).stderr
     assert not (tmp_path / "trace").exists()
+
+
+def test_the_kinds_of_two_models_come_before_their_tensors(tiny_files: dict[str, Path]) -> None:
+    refusal = invoke(
+        "compare", "-m", tiny_files["gqa"], "--with", tiny_files["mamba2"], "--tokens", "1,2", code=1
+    ).stderr
+    assert ": architecture: 'llama' in the first file, 'mamba2' in the second; give two files of one model" in refusal

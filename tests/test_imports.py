@@ -17,6 +17,7 @@ TESTS = Path(__file__).parent
 MAY_IMPORT: dict[str, set[str]] = {
     # ground: no sibling
     "sizes": set(),
+    "checks": set(),
     "display": set(),
     "units": set(),
     "drawing": {"units"},
@@ -25,8 +26,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "gguf": {"guard"},
     "results": {"drawing"},
     # algebra: operators, no transformer
-    "svd": {"linop", "results", "sizes"},
-    "frobenius": {"linop", "results", "sizes", "svd"},
+    "svd": {"checks", "linop", "results", "sizes"},
+    "frobenius": {"checks", "linop", "results", "sizes", "svd"},
     # files
     "architectures": set(),
     "config": {"architectures", "sizes"},
@@ -36,7 +37,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "runs": {"gguf", "sizes"},
     "llamacpp": {"runs"},
     "exports": {"architectures", "gguf"},
-    "tokenizer": {"display", "llamacpp"},
+    "tokenizer": {"display", "gguf", "llamacpp"},
     "chat": {"tokenizer"},
     "report": {"display", "drawing", "runs", "units"},
     # planning: sizes and rates
@@ -47,14 +48,13 @@ MAY_IMPORT: dict[str, set[str]] = {
     "blocks": {"config", "linop", "rope", "sizes"},
     "jacobian": {"blocks", "decode", "gguf", "linop", "results", "runs", "sizes", "svd", "weights"},
     "model": {
-        *("blocks", "chat", "config", "decode", "display", "gguf", "jacobian", "planner", "rope", "runs", "sizes"),
-        "tokenizer",
-        "weights",
+        *("blocks", "chat", "checks", "config", "decode", "display", "gguf", "jacobian", "planner", "rope", "runs"),
+        *("sizes", "tokenizer", "weights"),
     },
     "prompts": {"model", "tokenizer"},
     "generation": {"blocks", "model", "sizes"},
     "parity": {
-        *("architectures", "blocks", "display", "exports", "gguf", "llamacpp", "model", "planner", "results"),
+        *("architectures", "blocks", "display", "exports", "gguf", "llamacpp", "model", "planner", "results", "runs"),
         "tokenizer",
     },
     "session": {
@@ -62,8 +62,8 @@ MAY_IMPORT: dict[str, set[str]] = {
         "tokenizer",
     },
     "analysis": {
-        *("blocks", "config", "decode", "frobenius", "generation", "gguf", "jacobian", "linop", "model", "parity"),
-        "report",
+        *("blocks", "checks", "config", "decode", "frobenius", "generation", "gguf", "jacobian", "linop", "model"),
+        *("parity", "planner", "report"),
         *("results", "runs", "session", "sizes", "svd", "weights"),
     },
     "studies": {

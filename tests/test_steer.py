@@ -372,3 +372,9 @@ def test_a_model_is_not_overwritten(tmp_path: Path) -> None:
     err = invoke("steer", "-q", "-t", 1, "-m", path, "--tokens", "1,2", "--export-control-vector", path, code=2).stderr
     assert "is an input of this command" in err
     assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("plan", [[], ["--dry-run", "--no-bench"]])
+def test_a_control_that_is_left_out_has_no_prompt(plan: list[str]) -> None:
+    refusal = invoke("steer", "-q", "--no-control", "--control-concept", "X", *plan, code=2).stderr
+    assert "--no-control leaves out what --control-concept asks for" in refusal

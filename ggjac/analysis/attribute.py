@@ -15,6 +15,7 @@ the stream after a block, the parts added so far are multiplied by it too. Eithe
 identity of the frozen network: it states the contribution of each part, not the effect of changing that part.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -121,7 +122,8 @@ class BothRules(Result):
 
     def data(self, words: Words = NO_WORDS) -> dict[str, Any]:
         """Return the data of the rule `up`, that of `gate` as `other_rule`, and their `agreement`."""
-        agreement = {"spearman": self.spearman, "difference": self.difference, "size": self.size}
+        spearman = None if math.isnan(self.spearman) else self.spearman
+        agreement = {"spearman": spearman, "difference": self.difference, "size": self.size}
         return self.up.data(words) | {"other_rule": self.gate.data(words), "agreement": agreement}
 
     def tensors(self) -> dict[str, Tensor]:
@@ -131,7 +133,8 @@ class BothRules(Result):
 
     def _table(self, words: Words) -> Table:
         columns = {"up": self.up.shares.tolist(), "gate": self.gate.shares.tolist()}
-        note = f"rank correlation {self.spearman:.2f}; absolute differences sum to {self.difference:.4f}"
+        ranked = "of one token is not defined" if math.isnan(self.spearman) else f"{self.spearman:.2f}"
+        note = f"rank correlation {ranked}; absolute differences sum to {self.difference:.4f}"
         title = f"Shares in {_split(words, self.up.target, self.up.versus)} under both freezing rules"
         return Table(title, words.at(range(len(self.up.shares))) | columns, (note, CAVEAT.format(rule="up and gate")))
 
@@ -343,8 +346,8 @@ def attribute(
         progress: called as `progress("block", done, total)` after each block.
 
     Raises:
-        GGUFError: `target` or `versus` is not in the vocabulary.
-        PromptError: one of them is a text, and not one token.
+        PromptError: `target` or `versus` is not in the vocabulary, or a text that is not one token.
+        ValueError: one of them is neither a text nor a whole number.
     """
     target, versus = jacobian.token_id(target), jacobian.token_id(versus)
     asked = _ask(jacobian.output[None], jacobian.network.head, target, versus)
@@ -404,8 +407,8 @@ def attribute_positions(
     influence.
 
     Raises:
-        GGUFError: `target` or `versus` is not in the vocabulary.
-        PromptError: one of them is a text, and not one token.
+        PromptError: `target` or `versus` is not in the vocabulary, or a text that is not one token.
+        ValueError: one of them is neither a text nor a whole number.
     """
     network, chunk_bytes = jacobian.network, jacobian.chunk_bytes
     n, d = network.x.shape
@@ -455,7 +458,7 @@ def attribute_branches(
         jacobian: of the prompt.
         target: id or text of the token whose logit is split; default the most likely one at each position.
         versus: id or text of a token whose logit is subtracted.
-        positions: consecutive output positions; default the Jacobian's own.
+        positions: consecutive output positions, of step 1; default the Jacobian's own.
         by_head: split attention by query head; the output projections are then read twice.
         progress: called as `progress("block", done, total)` after each block.
 
@@ -464,12 +467,15 @@ def attribute_branches(
         stream that the trace recorded, as the forward pass did.
 
     Raises:
-        GGUFError: `target` or `versus` is not in the vocabulary.
-        PromptError: one of them is a text, and not one token.
+        PromptError: `target` or `versus` is not in the vocabulary, or a text that is not one token.
+        ValueError: one of them is neither a text nor a whole number, or `positions` is not such a range.
     """
     network = jacobian.network
     config = network.frame.config
+    n = len(network.x)
     positions = range(jacobian.position, jacobian.position + 1) if positions is None else positions
+    if not isinstance(positions, range) or positions.step != 1 or not 0 <= positions.start < positions.stop <= n:
+        raise ValueError(f"positions {positions!r}: give a range of step 1 within range(0, {n}), not an empty one")
     chosen = slice(positions.start, positions.stop)
     target, versus = jacobian.token_id(target), jacobian.token_id(versus)
     asked = _ask(network.outputs[chosen], network.head, target, versus)

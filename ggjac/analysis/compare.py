@@ -176,7 +176,7 @@ def portray(
     Raises:
         NumericsError: a logit is not finite.
         ValueError: rank, `tol` or `max_sweeps` are out of range, as `ggjac.svd.svd` has them.
-        GGUFError: `target` is not in the vocabulary.
+        PromptError: `target` is not in the vocabulary, or a text that is not one token.
     """
     head = jacobian.network.head
     logits = finite_logits(head.logits(jacobian.network.outputs)).cpu()
@@ -252,6 +252,19 @@ def principal_angles(A: Float[Tensor, "k m"], B: Float[Tensor, "k m"]) -> Float[
     cosines = torch.linalg.svdvals(inside).flip(0).clamp(max=1)  # of angles in descending order, as the sines are
     sines = torch.linalg.svdvals(Q - P @ inside).clamp(max=1)
     return torch.where(cosines.square() < 0.5, torch.acos(cosines), torch.asin(sines))
+
+
+def check_families(a: str | None, b: str | None) -> None:
+    """Check that two files state the same architecture.
+
+    Raises:
+        CompareError: they do not.
+    """
+    if a != b:
+        kinds = [_short(kind or "none") for kind in (a, b)]
+        raise CompareError(
+            f"architecture: {kinds[0]} in the first file, {kinds[1]} in the second; give two files of one model"
+        )
 
 
 def check_files(a: Mapping[str, Sequence[int]], b: Mapping[str, Sequence[int]]) -> None:

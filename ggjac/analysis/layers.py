@@ -20,6 +20,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from ggjac.checks import whole
 from ggjac.config import Layer
 from ggjac.decode import Head, Ranked, top_logits
 from ggjac.frobenius import StableRank, stable_ranks
@@ -320,10 +321,14 @@ def layers(
         progress: called as `progress(what, blocks done, blocks in all)`.
 
     Raises:
-        ValueError: a depth is out of range, or rank, `tol` or `max_sweeps`.
+        ValueError: a map or a kind is unknown, or a depth, rank, `top`, `tol`, `max_sweeps` or `seed` is out of range.
     """
+    top = whole("top", top)
+    for name, given, known in (("map", maps, MAPS), ("kind", kinds, KINDS)):
+        if isinstance(given, str) or not set(given) <= {*known}:
+            raise ValueError(f"{name}s {given!r}: give some of {', '.join(known)}, in a list")
     head, L = jacobian.network.head, jacobian.end.index
-    chosen = sorted(set(range(L + 1) if depths is None else depths))
+    chosen = sorted({whole("depth", depth, None) for depth in (range(L + 1) if depths is None else depths)})
     if chosen and not 0 <= chosen[0] <= chosen[-1] <= L:
         wrong = chosen[0] if chosen[0] < 0 else chosen[-1]
         raise ValueError(f"depth {wrong} is out of range; this model has depths 0 to {L}, counted in blocks applied")

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ggjac.checks import whole
 from ggjac.decode import Ranked, nearest, top_logits
 from ggjac.jacobian import DetachedJacobian, Progress
 from ggjac.results import NO_WORDS, Plotted, Points, Result, Table, Words
@@ -86,8 +87,9 @@ def per_token(
     and byte tokens out of the decoding.
 
     Raises:
-        ValueError: rank, `tol` or `max_sweeps` are out of range.
+        ValueError: `top`, rank, `tol`, `max_sweeps` or `seed` is out of range.
     """
+    top = whole("top", top)
     positions = range(jacobian.position + 1)
     operators = [jacobian.at_position(i) for i in positions]
     n, d = jacobian.in_shape

@@ -26,12 +26,14 @@ The rest of the network then runs as usual. Generation is greedy, and `c` grows 
 Position 0 is spared: it is an attention sink in most models, and a push there changes what all heads do with it. (The
 paper's code pushes it, too: `first`. A text of one token is pushed there in any case.)
 
-The control is the map of an unrelated prompt, used in the same way. Without such a prompt it is an operator with the
-same singular values and the same reading of the text, that writes elsewhere: `Q J` with `Q` orthogonal, random and
-seeded. `‖Q c‖ = ‖c‖` for every text. That is not like for like where the stream's length lies in a few huge components,
-as in Gemma: a rotation destroys such a stream, and any text's map beats it.
+The control is the map of an unrelated prompt, used in the same way. Without such a prompt it is the concept's own map,
+offset included, that writes elsewhere: `Q c` in place of `c`, with `Q` orthogonal, random and seeded. It has the same
+singular values and reads the text in the same way, and `‖Q c‖ = ‖c‖` for every text. That is not like for like where
+the stream's length lies in a few huge components, as in Gemma: a rotation destroys such a stream, and any text's map
+beats it.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -40,6 +42,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ggjac import checks
+from ggjac.checks import whole
 from ggjac.generation import Continuation, greedy
 from ggjac.jacobian import DetachedJacobian, Progress, Span, Tap
 from ggjac.model import Model, Trace
@@ -215,17 +219,21 @@ def steer(
 
     Raises:
         PromptError: a prompt that the model cannot run, or that would outgrow its context.
-        ValueError: the method is unknown, or the model has no such layer.
+        ValueError: the method is unknown, an argument is out of range, or a control's prompt is given but no control.
         NumericsError: the residual stream left the range of the dtype.
     """
     blocks = model.config.block_count
     layer = default_layer(blocks) if layer is None else layer
     if method not in get_args(Method):
         raise ValueError(f"method {method!r} is unknown; known: {', '.join(get_args(Method))}")
-    if not 1 <= layer <= blocks:
+    if not 1 <= whole("layer", layer, None) <= blocks:
         raise ValueError(f"layer {layer} is out of range; this model has layers 1 to {blocks}")
-    if max_tokens < 1:
-        raise ValueError(f"max_tokens={max_tokens}: at least one is needed")
+    max_tokens, top, seed = whole("max_tokens", max_tokens), whole("top", top), checks.seed(seed)
+    numbers = strengths if isinstance(strengths, Sequence) else [None]
+    if not all(isinstance(number, int | float) and math.isfinite(number) for number in numbers):
+        raise ValueError(f"strengths {strengths!r}: give a list of finite numbers")
+    if control_concept is not None and not control:
+        raise ValueError("control_concept is given, and control=False leaves the control out; give one of the two")
     ids = model.prompt_ids(prompt)
     capacity = len(ids) + max_tokens
     baseline_text = Continuation(model, capacity, mlp_path=mlp_path)  # refuses what outgrows the context
@@ -235,7 +243,7 @@ def steer(
         raw = method == "equation16"
         return trace, Images(trace.jacobian(span=Span(0, Tap("layer", layer)), raw=raw), affine=raw)
 
-    control_ids = None if control_concept is None or not control else model.prompt_ids(control_concept)
+    control_ids = None if control_concept is None else model.prompt_ids(control_concept)
     trace, images = mapped(concept)
     concept_ids, chances = list(trace.ids), trace.logits.cpu().double().softmax(0)
     del trace

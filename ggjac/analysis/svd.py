@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ggjac.checks import whole
 from ggjac.decode import Ranked, nearest, top_logits
 from ggjac.frobenius import StableRank, stable_ranks
 from ggjac.jacobian import DetachedJacobian, Progress
@@ -111,18 +112,23 @@ def spectrum(
     each block, with the sweep and its worst residual, and the number of sweeps that are expected to follow.
 
     Raises:
-        ValueError: rank, `tol` or `max_sweeps` are out of range, as `ggjac.svd.svd` has them.
+        ValueError: `top` is out of range, or rank, `tol`, `max_sweeps` or `seed`, as `ggjac.svd.svd` has them.
     """
+    top = whole("top", top)
     head, embedding = jacobian.network.head, jacobian.network.embedding
     sweep = 1
     history: list[float] = []  # the worst residual after each sweep that measured it
 
     def report(what: str, done: int, total: int, rounds: int = 0) -> None:
-        nonlocal sweep
         if progress:
             residual = f", worst residual {history[-1]:.1e}" if history else ""
             progress(f"sweep {sweep}{residual}, {what}", done, total, sweeps_left(history, sweep, tol))
-        sweep += done == total
+
+    def swept(sweeps: int, worst: float) -> None:
+        nonlocal sweep
+        sweep = sweeps + 1  # also of a resumed run, whose first sweeps report nothing
+        if math.isfinite(worst):
+            history.append(worst)
 
     def signs(what: str, done: int, total: int, rounds: int = 0) -> None:
         if progress:
@@ -131,9 +137,7 @@ def spectrum(
     with jacobian.reporting(signs):
         _ = jacobian.linear_output  # along which the vectors will point
     with jacobian.reporting(report):
-        triplets = jacobian.svd(
-            rank, tol=tol, seed=seed, max_sweeps=max_sweeps, progress=lambda _, worst: history.append(worst)
-        )
+        triplets = jacobian.svd(rank, tol=tol, seed=seed, max_sweeps=max_sweeps, progress=swept)
     hidden = jacobian.hidden_ids(hide_special)
     U, Vh = triplets.U.to(head.matrix.dtype), triplets.Vh.to(embedding.dtype)
     return Spectrum(

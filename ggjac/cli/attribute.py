@@ -3,13 +3,16 @@
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
 from ggjac import display
-from ggjac.cli.options import Many, ModelOptions, PositionOrAll, many_options, model_options, output, tabular_format
+from ggjac.cli.options import Many, ModelOptions, many_options, model_options, output, position_or_all, tabular_format
 from ggjac.cli.planning import dry_run
+
+if TYPE_CHECKING:
+    from ggjac.session import Session
 
 # Parts in a table of heads; the smaller ones are added up in one line.
 SHOWN = 24
@@ -25,13 +28,7 @@ ALL = 2**31  # more parts than any table has
 @model_options(both=True)
 @many_options
 @dry_run
-@click.option(
-    "--position",
-    type=PositionOrAll(),
-    default="-1",
-    show_default=True,
-    help="Output position (negative counts from the end), or all.",
-)
+@position_or_all
 @click.option(
     "--target",
     help="Token whose logit is split: a text of one token, or its id, as id:4.  [default: the most likely one]",
@@ -99,6 +96,7 @@ def attribute(
         return over_prompts(what, many, "attribute", output, output_format, position=place, **options)
     session = open_session(what, position=place, output=output)
     ids: dict[str, Any] = {"target": one_token(session, target), "versus": one_token(session, versus, "--versus")}
+    _check_difference(session, *ids.values(), everywhere=everywhere)
     answer = answer_attribute(session, **ids, **options)
     if not everywhere:
         note_likelier(session, target, ids["target"])
@@ -124,24 +122,42 @@ def both(
     from ggjac.cli.session import note_likelier, one_token, open_session
 
     session = open_session(what, position=position, output=output)
-    minus = one_token(session, versus, "--versus")
+    ids = one_token(session, target), one_token(session, versus, "--versus")
+    _check_difference(session, *ids)
+    minus = ids[1]
     rebuilt = [session.reconstruction()]
-    first = session.run("attribution", attribute, one_token(session, target), minus)
+    first = session.run("attribution", attribute, *ids)
     note_likelier(session, target, first.target)
     note_likelier(session, versus, minus, "--versus")
     again = replace(what, mlp_path="gate", prompt=None, file=None, chat=None, system=None, tokens=session.ids)
-    text, notes = session.text, session.notes
+    text, notes, seconds = session.text, session.notes, session.stages.seconds
     del session  # its forward pass is not needed any more
     session = open_session(again, position=position, output=output)
     session.text, session.notes = text, notes
     rebuilt.append(session.reconstruction())
     result = both_rules(first, session.run("attribution", attribute, first.target, minus))
     worse = max(rebuilt, key=lambda found: found.error)
+    for stage, first_seconds in seconds.items():
+        session.stages.seconds[stage] = round(session.stages.seconds[stage] + first_seconds, 3)
     split = {"by": "token"} | result.data(session.words)
     if output:
         session.save(output, result.tensors(), by="token", versus=minus, mlp_path="both")
     content = {"mlp_path": "both", "reconstruction": worse.data(), "attribution": split}
     finish(session, content, output_format, output, result=result, attribution=partial(show, count=count))
+
+
+def _check_difference(session: "Session", target: int | None, versus: int | None, *, everywhere: bool = False) -> None:
+    """Refuse the difference of a logit and itself; where every position has a target of its own, some may be.
+
+    Raises:
+        click.UsageError: `versus` is the target.
+    """
+    if versus is None or (everywhere and target is None):
+        return
+    if versus == (int(session.logits.argmax()) if target is None else target):
+        name = "the most likely token, whose logit is split" if target is None else "the token of --target"
+        word = session.model.word(versus)
+        raise click.UsageError(f"--versus: {word} is {name}: the difference is 0; name another token")
 
 
 def show(data: dict[str, Any], count: int | None = None) -> None:
@@ -189,8 +205,9 @@ def show_tokens(data: dict[str, Any], count: int) -> None:
     table(f"Share of every input token in {asked_logit(data)}{of}", ["#position", "token", *names], rows)
     if not alone:
         found = data["agreement"]
+        ranked = "of one token is not defined" if found["spearman"] is None else f"{found['spearman']:.2f}"
         line(
-            f"Rank correlation of the rules {found['spearman']:.2f}; their absolute differences sum to "
+            f"Rank correlation of the rules {ranked}; their absolute differences sum to "
             f"{found['difference']:.4g}, their absolute shares to {found['size']:.4g} on average."
         )
     if alone:

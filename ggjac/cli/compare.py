@@ -97,23 +97,26 @@ def compare(
 def _check(session: "Session", what: ModelOptions, other: Path) -> None:
     """Refuse a file of another model before any work, and one that will not fit."""
     from ggjac import planner
-    from ggjac.analysis.compare import CompareError, check_files, check_vocabularies
+    from ggjac.analysis.compare import CompareError, check_families, check_files, check_vocabularies
     from ggjac.cli.planning import make_plan, requested
     from ggjac.config import read_config
     from ggjac.gguf import open_gguf
+    from ggjac.inventory import architecture
     from ggjac.model import title
 
-    ours, theirs = session.model.gguf, open_gguf(other)
-    try:
-        check_files(*({name: info.shape for name, info in file.tensors.items()} for file in (ours, theirs)))
-    except CompareError as error:
-        names = session.model.title, title(other, None, theirs.metadata.get("general.name"))
-        raise CompareError(f"these are different models ({names[0]}, {names[1]}): {error}") from error
-    check_vocabularies(*(file.metadata.get("tokenizer.ggml.tokens") for file in (ours, theirs)))
-    shapes = {name: info.shape for name, info in theirs.tensors.items()}
-    config = read_config(theirs.metadata, shapes).with_context(what.context)
-    request = requested(click.get_current_context().params, config.block_count) | {"position": session.position}
-    planner.check(make_plan(what, theirs, config, len(session.ids), "compare", request, session.model.device.type))
+    ours = session.model.gguf
+    with open_gguf(other) as theirs:
+        try:
+            check_families(*map(architecture, (ours, theirs)))
+            check_files(*({name: info.shape for name, info in file.tensors.items()} for file in (ours, theirs)))
+        except CompareError as error:
+            names = session.model.title, title(other, None, theirs.metadata.get("general.name"))
+            raise CompareError(f"these are different models ({names[0]}, {names[1]}): {error}") from error
+        check_vocabularies(*(file.metadata.get("tokenizer.ggml.tokens") for file in (ours, theirs)))
+        shapes = {name: info.shape for name, info in theirs.tensors.items()}
+        config = read_config(theirs.metadata, shapes).with_context(what.context)
+        request = requested(click.get_current_context().params, config.block_count) | {"position": session.position}
+        planner.check(make_plan(what, theirs, config, len(session.ids), "compare", request, session.model.device.type))
 
 
 def _both(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:

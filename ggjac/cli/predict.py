@@ -10,7 +10,7 @@ from ggjac.cli.planning import dry_run
 
 
 @click.command()
-@model_options()
+@model_options(trace=False)
 @many_options
 @dry_run
 @position

@@ -1,7 +1,7 @@
 """`ggjac ranks`: the stable rank of every token's map, over many prompts."""
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 

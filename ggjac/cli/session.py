@@ -190,9 +190,9 @@ def note_likelier(session: Session, target: str | None, id: int | None, option: 
 
 def show_tokens(tokens: Sequence[Mapping[str, Any]], warnings: Sequence[str]) -> None:
     """Print the table of a prompt's tokens, as `Session.tokens` returns them, and remarks on the prompt."""
-    # A special token looks like its text; BOS is expected where it is, and the bytes of a byte token are seen.
-    kinds = [token.get("type", "") if token["position"] and token.get("type") != "byte" else "" for token in tokens]
-    marked = any(kinds)
+    # A special token looks like its text; the bytes of a byte token are seen.
+    kinds = ["" if token.get("type") == "byte" else token.get("type", "") for token in tokens]
+    marked = any(kinds[1:])  # BOS alone is expected
     rows: list[tuple] = []
     for group in display.characters(tokens):
         kind = kinds[group[0]["position"]].replace("_", "-")

@@ -115,8 +115,9 @@ def steer(
     additive    h <- h + (s / 2) ‖h‖ c / ‖c‖  the paper's code: c seen through the final norm, h one block earlier
 
     For comparison, the same prompt is also continued without steering (the baseline), and steered by the map of an
-    unrelated prompt (the control). A random operator, the control where the concept is token ids, is not like for like:
-    it can destroy a stream that any text's map would spare. Position 0 is spared, unless --first is given.
+    unrelated prompt (the control). A random operator, the control where the prompt or the concept is token ids, is not
+    like for like: it can destroy a stream that any text's map would spare. Position 0 is spared, unless --first is
+    given.
 
     \b
     ggjac steer -m model.gguf -p "I am going to Arizona to see the" --concept "The bridge is the Golden" --strength 0.5

@@ -148,13 +148,14 @@ class DetachedJacobian(LinearOperator):
         return max(1, self.chunk_bytes // (floats * self.dtype.itemsize * maps))
 
     def token_id(self, token: int | str | None) -> int | None:
-        """Return the id of a token that is given as its text, such as `" Paris"`; ids and None as they are.
+        """Return the id of a token that is given as its id, or as its text, such as `" Paris"`; None as it is.
 
         Raises:
-            PromptError: the text is not one token.
+            PromptError: the text is not one token, or the id not in the vocabulary.
+            ValueError: it is neither a text nor a whole number.
             TokenizerError: a text, and the file has no tokenizer, or llama-cpp-python is not installed.
         """
-        return self.network.token(token) if isinstance(token, str) else token
+        return None if token is None else self.network.token(token)
 
     def hidden_ids(self, hide_special: bool) -> list[int]:
         """Return the ids that decoding is to leave out: those of control, unused and byte tokens, or none."""

@@ -64,7 +64,7 @@ class FrozenNetwork(NamedTuple):
         outside: the tensors that belong to no block.
         table: reads what blocks have of the tokens in a table of their own, or returns None; see
             `ggjac.blocks.block_inputs`.
-        token: returns the id of a text that is one token.
+        token: returns the id of a token, which is given as its id or its text.
         special: returns the ids of the vocabulary's tokens that are not text.
     """
 
@@ -80,7 +80,7 @@ class FrozenNetwork(NamedTuple):
     embedding: Weight
     outside: BlockWeights
     table: Callable[[], Tensor | None]
-    token: Callable[[str], int]
+    token: Callable[[int | str], int]
     special: Callable[[], list[int]]
 
 
