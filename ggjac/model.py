@@ -26,6 +26,7 @@ from ggjac.gguf.hub import demo_path, resolve, title
 from ggjac.jacobian import DetachedJacobian, FrozenNetwork, Span
 from ggjac.jacobian.tapes import Tapes
 from ggjac.planner import Plan, machine
+from ggjac.results import Table, Words
 from ggjac.rope import rotation
 from ggjac.runs.journal import Journal
 from ggjac.sizes import CHUNK_BYTES, ITEM_BYTES, MlpPath
@@ -252,6 +253,13 @@ class Model:
         where = f"{dtype} on {self.device}"
         return f"Model({self.path.name!r}, {config.architecture}, {config.block_count} blocks, {where})"
 
+    def _repr_html_(self) -> str:
+        """Return what the model is as a table."""
+        config, dtype = self.config, str(self.dtype).removeprefix("torch.")
+        facts: dict[str, Any] = {"file": visible(os.fsencode(self.path.name)), "architecture": config.architecture}
+        facts |= {"blocks": config.block_count, "embedding length": config.d, "vocabulary": config.vocabulary}
+        return Table.of("Model", facts | {"dtype": dtype, "device": self.device})._repr_html_()
+
     def chat(self, question: str, system: str | None = None) -> str:
         """Return the prompt in which a user asks a question, by the file's own chat template.
 
@@ -464,9 +472,12 @@ class Model:
                 return self.weights[name].dense()
         return None
 
-    def block(self, index: int, *, live: bool = False) -> Block:
-        """Return the tensors of one block; those requested with `live` are used in every sweep, and may be cached."""
-        return self.weights.block(index, fused_parts(self.config, index), live=live)
+    def block(self, index: int, rounding: torch.dtype | None = None, *, live: bool = False) -> Block:
+        """Return the tensors of one block; those requested with `live` are used in every sweep, and may be cached.
+
+        Its matrices come in the dtype `rounding`, default that of the model.
+        """
+        return self.weights.block(index, fused_parts(self.config, index), live=live, rounding=rounding)
 
     def prompt_ids(self, prompt: str | Sequence[int], *, parse_special: bool = True) -> list[int]:
         """Return the token ids of a prompt, which may be ids already, if this model can run them; see `tokenize`.
@@ -549,6 +560,10 @@ class Trace:
         text, config = self.model.text(self.ids), self.model.config
         start = text if len(text) <= 40 else f"{text[:40]}…"
         return f"Trace({start!r}, {len(self.ids)} tokens, {config.architecture}, {config.block_count} blocks)"
+
+    def _repr_html_(self) -> str:
+        """Return the tokens of the prompt as a table, under the one line."""
+        return Table(repr(self), Words(self, ids=True).at(range(len(self.ids))))._repr_html_()
 
     def top(self, count: int = 5, position: int = -1) -> list[tuple[str, float]]:
         """Return the most likely tokens after a position, as they are shown, with their probabilities."""

@@ -247,7 +247,7 @@ def verify(
         try:
             model.tokenize(prompt, parse_special=parse_special)  # refuses text that would crash llama.cpp
         except TokenizerError as error:  # above all if llama.cpp has died since the session began
-            raise ParityError(str(error)) from None
+            raise _refused(str(error), error.will_not_fit) from None
     types = {info.type.name for info in model.gguf.tensors.values()}
     row, given = model.config.row, tolerance
     if row.recurrent_blocks in ("no kv heads", "interval"):
@@ -806,7 +806,11 @@ def _llama_cpp(task: str) -> Iterator[llamacpp.Child]:
         if isinstance(error, llamacpp.LlamaCppDied):
             likely = error.likely or "it does not support a tensor's type or size"
             message = f"llama.cpp itself ended {task} ({message}), most likely because {likely}"
-        raise (NoRoomError if error.will_not_fit else ParityError)(message) from None
+        raise _refused(message, error.will_not_fit) from None
+
+
+def _refused(message: str, will_not_fit: bool) -> ParityError:
+    return NoRoomError(message) if will_not_fit else ParityError(message)
 
 
 def _name(path: str | os.PathLike[str]) -> str:

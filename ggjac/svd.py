@@ -10,7 +10,8 @@ Products are stored as coefficients in the basis of the other side, which they e
 """
 
 import math
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -23,8 +24,7 @@ from ggjac import checks
 from ggjac.linop import LinearOperator
 from ggjac.results import NO_WORDS, Plotted, Points, Table, Words
 from ggjac.sizes import block_width
-
-CLUSTER = 0.05  # singular values that differ by less than this fraction are called close
+from ggjac.units import cut_after
 
 
 class Following(NamedTuple):
@@ -57,6 +57,8 @@ class SVD(Plotted):
             precision), `"precision"` (the residual stalls at the rounding error of the operator's dtype) or `"sweeps"`
             (the limit is reached).
         following: the next singular value; None where the subspace holds no more than these.
+        rough_sweeps: those of `sweeps` whose products were rounded; no other number comes from them.
+        spare: `[m, *out_shape]`, the left vectors that follow, as far as the subspace has them; None if not asked for.
     """
 
     U: Tensor
@@ -67,6 +69,8 @@ class SVD(Plotted):
     converged: bool
     reason: str
     following: Following | None = None
+    rough_sweeps: int = 0
+    spare: Tensor | None = None
 
     def pointing_along(self, output: Tensor) -> "SVD":
         """Flip pairs of vectors so that each left one points along an output `[*out_shape]`: `⟨output, u⟩ >= 0`.
@@ -82,6 +86,7 @@ class SVD(Plotted):
         """Return the singular values with their residuals, the largest first, the next one, and how it all ended."""
         return {
             "sweeps": self.sweeps,
+            "rough_sweeps": self.rough_sweeps,
             "converged": self.converged,
             "stopped_by": self.reason,
             "next_singular_value": self.following and self.following._asdict(),
@@ -94,32 +99,21 @@ class SVD(Plotted):
     def _table(self, words: Words) -> Table:
         S = self.S.tolist()
         cut = cut_after(S[-1], len(S), self.following and self.following._asdict())
-        notes = (f"{self.sweeps} sweeps, stopped by: {self.reason}", *([cut] if cut else []))
-        return Table("Singular triplets", {"sigma": S, "residual": self.residual.tolist()}, notes)
+        rough = f" ({self.rough_sweeps} of them rough)" if self.rough_sweeps else ""
+        notes = (f"{self.sweeps} sweeps{rough}, stopped by: {self.reason}", *([cut] if cut else []))
+        columns = {"vector": [*range(1, len(S) + 1)], "sigma": S, "residual": self.residual.tolist()}
+        after = {"next sigma": self.following and self.following.value, "stopped by": self.reason}
+        return Table("Singular triplets", columns, notes, after)
 
     def _plot(self, words: Words) -> Points:
         S = self.S.tolist()
         return Points("Singular values", "index", "σ", {"σ": (range(1, len(S) + 1), S, ())})
 
 
-def is_close(last: float, following: Mapping[str, Any] | None) -> bool:
-    """Return whether a spectrum is cut inside a cluster, given its last value and the data of the `following` one."""
-    return following is not None and 0 < last * (1 - CLUSTER) <= following["value"]
-
-
-def cut_after(last: float, rank: int, following: Mapping[str, Any] | None) -> str | None:
-    """Return a line on the gap between the last of `rank` singular values and the next one; None if that is unknown."""
-    if following is None or not last > 0:
-        return None
-    gap = f"{max(0.0, 1 - following['value'] / last):.1%} below σ{rank}"
-    if following["converged"]:
-        found = f"σ{rank + 1} = {following['value']:.4g}, {gap}"
-    else:
-        found = f"σ{rank + 1} ≥ {following['value']:.4g} (not converged), at most {gap}"
-    if not is_close(last, following):
-        return found
-    return f"{found}: the cut goes through a cluster, of which the last vectors are a basis of a part only"
-
+# A rough search ends at this residual: in bfloat16 it rests between a third and two thirds of it (docs/benchmarks.md).
+ROUGH_TOL = 1e-2
+# Further left vectors that a rough search hands on, so that close singular values at the end of the rank are not lost.
+SPARE = 4
 
 # Columns of a stack of vectors that are factored at a time: few enough for the cache, since QR passes over them often.
 PANEL = 1 << 14
@@ -141,6 +135,40 @@ def svd(A: LinearOperator, rank: int, **options: Any) -> SVD:
         return stop.value
 
 
+def roughly_first(
+    solve: Callable[..., list[SVD]],
+    rounded: AbstractContextManager[Any],
+    noise: float,
+    *,
+    tol: float,
+    max_sweeps: int,
+    progress: Callable[[int, float], None] | None = None,
+) -> list[SVD]:
+    """Search with rounded products, which are faster, and start from what they find.
+
+    The second search has its own basis and images, all of unrounded products: values and residuals are as exact as
+    without the first. A bad start costs sweeps, and nothing else. (Mixed precision, as in Higham & Mary, "Mixed
+    precision algorithms in numerical linear algebra", Acta Numerica 2022.)
+
+    Args:
+        solve: decomposes operators, given `tol`, `max_sweeps`, `progress`, and `spare` and `noise`, or `starts`.
+        rounded: inside it, products are rounded.
+        noise: the relative error of a rounded product.
+        tol, max_sweeps, progress: as `iteration` takes them; at most half of the sweeps are rough.
+    """
+    with rounded:
+        rough = solve(tol=max(tol, ROUGH_TOL), max_sweeps=max_sweeps // 2, spare=SPARE, noise=noise, progress=progress)
+    done = max(one.sweeps for one in rough)
+    starts = [one.U if one.spare is None else torch.cat([one.U, one.spare]) for one in rough]
+    found = solve(
+        tol=tol,
+        max_sweeps=max_sweeps - done,
+        starts=starts,
+        progress=progress and (lambda sweeps, worst: progress(done + sweeps, worst)),
+    )
+    return [replace(one, sweeps=done + one.sweeps, rough_sweeps=done) for one in found]
+
+
 def svd_together(
     operators: Sequence[LinearOperator],
     rank: int,
@@ -148,6 +176,7 @@ def svd_together(
     up: Callable[[list[Tensor]], list[Tensor]],
     down: Callable[[list[Tensor]], list[Tensor]],
     progress: Callable[[int, float], None] | None = None,
+    starts: Sequence[Tensor | None] | None = None,
     **options: Any,
 ) -> list[SVD]:
     """Compute the leading triplets of several operators whose products are cheaper together.
@@ -157,6 +186,7 @@ def svd_together(
         rank: number of triplets of each.
         up, down: apply the operators, or their transposes, to one stack of vectors each; a stack may be empty.
         progress: called after each sweep with the sweep count and the worst relative residual of all operators.
+        starts: `start` of each operator, as `iteration` takes it.
         options: as `iteration` takes them.
 
     Returns:
@@ -168,7 +198,10 @@ def svd_together(
     def record(i: int, _: int, residual: float) -> None:
         worst[i] = residual
 
-    steps = [iteration(A, rank, progress=partial(record, i), **options) for i, A in enumerate(operators)]
+    steps = [
+        iteration(A, rank, progress=partial(record, i), start=start, **options)
+        for i, (A, start) in enumerate(zip(operators, starts or [None] * len(operators), strict=True))
+    ]
     requests: dict[int, Request] = {i: next(run) for i, run in enumerate(steps)}
     found: dict[int, SVD] = {}
     sweeps = 0
@@ -203,6 +236,9 @@ def iteration(
     block: int | None = None,
     seed: int = 0,
     progress: Callable[[int, float], None] | None = None,
+    start: Tensor | None = None,
+    spare: int = 0,
+    noise: float | None = None,
 ) -> Iteration:
     """Request products with `A`, of which only the shapes, dtype and device are used here, and return an `SVD`.
 
@@ -216,6 +252,9 @@ def iteration(
         seed: seed of the random start vectors; the same seed gives the same digits on the same machine.
         progress: called after each sweep with the sweep count and the worst relative residual known so far; that is
             infinite after the first sweep, which measures none.
+        start: `[block, *out_shape]`, vectors to start from; default `block` random ones.
+        spare: number of left vectors to return beyond those of the triplets, converged or not.
+        noise: relative error of a product, at whose level residuals rest; default the epsilon of A's dtype.
 
     Yields:
         A side and vectors to multiply: 0 and `[k, *out_shape]` flattened, for a product with the transpose; 1 and
@@ -234,6 +273,7 @@ def iteration(
     width = min(block or block_width(rank, sizes[1]), sizes[0])
     work = torch.promote_types(A.dtype, torch.float32)
     eps = torch.finfo(A.dtype).eps
+    noise = noise or eps
     generator = torch.Generator().manual_seed(seed)
 
     def draw(count: int, side: int) -> Tensor:
@@ -244,10 +284,11 @@ def iteration(
     # its vectors as coefficients in the basis of the other side, [m, m'].
     basis = [Basis(size, work, A.device) for size in sizes]
     image = [Image(), Image()]
-    new = _expanded(draw(width, 0), basis[0], 0.0).directions  # [width, size]
+    first = draw(width, 0) if start is None else start.flatten(1).to(A.device, work)
+    new = _expanded(first, basis[0], 0.0).directions  # [width, size]
     basis[0].append(new)
     triplets: tuple[Tensor, Tensor] | None = None  # those last extracted: coefficients of U, [rank, m], and of V
-    with_next: tuple[Tensor, Tensor]  # the same and the next one, if there is one: [rank + 1, m]
+    extracted: tuple[Tensor, Tensor]  # the same, the next one and the spare ones, as far as there are any
     history: list[float] = []  # the worst residual after each sweep that measured it
 
     for sweeps in range(1, max_sweeps + 1):
@@ -271,7 +312,7 @@ def iteration(
             history.append(float(residual.max()))
             if progress:
                 progress(sweeps, history[-1])
-            if reason := _reason_to_stop(history, S, eps, tol, last=sweeps == max_sweeps):
+            if reason := _reason_to_stop(history, S, noise, tol, last=sweeps == max_sweeps):
                 break
         elif progress:
             progress(sweeps, math.inf)
@@ -286,8 +327,8 @@ def iteration(
             new = torch.cat([new, more])
 
         # Extract triplets. Without a new direction the subspace is closed, and all images are known.
-        with_next = _extracted(image[side].core(basis[other].count), side, rank + 1)
-        triplets = with_next[0][:rank], with_next[1][:rank]
+        extracted = _extracted(image[side].core(basis[other].count), side, rank + max(1, spare))
+        triplets = extracted[0][:rank], extracted[1][:rank]
         if not len(new):
             S, residual = _measured(triplets, image, eps)
             reason = "complete"
@@ -296,7 +337,8 @@ def iteration(
     assert triplets is not None
     order = S.argsort(descending=True, stable=True)  # rounding may swap equal values
     U, V = (side.combined(coefficients)[order] for side, coefficients in zip(basis, triplets, strict=True))
-    values, residuals = (part[rank:].tolist() for part in _measured(with_next, image, eps))
+    values, residuals = (part[rank:].tolist() for part in _measured(extracted, image, eps))
+    further = basis[0].combined(extracted[0][rank:]).reshape(-1, *A.out_shape) if spare else None
     return SVD(
         U.reshape(-1, *A.out_shape),
         S[order],
@@ -306,6 +348,7 @@ def iteration(
         converged=bool((residual <= tol).all()),
         reason=reason,
         following=Following(values[0], residuals[0], residuals[0] <= tol) if values else None,
+        spare=further,
     )
 
 

@@ -43,6 +43,10 @@ DEMO_PROMPTS = {
 class TokenizerError(ValueError):
     """Text that cannot be turned into token ids, or a vocabulary that cannot be read."""
 
+    def __init__(self, message: str, *, will_not_fit: bool = False):
+        super().__init__(message)
+        self.will_not_fit = will_not_fit  # for lack of memory: the command line's exit code 4
+
 
 class Tokenizer(ABC):
     """The interface of a vocabulary.
@@ -245,7 +249,7 @@ class LlamaVocabulary(Tokenizer):
         self._raw = raw
         self._child: llamacpp.Child | None = None
         self._rules: dict[str, Any] = {}  # the vocabulary's properties, from the child
-        self._failure: str | None = None
+        self._failure: TokenizerError | None = None
         self._lock = threading.RLock()
 
     @property
@@ -338,7 +342,7 @@ class LlamaVocabulary(Tokenizer):
         """Start llama.cpp and read the vocabulary, unless done (0.1 s, or 0.5 s for 128 k tokens)."""
         with self._lock:
             if self._failure is not None:
-                raise TokenizerError(self._failure)
+                raise self._failure.with_traceback(None)
             if self._child is not None and self._child.pid == os.getpid() and not self._child.closed:
                 return
             try:
@@ -346,11 +350,13 @@ class LlamaVocabulary(Tokenizer):
                 weakref.finalize(self, child.close)
                 self._rules = child.ask("vocabulary", path=os.fsdecode(self.path))
             except llamacpp.LlamaCppError as error:
-                self._failure = self._repeated() or self._message("cannot read the vocabulary of", error)
-                raise TokenizerError(self._failure) from None
+                message = self._repeated() or self._message("cannot read the vocabulary of", error)
+                self._failure = TokenizerError(message, will_not_fit=error.will_not_fit)
+                raise self._failure from None
             if self._rules["n_tokens"] < self.n_vocab:
-                self._failure = f"llama.cpp reads fewer tokens from {_name(self.path)} than its metadata lists"
-                raise TokenizerError(self._failure)
+                message = f"llama.cpp reads fewer tokens from {_name(self.path)} than its metadata lists"
+                self._failure = TokenizerError(message)
+                raise self._failure
             self._child = child
 
     def _ask(self, call: str, **arguments: Any) -> Any:
@@ -361,7 +367,8 @@ class LlamaVocabulary(Tokenizer):
             try:
                 return self._child.ask(call, **arguments)
             except llamacpp.LlamaCppError as error:
-                raise TokenizerError(self._message("cannot use the vocabulary of", error)) from None
+                message = self._message("cannot use the vocabulary of", error)
+                raise TokenizerError(message, will_not_fit=error.will_not_fit) from None
 
     def _repeated(self) -> str | None:
         """Return which tokens have the same string: llama.cpp ends its process on such a vocabulary."""

@@ -26,7 +26,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "gguf": {"guard"},
     "results": {"drawing"},
     # algebra: operators, no transformer
-    "svd": {"checks", "linop", "results", "sizes"},
+    "svd": {"checks", "linop", "results", "sizes", "units"},
     "frobenius": {"checks", "linop", "results", "sizes", "svd"},
     # files
     "architectures": set(),
@@ -34,7 +34,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "inventory": {"config", "gguf"},
     "quants": {"gguf"},
     "weights": {"gguf", "quants", "sizes"},
-    "runs": {"gguf", "sizes"},
+    "runs": {"gguf", "sizes", "units"},
     "llamacpp": {"runs"},
     "exports": {"architectures", "gguf"},
     "tokenizer": {"display", "gguf", "llamacpp"},
@@ -48,8 +48,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "blocks": {"config", "linop", "rope", "sizes"},
     "jacobian": {"blocks", "decode", "gguf", "linop", "results", "runs", "sizes", "svd", "weights"},
     "model": {
-        *("blocks", "chat", "checks", "config", "decode", "display", "gguf", "jacobian", "planner", "rope", "runs"),
-        *("sizes", "tokenizer", "weights"),
+        *("blocks", "chat", "checks", "config", "decode", "display", "gguf", "jacobian", "planner", "results", "rope"),
+        *("runs", "sizes", "tokenizer", "weights"),
     },
     "prompts": {"model", "tokenizer"},
     "generation": {"blocks", "model", "sizes"},
@@ -62,8 +62,8 @@ MAY_IMPORT: dict[str, set[str]] = {
         "tokenizer",
     },
     "analysis": {
-        *("blocks", "checks", "config", "decode", "frobenius", "generation", "gguf", "jacobian", "linop", "model"),
-        *("parity", "planner", "report"),
+        *("blocks", "checks", "config", "decode", "display", "frobenius", "generation", "gguf", "jacobian", "linop"),
+        *("model", "parity", "planner", "report"),
         *("results", "runs", "session", "sizes", "svd", "weights"),
     },
     "studies": {

@@ -77,7 +77,7 @@ class Norms(Result):
             longest, tokens = getattr(self, f"longest_{name}s"), getattr(self, f"{name}_tokens")
             columns[name] = longest.flatten().tolist()
             columns[f"{name} length"] = getattr(self, f"{name}s").gather(1, longest).flatten().tolist()
-            columns[f"{name} tokens"] = [words.each(ids) for ids in tokens.ids.tolist()]
+            columns |= words.column(f"{name} tokens", tokens.ids.tolist())
         return Table("The longest columns and rows of each position", columns)
 
 

@@ -46,10 +46,9 @@ class TokenSpectrum(Plotted):
 
     def _table(self, words: Words) -> Table:
         found = self.svd._table(words)
-        sides = {side: getattr(self, side).ids.tolist() for side in ("left", "right")}
-        columns = {side: [words.each(row) for row in rows] for side, rows in sides.items()}
+        left, right = (words.column(side, getattr(self, side).ids.tolist()) for side in ("left", "right"))
         (name,) = words.labels([self.position])
-        return Table(f"{found.title} of position {name}", {**found.columns, **columns}, found.notes)
+        return Table(f"{found.title} of position {name}", {**found.columns, **left, **right}, found.notes, found.common)
 
     def _plot(self, words: Words) -> Points:
         return self.svd._plot(words)

@@ -34,7 +34,7 @@ class Predictions(Plotted):
 
     def _table(self, words: Words) -> Table:
         columns = {"logit": self.logits.tolist(), "probability": self.probabilities.tolist()}
-        return Table("Next token", {"next": words.each(self.ids.tolist()), **columns})
+        return Table("Next token", words.column("next", self.ids.tolist()) | columns)
 
     def _plot(self, words: Words) -> Bars:
         names = [words.name(id) for id in self.ids.tolist()]

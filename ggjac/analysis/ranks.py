@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ggjac import display
 from ggjac.frobenius import StableRank, stable_ranks
 from ggjac.jacobian import DetachedJacobian
-from ggjac.results import NO_WORDS, Bars, Plotted, Points, Table, Words
+from ggjac.results import NO_WORDS, Bars, Plotted, Points, Prompt, Table, Words
 from ggjac.sizes import EXACT_ROWS, PROBES
 from ggjac.svd import svd_together
 
@@ -139,6 +140,34 @@ class Ranks(Plotted):
         rows = list(by_position(self.records))
         return Table("Stable rank by token index", {name: [row[name] for row in rows] for name in rows[0]})
 
+    def _sheet(self, words: Words) -> Table:
+        """Return a row for each token of each prompt."""
+        rows = [(i, record, token) for i, record in enumerate(self.records) for token in record["tokens"]]
+        columns: dict[str, list[Any]] = {
+            "prompt": [i for i, *_ in rows],
+            "text": [_shown(record) for _, record, _ in rows],
+            "next id": [record["next"]["id"] for _, record, _ in rows],
+            "next": [display.token(record["next"]) for _, record, _ in rows],
+            "joint": [record["joint"]["value"] for _, record, _ in rows],
+            "position": [token["position"] for *_, token in rows],
+            "token id": [token["id"] for *_, token in rows],
+            "token": [display.token(token) for *_, token in rows],
+        }
+        ranks = [token["stable_rank"] for *_, token in rows]
+        columns |= {name: [rank[key] for rank in ranks] for name, key in (("stable rank", "value"), ("error", "error"))}
+        return Table("Stable rank of each token's map", columns)
+
+    def exhibits(self, trace: Prompt | None = None) -> list[Table]:
+        """Return two tables for print: by prompt and by token index."""
+        columns = {
+            "prompt": [_shown(record) for record in self.records],
+            "next": [display.token(record["next"]) for record in self.records],
+            "joint": [record["joint"]["value"] for record in self.records],
+            "each token": [[f"{value:.3g}" for value in token_values(record)] for record in self.records],
+        }
+        notes = ("joint: of the joint map; each token: of each token's own map",)
+        return [Table("Stable rank of each prompt", columns, notes), self.table(trace)]
+
     def _plot(self, words: Words) -> Points:
         rows = list(by_position(self.records))
         means = [row["mean"] for row in rows], [row["error"] or 0.0 for row in rows]
@@ -160,6 +189,12 @@ def by_position(records: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
             "least": min(values),
             "most": max(values),
         }
+
+
+def _shown(record: dict[str, Any]) -> str:
+    """Return a prompt on one line."""
+    text = display.joined(record["tokens"]) if record["prompt"] is None else record["prompt"]
+    return display.visible(text.encode())
 
 
 def token_values(record: dict[str, Any]) -> list[float]:

@@ -6,7 +6,7 @@ embeddings, one slice per position, and decode to the nearest tokens there.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -82,13 +82,22 @@ class Spectrum(Plotted):
         positions = self.weight.argmax(1).tolist()
         left, right = self.left.ids.tolist(), self.right.ids.tolist()
         columns = {
-            "left": [words.each(ids) for ids in left],
+            **words.column("left", left),
             **words.at(positions),
             "weight": self.weight.amax(1).tolist(),
-            "right": [words.each(right[i * n + positions[i]]) for i in range(k)],
+            **words.column("right", [right[i * n + positions[i]] for i in range(k)]),
         }
         note = "left: tokens the vector promotes; right: nearest tokens at the position with most of its weight"
-        return Table(found.title, {**found.columns, **columns}, (*found.notes, note))
+        return Table(found.title, {**found.columns, **columns}, (*found.notes, note), found.common)
+
+    def _sheet(self, words: Words) -> Table:
+        """Return a row for each vector and position."""
+        found, n = self._table(words), self.weight.shape[1]
+        rows = [(j, i) for j in range(len(self.weight)) for i in range(self.position + 1)]
+        columns = {name: [column[j] for j, _ in rows] for name, column in found.columns.items()}
+        right = words.column("right", [self.right.ids[j * n + i].tolist() for j, i in rows])
+        here = {"weight": [float(self.weight[j, i]) for j, i in rows]} | right
+        return replace(found, columns=columns | words.at([i for _, i in rows]) | here)
 
     def _plot(self, words: Words) -> Points:
         return self.svd._plot(words)

@@ -21,6 +21,7 @@ LARGEST = 3
 # What shares do not say, by token and by block; under every table of them.
 CAVEAT = "The sum is exact; its division depends on the freezing rule (--mlp-path both). A share is not importance."
 DIRECT = "Direct logit attribution, the same under both freezing rules: what a part adds, wherever it read that from."
+SPLIT = {"token": "every input token", "layer": "every block's attention and MLP", "head": "every head and MLP"}
 ALL = 2**31  # more parts than any table has
 
 
@@ -76,6 +77,7 @@ def attribute(
     \b
     ggjac attribute -m model.gguf -p "The capital of France is" --target " Paris" --versus " Rome" --by head
     """
+    from ggjac.analysis.attribute import largest
     from ggjac.cli.result import finish
     from ggjac.cli.session import note_likelier, one_token, open_session
     from ggjac.cli.studies import over_prompts
@@ -103,8 +105,9 @@ def attribute(
         note_likelier(session, versus, ids["versus"], "--versus")
     if output:
         session.save(output, answer.tensors, by=by, versus=ids["versus"])
-    shown = partial(show, count=ALL if whole else count)
-    finish(session, answer.content, output_format, output, result=answer.result, attribution=shown)
+    count = ALL if whole else count
+    shown, cut = partial(show, count=count), partial(largest, count=count or ALL)
+    finish(session, answer.content, output_format, output, results=answer.results, cut=cut, attribution=shown)
 
 
 def both(
@@ -117,7 +120,7 @@ def both(
     count: int | None,
 ) -> None:
     """Split one logit under either freezing rule, one after the other: two forward passes at once may not fit."""
-    from ggjac.analysis.attribute import attribute, both_rules
+    from ggjac.analysis.attribute import attribute, both_rules, largest
     from ggjac.cli.result import finish
     from ggjac.cli.session import note_likelier, one_token, open_session
 
@@ -143,7 +146,8 @@ def both(
     if output:
         session.save(output, result.tensors(), by="token", versus=minus, mlp_path="both")
     content = {"mlp_path": "both", "reconstruction": worse.data(), "attribution": split}
-    finish(session, content, output_format, output, result=result, attribution=partial(show, count=count))
+    shown, cut = partial(show, count=count), partial(largest, count=count or ALL)
+    finish(session, content, output_format, output, results=[result], cut=cut, attribution=shown)
 
 
 def _check_difference(session: "Session", target: int | None, versus: int | None, *, everywhere: bool = False) -> None:
@@ -167,8 +171,8 @@ def show(data: dict[str, Any], count: int | None = None) -> None:
         show_positions(entries, count or LARGEST)
     elif entries[0].get("by", "token") == "token":
         show_tokens(entries[0], count or ALL)
-    elif entries[0]["by"] == "head":
-        show_heads(entries[0], count or SHOWN)
+    elif entries[0]["by"] == "head" or count:
+        show_parts(entries[0], count or SHOWN)
     else:
         show_blocks(entries[0])
 
@@ -275,7 +279,7 @@ def _parts(data: dict[str, Any]) -> list[tuple[str, float]]:
     return [*parts, ("biases of norm and head", data["bias"])]
 
 
-def show_heads(data: dict[str, Any], count: int) -> None:
+def show_parts(data: dict[str, Any], count: int) -> None:
     """Print the largest shares, and the sum of all others."""
     from ggjac.cli.render import bar, line, table
 
@@ -286,7 +290,7 @@ def show_heads(data: dict[str, Any], count: int) -> None:
     if rest:
         rows.append((f"{len(rest)} more: --count N or --all", f"{sum(rest):+.4f}", ""))
     rows.append(("sum", _sum(data), f"logit {data['logit']:.4f}"))
-    table(f"Share of every head and MLP in {asked_logit(data)}", ["", "#share", ""], rows)
+    table(f"Share of {SPLIT[data['by']]} in {asked_logit(data)}", ["", "#share", ""], rows)
     line(DIRECT)
 
 
@@ -311,9 +315,8 @@ def show_positions(entries: list[dict[str, Any]], count: int) -> None:
                 _sum(data),
             )
         )
-    of = {"token": "every input token", "layer": "every block's attention and MLP", "head": "every head and MLP"}
     less = f", minus the logit of {display.token(entries[0]['versus'])}" if entries[0]["versus"] else ""
     columns = ["#position", "token", "target", "#logit", "largest shares", "#sum of all"]
     rule = f" (mlp-path {entries[0]['mlp_path']})" if entries[0]["by"] == "token" else ""
-    table(f"Share of {of[entries[0]['by']]} in a logit at every position{less}{rule}", columns, rows)
+    table(f"Share of {SPLIT[entries[0]['by']]} in a logit at every position{less}{rule}", columns, rows)
     line(CAVEAT if rule else DIRECT)

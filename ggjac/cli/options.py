@@ -432,7 +432,15 @@ tabular_format = click.option(  # of commands whose result is a table
     type=click.Choice(["table", "json", "csv", "latex"]),
     default="table",
     show_default=True,
-    help="csv has all digits and true texts; latex needs the package booktabs.",
+    help="csv has all digits, and ids beside the texts; latex needs the package booktabs.",
+)
+print_format = click.option(  # of commands whose result is several tables, which CSV cannot hold
+    "--format",
+    "output_format",
+    type=click.Choice(["table", "json", "latex"]),
+    default="table",
+    show_default=True,
+    help="latex needs the package booktabs.",
 )
 
 

@@ -47,7 +47,7 @@ def predict(
     answer = answer_predict(session, top=top)
     if output:
         session.save(output, {"logits": session.trace.all_logits() if all_positions else session.logits})
-    finish(session, answer.content, output_format, output, result=answer.result, predictions=show)
+    finish(session, answer.content, output_format, output, results=answer.results, predictions=show)
 
 
 def show(rows: list[dict[str, Any]]) -> None:

@@ -1,11 +1,11 @@
 """`ggjac ranks`: the stable rank of every token's map, over many prompts."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
-from ggjac.cli.options import Many, ModelOptions, iteration_options, many_options, model_options, output, output_format
+from ggjac.cli.options import Many, ModelOptions, iteration_options, many_options, model_options, output, tabular_format
 from ggjac.cli.planning import dry_run
 
 
@@ -15,7 +15,7 @@ from ggjac.cli.planning import dry_run
 @dry_run
 @iteration_options
 @output("Append a JSON line for each prompt to this file; prompts that it already holds are skipped.")
-@output_format
+@tabular_format
 @click.pass_context
 def ranks(
     ctx: click.Context,
@@ -38,22 +38,24 @@ def ranks(
     ggjac ranks -m model.gguf -f prompts.txt -o ranks.jsonl
     """
     from ggjac.analysis.ranks import Ranks
-    from ggjac.cli.render import emit_json
+    from ggjac.cli.render import emit_json, emit_tables
     from ggjac.cli.result import failed
-    from ggjac.cli.session import show_doubts, show_saved, show_tokens, show_warnings
+    from ggjac.cli.session import doubts, show_doubts, show_saved, show_tokens, show_warnings
     from ggjac.cli.studies import common, run, show_ready
 
     found, output = run(what, many, "ranks", output, tol=tol, seed=seed, max_sweeps=max_sweeps)
     records, envelope = found.records, found.envelope
-    data = Ranks(records, found.ready, envelope).data()
+    result = Ranks(records, found.ready, envelope)
     if output_format == "json":
-        emit_json(common(envelope, records) | {"ranks": data})
+        emit_json(common(envelope, records) | {"ranks": result.data()})
+    elif output_format != "table":
+        emit_tables([result], None, output_format, [*envelope["warnings"], *doubts(envelope["model"])])
     else:
         if len(records) == 1:
             show_tokens(envelope["tokens"], ())
         show_warnings(envelope["warnings"])
         show_doubts(envelope["model"])
-        show(data)
+        show(result.data())
         show_ready(found, output)
         show_saved(output)
     if any(map(failed, records)):

@@ -212,9 +212,14 @@ def show_warnings(warnings: Sequence[str]) -> None:
 
 def show_doubts(model: Mapping[str, Any], which: str = "") -> None:
     """Print the warning about a model's weights, if there is one; `model` is that of an envelope."""
-    if model["warning"]:
-        line(f"Warning: {which}{display.visible(model['warning'].encode())}")
+    for doubt in doubts(model):
+        line(f"Warning: {which}{doubt}")
         line("")
+
+
+def doubts(model: Mapping[str, Any]) -> list[str]:
+    """Return the warning about a model's weights, if there is one; `model` is that of an envelope."""
+    return [display.visible(model["warning"].encode())] if model["warning"] else []
 
 
 def show_saved(output: Path | None) -> None:

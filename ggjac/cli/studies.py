@@ -98,7 +98,7 @@ def run(what: ModelOptions, many: Many, name: str, output: Path | None, **option
         asked = measure(model, name, **options, **session)
         begun = partial(_warn, model=model, what=what, workers=many.workers.count if many.workers else None)
         found = study(prompts, asked, begin, output, progress=report, begun=begun)
-    found.envelope["warnings"] += notes
+    found.envelope["warnings"] += [*notes, *what.remarks()]
     return found, output
 
 
@@ -132,6 +132,8 @@ def _tokens(model: Model, prompt: Any, options: dict[str, Any]) -> list[str]:
         session = Session(model, prompt)
     before = len(session.notes)
     options |= {name: one_token(session, options[name], f"--{name}") for name in named}
+    if len({options[name] for name in named}) < len(named):
+        raise click.UsageError("--versus is the token of --target: the difference is 0; name another token")
     return session.notes[before:]
 
 

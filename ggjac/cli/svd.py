@@ -82,7 +82,9 @@ def svd(
         answer = answer_svd(session, **options)
         if output:
             session.save(output, answer.tensors, **settings)
-    finish(session, answer.content, output_format, output, result=answer.result, svd=show)
+    if per_token and output_format == "csv":
+        session.notes.append("csv has the joint map alone; each position's own is in --format latex, json or table")
+    finish(session, answer.content, output_format, output, results=answer.results, svd=show)
 
 
 def show(data: dict[str, Any]) -> None:
@@ -96,7 +98,7 @@ def show_spectrum(data: dict[str, Any]) -> None:
     """Print singular values with both decodings; right vectors at the positions with most of their weight."""
     from ggjac import display
     from ggjac.cli.render import line, numbers, sink, table, width, words, wrapped
-    from ggjac.svd import cut_after
+    from ggjac.units import cut_after
 
     rows = []
     sigmas = numbers([t["singular_value"] for t in data["triplets"]])

@@ -56,7 +56,7 @@ def verify(what: ModelOptions, many: Many, strict: bool, shown: int, output: Pat
         show(data)
         show_layers(data, shown)
 
-    finish(session, answer.content, output_format, result=answer.result, parity=show_all)
+    finish(session, answer.content, output_format, results=answer.results, parity=show_all)
 
 
 def show(data: dict[str, Any]) -> None:

@@ -15,7 +15,7 @@ such maps through the blocks together, so that each weight is dequantized once f
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from jaxtyping import Float
@@ -23,9 +23,10 @@ from torch import Tensor
 
 from ggjac.jacobian.sweep import FrozenNetwork, SharedSweep, Span, Tap
 from ggjac.linop import Homogeneous, LinearOperator, Select
+from ggjac.results import Table
 from ggjac.runs.journal import Journal
 from ggjac.sizes import CHUNK_BYTES, SLICE, MlpPath, chunk_floats
-from ggjac.svd import SVD, svd
+from ggjac.svd import SVD, roughly_first, svd
 
 
 class Progress(Protocol):
@@ -86,6 +87,15 @@ class DetachedJacobian(LinearOperator):
         whole = self.span == Span(0, self.end)
         span = "" if whole else f", from depth {self.span.start} to {self.span.tap.kind} {self.span.tap.index}"
         return f"{super().__repr__()}, position {self.position}, {self.mlp_path}{span}"
+
+    def _repr_html_(self) -> str:
+        """Return what the map is as a table."""
+        start, tap = self.span
+        facts = {"from": f"depth {start}", "to": f"{tap.kind} {tap.index}", "output position": self.position}
+        facts |= {"input": list(self.in_shape), "output": list(self.out_shape), "mlp path": self.mlp_path}
+        return Table.of(
+            "Detached Jacobian", facts | {"dtype": str(self.dtype).removeprefix("torch."), "device": self.device}
+        )._repr_html_()
 
     @property
     def progress(self) -> Callable[[int, int], None] | None:
@@ -170,6 +180,7 @@ class DetachedJacobian(LinearOperator):
         block: int | None = None,
         seed: int = 0,
         progress: Callable[[int, float], None] | None = None,
+        search_dtype: torch.dtype | None = None,
     ) -> SVD:
         """Return the leading singular triplets of the `[d, n d]` matrix, left vectors signed to point along `J x`.
 
@@ -180,11 +191,22 @@ class DetachedJacobian(LinearOperator):
             block: stacked vectors per sweep; default `ggjac.sizes.block_width(rank, n * d)`.
             seed: seed of the random start vectors.
             progress: called after each sweep with the sweep count and the worst relative residual known so far.
+            search_dtype: a narrower dtype, in which the subspace is searched first: faster where the device multiplies
+                faster in it, and as exact; see `ggjac.svd.roughly_first`. Default none.
 
         Raises:
             ValueError: an argument is out of range, or a product is not finite.
         """
-        found = svd(self, rank, tol=tol, max_sweeps=max_sweeps, block=block, seed=seed, progress=progress)
+
+        def solve(starts: list[Tensor] | None = None, **options: Any) -> list[SVD]:
+            return [svd(self, rank, block=block, seed=seed, start=starts and starts[0], **options)]
+
+        options: dict[str, Any] = {"tol": tol, "max_sweeps": max_sweeps, "progress": progress}
+        if search_dtype is None:
+            (found,) = solve(**options)
+        else:
+            noise = torch.finfo(search_dtype).eps
+            (found,) = roughly_first(solve, self.sweep.rounded(search_dtype), noise, **options)
         return found.pointing_along(self.linear_output)
 
     @cached_property

@@ -25,10 +25,10 @@ from ggjac.sizes import TOKENS_AT_ONCE, block_width
 
 
 class Answer(NamedTuple):
-    """What a command says of one prompt: parts of its JSON by name, the main result, and what `-o` saves."""
+    """What a command says of one prompt: parts of its JSON by name, its results, and what `-o` saves."""
 
     content: dict[str, Any]
-    result: Result
+    results: list[Result]
     tensors: dict[str, Tensor]
 
 
@@ -55,7 +55,7 @@ def answer_ranks(session: Session, *, tol: float = 1e-3, seed: int = 0, max_swee
         "sweeps": found.sweeps,
         "stopped_by": found.stopped_by,
     }
-    return Answer(content, found, {})
+    return Answer(content, [found], {})
 
 
 def answer_svd(
@@ -74,12 +74,14 @@ def answer_svd(
     options |= {"tol": tol, "seed": seed, "max_sweeps": max_sweeps}
     result = session.run("svd", svd.spectrum, **options)
     content = {"reconstruction": session.reconstruction().data(), "svd": result.data(session.words)}
+    results: list[Result] = [result]
     tensors = result.tensors()
     if per_token:
         each = session.run("svd per token", each_token, **options)
+        results.append(each)
         content["svd"]["per_token"] = [one.data(session.words) for one in each]
         tensors |= token_tensors(each)
-    return Answer(content, result, tensors)
+    return Answer(content, results, tensors)
 
 
 def answer_attribute(
@@ -107,19 +109,19 @@ def answer_attribute(
     elif by != "token":
         (found,) = found
     content["attribution"] = {"by": by} | found
-    return Answer(content, result, result.tensors())
+    return Answer(content, [result], result.tensors())
 
 
 def answer_predict(session: Session, *, top: int = 5) -> Answer:
     """Find the most likely next tokens."""
     result = predict.predict(session.trace, top, position=session.position)
-    return Answer({"predictions": result.data(session.words)}, result, {})
+    return Answer({"predictions": result.data(session.words)}, [result], {})
 
 
 def answer_verify(session: Session, *, strict: bool = False) -> Answer:
     """Compare with llama.cpp."""
     result = session.verify(strict=strict)
-    return Answer({"parity": result.data(session.words)}, result, {})
+    return Answer({"parity": result.data(session.words)}, [result], {})
 
 
 class Kind(NamedTuple):

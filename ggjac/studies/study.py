@@ -77,14 +77,14 @@ def study(
         begun: called with the plan of the prompts that are to be computed, if there are any.
 
     Raises:
-        PromptError: `prompts` is empty or a text, or the model cannot run a prompt; where there are several, the
+        PromptError: `prompts` is empty or no list, or the model cannot run a prompt; where there are several, the
             message quotes it.
         RunError: the file holds something else, or records that were made otherwise; or workers died.
         JournalError: another process writes to the file.
         NoFitError: the longest prompt does not fit the budgets.
     """
-    if isinstance(prompts, str):  # a sequence too, of texts of one character
-        raise PromptError("prompts is one text; give a list of texts")
+    if isinstance(prompts, str) or not isinstance(prompts, Sequence):  # a text is a sequence too, of characters
+        raise PromptError(f"prompts is of type {type(prompts).__name__}; give a list of texts")
     if not prompts:
         raise PromptError("no prompt was given")
     path, start = None if lines is None else Path(lines), time.perf_counter()
