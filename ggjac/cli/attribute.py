@@ -85,11 +85,13 @@ def attribute(
 
     everywhere = position is None
     if what.both_rules:
-        if everywhere or by != "token" or what.trace or many.each_line:
+        if everywhere or by != "token" or what.trace:
             raise click.UsageError(
                 "--mlp-path both compares the shares of the tokens at one position, from two forward passes; leave "
-                "--position all, --by, --trace and --each-line out"
+                "--position all, --by and --trace out"
             )
+        if many.each_line:
+            raise click.UsageError("--mlp-path both is not for --each-line: run either rule by itself")
         return both(what, position or 0, target, versus, output, output_format, ALL if whole else count)
     place = -1 if position is None else position
     options: dict[str, Any] = {"by": by, "everywhere": everywhere}
