@@ -85,7 +85,9 @@ def test_any_executor_will_do(asked: Measure, expected: bytes, tmp_path: Path) -
     assert path.read_bytes() == b"".join(reversed(expected.splitlines(keepends=True)))
 
 
-def test_killed_workers_and_interrupts_leave_no_trace(asked: Measure, expected: bytes, tmp_path: Path) -> None:
+def test_killed_workers_and_interrupts_leave_no_trace(
+    asked: Measure, expected: bytes, tmp_path: Path, capfd: pytest.CaptureFixture
+) -> None:
     """First Ctrl-C, which ends the workers at once; then a worker is killed, and the pool made again."""
     path, made = tmp_path / "ranks.jsonl", list[int]()
 
@@ -111,6 +113,7 @@ def test_killed_workers_and_interrupts_leave_no_trace(asked: Measure, expected: 
 
     ggjac.study(PROMPTS, asked, pool, path, progress=kill)
     assert made == [1, 0, 1]
+    assert "Traceback" not in capfd.readouterr().err
     assert path.read_bytes() == expected
     assert not multiprocessing.active_children()
 

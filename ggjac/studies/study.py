@@ -161,18 +161,18 @@ def _computed(
                 record = measure(prompt)
             yield record
         return
-    deaths = 0
+    deaths, given = 0, isinstance(executor, Executor)
     while todo:
         with contextlib.nullcontext(executor) if isinstance(executor, Executor) else executor() as pool:
             left = dict(enumerate(todo))
             try:
-                for number, record in _gathered(pool, left, measure, alone=alone):
+                for number, record in _gathered(pool, left, measure, alone=alone, given=given):
                     del left[number]
                     deaths = 0
                     yield record
             except BrokenExecutor as error:
                 deaths += 1
-                if isinstance(executor, Executor) or deaths > RESTARTS:
+                if given or deaths > RESTARTS:
                     raise runs.RunError(f"a worker was ended ({_kind(error)}): {_AGAIN}") from error
         todo = list(left.values())
 
@@ -181,11 +181,12 @@ _AGAIN = "finished prompts are kept; run it again to continue, with fewer worker
 
 
 def _gathered(
-    pool: Executor, todo: Mapping[int, Prompt], measure: Measure, *, alone: bool
+    pool: Executor, todo: Mapping[int, Prompt], measure: Measure, *, alone: bool, given: bool
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield the records that an executor returns, each with the number of its prompt.
 
-    After an error nothing new is begun; what is being computed is still waited for, and yielded.
+    After an error of a prompt nothing new is begun; what is being computed is still waited for, and yielded. After an
+    interrupt the tasks of a pool that the caller has `given` are cancelled, as they would keep it busy.
     """
     futures: dict[Future, int] = {}
     try:
@@ -204,9 +205,11 @@ def _gathered(
             if not _failure(future, "", alone=True):
                 yield futures[future], future.result()
         raise failed
-    finally:
-        for future in futures:
-            future.cancel()
+    except BaseException:
+        if given:  # to a pool of our own, cancelled tasks are a fault when its workers end
+            for future in futures:
+                future.cancel()
+        raise
 
 
 def attempt(measure: Measure, prompt: Prompt) -> dict[str, Any] | Exception:

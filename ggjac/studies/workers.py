@@ -24,6 +24,9 @@ def processes(count: int) -> Iterator[Executor]:
     with theirs, ours, ProcessPoolExecutor(count, context, _begin, (theirs,)) as pool:
         try:
             yield pool
+        except Exception:  # nothing is being computed any more
+            pool.shutdown(cancel_futures=True)
+            raise
         except BaseException:
             ours.close()
             raise
