@@ -25,6 +25,7 @@ from ggjac.jacobian.reconstruction import Reconstruction, reconstruction
 from ggjac.jacobian.tapes import TapeError, Tapes
 from ggjac.model import Model, Trace
 from ggjac.planner import bench, machine
+from ggjac.planner.work import Sweeps
 from ggjac.prompts import position_remark, remarks
 from ggjac.results import Words
 from ggjac.runs.journal import Journal, JournalError
@@ -227,18 +228,23 @@ class Session:
         if asked not in SEARCHES:
             raise ValueError(f"search_dtype {asked!r} is unknown; known: {', '.join(SEARCHES)}")
         if asked == "auto":
-            asked = self.remember("search dtype", lambda: "bfloat16" if self._is_faster("bfloat16") else "same")
+            joint = self._large_map()
+            fast = joint and self.remember("search dtype", lambda: self._is_faster("bfloat16", joint))
+            asked = "bfloat16" if fast else "same"
         return None if asked == "same" or self.model.dtype.itemsize < 4 else torch.bfloat16
 
-    def _is_faster(self, dtype: str) -> bool:
-        """Return whether products in another dtype are clearly faster than those that were planned."""
-        plan, model = self.planned, self.model
-        joint = next((step for step in plan.work.sweeps if step.what == "svd"), None) if plan else None
-        if plan is None or joint is None or model.dtype != torch.float32 or model.config.d < ROUGH_FROM:
-            return False
-        sweep = plan.sweep
-        how: dict[str, Any] = {"threads": torch.get_num_threads(), "device": str(model.device)}
-        gain = bench.rounding_gain(model.gguf, sweep.types, sweep.columns(joint.vectors), dtype=dtype, **how)
+    def _large_map(self) -> Sweeps | None:
+        """Return the planned sweeps of the joint map, if it is so large that another way to search may pay."""
+        if self.planned is None or self.model.dtype != torch.float32 or self.model.config.d < ROUGH_FROM:
+            return None
+        return next((step for step in self.planned.work.sweeps if step.what == "svd"), None)
+
+    def _is_faster(self, dtype: str, step: Sweeps) -> bool:
+        """Return whether the products of planned sweeps are clearly faster in another dtype than in float32."""
+        assert self.planned is not None
+        sweep, file = self.planned.sweep_of(step.region), self.model.gguf
+        how: dict[str, Any] = {"threads": torch.get_num_threads(), "device": str(self.model.device)}
+        gain = bench.rounding_gain(file, sweep.types, sweep.columns(step.vectors), dtype=dtype, **how)
         return gain >= CLEARLY_FASTER
 
     def reconstruction(self) -> Reconstruction:
