@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from ggjac import blocks, chat, decode, planner
 from ggjac.blocks import BlockTape, Frame, NormTape, Past
@@ -25,6 +26,7 @@ from ggjac.gguf import GGUFFile, open_gguf
 from ggjac.gguf.hub import demo_path, resolve, title
 from ggjac.jacobian import DetachedJacobian, FrozenNetwork, Span
 from ggjac.jacobian.tapes import Tapes
+from ggjac.parallel import Crew
 from ggjac.planner import Plan, machine
 from ggjac.results import Table, Words
 from ggjac.rope import rotation
@@ -54,6 +56,7 @@ def open_model(
     threads: int | None = None,
     asked: str | None = None,
     context: int | None = None,
+    group: ProcessGroup | None = None,
 ) -> "Model":
     """Open a GGUF model for tracing; reads headers only.
 
@@ -68,6 +71,7 @@ def open_model(
         asked: the name for which `path` was found, if it was not found here.
         context: the largest number of tokens, and, as in llama.cpp, what decides between LongRoPE's short and long
             factors; default the model's own, and the length of each prompt.
+        group: ranks of `torch.distributed` that share the model; each must make the same calls. Default none.
 
     Raises:
         GGUFError: the file cannot be opened or is damaged.
@@ -91,7 +95,8 @@ def open_model(
     _multiply_in_full()
     found = resolve(path or demo_path())
     asked = asked or (None if path is None or found == Path(path) else str(path))
-    return Model(open_gguf(found), device=device, dtype=dtype, threads=threads, asked=asked, context=context)
+    how: dict[str, Any] = {"device": device, "dtype": dtype, "threads": threads}
+    return Model(open_gguf(found), **how, asked=asked, context=context, group=group)
 
 
 def find_device(name: str | torch.device) -> torch.device:
@@ -154,6 +159,7 @@ class Model:
         context: the context that was asked for, or None.
         trained_context: the number of tokens that the model was trained on.
         weights: every tensor, dequantized on demand.
+        crew: what of every block is this process's, if several share the model; or None.
         tokenizer: text to token ids and back.
         embedding: `[v, d]` input embeddings, streamed.
         head: the LM head; in models with tied embeddings, its matrix is that of the embeddings.
@@ -173,6 +179,7 @@ class Model:
         threads: int,
         asked: str | None = None,
         context: int | None = None,
+        group: ProcessGroup | None = None,
     ):
         self.gguf, self.path, self.asked, self.context = file, file.path, asked, context
         config = read_config(file.metadata, {t.name: t.shape for t in file.tensors.values()})
@@ -181,6 +188,9 @@ class Model:
         self.weights = WeightStore(file, device=device, dtype=dtype, threads=threads)
         self.device, self.dtype, self.chunk_bytes = device, dtype, CHUNK_BYTES
         self._placed = False
+        self.crew: Crew | None = None
+        if group is not None:
+            self.crew = Crew.of(group, self.config, [self.block(i) for i in range(self.config.block_count)])
         self.embedding: Weight = self.weights["token_embd.weight"]
         self.head = decode.Head(
             self.weights["output.weight" if "output.weight" in self.weights else "token_embd.weight"],
@@ -445,7 +455,7 @@ class Model:
             cos, sin = rotation(replace(rope, rounded=imitate), n, factors if rope.factored else None)
             rotations[rope] = cos.to(self.device, self.dtype), sin.to(self.device, self.dtype)
         return Frame(
-            config,
+            self.crew.config if self.crew else config,
             rotations,
             mlp_path,
             [blocks.activation(config, i, table=imitate) for i in range(config.block_count)],
@@ -491,7 +501,8 @@ class Model:
 
         Its matrices come in the dtype `rounding`, default that of the model.
         """
-        return self.weights.block(index, fused_parts(self.config, index), live=live, rounding=rounding)
+        block = self.weights.block(index, fused_parts(self.config, index), live=live, rounding=rounding)
+        return self.crew.part(block, index) if self.crew else block
 
     def prompt_ids(self, prompt: str | Sequence[int], *, parse_special: bool = True) -> list[int]:
         """Return the token ids of a prompt, which may be ids already, if this model can run them; see `tokenize`.
@@ -637,9 +648,9 @@ class Trace:
             PromptError: the prompt has no such position.
             ValueError: the trace was made without tapes, or the model has no such span.
         """
-        return DetachedJacobian(
-            self.network, self.index(position), span, raw=raw, journal=journal, chunk_bytes=self.model.chunk_bytes
-        )
+        crew, at = self.model.crew, self.index(position)
+        records = crew.recorded(journal) if crew else journal
+        return DetachedJacobian(self.network, at, span, raw=raw, journal=records, chunk_bytes=self.model.chunk_bytes)
 
     @property
     def network(self) -> FrozenNetwork:

@@ -287,7 +287,7 @@ class Session:
         if self.trace_folder:
             kept: dict[str, Any] = {"resident": self._resident, "complete": True, "model": self.model.gguf}
             return Tapes(self.trace_folder, self._prompt_identity(), **kept)
-        if self.journal:
+        if self.journal and not self.model.crew:  # of several processes, all begin anew
             identity = self._prompt_identity() | self._machine_identity()
             return Tapes(self.journal.folder / "trace", identity, run=self.journal)
         return True
@@ -316,12 +316,13 @@ class Session:
 
     def _machine_identity(self) -> dict[str, Any]:
         """Return what may change the last bits of a result."""
-        return {
-            "code": runs.code_digest(),
-            "torch": torch.__version__,
-            "device": str(self.model.device),
-            "threads": torch.get_num_threads(),
-        }
+        ranks = {"ranks": self.model.crew.ranks} if self.model.crew else {}
+        return {"code": runs.code_digest()} | self.machine | ranks
+
+    @property
+    def machine(self) -> dict[str, Any]:
+        """What computes here, as plain data: results of the same code are equal to the last bit where it is equal."""
+        return {"torch": torch.__version__, "device": str(self.model.device), "threads": torch.get_num_threads()}
 
     @contextlib.contextmanager
     def checkpointed(
@@ -340,11 +341,13 @@ class Session:
         Raises:
             JournalError: it cannot be resumed, or another process is at work.
         """
-        if folder is None:
+        if folder is None or (self.model.crew and self.model.crew.rank):  # the first rank keeps the record of all
             yield
             return
         assert output is not None
         missing = [parent for parent in folder.parents if not parent.exists()]
+        if self.model.crew and not (folder / "journal.json").exists():
+            resume = False  # as after a restart by torchrun, which repeats the command
         identity = self._prompt_identity() | {"position": self.position} | settings | self._machine_identity()
         identity["ram-budget for dense rows"] = self.model.chunk_bytes  # how many rows a sweep carries
         identity["vram-budget for tiles"] = list(self.model.weights.pieces)
@@ -385,8 +388,9 @@ class Session:
                 folder.rmdir()
 
     def remember(self, name: str, compute: Callable[[], Any]) -> Any:
-        """Return a result that is plain JSON, from an earlier attempt if it has it."""
-        return self.journal.remember(name, compute) if self.journal else compute()
+        """Return a result that is plain JSON, from an earlier attempt if it has it; the first of several processes'."""
+        found = self.journal.remember(name, compute) if self.journal else compute()
+        return self.model.crew.told(found) if self.model.crew else found
 
     # -- results -------------------------------------------------------------------------------------------------------
 
@@ -427,6 +431,7 @@ class Session:
             "dtype": self.dtype,
             "mlp_path": self.mlp_path,
             "threads": torch.get_num_threads(),
+            **({"processes": model.crew.ranks} if model.crew else {}),
             "seconds": dict(self.stages.seconds),
             "peak_memory_bytes": runs.peak_memory(),
         }

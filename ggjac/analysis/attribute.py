@@ -558,7 +558,9 @@ def attribute_branches(
                 added, constant = added + own, constant + bias[0]
                 # Each position has its own vector, and the projection acts at each position alone: one stack is enough.
                 shares = writing.rmatmat(read[None])[0].cpu().double() * z[0].cpu().double()
-                parts.append(shares.unflatten(1, (mixer.heads, -1)).sum(2))
+                own_heads = shares.unflatten(1, (mixer.heads, -1)).sum(2)
+                parts.append(network.weights(i).gathered(own_heads, MIXERS[mixer.kind].output))
+            mixers[-1] = [(mixer.kind, part.shape[1]) for mixer, part in zip(tape.attn.mixers, parts[1:], strict=True)]
             if frozen.values is not None:
                 banks[i] = frozen.values.matmat(stream, one)
             stream = frozen.residual.matmat(stream)

@@ -227,8 +227,10 @@ def _record_part(
 ) -> tuple[FFNTape, Float[Tensor, "n d"]]:
     """Freeze a dense network or a mixture, between the norms of the given names, at the stream `x`; add its output."""
     norm, h = _normed_input(w, frame.config, norm_in, x)
-    found = record_mixture(w, frame, layer, h, x) if routed else (record_hidden(w, frame, layer, h),)
-    tape = FFNTape(norm, found, None)
+    if routed:
+        tape = record_mixture(w, frame, layer, h, x)._replace(norm_in=norm)
+    else:
+        tape = FFNTape(norm, (record_hidden(w, frame, layer, h),), None)
     added = affine(networks(w, tape, len(x)), x)
     after = record_norm(w, frame.config, norm_out, added)
     return tape._replace(norm_out=after), added if after is None else after.apply(added)
@@ -415,7 +417,7 @@ def block(
     elif tape.attn.mixers:
         attn = attention(w, config, tape.attn.at(queries), n, m)
     feed_forward: LinearOperator = Zero((m, d), (m, d), dtype=dtype, device=device)
-    if tape.ffn.networks:
+    if not tape.ffn.empty:
         feed_forward = ffn(w, config, tape.ffn.at(queries), m)
     residual: LinearOperator = Identity((m, d), dtype=dtype, device=device)
     if m < n:

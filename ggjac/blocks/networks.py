@@ -14,7 +14,7 @@ from torch import Tensor
 from ggjac.blocks.frame import BlockWeights, Frame, affine, linear
 from ggjac.blocks.norms import NormTape, inverse_rms, widened
 from ggjac.config import ModelConfig
-from ggjac.linop import Experts, LinearOperator, Scale, Sum, indices_on
+from ggjac.linop import Experts, LinearOperator, Scale, Sum, Zero, indices_on
 
 # Expert scores of router logits `[n, e]`. With `softmax_selected`, the softmax is over the chosen experts and is taken
 # after the choice.
@@ -70,12 +70,19 @@ class FFNTape(NamedTuple):
         norm_in, norm_out: norms before and after the sum of the networks, or None.
         networks: their tapes.
         latent: whether they read and write a narrower stream, through `ffn_latent_down` and `ffn_latent_up`.
+        routed: whether experts are among them; the weights may hold none of those that are used.
     """
 
     norm_in: NormTape | None
     networks: "tuple[HiddenTape | FFNTape, ...]"
     norm_out: NormTape | None
     latent: bool = False
+    routed: bool = False
+
+    @property
+    def empty(self) -> bool:
+        """Whether the branch adds nothing."""
+        return not self.networks and not self.routed
 
     def at(self, queries: slice) -> "FFNTape":
         """Return the tape of some positions, without the experts that none of them uses."""
@@ -127,15 +134,15 @@ def record_hidden(
 
 def record_mixture(
     w: BlockWeights, frame: Frame, layer: int, h: Float[Tensor, "n d"], x: Float[Tensor, "n d"]
-) -> "tuple[HiddenTape | FFNTape, ...]":
+) -> FFNTape:
     """Freeze a mixture of experts at its normed input `h`; `x` is the stream, which some routers read."""
     shared = record_shared(w, frame, layer, h)
     router = _router_input(w, frame.config, x) if frame.config.row.router_norm else h
     if "ffn_latent_down.weight" not in w:
-        return (*record_experts(w, frame, layer, h, router), *shared)
+        return FFNTape(None, (*record_experts(w, frame, layer, h, router), *shared), None, routed=True)
     narrow = affine(linear(w, "ffn_latent_down", len(h)), h)
     experts = record_experts(w, frame, layer, narrow, router)
-    return (FFNTape(None, tuple(experts), None, latent=True), *shared)
+    return FFNTape(None, (FFNTape(None, tuple(experts), None, latent=True, routed=True), *shared), None)
 
 
 def _router_input(w: BlockWeights, config: ModelConfig, x: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
@@ -150,7 +157,7 @@ def record_experts(
 ) -> list[HiddenTape]:
     """Freeze the routed experts of a mixture: those that each position uses, their weights, and the tape of each.
 
-    Only experts that some position uses are read, here and in every product.
+    Only experts that some position uses, and that the weights hold, are read, here and in every product.
 
     Args:
         w, frame, layer: of the block.
@@ -175,8 +182,9 @@ def record_experts(
     parts = (order // chosen.shape[1], places // chosen.shape[1], weights.flatten()[places].to(h.dtype))
     found = []
     for expert, positions, rows, weight in zip(experts, *(part.split(counts) for part in parts), strict=True):
-        tape = record_hidden(w, frame, layer, h[rows], "_exps", expert)
-        found.append(tape._replace(positions=positions, weight=weight))
+        if w.holds(expert):
+            tape = record_hidden(w, frame, layer, h[rows], "_exps", expert)
+            found.append(tape._replace(positions=positions, weight=weight))
     return found
 
 
@@ -209,19 +217,31 @@ def _chosen(w: BlockWeights, config: ModelConfig, scores: Float[Tensor, "n e"], 
 def networks(w: BlockWeights, tape: FFNTape, n: int) -> LinearOperator:
     """Return a feed-forward branch up to the sum of its networks, `[n, d]` to `[n, d]`, before any norm after them."""
     parts: list[LinearOperator] = []
+    shared: list[LinearOperator] = []  # of which the weights have only some terms
     routed: list[tuple[Tensor, LinearOperator]] = []
     for part in tape.networks:
         if isinstance(part, FFNTape):
             inner = networks(w, part, n)
             parts.append(inner if part.norm_out is None else part.norm_out.operator() @ inner)
         elif part.positions is None:
-            parts.append(_network(w, part))
+            (shared if w.shares(f"ffn_down{part.kind}") else parts).append(_network(w, part))
         else:
             routed.append((part.positions, _network(w, part)))
-    core: LinearOperator = Sum(*parts, *([Experts(routed, n)] if routed else []))
+    if tape.routed:
+        (shared if w.shares("ffn_down_exps") else parts).append(Experts(routed, n) if routed else _nothing(w, n))
+    if shared:
+        parts.append(w.joined(Sum(*shared)))
+    core: LinearOperator = Sum(*parts)
     if tape.latent:
         core = linear(w, "ffn_latent_up", n) @ core @ linear(w, "ffn_latent_down", n)
     return core if tape.norm_in is None else core @ tape.norm_in.operator()
+
+
+def _nothing(w: BlockWeights, n: int) -> LinearOperator:
+    """Return the sum of no experts."""
+    down = w.matrix("ffn_down_exps.weight", 0)
+    shape = (n, down.shape[0])
+    return Zero(shape, shape, dtype=down.dtype, device=down.device)
 
 
 def _network(w: BlockWeights, tape: HiddenTape) -> LinearOperator:

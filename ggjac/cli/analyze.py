@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ggjac.cli import together
 from ggjac.cli.options import (
     DepthRanges,
     Depths,
@@ -100,6 +101,10 @@ def analyze(
     parts["search_dtype"] = search_dtype
     as_table = output_format == "table"
     show = _shower(session) if as_table else lambda key, data: None
+    place = together.here()
+    if place and place.rank:
+        output = together.scratch() / "run"
+        output.mkdir()
     with run_folder(output, session.model.title) as folder:
         content = run(session, folder, resume=resume, show=show, **options, **parts)
     if as_table:

@@ -24,7 +24,7 @@ from torch import Tensor
 from ggjac.jacobian.sweep import FrozenNetwork, SharedSweep, Span, Tap
 from ggjac.linop import Homogeneous, LinearOperator, Select
 from ggjac.results import Table
-from ggjac.runs.journal import Journal
+from ggjac.runs.journal import Records
 from ggjac.sizes import CHUNK_BYTES, SLICE, MlpPath, chunk_floats
 from ggjac.svd import SVD, roughly_first, svd
 
@@ -69,7 +69,7 @@ class DetachedJacobian(LinearOperator):
         span: Span | None = None,
         *,
         raw: bool = False,
-        journal: Journal | None = None,
+        journal: Records | None = None,
         chunk_bytes: int = CHUNK_BYTES,
     ):
         n, d = network.x.shape

@@ -245,6 +245,22 @@ class _Forgetful:
         """Return a small dense tensor in float32 at least."""
         return self._weights.wide_vector(name)
 
+    def shares(self, stem: str) -> bool:
+        """Return whether others have more terms of a sum."""
+        return self._weights.shares(stem)
+
+    def holds(self, expert: int) -> bool:
+        """Return whether an expert is among these weights."""
+        return self._weights.holds(expert)
+
+    def joined(self, part: LinearOperator, *, inputs: bool = True, outputs: bool = True) -> LinearOperator:
+        """Return an operator, completed by those who have the rest of it."""
+        return self._weights.joined(part, inputs=inputs, outputs=outputs)
+
+    def gathered(self, own: Tensor, stem: str) -> Tensor:
+        """Return numbers of each head, from those of some."""
+        return self._weights.gathered(own, stem)
+
     def forgetting(self) -> AbstractContextManager:
         """Return a context in which graphs are built without the tiles."""
         return torch.autograd.graph.saved_tensors_hooks(self._pack, _unpack)

@@ -9,6 +9,7 @@ import threading
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -22,6 +23,8 @@ from ggjac.sizes import SMALL_PIECES, Part, Pieces
 from ggjac.weights.bus import Bus
 from ggjac.weights.cache import Cache, Key, Section
 from ggjac.weights.holes import VOCABULARY, Holes
+
+Operator = TypeVar("Operator")
 
 
 class WeightError(ValueError):
@@ -381,6 +384,22 @@ class Block:
     def wide_vector(self, name: str) -> Tensor:
         """Return a small tensor dense, in float32 or wider; it must not be part of a fused one."""
         return self.store.wide(self.store.file.tensors[self.prefix + name])
+
+    def shares(self, stem: str) -> bool:
+        """Return whether others have more terms of a sum: these are all of the weights."""
+        return False
+
+    def holds(self, expert: int) -> bool:
+        """Return whether an expert is among these weights: all are."""
+        return True
+
+    def joined(self, part: Operator, *, inputs: bool = True, outputs: bool = True) -> Operator:
+        """Return an operator as it is, since nobody has more of its terms."""
+        return part
+
+    def gathered(self, own: Tensor, stem: str) -> Tensor:
+        """Return numbers of each head as they are: they are of all heads."""
+        return own
 
     def _stored(self, name: str) -> tuple[str, Part | None]:
         """Return the full name of the stored tensor, and the part of it that is `name`, or None for the whole."""
