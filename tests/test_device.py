@@ -23,6 +23,7 @@ from torch.utils import backend_registration
 
 from ggjac import planner, quants, sizes, svd
 from ggjac.gguf.types import TYPES, GGMLType
+from ggjac.jacobian.tapes import Tapes
 from ggjac.model import find_device, open_model
 from ggjac.planner import memory
 from ggjac.planner import plan as plans
@@ -114,6 +115,18 @@ def test_a_trace_waits_once_for_each_look(experts: int, one_card: card.Card, tin
     assert one_card.waits.pop("_local_scalar_dense") == 3 + 1
     assert one_card.waits.pop("_to_copy") == 3 + 2  # and cosines and sines
     assert not one_card.waits
+
+
+def test_tapes_from_a_folder_are_where_they_were(device: str, tiny_file: TinyFile, tmp_path: Path) -> None:
+    """Positions of experts on the host, and everything else on the device."""
+    model = open_model(tiny_file("qwen3moe"), device=device)
+    expected, found = model.trace(IDS), model.trace(IDS, tapes=Tapes(tmp_path, resident=False))
+    (kept, read) = (trace.tapes[1].ffn.networks[0] for trace in (expected, found))
+    for part in (kept, read):
+        assert part.positions.device.type == "cpu"
+        assert part.factor.device.type == device
+    J = expected.jacobian(3)
+    assert_same(found.jacobian(3).rmatmat(J.output[None]), J.rmatmat(J.output[None]).cpu())
 
 
 def test_lengths_of_a_product_come_back_alone(one_card: card.Card) -> None:
