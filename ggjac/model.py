@@ -20,7 +20,7 @@ from torch.distributed import ProcessGroup
 from ggjac import blocks, chat, decode, planner
 from ggjac.blocks import BlockTape, Frame, NormTape, Past
 from ggjac.checks import whole
-from ggjac.config import ModelConfig, fused_parts, read_config
+from ggjac.config import ModelConfig, Rope, fused_parts, read_config
 from ggjac.display import visible
 from ggjac.gguf import GGUFFile, open_gguf
 from ggjac.gguf.hub import demo_path, resolve, title
@@ -92,7 +92,7 @@ def open_model(
     threads = threads or machine.torch_threads()
     if threads != torch.get_num_threads():
         torch.set_num_threads(threads)
-    torch.backends.cuda.matmul.allow_tf32 = False  # TF32 keeps 10 bits of mantissa: not float32
+    _multiply_in_full()
     found = resolve(path or demo_path())
     asked = asked or (None if path is None or found == Path(path) else str(path))
     how: dict[str, Any] = {"device": device, "dtype": dtype, "threads": threads}
@@ -132,6 +132,14 @@ def find_device(name: str | torch.device) -> torch.device:
     return device
 
 
+def _multiply_in_full() -> None:
+    """Let torch multiply float32 as float32, and let CUDA add up products of 16 bit in float32: neither is sure."""
+    torch.set_float32_matmul_precision("highest")  # under its later name too, `fp32_precision`, and for oneDNN
+    # Parts of a sum that several blocks of threads share would be rounded to 16 bit.
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
+
+
 def _card(device: torch.device) -> str:
     """Return what a CUDA device is, for a message."""
     try:
@@ -157,7 +165,7 @@ class Model:
         head: the LM head; in models with tied embeddings, its matrix is that of the embeddings.
         chunk_bytes: working memory that a chunk of dense rows may take; see `fit`.
         keeps_ready: whether weights stay ready between sweeps, as far as half of the free memory has room, where `fit`
-            does not rule; no bit of a result changes.
+            does not rule; on the CPU no bit of a result changes.
     """
 
     keeps_ready = True
@@ -339,7 +347,8 @@ class Model:
     def fit(self, plan: Plan) -> None:
         """Follow a plan from now on: as many live weights as it has room for are cached between sweeps.
 
-        Jacobians of later traces compute dense rows in chunks of the plan's size. No bit of a result changes.
+        Jacobians of later traces compute dense rows in chunks of the plan's size. On the CPU no bit of a result
+        changes; on a device, larger tiles may change the last ones.
 
         Raises:
             NoFitError: the plan's budget is too small; the message names a sufficient one.
@@ -347,7 +356,7 @@ class Model:
         planner.check(plan)
         self._placed = True
         machine.return_freed_memory()
-        self.weights.place(plan.places, plan.room)
+        self.weights.place(plan.places, plan.room, plan.pieces)
         self.chunk_bytes = plan.work.chunk_bytes
 
     def _keep_ready(self, n: int) -> None:
@@ -358,7 +367,7 @@ class Model:
         self._placed = True
         plan = self.plan(n)
         if plan.fits:
-            self.weights.place(plan.places, plan.room)
+            self.weights.place(plan.places, plan.room, plan.pieces)
 
     def trace(
         self,
@@ -432,17 +441,22 @@ class Model:
         norm = self.freeze_final_norm(h)
         outputs = norm.apply(h)
         observe("result_norm", outputs)
+        if not outputs.isfinite().all():
+            raise blocks.overflow("the final norm", self.dtype)
         self.gguf.check_unchanged()
         return Trace(model=self, ids=ids, x=x, outputs=outputs, norm=norm, frame=shared, tapes=kept)
 
     def frame(self, n: int, *, mlp_path: MlpPath = "up", n_ctx: int | None = None, imitate: bool = False) -> Frame:
         """Return the settings that all blocks share, for positions 0 to `n - 1`; arguments as `trace` takes them."""
         config = self.config
-        ropes = {layer.rope for layer in config.layers if layer.rope}
         factors = self._rope_factors(n_ctx or self.context or n)
+        rotations: dict[Rope, tuple[Tensor, Tensor]] = {}
+        for rope in {layer.rope for layer in config.layers if layer.rope}:
+            cos, sin = rotation(replace(rope, rounded=imitate), n, factors if rope.factored else None)
+            rotations[rope] = cos.to(self.device, self.dtype), sin.to(self.device, self.dtype)
         return Frame(
             self.crew.config if self.crew else config,
-            {rope: rotation(replace(rope, rounded=imitate), n, factors if rope.factored else None) for rope in ropes},
+            rotations,
             mlp_path,
             [blocks.activation(config, i, table=imitate) for i in range(config.block_count)],
         )

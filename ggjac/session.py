@@ -316,12 +316,13 @@ class Session:
 
     def _machine_identity(self) -> dict[str, Any]:
         """Return what may change the last bits of a result."""
-        return {
-            "code": runs.code_digest(),
-            "torch": torch.__version__,
-            "device": str(self.model.device),
-            "threads": torch.get_num_threads(),
-        } | ({"ranks": self.model.crew.ranks} if self.model.crew else {})
+        ranks = {"ranks": self.model.crew.ranks} if self.model.crew else {}
+        return {"code": runs.code_digest()} | self.machine | ranks
+
+    @property
+    def machine(self) -> dict[str, Any]:
+        """What computes here, as plain data: results of the same code are equal to the last bit where it is equal."""
+        return {"torch": torch.__version__, "device": str(self.model.device), "threads": torch.get_num_threads()}
 
     @contextlib.contextmanager
     def checkpointed(
@@ -349,6 +350,7 @@ class Session:
             resume = False  # as after a restart by torchrun, which repeats the command
         identity = self._prompt_identity() | {"position": self.position} | settings | self._machine_identity()
         identity["ram-budget for dense rows"] = self.model.chunk_bytes  # how many rows a sweep carries
+        identity["vram-budget for tiles"] = list(self.model.weights.pieces)
         given: dict[str, Any] = {"resume": resume, "model": self.model.gguf, "every": CHECKPOINT_SECONDS}
         with Journal.open(folder, identity, **given) as self.journal:
             try:

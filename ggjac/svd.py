@@ -297,12 +297,13 @@ def iteration(
 
         # Multiply the newest block, and split the product into a part in the other basis and new directions.
         product = yield side, new
-        if not product.isfinite().all():
+        longest = float(_lengths(product).max())
+        if not math.isfinite(longest):
             raise ValueError(
                 f"sweep {sweeps} gave products that are not finite: the operator overflows {A.dtype} or contains NaN; "
                 "try a wider dtype"
             )
-        scale = max(image[side].scale, float(_lengths(product).max()))
+        scale = max(image[side].scale, longest)
         expanded = _expanded(product, basis[other], eps * scale)
         del product  # as large as a block of the basis, and not needed during the next sweep
         image[side].append(expanded, scale)
@@ -504,8 +505,15 @@ def _at_floor(history: list[float], S: Tensor, eps: float) -> bool:
 
 
 def _lengths(rows: Tensor) -> Float[Tensor, " k"]:
-    """Return the norm of each row, on the CPU, in float64: squares of float32 numbers below 1e-19 vanish in float32."""
-    return torch.linalg.vector_norm(rows.cpu(), dim=1, dtype=torch.float64)
+    """Return the norm of each row, on the CPU, in float64: squares of float32 numbers below 1e-19 vanish in float32.
+
+    They are computed where the rows are, which may be as large as a product, unless that device has no float64.
+    """
+    try:
+        torch.empty(0, dtype=torch.float64, device=rows.device)
+    except (TypeError, RuntimeError):
+        rows = rows.cpu()
+    return torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64).cpu()
 
 
 def _small_svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:

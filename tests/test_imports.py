@@ -32,7 +32,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "architectures": set(),
     "config": {"architectures", "sizes"},
     "inventory": {"config", "gguf"},
-    "quants": {"gguf"},
+    "kernels": set(),
+    "quants": {"gguf", "kernels"},
     "weights": {"gguf", "quants", "sizes"},
     "runs": {"gguf", "sizes", "units"},
     "llamacpp": {"runs"},
@@ -67,11 +68,14 @@ MAY_IMPORT: dict[str, set[str]] = {
         *("model", "parity", "planner", "report"),
         *("results", "runs", "session", "sizes", "svd", "weights"),
     },
+    "studies": {
+        *("analysis", "gguf", "guard", "jacobian", "model", "planner", "results", "runs", "session", "sizes"),
+    },
 }
 # The one that may import anything, and that nothing may import.
 TOP = "cli"
 # Analyses that run whole prompts, and so ask others; all others stand alone.
-CONDUCTORS = {"analyze.py", "ranks.py"}
+CONDUCTORS = {"analyze.py"}
 
 
 def units() -> dict[str, list[Path]]:
@@ -213,6 +217,7 @@ ELSEWHERE = {
     "bench": "planner",
     "report": "report",
     "verify": "parity",
+    "merge": "studies",
 }
 
 

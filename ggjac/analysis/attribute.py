@@ -573,7 +573,7 @@ def attribute_branches(
         if frozen.inputs is not None:
             added = added + frozen.inputs.matmat(middle + added, one)
         mlp.append(share(added[0]))
-        scales.append(frozen.scale)
+        scales.append(1.0 if frozen.scale is None else float(frozen.scale))
         _report(progress, i + 1, len(network.tapes))
     # [L]: what multiplies each block's additions on the way to the end.
     later = torch.tensor(scales, dtype=torch.float64).flip(0).cumprod(0).flip(0)

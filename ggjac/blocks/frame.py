@@ -31,6 +31,10 @@ class WeightMatrix(TiledMatrix, Protocol):
 class BlockWeights(Protocol):
     """The tensors of one block by their short names, such as `attn_q.weight`."""
 
+    @property
+    def slab(self) -> int:
+        """Hidden units of a feed-forward network that exist at a time."""
+
     def __contains__(self, name: str) -> bool:
         """Return whether the file has the tensor."""
 

@@ -14,8 +14,7 @@ from torch import Tensor
 from ggjac.blocks.frame import BlockWeights, Frame, affine, linear
 from ggjac.blocks.norms import NormTape, inverse_rms, widened
 from ggjac.config import ModelConfig
-from ggjac.linop import Experts, LinearOperator, Scale, Sum, Zero
-from ggjac.sizes import SLAB
+from ggjac.linop import Experts, LinearOperator, Scale, Sum, Zero, indices_on
 
 # Expert scores of router logits `[n, e]`. With `softmax_selected`, the softmax is over the chosen experts and is taken
 # after the choice.
@@ -35,7 +34,7 @@ class HiddenTape(NamedTuple):
         live: stem of the live projection, `ffn_up` or `ffn_gate`.
         factor: `[m, f]`, multiplies the live projection.
         constant: `[m, f]`, added to the product by a clamp or shift, or None.
-        positions: `[m]`, the positions that use a routed expert; None for all.
+        positions: `[m]`, the positions that use a routed expert, ascending, on the host; None for all.
         weight: `[m]`, the router's weight of its output, or None for 1.
     """
 
@@ -49,13 +48,10 @@ class HiddenTape(NamedTuple):
 
     def at(self, queries: slice) -> "HiddenTape":
         """Return the tape of some positions, which are counted from the first of them."""
-        rows: slice | Tensor = queries
-        positions = self.positions
+        rows, positions = queries, self.positions
         if positions is not None:
-            inside = (positions >= queries.start) & (positions < queries.stop)
-            if queries.start == 0 and inside.all():
-                return self  # all of them: no copy
-            rows, positions = inside, positions[inside] - queries.start
+            rows = slice(*torch.searchsorted(positions, torch.tensor([queries.start, queries.stop])).tolist())
+            positions = positions[rows] - queries.start
         return self._replace(
             factor=self.factor[rows],
             constant=None if self.constant is None else self.constant[rows],
@@ -179,11 +175,16 @@ def record_experts(
         weights = weights / weights.sum(-1, keepdim=True).clamp_min(2.0**-14)  # llama.cpp's floor: F16's smallest
     weights = weights * config.expert_weights_scale
 
+    # Sorted by expert on the host, for which a device waits once, and not for each expert.
+    by_expert, order = chosen.cpu().flatten().sort(stable=True)  # [n used]
+    experts, counts = (part.tolist() for part in by_expert.unique_consecutive(return_counts=True))
+    places = indices_on(h.device, order)
+    parts = (order // chosen.shape[1], places // chosen.shape[1], weights.flatten()[places].to(h.dtype))
     found = []
-    for expert in filter(w.holds, chosen.unique().tolist()):
-        positions, slot = (chosen == expert).nonzero(as_tuple=True)  # [m] each
-        tape = record_hidden(w, frame, layer, h[positions], "_exps", expert)
-        found.append(tape._replace(positions=positions, weight=weights[positions, slot].to(h.dtype)))
+    for expert, positions, rows, weight in zip(experts, *(part.split(counts) for part in parts), strict=True):
+        if w.holds(expert):
+            tape = record_hidden(w, frame, layer, h[rows], "_exps", expert)
+            found.append(tape._replace(positions=positions, weight=weight))
     return found
 
 
@@ -247,7 +248,7 @@ def _network(w: BlockWeights, tape: HiddenTape) -> LinearOperator:
     """Return one feed-forward network at the positions that use it, `[m, d]` to `[m, d]`: a sum over slabs."""
     m, f = tape.factor.shape
     slabs: list[LinearOperator] = []
-    for units in (slice(a, min(a + SLAB, f)) for a in range(0, f, SLAB)):
+    for units in (slice(a, min(a + w.slab, f)) for a in range(0, f, w.slab)):
         live = linear(w, tape.live, m, tape.kind, tape.expert, rows=units)
         scale = Scale(tape.factor[:, units], None if tape.constant is None else tape.constant[:, units])
         down = linear(w, "ffn_down", m, tape.kind, tape.expert, columns=units)

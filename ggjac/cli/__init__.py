@@ -39,6 +39,7 @@ COMMANDS = {
     "ranks": "Stable rank of every token's own map, over many prompts.",
     "norms": "Longest columns and rows of the dense detached Jacobian, decoded.",
     "attribute": "Shares of input tokens in a logit; direct logit attribution to layers and heads.",
+    "merge": "Put the files of a study's shards together.",
     "compare": "Two files of one model: spectra, subspaces, shares, logits.",
     "contrast": "Reconstruction with and without freezing: detached and ordinary Jacobian.",
     "steer": "Steer one prompt with the linear map of another (activation steering).",
@@ -48,7 +49,7 @@ COMMANDS = {
 
 
 # Those that take no prompt; all others can be planned, and have a row in `ggjac.planner.work.JOBS`.
-WITHOUT_PROMPT = ("models", "info", "plan", "report", "bench")
+WITHOUT_PROMPT = ("models", "info", "plan", "merge", "report", "bench")
 
 
 # What the library asks for, and the options that give it.

@@ -1,13 +1,15 @@
 """`ggjac svd`: singular values and vectors of the detached Jacobian, decoded."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from ggjac.cli.options import (
+    Many,
     ModelOptions,
     hide_special,
+    many_options,
     model_options,
     output,
     position,
@@ -20,15 +22,13 @@ from ggjac.cli.options import (
 )
 from ggjac.cli.planning import dry_run
 
-if TYPE_CHECKING:
-    from ggjac.results import Result
-
 NUMBERS = 32  # columns of the terminal that the numbers of singular vectors take, and the gaps
 PLACES, WORDS = 3, 8  # of the tables: positions of each right vector, tokens of each left one
 
 
 @click.command()
 @model_options()
+@many_options
 @dry_run
 @position
 @spectrum_options
@@ -45,6 +45,7 @@ PLACES, WORDS = 3, 8  # of the tables: positions of each right vector, tokens of
 @tabular_format
 def svd(
     what: ModelOptions,
+    many: Many,
     position: int,
     rank: int,
     tol: float,
@@ -67,34 +68,27 @@ def svd(
     \b
     ggjac svd -m model.gguf -p "The capital of France is" -k 4 -o svd.safetensors
     """
-    from ggjac.analysis.per_token import per_token as each_token
-    from ggjac.analysis.per_token import tensors as token_tensors
-    from ggjac.analysis.svd import spectrum
     from ggjac.cli.result import finish
     from ggjac.cli.session import check_resume, open_session
+    from ggjac.cli.studies import over_prompts
     from ggjac.session import checkpoint
+    from ggjac.studies.measures import answer_svd
 
+    settings: dict[str, Any] = {"rank": rank, "tol": tol, "seed": seed}
+    options = settings | {"top": top, "max_sweeps": max_sweeps, "hide_special": hide_special, "per_token": per_token}
+    if many.each_line:
+        options["search_dtype"] = "same" if search_dtype == "auto" else search_dtype  # the same bits on any worker
+        return over_prompts(what, many, "svd", output, output_format, position=position, **options)
     check_resume(output, resume)
     session = open_session(what, position=position, rank=rank, output=output)
-    settings: dict[str, Any] = {"rank": rank, "tol": tol, "seed": seed}
-    iteration = settings | {"top": top, "max_sweeps": max_sweeps, "hide_special": hide_special}
     marks: dict[str, Any] = {"search-dtype": search_dtype} | ({"per_token": per_token} if per_token else {})
-    words = session.words
     with session.checkpointed(checkpoint(output), resume=resume, output=output, **settings, **marks):
-        result = session.run("svd", spectrum, search_dtype=session.search_dtype(search_dtype), **iteration)
-        results: list[Result] = [result]
-        content = {"reconstruction": session.reconstruction().data(), "svd": result.data(words)}
-        tensors = result.tensors()
-        if per_token:
-            each = session.run("svd per token", each_token, **iteration)
-            results.append(each)
-            content["svd"]["per_token"] = [one.data(words) for one in each]
-            tensors |= token_tensors(each)
+        answer = answer_svd(session, search_dtype=search_dtype, **options)
         if output:
-            session.save(output, tensors, **settings)
+            session.save(output, answer.tensors, **settings)
     if per_token and output_format == "csv":
         session.notes.append("csv has the joint map alone; each position's own is in --format latex, json or table")
-    finish(session, content, output_format, output, results=results, svd=show)
+    finish(session, answer.content, output_format, output, results=answer.results, svd=show)
 
 
 def show(data: dict[str, Any]) -> None:

@@ -224,6 +224,7 @@ class _Forgetful:
     def __init__(self, weights: BlockWeights):
         self._weights = weights
         self._on_loan: dict[int, WeightMatrix] = {}  # by address, while a product uses them
+        self.slab = weights.slab
 
     def __contains__(self, name: str) -> bool:
         return name in self._weights

@@ -19,7 +19,7 @@ from torch import Tensor
 from ggjac import quants
 from ggjac.gguf import GGUFFile, TensorInfo
 from ggjac.gguf.types import TYPES, holds_weights, row_bytes
-from ggjac.sizes import TILE_ELEMENTS, Part
+from ggjac.sizes import SMALL_PIECES, Part, Pieces
 from ggjac.weights.bus import Bus
 from ggjac.weights.cache import Cache, Key, Section
 from ggjac.weights.holes import VOCABULARY, Holes
@@ -45,6 +45,7 @@ class WeightStore:
         bytes_read: quantized bytes dequantized.
         places: where the weights of each block are kept between sweeps; see `place`.
         cache: the weights that are kept.
+        pieces: sizes of tiles and of slabs.
         holes: rows of zeros among the weights that were read.
         invalid: rows of the vocabulary's matrices that hold NaN or infinite values, of those that were read, by tensor.
             A token that no text has must not stop everything.
@@ -60,6 +61,7 @@ class WeightStore:
         self.bytes_read = 0
         self.places: list[str] = []
         self.cache = Cache({})
+        self.pieces = SMALL_PIECES
         self._bus = None if device.type == "cpu" else Bus(device)
         self.holes = Holes(file.metadata)
         self.invalid: dict[str, set[int]] = defaultdict(set)
@@ -89,7 +91,7 @@ class WeightStore:
         """Refuse to go on if the file was changed by another program, as `GGUFFile.check_unchanged` says."""
         self.file.check_unchanged()
 
-    def place(self, places: Sequence[str], room: Mapping[str, int]) -> None:
+    def place(self, places: Sequence[str], room: Mapping[str, int], pieces: Pieces = SMALL_PIECES) -> None:
         """Choose where the weights of live blocks are kept between sweeps, and release those kept so far.
 
         Calling it again with equal arguments, as for another prompt, keeps what is cached; entries unused since then
@@ -99,11 +101,12 @@ class WeightStore:
             places: of each block: `"dense"` (on the device, in `dtype`), `"device"` (there, quantized), `"pinned"` (in
                 RAM, quantized, for a device) or `"file"` (not kept; the system's page cache). See `ggjac.planner`.
             room: bytes that may be kept at each place; weights that do not fit are read from the file.
+            pieces: sizes of tiles and of slabs from now on, in all passes.
         """
-        if (list(places), dict(room)) == (self.places, self.cache.room):
+        if (list(places), dict(room), pieces) == (self.places, self.cache.room, self.pieces):
             self.cache.age()
         else:
-            self.places, self.cache = list(places), Cache(room)
+            self.places, self.cache, self.pieces = list(places), Cache(room), pieces
 
     def dequantize(
         self, key: Key, place: str = "file", *, forgiving: bool = False, rounding: torch.dtype | None = None
@@ -295,7 +298,7 @@ class Weight:
         Rows of the vocabulary's matrices that hold NaN or infinite values are zeros; see `WeightStore.invalid`.
         """
         out, columns = self.shape
-        step = max(1, TILE_ELEMENTS // columns)
+        step = max(1, self.store.pieces.tile // columns)
         for start in range(0, out, step):
             stop = min(start + step, out)
             yield start, stop, self._dequantized(start, stop, forgiving=self.info.name in VOCABULARY)
@@ -338,6 +341,11 @@ class Block:
     slices: Mapping[str, Part]
     place: str = "file"
     rounding: torch.dtype | None = None
+
+    @property
+    def slab(self) -> int:
+        """Hidden units of a feed-forward network that exist at a time."""
+        return self.store.pieces.slab
 
     def __contains__(self, name: str) -> bool:
         """Return whether the file has the tensor, alone or inside a fused one."""
