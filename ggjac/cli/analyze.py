@@ -87,7 +87,11 @@ def analyze(
     check_resume(output, resume)
     session = open_session(what, position=position, rank=rank)
     depths = None if layers is None else layers.of(session.model.config.block_count)
-    if resume and output and finished(output):
+    place = together.here()
+    there = bool(resume and output and finished(output))
+    if place and place.agreed(there) and place.rank:  # the first one says so
+        return
+    if there and output:
         check_same(session, output, rank=rank, tol=tol, seed=seed)
         content = load_run(output)
         if output_format == "json":
@@ -101,7 +105,6 @@ def analyze(
     parts["search_dtype"] = search_dtype
     as_table = output_format == "table"
     show = _shower(session) if as_table else lambda key, data: None
-    place = together.here()
     if place and place.rank:
         output = together.scratch() / "run"
         output.mkdir()

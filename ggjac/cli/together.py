@@ -91,6 +91,12 @@ class Together:
             if self.rank and content:
                 path.write_bytes(content)
 
+    def agreed(self, found: bool) -> bool:
+        """Return what the first process has found, where only it can look."""
+        from ggjac.parallel import of_first
+
+        return of_first(bytes([found]), self.group) == b"\x01"
+
     def say(self, message: str) -> None:
         """Print an error once, whichever process it is of: the first one's, or one that the first has not met."""
         with contextlib.suppress(RuntimeError):  # whoever served the store has ended
