@@ -481,6 +481,57 @@ class _Chunk(NamedTuple):
     last: bool
 
 
+class Network(LinearOperator):
+    """A feed-forward network with frozen factors, `down @ Scale(factor) @ up` at each position, as a sum over slabs.
+
+    Many vectors going down are multiplied by the matrix of each position, `[out, in]`, where making it and using it
+    takes fewer FLOP: for all dense rows, three quarters or less, since it has no hidden units.
+    """
+
+    def __init__(self, slabs: Sequence[tuple[Linear, Scale, Linear]]):
+        """Take the `down`, factor and `up` of each slab of hidden units."""
+        self.slabs = slabs
+        self.parts = tuple(Chain(*slab) for slab in slabs)
+        self.sum = Sum(*self.parts)
+        self.in_shape, self.out_shape = self.sum.in_shape, self.sum.out_shape
+        self.dtype, self.device = self.sum.dtype, self.sum.device
+
+    def matmat(self, X: Float[Tensor, "k n d"], t: Homogeneous = None) -> Float[Tensor, "k n out"]:
+        """Add up the results of the slabs."""
+        return self.sum.matmat(X, t)
+
+    def rmatmat(self, Y: Float[Tensor, "k n out"]) -> Float[Tensor, "k n d"]:
+        """Add up the results of the transposed slabs, or multiply by the matrix of each position."""
+        widths = [scale.in_shape[1] for _, scale, _ in self.slabs]
+        if not forms(len(Y), self.out_shape[1], self.in_shape[1], sum(widths), max(widths)):
+            return self.sum.rmatmat(Y)
+        X = Y.new_empty(len(Y), *self.in_shape)
+        for p, matrix in enumerate(self.matrices()):
+            X[:, p].addmm_(Y[:, p], matrix, beta=0)
+        return X
+
+    def matrices(self) -> Float[Tensor, "n out d"]:
+        """Return the matrix of each position."""
+        n, (_, out), (_, d) = self.in_shape[0], self.out_shape, self.in_shape
+        made = torch.zeros(n, out, d, dtype=self.dtype, device=self.device)
+        for down, scale, up in self.slabs:
+            inner = torch.cat([tile.clone() for *_, tile in up.weight.tiles()])  # [slab, d]
+            for start, stop, tile in down.weight.tiles():
+                for matrix, factor in zip(made, scale.diagonal, strict=True):
+                    matrix[start:stop].addmm_(tile * factor, inner, alpha=down.gain * up.gain)
+        return made
+
+
+def forms(vectors: int, out: int, d: int, hidden: int, slab: int) -> bool:
+    """Return whether a network makes its matrices `[out, d]` for products with so many vectors: FLOP and floats.
+
+    With a position's vectors, hidden units cost `2 hidden (out + d)` FLOP for each; the matrix costs `2 out d hidden`
+    once, and `2 out d` for each. It may take no more floats than the units of a slab, before and after their factor.
+    """
+    through, made = vectors * hidden * (out + d), out * d * (hidden + vectors)
+    return made < through and out * d <= 2 * vectors * slab
+
+
 class Experts(LinearOperator):
     """A sum of operators that each act on some positions only: gather, apply, add back. `[n, d]` to `[n, d]`.
 
