@@ -491,7 +491,7 @@ class Network(LinearOperator):
     def __init__(self, slabs: Sequence[tuple[Linear, Scale, Linear]]):
         """Take the `down`, factor and `up` of each slab of hidden units."""
         self.slabs = slabs
-        self.parts = tuple(Chain(*slab) for slab in slabs)
+        self.parts = tuple(down @ scale @ up for down, scale, up in slabs)
         self.sum = Sum(*self.parts)
         self.in_shape, self.out_shape = self.sum.in_shape, self.sum.out_shape
         self.dtype, self.device = self.sum.dtype, self.sum.device
@@ -517,8 +517,10 @@ class Network(LinearOperator):
         for down, scale, up in self.slabs:
             inner = torch.cat([tile.clone() for *_, tile in up.weight.tiles()])  # [slab, d]
             for start, stop, tile in down.weight.tiles():
+                scaled = torch.empty_like(tile)
                 for matrix, factor in zip(made, scale.diagonal, strict=True):
-                    matrix[start:stop].addmm_(tile * factor, inner, alpha=down.gain * up.gain)
+                    torch.mul(tile, factor, out=scaled)
+                    matrix[start:stop].addmm_(scaled, inner, alpha=down.gain * up.gain)
         return made
 
 

@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -56,6 +56,7 @@ class SVD(Plotted):
             precision), `"precision"` (the residual stalls at the rounding error of the operator's dtype) or `"sweeps"`
             (the limit is reached).
         following: the next singular value; None where the subspace holds no more than these.
+        method: `"sweeps"`: block Krylov iteration; `"matrix"`: LAPACK on the whole matrix, exact to rounding.
     """
 
     U: Tensor
@@ -66,6 +67,7 @@ class SVD(Plotted):
     converged: bool
     reason: str
     following: Following | None = None
+    method: Literal["sweeps", "matrix"] = "sweeps"
 
     def pointing_along(self, output: Tensor) -> "SVD":
         """Flip pairs of vectors so that each left one points along an output `[*out_shape]`: `⟨output, u⟩ >= 0`.
@@ -80,6 +82,7 @@ class SVD(Plotted):
     def data(self, words: Words = NO_WORDS) -> dict[str, Any]:
         """Return the singular values with their residuals, the largest first, the next one, and how it all ended."""
         return {
+            "method": self.method,
             "sweeps": self.sweeps,
             "converged": self.converged,
             "stopped_by": self.reason,
@@ -93,12 +96,20 @@ class SVD(Plotted):
     def _table(self, words: Words) -> Table:
         S = self.S.tolist()
         cut = cut_after(S[-1], len(S), self.following and self.following._asdict())
-        notes = (f"{self.sweeps} sweeps, stopped by: {self.reason}", *([cut] if cut else []))
+        notes = (ending(self.data()), *([cut] if cut else []))
         return Table("Singular triplets", {"sigma": S, "residual": self.residual.tolist()}, notes)
 
     def _plot(self, words: Words) -> Points:
         S = self.S.tolist()
         return Points("Singular values", "index", "σ", {"σ": (range(1, len(S) + 1), S, ())})
+
+
+def ending(data: Mapping[str, Any]) -> str:
+    """Return a line on how triplets were found, given their data."""
+    sweeps = f"{data['sweeps']} sweep{'s' * (data['sweeps'] != 1)}"
+    if data["method"] == "matrix":
+        return f"from the whole matrix ({sweeps}), exact to rounding"
+    return f"{sweeps}, stopped by: {data['stopped_by']}"
 
 
 def is_close(last: float, following: Mapping[str, Any] | None) -> bool:
@@ -138,6 +149,42 @@ def svd(A: LinearOperator, rank: int, **options: Any) -> SVD:
             side, vectors = steps.send(product(vectors.to(A.dtype).reshape(-1, *shape)).flatten(1).to(vectors.dtype))
     except StopIteration as stop:
         return stop.value
+
+
+def svd_of_matrix(matrix: Float[Tensor, "out in"], rank: int, *, tol: float, sweeps: int) -> SVD:
+    """Return the `rank` largest triplets of a matrix by LAPACK, in float32 at least, with their measured residuals.
+
+    All triplets are known, so that no larger one can be missing, and the next value is exact, too.
+
+    Args:
+        matrix: any, with at least `rank` rows and columns.
+        rank: number of triplets.
+        tol: residual at which a triplet counts as converged.
+        sweeps: that gave the matrix.
+
+    Raises:
+        ValueError: the matrix is not finite.
+    """
+    A = matrix.cpu().to(torch.promote_types(matrix.dtype, torch.float32))
+    if not A.isfinite().all():
+        raise ValueError(f"the matrix is not finite: it overflows {matrix.dtype} or contains NaN; try a wider dtype")
+    U, S, Vh = torch.linalg.svd(A, full_matrices=False)
+    U, S, Vh = U.T[: rank + 1], S[: rank + 1], Vh[: rank + 1]  # [k + 1, out], [k + 1], [k + 1, in]
+    forward, backward = _lengths(Vh @ A.T - S[:, None] * U), _lengths(U @ A - S[:, None] * Vh)
+    residual = _relative(torch.maximum(forward, backward).to(S), S, torch.finfo(A.dtype).eps)
+    values, residuals = S[rank:].tolist(), residual[rank:].tolist()
+    U, S, Vh, residual = (part[:rank].contiguous().to(matrix.device) for part in (U, S, Vh, residual))
+    return SVD(
+        U,
+        S,
+        Vh,
+        residual,
+        sweeps=sweeps,
+        converged=bool((residual <= tol).all()),
+        reason="complete",
+        following=Following(values[0], residuals[0], residuals[0] <= tol) if values else None,
+        method="matrix",
+    )
 
 
 def svd_together(
@@ -227,7 +274,7 @@ def iteration(
     Raises:
         ValueError: `rank`, `tol`, `max_sweeps` or `block` is out of range, or a product with A is not finite.
     """
-    _check(A, rank, tol, max_sweeps, block)
+    check_options(A, rank, tol=tol, max_sweeps=max_sweeps, block=block)
     sizes = math.prod(A.out_shape), math.prod(A.in_shape)
     width = min(block or block_width(rank, sizes[1]), sizes[0])
     work = torch.promote_types(A.dtype, torch.float32)
@@ -305,7 +352,7 @@ def iteration(
     )
 
 
-def _check(A: LinearOperator, rank: int, tol: float, max_sweeps: int, block: int | None) -> None:
+def check_options(A: LinearOperator, rank: int, *, tol: float, max_sweeps: int, block: int | None = None) -> None:
     """Check the arguments of `iteration`.
 
     Raises:
@@ -442,8 +489,12 @@ def _measured(
     S = (AV * U).sum(1).abs()
     forward, backward = _lengths(AV - S[:, None] * U), _lengths(AtU - S[:, None] * V)
     absolute = torch.maximum(torch.hypot(forward, V_lost), torch.hypot(backward, U_lost)).to(S)
-    relative = absolute / torch.where(S > 10 * eps * S.max(), S, S.max()).clamp_min(torch.finfo(S.dtype).tiny)
-    return S, relative
+    return S, _relative(absolute, S, eps)
+
+
+def _relative(absolute: Float[Tensor, " k"], S: Float[Tensor, " k"], eps: float) -> Float[Tensor, " k"]:
+    """Return residuals relative to their singular values; to the largest one, where they are zero to rounding."""
+    return absolute / torch.where(S > 10 * eps * S.max(), S, S.max()).clamp_min(torch.finfo(S.dtype).tiny)
 
 
 def _at_floor(history: list[float], S: Tensor, eps: float) -> bool:

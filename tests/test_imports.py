@@ -32,6 +32,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "config": {"architectures", "sizes"},
     "inventory": {"config", "gguf"},
     "quants": {"gguf"},
+    "ways": {"config", "sizes"},
     "weights": {"gguf", "quants", "sizes"},
     "runs": {"gguf", "sizes"},
     "llamacpp": {"runs"},
@@ -40,12 +41,12 @@ MAY_IMPORT: dict[str, set[str]] = {
     "chat": {"tokenizer"},
     "report": {"display", "drawing", "runs", "units"},
     # planning: sizes and rates
-    "planner": {"config", "gguf", "linop", "results", "sizes", "units", "weights"},
+    "planner": {"config", "gguf", "linop", "results", "sizes", "units", "ways", "weights"},
     # network: the block algebra, no file layout
     "rope": {"config"},
     "decode": {"linop", "weights"},
     "blocks": {"config", "linop", "rope", "sizes"},
-    "jacobian": {"blocks", "decode", "gguf", "linop", "results", "runs", "sizes", "svd", "weights"},
+    "jacobian": {"blocks", "decode", "gguf", "linop", "results", "runs", "sizes", "svd", "ways", "weights"},
     "model": {
         *("blocks", "chat", "config", "decode", "display", "gguf", "jacobian", "planner", "rope", "runs", "sizes"),
         "tokenizer",
@@ -64,7 +65,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "analysis": {
         *("blocks", "config", "decode", "frobenius", "generation", "gguf", "jacobian", "linop", "model", "parity"),
         "report",
-        *("results", "runs", "session", "sizes", "svd", "weights"),
+        *("results", "runs", "session", "sizes", "svd", "ways", "weights"),
     },
 }
 # The one that may import anything, and that nothing may import.

@@ -14,11 +14,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ggjac.decode import Ranked, nearest, top_logits
-from ggjac.frobenius import StableRank, stable_ranks
+from ggjac.frobenius import StableRank, exact_stable_rank, stable_ranks
 from ggjac.jacobian import DetachedJacobian, Progress
 from ggjac.results import NO_WORDS, Plotted, Points, Table, Words
 from ggjac.sizes import EXACT_ROWS, EXPECTED_SWEEPS, PROBES
-from ggjac.svd import SVD
+from ggjac.svd import SVD, check_options
+from ggjac.ways import Task
 
 
 @dataclass(frozen=True)
@@ -113,6 +114,7 @@ def spectrum(
     Raises:
         ValueError: rank, `tol` or `max_sweeps` are out of range, as `ggjac.svd.svd` has them.
     """
+    check_options(jacobian, rank, tol=tol, max_sweeps=max_sweeps)
     head, embedding = jacobian.network.head, jacobian.network.embedding
     sweep = 1
     history: list[float] = []  # the worst residual after each sweep that measured it
@@ -124,12 +126,18 @@ def spectrum(
             progress(f"sweep {sweep}{residual}, {what}", done, total, sweeps_left(history, sweep, tol))
         sweep += done == total
 
+    def rows(what: str, done: int, total: int, rounds: int = 0) -> None:
+        if progress:
+            progress(f"all rows, {what}", done, total)
+
     def signs(what: str, done: int, total: int, rounds: int = 0) -> None:
         if progress:
             progress(f"signs, {what}", done, total)
 
     with jacobian.reporting(signs):
         _ = jacobian.linear_output  # along which the vectors will point
+    with jacobian.reporting(rows):
+        jacobian.matrix(Task(rank))  # if that is the cheaper way
     with jacobian.reporting(report):
         triplets = jacobian.svd(
             rank, tol=tol, seed=seed, max_sweeps=max_sweeps, progress=lambda _, worst: history.append(worst)
@@ -170,8 +178,11 @@ def stable_rank(
     """Compute the stable rank `‖J‖²_F / σ₁²` of the joint `[d, n d]` map, the number of directions that it really uses.
 
     The known triplets count exactly. The rest is averaged over seeded Gaussian probes in one downward sweep, or summed
-    over all rows where there are at most `EXACT_ROWS`, as many at a time as fit into the Jacobian's `chunk_bytes`.
+    over all rows where there are at most `EXACT_ROWS`, as many at a time as fit into the Jacobian's `chunk_bytes`. If
+    the triplets come from the matrix, all rows are there.
     """
+    if triplets.method == "matrix" and (matrix := jacobian.matrix(Task(len(triplets.S)))) is not None:
+        return exact_stable_rank(triplets, matrix)
     chunk = jacobian.rows_at_once() if jacobian.out_shape[0] <= EXACT_ROWS else None
     with jacobian.reporting(progress):
         (found,) = stable_ranks(

@@ -75,11 +75,12 @@ def svd(
     marks = {"per_token": per_token} if per_token else {}
     words = session.words
     with session.checkpointed(checkpoint(output), resume=resume, output=output, **settings, **marks):
+        # First, since the joint map takes the matrix that this may leave.
+        each = session.run("svd per token", each_token, **iteration) if per_token else []
         result = session.run("svd", spectrum, **iteration)
         content = {"reconstruction": session.reconstruction().data(), "svd": result.data(words)}
         tensors = result.tensors()
         if per_token:
-            each = session.run("svd per token", each_token, **iteration)
             content["svd"]["per_token"] = [one.data(words) for one in each]
             tensors |= token_tensors(each)
         if output:
@@ -98,7 +99,7 @@ def show_spectrum(data: dict[str, Any]) -> None:
     """Print singular values with both decodings; right vectors at the positions with most of their weight."""
     from ggjac import display
     from ggjac.cli.render import line, numbers, sink, table, width, words, wrapped
-    from ggjac.svd import cut_after
+    from ggjac.svd import cut_after, ending
 
     rows = []
     sigmas = numbers([t["singular_value"] for t in data["triplets"]])
@@ -122,8 +123,11 @@ def show_spectrum(data: dict[str, Any]) -> None:
         "right vector: weight, position, nearest tokens",
     ]
     table("Singular vectors of the detached Jacobian", columns, rows)
-    state = "converged" if data["converged"] else f"NOT converged to {data['tol']:.0e}"
-    line(f"{state} after {data['sweeps']} sweeps (stopped by: {data['stopped_by']})")
+    if data["method"] == "matrix":
+        line(ending(data))
+    else:
+        state = "converged" if data["converged"] else f"NOT converged to {data['tol']:.0e}"
+        line(f"{state} after {data['sweeps']} sweeps (stopped by: {data['stopped_by']})")
     cut = data["triplets"] and cut_after(
         data["triplets"][-1]["singular_value"], len(data["triplets"]), data["next_singular_value"]
     )

@@ -12,8 +12,10 @@ A map may also start at a later block and end at a tap inside the network. `Shar
 such maps through the blocks together, so that each weight is dequantized once for all of them.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cached_property
 from typing import Protocol
 
@@ -25,7 +27,8 @@ from ggjac.jacobian.sweep import FrozenNetwork, SharedSweep, Span, Tap
 from ggjac.linop import Homogeneous, LinearOperator, Select
 from ggjac.runs.journal import Journal
 from ggjac.sizes import CHUNK_BYTES, SLICE, MlpPath, chunk_floats
-from ggjac.svd import SVD, svd
+from ggjac.svd import SVD, check_options, svd, svd_of_matrix
+from ggjac.ways import Task, takes_matrix
 
 
 class Progress(Protocol):
@@ -58,7 +61,7 @@ class DetachedJacobian(LinearOperator):
         span: start and end of the map; by default from the embeddings to the output.
         mlp_path: the freezing rule of gated feed-forwards, `"up"` or `"gate"`.
         sweep: computes the products; its `journal` records them, if there is one.
-        chunk_bytes: working memory that a chunk of dense rows may take.
+        chunk_bytes: working memory that a chunk of dense rows may take, and the matrix where it is kept.
     """
 
     def __init__(
@@ -80,6 +83,7 @@ class DetachedJacobian(LinearOperator):
         self.mlp_path: MlpPath = network.frame.mlp_path
         self.sweep = SharedSweep(network, [self.span], position, raw=raw, journal=journal)
         self.chunk_bytes = chunk_bytes
+        self._matrix: Tensor | None = None
 
     def __repr__(self) -> str:
         """Return shapes, position, freezing rule and, of a map inside the network, its span, on one line."""
@@ -147,6 +151,22 @@ class DetachedJacobian(LinearOperator):
         floats = chunk_floats(n, d, self.network.frame.config.hidden_units)
         return max(1, self.chunk_bytes // (floats * self.dtype.itemsize * maps))
 
+    def matrix(self, task: Task) -> Float[Tensor, "d n d"] | None:
+        """Return the dense matrix, if it is the cheaper way to a task or is there already; else None.
+
+        It is kept for other tasks. `ggjac.ways` decides.
+        """
+        config, n, (start, tap) = self.network.frame.config, self.in_shape[0], self.span
+        place = {"item": self.dtype.itemsize, "room": self.chunk_bytes}
+        if self._matrix is None and takes_matrix(config, task, n, **place, start=start, stop=tap.index):
+            self._matrix = self.to_dense()
+        return self._matrix
+
+    @property
+    def matrix_sweeps(self) -> int:
+        """Number of sweeps in which all rows of the matrix are computed."""
+        return math.ceil(self.out_shape[0] / self.rows_at_once())
+
     def token_id(self, token: int | str | None) -> int | None:
         """Return the id of a token that is given as its text, such as `" Paris"`; ids and None as they are.
 
@@ -172,18 +192,27 @@ class DetachedJacobian(LinearOperator):
     ) -> SVD:
         """Return the leading singular triplets of the `[d, n d]` matrix, left vectors signed to point along `J x`.
 
+        Where all rows cost less than the sweeps (see `ggjac.ways`), they come from the matrix itself.
+
         Args:
             rank: number of triplets.
             tol: relative residual to reach in every triplet.
             max_sweeps: limit on the number of products with the map or its transpose.
-            block: stacked vectors per sweep; default `ggjac.sizes.block_width(rank, n * d)`.
+            block: stacked vectors per sweep; default `ggjac.sizes.block_width(rank, n * d)`. If given, triplets come
+                from sweeps.
             seed: seed of the random start vectors.
             progress: called after each sweep with the sweep count and the worst relative residual known so far.
 
         Raises:
             ValueError: an argument is out of range, or a product is not finite.
         """
-        found = svd(self, rank, tol=tol, max_sweeps=max_sweeps, block=block, seed=seed, progress=progress)
+        check_options(self, rank, tol=tol, max_sweeps=max_sweeps, block=block)
+        matrix = self.matrix(Task(rank)) if block is None else None
+        if matrix is None:
+            found = svd(self, rank, tol=tol, max_sweeps=max_sweeps, block=block, seed=seed, progress=progress)
+        else:
+            found = svd_of_matrix(matrix.flatten(1), rank, tol=tol, sweeps=self.matrix_sweeps)
+            found = replace(found, Vh=found.Vh.unflatten(1, self.in_shape))
         return found.pointing_along(self.linear_output)
 
     @cached_property

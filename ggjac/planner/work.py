@@ -61,6 +61,7 @@ from ggjac.sizes import (
     chunk_floats,
     default_layer,
 )
+from ggjac.ways import Task, takes_matrix
 
 # In bfloat16, whose rounding error keeps residuals above 1e-3: sweeps until they no longer fall.
 FLOOR_SWEEPS = {"bfloat16": 11}
@@ -405,11 +406,39 @@ class _Builder:
         """Return the stacked vectors of a decomposition of one map with `positions` positions on its input side."""
         return min(block_width(rank or self.request.rank, positions * self.d), self.d)
 
+    def takes_matrix(self, task: Task) -> bool:
+        """Return whether triplets come from the dense matrix, which is kept: as `DetachedJacobian.matrix` decides."""
+        return takes_matrix(self.config, task, self.n, self.item, self.chunk_bytes)
+
+    @property
+    def tokens_by_matrix(self) -> bool:
+        """Whether the triplets of each position's own map do, which are computed before those of the joint map."""
+        tokens = Task(self.request.rank, joint=False, tokens=self.input_positions)
+        return self.request.per_token and self.takes_matrix(tokens)
+
+    @property
+    def by_matrix(self) -> bool:
+        """Whether the triplets of the joint map do."""
+        return self.tokens_by_matrix or self.takes_matrix(Task(self.request.rank))
+
+    @property
+    def matrix(self) -> dict[str, int]:
+        """The bytes of the matrix that is kept, by the name of their part; LAPACK takes less than the rows' sweep."""
+        return {"matrix": self.n * self.d**2 * self.item} if self.by_matrix else {}
+
+    def triplets(self) -> tuple[Sweeps | Lookup, ...]:
+        """Return the decomposition and decoding of each position's map, if that was requested, and of the joint map."""
+        tokens: tuple[Sweeps | Lookup, ...] = self.per_token() if self.request.per_token else ()
+        if self.by_matrix and not self.tokens_by_matrix:
+            tokens = *tokens, *self.dense("all rows")
+        return *tokens, *self.spectrum()
+
     def spectrum(self) -> tuple[Sweeps | Lookup, ...]:
-        """Return the decomposition of the joint map and the decoding of its vectors."""
+        """Return the decomposition of the joint map, unless the matrix is there, and the decoding of its vectors."""
         rank, width, sweeps = self.request.rank, self.width(self.n), self.sweeps
         joint = Sweeps("svd", sweeps, width, bases=(KrylovBases(1, self.n, width, sweeps),))
-        return joint, Lookup("decoding", head=rank, embedding=rank * self.n)
+        found = () if self.by_matrix else (joint,)
+        return *found, Lookup("decoding", head=rank, embedding=rank * self.n)
 
     def ordinary(self) -> tuple[Sweeps, ...]:
         """Return a product with the ordinary Jacobian: forward mode carries the values along with one tangent.
@@ -425,15 +454,19 @@ class _Builder:
         maps, rank, sweeps = self.input_positions, self.request.rank, self.sweeps
         width = self.width(1)
         bases = (KrylovBases(maps, 1, width, sweeps),)
-        return (
+        found: tuple[Sweeps, ...] = (
             *self.in_chunks("svd per token", maps * width, sweeps=sweeps, stream_copies=1, bases=bases),
             *self.in_chunks("svd per token: signs", maps, stream_copies=1),
-            Lookup("decoding per token", head=maps * rank, embedding=maps * rank),
         )
+        if self.tokens_by_matrix:
+            found = self.dense("all rows")
+        return *found, Lookup("decoding per token", head=maps * rank, embedding=maps * rank)
 
     def stable_rank(self) -> tuple[Sweeps, ...]:
         """Return the Frobenius norm of the joint map: from all rows or from probes, all copied to float64 at once."""
         result_floats = 1 + 2 * 8 / self.item
+        if self.by_matrix:
+            return ()
         if self.d <= EXACT_ROWS:
             return tuple(replace(step, result_floats=result_floats) for step in self.dense("stable rank"))
         return (Sweeps("stable rank", 1, PROBES, up=False, result_floats=result_floats),)
@@ -520,25 +553,23 @@ def _analyze(builder: _Builder) -> Work:
     more: tuple[Sweeps | Lookup, ...] = ()
     if request.contrast:
         more += *builder.ordinary(), Lookup("contrast", logits=3)
-    if request.per_token:
-        more += builder.per_token()
     if request.layers is not None:
         more += builder.layers()
     return builder.work(
         Lookup("logits", logits=1),
         RECONSTRUCTION,
-        *builder.spectrum(),
+        *builder.triplets(),
         *builder.stable_rank(),
         ATTRIBUTION,
         Sweeps("branches", 1, 1, region=Region("heads", written=1)),
         *more,
+        buffers=builder.matrix,
         fewer_vectors=FEWER_LAYERS if request.layers is not None and builder.batches else FEWER_TRIPLETS,
     )
 
 
 def _svd(builder: _Builder) -> Work:
-    per_token = builder.per_token() if builder.request.per_token else ()
-    return builder.work(*builder.spectrum(), RECONSTRUCTION, *per_token, fewer_vectors=FEWER_TRIPLETS)
+    return builder.work(*builder.triplets(), RECONSTRUCTION, buffers=builder.matrix, fewer_vectors=FEWER_TRIPLETS)
 
 
 def _layers(builder: _Builder) -> Work:
@@ -590,9 +621,10 @@ def _compare(builder: _Builder) -> Work:
     """One of the two files, while the results of the other are kept."""
     n, d, rank, logits = builder.n, builder.d, builder.request.rank, builder.n * builder.config.vocabulary
     kept = 2 * logits * builder.item + rank * (n + 1) * d * max(4, builder.item)
-    joint, _ = builder.spectrum()
-    steps = Lookup("logits", logits=n), joint, RECONSTRUCTION, ATTRIBUTION
-    return builder.work(*steps, buffers={"portraits": kept}, tapes_to_disk=False, fewer_vectors=FEWER_TRIPLETS)
+    joint = [step for step in builder.triplets() if isinstance(step, Sweeps)]
+    steps: list[Sweeps | Lookup] = [Lookup("logits", logits=n), *joint, RECONSTRUCTION, ATTRIBUTION]
+    buffers = {"portraits": kept} | builder.matrix
+    return builder.work(*steps, buffers=buffers, tapes_to_disk=False, fewer_vectors=FEWER_TRIPLETS)
 
 
 def _steer(builder: _Builder) -> Work:
