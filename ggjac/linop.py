@@ -21,6 +21,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from ggjac.sizes import forms
+
 if TYPE_CHECKING:
     import scipy.sparse.linalg
 
@@ -505,8 +507,9 @@ class Network(LinearOperator):
         widths = [scale.in_shape[1] for _, scale, _ in self.slabs]
         if not forms(len(Y), self.out_shape[1], self.in_shape[1], sum(widths), max(widths)):
             return self.sum.rmatmat(Y)
+        made = self.matrices()
         X = Y.new_empty(len(Y), *self.in_shape)
-        for p, matrix in enumerate(self.matrices()):
+        for p, matrix in enumerate(made):
             X[:, p].addmm_(Y[:, p], matrix, beta=0)
         return X
 
@@ -522,16 +525,6 @@ class Network(LinearOperator):
                     torch.mul(tile, factor, out=scaled)
                     matrix[start:stop].addmm_(scaled, inner, alpha=down.gain * up.gain)
         return made
-
-
-def forms(vectors: int, out: int, d: int, hidden: int, slab: int) -> bool:
-    """Return whether a network makes its matrices `[out, d]` for products with so many vectors: FLOP and floats.
-
-    With a position's vectors, hidden units cost `2 hidden (out + d)` FLOP for each; the matrix costs `2 out d hidden`
-    once, and `2 out d` for each. It may take no more floats than the units of a slab, before and after their factor.
-    """
-    through, made = vectors * hidden * (out + d), out * d * (hidden + vectors)
-    return made < through and out * d <= 2 * vectors * slab
 
 
 class Experts(LinearOperator):

@@ -20,7 +20,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "display": set(),
     "units": set(),
     "drawing": {"units"},
-    "linop": set(),
+    "linop": {"sizes"},
     "guard": set(),
     "gguf": {"guard"},
     "results": {"drawing"},

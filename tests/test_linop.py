@@ -33,8 +33,8 @@ from ggjac.linop import (
     TiledMatrix,
     Zero,
     dot_test,
-    forms,
 )
+from ggjac.sizes import forms
 
 CPU = torch.device("cpu")
 
