@@ -1,4 +1,4 @@
-"""Which way to the singular triplets of a prompt's Jacobian costs less: sweeps, or the matrix itself and LAPACK.
+"""Which way to the singular triplets of a prompt's Jacobian costs less: sweeps, and how wide, or the matrix and LAPACK.
 
 The iteration (`ggjac.svd.iteration`) sends a block of vectors through the network in every sweep, for each map; the
 matrix takes one vector for each of its `d` rows, and has the maps of all positions in it. On large models `d` is far
@@ -6,6 +6,7 @@ more than sweeps times vectors, on small ones it is less. Sizes decide, at rates
 (docs/benchmarks.md), not a clock: a command takes the same way on every machine, and whenever it is resumed.
 """
 
+import math
 from typing import NamedTuple
 
 from ggjac.config import ModelConfig
@@ -14,10 +15,17 @@ from ggjac.sizes import EXPECTED_SWEEPS, block_width
 
 # FLOP per second of one core: in products of a sweep, and in LAPACK's decomposition.
 PRODUCTS, LAPACK = 100e9, 35e9
+# Weights that one core dequantizes per second.
+DEQUANTIZED = 1e9
 
-# Seconds of one core that the matrix must save. Where nothing takes long, results stay those of the iteration, whose
-# digits depend on its tolerance.
-WORTH = 1.0
+# Seconds of one core that another way must save. Where nothing takes long, results keep their digits.
+WORTH = 0.25
+
+# Live weights up to which sweeps are as cheap as their arithmetic. Those of larger models may come from the disk each
+# time, at a price that depends on the machine.
+KEPT = 1 << 28
+# Sweeps that a narrow block takes where a wide one takes `EXPECTED_SWEEPS`.
+NARROW_SWEEPS = 10
 
 
 class Task(NamedTuple):
@@ -34,6 +42,26 @@ class Task(NamedTuple):
     tokens: int = 0
 
 
+class Block(NamedTuple):
+    """How many vectors of each map an iteration stacks, and the sweeps that are expected of it."""
+
+    width: int
+    sweeps: int
+
+
+def block(config: ModelConfig, rank: int, n: int, size: int) -> Block:
+    """Return the block of an iteration for `rank` triplets, whose input vectors have `size` elements.
+
+    A wide one saves sweeps, a narrow one arithmetic: of 8 triplets to 1e-3, 32 vectors take 8 sweeps and 16 take 10.
+    """
+    wide = Block(min(block_width(rank, size), config.d), EXPECTED_SWEEPS)
+    narrow = Block(min(rank + 8, wide.width), NARROW_SWEEPS)
+    flop = sum(_vector_flop(config, i) for i in range(config.block_count))
+    saved = (wide.width * wide.sweeps - narrow.width * narrow.sweeps) * n * flop / PRODUCTS
+    more = (narrow.sweeps - wide.sweeps) * (flop / 2) / DEQUANTIZED
+    return narrow if saved - more > WORTH and flop / 2 <= KEPT else wide
+
+
 class Ways(NamedTuple):
     """What each way takes: seconds of one core."""
 
@@ -45,9 +73,9 @@ def ways(config: ModelConfig, task: Task, n: int, start: int = 0, stop: int | No
     """Return what a task takes on a prompt whose output depends on `n` positions, by maps of blocks `start:stop`."""
     d = config.d
     blocks = range(start, config.block_count if stop is None else stop)
-    vectors = task.tokens * min(block_width(task.rank, d), d)
-    vectors += min(block_width(task.rank, n * d), d) if task.joint else 0
-    iterated = EXPECTED_SWEEPS * vectors * n * sum(_vector_flop(config, i) for i in blocks)
+    vectors = task.tokens * math.prod(block(config, task.rank, n, d))
+    vectors += math.prod(block(config, task.rank, n, n * d)) if task.joint else 0
+    iterated = vectors * n * sum(_vector_flop(config, i) for i in blocks)
     rows = d * n * sum(_row_flop(config, i) for i in blocks)
     decomposed = task.tokens * _svd_flop(d, d) + (_svd_flop(d, n * d) if task.joint else 0)
     return Ways(iterated / PRODUCTS, rows / PRODUCTS + decomposed / LAPACK)

@@ -672,7 +672,7 @@ def test_times_by_hand(tiny_file: TinyFile) -> None:
     parts = {part.what: part for part in cold.parts}
     assert list(parts) == ["trace", "svd", "decoding", "reconstruction"]
     svd, sweep = parts["svd"], plan.sweep
-    assert svd.count == work.EXPECTED_SWEEPS
+    assert svd.count == ways.EXPECTED_SWEEPS
     assert svd.disk == pytest.approx(sweep.nbytes / 1e6)
     assert svd.dequantize == pytest.approx(sweep.types["Q8_0"] / 5e5 + sweep.types.get("F32", 0) / 1e6)
     columns = plan.work.width * sweep.flop / 2 / sweep.weights
@@ -735,7 +735,7 @@ def test_layers_are_made_ready_once_for_all_prompts(tiny_file: TinyFile) -> None
         plan = planned(tiny_file(case), 5, "ranks", rank=1, prompts=3, budget=AMPLE)
         counts = {part.what: part.count for part in planner.seconds(plan, Rates(), cached=0, free=1 << 40).parts}
         assert counts["making layers ready"] == expected
-        assert (counts["trace"], counts["svd"]) == (3, 3 * work.EXPECTED_SWEEPS)
+        assert (counts["trace"], counts["svd"]) == (3, 3 * ways.EXPECTED_SWEEPS)
 
 
 def test_maps_of_single_blocks_take_turns(tiny_file: TinyFile, monkeypatch: pytest.MonkeyPatch) -> None:

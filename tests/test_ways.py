@@ -161,3 +161,23 @@ def test_the_command_says_its_way(tiny_files: dict[str, Path]) -> None:
     found = invoke_json(*command)["svd"]
     assert found["method"] == "matrix"
     assert {one["method"] for one in found["per_token"]} == {"matrix"}
+
+
+@pytest.mark.parametrize(
+    ("shape", "rank", "n", "width", "sweeps"),
+    [
+        (SMALL, 8, 8, 16, 10),
+        (SMALL, 8, 1, 32, 8),  # too little is saved
+        (SMALL, 1, 8, 9, 8),  # the same width
+        (LARGE, 8, 8, 32, 8),  # sweeps may read the disk
+    ],
+    ids=str,
+)
+def test_blocks_are_narrow_where_arithmetic_decides(
+    shape: tuple[int, int, int, int], rank: int, n: int, width: int, sweeps: int, config: ModelConfig
+) -> None:
+    assert ways.block(sized(config, *shape), rank, n, n * shape[1]) == (width, sweeps)
+
+
+def test_tiny_models_have_wide_blocks(config: ModelConfig) -> None:
+    assert ways.block(config, 8, 8, 8 * config.d) == (32, ways.EXPECTED_SWEEPS)

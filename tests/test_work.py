@@ -109,7 +109,8 @@ def swift() -> Iterator[None]:
 def counted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Counted:
     """Return the counts from now on; no weights are kept between sweeps, and the current folder is empty."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(work, "EXPECTED_SWEEPS", SWEEPS[-1])
+    for expected in ("EXPECTED_SWEEPS", "NARROW_SWEEPS"):
+        monkeypatch.setattr(ways, expected, SWEEPS[-1])
     found = Counted()
     fit = session.Session.fit
 

@@ -167,7 +167,9 @@ def _by_sweeps(
             progress(f"signs, {what}" if ended else f"sweep {sweep}{worst}, {what}", done, total)
 
     with jacobian.reporting(report):
-        found = svd_together(operators, rank, up=up, down=down, seed=seed, progress=swept, **settings)
+        found = svd_together(
+            operators, rank, up=up, down=down, block=jacobian.block(rank, d), seed=seed, progress=swept, **settings
+        )
         ended = True
         contributed = torch.cat(up([jacobian.x[i].reshape(1, 1, d) for i in positions]))
     return [replace(svd, Vh=svd.Vh[:, 0]) for svd in found], contributed  # [k, 1, d] -> [k, d]

@@ -23,6 +23,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ggjac import ways
 from ggjac.jacobian.sweep import FrozenNetwork, SharedSweep, Span, Tap
 from ggjac.linop import Homogeneous, LinearOperator, Select
 from ggjac.runs.journal import Journal
@@ -162,6 +163,10 @@ class DetachedJacobian(LinearOperator):
             self._matrix = self.to_dense()
         return self._matrix
 
+    def block(self, rank: int, size: int) -> int:
+        """Return the vectors that an iteration stacks for triplets of maps from vectors of `size`; see `ggjac.ways`."""
+        return ways.block(self.network.frame.config, rank, self.in_shape[0], size).width
+
     @property
     def matrix_sweeps(self) -> int:
         """Number of sweeps in which all rows of the matrix are computed."""
@@ -198,8 +203,7 @@ class DetachedJacobian(LinearOperator):
             rank: number of triplets.
             tol: relative residual to reach in every triplet.
             max_sweeps: limit on the number of products with the map or its transpose.
-            block: stacked vectors per sweep; default `ggjac.sizes.block_width(rank, n * d)`. If given, triplets come
-                from sweeps.
+            block: stacked vectors per sweep; default that of `ggjac.ways.block`. If given, triplets come from sweeps.
             seed: seed of the random start vectors.
             progress: called after each sweep with the sweep count and the worst relative residual known so far.
 
@@ -209,7 +213,8 @@ class DetachedJacobian(LinearOperator):
         check_options(self, rank, tol=tol, max_sweeps=max_sweeps, block=block)
         matrix = self.matrix(Task(rank)) if block is None else None
         if matrix is None:
-            found = svd(self, rank, tol=tol, max_sweeps=max_sweeps, block=block, seed=seed, progress=progress)
+            width = block or self.block(rank, math.prod(self.in_shape))
+            found = svd(self, rank, tol=tol, max_sweeps=max_sweeps, block=width, seed=seed, progress=progress)
         else:
             found = svd_of_matrix(matrix.flatten(1), rank, tol=tol, sweeps=self.matrix_sweeps)
             found = replace(found, Vh=found.Vh.unflatten(1, self.in_shape))

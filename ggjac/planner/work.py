@@ -8,7 +8,7 @@ To plan a new command, add a row to `JOBS`: the command's name, and a function t
 Jacobian, decodes the singular vectors, and then carries one vector back from the middle of the network to its input:
 
     def example(builder):
-        rank, width, sweeps = builder.request.rank, builder.width(builder.n), builder.sweeps
+        rank, (width, sweeps) = builder.request.rank, builder.block(builder.n)
         bases = KrylovBases(maps=1, positions=builder.n, width=width, sweeps=sweeps)
         half = Region(spans=((0, builder.config.block_count // 2),))
         return builder.work(
@@ -48,7 +48,6 @@ from ggjac.config.mixers import MIXERS
 from ggjac.sizes import (
     CHUNK_BYTES,
     EXACT_ROWS,
-    EXPECTED_SWEEPS,
     ITEM_BYTES,
     KINDS,
     MAPS,
@@ -57,11 +56,10 @@ from ggjac.sizes import (
     TOKENS_AT_ONCE,
     WAITING_BYTES,
     Kind,
-    block_width,
     chunk_floats,
     default_layer,
 )
-from ggjac.ways import Task, takes_matrix
+from ggjac.ways import Block, Task, block, takes_matrix
 
 # In bfloat16, whose rounding error keeps residuals above 1e-3: sweeps until they no longer fall.
 FLOOR_SWEEPS = {"bfloat16": 11}
@@ -356,11 +354,6 @@ class _Builder:
         """Working memory of a chunk of dense rows, in bytes."""
         return CHUNK_BYTES if self.request.chunk_bytes is None else self.request.chunk_bytes
 
-    @property
-    def sweeps(self) -> int:
-        """Sweeps of a decomposition."""
-        return self.request.sweeps or FLOOR_SWEEPS.get(self.dtype, EXPECTED_SWEEPS)
-
     def work(self, *steps: Sweeps | Lookup, **fields: Any) -> Work:
         """Return the work of some steps; `fields` are other fields of `Work`."""
         return Work("", self.n, self.input_positions, self.dtype, steps, **fields)
@@ -402,9 +395,10 @@ class _Builder:
         copied = min(SLICE, rows) / rows * 2 * 8 / self.item
         return self.in_chunks(what, self.d, up=False, result_floats=1 + copied)
 
-    def width(self, positions: int, rank: int | None = None) -> int:
-        """Return the stacked vectors of a decomposition of one map with `positions` positions on its input side."""
-        return min(block_width(rank or self.request.rank, positions * self.d), self.d)
+    def block(self, positions: int, rank: int | None = None) -> Block:
+        """Return the stacked vectors and sweeps of a decomposition of one map with `positions` on its input side."""
+        found = block(self.config, rank or self.request.rank, self.n, positions * self.d)
+        return found._replace(sweeps=self.request.sweeps or FLOOR_SWEEPS.get(self.dtype, found.sweeps))
 
     def takes_matrix(self, task: Task) -> bool:
         """Return whether triplets come from the dense matrix, which is kept: as `DetachedJacobian.matrix` decides."""
@@ -435,7 +429,7 @@ class _Builder:
 
     def spectrum(self) -> tuple[Sweeps | Lookup, ...]:
         """Return the decomposition of the joint map, unless the matrix is there, and the decoding of its vectors."""
-        rank, width, sweeps = self.request.rank, self.width(self.n), self.sweeps
+        rank, (width, sweeps) = self.request.rank, self.block(self.n)
         joint = Sweeps("svd", sweeps, width, bases=(KrylovBases(1, self.n, width, sweeps),))
         found = () if self.by_matrix else (joint,)
         return *found, Lookup("decoding", head=rank, embedding=rank * self.n)
@@ -451,8 +445,7 @@ class _Builder:
 
     def per_token(self) -> tuple[Sweeps | Lookup, ...]:
         """Return the decomposition of each position's own map; vectors going up are first put at their position."""
-        maps, rank, sweeps = self.input_positions, self.request.rank, self.sweeps
-        width = self.width(1)
+        maps, rank, (width, sweeps) = self.input_positions, self.request.rank, self.block(1)
         bases = (KrylovBases(maps, 1, width, sweeps),)
         found: tuple[Sweeps, ...] = (
             *self.in_chunks("svd per token", maps * width, sweeps=sweeps, stream_copies=1, bases=bases),
@@ -531,7 +524,7 @@ class _Builder:
 
     def _decomposition(self, batch: _MapBatch) -> Iterator[Sweeps]:
         """Yield the sweeps of a batch: for outputs of branches, triplets, their signs and stable ranks."""
-        name, maps, region, sweeps, width = batch.name, batch.maps, batch.region, self.sweeps, self.width(self.n)
+        name, maps, region, (width, sweeps) = batch.name, batch.maps, batch.region, self.block(self.n)
         copies = 0 if region.sequential else 2
         if batch.branches:
             where = batch.branch_region
@@ -602,8 +595,7 @@ def _norms(builder: _Builder) -> Work:
 
 def _ranks(builder: _Builder) -> Work:
     """The joint map and those of all positions together, in chunks of vectors; see `analysis.ranks`."""
-    n, positions, sweeps, item = builder.n, builder.input_positions, builder.sweeps, builder.item
-    width = builder.width(n, rank=1)
+    n, positions, item, (width, sweeps) = builder.n, builder.input_positions, builder.item, builder.block(builder.n, 1)
     limit = min(TOKENS_AT_ONCE * width, builder.rows_at_once())
     bases = KrylovBases(1, n, width, sweeps), KrylovBases(positions, 1, width, sweeps)
     largest = builder.in_chunks(

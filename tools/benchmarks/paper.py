@@ -83,7 +83,6 @@ def reference(path: Path, ids: list[int], rank: int, depths: list[int], dtype: s
     model = load(torch_dtype=getattr(torch, dtype), attn_implementation="eager").eval().requires_grad_(False).model
     gemma = model.config.model_type.startswith("gemma3")
     embeds = model.embed_tokens(torch.tensor([ids]))
-    embeds = embeds * torch.tensor(model.config.hidden_size**0.5, dtype=embeds.dtype) if gemma else embeds
     n = len(ids)
     mask = torch.full((n, n), torch.finfo(embeds.dtype).min, dtype=embeds.dtype).triu(1)[None, None]
     rope = {"position_ids": torch.arange(n)[None]}
