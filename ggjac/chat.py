@@ -64,11 +64,18 @@ def _ask(request: dict[str, Any]) -> str:
             env=os.environ | {"PYTHONPATH": path},
             check=False,
         )
-        reply = json.loads(done.stdout) if done.returncode == 0 else {"error": "it takes too much time or memory"}
+        last = done.stderr.decode("utf-8", "replace").strip().rpartition("\n")[2]
+        if done.returncode < 0 or last.startswith("MemoryError"):  # ended by one of its limits
+            reply = {"error": "it takes too much time or memory"}
+        elif done.returncode:
+            raise ValueError(last or f"exit code {done.returncode}")
+        else:
+            reply = json.loads(done.stdout)
     except subprocess.TimeoutExpired:
         reply = {"error": f"it takes longer than {SECONDS} seconds"}
     except (OSError, ValueError) as error:
-        raise ChatError(f"the process for the file's chat template failed ({error})") from None
+        reason = str(error)[:300]
+        raise ChatError(f"the process for the file's chat template failed ({reason}); write the whole prompt") from None
     if "error" in reply:
         raise ChatError(
             f"the file's chat template cannot be used: {reply['error']}; write the whole prompt as the model expects it"
@@ -83,14 +90,11 @@ def main() -> None:
     """Render the request on stdin."""
     request = json.loads(sys.stdin.buffer.read())
     seconds = request.pop("seconds")
-    with suppress(ImportError, ValueError, OSError):  # absent on Windows
-        import resource
-
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-        resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
-        resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    _limit(seconds)
     try:
         reply = {"text": _render(**request)}
+    except ImportError:  # of Jinja: no template can import
+        raise
     except MemoryError:
         reply = {"error": "it takes too much memory"}
     except Exception as error:  # a template raises whatever it likes
@@ -98,6 +102,17 @@ def main() -> None:
         line = f"line {number}: " if number else ""
         reply = {"error": f"{line}{type(error).__name__}: {str(error)[:300]}"}
     sys.stdout.write(json.dumps(reply))
+
+
+def _limit(seconds: int) -> None:
+    """Limit time and memory of this process, and leave no core file; each by itself, as a system may refuse some."""
+    try:
+        import resource
+    except ImportError:  # on Windows
+        return
+    for name, most in (("CORE", 0), ("CPU", seconds), ("AS", MEMORY)):
+        with suppress(ValueError, OSError):  # such as a hard limit that is lower already
+            resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (most, most))
 
 
 def _render(template: str, messages: list[dict[str, str]], **variables: str) -> str:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ggjac import checks
 from ggjac.linop import LinearOperator
 from ggjac.results import Result
 from ggjac.sizes import PROBES, SLICE
@@ -51,7 +52,12 @@ def stable_ranks(
             arXiv 2010.09649); one downward sweep.
         probes: number of random vectors of the estimate; at least 2, since the error comes from their spread.
         seed: seed of the probes.
+
+    Raises:
+        ValueError: `probes` or `seed` is out of range.
     """
+    checks.whole("probes", probes, 2)
+    checks.seed(seed)
     if not operators:
         return []
     if chunk is None:

@@ -23,8 +23,11 @@ _CODE, _ADDRESS = 8, 16  # where siginfo_t has the cause and the address
 class Mapped(Protocol):
     """A file whose maps are guarded: the address and length of each, and whether a page of one was lost."""
 
-    addresses: list[tuple[int, int]]
     lost: bool
+
+    @property
+    def addresses(self) -> list[tuple[int, int]]:
+        """Where it is mapped now."""
 
 
 class _Action(ctypes.Structure):

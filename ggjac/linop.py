@@ -294,7 +294,8 @@ class Conv(LinearOperator):
 class Linear(LinearOperator):
     """`gain x Wᵀ (+ bias)` at each of `n` positions, `[n, in]` to `[n, out]`, one tile of W's rows at a time.
 
-    `gain` is a constant factor of the whole matrix; it does not multiply the bias.
+    `gain` is a constant factor of the whole matrix; it does not multiply the bias. Where the tiles are of a narrower
+    dtype than the vectors, these are rounded to it for the product, which is added up in their own.
     """
 
     def __init__(self, weight: TiledMatrix, n: int, bias: Float[Tensor, " out"] | None = None, gain: float = 1.0):
@@ -314,11 +315,11 @@ class Linear(LinearOperator):
 
     def matmat(self, X: Float[Tensor, "k n d"], t: Homogeneous = None) -> Float[Tensor, "k n out"]:
         """Multiply by W tile by tile; add `t` times the bias."""
-        flat = X.reshape(-1, X.shape[2])  # [k n, d]
+        flat = X.reshape(-1, X.shape[2]).to(self.weight.dtype)  # [k n, d]
         Y = X.new_empty(len(flat), self.out_shape[1])
         for start, stop, tile in self.weight.tiles():
             for some in _panels(len(flat)):  # in place: for many vectors a tile's part is large too
-                Y[some, start:stop].addmm_(flat[some], tile.T, beta=0, alpha=self.gain)
+                _add_product(Y[some, start:stop], flat[some], tile.T, beta=0, alpha=self.gain)
         Y = Y.reshape(len(X), *self.out_shape)
         if self.bias is not None and t is not None:
             Y += t[:, None, None] * self.bias
@@ -326,12 +327,22 @@ class Linear(LinearOperator):
 
     def rmatmat(self, Y: Float[Tensor, "k n out"]) -> Float[Tensor, "k n d"]:
         """Multiply by Wᵀ, accumulating over tiles."""
-        flat = Y.reshape(-1, Y.shape[2])  # [k n, out]
+        flat = Y.reshape(-1, Y.shape[2]).to(self.weight.dtype)  # [k n, out]
         X = Y.new_zeros(len(flat), self.in_shape[1])
         for start, stop, tile in self.weight.tiles():
             for some in _panels(len(flat)):
-                X[some].addmm_(flat[some, start:stop], tile, alpha=self.gain)
+                _add_product(X[some], flat[some, start:stop], tile, beta=1, alpha=self.gain)
         return X.reshape(len(Y), *self.in_shape)
+
+
+def _add_product(total: Tensor, X: Tensor, W: Tensor, *, beta: int, alpha: float) -> None:
+    """Set `total` to `beta total + alpha X @ W`, in place; a product in a narrower dtype is rounded to it first."""
+    if W.dtype == total.dtype:
+        total.addmm_(X, W, beta=beta, alpha=alpha)
+    elif beta:
+        total.add_(X @ W, alpha=alpha)
+    else:
+        torch.mul(X @ W, alpha, out=total)
 
 
 def _panels(count: int) -> Iterator[slice]:

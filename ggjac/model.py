@@ -6,7 +6,7 @@ second model. It reads each tensor of the file once.
 
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ggjac import blocks, chat, decode, planner
 from ggjac.blocks import BlockTape, Frame, NormTape, Past
+from ggjac.checks import whole
 from ggjac.config import ModelConfig, fused_parts, read_config
 from ggjac.display import visible
 from ggjac.gguf import GGUFFile, open_gguf
@@ -25,24 +26,16 @@ from ggjac.gguf.hub import demo_path, resolve, title
 from ggjac.jacobian import DetachedJacobian, FrozenNetwork, Span
 from ggjac.jacobian.tapes import Tapes
 from ggjac.planner import Plan, machine
+from ggjac.results import Table, Words
 from ggjac.rope import rotation
 from ggjac.runs.journal import Journal
 from ggjac.sizes import CHUNK_BYTES, ITEM_BYTES, MlpPath
-from ggjac.tokenizer import Tokenizer, TokenizerError, open_tokenizer
+from ggjac.tokenizer import Tokenizer, open_tokenizer
 from ggjac.weights import Block, Weight, WeightStore
 
 DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in ITEM_BYTES}
 
 Observer = Callable[[str, Tensor], None]
-
-
-# Token ids of the prompts that commands have by default, so that the demo runs where llama.cpp cannot tokenize.
-DEMO_PROMPTS = {
-    "The bridge out of Marin is the": (0, 465, 637, 719, 462, 1884, 458, 460),
-    "The bridge out of Marin is the Golden": (0, 465, 637, 719, 462, 1884, 458, 460, 1206),
-    "My favorite thing is the": (0, 603, 525, 416, 309, 458, 460),
-    "She put the book on the table and then": (0, 52, 324, 1234, 460, 1417, 522, 460, 1351, 483, 416, 264),
-}
 
 
 class PromptError(ValueError):
@@ -81,15 +74,16 @@ def open_model(
         ConfigError: the model is not supported, or has no positions for such a context; the message has the reason.
         WeightError: a tensor's storage type is not supported.
         DeviceError: there is no device of that name.
-        ValueError: torch cannot use the device here, or the dtype is unknown.
+        ValueError: torch cannot use the device here, the dtype is unknown, or `threads` or `context` is out of range.
     """
     if isinstance(dtype, str) and dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r} is unknown; known: {', '.join(DTYPES)}")
     dtype = DTYPES[dtype] if isinstance(dtype, str) else dtype
     if dtype not in DTYPES.values():
         raise ValueError(f"dtype {dtype} is not supported; supported: {', '.join(DTYPES)}")
-    if threads is not None and threads < 1:
-        raise ValueError(f"threads={threads}: at least one is needed")
+    for name, number in (("threads", threads), ("context", context)):
+        if number is not None:
+            whole(name, number)
     device = find_device(device)
     threads = threads or machine.torch_threads()
     if threads != torch.get_num_threads():
@@ -214,12 +208,7 @@ class Model:
         """
         if not prompt:
             raise PromptError("the prompt is empty; give a text or token ids")
-        try:
-            return self.tokenizer.prompt(prompt, parse_special=parse_special)
-        except TokenizerError:
-            if prompt in DEMO_PROMPTS and self.path == demo_path():
-                return list(DEMO_PROMPTS[prompt])
-            raise
+        return self.tokenizer.prompt(prompt, parse_special=parse_special)
 
     def spelled(self, text: str) -> list[int]:
         """Return the token ids of a text inside another one: nothing is added at its ends.
@@ -235,17 +224,22 @@ class Model:
                 return inner
         return ids
 
-    def token(self, text: str) -> int:
-        """Return the id of a text that is one token.
+    def token(self, token: int | str) -> int:
+        """Return the id of a token, which is given as its id or as its text, with its spaces as they are or as `␣`.
 
         Raises:
-            PromptError: it is not.
-            TokenizerError: the file has no tokenizer, or llama-cpp-python is not installed.
+            PromptError: the text is not one token, or the id not in the vocabulary.
+            TokenizerError: a text, and the file has no tokenizer, or llama-cpp-python is not installed.
+            ValueError: it is neither a text nor a whole number.
         """
-        ids = self.spelled(text)
+        if not isinstance(token, str):
+            return self.check_prompt([token])[0]
+        ids = self.spelled(token)
+        if len(ids) != 1 and "␣" in token:  # as it is shown
+            ids = self.spelled(token.replace("␣", " "))
         if len(ids) != 1:
             raise PromptError(
-                f"{text!r} is {len(ids)} tokens ({self.words(ids)}); give the text of one token, or its id"
+                f"{token!r} is {len(ids)} tokens ({self.words(ids)}); give the text of one token, or its id"
             )
         return ids[0]
 
@@ -258,6 +252,13 @@ class Model:
         config, dtype = self.config, str(self.dtype).removeprefix("torch.")
         where = f"{dtype} on {self.device}"
         return f"Model({self.path.name!r}, {config.architecture}, {config.block_count} blocks, {where})"
+
+    def _repr_html_(self) -> str:
+        """Return what the model is as a table."""
+        config, dtype = self.config, str(self.dtype).removeprefix("torch.")
+        facts: dict[str, Any] = {"file": visible(os.fsencode(self.path.name)), "architecture": config.architecture}
+        facts |= {"blocks": config.block_count, "embedding length": config.d, "vocabulary": config.vocabulary}
+        return Table.of("Model", facts | {"dtype": dtype, "device": self.device})._repr_html_()
 
     def chat(self, question: str, system: str | None = None) -> str:
         """Return the prompt in which a user asks a question, by the file's own chat template.
@@ -309,7 +310,7 @@ class Model:
             PromptError: as `trace`.
             PlanError: no such command, or something is out of range.
         """
-        n = prompt if isinstance(prompt, int) else len(self.prompt_ids(prompt))
+        n = whole("the number of tokens", prompt, None) if isinstance(prompt, int) else len(self.prompt_ids(prompt))
         ram, vram = (machine.parse_size(b) if isinstance(b, str) else b for b in (ram_budget, vram_budget))
         return planner.fitting(
             self.gguf,
@@ -471,9 +472,12 @@ class Model:
                 return self.weights[name].dense()
         return None
 
-    def block(self, index: int, *, live: bool = False) -> Block:
-        """Return the tensors of one block; those requested with `live` are used in every sweep, and may be cached."""
-        return self.weights.block(index, fused_parts(self.config, index), live=live)
+    def block(self, index: int, rounding: torch.dtype | None = None, *, live: bool = False) -> Block:
+        """Return the tensors of one block; those requested with `live` are used in every sweep, and may be cached.
+
+        Its matrices come in the dtype `rounding`, default that of the model.
+        """
+        return self.weights.block(index, fused_parts(self.config, index), live=live, rounding=rounding)
 
     def prompt_ids(self, prompt: str | Sequence[int], *, parse_special: bool = True) -> list[int]:
         """Return the token ids of a prompt, which may be ids already, if this model can run them; see `tokenize`.
@@ -481,18 +485,22 @@ class Model:
         Raises:
             PromptError: no tokens, more than the model's context, or ids outside the vocabulary.
             TokenizerError: a text, and the file has no tokenizer, or llama-cpp-python is not installed.
+            ValueError: an id is not a whole number.
         """
-        ids = (
-            self.tokenize(prompt, parse_special=parse_special) if isinstance(prompt, str) else [int(i) for i in prompt]
-        )
-        return self.check_prompt(ids)
+        if isinstance(prompt, str):
+            return self.check_prompt(self.tokenize(prompt, parse_special=parse_special))
+        if isinstance(prompt, bytes) or not isinstance(prompt, Iterable):
+            raise PromptError(f"the prompt is of type {type(prompt).__name__}; give a text, or a list of token ids")
+        return self.check_prompt(list(prompt))
 
     def check_position(self, position: int, n: int) -> int:
         """Return a position of `n`, counted from the start; negative positions count from the end.
 
         Raises:
             PromptError: there is no such position.
+            ValueError: it is not a whole number.
         """
+        position = whole("position", position, None)
         if not -n <= position < n:
             raise PromptError(f"position {position} is out of range; the prompt has positions 0 to {n - 1}")
         return position % n
@@ -502,6 +510,7 @@ class Model:
 
         Raises:
             PromptError: no tokens, more than the model's context, or ids outside the vocabulary.
+            ValueError: an id is not a whole number.
         """
         context, vocabulary = self.config.context_length, self.config.vocabulary
         if not ids:
@@ -515,10 +524,11 @@ class Model:
                 f"the prompt has {len(ids)} tokens, of which this model's attention selects {self.config.longest}: not "
                 "supported beyond that; shorten it"
             )
+        ids = [whole("token id", i, None) for i in ids]
         for i in ids:
             if not 0 <= i < vocabulary:
                 raise PromptError(f"token id {i} is out of range; the vocabulary has ids 0 to {vocabulary - 1}")
-        return list(ids)
+        return ids
 
 
 @dataclass(frozen=True, repr=False)
@@ -551,9 +561,14 @@ class Trace:
         start = text if len(text) <= 40 else f"{text[:40]}…"
         return f"Trace({start!r}, {len(self.ids)} tokens, {config.architecture}, {config.block_count} blocks)"
 
+    def _repr_html_(self) -> str:
+        """Return the tokens of the prompt as a table, under the one line."""
+        return Table(repr(self), Words(self, ids=True).at(range(len(self.ids))))._repr_html_()
+
     def top(self, count: int = 5, position: int = -1) -> list[tuple[str, float]]:
         """Return the most likely tokens after a position, as they are shown, with their probabilities."""
-        best = self.logits_at(position).cpu().double().softmax(0).topk(min(count, self.model.config.vocabulary))
+        count = min(whole("count", count), self.model.config.vocabulary)
+        best = self.logits_at(position).cpu().double().softmax(0).topk(count)
         return [(self.model.word(id), chance) for chance, id in zip(*(part.tolist() for part in best), strict=True)]
 
     @property

@@ -42,6 +42,7 @@ from ggjac.display import visible
 from ggjac.gguf import GGUFFile, open_gguf, shown
 from ggjac.planner import machine
 from ggjac.results import NO_WORDS, Plotted, Points, Table, Words
+from ggjac.runs.lock import is_running
 from ggjac.tokenizer import TokenizerError
 
 if TYPE_CHECKING:
@@ -246,7 +247,7 @@ def verify(
         try:
             model.tokenize(prompt, parse_special=parse_special)  # refuses text that would crash llama.cpp
         except TokenizerError as error:  # above all if llama.cpp has died since the session began
-            raise ParityError(str(error)) from None
+            raise _refused(str(error), error.will_not_fit) from None
     types = {info.type.name for info in model.gguf.tensors.values()}
     row, given = model.config.row, tolerance
     if row.recurrent_blocks in ("no kv heads", "interval"):
@@ -787,7 +788,7 @@ def _left_behind(parents: Iterable[Path]) -> list[Path]:
     for folder in (folder for parent in parents for folder in parent.glob("ggjac-[0-9]*-*")):
         with suppress(OSError, ValueError):
             own = not hasattr(os, "getuid") or folder.lstat().st_uid == os.getuid()
-            if own and not machine.is_running(int(folder.name.split("-")[1])):
+            if own and not is_running(int(folder.name.split("-")[1])):
                 found.append(folder)
     return sorted(found)
 
@@ -805,7 +806,11 @@ def _llama_cpp(task: str) -> Iterator[llamacpp.Child]:
         if isinstance(error, llamacpp.LlamaCppDied):
             likely = error.likely or "it does not support a tensor's type or size"
             message = f"llama.cpp itself ended {task} ({message}), most likely because {likely}"
-        raise (NoRoomError if error.will_not_fit else ParityError)(message) from None
+        raise _refused(message, error.will_not_fit) from None
+
+
+def _refused(message: str, will_not_fit: bool) -> ParityError:
+    return NoRoomError(message) if will_not_fit else ParityError(message)
 
 
 def _name(path: str | os.PathLike[str]) -> str:

@@ -47,9 +47,9 @@ def _pre_tokenizer(model: Model) -> str | None:
 
 
 def _end(model: Model, ids: Sequence[int], text: str) -> str | None:
-    """Notice an EOS that was left off, and a lone space."""
+    """Notice an EOS that was left off, unless one was written, and a lone space."""
     tokenizer = model.tokenizer
-    if tokenizer.adds_eos and tokenizer.eos_id is not None:
+    if tokenizer.adds_eos and tokenizer.eos_id is not None and ids[-1] != tokenizer.eos_id:
         eos = model.word(tokenizer.eos_id)
         return (
             f"this vocabulary ends every text with EOS ({eos}, id {tokenizer.eos_id}), which was left off, since a "

@@ -7,8 +7,9 @@ texts of tokens come from the trace that they were computed from: `result.table(
 """
 
 import csv
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from html import escape
 from io import StringIO
 from itertools import cycle
@@ -38,16 +39,14 @@ class Prompt(Protocol):
 
 
 class Words:
-    """Texts of tokens, where there is a trace to take them from."""
+    """Texts of tokens, where there is a trace to take them from; in columns of tables with their `ids`, if asked."""
 
-    def __init__(self, trace: Prompt | None = None, *, true: bool = False):
-        self.trace, self.true = trace, true
+    def __init__(self, trace: Prompt | None = None, *, ids: bool = False):
+        self.trace, self.ids = trace, ids
 
     def __call__(self, id: int) -> str | int:
-        """Return a token on one line, with everything visible, or its `true` text; without a trace its id."""
-        if self.trace is None:
-            return id
-        return self.token(id)["text"] if self.true else self.trace.model.word(int(id))
+        """Return a token on one line, with everything visible; without a trace its id."""
+        return id if self.trace is None else self.trace.model.word(int(id))
 
     def each(self, ids: Sequence[int]) -> list[str | int]:
         """Return several tokens."""
@@ -95,10 +94,22 @@ class Words:
         """Return a token for a sentence."""
         return str(self(id)) if self.trace else f"token {id}"
 
-    def at(self, positions: Sequence[int]) -> dict[str, list[Any]]:
-        """Return a column of positions, and one of the prompt's tokens there if they are known."""
+    def column(self, name: str, ids: Sequence[Any]) -> dict[str, list[Any]]:
+        """Return a column of tokens, of lists of them or None, by its name; and before it one of ids, if asked."""
+        texts = [self.each(id) if isinstance(id, list) else None if id is None else self(id) for id in ids]
+        return ({f"{name} id": list(ids)} if self.trace and self.ids else {}) | {name: texts}
+
+    def one(self, name: str, id: int | None) -> dict[str, Any]:
+        """Return a token that all rows of a table have in common, as `column` has it; nothing for None."""
+        return {} if id is None else {key: value for key, (value,) in self.column(name, [id]).items()}
+
+    def at(self, positions: Sequence[int | None]) -> dict[str, list[Any]]:
+        """Return a column of positions, and one of the prompt's tokens there if they are known; None stays None."""
         column: dict[str, list[Any]] = {"position": list(positions)}
-        return column | ({"token": self.each([self.trace.ids[i] for i in positions])} if self.trace else {})
+        if self.trace is None:
+            return column
+        ids = self.trace.ids
+        return column | self.column("token", [None if i is None else ids[i] for i in positions])
 
     def labels(self, positions: Sequence[int]) -> list[str]:
         """Return the prompt's tokens at some positions, or the positions."""
@@ -116,14 +127,21 @@ class Table:
         title: one line.
         columns: by name, in order; a cell is a number, a text, a truth value, None, or a list of tokens.
         notes: lines under the table.
+        common: by name, what all rows have in common. Title and notes say it to a reader; CSV has a column for each.
     """
 
     title: str
     columns: Mapping[str, Sequence[Any]]
     notes: tuple[str, ...] = ()
+    common: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, title: str, facts: Mapping[str, Any]) -> "Table":
+        """Return a table of a thing: a row for each fact, its name and value as text."""
+        return cls(title, {"": list(facts), "value": [str(value) for value in facts.values()]})
 
     def to_pandas(self) -> Any:
-        """Return a `pandas.DataFrame` of all rows, the notes and the title in its `attrs`.
+        """Return a `pandas.DataFrame` of all rows; title, notes and what the rows have in common are in its `attrs`.
 
         Raises:
             ModuleNotFoundError: pandas is missing.
@@ -133,7 +151,7 @@ class Table:
         except ModuleNotFoundError as error:
             raise ModuleNotFoundError("data frames need pandas; pip install pandas", name="pandas") from error
         frame = pandas.DataFrame(dict(self.columns))
-        frame.attrs |= {"title": self.title, "notes": self.notes}
+        frame.attrs |= {"title": self.title, "notes": self.notes, **self.common}
         return frame
 
     def __str__(self) -> str:
@@ -154,26 +172,28 @@ class Table:
     __repr__ = __str__
 
     def to_csv(self) -> str:
-        """Return all rows as comma-separated values: numbers with all digits, a column for each of several tokens."""
-        columns: dict[str, Sequence[Any]] = {}
+        """Return all rows as comma-separated values: numbers with all digits, a column for each of several tokens.
+
+        Texts are as tables show them; one that a spreadsheet would take for a formula gets an apostrophe before it.
+        """
+        rows = max(map(len, self.columns.values()), default=0)
+        columns: dict[str, Sequence[Any]] = {name: [value] * rows for name, value in self.common.items()}
         for name, column in self.columns.items():
             if any(isinstance(cell, list | tuple) for cell in column):
-                most = max(map(len, column))
-                columns |= {f"{name} {i + 1}": [[*c, *[None] * most][i] for c in column] for i in range(most)}
+                most = max(len(cell or ()) for cell in column)
+                columns |= {f"{name} {i + 1}": [[*(c or ()), *[None] * most][i] for c in column] for i in range(most)}
             else:
                 columns[name] = column
         text = StringIO()
         writer = csv.writer(text, lineterminator="\n")
-        writer.writerows([columns, *zip(*columns.values(), strict=True)])
+        writer.writerows([columns, *(map(_inert, row) for row in zip(*columns.values(), strict=True))])
         return text.getvalue()
 
     def to_latex(self) -> str:
         """Return all rows as a LaTeX table for the package booktabs; some scripts need XeLaTeX or LuaLaTeX."""
         sides = "".join("r" if _numeric(column) else "l" for column in self.columns.values())
-        cells = zip(*self.columns.values(), strict=True)
-        head, *rows = (
-            " & ".join(map(_latex, row)) + r" \\" for row in (self.columns, *(map(_text, row) for row in cells))
-        )
+        cells = [map(_latex, map(_text, row)) for row in zip(*self.columns.values(), strict=True)]
+        head, *rows = (" & ".join(row) + r" \\" for row in (map(_heading, self.columns), *cells))
         body = [r"\toprule", head, r"\midrule", *rows, r"\bottomrule"]
         said = [f"% {line}" for line in (self.title, *self.notes)]
         return "\n".join([*said, rf"\begin{{tabular}}{{{sides}}}", *body, r"\end{tabular}", ""])
@@ -200,18 +220,37 @@ class Table:
         )
 
 
-# Characters that LaTeX reads as commands or joins, or that its fonts lack, and how it prints them.
+# With these a spreadsheet lets a formula begin.
+_FORMULA = tuple("=+-@＝＋－＠")
+
+
+def _inert(cell: Any) -> Any:
+    """Return a cell that stays a text where a spreadsheet opens it: tokens come from strangers."""
+    return f"'{cell}" if isinstance(cell, str) and cell.startswith(_FORMULA) else cell
+
+
+# Characters that LaTeX reads as commands, options of the line before, or joins, or that its fonts lack, and how it
+# prints them.
 _IN_LATEX = {
     **{character: rf"\{character}" for character in "&%$#_{}"},
     **{"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "␣": r"\textvisiblespace{}"},
     **{"<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}", "`": r"\textasciigrave{}"},
-    **{"−": "$-$", "–": "--", "σ": r"$\sigma$", "-": "{-}"},
+    **{"−": "$-$", "–": "--", "σ": r"$\sigma$", "-": "{-}", "[": "{[}", "*": "{*}"},
 }
 
 
 def _latex(text: str) -> str:
     """Return a text as LaTeX prints it; no token of a stranger's file is a command."""
     return "".join(_IN_LATEX.get(character, character) for character in text)
+
+
+_SYMBOLS = {"σ": r"\sigma", "u": "u"}
+
+
+def _heading(name: str) -> str:
+    """Return the heading of a column, `σ1` or `u1` as a symbol with an index."""
+    symbol = re.fullmatch("([σu])([0-9]+)", name)
+    return rf"${_SYMBOLS[symbol[1]]}_{{{symbol[2]}}}$" if symbol else _latex(name)
 
 
 def _numeric(column: Sequence[Any]) -> bool:
@@ -251,11 +290,11 @@ class Result:
 
     def data(self, words: Words = NO_WORDS) -> Any:
         """Return the result as plain data, ready for JSON: what the command prints and the report reads."""
-        found = {field.name: getattr(self, field.name) for field in fields(self)}  # type: ignore[arg-type]
+        found = {each.name: getattr(self, each.name) for each in fields(self)}  # type: ignore[arg-type]
         return {name: value for name, value in found.items() if isinstance(value, int | float | str | None)}
 
     def _table(self, words: Words) -> Table:
-        found = {field.name: getattr(self, field.name) for field in fields(self)}  # type: ignore[arg-type]
+        found = {each.name: getattr(self, each.name) for each in fields(self)}  # type: ignore[arg-type]
         return Table(
             "".join(f" {c.lower()}" if c.isupper() else c for c in type(self).__name__).strip().capitalize(),
             {name: [value] for name, value in found.items() if isinstance(value, int | float | str)},
@@ -264,6 +303,13 @@ class Result:
     def exhibits(self, trace: Prompt | None = None) -> list[Table]:
         """Return the tables for print: the one of `table`, unless a kind of result has its own."""
         return [self.table(trace)]
+
+    def sheet(self, trace: Prompt | None = None) -> Table:
+        """Return the table for CSV: the one of `table`, with an id for each text; or a kind of result's own."""
+        return self._sheet(Words(trace, ids=True))
+
+    def _sheet(self, words: Words) -> Table:
+        return self._table(words)
 
     def table(self, trace: Prompt | None = None) -> Table:
         """Return the result as a table; with the trace it was computed from, tokens are texts instead of ids."""

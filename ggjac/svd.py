@@ -10,7 +10,8 @@ Products are stored as coefficients in the basis of the other side, which they e
 """
 
 import math
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal, NamedTuple
@@ -19,11 +20,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ggjac import checks
 from ggjac.linop import LinearOperator
 from ggjac.results import NO_WORDS, Plotted, Points, Table, Words
 from ggjac.sizes import block_width
-
-CLUSTER = 0.05  # singular values that differ by less than this fraction are called close
+from ggjac.units import cut_after, ending
 
 
 class Following(NamedTuple):
@@ -57,6 +58,8 @@ class SVD(Plotted):
             (the limit is reached).
         following: the next singular value; None where the subspace holds no more than these.
         method: `"sweeps"`: block Krylov iteration; `"matrix"`: LAPACK on the whole matrix, exact to rounding.
+        rough_sweeps: those of `sweeps` whose products were rounded; no other number comes from them.
+        spare: `[m, *out_shape]`, the left vectors that follow, as far as the subspace has them; None if not asked for.
     """
 
     U: Tensor
@@ -68,6 +71,8 @@ class SVD(Plotted):
     reason: str
     following: Following | None = None
     method: Literal["sweeps", "matrix"] = "sweeps"
+    rough_sweeps: int = 0
+    spare: Tensor | None = None
 
     def pointing_along(self, output: Tensor) -> "SVD":
         """Flip pairs of vectors so that each left one points along an output `[*out_shape]`: `⟨output, u⟩ >= 0`.
@@ -84,6 +89,7 @@ class SVD(Plotted):
         return {
             "method": self.method,
             "sweeps": self.sweeps,
+            "rough_sweeps": self.rough_sweeps,
             "converged": self.converged,
             "stopped_by": self.reason,
             "next_singular_value": self.following and self.following._asdict(),
@@ -97,39 +103,19 @@ class SVD(Plotted):
         S = self.S.tolist()
         cut = cut_after(S[-1], len(S), self.following and self.following._asdict())
         notes = (ending(self.data()), *([cut] if cut else []))
-        return Table("Singular triplets", {"sigma": S, "residual": self.residual.tolist()}, notes)
+        columns = {"vector": [*range(1, len(S) + 1)], "sigma": S, "residual": self.residual.tolist()}
+        after = {"next sigma": self.following and self.following.value, "stopped by": self.reason}
+        return Table("Singular triplets", columns, notes, after)
 
     def _plot(self, words: Words) -> Points:
         S = self.S.tolist()
         return Points("Singular values", "index", "σ", {"σ": (range(1, len(S) + 1), S, ())})
 
 
-def ending(data: Mapping[str, Any]) -> str:
-    """Return a line on how triplets were found, given their data."""
-    sweeps = f"{data['sweeps']} sweep{'s' * (data['sweeps'] != 1)}"
-    if data["method"] == "matrix":
-        return f"from the whole matrix ({sweeps}), exact to rounding"
-    return f"{sweeps}, stopped by: {data['stopped_by']}"
-
-
-def is_close(last: float, following: Mapping[str, Any] | None) -> bool:
-    """Return whether a spectrum is cut inside a cluster, given its last value and the data of the `following` one."""
-    return following is not None and 0 < last * (1 - CLUSTER) <= following["value"]
-
-
-def cut_after(last: float, rank: int, following: Mapping[str, Any] | None) -> str | None:
-    """Return a line on the gap between the last of `rank` singular values and the next one; None if that is unknown."""
-    if following is None or not last > 0:
-        return None
-    gap = f"{max(0.0, 1 - following['value'] / last):.1%} below σ{rank}"
-    if following["converged"]:
-        found = f"σ{rank + 1} = {following['value']:.4g}, {gap}"
-    else:
-        found = f"σ{rank + 1} ≥ {following['value']:.4g} (not converged), at most {gap}"
-    if not is_close(last, following):
-        return found
-    return f"{found}: the cut goes through a cluster, of which the last vectors are a basis of a part only"
-
+# A rough search ends at this residual: in bfloat16 it rests between a third and two thirds of it (docs/benchmarks.md).
+ROUGH_TOL = 1e-2
+# Further left vectors that a rough search hands on, so that close singular values at the end of the rank are not lost.
+SPARE = 4
 
 # Columns of a stack of vectors that are factored at a time: few enough for the cache, since QR passes over them often.
 PANEL = 1 << 14
@@ -149,6 +135,40 @@ def svd(A: LinearOperator, rank: int, **options: Any) -> SVD:
             side, vectors = steps.send(product(vectors.to(A.dtype).reshape(-1, *shape)).flatten(1).to(vectors.dtype))
     except StopIteration as stop:
         return stop.value
+
+
+def roughly_first(
+    solve: Callable[..., list[SVD]],
+    rounded: AbstractContextManager[Any],
+    noise: float,
+    *,
+    tol: float,
+    max_sweeps: int,
+    progress: Callable[[int, float], None] | None = None,
+) -> list[SVD]:
+    """Search with rounded products, which are faster, and start from what they find.
+
+    The second search has its own basis and images, all of unrounded products: values and residuals are as exact as
+    without the first. A bad start costs sweeps, and nothing else. (Mixed precision, as in Higham & Mary, "Mixed
+    precision algorithms in numerical linear algebra", Acta Numerica 2022.)
+
+    Args:
+        solve: decomposes operators, given `tol`, `max_sweeps`, `progress`, and `spare` and `noise`, or `starts`.
+        rounded: inside it, products are rounded.
+        noise: the relative error of a rounded product.
+        tol, max_sweeps, progress: as `iteration` takes them; at most half of the sweeps are rough.
+    """
+    with rounded:
+        rough = solve(tol=max(tol, ROUGH_TOL), max_sweeps=max_sweeps // 2, spare=SPARE, noise=noise, progress=progress)
+    done = max(one.sweeps for one in rough)
+    starts = [one.U if one.spare is None else torch.cat([one.U, one.spare]) for one in rough]
+    found = solve(
+        tol=tol,
+        max_sweeps=max_sweeps - done,
+        starts=starts,
+        progress=progress and (lambda sweeps, worst: progress(done + sweeps, worst)),
+    )
+    return [replace(one, sweeps=done + one.sweeps, rough_sweeps=done) for one in found]
 
 
 def svd_of_matrix(matrix: Float[Tensor, "out in"], rank: int, *, tol: float, sweeps: int) -> SVD:
@@ -194,6 +214,7 @@ def svd_together(
     up: Callable[[list[Tensor]], list[Tensor]],
     down: Callable[[list[Tensor]], list[Tensor]],
     progress: Callable[[int, float], None] | None = None,
+    starts: Sequence[Tensor | None] | None = None,
     **options: Any,
 ) -> list[SVD]:
     """Compute the leading triplets of several operators whose products are cheaper together.
@@ -203,6 +224,7 @@ def svd_together(
         rank: number of triplets of each.
         up, down: apply the operators, or their transposes, to one stack of vectors each; a stack may be empty.
         progress: called after each sweep with the sweep count and the worst relative residual of all operators.
+        starts: `start` of each operator, as `iteration` takes it.
         options: as `iteration` takes them.
 
     Returns:
@@ -214,7 +236,10 @@ def svd_together(
     def record(i: int, _: int, residual: float) -> None:
         worst[i] = residual
 
-    steps = [iteration(A, rank, progress=partial(record, i), **options) for i, A in enumerate(operators)]
+    steps = [
+        iteration(A, rank, progress=partial(record, i), start=start, **options)
+        for i, (A, start) in enumerate(zip(operators, starts or [None] * len(operators), strict=True))
+    ]
     requests: dict[int, Request] = {i: next(run) for i, run in enumerate(steps)}
     found: dict[int, SVD] = {}
     sweeps = 0
@@ -249,6 +274,9 @@ def iteration(
     block: int | None = None,
     seed: int = 0,
     progress: Callable[[int, float], None] | None = None,
+    start: Tensor | None = None,
+    spare: int = 0,
+    noise: float | None = None,
 ) -> Iteration:
     """Request products with `A`, of which only the shapes, dtype and device are used here, and return an `SVD`.
 
@@ -260,7 +288,11 @@ def iteration(
         max_sweeps: limit on the number of products with A or its transpose.
         block: stacked vectors per sweep; default `ggjac.sizes.block_width(rank, size of an input)`.
         seed: seed of the random start vectors; the same seed gives the same digits on the same machine.
-        progress: called after each sweep with the sweep count and the worst relative residual known so far.
+        progress: called after each sweep with the sweep count and the worst relative residual known so far; that is
+            infinite after the first sweep, which measures none.
+        start: `[block, *out_shape]`, vectors to start from; default `block` random ones.
+        spare: number of left vectors to return beyond those of the triplets, converged or not.
+        noise: relative error of a product, at whose level residuals rest; default the epsilon of A's dtype.
 
     Yields:
         A side and vectors to multiply: 0 and `[k, *out_shape]` flattened, for a product with the transpose; 1 and
@@ -272,13 +304,14 @@ def iteration(
         with `m` at most `block * (max_sweeps + 1) / 2`.
 
     Raises:
-        ValueError: `rank`, `tol`, `max_sweeps` or `block` is out of range, or a product with A is not finite.
+        ValueError: `rank`, `tol`, `max_sweeps`, `block` or `seed` is out of range, or a product with A is not finite.
     """
-    check_options(A, rank, tol=tol, max_sweeps=max_sweeps, block=block)
+    check_options(A, rank, tol=tol, max_sweeps=max_sweeps, block=block, seed=seed)
     sizes = math.prod(A.out_shape), math.prod(A.in_shape)
     width = min(block or block_width(rank, sizes[1]), sizes[0])
     work = torch.promote_types(A.dtype, torch.float32)
     eps = torch.finfo(A.dtype).eps
+    noise = noise or eps
     generator = torch.Generator().manual_seed(seed)
 
     def draw(count: int, side: int) -> Tensor:
@@ -289,10 +322,11 @@ def iteration(
     # its vectors as coefficients in the basis of the other side, [m, m'].
     basis = [Basis(size, work, A.device) for size in sizes]
     image = [Image(), Image()]
-    new = _expanded(draw(width, 0), basis[0], 0.0).directions  # [width, size]
+    first = draw(width, 0) if start is None else start.flatten(1).to(A.device, work)
+    new = _expanded(first, basis[0], 0.0).directions  # [width, size]
     basis[0].append(new)
     triplets: tuple[Tensor, Tensor] | None = None  # those last extracted: coefficients of U, [rank, m], and of V
-    with_next: tuple[Tensor, Tensor]  # the same and the next one, if there is one: [rank + 1, m]
+    extracted: tuple[Tensor, Tensor]  # the same, the next one and the spare ones, as far as there are any
     history: list[float] = []  # the worst residual after each sweep that measured it
 
     for sweeps in range(1, max_sweeps + 1):
@@ -316,8 +350,10 @@ def iteration(
             history.append(float(residual.max()))
             if progress:
                 progress(sweeps, history[-1])
-            if reason := _reason_to_stop(history, S, eps, tol, last=sweeps == max_sweeps):
+            if reason := _reason_to_stop(history, S, noise, tol, last=sweeps == max_sweeps):
                 break
+        elif progress:
+            progress(sweeps, math.inf)
 
         # Extend the other basis. If A's numerical rank is smaller than `rank`, random directions fill the gap.
         new = expanded.directions
@@ -329,8 +365,8 @@ def iteration(
             new = torch.cat([new, more])
 
         # Extract triplets. Without a new direction the subspace is closed, and all images are known.
-        with_next = _extracted(image[side].core(basis[other].count), side, rank + 1)
-        triplets = with_next[0][:rank], with_next[1][:rank]
+        extracted = _extracted(image[side].core(basis[other].count), side, rank + max(1, spare))
+        triplets = extracted[0][:rank], extracted[1][:rank]
         if not len(new):
             S, residual = _measured(triplets, image, eps)
             reason = "complete"
@@ -339,7 +375,8 @@ def iteration(
     assert triplets is not None
     order = S.argsort(descending=True, stable=True)  # rounding may swap equal values
     U, V = (side.combined(coefficients)[order] for side, coefficients in zip(basis, triplets, strict=True))
-    values, residuals = (part[rank:].tolist() for part in _measured(with_next, image, eps))
+    values, residuals = (part[rank:].tolist() for part in _measured(extracted, image, eps))
+    further = basis[0].combined(extracted[0][rank:]).reshape(-1, *A.out_shape) if spare else None
     return SVD(
         U.reshape(-1, *A.out_shape),
         S[order],
@@ -349,24 +386,28 @@ def iteration(
         converged=bool((residual <= tol).all()),
         reason=reason,
         following=Following(values[0], residuals[0], residuals[0] <= tol) if values else None,
+        spare=further,
     )
 
 
-def check_options(A: LinearOperator, rank: int, *, tol: float, max_sweeps: int, block: int | None = None) -> None:
+def check_options(
+    A: LinearOperator, rank: int, *, tol: float, max_sweeps: int, block: int | None = None, seed: int = 0
+) -> None:
     """Check the arguments of `iteration`.
 
     Raises:
         ValueError: one is out of range.
     """
     values = min(math.prod(A.out_shape), math.prod(A.in_shape))
-    if not 1 <= rank <= values:
+    if not 1 <= checks.whole("rank", rank, None) <= values:
         raise ValueError(f"rank {rank} is out of range: this operator has {values} singular values")
     if not tol > 0:
         raise ValueError(f"tol {tol} is out of range: the relative residual to reach must be positive")
-    if max_sweeps < 2:
+    if checks.whole("max_sweeps", max_sweeps, None) < 2:
         raise ValueError(f"max_sweeps {max_sweeps} is out of range: triplets and their residuals take at least 2")
-    if block is not None and block < rank:
+    if block is not None and checks.whole("block", block, None) < rank:
         raise ValueError(f"block {block} is out of range: it must be at least the rank, {rank}")
+    checks.seed(seed)
 
 
 def _extracted(core: Float[Tensor, "m m2"], side: int, rank: int) -> tuple[Tensor, Tensor]:

@@ -13,8 +13,9 @@ import os
 import threading
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache, cached_property
+from types import MappingProxyType
 from typing import Any
 
 from ggjac import llamacpp
@@ -30,13 +31,31 @@ MAX_TOKENS = 1 << 22
 _NORMAL, _UNUSED, _BYTE = 1, 5, 6
 KINDS = {1: "normal", 2: "unknown", 3: "control", 4: "user_defined", 5: "unused", 6: "byte"}
 
+# Token ids of the prompts that commands have by default, so that the demo runs where llama.cpp cannot tokenize.
+DEMO_PROMPTS = {
+    "The bridge out of Marin is the": (0, 465, 637, 719, 462, 1884, 458, 460),
+    "The bridge out of Marin is the Golden": (0, 465, 637, 719, 462, 1884, 458, 460, 1206),
+    "My favorite thing is the": (0, 603, 525, 416, 309, 458, 460),
+    "She put the book on the table and then": (0, 52, 324, 1234, 460, 1417, 522, 460, 1351, 483, 416, 264),
+}
+
 
 class TokenizerError(ValueError):
     """Text that cannot be turned into token ids, or a vocabulary that cannot be read."""
 
+    def __init__(self, message: str, *, will_not_fit: bool = False):
+        super().__init__(message)
+        self.will_not_fit = will_not_fit  # for lack of memory: the command line's exit code 4
+
 
 class Tokenizer(ABC):
-    """The interface of a vocabulary."""
+    """The interface of a vocabulary.
+
+    Attributes:
+        known: ids of texts that need no llama.cpp.
+    """
+
+    known: Mapping[str, Sequence[int]] = MappingProxyType({})
 
     @property
     @abstractmethod
@@ -80,7 +99,12 @@ class Tokenizer(ABC):
 
         After EOS a model predicts how another text begins.
         """
-        return self.unfinished(self.encode(text, parse_special=parse_special))
+        try:
+            return self.unfinished(self.encode(text, parse_special=parse_special))
+        except TokenizerError:
+            if text in self.known:
+                return list(self.known[text])
+            raise
 
     def unfinished(self, ids: Sequence[int]) -> list[int]:
         """Return the ids of a text without the EOS that the vocabulary's rules appended, if they do."""
@@ -110,6 +134,8 @@ def open_tokenizer(path: str | os.PathLike[str], *, tokens: Any, model: Any, typ
     `tokenizer.ggml.tokens`, `.model` and `.token_type`, unchecked: they may be anything. The types make the bytes of
     special and unused tokens exact.
     """
+    from ggjac.gguf.hub import demo_path  # numpy comes with it
+
     instead = "give token ids instead"
     flaw = None
     if model in NO_TOKENIZER or not isinstance(model, str):
@@ -123,9 +149,12 @@ def open_tokenizer(path: str | os.PathLike[str], *, tokens: Any, model: Any, typ
     model = model if isinstance(model, str) else None
     if flaw is not None:
         return RawVocabulary(tokens, model, types, reason=f"{_name(path)} contains no tokenizer ({flaw}); {instead}")
-    if why := llamacpp.missing():
-        return RawVocabulary(tokens, model, types, reason=f"{why}, or give token ids")
-    return LlamaVocabulary(path, RawVocabulary(tokens, model, types, reason=""))
+    why = llamacpp.missing()
+    raw = RawVocabulary(tokens, model, types, reason=f"{why}, or give token ids" if why else "")
+    found = raw if why else LlamaVocabulary(path, raw)
+    if os.fspath(path) == os.fspath(demo_path()):
+        found.known = DEMO_PROMPTS
+    return found
 
 
 def _is_array(value: Any, kind: type) -> bool:
@@ -220,7 +249,7 @@ class LlamaVocabulary(Tokenizer):
         self._raw = raw
         self._child: llamacpp.Child | None = None
         self._rules: dict[str, Any] = {}  # the vocabulary's properties, from the child
-        self._failure: str | None = None
+        self._failure: TokenizerError | None = None
         self._lock = threading.RLock()
 
     @property
@@ -313,7 +342,7 @@ class LlamaVocabulary(Tokenizer):
         """Start llama.cpp and read the vocabulary, unless done (0.1 s, or 0.5 s for 128 k tokens)."""
         with self._lock:
             if self._failure is not None:
-                raise TokenizerError(self._failure)
+                raise self._failure.with_traceback(None)
             if self._child is not None and self._child.pid == os.getpid() and not self._child.closed:
                 return
             try:
@@ -321,11 +350,13 @@ class LlamaVocabulary(Tokenizer):
                 weakref.finalize(self, child.close)
                 self._rules = child.ask("vocabulary", path=os.fsdecode(self.path))
             except llamacpp.LlamaCppError as error:
-                self._failure = self._repeated() or self._message("cannot read the vocabulary of", error)
-                raise TokenizerError(self._failure) from None
+                message = self._repeated() or self._message("cannot read the vocabulary of", error)
+                self._failure = TokenizerError(message, will_not_fit=error.will_not_fit)
+                raise self._failure from None
             if self._rules["n_tokens"] < self.n_vocab:
-                self._failure = f"llama.cpp reads fewer tokens from {_name(self.path)} than its metadata lists"
-                raise TokenizerError(self._failure)
+                message = f"llama.cpp reads fewer tokens from {_name(self.path)} than its metadata lists"
+                self._failure = TokenizerError(message)
+                raise self._failure
             self._child = child
 
     def _ask(self, call: str, **arguments: Any) -> Any:
@@ -336,7 +367,8 @@ class LlamaVocabulary(Tokenizer):
             try:
                 return self._child.ask(call, **arguments)
             except llamacpp.LlamaCppError as error:
-                raise TokenizerError(self._message("cannot use the vocabulary of", error)) from None
+                message = self._message("cannot use the vocabulary of", error)
+                raise TokenizerError(message, will_not_fit=error.will_not_fit) from None
 
     def _repeated(self) -> str | None:
         """Return which tokens have the same string: llama.cpp ends its process on such a vocabulary."""

@@ -1,8 +1,11 @@
 """Quantities as text, in one form for terminal, report and messages: numbers, bytes, durations."""
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 MISSING = "–"
+CLUSTER = 0.05  # singular values that differ by less than this fraction are called close
 _RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
@@ -52,3 +55,31 @@ def duration(seconds: int | float) -> str:
     if whole < 60:
         return f"{whole} s"
     return f"{minutes} min {rest} s" if whole < 3600 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def is_close(last: float, following: Mapping[str, Any] | None) -> bool:
+    """Return whether a spectrum is cut inside a cluster, given its last value and the data of the `following` one."""
+    return following is not None and 0 < last * (1 - CLUSTER) <= following["value"]
+
+
+def cut_after(last: float, rank: int, following: Mapping[str, Any] | None) -> str | None:
+    """Return a line on the gap between the last of `rank` singular values and the next one; None if that is unknown."""
+    if following is None or not last > 0:
+        return None
+    gap = f"{max(0.0, 1 - following['value'] / last):.1%} below σ{rank}"
+    if following["converged"]:
+        found = f"σ{rank + 1} = {following['value']:.4g}, {gap}"
+    else:
+        found = f"σ{rank + 1} ≥ {following['value']:.4g} (not converged), at most {gap}"
+    if not is_close(last, following):
+        return found
+    return f"{found}: the cut goes through a cluster, of which the last vectors are a basis of a part only"
+
+
+def ending(data: Mapping[str, Any]) -> str:
+    """Return a line on how singular triplets were found, given their data."""
+    sweeps = f"{data['sweeps']} sweep{'s' * (data['sweeps'] != 1)}"
+    if data["method"] == "matrix":
+        return f"from the whole matrix ({sweeps}), exact to rounding"
+    rough = f" ({data['rough_sweeps']} of them rough)" if data["rough_sweeps"] else ""
+    return f"{sweeps}{rough}, stopped by: {data['stopped_by']}"

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import IDS, invoke
+from helpers import IDS, TOKENS, invoke, invoke_json
 from safetensors.torch import load_file
 
 import ggjac
@@ -211,3 +211,12 @@ def test_data_without_words_has_ids(tiny_file: TinyFile) -> None:
     capped = ggjac.open_model(tiny_file("gemma2"))
     assert ggjac.attribute(capped.trace(IDS).jacobian()).data()["softcap"] == capped.head.softcap > 0
     assert ggjac.predict(trace, 2).data()[0]["id"] == int(trace.logits.argmax())
+
+
+def test_a_finished_run_is_shown_as_it_was_asked_for(tiny_file: TinyFile, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    given = "analyze", "-q", "-m", tiny_file("gqa"), *TOKENS, "-k", 2, "--no-verify", "--max-sweeps", 2, "-o", folder
+    first = invoke_json(*given, code=3)
+    assert first["svd"]["stopped_by"] == "sweeps"
+    assert invoke_json(*given, "--resume", code=3) == first
+    assert "is finished" in invoke(*given, "--resume", code=3).stdout

@@ -1,8 +1,14 @@
 """Shares of logits by token, branch and head against autograd over the independent float64 oracle; the command."""
 
+import csv
+import io
+import itertools
+import json
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import oracle
 import pytest
@@ -13,8 +19,8 @@ from helpers import IDS, TOKENS, head_of, invoke, invoke_json, pair
 from safetensors.torch import load_file
 from torch import Tensor
 
+from ggjac import session
 from ggjac.analysis.attribute import attribute, attribute_branches, attribute_positions, both_rules
-from ggjac.gguf import GGUFError
 from ggjac.model import open_model
 
 TinyFile = Callable[..., Path]
@@ -304,7 +310,7 @@ def test_one_sweep_pays_for_all_shares(tiny_files: dict[str, Path]) -> None:
 @pytest.mark.parametrize("target", [-1, 128])
 def test_a_target_outside_the_vocabulary_is_refused(target: int, tiny_files: dict[str, Path]) -> None:
     _model, J, *_ = pair(tiny_files, "gqa")
-    with pytest.raises((GGUFError, ValueError), match="128"):
+    with pytest.raises(ValueError, match=rf"^token id {target} is out of range; the vocabulary has ids 0 to 127$"):
         attribute(J, target)
 
 
@@ -399,7 +405,7 @@ def test_both_rules_agree_as_scipy_says(tiny_files: dict[str, Path]) -> None:
     assert found.spearman == pytest.approx(scipy.stats.spearmanr(a, b).statistic)
     assert found.difference == pytest.approx(abs(a - b).sum())
     assert found.size == pytest.approx((abs(a).sum() + abs(b).sum()) / 2)
-    assert found.table().columns["gate"] == gate.shares.tolist()
+    assert found.table().columns["gate"] == [*gate.shares.tolist(), gate.offset]
     for wrong in ((gate, up), (up, up), (up, attribute(model.trace(IDS, mlp_path="gate").jacobian(), 3))):
         with pytest.raises(ValueError, match="give those of one logit under up and gate"):
             both_rules(*wrong)
@@ -409,6 +415,8 @@ def test_the_command_under_both_rules_is_each_alone(tiny_file: TinyFile, tmp_pat
     given = "attribute", "-m", tiny_file("gqa"), *TOKENS, "--versus", 7
     up, gate = (invoke_json(*given, "--mlp-path", rule)["attribution"] for rule in ("up", "gate"))
     result = invoke_json(*given, "--mlp-path", "both", "-o", tmp_path / "both.safetensors")
+    page = tmp_path / "both.json"
+    page.write_text(json.dumps(result), encoding="utf-8")
     found = result["attribution"]
     assert result["mlp_path"] == "both"
     assert found.pop("agreement")["difference"] == pytest.approx(
@@ -424,7 +432,69 @@ def test_the_command_under_both_rules_is_each_alone(tiny_file: TinyFile, tmp_pat
     assert "mlp-path up" in shown
     assert "mlp-path gate" in shown
     assert "A share is not importance." in shown
+    invoke("report", page, "--figures")
+    source = page.with_suffix(".html").read_text(encoding="utf-8")
+    for rule, one in (("up", up), ("gate", gate)):
+        assert f">mlp-path {rule}</th>" in source
+        assert f"mlp-path {rule}: sum of shares and offset" in source
+        for share in one["shares"]:
+            assert f'<td class="n">{share["share"]:+.4f}</td>'.replace("-", "−") in source
+    assert {path.name for path in (tmp_path / "both-figures").glob("*.svg")} == {
+        "attribute.svg",
+        "attribute-other-rule.svg",
+    }
+    assert ", under --mlp-path up, the largest share" in source
     for more in (["--position", "all"], ["--by", "head"], ["--trace", tmp_path / "trace"]):
         assert (
             "leave --position all, --by and --trace out" in invoke(*given, "--mlp-path", "both", *more, code=2).stderr
         )
+
+
+@pytest.mark.parametrize("rule", ["up", "both"])
+def test_the_difference_of_a_logit_and_itself_is_refused(rule: str) -> None:
+    options = ["attribute", "-q", *TOKENS, "--mlp-path", rule]
+    best = invoke_json("predict", "-q", *TOKENS)["predictions"][0]["id"]
+    same = invoke(*options, "--target", "id:7", "--versus", "id:7", code=2).output
+    assert "is the token of --target: the difference is 0; name another token" in same
+    default = invoke(*options, "--versus", f"id:{best}", code=2).output
+    assert "is the most likely token, whose logit is split: the difference is 0" in default
+    assert "sum" in invoke(*options, "--target", "id:7", "--versus", "id:9").output
+
+
+def test_the_ranks_of_one_token_have_no_correlation() -> None:
+    options = ["attribute", "-q", "-t", 1, "--tokens", "5", "--mlp-path", "both"]
+    assert invoke_json(*options)["attribution"]["agreement"]["spearman"] is None
+    assert "Rank correlation of the rules of one token is not defined; their" in " ".join(
+        invoke(*options).stdout.split()
+    )
+
+
+def test_the_seconds_of_both_rules_are_those_of_both_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    ticks = itertools.count(0.0)
+    monkeypatch.setattr(session, "time", SimpleNamespace(perf_counter=lambda: next(ticks)))
+    one, both = (invoke_json("attribute", "-q", *TOKENS, "--mlp-path", rule)["seconds"] for rule in ("up", "both"))
+    assert both == {stage: 2 * seconds for stage, seconds in one.items()}
+
+
+def test_the_number_of_parts_is_that_of_every_format(tiny_file: TinyFile) -> None:
+    model = tiny_file("gqa")
+    for by in ("token", "layer", "head"):
+        given = "attribute", "-m", model, *TOKENS, "--by", by, "--count", 2
+        data = invoke_json(*given)["attribution"]
+        rows = list(csv.DictReader(io.StringIO(invoke(*given, "--format", "csv").stdout)))
+        assert [row["part"] for row in rows[2:]] == ["others", "offset"][: len(rows) - 2]
+        assert sum(float(row["share"]) for row in rows) == pytest.approx(data["logit"], abs=1e-4)
+        assert {row["target id"] for row in rows} == {str(data["target"]["id"])}
+        assert {float(row["logit"]) for row in rows} == {data["logit"]}
+        assert "others & " in invoke(*given, "--format", "latex").stdout
+        shown = invoke(*given).stdout.split("Share of every")[1]
+        assert re.search(r"\d more: (--count N or )?--all", shown)
+
+
+def test_warnings_are_not_lost_in_other_formats(tiny_file: TinyFile) -> None:
+    given = "attribute", "-m", tiny_file("tokenizer"), "--tokens", "7,6,5"
+    (warning,) = [line for line in invoke(*given).stdout.splitlines() if line.startswith("Warning: ")]
+    result = invoke(*given, "--format", "csv")
+    assert warning in result.stderr.splitlines()
+    assert "Warning" not in result.stdout
+    assert invoke(*given, "--format", "latex").stdout.splitlines()[0] == f"% {warning}"

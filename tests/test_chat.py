@@ -1,5 +1,6 @@
 """Chat templates: rendered as by llama-cpp-python's formatter, and bounded where they are hostile."""
 
+import sys
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -121,3 +122,39 @@ def test_a_command_asks_by_the_template_and_begins_once(tmp_path: Path) -> None:
     assert (found["prompt"], ids) == (text, model.tokenize(text))
     assert (ids[0], ids.count(0), ids.count(1)) == (0, 1, 2)
     assert found["warnings"] == []
+
+
+@pytest.mark.parametrize(
+    ("program", "words"),
+    [
+        (
+            "import sys; sys.exit('ModuleNotFoundError: no jinja2')",
+            "the process .* failed \\(ModuleNotFoundError: no jinja2",
+        ),
+        ("print('{')", "the process .* failed"),
+        ("raise MemoryError", "template cannot be used: it takes too much time or memory"),
+        ("import os; os.abort()", "template cannot be used: it takes too much time or memory"),
+    ],
+)
+def test_a_failure_of_the_process_is_not_the_templates(
+    program: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "python").write_text(f"#!{sys.executable}\n{program}\n")
+    (tmp_path / "python").chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    with pytest.raises(ChatError, match=words):
+        render("x")
+
+
+def test_each_limit_is_set_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    resource = pytest.importorskip("resource", reason="there are no such limits on Windows")
+    found = {}
+
+    def set_or_refuse(kind: int, limits: tuple[int, int]) -> None:
+        if kind == resource.RLIMIT_CORE:
+            raise ValueError("not allowed")
+        found[kind] = limits
+
+    monkeypatch.setattr(resource, "setrlimit", set_or_refuse)
+    chat._limit(3)
+    assert found == {resource.RLIMIT_CPU: (3, 3), resource.RLIMIT_AS: (chat.MEMORY, chat.MEMORY)}

@@ -7,6 +7,7 @@ own. `ggjac(...)` holds every call to the contract: never a traceback, errors on
 import errno
 import json
 import os
+import re
 import shutil
 import signal
 import struct
@@ -36,9 +37,10 @@ import ggjac.parity
 import ggjac.tokenizer
 from ggjac import runs
 from ggjac.cli import COMMANDS, main, progress, verify
-from ggjac.cli.options import DEFAULT_PROMPT, STEER_CONCEPT, STEER_PROMPT
-from ggjac.model import DEMO_PROMPTS, open_model
+from ggjac.cli import options as cli_options
+from ggjac.model import open_model
 from ggjac.results import Words
+from ggjac.tokenizer import DEMO_PROMPTS
 
 TinyFile = Callable[..., Path]
 
@@ -788,11 +790,14 @@ def test_the_demo_needs_no_llama_cpp(command: str, tmp_path: Path, monkeypatch: 
     if command in ("analyze", "predict"):
         assert "␣Golden     1206" in result.stdout
 
+    planned = "" if command == "verify" else "Fits.\n"
+    assert invoke(command, *DEFAULTS[command], "--dry-run", "--no-bench").stdout.endswith(planned)
 
-@pytest.mark.parametrize("text", [DEFAULT_PROMPT, STEER_PROMPT, STEER_CONCEPT])
-def test_the_default_prompts_come_with_their_ids(text: str) -> None:
-    model = open_model()
-    assert list(DEMO_PROMPTS[text]) == model.tokenizer.encode(text)
+
+def test_the_default_prompts_come_with_their_ids() -> None:
+    defaults = {text for name, text in vars(cli_options).items() if re.fullmatch("DEFAULT_PROMPT|STEER_[A-Z]+", name)}
+    assert defaults == DEMO_PROMPTS.keys()
+    assert {text: tuple(open_model().tokenizer.encode(text)) for text in defaults} == DEMO_PROMPTS
 
 
 def test_a_default_prompt_is_known_for_the_demo_alone(tiny_file: TinyFile, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -1051,3 +1056,24 @@ main(["predict", "--tokens", "1"])
     assert ended.stdout == ""
     assert ended.stderr.startswith("Fatal Python error: Bus error\n")
     assert "store.py" in ended.stderr
+
+
+def test_a_bare_prompt_is_told_of_its_option() -> None:
+    assert "(text): a prompt is given by -p; see ggjac predict --help" in invoke("predict", "text", code=2).stderr
+    assert "-p" not in invoke("models", "text", code=2).stderr
+
+
+def test_a_new_trace_folder_lies_in_one_that_exists(tmp_path: Path) -> None:
+    where = tmp_path / "typo" / "trace"
+    assert f"there is no folder {where.parent}; make it" in invoke("svd", "-k", 1, "--trace", where, code=2).stderr
+    assert not where.parent.exists()
+    assert "No such option" in invoke("predict", "--trace", tmp_path / "kept", code=2).stderr
+
+
+def test_an_empty_question_is_refused() -> None:
+    assert "--chat has no question" in invoke("predict", "--chat", " ", code=2).stderr
+
+
+def test_info_says_what_it_did_not_read_and_what_was_asked(tmp_path: Path) -> None:
+    assert "Only the header was read; --check also looks for damage" in invoke("info").stdout
+    assert "Only the header" not in invoke("info", "--check").stdout

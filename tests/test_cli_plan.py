@@ -155,6 +155,9 @@ def test_long_work_warns_before_it_starts(
     warning = invoke(*given).stderr
     assert warning.startswith("Warning: this will take about ")
     assert warning.endswith("; to shorten it, lower --rank, or use fewer tokens; --dry-run shows its parts\n")
+    many = "ranks", "-m", tiny_file("gqa"), *TOKENS, "-q", "-o", tmp_path / "ranks.jsonl"
+    assert invoke(*many).stderr.startswith("Warning: this will take about ")
+    assert invoke(*many).stderr == "", "all is there already"
 
 
 def test_short_work_is_not_measured(tiny_file: TinyFile, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -209,11 +212,14 @@ def test_a_refusal_in_json_is_data(tiny_file: TinyFile) -> None:
         (["--rank", "65"], "--rank 65 is out of range; this model's Jacobian has 64 singular values"),
         (["--tokens", "128"], "token id 128 is out of range; the vocabulary has ids 0 to 127"),
         (["-p", "text"], "both give a prompt"),
+        (["--device", "abacus"], "--device: device 'abacus' is unknown"),
     ],
 )
 def test_usage_errors(command: str, option: list[str], words: str, tiny_file: TinyFile) -> None:
     tokens = [] if option[0] == "--tokens" else TOKENS
     assert words in error(command, "-m", tiny_file("gqa"), *tokens, *option, code=2)
+    if command == "plan":
+        assert words in error(command, "-m", tiny_file("gqa"), *tokens, *option, "--no-bench", code=2)
 
 
 def test_a_prompt_longer_than_the_context(tiny_file: TinyFile) -> None:
@@ -275,7 +281,7 @@ def test_a_help_states_its_own_defaults() -> None:
         assert ("My favorite thing is the" in text) == (command == "steer")
         assert ("The bridge out of Marin is the'" in text) == (command != "steer"), command
         assert ("one on each line" in text) == (command == "ranks")
-        assert ("--trace" in text) == (command not in ("compare", "steer"))
+        assert ("--trace" in text) == (command not in ("compare", "predict", "steer"))
 
 
 def test_dense_rows_come_in_one_sweep_where_memory_allows(tiny_file: TinyFile, monkeypatch: pytest.MonkeyPatch) -> None:

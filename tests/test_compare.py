@@ -1,6 +1,7 @@
 """Two files of one model side by side, against NumPy, SciPy and dense float64 arithmetic on the oracle's Jacobians."""
 
 import gc
+import json
 import math
 import weakref
 from collections.abc import Callable
@@ -14,6 +15,8 @@ import pytest
 import tiny
 import torch
 from helpers import IDS, TOKENS, edited, invoke, invoke_json
+from safetensors import safe_open
+from safetensors.torch import load_file
 
 from ggjac.analysis.compare import (
     CompareError,
@@ -26,6 +29,7 @@ from ggjac.analysis.compare import (
 )
 from ggjac.blocks import NumericsError
 from ggjac.cli import session
+from ggjac.cli.compare import _change
 from ggjac.model import open_model
 
 linalg = pytest.importorskip("scipy.linalg", reason="SciPy is not installed")
@@ -200,7 +204,7 @@ def test_the_command(tiny_file: TinyFile) -> None:
     out = invoke("compare", "-m", a, "--with", b, *TOKENS, "-k", 3).stdout
     for word in ("Singular values", "Principal angles", "b - a", "KL(a ‖ b)", "same top token at"):
         assert word in out
-    assert out.index("b against a: ") < out.index("Singular values change by ") < out.index("Principal angles")
+    assert out.index("b against a, ") < out.index("singular values change by ") < out.index("Principal angles")
 
 
 def test_the_verdict_is_of_the_numbers(tiny_file: TinyFile) -> None:
@@ -208,16 +212,49 @@ def test_the_verdict_is_of_the_numbers(tiny_file: TinyFile) -> None:
     data = invoke_json("compare", "-m", a, "--with", b, *TOKENS, "-k", 3)["compare"]
     out = invoke("compare", "-m", a, "--with", b, *TOKENS, "-k", 3).stdout
     changes = [100 * (value["b"] / value["a"] - 1) for value in data["singular_values"]]
-    assert f"Singular values change by {min(changes):+.1f} % to {max(changes):+.1f} %." in out
+    assert f"singular values change by {min(changes):+.3g}% to {max(changes):+.3g}%\n" in out
+    for number in (data["kl"], data["mean_kl"]):
+        assert out.count(f"KL divergence {number:.2g} nats") == 1
+    assert out.count("KL divergence") == 2, "each is said once"
+    assert f"‖y_b - y_a‖/‖y_a‖ = {data['output_distance']:.2g}\n" in out
     largest = max(data["angles"]["left"])
     assert largest > 45
-    assert f"The largest angle is {largest:.0f}°" in out
+    assert f"the largest angle is {largest:.0f}°" in out
     for side, following in data["next_singular_value"].items():
         last = data["singular_values"][-1][side]
         assert 0 < following["value"] <= last * (1 + 1e-6)
         assert (f"\n{side}: σ4 " in out) == (following["value"] > 0.95 * last), "a cut through a cluster"
     assert ("another top token" in out) == (not data["positions"][-1]["same_top1"])
-    assert "The largest angle" not in invoke("compare", "-m", a, "--with", a, *TOKENS, "-k", 3).stdout
+    same = invoke("compare", "-m", a, "--with", a, *TOKENS, "-k", 3).stdout
+    assert "the largest angle" not in same
+    assert "the singular values are identical\n" in same
+    assert "%" not in same.split("Singular values")[1].split("Principal")[0]
+
+
+def test_small_changes_are_not_rounded_away() -> None:
+    assert [_change(x) for x in (0.0, 3e-9, -0.0004, 0.1234)] == ["0", "+3e-07%", "-0.04%", "+12.3%"]
+
+
+def test_what_is_saved_and_printed_in_latex(tiny_file: TinyFile, tmp_path: Path) -> None:
+    a, b, out = tiny_file("gqa"), tiny_file("gqa", seed=3), tmp_path / "compare.safetensors"
+    given = "compare", "-m", a, "--with", b, *TOKENS, "-k", 2
+    result = invoke_json(*given, "-o", out)
+    data, saved = result["compare"], load_file(out)
+    assert saved["ids"].tolist() == IDS
+    assert saved["kl"].tolist() == [p["kl"] for p in data["positions"]]
+    assert saved["left_angles"].rad2deg().tolist() == pytest.approx(data["angles"]["left"])
+    for side in "ab":
+        assert saved[f"{side}_S"].tolist() == pytest.approx([value[side] for value in data["singular_values"]])
+        assert saved[f"{side}_shares"].tolist() == pytest.approx([share[side] for share in data["shares"]])
+        assert saved[f"{side}_logits"].argmax(1).tolist() == [p["top1"][side]["id"] for p in data["positions"]]
+    with safe_open(out, "numpy") as file:
+        origin = json.loads(file.metadata()["ggjac"])
+    assert [origin[key]["path"] for key in ("model", "other_model")] == [str(a), str(b)]
+    latex = invoke(*given, "--format", "latex").stdout
+    assert latex.count(r"\begin{tabular}") == 3
+    refused = invoke(*given, "--format", "csv", code=2).stderr
+    assert "'csv' is not one of 'table', 'json', 'latex'" in refused
+    assert "is an input of this command" in invoke(*given, "-o", b, code=2).stderr
 
 
 def test_the_command_on_a_file_and_itself(tiny_file: TinyFile) -> None:
@@ -274,3 +311,10 @@ def test_the_command_keeps_no_trace(tiny_file: TinyFile, tmp_path: Path) -> None
     options = ["--with", tiny_file("gqa", type="Q8_0"), *TOKENS, "--trace", tmp_path / "trace"]
     assert "No such option '--trace'" in invoke("compare", "-m", tiny_file("gqa"), *options, code=2).stderr
     assert not (tmp_path / "trace").exists()
+
+
+def test_the_kinds_of_two_models_come_before_their_tensors(tiny_files: dict[str, Path]) -> None:
+    refusal = invoke(
+        "compare", "-m", tiny_files["gqa"], "--with", tiny_files["mamba2"], "--tokens", "1,2", code=1
+    ).stderr
+    assert ": architecture: 'llama' in the first file, 'mamba2' in the second; give two files of one model" in refusal

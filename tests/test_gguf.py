@@ -1,6 +1,7 @@
 """The container reader against the `gguf` package (writer and reader), and against files that are wrong on purpose."""
 
 import errno
+import gc
 import hashlib
 import itertools
 import mmap
@@ -969,3 +970,15 @@ def test_a_file_that_is_cut_while_in_use_is_an_error_not_a_crash(tmp_path: Path)
         with pytest.raises(GGUFError, match=r"model.gguf: was truncated to \d+ bytes while in use"):
             file.rows(last)
         assert np.array_equal(file.rows(first), before)
+
+
+def test_places_of_maps_are_known_for_as_long_as_they_are_mapped(matrix: Path) -> None:
+    """Later, something else may be mapped there."""
+    with open_gguf(matrix) as file:
+        rows = file.rows(next(iter(file.tensors)))
+        assert [length for _, length in file.addresses] == [matrix.stat().st_size]
+    assert len(file.addresses) == 1
+    del rows
+    file.metadata = {}  # whose arrays are read from the map
+    gc.collect()
+    assert file.addresses == []

@@ -790,6 +790,8 @@ def test_runs_are_named_as_the_model_was_asked_for(
     page = (folder / "report.html").read_text(encoding="utf-8")
     assert name in page
     assert ggjac.open_model(name).asked == name
+    assert " ".join(invoke("info", "-m", name).stdout.split()).startswith(f"{name} ({hub.resolve(name)}): GGUF version")
+    assert invoke_json("info", "-m", name)["asked"] == name
     assert ggjac.open_model(name).title == expected
 
 
@@ -878,6 +880,7 @@ def test_a_broken_file_is_a_row(content: bytes, words: str, cache: Path) -> None
     assert words in (found.unsupported_because or "")
     done = invoke("models").stdout
     assert "hf:user/repo/m.gguf: " in done
+    assert found.path not in done.split("Looked in")[0], "the name says which file it is"
     assert words in " ".join(done.split())
 
 
@@ -905,3 +908,18 @@ def test_the_names_of_mixtures_of_types_are_those_of_gguf() -> None:
     theirs = {int(kind): kind.name.removeprefix("MOSTLY_").removeprefix("ALL_") for kind in gguf.LlamaFileType}
     ours = FILE_TYPES.items()
     assert {id: name for id, name in theirs.items() if name != "GUESSED"}.items() == ours
+
+
+def test_a_model_in_two_of_ollamas_folders_is_one(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put_ollama(models)
+    put_ollama(tmp_path)
+    monkeypatch.setattr(hub, "_ollama_folders", lambda: [models, tmp_path])
+    assert [model.name for model in hub.stored()] == [None, "ollama:llama3.2:latest"]
+
+
+@pytest.mark.parametrize("name", ["hf:", "ollama:"])
+def test_a_prefix_alone_is_no_name(name: str) -> None:
+    with pytest.raises(hub.HubError, match=rf"^{name} is not a model name; write {name}"):
+        hub.resolve(name)

@@ -17,6 +17,7 @@ TESTS = Path(__file__).parent
 MAY_IMPORT: dict[str, set[str]] = {
     # ground: no sibling
     "sizes": set(),
+    "checks": set(),
     "display": set(),
     "units": set(),
     "drawing": {"units"},
@@ -25,8 +26,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "gguf": {"guard"},
     "results": {"drawing"},
     # algebra: operators, no transformer
-    "svd": {"linop", "results", "sizes"},
-    "frobenius": {"linop", "results", "sizes", "svd"},
+    "svd": {"checks", "linop", "results", "sizes", "units"},
+    "frobenius": {"checks", "linop", "results", "sizes", "svd"},
     # files
     "architectures": set(),
     "config": {"architectures", "sizes"},
@@ -34,10 +35,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "quants": {"gguf"},
     "ways": {"config", "sizes"},
     "weights": {"gguf", "quants", "sizes"},
-    "runs": {"gguf", "sizes"},
+    "runs": {"gguf", "sizes", "units"},
     "llamacpp": {"runs"},
     "exports": {"architectures", "gguf"},
-    "tokenizer": {"display", "llamacpp"},
+    "tokenizer": {"display", "gguf", "llamacpp"},
     "chat": {"tokenizer"},
     "report": {"display", "drawing", "runs", "units"},
     # planning: sizes and rates
@@ -48,14 +49,13 @@ MAY_IMPORT: dict[str, set[str]] = {
     "blocks": {"config", "linop", "rope", "sizes"},
     "jacobian": {"blocks", "decode", "gguf", "linop", "results", "runs", "sizes", "svd", "ways", "weights"},
     "model": {
-        *("blocks", "chat", "config", "decode", "display", "gguf", "jacobian", "planner", "rope", "runs", "sizes"),
-        "tokenizer",
-        "weights",
+        *("blocks", "chat", "checks", "config", "decode", "display", "gguf", "jacobian", "planner", "results", "rope"),
+        *("runs", "sizes", "tokenizer", "weights"),
     },
     "prompts": {"model", "tokenizer"},
     "generation": {"blocks", "model", "sizes"},
     "parity": {
-        *("architectures", "blocks", "display", "exports", "gguf", "llamacpp", "model", "planner", "results"),
+        *("architectures", "blocks", "display", "exports", "gguf", "llamacpp", "model", "planner", "results", "runs"),
         "tokenizer",
     },
     "session": {
@@ -63,8 +63,8 @@ MAY_IMPORT: dict[str, set[str]] = {
         "tokenizer",
     },
     "analysis": {
-        *("blocks", "config", "decode", "frobenius", "generation", "gguf", "jacobian", "linop", "model", "parity"),
-        "report",
+        *("blocks", "checks", "config", "decode", "display", "frobenius", "generation", "gguf", "jacobian", "linop"),
+        *("model", "parity", "planner", "report"),
         *("results", "runs", "session", "sizes", "svd", "ways", "weights"),
     },
 }

@@ -25,6 +25,7 @@ from ggjac.frobenius import StableRank, stable_ranks
 from ggjac.linop import LinearOperator
 from ggjac.model import Trace, open_model
 from ggjac.report.load import checked
+from ggjac.report.sections.layers import remarks
 from ggjac.runs.journal import Journal
 from ggjac.sizes import KINDS, MAPS
 from ggjac.svd import svd
@@ -82,7 +83,12 @@ def test_every_map_is_that_of_autograd(case: str, position: int, tiny_files: dic
         }[m.map]
         assert (m.span.start, *astuple(m.span.tap)) == expected_path
         dense = oracle.inner(theirs, found, *expected_path, position=position)
-        U, S, _ = torch.linalg.svd(dense.J.flatten(1), full_matrices=False)
+        U, S, Vh = torch.linalg.svd(dense.J.flatten(1), full_matrices=False)
+        assert m.first == pytest.approx(float(Vh[0].view(dense.J.shape[1:])[0].square().sum()), abs=1e-8)
+        assert m.positions == range(len(trace.ids))[position] + 1
+        assert m.following is None or m.following.value <= float(S[3]) * (1 + 1e-9)
+        if m.following is not None and m.following.converged:
+            assert m.following.value == pytest.approx(float(S[3]))
         assert torch.allclose(m.S, S[:3], rtol=1e-10, atol=0), m.span
         U = U.T[:3]
         U = U * torch.sign(U @ torch.einsum("end,nd->e", dense.J, dense.x))[:, None]
@@ -505,7 +511,39 @@ def test_the_tables(tiny_files: dict[str, Path]) -> None:
         "layers", "-m", tiny_files["three_layers"], *TOKENS, "-k", 1, "--layers", -1, "--maps", "cumulative"
     ).stdout
     assert "Path to the output's directions" not in single  # two dimensions are the least
-    assert "vector 1 at" not in single
+    assert "vector 1 at the" not in single
+
+
+def test_a_sink_and_a_cut_through_a_cluster_are_named(tmp_path: Path) -> None:
+    """In the table, and below the grid of the page."""
+    given = "layers", "-q", "-t", 1, "-p", "The bridge out of Marin is the Golden", "-k", 4
+    result = json.loads(invoke(*given, "--format", "json").stdout)
+    shown, page = invoke(*given).stdout, tmp_path / "layers.json"
+    for tap in result["layers"]["taps"]:
+        following = tap["next_singular_value"]
+        assert f" next   {'' if following['converged'] else '≥ '}" in shown
+        assert f"{following['value']:.4g}" in shown
+    own = [tap for tap in result["layers"]["taps"] if (tap["map"], tap["kind"]) == ("cumulative", "layer")]
+    sinks = [tap["sink"]["fraction"] for tap in own if tap["sink"]]
+    assert sinks, "the demo has one"
+    assert f"Position 0 takes {min(sinks):.0%}" in shown
+    close = "σ5 is close to σ4 at "
+    assert close in shown
+    for tap, fraction in zip(own, (0.6123, 0.9, *[None] * 4), strict=True):
+        tap["sink"] = fraction and {"position": 0, "id": 0, "text": "x", "fraction": fraction}
+    said = "Position 0 takes 61% to 90% of the weight of right vector 1 at depth 1, 2, as an attention sink does."
+    assert remarks(own)[0] == said
+    page.write_text(json.dumps(result), encoding="utf-8")
+    invoke("report", page)
+    source = page.with_suffix(".html").read_text(encoding="utf-8")
+    assert f'<p class="note">{said}</p>' in source
+    assert f'<p class="note">{close}' in source
+    for tap in own:
+        tap["next_singular_value"] = {"value": 0.9 * tap["triplets"][-1]["singular_value"], "converged": True}
+    assert remarks(own) == [said]
+    for tap in own:
+        tap["next_singular_value"]["value"] = tap["triplets"][-1]["singular_value"]
+    assert remarks(own)[1].startswith(f"{close}depth 1, 2, 3, 4, 5, 6: ")
 
 
 def test_a_map_that_did_not_converge_is_exit_code_3(tiny_files: dict[str, Path]) -> None:

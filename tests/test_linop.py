@@ -286,6 +286,21 @@ def test_scipy_gets_single_precision_from_bfloat16() -> None:
 # ---- operators by hand
 
 
+@pytest.mark.parametrize("gain", [1.0, 0.25])
+def test_a_narrower_matrix_rounds_the_vectors_and_not_the_sum(gain: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    W = torch.randn(24, 16, generator=generator).bfloat16()
+    A = Linear(Tiles(W), 3, gain=gain)
+    for apply, matrix, size in ((A.matmat, W.T, 16), (A.rmatmat, W, 24)):
+        X = torch.randn(5, 3, size, generator=generator)
+        Y = apply(X)
+        assert Y.dtype == torch.float32
+        expected = gain * (X.bfloat16().double() @ matrix.double())
+        # Each tile's product is rounded to 8 bits; vectors that were not rounded would differ by as much again.
+        error = float((Y - expected).norm() / expected.norm())
+        assert error < 2**-8
+
+
 def test_linear_by_hand() -> None:
     """x W' + b with W = [[1, 2], [0, -1], [3, 0]], b = [10, 20, 30] at two positions."""
     A = Linear(Tiles(torch.tensor([[1.0, 2.0], [0.0, -1.0], [3.0, 0.0]])), 2, torch.tensor([10.0, 20.0, 30.0]))

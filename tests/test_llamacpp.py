@@ -16,11 +16,13 @@ import numpy as np
 import pytest
 import tiny
 
+import ggjac
 from ggjac import parity
 from ggjac.llamacpp import Child, LlamaCppDied, LlamaCppError, missing, server
 from ggjac.llamacpp import child as module
 from ggjac.llamacpp.server import captured_log, import_llama_cpp, quoted_log
 from ggjac.parity import NoRoomError, ParityError, rewrite_as_f32, run_llama_cpp
+from ggjac.tokenizer import TokenizerError
 
 llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
 llama = llama_cpp.llama_cpp
@@ -102,6 +104,14 @@ def test_killed_for_memory_is_a_lack_of_room(tiny_file, monkeypatch):
     with pytest.raises(NoRoomError, match=r"\(SIGKILL: it gave no reason\), .* there is too little memory") as error:
         run_llama_cpp(tiny_file("gqa"), [1])
     assert error.value.will_not_fit
+    # The same where only the vocabulary is read, at once and when it is asked again; and in a comparison of a text.
+    model = ggjac.open_model()
+    for _ in range(2):
+        with pytest.raises(TokenizerError, match="too little memory") as failure:
+            model.tokenize("a")
+        assert failure.value.will_not_fit
+    with pytest.raises(NoRoomError, match="too little memory"):
+        ggjac.verify(model, [1], prompt="a")
 
 
 @pytest.mark.parametrize(

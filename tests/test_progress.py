@@ -97,3 +97,19 @@ def test_sweeps_left_follow_the_residual() -> None:
     assert sweeps_left([1.0, 0.1], 3, 1e-3) == 1  # falls tenfold each sweep: two more, the one at work among them
     assert sweeps_left([1.0, 0.5, 0.25], 4, 1 / 64) == 3
     assert sweeps_left([0.1, 0.2], 30, 1e-3) == 0  # does not fall: no promise
+
+
+def test_a_rate_that_would_read_zero_is_left_out(time: Clock, capsys: pytest.CaptureFixture[str]) -> None:
+    report, done = Reporter(quiet=False), [0, 0]
+    report.work = lambda: (done[0], done[1])
+    with report.stage("layers") as update:
+        for amount in (4_000_000, 16_000_000):
+            time.now += 10
+            done[:] = [10 * amount, 10 * amount]
+            update("block", 1, 2)
+            time.now += 10
+            done[:] = [20 * amount, 20 * amount]
+            update("block", 1, 2)
+    lines = capsys.readouterr().err.splitlines()
+    assert ["0.0" in line for line in lines] == [False, False, True, True]
+    assert not any("FLOP" in line for line in lines)

@@ -11,7 +11,7 @@ import oracle
 import pytest
 import tiny
 import torch
-from helpers import invoke
+from helpers import invoke, invoke_json
 from torch import Tensor
 
 from ggjac import runs
@@ -337,7 +337,7 @@ def test_sweeps_that_ran_out_are_exit_code_3() -> None:
     )
 
 
-@pytest.mark.parametrize(("prompts", "message"), [([], "no prompt was given"), ("hi", "prompts is one text")])
+@pytest.mark.parametrize(("prompts", "message"), [([], "no prompt was given"), ("hi", "prompts is of type str")])
 def test_prompts_are_a_list(tiny_file: Any, prompts: Any, message: str) -> None:
     with pytest.raises(PromptError, match=message):
         module.ranks(open_model(tiny_file("gqa")), prompts)
@@ -352,3 +352,9 @@ def test_a_result_keeps_no_model(tiny_file: Any) -> None:
     assert gone() is None
     assert found.envelope["tokens"][0]["id"] == 3
     assert [len(record["tokens"]) for record in found.records] == [2, 1]
+
+
+def test_a_prompt_that_may_be_meant_otherwise_is_said() -> None:
+    found = invoke_json("ranks", "-q", "-p", "a\\n")
+    assert [text for text in found["warnings"] if "-e reads" in text]
+    assert "-e reads" in invoke("ranks", "-q", "-p", "a\\n").stdout

@@ -125,6 +125,16 @@ def test_an_attention_sink_is_named_where_the_result_has_one() -> None:
         assert said in section(rendered(content), key).text
 
 
+def test_the_next_singular_value_is_named() -> None:
+    content = run_json()
+    last = content["svd"]["triplets"][-1]["singular_value"]
+    count = len(content["svd"]["triplets"])
+    content["svd"]["next_singular_value"] = {"value": 0.75 * last, "residual": 1e-4, "converged": True}
+    assert f"σ{count + 1} = {0.75 * last:.4g}, 25.0% below σ{count}." in section(rendered(content), "svd-vectors").text
+    content["svd"]["next_singular_value"] = None
+    assert f"σ{count + 1}" not in section(rendered(content), "svd-vectors").text
+
+
 def test_a_short_prompt_is_not_folded() -> None:
     found = section(rendered(run_json()), "attribute")
     assert not any("largest of" in heading for heading in found.find("h3"))

@@ -21,6 +21,7 @@ from helpers import TOKENS, invoke
 
 import ggjac
 import ggjac.jacobian
+from ggjac.analysis.attribute import both_rules, largest
 from ggjac.analysis.contrast import contrast
 from ggjac.analysis.jacobian import dense
 from ggjac.analysis.layers import layers
@@ -70,7 +71,7 @@ class Grid(HTMLParser):
 
 def stranger(ids: list[int] | None = None) -> Any:
     """Return a prompt of a model all of whose tokens are hostile."""
-    model = SimpleNamespace(word=lambda id: visible(f"{HOSTILE}{id}".encode()))
+    model = SimpleNamespace(word=lambda id: visible(f"{HOSTILE}{id}".encode()), text=lambda ids: HOSTILE * len(ids))
     return SimpleNamespace(ids=ids or PROMPT, model=model)
 
 
@@ -105,6 +106,7 @@ def results(tiny_file: Callable) -> dict[str, Any]:
     model = ggjac.open_model(tiny_file("gqa"), dtype="float64")
     trace = model.trace(PROMPT)
     J = trace.jacobian()
+    other_rule = model.trace(PROMPT, mlp_path="gate").jacobian()
     other = ggjac.open_model(tiny_file("gqa"), dtype="float32")
     a, b = (ggjac.portray(m.trace(PROMPT).jacobian(), 2, target=3) for m in (model, other))
     depths = layers(J, 2, maps=["cumulative"], top=3)
@@ -119,6 +121,7 @@ def results(tiny_file: Callable) -> dict[str, Any]:
         "norms": norms(J, 2),
         "parity": parity(),
         "attribution": ggjac.attribute(J, 3, versus=4),
+        "both rules": both_rules(ggjac.attribute(J, 3), ggjac.attribute(other_rule, 3)),
         "positions": ggjac.attribute_positions(J),
         "branches": ggjac.attribute_branches(J, positions=range(len(J.ids)), by_head=True),
         "portrait": a,
@@ -138,28 +141,33 @@ PARITY = ["name", "layer", "error", "position", "position_error"]
 NORMS = ["column", "column length", "column tokens", "row", "row length", "row tokens"]
 # Columns and the number of rows; `token` is a column only where the prompt is given.
 EXPECTED: dict[str, tuple[list[str], int]] = {
-    "svd": (["sigma", "residual"], 3),
-    "spectrum": (["sigma", "residual", "left", "position", "token", "weight", "right"], 3),
+    "svd": (["vector", "sigma", "residual"], 3),
+    "spectrum": (["vector", "sigma", "residual", "left", "position", "token", "weight", "right"], 3),
     "stable rank": (["value", "error", "frobenius"], 1),
     "contrast": (["jacobian", *MEASURES], 2),
     "agreement": (MEASURES, 1),
     "contributions": (["position", "token", "length", "frobenius"], len(PROMPT)),
     "norms": (["position", "token", *NORMS], 2 * len(PROMPT)),
     "parity": (PARITY, 4),
-    "attribution": (["position", "token", "share"], len(PROMPT)),
-    "positions": (["output", "target", "logit", "position", "token", "share"], len(PROMPT) * (len(PROMPT) + 1) // 2),
-    "branches": (["output", "target", "block", "attn", "mlp", *(f"head {h}" for h in range(HEADS))], len(PROMPT) * L),
+    "attribution": (["part", "position", "token", "share"], len(PROMPT) + 1),
+    "both rules": (["part", "position", "token", "up", "gate"], len(PROMPT) + 1),
+    "positions": (
+        ["output", "target", "logit", "part", "position", "token", "share"],
+        len(PROMPT) * (len(PROMPT) + 3) // 2,
+    ),
+    "branches": (["output", "target", "logit", "block", "part", "share"], len(PROMPT) * (1 + L * (HEADS + 1))),
     "portrait": (["position", "token", "share"], len(PROMPT)),
-    "comparison": (["sigma a", "sigma b", "left angle", "right angle"], 2),
-    "layers": (["map", "kind", "depth", "stable rank", "index", "sigma", "residual", "left"], 3 * L * 2),
+    "comparison": (["vector", "sigma a", "sigma b", "left angle", "right angle"], 2),
+    "layers": (["map", "kind", "depth", "stable rank", "next sigma", "vector", "sigma", "residual", "left"], 3 * L * 2),
     "readout": (["depth", "probability", "tokens", "rank"], L + 1),
     "token ranks": (["position", "token", "value", "error", "frobenius"], len(PROMPT)),
-    "per token": (["sigma", "residual", "left", "right"], 2),
+    "per token": (["vector", "sigma", "residual", "left", "right"], 2),
     "predictions": (["next", "logit", "probability"], 3),
-    "steering": (["strength", "control", "kl", "mass", "hits", "generated"], 5),
+    "steering": (["strength", "control", "kl", "mass", "hits", "text", "generated"], 5),
 }
 TEXTS = {"jacobian", "left", "right", "token", "name", "column tokens", "row tokens"}
-TEXTS |= {"next", "target", "map", "kind", "tokens", "generated"}
+TEXTS |= {"next", "target", "map", "kind", "tokens", "generated", "text", "part"}
+WITH_TRACE = {"token", "text"}  # columns that there are only with the prompt
 TRUTHS = {"top1", "control"}
 # What the axes of figures are called.
 AXES = {
@@ -188,7 +196,7 @@ def test_data_frames_have_columns_of_numbers(results: dict[str, Any], name: str)
     with_texts, without = results[name].to_pandas(stranger()), results[name].to_pandas()
     assert isinstance(without, pandas.DataFrame)
     assert list(with_texts.columns) == columns
-    assert list(without.columns) == [column for column in columns if column != "token"]
+    assert list(without.columns) == [column for column in columns if column not in WITH_TRACE]
     assert len(with_texts) == len(without) == rows
     for column in set(columns) - TEXTS:
         assert with_texts[column].dtype.kind in ("b" if column in TRUTHS else "if"), column
@@ -202,7 +210,7 @@ def test_tables_on_the_page_have_the_same_cells(results: dict[str, Any], name: s
     assert page.rows[0] == columns
     assert [len(row) for row in page.rows[1:]] == [len(columns)] * rows
     bare = Grid(results[name]._repr_html_())
-    assert bare.rows[0] == [column for column in columns if column != "token"]
+    assert bare.rows[0] == [column for column in columns if column not in WITH_TRACE]
 
 
 @pytest.mark.parametrize("name", EXPECTED)
@@ -241,6 +249,20 @@ def test_whatever_a_command_computes_can_be_shown(
     model = tiny_file("gqa")
     invoke(command, "-m", model, *TOKENS, *COMMANDS[command].options, *with_file(command, model))
     assert shown or command in ELSEWHERE
+
+
+def test_what_is_no_result_is_a_table_on_the_page_too(tiny_file: Callable) -> None:
+    model = ggjac.open_model(tiny_file("tokenizer"))
+    trace = model.trace([5, 6, 7])
+    for thing, cells in (
+        (model, {"llama", str(model.config.vocabulary), "float32", "cpu"}),
+        (trace, {"7", model.word(7), "token id"}),
+        (trace.jacobian(1), {"[3, 64]", "[64]", "1", "up", "depth 0", "layer 2"}),
+        (model.plan(3), {"memory"}),
+    ):
+        page = Grid(thing._repr_html_())
+        assert cells <= {cell for row in page.rows for cell in row}
+        assert {tag for tag, _ in page.tags} <= {"table", "caption", "thead", "tbody", "tr", "th", "td", "div"}
 
 
 def test_titles_names_and_notes_are_escaped_too() -> None:
@@ -287,7 +309,7 @@ def test_words_are_the_traces(results: dict[str, Any]) -> None:
 
 
 def test_columns_are_the_results_own_numbers(results: dict[str, Any]) -> None:
-    assert triplets([3.0, 2.0]).table().columns == {"sigma": [3.0, 2.0], "residual": [1e-4, 2e-4]}
+    assert triplets([3.0, 2.0]).table().columns == {"vector": [1, 2], "sigma": [3.0, 2.0], "residual": [1e-4, 2e-4]}
     columns = results["contributions"].table().columns
     assert columns["frobenius"] == results["contributions"].frobenius.tolist()
     assert columns["length"] == pytest.approx([math.hypot(*term) for term in results["contributions"].terms.tolist()])
@@ -334,27 +356,60 @@ def test_figures_draw_the_numbers(results: dict[str, Any]) -> None:
 
 def test_shares_in_tables_sum_to_the_logit(results: dict[str, Any]) -> None:
     one, many, branches = (results[name] for name in ("attribution", "positions", "branches"))
-    assert sum(one.table().columns["share"]) + one.offset == pytest.approx(one.logit)
+    assert sum(one.table().columns["share"]) == pytest.approx(one.logit)
+    assert one.table().columns["share"][-1] == one.offset
     assert f"sum to {one.logit:.4f}; forward pass: {one.logit:.4f}" in one.table().notes[0]
     assert one.table().title == "Shares in the logit of token 3 minus that of token 4"
+    assert one.table().common == {"output": 5, "target": 3, "versus": 4, "logit": one.logit, "mlp path": "up"}
+    for rule in ("up", "gate"):
+        column = results["both rules"].table().columns[rule]
+        assert sum(column) == pytest.approx(results["both rules"].table().common["logit"])
     rows = many.table().columns
     for m, output in enumerate(many.positions):
         own = [i for i, position in enumerate(rows["output"]) if position == output]
-        assert [rows["position"][i] for i in own] == list(range(output + 1))
+        assert [rows["position"][i] for i in own] == [*range(output + 1), None]
+        assert [rows["part"][i] for i in own] == ["token"] * (output + 1) + ["offset"]
         assert {rows["target"][i] for i in own} == {int(many.targets[m])}
-        total = sum(rows["share"][i] for i in own) + float(many.offsets[m])
-        assert total == pytest.approx(rows["logit"][own[0]])
+        assert sum(rows["share"][i] for i in own) == pytest.approx(rows["logit"][own[0]])
     rows = branches.table().columns
-    last = [i for i, position in enumerate(rows["output"]) if position == len(PROMPT) - 1]
-    assert [rows["block"][i] for i in last] == list(range(L))
-    heads = [sum(rows[f"head {h}"][i] for h in range(HEADS)) for i in last]
-    assert heads == pytest.approx([rows["attn"][i] for i in last])
-    total = sum(rows["attn"][i] + rows["mlp"][i] for i in last) + float(branches.embedding[-1] + branches.bias[-1])
-    assert total == pytest.approx(float(branches.logits[-1]))
+    for m, output in enumerate(branches.positions):
+        own = [i for i, position in enumerate(rows["output"]) if position == output]
+        assert sum(rows["share"][i] for i in own) == pytest.approx(float(branches.logits[m]))
+        assert rows["logit"][own[0]] == float(branches.logits[m])
+    own = [i for i, position in enumerate(rows["output"]) if position == len(PROMPT) - 1]
+    names = [(rows["block"][i], rows["part"][i]) for i in own]
+    in_block = [*(f"head {h}" for h in range(HEADS)), "MLP"]
+    assert names == [(None, "embedding"), *((i, part) for i in range(L) for part in in_block)]
+    shares = dict(zip(names, (rows["share"][i] for i in own), strict=True))
+    attn = [sum(shares[i, f"head {h}"] for h in range(HEADS)) for i in range(L)]
+    assert attn == pytest.approx(branches.attn[-1].tolist())
+    total = float(branches.logits[-1])
     assert f"sum to {total:.4f}; forward pass: {total:.4f}" in branches.table().notes[0]
     attention, mlp = branches.figure().axes[0].lines
-    assert attention.get_xydata().tolist() == [[rows["block"][i], rows["attn"][i]] for i in last]
-    assert mlp.get_ydata().tolist() == [rows["mlp"][i] for i in last]
+    assert attention.get_xydata().tolist() == [[i, float(share)] for i, share in enumerate(branches.attn[-1])]
+    assert mlp.get_ydata().tolist() == [shares[i, "MLP"] for i in range(L)]
+
+
+@pytest.mark.parametrize("name", ["attribution", "both rules", "positions", "branches"])
+def test_the_largest_parts_and_the_rest_still_add_up(results: dict[str, Any], name: str) -> None:
+    table = results[name].table()
+    columns = largest(table, 2).columns
+    whose = "output" if "output" in columns else "part"
+    for value in {"share", "up", "gate"} & columns.keys():
+        for output in set(columns["output"]) if whose == "output" else {None}:
+            own, whole = (
+                [i for i in range(len(c["part"])) if output is None or c["output"][i] == output]
+                for c in (columns, table.columns)
+            )
+            parts = [columns["part"][i] for i in own]
+            assert sum(columns[value][i] for i in own) == pytest.approx(sum(table.columns[value][i] for i in whole))
+            split = [table.columns["part"][i] for i in whole if table.columns["part"][i] != "offset"]
+            assert parts.count("others") == (len(split) > 2)
+            assert len([part for part in parts if part not in ("others", "offset")]) == min(2, len(split))
+    assert largest(table, 10**6).columns == table.columns, "in the same order"
+    kept = [abs(share) for share, part in zip(columns.get("share", columns.get("up")), columns["part"], strict=True)]
+    if name == "attribution":
+        assert kept[0] >= kept[1] >= max(sorted(map(abs, results[name].shares.tolist()))[:-2])
 
 
 def test_depths_in_tables_and_figures(results: dict[str, Any]) -> None:
@@ -525,15 +580,33 @@ def read_csv(text: str) -> list[dict[str, str]]:
     return list(csv.DictReader(io.StringIO(text)))
 
 
-def test_csv_has_all_digits_and_true_texts(results: dict[str, Any]) -> None:
-    names = dict(enumerate((" of", "a,b", 'say "x"', "␣", "line\nbreak", "\\n", "=1+1", "é")))
-    tokenizer = SimpleNamespace(name=lambda id: names.get(id, f"t{id}").encode(), kind=lambda id: "normal")
-    trace = SimpleNamespace(ids=PROMPT, model=SimpleNamespace(tokenizer=tokenizer))
-    rows = read_csv(results["attribution"]._table(Words(trace, true=True)).to_csv())
-    assert [row["token"] for row in rows] == [names[id] for id in PROMPT]
+def test_csv_has_all_digits_and_ids_beside_texts(results: dict[str, Any]) -> None:
+    trace = SimpleNamespace(ids=PROMPT, model=SimpleNamespace(word=lambda id: f'a,"{id}'))
+    *rows, offset = read_csv(results["attribution"].sheet(trace).to_csv())
+    assert [(int(row["token id"]), row["token"]) for row in rows] == [(id, f'a,"{id}') for id in PROMPT]
     assert [float(row["share"]) for row in rows] == results["attribution"].shares.tolist()
-    found = read_csv(results["spectrum"].table().to_csv())
-    assert [[int(row[f"left {i}"]) for i in range(1, 5)] for row in found] == results["spectrum"].left.ids.tolist()
+    assert (offset["part"], offset["token"], float(offset["share"])) == ("offset", "", results["attribution"].offset)
+    found = {(row["target id"], row["target"], row["versus id"], row["logit"]) for row in (*rows, offset)}
+    assert found == {("3", 'a,"3', "4", str(results["attribution"].logit))}
+    spectrum = results["spectrum"]
+    rows = read_csv(spectrum.sheet(trace).to_csv())
+    n = len(PROMPT)
+    assert [(int(row["vector"]), int(row["position"])) for row in rows] == [
+        (j + 1, i) for j in range(3) for i in range(n)
+    ]
+    assert [float(row["weight"]) for row in rows] == spectrum.weight.flatten().tolist()
+    for side, ids in (("left", spectrum.left.ids.repeat_interleave(n, 0)), ("right", spectrum.right.ids)):
+        assert [[int(row[f"{side} id {i}"]) for i in range(1, 5)] for row in rows] == ids.tolist()
+    assert {row["next sigma"] for row in rows} == {str(spectrum.svd.following.value)}
+    next_ids = [int(row["next id"]) for row in read_csv(results["predictions"].sheet(trace).to_csv())]
+    assert next_ids == results["predictions"].ids.tolist()
+
+
+@pytest.mark.parametrize("start", ["=", "+", "-", "@", "＝", "＋", "－", "＠"])
+def test_no_text_in_csv_begins_as_a_formula(start: str) -> None:
+    text = f"{start}1+1"
+    (row,) = read_csv(Table("", {"x": [text], "y": [[text, " "]], "z": [-1.5]}, common={"c": text}).to_csv())
+    assert row == {"c": f"'{text}", "x": f"'{text}", "y 1": f"'{text}", "y 2": " ", "z": "-1.5"}
 
 
 def test_no_token_is_a_command_of_latex(results: dict[str, Any]) -> None:
@@ -542,13 +615,19 @@ def test_no_token_is_a_command_of_latex(results: dict[str, Any]) -> None:
     known = "textbackslash|textasciitilde|textasciicircum|textless|textgreater|textbar|textasciigrave"
     lines = results["attribution"].table(trace).to_latex().splitlines()
     rows = lines[lines.index(r"\midrule") + 1 : lines.index(r"\bottomrule")]
-    assert len(rows) == len(PROMPT)
-    for row in rows:
+    assert len(rows) == len(PROMPT) + 1
+    for row in rows[:-1]:
         cells = row.removesuffix(r" \\").split(" & ")
-        assert len(cells) == 3
-        rest = re.sub(rf"\\(?:{known})\{{\}}|\\[&%$#_{{}}]", "", cells[1])
+        assert len(cells) == 4
+        rest = re.sub(rf"\\(?:{known})\{{\}}|\\[&%$#_{{}}]", "", cells[2])
         assert rest == "input/etc/passwd"
-    assert all(line.startswith("%") for line in lines[: lines.index(r"\begin{tabular}{rlr}")])
+    assert all(line.startswith("%") for line in lines[: lines.index(r"\begin{tabular}{lrlr}")])
+
+
+def test_what_begins_a_row_is_no_option_of_the_line_before() -> None:
+    rows = Table("", {"token": ["[2cm]", "*", "[/]"]}).to_latex().splitlines()
+    assert [row for row in rows if row.startswith("{")] == [r"{[}2cm] \\", r"{*} \\", r"{[}/] \\"]
+    assert rows[rows.index(r"\toprule") + 1] == r"token \\"
 
 
 def test_the_layer_grid_in_latex(results: dict[str, Any]) -> None:
@@ -560,9 +639,11 @@ def test_the_layer_grid_in_latex(results: dict[str, Any]) -> None:
     first = next(m for m in results["layers"].maps if m.tap.kind == "layer")
     cells = r"\textvisiblespace{}t" + r" \textvisiblespace{}t".join(map(str, first.left.ids[1].tolist()))
     assert f"& {cells} \\\\\n" in layer.to_latex()
+    assert r"depth & $\sigma_{1}$ & stable rank & $u_{1}$ & $u_{2}$ \\" in layer.to_latex().splitlines()
+    assert [table.notes[0].split(":")[0] for table in (layer, attn, mlp)] == ["depth", "block", "block"]
 
 
-@pytest.mark.parametrize("command", sorted(COMMANDS.keys() - {"analyze", "compare", "ranks", "steer"}))  # of several
+@pytest.mark.parametrize("command", sorted(COMMANDS.keys() - {"analyze", "compare"}))  # of several tables
 def test_what_is_a_table_is_printed_as_csv_and_latex(command: str, tiny_file: Callable) -> None:
     model = tiny_file("gqa")
     options = ["-m", model, *TOKENS, *COMMANDS[command].options, *with_file(command, model)]

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ggjac import display, parity
 from ggjac import session as module
+from ggjac.analysis.svd import spectrum
 from ggjac.jacobian import DetachedJacobian, Progress
 from ggjac.model import Model, PromptError, open_model
 from ggjac.parity import ParityError
@@ -162,3 +163,24 @@ def test_an_analysis_of_ones_own_resumes_to_the_same_bits(
     assert not folder.exists()
     with pytest.raises(JournalError):
         attempt(resume=True)
+
+
+def test_a_resumed_run_counts_the_sweeps_of_its_first_attempt(tmp_path: Path) -> None:
+    seen: list[str] = []
+
+    def watch(what: str, done: int, total: int, rounds: int = 0) -> None:
+        seen.append(what.partition(",")[0])
+        if stopping and what.startswith("sweep 3"):
+            raise KeyboardInterrupt
+
+    for stopping in (True, False):
+        seen.clear()
+        session = Session(open_model(), IDS, stages=Stages(watch))
+        asked = {"resume": not stopping, "output": tmp_path / "run", "rank": 4}
+        with (
+            pytest.raises(KeyboardInterrupt) if stopping else contextlib.nullcontext(),
+            session.checkpointed(tmp_path / "run.checkpoint", **asked),
+        ):
+            found = session.run("svd", spectrum, rank=4)
+    sweeps = list(dict.fromkeys(what for what in seen if what.startswith("sweep ")))
+    assert sweeps == [f"sweep {number}" for number in range(3, found.svd.sweeps + 1)]

@@ -10,10 +10,11 @@ import oracle
 import pytest
 import tiny
 import torch
-from helpers import distance, invoke
+from helpers import distance, invoke, invoke_json
 from torch import Tensor
 
 from ggjac.analysis.steer import Images, Steering, additive, default_layer, random_rotation, steer
+from ggjac.cli.options import STEER_CONTROL
 from ggjac.gguf.hub import demo_path
 from ggjac.jacobian import Span, Tap
 from ggjac.model import PromptError, open_model
@@ -182,12 +183,49 @@ def test_position_0_is_spared(method: str, tiny_file: TinyFile) -> None:
 def test_the_command_says_what_it_steered_and_where_it_is_too_much() -> None:
     pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
     out = " ".join(invoke("steer", "-q", "-t", 1, "--strength", "0.1,3", "--max-tokens", 2).stdout.split())
-    assert "control: steered by the map of <|begin_of_text|> S he " in out
+    assert "Concept: “The bridge out of Marin is the Golden”" in out
+    assert "control: steered by the map of “She put the book on the table and then”" in out
     assert "position 0 is spared" in out
     assert "Warning: at strength 3 the first token's distribution is nearly another one" in out
     mild = invoke("steer", "-q", "-t", 1, "--strength", "0.1", "--max-tokens", 2, "--first").stdout
     assert "position 0 is steered, too" in mild
     assert "Warning" not in mild
+
+
+def test_texts_are_in_the_result_and_on_the_page(tmp_path: Path) -> None:
+    pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
+    given = "steer", "-q", "-t", 1, "--concept", "A <b>", "--max-tokens", 2
+    for more, control in (
+        ([], {"kind": "concept", "text": STEER_CONTROL}),
+        (["--control-concept", "x"], {"text": "x"}),
+    ):
+        out = tmp_path / "steer.json"
+        data = invoke_json(*given, *more, "-o", out)["steering"]
+        assert data["concept"]["text"] == "A <b>"
+        assert control.items() <= data["control"].items()
+        invoke("report", out)
+        page = out.with_suffix(".html").read_text()
+        assert '<q dir="auto">A &lt;b&gt;</q>' in page
+        assert f'the map of an unrelated prompt, <q dir="auto">{control["text"]}</q>.' in page
+    data = invoke_json("steer", "-q", "--tokens", "1,2", "--max-tokens", 1, "-o", out)["steering"]
+    assert (data["concept"]["text"], data["control"]) == (None, {"kind": "random"})
+    invoke("report", out)
+    assert "Control: steered by an operator with the same singular values" in out.with_suffix(".html").read_text()
+
+
+def test_the_tables_of_csv_and_latex(tiny_file: TinyFile) -> None:
+    pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
+    given = "steer", "-q", "--strength", "0.1,0.5", "--max-tokens", 2
+    data = invoke_json(*given)["steering"]
+    csv, latex = (invoke(*given, "--format", name) for name in ("csv", "latex"))
+    head, *rows = csv.stdout.splitlines()
+    assert head.startswith("method,layer,changed,strength,control,kl,mass,hits,text,generated id 1,generated id 2,")
+    texts = [data["baseline"], *data["steered"], *data["controls"]]
+    assert [row.split(",")[3:5] for row in rows] == [
+        [str(text["strength"]), str(i > 2)] for i, text in enumerate(texts)
+    ]
+    assert latex.stdout.count("\\\\\n") == 1 + len(texts)
+    assert "She put the book" in latex.stdout
 
 
 def test_the_random_control_is_of_equal_spectrum_and_reads_the_same(tiny_file: TinyFile) -> None:
@@ -372,3 +410,9 @@ def test_a_model_is_not_overwritten(tmp_path: Path) -> None:
     err = invoke("steer", "-q", "-t", 1, "-m", path, "--tokens", "1,2", "--export-control-vector", path, code=2).stderr
     assert "is an input of this command" in err
     assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("plan", [[], ["--dry-run", "--no-bench"]])
+def test_a_control_that_is_left_out_has_no_prompt(plan: list[str]) -> None:
+    refusal = invoke("steer", "-q", "--no-control", "--control-concept", "X", *plan, code=2).stderr
+    assert "--no-control leaves out what --control-concept asks for" in refusal

@@ -1,4 +1,4 @@
-"""How well scores of a vector's top tokens tell meaningful vectors from meaningless ones, on real models.
+"""How well the scores of a vector's top tokens separate meaningful vectors from meaningless ones, on real models.
 
     python tools/coherence.py smollm2.gguf gemma3.gguf
 

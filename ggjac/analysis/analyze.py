@@ -6,13 +6,12 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from itertools import count
-from operator import index
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from ggjac import runs
+from ggjac import checks, runs
 from ggjac.analysis.attribute import attribute, attribute_branches
 from ggjac.analysis.contrast import contrast as contrasted
 from ggjac.analysis.layers import layers as every_layer
@@ -97,7 +96,7 @@ def analyze(
         JournalError: there is nothing to resume, or it is another run, finished or not.
     """
     _check(top, tol, max_sweeps, seed)
-    layers = None if layers is None else [index(depth) for depth in layers]  # as JSON holds them
+    layers = None if layers is None else [checks.whole("depth", depth, None) for depth in layers]  # as JSON holds them
     model = model if isinstance(model, Model) else open_model(model)
     session = Session(
         model,
@@ -128,14 +127,11 @@ def _check(top: int, tol: float, max_sweeps: int, seed: int) -> None:
     Raises:
         ValueError: one is out of range.
     """
-    if top < 1:
-        raise ValueError(f"top {top} is out of range: it must be at least 1")
+    checks.whole("top", top)
     if not 0 < tol < math.inf:
         raise ValueError(f"tol {tol} is out of range: it must be positive and finite")
-    if max_sweeps < 2:
-        raise ValueError(f"max_sweeps {max_sweeps} is out of range: it must be at least 2")
-    if not 0 <= seed < 2**63:
-        raise ValueError(f"seed {seed} is out of range: it must be from 0 to 2**63 - 1")
+    checks.whole("max_sweeps", max_sweeps, 2)
+    checks.seed(seed)
 
 
 def check_same(session: Session, folder: Path, **settings: Any) -> None:

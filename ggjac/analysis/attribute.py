@@ -15,8 +15,10 @@ the stream after a block, the parts added so far are multiplied by it too. Eithe
 identity of the frozen network: it states the contribution of each part, not the effect of changing that part.
 """
 
+import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import chain, groupby
 from typing import Any, NamedTuple
 
 import torch
@@ -89,11 +91,12 @@ class Attribution(Plotted):
         total = float(self.shares.sum()) + self.offset
         return Table(
             f"Shares in {_split(words, self.target, self.versus)}",
-            words.at(range(len(self.shares))) | {"share": self.shares.tolist()},
+            _rows(words, [len(self.shares)]) | {"share": [*self.shares.tolist(), self.offset]},
             (
-                f"offset {self.offset:.4f}; shares and offset sum to {total:.4f}; forward pass: {self.logit:.4f}",
+                f"shares and offset sum to {total:.4f}; forward pass: {self.logit:.4f}",
                 CAVEAT.format(rule=self.mlp_path),
             ),
+            _logit(words, self) | {"mlp path": self.mlp_path},
         )
 
     def _plot(self, words: Words) -> Bars:
@@ -121,7 +124,8 @@ class BothRules(Result):
 
     def data(self, words: Words = NO_WORDS) -> dict[str, Any]:
         """Return the data of the rule `up`, that of `gate` as `other_rule`, and their `agreement`."""
-        agreement = {"spearman": self.spearman, "difference": self.difference, "size": self.size}
+        spearman = None if math.isnan(self.spearman) else self.spearman
+        agreement = {"spearman": spearman, "difference": self.difference, "size": self.size}
         return self.up.data(words) | {"other_rule": self.gate.data(words), "agreement": agreement}
 
     def tensors(self) -> dict[str, Tensor]:
@@ -130,10 +134,15 @@ class BothRules(Result):
         return {f"{rule}_{name}": tensor for rule, one in rules.items() for name, tensor in one.tensors().items()}
 
     def _table(self, words: Words) -> Table:
-        columns = {"up": self.up.shares.tolist(), "gate": self.gate.shares.tolist()}
-        note = f"rank correlation {self.spearman:.2f}; absolute differences sum to {self.difference:.4f}"
-        title = f"Shares in {_split(words, self.up.target, self.up.versus)} under both freezing rules"
-        return Table(title, words.at(range(len(self.up.shares))) | columns, (note, CAVEAT.format(rule="up and gate")))
+        columns = {rule: [*one.shares.tolist(), one.offset] for rule, one in (("up", self.up), ("gate", self.gate))}
+        ranked = "of one token is not defined" if math.isnan(self.spearman) else f"{self.spearman:.2f}"
+        note = f"rank correlation {ranked}; absolute differences sum to {self.difference:.4f}"
+        return Table(
+            f"Shares in {_split(words, self.up.target, self.up.versus)} under both freezing rules",
+            _rows(words, [len(self.up.shares)]) | columns,
+            (note, CAVEAT.format(rule="up and gate")),
+            _logit(words, self.up),
+        )
 
 
 @dataclass(frozen=True)
@@ -183,19 +192,14 @@ class TokenShares(Result):
         return self.logits - self.shares.sum(1) - self.offsets
 
     def _table(self, words: Words) -> Table:
-        rows = [(m, i) for m, output in enumerate(self.positions) for i in range(output + 1)]
-        outputs = [m for m, _ in rows]
-        columns: dict[str, Sequence[Any]] = {
-            "output": [self.positions[m] for m in outputs],
-            "target": words.each(self.targets[outputs].tolist()),
-            "logit": self.logits[outputs].tolist(),
-            **words.at([i for _, i in rows]),
-            "share": [float(self.shares[m, i]) for m, i in rows],
-        }
+        counts = [output + 1 for output in self.positions]
+        outputs = [m for m, count in enumerate(counts) for _ in range(count + 1)]
+        shares = [[*self.shares[m, :count].tolist(), float(self.offsets[m])] for m, count in enumerate(counts)]
         return Table(
             f"Shares in {_split(words, None, self.versus)} of each output position",
-            columns,
+            _logits(words, self, outputs) | _rows(words, counts) | {"share": [*chain.from_iterable(shares)]},
             (CAVEAT.format(rule=self.mlp_path),),
+            words.one("versus", self.versus) | {"mlp path": self.mlp_path},
         )
 
 
@@ -275,21 +279,34 @@ class BranchShares(Plotted):
         return self.logits - self.embedding - attn - self.mlp.sum(1) - self.bias
 
     def _table(self, words: Words) -> Table:
-        m, L = self.attn.shape
-        outputs = [i for i in range(m) for _ in range(L)]
-        columns: dict[str, Sequence[Any]] = {
-            "output": [self.positions[i] for i in outputs],
-            "target": words.each(self.targets[outputs].tolist()),
-            "block": [*range(L)] * m,
-            "attn": self.attn.flatten().tolist(),
-            "mlp": self.mlp.flatten().tolist(),
-        }
-        if self.heads is not None:
-            columns |= {f"head {h}": head.flatten().tolist() for h, head in enumerate(self.heads.unbind(2))}
-        logit, rest = self.logits[-1], self.embedding[-1] + self.bias[-1]
-        total = logit - self.unexplained[-1]
-        note = f"last output: embedding and biases {rest:.4f}; all sum to {total:.4f}; forward pass: {logit:.4f}"
-        return Table(f"Shares in {_split(words, None, self.versus)}, by block", columns, (note,))
+        parts = [(m, *part) for m in range(len(self.positions)) for part in self._parts(m)]
+        outputs, blocks, names, shares = (list(column) for column in zip(*parts, strict=True))
+        logit = float(self.logits[-1])
+        alone = int(self.targets[0]) if len(self.positions) == 1 else None
+        note = f"last output: all shares sum to {logit - float(self.unexplained[-1]):.4f}; forward pass: {logit:.4f}"
+        return Table(
+            f"Shares in {_split(words, alone, self.versus)}, by block",
+            _logits(words, self, outputs) | {"block": blocks, "part": names, "share": shares},
+            (note,),
+            words.one("versus", self.versus),
+        )
+
+    def _parts(self, row: int) -> Iterator[tuple[int | None, str, float]]:
+        """Yield all that adds up to a logit, with its block and name; biases where there are any."""
+        yield None, "embedding", float(self.embedding[row])
+        for i in range(self.attn.shape[1]):
+            block = self._block(row, i)
+            mixer = block.get("mixer", "attention")
+            if "heads" in block:
+                names = block.get("head_names") or [f"head {h}" for h in range(len(block["heads"]))]
+                yield from ((i, *head) for head in zip(names, block["heads"], strict=True))
+                if block["attn_bias"]:
+                    yield i, f"bias of {mixer}", block["attn_bias"]
+            else:
+                yield i, mixer, block["attn"]
+            yield i, "MLP", block["mlp"]
+        if bias := float(self.bias[row]):
+            yield None, "biases of norm and head", bias
 
     def _plot(self, words: Words) -> Points:
         blocks = range(self.attn.shape[1])
@@ -307,6 +324,49 @@ def _attends(mixers: Sequence[tuple[str, int]]) -> bool:
 def _head_names(kind: str, count: int) -> list[str]:
     """Return the names of a mixer's heads; a convolution, which has none, is one part."""
     return [f"{kind} head {i}" for i in range(count)] if MIXERS[kind].has_heads else [kind]
+
+
+def _rows(words: Words, counts: Sequence[int]) -> dict[str, Sequence[Any]]:
+    """Return the columns that name the parts of logits by token: for each its first positions, and the offset."""
+    places = [i for count in counts for i in (*range(count), None)]
+    return {"part": ["offset" if i is None else "token" for i in places], **words.at(places)}
+
+
+def _logit(words: Words, split: Attribution) -> dict[str, Any]:
+    """Return what all shares of a logit have in common, its name and value."""
+    names = words.one("target", split.target) | words.one("versus", split.versus)
+    return {"output": split.position, **names, "logit": split.logit}
+
+
+def _logits(words: Words, shares: TokenShares | BranchShares, rows: Sequence[int]) -> dict[str, Sequence[Any]]:
+    """Return the columns that name the logits of rows."""
+    return {
+        "output": [shares.positions[m] for m in rows],
+        **words.column("target", shares.targets[rows].tolist()),
+        "logit": shares.logits[rows].tolist(),
+    }
+
+
+def largest(table: Table, count: int) -> Table:
+    """Return a table of shares with the `count` largest parts of each logit, and their rest as one row, `others`.
+
+    The offset keeps its own row, so that the rows still add up to the logit.
+    """
+    values = [name for name in ("share", "up", "gate") if name in table.columns]
+    kept: list[dict[str, Any]] = []
+    rows = [dict(zip(table.columns, row, strict=True)) for row in zip(*table.columns.values(), strict=True)]
+    for _, each in groupby(rows, key=lambda row: row.get("output")):
+        group = list(each)
+        parts = [row for row in group if row["part"] != "offset"]
+        if len(parts) <= count:
+            kept += group
+            continue
+        parts.sort(key=lambda row: -max(abs(row[name]) for name in values))
+        others = {name: group[0][name] for name in ("output", "target id", "target", "logit") if name in group[0]}
+        others |= {"part": "others"} | {name: sum(row[name] for row in parts[count:]) for name in values}
+        offset = [row for row in group if row["part"] == "offset"]
+        kept += [*parts[:count], dict.fromkeys(table.columns) | others, *offset]
+    return replace(table, columns={name: [row[name] for row in kept] for name in table.columns})
 
 
 def _entry(shares: TokenShares | BranchShares, by: str, row: int, words: Words) -> dict[str, Any]:
@@ -343,8 +403,8 @@ def attribute(
         progress: called as `progress("block", done, total)` after each block.
 
     Raises:
-        GGUFError: `target` or `versus` is not in the vocabulary.
-        PromptError: one of them is a text, and not one token.
+        PromptError: `target` or `versus` is not in the vocabulary, or a text that is not one token.
+        ValueError: one of them is neither a text nor a whole number.
     """
     target, versus = jacobian.token_id(target), jacobian.token_id(versus)
     asked = _ask(jacobian.output[None], jacobian.network.head, target, versus)
@@ -404,8 +464,8 @@ def attribute_positions(
     influence.
 
     Raises:
-        GGUFError: `target` or `versus` is not in the vocabulary.
-        PromptError: one of them is a text, and not one token.
+        PromptError: `target` or `versus` is not in the vocabulary, or a text that is not one token.
+        ValueError: one of them is neither a text nor a whole number.
     """
     network, chunk_bytes = jacobian.network, jacobian.chunk_bytes
     n, d = network.x.shape
@@ -455,7 +515,7 @@ def attribute_branches(
         jacobian: of the prompt.
         target: id or text of the token whose logit is split; default the most likely one at each position.
         versus: id or text of a token whose logit is subtracted.
-        positions: consecutive output positions; default the Jacobian's own.
+        positions: consecutive output positions, of step 1; default the Jacobian's own.
         by_head: split attention by query head; the output projections are then read twice.
         progress: called as `progress("block", done, total)` after each block.
 
@@ -464,12 +524,15 @@ def attribute_branches(
         stream that the trace recorded, as the forward pass did.
 
     Raises:
-        GGUFError: `target` or `versus` is not in the vocabulary.
-        PromptError: one of them is a text, and not one token.
+        PromptError: `target` or `versus` is not in the vocabulary, or a text that is not one token.
+        ValueError: one of them is neither a text nor a whole number, or `positions` is not such a range.
     """
     network = jacobian.network
     config = network.frame.config
+    n = len(network.x)
     positions = range(jacobian.position, jacobian.position + 1) if positions is None else positions
+    if not isinstance(positions, range) or positions.step != 1 or not 0 <= positions.start < positions.stop <= n:
+        raise ValueError(f"positions {positions!r}: give a range of step 1 within range(0, {n}), not an empty one")
     chosen = slice(positions.start, positions.stop)
     target, versus = jacobian.token_id(target), jacobian.token_id(versus)
     asked = _ask(network.outputs[chosen], network.head, target, versus)

@@ -16,7 +16,7 @@ from torch import Tensor
 from ggjac.jacobian import DetachedJacobian, Progress
 from ggjac.jacobian.reconstruction import Reconstruction, reconstruction
 from ggjac.model import finite_logits
-from ggjac.results import NO_WORDS, Bars, Plotted, Points, Table, Words
+from ggjac.results import NO_WORDS, Bars, Plotted, Points, Prompt, Table, Words
 from ggjac.svd import SVD
 
 
@@ -138,8 +138,37 @@ class Comparison(Plotted):
             },
         }
 
+    def tensors(self) -> dict[str, Tensor]:
+        """Return what is saved: the angles in radians, `kl`, and of each file `a_S` and so on; see the attributes."""
+        found = {"left_angles": self.left, "right_angles": self.right, "kl": self.kl}
+        for side, p in (("a", self.a), ("b", self.b)):
+            parts = {name: getattr(p.svd, name) for name in ("U", "S", "Vh", "residual")}
+            parts |= {"shares": p.shares, "y": p.output, "logits": p.logits}
+            found |= {f"{side}_{name}": tensor for name, tensor in parts.items()}
+        return found
+
+    def exhibits(self, trace: Prompt | None = None) -> list[Table]:
+        """Return three tables for print: the spectra with the angles, the shares, and the next token everywhere."""
+        words, (a, b) = Words(trace), (self.a, self.b)
+        places = range(a.position + 1)
+        sides = {side: [*p.shares[: len(places)].tolist(), p.offset] for side, p in (("a", a), ("b", b))}
+        shares = {"part": [*["token"] * len(places), "offset"], **words.at([*places, None]), **sides}
+        tops = {side: p.logits.argmax(1).tolist() for side, p in (("next of a", a), ("next of b", b))}
+        named = {name: words.each(ids) for name, ids in tops.items()}
+        logits = f"logit of {words.name(a.target)}"
+        return [
+            self._table(words),
+            Table(f"Shares in the {logits}", shares, (f"the {logits}: a {a.logit:.4f}, b {b.logit:.4f}",)),
+            Table(
+                "Next token at every position",
+                words.at(range(len(a.ids))) | named | {"KL": self.kl.tolist()},
+                ("KL: of b from a, in nats",),
+            ),
+        ]
+
     def _table(self, words: Words) -> Table:
         columns = {
+            "vector": [*range(1, len(self.a.svd.S) + 1)],
             "sigma a": self.a.svd.S.tolist(),
             "sigma b": self.b.svd.S.tolist(),
             "left angle": self.left.tolist(),
@@ -176,7 +205,7 @@ def portray(
     Raises:
         NumericsError: a logit is not finite.
         ValueError: rank, `tol` or `max_sweeps` are out of range, as `ggjac.svd.svd` has them.
-        GGUFError: `target` is not in the vocabulary.
+        PromptError: `target` is not in the vocabulary, or a text that is not one token.
     """
     head = jacobian.network.head
     logits = finite_logits(head.logits(jacobian.network.outputs)).cpu()
@@ -252,6 +281,19 @@ def principal_angles(A: Float[Tensor, "k m"], B: Float[Tensor, "k m"]) -> Float[
     cosines = torch.linalg.svdvals(inside).flip(0).clamp(max=1)  # of angles in descending order, as the sines are
     sines = torch.linalg.svdvals(Q - P @ inside).clamp(max=1)
     return torch.where(cosines.square() < 0.5, torch.acos(cosines), torch.asin(sines))
+
+
+def check_families(a: str | None, b: str | None) -> None:
+    """Check that two files state the same architecture.
+
+    Raises:
+        CompareError: they do not.
+    """
+    if a != b:
+        kinds = [_short(kind or "none") for kind in (a, b)]
+        raise CompareError(
+            f"architecture: {kinds[0]} in the first file, {kinds[1]} in the second; give two files of one model"
+        )
 
 
 def check_files(a: Mapping[str, Sequence[int]], b: Mapping[str, Sequence[int]]) -> None:

@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ggjac.checks import whole
 from ggjac.jacobian import DetachedJacobian, Progress
 from ggjac.jacobian.ordinary import OrdinaryJacobian
 from ggjac.results import NO_WORDS, Plotted, Points, Result, Table, Words
@@ -105,8 +106,10 @@ def contrast(jacobian: DetachedJacobian, *, top: int = 10, progress: Progress | 
     `top` is the `k` of the agreement of likely tokens; `progress` is called as `progress("block", done, total)`.
 
     Raises:
-        ValueError: the Jacobian begins or ends inside the network, where the ordinary one has no counterpart.
+        ValueError: `top` is out of range, or the Jacobian begins or ends inside the network, where the ordinary one has
+            no counterpart.
     """
+    top = whole("top", top)
     ordinary = ordinary_jacobian(jacobian)
     with jacobian.reporting(progress):
         ordinary.progress = jacobian.progress

@@ -21,13 +21,14 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from ggjac.checks import whole
 from ggjac.config import Layer
 from ggjac.decode import Head, Ranked, top_logits
 from ggjac.frobenius import StableRank, stable_ranks
 from ggjac.jacobian import DetachedJacobian, Progress, SharedSweep, Span, Tap
 from ggjac.results import NO_WORDS, Plotted, Points, Prompt, Table, Words
 from ggjac.sizes import EXACT_ROWS, KINDS, MAPS, PROBES, Kind, MapName
-from ggjac.svd import SVD, svd_together
+from ggjac.svd import SVD, Following, svd_together
 
 # The most tokens that are followed through the depths by rank.
 MAX_TOKENS = 4000
@@ -46,6 +47,8 @@ class LayerMap:
         S: `[k]`, singular values.
         residual: `[k]`, as in `ggjac.svd.SVD`.
         sweeps, stopped_by: of its iteration.
+        following: the next singular value, as in `ggjac.svd.SVD`.
+        first: the share of the first right vector's squared norm at position 0, of the `positions` that it reads.
         stable_rank: of the map.
         transported: `[k, d]`, each left vector carried on to the output, if that was asked for: the stream vector at
             the output position that the tap's norm turns into `u`, sent through the blocks that follow.
@@ -61,6 +64,9 @@ class LayerMap:
     residual: Float[Tensor, " k"]
     sweeps: int
     stopped_by: str
+    following: Following | None
+    first: float
+    positions: int
     stable_rank: StableRank
     transported: Float[Tensor, "k d"] | None
     left: Ranked
@@ -82,6 +88,8 @@ class LayerMap:
             **({} if self.tap.kind == "layer" and self.map != "blockwise" else {"block": self.tap.index - 1}),
             "sweeps": self.sweeps,
             "stopped_by": self.stopped_by,
+            "next_singular_value": self.following and self.following._asdict(),
+            "sink": words.sink(self.first, self.positions),
             "stable_rank": self.stable_rank.data(),
             "triplets": [
                 {"singular_value": float(self.S[j]), "residual": float(self.residual[j]), "left": tokens(self.left, j)}
@@ -133,7 +141,7 @@ class Readout(Plotted):
         columns = {
             "depth": self.depths,
             "probability": self.top.scores[:, 0].tolist(),
-            "tokens": [words.each(ids) for ids in self.top.ids.tolist()],
+            **words.column("tokens", self.top.ids.tolist()),
             "rank": self.ranks[:, 0].tolist(),
         }
         note = f"probability: of the first token; rank: of {words.name(int(self.tokens[0]))}"
@@ -230,10 +238,11 @@ class Layers(Plotted):
             "kind": [m.tap.kind for m, _ in rows],
             "depth": [m.tap.index for m, _ in rows],
             "stable rank": [m.stable_rank.value for m, _ in rows],
-            "index": [j + 1 for _, j in rows],
+            "next sigma": [m.following and m.following.value for m, _ in rows],
+            "vector": [j + 1 for _, j in rows],
             "sigma": [float(m.S[j]) for m, j in rows],
             "residual": [float(m.residual[j]) for m, j in rows],
-            "left": [words.each(m.left.ids[j].tolist()) for m, j in rows],
+            **words.column("left", [m.left.ids[j].tolist() for m, j in rows]),
         }
         return Table("Singular triplets of every map", columns, ("left: tokens the vector promotes",))
 
@@ -268,8 +277,9 @@ def _grid(name: MapName, kind: Kind, maps: Sequence[LayerMap], words: Words) -> 
     columns: dict[str, Sequence[Any]] = {"block" if of_block else "depth": places}
     columns |= {"σ1": [float(m.S[0]) for m in maps], "stable rank": [m.stable_rank.value for m in maps]}
     for j in range(min(len(m.S) for m in maps)):
-        columns[f"u{j + 1}"] = [words.each(m.left.ids[j].tolist()) for m in maps]
-    note = "depth: number of blocks applied; u: tokens that each left singular vector promotes"
+        columns |= words.column(f"u{j + 1}", [m.left.ids[j].tolist() for m in maps])
+    place = "block: counted from 0" if of_block else "depth: number of blocks applied"
+    note = f"{place}; u: tokens that each left singular vector promotes"
     return Table(f"{name.replace('_', ' ')} maps, {kind}", columns, (note,))
 
 
@@ -284,6 +294,9 @@ class _Found(NamedTuple):
     residual: Tensor
     sweeps: int
     stopped_by: str
+    following: Following | None
+    first: float
+    positions: int
     stable_rank: StableRank
     transported: Tensor | None
 
@@ -321,10 +334,14 @@ def layers(
         progress: called as `progress(what, blocks done, blocks in all)`.
 
     Raises:
-        ValueError: a depth is out of range, or rank, `tol` or `max_sweeps`.
+        ValueError: a map or a kind is unknown, or a depth, rank, `top`, `tol`, `max_sweeps` or `seed` is out of range.
     """
+    top = whole("top", top)
+    for name, given, known in (("map", maps, MAPS), ("kind", kinds, KINDS)):
+        if isinstance(given, str) or not set(given) <= {*known}:
+            raise ValueError(f"{name}s {given!r}: give some of {', '.join(known)}, in a list")
     head, L = jacobian.network.head, jacobian.end.index
-    chosen = sorted(set(range(L + 1) if depths is None else depths))
+    chosen = sorted({whole("depth", depth, None) for depth in (range(L + 1) if depths is None else depths)})
     if chosen and not 0 <= chosen[0] <= chosen[-1] <= L:
         wrong = chosen[0] if chosen[0] < 0 else chosen[-1]
         raise ValueError(f"depth {wrong} is out of range; this model has depths 0 to {L}, counted in blocks applied")
@@ -336,7 +353,10 @@ def layers(
             ranks = run.stable_ranks(triplets, probes, seed)
             carried = _transported(run, triplets) if transport and name == "cumulative" else [None] * len(part)
             found += [
-                _Found(name, tap, span, t.U, t.S, t.residual, t.sweeps, t.reason, stable, arrived)
+                _Found(
+                    *(name, tap, span, t.U, t.S, t.residual, t.sweeps, t.reason, t.following),
+                    *(float(t.Vh[0, 0].square().sum()), jacobian.position + 1, stable, arrived),
+                )
                 for (tap, span), t, stable, arrived in zip(part, triplets, ranks, carried, strict=True)
             ]
     found.sort(key=lambda f: (MAPS.index(f.map), KINDS.index(f.tap.kind), f.tap.index))

@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from ggjac.checks import whole
 from ggjac.decode import Ranked, nearest, top_logits
 from ggjac.jacobian import DetachedJacobian, Progress
 from ggjac.results import NO_WORDS, Result, Table, Words
@@ -76,7 +77,7 @@ class Norms(Result):
             longest, tokens = getattr(self, f"longest_{name}s"), getattr(self, f"{name}_tokens")
             columns[name] = longest.flatten().tolist()
             columns[f"{name} length"] = getattr(self, f"{name}s").gather(1, longest).flatten().tolist()
-            columns[f"{name} tokens"] = [words.each(ids) for ids in tokens.ids.tolist()]
+            columns |= words.column(f"{name} tokens", tokens.ids.tolist())
         return Table("The longest columns and rows of each position", columns)
 
 
@@ -100,9 +101,14 @@ def norms(
         column_words, row_words: tokens of each.
         hide_special: leave control, unused and byte tokens out of the decoding.
         progress: called as `progress("block", done, total)` in each pass over the blocks.
+
+    Raises:
+        ValueError: `count`, `column_words` or `row_words` is out of range.
     """
+    count = whole("count", count)
+    words = whole("column_words", column_words), whole("row_words", row_words)
     with jacobian.reporting(progress):
-        return _norms(jacobian, count, column_words, row_words, hide_special)
+        return _norms(jacobian, count, *words, hide_special)
 
 
 def _norms(jacobian: DetachedJacobian, count: int, column_words: int, row_words: int, hide_special: bool) -> Norms:

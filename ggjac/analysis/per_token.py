@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ggjac.checks import whole
 from ggjac.decode import Ranked, nearest, top_logits
 from ggjac.jacobian import DetachedJacobian, Progress
 from ggjac.results import NO_WORDS, Plotted, Points, Result, Table, Words
@@ -47,10 +48,9 @@ class TokenSpectrum(Plotted):
 
     def _table(self, words: Words) -> Table:
         found = self.svd._table(words)
-        sides = {side: getattr(self, side).ids.tolist() for side in ("left", "right")}
-        columns = {side: [words.each(row) for row in rows] for side, rows in sides.items()}
+        left, right = (words.column(side, getattr(self, side).ids.tolist()) for side in ("left", "right"))
         (name,) = words.labels([self.position])
-        return Table(f"{found.title} of position {name}", {**found.columns, **columns}, found.notes)
+        return Table(f"{found.title} of position {name}", {**found.columns, **left, **right}, found.notes, found.common)
 
     def _plot(self, words: Words) -> Points:
         return self.svd._plot(words)
@@ -88,10 +88,11 @@ def per_token(
     options as of `ggjac.svd.svd`. `hide_special` leaves control, unused and byte tokens out of the decoding.
 
     Raises:
-        ValueError: rank, `tol` or `max_sweeps` are out of range.
+        ValueError: `top`, rank, `tol`, `max_sweeps` or `seed` is out of range.
     """
+    top = whole("top", top)
     positions = range(jacobian.position + 1)
-    settings: dict[str, Any] = {"tol": tol, "max_sweeps": max_sweeps}
+    settings: dict[str, Any] = {"tol": tol, "max_sweeps": max_sweeps, "seed": seed}
     check_options(jacobian.at_position(0), rank, **settings)
 
     def report(what: str, done: int, total: int, rounds: int = 0) -> None:
@@ -101,7 +102,7 @@ def per_token(
     with jacobian.reporting(report):
         matrix = jacobian.matrix(Task(rank, joint=False, tokens=len(positions)))  # if that is the cheaper way
     if matrix is None:
-        found, contributed = _by_sweeps(jacobian, rank, seed, progress, **settings)
+        found, contributed = _by_sweeps(jacobian, rank, progress, **settings)
     else:
         maps = matrix.unbind(1)[: len(positions)]  # [d, d] each
         found = [svd_of_matrix(part, rank, tol=tol, sweeps=jacobian.matrix_sweeps) for part in maps]
@@ -120,7 +121,7 @@ def per_token(
 
 
 def _by_sweeps(
-    jacobian: DetachedJacobian, rank: int, seed: int, progress: Progress | None, **settings: Any
+    jacobian: DetachedJacobian, rank: int, progress: Progress | None, **settings: Any
 ) -> tuple[list[SVD], Float[Tensor, "m d"]]:
     """Return the triplets of every `J_i`, all advanced in the same sweeps, and what each position contributes."""
     positions = range(jacobian.position + 1)
@@ -168,7 +169,7 @@ def _by_sweeps(
 
     with jacobian.reporting(report):
         found = svd_together(
-            operators, rank, up=up, down=down, block=jacobian.block(rank, d), seed=seed, progress=swept, **settings
+            operators, rank, up=up, down=down, block=jacobian.block(rank, d), progress=swept, **settings
         )
         ended = True
         contributed = torch.cat(up([jacobian.x[i].reshape(1, 1, d) for i in positions]))

@@ -6,6 +6,7 @@ from typing import Any
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from ggjac.checks import whole
 from ggjac.model import Trace
 from ggjac.results import NO_WORDS, Bars, Plotted, Table, Words
 
@@ -33,7 +34,7 @@ class Predictions(Plotted):
 
     def _table(self, words: Words) -> Table:
         columns = {"logit": self.logits.tolist(), "probability": self.probabilities.tolist()}
-        return Table("Next token", {"next": words.each(self.ids.tolist()), **columns})
+        return Table("Next token", words.column("next", self.ids.tolist()) | columns)
 
     def _plot(self, words: Words) -> Bars:
         names = [words.name(id) for id in self.ids.tolist()]
@@ -46,7 +47,9 @@ def predict(trace: Trace, top: int = 5, *, position: int = -1) -> Predictions:
     Raises:
         PromptError: the prompt has no such position.
         NumericsError: a logit is not finite.
+        ValueError: `top` is out of range.
     """
+    top = whole("top", top)
     logits = trace.logits_at(position).cpu().double()
     best = logits.topk(min(top, len(logits)))
     return Predictions(best.indices, best.values, logits.softmax(0)[best.indices])

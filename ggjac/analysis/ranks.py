@@ -7,7 +7,7 @@ import contextlib
 import os
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,13 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ggjac import __version__, runs
+from ggjac import __version__, display, runs
 from ggjac.analysis.predict import predict
 from ggjac.frobenius import StableRank, stable_ranks
 from ggjac.gguf import shown
 from ggjac.jacobian import DetachedJacobian, Progress
 from ggjac.model import Model, PromptError
-from ggjac.results import NO_WORDS, Bars, Plotted, Points, Table, Words
+from ggjac.planner import Plan
+from ggjac.results import NO_WORDS, Bars, Plotted, Points, Prompt, Table, Words
 from ggjac.runs import lock
 from ggjac.runs.lines import Lines, key
 from ggjac.session import Session
@@ -153,6 +154,34 @@ class Ranks(Plotted):
         rows = list(by_position(self.records))
         return Table("Stable rank by token index", {name: [row[name] for row in rows] for name in rows[0]})
 
+    def _sheet(self, words: Words) -> Table:
+        """Return a row for each token of each prompt."""
+        rows = [(i, record, token) for i, record in enumerate(self.records) for token in record["tokens"]]
+        columns: dict[str, list[Any]] = {
+            "prompt": [i for i, *_ in rows],
+            "text": [_shown(record) for _, record, _ in rows],
+            "next id": [record["next"]["id"] for _, record, _ in rows],
+            "next": [display.token(record["next"]) for _, record, _ in rows],
+            "joint": [record["joint"]["value"] for _, record, _ in rows],
+            "position": [token["position"] for *_, token in rows],
+            "token id": [token["id"] for *_, token in rows],
+            "token": [display.token(token) for *_, token in rows],
+        }
+        ranks = [token["stable_rank"] for *_, token in rows]
+        columns |= {name: [rank[key] for rank in ranks] for name, key in (("stable rank", "value"), ("error", "error"))}
+        return Table("Stable rank of each token's map", columns)
+
+    def exhibits(self, trace: Prompt | None = None) -> list[Table]:
+        """Return two tables for print: by prompt and by token index."""
+        columns = {
+            "prompt": [_shown(record) for record in self.records],
+            "next": [display.token(record["next"]) for record in self.records],
+            "joint": [record["joint"]["value"] for record in self.records],
+            "each token": [[f"{value:.3g}" for value in _values(record)] for record in self.records],
+        }
+        notes = ("joint: of the joint map; each token: of each token's own map",)
+        return [Table("Stable rank of each prompt", columns, notes), self.table(trace)]
+
     def _plot(self, words: Words) -> Points:
         rows = list(by_position(self.records))
         means = [row["mean"] for row in rows], [row["error"] or 0.0 for row in rows]
@@ -170,6 +199,7 @@ def ranks(
     max_sweeps: int = 40,
     seed: int = 0,
     progress: Progress | None = None,
+    planned: Callable[[Plan], None] | None = None,
     **session: Any,
 ) -> Ranks:
     """Measure the stable rank of every token's own map, and of the joint one, for each prompt at its last position.
@@ -181,16 +211,17 @@ def ranks(
             computed again, but for those whose sweeps ran out where `max_sweeps` allows more.
         tol, max_sweeps, seed: of the iterations for the largest singular values, as `ggjac.svd.svd` takes them.
         progress: called as `progress("prompt", done, total)`.
+        planned: called with the plan of all prompts before the first is run, unless the file holds some already.
         session: of `ggjac.session.Session`: `mlp_path`, budgets, `trace` (for a single prompt), ...
 
     Raises:
-        PromptError: `prompts` is empty or a text, or the model cannot run a prompt; where there are several, the
+        PromptError: `prompts` is empty or no list, or the model cannot run a prompt; where there are several, the
             message quotes it.
         RunError: the file holds something else, or records that were made otherwise; or another process writes to it.
         NoFitError: the longest prompt does not fit the budgets.
     """
-    if isinstance(prompts, str):  # a sequence too, of texts of one character
-        raise PromptError("prompts is one text; give a list of texts")
+    if isinstance(prompts, str) or not isinstance(prompts, Sequence):  # a text is a sequence too, of characters
+        raise PromptError(f"prompts is of type {type(prompts).__name__}; give a list of texts")
     path = None if output is None else Path(output)
     start = time.perf_counter()
     lines: Lines | None = None
@@ -203,9 +234,11 @@ def ranks(
             last = _session(model, prompt, alone=len(prompts) == 1, **session)
             longest = longest or _longest(last, prompts)
             # The same for all, so that layers stay ready.
-            last.fit("ranks", longest, rank=1, position=-1, prompts=len(prompts))
+            plan = last.fit("ranks", longest, rank=1, position=-1, prompts=len(prompts))
             settings = _settings(last, kept=path is not None, tol=tol, seed=seed)
             lines = lines or Lines(path, settings, fields=FIELDS, whole=_values)
+            if planned and not lines.records:
+                planned(plan)
             name = key({"prompt": last.text, "tokens": last.tokens()})
             if _settled(lines.records.get(name), max_sweeps):
                 ready += 1
@@ -234,6 +267,12 @@ def by_position(records: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
             "least": min(values),
             "most": max(values),
         }
+
+
+def _shown(record: dict[str, Any]) -> str:
+    """Return a prompt on one line."""
+    text = display.joined(record["tokens"]) if record["prompt"] is None else record["prompt"]
+    return display.visible(text.encode())
 
 
 def _values(record: dict[str, Any]) -> list[float]:

@@ -26,24 +26,28 @@ The rest of the network then runs as usual. Generation is greedy, and `c` grows 
 Position 0 is spared: it is an attention sink in most models, and a push there changes what all heads do with it. (The
 paper's code pushes it, too: `first`. A text of one token is pushed there in any case.)
 
-The control is the map of an unrelated prompt, used in the same way. Without such a prompt it is an operator with the
-same singular values and the same reading of the text, that writes elsewhere: `Q J` with `Q` orthogonal, random and
-seeded. `‖Q c‖ = ‖c‖` for every text. That is not like for like where the stream's length lies in a few huge components,
-as in Gemma: a rotation destroys such a stream, and any text's map beats it.
+The control is the map of an unrelated prompt, used in the same way. Without such a prompt it is the concept's own map,
+offset included, that writes elsewhere: `Q c` in place of `c`, with `Q` orthogonal, random and seeded. It has the same
+singular values and reads the text in the same way, and `‖Q c‖ = ‖c‖` for every text. That is not like for like where
+the stream's length lies in a few huge components, as in Gemma: a rotation destroys such a stream, and any text's map
+beats it.
 """
 
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ggjac import checks, display
+from ggjac.checks import whole
 from ggjac.generation import Continuation, greedy
 from ggjac.jacobian import DetachedJacobian, Progress, Span, Tap
 from ggjac.model import Model, Trace
-from ggjac.results import NO_WORDS, Plotted, Points, Result, Table, Words
+from ggjac.results import NO_WORDS, Plotted, Points, Prompt, Result, Table, Words
 from ggjac.sizes import MlpPath, default_layer
 
 Method = Literal["equation16", "additive"]
@@ -108,6 +112,7 @@ class Steering(Plotted):
         blocks: of the model.
         concept: the text that was given for the concept; None where it was token ids.
         control_ids: of the unrelated prompt; None where the control is the random operator.
+        control_concept: the text that was given for the unrelated prompt; None where there is none.
         first: whether position 0 was pushed, too.
     """
 
@@ -125,6 +130,7 @@ class Steering(Plotted):
     blocks: int
     concept: str | None
     control_ids: list[int] | None
+    control_concept: str | None
     first: bool
 
     def data(self, words: Words = NO_WORDS) -> dict[str, Any]:
@@ -145,7 +151,11 @@ class Steering(Plotted):
             },
             "control": {"kind": "random"}
             if self.control_ids is None
-            else {"kind": "concept", "tokens": [words.token(id) for id in self.control_ids]},
+            else {
+                "kind": "concept",
+                "text": self.control_concept,
+                "tokens": [words.token(id) for id in self.control_ids],
+            },
             "first_position": self.first,
             "baseline": self.baseline.data(words),
             "steered": [text.data(words) for text in self.steered],
@@ -155,17 +165,29 @@ class Steering(Plotted):
     @property
     def controlled_by(self) -> str:
         """What steered the controls, in words."""
-        return "a random operator" if self.control_ids is None else "the map of an unrelated prompt"
+        if self.control_ids is None:
+            return "a random operator"
+        return "the map of " + (repr(self.control_concept) if self.control_concept else "an unrelated prompt")
 
     def _table(self, words: Words) -> Table:
         rows = [self.baseline, *self.steered, *self.controls]
-        columns = {name: [getattr(row, name) for row in rows] for name in ("strength", "control", "kl", "mass", "hits")}
+        names = ("strength", "control", "kl", "mass", "hits")
+        columns: dict[str, list[Any]] = {name: [getattr(row, name) for row in rows] for name in names}
+        if words.trace:
+            columns["text"] = [display.visible(words.text(row.ids).encode()) for row in rows]
         notes = (
             "mass: of the concept's top tokens at the first step; hits: how many of them were generated",
             f"control: steered by {self.controlled_by}; position 0 is {'steered, too' if self.first else 'spared'}",
         )
-        texts = {"generated": [words.each(row.ids) for row in rows]}
-        return Table(f"Steering ({self.method}) after {self.changed} blocks", columns | texts, notes)
+        columns |= words.column("generated", [row.ids for row in rows])
+        common = {"method": self.method, "layer": self.layer, "changed": self.changed}
+        return Table(f"Steering ({self.method}) after {self.changed} blocks", columns, notes, common)
+
+    def exhibits(self, trace: Prompt | None = None) -> list[Table]:
+        """Return the table for print, with whole texts instead of their tokens where these are known."""
+        found = self.table(trace)
+        columns = {name: column for name, column in found.columns.items() if name != "generated" or trace is None}
+        return [replace(found, columns=columns)]
 
     def _plot(self, words: Words) -> Points:
         series = {}
@@ -189,6 +211,7 @@ def steer(
     control_concept: str | Sequence[int] | None = None,
     first: bool = False,
     seed: int = 0,
+    parse_special: bool = True,
     mlp_path: MlpPath = "up",
     progress: Progress | None = None,
 ) -> Steering:
@@ -210,34 +233,42 @@ def steer(
         control_concept: text, or token ids, of an unrelated prompt whose map is the control; default a random operator.
         first: push position 0 as well.
         seed: of the random operator.
+        parse_special: `<s>` and the like in a text are the tokens that they name.
         mlp_path: freezing rule of the concept's map.
         progress: called as `progress("token", done, total)` after each token of all texts.
 
     Raises:
         PromptError: a prompt that the model cannot run, or that would outgrow its context.
-        ValueError: the method is unknown, or the model has no such layer.
+        ValueError: the method is unknown, an argument is out of range, or a control's prompt is given but no control.
         NumericsError: the residual stream left the range of the dtype.
     """
     blocks = model.config.block_count
     layer = default_layer(blocks) if layer is None else layer
     if method not in get_args(Method):
         raise ValueError(f"method {method!r} is unknown; known: {', '.join(get_args(Method))}")
-    if not 1 <= layer <= blocks:
+    if not 1 <= whole("layer", layer, None) <= blocks:
         raise ValueError(f"layer {layer} is out of range; this model has layers 1 to {blocks}")
-    if max_tokens < 1:
-        raise ValueError(f"max_tokens={max_tokens}: at least one is needed")
-    ids = model.prompt_ids(prompt)
+    max_tokens, top, seed = whole("max_tokens", max_tokens), whole("top", top), checks.seed(seed)
+    numbers = strengths if isinstance(strengths, Sequence) else [None]
+    if not all(isinstance(number, int | float) and math.isfinite(number) for number in numbers):
+        raise ValueError(f"strengths {strengths!r}: give a list of finite numbers")
+    if control_concept is not None and not control:
+        raise ValueError("control_concept is given, and control=False leaves the control out; give one of the two")
+    ids = model.prompt_ids(prompt, parse_special=parse_special)
+    concept_ids = model.prompt_ids(concept, parse_special=parse_special)
+    control_ids = None
+    if control_concept is not None:
+        control_ids = model.prompt_ids(control_concept, parse_special=parse_special)
     capacity = len(ids) + max_tokens
     baseline_text = Continuation(model, capacity, mlp_path=mlp_path)  # refuses what outgrows the context
 
-    def mapped(of: str | Sequence[int]) -> tuple[Trace, Images]:
+    def mapped(of: Sequence[int]) -> tuple[Trace, Images]:
         trace = model.trace(of, mlp_path=mlp_path, n_ctx=capacity)
         raw = method == "equation16"
         return trace, Images(trace.jacobian(span=Span(0, Tap("layer", layer)), raw=raw), affine=raw)
 
-    control_ids = None if control_concept is None or not control else model.prompt_ids(control_concept)
-    trace, images = mapped(concept)
-    concept_ids, chances = list(trace.ids), trace.logits.cpu().double().softmax(0)
+    trace, images = mapped(concept_ids)
+    chances = trace.logits.cpu().double().softmax(0)
     del trace
     best = chances.topk(min(top, len(chances)))
     prompt_images = images(model.embed(ids))
@@ -281,6 +312,7 @@ def steer(
         blocks=blocks,
         concept=concept if isinstance(concept, str) else None,
         control_ids=control_ids,
+        control_concept=control_concept if control_ids and isinstance(control_concept, str) else None,
         first=first,
     )
 

@@ -6,13 +6,14 @@ embeddings, one slice per position, and decode to the nearest tokens there.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ggjac.checks import whole
 from ggjac.decode import Ranked, nearest, top_logits
 from ggjac.frobenius import StableRank, exact_stable_rank, stable_ranks
 from ggjac.jacobian import DetachedJacobian, Progress
@@ -82,13 +83,22 @@ class Spectrum(Plotted):
         positions = self.weight.argmax(1).tolist()
         left, right = self.left.ids.tolist(), self.right.ids.tolist()
         columns = {
-            "left": [words.each(ids) for ids in left],
+            **words.column("left", left),
             **words.at(positions),
             "weight": self.weight.amax(1).tolist(),
-            "right": [words.each(right[i * n + positions[i]]) for i in range(k)],
+            **words.column("right", [right[i * n + positions[i]] for i in range(k)]),
         }
         note = "left: tokens the vector promotes; right: nearest tokens at the position with most of its weight"
-        return Table(found.title, {**found.columns, **columns}, (*found.notes, note))
+        return Table(found.title, {**found.columns, **columns}, (*found.notes, note), found.common)
+
+    def _sheet(self, words: Words) -> Table:
+        """Return a row for each vector and position."""
+        found, n = self._table(words), self.weight.shape[1]
+        rows = [(j, i) for j in range(len(self.weight)) for i in range(self.position + 1)]
+        columns = {name: [column[j] for j, _ in rows] for name, column in found.columns.items()}
+        right = words.column("right", [self.right.ids[j * n + i].tolist() for j, i in rows])
+        here = {"weight": [float(self.weight[j, i]) for j, i in rows]} | right
+        return replace(found, columns=columns | words.at([i for _, i in rows]) | here)
 
     def _plot(self, words: Words) -> Points:
         return self.svd._plot(words)
@@ -112,19 +122,24 @@ def spectrum(
     each block, with the sweep and its worst residual, and the number of sweeps that are expected to follow.
 
     Raises:
-        ValueError: rank, `tol` or `max_sweeps` are out of range, as `ggjac.svd.svd` has them.
+        ValueError: `top` is out of range, or rank, `tol`, `max_sweeps` or `seed`, as `ggjac.svd.svd` has them.
     """
-    check_options(jacobian, rank, tol=tol, max_sweeps=max_sweeps)
+    top = whole("top", top)
+    check_options(jacobian, rank, tol=tol, max_sweeps=max_sweeps, seed=seed)
     head, embedding = jacobian.network.head, jacobian.network.embedding
     sweep = 1
     history: list[float] = []  # the worst residual after each sweep that measured it
 
     def report(what: str, done: int, total: int, rounds: int = 0) -> None:
-        nonlocal sweep
         if progress:
             residual = f", worst residual {history[-1]:.1e}" if history else ""
             progress(f"sweep {sweep}{residual}, {what}", done, total, sweeps_left(history, sweep, tol))
-        sweep += done == total
+
+    def swept(sweeps: int, worst: float) -> None:
+        nonlocal sweep
+        sweep = sweeps + 1  # also of a resumed run, whose first sweeps report nothing
+        if math.isfinite(worst):
+            history.append(worst)
 
     def rows(what: str, done: int, total: int, rounds: int = 0) -> None:
         if progress:
@@ -139,9 +154,7 @@ def spectrum(
     with jacobian.reporting(rows):
         jacobian.matrix(Task(rank))  # if that is the cheaper way
     with jacobian.reporting(report):
-        triplets = jacobian.svd(
-            rank, tol=tol, seed=seed, max_sweeps=max_sweeps, progress=lambda _, worst: history.append(worst)
-        )
+        triplets = jacobian.svd(rank, tol=tol, seed=seed, max_sweeps=max_sweeps, progress=swept)
     hidden = jacobian.hidden_ids(hide_special)
     U, Vh = triplets.U.to(head.matrix.dtype), triplets.Vh.to(embedding.dtype)
     return Spectrum(

@@ -163,7 +163,11 @@ def _plain_errors() -> Iterator[None]:
         raise
     except click.UsageError as error:
         where = error.ctx.command_path if error.ctx else "ggjac"
-        raise Failure(f"{error.format_message().rstrip('.')}; see {where} --help", 2) from error
+        message = error.format_message().rstrip(".")
+        takes = {option for param in error.ctx.command.params for option in param.opts} if error.ctx else set()
+        if message.startswith("Got unexpected extra argument") and "--prompt" in takes:
+            message += ": a prompt is given by -p"
+        raise Failure(f"{message}; see {where} --help", 2) from error
     except KeyboardInterrupt as interrupt:
         notes = getattr(interrupt, "__notes__", ["no partial files were left"])
         click.echo(f"\nInterrupted; {'; '.join(notes)}", err=True)

@@ -78,14 +78,19 @@ def analyze(
     from ggjac.cli.session import check_resume, open_session, show_doubts, show_saved
     from ggjac.gguf import shown
     from ggjac.report.summary import plain, sentences
+    from ggjac.runs import load_run
 
     check_resume(output, resume)
     session = open_session(what, position=position, rank=rank)
     depths = None if layers is None else layers.of(session.model.config.block_count)
     if resume and output and finished(output):
         check_same(session, output, rank=rank, tol=tol, seed=seed)
-        line(f"{shown(output)}: is finished; there is nothing to resume")
-        return
+        content = load_run(output)
+        if output_format == "json":
+            emit_json(content | {"run_folder": str(output)})
+        else:
+            line(f"{shown(output)}: is finished; there is nothing to resume")
+        ctx.exit(3 if failed(content) else 0)
     options: dict[str, Any] = {"rank": rank, "tol": tol, "max_sweeps": max_sweeps, "seed": seed, "top": top}
     options["hide_special"] = hide_special
     parts: dict[str, Any] = {"verify": not no_verify, "layers": depths, "per_token": per_token, "contrast": contrast}

@@ -3,13 +3,16 @@
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
 from ggjac import display
-from ggjac.cli.options import ModelOptions, PositionOrAll, model_options, output, tabular_format
+from ggjac.cli.options import ModelOptions, model_options, output, position_or_all, tabular_format
 from ggjac.cli.planning import dry_run
+
+if TYPE_CHECKING:
+    from ggjac.session import Session
 
 # Parts in a table of heads; the smaller ones are added up in one line.
 SHOWN = 24
@@ -18,19 +21,14 @@ LARGEST = 3
 # What shares do not say, by token and by block; under every table of them.
 CAVEAT = "The sum is exact; its division depends on the freezing rule (--mlp-path both). A share is not importance."
 DIRECT = "Direct logit attribution, the same under both freezing rules: what a part adds, wherever it read that from."
+SPLIT = {"token": "every input token", "layer": "every block's attention and MLP", "head": "every head and MLP"}
 ALL = 2**31  # more parts than any table has
 
 
 @click.command()
 @model_options(both=True)
 @dry_run
-@click.option(
-    "--position",
-    type=PositionOrAll(),
-    default="-1",
-    show_default=True,
-    help="Output position (negative counts from the end), or all.",
-)
+@position_or_all
 @click.option(
     "--target",
     help="Token whose logit is split: a text of one token, or its id, as id:4.  [default: the most likely one]",
@@ -77,7 +75,7 @@ def attribute(
     \b
     ggjac attribute -m model.gguf -p "The capital of France is" --target " Paris" --versus " Rome" --by head
     """
-    from ggjac.analysis.attribute import attribute, attribute_branches, attribute_positions
+    from ggjac.analysis.attribute import attribute, attribute_branches, attribute_positions, largest
     from ggjac.cli.result import finish
     from ggjac.cli.session import note_likelier, one_token, open_session
 
@@ -91,6 +89,7 @@ def attribute(
         return both(what, position or 0, target, versus, output, output_format, ALL if whole else count)
     session = open_session(what, position=-1 if position is None else position, output=output)
     ids = one_token(session, target), one_token(session, versus, "--versus")
+    _check_difference(session, *ids, everywhere=everywhere)
     content: dict[str, Any] = {"position": "all"} if everywhere else {}
     content["reconstruction"] = session.reconstruction().data()
     result: Any
@@ -110,8 +109,9 @@ def attribute(
     content["attribution"] = {"by": by} | found
     if output:
         session.save(output, result.tensors(), by=by, versus=ids[1])
-    shown = partial(show, count=ALL if whole else count)
-    finish(session, content, output_format, output, result=result, attribution=shown)
+    count = ALL if whole else count
+    shown, cut = partial(show, count=count), partial(largest, count=count or ALL)
+    finish(session, content, output_format, output, results=[result], cut=cut, attribution=shown)
 
 
 def both(
@@ -124,29 +124,48 @@ def both(
     count: int | None,
 ) -> None:
     """Split one logit under either freezing rule, one after the other: two forward passes at once may not fit."""
-    from ggjac.analysis.attribute import attribute, both_rules
+    from ggjac.analysis.attribute import attribute, both_rules, largest
     from ggjac.cli.result import finish
     from ggjac.cli.session import note_likelier, one_token, open_session
 
     session = open_session(what, position=position, output=output)
-    minus = one_token(session, versus, "--versus")
+    ids = one_token(session, target), one_token(session, versus, "--versus")
+    _check_difference(session, *ids)
+    minus = ids[1]
     rebuilt = [session.reconstruction()]
-    first = session.run("attribution", attribute, one_token(session, target), minus)
+    first = session.run("attribution", attribute, *ids)
     note_likelier(session, target, first.target)
     note_likelier(session, versus, minus, "--versus")
     again = replace(what, mlp_path="gate", prompt=None, file=None, chat=None, system=None, tokens=session.ids)
-    text, notes = session.text, session.notes
+    text, notes, seconds = session.text, session.notes, session.stages.seconds
     del session  # its forward pass is not needed any more
     session = open_session(again, position=position, output=output)
     session.text, session.notes = text, notes
     rebuilt.append(session.reconstruction())
     result = both_rules(first, session.run("attribution", attribute, first.target, minus))
     worse = max(rebuilt, key=lambda found: found.error)
+    for stage, first_seconds in seconds.items():
+        session.stages.seconds[stage] = round(session.stages.seconds[stage] + first_seconds, 3)
     split = {"by": "token"} | result.data(session.words)
     if output:
         session.save(output, result.tensors(), by="token", versus=minus, mlp_path="both")
     content = {"mlp_path": "both", "reconstruction": worse.data(), "attribution": split}
-    finish(session, content, output_format, output, result=result, attribution=partial(show, count=count))
+    shown, cut = partial(show, count=count), partial(largest, count=count or ALL)
+    finish(session, content, output_format, output, results=[result], cut=cut, attribution=shown)
+
+
+def _check_difference(session: "Session", target: int | None, versus: int | None, *, everywhere: bool = False) -> None:
+    """Refuse the difference of a logit and itself; where every position has a target of its own, some may be.
+
+    Raises:
+        click.UsageError: `versus` is the target.
+    """
+    if versus is None or (everywhere and target is None):
+        return
+    if versus == (int(session.logits.argmax()) if target is None else target):
+        name = "the most likely token, whose logit is split" if target is None else "the token of --target"
+        word = session.model.word(versus)
+        raise click.UsageError(f"--versus: {word} is {name}: the difference is 0; name another token")
 
 
 def show(data: dict[str, Any], count: int | None = None) -> None:
@@ -156,8 +175,8 @@ def show(data: dict[str, Any], count: int | None = None) -> None:
         show_positions(entries, count or LARGEST)
     elif entries[0].get("by", "token") == "token":
         show_tokens(entries[0], count or ALL)
-    elif entries[0]["by"] == "head":
-        show_heads(entries[0], count or SHOWN)
+    elif entries[0]["by"] == "head" or count:
+        show_parts(entries[0], count or SHOWN)
     else:
         show_blocks(entries[0])
 
@@ -194,8 +213,9 @@ def show_tokens(data: dict[str, Any], count: int) -> None:
     table(f"Share of every input token in {asked_logit(data)}{of}", ["#position", "token", *names], rows)
     if not alone:
         found = data["agreement"]
+        ranked = "of one token is not defined" if found["spearman"] is None else f"{found['spearman']:.2f}"
         line(
-            f"Rank correlation of the rules {found['spearman']:.2f}; their absolute differences sum to "
+            f"Rank correlation of the rules {ranked}; their absolute differences sum to "
             f"{found['difference']:.4g}, their absolute shares to {found['size']:.4g} on average."
         )
     if alone:
@@ -263,7 +283,7 @@ def _parts(data: dict[str, Any]) -> list[tuple[str, float]]:
     return [*parts, ("biases of norm and head", data["bias"])]
 
 
-def show_heads(data: dict[str, Any], count: int) -> None:
+def show_parts(data: dict[str, Any], count: int) -> None:
     """Print the largest shares, and the sum of all others."""
     from ggjac.cli.render import bar, line, table
 
@@ -274,7 +294,7 @@ def show_heads(data: dict[str, Any], count: int) -> None:
     if rest:
         rows.append((f"{len(rest)} more: --count N or --all", f"{sum(rest):+.4f}", ""))
     rows.append(("sum", _sum(data), f"logit {data['logit']:.4f}"))
-    table(f"Share of every head and MLP in {asked_logit(data)}", ["", "#share", ""], rows)
+    table(f"Share of {SPLIT[data['by']]} in {asked_logit(data)}", ["", "#share", ""], rows)
     line(DIRECT)
 
 
@@ -299,9 +319,8 @@ def show_positions(entries: list[dict[str, Any]], count: int) -> None:
                 _sum(data),
             )
         )
-    of = {"token": "every input token", "layer": "every block's attention and MLP", "head": "every head and MLP"}
     less = f", minus the logit of {display.token(entries[0]['versus'])}" if entries[0]["versus"] else ""
     columns = ["#position", "token", "target", "#logit", "largest shares", "#sum of all"]
     rule = f" (mlp-path {entries[0]['mlp_path']})" if entries[0]["by"] == "token" else ""
-    table(f"Share of {of[entries[0]['by']]} in a logit at every position{less}{rule}", columns, rows)
+    table(f"Share of {SPLIT[entries[0]['by']]} in a logit at every position{less}{rule}", columns, rows)
     line(CAVEAT if rule else DIRECT)

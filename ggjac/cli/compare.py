@@ -10,8 +10,9 @@ from ggjac.cli.options import (
     ModelFile,
     ModelOptions,
     model_options,
-    output_format,
+    output,
     position,
+    print_format,
     spectrum_options,
 )
 from ggjac.cli.planning import dry_run
@@ -41,7 +42,11 @@ SWAPPED = 45.0
     help="Token whose logit is split: a text of one token, or its id, as id:4.  [default: top token of the first "
     "model]",
 )
-@output_format
+@output(
+    "Save `kl` [n], `left_angles`, `right_angles` [k]; of each file, as a_S and b_S, `S`, `residual` [k], `U` [k, d], "
+    "`Vh` [k, n, d], `shares` [n], `y` [d] and `logits` [n, v]; and `ids` [n], to this safetensors file."
+)
+@print_format
 @click.pass_context
 def compare(
     ctx: click.Context,
@@ -53,6 +58,7 @@ def compare(
     max_sweeps: int,
     seed: int,
     target: str | None,
+    output: Path | None,
     output_format: str,
 ) -> None:
     """Compare two files of one model, such as two quantizations, at one prompt.
@@ -66,11 +72,20 @@ def compare(
     """
     from ggjac.analysis.compare import compare as set_side_by_side
     from ggjac.analysis.compare import portray
-    from ggjac.cli.render import emit_json
-    from ggjac.cli.session import note_likelier, one_token, open_session, show_doubts, show_tokens
+    from ggjac.cli.render import emit_json, emit_tables
+    from ggjac.cli.session import (
+        check_output,
+        doubts,
+        note_likelier,
+        one_token,
+        open_session,
+        show_doubts,
+        show_saved,
+        show_tokens,
+    )
 
     options: dict[str, Any] = {"rank": rank, "tol": tol, "seed": seed, "max_sweeps": max_sweeps}
-    first = open_session(what, position=position, rank=rank)
+    first = open_session(what, position=position, rank=rank, output=output)
     _check(first, what, other)
     token = one_token(first, target)
     a = first.run("measure", portray, target=token, **options)
@@ -79,16 +94,25 @@ def compare(
     what = replace(what, model=other, prompt=None, file=None, chat=None, system=None, tokens=first.ids)
     del first  # two models at once may not fit
     second = open_session(what, position=position, rank=rank)
+    check_output(output, "--output", what, second.model)
     b = second.run("measure", portray, target=a.target, **options)
-    data = set_side_by_side(a, b).data(second.words)
+    result = set_side_by_side(a, b)
+    data = result.data(second.words)
     content = _both(envelope, second.envelope()) | {"compare": data}
+    models = {"a": content["model"], "b": content["other_model"]}
+    if output:
+        second.save(output, result.tensors(), rank=rank, tol=tol, seed=seed, model=models["a"], other_model=models["b"])
     if output_format == "json":
         emit_json(content)
+    elif output_format == "latex":
+        of_weights = [f"{side}: {doubt}" for side, model in models.items() for doubt in doubts(model)]
+        emit_tables([result], second, output_format, [*content["warnings"], *of_weights])
     else:
         show_tokens(content["tokens"], content["warnings"])
-        for side, model in (("a", content["model"]), ("b", content["other_model"])):
+        for side, model in models.items():
             show_doubts(model, f"{side}: ")
         show(data, content)
+        show_saved(output)
     unfinished = any(portrait.svd.reason == "sweeps" for portrait in (a, b))
     if unfinished or not all(side["healthy"] for side in data["reconstruction"].values()):
         ctx.exit(3)
@@ -97,23 +121,26 @@ def compare(
 def _check(session: "Session", what: ModelOptions, other: Path) -> None:
     """Refuse a file of another model before any work, and one that will not fit."""
     from ggjac import planner
-    from ggjac.analysis.compare import CompareError, check_files, check_vocabularies
+    from ggjac.analysis.compare import CompareError, check_families, check_files, check_vocabularies
     from ggjac.cli.planning import make_plan, requested
     from ggjac.config import read_config
     from ggjac.gguf import open_gguf
+    from ggjac.inventory import architecture
     from ggjac.model import title
 
-    ours, theirs = session.model.gguf, open_gguf(other)
-    try:
-        check_files(*({name: info.shape for name, info in file.tensors.items()} for file in (ours, theirs)))
-    except CompareError as error:
-        names = session.model.title, title(other, None, theirs.metadata.get("general.name"))
-        raise CompareError(f"these are different models ({names[0]}, {names[1]}): {error}") from error
-    check_vocabularies(*(file.metadata.get("tokenizer.ggml.tokens") for file in (ours, theirs)))
-    shapes = {name: info.shape for name, info in theirs.tensors.items()}
-    config = read_config(theirs.metadata, shapes).with_context(what.context)
-    request = requested(click.get_current_context().params, config.block_count) | {"position": session.position}
-    planner.check(make_plan(what, theirs, config, len(session.ids), "compare", request, session.model.device.type))
+    ours = session.model.gguf
+    with open_gguf(other) as theirs:
+        try:
+            check_families(*map(architecture, (ours, theirs)))
+            check_files(*({name: info.shape for name, info in file.tensors.items()} for file in (ours, theirs)))
+        except CompareError as error:
+            names = session.model.title, title(other, None, theirs.metadata.get("general.name"))
+            raise CompareError(f"these are different models ({names[0]}, {names[1]}): {error}") from error
+        check_vocabularies(*(file.metadata.get("tokenizer.ggml.tokens") for file in (ours, theirs)))
+        shapes = {name: info.shape for name, info in theirs.tensors.items()}
+        config = read_config(theirs.metadata, shapes).with_context(what.context)
+        request = requested(click.get_current_context().params, config.block_count) | {"position": session.position}
+        planner.check(make_plan(what, theirs, config, len(session.ids), "compare", request, session.model.device.type))
 
 
 def _both(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:
@@ -126,22 +153,26 @@ def _both(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:
 
 def verdict(data: dict[str, Any], position: int) -> list[str]:
     """Return what the two files have in common, in plain lines: the prediction, the gains, the directions."""
-    from ggjac.svd import cut_after, is_close
+    from ggjac.units import cut_after, is_close
 
     (here,) = (p for p in data["positions"] if p["position"] == position)
     values = data["singular_values"]
-    changes = [100 * (value["b"] / value["a"] - 1) for value in values if value["a"]]
+    changes = [value["b"] / value["a"] - 1 for value in values if value["a"]]
     same = "the same top token" if here["same_top1"] else "another top token"
     lines = [
-        f"b against a: {same} at the output position, the same at {data['top1_agreement']:.0%} of positions;",
-        f"KL divergence {data['kl']:.2g} nats there.",
+        f"b against a, at the output position: {same}, KL divergence {data['kl']:.2g} nats, "
+        f"‖y_b - y_a‖/‖y_a‖ = {data['output_distance']:.2g}",
+        f"at all positions: the same top token at {data['top1_agreement']:.0%}, "
+        f"KL divergence {data['mean_kl']:.2g} nats on average",
     ]
-    if changes:
-        lines.append(f"Singular values change by {min(changes):+.1f} % to {max(changes):+.1f} %.")
+    if any(changes):
+        lines.append(f"singular values change by {_change(min(changes))} to {_change(max(changes))}")
+    elif changes:
+        lines.append("the singular values are identical")
     largest, count = max(data["angles"]["left"]), len(data["angles"]["left"])
     if largest > SWAPPED:
         lines.append(
-            f"The largest angle is {largest:.0f}°: in the two files the {count} leading vectors span other directions."
+            f"the largest angle is {largest:.0f}°: in the two files the {count} leading vectors span other directions"
         )
         lines += [
             f"{side}: {cut_after(values[-1][side], count, following)}"
@@ -149,6 +180,11 @@ def verdict(data: dict[str, Any], position: int) -> list[str]:
             if is_close(values[-1][side], following)
         ]
     return lines
+
+
+def _change(change: float) -> str:
+    """Return a relative change in percent, with three digits however small it is."""
+    return f"{100 * change:+.3g}%" if change else "0"
 
 
 def show(data: dict[str, Any], content: dict[str, Any]) -> None:
@@ -169,7 +205,7 @@ def show(data: dict[str, Any], content: dict[str, Any]) -> None:
     a, b = (numbers([value[side] for value in values]) for side in ("a", "b"))
     left, right = (data["angles"][side][::-1] for side in ("left", "right"))
     rows = [
-        (j + 1, a[j], b[j], f"{value['b'] / value['a'] - 1:+.1%}" if value["a"] else "", f"{value['residual']:.0e}")
+        (j + 1, a[j], b[j], _change(value["b"] / value["a"] - 1) if value["a"] else "", f"{value['residual']:.0e}")
         for j, value in enumerate(values)
     ]
     table("Singular values", ["##", "#σ of a", "#σ of b", "#difference", "#larger residual"], rows)
@@ -193,9 +229,5 @@ def show(data: dict[str, Any], content: dict[str, Any]) -> None:
     ]
     differing = {i for i, p in enumerate(data["positions"]) if not p["same_top1"]}
     table("Next token at every position", ["#position", "token", "a", "b", "#KL(a ‖ b), nats"], cells, differing)
-    line(
-        f"same top token at {data['top1_agreement']:.0%} of positions; KL divergence {data['kl']:.2e} nats at the "
-        f"output position, {data['mean_kl']:.2e} on average; ‖y_b - y_a‖/‖y_a‖ = {data['output_distance']:.2e}"
-    )
     if not data["converged"]:
         line(f"NOT converged to {data['tol']:.0e}: the angles are only as accurate as the singular vectors")

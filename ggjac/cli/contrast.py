@@ -39,7 +39,7 @@ def contrast(what: ModelOptions, position: int, top: int, output: Path | None, o
         J = session.jacobian
         rebuilt = {"linear_output": J.linear_output, "ordinary_output": result.ordinary.to(J.linear_output.dtype)}
         session.save(output, {"y": J.output, "offset": J.offset} | rebuilt)
-    finish(session, content, output_format, output, result=result, contrast=show)
+    finish(session, content, output_format, output, results=[result], contrast=show)
 
 
 def show(data: dict[str, Any]) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ggjac.architectures import ARCHITECTURES
-from ggjac.cli.options import model_file, output_format
+from ggjac.cli.options import asked_name, model_file, output_format
 
 if TYPE_CHECKING:
     from ggjac.gguf import GGUFFile
@@ -46,7 +46,8 @@ def info(
     from ggjac.units import size
 
     with open_gguf(model or demo_path()) as file:
-        content = contents(file, tensors=tensors)
+        asked = asked_name(model)
+        content = {"asked": asked} | contents(file, tensors=tensors)
         keys = {key: value for key, value in file.metadata.items() if tokenizer or not key.startswith("tokenizer.")}
         content["metadata"] = {key: content["metadata"][key] for key in keys}
         found = _checked(file) if whole else None
@@ -57,7 +58,8 @@ def info(
         render.emit_json(content)
         ctx.exit(exit_code)
     summary = f"GGUF version {file.version}, {size(file.nbytes)}, {content['weights']:,} weights"
-    render.line(f"{shown(file.path)}: {summary}")
+    name = shown(file.path) if asked is None else f"{shown(asked)} ({shown(file.path)})"
+    render.line(f"{name}: {summary}")
     reason = content["unsupported_because"]
     render.line(f"Supported: {'yes' if reason is None else f'no: {reason}'}")
     render.line(f"Tokenizer: {_tokenizer(content['tokenizer'])}")
@@ -86,6 +88,8 @@ def info(
         render.table("Tensors", ["name", "type", "shape", "#size"], rows)
     if found:
         _show_check(found)
+    else:
+        render.line("Only the header was read; --check also looks for damage: NaN, infinity, stretches of zeros")
     ctx.exit(exit_code)
 
 

@@ -37,7 +37,7 @@ def jacobian(what: ModelOptions, position: int, output: Path | None, resume: boo
     with session.checkpointed(checkpoint(output), resume=resume, output=output), saving as sink:
         result = session.run("jacobian", dense, sink)
     content = {"jacobian": result.data(session.words)}
-    finish(session, content, output_format, output, result=result, jacobian=show)
+    finish(session, content, output_format, output, results=[result], jacobian=show)
 
 
 def show(data: dict[str, Any]) -> None:

@@ -77,7 +77,9 @@ def layers(
             session.save(output, result.tensors(), **settings)
     vectors = options["rank"] if given("rank") else VECTORS
     tokens = options["top"] if given("top") else WORDS
-    finish(session, content, output_format, output, result=result, layers=partial(show, vectors=vectors, tokens=tokens))
+    finish(
+        session, content, output_format, output, results=[result], layers=partial(show, vectors=vectors, tokens=tokens)
+    )
 
 
 def show(data: dict[str, Any], vectors: int = VECTORS, tokens: int = WORDS) -> None:
@@ -125,26 +127,38 @@ def show(data: dict[str, Any], vectors: int = VECTORS, tokens: int = WORDS) -> N
 
 def _show_maps(title: str, taps: list[dict[str, Any]], vectors: int, tokens: int) -> None:
     """Print the vectors of a map side by side, or below each other where they are many."""
-    from ggjac.cli.render import numbers, stable_rank, table, words
-    from ggjac.report.sections.layers import place
+    from ggjac.cli.render import line, numbers, stable_rank, table, words
+    from ggjac.report.sections.layers import place, remarks
+
+    def remark() -> None:
+        for text in (said := remarks(taps)):
+            line(text)
+        if said:
+            line("")
 
     axis, carried = "block" if "block" in taps[0] else "depth", "arriving" in taps[0]["triplets"][0]
     if vectors > VECTORS:
         cells = [(tap, j, triplet) for tap in taps for j, triplet in enumerate(tap["triplets"][:vectors])]
         sigmas = numbers([triplet["singular_value"] for *_, triplet in cells])
-        rows = [
-            (
-                "" if j else place(tap),
-                "" if j else stable_rank(tap["stable_rank"]),
-                j + 1,
-                sigma,
-                words(triplet["left"][:tokens]),
-                *([words(triplet["arriving"][:tokens])] if carried else []),
+        rows = []
+        for (tap, j, triplet), sigma in zip(cells, sigmas, strict=True):
+            rows.append(
+                (
+                    "" if j else place(tap),
+                    "" if j else stable_rank(tap["stable_rank"]),
+                    j + 1,
+                    sigma,
+                    words(triplet["left"][:tokens]),
+                    *([words(triplet["arriving"][:tokens])] if carried else []),
+                )
             )
-            for (tap, j, triplet), sigma in zip(cells, sigmas, strict=True)
-        ]
+            following = tap["next_singular_value"]
+            if following and j + 1 == len(tap["triplets"]):
+                more = "" if following["converged"] else "≥ "
+                rows.append(("", "", "next", f"{more}{following['value']:.4g}", "", *[""] * carried))
         ends = ["left vector: tokens it promotes"] + ["the same at the output"] * carried
         table(title, [f"#{axis}", "#stable rank", "##", "#σ", *ends], rows)
+        remark()
         return
     shown = min(vectors, len(taps[0]["triplets"]))
     rows = [
@@ -160,6 +174,7 @@ def _show_maps(title: str, taps: list[dict[str, Any]], vectors: int, tokens: int
     ]
     names = [f"left vector {j + 1}" for j in range(shown)] + ["vector 1 at the output"] * carried
     table(title, [f"#{axis}", "#σ", "spectrum", "#stable rank", *names], rows)
+    remark()
 
 
 def spark(values: list[float]) -> str:

@@ -41,6 +41,8 @@ def models(output_format: str) -> None:
     ]
     render.table("Models on this disk", ["-m", "#size", "quantization", "architecture", "supported"], rows)
     for name, model in zip(names, found, strict=True):
-        if model.unsupported_because is not None:
-            render.line(f"{name}: {model.unsupported_because}")
+        if (reason := model.unsupported_because) is not None:
+            for begun in (name, shown(model.path or "")):  # some reasons name the model, some its file
+                reason = reason.removeprefix(f"{begun}: ")
+            render.line(f"{name}: {reason}")
     render.line(f"Looked in {', '.join(hub.places())}")

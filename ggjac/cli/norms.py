@@ -44,7 +44,7 @@ def norms(
     content["norms"] = result.data(session.words)
     if output:
         session.save(output, result.tensors())
-    finish(session, content, output_format, output, result=result, norms=show)
+    finish(session, content, output_format, output, results=[result], norms=show)
 
 
 def show(data: dict[str, Any]) -> None:

@@ -190,6 +190,8 @@ class ModelOptions:
         if self.tokens is not None:
             return self.tokens
         if self.chat is not None:
+            if not self.chat.strip():
+                raise click.UsageError("--chat has no question; write one, as in --chat 'Why is the sky blue?'")
             text = conversation(self.read(self.chat), None if self.system is None else self.read(self.system))
             if not self.quiet:
                 click.echo(f"Prompt, by the chat template of the file: {text!r}"[:4000], err=True)
@@ -243,8 +245,14 @@ class ModelOptions:
         return what, concept_tokens
 
     def unrelated(self, control: bool, given: str | None, concept_tokens: list[int] | None) -> str | None:
-        """Return the prompt whose map is the control of `steer`; None for none, and by default where ids are given."""
+        """Return the prompt whose map is the control of `steer`; None for none, and by default where ids are given.
+
+        Raises:
+            click.UsageError: a prompt is given, but no control.
+        """
         if not control:
+            if given is not None:
+                raise click.UsageError("--no-control leaves out what --control-concept asks for; use one of them")
             return None
         if given is not None:
             return self.read(given)
@@ -339,14 +347,31 @@ _BOTH_RULES = click.option(
     show_default=True,
     help="Factor of a gated MLP that stays live (not frozen); both shows the shares under either rule.",
 )
+
+
+def _beside_others(ctx: click.Context, param: click.Parameter, value: Path | None) -> Path | None:
+    """Refuse a new folder inside one that does not exist: its name may be mistyped, and gigabytes go there."""
+    if value is not None and not value.parent.is_dir():
+        raise click.BadParameter(f"there is no folder {value.parent}; make it, or choose another place", ctx, param)
+    return value
+
+
 _TRACE = click.option(
     "--trace",
     type=click.Path(file_okay=False, path_type=Path),
+    callback=_beside_others,
     metavar="FOLDER",
     help="Save the recorded forward pass in FOLDER, or reuse the one there; it then need not fit in memory.",
 )
 position = click.option(
     "--position", type=int, default=-1, show_default=True, help="Output position; negative counts from the end."
+)
+position_or_all = click.option(
+    "--position",
+    type=PositionOrAll(),
+    default="-1",
+    show_default=True,
+    help="Output position (negative counts from the end), or all (of attribute).",
 )
 output_format = click.option(
     "--format", "output_format", type=click.Choice(["table", "json"]), default="table", show_default=True
@@ -357,7 +382,15 @@ tabular_format = click.option(  # of commands whose result is a table
     type=click.Choice(["table", "json", "csv", "latex"]),
     default="table",
     show_default=True,
-    help="csv has all digits and true texts; latex needs the package booktabs.",
+    help="csv has all digits, and ids beside the texts; latex needs the package booktabs.",
+)
+print_format = click.option(  # of commands whose result is several tables, which CSV cannot hold
+    "--format",
+    "output_format",
+    type=click.Choice(["table", "json", "latex"]),
+    default="table",
+    show_default=True,
+    help="latex needs the package booktabs.",
 )
 
 

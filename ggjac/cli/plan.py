@@ -3,19 +3,13 @@
 import click
 
 from ggjac.cli import COMMANDS, WITHOUT_PROMPT
-from ggjac.cli.options import ModelOptions, PositionOrAll, model_options, output_format, rank
+from ggjac.cli.options import ModelOptions, model_options, output_format, position_or_all, rank
 from ggjac.cli.planning import show_plan, without_bench
 
 
 @click.command()
 @model_options()
-@click.option(
-    "--position",
-    type=PositionOrAll(),
-    default="-1",
-    show_default=True,
-    help="Output position (negative counts from the end), or all (of attribute).",
-)
+@position_or_all
 @rank
 @click.option(
     "--for",

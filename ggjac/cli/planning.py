@@ -1,6 +1,8 @@
 """The plan of a command, from its options, printed as tables or JSON. Torch is imported only to measure the machine."""
 
+import contextlib
 import dataclasses
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -92,6 +94,9 @@ def _show_one(
     from ggjac.gguf.hub import demo_path
     from ggjac.planner.machine import device_kind
 
+    if not re.fullmatch(r"auto|cpu|cuda(:[0-9]+)?", what.device):
+        with contextlib.suppress(ValueError):  # of a device that is elsewhere there is a plan
+            check_device(what.device)
     with open_gguf(what.model or demo_path()) as file:
         config = read_config(file.metadata, {name: t.shape for name, t in file.tensors.items()}).with_context(
             what.context

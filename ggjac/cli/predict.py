@@ -10,7 +10,7 @@ from ggjac.cli.planning import dry_run
 
 
 @click.command()
-@model_options()
+@model_options(trace=False)
 @dry_run
 @position
 @click.option("-k", "--top", type=click.IntRange(min=1), default=5, show_default=True, help="Tokens to show.")
@@ -36,7 +36,7 @@ def predict(
     content = {"predictions": result.data(session.words)}
     if output:
         session.save(output, {"logits": session.trace.all_logits() if all_positions else session.logits})
-    finish(session, content, output_format, output, result=result, predictions=show)
+    finish(session, content, output_format, output, results=[result], predictions=show)
 
 
 def show(rows: list[dict[str, Any]]) -> None:

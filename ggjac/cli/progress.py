@@ -97,10 +97,10 @@ class Reporter(Stages):
             elapsed = time.perf_counter() - start
             left = elapsed / steps * (total - done + rounds * total)
             shown = ""
-            if self.work:
+            if self.work:  # rates that would read 0 say nothing
                 nbytes, flop = (now - then for now, then in zip(self.work(), before, strict=True))
-                shown = f", {nbytes / elapsed / 1e9:.2f} GB/s" if nbytes else ""
-                shown += f", {flop / elapsed / 1e9:.0f} GFLOP/s" if flop else ""
+                shown = f", {nbytes / elapsed / 1e9:.2f} GB/s" if nbytes >= 5e6 * elapsed else ""
+                shown += f", {flop / elapsed / 1e9:.0f} GFLOP/s" if flop >= 5e8 * elapsed else ""
             # The first seconds measure only the start.
             return shown + (f", about {duration(round(left))} left" if elapsed > 2 and left >= 1 else "")
 

@@ -2,13 +2,16 @@
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from ggjac import display
-from ggjac.cli.options import ModelOptions, iteration_options, model_options, output, output_format
-from ggjac.cli.planning import dry_run
+from ggjac.cli.options import ModelOptions, iteration_options, model_options, output, tabular_format
+from ggjac.cli.planning import dry_run, warn_if_long
+
+if TYPE_CHECKING:
+    from ggjac.planner import Plan
 
 
 @click.command()
@@ -16,7 +19,7 @@ from ggjac.cli.planning import dry_run
 @dry_run
 @iteration_options
 @output("Append a JSON line for each prompt to this file; prompts that it already holds are skipped.")
-@output_format
+@tabular_format
 @click.pass_context
 def ranks(
     ctx: click.Context,
@@ -38,8 +41,9 @@ def ranks(
     ggjac ranks -m model.gguf -f prompts.txt -o ranks.jsonl
     """
     from ggjac.analysis.ranks import ranks as measure
-    from ggjac.cli.render import emit_json, line
+    from ggjac.cli.render import emit_json, emit_tables, line
     from ggjac.cli.session import (
+        doubts,
         open_options,
         settings,
         show_doubts,
@@ -58,14 +62,21 @@ def ranks(
         )
     stages, options["stages"] = options["stages"], None
     iteration: dict[str, Any] = {"tol": tol, "seed": seed, "max_sweeps": max_sweeps}
+
+    def planned(plan: "Plan") -> None:
+        warn_if_long(plan, model.gguf, options["threads"], str(model.device))
+
     with stages.stage("ranks") as report, usage_errors():
-        result = measure(model, prompts, output, progress=report, **iteration, **options)
+        result = measure(model, prompts, output, progress=report, planned=planned, **iteration, **options)
     records = result.records
+    result.envelope["warnings"] += what.remarks()
     if output_format == "json":
         envelope = result.envelope
         if len(records) > 1:
             envelope = {k: v for k, v in envelope.items() if k not in ("prompt", "tokens", "position")}
         emit_json(envelope | {"ranks": result.data()})
+    elif output_format != "table":
+        emit_tables([result], None, output_format, [*result.envelope["warnings"], *doubts(result.envelope["model"])])
     else:
         if len(records) == 1:
             show_tokens(result.envelope["tokens"], ())

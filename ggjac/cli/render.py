@@ -5,14 +5,14 @@ import math
 import shutil
 import sys
 import textwrap
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ggjac import display, runs
 from ggjac.cli.options import shows_scores
 
 if TYPE_CHECKING:
-    from ggjac.results import Result
+    from ggjac.results import Result, Table
 
 PIPE_WIDTH = 120  # columns where stdout is not a terminal
 MIN_WIDTH = 60  # columns below which numbers would be cut; a narrower terminal wraps the lines itself
@@ -129,14 +129,25 @@ def words(tokens: Sequence[Mapping[str, Any]]) -> str:
     )
 
 
-def emit_tables(result: "Result", trace: Any, output_format: str) -> None:
-    """Print a result as CSV, on a terminal with escapes for what is not printable, or the tables for print as LaTeX."""
-    from ggjac.results import Words
+def emit_tables(
+    results: Sequence["Result"],
+    trace: Any,
+    output_format: str,
+    warnings: Iterable[str],
+    cut: Callable[["Table"], "Table"] = lambda table: table,
+) -> None:
+    """Print the first result as CSV, or the tables for print of all results as LaTeX.
 
+    Warnings go to stderr, or where LaTeX has comments. `cut` shortens each table.
+    """
     if output_format == "csv":
-        write(result._table(Words(trace, true=not on_terminal())).to_csv())
+        for warning in warnings:
+            print(f"Warning: {warning}", file=sys.stderr)
+        write(cut(results[0].sheet(trace)).to_csv())
     else:
-        write("\n".join(table.to_latex() for table in result.exhibits(trace)))
+        said = "".join(f"% Warning: {warning}\n" for warning in warnings)
+        tables = [cut(table) for result in results for table in result.exhibits(trace)]
+        write(said + "\n".join(table.to_latex() for table in tables))
 
 
 def bar(value: float, largest: float) -> str:

@@ -1,14 +1,14 @@
 """How a command ends: its result as JSON with its provenance, or as tables; and the exit code of its checks."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 
 from ggjac.cli.render import emit_json, emit_tables, line
-from ggjac.cli.session import show_doubts, show_saved, show_tokens
-from ggjac.results import Result
+from ggjac.cli.session import doubts, show_doubts, show_saved, show_tokens
+from ggjac.results import Result, Table
 from ggjac.session import Session
 
 
@@ -29,7 +29,8 @@ def finish(
     output_format: str,
     output: Path | None = None,
     *,
-    result: Result,
+    results: Sequence[Result],
+    cut: Callable[[Table], Table] = lambda table: table,
     **show: Callable[[Any], None],
 ) -> None:
     """Print a command's result, as JSON with its provenance or as tables, and exit with code 3 if a check failed.
@@ -39,14 +40,15 @@ def finish(
         content: the result's parts by name.
         output_format: `json`, `table`, `csv` or `latex`.
         output: where tensors were saved, if anywhere.
-        result: the main one, as CSV or LaTeX.
+        results: for CSV the first one, for LaTeX all.
+        cut: shortens the tables of CSV and LaTeX.
         show: functions that print the part of that name, in this order; a reconstruction comes first.
     """
     envelope = session.envelope(check=output is None)
     if output_format == "json":
         emit_json(envelope | content)
     elif output_format in ("csv", "latex"):
-        emit_tables(result, session, output_format)
+        emit_tables(results, session, output_format, [*session.warnings, *doubts(envelope["model"])], cut)
     else:
         show_tokens(session.tokens(), session.warnings)
         show_doubts(envelope["model"])

@@ -190,9 +190,9 @@ def note_likelier(session: Session, target: str | None, id: int | None, option: 
 
 def show_tokens(tokens: Sequence[Mapping[str, Any]], warnings: Sequence[str]) -> None:
     """Print the table of a prompt's tokens, as `Session.tokens` returns them, and remarks on the prompt."""
-    # A special token looks like its text; BOS is expected where it is, and the bytes of a byte token are seen.
-    kinds = [token.get("type", "") if token["position"] and token.get("type") != "byte" else "" for token in tokens]
-    marked = any(kinds)
+    # A special token looks like its text; the bytes of a byte token are seen.
+    kinds = ["" if token.get("type") == "byte" else token.get("type", "") for token in tokens]
+    marked = any(kinds[1:])  # BOS alone is expected
     rows: list[tuple] = []
     for group in display.characters(tokens):
         kind = kinds[group[0]["position"]].replace("_", "-")
@@ -212,9 +212,14 @@ def show_warnings(warnings: Sequence[str]) -> None:
 
 def show_doubts(model: Mapping[str, Any], which: str = "") -> None:
     """Print the warning about a model's weights, if there is one; `model` is that of an envelope."""
-    if model["warning"]:
-        line(f"Warning: {which}{display.visible(model['warning'].encode())}")
+    for doubt in doubts(model):
+        line(f"Warning: {which}{doubt}")
         line("")
+
+
+def doubts(model: Mapping[str, Any]) -> list[str]:
+    """Return the warning about a model's weights, if there is one; `model` is that of an envelope."""
+    return [display.visible(model["warning"].encode())] if model["warning"] else []
 
 
 def show_saved(output: Path | None) -> None:

@@ -14,7 +14,7 @@ from ggjac.cli.options import (
     TokenIds,
     model_options,
     output,
-    output_format,
+    tabular_format,
     top,
 )
 from ggjac.cli.planning import dry_run
@@ -87,7 +87,7 @@ class Strengths(click.ParamType):
     help="Save what the last strength adds at the prompt's last position as a control vector for llama.cpp.",
 )
 @output("Save the JSON of `--format json` to this file.")
-@output_format
+@tabular_format
 def steer(
     what: ModelOptions,
     concept: str | None,
@@ -115,8 +115,9 @@ def steer(
     additive    h <- h + (s / 2) ‖h‖ c / ‖c‖  the paper's code: c seen through the final norm, h one block earlier
 
     For comparison, the same prompt is also continued without steering (the baseline), and steered by the map of an
-    unrelated prompt (the control). A random operator, the control where the concept is token ids, is not like for like:
-    it can destroy a stream that any text's map would spare. Position 0 is spared, unless --first is given.
+    unrelated prompt (the control). A random operator, the control where the prompt or the concept is token ids, is not
+    like for like: it can destroy a stream that any text's map would spare. Position 0 is spared, unless --first is
+    given.
 
     \b
     ggjac steer -m model.gguf -p "I am going to Arizona to see the" --concept "The bridge is the Golden" --strength 0.5
@@ -124,8 +125,8 @@ def steer(
     from ggjac import runs
     from ggjac.analysis.steer import changed_layer
     from ggjac.analysis.steer import steer as run
-    from ggjac.cli.render import emit_json
-    from ggjac.cli.session import check_output, fit_command, open_session, show_doubts, show_saved, show_tokens
+    from ggjac.cli.render import emit_json, emit_tables
+    from ggjac.cli.session import check_output, doubts, fit_command, open_session, show_doubts, show_saved, show_tokens
     from ggjac.llamacpp.control_vector import check_layer, save_control_vector
     from ggjac.model import PromptError
     from ggjac.sizes import default_layer
@@ -163,13 +164,14 @@ def steer(
     options |= {
         "top": top,
         "control": control,
-        "control_concept": unrelated,
+        "control_concept": other,
         "first": first,
         "seed": seed,
+        "parse_special": what.parse_special,
         "mlp_path": what.mlp_path,
     }
     with session.stages.stage("steer") as report:
-        result = run(model, session.ids, ids, progress=report, **options)
+        result = run(model, session.ids, of_concept, progress=report, **options)
     content = session.envelope() | {"steering": result.data(session.words)}
     if control_vector:
         save_control_vector(
@@ -184,6 +186,9 @@ def steer(
     if output_format == "json":
         emit_json(content)
         return
+    if output_format != "table":
+        emit_tables([result], session, output_format, [*session.warnings, *doubts(content["model"])])
+        return
     show_tokens(session.tokens(), session.warnings)
     show_doubts(content["model"])
     show(content["steering"])
@@ -191,14 +196,23 @@ def steer(
     show_saved(control_vector)
 
 
+def _prompt(data: dict[str, Any]) -> str:
+    """Return a prompt as it was given: quoted text, or its tokens."""
+    from ggjac import display
+    from ggjac.cli.render import words
+
+    text = data["text"]
+    return words(data["tokens"]) if text is None else f"“{display.visible(text.encode('utf-8', 'surrogateescape'))}”"
+
+
 def show(data: dict[str, Any]) -> None:
     """Print the concept, the baseline and every steered text."""
     from ggjac import display
-    from ggjac.cli.render import line, table, words
+    from ggjac.cli.render import line, table
 
     concept = data["concept"]
     cells = [(display.token(row), row["id"], f"{row['probability']:.4f}") for row in concept["top"]]
-    line(f"Concept: {words(concept['tokens'])}")
+    line(f"Concept: {_prompt(concept)}")
     table("Next token after the concept", ["token", "#id", "#probability"], cells)
     rows = [("baseline", data["baseline"])]
     for i, text in enumerate(data["steered"]):
@@ -226,7 +240,7 @@ def show(data: dict[str, Any]) -> None:
     )
     if data["controls"]:
         kind = data["control"]["kind"]
-        unrelated = "a random operator" if kind == "random" else f"the map of {words(data['control']['tokens'])}"
+        unrelated = "a random operator" if kind == "random" else f"the map of {_prompt(data['control'])}"
         line(f"control: steered by {unrelated}; position 0 is {'steered, too' if data['first_position'] else 'spared'}")
     strong = [f"{text['strength']:g}" for text in data["steered"] if (text["kl_first"] or 0.0) > LARGE]
     if strong:

@@ -1,7 +1,7 @@
 """`ggjac svd`: singular values and vectors of the detached Jacobian, decoded."""
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -18,6 +18,9 @@ from ggjac.cli.options import (
     top,
 )
 from ggjac.cli.planning import dry_run
+
+if TYPE_CHECKING:
+    from ggjac.results import Result
 
 NUMBERS = 32  # columns of the terminal that the numbers of singular vectors take, and the gaps
 PLACES, WORDS = 3, 8  # of the tables: positions of each right vector, tokens of each left one
@@ -76,16 +79,20 @@ def svd(
     words = session.words
     with session.checkpointed(checkpoint(output), resume=resume, output=output, **settings, **marks):
         # First, since the joint map takes the matrix that this may leave.
-        each = session.run("svd per token", each_token, **iteration) if per_token else []
+        each = session.run("svd per token", each_token, **iteration) if per_token else None
         result = session.run("svd", spectrum, **iteration)
+        results: list[Result] = [result]
         content = {"reconstruction": session.reconstruction().data(), "svd": result.data(words)}
         tensors = result.tensors()
-        if per_token:
+        if each is not None:
+            results.append(each)
             content["svd"]["per_token"] = [one.data(words) for one in each]
             tensors |= token_tensors(each)
         if output:
             session.save(output, tensors, **settings)
-    finish(session, content, output_format, output, result=result, svd=show)
+    if per_token and output_format == "csv":
+        session.notes.append("csv has the joint map alone; each position's own is in --format latex, json or table")
+    finish(session, content, output_format, output, results=results, svd=show)
 
 
 def show(data: dict[str, Any]) -> None:
@@ -99,7 +106,7 @@ def show_spectrum(data: dict[str, Any]) -> None:
     """Print singular values with both decodings; right vectors at the positions with most of their weight."""
     from ggjac import display
     from ggjac.cli.render import line, numbers, sink, table, width, words, wrapped
-    from ggjac.svd import cut_after, ending
+    from ggjac.units import cut_after, ending
 
     rows = []
     sigmas = numbers([t["singular_value"] for t in data["triplets"]])

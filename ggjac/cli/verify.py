@@ -48,7 +48,7 @@ def verify(what: ModelOptions, strict: bool, shown: int, output_format: str) -> 
         show(data)
         show_layers(data, shown)
 
-    finish(session, content, output_format, result=result, parity=show_all)
+    finish(session, content, output_format, results=[result], parity=show_all)
 
 
 def show(data: dict[str, Any]) -> None:

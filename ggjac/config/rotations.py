@@ -150,7 +150,7 @@ def _still(sections: Sequence[int], pairs: int) -> tuple[int, ...]:
 def read_windows(keys: Keys, row: Architecture, blocks: int, used: int) -> list[int | None]:
     """Return the sliding window of each of the file's blocks in tokens, or None if it attends to all tokens.
 
-    The first `used` of them are the model's own; their number tells variants of a family apart.
+    The first `used` of them are the model's own; variants of a family differ in their number.
     """
     key = "attention.sliding_window"
     if row.window_blocks not in (0, used):

@@ -22,6 +22,7 @@ import shlex
 import stat
 import struct
 import sys
+import weakref
 from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -652,7 +653,6 @@ class GGUFFile:
         metadata: the first shard's keys; values are Python numbers, `bool`, `str` or `LazyArray`.
         tensors: name -> TensorInfo, in file order, shard after shard.
         stamps: of each shard when it was opened.
-        addresses: where each shard is mapped, and how many bytes.
         lost: whether a page could not be read and was replaced by zeros; see `ggjac.guard`.
         hashes: the SHA-256 of each shard, once `sha256` has been called.
     """
@@ -666,7 +666,7 @@ class GGUFFile:
         self.tensors = _join_tensors(shards)
         self.nbytes = sum(len(shard.buffer) for shard in shards)  # of all shards, on disk
         self.stamps = [shard.stamp for shard in shards]
-        self.addresses = [_address(shard.buffer) for shard in shards]
+        self._maps = [(weakref.ref(shard.buffer), _address(shard.buffer)) for shard in shards]
         self.lost = False
         guard(self)
         self._places = [os.path.abspath(path) for path in self.paths]  # wherever the process goes
@@ -674,6 +674,11 @@ class GGUFFile:
         self._buffers = [shard.buffer for shard in shards]
         self._fingerprint: str | None = None
         self.hashes: list[str] | None = None
+
+    @property
+    def addresses(self) -> list[tuple[int, int]]:
+        """Where each shard is mapped, and how many bytes; of those that still are."""
+        return [place for buffer, place in self._maps if buffer() is not None]
 
     def rows(self, tensor: str | TensorInfo, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Return rows `start:stop` as a read-only view of the map, uint8 [rows, row_bytes]. Copies nothing.

@@ -21,7 +21,7 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -214,7 +214,7 @@ def _find_hf(asked: str, download: bool) -> Path:
 def _parse_hf(asked: str) -> _HfName:
     match = _HF_NAME.fullmatch(asked.removeprefix(HF))
     if match is None or len(asked) > MAX_NAME:
-        raise HubError(f"{shown(asked)}: not a model name; write {HF_FORMS}")
+        raise HubError(f"{shown(asked)} is not a model name; write {HF_FORMS}")
     file = match["file"]
     if file is not None and not (_is_inside(file) and file.lower().endswith(".gguf")):
         raise HubError(f"{shown(asked)}: {shown(file)} is not a GGUF file in a repository; write {HF_FORMS}")
@@ -422,7 +422,7 @@ def _find_ollama(asked: str) -> Path:
     name = asked.removeprefix(OLLAMA)
     match = _OLLAMA_NAME.fullmatch(name)
     if match is None or len(asked) > MAX_NAME:
-        raise HubError(f"{shown(asked)}: not a model name; write {OLLAMA_FORMS}")
+        raise HubError(f"{shown(asked)} is not a model name; write {OLLAMA_FORMS}")
     host, space, model, tag = match["host"], match["space"] or "library", match["model"], match["tag"] or "latest"
     folders = _ollama_folders()
     for folder in folders:
@@ -551,12 +551,12 @@ def stored() -> Iterator[Stored]:
     for model in _models(flat, cache):
         if model.path not in listed:
             yield _stored_hf(str(model.path), model, "llama.cpp")
-    for folder in _ollama_folders():
-        for name in dict.fromkeys(islice(_ollama_models(folder), MAX_FILES)):
-            try:
-                yield Stored(f"{OLLAMA}{name}", "Ollama", _find_ollama(f"{OLLAMA}{name}"))
-            except HubError as error:
-                yield Stored(f"{OLLAMA}{name}", "Ollama", None, str(error))
+    models = (islice(_ollama_models(folder), MAX_FILES) for folder in _ollama_folders())
+    for name in dict.fromkeys(chain.from_iterable(models)):
+        try:
+            yield Stored(f"{OLLAMA}{name}", "Ollama", _find_ollama(f"{OLLAMA}{name}"))
+        except HubError as error:
+            yield Stored(f"{OLLAMA}{name}", "Ollama", None, str(error))
 
 
 def places() -> list[str]:

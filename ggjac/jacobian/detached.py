@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from jaxtyping import Float
@@ -26,9 +26,10 @@ from torch import Tensor
 from ggjac import ways
 from ggjac.jacobian.sweep import FrozenNetwork, SharedSweep, Span, Tap
 from ggjac.linop import Homogeneous, LinearOperator, Select
+from ggjac.results import Table
 from ggjac.runs.journal import Journal
 from ggjac.sizes import CHUNK_BYTES, SLICE, MlpPath, chunk_floats
-from ggjac.svd import SVD, check_options, svd, svd_of_matrix
+from ggjac.svd import SVD, check_options, roughly_first, svd, svd_of_matrix
 from ggjac.ways import Task, takes_matrix
 
 
@@ -91,6 +92,15 @@ class DetachedJacobian(LinearOperator):
         whole = self.span == Span(0, self.end)
         span = "" if whole else f", from depth {self.span.start} to {self.span.tap.kind} {self.span.tap.index}"
         return f"{super().__repr__()}, position {self.position}, {self.mlp_path}{span}"
+
+    def _repr_html_(self) -> str:
+        """Return what the map is as a table."""
+        start, tap = self.span
+        facts = {"from": f"depth {start}", "to": f"{tap.kind} {tap.index}", "output position": self.position}
+        facts |= {"input": list(self.in_shape), "output": list(self.out_shape), "mlp path": self.mlp_path}
+        return Table.of(
+            "Detached Jacobian", facts | {"dtype": str(self.dtype).removeprefix("torch."), "device": self.device}
+        )._repr_html_()
 
     @property
     def progress(self) -> Callable[[int, int], None] | None:
@@ -173,13 +183,14 @@ class DetachedJacobian(LinearOperator):
         return math.ceil(self.out_shape[0] / self.rows_at_once())
 
     def token_id(self, token: int | str | None) -> int | None:
-        """Return the id of a token that is given as its text, such as `" Paris"`; ids and None as they are.
+        """Return the id of a token that is given as its id, or as its text, such as `" Paris"`; None as it is.
 
         Raises:
-            PromptError: the text is not one token.
+            PromptError: the text is not one token, or the id not in the vocabulary.
+            ValueError: it is neither a text nor a whole number.
             TokenizerError: a text, and the file has no tokenizer, or llama-cpp-python is not installed.
         """
-        return self.network.token(token) if isinstance(token, str) else token
+        return None if token is None else self.network.token(token)
 
     def hidden_ids(self, hide_special: bool) -> list[int]:
         """Return the ids that decoding is to leave out: those of control, unused and byte tokens, or none."""
@@ -194,6 +205,7 @@ class DetachedJacobian(LinearOperator):
         block: int | None = None,
         seed: int = 0,
         progress: Callable[[int, float], None] | None = None,
+        search_dtype: torch.dtype | None = None,
     ) -> SVD:
         """Return the leading singular triplets of the `[d, n d]` matrix, left vectors signed to point along `J x`.
 
@@ -206,18 +218,29 @@ class DetachedJacobian(LinearOperator):
             block: stacked vectors per sweep; default that of `ggjac.ways.block`. If given, triplets come from sweeps.
             seed: seed of the random start vectors.
             progress: called after each sweep with the sweep count and the worst relative residual known so far.
+            search_dtype: a narrower dtype, in which the subspace is searched first: faster where the device multiplies
+                faster in it, and as exact; see `ggjac.svd.roughly_first`. Default none.
 
         Raises:
             ValueError: an argument is out of range, or a product is not finite.
         """
-        check_options(self, rank, tol=tol, max_sweeps=max_sweeps, block=block)
-        matrix = self.matrix(Task(rank)) if block is None else None
-        if matrix is None:
-            width = block or self.block(rank, math.prod(self.in_shape))
-            found = svd(self, rank, tol=tol, max_sweeps=max_sweeps, block=width, seed=seed, progress=progress)
-        else:
+        check_options(self, rank, tol=tol, max_sweeps=max_sweeps, block=block, seed=seed)
+        matrix = self.matrix(Task(rank)) if block is None and search_dtype is None else None
+        if matrix is not None:
             found = svd_of_matrix(matrix.flatten(1), rank, tol=tol, sweeps=self.matrix_sweeps)
             found = replace(found, Vh=found.Vh.unflatten(1, self.in_shape))
+            return found.pointing_along(self.linear_output)
+        width = block or self.block(rank, math.prod(self.in_shape))
+
+        def solve(starts: list[Tensor] | None = None, **options: Any) -> list[SVD]:
+            return [svd(self, rank, block=width, seed=seed, start=starts and starts[0], **options)]
+
+        options: dict[str, Any] = {"tol": tol, "max_sweeps": max_sweeps, "progress": progress}
+        if search_dtype is None:
+            (found,) = solve(**options)
+        else:
+            noise = torch.finfo(search_dtype).eps
+            (found,) = roughly_first(solve, self.sweep.rounded(search_dtype), noise, **options)
         return found.pointing_along(self.linear_output)
 
     @cached_property

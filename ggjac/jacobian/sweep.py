@@ -5,6 +5,7 @@ and leaves it at the map's tap; on the way down it is the other way round.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import accumulate
@@ -51,7 +52,7 @@ class FrozenNetwork(NamedTuple):
     """The network as frozen by a trace, with all that products need.
 
     Attributes:
-        weights: returns the tensors of a block.
+        weights: returns the tensors of a block; given a dtype, with the matrices rounded to it.
         tapes: the frozen quantities of each block; read when a sweep arrives there, so that they may be on a disk.
         frame: settings shared by all blocks, such as the freezing rule.
         freeze_norm: freezes the final norm at any stream `[m, d]`.
@@ -64,11 +65,11 @@ class FrozenNetwork(NamedTuple):
         outside: the tensors that belong to no block.
         table: reads what blocks have of the tokens in a table of their own, or returns None; see
             `ggjac.blocks.block_inputs`.
-        token: returns the id of a text that is one token.
+        token: returns the id of a token, which is given as its id or its text.
         special: returns the ids of the vocabulary's tokens that are not text.
     """
 
-    weights: Callable[[int], BlockWeights]
+    weights: Callable[..., BlockWeights]
     tapes: Tapes
     frame: Frame
     freeze_norm: Callable[[Tensor], NormTape]
@@ -80,7 +81,7 @@ class FrozenNetwork(NamedTuple):
     embedding: Weight
     outside: BlockWeights
     table: Callable[[], Tensor | None]
-    token: Callable[[str], int]
+    token: Callable[[int | str], int]
     special: Callable[[], list[int]]
 
 
@@ -98,6 +99,8 @@ class SharedSweep:
         progress: if set, called as `progress(done, total)` after each block of a pass.
         journal: if set, products are recorded there, and those recorded by an earlier attempt are not computed again.
         flop: floating-point operations so far, multiplications by matrices only.
+        rounding: dtype in which the blocks' matrices are multiplied; None for that of the network. Everything else,
+            such as the residual stream, stays in that.
     """
 
     def __init__(
@@ -121,7 +124,17 @@ class SharedSweep:
         self.progress: Callable[[int, int], None] | None = None
         self.journal = journal
         self.flop = 0
+        self.rounding: torch.dtype | None = None
         self._values: dict[int, Tensor] = {}
+
+    @contextmanager
+    def rounded(self, dtype: torch.dtype) -> Iterator[None]:
+        """Inside, multiply with the matrices of the blocks rounded to a dtype, and vectors rounded to it as well."""
+        self.rounding = dtype
+        try:
+            yield
+        finally:
+            self.rounding = None
 
     def up(
         self, X: Sequence[Float[Tensor, "_ n d"]], t: Sequence[Float[Tensor, " _"]] | None = None
@@ -238,6 +251,8 @@ class SharedSweep:
         Raises:
             ChangedError: another program has changed the file, so that the product may be of two models.
         """
+        if self.rounding:
+            kind += f" in {str(self.rounding).removeprefix('torch.')}"
         product = self.journal.product(kind, inputs) if self.journal else None
         if product and product.result is not None:
             return product.result
@@ -277,7 +292,8 @@ class SharedSweep:
         ends = all(tap.index == i + 1 for start, tap in self.spans if start <= i < tap.index)
         positions = range(self.position if ends else 0, self.position + 1)
         config = self.network.frame.config
-        return block(self.network.weights(i), config, self.network.tapes[i], positions, config.bank(i))
+        weights = self.network.weights(i, self.rounding)
+        return block(weights, config, self.network.tapes[i], positions, config.bank(i))
 
 
 class _Way(NamedTuple):

@@ -7,9 +7,7 @@ the tapes need not fit into memory together.
 import contextlib
 import hashlib
 import json
-import os
 import re
-import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -33,6 +31,7 @@ from ggjac.blocks import (
 from ggjac.gguf import GGUFFile
 from ggjac.runs import tensors as stored
 from ggjac.runs.journal import Journal
+from ggjac.runs.lock import is_running
 from ggjac.runs.origin import Origin, OriginError
 
 SCHEMA_VERSION = 2
@@ -249,21 +248,8 @@ def _remove_abandoned(folder: Path) -> None:
     for path in folder.glob(".*.tmp"):
         match = re.fullmatch(r"\.(block-\d+\.safetensors|trace\.json)\.(\d+)\.tmp", path.name)
         with contextlib.suppress(OSError):
-            if match and time.time() - path.stat().st_mtime > ABANDONED and not _alive(int(match[2])):
+            if match and time.time() - path.stat().st_mtime > ABANDONED and not is_running(int(match[2])):
                 path.unlink()
-
-
-def _alive(process: int) -> bool:
-    """Return whether a process of this number runs on this machine; True where that cannot be known."""
-    if sys.platform == "win32":  # a signal of any number ends a process there
-        return True
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except (OSError, OverflowError):
-        return True
-    return True
 
 
 def _described(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:

@@ -66,7 +66,8 @@ def _refusal(error: Exception) -> dict[str, Any]:
     elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         message, will_not_fit = f"{error.strerror} in {tempfile.gettempdir()}: make room, or set TMPDIR", True
     else:
-        message, will_not_fit = f"{type(error).__name__}: {error}", isinstance(error, MemoryError)
+        message = f"the process of llama.cpp failed ({type(error).__name__}: {error})"
+        will_not_fit = isinstance(error, MemoryError)
     return {"error": message, "will_not_fit": will_not_fit}
 
 
@@ -436,13 +437,13 @@ def _name(path: str | os.PathLike[str]) -> str:
 
 @contextmanager
 def captured_log(llama: Any, *, echo: bool = False) -> Iterator[Log]:
-    """Collect llama.cpp's log instead of printing it, or with `echo` print it to stderr too; undone at the end."""
+    """Collect the log of llama.cpp until the end; nothing is printed, or with `echo` warnings and errors only."""
     lines: Log = []
 
     def collect(level: int, text: bytes | None, _: Any) -> None:
         lines.append((level, (text or b"").decode("utf-8", errors="replace")))
         del lines[:-1000]  # the log is unbounded
-        if echo:
+        if echo and level in (_WARNING, _ERROR):  # others would be quoted as the reason of a crash
             os.write(2, text or b"")
 
     callback = llama.llama_log_callback(collect)
@@ -462,7 +463,7 @@ def quoted_log(log: Sequence[tuple[int, str]]) -> str:
     return "; ".join(dict.fromkeys(lines[-3:]))[:400] or "it gave no reason"
 
 
-_ERROR = 4  # ggml.h, enum ggml_log_level: GGML_LOG_LEVEL_ERROR
+_WARNING, _ERROR = 3, 4  # ggml.h, enum ggml_log_level: GGML_LOG_LEVEL_WARN, GGML_LOG_LEVEL_ERROR
 
 if __name__ == "__main__":
     main()

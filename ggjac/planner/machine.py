@@ -200,11 +200,6 @@ def in_memory(folder: str | os.PathLike[str]) -> bool:
     return kind in ("tmpfs", "ramfs")
 
 
-def is_running(pid: int) -> bool:
-    """Return whether there is a process of that number."""
-    return psutil.pid_exists(pid)
-
-
 class PeakMemory:
     """Watch this process's anonymous memory in a thread while a block of code runs.
 

@@ -174,6 +174,7 @@ SINK = spelled(HERE | {"fraction": number})  # the first position, where it has 
 WORDS = each(spelled({}), most=MAX_WORDS)
 #: `error` is one standard error, 0 where the value is exact; `frobenius` is the norm of the same map.
 ESTIMATE = record({"value": maybe(number)}, {"error": number, "frobenius": number})
+FOLLOWING = record({"value": number, "converged": flag}, {"residual": number})  # the singular value after the last one
 TRIPLET = {"singular_value": number, "residual": maybe(number)}  # the residual is relative to σ
 MODEL = record(
     {"path": text},

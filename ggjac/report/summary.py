@@ -26,8 +26,8 @@ def sentences(content: Mapping[str, Any]) -> list[Sentence]:
 def caveat(content: Mapping[str, Any]) -> str:
     """Return what a share does not say, and the freezing rule under which it was computed."""
     path = content.get("mlp_path")
-    of = f" under the freezing rule --mlp-path {path}" if path else ""
-    other = "; another rule splits the same logit into other shares" if path else ""
+    of = f" under the freezing rule --mlp-path {path}" if path and path != "both" else ""
+    other = "; another rule splits the same logit into other shares" if of else ""
     part = f"A share is one part of an exact sum along the live paths{of}{other}."
     return f"{part} It is neither importance nor the effect of changing a token."
 
@@ -68,7 +68,8 @@ def _shares(content: Mapping[str, Any]) -> Sentence:
         return ()
     versus, logit, rows = given.get("versus"), given["logit"], given["shares"]
     target = [given["target"], *([" over ", versus] if versus else [])]
-    whole: Sentence = ("Of the logit of ", *target, f", {fixed(logit, 2)}, ")
+    rule = f", under --mlp-path {given['mlp_path']}" if given.get("other_rule") else ""  # of two
+    whole: Sentence = ("Of the logit of ", *target, f", {fixed(logit, 2)}{rule}, ")
     largest = max(rows, key=lambda row: row["share"])
     if largest["position"] != 0 or len(rows) == 1:
         return (*whole, "the largest share is that of ", *_at(largest), f": {signed(largest['share'], 2)}.")

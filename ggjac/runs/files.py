@@ -24,6 +24,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ggjac.units import size
+
 SCHEMA_VERSION = 2
 READABLE = (1, SCHEMA_VERSION)  # by the report
 
@@ -215,8 +217,7 @@ def check_writable(path: str | os.PathLike[str], needed: int = 0) -> None:
         free = shutil.disk_usage(folder).free
         if free < needed:
             raise SpaceError(
-                f"{path}: needs {needed / 1e6:.1f} MB, the disk has {free / 1e6:.1f} MB free; choose another -o, or "
-                "make room"
+                f"{path}: needs {size(needed)}, the disk has {size(free)} free; choose another -o, or make room"
             )
         probe = _temporary(path)
         probe.touch()

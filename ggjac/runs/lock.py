@@ -1,10 +1,15 @@
-"""A lock file: at most one process works in a folder or on a file. The system frees it however that process ends."""
+"""A lock file: at most one process works in a folder or on a file. The system frees it however that process ends.
+
+What has no lock, files that a process has left, is known by the number of that process.
+"""
 
 import contextlib
 import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+
+import psutil
 
 from ggjac import runs
 from ggjac.runs.files import JournalError
@@ -99,3 +104,11 @@ def explaining(path: Path) -> Iterator[None]:
 def print_warning(message: str) -> None:
     """Print a warning to stderr; the default of every `on_warning`."""
     print(f"Warning: {message}", file=sys.stderr)
+
+
+def is_running(process: int) -> bool:
+    """Return whether a process of this number runs on this machine; True where that cannot be known."""
+    try:
+        return psutil.pid_exists(process)
+    except (OSError, OverflowError):
+        return True

@@ -73,12 +73,14 @@ class WeightStore:
         info = self.file.tensors[name]
         return Weight(self, info, 0, info.rows, 0, info.shape[-1])
 
-    def block(self, index: int, slices: Mapping[str, Part], *, live: bool = False) -> "Block":
-        """Return the tensors of block `index`; for `slices` see `Block`.
+    def block(
+        self, index: int, slices: Mapping[str, Part], *, live: bool = False, rounding: torch.dtype | None = None
+    ) -> "Block":
+        """Return the tensors of block `index`; for `slices` and `rounding` see `Block`.
 
         With `live` they are used in every sweep, and kept where `places` says.
         """
-        return Block(self, f"blk.{index}.", slices, self.places[index] if live and self.places else "file")
+        return Block(self, f"blk.{index}.", slices, self.places[index] if live and self.places else "file", rounding)
 
     def check_unchanged(self) -> None:
         """Refuse to go on if the file was changed by another program, as `GGUFFile.check_unchanged` says."""
@@ -100,8 +102,12 @@ class WeightStore:
         else:
             self.places, self.cache = list(places), Cache(room)
 
-    def dequantize(self, key: Key, place: str = "file", *, forgiving: bool = False) -> Float[Tensor, "rows d"]:
+    def dequantize(
+        self, key: Key, place: str = "file", *, forgiving: bool = False, rounding: torch.dtype | None = None
+    ) -> Float[Tensor, "rows d"]:
         """Return a tile dense; its columns must lie on block boundaries. It is kept at `place` if there is room.
+
+        `rounding` is the dtype of the tile, default the store's own, in which it is kept where it is kept dense.
 
         Valid until the same thread calls again: two tensors cannot be streamed side by side in one thread.
 
@@ -109,26 +115,27 @@ class WeightStore:
             WeightError: the rows hold NaN or infinite scales (checked the first time they are read), and the caller is
                 not `forgiving`: then they are zeros, and `invalid` has them.
         """
-        kept = self.cache.get(key)
+        kept, dtype = self.cache.get(key), rounding or self.dtype
         if kept and kept.place == "dense":
-            return kept.tensor
+            return self._rounded(kept.tensor, dtype)
         info, shape = self.file.tensors[key.name], key.shape
         keep = place == "dense" and self.cache.reserve(place, shape[0] * shape[1] * self.dtype.itemsize)
         self.reads[key.name] += shape[0] * (shape[1] / info.shape[-1])
         self.bytes_read += shape[0] * row_bytes(info.type, shape[1])
+        dense = self.dtype if keep else dtype
         if self._bus is None:
-            out = torch.empty(shape, dtype=self.dtype) if keep else self._scratch_tile(*shape)
+            out = torch.empty(shape, dtype=dense) if keep else self._scratch_tile(*shape, dense)
             tile = quants.dequantize_rows(self._stored(key, info, forgiving), info.type, out, threads=self.threads)
         elif kept and kept.place == "device":
-            tile = quants.dequantize(kept.tensor, info.type, self.dtype)
+            tile = quants.dequantize(kept.tensor, info.type, dense)
         else:
             raw = kept.tensor if kept else self._stored(key, info, forgiving)
-            tile = self._sent_and_dequantized(self._bus, key, info, raw, place)
+            tile = self._sent_and_dequantized(self._bus, key, info, raw, place, dense)
         if invalid := [row - key.start for row in self.invalid.get(key.name, ()) if key.start <= row < key.stop]:
             tile[invalid] = 0
         if keep:
             self.cache.keep(key, place, tile)
-        return tile
+        return self._rounded(tile, dtype)
 
     def warning(self) -> str | None:
         """Return one line about what a trained model does not have, among the weights that were read; or None."""
@@ -176,12 +183,20 @@ class WeightStore:
         raw = self._stored(Key(info.name, 0, rows, 0, columns), info)
         return quants.dequantize_rows(raw, info.type, out, threads=self.threads).view(info.shape)
 
-    def _scratch_tile(self, rows: int, columns: int) -> Tensor:
+    def _rounded(self, tile: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return a tile in a dtype; on the CPU in this thread's scratch memory, if it is of another one."""
+        if tile.dtype == dtype or self._bus is not None:
+            return tile.to(dtype)
+        rows, columns = tile.shape
+        return self._scratch_tile(rows, columns, dtype).copy_(tile)
+
+    def _scratch_tile(self, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
         """Return this thread's tile; its memory lives as long as the thread, and only grows."""
+        nbytes = rows * columns * dtype.itemsize
         tile = getattr(self._scratch, "tile", None)
-        if tile is None or tile.numel() < rows * columns:
-            tile = self._scratch.tile = torch.empty(rows * columns, dtype=self.dtype)
-        return tile[: rows * columns].view(rows, columns)
+        if tile is None or len(tile) < nbytes:
+            tile = self._scratch.tile = torch.empty(nbytes, dtype=torch.uint8)
+        return tile[:nbytes].view(dtype).view(rows, columns)
 
     def _stored(self, key: Key, info: TensorInfo, forgiving: bool = False) -> np.ndarray:
         """Return the quantized bytes of a tile: a view of the file, or a copy if they are not consecutive.
@@ -208,7 +223,7 @@ class WeightStore:
         return raw
 
     def _sent_and_dequantized(
-        self, bus: Bus, key: Key, info: TensorInfo, raw: Tensor | np.ndarray, place: str
+        self, bus: Bus, key: Key, info: TensorInfo, raw: Tensor | np.ndarray, place: str, dtype: torch.dtype
     ) -> Float[Tensor, "rows d"]:
         """Copy a tile's bytes to the device, from pinned memory or the file, and dequantize them there."""
         if isinstance(raw, np.ndarray) and place == "pinned" and (copy := self.cache.pin(key, raw)) is not None:
@@ -216,14 +231,14 @@ class WeightStore:
         with bus.sent(raw) as moved:
             if place == "device" and self.cache.reserve(place, moved.nbytes):
                 self.cache.keep(key, place, moved)
-            return quants.dequantize(moved, info.type, self.dtype)
+            return quants.dequantize(moved, info.type, dtype)
 
 
 @dataclass(frozen=True)
 class Weight:
     """Rows `first:last` and columns `left:right` of a stored tensor: a `TiledMatrix`, or a vector as one row.
 
-    With a section, the rows are counted in that.
+    With a section, the rows are counted in that. `rounding` is the dtype of the tiles, default the store's own.
     """
 
     store: WeightStore
@@ -234,6 +249,7 @@ class Weight:
     right: int
     place: str = "file"
     section: Section | None = None
+    rounding: torch.dtype | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -243,7 +259,7 @@ class Weight:
     @property
     def dtype(self) -> torch.dtype:
         """Element type of the tiles."""
-        return self.store.dtype
+        return self.rounding or self.store.dtype
 
     @property
     def device(self) -> torch.device:
@@ -300,7 +316,7 @@ class Weight:
         return whole[0] if len(self.info.shape) == 1 else whole
 
     def _dequantized(self, start: int, stop: int, *, forgiving: bool = False) -> Tensor:
-        return self.store.dequantize(self._key(start, stop), self.place, forgiving=forgiving)
+        return self.store.dequantize(self._key(start, stop), self.place, forgiving=forgiving, rounding=self.rounding)
 
     def _key(self, start: int, stop: int) -> Key:
         return Key(self.info.name, self.first + start, self.first + stop, self.left, self.right, self.section)
@@ -311,12 +327,14 @@ class Block:
     """The tensors of one block by their short names, such as `attn_q.weight`.
 
     Parts of fused tensors, `slices`, are available under their own names, so that callers never see the fused layout.
+    `rounding` is the dtype of the tiles of matrices, default the store's own; vectors are not rounded.
     """
 
     store: WeightStore
     prefix: str
     slices: Mapping[str, Part]
     place: str = "file"
+    rounding: torch.dtype | None = None
 
     def __contains__(self, name: str) -> bool:
         """Return whether the file has the tensor, alone or inside a fused one."""
@@ -325,7 +343,7 @@ class Block:
     def matrix(self, name: str, expert: int | None = None) -> Weight:
         """Return a matrix to be streamed, or one of a stack of experts `[e, out, in]`."""
         stored, part = self._stored(name)
-        weight = replace(self.store[stored], place=self.place)
+        weight = replace(self.store[stored], place=self.place, rounding=self.rounding)
         if expert is not None:
             out = weight.info.shape[1]
             weight = weight.rows(expert * out, (expert + 1) * out)

@@ -5,17 +5,22 @@
 Escape sequences, control and bidi characters, null bytes, halves of surrogate pairs, broken UTF-8, markup of HTML, of
 rich and of templates, quotes, formulas of spreadsheets, marks that pile up, and very long words: as tokens of the
 vocabulary (some of them control, unused or user-defined ones), as the model's name, in its chat template, in prompts,
-and in the names of files. Each round makes a model of its own, and runs all commands on it, as tables and as JSON.
+and in the names of files. Each round makes a model of its own, and runs all commands that show a text of a file on it,
+in every format that they have.
 
-What must hold: a terminal gets printable characters and newlines; JSON parses back to the very bytes of the
-vocabulary; a page in a browser runs no script but its own, requests nothing, complains of nothing, and holds no element
-that came from a text; figures are drawn without a warning and are valid; names in safetensors files can be printed.
+What must hold: a terminal gets printable characters and newlines; JSON parses back to the very bytes of the vocabulary;
+CSV and LaTeX hold printable characters alone, no cell of CSV begins as a formula, and LaTeX has no command but those of
+its tables; a page in a browser runs no script but its own, requests nothing, complains of nothing, and holds no element
+that came from a text; figures are drawn without a warning, are valid, and hold no script, link or raw control
+character; names in safetensors files can be printed.
 Anything else is printed with its round, and exit code 1.
 """
 
 import argparse
+import csv
 import io
 import json
+import re
 import shutil
 import sys
 import tempfile
@@ -64,6 +69,7 @@ class Round:
     tokens: list[bytes] = field(default_factory=list)  # by id, as a reader must get them
     kinds: list[int] = field(default_factory=list)
     model: Path = Path()
+    prompts: Path = Path()  # one on each line
     pages: list[Path] = field(default_factory=list)
 
 
@@ -100,12 +106,13 @@ def write_model(at: Round) -> None:
         int.from_bytes(given[b"tokenizer.ggml.token_type"].payload[12 + 4 * i :][:4], "little")
         for i in range(len(at.tokens))
     ]
-    for i, text in enumerate(
-        at.random.sample(sorted(set(TEXTS)), len(at.tokens) - FIRST), FIRST
-    ):  # llama.cpp wants them unique
+    # Each once: llama.cpp takes no vocabulary with a token twice.
+    for i, text in enumerate(at.random.sample(sorted(set(TEXTS)), len(at.tokens) - FIRST), FIRST):
         at.tokens[i] = text
         at.kinds[i] = at.random.choice((NORMAL,) * 8 + (CONTROL, USER, UNUSED))
     name, template = (sample(at.random).encode("utf-8", "surrogatepass") for _ in range(2))
+    if at.seed % 2:  # nearly all others are refused
+        template = b"{{ messages[0]['content'] }}"
     new = {
         b"tokenizer.ggml.tokens": mutations.array(8, [mutations.text(token) for token in at.tokens]),
         b"tokenizer.ggml.token_type": mutations.array(5, [kind.to_bytes(4, "little") for kind in at.kinds]),
@@ -124,6 +131,8 @@ def write_model(at: Round) -> None:
         at.tokens[i] = bytes([i - BYTES])
     at.model = at.folder / file_name(at.random, ".gguf")
     at.model.write_bytes(bytes(parts))
+    at.prompts = at.folder / file_name(at.random, ".txt")
+    at.prompts.write_text("\n".join(sample(at.random, typed=True)[:40] for _ in range(2)), encoding="utf-8")
 
 
 def strings(payload: bytes) -> list[bytes]:
@@ -152,6 +161,9 @@ def commands(at: Round) -> Iterator[list[str]]:
     yield ["info", "--tokenizer"]
     yield ["predict", *typed]
     yield ["predict", *prompt]
+    yield ["predict", "--chat", typed[1]]
+    yield ["plan", "--no-bench", *prompt]
+    yield ["ranks", "-f", str(at.prompts), *few[2:]]
     yield ["verify", *prompt]
     yield ["svd", "--per-token", *few, *prompt]
     yield ["layers", *few, *prompt]
@@ -216,6 +228,46 @@ def check_json(report: Report, at: Round, text: str, where: str) -> None:
         report.expect(own == expected or (named and own), where, f"id {token['id']}: {own!r} for {expected!r}")
 
 
+# What tables in LaTeX are made of; everything else that begins with a backslash would be a command of a text.
+KNOWN = re.compile(
+    r"\\(?:(?:text(?:backslash|ascii(?:tilde|circum|grave)|less|greater|bar|visiblespace))\{\}|[&%$#_{}]|\\"
+    r"|(?:begin|end)\{tabular\}|(?:top|mid|bottom)rule|sigma(?=_))"
+)
+
+
+def check_csv(report: Report, text: str, where: str) -> None:
+    """Check that CSV has cells in rows of one length, printable, and that none begins as a formula."""
+    head, *rows = csv.reader(io.StringIO(text, newline=""))
+    report.looked["tables as CSV"] += 1
+    report.expect({len(row) for row in rows} <= {len(head)}, where, "CSV with rows of several lengths")
+    for cell in (cell for row in rows for cell in row):
+        report.expect(cell.isprintable(), where, f"a cell of CSV holds {cell[:60]!r}")
+        number = re.fullmatch(r"[+-]?(\d+(\.\d*)?(e[+-]?\d+)?|inf|nan)", cell)
+        report.expect(number or not cell.startswith(tuple("=+-@＝＋－＠")), where, f"a formula in CSV: {cell[:60]!r}")
+
+
+def check_latex(report: Report, text: str, where: str) -> None:
+    """Check that LaTeX has no command but those of its tables, balanced braces, and rows of one length."""
+    body = "\n".join(line for line in text.split("\n") if not line.startswith("%"))
+    report.looked["tables as LaTeX"] += body.count(r"\begin{tabular}")
+    rest = KNOWN.sub("", body)
+    report.expect("\\" not in rest, where, f"a command in LaTeX: {rest[max(0, rest.find(chr(92))) :][:40]!r}")
+    report.expect(not set(rest) & set("%#~^<>|`"), where, f"LaTeX reads {set(rest) & set('%#~^<>|`')}")
+    report.expect(rest.count("{") == rest.count("}"), where, "braces in LaTeX")
+    for part in body.split(r"\begin{tabular}")[1:]:
+        rows = [KNOWN.sub("", line).count("&") for line in part.split("\n") if line.endswith(r"\\")]
+        report.expect(len(set(rows)) == 1, where, f"rows of LaTeX with {set(rows)} cells")
+
+
+def formats_of(command: str) -> list[str]:
+    """Return the formats of a command that are neither tables for a terminal nor JSON."""
+    from importlib import import_module
+
+    params = getattr(import_module(f"ggjac.cli.{command}"), command).params
+    (found,) = [param.type.choices for param in params if param.name == "output_format"]
+    return [name for name in found if name not in ("table", "json")]
+
+
 def check_safetensors(report: Report, path: Path, where: str) -> None:
     """Check the names and the metadata of a safetensors file."""
     from safetensors import safe_open
@@ -229,7 +281,10 @@ def check_safetensors(report: Report, path: Path, where: str) -> None:
 
 
 def check_figures(report: Report, folder: Path, where: str) -> None:
-    """Check that figures are whole, and that a vector file holds no script and no address but those of its formats."""
+    """Check that figures are whole, and that a vector file holds no script, link or raw control character.
+
+    Of PDF all but the streams, which are compressed, and in which texts are numbers of glyphs.
+    """
     from PIL import Image
 
     for path in sorted(folder.iterdir()):
@@ -240,8 +295,15 @@ def check_figures(report: Report, folder: Path, where: str) -> None:
         elif path.suffix == ".svg":
             tags = {element.tag.rpartition("}")[2] for element in ET.fromstring(raw).iter()}
             report.expect(not tags & {"script", "foreignObject", "a"}, where, f"{path.name}: {tags}")
+            bad = {c for c in raw.decode("utf-8") if not (c.isprintable() or c in "\n\t")}
+            report.expect(not bad, where, f"{path.name}: holds {bad}")
         else:
-            report.expect(raw.startswith(b"%PDF"), where, f"{path.name}: is not PDF")
+            report.expect(raw.startswith(b"%PDF") and raw.rstrip().endswith(b"%%EOF"), where, f"{path.name}: no PDF")
+            outside = re.sub(rb"stream\r?\n.*?endstream", b"", raw, flags=re.DOTALL)
+            acts = re.findall(rb"/(?:JavaScript|JS|Launch|URI|OpenAction|EmbeddedFile)\b", outside)
+            report.expect(not acts, where, f"{path.name}: {acts}")
+            bad_bytes = set(outside) & {*range(32), 127} - set(b"\n\r\t")
+            report.expect(not bad_bytes, where, f"{path.name}: holds {bad_bytes}")
 
 
 LOOK = """(elements) => ({
@@ -294,7 +356,11 @@ def a_round(report: Report, at: Round) -> None:
         if printed is None:
             continue
         check_json(report, at, printed, where)
-        if words[0] != "info":
+        for name in formats_of(words[0]):
+            text = run(report, at, [*words, "--format", name, "-q"], where)
+            if text is not None:
+                (check_csv if name == "csv" else check_latex)(report, text, f"{where}, {name}")
+        if words[0] not in ("info", "plan"):
             result = at.folder / f"{number}{file_name(at.random, '.json')}"
             result.write_text(printed, encoding="utf-8")
             if (

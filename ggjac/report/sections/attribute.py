@@ -43,9 +43,16 @@ _WHOSE = {
     "unexplained": number,  # the rest, left by rounding
 }
 #: Σ shares + offset + unexplained = logit.
+_BY_TOKEN = _WHOLE | {"shares": each(spelled(HERE | {"share": number}), least=1)}
+_OFFSET = {"offset": number, "sink": SINK, "mlp_path": text}  # offset: of biases; sink: of the logit
 _SHARES = record(
-    _WHOLE | {"shares": each(spelled(HERE | {"share": number}), least=1)},
-    _WHOSE | {"offset": number, "sink": SINK},  # offset: of biases; sink: of the logit
+    _BY_TOKEN,
+    _WHOSE
+    | _OFFSET
+    | {
+        "other_rule": record(_BY_TOKEN, _WHOSE | _OFFSET),  # the same logit under the other freezing rule
+        "agreement": record({"difference": number, "size": number}, {"spearman": number}),  # of both
+    },
 )
 #: `attn` is Σ heads + attn_bias; embedding + Σ (attn + mlp) + bias + unexplained = logit.
 _BLOCK = record(
@@ -97,6 +104,9 @@ def _check_blocks(entries: list[dict[str, Any]], where: str) -> None:
 
 
 def _check_attribution(found: dict[str, Any], where: str) -> None:
+    one = found["one"]
+    if found["by"] == "token" and one and (other := one["other_rule"]) and len(other["shares"]) != len(one["shares"]):
+        raise Wrong(f"{where}.other_rule: {len(other['shares'])} shares for {len(one['shares'])} tokens")
     if found["by"] != "token":
         _check_blocks([found["one"]] if found["one"] else [], where)
         _check_blocks(found["positions"] or [], where)
@@ -195,14 +205,17 @@ def token_bars(run: Run) -> list[Bars]:
     found = _by_token(run)
     if not found:
         return []
+    other = found["other_rule"]
     return [
         Bars(
-            key="attribute",
-            title=f"Shares in {asked(found)}",
-            label=f"share; all shares and the offset sum to the logit {found['logit']:.4f}",
-            names=[share["token"] for share in found["shares"]],
-            values=[share["share"] for share in found["shares"]],
+            key="attribute" if rule is found else "attribute-other-rule",
+            title=f"Shares in {asked(rule)}" + (f", mlp-path {rule['mlp_path']}" if other else ""),
+            label=f"share; all shares and the offset sum to the logit {rule['logit']:.4f}",
+            names=[share["token"] for share in rule["shares"]],
+            values=[share["share"] for share in rule["shares"]],
         )
+        for rule in (found, other)
+        if rule
     ]
 
 
@@ -216,15 +229,18 @@ def attribute(run: Run) -> dict[str, Any] | None:
     offset = found["offset"] or 0.0
     drawn, zero = bars(shares)
     decimals = digits(shares)
+    other = found["other_rule"]
+    beside = [s["share"] for s in other["shares"]] if other else [None] * len(shares)
     rows = [
         s
         | {
             "value": signed(s["share"], decimals),
+            "other": signed(second, decimals),
             "percent": _relative(s["share"], found),
             "level": round(LEVELS * s["share"] / largest),
             "bar": bar,
         }
-        for s, bar in zip(found["shares"], drawn, strict=True)
+        for s, second, bar in zip(found["shares"], beside, drawn, strict=True)
     ]
     foremost = sorted(rows, key=lambda row: -abs(row["share"]))[:FIRST] if len(rows) > MANY else []
     return _target(found) | {
@@ -232,6 +248,7 @@ def attribute(run: Run) -> dict[str, Any] | None:
         "rows": rows,
         "foremost": foremost,
         "others": signed(sum(shares) - sum(row["share"] for row in foremost), decimals),
+        "both": _both(found, foremost),
         "offset": signed(offset, decimals),
         "offset_percent": _relative(offset, found),
         "equation": _equation(found, [*shares, offset]),
@@ -240,6 +257,25 @@ def attribute(run: Run) -> dict[str, Any] | None:
         "caveat": caveat(run.content),
         "short": len(found["shares"]) <= SHORT,
         "legend": LEGEND,
+    }
+
+
+def _both(found: dict[str, Any], foremost: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """Prepare the shares under the other freezing rule, beside those of the first; None where there are none."""
+    other, agreement = found["other_rule"], found["agreement"]
+    if not other:
+        return None
+    shares = {s["position"]: s["share"] for s in other["shares"]}
+    decimals = digits([s["share"] for s in found["shares"]])
+    offset = other["offset"] or 0.0
+    return {
+        "names": (found["mlp_path"] or "one", other["mlp_path"] or "the other"),
+        "others": signed(sum(shares.values()) - sum(shares[row["position"]] for row in foremost), decimals),
+        "offset": signed(offset, decimals),
+        "equation": _equation(other, [*shares.values(), offset]),
+        "spearman": agreement and fixed(agreement["spearman"], 2),
+        "difference": agreement and fixed(agreement["difference"], decimals),
+        "size": agreement and fixed(agreement["size"], decimals),
     }
 
 

@@ -1,7 +1,7 @@
 """Depth by depth: the vectors of every map, the logit lens, ranks of tokens, stable ranks."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -9,6 +9,8 @@ from ggjac.drawing.charts import PARTS, Axis, Chart, Series, linear, logarithmic
 from ggjac.report.numbers import percent
 from ggjac.report.schema import (
     ESTIMATE,
+    FOLLOWING,
+    SINK,
     TOKEN,
     TRIPLET,
     Check,
@@ -21,8 +23,9 @@ from ggjac.report.schema import (
     record,
 )
 from ggjac.report.sections.common import SHOWN, Run, Section, capital
-from ggjac.units import power
+from ggjac.units import is_close, power
 
+NAMED_PLACES = 8  # depths or blocks that a remark names
 MAX_RANKS = 300_000  # ranks in the page; of more, those of the tokens listed first
 
 #: A tap is a place in the network, seen through the final norm frozen there: the residual stream at depth `index`,
@@ -44,7 +47,12 @@ _TAP = record(
         # `arriving`: those of the same vector carried on to the output.
         "triplets": each(record(TRIPLET | {"left": each(TOKEN)}, {"arriving": each(TOKEN)})),
     },
-    {"block": integer, "stable_rank": ESTIMATE},
+    {
+        "block": integer,
+        "stable_rank": ESTIMATE,
+        "next_singular_value": FOLLOWING,
+        "sink": SINK,  # of the first right vector's weight
+    },
 )
 _RANKS = record(
     {
@@ -193,7 +201,31 @@ def _vector_grid(
         "rows": rows,
         "caption": caption,
         "more": most if most > SHOWN else None,
+        "notes": remarks(taps),
     }
+
+
+def remarks(taps: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return what the table of a map's vectors does not show: attention sinks, and cuts through clusters."""
+    found = []
+    if sinks := [tap for tap in taps if tap.get("sink")]:
+        shares = [tap["sink"]["fraction"] for tap in sinks]
+        takes = " to ".join(dict.fromkeys(f"{share:.0%}" for share in (min(shares), max(shares))))
+        where = _places(sinks, taps)
+        found.append(f"Position 0 takes {takes} of the weight of right vector 1 at {where}, as an attention sink does.")
+    ends = [(tap, tap["triplets"][-1]["singular_value"]) for tap in taps if tap["triplets"]]
+    if cut := [tap for tap, last in ends if is_close(last, tap.get("next_singular_value"))]:
+        k = len(cut[0]["triplets"])
+        found.append(f"σ{k + 1} is close to σ{k} at {_places(cut, taps)}: there the cut goes through a cluster.")
+    return found
+
+
+def _places(some: Sequence[Mapping[str, Any]], taps: Sequence[Mapping[str, Any]]) -> str:
+    """Return where some of the maps in a table are: their names, or where these are many their number."""
+    of_block = some[0].get("block") is not None
+    if len(some) > NAMED_PLACES:
+        return f"{len(some)} of {len(taps)} {'blocks' if of_block else 'depths'}"
+    return ("" if of_block else "depth ") + ", ".join(map(place, some))
 
 
 def place(tap: Mapping[str, Any]) -> str:
@@ -233,6 +265,7 @@ def _logit_lens(readout: list[dict[str, Any]], pinnable: set[int]) -> list[dict[
             "rows": rows,
             "caption": "Logit lens: the most likely tokens of the residual stream, read through final norm and LM head",
             "more": None,
+            "notes": [],
         }
     ]
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from ggjac.drawing.charts import Chart, Series, curves, from_to, linear
 from ggjac.report.numbers import percent
-from ggjac.report.schema import MAX_VECTORS, TOKEN, Check, each, integer, number, record, spelled, text
+from ggjac.report.schema import MAX_VECTORS, TOKEN, Check, each, flag, integer, number, record, spelled, text
 from ggjac.report.sections.common import Run, Section
 from ggjac.units import MISSING, minus, power
 
@@ -30,6 +30,8 @@ FORM: dict[str, Check] = {
             "blocks": integer,
             "seed": integer,
             "concept": _CONCEPT,
+            "control": record({"kind": text}, {"text": text, "tokens": each(spelled({}))}),
+            "first_position": flag,
             "controls": each(_TEXT, most=MAX_VECTORS),  # steered by the control, in the order of `steered`
         },
     ),
@@ -82,8 +84,9 @@ def steer(run: Run) -> dict[str, Any] | None:
         "spans": spans,
         "changed": found["changed_after_blocks"],
         "concept": concept["text"],
-        "concept_tokens": [t["token"] for t in concept["tokens"] or []],
+        "concept_tokens": concept["tokens"] or [],
         "top": [t | {"chance": percent(t["probability"])} for t in concept["top"] or []],
+        "control": found["control"] if found["controls"] else None,
         "controls": bool(found["controls"]),
     }
 

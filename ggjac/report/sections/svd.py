@@ -6,6 +6,7 @@ from ggjac.drawing.charts import Axis, Chart, Series, curves, from_to, known, li
 from ggjac.report.numbers import aligned, percent
 from ggjac.report.schema import (
     ESTIMATE,
+    FOLLOWING,
     HERE,
     MAX_VECTORS,
     SINK,
@@ -22,7 +23,7 @@ from ggjac.report.schema import (
     text,
 )
 from ggjac.report.sections.common import SHOWN, WHOLE, WORDS_SHOWN, Run, Section, sink
-from ggjac.units import power
+from ggjac.units import cut_after, power
 
 # Tables for each position: the number of triplets up to which all stand open, and the number shown where there are
 # more than `WHOLE` positions.
@@ -47,6 +48,7 @@ _SVD = record(
         "sweeps": integer,
         "stopped_by": text,
         "sink": SINK,  # of the first right vector's weight
+        "next_singular_value": FOLLOWING,
         "per_token": each(_PER_TOKEN),  # the triplets of each position's own map
     },
 )
@@ -115,7 +117,8 @@ def vectors(run: Run) -> dict[str, Any] | None:
                 "strip": _strip(t["right"]),
             }
         )
-    return {"rows": rows, "sink": sink(found["sink"])}
+    cut = cut_after(triplets[-1]["singular_value"], len(triplets), found["next_singular_value"])
+    return {"rows": rows, "sink": sink(found["sink"]), "cut": cut}
 
 
 def _strip(right: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -13,7 +13,7 @@ for (const group of all("[data-switch]")) {
   show();
 }
 
-// -- A box that scrolls takes the focus, so that the arrow keys move it; one that does not need to is no stop of the Tab key.
+// -- A box that scrolls takes the focus, so that the arrow keys move it; the Tab key passes by one that does not need to.
 const measured = new ResizeObserver((entries) => {
   for (const { target } of entries) {
     if (target.scrollWidth > target.clientWidth) target.tabIndex = 0;
