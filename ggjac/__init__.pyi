@@ -13,7 +13,6 @@ from ggjac.analysis.layers import layers as layers
 from ggjac.analysis.norms import norms as norms
 from ggjac.analysis.per_token import per_token as per_token
 from ggjac.analysis.predict import predict as predict
-from ggjac.analysis.ranks import ranks as ranks
 from ggjac.analysis.ranks import token_ranks as token_ranks
 from ggjac.analysis.steer import steer as steer
 from ggjac.analysis.svd import spectrum as spectrum
@@ -28,5 +27,9 @@ from ggjac.parity import verify as verify
 from ggjac.report import write_figures as write_figures
 from ggjac.report import write_report as write_report
 from ggjac.session import Session as Session
+from ggjac.studies import measure as measure
+from ggjac.studies import merge as merge
+from ggjac.studies import ranks as ranks
+from ggjac.studies import study as study
 
 __version__: str

@@ -201,11 +201,16 @@ class Zero(LinearOperator):
         return Y.new_zeros(len(Y), *self.in_shape)
 
 
+def indices_on(device: torch.device, indices: Int[Tensor, " m"]) -> Int[Tensor, " m"]:
+    """Return indices on a device, without waiting for what it has to do before them."""
+    return indices.to(device, non_blocking=device.type != "mps")  # Apple's may read the source too late
+
+
 class Select(LinearOperator):
     """Keep some of `n` positions, `[n, d]` to `[m, d]`; the transpose puts zeros at the others."""
 
     def __init__(self, positions: Int[Tensor, " m"], n: int, d: int, *, dtype: torch.dtype, device: torch.device):
-        self.positions = positions.to(device)
+        self.positions = indices_on(device, positions)
         self.in_shape, self.out_shape = (n, d), (len(positions), d)
         self.dtype, self.device = dtype, device
 
@@ -542,11 +547,12 @@ class Experts(LinearOperator):
     """A sum of operators that each act on some positions only: gather, apply, add back. `[n, d]` to `[n, d]`.
 
     The routed experts of a mixture, with routing and weights frozen. Each part is an operator on `[m, d]` for its own
-    `m` positions.
+    `m` positions, which may be on the host.
     """
 
     def __init__(self, routed: Sequence[tuple[Int[Tensor, " m"], LinearOperator]], n: int):
-        self.positions = [positions for positions, _ in routed]
+        every = indices_on(routed[0][1].device, torch.cat([positions for positions, _ in routed]))  # one copy
+        self.positions = every.split([len(positions) for positions, _ in routed])
         self.parts = tuple(part for _, part in routed)
         self.in_shape = self.out_shape = (n, self.parts[0].in_shape[1])
         self.dtype, self.device = self.parts[0].dtype, self.parts[0].device

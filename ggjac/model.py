@@ -15,16 +15,18 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from ggjac import blocks, chat, decode, planner
 from ggjac.blocks import BlockTape, Frame, NormTape, Past
 from ggjac.checks import whole
-from ggjac.config import ModelConfig, fused_parts, read_config
+from ggjac.config import ModelConfig, Rope, fused_parts, read_config
 from ggjac.display import visible
 from ggjac.gguf import GGUFFile, open_gguf
 from ggjac.gguf.hub import demo_path, resolve, title
 from ggjac.jacobian import DetachedJacobian, FrozenNetwork, Span
 from ggjac.jacobian.tapes import Tapes
+from ggjac.parallel import Crew
 from ggjac.planner import Plan, machine
 from ggjac.results import Table, Words
 from ggjac.rope import rotation
@@ -54,6 +56,7 @@ def open_model(
     threads: int | None = None,
     asked: str | None = None,
     context: int | None = None,
+    group: ProcessGroup | None = None,
 ) -> "Model":
     """Open a GGUF model for tracing; reads headers only.
 
@@ -68,6 +71,7 @@ def open_model(
         asked: the name for which `path` was found, if it was not found here.
         context: the largest number of tokens, and, as in llama.cpp, what decides between LongRoPE's short and long
             factors; default the model's own, and the length of each prompt.
+        group: ranks of `torch.distributed` that share the model; each must make the same calls. Default none.
 
     Raises:
         GGUFError: the file cannot be opened or is damaged.
@@ -88,10 +92,11 @@ def open_model(
     threads = threads or machine.torch_threads()
     if threads != torch.get_num_threads():
         torch.set_num_threads(threads)
-    torch.backends.cuda.matmul.allow_tf32 = False  # TF32 keeps 10 bits of mantissa: not float32
+    _multiply_in_full()
     found = resolve(path or demo_path())
     asked = asked or (None if path is None or found == Path(path) else str(path))
-    return Model(open_gguf(found), device=device, dtype=dtype, threads=threads, asked=asked, context=context)
+    how: dict[str, Any] = {"device": device, "dtype": dtype, "threads": threads}
+    return Model(open_gguf(found), **how, asked=asked, context=context, group=group)
 
 
 def find_device(name: str | torch.device) -> torch.device:
@@ -127,6 +132,14 @@ def find_device(name: str | torch.device) -> torch.device:
     return device
 
 
+def _multiply_in_full() -> None:
+    """Let torch multiply float32 as float32, and let CUDA add up products of 16 bit in float32: neither is sure."""
+    torch.set_float32_matmul_precision("highest")  # under its later name too, `fp32_precision`, and for oneDNN
+    # Parts of a sum that several blocks of threads share would be rounded to 16 bit.
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
+
+
 def _card(device: torch.device) -> str:
     """Return what a CUDA device is, for a message."""
     try:
@@ -146,12 +159,13 @@ class Model:
         context: the context that was asked for, or None.
         trained_context: the number of tokens that the model was trained on.
         weights: every tensor, dequantized on demand.
+        crew: what of every block is this process's, if several share the model; or None.
         tokenizer: text to token ids and back.
         embedding: `[v, d]` input embeddings, streamed.
         head: the LM head; in models with tied embeddings, its matrix is that of the embeddings.
         chunk_bytes: working memory that a chunk of dense rows may take; see `fit`.
         keeps_ready: whether weights stay ready between sweeps, as far as half of the free memory has room, where `fit`
-            does not rule; no bit of a result changes.
+            does not rule; on the CPU no bit of a result changes.
     """
 
     keeps_ready = True
@@ -165,6 +179,7 @@ class Model:
         threads: int,
         asked: str | None = None,
         context: int | None = None,
+        group: ProcessGroup | None = None,
     ):
         self.gguf, self.path, self.asked, self.context = file, file.path, asked, context
         config = read_config(file.metadata, {t.name: t.shape for t in file.tensors.values()})
@@ -173,6 +188,9 @@ class Model:
         self.weights = WeightStore(file, device=device, dtype=dtype, threads=threads)
         self.device, self.dtype, self.chunk_bytes = device, dtype, CHUNK_BYTES
         self._placed = False
+        self.crew: Crew | None = None
+        if group is not None:
+            self.crew = Crew.of(group, self.config, [self.block(i) for i in range(self.config.block_count)])
         self.embedding: Weight = self.weights["token_embd.weight"]
         self.head = decode.Head(
             self.weights["output.weight" if "output.weight" in self.weights else "token_embd.weight"],
@@ -329,7 +347,8 @@ class Model:
     def fit(self, plan: Plan) -> None:
         """Follow a plan from now on: as many live weights as it has room for are cached between sweeps.
 
-        Jacobians of later traces compute dense rows in chunks of the plan's size. No bit of a result changes.
+        Jacobians of later traces compute dense rows in chunks of the plan's size. On the CPU no bit of a result
+        changes; on a device, larger tiles may change the last ones.
 
         Raises:
             NoFitError: the plan's budget is too small; the message names a sufficient one.
@@ -337,7 +356,7 @@ class Model:
         planner.check(plan)
         self._placed = True
         machine.return_freed_memory()
-        self.weights.place(plan.places, plan.room)
+        self.weights.place(plan.places, plan.room, plan.pieces)
         self.chunk_bytes = plan.work.chunk_bytes
 
     def _keep_ready(self, n: int) -> None:
@@ -348,7 +367,7 @@ class Model:
         self._placed = True
         plan = self.plan(n)
         if plan.fits:
-            self.weights.place(plan.places, plan.room)
+            self.weights.place(plan.places, plan.room, plan.pieces)
 
     def trace(
         self,
@@ -422,17 +441,22 @@ class Model:
         norm = self.freeze_final_norm(h)
         outputs = norm.apply(h)
         observe("result_norm", outputs)
+        if not outputs.isfinite().all():
+            raise blocks.overflow("the final norm", self.dtype)
         self.gguf.check_unchanged()
         return Trace(model=self, ids=ids, x=x, outputs=outputs, norm=norm, frame=shared, tapes=kept)
 
     def frame(self, n: int, *, mlp_path: MlpPath = "up", n_ctx: int | None = None, imitate: bool = False) -> Frame:
         """Return the settings that all blocks share, for positions 0 to `n - 1`; arguments as `trace` takes them."""
         config = self.config
-        ropes = {layer.rope for layer in config.layers if layer.rope}
         factors = self._rope_factors(n_ctx or self.context or n)
+        rotations: dict[Rope, tuple[Tensor, Tensor]] = {}
+        for rope in {layer.rope for layer in config.layers if layer.rope}:
+            cos, sin = rotation(replace(rope, rounded=imitate), n, factors if rope.factored else None)
+            rotations[rope] = cos.to(self.device, self.dtype), sin.to(self.device, self.dtype)
         return Frame(
-            config,
-            {rope: rotation(replace(rope, rounded=imitate), n, factors if rope.factored else None) for rope in ropes},
+            self.crew.config if self.crew else config,
+            rotations,
             mlp_path,
             [blocks.activation(config, i, table=imitate) for i in range(config.block_count)],
         )
@@ -477,7 +501,8 @@ class Model:
 
         Its matrices come in the dtype `rounding`, default that of the model.
         """
-        return self.weights.block(index, fused_parts(self.config, index), live=live, rounding=rounding)
+        block = self.weights.block(index, fused_parts(self.config, index), live=live, rounding=rounding)
+        return self.crew.part(block, index) if self.crew else block
 
     def prompt_ids(self, prompt: str | Sequence[int], *, parse_special: bool = True) -> list[int]:
         """Return the token ids of a prompt, which may be ids already, if this model can run them; see `tokenize`.
@@ -623,9 +648,9 @@ class Trace:
             PromptError: the prompt has no such position.
             ValueError: the trace was made without tapes, or the model has no such span.
         """
-        return DetachedJacobian(
-            self.network, self.index(position), span, raw=raw, journal=journal, chunk_bytes=self.model.chunk_bytes
-        )
+        crew, at = self.model.crew, self.index(position)
+        records = crew.recorded(journal) if crew else journal
+        return DetachedJacobian(self.network, at, span, raw=raw, journal=records, chunk_bytes=self.model.chunk_bytes)
 
     @property
     def network(self) -> FrozenNetwork:

@@ -379,7 +379,8 @@ def local_errors(
                 pasts[i] = attn.past[0]
             compare(f"{ATTENTION}-{i}", attn.raw, exact)
             compare(f"{FFN}-{i}", ffn.raw, tolerance)
-            compare(f"{STREAM}-{i}", out, tolerance, before=x * blocks.stream_scale(w))
+            scale = blocks.stream_scale(w)
+            compare(f"{STREAM}-{i}", out, tolerance, before=x if scale is None else x * scale)
             del attn, ffn, out  # before the next block is recorded
         theirs = reference.tensors.get(f"{STREAM}-{i}")
         x = None if theirs is None or not _finite(theirs) else theirs.to(model.device, _dtype(model.dtype))

@@ -1,14 +1,14 @@
 """Dequantize ggml blocks to float32, bit for bit as ggml and gguf-py do.
 
-Two implementations of one contract. `dequantize` is a few vectorized torch operations per type and runs on any device.
-`dequantize_rows` is the fast path on the CPU: libggml's own C code, which llama-cpp-python installs, on tiles of rows
-and several threads.
+Three implementations of one contract. `dequantize` is a few vectorized torch operations per type and runs on any
+device; on a GPU, `ggjac.kernels` has one kernel in Triton for each of the common types. `dequantize_rows` is the fast
+path on the CPU: libggml's own C code, which llama-cpp-python installs, on tiles of rows and several threads.
 
 The order of operations is ggml's: block scale times sub-block scale, times the quant, minus the minimum. Where a
 minimum is subtracted, every product before it is exact in float32 (an 11-bit f16 significand, 6 bits of scale, 5 of
 quant), so a compiler that fuses multiply and add, as on ARM or CUDA, changes no bit.
 
-Set `GGJAC_NATIVE=0` in the environment, before the first call, to disable libggml.
+Set `GGJAC_NATIVE=0` in the environment, before the first call, to disable libggml and Triton.
 
 Layouts: the block structs of ggml-common.h and `dequantize_row_*` of ggml-quants.c; fields keep their names.
 """
@@ -17,6 +17,7 @@ import ctypes
 import importlib.util
 import os
 import threading
+import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -321,6 +322,8 @@ FORMATS: dict[str, Format] = {
 
 KVALUES_IQ4NL = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 KVALUES_FP4 = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
+# Of the types whose kernel on a GPU looks them up.
+LEVELS = {"IQ4_XS": KVALUES_IQ4NL, "MXFP4": KVALUES_FP4}
 
 
 def _view(field: Tensor, dtype: torch.dtype) -> Tensor:
@@ -447,8 +450,43 @@ def dequantize(data: Tensor, type: GGMLType, dtype: torch.dtype = torch.float32)
     if data.dtype != torch.uint8 or data.ndim == 0:
         raise ValueError(f"{type.name}: expected uint8 [..., row_bytes], found {_spell(data.dtype)} {list(data.shape)}")
     elements = _elements(type, data.shape[-1])
+    kernel = _kernel(type, data.device) if data.is_cuda else None
+    if kernel:
+        return kernel(data, dtype)
     values = FORMATS[type.name].decode(data.reshape(-1, type.block_bytes))
     return values.reshape(*data.shape[:-1], elements).to(dtype)
+
+
+@cache
+def _kernel(type: GGMLType, device: torch.device) -> Callable[[Tensor, torch.dtype], Tensor] | None:
+    """Return Triton's kernel for one type on a GPU, or None if there is none, or it fails or differs from torch there.
+
+    Triton comes with torch for CUDA on Linux; it compiles at the first use, for which it needs a C compiler.
+    """
+    if os.environ.get("GGJAC_NATIVE") == "0" or importlib.util.find_spec("triton") is None:
+        return None
+    try:
+        from ggjac import kernels
+
+        if type.name not in kernels.KERNELS:
+            return None
+        table = _table(LEVELS[type.name], device) if type.name in LEVELS else None
+
+        def decode(data: Tensor, dtype: torch.dtype) -> Tensor:
+            return kernels.dequantize(data, type.name, dtype, table)
+
+        block = torch.from_numpy(_arbitrary(type)).to(device)
+        ours, theirs = FORMATS[type.name].decode(block), decode(block, torch.float32)
+        return decode if torch.equal(ours.view(torch.int32), theirs.view(torch.int32)) else None
+    except Exception as error:  # whatever Triton and the compilers that it starts raise
+        reason = (str(error).splitlines() or [repr(error)])[0]
+        warnings.warn(f"Triton cannot dequantize {type.name} on {device} ({reason}): torch does, slower", stacklevel=2)
+        return None
+
+
+def _arbitrary(type: GGMLType) -> np.ndarray:
+    """Return one block of arbitrary bytes with a small d: decoding it shows whether others agree with this module."""
+    return np.arange(type.block_bytes, dtype=np.uint8)[None] * 37 % 64
 
 
 def _elements(type: GGMLType, row_bytes: int) -> int:
@@ -676,8 +714,7 @@ def _native(type: GGMLType) -> Decoder | None:
     def decode(raw: np.ndarray, out: Tensor) -> None:
         function(_address(raw), out.data_ptr(), out.numel())
 
-    # One block of arbitrary bytes with a small d: the layout behind a type's name has changed before.
-    raw = np.arange(type.block_bytes, dtype=np.uint8)[None] * 37 % 64
+    raw = _arbitrary(type)  # the layout behind a type's name has changed before
     ours, theirs = torch.zeros(2, 1, type.block_size, dtype=torch.float32, device="cpu")
     _torch(type)(raw, ours)
     decode(raw, theirs)

@@ -24,11 +24,17 @@ from ggjac.jacobian import DetachedJacobian, Progress
 from ggjac.jacobian.reconstruction import Reconstruction, reconstruction
 from ggjac.jacobian.tapes import TapeError, Tapes
 from ggjac.model import Model, Trace
-from ggjac.planner import machine
+from ggjac.planner import bench, machine
+from ggjac.planner.work import Sweeps
 from ggjac.prompts import position_remark, remarks
 from ggjac.results import Words
 from ggjac.runs.journal import Journal, JournalError
-from ggjac.sizes import MlpPath
+from ggjac.sizes import ROUGH_FROM, MlpPath
+
+# Dtypes in which a decomposition may search first: that of the model, so that there is no such search, or a narrower.
+SEARCHES = ("auto", "same", "bfloat16")
+# Times as fast that products must be for a search to pay: some of its sweeps come on top of those that finish it.
+CLEARLY_FASTER = 1.5
 
 # Between checkpoints, at least.
 CHECKPOINT_SECONDS = 30.0
@@ -88,6 +94,7 @@ class Session:
         position: of the output, from 0.
         notes: remarks on the prompt, to which a caller may add.
         journal: of the checkpoint, inside `checkpointed`.
+        planned: the plan that `fit` made; None before.
 
     Raises:
         PromptError: the model cannot run the prompt, or has no such position.
@@ -121,6 +128,7 @@ class Session:
         self.threads, self.stages, self.command = threads, stages or Stages(), list(command)
         self.notes = remarks(model, self.ids, self.text)
         self.journal: Journal | None = None
+        self.planned: planner.Plan | None = None
         self._resident = True
 
     @property
@@ -140,7 +148,7 @@ class Session:
             NoFitError: with what is needed, and what to lower.
             PlanError: as `plan`.
         """
-        plan = self.plan(command, n, **request)
+        plan = self.planned = self.plan(command, n, **request)
         self.model.fit(plan)
         self._resident = not plan.tapes_on_disk
         return plan
@@ -211,6 +219,34 @@ class Session:
         with self.stages.stage(stage) as report:
             return analysis(jacobian, *given, progress=report, **options)
 
+    def search_dtype(self, asked: str) -> torch.dtype | None:
+        """Return the dtype in which a decomposition of the joint map is to search first; None for no such search.
+
+        `"auto"` is bfloat16 where that is faster on this device, which takes half a second to measure, and only in
+        float32, and where the map is large; a resumed run does not measure again. For the others see `SEARCHES`.
+        """
+        if asked not in SEARCHES:
+            raise ValueError(f"search_dtype {asked!r} is unknown; known: {', '.join(SEARCHES)}")
+        if asked == "auto":
+            joint = self._large_map()
+            fast = joint and self.remember("search dtype", lambda: self._is_faster("bfloat16", joint))
+            asked = "bfloat16" if fast else "same"
+        return None if asked == "same" or self.model.dtype.itemsize < 4 else torch.bfloat16
+
+    def _large_map(self) -> Sweeps | None:
+        """Return the planned sweeps of the joint map, if it is so large that another way to search may pay."""
+        if self.planned is None or self.model.dtype != torch.float32 or self.model.config.d < ROUGH_FROM:
+            return None
+        return next((step for step in self.planned.work.sweeps if step.what == "svd"), None)
+
+    def _is_faster(self, dtype: str, step: Sweeps) -> bool:
+        """Return whether the products of planned sweeps are clearly faster in another dtype than in float32."""
+        assert self.planned is not None
+        sweep, file = self.planned.sweep_of(step.region), self.model.gguf
+        how: dict[str, Any] = {"threads": torch.get_num_threads(), "device": str(self.model.device)}
+        gain = bench.rounding_gain(file, sweep.types, sweep.columns(step.vectors), dtype=dtype, **how)
+        return gain >= CLEARLY_FASTER
+
     def reconstruction(self) -> Reconstruction:
         """Push the prompt's own embeddings through the frozen map and compare with the forward pass."""
         return self.run("reconstruction", reconstruction)
@@ -257,7 +293,7 @@ class Session:
         if self.trace_folder:
             kept: dict[str, Any] = {"resident": self._resident, "complete": True, "model": self.model.gguf}
             return Tapes(self.trace_folder, self._prompt_identity(), **kept)
-        if self.journal:
+        if self.journal and not self.model.crew:  # of several processes, all begin anew
             identity = self._prompt_identity() | self._machine_identity()
             return Tapes(self.journal.folder / "trace", identity, run=self.journal)
         return True
@@ -286,12 +322,13 @@ class Session:
 
     def _machine_identity(self) -> dict[str, Any]:
         """Return what may change the last bits of a result."""
-        return {
-            "code": runs.code_digest(),
-            "torch": torch.__version__,
-            "device": str(self.model.device),
-            "threads": torch.get_num_threads(),
-        }
+        ranks = {"ranks": self.model.crew.ranks} if self.model.crew else {}
+        return {"code": runs.code_digest()} | self.machine | ranks
+
+    @property
+    def machine(self) -> dict[str, Any]:
+        """What computes here, as plain data: results of the same code are equal to the last bit where it is equal."""
+        return {"torch": torch.__version__, "device": str(self.model.device), "threads": torch.get_num_threads()}
 
     @contextlib.contextmanager
     def checkpointed(
@@ -310,13 +347,16 @@ class Session:
         Raises:
             JournalError: it cannot be resumed, or another process is at work.
         """
-        if folder is None:
+        if folder is None or (self.model.crew and self.model.crew.rank):  # the first rank keeps the record of all
             yield
             return
         assert output is not None
         missing = [parent for parent in folder.parents if not parent.exists()]
+        if self.model.crew and not (folder / "journal.json").exists():
+            resume = False  # as after a restart by torchrun, which repeats the command
         identity = self._prompt_identity() | {"position": self.position} | settings | self._machine_identity()
         identity["ram-budget for dense rows"] = self.model.chunk_bytes  # how many rows a sweep carries
+        identity["vram-budget for tiles"] = list(self.model.weights.pieces)
         given: dict[str, Any] = {"resume": resume, "model": self.model.gguf, "every": CHECKPOINT_SECONDS}
         with Journal.open(folder, identity, **given) as self.journal:
             try:
@@ -354,8 +394,9 @@ class Session:
                 folder.rmdir()
 
     def remember(self, name: str, compute: Callable[[], Any]) -> Any:
-        """Return a result that is plain JSON, from an earlier attempt if it has it."""
-        return self.journal.remember(name, compute) if self.journal else compute()
+        """Return a result that is plain JSON, from an earlier attempt if it has it; the first of several processes'."""
+        found = self.journal.remember(name, compute) if self.journal else compute()
+        return self.model.crew.told(found) if self.model.crew else found
 
     # -- results -------------------------------------------------------------------------------------------------------
 
@@ -396,6 +437,7 @@ class Session:
             "dtype": self.dtype,
             "mlp_path": self.mlp_path,
             "threads": torch.get_num_threads(),
+            **({"processes": model.crew.ranks} if model.crew else {}),
             "seconds": dict(self.stages.seconds),
             "peak_memory_bytes": runs.peak_memory(),
         }

@@ -38,8 +38,8 @@ class Part(NamedTuple):
 # Bytes of one element, by the name of a dtype that can be computed in; the default first.
 ITEM_BYTES = {"float32": 4, "float64": 8, "bfloat16": 2, "float16": 2}
 
-# Elements of one dense tile: 32 MiB in float32. Large enough for GEMM to run at speed, small enough to stay in the last
-# level of cache, and a small part of any layer of the models that need streaming.
+# Elements of one dense tile on a CPU: 32 MiB in float32. Large enough for GEMM to run at speed, small enough to stay in
+# the last level of cache, and a small part of any layer of the models that need streaming.
 TILE_ELEMENTS = 1 << 23
 
 # Tiles that are on their way to a device, or there and not yet dequantized: one travels while one is used, and the
@@ -49,9 +49,29 @@ ON_THE_WAY = 4
 # Pinned memory is allocated in pieces of this many bytes: a power of two.
 PINNED_BYTES = 256 << 20
 
-# Hidden units of a feed-forward network that exist at a time: for many stacked vectors its `[k, n, f]` middle
+# Hidden units of a feed-forward network that exist at a time on a CPU: for many stacked vectors its `[k, n, f]` middle
 # would dwarf everything else. A multiple of every storage type's block, wide enough for GEMM to run at speed.
 SLAB = 2048
+
+
+class Pieces(NamedTuple):
+    """How much of a matrix, and of a feed-forward network, exists at a time.
+
+    Attributes:
+        tile: elements of a matrix that are dense; or those of one row, if it has more.
+        slab: hidden units of a network.
+    """
+
+    tile: int
+    slab: int
+
+
+SMALL_PIECES = Pieces(TILE_ELEMENTS, SLAB)
+# For devices, where a piece costs up to fifty launches of kernels, and a product with few rows of a matrix leaves most
+# processors without work: tiles of 64 M weights, and slabs as wide as any network.
+LARGE_PIECES = Pieces(1 << 26, 1 << 20)
+# Large pieces are used where the work then takes at most this part of a device's memory: the rest is for weights.
+PIECES_SHARE = 0.5
 
 # Working memory that a chunk of dense rows may take on its way down the blocks, in bytes; the default.
 CHUNK_BYTES = 1 << 30
@@ -73,6 +93,9 @@ WAITING_BYTES = 64 << 20
 
 # Tokens whose maps travel together when the stable rank of each is measured.
 TOKENS_AT_ONCE = 16
+
+# Embedding length from which a decomposition may begin with products rounded to bfloat16: smaller maps take seconds.
+ROUGH_FROM = 2048
 
 # A stacked vector with more elements than this counts as large: 128 tokens of a model with 8192 dimensions.
 LARGE = 1 << 20

@@ -161,12 +161,13 @@ def roughly_first(
     with rounded:
         rough = solve(tol=max(tol, ROUGH_TOL), max_sweeps=max_sweeps // 2, spare=SPARE, noise=noise, progress=progress)
     done = max(one.sweeps for one in rough)
+    worst = max(float(one.residual.max()) for one in rough)  # until one is measured without rounding
     starts = [one.U if one.spare is None else torch.cat([one.U, one.spare]) for one in rough]
     found = solve(
         tol=tol,
         max_sweeps=max_sweeps - done,
         starts=starts,
-        progress=progress and (lambda sweeps, worst: progress(done + sweeps, worst)),
+        progress=progress and (lambda sweeps, found: progress(done + sweeps, min(worst, found))),
     )
     return [replace(one, sweeps=done + one.sweeps, rough_sweeps=done) for one in found]
 
@@ -334,12 +335,13 @@ def iteration(
 
         # Multiply the newest block, and split the product into a part in the other basis and new directions.
         product = yield side, new
-        if not product.isfinite().all():
+        longest = float(_lengths(product).max())
+        if not math.isfinite(longest):
             raise ValueError(
                 f"sweep {sweeps} gave products that are not finite: the operator overflows {A.dtype} or contains NaN; "
                 "try a wider dtype"
             )
-        scale = max(image[side].scale, float(_lengths(product).max()))
+        scale = max(image[side].scale, longest)
         expanded = _expanded(product, basis[other], eps * scale)
         del product  # as large as a block of the basis, and not needed during the next sweep
         image[side].append(expanded, scale)
@@ -547,8 +549,15 @@ def _at_floor(history: list[float], S: Tensor, eps: float) -> bool:
 
 
 def _lengths(rows: Tensor) -> Float[Tensor, " k"]:
-    """Return the norm of each row, on the CPU, in float64: squares of float32 numbers below 1e-19 vanish in float32."""
-    return torch.linalg.vector_norm(rows.cpu(), dim=1, dtype=torch.float64)
+    """Return the norm of each row, on the CPU, in float64: squares of float32 numbers below 1e-19 vanish in float32.
+
+    They are computed where the rows are, which may be as large as a product, unless that device has no float64.
+    """
+    try:
+        torch.empty(0, dtype=torch.float64, device=rows.device)
+    except (TypeError, RuntimeError):
+        rows = rows.cpu()
+    return torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64).cpu()
 
 
 def _small_svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -8,6 +8,7 @@ What real devices punish is punished here as well, or counted:
 - bytes that live on the card and in pinned memory are counted, pinned ones rounded up as torch's allocator does, and
   bytes that were copied beside the computing;
 - how many such copies the host has asked for since the last one that it has waited for is `lead`;
+- what makes the host wait for all that the card has to do is counted in `waits`, by operator;
 - dtypes and operators that some devices lack can be refused.
 
 It is no GPU: nothing runs at the same time, and of speed it says nothing.
@@ -15,6 +16,7 @@ It is no GPU: nothing runs at the same time, and of speed it says nothing.
 
 import contextlib
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -26,7 +28,10 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 NAME = "card"
 aten = torch.ops.aten
 # A device takes these from both sides, or takes CPU indices.
-MIXING = {aten._to_copy.default, aten.copy_.default, aten.index.Tensor, aten.index_put_.default, aten.index_put.default}
+INDEXING = {aten.index.Tensor, aten.index_put_.default, aten.index_put.default}
+MIXING = {aten._to_copy.default, aten.copy_.default, *INDEXING}
+# The host waits for these: it needs a number, or the size of the result.
+WAITING = {"_local_scalar_dense", "is_nonzero", "equal", "nonzero", "masked_select", "bincount", "repeat_interleave"}
 
 
 class Card:
@@ -41,6 +46,7 @@ class Card:
         self.memory = 1 << 30
         self.held = self.peak = self.pinned = self.pinned_peak = 0
         self.copied = self.copies = self.waited_for = self.lead = 0
+        self.waits: Counter[str] = Counter()
         self.here: dict[int, list[int]] = {}  # storage -> tensors that hold it, bytes
 
 
@@ -153,6 +159,7 @@ class OnCard(Tensor):
         return torch.tensor(data, dtype=options.get("dtype", self.dtype)).to(self.device)
 
     def tolist(self) -> list:
+        CARD.waits["tolist"] += 1
         return self.inner.tolist()
 
     def __array__(self, dtype: object = None) -> None:
@@ -193,6 +200,8 @@ def run(function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
             raise RuntimeError(f"{function}: expected all tensors to be on the same device, found card:0 and cpu")
     if there or on_card:
         _check(function, there, kwargs)
+        if _waits(function, args, kwargs, to_card=on_card):
+            CARD.waits[function.overloadpacket.__name__] += 1
     if kwargs.get("pin_memory"):
         return _pinned(function(*args, **kwargs | {"pin_memory": False}))
     inside = tree_map_only(OnCard, lambda tensor: tensor.inner, (args, kwargs))
@@ -210,6 +219,18 @@ def _check(function: Any, there: list[OnCard], kwargs: dict[str, Any]) -> None:
     for tensor in there:
         if id(CARD.current) not in tensor.streams:
             raise RuntimeError(f"{function}: a tensor of another stream is used without record_stream")
+
+
+def _waits(function: Any, args: Any, kwargs: dict[str, Any], *, to_card: bool) -> bool:
+    """Say whether the host waits: for numbers and sizes, and for copies from or to ordinary memory."""
+    name = function.overloadpacket.__name__
+    if function in INDEXING:  # those of a mask must be counted, those on the CPU be copied
+        return any(i is not None and (i.dtype == torch.bool or not isinstance(i, OnCard)) for i in args[1])
+    if function is aten._to_copy.default:
+        return isinstance(args[0], OnCard) != to_card and not (to_card and kwargs.get("non_blocking"))
+    if function is aten.copy_.default:
+        return isinstance(args[0], OnCard) != isinstance(args[1], OnCard)
+    return name in WAITING or name.startswith(("_unique", "unique"))
 
 
 def _sent(source: Tensor, kwargs: dict[str, Any]) -> OnCard:

@@ -10,6 +10,7 @@ from typing import Any
 import gguf
 import numpy as np
 import oracle
+import pytest
 import tiny
 import torch
 from click.testing import CliRunner, Result
@@ -20,6 +21,8 @@ from ggjac.gguf import open_gguf
 from ggjac.gguf.hub import demo_path
 from ggjac.jacobian import DetachedJacobian
 from ggjac.model import DTYPES, Model, open_model
+from ggjac.sizes import Pieces
+from ggjac.weights import WeightStore
 
 # A prompt, and the same as options of a command.
 IDS = [5, 17, 3, 99, 42]
@@ -34,6 +37,11 @@ EPS = {name: torch.finfo(dtype).eps for name, dtype in DTYPES.items()}
 def distance(actual: torch.Tensor, expected: torch.Tensor) -> float:
     """Return the relative L2 distance, in float64."""
     return float((actual.double() - expected.double()).norm() / expected.double().norm())
+
+
+def compute_in(monkeypatch: pytest.MonkeyPatch, pieces: Pieces) -> None:
+    """Let every model compute with pieces of these sizes, whatever its plan says."""
+    monkeypatch.setattr(WeightStore, "pieces", property(lambda _: pieces, lambda _, planned: None), raising=False)
 
 
 def lacking(tables: dict[str, set[str]]) -> list[str]:

@@ -76,7 +76,7 @@ def attempt(request: dict[str, Any], log: int) -> NoReturn:
 def serve() -> None:
     # Everything now: what a child imported later could be of another day than what its run began with.
     for module in pkgutil.walk_packages(ggjac.__path__, "ggjac."):
-        if module.name != "ggjac.__main__":
+        if module.name not in ("ggjac.__main__", "ggjac.kernels"):  # Triton is not everywhere
             import_module(module.name)
     pages = page._environment()
     for name in pages.list_templates(extensions=["html"]):

@@ -80,8 +80,10 @@ def test_turns_count_the_weights_of_a_tile_and_the_flop_of_both_directions(
         assert len(read) == 2 * bench.TURNS
         assert set(read) == {(0, rows)}
         read.clear()
-        monkeypatch.setattr(bench, "TILE_ELEMENTS", 3 * columns + 1)
-        assert bench.turn_rates(file, "Q8_0", 5, "bfloat16", 1) == (3 * columns, 2 * 5 * 3 * columns)
+        assert bench.turn_rates(file, "Q8_0", 5, "bfloat16", 1, tile=3 * columns + 1) == (
+            3 * columns,
+            2 * 5 * 3 * columns,
+        )
         assert [start for start, _ in read[:3]] == [0, 3, 6]  # another tile each time, none of them in a cache
         assert all(0 <= start and stop <= rows for start, stop in read)
         assert bench.moved_bytes(file, "Q8_0", "float32") == pytest.approx(34 / 32 + 4)

@@ -8,6 +8,7 @@ import oracle
 import pytest
 import tiny
 import torch
+from helpers import compute_in
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -15,7 +16,7 @@ from torch import Tensor
 from ggjac import decode
 from ggjac.linop import Matrix
 from ggjac.model import open_model
-from ggjac.weights import store
+from ggjac.sizes import SMALL_PIECES
 
 
 class Tiled(Matrix):
@@ -156,7 +157,7 @@ def test_other_dtypes_rank_as_float64_does(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("tile", [1, 64 * 7, 1 << 24], ids=["a row", "7 rows", "whole"])
 def test_a_files_head_and_embedding(tile: int, tiny_file: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """`tile` elements, with rows of 64: the last tile is ragged."""
-    monkeypatch.setattr(store, "TILE_ELEMENTS", tile)
+    compute_in(monkeypatch, SMALL_PIECES._replace(tile=tile))
     model = open_model(tiny_file("plain"), dtype="float64")
     W = oracle.load(tiny_file("plain")).weights
     Y = torch.randn(3, tiny.options("plain").d, generator=torch.Generator().manual_seed(0), dtype=torch.float64)

@@ -4,6 +4,7 @@ The card computes with the CPU's own arithmetic, so that every number must be eq
 the way of the data. A GPU rounds otherwise; its tests are marked `cuda`.
 """
 
+import contextlib
 import json
 import warnings
 from collections.abc import Callable, Iterator
@@ -16,14 +17,17 @@ import pytest
 import tiny
 import torch
 from commands import COMMANDS, with_file
-from helpers import FIRST, invoke
+from helpers import FIRST, compute_in, invoke
 from torch import Tensor
 from torch.utils import backend_registration
 
-from ggjac import planner, quants, sizes
+from ggjac import planner, quants, sizes, svd
 from ggjac.gguf.types import TYPES, GGMLType
+from ggjac.jacobian.tapes import Tapes
 from ggjac.model import find_device, open_model
-from ggjac.weights import bus, store
+from ggjac.planner import memory
+from ggjac.planner import plan as plans
+from ggjac.weights import bus
 from ggjac.weights.bus import Bus, Pinned
 
 TinyFile = Callable[..., Path]
@@ -61,6 +65,21 @@ def assert_same(found: Tensor, expected: Tensor) -> None:
         assert float((found - expected).norm() / expected.norm()) < CLOSE[expected.dtype]
 
 
+@contextlib.contextmanager
+def waiting_for_nothing(device: str) -> Iterator[None]:
+    """Fail if what happens in this block makes the host wait for the device."""
+    if device == card.NAME:
+        card.CARD.waits.clear()
+        yield
+        assert not card.CARD.waits
+        return
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 # ---- numbers
 
 
@@ -78,6 +97,49 @@ def test_every_architecture(architecture: str, dtype: str, device: str, tiny_fil
     if J.offset.any():
         assert_same(K.offset, J.offset)
     assert_same(K.svd(2, max_sweeps=4).S, J.svd(2, max_sweeps=4).S)
+    Y, inner = K.output[None], found.jacobian(3)
+    with waiting_for_nothing(device):
+        K.rmatmat(Y)
+        K.matmat(K.x[None])
+        inner.rmatmat(Y)
+
+
+@pytest.mark.parametrize("experts", [6, 12])
+def test_a_trace_waits_once_for_each_look(experts: int, one_card: card.Card, tiny_file: TinyFile) -> None:
+    """At the stream after each block, at the outputs, and at each router's choice, however many experts there are."""
+    model = open_model(tiny_file("qwen3moe", experts=experts, layers=3), device=card.NAME)
+    model.embed(IDS)
+    one_card.waits.clear()
+    trace = model.trace(IDS)
+    assert max(len(tape.ffn.networks) for tape in trace.tapes) > 3
+    assert one_card.waits.pop("_local_scalar_dense") == 3 + 1
+    assert one_card.waits.pop("_to_copy") == 3 + 2  # and cosines and sines
+    assert not one_card.waits
+
+
+def test_tapes_from_a_folder_are_where_they_were(device: str, tiny_file: TinyFile, tmp_path: Path) -> None:
+    """Positions of experts on the host, and everything else on the device."""
+    model = open_model(tiny_file("qwen3moe"), device=device)
+    expected, found = model.trace(IDS), model.trace(IDS, tapes=Tapes(tmp_path, resident=False))
+    (kept, read) = (trace.tapes[1].ffn.networks[0] for trace in (expected, found))
+    for part in (kept, read):
+        assert part.positions.device.type == "cpu"
+        assert part.factor.device.type == device
+    J = expected.jacobian(3)
+    assert_same(found.jacobian(3).rmatmat(J.output[None]), J.rmatmat(J.output[None]).cpu())
+
+
+def test_lengths_of_a_product_come_back_alone(one_card: card.Card) -> None:
+    """And the whole product where the device has no float64."""
+    rows = torch.randn(3, 1000, generator=torch.Generator().manual_seed(0))
+    there, expected = rows.to(card.NAME), torch.linalg.vector_norm(rows.double(), dim=1)
+    moved: list[int] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Tensor, "cpu", lambda tensor: moved.append(tensor.numel()) or tensor.to("cpu"))
+        assert torch.equal(svd._lengths(there), expected)
+        one_card.refused = {torch.float64}
+        assert torch.equal(svd._lengths(there), expected)
+    assert moved == [3, 3000, 3]
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -118,7 +180,7 @@ def test_parts_with_gaps_wait_there_too(place: str, device: str, tiny_file: Tiny
 def test_weights_wait_where_they_should(
     places: list[str], device: str, tiny_file: TinyFile, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(store, "TILE_ELEMENTS", 9 * 96)  # several tiles a matrix, of uneven sizes
+    compute_in(monkeypatch, sizes.SMALL_PIECES._replace(tile=9 * 96))  # several tiles a matrix, of uneven sizes
     path = tiny_file("plain", layers=4, type="Q8_0")
     model = open_model(path, device=device)
     expected = open_model(path, device="cpu").trace(IDS).jacobian()
@@ -158,7 +220,7 @@ def test_the_file_is_not_read_again_for_what_waits(
 def test_the_host_is_never_far_ahead(one_card: card.Card, tiny_file: TinyFile, monkeypatch: pytest.MonkeyPatch) -> None:
     """However long the device takes, few tiles are on their way: no more pinned memory, no more bytes on the device."""
     rows = 5
-    monkeypatch.setattr(store, "TILE_ELEMENTS", rows * 96)
+    compute_in(monkeypatch, sizes.SMALL_PIECES._replace(tile=rows * 96))
     model = open_model(tiny_file("plain", layers=3, type="Q8_0"), device=card.NAME)
     model.weights.place(["pinned", "file", "file"], {"pinned": 1 << 22})
     K = model.trace(IDS).jacobian()
@@ -219,6 +281,27 @@ def test_device_memory_is_what_the_plan_says(case: str, dtype: str, one_card: ca
     assert plan.places == ["dense"] * 6
     model.trace(ids).jacobian().svd(3, tol=1e-30, max_sweeps=plan.work.sweeps[0].count)
     expected = plan.vram_peak - planner.CONTEXT_BYTES - plan.vram["on the way"]  # nothing is, when all is there
+    assert 0.8 < one_card.peak / expected < 1.03
+
+
+@pytest.mark.parametrize("large", [False, True], ids=["small pieces", "large pieces"])
+def test_pieces_are_large_where_there_is_room(
+    large: bool, one_card: card.Card, tiny_file: TinyFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half of the device's memory must be left for weights; either way it takes what the plan says."""
+    monkeypatch.setattr(plans, "SMALL_PIECES", sizes.Pieces(8 * 96, 32))
+    monkeypatch.setattr(memory, "CONTEXT_BYTES", 0)
+    model = open_model(tiny_file("plain", layers=2, ff=512, type="Q8_0"), device=card.NAME)
+    ids = tiny.prompt("plain", 30)
+    ample = model.plan(ids, "svd", rank=3, ram_budget="1GiB", vram_budget="64GiB")
+    exact = 2 * ample.vram_needed
+    plan = model.plan(ids, "svd", rank=3, ram_budget="1GiB", vram_budget=exact if large else exact - 1)
+    assert ample.pieces == sizes.LARGE_PIECES
+    assert plan.pieces == (sizes.LARGE_PIECES if large else plans.SMALL_PIECES)
+    assert plan.fits
+    model.fit(plan)
+    model.trace(ids).jacobian().svd(3, tol=1e-30, max_sweeps=plan.work.sweeps[0].count)
+    expected = plan.vram_peak - plan.vram["on the way"]
     assert 0.8 < one_card.peak / expected < 1.03
 
 
@@ -327,6 +410,28 @@ def test_rates_of_a_device(device: str, small: Path) -> None:
     rows = {row["what"]: row for row in json.loads(invoke(*arguments).stdout)["rates"]}
     assert all(row["rate"] > 0 for row in rows.values())
     assert rows["to the device, as tiles travel"]["limited_by"] == "a copy from pinned memory"
+
+
+# ---- arithmetic
+
+
+@pytest.mark.parametrize("name", ["highest", "high", "medium", "allow_tf32", "fp32_precision"])
+def test_products_are_not_rounded(name: str, tiny_file: TinyFile) -> None:
+    """Whatever torch was told before. It has three names for TF32, of which some may not be mixed."""
+    matmul = torch.backends.cuda.matmul
+    matmul.allow_bf16_reduced_precision_reduction = matmul.allow_fp16_reduced_precision_reduction = True
+    if name == "allow_tf32":
+        matmul.allow_tf32 = True
+    elif name != "fp32_precision":
+        torch.set_float32_matmul_precision(name)
+    elif hasattr(matmul, name):  # from torch 2.9 on
+        matmul.fp32_precision = "tf32"
+    open_model(tiny_file("plain"))
+    assert not matmul.allow_tf32
+    assert torch.get_float32_matmul_precision() == "highest"
+    assert getattr(matmul, "fp32_precision", "ieee") == "ieee"
+    assert not matmul.allow_bf16_reduced_precision_reduction
+    assert not matmul.allow_fp16_reduced_precision_reduction
 
 
 # ---- a device without code

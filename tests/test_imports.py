@@ -32,7 +32,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "architectures": set(),
     "config": {"architectures", "sizes"},
     "inventory": {"config", "gguf"},
-    "quants": {"gguf"},
+    "kernels": set(),
+    "quants": {"gguf", "kernels"},
     "ways": {"config", "sizes"},
     "weights": {"gguf", "quants", "sizes"},
     "runs": {"gguf", "sizes", "units"},
@@ -48,9 +49,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "decode": {"linop", "weights"},
     "blocks": {"config", "linop", "rope", "sizes"},
     "jacobian": {"blocks", "decode", "gguf", "linop", "results", "runs", "sizes", "svd", "ways", "weights"},
+    "parallel": {"config", "linop", "runs", "weights"},
     "model": {
-        *("blocks", "chat", "checks", "config", "decode", "display", "gguf", "jacobian", "planner", "results", "rope"),
-        *("runs", "sizes", "tokenizer", "weights"),
+        *("blocks", "chat", "checks", "config", "decode", "display", "gguf", "jacobian", "parallel", "planner"),
+        *("results", "rope", "runs", "sizes", "tokenizer", "weights"),
     },
     "prompts": {"model", "tokenizer"},
     "generation": {"blocks", "model", "sizes"},
@@ -67,11 +69,14 @@ MAY_IMPORT: dict[str, set[str]] = {
         *("model", "parity", "planner", "report"),
         *("results", "runs", "session", "sizes", "svd", "ways", "weights"),
     },
+    "studies": {
+        *("analysis", "gguf", "guard", "jacobian", "model", "planner", "results", "runs", "session", "sizes"),
+    },
 }
 # The one that may import anything, and that nothing may import.
 TOP = "cli"
 # Analyses that run whole prompts, and so ask others; all others stand alone.
-CONDUCTORS = {"analyze.py", "ranks.py"}
+CONDUCTORS = {"analyze.py"}
 
 
 def units() -> dict[str, list[Path]]:
@@ -213,6 +218,7 @@ ELSEWHERE = {
     "bench": "planner",
     "report": "report",
     "verify": "parity",
+    "merge": "studies",
 }
 
 

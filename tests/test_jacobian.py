@@ -9,16 +9,15 @@ import oracle
 import pytest
 import tiny
 import torch
-from helpers import EPS, distance, edited
+from helpers import EPS, compute_in, distance, edited
 from safetensors.torch import load_file
 
-from ggjac.blocks import networks
 from ggjac.jacobian import SharedSweep, Span, Tap
 from ggjac.jacobian.reconstruction import reconstruction
 from ggjac.linop import dot_test
 from ggjac.model import DTYPES, open_model
 from ggjac.runs.journal import Journal
-from ggjac.weights import store
+from ggjac.sizes import SMALL_PIECES
 
 MLP_PATHS = ("up", "gate")
 
@@ -223,7 +222,7 @@ LIVE = ("attn_v", "attn_output", "ffn_down")
 def test_a_sweep_reads_each_live_tensor_once_and_no_other(
     case: str, k: int, mlp_path: str, tiny_files: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(store, "TILE_ELEMENTS", 2000)  # several tiles each
+    compute_in(monkeypatch, SMALL_PIECES._replace(tile=2000))  # several tiles each
     model = open_model(tiny_files[case])
     J = model.trace(tiny.prompt(case, 5), mlp_path=mlp_path).jacobian()
     o = tiny.options(case)
@@ -288,7 +287,7 @@ def test_slabs_of_hidden_units_change_nothing(
     """Feed-forwards in slabs of 32 hidden units: the same map, and still every weight read once per sweep."""
     ids = tiny.prompt(case, 5)
     whole = open_model(tiny_files[case], dtype="float64").trace(ids).jacobian()
-    monkeypatch.setattr(networks, "SLAB", 32)
+    compute_in(monkeypatch, SMALL_PIECES._replace(slab=32))
     model = open_model(tiny_files[case], dtype="float64")
     trace = model.trace(ids)
     J = trace.jacobian()
@@ -478,7 +477,7 @@ def test_kept_weights_change_no_bit_of_a_rounded_product(case: str, tiny_files: 
 def test_kept_weights_change_no_bit_and_are_not_read_again(
     case: str, dtype: str, tiny_files: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(store, "TILE_ELEMENTS", 2000)
+    compute_in(monkeypatch, SMALL_PIECES._replace(tile=2000))
     model = open_model(tiny_files[case], dtype=dtype)
     trace = model.trace(tiny.prompt(case, 5))
     J, blocks = trace.jacobian(), len(trace.tapes)

@@ -815,7 +815,7 @@ OVERFLOWS = {
         "token_embd.weight",
         1e30,
         "float32",
-        "activations in a norm overflowed float32; try dtype=float64",
+        "block 0 overflowed float32; try dtype=float64",
     ),
     "logits beyond float16": (
         "plain",

@@ -7,13 +7,13 @@ import oracle
 import pytest
 import tiny
 import torch
-from helpers import EPS, distance
+from helpers import EPS, compute_in, distance
 
 from ggjac.jacobian import ordinary
 from ggjac.jacobian.ordinary import OrdinaryJacobian
 from ggjac.linop import dot_test
 from ggjac.model import DTYPES, open_model
-from ggjac.weights import store
+from ggjac.sizes import SMALL_PIECES
 
 
 def at_prompt(path: Path, ids: list[int], position: int = -1, dtype: str = "float64") -> OrdinaryJacobian:
@@ -147,7 +147,7 @@ def test_no_graph_keeps_a_weight(case: str, tiny_files: dict[str, Path], monkeyp
         return kept[-1]
 
     monkeypatch.setattr(ordinary._Forgetful, "_pack", noting)
-    monkeypatch.setattr(store, "TILE_ELEMENTS", 700)
+    compute_in(monkeypatch, SMALL_PIECES._replace(tile=700))
     ids = tiny.prompt(case, 2)
     expected = oracle.jacobian(tiny_files[case], ids, mlp_path=None)
     model = open_model(tiny_files[case], dtype="float64")

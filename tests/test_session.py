@@ -165,6 +165,39 @@ def test_an_analysis_of_ones_own_resumes_to_the_same_bits(
         attempt(resume=True)
 
 
+def test_a_rough_search_is_chosen_by_measurement_and_once(
+    tiny_file: TinyFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gains = [2.0, 1.2]
+    monkeypatch.setattr(module.bench, "rounding_gain", lambda *_, **__: gains.pop(0))
+    path = tiny_file("three_layers")
+    session = Session(open_model(path), IDS)
+    session.fit("svd", rank=2)
+    assert session.search_dtype("auto") is None
+    assert len(gains) == 2, "so small a model is not measured"
+    monkeypatch.setattr(module, "ROUGH_FROM", 1)
+    assert [session.search_dtype("auto") for _ in range(2)] == [torch.bfloat16, None]
+    assert [session.search_dtype(asked) for asked in ("bfloat16", "same")] == [torch.bfloat16, None]
+    with pytest.raises(ValueError, match="search_dtype 'half' is unknown; known: auto, same, bfloat16"):
+        session.search_dtype("half")
+    narrow = Session(open_model(path, dtype="bfloat16"), IDS)
+    narrow.fit("svd", rank=2)
+    assert [narrow.search_dtype(asked) for asked in ("auto", "bfloat16")] == [None, None]
+    # A resumed run goes on as it began, whatever the clock says now.
+    monkeypatch.setattr(module, "CHECKPOINT_SECONDS", 0.0)
+    gains = [2.0]
+    for resume in (False, True):
+        session = Session(open_model(path), IDS)
+        session.fit("svd", rank=2)
+        with (
+            contextlib.nullcontext() if resume else pytest.raises(KeyboardInterrupt),
+            session.checkpointed(tmp_path / "run.checkpoint", resume=resume, output=tmp_path / "run", rank=2),
+        ):
+            assert session.search_dtype("auto") == torch.bfloat16
+            if not resume:
+                raise KeyboardInterrupt
+
+
 def test_a_resumed_run_counts_the_sweeps_of_its_first_attempt(tmp_path: Path) -> None:
     seen: list[str] = []
 

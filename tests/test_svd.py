@@ -472,6 +472,19 @@ def test_a_rough_search_takes_at_most_half_of_the_sweeps() -> None:
     assert seen == [1, 2, 3, 4, 5, 6, 7, 8]
 
 
+@pytest.mark.parametrize("command", ["svd", "analyze"])
+def test_the_command_with_a_rough_search(command: str, tmp_path: Path) -> None:
+    options = ["-q", *TOKENS, "-k", 3, *(["-o", tmp_path / "run", "--no-verify"] if command == "analyze" else [])]
+    found = invoke_json(command, *options, "--search-dtype", "bfloat16")["svd"]
+    exact = invoke_json("svd", "-q", *TOKENS, "-k", 3)["svd"]
+    assert found["converged"]
+    assert found["sweeps"] > found["rough_sweeps"] > 0 == exact["rough_sweeps"]
+    values = [[triplet["singular_value"] for triplet in one["triplets"]] for one in (found, exact)]
+    assert values[0] == pytest.approx(values[1], rel=1e-5)
+    shown = " ".join(invoke("svd", "-q", *TOKENS, "-k", 3, "--search-dtype", "bfloat16").stdout.split())
+    assert f"after {found['sweeps']} sweeps, {found['rough_sweeps']} of them rough (stopped by: tolerance)" in shown
+
+
 @pytest.mark.parametrize("case", ["plain", "biases", "qwen3moe_q8_0", "mamba2"])
 def test_a_rough_search_of_a_jacobian(case: str, tiny_files: dict[str, Path]) -> None:
     ids = tiny.prompt(case, 6)

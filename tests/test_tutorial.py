@@ -25,7 +25,8 @@ from ggjac.cli import COMMANDS, main
 
 ROOT = Path(__file__).parents[1]
 PAGES = [
-    ROOT / name for name in ("README.md", *(f"docs/{page}.md" for page in ("tutorial", "library", "faq", "reproduce")))
+    ROOT / name
+    for name in ("README.md", *(f"docs/{page}.md" for page in ("tutorial", "library", "faq", "reproduce", "scale")))
 ]
 FENCE = re.compile(r"```(\w+)\n(.*?)```", re.DOTALL)
 TIME = re.compile(r"\d{8}-\d{6}")  # in the name of a run folder
@@ -189,7 +190,7 @@ def test_pages_show_what_is_printed(page: Path, tmp_path: Path, monkeypatch: pyt
                     continue
                 check_command(words, shown)
                 ran += 1
-    assert ran or page.stem in ("library", "reproduce")  # one has no commands, the other needs files that are not here
+    assert ran or page.stem in ("library", "reproduce", "scale")  # no commands; files that are not here; no output
 
 
 def all_commands(page: Path) -> list[tuple[list[str], list[str]]]:
@@ -233,6 +234,9 @@ def test_commands_exist_with_their_options(page: Path, tmp_path: Path, monkeypat
         for option, value in pairwise(words):
             if option in FILE_OPTIONS:
                 Path(value).touch()
+        if words[1] == "merge":
+            for name in words[2:]:
+                Path(name).touch()
         if words[1] == "report":
             Path(words[2]).mkdir(exist_ok=True)
         assert words[1] in COMMANDS

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from helpers import invoke, invoke_json
+from helpers import compute_in, invoke, invoke_json
 
 import ggjac
 from ggjac.config import fused_parts
@@ -21,7 +21,7 @@ from ggjac.gguf.hub import demo_path
 from ggjac.gguf.types import TYPES, holds_weights
 from ggjac.linop import TiledMatrix
 from ggjac.model import open_model
-from ggjac.sizes import Part
+from ggjac.sizes import SMALL_PIECES, Part
 from ggjac.weights import WeightError, WeightStore, holes
 from ggjac.weights import store as module
 from ggjac.weights.holes import zero_rows
@@ -46,7 +46,7 @@ def store(path: Path, dtype: torch.dtype = torch.float32, threads: int = 1) -> W
 @pytest.fixture
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> int:
     """Let a tile hold 7 rows of 256: no size here divides."""
-    monkeypatch.setattr(module, "TILE_ELEMENTS", 7 * 256)
+    compute_in(monkeypatch, SMALL_PIECES._replace(tile=7 * 256))
     return 7
 
 
@@ -118,7 +118,7 @@ def test_wide_vectors_are_not_rounded(dtype: torch.dtype, tiny_file: Callable[..
 
 
 def test_a_row_longer_than_a_tile_is_one_tile(monkeypatch: pytest.MonkeyPatch, tiny_file: Callable[..., Path]) -> None:
-    monkeypatch.setattr(module, "TILE_ELEMENTS", 3)
+    compute_in(monkeypatch, SMALL_PIECES._replace(tile=3))
     path = tiny_file("one_layer")
     rows = [(start, stop) for start, stop, _ in store(path)["blk.0.ffn_up.weight"].tiles()]
     assert rows == [(i, i + 1) for i in range(96)]
@@ -141,7 +141,7 @@ def split(path: Path) -> dict[str, torch.Tensor]:
 def test_blocks_answer_to_the_parts_of_fused_tensors(
     case: str, monkeypatch: pytest.MonkeyPatch, tiny_file: Callable[..., Path]
 ) -> None:
-    monkeypatch.setattr(module, "TILE_ELEMENTS", 5 * 64)
+    compute_in(monkeypatch, SMALL_PIECES._replace(tile=5 * 64))
     model, expected = open_model(tiny_file(case)), split(tiny_file(case))
     block = model.weights.block(1, fused_parts(model.config, 1))
     for name, tensor in expected.items():
@@ -436,7 +436,7 @@ def test_rows_beyond_the_tensor_are_refused(tiny_file: Callable[..., Path]) -> N
 
 def test_a_sweep_never_holds_a_whole_matrix(monkeypatch: pytest.MonkeyPatch, tiny_file: Callable[..., Path]) -> None:
     """The scratch buffer grows to the largest tile, not to the largest tensor."""
-    monkeypatch.setattr(module, "TILE_ELEMENTS", 256)
+    compute_in(monkeypatch, SMALL_PIECES._replace(tile=256))
     model = open_model(tiny_file("gqa"))
     J = model.trace([1, 2, 3]).jacobian()
     J.rmatmat(torch.eye(64))

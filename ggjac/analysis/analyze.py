@@ -52,6 +52,7 @@ def analyze(
     layers: Sequence[int] | None = None,
     per_token: bool = False,
     contrast: bool = False,
+    search_dtype: str = "auto",
     resume: bool = False,
     trace: str | os.PathLike[str] | None = None,
     ram_budget: int | str | None = None,
@@ -79,6 +80,7 @@ def analyze(
         layers: depths, in blocks applied, at which maps are decomposed too; None for none.
         per_token: decompose each position's own map too.
         contrast: rebuild the output by the ordinary Jacobian too.
+        search_dtype: `"auto"`, `"same"` or `"bfloat16"`, as `Session.search_dtype` takes it.
         resume: continue the interrupted run in `output`.
         trace: folder in which the forward pass is kept, and used again if it is there.
         ram_budget, vram_budget: bytes, or as `"2GiB"`.
@@ -90,7 +92,7 @@ def analyze(
     Raises:
         PromptError: the model cannot run the prompt, or has no such position.
         PlanError: rank or layers are out of range.
-        ValueError: top, tol, max_sweeps or seed is out of range.
+        ValueError: top, tol, max_sweeps or seed is out of range, or search_dtype is unknown.
         NoFitError: the work does not fit the budgets, and how much would.
         RunError: the folder exists, or cannot be written.
         JournalError: there is nothing to resume, or it is another run, finished or not.
@@ -116,6 +118,7 @@ def analyze(
     options: dict[str, Any] = {"rank": rank, "tol": tol, "seed": seed, "max_sweeps": max_sweeps, "top": top}
     options["hide_special"] = hide_special
     parts: dict[str, Any] = {"verify": verify, "layers": layers, "per_token": per_token, "contrast": contrast}
+    parts["search_dtype"] = search_dtype
     with run_folder(output, model.title) as folder:
         run(session, folder, resume=resume, **options, **parts)
     return folder
@@ -173,6 +176,7 @@ def run(
     layers: Sequence[int] | None,
     per_token: bool,
     contrast: bool,
+    search_dtype: str,
     resume: bool,
     show: Show = lambda key, data: None,
 ) -> dict[str, Any]:
@@ -184,7 +188,7 @@ def run(
     there = (folder / "run.json").exists()
     settings: dict[str, Any] = {"rank": rank, "tol": tol, "seed": seed}
     iteration = settings | {"top": top, "max_sweeps": max_sweeps, "hide_special": hide_special}
-    marks = {"per_token": per_token} if per_token else {}
+    marks: dict[str, Any] = {"search-dtype": search_dtype} | ({"per_token": per_token} if per_token else {})
     words = session.words
     content: dict[str, Any] = {}
     tensors: dict[str, Tensor] = {}
@@ -204,7 +208,7 @@ def run(
 
         # First, since the joint map takes the matrix that this may leave.
         each = session.run("svd per token", each_token, **iteration) if per_token else []
-        found = session.run("svd", spectrum, **iteration)
+        found = session.run("svd", spectrum, search_dtype=session.search_dtype(search_dtype), **iteration)
         part("svd", found.data(words))
         part("stable_rank", session.run("stable rank", stable_rank, found.svd, seed=seed).data())
         split = session.run("attribution", attribute, content["predictions"][0]["id"])

@@ -558,7 +558,9 @@ def attribute_branches(
                 added, constant = added + own, constant + bias[0]
                 # Each position has its own vector, and the projection acts at each position alone: one stack is enough.
                 shares = writing.rmatmat(read[None])[0].cpu().double() * z[0].cpu().double()
-                parts.append(shares.unflatten(1, (mixer.heads, -1)).sum(2))
+                own_heads = shares.unflatten(1, (mixer.heads, -1)).sum(2)
+                parts.append(network.weights(i).gathered(own_heads, MIXERS[mixer.kind].output))
+            mixers[-1] = [(mixer.kind, part.shape[1]) for mixer, part in zip(tape.attn.mixers, parts[1:], strict=True)]
             if frozen.values is not None:
                 banks[i] = frozen.values.matmat(stream, one)
             stream = frozen.residual.matmat(stream)
@@ -571,7 +573,7 @@ def attribute_branches(
         if frozen.inputs is not None:
             added = added + frozen.inputs.matmat(middle + added, one)
         mlp.append(share(added[0]))
-        scales.append(frozen.scale)
+        scales.append(1.0 if frozen.scale is None else float(frozen.scale))
         _report(progress, i + 1, len(network.tapes))
     # [L]: what multiplies each block's additions on the way to the end.
     later = torch.tensor(scales, dtype=torch.float64).flip(0).cumprod(0).flip(0)

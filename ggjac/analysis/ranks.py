@@ -3,34 +3,20 @@
 `y = Σ_i J_i x_i + offset`: the number of directions of its embedding that the network uses at position `i`.
 """
 
-import contextlib
-import os
 import statistics
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ggjac import __version__, display, runs
-from ggjac.analysis.predict import predict
+from ggjac import display
 from ggjac.frobenius import StableRank, stable_ranks
-from ggjac.gguf import shown
-from ggjac.jacobian import DetachedJacobian, Progress
-from ggjac.model import Model, PromptError
-from ggjac.planner import Plan
+from ggjac.jacobian import DetachedJacobian
 from ggjac.results import NO_WORDS, Bars, Plotted, Points, Prompt, Table, Words
-from ggjac.runs import lock
-from ggjac.runs.lines import Lines, key
-from ggjac.session import Session
-from ggjac.sizes import EXACT_ROWS, PROBES, TOKENS_AT_ONCE, block_width
+from ggjac.sizes import EXACT_ROWS, PROBES
 from ggjac.svd import svd_together
-
-# Keys of a record, in addition to those of every record.
-FIELDS = ("joint", "next", "reconstruction", "residual", "sweeps", "stopped_by")
 
 
 @dataclass(frozen=True)
@@ -177,7 +163,7 @@ class Ranks(Plotted):
             "prompt": [_shown(record) for record in self.records],
             "next": [display.token(record["next"]) for record in self.records],
             "joint": [record["joint"]["value"] for record in self.records],
-            "each token": [[f"{value:.3g}" for value in _values(record)] for record in self.records],
+            "each token": [[f"{value:.3g}" for value in token_values(record)] for record in self.records],
         }
         notes = ("joint: of the joint map; each token: of each token's own map",)
         return [Table("Stable rank of each prompt", columns, notes), self.table(trace)]
@@ -190,74 +176,10 @@ class Ranks(Plotted):
         )
 
 
-def ranks(
-    model: Model,
-    prompts: Sequence[str | Sequence[int]],
-    output: str | os.PathLike[str] | None = None,
-    *,
-    tol: float = 1e-3,
-    max_sweeps: int = 40,
-    seed: int = 0,
-    progress: Progress | None = None,
-    planned: Callable[[Plan], None] | None = None,
-    **session: Any,
-) -> Ranks:
-    """Measure the stable rank of every token's own map, and of the joint one, for each prompt at its last position.
-
-    Args:
-        model: from `open_model`.
-        prompts: texts, or token ids.
-        output: file of JSON lines that grows by a record for each prompt. Prompts that it holds already are not
-            computed again, but for those whose sweeps ran out where `max_sweeps` allows more.
-        tol, max_sweeps, seed: of the iterations for the largest singular values, as `ggjac.svd.svd` takes them.
-        progress: called as `progress("prompt", done, total)`.
-        planned: called with the plan of all prompts before the first is run, unless the file holds some already.
-        session: of `ggjac.session.Session`: `mlp_path`, budgets, `trace` (for a single prompt), ...
-
-    Raises:
-        PromptError: `prompts` is empty or no list, or the model cannot run a prompt; where there are several, the
-            message quotes it.
-        RunError: the file holds something else, or records that were made otherwise; or another process writes to it.
-        NoFitError: the longest prompt does not fit the budgets.
-    """
-    if isinstance(prompts, str) or not isinstance(prompts, Sequence):  # a text is a sequence too, of characters
-        raise PromptError(f"prompts is of type {type(prompts).__name__}; give a list of texts")
-    path = None if output is None else Path(output)
-    start = time.perf_counter()
-    lines: Lines | None = None
-    last: Session | None = None
-    found: list[dict[str, Any]] = []
-    warnings: dict[str, None] = {}  # of all prompts, each once
-    ready = longest = 0  # records that were there; tokens of the longest prompt
-    with _alone(path), _keeping(path):
-        for number, prompt in enumerate(prompts, 1):
-            last = _session(model, prompt, alone=len(prompts) == 1, **session)
-            longest = longest or _longest(last, prompts)
-            # The same for all, so that layers stay ready.
-            plan = last.fit("ranks", longest, rank=1, position=-1, prompts=len(prompts))
-            settings = _settings(last, kept=path is not None, tol=tol, seed=seed)
-            lines = lines or Lines(path, settings, fields=FIELDS, whole=_values)
-            if planned and not lines.records:
-                planned(plan)
-            name = key({"prompt": last.text, "tokens": last.tokens()})
-            if _settled(lines.records.get(name), max_sweeps):
-                ready += 1
-            else:
-                lines.add(runs.finite(_record(last, settings, max_sweeps)))
-            found.append(lines.records[name])
-            warnings |= dict.fromkeys(last.warnings)
-            if progress:
-                progress("prompt", number, len(prompts))
-    if last is None:
-        raise PromptError("no prompt was given")
-    seconds = {"ranks": round(time.perf_counter() - start, 3)}
-    return Ranks(found, ready, last.envelope() | {"warnings": list(warnings), "seconds": seconds})
-
-
 def by_position(records: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     """Yield the distribution of stable ranks at each token index: count, mean, its standard error, extremes."""
     for i in range(max(len(record["tokens"]) for record in records)):
-        values = [_values(record)[i] for record in records if i < len(record["tokens"])]
+        values = [token_values(record)[i] for record in records if i < len(record["tokens"])]
         yield {
             "position": i,
             "prompts": len(values),
@@ -275,97 +197,6 @@ def _shown(record: dict[str, Any]) -> str:
     return display.visible(text.encode())
 
 
-def _values(record: dict[str, Any]) -> list[float]:
+def token_values(record: dict[str, Any]) -> list[float]:
     """Return the stable rank of each token of a prompt."""
     return [token["stable_rank"]["value"] for token in record["tokens"]]
-
-
-def _session(model: Model, prompt: str | Sequence[int], *, alone: bool, **options: Any) -> Session:
-    """Open a prompt; an error about one of several quotes it."""
-    try:
-        return Session(model, prompt, **options)
-    except PromptError as error:
-        if alone:
-            raise
-        raise PromptError(f"{shown(str(prompt))}: {error}") from error
-
-
-def _settled(record: dict[str, Any] | None, max_sweeps: int) -> bool:
-    """Return whether a prompt is done; where its sweeps ran out, a larger `max_sweeps` is another attempt."""
-    return record is not None and not (record["stopped_by"] == "sweeps" and record["sweeps"] < max_sweeps)
-
-
-@contextlib.contextmanager
-def _keeping(output: Path | None) -> Iterator[None]:
-    """Add to an interrupt a note on what is kept."""
-    try:
-        yield
-    except KeyboardInterrupt as interrupt:
-        if output and output.exists():
-            interrupt.add_note(f"finished prompts are in {shown(output)}: the same command continues with the others")
-        raise
-
-
-def _alone(output: Path | None) -> contextlib.AbstractContextManager[None]:
-    """Keep other processes from reading and appending to the same file."""
-    if output is None:
-        return contextlib.nullcontext()
-    runs.check_writable(output)
-    return lock.alone(output)
-
-
-def _longest(session: Session, prompts: Sequence[str | Sequence[int]]) -> int:
-    """Return the tokens of the longest prompt, by which all are planned; one that cannot run is refused in its turn."""
-    model = session.model
-    special = session.parse_special
-    lengths = [
-        len(model.tokenize(prompt, parse_special=special) if isinstance(prompt, str) else prompt)
-        for prompt in prompts[1:]
-        if prompt
-    ]
-    return max([len(session.ids), *(n for n in lengths if n <= model.config.longest)])
-
-
-def _settings(session: Session, *, kept: bool, tol: float, seed: int) -> dict[str, Any]:
-    """Return what decides a record apart from its prompt, named as the options are.
-
-    For records that are kept, the model is a hash of its whole content.
-    """
-    file = session.model.gguf
-    sampled = file.fingerprint_is_whole or not kept
-    return {
-        "model": file.fingerprint() if sampled else f"sha256:{'+'.join(file.sha256())}",
-        "dtype": session.dtype,
-        "mlp-path": session.mlp_path,
-        "no-parse-special": not session.parse_special or None,  # None as in files of before
-        "context": session.model.context,
-        "tol": tol,
-        "seed": seed,
-    }
-
-
-def _record(session: Session, settings: dict[str, Any], max_sweeps: int) -> dict[str, Any]:
-    start, n = time.perf_counter(), len(session.ids)
-    found = token_ranks(
-        session.jacobian,
-        at_once=TOKENS_AT_ONCE * block_width(1, n * session.model.config.d),
-        tol=settings["tol"],
-        seed=settings["seed"],
-        max_sweeps=max_sweeps,
-    )
-    return {
-        "schema_version": runs.SCHEMA_VERSION,
-        "prompt": session.text,
-        "joint": found.joint.data(),
-        "tokens": [
-            token | {"stable_rank": rank.data()} for token, rank in zip(session.tokens(), found.tokens, strict=True)
-        ],
-        "next": predict(session.trace, 1).data(session.words)[0],
-        "reconstruction": session.reconstruction().data(),
-        "residual": found.residual,
-        "sweeps": found.sweeps,
-        "stopped_by": found.stopped_by,
-        "settings": settings,
-        "ggjac": __version__,
-        "seconds": round(time.perf_counter() - start, 3),
-    }

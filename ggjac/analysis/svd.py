@@ -113,6 +113,7 @@ def spectrum(
     tol: float = 1e-3,
     seed: int = 0,
     max_sweeps: int = 40,
+    search_dtype: torch.dtype | None = None,
     progress: Progress | None = None,
 ) -> Spectrum:
     """Compute `rank` singular triplets of the joint `[d, n d]` map and decode both ends to `top` tokens each.
@@ -120,6 +121,7 @@ def spectrum(
     `hide_special` leaves control, unused and byte tokens out of the ranking. Tokens of right vectors at positions after
     the Jacobian's own are meaningless, since the map is zero there; their `weight` is 0. `progress` is called after
     each block, with the sweep and its worst residual, and the number of sweeps that are expected to follow.
+    `search_dtype` is that of `DetachedJacobian.svd`.
 
     Raises:
         ValueError: `top` is out of range, or rank, `tol`, `max_sweeps` or `seed`, as `ggjac.svd.svd` has them.
@@ -154,7 +156,9 @@ def spectrum(
     with jacobian.reporting(rows):
         jacobian.matrix(Task(rank))  # if that is the cheaper way
     with jacobian.reporting(report):
-        triplets = jacobian.svd(rank, tol=tol, seed=seed, max_sweeps=max_sweeps, progress=swept)
+        triplets = jacobian.svd(
+            rank, tol=tol, seed=seed, max_sweeps=max_sweeps, search_dtype=search_dtype, progress=swept
+        )
     hidden = jacobian.hidden_ids(hide_special)
     U, Vh = triplets.U.to(head.matrix.dtype), triplets.Vh.to(embedding.dtype)
     return Spectrum(

@@ -142,7 +142,8 @@ def record_rest(
     if frame.inputs is not None:
         inputs, added = _record_inputs(w, frame, layer, out)
         out = out + added
-    return ffn, inputs, out * stream_scale(w)
+    scale = stream_scale(w)
+    return ffn, inputs, out if scale is None else out * scale
 
 
 def block_inputs(
@@ -176,9 +177,9 @@ def _record_inputs(
     return InputsTape(factor, norm), norm.apply(made)
 
 
-def stream_scale(w: BlockWeights) -> float:
-    """Return the factor on the residual stream at the end of a block (Gemma 4)."""
-    return float(w.vector("layer_output_scale.weight")) if "layer_output_scale.weight" in w else 1.0
+def stream_scale(w: BlockWeights) -> Float[Tensor, " 1"] | None:
+    """Return the factor on the residual stream at the end of a block (Gemma 4), on the device; or None."""
+    return w.vector("layer_output_scale.weight") if "layer_output_scale.weight" in w else None
 
 
 def record_attention(
@@ -226,8 +227,10 @@ def _record_part(
 ) -> tuple[FFNTape, Float[Tensor, "n d"]]:
     """Freeze a dense network or a mixture, between the norms of the given names, at the stream `x`; add its output."""
     norm, h = _normed_input(w, frame.config, norm_in, x)
-    found = record_mixture(w, frame, layer, h, x) if routed else (record_hidden(w, frame, layer, h),)
-    tape = FFNTape(norm, found, None)
+    if routed:
+        tape = record_mixture(w, frame, layer, h, x)._replace(norm_in=norm)
+    else:
+        tape = FFNTape(norm, (record_hidden(w, frame, layer, h),), None)
     added = affine(networks(w, tape, len(x)), x)
     after = record_norm(w, frame.config, norm_out, added)
     return tape._replace(norm_out=after), added if after is None else after.apply(added)
@@ -286,7 +289,7 @@ class FrozenBlock(NamedTuple):
         ffn: the feed-forward branch, at the written positions.
         residual: the residual connection: identity, or a selection where fewer positions are written than read.
         parallel: whether both branches read the block's input.
-        scale: factor on the stream at the end.
+        scale: factor on the stream at the end, or None.
         inputs: what the block adds by inputs of its own, to the stream after both branches; or None.
         bank: number of the block whose values attention reads, if several blocks read them; or None.
         values: those values, from this block's input, if it is that block.
@@ -301,7 +304,7 @@ class FrozenBlock(NamedTuple):
     ffn: LinearOperator
     residual: LinearOperator
     parallel: bool
-    scale: float = 1.0
+    scale: Float[Tensor, " 1"] | None = None
     inputs: LinearOperator | None = None
     bank: int | None = None
     values: LinearOperator | None = None
@@ -337,11 +340,11 @@ class FrozenBlock(NamedTuple):
         out = ffn.add_(H)
         if self.inputs is not None:
             out += self.inputs.matmat(out, t)
-        return out if self.scale == 1 else out.mul_(self.scale)
+        return out if self.scale is None else out.mul_(self.scale)
 
     def rmatmat_out(self, H: Float[Tensor, "k m d"]) -> Float[Tensor, "k m d"]:
         """Return the cotangents of the stream before its last factor: `matmat_out` transposed."""
-        H = H if self.scale == 1 else H * self.scale
+        H = H if self.scale is None else H * self.scale
         return H if self.inputs is None else H + self.inputs.rmatmat(H)
 
     def rmatmat_ffn(
@@ -414,7 +417,7 @@ def block(
     elif tape.attn.mixers:
         attn = attention(w, config, tape.attn.at(queries), n, m)
     feed_forward: LinearOperator = Zero((m, d), (m, d), dtype=dtype, device=device)
-    if tape.ffn.networks:
+    if not tape.ffn.empty:
         feed_forward = ffn(w, config, tape.ffn.at(queries), m)
     residual: LinearOperator = Identity((m, d), dtype=dtype, device=device)
     if m < n:

@@ -31,6 +31,10 @@ class WeightMatrix(TiledMatrix, Protocol):
 class BlockWeights(Protocol):
     """The tensors of one block by their short names, such as `attn_q.weight`."""
 
+    @property
+    def slab(self) -> int:
+        """Hidden units of a feed-forward network that exist at a time."""
+
     def __contains__(self, name: str) -> bool:
         """Return whether the file has the tensor."""
 
@@ -45,6 +49,24 @@ class BlockWeights(Protocol):
 
     def wide_vector(self, name: str) -> Tensor:
         """Return a small dense tensor in float32 at least, also where computation is in a narrower dtype."""
+
+    def shares(self, stem: str) -> bool:
+        """Return whether these weights have only some terms of the sum that ends with a projection; see `joined`."""
+
+    def holds(self, expert: int) -> bool:
+        """Return whether a routed expert is among these weights, where others have some of them."""
+
+    def joined(self, part: LinearOperator, *, inputs: bool = True, outputs: bool = True) -> LinearOperator:
+        """Return an operator from these weights' terms, completed by those that others have.
+
+        Args:
+            part: the operator.
+            inputs: whether all read the same input, so that its cotangents are added up.
+            outputs: whether the outputs are added up.
+        """
+
+    def gathered(self, own: Tensor, stem: str) -> Tensor:
+        """Return numbers `[m, h]` of each head of the mixer that ends with a projection, from those of some heads."""
 
 
 class NumericsError(ValueError):

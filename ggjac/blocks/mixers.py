@@ -175,13 +175,16 @@ def valued(w: BlockWeights, tape: MixerTape, n: int) -> LinearOperator:
         values = _conv(w, path.convolution, n) @ values
     if tape.written is not None:
         values = tape.written.operator() @ values
-    return values
+    return w.joined(values, outputs=False) if w.shares(path.output) else values
 
 
 def writing(w: BlockWeights, tape: MixerTape, m: int) -> LinearOperator:
     """Return a mixer from the mixed values to what it adds, `[m, h v]` to `[m, d]`."""
-    output = linear(w, MIXERS[tape.kind].output, m)
-    return output if tape.read is None else output @ tape.read.operator()
+    stem = MIXERS[tape.kind].output
+    output: LinearOperator = linear(w, stem, m)
+    if tape.read is not None:
+        output = output @ tape.read.operator()
+    return w.joined(output, inputs=False) if w.shares(stem) else output
 
 
 def _mix(w: BlockWeights, tape: MixerTape, width: int) -> Mix:

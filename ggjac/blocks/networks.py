@@ -14,8 +14,7 @@ from torch import Tensor
 from ggjac.blocks.frame import BlockWeights, Frame, affine, linear
 from ggjac.blocks.norms import NormTape, inverse_rms, widened
 from ggjac.config import ModelConfig
-from ggjac.linop import Experts, LinearOperator, Network, Scale, Sum
-from ggjac.sizes import SLAB
+from ggjac.linop import Experts, LinearOperator, Network, Scale, Sum, Zero, indices_on
 
 # Expert scores of router logits `[n, e]`. With `softmax_selected`, the softmax is over the chosen experts and is taken
 # after the choice.
@@ -35,7 +34,7 @@ class HiddenTape(NamedTuple):
         live: stem of the live projection, `ffn_up` or `ffn_gate`.
         factor: `[m, f]`, multiplies the live projection.
         constant: `[m, f]`, added to the product by a clamp or shift, or None.
-        positions: `[m]`, the positions that use a routed expert; None for all.
+        positions: `[m]`, the positions that use a routed expert, ascending, on the host; None for all.
         weight: `[m]`, the router's weight of its output, or None for 1.
     """
 
@@ -49,13 +48,10 @@ class HiddenTape(NamedTuple):
 
     def at(self, queries: slice) -> "HiddenTape":
         """Return the tape of some positions, which are counted from the first of them."""
-        rows: slice | Tensor = queries
-        positions = self.positions
+        rows, positions = queries, self.positions
         if positions is not None:
-            inside = (positions >= queries.start) & (positions < queries.stop)
-            if queries.start == 0 and inside.all():
-                return self  # all of them: no copy
-            rows, positions = inside, positions[inside] - queries.start
+            rows = slice(*torch.searchsorted(positions, torch.tensor([queries.start, queries.stop])).tolist())
+            positions = positions[rows] - queries.start
         return self._replace(
             factor=self.factor[rows],
             constant=None if self.constant is None else self.constant[rows],
@@ -74,12 +70,19 @@ class FFNTape(NamedTuple):
         norm_in, norm_out: norms before and after the sum of the networks, or None.
         networks: their tapes.
         latent: whether they read and write a narrower stream, through `ffn_latent_down` and `ffn_latent_up`.
+        routed: whether experts are among them; the weights may hold none of those that are used.
     """
 
     norm_in: NormTape | None
     networks: "tuple[HiddenTape | FFNTape, ...]"
     norm_out: NormTape | None
     latent: bool = False
+    routed: bool = False
+
+    @property
+    def empty(self) -> bool:
+        """Whether the branch adds nothing."""
+        return not self.networks and not self.routed
 
     def at(self, queries: slice) -> "FFNTape":
         """Return the tape of some positions, without the experts that none of them uses."""
@@ -131,15 +134,15 @@ def record_hidden(
 
 def record_mixture(
     w: BlockWeights, frame: Frame, layer: int, h: Float[Tensor, "n d"], x: Float[Tensor, "n d"]
-) -> "tuple[HiddenTape | FFNTape, ...]":
+) -> FFNTape:
     """Freeze a mixture of experts at its normed input `h`; `x` is the stream, which some routers read."""
     shared = record_shared(w, frame, layer, h)
     router = _router_input(w, frame.config, x) if frame.config.row.router_norm else h
     if "ffn_latent_down.weight" not in w:
-        return (*record_experts(w, frame, layer, h, router), *shared)
+        return FFNTape(None, (*record_experts(w, frame, layer, h, router), *shared), None, routed=True)
     narrow = affine(linear(w, "ffn_latent_down", len(h)), h)
     experts = record_experts(w, frame, layer, narrow, router)
-    return (FFNTape(None, tuple(experts), None, latent=True), *shared)
+    return FFNTape(None, (FFNTape(None, tuple(experts), None, latent=True, routed=True), *shared), None)
 
 
 def _router_input(w: BlockWeights, config: ModelConfig, x: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
@@ -154,7 +157,7 @@ def record_experts(
 ) -> list[HiddenTape]:
     """Freeze the routed experts of a mixture: those that each position uses, their weights, and the tape of each.
 
-    Only experts that some position uses are read, here and in every product.
+    Only experts that some position uses, and that the weights hold, are read, here and in every product.
 
     Args:
         w, frame, layer: of the block.
@@ -172,11 +175,16 @@ def record_experts(
         weights = weights / weights.sum(-1, keepdim=True).clamp_min(2.0**-14)  # llama.cpp's floor: F16's smallest
     weights = weights * config.expert_weights_scale
 
+    # Sorted by expert on the host, for which a device waits once, and not for each expert.
+    by_expert, order = chosen.cpu().flatten().sort(stable=True)  # [n used]
+    experts, counts = (part.tolist() for part in by_expert.unique_consecutive(return_counts=True))
+    places = indices_on(h.device, order)
+    parts = (order // chosen.shape[1], places // chosen.shape[1], weights.flatten()[places].to(h.dtype))
     found = []
-    for expert in chosen.unique().tolist():
-        positions, slot = (chosen == expert).nonzero(as_tuple=True)  # [m] each
-        tape = record_hidden(w, frame, layer, h[positions], "_exps", expert)
-        found.append(tape._replace(positions=positions, weight=weights[positions, slot].to(h.dtype)))
+    for expert, positions, rows, weight in zip(experts, *(part.split(counts) for part in parts), strict=True):
+        if w.holds(expert):
+            tape = record_hidden(w, frame, layer, h[rows], "_exps", expert)
+            found.append(tape._replace(positions=positions, weight=weight))
     return found
 
 
@@ -209,26 +217,38 @@ def _chosen(w: BlockWeights, config: ModelConfig, scores: Float[Tensor, "n e"], 
 def networks(w: BlockWeights, tape: FFNTape, n: int) -> LinearOperator:
     """Return a feed-forward branch up to the sum of its networks, `[n, d]` to `[n, d]`, before any norm after them."""
     parts: list[LinearOperator] = []
+    shared: list[LinearOperator] = []  # of which the weights have only some terms
     routed: list[tuple[Tensor, LinearOperator]] = []
     for part in tape.networks:
         if isinstance(part, FFNTape):
             inner = networks(w, part, n)
             parts.append(inner if part.norm_out is None else part.norm_out.operator() @ inner)
         elif part.positions is None:
-            parts.append(_network(w, part))
+            (shared if w.shares(f"ffn_down{part.kind}") else parts).append(_network(w, part))
         else:
             routed.append((part.positions, _network(w, part)))
-    core: LinearOperator = Sum(*parts, *([Experts(routed, n)] if routed else []))
+    if tape.routed:
+        (shared if w.shares("ffn_down_exps") else parts).append(Experts(routed, n) if routed else _nothing(w, n))
+    if shared:
+        parts.append(w.joined(Sum(*shared)))
+    core: LinearOperator = Sum(*parts)
     if tape.latent:
         core = linear(w, "ffn_latent_up", n) @ core @ linear(w, "ffn_latent_down", n)
     return core if tape.norm_in is None else core @ tape.norm_in.operator()
+
+
+def _nothing(w: BlockWeights, n: int) -> LinearOperator:
+    """Return the sum of no experts."""
+    down = w.matrix("ffn_down_exps.weight", 0)
+    shape = (n, down.shape[0])
+    return Zero(shape, shape, dtype=down.dtype, device=down.device)
 
 
 def _network(w: BlockWeights, tape: HiddenTape) -> LinearOperator:
     """Return one feed-forward network at the positions that use it, `[m, d]` to `[m, d]`: a sum over slabs."""
     m, f = tape.factor.shape
     slabs = []
-    for units in (slice(a, min(a + SLAB, f)) for a in range(0, f, SLAB)):
+    for units in (slice(a, min(a + w.slab, f)) for a in range(0, f, w.slab)):
         live = linear(w, tape.live, m, tape.kind, tape.expert, rows=units)
         scale = Scale(tape.factor[:, units], None if tape.constant is None else tape.constant[:, units])
         down = linear(w, "ffn_down", m, tape.kind, tape.expert, columns=units)

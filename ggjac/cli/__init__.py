@@ -20,6 +20,7 @@ from typing import Any
 import click
 
 from ggjac import __version__
+from ggjac.cli import together
 
 # OpenMP's threads would spin between torch's operations, on the cores that dequantization needs. Read when torch loads.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -38,6 +39,7 @@ COMMANDS = {
     "ranks": "Stable rank of every token's own map, over many prompts.",
     "norms": "Longest columns and rows of the dense detached Jacobian, decoded.",
     "attribute": "Shares of input tokens in a logit; direct logit attribution to layers and heads.",
+    "merge": "Put the files of a study's shards together.",
     "compare": "Two files of one model: spectra, subspaces, shares, logits.",
     "contrast": "Reconstruction with and without freezing: detached and ordinary Jacobian.",
     "steer": "Steer one prompt with the linear map of another (activation steering).",
@@ -47,7 +49,7 @@ COMMANDS = {
 
 
 # Those that take no prompt; all others can be planned, and have a row in `ggjac.planner.work.JOBS`.
-WITHOUT_PROMPT = ("models", "info", "plan", "report", "bench")
+WITHOUT_PROMPT = ("models", "info", "plan", "merge", "report", "bench")
 
 
 # What the library asks for, and the options that give it.
@@ -82,7 +84,11 @@ class Failure(click.ClickException):
         from ggjac.display import visible
 
         message = " ".join(in_options(self.format_message()).split())
-        click.echo(f"Error: {visible(message.encode('utf-8', 'surrogateescape'))}", err=True)
+        message = f"Error: {visible(message.encode('utf-8', 'surrogateescape'))}"
+        if place := together.here():
+            place.say(message)
+        else:
+            click.echo(message, err=True)
 
 
 class Terminated(KeyboardInterrupt):
@@ -105,6 +111,9 @@ class Commands(click.Group):
             if isinstance(stream, io.TextIOWrapper):  # None where the shell has closed it
                 stream.reconfigure(errors="backslashreplace")
         warnings.showwarning = _show_warning
+        place = together.here()
+        if place and place.rank and sys.argv[1:2] and sys.argv[1] in WITHOUT_PROMPT:
+            return None
         return super().main(*args, **options)
 
     def list_commands(self, ctx: click.Context) -> list[str]:
@@ -170,7 +179,8 @@ def _plain_errors() -> Iterator[None]:
         raise Failure(f"{message}; see {where} --help", 2) from error
     except KeyboardInterrupt as interrupt:
         notes = getattr(interrupt, "__notes__", ["no partial files were left"])
-        click.echo(f"\nInterrupted; {'; '.join(notes)}", err=True)
+        if not ((place := together.here()) and place.failed()):
+            click.echo(f"\nInterrupted; {'; '.join(notes)}", err=True)
         raise click.exceptions.Exit(getattr(interrupt, "exit_code", 130)) from None
     except BrokenPipeError:  # the reader of our output has gone, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -189,6 +199,8 @@ def _failure(error: Exception) -> Failure:
     # torch raises RuntimeError where its allocators fail, on the CPU ("can't allocate memory") and on CUDA.
     if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "allocate" in message):
         return Failure(f"out of memory ({message}); use a shorter prompt, a smaller rank or another device", 4)
+    if isinstance(error, RuntimeError) and ("gloo" in message or type(error).__name__.startswith("Dist")):
+        return Failure(together.LOST, 1)
     if isinstance(error, OSError) and error.strerror:
         return Failure(f"{os.fsdecode(error.filename)}: {error.strerror}" if error.filename else error.strerror, 1)
     if isinstance(error, ValueError | OSError):

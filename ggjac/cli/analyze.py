@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ggjac.cli import together
 from ggjac.cli.options import (
     DepthRanges,
     Depths,
@@ -17,6 +18,7 @@ from ggjac.cli.options import (
     position,
     resume,
     scores,
+    search_dtype,
     spectrum_options,
     top,
 )
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
 @dry_run
 @position
 @spectrum_options
+@search_dtype
 @top("Tokens per vector.")
 @hide_special
 @scores
@@ -51,6 +54,7 @@ def analyze(
     tol: float,
     max_sweeps: int,
     seed: int,
+    search_dtype: str,
     top: int,
     hide_special: bool,
     no_verify: bool,
@@ -94,8 +98,13 @@ def analyze(
     options: dict[str, Any] = {"rank": rank, "tol": tol, "max_sweeps": max_sweeps, "seed": seed, "top": top}
     options["hide_special"] = hide_special
     parts: dict[str, Any] = {"verify": not no_verify, "layers": depths, "per_token": per_token, "contrast": contrast}
+    parts["search_dtype"] = search_dtype
     as_table = output_format == "table"
     show = _shower(session) if as_table else lambda key, data: None
+    place = together.here()
+    if place and place.rank:
+        output = together.scratch() / "run"
+        output.mkdir()
     with run_folder(output, session.model.title) as folder:
         content = run(session, folder, resume=resume, show=show, **options, **parts)
     if as_table:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 from ggjac import display
-from ggjac.cli.options import ModelOptions, model_options, output, position_or_all, tabular_format
+from ggjac.cli.options import Many, ModelOptions, many_options, model_options, output, position_or_all, tabular_format
 from ggjac.cli.planning import dry_run
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ ALL = 2**31  # more parts than any table has
 
 @click.command()
 @model_options(both=True)
+@many_options
 @dry_run
 @position_or_all
 @click.option(
@@ -55,6 +56,7 @@ ALL = 2**31  # more parts than any table has
 @tabular_format
 def attribute(
     what: ModelOptions,
+    many: Many,
     position: int | None,
     target: str | None,
     versus: str | None,
@@ -75,9 +77,11 @@ def attribute(
     \b
     ggjac attribute -m model.gguf -p "The capital of France is" --target " Paris" --versus " Rome" --by head
     """
-    from ggjac.analysis.attribute import attribute, attribute_branches, attribute_positions, largest
+    from ggjac.analysis.attribute import largest
     from ggjac.cli.result import finish
     from ggjac.cli.session import note_likelier, one_token, open_session
+    from ggjac.cli.studies import over_prompts
+    from ggjac.studies.measures import answer_attribute
 
     everywhere = position is None
     if what.both_rules:
@@ -86,32 +90,26 @@ def attribute(
                 "--mlp-path both compares the shares of the tokens at one position, from two forward passes; leave "
                 "--position all, --by and --trace out"
             )
+        if many.each_line:
+            raise click.UsageError("--mlp-path both is not for --each-line: run either rule by itself")
         return both(what, position or 0, target, versus, output, output_format, ALL if whole else count)
-    session = open_session(what, position=-1 if position is None else position, output=output)
-    ids = one_token(session, target), one_token(session, versus, "--versus")
-    _check_difference(session, *ids, everywhere=everywhere)
-    content: dict[str, Any] = {"position": "all"} if everywhere else {}
-    content["reconstruction"] = session.reconstruction().data()
-    result: Any
-    if by != "token":
-        every = range(len(session.ids)) if everywhere else None
-        result = session.run("attribution", attribute_branches, *ids, positions=every, by_head=by == "head")
-    else:
-        result = session.run("attribution", attribute_positions if everywhere else attribute, *ids)
+    place = -1 if position is None else position
+    options: dict[str, Any] = {"by": by, "everywhere": everywhere}
+    if many.each_line:
+        options |= {"target": target, "versus": versus}
+        return over_prompts(what, many, "attribute", output, output_format, position=place, **options)
+    session = open_session(what, position=place, output=output)
+    ids: dict[str, Any] = {"target": one_token(session, target), "versus": one_token(session, versus, "--versus")}
+    _check_difference(session, *ids.values(), everywhere=everywhere)
+    answer = answer_attribute(session, **ids, **options)
     if not everywhere:
-        note_likelier(session, target, ids[0])
-        note_likelier(session, versus, ids[1], "--versus")
-    found = result.data(session.words)
-    if everywhere:
-        found = {"positions": found}
-    elif by != "token":
-        (found,) = found
-    content["attribution"] = {"by": by} | found
+        note_likelier(session, target, ids["target"])
+        note_likelier(session, versus, ids["versus"], "--versus")
     if output:
-        session.save(output, result.tensors(), by=by, versus=ids[1])
+        session.save(output, answer.tensors, by=by, versus=ids["versus"])
     count = ALL if whole else count
     shown, cut = partial(show, count=count), partial(largest, count=count or ALL)
-    finish(session, content, output_format, output, results=[result], cut=cut, attribution=shown)
+    finish(session, answer.content, output_format, output, results=answer.results, cut=cut, attribution=shown)
 
 
 def both(

@@ -31,6 +31,7 @@ def bench(model: Path | None, threads: int | None, device: str, output_format: s
     from ggjac.gguf.types import holds_weights
     from ggjac.planner import bench as measure
     from ggjac.planner.machine import default_budget, free_memory, total_memory
+    from ggjac.sizes import LARGE_PIECES, SMALL_PIECES
     from ggjac.units import size
 
     device = str(check_device(device))
@@ -39,8 +40,9 @@ def bench(model: Path | None, threads: int | None, device: str, output_format: s
         for info in file.tensors.values():
             if holds_weights(info.type) and len(info.shape) > 1:
                 types[info.type.name] += info.elements
+        tile = (SMALL_PIECES if device == "cpu" else LARGE_PIECES).tile
         results = [
-            measure.measure(file, (8, 64, 256), types, dtype=dtype, threads=threads, device=device)
+            measure.measure(file, (8, 64, 256), types, dtype=dtype, threads=threads, device=device, tile=tile)
             for dtype in ("float32", "bfloat16")
         ]
         square = {found.dtype: measure.square_rate(found.dtype, device, found.threads) for found in results}

@@ -9,7 +9,7 @@ from typing import Any, get_args
 
 import click
 
-from ggjac.cli import texts
+from ggjac.cli import texts, together
 from ggjac.sizes import ITEM_BYTES, KINDS, MAPS, MlpPath
 
 DEFAULT_PROMPT = "The bridge out of Marin is the"
@@ -19,6 +19,7 @@ STEER_CONTROL = "She put the book on the table and then"
 _ASKED = "ggjac.asked"  # in click's context: path -> the name for which it was found
 _DOWNLOAD = "ggjac.download"  # in click's context: whether `-m` may use the network
 _SCORES = "ggjac.scores"  # in click's context: whether tables show the scores of decoded tokens
+MAX_WORKERS = 512
 MAX_THREADS = 512  # llama.cpp's limit (GGML_MAX_N_THREADS); torch crashes on many more
 
 
@@ -112,6 +113,58 @@ class MemorySize(click.ParamType):
             return value if isinstance(value, int) else parse_size(value)
         except SizeError as error:
             self.fail(str(error), param, ctx)
+
+
+class WorkersType(click.ParamType):
+    """Who computes many prompts: a number of processes, or the address of a cluster."""
+
+    name = "workers"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> "Workers":
+        """Parse `8`, `ray`, `ray:ADDRESS` or `dask:ADDRESS`."""
+        if isinstance(value, Workers):
+            return value
+        engine, _, address = value.partition(":")
+        if re.fullmatch(r"[1-9]\d{0,2}", value, re.ASCII) and int(value) <= MAX_WORKERS:
+            return Workers("processes", count=int(value))
+        if engine == "ray" or (engine == "dask" and address):
+            return Workers(engine, address or None)
+        given = value if len(value) <= 60 else f"{value[:57]}..."
+        expected = f"write a number up to {MAX_WORKERS}, ray, ray:ADDRESS or dask:tcp://HOST:PORT"
+        self.fail(f"{given!r} is neither a number nor a cluster; {expected}", param, ctx)
+
+
+class ShardType(click.ParamType):
+    """A part of many prompts."""
+
+    name = "shard"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
+        """Parse `3/64`: shards count from 0."""
+        if isinstance(value, tuple):
+            return value
+        match = re.fullmatch(r"(\d{1,6})/(\d{1,6})", value, re.ASCII)
+        if not match or int(match[1]) >= int(match[2]):
+            self.fail(f"{value[:40]!r} is not a shard; of 64, the first is 0/64 and the last 63/64", param, ctx)
+        return int(match[1]), int(match[2])
+
+
+@dataclass(frozen=True)
+class Workers:
+    """The value of `--workers`: `processes`, of this machine, `ray` or `dask`."""
+
+    engine: str
+    address: str | None = None
+    count: int | None = None
+
+
+@dataclass(frozen=True)
+class Many:
+    """The options of a command that takes many prompts: whether it does, who computes them, and which part of them."""
+
+    each_line: bool = False
+    workers: Workers | None = None
+    shard: tuple[int, int] | None = None
 
 
 class ModelFile(click.Path):
@@ -223,10 +276,7 @@ class ModelOptions:
         prompt = self.given(conversation)
         if self.file is None or not isinstance(prompt, str):
             return [prompt]
-        lines = dict.fromkeys(part.removesuffix("\r") for part in prompt.split("\n") if part.strip())
-        if not lines:
-            raise click.UsageError(f"--file {self.file} has no prompt; write one on each line")
-        return list(lines)
+        return list(texts.prompts(prompt, self.file))
 
     def texts(self, concept: str | None, concept_tokens: list[int] | None) -> tuple["ModelOptions", str | list[int]]:
         """Return the options with the text that `steer` continues, and the concept; with their defaults.
@@ -394,6 +444,20 @@ print_format = click.option(  # of commands whose result is several tables, whic
 )
 
 
+def part(prompts: list[Any], shard: tuple[int, int]) -> list[Any]:
+    """Return the prompts of a shard.
+
+    Raises:
+        click.UsageError: it has none.
+    """
+    number, count = shard
+    if number >= len(prompts):
+        raise click.UsageError(
+            f"--shard {number}/{count} has no prompt: there are {len(prompts)}; take at most as many shards"
+        )
+    return prompts[number::count]
+
+
 def given(name: str) -> bool:
     """Return whether the command line gives an option, by its parameter's name, instead of leaving the default."""
     return click.get_current_context().get_parameter_source(name) is not click.core.ParameterSource.DEFAULT
@@ -439,7 +503,45 @@ def shows_scores() -> bool:
 
 def output(help: str) -> Callable:
     """Return the `-o/--output` option with a command's own explanation."""
-    return click.option("-o", "--output", type=click.Path(path_type=Path), help=help)
+    return click.option("-o", "--output", type=click.Path(path_type=Path), callback=together.own, help=help)
+
+
+EACH_LINE = "Take each line of -f as a prompt of its own; -o then is a file of JSON lines, which a rerun continues."
+
+
+def many_options(command: Callable | None = None, *, always: bool = False) -> Callable:
+    """Add the options of `Many`, passed on as one argument; with `always`, every line of a file is a prompt anyway."""
+    if command is None:
+        return lambda command: many_options(command, always=always)
+
+    def wrapped(*given: Any, workers: Workers | None, shard: tuple[int, int] | None, **params: Any) -> Any:
+        each_line = params.pop("each_line", always)
+        if (workers or shard) and not each_line:
+            raise click.UsageError(f"--{'workers' if workers else 'shard'} needs many prompts; add --each-line")
+        if shard and params.get("output") is None and not params.get("dry_run"):
+            raise click.UsageError("--shard needs -o, the name of the file of all shards")
+        return command(*given, many=Many(each_line, workers, shard), **params)
+
+    wrapped.__doc__, wrapped.__name__ = command.__doc__, command.__name__
+    wrapped.__click_params__ = getattr(command, "__click_params__", [])  # type: ignore[attr-defined]
+    for option in (
+        click.option(
+            "--shard",
+            type=ShardType(),
+            metavar="I/N",
+            help="Only every N-th prompt, from number I of 0 to N-1; -o gets -I-of-N before its suffix (see merge).",
+        ),
+        click.option(
+            "--workers",
+            type=WorkersType(),
+            metavar="N",
+            help="Spread the prompts over N processes, or over a cluster: ray, ray:ADDRESS or dask:tcp://HOST:PORT. -t "
+            "is then the threads of each.  [default for N: its share of the CPUs; in a cluster: 1]",
+        ),
+        *(() if always else (click.option("--each-line", is_flag=True, help=EACH_LINE),)),
+    ):
+        wrapped = option(wrapped)
+    return wrapped
 
 
 resume = click.option("--resume", is_flag=True, help="Resume the interrupted run that writes to this -o.")
@@ -501,6 +603,16 @@ rank = click.option(
 def spectrum_options(command: Callable) -> Callable:
     """Add the options of a singular value decomposition."""
     return rank(iteration_options(command))
+
+
+search_dtype = click.option(
+    "--search-dtype",
+    type=click.Choice(["auto", "same", "bfloat16"]),
+    default="auto",
+    show_default=True,
+    help="Search the subspace in this dtype first, and finish in --dtype, whose values and residuals are given. auto: "
+    "bfloat16 where that is faster.",
+)
 
 
 def _finite(ctx: click.Context, param: click.Parameter, value: float) -> float:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ggjac.cli.options import ModelOptions
+from ggjac.cli.options import Many, ModelOptions, part
 
 if TYPE_CHECKING:
     import torch
@@ -34,7 +34,7 @@ _SAME = (
 
 
 def dry_run(command: Callable) -> Callable:
-    """Add `--dry-run`, which prints the command's plan instead of running it; apply just below `model_options`."""
+    """Add `--dry-run`, which prints the command's plan instead of running it; apply below the options that it plans."""
 
     def wrapped(what: ModelOptions, *, dry_run: bool, no_bench: bool, **rest: Any) -> Any:
         if not dry_run:
@@ -129,19 +129,23 @@ def predicted(made: "Plan", file: "GGUFFile", threads: int | None, device: str) 
     from ggjac.planner.machine import cached_bytes
 
     types, dtype = made.trace.types, made.work.dtype
-    rates = bench.measure(file, made.columns, types, dtype=dtype, threads=threads, device=device)
+    tile = made.pieces.tile
+    rates = bench.measure(file, made.columns, types, dtype=dtype, threads=threads, device=device, tile=tile)
     cached = [cached_bytes(path) for path in file.paths]
     return rates, seconds(made, rates, cached=None if None in cached else sum(filter(None, cached)))
 
 
-def warn_if_long(made: "Plan", file: "GGUFFile", threads: int | None, device: str) -> None:
-    """Print a warning on stderr if a plan takes longer than `PATIENCE`; measured only where a slow machine would."""
+def warn_if_long(made: "Plan", file: "GGUFFile", threads: int | None, device: str, *, workers: int = 1) -> None:
+    """Print a warning on stderr if a plan takes longer than `PATIENCE`; measured only where a slow machine would.
+
+    Several workers share its prompts.
+    """
     from ggjac.planner import bench, seconds
     from ggjac.units import duration
 
-    if seconds(made, bench.SLOW).total <= PATIENCE:
+    if seconds(made, bench.SLOW).total <= PATIENCE * workers:
         return
-    total = predicted(made, file, threads, device)[1].total
+    total = predicted(made, file, threads, device)[1].total / workers
     if total > PATIENCE:
         remedy = f"to shorten it, {made.work.fewer_vectors}; --dry-run shows its parts"
         click.echo(f"Warning: this will take about {duration(round(total))}; {remedy}", err=True)
@@ -250,8 +254,10 @@ def _count_tokens(
                 )
         return len(ids)
 
-    if command == "ranks":
-        counts = [count(prompt) for prompt in what.prompts(conversation)]
+    many: Many = params.get("many", Many())
+    if many.each_line:
+        prompts = what.prompts(conversation)
+        counts = [count(prompt) for prompt in (part(prompts, many.shard) if many.shard else prompts)]
         return max(counts), {"prompts": len(counts)}
     if command == "steer":
         text, concept = what.texts(params.get("concept"), params.get("concept_tokens"))

@@ -5,12 +5,13 @@ from typing import Any
 
 import click
 
-from ggjac.cli.options import ModelOptions, model_options, output, position, tabular_format
+from ggjac.cli.options import Many, ModelOptions, many_options, model_options, output, position, tabular_format
 from ggjac.cli.planning import dry_run
 
 
 @click.command()
 @model_options(trace=False)
+@many_options
 @dry_run
 @position
 @click.option("-k", "--top", type=click.IntRange(min=1), default=5, show_default=True, help="Tokens to show.")
@@ -18,25 +19,35 @@ from ggjac.cli.planning import dry_run
 @output("Save `logits` and `ids` to this safetensors file.")
 @tabular_format
 def predict(
-    what: ModelOptions, position: int, top: int, all_positions: bool, output: Path | None, output_format: str
+    what: ModelOptions,
+    many: Many,
+    position: int,
+    top: int,
+    all_positions: bool,
+    output: Path | None,
+    output_format: str,
 ) -> None:
     """Show the most likely next tokens.
 
     \b
     ggjac predict -m model.gguf -p "The capital of France is"
     """
-    from ggjac.analysis.predict import predict
     from ggjac.cli.result import finish
     from ggjac.cli.session import open_session
+    from ggjac.cli.studies import over_prompts
+    from ggjac.studies.measures import answer_predict
 
     if all_positions and not output:
         raise click.UsageError("--all-positions changes what is saved; name a file with -o")
+    if many.each_line:
+        if all_positions:
+            raise click.UsageError("--all-positions is not for --each-line: it saves the logits of one prompt")
+        return over_prompts(what, many, "predict", output, output_format, position=position, top=top)
     session = open_session(what, position=position, output=output, tapes=False)
-    result = predict(session.trace, top, position=session.position)
-    content = {"predictions": result.data(session.words)}
+    answer = answer_predict(session, top=top)
     if output:
         session.save(output, {"logits": session.trace.all_logits() if all_positions else session.logits})
-    finish(session, content, output_format, output, results=[result], predictions=show)
+    finish(session, answer.content, output_format, output, results=answer.results, predictions=show)
 
 
 def show(rows: list[dict[str, Any]]) -> None:

@@ -1,21 +1,17 @@
 """`ggjac ranks`: the stable rank of every token's map, over many prompts."""
 
-import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
-from ggjac import display
-from ggjac.cli.options import ModelOptions, iteration_options, model_options, output, tabular_format
-from ggjac.cli.planning import dry_run, warn_if_long
-
-if TYPE_CHECKING:
-    from ggjac.planner import Plan
+from ggjac.cli.options import Many, ModelOptions, iteration_options, many_options, model_options, output, tabular_format
+from ggjac.cli.planning import dry_run
 
 
 @click.command()
 @model_options(file="Read prompts from a file (UTF-8; - is stdin), one on each line; empty lines are skipped.")
+@many_options(always=True)
 @dry_run
 @iteration_options
 @output("Append a JSON line for each prompt to this file; prompts that it already holds are skipped.")
@@ -24,6 +20,7 @@ if TYPE_CHECKING:
 def ranks(
     ctx: click.Context,
     what: ModelOptions,
+    many: Many,
     tol: float,
     max_sweeps: int,
     seed: int,
@@ -40,53 +37,28 @@ def ranks(
     \b
     ggjac ranks -m model.gguf -f prompts.txt -o ranks.jsonl
     """
-    from ggjac.analysis.ranks import ranks as measure
-    from ggjac.cli.render import emit_json, emit_tables, line
-    from ggjac.cli.session import (
-        doubts,
-        open_options,
-        settings,
-        show_doubts,
-        show_saved,
-        show_tokens,
-        show_warnings,
-        usage_errors,
-    )
+    from ggjac.analysis.ranks import Ranks
+    from ggjac.cli.render import emit_json, emit_tables
+    from ggjac.cli.result import failed
+    from ggjac.cli.session import doubts, show_doubts, show_saved, show_tokens, show_warnings
+    from ggjac.cli.studies import common, run, show_ready
 
-    model, options = open_options(what), settings(what)
-    with usage_errors():
-        prompts = what.prompts(model.chat)
-    if what.trace and len(prompts) > 1:
-        raise click.UsageError(
-            "--trace keeps the forward pass of one prompt, but --file has several; leave out --trace"
-        )
-    stages, options["stages"] = options["stages"], None
-    iteration: dict[str, Any] = {"tol": tol, "seed": seed, "max_sweeps": max_sweeps}
-
-    def planned(plan: "Plan") -> None:
-        warn_if_long(plan, model.gguf, options["threads"], str(model.device))
-
-    with stages.stage("ranks") as report, usage_errors():
-        result = measure(model, prompts, output, progress=report, planned=planned, **iteration, **options)
-    records = result.records
-    result.envelope["warnings"] += what.remarks()
+    found, output = run(what, many, "ranks", output, tol=tol, seed=seed, max_sweeps=max_sweeps)
+    records, envelope = found.records, found.envelope
+    result = Ranks(records, found.ready, envelope)
     if output_format == "json":
-        envelope = result.envelope
-        if len(records) > 1:
-            envelope = {k: v for k, v in envelope.items() if k not in ("prompt", "tokens", "position")}
-        emit_json(envelope | {"ranks": result.data()})
+        emit_json(common(envelope, records) | {"ranks": result.data()})
     elif output_format != "table":
-        emit_tables([result], None, output_format, [*result.envelope["warnings"], *doubts(result.envelope["model"])])
+        emit_tables([result], None, output_format, [*envelope["warnings"], *doubts(envelope["model"])])
     else:
         if len(records) == 1:
-            show_tokens(result.envelope["tokens"], ())
-        show_warnings(result.envelope["warnings"])
-        show_doubts(result.envelope["model"])
+            show_tokens(envelope["tokens"], ())
+        show_warnings(envelope["warnings"])
+        show_doubts(envelope["model"])
         show(result.data())
-        if result.ready and output:
-            line(f"{result.ready} of {len(records)} prompts were already in {display.visible(os.fsencode(output))}")
+        show_ready(found, output)
         show_saved(output)
-    if any(r["stopped_by"] == "sweeps" or not r["reconstruction"]["healthy"] for r in records):
+    if any(map(failed, records)):
         ctx.exit(3)
 
 

@@ -12,7 +12,7 @@ import click
 
 from ggjac import display, planner, runs
 from ggjac.chat import ChatError
-from ggjac.cli import texts
+from ggjac.cli import texts, together
 from ggjac.cli.options import ModelOptions, asked_name
 from ggjac.cli.planning import requested, warn_if_long
 from ggjac.cli.progress import Reporter
@@ -75,8 +75,13 @@ def open_options(what: ModelOptions) -> Model:
     Raises:
         click.UsageError: there is no such device.
     """
+    context, place = click.get_current_context(), together.here()
+    together.refuse(context.info_name or "", context.params | {"trace": what.trace})
     try:
         how: dict[str, Any] = {"device": what.device, "dtype": what.dtype, "threads": what.threads}
+        if place:
+            threads = what.threads or place.threads()
+            how |= {"device": place.device(what.device), "threads": threads, "group": place.group}
         return open_model(what.model, asked=asked_name(what.model), context=what.context, **how)
     except DeviceError as error:
         raise click.UsageError(f"--device: {error}") from error
@@ -84,12 +89,15 @@ def open_options(what: ModelOptions) -> Model:
 
 def settings(what: ModelOptions) -> dict[str, Any]:
     """Return the options of a `Session` as the command line gives them."""
+    place, budget = together.here(), {"ram_budget": what.ram_budget, "vram_budget": what.vram_budget}
+    if place:
+        given = {name: size for name, size in budget.items() if size is not None}
+        budget |= place.budget(place.device(what.device)) | given
     return {
+        **budget,
         "parse_special": what.parse_special,
         "mlp_path": what.mlp_path,
         "trace": what.trace,
-        "ram_budget": what.ram_budget,
-        "vram_budget": what.vram_budget,
         "threads": what.threads,
         "stages": Reporter(what.quiet),
         "command": ["ggjac", *sys.argv[1:]],

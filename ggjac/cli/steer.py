@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import click
 
+from ggjac.cli import together
 from ggjac.cli.options import (
     STEER_CONCEPT,
     STEER_CONTROL,
@@ -83,6 +84,7 @@ class Strengths(click.ParamType):
     "--export-control-vector",
     "control_vector",
     type=click.Path(path_type=Path),
+    callback=together.own,
     metavar="FILE",
     help="Save what the last strength adds at the prompt's last position as a control vector for llama.cpp.",
 )

@@ -1,26 +1,26 @@
 """`ggjac svd`: singular values and vectors of the detached Jacobian, decoded."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from ggjac.cli.options import (
+    Many,
     ModelOptions,
     hide_special,
+    many_options,
     model_options,
     output,
     position,
     resume,
     scores,
+    search_dtype,
     spectrum_options,
     tabular_format,
     top,
 )
 from ggjac.cli.planning import dry_run
-
-if TYPE_CHECKING:
-    from ggjac.results import Result
 
 NUMBERS = 32  # columns of the terminal that the numbers of singular vectors take, and the gaps
 PLACES, WORDS = 3, 8  # of the tables: positions of each right vector, tokens of each left one
@@ -28,9 +28,11 @@ PLACES, WORDS = 3, 8  # of the tables: positions of each right vector, tokens of
 
 @click.command()
 @model_options()
+@many_options
 @dry_run
 @position
 @spectrum_options
+@search_dtype
 @top("Tokens per vector.")
 @hide_special
 @scores
@@ -43,11 +45,13 @@ PLACES, WORDS = 3, 8  # of the tables: positions of each right vector, tokens of
 @tabular_format
 def svd(
     what: ModelOptions,
+    many: Many,
     position: int,
     rank: int,
     tol: float,
     max_sweeps: int,
     seed: int,
+    search_dtype: str,
     top: int,
     hide_special: bool,
     per_token: bool,
@@ -64,35 +68,27 @@ def svd(
     \b
     ggjac svd -m model.gguf -p "The capital of France is" -k 4 -o svd.safetensors
     """
-    from ggjac.analysis.per_token import per_token as each_token
-    from ggjac.analysis.per_token import tensors as token_tensors
-    from ggjac.analysis.svd import spectrum
     from ggjac.cli.result import finish
     from ggjac.cli.session import check_resume, open_session
+    from ggjac.cli.studies import over_prompts
     from ggjac.session import checkpoint
+    from ggjac.studies.measures import answer_svd
 
+    settings: dict[str, Any] = {"rank": rank, "tol": tol, "seed": seed}
+    options = settings | {"top": top, "max_sweeps": max_sweeps, "hide_special": hide_special, "per_token": per_token}
+    if many.each_line:
+        options["search_dtype"] = "same" if search_dtype == "auto" else search_dtype  # the same bits on any worker
+        return over_prompts(what, many, "svd", output, output_format, position=position, **options)
     check_resume(output, resume)
     session = open_session(what, position=position, rank=rank, output=output)
-    settings: dict[str, Any] = {"rank": rank, "tol": tol, "seed": seed}
-    iteration = settings | {"top": top, "max_sweeps": max_sweeps, "hide_special": hide_special}
-    marks = {"per_token": per_token} if per_token else {}
-    words = session.words
+    marks: dict[str, Any] = {"search-dtype": search_dtype} | ({"per_token": per_token} if per_token else {})
     with session.checkpointed(checkpoint(output), resume=resume, output=output, **settings, **marks):
-        # First, since the joint map takes the matrix that this may leave.
-        each = session.run("svd per token", each_token, **iteration) if per_token else None
-        result = session.run("svd", spectrum, **iteration)
-        results: list[Result] = [result]
-        content = {"reconstruction": session.reconstruction().data(), "svd": result.data(words)}
-        tensors = result.tensors()
-        if each is not None:
-            results.append(each)
-            content["svd"]["per_token"] = [one.data(words) for one in each]
-            tensors |= token_tensors(each)
+        answer = answer_svd(session, search_dtype=search_dtype, **options)
         if output:
-            session.save(output, tensors, **settings)
+            session.save(output, answer.tensors, **settings)
     if per_token and output_format == "csv":
         session.notes.append("csv has the joint map alone; each position's own is in --format latex, json or table")
-    finish(session, content, output_format, output, results=results, svd=show)
+    finish(session, answer.content, output_format, output, results=answer.results, svd=show)
 
 
 def show(data: dict[str, Any]) -> None:
@@ -134,7 +130,8 @@ def show_spectrum(data: dict[str, Any]) -> None:
         line(ending(data))
     else:
         state = "converged" if data["converged"] else f"NOT converged to {data['tol']:.0e}"
-        line(f"{state} after {data['sweeps']} sweeps (stopped by: {data['stopped_by']})")
+        rough = f", {data['rough_sweeps']} of them rough" if data["rough_sweeps"] else ""
+        line(f"{state} after {data['sweeps']} sweeps{rough} (stopped by: {data['stopped_by']})")
     cut = data["triplets"] and cut_after(
         data["triplets"][-1]["singular_value"], len(data["triplets"]), data["next_singular_value"]
     )

@@ -64,6 +64,18 @@ def read(path: Path) -> str:
     return text.removesuffix("\n").removesuffix("\r") if text.endswith("\r\n") else text.removesuffix("\n")
 
 
+def prompts(text: str, path: Path) -> list[str]:
+    """Return the lines of a file's text that are not empty, each once.
+
+    Raises:
+        click.UsageError: it has none.
+    """
+    lines = dict.fromkeys(part.removesuffix("\r") for part in text.split("\n") if part.strip())
+    if not lines:
+        raise click.UsageError(f"--file {path} has no prompt; write one on each line")
+    return list(lines)
+
+
 def piped() -> bool:
     """Return whether stdin holds a text that somebody passed, and keep it for `read`; a silent pipe holds none."""
     try:

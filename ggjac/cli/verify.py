@@ -1,16 +1,18 @@
 """`ggjac verify`: the same tokens, logits and layers as llama.cpp?"""
 
 import math
+from pathlib import Path
 from typing import Any
 
 import click
 
-from ggjac.cli.options import ModelOptions, model_options, tabular_format
+from ggjac.cli.options import Many, ModelOptions, many_options, model_options, output, tabular_format
 from ggjac.cli.planning import dry_run
 
 
 @click.command()
 @model_options()
+@many_options
 @dry_run
 @click.option(
     "--strict",
@@ -26,8 +28,9 @@ from ggjac.cli.planning import dry_run
     show_default=True,
     help="Tensors in the table, those that differ most.",
 )
+@output("With --each-line: the file of JSON lines.")
 @tabular_format
-def verify(what: ModelOptions, strict: bool, shown: int, output_format: str) -> None:
+def verify(what: ModelOptions, many: Many, strict: bool, shown: int, output: Path | None, output_format: str) -> None:
     """Compare tokens, logits and every layer with llama.cpp on the same file; exit code 3 if they disagree.
 
     On a quantized file llama.cpp rounds activations to 8 bits, so that only the top token must agree; --strict removes
@@ -39,16 +42,21 @@ def verify(what: ModelOptions, strict: bool, shown: int, output_format: str) -> 
     """
     from ggjac.cli.result import finish
     from ggjac.cli.session import open_session
+    from ggjac.cli.studies import over_prompts
+    from ggjac.studies.measures import answer_verify
 
+    if many.each_line:
+        return over_prompts(what, many, "verify", output, output_format, strict=strict)
+    if output:
+        raise click.UsageError("-o is for --each-line: save the JSON of one prompt with --format json > FILE")
     session = open_session(what, tapes=False)
-    result = session.verify(strict=strict)
-    content = {"parity": result.data(session.words)}
+    answer = answer_verify(session, strict=strict)
 
     def show_all(data: dict[str, Any]) -> None:
         show(data)
         show_layers(data, shown)
 
-    finish(session, content, output_format, results=[result], parity=show_all)
+    finish(session, answer.content, output_format, results=answer.results, parity=show_all)
 
 
 def show(data: dict[str, Any]) -> None:

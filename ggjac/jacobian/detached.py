@@ -27,7 +27,7 @@ from ggjac import ways
 from ggjac.jacobian.sweep import FrozenNetwork, SharedSweep, Span, Tap
 from ggjac.linop import Homogeneous, LinearOperator, Select
 from ggjac.results import Table
-from ggjac.runs.journal import Journal
+from ggjac.runs.journal import Records
 from ggjac.sizes import CHUNK_BYTES, SLICE, MlpPath, chunk_floats
 from ggjac.svd import SVD, check_options, roughly_first, svd, svd_of_matrix
 from ggjac.ways import Task, takes_matrix
@@ -73,7 +73,7 @@ class DetachedJacobian(LinearOperator):
         span: Span | None = None,
         *,
         raw: bool = False,
-        journal: Journal | None = None,
+        journal: Records | None = None,
         chunk_bytes: int = CHUNK_BYTES,
     ):
         n, d = network.x.shape
@@ -225,7 +225,7 @@ class DetachedJacobian(LinearOperator):
             ValueError: an argument is out of range, or a product is not finite.
         """
         check_options(self, rank, tol=tol, max_sweeps=max_sweeps, block=block, seed=seed)
-        matrix = self.matrix(Task(rank)) if block is None and search_dtype is None else None
+        matrix = self.matrix(Task(rank)) if block is None else None
         if matrix is not None:
             found = svd_of_matrix(matrix.flatten(1), rank, tol=tol, sweeps=self.matrix_sweeps)
             found = replace(found, Vh=found.Vh.unflatten(1, self.in_shape))

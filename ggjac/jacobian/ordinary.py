@@ -224,6 +224,7 @@ class _Forgetful:
     def __init__(self, weights: BlockWeights):
         self._weights = weights
         self._on_loan: dict[int, WeightMatrix] = {}  # by address, while a product uses them
+        self.slab = weights.slab
 
     def __contains__(self, name: str) -> bool:
         return name in self._weights
@@ -243,6 +244,22 @@ class _Forgetful:
     def wide_vector(self, name: str) -> Tensor:
         """Return a small dense tensor in float32 at least."""
         return self._weights.wide_vector(name)
+
+    def shares(self, stem: str) -> bool:
+        """Return whether others have more terms of a sum."""
+        return self._weights.shares(stem)
+
+    def holds(self, expert: int) -> bool:
+        """Return whether an expert is among these weights."""
+        return self._weights.holds(expert)
+
+    def joined(self, part: LinearOperator, *, inputs: bool = True, outputs: bool = True) -> LinearOperator:
+        """Return an operator, completed by those who have the rest of it."""
+        return self._weights.joined(part, inputs=inputs, outputs=outputs)
+
+    def gathered(self, own: Tensor, stem: str) -> Tensor:
+        """Return numbers of each head, from those of some."""
+        return self._weights.gathered(own, stem)
 
     def forgetting(self) -> AbstractContextManager:
         """Return a context in which graphs are built without the tiles."""

@@ -19,7 +19,7 @@ from ggjac.blocks import BlockWeights, Frame, FrozenBlock, NormTape, affine, blo
 from ggjac.decode import Head
 from ggjac.jacobian.tapes import Tapes
 from ggjac.linop import Identity, LinearOperator
-from ggjac.runs.journal import Journal, Product
+from ggjac.runs.journal import Product, Records
 from ggjac.sizes import Kind
 from ggjac.weights import Weight
 
@@ -110,7 +110,7 @@ class SharedSweep:
         position: int,
         *,
         raw: bool = False,
-        journal: Journal | None = None,
+        journal: Records | None = None,
     ):
         for start, tap in spans:
             if not 0 <= start < tap.index <= len(network.tapes):

@@ -202,7 +202,8 @@ class Tapes:
         path = self._path(index)
         try:
             tensors, metadata = stored.load_tensors(path)
-            tape = _restored(json.loads(metadata["tape"]), {name: t.to(self.device) for name, t in tensors.items()})
+            there = {name: t.to(self.device) if t.is_floating_point() else t for name, t in tensors.items()}
+            tape = _restored(json.loads(metadata["tape"]), there)  # indices stay on the host
         except runs.JournalError as error:
             raise TapeError(f"{error}; remove the folder to trace the prompt again") from error
         except (LookupError, TypeError, ValueError, RecursionError) as error:

@@ -15,7 +15,7 @@ from typing import Any
 
 from ggjac.gguf import GGUFFile, TensorInfo
 from ggjac.planner import machine
-from ggjac.sizes import ON_THE_WAY, TILE_ELEMENTS
+from ggjac.sizes import ON_THE_WAY, SMALL_PIECES
 
 DISK_REGIONS = 4  # places in the file that are read after dropping them from the page cache
 DISK_BYTES = 64 << 20  # read at each, at most
@@ -134,6 +134,7 @@ def measure(
     dtype: str = "float32",
     threads: int | None = None,
     device: str = "cpu",
+    tile: int = SMALL_PIECES.tile,
 ) -> Measured:
     """Measure the rates that a plan for this file needs.
 
@@ -144,6 +145,7 @@ def measure(
         dtype: of all computation.
         threads: default as `machine.torch_threads`.
         device: of all computation.
+        tile: elements of a tile.
     """
     import torch
 
@@ -155,8 +157,8 @@ def measure(
         weights = sum(types.values())
         common = [name for name, count in types.items() if count > weights / 50]
         main = max(common, key=lambda name: types[name])
-        by_type = {name: turn_rates(file, name, columns[-1], dtype, threads, device) for name in common}
-        fewer = {count: turn_rates(file, main, count, dtype, threads, device)[1] for count in columns[:-1]}
+        by_type = {name: turn_rates(file, name, columns[-1], dtype, threads, device, tile) for name in common}
+        fewer = {count: turn_rates(file, main, count, dtype, threads, device, tile)[1] for count in columns[:-1]}
         disk, method = disk_rate(file)
         return Measured(
             disk=disk,
@@ -164,7 +166,7 @@ def measure(
             types={name: weights_per_second for name, (weights_per_second, _) in by_type.items()},
             multiply=fewer | {columns[-1]: by_type[main][1]},
             copy=copy_rate(),
-            bus=math.inf if device == "cpu" else bus_rate(device),
+            bus=math.inf if device == "cpu" else bus_rate(device, tile),
             touch=touch_rate() if device == "cpu" else math.inf,
             call=call_seconds(file, main, dtype, threads, device),
             dtype=dtype,
@@ -210,7 +212,14 @@ def dominant(file: GGUFFile, type: str) -> TensorInfo:
 
 
 def turn_rates(
-    file: GGUFFile, type: str, columns: int, dtype: str, threads: int, device: str = "cpu", budget: float = 0.2
+    file: GGUFFile,
+    type: str,
+    columns: int,
+    dtype: str,
+    threads: int,
+    device: str = "cpu",
+    tile: int = SMALL_PIECES.tile,
+    budget: float = 0.2,
 ) -> tuple[float, float]:
     """Return weights per second dequantized, and FLOP per second of products with them, alternating as in a sweep.
 
@@ -226,7 +235,7 @@ def turn_rates(
     store = WeightStore(file, device=torch.device(device), dtype=kind, threads=threads)
     store.place([], {"device": info.nbytes})
     into = info.shape[-1]
-    rows = min(info.rows, max(1, TILE_ELEMENTS // into))
+    rows = min(info.rows, max(1, tile // into))
     X, Y = (torch.ones(columns, width, dtype=kind, device=device) for width in (into, rows))
     onto_X, onto_Y = torch.empty_like(X), torch.empty_like(Y)
     seconds: dict[str, list[float]] = {"dequantize": [], "up": [], "down": []}
@@ -241,14 +250,36 @@ def turn_rates(
     end, turn = time.perf_counter() + budget, 0
     while turn < 2 * TURNS or time.perf_counter() < end:
         at = turn * rows % (info.rows - rows + 1) if device == "cpu" else 0
-        tile = timed("dequantize", store.dequantize, Key(info.name, at, at + rows, 0, into), "device")
+        dense = timed("dequantize", store.dequantize, Key(info.name, at, at + rows, 0, into), "device")
         if turn % 2:
-            timed("up", partial(onto_Y.addmm_, beta=0), X, tile.T)
+            timed("up", partial(onto_Y.addmm_, beta=0), X, dense.T)
         else:
-            timed("down", partial(onto_X.addmm_, beta=0), Y, tile)
+            timed("down", partial(onto_X.addmm_, beta=0), Y, dense)
         turn += 1
     dequantize, up, down = (statistics.median(times[1:]) for times in seconds.values())  # without the first of each
     return rows * into / dequantize, 2 * 2 * columns * rows * into / (up + down)
+
+
+def rounding_gain(
+    file: GGUFFile, types: Mapping[str, int], columns: int, *, dtype: str, threads: int, device: str = "cpu"
+) -> float:
+    """Return how many times as fast weights are dequantized and multiplied in another dtype as in float32.
+
+    Args:
+        file: the model.
+        types: weights to dequantize, by storage type; the most frequent one is measured.
+        columns: of the products: positions times stacked vectors.
+        dtype: the other one.
+        threads, device: as `measure` takes them.
+    """
+    type, columns = max(types, key=lambda name: types[name]), min(columns, MOST_COLUMNS)
+
+    def seconds(dtype: str) -> float:
+        """Return the seconds that a weight takes."""
+        weights, flop = turn_rates(file, type, columns, dtype, threads, device)
+        return 1 / weights + 2 * columns / flop
+
+    return seconds("float32") / seconds(dtype)
 
 
 def square_rate(dtype: str, device: str = "cpu", threads: int | None = None, size: int = 1536) -> float:
@@ -294,22 +325,22 @@ def touch_rate() -> float:
     return TOUCH_BYTES / seconds_of(lambda: torch.zeros(TOUCH_BYTES, dtype=torch.uint8).add_(1), 0.05)
 
 
-def bus_rate(device: str) -> float:
+def bus_rate(device: str, tile: int = SMALL_PIECES.tile) -> float:
     """Return bytes per second from ordinary memory to a device through buffers in pinned memory, as tiles travel."""
     import numpy as np
     import torch
 
     from ggjac.weights.bus import Bus
 
-    bus, tile = Bus(torch.device(device)), np.ones((1, TILE_ELEMENTS), np.uint8)
+    bus, bytes = Bus(torch.device(device)), np.ones((1, tile), np.uint8)
 
     def several() -> None:
         for _ in range(2 * ON_THE_WAY):
-            with bus.sent(tile) as there:
+            with bus.sent(bytes) as there:
                 there.view(-1)
         wait(device)
 
-    return 2 * ON_THE_WAY * tile.nbytes / seconds_of(several, 0.1)
+    return 2 * ON_THE_WAY * bytes.nbytes / seconds_of(several, 0.1)
 
 
 def pinned_rate(device: str) -> float:

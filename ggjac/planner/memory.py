@@ -11,7 +11,7 @@ from ggjac.config import Layer, ModelConfig
 from ggjac.config.mixers import MIXERS
 from ggjac.planner.passes import LayerPlan
 from ggjac.planner.work import Lookup, Sweeps, Work
-from ggjac.sizes import ITEM_BYTES, ON_THE_WAY, SLAB, TILE_ELEMENTS, scan_chunk
+from ggjac.sizes import ITEM_BYTES, ON_THE_WAY, SLAB, Pieces, scan_chunk
 
 if TYPE_CHECKING:  # NumPy would be imported for types alone
     from ggjac.gguf import GGUFFile
@@ -36,6 +36,7 @@ def peak(
     threads: int,
     device: str,
     tapes_on_disk: bool,
+    pieces: Pieces,
 ) -> tuple[dict[str, int], dict[str, int]]:
     """Return the bytes of each part of RAM and of device memory at the peak, without weights kept between sweeps.
 
@@ -44,32 +45,32 @@ def peak(
     """
     item = ITEM_BYTES[work.dtype]
     on_cpu = device == "cpu"
-    elements = min(TILE_ELEMENTS, max(info.elements for info in file.tensors.values()))
+    elements = min(pieces.tile, max(info.elements for info in file.tensors.values()))
     tapes = [layer.tape_bytes for layer in layers] if work.tapes else [0]
     steps = [{"trace": trace_floats(config, work.n) * max(4, item)}]
-    steps += [_sweep_parts(config, work, step) for step in work.sweeps]
-    steps += [_lookup_parts(config, work, step) for step in work.lookups]
+    steps += [_sweep_parts(config, work, step, pieces.slab) for step in work.sweeps]
+    steps += [_lookup_parts(config, work, step, pieces.tile) for step in work.lookups]
     largest = max(steps, key=lambda parts: sum(parts.values()))
     parts = {
         "process": BASE_BYTES["cpu"] + threads * THREAD_BYTES if on_cpu else CONTEXT_BYTES,
         "tapes": max(tapes) * 2 if tapes_on_disk else sum(tapes),
         "tile": elements * (item if on_cpu else item + DEQUANTIZING_BYTES),
-        **({} if on_cpu else {"on the way": _on_the_way(file)}),
+        **({} if on_cpu else {"on the way": _on_the_way(file, pieces.tile)}),
         **work.buffers,
         **{part: size for part, size in largest.items() if size},
     }
     if on_cpu:
         return parts, {}
-    return {"process": BASE_BYTES["cuda"], "on the way": _on_the_way(file, pinned=True)}, parts
+    return {"process": BASE_BYTES["cuda"], "on the way": _on_the_way(file, pieces.tile, pinned=True)}, parts
 
 
-def _on_the_way(file: "GGUFFile", *, pinned: bool = False) -> int:
+def _on_the_way(file: "GGUFFile", tile: int, *, pinned: bool = False) -> int:
     """Return the bytes of tiles on their way to a device; torch rounds a pinned buffer up to a power of two."""
-    largest = max(math.ceil(min(TILE_ELEMENTS, i.elements) * i.nbytes / i.elements) for i in file.tensors.values())
+    largest = max(math.ceil(min(tile, i.elements) * i.nbytes / i.elements) for i in file.tensors.values())
     return ON_THE_WAY * (1 << (largest - 1).bit_length() if pinned else largest)
 
 
-def _sweep_parts(config: ModelConfig, work: Work, step: Sweeps) -> dict[str, int]:
+def _sweep_parts(config: ModelConfig, work: Work, step: Sweeps, slab: int) -> dict[str, int]:
     """Return the working memory of a sweep: its vectors, under way or as a complete result, and Krylov bases."""
     item = ITEM_BYTES[work.dtype]
     wide = max(4, item)  # bases and softmax are at least in float32
@@ -82,17 +83,17 @@ def _sweep_parts(config: ModelConfig, work: Work, step: Sweeps) -> dict[str, int
         rounded = bool(step.bases) and item < wide
         counted = alone_floats if region.sequential else sweep_floats
         # A decomposition goes both ways.
-        floats = max(counted(config, n, up=up) for up in ({False, step.up} if step.bases else {step.up}))
+        floats = max(counted(config, n, up=up, slab=slab) for up in ({False, step.up} if step.bases else {step.up}))
         moving = (floats + (step.stream_copies + rounded) * n * config.d) * item
     bases = sum(b.maps * basis_floats(config, b.positions, b.width, b.sweeps) for b in step.bases) // region.rounds
     result = round(step.result_floats * work.n * config.d) * item
     return {"vectors": step.vectors * max(moving, result), "bases": bases * wide, **step.buffers}
 
 
-def _lookup_parts(config: ModelConfig, work: Work, step: Lookup) -> dict[str, int]:
+def _lookup_parts(config: ModelConfig, work: Work, step: Lookup, tile: int) -> dict[str, int]:
     """Return the working memory of a pass over the vocabulary: scores of a tile and the vectors, or all logits."""
     vectors = max(step.head, step.embedding)
-    scores = vectors * (4 * min(TILE_ELEMENTS // config.d, config.vocabulary) + 2 * config.d)
+    scores = vectors * (4 * min(tile // config.d, config.vocabulary) + 2 * config.d)
     return {"decoding": (scores + 3 * step.logits * config.vocabulary) * max(4, ITEM_BYTES[work.dtype])}
 
 
@@ -100,7 +101,7 @@ def _lookup_parts(config: ModelConfig, work: Work, step: Lookup) -> dict[str, in
 # Floats of working memory
 
 
-def sweep_floats(config: ModelConfig, n: int, *, up: bool) -> int:
+def sweep_floats(config: ModelConfig, n: int, *, up: bool, slab: int = SLAB) -> int:
     """Return the floats that one stacked vector takes at most on its way through a block of `n` positions.
 
     They are the tensors alive at once in the code of `linop`, `blocks` and `jacobian`; torch's allocator counts the
@@ -130,10 +131,10 @@ def sweep_floats(config: ModelConfig, n: int, *, up: bool) -> int:
     bank = n * _bank(config)
     if up:
         attention = max(_attention_up(d, n, path) for path in _paths(config, n))
-        return bank + max(attention, _ffn_floats(config, n, 4 * d, 0, lambda s: 2 * s, 2 * d))
+        return bank + max(attention, _ffn_floats(config, n, slab, 4 * d, 0, lambda s: 2 * s, 2 * d))
     centred = d if more or row.norm != "rms" else 0
     attention = max(_attention_down(d, n, path, centred) for path in _paths(config, n)) + _beside(config, n)
-    return bank + max(attention, _ffn_floats(config, n, 2 * d + more, d, lambda s: max(2 * s, s + d), d))
+    return bank + max(attention, _ffn_floats(config, n, slab, 2 * d + more, d, lambda s: max(2 * s, s + d), d))
 
 
 class _Path(NamedTuple):
@@ -183,7 +184,7 @@ def _attention_down(d: int, n: int, path: _Path, centred: int) -> int:
     return n * (2 * d + max(mixing, 2 * d + q + centred, q + again * kv + d))
 
 
-def alone_floats(config: ModelConfig, n: int, *, up: bool) -> int:
+def alone_floats(config: ModelConfig, n: int, *, up: bool, slab: int = SLAB) -> int:
     """Return the floats like `sweep_floats`, for single-block maps that write only the last position.
 
         up     stream, normed stream, values twice (or centred stream)
@@ -194,7 +195,7 @@ def alone_floats(config: ModelConfig, n: int, *, up: bool) -> int:
     """
     d, row, paths = config.d, config.row, _paths(config, n)
     kv = max(path.values for path in paths)
-    once, centred = sweep_floats(config, 1, up=up), d if row.norm != "rms" else 0
+    once, centred = sweep_floats(config, 1, up=up, slab=slab), d if row.norm != "rms" else 0
     if up:
         normed = d if row.norms.attention_in else 0
         return n * d + max(n * (normed + max(2 * kv, centred)), once)
@@ -208,7 +209,7 @@ def _beside(config: ModelConfig, n: int) -> int:
 
 
 def _ffn_floats(
-    config: ModelConfig, n: int, stream: int, summed: int, hidden: Callable[[int], int], gathered: int
+    config: ModelConfig, n: int, slab: int, stream: int, summed: int, hidden: Callable[[int], int], gathered: int
 ) -> int:
     """Return the floats of a feed-forward branch.
 
@@ -216,7 +217,7 @@ def _ffn_floats(
     twice its even share, and one more. With leading dense blocks, the larger of the two kinds counts.
 
     Args:
-        config, n: the model's sizes and the positions.
+        config, n, slab: the model's sizes, the positions, and hidden units at a time.
         stream: floats of copies of the stream at each position.
         summed: floats of the sum over experts at each position.
         hidden: of a slab's width, the floats of its hidden units at each position.
@@ -224,7 +225,7 @@ def _ffn_floats(
     """
 
     def network(width: int) -> int:
-        return hidden(min(SLAB, width)) + (config.d if width > SLAB else 0)
+        return hidden(min(slab, width)) + (config.d if width > slab else 0)
 
     dense = max(n * (stream + network(own.hidden_units)) if own.hidden_units else 0 for own in config.layers)
     if not any(own.routed for own in config.layers):
@@ -338,7 +339,7 @@ def _decoding(work: Work, tapes_on_disk: bool) -> str:
 # None if no option does.
 PARTS: dict[str, str | Callable[[Work, bool], str] | None] = {
     "process": None,  # Python, torch and the buffers of threads
-    "tile": None,  # a matrix is dequantized in tiles of a fixed size
+    "tile": None,  # a matrix is dequantized in tiles, large ones where there is room
     "on the way": None,  # a fixed number of tiles on their way to the device
     "tapes": _tapes,  # grow with the prompt, attention patterns with its square
     "trace": FEWER_TOKENS,  # streams and attention scores of all positions

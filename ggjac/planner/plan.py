@@ -6,6 +6,7 @@ the work (`ggjac.planner.work`), what passes over each block read and compute (`
 two.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,7 @@ from ggjac.planner import machine, memory, passes, work
 from ggjac.planner.passes import LayerPlan, Pass
 from ggjac.planner.work import JACOBIAN, Lookup, PlanError, Region, Work
 from ggjac.results import Table
-from ggjac.sizes import MlpPath
+from ggjac.sizes import LARGE_PIECES, PIECES_SHARE, SMALL_PIECES, MlpPath, Pieces
 from ggjac.units import size
 
 if TYPE_CHECKING:  # NumPy would be imported for types alone
@@ -63,6 +64,7 @@ class Plan:
         budget: memory that may be used.
         file_bytes: of all shards.
         tapes_on_disk: tapes are kept in a folder, one at a time in memory.
+        pieces: sizes of tiles and of slabs: small ones on the CPU.
     """
 
     work: Work
@@ -78,6 +80,7 @@ class Plan:
     budget: Budget
     file_bytes: int
     tapes_on_disk: bool = False
+    pieces: Pieces = SMALL_PIECES
 
     def data(self) -> dict[str, Any]:
         """Return the plan as plain data, ready for JSON: bytes, weights, FLOP."""
@@ -308,7 +311,13 @@ def make(
         tapes_on_disk: keep tapes in a folder and one at a time in memory.
     """
     layers = tuple(passes.layer_plan(file, config, i, work, mlp_path) for i in range(config.block_count))
-    ram, vram = memory.peak(file, config, work, layers, threads=threads, device=device, tapes_on_disk=tapes_on_disk)
+    budget = budget or Budget(ram=machine.default_budget())
+    for pieces in [SMALL_PIECES] if device == "cpu" else [LARGE_PIECES, SMALL_PIECES]:
+        ram, vram = memory.peak(
+            file, config, work, layers, threads=threads, device=device, tapes_on_disk=tapes_on_disk, pieces=pieces
+        )
+        if _has_room(ram, vram, budget):
+            break
     tokens = file.tensors["token_embd.weight"]
     plan = Plan(
         work=work,
@@ -321,11 +330,18 @@ def make(
         nearest=passes.matrix(tokens),
         ram=ram,
         vram=vram,
-        budget=budget or Budget(ram=machine.default_budget()),
+        budget=budget,
         file_bytes=file.nbytes,
         tapes_on_disk=tapes_on_disk,
+        pieces=pieces,
     )
     return replace(plan, layers=_placed(plan))
+
+
+def _has_room(ram: Mapping[str, int], vram: Mapping[str, int], budget: Budget) -> bool:
+    """Return whether there is room for the work's parts and for weights: RAM suffices, and a part of the device's."""
+    most = math.inf if budget.vram is None else PIECES_SHARE * budget.vram
+    return sum(ram.values()) <= (math.inf if budget.ram is None else budget.ram) and sum(vram.values()) <= most
 
 
 def check(plan: Plan) -> None:

@@ -52,6 +52,8 @@ from ggjac.sizes import (
     KINDS,
     MAPS,
     PROBES,
+    ROUGH_FROM,
+    SLAB,
     SLICE,
     TOKENS_AT_ONCE,
     WAITING_BYTES,
@@ -430,9 +432,20 @@ class _Builder:
     def spectrum(self) -> tuple[Sweeps | Lookup, ...]:
         """Return the decomposition of the joint map, unless the matrix is there, and the decoding of its vectors."""
         rank, (width, sweeps) = self.request.rank, self.block(self.n)
-        joint = Sweeps("svd", sweeps, width, bases=(KrylovBases(1, self.n, width, sweeps),))
+        joint = Sweeps(
+            "svd",
+            sweeps,
+            width,
+            bases=(KrylovBases(1, self.n, width, sweeps),),
+            buffers={"rounded vectors": 2 * width * self.n * max(self.d, SLAB)} if self.may_search_roughly else {},
+        )
         found = () if self.by_matrix else (joint,)
         return *found, Lookup("decoding", head=rank, embedding=rank * self.n)
+
+    @property
+    def may_search_roughly(self) -> bool:
+        """Whether the decomposition of the joint map may begin with products rounded to bfloat16."""
+        return self.dtype == "float32" and self.d >= ROUGH_FROM
 
     def ordinary(self) -> tuple[Sweeps, ...]:
         """Return a product with the ordinary Jacobian: forward mode carries the values along with one tangent.

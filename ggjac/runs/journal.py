@@ -26,7 +26,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -122,6 +122,14 @@ class _Kept:
     @property
     def unchanged(self) -> bool:
         return self.versions == _versions(self.tensors)
+
+
+@runtime_checkable
+class Records(Protocol):
+    """What gives the products of a run, in order: a journal, or the one that several processes share."""
+
+    def product(self, kind: str, inputs: Sequence[Tensor]) -> Product:
+        """Return the next product, with the result or state that an earlier attempt saved."""
 
 
 class Journal:

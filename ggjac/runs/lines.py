@@ -3,11 +3,11 @@
 import json
 import os
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ggjac.runs.files import SCHEMA_VERSION, RunError
+from ggjac.runs.files import SCHEMA_VERSION, RunError, save_bytes
 
 # How a record begins, as `json.dumps` writes it.
 _BEGINNING = f'{{"schema_version": {SCHEMA_VERSION}, "prompt": '.encode()
@@ -24,7 +24,7 @@ class Lines:
         whole: reads what a record must have further; KeyError, TypeError and the like refuse it.
 
     Attributes:
-        records: by prompt, see `key`.
+        records: by prompt, see `key`; of several about one prompt, the last.
 
     Raises:
         RunError: the file holds something else, or records with other settings; it is left as it is.
@@ -40,67 +40,132 @@ class Lines:
     ):
         self.path, self.settings, self.fields, self.whole = path, settings, set(fields), whole
         self.records: dict[str, dict[str, Any]] = {}
+        self._written: list[str] = []  # the prompt of each line of the file
         if path is None or not path.exists():
             return
-        with open(path, "rb") as file:  # a model, say, is refused before it is read
-            self._check_beginning(file.read(len(_BEGINNING)), 1)
-        content = path.read_bytes()
-        lines = content.split(b"\n")
-        rest = lines.pop()  # an interrupted write left less than a line
-        for number, part in enumerate(lines, 1):
-            record = self._checked(part, number)
-            self.records[key(record)] = record
-        if rest:
-            self._check_beginning(rest[: len(_BEGINNING)], len(lines) + 1)
-            os.truncate(path, len(content) - len(rest))
+        end = 0
+        for number, part in enumerate(parts(path), 1):
+            record = parsed(path, part, number)
+            if not self._complete(record):
+                raise foreign(path, part, number)
+            self._check_settings(record, number)
+            self._remember(record)
+            end += len(part) + 1
+        if end < path.stat().st_size:  # an interrupted write left less than a line
+            os.truncate(path, end)
 
-    def _check_beginning(self, found: bytes, number: int) -> None:
-        """Refuse what does not begin as a record does, or as a part of one."""
-        if found != _BEGINNING[: len(found)]:
-            raise self._foreign(found, number)
-
-    def _foreign(self, found: bytes, number: int) -> RunError:
-        """Return the error about a line that begins as `found`."""
-        version = re.match(rb'\{"schema_version": (\d{1,3}), "prompt"', found)
-        if version and int(version[1]) != SCHEMA_VERSION:
-            return RunError(
-                f"{self.path}: line {number} was written by another version of ggjac (schema version "
-                f"{int(version[1])}; this one writes {SCHEMA_VERSION}); choose another -o, and "
-                "all prompts are computed again"
-            )
-        return RunError(f"{self.path}: line {number} is not a result of this command; choose another -o")
-
-    def _checked(self, part: bytes, number: int) -> dict[str, Any]:
-        """Return a record, if it is one of this kind and was made in the same way."""
+    def _complete(self, record: dict[str, Any]) -> bool:
+        """Return whether a record is one of this kind."""
         try:
-            record = json.loads(part)
-            settings = dict(record["settings"])
-            _ = key(record), self.whole(record)
-            complete = record["schema_version"] == SCHEMA_VERSION and record.keys() >= self.fields
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            complete = False
-        if not complete:
-            raise self._foreign(part, number)
+            self.whole(record)
+            return record.keys() >= self.fields
+        except (ValueError, KeyError, TypeError, AttributeError):
+            return False
+
+    def _check_settings(self, record: dict[str, Any], number: int) -> None:
+        """Refuse a record that was made otherwise."""
         for name, value in self.settings.items():
-            if settings.get(name) != value:
+            found = record["settings"].get(name)
+            if found != value:
                 raise RunError(
-                    f"{self.path}: --{name}: line {number} was made with {settings.get(name)}, now {value}; choose "
-                    "another -o, or make it the same"
+                    f"{self.path}: --{name}: line {number} was made with {found}, now {value}; choose another -o, or "
+                    "make it the same"
                 )
-        return record
+
+    def _remember(self, record: dict[str, Any]) -> None:
+        self.records[key(record)] = record
+        self._written.append(key(record))
 
     def add(self, record: dict[str, Any]) -> None:
         """Append a record and flush it to the disk."""
-        self.records[key(record)] = record
+        self._remember(record)
         if self.path is None:
             return
         with open(self.path, "ab") as file:
-            file.write(json.dumps(record, allow_nan=False).encode("ascii") + b"\n")
+            file.write(encoded(record))
             file.flush()
             os.fsync(file.fileno())
+
+    def arrange(self, keys: Sequence[str]) -> None:
+        """Give the lines of some prompts the order of `keys`, one line for each; those of others stay where they are.
+
+        The file is written anew, in one step, only where that changes it: records are added as they are ready.
+
+        Raises:
+            RunError: it cannot be written.
+        """
+        those = set(keys)
+        order = iter(keys)
+        wanted = [next(order) if name in those else name for name in dict.fromkeys(self._written)]
+        if self.path is not None and wanted != self._written:
+            save_bytes(self.path, b"".join(encoded(self.records[name]) for name in wanted))
+        self._written = wanted
 
 
 def key(record: Mapping[str, Any]) -> str:
     """Return what distinguishes prompts: the text, or the token ids where there is none."""
     prompt = record["prompt"]
-    return str([token["id"] for token in record["tokens"]]) if prompt is None else f"text: {prompt}"
+    return prompt_key([token["id"] for token in record["tokens"]] if prompt is None else prompt)
+
+
+def prompt_key(prompt: str | Sequence[int]) -> str:
+    """Return the `key` of the record of a prompt, a text or token ids."""
+    return f"text: {prompt}" if isinstance(prompt, str) else str(list(prompt))
+
+
+def encoded(record: Mapping[str, Any]) -> bytes:
+    """Return a record as a line of the file."""
+    return json.dumps(record, allow_nan=False).encode("ascii") + b"\n"
+
+
+def parts(path: Path) -> Iterator[bytes]:
+    """Yield the lines of a file, without what an interrupted write may have left at its end.
+
+    Raises:
+        RunError: its beginning, or that of its end, is not one of a record.
+    """
+    with open(path, "rb") as file:  # a model, say, is refused before it is read
+        _check_beginning(path, file.read(len(_BEGINNING)), 1)
+        file.seek(0)
+        rest = b""
+        for number, line in enumerate(file, 1):
+            if line.endswith(b"\n"):
+                yield line[:-1]
+            else:
+                rest = line
+                _check_beginning(path, rest[: len(_BEGINNING)], number)
+
+
+def parsed(path: Path, part: bytes, number: int) -> dict[str, Any]:
+    """Return the record of a line.
+
+    Raises:
+        RunError: it is none, or one of another version.
+    """
+    try:
+        record = json.loads(part)
+        record["settings"] = dict(record["settings"])
+        _ = key(record)
+        known = record["schema_version"] == SCHEMA_VERSION
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        known = False
+    if not known:
+        raise foreign(path, part, number)
+    return record
+
+
+def _check_beginning(path: Path, found: bytes, number: int) -> None:
+    """Refuse what does not begin as a record does, or as a part of one."""
+    if found != _BEGINNING[: len(found)]:
+        raise foreign(path, found, number)
+
+
+def foreign(path: Path, found: bytes, number: int, remedy: str = "choose another -o") -> RunError:
+    """Return the error about a line that begins as `found`."""
+    version = re.match(rb'\{"schema_version": (\d{1,3}), "prompt"', found)
+    if version and int(version[1]) != SCHEMA_VERSION:
+        return RunError(
+            f"{path}: line {number} was written by another version of ggjac (schema version {int(version[1])}; this "
+            f"one writes {SCHEMA_VERSION}); choose another -o, and all prompts are computed again"
+        )
+    return RunError(f"{path}: line {number} is not a result of this command; {remedy}")

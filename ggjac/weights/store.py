@@ -9,6 +9,7 @@ import threading
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -18,10 +19,12 @@ from torch import Tensor
 from ggjac import quants
 from ggjac.gguf import GGUFFile, TensorInfo
 from ggjac.gguf.types import TYPES, holds_weights, row_bytes
-from ggjac.sizes import TILE_ELEMENTS, Part
+from ggjac.sizes import SMALL_PIECES, Part, Pieces
 from ggjac.weights.bus import Bus
 from ggjac.weights.cache import Cache, Key, Section
 from ggjac.weights.holes import VOCABULARY, Holes
+
+Operator = TypeVar("Operator")
 
 
 class WeightError(ValueError):
@@ -42,6 +45,7 @@ class WeightStore:
         bytes_read: quantized bytes dequantized.
         places: where the weights of each block are kept between sweeps; see `place`.
         cache: the weights that are kept.
+        pieces: sizes of tiles and of slabs.
         holes: rows of zeros among the weights that were read.
         invalid: rows of the vocabulary's matrices that hold NaN or infinite values, of those that were read, by tensor.
             A token that no text has must not stop everything.
@@ -57,6 +61,7 @@ class WeightStore:
         self.bytes_read = 0
         self.places: list[str] = []
         self.cache = Cache({})
+        self.pieces = SMALL_PIECES
         self._bus = None if device.type == "cpu" else Bus(device)
         self.holes = Holes(file.metadata)
         self.invalid: dict[str, set[int]] = defaultdict(set)
@@ -86,7 +91,7 @@ class WeightStore:
         """Refuse to go on if the file was changed by another program, as `GGUFFile.check_unchanged` says."""
         self.file.check_unchanged()
 
-    def place(self, places: Sequence[str], room: Mapping[str, int]) -> None:
+    def place(self, places: Sequence[str], room: Mapping[str, int], pieces: Pieces = SMALL_PIECES) -> None:
         """Choose where the weights of live blocks are kept between sweeps, and release those kept so far.
 
         Calling it again with equal arguments, as for another prompt, keeps what is cached; entries unused since then
@@ -96,11 +101,12 @@ class WeightStore:
             places: of each block: `"dense"` (on the device, in `dtype`), `"device"` (there, quantized), `"pinned"` (in
                 RAM, quantized, for a device) or `"file"` (not kept; the system's page cache). See `ggjac.planner`.
             room: bytes that may be kept at each place; weights that do not fit are read from the file.
+            pieces: sizes of tiles and of slabs from now on, in all passes.
         """
-        if (list(places), dict(room)) == (self.places, self.cache.room):
+        if (list(places), dict(room), pieces) == (self.places, self.cache.room, self.pieces):
             self.cache.age()
         else:
-            self.places, self.cache = list(places), Cache(room)
+            self.places, self.cache, self.pieces = list(places), Cache(room), pieces
 
     def dequantize(
         self, key: Key, place: str = "file", *, forgiving: bool = False, rounding: torch.dtype | None = None
@@ -292,7 +298,7 @@ class Weight:
         Rows of the vocabulary's matrices that hold NaN or infinite values are zeros; see `WeightStore.invalid`.
         """
         out, columns = self.shape
-        step = max(1, TILE_ELEMENTS // columns)
+        step = max(1, self.store.pieces.tile // columns)
         for start in range(0, out, step):
             stop = min(start + step, out)
             yield start, stop, self._dequantized(start, stop, forgiving=self.info.name in VOCABULARY)
@@ -336,6 +342,11 @@ class Block:
     place: str = "file"
     rounding: torch.dtype | None = None
 
+    @property
+    def slab(self) -> int:
+        """Hidden units of a feed-forward network that exist at a time."""
+        return self.store.pieces.slab
+
     def __contains__(self, name: str) -> bool:
         """Return whether the file has the tensor, alone or inside a fused one."""
         return self._stored(name)[0] in self.store
@@ -373,6 +384,22 @@ class Block:
     def wide_vector(self, name: str) -> Tensor:
         """Return a small tensor dense, in float32 or wider; it must not be part of a fused one."""
         return self.store.wide(self.store.file.tensors[self.prefix + name])
+
+    def shares(self, stem: str) -> bool:
+        """Return whether others have more terms of a sum: these are all of the weights."""
+        return False
+
+    def holds(self, expert: int) -> bool:
+        """Return whether an expert is among these weights: all are."""
+        return True
+
+    def joined(self, part: Operator, *, inputs: bool = True, outputs: bool = True) -> Operator:
+        """Return an operator as it is, since nobody has more of its terms."""
+        return part
+
+    def gathered(self, own: Tensor, stem: str) -> Tensor:
+        """Return numbers of each head as they are: they are of all heads."""
+        return own
 
     def _stored(self, name: str) -> tuple[str, Part | None]:
         """Return the full name of the stored tensor, and the part of it that is `name`, or None for the whole."""

@@ -238,7 +238,7 @@ def undisturbed(job: Job, model: Path | str, folder: Path) -> Whole:
 def workplace(given: Path | None) -> Iterator[Path]:
     """Yield a folder for attempts, with everything imported that they need; it is removed in the end."""
     for module in pkgutil.walk_packages(ggjac.__path__, "ggjac."):
-        if module.name != "ggjac.__main__":
+        if module.name not in ("ggjac.__main__", "ggjac.kernels"):  # Triton is not everywhere
             import_module(module.name)
     with TemporaryDirectory(prefix="ggjac-reliability-", dir=given) as folder:
         (Path(folder) / PROMPTS).write_text("\n".join(LINES))

@@ -283,7 +283,8 @@ def check_safetensors(report: Report, path: Path, where: str) -> None:
 def check_figures(report: Report, folder: Path, where: str) -> None:
     """Check that figures are whole, and that a vector file holds no script, link or raw control character.
 
-    Of PDF all but the streams, which are compressed, and in which texts are numbers of glyphs.
+    Of PDF all but the streams, which are compressed, and in which texts are numbers of glyphs, and the colours of
+    images, which are strings of bytes.
     """
     from PIL import Image
 
@@ -300,6 +301,7 @@ def check_figures(report: Report, folder: Path, where: str) -> None:
         else:
             report.expect(raw.startswith(b"%PDF") and raw.rstrip().endswith(b"%%EOF"), where, f"{path.name}: no PDF")
             outside = re.sub(rb"stream\r?\n.*?endstream", b"", raw, flags=re.DOTALL)
+            outside = re.sub(rb"/Indexed\s*/DeviceRGB\s*\d+\s*\((?:\\.|[^\\)])*\)", b"", outside, flags=re.DOTALL)
             acts = re.findall(rb"/(?:JavaScript|JS|Launch|URI|OpenAction|EmbeddedFile)\b", outside)
             report.expect(not acts, where, f"{path.name}: {acts}")
             bad_bytes = set(outside) & {*range(32), 127} - set(b"\n\r\t")

@@ -1,0 +1,161 @@
+"""A command asked of many prompts: who computes them, and how the run ends. One path for all commands that have it."""
+
+import dataclasses
+import os
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ggjac import display, planner
+from ggjac.cli import together
+from ggjac.cli.options import Many, ModelOptions, part
+from ggjac.cli.planning import warn_if_long
+from ggjac.cli.render import emit_json, line
+from ggjac.cli.result import failed
+from ggjac.cli.session import (
+    check_output,
+    one_token,
+    open_options,
+    settings,
+    show_doubts,
+    show_saved,
+    show_warnings,
+    usage_errors,
+)
+from ggjac.model import Model
+from ggjac.planner import machine
+from ggjac.session import Session
+from ggjac.studies import Study, measure, shard_name, study, workers
+from ggjac.units import counted
+
+TOKENS = ("target", "versus")  # options that name a token
+
+
+def over_prompts(
+    what: ModelOptions, many: Many, name: str, output: Path | None, output_format: str, **options: Any
+) -> None:
+    """Ask a command of each line of a file, and print how many prompts were done; exit code 3 if a check failed.
+
+    Args:
+        what: the model, the prompts, and how to compute.
+        many: who computes.
+        name: of the command.
+        output: file of JSON lines.
+        output_format: `json` prints the records, with what they have in common.
+        options: of the command, as `ggjac.measure` takes them, but tokens as texts.
+
+    Raises:
+        click.UsageError: an option is not for many prompts.
+    """
+    refused = {"resume": "the same command continues", "trace": "it keeps the forward pass of one prompt"}
+    given = {"resume": click.get_current_context().params.get("resume"), "trace": what.trace}
+    for option in (option for option in refused if given[option]):
+        raise click.UsageError(f"--{option} is not for --each-line: {refused[option]}")
+    if output_format in ("csv", "latex"):
+        raise click.UsageError(f"--format {output_format} is for one prompt; --each-line has json")
+    if output is None and output_format != "json":
+        raise click.UsageError("--each-line writes to a file of JSON lines; name it with -o, or take --format json")
+    found, output = run(what, many, name, output, **options)
+    if output_format == "json":
+        emit_json(common(found.envelope, found.records) | found.data())
+    else:
+        show_warnings(found.envelope["warnings"])
+        show_doubts(found.envelope["model"])
+        show_ready(found, output)
+        bad = sum(map(failed, found.records))
+        total = len(found.records)
+        line(f"{bad} of {total} prompts FAILED a check" if bad else f"{counted(total, 'prompt')}, all checks passed")
+        show_saved(output)
+    if any(map(failed, found.records)):
+        click.get_current_context().exit(3)
+
+
+def run(what: ModelOptions, many: Many, name: str, output: Path | None, **options: Any) -> tuple[Study, Path | None]:
+    """Compute the prompts of a command, or its shard of them; return the records, and the file that has them.
+
+    Raises:
+        click.UsageError: there is no prompt, or an option is out of range.
+    """
+    machine.return_freed_memory()
+    place = together.here()
+    if place and many.workers:
+        raise click.UsageError("--workers starts processes of its own: leave it out where several share the model")
+    what, begin = _spread(what, many)
+    model = open_options(what)
+    with usage_errors():
+        prompts = what.prompts(model.chat)
+    if what.trace and len(prompts) > 1:
+        raise click.UsageError(
+            "--trace keeps the forward pass of one prompt, but --file has several; leave out --trace"
+        )
+    if many.shard:
+        prompts = part(prompts, many.shard)
+        output = output and shard_name(output, *many.shard)
+    check_output(output, "--output", what, model)
+    if place:
+        place.same(output)
+    session = settings(what)
+    stages = session.pop("stages")
+    notes = _tokens(model, prompts[0], options)
+    with stages.stage(name) as report, usage_errors():
+        asked = measure(model, name, **options, **session)
+        begun = partial(_warn, model=model, what=what, workers=many.workers.count if many.workers else None)
+        found = study(prompts, asked, begin, output, progress=report, begun=begun)
+    found.envelope["warnings"] += [*notes, *what.remarks()]
+    return found, output
+
+
+def _spread(what: ModelOptions, many: Many) -> tuple[ModelOptions, Callable[[], Any] | None]:
+    """Return the options of each worker, and what makes the executor; None without workers.
+
+    Processes of this machine share its CPUs and the memory that the command may take.
+    """
+    if many.workers is None:
+        return what, None
+    engine, address, count = many.workers.engine, many.workers.address, many.workers.count
+    if count is None:
+        threads = what.threads or 1
+        make = partial(workers.ray, address, threads) if engine == "ray" else partial(workers.dask, str(address))
+        return dataclasses.replace(what, threads=threads), make
+    budget = planner.Budget.of(what.ram_budget, what.vram_budget, what.device)
+    shares: dict[str, Any] = {
+        "threads": what.threads or max(1, machine.cpus() // count),
+        "ram_budget": budget.ram and budget.ram // count,
+        "vram_budget": budget.vram and budget.vram // count,
+    }
+    return dataclasses.replace(what, **shares), partial(workers.processes, count)
+
+
+def _tokens(model: Model, prompt: Any, options: dict[str, Any]) -> list[str]:
+    """Replace the texts of tokens in a command's options by their ids, and return remarks on them."""
+    named = [name for name in TOKENS if options.get(name) is not None]
+    if not named:
+        return []
+    with usage_errors():
+        session = Session(model, prompt)
+    before = len(session.notes)
+    options |= {name: one_token(session, options[name], f"--{name}") for name in named}
+    if len({options[name] for name in named}) < len(named):
+        raise click.UsageError("--versus is the token of --target: the difference is 0; name another token")
+    return session.notes[before:]
+
+
+def _warn(plan: planner.Plan, *, model: Model, what: ModelOptions, workers: int | None) -> None:
+    warn_if_long(plan, model.gguf, what.threads, str(model.device), workers=workers or 1)
+
+
+def common(envelope: dict[str, Any], records: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the part of a session's envelope that all of its prompts have."""
+    if len(records) == 1:
+        return envelope
+    return {key: value for key, value in envelope.items() if key not in ("prompt", "tokens", "position")}
+
+
+def show_ready(found: Study, output: Path | None) -> None:
+    """Print how many prompts a file had already."""
+    if found.ready and output:
+        name = display.visible(os.fsencode(output))
+        line(f"{found.ready} of {len(found.records)} prompts were already in {name}")

@@ -1,0 +1,177 @@
+"""A command in several processes that share its model, as `torchrun` starts them: who speaks, who writes, and where.
+
+All run the same command. The first one speaks and writes; what another one would write goes to a folder of its own that
+is deleted in the end.
+"""
+
+import atexit
+import contextlib
+import functools
+import os
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup, Store
+
+LOST = "another process of this run has ended: its own message says why, or it was killed"
+PATIENCE = 3.0  # seconds in which processes that all fail are expected to do so
+
+# What several processes cannot do together: a command, or its options with the value that asks for it.
+REFUSED: dict[str, dict[str, str]] = {
+    "verify": {"": "llama.cpp has the whole model to itself"},
+    "contrast": {"": "autograd cannot differentiate a model that several processes share"},
+    "analyze": {
+        "no_verify": "llama.cpp has the whole model to itself; give --no-verify, and run ggjac verify in one process",
+        "contrast": "--contrast: autograd cannot differentiate a model that several processes share; leave it out",
+    },
+}
+UNLESS = {"no_verify"}  # options that must be given
+
+
+@dataclass(frozen=True)
+class Together:
+    """This process among those that share a model.
+
+    Attributes:
+        group: the processes.
+        store: where they leave short messages for one another.
+        rank, ranks: this one's number, and how many they are.
+        local, locals: the same on this machine.
+    """
+
+    group: "ProcessGroup"
+    store: "Store"
+    rank: int
+    ranks: int
+    local: int
+    locals: int
+
+    def threads(self) -> int:
+        """Return this process's share of the CPUs of its machine."""
+        from ggjac.planner import machine
+
+        return max(1, machine.cpus() // self.locals)
+
+    def device(self, name: str) -> str:
+        """Return the device of a name; `auto` is a GPU of its own for each process, if there are any."""
+        import torch
+
+        if name != "auto" or not torch.cuda.is_available():
+            return name
+        return f"cuda:{self.local % torch.cuda.device_count()}"
+
+    def budget(self, device: str) -> dict[str, int]:
+        """Return the memory that each process may use: the least that one has free, so that all plan alike."""
+        import torch
+        import torch.distributed as dist
+
+        from ggjac.planner import machine
+
+        ram, vram = machine.default_budget() // self.locals, machine.default_vram(device)
+        free = torch.tensor([ram, 2**62 if vram is None else vram])
+        dist.all_reduce(free, dist.ReduceOp.MIN, group=self.group)
+        return {"ram_budget": int(free[0])} | ({} if vram is None else {"vram_budget": int(free[1])})
+
+    def same(self, path: Path | None) -> None:
+        """Give the other processes the content of a file that the first one continues, if it exists."""
+        from ggjac.parallel import of_first
+
+        if path is not None:
+            content = of_first(path.read_bytes() if self.rank == 0 and path.is_file() else b"", self.group)
+            if self.rank and content:
+                path.write_bytes(content)
+
+    def say(self, message: str) -> None:
+        """Print an error once, whichever process it is of: the first one's, or one that the first has not met."""
+        with contextlib.suppress(RuntimeError):  # whoever served the store has ended
+            if message.removeprefix("Error: ") == LOST:
+                if self.rank == 0 and not self._told("error", PATIENCE):
+                    click.echo(message, err=True)
+            elif self.rank == 0:
+                self.store.set("first", message)
+                click.echo(message, err=True)
+            elif self._told("first", PATIENCE) != message:
+                self.store.set("error", message)
+                _stderr().write(f"Error: process {self.rank} of {self.ranks}: {message.removeprefix('Error: ')}\n")
+                _stderr().flush()
+
+    def failed(self) -> bool:
+        """Return whether another process has failed and said so."""
+        return bool(self._told("error", 0.0))
+
+    def _told(self, key: str, patience: float) -> str:
+        """Return what another process has left under a key, or nothing."""
+        until = time.monotonic() + patience
+        while not self.store.check([key]):
+            if time.monotonic() >= until:
+                return ""
+            time.sleep(0.05)
+        return self.store.get(key).decode()
+
+
+@functools.cache
+def here() -> Together | None:
+    """Join the other processes, at the first call; None if this process is alone."""
+    given = os.environ
+    if int(given.get("WORLD_SIZE", "1")) < 2 or "RANK" not in given or "MASTER_ADDR" not in given:
+        return None
+    from ggjac.parallel import join
+
+    group, store = join()
+    store.set_timeout(timedelta(seconds=60))
+    local, locals = int(given.get("LOCAL_RANK", "0")), int(given.get("LOCAL_WORLD_SIZE", "1"))
+    found = Together(group, store, int(given["RANK"]), int(given["WORLD_SIZE"]), local, locals)
+    if found.rank:
+        _stderr()
+        sys.stdout.flush()
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, 1)
+        os.dup2(nowhere, 2)
+    return found
+
+
+@functools.cache
+def _stderr() -> Any:
+    """Return stderr as it was when the process began."""
+    return os.fdopen(os.dup(2), "w", errors="backslashreplace")
+
+
+@functools.cache
+def scratch() -> Path:
+    """Return a folder for what only the first process is to write."""
+    folder = Path(tempfile.mkdtemp(prefix="ggjac-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
+def own(ctx: click.Context, param: click.Parameter, value: Path | None) -> Path | None:
+    """Return an output path: as given, or for another process than the first one of its own."""
+    place = here()
+    return scratch() / value.name if place and place.rank and value is not None else value
+
+
+def refuse(command: str, params: Mapping[str, Any]) -> None:
+    """Refuse what several processes cannot do together.
+
+    Raises:
+        click.UsageError: with the reason.
+    """
+    if here() is None:
+        return
+    for option, reason in REFUSED.get(command, {}).items():
+        if not option:
+            raise click.UsageError(f"{command} runs in one process only: {reason}")
+        if bool(params.get(option)) != (option in UNLESS):
+            raise click.UsageError(reason)
+    if params.get("trace"):
+        raise click.UsageError("--trace keeps the forward pass of one process; leave it out, or use one process")

@@ -1,0 +1,322 @@
+"""What commands say of one prompt, as functions of a session; and `Measure`, which any process can call."""
+
+import inspect
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ggjac import __version__, runs
+from ggjac.analysis import attribute as attributing
+from ggjac.analysis import predict, svd
+from ggjac.analysis import ranks as ranking
+from ggjac.analysis.per_token import per_token as each_token
+from ggjac.analysis.per_token import tensors as token_tensors
+from ggjac.gguf import shown
+from ggjac.model import Model, open_model
+from ggjac.results import Result
+from ggjac.session import Session
+from ggjac.sizes import TOKENS_AT_ONCE, block_width
+
+
+class Answer(NamedTuple):
+    """What a command says of one prompt: parts of its JSON by name, its results, and what `-o` saves."""
+
+    content: dict[str, Any]
+    results: list[Result]
+    tensors: dict[str, Tensor]
+
+
+# -- the questions -----------------------------------------------------------------------------------------------------
+
+
+def answer_ranks(session: Session, *, tol: float = 1e-3, seed: int = 0, max_sweeps: int = 40) -> Answer:
+    """Measure the stable rank of every token's own map, and of the joint one."""
+    found = ranking.token_ranks(
+        session.jacobian,
+        at_once=TOKENS_AT_ONCE * block_width(1, len(session.ids) * session.model.config.d),
+        tol=tol,
+        seed=seed,
+        max_sweeps=max_sweeps,
+    )
+    content = {
+        "joint": found.joint.data(),
+        "tokens": [
+            token | {"stable_rank": rank.data()} for token, rank in zip(session.tokens(), found.tokens, strict=True)
+        ],
+        "next": predict.predict(session.trace, 1).data(session.words)[0],
+        "reconstruction": session.reconstruction().data(),
+        "residual": found.residual,
+        "sweeps": found.sweeps,
+        "stopped_by": found.stopped_by,
+    }
+    return Answer(content, [found], {})
+
+
+def answer_svd(
+    session: Session,
+    *,
+    rank: int = 8,
+    top: int = 8,
+    hide_special: bool = False,
+    tol: float = 1e-3,
+    seed: int = 0,
+    max_sweeps: int = 40,
+    per_token: bool = False,
+    search_dtype: str = "same",
+) -> Answer:
+    """Compute the leading singular vectors, and those of each position's own map.
+
+    `search_dtype` is as `Session.search_dtype` takes it; `"auto"` depends on the machine.
+    """
+    options: dict[str, Any] = {"rank": rank, "top": top, "hide_special": hide_special}
+    options |= {"tol": tol, "seed": seed, "max_sweeps": max_sweeps}
+    # First, since the joint map takes the matrix that this may leave.
+    each = session.run("svd per token", each_token, **options) if per_token else None
+    result = session.run("svd", svd.spectrum, search_dtype=session.search_dtype(search_dtype), **options)
+    content = {"reconstruction": session.reconstruction().data(), "svd": result.data(session.words)}
+    results: list[Result] = [result]
+    tensors = result.tensors()
+    if each is not None:
+        results.append(each)
+        content["svd"]["per_token"] = [one.data(session.words) for one in each]
+        tensors |= token_tensors(each)
+    return Answer(content, results, tensors)
+
+
+def answer_attribute(
+    session: Session,
+    *,
+    target: int | None = None,
+    versus: int | None = None,
+    by: Literal["token", "layer", "head"] = "token",
+    everywhere: bool = False,
+) -> Answer:
+    """Split a logit into shares; `everywhere`, at each position of the prompt."""
+    content: dict[str, Any] = {"position": "all"} if everywhere else {}
+    content["reconstruction"] = session.reconstruction().data()
+    result: Any
+    if by != "token":
+        every = range(len(session.ids)) if everywhere else None
+        branches = attributing.attribute_branches
+        result = session.run("attribution", branches, target, versus, positions=every, by_head=by == "head")
+    else:
+        split = attributing.attribute_positions if everywhere else attributing.attribute
+        result = session.run("attribution", split, target, versus)
+    found = result.data(session.words)
+    if everywhere:
+        found = {"positions": found}
+    elif by != "token":
+        (found,) = found
+    content["attribution"] = {"by": by} | found
+    return Answer(content, [result], result.tensors())
+
+
+def answer_predict(session: Session, *, top: int = 5) -> Answer:
+    """Find the most likely next tokens."""
+    result = predict.predict(session.trace, top, position=session.position)
+    return Answer({"predictions": result.data(session.words)}, [result], {})
+
+
+def answer_verify(session: Session, *, strict: bool = False) -> Answer:
+    """Compare with llama.cpp."""
+    result = session.verify(strict=strict)
+    return Answer({"parity": result.data(session.words)}, [result], {})
+
+
+class Kind(NamedTuple):
+    """A command that can be asked of many prompts.
+
+    Attributes:
+        answer: its function, of a session and options.
+        parts: keys of its records, in addition to those of every record.
+        tapes: whether it needs the detached Jacobian.
+        positions: whether it has an output position.
+    """
+
+    answer: Callable[..., Answer]
+    parts: tuple[str, ...]
+    tapes: bool = True
+    positions: bool = True
+
+
+KINDS = {
+    "ranks": Kind(
+        answer_ranks, ("joint", "next", "reconstruction", "residual", "sweeps", "stopped_by"), positions=False
+    ),
+    "svd": Kind(answer_svd, ("reconstruction", "svd")),
+    "attribute": Kind(answer_attribute, ("reconstruction", "attribution")),
+    "predict": Kind(answer_predict, ("predictions",), tapes=False),
+    "verify": Kind(answer_verify, ("parity",), tapes=False, positions=False),
+}
+
+# Options of `Session`; a measure's others are those of its command.
+_SESSION = (
+    *("position", "parse_special", "mlp_path", "trace", "ram_budget", "vram_budget", "threads", "stages", "command"),
+)
+# Of these, what only the process has that made the measure.
+_HERE = ("trace", "stages", "command")
+# Options that are fields of `ggjac.planner.work.Request` by the same name.
+_PLANNED = ("rank", "per_token", "by", "everywhere")
+
+
+def sweeps_of(record: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Return the parts of a record that iterations made: each with the number of its sweeps, and what stopped them."""
+    svd = record.get("svd", {})
+    return [part for part in (record, svd, *svd.get("per_token", ())) if "stopped_by" in part]
+
+
+def check(record: dict[str, Any]) -> None:
+    """Read what is needed of a record; KeyError, TypeError and the like refuse it."""
+    for part in sweeps_of(record):
+        _ = part["stopped_by"], int(part["sweeps"])
+    _ = bool(record.get("reconstruction", {"healthy": True})["healthy"])
+    if "joint" in record:
+        ranking.token_values(record)
+
+
+# -- a question that travels -------------------------------------------------------------------------------------------
+
+
+class Source(NamedTuple):
+    """How another process opens the model."""
+
+    path: str
+    fingerprint: str
+    asked: str | None
+    device: str
+    dtype: str
+    threads: int
+    context: int | None
+
+
+_ALONE = threading.Lock()  # threads of a process share its model, one prompt at a time
+
+
+@lru_cache(maxsize=1)
+def _opened(source: Source) -> Model:
+    """Open a model for all prompts that come to this process."""
+    how: dict[str, Any] = {"device": source.device, "dtype": source.dtype, "threads": source.threads}
+    model = open_model(source.path, asked=source.asked, context=source.context, **how)
+    if model.gguf.fingerprint() != source.fingerprint:
+        raise runs.RunError(f"{source.path}: on a worker this is another file; copy the same one to all machines")
+    return model
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A command's question, to be called with a prompt; made by `measure`.
+
+    It is pickled as plain data: another process opens the file by its path, once for all prompts.
+
+    Attributes:
+        model: an open one, or how to open it.
+        name: of the command.
+        options: all of the command's own.
+        session: options of `ggjac.Session`.
+        settings: what decides a record apart from its prompt, named as the options are.
+        longest: tokens of the longest prompt of a study, by which all are planned; 0 plans each by its own.
+        prompts: number of prompts of the study.
+    """
+
+    model: Model | Source
+    name: str
+    options: Mapping[str, Any]
+    session: Mapping[str, Any]
+    settings: Mapping[str, Any] = field(default_factory=dict)  # of `settled`
+    longest: int = 0
+    prompts: int = 1
+
+    def __call__(self, prompt: str | Sequence[int]) -> dict[str, Any]:
+        """Return the record of a prompt, a text or token ids, as plain data.
+
+        Raises:
+            PromptError: the model cannot run it.
+            NoFitError: it does not fit the budgets.
+            ChangedError: another program has changed the model file.
+        """
+        with _ALONE:
+            session = self.opened(prompt)
+            session.fit(self.name, self.longest or len(session.ids), **self.request())
+            answer = KINDS[self.name].answer(session, **self.options)
+            session.model.gguf.check_unchanged()
+        return runs.finite(
+            {"schema_version": runs.SCHEMA_VERSION, "prompt": session.text, "tokens": session.tokens()}
+            | answer.content
+            | {
+                "warnings": session.warnings,
+                "settings": dict(self.settings),
+                "ggjac": __version__,
+                "machine": session.machine | {"cpu": torch.backends.cpu.get_cpu_capability()},
+            }
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        session = {name: value for name, value in self.session.items() if name not in _HERE}
+        return self.__dict__ | {"model": self._source(), "session": session}
+
+    def _open(self) -> Model:
+        return _opened(self.model) if isinstance(self.model, Source) else self.model
+
+    def _source(self) -> Source:
+        model = self.model
+        if isinstance(model, Source):
+            return model
+        dtype = str(model.dtype).removeprefix("torch.")
+        how = model.asked, str(model.device), dtype, model.weights.threads, model.context
+        return Source(str(Path(model.path).absolute()), model.gguf.fingerprint(), *how)
+
+    def opened(self, prompt: str | Sequence[int]) -> Session:
+        """Return the session of a prompt; the model is open already, or opened now."""
+        return Session(self._open(), prompt, tapes=KINDS[self.name].tapes, **self.session)
+
+    def request(self) -> dict[str, Any]:
+        """Return what decides the plan, the same for all prompts, so that layers stay ready."""
+        own = {name: self.options[name] for name in _PLANNED if name in self.options} or {"rank": 1}
+        return own | {"position": self.session.get("position", -1), "prompts": self.prompts}
+
+    def settled(self, *, kept: bool) -> "Measure":
+        """Return the measure with its settings; for records that are `kept`, a hash of the whole model."""
+        model = self._open()
+        file = model.gguf
+        sampled = file.fingerprint_is_whole or not kept
+        everywhere = self.options.get("everywhere")
+        place = {"position": "all" if everywhere else self.session.get("position", -1)}
+        own = {name: value for name, value in self.options.items() if name not in ("max_sweeps", "everywhere")}
+        settings = {
+            "model": file.fingerprint() if sampled else f"sha256:{'+'.join(file.sha256())}",
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "mlp_path": self.session.get("mlp_path", "up"),
+            "no_parse_special": not self.session.get("parse_special", True) or None,  # None as in files of before
+            "context": model.context,
+            **(place if KINDS[self.name].positions else {}),
+            **own,
+        }
+        return replace(self, settings={name.replace("_", "-"): value for name, value in settings.items()})
+
+
+def measure(model: Model, name: str, **options: Any) -> Measure:
+    """Return a command's question, to be called with a prompt, in this process or in another one.
+
+    Args:
+        model: from `open_model`; other processes open the same path, with the same threads, dtype and device.
+        name: `"ranks"`, `"svd"`, `"attribute"`, `"predict"` or `"verify"`.
+        options: of the command, as `rank`, `tol` or `target` (a token id); and of `ggjac.Session`: `position`,
+            `mlp_path`, budgets.
+
+    Raises:
+        ValueError: there is no such question.
+        TypeError: it has no such option.
+    """
+    if name not in KINDS:
+        raise ValueError(f"name={shown(name)!r} is unknown; known: {', '.join(KINDS)}")
+    session = {key: options.pop(key) for key in _SESSION if key in options}
+    bound = inspect.signature(KINDS[name].answer).bind(None, **options)
+    bound.apply_defaults()
+    own = {key: value for key, value in bound.arguments.items() if key != "session"}
+    return Measure(model, name, own, session).settled(kept=False)

@@ -1,0 +1,299 @@
+"""The loop over prompts: what the file of JSON lines lacks is computed, here or by an executor, and appended."""
+
+import contextlib
+import os
+import pickle
+import time
+import traceback
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from concurrent.futures import BrokenExecutor, Executor, Future, as_completed, wait
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ggjac import planner, runs
+from ggjac.analysis.ranks import Ranks
+from ggjac.gguf import shown
+from ggjac.jacobian import Progress
+from ggjac.model import Model, PromptError
+from ggjac.planner import Plan
+from ggjac.results import NO_WORDS, Result, Table, Words
+from ggjac.runs import lock
+from ggjac.runs.lines import Lines, prompt_key
+from ggjac.session import Session
+from ggjac.studies.measures import KINDS, Measure, check, measure, sweeps_of
+
+# Times that a pool is made again after a worker's death, without a prompt finished in between.
+RESTARTS = 3
+
+Prompt = str | Sequence[int]
+Pool = contextlib.AbstractContextManager[Executor]
+
+
+@dataclass(frozen=True, repr=False)
+class Study(Result):
+    """The records of many prompts.
+
+    Attributes:
+        records: one for each prompt, in the order given: plain data, as the lines of the file are.
+        ready: how many of them were in the file already.
+        envelope: of the session of the last prompt: where the results came from and how all were computed.
+    """
+
+    records: list[dict[str, Any]]
+    ready: int
+    envelope: dict[str, Any]
+
+    def data(self, words: Words = NO_WORDS) -> dict[str, Any]:
+        """Return all records."""
+        return {"prompts": self.records}
+
+    def _table(self, words: Words) -> Table:
+        prompts, tokens = [r["prompt"] or "" for r in self.records], [len(r["tokens"]) for r in self.records]
+        return Table("Prompts", {"prompt": prompts, "tokens": tokens})
+
+
+def study(
+    prompts: Sequence[Prompt],
+    measure: Measure,
+    executor: Executor | Callable[[], Pool] | None = None,
+    lines: str | os.PathLike[str] | None = None,
+    *,
+    progress: Progress | None = None,
+    begun: Callable[[Plan], None] | None = None,
+) -> Study:
+    """Ask one question about every prompt, and keep each record in a file as soon as it is ready.
+
+    The finished file has the same bits whatever computed it, on equal machines with equal threads: a line for each
+    prompt, in the order given. A prompt is asked again only if its sweeps ran out and `max_sweeps` now allows more.
+
+    Args:
+        prompts: texts, or token ids; each is computed once.
+        measure: from `ggjac.measure`.
+        executor: of `concurrent.futures`, or one like it, whose workers can open the model's path; or a function that
+            makes a context of one, which is made again when a worker dies; None computes in this process.
+        lines: file of JSON lines that grows by a record for each prompt, and is continued if it is there.
+        progress: called as `progress("prompt", done, total)`.
+        begun: called with the plan of the prompts that are to be computed, if there are any.
+
+    Raises:
+        PromptError: `prompts` is empty or no list, or the model cannot run a prompt; where there are several, the
+            message quotes it.
+        RunError: the file holds something else, or records that were made otherwise; or workers died.
+        JournalError: another process writes to the file.
+        NoFitError: the longest prompt does not fit the budgets.
+    """
+    if isinstance(prompts, str) or not isinstance(prompts, Sequence):  # a text is a sequence too, of characters
+        raise PromptError(f"prompts is of type {type(prompts).__name__}; give a list of texts")
+    if not prompts:
+        raise PromptError("no prompt was given")
+    path, start = None if lines is None else Path(lines), time.perf_counter()
+    asked = {prompt_key(prompt): prompt for prompt in prompts}
+    with _alone(path), _keeping(path):
+        with _quoting(prompts[0], alone=len(asked) == 1):
+            first = measure.opened(prompts[0])
+        measure = replace(measure, longest=_longest(first, prompts), prompts=len(asked)).settled(kept=path is not None)
+        kept = Lines(path, measure.settings, fields=KINDS[measure.name].parts, whole=check)
+        todo = {name: prompt for name, prompt in asked.items() if not _settled(kept.records.get(name), measure)}
+        ready = done = len(asked) - len(todo)
+        if todo:
+            plan = first.plan(measure.name, measure.longest, **measure.request() | {"prompts": len(todo)})
+            planner.check(plan)
+            if begun:
+                begun(plan)
+        del first
+        if progress and ready:
+            progress("prompt", ready, len(asked))
+        found = _computed(list(todo.values()), measure, executor, alone=len(asked) == 1)
+        with contextlib.closing(found):  # workers end if a record cannot be written
+            for record in found:
+                kept.add(record)
+                done += 1
+                if progress:
+                    progress("prompt", done, len(asked))
+        kept.arrange(list(asked))
+    records = [kept.records[name] for name in asked]
+    envelope = measure.opened(prompts[-1]).envelope()
+    warnings = dict.fromkeys(warning for record in records for warning in record.get("warnings", ()))
+    seconds = {measure.name: round(time.perf_counter() - start, 3)}
+    return Study(records, ready, envelope | {"warnings": list(warnings), "seconds": seconds})
+
+
+def ranks(
+    model: Model,
+    prompts: Sequence[Prompt],
+    output: str | os.PathLike[str] | None = None,
+    *,
+    executor: Executor | Callable[[], Pool] | None = None,
+    progress: Progress | None = None,
+    **options: Any,
+) -> Ranks:
+    """Measure the stable rank of every token's own map, and of the joint one, for each prompt at its last position.
+
+    Args:
+        model: from `open_model`.
+        prompts: texts, or token ids.
+        output: file of JSON lines that grows by a record for each prompt; see `study`, also for the errors.
+        executor, progress: as `study` takes them.
+        options: `tol`, `max_sweeps`, `seed` of the iterations for the largest singular values, as `ggjac.svd.svd` takes
+            them; and those of `ggjac.Session`: `mlp_path`, budgets, `trace` (for a single prompt), ...
+    """
+    found = study(prompts, measure(model, "ranks", **options), executor, output, progress=progress)
+    return Ranks(found.records, found.ready, found.envelope)
+
+
+def shard_name(output: Path, shard: int, shards: int) -> Path:
+    """Return the name of a shard's file, beside the file that all make up: `all-03-of-64.jsonl`, from 0."""
+    width = max(2, len(str(shards - 1)))
+    return output.with_name(f"{output.stem}-{shard:0{width}}-of-{shards}{output.suffix}")
+
+
+# -- what is computed where --------------------------------------------------------------------------------------------
+
+
+def _computed(
+    todo: list[Prompt], measure: Measure, executor: Executor | Callable[[], Pool] | None, *, alone: bool
+) -> Generator[dict[str, Any], None, None]:
+    """Yield the records of prompts as they are ready."""
+    if executor is None:
+        for prompt in todo:
+            with _quoting(prompt, alone=alone):
+                record = measure(prompt)
+            yield record
+        return
+    deaths, given = 0, isinstance(executor, Executor)
+    while todo:
+        with contextlib.nullcontext(executor) if isinstance(executor, Executor) else executor() as pool:
+            left = dict(enumerate(todo))
+            try:
+                for number, record in _gathered(pool, left, measure, alone=alone, given=given):
+                    del left[number]
+                    deaths = 0
+                    yield record
+            except BrokenExecutor as error:
+                deaths += 1
+                if given or deaths > RESTARTS:
+                    raise runs.RunError(f"a worker was ended ({_kind(error)}): {_AGAIN}") from error
+        todo = list(left.values())
+
+
+_AGAIN = "finished prompts are kept; run it again to continue, with fewer workers if memory was short"
+
+
+def _gathered(
+    pool: Executor, todo: Mapping[int, Prompt], measure: Measure, *, alone: bool, given: bool
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield the records that an executor returns, each with the number of its prompt.
+
+    After an error of a prompt nothing new is begun; what is being computed is still waited for, and yielded. After an
+    interrupt the tasks of a pool that the caller has `given` are cancelled, as they would keep it busy.
+    """
+    futures: dict[Future, int] = {}
+    try:
+        for number, prompt in todo.items():
+            futures[pool.submit(attempt, measure, prompt)] = number
+        failed: Exception | None = None
+        for future in as_completed(futures):
+            failed = _failure(future, todo[futures[future]], alone=alone)
+            if failed:
+                break
+            yield futures.pop(future), future.result()
+        if failed is None:
+            return
+        busy = [future for future in futures if not future.cancel()]
+        for future in wait(busy).done:
+            if not _failure(future, "", alone=True):
+                yield futures[future], future.result()
+        raise failed
+    except BaseException:
+        if given:  # to a pool of our own, cancelled tasks are a fault when its workers end
+            for future in futures:
+                future.cancel()
+        raise
+
+
+def attempt(measure: Measure, prompt: Prompt) -> dict[str, Any] | Exception:
+    """Return the record of a prompt, or the error; as a value, since executors wrap what is raised, each in its way."""
+    try:
+        return measure(prompt)
+    except Exception as error:
+        if os.environ.get("GGJAC_DEBUG"):
+            traceback.print_exc()
+        try:
+            return pickle.loads(pickle.dumps(error))  # of our own; some cannot be made again
+        except Exception:
+            return runs.RunError(f"{type(error).__name__}: {error}")
+
+
+def _failure(future: Future, prompt: Prompt, *, alone: bool) -> Exception | None:
+    """Return what went wrong, if anything: the error of a prompt, or of the executor itself."""
+    error = future.exception()
+    if isinstance(error, BrokenExecutor):
+        return error
+    if error is not None:
+        return runs.RunError(f"a worker failed ({_kind(error)}): {_AGAIN}")
+    found = future.result()
+    if not isinstance(found, Exception):
+        return None
+    try:
+        with _quoting(prompt, alone=alone):
+            raise found
+    except Exception as quoted:
+        return quoted
+
+
+def _kind(error: BaseException) -> str:
+    """Return an error of an executor in a few words."""
+    return f"{type(error).__name__}: {runs.one_line(error)}"
+
+
+# -- prompts and their file --------------------------------------------------------------------------------------------
+
+
+def _settled(record: dict[str, Any] | None, measure: Measure) -> bool:
+    """Return whether a prompt is done; where its sweeps ran out, a larger `max_sweeps` is another attempt."""
+    if record is None:
+        return False
+    most = measure.options.get("max_sweeps", 0)
+    return not any(part["stopped_by"] == "sweeps" and part["sweeps"] < most for part in sweeps_of(record))
+
+
+def _longest(session: Session, prompts: Sequence[Prompt]) -> int:
+    """Return the tokens of the longest prompt, by which all are planned; one that cannot run is refused in its turn."""
+    model, special = session.model, session.parse_special
+    lengths = [
+        len(model.tokenize(prompt, parse_special=special) if isinstance(prompt, str) else prompt)
+        for prompt in prompts[1:]
+        if prompt
+    ]
+    return max([len(session.ids), *(n for n in lengths if n <= model.config.longest)])
+
+
+@contextlib.contextmanager
+def _quoting(prompt: Prompt, *, alone: bool) -> Iterator[None]:
+    """Quote the prompt in an error about one of several."""
+    try:
+        yield
+    except PromptError as error:
+        if alone:
+            raise
+        raise PromptError(f"{shown(str(prompt))}: {error}") from error
+
+
+@contextlib.contextmanager
+def _keeping(output: Path | None) -> Iterator[None]:
+    """Add to an interrupt a note on what is kept."""
+    try:
+        yield
+    except KeyboardInterrupt as interrupt:
+        if output and output.exists():
+            interrupt.add_note(f"finished prompts are in {shown(output)}: the same command continues with the others")
+        raise
+
+
+def _alone(output: Path | None) -> contextlib.AbstractContextManager[None]:
+    """Keep other processes from reading and appending to the same file."""
+    if output is None:
+        return contextlib.nullcontext()
+    runs.check_writable(output)
+    return lock.alone(output)

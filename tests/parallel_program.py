@@ -1,0 +1,73 @@
+"""Three processes that share every tiny file, two of them and all three: a program for test_parallel.py.
+
+    python parallel_program.py RANK STORE CASES RESULT
+
+Each writes RESULT-RANK.json: by case, the rows that it read, and what was divided between two. The last process has the
+whole model to itself too, and writes how far the others' results are from its own.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ggjac.analysis.attribute import attribute_branches
+from ggjac.generation import Continuation, greedy
+from ggjac.model import Model, open_model
+
+RANKS = 3
+
+
+def results(model: Model, ids: list[int], thorough: bool) -> dict[str, Tensor]:
+    """Return products up and down, biases included; if `thorough`, also a short generation, and every head's share."""
+    J = model.trace(ids).jacobian()
+    generator = torch.Generator().manual_seed(1)
+    X, Y = (torch.randn(2, *shape, generator=generator, dtype=J.dtype) for shape in (J.in_shape, J.out_shape))
+    found = {"output": J.output, "up": J.matmat(X, X.new_tensor([0.0, 1.0])), "down": J.rmatmat(Y)}
+    if thorough:
+        tokens, found["logits"] = greedy(Continuation(model, len(ids) + 2), ids, 2)
+        found["tokens"] = torch.tensor(tokens, dtype=J.dtype)
+        heads = attribute_branches(J, by_head=True).heads
+        assert heads is not None
+        found |= {"heads": heads} if heads.numel() else {}
+    return found
+
+
+def compared(found: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, float]:
+    """Return relative distances, by name."""
+    return {name: float((found[name] - truth).norm() / truth.norm()) for name, truth in expected.items()}
+
+
+def main() -> None:
+    """Run all cases."""
+    rank, store, cases, result = int(sys.argv[1]), sys.argv[2], Path(sys.argv[3]), Path(sys.argv[4])
+    torch.set_num_threads(1)
+    Model.keeps_ready = False
+    dist.init_process_group("gloo", store=dist.FileStore(store, RANKS), rank=rank, world_size=RANKS)
+    two, last = dist.new_group([0, 1]), rank == RANKS - 1
+    report = {}
+    for case, (path, ids, thorough) in json.loads(cases.read_text()).items():
+        model = open_model(path, dtype="float64", device="cpu", group=None if last else two)
+        own = results(model, ids, thorough)
+        read = sum(model.weights.reads.values())
+        shared = open_model(path, dtype="float64", device="cpu", group=dist.group.WORLD)
+        three = results(shared, ids, thorough)
+        of_two = {name: value.clone().contiguous() for name, value in own.items()}
+        for value in of_two.values():
+            dist.broadcast(value, 0)
+        assert shared.crew is not None
+        report[case] = {"read": read, "told": shared.crew.told({"rank": rank, "text": "ü"})}
+        if last:
+            report[case] |= {"2": compared(of_two, own), "3": compared(three, own)}
+        elif model.crew:
+            report[case]["divided"] = sorted({stem for cuts in model.crew.cuts for stem in cuts})
+    Path(f"{result}-{rank}.json").write_text(json.dumps(report))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,379 @@
+"""Many prompts: the same file, bit for bit, whoever computes it, also where workers die; and shards as one file."""
+
+import importlib.util
+import json
+import multiprocessing
+import os
+import pickle
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import BrokenExecutor, Executor, Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers import invoke, invoke_json
+
+import ggjac
+from ggjac import runs
+from ggjac.model import PromptError
+from ggjac.studies import Measure, shard_name, workers
+from ggjac.studies.measures import KINDS
+from ggjac.studies.study import RESTARTS
+
+PROMPTS = [[1 + i % 7, 2 + i, 3][: 2 + i % 2] for i in range(16)]
+LINES = ["The capital of France is", "The color of snow is", "The bridge out of Marin is the"]
+
+
+@pytest.fixture
+def asked(tiny_file: Any) -> Measure:
+    return ggjac.measure(ggjac.open_model(tiny_file("gqa"), threads=1), "ranks", seed=3)
+
+
+@pytest.fixture
+def expected(asked: Measure, tmp_path: Path) -> bytes:
+    """Return the file that a loop in this process writes."""
+    path = tmp_path / "expected.jsonl"
+    ggjac.study(PROMPTS, asked, lines=path)
+    return path.read_bytes()
+
+
+class Reversed(Executor):
+    """Finishes tasks in the reverse order, in another thread."""
+
+    def __init__(self) -> None:
+        self.tasks: list[tuple[Future, Callable[[], Any]]] = []
+
+    def submit(self, function: Callable, /, *args: Any, **options: Any) -> Future:
+        future: Future = Future()
+        self.tasks.append((future, lambda: function(*args, **options)))
+        if len(self.tasks) == len(PROMPTS):
+            threading.Thread(target=self.work).start()
+        return future
+
+    def work(self) -> None:
+        for future, task in reversed(self.tasks):
+            future.set_result(task())
+            time.sleep(0.002)
+
+
+def test_the_order_in_which_prompts_are_ready_leaves_no_trace(asked: Measure, expected: bytes, tmp_path: Path) -> None:
+    path, orders = tmp_path / "ranks.jsonl", list[bytes]()
+
+    def progress(what: str, done: int, total: int) -> None:
+        orders.append(path.read_bytes().splitlines()[0])
+        assert (what, done, total) == ("prompt", len(orders), 16)
+
+    ggjac.study(PROMPTS, asked, Reversed(), path, progress=progress)
+    assert orders[0] == expected.splitlines()[-1]
+    assert path.read_bytes() == expected
+
+
+def test_any_executor_will_do(asked: Measure, expected: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "ranks.jsonl"
+    with ThreadPoolExecutor(3) as pool:
+        found = ggjac.study(PROMPTS, asked, pool, path)
+    assert path.read_bytes() == expected
+    assert found.records == [json.loads(line) for line in expected.splitlines()]
+    assert len(found.table().columns["prompt"]) == len(PROMPTS)
+    again = ggjac.study(PROMPTS[::-1], asked, lines=path)
+    assert again.ready == len(PROMPTS)
+    assert path.read_bytes() == b"".join(reversed(expected.splitlines(keepends=True)))
+
+
+def test_killed_workers_and_interrupts_leave_no_trace(
+    asked: Measure, expected: bytes, tmp_path: Path, capfd: pytest.CaptureFixture
+) -> None:
+    """First Ctrl-C, which ends the workers at once; then a worker is killed, and the pool made again."""
+    path, made = tmp_path / "ranks.jsonl", list[int]()
+
+    def interrupt(what: str, done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt) as caught:
+        ggjac.study(PROMPTS, asked, lambda: workers.processes(1), path, progress=interrupt)
+    assert not multiprocessing.active_children()
+    assert "the same command continues" in caught.value.__notes__[0]
+    assert len(path.read_bytes().splitlines()) == 1
+
+    @contextmanager
+    def pool() -> Iterator[Executor]:
+        made.append(1)
+        with workers.processes(2) as executor:
+            yield executor
+
+    def kill(what: str, done: int, total: int) -> None:
+        if len(made) == 1 and done >= 2:
+            made.append(0)
+            os.kill(int(multiprocessing.active_children()[0].pid or 0), signal.SIGKILL)
+
+    ggjac.study(PROMPTS, asked, pool, path, progress=kill)
+    assert made == [1, 0, 1]
+    assert "Traceback" not in capfd.readouterr().err
+    assert path.read_bytes() == expected
+    assert not multiprocessing.active_children()
+
+
+def cluster(package: str) -> Any:
+    reason = f"pip install 'ggjac[{package}]' to test it"
+    name = {"dask": "distributed"}.get(package, package)
+    return [getattr(pytest.mark, package), pytest.mark.skipif(not importlib.util.find_spec(name), reason=reason)]
+
+
+@pytest.mark.filterwarnings("ignore")  # theirs
+@pytest.mark.parametrize("engine", [pytest.param(name, marks=cluster(name)) for name in ("dask", "ray")])
+def test_clusters_write_the_same_file(engine: str, asked: Measure, expected: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "ranks.jsonl"
+    if engine == "ray":
+        ggjac.study(PROMPTS, asked, lambda: workers.ray(None, 1), path)
+    else:
+        from distributed import LocalCluster
+
+        with LocalCluster(n_workers=2, threads_per_worker=1, host="127.0.0.1", dashboard_address=None) as local:
+            ggjac.study(PROMPTS, asked, lambda: workers.dask(local.scheduler_address), path)
+    assert path.read_bytes() == expected
+
+
+@pytest.mark.parametrize(("engine", "package"), [("ray", "ray"), ("dask:tcp://localhost:1", "distributed")])
+def test_a_missing_engine_is_named(engine: str, package: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, package, None)
+    err = invoke("ranks", "-t", 1, "--tokens", "1,2", "--workers", engine, code=1).stderr
+    assert f"needs the package {package}: pip install 'ggjac[{engine.partition(':')[0]}]'" in err
+
+
+class Broken(Executor):
+    """Dies with every task from the second on."""
+
+    def __init__(self) -> None:
+        self.tasks = 0
+
+    def submit(self, function: Callable, /, *args: Any, **options: Any) -> Future:
+        future: Future = Future()
+        self.tasks += 1
+        if self.tasks > 1 and args[1] == PROMPTS[0]:
+            future.set_exception(BrokenExecutor("a process died"))
+        else:
+            future.set_result(function(*args, **options))
+        return future
+
+
+def test_a_pool_is_made_again_a_few_times(asked: Measure, tmp_path: Path) -> None:
+    """Where one prompt ends every worker, all others are done, and the message says how to go on."""
+    path, made = tmp_path / "ranks.jsonl", list[Broken]()
+
+    @contextmanager
+    def pool() -> Iterator[Executor]:
+        made.append(Broken())
+        made[-1].tasks = 1
+        yield made[-1]
+
+    with pytest.raises(runs.RunError, match=r"a worker was ended .*finished prompts are kept; run it again"):
+        ggjac.study(PROMPTS[:4], asked, pool, path)
+    assert RESTARTS < len(made) <= RESTARTS + 4
+    ended = Broken()
+    ended.tasks = 1
+    with pytest.raises(runs.RunError, match="run it again"):
+        ggjac.study(PROMPTS[:4], asked, ended, path)
+
+
+@pytest.mark.parametrize("pooled", [False, True])
+def test_a_prompt_that_cannot_run_is_quoted_and_others_kept(pooled: bool, asked: Measure, tmp_path: Path) -> None:
+    path = tmp_path / "ranks.jsonl"
+    with ThreadPoolExecutor(1) as pool, pytest.raises(PromptError, match=r"\[1, 99999\]: .*99999"):
+        ggjac.study([[1, 2], [1, 99999], [3]], asked, pool if pooled else None, path)
+    assert json.loads(path.read_bytes().splitlines()[0])["tokens"][1]["id"] == 2
+
+
+def test_an_error_that_cannot_travel_arrives_as_text(asked: Measure, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Odd(Exception):
+        def __init__(self, one: int, two: int):
+            super().__init__("odd words")
+
+    def odd(*args: Any) -> Any:
+        raise Odd(1, 2)
+
+    monkeypatch.setattr(Measure, "opened", lambda self, prompt: odd() if prompt == [2] else original(self, prompt))
+    with ThreadPoolExecutor(1) as pool, pytest.raises(runs.RunError, match="Odd: odd words"):
+        ggjac.study([[1], [2]], asked, pool)
+
+
+original = Measure.opened
+
+
+def test_a_measure_travels_as_plain_data(asked: Measure, tiny_file: Any) -> None:
+    """Without the model: the worker opens the file, once, and refuses another one at its place."""
+    sent = pickle.dumps(replace(asked, session={"stages": object(), "mlp_path": "gate"}))
+    assert len(sent) < 1000
+    there, twice = pickle.loads(sent), pickle.loads(sent)
+    assert dict(there.session) == {"mlp_path": "gate"}
+    assert there.opened([1]).model is twice.opened([2]).model is not asked.model
+    assert there([1, 2]) == replace(asked, session={"mlp_path": "gate"})([1, 2])
+    assert there([1, 2])["settings"]["seed"] == 3
+    assert ggjac.study([[1, 2]], there).records[0]["settings"]["mlp-path"] == "gate"
+    other = replace(there, model=there.model._replace(path=str(tiny_file("plain"))))
+    with pytest.raises(runs.RunError, match="on a worker this is another file"):
+        other([1, 2])
+
+
+@pytest.mark.parametrize(("name", "options", "error"), [("nonsense", {}, ValueError), ("svd", {"nope": 1}, TypeError)])
+def test_a_question_that_there_is_not(name: str, options: dict[str, Any], error: type, asked: Measure) -> None:
+    with pytest.raises(error, match=r"nonsense|nope"):
+        ggjac.measure(asked.model, name, **options)  # type: ignore[arg-type]
+
+
+# ---- the commands
+
+
+ASKED = {
+    "svd": ["-k", 2, "--top", 2, "--per-token"],
+    "attribute": ["--target", " the", "--position", "all", "--by", "layer"],
+    "predict": ["--position", -2],
+    "verify": [],
+}
+
+
+@pytest.mark.parametrize("command", ASKED)
+def test_each_line_has_what_the_command_says_of_one_prompt(command: str, tmp_path: Path) -> None:
+    file, out = tmp_path / "prompts.txt", tmp_path / "all.jsonl"
+    file.write_text("\n".join([*LINES[:2], "", LINES[0]]))
+    shown = invoke(command, "-t", 1, *ASKED[command], "-f", file, "--each-line", "-o", out).stdout
+    assert "2 prompts, all checks passed" in shown
+    records = [json.loads(line) for line in out.read_bytes().splitlines()]
+    assert [record["prompt"] for record in records] == LINES[:2]
+    alone = invoke_json(command, "-t", 1, *ASKED[command], "-p", LINES[0])
+    for part in (*KINDS[command].parts, "tokens", "warnings"):
+        assert records[0][part] == alone[part]
+    shown = invoke(command, "-t", 1, *ASKED[command], "-f", file, "--each-line", "-o", out).stdout
+    assert "2 of 2 prompts were already in" in shown
+    found = json.loads(
+        invoke(command, "-t", 1, *ASKED[command], "-f", file, "--each-line", "--format", "json", "-o", out).stdout
+    )
+    assert found["prompts"] == records
+    assert "tokens" not in found
+
+
+def test_sweeps_that_ran_out_end_a_command_with_3_and_more_are_another_attempt(tmp_path: Path) -> None:
+    file, out = tmp_path / "prompts.txt", tmp_path / "svd.jsonl"
+    file.write_text("\n".join(LINES[:2]))
+    args = ["svd", "-t", 1, "-k", 1, "--top", 1, "--tol", "1e-6", "-f", file, "--each-line", "-o", out]
+    assert "2 of 2 prompts FAILED a check" in invoke(*args, "--max-sweeps", 2, code=3).stdout
+    assert "already" not in invoke(*args, "--max-sweeps", 60).stdout
+    assert len(out.read_bytes().splitlines()) == 2
+
+
+def test_a_plan_is_one_of_all_prompts_or_of_a_shard(tmp_path: Path) -> None:
+    file = tmp_path / "prompts.txt"
+    file.write_text("\n".join(LINES))
+    plan = ["svd", "-f", file, "--each-line", "--dry-run", "--no-bench"]
+    assert "ggjac svd, 3 prompts of up to 8 tokens" in invoke(*plan).stdout
+    assert "ggjac svd, 2 prompts of up to 8 tokens" in invoke(*plan, "--shard", "0/2").stdout
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["svd", "--workers", 2], "--workers needs many prompts; add --each-line"),
+        (["svd", "--shard", "0/2"], "--shard needs many prompts; add --each-line"),
+        (["ranks", "--shard", "0/2"], "--shard needs -o"),
+        (["ranks", "--shard", "2/2"], "of 64, the first is 0/64 and the last 63/64"),
+        (["ranks", "--shard", "1/2", "-o", "OUT"], "--shard 1/2 has no prompt: there are 1"),
+        (["ranks", "--workers", "0"], "is neither a number nor a cluster"),
+        (["ranks", "--workers", "dask"], "is neither a number nor a cluster"),
+        (["svd", "--each-line"], "name it with -o, or take --format json"),
+        (["svd", "--each-line", "-o", "OUT", "--resume"], "--resume is not for --each-line"),
+        (["svd", "--each-line", "-o", "OUT", "--trace", "T"], "--trace is not for --each-line"),
+        (["svd", "--each-line", "-o", "OUT", "--format", "csv"], "--format csv is for one prompt"),
+        (["predict", "--each-line", "-o", "OUT", "--all-positions"], "--all-positions is not for --each-line"),
+        (["attribute", "--each-line", "-o", "OUT", "--mlp-path", "both"], "--mlp-path both is not for --each-line"),
+        (["verify", "-o", "OUT"], "-o is for --each-line"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(args: list[Any], message: str, tmp_path: Path) -> None:
+    args = [tmp_path / "out" if arg == "OUT" else arg for arg in args]
+    assert message in invoke(*args, "-t", 1, "--tokens", "1,2", code=2).stderr
+    assert not list(tmp_path.iterdir())
+
+
+# ---- shards
+
+
+@pytest.fixture
+def shards(asked: Measure, tmp_path: Path) -> list[Path]:
+    """Return the files of three shards of the first eight prompts."""
+    paths = [shard_name(tmp_path / "ranks.jsonl", i, 3) for i in range(3)]
+    for i, path in enumerate(paths):
+        ggjac.study(PROMPTS[:8][i::3], asked, lines=path)
+    return paths
+
+
+def test_shards_make_up_the_same_file(shards: list[Path], expected: bytes, tmp_path: Path) -> None:
+    out, whole = tmp_path / "all.jsonl", b"".join(expected.splitlines(keepends=True)[:8])
+    assert [path.name for path in shards] == [f"ranks-0{i}-of-3.jsonl" for i in range(3)]
+    assert "8 prompts of 3 files" in invoke("merge", *reversed(shards), "-o", out).stdout
+    assert out.read_bytes() == whole
+    assert len(ggjac.merge([*shards, out], tmp_path / "again.jsonl", PROMPTS[:8])) == 8
+    assert (tmp_path / "again.jsonl").read_bytes() == whole
+
+
+def test_the_commands_shards_are_those_of_the_whole(tmp_path: Path) -> None:
+    file, whole, out = tmp_path / "prompts.txt", tmp_path / "whole.jsonl", tmp_path / "predict.jsonl"
+    file.write_text("\n".join(LINES))
+    args = ["predict", "-t", 1, "-f", file, "--each-line", "-o"]
+    invoke(*args, whole)
+    for i in range(2):
+        assert f"predict-0{i}-of-2.jsonl" in invoke(*args, out, "--shard", f"{i}/2").stdout
+    first, second = tmp_path / "predict-00-of-2.jsonl", tmp_path / "predict-01-of-2.jsonl"
+    invoke("merge", first, second, "-o", out, "-f", file)
+    assert out.read_bytes() == whole.read_bytes()
+    err = invoke("merge", first, "-o", out, "-f", file, code=1).stderr
+    assert f"1 of 3 prompts are missing ({LINES[1]}); run their shards again" in err
+
+
+def test_what_is_missing_or_foreign_is_named(shards: list[Path], asked: Measure, tmp_path: Path) -> None:
+    out = tmp_path / "all.jsonl"
+
+    def refusal(*files: Path) -> str:
+        before = [path.read_bytes() for path in files]
+        err = invoke("merge", *files, "-o", out, code=1).stderr
+        assert not out.exists()
+        assert [path.read_bytes() for path in files] == before
+        return err
+
+    assert "shards are missing or empty: 0 of 3, 2 of 3; run them" in refusal(shards[1])
+    assert "was given twice" in refusal(*shards, shards[0])
+    with pytest.raises(runs.RunError, match=r"1 of 7 prompts are not of this study \(.*; give its -f"):
+        ggjac.merge(shards, out, PROMPTS[:7])
+    whole = shards[0].read_bytes()
+    shards[0].write_bytes(b"".join(whole.splitlines(keepends=True)[:-1]) + whole[:50])  # killed in a line
+    assert "ranks-00-of-3.jsonl: has 2 prompts where 3 of 7 were expected" in refusal(*shards)
+    shards[0].write_bytes(whole + b"my notes\n")
+    assert "ranks-00-of-3.jsonl: line 4 is not a result of this command" in refusal(*shards)
+    shards[0].write_bytes(b"")
+    assert "shards are missing or empty: 0 of 3" in refusal(*shards)
+    assert "the files have no records" in refusal(shards[0])
+    ggjac.study(PROMPTS[:8:3], replace(asked, options={**asked.options, "seed": 4}), lines=shards[0])
+    assert "ranks-01-of-3.jsonl: --seed: line 1 was made with 3, those of" in refusal(*shards)
+    shards[0].unlink()
+    ggjac.study(PROMPTS[:8:3], ggjac.measure(asked.model, "predict"), lines=shards[0])  # type: ignore[arg-type]
+    err = refusal(*shards)
+    assert "ranks-01-of-3.jsonl: line 1 is not a result of this command; merge the files of one study" in err
+    assert "is one of the files" in invoke("merge", shards[1], "-o", shards[1], code=1).stderr
+
+
+def test_parquet_has_a_row_for_each_prompt(shards: list[Path], tmp_path: Path) -> None:
+    pandas = pytest.importorskip("pandas")
+    pytest.importorskip("pyarrow", reason="pip install 'ggjac[notebook]' to test it")
+    records = ggjac.merge(shards, tmp_path / "all.parquet")
+    frame = pandas.read_parquet(tmp_path / "all.parquet")
+    assert [joint["value"] for joint in frame["joint"]] == [record["joint"]["value"] for record in records]
+
+
+def test_parquet_says_what_it_needs(shards: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
+    err = invoke("merge", *shards, "-o", tmp_path / "all.parquet", code=1).stderr
+    assert "Parquet needs the package pyarrow: pip install 'ggjac[notebook]'" in err
+    assert not (tmp_path / "all.parquet").exists()
