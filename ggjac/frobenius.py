@@ -13,7 +13,7 @@ from torch import Tensor
 from ggjac import checks
 from ggjac.linop import LinearOperator
 from ggjac.results import Result
-from ggjac.sizes import PROBES
+from ggjac.sizes import PROBES, SLICE
 from ggjac.svd import SVD
 
 
@@ -72,6 +72,12 @@ def stable_ranks(
             squared[i] += float(product.cpu().double().square().sum())
         del product  # before the next rows are computed
     return [_ratio(found, total, 0.0) for found, total in zip(triplets, squared, strict=True)]
+
+
+def exact_stable_rank(triplets: SVD, matrix: Tensor) -> StableRank:
+    """Return the stable rank of a matrix `[d, ...]` whose leading triplets are known."""
+    squared = sum(float(rows.cpu().double().square().sum()) for rows in matrix.split(SLICE))
+    return _ratio(triplets, squared, 0.0)
 
 
 def _estimated(

@@ -21,6 +21,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from ggjac.sizes import forms
+
 if TYPE_CHECKING:
     import scipy.sparse.linalg
 
@@ -495,6 +497,50 @@ class _Chunk(NamedTuple):
     put: slice
     first: bool
     last: bool
+
+
+class Network(LinearOperator):
+    """A feed-forward network with frozen factors, `down @ Scale(factor) @ up` at each position, as a sum over slabs.
+
+    Many vectors going down are multiplied by the matrix of each position, `[out, in]`, where making it and using it
+    takes fewer FLOP: for all dense rows, three quarters or less, since it has no hidden units.
+    """
+
+    def __init__(self, slabs: Sequence[tuple[Linear, Scale, Linear]]):
+        """Take the `down`, factor and `up` of each slab of hidden units."""
+        self.slabs = slabs
+        self.parts = tuple(down @ scale @ up for down, scale, up in slabs)
+        self.sum = Sum(*self.parts)
+        self.in_shape, self.out_shape = self.sum.in_shape, self.sum.out_shape
+        self.dtype, self.device = self.sum.dtype, self.sum.device
+
+    def matmat(self, X: Float[Tensor, "k n d"], t: Homogeneous = None) -> Float[Tensor, "k n out"]:
+        """Add up the results of the slabs."""
+        return self.sum.matmat(X, t)
+
+    def rmatmat(self, Y: Float[Tensor, "k n out"]) -> Float[Tensor, "k n d"]:
+        """Add up the results of the transposed slabs, or multiply by the matrix of each position."""
+        widths = [scale.in_shape[1] for _, scale, _ in self.slabs]
+        if not forms(len(Y), self.out_shape[1], self.in_shape[1], sum(widths), max(widths)):
+            return self.sum.rmatmat(Y)
+        made = self.matrices()
+        X = Y.new_empty(len(Y), *self.in_shape)
+        for p, matrix in enumerate(made):
+            X[:, p].addmm_(Y[:, p], matrix, beta=0)
+        return X
+
+    def matrices(self) -> Float[Tensor, "n out d"]:
+        """Return the matrix of each position."""
+        n, (_, out), (_, d) = self.in_shape[0], self.out_shape, self.in_shape
+        made = torch.zeros(n, out, d, dtype=self.dtype, device=self.device)
+        for down, scale, up in self.slabs:
+            inner = torch.cat([tile.clone() for *_, tile in up.weight.tiles()])  # [slab, d]
+            for start, stop, tile in down.weight.tiles():
+                scaled = torch.empty_like(tile)
+                for matrix, factor in zip(made, scale.diagonal, strict=True):
+                    torch.mul(tile, factor, out=scaled)
+                    matrix[start:stop].addmm_(scaled, inner, alpha=down.gain * up.gain)
+        return made
 
 
 class Experts(LinearOperator):

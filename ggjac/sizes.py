@@ -115,6 +115,16 @@ def chunk_floats(n: int, d: int, hidden_units: int) -> int:
     return max(3 * n * d, 2 * n * min(SLAB, hidden_units))
 
 
+def forms(vectors: int, out: int, d: int, hidden: int, slab: int) -> bool:
+    """Return whether a feed-forward network makes its matrix of each position, `[out, d]`, for so many vectors.
+
+    Through hidden units, a vector costs `2 hidden (out + d)` FLOP; the matrix costs `2 out d hidden` once, and
+    `2 out d` for each vector. It may take no more floats than a slab's hidden units, before and after their factor.
+    """
+    through, made = vectors * hidden * (out + d), out * d * (hidden + vectors)
+    return made < through and out * d <= 2 * vectors * slab
+
+
 def default_layer(block_count: int) -> int:
     """Return the layer at which a concept's map steers by default: two thirds of the depth, as in the paper's code."""
     return max(1, 2 * block_count // 3)

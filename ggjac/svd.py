@@ -14,7 +14,7 @@ from collections.abc import Callable, Generator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -24,7 +24,7 @@ from ggjac import checks
 from ggjac.linop import LinearOperator
 from ggjac.results import NO_WORDS, Plotted, Points, Table, Words
 from ggjac.sizes import block_width
-from ggjac.units import cut_after
+from ggjac.units import cut_after, ending
 
 
 class Following(NamedTuple):
@@ -57,6 +57,7 @@ class SVD(Plotted):
             precision), `"precision"` (the residual stalls at the rounding error of the operator's dtype) or `"sweeps"`
             (the limit is reached).
         following: the next singular value; None where the subspace holds no more than these.
+        method: `"sweeps"`: block Krylov iteration; `"matrix"`: LAPACK on the whole matrix, exact to rounding.
         rough_sweeps: those of `sweeps` whose products were rounded; no other number comes from them.
         spare: `[m, *out_shape]`, the left vectors that follow, as far as the subspace has them; None if not asked for.
     """
@@ -69,6 +70,7 @@ class SVD(Plotted):
     converged: bool
     reason: str
     following: Following | None = None
+    method: Literal["sweeps", "matrix"] = "sweeps"
     rough_sweeps: int = 0
     spare: Tensor | None = None
 
@@ -85,6 +87,7 @@ class SVD(Plotted):
     def data(self, words: Words = NO_WORDS) -> dict[str, Any]:
         """Return the singular values with their residuals, the largest first, the next one, and how it all ended."""
         return {
+            "method": self.method,
             "sweeps": self.sweeps,
             "rough_sweeps": self.rough_sweeps,
             "converged": self.converged,
@@ -99,8 +102,7 @@ class SVD(Plotted):
     def _table(self, words: Words) -> Table:
         S = self.S.tolist()
         cut = cut_after(S[-1], len(S), self.following and self.following._asdict())
-        rough = f" ({self.rough_sweeps} of them rough)" if self.rough_sweeps else ""
-        notes = (f"{self.sweeps} sweeps{rough}, stopped by: {self.reason}", *([cut] if cut else []))
+        notes = (ending(self.data()), *([cut] if cut else []))
         columns = {"vector": [*range(1, len(S) + 1)], "sigma": S, "residual": self.residual.tolist()}
         after = {"next sigma": self.following and self.following.value, "stopped by": self.reason}
         return Table("Singular triplets", columns, notes, after)
@@ -168,6 +170,42 @@ def roughly_first(
         progress=progress and (lambda sweeps, found: progress(done + sweeps, min(worst, found))),
     )
     return [replace(one, sweeps=done + one.sweeps, rough_sweeps=done) for one in found]
+
+
+def svd_of_matrix(matrix: Float[Tensor, "out in"], rank: int, *, tol: float, sweeps: int) -> SVD:
+    """Return the `rank` largest triplets of a matrix by LAPACK, in float32 at least, with their measured residuals.
+
+    All triplets are known, so that no larger one can be missing, and the next value is exact, too.
+
+    Args:
+        matrix: any, with at least `rank` rows and columns.
+        rank: number of triplets.
+        tol: residual at which a triplet counts as converged.
+        sweeps: that gave the matrix.
+
+    Raises:
+        ValueError: the matrix is not finite.
+    """
+    A = matrix.cpu().to(torch.promote_types(matrix.dtype, torch.float32))
+    if not A.isfinite().all():
+        raise ValueError(f"the matrix is not finite: it overflows {matrix.dtype} or contains NaN; try a wider dtype")
+    U, S, Vh = torch.linalg.svd(A, full_matrices=False)
+    U, S, Vh = U.T[: rank + 1], S[: rank + 1], Vh[: rank + 1]  # [k + 1, out], [k + 1], [k + 1, in]
+    forward, backward = _lengths(Vh @ A.T - S[:, None] * U), _lengths(U @ A - S[:, None] * Vh)
+    residual = _relative(torch.maximum(forward, backward).to(S), S, torch.finfo(A.dtype).eps)
+    values, residuals = S[rank:].tolist(), residual[rank:].tolist()
+    U, S, Vh, residual = (part[:rank].contiguous().to(matrix.device) for part in (U, S, Vh, residual))
+    return SVD(
+        U,
+        S,
+        Vh,
+        residual,
+        sweeps=sweeps,
+        converged=bool((residual <= tol).all()),
+        reason="complete",
+        following=Following(values[0], residuals[0], residuals[0] <= tol) if values else None,
+        method="matrix",
+    )
 
 
 def svd_together(
@@ -269,7 +307,7 @@ def iteration(
     Raises:
         ValueError: `rank`, `tol`, `max_sweeps`, `block` or `seed` is out of range, or a product with A is not finite.
     """
-    _check(A, rank, tol, max_sweeps, block, seed)
+    check_options(A, rank, tol=tol, max_sweeps=max_sweeps, block=block, seed=seed)
     sizes = math.prod(A.out_shape), math.prod(A.in_shape)
     width = min(block or block_width(rank, sizes[1]), sizes[0])
     work = torch.promote_types(A.dtype, torch.float32)
@@ -354,7 +392,9 @@ def iteration(
     )
 
 
-def _check(A: LinearOperator, rank: int, tol: float, max_sweeps: int, block: int | None, seed: int) -> None:
+def check_options(
+    A: LinearOperator, rank: int, *, tol: float, max_sweeps: int, block: int | None = None, seed: int = 0
+) -> None:
     """Check the arguments of `iteration`.
 
     Raises:
@@ -492,8 +532,12 @@ def _measured(
     S = (AV * U).sum(1).abs()
     forward, backward = _lengths(AV - S[:, None] * U), _lengths(AtU - S[:, None] * V)
     absolute = torch.maximum(torch.hypot(forward, V_lost), torch.hypot(backward, U_lost)).to(S)
-    relative = absolute / torch.where(S > 10 * eps * S.max(), S, S.max()).clamp_min(torch.finfo(S.dtype).tiny)
-    return S, relative
+    return S, _relative(absolute, S, eps)
+
+
+def _relative(absolute: Float[Tensor, " k"], S: Float[Tensor, " k"], eps: float) -> Float[Tensor, " k"]:
+    """Return residuals relative to their singular values; to the largest one, where they are zero to rounding."""
+    return absolute / torch.where(S > 10 * eps * S.max(), S, S.max()).clamp_min(torch.finfo(S.dtype).tiny)
 
 
 def _at_floor(history: list[float], S: Tensor, eps: float) -> bool:

@@ -74,3 +74,12 @@ def cut_after(last: float, rank: int, following: Mapping[str, Any] | None) -> st
     if not is_close(last, following):
         return found
     return f"{found}: the cut goes through a cluster, of which the last vectors are a basis of a part only"
+
+
+def ending(data: Mapping[str, Any]) -> str:
+    """Return a line on how singular triplets were found, given their data."""
+    sweeps = f"{data['sweeps']} sweep{'s' * (data['sweeps'] != 1)}"
+    if data["method"] == "matrix":
+        return f"from the whole matrix ({sweeps}), exact to rounding"
+    rough = f" ({data['rough_sweeps']} of them rough)" if data["rough_sweeps"] else ""
+    return f"{sweeps}{rough}, stopped by: {data['stopped_by']}"

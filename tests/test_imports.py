@@ -21,7 +21,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "display": set(),
     "units": set(),
     "drawing": {"units"},
-    "linop": set(),
+    "linop": {"sizes"},
     "guard": set(),
     "gguf": {"guard"},
     "results": {"drawing"},
@@ -34,6 +34,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "inventory": {"config", "gguf"},
     "kernels": set(),
     "quants": {"gguf", "kernels"},
+    "ways": {"config", "sizes"},
     "weights": {"gguf", "quants", "sizes"},
     "runs": {"gguf", "sizes", "units"},
     "llamacpp": {"runs"},
@@ -42,12 +43,12 @@ MAY_IMPORT: dict[str, set[str]] = {
     "chat": {"tokenizer"},
     "report": {"display", "drawing", "runs", "units"},
     # planning: sizes and rates
-    "planner": {"config", "gguf", "linop", "results", "sizes", "units", "weights"},
+    "planner": {"config", "gguf", "linop", "results", "sizes", "units", "ways", "weights"},
     # network: the block algebra, no file layout
     "rope": {"config"},
     "decode": {"linop", "weights"},
     "blocks": {"config", "linop", "rope", "sizes"},
-    "jacobian": {"blocks", "decode", "gguf", "linop", "results", "runs", "sizes", "svd", "weights"},
+    "jacobian": {"blocks", "decode", "gguf", "linop", "results", "runs", "sizes", "svd", "ways", "weights"},
     "parallel": {"config", "linop", "runs", "weights"},
     "model": {
         *("blocks", "chat", "checks", "config", "decode", "display", "gguf", "jacobian", "parallel", "planner"),
@@ -66,7 +67,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "analysis": {
         *("blocks", "checks", "config", "decode", "display", "frobenius", "generation", "gguf", "jacobian", "linop"),
         *("model", "parity", "planner", "report"),
-        *("results", "runs", "session", "sizes", "svd", "weights"),
+        *("results", "runs", "session", "sizes", "svd", "ways", "weights"),
     },
     "studies": {
         *("analysis", "gguf", "guard", "jacobian", "model", "planner", "results", "runs", "session", "sizes"),

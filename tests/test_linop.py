@@ -25,6 +25,7 @@ from ggjac.linop import (
     LinearOperator,
     Matrix,
     Mix,
+    Network,
     Scale,
     Scan,
     Select,
@@ -33,6 +34,7 @@ from ggjac.linop import (
     Zero,
     dot_test,
 )
+from ggjac.sizes import forms
 
 CPU = torch.device("cpu")
 
@@ -75,6 +77,17 @@ class Random:
         b = -(-n // size) + 1
         shapes = (size, size), (size, s), (s, size), (s, s)
         return Scan(*(self(heads, b, *shape) for shape in shapes), n, m, value_size=c)
+
+    def network(self, *slabs: int, n: int = 3, d: int = 4, out: int = 5, tiled: bool = True) -> Network:
+        """Return a network with slabs of so many hidden units; factors have a constant, and matrices a gain."""
+        parts = []
+        for units in slabs:
+            down, up = (
+                self.linear(n, units, out, tiled=tiled, gain=-0.5),
+                self.linear(n, d, units, tiled=tiled, gain=3.0),
+            )
+            parts.append((down, Scale(self(n, units), self(n, units)), up))
+        return Network(parts)
 
 
 def attention(r: Random, m: int = 3) -> LinearOperator:
@@ -127,6 +140,10 @@ OPERATORS: dict[str, Callable[[Random], LinearOperator]] = {
         [(torch.tensor([2, 0]), r.linear(2, out=4)), (torch.tensor([2]), r.linear(1, out=4))], 3
     ),
     "experts after one another": lambda r: Experts([(torch.tensor([1]), r.linear(1, out=4))], 3) @ r.linear(out=4),
+    "network": lambda r: r.network(7),
+    "network in slabs": lambda r: r.network(6, 6, 3, d=6, tiled=False),
+    "network with few hidden units": lambda r: r.network(1),
+    "networks at some positions": lambda r: Experts([(torch.tensor([2, 0]), r.network(7, n=2, out=4))], 3),
     "sum of one": lambda r: Sum(r.linear()),
     "residual": lambda r: r.identity() + r.linear(out=4),
     "attention": attention,
@@ -515,6 +532,25 @@ def test_flop_is_what_torch_counts(name: str) -> None:
         with FlopCounterMode(display=False, custom_mapping=in_place) as counted:
             product(torch.ones(5, *shape, dtype=A.dtype))
         assert counted.get_total_flops() == 5 * A.flop > 0
+
+
+@pytest.mark.parametrize("vectors", [1, 3, 8, 60])
+@pytest.mark.parametrize("slabs", [(30,), (16, 16), (2,)], ids=str)
+def test_a_network_takes_the_way_with_fewer_flop(slabs: tuple[int, ...], vectors: int) -> None:
+    A, hidden = Random(torch.float64).network(*slabs, n=2, d=6, out=5, tiled=False), sum(slabs)
+    Y = Random(torch.float64, 1)(vectors, *A.out_shape)
+    with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: addmm_flop}) as counted:
+        product = A.rmatmat(Y)
+    through, made = 2 * vectors * hidden * (6 + 5), 2 * 6 * 5 * (hidden + vectors)
+    assert counted.get_total_flops() == 2 * min(through, made)  # at two positions
+    torch.testing.assert_close(product, torch.einsum("kne,nemd->kmd", Y, columns(A)), rtol=1e-12, atol=1e-12)
+
+
+def test_matrices_of_a_network_take_no_more_memory_than_hidden_units() -> None:
+    # 4096 dimensions: all rows of a Jacobian at once, or hidden units; 8192: hidden units.
+    assert forms(4096, 4096, 4096, 14336, 2048)
+    assert not forms(4000, 4096, 4096, 14336, 2048)
+    assert not forms(8192, 8192, 8192, 28672, 2048)
 
 
 def test_dot_test_finds_a_wrong_transpose() -> None:

@@ -2,6 +2,7 @@
 
 import gc
 import json
+import math
 import textwrap
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -16,7 +17,7 @@ from families import NO_GROUPS
 from helpers import held, invoke
 from jaxtyping import config
 
-from ggjac import session
+from ggjac import session, ways
 from ggjac.analysis.steer import steer
 from ggjac.cli.planning import requested
 from ggjac.config import ModelConfig, read_config
@@ -108,7 +109,8 @@ def swift() -> Iterator[None]:
 def counted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Counted:
     """Return the counts from now on; no weights are kept between sweeps, and the current folder is empty."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(work, "EXPECTED_SWEEPS", SWEEPS[-1])
+    for expected in ("EXPECTED_SWEEPS", "NARROW_SWEEPS"):
+        monkeypatch.setattr(ways, expected, SWEEPS[-1])
     found = Counted()
     fit = session.Session.fit
 
@@ -200,6 +202,18 @@ def test_estimates_are_planned_too(
     for module in ("planner.work", "analysis.svd", "analysis.ranks", "analysis.layers"):
         monkeypatch.setattr(f"ggjac.{module}.EXACT_ROWS", 0)
     check(arguments(name, "gqa", tiny_file), counted)
+
+
+@pytest.mark.parametrize("name", ["svd", "svd per token", "analyze", "analyze with layers", "compare"])
+def test_the_way_by_the_matrix_is_planned_too(
+    name: str, counted: Counted, tiny_file: TinyFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All rows once, whatever is decomposed; the stable rank takes none, and each position's signs none."""
+    monkeypatch.setattr(ways, "WORTH", -math.inf)
+    check([*arguments(name, "gqa", tiny_file), "--dtype", "float64"], counted)
+    kinds = {step.what for plan in counted.plans for step in plan.work.sweeps}
+    assert "all rows" in kinds
+    assert not kinds & {"svd", "svd per token", "svd per token: signs", "stable rank"}
 
 
 def check(asked: list[Any], counted: Counted) -> None:

@@ -206,6 +206,8 @@ def run(
             part("parity", session.remember("parity", lambda: _parity(session)))
         part("reconstruction", session.reconstruction().data())
 
+        # First, since the joint map takes the matrix that this may leave.
+        each = session.run("svd per token", each_token, **iteration) if per_token else []
         found = session.run("svd", spectrum, search_dtype=session.search_dtype(search_dtype), **iteration)
         part("svd", found.data(words))
         part("stable_rank", session.run("stable rank", stable_rank, found.svd, seed=seed).data())
@@ -221,7 +223,6 @@ def run(
             part("contrast", both.data())
             tensors["ordinary_output"] = both.ordinary.to(J.linear_output.dtype)
         if per_token:
-            each = session.run("svd per token", each_token, **iteration)
             content["svd"]["per_token"] = [one.data(words) for one in each]
             show("per_token", content["svd"]["per_token"])
             tensors |= token_tensors(each)

@@ -11,6 +11,7 @@ value). All cumulative maps advance in the same sweeps, so do all maps to the en
 In each, every weight is dequantized once per sweep.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -424,7 +425,8 @@ class _Group:
             self.report_as(f"{self.name}, sweep {sweeps + 1}, worst residual {worst:.1e}")
 
         up, down = self.sweep.up, self.sweep.down
-        found = svd_together(self.operators, rank, up=up, down=down, progress=swept, **options)
+        block = self.jacobian.block(rank, math.prod(self.jacobian.in_shape))
+        found = svd_together(self.operators, rank, up=up, down=down, block=block, progress=swept, **options)
         self.report_as(f"{self.name}, signs")
         tapes = self.jacobian.network.tapes
         outputs = self.sweep.up([tapes[span.start].x[None] for span in self.spans])

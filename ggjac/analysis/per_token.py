@@ -9,13 +9,15 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from ggjac.checks import whole
 from ggjac.decode import Ranked, nearest, top_logits
 from ggjac.jacobian import DetachedJacobian, Progress
 from ggjac.results import NO_WORDS, Plotted, Points, Result, Table, Words
-from ggjac.svd import SVD, svd_together
+from ggjac.svd import SVD, check_options, svd_of_matrix, svd_together
+from ggjac.ways import Task
 
 
 @dataclass(frozen=True)
@@ -82,13 +84,46 @@ def per_token(
     """Compute `rank` singular triplets of every `J_i` and decode both ends to `top` tokens each.
 
     Positions up to the Jacobian's own; later ones have a map of zero. All positions advance in the same sweeps over the
-    weights, in chunks of `rows_at_once` vectors; options as of `ggjac.svd.svd`. `hide_special` leaves control, unused
-    and byte tokens out of the decoding.
+    weights, in chunks of `rows_at_once` vectors, or all rows are computed once where that costs less (`ggjac.ways`);
+    options as of `ggjac.svd.svd`. `hide_special` leaves control, unused and byte tokens out of the decoding.
 
     Raises:
         ValueError: `top`, rank, `tol`, `max_sweeps` or `seed` is out of range.
     """
     top = whole("top", top)
+    positions = range(jacobian.position + 1)
+    settings: dict[str, Any] = {"tol": tol, "max_sweeps": max_sweeps, "seed": seed}
+    check_options(jacobian.at_position(0), rank, **settings)
+
+    def report(what: str, done: int, total: int, rounds: int = 0) -> None:
+        if progress:
+            progress(f"all rows, {what}", done, total)
+
+    with jacobian.reporting(report):
+        matrix = jacobian.matrix(Task(rank, joint=False, tokens=len(positions)))  # if that is the cheaper way
+    if matrix is None:
+        found, contributed = _by_sweeps(jacobian, rank, progress, **settings)
+    else:
+        maps = matrix.unbind(1)[: len(positions)]  # [d, d] each
+        found = [svd_of_matrix(part, rank, tol=tol, sweeps=jacobian.matrix_sweeps) for part in maps]
+        contributed = torch.stack([part @ x for part, x in zip(maps, jacobian.x, strict=False)])
+    found = [svd.pointing_along(output) for svd, output in zip(found, contributed, strict=True)]
+    head, embedding = jacobian.network.head, jacobian.network.embedding
+    U, V = (torch.cat([getattr(svd, side) for svd in found]) for side in ("U", "Vh"))
+    hidden = jacobian.hidden_ids(hide_special)
+    left = top_logits(head.matrix, U.to(head.matrix.dtype), top, hidden=hidden)
+    right = nearest(embedding, V.to(embedding.dtype), top, hidden=hidden)
+    rows = [slice(i * rank, (i + 1) * rank) for i in range(len(found))]
+    return TokenSpectra(
+        TokenSpectrum(i, svd, *(Ranked(side.ids[part], side.scores[part]) for side in (left, right)))
+        for i, svd, part in zip(positions, found, rows, strict=True)
+    )
+
+
+def _by_sweeps(
+    jacobian: DetachedJacobian, rank: int, progress: Progress | None, **settings: Any
+) -> tuple[list[SVD], Float[Tensor, "m d"]]:
+    """Return the triplets of every `J_i`, all advanced in the same sweeps, and what each position contributes."""
     positions = range(jacobian.position + 1)
     operators = [jacobian.at_position(i) for i in positions]
     n, d = jacobian.in_shape
@@ -134,22 +169,11 @@ def per_token(
 
     with jacobian.reporting(report):
         found = svd_together(
-            operators, rank, up=up, down=down, tol=tol, seed=seed, max_sweeps=max_sweeps, progress=swept
+            operators, rank, up=up, down=down, block=jacobian.block(rank, d), progress=swept, **settings
         )
         ended = True
         contributed = torch.cat(up([jacobian.x[i].reshape(1, 1, d) for i in positions]))
-    head, embedding = jacobian.network.head, jacobian.network.embedding
-    found = [svd.pointing_along(output) for svd, output in zip(found, contributed, strict=True)]
-    found = [replace(svd, Vh=svd.Vh[:, 0]) for svd in found]  # [k, 1, d] -> [k, d]
-    U, V = (torch.cat([getattr(svd, side) for svd in found]) for side in ("U", "Vh"))
-    hidden = jacobian.hidden_ids(hide_special)
-    left = top_logits(head.matrix, U.to(head.matrix.dtype), top, hidden=hidden)
-    right = nearest(embedding, V.to(embedding.dtype), top, hidden=hidden)
-    rows = [slice(i * rank, (i + 1) * rank) for i in range(len(found))]
-    return TokenSpectra(
-        TokenSpectrum(i, svd, *(Ranked(side.ids[part], side.scores[part]) for side in (left, right)))
-        for i, svd, part in zip(positions, found, rows, strict=True)
-    )
+    return [replace(svd, Vh=svd.Vh[:, 0]) for svd in found], contributed  # [k, 1, d] -> [k, d]
 
 
 def tensors(found: Sequence[TokenSpectrum]) -> dict[str, Tensor]:

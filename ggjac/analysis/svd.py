@@ -15,11 +15,12 @@ from torch import Tensor
 
 from ggjac.checks import whole
 from ggjac.decode import Ranked, nearest, top_logits
-from ggjac.frobenius import StableRank, stable_ranks
+from ggjac.frobenius import StableRank, exact_stable_rank, stable_ranks
 from ggjac.jacobian import DetachedJacobian, Progress
 from ggjac.results import NO_WORDS, Plotted, Points, Table, Words
 from ggjac.sizes import EXACT_ROWS, EXPECTED_SWEEPS, PROBES
-from ggjac.svd import SVD
+from ggjac.svd import SVD, check_options
+from ggjac.ways import Task
 
 
 @dataclass(frozen=True)
@@ -126,6 +127,7 @@ def spectrum(
         ValueError: `top` is out of range, or rank, `tol`, `max_sweeps` or `seed`, as `ggjac.svd.svd` has them.
     """
     top = whole("top", top)
+    check_options(jacobian, rank, tol=tol, max_sweeps=max_sweeps, seed=seed)
     head, embedding = jacobian.network.head, jacobian.network.embedding
     sweep = 1
     history: list[float] = []  # the worst residual after each sweep that measured it
@@ -141,12 +143,18 @@ def spectrum(
         if math.isfinite(worst):
             history.append(worst)
 
+    def rows(what: str, done: int, total: int, rounds: int = 0) -> None:
+        if progress:
+            progress(f"all rows, {what}", done, total)
+
     def signs(what: str, done: int, total: int, rounds: int = 0) -> None:
         if progress:
             progress(f"signs, {what}", done, total)
 
     with jacobian.reporting(signs):
         _ = jacobian.linear_output  # along which the vectors will point
+    with jacobian.reporting(rows):
+        jacobian.matrix(Task(rank))  # if that is the cheaper way
     with jacobian.reporting(report):
         triplets = jacobian.svd(
             rank, tol=tol, seed=seed, max_sweeps=max_sweeps, search_dtype=search_dtype, progress=swept
@@ -187,8 +195,11 @@ def stable_rank(
     """Compute the stable rank `‖J‖²_F / σ₁²` of the joint `[d, n d]` map, the number of directions that it really uses.
 
     The known triplets count exactly. The rest is averaged over seeded Gaussian probes in one downward sweep, or summed
-    over all rows where there are at most `EXACT_ROWS`, as many at a time as fit into the Jacobian's `chunk_bytes`.
+    over all rows where there are at most `EXACT_ROWS`, as many at a time as fit into the Jacobian's `chunk_bytes`. If
+    the triplets come from the matrix, all rows are there.
     """
+    if triplets.method == "matrix" and (matrix := jacobian.matrix(Task(len(triplets.S)))) is not None:
+        return exact_stable_rank(triplets, matrix)
     chunk = jacobian.rows_at_once() if jacobian.out_shape[0] <= EXACT_ROWS else None
     with jacobian.reporting(progress):
         (found,) = stable_ranks(

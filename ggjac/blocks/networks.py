@@ -14,7 +14,7 @@ from torch import Tensor
 from ggjac.blocks.frame import BlockWeights, Frame, affine, linear
 from ggjac.blocks.norms import NormTape, inverse_rms, widened
 from ggjac.config import ModelConfig
-from ggjac.linop import Experts, LinearOperator, Scale, Sum, Zero, indices_on
+from ggjac.linop import Experts, LinearOperator, Network, Scale, Sum, Zero, indices_on
 
 # Expert scores of router logits `[n, e]`. With `softmax_selected`, the softmax is over the chosen experts and is taken
 # after the choice.
@@ -247,11 +247,11 @@ def _nothing(w: BlockWeights, n: int) -> LinearOperator:
 def _network(w: BlockWeights, tape: HiddenTape) -> LinearOperator:
     """Return one feed-forward network at the positions that use it, `[m, d]` to `[m, d]`: a sum over slabs."""
     m, f = tape.factor.shape
-    slabs: list[LinearOperator] = []
+    slabs = []
     for units in (slice(a, min(a + w.slab, f)) for a in range(0, f, w.slab)):
         live = linear(w, tape.live, m, tape.kind, tape.expert, rows=units)
         scale = Scale(tape.factor[:, units], None if tape.constant is None else tape.constant[:, units])
         down = linear(w, "ffn_down", m, tape.kind, tape.expert, columns=units)
-        slabs.append(down @ scale @ live)
-    network = Sum(*slabs)
+        slabs.append((down, scale, live))
+    network = Network(slabs)
     return network if tape.weight is None else Scale(tape.weight[:, None].expand(network.out_shape)) @ network

@@ -102,7 +102,7 @@ def show_spectrum(data: dict[str, Any]) -> None:
     """Print singular values with both decodings; right vectors at the positions with most of their weight."""
     from ggjac import display
     from ggjac.cli.render import line, numbers, sink, table, width, words, wrapped
-    from ggjac.units import cut_after
+    from ggjac.units import cut_after, ending
 
     rows = []
     sigmas = numbers([t["singular_value"] for t in data["triplets"]])
@@ -126,9 +126,12 @@ def show_spectrum(data: dict[str, Any]) -> None:
         "right vector: weight, position, nearest tokens",
     ]
     table("Singular vectors of the detached Jacobian", columns, rows)
-    state = "converged" if data["converged"] else f"NOT converged to {data['tol']:.0e}"
-    rough = f", {data['rough_sweeps']} of them rough" if data["rough_sweeps"] else ""
-    line(f"{state} after {data['sweeps']} sweeps{rough} (stopped by: {data['stopped_by']})")
+    if data["method"] == "matrix":
+        line(ending(data))
+    else:
+        state = "converged" if data["converged"] else f"NOT converged to {data['tol']:.0e}"
+        rough = f", {data['rough_sweeps']} of them rough" if data["rough_sweeps"] else ""
+        line(f"{state} after {data['sweeps']} sweeps{rough} (stopped by: {data['stopped_by']})")
     cut = data["triplets"] and cut_after(
         data["triplets"][-1]["singular_value"], len(data["triplets"]), data["next_singular_value"]
     )

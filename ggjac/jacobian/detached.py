@@ -12,8 +12,10 @@ A map may also start at a later block and end at a tap inside the network. `Shar
 such maps through the blocks together, so that each weight is dequantized once for all of them.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -21,12 +23,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ggjac import ways
 from ggjac.jacobian.sweep import FrozenNetwork, SharedSweep, Span, Tap
 from ggjac.linop import Homogeneous, LinearOperator, Select
 from ggjac.results import Table
 from ggjac.runs.journal import Records
 from ggjac.sizes import CHUNK_BYTES, SLICE, MlpPath, chunk_floats
-from ggjac.svd import SVD, roughly_first, svd
+from ggjac.svd import SVD, check_options, roughly_first, svd, svd_of_matrix
+from ggjac.ways import Task, takes_matrix
 
 
 class Progress(Protocol):
@@ -59,7 +63,7 @@ class DetachedJacobian(LinearOperator):
         span: start and end of the map; by default from the embeddings to the output.
         mlp_path: the freezing rule of gated feed-forwards, `"up"` or `"gate"`.
         sweep: computes the products; its `journal` records them, if there is one.
-        chunk_bytes: working memory that a chunk of dense rows may take.
+        chunk_bytes: working memory that a chunk of dense rows may take, and the matrix where it is kept.
     """
 
     def __init__(
@@ -81,6 +85,7 @@ class DetachedJacobian(LinearOperator):
         self.mlp_path: MlpPath = network.frame.mlp_path
         self.sweep = SharedSweep(network, [self.span], position, raw=raw, journal=journal)
         self.chunk_bytes = chunk_bytes
+        self._matrix: Tensor | None = None
 
     def __repr__(self) -> str:
         """Return shapes, position, freezing rule and, of a map inside the network, its span, on one line."""
@@ -157,6 +162,26 @@ class DetachedJacobian(LinearOperator):
         floats = chunk_floats(n, d, self.network.frame.config.hidden_units)
         return max(1, self.chunk_bytes // (floats * self.dtype.itemsize * maps))
 
+    def matrix(self, task: Task) -> Float[Tensor, "d n d"] | None:
+        """Return the dense matrix, if it is the cheaper way to a task or is there already; else None.
+
+        It is kept for other tasks. `ggjac.ways` decides.
+        """
+        config, n, (start, tap) = self.network.frame.config, self.in_shape[0], self.span
+        place = {"item": self.dtype.itemsize, "room": self.chunk_bytes}
+        if self._matrix is None and takes_matrix(config, task, n, **place, start=start, stop=tap.index):
+            self._matrix = self.to_dense()
+        return self._matrix
+
+    def block(self, rank: int, size: int) -> int:
+        """Return the vectors that an iteration stacks for triplets of maps from vectors of `size`; see `ggjac.ways`."""
+        return ways.block(self.network.frame.config, rank, self.in_shape[0], size).width
+
+    @property
+    def matrix_sweeps(self) -> int:
+        """Number of sweeps in which all rows of the matrix are computed."""
+        return math.ceil(self.out_shape[0] / self.rows_at_once())
+
     def token_id(self, token: int | str | None) -> int | None:
         """Return the id of a token that is given as its id, or as its text, such as `" Paris"`; None as it is.
 
@@ -184,11 +209,13 @@ class DetachedJacobian(LinearOperator):
     ) -> SVD:
         """Return the leading singular triplets of the `[d, n d]` matrix, left vectors signed to point along `J x`.
 
+        Where all rows cost less than the sweeps (see `ggjac.ways`), they come from the matrix itself.
+
         Args:
             rank: number of triplets.
             tol: relative residual to reach in every triplet.
             max_sweeps: limit on the number of products with the map or its transpose.
-            block: stacked vectors per sweep; default `ggjac.sizes.block_width(rank, n * d)`.
+            block: stacked vectors per sweep; default that of `ggjac.ways.block`. If given, triplets come from sweeps.
             seed: seed of the random start vectors.
             progress: called after each sweep with the sweep count and the worst relative residual known so far.
             search_dtype: a narrower dtype, in which the subspace is searched first: faster where the device multiplies
@@ -197,9 +224,16 @@ class DetachedJacobian(LinearOperator):
         Raises:
             ValueError: an argument is out of range, or a product is not finite.
         """
+        check_options(self, rank, tol=tol, max_sweeps=max_sweeps, block=block, seed=seed)
+        matrix = self.matrix(Task(rank)) if block is None else None
+        if matrix is not None:
+            found = svd_of_matrix(matrix.flatten(1), rank, tol=tol, sweeps=self.matrix_sweeps)
+            found = replace(found, Vh=found.Vh.unflatten(1, self.in_shape))
+            return found.pointing_along(self.linear_output)
+        width = block or self.block(rank, math.prod(self.in_shape))
 
         def solve(starts: list[Tensor] | None = None, **options: Any) -> list[SVD]:
-            return [svd(self, rank, block=block, seed=seed, start=starts and starts[0], **options)]
+            return [svd(self, rank, block=width, seed=seed, start=starts and starts[0], **options)]
 
         options: dict[str, Any] = {"tol": tol, "max_sweeps": max_sweeps, "progress": progress}
         if search_dtype is None:

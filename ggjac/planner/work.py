@@ -8,7 +8,7 @@ To plan a new command, add a row to `JOBS`: the command's name, and a function t
 Jacobian, decodes the singular vectors, and then carries one vector back from the middle of the network to its input:
 
     def example(builder):
-        rank, width, sweeps = builder.request.rank, builder.width(builder.n), builder.sweeps
+        rank, (width, sweeps) = builder.request.rank, builder.block(builder.n)
         bases = KrylovBases(maps=1, positions=builder.n, width=width, sweeps=sweeps)
         half = Region(spans=((0, builder.config.block_count // 2),))
         return builder.work(
@@ -48,7 +48,6 @@ from ggjac.config.mixers import MIXERS
 from ggjac.sizes import (
     CHUNK_BYTES,
     EXACT_ROWS,
-    EXPECTED_SWEEPS,
     ITEM_BYTES,
     KINDS,
     MAPS,
@@ -59,10 +58,10 @@ from ggjac.sizes import (
     TOKENS_AT_ONCE,
     WAITING_BYTES,
     Kind,
-    block_width,
     chunk_floats,
     default_layer,
 )
+from ggjac.ways import Block, Task, block, takes_matrix
 
 # In bfloat16, whose rounding error keeps residuals above 1e-3: sweeps until they no longer fall.
 FLOOR_SWEEPS = {"bfloat16": 11}
@@ -357,11 +356,6 @@ class _Builder:
         """Working memory of a chunk of dense rows, in bytes."""
         return CHUNK_BYTES if self.request.chunk_bytes is None else self.request.chunk_bytes
 
-    @property
-    def sweeps(self) -> int:
-        """Sweeps of a decomposition."""
-        return self.request.sweeps or FLOOR_SWEEPS.get(self.dtype, EXPECTED_SWEEPS)
-
     def work(self, *steps: Sweeps | Lookup, **fields: Any) -> Work:
         """Return the work of some steps; `fields` are other fields of `Work`."""
         return Work("", self.n, self.input_positions, self.dtype, steps, **fields)
@@ -403,13 +397,41 @@ class _Builder:
         copied = min(SLICE, rows) / rows * 2 * 8 / self.item
         return self.in_chunks(what, self.d, up=False, result_floats=1 + copied)
 
-    def width(self, positions: int, rank: int | None = None) -> int:
-        """Return the stacked vectors of a decomposition of one map with `positions` positions on its input side."""
-        return min(block_width(rank or self.request.rank, positions * self.d), self.d)
+    def block(self, positions: int, rank: int | None = None) -> Block:
+        """Return the stacked vectors and sweeps of a decomposition of one map with `positions` on its input side."""
+        found = block(self.config, rank or self.request.rank, self.n, positions * self.d)
+        return found._replace(sweeps=self.request.sweeps or FLOOR_SWEEPS.get(self.dtype, found.sweeps))
+
+    def takes_matrix(self, task: Task) -> bool:
+        """Return whether triplets come from the dense matrix, which is kept: as `DetachedJacobian.matrix` decides."""
+        return takes_matrix(self.config, task, self.n, self.item, self.chunk_bytes)
+
+    @property
+    def tokens_by_matrix(self) -> bool:
+        """Whether the triplets of each position's own map do, which are computed before those of the joint map."""
+        tokens = Task(self.request.rank, joint=False, tokens=self.input_positions)
+        return self.request.per_token and self.takes_matrix(tokens)
+
+    @property
+    def by_matrix(self) -> bool:
+        """Whether the triplets of the joint map do."""
+        return self.tokens_by_matrix or self.takes_matrix(Task(self.request.rank))
+
+    @property
+    def matrix(self) -> dict[str, int]:
+        """The bytes of the matrix that is kept, by the name of their part; LAPACK takes less than the rows' sweep."""
+        return {"matrix": self.n * self.d**2 * self.item} if self.by_matrix else {}
+
+    def triplets(self) -> tuple[Sweeps | Lookup, ...]:
+        """Return the decomposition and decoding of each position's map, if that was requested, and of the joint map."""
+        tokens: tuple[Sweeps | Lookup, ...] = self.per_token() if self.request.per_token else ()
+        if self.by_matrix and not self.tokens_by_matrix:
+            tokens = *tokens, *self.dense("all rows")
+        return *tokens, *self.spectrum()
 
     def spectrum(self) -> tuple[Sweeps | Lookup, ...]:
-        """Return the decomposition of the joint map and the decoding of its vectors."""
-        rank, width, sweeps = self.request.rank, self.width(self.n), self.sweeps
+        """Return the decomposition of the joint map, unless the matrix is there, and the decoding of its vectors."""
+        rank, (width, sweeps) = self.request.rank, self.block(self.n)
         joint = Sweeps(
             "svd",
             sweeps,
@@ -417,7 +439,8 @@ class _Builder:
             bases=(KrylovBases(1, self.n, width, sweeps),),
             buffers={"rounded vectors": 2 * width * self.n * max(self.d, SLAB)} if self.may_search_roughly else {},
         )
-        return joint, Lookup("decoding", head=rank, embedding=rank * self.n)
+        found = () if self.by_matrix else (joint,)
+        return *found, Lookup("decoding", head=rank, embedding=rank * self.n)
 
     @property
     def may_search_roughly(self) -> bool:
@@ -435,18 +458,21 @@ class _Builder:
 
     def per_token(self) -> tuple[Sweeps | Lookup, ...]:
         """Return the decomposition of each position's own map; vectors going up are first put at their position."""
-        maps, rank, sweeps = self.input_positions, self.request.rank, self.sweeps
-        width = self.width(1)
+        maps, rank, (width, sweeps) = self.input_positions, self.request.rank, self.block(1)
         bases = (KrylovBases(maps, 1, width, sweeps),)
-        return (
+        found: tuple[Sweeps, ...] = (
             *self.in_chunks("svd per token", maps * width, sweeps=sweeps, stream_copies=1, bases=bases),
             *self.in_chunks("svd per token: signs", maps, stream_copies=1),
-            Lookup("decoding per token", head=maps * rank, embedding=maps * rank),
         )
+        if self.tokens_by_matrix:
+            found = self.dense("all rows")
+        return *found, Lookup("decoding per token", head=maps * rank, embedding=maps * rank)
 
     def stable_rank(self) -> tuple[Sweeps, ...]:
         """Return the Frobenius norm of the joint map: from all rows or from probes, all copied to float64 at once."""
         result_floats = 1 + 2 * 8 / self.item
+        if self.by_matrix:
+            return ()
         if self.d <= EXACT_ROWS:
             return tuple(replace(step, result_floats=result_floats) for step in self.dense("stable rank"))
         return (Sweeps("stable rank", 1, PROBES, up=False, result_floats=result_floats),)
@@ -511,7 +537,7 @@ class _Builder:
 
     def _decomposition(self, batch: _MapBatch) -> Iterator[Sweeps]:
         """Yield the sweeps of a batch: for outputs of branches, triplets, their signs and stable ranks."""
-        name, maps, region, sweeps, width = batch.name, batch.maps, batch.region, self.sweeps, self.width(self.n)
+        name, maps, region, (width, sweeps) = batch.name, batch.maps, batch.region, self.block(self.n)
         copies = 0 if region.sequential else 2
         if batch.branches:
             where = batch.branch_region
@@ -533,25 +559,23 @@ def _analyze(builder: _Builder) -> Work:
     more: tuple[Sweeps | Lookup, ...] = ()
     if request.contrast:
         more += *builder.ordinary(), Lookup("contrast", logits=3)
-    if request.per_token:
-        more += builder.per_token()
     if request.layers is not None:
         more += builder.layers()
     return builder.work(
         Lookup("logits", logits=1),
         RECONSTRUCTION,
-        *builder.spectrum(),
+        *builder.triplets(),
         *builder.stable_rank(),
         ATTRIBUTION,
         Sweeps("branches", 1, 1, region=Region("heads", written=1)),
         *more,
+        buffers=builder.matrix,
         fewer_vectors=FEWER_LAYERS if request.layers is not None and builder.batches else FEWER_TRIPLETS,
     )
 
 
 def _svd(builder: _Builder) -> Work:
-    per_token = builder.per_token() if builder.request.per_token else ()
-    return builder.work(*builder.spectrum(), RECONSTRUCTION, *per_token, fewer_vectors=FEWER_TRIPLETS)
+    return builder.work(*builder.triplets(), RECONSTRUCTION, buffers=builder.matrix, fewer_vectors=FEWER_TRIPLETS)
 
 
 def _layers(builder: _Builder) -> Work:
@@ -584,8 +608,7 @@ def _norms(builder: _Builder) -> Work:
 
 def _ranks(builder: _Builder) -> Work:
     """The joint map and those of all positions together, in chunks of vectors; see `analysis.ranks`."""
-    n, positions, sweeps, item = builder.n, builder.input_positions, builder.sweeps, builder.item
-    width = builder.width(n, rank=1)
+    n, positions, item, (width, sweeps) = builder.n, builder.input_positions, builder.item, builder.block(builder.n, 1)
     limit = min(TOKENS_AT_ONCE * width, builder.rows_at_once())
     bases = KrylovBases(1, n, width, sweeps), KrylovBases(positions, 1, width, sweeps)
     largest = builder.in_chunks(
@@ -603,9 +626,10 @@ def _compare(builder: _Builder) -> Work:
     """One of the two files, while the results of the other are kept."""
     n, d, rank, logits = builder.n, builder.d, builder.request.rank, builder.n * builder.config.vocabulary
     kept = 2 * logits * builder.item + rank * (n + 1) * d * max(4, builder.item)
-    joint, _ = builder.spectrum()
-    steps = Lookup("logits", logits=n), joint, RECONSTRUCTION, ATTRIBUTION
-    return builder.work(*steps, buffers={"portraits": kept}, tapes_to_disk=False, fewer_vectors=FEWER_TRIPLETS)
+    joint = [step for step in builder.triplets() if isinstance(step, Sweeps)]
+    steps: list[Sweeps | Lookup] = [Lookup("logits", logits=n), *joint, RECONSTRUCTION, ATTRIBUTION]
+    buffers = {"portraits": kept} | builder.matrix
+    return builder.work(*steps, buffers=buffers, tapes_to_disk=False, fewer_vectors=FEWER_TRIPLETS)
 
 
 def _steer(builder: _Builder) -> Work:

@@ -76,12 +76,13 @@ def answer_svd(
     """
     options: dict[str, Any] = {"rank": rank, "top": top, "hide_special": hide_special}
     options |= {"tol": tol, "seed": seed, "max_sweeps": max_sweeps}
+    # First, since the joint map takes the matrix that this may leave.
+    each = session.run("svd per token", each_token, **options) if per_token else None
     result = session.run("svd", svd.spectrum, search_dtype=session.search_dtype(search_dtype), **options)
     content = {"reconstruction": session.reconstruction().data(), "svd": result.data(session.words)}
     results: list[Result] = [result]
     tensors = result.tensors()
-    if per_token:
-        each = session.run("svd per token", each_token, **options)
+    if each is not None:
         results.append(each)
         content["svd"]["per_token"] = [one.data(session.words) for one in each]
         tensors |= token_tensors(each)

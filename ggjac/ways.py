@@ -1,0 +1,129 @@
+"""Which way to the singular triplets of a prompt's Jacobian costs less: sweeps, and how wide, or the matrix and LAPACK.
+
+The iteration (`ggjac.svd.iteration`) sends a block of vectors through the network in every sweep, for each map; the
+matrix takes one vector for each of its `d` rows, and has the maps of all positions in it. On large models `d` is far
+more than sweeps times vectors, on small ones it is less. Sizes decide, at rates of one core that were measured once
+(docs/benchmarks.md), not a clock: a command takes the same way on every machine, and whenever it is resumed.
+"""
+
+import math
+from typing import NamedTuple
+
+from ggjac.config import ModelConfig
+from ggjac.config.mixers import MIXERS
+from ggjac.sizes import EXPECTED_SWEEPS, block_width
+
+# FLOP per second of one core: in products of a sweep, and in LAPACK's decomposition.
+PRODUCTS, LAPACK = 100e9, 35e9
+# Weights that one core dequantizes per second.
+DEQUANTIZED = 1e9
+
+# Seconds of one core that another way must save. Where nothing takes long, results keep their digits.
+WORTH = 0.25
+
+# Live weights up to which sweeps are as cheap as their arithmetic. Those of larger models may come from the disk each
+# time, at a price that depends on the machine.
+KEPT = 1 << 28
+# Sweeps that a narrow block takes where a wide one takes `EXPECTED_SWEEPS`.
+NARROW_SWEEPS = 10
+
+
+class Task(NamedTuple):
+    """Triplets to be found at one prompt.
+
+    Attributes:
+        rank: triplets of each map.
+        joint: whether of the map from all positions.
+        tokens: number of positions whose own maps are decomposed.
+    """
+
+    rank: int
+    joint: bool = True
+    tokens: int = 0
+
+
+class Block(NamedTuple):
+    """How many vectors of each map an iteration stacks, and the sweeps that are expected of it."""
+
+    width: int
+    sweeps: int
+
+
+def block(config: ModelConfig, rank: int, n: int, size: int) -> Block:
+    """Return the block of an iteration for `rank` triplets, whose input vectors have `size` elements.
+
+    A wide one saves sweeps, a narrow one arithmetic: of 8 triplets to 1e-3, 32 vectors take 8 sweeps and 16 take 10.
+    """
+    wide = Block(min(block_width(rank, size), config.d), EXPECTED_SWEEPS)
+    narrow = Block(min(rank + 8, wide.width), NARROW_SWEEPS)
+    flop = sum(_vector_flop(config, i) for i in range(config.block_count))
+    saved = (wide.width * wide.sweeps - narrow.width * narrow.sweeps) * n * flop / PRODUCTS
+    more = (narrow.sweeps - wide.sweeps) * (flop / 2) / DEQUANTIZED
+    return narrow if saved - more > WORTH and flop / 2 <= KEPT else wide
+
+
+class Ways(NamedTuple):
+    """What each way takes: seconds of one core."""
+
+    sweeps: float
+    matrix: float
+
+
+def ways(config: ModelConfig, task: Task, n: int, start: int = 0, stop: int | None = None) -> Ways:
+    """Return what a task takes on a prompt whose output depends on `n` positions, by maps of blocks `start:stop`."""
+    d = config.d
+    blocks = range(start, config.block_count if stop is None else stop)
+    vectors = task.tokens * math.prod(block(config, task.rank, n, d))
+    vectors += math.prod(block(config, task.rank, n, n * d)) if task.joint else 0
+    iterated = vectors * n * sum(_vector_flop(config, i) for i in blocks)
+    rows = d * n * sum(_row_flop(config, i) for i in blocks)
+    decomposed = task.tokens * _svd_flop(d, d) + (_svd_flop(d, n * d) if task.joint else 0)
+    return Ways(iterated / PRODUCTS, rows / PRODUCTS + decomposed / LAPACK)
+
+
+def takes_matrix(
+    config: ModelConfig, task: Task, n: int, item: int, room: int, start: int = 0, stop: int | None = None
+) -> bool:
+    """Return whether the matrix is the way: clearly cheaper, in room for its bytes, and exact.
+
+    Args:
+        config, task, n, start, stop: as `ways` takes them.
+        item: bytes of an element; rows in 16 bits would hide their own rounding from the residuals.
+        room: bytes that the matrix, `[d, n d]`, may take.
+    """
+    if item < 4 or n * config.d**2 * item > room:
+        return False
+    found = ways(config, task, n, start, stop)
+    return found.matrix + WORTH < found.sweeps
+
+
+def _vector_flop(config: ModelConfig, i: int) -> int:
+    """Return the FLOP of a vector in a block for each position: projections of its mixers, and its networks."""
+    own, d = config.layers[i], config.d
+    units = own.hidden_units + own.experts_used * own.expert_units
+    units += config.expert_shared_feed_forward_length if own.routed else 0
+    return 2 * d * (_mixed(config, i) + 2 * units)
+
+
+def _row_flop(config: ModelConfig, i: int) -> int:
+    """Return the FLOP of one of all `d` rows, which multiply by the matrix of a dense network; see `linop.Network`."""
+    d, units = config.d, config.layers[i].hidden_units
+    return _vector_flop(config, i) - max(0, 4 * d * units - 2 * d * (units + d))
+
+
+def _mixed(config: ModelConfig, i: int) -> int:
+    """Return the widths of what a block's mixers read and write, values and heads."""
+    own, sizes, width = config.layers[i], config.recurrence, 0
+    for mixer in own.mixers:
+        if MIXERS[mixer].recurrent:
+            width += 2 * sizes.heads * sizes.value_size
+        elif MIXERS[mixer].convolution:
+            width += 2 * config.d
+        else:
+            width += (own.heads + own.kv_heads) * own.value_size
+    return width
+
+
+def _svd_flop(d: int, columns: int) -> int:
+    """Return the FLOP of all triplets of a matrix `[d, columns]`: its factor from the right, and that one's SVD."""
+    return 6 * columns * d**2 + 10 * d**3

@@ -1,0 +1,183 @@
+"""Which way triplets are found: the decision as a function of sizes, and both ways against dense arithmetic."""
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import oracle
+import pytest
+import tiny
+import torch
+from helpers import invoke_json
+
+from ggjac import ways
+from ggjac.analysis.per_token import per_token
+from ggjac.analysis.svd import spectrum, stable_rank
+from ggjac.config import ModelConfig, read_config
+from ggjac.gguf import open_gguf
+from ggjac.jacobian import DetachedJacobian
+from ggjac.model import open_model
+from ggjac.svd import svd_of_matrix
+from ggjac.ways import Task, takes_matrix
+
+GIB = 1 << 30
+
+
+@pytest.fixture
+def always(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Take the matrix wherever there is room."""
+    monkeypatch.setattr(ways, "WORTH", -math.inf)
+
+
+@pytest.fixture
+def config(tiny_files: dict[str, Path]) -> ModelConfig:
+    with open_gguf(tiny_files["gqa"]) as file:
+        return read_config(file.metadata, {t.name: t.shape for t in file.tensors.values()})
+
+
+def sized(config: ModelConfig, blocks: int, d: int, kv: int, hidden: int) -> ModelConfig:
+    """Return a model with heads of 64, `kv` of them for values."""
+    own = replace(config.layers[0], heads=d // 64, kv_heads=kv, key_size=64, value_size=64, hidden_units=hidden)
+    return replace(config, block_count=blocks, layers=(own,) * blocks, d=d)
+
+
+SMALL, LARGE = (30, 576, 3, 1536), (32, 4096, 8, 14336)  # the shapes of SmolLM2-135M and of Llama 3 8B
+TOKENS = Task(8, joint=False, tokens=8)
+
+
+@pytest.mark.parametrize(
+    ("shape", "task", "n", "room", "matrix"),
+    [
+        (SMALL, Task(8), 8, GIB, False),  # 256 vectors
+        (SMALL, Task(64), 8, GIB, True),  # 576
+        (SMALL, TOKENS, 8, GIB, True),  # 2048
+        (SMALL, Task(8, joint=False, tokens=1), 8, GIB, False),
+        (SMALL, TOKENS, 8, 8 * 576 * 576 * 4, True),
+        (SMALL, TOKENS, 8, 8 * 576 * 576 * 4 - 1, False),
+        (LARGE, Task(8), 8, GIB, False),
+        (LARGE, TOKENS, 8, GIB, False),
+        (LARGE, Task(8, joint=False, tokens=16), 16, GIB, True),  # 4096, and rows are cheaper than other vectors
+        (LARGE, Task(8, joint=False, tokens=32), 32, GIB, False),  # no room
+    ],
+    ids=str,
+)
+def test_sizes_decide(
+    shape: tuple[int, int, int, int], task: Task, n: int, room: int, matrix: bool, config: ModelConfig
+) -> None:
+    assert takes_matrix(sized(config, *shape), task, n, item=4, room=room) is matrix
+
+
+def test_nothing_is_saved_on_tiny_models_and_in_16_bits(config: ModelConfig) -> None:
+    assert not takes_matrix(config, TOKENS, 8, item=4, room=GIB)
+    assert not takes_matrix(sized(config, *SMALL), TOKENS, 8, item=2, room=GIB)
+
+
+def test_flop_are_those_of_the_operators(tiny_files: dict[str, Path]) -> None:
+    """A vector's, but for the mixing of positions; a map inside the network has those of its blocks alone."""
+    model = open_model(tiny_files["gqa"], dtype="float64")
+    trace = model.trace(tiny.prompt("gqa", 5))
+    J = trace.jacobian(raw=True)
+    J.matmat(J.x[None])
+    mixing = sum(2 * 5 * own.heads * own.value_size * 5 for own in model.config.layers)
+    whole = 5 * sum(ways._vector_flop(model.config, i) for i in range(model.config.block_count))
+    # The last block writes one position, which the decision leaves out.
+    assert J.sweep.flop < whole + mixing < J.sweep.flop * 2
+    halves = [ways.ways(model.config, Task(2), 5, start, start + 1) for start in range(model.config.block_count)]
+    assert sum(half.sweeps for half in halves) == pytest.approx(ways.ways(model.config, Task(2), 5).sweeps)
+
+
+def dense(
+    case: str, position: int, tiny_files: dict[str, Path], dtype: str
+) -> tuple[DetachedJacobian, oracle.Jacobian]:
+    ids = tiny.prompt(case, 5)
+    expected = oracle.jacobian(oracle.load(tiny_files[case]), ids, mlp_path="up", position=position)
+    return open_model(tiny_files[case], dtype=dtype).trace(ids).jacobian(position), expected
+
+
+@pytest.mark.usefixtures("always")
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+@pytest.mark.parametrize("position", [-1, 2])
+@pytest.mark.parametrize("case", ["biases", "gemma2"])
+def test_the_matrix_gives_autograds_triplets(case: str, position: int, dtype: str, tiny_files: dict[str, Path]) -> None:
+    J, expected = dense(case, position, tiny_files, dtype)
+    close = 1e-10 if dtype == "float64" else 2e-4
+    each, joint = per_token(J, 3), spectrum(J, 3).svd
+    assert [one.position for one in each] == list(range(J.position + 1))
+    maps = [(one.svd, expected.J[:, one.position], expected.x[one.position]) for one in each]
+    for found, matrix, x in [*maps, (joint, expected.J.flatten(1), expected.x.flatten())]:
+        assert (found.method, found.reason, found.sweeps, found.converged) == ("matrix", "complete", 1, True)
+        U, S, Vh = torch.linalg.svd(matrix, full_matrices=False)
+        sign = torch.sign(U.T[:3] @ (matrix @ x))[:, None]
+        assert torch.allclose(found.S.double(), S[:3], rtol=close)
+        assert torch.allclose(found.U.double(), U.T[:3] * sign, rtol=0, atol=100 * close)
+        assert torch.allclose(found.Vh.flatten(1).double(), Vh[:3] * sign, rtol=0, atol=100 * close)
+        assert found.following is not None
+        assert found.following.value == pytest.approx(float(S[3]), rel=close)
+        assert float(found.residual.max()) < (1e-12 if dtype == "float64" else 1e-5)
+    S = torch.linalg.svdvals(expected.J.flatten(1))
+    rank = stable_rank(J, joint)
+    assert rank.error == 0
+    assert rank.value == pytest.approx(float(S.square().sum() / S[0] ** 2), rel=close)
+
+
+@pytest.mark.usefixtures("always")
+def test_the_matrix_is_computed_once(tiny_files: dict[str, Path]) -> None:
+    model = open_model(tiny_files["gqa"])
+    J = model.trace(tiny.prompt("gqa", 5)).jacobian()
+    _ = J.linear_output
+    model.weights.reads.clear()
+    found = per_token(J, 2), spectrum(J, 2)
+    stable_rank(J, found[1].svd)
+    assert model.weights.reads["blk.0.attn_v.weight"] == model.gguf.tensors["blk.0.attn_v.weight"].rows
+
+
+def test_both_ways_agree_within_their_residuals(tiny_files: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    J, _ = dense("gqa", -1, tiny_files, "float64")
+    sweeps, tokens = spectrum(J, 3), per_token(J, 3)
+    monkeypatch.setattr(ways, "WORTH", -math.inf)
+    for a, b in zip([sweeps, *tokens], [spectrum(J, 3), *per_token(J, 3)], strict=True):
+        assert (a.svd.method, b.svd.method) == ("sweeps", "matrix")
+        assert a.data().keys() == b.data().keys()
+        # By Weyl, a value is within its residual of one of the matrix.
+        assert ((a.svd.S - b.svd.S).abs() <= a.svd.residual * a.svd.S + 1e-12).all()
+
+
+@pytest.mark.parametrize("rank", [2, 4])
+def test_residuals_are_measured_and_zero_values_harmless(rank: int) -> None:
+    U, _ = torch.linalg.qr(torch.randn(6, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64))
+    V, _ = torch.linalg.qr(torch.randn(9, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64))
+    A = U @ torch.diag(torch.tensor([3.0, 2.0, 1.0, 0.0]).double()) @ V.T
+    found = svd_of_matrix(A, rank, tol=1e-9, sweeps=1)
+    assert found.converged
+    assert found.S.tolist() == pytest.approx([3.0, 2.0, 1.0, 0.0][:rank], abs=1e-12)
+    assert not svd_of_matrix(A, rank, tol=1e-30, sweeps=1).converged
+    with pytest.raises(ValueError, match="not finite"):
+        svd_of_matrix(A * math.nan, rank, tol=1e-9, sweeps=1)
+
+
+@pytest.mark.usefixtures("always")
+def test_the_command_says_its_way(tiny_files: dict[str, Path]) -> None:
+    command = ["svd", "-m", tiny_files["gqa"], "--tokens", "3,5,7", "--per-token", "-k", 2]
+    found = invoke_json(*command)["svd"]
+    assert found["method"] == "matrix"
+    assert {one["method"] for one in found["per_token"]} == {"matrix"}
+
+
+@pytest.mark.parametrize(
+    ("shape", "rank", "n", "width", "sweeps"),
+    [
+        (SMALL, 8, 8, 16, 10),
+        (SMALL, 8, 1, 32, 8),  # too little is saved
+        (SMALL, 1, 8, 9, 8),  # the same width
+        (LARGE, 8, 8, 32, 8),  # sweeps may read the disk
+    ],
+    ids=str,
+)
+def test_blocks_are_narrow_where_arithmetic_decides(
+    shape: tuple[int, int, int, int], rank: int, n: int, width: int, sweeps: int, config: ModelConfig
+) -> None:
+    assert ways.block(sized(config, *shape), rank, n, n * shape[1]) == (width, sweeps)
+
+
+def test_tiny_models_have_wide_blocks(config: ModelConfig) -> None:
+    assert ways.block(config, 8, 8, 8 * config.d) == (32, ways.EXPECTED_SWEEPS)
