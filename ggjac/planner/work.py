@@ -678,7 +678,7 @@ def _past_bytes(config: ModelConfig, own: Layer, mixer: str, positions: int, ite
 
 def _predict(builder: _Builder) -> Work:
     everywhere = (Lookup("all logits", logits=builder.n),) if builder.request.everywhere else ()
-    return builder.work(Lookup("logits", logits=1), *everywhere, tapes=False)
+    return builder.work(Lookup("logits", logits=1), *everywhere, tapes=False, tapes_to_disk=False)
 
 
 def _verify(builder: _Builder) -> Work:
