@@ -472,6 +472,13 @@ def test_a_rough_search_takes_at_most_half_of_the_sweeps() -> None:
     assert seen == [1, 2, 3, 4, 5, 6, 7, 8]
 
 
+def test_few_sweeps_leave_no_room_for_a_rough_search(tiny_files: dict[str, Path]) -> None:
+    J = open_model(tiny_files["plain"]).trace(tiny.prompt("plain", 6)).jacobian()
+    for most, rough in ((2, 0), (3, 0), (4, 2)):
+        found = J.svd(2, max_sweeps=most, tol=1e-12, search_dtype=torch.bfloat16)
+        assert (found.sweeps, found.rough_sweeps) == (most, rough)
+
+
 @pytest.mark.parametrize("command", ["svd", "analyze"])
 def test_the_command_with_a_rough_search(command: str, tmp_path: Path) -> None:
     options = ["-q", *TOKENS, "-k", 3, *(["-o", tmp_path / "run", "--no-verify"] if command == "analyze" else [])]
