@@ -793,7 +793,10 @@ REFUSE = {
         lambda path: open_model(path, dtype=torch.int32),
         "dtype torch.int32 is not supported",
     ),
-    "a negative number of threads": (lambda path: open_model(path, threads=-1), "threads=-1: at least one is needed"),
+    "a negative number of threads": (
+        lambda path: open_model(path, threads=-1),
+        "threads -1 is out of range: it must be at least 1",
+    ),
 }
 
 

@@ -329,7 +329,7 @@ BRIEF: dict[str, list[object]] = {
 }
 
 
-@pytest.mark.parametrize("name", [name for name in cli.COMMANDS if name != "report"])
+@pytest.mark.parametrize("name", [name for name in cli.COMMANDS if name not in ("report", "merge")])
 def test_every_command_runs(name: str, smollm2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Once each, with valid JSON; and what runs a prompt has its page of the report."""
     monkeypatch.chdir(tmp_path)

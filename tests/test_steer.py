@@ -324,7 +324,7 @@ def test_refusals(tiny_file: TinyFile) -> None:
     for layer in (0, 3, -1):
         with pytest.raises(ValueError, match=f"layer {layer} is out of range; this model has layers 1 to 2"):
             steer(model, [1], [2], layer=layer)
-    with pytest.raises(ValueError, match="max_tokens=0: at least one"):
+    with pytest.raises(ValueError, match="max_tokens 0 is out of range: it must be at least 1"):
         steer(model, [1], [2], max_tokens=0)
     with pytest.raises(PromptError, match="the text would grow"):
         steer(model, [1], [2], max_tokens=model.config.context_length)

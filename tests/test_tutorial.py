@@ -20,6 +20,7 @@ import click
 import pytest
 import real
 from click.testing import CliRunner
+from torch.distributed.run import get_args_parser
 
 from ggjac.cli import COMMANDS, main
 
@@ -230,6 +231,10 @@ def test_commands_exist_with_their_options(page: Path, tmp_path: Path, monkeypat
         if words[0] == "python":
             assert (ROOT / words[1]).is_file()
             continue
+        if words[0] == "torchrun":
+            launched = get_args_parser().parse_args(words[1:])
+            assert launched.module
+            words = [launched.training_script, *launched.training_script_args]
         assert words[0] == "ggjac"
         for option, value in pairwise(words):
             if option in FILE_OPTIONS:
@@ -247,7 +252,7 @@ def test_commands_exist_with_their_options(page: Path, tmp_path: Path, monkeypat
 
 
 def test_inline_options_exist() -> None:
-    """An option named in running text is one of some command."""
+    """An option named in running text is one of some command, or of `torchrun`; other programs may stand around it."""
     with click.Context(main) as ctx:
         known = {
             option
@@ -255,8 +260,9 @@ def test_inline_options_exist() -> None:
             for parameter in main.get_command(ctx, name).params  # type: ignore[union-attr]
             for option in (*parameter.opts, *parameter.secondary_opts)
         }
+    known |= {option for action in get_args_parser()._actions for option in action.option_strings}
     for page in PAGES:
-        prose = FENCE.sub("", page.read_text(encoding="utf-8"))
+        prose = re.sub(r"\$\([^)]*\)|`srun .*? (?=torchrun)", "`", FENCE.sub("", page.read_text(encoding="utf-8")))
         codes = [code for code in re.findall(r"`([^`]+)`", prose) if not code.startswith(PIP)]
         named = {option for code in codes for option in re.findall(r"(?<!\S)--?[a-z][a-z-]*", code)}
         assert named - known - {"--help"} == set(), page.name

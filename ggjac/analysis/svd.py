@@ -197,7 +197,11 @@ def stable_rank(
     The known triplets count exactly. The rest is averaged over seeded Gaussian probes in one downward sweep, or summed
     over all rows where there are at most `EXACT_ROWS`, as many at a time as fit into the Jacobian's `chunk_bytes`. If
     the triplets come from the matrix, all rows are there.
+
+    Raises:
+        ValueError: `probes` or `seed` is out of range.
     """
+    probes = whole("probes", probes, 2)
     if triplets.method == "matrix" and (matrix := jacobian.matrix(Task(len(triplets.S)))) is not None:
         return exact_stable_rank(triplets, matrix)
     chunk = jacobian.rows_at_once() if jacobian.out_shape[0] <= EXACT_ROWS else None
