@@ -13,6 +13,7 @@ jaxtyping.jaxtyped = typechecking.jaxtyped  # what the hook puts on every functi
 jaxtyping.install_import_hook("ggjac", "typechecking.check")
 
 import os  # noqa: E402
+import signal  # noqa: E402
 from collections.abc import Callable, Iterator  # noqa: E402
 from pathlib import Path  # noqa: E402
 from types import SimpleNamespace  # noqa: E402
@@ -28,6 +29,11 @@ SHARED = Path(__file__).resolve().parents[2] / "shared"
 # that tests start, too.
 torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+# A shell's background job ignores Ctrl-C, and so would the processes that tests interrupt.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session", autouse=True)
