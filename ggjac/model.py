@@ -666,6 +666,7 @@ class Trace:
             weights=partial(model.block, live=True),
             tapes=self.tapes,
             frame=self.frame,
+            config=model.config,
             freeze_norm=model.freeze_final_norm,
             norm=self.norm,
             x=self.x,

@@ -60,6 +60,8 @@ def join() -> tuple[dist.ProcessGroup, dist.Store]:
     served = dist.TCPStore(given["MASTER_ADDR"], int(given["MASTER_PORT"]), is_master=master)
     # After a restart the agent's store still has the addresses of the attempt before.
     store = dist.PrefixStore(f"attempt-{given.get('TORCHELASTIC_RESTART_COUNT', '0')}", served)
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(given.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=ranks)
     assert dist.group.WORLD is not None

@@ -48,7 +48,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "rope": {"config"},
     "decode": {"linop", "weights"},
     "blocks": {"config", "linop", "rope", "sizes"},
-    "jacobian": {"blocks", "decode", "gguf", "linop", "results", "runs", "sizes", "svd", "ways", "weights"},
+    "jacobian": {"blocks", "config", "decode", "gguf", "linop", "results", "runs", "sizes", "svd", "ways", "weights"},
     "parallel": {"config", "linop", "runs", "weights"},
     "model": {
         *("blocks", "chat", "checks", "config", "decode", "display", "gguf", "jacobian", "parallel", "planner"),

@@ -15,7 +15,7 @@ from ggjac.analysis.per_token import per_token
 from ggjac.analysis.svd import spectrum, stable_rank
 from ggjac.config import ModelConfig, read_config
 from ggjac.gguf import open_gguf
-from ggjac.jacobian import DetachedJacobian
+from ggjac.jacobian import DetachedJacobian, detached
 from ggjac.model import open_model
 from ggjac.svd import svd_of_matrix
 from ggjac.ways import Task, takes_matrix
@@ -181,3 +181,19 @@ def test_blocks_are_narrow_where_arithmetic_decides(
 
 def test_tiny_models_have_wide_blocks(config: ModelConfig) -> None:
     assert ways.block(config, 8, 8, 8 * config.d) == (32, ways.EXPECTED_SWEEPS)
+
+
+def test_processes_that_share_a_model_take_the_same_way(
+    tiny_files: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each has other heads, and must not decide by its own."""
+    network = open_model(tiny_files["gqa"]).trace([1, 2, 3]).jacobian().network
+    config = network.config
+    own = replace(config, layers=tuple(replace(layer, heads=1, kv_heads=1) for layer in config.layers))
+    part = DetachedJacobian(network._replace(frame=network.frame._replace(config=own)), 2)
+    decided: list[object] = []
+    monkeypatch.setattr(detached, "takes_matrix", lambda config, *_, **__: decided.append(config))
+    assert part.matrix(Task(1)) is None
+    monkeypatch.setattr(ways, "block", lambda config, *_: decided.append(config) or ways.Block(1, 1))
+    assert part.block(1, 3) == 1
+    assert decided == [config, config] != [own, own]

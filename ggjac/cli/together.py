@@ -129,7 +129,7 @@ class Together:
 def here() -> Together | None:
     """Join the other processes, at the first call; None if this process is alone."""
     given = os.environ
-    if int(given.get("WORLD_SIZE", "1")) < 2 or "RANK" not in given or "MASTER_ADDR" not in given:
+    if int(given.get("WORLD_SIZE", "1")) < 2 or not {"RANK", "MASTER_ADDR", "MASTER_PORT"} <= given.keys():
         return None
     from ggjac.parallel import join
 

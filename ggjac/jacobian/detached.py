@@ -167,7 +167,7 @@ class DetachedJacobian(LinearOperator):
 
         It is kept for other tasks. `ggjac.ways` decides.
         """
-        config, n, (start, tap) = self.network.frame.config, self.in_shape[0], self.span
+        config, n, (start, tap) = self.network.config, self.in_shape[0], self.span
         place = {"item": self.dtype.itemsize, "room": self.chunk_bytes}
         if self._matrix is None and takes_matrix(config, task, n, **place, start=start, stop=tap.index):
             self._matrix = self.to_dense()
@@ -175,7 +175,7 @@ class DetachedJacobian(LinearOperator):
 
     def block(self, rank: int, size: int) -> int:
         """Return the vectors that an iteration stacks for triplets of maps from vectors of `size`; see `ggjac.ways`."""
-        return ways.block(self.network.frame.config, rank, self.in_shape[0], size).width
+        return ways.block(self.network.config, rank, self.in_shape[0], size).width
 
     @property
     def matrix_sweeps(self) -> int:

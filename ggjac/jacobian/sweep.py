@@ -16,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ggjac.blocks import BlockWeights, Frame, FrozenBlock, NormTape, affine, block
+from ggjac.config import ModelConfig
 from ggjac.decode import Head
 from ggjac.jacobian.tapes import Tapes
 from ggjac.linop import Identity, LinearOperator
@@ -55,6 +56,7 @@ class FrozenNetwork(NamedTuple):
         weights: returns the tensors of a block; given a dtype, with the matrices rounded to it.
         tapes: the frozen quantities of each block; read when a sweep arrives there, so that they may be on a disk.
         frame: settings shared by all blocks, such as the freezing rule.
+        config: sizes of the whole model; those of `frame` are of this process's part, where several share it.
         freeze_norm: freezes the final norm at any stream `[m, d]`.
         norm: the final norm, frozen at the prompt's own last stream.
         x: `[n, d]`, input of block 0: embeddings after any scaling.
@@ -72,6 +74,7 @@ class FrozenNetwork(NamedTuple):
     weights: Callable[..., BlockWeights]
     tapes: Tapes
     frame: Frame
+    config: ModelConfig
     freeze_norm: Callable[[Tensor], NormTape]
     norm: NormTape
     x: Float[Tensor, "n d"]
