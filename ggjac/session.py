@@ -29,10 +29,8 @@ from ggjac.planner.work import Sweeps
 from ggjac.prompts import position_remark, remarks
 from ggjac.results import Words
 from ggjac.runs.journal import Journal, JournalError
-from ggjac.sizes import ROUGH_FROM, MlpPath
+from ggjac.sizes import ROUGH_FROM, SEARCHES, MlpPath
 
-# Dtypes in which a decomposition may search first: that of the model, so that there is no such search, or a narrower.
-SEARCHES = ("auto", "same", "bfloat16")
 # Times as fast that products must be for a search to pay: some of its sweeps come on top of those that finish it.
 CLEARLY_FASTER = 1.5
 
@@ -223,7 +221,7 @@ class Session:
         """Return the dtype in which a decomposition of the joint map is to search first; None for no such search.
 
         `"auto"` is bfloat16 where that is faster on this device, which takes half a second to measure, and only in
-        float32, and where the map is large; a resumed run does not measure again. For the others see `SEARCHES`.
+        float32, and where the map is large; a resumed run does not measure again. The others: `SEARCHES`.
         """
         if asked not in SEARCHES:
             raise ValueError(f"search_dtype {asked!r} is unknown; known: {', '.join(SEARCHES)}")

@@ -94,6 +94,9 @@ WAITING_BYTES = 64 << 20
 # Tokens whose maps travel together when the stable rank of each is measured.
 TOKENS_AT_ONCE = 16
 
+# Dtypes in which a decomposition may search first: that of the model, so that there is no such search, or a narrower.
+SEARCHES = ("auto", "same", "bfloat16")
+
 # Embedding length from which a decomposition may begin with products rounded to bfloat16: smaller maps take seconds.
 ROUGH_FROM = 2048
 

@@ -78,7 +78,7 @@ def cut_after(last: float, rank: int, following: Mapping[str, Any] | None) -> st
 
 def ending(data: Mapping[str, Any]) -> str:
     """Return a line on how singular triplets were found, given their data."""
-    sweeps = f"{data['sweeps']} sweep{'s' * (data['sweeps'] != 1)}"
+    sweeps = counted(data["sweeps"], "sweep")
     if data["method"] == "matrix":
         return f"from the whole matrix ({sweeps}), exact to rounding"
     rough = f" ({data['rough_sweeps']} of them rough)" if data["rough_sweeps"] else ""

@@ -10,7 +10,7 @@ from typing import Any, get_args
 import click
 
 from ggjac.cli import texts, together
-from ggjac.sizes import ITEM_BYTES, KINDS, MAPS, MlpPath
+from ggjac.sizes import ITEM_BYTES, KINDS, MAPS, SEARCHES, MlpPath
 
 DEFAULT_PROMPT = "The bridge out of Marin is the"
 STEER_PROMPT = "My favorite thing is the"
@@ -607,7 +607,7 @@ def spectrum_options(command: Callable) -> Callable:
 
 search_dtype = click.option(
     "--search-dtype",
-    type=click.Choice(["auto", "same", "bfloat16"]),
+    type=click.Choice(SEARCHES),
     default="auto",
     show_default=True,
     help="Search the subspace in this dtype first, and finish in --dtype, whose values and residuals are given. auto: "
