@@ -423,7 +423,7 @@ def test_a_file_that_is_being_written_is_not_merged(shards: list[Path], tmp_path
 
 @pytest.mark.parametrize("shard", [(2, 2), (-1, 2), (0, 0), (3, 4)])
 def test_a_shard_without_prompts_is_refused(shard: tuple[int, int], asked: Measure) -> None:
-    with pytest.raises(PromptError, match="has no prompt: there are 3"):
+    with pytest.raises(PromptError, match="has no prompt: there are 3; take"):
         ggjac.study(PROMPTS[:3], asked, shard=shard)
 
 

@@ -11,7 +11,7 @@ from ggjac.cli.planning import dry_run
 
 @click.command()
 @model_options(file="Read prompts from a file (UTF-8; - is stdin), one on each line; empty lines are skipped.")
-@many_options(always=True)
+@many_options(flag=None)
 @dry_run
 @iteration_options
 @output("Append a JSON line for each prompt to this file; prompts that it already holds are skipped.")
