@@ -190,7 +190,7 @@ class Model:
         self._placed = False
         self.crew: Crew | None = None
         if group is not None:
-            self.crew = Crew.of(group, self.config, [self.block(i) for i in range(self.config.block_count)])
+            self.crew = Crew.of(group, self.config, file.tensors)
         self.embedding: Weight = self.weights["token_embd.weight"]
         self.head = decode.Head(
             self.weights["output.weight" if "output.weight" in self.weights else "token_embd.weight"],

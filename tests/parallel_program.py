@@ -2,8 +2,8 @@
 
     python parallel_program.py RANK STORE CASES RESULT
 
-Each writes RESULT-RANK.json: by case, the rows that it read, and what was divided between two. The last process has the
-whole model to itself too, and writes how far the others' results are from its own.
+Each writes RESULT-RANK.json: by case, the rows that it read. The last process has the whole model to itself too, and
+writes how far the others' results are from its own.
 """
 
 import json
@@ -62,8 +62,6 @@ def main() -> None:
         report[case] = {"read": read, "told": shared.crew.told({"rank": rank, "text": "ü"})}
         if last:
             report[case] |= {"2": compared(of_two, own), "3": compared(three, own)}
-        elif model.crew:
-            report[case]["divided"] = sorted({stem for cuts in model.crew.cuts for stem in cuts})
     Path(f"{result}-{rank}.json").write_text(json.dumps(report))
     dist.barrier()
     dist.destroy_process_group()

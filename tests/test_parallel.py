@@ -14,6 +14,10 @@ import torch
 import torch.distributed as dist
 from helpers import FIRST
 
+from ggjac import division
+from ggjac.config import read_config
+from ggjac.config.mixers import MIXERS
+from ggjac.gguf import open_gguf
 from ggjac.jacobian.ordinary import OrdinaryJacobian
 from ggjac.linop import Identity
 from ggjac.model import open_model
@@ -31,10 +35,8 @@ CASES = sorted({
     "lfm2_window", "granitehybrid_biases", "granitehybrid_shared", "nemotron_h_moe_latent", "falcon_h1_normed",
     "qwen35moe_fused", "gemma4_experts", "gemma4_small", "gemma4_shared", "gemma4_shared_keys", "kimi_linear_sizes",
 })  # fmt: skip
-# Of the architectures, those of whose mixers two ranks divide nothing (recurrences alone, or a norm over all heads) ...
-MIXERS_WHOLE = {"mamba2", "minimax-m2", "olmo2", "olmoe"}
-# ... and those of whose networks they divide none: there are none.
-NETWORKS_WHOLE = {"mamba2"}
+# Why a mixer is computed whole by every rank, however many heads and channels it has.
+KINDS_OF_WHOLE = {division.RECURRENCE, division.ALL_HEADS, division.SEVERAL}
 
 
 @pytest.fixture(scope="module")
@@ -76,17 +78,20 @@ def test_all_are_told_the_same(found: list[dict[str, Any]]) -> None:
     assert all(report["gqa"]["told"] == {"rank": 0, "text": "ü"} for report in found)
 
 
-def test_what_is_divided(found: list[dict[str, Any]]) -> None:
-    """What falls back to whole is right too, so that only this test sees it."""
-    mixers, networks = set(), set()
-    for architecture, case in FIRST.items():
-        stems = set(found[0][case]["divided"])
-        if not stems & {"attn_output", "shortconv.out_proj"}:
-            mixers.add(architecture)
-        if not stems & {"ffn_down", "ffn_down_shexp"} and not tiny.options(case).experts:
-            networks.add(architecture)
-    assert mixers == MIXERS_WHOLE
-    assert networks == NETWORKS_WHOLE
+def test_what_is_divided(tiny_files: dict[str, Path]) -> None:
+    """What falls back to whole is right too, so that only this test sees it; a mixer does so for one of few reasons."""
+    seen = set()
+    for case in CASES:
+        with open_gguf(tiny_files[case]) as file:
+            config = read_config(file.metadata, {name: info.shape for name, info in file.tensors.items()})
+            found = division.divide(config, file.tensors, 0, 2)
+        for i, (own, cuts, whole) in enumerate(zip(config.layers, found.cuts, found.whole, strict=True)):
+            undivided = {mixer for mixer in own.mixers if MIXERS[mixer].output not in cuts}
+            assert set(whole) <= KINDS_OF_WHOLE, f"{case}, block {i}"
+            assert bool(whole) == bool(undivided), f"{case}, block {i}: {undivided}"
+            assert ("ffn_down" in cuts) == (own.hidden_units > 0), f"{case}, block {i}"
+            seen |= set(whole)
+    assert seen == KINDS_OF_WHOLE
 
 
 @pytest.mark.parametrize("case", ["gqa", "phi2", "gpt_oss", "deepseek2_yarn"])
@@ -107,7 +112,7 @@ def test_heads_are_shared_out_once(
     queries, keys = [], []
     for rank in range(ranks):
         monkeypatch.setattr(dist, "get_rank", lambda group, rank=rank: rank)
-        cuts = Crew.of(alone, model.config, [model.block(i) for i in range(len(model.config.layers))]).cuts[0]
+        cuts = Crew.of(alone, model.config, model.gguf.tensors).cuts[0]
         if ranks > own.heads:
             assert not any("attn" in stem for stem in cuts)
             return
