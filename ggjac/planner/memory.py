@@ -344,7 +344,7 @@ PARTS: dict[str, str | Callable[[Work, bool], str] | None] = {
     "tapes": _tapes,  # grow with the prompt, attention patterns with its square
     "trace": FEWER_TOKENS,  # streams and attention scores of all positions
     "vectors": _vectors,  # the stack of a sweep: one stream per vector, or per vector and map
-    "matrix": None,  # kept only where there is room for it
+    "matrix": FEWER_TOKENS,  # of all positions
     "bases": _vectors,  # grow by one block of vectors in every sweep
     "decoding": _decoding,  # scores of all vectors of a pass over the vocabulary
     "checkpoint": _vectors,  # products of sweeps waiting to be written, up to a fixed limit
