@@ -89,6 +89,7 @@ class Architecture:
             default); `"beside"` (every block has both mixers, added); or `""` for none.
         one_branch: a block with a feed-forward (`feed_forward_length` above 0) has no mixer.
         key_heads_tiled: of `h` value heads, head `i` uses key head `i % g` in place of `i // (h // g)`.
+        normed_steps: steps, keys and queries of Mamba-1 have norms with weights.
         state_norm_optional: the outputs of a state space may lack their norm.
         sigmoid_gate: the gate on a recurrence's output is a sigmoid in place of a SiLU.
         low_rank_gates: decays and gates of Kimi's delta rule are projected in two steps.
@@ -197,6 +198,7 @@ class Architecture:
     recurrent_blocks: str = ""
     one_branch: bool = False
     key_heads_tiled: bool = False
+    normed_steps: bool = False
     state_norm_optional: bool = False
     sigmoid_gate: bool = False
     low_rank_gates: bool = False
@@ -575,6 +577,17 @@ ARCHITECTURES: dict[str, Architecture] = {
     "lfm2": replace(_LFM2, windowed="optional"),
     "lfm2moe": replace(_LFM2, router="", router_key=True, selection_bias="required", leading_dense=True),
     "mamba2": _MAMBA2,
+    "mamba": replace(_MAMBA2, recurrent="channel state space", graph=Graph(attention=())),
+    "jamba": Architecture(
+        recurrent="channel state space",
+        recurrent_scales=True,
+        recurrent_blocks="no kv heads",
+        normed_steps=True,
+        rope_pairs="",
+        renormalize=False,
+        router_optional=True,
+        graph=Graph(attention=("ffn_inp",)),  # so named before the sum
+    ),
     "granitehybrid": replace(
         _GRANITE,
         rope_optional=True,

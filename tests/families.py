@@ -134,7 +134,11 @@ STATE_SPACE: dict[str, dict[str, Any]] = {
     | EXPERTS
     | {"expert_ff": 48, "shared_ff": 80, "selection_bias": 0.3}
     | {"extra": NEMOTRON_H["extra"] | {"expert_weights_norm": True, "expert_weights_scale": 2.5}},
+    "jamba": {"mixers": ("mamba", "attention", "mamba"), "layers": 3, "kv_by_layer": True}
+    | {"sizes": {"normed": True}, "omit": ATTENTION_KEYS[1:]},
     # The converter writes 0 heads, and no other key of attention.
+    "mamba": {"mixers": ("mamba",), "alone": True, "norms": ("attn_norm",), "layers": 3, "kv_heads": None}
+    | {"extra": {"attention.head_count": 0}, "omit": ATTENTION_KEYS},
     "mamba2": {"mixers": ("mamba2",), "alone": True, "norms": ("attn_norm",), "layers": 3, "kv_heads": None}
     | {"extra": {"attention.head_count": 0}, "omit": ATTENTION_KEYS},
 }
@@ -878,6 +882,21 @@ STATE_SPACE_CASES: dict[str, dict[str, Any]] = {
     # Every head has B and C of its own, and the state is narrower than a head.
     "mamba2_groups": of("mamba2", sizes={"groups": 8, "state": 8, "kernel": 3}, eps=0.05),
     "mamba2_q8_0": of("mamba2", type="Q8_0"),
+}
+STATE_SPACE_CASES |= {
+    "mamba": of("mamba", extra={"ssm.dt_b_c_rms": False}),
+    # As Falcon Mamba: steps, B and C have norms without weights.
+    "mamba_falcon": of("mamba", extra={"ssm.dt_b_c_rms": True}, eps=0.05, tied=True),
+    "mamba_sizes": of("mamba", d=48, sizes={"inner": 96, "rank": 3, "state": 7, "kernel": 2}, layers=2),
+    "mamba_q8_0": of("mamba", type="Q8_0"),
+    "jamba": of("jamba"),
+    # Every second block has experts.
+    "jamba_experts": of("jamba", **EXPERTS, dense_blocks=(0, 2)),
+    "jamba_attention_first": of(
+        "jamba", mixers=("attention", "mamba"), layers=2, eps=0.05, tied=True, fused_qkv=True, rope_base=100.0
+    ),
+    "jamba_unread": of("jamba", **EXPERTS, window=3, extra=UNREAD | UNREAD_ROUTING),
+    "jamba_q8_0": of("jamba", type="Q8_0", heads=2, kv_heads=1, layers=2),
 }
 STATE_SPACE_CASES |= {
     "granitehybrid": of("granitehybrid"),

@@ -264,6 +264,9 @@ FACTS: dict[str, Facts] = {
     "nemotron_h": NEMOTRON_H,
     "nemotron_h_moe": NEMOTRON_H,
     "mamba2": MAMBA2._replace(graph={"mamba_out": "mamba2"}),
+    "mamba": Facts(mixers=lambda model, layer: ("mamba",)),
+    # What a block's mixer adds has the name of the sum.
+    "jamba": Facts(rope=None, renormalise=False, mixers=by_kv_heads("mamba"), graph={"ffn_inp": "attn_out"}),
 }  # fmt: skip
 
 
@@ -579,6 +582,7 @@ def tensors_of(model: Oracle, layer: int) -> dict[str, Tensor]:
 MIXERS: dict[str, Callable[..., Tensor]] = {
     "attention": attention,
     "latent": latent_attention,
+    "mamba": oracle_state.mamba,
     "mamba2": oracle_state.mamba2,
     "delta": recurrent(oracle_delta.gated_delta, grouped=False),
     "grouped delta": recurrent(oracle_delta.gated_delta, grouped=True),

@@ -323,8 +323,11 @@ def _recurrence(keys: Keys, row: Architecture, blocks: int, context: int) -> Rec
     if row.recurrent == "kimi delta":
         heads, size = keys.for_all_blocks("attention.head_count", blocks), keys.integer("kda.head_dim")
         return Recurrence(taps, heads, heads, size, size)
-    heads, key_heads = keys.integer("ssm.time_step_rank"), keys.integer("ssm.group_count")
     inner, key_size = keys.integer("ssm.inner_size"), keys.integer("ssm.state_size")
+    if row.recurrent == "channel state space":
+        normed = "ssm.dt_b_c_rms" in keys and keys.flag("ssm.dt_b_c_rms")
+        return Recurrence(taps, inner, 1, key_size, 1, keys.integer("ssm.time_step_rank"), normed)
+    heads, key_heads = keys.integer("ssm.time_step_rank"), keys.integer("ssm.group_count")
     if inner % heads or heads % key_heads:
         raise ConfigError(
             f"{keys.prefix}.ssm: {heads} heads cannot share {inner} elements and {key_heads} key heads evenly"

@@ -293,7 +293,7 @@ def _recurrence_floats(config: ModelConfig, n: int, m: int) -> tuple[int, int]:
     """
     own = config.recurrence
     values, keys = own.heads * own.value_size, own.heads * own.key_size
-    convolved = values + 2 * own.key_heads * own.key_size
+    convolved = own.convolved
     state, outputs, again = keys * own.value_size, m * values, 0
     if m == n:
         chunk = scan_chunk(n, own.key_size)
