@@ -121,8 +121,9 @@ class Architecture:
         rope_sections: an image's axes rotate in interleaved sections (`rope.dimension_sections`); see
             `ggjac.config.Rope.still`.
         rope_optional: `rope.scaling.finetuned = false` turns rotation off.
-        rope_layers: layers that rotate: `"all"`, `"windowed"` (only those with a sliding window, if the model has any)
-            or `"three of four"` (all but every fourth).
+        rope_layers: layers that rotate: `"all"`, `"windowed"` (only those with a sliding window, if the model has any),
+            `"three of four"` (all but every fourth) or `"listed"` (those in the file's `attention.rope_pattern`, if
+            present).
         rope_factors: layers to which `rope_freqs` apply: `"all"`, `"full"` (those without a window) or `""` for none.
         yarn_keys: YaRN's betas and log multiplier are read from the file; llama.cpp ignores them in other families.
         windowed: whether some layers attend through a sliding window: `"optional"` (if the file states its size),
@@ -151,7 +152,8 @@ class Architecture:
         recurrent_scales: those of a recurrent mixer's matrices are applied.
         activation: `"silu"`, `"gelu"` (tanh form), `"relu2"` (the square of the positive part), `"xielu"` (see
             `ggjac.config.Layer`) or `"silu_oai"` (clamped, with up shifted by one).
-        hidden_clamps: hidden units may have limits in each block (`swiglu_clamp_exp`, `swiglu_clamp_shexp`).
+        hidden_clamps: hidden units may have limits in each block (`swiglu_clamp_exp`, `swiglu_clamp_shexp`), and so has
+            the gate, `"before"` its activation or `"after"` it; `""` for never.
         router: how expert weights come from router logits: `"softmax"` over all experts, `"softmax_selected"` over
             the chosen ones, or `"sigmoid"`.
         sigmoid_routers: blocks and vocabulary of the variants where it is `"sigmoid"` (llama.cpp identifies them so).
@@ -172,6 +174,7 @@ class Architecture:
             `expert_shared_count` for the shared expert), `"shared count"` (likewise, but the shared expert has
             `expert_shared_feed_forward_length` times the count, if present) or `"shared"` (likewise, but that key
             counts alone).
+        shared_fused: gate and up of the shared expert are in one tensor, gate first.
         stream_scale: a block's output may be multiplied by a number (`layer_output_scale`).
         positions: learned position embeddings are added to the input.
         embedding_scale: `"sqrt"` (of d), `"key"` (the file's `embedding_scale`), or `""` for none.
@@ -242,7 +245,7 @@ class Architecture:
     ffn_scales: bool = False
     recurrent_scales: bool = False
     activation: str = "silu"
-    hidden_clamps: bool = False
+    hidden_clamps: str = ""
     router: str = "softmax"
     sigmoid_routers: tuple[tuple[int, int], ...] = ()
     router_key: bool = False
@@ -257,6 +260,7 @@ class Architecture:
     uneven_experts: bool = False
     expert_latent: bool = False
     expert_widths: str = "tensors"
+    shared_fused: bool = False
     stream_scale: bool = False
     positions: bool = False
     embedding_scale: str = ""
@@ -271,6 +275,7 @@ class Architecture:
 
 
 _LLAMA = Architecture(rope_pairs="adjacent")
+_EXPERTS_ONLY = Graph(ffn=("ffn_moe_out",))
 _SUMMED = Graph(ffn=())  # `ffn_out` is, or becomes, the branch's sum with the stream
 _QWEN3 = Architecture(qk_norm="head")
 _SANDWICH = Norms(attention_out=("post_attention_norm",), ffn_out=("post_ffw_norm",))
@@ -494,6 +499,28 @@ ARCHITECTURES: dict[str, Architecture] = {
     "hunyuan-moe": Architecture(qk_norm="rotated"),
     "bailingmoe": replace(_DEEPSEEK, rope_pairs="adjacent", leading_dense=False),
     "bailingmoe2": replace(_DOTS, partial_rotary=True, expert_widths="shared count"),
+    "mellum": replace(
+        _QWEN3,
+        windowed="optional",
+        window_period=4,
+        window_rope="plain",
+        ffn_scales=True,
+        head="required",
+        graph=_EXPERTS_ONLY,
+    ),
+    "maple": replace(
+        _QWEN3,
+        partial_rotary=True,
+        rope_layers="windowed",
+        windowed="required",
+        window_rope="based",
+        hidden_clamps="before",
+        head="required",
+        graph=_EXPERTS_ONLY,
+    ),
+    "granite_swa": replace(
+        _GRANITE, rope_layers="listed", windowed="required", sinks=True, shared_fused=True, graph=_SUMMED
+    ),
     "exaone-moe": replace(
         _DOTS,
         rope_layers="windowed",
@@ -568,7 +595,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         gated_heads=True,
         bounded_decay=True,
         rope_pairs="adjacent",
-        hidden_clamps=True,
+        hidden_clamps="after",
         expert_widths="shared",
         graph=Graph(("kda_out", "mla_out"), ffn=()),
     ),

@@ -246,6 +246,14 @@ FAMILIES: dict[str, dict[str, Any]] = {
     | {"qk_norm": "head", "layers": 5, "dense_lead": 1, "window": 4, "expert_ff": 48, "shared_ff": 48}
     | {"selection_bias": 0.3, "predictor_experts": False}
     | {"extra": {"expert_weights_norm": True, "expert_weights_scale": 2.5, "expert_gating_func": 2}},
+    "mellum": EXPERTS | {"qk_norm": "head", "head_dim": 32, "expert_ff": 48, "layers": 5, "window": 4},
+    # The last layer is full, and the middle one of three.
+    "maple": EXPERTS
+    | {"qk_norm": "head", "head_dim": 32, "n_rot": 16, "expert_ff": 48, "layers": 4, "window": 4}
+    | {"extra": {"attention.sliding_window_pattern": [True, False, True, False], "swiglu_clamp_exp": [0.9] * 4}},
+    "granite_swa": GRANITE
+    | {"layers": 4, "window": 4, "sinks": True}
+    | {"extra": GRANITE["extra"] | {"attention.sliding_window_pattern": [False, True, True, False]}},
     "minimax-m2": EXPERTS
     | {"qk_norm": "full", "n_rot": 8, "head_dim": 32, "selection_bias": 0.3, "extra": {"expert_gating_func": 2}},
     "phimoe": EXPERTS | {"norm": "rms_bias", "biases": (*QKV, "attn_output", "output")},
@@ -525,6 +533,54 @@ FAMILY_CASES: dict[str, dict[str, Any]] = {
     "olmoe": of("olmoe"),
     "granitemoe": of("granitemoe"),
     "granitemoe_shared": of("granitemoe", shared_ff=80),
+    "mellum": of("mellum"),
+    "mellum_yarn": of("mellum", **YARN_ROW, fused_qkv=True, layers=4),
+    "mellum_listed": of(
+        "mellum", layers=3, extra={"attention.sliding_window_pattern": [False, True, False]}, rope_base=1e6
+    ),
+    "mellum_no_window": of("mellum", layers=2, window=None, **YARN_ROW),
+    "mellum_unread": of("mellum", layers=4, scaling=LINEAR, extra=UNREAD | UNREAD_ROUTING),
+    "mellum_nvfp4": of(
+        "mellum", layers=4, types={"blk.": "NVFP4"}, expert_ff=64, scales=SCALED[0] + SCALED[1], experts_used=3
+    ),
+    "maple": of("maple"),
+    "maple_bases": of("maple", n_rot=None, fused_qkv=True, rope_base=100.0, extra={"rope.freq_base_swa": 50.0}),
+    # Each layer's own limit, or none; rotation is stretched in windowed layers, too.
+    "maple_clamps": of("maple", **YARN_ROW, extra={"swiglu_clamp_exp": [0.5, 0.0, 1.5, 0.7]}),
+    "maple_unread": of(
+        "maple",
+        extra={k: v for k, v in UNREAD.items() if k != "rope.freq_base_swa"}
+        | UNREAD_ROUTING
+        | {"swiglu_clamp_shexp": [0.1] * 4},
+    ),
+    "maple_q8_0": of("maple", type="Q8_0", heads=2, expert_ff=64),
+    "granite_swa": of("granite_swa"),
+    "granite_swa_listed": of(
+        "granite_swa",
+        layers=3,
+        extra={
+            "attention.sliding_window_pattern": [True, False, True],
+            "attention.rope_pattern": [True, False, False],
+        },
+        rope_factors=True,
+        rope_base=500.0,
+        tied=False,
+        fused_qkv=True,
+    ),
+    "granite_swa_biases": of(
+        "granite_swa",
+        biases=(*QKV, "attn_output", "ffn_gate", "ffn_up", "ffn_down"),
+        omit=("attention.scale", "embedding_scale", "residual_scale"),
+        embed_std=1.0,
+    ),
+    "granite_swa_longrope": of("granite_swa", long_short=True, scaling=LONGROPE),
+    "granite_swa_experts": of("granite_swa", **EXPERTS, fused_experts=True, shared_ff=80, shared_fused=True),
+    "granite_swa_experts_apart": of(
+        "granite_swa",
+        **EXPERTS,
+        layers=3,
+        extra=UNREAD_ROUTING | {"attention.sliding_window_pattern": [False, False, True]},
+    ),
     "glm4moe": of("glm4moe"),
     # As GLM 4.5: norms of heads, two dense blocks, no scale, and a last block for the token after the next.
     "glm4moe_355b": of(

@@ -54,7 +54,8 @@ class Facts(NamedTuple):
     # head (if there is one) | head after rope | full; before the rope, but for the second; full: and before the split
     qk_norm: str | None = None
     rope: str | None = "adjacent"  # which dimensions are a pair: adjacent | halves
-    roped: str = "all"  # all | local (only layers with a window, where there are any) | three of four
+    # all | local (only layers with a window, where there are any) | three of four | listed (attention.rope_pattern)
+    roped: str = "all"
     finetuned_key: bool = False  # rope.scaling.finetuned = false turns the rope off
     factors: bool = False  # divisors of the frequencies are read
     yarn_keys: bool = False  # YaRN's betas and log multiplier are read
@@ -79,8 +80,10 @@ class Facts(NamedTuple):
     limit: float | Tensor = 7.0  # of oai's clamps
     shift: float | Tensor = 1.0  # added to oai's up
     clamp_keys: bool = False  # swiglu_clamp_exp and _shexp limit gate, after SiLU, and up
+    clamp_first: bool = False  # the gate before SiLU
     clamp: float | Tensor = 0.0  # so in one layer, where it is not zero
     ffn: str = "gated"  # gated | fused (gate above up in one matrix) | plain
+    shared_ffn: str | None = None  # of the expert that all share; None: as above
     router: str = "all"  # softmax over: all | selected; or of each its sigmoid: each
     router_reads: str = "branch"  # what the experts read: branch | or the stream, normed and scaled on its own: stream
     router_key: bool = False  # expert_gating_func, where it is not 0: 1 all, 2 each
@@ -229,6 +232,15 @@ FACTS: dict[str, Facts] = {
     "exaone-moe": ROUTED._replace(
         rope="halves", qk_norm="head", factors=True, period=4, local_base_key=False, roped="local"
     ),
+    "mellum": Facts(
+        rope="halves", qk_norm="head", period=4, local_base_key=False, local_scaling=False, local_attn_factor=False,
+        sum_named_ffn_out=True, graph={"ffn_moe_out": "ffn_out"},
+    ),
+    "maple": Facts(
+        rope="halves", qk_norm="head", period=0, roped="local", clamp_keys=True, clamp_first=True,
+        graph={"ffn_moe_out": "ffn_out"},
+    ),
+    "granite_swa": GRANITE._replace(period=0, local_base_key=False, roped="listed", shared_ffn="fused"),
     "minimax-m2": Facts(rope="halves", qk_norm="full", router_key=True),
     "phimoe": Facts(rope="halves", factors=True),
     "qwen35": QWEN35,
@@ -430,7 +442,8 @@ def roped(model: Oracle, layer: int) -> bool:
         return False
     windows = [window(model, i) for i in range(blocks(model.metadata))]
     local = windows[layer] is not None or windows == [None] * len(windows)
-    rules = {"all": True, "local": local, "three of four": (layer + 1) % 4 != 0}
+    listed = model.metadata.get("attention.rope_pattern", [True] * len(windows))
+    rules = {"all": True, "local": local, "three of four": (layer + 1) % 4 != 0, "listed": listed[layer]}
     return rules[model.facts.roped]
 
 
@@ -619,6 +632,8 @@ def activate(facts: Facts, gate: Tensor, up: Tensor | None, *, freeze: str | Non
         up = up.minimum(limit).maximum(-limit) + facts.shift
     clamp = torch.as_tensor(facts.clamp or math.inf, dtype=torch.float64)
     up = up if up is None else up.minimum(clamp).maximum(-clamp)
+    if facts.clamp_first:
+        gate, clamp = gate.minimum(clamp), torch.full_like(clamp, math.inf)
     factor = xielu(gate, *facts.xielu) / gate if facts.xielu else slope(facts.activation, gate)
     if gelu == "f16_table" and facts.activation == "gelu":
         assert freeze is None, "the table has no derivative"
@@ -644,9 +659,10 @@ def dense(model: Oracle, b: str, h: Tensor, suffix: str = "", **how: Any) -> Ten
     if facts.activation == "xielu":
         layer, names = int(b.removeprefix("blk.")), ("alpha_n", "alpha_p", "beta", "eps")
         facts = facts._replace(xielu=tuple(scalar(model.metadata[f"xielu.{name}"], layer) for name in names))
-    if facts.ffn == "plain":
+    form = facts.shared_ffn if suffix and facts.shared_ffn else facts.ffn
+    if form == "plain":
         gate, up = up, None
-    elif facts.ffn == "fused":
+    elif form == "fused":
         gate, up = up.chunk(2, dim=-1)
     else:
         gate = linear(model, f"{b}.ffn_gate{suffix}", h)

@@ -603,6 +603,10 @@ MISTAKES: dict[str, tuple[str, Callable[[Patch], None]]] = {
     "experts clamped as shared ones": (
         "bailingmoe3_clamped", lambda p: change_config(p, layer__clamps=lambda layer: layer.clamps[::-1])
     ),
+    "gates clamped after their activation": ("maple", lambda p: change_config(p, row__hidden_clamps="after")),
+    "layers rotate that are not listed": (
+        "granite_swa_listed", lambda p: change_config(p, layer__rope=Rope(16, 500.0, "adjacent"))
+    ),
     "weights not normed in Kimi Linear": ("kimi_linear_unread", lambda p: change_config(p, row__renormalize=False)),
     "latent queries grow late": ("deepseek2_temperature", lambda p: change_config(p, temperature_length=5)),
 }  # fmt: skip

@@ -708,6 +708,17 @@ FAMILY_MISTAKES: dict[str, tuple[str, Callable[[Oracle], Oracle]]] = {
     "bailingmoe3: experts not clamped": ("bailingmoe3_clamped", keys(swiglu_clamp_exp=0.0)),
     "bailingmoe3: shared expert and dense block not clamped": ("bailingmoe3_clamped", keys(swiglu_clamp_shexp=0.0)),
     "bailingmoe3: one clamp in every layer": ("bailingmoe3_clamped", keys(swiglu_clamp_exp=0.5)),
+    "mellum: windowed layers stretched": ("mellum_yarn", facts(local_scaling=True)),
+    "mellum: no windows": ("mellum", facts(period=None)),
+    "maple: gates clamped after SiLU": ("maple", facts(clamp_first=False)),
+    "maple: every layer rotates": ("maple", facts(roped="all")),
+    "maple: base of windowed layers ignored": ("maple_bases", facts(local_base_key=False)),
+    "granite_swa: list of rotations ignored": ("granite_swa_listed", facts(roped="all")),
+    "granite_swa: sinks missing": ("granite_swa", drop("attn_sinks")),
+    "granite_swa: up above gate in the shared expert": (
+        "granite_swa_experts",
+        on("ffn_up_shexp", lambda w: w.roll(80, 0)),
+    ),
     "qwen3next: value heads tiled": ("qwen3next", other_mixer("grouped delta", "delta")),
     "qwen3next: alpha before beta": ("qwen3next", on("ssm_ba", key_heads_apart(lambda w: w.roll(2, 1)))),
     "qwen3next: all betas first": (

@@ -86,6 +86,7 @@ class Options:
     expert_ff: int = 0
     expert_ffs: tuple[int, ...] = ()  # of each layer; (): expert_ff in all
     shared_ff: int = 0  # width of a shared expert beside the routed ones; 0: none
+    shared_fused: bool = False  # the shared expert's gate above up in one tensor
     shared_gate: bool = False  # whether a sigmoid scales the shared expert
     shared_count: int = 0  # of shared experts of expert_ff in one, stated so; 0: not stated
     dense_lead: int = 0  # the first blocks, without experts
@@ -552,7 +553,7 @@ def feed_forward(o: Options, b: str, suffix: str, width: int) -> Iterator[Entry]
     """List a dense feed-forward network of layer `b`; `suffix` is `_shexp` for a shared expert's."""
     gate = matrix(f"{b}.ffn_gate{suffix}", width, o.d, o.gate_gain)
     up = matrix(f"{b}.ffn_up{suffix}", width, o.d, o.up_gain)
-    if o.ffn == "fused":
+    if o.ffn == "fused" or (suffix and o.shared_fused):
         yield stacked(o, up.name, [gate, up])
     else:
         yield from [up] if o.ffn == "plain" else [gate, up]

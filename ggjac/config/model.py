@@ -52,8 +52,8 @@ class Layer:
         value_size: elements of a value head.
         hidden_units: of the dense feed-forward network; 0 if the block has none.
         routed: whether the block has a mixture of experts.
-        clamps: largest activated gate, and largest magnitude of what it multiplies, in routed experts and in other
-            networks; 0 for no limit.
+        clamps: largest gate, before its activation or after it, and largest magnitude of what it multiplies, in routed
+            experts and in other networks; 0 for no limit.
         experts_used: number of routed experts that each token uses; 0 without a mixture, as the next one.
         expert_units: hidden units of a routed expert.
         keys_as_values: whether the key projection, before its norm and rotation, gives the values too.

@@ -17,6 +17,9 @@ def rope_of(keys: Keys, row: Architecture, key_length: int, layer: int, windows:
         return None
     if row.rope_layers == "three of four" and layer % 4 == 3:
         return None
+    listed = keys.flags("attention.rope_pattern", len(windows)) if row.rope_layers == "listed" else None
+    if listed and not listed[layer]:
+        return None
     return local if windowed else full
 
 

@@ -141,6 +141,7 @@ _SHARED_EXPERT = {
     "ffn_down_shexp": ("d", "fs"),
     "ffn_gate_inp_shexp": ("d",),
 }
+_FUSED_SHARED_EXPERT = {"ffn_up_shexp": ("2fs", "d"), "ffn_down_shexp": ("d", "fs")}
 _OPTIONAL = {
     "attn_norm_2.weight",
     "ffn_gate_inp_shexp.weight",
@@ -170,6 +171,9 @@ def fused_parts(config: ModelConfig, layer: int) -> dict[str, Part]:
     if row.ffn == "fused":
         f = own.hidden_units
         parts |= {"ffn_gate": Part("ffn_up", 0, f), "ffn_up": Part("ffn_up", f, 2 * f)}
+    if row.shared_fused:
+        f = config.expert_shared_feed_forward_length
+        parts |= {"ffn_gate_shexp": Part("ffn_up_shexp", 0, f), "ffn_up_shexp": Part("ffn_up_shexp", f, 2 * f)}
     f = own.expert_units
     return parts | {"ffn_gate_exps": Part("ffn_gate_up_exps", 0, f), "ffn_up_exps": Part("ffn_gate_up_exps", f, 2 * f)}
 
@@ -314,6 +318,7 @@ def _scopes(config: ModelConfig) -> Iterator[tuple[str, dict[str, tuple[str, ...
         "experts": config.expert_count,
         "de": config.expert_latent or config.d,
         "fs": config.expert_shared_feed_forward_length,
+        "2fs": 2 * config.expert_shared_feed_forward_length,
         "one": 1,
         "inputs": config.inputs,
         "all inputs": config.inputs * config.block_count,
@@ -415,7 +420,8 @@ def _block_table(config: ModelConfig, layer: int) -> dict[str, tuple[str, ...]]:
         matrices |= _FFN[row.ffn]
     if own.routed:
         matrices |= _EXPERTS | (_LATENT_EXPERTS if config.expert_latent else {})
-        matrices |= _SHARED_EXPERT if config.expert_shared_feed_forward_length else {}
+        shared = _FUSED_SHARED_EXPERT if row.shared_fused else _SHARED_EXPERT
+        matrices |= shared if config.expert_shared_feed_forward_length else {}
     if row.ffn == "plain":
         matrices = {name: axes for name, axes in matrices.items() if name not in _GATES}
     if own.keys_as_values:
