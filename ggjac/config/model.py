@@ -167,6 +167,7 @@ class ModelConfig:
         temperature_scale: growth of queries with position; 0 for none.
         temperature_length: number of positions after which they first grow.
         embedding_scale, residual_scale, logit_scale: multiply embeddings, branches and logits.
+        value_scale: multiplies what attention adds.
         expert_count: number of routed experts in a mixture; 0 for a dense model.
         expert_groups, expert_groups_used: number of groups of experts, and of those that a token's experts come from;
             1 and 1 without groups.
@@ -208,6 +209,12 @@ class ModelConfig:
     decay_bound: float = 0.0
     latent: Latent = Latent()
     indexer: Indexer = Indexer()
+    value_scale: float = 1.0
+
+    @property
+    def attention_factor(self) -> float:
+        """Constant factor of what attention, or what stands in its place, adds to the stream."""
+        return self.residual_scale * self.value_scale
 
     @property
     def longest(self) -> int:

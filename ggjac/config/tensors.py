@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping
 from itertools import accumulate
 
+from ggjac.architectures import Architecture
 from ggjac.config.keys import ConfigError, shown
 from ggjac.config.model import ModelConfig
 from ggjac.sizes import Part
@@ -144,6 +145,8 @@ _SHARED_EXPERT = {
 _FUSED_SHARED_EXPERT = {"ffn_up_shexp": ("2fs", "d"), "ffn_down_shexp": ("d", "fs")}
 _OPTIONAL = {
     "attn_norm_2.weight",
+    "attn_sinks.weight",
+    "exp_probs_b",
     "ffn_gate_inp_shexp.weight",
     "output.weight",
     "rope_freqs.weight",
@@ -251,7 +254,9 @@ def check_tensors(config: ModelConfig, shapes: Mapping[str, tuple[int, ...]]) ->
     if config.row.head == "required":
         needed.add("output.weight")
     if config.row.selection_bias == "required":
-        needed.add("exp_probs_b.bias")
+        needed.add(_selection_bias(config.row))
+    if config.row.sinks == "required":
+        needed.add("attn_sinks.weight")
     mixers = {mixer for own in config.layers for mixer in own.mixers}
     loose = {name for mixer in mixers for name in _LOOSE.get(mixer, ())}
     if "state space" in mixers:  # llama.cpp's graph adds it without asking whether there is one
@@ -402,7 +407,9 @@ def _block_table(config: ModelConfig, layer: int) -> dict[str, tuple[str, ...]]:
     vectors: dict[str, tuple[str, ...]] = {}
     for mixer in own.mixers:
         matrices |= _MIXERS[mixer]
-    scaled = set() if row.recurrent in own.mixers and not row.recurrent_scales else set(matrices)
+    scaled = set(matrices) if row.qkv_scales else {"attn_output"}
+    if row.recurrent in own.mixers and not row.recurrent_scales:
+        scaled = set()
     for mixer in own.mixers:
         vectors |= _VECTORS.get(mixer, {})
         if config.indexer.selected:
@@ -439,12 +446,17 @@ def _block_table(config: ModelConfig, layer: int) -> dict[str, tuple[str, ...]]:
     if row.sinks and own.heads:
         table["attn_sinks.weight"] = ("heads",)
     if row.selection_bias and own.routed:
-        table["exp_probs_b.bias"] = ("experts",)
-    if row.router_norm and own.routed:
+        table[_selection_bias(row)] = ("experts",)
+    if row.router_reads == "stream" and own.routed:
         table["ffn_gate_inp.scale"] = ("d",)
     if row.stream_scale:
         table["layer_output_scale.weight"] = ("one",)
     return table
+
+
+def _selection_bias(row: Architecture) -> str:
+    """Return the name of the bias that the choice of experts has."""
+    return "exp_probs_b" if "exp_probs_b" in row.bare_names else "exp_probs_b.bias"
 
 
 def _latent_table(config: ModelConfig) -> dict[str, tuple[str, ...]]:
