@@ -126,7 +126,8 @@ def sweep_floats(config: ModelConfig, n: int, *, up: bool, slab: int = SLAB) -> 
     only those of a chunk, and has two states instead.
     """
     d, row = config.d, config.row
-    scaled = row.norms.attention_out or row.norms.ffn_out or config.residual_scale != 1
+    factors = (config.attention_factor, config.residual_scale, row.joint_scale)
+    scaled = row.norms.attention_out or row.norms.ffn_out or factors != (1, 1, 1)
     more = d if scaled or row.parallel else 0
     bank = n * _bank(config)
     if up:

@@ -348,7 +348,7 @@ def _trace(block: _Block, config: ModelConfig, mlp_path: MlpPath, n: int, m: int
             parts.append(_recurrence(heads * value * key, m))
         else:
             parts += [_pattern(config, block, mixer, n, m), _mix(config, block, mixer, n, m)]
-    parts.append(block.vector("exp_probs_b.bias"))
+    parts += [block.vector(name) for name in ("exp_probs_b.bias", "exp_probs_b")]
     for kind, experts, uses, _ in _networks(block, config, m):
         stems = _stems(block, kind)
         # A frozen factor that needs the live projection's own output is recorded first, and then applied.
