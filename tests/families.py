@@ -282,6 +282,18 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "minimax-m2": EXPERTS
     | {"qk_norm": "full", "n_rot": 8, "head_dim": 32, "selection_bias": 0.3, "extra": {"expert_gating_func": 2}},
     "phimoe": EXPERTS | {"norm": "rms_bias", "biases": (*QKV, "attn_output", "output")},
+    "xverse": {"kv_heads": 4},
+    # The stated width is that of gate and up together.
+    "qwen": {
+        "fused_qkv": True,
+        "fused_bias": True,
+        "biases": QKV,
+        "kv_heads": 4,
+        "extra": {"feed_forward_length": 192},
+    },
+    "qwen2vl": {"biases": QKV, "extra": {"rope.dimension_sections": [2, 3, 3, 0]}},
+    "paddleocr": {"head_dim": 32, "tied": True, "extra": {"rope.dimension_sections": [4, 6, 6, 0]}},
+    "hunyuan_vl": {"qk_norm": "head", "head_dim": 32, "tied": True, "extra": {"rope.dimension_sections": [4, 4, 4, 4]}},
     "qwen35": QWEN35 | {"extra": {"rope.dimension_sections": [3, 3, 2, 0]}},
     "qwen35moe": EXPERTS
     | QWEN35
@@ -766,6 +778,20 @@ FAMILY_CASES: dict[str, dict[str, Any]] = {
         scaling={"original_context_length": 256, "attn_factor": 1.24},
         context=1024,
     ),
+    "xverse": of("xverse", rope_base=500.0),
+    "xverse_unread": of("xverse", **YARN_ROW, window=3, extra=UNREAD, fused_qkv=True),
+    "qwen": of("qwen"),
+    "qwen_partial": of("qwen", n_rot=8, rope_base=1e6, window=3, extra=UNREAD),
+    "qwen2vl": of("qwen2vl", rope_base=1e6, eps=0.05),
+    "qwen2vl_yarn": of("qwen2vl", **YARN_ROW, tied=True, fused_qkv=True, fused_bias=True),
+    # The last section is the fourth axis', which text has not: with a base this low its pairs are seen to stand.
+    "qwen2vl_still": of("qwen2vl", rope_base=30.0, window=3, extra=UNREAD | {"rope.dimension_sections": [2, 2, 1, 3]}),
+    "paddleocr": of("paddleocr", rope_base=5e5),
+    "paddleocr_unread": of("paddleocr", biases=(*QKV, "attn_output"), tied=False, window=3, extra=UNREAD),
+    # As HunyuanOCR: all four axes have sections, and a factor enlarges the base.
+    "hunyuan_vl": of("hunyuan_vl", rope_base=10.0, scaling={"type": "none", "factor": 4.0, "alpha": 3.0}),
+    "hunyuan_vl_plain": of("hunyuan_vl", tied=False, window=3, omit=("rope.dimension_sections",), extra=UNREAD),
+    "hunyuan_alpha": of("hunyuan-dense", rope_base=10.0, scaling={"alpha": 3.0}),
     "phimoe_unread": of("phimoe", window=3, extra=UNREAD | UNREAD_ROUTING | {"leading_dense_block_count": 1}),
     "deepseek2": of("deepseek2"),
     "deepseek2_predictor": of("deepseek2", layers=4, predictors=1, shared_count=1, tied=True),

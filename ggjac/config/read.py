@@ -167,6 +167,7 @@ def _layers(
     # Only where every block is a mixture may the width of a dense feed-forward be missing.
     optional = experts.total and not experts.leading_dense
     units = keys.counts("feed_forward_length", stored, 0 if optional or row.recurrent else None, least=least)
+    units = [count // (2 if row.units_doubled else 1) for count in units]
     windows = read_windows(keys, row, stored, blocks)
     clamps = _clamps(keys, row, stored)
     xielu = _xielu(keys, blocks) if row.activation == "xielu" else [None] * blocks
@@ -351,6 +352,8 @@ def _decay_bound(keys: Keys, row: Architecture) -> float:
 
 def _epsilon(keys: Keys, row: Architecture) -> float:
     """Return the number added inside a norm's root."""
+    if not row.epsilon_read:
+        return 0.0
     name = f"attention.layer_norm_{'rms_' if row.norm == 'rms' else ''}epsilon"
     if row.epsilon_optional and name not in keys:
         name = "attention.layer_norm_epsilon"
