@@ -32,9 +32,9 @@ CASES = sorted({
     "qwen35moe_fused", "gemma4_experts", "gemma4_small", "gemma4_shared", "gemma4_shared_keys", "kimi_linear_sizes",
 })  # fmt: skip
 # Of the architectures, those of whose mixers two ranks divide nothing (recurrences alone, or a norm over all heads) ...
-MIXERS_WHOLE = {"mamba2", "minimax-m2", "olmo2", "olmoe"}
+MIXERS_WHOLE = {"mamba", "mamba2", "minimax-m2", "olmo2", "olmoe"}
 # ... and those of whose networks they divide none: there are none.
-NETWORKS_WHOLE = {"mamba2"}
+NETWORKS_WHOLE = {"mamba", "mamba2"}
 
 
 @pytest.fixture(scope="module")

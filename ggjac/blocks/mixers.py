@@ -480,7 +480,9 @@ def _state_space(w: BlockWeights, frame: Frame, layer: int, h: Float[Tensor, "m 
     return Mixed(tape, o, Past(rows=rows, state=state))
 
 
-def _channel_state_space(w: BlockWeights, frame: Frame, layer: int, h: Float[Tensor, "m d"], past: Past | None) -> Mixed:
+def _channel_state_space(
+    w: BlockWeights, frame: Frame, layer: int, h: Float[Tensor, "m d"], past: Past | None
+) -> Mixed:
     """Freeze the selective state space of Mamba-1, with steps for each channel that are made from the values."""
     (c,), rows = _convolved(w, {"ssm_in_x": "ssm_conv1d_x"}, h, past)
     share = c.sigmoid()
@@ -491,9 +493,7 @@ def _channel_state_space(w: BlockWeights, frame: Frame, layer: int, h: Float[Ten
     before = None if past is None else past.state
     o, state = scan.run(v[None], scan.step.new_zeros(1, *scan.rate.shape) if before is None else before[None])
     gate = affine(linear(w, "ssm_in_z", len(h)), h)
-    mixer = MixerTape(
-        "channel state space", channels=tape, written=Factor(share), read=Factor(gate * gate.sigmoid())
-    )
+    mixer = MixerTape("channel state space", channels=tape, written=Factor(share), read=Factor(gate * gate.sigmoid()))
     return Mixed(mixer, o[0], Past(rows=rows, state=state[0]))
 
 
@@ -513,9 +513,7 @@ def _from_values(
     norms = [record_norm(w, config, (f"ssm_{name}_norm",), part) for name, part in zip(_MADE, parts, strict=True)]
     if config.recurrence.normed:
         norms = [frozen_norm(config, None, None, part) for part in parts]
-    step, key, query = (
-        part if norm is None else norm.apply(part) for norm, part in zip(norms, parts, strict=True)
-    )
+    step, key, query = (part if norm is None else norm.apply(part) for norm, part in zip(norms, parts, strict=True))
     return widened(affine(linear(w, "ssm_dt", len(v)), step)), widened(key), widened(query)
 
 
