@@ -435,6 +435,6 @@ def _mixer_floats(config: ModelConfig, block: _Block, mixer: str, n: int) -> int
 
 
 def _channel_floats(config: ModelConfig, n: int) -> int:
-    """Return the floats (4 bytes at least) of a recurrence in each channel: steps, keys, queries and constants."""
+    """Return the floats of the tape of a recurrence in each channel, of 4 bytes at least each."""
     own = config.recurrence
     return n * (own.heads + 2 * own.key_size) + own.heads * (own.key_size + 1)
