@@ -335,6 +335,8 @@ def _heads(config: ModelConfig, block: _Block, mixer: str) -> tuple[int, int, in
 def _mix(config: ModelConfig, block: _Block, mixer: str, n: int, m: int) -> Pass:
     """Return the application of a pattern, by which `m` positions each mix the values of `n`, or that of its scan."""
     heads, value, key = _heads(config, block, mixer)
+    if MIXERS[mixer].channels:
+        return Pass(flop=2 * heads * key * (2 * n + m), written=2 * heads * key * n)
     chunk = scan_chunk(n, key) if MIXERS[mixer].recurrent else None
     if chunk is None:
         return Pass(flop=2 * heads * value * m * n)
@@ -354,6 +356,8 @@ def _pattern(config: ModelConfig, block: _Block, mixer: str, n: int, m: int) -> 
     position writes the state three times: decayed, what is added to it, and the sum.
     """
     heads, _, key = _heads(config, block, mixer)
+    if MIXERS[mixer].channels:  # there is none
+        return Pass()
     if not MIXERS[mixer].recurrent:
         return Pass(flop=2 * heads * key * m * n)
     chunk = scan_chunk(n, key)
@@ -400,7 +404,7 @@ def _trace(block: _Block, config: ModelConfig, mlp_path: MlpPath, n: int, m: int
             parts.append(_recurrence(heads * value * key, m))
         else:
             parts += [_pattern(config, block, mixer, n, m), _mix(config, block, mixer, n, m)]
-    parts.append(block.vector("exp_probs_b.bias"))
+    parts += [block.vector(name) for name in ("exp_probs_b.bias", "exp_probs_b")]
     for kind, experts, uses, _ in _networks(block, config, m):
         stems = _stems(block, kind)
         # A frozen factor that needs the live projection's own output is recorded first, and then applied.
@@ -425,7 +429,8 @@ def _small(block: _Block) -> Iterator["TensorInfo"]:
         if suffix == "weight":
             small = len(info.shape) == 1 or stem.endswith("_norm") or shared
         else:  # constants of a recurrence have no suffix
-            small = not stem or (suffix == "bias" and (stem == "ssm_dt" or shared))
+            alone = stem == "ssm_dt" and not block.find("ssm_dt.weight")
+            small = not stem or (suffix == "bias" and (alone or shared))
         if small:  # several vectors in one are read for each
             parts = sum(part.stem == stem for part in block.slices.values())
             yield from [info] * (parts if parts and len(info.shape) == 1 else 1)
@@ -444,6 +449,8 @@ def _tape_bytes(block: _Block, config: ModelConfig, n: int, item: int) -> int:
     floats, other = n * config.d, 0
     for mixer in block.layer.mixers:
         floats += _mixer_floats(config, block, mixer, n)
+        if MIXERS[mixer].channels:
+            other += _channel_floats(config, n) * max(4, item)
         if MIXERS[mixer].expansion:  # the norm of the latent
             floats += config.latent.size
             other += n * max(4, item)
@@ -476,6 +483,14 @@ def _mixer_floats(config: ModelConfig, block: _Block, mixer: str, n: int) -> int
         return heads * n * n + n * (written * own.kv_heads * value + gated * heads * value)
     chunk = scan_chunk(n, key)
     factors = 2 * n * heads * value
+    if MIXERS[mixer].channels:
+        return factors
     if chunk is None:
         return heads * n * n + factors
     return heads * math.ceil(n / chunk) * (chunk + key) ** 2 + factors
+
+
+def _channel_floats(config: ModelConfig, n: int) -> int:
+    """Return the floats (4 bytes at least) of a recurrence in each channel: steps, keys, queries and constants."""
+    own = config.recurrence
+    return n * (own.heads + 2 * own.key_size) + own.heads * (own.key_size + 1)
