@@ -34,7 +34,7 @@ def merge(files: tuple[Path, ...], file: Path | None, output: Path) -> None:
     """
     from ggjac.cli.render import line
     from ggjac.cli.session import show_saved
-    from ggjac.cli.studies import show_mean
+    from ggjac.cli.studies import show_mean, show_spectrum
     from ggjac.studies import merge, merge_means
     from ggjac.units import counted
 
@@ -47,5 +47,6 @@ def merge(files: tuple[Path, ...], file: Path | None, output: Path) -> None:
     machines = {tuple(sorted(record.get("machine", {}).items())) for record in records}
     if len(machines) > 1:
         line(f"Warning: computed by {len(machines)} kinds of machines or threads: last digits may differ")
+    show_spectrum(records)
     line(f"{counted(len(records), 'prompt')} of {counted(len(files), 'file')}")
     show_saved(output)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,6 +29,7 @@ from ggjac.model import Model
 from ggjac.planner import machine
 from ggjac.session import Session, Stages
 from ggjac.studies import MeanMap, Measure, Study, mean_map, measure, shard_name, study, workers
+from ggjac.studies.measures import by_index
 from ggjac.units import counted
 
 SHOWN = 16  # singular values in a table
@@ -62,11 +63,28 @@ def over_prompts(
     else:
         show_warnings(found.envelope["warnings"])
         show_doubts(found.envelope["model"])
+        show_spectrum(found.records)
         show_ready(found, output)
         line(checks(sum(map(failed, found.records)), len(found.records)))
         show_saved(output)
     if any(map(failed, found.records)):
         click.get_current_context().exit(3)
+
+
+def show_spectrum(records: Sequence[Mapping[str, Any]]) -> None:
+    """Print how each singular value is distributed over prompts, if the records have any."""
+    rows = [(row["index"] + 1, *spread(row)) for row in by_index(records)]
+    if rows:
+        table("Singular values over prompts", ["#", *SPREAD], rows)
+
+
+SPREAD = ("#mean", "#standard error", "#median", "#lowest", "#highest")
+
+
+def spread(row: Mapping[str, Any]) -> list[str]:
+    """Return the cells of a distribution, under `SPREAD`."""
+    error = "" if row["error"] is None else f"{row['error']:.2g}"
+    return [f"{row['mean']:.4g}", error, *(f"{row[key]:.4g}" for key in ("median", "least", "most"))]
 
 
 def checks(bad: int, total: int) -> str:

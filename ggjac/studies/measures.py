@@ -2,7 +2,7 @@
 
 import inspect
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
@@ -186,11 +186,23 @@ def sweeps_of(record: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     return [part for part in (record, svd, *svd.get("per_token", ())) if "stopped_by" in part]
 
 
+def singular_values(record: Mapping[str, Any]) -> list[float]:
+    """Return the singular values of a record of `svd`, the largest first; of others none."""
+    return [triplet["singular_value"] for triplet in record.get("svd", {}).get("triplets", ())]
+
+
+def by_index(records: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Yield the distribution over prompts of each singular value, as `ggjac.ranks` has it of stable ranks."""
+    for j, values in enumerate(zip(*map(singular_values, records), strict=False)):
+        yield {"index": j} | ranking.distribution(values)
+
+
 def check(record: dict[str, Any]) -> None:
     """Read what is needed of a record; KeyError, TypeError and the like refuse it."""
     for part in sweeps_of(record):
         _ = part["stopped_by"], int(part["sweeps"])
     _ = bool(record.get("reconstruction", {"healthy": True})["healthy"])
+    _ = sum(singular_values(record))
     if "joint" in record:
         ranking.token_values(record)
 
