@@ -342,6 +342,11 @@ class FrozenBlock(NamedTuple):
             out += self.inputs.matmat(out, t)
         return out if self.scale is None else out.mul_(self.scale)
 
+    def rmatmat(self, H: Float[Tensor, "k m d"], banks: dict[int, Tensor] | None = None) -> Float[Tensor, "k n d"]:
+        """Return the cotangents of the stream before the block for `k` stacked ones of the stream after it."""
+        H = self.rmatmat_out(H)
+        return self.rmatmat_attn(*self.rmatmat_ffn(H, H), banks)
+
     def rmatmat_out(self, H: Float[Tensor, "k m d"]) -> Float[Tensor, "k m d"]:
         """Return the cotangents of the stream before its last factor: `matmat_out` transposed."""
         H = H if self.scale is None else H * self.scale
