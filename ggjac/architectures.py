@@ -36,11 +36,13 @@ class Graph:
         attention: what attention, or what stands in its place, yields before any post-norm and scale.
         ffn: what the feed-forward yields before any post-norm and scale.
         stream: the residual stream after the block.
+        next_input: the first of these names is of the stream before a block, the second of that after the last block.
     """
 
     attention: tuple[str, ...] = ("attn_out",)
     ffn: tuple[str, ...] = ("ffn_out",)
     stream: tuple[str, ...] = ("l_out",)
+    next_input: bool = False
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,10 @@ class Architecture:
         bounded_decay: the logarithms of decays have a lower bound, the file's `kda.gate_lower_bound`, and `ssm_a` is
             positive.
         gated_queries: `attn_q` has a gate after each head's query: its sigmoid multiplies what the head reads.
-        gated_heads: the sigmoid of a number for each head, from `attn_gate`, multiplies what the head reads.
+        gated_heads: a gate from `attn_gate` multiplies what each head reads: a number for each of the `"heads"`, or
+            for each of their `"elements"`; one of these, as the tensor's shape says (`"either"`); a number for each
+            head in blocks that have the tensor (`"optional"`); or `""` for none.
+        softplus_gate: that gate is a softplus in place of a sigmoid.
         latent_queries: whether queries of latent attention are expanded from a latent vector, as keys and values are:
             `"required"`, `"optional"` (if the file states its size, `attention.q_lora_rank`), or `""` for never.
         direct_queries: blocks and vocabulary of the variants whose queries are not, whatever the file states (llama.cpp
@@ -123,16 +128,22 @@ class Architecture:
         rope_optional: `rope.scaling.finetuned = false` turns rotation off.
         rope_layers: layers that rotate: `"all"`, `"windowed"` (only those with a sliding window, if the model has any)
             or `"three of four"` (all but every fourth).
-        rope_factors: layers to which `rope_freqs` apply: `"all"`, `"full"` (those without a window) or `""` for none.
+        rope_factors: layers to which `rope_freqs` apply: `"all"`, `"full"` (those without a window), `"required"`
+            (likewise, and files must have them) or `""` for none.
+        halved_rotary: layers without a window rotate half of the file's `rope.dimension_count`.
         yarn_keys: YaRN's betas and log multiplier are read from the file; llama.cpp ignores them in other families.
         windowed: whether some layers attend through a sliding window: `"optional"` (if the file states its size),
             `"required"`, or `""` for never.
         window_blocks: block count of the only variant with windows (llama.cpp identifies it so); 0 for all variants.
         window: default size in tokens.
         window_period: default period; the last layer of each period attends to all earlier tokens.
-        windowed_sizes: windowed layers have sizes of heads and rotations of their own (`attention.key_length_swa`).
+        full_first: it is the first layer in place of the last.
+        windowed_sizes: what windowed layers have sizes of their own for: `"heads"` and their rotations
+            (`attention.key_length_swa`), `"rotations"` (`rope.dimension_count_swa`) or `""`.
         window_rope: rotation of windowed layers: `"same"`; `"based"` (base from `rope.freq_base_swa`, if present);
-            `"plain"` (same base, no scaling) or `"own"` (base from `rope.freq_base_swa`, 10000 by default, no scaling).
+            `"plain"` (same base, no scaling); `"own"` (base from `rope.freq_base_swa`, 10000 by default, no scaling
+            but by `rope.scaling.attn_factor`); `"unscaled"` (likewise, but the same base by default) or `"bare"`
+            (likewise, without that factor).
         qk_norm: `"head"` (each query and key head), `"heads"` (likewise, with separate weights per head), `"rotated"`
             (like `"head"`, but after rotation), `"full"` (the whole projection), or `""` for none.
         qk_norm_optional: files may lack these norms.
@@ -173,7 +184,9 @@ class Architecture:
             `expert_shared_feed_forward_length` times the count, if present) or `"shared"` (likewise, but that key
             counts alone).
         stream_scale: a block's output may be multiplied by a number (`layer_output_scale`).
+        post_norm_epsilon: what norms after branches add inside of their root; 0 for the same as others.
         positions: learned position embeddings are added to the input.
+        embedding_norm: embeddings are normed (RMSNorm without weight).
         embedding_scale: `"sqrt"` (of d), `"key"` (the file's `embedding_scale`), or `""` for none.
         residual_scale: branches are multiplied by the file's `residual_scale`.
         logit_scale: `"multiply"` or `"divide"` by the file's `logit_scale`, or `""` for neither.
@@ -202,7 +215,8 @@ class Architecture:
     low_rank_gates: bool = False
     bounded_decay: bool = False
     gated_queries: bool = False
-    gated_heads: bool = False
+    gated_heads: str = ""
+    softplus_gate: bool = False
     latent_queries: str = ""
     direct_queries: tuple[tuple[int, int], ...] = ()
     latent_split: str = ""
@@ -221,12 +235,14 @@ class Architecture:
     rope_optional: bool = False
     rope_layers: str = "all"
     rope_factors: str = "all"
+    halved_rotary: bool = False
     yarn_keys: bool = False
     windowed: str = ""
     window_blocks: int = 0
     window: int = 0
     window_period: int = 0
-    windowed_sizes: bool = False
+    full_first: bool = False
+    windowed_sizes: str = ""
     window_rope: str = "same"
     qk_norm: str = ""
     qk_norm_optional: bool = False
@@ -258,7 +274,9 @@ class Architecture:
     expert_latent: bool = False
     expert_widths: str = "tensors"
     stream_scale: bool = False
+    post_norm_epsilon: float = 0.0
     positions: bool = False
+    embedding_norm: bool = False
     embedding_scale: str = ""
     residual_scale: bool = False
     logit_scale: str = ""
@@ -565,7 +583,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "bailingmoe3": replace(
         _KIMI,
         latent_queries="optional",
-        gated_heads=True,
+        gated_heads="heads",
         bounded_decay=True,
         rope_pairs="adjacent",
         hidden_clamps=True,
@@ -604,9 +622,9 @@ ARCHITECTURES: dict[str, Architecture] = {
         inputs=True,
         attention_scale=1.0,
         qk_norm="head",
-        rope_factors="full",
+        rope_factors="required",
         windowed="required",
-        windowed_sizes=True,
+        windowed_sizes="heads",
         window_rope="own",
         logit_softcap=30.0,
         ffn_scales=True,
@@ -615,5 +633,82 @@ ARCHITECTURES: dict[str, Architecture] = {
         router_optional=True,
         stream_scale=True,
         graph=Graph(attention=(), ffn=("ffn_moe_combined", "ffn_out")),
+    ),
+    "afmoe": replace(
+        _DEEPSEEK,
+        norms=_SANDWICH,
+        gated_heads="elements",
+        rope_layers="three of four",
+        windowed="required",
+        window_period=4,
+        window_rope="based",
+        qk_norm="head",
+        router="sigmoid",
+        router_key=True,
+        selection_bias="required",
+        embedding_scale="sqrt",
+        graph=Graph(("attn_o_proj",), ("ffn_out", "ffn_moe_out")),
+    ),
+    "laguna": replace(
+        _DEEPSEEK,
+        gated_heads="either",
+        softplus_gate=True,
+        partial_rotary=True,
+        windowed="optional",
+        window_period=4,
+        full_first=True,
+        windowed_sizes="rotations",
+        window_rope="bare",
+        qk_norm="head",
+        router="sigmoid",
+        router_key=True,
+        selection_bias="required",
+        expert_widths="tensors",
+        graph=Graph(attention=("attn_o_proj",)),
+    ),
+    "step35": Architecture(
+        gated_heads="optional",
+        partial_rotary=True,
+        rope_factors="full",
+        halved_rotary=True,
+        windowed="required",
+        windowed_sizes="rotations",
+        window_rope="own",
+        qk_norm="head",
+        qk_norm_optional=True,
+        hidden_clamps=True,
+        router="sigmoid",
+        router_key=True,
+        router_optional=True,
+        selection_bias="optional",
+        renormalize_key=True,
+        expert_scale_key=True,
+        head="required",
+        graph=Graph(attention=("attn_proj",), stream=("attn_norm_in", "h_nextn"), next_input=True),
+    ),
+    "spark2_5": Architecture(
+        gated_heads="heads",
+        partial_rotary=True,
+        windowed="required",
+        windowed_sizes="rotations",
+        window_rope="based",
+        activation="gelu",
+        graph=Graph(attention=("attn_out_proj",)),
+    ),
+    "muse-glimmer": replace(
+        _LLAMA,
+        norms=_SANDWICH,
+        gated_heads="elements",
+        rope_layers="windowed",
+        windowed="required",
+        window_period=4,
+        window_rope="unscaled",
+        qk_norm="head",
+        logit_softcap=30.0,
+        post_norm_epsilon=1e-8,
+        embedding_norm=True,
+        logit_scale="multiply",
+        head="required",
+        graph=Graph(attention=("attn_o_proj",)),
     ),
 }

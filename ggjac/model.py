@@ -462,8 +462,10 @@ class Model:
         )
 
     def embed(self, ids: Sequence[int], start: int = 0) -> Float[Tensor, "n d"]:
-        """Return the input of block 0, `[n, d]`: scaled embeddings, plus learned positions from `start` on if any."""
+        """Return the input of block 0, `[n, d]`: embeddings, scaled or normed, plus learned positions from `start`."""
         x = self.embedding.take(ids) * self.config.embedding_scale
+        if self.config.row.embedding_norm:
+            x = blocks.frozen_norm(self.config, None, None, x).apply(x)
         if "position_embd.weight" in self.weights:
             x = x + self.weights["position_embd.weight"].take(range(start, start + len(ids)))
         return x

@@ -59,12 +59,14 @@ class Facts(NamedTuple):
     factors: bool = False  # divisors of the frequencies are read
     yarn_keys: bool = False  # YaRN's betas and log multiplier are read
     period: int | None = None  # the last of so many layers is global, 0: none; default. None: windows are ignored
+    full_first: bool = False  # the first of the period is, in its place
     window: int | None = None  # default
     windowed_at: int | None = None  # with so many layers only are there windows; None: with any number
     local_base: float | None = None  # default of the rope base in local layers; None: that of the global ones
     local_base_key: bool = True
     local_scaling: bool = True  # rope scaling applies to local layers, too
     local_factors: bool = True  # divisors of the frequencies, where they are read, apply to local layers, too
+    halved: bool = False  # global layers rotate half of rope.dimension_count
     local_attn_factor: bool = True  # and so does its attn_factor, whatever the scaling
     width_scaled_at: int | None = None  # with so many layers attention is scaled by sqrt(d / heads), not of head_dim
     attn_scale: float | None = None  # of scores; None: 1 / sqrt(head size)
@@ -86,15 +88,19 @@ class Facts(NamedTuple):
     router_key: bool = False  # expert_gating_func, where it is not 0: 1 all, 2 each
     renormalise: bool | None = True  # None: as expert_weights_norm says, else not
     routed_scale_key: bool = False  # expert_weights_scale
-    embedding: str | None = None  # root (of d) | key
+    embedding: str | None = None  # root (of d) | key | normed (without weights)
+    post_epsilon: float | None = None  # of the norms after a sublayer; None: that of the others
     residual_key: bool = False
     logits: str | None = None  # divide | multiply
     mixers: Callable[["Oracle", int], tuple[str, ...]] = lambda model, layer: ("attention",)  # of `MIXERS`: their sum
     query_gate: bool = False  # attn_q has for each head the query, then a gate: its sigmoid scales what the head reads
+    head_gate: Callable[[Tensor], Tensor] = torch.sigmoid  # of attn_gate, which has a row for each head, or element
     final_norm: str = "output_norm"
     sum_named_ffn_out: bool = False  # llama.cpp's last ffn_out is the branch and its input
     # More names in llama.cpp's graph, and those of most families that mean other states of ours here.
     graph: Mapping[str, str] = {}
+    # llama.cpp's names of the stream before a layer and after the last; (): it names the stream after each layer.
+    stream_before: tuple[str, ...] = ()
     own_scales: tuple[str, ...] = ()  # tensors whose `.scale` is a part of the model, not of how they are stored
     scales: tuple[float, ...] = ()  # of embeddings, branches * sqrt(blocks) and logits * d, where the file has none
     scale_keys: bool = True  # and the file may have some
@@ -144,6 +150,7 @@ KIMI = ROUTED._replace(
     rope=None, mixers=by_kv_heads("kda", "latent"),
     graph={"kda_out": "kda", "mla_out": "latent"},
 )  # fmt: skip
+GATED = {"attn_o_proj": "attn_out", "attn_out": "heads"}  # the latter before the gate, which we do not name
 LFM2 = Facts(
     rope="halves", qk_norm="head", local_base_key=False, final_norm="token_embd_norm",
     mixers=by_kv_heads("convolution"),
@@ -264,6 +271,25 @@ FACTS: dict[str, Facts] = {
     "nemotron_h": NEMOTRON_H,
     "nemotron_h_moe": NEMOTRON_H,
     "mamba2": MAMBA2._replace(graph={"mamba_out": "mamba2"}),
+    "afmoe": ROUTED._replace(
+        attn_post="post_attention_norm", ffn_post="post_ffw_norm", rope="halves", roped="three of four", period=4,
+        qk_norm="head", router="each", embedding="root",
+        graph={"attn_post_norm": "attn_out", "ffn_post_norm": "ffn_out"},
+    ),
+    "laguna": ROUTED._replace(
+        rope="halves", period=4, full_first=True, local_scaling=False, local_attn_factor=False, qk_norm="head",
+        head_gate=torch.nn.functional.softplus, router="each", graph=GATED,
+    ),
+    "step35": ROUTED._replace(
+        rope="halves", period=0, halved=True, factors=True, local_factors=False, local_base=10000.0,
+        local_scaling=False, qk_norm="head", router="each", clamp_keys=True, graph=GATED | {"attn_proj": "attn_out"},
+        stream_before=("attn_norm_in", "h_nextn"),
+    ),
+    "spark2_5": Facts(rope="halves", period=0, activation="gelu", graph=GATED | {"attn_out_proj": "attn_out"}),
+    "muse-glimmer": SANDWICH._replace(
+        roped="local", period=4, local_scaling=False, qk_norm="head", final_cap=30.0, embedding="normed",
+        post_epsilon=1e-8, logits="multiply", graph={"attn_post_norm": "attn_out", "ffn_post_norm": "ffn_out"},
+    ),
 }  # fmt: skip
 
 
@@ -331,16 +357,20 @@ def linear(model: Oracle, name: str, x: Tensor) -> Tensor:
     return y if b is None else y + b
 
 
-def root_mean_square(model: Oracle, x: Tensor) -> Tensor:
+def root_mean_square(model: Oracle, x: Tensor, epsilon: float | None = None) -> Tensor:
     kind = "rms_" if model.facts.norm == "rms" else ""
-    return torch.sqrt((x * x).mean(-1, keepdim=True) + model.metadata[f"attention.layer_norm_{kind}epsilon"])
+    epsilon = model.metadata[f"attention.layer_norm_{kind}epsilon"] if epsilon is None else epsilon
+    return torch.sqrt((x * x).mean(-1, keepdim=True) + epsilon)
+
+
+POST_NORMS = ("post_attention_norm", "post_ffw_norm")
 
 
 def norm(model: Oracle, name: str, x: Tensor, *, frozen: bool) -> Tensor:
     """Apply RMSNorm or LayerNorm over the last axis; centering is linear and stays alive, the scale may be frozen."""
     if model.facts.norm == "ln":
         x = x - x.mean(-1, keepdim=True)
-    scale = 1 / root_mean_square(model, x)
+    scale = 1 / root_mean_square(model, x, model.facts.post_epsilon if name.split(".")[-1] in POST_NORMS else None)
     weight = 1.0
     if model.facts.norm_weights:
         weight = model.weights[name if name in model.weights else f"{name}.weight"]
@@ -355,7 +385,8 @@ def window(model: Oracle, layer: int) -> int | None:
     if facts.period is None or not size or facts.windowed_at not in (None, blocks(meta)):
         return None
     pattern = meta.get("attention.sliding_window_pattern", facts.period)
-    local = pattern[layer] if isinstance(pattern, list) else pattern == 0 or layer % pattern < pattern - 1
+    place = 0 if facts.full_first else pattern - 1 if isinstance(pattern, int) else None
+    local = pattern[layer] if isinstance(pattern, list) else pattern == 0 or layer % pattern != place
     return size if local else None
 
 
@@ -379,7 +410,7 @@ def rope_angles(model: Oracle, layer: int, n: int, n_rot: int, context: int) -> 
     names = ["rope_freqs.weight", f"rope_factors_{'long' if context > original else 'short'}.weight"]
     factors = facts.factors and (facts.local_factors or not local)
     names = names[:: -1 if kind == "longrope" else 1] if factors else []
-    frequency = frequency / next((model.weights[name] for name in names if name in model.weights), 1.0)
+    frequency = frequency / next((model.weights[name][: len(pair)] for name in names if name in model.weights), 1.0)
     if kind in ("linear", "longrope"):
         frequency = frequency / factor
     elif kind == "yarn":
@@ -479,9 +510,9 @@ def turned(model: Oracle, layer: int, part: str, h: Tensor, context: int) -> Ten
     if facts.qk_norm == "head" and f"{name}.weight" in model.weights:
         x = norm(model, name, x, frozen=False)
     if roped(model, layer):
-        angles, magnitude = rope_angles(
-            model, layer, len(h), of_kind(model, layer, "rope.dimension_count", hd), context
-        )
+        n_rot = of_kind(model, layer, "rope.dimension_count", hd)
+        n_rot //= 2 if facts.halved and window(model, layer) is None else 1
+        angles, magnitude = rope_angles(model, layer, len(h), n_rot, context)
         x = rotate(x, angles, magnitude, pairs=facts.rope)
     return norm(model, name, x, frozen=False) if facts.qk_norm == "head after rope" else x
 
@@ -540,7 +571,12 @@ def attention(
         if facts.query_gate:
             share = torch.sigmoid(gates[:, head])
             outputs[-1] = outputs[-1] * (share.detach() if frozen else share)
-    return linear(model, f"{b}.attn_output", torch.cat(outputs, dim=-1))
+    read = torch.cat(outputs, dim=-1)
+    if f"{b}.attn_gate.weight" in model.weights:
+        gate = facts.head_gate(linear(model, f"{b}.attn_gate", h))
+        gate = gate[..., None].expand(n, -1, read.shape[1] // gate.shape[1]).flatten(1)
+        read = read * (gate.detach() if frozen else gate)
+    return linear(model, f"{b}.attn_output", read)
 
 
 def recurrent(mixer: Callable[..., Tensor], **options: Any) -> Callable[..., Tensor]:
@@ -737,6 +773,8 @@ def embed(model: Oracle, ids: Sequence[int] | Tensor) -> Tensor:
         x = x * float(np.float32(math.sqrt(model.metadata["embedding_length"])))  # llama.cpp: sqrtf
     elif model.facts.embedding == "key":
         x = x * (model.metadata.get("embedding_scale", 0.0) or 1.0)
+    elif model.facts.embedding == "normed":
+        x = x / root_mean_square(model, x)
     if "position_embd.weight" in model.weights:
         x = x + model.weights["position_embd.weight"][: len(x)]
     return x

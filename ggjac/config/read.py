@@ -194,6 +194,7 @@ def _layers(
                 rope=rope_of(keys, row, key_size, i, windows) if attends else None,
                 xielu=xielu[i],
                 source=source,
+                gate=_gate(row, i, h, value_size, shapes) if attends else 0,
                 clamps=clamps[i],
                 keys_as_values=row.keys_as_values
                 and source is None
@@ -262,9 +263,17 @@ def _head_sizes(keys: Keys, row: Architecture, default: int, windowed: bool, lat
                 f"{keys.prefix}.rope.dimension_count {latent.rotary} leaves no other elements of keys of {key_size}"
             )
         return key_size, value_size
-    suffix = "_swa" if windowed and row.windowed_sizes else ""
+    suffix = "_swa" if windowed and row.windowed_sizes == "heads" else ""
     key_size = keys.integer(f"attention.key_length{suffix}", default)
     return key_size, keys.integer(f"attention.value_length{suffix}", key_size)
+
+
+def _gate(row: Architecture, layer: int, heads: int, value_size: int, shapes: Mapping[str, tuple[int, ...]]) -> int:
+    """Return the numbers for each head of the gate on what the heads of a block read."""
+    rows = shapes.get(f"blk.{layer}.attn_gate.weight", (0,))[0]
+    if row.gated_heads == "elements" or (row.gated_heads == "either" and rows != heads):
+        return value_size
+    return int(row.gated_heads != "" if row.gated_heads != "optional" else rows > 0)
 
 
 def _latent(keys: Keys, row: Architecture) -> Latent:
@@ -515,7 +524,8 @@ def _shared_units(keys: Keys, row: Architecture, shapes: Mapping[str, tuple[int,
     if row.expert_widths == "tensors":  # Qwen 1.5's files have no key for it
         shared = next((shape for name, shape in shapes.items() if name.endswith(".ffn_up_shexp.weight")), ())
         return keys.count("expert_shared_feed_forward_length") or (shared[0] if len(shared) == 2 else 0)
-    width, count = keys.integer("expert_feed_forward_length"), keys.integer("expert_shared_count")
+    width, key = keys.integer("expert_feed_forward_length"), "expert_shared_count"
+    count = keys.integer(key) if keys.number(key) else 0  # 0 may be said, but must be
     stated = keys.count("expert_shared_feed_forward_length") if row.expert_widths.startswith("shared") else 0
     if row.expert_widths == "shared":
         return stated or width * count
