@@ -138,6 +138,8 @@ class Architecture:
         window: default size in tokens.
         window_period: default period; the last layer of each period attends to all earlier tokens.
         full_first: it is the first layer in place of the last.
+        chunked: a window is a chunk: positions attend to those of their own, and queries grow from chunk to chunk.
+            Prompts that go beyond the first chunk are not supported.
         windowed_sizes: what windowed layers have sizes of their own for: `"heads"` and their rotations
             (`attention.key_length_swa`), `"rotations"` (`rope.dimension_count_swa`) or `""`.
         window_rope: rotation of windowed layers: `"same"`; `"based"` (base from `rope.freq_base_swa`, if present);
@@ -145,7 +147,9 @@ class Architecture:
             but by `rope.scaling.attn_factor`); `"unscaled"` (likewise, but the same base by default) or `"bare"`
             (likewise, without that factor).
         qk_norm: `"head"` (each query and key head), `"heads"` (likewise, with separate weights per head), `"rotated"`
-            (like `"head"`, but after rotation), `"full"` (the whole projection), or `""` for none.
+            (like `"head"`, but after rotation), `"bare"` (likewise, without weights, in layers that rotate), `"full"`
+            (the whole projection), or `""` for none.
+        unnormed_experts: number of experts of the variant without these norms (llama.cpp identifies it so).
         qk_norm_optional: files may lack these norms.
         clamp_key: queries, keys and values are clamped to ± the file's `attention.clamp_kqv`, if present.
         sinks: a learned logit per head joins the softmax without a value.
@@ -164,7 +168,8 @@ class Architecture:
             `ggjac.config.Layer`) or `"silu_oai"` (clamped, with up shifted by one).
         hidden_clamps: hidden units may have limits in each block (`swiglu_clamp_exp`, `swiglu_clamp_shexp`).
         router: how expert weights come from router logits: `"softmax"` over all experts, `"softmax_selected"` over
-            the chosen ones, or `"sigmoid"`.
+            the chosen ones, `"sigmoid"`, or `"sigmoid_selected"` (likewise, but logits decide which are chosen).
+        weighted_inputs: these weights multiply what the experts read, and not what they add.
         sigmoid_routers: blocks and vocabulary of the variants where it is `"sigmoid"` (llama.cpp identifies them so).
         router_key: the file's `expert_gating_func` overrides `router`, which is the default, or `""` for none.
         selection_bias: a bias added for the choice of experts but not to their weights (`exp_probs_b`): `"optional"`,
@@ -242,9 +247,11 @@ class Architecture:
     window: int = 0
     window_period: int = 0
     full_first: bool = False
+    chunked: bool = False
     windowed_sizes: str = ""
     window_rope: str = "same"
     qk_norm: str = ""
+    unnormed_experts: int = 0
     qk_norm_optional: bool = False
     clamp_key: bool = False
     sinks: bool = False
@@ -260,6 +267,7 @@ class Architecture:
     activation: str = "silu"
     hidden_clamps: bool = False
     router: str = "softmax"
+    weighted_inputs: bool = False
     sigmoid_routers: tuple[tuple[int, int], ...] = ()
     router_key: bool = False
     selection_bias: str = ""
@@ -710,5 +718,21 @@ ARCHITECTURES: dict[str, Architecture] = {
         logit_scale="multiply",
         head="required",
         graph=Graph(attention=("attn_o_proj",)),
+    ),
+    "llama4": replace(
+        _LLAMA,
+        rope_layers="three of four",
+        windowed="required",
+        window=8192,
+        window_period=4,
+        chunked=True,
+        window_rope="based",
+        qk_norm="bare",
+        unnormed_experts=128,
+        router="sigmoid_selected",
+        weighted_inputs=True,
+        renormalize=False,
+        router_optional=True,
+        graph=Graph(ffn=("ffn_moe_out_merged",)),  # `ffn_out` is the branch's sum with the stream
     ),
 }

@@ -547,9 +547,10 @@ class Model:
                 f"the prompt has {len(ids)} tokens, the model's context {context}; shorten it, or give a larger context"
             )
         if len(ids) > self.config.longest:
+            left = f"selects {self.config.longest}" if self.config.indexer.selected else "would leave some out"
             raise PromptError(
-                f"the prompt has {len(ids)} tokens, of which this model's attention selects {self.config.longest}: not "
-                "supported beyond that; shorten it"
+                f"the prompt has {len(ids)} tokens, of which this model's attention {left}: not supported beyond "
+                f"{self.config.longest}; shorten it"
             )
         ids = [whole("token id", i, None) for i in ids]
         for i in ids:

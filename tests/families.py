@@ -309,6 +309,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
     | {"layers": 3, "window": 4, "attn_gate": "heads", "rope_base": 100.0, "extra": {"rope.freq_base_swa": 50.0}},
     "muse-glimmer": {"norms": SANDWICH, "layers": 5, "window": 4, "qk_norm": "head", "attn_gate": "elements"}
     | {"embed_std": 0.2, "rope_base": 100.0, "extra": {"logit_scale": 0.5, "final_logit_softcapping": 1.2}},
+    "llama4": EXPERTS
+    | {"layers": 5, "expert_step": 2, "experts_used": 1, "expert_ff": 48, "shared_ff": 48}
+    | {"omit": ("expert_shared_feed_forward_length",), "extra": {"interleave_moe_layer_step": 2}},
     **STATE_SPACE,
 }
 
@@ -1140,3 +1143,27 @@ GATED_CASES: dict[str, dict[str, Any]] = {
     ),
 }
 FAMILY_CASES |= GATED_CASES
+
+LLAMA4_CASES: dict[str, dict[str, Any]] = {
+    "llama4": of("llama4", rope_factors=True, rope_base=500.0),
+    # As Maverick: with 128 experts, queries and keys are not normed.
+    "llama4_maverick": of(
+        "llama4", layers=2, d=32, heads=2, kv_heads=1, ff=32, experts=128, expert_ff=32, shared_ff=32, tied=True
+    ),
+    "llama4_several": of(
+        "llama4",
+        layers=4,
+        experts_used=3,
+        expert_step=1,
+        extra={"interleave_moe_layer_step": 1},
+        fused_qkv=True,
+        **YARN_ROW,
+    ),
+    "llama4_array": of(
+        "llama4",
+        scaling=LINEAR,
+        extra={"attention.sliding_window_pattern": [False, True, True, True, False], "rope.freq_base_swa": 50.0},
+    ),
+    "llama4_unread": of("llama4", layers=4, window=3, extra=UNREAD | UNREAD_ROUTING),
+}
+FAMILY_CASES |= LLAMA4_CASES

@@ -51,8 +51,10 @@ class Facts(NamedTuple):
     ffn_post: str | None = None
     parts: tuple[Part, ...] = ()  # of a block with a router; (): the experts alone, between the norms above
     ffn_norm_optional: bool = False  # without it the feed-forward reads what the attention reads
-    # head (if there is one) | head after rope | full; before the rope, but for the second; full: and before the split
+    # head (if there is one) | head after rope | bare (likewise, without weights, where there is a rope) | full; all
+    # others before the rope, and full before the split
     qk_norm: str | None = None
+    unnormed: int | None = None  # with so many experts there is no such norm
     rope: str | None = "adjacent"  # which dimensions are a pair: adjacent | halves
     roped: str = "all"  # all | local (only layers with a window, where there are any) | three of four
     finetuned_key: bool = False  # rope.scaling.finetuned = false turns the rope off
@@ -84,6 +86,7 @@ class Facts(NamedTuple):
     clamp: float | Tensor = 0.0  # so in one layer, where it is not zero
     ffn: str = "gated"  # gated | fused (gate above up in one matrix) | plain
     router: str = "all"  # softmax over: all | selected; or of each its sigmoid: each
+    weighted: str = "output"  # by the router, of an expert: output | input
     router_reads: str = "branch"  # what the experts read: branch | or the stream, normed and scaled on its own: stream
     router_key: bool = False  # expert_gating_func, where it is not 0: 1 all, 2 each
     renormalise: bool | None = True  # None: as expert_weights_norm says, else not
@@ -284,6 +287,10 @@ FACTS: dict[str, Facts] = {
         rope="halves", period=0, halved=True, factors=True, local_factors=False, local_base=10000.0,
         local_scaling=False, qk_norm="head", router="each", clamp_keys=True, graph=GATED | {"attn_proj": "attn_out"},
         stream_before=("attn_norm_in", "h_nextn"),
+    ),
+    "llama4": Facts(
+        factors=True, period=4, window=8192, roped="three of four", qk_norm="bare", unnormed=128, router="each",
+        renormalise=False, weighted="input", sum_named_ffn_out=True, graph={"ffn_moe_out_merged": "ffn_out"},
     ),
     "spark2_5": Facts(rope="halves", period=0, activation="gelu", graph=GATED | {"attn_out_proj": "attn_out"}),
     "muse-glimmer": SANDWICH._replace(
@@ -514,6 +521,8 @@ def turned(model: Oracle, layer: int, part: str, h: Tensor, context: int) -> Ten
         n_rot //= 2 if facts.halved and window(model, layer) is None else 1
         angles, magnitude = rope_angles(model, layer, len(h), n_rot, context)
         x = rotate(x, angles, magnitude, pairs=facts.rope)
+        if facts.qk_norm == "bare" and model.metadata.get("expert_count") != facts.unnormed:
+            x = x / root_mean_square(model, x)
     return norm(model, name, x, frozen=False) if facts.qk_norm == "head after rope" else x
 
 
@@ -737,9 +746,10 @@ def mixture(model: Oracle, b: str, h: Tensor, *, stream: Tensor | None = None, *
         weights = weights.detach()
     facts, rows = clamped(model, b, "swiglu_clamp_exp"), []
     latent = f"{b}.ffn_latent_down.weight" in model.weights
-    for i, x in enumerate(linear(model, f"{b}.ffn_latent_down", h) if latent else h):
-        row = torch.zeros_like(x)
+    for i, before in enumerate(linear(model, f"{b}.ffn_latent_down", h) if latent else h):
+        row = torch.zeros_like(before)
         for expert, weight in zip(chosen[i].tolist(), weights[i], strict=True):
+            x = before if facts.weighted == "output" else weight * before
 
             def apply(name: str, x: Tensor, expert: int = expert) -> Tensor:
                 y = model.weights[f"{b}.{name}.weight"][expert] @ x
@@ -753,7 +763,8 @@ def mixture(model: Oracle, b: str, h: Tensor, *, stream: Tensor | None = None, *
                 gate, up = apply("ffn_up_exps", x), None
             else:
                 gate, up = apply("ffn_gate_exps", x), apply("ffn_up_exps", x)
-            row = row + weight * apply("ffn_down_exps", activate(facts, gate, up, **how))
+            added = apply("ffn_down_exps", activate(facts, gate, up, **how))
+            row = row + (weight * added if facts.weighted == "output" else added)
         rows.append(row)
     y = torch.stack(rows)
     if latent:

@@ -716,6 +716,7 @@ LATENT: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {
     "a gate of another width": ("laguna", {}, {"attn_gate.weight": (5, 64)}, r"has shape \[5, 64\], .* \[64, 64\]"),
     "a gate of elements": ("spark2_5", {}, {"attn_gate.weight": (64, 64)}, r"has shape \[64, 64\], .* \[4, 64\]"),
     "no pattern of windows": ("step35", {"attention.sliding_window_pattern": ABSENT}, {}, "pattern is missing"),
+    "no chunks": ("llama4", {"attention.sliding_window": 0}, {}, "sliding_window is 0; expected a whole number from 1"),
     "no scale of logits": ("muse_glimmer", {"logit_scale": ABSENT}, {}, "muse-glimmer.logit_scale is missing"),
     "no head": ("muse_glimmer", {}, {"output.weight": ABSENT}, "output.weight is missing"),
     "none shared": ("mistral4", {"expert_shared_count": ABSENT}, {}, "mistral4.expert_shared_count is missing"),

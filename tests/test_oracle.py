@@ -1096,6 +1096,17 @@ GATED_MISTAKES: dict[str, tuple[str, Callable[[Oracle], Oracle]]] = {
     "muse-glimmer: scaling in windows": ("muse_glimmer_linear", facts(local_scaling=True)),
     "muse-glimmer: no factor of rotation in windows": ("muse_glimmer_linear", facts(local_attn_factor=False)),
     "muse-glimmer: no cap by default": ("muse_glimmer_faint", facts(final_cap=None)),
+    "llama4: queries and keys not normed": ("llama4", facts(qk_norm=None)),
+    "llama4: queries and keys of Maverick normed": (
+        "llama4_maverick",
+        facts(unnormed=None),
+    ),
+    "llama4: every layer rotates": ("llama4", facts(roped="all")),
+    "llama4: rotation by windows": ("llama4_array", facts(roped="local")),
+    "llama4: no base of its own in windows": ("llama4_array", facts(local_base_key=False)),
+    "llama4: experts' outputs weighted": ("llama4", facts(weighted="output")),
+    "llama4: weights normed": ("llama4_several", facts(renormalise=True)),
+    "llama4: no divisors": ("llama4", facts(factors=False)),
     "muse-glimmer: logits divided": ("muse_glimmer", facts(logits="divide")),
 }
 MISTAKES: dict[str, tuple[str, Callable[[Oracle], Oracle]]] = {

@@ -49,6 +49,7 @@ CASES = [
     *("gemma4_inputs", "gemma4_small_q8_0"),
     *("deepseek2", "deepseek2_unsplit", "deepseek2_dense", "mistral4", "minicpm3", "plm"),
     *("afmoe", "laguna", "laguna_elements", "step35_clamped", "step35_factors", "spark2_5", "muse_glimmer"),
+    *("llama4", "llama4_several"),
     *("deepseek32", "glm_dsa", "minimax_m3", "kimi_linear", "kimi_linear_fused", "bailingmoe3", "bailingmoe3_clamped"),
 ]
 GATED = (

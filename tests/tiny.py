@@ -90,6 +90,7 @@ class Options:
     shared_gate: bool = False  # whether a sigmoid scales the shared expert
     shared_count: int = 0  # of shared experts of expert_ff in one, stated so; 0: not stated
     dense_lead: int = 0  # the first blocks, without experts
+    expert_step: int = 1  # only the last of so many layers has experts; 0: none has
     expert_norms: tuple[str, ...] = ()  # of layers with experts only
     dense_beside: bool = False  # layers with experts have a dense network, too
     fused_experts: bool = False  # the experts' gate above up in one tensor
@@ -257,6 +258,7 @@ def tensors(o: Options) -> Iterator[Entry]:
         predictor = layer >= o.blocks
         if feeds(o, layer):
             routed = o.experts > 0 and layer >= o.dense_lead and (o.predictor_experts or not predictor)
+            routed = routed and o.expert_step > 0 and (layer + 1) % o.expert_step == 0
             width = o.expert_ffs[layer] if o.expert_ffs else o.expert_ff
             yield from experts(o, b, width) if routed else feed_forward(o, b, "", o.ffs[layer] if o.ffs else o.ff)
         if predictor:

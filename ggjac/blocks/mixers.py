@@ -199,7 +199,14 @@ def _mix(w: BlockWeights, tape: MixerTape, width: int) -> Mix:
 
 # The step after which queries and keys are normed, by the row's `qk_norm`: over the whole projection, over each head,
 # or over each head after the rotary embedding.
-QK_NORM_AFTER = {"": "", "full": "projection", "head": "split", "heads": "split", "rotated": "rotation"}
+QK_NORM_AFTER = {
+    "": "",
+    "full": "projection",
+    "head": "split",
+    "heads": "split",
+    "rotated": "rotation",
+    "bare": "rotation",
+}
 
 
 def _attention(w: BlockWeights, frame: Frame, layer: int, h: Float[Tensor, "m d"], past: Past | None) -> Mixed:
@@ -240,7 +247,10 @@ def _queries_or_keys(
     heads = own.heads if part == "q" else own.kv_heads
 
     def normed_after(step: str, x: Tensor) -> Tensor:
-        return normed(w, f"attn_{part}_norm", config, x) if QK_NORM_AFTER[config.row.qk_norm] == step else x
+        kind = config.row.qk_norm
+        if QK_NORM_AFTER[kind] != step or (kind == "bare" and own.rope is None):
+            return x
+        return normed(w, f"attn_{part}_norm", config, x)
 
     x = _clamped(config, affine(linear(w, f"attn_{part}", len(h)), h))  # [m, hs]
     gate = None

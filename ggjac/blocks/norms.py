@@ -78,7 +78,8 @@ def normed(w: BlockWeights, name: str, config: ModelConfig, x: Float[Tensor, "*n
     wide = widened(x)
     if config.row.norm == "layer":
         wide = wide - wide.mean(-1, keepdim=True)
-    return (wide * inverse_rms(wide, config) * w.vector(f"{name}.weight").to(wide)).to(x.dtype)
+    scaled = wide * inverse_rms(wide, config)
+    return (scaled if config.row.qk_norm == "bare" else scaled * w.vector(f"{name}.weight").to(wide)).to(x.dtype)
 
 
 def widened(x: Float[Tensor, "*n s"]) -> Float[Tensor, "*n s"]:

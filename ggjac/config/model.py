@@ -213,8 +213,9 @@ class ModelConfig:
 
     @property
     def longest(self) -> int:
-        """Largest number of tokens that can be run: an indexer would leave some out in longer prompts."""
-        return min(self.context_length, self.indexer.selected or self.context_length)
+        """Largest number of tokens that can be run: an indexer, or chunks, would leave some out in longer prompts."""
+        first_chunk = self.row.window - 1 if self.row.chunked else self.context_length
+        return min(self.context_length, self.indexer.selected or self.context_length, first_chunk)
 
     def with_context(self, context: int | None) -> "ModelConfig":
         """Return this model with another context, as llama.cpp allocates one; None leaves its own.

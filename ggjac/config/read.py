@@ -383,8 +383,8 @@ def _experts(keys: Keys, row: Architecture, blocks: int, shapes: Mapping[str, tu
         keys.for_all_blocks("expert_used_count", blocks)
     if max(used) > total:
         raise ConfigError(f"{keys.prefix}.expert_used_count is {max(used)}, but there are {total} experts")
-    step = keys.integer("interleave_moe_layer_step", 1)
-    if step > 1:
+    step = keys.count("interleave_moe_layer_step", 1)
+    if step != 1 and not row.router_optional:
         raise ConfigError(
             f"{keys.prefix}.interleave_moe_layer_step {step}: dense blocks between mixtures are not supported"
         )
@@ -405,6 +405,8 @@ def _decided(keys: Keys, row: Architecture, blocks: int, shapes: Mapping[str, tu
         own, shared = row.norms.ffn_in
         normed = f"blk.0.{own}.weight" in shapes
         row = replace(row, parallel=not normed, norms=replace(row.norms, ffn_in=(own if normed else shared,)))
+    if row.unnormed_experts and keys.count("expert_count") == row.unnormed_experts:
+        row = replace(row, qk_norm="")
     if row.qk_norm_optional and "blk.0.attn_q_norm.weight" not in shapes:
         row = replace(row, qk_norm="")
     if row.router_key:

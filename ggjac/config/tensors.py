@@ -125,6 +125,7 @@ _QK_NORMS: dict[str, dict[str, tuple[str, ...]]] = {
     "head": {"attn_q_norm": ("head",), "attn_k_norm": ("head",)},
     "heads": {"attn_q_norm": ("heads", "head"), "attn_k_norm": ("kv heads", "head")},
     "rotated": {"attn_q_norm": ("head",), "attn_k_norm": ("head",)},
+    "bare": {},
     "full": {"attn_q_norm": ("q",), "attn_k_norm": ("keys",)},
 }
 _EXPERTS = {
