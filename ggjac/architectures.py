@@ -36,11 +36,13 @@ class Graph:
         attention: what attention, or what stands in its place, yields before any post-norm and scale.
         ffn: what the feed-forward yields before any post-norm and scale.
         stream: the residual stream after the block.
+        next_input: the first of these names is of the stream before a block, the second of that after the last block.
     """
 
     attention: tuple[str, ...] = ("attn_out",)
     ffn: tuple[str, ...] = ("ffn_out",)
     stream: tuple[str, ...] = ("l_out",)
+    next_input: bool = False
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,10 @@ class Architecture:
         bounded_decay: the logarithms of decays have a lower bound, the file's `kda.gate_lower_bound`, and `ssm_a` is
             positive.
         gated_queries: `attn_q` has a gate after each head's query: its sigmoid multiplies what the head reads.
-        gated_heads: the sigmoid of a number for each head, from `attn_gate`, multiplies what the head reads.
+        gated_heads: a gate from `attn_gate` multiplies what each head reads: a number for each of the `"heads"`, or
+            for each of their `"elements"`; one of these, as the tensor's shape says (`"either"`); a number for each
+            head in blocks that have the tensor (`"optional"`); or `""` for none.
+        softplus_gate: that gate is a softplus in place of a sigmoid.
         latent_queries: whether queries of latent attention are expanded from a latent vector, as keys and values are:
             `"required"`, `"optional"` (if the file states its size, `attention.q_lora_rank`), or `""` for never.
         direct_queries: blocks and vocabulary of the variants whose queries are not, whatever the file states (llama.cpp
@@ -129,7 +134,9 @@ class Architecture:
             `"windowed or dense"` (those, and the first `leading_dense_block_count`), `"three of four"` (all but every
             fourth), `"not first of four"` (all but the first of every four, if the model has windows, and unless it
             has four layers) or `"listed"` (those in the file's `attention.rope_pattern`, if present).
-        rope_factors: layers to which `rope_freqs` apply: `"all"`, `"full"` (those without a window) or `""` for none.
+        rope_factors: layers to which `rope_freqs` apply: `"all"`, `"full"` (those without a window), `"required"`
+            (likewise, and files must have them) or `""` for none.
+        halved_rotary: layers without a window rotate half of the file's `rope.dimension_count`.
         yarn_keys: YaRN's betas and log multiplier are read from the file; llama.cpp ignores them in other families.
         windowed: whether some layers attend through a sliding window: `"optional"` (if the file states its size),
             `"required"`, or `""` for never.
@@ -138,11 +145,18 @@ class Architecture:
         window_fixed: the size is the default, whatever the file states.
         window_period: default period; the last layer of each period attends to all earlier tokens.
         full_first: the first layer of each period does so in place of the last.
-        windowed_sizes: windowed layers have sizes of heads and rotations of their own (`attention.key_length_swa`).
+        chunked: a window is a chunk: positions attend to those of their own, and queries grow from chunk to chunk.
+            Prompts that go beyond the first chunk are not supported.
+        windowed_sizes: what windowed layers have sizes of their own for: `"heads"` and their rotations
+            (`attention.key_length_swa`), `"rotations"` (`rope.dimension_count_swa`) or `""`.
         window_rope: rotation of windowed layers: `"same"`; `"based"` (base from `rope.freq_base_swa`, if present);
-            `"plain"` (same base, no scaling) or `"own"` (base from `rope.freq_base_swa`, 10000 by default, no scaling).
+            `"plain"` (same base, no scaling); `"own"` (base from `rope.freq_base_swa`, 10000 by default, no scaling
+            but by `rope.scaling.attn_factor`); `"unscaled"` (likewise, but the same base by default) or `"bare"`
+            (likewise, without that factor).
         qk_norm: `"head"` (each query and key head), `"heads"` (likewise, with separate weights per head), `"rotated"`
-            (like `"head"`, but after rotation), `"full"` (the whole projection), or `""` for none.
+            (like `"head"`, but after rotation), `"bare"` (likewise, without weights, in layers that rotate), `"full"`
+            (the whole projection), or `""` for none.
+        unnormed_experts: number of experts of the variant without these norms (llama.cpp identifies it so).
         qk_norm_optional: files may lack these norms.
         clamp_key: queries, keys and values are clamped to ± the file's `attention.clamp_kqv`, if present.
         sinks: a learned logit per head joins the softmax without a value: `"required"`, `"optional"` in each layer, or
@@ -167,7 +181,8 @@ class Architecture:
         hidden_clamps: hidden units may have limits in each block (`swiglu_clamp_exp`, `swiglu_clamp_shexp`), and so has
             the gate, `"before"` its activation or `"after"` it; `""` for never.
         router: how expert weights come from router logits: `"softmax"` over all experts, `"softmax_selected"` over
-            the chosen ones, or `"sigmoid"`.
+            the chosen ones, `"sigmoid"`, or `"sigmoid_selected"` (likewise, but logits decide which are chosen).
+        weighted_inputs: these weights multiply what the experts read, and not what they add.
         sigmoid_routers: blocks and vocabulary of the variants where it is `"sigmoid"` (llama.cpp identifies them so).
         router_key: the file's `expert_gating_func` overrides `router`, which is the default, or `""` for none.
         selection_bias: a bias added for the choice of experts but not to their weights (`exp_probs_b`): `"optional"`,
@@ -191,7 +206,9 @@ class Architecture:
         shared_optional: without `expert_shared_count` there is no shared expert.
         shared_fused: gate and up of the shared expert are in one tensor, gate first.
         stream_scale: a block's output may be multiplied by a number (`layer_output_scale`).
+        post_norm_epsilon: what norms after branches add inside of their root; 0 for the same as others.
         positions: learned position embeddings are added to the input.
+        embedding_norm: embeddings are normed (RMSNorm without weight).
         embedding_scale: `"sqrt"` (of d), `"key"` (the file's `embedding_scale`), or `""` for none.
         residual_scale: branches are multiplied by the file's `residual_scale`.
         logit_scale: `"multiply"` or `"divide"` by the file's `logit_scale`, or `""` for neither.
@@ -223,7 +240,8 @@ class Architecture:
     low_rank_gates: bool = False
     bounded_decay: bool = False
     gated_queries: bool = False
-    gated_heads: bool = False
+    gated_heads: str = ""
+    softplus_gate: bool = False
     latent_queries: str = ""
     direct_queries: tuple[tuple[int, int], ...] = ()
     latent_split: str = ""
@@ -243,6 +261,7 @@ class Architecture:
     rope_optional: bool = False
     rope_layers: str = "all"
     rope_factors: str = "all"
+    halved_rotary: bool = False
     yarn_keys: bool = False
     windowed: str = ""
     window_blocks: int = 0
@@ -250,9 +269,11 @@ class Architecture:
     window_fixed: bool = False
     window_period: int = 0
     full_first: bool = False
-    windowed_sizes: bool = False
+    chunked: bool = False
+    windowed_sizes: str = ""
     window_rope: str = "same"
     qk_norm: str = ""
+    unnormed_experts: int = 0
     qk_norm_optional: bool = False
     clamp_key: bool = False
     sinks: str = ""
@@ -271,6 +292,7 @@ class Architecture:
     activation: str = "silu"
     hidden_clamps: str = ""
     router: str = "softmax"
+    weighted_inputs: bool = False
     sigmoid_routers: tuple[tuple[int, int], ...] = ()
     router_key: bool = False
     selection_bias: str = ""
@@ -288,7 +310,9 @@ class Architecture:
     shared_optional: bool = False
     shared_fused: bool = False
     stream_scale: bool = False
+    post_norm_epsilon: float = 0.0
     positions: bool = False
+    embedding_norm: bool = False
     embedding_scale: str = ""
     residual_scale: bool = False
     logit_scale: str = ""
@@ -688,7 +712,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "bailingmoe3": replace(
         _KIMI,
         latent_queries="optional",
-        gated_heads=True,
+        gated_heads="heads",
         bounded_decay=True,
         rope_pairs="adjacent",
         hidden_clamps="after",
@@ -738,9 +762,9 @@ ARCHITECTURES: dict[str, Architecture] = {
         inputs=True,
         attention_scale=1.0,
         qk_norm="head",
-        rope_factors="full",
+        rope_factors="required",
         windowed="required",
-        windowed_sizes=True,
+        windowed_sizes="heads",
         window_rope="own",
         logit_softcap=30.0,
         ffn_scales=True,
@@ -749,5 +773,99 @@ ARCHITECTURES: dict[str, Architecture] = {
         router_optional=True,
         stream_scale=True,
         graph=Graph(attention=(), ffn=("ffn_moe_combined", "ffn_out")),
+    ),
+    "afmoe": replace(
+        _DEEPSEEK,
+        norms=_SANDWICH,
+        gated_heads="elements",
+        rope_layers="three of four",
+        windowed="required",
+        window_period=4,
+        window_rope="based",
+        qk_norm="head",
+        router="sigmoid",
+        router_key=True,
+        selection_bias="required",
+        embedding_scale="sqrt",
+        graph=Graph(("attn_o_proj",), ("ffn_out", "ffn_moe_out")),
+    ),
+    "laguna": replace(
+        _DEEPSEEK,
+        gated_heads="either",
+        softplus_gate=True,
+        partial_rotary=True,
+        windowed="optional",
+        window_period=4,
+        full_first=True,
+        windowed_sizes="rotations",
+        window_rope="bare",
+        qk_norm="head",
+        router="sigmoid",
+        router_key=True,
+        selection_bias="required",
+        expert_widths="tensors",
+        graph=Graph(attention=("attn_o_proj",)),
+    ),
+    "step35": Architecture(
+        gated_heads="optional",
+        partial_rotary=True,
+        rope_factors="full",
+        halved_rotary=True,
+        windowed="required",
+        windowed_sizes="rotations",
+        window_rope="own",
+        qk_norm="head",
+        qk_norm_optional=True,
+        hidden_clamps="after",
+        router="sigmoid",
+        router_key=True,
+        router_optional=True,
+        selection_bias="optional",
+        renormalize_key=True,
+        expert_scale_key=True,
+        head="required",
+        graph=Graph(attention=("attn_proj",), stream=("attn_norm_in", "h_nextn"), next_input=True),
+    ),
+    "spark2_5": Architecture(
+        gated_heads="heads",
+        partial_rotary=True,
+        windowed="required",
+        windowed_sizes="rotations",
+        window_rope="based",
+        activation="gelu",
+        graph=Graph(attention=("attn_out_proj",)),
+    ),
+    "muse-glimmer": replace(
+        _LLAMA,
+        norms=_SANDWICH,
+        gated_heads="elements",
+        rope_layers="windowed",
+        windowed="required",
+        window_period=4,
+        window_rope="unscaled",
+        qk_norm="head",
+        logit_softcap=30.0,
+        post_norm_epsilon=1e-8,
+        embedding_norm=True,
+        logit_scale="multiply",
+        head="required",
+        graph=Graph(attention=("attn_o_proj",)),
+    ),
+    "llama4": replace(
+        _LLAMA,
+        rope_layers="three of four",
+        windowed="required",
+        window=8192,
+        window_fixed=True,
+        window_period=4,
+        chunked=True,
+        window_rope="based",
+        qk_norm="bare",
+        unnormed_experts=128,
+        router="sigmoid_selected",
+        weighted_inputs=True,
+        renormalize=False,
+        router_optional=True,
+        graph=Graph(ffn=("ffn_moe_out_merged",)),  # `ffn_out` is the branch's sum with the stream
     ),
 }

@@ -324,6 +324,39 @@ FAMILIES: dict[str, dict[str, Any]] = {
     | {"layers": 3, "dense_lead": 1, "expert_ff": 48, "shared_count": 2, "selection_bias": 0.3}
     | {"up_gain": 6.0, "gate_gain": 6.0, "down_gain": 0.2}
     | {"extra": {"expert_gating_func": 2, "expert_weights_norm": True, "expert_weights_scale": 2.0}},
+    "afmoe": EXPERTS
+    | {"norms": SANDWICH, "layers": 5, "window": 4, "qk_norm": "head", "attn_gate": "elements", "dense_lead": 1}
+    | {"expert_ff": 48, "shared_count": 1, "selection_bias": 0.3, "embed_std": 0.125}
+    | {"extra": {"expert_weights_norm": True, "expert_weights_scale": 1.5}},
+    # The first layer of four is full, and has fewer heads and rotated dimensions.
+    "laguna": EXPERTS
+    | {
+        "mixers": ("attention", *["window"] * 3),
+        "sizes": {"window": {"heads": 6, "n_rot": 16}},
+        "head_dim": 16,
+        "n_rot": 8,
+    }
+    | {"layers": 5, "window": 4, "qk_norm": "head", "attn_gate": "heads", "rope_base": 100.0, "dense_lead": 1}
+    | {"expert_ff": 48, "shared_ff": 80, "selection_bias": 0.3, "omit": ("attention.sliding_window_pattern",)}
+    | {"extra": {"expert_gating_func": 2, "expert_weights_norm": True, "expert_weights_scale": 2.5}},
+    # Full layers rotate half of what the file states.
+    "step35": EXPERTS
+    | {
+        "mixers": ("attention", "window", "window"),
+        "sizes": {"window": {"heads": 6}},
+        "head_dim": 16,
+        "rope_base": 100.0,
+    }
+    | {"layers": 4, "window": 4, "qk_norm": "head", "attn_gate": "heads", "dense_lead": 1, "expert_ff": 48}
+    | {"shared_ff": 80, "selection_bias": 0.3, "omit": ("rope.dimension_count_swa",)}
+    | {"extra": {"expert_weights_norm": True, "expert_weights_scale": 2.5, "rope.freq_base_swa": 50.0}},
+    "spark2_5": {"mixers": ("window", "attention"), "sizes": {"window": {"n_rot": 16}}, "n_rot": 8, "fused_qkv": True}
+    | {"layers": 3, "window": 4, "attn_gate": "heads", "rope_base": 100.0, "extra": {"rope.freq_base_swa": 50.0}},
+    "muse-glimmer": {"norms": SANDWICH, "layers": 5, "window": 4, "qk_norm": "head", "attn_gate": "elements"}
+    | {"embed_std": 0.2, "rope_base": 100.0, "extra": {"logit_scale": 0.5, "final_logit_softcapping": 1.2}},
+    "llama4": EXPERTS
+    | {"layers": 5, "dense_blocks": (0, 2, 4), "experts_used": 1, "expert_ff": 48, "shared_ff": 48}
+    | {"omit": ("expert_shared_feed_forward_length",), "extra": {"interleave_moe_layer_step": 2}},
     **STATE_SPACE,
 }
 
@@ -1260,3 +1293,96 @@ GEMMA4_CASES |= {
     ),
 }
 FAMILY_CASES |= GEMMA4_CASES
+
+GATED_CASES: dict[str, dict[str, Any]] = {
+    "afmoe": of("afmoe"),
+    # Layers rotate by their number, whatever their windows; without a shared expert.
+    "afmoe_array": of(
+        "afmoe",
+        shared_count=0,
+        zeros=("expert_shared_count",),
+        **YARN_ROW,
+        dense_lead=0,
+        extra={"attention.sliding_window_pattern": [False, True, True, True, False], "rope.freq_base_swa": 50.0},
+    ),
+    "afmoe_softmax": of(
+        "afmoe",
+        layers=4,
+        selection_bias=0.05,
+        extra={"expert_gating_func": 1},
+        omit=("expert_weights_norm",),
+        tied=True,
+    ),
+    "afmoe_unread": of("afmoe", layers=4, extra=UNREAD),
+    "laguna": of("laguna"),
+    # As M.1: no windows, a gate for each element.
+    "laguna_elements": of(
+        "laguna", mixers=("attention",), sizes={}, layers=3, window=None, attn_gate="elements", **YARN_ROW, tied=True
+    ),
+    "laguna_yarn": of(
+        "laguna",
+        scaling=YARN | {"attn_factor": 1.3},
+        layers=3,
+        mixers=("attention", "window"),
+        omit=(),
+        extra={"rope.freq_base_swa": 50.0},
+    ),
+    "laguna_unread": of("laguna", layers=4, extra=UNREAD),
+    "step35": of("step35"),
+    "step35_clamped": of(
+        "step35", extra={"swiglu_clamp_exp": [0.0, 0.5, 0.0, 0.7], "swiglu_clamp_shexp": [0.7, 0.0, 0.6, 0.0]}
+    ),
+    # Divisors of frequencies for as many pairs as windowed layers rotate, of which full ones use half.
+    "step35_factors": of("step35", rope_factors=True, attn_gate="", qk_norm="", rope_base=500.0, layers=3),
+    "step35_predictor": of(
+        "step35", predictors=1, predictor_experts=False, layers=3, omit=("rope.freq_base_swa",), scaling=LINEAR
+    ),
+    "step35_unread": of("step35", layers=3, extra=UNREAD),
+    "spark2_5": of("spark2_5"),
+    "spark2_5_heads": of("spark2_5", sizes={"window": {"heads": 6, "kv_heads": 3}}, head_dim=16, kv_by_layer=True),
+    "spark2_5_yarn": of("spark2_5", **YARN_ROW, tied=True),
+    "spark2_5_unread": of("spark2_5", extra=UNREAD),
+    "muse_glimmer": of("muse-glimmer"),
+    # A branch so small that the epsilon after it acts, and the cap by default.
+    "muse_glimmer_faint": of(
+        "muse-glimmer",
+        layers=3,
+        eps=0.05,
+        down_gain=1e-4,
+        omit=("final_logit_softcapping",),
+        extra={
+            "attention.sliding_window_pattern": [False, True, True],
+            "rope.freq_base_swa": 50.0,
+            "logit_scale": 3.0,
+        },
+    ),
+    "muse_glimmer_linear": of("muse-glimmer", layers=4, scaling=LINEAR, fused_qkv=True),
+    "muse_glimmer_unread": of(
+        "muse-glimmer", layers=4, extra={key: value for key, value in UNREAD.items() if "softcapping" not in key}
+    ),
+}
+FAMILY_CASES |= GATED_CASES
+
+LLAMA4_CASES: dict[str, dict[str, Any]] = {
+    "llama4": of("llama4", rope_factors=True, rope_base=500.0),
+    # As Maverick: with 128 experts, queries and keys are not normed.
+    "llama4_maverick": of(
+        "llama4", layers=2, d=32, heads=2, kv_heads=1, ff=32, experts=128, expert_ff=32, shared_ff=32, tied=True
+    ),
+    "llama4_several": of(
+        "llama4",
+        layers=4,
+        experts_used=3,
+        dense_blocks=(),
+        extra={"interleave_moe_layer_step": 1},
+        fused_qkv=True,
+        **YARN_ROW,
+    ),
+    "llama4_array": of(
+        "llama4",
+        scaling=LINEAR,
+        extra={"attention.sliding_window_pattern": [False, True, True, True, False], "rope.freq_base_swa": 50.0},
+    ),
+    "llama4_unread": of("llama4", layers=4, window=3, extra=UNREAD | UNREAD_ROUTING),
+}
+FAMILY_CASES |= LLAMA4_CASES

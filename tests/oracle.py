@@ -52,8 +52,10 @@ class Facts(NamedTuple):
     ffn_post: str | None = None
     parts: tuple[Part, ...] = ()  # of a block with a router; (): the experts alone, between the norms above
     ffn_norm_optional: bool = False  # without it the feed-forward reads what the attention reads
-    # head (if there is one) | head after rope | full; before the rope, but for the second; full: and before the split
+    # head (if there is one) | head after rope | bare (likewise, without weights, where there is a rope) | full; all
+    # others before the rope, and full before the split
     qk_norm: str | None = None
+    unnormed: int | None = None  # with so many experts there is no such norm
     rope: str | None = "adjacent"  # which dimensions are a pair: adjacent | halves
     # all | local (only layers with a window, where there are any) | three of four | listed (attention.rope_pattern)
     # | local or dense (those, and leading dense ones) | not first of four (of more than four, where there are windows)
@@ -65,12 +67,14 @@ class Facts(NamedTuple):
     period: int | None = None  # the last of so many layers is global, 0: none; default. None: windows are ignored
     window: int | None = None  # default
     window_fixed: bool = False  # whatever the file says, if it says anything
+    window_always: bool = False  # or even if not
     full_first: bool = False  # the first of so many layers is global, not the last
     windowed_at: int | None = None  # with so many layers only are there windows; None: with any number
     local_base: float | None = None  # default of the rope base in local layers; None: that of the global ones
     local_base_key: bool = True
     local_scaling: bool = True  # rope scaling applies to local layers, too
     local_factors: bool = True  # divisors of the frequencies, where they are read, apply to local layers, too
+    halved: bool = False  # global layers rotate half of rope.dimension_count
     local_attn_factor: bool = True  # and so does its attn_factor, whatever the scaling
     width_scaled_at: int | None = None  # with so many layers attention is scaled by sqrt(d / heads), not of head_dim
     attn_scale: float | None = None  # of scores; None: 1 / sqrt(head size)
@@ -90,23 +94,28 @@ class Facts(NamedTuple):
     ffn: str = "gated"  # gated | fused (gate above up in one matrix) | plain
     shared_ffn: str | None = None  # of the expert that all share; None: as above
     router: str = "all"  # softmax over: all | selected; or of each its sigmoid: each
+    weighted: str = "output"  # by the router, of an expert: output | input
     # What the experts read: branch | the stream, normed and scaled on its own: stream | the block's input: block.
     router_reads: str = "branch"
     joint_scale: float = 1.0  # of experts and a network beside them
     router_key: bool = False  # expert_gating_func, where it is not 0: 1 all, 2 each
     renormalise: bool | None = True  # None: as expert_weights_norm says, else not
     routed_scale_key: bool = False  # expert_weights_scale
-    embedding: str | None = None  # root (of d) | key
+    embedding: str | None = None  # root (of d) | key | normed (without weights)
+    post_epsilon: float | None = None  # of the norms after a sublayer; None: that of the others
     residual_key: bool = False
     value_scale_key: bool = False  # attention.value_scale: of what attention adds
     norm_key: bool = False  # attention.layer_norm_rms_epsilon in the file: norms are rms
     logits: str | None = None  # divide | multiply
     mixers: Callable[["Oracle", int], tuple[str, ...]] = lambda model, layer: ("attention",)  # of `MIXERS`: their sum
     query_gate: bool = False  # attn_q has for each head the query, then a gate: its sigmoid scales what the head reads
+    head_gate: Callable[[Tensor], Tensor] = torch.sigmoid  # of attn_gate, which has a row for each head, or element
     final_norm: str = "output_norm"
     sum_named_ffn_out: bool = False  # llama.cpp's last ffn_out is the branch and its input
     # More names in llama.cpp's graph, and those of most families that mean other states of ours here.
     graph: Mapping[str, str] = {}
+    # llama.cpp's names of the stream before a layer and after the last; (): it names the stream after each layer.
+    stream_before: tuple[str, ...] = ()
     own_scales: tuple[str, ...] = ()  # tensors whose `.scale` is a part of the model, not of how they are stored
     scales: tuple[float, ...] = ()  # of embeddings, branches * sqrt(blocks) and logits * d, where the file has none
     scale_keys: bool = True  # and the file may have some
@@ -156,6 +165,7 @@ KIMI = ROUTED._replace(
     rope=None, mixers=by_kv_heads("kda", "latent"),
     graph={"kda_out": "kda", "mla_out": "latent"},
 )  # fmt: skip
+GATED = {"attn_o_proj": "attn_out", "attn_out": "heads"}  # the latter before the gate, which we do not name
 LFM2 = Facts(
     rope="halves", qk_norm="head", local_base_key=False, final_norm="token_embd_norm",
     mixers=by_kv_heads("convolution"),
@@ -310,6 +320,29 @@ FACTS: dict[str, Facts] = {
     "mamba": Facts(mixers=lambda model, layer: ("mamba",)),
     # What a block's mixer adds has the name of the sum.
     "jamba": Facts(rope=None, renormalise=False, mixers=by_kv_heads("mamba"), graph={"ffn_inp": "attn_out"}),
+    "afmoe": ROUTED._replace(
+        attn_post="post_attention_norm", ffn_post="post_ffw_norm", rope="halves", roped="three of four", period=4,
+        qk_norm="head", router="each", embedding="root",
+        graph={"attn_post_norm": "attn_out", "ffn_post_norm": "ffn_out"},
+    ),
+    "laguna": ROUTED._replace(
+        rope="halves", period=4, full_first=True, local_scaling=False, local_attn_factor=False, qk_norm="head",
+        head_gate=torch.nn.functional.softplus, router="each", graph=GATED,
+    ),
+    "step35": ROUTED._replace(
+        rope="halves", period=0, halved=True, factors=True, local_factors=False, local_base=10000.0,
+        local_scaling=False, qk_norm="head", router="each", clamp_keys=True, graph=GATED | {"attn_proj": "attn_out"},
+        stream_before=("attn_norm_in", "h_nextn"),
+    ),
+    "llama4": Facts(
+        factors=True, period=4, window=8192, window_always=True, roped="three of four", qk_norm="bare", unnormed=128,
+        router="each", renormalise=False, weighted="input", sum_named_ffn_out=True, graph={"ffn_moe_out_merged": "ffn_out"},
+    ),
+    "spark2_5": Facts(rope="halves", period=0, activation="gelu", graph=GATED | {"attn_out_proj": "attn_out"}),
+    "muse-glimmer": SANDWICH._replace(
+        roped="local", period=4, local_scaling=False, qk_norm="head", final_cap=30.0, embedding="normed",
+        post_epsilon=1e-8, logits="multiply", graph={"attn_post_norm": "attn_out", "ffn_post_norm": "ffn_out"},
+    ),
 }  # fmt: skip
 
 
@@ -380,17 +413,21 @@ def linear(model: Oracle, name: str, x: Tensor) -> Tensor:
     return y if b is None else y + b
 
 
-def root_mean_square(model: Oracle, x: Tensor) -> Tensor:
+def root_mean_square(model: Oracle, x: Tensor, epsilon: float | None = None) -> Tensor:
     kind = "rms_" if model.facts.norm == "rms" else ""
-    eps = model.metadata[f"attention.layer_norm_{kind}epsilon"] if model.facts.epsilon_read else 0.0
-    return torch.sqrt((x * x).mean(-1, keepdim=True) + eps)
+    if epsilon is None:
+        epsilon = model.metadata[f"attention.layer_norm_{kind}epsilon"] if model.facts.epsilon_read else 0.0
+    return torch.sqrt((x * x).mean(-1, keepdim=True) + epsilon)
+
+
+POST_NORMS = ("post_attention_norm", "post_ffw_norm")
 
 
 def norm(model: Oracle, name: str, x: Tensor, *, frozen: bool) -> Tensor:
     """Apply RMSNorm or LayerNorm over the last axis; centering is linear and stays alive, the scale may be frozen."""
     if model.facts.norm == "ln":
         x = x - x.mean(-1, keepdim=True)
-    scale = 1 / root_mean_square(model, x)
+    scale = 1 / root_mean_square(model, x, model.facts.post_epsilon if name.split(".")[-1] in POST_NORMS else None)
     weight = 1.0
     if model.facts.norm_weights:
         weight = model.weights[name if name in model.weights else f"{name}.weight"]
@@ -402,6 +439,7 @@ def window(model: Oracle, layer: int) -> int | None:
     """Return how many positions a query of this layer sees, itself included; None: all before it."""
     meta, facts = model.metadata, model.facts
     size = meta.get("attention.sliding_window", None if facts.window_fixed else facts.window)
+    size = facts.window if facts.window_always else size
     if facts.period is None or not size or facts.windowed_at not in (None, blocks(meta)):
         return None
     pattern = meta.get("attention.sliding_window_pattern", facts.period)
@@ -434,7 +472,7 @@ def rope_angles(model: Oracle, layer: int, n: int, n_rot: int, context: int) -> 
     names = ["rope_freqs.weight", f"rope_factors_{'long' if context > original else 'short'}.weight"]
     factors = facts.factors and (facts.local_factors or not local)
     names = names[:: -1 if kind == "longrope" else 1] if factors else []
-    frequency = frequency / next((model.weights[name] for name in names if name in model.weights), 1.0)
+    frequency = frequency / next((model.weights[name][: len(pair)] for name in names if name in model.weights), 1.0)
     if kind in ("linear", "longrope"):
         frequency = frequency / factor
     elif kind == "yarn":
@@ -538,10 +576,12 @@ def turned(model: Oracle, layer: int, part: str, h: Tensor, context: int) -> Ten
     if facts.qk_norm == "head" and f"{name}.weight" in model.weights:
         x = norm(model, name, x, frozen=False)
     if roped(model, layer):
-        angles, magnitude = rope_angles(
-            model, layer, len(h), of_kind(model, layer, "rope.dimension_count", hd), context
-        )
+        n_rot = of_kind(model, layer, "rope.dimension_count", hd)
+        n_rot //= 2 if facts.halved and window(model, layer) is None else 1
+        angles, magnitude = rope_angles(model, layer, len(h), n_rot, context)
         x = rotate(x, angles, magnitude, pairs=facts.rope)
+        if facts.qk_norm == "bare" and model.metadata.get("expert_count") != facts.unnormed:
+            x = x / root_mean_square(model, x)
     return norm(model, name, x, frozen=False) if facts.qk_norm == "head after rope" else x
 
 
@@ -599,7 +639,12 @@ def attention(
         if facts.query_gate:
             share = torch.sigmoid(gates[:, head])
             outputs[-1] = outputs[-1] * (share.detach() if frozen else share)
-    return linear(model, f"{b}.attn_output", torch.cat(outputs, dim=-1))
+    read = torch.cat(outputs, dim=-1)
+    if f"{b}.attn_gate.weight" in model.weights:
+        gate = facts.head_gate(linear(model, f"{b}.attn_gate", h))
+        gate = gate[..., None].expand(n, -1, read.shape[1] // gate.shape[1]).flatten(1)
+        read = read * (gate.detach() if frozen else gate)
+    return linear(model, f"{b}.attn_output", read)
 
 
 def recurrent(mixer: Callable[..., Tensor], **options: Any) -> Callable[..., Tensor]:
@@ -772,9 +817,10 @@ def mixture(
         weights = weights.detach()
     facts, rows = clamped(model, b, "swiglu_clamp_exp"), []
     latent = f"{b}.ffn_latent_down.weight" in model.weights
-    for i, x in enumerate(linear(model, f"{b}.ffn_latent_down", h) if latent else h):
-        row = torch.zeros_like(x)
+    for i, before in enumerate(linear(model, f"{b}.ffn_latent_down", h) if latent else h):
+        row = torch.zeros_like(before)
         for expert, weight in zip(chosen[i].tolist(), weights[i], strict=True):
+            x = before if facts.weighted == "output" else weight * before
 
             def apply(name: str, x: Tensor, expert: int = expert) -> Tensor:
                 y = model.weights[f"{b}.{name}.weight"][expert] @ x
@@ -788,7 +834,8 @@ def mixture(
                 gate, up = apply("ffn_up_exps", x), None
             else:
                 gate, up = apply("ffn_gate_exps", x), apply("ffn_up_exps", x)
-            row = row + weight * apply("ffn_down_exps", activate(facts, gate, up, **how))
+            added = apply("ffn_down_exps", activate(facts, gate, up, **how))
+            row = row + (weight * added if facts.weighted == "output" else added)
         rows.append(row)
     y = torch.stack(rows)
     if latent:
@@ -809,6 +856,8 @@ def embed(model: Oracle, ids: Sequence[int] | Tensor) -> Tensor:
         x = x * float(np.float32(math.sqrt(model.metadata["embedding_length"])))  # llama.cpp: sqrtf
     elif model.facts.embedding == "key":
         x = x * (model.metadata.get("embedding_scale", 0.0) or 1.0)
+    elif model.facts.embedding == "normed":
+        x = x / root_mean_square(model, x)
     if "position_embd.weight" in model.weights:
         x = x + model.weights["position_embd.weight"][: len(x)]
     return x

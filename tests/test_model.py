@@ -803,6 +803,14 @@ def test_prompts_of_which_attention_would_leave_something_out_are_refused(
     assert dict(m.weights.reads) == reads
 
 
+def test_prompts_beyond_the_first_chunk_are_refused(tiny_file: Callable[..., Path]) -> None:
+    """As in llama.cpp, queries of the last position of 8192 grow, and the next one begins another chunk."""
+    m = open_model(tiny_file("llama4", context=9000))
+    assert len(m.check_prompt([1] * 8191)) == 8191
+    with pytest.raises(PromptError, match=r"has 8192 tokens, of which .* leave some out: not supported beyond 8191"):
+        m.trace([1] * 8192)
+
+
 def test_a_full_context_runs(tiny_file: Callable[..., Path]) -> None:
     assert open_model(tiny_file("one_layer")).trace([1] * 256).logits.isfinite().all()
 

@@ -75,6 +75,7 @@ class Options:
     shared_kv: int = 0  # so many of the last layers read earlier layers' keys and values
     idle_kv: bool = False  # and still have the matrices for their own
     per_layer: int = 0  # width of the inputs that each layer has of its own; 0: none
+    attn_gate: str = ""  # heads | elements: a gate on what each head has read, as one number or element by element
     values: bool = True  # there is attn_v; else the values are made by attn_k
     n_rot: int | None = None  # rotated dimensions of a head; None: all
     long_short: bool = False  # write rope_factors_long and rope_factors_short
@@ -190,7 +191,9 @@ def metadata(o: Options) -> dict[str, Any]:
         "feed_forward_length": [o.ff * feeds(o, layer) for layer in range(o.layers)]
         if o.alone
         else list(o.ffs) or repeat(o.ff),
-        "attention.head_count": repeat(o.heads),
+        "attention.head_count": [windowed(o).heads if kind == "window" else o.heads for kind in kinds]
+        if "heads" in o.sizes.get("window", {})
+        else repeat(o.heads),
         "attention.head_count_kv": [kv_heads(o, kind) for kind in kinds] if o.kv_by_layer else repeat(o.hk),
         "attention.key_length": o.hd,
         "attention.value_length": o.hv,
@@ -326,6 +329,8 @@ def attention(o: Options, b: str, *, gated: bool = False) -> Iterator[Entry]:
             yield Entry(f"{b}.{name}.weight", shape, 0.3, o.qk_gain)
     if o.sinks:
         yield Entry(f"{b}.attn_sinks.weight", (o.heads,), 1.0, 2.0)
+    if o.attn_gate:
+        yield matrix(f"{b}.attn_gate", {"heads": o.heads, "elements": q}[o.attn_gate], o.d, 2.0)
     yield matrix(f"{b}.attn_output", o.d, o.heads * o.hv)
 
 

@@ -463,7 +463,7 @@ def _normed_output(
     w: BlockWeights, config: ModelConfig, names: Sequence[str], factor: float, raw: Float[Tensor, "n d"]
 ) -> tuple[NormTape | None, Float[Tensor, "n d"]]:
     """Freeze the norm after a branch at the branch's output, and return it with what the branch adds to the stream."""
-    norm = record_norm(w, config, names, raw)
+    norm = record_norm(w, config, names, raw, config.row.post_norm_epsilon)
     identity = Identity(raw.shape, dtype=raw.dtype, device=raw.device)
     return norm, affine(_after(factor, norm, identity), raw)
 

@@ -196,6 +196,7 @@ def _layers(
                 rope=rope_of(keys, row, key_size, i, windows) if attends else None,
                 xielu=xielu[i],
                 source=source,
+                gate=_gate(row, i, h, value_size, shapes) if attends else 0,
                 clamps=clamps[i],
                 keys_as_values=row.keys_as_values
                 and source is None
@@ -264,9 +265,17 @@ def _head_sizes(keys: Keys, row: Architecture, default: int, windowed: bool, lat
                 f"{keys.prefix}.rope.dimension_count {latent.rotary} leaves no other elements of keys of {key_size}"
             )
         return key_size, value_size
-    suffix = "_swa" if windowed and row.windowed_sizes else ""
+    suffix = "_swa" if windowed and row.windowed_sizes == "heads" else ""
     key_size = keys.integer(f"attention.key_length{suffix}", default)
     return key_size, keys.integer(f"attention.value_length{suffix}", key_size)
+
+
+def _gate(row: Architecture, layer: int, heads: int, value_size: int, shapes: Mapping[str, tuple[int, ...]]) -> int:
+    """Return the numbers for each head of the gate on what the heads of a block read."""
+    rows = shapes.get(f"blk.{layer}.attn_gate.weight", (0,))[0]
+    if row.gated_heads == "elements" or (row.gated_heads == "either" and rows != heads):
+        return value_size
+    return int(row.gated_heads != "" if row.gated_heads != "optional" else rows > 0)
 
 
 def _latent(keys: Keys, row: Architecture) -> Latent:
@@ -381,8 +390,8 @@ def _experts(keys: Keys, row: Architecture, blocks: int, shapes: Mapping[str, tu
         keys.for_all_blocks("expert_used_count", blocks)
     if max(used) > total:
         raise ConfigError(f"{keys.prefix}.expert_used_count is {max(used)}, but there are {total} experts")
-    step = keys.integer("interleave_moe_layer_step", 1)
-    if step > 1:
+    step = keys.count("interleave_moe_layer_step", 1)
+    if step != 1 and not row.router_optional:
         raise ConfigError(
             f"{keys.prefix}.interleave_moe_layer_step {step}: dense blocks between mixtures are not supported"
         )
@@ -403,6 +412,8 @@ def _decided(keys: Keys, row: Architecture, blocks: int, shapes: Mapping[str, tu
         own, shared = row.norms.ffn_in
         normed = f"blk.0.{own}.weight" in shapes
         row = replace(row, parallel=not normed, norms=replace(row.norms, ffn_in=(own if normed else shared,)))
+    if row.unnormed_experts and keys.count("expert_count") == row.unnormed_experts:
+        row = replace(row, qk_norm="")
     if row.qk_norm_optional and "blk.0.attn_q_norm.weight" not in shapes:
         row = replace(row, qk_norm="")
     if row.router_key:
@@ -524,8 +535,9 @@ def _shared_units(keys: Keys, row: Architecture, shapes: Mapping[str, tuple[int,
     if row.expert_widths == "tensors":  # Qwen 1.5's files have no key for it
         shared = next((shape for name, shape in shapes.items() if name.endswith(".ffn_up_shexp.weight")), ())
         return keys.count("expert_shared_feed_forward_length") or (shared[0] if len(shared) == 2 else 0)
-    width = keys.integer("expert_feed_forward_length")
-    count = (keys.count if row.shared_optional else keys.integer)("expert_shared_count")
+    width, key = keys.integer("expert_feed_forward_length"), "expert_shared_count"
+    # 0 may be stated anywhere.
+    count = keys.count(key) if row.shared_optional or keys.number(key) == 0 else keys.integer(key)
     if not count:
         return 0
     stated = keys.count("expert_shared_feed_forward_length") if row.expert_widths.startswith("shared") else 0

@@ -287,7 +287,8 @@ def _mixer_floats(config: ModelConfig, own: Layer, mixer: str, n: int, m: int) -
         latents = 2 * m * max(config.latent.size, config.latent.queries)
         return max(3 * wide + latents, 2 * wide + 3 * pattern), pattern
     q, kv = own.heads * own.value_size, own.kv_heads * own.value_size
-    return m * 2 * ((1 + config.row.gated_queries) * q + 2 * kv) + 3 * pattern, pattern
+    gated = config.row.gated_queries or own.gate > 0
+    return m * 2 * ((1 + gated) * q + 2 * kv) + 3 * pattern, pattern
 
 
 def _recurrence_floats(config: ModelConfig, n: int, m: int, *, stepwise: bool) -> tuple[int, int]:
