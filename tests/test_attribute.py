@@ -31,6 +31,7 @@ TinyFile = Callable[..., Path]
 CASES = (
     *("gqa", "mqa", "biases", "one_layer", "head_dim_wide", "fused_biases"),
     *("gemma2", "olmo2", "granite", "phi2", "falcon_7b", "cohere2", "gpt2", "starcoder2", "glm4", "gemma3"),
+    *("arctic", "mimo2"),
     *("gptneox", "stablelm_12b", "nemotron", "command_r", "olmo_clamped", "qwen2moe", "granitemoe", "gpt_oss"),
     *("glm4moe", "qwen35", "lfm2", "mamba2", "granitehybrid", "falcon_h1", "nemotron_h_moe", "gemma4"),
     *("gemma4_experts", "gemma4_full_first", "gemma4_small", "gemma4_shared"),
