@@ -13,7 +13,8 @@ class Norms:
     """Names of the norms before and after a block's two branches; of several, the first present in the file is used.
 
     Where a block has both a dense network and a mixture, `ffn_in` and `dense_out` are around the dense network,
-    `experts_in` and `experts_out` around the mixture, and `ffn_out` is after their sum.
+    `experts_in` and `experts_out` around the mixture, and `ffn_out` is after their sum. Without `experts_in`, both read
+    what `ffn_in` yields.
     """
 
     attention_in: tuple[str, ...] = ("attn_norm",)
@@ -137,7 +138,9 @@ class Architecture:
         rope_factors: layers to which `rope_freqs` apply: `"all"`, `"full"` (those without a window), `"required"`
             (likewise, and files must have them) or `""` for none.
         halved_rotary: layers without a window rotate half of the file's `rope.dimension_count`.
-        yarn_keys: YaRN's betas and log multiplier are read from the file; llama.cpp ignores them in other families.
+        yarn_keys: YaRN's betas and log multiplier are read from the file (`"all"`), or the betas alone (`"betas"`);
+            llama.cpp ignores them in other families (`""`).
+        beta_fast: the first of the betas, if the file does not state it.
         windowed: whether some layers attend through a sliding window: `"optional"` (if the file states its size),
             `"required"`, or `""` for never.
         window_blocks: block count of the only variant with windows (llama.cpp identifies it so); 0 for all variants.
@@ -163,8 +166,8 @@ class Architecture:
             `""` for never.
         value_scale: what attention adds is multiplied by the file's `attention.value_scale`, unless that is 0 or
             missing.
-        attention_scale_key: the scale of scores is the file's `attention.scale`; the default is 1/√(head size).
-        attention_scale: the scale of scores in all files of the family; 0 for the default.
+        attention_scale_key: the key of the file that has the scale of scores, if it has it and that is not 0.
+        attention_scale: the scale of scores in other files; 0 for 1/√(head size).
         wide_scale_blocks: block count of the variant whose default is 1/√(d / heads) instead; 0 for none.
         attention_softcap, logit_softcap: default caps of scores and logits, 0 for none; None if the file's keys are
             not read.
@@ -192,7 +195,10 @@ class Architecture:
         expert_scale_key: expert weights are multiplied by the file's `expert_weights_scale`, unless that is 0.
         router_reads: what the router reads: `"input"` (as the experts), `"stream"` (the stream before their norm, but
             normed without weight, divided by √d and times `ffn_gate_inp.scale`) or `"block"` (the block's input).
-        dense_beside_experts: blocks with a mixture have a dense network too, and add both.
+        dense_beside_experts: blocks with a mixture have a dense network too, and add both: `"required"`, `"optional"`
+            (in blocks that have its tensors), `"square"` (required, with as many hidden units as the stream is wide)
+            or `""` for never.
+        experts_skip: a mixture beside a dense network reads the block's input.
         joint_scale: factor on the sum of routed experts and a network beside them, a shared expert or a dense one.
         leading_dense: the first `leading_dense_block_count` blocks are dense.
         router_optional: blocks without a router are dense.
@@ -215,6 +221,7 @@ class Architecture:
         logit_scale_optional: files may lack that key.
         scale_defaults: for files without these keys: embedding scale; branch scale times √(blocks); logit scale times
             d; 0 for no default.
+        logit_scale_default: logit scale of files without the key; 0 for none.
         scale_keys: files may have these keys; otherwise the defaults count.
         head: whether the head has a matrix of its own (`output`): `"optional"`, `"required"`, or `"tied"` for never.
         graph: names in llama.cpp's graph.
@@ -262,7 +269,8 @@ class Architecture:
     rope_layers: str = "all"
     rope_factors: str = "all"
     halved_rotary: bool = False
-    yarn_keys: bool = False
+    yarn_keys: str = ""
+    beta_fast: float = 32.0
     windowed: str = ""
     window_blocks: int = 0
     window: int = 0
@@ -278,7 +286,7 @@ class Architecture:
     clamp_key: bool = False
     sinks: str = ""
     value_scale: bool = False
-    attention_scale_key: bool = False
+    attention_scale_key: str = ""
     attention_scale: float = 0.0
     wide_scale_blocks: int = 0
     attention_softcap: float | None = None
@@ -300,7 +308,8 @@ class Architecture:
     renormalize_key: bool = False
     expert_scale_key: bool = False
     router_reads: str = "input"
-    dense_beside_experts: bool = False
+    dense_beside_experts: str = ""
+    experts_skip: bool = False
     joint_scale: float = 1.0
     leading_dense: bool = False
     router_optional: bool = False
@@ -318,6 +327,7 @@ class Architecture:
     logit_scale: str = ""
     logit_scale_optional: bool = False
     scale_defaults: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    logit_scale_default: float = 0.0
     scale_keys: bool = True
     head: str = "optional"
     graph: Graph = Graph()
@@ -336,7 +346,7 @@ _POST_AS_FFN = Norms(ffn_in=("post_attention_norm",))
 _GEMMA = Architecture(partial_rotary=True, activation="gelu", embedding_scale="sqrt")
 _GRANITE = replace(
     _LLAMA,
-    attention_scale_key=True,
+    attention_scale_key="attention.scale",
     embedding_scale="key",
     residual_scale=True,
     logit_scale="divide",
@@ -437,7 +447,7 @@ _KIMI = replace(
 
 ARCHITECTURES: dict[str, Architecture] = {
     "llama": replace(_LLAMA, ffn_scales=True),
-    "mistral3": replace(_LLAMA, yarn_keys=True, temperature="context", ffn_scales=True),
+    "mistral3": replace(_LLAMA, yarn_keys="all", temperature="context", ffn_scales=True),
     "qwen2": Architecture(),
     "qwen2moe": Architecture(renormalize=False),
     "qwen3": replace(_QWEN3, ffn_scales=True),
@@ -636,6 +646,30 @@ ARCHITECTURES: dict[str, Architecture] = {
         head="required",
         graph=Graph(attention=(), ffn=("ffn_moe_out",)),
     ),
+    "arctic": replace(
+        _LLAMA,
+        norms=Norms(experts_in=("ffn_norm_exps",)),
+        dense_beside_experts="square",
+        experts_skip=True,
+        graph=Graph(attention=(), ffn=()),
+    ),
+    "grok": Architecture(
+        norms=Norms(attention_out=("attn_output_norm",), ffn_out=("layer_output_norm", "post_ffw_norm")),
+        yarn_keys="betas",
+        beta_fast=8.0,
+        attention_scale_key="attention.output_scale",
+        attention_scale=0.08838834764831845,
+        attention_softcap=30.0,
+        logit_softcap=0.0,
+        activation="gelu",
+        dense_beside_experts="optional",
+        joint_scale=2**-0.5,
+        embedding_scale="key",
+        logit_scale="multiply",
+        scale_defaults=(78.38367176906169, 0.0, 0.0),
+        logit_scale_default=0.5773502691896257,
+        graph=Graph(attention=(), ffn=()),
+    ),
     "exaone-moe": replace(
         _DOTS,
         rope_layers="windowed",
@@ -769,7 +803,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         logit_softcap=30.0,
         ffn_scales=True,
         router_reads="stream",
-        dense_beside_experts=True,
+        dense_beside_experts="required",
         router_optional=True,
         stream_scale=True,
         graph=Graph(attention=(), ffn=("ffn_moe_combined", "ffn_out")),

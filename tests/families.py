@@ -279,6 +279,12 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "dbrx": EXPERTS
     | {"norm": "ln", "norms": ("attn_norm", "attn_output_norm"), "fused_qkv": True}
     | {"extra": {"attention.clamp_kqv": 1.0}},
+    # The dense network is as wide as the stream; the experts read the block's input.
+    "arctic": EXPERTS | {"expert_norms": ("ffn_norm_exps",), "dense_beside": True, "dense_ff": 64},
+    "grok": EXPERTS
+    | {"norms": ("attn_norm", "attn_output_norm", "ffn_norm", "post_ffw_norm"), "dense_beside": True, "expert_ff": 48}
+    | {"embed_std": 0.2}
+    | {"extra": {"embedding_scale": 5.0, "logit_scale": 0.4, "attention.output_scale": 0.3}},
     "minimax-m2": EXPERTS
     | {"qk_norm": "full", "n_rot": 8, "head_dim": 32, "selection_bias": 0.3, "extra": {"expert_gating_func": 2}},
     "phimoe": EXPERTS | {"norm": "rms_bias", "biases": (*QKV, "attn_output", "output")},
@@ -748,6 +754,40 @@ FAMILY_CASES: dict[str, dict[str, Any]] = {
     "dbrx_linear": of("dbrx", experts_used=3, layers=3, scaling={"type": "linear", "factor": 4.0}, rope_base=100.0),
     "dbrx_unread": of("dbrx", extra=UNREAD | UNREAD_ROUTING),
     "dbrx_q8_0": of("dbrx", type="Q8_0", heads=2),
+    "arctic": of("arctic"),
+    "arctic_linear": of("arctic", layers=3, experts_used=3, tied=True, fused_qkv=True, scaling=LINEAR),
+    "arctic_unread": of("arctic", extra=UNREAD | UNREAD_ROUTING),
+    "arctic_q8_0": of("arctic", type="Q8_0", heads=2),
+    "grok": of("grok"),
+    # As Grok 1's first files: constants of llama.cpp, no dense network, another name of the last norm.
+    "grok_defaults": of(
+        "grok",
+        norms=("attn_norm", "attn_output_norm", "ffn_norm", "layer_output_norm"),
+        dense_beside=False,
+        layers=3,
+        tied=True,
+        score_gain=3.0,
+        embed_std=0.012,
+        omit=("embedding_scale", "logit_scale", "attention.output_scale", "expert_feed_forward_length"),
+        expert_ff=96,
+    ),
+    # Caps act; those of the router and temperatures are not read by llama.cpp, nor is YaRN's factor on magnitudes.
+    "grok_caps": of(
+        "grok",
+        fused_qkv=True,
+        rope_base=100.0,
+        scaling=YARN | {"yarn_beta_slow": 0.5, "yarn_attn_factor": 1.3, "yarn_ext_factor": 1.0},
+        extra={
+            "attn_logit_softcapping": 1.5,
+            "final_logit_softcapping": 1.2,
+            "router_logit_softcapping": 0.5,
+            "attention.temperature_length": 4,
+        },
+    ),
+    # Only beside a large epsilon does it matter how large the sum is that the last norm reads.
+    "grok_betas": of(
+        "grok", eps=0.5, rope_base=100.0, scaling=YARN | {"yarn_beta_fast": 2.0, "yarn_log_multiplier": 1.0}
+    ),
     "glm4moe": of("glm4moe"),
     # As GLM 4.5: norms of heads, two dense blocks, no scale, and a last block for the token after the next.
     "glm4moe_355b": of(

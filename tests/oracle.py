@@ -34,6 +34,7 @@ class Part(NamedTuple):
     network: str  # dense | mixture
     before: str | None
     after: str | None
+    reads: str = "stream"  # | block: its input
 
 
 class Facts(NamedTuple):
@@ -51,6 +52,8 @@ class Facts(NamedTuple):
     ffn_norm: str | None = "ffn_norm"
     ffn_post: str | None = None
     parts: tuple[Part, ...] = ()  # of a block with a router; (): the experts alone, between the norms above
+    dense_optional: bool = False  # of the parts, the first is in some files only
+    ffn_post_instead: str | None = None  # which some files have in place of ffn_post
     ffn_norm_optional: bool = False  # without it the feed-forward reads what the attention reads
     # head (if there is one) | head after rope | bare (likewise, without weights, where there is a rope) | full; all
     # others before the rope, and full before the split
@@ -64,6 +67,7 @@ class Facts(NamedTuple):
     finetuned_key: bool = False  # rope.scaling.finetuned = false turns the rope off
     factors: bool = False  # divisors of the frequencies are read
     yarn_keys: bool = False  # YaRN's betas and log multiplier are read
+    yarn_betas: float = 0.0  # the betas only, where not 0: default of the first
     period: int | None = None  # the last of so many layers is global, 0: none; default. None: windows are ignored
     window: int | None = None  # default
     window_fixed: bool = False  # whatever the file says, if it says anything
@@ -78,7 +82,7 @@ class Facts(NamedTuple):
     local_attn_factor: bool = True  # and so does its attn_factor, whatever the scaling
     width_scaled_at: int | None = None  # with so many layers attention is scaled by sqrt(d / heads), not of head_dim
     attn_scale: float | None = None  # of scores; None: 1 / sqrt(head size)
-    attn_scale_key: bool = False
+    attn_scale_key: str | None = None
     shared_kv_key: bool = False  # attention.shared_kv_layers: that many blocks read earlier ones' keys and values
     value_norm: bool = False  # values are normed, each head by itself and without weights
     attn_cap: float | None = None  # default; None: there is none
@@ -118,6 +122,7 @@ class Facts(NamedTuple):
     stream_before: tuple[str, ...] = ()
     own_scales: tuple[str, ...] = ()  # tensors whose `.scale` is a part of the model, not of how they are stored
     scales: tuple[float, ...] = ()  # of embeddings, branches * sqrt(blocks) and logits * d, where the file has none
+    plain_scales: bool = False  # of branches and logits as they are
     scale_keys: bool = True  # and the file may have some
     mscale: str | None = None  # of latent attention in a stretched context: equal | one | alone (oracle_latent.py)
 
@@ -144,7 +149,7 @@ def by_kv_heads(kind: str, other: str = "attention") -> Callable[["Oracle", int]
 
 SANDWICH = Facts(attn_post="post_attention_norm", ffn_post="post_ffw_norm")
 GEMMA = Facts(rope="halves", activation="gelu", embedding="root")
-GRANITE = Facts(factors=True, attn_scale_key=True, embedding="key", residual_key=True, logits="divide")
+GRANITE = Facts(factors=True, attn_scale_key="attention.scale", embedding="key", residual_key=True, logits="divide")
 ROUTED = Facts(router_key=True, renormalise=None, routed_scale_key=True)
 LATENT = Facts(mixers=lambda model, layer: ("latent",))
 LATENT_ROUTED = ROUTED._replace(mixers=LATENT.mixers, temperature=True)
@@ -260,6 +265,18 @@ FACTS: dict[str, Facts] = {
         graph={"ffn_moe_out": "ffn_out"},
     ),
     "granite_swa": GRANITE._replace(period=0, local_base_key=False, roped="listed", shared_ffn="fused"),
+    "arctic": Facts(
+        parts=(Part("dense", "ffn_norm", None), Part("mixture", "ffn_norm_exps", None, "block")),
+        sum_named_ffn_out=True,
+    ),
+    "grok": Facts(
+        rope="halves", attn_post="attn_output_norm", ffn_post="post_ffw_norm", ffn_post_instead="layer_output_norm",
+        parts=(Part("dense", "ffn_norm", None), Part("mixture", "ffn_norm", None)), dense_optional=True,
+        joint_scale=math.sqrt(0.5), yarn_betas=8.0, attn_scale_key="attention.output_scale",
+        attn_scale=0.08838834764831845, attn_cap=30.0, final_cap=0.0, activation="gelu", embedding="key",
+        logits="multiply", scales=(78.38367176906169, 1.0, 0.5773502691896257), plain_scales=True,
+        graph={"attn_out_norm": "attn_out", "ffn_post_norm": "ffn_out"},
+    ),
     "hy_v3": ROUTED._replace(rope="halves", qk_norm="head", router="each", graph={"ffn_dense_out": "ffn_out"}),
     "cohere2moe": ROUTED._replace(
         norm="ln", norm_key=True, parallel=True, ffn_norm=None, period=4, full_first=True, roped="local or dense",
@@ -387,6 +404,7 @@ def _read(path: str, changed: int) -> Oracle:
     metadata.setdefault("attention.layer_norm_rms_epsilon", metadata.get("attention.layer_norm_epsilon"))
     if scales := FACTS[architecture].scales:
         sizes = 1, math.sqrt(blocks(metadata)), metadata["embedding_length"]
+        sizes = (1, 1, 1) if FACTS[architecture].plain_scales else sizes
         names = "embedding_scale", "residual_scale", "logit_scale"
         constants = {name: s / size for name, s, size in zip(names, scales, sizes, strict=True)}
         metadata = constants | metadata if FACTS[architecture].scale_keys else metadata | constants
@@ -486,6 +504,9 @@ def rope_angles(model: Oracle, layer: int, n: int, n_rot: int, context: int) -> 
             fast = meta.get("rope.scaling.yarn_beta_fast", fast)
             slow = meta.get("rope.scaling.yarn_beta_slow", slow)
             multiplier = meta.get("rope.scaling.yarn_log_multiplier", multiplier)
+        if facts.yarn_betas:
+            fast = meta.get("rope.scaling.yarn_beta_fast", facts.yarn_betas)
+            slow = meta.get("rope.scaling.yarn_beta_slow", slow)
         low = max(0, math.floor(pair_with(fast)))
         high = min(n_rot - 1, math.ceil(pair_with(slow)))
         kept = 1 - ((pair - low) / max(0.001, high - low)).clamp(0, 1)
@@ -611,7 +632,7 @@ def attention(
     scale = 1 / math.sqrt(meta["embedding_length"] // heads if blocks(meta) == facts.width_scaled_at else hd)
     scale = facts.attn_scale or scale
     if facts.attn_scale_key:
-        scale = meta.get("attention.scale", 0.0) or scale
+        scale = meta.get(facts.attn_scale_key, 0.0) or scale
     scale = torch.full((n, 1), scale, dtype=torch.float64)
     if facts.temperature and meta.get("attention.temperature_scale"):
         original = meta.get("rope.scaling.original_context_length", meta["context_length"])
@@ -878,13 +899,18 @@ def feed_forward(model: Oracle, b: str, x: Tensor, entry: Tensor, before: str | 
     parts = (Part("mixture" if routed else "dense", before, None),)
     if routed and facts.parts:
         parts = facts.parts
+    if facts.dense_optional and f"{b}.ffn_up.weight" not in model.weights:
+        parts = parts[1:]
     y = torch.zeros_like(x)
-    for network, before, after in parts:
-        h = branch_norm(model, b, before, x, frozen=frozen)
+    for network, before, after, reads in parts:
+        h = branch_norm(model, b, before, entry if reads == "block" else x, frozen=frozen)
         routed = network == "mixture"
         added = mixture(model, b, h, stream=x, entry=entry, **how) if routed else dense(model, b, h, **how)
         y = y + branch_norm(model, b, after, added, frozen=frozen)
-    return branch_norm(model, b, facts.ffn_post, y, frozen=frozen)
+    y = y * (facts.joint_scale if len(parts) > 1 else 1.0)
+    other = facts.ffn_post_instead
+    post = other if other and f"{b}.{other}.weight" in model.weights else facts.ffn_post
+    return branch_norm(model, b, post, y, frozen=frozen)
 
 
 def per_layer_inputs(model: Oracle, ids: Sequence[int] | Tensor, x: Tensor) -> Tensor:

@@ -33,6 +33,7 @@ TinyFile = Callable[..., Path]
 CASES = (
     *("gqa", "mqa", "biases", "one_layer", "head_dim_wide", "fused_biases"),
     *("gemma2", "olmo2", "granite", "phi2", "falcon_7b", "cohere2", "gpt2", "starcoder2", "glm4", "gemma3"),
+    *("arctic", "mimo2"),
     *("gptneox", "stablelm_12b", "nemotron", "command_r", "olmo_clamped", "qwen2moe", "granitemoe", "gpt_oss"),
     *(
         "glm4moe",

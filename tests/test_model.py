@@ -631,6 +631,11 @@ MISTAKES: dict[str, tuple[str, Callable[[Patch], None]]] = {
     "experts clamped as shared ones": (
         "bailingmoe3_clamped", lambda p: change_config(p, layer__clamps=lambda layer: layer.clamps[::-1])
     ),
+    "experts read the stream after attention": ("arctic", lambda p: change_config(p, row__experts_skip=False)),
+    "a dense network beside experts added in full": (
+        "grok_betas", lambda p: change_config(p, row__joint_scale=1.0)
+    ),
+    "another first beta of YaRN": ("grok_caps", lambda p: change_config(p, rope__beta_fast=2.0)),
     "a shared expert added in full": ("cohere2moe", lambda p: change_config(p, row__joint_scale=1.0)),
     "experts alone halved": (
         "cohere2moe", lambda p: change_config(p, row__joint_scale=1.0, expert_weights_scale=0.5)

@@ -95,6 +95,7 @@ class Options:
     dense_blocks: tuple[int, ...] = ()  # more of them, wherever they are
     expert_norms: tuple[str, ...] = ()  # of layers with experts only
     dense_beside: bool = False  # layers with experts have a dense network, too
+    dense_ff: int | None = None  # its width; None: ff
     fused_experts: bool = False  # the experts' gate above up in one tensor
     router_scale: bool = False  # ffn_gate_inp.scale, of the router's input
     expert_scale: bool = False  # ffn_down_exps.scale, of each expert's output
@@ -636,7 +637,7 @@ def experts(o: Options, b: str, width: int) -> Iterator[Entry]:
     for name in o.expert_norms:
         yield from norms(o, f"{b}.{name}", o.d, o.post_gain if name.startswith("post_") else 1.0)
     if o.dense_beside:
-        yield from feed_forward(o, b, "", o.ff)
+        yield from feed_forward(o, b, "", o.dense_ff or o.ff)
     if o.selection_bias:
         suffix = "" if "exp_probs_b" in o.bare_norms else ".bias"
         yield Entry(f"{b}.exp_probs_b{suffix}", (o.experts,), o.selection_bias, o.selection_mean)

@@ -78,6 +78,7 @@ class FFNTape(NamedTuple):
         latent: whether they read and write a narrower stream, through `ffn_latent_down` and `ffn_latent_up`.
         routed: whether experts are among them; the weights may hold none of those that are used.
         scale: constant factor of the sum of the networks.
+        beside: a mixture that reads the block's input, and is added to the sum; or None.
     """
 
     norm_in: NormTape | None
@@ -86,6 +87,7 @@ class FFNTape(NamedTuple):
     latent: bool = False
     routed: bool = False
     scale: float = 1.0
+    beside: "FFNTape | None" = None
 
     @property
     def empty(self) -> bool:
@@ -99,6 +101,7 @@ class FFNTape(NamedTuple):
             norm_in=self.norm_in and self.norm_in.at(queries),
             networks=tuple(part for part in networks if isinstance(part, FFNTape) or len(part.factor)),
             norm_out=self.norm_out and self.norm_out.at(queries),
+            beside=self.beside and self.beside.at(queries),
         )
 
 
@@ -152,6 +155,8 @@ def record_mixture(
 ) -> FFNTape:
     """Freeze a mixture of experts at its normed input `h`; some routers read the stream `x`, or the block's `entry`."""
     row, shared = frame.config.row, record_shared(w, frame, layer, h)
+    if frame.config.layers[layer].hidden_units and not row.norms.experts_in:
+        shared.append(record_hidden(w, frame, layer, h))
     router = {"input": h, "stream": x, "block": entry}[row.router_reads]
     if row.router_reads == "stream":
         router = _router_input(w, frame.config, x)

@@ -188,7 +188,7 @@ def _layers(
                 kv_heads=g,
                 key_size=key_size,
                 value_size=value_size,
-                hidden_units=0 if routed and not row.dense_beside_experts else units[i],
+                hidden_units=_hidden_units(row, i, units[i], d, shapes) if routed else units[i],
                 routed=routed,
                 experts_used=experts.used[i] if routed else 0,
                 expert_units=_expert_units(keys, row, i, shapes) if routed else 0,
@@ -416,6 +416,9 @@ def _decided(keys: Keys, row: Architecture, blocks: int, shapes: Mapping[str, tu
         row = replace(row, qk_norm="")
     if row.qk_norm_optional and "blk.0.attn_q_norm.weight" not in shapes:
         row = replace(row, qk_norm="")
+    if len(row.norms.ffn_out) > 1:
+        found = [name for name in row.norms.ffn_out if f"blk.0.{name}.weight" in shapes]
+        row = replace(row, norms=replace(row.norms, ffn_out=(*found, *row.norms.ffn_out)[:1]))
     if row.router_key:
         kind = keys.count("expert_gating_func")
         row = replace(row, router=_ROUTERS.get(kind, "") if kind else row.router)
@@ -478,8 +481,9 @@ def _softcap(keys: Keys, key: str, default: float | None) -> float:
 
 
 def _attention_scale(keys: Keys, row: Architecture, width: int) -> float:
-    """Return the factor on scores: the file's, if the family reads it and it is not 0, else 1/√width."""
-    return (keys.real("attention.scale", 0.0) if row.attention_scale_key else 0) or row.attention_scale or width**-0.5
+    """Return the factor on scores: the file's, if the family reads it and it is not 0, or the family's or 1/√width."""
+    key = row.attention_scale_key
+    return (keys.real(key, 0.0) if key else 0) or row.attention_scale or width**-0.5
 
 
 def _embedding_scale(keys: Keys, row: Architecture, d: int) -> float:
@@ -499,8 +503,8 @@ def _logit_scale(keys: Keys, row: Architecture, d: int) -> float:
     """Return the factor on logits."""
     if not row.logit_scale:
         return 1.0
-    default = 0.0 if row.logit_scale_optional else row.scale_defaults[2] / d or None
-    scale = _scale(keys, row, "logit_scale", default)
+    default = row.logit_scale_default or row.scale_defaults[2] / d
+    scale = _scale(keys, row, "logit_scale", default if default or row.logit_scale_optional else None)
     if scale == 0 and (row.logit_scale == "multiply" or row.logit_scale_optional):
         return 1.0
     if scale == 0:
@@ -520,6 +524,14 @@ def _routed(
     if not experts.total or layer < experts.leading_dense or (row.one_branch and not units):
         return False
     return not row.router_optional or f"blk.{layer}.ffn_gate_inp.weight" in shapes
+
+
+def _hidden_units(row: Architecture, layer: int, units: int, d: int, shapes: Mapping[str, tuple[int, ...]]) -> int:
+    """Return the hidden units of the dense network in a block with a mixture; 0 without one."""
+    present = row.dense_beside_experts != "optional" or f"blk.{layer}.ffn_up.weight" in shapes
+    if not row.dense_beside_experts or not present:
+        return 0
+    return d if row.dense_beside_experts == "square" else units
 
 
 def _expert_units(keys: Keys, row: Architecture, layer: int, shapes: Mapping[str, tuple[int, ...]]) -> int:

@@ -61,7 +61,7 @@ def _ropes(keys: Keys, row: Architecture, key_length: int, *, windowed: bool) ->
         pairs=row.rope_pairs,
         factor=1.0 if kind == "none" else factor,
         yarn=kind == "yarn",
-        beta_fast=(keys.real("rope.scaling.yarn_beta_fast", 0.0) if row.yarn_keys else 0) or 32.0,
+        beta_fast=(keys.real("rope.scaling.yarn_beta_fast", 0.0) if row.yarn_keys else 0) or row.beta_fast,
         beta_slow=(keys.real("rope.scaling.yarn_beta_slow", 0.0) if row.yarn_keys else 0) or 1.0,
         original_context=keys.integer("rope.scaling.original_context_length", keys.integer("context_length")),
         magnitude=stretching(keys, row)[0],
@@ -103,7 +103,7 @@ def stretching(keys: Keys, row: Architecture) -> tuple[float, float]:
     """
     kind, factor = _scaling(keys)
     magnitude = keys.real("rope.scaling.attn_factor", 1.0)
-    multiplier = keys.real("rope.scaling.yarn_log_multiplier", 0.0) if row.yarn_keys or row.mscale else 0
+    multiplier = keys.real("rope.scaling.yarn_log_multiplier", 0.0) if row.yarn_keys == "all" or row.mscale else 0
 
     def g(m: float) -> float:
         return 1 + 0.1 * m * math.log(1 if kind == "none" else factor)
@@ -132,6 +132,8 @@ def _rope_sections(keys: Keys, row: Architecture, dimensions: int) -> Sequence[i
 
 def _refuse_unsupported_ropes(keys: Keys, row: Architecture, dimensions: int, key_length: int) -> None:
     """Refuse scaled bases, windowed layers of other sizes, and the keys of Ollama's own converter."""
+    if row.yarn_keys == "betas" and (extent := keys.real("rope.scaling.yarn_ext_factor", 1.0)) != 1:
+        raise ConfigError(f"{keys.prefix}.rope.scaling.yarn_ext_factor {extent} is not supported, only 1")
     if (alpha := keys.real("rope.scaling.alpha", 0.0)) and (not row.rope_alpha or key_length <= 2):
         raise ConfigError(f"{keys.prefix}.rope.scaling.alpha {alpha} is not supported")
     own = {"": (), "rotations": ("rope",), "heads": ("rope", "attention")}[row.windowed_sizes]
