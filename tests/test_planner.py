@@ -48,7 +48,7 @@ CASES = [
     *("gemma4_experts", "gemma4_experts_apart", "gemma4_q8_0", "gemma4_small", "gemma4_shared", "gemma4_shared_keys"),
     *("gemma4_inputs", "gemma4_small_q8_0"),
     *("deepseek2", "deepseek2_unsplit", "deepseek2_dense", "mistral4", "minicpm3", "plm"),
-    *("mamba", "mamba_sizes", "mamba_q8_0", "jamba", "jamba_experts"),
+    *("mamba", "mamba_sizes", "mamba_q8_0", "jamba", "jamba_experts", "plamo2"),
     *("deepseek32", "glm_dsa", "minimax_m3", "kimi_linear", "kimi_linear_fused", "bailingmoe3", "bailingmoe3_clamped"),
 ]
 GATED = (
