@@ -80,7 +80,7 @@ class Expected:
         for name, key in names.items():
             if name in self.known.weights:
                 apart = name.endswith("ssm_out.weight") and self.known.weights[f"blk.{layer}.ssm_a"][0].numel() > 1
-                count = 1 if apart else self.known.metadata.get(key, 1)
+                count = 1 if apart else oracle.scalar(self.known.metadata.get(key, 1), layer)
                 factor = torch.ones(count, dtype=torch.float64, requires_grad=True)
                 W = self.known.weights[name]
                 columns = factor.repeat_interleave(W.shape[1] // len(factor))

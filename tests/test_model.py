@@ -570,7 +570,7 @@ MISTAKES: dict[str, tuple[str, Callable[[Patch], None]]] = {
     "values not normed": ("gemma4", lambda p: change_config(p, row__value_norm=False)),
     "scores scaled in Gemma 4": ("gemma4", lambda p: change_config(p, attention_scale=0.25)),
     "stream not scaled": ("gemma4", without("layer_output_scale.weight")),
-    "router without a norm of its own": ("gemma4_experts", lambda p: change_config(p, row__router_norm=False)),
+    "router without a norm of its own": ("gemma4_experts", lambda p: change_config(p, row__router_reads="input")),
     "norm after experts missing": ("gemma4_experts", without("post_ffw_norm_2.weight")),
     "norm after the dense network missing": ("gemma4_experts", without("post_ffw_norm_1.weight")),
     "inputs of blocks ignored": ("gemma4_inputs", lambda p: change_config(p, inputs=0)),
@@ -633,6 +633,22 @@ MISTAKES: dict[str, tuple[str, Callable[[Patch], None]]] = {
     "hidden units not clamped": ("bailingmoe3_clamped", lambda p: change_config(p, layer__clamps=(0.0, 0.0))),
     "experts clamped as shared ones": (
         "bailingmoe3_clamped", lambda p: change_config(p, layer__clamps=lambda layer: layer.clamps[::-1])
+    ),
+    "a shared expert added in full": ("cohere2moe", lambda p: change_config(p, row__joint_scale=1.0)),
+    "experts alone halved": (
+        "cohere2moe", lambda p: change_config(p, row__joint_scale=1.0, expert_weights_scale=0.5)
+    ),
+    "a dense layer not rotated": (
+        "cohere2moe", lambda p: change_config(p, layer__rope=lambda own: own.window and own.rope)
+    ),
+    "LayerNorms in place of RMSNorms": ("cohere2moe_rms", lambda p: change_config(p, row__norm="layer")),
+    "values not scaled": ("mimo2", lambda p: change_config(p, value_scale=1.0)),
+    "the router reads what the experts read": ("smallthinker", lambda p: change_config(p, row__router_reads="input")),
+    "gates with SiLU in place of ReLU": ("smallthinker", lambda p: change_config(p, row__activation="silu")),
+    "values of a mixture not clamped": ("dbrx", unclamped_values),
+    "gates clamped after their activation": ("maple", lambda p: change_config(p, row__hidden_clamps="after")),
+    "layers rotate that are not listed": (
+        "granite_swa_listed", lambda p: change_config(p, layer__rope=Rope(16, 500.0, "adjacent"))
     ),
     "weights not normed in Kimi Linear": ("kimi_linear_unread", lambda p: change_config(p, row__renormalize=False)),
     "latent queries grow late": ("deepseek2_temperature", lambda p: change_config(p, temperature_length=5)),

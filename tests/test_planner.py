@@ -48,6 +48,8 @@ CASES = [
     *("gemma4_experts", "gemma4_experts_apart", "gemma4_q8_0", "gemma4_small", "gemma4_shared", "gemma4_shared_keys"),
     *("gemma4_inputs", "gemma4_small_q8_0"),
     *("deepseek2", "deepseek2_unsplit", "deepseek2_dense", "mistral4", "minicpm3", "plm"),
+    *("mellum", "maple", "granite_swa", "granite_swa_experts", "hy_v3", "cohere2moe", "cohere2moe_rms", "mimo2"),
+    *("mimo2_fused", "smallthinker", "dbrx"),
     *("mamba", "mamba_sizes", "mamba_q8_0", "jamba", "jamba_experts", "plamo2"),
     *("deepseek32", "glm_dsa", "minimax_m3", "kimi_linear", "kimi_linear_fused", "bailingmoe3", "bailingmoe3_clamped"),
 ]
@@ -63,6 +65,8 @@ GATED = (
     "glm4moe",
     "deepseek2",
     "bailingmoe3_clamped",
+    "maple",
+    "granite_swa_experts",
 )
 BOTH_WAYS = pytest.mark.parametrize(
     ("case", "mlp_path"), [*((case, "up") for case in CASES), *((case, "gate") for case in GATED)]

@@ -42,6 +42,7 @@ class Options:
     heads: int = 4
     kv_heads: int | None = None  # None: as many as heads
     head_dim: int | None = None  # None: d / heads
+    value_dim: int | None = None  # of a value head; None: as wide as keys
     ff: int = 96
     ffs: tuple[int, ...] = ()  # of each layer; (): ff in all
     vocab: int = 128
@@ -62,7 +63,7 @@ class Options:
     biases: tuple[str, ...] = ()  # of ALL_BIASES, "output", and those of the experts
     norm: str = "rms"  # rms | rms_bias | ln (weight only) | ln_bias | ln_bare (neither)
     norms: tuple[str, ...] = ("attn_norm", "ffn_norm")  # of each layer
-    bare_norms: tuple[str, ...] = ()  # whose tensors' names do not end in .weight
+    bare_norms: tuple[str, ...] = ()  # whose tensors' names do not end in .weight (or exp_probs_b, not in .bias)
     mixers: tuple[str, ...] = ("attention",)  # of `MIXERS`, one a layer, over and over
     sizes: Mapping[str, Any] = field(default_factory=dict)  # of mixers other than attention, by names of theirs or keys
     final_norm: str = "output_norm"
@@ -86,6 +87,7 @@ class Options:
     expert_ff: int = 0
     expert_ffs: tuple[int, ...] = ()  # of each layer; (): expert_ff in all
     shared_ff: int = 0  # width of a shared expert beside the routed ones; 0: none
+    shared_fused: bool = False  # the shared expert's gate above up in one tensor
     shared_gate: bool = False  # whether a sigmoid scales the shared expert
     shared_count: int = 0  # of shared experts of expert_ff in one, stated so; 0: not stated
     dense_lead: int = 0  # the first blocks, without experts
@@ -117,6 +119,10 @@ class Options:
     @property
     def hd(self) -> int:
         return self.head_dim or self.d // self.heads
+
+    @property
+    def hv(self) -> int:
+        return self.value_dim or self.hd
 
     @property
     def blocks(self) -> int:
@@ -187,7 +193,7 @@ def metadata(o: Options) -> dict[str, Any]:
         "attention.head_count": repeat(o.heads),
         "attention.head_count_kv": [kv_heads(o, kind) for kind in kinds] if o.kv_by_layer else repeat(o.hk),
         "attention.key_length": o.hd,
-        "attention.value_length": o.hd,
+        "attention.value_length": o.hv,
         f"attention.layer_norm_{'rms_' if o.norm.startswith('rms') else ''}epsilon": o.eps,
         "rope.dimension_count": o.n_rot or o.hd,
         "rope.freq_base": o.rope_base,
@@ -310,7 +316,7 @@ def attention(o: Options, b: str, *, gated: bool = False) -> Iterator[Entry]:
     parts = [
         interleaved(o, query.name, o.heads, [query, gate]) if gated else query,
         matrix(f"{b}.attn_k", kv, o.d, o.score_gain),
-        *([matrix(f"{b}.attn_v", kv, o.d)] if o.values else []),
+        *([matrix(f"{b}.attn_v", o.hk * o.hv, o.d)] if o.values else []),
     ]
     yield from [stacked(o, f"{b}.attn_qkv.weight", parts)] if o.fused_qkv else parts
     if o.qk_norm:
@@ -320,7 +326,7 @@ def attention(o: Options, b: str, *, gated: bool = False) -> Iterator[Entry]:
             yield Entry(f"{b}.{name}.weight", shape, 0.3, o.qk_gain)
     if o.sinks:
         yield Entry(f"{b}.attn_sinks.weight", (o.heads,), 1.0, 2.0)
-    yield matrix(f"{b}.attn_output", o.d, q)
+    yield matrix(f"{b}.attn_output", o.d, o.heads * o.hv)
 
 
 def delta(o: Options, b: str, *, layout: str) -> Iterator[Entry]:
@@ -632,7 +638,7 @@ def feed_forward(o: Options, b: str, suffix: str, width: int) -> Iterator[Entry]
     """List a dense feed-forward network of layer `b`; `suffix` is `_shexp` for a shared expert's."""
     gate = matrix(f"{b}.ffn_gate{suffix}", width, o.d, o.gate_gain)
     up = matrix(f"{b}.ffn_up{suffix}", width, o.d, o.up_gain)
-    if o.ffn == "fused":
+    if o.ffn == "fused" or (suffix and o.shared_fused):
         yield stacked(o, up.name, [gate, up])
     else:
         yield from [up] if o.ffn == "plain" else [gate, up]
@@ -672,7 +678,8 @@ def experts(o: Options, b: str, width: int) -> Iterator[Entry]:
     if o.dense_beside:
         yield from feed_forward(o, b, "", o.ff)
     if o.selection_bias:
-        yield Entry(f"{b}.exp_probs_b.bias", (o.experts,), o.selection_bias, o.selection_mean)
+        suffix = "" if "exp_probs_b" in o.bare_norms else ".bias"
+        yield Entry(f"{b}.exp_probs_b{suffix}", (o.experts,), o.selection_bias, o.selection_mean)
     if shared := o.shared_count * (o.shared_ff or o.expert_ff) or o.shared_ff:
         yield from feed_forward(o, b, "_shexp", shared)
         if o.shared_gate:

@@ -68,6 +68,7 @@ def read_config(metadata: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...
         temperature_length=_temperature_length(keys, row, context) if temperature else context,
         embedding_scale=_embedding_scale(keys, row, d),
         residual_scale=_residual_scale(keys, row, blocks),
+        value_scale=(keys.real("attention.value_scale", 0.0) if row.value_scale else 0) or 1.0,
         logit_scale=_logit_scale(keys, row, d),
         expert_count=experts.total,
         expert_groups=experts.groups,
@@ -166,6 +167,7 @@ def _layers(
     # Only where every block is a mixture may the width of a dense feed-forward be missing.
     optional = experts.total and not experts.leading_dense
     units = keys.counts("feed_forward_length", stored, 0 if optional or row.recurrent else None, least=least)
+    units = [count // (2 if row.units_doubled else 1) for count in units]
     windows = read_windows(keys, row, stored, blocks)
     clamps = _clamps(keys, row, stored)
     xielu = _xielu(keys, blocks) if row.activation == "xielu" else [None] * blocks
@@ -356,6 +358,8 @@ def _decay_bound(keys: Keys, row: Architecture) -> float:
 
 def _epsilon(keys: Keys, row: Architecture) -> float:
     """Return the number added inside a norm's root."""
+    if not row.epsilon_read:
+        return 0.0
     name = f"attention.layer_norm_{'rms_' if row.norm == 'rms' else ''}epsilon"
     if row.epsilon_optional and name not in keys:
         name = "attention.layer_norm_epsilon"
@@ -413,6 +417,8 @@ def _decided(keys: Keys, row: Architecture, blocks: int, shapes: Mapping[str, tu
         if not row.router:
             known = ", ".join(f"{i} {name}" for i, name in _ROUTERS.items())
             raise ConfigError(f"{keys.prefix}.expert_gating_func is {kind or 'missing'}; supported: {known}")
+    if row.norm_by_epsilon and keys.real("attention.layer_norm_rms_epsilon", 0.0):
+        row = replace(row, norm="rms")
     if row.renormalize_key:
         row = replace(row, renormalize="expert_weights_norm" in keys and keys.flag("expert_weights_norm"))
     return row
@@ -524,7 +530,10 @@ def _shared_units(keys: Keys, row: Architecture, shapes: Mapping[str, tuple[int,
     if row.expert_widths == "tensors":  # Qwen 1.5's files have no key for it
         shared = next((shape for name, shape in shapes.items() if name.endswith(".ffn_up_shexp.weight")), ())
         return keys.count("expert_shared_feed_forward_length") or (shared[0] if len(shared) == 2 else 0)
-    width, count = keys.integer("expert_feed_forward_length"), keys.integer("expert_shared_count")
+    width = keys.integer("expert_feed_forward_length")
+    count = (keys.count if row.shared_optional else keys.integer)("expert_shared_count")
+    if not count:
+        return 0
     stated = keys.count("expert_shared_feed_forward_length") if row.expert_widths.startswith("shared") else 0
     if row.expert_widths == "shared":
         return stated or width * count

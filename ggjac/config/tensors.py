@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping
 from itertools import accumulate
 
+from ggjac.architectures import Architecture
 from ggjac.config.keys import ConfigError, shown
 from ggjac.config.model import ModelConfig
 from ggjac.sizes import Part
@@ -159,8 +160,11 @@ _SHARED_EXPERT = {
     "ffn_down_shexp": ("d", "fs"),
     "ffn_gate_inp_shexp": ("d",),
 }
+_FUSED_SHARED_EXPERT = {"ffn_up_shexp": ("2fs", "d"), "ffn_down_shexp": ("d", "fs")}
 _OPTIONAL = {
     "attn_norm_2.weight",
+    "attn_sinks.weight",
+    "exp_probs_b",
     "ffn_gate_inp_shexp.weight",
     "output.weight",
     "rope_freqs.weight",
@@ -188,6 +192,9 @@ def fused_parts(config: ModelConfig, layer: int) -> dict[str, Part]:
     if row.ffn == "fused":
         f = own.hidden_units
         parts |= {"ffn_gate": Part("ffn_up", 0, f), "ffn_up": Part("ffn_up", f, 2 * f)}
+    if row.shared_fused:
+        f = config.expert_shared_feed_forward_length
+        parts |= {"ffn_gate_shexp": Part("ffn_up_shexp", 0, f), "ffn_up_shexp": Part("ffn_up_shexp", f, 2 * f)}
     f = own.expert_units
     return parts | {"ffn_gate_exps": Part("ffn_gate_up_exps", 0, f), "ffn_up_exps": Part("ffn_gate_up_exps", f, 2 * f)}
 
@@ -283,7 +290,9 @@ def check_tensors(config: ModelConfig, shapes: Mapping[str, tuple[int, ...]]) ->
     if config.row.head == "required":
         needed.add("output.weight")
     if config.row.selection_bias == "required":
-        needed.add("exp_probs_b.bias")
+        needed.add(_selection_bias(config.row))
+    if config.row.sinks == "required":
+        needed.add("attn_sinks.weight")
     mixers = {mixer for own in config.layers for mixer in own.mixers}
     loose = {name for mixer in mixers for name in _LOOSE.get(mixer, ())}
     if {"state space", "channel state space"} & mixers:  # llama.cpp's graph adds it without asking whether there is one
@@ -350,6 +359,7 @@ def _scopes(config: ModelConfig) -> Iterator[tuple[str, dict[str, tuple[str, ...
         "experts": config.expert_count,
         "de": config.expert_latent or config.d,
         "fs": config.expert_shared_feed_forward_length,
+        "2fs": 2 * config.expert_shared_feed_forward_length,
         "one": 1,
         "inputs": config.inputs,
         "all inputs": config.inputs * config.block_count,
@@ -436,7 +446,9 @@ def _block_table(config: ModelConfig, layer: int) -> dict[str, tuple[str, ...]]:
     vectors: dict[str, tuple[str, ...]] = {}
     for mixer in own.mixers:
         matrices |= _MIXERS[_layout(config, mixer)]
-    scaled = set() if row.recurrent in own.mixers and not row.recurrent_scales else set(matrices)
+    scaled = set(matrices) if row.qkv_scales else {"attn_output"}
+    if row.recurrent in own.mixers and not row.recurrent_scales:
+        scaled = set()
     for mixer in own.mixers:
         vectors |= _VECTORS.get(_layout(config, mixer), {})
         if config.indexer.selected:
@@ -456,7 +468,8 @@ def _block_table(config: ModelConfig, layer: int) -> dict[str, tuple[str, ...]]:
         matrices |= _FFN[row.ffn]
     if own.routed:
         matrices |= _EXPERTS | (_LATENT_EXPERTS if config.expert_latent else {})
-        matrices |= _SHARED_EXPERT if config.expert_shared_feed_forward_length else {}
+        shared = _FUSED_SHARED_EXPERT if row.shared_fused else _SHARED_EXPERT
+        matrices |= shared if config.expert_shared_feed_forward_length else {}
     if row.ffn == "plain":
         matrices = {name: axes for name, axes in matrices.items() if name not in _GATES}
     if own.keys_as_values:
@@ -474,12 +487,17 @@ def _block_table(config: ModelConfig, layer: int) -> dict[str, tuple[str, ...]]:
     if row.sinks and own.heads:
         table["attn_sinks.weight"] = ("heads",)
     if row.selection_bias and own.routed:
-        table["exp_probs_b.bias"] = ("experts",)
-    if row.router_norm and own.routed:
+        table[_selection_bias(row)] = ("experts",)
+    if row.router_reads == "stream" and own.routed:
         table["ffn_gate_inp.scale"] = ("d",)
     if row.stream_scale:
         table["layer_output_scale.weight"] = ("one",)
     return table
+
+
+def _selection_bias(row: Architecture) -> str:
+    """Return the name of the bias that the choice of experts has."""
+    return "exp_probs_b" if "exp_probs_b" in row.bare_names else "exp_probs_b.bias"
 
 
 def _latent_table(config: ModelConfig) -> dict[str, tuple[str, ...]]:

@@ -127,7 +127,8 @@ def sweep_floats(config: ModelConfig, n: int, *, up: bool, slab: int = SLAB) -> 
     it has three states, and on its way down one.
     """
     d, row = config.d, config.row
-    scaled = row.norms.attention_out or row.norms.ffn_out or config.residual_scale != 1
+    factors = (config.attention_factor, config.residual_scale, row.joint_scale)
+    scaled = row.norms.attention_out or row.norms.ffn_out or factors != (1, 1, 1)
     more = d if scaled or row.parallel else 0
     bank = n * _bank(config)
     if up:
@@ -354,7 +355,7 @@ PARTS: dict[str, str | Callable[[Work, bool], str] | None] = {
     "tapes": _tapes,  # grow with the prompt, attention patterns with its square
     "trace": FEWER_TOKENS,  # streams and attention scores of all positions
     "vectors": _vectors,  # the stack of a sweep: one stream per vector, or per vector and map
-    "matrix": None,  # kept only where there is room for it
+    "matrix": FEWER_TOKENS,  # of all positions
     "bases": _vectors,  # grow by one block of vectors in every sweep
     "decoding": _decoding,  # scores of all vectors of a pass over the vocabulary
     "checkpoint": _vectors,  # products of sweeps waiting to be written, up to a fixed limit

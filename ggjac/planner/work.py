@@ -404,7 +404,7 @@ class _Builder:
 
     def takes_matrix(self, task: Task) -> bool:
         """Return whether triplets come from the dense matrix, which is kept: as `DetachedJacobian.matrix` decides."""
-        return takes_matrix(self.config, task, self.n, self.item, self.chunk_bytes)
+        return takes_matrix(self.config, task, self.n, self.item)
 
     @property
     def tokens_by_matrix(self) -> bool:
