@@ -94,7 +94,9 @@ class Architecture:
             default); `"beside"` (every block has both mixers, added); or `""` for none.
         one_branch: a block with a feed-forward (`feed_forward_length` above 0) has no mixer.
         key_heads_tiled: of `h` value heads, head `i` uses key head `i % g` in place of `i // (h // g)`.
-        normed_steps: steps, keys and queries of Mamba-1 have norms with weights.
+        made_from_values: where steps ("dt"), keys ("b") and queries ("c") of a state space are made from its values, as
+            Mamba-1 does, in which order; `()` where they come from the stream.
+        normed_steps: those three have norms with weights.
         state_norm_optional: the outputs of a state space may lack their norm.
         sigmoid_gate: the gate on a recurrence's output is a sigmoid in place of a SiLU.
         low_rank_gates: decays and gates of Kimi's delta rule are projected in two steps.
@@ -241,6 +243,7 @@ class Architecture:
     recurrent_blocks: str = ""
     one_branch: bool = False
     key_heads_tiled: bool = False
+    made_from_values: tuple[str, ...] = ()
     normed_steps: bool = False
     state_norm_optional: bool = False
     sigmoid_gate: bool = False
@@ -756,9 +759,25 @@ ARCHITECTURES: dict[str, Architecture] = {
     "lfm2": replace(_LFM2, windowed="optional"),
     "lfm2moe": replace(_LFM2, router="", router_key=True, selection_bias="required", leading_dense=True),
     "mamba2": _MAMBA2,
-    "mamba": replace(_MAMBA2, recurrent="channel state space", graph=Graph(attention=())),
+    "mamba": replace(
+        _MAMBA2, recurrent="channel state space", made_from_values=("dt", "b", "c"), graph=Graph(attention=())
+    ),
+    "plamo2": Architecture(
+        norms=_SANDWICH,
+        bare_names=("post_attention_norm", "post_ffw_norm", "ssm_dt_norm", "ssm_b_norm", "ssm_c_norm"),
+        recurrent="state space",
+        recurrent_blocks="no kv heads",
+        made_from_values=("b", "c", "dt"),
+        normed_steps=True,
+        qk_norm="heads",
+        rope_factors="",
+        ffn="fused",
+        qkv_scales=False,
+        graph=Graph(("mamba_out", "attn_out"), stream=("ffn_residual",)),
+    ),
     "jamba": Architecture(
         recurrent="channel state space",
+        made_from_values=("dt", "b", "c"),
         recurrent_scales=True,
         recurrent_blocks="no kv heads",
         normed_steps=True,

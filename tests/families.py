@@ -137,6 +137,19 @@ STATE_SPACE: dict[str, dict[str, Any]] = {
     | {"extra": NEMOTRON_H["extra"] | {"expert_weights_norm": True, "expert_weights_scale": 2.5}},
     "jamba": {"mixers": ("mamba", "attention", "mamba"), "layers": 3, "kv_by_layer": True}
     | {"sizes": {"normed": True}, "omit": ATTENTION_KEYS[1:]},
+    # (llama.cpp does not come back where the first block states 0 heads, as the converter writes it.)
+    "plamo2": {
+        "mixers": ("attention", "plamo2"),
+        "layers": 4,
+        "kv_by_layer": True,
+        "norms": SANDWICH,
+        "bare_norms": ("post_attention_norm", "post_ffw_norm"),
+        "ffn": "fused",
+        "fused_qkv": True,
+        "qk_norm": "heads",
+        "head_dim": 32,
+        "omit": ("rope.dimension_count",),
+    },
     # The converter writes 0 heads, and no other key of attention.
     "mamba": {"mixers": ("mamba",), "alone": True, "norms": ("attn_norm",), "layers": 3, "kv_heads": None}
     | {"extra": {"attention.head_count": 0}, "omit": ATTENTION_KEYS},
@@ -1162,6 +1175,21 @@ STATE_SPACE_CASES |= {
     "mamba_falcon": of("mamba", extra={"ssm.dt_b_c_rms": True}, eps=0.05, tied=True),
     "mamba_sizes": of("mamba", d=48, sizes={"inner": 96, "rank": 3, "state": 7, "kernel": 2}, layers=2),
     "mamba_q8_0": of("mamba", type="Q8_0"),
+    "plamo2": of("plamo2"),
+    # The first block has a state space, though it states heads; two taps, one head, an odd state.
+    "plamo2_sizes": of(
+        "plamo2",
+        mixers=("plamo2", "attention"),
+        sizes={"inner": 40, "ssm_heads": 1, "state": 7, "kernel": 2},
+        extra={"attention.head_count": 4},
+        layers=2,
+        eps=0.05,
+        tied=True,
+        rope_base=100.0,
+    ),
+    "plamo2_yarn": of("plamo2", **YARN_ROW, layers=2),
+    "plamo2_unread": of("plamo2", window=3, extra=UNREAD, layers=2),
+    "plamo2_q8_0": of("plamo2", type="Q8_0", layers=2),
     "jamba": of("jamba"),
     # Every second block has experts.
     "jamba_experts": of("jamba", **EXPERTS, dense_blocks=(0, 2)),

@@ -335,6 +335,13 @@ FACTS: dict[str, Facts] = {
     "nemotron_h_moe": NEMOTRON_H,
     "mamba2": MAMBA2._replace(graph={"mamba_out": "mamba2"}),
     "mamba": Facts(mixers=lambda model, layer: ("mamba",)),
+    "plamo2": SANDWICH._replace(
+        rope="halves", qk_norm="head", ffn="fused", mixers=by_kv_heads("plamo2"),
+        graph={
+            "mamba_out": "plamo2", "attn_out": "attention", "attn_post_norm": "attn_out", "ffn_post_norm": "ffn_out",
+            "attn_residual": "ffn_inp", "ffn_residual": "l_out",
+        },
+    ),
     # What a block's mixer adds has the name of the sum.
     "jamba": Facts(rope=None, renormalise=False, mixers=by_kv_heads("mamba"), graph={"ffn_inp": "attn_out"}),
     "afmoe": ROUTED._replace(
@@ -706,6 +713,7 @@ MIXERS: dict[str, Callable[..., Tensor]] = {
     "latent": latent_attention,
     "mamba": oracle_state.mamba,
     "mamba2": oracle_state.mamba2,
+    "plamo2": oracle_state.plamo2,
     "delta": recurrent(oracle_delta.gated_delta, grouped=False),
     "grouped delta": recurrent(oracle_delta.gated_delta, grouped=True),
     "convolution": recurrent(oracle_delta.short_convolution),

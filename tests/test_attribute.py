@@ -35,18 +35,8 @@ CASES = (
     *("gemma2", "olmo2", "granite", "phi2", "falcon_7b", "cohere2", "gpt2", "starcoder2", "glm4", "gemma3"),
     *("arctic", "mimo2"),
     *("gptneox", "stablelm_12b", "nemotron", "command_r", "olmo_clamped", "qwen2moe", "granitemoe", "gpt_oss"),
-    *(
-        "glm4moe",
-        "qwen35",
-        "lfm2",
-        "mamba",
-        "mamba2",
-        "jamba",
-        "granitehybrid",
-        "falcon_h1",
-        "nemotron_h_moe",
-        "gemma4",
-    ),
+    *("glm4moe", "qwen35", "lfm2", "mamba", "jamba", "plamo2", "mamba2", "granitehybrid", "falcon_h1"),
+    *("nemotron_h_moe", "gemma4"),
     *("gemma4_experts", "gemma4_full_first", "gemma4_small", "gemma4_shared"),
     *("deepseek2", "deepseek2_unsplit", "minicpm3", "minimax_m3"),
     *("kimi_linear", "bailingmoe3_clamped"),
@@ -93,7 +83,7 @@ class Expected:
         for name, key in names.items():
             if name in self.known.weights:
                 apart = name.endswith("ssm_out.weight") and self.known.weights[f"blk.{layer}.ssm_a"][0].numel() > 1
-                count = 1 if apart else self.known.metadata.get(key, 1)
+                count = 1 if apart else oracle.scalar(self.known.metadata.get(key, 1), layer)
                 factor = torch.ones(count, dtype=torch.float64, requires_grad=True)
                 W = self.known.weights[name]
                 columns = factor.repeat_interleave(W.shape[1] // len(factor))

@@ -57,7 +57,7 @@ def test_matrices_have_constant_factors_where_llamacpp_applies_them(case: str, t
     mixers, feed_forward = families.SCALED
     row = ARCHITECTURES[tiny.options(case).architecture]
     if row.mixer == "latent" or not row.qkv_scales:
-        mixers = ("attn_output",)
+        mixers = ("attn_output", "ssm_in", "ssm_out")
     if row.gated_heads:
         mixers = tuple(name for name in mixers if name != "attn_gate")
     plain = {"type": "F32", "types": {}, "layers": tiny.options(case).blocks, "predictors": 0}

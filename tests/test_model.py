@@ -555,6 +555,9 @@ MISTAKES: dict[str, tuple[str, Callable[[Patch], None]]] = {
             "taps reversed": reversed_taps,
         }.items()
     },
+    "values made of gates": ("plamo2", lambda p: swapped(p, "ssm_in_x", "ssm_in_z")),
+    "B and C of PLaMo 2 swapped": ("plamo2", keys_and_queries_swapped),
+    "no norm of B": ("plamo2", without("ssm_b_norm")),
     "steps not normed": ("mamba_falcon", lambda p: change_config(p, recurrence__normed=False)),
     "norms of steps without weights": ("jamba", changed_vector("ssm_dt_norm.weight", torch.ones_like)),
     "taps of a state space reversed": ("granitehybrid", reversed_taps),

@@ -92,8 +92,9 @@ def streams(model: Oracle, states: dict[str, Tensor]) -> list[str]:
     """Return the names in llama.cpp's graph of the stream after each layer."""
     if names := streams_before(model):
         return names
-    name = next(theirs for theirs, ours in names_in_llamacpp(model).items() if ours == "l_out")
-    return [f"{name}-{layer}" for layer in range(oracle.blocks(model.metadata)) if f"{name}-{layer}" in states]
+    names = [theirs for theirs, ours in names_in_llamacpp(model).items() if ours == "l_out"]
+    found = [f"{name}-{layer}" for name in names for layer in range(oracle.blocks(model.metadata))]
+    return [name for name in found if name in states]
 
 
 @pytest.mark.parametrize("case", ROWS)

@@ -538,6 +538,38 @@ def mamba(o: Options, b: str) -> Iterator[Entry]:
     yield matrix(f"{b}.ssm_out", o.d, inner, s["out_gain"])
 
 
+def plamo2(o: Options, b: str) -> Iterator[Entry]:
+    """List the tensors of PLaMo 2's mixer: Mamba-2 with time steps, B and C that are made from the values."""
+    s = PLAMO2 | o.sizes
+    inner, heads, rank, state = s["inner"], s["ssm_heads"], s["rank"], s["state"]
+    rows = [matrix(f"{b}.ssm_in_{name}", inner, o.d, gain) for name, gain in (("z", o.gate_gain), ("x", 1.0))]
+    yield interleaved(o, f"{b}.ssm_in.weight", heads, rows)
+    yield Entry(f"{b}.ssm_conv1d.weight", (inner, s["kernel"]), 1 / math.sqrt(s["kernel"]), 0.2)
+    parts = [matrix(f"{b}.ssm_x_{name}", out, inner, 1.5) for name, out in (("b", state), ("c", state), ("dt", rank))]
+    yield stacked(o, f"{b}.ssm_x.weight", parts)
+    yield matrix(f"{b}.ssm_dt", heads, rank)
+    yield Entry(f"{b}.ssm_dt.bias", (heads,), 1.0, -0.5)
+    yield Entry(f"{b}.ssm_a", (heads,), 0.0, values=-np.geomspace(0.02, 12.0, heads))
+    yield Entry(f"{b}.ssm_d", (heads,), 0.5, 1.0)
+    for name, width in (("dt", rank), ("b", state), ("c", state)):
+        yield Entry(f"{b}.ssm_{name}_norm", (width,), 0.3, 1.0)
+    yield matrix(f"{b}.ssm_out", o.d, inner, s["out_gain"])
+
+
+def plamo2_keys(o: Options) -> dict[str, Any]:
+    names = {"conv_kernel": "kernel", "inner_size": "inner", "state_size": "state", "time_step_rank": "ssm_heads"}
+    s = PLAMO2 | o.sizes
+    heads = [0 if kind_of(o, layer) == "plamo2" else o.heads for layer in range(o.layers)]
+    return {f"ssm.{key}": s[name] for key, name in names.items()} | {
+        "ssm.group_count": 0,
+        "attention.head_count": heads,
+    }
+
+
+# llama.cpp wants vectors of 64 for the time steps, or more in wide models.
+PLAMO2 = {"inner": 96, "ssm_heads": 6, "rank": 64, "state": 12, "kernel": 4, "out_gain": 1.0}
+
+
 def mamba_keys(o: Options) -> dict[str, Any]:
     names = {"conv_kernel": "kernel", "inner_size": "inner", "state_size": "state", "time_step_rank": "rank"}
     s = MAMBA | o.sizes
@@ -579,11 +611,23 @@ MIXERS: dict[str, Callable[[Options, str], Iterator[Entry]]] = {
     "bounded kda": functools.partial(kda, bounded=True),
     "mamba": mamba,
     "mamba2": mamba2,
+    "plamo2": plamo2,
     "attention, mamba2": mamba2_beside_attention,
     "none": nothing,
 }
 # Those that have no kv heads.
-RECURRENT = {"delta", "grouped delta", "old delta", "convolution", "kda", "bounded kda", "mamba", "mamba2", "none"}
+RECURRENT = {
+    "delta",
+    "grouped delta",
+    "old delta",
+    "convolution",
+    "kda",
+    "bounded kda",
+    "mamba",
+    "mamba2",
+    "plamo2",
+    "none",
+}
 # What the metadata then have besides, or instead; sizes with a dot in their names are keys themselves.
 KEYS: dict[str, Callable[[Options], dict[str, Any]]] = {
     "window": window_keys,
@@ -591,6 +635,7 @@ KEYS: dict[str, Callable[[Options], dict[str, Any]]] = {
     "block_sparse": block_sparse_keys,
     "mamba": mamba_keys,
     "mamba2": mamba2_keys,
+    "plamo2": plamo2_keys,
     "attention, mamba2": mamba2_keys,
 }
 

@@ -338,12 +338,18 @@ def _recurrence(keys: Keys, row: Architecture, blocks: int, context: int) -> Rec
     if row.recurrent == "channel state space":
         normed = "ssm.dt_b_c_rms" in keys and keys.flag("ssm.dt_b_c_rms")
         return Recurrence(taps, inner, 1, key_size, 1, keys.integer("ssm.time_step_rank"), normed)
-    heads, key_heads = keys.integer("ssm.time_step_rank"), keys.integer("ssm.group_count")
+    heads, rank = keys.integer("ssm.time_step_rank"), 0
+    if row.made_from_values:
+        key_heads, rank = 1, max(64, keys.integer("embedding_length") // 16)  # as llama.cpp has it
+        if keys.count("ssm.group_count"):
+            raise ConfigError(f"{keys.prefix}.ssm.group_count is {keys.count('ssm.group_count')}; supported: 0")
+    else:
+        key_heads = keys.integer("ssm.group_count")
     if inner % heads or heads % key_heads:
         raise ConfigError(
             f"{keys.prefix}.ssm: {heads} heads cannot share {inner} elements and {key_heads} key heads evenly"
         )
-    return Recurrence(taps, heads, key_heads, key_size, inner // heads)
+    return Recurrence(taps, heads, key_heads, key_size, inner // heads, rank)
 
 
 def _decay_bound(keys: Keys, row: Architecture) -> float:
