@@ -184,6 +184,7 @@ class Architecture:
         scale_defaults: for files without these keys: embedding scale; branch scale times √(blocks); logit scale times
             d; 0 for no default.
         scale_keys: files may have these keys; otherwise the defaults count.
+        embedding_optional: files may lack the embeddings: then they are the head's matrix.
         head: whether the head has a matrix of its own (`output`): `"optional"`, `"required"`, or `"tied"` for never.
         graph: names in llama.cpp's graph.
         export: how files of other converters may differ.
@@ -271,6 +272,7 @@ class Architecture:
     logit_scale_optional: bool = False
     scale_defaults: tuple[float, float, float] = (0.0, 0.0, 0.0)
     scale_keys: bool = True
+    embedding_optional: bool = False
     head: str = "optional"
     graph: Graph = Graph()
     export: Export = Export()
@@ -516,6 +518,24 @@ ARCHITECTURES: dict[str, Architecture] = {
     "qwen2vl": Architecture(epsilon_read=False, rope_sections="consecutive"),
     "paddleocr": Architecture(rope_sections="consecutive"),
     "hunyuan_vl": Architecture(qk_norm="rotated", rope_sections="consecutive", rope_alpha=True),
+    "starcoder": replace(_GPT, rope_pairs="", positions=True),
+    "codeshell": replace(_GPT, embedding_optional=True, head="required"),
+    "orion": Architecture(norm="layer", head="required"),
+    "maincoder": replace(_LLAMA, qk_norm="rotated"),
+    "chatglm": Architecture(rope_pairs="adjacent", partial_rotary=True, ffn="fused"),
+    "pangu-embedded": Architecture(rope_factors="", graph=_SUMMED),
+    "plamo": Architecture(norms=_SHARED_NORM, parallel=True, head="required"),
+    "plamo3": Architecture(
+        norms=_SANDWICH,
+        bare_names=("post_attention_norm", "post_ffw_norm"),
+        partial_rotary=True,
+        windowed="optional",
+        window_period=8,
+        window_rope="own",
+        qk_norm="head",
+        ffn="fused",
+    ),
+    "jais2": Architecture(norm="layer", ffn="plain", activation="relu2"),
     "qwen35": _QWEN35,
     "qwen35moe": _QWEN35,
     "qwen3next": _DELTA,

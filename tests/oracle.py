@@ -97,6 +97,7 @@ class Facts(NamedTuple):
     sum_named_ffn_out: bool = False  # llama.cpp's last ffn_out is the branch and its input
     # More names in llama.cpp's graph, and those of most families that mean other states of ours here.
     graph: Mapping[str, str] = {}
+    norm_unnamed: bool = False  # nor has the final norm's output a name there
     own_scales: tuple[str, ...] = ()  # tensors whose `.scale` is a part of the model, not of how they are stored
     scales: tuple[float, ...] = ()  # of embeddings, branches * sqrt(blocks) and logits * d, where the file has none
     scale_keys: bool = True  # and the file may have some
@@ -238,6 +239,18 @@ FACTS: dict[str, Facts] = {
     "qwen2vl": Facts(epsilon_read=False, rope="halves", sections="one after another"),
     "paddleocr": Facts(rope="halves", sections="one after another"),
     "hunyuan_vl": Facts(rope="halves", qk_norm="head after rope", sections="one after another"),
+    "starcoder": LAYER_NORM._replace(rope=None),
+    "codeshell": LAYER_NORM,
+    "orion": Facts(norm="ln", rope="halves"),
+    "maincoder": Facts(qk_norm="head after rope"),
+    "chatglm": Facts(ffn="fused"),
+    "pangu-embedded": Facts(rope="halves", sum_named_ffn_out=True),
+    "plamo": Facts(rope="halves", parallel=True, ffn_norm=None),
+    "plamo3": SANDWICH._replace(
+        rope="halves", qk_norm="head", period=8, local_base=10000.0, local_scaling=False, ffn="fused",
+        norm_unnamed=True,
+    ),
+    "jais2": LAYER_NORM._replace(activation="relu2"),
     "qwen35": QWEN35,
     "qwen35moe": QWEN35,
     "lfm2": LFM2._replace(period=0),
@@ -311,6 +324,7 @@ def _read(path: str, changed: int) -> Oracle:
         if name.endswith(".scale"):  # of the matrix, or of each expert's; no graph of llama.cpp uses an `.input_scale`
             weights[matrix] = weights[matrix] * factor.reshape(-1, *[1] * (weights[matrix].ndim - 1))
     assert architecture in FACTS, f"the oracle does not know {architecture}"
+    weights.setdefault("token_embd.weight", weights.get("output.weight"))
     metadata = {k.removeprefix(f"{architecture}."): v for k, v in fields.items()}
     metadata.setdefault("attention.layer_norm_rms_epsilon", metadata.get("attention.layer_norm_epsilon"))
     if scales := FACTS[architecture].scales:

@@ -57,6 +57,7 @@ class Options:
     omit: tuple[str, ...] = ()  # keys below `{arch}.` to leave out, so that the reader's defaults count
     per_layer_arrays: bool = False  # write head counts and feed-forward length as arrays of equal numbers
     tied: bool = False  # no output.weight
+    head_only: bool = False  # no token_embd.weight
     fused_qkv: bool = False
     fused_bias: bool = False  # write attn_qkv.bias in place of the biases of q, k and v
     biases: tuple[str, ...] = ()  # of ALL_BIASES, "output", and those of the experts
@@ -215,12 +216,13 @@ def metadata(o: Options) -> dict[str, Any]:
 def tensors(o: Options) -> Iterator[Entry]:
     """List the tensors of a file."""
     q, kv, pairs = o.heads * o.hd, o.hk * o.hd, (o.n_rot or o.hd) // 2
-    yield Entry("token_embd.weight", (o.vocab, o.d), o.embed_std)
+    if not o.head_only:
+        yield Entry("token_embd.weight", (o.vocab, o.d), o.embed_std)
     if o.positions:
         yield Entry("position_embd.weight", (o.context, o.d), 0.5)
     yield from norms(o, o.final_norm, o.d)
     if not o.tied:
-        yield matrix("output", o.vocab, o.d, 2.0)
+        yield Entry("output.weight", (o.vocab, o.d), o.embed_std if o.head_only else 2.0 / math.sqrt(o.d))
     if "output" in o.biases:
         yield bias("output", o.vocab)
     if o.rope_factors:
