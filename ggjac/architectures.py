@@ -122,6 +122,8 @@ class Architecture:
         rope_sections: an image's axes rotate in sections of each head (`rope.dimension_sections`), `"interleaved"` or
             `"consecutive"`; `""` for none. See `ggjac.config.Rope.still`.
         rope_alpha: the file's `rope.scaling.alpha`, if present, enlarges the base.
+        rope_keys: what is read from the file: `"all"`; `"base"` alone (whole heads rotate, without scaling) or `""`
+            (likewise, and the base is 10000).
         rope_optional: `rope.scaling.finetuned = false` turns rotation off.
         rope_layers: layers that rotate: `"all"`, `"windowed"` (only those with a sliding window, if the model has any)
             or `"three of four"` (all but every fourth).
@@ -184,6 +186,7 @@ class Architecture:
         scale_defaults: for files without these keys: embedding scale; branch scale times √(blocks); logit scale times
             d; 0 for no default.
         scale_keys: files may have these keys; otherwise the defaults count.
+        vision_experts: blocks have other matrices for the tokens of images (`vis_*`), which are not used.
         embedding_optional: files may lack the embeddings: then they are the head's matrix.
         head: whether the head has a matrix of its own (`output`): `"optional"`, `"required"`, or `"tied"` for never.
         graph: names in llama.cpp's graph.
@@ -224,6 +227,7 @@ class Architecture:
     partial_rotary: bool = False
     rope_sections: str = ""
     rope_alpha: bool = False
+    rope_keys: str = "all"
     rope_optional: bool = False
     rope_layers: str = "all"
     rope_factors: str = "all"
@@ -272,6 +276,7 @@ class Architecture:
     logit_scale_optional: bool = False
     scale_defaults: tuple[float, float, float] = (0.0, 0.0, 0.0)
     scale_keys: bool = True
+    vision_experts: bool = False
     embedding_optional: bool = False
     head: str = "optional"
     graph: Graph = Graph()
@@ -535,7 +540,15 @@ ARCHITECTURES: dict[str, Architecture] = {
         qk_norm="head",
         ffn="fused",
     ),
+    "cogvlm": Architecture(rope_keys="", rope_factors="", vision_experts=True, graph=_SUMMED),
     "jais2": Architecture(norm="layer", ffn="plain", activation="relu2"),
+    "deepseek2-ocr": replace(
+        _DEEPSEEK,
+        rope_keys="base",
+        mscale="alone",
+        router_key=True,
+        selection_bias="optional",
+    ),
     "qwen35": _QWEN35,
     "qwen35moe": _QWEN35,
     "qwen3next": _DELTA,

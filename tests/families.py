@@ -271,6 +271,11 @@ FAMILIES: dict[str, dict[str, Any]] = {
     # Layer 7 is the first that sees everything.
     "plamo3": {"norms": SANDWICH, "bare_norms": ("post_attention_norm", "post_ffw_norm"), "layers": 9, "window": 4}
     | {"qk_norm": "head", "ffn": "fused", "fused_qkv": True, "tied": True, "rope_base": 100.0, "post_gain": 0.4},
+    "cogvlm": {"mixers": ("vision experts",), "fused_qkv": True, "kv_heads": 4},
+    # The converter writes that no dimension is rotated apart from others.
+    "deepseek2-ocr": EXPERTS
+    | {"kv_heads": 4, "layers": 3, "dense_lead": 1, "expert_ff": 48, "shared_count": 2}
+    | {"extra": {"rope.dimension_count": 0, "expert_weights_scale": 1.0}},
     "jais2": LAYER_NORM | {"biases": (*QKV, "attn_output", "ffn_up", "ffn_down")},
     "paddleocr": {"head_dim": 32, "tied": True, "extra": {"rope.dimension_sections": [4, 6, 6, 0]}},
     "hunyuan_vl": {"qk_norm": "head", "head_dim": 32, "tied": True, "extra": {"rope.dimension_sections": [4, 4, 4, 4]}},
@@ -655,6 +660,21 @@ FAMILY_CASES: dict[str, dict[str, Any]] = {
         extra={"rope.freq_base_swa": 50.0, "attention.sliding_window_pattern": 2},
     ),
     "plamo3_unread": of("plamo3", layers=2, window=None, extra=UNREAD),
+    # Nothing is read about the rotation.
+    "cogvlm": of("cogvlm", rope_base=5e5, rope_factors=True),
+    "cogvlm_unread": of("cogvlm", scaling=YARN, tied=True, window=3, extra=UNREAD),
+    "deepseek2_ocr": of("deepseek2-ocr"),
+    "deepseek2_ocr_options": of(
+        "deepseek2-ocr",
+        fused_qkv=True,
+        fused_experts=True,
+        tied=True,
+        selection_bias=0.3,
+        extra={"expert_gating_func": 2, "expert_weights_norm": True, "expert_weights_scale": 2.5},
+        window=3,
+    ),
+    # The rotation is not stretched then, but scores are scaled.
+    "deepseek2_ocr_linear": of("deepseek2-ocr", dense_lead=0, layers=2, scaling=LINEAR, extra=UNREAD),
     "jais2": of("jais2"),
     "jais2_unread": of("jais2", **YARN_ROW, head_dim=32, tied=True, fused_qkv=True, window=3, extra=UNREAD),
     "phimoe_unread": of("phimoe", window=3, extra=UNREAD | UNREAD_ROUTING | {"leading_dense_block_count": 1}),

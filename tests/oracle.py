@@ -57,6 +57,7 @@ class Facts(NamedTuple):
     rope: str | None = "adjacent"  # which dimensions are a pair: adjacent | halves
     roped: str = "all"  # all | local (only layers with a window, where there are any) | three of four
     sections: str = "in turn"  # how an image's axes are dealt pairs: in turn | one after another
+    rope_keys: str = "all"  # that are read: all | base (scaling is not done) | none: the base is 10000
     finetuned_key: bool = False  # rope.scaling.finetuned = false turns the rope off
     factors: bool = False  # divisors of the frequencies are read
     yarn_keys: bool = False  # YaRN's betas and log multiplier are read
@@ -250,7 +251,9 @@ FACTS: dict[str, Facts] = {
         rope="halves", qk_norm="head", period=8, local_base=10000.0, local_scaling=False, ffn="fused",
         norm_unnamed=True,
     ),
+    "cogvlm": Facts(rope="halves", rope_keys="", sum_named_ffn_out=True),
     "jais2": LAYER_NORM._replace(activation="relu2"),
+    "deepseek2-ocr": ROUTED._replace(rope="halves", rope_keys="base", mscale="alone"),
     "qwen35": QWEN35,
     "qwen35moe": QWEN35,
     "lfm2": LFM2._replace(period=0),
@@ -391,6 +394,9 @@ def rope_angles(model: Oracle, layer: int, n: int, n_rot: int, context: int) -> 
         base = base * alpha ** (width / (width - 2))
     if local and facts.local_base_key:
         base = meta.get("rope.freq_base_swa", facts.local_base or base)
+    if facts.rope_keys != "all":
+        base = base if facts.rope_keys == "base" else 10000.0
+        return torch.arange(n)[:, None] * base ** (-torch.arange(0, n_rot, 2, dtype=torch.float64) / n_rot), 1.0
     kind = meta.get("rope.scaling.type", "linear")
     factor = meta.get("rope.scaling.factor", meta.get("rope.scale_linear", 1.0)) or 1.0
     if local and not facts.local_scaling:
@@ -506,9 +512,8 @@ def turned(model: Oracle, layer: int, part: str, h: Tensor, context: int) -> Ten
     if facts.qk_norm == "head" and f"{name}.weight" in model.weights:
         x = norm(model, name, x, frozen=False)
     if roped(model, layer):
-        angles, magnitude = rope_angles(
-            model, layer, len(h), of_kind(model, layer, "rope.dimension_count", hd), context
-        )
+        n_rot = of_kind(model, layer, "rope.dimension_count", hd) if facts.rope_keys == "all" else hd
+        angles, magnitude = rope_angles(model, layer, len(h), n_rot, context)
         x = rotate(x, angles, magnitude, pairs=facts.rope)
     return norm(model, name, x, frozen=False) if facts.qk_norm == "head after rope" else x
 
@@ -540,6 +545,8 @@ def attention(
     scale = facts.attn_scale or scale
     if facts.attn_scale_key:
         scale = meta.get("attention.scale", 0.0) or scale
+    if facts.mscale:
+        scale *= oracle_latent.stretched(meta, meta.get("rope.scaling.attn_factor", 1.0), facts.mscale)[1]
     scale = torch.full((n, 1), scale, dtype=torch.float64)
     if facts.temperature and meta.get("attention.temperature_scale"):
         original = meta.get("rope.scaling.original_context_length", meta["context_length"])

@@ -323,6 +323,16 @@ def attention(o: Options, b: str, *, gated: bool = False) -> Iterator[Entry]:
     yield matrix(f"{b}.attn_output", o.d, q)
 
 
+def with_vision_experts(o: Options, b: str) -> Iterator[Entry]:
+    """List attention, and the layer's matrices for tokens of images."""
+    yield from attention(o, b)
+    rows = (o.heads + 2 * o.hk) * o.hd
+    for name, out, into in (("attn_qkv", rows, o.d), ("attn_output", o.d, o.heads * o.hd)):
+        yield matrix(f"{b}.vis_{name}", out, into)
+    for name, out, into in (("gate", o.ff, o.d), ("up", o.ff, o.d), ("down", o.d, o.ff)):
+        yield matrix(f"{b}.vis_{name}", out, into)
+
+
 def delta(o: Options, b: str, *, layout: str) -> Iterator[Entry]:
     """List the tensors of a gated delta net in layer `b`, without its norm.
 
@@ -526,6 +536,7 @@ MIXERS: dict[str, Callable[[Options, str], Iterator[Entry]]] = {
     "attention": attention,
     "gated attention": functools.partial(attention, gated=True),
     "window": window,
+    "vision experts": with_vision_experts,
     "latent": latent,
     "block_sparse": block_sparse,
     "delta": functools.partial(delta, layout="qwen35"),

@@ -26,7 +26,9 @@ def _ropes(keys: Keys, row: Architecture, key_length: int, *, windowed: bool) ->
     Where their sizes differ, those of the layer asked for count.
     """
     suffix = "_swa" if windowed and row.windowed_sizes else ""
-    dimensions = keys.integer(f"rope.dimension_count{suffix}", key_length)
+    dimensions = key_length
+    if row.rope_keys == "all":
+        dimensions = keys.integer(f"rope.dimension_count{suffix}", key_length)
     if dimensions % 2 or dimensions > key_length or (dimensions < key_length and not row.partial_rotary):
         raise ConfigError(
             f"{keys.prefix}.rope.dimension_count{suffix} {dimensions} does not fit heads of {key_length} elements"
@@ -58,6 +60,10 @@ def _ropes(keys: Keys, row: Architecture, key_length: int, *, windowed: bool) ->
         factored=row.rope_factors != "",
     )
     unscaled = Rope(dimensions, full.base, row.rope_pairs)
+    if row.rope_keys != "all":
+        full = replace(
+            full, base=full.base if row.rope_keys == "base" else 10000.0, factor=1.0, yarn=False, magnitude=1.0
+        )
     local = {
         "same": full,
         # llama.cpp applies the file's factor here for any type of scaling; only full layers respect "none".
