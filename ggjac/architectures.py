@@ -132,6 +132,8 @@ class Architecture:
         rope_sections: an image's axes rotate in sections of each head (`rope.dimension_sections`), `"interleaved"` or
             `"consecutive"`; `""` for none. See `ggjac.config.Rope.still`.
         rope_alpha: the file's `rope.scaling.alpha`, if present, enlarges the base.
+        rope_keys: what is read from the file: `"all"`; `"base"` alone (whole heads rotate, without scaling) or `""`
+            (likewise, and the base is 10000).
         rope_optional: `rope.scaling.finetuned = false` turns rotation off.
         rope_layers: layers that rotate: `"all"`, `"windowed"` (only those with a sliding window, if the model has any),
             `"windowed or dense"` (those, and the first `leading_dense_block_count`), `"three of four"` (all but every
@@ -225,6 +227,8 @@ class Architecture:
             d; 0 for no default.
         logit_scale_default: logit scale of files without the key; 0 for none.
         scale_keys: files may have these keys; otherwise the defaults count.
+        vision_experts: blocks have other matrices for the tokens of images (`vis_*`), which are not used.
+        embedding_optional: files may lack the embeddings: then they are the head's matrix.
         head: whether the head has a matrix of its own (`output`): `"optional"`, `"required"`, or `"tied"` for never.
         graph: names in llama.cpp's graph.
         export: how files of other converters may differ.
@@ -268,6 +272,7 @@ class Architecture:
     partial_rotary: bool = False
     rope_sections: str = ""
     rope_alpha: bool = False
+    rope_keys: str = "all"
     rope_optional: bool = False
     rope_layers: str = "all"
     rope_factors: str = "all"
@@ -332,6 +337,8 @@ class Architecture:
     scale_defaults: tuple[float, float, float] = (0.0, 0.0, 0.0)
     logit_scale_default: float = 0.0
     scale_keys: bool = True
+    vision_experts: bool = False
+    embedding_optional: bool = False
     head: str = "optional"
     graph: Graph = Graph()
     export: Export = Export()
@@ -689,6 +696,32 @@ ARCHITECTURES: dict[str, Architecture] = {
     "qwen2vl": Architecture(epsilon_read=False, rope_sections="consecutive"),
     "paddleocr": Architecture(rope_sections="consecutive"),
     "hunyuan_vl": Architecture(qk_norm="rotated", rope_sections="consecutive", rope_alpha=True),
+    "starcoder": replace(_GPT, rope_pairs="", positions=True),
+    "codeshell": replace(_GPT, embedding_optional=True, head="required"),
+    "orion": Architecture(norm="layer", head="required"),
+    "maincoder": replace(_LLAMA, qk_norm="rotated"),
+    "chatglm": Architecture(rope_pairs="adjacent", partial_rotary=True, ffn="fused"),
+    "pangu-embedded": Architecture(rope_factors="", graph=_SUMMED),
+    "plamo": Architecture(norms=_SHARED_NORM, parallel=True, head="required"),
+    "plamo3": Architecture(
+        norms=_SANDWICH,
+        bare_names=("post_attention_norm", "post_ffw_norm"),
+        partial_rotary=True,
+        windowed="optional",
+        window_period=8,
+        window_rope="own",
+        qk_norm="head",
+        ffn="fused",
+    ),
+    "cogvlm": Architecture(rope_keys="", rope_factors="", vision_experts=True, graph=_SUMMED),
+    "jais2": Architecture(norm="layer", ffn="plain", activation="relu2"),
+    "deepseek2-ocr": replace(
+        _DEEPSEEK,
+        rope_keys="base",
+        mscale="alone",
+        router_key=True,
+        selection_bias="optional",
+    ),
     "qwen35": _QWEN35,
     "qwen35moe": _QWEN35,
     "qwen3next": _DELTA,

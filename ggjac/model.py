@@ -192,9 +192,9 @@ class Model:
         self.crew: Crew | None = None
         if group is not None:
             self.crew = Crew.of(group, self.config, file.tensors)
-        self.embedding: Weight = self.weights["token_embd.weight"]
+        self.embedding: Weight = self.weights[self.config.embedding]
         self.head = decode.Head(
-            self.weights["output.weight" if "output.weight" in self.weights else "token_embd.weight"],
+            self.weights["output.weight" if "output.weight" in self.weights else self.config.embedding],
             bias=self.weights["output.bias"].dense() if "output.bias" in self.weights else None,
             scale=self.config.logit_scale * self.weights.gain("output.weight"),
             softcap=self.config.logit_softcap,

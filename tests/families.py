@@ -311,6 +311,24 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "extra": {"feed_forward_length": 192},
     },
     "qwen2vl": {"biases": QKV, "extra": {"rope.dimension_sections": [2, 3, 3, 0]}},
+    "starcoder": LAYER_NORM
+    | {"positions": True, "fused_qkv": True, "fused_bias": True, "kv_heads": 1, "tied": True}
+    | {"biases": (*QKV, "attn_output", "ffn_up", "ffn_down")},
+    "codeshell": LAYER_NORM | {"biases": (*QKV, "attn_output", "ffn_up", "ffn_down")},
+    "orion": {"norm": "ln_bias"},
+    "maincoder": {"qk_norm": "head", "head_dim": 32},
+    "chatglm": {"biases": QKV, "ffn": "fused", "fused_qkv": True, "fused_bias": True, "n_rot": 8},
+    "pangu-embedded": {"biases": (*QKV, "attn_output"), "head_dim": 32},
+    "plamo": {"norms": ("attn_norm",)},
+    # Layer 7 is the first that sees everything.
+    "plamo3": {"norms": SANDWICH, "bare_norms": ("post_attention_norm", "post_ffw_norm"), "layers": 9, "window": 4}
+    | {"qk_norm": "head", "ffn": "fused", "fused_qkv": True, "tied": True, "rope_base": 100.0, "post_gain": 0.4},
+    "cogvlm": {"mixers": ("vision experts",), "fused_qkv": True, "kv_heads": 4},
+    # The converter writes that no dimension is rotated apart from others.
+    "deepseek2-ocr": EXPERTS
+    | {"kv_heads": 4, "layers": 3, "dense_lead": 1, "expert_ff": 48, "shared_count": 2}
+    | {"extra": {"rope.dimension_count": 0, "expert_weights_scale": 1.0}},
+    "jais2": LAYER_NORM | {"biases": (*QKV, "attn_output", "ffn_up", "ffn_down")},
     "paddleocr": {"head_dim": 32, "tied": True, "extra": {"rope.dimension_sections": [4, 6, 6, 0]}},
     "hunyuan_vl": {"qk_norm": "head", "head_dim": 32, "tied": True, "extra": {"rope.dimension_sections": [4, 4, 4, 4]}},
     "qwen35": QWEN35 | {"extra": {"rope.dimension_sections": [3, 3, 2, 0]}},
@@ -878,6 +896,51 @@ FAMILY_CASES: dict[str, dict[str, Any]] = {
     "hunyuan_vl": of("hunyuan_vl", rope_base=10.0, scaling={"type": "none", "factor": 4.0, "alpha": 3.0}),
     "hunyuan_vl_plain": of("hunyuan_vl", tied=False, window=3, omit=("rope.dimension_sections",), extra=UNREAD),
     "hunyuan_alpha": of("hunyuan-dense", rope_base=10.0, scaling={"alpha": 3.0}),
+    "starcoder": of("starcoder"),
+    "starcoder_unread": of("starcoder", kv_heads=4, tied=False, window=3, extra=UNREAD),
+    "codeshell": of("codeshell", scaling={"type": "linear", "factor": 1.0}),
+    # The head's matrix has the embeddings, too.
+    "codeshell_head_only": of("codeshell", head_only=True, fused_qkv=True, fused_bias=True, window=3, extra=UNREAD),
+    "orion": of("orion"),
+    "orion_unread": of("orion", **YARN_ROW, fused_qkv=True, window=3, extra=UNREAD),
+    "maincoder": of("maincoder"),
+    "maincoder_unread": of("maincoder", **YARN_ROW, tied=True, window=3, extra=UNREAD),
+    "chatglm": of("chatglm"),
+    "chatglm_unread": of(
+        "chatglm", n_rot=None, fused_qkv=False, fused_bias=False, biases=(), tied=True, window=3, extra=UNREAD
+    ),
+    "pangu": of("pangu-embedded", rope_factors=True, rope_base=500.0),
+    "pangu_unread": of("pangu-embedded", **YARN_ROW, tied=True, fused_qkv=True, window=3, extra=UNREAD),
+    "plamo": of("plamo", rope_base=500.0),
+    "plamo_unread": of("plamo", **YARN_ROW, fused_qkv=True, kv_heads=1, window=3, extra=UNREAD),
+    "plamo3": of("plamo3"),
+    "plamo3_base": of(
+        "plamo3",
+        layers=3,
+        head_dim=32,
+        n_rot=16,
+        tied=False,
+        scaling=YARN,
+        extra={"rope.freq_base_swa": 50.0, "attention.sliding_window_pattern": 2},
+    ),
+    "plamo3_unread": of("plamo3", layers=2, window=None, extra=UNREAD),
+    # Nothing is read about the rotation.
+    "cogvlm": of("cogvlm", rope_base=5e5, rope_factors=True),
+    "cogvlm_unread": of("cogvlm", scaling=YARN, tied=True, window=3, extra=UNREAD),
+    "deepseek2_ocr": of("deepseek2-ocr"),
+    "deepseek2_ocr_options": of(
+        "deepseek2-ocr",
+        fused_qkv=True,
+        fused_experts=True,
+        tied=True,
+        selection_bias=0.3,
+        extra={"expert_gating_func": 2, "expert_weights_norm": True, "expert_weights_scale": 2.5},
+        window=3,
+    ),
+    # The rotation is not stretched then, but scores are scaled.
+    "deepseek2_ocr_linear": of("deepseek2-ocr", dense_lead=0, layers=2, scaling=LINEAR, extra=UNREAD),
+    "jais2": of("jais2"),
+    "jais2_unread": of("jais2", **YARN_ROW, head_dim=32, tied=True, fused_qkv=True, window=3, extra=UNREAD),
     "phimoe_unread": of("phimoe", window=3, extra=UNREAD | UNREAD_ROUTING | {"leading_dense_block_count": 1}),
     "deepseek2": of("deepseek2"),
     "deepseek2_predictor": of("deepseek2", layers=4, predictors=1, shared_count=1, tied=True),

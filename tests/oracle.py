@@ -64,6 +64,7 @@ class Facts(NamedTuple):
     # | local or dense (those, and leading dense ones) | not first of four (of more than four, where there are windows)
     roped: str = "all"
     sections: str = "in turn"  # how an image's axes are dealt pairs: in turn | one after another
+    rope_keys: str = "all"  # that are read: all | base (scaling is not done) | none: the base is 10000
     finetuned_key: bool = False  # rope.scaling.finetuned = false turns the rope off
     factors: bool = False  # divisors of the frequencies are read
     yarn_keys: bool = False  # YaRN's betas and log multiplier are read
@@ -120,6 +121,7 @@ class Facts(NamedTuple):
     graph: Mapping[str, str] = {}
     # llama.cpp's names of the stream before a layer and after the last; (): it names the stream after each layer.
     stream_before: tuple[str, ...] = ()
+    norm_unnamed: bool = False  # nor has the final norm's output a name there
     own_scales: tuple[str, ...] = ()  # tensors whose `.scale` is a part of the model, not of how they are stored
     scales: tuple[float, ...] = ()  # of embeddings, branches * sqrt(blocks) and logits * d, where the file has none
     plain_scales: bool = False  # of branches and logits as they are
@@ -301,6 +303,20 @@ FACTS: dict[str, Facts] = {
     "qwen2vl": Facts(epsilon_read=False, rope="halves", sections="one after another"),
     "paddleocr": Facts(rope="halves", sections="one after another"),
     "hunyuan_vl": Facts(rope="halves", qk_norm="head after rope", sections="one after another"),
+    "starcoder": LAYER_NORM._replace(rope=None),
+    "codeshell": LAYER_NORM,
+    "orion": Facts(norm="ln", rope="halves"),
+    "maincoder": Facts(qk_norm="head after rope"),
+    "chatglm": Facts(ffn="fused"),
+    "pangu-embedded": Facts(rope="halves", sum_named_ffn_out=True),
+    "plamo": Facts(rope="halves", parallel=True, ffn_norm=None),
+    "plamo3": SANDWICH._replace(
+        rope="halves", qk_norm="head", period=8, local_base=10000.0, local_scaling=False, ffn="fused",
+        norm_unnamed=True,
+    ),
+    "cogvlm": Facts(rope="halves", rope_keys="", sum_named_ffn_out=True),
+    "jais2": LAYER_NORM._replace(activation="relu2"),
+    "deepseek2-ocr": ROUTED._replace(rope="halves", rope_keys="base", mscale="alone"),
     "qwen35": QWEN35,
     "qwen35moe": QWEN35,
     "lfm2": LFM2._replace(period=0),
@@ -360,7 +376,8 @@ FACTS: dict[str, Facts] = {
     ),
     "llama4": Facts(
         factors=True, period=4, window=8192, window_always=True, roped="three of four", qk_norm="bare", unnormed=128,
-        router="each", renormalise=False, weighted="input", sum_named_ffn_out=True, graph={"ffn_moe_out_merged": "ffn_out"},
+        router="each", renormalise=False, weighted="input", sum_named_ffn_out=True,
+        graph={"ffn_moe_out_merged": "ffn_out"},
     ),
     "spark2_5": Facts(rope="halves", period=0, activation="gelu", graph=GATED | {"attn_out_proj": "attn_out"}),
     "muse-glimmer": SANDWICH._replace(
@@ -407,6 +424,7 @@ def _read(path: str, changed: int) -> Oracle:
         if name.endswith(".scale"):  # of the matrix, or of each expert's; no graph of llama.cpp uses an `.input_scale`
             weights[matrix] = weights[matrix] * factor.reshape(-1, *[1] * (weights[matrix].ndim - 1))
     assert architecture in FACTS, f"the oracle does not know {architecture}"
+    weights.setdefault("token_embd.weight", weights.get("output.weight"))
     metadata = {k.removeprefix(f"{architecture}."): v for k, v in fields.items()}
     metadata.setdefault("attention.layer_norm_rms_epsilon", metadata.get("attention.layer_norm_epsilon"))
     if scales := FACTS[architecture].scales:
@@ -484,6 +502,9 @@ def rope_angles(model: Oracle, layer: int, n: int, n_rot: int, context: int) -> 
         base = base * alpha ** (width / (width - 2))
     if local and facts.local_base_key:
         base = meta.get("rope.freq_base_swa", facts.local_base or base)
+    if facts.rope_keys != "all":
+        base = base if facts.rope_keys == "base" else 10000.0
+        return torch.arange(n)[:, None] * base ** (-torch.arange(0, n_rot, 2, dtype=torch.float64) / n_rot), 1.0
     kind = meta.get("rope.scaling.type", "linear")
     factor = meta.get("rope.scaling.factor", meta.get("rope.scale_linear", 1.0)) or 1.0
     if local and not facts.local_scaling:
@@ -604,7 +625,7 @@ def turned(model: Oracle, layer: int, part: str, h: Tensor, context: int) -> Ten
     if facts.qk_norm == "head" and f"{name}.weight" in model.weights:
         x = norm(model, name, x, frozen=False)
     if roped(model, layer):
-        n_rot = of_kind(model, layer, "rope.dimension_count", hd)
+        n_rot = of_kind(model, layer, "rope.dimension_count", hd) if facts.rope_keys == "all" else hd
         n_rot //= 2 if facts.halved and window(model, layer) is None else 1
         angles, magnitude = rope_angles(model, layer, len(h), n_rot, context)
         x = rotate(x, angles, magnitude, pairs=facts.rope)
@@ -640,6 +661,8 @@ def attention(
     scale = facts.attn_scale or scale
     if facts.attn_scale_key:
         scale = meta.get(facts.attn_scale_key, 0.0) or scale
+    if facts.mscale:
+        scale *= oracle_latent.stretched(meta, meta.get("rope.scaling.attn_factor", 1.0), facts.mscale)[1]
     scale = torch.full((n, 1), scale, dtype=torch.float64)
     if facts.temperature and meta.get("attention.temperature_scale"):
         original = meta.get("rope.scaling.original_context_length", meta["context_length"])

@@ -58,6 +58,7 @@ class Options:
     omit: tuple[str, ...] = ()  # keys below `{arch}.` to leave out, so that the reader's defaults count
     per_layer_arrays: bool = False  # write head counts and feed-forward length as arrays of equal numbers
     tied: bool = False  # no output.weight
+    head_only: bool = False  # no token_embd.weight
     fused_qkv: bool = False
     fused_bias: bool = False  # write attn_qkv.bias in place of the biases of q, k and v
     biases: tuple[str, ...] = ()  # of ALL_BIASES, "output", and those of the experts
@@ -226,12 +227,13 @@ def metadata(o: Options) -> dict[str, Any]:
 def tensors(o: Options) -> Iterator[Entry]:
     """List the tensors of a file."""
     q, kv, pairs = o.heads * o.hd, o.hk * o.hd, (o.n_rot or o.hd) // 2
-    yield Entry("token_embd.weight", (o.vocab, o.d), o.embed_std)
+    if not o.head_only:
+        yield Entry("token_embd.weight", (o.vocab, o.d), o.embed_std)
     if o.positions:
         yield Entry("position_embd.weight", (o.context, o.d), 0.5)
     yield from norms(o, o.final_norm, o.d)
     if not o.tied:
-        yield matrix("output", o.vocab, o.d, 2.0)
+        yield Entry("output.weight", (o.vocab, o.d), o.embed_std if o.head_only else 2.0 / math.sqrt(o.d))
     if "output" in o.biases:
         yield bias("output", o.vocab)
     if o.rope_factors:
@@ -333,6 +335,16 @@ def attention(o: Options, b: str, *, gated: bool = False) -> Iterator[Entry]:
     if o.attn_gate:
         yield matrix(f"{b}.attn_gate", {"heads": o.heads, "elements": q}[o.attn_gate], o.d, 2.0)
     yield matrix(f"{b}.attn_output", o.d, o.heads * o.hv)
+
+
+def with_vision_experts(o: Options, b: str) -> Iterator[Entry]:
+    """List attention, and the layer's matrices for tokens of images."""
+    yield from attention(o, b)
+    rows = (o.heads + 2 * o.hk) * o.hd
+    for name, out, into in (("attn_qkv", rows, o.d), ("attn_output", o.d, o.heads * o.hd)):
+        yield matrix(f"{b}.vis_{name}", out, into)
+    for name, out, into in (("gate", o.ff, o.d), ("up", o.ff, o.d), ("down", o.d, o.ff)):
+        yield matrix(f"{b}.vis_{name}", out, into)
 
 
 def delta(o: Options, b: str, *, layout: str) -> Iterator[Entry]:
@@ -601,6 +613,7 @@ MIXERS: dict[str, Callable[[Options, str], Iterator[Entry]]] = {
     "attention": attention,
     "gated attention": functools.partial(attention, gated=True),
     "window": window,
+    "vision experts": with_vision_experts,
     "latent": latent,
     "block_sparse": block_sparse,
     "delta": functools.partial(delta, layout="qwen35"),

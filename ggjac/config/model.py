@@ -164,6 +164,7 @@ class ModelConfig:
 
     Attributes:
         architecture: `general.architecture`.
+        embedding: name of the tensor with the embeddings.
         row: its entry in `ARCHITECTURES`, with file-dependent options resolved.
         block_count: number of blocks, L, without those that predict later tokens.
         layers: properties of each block.
@@ -193,6 +194,7 @@ class ModelConfig:
     """
 
     architecture: str
+    embedding: str
     row: Architecture
     block_count: int
     layers: tuple[Layer, ...]

@@ -41,6 +41,9 @@ def read_config(metadata: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...
     if not metadata.get(f"{name}.attention.causal", True):
         raise ConfigError(f"{name}.attention.causal is False: attention to later tokens is not supported")
     d, context = keys.integer("embedding_length"), keys.integer("context_length")
+    embedding = "token_embd.weight"
+    if row.embedding_optional and embedding not in shapes:
+        embedding = "output.weight"
     experts = _experts(keys, row, stored, shapes)
     latent = _latent(keys, row)
     layers = _layers(keys, row, stored, blocks, experts, latent, shapes)
@@ -51,11 +54,12 @@ def read_config(metadata: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...
 
     config = ModelConfig(
         architecture=name,
+        embedding=embedding,
         row=row,
         block_count=blocks,
         layers=layers,
         d=d,
-        vocabulary=shapes.get("token_embd.weight", (0,))[0],
+        vocabulary=shapes.get(embedding, (0,))[0],
         context_length=context,
         original_context=keys.integer("rope.scaling.original_context_length", context),
         recurrence=_recurrence(keys, row, stored, context),

@@ -127,6 +127,14 @@ _INDEXER: dict[str, dict[str, tuple[str, ...]]] = {
         "indexer.k_norm.weight": ("indexer key",),
     },
 }
+# For the tokens of images: not used.
+_VISION_EXPERTS: dict[str, tuple[str, ...]] = {
+    "vis_attn_qkv.weight": ("qkv", "d"),
+    "vis_attn_output.weight": ("d", "read"),
+    "vis_gate.weight": ("f", "d"),
+    "vis_up.weight": ("f", "d"),
+    "vis_down.weight": ("d", "f"),
+}
 # Fused tensors and their parts: the file has either. Experts' gates are above their up projections.
 FUSED = {
     "attn_qkv": ("attn_q", "attn_k", "attn_v"),
@@ -173,6 +181,7 @@ _OPTIONAL = {
     "rope_factors_short.weight",
     "layer_output_scale.weight",
     *(name for table in _INDEXER.values() for name in table),
+    *_VISION_EXPERTS,
 }
 # Other biases and factors are optional.
 _NEEDED = {"ssm_dt.bias", "ffn_gate_inp.scale"}
@@ -303,6 +312,8 @@ def check_tensors(config: ModelConfig, shapes: Mapping[str, tuple[int, ...]]) ->
     for prefix, table, sizes in _scopes(config):
         fused = {stem: parts for stem, parts in FUSED.items() if all(f"{part}.weight" in table for part in parts)}
         optional = _OPTIONAL | {f"{stem}.weight" for stem in fused}
+        if config.embedding != "token_embd.weight":
+            optional.add("token_embd.weight")
         if config.row.state_norm_optional:
             optional.add("ssm_norm.weight")
         for stem, parts in fused.items():
@@ -467,6 +478,7 @@ def _block_table(config: ModelConfig, layer: int) -> dict[str, tuple[str, ...]]:
     if own.gate:
         vectors["attn_gate.weight"] = ("gates", "d")
     vectors |= _OWN_INPUTS if config.inputs else {}
+    vectors |= _VISION_EXPERTS if row.vision_experts else {}
     if own.hidden_units:
         matrices |= _FFN[row.ffn]
     if own.routed:
