@@ -593,8 +593,17 @@ def _attribute(builder: _Builder) -> Work:
         region = Region("heads" if by == "head" else "live", n if everywhere else None, n if everywhere else 1)
         shares = (Sweeps("attribution", 1, 1, region=region),)
     elif everywhere:
-        shares = builder.in_chunks("attribution", n + 1, region=Region(read=n, written=n))
+        shares = tuple(_everywhere(builder))
     return builder.work(RECONSTRUCTION, Lookup("logits", logits=n if everywhere else 1), *shares)
+
+
+def _everywhere(builder: _Builder) -> Iterator[Sweeps]:
+    """Yield the sweeps of all outputs, some at a time, each with the positions up to the last of them; and biases."""
+    n, at_once = builder.n, min(TOKENS_AT_ONCE, builder.rows_at_once())
+    yield Sweeps("attribution: biases", 1, 1, region=Region(read=n, written=n))
+    for start in range(0, n, at_once):
+        stop = min(start + at_once, n)
+        yield Sweeps("attribution", 1, stop - start, up=False, region=Region(read=stop, written=stop))
 
 
 def _norms(builder: _Builder) -> Work:
