@@ -190,7 +190,7 @@ def record_experts(
     config = frame.config
     logits = affine(linear(w, "ffn_gate_inp", len(h)), router)
     scores = ROUTERS[config.row.router](widened(logits))  # [n, e]
-    chosen = _chosen(w, config, scores.detach(), config.layers[layer].experts_used)
+    chosen = w.agreed(_chosen(w, config, scores.detach(), config.layers[layer].experts_used))
     weights = scores.gather(-1, chosen)  # [n, used]
     if config.row.router in WEIGHTS:
         weights = WEIGHTS[config.row.router](weights)
