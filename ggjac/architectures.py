@@ -110,6 +110,7 @@ class Architecture:
             whatever the file states); `""` where there are none.
         indexer: prompts may be so long that attention selects keys: one by one (`"keys"`), in blocks (`"blocks"`), or
             `""` for never. Such prompts are not supported.
+        normed_rotary: the part of latent attention's keys that rotates is normed before (`attn_k_norm`).
         value_norm: the values of each head are normed (RMSNorm without weight).
         shared_keys: the file's last `attention.shared_kv_layers` blocks read keys and values of an earlier block.
         inputs: blocks may have inputs of their own (`embedding_length_per_layer_input`), made from the tokens.
@@ -138,7 +139,8 @@ class Architecture:
         window_fixed: the size is the default, whatever the file states.
         window_period: default period; the last layer of each period attends to all earlier tokens.
         full_first: the first layer of each period does so in place of the last.
-        windowed_sizes: windowed layers have sizes of heads and rotations of their own (`attention.key_length_swa`).
+        windowed_sizes: windowed layers have sizes of heads and rotations of their own (`attention.key_length_swa`),
+            or of latent attention (`attention.kv_lora_rank_swa`, `attention.key_length_mla_swa`).
         window_rope: rotation of windowed layers: `"same"`; `"based"` (base from `rope.freq_base_swa`, if present);
             `"plain"` (same base, no scaling) or `"own"` (base from `rope.freq_base_swa`, 10000 by default, no scaling).
         qk_norm: `"head"` (each query and key head), `"heads"` (likewise, with separate weights per head), `"rotated"`
@@ -229,6 +231,7 @@ class Architecture:
     latent_split: str = ""
     mscale: str = ""
     indexer: str = ""
+    normed_rotary: bool = False
     value_norm: bool = False
     keys_as_values: bool = False
     shared_keys: bool = False
@@ -665,6 +668,24 @@ ARCHITECTURES: dict[str, Architecture] = {
         sigmoid_routers=(),
         indexer="keys",
         ffn_scales=True,
+    ),
+    "dots3note": replace(
+        _DEEPSEEK2,
+        direct_queries=(),
+        latent_split="required",
+        mscale="",
+        temperature="",
+        router="",
+        sigmoid_routers=(),
+        selection_bias="required",
+        indexer="keys",
+        gated_heads=True,
+        normed_rotary=True,
+        windowed="required",
+        windowed_sizes=True,
+        window_rope="based",
+        ffn_scales=True,
+        graph=Graph(attention=("attn_output",)),
     ),
     "minimax-m3": replace(
         _DEEPSEEK,

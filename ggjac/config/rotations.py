@@ -33,7 +33,7 @@ def _ropes(keys: Keys, row: Architecture, key_length: int, *, windowed: bool) ->
 
     Where their sizes differ, those of the layer asked for count.
     """
-    suffix = "_swa" if windowed and row.windowed_sizes else ""
+    suffix = "_swa" if windowed and row.windowed_sizes and row.mixer != "latent" else ""
     dimensions = keys.integer(f"rope.dimension_count{suffix}", key_length)
     if dimensions % 2 or dimensions > key_length or (dimensions < key_length and not row.partial_rotary):
         raise ConfigError(
