@@ -64,6 +64,21 @@ class Division:
     cuts: tuple[Mapping[str, Cut], ...]
     whole: tuple[tuple[str, ...], ...]
 
+    @property
+    def sizes(self) -> ModelConfig:
+        """Sizes of this rank's part: numbers of heads and, of networks, hidden units."""
+
+        def units(kind: str, whole: int, cuts: Mapping[str, Cut]) -> int:
+            return cuts[f"ffn_down{kind}"].size if f"ffn_down{kind}" in cuts else whole
+
+        config, shared = self.config, self.config.expert_shared_feed_forward_length
+        layers = zip(config.layers, self.cuts, strict=True)
+        return replace(
+            config,
+            layers=tuple(replace(own, hidden_units=units("", own.hidden_units, cuts)) for own, cuts in layers),
+            expert_shared_feed_forward_length=max(units("_shexp", shared, cuts) for cuts in self.cuts),
+        )
+
     def experts(self, total: int) -> int:
         """Return how many of some experts, numbered from 0, are this rank's."""
         return len(range(self.rank, total, self.ranks))
@@ -102,14 +117,14 @@ def divide(config: ModelConfig, tensors: "Mapping[str, TensorInfo]", rank: int, 
     return Division(rank, ranks, replace(config, layers=tuple(layers)), tuple(cuts), tuple(whole))
 
 
-def largest(config: ModelConfig, tensors: "Mapping[str, TensorInfo]", ranks: int) -> Division:
-    """Return the division of the rank that has most of the weights, the first of several."""
+def largest(config: ModelConfig, tensors: "Mapping[str, TensorInfo]", ranks: int) -> Division | None:
+    """Return the part of the rank that has most: where not all have as many experts the first, and else the last.
 
-    def rows(division: Division) -> tuple[int, int]:
-        sizes = sum(cut.size for cuts in division.cuts for cut in cuts.values())
-        return sizes, division.experts(config.expert_count)
-
-    return max((divide(config, tensors, rank, ranks) for rank in range(ranks)), key=rows)
+    None for a single rank, which shares with nobody.
+    """
+    if ranks == 1:
+        return None
+    return divide(config, tensors, 0 if config.expert_count % ranks else ranks - 1, ranks)
 
 
 def _share(total: int, unit: int, rank: int, ranks: int) -> range | None:
@@ -182,6 +197,7 @@ def _attention_cuts(config: ModelConfig, own: Layer, heads: Heads) -> dict[str, 
         "attn_q": rows(queries, own.key_size * (2 if config.row.gated_queries else 1)),
         "attn_output": rows(queries, own.value_size)._replace(axis="columns"),
         "attn_sinks": rows(queries, 1),
+        "attn_gate": rows(queries, own.gate),
     }
     if "latent" in own.mixers:
         return cuts | {
@@ -189,7 +205,6 @@ def _attention_cuts(config: ModelConfig, own: Layer, heads: Heads) -> dict[str, 
             "attn_k_nope": rows(queries, nope),
             "attn_k_b": rows(queries, 1)._replace(axis="stack"),
             "attn_v_b": rows(queries, own.value_size),
-            "attn_gate": rows(queries, 1),
         }
     cuts |= {"attn_k": rows(keys, own.key_size), "attn_v": rows(keys, own.value_size)}
     if config.row.qk_norm == "heads":  # weights of each head's own

@@ -22,6 +22,7 @@ from ggjac.blocks import BlockTape, Frame, NormTape, Past
 from ggjac.checks import whole
 from ggjac.config import ModelConfig, Rope, fused_parts, read_config
 from ggjac.display import visible
+from ggjac.division import largest
 from ggjac.gguf import GGUFFile, open_gguf
 from ggjac.gguf.hub import demo_path, resolve, title
 from ggjac.jacobian import DetachedJacobian, FrozenNetwork, Span
@@ -309,6 +310,7 @@ class Model:
         vram_budget: int | str | None = None,
         tapes_on_disk: bool = False,
         threads: int | None = None,
+        ranks: int | None = None,
         **asked: Any,
     ) -> Plan:
         """Return the time and memory that a command needs on a prompt, and whether it fits; nothing is computed.
@@ -322,6 +324,7 @@ class Model:
             tapes_on_disk: if memory is short, assume `trace(..., tapes=Tapes(folder, resident=False))`; the plan states
                 whether it did.
             threads: CPU threads of dequantization; default the model's own.
+            ranks: processes that share the model, of which the plan is one's part; default as many as now do.
             asked: as `ggjac.planner.work.Request` has it: `rank`, `position` and so on.
 
         Raises:
@@ -330,6 +333,7 @@ class Model:
         """
         n = whole("the number of tokens", prompt, None) if isinstance(prompt, int) else len(self.prompt_ids(prompt))
         ram, vram = (machine.parse_size(b) if isinstance(b, str) else b for b in (ram_budget, vram_budget))
+        ranks = whole("ranks", ranks) if ranks is not None else self.crew.ranks if self.crew else 1
         return planner.fitting(
             self.gguf,
             self.config,
@@ -342,6 +346,8 @@ class Model:
             threads=threads or self.weights.threads,
             budget=planner.Budget.of(ram, vram, str(self.device)),
             tapes_on_disk=tapes_on_disk,
+            # The largest part on all ranks, so that all take the same steps.
+            division=largest(self.config, self.gguf.tensors, ranks),
         )
 
     def fit(self, plan: Plan) -> None:
@@ -462,8 +468,10 @@ class Model:
         )
 
     def embed(self, ids: Sequence[int], start: int = 0) -> Float[Tensor, "n d"]:
-        """Return the input of block 0, `[n, d]`: scaled embeddings, plus learned positions from `start` on if any."""
+        """Return the input of block 0, `[n, d]`: embeddings, scaled or normed, plus learned positions from `start`."""
         x = self.embedding.take(ids) * self.config.embedding_scale
+        if self.config.row.embedding_norm:
+            x = blocks.frozen_norm(self.config, None, None, x).apply(x)
         if "position_embd.weight" in self.weights:
             x = x + self.weights["position_embd.weight"].take(range(start, start + len(ids)))
         return x
@@ -545,9 +553,10 @@ class Model:
                 f"the prompt has {len(ids)} tokens, the model's context {context}; shorten it, or give a larger context"
             )
         if len(ids) > self.config.longest:
+            left = f"selects {self.config.longest}" if self.config.indexer.selected else "would leave some out"
             raise PromptError(
-                f"the prompt has {len(ids)} tokens, of which this model's attention selects {self.config.longest}: not "
-                "supported beyond that; shorten it"
+                f"the prompt has {len(ids)} tokens, of which this model's attention {left}: not supported beyond "
+                f"{self.config.longest}; shorten it"
             )
         ids = [whole("token id", i, None) for i in ids]
         for i in ids:

@@ -134,9 +134,9 @@ def unclamped_values(patch: Patch) -> None:
 
 
 def change_config(patch: Patch, **changes: object) -> None:
-    """Let every model be read with some fields changed; `rope__x`, `layer__x` and `row__x` reach inside."""
+    """Let every model be read with some fields changed; `rope__x`, `layer__x` and so on reach inside."""
     read = model.read_config
-    inner: dict[str, dict[str, object]] = {"rope": {}, "layer": {}, "row": {}, "": {}}
+    inner: dict[str, dict[str, object]] = {"rope": {}, "layer": {}, "recurrence": {}, "row": {}, "": {}}
     for name, value in changes.items():
         where, _, field = name.rpartition("__")
         inner[where][field] = value
@@ -152,7 +152,8 @@ def change_config(patch: Patch, **changes: object) -> None:
             for layer in config.layers
         )
         row = dataclasses.replace(config.row, **inner["row"])
-        return dataclasses.replace(config, **{"layers": layers, "row": row} | inner[""])
+        recurrence = dataclasses.replace(config.recurrence, **inner["recurrence"])
+        return dataclasses.replace(config, **{"layers": layers, "recurrence": recurrence, "row": row} | inner[""])
 
     patch.setattr(model, "read_config", changed)
 
@@ -289,6 +290,16 @@ def recorded(kind: str, change: Callable[[mixers.Mixed], mixers.Mixed]) -> Calla
 
 def ungated(mixed: mixers.Mixed) -> mixers.Mixed:
     return mixed._replace(tape=mixed.tape._replace(read=None))
+
+
+def keys_and_queries_swapped(patch: Patch) -> None:
+    right = mixers._from_values
+
+    def wrong(*args: Any) -> tuple[Tensor, ...]:
+        step, key, query = right(*args)
+        return step, query, key
+
+    patch.setattr(mixers, "_from_values", wrong)
 
 
 def changed_recurrence(**changes: Any) -> Callable[[Patch], None]:
@@ -529,6 +540,26 @@ MISTAKES: dict[str, tuple[str, Callable[[Patch], None]]] = {
     "no decay of a state space": ("mamba2", changed_recurrence(log_decay=torch.zeros_like)),
     "gate of a state space ignored": ("mamba2", recorded("state space", ungated)),
     "bias of a convolution dropped": ("mamba2", without("ssm_conv1d_x.bias")),
+    **{
+        f"{case}: {mistake}": (case, make)
+        for case in ("mamba", "jamba")
+        for mistake, make in {
+            "steps cut off": lambda p: p.setattr(mixers, "softplus", torch.relu),
+            "steps without their bias": without("ssm_dt.bias"),
+            "B and C swapped": keys_and_queries_swapped,
+            "one decay of a channel": changed_wide_vector(
+                "ssm_a", lambda a: a.mean(1, keepdim=True).expand_as(a) if a.ndim > 1 else a
+            ),
+            "no skip": changed_wide_vector("ssm_d", torch.zeros_like),
+            "gate ignored": recorded("channel state space", ungated),
+            "taps reversed": reversed_taps,
+        }.items()
+    },
+    "values made of gates": ("plamo2", lambda p: swapped(p, "ssm_in_x", "ssm_in_z")),
+    "B and C of PLaMo 2 swapped": ("plamo2", keys_and_queries_swapped),
+    "no norm of B": ("plamo2", without("ssm_b_norm")),
+    "steps not normed": ("mamba_falcon", lambda p: change_config(p, recurrence__normed=False)),
+    "norms of steps without weights": ("jamba", changed_vector("ssm_dt_norm.weight", torch.ones_like)),
     "taps of a state space reversed": ("granitehybrid", reversed_taps),
     "branches of a hybrid unscaled": ("granitehybrid", lambda p: change_config(p, residual_scale=1.0)),
     "attention without what is beside it": (
@@ -607,6 +638,11 @@ MISTAKES: dict[str, tuple[str, Callable[[Patch], None]]] = {
     "experts clamped as shared ones": (
         "bailingmoe3_clamped", lambda p: change_config(p, layer__clamps=lambda layer: layer.clamps[::-1])
     ),
+    "experts read the stream after attention": ("arctic", lambda p: change_config(p, row__experts_skip=False)),
+    "a dense network beside experts added in full": (
+        "grok_betas", lambda p: change_config(p, row__joint_scale=1.0)
+    ),
+    "another first beta of YaRN": ("grok_caps", lambda p: change_config(p, rope__beta_fast=2.0)),
     "a shared expert added in full": ("cohere2moe", lambda p: change_config(p, row__joint_scale=1.0)),
     "experts alone halved": (
         "cohere2moe", lambda p: change_config(p, row__joint_scale=1.0, expert_weights_scale=0.5)
@@ -777,6 +813,14 @@ def test_prompts_of_which_attention_would_leave_something_out_are_refused(
     with pytest.raises(work.PlanError, match="a prompt of 65 tokens cannot run; this model takes from 1 to 64"):
         m.plan(65)
     assert dict(m.weights.reads) == reads
+
+
+def test_prompts_beyond_the_first_chunk_are_refused(tiny_file: Callable[..., Path]) -> None:
+    """As in llama.cpp, queries of the last position of 8192 grow, and the next one begins another chunk."""
+    m = open_model(tiny_file("llama4", context=9000))
+    assert len(m.check_prompt([1] * 8191)) == 8191
+    with pytest.raises(PromptError, match=r"has 8192 tokens, of which .* leave some out: not supported beyond 8191"):
+        m.trace([1] * 8192)
 
 
 def test_a_full_context_runs(tiny_file: Callable[..., Path]) -> None:
