@@ -118,6 +118,7 @@ class Architecture:
             whatever the file states); `""` where there are none.
         indexer: prompts may be so long that attention selects keys: one by one (`"keys"`), in blocks (`"blocks"`), or
             `""` for never. Such prompts are not supported.
+        normed_rotary: the part of latent attention's keys that rotates is normed before (`attn_k_norm`).
         value_norm: the values of each head are normed (RMSNorm without weight).
         shared_keys: the file's last `attention.shared_kv_layers` blocks read keys and values of an earlier block.
         inputs: blocks may have inputs of their own (`embedding_length_per_layer_input`), made from the tokens.
@@ -155,7 +156,8 @@ class Architecture:
         chunked: a window is a chunk: positions attend to those of their own, and queries grow from chunk to chunk.
             Prompts that go beyond the first chunk are not supported.
         windowed_sizes: what windowed layers have sizes of their own for: `"heads"` and their rotations
-            (`attention.key_length_swa`), `"rotations"` (`rope.dimension_count_swa`) or `""`.
+            (`attention.key_length_swa`; of latent attention `attention.kv_lora_rank_swa` and the like), `"rotations"`
+            (`rope.dimension_count_swa`) or `""`.
         window_rope: rotation of windowed layers: `"same"`; `"based"` (base from `rope.freq_base_swa`, if present);
             `"plain"` (same base, no scaling); `"own"` (base from `rope.freq_base_swa`, 10000 by default, no scaling
             but by `rope.scaling.attn_factor`); `"unscaled"` (likewise, but the same base by default) or `"bare"`
@@ -261,6 +263,7 @@ class Architecture:
     latent_split: str = ""
     mscale: str = ""
     indexer: str = ""
+    normed_rotary: bool = False
     value_norm: bool = False
     keys_as_values: bool = False
     shared_keys: bool = False
@@ -759,6 +762,24 @@ ARCHITECTURES: dict[str, Architecture] = {
         sigmoid_routers=(),
         indexer="keys",
         ffn_scales=True,
+    ),
+    "dots3note": replace(
+        _DEEPSEEK2,
+        direct_queries=(),
+        latent_split="required",
+        mscale="",
+        temperature="",
+        router="",
+        sigmoid_routers=(),
+        selection_bias="required",
+        indexer="keys",
+        gated_heads="heads",
+        normed_rotary=True,
+        windowed="required",
+        windowed_sizes="heads",
+        window_rope="based",
+        ffn_scales=True,
+        graph=Graph(attention=("attn_output",)),
     ),
     "minimax-m3": replace(
         _DEEPSEEK,

@@ -192,7 +192,7 @@ def _attention_cuts(config: ModelConfig, own: Layer, heads: Heads) -> dict[str, 
         return Cut("rows", of.start * width, of.stop * width)
 
     queries, keys = heads
-    nope = own.key_size - config.latent.rotary
+    nope = own.key_size - own.latent.rotary
     cuts = {
         "attn_q": rows(queries, own.key_size * (2 if config.row.gated_queries else 1)),
         "attn_output": rows(queries, own.value_size)._replace(axis="columns"),

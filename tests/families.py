@@ -51,6 +51,7 @@ YARN_ROW = {"scaling": YARN, "rope_base": 100.0}
 # No two sizes are equal, neither of a head's parts nor of what they are made from.
 SIZES = {"nope": 12, "latent": 20, "value": 10, "query": 24}
 UNSPLIT = SIZES | {"unsplit": True}
+NARROW = {"heads": 2, "nope": 10, "latent": 16, "value": 14}
 LATENT = {"mixers": ("latent",), "n_rot": 8, "sizes": SIZES}
 # Two of four groups, three of their six experts.
 GROUPS = {"experts": 12, "experts_used": 3} | {
@@ -355,6 +356,13 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "deepseek32": DEEPSEEK | {"sizes": SIZES | {"indexer": 8}, "layers": 4, "predictors": 1},
     "glm-dsa": DEEPSEEK
     | {"sizes": SIZES | {"indexer": 8, "indexer_types": [True, False, True]}, "layers": 4, "predictors": 1},
+    # Windowed layers have fewer heads, of other sizes; full ones choose their keys.
+    "dots3note": EXPERTS
+    | {"mixers": ("latent", *2 * ("latent window",), "latent", "latent window"), "n_rot": 8, "kv_heads": 1, "layers": 5}
+    | {"predictors": 1, "predictor_experts": False, "dense_lead": 1, "expert_ff": 48, "shared_count": 1}
+    | {"selection_bias": 0.3, "window": 4}
+    | {"sizes": SIZES | {"head_gate": True, "rope_norm": True, "indexer": 8, "window": NARROW}}
+    | {"extra": {"expert_gating_func": 2, "expert_weights_norm": True, "rope.freq_base_swa": 50.0}},
     # The gain of up makes some values leave the clamp at 7.
     "minimax-m3": EXPERTS
     | {"mixers": ("block_sparse",), "sizes": {"indexer": 2}, "qk_norm": "head", "n_rot": 8, "head_dim": 32}
@@ -1013,6 +1021,18 @@ FAMILY_CASES: dict[str, dict[str, Any]] = {
         sizes=SIZES | {"indexer": 8},
         rope_base=100.0,
         scaling=DEEPSEEK_YARN,
+    ),
+    "dots3note": of("dots3note"),
+    "dots3note_yarn": of(
+        "dots3note",
+        scaling=YARN,
+        rope_base=100.0,
+        layers=4,
+        predictors=0,
+        tied=True,
+        shared_count=2,
+        selection_bias=0.05,
+        extra={"expert_gating_func": 1, "expert_weights_norm": False, "expert_weights_scale": 2.5},
     ),
     "minimax_m3": of("minimax-m3"),
     "minimax_m3_fused": of("minimax-m3", fused_qkv=True, dense_lead=0, layers=2, extra={"expert_gating_func": 1}),

@@ -338,6 +338,9 @@ FACTS: dict[str, Facts] = {
     "plm": LATENT._replace(activation="relu2", ffn="plain"),
     "deepseek32": LATENT_ROUTED._replace(mscale="one", temperature=False),
     "glm-dsa": LATENT_ROUTED._replace(mscale="alone", temperature=False, router="each"),
+    "dots3note": LATENT_ROUTED._replace(
+        temperature=False, period=0, graph={"attn_output": "latent", "attn_out": "what heads read"}
+    ),
     "minimax-m3": ROUTED._replace(rope="halves", qk_norm="head", activation="oai"),
     "granitehybrid": GRANITE._replace(
         finetuned_key=True, mixers=by_tensors,
@@ -720,6 +723,7 @@ def latent_attention(model: Oracle, layer: int, h: Tensor, *, frozen: bool, cont
         eps=meta["attention.layer_norm_rms_epsilon"],
         turn=lambda x: rotate(x, angles, magnitude, pairs=facts.rope) if roped(model, layer) else x,
         factor=factor * oracle_latent.temperatures(meta if facts.temperature else {}, n),
+        window=window(model, layer),
         frozen=frozen,
     )
 
