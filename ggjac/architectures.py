@@ -78,11 +78,12 @@ class Architecture:
         norm: `"rms"` (weight / root mean square), `"layer"` (centred, with an optional bias) or `"bare"` (centred,
             without weight or bias: no tensor).
         norm_bias: RMSNorms may have biases too.
+        norm_by_epsilon: files that state RMSNorm's epsilon have RMSNorms.
         epsilon_read: the norms' epsilon is the file's; otherwise it is 0 (llama.cpp does not read it).
         epsilon_optional: files may state LayerNorm's epsilon in place of RMSNorm's.
         output_norm: stem of the norm before the head.
         norms: their names, before and after each branch.
-        bare_names: stems of norms whose tensors' names lack the suffix `.weight`.
+        bare_names: stems of norms whose tensors' names lack the suffix `.weight`, and of biases that lack `.bias`.
         mixer: kind of the softmax attention, of `ggjac.config.mixers.MIXERS`.
         recurrent: kind of the mixer in blocks without attention, of the same table, or `""` for none.
         recurrent_blocks: which blocks those are: `"all"`; `"no kv heads"` (0 in `attention.head_count_kv`);
@@ -90,6 +91,7 @@ class Architecture:
             default); `"beside"` (every block has both mixers, added); or `""` for none.
         one_branch: a block with a feed-forward (`feed_forward_length` above 0) has no mixer.
         key_heads_tiled: of `h` value heads, head `i` uses key head `i % g` in place of `i // (h // g)`.
+        normed_steps: steps, keys and queries of Mamba-1 have norms with weights.
         state_norm_optional: the outputs of a state space may lack their norm.
         sigmoid_gate: the gate on a recurrence's output is a sigmoid in place of a SiLU.
         low_rank_gates: decays and gates of Kimi's delta rule are projected in two steps.
@@ -125,15 +127,19 @@ class Architecture:
         rope_keys: what is read from the file: `"all"`; `"base"` alone (whole heads rotate, without scaling) or `""`
             (likewise, and the base is 10000).
         rope_optional: `rope.scaling.finetuned = false` turns rotation off.
-        rope_layers: layers that rotate: `"all"`, `"windowed"` (only those with a sliding window, if the model has any)
-            or `"three of four"` (all but every fourth).
+        rope_layers: layers that rotate: `"all"`, `"windowed"` (only those with a sliding window, if the model has any),
+            `"windowed or dense"` (those, and the first `leading_dense_block_count`), `"three of four"` (all but every
+            fourth), `"not first of four"` (all but the first of every four, if the model has windows, and unless it
+            has four layers) or `"listed"` (those in the file's `attention.rope_pattern`, if present).
         rope_factors: layers to which `rope_freqs` apply: `"all"`, `"full"` (those without a window) or `""` for none.
         yarn_keys: YaRN's betas and log multiplier are read from the file; llama.cpp ignores them in other families.
         windowed: whether some layers attend through a sliding window: `"optional"` (if the file states its size),
             `"required"`, or `""` for never.
         window_blocks: block count of the only variant with windows (llama.cpp identifies it so); 0 for all variants.
         window: default size in tokens.
+        window_fixed: the size is the default, whatever the file states.
         window_period: default period; the last layer of each period attends to all earlier tokens.
+        full_first: the first layer of each period does so in place of the last.
         windowed_sizes: windowed layers have sizes of heads and rotations of their own (`attention.key_length_swa`).
         window_rope: rotation of windowed layers: `"same"`; `"based"` (base from `rope.freq_base_swa`, if present);
             `"plain"` (same base, no scaling) or `"own"` (base from `rope.freq_base_swa`, 10000 by default, no scaling).
@@ -141,7 +147,10 @@ class Architecture:
             (like `"head"`, but after rotation), `"full"` (the whole projection), or `""` for none.
         qk_norm_optional: files may lack these norms.
         clamp_key: queries, keys and values are clamped to ± the file's `attention.clamp_kqv`, if present.
-        sinks: a learned logit per head joins the softmax without a value.
+        sinks: a learned logit per head joins the softmax without a value: `"required"`, `"optional"` in each layer, or
+            `""` for never.
+        value_scale: what attention adds is multiplied by the file's `attention.value_scale`, unless that is 0 or
+            missing.
         attention_scale_key: the scale of scores is the file's `attention.scale`; the default is 1/√(head size).
         attention_scale: the scale of scores in all files of the family; 0 for the default.
         wide_scale_blocks: block count of the variant whose default is 1/√(d / heads) instead; 0 for none.
@@ -150,13 +159,15 @@ class Architecture:
         temperature: queries may grow with position (`attention.temperature_scale`), after each original context
             (`"context"`) or each `attention.temperature_length` (`"length"`); `""` for never.
         ffn: `"gated"`, `"fused"` (gate and up in one tensor, gate first) or `"plain"` (no gate).
-        ffn_scales: the constant factors of the feed-forward's matrices are applied, as those of attention's are in all
-            families.
+        qkv_scales: the constant factors of the projections to queries, keys and values are applied, as that of
+            attention's output projection is in all families.
+        ffn_scales: those of the feed-forward's matrices are applied.
         recurrent_scales: those of a recurrent mixer's matrices are applied.
         units_doubled: the file's `feed_forward_length` is twice the number of hidden units.
-        activation: `"silu"`, `"gelu"` (tanh form), `"relu2"` (the square of the positive part), `"xielu"` (see
-            `ggjac.config.Layer`) or `"silu_oai"` (clamped, with up shifted by one).
-        hidden_clamps: hidden units may have limits in each block (`swiglu_clamp_exp`, `swiglu_clamp_shexp`).
+        activation: `"silu"`, `"relu"`, `"gelu"` (tanh form), `"relu2"` (the square of the positive part), `"xielu"`
+            (see `ggjac.config.Layer`) or `"silu_oai"` (clamped, with up shifted by one).
+        hidden_clamps: hidden units may have limits in each block (`swiglu_clamp_exp`, `swiglu_clamp_shexp`), and so has
+            the gate, `"before"` its activation or `"after"` it; `""` for never.
         router: how expert weights come from router logits: `"softmax"` over all experts, `"softmax_selected"` over
             the chosen ones, or `"sigmoid"`.
         sigmoid_routers: blocks and vocabulary of the variants where it is `"sigmoid"` (llama.cpp identifies them so).
@@ -166,8 +177,10 @@ class Architecture:
         renormalize: divide the chosen experts' weights by their sum.
         renormalize_key: the file's `expert_weights_norm`, false by default, overrides `renormalize`.
         expert_scale_key: expert weights are multiplied by the file's `expert_weights_scale`, unless that is 0.
-        router_norm: the router reads the stream, normed without weight, divided by √d and times `ffn_gate_inp.scale`.
+        router_reads: what the router reads: `"input"` (as the experts), `"stream"` (the stream before their norm, but
+            normed without weight, divided by √d and times `ffn_gate_inp.scale`) or `"block"` (the block's input).
         dense_beside_experts: blocks with a mixture have a dense network too, and add both.
+        joint_scale: factor on the sum of routed experts and a network beside them, a shared expert or a dense one.
         leading_dense: the first `leading_dense_block_count` blocks are dense.
         router_optional: blocks without a router are dense.
         uneven_experts: the number of experts that a token uses may differ between blocks.
@@ -177,6 +190,8 @@ class Architecture:
             `expert_shared_count` for the shared expert), `"shared count"` (likewise, but the shared expert has
             `expert_shared_feed_forward_length` times the count, if present) or `"shared"` (likewise, but that key
             counts alone).
+        shared_optional: without `expert_shared_count` there is no shared expert.
+        shared_fused: gate and up of the shared expert are in one tensor, gate first.
         stream_scale: a block's output may be multiplied by a number (`layer_output_scale`).
         positions: learned position embeddings are added to the input.
         embedding_scale: `"sqrt"` (of d), `"key"` (the file's `embedding_scale`), or `""` for none.
@@ -195,6 +210,7 @@ class Architecture:
 
     norm: str = "rms"
     norm_bias: bool = False
+    norm_by_epsilon: bool = False
     epsilon_read: bool = True
     epsilon_optional: bool = False
     output_norm: str = "output_norm"
@@ -205,6 +221,7 @@ class Architecture:
     recurrent_blocks: str = ""
     one_branch: bool = False
     key_heads_tiled: bool = False
+    normed_steps: bool = False
     state_norm_optional: bool = False
     sigmoid_gate: bool = False
     low_rank_gates: bool = False
@@ -235,13 +252,16 @@ class Architecture:
     windowed: str = ""
     window_blocks: int = 0
     window: int = 0
+    window_fixed: bool = False
     window_period: int = 0
+    full_first: bool = False
     windowed_sizes: bool = False
     window_rope: str = "same"
     qk_norm: str = ""
     qk_norm_optional: bool = False
     clamp_key: bool = False
-    sinks: bool = False
+    sinks: str = ""
+    value_scale: bool = False
     attention_scale_key: bool = False
     attention_scale: float = 0.0
     wide_scale_blocks: int = 0
@@ -249,11 +269,12 @@ class Architecture:
     logit_softcap: float | None = None
     temperature: str = ""
     ffn: str = "gated"
+    qkv_scales: bool = True
     ffn_scales: bool = False
     recurrent_scales: bool = False
     units_doubled: bool = False
     activation: str = "silu"
-    hidden_clamps: bool = False
+    hidden_clamps: str = ""
     router: str = "softmax"
     sigmoid_routers: tuple[tuple[int, int], ...] = ()
     router_key: bool = False
@@ -261,13 +282,16 @@ class Architecture:
     renormalize: bool = True
     renormalize_key: bool = False
     expert_scale_key: bool = False
-    router_norm: bool = False
+    router_reads: str = "input"
     dense_beside_experts: bool = False
+    joint_scale: float = 1.0
     leading_dense: bool = False
     router_optional: bool = False
     uneven_experts: bool = False
     expert_latent: bool = False
     expert_widths: str = "tensors"
+    shared_optional: bool = False
+    shared_fused: bool = False
     stream_scale: bool = False
     positions: bool = False
     embedding_scale: str = ""
@@ -284,6 +308,7 @@ class Architecture:
 
 
 _LLAMA = Architecture(rope_pairs="adjacent")
+_EXPERTS_ONLY = Graph(ffn=("ffn_moe_out",))
 _SUMMED = Graph(ffn=())  # `ffn_out` is, or becomes, the branch's sum with the stream
 _QWEN3 = Architecture(qk_norm="head")
 _SANDWICH = Norms(attention_out=("post_attention_norm",), ffn_out=("post_ffw_norm",))
@@ -486,7 +511,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         windowed="required",
         window_period=2,
         window_rope="based",
-        sinks=True,
+        sinks="required",
         activation="silu_oai",
         router="softmax_selected",
         renormalize=False,
@@ -507,6 +532,93 @@ ARCHITECTURES: dict[str, Architecture] = {
     "hunyuan-moe": Architecture(qk_norm="rotated"),
     "bailingmoe": replace(_DEEPSEEK, rope_pairs="adjacent", leading_dense=False),
     "bailingmoe2": replace(_DOTS, partial_rotary=True, expert_widths="shared count"),
+    "mellum": replace(
+        _QWEN3,
+        windowed="optional",
+        window_period=4,
+        window_rope="plain",
+        ffn_scales=True,
+        head="required",
+        graph=_EXPERTS_ONLY,
+    ),
+    "maple": replace(
+        _QWEN3,
+        partial_rotary=True,
+        rope_layers="windowed",
+        windowed="required",
+        window_rope="based",
+        hidden_clamps="before",
+        head="required",
+        graph=_EXPERTS_ONLY,
+    ),
+    "granite_swa": replace(
+        _GRANITE, rope_layers="listed", windowed="required", sinks="required", shared_fused=True, graph=_SUMMED
+    ),
+    "hy_v3": replace(
+        _QWEN3,
+        bare_names=("exp_probs_b",),
+        ffn_scales=True,
+        router="sigmoid",
+        router_key=True,
+        selection_bias="optional",
+        renormalize_key=True,
+        expert_scale_key=True,
+        router_optional=True,
+        graph=Graph(ffn=("ffn_dense_out", "ffn_out")),
+    ),
+    "cohere2moe": replace(
+        _COHERE,
+        norm_by_epsilon=True,
+        partial_rotary=False,
+        rope_layers="windowed or dense",
+        windowed="required",
+        window_period=4,
+        full_first=True,
+        ffn_scales=True,
+        router="sigmoid",
+        router_key=True,
+        renormalize_key=True,
+        expert_scale_key=True,
+        joint_scale=0.5,
+        leading_dense=True,
+        expert_widths="shared",
+        shared_optional=True,
+        graph=Graph(attention=(), ffn=("ffn_out", "ffn_moe_out")),
+    ),
+    "mimo2": Architecture(
+        partial_rotary=True,
+        windowed="required",
+        window_rope="own",
+        sinks="optional",
+        value_scale=True,
+        qkv_scales=False,
+        router="sigmoid",
+        selection_bias="optional",
+        router_optional=True,
+        head="required",
+        graph=Graph(ffn=("ffn_out", "ffn_moe_out")),
+    ),
+    "smallthinker": Architecture(
+        rope_layers="not first of four",
+        windowed="optional",
+        window=4096,
+        window_fixed=True,
+        window_period=4,
+        full_first=True,
+        window_rope="based",
+        activation="relu",
+        router="",
+        router_key=True,
+        router_reads="block",
+        graph=Graph(attention=()),
+    ),
+    "dbrx": Architecture(
+        norm="layer",
+        norms=Norms(ffn_in=("attn_output_norm",)),
+        clamp_key=True,
+        head="required",
+        graph=Graph(attention=(), ffn=("ffn_moe_out",)),
+    ),
     "exaone-moe": replace(
         _DOTS,
         rope_layers="windowed",
@@ -540,7 +652,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         qk_norm="head",
         ffn="fused",
     ),
-    "cogvlm": Architecture(rope_keys="", rope_factors="", vision_experts=True, graph=_SUMMED),
+    "cogvlm": Architecture(rope_keys="", rope_factors="", qkv_scales=False, vision_experts=True, graph=_SUMMED),
     "jais2": Architecture(norm="layer", ffn="plain", activation="relu2"),
     "deepseek2-ocr": replace(
         _DEEPSEEK,
@@ -612,13 +724,24 @@ ARCHITECTURES: dict[str, Architecture] = {
         gated_heads=True,
         bounded_decay=True,
         rope_pairs="adjacent",
-        hidden_clamps=True,
+        hidden_clamps="after",
         expert_widths="shared",
         graph=Graph(("kda_out", "mla_out"), ffn=()),
     ),
     "lfm2": replace(_LFM2, windowed="optional"),
     "lfm2moe": replace(_LFM2, router="", router_key=True, selection_bias="required", leading_dense=True),
     "mamba2": _MAMBA2,
+    "mamba": replace(_MAMBA2, recurrent="channel state space", graph=Graph(attention=())),
+    "jamba": Architecture(
+        recurrent="channel state space",
+        recurrent_scales=True,
+        recurrent_blocks="no kv heads",
+        normed_steps=True,
+        rope_pairs="",
+        renormalize=False,
+        router_optional=True,
+        graph=Graph(attention=("ffn_inp",)),  # so named before the sum
+    ),
     "granitehybrid": replace(
         _GRANITE,
         rope_optional=True,
@@ -654,7 +777,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         window_rope="own",
         logit_softcap=30.0,
         ffn_scales=True,
-        router_norm=True,
+        router_reads="stream",
         dense_beside_experts=True,
         router_optional=True,
         stream_scale=True,

@@ -39,6 +39,7 @@ GEMMA4 = GEMMA | {
         "rope.freq_base_swa": 50.0,
     },
 }
+SIZES_OF_HEADS = ("attention.key_length", "attention.value_length", "rope.dimension_count")
 ATTENTION_KEYS = (
     *("attention.head_count_kv", "attention.key_length", "attention.value_length"),
     *("rope.dimension_count", "rope.freq_base"),
@@ -134,7 +135,11 @@ STATE_SPACE: dict[str, dict[str, Any]] = {
     | EXPERTS
     | {"expert_ff": 48, "shared_ff": 80, "selection_bias": 0.3}
     | {"extra": NEMOTRON_H["extra"] | {"expert_weights_norm": True, "expert_weights_scale": 2.5}},
+    "jamba": {"mixers": ("mamba", "attention", "mamba"), "layers": 3, "kv_by_layer": True}
+    | {"sizes": {"normed": True}, "omit": ATTENTION_KEYS[1:]},
     # The converter writes 0 heads, and no other key of attention.
+    "mamba": {"mixers": ("mamba",), "alone": True, "norms": ("attn_norm",), "layers": 3, "kv_heads": None}
+    | {"extra": {"attention.head_count": 0}, "omit": ATTENTION_KEYS},
     "mamba2": {"mixers": ("mamba2",), "alone": True, "norms": ("attn_norm",), "layers": 3, "kv_heads": None}
     | {"extra": {"attention.head_count": 0}, "omit": ATTENTION_KEYS},
 }
@@ -246,6 +251,34 @@ FAMILIES: dict[str, dict[str, Any]] = {
     | {"qk_norm": "head", "layers": 5, "dense_lead": 1, "window": 4, "expert_ff": 48, "shared_ff": 48}
     | {"selection_bias": 0.3, "predictor_experts": False}
     | {"extra": {"expert_weights_norm": True, "expert_weights_scale": 2.5, "expert_gating_func": 2}},
+    "mellum": EXPERTS | {"qk_norm": "head", "head_dim": 32, "expert_ff": 48, "layers": 5, "window": 4},
+    # The last layer is full, and the middle one of three.
+    "maple": EXPERTS
+    | {"qk_norm": "head", "head_dim": 32, "n_rot": 16, "expert_ff": 48, "layers": 4, "window": 4}
+    | {"extra": {"attention.sliding_window_pattern": [True, False, True, False], "swiglu_clamp_exp": [0.9] * 4}},
+    "granite_swa": GRANITE
+    | {"layers": 4, "window": 4, "sinks": True}
+    | {"extra": GRANITE["extra"] | {"attention.sliding_window_pattern": [False, True, True, False]}},
+    "hy_v3": EXPERTS
+    | {"qk_norm": "head", "head_dim": 32, "layers": 3, "dense_lead": 1, "expert_ff": 48, "shared_ff": 80}
+    | {"selection_bias": 0.3, "bare_norms": ("exp_probs_b",), "omit": ("leading_dense_block_count",)}
+    | {"extra": {"expert_weights_norm": True, "expert_weights_scale": 2.5, "expert_gating_func": 2}},
+    # Layers 0 and 4 are full; the first rotates nevertheless, since it is dense.
+    "cohere2moe": EXPERTS
+    | {"norm": "ln", "norms": ("attn_norm",), "layers": 6, "window": 4, "dense_lead": 1, "expert_ff": 48}
+    | {"shared_count": 2, "extra": {"logit_scale": 0.25, "expert_weights_norm": True}},
+    # Values are narrower than keys, and windowed layers have more kv heads, and sinks. Pattern in integers.
+    "mimo2": EXPERTS
+    | {"mixers": ("attention", "window", "window"), "kv_by_layer": True, "kv_heads": 1, "layers": 4, "window": 4}
+    | {"sizes": {"window": {"kv_heads": 2, "sinks": True}}, "head_dim": 24, "value_dim": 16, "n_rot": 8}
+    | {"dense_lead": 1, "expert_ff": 48, "selection_bias": 0.3}
+    | {"omit": ("leading_dense_block_count", *(f"{key}_swa" for key in SIZES_OF_HEADS))}
+    | {"extra": {"attention.sliding_window_pattern": [0, 1, 1, 0], "attention.value_scale": 0.7}},
+    # The size of the window is not read, but that there is one: every first of four layers is full, and not rotated.
+    "smallthinker": EXPERTS | {"expert_ff": 48, "layers": 5, "window": 4, "extra": {"expert_gating_func": 2}},
+    "dbrx": EXPERTS
+    | {"norm": "ln", "norms": ("attn_norm", "attn_output_norm"), "fused_qkv": True}
+    | {"extra": {"attention.clamp_kqv": 1.0}},
     "minimax-m2": EXPERTS
     | {"qk_norm": "full", "n_rot": 8, "head_dim": 32, "selection_bias": 0.3, "extra": {"expert_gating_func": 2}},
     "phimoe": EXPERTS | {"norm": "rms_bias", "biases": (*QKV, "attn_output", "output")},
@@ -555,6 +588,151 @@ FAMILY_CASES: dict[str, dict[str, Any]] = {
     "olmoe": of("olmoe"),
     "granitemoe": of("granitemoe"),
     "granitemoe_shared": of("granitemoe", shared_ff=80),
+    "mellum": of("mellum"),
+    "mellum_yarn": of("mellum", **YARN_ROW, fused_qkv=True, layers=4),
+    "mellum_listed": of(
+        "mellum", layers=3, extra={"attention.sliding_window_pattern": [False, True, False]}, rope_base=1e6
+    ),
+    "mellum_no_window": of("mellum", layers=2, window=None, **YARN_ROW),
+    "mellum_unread": of("mellum", layers=4, scaling=LINEAR, extra=UNREAD | UNREAD_ROUTING),
+    "mellum_nvfp4": of(
+        "mellum", layers=4, types={"blk.": "NVFP4"}, expert_ff=64, scales=SCALED[0] + SCALED[1], experts_used=3
+    ),
+    "maple": of("maple"),
+    "maple_bases": of("maple", n_rot=None, fused_qkv=True, rope_base=100.0, extra={"rope.freq_base_swa": 50.0}),
+    # Each layer's own limit, or none; rotation is stretched in windowed layers, too.
+    "maple_clamps": of("maple", **YARN_ROW, extra={"swiglu_clamp_exp": [0.5, 0.0, 1.5, 0.7]}),
+    "maple_unread": of(
+        "maple",
+        extra={k: v for k, v in UNREAD.items() if k != "rope.freq_base_swa"}
+        | UNREAD_ROUTING
+        | {"swiglu_clamp_shexp": [0.1] * 4},
+    ),
+    "maple_q8_0": of("maple", type="Q8_0", heads=2, expert_ff=64),
+    "granite_swa": of("granite_swa"),
+    "granite_swa_listed": of(
+        "granite_swa",
+        layers=3,
+        extra={
+            "attention.sliding_window_pattern": [True, False, True],
+            "attention.rope_pattern": [True, False, False],
+        },
+        rope_factors=True,
+        rope_base=500.0,
+        tied=False,
+        fused_qkv=True,
+    ),
+    "granite_swa_biases": of(
+        "granite_swa",
+        biases=(*QKV, "attn_output", "ffn_gate", "ffn_up", "ffn_down"),
+        omit=("attention.scale", "embedding_scale", "residual_scale"),
+        embed_std=1.0,
+    ),
+    "granite_swa_longrope": of("granite_swa", long_short=True, scaling=LONGROPE),
+    "granite_swa_experts": of("granite_swa", **EXPERTS, fused_experts=True, shared_ff=80, shared_fused=True),
+    "granite_swa_experts_apart": of(
+        "granite_swa",
+        **EXPERTS,
+        layers=3,
+        extra=UNREAD_ROUTING | {"attention.sliding_window_pattern": [False, False, True]},
+    ),
+    "hy_v3": of("hy_v3"),
+    # Experts fused; a last block for the token after the next.
+    "hy_v3_predictor": of(
+        "hy_v3", layers=4, predictors=1, fused_experts=True, fused_qkv=True, tied=True, rope_base=1e6
+    ),
+    "hy_v3_softmax": of(
+        "hy_v3",
+        dense_lead=2,
+        selection_bias=0.0,
+        extra={"expert_gating_func": 1, "expert_weights_scale": 0.0},
+        omit=("expert_weights_norm", "leading_dense_block_count"),
+        **YARN_ROW,
+    ),
+    "hy_v3_default_router": of("hy_v3", omit=("expert_gating_func", "expert_shared_feed_forward_length"), shared_ff=48),
+    "hy_v3_nvfp4": of(
+        "hy_v3",
+        types={"blk.": "NVFP4"},
+        ff=128,
+        expert_ff=64,
+        shared_ff=64,
+        scales=SCALED[0] + SCALED[1],
+    ),
+    "cohere2moe": of("cohere2moe"),
+    "cohere2moe_rms": of(
+        "cohere2moe", norm="rms", dense_lead=2, fused_experts=True, shared_count=0, tied=True, layers=5
+    ),
+    "cohere2moe_listed": of(
+        "cohere2moe",
+        layers=4,
+        dense_lead=2,
+        fused_qkv=True,
+        rope_base=100.0,
+        extra={
+            "attention.sliding_window_pattern": [True, False, False, True],
+            "expert_shared_feed_forward_length": 96,
+            "expert_weights_scale": 1.5,
+        },
+        scaling={"type": "none", "factor": 4.0},
+    ),
+    "cohere2moe_softmax": of(
+        "cohere2moe",
+        layers=3,
+        dense_lead=0,
+        shared_count=1,
+        extra={"expert_gating_func": 1, "rope.freq_base_swa": 50.0, "attention.sliding_window_pattern": 2},
+        omit=("expert_weights_norm",),
+        zeros=("leading_dense_block_count",),
+    ),
+    "cohere2moe_predictor": of("cohere2moe", layers=4, predictors=1, norms=("attn_norm",)),
+    "cohere2moe_nvfp4": of(
+        "cohere2moe",
+        layers=3,
+        types={"blk.": "NVFP4"},
+        ff=128,
+        expert_ff=64,
+        scales=SCALED[0] + SCALED[1],
+    ),
+    "mimo2": of("mimo2"),
+    "mimo2_fused": of(
+        "mimo2",
+        fused_qkv=True,
+        layers=3,
+        dense_lead=0,
+        selection_bias=0.0,
+        extra={"attention.sliding_window_pattern": [0, 1, 1], "rope.freq_base_swa": 50.0},
+        omit=("attention.value_scale", *(f"{key}_swa" for key in SIZES_OF_HEADS)),
+    ),
+    "mimo2_predictor": of(
+        "mimo2",
+        layers=5,
+        predictors=1,
+        fused_qkv=True,
+        scaling=LINEAR,
+        extra=UNREAD_ROUTING | {"attention.sliding_window_pattern": [0, 1, 1, 0, 1]},
+    ),
+    "mimo2_yarn": of("mimo2", **YARN_ROW, sinks=True),
+    "mimo2_mxfp4": of("mimo2", types={"_exps.weight": "MXFP4"}, expert_ff=64),
+    "smallthinker": of("smallthinker"),
+    "smallthinker_softmax": of(
+        "smallthinker",
+        layers=6,
+        extra={"expert_gating_func": 1, "rope.freq_base_swa": 50.0, "attention.sliding_window_pattern": 2},
+        tied=True,
+        fused_qkv=True,
+    ),
+    "smallthinker_no_window": of("smallthinker", window=None, layers=3, **YARN_ROW),
+    # With four layers, all rotate.
+    "smallthinker_four": of("smallthinker", layers=4, scaling=LINEAR),
+    "smallthinker_unread": of(
+        "smallthinker",
+        layers=5,
+        extra={k: v for k, v in (UNREAD | UNREAD_ROUTING).items() if k != "rope.freq_base_swa"},
+    ),
+    "dbrx": of("dbrx"),
+    "dbrx_linear": of("dbrx", experts_used=3, layers=3, scaling={"type": "linear", "factor": 4.0}, rope_base=100.0),
+    "dbrx_unread": of("dbrx", extra=UNREAD | UNREAD_ROUTING),
+    "dbrx_q8_0": of("dbrx", type="Q8_0", heads=2),
     "glm4moe": of("glm4moe"),
     # As GLM 4.5: norms of heads, two dense blocks, no scale, and a last block for the token after the next.
     "glm4moe_355b": of(
@@ -967,6 +1145,21 @@ STATE_SPACE_CASES: dict[str, dict[str, Any]] = {
     # Every head has B and C of its own, and the state is narrower than a head.
     "mamba2_groups": of("mamba2", sizes={"groups": 8, "state": 8, "kernel": 3}, eps=0.05),
     "mamba2_q8_0": of("mamba2", type="Q8_0"),
+}
+STATE_SPACE_CASES |= {
+    "mamba": of("mamba", extra={"ssm.dt_b_c_rms": False}),
+    # As Falcon Mamba: steps, B and C have norms without weights.
+    "mamba_falcon": of("mamba", extra={"ssm.dt_b_c_rms": True}, eps=0.05, tied=True),
+    "mamba_sizes": of("mamba", d=48, sizes={"inner": 96, "rank": 3, "state": 7, "kernel": 2}, layers=2),
+    "mamba_q8_0": of("mamba", type="Q8_0"),
+    "jamba": of("jamba"),
+    # Every second block has experts.
+    "jamba_experts": of("jamba", **EXPERTS, dense_blocks=(0, 2)),
+    "jamba_attention_first": of(
+        "jamba", mixers=("attention", "mamba"), layers=2, eps=0.05, tied=True, fused_qkv=True, rope_base=100.0
+    ),
+    "jamba_unread": of("jamba", **EXPERTS, window=3, extra=UNREAD | UNREAD_ROUTING),
+    "jamba_q8_0": of("jamba", type="Q8_0", heads=2, kv_heads=1, layers=2),
 }
 STATE_SPACE_CASES |= {
     "granitehybrid": of("granitehybrid"),

@@ -55,7 +55,9 @@ class Facts(NamedTuple):
     # head (if there is one) | head after rope | full; before the rope, but for the second; full: and before the split
     qk_norm: str | None = None
     rope: str | None = "adjacent"  # which dimensions are a pair: adjacent | halves
-    roped: str = "all"  # all | local (only layers with a window, where there are any) | three of four
+    # all | local (only layers with a window, where there are any) | three of four | listed (attention.rope_pattern)
+    # | local or dense (those, and leading dense ones) | not first of four (of more than four, where there are windows)
+    roped: str = "all"
     sections: str = "in turn"  # how an image's axes are dealt pairs: in turn | one after another
     rope_keys: str = "all"  # that are read: all | base (scaling is not done) | none: the base is 10000
     finetuned_key: bool = False  # rope.scaling.finetuned = false turns the rope off
@@ -63,6 +65,8 @@ class Facts(NamedTuple):
     yarn_keys: bool = False  # YaRN's betas and log multiplier are read
     period: int | None = None  # the last of so many layers is global, 0: none; default. None: windows are ignored
     window: int | None = None  # default
+    window_fixed: bool = False  # whatever the file says, if it says anything
+    full_first: bool = False  # the first of so many layers is global, not the last
     windowed_at: int | None = None  # with so many layers only are there windows; None: with any number
     local_base: float | None = None  # default of the rope base in local layers; None: that of the global ones
     local_base_key: bool = True
@@ -82,15 +86,21 @@ class Facts(NamedTuple):
     limit: float | Tensor = 7.0  # of oai's clamps
     shift: float | Tensor = 1.0  # added to oai's up
     clamp_keys: bool = False  # swiglu_clamp_exp and _shexp limit gate, after SiLU, and up
+    clamp_first: bool = False  # the gate before SiLU
     clamp: float | Tensor = 0.0  # so in one layer, where it is not zero
     ffn: str = "gated"  # gated | fused (gate above up in one matrix) | plain
+    shared_ffn: str | None = None  # of the expert that all share; None: as above
     router: str = "all"  # softmax over: all | selected; or of each its sigmoid: each
-    router_reads: str = "branch"  # what the experts read: branch | or the stream, normed and scaled on its own: stream
+    # What the experts read: branch | the stream, normed and scaled on its own: stream | the block's input: block.
+    router_reads: str = "branch"
+    joint_scale: float = 1.0  # of experts and a network beside them
     router_key: bool = False  # expert_gating_func, where it is not 0: 1 all, 2 each
     renormalise: bool | None = True  # None: as expert_weights_norm says, else not
     routed_scale_key: bool = False  # expert_weights_scale
     embedding: str | None = None  # root (of d) | key
     residual_key: bool = False
+    value_scale_key: bool = False  # attention.value_scale: of what attention adds
+    norm_key: bool = False  # attention.layer_norm_rms_epsilon in the file: norms are rms
     logits: str | None = None  # divide | multiply
     mixers: Callable[["Oracle", int], tuple[str, ...]] = lambda model, layer: ("attention",)  # of `MIXERS`: their sum
     query_gate: bool = False  # attn_q has for each head the query, then a gate: its sigmoid scales what the head reads
@@ -233,6 +243,32 @@ FACTS: dict[str, Facts] = {
     "exaone-moe": ROUTED._replace(
         rope="halves", qk_norm="head", factors=True, period=4, local_base_key=False, roped="local"
     ),
+    "mellum": Facts(
+        rope="halves", qk_norm="head", period=4, local_base_key=False, local_scaling=False, local_attn_factor=False,
+        sum_named_ffn_out=True, graph={"ffn_moe_out": "ffn_out"},
+    ),
+    "maple": Facts(
+        rope="halves", qk_norm="head", period=0, roped="local", clamp_keys=True, clamp_first=True,
+        graph={"ffn_moe_out": "ffn_out"},
+    ),
+    "granite_swa": GRANITE._replace(period=0, local_base_key=False, roped="listed", shared_ffn="fused"),
+    "hy_v3": ROUTED._replace(rope="halves", qk_norm="head", router="each", graph={"ffn_dense_out": "ffn_out"}),
+    "cohere2moe": ROUTED._replace(
+        norm="ln", norm_key=True, parallel=True, ffn_norm=None, period=4, full_first=True, roped="local or dense",
+        local_base_key=False, logits="multiply", router="each", joint_scale=0.5,
+    ),
+    "mimo2": Facts(
+        rope="halves", period=0, local_base=10000.0, local_scaling=False, value_scale_key=True, router="each",
+        graph={"attn_out": "attention", "attn_out_scaled": "attn_out"},
+    ),
+    "smallthinker": Facts(
+        rope="halves", period=4, full_first=True, window=4096, window_fixed=True, roped="not first of four",
+        activation="relu", router_key=True, router_reads="block",
+    ),
+    "dbrx": Facts(
+        norm="ln", rope="halves", ffn_norm="attn_output_norm", clamp_key=True, sum_named_ffn_out=True,
+        graph={"ffn_moe_out": "ffn_out"},
+    ),
     "minimax-m2": Facts(rope="halves", qk_norm="full", router_key=True),
     "phimoe": Facts(rope="halves", factors=True),
     "xverse": Facts(),
@@ -287,6 +323,9 @@ FACTS: dict[str, Facts] = {
     "nemotron_h": NEMOTRON_H,
     "nemotron_h_moe": NEMOTRON_H,
     "mamba2": MAMBA2._replace(graph={"mamba_out": "mamba2"}),
+    "mamba": Facts(mixers=lambda model, layer: ("mamba",)),
+    # What a block's mixer adds has the name of the sum.
+    "jamba": Facts(rope=None, renormalise=False, mixers=by_kv_heads("mamba"), graph={"ffn_inp": "attn_out"}),
 }  # fmt: skip
 
 
@@ -335,7 +374,10 @@ def _read(path: str, changed: int) -> Oracle:
         names = "embedding_scale", "residual_scale", "logit_scale"
         constants = {name: s / size for name, s, size in zip(names, scales, sizes, strict=True)}
         metadata = constants | metadata if FACTS[architecture].scale_keys else metadata | constants
-    return Oracle(architecture, metadata, weights, FACTS[architecture])
+    facts = FACTS[architecture]
+    if facts.norm_key and f"{architecture}.attention.layer_norm_rms_epsilon" in fields:
+        facts = facts._replace(norm="rms")
+    return Oracle(architecture, metadata, weights, facts)
 
 
 def blocks(meta: Mapping[str, Any]) -> int:
@@ -376,12 +418,14 @@ def norm(model: Oracle, name: str, x: Tensor, *, frozen: bool) -> Tensor:
 def window(model: Oracle, layer: int) -> int | None:
     """Return how many positions a query of this layer sees, itself included; None: all before it."""
     meta, facts = model.metadata, model.facts
-    size = meta.get("attention.sliding_window", facts.window)
+    size = meta.get("attention.sliding_window", None if facts.window_fixed else facts.window)
     if facts.period is None or not size or facts.windowed_at not in (None, blocks(meta)):
         return None
     pattern = meta.get("attention.sliding_window_pattern", facts.period)
     local = pattern[layer] if isinstance(pattern, list) else pattern == 0 or layer % pattern < pattern - 1
-    return size if local else None
+    if facts.full_first and not isinstance(pattern, list):
+        local = pattern == 0 or layer % pattern > 0
+    return (facts.window if facts.window_fixed else size) if local else None
 
 
 def rope_angles(model: Oracle, layer: int, n: int, n_rot: int, context: int) -> tuple[Tensor, float]:
@@ -463,7 +507,10 @@ def roped(model: Oracle, layer: int) -> bool:
         return False
     windows = [window(model, i) for i in range(blocks(model.metadata))]
     local = windows[layer] is not None or windows == [None] * len(windows)
-    rules = {"all": True, "local": local, "three of four": (layer + 1) % 4 != 0}
+    listed = model.metadata.get("attention.rope_pattern", [True] * len(windows))
+    rules = {"all": True, "local": local, "three of four": (layer + 1) % 4 != 0, "listed": listed[layer]}
+    rules["local or dense"] = local or layer < model.metadata.get("leading_dense_block_count", 0)
+    rules["not first of four"] = layer % 4 > 0 or len(windows) == 4 or not any(windows)
     return rules[model.facts.roped]
 
 
@@ -479,8 +526,7 @@ def shape_of_heads(model: Oracle, layer: int) -> dict[str, tuple[int, int]]:
     heads = scalar(meta["attention.head_count"], layer)
     kv_heads = scalar(meta.get("attention.head_count_kv", heads), layer)
     hd = of_kind(model, layer, "attention.key_length", meta["embedding_length"] // heads)
-    assert of_kind(model, layer, "attention.value_length", hd) == hd
-    return {"q": (heads, hd), "k": (kv_heads, hd), "v": (kv_heads, hd)}
+    return {"q": (heads, hd), "k": (kv_heads, hd), "v": (kv_heads, of_kind(model, layer, "attention.value_length", hd))}
 
 
 def projection(model: Oracle, layer: int, part: str, h: Tensor) -> Tensor:
@@ -613,6 +659,7 @@ def tensors_of(model: Oracle, layer: int) -> dict[str, Tensor]:
 MIXERS: dict[str, Callable[..., Tensor]] = {
     "attention": attention,
     "latent": latent_attention,
+    "mamba": oracle_state.mamba,
     "mamba2": oracle_state.mamba2,
     "delta": recurrent(oracle_delta.gated_delta, grouped=False),
     "grouped delta": recurrent(oracle_delta.gated_delta, grouped=True),
@@ -628,6 +675,8 @@ def slope(kind: str, g: Tensor) -> Tensor:
         return (1 + torch.tanh(math.sqrt(2 / math.pi) * (g + 0.044715 * g**3))) / 2
     if kind == "relu2":
         return g.clamp(min=0)
+    if kind == "relu":
+        return (g > 0).double()
     return torch.sigmoid(1.702 * g if kind == "oai" else g)
 
 
@@ -653,6 +702,8 @@ def activate(facts: Facts, gate: Tensor, up: Tensor | None, *, freeze: str | Non
         up = up.minimum(limit).maximum(-limit) + facts.shift
     clamp = torch.as_tensor(facts.clamp or math.inf, dtype=torch.float64)
     up = up if up is None else up.minimum(clamp).maximum(-clamp)
+    if facts.clamp_first:
+        gate, clamp = gate.minimum(clamp), torch.full_like(clamp, math.inf)
     factor = xielu(gate, *facts.xielu) / gate if facts.xielu else slope(facts.activation, gate)
     if gelu == "f16_table" and facts.activation == "gelu":
         assert freeze is None, "the table has no derivative"
@@ -678,9 +729,10 @@ def dense(model: Oracle, b: str, h: Tensor, suffix: str = "", **how: Any) -> Ten
     if facts.activation == "xielu":
         layer, names = int(b.removeprefix("blk.")), ("alpha_n", "alpha_p", "beta", "eps")
         facts = facts._replace(xielu=tuple(scalar(model.metadata[f"xielu.{name}"], layer) for name in names))
-    if facts.ffn == "plain":
+    form = facts.shared_ffn if suffix and facts.shared_ffn else facts.ffn
+    if form == "plain":
         gate, up = up, None
-    elif facts.ffn == "fused":
+    elif form == "fused":
         gate, up = up.chunk(2, dim=-1)
     else:
         gate = linear(model, f"{b}.ffn_gate{suffix}", h)
@@ -716,7 +768,7 @@ def experts_used(model: Oracle, b: str) -> int:
 
 def choice(model: Oracle, b: str, p: Tensor) -> list[int]:
     """Return the best experts of one position with shares `p` [experts], of the best groups if there are any."""
-    merit = p + model.weights.get(f"{b}.exp_probs_b.bias", 0.0)
+    merit = p + model.weights.get(f"{b}.exp_probs_b.bias", model.weights.get(f"{b}.exp_probs_b", 0.0))
     groups = list(merit.chunk(model.metadata.get("expert_group_count", 1)))
     if len(groups) > 1:
         ranking = sorted(groups, key=lambda group: -sum(sorted(group.tolist())[-2:]))
@@ -725,12 +777,18 @@ def choice(model: Oracle, b: str, p: Tensor) -> list[int]:
     return torch.cat(groups).argsort(descending=True)[: experts_used(model, b)].tolist()
 
 
-def mixture(model: Oracle, b: str, h: Tensor, *, stream: Tensor | None = None, **how: Any) -> Tensor:
+def mixture(
+    model: Oracle, b: str, h: Tensor, *, stream: Tensor | None = None, entry: Tensor | None = None, **how: Any
+) -> Tensor:
     """Apply the chosen experts of layer `b`, position by position, and the shared expert where there is one.
 
-    `h` is what the experts read; some routers read the stream before its norm, through one of their own.
+    `h` is what the experts read; some routers read the stream before its norm, through one of their own, or the stream
+    before the block, `entry`.
     """
-    chosen, weights = routes(model, b, router_input(model, b, stream) if model.facts.router_reads == "stream" else h)
+    reads = {"branch": h, "block": entry}
+    if model.facts.router_reads == "stream":
+        reads["stream"] = router_input(model, b, stream)
+    chosen, weights = routes(model, b, reads[model.facts.router_reads])
     if how["freeze"] is not None:
         weights = weights.detach()
     facts, rows = clamped(model, b, "swiglu_clamp_exp"), []
@@ -761,6 +819,7 @@ def mixture(model: Oracle, b: str, h: Tensor, *, stream: Tensor | None = None, *
         if f"{b}.ffn_gate_inp_shexp.weight" in model.weights:
             share = torch.sigmoid(h @ model.weights[f"{b}.ffn_gate_inp_shexp.weight"].flatten())[:, None]
         y = y + (share if how["freeze"] is None else share.detach()) * dense(model, b, h, "_shexp", **how)
+        y = y * facts.joint_scale
     return y
 
 
@@ -781,8 +840,11 @@ def branch_norm(model: Oracle, b: str, name: str | None, x: Tensor, *, frozen: b
     return x if name is None else norm(model, f"{b}.{name}", x, frozen=frozen)
 
 
-def feed_forward(model: Oracle, b: str, x: Tensor, before: str | None, **how: Any) -> Tensor:
-    """Apply what a block has after its mixer to the stream x [n, d]: one network, or several added, between norms."""
+def feed_forward(model: Oracle, b: str, x: Tensor, entry: Tensor, before: str | None, **how: Any) -> Tensor:
+    """Apply what a block has after its mixer to the stream x [n, d]: one network, or several added, between norms.
+
+    `entry` is the stream before the block.
+    """
     facts, frozen = model.facts, how["freeze"] is not None
     routed = f"{b}.ffn_gate_inp.weight" in model.weights
     parts = (Part("mixture" if routed else "dense", before, None),)
@@ -791,7 +853,8 @@ def feed_forward(model: Oracle, b: str, x: Tensor, before: str | None, **how: An
     y = torch.zeros_like(x)
     for network, before, after in parts:
         h = branch_norm(model, b, before, x, frozen=frozen)
-        added = mixture(model, b, h, stream=x, **how) if network == "mixture" else dense(model, b, h, **how)
+        routed = network == "mixture"
+        added = mixture(model, b, h, stream=x, entry=entry, **how) if routed else dense(model, b, h, **how)
         y = y + branch_norm(model, b, after, added, frozen=frozen)
     return branch_norm(model, b, facts.ffn_post, y, frozen=frozen)
 
@@ -853,11 +916,13 @@ def block(
     attn = ffn = torch.zeros_like(x)
     if mixed:
         attn = branch_norm(model, b, facts.attn_post, sum(mixed.values()), frozen=frozen) * scale
+        if facts.value_scale_key:
+            attn = attn * (model.metadata.get("attention.value_scale", 0.0) or 1.0)
     shared = facts.parallel or (facts.ffn_norm_optional and f"{b}.ffn_norm.weight" not in model.weights)
     together = shared or (facts.parallel_key and model.metadata["use_parallel_residual"])
     if any(f"{b}.{name}.weight" in model.weights for name in ("ffn_down", "ffn_down_exps")):
         before = facts.attn_norm if shared else facts.ffn_norm
-        ffn = feed_forward(model, b, x if together else x + attn, before, freeze=freeze, gelu=gelu) * scale
+        ffn = feed_forward(model, b, x if together else x + attn, x, before, freeze=freeze, gelu=gelu) * scale
     more = {}
     if f"{b}.inp_gate.weight" in model.weights:
         inputs = states["per_layer_inputs"][:, layer]

@@ -191,7 +191,7 @@ HUGE = 2**31 - 1
 
 # name -> (metadata changes, shape changes, message)
 REFUSALS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
-    "another architecture": ({"general.architecture": "mamba"}, {}, "architecture 'mamba' is not supported; supp"),
+    "another architecture": ({"general.architecture": "ours"}, {}, "architecture 'ours' is not supported; supp"),
     "no architecture": ({"general.architecture": ABSENT}, {}, "does not say what it is: general.architecture is missi"),
     "a vision part": ({"general.type": "mmproj"}, {}, r"general.type is 'mmproj' \(the vision or audio part of a mo"),
     "an adapter": ({"general.type": "adapter"}, {}, r"general.type is 'adapter' \(a LoRA adapter: merge it"),

@@ -51,11 +51,11 @@ def test_every_layer_agrees_with_llamacpp(case: str, tiny_file: Callable[..., Pa
 def test_matrices_have_constant_factors_where_llamacpp_applies_them(case: str, tiny_file: Callable[..., Path]) -> None:
     """Attention's everywhere, others' where the row says so; elsewhere, it computes what no model meant.
 
-    Of latent attention it applies the output projection's only.
+    Of latent attention, and of some families', it applies the output projection's only.
     """
     mixers, feed_forward = families.SCALED
     row = ARCHITECTURES[tiny.options(case).architecture]
-    if row.mixer == "latent":
+    if row.mixer == "latent" or not row.qkv_scales:
         mixers = ("attn_output",)
     plain = {"type": "F32", "types": {}, "layers": tiny.options(case).blocks, "predictors": 0}
     assert agrees(tiny_file(case, **plain, scales=mixers)) == (
@@ -64,8 +64,8 @@ def test_matrices_have_constant_factors_where_llamacpp_applies_them(case: str, t
     assert agrees(tiny_file(case, **plain, scales=feed_forward)) == row.ffn_scales
 
 
-@pytest.mark.parametrize("case", ["plm", "deepseek2_lite"])
-def test_queries_of_latent_attention_have_no_factor(case: str, tiny_file: Callable[..., Path]) -> None:
+@pytest.mark.parametrize("case", ["plm", "deepseek2_lite", "mimo2"])
+def test_queries_of_some_families_have_no_factor(case: str, tiny_file: Callable[..., Path]) -> None:
     path = tiny_file(case, scales=("attn_q",))
     assert not agrees(path)
     with pytest.raises(ConfigError, match=r"tensor 'blk.0.attn_q.scale' is not part of a \w+ model"):

@@ -134,9 +134,9 @@ def unclamped_values(patch: Patch) -> None:
 
 
 def change_config(patch: Patch, **changes: object) -> None:
-    """Let every model be read with some fields changed; `rope__x`, `layer__x` and `row__x` reach inside."""
+    """Let every model be read with some fields changed; `rope__x`, `layer__x` and so on reach inside."""
     read = model.read_config
-    inner: dict[str, dict[str, object]] = {"rope": {}, "layer": {}, "row": {}, "": {}}
+    inner: dict[str, dict[str, object]] = {"rope": {}, "layer": {}, "recurrence": {}, "row": {}, "": {}}
     for name, value in changes.items():
         where, _, field = name.rpartition("__")
         inner[where][field] = value
@@ -152,7 +152,8 @@ def change_config(patch: Patch, **changes: object) -> None:
             for layer in config.layers
         )
         row = dataclasses.replace(config.row, **inner["row"])
-        return dataclasses.replace(config, **{"layers": layers, "row": row} | inner[""])
+        recurrence = dataclasses.replace(config.recurrence, **inner["recurrence"])
+        return dataclasses.replace(config, **{"layers": layers, "recurrence": recurrence, "row": row} | inner[""])
 
     patch.setattr(model, "read_config", changed)
 
@@ -289,6 +290,16 @@ def recorded(kind: str, change: Callable[[mixers.Mixed], mixers.Mixed]) -> Calla
 
 def ungated(mixed: mixers.Mixed) -> mixers.Mixed:
     return mixed._replace(tape=mixed.tape._replace(read=None))
+
+
+def keys_and_queries_swapped(patch: Patch) -> None:
+    right = mixers._from_values
+
+    def wrong(*args: Any) -> tuple[Tensor, ...]:
+        step, key, query = right(*args)
+        return step, query, key
+
+    patch.setattr(mixers, "_from_values", wrong)
 
 
 def changed_recurrence(**changes: Any) -> Callable[[Patch], None]:
@@ -529,6 +540,23 @@ MISTAKES: dict[str, tuple[str, Callable[[Patch], None]]] = {
     "no decay of a state space": ("mamba2", changed_recurrence(log_decay=torch.zeros_like)),
     "gate of a state space ignored": ("mamba2", recorded("state space", ungated)),
     "bias of a convolution dropped": ("mamba2", without("ssm_conv1d_x.bias")),
+    **{
+        f"{case}: {mistake}": (case, make)
+        for case in ("mamba", "jamba")
+        for mistake, make in {
+            "steps cut off": lambda p: p.setattr(mixers, "softplus", torch.relu),
+            "steps without their bias": without("ssm_dt.bias"),
+            "B and C swapped": keys_and_queries_swapped,
+            "one decay of a channel": changed_wide_vector(
+                "ssm_a", lambda a: a.mean(1, keepdim=True).expand_as(a) if a.ndim > 1 else a
+            ),
+            "no skip": changed_wide_vector("ssm_d", torch.zeros_like),
+            "gate ignored": recorded("channel state space", ungated),
+            "taps reversed": reversed_taps,
+        }.items()
+    },
+    "steps not normed": ("mamba_falcon", lambda p: change_config(p, recurrence__normed=False)),
+    "norms of steps without weights": ("jamba", changed_vector("ssm_dt_norm.weight", torch.ones_like)),
     "taps of a state space reversed": ("granitehybrid", reversed_taps),
     "branches of a hybrid unscaled": ("granitehybrid", lambda p: change_config(p, residual_scale=1.0)),
     "attention without what is beside it": (
@@ -539,7 +567,7 @@ MISTAKES: dict[str, tuple[str, Callable[[Patch], None]]] = {
     "values not normed": ("gemma4", lambda p: change_config(p, row__value_norm=False)),
     "scores scaled in Gemma 4": ("gemma4", lambda p: change_config(p, attention_scale=0.25)),
     "stream not scaled": ("gemma4", without("layer_output_scale.weight")),
-    "router without a norm of its own": ("gemma4_experts", lambda p: change_config(p, row__router_norm=False)),
+    "router without a norm of its own": ("gemma4_experts", lambda p: change_config(p, row__router_reads="input")),
     "norm after experts missing": ("gemma4_experts", without("post_ffw_norm_2.weight")),
     "norm after the dense network missing": ("gemma4_experts", without("post_ffw_norm_1.weight")),
     "inputs of blocks ignored": ("gemma4_inputs", lambda p: change_config(p, inputs=0)),
@@ -602,6 +630,22 @@ MISTAKES: dict[str, tuple[str, Callable[[Patch], None]]] = {
     "hidden units not clamped": ("bailingmoe3_clamped", lambda p: change_config(p, layer__clamps=(0.0, 0.0))),
     "experts clamped as shared ones": (
         "bailingmoe3_clamped", lambda p: change_config(p, layer__clamps=lambda layer: layer.clamps[::-1])
+    ),
+    "a shared expert added in full": ("cohere2moe", lambda p: change_config(p, row__joint_scale=1.0)),
+    "experts alone halved": (
+        "cohere2moe", lambda p: change_config(p, row__joint_scale=1.0, expert_weights_scale=0.5)
+    ),
+    "a dense layer not rotated": (
+        "cohere2moe", lambda p: change_config(p, layer__rope=lambda own: own.window and own.rope)
+    ),
+    "LayerNorms in place of RMSNorms": ("cohere2moe_rms", lambda p: change_config(p, row__norm="layer")),
+    "values not scaled": ("mimo2", lambda p: change_config(p, value_scale=1.0)),
+    "the router reads what the experts read": ("smallthinker", lambda p: change_config(p, row__router_reads="input")),
+    "gates with SiLU in place of ReLU": ("smallthinker", lambda p: change_config(p, row__activation="silu")),
+    "values of a mixture not clamped": ("dbrx", unclamped_values),
+    "gates clamped after their activation": ("maple", lambda p: change_config(p, row__hidden_clamps="after")),
+    "layers rotate that are not listed": (
+        "granite_swa_listed", lambda p: change_config(p, layer__rope=Rope(16, 500.0, "adjacent"))
     ),
     "weights not normed in Kimi Linear": ("kimi_linear_unread", lambda p: change_config(p, row__renormalize=False)),
     "latent queries grow late": ("deepseek2_temperature", lambda p: change_config(p, temperature_length=5)),

@@ -109,7 +109,7 @@ def test_every_state_agrees_with_llamacpp(case: str, tiny_file: Callable[..., Pa
         assert {name: error for name, error in errors.items() if not error < tolerance} == {}
 
 
-SHORT = ("qwen35", "qwen35_sizes", "qwen3next", "lfm2", "kimi_linear", "bailingmoe3")
+SHORT = ("qwen35", "qwen35_sizes", "qwen3next", "lfm2", "kimi_linear", "bailingmoe3", "mamba")
 
 
 @pytest.mark.parametrize("length", [1, 2, 3])
@@ -709,6 +709,36 @@ FAMILY_MISTAKES: dict[str, tuple[str, Callable[[Oracle], Oracle]]] = {
     "bailingmoe3: experts not clamped": ("bailingmoe3_clamped", keys(swiglu_clamp_exp=0.0)),
     "bailingmoe3: shared expert and dense block not clamped": ("bailingmoe3_clamped", keys(swiglu_clamp_shexp=0.0)),
     "bailingmoe3: one clamp in every layer": ("bailingmoe3_clamped", keys(swiglu_clamp_exp=0.5)),
+    "hy_v3: selection bias missing": ("hy_v3", drop("exp_probs_b")),
+    "hy_v3: softmax router": ("hy_v3_default_router", facts(router="all")),
+    "hy_v3: shared expert missing": ("hy_v3", drop("ffn_down_shexp")),
+    "hy_v3: a predictor as a block": ("hy_v3_predictor", keys(nextn_predict_layers=0)),
+    "hy_v3: weights not scaled": ("hy_v3", keys(expert_weights_scale=0.0)),
+    "cohere2moe: shared expert and others not halved": ("cohere2moe", facts(joint_scale=1.0)),
+    "cohere2moe: a dense layer not rotated": ("cohere2moe", facts(roped="local")),
+    "cohere2moe: last of four layers full": ("cohere2moe", facts(full_first=False)),
+    "cohere2moe: LayerNorm": ("cohere2moe_rms", both(facts(norm="ln"), keys(attention__layer_norm_epsilon=1e-5))),
+    "mimo2: attention not scaled": ("mimo2", keys(attention__value_scale=1.0)),
+    "mimo2: sinks missing": ("mimo2", drop("attn_sinks")),
+    "mimo2: windowed layers stretched": ("mimo2_predictor", facts(local_scaling=True)),
+    "mimo2: selection bias missing": ("mimo2", drop("exp_probs_b")),
+    "smallthinker: router reads as the experts do": ("smallthinker", facts(router_reads="branch")),
+    "smallthinker: every layer rotates": ("smallthinker", facts(roped="all")),
+    "smallthinker: a window as the file says": ("smallthinker", facts(window_fixed=False)),
+    "smallthinker: SiLU": ("smallthinker", facts(activation="silu")),
+    "dbrx: clamp ignored": ("dbrx", facts(clamp_key=False)),
+    "dbrx: RMSNorm": ("dbrx", both(facts(norm="rms"), keys(attention__layer_norm_rms_epsilon=1e-5))),
+    "mellum: windowed layers stretched": ("mellum_yarn", facts(local_scaling=True)),
+    "mellum: no windows": ("mellum", facts(period=None)),
+    "maple: gates clamped after SiLU": ("maple", facts(clamp_first=False)),
+    "maple: every layer rotates": ("maple", facts(roped="all")),
+    "maple: base of windowed layers ignored": ("maple_bases", facts(local_base_key=False)),
+    "granite_swa: list of rotations ignored": ("granite_swa_listed", facts(roped="all")),
+    "granite_swa: sinks missing": ("granite_swa", drop("attn_sinks")),
+    "granite_swa: up above gate in the shared expert": (
+        "granite_swa_experts",
+        on("ffn_up_shexp", lambda w: w.roll(80, 0)),
+    ),
     "qwen3next: value heads tiled": ("qwen3next", other_mixer("grouped delta", "delta")),
     "qwen3next: alpha before beta": ("qwen3next", on("ssm_ba", key_heads_apart(lambda w: w.roll(2, 1)))),
     "qwen3next: all betas first": (

@@ -42,6 +42,7 @@ class Options:
     heads: int = 4
     kv_heads: int | None = None  # None: as many as heads
     head_dim: int | None = None  # None: d / heads
+    value_dim: int | None = None  # of a value head; None: as wide as keys
     ff: int = 96
     ffs: tuple[int, ...] = ()  # of each layer; (): ff in all
     vocab: int = 128
@@ -63,7 +64,7 @@ class Options:
     biases: tuple[str, ...] = ()  # of ALL_BIASES, "output", and those of the experts
     norm: str = "rms"  # rms | rms_bias | ln (weight only) | ln_bias | ln_bare (neither)
     norms: tuple[str, ...] = ("attn_norm", "ffn_norm")  # of each layer
-    bare_norms: tuple[str, ...] = ()  # whose tensors' names do not end in .weight
+    bare_norms: tuple[str, ...] = ()  # whose tensors' names do not end in .weight (or exp_probs_b, not in .bias)
     mixers: tuple[str, ...] = ("attention",)  # of `MIXERS`, one a layer, over and over
     sizes: Mapping[str, Any] = field(default_factory=dict)  # of mixers other than attention, by names of theirs or keys
     final_norm: str = "output_norm"
@@ -87,9 +88,11 @@ class Options:
     expert_ff: int = 0
     expert_ffs: tuple[int, ...] = ()  # of each layer; (): expert_ff in all
     shared_ff: int = 0  # width of a shared expert beside the routed ones; 0: none
+    shared_fused: bool = False  # the shared expert's gate above up in one tensor
     shared_gate: bool = False  # whether a sigmoid scales the shared expert
     shared_count: int = 0  # of shared experts of expert_ff in one, stated so; 0: not stated
     dense_lead: int = 0  # the first blocks, without experts
+    dense_blocks: tuple[int, ...] = ()  # more of them, wherever they are
     expert_norms: tuple[str, ...] = ()  # of layers with experts only
     dense_beside: bool = False  # layers with experts have a dense network, too
     fused_experts: bool = False  # the experts' gate above up in one tensor
@@ -117,6 +120,10 @@ class Options:
     @property
     def hd(self) -> int:
         return self.head_dim or self.d // self.heads
+
+    @property
+    def hv(self) -> int:
+        return self.value_dim or self.hd
 
     @property
     def blocks(self) -> int:
@@ -187,7 +194,7 @@ def metadata(o: Options) -> dict[str, Any]:
         "attention.head_count": repeat(o.heads),
         "attention.head_count_kv": [kv_heads(o, kind) for kind in kinds] if o.kv_by_layer else repeat(o.hk),
         "attention.key_length": o.hd,
-        "attention.value_length": o.hd,
+        "attention.value_length": o.hv,
         f"attention.layer_norm_{'rms_' if o.norm.startswith('rms') else ''}epsilon": o.eps,
         "rope.dimension_count": o.n_rot or o.hd,
         "rope.freq_base": o.rope_base,
@@ -255,7 +262,8 @@ def tensors(o: Options) -> Iterator[Entry]:
             yield Entry(f"{b}.layer_output_scale.weight", (1,), 0.1, 0.8)
         predictor = layer >= o.blocks
         if feeds(o, layer):
-            routed = o.experts > 0 and layer >= o.dense_lead and (o.predictor_experts or not predictor)
+            routed = o.experts > 0 and layer >= o.dense_lead and layer not in o.dense_blocks
+            routed = routed and (o.predictor_experts or not predictor)
             width = o.expert_ffs[layer] if o.expert_ffs else o.expert_ff
             yield from experts(o, b, width) if routed else feed_forward(o, b, "", o.ffs[layer] if o.ffs else o.ff)
         if predictor:
@@ -310,7 +318,7 @@ def attention(o: Options, b: str, *, gated: bool = False) -> Iterator[Entry]:
     parts = [
         interleaved(o, query.name, o.heads, [query, gate]) if gated else query,
         matrix(f"{b}.attn_k", kv, o.d, o.score_gain),
-        *([matrix(f"{b}.attn_v", kv, o.d)] if o.values else []),
+        *([matrix(f"{b}.attn_v", o.hk * o.hv, o.d)] if o.values else []),
     ]
     yield from [stacked(o, f"{b}.attn_qkv.weight", parts)] if o.fused_qkv else parts
     if o.qk_norm:
@@ -320,7 +328,7 @@ def attention(o: Options, b: str, *, gated: bool = False) -> Iterator[Entry]:
             yield Entry(f"{b}.{name}.weight", shape, 0.3, o.qk_gain)
     if o.sinks:
         yield Entry(f"{b}.attn_sinks.weight", (o.heads,), 1.0, 2.0)
-    yield matrix(f"{b}.attn_output", o.d, q)
+    yield matrix(f"{b}.attn_output", o.d, o.heads * o.hv)
 
 
 def with_vision_experts(o: Options, b: str) -> Iterator[Entry]:
@@ -515,6 +523,37 @@ def mamba2_keys(o: Options) -> dict[str, Any]:
     return {f"ssm.{key}": s[name] for key, name in (names | {"group_count": "groups"}).items()}
 
 
+def mamba(o: Options, b: str) -> Iterator[Entry]:
+    """List the tensors of a Mamba-1 mixer; what it makes of x are the vectors of time steps, B and C."""
+    s = MAMBA | o.sizes
+    inner, rank, state = s["inner"], s["rank"], s["state"]
+    rows = [matrix(f"{b}.ssm_in_{name}", inner, o.d, gain) for name, gain in (("x", 1.0), ("z", o.gate_gain))]
+    yield stacked(o, f"{b}.ssm_in.weight", rows)
+    yield Entry(f"{b}.ssm_conv1d.weight", (inner, s["kernel"]), 1 / math.sqrt(s["kernel"]), 0.2)
+    yield bias(f"{b}.ssm_conv1d", inner)
+    parts = [matrix(f"{b}.ssm_x_{name}", out, inner, 1.5) for name, out in (("dt", rank), ("b", state), ("c", state))]
+    yield stacked(o, f"{b}.ssm_x.weight", parts)
+    yield matrix(f"{b}.ssm_dt", inner, rank)
+    yield Entry(f"{b}.ssm_dt.bias", (inner,), 1.0, -0.5)
+    spread = np.exp(draw(Entry(f"{b}.ssm_a", (inner, state), 0.3), o.seed))
+    yield Entry(f"{b}.ssm_a", spread.shape, 0.0, values=-np.geomspace(0.02, 12.0, state) * spread)
+    yield Entry(f"{b}.ssm_d", (inner,), 0.5, 1.0)
+    if s["normed"]:
+        for name, width in (("dt", rank), ("b", state), ("c", state)):
+            yield Entry(f"{b}.ssm_{name}_norm.weight", (width,), 0.3, 1.0)
+    yield matrix(f"{b}.ssm_out", o.d, inner, s["out_gain"])
+
+
+def mamba_keys(o: Options) -> dict[str, Any]:
+    names = {"conv_kernel": "kernel", "inner_size": "inner", "state_size": "state", "time_step_rank": "rank"}
+    s = MAMBA | o.sizes
+    return {f"ssm.{key}": s[name] for key, name in names.items()}
+
+
+# llama.cpp wants the values twice as wide as the model.
+MAMBA = {"inner": 128, "rank": 5, "state": 12, "kernel": 4, "normed": False, "out_gain": 1.0}
+
+
 def mamba2_beside_attention(o: Options, b: str) -> Iterator[Entry]:
     yield from attention(o, b)
     yield from mamba2(o, b)
@@ -545,17 +584,19 @@ MIXERS: dict[str, Callable[[Options, str], Iterator[Entry]]] = {
     "convolution": short_convolution,
     "kda": functools.partial(kda, bounded=False),
     "bounded kda": functools.partial(kda, bounded=True),
+    "mamba": mamba,
     "mamba2": mamba2,
     "attention, mamba2": mamba2_beside_attention,
     "none": nothing,
 }
 # Those that have no kv heads.
-RECURRENT = {"delta", "grouped delta", "old delta", "convolution", "kda", "bounded kda", "mamba2", "none"}
+RECURRENT = {"delta", "grouped delta", "old delta", "convolution", "kda", "bounded kda", "mamba", "mamba2", "none"}
 # What the metadata then have besides, or instead; sizes with a dot in their names are keys themselves.
 KEYS: dict[str, Callable[[Options], dict[str, Any]]] = {
     "window": window_keys,
     "latent": latent_keys,
     "block_sparse": block_sparse_keys,
+    "mamba": mamba_keys,
     "mamba2": mamba2_keys,
     "attention, mamba2": mamba2_keys,
 }
@@ -565,7 +606,7 @@ def feed_forward(o: Options, b: str, suffix: str, width: int) -> Iterator[Entry]
     """List a dense feed-forward network of layer `b`; `suffix` is `_shexp` for a shared expert's."""
     gate = matrix(f"{b}.ffn_gate{suffix}", width, o.d, o.gate_gain)
     up = matrix(f"{b}.ffn_up{suffix}", width, o.d, o.up_gain)
-    if o.ffn == "fused":
+    if o.ffn == "fused" or (suffix and o.shared_fused):
         yield stacked(o, up.name, [gate, up])
     else:
         yield from [up] if o.ffn == "plain" else [gate, up]
@@ -605,7 +646,8 @@ def experts(o: Options, b: str, width: int) -> Iterator[Entry]:
     if o.dense_beside:
         yield from feed_forward(o, b, "", o.ff)
     if o.selection_bias:
-        yield Entry(f"{b}.exp_probs_b.bias", (o.experts,), o.selection_bias, o.selection_mean)
+        suffix = "" if "exp_probs_b" in o.bare_norms else ".bias"
+        yield Entry(f"{b}.exp_probs_b{suffix}", (o.experts,), o.selection_bias, o.selection_mean)
     if shared := o.shared_count * (o.shared_ff or o.expert_ff) or o.shared_ff:
         yield from feed_forward(o, b, "_shexp", shared)
         if o.shared_gate:

@@ -55,6 +55,7 @@ def activation(config: ModelConfig, layer: int, *, table: bool = False) -> Activ
 ACTIVATIONS = {
     "silu": Activation(torch.sigmoid),
     "gelu": Activation(gelu_share),
+    "relu": Activation(lambda g: (g > 0).to(g)),
     "relu2": Activation(torch.relu),
     "gelu table": Activation(gelu_table_share),
     "silu_oai": Activation(lambda g: torch.sigmoid(1.702 * g), limit=7.0, shift=1.0),

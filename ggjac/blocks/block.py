@@ -22,7 +22,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ggjac.blocks.frame import BlockWeights, Frame, affine, linear
+from ggjac.blocks.frame import BlockWeights, Frame, affine, linear, scaled
 from ggjac.blocks.mixers import MixerTape, Past, extend_mixer, reading, record_mixer, valued, writing
 from ggjac.blocks.networks import FFNTape, networks, record_hidden, record_mixture
 from ggjac.blocks.norms import NormTape, frozen_norm, record_norm
@@ -128,7 +128,7 @@ def extend_block(
     _, h = _normed_input(w, config, config.row.norms.attention_in, x)
     extended = [extend_mixer(w, frame, layer, kind, h, own) for kind, own in zip(mixers, past, strict=True)]
     raw = _total([added for added, _ in extended])
-    added = _normed_output(w, config, config.row.norms.attention_out, raw)[1]
+    added = _normed_output(w, config, config.row.norms.attention_out, config.attention_factor, raw)[1]
     return record_rest(w, frame, layer, x, added)[2], tuple(own for _, own in extended)
 
 
@@ -137,7 +137,7 @@ def record_rest(
 ) -> tuple[Recorded[FFNTape], InputsTape | None, Float[Tensor, "n d"]]:
     """Freeze the rest of a block whose attention adds `attn`; return it, and the stream after the block."""
     middle = x + attn
-    ffn = record_ffn(w, frame, layer, x if frame.config.row.parallel else middle)
+    ffn = record_ffn(w, frame, layer, x if frame.config.row.parallel else middle, x)
     out, inputs = middle + ffn.added, None
     if frame.inputs is not None:
         inputs, added = _record_inputs(w, frame, layer, out)
@@ -193,25 +193,27 @@ def record_attention(
     norm_in, h = _normed_input(w, config, norms.attention_in, x)
     recorded = [record_mixer(w, frame, layer, kind, h, source) for kind in mixers]
     raw = _total([affine(writing(w, mixed.tape, len(x)), mixed.heads) for mixed in recorded])
-    norm_out, added = _normed_output(w, config, norms.attention_out, raw)
+    norm_out, added = _normed_output(w, config, norms.attention_out, config.attention_factor, raw)
     tape = AttentionTape(norm_in, tuple(mixed.tape for mixed in recorded), norm_out)
     kept = tuple(mixed.past for mixed in recorded) if layer in config.writers else ()
     return Recorded(tape, raw, added, kept)
 
 
-def record_ffn(w: BlockWeights, frame: Frame, layer: int, x: Float[Tensor, "n d"]) -> Recorded[FFNTape]:
-    """Freeze the feed-forward branch at its input `x`."""
+def record_ffn(
+    w: BlockWeights, frame: Frame, layer: int, x: Float[Tensor, "n d"], entry: Float[Tensor, "n d"]
+) -> Recorded[FFNTape]:
+    """Freeze the feed-forward branch at its input `x`; `entry` is the block's, which some routers read."""
     config, norms, own = frame.config, frame.config.row.norms, frame.config.layers[layer]
     if not own.routed and not own.hidden_units:
         return Recorded(FFNTape(None, (), None), torch.zeros_like(x), torch.zeros_like(x))
     if own.routed and own.hidden_units:
         # A dense network and a mixture, added, each between norms of its own.
-        dense, added = _record_part(w, frame, layer, x, norms.ffn_in, norms.dense_out, routed=False)
-        mixture, raw = _record_part(w, frame, layer, x, norms.experts_in, norms.experts_out, routed=True)
+        dense, added = _record_part(w, frame, layer, x, entry, norms.ffn_in, norms.dense_out, routed=False)
+        mixture, raw = _record_part(w, frame, layer, x, entry, norms.experts_in, norms.experts_out, routed=True)
         tape, raw = FFNTape(None, (dense, mixture), None), added + raw
     else:
-        tape, raw = _record_part(w, frame, layer, x, norms.ffn_in, (), routed=own.routed)
-    norm_out, added = _normed_output(w, config, norms.ffn_out, raw)
+        tape, raw = _record_part(w, frame, layer, x, entry, norms.ffn_in, (), routed=own.routed)
+    norm_out, added = _normed_output(w, config, norms.ffn_out, config.residual_scale, raw)
     return Recorded(tape._replace(norm_out=norm_out), raw, added)
 
 
@@ -220,15 +222,19 @@ def _record_part(
     frame: Frame,
     layer: int,
     x: Float[Tensor, "n d"],
+    entry: Float[Tensor, "n d"],
     norm_in: Sequence[str],
     norm_out: Sequence[str],
     *,
     routed: bool,
 ) -> tuple[FFNTape, Float[Tensor, "n d"]]:
-    """Freeze a dense network or a mixture, between the norms of the given names, at the stream `x`; add its output."""
+    """Freeze a dense network or a mixture, between the norms of the given names, at the stream `x`; add its output.
+
+    `entry` is the stream before the block.
+    """
     norm, h = _normed_input(w, frame.config, norm_in, x)
     if routed:
-        tape = record_mixture(w, frame, layer, h, x)._replace(norm_in=norm)
+        tape = record_mixture(w, frame, layer, h, x, entry)._replace(norm_in=norm)
     else:
         tape = FFNTape(norm, (record_hidden(w, frame, layer, h),), None)
     added = affine(networks(w, tape, len(x)), x)
@@ -247,7 +253,8 @@ def attention(w: BlockWeights, config: ModelConfig, tape: AttentionTape, n: int,
         ((heads, output),) = attention_halves(w, config, tape, n, m)
         return output @ heads
     inner: LinearOperator = Sum(*(writing(w, mixer, m) @ reading(w, mixer, n, m) for mixer in tape.mixers))
-    return _after(config, tape.norm_out, inner if tape.norm_in is None else inner @ tape.norm_in.operator())
+    joined = inner if tape.norm_in is None else inner @ tape.norm_in.operator()
+    return _after(config.attention_factor, tape.norm_out, joined)
 
 
 def attention_halves(
@@ -263,7 +270,7 @@ def attention_halves(
     for mixer in tape.mixers:
         heads = reading(w, mixer, n, m)
         joined = heads @ norm_in if norm_in and not mixer.shared else heads
-        halves.append((joined, _after(config, tape.norm_out, writing(w, mixer, m))))
+        halves.append((joined, _after(config.attention_factor, tape.norm_out, writing(w, mixer, m))))
     return halves
 
 
@@ -275,7 +282,7 @@ def _inputs(w: BlockWeights, tape: InputsTape, m: int) -> LinearOperator:
 
 def ffn(w: BlockWeights, config: ModelConfig, tape: FFNTape, n: int) -> LinearOperator:
     """Return the feed-forward branch, `[n, d]` to `[n, d]`."""
-    return _after(config, tape.norm_out, networks(w, tape, n))
+    return _after(config.residual_scale, tape.norm_out, networks(w, tape, n))
 
 
 class FrozenBlock(NamedTuple):
@@ -435,7 +442,7 @@ def _with_bank(
     (mixer,) = tape.mixers
     values = valued(w, mixer, n)
     heads = reading(w, mixer._replace(shared=values.out_shape[1]), n, m)
-    attn = _after(config, tape.norm_out, writing(w, mixer, m)) @ heads
+    attn = _after(config.attention_factor, tape.norm_out, writing(w, mixer, m)) @ heads
     return values if tape.norm_in is None else values @ tape.norm_in.operator(), attn
 
 
@@ -448,18 +455,14 @@ def _normed_input(
 
 
 def _normed_output(
-    w: BlockWeights, config: ModelConfig, names: Sequence[str], raw: Float[Tensor, "n d"]
+    w: BlockWeights, config: ModelConfig, names: Sequence[str], factor: float, raw: Float[Tensor, "n d"]
 ) -> tuple[NormTape | None, Float[Tensor, "n d"]]:
     """Freeze the norm after a branch at the branch's output, and return it with what the branch adds to the stream."""
     norm = record_norm(w, config, names, raw)
     identity = Identity(raw.shape, dtype=raw.dtype, device=raw.device)
-    return norm, affine(_after(config, norm, identity), raw)
+    return norm, affine(_after(factor, norm, identity), raw)
 
 
-def _after(config: ModelConfig, norm_out: NormTape | None, inner: LinearOperator) -> LinearOperator:
-    """Return an operator followed by a branch's post-norm and residual scale, where the model has them."""
-    added = inner if norm_out is None else norm_out.operator() @ inner
-    if config.residual_scale == 1:
-        return added
-    scale = torch.full(inner.out_shape, config.residual_scale, dtype=inner.dtype, device=inner.device)
-    return Scale(scale) @ added
+def _after(factor: float, norm_out: NormTape | None, inner: LinearOperator) -> LinearOperator:
+    """Return an operator followed by a branch's post-norm and constant factor, where the model has them."""
+    return scaled(inner if norm_out is None else norm_out.operator() @ inner, factor)

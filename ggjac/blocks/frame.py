@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ggjac.blocks.activations import Activation
 from ggjac.config import ModelConfig, Rope
-from ggjac.linop import Linear, LinearOperator, TiledMatrix
+from ggjac.linop import Linear, LinearOperator, Scale, TiledMatrix
 from ggjac.sizes import MlpPath
 
 
@@ -123,3 +123,10 @@ def linear(
 def affine(operator: LinearOperator, x: Float[Tensor, "n d"]) -> Float[Tensor, "m e"]:
     """Return `A x + b` for one input."""
     return operator.matmat(x[None], x.new_ones(1))[0]
+
+
+def scaled(operator: LinearOperator, factor: float) -> LinearOperator:
+    """Return an operator times a constant."""
+    if factor == 1:
+        return operator
+    return Scale(torch.full(operator.out_shape, factor, dtype=operator.dtype, device=operator.device)) @ operator

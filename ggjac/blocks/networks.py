@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ggjac.blocks.frame import BlockWeights, Frame, affine, linear
+from ggjac.blocks.frame import BlockWeights, Frame, affine, linear, scaled
 from ggjac.blocks.norms import NormTape, inverse_rms, widened
 from ggjac.config import ModelConfig
 from ggjac.linop import Experts, LinearOperator, Network, Scale, Sum, Zero, indices_on
@@ -71,6 +71,7 @@ class FFNTape(NamedTuple):
         networks: their tapes.
         latent: whether they read and write a narrower stream, through `ffn_latent_down` and `ffn_latent_up`.
         routed: whether experts are among them; the weights may hold none of those that are used.
+        scale: constant factor of the sum of the networks.
     """
 
     norm_in: NormTape | None
@@ -78,6 +79,7 @@ class FFNTape(NamedTuple):
     norm_out: NormTape | None
     latent: bool = False
     routed: bool = False
+    scale: float = 1.0
 
     @property
     def empty(self) -> bool:
@@ -120,6 +122,8 @@ def record_hidden(
     # A clamp, before the activation or after it, is linear too once frozen: 1 or 0 on its input, plus the limit where
     # it acts.
     limit, bound = limit or math.inf, bound or math.inf
+    if frame.config.row.hidden_clamps == "before":
+        limit, bound = bound, limit
     gate_clamped, up = gate.clamp(max=limit), projected("ffn_up")
     activated = gate_clamped * share(gate_clamped)
     activated_clamped, up_clamped = activated.clamp(max=bound), up.clamp(-min(limit, bound), min(limit, bound))
@@ -133,13 +137,21 @@ def record_hidden(
 
 
 def record_mixture(
-    w: BlockWeights, frame: Frame, layer: int, h: Float[Tensor, "n d"], x: Float[Tensor, "n d"]
+    w: BlockWeights,
+    frame: Frame,
+    layer: int,
+    h: Float[Tensor, "n d"],
+    x: Float[Tensor, "n d"],
+    entry: Float[Tensor, "n d"],
 ) -> FFNTape:
-    """Freeze a mixture of experts at its normed input `h`; `x` is the stream, which some routers read."""
-    shared = record_shared(w, frame, layer, h)
-    router = _router_input(w, frame.config, x) if frame.config.row.router_norm else h
+    """Freeze a mixture of experts at its normed input `h`; some routers read the stream `x`, or the block's `entry`."""
+    row, shared = frame.config.row, record_shared(w, frame, layer, h)
+    router = {"input": h, "stream": x, "block": entry}[row.router_reads]
+    if row.router_reads == "stream":
+        router = _router_input(w, frame.config, x)
     if "ffn_latent_down.weight" not in w:
-        return FFNTape(None, (*record_experts(w, frame, layer, h, router), *shared), None, routed=True)
+        networks = (*record_experts(w, frame, layer, h, router), *shared)
+        return FFNTape(None, networks, None, routed=True, scale=row.joint_scale if shared else 1.0)
     narrow = affine(linear(w, "ffn_latent_down", len(h)), h)
     experts = record_experts(w, frame, layer, narrow, router)
     return FFNTape(None, (FFNTape(None, tuple(experts), None, latent=True, routed=True), *shared), None)
@@ -204,8 +216,9 @@ def _chosen(w: BlockWeights, config: ModelConfig, scores: Float[Tensor, "n e"], 
     A group is as good as the sum of its two best members. The bias is not rounded to a narrower dtype, since the part
     of it that is common to all experts may exceed the differences between them.
     """
-    if "exp_probs_b.bias" in w:
-        scores = scores + w.wide_vector("exp_probs_b.bias")
+    for name in ("exp_probs_b.bias", "exp_probs_b"):
+        if name in w:
+            scores = scores + w.wide_vector(name)
     if config.expert_groups > 1:
         grouped = scores.unflatten(-1, (config.expert_groups, -1))  # [n, groups, e / groups]
         best = grouped.topk(2).values.sum(-1).topk(config.expert_groups_used).indices
@@ -234,6 +247,7 @@ def networks(w: BlockWeights, tape: FFNTape, n: int) -> LinearOperator:
     core: LinearOperator = Sum(*parts)
     if tape.latent:
         core = linear(w, "ffn_latent_up", n) @ core @ linear(w, "ffn_latent_down", n)
+    core = scaled(core, tape.scale)
     return core if tape.norm_in is None else core @ tape.norm_in.operator()
 
 

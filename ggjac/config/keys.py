@@ -100,16 +100,16 @@ class Keys:
         return sizes.pop()
 
     def flags(self, key: str, blocks: int) -> list[bool] | None:
-        """Return true or false for each block, from an array; None if the key is absent."""
+        """Return true or false for each block, from an array (some have 1 and 0); None if the key is absent."""
         value = self.metadata.get(f"{self.prefix}.{key}")
         if value is None:
             return None
         whole = isinstance(value, Sequence) and not isinstance(value, str) and len(value) == blocks
-        if not whole or not all(isinstance(entry, bool) for entry in value):
+        if not whole or not all(isinstance(entry, int) and entry in (0, 1) for entry in value):
             raise ConfigError(
                 f"metadata key {self.prefix}.{key} must have one true or false for each of {blocks} blocks"
             )
-        return list(value)
+        return [bool(entry) for entry in value]
 
 
 def shown(value: Any) -> str:

@@ -52,8 +52,8 @@ class Layer:
         value_size: elements of a value head.
         hidden_units: of the dense feed-forward network; 0 if the block has none.
         routed: whether the block has a mixture of experts.
-        clamps: largest activated gate, and largest magnitude of what it multiplies, in routed experts and in other
-            networks; 0 for no limit.
+        clamps: largest gate, before its activation or after it, and largest magnitude of what it multiplies, in routed
+            experts and in other networks; 0 for no limit.
         experts_used: number of routed experts that each token uses; 0 without a mixture, as the next one.
         expert_units: hidden units of a routed expert.
         keys_as_values: whether the key projection, before its norm and rotation, gives the values too.
@@ -104,6 +104,9 @@ class Recurrence:
         key_heads: number of key heads; divides `heads`.
         key_size: elements of a key, and rows of a state.
         value_size: elements of a value, and columns of a state.
+        rank: elements of the vector that steps are expanded from, where steps, keys and queries are made from the
+            values; 0 where they come from the stream.
+        normed: whether those three are normed without a weight.
     """
 
     taps: int = 0
@@ -111,6 +114,13 @@ class Recurrence:
     key_heads: int = 0
     key_size: int = 0
     value_size: int = 0
+    rank: int = 0
+    normed: bool = False
+
+    @property
+    def convolved(self) -> int:
+        """Channels of a recurrence's convolutions: those of values, and of keys and queries beside them."""
+        return self.heads * self.value_size + (0 if self.rank else 2 * self.key_heads * self.key_size)
 
 
 @dataclass(frozen=True)
@@ -168,6 +178,7 @@ class ModelConfig:
         temperature_scale: growth of queries with position; 0 for none.
         temperature_length: number of positions after which they first grow.
         embedding_scale, residual_scale, logit_scale: multiply embeddings, branches and logits.
+        value_scale: multiplies what attention adds.
         expert_count: number of routed experts in a mixture; 0 for a dense model.
         expert_groups, expert_groups_used: number of groups of experts, and of those that a token's experts come from;
             1 and 1 without groups.
@@ -210,6 +221,12 @@ class ModelConfig:
     decay_bound: float = 0.0
     latent: Latent = Latent()
     indexer: Indexer = Indexer()
+    value_scale: float = 1.0
+
+    @property
+    def attention_factor(self) -> float:
+        """Constant factor of what attention, or what stands in its place, adds to the stream."""
+        return self.residual_scale * self.value_scale
 
     @property
     def longest(self) -> int:

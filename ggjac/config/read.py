@@ -72,6 +72,7 @@ def read_config(metadata: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...
         temperature_length=_temperature_length(keys, row, context) if temperature else context,
         embedding_scale=_embedding_scale(keys, row, d),
         residual_scale=_residual_scale(keys, row, blocks),
+        value_scale=(keys.real("attention.value_scale", 0.0) if row.value_scale else 0) or 1.0,
         logit_scale=_logit_scale(keys, row, d),
         expert_count=experts.total,
         expert_groups=experts.groups,
@@ -328,8 +329,11 @@ def _recurrence(keys: Keys, row: Architecture, blocks: int, context: int) -> Rec
     if row.recurrent == "kimi delta":
         heads, size = keys.for_all_blocks("attention.head_count", blocks), keys.integer("kda.head_dim")
         return Recurrence(taps, heads, heads, size, size)
-    heads, key_heads = keys.integer("ssm.time_step_rank"), keys.integer("ssm.group_count")
     inner, key_size = keys.integer("ssm.inner_size"), keys.integer("ssm.state_size")
+    if row.recurrent == "channel state space":
+        normed = "ssm.dt_b_c_rms" in keys and keys.flag("ssm.dt_b_c_rms")
+        return Recurrence(taps, inner, 1, key_size, 1, keys.integer("ssm.time_step_rank"), normed)
+    heads, key_heads = keys.integer("ssm.time_step_rank"), keys.integer("ssm.group_count")
     if inner % heads or heads % key_heads:
         raise ConfigError(
             f"{keys.prefix}.ssm: {heads} heads cannot share {inner} elements and {key_heads} key heads evenly"
@@ -411,6 +415,8 @@ def _decided(keys: Keys, row: Architecture, blocks: int, shapes: Mapping[str, tu
         if not row.router:
             known = ", ".join(f"{i} {name}" for i, name in _ROUTERS.items())
             raise ConfigError(f"{keys.prefix}.expert_gating_func is {kind or 'missing'}; supported: {known}")
+    if row.norm_by_epsilon and keys.real("attention.layer_norm_rms_epsilon", 0.0):
+        row = replace(row, norm="rms")
     if row.renormalize_key:
         row = replace(row, renormalize="expert_weights_norm" in keys and keys.flag("expert_weights_norm"))
     return row
@@ -522,7 +528,10 @@ def _shared_units(keys: Keys, row: Architecture, shapes: Mapping[str, tuple[int,
     if row.expert_widths == "tensors":  # Qwen 1.5's files have no key for it
         shared = next((shape for name, shape in shapes.items() if name.endswith(".ffn_up_shexp.weight")), ())
         return keys.count("expert_shared_feed_forward_length") or (shared[0] if len(shared) == 2 else 0)
-    width, count = keys.integer("expert_feed_forward_length"), keys.integer("expert_shared_count")
+    width = keys.integer("expert_feed_forward_length")
+    count = (keys.count if row.shared_optional else keys.integer)("expert_shared_count")
+    if not count:
+        return 0
     stated = keys.count("expert_shared_feed_forward_length") if row.expert_widths.startswith("shared") else 0
     if row.expert_widths == "shared":
         return stated or width * count

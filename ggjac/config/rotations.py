@@ -15,7 +15,15 @@ def rope_of(keys: Keys, row: Architecture, key_length: int, layer: int, windows:
     full, local = _ropes(keys, row, key_length, windowed=windowed)
     if row.rope_layers == "windowed" and not windowed and any(windows):
         return None
+    dense = keys.count("leading_dense_block_count")
+    if row.rope_layers == "windowed or dense" and not windowed and layer >= dense:
+        return None
+    if row.rope_layers == "not first of four" and layer % 4 == 0 and any(windows) and len(windows) != 4:
+        return None
     if row.rope_layers == "three of four" and layer % 4 == 3:
+        return None
+    listed = keys.flags("attention.rope_pattern", len(windows)) if row.rope_layers == "listed" else None
+    if listed and not listed[layer]:
         return None
     return local if windowed else full
 
@@ -171,6 +179,7 @@ def read_windows(keys: Keys, row: Architecture, blocks: int, used: int) -> list[
         size = keys.count(key) if row.windowed else 0
     if not size:
         return [None] * blocks
+    size = row.window if row.window_fixed else size
     name = f"{keys.prefix}.attention.sliding_window_pattern"
     if row.windowed == "required" and not row.window_period and name not in keys.metadata:
         raise ConfigError(f"metadata key {name} is missing; the file is incomplete or was converted wrongly")
@@ -179,7 +188,8 @@ def read_windows(keys: Keys, row: Architecture, blocks: int, used: int) -> list[
         windows = [size if local else None for local in keys.flags("attention.sliding_window_pattern", blocks) or ()]
     else:
         period = keys.count("attention.sliding_window_pattern", row.window_period)
-        windows = [None if period and i % period == period - 1 else size for i in range(blocks)]
+        full = 0 if row.full_first else period - 1
+        windows = [None if period and i % period == full else size for i in range(blocks)]
     if not any(windows):
         raise ConfigError(f"{name} gives no layer the window of {size} tokens; llama.cpp does not run such a file")
     return windows

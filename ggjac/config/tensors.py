@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping
 from itertools import accumulate
 
+from ggjac.architectures import Architecture
 from ggjac.config.keys import ConfigError, shown
 from ggjac.config.model import ModelConfig
 from ggjac.sizes import Part
@@ -51,6 +52,7 @@ _DELTA: dict[str, tuple[str, ...]] = {
     "ssm_out": ("d", "hv"),
 }
 _STATE_SPACE: dict[str, tuple[str, ...]] = {"ssm_in": ("2hv + 2qk + states", "d"), "ssm_out": ("d", "hv")}
+_CHANNELS: dict[str, tuple[str, ...]] = {"ssm_in": ("2hv", "d"), "ssm_out": ("d", "hv")}
 _CONVOLUTION: dict[str, tuple[str, ...]] = {"shortconv.in_proj": ("3d", "d"), "shortconv.out_proj": ("d", "d")}
 _MIXERS: dict[str, dict[str, tuple[str, ...]]] = {
     "attention": _ATTENTION,
@@ -59,6 +61,7 @@ _MIXERS: dict[str, dict[str, tuple[str, ...]]] = {
     "delta": _DELTA,
     "kimi delta": {"attn_output": ("d", "hv")},
     "state space": _STATE_SPACE,
+    "channel state space": _CHANNELS,
     "convolution": _CONVOLUTION,
 }
 # Tensors of mixers by full name: small ones, and matrices that have neither a bias nor a constant factor.
@@ -90,8 +93,19 @@ _VECTORS: dict[str, dict[str, tuple[str, ...]]] = {
         "ssm_d": ("states", "one"),
         "ssm_norm.weight": ("groups", "of a group"),
     },
+    "channel state space": {
+        "ssm_conv1d.weight": ("hv", "taps"),
+        "ssm_conv1d.bias": ("hv",),
+        "ssm_x.weight": ("rank + 2 state", "hv"),
+        "ssm_dt.weight": ("states", "rank"),
+        "ssm_dt.bias": ("states",),
+        "ssm_a": ("hv", "state"),
+        "ssm_d": ("hv",),
+    },
     "convolution": {"shortconv.conv.weight": ("d", "taps")},
 }
+# What Mamba-1 makes from the values, and may norm.
+_MADE = {"dt": "rank", "b": "state", "c": "state"}
 # Of what selects keys: not used, since prompts in which it would leave some out are not supported.
 _INDEXER: dict[str, dict[str, tuple[str, ...]]] = {
     "latent": {
@@ -149,8 +163,11 @@ _SHARED_EXPERT = {
     "ffn_down_shexp": ("d", "fs"),
     "ffn_gate_inp_shexp": ("d",),
 }
+_FUSED_SHARED_EXPERT = {"ffn_up_shexp": ("2fs", "d"), "ffn_down_shexp": ("d", "fs")}
 _OPTIONAL = {
     "attn_norm_2.weight",
+    "attn_sinks.weight",
+    "exp_probs_b",
     "ffn_gate_inp_shexp.weight",
     "output.weight",
     "rope_freqs.weight",
@@ -179,6 +196,9 @@ def fused_parts(config: ModelConfig, layer: int) -> dict[str, Part]:
     if row.ffn == "fused":
         f = own.hidden_units
         parts |= {"ffn_gate": Part("ffn_up", 0, f), "ffn_up": Part("ffn_up", f, 2 * f)}
+    if row.shared_fused:
+        f = config.expert_shared_feed_forward_length
+        parts |= {"ffn_gate_shexp": Part("ffn_up_shexp", 0, f), "ffn_up_shexp": Part("ffn_up_shexp", f, 2 * f)}
     f = own.expert_units
     return parts | {"ffn_gate_exps": Part("ffn_gate_up_exps", 0, f), "ffn_up_exps": Part("ffn_gate_up_exps", f, 2 * f)}
 
@@ -223,6 +243,11 @@ def _state_space_parts(config: ModelConfig, layer: int) -> dict[str, Part]:
     return parts | _sections("ssm_conv1d", ssm_conv1d_x=hv, ssm_conv1d_b=qk, ssm_conv1d_c=qk)
 
 
+def _channel_parts(config: ModelConfig, layer: int) -> dict[str, Part]:
+    hv = _recurrent_sizes(config)["hv"]
+    return _sections("ssm_in", ssm_in_x=hv, ssm_in_z=hv) | _sections("ssm_conv1d", ssm_conv1d_x=hv)
+
+
 def _convolution_parts(config: ModelConfig, layer: int) -> dict[str, Part]:
     d = config.d
     stem = "shortconv.in_proj"
@@ -236,6 +261,7 @@ _MIXER_PARTS: dict[str, Callable[[ModelConfig, int], dict[str, Part]]] = {
     "delta": _delta_parts,
     "kimi delta": _kimi_delta_parts,
     "state space": _state_space_parts,
+    "channel state space": _channel_parts,
     "convolution": _convolution_parts,
 }
 
@@ -256,10 +282,12 @@ def check_tensors(config: ModelConfig, shapes: Mapping[str, tuple[int, ...]]) ->
     if config.row.head == "required":
         needed.add("output.weight")
     if config.row.selection_bias == "required":
-        needed.add("exp_probs_b.bias")
+        needed.add(_selection_bias(config.row))
+    if config.row.sinks == "required":
+        needed.add("attn_sinks.weight")
     mixers = {mixer for own in config.layers for mixer in own.mixers}
     loose = {name for mixer in mixers for name in _LOOSE.get(mixer, ())}
-    if "state space" in mixers:  # llama.cpp's graph adds it without asking whether there is one
+    if {"state space", "channel state space"} & mixers:  # llama.cpp's graph adds it without asking whether there is one
         needed.add("ssm_conv1d.bias")
     if config.row.rope_factors == "full" and any(own.rope and own.rope.factored for own in config.layers):
         needed.add("rope_freqs.weight")
@@ -325,6 +353,7 @@ def _scopes(config: ModelConfig) -> Iterator[tuple[str, dict[str, tuple[str, ...
         "experts": config.expert_count,
         "de": config.expert_latent or config.d,
         "fs": config.expert_shared_feed_forward_length,
+        "2fs": 2 * config.expert_shared_feed_forward_length,
         "one": 1,
         "inputs": config.inputs,
         "all inputs": config.inputs * config.block_count,
@@ -393,6 +422,9 @@ def _recurrent_sizes(config: ModelConfig) -> dict[str, int]:
         "2qk + hv": 2 * qk + hv,
         "2qk + 2hv": 2 * (qk + hv),
         "2hv + 2qk + states": 2 * (hv + qk) + own.heads,
+        "2hv": 2 * hv,
+        "rank": own.rank,
+        "rank + 2 state": own.rank + 2 * own.key_size,
         "3d": 3 * config.d,
     }
 
@@ -408,13 +440,17 @@ def _block_table(config: ModelConfig, layer: int) -> dict[str, tuple[str, ...]]:
     vectors: dict[str, tuple[str, ...]] = {}
     for mixer in own.mixers:
         matrices |= _MIXERS[mixer]
-    scaled = set() if row.recurrent in own.mixers and not row.recurrent_scales else set(matrices)
+    scaled = set(matrices) if row.qkv_scales else {"attn_output"}
+    if row.recurrent in own.mixers and not row.recurrent_scales:
+        scaled = set()
     for mixer in own.mixers:
         vectors |= _VECTORS.get(mixer, {})
         if config.indexer.selected:
             vectors |= _INDEXER.get(mixer, {})
         if mixer == "latent":
             vectors |= _latent_table(config)
+        if mixer == "channel state space" and row.normed_steps:
+            vectors |= {f"ssm_{part}_norm.weight": (axis,) for part, axis in _MADE.items()}
         if mixer == "kimi delta":
             vectors |= _gates_table(row.low_rank_gates)
         if mixer in ("attention", "shared attention"):
@@ -427,7 +463,8 @@ def _block_table(config: ModelConfig, layer: int) -> dict[str, tuple[str, ...]]:
         matrices |= _FFN[row.ffn]
     if own.routed:
         matrices |= _EXPERTS | (_LATENT_EXPERTS if config.expert_latent else {})
-        matrices |= _SHARED_EXPERT if config.expert_shared_feed_forward_length else {}
+        shared = _FUSED_SHARED_EXPERT if row.shared_fused else _SHARED_EXPERT
+        matrices |= shared if config.expert_shared_feed_forward_length else {}
     if row.ffn == "plain":
         matrices = {name: axes for name, axes in matrices.items() if name not in _GATES}
     if own.keys_as_values:
@@ -445,12 +482,17 @@ def _block_table(config: ModelConfig, layer: int) -> dict[str, tuple[str, ...]]:
     if row.sinks and own.heads:
         table["attn_sinks.weight"] = ("heads",)
     if row.selection_bias and own.routed:
-        table["exp_probs_b.bias"] = ("experts",)
-    if row.router_norm and own.routed:
+        table[_selection_bias(row)] = ("experts",)
+    if row.router_reads == "stream" and own.routed:
         table["ffn_gate_inp.scale"] = ("d",)
     if row.stream_scale:
         table["layer_output_scale.weight"] = ("one",)
     return table
+
+
+def _selection_bias(row: Architecture) -> str:
+    """Return the name of the bias that the choice of experts has."""
+    return "exp_probs_b" if "exp_probs_b" in row.bare_names else "exp_probs_b.bias"
 
 
 def _latent_table(config: ModelConfig) -> dict[str, tuple[str, ...]]:
