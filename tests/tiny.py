@@ -76,6 +76,7 @@ class Options:
     shared_kv: int = 0  # so many of the last layers read earlier layers' keys and values
     idle_kv: bool = False  # and still have the matrices for their own
     per_layer: int = 0  # width of the inputs that each layer has of its own; 0: none
+    attn_gate: str = ""  # heads | elements: a gate on what each head has read, as one number or element by element
     values: bool = True  # there is attn_v; else the values are made by attn_k
     n_rot: int | None = None  # rotated dimensions of a head; None: all
     long_short: bool = False  # write rope_factors_long and rope_factors_short
@@ -95,6 +96,7 @@ class Options:
     dense_blocks: tuple[int, ...] = ()  # more of them, wherever they are
     expert_norms: tuple[str, ...] = ()  # of layers with experts only
     dense_beside: bool = False  # layers with experts have a dense network, too
+    dense_ff: int | None = None  # its width; None: ff
     fused_experts: bool = False  # the experts' gate above up in one tensor
     router_scale: bool = False  # ffn_gate_inp.scale, of the router's input
     expert_scale: bool = False  # ffn_down_exps.scale, of each expert's output
@@ -191,7 +193,9 @@ def metadata(o: Options) -> dict[str, Any]:
         "feed_forward_length": [o.ff * feeds(o, layer) for layer in range(o.layers)]
         if o.alone
         else list(o.ffs) or repeat(o.ff),
-        "attention.head_count": repeat(o.heads),
+        "attention.head_count": [windowed(o).heads if kind == "window" else o.heads for kind in kinds]
+        if "heads" in o.sizes.get("window", {})
+        else repeat(o.heads),
         "attention.head_count_kv": [kv_heads(o, kind) for kind in kinds] if o.kv_by_layer else repeat(o.hk),
         "attention.key_length": o.hd,
         "attention.value_length": o.hv,
@@ -328,6 +332,8 @@ def attention(o: Options, b: str, *, gated: bool = False) -> Iterator[Entry]:
             yield Entry(f"{b}.{name}.weight", shape, 0.3, o.qk_gain)
     if o.sinks:
         yield Entry(f"{b}.attn_sinks.weight", (o.heads,), 1.0, 2.0)
+    if o.attn_gate:
+        yield matrix(f"{b}.attn_gate", {"heads": o.heads, "elements": q}[o.attn_gate], o.d, 2.0)
     yield matrix(f"{b}.attn_output", o.d, o.heads * o.hv)
 
 
@@ -544,6 +550,38 @@ def mamba(o: Options, b: str) -> Iterator[Entry]:
     yield matrix(f"{b}.ssm_out", o.d, inner, s["out_gain"])
 
 
+def plamo2(o: Options, b: str) -> Iterator[Entry]:
+    """List the tensors of PLaMo 2's mixer: Mamba-2 with time steps, B and C that are made from the values."""
+    s = PLAMO2 | o.sizes
+    inner, heads, rank, state = s["inner"], s["ssm_heads"], s["rank"], s["state"]
+    rows = [matrix(f"{b}.ssm_in_{name}", inner, o.d, gain) for name, gain in (("z", o.gate_gain), ("x", 1.0))]
+    yield interleaved(o, f"{b}.ssm_in.weight", heads, rows)
+    yield Entry(f"{b}.ssm_conv1d.weight", (inner, s["kernel"]), 1 / math.sqrt(s["kernel"]), 0.2)
+    parts = [matrix(f"{b}.ssm_x_{name}", out, inner, 1.5) for name, out in (("b", state), ("c", state), ("dt", rank))]
+    yield stacked(o, f"{b}.ssm_x.weight", parts)
+    yield matrix(f"{b}.ssm_dt", heads, rank)
+    yield Entry(f"{b}.ssm_dt.bias", (heads,), 1.0, -0.5)
+    yield Entry(f"{b}.ssm_a", (heads,), 0.0, values=-np.geomspace(0.02, 12.0, heads))
+    yield Entry(f"{b}.ssm_d", (heads,), 0.5, 1.0)
+    for name, width in (("dt", rank), ("b", state), ("c", state)):
+        yield Entry(f"{b}.ssm_{name}_norm", (width,), 0.3, 1.0)
+    yield matrix(f"{b}.ssm_out", o.d, inner, s["out_gain"])
+
+
+def plamo2_keys(o: Options) -> dict[str, Any]:
+    names = {"conv_kernel": "kernel", "inner_size": "inner", "state_size": "state", "time_step_rank": "ssm_heads"}
+    s = PLAMO2 | o.sizes
+    heads = [0 if kind_of(o, layer) == "plamo2" else o.heads for layer in range(o.layers)]
+    return {f"ssm.{key}": s[name] for key, name in names.items()} | {
+        "ssm.group_count": 0,
+        "attention.head_count": heads,
+    }
+
+
+# llama.cpp wants vectors of 64 for the time steps, or more in wide models.
+PLAMO2 = {"inner": 96, "ssm_heads": 6, "rank": 64, "state": 12, "kernel": 4, "out_gain": 1.0}
+
+
 def mamba_keys(o: Options) -> dict[str, Any]:
     names = {"conv_kernel": "kernel", "inner_size": "inner", "state_size": "state", "time_step_rank": "rank"}
     s = MAMBA | o.sizes
@@ -586,11 +624,23 @@ MIXERS: dict[str, Callable[[Options, str], Iterator[Entry]]] = {
     "bounded kda": functools.partial(kda, bounded=True),
     "mamba": mamba,
     "mamba2": mamba2,
+    "plamo2": plamo2,
     "attention, mamba2": mamba2_beside_attention,
     "none": nothing,
 }
 # Those that have no kv heads.
-RECURRENT = {"delta", "grouped delta", "old delta", "convolution", "kda", "bounded kda", "mamba", "mamba2", "none"}
+RECURRENT = {
+    "delta",
+    "grouped delta",
+    "old delta",
+    "convolution",
+    "kda",
+    "bounded kda",
+    "mamba",
+    "mamba2",
+    "plamo2",
+    "none",
+}
 # What the metadata then have besides, or instead; sizes with a dot in their names are keys themselves.
 KEYS: dict[str, Callable[[Options], dict[str, Any]]] = {
     "window": window_keys,
@@ -598,6 +648,7 @@ KEYS: dict[str, Callable[[Options], dict[str, Any]]] = {
     "block_sparse": block_sparse_keys,
     "mamba": mamba_keys,
     "mamba2": mamba2_keys,
+    "plamo2": plamo2_keys,
     "attention, mamba2": mamba2_keys,
 }
 
@@ -644,7 +695,7 @@ def experts(o: Options, b: str, width: int) -> Iterator[Entry]:
     for name in o.expert_norms:
         yield from norms(o, f"{b}.{name}", o.d, o.post_gain if name.startswith("post_") else 1.0)
     if o.dense_beside:
-        yield from feed_forward(o, b, "", o.ff)
+        yield from feed_forward(o, b, "", o.dense_ff or o.ff)
     if o.selection_bias:
         suffix = "" if "exp_probs_b" in o.bare_norms else ".bias"
         yield Entry(f"{b}.exp_probs_b{suffix}", (o.experts,), o.selection_bias, o.selection_mean)

@@ -52,7 +52,7 @@ _DELTA: dict[str, tuple[str, ...]] = {
     "ssm_out": ("d", "hv"),
 }
 _STATE_SPACE: dict[str, tuple[str, ...]] = {"ssm_in": ("2hv + 2qk + states", "d"), "ssm_out": ("d", "hv")}
-_CHANNELS: dict[str, tuple[str, ...]] = {"ssm_in": ("2hv", "d"), "ssm_out": ("d", "hv")}
+_FROM_VALUES: dict[str, tuple[str, ...]] = {"ssm_in": ("2hv", "d"), "ssm_out": ("d", "hv")}
 _CONVOLUTION: dict[str, tuple[str, ...]] = {"shortconv.in_proj": ("3d", "d"), "shortconv.out_proj": ("d", "d")}
 _MIXERS: dict[str, dict[str, tuple[str, ...]]] = {
     "attention": _ATTENTION,
@@ -61,9 +61,18 @@ _MIXERS: dict[str, dict[str, tuple[str, ...]]] = {
     "delta": _DELTA,
     "kimi delta": {"attn_output": ("d", "hv")},
     "state space": _STATE_SPACE,
-    "channel state space": _CHANNELS,
+    "channel state space": _FROM_VALUES,
+    "state space of values": _FROM_VALUES,
     "convolution": _CONVOLUTION,
 }
+# Of a state space whose steps, keys and queries are made from its values; these may have norms.
+_MADE: dict[str, tuple[str, ...]] = {
+    "ssm_conv1d.weight": ("hv", "taps"),
+    "ssm_x.weight": ("rank + 2 state", "hv"),
+    "ssm_dt.weight": ("states", "rank"),
+    "ssm_dt.bias": ("states",),
+}
+_MADE_NORMS = {"ssm_dt_norm.weight": ("rank",), "ssm_b_norm.weight": ("state",), "ssm_c_norm.weight": ("state",)}
 # Tensors of mixers by full name: small ones, and matrices that have neither a bias nor a constant factor.
 _VECTORS: dict[str, dict[str, tuple[str, ...]]] = {
     "delta": {
@@ -94,18 +103,14 @@ _VECTORS: dict[str, dict[str, tuple[str, ...]]] = {
         "ssm_norm.weight": ("groups", "of a group"),
     },
     "channel state space": {
-        "ssm_conv1d.weight": ("hv", "taps"),
+        **_MADE,
         "ssm_conv1d.bias": ("hv",),
-        "ssm_x.weight": ("rank + 2 state", "hv"),
-        "ssm_dt.weight": ("states", "rank"),
-        "ssm_dt.bias": ("states",),
         "ssm_a": ("hv", "state"),
         "ssm_d": ("hv",),
     },
+    "state space of values": {**_MADE, "ssm_a": ("states",), "ssm_d": ("states",)},
     "convolution": {"shortconv.conv.weight": ("d", "taps")},
 }
-# What Mamba-1 makes from the values, and may norm.
-_MADE = {"dt": "rank", "b": "state", "c": "state"}
 # Of what selects keys: not used, since prompts in which it would leave some out are not supported.
 _INDEXER: dict[str, dict[str, tuple[str, ...]]] = {
     "latent": {
@@ -147,6 +152,7 @@ _QK_NORMS: dict[str, dict[str, tuple[str, ...]]] = {
     "head": {"attn_q_norm": ("head",), "attn_k_norm": ("head",)},
     "heads": {"attn_q_norm": ("heads", "head"), "attn_k_norm": ("kv heads", "head")},
     "rotated": {"attn_q_norm": ("head",), "attn_k_norm": ("head",)},
+    "bare": {},
     "full": {"attn_q_norm": ("q",), "attn_k_norm": ("keys",)},
 }
 _EXPERTS = {
@@ -192,7 +198,7 @@ def fused_parts(config: ModelConfig, layer: int) -> dict[str, Part]:
     row, own = config.row, config.layers[layer]
     parts: dict[str, Part] = {}
     for mixer in own.mixers:
-        parts |= _MIXER_PARTS[mixer](config, layer)
+        parts |= _MIXER_PARTS[_layout(config, mixer)](config, layer)
     if row.ffn == "fused":
         f = own.hidden_units
         parts |= {"ffn_gate": Part("ffn_up", 0, f), "ffn_up": Part("ffn_up", f, 2 * f)}
@@ -201,6 +207,11 @@ def fused_parts(config: ModelConfig, layer: int) -> dict[str, Part]:
         parts |= {"ffn_gate_shexp": Part("ffn_up_shexp", 0, f), "ffn_up_shexp": Part("ffn_up_shexp", f, 2 * f)}
     f = own.expert_units
     return parts | {"ffn_gate_exps": Part("ffn_gate_up_exps", 0, f), "ffn_up_exps": Part("ffn_gate_up_exps", f, 2 * f)}
+
+
+def _layout(config: ModelConfig, mixer: str) -> str:
+    """Return the kind of a mixer's tensors: a state space with heads has two kinds."""
+    return "state space of values" if mixer == "state space" and config.recurrence.rank else mixer
 
 
 def _attention_parts(config: ModelConfig, layer: int) -> dict[str, Part]:
@@ -248,6 +259,12 @@ def _channel_parts(config: ModelConfig, layer: int) -> dict[str, Part]:
     return _sections("ssm_in", ssm_in_x=hv, ssm_in_z=hv) | _sections("ssm_conv1d", ssm_conv1d_x=hv)
 
 
+def _state_space_of_values_parts(config: ModelConfig, layer: int) -> dict[str, Part]:
+    own = config.recurrence
+    parts = _sections("ssm_in", ssm_in_z=own.value_size, ssm_in_x=own.value_size, period=2 * own.value_size)
+    return parts | _sections("ssm_conv1d", ssm_conv1d_x=own.convolved)
+
+
 def _convolution_parts(config: ModelConfig, layer: int) -> dict[str, Part]:
     d = config.d
     stem = "shortconv.in_proj"
@@ -262,6 +279,7 @@ _MIXER_PARTS: dict[str, Callable[[ModelConfig, int], dict[str, Part]]] = {
     "kimi delta": _kimi_delta_parts,
     "state space": _state_space_parts,
     "channel state space": _channel_parts,
+    "state space of values": _state_space_of_values_parts,
     "convolution": _convolution_parts,
 }
 
@@ -289,7 +307,7 @@ def check_tensors(config: ModelConfig, shapes: Mapping[str, tuple[int, ...]]) ->
     loose = {name for mixer in mixers for name in _LOOSE.get(mixer, ())}
     if {"state space", "channel state space"} & mixers:  # llama.cpp's graph adds it without asking whether there is one
         needed.add("ssm_conv1d.bias")
-    if config.row.rope_factors == "full" and any(own.rope and own.rope.factored for own in config.layers):
+    if config.row.rope_factors == "required" and any(own.rope and own.rope.factored for own in config.layers):
         needed.add("rope_freqs.weight")
     for prefix, table, sizes in _scopes(config):
         fused = {stem: parts for stem, parts in FUSED.items() if all(f"{part}.weight" in table for part in parts)}
@@ -344,12 +362,11 @@ def _scaled(shapes: Mapping[str, tuple[int, ...]], stem: str) -> bool:
 
 def _scopes(config: ModelConfig) -> Iterator[tuple[str, dict[str, tuple[str, ...]], dict[str, int]]]:
     """Yield name prefix, table of tensors and named sizes, for the tensors outside the blocks and for each block."""
-    ropes = sorted((layer.rope for layer in config.layers if layer.rope), key=lambda rope: not rope.factored)
     sizes = {
         "d": config.d,
         "vocabulary": config.vocabulary,
         "context": config.context_length,
-        "pairs": ropes[0].dimensions // 2 if ropes else 0,
+        "pairs": max((layer.rope.dimensions // 2 for layer in config.layers if layer.rope), default=0),
         "experts": config.expert_count,
         "de": config.expert_latent or config.d,
         "fs": config.expert_shared_feed_forward_length,
@@ -381,6 +398,7 @@ def _attention_sizes(config: ModelConfig, layer: int) -> dict[str, int]:
         "heads": own.heads,
         "kv heads": own.kv_heads,
         "head": own.key_size,
+        "gates": own.heads * own.gate,
         "q": q,
         "keys": keys,
         "values": values,
@@ -439,24 +457,26 @@ def _block_table(config: ModelConfig, layer: int) -> dict[str, tuple[str, ...]]:
     matrices: dict[str, tuple[str, ...]] = {}
     vectors: dict[str, tuple[str, ...]] = {}
     for mixer in own.mixers:
-        matrices |= _MIXERS[mixer]
+        matrices |= _MIXERS[_layout(config, mixer)]
     scaled = set(matrices) if row.qkv_scales else {"attn_output"}
     if row.recurrent in own.mixers and not row.recurrent_scales:
         scaled = set()
     for mixer in own.mixers:
-        vectors |= _VECTORS.get(mixer, {})
+        vectors |= _VECTORS.get(_layout(config, mixer), {})
         if config.indexer.selected:
             vectors |= _INDEXER.get(mixer, {})
         if mixer == "latent":
             vectors |= _latent_table(config)
-        if mixer == "channel state space" and row.normed_steps:
-            vectors |= {f"ssm_{part}_norm.weight": (axis,) for part, axis in _MADE.items()}
+        if row.normed_steps and mixer == row.recurrent:
+            vectors |= _MADE_NORMS
         if mixer == "kimi delta":
             vectors |= _gates_table(row.low_rank_gates)
         if mixer in ("attention", "shared attention"):
             vectors |= {f"{name}.weight": axes for name, axes in _QK_NORMS[row.qk_norm].items()}
     if own.source is not None:
         del vectors["attn_k_norm.weight"]
+    if own.gate:
+        vectors["attn_gate.weight"] = ("gates", "d")
     vectors |= _OWN_INPUTS if config.inputs else {}
     vectors |= _VISION_EXPERTS if row.vision_experts else {}
     if own.hidden_units:
@@ -510,8 +530,6 @@ def _latent_table(config: ModelConfig) -> dict[str, tuple[str, ...]]:
         table |= {"attn_k_b": ("heads", "latent", "nope"), "attn_v_b": ("heads", "value", "latent")}
     else:
         table["attn_kv_b"] = ("expanded", "latent")
-    if config.row.gated_heads:
-        table["attn_gate"] = ("heads", "d")
     return {f"{name}.weight": axes for name, axes in table.items()}
 
 

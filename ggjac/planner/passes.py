@@ -474,7 +474,8 @@ def _tape_bytes(block: _Block, config: ModelConfig, n: int, item: int) -> int:
 def _mixer_floats(config: ModelConfig, block: _Block, mixer: str, n: int) -> int:
     """Return the floats of a mixer's tape: its pattern `[h, n, n]` or its scan, and its factors."""
     heads, value, key = _heads(config, block, mixer)
-    own, gated = block.layer, config.row.gated_queries or config.row.gated_heads
+    own = block.layer
+    gated = config.row.gated_queries or own.gate > 0
     if not MIXERS[mixer].recurrent:
         if MIXERS[mixer].convolution:
             return 2 * n * config.d
