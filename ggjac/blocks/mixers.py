@@ -290,6 +290,7 @@ def _pattern(
         config.attention_scale,
         softcap=config.attention_softcap,
         window=config.layers[layer].window,
+        alibi=config.layers[layer].alibi,
         sinks=w.vector("attn_sinks.weight") if "attn_sinks.weight" in w else None,
     )
 
