@@ -123,9 +123,9 @@ class Facts(NamedTuple):
     sum_named_ffn_out: bool = False  # llama.cpp's last ffn_out is the branch and its input
     # More names in llama.cpp's graph, and those of most families that mean other states of ours here.
     graph: Mapping[str, str] = {}
-    norm_unnamed: bool = False  # nor has the final norm's output a name there
     # llama.cpp's names of the stream before a layer and after the last; (): it names the stream after each layer.
     stream_before: tuple[str, ...] = ()
+    norm_unnamed: bool = False  # nor has the final norm's output a name there
     own_scales: tuple[str, ...] = ()  # tensors whose `.scale` is a part of the model, not of how they are stored
     scales: tuple[float, ...] = ()  # of embeddings, branches * sqrt(blocks) and logits * d, where the file has none
     plain_scales: bool = False  # of branches and logits as they are
@@ -385,7 +385,8 @@ FACTS: dict[str, Facts] = {
     ),
     "llama4": Facts(
         factors=True, period=4, window=8192, window_always=True, roped="three of four", qk_norm="bare", unnormed=128,
-        router="each", renormalise=False, weighted="input", sum_named_ffn_out=True, graph={"ffn_moe_out_merged": "ffn_out"},
+        router="each", renormalise=False, weighted="input", sum_named_ffn_out=True,
+        graph={"ffn_moe_out_merged": "ffn_out"},
     ),
     "spark2_5": Facts(rope="halves", period=0, activation="gelu", graph=GATED | {"attn_out_proj": "attn_out"}),
     "muse-glimmer": SANDWICH._replace(

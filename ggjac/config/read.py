@@ -119,6 +119,8 @@ def _architecture(metadata: Mapping[str, Any]) -> str:
             f"architecture {shown(name)} is not supported: it is {others.ARCHITECTURES[name]}, and ggjac needs a "
             "language model that predicts the next token"
         )
+    if isinstance(name, str) and name in others.LEFT_OUT:
+        raise ConfigError(f"architecture {shown(name)} is not supported: {others.LEFT_OUT[name]}; take another model")
     if not isinstance(name, str) or name not in ARCHITECTURES:
         # Similar names first.
         alike = get_close_matches(name[:64], ARCHITECTURES) if isinstance(name, str) else []

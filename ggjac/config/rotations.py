@@ -34,8 +34,10 @@ def _ropes(keys: Keys, row: Architecture, key_length: int, *, windowed: bool) ->
     Where their sizes differ, those of the layer asked for count.
     """
     suffix = "_swa" if windowed and row.windowed_sizes else ""
-    dimensions = keys.integer("rope.dimension_count", key_length) if row.rope_keys == "all" else key_length
-    dimensions = keys.integer("rope.dimension_count_swa", dimensions) if suffix else dimensions
+    dimensions = key_length
+    if row.rope_keys == "all":
+        dimensions = keys.integer("rope.dimension_count", key_length)
+        dimensions = keys.integer("rope.dimension_count_swa", dimensions) if suffix else dimensions
     if row.halved_rotary and not windowed:
         dimensions //= 2
     if dimensions % 2 or dimensions > key_length or (dimensions < key_length and not row.partial_rotary):
@@ -70,8 +72,9 @@ def _ropes(keys: Keys, row: Architecture, key_length: int, *, windowed: bool) ->
     )
     unscaled, magnitude = Rope(dimensions, base, row.rope_pairs), keys.real("rope.scaling.attn_factor", 1.0)
     if row.rope_keys != "all":
-        base = base if row.rope_keys == "base" else 10000.0
-        full = replace(full, base=base, factor=1.0, yarn=False, magnitude=1.0)
+        full = replace(
+            full, base=full.base if row.rope_keys == "base" else 10000.0, factor=1.0, yarn=False, magnitude=1.0
+        )
     local = {
         "same": full,
         # llama.cpp applies the file's factor here for any type of scaling; only full layers respect "none".
