@@ -81,6 +81,8 @@ class Options:
     n_rot: int | None = None  # rotated dimensions of a head; None: all
     long_short: bool = False  # write rope_factors_long and rope_factors_short
     positions: bool = False  # write position_embd
+    embed_norm: bool = False  # write token_embd_norm
+    act_scales: bool = False  # divisors of hidden units
     window: int | None = None
     sinks: bool = False
     ffn: str = "gated"  # gated | fused (gate above up in one matrix) | plain
@@ -229,6 +231,8 @@ def tensors(o: Options) -> Iterator[Entry]:
     q, kv, pairs = o.heads * o.hd, o.hk * o.hd, (o.n_rot or o.hd) // 2
     if not o.head_only:
         yield Entry("token_embd.weight", (o.vocab, o.d), o.embed_std)
+    if o.embed_norm:
+        yield from norms(o, "token_embd_norm", o.d)
     if o.positions:
         yield Entry("position_embd.weight", (o.context, o.d), 0.5)
     yield from norms(o, o.final_norm, o.d)
@@ -687,6 +691,8 @@ def feed_forward(o: Options, b: str, suffix: str, width: int) -> Iterator[Entry]
     else:
         yield from [up] if o.ffn == "plain" else [gate, up]
     yield matrix(f"{b}.ffn_down{suffix}", o.d, width, o.down_gain)
+    if o.act_scales:
+        yield Entry(f"{b}.ffn.act.scales", (width,), 0.2, 1.0)
 
 
 def experts(o: Options, b: str, width: int) -> Iterator[Entry]:

@@ -291,6 +291,7 @@ def _pattern(
         own.attention_scale,
         softcap=config.attention_softcap,
         window=own.window,
+        alibi=own.alibi,
         sinks=w.vector("attn_sinks.weight") if "attn_sinks.weight" in w else None,
     )
 

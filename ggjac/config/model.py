@@ -58,6 +58,28 @@ class Latent:
 
 
 @dataclass(frozen=True)
+class Alibi:
+    """Linear biases on the scores of attention (ALiBi, arXiv 2108.12409): by head, a slope times minus the distance.
+
+    Attributes:
+        bias: the largest power of two that a slope is below one.
+        total: number of heads of the block.
+        heads: those whose scores are computed.
+    """
+
+    bias: float
+    total: int
+    heads: range
+
+    @property
+    def slopes(self) -> list[float]:
+        """The slope of each head, as in ggml's softmax: two geometric series if the total is not a power of two."""
+        power = 1 << (self.total.bit_length() - 1)
+        exponents = (head + 1 if head < power else head - power + 0.5 for head in self.heads)
+        return [2 ** (-self.bias * exponent / power) for exponent in exponents]
+
+
+@dataclass(frozen=True)
 class Layer:
     """The properties that may differ from block to block.
 
@@ -82,6 +104,7 @@ class Layer:
         by_key_head: whether all projections of a delta rule are in one tensor, `ssm_in`, key head by key head.
         window: number of tokens to which a position attends, itself included; None for all up to it.
         rope: rotation of queries and keys; None for none.
+        alibi: linear biases on scores; None for none.
         xielu: αn, αp and β of the activation xIELU (arXiv 2411.13010), `β z + αp z²` for positive z and
             `β z + αn (exp(z) - 1 - z)` otherwise; None for other activations.
     """
@@ -95,6 +118,7 @@ class Layer:
     routed: bool
     window: int | None
     rope: Rope | None
+    alibi: Alibi | None = None
     xielu: tuple[float, float, float] | None = None
     clamps: tuple[float, float] = (0.0, 0.0)
     experts_used: int = 0

@@ -25,6 +25,7 @@ _GLOBAL = {
     "rope_factors_short.weight": ("pairs",),
 }
 _POSITIONS = {"position_embd.weight": ("context", "d")}
+_EMBEDDING_NORM = {"token_embd_norm.weight": ("d",), "token_embd_norm.bias": ("d",)}
 _INPUTS = {
     "per_layer_token_embd.weight": ("vocabulary", "all inputs"),
     "per_layer_model_proj.weight": ("all inputs", "d"),
@@ -180,6 +181,7 @@ _OPTIONAL = {
     "rope_factors_long.weight",
     "rope_factors_short.weight",
     "layer_output_scale.weight",
+    "ffn.act.scales",
     *(name for table in _INDEXER.values() for name in table),
     *_VISION_EXPERTS,
 }
@@ -376,6 +378,7 @@ def _scopes(config: ModelConfig) -> Iterator[tuple[str, dict[str, tuple[str, ...
         "all inputs": config.inputs * config.block_count,
     }
     outside = _GLOBAL | (_POSITIONS if config.row.positions else {}) | (_INPUTS if config.inputs else {})
+    outside |= _EMBEDDING_NORM if config.row.embedding_norm == "weighted" else {}
     if config.row.norm == "bare":
         outside = {name: axes for name, axes in outside.items() if not name.startswith("output_norm.")}
     outside = {name.replace("output_norm", config.row.output_norm): axes for name, axes in outside.items()}
@@ -480,6 +483,7 @@ def _block_table(config: ModelConfig, layer: int) -> dict[str, tuple[str, ...]]:
         vectors["attn_gate.weight"] = ("gates", "d")
     vectors |= _OWN_INPUTS if config.inputs else {}
     vectors |= _VISION_EXPERTS if row.vision_experts else {}
+    vectors |= {"ffn.act.scales": ("f",)} if row.hidden_divisors else {}
     if own.hidden_units:
         matrices |= _FFN[row.ffn]
     if own.routed:
