@@ -118,6 +118,7 @@ class Architecture:
             whatever the file states); `""` where there are none.
         indexer: prompts may be so long that attention selects keys: one by one (`"keys"`), in blocks (`"blocks"`), or
             `""` for never. Such prompts are not supported.
+        normed_rotary: the part of latent attention's keys that rotates is normed before (`attn_k_norm`).
         value_norm: the values of each head are normed (RMSNorm without weight).
         shared_keys: the file's last `attention.shared_kv_layers` blocks read keys and values of an earlier block.
         inputs: blocks may have inputs of their own (`embedding_length_per_layer_input`), made from the tokens.
@@ -155,7 +156,8 @@ class Architecture:
         chunked: a window is a chunk: positions attend to those of their own, and queries grow from chunk to chunk.
             Prompts that go beyond the first chunk are not supported.
         windowed_sizes: what windowed layers have sizes of their own for: `"heads"` and their rotations
-            (`attention.key_length_swa`), `"rotations"` (`rope.dimension_count_swa`) or `""`.
+            (`attention.key_length_swa`; of latent attention `attention.kv_lora_rank_swa` and the like), `"rotations"`
+            (`rope.dimension_count_swa`) or `""`.
         window_rope: rotation of windowed layers: `"same"`; `"based"` (base from `rope.freq_base_swa`, if present);
             `"plain"` (same base, no scaling); `"own"` (base from `rope.freq_base_swa`, 10000 by default, no scaling
             but by `rope.scaling.attn_factor`); `"unscaled"` (likewise, but the same base by default) or `"bare"`
@@ -172,6 +174,12 @@ class Architecture:
             missing.
         attention_scale_key: the key of the file that has the scale of scores, if it has it and that is not 0.
         attention_scale: the scale of scores in other files; 0 for 1/√(head size).
+        attention_power: that default is the head size to this power.
+        alibi: scores have linear biases (ALiBi), of which this is the largest for slopes of `ggjac.config.Alibi`; 0 for
+            none.
+        alibi_key: the file's `attention.max_alibi_bias`, if present, overrides it.
+        alibi_blocks, rope_blocks: block count of the only variant that has these biases, or that rotates (llama.cpp
+            identifies them so); 0 for all variants.
         wide_scale_blocks: block count of the variant whose default is 1/√(d / heads) instead; 0 for none.
         attention_softcap, logit_softcap: default caps of scores and logits, 0 for none; None if the file's keys are
             not read.
@@ -182,6 +190,7 @@ class Architecture:
             attention's output projection is in all families.
         ffn_scales: those of the feed-forward's matrices are applied.
         recurrent_scales: those of a recurrent mixer's matrices are applied.
+        hidden_divisors: activated hidden units may be divided by numbers (`ffn.act.scales`).
         units_doubled: the file's `feed_forward_length` is twice the number of hidden units.
         activation: `"silu"`, `"relu"`, `"gelu"` (tanh form), `"relu2"` (the square of the positive part), `"xielu"`
             (see `ggjac.config.Layer`) or `"silu_oai"` (clamped, with up shifted by one).
@@ -217,8 +226,9 @@ class Architecture:
         shared_fused: gate and up of the shared expert are in one tensor, gate first.
         stream_scale: a block's output may be multiplied by a number (`layer_output_scale`).
         post_norm_epsilon: what norms after branches add inside of their root; 0 for the same as others.
-        positions: learned position embeddings are added to the input.
-        embedding_norm: embeddings are normed (RMSNorm without weight).
+        positions: learned position embeddings are added to the input: `"required"`, `"optional"`, or `""` for never.
+        embedding_norm: how embeddings are normed: `"bare"` (RMSNorm without weight), `"weighted"` (as others, by
+            `token_embd_norm`) or `""` for not.
         embedding_scale: `"sqrt"` (of d), `"key"` (the file's `embedding_scale`), or `""` for none.
         residual_scale: branches are multiplied by the file's `residual_scale`.
         logit_scale: `"multiply"` or `"divide"` by the file's `logit_scale`, or `""` for neither.
@@ -261,6 +271,7 @@ class Architecture:
     latent_split: str = ""
     mscale: str = ""
     indexer: str = ""
+    normed_rotary: bool = False
     value_norm: bool = False
     keys_as_values: bool = False
     shared_keys: bool = False
@@ -296,6 +307,11 @@ class Architecture:
     value_scale: bool = False
     attention_scale_key: str = ""
     attention_scale: float = 0.0
+    attention_power: float = -0.5
+    alibi: float = 0.0
+    alibi_key: bool = False
+    alibi_blocks: int = 0
+    rope_blocks: int = 0
     wide_scale_blocks: int = 0
     attention_softcap: float | None = None
     logit_softcap: float | None = None
@@ -304,6 +320,7 @@ class Architecture:
     qkv_scales: bool = True
     ffn_scales: bool = False
     recurrent_scales: bool = False
+    hidden_divisors: bool = False
     units_doubled: bool = False
     activation: str = "silu"
     hidden_clamps: str = ""
@@ -328,8 +345,8 @@ class Architecture:
     shared_fused: bool = False
     stream_scale: bool = False
     post_norm_epsilon: float = 0.0
-    positions: bool = False
-    embedding_norm: bool = False
+    positions: str = ""
+    embedding_norm: str = ""
     embedding_scale: str = ""
     residual_scale: bool = False
     logit_scale: str = ""
@@ -523,7 +540,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "apertus": replace(_QWEN3, ffn="plain", activation="xielu"),
     "glm4": Architecture(norms=_SANDWICH, rope_pairs="adjacent", partial_rotary=True, ffn="fused"),
     "cohere2": replace(_COHERE, rope_layers="windowed", windowed="required", window_period=4, ffn_scales=True),
-    "gpt2": replace(_GPT, rope_pairs="", positions=True),
+    "gpt2": replace(_GPT, rope_pairs="", positions="required"),
     "starcoder2": _GPT,
     "phi2": replace(_GPT, norms=_SHARED_NORM, parallel=True, partial_rotary=True),
     "olmo": Architecture(norm="bare", rope_pairs="adjacent", clamp_key=True, graph=_SUMMED),
@@ -696,7 +713,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "qwen2vl": Architecture(epsilon_read=False, rope_sections="consecutive"),
     "paddleocr": Architecture(rope_sections="consecutive"),
     "hunyuan_vl": Architecture(qk_norm="rotated", rope_sections="consecutive", rope_alpha=True),
-    "starcoder": replace(_GPT, rope_pairs="", positions=True),
+    "starcoder": replace(_GPT, rope_pairs="", positions="required"),
     "codeshell": replace(_GPT, embedding_optional=True, head="required"),
     "orion": Architecture(norm="layer", head="required"),
     "maincoder": replace(_LLAMA, qk_norm="rotated"),
@@ -713,7 +730,19 @@ ARCHITECTURES: dict[str, Architecture] = {
         qk_norm="head",
         ffn="fused",
     ),
-    "cogvlm": Architecture(rope_keys="", rope_factors="", vision_experts=True, graph=_SUMMED),
+    "cogvlm": Architecture(rope_keys="", rope_factors="", qkv_scales=False, vision_experts=True, graph=_SUMMED),
+    "baichuan": replace(_LLAMA, rope_blocks=32, alibi=8.0, alibi_blocks=40, head="required"),
+    "mpt": replace(
+        _GPT,
+        rope_pairs="",
+        clamp_key=True,
+        alibi_key=True,
+        hidden_divisors=True,
+        positions="optional",
+    ),
+    "bloom": replace(_GPT, rope_pairs="", alibi=8.0, embedding_norm="weighted"),
+    "refact": Architecture(rope_pairs="", alibi=8.0),
+    "jais": Architecture(norm="layer", rope_pairs="", attention_power=-1.0, alibi_key=True, head="required"),
     "jais2": Architecture(norm="layer", ffn="plain", activation="relu2"),
     "deepseek2-ocr": replace(
         _DEEPSEEK,
@@ -759,6 +788,24 @@ ARCHITECTURES: dict[str, Architecture] = {
         sigmoid_routers=(),
         indexer="keys",
         ffn_scales=True,
+    ),
+    "dots3note": replace(
+        _DEEPSEEK2,
+        direct_queries=(),
+        latent_split="required",
+        mscale="",
+        temperature="",
+        router="",
+        sigmoid_routers=(),
+        selection_bias="required",
+        indexer="keys",
+        gated_heads="heads",
+        normed_rotary=True,
+        windowed="required",
+        windowed_sizes="heads",
+        window_rope="based",
+        ffn_scales=True,
+        graph=Graph(attention=("attn_output",)),
     ),
     "minimax-m3": replace(
         _DEEPSEEK,
@@ -932,7 +979,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         qk_norm="head",
         logit_softcap=30.0,
         post_norm_epsilon=1e-8,
-        embedding_norm=True,
+        embedding_norm="bare",
         logit_scale="multiply",
         head="required",
         graph=Graph(attention=("attn_o_proj",)),

@@ -471,7 +471,8 @@ class Model:
         """Return the input of block 0, `[n, d]`: embeddings, scaled or normed, plus learned positions from `start`."""
         x = self.embedding.take(ids) * self.config.embedding_scale
         if self.config.row.embedding_norm:
-            x = blocks.frozen_norm(self.config, None, None, x).apply(x)
+            own = blocks.record_norm(self.outside, self.config, ("token_embd_norm",), x)
+            x = (own or blocks.frozen_norm(self.config, None, None, x)).apply(x)
         if "position_embd.weight" in self.weights:
             x = x + self.weights["position_embd.weight"].take(range(start, start + len(ids)))
         return x

@@ -51,6 +51,7 @@ YARN_ROW = {"scaling": YARN, "rope_base": 100.0}
 # No two sizes are equal, neither of a head's parts nor of what they are made from.
 SIZES = {"nope": 12, "latent": 20, "value": 10, "query": 24}
 UNSPLIT = SIZES | {"unsplit": True}
+NARROW = {"heads": 2, "nope": 10, "latent": 16, "value": 14}
 LATENT = {"mixers": ("latent",), "n_rot": 8, "sizes": SIZES}
 # Two of four groups, three of their six experts.
 GROUPS = {"experts": 12, "experts_used": 3} | {
@@ -328,6 +329,17 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "deepseek2-ocr": EXPERTS
     | {"kv_heads": 4, "layers": 3, "dense_lead": 1, "expert_ff": 48, "shared_count": 2}
     | {"extra": {"rope.dimension_count": 0, "expert_weights_scale": 1.0}},
+    "baichuan": {"kv_heads": 4},
+    "mpt": {"norm": "ln", "ffn": "plain", "fused_qkv": True, "kv_heads": 4, "tied": True}
+    | {"extra": {"attention.max_alibi_bias": 8.0}},
+    "bloom": LAYER_NORM
+    | {"fused_qkv": True, "fused_bias": True, "kv_heads": 4, "tied": True, "embed_norm": True}
+    | {"biases": (*QKV, "attn_output", "ffn_up", "ffn_down")},
+    "refact": {"kv_heads": 1, "tied": True},
+    # Scores are divided by the size of a head, not by its root.
+    "jais": {"norm": "ln_bias", "fused_qkv": True, "fused_bias": True, "kv_heads": 4, "score_gain": 3.0}
+    | {"biases": (*QKV, "attn_output", "ffn_gate", "ffn_up", "ffn_down")}
+    | {"extra": {"attention.max_alibi_bias": 8.0}},
     "jais2": LAYER_NORM | {"biases": (*QKV, "attn_output", "ffn_up", "ffn_down")},
     "paddleocr": {"head_dim": 32, "tied": True, "extra": {"rope.dimension_sections": [4, 6, 6, 0]}},
     "hunyuan_vl": {"qk_norm": "head", "head_dim": 32, "tied": True, "extra": {"rope.dimension_sections": [4, 4, 4, 4]}},
@@ -355,6 +367,13 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "deepseek32": DEEPSEEK | {"sizes": SIZES | {"indexer": 8}, "layers": 4, "predictors": 1},
     "glm-dsa": DEEPSEEK
     | {"sizes": SIZES | {"indexer": 8, "indexer_types": [True, False, True]}, "layers": 4, "predictors": 1},
+    # Windowed layers have fewer heads, of other sizes; full ones choose their keys.
+    "dots3note": EXPERTS
+    | {"mixers": ("latent", *2 * ("latent window",), "latent", "latent window"), "n_rot": 8, "kv_heads": 1, "layers": 5}
+    | {"predictors": 1, "predictor_experts": False, "dense_lead": 1, "expert_ff": 48, "shared_count": 1}
+    | {"selection_bias": 0.3, "window": 4}
+    | {"sizes": SIZES | {"head_gate": True, "rope_norm": True, "indexer": 8, "window": NARROW}}
+    | {"extra": {"expert_gating_func": 2, "expert_weights_norm": True, "rope.freq_base_swa": 50.0}},
     # The gain of up makes some values leave the clamp at 7.
     "minimax-m3": EXPERTS
     | {"mixers": ("block_sparse",), "sizes": {"indexer": 2}, "qk_norm": "head", "n_rot": 8, "head_dim": 32}
@@ -939,6 +958,48 @@ FAMILY_CASES: dict[str, dict[str, Any]] = {
     ),
     # The rotation is not stretched then, but scores are scaled.
     "deepseek2_ocr_linear": of("deepseek2-ocr", dense_lead=0, layers=2, scaling=LINEAR, extra=UNREAD),
+    # With another number of blocks than 7B's or 13B's there is neither a rotation nor a bias.
+    "baichuan": of("baichuan"),
+    "baichuan_7b": of("baichuan", layers=32, d=32, ff=32, heads=2, kv_heads=2, down_gain=0.5, rope_base=100.0),
+    "baichuan_13b": of("baichuan", layers=40, d=48, ff=32, heads=3, kv_heads=3, down_gain=0.5, window=3, extra=UNREAD),
+    "mpt": of("mpt"),
+    # As StoryWriter, with more heads than a power of two.
+    "mpt_clamped": of(
+        "mpt",
+        d=96,
+        heads=6,
+        kv_heads=3,
+        omit=("attention.key_length", "attention.value_length", "rope.dimension_count"),
+        extra={"attention.clamp_kqv": 1.0, "attention.max_alibi_bias": 16.0},
+    ),
+    "mpt_positions": of(
+        "mpt",
+        **LAYER_NORM,
+        positions=True,
+        tied=False,
+        fused_bias=True,
+        biases=(*QKV, "attn_output", "ffn_up", "ffn_down"),
+        window=3,
+        extra=UNREAD | {"attention.max_alibi_bias": 0.0},
+    ),
+    # Activations scaled by AWQ.
+    "mpt_scaled": of("mpt", act_scales=True, layers=3),
+    "bloom": of("bloom", d=80, heads=5, kv_heads=5),
+    "bloom_unread": of("bloom", tied=False, window=3, extra=UNREAD | {"attention.max_alibi_bias": 4.0}),
+    "refact": of("refact"),
+    "refact_unread": of(
+        "refact",
+        heads=5,
+        head_dim=32,
+        fused_qkv=True,
+        tied=False,
+        window=3,
+        extra=UNREAD | {"attention.max_alibi_bias": 4.0},
+    ),
+    "jais": of("jais"),
+    "jais_unread": of(
+        "jais", omit=("attention.head_count_kv", "attention.max_alibi_bias"), layers=3, window=3, extra=UNREAD
+    ),
     "jais2": of("jais2"),
     "jais2_unread": of("jais2", **YARN_ROW, head_dim=32, tied=True, fused_qkv=True, window=3, extra=UNREAD),
     "phimoe_unread": of("phimoe", window=3, extra=UNREAD | UNREAD_ROUTING | {"leading_dense_block_count": 1}),
@@ -1013,6 +1074,18 @@ FAMILY_CASES: dict[str, dict[str, Any]] = {
         sizes=SIZES | {"indexer": 8},
         rope_base=100.0,
         scaling=DEEPSEEK_YARN,
+    ),
+    "dots3note": of("dots3note"),
+    "dots3note_yarn": of(
+        "dots3note",
+        scaling=YARN,
+        rope_base=100.0,
+        layers=4,
+        predictors=0,
+        tied=True,
+        shared_count=2,
+        selection_bias=0.05,
+        extra={"expert_gating_func": 1, "expert_weights_norm": False, "expert_weights_scale": 2.5},
     ),
     "minimax_m3": of("minimax-m3"),
     "minimax_m3_fused": of("minimax-m3", fused_qkv=True, dense_lead=0, layers=2, extra={"expert_gating_func": 1}),

@@ -83,7 +83,11 @@ class Facts(NamedTuple):
     local_attn_factor: bool = True  # and so does its attn_factor, whatever the scaling
     width_scaled_at: int | None = None  # with so many layers attention is scaled by sqrt(d / heads), not of head_dim
     attn_scale: float | None = None  # of scores; None: 1 / sqrt(head size)
+    attn_power: float = -0.5  # or of the head size this power
     attn_scale_key: str | None = None
+    alibi: float | str = 0.0  # bias of the first power-of-two heads' last one, in bits; or its key
+    alibi_at: int | None = None  # with so many layers only; None: with any number
+    roped_at: int | None = None
     shared_kv_key: bool = False  # attention.shared_kv_layers: that many blocks read earlier ones' keys and values
     value_norm: bool = False  # values are normed, each head by itself and without weights
     attn_cap: float | None = None  # default; None: there is none
@@ -106,7 +110,7 @@ class Facts(NamedTuple):
     router_key: bool = False  # expert_gating_func, where it is not 0: 1 all, 2 each
     renormalise: bool | None = True  # None: as expert_weights_norm says, else not
     routed_scale_key: bool = False  # expert_weights_scale
-    embedding: str | None = None  # root (of d) | key | normed (without weights)
+    embedding: str | None = None  # root (of d) | key | normed (without weights) | norm (with them)
     post_epsilon: float | None = None  # of the norms after a sublayer; None: that of the others
     residual_key: bool = False
     value_scale_key: bool = False  # attention.value_scale: of what attention adds
@@ -315,6 +319,11 @@ FACTS: dict[str, Facts] = {
         norm_unnamed=True,
     ),
     "cogvlm": Facts(rope="halves", rope_keys="", sum_named_ffn_out=True),
+    "baichuan": Facts(roped_at=32, alibi=8.0, alibi_at=40),
+    "mpt": LAYER_NORM._replace(rope=None, clamp_key=True, alibi="attention.max_alibi_bias"),
+    "bloom": LAYER_NORM._replace(rope=None, alibi=8.0, embedding="norm"),
+    "refact": Facts(rope=None, alibi=8.0),
+    "jais": Facts(norm="ln", rope=None, attn_power=-1.0, alibi="attention.max_alibi_bias"),
     "jais2": LAYER_NORM._replace(activation="relu2"),
     "deepseek2-ocr": ROUTED._replace(rope="halves", rope_keys="base", mscale="alone"),
     "qwen35": QWEN35,
@@ -338,6 +347,9 @@ FACTS: dict[str, Facts] = {
     "plm": LATENT._replace(activation="relu2", ffn="plain"),
     "deepseek32": LATENT_ROUTED._replace(mscale="one", temperature=False),
     "glm-dsa": LATENT_ROUTED._replace(mscale="alone", temperature=False, router="each"),
+    "dots3note": LATENT_ROUTED._replace(
+        temperature=False, period=0, graph={"attn_output": "latent", "attn_out": "what heads read"}
+    ),
     "minimax-m3": ROUTED._replace(rope="halves", qk_norm="head", activation="oai"),
     "granitehybrid": GRANITE._replace(
         finetuned_key=True, mixers=by_tensors,
@@ -570,7 +582,7 @@ def rotate(x: Tensor, angles: Tensor, magnitude: float, *, pairs: str) -> Tensor
 
 def roped(model: Oracle, layer: int) -> bool:
     off = model.facts.finetuned_key and not model.metadata.get("rope.scaling.finetuned", True)
-    if model.facts.rope is None or off:
+    if model.facts.rope is None or off or model.facts.roped_at not in (None, blocks(model.metadata)):
         return False
     windows = [window(model, i) for i in range(blocks(model.metadata))]
     local = windows[layer] is not None or windows == [None] * len(windows)
@@ -643,6 +655,22 @@ def values(model: Oracle, layer: int, h: Tensor, *, frozen: bool) -> Tensor:
     return v / (size.detach() if frozen else size)
 
 
+def alibi_slope(model: Oracle, head: int, heads: int) -> float:
+    """Return by how much a head's scores fall with each position of distance (Press et al., arXiv 2108.12409).
+
+    Of 2^k heads, the slopes are every step of a geometric series that ends at 2^-bias. Those of the heads beyond are
+    every other step of the series for 2^(k + 1) heads, from its first on.
+    """
+    facts = model.facts
+    bias = model.metadata.get(facts.alibi, 0.0) if isinstance(facts.alibi, str) else facts.alibi
+    if not bias or facts.alibi_at not in (None, blocks(model.metadata)):
+        return 0.0
+    power = 2 ** int(math.log2(heads))
+    series = [2 ** (-bias * step / power) for step in range(1, power + 1)]
+    finer = [2 ** (-bias * step / (2 * power)) for step in range(1, 2 * power + 1)]
+    return (series + finer[::2])[head]
+
+
 def attention(
     model: Oracle, layer: int, h: Tensor, *, frozen: bool, context: int, source: tuple[int, Tensor] | None = None
 ) -> Tensor:
@@ -657,7 +685,7 @@ def attention(
     v = values(model, at, read, frozen=frozen)
     kv_heads = v.shape[1]
     position = torch.arange(n)
-    scale = 1 / math.sqrt(meta["embedding_length"] // heads if blocks(meta) == facts.width_scaled_at else hd)
+    scale = (meta["embedding_length"] // heads if blocks(meta) == facts.width_scaled_at else hd) ** facts.attn_power
     scale = facts.attn_scale or scale
     if facts.attn_scale_key:
         scale = meta.get(facts.attn_scale_key, 0.0) or scale
@@ -680,6 +708,7 @@ def attention(
         scores = q[:, head] @ k[:, group].T * scale
         if cap:
             scores = cap * torch.tanh(scores / cap)
+        scores = scores - alibi_slope(model, head, heads) * distance
         scores = scores.masked_fill(hidden, -math.inf)
         if f"{b}.attn_sinks.weight" in model.weights:
             sink = model.weights[f"{b}.attn_sinks.weight"][head].expand(n, 1)
@@ -720,6 +749,7 @@ def latent_attention(model: Oracle, layer: int, h: Tensor, *, frozen: bool, cont
         eps=meta["attention.layer_norm_rms_epsilon"],
         turn=lambda x: rotate(x, angles, magnitude, pairs=facts.rope) if roped(model, layer) else x,
         factor=factor * oracle_latent.temperatures(meta if facts.temperature else {}, n),
+        window=window(model, layer),
         frozen=frozen,
     )
 
@@ -812,7 +842,8 @@ def dense(model: Oracle, b: str, h: Tensor, suffix: str = "", **how: Any) -> Ten
         gate, up = up.chunk(2, dim=-1)
     else:
         gate = linear(model, f"{b}.ffn_gate{suffix}", h)
-    return linear(model, f"{b}.ffn_down{suffix}", activate(facts, gate, up, **how))
+    hidden = activate(facts, gate, up, **how) / model.weights.get(f"{b}.ffn.act{suffix}.scales", 1.0)
+    return linear(model, f"{b}.ffn_down{suffix}", hidden)
 
 
 def router_input(model: Oracle, b: str, stream: Tensor) -> Tensor:
@@ -910,6 +941,8 @@ def embed(model: Oracle, ids: Sequence[int] | Tensor) -> Tensor:
         x = x * (model.metadata.get("embedding_scale", 0.0) or 1.0)
     elif model.facts.embedding == "normed":
         x = x / root_mean_square(model, x)
+    elif model.facts.embedding == "norm":
+        x = norm(model, "token_embd_norm", x, frozen=False)
     if "position_embd.weight" in model.weights:
         x = x + model.weights["position_embd.weight"][: len(x)]
     return x

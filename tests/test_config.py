@@ -754,7 +754,7 @@ def test_variants_without_a_latent_of_queries_are_known_by_their_blocks(
 ) -> None:
     """Predictors do not count, and what the file states of the latent does not either."""
     path = tiny_file("deepseek2_lite", layers=blocks)
-    assert altered(path, {"attention.q_lora_rank": 24}, {}).latent.queries == 0
+    assert altered(path, {"attention.q_lora_rank": 24}, {}).layers[0].latent.queries == 0
     longer = {"nextn_predict_layers": 1, "block_count": blocks + 1}
     assert altered(path, longer, {}).block_count == blocks
 

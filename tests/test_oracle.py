@@ -1982,7 +1982,7 @@ def test_offset_is_what_the_live_biases_add(case: str, mlp_path: str, tiny_file:
         constants |= {f"{key}-{i}": limit.requires_grad_() for i, limit in enumerate(limits) if limit}
         model = meta(model, **{key: limits})
     expected = torch.zeros_like(J.y)
-    y = oracle.forward(model, ids, freeze=mlp_path)["result_norm"][-1]
+    y = oracle.forward(model, ids, freeze=mlp_path, x=J.x)["result_norm"][-1]
     if y.requires_grad:  # else no bias is on the live path
         leaves = [*live.values(), *constants.values()]
         eye = torch.eye(len(y), dtype=torch.float64)

@@ -585,7 +585,9 @@ def without_a_bias(w, frame):
 
 
 def another_scale(w, frame):
-    return w, frame._replace(config=replace(frame.config, attention_scale=frame.config.attention_scale * 1.001))
+    config = frame.config
+    layers = tuple(replace(layer, attention_scale=layer.attention_scale * 1.001) for layer in config.layers)
+    return w, frame._replace(config=replace(config, layers=layers))
 
 
 MISTAKES = [another_epsilon, another_base, without_a_bias, another_scale]

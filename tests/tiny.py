@@ -81,6 +81,8 @@ class Options:
     n_rot: int | None = None  # rotated dimensions of a head; None: all
     long_short: bool = False  # write rope_factors_long and rope_factors_short
     positions: bool = False  # write position_embd
+    embed_norm: bool = False  # write token_embd_norm
+    act_scales: bool = False  # divisors of hidden units
     window: int | None = None
     sinks: bool = False
     ffn: str = "gated"  # gated | fused (gate above up in one matrix) | plain
@@ -229,6 +231,8 @@ def tensors(o: Options) -> Iterator[Entry]:
     q, kv, pairs = o.heads * o.hd, o.hk * o.hd, (o.n_rot or o.hd) // 2
     if not o.head_only:
         yield Entry("token_embd.weight", (o.vocab, o.d), o.embed_std)
+    if o.embed_norm:
+        yield from norms(o, "token_embd_norm", o.d)
     if o.positions:
         yield Entry("position_embd.weight", (o.context, o.d), 0.5)
     yield from norms(o, o.final_norm, o.d)
@@ -407,9 +411,9 @@ def latent(o: Options, b: str) -> Iterator[Entry]:
     """List the tensors of latent attention in layer `b`; rotated dimensions are `n_rot`.
 
     Sizes: `nope` (of a key, not rotated), `latent`, `value`, `query` (of the queries' latent vector; without it, they
-    have none), `head_gate` (a sigmoid scales what each head has read), `unsplit` (keys and values are made by one
-    matrix), `indexer` (heads that choose the keys to attend to), `indexer_types` (which blocks choose; the others do as
-    the block before; without it, all choose).
+    have none), `head_gate` (a sigmoid scales what each head has read), `rope_norm` (rotated parts of keys are normed),
+    `unsplit` (keys and values are made by one matrix), `indexer` (heads that choose the keys to attend to),
+    `indexer_types` (which blocks choose; the others do as the block before; without it, all choose).
     """
     rope, nope, width, value = o.n_rot or 0, o.sizes["nope"], o.sizes["latent"], o.sizes["value"]
     q = o.heads * (nope + rope)
@@ -432,6 +436,8 @@ def latent(o: Options, b: str) -> Iterator[Entry]:
         yield from (keys, values)
     if o.sizes.get("head_gate"):
         yield matrix(f"{b}.attn_gate", o.heads, o.d, 2.0)
+    if o.sizes.get("rope_norm"):
+        yield from norms(o, f"{b}.attn_k_norm", rope)
     yield matrix(f"{b}.attn_output", o.d, o.heads * value)
     choosing = dict(enumerate(o.sizes.get("indexer_types", ())))
     if "indexer" in o.sizes and choosing.get(int(b.removeprefix("blk.")), True):
@@ -473,6 +479,27 @@ def latent_keys(o: Options) -> dict[str, Any]:
         keys |= {"attention.key_length": width + (o.n_rot or 0), "attention.value_length": width}
         keys |= {"attention.key_length_mla": key, "attention.value_length_mla": value}
     return keys | (indexer_keys(o) if "indexer" in o.sizes else {})
+
+
+def latent_window(o: Options, b: str) -> Iterator[Entry]:
+    yield from latent(narrow(o), b)
+
+
+def latent_window_keys(o: Options) -> dict[str, Any]:
+    """Return the keys of windowed layers with latent attention of sizes of their own."""
+    names = ("kv_lora_rank", "key_length", "value_length", "key_length_mla", "value_length_mla")
+    own = latent_keys(narrow(o))
+    kinds = [kind_of(o, layer) == "latent window" for layer in range(o.layers)]
+    heads = [narrow(o).heads if local else o.heads for local in kinds]
+    keys = {"attention.sliding_window_pattern": kinds, "attention.head_count": heads}
+    keys["attention.indexer.types"] = [not local for local in kinds]
+    return keys | {f"attention.{name}_swa": own[f"attention.{name}"] for name in names}
+
+
+def narrow(o: Options) -> Options:
+    """Return the options of windowed layers with latent attention: `sizes` of their own under "window", no indexer."""
+    sizes = {name: size for name, size in (o.sizes | o.sizes["window"]).items() if name != "indexer"}
+    return dataclasses.replace(o, heads=sizes["heads"], sizes=sizes)
 
 
 def nothing(o: Options, b: str) -> Iterator[Entry]:
@@ -615,6 +642,7 @@ MIXERS: dict[str, Callable[[Options, str], Iterator[Entry]]] = {
     "window": window,
     "vision experts": with_vision_experts,
     "latent": latent,
+    "latent window": latent_window,
     "block_sparse": block_sparse,
     "delta": functools.partial(delta, layout="qwen35"),
     "grouped delta": functools.partial(delta, layout="qwen3next"),
@@ -645,6 +673,7 @@ RECURRENT = {
 KEYS: dict[str, Callable[[Options], dict[str, Any]]] = {
     "window": window_keys,
     "latent": latent_keys,
+    "latent window": latent_window_keys,
     "block_sparse": block_sparse_keys,
     "mamba": mamba_keys,
     "mamba2": mamba2_keys,
@@ -662,6 +691,8 @@ def feed_forward(o: Options, b: str, suffix: str, width: int) -> Iterator[Entry]
     else:
         yield from [up] if o.ffn == "plain" else [gate, up]
     yield matrix(f"{b}.ffn_down{suffix}", o.d, width, o.down_gain)
+    if o.act_scales:
+        yield Entry(f"{b}.ffn.act.scales", (width,), 0.2, 1.0)
 
 
 def experts(o: Options, b: str, width: int) -> Iterator[Entry]:

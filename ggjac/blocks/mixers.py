@@ -284,12 +284,14 @@ def _pattern(
     w: BlockWeights, config: ModelConfig, layer: int, q: Float[Tensor, "m h s"], k: Float[Tensor, "n g s"]
 ) -> Float[Tensor, "h m n"]:
     """Return the attention probabilities of a layer's queries and keys."""
+    own = config.layers[layer]
     return attention_pattern(
         q,
         k,
-        config.attention_scale,
+        own.attention_scale,
         softcap=config.attention_softcap,
-        window=config.layers[layer].window,
+        window=own.window,
+        alibi=own.alibi,
         sinks=w.vector("attn_sinks.weight") if "attn_sinks.weight" in w else None,
     )
 
@@ -344,7 +346,8 @@ def _latent_queries(
     if "attn_q_a.weight" in w:
         h = normed(w, "attn_q_a_norm", frame.config, affine(linear(w, "attn_q_a", len(h)), h))
     q = affine(linear(w, "attn_q_b" if "attn_q_b.weight" in w else "attn_q", len(h)), h)
-    own, rotary = frame.config.layers[layer], frame.config.latent.rotary
+    own = frame.config.layers[layer]
+    rotary = own.latent.rotary
     nope, turning = q.unflatten(1, (own.heads, -1)).split([own.key_size - rotary, rotary], -1)
     return _warmed(frame.config, torch.cat((nope, _turned(frame, layer, turning, start)), -1), start)
 
@@ -359,7 +362,10 @@ def _latent_keys(
     else:  # a stack of transposed matrices, one for each head
         heads = (linear(w, "attn_k_b", len(h), expert=i) for i in range(own.heads))
         nope = torch.stack([head.rmatmat(latent[None])[0] for head in heads], 1)
-    shared = _turned(frame, layer, affine(linear(w, "attn_kv_rope", len(h)), h)[:, None], start)
+    shared = affine(linear(w, "attn_kv_rope", len(h)), h)[:, None]  # [m, 1, r]
+    if "attn_k_norm.weight" in w:
+        shared = normed(w, "attn_k_norm", frame.config, shared)
+    shared = _turned(frame, layer, shared, start)
     return torch.cat((nope, shared.expand(-1, own.heads, -1)), -1)
 
 

@@ -122,7 +122,10 @@ def record_hidden(
     share, limit, shift = frame.activations[layer]
     bound = frame.config.layers[layer].clamp(kind)
     if f"ffn_gate{kind}.weight" not in w:
-        return HiddenTape(kind, expert, "ffn_up", share(projected("ffn_up")), None, None, None)
+        factor = share(projected("ffn_up"))
+        if f"ffn.act{kind}.scales" in w:
+            factor = factor / w.vector(f"ffn.act{kind}.scales")
+        return HiddenTape(kind, expert, "ffn_up", factor, None, None, None)
     gate = projected("ffn_gate")
     if limit is None and not bound:
         factor = gate * share(gate) if frame.mlp_path == "up" else share(gate) * projected("ffn_up")
@@ -190,7 +193,7 @@ def record_experts(
     config = frame.config
     logits = affine(linear(w, "ffn_gate_inp", len(h)), router)
     scores = ROUTERS[config.row.router](widened(logits))  # [n, e]
-    chosen = _chosen(w, config, scores.detach(), config.layers[layer].experts_used)
+    chosen = w.agreed(_chosen(w, config, scores.detach(), config.layers[layer].experts_used))
     weights = scores.gather(-1, chosen)  # [n, used]
     if config.row.router in WEIGHTS:
         weights = WEIGHTS[config.row.router](weights)

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from ggjac.architectures import ARCHITECTURES, Architecture
 from ggjac.config import others
 from ggjac.config.keys import ConfigError, Keys, shown
-from ggjac.config.model import Indexer, Latent, Layer, ModelConfig, Recurrence
+from ggjac.config.model import Alibi, Indexer, Latent, Layer, ModelConfig, Recurrence
 from ggjac.config.rotations import read_windows, rope_of, stretching
 from ggjac.config.tensors import check_tensors
 
@@ -45,11 +45,7 @@ def read_config(metadata: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...
     if row.embedding_optional and embedding not in shapes:
         embedding = "output.weight"
     experts = _experts(keys, row, stored, shapes)
-    latent = _latent(keys, row)
-    layers = _layers(keys, row, stored, blocks, experts, latent, shapes)
-    first = next((layer for layer in layers if layer.heads), None)
-    wide = row.wide_scale_blocks == blocks
-    width = 1 if first is None else max(1, d // first.heads) if wide else first.key_size
+    layers = _layers(keys, row, stored, blocks, experts, shapes)
     temperature = keys.real("attention.temperature_scale", 0.0) if row.temperature else 0.0
 
     config = ModelConfig(
@@ -64,7 +60,6 @@ def read_config(metadata: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...
         original_context=keys.integer("rope.scaling.original_context_length", context),
         recurrence=_recurrence(keys, row, stored, context),
         norm_epsilon=_epsilon(keys, row),
-        attention_scale=_attention_scale(keys, row, width) * stretching(keys, row)[1],
         attention_clamp=keys.real("attention.clamp_kqv", 0.0) if row.clamp_key else 0.0,
         attention_softcap=_softcap(keys, "attn_logit_softcapping", row.attention_softcap),
         logit_softcap=_softcap(keys, "final_logit_softcapping", row.logit_softcap),
@@ -81,7 +76,6 @@ def read_config(metadata: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...
         expert_shared_feed_forward_length=experts.shared_width,
         decay_bound=_decay_bound(keys, row),
         expert_latent=keys.count("moe_latent_size") if row.expert_latent else 0,
-        latent=latent,
         indexer=_indexer(keys, row),
         inputs=keys.count("embedding_length_per_layer_input") if row.inputs else 0,
     )
@@ -163,7 +157,6 @@ def _layers(
     stored: int,
     blocks: int,
     experts: "_Experts",
-    latent: Latent,
     shapes: Mapping[str, tuple[int, ...]],
 ) -> tuple[Layer, ...]:
     """Return the properties of each block that is used; the file states them for all that are stored."""
@@ -181,6 +174,7 @@ def _layers(
     first_reader = stored - (keys.count("attention.shared_kv_layers") if row.shared_keys else 0)
     for i, mixers in enumerate(_mixers(keys, row, stored, blocks, kv_heads, units)):
         attends = row.mixer in mixers
+        latent = _latent(keys, row, windows[i] is not None) if attends else Latent()
         source = None if i < first_reader else first_reader - (1 if windows[i] is None else 2)
         h, g = (heads[i], heads[i] if latent.size else kv_heads[i]) if attends else (0, 0)
         if attends and (not h or not g or h % g):
@@ -200,10 +194,15 @@ def _layers(
                 expert_units=_expert_units(keys, row, i, shapes) if routed else 0,
                 window=windows[i] if attends else None,
                 rope=rope_of(keys, row, key_size, i, windows) if attends else None,
+                alibi=Alibi(row.alibi, h, range(h)) if row.alibi and attends else None,
                 xielu=xielu[i],
                 source=source,
                 gate=_gate(row, i, h, value_size, shapes) if attends else 0,
                 clamps=clamps[i],
+                attention_scale=_attention_scale(keys, row, d // h if row.wide_scale_blocks == blocks else key_size)
+                if attends
+                else 1.0,
+                latent=latent,
                 keys_as_values=row.keys_as_values
                 and source is None
                 and attends
@@ -265,6 +264,7 @@ def _head_sizes(keys: Keys, row: Architecture, default: int, windowed: bool, lat
     if latent.size:
         # With tensors of their own, the usual keys are sizes of what llama.cpp caches.
         suffix, least = ("_mla", None) if latent.split else ("", default)
+        suffix += "_swa" if windowed and row.windowed_sizes else ""
         key_size, value_size = (keys.integer(f"attention.{part}_length{suffix}", least) for part in ("key", "value"))
         if latent.rotary >= key_size:
             raise ConfigError(
@@ -284,8 +284,8 @@ def _gate(row: Architecture, layer: int, heads: int, value_size: int, shapes: Ma
     return int(row.gated_heads != "" if row.gated_heads != "optional" else rows > 0)
 
 
-def _latent(keys: Keys, row: Architecture) -> Latent:
-    """Return the sizes of latent attention."""
+def _latent(keys: Keys, row: Architecture, windowed: bool) -> Latent:
+    """Return the sizes of latent attention in a block."""
     if row.mixer != "latent":
         return Latent()
     stated = [keys.count(f"attention.{part}_length_mla") > 0 for part in ("key", "value")]
@@ -301,8 +301,9 @@ def _latent(keys: Keys, row: Architecture) -> Latent:
             if row.latent_queries == "required"
             else keys.count("attention.q_lora_rank")
         )
+    suffix = "_swa" if windowed and row.windowed_sizes else ""
     return Latent(
-        size=keys.integer("attention.kv_lora_rank"),
+        size=keys.integer(f"attention.kv_lora_rank{suffix}"),
         queries=queries,
         rotary=keys.integer("rope.dimension_count"),
         split=row.latent_split == "required" or (row.latent_split == "optional" and all(stated)),
@@ -426,6 +427,14 @@ def _decided(keys: Keys, row: Architecture, blocks: int, shapes: Mapping[str, tu
         row = replace(row, parallel=not normed, norms=replace(row.norms, ffn_in=(own if normed else shared,)))
     if row.unnormed_experts and keys.count("expert_count") == row.unnormed_experts:
         row = replace(row, qk_norm="")
+    if row.rope_blocks not in (0, blocks):
+        row = replace(row, rope_pairs="")
+    if row.alibi_blocks not in (0, blocks):
+        row = replace(row, alibi=0.0)
+    if row.alibi_key:
+        row = replace(row, alibi=keys.real("attention.max_alibi_bias", row.alibi))
+    if row.positions == "optional" and "position_embd.weight" not in shapes:
+        row = replace(row, positions="")
     if row.qk_norm_optional and "blk.0.attn_q_norm.weight" not in shapes:
         row = replace(row, qk_norm="")
     if len(row.norms.ffn_out) > 1:
@@ -493,9 +502,9 @@ def _softcap(keys: Keys, key: str, default: float | None) -> float:
 
 
 def _attention_scale(keys: Keys, row: Architecture, width: int) -> float:
-    """Return the factor on scores: the file's, if the family reads it and it is not 0, or the family's or 1/√width."""
-    key = row.attention_scale_key
-    return (keys.real(key, 0.0) if key else 0) or row.attention_scale or width**-0.5
+    """Return the factor on scores: the file's, if the family reads it and it is not 0, or the family's."""
+    stated = keys.real(row.attention_scale_key, 0.0) if row.attention_scale_key else 0
+    return (stated or row.attention_scale or max(1, width) ** row.attention_power) * stretching(keys, row)[1]
 
 
 def _embedding_scale(keys: Keys, row: Architecture, d: int) -> float:

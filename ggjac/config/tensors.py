@@ -5,7 +5,7 @@ from itertools import accumulate
 
 from ggjac.architectures import Architecture
 from ggjac.config.keys import ConfigError, shown
-from ggjac.config.model import ModelConfig
+from ggjac.config.model import Latent, ModelConfig
 from ggjac.sizes import Part
 
 # A matrix's constant factor, one for each expert of a stack, and that of inputs in low precision, which llama.cpp reads
@@ -25,6 +25,7 @@ _GLOBAL = {
     "rope_factors_short.weight": ("pairs",),
 }
 _POSITIONS = {"position_embd.weight": ("context", "d")}
+_EMBEDDING_NORM = {"token_embd_norm.weight": ("d",), "token_embd_norm.bias": ("d",)}
 _INPUTS = {
     "per_layer_token_embd.weight": ("vocabulary", "all inputs"),
     "per_layer_model_proj.weight": ("all inputs", "d"),
@@ -180,6 +181,7 @@ _OPTIONAL = {
     "rope_factors_long.weight",
     "rope_factors_short.weight",
     "layer_output_scale.weight",
+    "ffn.act.scales",
     *(name for table in _INDEXER.values() for name in table),
     *_VISION_EXPERTS,
 }
@@ -222,7 +224,7 @@ def _attention_parts(config: ModelConfig, layer: int) -> dict[str, Part]:
 
 
 def _latent_parts(config: ModelConfig, layer: int) -> dict[str, Part]:
-    own, latent = config.layers[layer], config.latent
+    own, latent = config.layers[layer], config.layers[layer].latent
     parts = _sections("attn_kv_a_mqa", attn_kv_latent=latent.size, attn_kv_rope=latent.rotary)
     if latent.split:
         return parts
@@ -376,13 +378,14 @@ def _scopes(config: ModelConfig) -> Iterator[tuple[str, dict[str, tuple[str, ...
         "all inputs": config.inputs * config.block_count,
     }
     outside = _GLOBAL | (_POSITIONS if config.row.positions else {}) | (_INPUTS if config.inputs else {})
+    outside |= _EMBEDDING_NORM if config.row.embedding_norm == "weighted" else {}
     if config.row.norm == "bare":
         outside = {name: axes for name, axes in outside.items() if not name.startswith("output_norm.")}
     outside = {name.replace("output_norm", config.row.output_norm): axes for name, axes in outside.items()}
     if config.row.head == "tied":
         outside = {name: axes for name, axes in outside.items() if not name.startswith("output.")}
     yield "", outside, sizes
-    sizes |= _recurrent_sizes(config) | _latent_sizes(config)
+    sizes |= _recurrent_sizes(config) | _indexer_sizes(config)
     for i, own in enumerate(config.layers):
         widths = {"f": own.hidden_units, "fe": own.expert_units}
         widths |= {f"2{name}": 2 * width for name, width in widths.items()}
@@ -404,19 +407,20 @@ def _attention_sizes(config: ModelConfig, layer: int) -> dict[str, int]:
         "values": values,
         "qkv": q + keys + values,
         "value": own.value_size,
-        "nope": own.key_size - config.latent.rotary,
-        "expanded": own.heads * (own.key_size - config.latent.rotary + own.value_size),
+        "nope": own.key_size - own.latent.rotary,
+        "expanded": own.heads * (own.key_size - own.latent.rotary + own.value_size),
         "read": own.heads * own.value_size,
+        "latent": own.latent.size,
+        "rotary": own.latent.rotary,
+        "latent + rotary": own.latent.size + own.latent.rotary,
+        "query latent": own.latent.queries,
     }
 
 
-def _latent_sizes(config: ModelConfig) -> dict[str, int]:
-    """Return the named sizes of latent attention, and of what selects keys."""
-    latent, indexer = config.latent, config.indexer
+def _indexer_sizes(config: ModelConfig) -> dict[str, int]:
+    """Return the named sizes of what selects keys."""
+    indexer = config.indexer
     return {
-        "latent": latent.size,
-        "latent + rotary": latent.size + latent.rotary,
-        "query latent": latent.queries,
         "indexer heads": indexer.heads,
         "indexer key": indexer.key_size,
         "indexer queries": indexer.heads * indexer.key_size,
@@ -466,7 +470,7 @@ def _block_table(config: ModelConfig, layer: int) -> dict[str, tuple[str, ...]]:
         if config.indexer.selected:
             vectors |= _INDEXER.get(mixer, {})
         if mixer == "latent":
-            vectors |= _latent_table(config)
+            vectors |= _latent_table(row, own.latent)
         if row.normed_steps and mixer == row.recurrent:
             vectors |= _MADE_NORMS
         if mixer == "kimi delta":
@@ -479,6 +483,7 @@ def _block_table(config: ModelConfig, layer: int) -> dict[str, tuple[str, ...]]:
         vectors["attn_gate.weight"] = ("gates", "d")
     vectors |= _OWN_INPUTS if config.inputs else {}
     vectors |= _VISION_EXPERTS if row.vision_experts else {}
+    vectors |= {"ffn.act.scales": ("f",)} if row.hidden_divisors else {}
     if own.hidden_units:
         matrices |= _FFN[row.ffn]
     if own.routed:
@@ -515,10 +520,10 @@ def _selection_bias(row: Architecture) -> str:
     return "exp_probs_b" if "exp_probs_b" in row.bare_names else "exp_probs_b.bias"
 
 
-def _latent_table(config: ModelConfig) -> dict[str, tuple[str, ...]]:
+def _latent_table(row: Architecture, latent: Latent) -> dict[str, tuple[str, ...]]:
     """Return the tensors of latent attention but its output projection, by full name; they have no biases."""
     table: dict[str, tuple[str, ...]] = {"attn_kv_a_mqa": ("latent + rotary", "d"), "attn_kv_a_norm": ("latent",)}
-    if config.latent.queries:
+    if latent.queries:
         table |= {
             "attn_q_a": ("query latent", "d"),
             "attn_q_a_norm": ("query latent",),
@@ -526,10 +531,12 @@ def _latent_table(config: ModelConfig) -> dict[str, tuple[str, ...]]:
         }
     else:
         table["attn_q"] = ("q", "d")
-    if config.latent.split:
+    if latent.split:
         table |= {"attn_k_b": ("heads", "latent", "nope"), "attn_v_b": ("heads", "value", "latent")}
     else:
         table["attn_kv_b"] = ("expanded", "latent")
+    if row.normed_rotary:
+        table["attn_k_norm"] = ("rotary",)
     return {f"{name}.weight": axes for name, axes in table.items()}
 
 

@@ -284,7 +284,7 @@ def _mixer_floats(config: ModelConfig, own: Layer, mixer: str, n: int, m: int) -
     pattern = own.heads * m * n
     if MIXERS[mixer].expansion:  # queries and keys of every head are wider than values; with their latents, or scores
         wide = m * own.heads * max(own.key_size, own.value_size)
-        latents = 2 * m * max(config.latent.size, config.latent.queries)
+        latents = 2 * m * max(own.latent.size, own.latent.queries)
         return max(3 * wide + latents, 2 * wide + 3 * pattern), pattern
     q, kv = own.heads * own.value_size, own.kv_heads * own.value_size
     gated = config.row.gated_queries or own.gate > 0

@@ -452,7 +452,7 @@ def _tape_bytes(block: _Block, config: ModelConfig, n: int, item: int) -> int:
         if MIXERS[mixer].channels:
             other += _channel_floats(config, n) * max(4, item)
         if MIXERS[mixer].expansion:  # the norm of the latent
-            floats += config.latent.size
+            floats += block.layer.latent.size
             other += n * max(4, item)
     places = norm_places(config, block.index) + ([("post_norm",)] if config.inputs else [])
     floats += n * config.inputs
