@@ -908,7 +908,7 @@ FAMILY_CASES: dict[str, dict[str, Any]] = {
     "qwen2vl": of("qwen2vl", rope_base=1e6, eps=0.05),
     "qwen2vl_yarn": of("qwen2vl", **YARN_ROW, tied=True, fused_qkv=True, fused_bias=True),
     # The last section is the fourth axis', which text has not: with a base this low its pairs are seen to stand.
-    "qwen2vl_still": of("qwen2vl", rope_base=30.0, window=3, extra=UNREAD | {"rope.dimension_sections": [2, 2, 1, 3]}),
+    "qwen2vl_still": of("qwen2vl", rope_base=30.0, window=3, extra=UNREAD | {"rope.dimension_sections": [3, 1, 1, 3]}),
     "paddleocr": of("paddleocr", rope_base=5e5),
     "paddleocr_unread": of("paddleocr", biases=(*QKV, "attn_output"), tied=False, window=3, extra=UNREAD),
     # As HunyuanOCR: all four axes have sections, and a factor enlarges the base.
