@@ -80,6 +80,7 @@ class Architecture:
             without weight or bias: no tensor).
         norm_bias: RMSNorms may have biases too.
         norm_by_epsilon: files that state RMSNorm's epsilon have RMSNorms.
+        epsilon_read: the norms' epsilon is the file's; otherwise it is 0 (llama.cpp does not read it).
         epsilon_optional: files may state LayerNorm's epsilon in place of RMSNorm's.
         output_norm: stem of the norm before the head.
         norms: their names, before and after each branch.
@@ -91,6 +92,7 @@ class Architecture:
             default); `"beside"` (every block has both mixers, added); or `""` for none.
         one_branch: a block with a feed-forward (`feed_forward_length` above 0) has no mixer.
         key_heads_tiled: of `h` value heads, head `i` uses key head `i % g` in place of `i // (h // g)`.
+        normed_steps: steps, keys and queries of Mamba-1 have norms with weights.
         state_norm_optional: the outputs of a state space may lack their norm.
         sigmoid_gate: the gate on a recurrence's output is a sigmoid in place of a SiLU.
         low_rank_gates: decays and gates of Kimi's delta rule are projected in two steps.
@@ -120,8 +122,9 @@ class Architecture:
             (i and i + rotary/2; NEOX), or `""` for none.
         partial_rotary: the file's `rope.dimension_count` may be smaller than the head; llama.cpp cannot run other
             families so.
-        rope_sections: an image's axes rotate in interleaved sections (`rope.dimension_sections`); see
-            `ggjac.config.Rope.still`.
+        rope_sections: an image's axes rotate in sections of each head (`rope.dimension_sections`), `"interleaved"` or
+            `"consecutive"`; `""` for none. See `ggjac.config.Rope.still`.
+        rope_alpha: the file's `rope.scaling.alpha`, if present, enlarges the base.
         rope_optional: `rope.scaling.finetuned = false` turns rotation off.
         rope_layers: layers that rotate: `"all"`, `"windowed"` (only those with a sliding window, if the model has any),
             `"windowed or dense"` (those, and the first `leading_dense_block_count`), `"three of four"` (all but every
@@ -161,6 +164,7 @@ class Architecture:
             attention's output projection is in all families.
         ffn_scales: those of the feed-forward's matrices are applied.
         recurrent_scales: those of a recurrent mixer's matrices are applied.
+        units_doubled: the file's `feed_forward_length` is twice the number of hidden units.
         activation: `"silu"`, `"relu"`, `"gelu"` (tanh form), `"relu2"` (the square of the positive part), `"xielu"`
             (see `ggjac.config.Layer`) or `"silu_oai"` (clamped, with up shifted by one).
         hidden_clamps: hidden units may have limits in each block (`swiglu_clamp_exp`, `swiglu_clamp_shexp`), and so has
@@ -210,6 +214,7 @@ class Architecture:
     norm: str = "rms"
     norm_bias: bool = False
     norm_by_epsilon: bool = False
+    epsilon_read: bool = True
     epsilon_optional: bool = False
     output_norm: str = "output_norm"
     norms: Norms = Norms()
@@ -219,6 +224,7 @@ class Architecture:
     recurrent_blocks: str = ""
     one_branch: bool = False
     key_heads_tiled: bool = False
+    normed_steps: bool = False
     state_norm_optional: bool = False
     sigmoid_gate: bool = False
     low_rank_gates: bool = False
@@ -239,7 +245,8 @@ class Architecture:
     parallel_unless_normed: bool = False
     rope_pairs: str = "halves"
     partial_rotary: bool = False
-    rope_sections: bool = False
+    rope_sections: str = ""
+    rope_alpha: bool = False
     rope_optional: bool = False
     rope_layers: str = "all"
     rope_factors: str = "all"
@@ -268,6 +275,7 @@ class Architecture:
     qkv_scales: bool = True
     ffn_scales: bool = False
     recurrent_scales: bool = False
+    units_doubled: bool = False
     activation: str = "silu"
     hidden_clamps: str = ""
     router: str = "softmax"
@@ -345,7 +353,7 @@ _OLLAMA = Export(
     padded={"rope.dimension_sections": 4},
     largest=("attention.head_count_kv",),
 )
-_QWEN35 = replace(_DELTA, key_heads_tiled=True, rope_sections=True, recurrent_scales=True, export=_OLLAMA)
+_QWEN35 = replace(_DELTA, key_heads_tiled=True, rope_sections="interleaved", recurrent_scales=True, export=_OLLAMA)
 _LFM2 = replace(
     _QWEN3,
     output_norm="token_embd_norm",
@@ -420,8 +428,8 @@ ARCHITECTURES: dict[str, Architecture] = {
     "qwen2moe": Architecture(renormalize=False),
     "qwen3": replace(_QWEN3, ffn_scales=True),
     "qwen3moe": replace(_QWEN3, ffn_scales=True),
-    "qwen3vl": replace(_QWEN3, rope_sections=True),
-    "qwen3vlmoe": replace(_QWEN3, rope_sections=True),
+    "qwen3vl": replace(_QWEN3, rope_sections="interleaved"),
+    "qwen3vlmoe": replace(_QWEN3, rope_sections="interleaved"),
     "gemma": _GEMMA,
     "gemma2": replace(
         _GEMMA,
@@ -466,7 +474,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         qk_norm="head",
     ),
     "seed_oss": Architecture(norms=_POST_AS_FFN),
-    "hunyuan-dense": Architecture(qk_norm="rotated"),
+    "hunyuan-dense": Architecture(qk_norm="rotated", rope_alpha=True),
     "internlm2": _LLAMA,
     "ernie4_5": _LLAMA,
     "exaone": Architecture(),
@@ -649,6 +657,11 @@ ARCHITECTURES: dict[str, Architecture] = {
         partial_rotary=True, qk_norm="full", router="", router_key=True, selection_bias="required"
     ),
     "phimoe": Architecture(norm_bias=True),
+    "xverse": replace(_LLAMA, head="required"),
+    "qwen": Architecture(partial_rotary=True, units_doubled=True, head="required"),
+    "qwen2vl": Architecture(epsilon_read=False, rope_sections="consecutive"),
+    "paddleocr": Architecture(rope_sections="consecutive"),
+    "hunyuan_vl": Architecture(qk_norm="rotated", rope_sections="consecutive", rope_alpha=True),
     "qwen35": _QWEN35,
     "qwen35moe": _QWEN35,
     "qwen3next": _DELTA,
@@ -719,6 +732,17 @@ ARCHITECTURES: dict[str, Architecture] = {
     "lfm2": replace(_LFM2, windowed="optional"),
     "lfm2moe": replace(_LFM2, router="", router_key=True, selection_bias="required", leading_dense=True),
     "mamba2": _MAMBA2,
+    "mamba": replace(_MAMBA2, recurrent="channel state space", graph=Graph(attention=())),
+    "jamba": Architecture(
+        recurrent="channel state space",
+        recurrent_scales=True,
+        recurrent_blocks="no kv heads",
+        normed_steps=True,
+        rope_pairs="",
+        renormalize=False,
+        router_optional=True,
+        graph=Graph(attention=("ffn_inp",)),  # so named before the sum
+    ),
     "granitehybrid": replace(
         _GRANITE,
         rope_optional=True,

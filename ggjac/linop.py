@@ -499,6 +499,72 @@ class _Chunk(NamedTuple):
     last: bool
 
 
+class ChannelScan(LinearOperator):
+    """Mix positions by a linear recurrence in each channel: `[n, c]` to the last `m` of `n`, `[m, c]`.
+
+    Each of `c` channels has a state `S`, `[s]`, which starts at 0. At each position, with the channel's value `v`,
+
+        S ← exp(step rate) S + step v key        o = query · S + skip v
+
+    All but the values is frozen. A pattern would take `n²` floats for each channel; this is one step after the other,
+    in the dtype of the steps.
+    """
+
+    def __init__(
+        self,
+        step: Float[Tensor, "n c"],
+        rate: Float[Tensor, "c s"],
+        key: Float[Tensor, "n s"],
+        query: Float[Tensor, "n s"],
+        skip: Float[Tensor, " c"],
+        m: int | None = None,
+    ):
+        self.step, self.rate, self.key, self.query, self.skip = step, rate, key, query, skip
+        n, channels = step.shape
+        self.in_shape, self.out_shape = (n, channels), (n if m is None else m, channels)
+        self.dtype, self.device = step.dtype, step.device
+
+    @property
+    def flop(self) -> int:
+        """Of each number of a state, and at each position: its decay, what is written, and what is read of it."""
+        return 2 * (2 * self.in_shape[0] + self.out_shape[0]) * self.rate.numel()
+
+    def matmat(self, X: Float[Tensor, "k n c"], t: Homogeneous = None) -> Float[Tensor, "k m c"]:
+        """Go through the positions, and carry the states."""
+        return self.run(X, self.step.new_zeros(len(X), *self.rate.shape))[0]
+
+    def run(
+        self, X: Float[Tensor, "k n c"], state: Float[Tensor, "k c s"]
+    ) -> tuple[Float[Tensor, "k m c"], Float[Tensor, "k c s"]]:
+        """Return the outputs of values that follow a state, and the state after them."""
+        Y, skipped = X.new_empty(len(X), *self.out_shape), self.in_shape[0] - self.out_shape[0]
+        for p in range(self.in_shape[0]):
+            written = self.step[p] * X[:, p]
+            state = torch.addcmul(state * self._decay(p), written[:, :, None], self.key[p])
+            if p >= skipped:
+                Y[:, p - skipped] = state @ self.query[p] + self.skip * X[:, p]
+        return Y, state
+
+    def rmatmat(self, Y: Float[Tensor, "k m c"]) -> Float[Tensor, "k n c"]:
+        """Go through the positions backwards, and carry the cotangents of the states."""
+        (n, channels), m = self.in_shape, self.out_shape[0]
+        X = Y.new_empty(len(Y), n, channels)
+        state = self.step.new_zeros(len(Y), *self.rate.shape)
+        for p in reversed(range(n)):
+            read = Y[:, p - n + m] if p >= n - m else None
+            if read is not None:
+                state.addcmul_(read[:, :, None].to(state), self.query[p])
+            X[:, p] = self.step[p] * (state @ self.key[p])
+            if read is not None:
+                X[:, p] += self.skip * read
+            state *= self._decay(p)
+        return X
+
+    def _decay(self, position: int) -> Float[Tensor, "c s"]:
+        """Return the factor by which states decay at a position."""
+        return torch.exp(self.step[position][:, None] * self.rate)
+
+
 class Network(LinearOperator):
     """A feed-forward network with frozen factors, `down @ Scale(factor) @ up` at each position, as a sum over slabs.
 

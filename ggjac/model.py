@@ -22,6 +22,7 @@ from ggjac.blocks import BlockTape, Frame, NormTape, Past
 from ggjac.checks import whole
 from ggjac.config import ModelConfig, Rope, fused_parts, read_config
 from ggjac.display import visible
+from ggjac.division import largest
 from ggjac.gguf import GGUFFile, open_gguf
 from ggjac.gguf.hub import demo_path, resolve, title
 from ggjac.jacobian import DetachedJacobian, FrozenNetwork, Span
@@ -190,7 +191,7 @@ class Model:
         self._placed = False
         self.crew: Crew | None = None
         if group is not None:
-            self.crew = Crew.of(group, self.config, [self.block(i) for i in range(self.config.block_count)])
+            self.crew = Crew.of(group, self.config, file.tensors)
         self.embedding: Weight = self.weights["token_embd.weight"]
         self.head = decode.Head(
             self.weights["output.weight" if "output.weight" in self.weights else "token_embd.weight"],
@@ -309,6 +310,7 @@ class Model:
         vram_budget: int | str | None = None,
         tapes_on_disk: bool = False,
         threads: int | None = None,
+        ranks: int | None = None,
         **asked: Any,
     ) -> Plan:
         """Return the time and memory that a command needs on a prompt, and whether it fits; nothing is computed.
@@ -322,6 +324,7 @@ class Model:
             tapes_on_disk: if memory is short, assume `trace(..., tapes=Tapes(folder, resident=False))`; the plan states
                 whether it did.
             threads: CPU threads of dequantization; default the model's own.
+            ranks: processes that share the model, of which the plan is one's part; default as many as now do.
             asked: as `ggjac.planner.work.Request` has it: `rank`, `position` and so on.
 
         Raises:
@@ -330,6 +333,7 @@ class Model:
         """
         n = whole("the number of tokens", prompt, None) if isinstance(prompt, int) else len(self.prompt_ids(prompt))
         ram, vram = (machine.parse_size(b) if isinstance(b, str) else b for b in (ram_budget, vram_budget))
+        ranks = whole("ranks", ranks) if ranks is not None else self.crew.ranks if self.crew else 1
         return planner.fitting(
             self.gguf,
             self.config,
@@ -342,6 +346,8 @@ class Model:
             threads=threads or self.weights.threads,
             budget=planner.Budget.of(ram, vram, str(self.device)),
             tapes_on_disk=tapes_on_disk,
+            # The largest part on all ranks, so that all take the same steps.
+            division=largest(self.config, self.gguf.tensors, ranks),
         )
 
     def fit(self, plan: Plan) -> None:

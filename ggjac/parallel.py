@@ -7,18 +7,17 @@ direction:
     A = Σ_r A_r        Aᵀ = Σ_r A_rᵀ
 
 Between branches every rank has the whole residual stream, so that all else in this package computes as it does alone.
-Only `blocks` asks the weights whether others have more terms of a sum. What cannot be divided among so many ranks is
-computed by each of them, and not added up.
+Only `blocks` asks the weights whether others have more terms of a sum. `ggjac.division` decides whose terms are whose;
+what cannot be divided among so many ranks is computed by each of them, and not added up.
 """
 
 import hashlib
 import json
-import math
 import os
 import socket
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal, NamedTuple
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -27,15 +26,12 @@ from torch.autograd import forward_ad
 
 from ggjac.config import ModelConfig
 from ggjac.config.mixers import MIXERS
-from ggjac.config.model import Layer
+from ggjac.division import Cut, Division, divide, holds
+from ggjac.gguf import TensorInfo
 from ggjac.linop import Homogeneous, LinearOperator
 from ggjac.runs.journal import Journal, Product
 from ggjac.runs.tensors import plain
 from ggjac.weights import Block, Weight
-
-# Mixers whose heads are divided, and others with tensors of the same names, which are not.
-DIVIDED = {"attention", "latent"}
-WHOLE = {"delta", "kimi delta", "shared attention"}
 
 
 class ParallelError(ValueError):
@@ -123,42 +119,21 @@ class Joined(LinearOperator):
         return own
 
 
-class Cut(NamedTuple):
-    """A rank's part of a tensor: of its rows (and of the bias beside it), its columns, or its stacked matrices."""
-
-    axis: Literal["rows", "columns", "stack"]
-    start: int
-    stop: int
-
-
 @dataclass(frozen=True)
-class Crew:
+class Crew(Division):
     """The ranks that share a model, and what of it is this one's.
 
     Attributes:
         group: the process group.
-        rank, ranks: this process's place in it, and their number.
-        config: sizes, of which the numbers of heads are those of this rank.
-        cuts: of each block, this rank's part of the tensors that are divided, by stem.
     """
 
-    group: dist.ProcessGroup
-    rank: int
-    ranks: int
-    config: ModelConfig
-    cuts: tuple[Mapping[str, Cut], ...] = ()
+    group: dist.ProcessGroup = field(kw_only=True)
 
     @classmethod
-    def of(cls, group: dist.ProcessGroup, config: ModelConfig, blocks: list[Block]) -> "Crew":
+    def of(cls, group: dist.ProcessGroup, config: ModelConfig, tensors: Mapping[str, TensorInfo]) -> "Crew":
         """Share out the terms of every block."""
-        crew = cls(group, dist.get_rank(group), dist.get_world_size(group), config)
-        layers, cuts = [], []
-        for i, (own, block) in enumerate(zip(config.layers, blocks, strict=True)):
-            heads = crew._heads(i, block)
-            layers.append(own if heads is None else replace(own, heads=len(heads.queries), kv_heads=len(heads.keys)))
-            found = {} if heads is None else _attention_cuts(config, own, heads)
-            cuts.append(found | crew._convolution_cuts(own, block) | crew._network_cuts(block))
-        return replace(crew, config=replace(config, layers=tuple(layers)), cuts=tuple(cuts))
+        own = divide(config, tensors, dist.get_rank(group), dist.get_world_size(group))
+        return cls(**vars(own), group=group)
 
     def part(self, block: Block, index: int) -> "Part":
         """Return this rank's view of a block."""
@@ -173,104 +148,6 @@ class Crew:
     def told(self, content: Any) -> Any:
         """Return the first rank's plain JSON, which is small."""
         return json.loads(of_first(json.dumps(content).encode(), self.group))
-
-    def share(self, total: int, unit: int, rank: int | None = None, ranks: int | None = None) -> range | None:
-        """Return a rank's range, on multiples of a unit; None where there are not enough of them for all."""
-        rank, ranks = self.rank if rank is None else rank, ranks or self.ranks
-        units, rest = divmod(total, unit)
-        if rest or units < ranks:
-            return None
-        return range(units * rank // ranks * unit, units * (rank + 1) // ranks * unit)
-
-    def _heads(self, layer: int, block: Block) -> "Heads | None":
-        """Return this rank's heads; None where all ranks have all.
-
-        Heads that share keys and values stay together, unless there are more ranks than groups of them. Cuts lie
-        between stored blocks of the output projection.
-        """
-        config, own = self.config, self.config.layers[layer]
-        if not DIVIDED & {*own.mixers} or WHOLE & {*own.mixers} or layer in config.writers:
-            return None
-        if "attention" in own.mixers and config.row.qk_norm == "full":  # a norm over all heads together
-            return None
-        each = own.heads // own.kv_heads
-        stored = block.matrix("attn_output.weight").info.type.block_size
-
-        def unit(width: int) -> int:
-            return math.lcm(stored, width) // width
-
-        if own.kv_heads >= self.ranks:
-            groups = self.share(own.kv_heads, unit(each * own.value_size))
-            return None if groups is None else Heads(range(groups.start * each, groups.stop * each), groups)
-        several, rest = divmod(self.ranks, own.kv_heads)
-        if rest:
-            return None
-        group, place = divmod(self.rank, several)
-        members, first = self.share(each, unit(own.value_size), place, several), group * each
-        if members is None:
-            return None
-        return Heads(range(first + members.start, first + members.stop), range(group, group + 1))
-
-    def _convolution_cuts(self, own: Layer, block: Block) -> dict[str, Cut]:
-        """Return the parts of a short convolution: its channels."""
-        if "convolution" not in own.mixers:
-            return {}
-        output = block.matrix("shortconv.out_proj.weight")
-        channels = self.share(output.shape[1], output.info.type.block_size)
-        if channels is None:
-            return {}
-        rows = Cut("rows", channels.start, channels.stop)
-        stems = ("in_proj_b", "in_proj_c", "in_proj_x", "conv")
-        return {f"shortconv.{stem}": rows for stem in stems} | {
-            "shortconv.out_proj": Cut("columns", channels.start, channels.stop)
-        }
-
-    def _network_cuts(self, block: Block) -> dict[str, Cut]:
-        """Return the parts of the networks that all positions use: their hidden units."""
-        cuts: dict[str, Cut] = {}
-        for kind in ("", "_shexp"):
-            if f"ffn_down{kind}.weight" not in block:
-                continue
-            down = block.matrix(f"ffn_down{kind}.weight")
-            units = self.share(down.shape[1], down.info.type.block_size)
-            if units is not None:
-                cuts |= {f"ffn_{stem}{kind}": Cut("rows", units.start, units.stop) for stem in ("up", "gate")}
-                cuts[f"ffn_down{kind}"] = Cut("columns", units.start, units.stop)
-        return cuts
-
-
-class Heads(NamedTuple):
-    """A rank's heads: of queries, and of keys and values."""
-
-    queries: range
-    keys: range
-
-
-def _attention_cuts(config: ModelConfig, own: Layer, heads: Heads) -> dict[str, Cut]:
-    """Return the parts of attention's tensors that belong to some heads, of either kind of attention."""
-
-    def rows(of: range, width: int) -> Cut:
-        return Cut("rows", of.start * width, of.stop * width)
-
-    queries, keys = heads
-    nope = own.key_size - config.latent.rotary
-    cuts = {
-        "attn_q": rows(queries, own.key_size * (2 if config.row.gated_queries else 1)),
-        "attn_output": rows(queries, own.value_size)._replace(axis="columns"),
-        "attn_sinks": rows(queries, 1),
-    }
-    if "latent" in own.mixers:
-        return cuts | {
-            "attn_q_b": rows(queries, own.key_size),
-            "attn_k_nope": rows(queries, nope),
-            "attn_k_b": rows(queries, 1)._replace(axis="stack"),
-            "attn_v_b": rows(queries, own.value_size),
-            "attn_gate": rows(queries, 1),
-        }
-    cuts |= {"attn_k": rows(keys, own.key_size), "attn_v": rows(keys, own.value_size)}
-    if config.row.qk_norm == "heads":  # weights of each head's own
-        cuts |= {"attn_q_norm": rows(queries, 1), "attn_k_norm": rows(keys, 1)}
-    return cuts
 
 
 @dataclass(frozen=True)
@@ -313,7 +190,7 @@ class Part(Block):
 
     def holds(self, expert: int) -> bool:
         """Return whether a routed expert is this rank's."""
-        return expert % self.crew.ranks == self.crew.rank
+        return holds(expert, self.crew.rank, self.crew.ranks)
 
     def joined(self, part: LinearOperator, *, inputs: bool = True, outputs: bool = True) -> LinearOperator:  # type: ignore[override]
         """Return an operator of which this rank has a part, completed by the others."""

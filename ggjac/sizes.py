@@ -76,6 +76,9 @@ PIECES_SHARE = 0.5
 # Working memory that a chunk of dense rows may take on its way down the blocks, in bytes; the default.
 CHUNK_BYTES = 1 << 30
 
+# Bytes up to which a dense matrix is kept, where it is the cheaper way to singular triplets.
+MATRIX_BYTES = 1 << 30
+
 # Dense rows widened to float64 at a time: a whole chunk of them could fill the memory.
 SLICE = 64
 

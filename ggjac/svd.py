@@ -291,7 +291,7 @@ def iteration(
         seed: seed of the random start vectors; the same seed gives the same digits on the same machine.
         progress: called after each sweep with the sweep count and the worst relative residual known so far; that is
             infinite after the first sweep, which measures none.
-        start: `[block, *out_shape]`, vectors to start from; default `block` random ones.
+        start: `[m, *out_shape]`, vectors to start from, of which the first `block` are used; default random ones.
         spare: number of left vectors to return beyond those of the triplets, converged or not.
         noise: relative error of a product, at whose level residuals rest; default the epsilon of A's dtype.
 
@@ -323,7 +323,7 @@ def iteration(
     # its vectors as coefficients in the basis of the other side, [m, m'].
     basis = [Basis(size, work, A.device) for size in sizes]
     image = [Image(), Image()]
-    first = draw(width, 0) if start is None else start.flatten(1).to(A.device, work)
+    first = draw(width, 0) if start is None else start[:width].flatten(1).to(A.device, work)
     new = _expanded(first, basis[0], 0.0).directions  # [width, size]
     basis[0].append(new)
     triplets: tuple[Tensor, Tensor] | None = None  # those last extracted: coefficients of U, [rank, m], and of V

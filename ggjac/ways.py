@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from ggjac.config import ModelConfig
 from ggjac.config.mixers import MIXERS
-from ggjac.sizes import EXPECTED_SWEEPS, block_width
+from ggjac.sizes import EXPECTED_SWEEPS, MATRIX_BYTES, block_width
 
 # FLOP per second of one core: in products of a sweep, and in LAPACK's decomposition.
 PRODUCTS, LAPACK = 100e9, 35e9
@@ -81,17 +81,16 @@ def ways(config: ModelConfig, task: Task, n: int, start: int = 0, stop: int | No
     return Ways(iterated / PRODUCTS, rows / PRODUCTS + decomposed / LAPACK)
 
 
-def takes_matrix(
-    config: ModelConfig, task: Task, n: int, item: int, room: int, start: int = 0, stop: int | None = None
-) -> bool:
-    """Return whether the matrix is the way: clearly cheaper, in room for its bytes, and exact.
+def takes_matrix(config: ModelConfig, task: Task, n: int, item: int, start: int = 0, stop: int | None = None) -> bool:
+    """Return whether the matrix, `[d, n d]`, is the way: clearly cheaper, exact, and of at most `MATRIX_BYTES`.
+
+    A budget does not decide: results would depend on how many processes share the memory.
 
     Args:
         config, task, n, start, stop: as `ways` takes them.
         item: bytes of an element; rows in 16 bits would hide their own rounding from the residuals.
-        room: bytes that the matrix, `[d, n d]`, may take.
     """
-    if item < 4 or n * config.d**2 * item > room:
+    if item < 4 or n * config.d**2 * item > MATRIX_BYTES:
         return False
     found = ways(config, task, n, start, stop)
     return found.matrix + WORTH < found.sweeps

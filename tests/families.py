@@ -135,7 +135,11 @@ STATE_SPACE: dict[str, dict[str, Any]] = {
     | EXPERTS
     | {"expert_ff": 48, "shared_ff": 80, "selection_bias": 0.3}
     | {"extra": NEMOTRON_H["extra"] | {"expert_weights_norm": True, "expert_weights_scale": 2.5}},
+    "jamba": {"mixers": ("mamba", "attention", "mamba"), "layers": 3, "kv_by_layer": True}
+    | {"sizes": {"normed": True}, "omit": ATTENTION_KEYS[1:]},
     # The converter writes 0 heads, and no other key of attention.
+    "mamba": {"mixers": ("mamba",), "alone": True, "norms": ("attn_norm",), "layers": 3, "kv_heads": None}
+    | {"extra": {"attention.head_count": 0}, "omit": ATTENTION_KEYS},
     "mamba2": {"mixers": ("mamba2",), "alone": True, "norms": ("attn_norm",), "layers": 3, "kv_heads": None}
     | {"extra": {"attention.head_count": 0}, "omit": ATTENTION_KEYS},
 }
@@ -284,6 +288,18 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "minimax-m2": EXPERTS
     | {"qk_norm": "full", "n_rot": 8, "head_dim": 32, "selection_bias": 0.3, "extra": {"expert_gating_func": 2}},
     "phimoe": EXPERTS | {"norm": "rms_bias", "biases": (*QKV, "attn_output", "output")},
+    "xverse": {"kv_heads": 4},
+    # The stated width is that of gate and up together.
+    "qwen": {
+        "fused_qkv": True,
+        "fused_bias": True,
+        "biases": QKV,
+        "kv_heads": 4,
+        "extra": {"feed_forward_length": 192},
+    },
+    "qwen2vl": {"biases": QKV, "extra": {"rope.dimension_sections": [2, 3, 3, 0]}},
+    "paddleocr": {"head_dim": 32, "tied": True, "extra": {"rope.dimension_sections": [4, 6, 6, 0]}},
+    "hunyuan_vl": {"qk_norm": "head", "head_dim": 32, "tied": True, "extra": {"rope.dimension_sections": [4, 4, 4, 4]}},
     "qwen35": QWEN35 | {"extra": {"rope.dimension_sections": [3, 3, 2, 0]}},
     "qwen35moe": EXPERTS
     | QWEN35
@@ -802,6 +818,20 @@ FAMILY_CASES: dict[str, dict[str, Any]] = {
         scaling={"original_context_length": 256, "attn_factor": 1.24},
         context=1024,
     ),
+    "xverse": of("xverse", rope_base=500.0),
+    "xverse_unread": of("xverse", **YARN_ROW, window=3, extra=UNREAD, fused_qkv=True),
+    "qwen": of("qwen"),
+    "qwen_partial": of("qwen", n_rot=8, rope_base=1e6, window=3, extra=UNREAD),
+    "qwen2vl": of("qwen2vl", rope_base=1e6, eps=0.05),
+    "qwen2vl_yarn": of("qwen2vl", **YARN_ROW, tied=True, fused_qkv=True, fused_bias=True),
+    # The last section is the fourth axis', which text has not: with a base this low its pairs are seen to stand.
+    "qwen2vl_still": of("qwen2vl", rope_base=30.0, window=3, extra=UNREAD | {"rope.dimension_sections": [2, 2, 1, 3]}),
+    "paddleocr": of("paddleocr", rope_base=5e5),
+    "paddleocr_unread": of("paddleocr", biases=(*QKV, "attn_output"), tied=False, window=3, extra=UNREAD),
+    # As HunyuanOCR: all four axes have sections, and a factor enlarges the base.
+    "hunyuan_vl": of("hunyuan_vl", rope_base=10.0, scaling={"type": "none", "factor": 4.0, "alpha": 3.0}),
+    "hunyuan_vl_plain": of("hunyuan_vl", tied=False, window=3, omit=("rope.dimension_sections",), extra=UNREAD),
+    "hunyuan_alpha": of("hunyuan-dense", rope_base=10.0, scaling={"alpha": 3.0}),
     "phimoe_unread": of("phimoe", window=3, extra=UNREAD | UNREAD_ROUTING | {"leading_dense_block_count": 1}),
     "deepseek2": of("deepseek2"),
     "deepseek2_predictor": of("deepseek2", layers=4, predictors=1, shared_count=1, tied=True),
@@ -1092,6 +1122,21 @@ STATE_SPACE_CASES: dict[str, dict[str, Any]] = {
     # Every head has B and C of its own, and the state is narrower than a head.
     "mamba2_groups": of("mamba2", sizes={"groups": 8, "state": 8, "kernel": 3}, eps=0.05),
     "mamba2_q8_0": of("mamba2", type="Q8_0"),
+}
+STATE_SPACE_CASES |= {
+    "mamba": of("mamba", extra={"ssm.dt_b_c_rms": False}),
+    # As Falcon Mamba: steps, B and C have norms without weights.
+    "mamba_falcon": of("mamba", extra={"ssm.dt_b_c_rms": True}, eps=0.05, tied=True),
+    "mamba_sizes": of("mamba", d=48, sizes={"inner": 96, "rank": 3, "state": 7, "kernel": 2}, layers=2),
+    "mamba_q8_0": of("mamba", type="Q8_0"),
+    "jamba": of("jamba"),
+    # Every second block has experts.
+    "jamba_experts": of("jamba", **EXPERTS, dense_blocks=(0, 2)),
+    "jamba_attention_first": of(
+        "jamba", mixers=("attention", "mamba"), layers=2, eps=0.05, tied=True, fused_qkv=True, rope_base=100.0
+    ),
+    "jamba_unread": of("jamba", **EXPERTS, window=3, extra=UNREAD | UNREAD_ROUTING),
+    "jamba_q8_0": of("jamba", type="Q8_0", heads=2, kv_heads=1, layers=2),
 }
 STATE_SPACE_CASES |= {
     "granitehybrid": of("granitehybrid"),

@@ -41,6 +41,7 @@ class Facts(NamedTuple):
     """What an architecture's name implies and its file does not say. The defaults are those of `llama`."""
 
     norm: str = "rms"  # rms | ln (weights and biases if there are any)
+    epsilon_read: bool = True  # norms have the file's epsilon; else 0
     norm_weights: bool = True  # norms have weights in the file
     clamp_key: bool = False  # attention.clamp_kqv limits queries, keys and values
     parallel: bool = False  # attention and feed-forward read the same input
@@ -60,6 +61,7 @@ class Facts(NamedTuple):
     # all | local (only layers with a window, where there are any) | three of four | listed (attention.rope_pattern)
     # | local or dense (those, and leading dense ones) | not first of four (of more than four, where there are windows)
     roped: str = "all"
+    sections: str = "in turn"  # how an image's axes are dealt pairs: in turn | one after another
     finetuned_key: bool = False  # rope.scaling.finetuned = false turns the rope off
     factors: bool = False  # divisors of the frequencies are read
     yarn_keys: bool = False  # YaRN's betas and log multiplier are read
@@ -284,6 +286,11 @@ FACTS: dict[str, Facts] = {
     ),
     "minimax-m2": Facts(rope="halves", qk_norm="full", router_key=True),
     "phimoe": Facts(rope="halves", factors=True),
+    "xverse": Facts(),
+    "qwen": Facts(rope="halves"),
+    "qwen2vl": Facts(epsilon_read=False, rope="halves", sections="one after another"),
+    "paddleocr": Facts(rope="halves", sections="one after another"),
+    "hunyuan_vl": Facts(rope="halves", qk_norm="head after rope", sections="one after another"),
     "qwen35": QWEN35,
     "qwen35moe": QWEN35,
     "lfm2": LFM2._replace(period=0),
@@ -317,6 +324,9 @@ FACTS: dict[str, Facts] = {
     "nemotron_h": NEMOTRON_H,
     "nemotron_h_moe": NEMOTRON_H,
     "mamba2": MAMBA2._replace(graph={"mamba_out": "mamba2"}),
+    "mamba": Facts(mixers=lambda model, layer: ("mamba",)),
+    # What a block's mixer adds has the name of the sum.
+    "jamba": Facts(rope=None, renormalise=False, mixers=by_kv_heads("mamba"), graph={"ffn_inp": "attn_out"}),
 }  # fmt: skip
 
 
@@ -390,7 +400,8 @@ def linear(model: Oracle, name: str, x: Tensor) -> Tensor:
 
 def root_mean_square(model: Oracle, x: Tensor) -> Tensor:
     kind = "rms_" if model.facts.norm == "rms" else ""
-    return torch.sqrt((x * x).mean(-1, keepdim=True) + model.metadata[f"attention.layer_norm_{kind}epsilon"])
+    eps = model.metadata[f"attention.layer_norm_{kind}epsilon"] if model.facts.epsilon_read else 0.0
+    return torch.sqrt((x * x).mean(-1, keepdim=True) + eps)
 
 
 def norm(model: Oracle, name: str, x: Tensor, *, frozen: bool) -> Tensor:
@@ -423,6 +434,9 @@ def rope_angles(model: Oracle, layer: int, n: int, n_rot: int, context: int) -> 
     meta, facts = model.metadata, model.facts
     local = window(model, layer) is not None
     base = meta.get("rope.freq_base", 10000.0)
+    if alpha := meta.get("rope.scaling.alpha"):
+        width = meta["attention.key_length"]
+        base = base * alpha ** (width / (width - 2))
     if local and facts.local_base_key:
         base = meta.get("rope.freq_base_swa", facts.local_base or base)
     kind = meta.get("rope.scaling.type", "linear")
@@ -463,8 +477,10 @@ def rope_angles(model: Oracle, layer: int, n: int, n_rot: int, context: int) -> 
     else:
         assert kind == "none", f"rope scaling {kind}"
     if sections := meta.get("rope.dimension_sections"):
-        # Dealt to three axes in turn, as many pairs as each has; what is left is of the fourth, which text has not.
+        # Dealt to three axes, as many pairs as each has; what is left is of the fourth, which text has not.
         dealt = {3 * turn + axis for axis in range(3) for turn in range(sections[axis])}
+        if facts.sections == "one after another":
+            dealt = set(range(sections[0] + sections[1] + sections[2]))
         frequency = torch.stack([f if i in dealt else 0 * f for i, f in enumerate(frequency)])
     return torch.arange(n, dtype=torch.float64)[:, None] * frequency, magnitude
 
@@ -643,6 +659,7 @@ def tensors_of(model: Oracle, layer: int) -> dict[str, Tensor]:
 MIXERS: dict[str, Callable[..., Tensor]] = {
     "attention": attention,
     "latent": latent_attention,
+    "mamba": oracle_state.mamba,
     "mamba2": oracle_state.mamba2,
     "delta": recurrent(oracle_delta.gated_delta, grouped=False),
     "grouped delta": recurrent(oracle_delta.gated_delta, grouped=True),

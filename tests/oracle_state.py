@@ -1,4 +1,4 @@
-"""The oracle's state space mixers: Mamba-2 as the plain recurrence of its paper, one token after the other.
+"""The oracle's state space mixers: Mamba and Mamba-2 as the plain recurrences of their papers, token after token.
 
 Every function takes the model, a layer's number and the normed input h [n, d] of that layer, and returns what the
 mixer adds to the residual stream [n, d]. `frozen` detaches all but the path of the values: the rows of the input
@@ -89,3 +89,45 @@ def mamba2(model: "Oracle", layer: int, h: Tensor, *, frozen: bool, context: int
     eps = meta["attention.layer_norm_rms_epsilon"]
     y = gated_norm(y.flatten(1), held(silu(z)), weights.get("norm.weight"), eps, frozen=frozen)
     return y @ weights["out.weight"].T
+
+
+def selective_scan(x: Tensor, dt: Tensor, a: Tensor, write: Tensor, read: Tensor) -> Tensor:
+    """Return y [n, inner] of S_t = exp(dt_t a) S_{t-1} + dt_t x_t B_t^T, y_t = S_t C_t, with a decay for each entry.
+
+    x and dt are [n, inner], a is [inner, state]; B (`write`) and C (`read`) are [n, state].
+    """
+    state, outputs = torch.zeros_like(a), []
+    for t in range(len(x)):
+        state = torch.exp(torch.outer(dt[t], torch.ones_like(a[0])) * a) * state + torch.outer(dt[t] * x[t], write[t])
+        outputs.append(state @ read[t])
+    return torch.stack(outputs)
+
+
+def mamba(model: "Oracle", layer: int, h: Tensor, *, frozen: bool, context: int) -> Tensor:
+    """Mamba-1: a state space with a decay for each channel and entry of its state, behind a convolution, and gated.
+
+    Time steps, B and C are made from the values. Live: the rows of `ssm_in` that make x, the convolution with its bias,
+    D and `ssm_out`.
+    """
+    b, meta = f"blk.{layer}", model.metadata
+    inner, size, rank = meta["ssm.inner_size"], meta["ssm.state_size"], meta["ssm.time_step_rank"]
+    weights = {name.removeprefix(f"{b}.ssm_"): w for name, w in model.weights.items() if name.startswith(f"{b}.ssm_")}
+
+    def held(factor: Tensor) -> Tensor:
+        return factor.detach() if frozen else factor
+
+    def normed(part: Tensor, name: str) -> Tensor:
+        if f"{name}_norm.weight" not in weights and not meta.get("ssm.dt_b_c_rms"):
+            return part
+        size = torch.sqrt(part.square().mean(-1, keepdim=True) + meta["attention.layer_norm_rms_epsilon"])
+        return part / size * weights.get(f"{name}_norm.weight", 1.0)
+
+    x, z = (h @ weights["in.weight"].T).chunk(2, dim=-1)
+    x = causal_convolution(x, weights["conv1d.weight"]) + weights["conv1d.bias"]
+    x = x * held(torch.sigmoid(x))
+    parts = (x @ weights["x.weight"].T).split([rank, size, size], dim=-1)
+    dt, write, read = (normed(part, name) for part, name in zip(parts, ("dt", "b", "c"), strict=True))
+    dt = softplus(dt @ weights["dt.weight"].T + weights["dt.bias"])
+    y = selective_scan(x, held(dt), weights["a"], held(write), held(read)) + weights["d"] * x
+    assert y.shape[1] == inner
+    return (y * held(silu(z))) @ weights["out.weight"].T

@@ -33,14 +33,26 @@ CASES = (
     *("gemma2", "olmo2", "granite", "phi2", "falcon_7b", "cohere2", "gpt2", "starcoder2", "glm4", "gemma3"),
     *("arctic", "mimo2"),
     *("gptneox", "stablelm_12b", "nemotron", "command_r", "olmo_clamped", "qwen2moe", "granitemoe", "gpt_oss"),
-    *("glm4moe", "qwen35", "lfm2", "mamba2", "granitehybrid", "falcon_h1", "nemotron_h_moe", "gemma4"),
+    *(
+        "glm4moe",
+        "qwen35",
+        "lfm2",
+        "mamba",
+        "mamba2",
+        "jamba",
+        "granitehybrid",
+        "falcon_h1",
+        "nemotron_h_moe",
+        "gemma4",
+    ),
     *("gemma4_experts", "gemma4_full_first", "gemma4_small", "gemma4_shared"),
     *("deepseek2", "deepseek2_unsplit", "minicpm3", "minimax_m3"),
     *("kimi_linear", "bailingmoe3_clamped"),
 )
 N = 6
 
-# The output projection of a mixer -> the key that states the number of its heads; a convolution is one part.
+# The output projection of a mixer -> the key that states the number of its heads; a convolution is one part, and so is
+# a recurrence with decays for each channel.
 OUTPUTS = {"attn_output": "attention.head_count", "ssm_out": "ssm.time_step_rank", "shortconv.out_proj": ""}
 
 
@@ -78,7 +90,9 @@ class Expected:
         x = self.states["x"] if layer == 0 else self.states[f"l_out-{layer - 1}"]
         for name, key in names.items():
             if name in self.known.weights:
-                factor = torch.ones(self.known.metadata.get(key, 1), dtype=torch.float64, requires_grad=True)
+                apart = name.endswith("ssm_out.weight") and self.known.weights[f"blk.{layer}.ssm_a"][0].numel() > 1
+                count = 1 if apart else self.known.metadata.get(key, 1)
+                factor = torch.ones(count, dtype=torch.float64, requires_grad=True)
                 W = self.known.weights[name]
                 columns = factor.repeat_interleave(W.shape[1] // len(factor))
                 scaled = self.known._replace(weights=self.known.weights | {name: W * columns})

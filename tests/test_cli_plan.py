@@ -388,3 +388,55 @@ def test_a_device_that_is_not_here_is_planned_and_not_measured(tiny_file: TinyFi
 def test_a_device_that_does_not_exist(command: str, tiny_file: TinyFile) -> None:
     tokens = TOKENS if command == "plan" else []
     assert "try auto, cpu or cuda" in error(command, "-m", tiny_file("plain"), *tokens, "--device", "abacus", code=2)
+
+
+# ---- several processes that share the model
+
+
+def test_one_of_several_processes(rates: Rates, tiny_file: TinyFile) -> None:
+    """Its part of the work and of the memory, its sums on the network, and the time of one process beside it."""
+    asked = ["plan", "-m", tiny_file("gqa"), *TOKENS, "--format", "json"]
+    one, two = (json.loads(invoke(*asked, *more).stdout) for more in ([], ["--ranks", 2, "--net", "8Kb"]))
+    assert (one["ranks"], two["ranks"]) == (1, 2)
+    assert two["sweep"]["flop_per_vector"] * 2 == one["sweep"]["flop_per_vector"]
+    assert two["ram"]["tapes"] < one["ram"]["tapes"]
+    assert one["sweeps"][0]["sums"] == 0
+    sweep = two["sweeps"][0]
+    assert sweep["sums"] == 2 * 2  # both branches of both blocks
+    assert (
+        sweep["summed_bytes"] == sweep["vectors"] * 2 * (5 + 5 + 5 + 1) * 64 * 4 // 2
+    )  # the last network: one position
+    svd = next(part for part in two["times"]["parts"] if part["what"] == "svd")
+    assert svd["net"] == pytest.approx(sweep["summed_bytes"] / 1000 + 4 * 2 * 50e-6)  # 8 Kb: 1000 bytes a second
+    assert svd["each"] > svd["net"]
+    assert two["alone"]["times"] == one["times"]
+    assert two["alone"]["ram_peak"] == one["ram_peak"]
+
+
+def test_the_table_of_several_processes(rates: Rates, tiny_file: TinyFile) -> None:
+    asked = ["plan", "-m", tiny_file("falcon_h1"), *TOKENS, "--ranks", 2]
+    out = invoke(*asked, "--net", "10Gb").stdout
+    for words in ("one of 2 processes", "whole by each process: recurrence (in 3 of 3 blocks)", "Beside one process"):
+        assert words in out
+    assert "add up 6 times, 6.5 KiB for each vector." in out
+    assert "the time of that is left out: give the network" in invoke(*asked).stdout
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--net", "10Gb"], "give their number, as --ranks 2"),
+        (["--ranks", 2, "--net", "10"], "'10' is not the rate of a network; write it as 10Gb"),
+        (["--ranks", 2, "--net", "0Gb"], "is not the rate of a network"),
+        (["--ranks", 0], "0 is not in the range"),
+    ],
+)
+def test_wrong_numbers_of_processes(options: list, message: str) -> None:
+    assert message in error("plan", *TOKENS, *options, code=2)
+
+
+@pytest.mark.parametrize(
+    ("text", "rate"), [("10Gb", 1.25e9), ("2.5 Gbit/s", 3.125e8), ("100Mbps", 1.25e7), ("900GB/s", 9e11)]
+)
+def test_rates_of_networks(text: str, rate: float) -> None:
+    assert planner.parse_rate(text) == rate

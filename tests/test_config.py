@@ -191,7 +191,7 @@ HUGE = 2**31 - 1
 
 # name -> (metadata changes, shape changes, message)
 REFUSALS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
-    "another architecture": ({"general.architecture": "mamba"}, {}, "architecture 'mamba' is not supported; supp"),
+    "another architecture": ({"general.architecture": "ours"}, {}, "architecture 'ours' is not supported; supp"),
     "no architecture": ({"general.architecture": ABSENT}, {}, "does not say what it is: general.architecture is missi"),
     "a vision part": ({"general.type": "mmproj"}, {}, r"general.type is 'mmproj' \(the vision or audio part of a mo"),
     "an adapter": ({"general.type": "adapter"}, {}, r"general.type is 'adapter' \(a LoRA adapter: merge it"),
@@ -356,15 +356,27 @@ def of(
 
 
 @pytest.mark.parametrize(
-    ("sections", "still"), [([1, 1, 0, 0], ()), ([2, 0, 0, 0], (1,)), ([1, 0, 0, 1], None), ([2], None)]
+    ("architecture", "sections", "still"),
+    [
+        ("qwen3vl", [1, 1, 0, 0], ()),
+        ("qwen3vl", [2, 0, 0, 0], (1,)),
+        ("qwen3vl", [1, 0, 0, 1], None),
+        ("qwen3vl", [2], None),
+        ("qwen2vl", [2, 0, 0, 0], ()),
+        ("qwen2vl", [1, 0, 0, 1], (1,)),
+        ("qwen2vl", [1, 0, 0, 0], None),
+        ("qwen2vl", [1, 2, 0, -1], None),
+        ("qwen2vl", [1, 1, 1], None),
+    ],
 )
-def test_sections_of_rotation_must_cover_all_pairs_by_their_first_three(
-    sections: list[int], still: tuple[int, ...] | None
+def test_sections_of_rotation_must_cover_all_pairs(
+    architecture: str, sections: list[int], still: tuple[int, ...] | None
 ) -> None:
-    """Dealt in turn, they may still leave some to the fourth axis, and text has no place on that."""
+    """Dealt in turn, the first three must; they may still leave some to the fourth, and text has no place on that."""
+    more = ("attn_q_norm", "attn_k_norm") if architecture == "qwen3vl" else ()
 
     def read_sections() -> ModelConfig:
-        return of("qwen3vl", {"rope.dimension_sections": sections}, ("attn_q_norm", "attn_k_norm"))
+        return of(architecture, {"rope.dimension_sections": sections}, more)
 
     if still is None:
         with pytest.raises(ConfigError, match=r"dimension_sections \[.+\] is not supported"):

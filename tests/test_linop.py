@@ -18,6 +18,7 @@ from ggjac import linop
 from ggjac.linop import (
     Center,
     Chain,
+    ChannelScan,
     Conv,
     Experts,
     Identity,
@@ -78,6 +79,9 @@ class Random:
         shapes = (size, size), (size, s), (s, size), (s, s)
         return Scan(*(self(heads, b, *shape) for shape in shapes), n, m, value_size=c)
 
+    def channels(self, n: int, m: int | None = None, *, c: int = 3, s: int = 2) -> ChannelScan:
+        return ChannelScan(self(n, c).abs(), -self(c, s).abs(), self(n, s), self(n, s), self(c), m)
+
     def network(self, *slabs: int, n: int = 3, d: int = 4, out: int = 5, tiled: bool = True) -> Network:
         """Return a network with slabs of so many hidden units; factors have a constant, and matrices a gain."""
         parts = []
@@ -126,6 +130,9 @@ OPERATORS: dict[str, Callable[[Random], LinearOperator]] = {
     "convolution, bias": lambda r: Conv(r(4, 3), 5, r(4)),
     "convolution of fewer positions than taps": lambda r: Conv(r(2, 4), 2, r(2)),
     "convolution with one tap": lambda r: Conv(r(4, 1), 3),
+    "channels": lambda r: r.channels(5),
+    "channels to fewer positions": lambda r: r.channels(5, 2),
+    "channels at one position": lambda r: r.channels(1),
     "scan": lambda r: r.scan(6),
     "scan, last chunk in part": lambda r: r.scan(7),
     "scan inside a chunk": lambda r: r.scan(2),
@@ -432,6 +439,22 @@ def test_any_scan_is_the_recurrence_position_by_position(heads: int, n: int, siz
             expected[one, t, of_head] = read[head, t] @ state
     scan = Scan(within, reading, writing, moving, n, m, value_size=c)
     assert torch.allclose(scan.matmat(X), expected[:, n - m :], rtol=1e-9, atol=1e-9 * float(expected.abs().max()))
+    assert dot_test(scan, torch.Generator().manual_seed(0)) < 1e-13
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.integers(1, 6), st.integers(1, 6), st.integers(1, 3), st.integers(1, 4), st.integers(0, 99))
+def test_any_recurrence_in_channels_is_its_pattern(n: int, m: int, c: int, s: int, seed: int) -> None:
+    """Of each channel: what is written decays by exp(rate Σ step) until it is read."""
+    r, m = Random(torch.float64, seed), min(n, m)
+    scan = r.channels(n, m, c=c, s=s)
+    since = scan.step.cumsum(0)[:, None] - scan.step.cumsum(0)[None]  # [t, τ, c]
+    decay = torch.exp(since[..., None] * scan.rate)
+    weights = torch.einsum("ts,us,tucs,uc->tuc", scan.query, scan.key, decay, scan.step)
+    pattern = weights.permute(2, 0, 1).tril() + torch.diag_embed(scan.skip[:, None].expand(c, n))
+    X = r(2, n, c)
+    expected = torch.einsum("ctu,kuc->ktc", pattern, X)[:, n - m :]
+    assert torch.allclose(scan.matmat(X), expected, rtol=1e-9, atol=1e-9 * float(expected.abs().max()))
     assert dot_test(scan, torch.Generator().manual_seed(0)) < 1e-13
 
 

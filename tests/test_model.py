@@ -134,9 +134,9 @@ def unclamped_values(patch: Patch) -> None:
 
 
 def change_config(patch: Patch, **changes: object) -> None:
-    """Let every model be read with some fields changed; `rope__x`, `layer__x` and `row__x` reach inside."""
+    """Let every model be read with some fields changed; `rope__x`, `layer__x` and so on reach inside."""
     read = model.read_config
-    inner: dict[str, dict[str, object]] = {"rope": {}, "layer": {}, "row": {}, "": {}}
+    inner: dict[str, dict[str, object]] = {"rope": {}, "layer": {}, "recurrence": {}, "row": {}, "": {}}
     for name, value in changes.items():
         where, _, field = name.rpartition("__")
         inner[where][field] = value
@@ -152,7 +152,8 @@ def change_config(patch: Patch, **changes: object) -> None:
             for layer in config.layers
         )
         row = dataclasses.replace(config.row, **inner["row"])
-        return dataclasses.replace(config, **{"layers": layers, "row": row} | inner[""])
+        recurrence = dataclasses.replace(config.recurrence, **inner["recurrence"])
+        return dataclasses.replace(config, **{"layers": layers, "recurrence": recurrence, "row": row} | inner[""])
 
     patch.setattr(model, "read_config", changed)
 
@@ -289,6 +290,16 @@ def recorded(kind: str, change: Callable[[mixers.Mixed], mixers.Mixed]) -> Calla
 
 def ungated(mixed: mixers.Mixed) -> mixers.Mixed:
     return mixed._replace(tape=mixed.tape._replace(read=None))
+
+
+def keys_and_queries_swapped(patch: Patch) -> None:
+    right = mixers._from_values
+
+    def wrong(*args: Any) -> tuple[Tensor, ...]:
+        step, key, query = right(*args)
+        return step, query, key
+
+    patch.setattr(mixers, "_from_values", wrong)
 
 
 def changed_recurrence(**changes: Any) -> Callable[[Patch], None]:
@@ -529,6 +540,23 @@ MISTAKES: dict[str, tuple[str, Callable[[Patch], None]]] = {
     "no decay of a state space": ("mamba2", changed_recurrence(log_decay=torch.zeros_like)),
     "gate of a state space ignored": ("mamba2", recorded("state space", ungated)),
     "bias of a convolution dropped": ("mamba2", without("ssm_conv1d_x.bias")),
+    **{
+        f"{case}: {mistake}": (case, make)
+        for case in ("mamba", "jamba")
+        for mistake, make in {
+            "steps cut off": lambda p: p.setattr(mixers, "softplus", torch.relu),
+            "steps without their bias": without("ssm_dt.bias"),
+            "B and C swapped": keys_and_queries_swapped,
+            "one decay of a channel": changed_wide_vector(
+                "ssm_a", lambda a: a.mean(1, keepdim=True).expand_as(a) if a.ndim > 1 else a
+            ),
+            "no skip": changed_wide_vector("ssm_d", torch.zeros_like),
+            "gate ignored": recorded("channel state space", ungated),
+            "taps reversed": reversed_taps,
+        }.items()
+    },
+    "steps not normed": ("mamba_falcon", lambda p: change_config(p, recurrence__normed=False)),
+    "norms of steps without weights": ("jamba", changed_vector("ssm_dt_norm.weight", torch.ones_like)),
     "taps of a state space reversed": ("granitehybrid", reversed_taps),
     "branches of a hybrid unscaled": ("granitehybrid", lambda p: change_config(p, residual_scale=1.0)),
     "attention without what is beside it": (

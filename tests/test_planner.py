@@ -22,7 +22,7 @@ from ggjac.config import ModelConfig, read_config
 from ggjac.config.mixers import MIXERS
 from ggjac.gguf import GGUFFile, open_gguf
 from ggjac.jacobian import SharedSweep, Span, Tap
-from ggjac.linop import Linear, LinearOperator, Mix, Scan
+from ggjac.linop import ChannelScan, Linear, LinearOperator, Mix, Scan
 from ggjac.model import DTYPES, Model, Trace, open_model
 from ggjac.planner import machine, memory, work
 from ggjac.sizes import ITEM_BYTES, forms
@@ -50,6 +50,7 @@ CASES = [
     *("deepseek2", "deepseek2_unsplit", "deepseek2_dense", "mistral4", "minicpm3", "plm"),
     *("mellum", "maple", "granite_swa", "granite_swa_experts", "hy_v3", "cohere2moe", "cohere2moe_rms", "mimo2"),
     *("mimo2_fused", "smallthinker", "dbrx", "arctic", "grok", "grok_defaults"),
+    *("mamba", "mamba_sizes", "mamba_q8_0", "jamba", "jamba_experts"),
     *("deepseek32", "glm_dsa", "minimax_m3", "kimi_linear", "kimi_linear_fused", "bailingmoe3", "bailingmoe3_clamped"),
 ]
 GATED = (
@@ -107,7 +108,7 @@ def vectors(path: Path, names: Callable[[str], bool]) -> int:
 
 def operators(operator: LinearOperator) -> Iterator[LinearOperator]:
     """Yield the leaves of an operator tree."""
-    if isinstance(operator, Linear | Mix):
+    if isinstance(operator, Linear | Mix | ChannelScan):
         yield operator
     for part in operator.parts:
         yield from operators(part)
@@ -120,6 +121,9 @@ def flop(operator: LinearOperator) -> int:
         if isinstance(leaf, Linear):
             (n, into), (_, out) = leaf.in_shape, leaf.out_shape
             total += 2 * n * into * out
+        elif isinstance(leaf, ChannelScan):  # each number of a state decays, is written to, and is read
+            (n, _), (m, _) = leaf.in_shape, leaf.out_shape
+            total += 2 * (n + n + m) * leaf.rate.numel()
         else:
             assert isinstance(leaf, Mix)
             groups, per_group, m, n = leaf.pattern.shape
@@ -184,7 +188,20 @@ def test_a_recurrence_over_a_long_prompt_is_in_chunks(case: str, n: int, tiny_fi
 
 @pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
 @pytest.mark.parametrize(
-    "case", ["biases", "gpt2", "gpt_oss", "qwen2moe", "gemma2", "olmo2", "olmo_clamped", "qwen35", "lfm2", "deepseek2"]
+    "case",
+    [
+        "biases",
+        "gpt2",
+        "gpt_oss",
+        "qwen2moe",
+        "gemma2",
+        "olmo2",
+        "olmo_clamped",
+        "qwen35",
+        "lfm2",
+        "deepseek2",
+        "mamba",
+    ],
 )
 def test_tapes_in_other_dtypes(case: str, dtype: str, tiny_file: TinyFile) -> None:
     path, n = tiny_file(case), 6
@@ -283,7 +300,7 @@ def test_a_trace_reads_what_the_plan_says(case: str, mlp_path: Any, tiny_file: T
         # Vectors are a trifle, and read where they are needed: norms once, biases once or twice. Where three parts of a
         # convolution have their biases in one, it is read for each.
         infos = [info for info in model.gguf.tensors.values() if info.name.startswith(f"blk.{layer.index}.")]
-        trifle = 2 * sum(info.elements for info in infos if len(info.shape) == 1 or info.name.endswith(".bias"))
+        trifle = 2 * sum(info.elements for info in infos if len(info.shape) == 1 or not info.name.endswith(".weight"))
         trifle += sum(info.elements for info in infos if info.name.endswith("ssm_conv1d.bias"))
         assert elements <= layer.trace.weights + 1e-6 <= elements + trifle + 1e-3
         assert layer.stored_bytes == sum(info.nbytes for info in infos)
@@ -528,6 +545,7 @@ HOLDING: list[tuple[str, dict[str, Any]]] = [
     *(("qwen35_listed", recurrent(size, heads) | {"ff": 32}) for size, heads in ((4, 64), (16, 16), (32, 8))),
     ("qwen35_listed", recurrent(16, 16) | {"ff": 512}),
     *((case, {}) for case in ("mamba2", "falcon_h1", "gemma4", "gemma4_experts")),
+    *((case, {}) for case in ("arctic", "cohere2moe", "mimo2_fused", "smallthinker", "grok")),
     ("qwen35_listed", recurrent(16, 16) | {"d": 32, "ff": 32}),
     *(("deepseek2_dense", {"ff": 32, "heads": heads}) for heads in (4, 16)),
     ("plm", {"ff": 32, "heads": 16}),

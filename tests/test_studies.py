@@ -21,6 +21,7 @@ from helpers import invoke, invoke_json
 import ggjac
 from ggjac import runs
 from ggjac.model import PromptError
+from ggjac.runs import lock
 from ggjac.studies import Measure, shard_name, workers
 from ggjac.studies.measures import KINDS
 from ggjac.studies.study import RESTARTS
@@ -82,7 +83,11 @@ def test_any_executor_will_do(asked: Measure, expected: bytes, tmp_path: Path) -
     assert len(found.table().columns["prompt"]) == len(PROMPTS)
     again = ggjac.study(PROMPTS[::-1], asked, lines=path)
     assert again.ready == len(PROMPTS)
-    assert path.read_bytes() == b"".join(reversed(expected.splitlines(keepends=True)))
+    renewed = [json.loads(line) for line in path.read_bytes().splitlines()]
+    assert [record.pop("study") for record in renewed] == [{"index": i, "prompts": 16} for i in range(16)]
+    before = [json.loads(line) for line in reversed(expected.splitlines())]
+    assert [record.pop("study")["index"] for record in before] == list(range(15, -1, -1))
+    assert renewed == before
 
 
 def test_killed_workers_and_interrupts_leave_no_trace(
@@ -306,22 +311,34 @@ def shards(asked: Measure, tmp_path: Path) -> list[Path]:
     """Return the files of three shards of the first eight prompts."""
     paths = [shard_name(tmp_path / "ranks.jsonl", i, 3) for i in range(3)]
     for i, path in enumerate(paths):
-        ggjac.study(PROMPTS[:8][i::3], asked, lines=path)
+        ggjac.study(PROMPTS[:8], asked, lines=path, shard=(i, 3))
     return paths
 
 
-def test_shards_make_up_the_same_file(shards: list[Path], expected: bytes, tmp_path: Path) -> None:
-    out, whole = tmp_path / "all.jsonl", b"".join(expected.splitlines(keepends=True)[:8])
+def test_shards_make_up_the_same_file(shards: list[Path], asked: Measure, tmp_path: Path) -> None:
+    whole, out = tmp_path / "whole.jsonl", tmp_path / "all.jsonl"
+    ggjac.study(PROMPTS[:8], asked, lines=whole)
     assert [path.name for path in shards] == [f"ranks-0{i}-of-3.jsonl" for i in range(3)]
     assert "8 prompts of 3 files" in invoke("merge", *reversed(shards), "-o", out).stdout
-    assert out.read_bytes() == whole
+    assert out.read_bytes() == whole.read_bytes()
     assert len(ggjac.merge([*shards, out], tmp_path / "again.jsonl", PROMPTS[:8])) == 8
-    assert (tmp_path / "again.jsonl").read_bytes() == whole
+    assert (tmp_path / "again.jsonl").read_bytes() == whole.read_bytes()
+    ggjac.merge(shards, out, PROMPTS[7::-1])  # of another order
+    ggjac.study(PROMPTS[7::-1], asked, lines=whole)
+    assert out.read_bytes() == whole.read_bytes()
+
+
+def test_more_prompts_number_the_lines_anew(asked: Measure, expected: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "ranks.jsonl"
+    ggjac.study(PROMPTS[:15], asked, lines=path)
+    assert json.loads(path.read_bytes().splitlines()[3])["study"] == {"index": 3, "prompts": 15}
+    assert ggjac.study(PROMPTS, asked, lines=path).ready == 15
+    assert path.read_bytes() == expected
 
 
 def test_the_commands_shards_are_those_of_the_whole(tmp_path: Path) -> None:
     file, whole, out = tmp_path / "prompts.txt", tmp_path / "whole.jsonl", tmp_path / "predict.jsonl"
-    file.write_text("\n".join(LINES))
+    file.write_text("\n".join([*LINES, LINES[0]]))
     args = ["predict", "-t", 1, "-f", file, "--each-line", "-o"]
     invoke(*args, whole)
     for i in range(2):
@@ -343,17 +360,30 @@ def test_what_is_missing_or_foreign_is_named(shards: list[Path], asked: Measure,
         assert [path.read_bytes() for path in files] == before
         return err
 
-    assert "shards are missing or empty: 0 of 3, 2 of 3; run them" in refusal(shards[1])
+    assert (
+        "5 of 8 prompts are missing (numbers 0, 2, 3, ..., from 0); run their shards again: --shard 0/3, 2/3\n"
+        in refusal(shards[1])
+    )
     assert "was given twice" in refusal(*shards, shards[0])
     with pytest.raises(runs.RunError, match=r"1 of 7 prompts are not of this study \(.*; give its -f"):
         ggjac.merge(shards, out, PROMPTS[:7])
-    whole = shards[0].read_bytes()
-    shards[0].write_bytes(b"".join(whole.splitlines(keepends=True)[:-1]) + whole[:50])  # killed in a line
-    assert "ranks-00-of-3.jsonl: has 2 prompts where 3 of 7 were expected" in refusal(*shards)
+    whole, last = shards[0].read_bytes(), shards[2].read_bytes()
+    cut = b"".join(whole.splitlines(keepends=True)[:-1]) + whole[:50]  # killed in a line
+    shards[0].write_bytes(cut)
+    assert "1 of 8 prompts are missing (numbers 6, from 0); run their shards again: --shard 0/3\n" in refusal(*shards)
+    shards[2].write_bytes(last.splitlines(keepends=True)[0])  # two that were interrupted alike
+    assert "2 of 8 prompts are missing (numbers 5, 6, from 0); run their shards again: --shard 0/3, 2/3" in refusal(
+        *shards
+    )
+    other = shards[2].rename(tmp_path / "other.jsonl")
+    assert "run their shards again\n" in refusal(*shards[:2], other)
+    shards[2].write_bytes(last)
     shards[0].write_bytes(whole + b"my notes\n")
     assert "ranks-00-of-3.jsonl: line 4 is not a result of this command" in refusal(*shards)
     shards[0].write_bytes(b"")
-    assert "shards are missing or empty: 0 of 3" in refusal(*shards)
+    assert "3 of 8 prompts are missing (numbers 0, 3, 6, from 0); run their shards again: --shard 0/3" in refusal(
+        *shards
+    )
     assert "the files have no records" in refusal(shards[0])
     ggjac.study(PROMPTS[:8:3], replace(asked, options={**asked.options, "seed": 4}), lines=shards[0])
     assert "ranks-01-of-3.jsonl: --seed: line 1 was made with 3, those of" in refusal(*shards)
@@ -362,6 +392,39 @@ def test_what_is_missing_or_foreign_is_named(shards: list[Path], asked: Measure,
     err = refusal(*shards)
     assert "ranks-01-of-3.jsonl: line 1 is not a result of this command; merge the files of one study" in err
     assert "is one of the files" in invoke("merge", shards[1], "-o", shards[1], code=1).stderr
+
+
+def test_records_of_two_studies_are_told_apart(shards: list[Path], asked: Measure, tmp_path: Path) -> None:
+    """By the size of their study, and by the prompt that has a number in it; a record needs a number."""
+    out, other = tmp_path / "all.jsonl", tmp_path / "other.jsonl"
+    ggjac.study(PROMPTS[:9], asked, lines=other, shard=(0, 3))
+    err = invoke("merge", *shards[1:], other, "-o", out, code=1).stderr
+    assert "other.jsonl: is of a study of 9 prompts, " in err
+    assert "ranks-01-of-3.jsonl of one of 8; give all prompts with -f" in err
+    other.unlink()
+    ggjac.study([PROMPTS[9], *PROMPTS[1:8]], asked, lines=other, shard=(0, 3))
+    err = invoke("merge", *shards, other, "-o", out, code=1).stderr
+    assert "other.jsonl: prompt 0 is [3, 11, 3], that of " in err
+    line = shards[0].read_text()
+    for study in ('{"index": 8, "prompts": 8}', '{"index": "0", "prompts": 8}', '{"index": -1, "prompts": 8}', "0"):
+        shards[0].write_text(line.replace('{"index": 0, "prompts": 8}', study))
+        err = invoke("merge", *shards, "-o", out, code=1).stderr
+        assert "ranks-00-of-3.jsonl: line 1 is not a result of this command" in err
+    assert not out.exists()
+
+
+def test_a_file_that_is_being_written_is_not_merged(shards: list[Path], tmp_path: Path) -> None:
+    with lock.alone(shards[1]):
+        err = invoke("merge", *shards, "-o", tmp_path / "all.jsonl", code=1).stderr
+    assert f"another ggjac process (pid {os.getpid()}) is working in {shards[1]}; wait for it" in err
+    shards[1].with_name(f"{shards[1].name}.lock").touch()  # of a process that was killed
+    assert len(ggjac.merge(shards, tmp_path / "all.jsonl")) == 8
+
+
+@pytest.mark.parametrize("shard", [(2, 2), (-1, 2), (0, 0), (3, 4)])
+def test_a_shard_without_prompts_is_refused(shard: tuple[int, int], asked: Measure) -> None:
+    with pytest.raises(PromptError, match="has no prompt: there are 3"):
+        ggjac.study(PROMPTS[:3], asked, shard=shard)
 
 
 def test_parquet_has_a_row_for_each_prompt(shards: list[Path], tmp_path: Path) -> None:

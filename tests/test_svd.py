@@ -18,6 +18,7 @@ from helpers import IDS, TOKENS, head_of, invoke, invoke_json, pair, reworded
 from safetensors.torch import load_file
 from torch import Tensor
 
+from ggjac import session
 from ggjac.analysis import svd as analysis
 from ggjac.analysis.svd import spectrum, stable_rank
 from ggjac.linop import LinearOperator
@@ -470,6 +471,45 @@ def test_a_rough_search_takes_at_most_half_of_the_sweeps() -> None:
     seen: list[int] = []
     roughly(A, 4, max_sweeps=8, progress=lambda sweeps, worst: seen.append(sweeps))
     assert seen == [1, 2, 3, 4, 5, 6, 7, 8]
+
+
+def test_a_rough_search_hands_on_no_more_vectors_than_a_block_has(
+    tiny_files: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    J = open_model(tiny_files["plain"]).trace(tiny.prompt("plain", 6)).jacobian()
+    _ = J.linear_output
+    widths: list[int] = []
+    for side in ("up", "down"):
+        true = getattr(J.sweep, side)
+
+        def product(stacks: list[Tensor], *rest: Any, true: Any = true) -> list[Tensor]:
+            widths.append(len(stacks[0]))
+            return true(stacks, *rest)
+
+        monkeypatch.setattr(J.sweep, side, product)
+    found = J.svd(3, block=5, search_dtype=torch.bfloat16)
+    assert found.rough_sweeps
+    assert max(widths) == 5
+
+
+def test_a_rough_search_of_a_map_as_wide_as_those_for_which_it_is_meant(
+    tiny_file: TinyFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 2048 dimensions, chosen by the command itself; in float64, by autograd, the triplets are what they say."""
+    path = tiny_file("plain", layers=1, d=2048, heads=4, head_dim=16, kv_heads=2, ff=16, vocab=32)
+    monkeypatch.setattr(session.bench, "rounding_gain", lambda *_, **__: 2.0)
+    ids = [3, 5]
+    found = invoke_json("svd", "-m", path, "--tokens", "3,5", "-k", 4)["svd"]
+    dense = oracle.jacobian(path, ids, mlp_path="up").J.flatten(1)
+    J = open_model(path).trace(ids).jacobian()
+    rough, plain = (J.svd(4, search_dtype=dtype) for dtype in (torch.bfloat16, None))
+    assert found["rough_sweeps"] == rough.rough_sweeps > 0 == plain.rough_sweeps
+    assert [one["singular_value"] for one in found["triplets"]] == pytest.approx(rough.S.tolist(), rel=1e-6)
+    assert torch.allclose(rough.S, plain.S, rtol=1e-5)
+    U, V = rough.U.double(), rough.Vh.flatten(1).double()
+    away = (V @ dense.T - rough.S[:, None] * U).norm(dim=1), (U @ dense - rough.S[:, None] * V).norm(dim=1)
+    assert (torch.maximum(*away) / rough.S <= rough.residual * 1.01 + 1e-6).all()
+    assert float(rough.residual.max()) < 1e-3
 
 
 def test_few_sweeps_leave_no_room_for_a_rough_search(tiny_files: dict[str, Path]) -> None:

@@ -49,13 +49,14 @@ CASES: dict[str, dict[str, Any]] = {
     "lfm2": {"layers": 3, "mixers": MIXED, "extra": {"attention.head_count_kv": [0, 2, 0]}},
     "nemotron_h": {},
     "falcon_h1": {},
+    "jamba": {},
     "gemma4": {},
     "gemma4_small": {"layers": 4},  # as many as the sizes that it lists
     "deepseek2": {"experts": 3, "experts_used": 3, "omit": NO_GROUPS},
     "kimi_linear": {"experts": 3, "experts_used": 3},
 }
 # State spaces, blocks of one branch and of two mixers, shared values and a block's own inputs, latents.
-LATER = ("nemotron_h", "falcon_h1", "gemma4", "gemma4_small", "deepseek2", "kimi_linear")
+LATER = ("nemotron_h", "falcon_h1", "jamba", "gemma4", "gemma4_small", "deepseek2", "kimi_linear")
 # Variants of every command, by `svd per token`.
 COUNTED: dict[str, list[Any]] = {
     f"{name} {variant}".strip(): options
@@ -392,7 +393,7 @@ def test_in_bfloat16_sweeps_go_on_until_its_rounding_shows(tiny_file: TinyFile) 
     assert work.command_work("svd", sizes, 5, "bfloat16", sweeps=4).sweeps[0].count == 4
 
 
-@pytest.mark.parametrize("case", ["gqa", "head_dim_wide", "qwen35_listed", "lfm2"])
+@pytest.mark.parametrize("case", ["gqa", "head_dim_wide", "qwen35_listed", "lfm2", "mamba"])
 def test_keys_and_values_of_texts_are_counted(case: str, tiny_file: TinyFile, monkeypatch: pytest.MonkeyPatch) -> None:
     """Or states and rows: those of every block, and of the one that is being extended twice."""
     seen: list[list[int]] = []

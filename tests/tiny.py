@@ -91,6 +91,7 @@ class Options:
     shared_gate: bool = False  # whether a sigmoid scales the shared expert
     shared_count: int = 0  # of shared experts of expert_ff in one, stated so; 0: not stated
     dense_lead: int = 0  # the first blocks, without experts
+    dense_blocks: tuple[int, ...] = ()  # more of them, wherever they are
     expert_norms: tuple[str, ...] = ()  # of layers with experts only
     dense_beside: bool = False  # layers with experts have a dense network, too
     dense_ff: int | None = None  # its width; None: ff
@@ -260,7 +261,8 @@ def tensors(o: Options) -> Iterator[Entry]:
             yield Entry(f"{b}.layer_output_scale.weight", (1,), 0.1, 0.8)
         predictor = layer >= o.blocks
         if feeds(o, layer):
-            routed = o.experts > 0 and layer >= o.dense_lead and (o.predictor_experts or not predictor)
+            routed = o.experts > 0 and layer >= o.dense_lead and layer not in o.dense_blocks
+            routed = routed and (o.predictor_experts or not predictor)
             width = o.expert_ffs[layer] if o.expert_ffs else o.expert_ff
             yield from experts(o, b, width) if routed else feed_forward(o, b, "", o.ffs[layer] if o.ffs else o.ff)
         if predictor:
@@ -510,6 +512,37 @@ def mamba2_keys(o: Options) -> dict[str, Any]:
     return {f"ssm.{key}": s[name] for key, name in (names | {"group_count": "groups"}).items()}
 
 
+def mamba(o: Options, b: str) -> Iterator[Entry]:
+    """List the tensors of a Mamba-1 mixer; what it makes of x are the vectors of time steps, B and C."""
+    s = MAMBA | o.sizes
+    inner, rank, state = s["inner"], s["rank"], s["state"]
+    rows = [matrix(f"{b}.ssm_in_{name}", inner, o.d, gain) for name, gain in (("x", 1.0), ("z", o.gate_gain))]
+    yield stacked(o, f"{b}.ssm_in.weight", rows)
+    yield Entry(f"{b}.ssm_conv1d.weight", (inner, s["kernel"]), 1 / math.sqrt(s["kernel"]), 0.2)
+    yield bias(f"{b}.ssm_conv1d", inner)
+    parts = [matrix(f"{b}.ssm_x_{name}", out, inner, 1.5) for name, out in (("dt", rank), ("b", state), ("c", state))]
+    yield stacked(o, f"{b}.ssm_x.weight", parts)
+    yield matrix(f"{b}.ssm_dt", inner, rank)
+    yield Entry(f"{b}.ssm_dt.bias", (inner,), 1.0, -0.5)
+    spread = np.exp(draw(Entry(f"{b}.ssm_a", (inner, state), 0.3), o.seed))
+    yield Entry(f"{b}.ssm_a", spread.shape, 0.0, values=-np.geomspace(0.02, 12.0, state) * spread)
+    yield Entry(f"{b}.ssm_d", (inner,), 0.5, 1.0)
+    if s["normed"]:
+        for name, width in (("dt", rank), ("b", state), ("c", state)):
+            yield Entry(f"{b}.ssm_{name}_norm.weight", (width,), 0.3, 1.0)
+    yield matrix(f"{b}.ssm_out", o.d, inner, s["out_gain"])
+
+
+def mamba_keys(o: Options) -> dict[str, Any]:
+    names = {"conv_kernel": "kernel", "inner_size": "inner", "state_size": "state", "time_step_rank": "rank"}
+    s = MAMBA | o.sizes
+    return {f"ssm.{key}": s[name] for key, name in names.items()}
+
+
+# llama.cpp wants the values twice as wide as the model.
+MAMBA = {"inner": 128, "rank": 5, "state": 12, "kernel": 4, "normed": False, "out_gain": 1.0}
+
+
 def mamba2_beside_attention(o: Options, b: str) -> Iterator[Entry]:
     yield from attention(o, b)
     yield from mamba2(o, b)
@@ -539,17 +572,19 @@ MIXERS: dict[str, Callable[[Options, str], Iterator[Entry]]] = {
     "convolution": short_convolution,
     "kda": functools.partial(kda, bounded=False),
     "bounded kda": functools.partial(kda, bounded=True),
+    "mamba": mamba,
     "mamba2": mamba2,
     "attention, mamba2": mamba2_beside_attention,
     "none": nothing,
 }
 # Those that have no kv heads.
-RECURRENT = {"delta", "grouped delta", "old delta", "convolution", "kda", "bounded kda", "mamba2", "none"}
+RECURRENT = {"delta", "grouped delta", "old delta", "convolution", "kda", "bounded kda", "mamba", "mamba2", "none"}
 # What the metadata then have besides, or instead; sizes with a dot in their names are keys themselves.
 KEYS: dict[str, Callable[[Options], dict[str, Any]]] = {
     "window": window_keys,
     "latent": latent_keys,
     "block_sparse": block_sparse_keys,
+    "mamba": mamba_keys,
     "mamba2": mamba2_keys,
     "attention, mamba2": mamba2_keys,
 }

@@ -22,12 +22,13 @@ from ggjac.blocks.frame import BlockWeights, Frame, NumericsError, WeightMatrix,
 from ggjac.blocks.mixers import Factor, MixerTape, Past
 from ggjac.blocks.networks import FFNTape, HiddenTape
 from ggjac.blocks.norms import NormTape, frozen_norm
-from ggjac.blocks.patterns import ScanTape, attention_pattern
+from ggjac.blocks.patterns import ChannelTape, ScanTape, attention_pattern
 
 __all__ = [
     "AttentionTape",
     "BlockTape",
     "BlockWeights",
+    "ChannelTape",
     "FFNTape",
     "Factor",
     "Frame",

@@ -19,8 +19,9 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from ggjac.blocks.frame import BlockWeights, Frame, affine, linear
-from ggjac.blocks.norms import NormTape, inverse_rms, normed, record_norm, widened
+from ggjac.blocks.norms import NormTape, frozen_norm, inverse_rms, normed, record_norm, widened
 from ggjac.blocks.patterns import (
+    ChannelTape,
     Recurrence,
     ScanTape,
     attention_pattern,
@@ -56,6 +57,7 @@ class MixerTape(NamedTuple):
         kind: of `ggjac.config.mixers.MIXERS`.
         pattern: weights from `n` value to `m` output positions.
         scan: in place of a pattern, a recurrence over a long prompt.
+        channels: in place of a pattern, a recurrence in each channel.
         entering: factor of the projected values before the convolution.
         latent: norm of the latent.
         written: factor of the values before they are mixed.
@@ -66,6 +68,7 @@ class MixerTape(NamedTuple):
     kind: str
     pattern: Float[Tensor, "h m n"] | None = None
     scan: ScanTape | None = None
+    channels: ChannelTape | None = None
     entering: Factor | None = None
     latent: NormTape | None = None
     written: Factor | None = None
@@ -84,6 +87,7 @@ class MixerTape(NamedTuple):
         return self._replace(
             pattern=None if self.pattern is None else self.pattern[:, queries, values],
             scan=self.scan and self.scan.at(queries.stop),
+            channels=self.channels and self.channels.at(queries.stop),
             entering=self.entering and self.entering.at(values),
             latent=self.latent and self.latent.at(values),
             written=self.written and self.written.at(values),
@@ -97,7 +101,7 @@ class Past(NamedTuple):
     Attributes:
         k, v: of attention: keys, rotated, and values of all `p` positions.
         rows: of a convolution with `K` taps: its last `K - 1` inputs.
-        state: of a recurrence, keys by values.
+        state: of a recurrence, keys by values (of one in each channel, channels by rows of its state).
     """
 
     k: Float[Tensor, "p g s"] | None = None
@@ -157,6 +161,8 @@ def reading(w: BlockWeights, tape: MixerTape, n: int, m: int) -> LinearOperator:
     width = values.out_shape[1]
     if tape.scan is not None:
         return _scan(tape.scan, n, m, width) @ values
+    if tape.channels is not None:
+        return tape.channels.operator(m) @ values
     if tape.pattern is not None:
         return _mix(w, tape, width) @ values
     last = torch.arange(n - m, n)
@@ -474,6 +480,43 @@ def _state_space(w: BlockWeights, frame: Frame, layer: int, h: Float[Tensor, "m 
     return Mixed(tape, o, Past(rows=rows, state=state))
 
 
+def _channel_state_space(
+    w: BlockWeights, frame: Frame, layer: int, h: Float[Tensor, "m d"], past: Past | None
+) -> Mixed:
+    """Freeze the selective state space of Mamba-1, with steps for each channel that are made from the values."""
+    (c,), rows = _convolved(w, {"ssm_in_x": "ssm_conv1d_x"}, h, past)
+    share = c.sigmoid()
+    v = c * share
+    step, key, query = _from_values(w, frame.config, v)
+    tape = ChannelTape(softplus(step), _bare(w, "ssm_a"), key, query, _bare(w, "ssm_d"))
+    scan = tape.operator(len(h))
+    before = None if past is None else past.state
+    o, state = scan.run(v[None], scan.step.new_zeros(1, *scan.rate.shape) if before is None else before[None])
+    gate = affine(linear(w, "ssm_in_z", len(h)), h)
+    mixer = MixerTape("channel state space", channels=tape, written=Factor(share), read=Factor(gate * gate.sigmoid()))
+    return Mixed(mixer, o[0], Past(rows=rows, state=state[0]))
+
+
+# What Mamba-1 makes from the values, in the order of the rows of `ssm_x`.
+_MADE = ("dt", "b", "c")
+
+
+def _from_values(
+    w: BlockWeights, config: ModelConfig, v: Float[Tensor, "m c"]
+) -> tuple[Float[Tensor, "m h"], Float[Tensor, "m s"], Float[Tensor, "m s"]]:
+    """Return what Mamba-1 makes from the values, in float32 at least: steps before their softplus, keys and queries.
+
+    Each of the three may have a norm, with or without weights.
+    """
+    own = config.recurrence
+    parts = affine(linear(w, "ssm_x", len(v)), v).split([own.rank, own.key_size, own.key_size], 1)
+    norms = [record_norm(w, config, (f"ssm_{name}_norm",), part) for name, part in zip(_MADE, parts, strict=True)]
+    if config.recurrence.normed:
+        norms = [frozen_norm(config, None, None, part) for part in parts]
+    step, key, query = (part if norm is None else norm.apply(part) for norm, part in zip(norms, parts, strict=True))
+    return widened(affine(linear(w, "ssm_dt", len(v)), step)), widened(key), widened(query)
+
+
 def _convolution(w: BlockWeights, frame: Frame, layer: int, h: Float[Tensor, "m d"], past: Past | None) -> Mixed:
     """Freeze a short convolution between two gates; of its three factors the input stays live."""
     b, c, x = (affine(linear(w, f"shortconv.in_proj_{part}", len(h)), h) for part in "bcx")
@@ -501,5 +544,6 @@ RECORD: dict[str, Record] = {
     "delta": _delta,
     "kimi delta": partial(_delta, kind="kimi delta"),
     "state space": _state_space,
+    "channel state space": _channel_state_space,
     "convolution": _convolution,
 }

@@ -12,6 +12,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ggjac.linop import ChannelScan
+
 
 def attention_pattern(
     q: Float[Tensor, "m h s"],
@@ -114,6 +116,24 @@ class ScanTape(NamedTuple):
         """Return the tape of the chunks up to some number of positions."""
         chunks = -(-positions // self.within.shape[2])
         return ScanTape(*(part[:, :chunks] for part in self))
+
+
+class ChannelTape(NamedTuple):
+    """A recurrence in each channel of the values, in float32 at least: the arguments of `ggjac.linop.ChannelScan`."""
+
+    step: Float[Tensor, "n c"]
+    rate: Float[Tensor, "c s"]
+    key: Float[Tensor, "n s"]
+    query: Float[Tensor, "n s"]
+    skip: Float[Tensor, " c"]
+
+    def at(self, positions: int) -> "ChannelTape":
+        """Return the tape of the first positions."""
+        return self._replace(step=self.step[:positions], key=self.key[:positions], query=self.query[:positions])
+
+    def operator(self, m: int) -> ChannelScan:
+        """Return the recurrence as an operator that writes the last `m` positions."""
+        return ChannelScan(*self, m)
 
 
 def recurrent_scan(recurrence: Recurrence, chunk: int) -> ScanTape:

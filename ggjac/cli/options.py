@@ -115,6 +115,24 @@ class MemorySize(click.ParamType):
             self.fail(str(error), param, ctx)
 
 
+class Rate(click.ParamType):
+    """A rate of a network, `10Gb` or `300GB`, in bytes per second."""
+
+    name = "rate"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """Parse the text."""
+        from ggjac.planner import NetworkError, parse_rate
+
+        try:
+            return value if isinstance(value, float) else parse_rate(value)
+        except NetworkError as error:
+            self.fail(str(error), param, ctx)
+
+
+RATE = Rate()
+
+
 class WorkersType(click.ParamType):
     """Who computes many prompts: a number of processes, or the address of a cluster."""
 

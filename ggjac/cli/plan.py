@@ -3,8 +3,8 @@
 import click
 
 from ggjac.cli import COMMANDS, WITHOUT_PROMPT
-from ggjac.cli.options import ModelOptions, model_options, output_format, position_or_all, rank
-from ggjac.cli.planning import show_plan, without_bench
+from ggjac.cli.options import RATE, ModelOptions, model_options, output_format, position_or_all, rank
+from ggjac.cli.planning import Shared, show_plan, without_bench
 
 
 @click.command()
@@ -20,6 +20,23 @@ from ggjac.cli.planning import show_plan, without_bench
     help="Command to plan, with its default options; for other options, use the command's own --dry-run.",
 )
 @click.option("--per-token", is_flag=True, help="Plan also each position's own map (of svd and analyze).")
+@click.option(
+    "--ranks",
+    type=click.IntRange(1),
+    help="Plan one of so many processes that share the model, as under torchrun, each on a machine like this one (or "
+    "with -t, on so many of its CPUs), and show its time beside that of one process alone.",
+)
+@click.option(
+    "--net", type=RATE, metavar="RATE", help="Network between them, as 10Gb (bits) or 300GB (bytes) a second."
+)
+@click.option(
+    "--latency",
+    type=click.FloatRange(0, 1e6),
+    default=50.0,
+    show_default=True,
+    metavar="MICROSECONDS",
+    help="Until a small message has arrived there.",
+)
 @without_bench
 @output_format
 def plan(
@@ -28,6 +45,9 @@ def plan(
     rank: int,
     command: str,
     per_token: bool,
+    ranks: int | None,
+    net: float | None,
+    latency: float,
     no_bench: bool,
     output_format: str,
 ) -> None:
@@ -43,5 +63,8 @@ def plan(
         raise click.UsageError(f"--per-token is an option of analyze and svd; {command} has no such option")
     if position is None and command != "attribute":
         raise click.UsageError(f"--position all is for attribute; give a position of {command}")
+    if ranks is None and net is not None:
+        raise click.UsageError("--net is the network between --ranks processes; give their number, as --ranks 2")
     options = {"rank": rank, "position": position, "per_token": per_token}
-    show_plan(what, command, options, bench=not no_bench, output_format=output_format)
+    shared = Shared(ranks, net, latency / 1e6) if ranks else None
+    show_plan(what, command, options, bench=not no_bench, output_format=output_format, shared=shared)

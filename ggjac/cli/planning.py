@@ -6,10 +6,11 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
+from ggjac.cli import together
 from ggjac.cli.options import Many, ModelOptions, part
 
 if TYPE_CHECKING:
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
     from ggjac.config import ModelConfig
     from ggjac.gguf import GGUFFile
-    from ggjac.planner import LayerPlan, Plan, Times, bench
+    from ggjac.planner import LayerPlan, Network, Plan, Times, bench
 
 PATIENCE = 600.0  # seconds; of what takes longer, a user is warned before it starts
 PLACES = {
@@ -31,6 +32,27 @@ _SAME = (
     *("rank", "by", "count", "contrast", "per_token", "maps", "kinds", "transport"),
     *("method", "layer", "max_tokens", "control"),
 )
+
+
+class Shared(NamedTuple):
+    """Processes that share a model, of which one is planned.
+
+    Attributes:
+        ranks: their number.
+        rate: of the network between them, bytes per second; None leaves its time out.
+        latency: of it, in seconds.
+    """
+
+    ranks: int
+    rate: float | None = None
+    latency: float = 0.0
+
+    @property
+    def network(self) -> "Network | None":
+        """The network, if its rate is known."""
+        from ggjac.planner import Network
+
+        return Network(self.rate, self.latency) if self.rate else None
 
 
 def dry_run(command: Callable) -> Callable:
@@ -55,9 +77,17 @@ without_bench = click.option(
 
 
 def show_plan(
-    what: ModelOptions, command: str, params: Mapping[str, Any], *, bench: bool = True, output_format: str = "table"
+    what: ModelOptions,
+    command: str,
+    params: Mapping[str, Any],
+    *,
+    bench: bool = True,
+    output_format: str = "table",
+    shared: Shared | None = None,
 ) -> None:
     """Print the plan of a command with its own options; exit with code 4 if it does not fit into the budget.
+
+    With `shared`, it is that of one of several processes; by default, of those that are running this.
 
     Raises:
         NoFitError: it does not fit, after the tables are printed.
@@ -65,6 +95,8 @@ def show_plan(
     from ggjac.cli import render
     from ggjac.planner import check
 
+    if shared is None and (place := together.here()):
+        shared = Shared(place.ranks)
     plans: list[Plan] = []
     content: dict[str, Any] = {}
     runs = {"": what}
@@ -73,7 +105,7 @@ def show_plan(
     if what.both_rules:
         runs["other_rule"] = dataclasses.replace(what, mlp_path="gate")
     for name, one in runs.items():
-        made, data = _show_one(one, command, params, bench=bench, output_format=output_format)
+        made, data = _show_one(one, command, params, bench=bench, output_format=output_format, shared=shared)
         plans.append(made)
         content |= {name: data} if name else data
     if output_format == "json":
@@ -85,7 +117,13 @@ def show_plan(
 
 
 def _show_one(
-    what: ModelOptions, command: str, params: Mapping[str, Any], *, bench: bool, output_format: str
+    what: ModelOptions,
+    command: str,
+    params: Mapping[str, Any],
+    *,
+    bench: bool,
+    output_format: str,
+    shared: Shared | None,
 ) -> tuple["Plan", dict[str, Any]]:
     """Make the plan for one file and print it if the format is a table; return it, also as plain data."""
     from ggjac.cli import render
@@ -103,7 +141,8 @@ def _show_one(
         )
         n, texts = _count_tokens(what, command, params, file, config)
         request = requested(params, config.block_count) | texts
-        made = make_plan(what, file, config, n, command, request, device_kind(what.device))
+        given = file, config, n, command, request, device_kind(what.device)
+        made = make_plan(what, *given, ranks=shared.ranks if shared else 1)
         if output_format == "table":
             _show_memory(made, file.path)
         content = made.data() | {"schema_version": 1, "path": str(file.path)}
@@ -116,23 +155,40 @@ def _show_one(
                 if output_format == "table":
                     render.line(f"Time is not predicted: {error}")
                 return made, content
-            rates, times = predicted(made, file, what.threads, device)
+            rates, times = predicted(made, file, what.threads, device, shared)
             content |= {"rates": rates.data(), "times": times.data()}
+            alone = None
+            if shared:
+                alone = make_plan(what, *given)
+                content["alone"] = {"misfit": alone.misfit, "ram_peak": alone.ram_peak, "vram_peak": alone.vram_peak}
+                content["alone"] |= {"times": timed(alone, file, rates).data()}
             if output_format == "table":
                 _show_times(made, times, rates.lines())
+                if shared and alone:
+                    _show_shared(made, times, alone, timed(alone, file, rates), shared)
     return made, content
 
 
-def predicted(made: "Plan", file: "GGUFFile", threads: int | None, device: str) -> tuple["bench.Measured", "Times"]:
+def predicted(
+    made: "Plan", file: "GGUFFile", threads: int | None, device: str, shared: Shared | None = None
+) -> tuple["bench.Measured", "Times"]:
     """Measure this machine with a plan's products, for about two seconds; return its rates, and the plan's times."""
-    from ggjac.planner import bench, seconds
-    from ggjac.planner.machine import cached_bytes
+    from ggjac.planner import bench
 
     types, dtype = made.trace.types, made.work.dtype
     tile = made.pieces.tile
     rates = bench.measure(file, made.columns, types, dtype=dtype, threads=threads, device=device, tile=tile)
+    return rates, timed(made, file, rates, shared)
+
+
+def timed(made: "Plan", file: "GGUFFile", rates: "bench.Measured", shared: Shared | None = None) -> "Times":
+    """Return a plan's times at rates that are known, with the bytes of the file that are in the page cache now."""
+    from ggjac.planner import seconds
+    from ggjac.planner.machine import cached_bytes
+
     cached = [cached_bytes(path) for path in file.paths]
-    return rates, seconds(made, rates, cached=None if None in cached else sum(filter(None, cached)))
+    present = None if None in cached else sum(filter(None, cached))
+    return seconds(made, rates, cached=present, network=shared.network if shared else None)
 
 
 def warn_if_long(made: "Plan", file: "GGUFFile", threads: int | None, device: str, *, workers: int = 1) -> None:
@@ -189,8 +245,12 @@ def make_plan(
     command: str,
     request: Mapping[str, Any],
     device: str,
+    *,
+    ranks: int = 1,
 ) -> "Plan":
-    """Return the plan of a command; `request` is from `requested`.
+    """Return the plan of a command, or of the largest part that one of several processes has of it.
+
+    `request` is from `requested`.
 
     Dense rows are computed in one sweep if the memory allows it; tapes go to the `--trace` folder only if they must.
 
@@ -198,6 +258,7 @@ def make_plan(
         click.UsageError: the prompt is too long, or an option is out of range.
     """
     from ggjac import planner
+    from ggjac.division import largest
     from ggjac.planner import machine
 
     name = "cpu" if device == "cpu" else what.device
@@ -214,6 +275,7 @@ def make_plan(
             threads=what.threads or machine.cpus(),
             budget=planner.Budget.of(what.ram_budget, what.vram_budget, name),
             tapes_on_disk=what.trace is not None,
+            division=largest(config, file.tensors, ranks),
         )
     except planner.PlanError as error:
         raise click.UsageError(str(error)) from error
@@ -299,7 +361,11 @@ def _show_memory(made: "Plan", path: Path) -> None:
     render.line(
         f"{shown(path)}: {size(made.file_bytes)}, {len(made.layers)} layers; ggjac {made.work.command}, "
         f"{_tokens(made)}, {made.work.dtype}, on the {'CPU' if made.device == 'cpu' else 'GPU'}"
+        + (f"; one of {made.ranks} processes" if made.ranks > 1 else "")
     )
+    if made.whole:
+        reasons = (f"{reason} (in {blocks} of {len(made.layers)} blocks)" for reason, blocks in made.whole.items())
+        render.line(f"Computed whole by each process: {'; '.join(reasons)}")
     render.line("")
     rows = [
         (
@@ -348,9 +414,10 @@ def _show_times(made: "Plan", times: "Times", rates: Sequence[str]) -> None:
 
     render.line("")
     bus = made.device != "cpu"
-    shares = ["disk", *(["bus"] if bus else []), "dequantize", "gemm", "writes", "calls", "each", "total"]
+    net = any(part.net for part in times.parts)
+    shares = ["disk", *["bus"] * bus, "dequantize", "gemm", "writes", "calls", *["net"] * net, "each", "total"]
     rows = [(part.what, part.count, *(_seconds(getattr(part, name)) for name in shares)) for part in times.parts]
-    names = {"gemm": "multiply", "each": "per pass"}
+    names = {"gemm": "multiply", "net": "network", "each": "per pass"}
     columns = ["part", "#passes", *(f"#{names.get(name, name)}" for name in shares)]
     overlap = "disk and bus overlap" if bus else "disk overlaps"
     render.table(f"Time in seconds; {overlap} with the sum of dequantize, multiply and writes", columns, rows)
@@ -360,6 +427,28 @@ def _show_times(made: "Plan", times: "Times", rates: Sequence[str]) -> None:
     )
     for text in rates:
         render.line(f"  {text}")
+
+
+def _show_shared(made: "Plan", times: "Times", alone: "Plan", alone_times: "Times", shared: Shared) -> None:
+    """Print what one of several processes takes beside one that has the model to itself."""
+    from ggjac.cli import render
+    from ggjac.units import duration, size
+
+    net = sum(part.count * part.net for part in times.parts)
+    one, rows = made.sweep, []
+    for name, plan, total, spent in (("1", alone, alone_times.total, 0.0), (str(made.ranks), made, times.total, net)):
+        peak = plan.ram_peak if plan.device == "cpu" else plan.vram_peak
+        fits = "" if plan.fits else " (does not fit)"
+        faster = f"{alone_times.total / total:.1f}x"
+        rows.append((name, f"{size(peak)}{fits}", duration(total), faster, duration(spent) if shared.rate else "?"))
+    render.line("")
+    kind = "memory" if made.device == "cpu" else "device memory"
+    columns = ["#processes", f"#{kind} of each", "#time", "#speed-up", "#of it network"]
+    render.table("Beside one process", columns, rows)
+    known = "" if shared.rate else "; the time of that is left out: give the network, as --net 10Gb"
+    render.line(
+        f"In a sweep, the processes add up {one.sums} times, {size(made.summed_bytes(one))} for each vector{known}."
+    )
 
 
 def _seconds(value: float) -> str:

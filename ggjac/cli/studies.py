@@ -91,19 +91,20 @@ def run(what: ModelOptions, many: Many, name: str, output: Path | None, **option
         raise click.UsageError(
             "--trace keeps the forward pass of one prompt, but --file has several; leave out --trace"
         )
+    shard = many.shard or (0, 1)
+    own = part(prompts, shard)
     if many.shard:
-        prompts = part(prompts, many.shard)
-        output = output and shard_name(output, *many.shard)
+        output = output and shard_name(output, *shard)
     check_output(output, "--output", what, model)
     if place:
         place.same(output)
     session = settings(what)
     stages = session.pop("stages")
-    notes = _tokens(model, prompts[0], options)
+    notes = _tokens(model, own[0], options)
     with stages.stage(name) as report, usage_errors():
         asked = measure(model, name, **options, **session)
         begun = partial(_warn, model=model, what=what, workers=many.workers.count if many.workers else None)
-        found = study(prompts, asked, begin, output, progress=report, begun=begun)
+        found = study(prompts, asked, begin, output, shard=shard, progress=report, begun=begun)
     found.envelope["warnings"] += [*notes, *what.remarks()]
     return found, output
 

@@ -13,6 +13,7 @@ class Mixer(NamedTuple):
         convolution: the live convolution in time on the values, or none.
         expansion: the live projection from a latent to the values, or none.
         recurrent: whether a state, and not scores, connects positions.
+        channels: whether each channel has a state of its own, so that there are no heads.
     """
 
     values: str
@@ -21,11 +22,12 @@ class Mixer(NamedTuple):
     convolution: str = ""
     expansion: str = ""
     recurrent: bool = False
+    channels: bool = False
 
     @property
     def has_heads(self) -> bool:
         """Whether parts of the values are mixed each in a way of its own, as scores or a state do."""
-        return self.recurrent or not self.convolution
+        return (self.recurrent and not self.channels) or not self.convolution
 
     @property
     def softmax(self) -> bool:
@@ -67,6 +69,15 @@ MIXERS = {
         ("ssm_in_z", "ssm_in_b", "ssm_in_c", "ssm_in_dt"),
         convolution="ssm_conv1d_x",
         recurrent=True,
+    ),
+    # Mamba (arXiv 2312.00752): a decay for each channel and row of its state.
+    "channel state space": Mixer(
+        "ssm_in_x",
+        "ssm_out",
+        ("ssm_in_z", "ssm_x", "ssm_dt"),
+        convolution="ssm_conv1d_x",
+        recurrent=True,
+        channels=True,
     ),
     # The gated short convolution of LFM2 (arXiv 2511.23404).
     "convolution": Mixer(

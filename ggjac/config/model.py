@@ -104,6 +104,9 @@ class Recurrence:
         key_heads: number of key heads; divides `heads`.
         key_size: elements of a key, and rows of a state.
         value_size: elements of a value, and columns of a state.
+        rank: elements of the vector that steps are expanded from, where steps, keys and queries are made from the
+            values; 0 where they come from the stream.
+        normed: whether those three are normed without a weight.
     """
 
     taps: int = 0
@@ -111,6 +114,13 @@ class Recurrence:
     key_heads: int = 0
     key_size: int = 0
     value_size: int = 0
+    rank: int = 0
+    normed: bool = False
+
+    @property
+    def convolved(self) -> int:
+        """Channels of a recurrence's convolutions: those of values, and of keys and queries beside them."""
+        return self.heads * self.value_size + (0 if self.rank else 2 * self.key_heads * self.key_size)
 
 
 @dataclass(frozen=True)

@@ -167,6 +167,7 @@ def _layers(
     # Only where every block is a mixture may the width of a dense feed-forward be missing.
     optional = experts.total and not experts.leading_dense
     units = keys.counts("feed_forward_length", stored, 0 if optional or row.recurrent else None, least=least)
+    units = [count // (2 if row.units_doubled else 1) for count in units]
     windows = read_windows(keys, row, stored, blocks)
     clamps = _clamps(keys, row, stored)
     xielu = _xielu(keys, blocks) if row.activation == "xielu" else [None] * blocks
@@ -324,8 +325,11 @@ def _recurrence(keys: Keys, row: Architecture, blocks: int, context: int) -> Rec
     if row.recurrent == "kimi delta":
         heads, size = keys.for_all_blocks("attention.head_count", blocks), keys.integer("kda.head_dim")
         return Recurrence(taps, heads, heads, size, size)
-    heads, key_heads = keys.integer("ssm.time_step_rank"), keys.integer("ssm.group_count")
     inner, key_size = keys.integer("ssm.inner_size"), keys.integer("ssm.state_size")
+    if row.recurrent == "channel state space":
+        normed = "ssm.dt_b_c_rms" in keys and keys.flag("ssm.dt_b_c_rms")
+        return Recurrence(taps, inner, 1, key_size, 1, keys.integer("ssm.time_step_rank"), normed)
+    heads, key_heads = keys.integer("ssm.time_step_rank"), keys.integer("ssm.group_count")
     if inner % heads or heads % key_heads:
         raise ConfigError(
             f"{keys.prefix}.ssm: {heads} heads cannot share {inner} elements and {key_heads} key heads evenly"
@@ -348,6 +352,8 @@ def _decay_bound(keys: Keys, row: Architecture) -> float:
 
 def _epsilon(keys: Keys, row: Architecture) -> float:
     """Return the number added inside a norm's root."""
+    if not row.epsilon_read:
+        return 0.0
     name = f"attention.layer_norm_{'rms_' if row.norm == 'rms' else ''}epsilon"
     if row.epsilon_optional and name not in keys:
         name = "attention.layer_norm_epsilon"

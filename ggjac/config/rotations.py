@@ -50,6 +50,8 @@ def _ropes(keys: Keys, row: Architecture, key_length: int, *, windowed: bool) ->
     base, least = keys.real("rope.freq_base", 10000.0), 1 if kind == "yarn" else 0
     if base <= least:
         raise ConfigError(f"{keys.prefix}.rope.freq_base is {base}, but rotation needs a base above {least}")
+    if alpha := keys.real("rope.scaling.alpha", 0.0):
+        base *= alpha ** (key_length / (key_length - 2))
     full = Rope(
         dimensions=dimensions,
         base=base,
@@ -60,7 +62,7 @@ def _ropes(keys: Keys, row: Architecture, key_length: int, *, windowed: bool) ->
         beta_slow=(keys.real("rope.scaling.yarn_beta_slow", 0.0) if row.yarn_keys else 0) or 1.0,
         original_context=keys.integer("rope.scaling.original_context_length", keys.integer("context_length")),
         magnitude=stretching(keys, row)[0],
-        still=_still(sections, dimensions // 2) if sections else (),
+        still=_still(sections, dimensions // 2, interleaved=row.rope_sections == "interleaved") if sections else (),
         factored=row.rope_factors != "",
     )
     unscaled = Rope(dimensions, full.base, row.rope_pairs)
@@ -117,10 +119,11 @@ def _rope_sections(keys: Keys, row: Architecture, dimensions: int) -> Sequence[i
     """Return the numbers of pairs that rotate by an image's axes; empty if the file has no sections."""
     sections = keys.metadata.get(f"{keys.prefix}.rope.dimension_sections", [])
     if sections:
-        # Text has the same position on the first three axes and 0 on the fourth: the three must cover all pairs.
-        whole = isinstance(sections, Sequence) and all(isinstance(entry, int) for entry in sections[:3])
-        whole = whole and len(sections) >= 3
-        if not row.rope_sections or not whole or sum(sections[:3]) < dimensions // 2:
+        # Interleaved, the first three of the four axes must cover all pairs.
+        axes = 3 if row.rope_sections == "interleaved" else 4
+        whole = isinstance(sections, Sequence) and len(sections) >= axes
+        whole = whole and all(isinstance(entry, int) and entry >= 0 for entry in sections[:axes])
+        if not row.rope_sections or not whole or sum(sections[:axes]) < dimensions // 2:
             given = shown(list(sections) if isinstance(sections, Sequence) else sections)
             raise ConfigError(f"{keys.prefix}.rope.dimension_sections {given} is not supported")
     return sections
@@ -130,8 +133,7 @@ def _refuse_unsupported_ropes(keys: Keys, row: Architecture, dimensions: int, ke
     """Refuse scaled bases, windowed layers of other sizes, and the keys of Ollama's own converter."""
     if row.yarn_keys == "betas" and (extent := keys.real("rope.scaling.yarn_ext_factor", 1.0)) != 1:
         raise ConfigError(f"{keys.prefix}.rope.scaling.yarn_ext_factor {extent} is not supported, only 1")
-    if alpha := keys.real("rope.scaling.alpha", 0.0):
-        # Hunyuan scales its base by it; llama.cpp's converter writes the scaled base instead, for text models.
+    if (alpha := keys.real("rope.scaling.alpha", 0.0)) and (not row.rope_alpha or key_length <= 2):
         raise ConfigError(f"{keys.prefix}.rope.scaling.alpha {alpha} is not supported")
     for key, same in (
         ("rope.dimension_count_swa", dimensions),
@@ -149,12 +151,14 @@ def _refuse_unsupported_ropes(keys: Keys, row: Architecture, dimensions: int, ke
         )
 
 
-def _still(sections: Sequence[int], pairs: int) -> tuple[int, ...]:
-    """Return the pairs that belong to an image's fourth axis, whose position is 0 in text.
+def _still(sections: Sequence[int], pairs: int, *, interleaved: bool) -> tuple[int, ...]:
+    """Return the pairs that belong to an image's fourth axis: in text its position is 0, that on others the token's.
 
-    Pair `i` belongs to axis `i % 3` until that axis has all its sections (ggml's `ggml_mrope_cache_init`).
+    Interleaved, pair `i` belongs to axis `i % 3` until that axis has all its sections (ggml's `ggml_mrope_cache_init`).
     """
-    return tuple(i for i in range(pairs) if i >= 3 * sections[i % 3])
+    if interleaved:
+        return tuple(i for i in range(pairs) if i >= 3 * sections[i % 3])
+    return tuple(range(sum(sections[:3]), pairs))
 
 
 def read_windows(keys: Keys, row: Architecture, blocks: int, used: int) -> list[int | None]:

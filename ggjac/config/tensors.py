@@ -52,6 +52,7 @@ _DELTA: dict[str, tuple[str, ...]] = {
     "ssm_out": ("d", "hv"),
 }
 _STATE_SPACE: dict[str, tuple[str, ...]] = {"ssm_in": ("2hv + 2qk + states", "d"), "ssm_out": ("d", "hv")}
+_CHANNELS: dict[str, tuple[str, ...]] = {"ssm_in": ("2hv", "d"), "ssm_out": ("d", "hv")}
 _CONVOLUTION: dict[str, tuple[str, ...]] = {"shortconv.in_proj": ("3d", "d"), "shortconv.out_proj": ("d", "d")}
 _MIXERS: dict[str, dict[str, tuple[str, ...]]] = {
     "attention": _ATTENTION,
@@ -60,6 +61,7 @@ _MIXERS: dict[str, dict[str, tuple[str, ...]]] = {
     "delta": _DELTA,
     "kimi delta": {"attn_output": ("d", "hv")},
     "state space": _STATE_SPACE,
+    "channel state space": _CHANNELS,
     "convolution": _CONVOLUTION,
 }
 # Tensors of mixers by full name: small ones, and matrices that have neither a bias nor a constant factor.
@@ -91,8 +93,19 @@ _VECTORS: dict[str, dict[str, tuple[str, ...]]] = {
         "ssm_d": ("states", "one"),
         "ssm_norm.weight": ("groups", "of a group"),
     },
+    "channel state space": {
+        "ssm_conv1d.weight": ("hv", "taps"),
+        "ssm_conv1d.bias": ("hv",),
+        "ssm_x.weight": ("rank + 2 state", "hv"),
+        "ssm_dt.weight": ("states", "rank"),
+        "ssm_dt.bias": ("states",),
+        "ssm_a": ("hv", "state"),
+        "ssm_d": ("hv",),
+    },
     "convolution": {"shortconv.conv.weight": ("d", "taps")},
 }
+# What Mamba-1 makes from the values, and may norm.
+_MADE = {"dt": "rank", "b": "state", "c": "state"}
 # Of what selects keys: not used, since prompts in which it would leave some out are not supported.
 _INDEXER: dict[str, dict[str, tuple[str, ...]]] = {
     "latent": {
@@ -221,6 +234,11 @@ def _state_space_parts(config: ModelConfig, layer: int) -> dict[str, Part]:
     return parts | _sections("ssm_conv1d", ssm_conv1d_x=hv, ssm_conv1d_b=qk, ssm_conv1d_c=qk)
 
 
+def _channel_parts(config: ModelConfig, layer: int) -> dict[str, Part]:
+    hv = _recurrent_sizes(config)["hv"]
+    return _sections("ssm_in", ssm_in_x=hv, ssm_in_z=hv) | _sections("ssm_conv1d", ssm_conv1d_x=hv)
+
+
 def _convolution_parts(config: ModelConfig, layer: int) -> dict[str, Part]:
     d = config.d
     stem = "shortconv.in_proj"
@@ -234,6 +252,7 @@ _MIXER_PARTS: dict[str, Callable[[ModelConfig, int], dict[str, Part]]] = {
     "delta": _delta_parts,
     "kimi delta": _kimi_delta_parts,
     "state space": _state_space_parts,
+    "channel state space": _channel_parts,
     "convolution": _convolution_parts,
 }
 
@@ -259,7 +278,7 @@ def check_tensors(config: ModelConfig, shapes: Mapping[str, tuple[int, ...]]) ->
         needed.add("attn_sinks.weight")
     mixers = {mixer for own in config.layers for mixer in own.mixers}
     loose = {name for mixer in mixers for name in _LOOSE.get(mixer, ())}
-    if "state space" in mixers:  # llama.cpp's graph adds it without asking whether there is one
+    if {"state space", "channel state space"} & mixers:  # llama.cpp's graph adds it without asking whether there is one
         needed.add("ssm_conv1d.bias")
     if config.row.rope_factors == "full" and any(own.rope and own.rope.factored for own in config.layers):
         needed.add("rope_freqs.weight")
@@ -392,6 +411,9 @@ def _recurrent_sizes(config: ModelConfig) -> dict[str, int]:
         "2qk + hv": 2 * qk + hv,
         "2qk + 2hv": 2 * (qk + hv),
         "2hv + 2qk + states": 2 * (hv + qk) + own.heads,
+        "2hv": 2 * hv,
+        "rank": own.rank,
+        "rank + 2 state": own.rank + 2 * own.key_size,
         "3d": 3 * config.d,
     }
 
@@ -416,6 +438,8 @@ def _block_table(config: ModelConfig, layer: int) -> dict[str, tuple[str, ...]]:
             vectors |= _INDEXER.get(mixer, {})
         if mixer == "latent":
             vectors |= _latent_table(config)
+        if mixer == "channel state space" and row.normed_steps:
+            vectors |= {f"ssm_{part}_norm.weight": (axis,) for part, axis in _MADE.items()}
         if mixer == "kimi delta":
             vectors |= _gates_table(row.low_rank_gates)
         if mixer in ("attention", "shared attention"):

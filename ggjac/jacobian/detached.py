@@ -63,7 +63,7 @@ class DetachedJacobian(LinearOperator):
         span: start and end of the map; by default from the embeddings to the output.
         mlp_path: the freezing rule of gated feed-forwards, `"up"` or `"gate"`.
         sweep: computes the products; its `journal` records them, if there is one.
-        chunk_bytes: working memory that a chunk of dense rows may take, and the matrix where it is kept.
+        chunk_bytes: working memory that a chunk of dense rows may take.
     """
 
     def __init__(
@@ -168,8 +168,7 @@ class DetachedJacobian(LinearOperator):
         It is kept for other tasks. `ggjac.ways` decides.
         """
         config, n, (start, tap) = self.network.config, self.in_shape[0], self.span
-        place = {"item": self.dtype.itemsize, "room": self.chunk_bytes}
-        if self._matrix is None and takes_matrix(config, task, n, **place, start=start, stop=tap.index):
+        if self._matrix is None and takes_matrix(config, task, n, self.dtype.itemsize, start, tap.index):
             self._matrix = self.to_dense()
         return self._matrix
 

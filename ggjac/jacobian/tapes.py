@@ -20,6 +20,7 @@ from ggjac import runs
 from ggjac.blocks import (
     AttentionTape,
     BlockTape,
+    ChannelTape,
     Factor,
     FFNTape,
     HiddenTape,
@@ -42,7 +43,10 @@ EVERY = 30.0
 # Seconds after which a file that a process left unfinished is deleted, if that process has ended.
 ABANDONED = 60.0
 
-_TAPES = (BlockTape, AttentionTape, MixerTape, Factor, ScanTape, FFNTape, HiddenTape, InputsTape, NormTape)
+_TAPES = (
+    *(BlockTape, AttentionTape, MixerTape, Factor, ScanTape, ChannelTape),
+    *(FFNTape, HiddenTape, InputsTape, NormTape),
+)
 _KINDS = {kind.__name__: kind for kind in _TAPES}
 
 

@@ -1,8 +1,8 @@
 """What a command will take: its work, the memory for it, and the time on this machine.
 
 In order, each file using only those before it: `work` (the sweeps of each command), `passes` (what a pass over a block
-reads and computes), `memory` (the peak by part), `plan` (budgets and where weights stay), `times` (seconds). `machine`
-and `bench` look at the machine itself.
+reads and computes), `memory` (the peak by part), `plan` (budgets and where weights stay), `network` (the sums of ranks
+that share a model), `times` (seconds). `machine` and `bench` look at the machine itself.
 """
 
 from ggjac.planner.memory import (
@@ -12,6 +12,7 @@ from ggjac.planner.memory import (
     sweep_floats,
     trace_floats,
 )
+from ggjac.planner.network import Network, NetworkError, parse_rate
 from ggjac.planner.passes import LayerPlan, Pass, routed_experts
 from ggjac.planner.plan import Budget, NoFitError, Plan, check, fitting, make
 from ggjac.planner.times import Rates, Times, krylov_flop, seconds
@@ -22,6 +23,8 @@ __all__ = [
     "DEQUANTIZING_BYTES",
     "Budget",
     "LayerPlan",
+    "Network",
+    "NetworkError",
     "NoFitError",
     "Pass",
     "Plan",
@@ -33,6 +36,7 @@ __all__ = [
     "fitting",
     "krylov_flop",
     "make",
+    "parse_rate",
     "routed_experts",
     "seconds",
     "sweep_floats",

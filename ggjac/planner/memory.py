@@ -123,7 +123,8 @@ def sweep_floats(config: ModelConfig, n: int, *, up: bool, slab: int = SLAB) -> 
     hidden units included, covers only the positions that use it.
 
     Other mixers: a convolution's values are its heads. A recurrence has as many values as heads; in chunks, it copies
-    only those of a chunk, and has two states instead.
+    only those of a chunk, and has two states instead. One in each channel goes from position to position; on its way up
+    it has three states, and on its way down one.
     """
     d, row = config.d, config.row
     factors = (config.attention_factor, config.residual_scale, row.joint_scale)
@@ -147,6 +148,7 @@ class _Path(NamedTuple):
         factors: factors on the values, and convolutions of them.
         mixed: whether positions are mixed by a pattern or a scan.
         chunk: positions in a chunk of a scan, as many as a state has rows for each head; 0 without scan.
+        stepwise: whether the scan goes from position to position; `chunk` then has the rows of a state only.
     """
 
     heads: int
@@ -154,6 +156,7 @@ class _Path(NamedTuple):
     factors: int = 0
     mixed: bool = True
     chunk: int = 0
+    stepwise: bool = False
 
 
 def _paths(config: ModelConfig, n: int) -> set[_Path]:
@@ -162,8 +165,12 @@ def _paths(config: ModelConfig, n: int) -> set[_Path]:
     for own in config.layers:
         for mixer in own.mixers:
             if MIXERS[mixer].recurrent:
-                wide = config.recurrence.heads * config.recurrence.value_size
-                found.add(_Path(wide, wide, 2, chunk=scan_chunk(n, config.recurrence.key_size) or 0))
+                sizes = config.recurrence
+                wide = sizes.heads * sizes.value_size
+                if MIXERS[mixer].channels:
+                    found.add(_Path(wide, wide, 2, chunk=sizes.key_size, stepwise=True))
+                else:
+                    found.add(_Path(wide, wide, 2, chunk=scan_chunk(n, sizes.key_size) or 0))
             elif MIXERS[mixer].convolution:
                 found.add(_Path(config.d, config.d, 2, mixed=False))
             else:
@@ -182,7 +189,8 @@ def _attention_up(d: int, n: int, path: _Path) -> int:
 def _attention_down(d: int, n: int, path: _Path, centred: int) -> int:
     q, kv, again = path.heads, path.values, path.factors + path.mixed
     mixing = 2 * q + kv if path.mixed else 0
-    return n * (2 * d + max(mixing, 2 * d + q + centred, q + again * kv + d))
+    state = path.chunk * q if path.stepwise else 0
+    return n * (2 * d + max(mixing, 2 * d + q + centred, q + again * kv + d)) + state
 
 
 def alone_floats(config: ModelConfig, n: int, *, up: bool, slab: int = SLAB) -> int:
@@ -270,7 +278,7 @@ def _bank(config: ModelConfig) -> int:
 def _mixer_floats(config: ModelConfig, own: Layer, mixer: str, n: int, m: int) -> tuple[int, int]:
     """Return the floats of a mixer in the forward pass, beside streams, and those that it leaves for its tape."""
     if MIXERS[mixer].recurrent:
-        return _recurrence_floats(config, n, m)
+        return _recurrence_floats(config, n, m, stepwise=MIXERS[mixer].channels)
     if MIXERS[mixer].convolution:
         return 6 * m * config.d, 2 * m * config.d  # projections; the convolution's input twice, and its output
     pattern = own.heads * m * n
@@ -282,7 +290,7 @@ def _mixer_floats(config: ModelConfig, own: Layer, mixer: str, n: int, m: int) -
     return m * 2 * ((1 + config.row.gated_queries) * q + 2 * kv) + 3 * pattern, pattern
 
 
-def _recurrence_floats(config: ModelConfig, n: int, m: int) -> tuple[int, int]:
+def _recurrence_floats(config: ModelConfig, n: int, m: int, *, stepwise: bool) -> tuple[int, int]:
     """Return the floats of a recurrence in the forward pass, and those that stay: the most of three moments.
 
         convolution   its input twice, and its output
@@ -290,19 +298,21 @@ def _recurrence_floats(config: ModelConfig, n: int, m: int) -> tuple[int, int]:
                       three states and the outputs, or one state and the outputs twice
         gate          instead of states and outputs, the pattern, and the values five times
 
-    States and outputs are those of the identity, or where a prompt is continued, of its values.
+    States and outputs are those of the identity, or of the values themselves where a prompt is continued, or where the
+    recurrence is `stepwise`, in each channel. That one has steps for each value, in place of queries and keys.
     """
     own = config.recurrence
     values, keys = own.heads * own.value_size, own.heads * own.key_size
-    convolved = values + 2 * own.key_heads * own.key_size
     state, outputs, again = keys * own.value_size, m * values, 0
-    if m == n:
+    if stepwise:
+        keys = again = values
+    elif m == n:
         chunk = scan_chunk(n, own.key_size)
         chunks, width = (1, n) if chunk is None else (math.ceil(n / chunk), chunk + own.key_size)
         state, outputs = chunks * keys * width, own.heads * width * (n if chunk is None else chunks * chunk)
         again = 0 if chunk is None else keys
-    kept = m * 2 * (convolved + keys + again + values)
-    most = max(3 * m * convolved, kept + outputs + max(3 * state, outputs + state), kept + outputs + 5 * m * values)
+    kept = m * 2 * (own.convolved + keys + again + values)
+    most = max(3 * m * own.convolved, kept + outputs + max(3 * state, outputs + state), kept + outputs + 5 * m * values)
     return most, outputs + (state if again else 0) + 2 * m * values
 
 
@@ -345,7 +355,7 @@ PARTS: dict[str, str | Callable[[Work, bool], str] | None] = {
     "tapes": _tapes,  # grow with the prompt, attention patterns with its square
     "trace": FEWER_TOKENS,  # streams and attention scores of all positions
     "vectors": _vectors,  # the stack of a sweep: one stream per vector, or per vector and map
-    "matrix": None,  # kept only where there is room for it
+    "matrix": FEWER_TOKENS,  # of all positions
     "bases": _vectors,  # grow by one block of vectors in every sweep
     "decoding": _decoding,  # scores of all vectors of a pass over the vocabulary
     "checkpoint": _vectors,  # products of sweeps waiting to be written, up to a fixed limit

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from ggjac.config import ModelConfig, fused_parts, norm_places
 from ggjac.config.mixers import MIXERS
+from ggjac.division import Cut, Division
 from ggjac.planner.work import JACOBIAN, Region, Work
 from ggjac.sizes import ITEM_BYTES, SLAB, MlpPath, scan_chunk
 
@@ -33,6 +34,8 @@ class Pass:
         flop: for one vector, or of a trace for all positions.
         calls: matrices applied.
         written: floats of products, for one vector, or of a trace for all positions.
+        sums: times that ranks which share the model add up what each has of a branch.
+        summed: floats that they add up, for one vector going down, or of a trace for all positions.
     """
 
     nbytes: int = 0
@@ -40,6 +43,8 @@ class Pass:
     flop: int = 0
     calls: int = 0
     written: int = 0
+    sums: int = 0
+    summed: int = 0
 
     @property
     def weights(self) -> int:
@@ -52,7 +57,8 @@ class Pass:
 
     def scaled(self, factor: float | int) -> "Pass":
         """Return a pass that reads the same and computes `factor` times as much."""
-        return replace(self, flop=round(factor * self.flop), written=round(factor * self.written))
+        more = {name: round(factor * getattr(self, name)) for name in ("flop", "written", "summed")}
+        return replace(self, **more)
 
     def __add__(self, other: "Pass") -> "Pass":
         types = Counter(self.types)
@@ -63,6 +69,8 @@ class Pass:
             self.flop + other.flop,
             self.calls + other.calls,
             self.written + other.written,
+            self.sums + other.sums,
+            self.summed + other.summed,
         )
 
 
@@ -104,9 +112,17 @@ class LayerPlan:
         return self.sweep if region == JACOBIAN else self.others[region]
 
 
-def layer_plan(file: "GGUFFile", config: ModelConfig, index: int, work: Work, mlp_path: MlpPath) -> LayerPlan:
-    """Return the plan of one block for a command's work."""
-    block, item = _Block(file, config, index), ITEM_BYTES[work.dtype]
+def layer_plan(
+    file: "GGUFFile",
+    config: ModelConfig,
+    index: int,
+    work: Work,
+    mlp_path: MlpPath,
+    division: Division | None = None,
+) -> LayerPlan:
+    """Return the plan of one block for a command's work; with a division, what one rank does of it."""
+    config = config if division is None else division.config
+    block, item = _Block(file, config, index, division), ITEM_BYTES[work.dtype]
 
     def sweep_of(region: Region) -> Pass:
         return _sweep(block, config, mlp_path, region, work.input_positions)
@@ -145,21 +161,34 @@ def matrix(info: "TensorInfo") -> Pass:
     return Pass(info.nbytes, {info.type.name: info.elements}, 2 * info.elements, 1, info.rows)
 
 
-def routed_experts(config: ModelConfig, layer: int, positions: int) -> int:
-    """Return how many experts of a layer some positions use together, if they are spread evenly; rounded up."""
+def routed_experts(config: ModelConfig, layer: int, positions: int, held: int | None = None) -> int:
+    """Return how many experts of a layer some positions use together, if they are spread evenly; rounded up.
+
+    Of those that one rank holds, if it does not hold all.
+    """
     if not config.layers[layer].routed:
         return 0
     miss = 1 - config.layers[layer].experts_used / config.expert_count
-    return math.ceil(config.expert_count * (1 - miss**positions) - 1e-9)
+    return math.ceil((config.expert_count if held is None else held) * (1 - miss**positions) - 1e-9)
 
 
 class _Block:
-    """The tensors of one block by the short names that `ggjac.blocks` uses."""
+    """The tensors of one block by the short names that `ggjac.blocks` uses; with a division, one rank's part of them.
 
-    def __init__(self, file: "GGUFFile", config: ModelConfig, index: int):
+    Attributes:
+        cuts: the rank's parts of tensors, by stem.
+        held: routed experts that it has.
+        adds: whether it adds up sums with other ranks.
+        first: whether it is the first, which has what all need once.
+    """
+
+    def __init__(self, file: "GGUFFile", config: ModelConfig, index: int, division: Division | None = None):
         self.tensors, self.slices = file.tensors, fused_parts(config, index)
         self.index, self.prefix, self.layer = index, f"blk.{index}.", config.layers[index]
         self.infos = [info for name, info in file.tensors.items() if name.startswith(self.prefix)]
+        self.cuts: Mapping[str, Cut] = division.cuts[index] if division else {}
+        self.held = division.experts(config.expert_count) if division else config.expert_count
+        self.adds, self.first = division is not None, division is None or division.rank == 0
 
     def find(self, name: str) -> "tuple[TensorInfo, int] | None":
         """Return the tensor that contains `name`, alone or fused with others, and the number of its rows (elements).
@@ -186,16 +215,27 @@ class _Block:
         if found is None:
             return Pass()
         info, out = found
-        columns, matrices = info.shape[-1], experts or 1
+        columns, matrices, cut = info.shape[-1], experts or 1, self.cuts.get(stem)
+        if cut and cut.axis == "columns":
+            columns = cut.size
+        elif cut:
+            out = cut.size if cut.axis == "rows" else out * cut.size // info.shape[0]
         slabs = math.ceil(columns / SLAB) if stem.startswith("ffn_down") else 1  # each adds a product of its own
         weight = Pass(
-            matrices * out * info.row_bytes,
+            matrices * out * info.row_bytes * columns // info.shape[-1],
             {info.type.name: matrices * out * columns},
             2 * (uses or positions) * out * columns,
             matrices,
             (uses or positions) * out * slabs,
         )
+        if cut and cut.axis == "columns" and not self.first:
+            return weight
         return weight + self.vector(f"{stem}.bias", matrices if experts else 0)
+
+    def units(self, kind: str, whole: int) -> int:
+        """Return the hidden units of a network of a kind, of `whole` in all."""
+        cut = self.cuts.get(f"ffn_down{kind}")
+        return cut.size if cut else whole
 
     def vector(self, name: str, experts: int = 0) -> Pass:
         """Return the reading of a vector or of a convolution's taps, or of `experts` rows of a stack of vectors.
@@ -216,12 +256,28 @@ class _Block:
 def _networks(block: _Block, config: ModelConfig, positions: int) -> Iterator[tuple[str, int, int, int]]:
     """Yield kind, experts read, uses and hidden units of each feed-forward network in a block."""
     if block.layer.routed:
-        routed = routed_experts(config, block.index, positions)
-        yield "_exps", routed, positions * block.layer.experts_used, block.layer.expert_units
+        routed = routed_experts(config, block.index, positions, block.held)
+        uses = math.ceil(positions * block.layer.experts_used * block.held / config.expert_count)
+        if routed:
+            yield "_exps", routed, uses, block.layer.expert_units
         if block.find("ffn_up_shexp.weight"):
-            yield "_shexp", 0, positions, config.expert_shared_feed_forward_length
+            yield "_shexp", 0, positions, block.units("_shexp", config.expert_shared_feed_forward_length)
     if block.layer.hidden_units:
-        yield "", 0, positions, block.layer.hidden_units
+        yield "", 0, positions, block.units("", block.layer.hidden_units)
+
+
+def _sums(block: _Block, config: ModelConfig, n: int, m: int) -> Pass:
+    """Return what a rank adds up with the others, going down: of `m` written positions that read `n`.
+
+    Going up, a mixer's sum has `m` positions.
+    """
+    widths = [n * config.d for mixer in block.layer.mixers if MIXERS[mixer].output in block.cuts]
+    dense, shared = ("ffn_down" + kind in block.cuts for kind in ("", "_shexp"))
+    widths += [m * config.d] * dense
+    if block.layer.routed and block.adds:  # with the shared expert, unless they read a latent
+        latent = block.find("ffn_latent_down.weight") is not None
+        widths += [m * config.expert_latent, *[m * config.d] * shared] if latent else [m * config.d]
+    return Pass(sums=len(widths), summed=sum(widths))
 
 
 def _live(block: _Block, kind: str, mlp_path: MlpPath) -> str:
@@ -263,7 +319,7 @@ def _sweep(block: _Block, config: ModelConfig, mlp_path: MlpPath, region: Region
     for kind, experts, uses, _ in _networks(block, config, m):
         parts += [block.linear(stem, m, experts, uses) for stem in (_live(block, kind, mlp_path), f"ffn_down{kind}")]
     parts += [block.linear(stem, m) for stem in (*_LATENT_EXPERTS, *_INPUTS)]
-    parts.append(block.vector("layer_output_scale.weight"))
+    parts += [block.vector("layer_output_scale.weight"), _sums(block, config, n, m)]
     # Each vector visits only the blocks of its own map's span: scale by the mean.
     return total(parts) if region.sequential else total(parts).scaled(len(ends) / len(spans))
 
@@ -279,6 +335,8 @@ def _heads(config: ModelConfig, block: _Block, mixer: str) -> tuple[int, int, in
 def _mix(config: ModelConfig, block: _Block, mixer: str, n: int, m: int) -> Pass:
     """Return the application of a pattern, by which `m` positions each mix the values of `n`, or that of its scan."""
     heads, value, key = _heads(config, block, mixer)
+    if MIXERS[mixer].channels:
+        return Pass(flop=2 * heads * key * (2 * n + m), written=2 * heads * key * n)
     chunk = scan_chunk(n, key) if MIXERS[mixer].recurrent else None
     if chunk is None:
         return Pass(flop=2 * heads * value * m * n)
@@ -298,6 +356,8 @@ def _pattern(config: ModelConfig, block: _Block, mixer: str, n: int, m: int) -> 
     position writes the state three times: decayed, what is added to it, and the sum.
     """
     heads, _, key = _heads(config, block, mixer)
+    if MIXERS[mixer].channels:  # there is none
+        return Pass()
     if not MIXERS[mixer].recurrent:
         return Pass(flop=2 * heads * key * m * n)
     chunk = scan_chunk(n, key)
@@ -352,7 +412,7 @@ def _trace(block: _Block, config: ModelConfig, mlp_path: MlpPath, n: int, m: int
             stems = [*stems, _live(block, kind, mlp_path)]
         parts += [block.linear(stem, m, experts, uses) for stem in stems]
     parts += [Pass(info.nbytes, {info.type.name: info.elements}) for info in _small(block)]
-    return total(parts)
+    return total([*parts, _sums(block, config, m, m)])
 
 
 def _small(block: _Block) -> Iterator["TensorInfo"]:
@@ -369,7 +429,8 @@ def _small(block: _Block) -> Iterator["TensorInfo"]:
         if suffix == "weight":
             small = len(info.shape) == 1 or stem.endswith("_norm") or shared
         else:  # constants of a recurrence have no suffix
-            small = not stem or (suffix == "bias" and (stem == "ssm_dt" or shared))
+            alone = stem == "ssm_dt" and not block.find("ssm_dt.weight")
+            small = not stem or (suffix == "bias" and (alone or shared))
         if small:  # several vectors in one are read for each
             parts = sum(part.stem == stem for part in block.slices.values())
             yield from [info] * (parts if parts and len(info.shape) == 1 else 1)
@@ -388,6 +449,8 @@ def _tape_bytes(block: _Block, config: ModelConfig, n: int, item: int) -> int:
     floats, other = n * config.d, 0
     for mixer in block.layer.mixers:
         floats += _mixer_floats(config, block, mixer, n)
+        if MIXERS[mixer].channels:
+            other += _channel_floats(config, n) * max(4, item)
         if MIXERS[mixer].expansion:  # the norm of the latent
             floats += config.latent.size
             other += n * max(4, item)
@@ -420,6 +483,14 @@ def _mixer_floats(config: ModelConfig, block: _Block, mixer: str, n: int) -> int
         return heads * n * n + n * (written * own.kv_heads * value + gated * heads * value)
     chunk = scan_chunk(n, key)
     factors = 2 * n * heads * value
+    if MIXERS[mixer].channels:
+        return factors
     if chunk is None:
         return heads * n * n + factors
     return heads * math.ceil(n / chunk) * (chunk + key) ** 2 + factors
+
+
+def _channel_floats(config: ModelConfig, n: int) -> int:
+    """Return the floats of the tape of a recurrence in each channel, of 4 bytes at least each."""
+    own = config.recurrence
+    return n * (own.heads + 2 * own.key_size) + own.heads * (own.key_size + 1)

@@ -7,16 +7,19 @@ two.
 """
 
 import math
+from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from ggjac.config import ModelConfig
+from ggjac.division import Division
 from ggjac.planner import machine, memory, passes, work
 from ggjac.planner.passes import LayerPlan, Pass
 from ggjac.planner.work import JACOBIAN, Lookup, PlanError, Region, Work
 from ggjac.results import Table
-from ggjac.sizes import LARGE_PIECES, PIECES_SHARE, SMALL_PIECES, MlpPath, Pieces
+from ggjac.sizes import ITEM_BYTES, LARGE_PIECES, PIECES_SHARE, SMALL_PIECES, MlpPath, Pieces
 from ggjac.units import size
 
 if TYPE_CHECKING:  # NumPy would be imported for types alone
@@ -65,6 +68,8 @@ class Plan:
         file_bytes: of all shards.
         tapes_on_disk: tapes are kept in a folder, one at a time in memory.
         pieces: sizes of tiles and of slabs: small ones on the CPU.
+        ranks: processes that share the model; all else is one's part, the largest.
+        whole: what every rank computes, as it cannot be divided, and in how many blocks.
     """
 
     work: Work
@@ -81,6 +86,8 @@ class Plan:
     file_bytes: int
     tapes_on_disk: bool = False
     pieces: Pieces = SMALL_PIECES
+    ranks: int = 1
+    whole: Mapping[str, int] = field(default_factory=dict)
 
     def data(self) -> dict[str, Any]:
         """Return the plan as plain data, ready for JSON: bytes, weights, FLOP."""
@@ -91,6 +98,8 @@ class Plan:
             "dtype": self.work.dtype,
             "mlp_path": self.mlp_path,
             "device": self.device,
+            "ranks": self.ranks,
+            "whole": dict(self.whole),
             "sweeps": [
                 {
                     "what": step.what,
@@ -98,6 +107,8 @@ class Plan:
                     "vectors": step.vectors,
                     "bytes": self.sweep_of(step.region).nbytes,
                     "flop": step.vectors * self.sweep_of(step.region).flop,
+                    "sums": self.sweep_of(step.region).sums,
+                    "summed_bytes": step.vectors * self.summed_bytes(self.sweep_of(step.region)),
                 }
                 for step in self.work.sweeps
             ],
@@ -117,7 +128,12 @@ class Plan:
                 }
                 for layer in self.layers
             ],
-            "trace": {"bytes": self.trace.nbytes, "flop": self.trace.flop},
+            "trace": {
+                "bytes": self.trace.nbytes,
+                "flop": self.trace.flop,
+                "sums": self.trace.sums,
+                "summed_bytes": self.summed_bytes(self.trace),
+            },
             "sweep": {"bytes": self.sweep.nbytes, "weights": self.sweep.weights, "flop_per_vector": self.sweep.flop},
             "ram": dict(self.ram),
             "ram_needed": self.ram_needed,
@@ -145,6 +161,10 @@ class Plan:
     def sweep_of(self, region: Region) -> Pass:
         """Return a sweep over a region, FLOP for one stacked vector."""
         return passes.total(layer.sweep_of(region) for layer in self.layers)
+
+    def summed_bytes(self, one: Pass) -> int:
+        """Return the bytes that ranks add up in a pass, for one vector as its FLOP."""
+        return one.summed * ITEM_BYTES[self.work.dtype]
 
     def lookup(self, step: Lookup) -> Pass:
         """Return a pass over the vocabulary, FLOP for all its vectors."""
@@ -297,6 +317,7 @@ def make(
     threads: int = 1,
     budget: Budget | None = None,
     tapes_on_disk: bool = False,
+    division: Division | None = None,
 ) -> Plan:
     """Return the plan of a command's work.
 
@@ -309,12 +330,14 @@ def make(
         threads: of the CPU; each has buffers.
         budget: memory that may be used; default half of the free RAM.
         tapes_on_disk: keep tapes in a folder and one at a time in memory.
+        division: one rank's part, where several share the model; then the plan is of that.
     """
-    layers = tuple(passes.layer_plan(file, config, i, work, mlp_path) for i in range(config.block_count))
+    layers = tuple(passes.layer_plan(file, config, i, work, mlp_path, division) for i in range(config.block_count))
+    sizes = division.sizes if division else config
     budget = budget or Budget(ram=machine.default_budget())
     for pieces in [SMALL_PIECES] if device == "cpu" else [LARGE_PIECES, SMALL_PIECES]:
         ram, vram = memory.peak(
-            file, config, work, layers, threads=threads, device=device, tapes_on_disk=tapes_on_disk, pieces=pieces
+            file, sizes, work, layers, threads=threads, device=device, tapes_on_disk=tapes_on_disk, pieces=pieces
         )
         if _has_room(ram, vram, budget):
             break
@@ -334,6 +357,8 @@ def make(
         file_bytes=file.nbytes,
         tapes_on_disk=tapes_on_disk,
         pieces=pieces,
+        ranks=division.ranks if division else 1,
+        whole=Counter(chain.from_iterable(division.whole)) if division else {},
     )
     return replace(plan, layers=_placed(plan))
 

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
 from ggjac.planner import machine
+from ggjac.planner.network import Network
 from ggjac.planner.passes import Pass, total
 from ggjac.planner.plan import Plan
 from ggjac.planner.work import Lookup, Sweeps
@@ -53,6 +54,7 @@ class Time:
         disk, bus: reading the file, and copying to the device; both overlap with the other shares.
         dequantize, gemm, writes: dequantizing, multiplying, and writing products, one after another.
         calls: fixed cost of applying matrices.
+        net: adding up with other ranks, which overlaps with nothing.
     """
 
     what: str
@@ -63,11 +65,12 @@ class Time:
     gemm: float
     writes: float
     calls: float
+    net: float = 0.0
 
     @property
     def each(self) -> float:
-        """Seconds of one pass: the slowest of reading, copying and computing, and the calls."""
-        return max(self.disk, self.bus, self.dequantize + self.gemm + self.writes) + self.calls
+        """Seconds of one pass: the slowest of reading, copying and computing, the calls, and the network."""
+        return max(self.disk, self.bus, self.dequantize + self.gemm + self.writes) + self.calls + self.net
 
     @property
     def total(self) -> float:
@@ -102,7 +105,14 @@ def krylov_flop(size: int, width: int, sweeps: int) -> int:
     return (8 * width * basis + 8 * width * width) * size // 2
 
 
-def seconds(plan: Plan, rates: Rates, *, cached: int | None = None, free: int | None = None) -> Times:
+def seconds(
+    plan: Plan,
+    rates: Rates,
+    *,
+    cached: int | None = None,
+    free: int | None = None,
+    network: Network | None = None,
+) -> Times:
     """Return the time of the trace and of each step at measured rates.
 
     Bytes that are not in the page cache come from the disk. The first sweep begins where the trace ended, and later
@@ -113,6 +123,7 @@ def seconds(plan: Plan, rates: Rates, *, cached: int | None = None, free: int | 
         rates: of this machine.
         cached: bytes of the file in the page cache now; default none.
         free: bytes that the work and the page cache may take; default the memory that is free now.
+        network: between the ranks that share the model; None leaves its time out.
     """
     free = machine.free_memory() if free is None else free
     room = max(0, free - plan.ram_peak)  # left for the page cache
@@ -126,13 +137,17 @@ def seconds(plan: Plan, rates: Rates, *, cached: int | None = None, free: int | 
         """Return the seconds of writing products, and of writing once more what is computed from each elementwise."""
         return 2 * floats * item / rates.touch
 
+    def adding(work: Pass, vectors: int = 1) -> float:
+        """Return the seconds in which ranks add up what each has of a pass."""
+        return network.seconds(vectors * plan.summed_bytes(work), work.sums, plan.ranks) if network else 0.0
+
     def streamed(what: str, count: int, work: Pass, present: int) -> Time:
         """Return the time of passes that read all their weights, of which `present` bytes are in the page cache."""
         missing = max(0, work.nbytes - present)
         gemm = work.flop / rates.gemm(work.columns())
         disk, bus = missing / rates.disk, work.nbytes / rates.bus
         writes, calls = writing(work.written), work.calls * rates.call
-        return Time(what, count, disk, bus, dequantizing(work.types), gemm, writes, calls)
+        return Time(what, count, disk, bus, dequantizing(work.types), gemm, writes, calls, adding(work))
 
     def sweeping(step: Sweeps) -> Time:
         """Return the time of sweeps, which find some weights where they were kept."""
@@ -154,7 +169,8 @@ def seconds(plan: Plan, rates: Rates, *, cached: int | None = None, free: int | 
         disk = max(0, from_file - room) / rates.disk
         bus = copied / rates.bus
         writes, calls = writing(step.vectors * work.written), work.calls * rates.call
-        return Time(step.what, prompts * step.count, disk, bus, dequantizing(types), gemm, writes, calls)
+        times = disk, bus, dequantizing(types), gemm, writes, calls, adding(work, step.vectors)
+        return Time(step.what, prompts * step.count, *times)
 
     parts = [streamed("trace", prompts, plan.trace, cached or 0)]
     prepared = not dense.weights

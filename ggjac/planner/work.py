@@ -404,7 +404,7 @@ class _Builder:
 
     def takes_matrix(self, task: Task) -> bool:
         """Return whether triplets come from the dense matrix, which is kept: as `DetachedJacobian.matrix` decides."""
-        return takes_matrix(self.config, task, self.n, self.item, self.chunk_bytes)
+        return takes_matrix(self.config, task, self.n, self.item)
 
     @property
     def tokens_by_matrix(self) -> bool:
@@ -668,9 +668,8 @@ def _past_bytes(config: ModelConfig, own: Layer, mixer: str, positions: int, ite
     """Return the bytes of what a mixer keeps of some positions: their keys and values, or a state and a few rows."""
     kind, sizes = MIXERS[mixer], config.recurrence
     if kind.recurrent:
-        channels = sizes.heads * sizes.value_size + 2 * sizes.key_heads * sizes.key_size
         state = sizes.heads * sizes.key_size * sizes.value_size
-        return state * max(4, item) + (sizes.taps - 1) * channels * item
+        return state * max(4, item) + (sizes.taps - 1) * sizes.convolved * item
     if kind.convolution:
         return (sizes.taps - 1) * config.d * item
     return own.kv_heads * (own.key_size + own.value_size) * positions * item

@@ -86,18 +86,23 @@ class Lines:
             file.flush()
             os.fsync(file.fileno())
 
-    def arrange(self, keys: Sequence[str]) -> None:
-        """Give the lines of some prompts the order of `keys`, one line for each; those of others stay where they are.
+    def arrange(self, order: Mapping[str, Mapping[str, Any]]) -> None:
+        """Give the lines of some prompts an order, one line for each, with fields; those of others stay as they are.
 
         The file is written anew, in one step, only where that changes it: records are added as they are ready.
+
+        Args:
+            order: fields that the record of each prompt is to have, by `key`.
 
         Raises:
             RunError: it cannot be written.
         """
-        those = set(keys)
-        order = iter(keys)
-        wanted = [next(order) if name in those else name for name in dict.fromkeys(self._written)]
-        if self.path is not None and wanted != self._written:
+        names = iter(order)
+        wanted = [next(names) if name in order else name for name in dict.fromkeys(self._written)]
+        renewed = {name: {**self.records[name], **fields} for name, fields in order.items()}
+        changed = wanted != self._written or any(renewed[name] != self.records[name] for name in order)
+        self.records |= renewed
+        if self.path is not None and changed:
             save_bytes(self.path, b"".join(encoded(self.records[name]) for name in wanted))
         self._written = wanted
 

@@ -31,9 +31,8 @@ def alone(path: str | os.PathLike[str], *, on_warning: Callable[[str], None] | N
     Raises:
         JournalError: another process holds the lock, or it cannot be created.
     """
-    file = Path(os.path.realpath(path))
-    lock = file.with_name(f"{file.name}.lock")
-    with explaining(file):
+    lock = _beside(path)
+    with explaining(lock.with_suffix("")):
         descriptor = acquire(lock, Path(path), on_warning or print_warning)
     try:
         yield
@@ -44,6 +43,23 @@ def alone(path: str | os.PathLike[str], *, on_warning: Callable[[str], None] | N
             lock.unlink()
         if sys.platform != "win32":
             release(descriptor)
+
+
+def check_idle(path: str | os.PathLike[str]) -> None:
+    """Refuse a file on which another process works; there is a lock file only if one does, or was killed.
+
+    Raises:
+        JournalError: one does.
+    """
+    if _beside(path).exists():
+        with alone(path):
+            pass
+
+
+def _beside(path: str | os.PathLike[str]) -> Path:
+    """Return the path of a file's lock file."""
+    file = Path(os.path.realpath(path))
+    return file.with_name(f"{file.name}.lock")
 
 
 def acquire(path: Path, what: Path, on_warning: Callable[[str], None]) -> int:

@@ -3,17 +3,21 @@
 import io
 import os
 import re
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Collection, Sequence
+from itertools import islice
+from operator import index
 from pathlib import Path
 from typing import Any
 
 from ggjac import runs
 from ggjac.gguf import shown
+from ggjac.runs import lock
 from ggjac.runs.lines import encoded, foreign, key, parsed, parts, prompt_key
 from ggjac.studies.measures import KINDS, check
 
-_SHARD = re.compile(r"-(\d{1,6})-of-(\d{1,6})\.\w+$")
-QUOTED = 3  # missing prompts in a message
+_SHARD = re.compile(r"-\d{1,6}-of-(\d{1,6})\.\w+$")
+QUOTED, LISTED = 3, 10  # missing prompts and shards in a message
 
 Records = dict[str, dict[str, Any]]
 
@@ -28,12 +32,13 @@ def merge(
     Args:
         files: of the shards; of several records about one prompt, the last one counts.
         output: a file of JSON lines, or a Parquet file if its name ends so.
-        prompts: of the whole study, whose order the output has; default the order in which shards deal them out, or
-            that of the files if their names are not those of shards.
+        prompts: of the whole study, whose order the output has; default those that the records are numbered by, and
+            their order.
 
     Raises:
-        RunError: a file holds something else, or was made with other settings; shards or prompts are missing, or not of
-            the study; or the output cannot be written, as Parquet without pandas and pyarrow.
+        RunError: a file holds something else, or was made with other settings; prompts are missing, or not of the
+            study; or the output cannot be written, as Parquet without pandas and pyarrow.
+        JournalError: another process writes to a file.
     """
     paths, output = [Path(file) for file in files], Path(output)
     if any(output.exists() and path.exists() and output.samefile(path) for path in paths):
@@ -43,11 +48,9 @@ def merge(
     if prompts is not None:
         order = list(dict.fromkeys(map(prompt_key, prompts)))
         _check_prompts(records, order)
-    elif all(_SHARD.search(path.name) for path in paths):
-        order = _dealt({path: list(one) for path, one in found.items()})
     else:
-        order = list(records)
-    merged = [records[name] for name in order]
+        order = _ordered(found)
+    merged = [records[name] | {"study": {"index": i, "prompts": len(order)}} for i, name in enumerate(order)]
     runs.save_bytes(output, _parquet(merged) if output.suffix == ".parquet" else b"".join(map(encoded, merged)))
     return merged
 
@@ -60,11 +63,13 @@ def _read(paths: Sequence[Path]) -> dict[Path, Records]:
         if path in found:
             raise runs.RunError(f"{path}: was given twice")
         found[path] = {}
+        lock.check_idle(path)
         for number, part in enumerate(parts(path), 1):
             record = parsed(path, part, number)
             kinds = {name for name, kind in KINDS.items() if record.keys() >= set(kind.parts)}
             try:
                 check(record)
+                _check_place(record)
             except (ValueError, KeyError, TypeError, AttributeError):
                 kinds = set()
             first = first or (path, record["settings"], kinds)
@@ -75,6 +80,13 @@ def _read(paths: Sequence[Path]) -> dict[Path, Records]:
     if first is None:
         raise runs.RunError("the files have no records; give those of a study")
     return found
+
+
+def _check_place(record: dict[str, Any]) -> None:
+    """Read the place of a record in its study; ValueError and the like refuse it."""
+    study = record["study"]
+    if not 0 <= index(study["index"]) < index(study["prompts"]):
+        raise ValueError("there is no such prompt")
 
 
 def _compare(path: Path, number: int, settings: dict[str, Any], first: Path, expected: dict[str, Any]) -> None:
@@ -94,36 +106,56 @@ def _check_prompts(records: Records, order: Sequence[str]) -> None:
         (sorted(records.keys() - set(order)), "not of this study", "give its -f"),
     ):
         if names:
-            quoted = ", ".join(shown(name.removeprefix("text: ")) for name in names[:QUOTED])
+            quoted = ", ".join(map(_shown, names[:QUOTED]))
             more = ", ..." if len(names) > QUOTED else ""
             raise runs.RunError(f"{len(names)} of {len(order)} prompts are {what} ({quoted}{more}); {remedy}")
 
 
-def _dealt(shards: dict[Path, list[str]]) -> list[str]:
-    """Return the prompts of all shards in the order from which prompt `i` went to shard `i % N`."""
-    numbers: dict[int, Path] = {}
-    counts: set[int] = set()
-    for path in shards:
-        match = _SHARD.search(path.name)
-        assert match
-        number, count = int(match[1]), int(match[2])
-        counts.add(count)
-        if number in numbers or number >= count or len(counts) > 1:
-            raise runs.RunError(f"{path}: is not another shard of the same study; give each of its shards once")
-        numbers[number] = path
-    (count,) = counts
-    missing = [f"{i} of {count}" for i in range(count) if not shards.get(numbers.get(i, Path()))]
-    if missing:
-        raise runs.RunError(f"shards are missing or empty: {', '.join(missing[:10])}; run them (they count from 0)")
-    total = sum(map(len, shards.values()))
-    for i, path in sorted(numbers.items()):
-        expected = len(range(i, total, count))
-        if len(shards[path]) != expected:
-            raise runs.RunError(
-                f"{path}: has {len(shards[path])} prompts where {expected} of {total} were expected; run the shards "
-                "that were interrupted again, or give all prompts with -f"
-            )
-    return [shards[numbers[i % count]][i // count] for i in range(total)]
+def _ordered(found: dict[Path, Records]) -> list[str]:
+    """Return the prompts of all files in the order of their study, which is complete.
+
+    Raises:
+        RunError: a prompt is missing, or two records have the same place, or are of studies of different size.
+    """
+    places: dict[int, tuple[Path, str]] = {}
+    size, sized = 0, Path()
+    for path, records in found.items():
+        for name, record in records.items():
+            place, count = record["study"]["index"], record["study"]["prompts"]
+            size, sized = (size, sized) if places else (count, path)
+            if count != size:
+                raise runs.RunError(
+                    f"{path}: is of a study of {count} prompts, {sized} of one of {size}; give all prompts with -f"
+                )
+            before, other = places.setdefault(place, (path, name))
+            if other != name:
+                raise runs.RunError(
+                    f"{path}: prompt {place} is {_shown(name)}, that of {before} is {_shown(other)}; merge the files "
+                    "of one study"
+                )
+    if len(places) < size:
+        missing = list(islice((i for i in range(size) if i not in places), QUOTED + 1))
+        numbers = ", ".join(map(str, missing[:QUOTED])) + (", ..." if len(missing) > QUOTED else "")
+        raise runs.RunError(
+            f"{size - len(places)} of {size} prompts are missing (numbers {numbers}, from 0); run their shards again"
+            + _shards(found, places, size)
+        )
+    return [places[i][1] for i in range(size)]
+
+
+def _shards(found: Collection[Path], places: Collection[int], size: int) -> str:
+    """Return which shards lack prompts, if the names of the files tell; else nothing."""
+    counts = {int(match[1]) if (match := _SHARD.search(path.name)) else 0 for path in found}
+    if len(counts) > 1 or not 0 < (count := counts.pop()) <= size:
+        return ""
+    there = Counter(i % count for i in places)
+    lacking = [f"{i}/{count}" for i in range(count) if there[i] < len(range(i, size, count))]
+    return f": --shard {', '.join(lacking[:LISTED])}{', ...' if len(lacking) > LISTED else ''}"
+
+
+def _shown(name: str) -> str:
+    """Return a prompt's key for a message."""
+    return shown(name.removeprefix("text: "))
 
 
 def _parquet(records: list[dict[str, Any]]) -> bytes:

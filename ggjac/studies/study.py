@@ -19,7 +19,7 @@ from ggjac.model import Model, PromptError
 from ggjac.planner import Plan
 from ggjac.results import NO_WORDS, Result, Table, Words
 from ggjac.runs import lock
-from ggjac.runs.lines import Lines, prompt_key
+from ggjac.runs.lines import Lines, key, prompt_key
 from ggjac.session import Session
 from ggjac.studies.measures import KINDS, Measure, check, measure, sweeps_of
 
@@ -59,6 +59,7 @@ def study(
     executor: Executor | Callable[[], Pool] | None = None,
     lines: str | os.PathLike[str] | None = None,
     *,
+    shard: tuple[int, int] = (0, 1),
     progress: Progress | None = None,
     begun: Callable[[Plan], None] | None = None,
 ) -> Study:
@@ -73,12 +74,13 @@ def study(
         executor: of `concurrent.futures`, or one like it, whose workers can open the model's path; or a function that
             makes a context of one, which is made again when a worker dies; None computes in this process.
         lines: file of JSON lines that grows by a record for each prompt, and is continued if it is there.
+        shard: `(i, n)` computes every n-th prompt, from number i of 0 to n-1; `ggjac.merge` puts the files together.
         progress: called as `progress("prompt", done, total)`.
         begun: called with the plan of the prompts that are to be computed, if there are any.
 
     Raises:
-        PromptError: `prompts` is empty or no list, or the model cannot run a prompt; where there are several, the
-            message quotes it.
+        PromptError: `prompts` is empty or no list, the shard has none of them, or the model cannot run one; where there
+            are several, the message quotes it.
         RunError: the file holds something else, or records that were made otherwise; or workers died.
         JournalError: another process writes to the file.
         NoFitError: the longest prompt does not fit the budgets.
@@ -88,10 +90,11 @@ def study(
     if not prompts:
         raise PromptError("no prompt was given")
     path, start = None if lines is None else Path(lines), time.perf_counter()
-    asked = {prompt_key(prompt): prompt for prompt in prompts}
+    asked, places = _dealt(prompts, shard)
     with _alone(path), _keeping(path):
-        with _quoting(prompts[0], alone=len(asked) == 1):
-            first = measure.opened(prompts[0])
+        one, alone = next(iter(asked.values())), len(places) == 1
+        with _quoting(one, alone=alone):
+            first = measure.opened(one)
         measure = replace(measure, longest=_longest(first, prompts), prompts=len(asked)).settled(kept=path is not None)
         kept = Lines(path, measure.settings, fields=KINDS[measure.name].parts, whole=check)
         todo = {name: prompt for name, prompt in asked.items() if not _settled(kept.records.get(name), measure)}
@@ -104,16 +107,16 @@ def study(
         del first
         if progress and ready:
             progress("prompt", ready, len(asked))
-        found = _computed(list(todo.values()), measure, executor, alone=len(asked) == 1)
+        found = _computed(list(todo.values()), measure, executor, alone=alone)
         with contextlib.closing(found):  # workers end if a record cannot be written
             for record in found:
-                kept.add(record)
+                kept.add(record | {"study": places[key(record)]})
                 done += 1
                 if progress:
                     progress("prompt", done, len(asked))
-        kept.arrange(list(asked))
+        kept.arrange({name: {"study": places[name]} for name in asked})
     records = [kept.records[name] for name in asked]
-    envelope = measure.opened(prompts[-1]).envelope()
+    envelope = measure.opened(asked[next(reversed(asked))]).envelope()
     warnings = dict.fromkeys(warning for record in records for warning in record.get("warnings", ()))
     seconds = {measure.name: round(time.perf_counter() - start, 3)}
     return Study(records, ready, envelope | {"warnings": list(warnings), "seconds": seconds})
@@ -250,6 +253,20 @@ def _kind(error: BaseException) -> str:
 # -- prompts and their file --------------------------------------------------------------------------------------------
 
 
+def _dealt(prompts: Sequence[Prompt], shard: tuple[int, int]) -> tuple[dict[str, Prompt], dict[str, dict[str, int]]]:
+    """Return the prompts of a shard by name, each once, and the place of every prompt in the whole study.
+
+    Raises:
+        PromptError: there is none, or no such shard.
+    """
+    every = {prompt_key(prompt): prompt for prompt in prompts}
+    number, count = shard
+    if not 0 <= number < min(count, len(every)):
+        raise PromptError(f"shard={shard} has no prompt: there are {len(every)}; take at most as many shards, from 0")
+    places = {name: {"index": i, "prompts": len(every)} for i, name in enumerate(every)}
+    return dict(list(every.items())[number::count]), places
+
+
 def _settled(record: dict[str, Any] | None, measure: Measure) -> bool:
     """Return whether a prompt is done; where its sweeps ran out, a larger `max_sweeps` is another attempt."""
     if record is None:
@@ -259,11 +276,14 @@ def _settled(record: dict[str, Any] | None, measure: Measure) -> bool:
 
 
 def _longest(session: Session, prompts: Sequence[Prompt]) -> int:
-    """Return the tokens of the longest prompt, by which all are planned; one that cannot run is refused in its turn."""
+    """Return the tokens of the longest prompt, by which all are planned, so that shards are planned alike.
+
+    One that cannot run is refused in its turn.
+    """
     model, special = session.model, session.parse_special
     lengths = [
         len(model.tokenize(prompt, parse_special=special) if isinstance(prompt, str) else prompt)
-        for prompt in prompts[1:]
+        for prompt in prompts
         if prompt
     ]
     return max([len(session.ids), *(n for n in lengths if n <= model.config.longest)])
