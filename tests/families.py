@@ -1367,7 +1367,7 @@ LLAMA4_CASES: dict[str, dict[str, Any]] = {
     "llama4": of("llama4", rope_factors=True, rope_base=500.0),
     # As Maverick: with 128 experts, queries and keys are not normed.
     "llama4_maverick": of(
-        "llama4", layers=2, d=32, heads=2, kv_heads=1, ff=32, experts=128, expert_ff=32, shared_ff=32, tied=True
+        "llama4", layers=4, d=32, heads=2, kv_heads=1, ff=32, experts=128, expert_ff=32, shared_ff=32, tied=True
     ),
     "llama4_several": of(
         "llama4",

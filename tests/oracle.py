@@ -336,7 +336,8 @@ FACTS: dict[str, Facts] = {
     ),
     "llama4": Facts(
         factors=True, period=4, window=8192, window_always=True, roped="three of four", qk_norm="bare", unnormed=128,
-        router="each", renormalise=False, weighted="input", sum_named_ffn_out=True, graph={"ffn_moe_out_merged": "ffn_out"},
+        router="each", renormalise=False, weighted="input", sum_named_ffn_out=True,
+        graph={"ffn_moe_out_merged": "ffn_out"},
     ),
     "spark2_5": Facts(rope="halves", period=0, activation="gelu", graph=GATED | {"attn_out_proj": "attn_out"}),
     "muse-glimmer": SANDWICH._replace(
