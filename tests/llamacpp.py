@@ -37,7 +37,7 @@ NAMES = (
         "ffn_post_norm-",
         "per_layer_embd_out-",
     ),
-    *("attn_o_proj-", "attn_proj-", "attn_out_proj-", "attn_norm_in-", "h_nextn", "ffn_moe_out_merged-"),
+    *("attn_o_proj-", "attn_proj-", "attn_out_proj-", "attn_norm_in-", "h_nextn", "ffn_moe_out"),
 )
 
 
