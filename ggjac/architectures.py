@@ -13,7 +13,8 @@ class Norms:
     """Names of the norms before and after a block's two branches; of several, the first present in the file is used.
 
     Where a block has both a dense network and a mixture, `ffn_in` and `dense_out` are around the dense network,
-    `experts_in` and `experts_out` around the mixture, and `ffn_out` is after their sum.
+    `experts_in` and `experts_out` around the mixture, and `ffn_out` is after their sum. Without `experts_in`, both read
+    what `ffn_in` yields.
     """
 
     attention_in: tuple[str, ...] = ("attn_norm",)
@@ -94,7 +95,9 @@ class Architecture:
         recurrent_period: default of that interval.
         one_branch: a block with a feed-forward (`feed_forward_length` above 0) has no mixer.
         key_heads_tiled: of `h` value heads, head `i` uses key head `i % g` in place of `i // (h // g)`.
-        normed_steps: steps, keys and queries of Mamba-1 have norms with weights.
+        made_from_values: where steps ("dt"), keys ("b") and queries ("c") of a state space are made from its values, as
+            Mamba-1 does, in which order; `()` where they come from the stream.
+        normed_steps: those three have norms with weights.
         state_norm_optional: the outputs of a state space may lack their norm.
         sigmoid_gate: the gate on a recurrence's output is a sigmoid in place of a SiLU.
         low_rank_gates: decays and gates of Kimi's delta rule are projected in two steps.
@@ -116,6 +119,7 @@ class Architecture:
             whatever the file states); `""` where there are none.
         indexer: prompts may be so long that attention selects keys: one by one (`"keys"`), in blocks (`"blocks"`), or
             `""` for never. Such prompts are not supported.
+        normed_rotary: the part of latent attention's keys that rotates is normed before (`attn_k_norm`).
         value_norm: the values of each head are normed (RMSNorm without weight).
         shared_keys: the file's last `attention.shared_kv_layers` blocks read keys and values of an earlier block.
         inputs: blocks may have inputs of their own (`embedding_length_per_layer_input`), made from the tokens.
@@ -130,6 +134,8 @@ class Architecture:
         rope_sections: an image's axes rotate in sections of each head (`rope.dimension_sections`), `"interleaved"` or
             `"consecutive"`; `""` for none. See `ggjac.config.Rope.still`.
         rope_alpha: the file's `rope.scaling.alpha`, if present, enlarges the base.
+        rope_keys: what is read from the file: `"all"`; `"base"` alone (whole heads rotate, without scaling) or `""`
+            (likewise, and the base is 10000).
         rope_optional: `rope.scaling.finetuned = false` turns rotation off.
         rope_layers: layers that rotate: `"all"`, `"windowed"` (only those with a sliding window, if the model has any),
             `"windowed or dense"` (those, and the first `leading_dense_block_count`), `"three of four"` (all but every
@@ -138,7 +144,9 @@ class Architecture:
         rope_factors: layers to which `rope_freqs` apply: `"all"`, `"full"` (those without a window), `"required"`
             (likewise, and files must have them) or `""` for none.
         halved_rotary: layers without a window rotate half of the file's `rope.dimension_count`.
-        yarn_keys: YaRN's betas and log multiplier are read from the file; llama.cpp ignores them in other families.
+        yarn_keys: YaRN's betas and log multiplier are read from the file (`"all"`), or the betas alone (`"betas"`);
+            llama.cpp ignores them in other families (`""`).
+        beta_fast: the first of the betas, if the file does not state it.
         windowed: whether some layers attend through a sliding window: `"optional"` (if the file states its size),
             `"required"`, or `""` for never.
         window_blocks: block count of the only variant with windows (llama.cpp identifies it so); 0 for all variants.
@@ -149,7 +157,8 @@ class Architecture:
         chunked: a window is a chunk: positions attend to those of their own, and queries grow from chunk to chunk.
             Prompts that go beyond the first chunk are not supported.
         windowed_sizes: what windowed layers have sizes of their own for: `"heads"` and their rotations
-            (`attention.key_length_swa`), `"rotations"` (`rope.dimension_count_swa`) or `""`.
+            (`attention.key_length_swa`; of latent attention `attention.kv_lora_rank_swa` and the like), `"rotations"`
+            (`rope.dimension_count_swa`) or `""`.
         window_rope: rotation of windowed layers: `"same"`; `"based"` (base from `rope.freq_base_swa`, if present);
             `"plain"` (same base, no scaling); `"own"` (base from `rope.freq_base_swa`, 10000 by default, no scaling
             but by `rope.scaling.attn_factor`); `"unscaled"` (likewise, but the same base by default) or `"bare"`
@@ -164,8 +173,14 @@ class Architecture:
             `""` for never.
         value_scale: what attention adds is multiplied by the file's `attention.value_scale`, unless that is 0 or
             missing.
-        attention_scale_key: the scale of scores is the file's `attention.scale`; the default is 1/√(head size).
-        attention_scale: the scale of scores in all files of the family; 0 for the default.
+        attention_scale_key: the key of the file that has the scale of scores, if it has it and that is not 0.
+        attention_scale: the scale of scores in other files; 0 for 1/√(head size).
+        attention_power: that default is the head size to this power.
+        alibi: scores have linear biases (ALiBi), of which this is the largest for slopes of `ggjac.config.Alibi`; 0 for
+            none.
+        alibi_key: the file's `attention.max_alibi_bias`, if present, overrides it.
+        alibi_blocks, rope_blocks: block count of the only variant that has these biases, or that rotates (llama.cpp
+            identifies them so); 0 for all variants.
         wide_scale_blocks: block count of the variant whose default is 1/√(d / heads) instead; 0 for none.
         attention_softcap, logit_softcap: default caps of scores and logits, 0 for none; None if the file's keys are
             not read.
@@ -176,6 +191,7 @@ class Architecture:
             attention's output projection is in all families.
         ffn_scales: those of the feed-forward's matrices are applied.
         recurrent_scales: those of a recurrent mixer's matrices are applied.
+        hidden_divisors: activated hidden units may be divided by numbers (`ffn.act.scales`).
         units_doubled: the file's `feed_forward_length` is twice the number of hidden units.
         activation: `"silu"`, `"relu"`, `"gelu"` (tanh form), `"relu2"` (the square of the positive part), `"xielu"`
             (see `ggjac.config.Layer`) or `"silu_oai"` (clamped, with up shifted by one).
@@ -193,7 +209,10 @@ class Architecture:
         expert_scale_key: expert weights are multiplied by the file's `expert_weights_scale`, unless that is 0.
         router_reads: what the router reads: `"input"` (as the experts), `"stream"` (the stream before their norm, but
             normed without weight, divided by √d and times `ffn_gate_inp.scale`) or `"block"` (the block's input).
-        dense_beside_experts: blocks with a mixture have a dense network too, and add both.
+        dense_beside_experts: blocks with a mixture have a dense network too, and add both: `"required"`, `"optional"`
+            (in blocks that have its tensors), `"square"` (required, with as many hidden units as the stream is wide)
+            or `""` for never.
+        experts_skip: a mixture beside a dense network reads the block's input.
         joint_scale: factor on the sum of routed experts and a network beside them, a shared expert or a dense one.
         leading_dense: the first `leading_dense_block_count` blocks are dense.
         router_optional: blocks without a router are dense.
@@ -208,8 +227,9 @@ class Architecture:
         shared_fused: gate and up of the shared expert are in one tensor, gate first.
         stream_scale: a block's output may be multiplied by a number (`layer_output_scale`).
         post_norm_epsilon: what norms after branches add inside of their root; 0 for the same as others.
-        positions: learned position embeddings are added to the input.
-        embedding_norm: embeddings are normed (RMSNorm without weight).
+        positions: learned position embeddings are added to the input: `"required"`, `"optional"`, or `""` for never.
+        embedding_norm: how embeddings are normed: `"bare"` (RMSNorm without weight), `"weighted"` (as others, by
+            `token_embd_norm`) or `""` for not.
         embedding_scale: `"sqrt"` (of d), `"key"` (the file's `embedding_scale`), or `""` for none.
         residual_scale: branches are multiplied by the file's `residual_scale`.
         normed_skip: past a branch goes not the stream, but what the norm before the branch yields, times the file's
@@ -218,7 +238,10 @@ class Architecture:
         logit_scale_optional: files may lack that key.
         scale_defaults: for files without these keys: embedding scale; branch scale times √(blocks); logit scale times
             d; 0 for no default.
+        logit_scale_default: logit scale of files without the key; 0 for none.
         scale_keys: files may have these keys; otherwise the defaults count.
+        vision_experts: blocks have other matrices for the tokens of images (`vis_*`), which are not used.
+        embedding_optional: files may lack the embeddings: then they are the head's matrix.
         head: whether the head has a matrix of its own (`output`): `"optional"`, `"required"`, or `"tied"` for never.
         graph: names in llama.cpp's graph.
         export: how files of other converters may differ.
@@ -238,6 +261,7 @@ class Architecture:
     recurrent_period: int = 4
     one_branch: bool = False
     key_heads_tiled: bool = False
+    made_from_values: tuple[str, ...] = ()
     normed_steps: bool = False
     state_norm_optional: bool = False
     sigmoid_gate: bool = False
@@ -251,6 +275,7 @@ class Architecture:
     latent_split: str = ""
     mscale: str = ""
     indexer: str = ""
+    normed_rotary: bool = False
     value_norm: bool = False
     keys_as_values: bool = False
     shared_keys: bool = False
@@ -262,11 +287,13 @@ class Architecture:
     partial_rotary: bool = False
     rope_sections: str = ""
     rope_alpha: bool = False
+    rope_keys: str = "all"
     rope_optional: bool = False
     rope_layers: str = "all"
     rope_factors: str = "all"
     halved_rotary: bool = False
-    yarn_keys: bool = False
+    yarn_keys: str = ""
+    beta_fast: float = 32.0
     windowed: str = ""
     window_blocks: int = 0
     window: int = 0
@@ -282,8 +309,13 @@ class Architecture:
     clamp_key: bool = False
     sinks: str = ""
     value_scale: bool = False
-    attention_scale_key: bool = False
+    attention_scale_key: str = ""
     attention_scale: float = 0.0
+    attention_power: float = -0.5
+    alibi: float = 0.0
+    alibi_key: bool = False
+    alibi_blocks: int = 0
+    rope_blocks: int = 0
     wide_scale_blocks: int = 0
     attention_softcap: float | None = None
     logit_softcap: float | None = None
@@ -292,6 +324,7 @@ class Architecture:
     qkv_scales: bool = True
     ffn_scales: bool = False
     recurrent_scales: bool = False
+    hidden_divisors: bool = False
     units_doubled: bool = False
     activation: str = "silu"
     hidden_clamps: str = ""
@@ -304,7 +337,8 @@ class Architecture:
     renormalize_key: bool = False
     expert_scale_key: bool = False
     router_reads: str = "input"
-    dense_beside_experts: bool = False
+    dense_beside_experts: str = ""
+    experts_skip: bool = False
     joint_scale: float = 1.0
     leading_dense: bool = False
     router_optional: bool = False
@@ -315,15 +349,18 @@ class Architecture:
     shared_fused: bool = False
     stream_scale: bool = False
     post_norm_epsilon: float = 0.0
-    positions: bool = False
-    embedding_norm: bool = False
+    positions: str = ""
+    embedding_norm: str = ""
     embedding_scale: str = ""
     residual_scale: bool = False
     normed_skip: bool = False
     logit_scale: str = ""
     logit_scale_optional: bool = False
     scale_defaults: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    logit_scale_default: float = 0.0
     scale_keys: bool = True
+    vision_experts: bool = False
+    embedding_optional: bool = False
     head: str = "optional"
     graph: Graph = Graph()
     export: Export = Export()
@@ -341,7 +378,7 @@ _POST_AS_FFN = Norms(ffn_in=("post_attention_norm",))
 _GEMMA = Architecture(partial_rotary=True, activation="gelu", embedding_scale="sqrt")
 _GRANITE = replace(
     _LLAMA,
-    attention_scale_key=True,
+    attention_scale_key="attention.scale",
     embedding_scale="key",
     residual_scale=True,
     logit_scale="divide",
@@ -442,7 +479,7 @@ _KIMI = replace(
 
 ARCHITECTURES: dict[str, Architecture] = {
     "llama": replace(_LLAMA, ffn_scales=True),
-    "mistral3": replace(_LLAMA, yarn_keys=True, temperature="context", ffn_scales=True),
+    "mistral3": replace(_LLAMA, yarn_keys="all", temperature="context", ffn_scales=True),
     "qwen2": Architecture(),
     "qwen2moe": Architecture(renormalize=False),
     "qwen3": replace(_QWEN3, ffn_scales=True),
@@ -508,7 +545,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "apertus": replace(_QWEN3, ffn="plain", activation="xielu"),
     "glm4": Architecture(norms=_SANDWICH, rope_pairs="adjacent", partial_rotary=True, ffn="fused"),
     "cohere2": replace(_COHERE, rope_layers="windowed", windowed="required", window_period=4, ffn_scales=True),
-    "gpt2": replace(_GPT, rope_pairs="", positions=True),
+    "gpt2": replace(_GPT, rope_pairs="", positions="required"),
     "starcoder2": _GPT,
     "phi2": replace(_GPT, norms=_SHARED_NORM, parallel=True, partial_rotary=True),
     "olmo": Architecture(norm="bare", rope_pairs="adjacent", clamp_key=True, graph=_SUMMED),
@@ -641,6 +678,30 @@ ARCHITECTURES: dict[str, Architecture] = {
         head="required",
         graph=Graph(attention=(), ffn=("ffn_moe_out",)),
     ),
+    "arctic": replace(
+        _LLAMA,
+        norms=Norms(experts_in=("ffn_norm_exps",)),
+        dense_beside_experts="square",
+        experts_skip=True,
+        graph=Graph(attention=(), ffn=()),
+    ),
+    "grok": Architecture(
+        norms=Norms(attention_out=("attn_output_norm",), ffn_out=("layer_output_norm", "post_ffw_norm")),
+        yarn_keys="betas",
+        beta_fast=8.0,
+        attention_scale_key="attention.output_scale",
+        attention_scale=0.08838834764831845,
+        attention_softcap=30.0,
+        logit_softcap=0.0,
+        activation="gelu",
+        dense_beside_experts="optional",
+        joint_scale=2**-0.5,
+        embedding_scale="key",
+        logit_scale="multiply",
+        scale_defaults=(78.38367176906169, 0.0, 0.0),
+        logit_scale_default=0.5773502691896257,
+        graph=Graph(attention=(), ffn=()),
+    ),
     "exaone-moe": replace(
         _DOTS,
         rope_layers="windowed",
@@ -657,6 +718,44 @@ ARCHITECTURES: dict[str, Architecture] = {
     "qwen2vl": Architecture(epsilon_read=False, rope_sections="consecutive"),
     "paddleocr": Architecture(rope_sections="consecutive"),
     "hunyuan_vl": Architecture(qk_norm="rotated", rope_sections="consecutive", rope_alpha=True),
+    "starcoder": replace(_GPT, rope_pairs="", positions="required"),
+    "codeshell": replace(_GPT, embedding_optional=True, head="required"),
+    "orion": Architecture(norm="layer", head="required"),
+    "maincoder": replace(_LLAMA, qk_norm="rotated"),
+    "chatglm": Architecture(rope_pairs="adjacent", partial_rotary=True, ffn="fused"),
+    "pangu-embedded": Architecture(rope_factors="", graph=_SUMMED),
+    "plamo": Architecture(norms=_SHARED_NORM, parallel=True, head="required"),
+    "plamo3": Architecture(
+        norms=_SANDWICH,
+        bare_names=("post_attention_norm", "post_ffw_norm"),
+        partial_rotary=True,
+        windowed="optional",
+        window_period=8,
+        window_rope="own",
+        qk_norm="head",
+        ffn="fused",
+    ),
+    "cogvlm": Architecture(rope_keys="", rope_factors="", qkv_scales=False, vision_experts=True, graph=_SUMMED),
+    "baichuan": replace(_LLAMA, rope_blocks=32, alibi=8.0, alibi_blocks=40, head="required"),
+    "mpt": replace(
+        _GPT,
+        rope_pairs="",
+        clamp_key=True,
+        alibi_key=True,
+        hidden_divisors=True,
+        positions="optional",
+    ),
+    "bloom": replace(_GPT, rope_pairs="", alibi=8.0, embedding_norm="weighted"),
+    "refact": Architecture(rope_pairs="", alibi=8.0),
+    "jais": Architecture(norm="layer", rope_pairs="", attention_power=-1.0, alibi_key=True, head="required"),
+    "jais2": Architecture(norm="layer", ffn="plain", activation="relu2"),
+    "deepseek2-ocr": replace(
+        _DEEPSEEK,
+        rope_keys="base",
+        mscale="alone",
+        router_key=True,
+        selection_bias="optional",
+    ),
     "qwen35": _QWEN35,
     "qwen35moe": _QWEN35,
     "qwen3next": _DELTA,
@@ -695,6 +794,24 @@ ARCHITECTURES: dict[str, Architecture] = {
         indexer="keys",
         ffn_scales=True,
     ),
+    "dots3note": replace(
+        _DEEPSEEK2,
+        direct_queries=(),
+        latent_split="required",
+        mscale="",
+        temperature="",
+        router="",
+        sigmoid_routers=(),
+        selection_bias="required",
+        indexer="keys",
+        gated_heads="heads",
+        normed_rotary=True,
+        windowed="required",
+        windowed_sizes="heads",
+        window_rope="based",
+        ffn_scales=True,
+        graph=Graph(attention=("attn_output",)),
+    ),
     "minimax-m3": replace(
         _DEEPSEEK,
         partial_rotary=True,
@@ -727,9 +844,25 @@ ARCHITECTURES: dict[str, Architecture] = {
     "lfm2": replace(_LFM2, windowed="optional"),
     "lfm2moe": replace(_LFM2, router="", router_key=True, selection_bias="required", leading_dense=True),
     "mamba2": _MAMBA2,
-    "mamba": replace(_MAMBA2, recurrent="channel state space", graph=Graph(attention=())),
+    "mamba": replace(
+        _MAMBA2, recurrent="channel state space", made_from_values=("dt", "b", "c"), graph=Graph(attention=())
+    ),
+    "plamo2": Architecture(
+        norms=_SANDWICH,
+        bare_names=("post_attention_norm", "post_ffw_norm", "ssm_dt_norm", "ssm_b_norm", "ssm_c_norm"),
+        recurrent="state space",
+        recurrent_blocks="no kv heads",
+        made_from_values=("b", "c", "dt"),
+        normed_steps=True,
+        qk_norm="heads",
+        rope_factors="",
+        ffn="fused",
+        qkv_scales=False,
+        graph=Graph(("mamba_out", "attn_out"), stream=("ffn_residual",)),
+    ),
     "jamba": Architecture(
         recurrent="channel state space",
+        made_from_values=("dt", "b", "c"),
         recurrent_scales=True,
         recurrent_blocks="no kv heads",
         normed_steps=True,
@@ -774,7 +907,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         logit_softcap=30.0,
         ffn_scales=True,
         router_reads="stream",
-        dense_beside_experts=True,
+        dense_beside_experts="required",
         router_optional=True,
         stream_scale=True,
         graph=Graph(attention=(), ffn=("ffn_moe_combined", "ffn_out")),
@@ -851,7 +984,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         qk_norm="head",
         logit_softcap=30.0,
         post_norm_epsilon=1e-8,
-        embedding_norm=True,
+        embedding_norm="bare",
         logit_scale="multiply",
         head="required",
         graph=Graph(attention=("attn_o_proj",)),

@@ -51,6 +51,7 @@ YARN_ROW = {"scaling": YARN, "rope_base": 100.0}
 # No two sizes are equal, neither of a head's parts nor of what they are made from.
 SIZES = {"nope": 12, "latent": 20, "value": 10, "query": 24}
 UNSPLIT = SIZES | {"unsplit": True}
+NARROW = {"heads": 2, "nope": 10, "latent": 16, "value": 14}
 LATENT = {"mixers": ("latent",), "n_rot": 8, "sizes": SIZES}
 # Two of four groups, three of their six experts.
 GROUPS = {"experts": 12, "experts_used": 3} | {
@@ -137,6 +138,19 @@ STATE_SPACE: dict[str, dict[str, Any]] = {
     | {"extra": NEMOTRON_H["extra"] | {"expert_weights_norm": True, "expert_weights_scale": 2.5}},
     "jamba": {"mixers": ("mamba", "attention", "mamba"), "layers": 3, "kv_by_layer": True}
     | {"sizes": {"normed": True}, "omit": ATTENTION_KEYS[1:]},
+    # (llama.cpp does not come back where the first block states 0 heads, as the converter writes it.)
+    "plamo2": {
+        "mixers": ("attention", "plamo2"),
+        "layers": 4,
+        "kv_by_layer": True,
+        "norms": SANDWICH,
+        "bare_norms": ("post_attention_norm", "post_ffw_norm"),
+        "ffn": "fused",
+        "fused_qkv": True,
+        "qk_norm": "heads",
+        "head_dim": 32,
+        "omit": ("rope.dimension_count",),
+    },
     # The converter writes 0 heads, and no other key of attention.
     "mamba": {"mixers": ("mamba",), "alone": True, "norms": ("attn_norm",), "layers": 3, "kv_heads": None}
     | {"extra": {"attention.head_count": 0}, "omit": ATTENTION_KEYS},
@@ -279,6 +293,12 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "dbrx": EXPERTS
     | {"norm": "ln", "norms": ("attn_norm", "attn_output_norm"), "fused_qkv": True}
     | {"extra": {"attention.clamp_kqv": 1.0}},
+    # The dense network is as wide as the stream; the experts read the block's input.
+    "arctic": EXPERTS | {"expert_norms": ("ffn_norm_exps",), "dense_beside": True, "dense_ff": 64},
+    "grok": EXPERTS
+    | {"norms": ("attn_norm", "attn_output_norm", "ffn_norm", "post_ffw_norm"), "dense_beside": True, "expert_ff": 48}
+    | {"embed_std": 0.2}
+    | {"extra": {"embedding_scale": 5.0, "logit_scale": 0.4, "attention.output_scale": 0.3}},
     "minimax-m2": EXPERTS
     | {"qk_norm": "full", "n_rot": 8, "head_dim": 32, "selection_bias": 0.3, "extra": {"expert_gating_func": 2}},
     "phimoe": EXPERTS | {"norm": "rms_bias", "biases": (*QKV, "attn_output", "output")},
@@ -292,6 +312,35 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "extra": {"feed_forward_length": 192},
     },
     "qwen2vl": {"biases": QKV, "extra": {"rope.dimension_sections": [2, 3, 3, 0]}},
+    "starcoder": LAYER_NORM
+    | {"positions": True, "fused_qkv": True, "fused_bias": True, "kv_heads": 1, "tied": True}
+    | {"biases": (*QKV, "attn_output", "ffn_up", "ffn_down")},
+    "codeshell": LAYER_NORM | {"biases": (*QKV, "attn_output", "ffn_up", "ffn_down")},
+    "orion": {"norm": "ln_bias"},
+    "maincoder": {"qk_norm": "head", "head_dim": 32},
+    "chatglm": {"biases": QKV, "ffn": "fused", "fused_qkv": True, "fused_bias": True, "n_rot": 8},
+    "pangu-embedded": {"biases": (*QKV, "attn_output"), "head_dim": 32},
+    "plamo": {"norms": ("attn_norm",)},
+    # Layer 7 is the first that sees everything.
+    "plamo3": {"norms": SANDWICH, "bare_norms": ("post_attention_norm", "post_ffw_norm"), "layers": 9, "window": 4}
+    | {"qk_norm": "head", "ffn": "fused", "fused_qkv": True, "tied": True, "rope_base": 100.0, "post_gain": 0.4},
+    "cogvlm": {"mixers": ("vision experts",), "fused_qkv": True, "kv_heads": 4},
+    # The converter writes that no dimension is rotated apart from others.
+    "deepseek2-ocr": EXPERTS
+    | {"kv_heads": 4, "layers": 3, "dense_lead": 1, "expert_ff": 48, "shared_count": 2}
+    | {"extra": {"rope.dimension_count": 0, "expert_weights_scale": 1.0}},
+    "baichuan": {"kv_heads": 4},
+    "mpt": {"norm": "ln", "ffn": "plain", "fused_qkv": True, "kv_heads": 4, "tied": True}
+    | {"extra": {"attention.max_alibi_bias": 8.0}},
+    "bloom": LAYER_NORM
+    | {"fused_qkv": True, "fused_bias": True, "kv_heads": 4, "tied": True, "embed_norm": True}
+    | {"biases": (*QKV, "attn_output", "ffn_up", "ffn_down")},
+    "refact": {"kv_heads": 1, "tied": True},
+    # Scores are divided by the size of a head, not by its root.
+    "jais": {"norm": "ln_bias", "fused_qkv": True, "fused_bias": True, "kv_heads": 4, "score_gain": 3.0}
+    | {"biases": (*QKV, "attn_output", "ffn_gate", "ffn_up", "ffn_down")}
+    | {"extra": {"attention.max_alibi_bias": 8.0}},
+    "jais2": LAYER_NORM | {"biases": (*QKV, "attn_output", "ffn_up", "ffn_down")},
     "paddleocr": {"head_dim": 32, "tied": True, "extra": {"rope.dimension_sections": [4, 6, 6, 0]}},
     "hunyuan_vl": {"qk_norm": "head", "head_dim": 32, "tied": True, "extra": {"rope.dimension_sections": [4, 4, 4, 4]}},
     "qwen35": QWEN35 | {"extra": {"rope.dimension_sections": [3, 3, 2, 0]}},
@@ -318,6 +367,13 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "deepseek32": DEEPSEEK | {"sizes": SIZES | {"indexer": 8}, "layers": 4, "predictors": 1},
     "glm-dsa": DEEPSEEK
     | {"sizes": SIZES | {"indexer": 8, "indexer_types": [True, False, True]}, "layers": 4, "predictors": 1},
+    # Windowed layers have fewer heads, of other sizes; full ones choose their keys.
+    "dots3note": EXPERTS
+    | {"mixers": ("latent", *2 * ("latent window",), "latent", "latent window"), "n_rot": 8, "kv_heads": 1, "layers": 5}
+    | {"predictors": 1, "predictor_experts": False, "dense_lead": 1, "expert_ff": 48, "shared_count": 1}
+    | {"selection_bias": 0.3, "window": 4}
+    | {"sizes": SIZES | {"head_gate": True, "rope_norm": True, "indexer": 8, "window": NARROW}}
+    | {"extra": {"expert_gating_func": 2, "expert_weights_norm": True, "rope.freq_base_swa": 50.0}},
     # The gain of up makes some values leave the clamp at 7.
     "minimax-m3": EXPERTS
     | {"mixers": ("block_sparse",), "sizes": {"indexer": 2}, "qk_norm": "head", "n_rot": 8, "head_dim": 32}
@@ -752,6 +808,40 @@ FAMILY_CASES: dict[str, dict[str, Any]] = {
     "dbrx_linear": of("dbrx", experts_used=3, layers=3, scaling={"type": "linear", "factor": 4.0}, rope_base=100.0),
     "dbrx_unread": of("dbrx", extra=UNREAD | UNREAD_ROUTING),
     "dbrx_q8_0": of("dbrx", type="Q8_0", heads=2),
+    "arctic": of("arctic"),
+    "arctic_linear": of("arctic", layers=3, experts_used=3, tied=True, fused_qkv=True, scaling=LINEAR),
+    "arctic_unread": of("arctic", extra=UNREAD | UNREAD_ROUTING),
+    "arctic_q8_0": of("arctic", type="Q8_0", heads=2),
+    "grok": of("grok"),
+    # As Grok 1's first files: constants of llama.cpp, no dense network, another name of the last norm.
+    "grok_defaults": of(
+        "grok",
+        norms=("attn_norm", "attn_output_norm", "ffn_norm", "layer_output_norm"),
+        dense_beside=False,
+        layers=3,
+        tied=True,
+        score_gain=3.0,
+        embed_std=0.012,
+        omit=("embedding_scale", "logit_scale", "attention.output_scale", "expert_feed_forward_length"),
+        expert_ff=96,
+    ),
+    # Caps act; those of the router and temperatures are not read by llama.cpp, nor is YaRN's factor on magnitudes.
+    "grok_caps": of(
+        "grok",
+        fused_qkv=True,
+        rope_base=100.0,
+        scaling=YARN | {"yarn_beta_slow": 0.5, "yarn_attn_factor": 1.3, "yarn_ext_factor": 1.0},
+        extra={
+            "attn_logit_softcapping": 1.5,
+            "final_logit_softcapping": 1.2,
+            "router_logit_softcapping": 0.5,
+            "attention.temperature_length": 4,
+        },
+    ),
+    # Only beside a large epsilon does it matter how large the sum is that the last norm reads.
+    "grok_betas": of(
+        "grok", eps=0.5, rope_base=100.0, scaling=YARN | {"yarn_beta_fast": 2.0, "yarn_log_multiplier": 1.0}
+    ),
     "glm4moe": of("glm4moe"),
     # As GLM 4.5: norms of heads, two dense blocks, no scale, and a last block for the token after the next.
     "glm4moe_355b": of(
@@ -829,6 +919,93 @@ FAMILY_CASES: dict[str, dict[str, Any]] = {
     "hunyuan_vl": of("hunyuan_vl", rope_base=10.0, scaling={"type": "none", "factor": 4.0, "alpha": 3.0}),
     "hunyuan_vl_plain": of("hunyuan_vl", tied=False, window=3, omit=("rope.dimension_sections",), extra=UNREAD),
     "hunyuan_alpha": of("hunyuan-dense", rope_base=10.0, scaling={"alpha": 3.0}),
+    "starcoder": of("starcoder"),
+    "starcoder_unread": of("starcoder", kv_heads=4, tied=False, window=3, extra=UNREAD),
+    "codeshell": of("codeshell", scaling={"type": "linear", "factor": 1.0}),
+    # The head's matrix has the embeddings, too.
+    "codeshell_head_only": of("codeshell", head_only=True, fused_qkv=True, fused_bias=True, window=3, extra=UNREAD),
+    "orion": of("orion"),
+    "orion_unread": of("orion", **YARN_ROW, fused_qkv=True, window=3, extra=UNREAD),
+    "maincoder": of("maincoder"),
+    "maincoder_unread": of("maincoder", **YARN_ROW, tied=True, window=3, extra=UNREAD),
+    "chatglm": of("chatglm"),
+    "chatglm_unread": of(
+        "chatglm", n_rot=None, fused_qkv=False, fused_bias=False, biases=(), tied=True, window=3, extra=UNREAD
+    ),
+    "pangu": of("pangu-embedded", rope_factors=True, rope_base=500.0),
+    "pangu_unread": of("pangu-embedded", **YARN_ROW, tied=True, fused_qkv=True, window=3, extra=UNREAD),
+    "plamo": of("plamo", rope_base=500.0),
+    "plamo_unread": of("plamo", **YARN_ROW, fused_qkv=True, kv_heads=1, window=3, extra=UNREAD),
+    "plamo3": of("plamo3"),
+    "plamo3_base": of(
+        "plamo3",
+        layers=3,
+        head_dim=32,
+        n_rot=16,
+        tied=False,
+        scaling=YARN,
+        extra={"rope.freq_base_swa": 50.0, "attention.sliding_window_pattern": 2},
+    ),
+    "plamo3_unread": of("plamo3", layers=2, window=None, extra=UNREAD),
+    # Nothing is read about the rotation.
+    "cogvlm": of("cogvlm", rope_base=5e5, rope_factors=True),
+    "cogvlm_unread": of("cogvlm", scaling=YARN, tied=True, window=3, extra=UNREAD),
+    "deepseek2_ocr": of("deepseek2-ocr"),
+    "deepseek2_ocr_options": of(
+        "deepseek2-ocr",
+        fused_qkv=True,
+        fused_experts=True,
+        tied=True,
+        selection_bias=0.3,
+        extra={"expert_gating_func": 2, "expert_weights_norm": True, "expert_weights_scale": 2.5},
+        window=3,
+    ),
+    # The rotation is not stretched then, but scores are scaled.
+    "deepseek2_ocr_linear": of("deepseek2-ocr", dense_lead=0, layers=2, scaling=LINEAR, extra=UNREAD),
+    # With another number of blocks than 7B's or 13B's there is neither a rotation nor a bias.
+    "baichuan": of("baichuan"),
+    "baichuan_7b": of("baichuan", layers=32, d=32, ff=32, heads=2, kv_heads=2, down_gain=0.5, rope_base=100.0),
+    "baichuan_13b": of("baichuan", layers=40, d=48, ff=32, heads=3, kv_heads=3, down_gain=0.5, window=3, extra=UNREAD),
+    "mpt": of("mpt"),
+    # As StoryWriter, with more heads than a power of two.
+    "mpt_clamped": of(
+        "mpt",
+        d=96,
+        heads=6,
+        kv_heads=3,
+        omit=("attention.key_length", "attention.value_length", "rope.dimension_count"),
+        extra={"attention.clamp_kqv": 1.0, "attention.max_alibi_bias": 16.0},
+    ),
+    "mpt_positions": of(
+        "mpt",
+        **LAYER_NORM,
+        positions=True,
+        tied=False,
+        fused_bias=True,
+        biases=(*QKV, "attn_output", "ffn_up", "ffn_down"),
+        window=3,
+        extra=UNREAD | {"attention.max_alibi_bias": 0.0},
+    ),
+    # Activations scaled by AWQ.
+    "mpt_scaled": of("mpt", act_scales=True, layers=3),
+    "bloom": of("bloom", d=80, heads=5, kv_heads=5),
+    "bloom_unread": of("bloom", tied=False, window=3, extra=UNREAD | {"attention.max_alibi_bias": 4.0}),
+    "refact": of("refact"),
+    "refact_unread": of(
+        "refact",
+        heads=5,
+        head_dim=32,
+        fused_qkv=True,
+        tied=False,
+        window=3,
+        extra=UNREAD | {"attention.max_alibi_bias": 4.0},
+    ),
+    "jais": of("jais"),
+    "jais_unread": of(
+        "jais", omit=("attention.head_count_kv", "attention.max_alibi_bias"), layers=3, window=3, extra=UNREAD
+    ),
+    "jais2": of("jais2"),
+    "jais2_unread": of("jais2", **YARN_ROW, head_dim=32, tied=True, fused_qkv=True, window=3, extra=UNREAD),
     "phimoe_unread": of("phimoe", window=3, extra=UNREAD | UNREAD_ROUTING | {"leading_dense_block_count": 1}),
     "deepseek2": of("deepseek2"),
     "deepseek2_predictor": of("deepseek2", layers=4, predictors=1, shared_count=1, tied=True),
@@ -901,6 +1078,18 @@ FAMILY_CASES: dict[str, dict[str, Any]] = {
         sizes=SIZES | {"indexer": 8},
         rope_base=100.0,
         scaling=DEEPSEEK_YARN,
+    ),
+    "dots3note": of("dots3note"),
+    "dots3note_yarn": of(
+        "dots3note",
+        scaling=YARN,
+        rope_base=100.0,
+        layers=4,
+        predictors=0,
+        tied=True,
+        shared_count=2,
+        selection_bias=0.05,
+        extra={"expert_gating_func": 1, "expert_weights_norm": False, "expert_weights_scale": 2.5},
     ),
     "minimax_m3": of("minimax-m3"),
     "minimax_m3_fused": of("minimax-m3", fused_qkv=True, dense_lead=0, layers=2, extra={"expert_gating_func": 1}),
@@ -1126,6 +1315,21 @@ STATE_SPACE_CASES |= {
     "mamba_falcon": of("mamba", extra={"ssm.dt_b_c_rms": True}, eps=0.05, tied=True),
     "mamba_sizes": of("mamba", d=48, sizes={"inner": 96, "rank": 3, "state": 7, "kernel": 2}, layers=2),
     "mamba_q8_0": of("mamba", type="Q8_0"),
+    "plamo2": of("plamo2"),
+    # The first block has a state space, though it states heads; two taps, one head, an odd state.
+    "plamo2_sizes": of(
+        "plamo2",
+        mixers=("plamo2", "attention"),
+        sizes={"inner": 40, "ssm_heads": 1, "state": 7, "kernel": 2},
+        extra={"attention.head_count": 4},
+        layers=2,
+        eps=0.05,
+        tied=True,
+        rope_base=100.0,
+    ),
+    "plamo2_yarn": of("plamo2", **YARN_ROW, layers=2),
+    "plamo2_unread": of("plamo2", window=3, extra=UNREAD, layers=2),
+    "plamo2_q8_0": of("plamo2", type="Q8_0", layers=2),
     "jamba": of("jamba"),
     # Every second block has experts.
     "jamba_experts": of("jamba", **EXPERTS, dense_blocks=(0, 2)),

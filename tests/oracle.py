@@ -34,6 +34,7 @@ class Part(NamedTuple):
     network: str  # dense | mixture
     before: str | None
     after: str | None
+    reads: str = "stream"  # | block: its input
 
 
 class Facts(NamedTuple):
@@ -51,6 +52,8 @@ class Facts(NamedTuple):
     ffn_norm: str | None = "ffn_norm"
     ffn_post: str | None = None
     parts: tuple[Part, ...] = ()  # of a block with a router; (): the experts alone, between the norms above
+    dense_optional: bool = False  # of the parts, the first is in some files only
+    ffn_post_instead: str | None = None  # which some files have in place of ffn_post
     ffn_norm_optional: bool = False  # without it the feed-forward reads what the attention reads
     # head (if there is one) | head after rope | bare (likewise, without weights, where there is a rope) | full; all
     # others before the rope, and full before the split
@@ -61,9 +64,11 @@ class Facts(NamedTuple):
     # | local or dense (those, and leading dense ones) | not first of four (of more than four, where there are windows)
     roped: str = "all"
     sections: str = "in turn"  # how an image's axes are dealt pairs: in turn | one after another
+    rope_keys: str = "all"  # that are read: all | base (scaling is not done) | none: the base is 10000
     finetuned_key: bool = False  # rope.scaling.finetuned = false turns the rope off
     factors: bool = False  # divisors of the frequencies are read
     yarn_keys: bool = False  # YaRN's betas and log multiplier are read
+    yarn_betas: float = 0.0  # the betas only, where not 0: default of the first
     period: int | None = None  # the last of so many layers is global, 0: none; default. None: windows are ignored
     window: int | None = None  # default
     window_fixed: bool = False  # whatever the file says, if it says anything
@@ -78,7 +83,11 @@ class Facts(NamedTuple):
     local_attn_factor: bool = True  # and so does its attn_factor, whatever the scaling
     width_scaled_at: int | None = None  # with so many layers attention is scaled by sqrt(d / heads), not of head_dim
     attn_scale: float | None = None  # of scores; None: 1 / sqrt(head size)
-    attn_scale_key: bool = False
+    attn_power: float = -0.5  # or of the head size this power
+    attn_scale_key: str | None = None
+    alibi: float | str = 0.0  # bias of the first power-of-two heads' last one, in bits; or its key
+    alibi_at: int | None = None  # with so many layers only; None: with any number
+    roped_at: int | None = None
     shared_kv_key: bool = False  # attention.shared_kv_layers: that many blocks read earlier ones' keys and values
     value_norm: bool = False  # values are normed, each head by itself and without weights
     attn_cap: float | None = None  # default; None: there is none
@@ -101,7 +110,7 @@ class Facts(NamedTuple):
     router_key: bool = False  # expert_gating_func, where it is not 0: 1 all, 2 each
     renormalise: bool | None = True  # None: as expert_weights_norm says, else not
     routed_scale_key: bool = False  # expert_weights_scale
-    embedding: str | None = None  # root (of d) | key | normed (without weights)
+    embedding: str | None = None  # root (of d) | key | normed (without weights) | norm (with them)
     post_epsilon: float | None = None  # of the norms after a sublayer; None: that of the others
     residual_key: bool = False
     normed_skip: bool = False  # past a branch goes what the norm before it makes, times the file's residual_scale
@@ -117,8 +126,10 @@ class Facts(NamedTuple):
     graph: Mapping[str, str] = {}
     # llama.cpp's names of the stream before a layer and after the last; (): it names the stream after each layer.
     stream_before: tuple[str, ...] = ()
+    norm_unnamed: bool = False  # nor has the final norm's output a name there
     own_scales: tuple[str, ...] = ()  # tensors whose `.scale` is a part of the model, not of how they are stored
     scales: tuple[float, ...] = ()  # of embeddings, branches * sqrt(blocks) and logits * d, where the file has none
+    plain_scales: bool = False  # of branches and logits as they are
     scale_keys: bool = True  # and the file may have some
     mscale: str | None = None  # of latent attention in a stretched context: equal | one | alone (oracle_latent.py)
 
@@ -145,7 +156,7 @@ def by_kv_heads(kind: str, other: str = "attention") -> Callable[["Oracle", int]
 
 SANDWICH = Facts(attn_post="post_attention_norm", ffn_post="post_ffw_norm")
 GEMMA = Facts(rope="halves", activation="gelu", embedding="root")
-GRANITE = Facts(factors=True, attn_scale_key=True, embedding="key", residual_key=True, logits="divide")
+GRANITE = Facts(factors=True, attn_scale_key="attention.scale", embedding="key", residual_key=True, logits="divide")
 ROUTED = Facts(router_key=True, renormalise=None, routed_scale_key=True)
 LATENT = Facts(mixers=lambda model, layer: ("latent",))
 LATENT_ROUTED = ROUTED._replace(mixers=LATENT.mixers, temperature=True)
@@ -261,6 +272,18 @@ FACTS: dict[str, Facts] = {
         graph={"ffn_moe_out": "ffn_out"},
     ),
     "granite_swa": GRANITE._replace(period=0, local_base_key=False, roped="listed", shared_ffn="fused"),
+    "arctic": Facts(
+        parts=(Part("dense", "ffn_norm", None), Part("mixture", "ffn_norm_exps", None, "block")),
+        sum_named_ffn_out=True,
+    ),
+    "grok": Facts(
+        rope="halves", attn_post="attn_output_norm", ffn_post="post_ffw_norm", ffn_post_instead="layer_output_norm",
+        parts=(Part("dense", "ffn_norm", None), Part("mixture", "ffn_norm", None)), dense_optional=True,
+        joint_scale=math.sqrt(0.5), yarn_betas=8.0, attn_scale_key="attention.output_scale",
+        attn_scale=0.08838834764831845, attn_cap=30.0, final_cap=0.0, activation="gelu", embedding="key",
+        logits="multiply", scales=(78.38367176906169, 1.0, 0.5773502691896257), plain_scales=True,
+        graph={"attn_out_norm": "attn_out", "ffn_post_norm": "ffn_out"},
+    ),
     "hy_v3": ROUTED._replace(rope="halves", qk_norm="head", router="each", graph={"ffn_dense_out": "ffn_out"}),
     "cohere2moe": ROUTED._replace(
         norm="ln", norm_key=True, parallel=True, ffn_norm=None, period=4, full_first=True, roped="local or dense",
@@ -285,6 +308,25 @@ FACTS: dict[str, Facts] = {
     "qwen2vl": Facts(epsilon_read=False, rope="halves", sections="one after another"),
     "paddleocr": Facts(rope="halves", sections="one after another"),
     "hunyuan_vl": Facts(rope="halves", qk_norm="head after rope", sections="one after another"),
+    "starcoder": LAYER_NORM._replace(rope=None),
+    "codeshell": LAYER_NORM,
+    "orion": Facts(norm="ln", rope="halves"),
+    "maincoder": Facts(qk_norm="head after rope"),
+    "chatglm": Facts(ffn="fused"),
+    "pangu-embedded": Facts(rope="halves", sum_named_ffn_out=True),
+    "plamo": Facts(rope="halves", parallel=True, ffn_norm=None),
+    "plamo3": SANDWICH._replace(
+        rope="halves", qk_norm="head", period=8, local_base=10000.0, local_scaling=False, ffn="fused",
+        norm_unnamed=True,
+    ),
+    "cogvlm": Facts(rope="halves", rope_keys="", sum_named_ffn_out=True),
+    "baichuan": Facts(roped_at=32, alibi=8.0, alibi_at=40),
+    "mpt": LAYER_NORM._replace(rope=None, clamp_key=True, alibi="attention.max_alibi_bias"),
+    "bloom": LAYER_NORM._replace(rope=None, alibi=8.0, embedding="norm"),
+    "refact": Facts(rope=None, alibi=8.0),
+    "jais": Facts(norm="ln", rope=None, attn_power=-1.0, alibi="attention.max_alibi_bias"),
+    "jais2": LAYER_NORM._replace(activation="relu2"),
+    "deepseek2-ocr": ROUTED._replace(rope="halves", rope_keys="base", mscale="alone"),
     "qwen35": QWEN35,
     "qwen35moe": QWEN35,
     "lfm2": LFM2._replace(period=0),
@@ -306,6 +348,9 @@ FACTS: dict[str, Facts] = {
     "plm": LATENT._replace(activation="relu2", ffn="plain"),
     "deepseek32": LATENT_ROUTED._replace(mscale="one", temperature=False),
     "glm-dsa": LATENT_ROUTED._replace(mscale="alone", temperature=False, router="each"),
+    "dots3note": LATENT_ROUTED._replace(
+        temperature=False, period=0, graph={"attn_output": "latent", "attn_out": "what heads read"}
+    ),
     "minimax-m3": ROUTED._replace(rope="halves", qk_norm="head", activation="oai"),
     "granitehybrid": GRANITE._replace(
         finetuned_key=True, mixers=by_tensors,
@@ -319,6 +364,13 @@ FACTS: dict[str, Facts] = {
     "nemotron_h_moe": NEMOTRON_H,
     "mamba2": MAMBA2._replace(graph={"mamba_out": "mamba2"}),
     "mamba": Facts(mixers=lambda model, layer: ("mamba",)),
+    "plamo2": SANDWICH._replace(
+        rope="halves", qk_norm="head", ffn="fused", mixers=by_kv_heads("plamo2"),
+        graph={
+            "mamba_out": "plamo2", "attn_out": "attention", "attn_post_norm": "attn_out", "ffn_post_norm": "ffn_out",
+            "attn_residual": "ffn_inp", "ffn_residual": "l_out",
+        },
+    ),
     # What a block's mixer adds has the name of the sum.
     "jamba": Facts(rope=None, renormalise=False, mixers=by_kv_heads("mamba"), graph={"ffn_inp": "attn_out"}),
     "afmoe": ROUTED._replace(
@@ -389,10 +441,12 @@ def _read(path: str, changed: int) -> Oracle:
         if name.endswith(".scale"):  # of the matrix, or of each expert's; no graph of llama.cpp uses an `.input_scale`
             weights[matrix] = weights[matrix] * factor.reshape(-1, *[1] * (weights[matrix].ndim - 1))
     assert architecture in FACTS, f"the oracle does not know {architecture}"
+    weights.setdefault("token_embd.weight", weights.get("output.weight"))
     metadata = {k.removeprefix(f"{architecture}."): v for k, v in fields.items()}
     metadata.setdefault("attention.layer_norm_rms_epsilon", metadata.get("attention.layer_norm_epsilon"))
     if scales := FACTS[architecture].scales:
         sizes = 1, math.sqrt(blocks(metadata)), metadata["embedding_length"]
+        sizes = (1, 1, 1) if FACTS[architecture].plain_scales else sizes
         names = "embedding_scale", "residual_scale", "logit_scale"
         constants = {name: s / size for name, s, size in zip(names, scales, sizes, strict=True)}
         metadata = constants | metadata if FACTS[architecture].scale_keys else metadata | constants
@@ -465,6 +519,9 @@ def rope_angles(model: Oracle, layer: int, n: int, n_rot: int, context: int) -> 
         base = base * alpha ** (width / (width - 2))
     if local and facts.local_base_key:
         base = meta.get("rope.freq_base_swa", facts.local_base or base)
+    if facts.rope_keys != "all":
+        base = base if facts.rope_keys == "base" else 10000.0
+        return torch.arange(n)[:, None] * base ** (-torch.arange(0, n_rot, 2, dtype=torch.float64) / n_rot), 1.0
     kind = meta.get("rope.scaling.type", "linear")
     factor = meta.get("rope.scaling.factor", meta.get("rope.scale_linear", 1.0)) or 1.0
     if local and not facts.local_scaling:
@@ -492,6 +549,9 @@ def rope_angles(model: Oracle, layer: int, n: int, n_rot: int, context: int) -> 
             fast = meta.get("rope.scaling.yarn_beta_fast", fast)
             slow = meta.get("rope.scaling.yarn_beta_slow", slow)
             multiplier = meta.get("rope.scaling.yarn_log_multiplier", multiplier)
+        if facts.yarn_betas:
+            fast = meta.get("rope.scaling.yarn_beta_fast", facts.yarn_betas)
+            slow = meta.get("rope.scaling.yarn_beta_slow", slow)
         low = max(0, math.floor(pair_with(fast)))
         high = min(n_rot - 1, math.ceil(pair_with(slow)))
         kept = 1 - ((pair - low) / max(0.001, high - low)).clamp(0, 1)
@@ -527,7 +587,7 @@ def rotate(x: Tensor, angles: Tensor, magnitude: float, *, pairs: str) -> Tensor
 
 def roped(model: Oracle, layer: int) -> bool:
     off = model.facts.finetuned_key and not model.metadata.get("rope.scaling.finetuned", True)
-    if model.facts.rope is None or off:
+    if model.facts.rope is None or off or model.facts.roped_at not in (None, blocks(model.metadata)):
         return False
     windows = [window(model, i) for i in range(blocks(model.metadata))]
     local = windows[layer] is not None or windows == [None] * len(windows)
@@ -582,7 +642,7 @@ def turned(model: Oracle, layer: int, part: str, h: Tensor, context: int) -> Ten
     if facts.qk_norm == "head" and f"{name}.weight" in model.weights:
         x = norm(model, name, x, frozen=False)
     if roped(model, layer):
-        n_rot = of_kind(model, layer, "rope.dimension_count", hd)
+        n_rot = of_kind(model, layer, "rope.dimension_count", hd) if facts.rope_keys == "all" else hd
         n_rot //= 2 if facts.halved and window(model, layer) is None else 1
         angles, magnitude = rope_angles(model, layer, len(h), n_rot, context)
         x = rotate(x, angles, magnitude, pairs=facts.rope)
@@ -600,6 +660,22 @@ def values(model: Oracle, layer: int, h: Tensor, *, frozen: bool) -> Tensor:
     return v / (size.detach() if frozen else size)
 
 
+def alibi_slope(model: Oracle, head: int, heads: int) -> float:
+    """Return by how much a head's scores fall with each position of distance (Press et al., arXiv 2108.12409).
+
+    Of 2^k heads, the slopes are every step of a geometric series that ends at 2^-bias. Those of the heads beyond are
+    every other step of the series for 2^(k + 1) heads, from its first on.
+    """
+    facts = model.facts
+    bias = model.metadata.get(facts.alibi, 0.0) if isinstance(facts.alibi, str) else facts.alibi
+    if not bias or facts.alibi_at not in (None, blocks(model.metadata)):
+        return 0.0
+    power = 2 ** int(math.log2(heads))
+    series = [2 ** (-bias * step / power) for step in range(1, power + 1)]
+    finer = [2 ** (-bias * step / (2 * power)) for step in range(1, 2 * power + 1)]
+    return (series + finer[::2])[head]
+
+
 def attention(
     model: Oracle, layer: int, h: Tensor, *, frozen: bool, context: int, source: tuple[int, Tensor] | None = None
 ) -> Tensor:
@@ -614,10 +690,12 @@ def attention(
     v = values(model, at, read, frozen=frozen)
     kv_heads = v.shape[1]
     position = torch.arange(n)
-    scale = 1 / math.sqrt(meta["embedding_length"] // heads if blocks(meta) == facts.width_scaled_at else hd)
+    scale = (meta["embedding_length"] // heads if blocks(meta) == facts.width_scaled_at else hd) ** facts.attn_power
     scale = facts.attn_scale or scale
     if facts.attn_scale_key:
-        scale = meta.get("attention.scale", 0.0) or scale
+        scale = meta.get(facts.attn_scale_key, 0.0) or scale
+    if facts.mscale:
+        scale *= oracle_latent.stretched(meta, meta.get("rope.scaling.attn_factor", 1.0), facts.mscale)[1]
     scale = torch.full((n, 1), scale, dtype=torch.float64)
     if facts.temperature and meta.get("attention.temperature_scale"):
         original = meta.get("rope.scaling.original_context_length", meta["context_length"])
@@ -635,6 +713,7 @@ def attention(
         scores = q[:, head] @ k[:, group].T * scale
         if cap:
             scores = cap * torch.tanh(scores / cap)
+        scores = scores - alibi_slope(model, head, heads) * distance
         scores = scores.masked_fill(hidden, -math.inf)
         if f"{b}.attn_sinks.weight" in model.weights:
             sink = model.weights[f"{b}.attn_sinks.weight"][head].expand(n, 1)
@@ -675,6 +754,7 @@ def latent_attention(model: Oracle, layer: int, h: Tensor, *, frozen: bool, cont
         eps=meta["attention.layer_norm_rms_epsilon"],
         turn=lambda x: rotate(x, angles, magnitude, pairs=facts.rope) if roped(model, layer) else x,
         factor=factor * oracle_latent.temperatures(meta if facts.temperature else {}, n),
+        window=window(model, layer),
         frozen=frozen,
     )
 
@@ -697,6 +777,7 @@ MIXERS: dict[str, Callable[..., Tensor]] = {
     "latent": latent_attention,
     "mamba": oracle_state.mamba,
     "mamba2": oracle_state.mamba2,
+    "plamo2": oracle_state.plamo2,
     "delta": recurrent(oracle_delta.gated_delta, grouped=False),
     "grouped delta": recurrent(oracle_delta.gated_delta, grouped=True),
     "convolution": recurrent(oracle_delta.short_convolution),
@@ -773,7 +854,8 @@ def dense(model: Oracle, b: str, h: Tensor, suffix: str = "", **how: Any) -> Ten
         gate, up = up.chunk(2, dim=-1)
     else:
         gate = linear(model, f"{b}.ffn_gate{suffix}", h)
-    return linear(model, f"{b}.ffn_down{suffix}", activate(facts, gate, up, **how))
+    hidden = activate(facts, gate, up, **how) / model.weights.get(f"{b}.ffn.act{suffix}.scales", 1.0)
+    return linear(model, f"{b}.ffn_down{suffix}", hidden)
 
 
 def router_input(model: Oracle, b: str, stream: Tensor) -> Tensor:
@@ -871,6 +953,8 @@ def embed(model: Oracle, ids: Sequence[int] | Tensor) -> Tensor:
         x = x * (model.metadata.get("embedding_scale", 0.0) or 1.0)
     elif model.facts.embedding == "normed":
         x = x / root_mean_square(model, x)
+    elif model.facts.embedding == "norm":
+        x = norm(model, "token_embd_norm", x, frozen=False)
     if "position_embd.weight" in model.weights:
         x = x + model.weights["position_embd.weight"][: len(x)]
     return x
@@ -891,13 +975,18 @@ def feed_forward(model: Oracle, b: str, x: Tensor, entry: Tensor, before: str | 
     parts = (Part("mixture" if routed else "dense", before, None),)
     if routed and facts.parts:
         parts = facts.parts
+    if facts.dense_optional and f"{b}.ffn_up.weight" not in model.weights:
+        parts = parts[1:]
     y = torch.zeros_like(x)
-    for network, before, after in parts:
-        h = branch_norm(model, b, before, x, frozen=frozen)
+    for network, before, after, reads in parts:
+        h = branch_norm(model, b, before, entry if reads == "block" else x, frozen=frozen)
         routed = network == "mixture"
         added = mixture(model, b, h, stream=x, entry=entry, **how) if routed else dense(model, b, h, **how)
         y = y + branch_norm(model, b, after, added, frozen=frozen)
-    return branch_norm(model, b, facts.ffn_post, y, frozen=frozen)
+    y = y * (facts.joint_scale if len(parts) > 1 else 1.0)
+    other = facts.ffn_post_instead
+    post = other if other and f"{b}.{other}.weight" in model.weights else facts.ffn_post
+    return branch_norm(model, b, post, y, frozen=frozen)
 
 
 def per_layer_inputs(model: Oracle, ids: Sequence[int] | Tensor, x: Tensor) -> Tensor:

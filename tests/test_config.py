@@ -716,6 +716,10 @@ LATENT: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {
                          "tensor blk.0.attn_k_b.weight is missing"),
     "no norm of a state space": ("mamba2", {}, {"ssm_norm.weight": ABSENT}, "tensor blk.0.ssm_norm.weight is missing"),
     "no bias of its convolution": ("mamba2", {}, {"ssm_conv1d.bias": ABSENT}, "blk.0.ssm_conv1d.bias is missing"),
+    "no bias of a convolution": ("mamba", {}, {"ssm_conv1d.bias": ABSENT}, "blk.0.ssm_conv1d.bias is missing"),
+    "no norm of steps": ("jamba", {}, {"ssm_dt_norm.weight": ABSENT}, "tensor blk.0.ssm_dt_norm.weight is missing"),
+    "norms of Mamba with weights": ("mamba", {}, {"ssm_b_norm.weight": (12,)}, "'blk.0.ssm_b_norm.weight' is not part"),
+    "groups of PLaMo 2": ("plamo2", {"ssm.group_count": 2}, {}, "ssm.group_count is 2; supported: 0"),
     "no factors of full layers": ("gemma4", {}, {"rope_freqs.weight": ABSENT}, "tensor rope_freqs.weight is missing"),
     "no bound": ("bailingmoe3", {"kda.gate_lower_bound": ABSENT}, {}, "kda.gate_lower_bound is missing"),
     "a bound of zero": ("bailingmoe3", {"kda.gate_lower_bound": 0.0}, {}, "gate_lower_bound is 0.0; the logarithm"),
@@ -750,7 +754,7 @@ def test_variants_without_a_latent_of_queries_are_known_by_their_blocks(
 ) -> None:
     """Predictors do not count, and what the file states of the latent does not either."""
     path = tiny_file("deepseek2_lite", layers=blocks)
-    assert altered(path, {"attention.q_lora_rank": 24}, {}).latent.queries == 0
+    assert altered(path, {"attention.q_lora_rank": 24}, {}).layers[0].latent.queries == 0
     longer = {"nextn_predict_layers": 1, "block_count": blocks + 1}
     assert altered(path, longer, {}).block_count == blocks
 

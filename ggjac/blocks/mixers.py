@@ -284,12 +284,14 @@ def _pattern(
     w: BlockWeights, config: ModelConfig, layer: int, q: Float[Tensor, "m h s"], k: Float[Tensor, "n g s"]
 ) -> Float[Tensor, "h m n"]:
     """Return the attention probabilities of a layer's queries and keys."""
+    own = config.layers[layer]
     return attention_pattern(
         q,
         k,
-        config.attention_scale,
+        own.attention_scale,
         softcap=config.attention_softcap,
-        window=config.layers[layer].window,
+        window=own.window,
+        alibi=own.alibi,
         sinks=w.vector("attn_sinks.weight") if "attn_sinks.weight" in w else None,
     )
 
@@ -344,7 +346,8 @@ def _latent_queries(
     if "attn_q_a.weight" in w:
         h = normed(w, "attn_q_a_norm", frame.config, affine(linear(w, "attn_q_a", len(h)), h))
     q = affine(linear(w, "attn_q_b" if "attn_q_b.weight" in w else "attn_q", len(h)), h)
-    own, rotary = frame.config.layers[layer], frame.config.latent.rotary
+    own = frame.config.layers[layer]
+    rotary = own.latent.rotary
     nope, turning = q.unflatten(1, (own.heads, -1)).split([own.key_size - rotary, rotary], -1)
     return _warmed(frame.config, torch.cat((nope, _turned(frame, layer, turning, start)), -1), start)
 
@@ -359,7 +362,10 @@ def _latent_keys(
     else:  # a stack of transposed matrices, one for each head
         heads = (linear(w, "attn_k_b", len(h), expert=i) for i in range(own.heads))
         nope = torch.stack([head.rmatmat(latent[None])[0] for head in heads], 1)
-    shared = _turned(frame, layer, affine(linear(w, "attn_kv_rope", len(h)), h)[:, None], start)
+    shared = affine(linear(w, "attn_kv_rope", len(h)), h)[:, None]  # [m, 1, r]
+    if "attn_k_norm.weight" in w:
+        shared = normed(w, "attn_k_norm", frame.config, shared)
+    shared = _turned(frame, layer, shared, start)
     return torch.cat((nope, shared.expand(-1, own.heads, -1)), -1)
 
 
@@ -495,19 +501,23 @@ def _slopes(heads: int, layer: int, blocks: int) -> Float[Tensor, " h"]:
 
 
 def _state_space(w: BlockWeights, frame: Frame, layer: int, h: Float[Tensor, "m d"], past: Past | None) -> Mixed:
-    """Freeze the selective state space of Mamba-2."""
+    """Freeze the selective state space of Mamba-2, or of PLaMo 2, where it has what Mamba-1 makes from the values."""
     config, own = frame.config, frame.config.recurrence
-    stems = {f"ssm_in_{part}": f"ssm_conv1d_{part}" for part in "xbc"}
-    (c, key, query), rows = _convolved(w, stems, h, past)
+    parts = "x" if own.rank else "xbc"
+    (c, *others), rows = _convolved(w, {f"ssm_in_{part}": f"ssm_conv1d_{part}" for part in parts}, h, past)
+    share = c.sigmoid()
+    if own.rank:
+        step, key, query = _from_values(w, config, c * share)
+    else:
+        step = widened(affine(linear(w, "ssm_in_dt", len(h)), h)) + _bare(w, "ssm_dt.bias")
+        key, query = (widened(part * part.sigmoid()) for part in others)
 
     def keyed(part: Float[Tensor, "m gs"]) -> Float[Tensor, "m h s"]:
-        part = widened(part * part.sigmoid()).unflatten(1, (own.key_heads, -1))
-        return part.repeat_interleave(own.heads // own.key_heads, 1)
+        return part.unflatten(1, (own.key_heads, -1)).repeat_interleave(own.heads // own.key_heads, 1)
 
-    step = softplus(widened(affine(linear(w, "ssm_in_dt", len(h)), h)) + _bare(w, "ssm_dt.bias"))  # [m, h]
+    step = softplus(step)  # [m, h]
     log_decay = (step * _bare(w, "ssm_a").flatten())[..., None]
     skip = _bare(w, "ssm_d").flatten()
-    share = c.sigmoid()
     recurrence = Recurrence(keyed(query), keyed(key), log_decay, step, removes=False, skip=skip)
     tape, o, state = _recurrent("state space", recurrence, c * share, past)
     gate = affine(linear(w, "ssm_in_z", len(h)), h)
@@ -537,10 +547,6 @@ def _channel_state_space(
     return Mixed(mixer, o[0], Past(rows=rows, state=state[0]))
 
 
-# What Mamba-1 makes from the values, in the order of the rows of `ssm_x`.
-_MADE = ("dt", "b", "c")
-
-
 def _from_values(
     w: BlockWeights, config: ModelConfig, v: Float[Tensor, "m c"]
 ) -> tuple[Float[Tensor, "m h"], Float[Tensor, "m s"], Float[Tensor, "m s"]]:
@@ -548,13 +554,15 @@ def _from_values(
 
     Each of the three may have a norm, with or without weights.
     """
-    own = config.recurrence
-    parts = affine(linear(w, "ssm_x", len(v)), v).split([own.rank, own.key_size, own.key_size], 1)
-    norms = [record_norm(w, config, (f"ssm_{name}_norm",), part) for name, part in zip(_MADE, parts, strict=True)]
-    if config.recurrence.normed:
-        norms = [frozen_norm(config, None, None, part) for part in parts]
-    step, key, query = (part if norm is None else norm.apply(part) for norm, part in zip(norms, parts, strict=True))
-    return widened(affine(linear(w, "ssm_dt", len(v)), step)), widened(key), widened(query)
+    own, made = config.recurrence, {}
+    rows = {"dt": own.rank, "b": own.key_size, "c": own.key_size}
+    parts = affine(linear(w, "ssm_x", len(v)), v).split([rows[name] for name in config.row.made_from_values], 1)
+    for name, part in zip(config.row.made_from_values, parts, strict=True):
+        norm = record_norm(w, config, (f"ssm_{name}_norm",), part)
+        if norm is None and own.normed:
+            norm = frozen_norm(config, None, None, part)
+        made[name] = part if norm is None else norm.apply(part)
+    return widened(affine(linear(w, "ssm_dt", len(v)), made["dt"])), widened(made["b"]), widened(made["c"])
 
 
 def _convolution(w: BlockWeights, frame: Frame, layer: int, h: Float[Tensor, "m d"], past: Past | None) -> Mixed:

@@ -78,6 +78,7 @@ class FFNTape(NamedTuple):
         latent: whether they read and write a narrower stream, through `ffn_latent_down` and `ffn_latent_up`.
         routed: whether experts are among them; the weights may hold none of those that are used.
         scale: constant factor of the sum of the networks.
+        beside: a mixture that reads the block's input, and is added to the sum; or None.
     """
 
     norm_in: NormTape | None
@@ -86,6 +87,7 @@ class FFNTape(NamedTuple):
     latent: bool = False
     routed: bool = False
     scale: float = 1.0
+    beside: "FFNTape | None" = None
 
     @property
     def empty(self) -> bool:
@@ -99,6 +101,7 @@ class FFNTape(NamedTuple):
             norm_in=self.norm_in and self.norm_in.at(queries),
             networks=tuple(part for part in networks if isinstance(part, FFNTape) or len(part.factor)),
             norm_out=self.norm_out and self.norm_out.at(queries),
+            beside=self.beside and self.beside.at(queries),
         )
 
 
@@ -119,7 +122,10 @@ def record_hidden(
     share, limit, shift = frame.activations[layer]
     bound = frame.config.layers[layer].clamp(kind)
     if f"ffn_gate{kind}.weight" not in w:
-        return HiddenTape(kind, expert, "ffn_up", share(projected("ffn_up")), None, None, None)
+        factor = share(projected("ffn_up"))
+        if f"ffn.act{kind}.scales" in w:
+            factor = factor / w.vector(f"ffn.act{kind}.scales")
+        return HiddenTape(kind, expert, "ffn_up", factor, None, None, None)
     gate = projected("ffn_gate")
     if limit is None and not bound:
         factor = gate * share(gate) if frame.mlp_path == "up" else share(gate) * projected("ffn_up")
@@ -152,6 +158,8 @@ def record_mixture(
 ) -> FFNTape:
     """Freeze a mixture of experts at its normed input `h`; some routers read the stream `x`, or the block's `entry`."""
     row, shared = frame.config.row, record_shared(w, frame, layer, h)
+    if frame.config.layers[layer].hidden_units and not row.norms.experts_in:
+        shared.append(record_hidden(w, frame, layer, h))
     router = {"input": h, "stream": x, "block": entry}[row.router_reads]
     if row.router_reads == "stream":
         router = _router_input(w, frame.config, x)
@@ -185,7 +193,7 @@ def record_experts(
     config = frame.config
     logits = affine(linear(w, "ffn_gate_inp", len(h)), router)
     scores = ROUTERS[config.row.router](widened(logits))  # [n, e]
-    chosen = _chosen(w, config, scores.detach(), config.layers[layer].experts_used)
+    chosen = w.agreed(_chosen(w, config, scores.detach(), config.layers[layer].experts_used))
     weights = scores.gather(-1, chosen)  # [n, used]
     if config.row.router in WEIGHTS:
         weights = WEIGHTS[config.row.router](weights)

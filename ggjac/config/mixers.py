@@ -62,11 +62,11 @@ MIXERS = {
         convolution="ssm_conv1d_v",
         recurrent=True,
     ),
-    # Mamba-2 (arXiv 2405.21060).
+    # Mamba-2 (arXiv 2405.21060); PLaMo 2 makes the last five from the values.
     "state space": Mixer(
         "ssm_in_x",
         "ssm_out",
-        ("ssm_in_z", "ssm_in_b", "ssm_in_c", "ssm_in_dt"),
+        ("ssm_in_z", "ssm_in_b", "ssm_in_c", "ssm_in_dt", "ssm_x", "ssm_dt"),
         convolution="ssm_conv1d_x",
         recurrent=True,
     ),

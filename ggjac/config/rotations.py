@@ -34,8 +34,10 @@ def _ropes(keys: Keys, row: Architecture, key_length: int, *, windowed: bool) ->
     Where their sizes differ, those of the layer asked for count.
     """
     suffix = "_swa" if windowed and row.windowed_sizes else ""
-    dimensions = keys.integer("rope.dimension_count", key_length)
-    dimensions = keys.integer("rope.dimension_count_swa", dimensions) if suffix else dimensions
+    dimensions = key_length
+    if row.rope_keys == "all":
+        dimensions = keys.integer("rope.dimension_count", key_length)
+        dimensions = keys.integer("rope.dimension_count_swa", dimensions) if suffix else dimensions
     if row.halved_rotary and not windowed:
         dimensions //= 2
     if dimensions % 2 or dimensions > key_length or (dimensions < key_length and not row.partial_rotary):
@@ -61,7 +63,7 @@ def _ropes(keys: Keys, row: Architecture, key_length: int, *, windowed: bool) ->
         pairs=row.rope_pairs,
         factor=1.0 if kind == "none" else factor,
         yarn=kind == "yarn",
-        beta_fast=(keys.real("rope.scaling.yarn_beta_fast", 0.0) if row.yarn_keys else 0) or 32.0,
+        beta_fast=(keys.real("rope.scaling.yarn_beta_fast", 0.0) if row.yarn_keys else 0) or row.beta_fast,
         beta_slow=(keys.real("rope.scaling.yarn_beta_slow", 0.0) if row.yarn_keys else 0) or 1.0,
         original_context=keys.integer("rope.scaling.original_context_length", keys.integer("context_length")),
         magnitude=stretching(keys, row)[0],
@@ -69,6 +71,10 @@ def _ropes(keys: Keys, row: Architecture, key_length: int, *, windowed: bool) ->
         factored=row.rope_factors != "",
     )
     unscaled, magnitude = Rope(dimensions, base, row.rope_pairs), keys.real("rope.scaling.attn_factor", 1.0)
+    if row.rope_keys != "all":
+        full = replace(
+            full, base=full.base if row.rope_keys == "base" else 10000.0, factor=1.0, yarn=False, magnitude=1.0
+        )
     local = {
         "same": full,
         # llama.cpp applies the file's factor here for any type of scaling; only full layers respect "none".
@@ -103,7 +109,7 @@ def stretching(keys: Keys, row: Architecture) -> tuple[float, float]:
     """
     kind, factor = _scaling(keys)
     magnitude = keys.real("rope.scaling.attn_factor", 1.0)
-    multiplier = keys.real("rope.scaling.yarn_log_multiplier", 0.0) if row.yarn_keys or row.mscale else 0
+    multiplier = keys.real("rope.scaling.yarn_log_multiplier", 0.0) if row.yarn_keys == "all" or row.mscale else 0
 
     def g(m: float) -> float:
         return 1 + 0.1 * m * math.log(1 if kind == "none" else factor)
@@ -132,6 +138,8 @@ def _rope_sections(keys: Keys, row: Architecture, dimensions: int) -> Sequence[i
 
 def _refuse_unsupported_ropes(keys: Keys, row: Architecture, dimensions: int, key_length: int) -> None:
     """Refuse scaled bases, windowed layers of other sizes, and the keys of Ollama's own converter."""
+    if row.yarn_keys == "betas" and (extent := keys.real("rope.scaling.yarn_ext_factor", 1.0)) != 1:
+        raise ConfigError(f"{keys.prefix}.rope.scaling.yarn_ext_factor {extent} is not supported, only 1")
     if (alpha := keys.real("rope.scaling.alpha", 0.0)) and (not row.rope_alpha or key_length <= 2):
         raise ConfigError(f"{keys.prefix}.rope.scaling.alpha {alpha} is not supported")
     own = {"": (), "rotations": ("rope",), "heads": ("rope", "attention")}[row.windowed_sizes]

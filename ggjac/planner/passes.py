@@ -142,9 +142,9 @@ def layer_plan(
     )
 
 
-def embedding(file: "GGUFFile", n: int) -> Pass:
+def embedding(file: "GGUFFile", config: ModelConfig, n: int) -> Pass:
     """Return the reading of the embeddings of `n` tokens, of learned positions, and of the blocks' own inputs."""
-    names = ("token_embd.weight", "position_embd.weight", "per_layer_token_embd.weight")
+    names = (config.embedding, "position_embd.weight", "per_layer_token_embd.weight")
     infos = [file.tensors[name] for name in names if name in file.tensors]
     rows = total(Pass(n * info.row_bytes, {info.type.name: n * info.shape[-1]}) for info in infos)
     return rows + total(matrix(info).scaled(n) for info in _projections(file))
@@ -452,7 +452,7 @@ def _tape_bytes(block: _Block, config: ModelConfig, n: int, item: int) -> int:
         if MIXERS[mixer].channels:
             other += _channel_floats(config, n) * max(4, item)
         if MIXERS[mixer].expansion:  # the norm of the latent
-            floats += config.latent.size
+            floats += block.layer.latent.size
             other += n * max(4, item)
     places = norm_places(config, block.index) + ([("post_norm",)] if config.inputs else [])
     floats += n * config.inputs
