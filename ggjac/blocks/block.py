@@ -353,7 +353,7 @@ class FrozenBlock(NamedTuple):
     def matmat_ffn(
         self, H: Float[Tensor, "k m d"], attn: Float[Tensor, "k m d"], t: Homogeneous = None
     ) -> tuple[Float[Tensor, "k m d"], Float[Tensor, "k m d"]]:
-        """Return what goes past the feed-forward `[k, m, d]`, in place of `attn`, and what the feed-forward adds to it."""
+        """Return what goes past the feed-forward `[k, m, d]`, in place of `attn`, and what that adds to it."""
         middle = attn.add_(H)
         added = self.ffn.matmat(H if self.parallel else middle, t)
         added = added if self.beside is None else added.add_(self.beside.matmat(H, t))
