@@ -120,7 +120,7 @@ def test_every_state_agrees_with_llamacpp(case: str, tiny_file: Callable[..., Pa
         assert {name: error for name, error in errors.items() if not error < tolerance} == {}
 
 
-SHORT = ("qwen35", "qwen35_sizes", "qwen3next", "lfm2", "kimi_linear", "bailingmoe3", "mamba")
+SHORT = ("minimax_01", "qwen35", "qwen35_sizes", "qwen3next", "lfm2", "kimi_linear", "bailingmoe3", "mamba")
 
 
 @pytest.mark.parametrize("length", [1, 2, 3])
@@ -1150,6 +1150,14 @@ GATED_MISTAKES: dict[str, tuple[str, Callable[[Oracle], Oracle]]] = {
     "muse-glimmer: scaling in windows": ("muse_glimmer_linear", facts(local_scaling=True)),
     "muse-glimmer: no factor of rotation in windows": ("muse_glimmer_linear", facts(local_attn_factor=False)),
     "muse-glimmer: no cap by default": ("muse_glimmer_faint", facts(final_cap=None)),
+    "minimax-01: the stream goes past branches": ("minimax_01", facts(normed_skip=False)),
+    "minimax-01: what goes past branches not scaled": ("minimax_01", keys(residual_scale=1.0)),
+    "minimax-01: gates in another order": ("minimax_01", on("attn_gate", lambda w: w.roll(1, 0))),
+    "minimax-01: no weights of the inner norm": ("minimax_01", on("attn_norm_2", torch.ones_like)),
+    "minimax-01: queries, keys and values apart": (
+        "minimax_01",
+        on("attn_qkv", lambda w: w.reshape(4, 3, -1, 64).transpose(0, 1).reshape(w.shape)),
+    ),
     "llama4: queries and keys not normed": ("llama4", facts(qk_norm=None)),
     "llama4: queries and keys of Maverick normed": (
         "llama4_maverick",

@@ -429,6 +429,15 @@ def kda(o: Options, b: str, *, bounded: bool) -> Iterator[Entry]:
     yield matrix(f"{b}.attn_output", o.d, width, 1.5)
 
 
+def lightning(o: Options, b: str) -> Iterator[Entry]:
+    """List the tensors of lightning attention in layer `b`, without its norm; q, k and v are side by side by head."""
+    width = o.heads * o.hd
+    yield interleaved(o, f"{b}.attn_qkv.weight", o.heads, [matrix(f"{b}.attn_{part}", width, o.d) for part in "qkv"])
+    yield matrix(f"{b}.attn_gate", width, o.d, o.gate_gain)
+    yield Entry(f"{b}.attn_norm_2.weight", (width,), 0.3, 1.0)
+    yield matrix(f"{b}.attn_output", o.d, width, 1.5)
+
+
 def short_convolution(o: Options, b: str) -> Iterator[Entry]:
     """List the tensors of a gated short convolution in layer `b`, without its norm."""
     yield matrix(f"{b}.shortconv.in_proj", 3 * o.d, o.d)
@@ -672,6 +681,7 @@ MIXERS: dict[str, Callable[[Options, str], Iterator[Entry]]] = {
     "grouped delta": functools.partial(delta, layout="qwen3next"),
     "old delta": functools.partial(delta, layout="old"),
     "convolution": short_convolution,
+    "lightning": lightning,
     "kda": functools.partial(kda, bounded=False),
     "bounded kda": functools.partial(kda, bounded=True),
     "mamba": mamba,
@@ -690,6 +700,7 @@ RECURRENT = {
     "convolution",
     "kda",
     "bounded kda",
+    "lightning",
     "mamba",
     "mamba2",
     "plamo2",
