@@ -90,8 +90,11 @@ class Architecture:
         mixer: kind of the softmax attention, of `ggjac.config.mixers.MIXERS`.
         recurrent: kind of the mixer in blocks without attention, of the same table, or `""` for none.
         recurrent_blocks: which blocks those are: `"all"`; `"no kv heads"` (0 in `attention.head_count_kv`);
-            `"interval"` (`attention.recurrent_layers`, or all but the last of every `full_attention_interval`, 4 by
-            default); `"beside"` (every block has both mixers, added); or `""` for none.
+            `"interval"` (`attention.recurrent_layers`, or all but the last of every `full_attention_interval`);
+            `"beside"` (every block has both mixers, added); or `""` for none.
+        recurrent_period: default of that interval.
+        pruned: a block without heads has no mixer, and one without hidden units does nothing, whatever else it has.
+        inner_norms: attention and feed-forward have a norm before their output projection.
         one_branch: a block with a feed-forward (`feed_forward_length` above 0) has no mixer.
         key_heads_tiled: of `h` value heads, head `i` uses key head `i % g` in place of `i // (h // g)`.
         made_from_values: where steps ("dt"), keys ("b") and queries ("c") of a state space are made from its values, as
@@ -231,6 +234,8 @@ class Architecture:
             `token_embd_norm`) or `""` for not.
         embedding_scale: `"sqrt"` (of d), `"key"` (the file's `embedding_scale`), or `""` for none.
         residual_scale: branches are multiplied by the file's `residual_scale`.
+        normed_skip: past a branch goes not the stream, but what the norm before the branch yields, times the file's
+            `residual_scale`, which is then required.
         logit_scale: `"multiply"` or `"divide"` by the file's `logit_scale`, or `""` for neither.
         logit_scale_optional: files may lack that key.
         scale_defaults: for files without these keys: embedding scale; branch scale times √(blocks); logit scale times
@@ -255,6 +260,9 @@ class Architecture:
     mixer: str = "attention"
     recurrent: str = ""
     recurrent_blocks: str = ""
+    recurrent_period: int = 4
+    pruned: bool = False
+    inner_norms: bool = False
     one_branch: bool = False
     key_heads_tiled: bool = False
     made_from_values: tuple[str, ...] = ()
@@ -349,6 +357,7 @@ class Architecture:
     embedding_norm: str = ""
     embedding_scale: str = ""
     residual_scale: bool = False
+    normed_skip: bool = False
     logit_scale: str = ""
     logit_scale_optional: bool = False
     scale_defaults: tuple[float, float, float] = (0.0, 0.0, 0.0)
@@ -586,6 +595,15 @@ ARCHITECTURES: dict[str, Architecture] = {
     "hunyuan-moe": Architecture(qk_norm="rotated"),
     "bailingmoe": replace(_DEEPSEEK, rope_pairs="adjacent", leading_dense=False),
     "bailingmoe2": replace(_DOTS, partial_rotary=True, expert_widths="shared count"),
+    "openelm": replace(_QWEN3, qkv_scales=False, head="tied", graph=Graph(attention=())),
+    "deci": replace(
+        _LLAMA,
+        recurrent="linear",
+        recurrent_blocks="no kv heads",
+        pruned=True,
+        graph=Graph(attention=("wo",), ffn=()),
+    ),
+    "bitnet": Architecture(inner_norms=True, ffn_scales=True, head="tied", graph=Graph(ffn=("ffn_down",))),
     "mellum": replace(
         _QWEN3,
         windowed="optional",
@@ -1000,5 +1018,13 @@ ARCHITECTURES: dict[str, Architecture] = {
         renormalize=False,
         router_optional=True,
         graph=Graph(ffn=("ffn_moe_out_merged",)),  # `ffn_out` is the branch's sum with the stream
+    ),
+    "minimax-01": Architecture(
+        recurrent="lightning",
+        recurrent_blocks="interval",
+        recurrent_period=8,
+        partial_rotary=True,
+        normed_skip=True,
+        graph=Graph(ffn=("ffn_moe_out",)),
     ),
 }

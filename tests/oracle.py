@@ -100,6 +100,7 @@ class Facts(NamedTuple):
     clamp_keys: bool = False  # swiglu_clamp_exp and _shexp limit gate, after SiLU, and up
     clamp_first: bool = False  # the gate before SiLU
     clamp: float | Tensor = 0.0  # so in one layer, where it is not zero
+    pruned: bool = False  # a block without a feed-forward does nothing
     ffn: str = "gated"  # gated | fused (gate above up in one matrix) | plain
     shared_ffn: str | None = None  # of the expert that all share; None: as above
     router: str = "all"  # softmax over: all | selected; or of each its sigmoid: each
@@ -113,6 +114,7 @@ class Facts(NamedTuple):
     embedding: str | None = None  # root (of d) | key | normed (without weights) | norm (with them)
     post_epsilon: float | None = None  # of the norms after a sublayer; None: that of the others
     residual_key: bool = False
+    normed_skip: bool = False  # past a branch goes what the norm before it makes, times the file's residual_scale
     value_scale_key: bool = False  # attention.value_scale: of what attention adds
     norm_key: bool = False  # attention.layer_norm_rms_epsilon in the file: norms are rms
     logits: str | None = None  # divide | multiply
@@ -133,15 +135,23 @@ class Facts(NamedTuple):
     mscale: str | None = None  # of latent attention in a stretched context: equal | one | alone (oracle_latent.py)
 
 
-def by_interval(kind: str) -> Callable[["Oracle", int], tuple[str, ...]]:
+def by_interval(kind: str, default: int = 4) -> Callable[["Oracle", int], tuple[str, ...]]:
     """Return which mixer a block has, in families that list the blocks of `kind` or their period."""
 
     def mixers(model: "Oracle", layer: int) -> tuple[str, ...]:
         stated = model.metadata.get("attention.recurrent_layers")
-        period = model.metadata.get("full_attention_interval", 4)
+        period = model.metadata.get("full_attention_interval", default)
         return (kind if (stated[layer] if stated else (layer + 1) % period) else "attention",)
 
     return mixers
+
+
+def pruned(model: "Oracle", layer: int) -> tuple[str, ...]:
+    """Return the mixer of a block that may have lost it, or all of its heads, or its feed-forward and so everything."""
+    meta = model.metadata
+    if not scalar(meta["attention.head_count"], layer) or not scalar(meta["feed_forward_length"], layer):
+        return ()
+    return ("attention" if scalar(meta["attention.head_count_kv"], layer) else "linear",)
 
 
 def by_kv_heads(kind: str, other: str = "attention") -> Callable[["Oracle", int], tuple[str, ...]]:
@@ -262,6 +272,9 @@ FACTS: dict[str, Facts] = {
     "exaone-moe": ROUTED._replace(
         rope="halves", qk_norm="head", factors=True, period=4, local_base_key=False, roped="local"
     ),
+    "openelm": Facts(rope="halves", qk_norm="head"),
+    "deci": Facts(factors=True, mixers=pruned, sum_named_ffn_out=True, graph={"wo": "linear"}),
+    "bitnet": Facts(rope="halves", graph={"ffn_down": "ffn_out"}),
     "mellum": Facts(
         rope="halves", qk_norm="head", period=4, local_base_key=False, local_scaling=False, local_attn_factor=False,
         sum_named_ffn_out=True, graph={"ffn_moe_out": "ffn_out"},
@@ -390,6 +403,10 @@ FACTS: dict[str, Facts] = {
         factors=True, period=4, window=8192, window_always=True, roped="three of four", qk_norm="bare", unnormed=128,
         router="each", renormalise=False, weighted="input", sum_named_ffn_out=True,
         graph={"ffn_moe_out_merged": "ffn_out"},
+    ),
+    "minimax-01": Facts(
+        rope="halves", normed_skip=True, mixers=by_interval("lightning", 8),
+        graph={"ffn_out": "l_out", "ffn_moe_out": "ffn_out"},
     ),
     "spark2_5": Facts(rope="halves", period=0, activation="gelu", graph=GATED | {"attn_out_proj": "attn_out"}),
     "muse-glimmer": SANDWICH._replace(
@@ -724,7 +741,14 @@ def attention(
         gate = facts.head_gate(linear(model, f"{b}.attn_gate", h))
         gate = gate[..., None].expand(n, -1, read.shape[1] // gate.shape[1]).flatten(1)
         read = read * (gate.detach() if frozen else gate)
+    if f"{b}.attn_sub_norm.weight" in model.weights:
+        read = norm(model, f"{b}.attn_sub_norm", read, frozen=frozen)
     return linear(model, f"{b}.attn_output", read)
+
+
+def only_projected(model: Oracle, layer: int, h: Tensor, **_: Any) -> Tensor:
+    """Return what stands in place of attention in some pruned layers."""
+    return linear(model, f"blk.{layer}.attn_output", h)
 
 
 def recurrent(mixer: Callable[..., Tensor], **options: Any) -> Callable[..., Tensor]:
@@ -760,16 +784,24 @@ def tensors_of(model: Oracle, layer: int) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): w for name, w in model.weights.items() if name.startswith(prefix)}
 
 
+def lightning(model: Oracle, layer: int, h: Tensor, *, frozen: bool, context: int) -> Tensor:
+    """Apply lightning attention, which fades less in later blocks, through the output projection."""
+    depth = layer / (blocks(model.metadata) - 1)
+    return oracle_delta.lightning(tensors_of(model, layer), model.metadata, h, depth=depth, frozen=frozen)
+
+
 # What mixes positions in a block, each on the normed input h [n, d] and through the output projection.
 MIXERS: dict[str, Callable[..., Tensor]] = {
     "attention": attention,
     "latent": latent_attention,
+    "linear": only_projected,
     "mamba": oracle_state.mamba,
     "mamba2": oracle_state.mamba2,
     "plamo2": oracle_state.plamo2,
     "delta": recurrent(oracle_delta.gated_delta, grouped=False),
     "grouped delta": recurrent(oracle_delta.gated_delta, grouped=True),
     "convolution": recurrent(oracle_delta.short_convolution),
+    "lightning": lightning,
     "kda": recurrent(oracle_delta.kimi_delta, bounded=False),
     "bounded kda": recurrent(oracle_delta.kimi_delta, bounded=True),
 }
@@ -843,6 +875,8 @@ def dense(model: Oracle, b: str, h: Tensor, suffix: str = "", **how: Any) -> Ten
     else:
         gate = linear(model, f"{b}.ffn_gate{suffix}", h)
     hidden = activate(facts, gate, up, **how) / model.weights.get(f"{b}.ffn.act{suffix}.scales", 1.0)
+    if f"{b}.ffn_sub_norm{suffix}.weight" in model.weights:
+        hidden = norm(model, f"{b}.ffn_sub_norm{suffix}", hidden, frozen=how["freeze"] is not None)
     return linear(model, f"{b}.ffn_down{suffix}", hidden)
 
 
@@ -1026,27 +1060,32 @@ def block(
     how = {"frozen": frozen, "context": len(x) if context is None else context}
     # Falcon 40B has a norm of its own for the attention; the usual one is then the feed-forward's.
     own = facts.parallel and f"{b}.attn_norm_2.weight" in model.weights
-    h = branch_norm(model, b, "attn_norm_2" if own else facts.attn_norm, x, frozen=frozen)
+    mixers = facts.mixers(model, layer)
+    h = branch_norm(model, b, "attn_norm_2" if own else facts.attn_norm, x, frozen=frozen) if mixers else x
     if (source := source_of(model, layer)) is not None:
         stream = states[f"l_out-{source - 1}"] if source else states["x"]
         how["source"] = source, branch_norm(model, f"blk.{source}", facts.attn_norm, stream, frozen=frozen)
-    mixed = {kind: MIXERS[kind](model, layer, h, **how) for kind in facts.mixers(model, layer)}
+    mixed = {kind: MIXERS[kind](model, layer, h, **how) for kind in mixers}
     attn = ffn = torch.zeros_like(x)
     if mixed:
         attn = branch_norm(model, b, facts.attn_post, sum(mixed.values()), frozen=frozen) * scale
         if facts.value_scale_key:
             attn = attn * (model.metadata.get("attention.value_scale", 0.0) or 1.0)
+    middle = attn + (model.metadata["residual_scale"] * h if facts.normed_skip else x)
+    past_ffn = middle
+    if facts.normed_skip:
+        past_ffn = model.metadata["residual_scale"] * branch_norm(model, b, facts.ffn_norm, middle, frozen=frozen)
     shared = facts.parallel or (facts.ffn_norm_optional and f"{b}.ffn_norm.weight" not in model.weights)
     together = shared or (facts.parallel_key and model.metadata["use_parallel_residual"])
     if any(f"{b}.{name}.weight" in model.weights for name in ("ffn_down", "ffn_down_exps")):
         before = facts.attn_norm if shared else facts.ffn_norm
-        ffn = feed_forward(model, b, x if together else x + attn, x, before, freeze=freeze, gelu=gelu) * scale
+        ffn = feed_forward(model, b, x if together else middle, x, before, freeze=freeze, gelu=gelu) * scale
     more = {}
     if f"{b}.inp_gate.weight" in model.weights:
         inputs = states["per_layer_inputs"][:, layer]
-        more["per_layer_out"] = per_layer_branch(model, b, x + attn + ffn, inputs, freeze=freeze, gelu=gelu)
-    out = (x + attn + ffn + sum(more.values())) * model.weights.get(f"{b}.layer_output_scale.weight", 1.0)
-    states = {"attn_out": attn, "ffn_inp": x + attn, "ffn_out": ffn, "l_out": out} | mixed | more
+        more["per_layer_out"] = per_layer_branch(model, b, past_ffn + ffn, inputs, freeze=freeze, gelu=gelu)
+    out = (past_ffn + ffn + sum(more.values())) * model.weights.get(f"{b}.layer_output_scale.weight", 1.0)
+    states = {"attn_out": attn, "ffn_inp": middle, "ffn_out": ffn, "l_out": out} | mixed | more
     return {f"{name}-{layer}": state for name, state in states.items()}
 
 

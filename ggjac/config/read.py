@@ -67,6 +67,7 @@ def read_config(metadata: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...
         temperature_length=_temperature_length(keys, row, context) if temperature else context,
         embedding_scale=_embedding_scale(keys, row, d),
         residual_scale=_residual_scale(keys, row, blocks),
+        skip_scale=keys.real("residual_scale") if row.normed_skip else 1.0,
         value_scale=(keys.real("attention.value_scale", 0.0) if row.value_scale else 0) or 1.0,
         logit_scale=_logit_scale(keys, row, d),
         expert_count=experts.total,
@@ -81,7 +82,7 @@ def read_config(metadata: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...
     )
     # Blocks that read another's keys may still have tensors for their own.
     idle = {f"blk.{i}.{stem}" for i, own in enumerate(layers) if own.source is not None for stem in _KEYS_AND_VALUES}
-    left_out = idle | {f"blk.{i}" for i in range(blocks, stored)}
+    left_out = idle | {f"blk.{i}" for i in range(stored) if i >= blocks or layers[i].idle}
     used = {
         row.export.name(name): shape
         for name, shape in shapes.items()
@@ -172,7 +173,7 @@ def _layers(
     xielu = _xielu(keys, blocks) if row.activation == "xielu" else [None] * blocks
     layers: list[Layer] = []
     first_reader = stored - (keys.count("attention.shared_kv_layers") if row.shared_keys else 0)
-    for i, mixers in enumerate(_mixers(keys, row, stored, blocks, kv_heads, units)):
+    for i, mixers in enumerate(_mixers(keys, row, stored, blocks, heads, kv_heads, units)):
         attends = row.mixer in mixers
         latent = _latent(keys, row, windows[i] is not None) if attends else Latent()
         source = None if i < first_reader else first_reader - (1 if windows[i] is None else 2)
@@ -237,24 +238,32 @@ def _check_sources(keys: Keys, layers: Sequence[Layer]) -> None:
 
 
 def _mixers(
-    keys: Keys, row: Architecture, stored: int, blocks: int, kv_heads: Sequence[int], units: Sequence[int]
+    keys: Keys,
+    row: Architecture,
+    stored: int,
+    blocks: int,
+    heads: Sequence[int],
+    kv_heads: Sequence[int],
+    units: Sequence[int],
 ) -> list[tuple[str, ...]]:
     """Return the kinds of each block's mixers."""
     if row.recurrent_blocks == "beside":
         return [(row.mixer, row.recurrent)] * blocks
     if row.recurrent_blocks == "interval":
-        recurrent = _interval(keys, stored)
+        recurrent = _interval(keys, row, stored)
     elif row.recurrent_blocks == "no kv heads":
         recurrent = [not count for count in kv_heads]
     else:
         recurrent = [row.recurrent_blocks == "all"] * stored
     kinds = [row.recurrent if flag else row.mixer for flag in recurrent[:blocks]]
+    if row.pruned:
+        return [(kinds[i],) if heads[i] and units[i] else () for i in range(blocks)]
     return [() if row.one_branch and own else (kind,) for kind, own in zip(kinds, units[:blocks], strict=True)]
 
 
-def _interval(keys: Keys, stored: int) -> list[bool]:
+def _interval(keys: Keys, row: Architecture, stored: int) -> list[bool]:
     """Return whether each block is recurrent, as the file says, or all but the last of every few."""
-    period = keys.integer("full_attention_interval", 4)
+    period = keys.integer("full_attention_interval", row.recurrent_period)
     flags = keys.flags("attention.recurrent_layers", stored)
     return [(i + 1) % period != 0 for i in range(stored)] if flags is None else flags
 
@@ -331,8 +340,12 @@ def _temperature_length(keys: Keys, row: Architecture, context: int) -> int:
 
 def _recurrence(keys: Keys, row: Architecture, blocks: int, context: int) -> Recurrence:
     """Return the sizes of mixers other than attention."""
-    if not row.recurrent:
+    if row.recurrent in ("", "linear"):
         return Recurrence()
+    if row.recurrent == "lightning":
+        heads = keys.for_all_blocks("attention.head_count", blocks)
+        size = keys.integer("attention.key_length", max(1, keys.integer("embedding_length") // heads))
+        return Recurrence(1, heads, heads, size, size)
     taps = keys.integer("shortconv.l_cache" if row.recurrent == "convolution" else "ssm.conv_kernel")
     if taps > context:
         raise ConfigError(f"{keys.prefix}: a convolution over {taps} positions does not fit a context of {context}")
