@@ -2,7 +2,7 @@
 
     python tools/reliability/killed_workers.py --kills 20
 
-Each trial is `ranks --workers 2` over 8 prompts. After a random part of the time that this takes, one of the workers
+Each trial is `ranks --workers 2` over 16 prompts. After a random part of the time that this takes, one of the workers
 gets SIGKILL, or, with one chance in four, their parent; in half of the trials this happens again. A killed command is
 started again, as a user would; one whose worker was killed must end well by itself. The result must have the bytes that
 one process writes without any worker, no worker may live on, and nothing may be left beside the file.
@@ -18,7 +18,7 @@ from attempts import Attempt, arguments, leftovers, one_line, workplace
 
 from ggjac.gguf.hub import demo_path
 
-PROMPTS = [f"{subject} number {i} is" for i in range(2) for subject in ("The city", "A color", "My tree", "This word")]
+PROMPTS = [f"{subject} number {i} is" for i in range(4) for subject in ("The city", "A color", "My tree", "This word")]
 PATIENCE = 60.0  # seconds in which a worker must end after its parent: when it has imported torch, at the latest
 
 
