@@ -93,6 +93,8 @@ class Architecture:
             `"interval"` (`attention.recurrent_layers`, or all but the last of every `full_attention_interval`);
             `"beside"` (every block has both mixers, added); or `""` for none.
         recurrent_period: default of that interval.
+        pruned: a block without heads has no mixer, and one without hidden units does nothing, whatever else it has.
+        inner_norms: attention and feed-forward have a norm before their output projection.
         one_branch: a block with a feed-forward (`feed_forward_length` above 0) has no mixer.
         key_heads_tiled: of `h` value heads, head `i` uses key head `i % g` in place of `i // (h // g)`.
         made_from_values: where steps ("dt"), keys ("b") and queries ("c") of a state space are made from its values, as
@@ -261,6 +263,8 @@ class Architecture:
     recurrent: str = ""
     recurrent_blocks: str = ""
     recurrent_period: int = 4
+    pruned: bool = False
+    inner_norms: bool = False
     one_branch: bool = False
     key_heads_tiled: bool = False
     made_from_values: tuple[str, ...] = ()
@@ -594,6 +598,15 @@ ARCHITECTURES: dict[str, Architecture] = {
     "hunyuan-moe": Architecture(qk_norm="rotated"),
     "bailingmoe": replace(_DEEPSEEK, rope_pairs="adjacent", leading_dense=False),
     "bailingmoe2": replace(_DOTS, partial_rotary=True, expert_widths="shared count"),
+    "openelm": replace(_QWEN3, qkv_scales=False, head="tied", graph=Graph(attention=())),
+    "deci": replace(
+        _LLAMA,
+        recurrent="linear",
+        recurrent_blocks="no kv heads",
+        pruned=True,
+        graph=Graph(attention=("wo",), ffn=()),
+    ),
+    "bitnet": Architecture(inner_norms=True, ffn_scales=True, head="tied", graph=Graph(ffn=("ffn_down",))),
     "mellum": replace(
         _QWEN3,
         windowed="optional",

@@ -21,6 +21,8 @@ if TYPE_CHECKING:  # NumPy would be imported for types alone
 # Why a branch is computed whole by every rank.
 RECURRENCE = "recurrence"
 ALL_HEADS = "attention with a norm over all heads together"
+ALL_UNITS = "network with a norm over all its hidden units"
+PROJECTION = "projection in place of attention"
 SEVERAL = "attention whose keys and values several blocks read"
 FEW_HEADS = "attention with too few heads for so many ranks, or narrower than stored blocks of weights"
 NARROW = "network narrower than a stored block of weights for each rank"
@@ -103,6 +105,9 @@ def divide(config: ModelConfig, tensors: "Mapping[str, TensorInfo]", rank: int, 
         elif heads:
             reasons.append(heads)
         for stems, columns, reason in _sums(config, i, tensors):
+            if f"blk.{i}.ffn_sub_norm.weight" in tensors:
+                reasons.append(ALL_UNITS)
+                continue
             share = _share(columns.shape[-1], columns.type.block_size, rank, ranks)
             if share is None:
                 reasons.append(reason)
@@ -112,6 +117,8 @@ def divide(config: ModelConfig, tensors: "Mapping[str, TensorInfo]", rank: int, 
                 found[output] = Cut("columns", share.start, share.stop)
         if any(MIXERS[mixer].recurrent for mixer in own.mixers):
             reasons.append(RECURRENCE)
+        if "linear" in own.mixers:
+            reasons.append(PROJECTION)
         layers.append(own)
         cuts.append(found)
         whole.append(tuple(dict.fromkeys(reasons)))
@@ -165,7 +172,8 @@ def _heads(config: ModelConfig, layer: int, tensors: "Mapping[str, TensorInfo]",
         return ""
     if own.source is not None or layer in config.writers:
         return SEVERAL
-    if "attention" in own.mixers and config.row.qk_norm == "full":
+    whole_norm = config.row.qk_norm == "full" or config.row.inner_norms
+    if "attention" in own.mixers and whole_norm:
         return ALL_HEADS
     each = own.heads // own.kv_heads
     stored = tensors[f"{config.prefix(layer)}attn_output.weight"].type.block_size

@@ -265,6 +265,14 @@ FAMILIES: dict[str, dict[str, Any]] = {
     | {"qk_norm": "head", "layers": 5, "dense_lead": 1, "window": 4, "expert_ff": 48, "shared_ff": 48}
     | {"selection_bias": 0.3, "predictor_experts": False}
     | {"extra": {"expert_weights_norm": True, "expert_weights_scale": 2.5, "expert_gating_func": 2}},
+    # Every layer has numbers of heads and hidden units of its own.
+    "openelm": {"qk_norm": "head", "fused_qkv": True, "tied": True, "head_dim": 16, "mixers": ("attention", "narrow")}
+    | {"sizes": {"narrow": {"heads": 3, "kv_heads": 1}}, "heads_by_layer": True, "kv_by_layer": True}
+    | {"layers": 3, "ffs": (64, 96, 128)},
+    # Some layers have lost their attention, or heads, or have a wider network.
+    "deci": {"mixers": ("attention", "none", "narrow"), "sizes": {"narrow": {"kv_heads": 1}}, "heads_by_layer": True}
+    | {"kv_by_layer": True, "layers": 4, "ffs": (96, 64, 128, 32)},
+    "bitnet": {"inner_norms": True, "tied": True},
     "mellum": EXPERTS | {"qk_norm": "head", "head_dim": 32, "expert_ff": 48, "layers": 5, "window": 4},
     # The last layer is full, and the middle one of three.
     "maple": EXPERTS
@@ -664,6 +672,28 @@ FAMILY_CASES: dict[str, dict[str, Any]] = {
     "olmoe": of("olmoe"),
     "granitemoe": of("granitemoe"),
     "granitemoe_shared": of("granitemoe", shared_ff=80),
+    "openelm": of("openelm"),
+    "openelm_linear": of("openelm", scaling=LINEAR, rope_base=100.0, kv_heads=4),
+    "openelm_q8_0": of("openelm", type="Q8_0", sizes={"narrow": {"heads": 2, "kv_heads": 2}}),
+    "deci": of("deci", rope_factors=True, rope_base=500.0),
+    # As the 51B: a projection in place of attention, first and last.
+    "deci_linear": of("deci", mixers=("linear", "attention", "none"), head_dim=32, fused_qkv=True, tied=True),
+    # As the 253B: layers that do nothing, although two of them have attention. (llama.cpp aborts if the last does.)
+    "deci_idle": of("deci", mixers=("attention", "none", "attention"), layers=6, ffs=(0, 96, 64, 0, 0, 32)),
+    "deci_biases": of(
+        "deci",
+        mixers=("attention", "linear"),
+        layers=2,
+        ffs=(96, 96),
+        biases=("ffn_gate", "ffn_up", "ffn_down"),
+        scaling=LINEAR,
+    ),
+    "deci_q8_0": of("deci", type="Q8_0", heads=2, kv_heads=2, sizes={"narrow": {"kv_heads": 1}}),
+    "bitnet": of("bitnet"),
+    "bitnet_scales": of("bitnet", scales=SCALED[0] + SCALED[1], layers=3),
+    # As its converter states it, which multiplies by nothing.
+    "bitnet_linear": of("bitnet", scaling={"type": "linear", "factor": 1.0}, rope_base=5e5, eps=0.05, heads=2),
+    "bitnet_ternary": of("bitnet", d=256, ff=256, layers=1, heads=2, types={"blk.": "TQ2_0"}),
     "mellum": of("mellum"),
     "mellum_yarn": of("mellum", **YARN_ROW, fused_qkv=True, layers=4),
     "mellum_listed": of(
@@ -913,7 +943,7 @@ FAMILY_CASES: dict[str, dict[str, Any]] = {
     "qwen2vl": of("qwen2vl", rope_base=1e6, eps=0.05),
     "qwen2vl_yarn": of("qwen2vl", **YARN_ROW, tied=True, fused_qkv=True, fused_bias=True),
     # The last section is the fourth axis', which text has not: with a base this low its pairs are seen to stand.
-    "qwen2vl_still": of("qwen2vl", rope_base=30.0, window=3, extra=UNREAD | {"rope.dimension_sections": [2, 2, 1, 3]}),
+    "qwen2vl_still": of("qwen2vl", rope_base=30.0, window=3, extra=UNREAD | {"rope.dimension_sections": [3, 1, 1, 3]}),
     "paddleocr": of("paddleocr", rope_base=5e5),
     "paddleocr_unread": of("paddleocr", biases=(*QKV, "attn_output"), tied=False, window=3, extra=UNREAD),
     # As HunyuanOCR: all four axes have sections, and a factor enlarges the base.

@@ -29,7 +29,7 @@ def libggml() -> ctypes.CDLL:
 
 NAMES = (
     *("l_out-", "attn_out-", "ffn_out-", "ffn_inp-", "sa_out-", "result_norm"),
-    *("attn_output-", "linear_attn_out-", "attn_residual-", "kda_out-", "mla_out-"),
+    *("attn_output-", "linear_attn_out-", "attn_residual-", "kda_out-", "mla_out-", "wo-"),
     *("model.layers.{}.conv.out_proj-", "model.layers.{}.self_attn.out_proj-"),
     *("mamba_out-", "ssm_out-", "layer_out-", "nemotron_h_block_out-"),
     "ffn_residual-",

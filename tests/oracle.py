@@ -100,6 +100,7 @@ class Facts(NamedTuple):
     clamp_keys: bool = False  # swiglu_clamp_exp and _shexp limit gate, after SiLU, and up
     clamp_first: bool = False  # the gate before SiLU
     clamp: float | Tensor = 0.0  # so in one layer, where it is not zero
+    pruned: bool = False  # a block without a feed-forward does nothing
     ffn: str = "gated"  # gated | fused (gate above up in one matrix) | plain
     shared_ffn: str | None = None  # of the expert that all share; None: as above
     router: str = "all"  # softmax over: all | selected; or of each its sigmoid: each
@@ -144,6 +145,14 @@ def by_interval(kind: str, default: int = 4) -> Callable[["Oracle", int], tuple[
         return (kind if (stated[layer] if stated else (layer + 1) % period) else "attention",)
 
     return mixers
+
+
+def pruned(model: "Oracle", layer: int) -> tuple[str, ...]:
+    """Return the mixer of a block that may have lost it, or all of its heads, or its feed-forward and so everything."""
+    meta = model.metadata
+    if not scalar(meta["attention.head_count"], layer) or not scalar(meta["feed_forward_length"], layer):
+        return ()
+    return ("attention" if scalar(meta["attention.head_count_kv"], layer) else "linear",)
 
 
 def by_kv_heads(kind: str, other: str = "attention") -> Callable[["Oracle", int], tuple[str, ...]]:
@@ -264,6 +273,9 @@ FACTS: dict[str, Facts] = {
     "exaone-moe": ROUTED._replace(
         rope="halves", qk_norm="head", factors=True, period=4, local_base_key=False, roped="local"
     ),
+    "openelm": Facts(rope="halves", qk_norm="head"),
+    "deci": Facts(factors=True, mixers=pruned, sum_named_ffn_out=True, graph={"wo": "linear"}),
+    "bitnet": Facts(rope="halves", graph={"ffn_down": "ffn_out"}),
     "mellum": Facts(
         rope="halves", qk_norm="head", period=4, local_base_key=False, local_scaling=False, local_attn_factor=False,
         sum_named_ffn_out=True, graph={"ffn_moe_out": "ffn_out"},
@@ -744,7 +756,14 @@ def attention(
         gate = facts.head_gate(linear(model, f"{b}.attn_gate", h))
         gate = gate[..., None].expand(n, -1, read.shape[1] // gate.shape[1]).flatten(1)
         read = read * (gate.detach() if frozen else gate)
+    if f"{b}.attn_sub_norm.weight" in model.weights:
+        read = norm(model, f"{b}.attn_sub_norm", read, frozen=frozen)
     return linear(model, f"{b}.attn_output", read)
+
+
+def only_projected(model: Oracle, layer: int, h: Tensor, **_: Any) -> Tensor:
+    """Return what stands in place of attention in some pruned layers."""
+    return linear(model, f"blk.{layer}.attn_output", h)
 
 
 def recurrent(mixer: Callable[..., Tensor], **options: Any) -> Callable[..., Tensor]:
@@ -790,6 +809,7 @@ def lightning(model: Oracle, layer: int, h: Tensor, *, frozen: bool, context: in
 MIXERS: dict[str, Callable[..., Tensor]] = {
     "attention": attention,
     "latent": latent_attention,
+    "linear": only_projected,
     "mamba": oracle_state.mamba,
     "mamba2": oracle_state.mamba2,
     "plamo2": oracle_state.plamo2,
@@ -870,6 +890,8 @@ def dense(model: Oracle, b: str, h: Tensor, suffix: str = "", **how: Any) -> Ten
     else:
         gate = linear(model, f"{b}.ffn_gate{suffix}", h)
     hidden = activate(facts, gate, up, **how) / model.weights.get(f"{b}.ffn.act{suffix}.scales", 1.0)
+    if f"{b}.ffn_sub_norm{suffix}.weight" in model.weights:
+        hidden = norm(model, f"{b}.ffn_sub_norm{suffix}", hidden, frozen=how["freeze"] is not None)
     return linear(model, f"{b}.ffn_down{suffix}", hidden)
 
 
@@ -1055,11 +1077,12 @@ def block(
     how = {"frozen": frozen, "context": len(x) if context is None else context}
     # Falcon 40B has a norm of its own for the attention; the usual one is then the feed-forward's.
     own = facts.parallel and f"{b}.attn_norm_2.weight" in model.weights
-    h = branch_norm(model, b, "attn_norm_2" if own else facts.attn_norm, x, frozen=frozen)
+    mixers = facts.mixers(model, layer)
+    h = branch_norm(model, b, "attn_norm_2" if own else facts.attn_norm, x, frozen=frozen) if mixers else x
     if (source := source_of(model, layer)) is not None:
         stream = states[f"l_out-{source - 1}"] if source else states["x"]
         how["source"] = source, branch_norm(model, f"blk.{source}", facts.attn_norm, stream, frozen=frozen)
-    mixed = {kind: MIXERS[kind](model, layer, h, **how) for kind in facts.mixers(model, layer)}
+    mixed = {kind: MIXERS[kind](model, layer, h, **how) for kind in mixers}
     attn = ffn = torch.zeros_like(x)
     if mixed:
         attn = branch_norm(model, b, facts.attn_post, sum(mixed.values()), frozen=frozen) * scale

@@ -31,12 +31,14 @@ RANKS = 3
 # Every architecture, and what is divided in a way of its own: biases, fused tensors, storage types, groups of heads and
 # experts, several mixers or networks in a block, and keys that several blocks read.
 CASES = sorted({
+    "deci_linear",
     *FIRST.values(),
     "gqa", "mqa", "fused_biases", "fused_qkv", "qwen3_q8_0", "qwen2_fused_split", "olmo2_fused", "nemotron_biases",
     "gptneox_whole_heads", "falcon_40b", "mixtral_biases", "mixtral_one_expert", "gpt_oss_mxfp4", "granitemoe_shared",
     "bailingmoe2_groups", "deepseek2_lite_split", "deepseek2_unsplit", "deepseek2_yarn", "minimax_m3_fused",
     "lfm2_window", "granitehybrid_biases", "granitehybrid_shared", "nemotron_h_moe_latent", "falcon_h1_normed",
     "qwen35moe_fused", "gemma4_experts", "gemma4_small", "gemma4_shared", "gemma4_shared_keys", "kimi_linear_sizes",
+    "mpt_scaled",
 })  # fmt: skip
 # Of mixtures whose tokens use every expert, a plan knows all.
 EVERY_EXPERT = {
@@ -44,7 +46,7 @@ EVERY_EXPERT = {
     for case, changes in {"mixtral": {}, "qwen2moe": {}, "deepseek2": {"omit": NO_GROUPS}}.items()
 }
 # Why a mixer is computed whole by every rank, however many heads and channels it has.
-KINDS_OF_WHOLE = {division.RECURRENCE, division.ALL_HEADS, division.SEVERAL}
+KINDS_OF_WHOLE = {division.RECURRENCE, division.ALL_HEADS, division.SEVERAL, division.PROJECTION}
 
 
 @pytest.fixture(scope="module")
@@ -103,11 +105,12 @@ def test_what_is_divided(tiny_files: dict[str, Path]) -> None:
             found = division.divide(config, file.tensors, 0, 2)
         for i, (own, cuts, whole) in enumerate(zip(config.layers, found.cuts, found.whole, strict=True)):
             undivided = {mixer for mixer in own.mixers if MIXERS[mixer].output not in cuts}
-            assert set(whole) <= KINDS_OF_WHOLE, f"{case}, block {i}"
+            normed = division.ALL_UNITS in whole
+            assert set(whole) <= KINDS_OF_WHOLE | {division.ALL_UNITS}, f"{case}, block {i}"
             assert bool(whole) == bool(undivided), f"{case}, block {i}: {undivided}"
-            assert ("ffn_down" in cuts) == (own.hidden_units > 0), f"{case}, block {i}"
+            assert ("ffn_down" in cuts) == (own.hidden_units > 0 and not normed), f"{case}, block {i}"
             seen |= set(whole)
-    assert seen == KINDS_OF_WHOLE
+    assert seen == KINDS_OF_WHOLE | {division.ALL_UNITS}
 
 
 @pytest.mark.parametrize("case", ["gqa", "phi2", "gpt_oss", "deepseek2_yarn"])

@@ -70,6 +70,8 @@ class Options:
     final_norm: str = "output_norm"
     output_scale: bool = False  # a factor of the stream after each layer
     alone: bool = False  # a layer is its mixer only, or its feed-forward network only where the mixer is "none"
+    heads_by_layer: bool = False  # write an array of numbers of heads, 0 where a layer has none
+    inner_norms: bool = False  # before the output projections
     kv_by_layer: bool = False  # write an array of numbers of kv heads, 0 where a layer has no attention
     qk_gain: float = 1.4  # of the norms of q and k
     qk_norm: str = ""  # head | heads (weights of each head's own) | full
@@ -135,6 +137,11 @@ class Options:
         return (self.layers - self.predictors) * self.extra.get("num_loops", 1)
 
     @property
+    def working(self) -> int:
+        """Number of blocks that do something."""
+        return sum(not self.ffs or self.ffs[layer] > 0 for layer in range(self.blocks))
+
+    @property
     def hk(self) -> int:
         return self.kv_heads or self.heads
 
@@ -196,8 +203,8 @@ def metadata(o: Options) -> dict[str, Any]:
         "feed_forward_length": [o.ff * feeds(o, layer) for layer in range(o.layers)]
         if o.alone
         else list(o.ffs) or repeat(o.ff),
-        "attention.head_count": [windowed(o).heads if kind == "window" else o.heads for kind in kinds]
-        if "heads" in o.sizes.get("window", {})
+        "attention.head_count": [heads(o, kind) for kind in kinds]
+        if o.heads_by_layer or "heads" in o.sizes.get("window", {})
         else repeat(o.heads),
         "attention.head_count_kv": [kv_heads(o, kind) for kind in kinds] if o.kv_by_layer else repeat(o.hk),
         "attention.key_length": o.hd,
@@ -257,9 +264,10 @@ def tensors(o: Options) -> Iterator[Entry]:
     widths = {"attn_q": q, "attn_k": kv, "attn_v": kv, "ffn_gate": o.ff, "ffn_up": o.ff, "ffn_gate_inp": o.experts}
     for layer in range(o.layers):
         b = f"blk.{layer}"
-        for name in o.norms:
-            yield from norms(o, f"{b}.{name}", o.d, o.post_gain if name.startswith("post_") else 1.0)
         kind = kind_of(o, layer)
+        for name in o.norms:
+            if has_norm(o, layer, name):
+                yield from norms(o, f"{b}.{name}", o.d, o.post_gain if name.startswith("post_") else 1.0)
         entries = MIXERS[kind](o, b)
         if layer >= o.layers - o.shared_kv and not o.idle_kv:
             entries = (entry for entry in entries if ".attn_k" not in entry.name and ".attn_v" not in entry.name)
@@ -307,6 +315,8 @@ def kind_of(o: Options, layer: int) -> str:
 
 def feeds(o: Options, layer: int) -> bool:
     """Return whether a layer has a feed-forward network."""
+    if o.ffs and not o.ffs[layer]:
+        return False
     return not o.alone or kind_of(o, layer) == "none" or layer >= o.blocks
 
 
@@ -315,9 +325,26 @@ def has_part(o: Options, layer: int, name: str) -> bool:
     return kv_heads(o, kind_of(o, layer)) > 0 if ".attn_" in name else feeds(o, layer)
 
 
+def has_norm(o: Options, layer: int, name: str) -> bool:
+    """Return whether a layer has the sublayer, its mixer or its feed-forward, that a norm belongs to."""
+    if name == "attn_norm" and not o.alone:
+        return kind_of(o, layer) != "none"
+    return name != "ffn_norm" or feeds(o, layer)
+
+
+def sized(o: Options, kind: str) -> Options:
+    """Return the options of a kind of attention, which may have sizes of its own."""
+    return dataclasses.replace(o, **o.sizes.get(kind, {})) if kind in ("window", "narrow") else o
+
+
+def heads(o: Options, kind: str) -> int:
+    """Return the number of heads of a layer with this mixer, as the file has it."""
+    return 0 if kind == "none" else sized(o, kind).heads
+
+
 def kv_heads(o: Options, kind: str) -> int:
     """Return the number of kv heads of a layer with this mixer."""
-    return windowed(o).hk if kind == "window" else 0 if kind in RECURRENT else o.hk
+    return 0 if kind in RECURRENT else sized(o, kind).hk
 
 
 def attention(o: Options, b: str, *, gated: bool = False) -> Iterator[Entry]:
@@ -339,6 +366,8 @@ def attention(o: Options, b: str, *, gated: bool = False) -> Iterator[Entry]:
         yield Entry(f"{b}.attn_sinks.weight", (o.heads,), 1.0, 2.0)
     if o.attn_gate:
         yield matrix(f"{b}.attn_gate", {"heads": o.heads, "elements": q}[o.attn_gate], o.d, 2.0)
+    if o.inner_norms:
+        yield from norms(o, f"{b}.attn_sub_norm", o.heads * o.hv)
     yield matrix(f"{b}.attn_output", o.d, o.heads * o.hv)
 
 
@@ -520,17 +549,12 @@ def nothing(o: Options, b: str) -> Iterator[Entry]:
 # ---- windowed layers of another size
 
 
-def windowed(o: Options) -> Options:
-    """Return the options of windowed layers where their attention has sizes of its own."""
-    return dataclasses.replace(o, **o.sizes["window"])
-
-
 def window(o: Options, b: str) -> Iterator[Entry]:
-    yield from attention(windowed(o), b)
+    yield from attention(sized(o, "window"), b)
 
 
 def window_keys(o: Options) -> dict[str, Any]:
-    local = windowed(o)
+    local = sized(o, "window")
     return {
         "attention.sliding_window_pattern": [kind_of(o, layer) == "window" for layer in range(o.layers)],
         "attention.key_length_swa": local.hd,
@@ -665,6 +689,8 @@ MIXERS: dict[str, Callable[[Options, str], Iterator[Entry]]] = {
     "mamba2": mamba2,
     "plamo2": plamo2,
     "attention, mamba2": mamba2_beside_attention,
+    "narrow": lambda o, b: attention(sized(o, "narrow"), b),
+    "linear": lambda o, b: iter([matrix(f"{b}.attn_output", o.d, o.d)]),
     "none": nothing,
 }
 # Those that have no kv heads.
@@ -679,6 +705,7 @@ RECURRENT = {
     "mamba",
     "mamba2",
     "plamo2",
+    "linear",
     "none",
 }
 # What the metadata then have besides, or instead; sizes with a dot in their names are keys themselves.
@@ -702,6 +729,8 @@ def feed_forward(o: Options, b: str, suffix: str, width: int) -> Iterator[Entry]
         yield stacked(o, up.name, [gate, up])
     else:
         yield from [up] if o.ffn == "plain" else [gate, up]
+    if o.inner_norms:
+        yield from norms(o, f"{b}.ffn_sub_norm{suffix}", width)
     yield matrix(f"{b}.ffn_down{suffix}", o.d, width, o.down_gain)
     if o.act_scales:
         yield Entry(f"{b}.ffn.act.scales", (width,), 0.2, 1.0)

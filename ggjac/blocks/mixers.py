@@ -30,7 +30,7 @@ from ggjac.blocks.patterns import (
 )
 from ggjac.config import ModelConfig
 from ggjac.config.mixers import MIXERS
-from ggjac.linop import Conv, LinearOperator, Mix, Scale, Scan, Select
+from ggjac.linop import Conv, Identity, LinearOperator, Mix, Scale, Scan, Select
 from ggjac.rope import rotate
 from ggjac.sizes import scan_chunk
 
@@ -172,6 +172,9 @@ def reading(w: BlockWeights, tape: MixerTape, n: int, m: int) -> LinearOperator:
 def valued(w: BlockWeights, tape: MixerTape, n: int) -> LinearOperator:
     """Return a mixer from its (normed) input to the values that it mixes, `[n, d]` to `[n, g v]`."""
     path = MIXERS[tape.kind]
+    if not path.values:
+        matrix = w.matrix(f"{path.output}.weight")
+        return Identity((n, matrix.shape[1]), dtype=matrix.dtype, device=matrix.device)
     values: LinearOperator = linear(w, path.values, n)
     if tape.latent is not None:
         values = linear(w, path.expansion, n) @ tape.latent.operator() @ values
@@ -228,7 +231,10 @@ def _attention(w: BlockWeights, frame: Frame, layer: int, h: Float[Tensor, "m d"
         k, v = torch.cat((past.k, k)), torch.cat((past.v, v))  # [p + m, g, s], [p + m, g v]
     read = _head_gate(w, config, h) if gate is None else gate
     tape = MixerTape("attention", _pattern(w, config, layer, q, k), written=written, read=read)
-    return Mixed(tape, affine(_mix(w, tape, v.shape[1]), v), Past(k, v))
+    heads = affine(_mix(w, tape, v.shape[1]), v)
+    if "attn_sub_norm.weight" in w:
+        tape = tape._replace(read=Factor((inverse_rms(heads, config) * w.vector("attn_sub_norm.weight")).to(h)))
+    return Mixed(tape, heads, Past(k, v))
 
 
 def _shared_attention(w: BlockWeights, frame: Frame, layer: int, h: Float[Tensor, "m d"], past: Past | None) -> Mixed:
@@ -572,6 +578,11 @@ def _convolution(w: BlockWeights, frame: Frame, layer: int, h: Float[Tensor, "m 
     return Mixed(MixerTape("convolution", entering=Factor(b), read=Factor(c)), heads, Past(rows=rows))
 
 
+def _linear(w: BlockWeights, frame: Frame, layer: int, h: Float[Tensor, "m d"], past: Past | None) -> Mixed:
+    """Freeze nothing: what stands in place of attention is its output projection of the normed input."""
+    return Mixed(MixerTape("linear"), h, Past())
+
+
 def _projected(w: BlockWeights, stems: Sequence[str], h: Float[Tensor, "m d"]) -> Float[Tensor, "m e"]:
     """Return `h` through those of the projections that the file has, one after the other."""
     for stem in stems:
@@ -595,4 +606,5 @@ RECORD: dict[str, Record] = {
     "channel state space": _channel_state_space,
     "lightning": _lightning,
     "convolution": _convolution,
+    "linear": _linear,
 }

@@ -108,7 +108,20 @@ class FFNTape(NamedTuple):
 def record_hidden(
     w: BlockWeights, frame: Frame, layer: int, h: Float[Tensor, "m d"], kind: str = "", expert: int | None = None
 ) -> HiddenTape:
-    """Freeze one feed-forward network at its (normed) input `h`.
+    """Freeze one feed-forward network at its (normed) input `h`, and the norm of its hidden units if it has one."""
+    tape = _record_hidden(w, frame, layer, h, kind, expert)
+    if f"ffn_sub_norm{kind}.weight" not in w:
+        return tape
+    hidden = affine(Scale(tape.factor, tape.constant), affine(linear(w, tape.live, len(h), kind, expert), h))
+    norm = (inverse_rms(hidden, frame.config) * w.vector(f"ffn_sub_norm{kind}.weight")).to(hidden)
+    constant = None if tape.constant is None else tape.constant * norm
+    return tape._replace(factor=tape.factor * norm, constant=constant)
+
+
+def _record_hidden(
+    w: BlockWeights, frame: Frame, layer: int, h: Float[Tensor, "m d"], kind: str, expert: int | None
+) -> HiddenTape:
+    """Freeze one feed-forward network at its (normed) input `h`, up to its hidden units.
 
     A gated network is `down(a(gate) * up)`, and either factor can be live. With `mlp_path="up"` the whole activated
     gate is frozen and `up` is live (the paper's code for five families). With `"gate"`, `up` and the sigmoid-like share

@@ -137,6 +137,11 @@ class Layer:
         present = {"layer": True, "attn": bool(self.mixers), "mlp": feeds}
         return tuple(kind for kind in KINDS if present[kind])
 
+    @property
+    def idle(self) -> bool:
+        """Whether the block does nothing."""
+        return self.taps == ("layer",)
+
     def clamp(self, kind: str) -> float:
         """Return the limit in networks of a kind, the suffix of their tensors' names."""
         return self.clamps[0 if kind == "_exps" else 1]

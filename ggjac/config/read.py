@@ -86,7 +86,7 @@ def read_config(metadata: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...
     )
     # Blocks that read another's keys may still have tensors for their own.
     idle = {f"blk.{i}.{stem}" for i, own in enumerate(layers) if own.source is not None for stem in _KEYS_AND_VALUES}
-    left_out = idle | {f"blk.{i}" for i in range(blocks, stored)}
+    left_out = idle | {f"blk.{i}" for i in range(stored) if i >= blocks or layers[i].idle}
     used = {
         row.export.name(name): shape
         for name, shape in shapes.items()
@@ -187,7 +187,7 @@ def _layers(
     xielu = _xielu(keys, blocks) if row.activation == "xielu" else [None] * blocks
     layers: list[Layer] = []
     first_reader = stored - (keys.count("attention.shared_kv_layers") if row.shared_keys else 0)
-    for i, mixers in enumerate(_mixers(keys, row, stored, blocks, kv_heads, units)):
+    for i, mixers in enumerate(_mixers(keys, row, stored, blocks, heads, kv_heads, units)):
         attends = row.mixer in mixers
         latent = _latent(keys, row, windows[i] is not None) if attends else Latent()
         source = None if i < first_reader else first_reader - (1 if windows[i] is None else 2)
@@ -252,7 +252,13 @@ def _check_sources(keys: Keys, layers: Sequence[Layer]) -> None:
 
 
 def _mixers(
-    keys: Keys, row: Architecture, stored: int, blocks: int, kv_heads: Sequence[int], units: Sequence[int]
+    keys: Keys,
+    row: Architecture,
+    stored: int,
+    blocks: int,
+    heads: Sequence[int],
+    kv_heads: Sequence[int],
+    units: Sequence[int],
 ) -> list[tuple[str, ...]]:
     """Return the kinds of each block's mixers."""
     if row.recurrent_blocks == "beside":
@@ -264,6 +270,8 @@ def _mixers(
     else:
         recurrent = [row.recurrent_blocks == "all"] * stored
     kinds = [row.recurrent if flag else row.mixer for flag in recurrent[:blocks]]
+    if row.pruned:
+        return [(kinds[i],) if heads[i] and units[i] else () for i in range(blocks)]
     return [() if row.one_branch and own else (kind,) for kind, own in zip(kinds, units[:blocks], strict=True)]
 
 
@@ -346,7 +354,7 @@ def _temperature_length(keys: Keys, row: Architecture, context: int) -> int:
 
 def _recurrence(keys: Keys, row: Architecture, blocks: int, context: int) -> Recurrence:
     """Return the sizes of mixers other than attention."""
-    if not row.recurrent:
+    if row.recurrent in ("", "linear"):
         return Recurrence()
     if row.recurrent == "lightning":
         heads = keys.for_all_blocks("attention.head_count", blocks)

@@ -59,6 +59,7 @@ _MIXERS: dict[str, dict[str, tuple[str, ...]]] = {
     "attention": _ATTENTION,
     "latent": {"attn_output": ("d", "read")},
     "shared attention": {"attn_q": ("q", "d"), "attn_output": ("d", "read")},
+    "linear": {},
     "delta": _DELTA,
     "kimi delta": {"attn_output": ("d", "hv")},
     "state space": _STATE_SPACE,
@@ -117,6 +118,7 @@ _VECTORS: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "state space of values": {**_MADE, "ssm_a": ("states",), "ssm_d": ("states",)},
     "convolution": {"shortconv.conv.weight": ("d", "taps")},
+    "linear": {"attn_output.weight": ("d", "d")},
 }
 # Of what selects keys: not used, since prompts in which it would leave some out are not supported.
 _INDEXER: dict[str, dict[str, tuple[str, ...]]] = {
@@ -288,6 +290,7 @@ _MIXER_PARTS: dict[str, Callable[[ModelConfig, int], dict[str, Part]]] = {
     "attention": _attention_parts,
     "latent": _latent_parts,
     "shared attention": lambda config, layer: {},
+    "linear": lambda config, layer: {},
     "delta": _delta_parts,
     "kimi delta": _kimi_delta_parts,
     "state space": _state_space_parts,
@@ -518,6 +521,9 @@ def _block_table(config: ModelConfig, layer: int) -> dict[str, tuple[str, ...]]:
             table |= {f"{name}.{kind}": axes[:-2] or ("one",) for kind in _SCALES}
     if row.norm == "layer" or row.norm_bias:
         table |= {f"{name}.bias": axes for name, axes in norms.items()}
+    if row.inner_norms:
+        table |= {"attn_sub_norm.weight": ("read",)} if own.mixers else {}
+        table |= {"ffn_sub_norm.weight": ("f",)} if own.hidden_units else {}
     if row.sinks and own.heads:
         table["attn_sinks.weight"] = ("heads",)
     if row.selection_bias and own.routed:

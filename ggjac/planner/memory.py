@@ -171,7 +171,7 @@ def _paths(config: ModelConfig, n: int) -> set[_Path]:
                     found.add(_Path(wide, wide, 2, chunk=sizes.key_size, stepwise=True))
                 else:
                     found.add(_Path(wide, wide, 2, chunk=scan_chunk(n, sizes.key_size) or 0))
-            elif MIXERS[mixer].convolution:
+            elif MIXERS[mixer].convolution or not MIXERS[mixer].mixes:
                 found.add(_Path(config.d, config.d, 2, mixed=False))
             else:
                 factors = int(bool(config.attention_clamp) or config.row.value_norm)

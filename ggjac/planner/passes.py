@@ -408,8 +408,9 @@ def _trace(block: _Block, config: ModelConfig, mlp_path: MlpPath, n: int, m: int
     for kind, experts, uses, _ in _networks(block, config, m):
         stems = _stems(block, kind)
         # A frozen factor that needs the live projection's own output is recorded first, and then applied.
-        if len(stems) < 3 or mlp_path == "gate" or _clamped(config, block, kind):
-            stems = [*stems, _live(block, kind, mlp_path)]
+        again = int(len(stems) < 3 or mlp_path == "gate" or _clamped(config, block, kind))
+        again += block.find(f"ffn_sub_norm{kind}.weight") is not None
+        stems = [*stems, *[_live(block, kind, mlp_path)] * again]
         parts += [block.linear(stem, m, experts, uses) for stem in stems]
     parts += [Pass(info.nbytes, {info.type.name: info.elements}) for info in _small(block)]
     return total([*parts, _sums(block, config, m, m)])
@@ -475,14 +476,14 @@ def _tape_bytes(block: _Block, config: ModelConfig, n: int, item: int) -> int:
 def _mixer_floats(config: ModelConfig, block: _Block, mixer: str, n: int) -> int:
     """Return the floats of a mixer's tape: its pattern `[h, n, n]` or its scan, and its factors."""
     heads, value, key = _heads(config, block, mixer)
-    own = block.layer
-    gated = config.row.gated_queries or own.gate > 0
+    row, own = config.row, block.layer
+    read = row.gated_queries or own.gate or row.inner_norms  # factors of what is mixed
     if not MIXERS[mixer].recurrent:
         if MIXERS[mixer].convolution:
             return 2 * n * config.d
         written = 2 if config.attention_clamp else int(config.row.value_norm)
         written *= bool(MIXERS[mixer].values)
-        return heads * n * n + n * (written * own.kv_heads * value + gated * heads * value)
+        return heads * n * n + n * (written * own.kv_heads * value + bool(read) * heads * value)
     chunk = scan_chunk(n, key)
     factors = 2 * n * heads * value
     if MIXERS[mixer].channels:
