@@ -100,7 +100,8 @@ def divide(config: ModelConfig, tensors: "Mapping[str, TensorInfo]", rank: int, 
         heads = _heads(config, i, tensors, rank, ranks)
         if isinstance(heads, Heads):
             found |= _attention_cuts(config, own, heads)
-            own = replace(own, heads=len(heads.queries), kv_heads=len(heads.keys))
+            alibi = own.alibi and replace(own.alibi, heads=heads.queries)
+            own = replace(own, heads=len(heads.queries), kv_heads=len(heads.keys), alibi=alibi)
         elif heads:
             reasons.append(heads)
         for stems, columns, reason in _sums(config, i, tensors):
@@ -156,7 +157,7 @@ def _sums(
     for kind in ("", "_shexp"):
         down = tensors.get(f"blk.{layer}.ffn_down{kind}.weight")
         if down is not None:
-            yield tuple(f"ffn_{stem}{kind}" for stem in ("up", "gate", "down")), down, NARROW
+            yield (f"ffn.act{kind}", *(f"ffn_{stem}{kind}" for stem in ("up", "gate", "down"))), down, NARROW
 
 
 def _heads(config: ModelConfig, layer: int, tensors: "Mapping[str, TensorInfo]", rank: int, ranks: int) -> Heads | str:
@@ -200,11 +201,12 @@ def _attention_cuts(config: ModelConfig, own: Layer, heads: Heads) -> dict[str, 
         return Cut("rows", of.start * width, of.stop * width)
 
     queries, keys = heads
-    nope = own.key_size - config.latent.rotary
+    nope = own.key_size - own.latent.rotary
     cuts = {
         "attn_q": rows(queries, own.key_size * (2 if config.row.gated_queries else 1)),
         "attn_output": rows(queries, own.value_size)._replace(axis="columns"),
         "attn_sinks": rows(queries, 1),
+        "attn_gate": rows(queries, own.gate),
     }
     if "latent" in own.mixers:
         return cuts | {
@@ -212,7 +214,6 @@ def _attention_cuts(config: ModelConfig, own: Layer, heads: Heads) -> dict[str, 
             "attn_k_nope": rows(queries, nope),
             "attn_k_b": rows(queries, 1)._replace(axis="stack"),
             "attn_v_b": rows(queries, own.value_size),
-            "attn_gate": rows(queries, 1),
         }
     cuts |= {"attn_k": rows(keys, own.key_size), "attn_v": rows(keys, own.value_size)}
     if config.row.qk_norm == "heads":  # weights of each head's own

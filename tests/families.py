@@ -51,6 +51,7 @@ YARN_ROW = {"scaling": YARN, "rope_base": 100.0}
 # No two sizes are equal, neither of a head's parts nor of what they are made from.
 SIZES = {"nope": 12, "latent": 20, "value": 10, "query": 24}
 UNSPLIT = SIZES | {"unsplit": True}
+NARROW = {"heads": 2, "nope": 10, "latent": 16, "value": 14}
 LATENT = {"mixers": ("latent",), "n_rot": 8, "sizes": SIZES}
 # Two of four groups, three of their six experts.
 GROUPS = {"experts": 12, "experts_used": 3} | {
@@ -137,6 +138,19 @@ STATE_SPACE: dict[str, dict[str, Any]] = {
     | {"extra": NEMOTRON_H["extra"] | {"expert_weights_norm": True, "expert_weights_scale": 2.5}},
     "jamba": {"mixers": ("mamba", "attention", "mamba"), "layers": 3, "kv_by_layer": True}
     | {"sizes": {"normed": True}, "omit": ATTENTION_KEYS[1:]},
+    # (llama.cpp does not come back where the first block states 0 heads, as the converter writes it.)
+    "plamo2": {
+        "mixers": ("attention", "plamo2"),
+        "layers": 4,
+        "kv_by_layer": True,
+        "norms": SANDWICH,
+        "bare_norms": ("post_attention_norm", "post_ffw_norm"),
+        "ffn": "fused",
+        "fused_qkv": True,
+        "qk_norm": "heads",
+        "head_dim": 32,
+        "omit": ("rope.dimension_count",),
+    },
     # The converter writes 0 heads, and no other key of attention.
     "mamba": {"mixers": ("mamba",), "alone": True, "norms": ("attn_norm",), "layers": 3, "kv_heads": None}
     | {"extra": {"attention.head_count": 0}, "omit": ATTENTION_KEYS},
@@ -306,6 +320,35 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "extra": {"feed_forward_length": 192},
     },
     "qwen2vl": {"biases": QKV, "extra": {"rope.dimension_sections": [2, 3, 3, 0]}},
+    "starcoder": LAYER_NORM
+    | {"positions": True, "fused_qkv": True, "fused_bias": True, "kv_heads": 1, "tied": True}
+    | {"biases": (*QKV, "attn_output", "ffn_up", "ffn_down")},
+    "codeshell": LAYER_NORM | {"biases": (*QKV, "attn_output", "ffn_up", "ffn_down")},
+    "orion": {"norm": "ln_bias"},
+    "maincoder": {"qk_norm": "head", "head_dim": 32},
+    "chatglm": {"biases": QKV, "ffn": "fused", "fused_qkv": True, "fused_bias": True, "n_rot": 8},
+    "pangu-embedded": {"biases": (*QKV, "attn_output"), "head_dim": 32},
+    "plamo": {"norms": ("attn_norm",)},
+    # Layer 7 is the first that sees everything.
+    "plamo3": {"norms": SANDWICH, "bare_norms": ("post_attention_norm", "post_ffw_norm"), "layers": 9, "window": 4}
+    | {"qk_norm": "head", "ffn": "fused", "fused_qkv": True, "tied": True, "rope_base": 100.0, "post_gain": 0.4},
+    "cogvlm": {"mixers": ("vision experts",), "fused_qkv": True, "kv_heads": 4},
+    # The converter writes that no dimension is rotated apart from others.
+    "deepseek2-ocr": EXPERTS
+    | {"kv_heads": 4, "layers": 3, "dense_lead": 1, "expert_ff": 48, "shared_count": 2}
+    | {"extra": {"rope.dimension_count": 0, "expert_weights_scale": 1.0}},
+    "baichuan": {"kv_heads": 4},
+    "mpt": {"norm": "ln", "ffn": "plain", "fused_qkv": True, "kv_heads": 4, "tied": True}
+    | {"extra": {"attention.max_alibi_bias": 8.0}},
+    "bloom": LAYER_NORM
+    | {"fused_qkv": True, "fused_bias": True, "kv_heads": 4, "tied": True, "embed_norm": True}
+    | {"biases": (*QKV, "attn_output", "ffn_up", "ffn_down")},
+    "refact": {"kv_heads": 1, "tied": True},
+    # Scores are divided by the size of a head, not by its root.
+    "jais": {"norm": "ln_bias", "fused_qkv": True, "fused_bias": True, "kv_heads": 4, "score_gain": 3.0}
+    | {"biases": (*QKV, "attn_output", "ffn_gate", "ffn_up", "ffn_down")}
+    | {"extra": {"attention.max_alibi_bias": 8.0}},
+    "jais2": LAYER_NORM | {"biases": (*QKV, "attn_output", "ffn_up", "ffn_down")},
     "paddleocr": {"head_dim": 32, "tied": True, "extra": {"rope.dimension_sections": [4, 6, 6, 0]}},
     "hunyuan_vl": {"qk_norm": "head", "head_dim": 32, "tied": True, "extra": {"rope.dimension_sections": [4, 4, 4, 4]}},
     "qwen35": QWEN35 | {"extra": {"rope.dimension_sections": [3, 3, 2, 0]}},
@@ -332,12 +375,52 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "deepseek32": DEEPSEEK | {"sizes": SIZES | {"indexer": 8}, "layers": 4, "predictors": 1},
     "glm-dsa": DEEPSEEK
     | {"sizes": SIZES | {"indexer": 8, "indexer_types": [True, False, True]}, "layers": 4, "predictors": 1},
+    # Windowed layers have fewer heads, of other sizes; full ones choose their keys.
+    "dots3note": EXPERTS
+    | {"mixers": ("latent", *2 * ("latent window",), "latent", "latent window"), "n_rot": 8, "kv_heads": 1, "layers": 5}
+    | {"predictors": 1, "predictor_experts": False, "dense_lead": 1, "expert_ff": 48, "shared_count": 1}
+    | {"selection_bias": 0.3, "window": 4}
+    | {"sizes": SIZES | {"head_gate": True, "rope_norm": True, "indexer": 8, "window": NARROW}}
+    | {"extra": {"expert_gating_func": 2, "expert_weights_norm": True, "rope.freq_base_swa": 50.0}},
     # The gain of up makes some values leave the clamp at 7.
     "minimax-m3": EXPERTS
     | {"mixers": ("block_sparse",), "sizes": {"indexer": 2}, "qk_norm": "head", "n_rot": 8, "head_dim": 32}
     | {"layers": 3, "dense_lead": 1, "expert_ff": 48, "shared_count": 2, "selection_bias": 0.3}
     | {"up_gain": 6.0, "gate_gain": 6.0, "down_gain": 0.2}
     | {"extra": {"expert_gating_func": 2, "expert_weights_norm": True, "expert_weights_scale": 2.0}},
+    "afmoe": EXPERTS
+    | {"norms": SANDWICH, "layers": 5, "window": 4, "qk_norm": "head", "attn_gate": "elements", "dense_lead": 1}
+    | {"expert_ff": 48, "shared_count": 1, "selection_bias": 0.3, "embed_std": 0.125}
+    | {"extra": {"expert_weights_norm": True, "expert_weights_scale": 1.5}},
+    # The first layer of four is full, and has fewer heads and rotated dimensions.
+    "laguna": EXPERTS
+    | {
+        "mixers": ("attention", *["window"] * 3),
+        "sizes": {"window": {"heads": 6, "n_rot": 16}},
+        "head_dim": 16,
+        "n_rot": 8,
+    }
+    | {"layers": 5, "window": 4, "qk_norm": "head", "attn_gate": "heads", "rope_base": 100.0, "dense_lead": 1}
+    | {"expert_ff": 48, "shared_ff": 80, "selection_bias": 0.3, "omit": ("attention.sliding_window_pattern",)}
+    | {"extra": {"expert_gating_func": 2, "expert_weights_norm": True, "expert_weights_scale": 2.5}},
+    # Full layers rotate half of what the file states.
+    "step35": EXPERTS
+    | {
+        "mixers": ("attention", "window", "window"),
+        "sizes": {"window": {"heads": 6}},
+        "head_dim": 16,
+        "rope_base": 100.0,
+    }
+    | {"layers": 4, "window": 4, "qk_norm": "head", "attn_gate": "heads", "dense_lead": 1, "expert_ff": 48}
+    | {"shared_ff": 80, "selection_bias": 0.3, "omit": ("rope.dimension_count_swa",)}
+    | {"extra": {"expert_weights_norm": True, "expert_weights_scale": 2.5, "rope.freq_base_swa": 50.0}},
+    "spark2_5": {"mixers": ("window", "attention"), "sizes": {"window": {"n_rot": 16}}, "n_rot": 8, "fused_qkv": True}
+    | {"layers": 3, "window": 4, "attn_gate": "heads", "rope_base": 100.0, "extra": {"rope.freq_base_swa": 50.0}},
+    "muse-glimmer": {"norms": SANDWICH, "layers": 5, "window": 4, "qk_norm": "head", "attn_gate": "elements"}
+    | {"embed_std": 0.2, "rope_base": 100.0, "extra": {"logit_scale": 0.5, "final_logit_softcapping": 1.2}},
+    "llama4": EXPERTS
+    | {"layers": 5, "dense_blocks": (0, 2, 4), "experts_used": 1, "expert_ff": 48, "shared_ff": 48}
+    | {"omit": ("expert_shared_feed_forward_length",), "extra": {"interleave_moe_layer_step": 2}},
     **STATE_SPACE,
 }
 
@@ -862,6 +945,93 @@ FAMILY_CASES: dict[str, dict[str, Any]] = {
     "hunyuan_vl": of("hunyuan_vl", rope_base=10.0, scaling={"type": "none", "factor": 4.0, "alpha": 3.0}),
     "hunyuan_vl_plain": of("hunyuan_vl", tied=False, window=3, omit=("rope.dimension_sections",), extra=UNREAD),
     "hunyuan_alpha": of("hunyuan-dense", rope_base=10.0, scaling={"alpha": 3.0}),
+    "starcoder": of("starcoder"),
+    "starcoder_unread": of("starcoder", kv_heads=4, tied=False, window=3, extra=UNREAD),
+    "codeshell": of("codeshell", scaling={"type": "linear", "factor": 1.0}),
+    # The head's matrix has the embeddings, too.
+    "codeshell_head_only": of("codeshell", head_only=True, fused_qkv=True, fused_bias=True, window=3, extra=UNREAD),
+    "orion": of("orion"),
+    "orion_unread": of("orion", **YARN_ROW, fused_qkv=True, window=3, extra=UNREAD),
+    "maincoder": of("maincoder"),
+    "maincoder_unread": of("maincoder", **YARN_ROW, tied=True, window=3, extra=UNREAD),
+    "chatglm": of("chatglm"),
+    "chatglm_unread": of(
+        "chatglm", n_rot=None, fused_qkv=False, fused_bias=False, biases=(), tied=True, window=3, extra=UNREAD
+    ),
+    "pangu": of("pangu-embedded", rope_factors=True, rope_base=500.0),
+    "pangu_unread": of("pangu-embedded", **YARN_ROW, tied=True, fused_qkv=True, window=3, extra=UNREAD),
+    "plamo": of("plamo", rope_base=500.0),
+    "plamo_unread": of("plamo", **YARN_ROW, fused_qkv=True, kv_heads=1, window=3, extra=UNREAD),
+    "plamo3": of("plamo3"),
+    "plamo3_base": of(
+        "plamo3",
+        layers=3,
+        head_dim=32,
+        n_rot=16,
+        tied=False,
+        scaling=YARN,
+        extra={"rope.freq_base_swa": 50.0, "attention.sliding_window_pattern": 2},
+    ),
+    "plamo3_unread": of("plamo3", layers=2, window=None, extra=UNREAD),
+    # Nothing is read about the rotation.
+    "cogvlm": of("cogvlm", rope_base=5e5, rope_factors=True),
+    "cogvlm_unread": of("cogvlm", scaling=YARN, tied=True, window=3, extra=UNREAD),
+    "deepseek2_ocr": of("deepseek2-ocr"),
+    "deepseek2_ocr_options": of(
+        "deepseek2-ocr",
+        fused_qkv=True,
+        fused_experts=True,
+        tied=True,
+        selection_bias=0.3,
+        extra={"expert_gating_func": 2, "expert_weights_norm": True, "expert_weights_scale": 2.5},
+        window=3,
+    ),
+    # The rotation is not stretched then, but scores are scaled.
+    "deepseek2_ocr_linear": of("deepseek2-ocr", dense_lead=0, layers=2, scaling=LINEAR, extra=UNREAD),
+    # With another number of blocks than 7B's or 13B's there is neither a rotation nor a bias.
+    "baichuan": of("baichuan"),
+    "baichuan_7b": of("baichuan", layers=32, d=32, ff=32, heads=2, kv_heads=2, down_gain=0.5, rope_base=100.0),
+    "baichuan_13b": of("baichuan", layers=40, d=48, ff=32, heads=3, kv_heads=3, down_gain=0.5, window=3, extra=UNREAD),
+    "mpt": of("mpt"),
+    # As StoryWriter, with more heads than a power of two.
+    "mpt_clamped": of(
+        "mpt",
+        d=96,
+        heads=6,
+        kv_heads=3,
+        omit=("attention.key_length", "attention.value_length", "rope.dimension_count"),
+        extra={"attention.clamp_kqv": 1.0, "attention.max_alibi_bias": 16.0},
+    ),
+    "mpt_positions": of(
+        "mpt",
+        **LAYER_NORM,
+        positions=True,
+        tied=False,
+        fused_bias=True,
+        biases=(*QKV, "attn_output", "ffn_up", "ffn_down"),
+        window=3,
+        extra=UNREAD | {"attention.max_alibi_bias": 0.0},
+    ),
+    # Activations scaled by AWQ.
+    "mpt_scaled": of("mpt", act_scales=True, layers=3),
+    "bloom": of("bloom", d=80, heads=5, kv_heads=5),
+    "bloom_unread": of("bloom", tied=False, window=3, extra=UNREAD | {"attention.max_alibi_bias": 4.0}),
+    "refact": of("refact"),
+    "refact_unread": of(
+        "refact",
+        heads=5,
+        head_dim=32,
+        fused_qkv=True,
+        tied=False,
+        window=3,
+        extra=UNREAD | {"attention.max_alibi_bias": 4.0},
+    ),
+    "jais": of("jais"),
+    "jais_unread": of(
+        "jais", omit=("attention.head_count_kv", "attention.max_alibi_bias"), layers=3, window=3, extra=UNREAD
+    ),
+    "jais2": of("jais2"),
+    "jais2_unread": of("jais2", **YARN_ROW, head_dim=32, tied=True, fused_qkv=True, window=3, extra=UNREAD),
     "phimoe_unread": of("phimoe", window=3, extra=UNREAD | UNREAD_ROUTING | {"leading_dense_block_count": 1}),
     "deepseek2": of("deepseek2"),
     "deepseek2_predictor": of("deepseek2", layers=4, predictors=1, shared_count=1, tied=True),
@@ -934,6 +1104,18 @@ FAMILY_CASES: dict[str, dict[str, Any]] = {
         sizes=SIZES | {"indexer": 8},
         rope_base=100.0,
         scaling=DEEPSEEK_YARN,
+    ),
+    "dots3note": of("dots3note"),
+    "dots3note_yarn": of(
+        "dots3note",
+        scaling=YARN,
+        rope_base=100.0,
+        layers=4,
+        predictors=0,
+        tied=True,
+        shared_count=2,
+        selection_bias=0.05,
+        extra={"expert_gating_func": 1, "expert_weights_norm": False, "expert_weights_scale": 2.5},
     ),
     "minimax_m3": of("minimax-m3"),
     "minimax_m3_fused": of("minimax-m3", fused_qkv=True, dense_lead=0, layers=2, extra={"expert_gating_func": 1}),
@@ -1159,6 +1341,21 @@ STATE_SPACE_CASES |= {
     "mamba_falcon": of("mamba", extra={"ssm.dt_b_c_rms": True}, eps=0.05, tied=True),
     "mamba_sizes": of("mamba", d=48, sizes={"inner": 96, "rank": 3, "state": 7, "kernel": 2}, layers=2),
     "mamba_q8_0": of("mamba", type="Q8_0"),
+    "plamo2": of("plamo2"),
+    # The first block has a state space, though it states heads; two taps, one head, an odd state.
+    "plamo2_sizes": of(
+        "plamo2",
+        mixers=("plamo2", "attention"),
+        sizes={"inner": 40, "ssm_heads": 1, "state": 7, "kernel": 2},
+        extra={"attention.head_count": 4},
+        layers=2,
+        eps=0.05,
+        tied=True,
+        rope_base=100.0,
+    ),
+    "plamo2_yarn": of("plamo2", **YARN_ROW, layers=2),
+    "plamo2_unread": of("plamo2", window=3, extra=UNREAD, layers=2),
+    "plamo2_q8_0": of("plamo2", type="Q8_0", layers=2),
     "jamba": of("jamba"),
     # Every second block has experts.
     "jamba_experts": of("jamba", **EXPERTS, dense_blocks=(0, 2)),
@@ -1330,3 +1527,96 @@ GEMMA4_CASES |= {
     ),
 }
 FAMILY_CASES |= GEMMA4_CASES
+
+GATED_CASES: dict[str, dict[str, Any]] = {
+    "afmoe": of("afmoe"),
+    # Layers rotate by their number, whatever their windows; without a shared expert.
+    "afmoe_array": of(
+        "afmoe",
+        shared_count=0,
+        zeros=("expert_shared_count",),
+        **YARN_ROW,
+        dense_lead=0,
+        extra={"attention.sliding_window_pattern": [False, True, True, True, False], "rope.freq_base_swa": 50.0},
+    ),
+    "afmoe_softmax": of(
+        "afmoe",
+        layers=4,
+        selection_bias=0.05,
+        extra={"expert_gating_func": 1},
+        omit=("expert_weights_norm",),
+        tied=True,
+    ),
+    "afmoe_unread": of("afmoe", layers=4, extra=UNREAD),
+    "laguna": of("laguna"),
+    # As M.1: no windows, a gate for each element.
+    "laguna_elements": of(
+        "laguna", mixers=("attention",), sizes={}, layers=3, window=None, attn_gate="elements", **YARN_ROW, tied=True
+    ),
+    "laguna_yarn": of(
+        "laguna",
+        scaling=YARN | {"attn_factor": 1.3},
+        layers=3,
+        mixers=("attention", "window"),
+        omit=(),
+        extra={"rope.freq_base_swa": 50.0},
+    ),
+    "laguna_unread": of("laguna", layers=4, extra=UNREAD),
+    "step35": of("step35"),
+    "step35_clamped": of(
+        "step35", extra={"swiglu_clamp_exp": [0.0, 0.5, 0.0, 0.7], "swiglu_clamp_shexp": [0.7, 0.0, 0.6, 0.0]}
+    ),
+    # Divisors of frequencies for as many pairs as windowed layers rotate, of which full ones use half.
+    "step35_factors": of("step35", rope_factors=True, attn_gate="", qk_norm="", rope_base=500.0, layers=3),
+    "step35_predictor": of(
+        "step35", predictors=1, predictor_experts=False, layers=3, omit=("rope.freq_base_swa",), scaling=LINEAR
+    ),
+    "step35_unread": of("step35", layers=3, extra=UNREAD),
+    "spark2_5": of("spark2_5"),
+    "spark2_5_heads": of("spark2_5", sizes={"window": {"heads": 6, "kv_heads": 3}}, head_dim=16, kv_by_layer=True),
+    "spark2_5_yarn": of("spark2_5", **YARN_ROW, tied=True),
+    "spark2_5_unread": of("spark2_5", extra=UNREAD),
+    "muse_glimmer": of("muse-glimmer"),
+    # A branch so small that the epsilon after it acts, and the cap by default.
+    "muse_glimmer_faint": of(
+        "muse-glimmer",
+        layers=3,
+        eps=0.05,
+        down_gain=1e-4,
+        omit=("final_logit_softcapping",),
+        extra={
+            "attention.sliding_window_pattern": [False, True, True],
+            "rope.freq_base_swa": 50.0,
+            "logit_scale": 3.0,
+        },
+    ),
+    "muse_glimmer_linear": of("muse-glimmer", layers=4, scaling=LINEAR, fused_qkv=True),
+    "muse_glimmer_unread": of(
+        "muse-glimmer", layers=4, extra={key: value for key, value in UNREAD.items() if "softcapping" not in key}
+    ),
+}
+FAMILY_CASES |= GATED_CASES
+
+LLAMA4_CASES: dict[str, dict[str, Any]] = {
+    "llama4": of("llama4", rope_factors=True, rope_base=500.0),
+    # As Maverick: with 128 experts, queries and keys are not normed.
+    "llama4_maverick": of(
+        "llama4", layers=2, d=32, heads=2, kv_heads=1, ff=32, experts=128, expert_ff=32, shared_ff=32, tied=True
+    ),
+    "llama4_several": of(
+        "llama4",
+        layers=4,
+        experts_used=3,
+        dense_blocks=(),
+        extra={"interleave_moe_layer_step": 1},
+        fused_qkv=True,
+        **YARN_ROW,
+    ),
+    "llama4_array": of(
+        "llama4",
+        scaling=LINEAR,
+        extra={"attention.sliding_window_pattern": [False, True, True, True, False], "rope.freq_base_swa": 50.0},
+    ),
+    "llama4_unread": of("llama4", layers=4, window=3, extra=UNREAD | UNREAD_ROUTING),
+}
+FAMILY_CASES |= LLAMA4_CASES

@@ -575,8 +575,7 @@ MIXTURES: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {
     "experts' width": ("glm4moe", {"expert_feed_forward_length": ABSENT}, {}, "expert_feed_forward_length is missing"),
     "another width": ("glm4moe", {"expert_feed_forward_length": 9}, {}, r"exps.weight has shape .*4, 8, 12.*4, 9, 12"),
     "shared": ("glm4moe", {"expert_shared_count": ABSENT}, {}, "glm4moe.expert_shared_count is missing"),
-    "none shared": ("glm4moe", {"expert_shared_count": 0}, {},
-                    "expert_shared_count is 0; expected a whole number from 1"),
+    "none shared": ("glm4moe", {"expert_shared_count": 0}, {}, "'blk.1.ffn_.+_shexp.weight' is not part of a glm"),
     "more shared": ("glm4moe", {"expert_shared_count": 3}, {}, r"shexp.weight has shape \[16, 12\], .* \[24, 12\]"),
     "no bias": ("glm4moe", {}, {"blk.1.exp_probs_b.bias": ABSENT}, "tensor blk.1.exp_probs_b.bias is missing; the fil"),
     "a bias more": ("glm4moe", {}, {"blk.0.exp_probs_b.bias": (E,)}, "'blk.0.exp_probs_b.bias' is not part of a glm4"),
@@ -717,6 +716,10 @@ LATENT: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {
                          "tensor blk.0.attn_k_b.weight is missing"),
     "no norm of a state space": ("mamba2", {}, {"ssm_norm.weight": ABSENT}, "tensor blk.0.ssm_norm.weight is missing"),
     "no bias of its convolution": ("mamba2", {}, {"ssm_conv1d.bias": ABSENT}, "blk.0.ssm_conv1d.bias is missing"),
+    "no bias of a convolution": ("mamba", {}, {"ssm_conv1d.bias": ABSENT}, "blk.0.ssm_conv1d.bias is missing"),
+    "no norm of steps": ("jamba", {}, {"ssm_dt_norm.weight": ABSENT}, "tensor blk.0.ssm_dt_norm.weight is missing"),
+    "norms of Mamba with weights": ("mamba", {}, {"ssm_b_norm.weight": (12,)}, "'blk.0.ssm_b_norm.weight' is not part"),
+    "groups of PLaMo 2": ("plamo2", {"ssm.group_count": 2}, {}, "ssm.group_count is 2; supported: 0"),
     "no factors of full layers": ("gemma4", {}, {"rope_freqs.weight": ABSENT}, "tensor rope_freqs.weight is missing"),
     "no bound": ("bailingmoe3", {"kda.gate_lower_bound": ABSENT}, {}, "kda.gate_lower_bound is missing"),
     "a bound of zero": ("bailingmoe3", {"kda.gate_lower_bound": 0.0}, {}, "gate_lower_bound is 0.0; the logarithm"),
@@ -725,6 +728,13 @@ LATENT: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {
     "limits of other blocks": ("bailingmoe3", {"swiglu_clamp_shexp": [0.0, 1.0]}, {}, "has 2 entries for 3 blocks"),
     "rotated sections": ("bailingmoe3", {"rope.dimension_sections": [2, 1, 1, 0]}, {}, "sections .* not supp"),
     "no gate of heads": ("bailingmoe3_clamped", {}, {"attn_gate.weight": ABSENT}, "blk.0.attn_gate.weight is missing"),
+    "no gate of elements": ("afmoe", {}, {"attn_gate.weight": ABSENT}, "blk.0.attn_gate.weight is missing"),
+    "a gate of another width": ("laguna", {}, {"attn_gate.weight": (5, 64)}, r"has shape \[5, 64\], .* \[64, 64\]"),
+    "a gate of elements": ("spark2_5", {}, {"attn_gate.weight": (64, 64)}, r"has shape \[64, 64\], .* \[4, 64\]"),
+    "no pattern of windows": ("step35", {"attention.sliding_window_pattern": ABSENT}, {}, "pattern is missing"),
+    "no chunks": ("llama4", {"attention.sliding_window": 0}, {}, "sliding_window is 0; expected a whole number from 1"),
+    "no scale of logits": ("muse_glimmer", {"logit_scale": ABSENT}, {}, "muse-glimmer.logit_scale is missing"),
+    "no head": ("muse_glimmer", {}, {"output.weight": ABSENT}, "output.weight is missing"),
     "none shared": ("mistral4", {"expert_shared_count": ABSENT}, {}, "mistral4.expert_shared_count is missing"),
 }  # fmt: skip
 
@@ -744,7 +754,7 @@ def test_variants_without_a_latent_of_queries_are_known_by_their_blocks(
 ) -> None:
     """Predictors do not count, and what the file states of the latent does not either."""
     path = tiny_file("deepseek2_lite", layers=blocks)
-    assert altered(path, {"attention.q_lora_rank": 24}, {}).latent.queries == 0
+    assert altered(path, {"attention.q_lora_rank": 24}, {}).layers[0].latent.queries == 0
     longer = {"nextn_predict_layers": 1, "block_count": blocks + 1}
     assert altered(path, longer, {}).block_count == blocks
 

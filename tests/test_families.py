@@ -51,12 +51,15 @@ def test_every_layer_agrees_with_llamacpp(case: str, tiny_file: Callable[..., Pa
 def test_matrices_have_constant_factors_where_llamacpp_applies_them(case: str, tiny_file: Callable[..., Path]) -> None:
     """Attention's everywhere, others' where the row says so; elsewhere, it computes what no model meant.
 
-    Of latent attention, and of some families', it applies the output projection's only.
+    Of latent attention, and of some families', it applies the output projection's only, and nowhere that of a gate on
+    the heads.
     """
     mixers, feed_forward = families.SCALED
     row = ARCHITECTURES[tiny.options(case).architecture]
     if row.mixer == "latent" or not row.qkv_scales:
-        mixers = ("attn_output",)
+        mixers = ("attn_output", "ssm_in", "ssm_out")
+    if row.gated_heads:
+        mixers = tuple(name for name in mixers if name != "attn_gate")
     plain = {"type": "F32", "types": {}, "layers": tiny.options(case).blocks, "predictors": 0}
     assert agrees(tiny_file(case, **plain, scales=mixers)) == (
         row.recurrent_scales or row.recurrent in ("", "convolution", "linear")

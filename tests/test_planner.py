@@ -51,7 +51,9 @@ CASES = [
     *("mellum", "maple", "granite_swa", "granite_swa_experts", "hy_v3", "cohere2moe", "cohere2moe_rms", "mimo2"),
     *("mimo2_fused", "smallthinker", "dbrx", "arctic", "grok", "grok_defaults", "openelm", "deci", "deci_linear"),
     *("deci_idle", "bitnet"),
-    *("mamba", "mamba_sizes", "mamba_q8_0", "jamba", "jamba_experts"),
+    *("mamba", "mamba_sizes", "mamba_q8_0", "jamba", "jamba_experts", "plamo2"),
+    *("afmoe", "laguna", "laguna_elements", "step35_clamped", "step35_factors", "spark2_5", "muse_glimmer"),
+    *("llama4", "llama4_several"),
     *("deepseek32", "glm_dsa", "minimax_m3", "kimi_linear", "kimi_linear_fused", "bailingmoe3", "bailingmoe3_clamped"),
 ]
 GATED = (

@@ -58,6 +58,7 @@ class Options:
     omit: tuple[str, ...] = ()  # keys below `{arch}.` to leave out, so that the reader's defaults count
     per_layer_arrays: bool = False  # write head counts and feed-forward length as arrays of equal numbers
     tied: bool = False  # no output.weight
+    head_only: bool = False  # no token_embd.weight
     fused_qkv: bool = False
     fused_bias: bool = False  # write attn_qkv.bias in place of the biases of q, k and v
     biases: tuple[str, ...] = ()  # of ALL_BIASES, "output", and those of the experts
@@ -77,10 +78,13 @@ class Options:
     shared_kv: int = 0  # so many of the last layers read earlier layers' keys and values
     idle_kv: bool = False  # and still have the matrices for their own
     per_layer: int = 0  # width of the inputs that each layer has of its own; 0: none
+    attn_gate: str = ""  # heads | elements: a gate on what each head has read, as one number or element by element
     values: bool = True  # there is attn_v; else the values are made by attn_k
     n_rot: int | None = None  # rotated dimensions of a head; None: all
     long_short: bool = False  # write rope_factors_long and rope_factors_short
     positions: bool = False  # write position_embd
+    embed_norm: bool = False  # write token_embd_norm
+    act_scales: bool = False  # divisors of hidden units
     window: int | None = None
     sinks: bool = False
     ffn: str = "gated"  # gated | fused (gate above up in one matrix) | plain
@@ -198,7 +202,9 @@ def metadata(o: Options) -> dict[str, Any]:
         "feed_forward_length": [o.ff * feeds(o, layer) for layer in range(o.layers)]
         if o.alone
         else list(o.ffs) or repeat(o.ff),
-        "attention.head_count": [heads(o, kind) for kind in kinds] if o.heads_by_layer else repeat(o.heads),
+        "attention.head_count": [heads(o, kind) for kind in kinds]
+        if o.heads_by_layer or "heads" in o.sizes.get("window", {})
+        else repeat(o.heads),
         "attention.head_count_kv": [kv_heads(o, kind) for kind in kinds] if o.kv_by_layer else repeat(o.hk),
         "attention.key_length": o.hd,
         "attention.value_length": o.hv,
@@ -230,12 +236,15 @@ def metadata(o: Options) -> dict[str, Any]:
 def tensors(o: Options) -> Iterator[Entry]:
     """List the tensors of a file."""
     q, kv, pairs = o.heads * o.hd, o.hk * o.hd, (o.n_rot or o.hd) // 2
-    yield Entry("token_embd.weight", (o.vocab, o.d), o.embed_std)
+    if not o.head_only:
+        yield Entry("token_embd.weight", (o.vocab, o.d), o.embed_std)
+    if o.embed_norm:
+        yield from norms(o, "token_embd_norm", o.d)
     if o.positions:
         yield Entry("position_embd.weight", (o.context, o.d), 0.5)
     yield from norms(o, o.final_norm, o.d)
     if not o.tied:
-        yield matrix("output", o.vocab, o.d, 2.0)
+        yield Entry("output.weight", (o.vocab, o.d), o.embed_std if o.head_only else 2.0 / math.sqrt(o.d))
     if "output" in o.biases:
         yield bias("output", o.vocab)
     if o.rope_factors:
@@ -356,7 +365,19 @@ def attention(o: Options, b: str, *, gated: bool = False) -> Iterator[Entry]:
         yield Entry(f"{b}.attn_sinks.weight", (o.heads,), 1.0, 2.0)
     if o.inner_norms:
         yield from norms(o, f"{b}.attn_sub_norm", o.heads * o.hv)
+    if o.attn_gate:
+        yield matrix(f"{b}.attn_gate", {"heads": o.heads, "elements": q}[o.attn_gate], o.d, 2.0)
     yield matrix(f"{b}.attn_output", o.d, o.heads * o.hv)
+
+
+def with_vision_experts(o: Options, b: str) -> Iterator[Entry]:
+    """List attention, and the layer's matrices for tokens of images."""
+    yield from attention(o, b)
+    rows = (o.heads + 2 * o.hk) * o.hd
+    for name, out, into in (("attn_qkv", rows, o.d), ("attn_output", o.d, o.heads * o.hd)):
+        yield matrix(f"{b}.vis_{name}", out, into)
+    for name, out, into in (("gate", o.ff, o.d), ("up", o.ff, o.d), ("down", o.d, o.ff)):
+        yield matrix(f"{b}.vis_{name}", out, into)
 
 
 def delta(o: Options, b: str, *, layout: str) -> Iterator[Entry]:
@@ -419,9 +440,9 @@ def latent(o: Options, b: str) -> Iterator[Entry]:
     """List the tensors of latent attention in layer `b`; rotated dimensions are `n_rot`.
 
     Sizes: `nope` (of a key, not rotated), `latent`, `value`, `query` (of the queries' latent vector; without it, they
-    have none), `head_gate` (a sigmoid scales what each head has read), `unsplit` (keys and values are made by one
-    matrix), `indexer` (heads that choose the keys to attend to), `indexer_types` (which blocks choose; the others do as
-    the block before; without it, all choose).
+    have none), `head_gate` (a sigmoid scales what each head has read), `rope_norm` (rotated parts of keys are normed),
+    `unsplit` (keys and values are made by one matrix), `indexer` (heads that choose the keys to attend to),
+    `indexer_types` (which blocks choose; the others do as the block before; without it, all choose).
     """
     rope, nope, width, value = o.n_rot or 0, o.sizes["nope"], o.sizes["latent"], o.sizes["value"]
     q = o.heads * (nope + rope)
@@ -444,6 +465,8 @@ def latent(o: Options, b: str) -> Iterator[Entry]:
         yield from (keys, values)
     if o.sizes.get("head_gate"):
         yield matrix(f"{b}.attn_gate", o.heads, o.d, 2.0)
+    if o.sizes.get("rope_norm"):
+        yield from norms(o, f"{b}.attn_k_norm", rope)
     yield matrix(f"{b}.attn_output", o.d, o.heads * value)
     choosing = dict(enumerate(o.sizes.get("indexer_types", ())))
     if "indexer" in o.sizes and choosing.get(int(b.removeprefix("blk.")), True):
@@ -485,6 +508,27 @@ def latent_keys(o: Options) -> dict[str, Any]:
         keys |= {"attention.key_length": width + (o.n_rot or 0), "attention.value_length": width}
         keys |= {"attention.key_length_mla": key, "attention.value_length_mla": value}
     return keys | (indexer_keys(o) if "indexer" in o.sizes else {})
+
+
+def latent_window(o: Options, b: str) -> Iterator[Entry]:
+    yield from latent(narrow(o), b)
+
+
+def latent_window_keys(o: Options) -> dict[str, Any]:
+    """Return the keys of windowed layers with latent attention of sizes of their own."""
+    names = ("kv_lora_rank", "key_length", "value_length", "key_length_mla", "value_length_mla")
+    own = latent_keys(narrow(o))
+    kinds = [kind_of(o, layer) == "latent window" for layer in range(o.layers)]
+    heads = [narrow(o).heads if local else o.heads for local in kinds]
+    keys = {"attention.sliding_window_pattern": kinds, "attention.head_count": heads}
+    keys["attention.indexer.types"] = [not local for local in kinds]
+    return keys | {f"attention.{name}_swa": own[f"attention.{name}"] for name in names}
+
+
+def narrow(o: Options) -> Options:
+    """Return the options of windowed layers with latent attention: `sizes` of their own under "window", no indexer."""
+    sizes = {name: size for name, size in (o.sizes | o.sizes["window"]).items() if name != "indexer"}
+    return dataclasses.replace(o, heads=sizes["heads"], sizes=sizes)
 
 
 def nothing(o: Options, b: str) -> Iterator[Entry]:
@@ -557,6 +601,38 @@ def mamba(o: Options, b: str) -> Iterator[Entry]:
     yield matrix(f"{b}.ssm_out", o.d, inner, s["out_gain"])
 
 
+def plamo2(o: Options, b: str) -> Iterator[Entry]:
+    """List the tensors of PLaMo 2's mixer: Mamba-2 with time steps, B and C that are made from the values."""
+    s = PLAMO2 | o.sizes
+    inner, heads, rank, state = s["inner"], s["ssm_heads"], s["rank"], s["state"]
+    rows = [matrix(f"{b}.ssm_in_{name}", inner, o.d, gain) for name, gain in (("z", o.gate_gain), ("x", 1.0))]
+    yield interleaved(o, f"{b}.ssm_in.weight", heads, rows)
+    yield Entry(f"{b}.ssm_conv1d.weight", (inner, s["kernel"]), 1 / math.sqrt(s["kernel"]), 0.2)
+    parts = [matrix(f"{b}.ssm_x_{name}", out, inner, 1.5) for name, out in (("b", state), ("c", state), ("dt", rank))]
+    yield stacked(o, f"{b}.ssm_x.weight", parts)
+    yield matrix(f"{b}.ssm_dt", heads, rank)
+    yield Entry(f"{b}.ssm_dt.bias", (heads,), 1.0, -0.5)
+    yield Entry(f"{b}.ssm_a", (heads,), 0.0, values=-np.geomspace(0.02, 12.0, heads))
+    yield Entry(f"{b}.ssm_d", (heads,), 0.5, 1.0)
+    for name, width in (("dt", rank), ("b", state), ("c", state)):
+        yield Entry(f"{b}.ssm_{name}_norm", (width,), 0.3, 1.0)
+    yield matrix(f"{b}.ssm_out", o.d, inner, s["out_gain"])
+
+
+def plamo2_keys(o: Options) -> dict[str, Any]:
+    names = {"conv_kernel": "kernel", "inner_size": "inner", "state_size": "state", "time_step_rank": "ssm_heads"}
+    s = PLAMO2 | o.sizes
+    heads = [0 if kind_of(o, layer) == "plamo2" else o.heads for layer in range(o.layers)]
+    return {f"ssm.{key}": s[name] for key, name in names.items()} | {
+        "ssm.group_count": 0,
+        "attention.head_count": heads,
+    }
+
+
+# llama.cpp wants vectors of 64 for the time steps, or more in wide models.
+PLAMO2 = {"inner": 96, "ssm_heads": 6, "rank": 64, "state": 12, "kernel": 4, "out_gain": 1.0}
+
+
 def mamba_keys(o: Options) -> dict[str, Any]:
     names = {"conv_kernel": "kernel", "inner_size": "inner", "state_size": "state", "time_step_rank": "rank"}
     s = MAMBA | o.sizes
@@ -588,7 +664,9 @@ MIXERS: dict[str, Callable[[Options, str], Iterator[Entry]]] = {
     "attention": attention,
     "gated attention": functools.partial(attention, gated=True),
     "window": window,
+    "vision experts": with_vision_experts,
     "latent": latent,
+    "latent window": latent_window,
     "block_sparse": block_sparse,
     "delta": functools.partial(delta, layout="qwen35"),
     "grouped delta": functools.partial(delta, layout="qwen3next"),
@@ -598,6 +676,7 @@ MIXERS: dict[str, Callable[[Options, str], Iterator[Entry]]] = {
     "bounded kda": functools.partial(kda, bounded=True),
     "mamba": mamba,
     "mamba2": mamba2,
+    "plamo2": plamo2,
     "attention, mamba2": mamba2_beside_attention,
     "narrow": lambda o, b: attention(sized(o, "narrow"), b),
     "linear": lambda o, b: iter([matrix(f"{b}.attn_output", o.d, o.d)]),
@@ -614,15 +693,18 @@ RECURRENT = {
     "mamba",
     "mamba2",
     "linear",
+    "plamo2",
     "none",
 }
 # What the metadata then have besides, or instead; sizes with a dot in their names are keys themselves.
 KEYS: dict[str, Callable[[Options], dict[str, Any]]] = {
     "window": window_keys,
     "latent": latent_keys,
+    "latent window": latent_window_keys,
     "block_sparse": block_sparse_keys,
     "mamba": mamba_keys,
     "mamba2": mamba2_keys,
+    "plamo2": plamo2_keys,
     "attention, mamba2": mamba2_keys,
 }
 
@@ -638,6 +720,8 @@ def feed_forward(o: Options, b: str, suffix: str, width: int) -> Iterator[Entry]
     if o.inner_norms:
         yield from norms(o, f"{b}.ffn_sub_norm{suffix}", width)
     yield matrix(f"{b}.ffn_down{suffix}", o.d, width, o.down_gain)
+    if o.act_scales:
+        yield Entry(f"{b}.ffn.act.scales", (width,), 0.2, 1.0)
 
 
 def experts(o: Options, b: str, width: int) -> Iterator[Entry]:

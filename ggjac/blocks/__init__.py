@@ -21,7 +21,7 @@ from ggjac.blocks.block import (
 from ggjac.blocks.frame import BlockWeights, Frame, NumericsError, WeightMatrix, affine, overflow
 from ggjac.blocks.mixers import Factor, MixerTape, Past
 from ggjac.blocks.networks import FFNTape, HiddenTape
-from ggjac.blocks.norms import NormTape, frozen_norm
+from ggjac.blocks.norms import NormTape, frozen_norm, record_norm
 from ggjac.blocks.patterns import ChannelTape, ScanTape, attention_pattern
 
 __all__ = [
@@ -55,6 +55,7 @@ __all__ = [
     "record_attention",
     "record_block",
     "record_ffn",
+    "record_norm",
     "record_rest",
     "stream_scale",
 ]

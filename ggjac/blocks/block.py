@@ -363,6 +363,11 @@ class FrozenBlock(NamedTuple):
             out += self.inputs.matmat(out, t)
         return out if self.scale is None else out.mul_(self.scale)
 
+    def rmatmat(self, H: Float[Tensor, "k m d"], banks: dict[int, Tensor] | None = None) -> Float[Tensor, "k n d"]:
+        """Return the cotangents of the stream before the block for `k` stacked ones of the stream after it."""
+        H = self.rmatmat_out(H)
+        return self.rmatmat_attn(*self.rmatmat_ffn(H, H), banks)
+
     def rmatmat_out(self, H: Float[Tensor, "k m d"]) -> Float[Tensor, "k m d"]:
         """Return the cotangents of the stream before its last factor: `matmat_out` transposed."""
         H = H if self.scale is None else H * self.scale
@@ -489,7 +494,7 @@ def _normed_output(
     w: BlockWeights, config: ModelConfig, names: Sequence[str], factor: float, raw: Float[Tensor, "n d"]
 ) -> tuple[NormTape | None, Float[Tensor, "n d"]]:
     """Freeze the norm after a branch at the branch's output, and return it with what the branch adds to the stream."""
-    norm = record_norm(w, config, names, raw)
+    norm = record_norm(w, config, names, raw, config.row.post_norm_epsilon)
     identity = Identity(raw.shape, dtype=raw.dtype, device=raw.device)
     return norm, affine(_after(factor, norm, identity), raw)
 

@@ -208,7 +208,14 @@ def _mix(w: BlockWeights, tape: MixerTape, width: int) -> Mix:
 
 # The step after which queries and keys are normed, by the row's `qk_norm`: over the whole projection, over each head,
 # or over each head after the rotary embedding.
-QK_NORM_AFTER = {"": "", "full": "projection", "head": "split", "heads": "split", "rotated": "rotation"}
+QK_NORM_AFTER = {
+    "": "",
+    "full": "projection",
+    "head": "split",
+    "heads": "split",
+    "rotated": "rotation",
+    "bare": "rotation",
+}
 
 
 def _attention(w: BlockWeights, frame: Frame, layer: int, h: Float[Tensor, "m d"], past: Past | None) -> Mixed:
@@ -222,7 +229,8 @@ def _attention(w: BlockWeights, frame: Frame, layer: int, h: Float[Tensor, "m d"
         v = affine(written.operator(), v)
     if past.k is not None and past.v is not None:
         k, v = torch.cat((past.k, k)), torch.cat((past.v, v))  # [p + m, g, s], [p + m, g v]
-    tape = MixerTape("attention", _pattern(w, config, layer, q, k), written=written, read=gate)
+    read = _head_gate(w, config, h) if gate is None else gate
+    tape = MixerTape("attention", _pattern(w, config, layer, q, k), written=written, read=read)
     heads = affine(_mix(w, tape, v.shape[1]), v)
     if "attn_sub_norm.weight" in w:
         tape = tape._replace(read=Factor((inverse_rms(heads, config) * w.vector("attn_sub_norm.weight")).to(h)))
@@ -251,7 +259,10 @@ def _queries_or_keys(
     heads = own.heads if part == "q" else own.kv_heads
 
     def normed_after(step: str, x: Tensor) -> Tensor:
-        return normed(w, f"attn_{part}_norm", config, x) if QK_NORM_AFTER[config.row.qk_norm] == step else x
+        kind = config.row.qk_norm
+        if QK_NORM_AFTER[kind] != step or (kind == "bare" and own.rope is None):
+            return x
+        return normed(w, f"attn_{part}_norm", config, x)
 
     x = _clamped(config, affine(linear(w, f"attn_{part}", len(h)), h))  # [m, hs]
     gate = None
@@ -279,12 +290,14 @@ def _pattern(
     w: BlockWeights, config: ModelConfig, layer: int, q: Float[Tensor, "m h s"], k: Float[Tensor, "n g s"]
 ) -> Float[Tensor, "h m n"]:
     """Return the attention probabilities of a layer's queries and keys."""
+    own = config.layers[layer]
     return attention_pattern(
         q,
         k,
-        config.attention_scale,
+        own.attention_scale,
         softcap=config.attention_softcap,
-        window=config.layers[layer].window,
+        window=own.window,
+        alibi=own.alibi,
         sinks=w.vector("attn_sinks.weight") if "attn_sinks.weight" in w else None,
     )
 
@@ -301,6 +314,16 @@ def _value_factor(config: ModelConfig, layer: int, v: Float[Tensor, "m gv"]) -> 
     return None
 
 
+def _head_gate(w: BlockWeights, config: ModelConfig, h: Float[Tensor, "m d"]) -> Factor | None:
+    """Return the gate on what the heads read, which has one number for each head or for each of its elements."""
+    if "attn_gate.weight" not in w:
+        return None
+    gate = affine(linear(w, "attn_gate", len(h)), h)
+    gate = softplus(gate) if config.row.softplus_gate else gate.sigmoid()
+    width = w.matrix("attn_output.weight").shape[1]
+    return Factor(gate.repeat_interleave(width // gate.shape[1], 1))  # [m, h v]
+
+
 def _clamped(config: ModelConfig, x: Float[Tensor, "n e"]) -> Float[Tensor, "n e"]:
     """Return queries, keys or values with no entry beyond the model's limit."""
     limit = config.attention_clamp
@@ -309,7 +332,7 @@ def _clamped(config: ModelConfig, x: Float[Tensor, "n e"]) -> Float[Tensor, "n e
 
 def _latent(w: BlockWeights, frame: Frame, layer: int, h: Float[Tensor, "m d"], past: Past | None) -> Mixed:
     """Freeze multi-head latent attention (MLA): its pattern, the norm of the latent, and a gate on each head."""
-    config, own, past = frame.config, frame.config.layers[layer], past or Past()
+    config, past = frame.config, past or Past()
     latent = affine(linear(w, "attn_kv_latent", len(h)), h)
     norm = record_norm(w, config, ("attn_kv_a_norm",), latent)
     assert norm is not None
@@ -318,11 +341,7 @@ def _latent(w: BlockWeights, frame: Frame, layer: int, h: Float[Tensor, "m d"], 
     q, k = _latent_queries(w, frame, layer, h, past.length), _latent_keys(w, frame, layer, h, latent, past.length)
     if past.k is not None and past.v is not None:
         k, v = torch.cat((past.k, k)), torch.cat((past.v, v))  # [p + m, h, s], [p + m, h v]
-    gate = None
-    if "attn_gate.weight" in w:
-        shares = affine(linear(w, "attn_gate", len(h)), h).sigmoid()  # [m, h]
-        gate = Factor(shares.repeat_interleave(own.value_size, 1))
-    tape = MixerTape("latent", _pattern(w, config, layer, q, k), latent=norm, read=gate)
+    tape = MixerTape("latent", _pattern(w, config, layer, q, k), latent=norm, read=_head_gate(w, config, h))
     return Mixed(tape, affine(_mix(w, tape, v.shape[1]), v), Past(k, v))
 
 
@@ -333,7 +352,8 @@ def _latent_queries(
     if "attn_q_a.weight" in w:
         h = normed(w, "attn_q_a_norm", frame.config, affine(linear(w, "attn_q_a", len(h)), h))
     q = affine(linear(w, "attn_q_b" if "attn_q_b.weight" in w else "attn_q", len(h)), h)
-    own, rotary = frame.config.layers[layer], frame.config.latent.rotary
+    own = frame.config.layers[layer]
+    rotary = own.latent.rotary
     nope, turning = q.unflatten(1, (own.heads, -1)).split([own.key_size - rotary, rotary], -1)
     return _warmed(frame.config, torch.cat((nope, _turned(frame, layer, turning, start)), -1), start)
 
@@ -348,7 +368,10 @@ def _latent_keys(
     else:  # a stack of transposed matrices, one for each head
         heads = (linear(w, "attn_k_b", len(h), expert=i) for i in range(own.heads))
         nope = torch.stack([head.rmatmat(latent[None])[0] for head in heads], 1)
-    shared = _turned(frame, layer, affine(linear(w, "attn_kv_rope", len(h)), h)[:, None], start)
+    shared = affine(linear(w, "attn_kv_rope", len(h)), h)[:, None]  # [m, 1, r]
+    if "attn_k_norm.weight" in w:
+        shared = normed(w, "attn_k_norm", frame.config, shared)
+    shared = _turned(frame, layer, shared, start)
     return torch.cat((nope, shared.expand(-1, own.heads, -1)), -1)
 
 
@@ -461,19 +484,23 @@ def _log_decay(w: BlockWeights, config: ModelConfig, h: Float[Tensor, "m d"]) ->
 
 
 def _state_space(w: BlockWeights, frame: Frame, layer: int, h: Float[Tensor, "m d"], past: Past | None) -> Mixed:
-    """Freeze the selective state space of Mamba-2."""
+    """Freeze the selective state space of Mamba-2, or of PLaMo 2, where it has what Mamba-1 makes from the values."""
     config, own = frame.config, frame.config.recurrence
-    stems = {f"ssm_in_{part}": f"ssm_conv1d_{part}" for part in "xbc"}
-    (c, key, query), rows = _convolved(w, stems, h, past)
+    parts = "x" if own.rank else "xbc"
+    (c, *others), rows = _convolved(w, {f"ssm_in_{part}": f"ssm_conv1d_{part}" for part in parts}, h, past)
+    share = c.sigmoid()
+    if own.rank:
+        step, key, query = _from_values(w, config, c * share)
+    else:
+        step = widened(affine(linear(w, "ssm_in_dt", len(h)), h)) + _bare(w, "ssm_dt.bias")
+        key, query = (widened(part * part.sigmoid()) for part in others)
 
     def keyed(part: Float[Tensor, "m gs"]) -> Float[Tensor, "m h s"]:
-        part = widened(part * part.sigmoid()).unflatten(1, (own.key_heads, -1))
-        return part.repeat_interleave(own.heads // own.key_heads, 1)
+        return part.unflatten(1, (own.key_heads, -1)).repeat_interleave(own.heads // own.key_heads, 1)
 
-    step = softplus(widened(affine(linear(w, "ssm_in_dt", len(h)), h)) + _bare(w, "ssm_dt.bias"))  # [m, h]
+    step = softplus(step)  # [m, h]
     log_decay = (step * _bare(w, "ssm_a").flatten())[..., None]
     skip = _bare(w, "ssm_d").flatten()
-    share = c.sigmoid()
     recurrence = Recurrence(keyed(query), keyed(key), log_decay, step, removes=False, skip=skip)
     tape, o, state = _recurrent("state space", recurrence, c * share, past)
     gate = affine(linear(w, "ssm_in_z", len(h)), h)
@@ -503,10 +530,6 @@ def _channel_state_space(
     return Mixed(mixer, o[0], Past(rows=rows, state=state[0]))
 
 
-# What Mamba-1 makes from the values, in the order of the rows of `ssm_x`.
-_MADE = ("dt", "b", "c")
-
-
 def _from_values(
     w: BlockWeights, config: ModelConfig, v: Float[Tensor, "m c"]
 ) -> tuple[Float[Tensor, "m h"], Float[Tensor, "m s"], Float[Tensor, "m s"]]:
@@ -514,13 +537,15 @@ def _from_values(
 
     Each of the three may have a norm, with or without weights.
     """
-    own = config.recurrence
-    parts = affine(linear(w, "ssm_x", len(v)), v).split([own.rank, own.key_size, own.key_size], 1)
-    norms = [record_norm(w, config, (f"ssm_{name}_norm",), part) for name, part in zip(_MADE, parts, strict=True)]
-    if config.recurrence.normed:
-        norms = [frozen_norm(config, None, None, part) for part in parts]
-    step, key, query = (part if norm is None else norm.apply(part) for norm, part in zip(norms, parts, strict=True))
-    return widened(affine(linear(w, "ssm_dt", len(v)), step)), widened(key), widened(query)
+    own, made = config.recurrence, {}
+    rows = {"dt": own.rank, "b": own.key_size, "c": own.key_size}
+    parts = affine(linear(w, "ssm_x", len(v)), v).split([rows[name] for name in config.row.made_from_values], 1)
+    for name, part in zip(config.row.made_from_values, parts, strict=True):
+        norm = record_norm(w, config, (f"ssm_{name}_norm",), part)
+        if norm is None and own.normed:
+            norm = frozen_norm(config, None, None, part)
+        made[name] = part if norm is None else norm.apply(part)
+    return widened(affine(linear(w, "ssm_dt", len(v)), made["dt"])), widened(made["b"]), widened(made["c"])
 
 
 def _convolution(w: BlockWeights, frame: Frame, layer: int, h: Float[Tensor, "m d"], past: Past | None) -> Mixed:

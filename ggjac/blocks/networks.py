@@ -16,12 +16,16 @@ from ggjac.blocks.norms import NormTape, inverse_rms, widened
 from ggjac.config import ModelConfig
 from ggjac.linop import Experts, LinearOperator, Network, Scale, Sum, Zero, indices_on
 
-# Expert scores of router logits `[n, e]`. With `softmax_selected`, the softmax is over the chosen experts and is taken
-# after the choice.
+# Expert scores of router logits `[n, e]`, and weights of the chosen ones' scores where these are not them.
 ROUTERS: dict[str, Callable[[Tensor], Tensor]] = {
     "softmax": lambda logits: logits.softmax(-1),
     "softmax_selected": lambda logits: logits,
     "sigmoid": torch.sigmoid,
+    "sigmoid_selected": lambda logits: logits,
+}
+WEIGHTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "softmax_selected": lambda logits: logits.softmax(-1),
+    "sigmoid_selected": torch.sigmoid,
 }
 
 
@@ -36,6 +40,7 @@ class HiddenTape(NamedTuple):
         constant: `[m, f]`, added to the product by a clamp or shift, or None.
         positions: `[m]`, the positions that use a routed expert, ascending, on the host; None for all.
         weight: `[m]`, the router's weight of its output, or None for 1.
+        before: whether that weight is of its input.
     """
 
     kind: str
@@ -45,6 +50,7 @@ class HiddenTape(NamedTuple):
     constant: Float[Tensor, "m f"] | None
     positions: Int[Tensor, " m"] | None
     weight: Float[Tensor, " m"] | None
+    before: bool = False
 
     def at(self, queries: slice) -> "HiddenTape":
         """Return the tape of some positions, which are counted from the first of them."""
@@ -129,7 +135,10 @@ def _record_hidden(
     share, limit, shift = frame.activations[layer]
     bound = frame.config.layers[layer].clamp(kind)
     if f"ffn_gate{kind}.weight" not in w:
-        return HiddenTape(kind, expert, "ffn_up", share(projected("ffn_up")), None, None, None)
+        factor = share(projected("ffn_up"))
+        if f"ffn.act{kind}.scales" in w:
+            factor = factor / w.vector(f"ffn.act{kind}.scales")
+        return HiddenTape(kind, expert, "ffn_up", factor, None, None, None)
     gate = projected("ffn_gate")
     if limit is None and not bound:
         factor = gate * share(gate) if frame.mlp_path == "up" else share(gate) * projected("ffn_up")
@@ -197,10 +206,10 @@ def record_experts(
     config = frame.config
     logits = affine(linear(w, "ffn_gate_inp", len(h)), router)
     scores = ROUTERS[config.row.router](widened(logits))  # [n, e]
-    chosen = _chosen(w, config, scores.detach(), config.layers[layer].experts_used)
+    chosen = w.agreed(_chosen(w, config, scores.detach(), config.layers[layer].experts_used))
     weights = scores.gather(-1, chosen)  # [n, used]
-    if config.row.router == "softmax_selected":
-        weights = weights.softmax(-1)
+    if config.row.router in WEIGHTS:
+        weights = WEIGHTS[config.row.router](weights)
     if config.row.renormalize:
         weights = weights / weights.sum(-1, keepdim=True).clamp_min(2.0**-14)  # llama.cpp's floor: F16's smallest
     weights = weights * config.expert_weights_scale
@@ -213,8 +222,9 @@ def record_experts(
     found = []
     for expert, positions, rows, weight in zip(experts, *(part.split(counts) for part in parts), strict=True):
         if w.holds(expert):
-            tape = record_hidden(w, frame, layer, h[rows], "_exps", expert)
-            found.append(tape._replace(positions=positions, weight=weight))
+            before = config.row.weighted_inputs
+            tape = record_hidden(w, frame, layer, h[rows] * weight[:, None] if before else h[rows], "_exps", expert)
+            found.append(tape._replace(positions=positions, weight=weight, before=before))
     return found
 
 
@@ -286,4 +296,7 @@ def _network(w: BlockWeights, tape: HiddenTape) -> LinearOperator:
         down = linear(w, "ffn_down", m, tape.kind, tape.expert, columns=units)
         slabs.append((down, scale, live))
     network = Network(slabs)
-    return network if tape.weight is None else Scale(tape.weight[:, None].expand(network.out_shape)) @ network
+    if tape.weight is None:
+        return network
+    weight = Scale(tape.weight[:, None].expand(network.out_shape))
+    return network @ weight if tape.before else weight @ network

@@ -38,7 +38,7 @@ class Mixer(NamedTuple):
 
 
 MIXERS = {
-    "attention": Mixer("attn_v", "attn_output", ("attn_q", "attn_k")),
+    "attention": Mixer("attn_v", "attn_output", ("attn_q", "attn_k", "attn_gate")),
     # Multi-head latent attention, MLA (DeepSeek-V2, arXiv 2405.04434).
     "latent": Mixer(
         "attn_kv_latent",
@@ -66,11 +66,11 @@ MIXERS = {
         convolution="ssm_conv1d_v",
         recurrent=True,
     ),
-    # Mamba-2 (arXiv 2405.21060).
+    # Mamba-2 (arXiv 2405.21060); PLaMo 2 makes the last five from the values.
     "state space": Mixer(
         "ssm_in_x",
         "ssm_out",
-        ("ssm_in_z", "ssm_in_b", "ssm_in_c", "ssm_in_dt"),
+        ("ssm_in_z", "ssm_in_b", "ssm_in_c", "ssm_in_dt", "ssm_x", "ssm_dt"),
         convolution="ssm_conv1d_x",
         recurrent=True,
     ),

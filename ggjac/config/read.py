@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from ggjac.architectures import ARCHITECTURES, Architecture
 from ggjac.config import others
 from ggjac.config.keys import ConfigError, Keys, shown
-from ggjac.config.model import Indexer, Latent, Layer, ModelConfig, Recurrence
+from ggjac.config.model import Alibi, Indexer, Latent, Layer, ModelConfig, Recurrence
 from ggjac.config.rotations import read_windows, rope_of, stretching
 from ggjac.config.tensors import check_tensors
 
@@ -41,26 +41,25 @@ def read_config(metadata: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...
     if not metadata.get(f"{name}.attention.causal", True):
         raise ConfigError(f"{name}.attention.causal is False: attention to later tokens is not supported")
     d, context = keys.integer("embedding_length"), keys.integer("context_length")
+    embedding = "token_embd.weight"
+    if row.embedding_optional and embedding not in shapes:
+        embedding = "output.weight"
     experts = _experts(keys, row, stored, shapes)
-    latent = _latent(keys, row)
-    layers = _layers(keys, row, stored, blocks, experts, latent, shapes)
-    first = next((layer for layer in layers if layer.heads), None)
-    wide = row.wide_scale_blocks == blocks
-    width = 1 if first is None else max(1, d // first.heads) if wide else first.key_size
+    layers = _layers(keys, row, stored, blocks, experts, shapes)
     temperature = keys.real("attention.temperature_scale", 0.0) if row.temperature else 0.0
 
     config = ModelConfig(
         architecture=name,
+        embedding=embedding,
         row=row,
         block_count=blocks,
         layers=layers,
         d=d,
-        vocabulary=shapes.get("token_embd.weight", (0,))[0],
+        vocabulary=shapes.get(embedding, (0,))[0],
         context_length=context,
         original_context=keys.integer("rope.scaling.original_context_length", context),
         recurrence=_recurrence(keys, row, stored, context),
         norm_epsilon=_epsilon(keys, row),
-        attention_scale=_attention_scale(keys, row, width) * stretching(keys, row)[1],
         attention_clamp=keys.real("attention.clamp_kqv", 0.0) if row.clamp_key else 0.0,
         attention_softcap=_softcap(keys, "attn_logit_softcapping", row.attention_softcap),
         logit_softcap=_softcap(keys, "final_logit_softcapping", row.logit_softcap),
@@ -77,7 +76,6 @@ def read_config(metadata: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...
         expert_shared_feed_forward_length=experts.shared_width,
         decay_bound=_decay_bound(keys, row),
         expert_latent=keys.count("moe_latent_size") if row.expert_latent else 0,
-        latent=latent,
         indexer=_indexer(keys, row),
         inputs=keys.count("embedding_length_per_layer_input") if row.inputs else 0,
     )
@@ -115,6 +113,8 @@ def _architecture(metadata: Mapping[str, Any]) -> str:
             f"architecture {shown(name)} is not supported: it is {others.ARCHITECTURES[name]}, and ggjac needs a "
             "language model that predicts the next token"
         )
+    if isinstance(name, str) and name in others.LEFT_OUT:
+        raise ConfigError(f"architecture {shown(name)} is not supported: {others.LEFT_OUT[name]}; take another model")
     if not isinstance(name, str) or name not in ARCHITECTURES:
         # Similar names first.
         alike = get_close_matches(name[:64], ARCHITECTURES) if isinstance(name, str) else []
@@ -157,7 +157,6 @@ def _layers(
     stored: int,
     blocks: int,
     experts: "_Experts",
-    latent: Latent,
     shapes: Mapping[str, tuple[int, ...]],
 ) -> tuple[Layer, ...]:
     """Return the properties of each block that is used; the file states them for all that are stored."""
@@ -175,6 +174,7 @@ def _layers(
     first_reader = stored - (keys.count("attention.shared_kv_layers") if row.shared_keys else 0)
     for i, mixers in enumerate(_mixers(keys, row, stored, blocks, heads, kv_heads, units)):
         attends = row.mixer in mixers
+        latent = _latent(keys, row, windows[i] is not None) if attends else Latent()
         source = None if i < first_reader else first_reader - (1 if windows[i] is None else 2)
         h, g = (heads[i], heads[i] if latent.size else kv_heads[i]) if attends else (0, 0)
         if attends and (not h or not g or h % g):
@@ -194,9 +194,15 @@ def _layers(
                 expert_units=_expert_units(keys, row, i, shapes) if routed else 0,
                 window=windows[i] if attends else None,
                 rope=rope_of(keys, row, key_size, i, windows) if attends else None,
+                alibi=Alibi(row.alibi, h, range(h)) if row.alibi and attends else None,
                 xielu=xielu[i],
                 source=source,
+                gate=_gate(row, i, h, value_size, shapes) if attends else 0,
                 clamps=clamps[i],
+                attention_scale=_attention_scale(keys, row, d // h if row.wide_scale_blocks == blocks else key_size)
+                if attends
+                else 1.0,
+                latent=latent,
                 keys_as_values=row.keys_as_values
                 and source is None
                 and attends
@@ -266,19 +272,28 @@ def _head_sizes(keys: Keys, row: Architecture, default: int, windowed: bool, lat
     if latent.size:
         # With tensors of their own, the usual keys are sizes of what llama.cpp caches.
         suffix, least = ("_mla", None) if latent.split else ("", default)
+        suffix += "_swa" if windowed and row.windowed_sizes else ""
         key_size, value_size = (keys.integer(f"attention.{part}_length{suffix}", least) for part in ("key", "value"))
         if latent.rotary >= key_size:
             raise ConfigError(
                 f"{keys.prefix}.rope.dimension_count {latent.rotary} leaves no other elements of keys of {key_size}"
             )
         return key_size, value_size
-    suffix = "_swa" if windowed and row.windowed_sizes else ""
+    suffix = "_swa" if windowed and row.windowed_sizes == "heads" else ""
     key_size = keys.integer(f"attention.key_length{suffix}", default)
     return key_size, keys.integer(f"attention.value_length{suffix}", key_size)
 
 
-def _latent(keys: Keys, row: Architecture) -> Latent:
-    """Return the sizes of latent attention."""
+def _gate(row: Architecture, layer: int, heads: int, value_size: int, shapes: Mapping[str, tuple[int, ...]]) -> int:
+    """Return the numbers for each head of the gate on what the heads of a block read."""
+    rows = shapes.get(f"blk.{layer}.attn_gate.weight", (0,))[0]
+    if row.gated_heads == "elements" or (row.gated_heads == "either" and rows != heads):
+        return value_size
+    return int(row.gated_heads != "" if row.gated_heads != "optional" else rows > 0)
+
+
+def _latent(keys: Keys, row: Architecture, windowed: bool) -> Latent:
+    """Return the sizes of latent attention in a block."""
     if row.mixer != "latent":
         return Latent()
     stated = [keys.count(f"attention.{part}_length_mla") > 0 for part in ("key", "value")]
@@ -294,8 +309,9 @@ def _latent(keys: Keys, row: Architecture) -> Latent:
             if row.latent_queries == "required"
             else keys.count("attention.q_lora_rank")
         )
+    suffix = "_swa" if windowed and row.windowed_sizes else ""
     return Latent(
-        size=keys.integer("attention.kv_lora_rank"),
+        size=keys.integer(f"attention.kv_lora_rank{suffix}"),
         queries=queries,
         rotary=keys.integer("rope.dimension_count"),
         split=row.latent_split == "required" or (row.latent_split == "optional" and all(stated)),
@@ -337,12 +353,18 @@ def _recurrence(keys: Keys, row: Architecture, blocks: int, context: int) -> Rec
     if row.recurrent == "channel state space":
         normed = "ssm.dt_b_c_rms" in keys and keys.flag("ssm.dt_b_c_rms")
         return Recurrence(taps, inner, 1, key_size, 1, keys.integer("ssm.time_step_rank"), normed)
-    heads, key_heads = keys.integer("ssm.time_step_rank"), keys.integer("ssm.group_count")
+    heads, rank = keys.integer("ssm.time_step_rank"), 0
+    if row.made_from_values:
+        key_heads, rank = 1, max(64, keys.integer("embedding_length") // 16)  # as llama.cpp has it
+        if keys.count("ssm.group_count"):
+            raise ConfigError(f"{keys.prefix}.ssm.group_count is {keys.count('ssm.group_count')}; supported: 0")
+    else:
+        key_heads = keys.integer("ssm.group_count")
     if inner % heads or heads % key_heads:
         raise ConfigError(
             f"{keys.prefix}.ssm: {heads} heads cannot share {inner} elements and {key_heads} key heads evenly"
         )
-    return Recurrence(taps, heads, key_heads, key_size, inner // heads)
+    return Recurrence(taps, heads, key_heads, key_size, inner // heads, rank)
 
 
 def _decay_bound(keys: Keys, row: Architecture) -> float:
@@ -389,8 +411,8 @@ def _experts(keys: Keys, row: Architecture, blocks: int, shapes: Mapping[str, tu
         keys.for_all_blocks("expert_used_count", blocks)
     if max(used) > total:
         raise ConfigError(f"{keys.prefix}.expert_used_count is {max(used)}, but there are {total} experts")
-    step = keys.integer("interleave_moe_layer_step", 1)
-    if step > 1:
+    step = keys.count("interleave_moe_layer_step", 1)
+    if step != 1 and not row.router_optional:
         raise ConfigError(
             f"{keys.prefix}.interleave_moe_layer_step {step}: dense blocks between mixtures are not supported"
         )
@@ -411,6 +433,16 @@ def _decided(keys: Keys, row: Architecture, blocks: int, shapes: Mapping[str, tu
         own, shared = row.norms.ffn_in
         normed = f"blk.0.{own}.weight" in shapes
         row = replace(row, parallel=not normed, norms=replace(row.norms, ffn_in=(own if normed else shared,)))
+    if row.unnormed_experts and keys.count("expert_count") == row.unnormed_experts:
+        row = replace(row, qk_norm="")
+    if row.rope_blocks not in (0, blocks):
+        row = replace(row, rope_pairs="")
+    if row.alibi_blocks not in (0, blocks):
+        row = replace(row, alibi=0.0)
+    if row.alibi_key:
+        row = replace(row, alibi=keys.real("attention.max_alibi_bias", row.alibi))
+    if row.positions == "optional" and "position_embd.weight" not in shapes:
+        row = replace(row, positions="")
     if row.qk_norm_optional and "blk.0.attn_q_norm.weight" not in shapes:
         row = replace(row, qk_norm="")
     if len(row.norms.ffn_out) > 1:
@@ -478,9 +510,9 @@ def _softcap(keys: Keys, key: str, default: float | None) -> float:
 
 
 def _attention_scale(keys: Keys, row: Architecture, width: int) -> float:
-    """Return the factor on scores: the file's, if the family reads it and it is not 0, or the family's or 1/√width."""
-    key = row.attention_scale_key
-    return (keys.real(key, 0.0) if key else 0) or row.attention_scale or width**-0.5
+    """Return the factor on scores: the file's, if the family reads it and it is not 0, or the family's."""
+    stated = keys.real(row.attention_scale_key, 0.0) if row.attention_scale_key else 0
+    return (stated or row.attention_scale or max(1, width) ** row.attention_power) * stretching(keys, row)[1]
 
 
 def _embedding_scale(keys: Keys, row: Architecture, d: int) -> float:
@@ -544,8 +576,9 @@ def _shared_units(keys: Keys, row: Architecture, shapes: Mapping[str, tuple[int,
     if row.expert_widths == "tensors":  # Qwen 1.5's files have no key for it
         shared = next((shape for name, shape in shapes.items() if name.endswith(".ffn_up_shexp.weight")), ())
         return keys.count("expert_shared_feed_forward_length") or (shared[0] if len(shared) == 2 else 0)
-    width = keys.integer("expert_feed_forward_length")
-    count = (keys.count if row.shared_optional else keys.integer)("expert_shared_count")
+    width, key = keys.integer("expert_feed_forward_length"), "expert_shared_count"
+    # 0 may be stated anywhere.
+    count = keys.count(key) if row.shared_optional or keys.number(key) == 0 else keys.integer(key)
     if not count:
         return 0
     stated = keys.count("expert_shared_feed_forward_length") if row.expert_widths.startswith("shared") else 0

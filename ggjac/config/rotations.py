@@ -34,7 +34,12 @@ def _ropes(keys: Keys, row: Architecture, key_length: int, *, windowed: bool) ->
     Where their sizes differ, those of the layer asked for count.
     """
     suffix = "_swa" if windowed and row.windowed_sizes else ""
-    dimensions = keys.integer(f"rope.dimension_count{suffix}", key_length)
+    dimensions = key_length
+    if row.rope_keys == "all":
+        dimensions = keys.integer("rope.dimension_count", key_length)
+        dimensions = keys.integer("rope.dimension_count_swa", dimensions) if suffix else dimensions
+    if row.halved_rotary and not windowed:
+        dimensions //= 2
     if dimensions % 2 or dimensions > key_length or (dimensions < key_length and not row.partial_rotary):
         raise ConfigError(
             f"{keys.prefix}.rope.dimension_count{suffix} {dimensions} does not fit heads of {key_length} elements"
@@ -65,17 +70,19 @@ def _ropes(keys: Keys, row: Architecture, key_length: int, *, windowed: bool) ->
         still=_still(sections, dimensions // 2, interleaved=row.rope_sections == "interleaved") if sections else (),
         factored=row.rope_factors != "",
     )
-    unscaled = Rope(dimensions, full.base, row.rope_pairs)
+    unscaled, magnitude = Rope(dimensions, base, row.rope_pairs), keys.real("rope.scaling.attn_factor", 1.0)
+    if row.rope_keys != "all":
+        full = replace(
+            full, base=full.base if row.rope_keys == "base" else 10000.0, factor=1.0, yarn=False, magnitude=1.0
+        )
     local = {
         "same": full,
         # llama.cpp applies the file's factor here for any type of scaling; only full layers respect "none".
         "based": replace(full, base=keys.real("rope.freq_base_swa", full.base), factor=factor),
         "plain": unscaled,
-        "own": replace(
-            unscaled,
-            base=keys.real("rope.freq_base_swa", 10000.0),
-            magnitude=keys.real("rope.scaling.attn_factor", 1.0),
-        ),
+        "own": replace(unscaled, base=keys.real("rope.freq_base_swa", 10000.0), magnitude=magnitude),
+        "unscaled": replace(unscaled, base=keys.real("rope.freq_base_swa", base), magnitude=magnitude),
+        "bare": replace(unscaled, base=keys.real("rope.freq_base_swa", base)),
     }
     return full, replace(local[row.window_rope], factored=row.rope_factors == "all")
 
@@ -135,12 +142,13 @@ def _refuse_unsupported_ropes(keys: Keys, row: Architecture, dimensions: int, ke
         raise ConfigError(f"{keys.prefix}.rope.scaling.yarn_ext_factor {extent} is not supported, only 1")
     if (alpha := keys.real("rope.scaling.alpha", 0.0)) and (not row.rope_alpha or key_length <= 2):
         raise ConfigError(f"{keys.prefix}.rope.scaling.alpha {alpha} is not supported")
+    own = {"": (), "rotations": ("rope",), "heads": ("rope", "attention")}[row.windowed_sizes]
     for key, same in (
         ("rope.dimension_count_swa", dimensions),
         ("attention.key_length_swa", key_length),
         ("attention.value_length_swa", key_length),
     ):
-        if row.windowed and not row.windowed_sizes and keys.integer(key, same) != same:
+        if row.windowed and not key.startswith(own) and keys.integer(key, same) != same:
             raise ConfigError(
                 f"{keys.prefix}.{key} {keys.integer(key)} differs from other layers' {same}: not supported"
             )

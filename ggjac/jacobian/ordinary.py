@@ -253,6 +253,10 @@ class _Forgetful:
         """Return whether an expert is among these weights."""
         return self._weights.holds(expert)
 
+    def agreed(self, found: Tensor) -> Tensor:
+        """Return a choice as all make it."""
+        return self._weights.agreed(found)
+
     def joined(self, part: LinearOperator, *, inputs: bool = True, outputs: bool = True) -> LinearOperator:
         """Return an operator, completed by those who have the rest of it."""
         return self._weights.joined(part, inputs=inputs, outputs=outputs)

@@ -142,9 +142,9 @@ def layer_plan(
     )
 
 
-def embedding(file: "GGUFFile", n: int) -> Pass:
+def embedding(file: "GGUFFile", config: ModelConfig, n: int) -> Pass:
     """Return the reading of the embeddings of `n` tokens, of learned positions, and of the blocks' own inputs."""
-    names = ("token_embd.weight", "position_embd.weight", "per_layer_token_embd.weight")
+    names = (config.embedding, "position_embd.weight", "per_layer_token_embd.weight")
     infos = [file.tensors[name] for name in names if name in file.tensors]
     rows = total(Pass(n * info.row_bytes, {info.type.name: n * info.shape[-1]}) for info in infos)
     return rows + total(matrix(info).scaled(n) for info in _projections(file))
@@ -453,7 +453,7 @@ def _tape_bytes(block: _Block, config: ModelConfig, n: int, item: int) -> int:
         if MIXERS[mixer].channels:
             other += _channel_floats(config, n) * max(4, item)
         if MIXERS[mixer].expansion:  # the norm of the latent
-            floats += config.latent.size
+            floats += block.layer.latent.size
             other += n * max(4, item)
     places = norm_places(config, block.index) + ([("post_norm",)] if config.inputs else [])
     floats += n * config.inputs
@@ -475,14 +475,14 @@ def _tape_bytes(block: _Block, config: ModelConfig, n: int, item: int) -> int:
 def _mixer_floats(config: ModelConfig, block: _Block, mixer: str, n: int) -> int:
     """Return the floats of a mixer's tape: its pattern `[h, n, n]` or its scan, and its factors."""
     heads, value, key = _heads(config, block, mixer)
-    row, own = config.row, block.layer
-    read = row.gated_queries or row.gated_heads or row.inner_norms  # factors of what is mixed
+    own = block.layer
+    gated = config.row.gated_queries or own.gate > 0 or config.row.inner_norms  # a factor of what is mixed
     if not MIXERS[mixer].recurrent:
         if MIXERS[mixer].convolution:
             return 2 * n * config.d
         written = 2 if config.attention_clamp else int(config.row.value_norm)
         written *= bool(MIXERS[mixer].values)
-        return heads * n * n + n * (written * own.kv_heads * value + bool(read) * heads * value)
+        return heads * n * n + n * (written * own.kv_heads * value + bool(gated) * heads * value)
     chunk = scan_chunk(n, key)
     factors = 2 * n * heads * value
     if MIXERS[mixer].channels:
