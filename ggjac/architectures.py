@@ -90,8 +90,9 @@ class Architecture:
         mixer: kind of the softmax attention, of `ggjac.config.mixers.MIXERS`.
         recurrent: kind of the mixer in blocks without attention, of the same table, or `""` for none.
         recurrent_blocks: which blocks those are: `"all"`; `"no kv heads"` (0 in `attention.head_count_kv`);
-            `"interval"` (`attention.recurrent_layers`, or all but the last of every `full_attention_interval`, 4 by
-            default); `"beside"` (every block has both mixers, added); or `""` for none.
+            `"interval"` (`attention.recurrent_layers`, or all but the last of every `full_attention_interval`);
+            `"beside"` (every block has both mixers, added); or `""` for none.
+        recurrent_period: default of that interval.
         pruned: a block without heads has no mixer, and one without hidden units does nothing, whatever else it has.
         inner_norms: attention and feed-forward have a norm before their output projection.
         one_branch: a block with a feed-forward (`feed_forward_length` above 0) has no mixer.
@@ -233,6 +234,8 @@ class Architecture:
             `token_embd_norm`) or `""` for not.
         embedding_scale: `"sqrt"` (of d), `"key"` (the file's `embedding_scale`), or `""` for none.
         residual_scale: branches are multiplied by the file's `residual_scale`.
+        normed_skip: past a branch goes not the stream, but what the norm before the branch yields, times the file's
+            `residual_scale`, which is then required.
         logit_scale: `"multiply"` or `"divide"` by the file's `logit_scale`, or `""` for neither.
         logit_scale_optional: files may lack that key.
         scale_defaults: for files without these keys: embedding scale; branch scale times √(blocks); logit scale times
@@ -257,6 +260,7 @@ class Architecture:
     mixer: str = "attention"
     recurrent: str = ""
     recurrent_blocks: str = ""
+    recurrent_period: int = 4
     pruned: bool = False
     inner_norms: bool = False
     one_branch: bool = False
@@ -353,6 +357,7 @@ class Architecture:
     embedding_norm: str = ""
     embedding_scale: str = ""
     residual_scale: bool = False
+    normed_skip: bool = False
     logit_scale: str = ""
     logit_scale_optional: bool = False
     scale_defaults: tuple[float, float, float] = (0.0, 0.0, 0.0)
@@ -1013,5 +1018,13 @@ ARCHITECTURES: dict[str, Architecture] = {
         renormalize=False,
         router_optional=True,
         graph=Graph(ffn=("ffn_moe_out_merged",)),  # `ffn_out` is the branch's sum with the stream
+    ),
+    "minimax-01": Architecture(
+        recurrent="lightning",
+        recurrent_blocks="interval",
+        recurrent_period=8,
+        partial_rotary=True,
+        normed_skip=True,
+        graph=Graph(ffn=("ffn_moe_out",)),
     ),
 }

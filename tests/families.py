@@ -421,6 +421,10 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "llama4": EXPERTS
     | {"layers": 5, "dense_blocks": (0, 2, 4), "experts_used": 1, "expert_ff": 48, "shared_ff": 48}
     | {"omit": ("expert_shared_feed_forward_length",), "extra": {"interleave_moe_layer_step": 2}},
+    # Embeddings do not go past the first norm.
+    "minimax-01": EXPERTS
+    | {"mixers": ("lightning", "lightning", "attention"), "layers": 4, "n_rot": 8, "expert_ff": 96}
+    | {"extra": {"attention.recurrent_layers": [True, True, False, True], "residual_scale": 1.7}},
     **STATE_SPACE,
 }
 
@@ -938,7 +942,7 @@ FAMILY_CASES: dict[str, dict[str, Any]] = {
     "qwen2vl": of("qwen2vl", rope_base=1e6, eps=0.05),
     "qwen2vl_yarn": of("qwen2vl", **YARN_ROW, tied=True, fused_qkv=True, fused_bias=True),
     # The last section is the fourth axis', which text has not: with a base this low its pairs are seen to stand.
-    "qwen2vl_still": of("qwen2vl", rope_base=30.0, window=3, extra=UNREAD | {"rope.dimension_sections": [2, 2, 1, 3]}),
+    "qwen2vl_still": of("qwen2vl", rope_base=30.0, window=3, extra=UNREAD | {"rope.dimension_sections": [3, 1, 1, 3]}),
     "paddleocr": of("paddleocr", rope_base=5e5),
     "paddleocr_unread": of("paddleocr", biases=(*QKV, "attn_output"), tied=False, window=3, extra=UNREAD),
     # As HunyuanOCR: all four axes have sections, and a factor enlarges the base.
@@ -1601,7 +1605,7 @@ LLAMA4_CASES: dict[str, dict[str, Any]] = {
     "llama4": of("llama4", rope_factors=True, rope_base=500.0),
     # As Maverick: with 128 experts, queries and keys are not normed.
     "llama4_maverick": of(
-        "llama4", layers=2, d=32, heads=2, kv_heads=1, ff=32, experts=128, expert_ff=32, shared_ff=32, tied=True
+        "llama4", layers=4, d=32, heads=2, kv_heads=1, ff=32, experts=128, expert_ff=32, shared_ff=32, tied=True
     ),
     "llama4_several": of(
         "llama4",
@@ -1620,3 +1624,44 @@ LLAMA4_CASES: dict[str, dict[str, Any]] = {
     "llama4_unread": of("llama4", layers=4, window=3, extra=UNREAD | UNREAD_ROUTING),
 }
 FAMILY_CASES |= LLAMA4_CASES
+
+LIGHTNING_CASES: dict[str, dict[str, Any]] = {
+    "minimax_01": of("minimax-01"),
+    # The default period is eight.
+    "minimax_01_period": of(
+        "minimax-01",
+        layers=8,
+        mixers=(*["lightning"] * 7, "attention"),
+        omit=("attention.recurrent_layers",),
+        tied=True,
+    ),
+    "minimax_01_heads": of(
+        "minimax-01",
+        layers=2,
+        mixers=("attention", "lightning"),
+        extra={"attention.recurrent_layers": [False, True]},
+        heads=6,
+        head_dim=10,
+        n_rot=10,
+        eps=0.05,
+        fused_qkv=True,
+        **YARN_ROW,
+    ),
+    "minimax_01_unread": of(
+        "minimax-01",
+        layers=2,
+        mixers=("lightning", "attention"),
+        window=3,
+        extra={k: v for k, v in UNREAD.items() if k != "residual_scale"}
+        | UNREAD_ROUTING
+        | {"attention.recurrent_layers": [True, False]},
+    ),
+    "minimax_01_q8_0": of(
+        "minimax-01",
+        layers=2,
+        mixers=("lightning", "attention"),
+        extra={"attention.recurrent_layers": [True, False]},
+        type="Q8_0",
+    ),
+}
+FAMILY_CASES |= LIGHTNING_CASES

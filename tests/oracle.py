@@ -114,6 +114,7 @@ class Facts(NamedTuple):
     embedding: str | None = None  # root (of d) | key | normed (without weights) | norm (with them)
     post_epsilon: float | None = None  # of the norms after a sublayer; None: that of the others
     residual_key: bool = False
+    normed_skip: bool = False  # past a branch goes what the norm before it makes, times the file's residual_scale
     value_scale_key: bool = False  # attention.value_scale: of what attention adds
     norm_key: bool = False  # attention.layer_norm_rms_epsilon in the file: norms are rms
     logits: str | None = None  # divide | multiply
@@ -134,12 +135,12 @@ class Facts(NamedTuple):
     mscale: str | None = None  # of latent attention in a stretched context: equal | one | alone (oracle_latent.py)
 
 
-def by_interval(kind: str) -> Callable[["Oracle", int], tuple[str, ...]]:
+def by_interval(kind: str, default: int = 4) -> Callable[["Oracle", int], tuple[str, ...]]:
     """Return which mixer a block has, in families that list the blocks of `kind` or their period."""
 
     def mixers(model: "Oracle", layer: int) -> tuple[str, ...]:
         stated = model.metadata.get("attention.recurrent_layers")
-        period = model.metadata.get("full_attention_interval", 4)
+        period = model.metadata.get("full_attention_interval", default)
         return (kind if (stated[layer] if stated else (layer + 1) % period) else "attention",)
 
     return mixers
@@ -402,6 +403,10 @@ FACTS: dict[str, Facts] = {
         factors=True, period=4, window=8192, window_always=True, roped="three of four", qk_norm="bare", unnormed=128,
         router="each", renormalise=False, weighted="input", sum_named_ffn_out=True,
         graph={"ffn_moe_out_merged": "ffn_out"},
+    ),
+    "minimax-01": Facts(
+        rope="halves", normed_skip=True, mixers=by_interval("lightning", 8),
+        graph={"ffn_out": "l_out", "ffn_moe_out": "ffn_out"},
     ),
     "spark2_5": Facts(rope="halves", period=0, activation="gelu", graph=GATED | {"attn_out_proj": "attn_out"}),
     "muse-glimmer": SANDWICH._replace(
@@ -779,6 +784,12 @@ def tensors_of(model: Oracle, layer: int) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): w for name, w in model.weights.items() if name.startswith(prefix)}
 
 
+def lightning(model: Oracle, layer: int, h: Tensor, *, frozen: bool, context: int) -> Tensor:
+    """Apply lightning attention, which fades less in later blocks, through the output projection."""
+    depth = layer / (blocks(model.metadata) - 1)
+    return oracle_delta.lightning(tensors_of(model, layer), model.metadata, h, depth=depth, frozen=frozen)
+
+
 # What mixes positions in a block, each on the normed input h [n, d] and through the output projection.
 MIXERS: dict[str, Callable[..., Tensor]] = {
     "attention": attention,
@@ -790,6 +801,7 @@ MIXERS: dict[str, Callable[..., Tensor]] = {
     "delta": recurrent(oracle_delta.gated_delta, grouped=False),
     "grouped delta": recurrent(oracle_delta.gated_delta, grouped=True),
     "convolution": recurrent(oracle_delta.short_convolution),
+    "lightning": lightning,
     "kda": recurrent(oracle_delta.kimi_delta, bounded=False),
     "bounded kda": recurrent(oracle_delta.kimi_delta, bounded=True),
 }
@@ -1059,17 +1071,21 @@ def block(
         attn = branch_norm(model, b, facts.attn_post, sum(mixed.values()), frozen=frozen) * scale
         if facts.value_scale_key:
             attn = attn * (model.metadata.get("attention.value_scale", 0.0) or 1.0)
+    middle = attn + (model.metadata["residual_scale"] * h if facts.normed_skip else x)
+    past_ffn = middle
+    if facts.normed_skip:
+        past_ffn = model.metadata["residual_scale"] * branch_norm(model, b, facts.ffn_norm, middle, frozen=frozen)
     shared = facts.parallel or (facts.ffn_norm_optional and f"{b}.ffn_norm.weight" not in model.weights)
     together = shared or (facts.parallel_key and model.metadata["use_parallel_residual"])
     if any(f"{b}.{name}.weight" in model.weights for name in ("ffn_down", "ffn_down_exps")):
         before = facts.attn_norm if shared else facts.ffn_norm
-        ffn = feed_forward(model, b, x if together else x + attn, x, before, freeze=freeze, gelu=gelu) * scale
+        ffn = feed_forward(model, b, x if together else middle, x, before, freeze=freeze, gelu=gelu) * scale
     more = {}
     if f"{b}.inp_gate.weight" in model.weights:
         inputs = states["per_layer_inputs"][:, layer]
-        more["per_layer_out"] = per_layer_branch(model, b, x + attn + ffn, inputs, freeze=freeze, gelu=gelu)
-    out = (x + attn + ffn + sum(more.values())) * model.weights.get(f"{b}.layer_output_scale.weight", 1.0)
-    states = {"attn_out": attn, "ffn_inp": x + attn, "ffn_out": ffn, "l_out": out} | mixed | more
+        more["per_layer_out"] = per_layer_branch(model, b, past_ffn + ffn, inputs, freeze=freeze, gelu=gelu)
+    out = (past_ffn + ffn + sum(more.values())) * model.weights.get(f"{b}.layer_output_scale.weight", 1.0)
+    states = {"attn_out": attn, "ffn_inp": middle, "ffn_out": ffn, "l_out": out} | mixed | more
     return {f"{name}-{layer}": state for name, state in states.items()}
 
 

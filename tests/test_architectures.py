@@ -11,19 +11,14 @@ from ggjac.config import others
 
 # Of llama.cpp's names, those that are neither supported nor refused with a reason yet.
 NOT_YET = {
-    "deci",
     "gemma3n",
-    "openelm",
     "deepseek4",
-    "bitnet",
     "rwkv6",
     "rwkv6qwen2",
     "rwkv7",
     "arwkv7",
-    "chameleon",
     "hy_v4",
     "grovemoe",
-    "minimax-01",
     "hrm_text",
     "kimi-k3",
     "glm5-next",

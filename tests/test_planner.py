@@ -53,7 +53,7 @@ CASES = [
     *("deci_idle", "bitnet"),
     *("mamba", "mamba_sizes", "mamba_q8_0", "jamba", "jamba_experts", "plamo2"),
     *("afmoe", "laguna", "laguna_elements", "step35_clamped", "step35_factors", "spark2_5", "muse_glimmer"),
-    *("llama4", "llama4_several"),
+    *("llama4", "llama4_several", "minimax_01"),
     *("deepseek32", "glm_dsa", "minimax_m3", "kimi_linear", "kimi_linear_fused", "bailingmoe3", "bailingmoe3_clamped"),
 ]
 GATED = (

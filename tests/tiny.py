@@ -363,10 +363,10 @@ def attention(o: Options, b: str, *, gated: bool = False) -> Iterator[Entry]:
             yield Entry(f"{b}.{name}.weight", shape, 0.3, o.qk_gain)
     if o.sinks:
         yield Entry(f"{b}.attn_sinks.weight", (o.heads,), 1.0, 2.0)
-    if o.inner_norms:
-        yield from norms(o, f"{b}.attn_sub_norm", o.heads * o.hv)
     if o.attn_gate:
         yield matrix(f"{b}.attn_gate", {"heads": o.heads, "elements": q}[o.attn_gate], o.d, 2.0)
+    if o.inner_norms:
+        yield from norms(o, f"{b}.attn_sub_norm", o.heads * o.hv)
     yield matrix(f"{b}.attn_output", o.d, o.heads * o.hv)
 
 
@@ -426,6 +426,15 @@ def kda(o: Options, b: str, *, bounded: bool) -> Iterator[Entry]:
     yield Entry(f"{b}.ssm_dt.bias", (width,), 1.0)
     yield matrix(f"{b}.ssm_beta", o.heads, o.d, 3.0)
     yield Entry(f"{b}.ssm_norm.weight", (size,), 0.3, 1.0)
+    yield matrix(f"{b}.attn_output", o.d, width, 1.5)
+
+
+def lightning(o: Options, b: str) -> Iterator[Entry]:
+    """List the tensors of lightning attention in layer `b`, without its norm; q, k and v are side by side by head."""
+    width = o.heads * o.hd
+    yield interleaved(o, f"{b}.attn_qkv.weight", o.heads, [matrix(f"{b}.attn_{part}", width, o.d) for part in "qkv"])
+    yield matrix(f"{b}.attn_gate", width, o.d, o.gate_gain)
+    yield Entry(f"{b}.attn_norm_2.weight", (width,), 0.3, 1.0)
     yield matrix(f"{b}.attn_output", o.d, width, 1.5)
 
 
@@ -672,6 +681,7 @@ MIXERS: dict[str, Callable[[Options, str], Iterator[Entry]]] = {
     "grouped delta": functools.partial(delta, layout="qwen3next"),
     "old delta": functools.partial(delta, layout="old"),
     "convolution": short_convolution,
+    "lightning": lightning,
     "kda": functools.partial(kda, bounded=False),
     "bounded kda": functools.partial(kda, bounded=True),
     "mamba": mamba,
@@ -690,10 +700,11 @@ RECURRENT = {
     "convolution",
     "kda",
     "bounded kda",
+    "lightning",
     "mamba",
     "mamba2",
-    "linear",
     "plamo2",
+    "linear",
     "none",
 }
 # What the metadata then have besides, or instead; sizes with a dot in their names are keys themselves.

@@ -12,10 +12,12 @@ from ggjac.blocks.block import (
     block,
     block_inputs,
     extend_block,
+    kept,
     record_attention,
     record_block,
     record_ffn,
     record_rest,
+    skip,
     stream_scale,
 )
 from ggjac.blocks.frame import BlockWeights, Frame, NumericsError, WeightMatrix, affine, overflow
@@ -51,11 +53,13 @@ __all__ = [
     "block_inputs",
     "extend_block",
     "frozen_norm",
+    "kept",
     "overflow",
     "record_attention",
     "record_block",
     "record_ffn",
     "record_norm",
     "record_rest",
+    "skip",
     "stream_scale",
 ]

@@ -4,6 +4,8 @@
     ffn   = norm_out @ Linear(ffn_down) @ Scale(gate) @ Linear(ffn_up) @ norm_in
     block = (I + ffn) @ (I + attn)
 
+In one family what goes past a branch is not the stream, but its norm before the branch, scaled, in place of `I`.
+
 A quantity is *frozen* if it is held at its value at the prompt, and *live* if it is not frozen: the operators are
 linear in their live inputs, and apply live weights. Norms are frozen diagonals (LayerNorm's centring and bias stay
 live), queries and keys act through the frozen attention pattern only, and in a mixture of experts the choice and the
@@ -109,7 +111,7 @@ def record_block(
 ) -> RecordedBlock:
     """Freeze a block at its input `x`; `source` has another block's keys and values, if it reads those."""
     attn = record_attention(w, frame, layer, x, source)
-    ffn, inputs, out = record_rest(w, frame, layer, x, attn.added)
+    ffn, inputs, out = record_rest(w, frame, layer, x, kept(frame.config, attn.tape.norm_in, x) + attn.added)
     return RecordedBlock(attn, ffn, inputs, out)
 
 
@@ -124,21 +126,21 @@ def extend_block(
     config, mixers = frame.config, frame.config.layers[layer].mixers
     past = past or (Past(),) * len(mixers)
     if not mixers:
-        return record_rest(w, frame, layer, x, torch.zeros_like(x))[2], past
-    _, h = _normed_input(w, config, config.row.norms.attention_in, x)
+        return record_rest(w, frame, layer, x, x)[2], past
+    norm_in, h = _normed_input(w, config, config.row.norms.attention_in, x)
     extended = [extend_mixer(w, frame, layer, kind, h, own) for kind, own in zip(mixers, past, strict=True)]
     raw = _total([added for added, _ in extended])
     added = _normed_output(w, config, config.row.norms.attention_out, config.attention_factor, raw)[1]
-    return record_rest(w, frame, layer, x, added)[2], tuple(own for _, own in extended)
+    middle = kept(config, norm_in, x) + added
+    return record_rest(w, frame, layer, x, middle)[2], tuple(own for _, own in extended)
 
 
 def record_rest(
-    w: BlockWeights, frame: Frame, layer: int, x: Float[Tensor, "n d"], attn: Float[Tensor, "n d"]
+    w: BlockWeights, frame: Frame, layer: int, x: Float[Tensor, "n d"], middle: Float[Tensor, "n d"]
 ) -> tuple[Recorded[FFNTape], InputsTape | None, Float[Tensor, "n d"]]:
-    """Freeze the rest of a block whose attention adds `attn`; return it, and the stream after the block."""
-    middle = x + attn
+    """Freeze the rest of a block that attention leaves with the stream `middle`; return it, and the stream after it."""
     ffn = record_ffn(w, frame, layer, x if frame.config.row.parallel else middle, x)
-    out, inputs = middle + ffn.added, None
+    out, inputs = kept(frame.config, ffn.tape.norm_in, middle) + ffn.added, None
     if frame.inputs is not None:
         inputs, added = _record_inputs(w, frame, layer, out)
         out = out + added
@@ -195,8 +197,8 @@ def record_attention(
     raw = _total([affine(writing(w, mixed.tape, len(x)), mixed.heads) for mixed in recorded])
     norm_out, added = _normed_output(w, config, norms.attention_out, config.attention_factor, raw)
     tape = AttentionTape(norm_in, tuple(mixed.tape for mixed in recorded), norm_out)
-    kept = tuple(mixed.past for mixed in recorded) if layer in config.writers else ()
-    return Recorded(tape, raw, added, kept)
+    pasts = tuple(mixed.past for mixed in recorded) if layer in config.writers else ()
+    return Recorded(tape, raw, added, pasts)
 
 
 def record_ffn(
@@ -305,12 +307,13 @@ class FrozenBlock(NamedTuple):
     Attributes:
         attn: the attention branch, from the `n` positions that are read to the `m` that are written.
         ffn: the feed-forward branch, at the written positions.
-        residual: the residual connection: identity, or a selection where fewer positions are written than read.
+        residual: what goes past attention: all, a selection where fewer positions are written than read, or its norm.
         parallel: whether both branches read the block's input.
         scale: factor on the stream at the end, or None.
         inputs: what the block adds by inputs of its own, to the stream after both branches; or None.
         bank: number of the block whose values attention reads, if several blocks read them; or None.
         values: those values, from this block's input, if it is that block.
+        skip: what goes past the feed-forward; None for all of the stream.
         beside: the part of the feed-forward that reads the block's input, or None.
 
     Values that several blocks read are held in a bank, by number of their block: going up, their block writes them
@@ -327,6 +330,7 @@ class FrozenBlock(NamedTuple):
     inputs: LinearOperator | None = None
     bank: int | None = None
     values: LinearOperator | None = None
+    skip: LinearOperator | None = None
     beside: LinearOperator | None = None
 
     def matmat(
@@ -349,10 +353,11 @@ class FrozenBlock(NamedTuple):
     def matmat_ffn(
         self, H: Float[Tensor, "k m d"], attn: Float[Tensor, "k m d"], t: Homogeneous = None
     ) -> tuple[Float[Tensor, "k m d"], Float[Tensor, "k m d"]]:
-        """Return the stream after attention `[k, m, d]`, in place of `attn`, and what the feed-forward adds to it."""
+        """Return what goes past the feed-forward `[k, m, d]`, in place of `attn`, and what that adds to it."""
         middle = attn.add_(H)
         added = self.ffn.matmat(H if self.parallel else middle, t)
-        return middle, added if self.beside is None else added.add_(self.beside.matmat(H, t))
+        added = added if self.beside is None else added.add_(self.beside.matmat(H, t))
+        return middle if self.skip is None else self.skip.matmat(middle), added
 
     def matmat_out(
         self, H: Float[Tensor, "k m d"], ffn: Float[Tensor, "k m d"], t: Homogeneous = None
@@ -386,7 +391,7 @@ class FrozenBlock(NamedTuple):
             Both `[k + l, m, d]`. They are one tensor if the feed-forward reads nothing of the block's input.
         """
         middle = self.ffn.rmatmat(ffn)
-        middle[: len(H)] += H
+        middle[: len(H)] += H if self.skip is None else self.skip.rmatmat(H)
         if self.beside is not None:
             return middle + self.beside.rmatmat(ffn), middle
         if not self.parallel:
@@ -457,6 +462,8 @@ def block(
     residual: LinearOperator = Identity((m, d), dtype=dtype, device=device)
     if m < n:
         residual = Select(torch.tensor(positions), n, d, dtype=dtype, device=device)
+    past_attn, past_ffn = (skip(config, own.norm_in and own.norm_in.at(queries)) for own in (tape.attn, tape.ffn))
+    residual = residual if past_attn is None else past_attn @ residual
     inputs = None if tape.inputs is None else _inputs(w, tape.inputs.at(queries), m)
     return FrozenBlock(
         attn,
@@ -467,8 +474,20 @@ def block(
         inputs,
         bank=bank,
         values=values,
+        skip=past_ffn,
         beside=skipping,
     )
+
+
+def skip(config: ModelConfig, norm: NormTape | None) -> LinearOperator | None:
+    """Return what goes past a branch, from the norm before it; None where that is the stream."""
+    return scaled(norm.operator(), config.skip_scale) if norm is not None and config.row.normed_skip else None
+
+
+def kept(config: ModelConfig, norm: NormTape | None, x: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
+    """Return what goes past a branch of the stream `x`."""
+    operator = skip(config, norm)
+    return x if operator is None else affine(operator, x)
 
 
 def _with_bank(

@@ -483,6 +483,29 @@ def _log_decay(w: BlockWeights, config: ModelConfig, h: Float[Tensor, "m d"]) ->
     return a * softplus(x)
 
 
+def _lightning(w: BlockWeights, frame: Frame, layer: int, h: Float[Tensor, "m d"], past: Past | None) -> Mixed:
+    """Freeze lightning attention: linear attention that fades in each head and block at a rate of its own."""
+    config, own = frame.config, frame.config.recurrence
+    q, k, c = (affine(linear(w, f"attn_{part}", len(h)), h) for part in "qkv")
+
+    def keyed(part: Float[Tensor, "m hs"]) -> Float[Tensor, "m h s"]:
+        return widened(part * part.sigmoid()).unflatten(1, (own.heads, -1))
+
+    share = c.sigmoid()
+    log_decay = -_slopes(own.heads, layer, config.block_count).to(keyed(q)).expand(len(h), -1)  # [m, h]
+    recurrence = Recurrence(keyed(q), keyed(k), log_decay[..., None], torch.ones_like(log_decay), removes=False)
+    tape, o, state = _recurrent("lightning", recurrence, c * share, past)
+    gate = affine(linear(w, "attn_gate", len(h)), h).sigmoid()
+    read = (inverse_rms(o, config) * w.vector("attn_norm_2.weight") * gate).to(h.dtype)  # normed over all heads
+    return Mixed(tape._replace(written=Factor(share), read=Factor(read)), o, Past(state=state))
+
+
+def _slopes(heads: int, layer: int, blocks: int) -> Float[Tensor, " h"]:
+    """Return the rates at which lightning attention fades, those of ALiBi (arXiv 2108.12409), less in later blocks."""
+    slopes = 2.0 ** (-8 / heads * torch.arange(1, heads + 1, dtype=torch.float64))
+    return slopes * (1 - layer / max(1, blocks - 1) + 1e-5)
+
+
 def _state_space(w: BlockWeights, frame: Frame, layer: int, h: Float[Tensor, "m d"], past: Past | None) -> Mixed:
     """Freeze the selective state space of Mamba-2, or of PLaMo 2, where it has what Mamba-1 makes from the values."""
     config, own = frame.config, frame.config.recurrence
@@ -581,6 +604,7 @@ RECORD: dict[str, Record] = {
     "kimi delta": partial(_delta, kind="kimi delta"),
     "state space": _state_space,
     "channel state space": _channel_state_space,
+    "lightning": _lightning,
     "convolution": _convolution,
     "linear": _linear,
 }

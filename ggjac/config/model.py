@@ -212,6 +212,7 @@ class ModelConfig:
         temperature_scale: growth of queries with position; 0 for none.
         temperature_length: number of positions after which they first grow.
         embedding_scale, residual_scale, logit_scale: multiply embeddings, branches and logits.
+        skip_scale: multiplies what goes past a branch, if that is not the stream; see `Architecture.normed_skip`.
         value_scale: multiplies what attention adds.
         expert_count: number of routed experts in a mixture; 0 for a dense model.
         expert_groups, expert_groups_used: number of groups of experts, and of those that a token's experts come from;
@@ -253,6 +254,7 @@ class ModelConfig:
     decay_bound: float = 0.0
     indexer: Indexer = Indexer()
     value_scale: float = 1.0
+    skip_scale: float = 1.0
 
     @property
     def attention_factor(self) -> float:

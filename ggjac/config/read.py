@@ -67,6 +67,7 @@ def read_config(metadata: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...
         temperature_length=_temperature_length(keys, row, context) if temperature else context,
         embedding_scale=_embedding_scale(keys, row, d),
         residual_scale=_residual_scale(keys, row, blocks),
+        skip_scale=keys.real("residual_scale") if row.normed_skip else 1.0,
         value_scale=(keys.real("attention.value_scale", 0.0) if row.value_scale else 0) or 1.0,
         logit_scale=_logit_scale(keys, row, d),
         expert_count=experts.total,
@@ -249,7 +250,7 @@ def _mixers(
     if row.recurrent_blocks == "beside":
         return [(row.mixer, row.recurrent)] * blocks
     if row.recurrent_blocks == "interval":
-        recurrent = _interval(keys, stored)
+        recurrent = _interval(keys, row, stored)
     elif row.recurrent_blocks == "no kv heads":
         recurrent = [not count for count in kv_heads]
     else:
@@ -260,9 +261,9 @@ def _mixers(
     return [() if row.one_branch and own else (kind,) for kind, own in zip(kinds, units[:blocks], strict=True)]
 
 
-def _interval(keys: Keys, stored: int) -> list[bool]:
+def _interval(keys: Keys, row: Architecture, stored: int) -> list[bool]:
     """Return whether each block is recurrent, as the file says, or all but the last of every few."""
-    period = keys.integer("full_attention_interval", 4)
+    period = keys.integer("full_attention_interval", row.recurrent_period)
     flags = keys.flags("attention.recurrent_layers", stored)
     return [(i + 1) % period != 0 for i in range(stored)] if flags is None else flags
 
@@ -341,6 +342,10 @@ def _recurrence(keys: Keys, row: Architecture, blocks: int, context: int) -> Rec
     """Return the sizes of mixers other than attention."""
     if row.recurrent in ("", "linear"):
         return Recurrence()
+    if row.recurrent == "lightning":
+        heads = keys.for_all_blocks("attention.head_count", blocks)
+        size = keys.integer("attention.key_length", max(1, keys.integer("embedding_length") // heads))
+        return Recurrence(1, heads, heads, size, size)
     taps = keys.integer("shortconv.l_cache" if row.recurrent == "convolution" else "ssm.conv_kernel")
     if taps > context:
         raise ConfigError(f"{keys.prefix}: a convolution over {taps} positions does not fit a context of {context}")

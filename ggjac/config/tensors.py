@@ -65,6 +65,7 @@ _MIXERS: dict[str, dict[str, tuple[str, ...]]] = {
     "state space": _STATE_SPACE,
     "channel state space": _FROM_VALUES,
     "state space of values": _FROM_VALUES,
+    "lightning": {"attn_output": ("d", "hv")},
     "convolution": _CONVOLUTION,
 }
 # Of a state space whose steps, keys and queries are made from its values; these may have norms.
@@ -109,6 +110,11 @@ _VECTORS: dict[str, dict[str, tuple[str, ...]]] = {
         "ssm_conv1d.bias": ("hv",),
         "ssm_a": ("hv", "state"),
         "ssm_d": ("hv",),
+    },
+    "lightning": {
+        "attn_qkv.weight": ("2qk + hv", "d"),
+        "attn_gate.weight": ("hv", "d"),
+        "attn_norm_2.weight": ("hv",),
     },
     "state space of values": {**_MADE, "ssm_a": ("states",), "ssm_d": ("states",)},
     "convolution": {"shortconv.conv.weight": ("d", "taps")},
@@ -251,6 +257,11 @@ def _kimi_delta_parts(config: ModelConfig, layer: int) -> dict[str, Part]:
     return _sections("attn_qkv", attn_q=sizes["qk"], attn_k=sizes["qk"], attn_v=sizes["hv"])
 
 
+def _lightning_parts(config: ModelConfig, layer: int) -> dict[str, Part]:
+    size = config.recurrence.key_size  # of each head: query, key and value
+    return _sections("attn_qkv", attn_q=size, attn_k=size, attn_v=size, period=3 * size)
+
+
 def _state_space_parts(config: ModelConfig, layer: int) -> dict[str, Part]:
     sizes = _recurrent_sizes(config)
     hv, qk, heads = sizes["hv"], sizes["qk"], sizes["states"]
@@ -284,6 +295,7 @@ _MIXER_PARTS: dict[str, Callable[[ModelConfig, int], dict[str, Part]]] = {
     "kimi delta": _kimi_delta_parts,
     "state space": _state_space_parts,
     "channel state space": _channel_parts,
+    "lightning": _lightning_parts,
     "state space of values": _state_space_of_values_parts,
     "convolution": _convolution_parts,
 }
@@ -312,6 +324,8 @@ def check_tensors(config: ModelConfig, shapes: Mapping[str, tuple[int, ...]]) ->
     loose = {name for mixer in mixers for name in _LOOSE.get(mixer, ())}
     if {"state space", "channel state space"} & mixers:  # llama.cpp's graph adds it without asking whether there is one
         needed.add("ssm_conv1d.bias")
+    if "lightning" in mixers:
+        needed.add("attn_norm_2.weight")
     if config.row.rope_factors == "required" and any(own.rope and own.rope.factored for own in config.layers):
         needed.add("rope_freqs.weight")
     for prefix, table, sizes in _scopes(config):

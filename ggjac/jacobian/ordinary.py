@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ggjac.blocks import BlockWeights, Past, WeightMatrix, block_inputs, record_attention, record_rest
+from ggjac.blocks import BlockWeights, Past, WeightMatrix, block_inputs, kept, record_attention, record_rest
 from ggjac.jacobian import FrozenNetwork
 from ggjac.linop import Homogeneous, LinearOperator
 from ggjac.sizes import CHUNK_BYTES
@@ -130,9 +130,9 @@ class OrdinaryJacobian(LinearOperator):
             # `record_block`, but the tape of attention is freed before the feed-forward.
             attn = record_attention(w, frame, i, state[STREAM], past)
             made = _named(i, attn.past[0]) if i in config.writers else {}
-            added = attn.added
+            middle = kept(config, attn.tape.norm_in, state[STREAM]) + attn.added
             del attn
-            return made | {STREAM: record_rest(w, frame, i, state[STREAM], added)[2]}
+            return made | {STREAM: record_rest(w, frame, i, state[STREAM], middle)[2]}
 
         return block
 

@@ -129,7 +129,7 @@ def sweep_floats(config: ModelConfig, n: int, *, up: bool, slab: int = SLAB) -> 
     d, row = config.d, config.row
     factors = (config.attention_factor, config.residual_scale, row.joint_scale)
     scaled = row.norms.attention_out or row.norms.ffn_out or factors != (1, 1, 1)
-    more = d if scaled or row.parallel or row.experts_skip else 0
+    more = d if scaled or row.parallel or row.normed_skip or row.experts_skip else 0
     bank = n * _bank(config)
     if up:
         attention = max(_attention_up(d, n, path) for path in _paths(config, n))

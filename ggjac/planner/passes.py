@@ -477,14 +477,14 @@ def _tape_bytes(block: _Block, config: ModelConfig, n: int, item: int) -> int:
 def _mixer_floats(config: ModelConfig, block: _Block, mixer: str, n: int) -> int:
     """Return the floats of a mixer's tape: its pattern `[h, n, n]` or its scan, and its factors."""
     heads, value, key = _heads(config, block, mixer)
-    own = block.layer
-    gated = config.row.gated_queries or own.gate > 0 or config.row.inner_norms  # a factor of what is mixed
+    row, own = config.row, block.layer
+    read = row.gated_queries or own.gate or row.inner_norms  # factors of what is mixed
     if not MIXERS[mixer].recurrent:
         if MIXERS[mixer].convolution:
             return 2 * n * config.d
         written = 2 if config.attention_clamp else int(config.row.value_norm)
         written *= bool(MIXERS[mixer].values)
-        return heads * n * n + n * (written * own.kv_heads * value + bool(gated) * heads * value)
+        return heads * n * n + n * (written * own.kv_heads * value + bool(read) * heads * value)
     chunk = scan_chunk(n, key)
     factors = 2 * n * heads * value
     if MIXERS[mixer].channels:
