@@ -95,6 +95,15 @@ class LinearOperator:
         for part in self.parts:
             part.read_ahead()
 
+    def agreed(self, found: Tensor) -> Tensor:
+        """Return numbers that decide how a computation goes on: those of one of the processes that share the operator.
+
+        Processors of different makes may differ in a last bit, and so decide differently.
+        """
+        for part in self.parts:
+            found = part.agreed(found)
+        return found
+
     @property
     def flop(self) -> int:
         """Floating-point operations of one product with one vector, multiplications by matrices only."""

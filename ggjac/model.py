@@ -192,9 +192,9 @@ class Model:
         self.crew: Crew | None = None
         if group is not None:
             self.crew = Crew.of(group, self.config, file.tensors)
-        self.embedding: Weight = self.weights["token_embd.weight"]
+        self.embedding: Weight = self.weights[self.config.embedding]
         self.head = decode.Head(
-            self.weights["output.weight" if "output.weight" in self.weights else "token_embd.weight"],
+            self.weights["output.weight" if "output.weight" in self.weights else self.config.embedding],
             bias=self.weights["output.bias"].dense() if "output.bias" in self.weights else None,
             scale=self.config.logit_scale * self.weights.gain("output.weight"),
             softcap=self.config.logit_softcap,
@@ -431,7 +431,7 @@ class Model:
             past = None if source is None else pasts[source]
             if i + 1 < config.block_count:
                 self.block(i + 1).read_ahead()
-            x_in, (attn, ffn, inputs, h) = h, blocks.record_block(w, frame, i, h, past)
+            x_in, (attn, ffn, inputs, h, entry) = h, blocks.record_block(w, frame, i, h, past)
             if i in config.writers:
                 pasts[i] = attn.past[0]
             observe(f"attn_out-{i}", attn.raw)
@@ -440,8 +440,8 @@ class Model:
             if not h.isfinite().all():
                 raise blocks.overflow(f"block {i}", self.dtype)
             if tapes is not False and i == len(kept):
-                kept.append(BlockTape(x_in, attn.tape, ffn.tape, inputs))
-            del x_in, attn, ffn, inputs  # before the next block is recorded
+                kept.append(BlockTape(x_in, attn.tape, ffn.tape, inputs, entry))
+            del x_in, attn, ffn, inputs, entry  # before the next block is recorded
             if progress:
                 progress(i + 1, config.block_count)
         norm = self.freeze_final_norm(h)
@@ -465,11 +465,15 @@ class Model:
             rotations,
             mlp_path,
             [blocks.activation(config, i, table=imitate) for i in range(config.block_count)],
+            between=self.weights[f"{config.row.output_norm}.weight"].dense() if config.loop_norm else None,
         )
 
     def embed(self, ids: Sequence[int], start: int = 0) -> Float[Tensor, "n d"]:
-        """Return the input of block 0, `[n, d]`: scaled embeddings, plus learned positions from `start` on if any."""
+        """Return the input of block 0, `[n, d]`: embeddings, scaled or normed, plus learned positions from `start`."""
         x = self.embedding.take(ids) * self.config.embedding_scale
+        if self.config.row.embedding_norm:
+            own = blocks.record_norm(self.outside, self.config, ("token_embd_norm",), x)
+            x = (own or blocks.frozen_norm(self.config, None, None, x)).apply(x)
         if "position_embd.weight" in self.weights:
             x = x + self.weights["position_embd.weight"].take(range(start, start + len(ids)))
         return x
@@ -507,7 +511,8 @@ class Model:
 
         Its matrices come in the dtype `rounding`, default that of the model.
         """
-        block = self.weights.block(index, fused_parts(self.config, index), live=live, rounding=rounding)
+        parts = fused_parts(self.config, index)
+        block = self.weights.block(index, parts, prefix=self.config.prefix(index), live=live, rounding=rounding)
         return self.crew.part(block, index) if self.crew else block
 
     def prompt_ids(self, prompt: str | Sequence[int], *, parse_special: bool = True) -> list[int]:
@@ -551,9 +556,10 @@ class Model:
                 f"the prompt has {len(ids)} tokens, the model's context {context}; shorten it, or give a larger context"
             )
         if len(ids) > self.config.longest:
+            left = f"selects {self.config.longest}" if self.config.indexer.selected else "would leave some out"
             raise PromptError(
-                f"the prompt has {len(ids)} tokens, of which this model's attention selects {self.config.longest}: not "
-                "supported beyond that; shorten it"
+                f"the prompt has {len(ids)} tokens, of which this model's attention {left}: not supported beyond "
+                f"{self.config.longest}; shorten it"
             )
         ids = [whole("token id", i, None) for i in ids]
         for i in ids:

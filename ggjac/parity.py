@@ -250,14 +250,8 @@ def verify(
             raise _refused(str(error), error.will_not_fit) from None
     types = {info.type.name for info in model.gguf.tensors.values()}
     row, given = model.config.row, tolerance
-    if row.recurrent_blocks in ("no kv heads", "interval"):
-        found = {kind for layer in model.config.layers for kind in layer.mixers}
-        lacking = {row.mixer: "attention", row.recurrent: "a state"}
-        for words in (words for kind, words in lacking.items() if kind not in found):
-            raise ParityError(
-                f"llama.cpp cannot run a {model.config.architecture} model in which no block has {words}: "
-                "it cannot be compared"
-            )
+    if why := _unfit(model):
+        raise ParityError(f"llama.cpp cannot run a {model.config.architecture} model {why}: it cannot be compared")
     if tolerance is None and (strict or types == {"F32"}):
         tolerance = max(_dtype_tolerance(model.dtype), GELU_TOLERANCE if row.activation == "gelu" else 0.0)
     with _temporary_folder(large=True) as folder:
@@ -285,6 +279,20 @@ def verify(
 
     exact = _dtype_tolerance(model.dtype) if given is None else given
     return _judge_layers(model, ids, reference, judged, tolerance=tolerance, exact=exact, report=report)
+
+
+def _unfit(model: "Model") -> str | None:
+    """Return what is about a model on which llama.cpp aborts, or from which it does not come back; or None."""
+    row, layers = model.config.row, model.config.layers
+    if row.recurrent_blocks in ("no kv heads", "interval") and not row.pruned:
+        found = {kind for layer in layers for kind in layer.mixers}
+        for kind, words in {row.mixer: "attention", row.recurrent: "a state"}.items():
+            if kind not in found:
+                return f"in which no block has {words}"
+    stated = model.gguf.metadata.get(f"{model.config.architecture}.attention.head_count")
+    if isinstance(stated, Sequence) and stated and stated[0] == 0 and any(layer.rope for layer in layers):
+        return "that rotates heads, but states 0 of them for its first block"  # it then rotates 0 dimensions, for ever
+    return None
 
 
 def _judge_layers(
@@ -319,7 +327,8 @@ def _judge_layers(
     trace = model.trace(ids, observe=observe, imitate=tolerance is not None, n_ctx=n_ctx, tapes=False)
     logits = trace.all_logits()
     found = judged(logits, layers, local=local)
-    if tolerance is None or found.verdict or not _blocks_agree(local, model.config.block_count):
+    working = sum(not layer.idle for layer in model.config.layers)
+    if tolerance is None or found.verdict or not _blocks_agree(local, working):
         return found
 
     report("comparing every layer with itself in another precision")
@@ -341,6 +350,11 @@ def by_kind(tensors: Mapping[str, Tensor], graph: Graph) -> dict[str, Tensor]:
             layers = {full.rpartition("-")[2] for full in tensors if full.rpartition("-")[0] == name} - taken
             wanted |= {f"{name}-{layer}": f"{kind}-{layer}" for layer in layers}
             taken |= layers
+    if graph.next_input:
+        name, last = graph.stream
+        count = sum(full.rpartition("-")[0] == name for full in tensors)
+        wanted |= {f"{name}-{i + 1}": f"{STREAM}-{i}" for i in range(count - 1)} | {last: f"{STREAM}-{count - 1}"}
+        del wanted[f"{name}-0"]
     return {wanted.get(name, name): tensor for name, tensor in tensors.items() if name in wanted or name == OUTPUT}
 
 
@@ -371,10 +385,12 @@ def local_errors(
             found.append(_local_error(name, ours, theirs, allowed, before, share))
 
     for i, layer in enumerate(model.config.layers):
+        if layer.idle:  # llama.cpp leaves it out
+            continue
         source = None if layer.source is None else pasts.get(layer.source)
         if x is not None and (layer.source is None or source is not None):
             w = model.block(i)
-            attn, ffn, _, out = blocks.record_block(w, frame, i, x, source)
+            attn, ffn, _, out, _ = blocks.record_block(w, frame, i, x, source)
             if i in model.config.writers:
                 pasts[i] = attn.past[0]
             compare(f"{ATTENTION}-{i}", attn.raw, exact)
@@ -413,9 +429,9 @@ def _local_error(
     return LocalError(name, layer, error, worst, largest, tolerance)
 
 
-def _blocks_agree(local: Sequence[LocalError], block_count: int) -> bool:
-    """Return whether every block was compared locally, and nothing departs."""
-    return all(e.passes for e in local) and sum(e.name.startswith(f"{STREAM}-") for e in local) == block_count
+def _blocks_agree(local: Sequence[LocalError], working: int) -> bool:
+    """Return whether every block that does something, of so many, was compared locally, and nothing departs."""
+    return all(e.passes for e in local) and sum(e.name.startswith(f"{STREAM}-") for e in local) == working
 
 
 def rounding_errors(model: "Model", ids: Sequence[int], ours: Reference, *, n_ctx: int) -> dict[str, float]:

@@ -51,6 +51,7 @@ YARN_ROW = {"scaling": YARN, "rope_base": 100.0}
 # No two sizes are equal, neither of a head's parts nor of what they are made from.
 SIZES = {"nope": 12, "latent": 20, "value": 10, "query": 24}
 UNSPLIT = SIZES | {"unsplit": True}
+NARROW = {"heads": 2, "nope": 10, "latent": 16, "value": 14}
 LATENT = {"mixers": ("latent",), "n_rot": 8, "sizes": SIZES}
 # Two of four groups, three of their six experts.
 GROUPS = {"experts": 12, "experts_used": 3} | {
@@ -137,6 +138,19 @@ STATE_SPACE: dict[str, dict[str, Any]] = {
     | {"extra": NEMOTRON_H["extra"] | {"expert_weights_norm": True, "expert_weights_scale": 2.5}},
     "jamba": {"mixers": ("mamba", "attention", "mamba"), "layers": 3, "kv_by_layer": True}
     | {"sizes": {"normed": True}, "omit": ATTENTION_KEYS[1:]},
+    # (llama.cpp does not come back where the first block states 0 heads, as the converter writes it.)
+    "plamo2": {
+        "mixers": ("attention", "plamo2"),
+        "layers": 4,
+        "kv_by_layer": True,
+        "norms": SANDWICH,
+        "bare_norms": ("post_attention_norm", "post_ffw_norm"),
+        "ffn": "fused",
+        "fused_qkv": True,
+        "qk_norm": "heads",
+        "head_dim": 32,
+        "omit": ("rope.dimension_count",),
+    },
     # The converter writes 0 heads, and no other key of attention.
     "mamba": {"mixers": ("mamba",), "alone": True, "norms": ("attn_norm",), "layers": 3, "kv_heads": None}
     | {"extra": {"attention.head_count": 0}, "omit": ATTENTION_KEYS},
@@ -251,6 +265,14 @@ FAMILIES: dict[str, dict[str, Any]] = {
     | {"qk_norm": "head", "layers": 5, "dense_lead": 1, "window": 4, "expert_ff": 48, "shared_ff": 48}
     | {"selection_bias": 0.3, "predictor_experts": False}
     | {"extra": {"expert_weights_norm": True, "expert_weights_scale": 2.5, "expert_gating_func": 2}},
+    # Every layer has numbers of heads and hidden units of its own.
+    "openelm": {"qk_norm": "head", "fused_qkv": True, "tied": True, "head_dim": 16, "mixers": ("attention", "narrow")}
+    | {"sizes": {"narrow": {"heads": 3, "kv_heads": 1}}, "heads_by_layer": True, "kv_by_layer": True}
+    | {"layers": 3, "ffs": (64, 96, 128)},
+    # Some layers have lost their attention, or heads, or have a wider network.
+    "deci": {"mixers": ("attention", "none", "narrow"), "sizes": {"narrow": {"kv_heads": 1}}, "heads_by_layer": True}
+    | {"kv_by_layer": True, "layers": 4, "ffs": (96, 64, 128, 32)},
+    "bitnet": {"inner_norms": True, "tied": True},
     "mellum": EXPERTS | {"qk_norm": "head", "head_dim": 32, "expert_ff": 48, "layers": 5, "window": 4},
     # The last layer is full, and the middle one of three.
     "maple": EXPERTS
@@ -279,6 +301,12 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "dbrx": EXPERTS
     | {"norm": "ln", "norms": ("attn_norm", "attn_output_norm"), "fused_qkv": True}
     | {"extra": {"attention.clamp_kqv": 1.0}},
+    # The dense network is as wide as the stream; the experts read the block's input.
+    "arctic": EXPERTS | {"expert_norms": ("ffn_norm_exps",), "dense_beside": True, "dense_ff": 64},
+    "grok": EXPERTS
+    | {"norms": ("attn_norm", "attn_output_norm", "ffn_norm", "post_ffw_norm"), "dense_beside": True, "expert_ff": 48}
+    | {"embed_std": 0.2}
+    | {"extra": {"embedding_scale": 5.0, "logit_scale": 0.4, "attention.output_scale": 0.3}},
     "minimax-m2": EXPERTS
     | {"qk_norm": "full", "n_rot": 8, "head_dim": 32, "selection_bias": 0.3, "extra": {"expert_gating_func": 2}},
     "phimoe": EXPERTS | {"norm": "rms_bias", "biases": (*QKV, "attn_output", "output")},
@@ -292,6 +320,35 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "extra": {"feed_forward_length": 192},
     },
     "qwen2vl": {"biases": QKV, "extra": {"rope.dimension_sections": [2, 3, 3, 0]}},
+    "starcoder": LAYER_NORM
+    | {"positions": True, "fused_qkv": True, "fused_bias": True, "kv_heads": 1, "tied": True}
+    | {"biases": (*QKV, "attn_output", "ffn_up", "ffn_down")},
+    "codeshell": LAYER_NORM | {"biases": (*QKV, "attn_output", "ffn_up", "ffn_down")},
+    "orion": {"norm": "ln_bias"},
+    "maincoder": {"qk_norm": "head", "head_dim": 32},
+    "chatglm": {"biases": QKV, "ffn": "fused", "fused_qkv": True, "fused_bias": True, "n_rot": 8},
+    "pangu-embedded": {"biases": (*QKV, "attn_output"), "head_dim": 32},
+    "plamo": {"norms": ("attn_norm",)},
+    # Layer 7 is the first that sees everything.
+    "plamo3": {"norms": SANDWICH, "bare_norms": ("post_attention_norm", "post_ffw_norm"), "layers": 9, "window": 4}
+    | {"qk_norm": "head", "ffn": "fused", "fused_qkv": True, "tied": True, "rope_base": 100.0, "post_gain": 0.4},
+    "cogvlm": {"mixers": ("vision experts",), "fused_qkv": True, "kv_heads": 4},
+    # The converter writes that no dimension is rotated apart from others.
+    "deepseek2-ocr": EXPERTS
+    | {"kv_heads": 4, "layers": 3, "dense_lead": 1, "expert_ff": 48, "shared_count": 2}
+    | {"extra": {"rope.dimension_count": 0, "expert_weights_scale": 1.0}},
+    "baichuan": {"kv_heads": 4},
+    "mpt": {"norm": "ln", "ffn": "plain", "fused_qkv": True, "kv_heads": 4, "tied": True}
+    | {"extra": {"attention.max_alibi_bias": 8.0}},
+    "bloom": LAYER_NORM
+    | {"fused_qkv": True, "fused_bias": True, "kv_heads": 4, "tied": True, "embed_norm": True}
+    | {"biases": (*QKV, "attn_output", "ffn_up", "ffn_down")},
+    "refact": {"kv_heads": 1, "tied": True},
+    # Scores are divided by the size of a head, not by its root.
+    "jais": {"norm": "ln_bias", "fused_qkv": True, "fused_bias": True, "kv_heads": 4, "score_gain": 3.0}
+    | {"biases": (*QKV, "attn_output", "ffn_gate", "ffn_up", "ffn_down")}
+    | {"extra": {"attention.max_alibi_bias": 8.0}},
+    "jais2": LAYER_NORM | {"biases": (*QKV, "attn_output", "ffn_up", "ffn_down")},
     "paddleocr": {"head_dim": 32, "tied": True, "extra": {"rope.dimension_sections": [4, 6, 6, 0]}},
     "hunyuan_vl": {"qk_norm": "head", "head_dim": 32, "tied": True, "extra": {"rope.dimension_sections": [4, 4, 4, 4]}},
     "qwen35": QWEN35 | {"extra": {"rope.dimension_sections": [3, 3, 2, 0]}},
@@ -318,12 +375,57 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "deepseek32": DEEPSEEK | {"sizes": SIZES | {"indexer": 8}, "layers": 4, "predictors": 1},
     "glm-dsa": DEEPSEEK
     | {"sizes": SIZES | {"indexer": 8, "indexer_types": [True, False, True]}, "layers": 4, "predictors": 1},
+    # Windowed layers have fewer heads, of other sizes; full ones choose their keys.
+    "dots3note": EXPERTS
+    | {"mixers": ("latent", *2 * ("latent window",), "latent", "latent window"), "n_rot": 8, "kv_heads": 1, "layers": 5}
+    | {"predictors": 1, "predictor_experts": False, "dense_lead": 1, "expert_ff": 48, "shared_count": 1}
+    | {"selection_bias": 0.3, "window": 4}
+    | {"sizes": SIZES | {"head_gate": True, "rope_norm": True, "indexer": 8, "window": NARROW}}
+    | {"extra": {"expert_gating_func": 2, "expert_weights_norm": True, "rope.freq_base_swa": 50.0}},
     # The gain of up makes some values leave the clamp at 7.
     "minimax-m3": EXPERTS
     | {"mixers": ("block_sparse",), "sizes": {"indexer": 2}, "qk_norm": "head", "n_rot": 8, "head_dim": 32}
     | {"layers": 3, "dense_lead": 1, "expert_ff": 48, "shared_count": 2, "selection_bias": 0.3}
     | {"up_gain": 6.0, "gate_gain": 6.0, "down_gain": 0.2}
     | {"extra": {"expert_gating_func": 2, "expert_weights_norm": True, "expert_weights_scale": 2.0}},
+    "afmoe": EXPERTS
+    | {"norms": SANDWICH, "layers": 5, "window": 4, "qk_norm": "head", "attn_gate": "elements", "dense_lead": 1}
+    | {"expert_ff": 48, "shared_count": 1, "selection_bias": 0.3, "embed_std": 0.125}
+    | {"extra": {"expert_weights_norm": True, "expert_weights_scale": 1.5}},
+    # The first layer of four is full, and has fewer heads and rotated dimensions.
+    "laguna": EXPERTS
+    | {
+        "mixers": ("attention", *["window"] * 3),
+        "sizes": {"window": {"heads": 6, "n_rot": 16}},
+        "head_dim": 16,
+        "n_rot": 8,
+    }
+    | {"layers": 5, "window": 4, "qk_norm": "head", "attn_gate": "heads", "rope_base": 100.0, "dense_lead": 1}
+    | {"expert_ff": 48, "shared_ff": 80, "selection_bias": 0.3, "omit": ("attention.sliding_window_pattern",)}
+    | {"extra": {"expert_gating_func": 2, "expert_weights_norm": True, "expert_weights_scale": 2.5}},
+    # Full layers rotate half of what the file states.
+    "step35": EXPERTS
+    | {
+        "mixers": ("attention", "window", "window"),
+        "sizes": {"window": {"heads": 6}},
+        "head_dim": 16,
+        "rope_base": 100.0,
+    }
+    | {"layers": 4, "window": 4, "qk_norm": "head", "attn_gate": "heads", "dense_lead": 1, "expert_ff": 48}
+    | {"shared_ff": 80, "selection_bias": 0.3, "omit": ("rope.dimension_count_swa",)}
+    | {"extra": {"expert_weights_norm": True, "expert_weights_scale": 2.5, "rope.freq_base_swa": 50.0}},
+    "spark2_5": {"mixers": ("window", "attention"), "sizes": {"window": {"n_rot": 16}}, "n_rot": 8, "fused_qkv": True}
+    | {"layers": 3, "window": 4, "attn_gate": "heads", "rope_base": 100.0, "extra": {"rope.freq_base_swa": 50.0}},
+    "muse-glimmer": {"norms": SANDWICH, "layers": 5, "window": 4, "qk_norm": "head", "attn_gate": "elements"}
+    | {"embed_std": 0.2, "rope_base": 100.0, "extra": {"logit_scale": 0.5, "final_logit_softcapping": 1.2}},
+    "llama4": EXPERTS
+    | {"layers": 5, "dense_blocks": (0, 2, 4), "experts_used": 1, "expert_ff": 48, "shared_ff": 48}
+    | {"omit": ("expert_shared_feed_forward_length",), "extra": {"interleave_moe_layer_step": 2}},
+    # Embeddings do not go past the first norm.
+    "minimax-01": EXPERTS
+    | {"mixers": ("lightning", "lightning", "attention"), "layers": 4, "n_rot": 8, "expert_ff": 96}
+    | {"extra": {"attention.recurrent_layers": [True, True, False, True], "residual_scale": 1.7}},
+    "nanbeige": {"extra": {"num_loops": 2, "skip_loop_final_norm": False}},
     **STATE_SPACE,
 }
 
@@ -570,6 +672,28 @@ FAMILY_CASES: dict[str, dict[str, Any]] = {
     "olmoe": of("olmoe"),
     "granitemoe": of("granitemoe"),
     "granitemoe_shared": of("granitemoe", shared_ff=80),
+    "openelm": of("openelm"),
+    "openelm_linear": of("openelm", scaling=LINEAR, rope_base=100.0, kv_heads=4),
+    "openelm_q8_0": of("openelm", type="Q8_0", sizes={"narrow": {"heads": 2, "kv_heads": 2}}),
+    "deci": of("deci", rope_factors=True, rope_base=500.0),
+    # As the 51B: a projection in place of attention, first and last.
+    "deci_linear": of("deci", mixers=("linear", "attention", "none"), head_dim=32, fused_qkv=True, tied=True),
+    # As the 253B: layers that do nothing, although two of them have attention. (llama.cpp aborts if the last does.)
+    "deci_idle": of("deci", mixers=("attention", "none", "attention"), layers=6, ffs=(0, 96, 64, 0, 0, 32)),
+    "deci_biases": of(
+        "deci",
+        mixers=("attention", "linear"),
+        layers=2,
+        ffs=(96, 96),
+        biases=("ffn_gate", "ffn_up", "ffn_down"),
+        scaling=LINEAR,
+    ),
+    "deci_q8_0": of("deci", type="Q8_0", heads=2, kv_heads=2, sizes={"narrow": {"kv_heads": 1}}),
+    "bitnet": of("bitnet"),
+    "bitnet_scales": of("bitnet", scales=SCALED[0] + SCALED[1], layers=3),
+    # As its converter states it, which multiplies by nothing.
+    "bitnet_linear": of("bitnet", scaling={"type": "linear", "factor": 1.0}, rope_base=5e5, eps=0.05, heads=2),
+    "bitnet_ternary": of("bitnet", d=256, ff=256, layers=1, heads=2, types={"blk.": "TQ2_0"}),
     "mellum": of("mellum"),
     "mellum_yarn": of("mellum", **YARN_ROW, fused_qkv=True, layers=4),
     "mellum_listed": of(
@@ -715,6 +839,40 @@ FAMILY_CASES: dict[str, dict[str, Any]] = {
     "dbrx_linear": of("dbrx", experts_used=3, layers=3, scaling={"type": "linear", "factor": 4.0}, rope_base=100.0),
     "dbrx_unread": of("dbrx", extra=UNREAD | UNREAD_ROUTING),
     "dbrx_q8_0": of("dbrx", type="Q8_0", heads=2),
+    "arctic": of("arctic"),
+    "arctic_linear": of("arctic", layers=3, experts_used=3, tied=True, fused_qkv=True, scaling=LINEAR),
+    "arctic_unread": of("arctic", extra=UNREAD | UNREAD_ROUTING),
+    "arctic_q8_0": of("arctic", type="Q8_0", heads=2),
+    "grok": of("grok"),
+    # As Grok 1's first files: constants of llama.cpp, no dense network, another name of the last norm.
+    "grok_defaults": of(
+        "grok",
+        norms=("attn_norm", "attn_output_norm", "ffn_norm", "layer_output_norm"),
+        dense_beside=False,
+        layers=3,
+        tied=True,
+        score_gain=3.0,
+        embed_std=0.012,
+        omit=("embedding_scale", "logit_scale", "attention.output_scale", "expert_feed_forward_length"),
+        expert_ff=96,
+    ),
+    # Caps act; those of the router and temperatures are not read by llama.cpp, nor is YaRN's factor on magnitudes.
+    "grok_caps": of(
+        "grok",
+        fused_qkv=True,
+        rope_base=100.0,
+        scaling=YARN | {"yarn_beta_slow": 0.5, "yarn_attn_factor": 1.3, "yarn_ext_factor": 1.0},
+        extra={
+            "attn_logit_softcapping": 1.5,
+            "final_logit_softcapping": 1.2,
+            "router_logit_softcapping": 0.5,
+            "attention.temperature_length": 4,
+        },
+    ),
+    # Only beside a large epsilon does it matter how large the sum is that the last norm reads.
+    "grok_betas": of(
+        "grok", eps=0.5, rope_base=100.0, scaling=YARN | {"yarn_beta_fast": 2.0, "yarn_log_multiplier": 1.0}
+    ),
     "glm4moe": of("glm4moe"),
     # As GLM 4.5: norms of heads, two dense blocks, no scale, and a last block for the token after the next.
     "glm4moe_355b": of(
@@ -785,13 +943,100 @@ FAMILY_CASES: dict[str, dict[str, Any]] = {
     "qwen2vl": of("qwen2vl", rope_base=1e6, eps=0.05),
     "qwen2vl_yarn": of("qwen2vl", **YARN_ROW, tied=True, fused_qkv=True, fused_bias=True),
     # The last section is the fourth axis', which text has not: with a base this low its pairs are seen to stand.
-    "qwen2vl_still": of("qwen2vl", rope_base=30.0, window=3, extra=UNREAD | {"rope.dimension_sections": [2, 2, 1, 3]}),
+    "qwen2vl_still": of("qwen2vl", rope_base=30.0, window=3, extra=UNREAD | {"rope.dimension_sections": [3, 1, 1, 3]}),
     "paddleocr": of("paddleocr", rope_base=5e5),
     "paddleocr_unread": of("paddleocr", biases=(*QKV, "attn_output"), tied=False, window=3, extra=UNREAD),
     # As HunyuanOCR: all four axes have sections, and a factor enlarges the base.
     "hunyuan_vl": of("hunyuan_vl", rope_base=10.0, scaling={"type": "none", "factor": 4.0, "alpha": 3.0}),
     "hunyuan_vl_plain": of("hunyuan_vl", tied=False, window=3, omit=("rope.dimension_sections",), extra=UNREAD),
     "hunyuan_alpha": of("hunyuan-dense", rope_base=10.0, scaling={"alpha": 3.0}),
+    "starcoder": of("starcoder"),
+    "starcoder_unread": of("starcoder", kv_heads=4, tied=False, window=3, extra=UNREAD),
+    "codeshell": of("codeshell", scaling={"type": "linear", "factor": 1.0}),
+    # The head's matrix has the embeddings, too.
+    "codeshell_head_only": of("codeshell", head_only=True, fused_qkv=True, fused_bias=True, window=3, extra=UNREAD),
+    "orion": of("orion"),
+    "orion_unread": of("orion", **YARN_ROW, fused_qkv=True, window=3, extra=UNREAD),
+    "maincoder": of("maincoder"),
+    "maincoder_unread": of("maincoder", **YARN_ROW, tied=True, window=3, extra=UNREAD),
+    "chatglm": of("chatglm"),
+    "chatglm_unread": of(
+        "chatglm", n_rot=None, fused_qkv=False, fused_bias=False, biases=(), tied=True, window=3, extra=UNREAD
+    ),
+    "pangu": of("pangu-embedded", rope_factors=True, rope_base=500.0),
+    "pangu_unread": of("pangu-embedded", **YARN_ROW, tied=True, fused_qkv=True, window=3, extra=UNREAD),
+    "plamo": of("plamo", rope_base=500.0),
+    "plamo_unread": of("plamo", **YARN_ROW, fused_qkv=True, kv_heads=1, window=3, extra=UNREAD),
+    "plamo3": of("plamo3"),
+    "plamo3_base": of(
+        "plamo3",
+        layers=3,
+        head_dim=32,
+        n_rot=16,
+        tied=False,
+        scaling=YARN,
+        extra={"rope.freq_base_swa": 50.0, "attention.sliding_window_pattern": 2},
+    ),
+    "plamo3_unread": of("plamo3", layers=2, window=None, extra=UNREAD),
+    # Nothing is read about the rotation.
+    "cogvlm": of("cogvlm", rope_base=5e5, rope_factors=True),
+    "cogvlm_unread": of("cogvlm", scaling=YARN, tied=True, window=3, extra=UNREAD),
+    "deepseek2_ocr": of("deepseek2-ocr"),
+    "deepseek2_ocr_options": of(
+        "deepseek2-ocr",
+        fused_qkv=True,
+        fused_experts=True,
+        tied=True,
+        selection_bias=0.3,
+        extra={"expert_gating_func": 2, "expert_weights_norm": True, "expert_weights_scale": 2.5},
+        window=3,
+    ),
+    # The rotation is not stretched then, but scores are scaled.
+    "deepseek2_ocr_linear": of("deepseek2-ocr", dense_lead=0, layers=2, scaling=LINEAR, extra=UNREAD),
+    # With another number of blocks than 7B's or 13B's there is neither a rotation nor a bias.
+    "baichuan": of("baichuan"),
+    "baichuan_7b": of("baichuan", layers=32, d=32, ff=32, heads=2, kv_heads=2, down_gain=0.5, rope_base=100.0),
+    "baichuan_13b": of("baichuan", layers=40, d=48, ff=32, heads=3, kv_heads=3, down_gain=0.5, window=3, extra=UNREAD),
+    "mpt": of("mpt"),
+    # As StoryWriter, with more heads than a power of two.
+    "mpt_clamped": of(
+        "mpt",
+        d=96,
+        heads=6,
+        kv_heads=3,
+        omit=("attention.key_length", "attention.value_length", "rope.dimension_count"),
+        extra={"attention.clamp_kqv": 1.0, "attention.max_alibi_bias": 16.0},
+    ),
+    "mpt_positions": of(
+        "mpt",
+        **LAYER_NORM,
+        positions=True,
+        tied=False,
+        fused_bias=True,
+        biases=(*QKV, "attn_output", "ffn_up", "ffn_down"),
+        window=3,
+        extra=UNREAD | {"attention.max_alibi_bias": 0.0},
+    ),
+    # Activations scaled by AWQ.
+    "mpt_scaled": of("mpt", act_scales=True, layers=3),
+    "bloom": of("bloom", d=80, heads=5, kv_heads=5),
+    "bloom_unread": of("bloom", tied=False, window=3, extra=UNREAD | {"attention.max_alibi_bias": 4.0}),
+    "refact": of("refact"),
+    "refact_unread": of(
+        "refact",
+        heads=5,
+        head_dim=32,
+        fused_qkv=True,
+        tied=False,
+        window=3,
+        extra=UNREAD | {"attention.max_alibi_bias": 4.0},
+    ),
+    "jais": of("jais"),
+    "jais_unread": of(
+        "jais", omit=("attention.head_count_kv", "attention.max_alibi_bias"), layers=3, window=3, extra=UNREAD
+    ),
+    "jais2": of("jais2"),
+    "jais2_unread": of("jais2", **YARN_ROW, head_dim=32, tied=True, fused_qkv=True, window=3, extra=UNREAD),
     "phimoe_unread": of("phimoe", window=3, extra=UNREAD | UNREAD_ROUTING | {"leading_dense_block_count": 1}),
     "deepseek2": of("deepseek2"),
     "deepseek2_predictor": of("deepseek2", layers=4, predictors=1, shared_count=1, tied=True),
@@ -864,6 +1109,18 @@ FAMILY_CASES: dict[str, dict[str, Any]] = {
         sizes=SIZES | {"indexer": 8},
         rope_base=100.0,
         scaling=DEEPSEEK_YARN,
+    ),
+    "dots3note": of("dots3note"),
+    "dots3note_yarn": of(
+        "dots3note",
+        scaling=YARN,
+        rope_base=100.0,
+        layers=4,
+        predictors=0,
+        tied=True,
+        shared_count=2,
+        selection_bias=0.05,
+        extra={"expert_gating_func": 1, "expert_weights_norm": False, "expert_weights_scale": 2.5},
     ),
     "minimax_m3": of("minimax-m3"),
     "minimax_m3_fused": of("minimax-m3", fused_qkv=True, dense_lead=0, layers=2, extra={"expert_gating_func": 1}),
@@ -1089,6 +1346,21 @@ STATE_SPACE_CASES |= {
     "mamba_falcon": of("mamba", extra={"ssm.dt_b_c_rms": True}, eps=0.05, tied=True),
     "mamba_sizes": of("mamba", d=48, sizes={"inner": 96, "rank": 3, "state": 7, "kernel": 2}, layers=2),
     "mamba_q8_0": of("mamba", type="Q8_0"),
+    "plamo2": of("plamo2"),
+    # The first block has a state space, though it states heads; two taps, one head, an odd state.
+    "plamo2_sizes": of(
+        "plamo2",
+        mixers=("plamo2", "attention"),
+        sizes={"inner": 40, "ssm_heads": 1, "state": 7, "kernel": 2},
+        extra={"attention.head_count": 4},
+        layers=2,
+        eps=0.05,
+        tied=True,
+        rope_base=100.0,
+    ),
+    "plamo2_yarn": of("plamo2", **YARN_ROW, layers=2),
+    "plamo2_unread": of("plamo2", window=3, extra=UNREAD, layers=2),
+    "plamo2_q8_0": of("plamo2", type="Q8_0", layers=2),
     "jamba": of("jamba"),
     # Every second block has experts.
     "jamba_experts": of("jamba", **EXPERTS, dense_blocks=(0, 2)),
@@ -1260,3 +1532,146 @@ GEMMA4_CASES |= {
     ),
 }
 FAMILY_CASES |= GEMMA4_CASES
+
+GATED_CASES: dict[str, dict[str, Any]] = {
+    "afmoe": of("afmoe"),
+    # Layers rotate by their number, whatever their windows; without a shared expert.
+    "afmoe_array": of(
+        "afmoe",
+        shared_count=0,
+        zeros=("expert_shared_count",),
+        **YARN_ROW,
+        dense_lead=0,
+        extra={"attention.sliding_window_pattern": [False, True, True, True, False], "rope.freq_base_swa": 50.0},
+    ),
+    "afmoe_softmax": of(
+        "afmoe",
+        layers=4,
+        selection_bias=0.05,
+        extra={"expert_gating_func": 1},
+        omit=("expert_weights_norm",),
+        tied=True,
+    ),
+    "afmoe_unread": of("afmoe", layers=4, extra=UNREAD),
+    "laguna": of("laguna"),
+    # As M.1: no windows, a gate for each element.
+    "laguna_elements": of(
+        "laguna", mixers=("attention",), sizes={}, layers=3, window=None, attn_gate="elements", **YARN_ROW, tied=True
+    ),
+    "laguna_yarn": of(
+        "laguna",
+        scaling=YARN | {"attn_factor": 1.3},
+        layers=3,
+        mixers=("attention", "window"),
+        omit=(),
+        extra={"rope.freq_base_swa": 50.0},
+    ),
+    "laguna_unread": of("laguna", layers=4, extra=UNREAD),
+    "step35": of("step35"),
+    "step35_clamped": of(
+        "step35", extra={"swiglu_clamp_exp": [0.0, 0.5, 0.0, 0.7], "swiglu_clamp_shexp": [0.7, 0.0, 0.6, 0.0]}
+    ),
+    # Divisors of frequencies for as many pairs as windowed layers rotate, of which full ones use half.
+    "step35_factors": of("step35", rope_factors=True, attn_gate="", qk_norm="", rope_base=500.0, layers=3),
+    "step35_predictor": of(
+        "step35", predictors=1, predictor_experts=False, layers=3, omit=("rope.freq_base_swa",), scaling=LINEAR
+    ),
+    "step35_unread": of("step35", layers=3, extra=UNREAD),
+    "spark2_5": of("spark2_5"),
+    "spark2_5_heads": of("spark2_5", sizes={"window": {"heads": 6, "kv_heads": 3}}, head_dim=16, kv_by_layer=True),
+    "spark2_5_yarn": of("spark2_5", **YARN_ROW, tied=True),
+    "spark2_5_unread": of("spark2_5", extra=UNREAD),
+    "muse_glimmer": of("muse-glimmer"),
+    # A branch so small that the epsilon after it acts, and the cap by default.
+    "muse_glimmer_faint": of(
+        "muse-glimmer",
+        layers=3,
+        eps=0.05,
+        down_gain=1e-4,
+        omit=("final_logit_softcapping",),
+        extra={
+            "attention.sliding_window_pattern": [False, True, True],
+            "rope.freq_base_swa": 50.0,
+            "logit_scale": 3.0,
+        },
+    ),
+    "muse_glimmer_linear": of("muse-glimmer", layers=4, scaling=LINEAR, fused_qkv=True),
+    "muse_glimmer_unread": of(
+        "muse-glimmer", layers=4, extra={key: value for key, value in UNREAD.items() if "softcapping" not in key}
+    ),
+}
+FAMILY_CASES |= GATED_CASES
+
+LLAMA4_CASES: dict[str, dict[str, Any]] = {
+    "llama4": of("llama4", rope_factors=True, rope_base=500.0),
+    # As Maverick: with 128 experts, queries and keys are not normed.
+    "llama4_maverick": of(
+        "llama4", layers=4, d=32, heads=2, kv_heads=1, ff=32, experts=128, expert_ff=32, shared_ff=32, tied=True
+    ),
+    "llama4_several": of(
+        "llama4",
+        layers=4,
+        experts_used=3,
+        dense_blocks=(),
+        extra={"interleave_moe_layer_step": 1},
+        fused_qkv=True,
+        **YARN_ROW,
+    ),
+    "llama4_array": of(
+        "llama4",
+        scaling=LINEAR,
+        extra={"attention.sliding_window_pattern": [False, True, True, True, False], "rope.freq_base_swa": 50.0},
+    ),
+    "llama4_unread": of("llama4", layers=4, window=3, extra=UNREAD | UNREAD_ROUTING),
+}
+FAMILY_CASES |= LLAMA4_CASES
+
+LIGHTNING_CASES: dict[str, dict[str, Any]] = {
+    "minimax_01": of("minimax-01"),
+    # The default period is eight.
+    "minimax_01_period": of(
+        "minimax-01",
+        layers=8,
+        mixers=(*["lightning"] * 7, "attention"),
+        omit=("attention.recurrent_layers",),
+        tied=True,
+    ),
+    "minimax_01_heads": of(
+        "minimax-01",
+        layers=2,
+        mixers=("attention", "lightning"),
+        extra={"attention.recurrent_layers": [False, True]},
+        heads=6,
+        head_dim=10,
+        n_rot=10,
+        eps=0.05,
+        fused_qkv=True,
+        **YARN_ROW,
+    ),
+    "minimax_01_unread": of(
+        "minimax-01",
+        layers=2,
+        mixers=("lightning", "attention"),
+        window=3,
+        extra={k: v for k, v in UNREAD.items() if k != "residual_scale"}
+        | UNREAD_ROUTING
+        | {"attention.recurrent_layers": [True, False]},
+    ),
+    "minimax_01_q8_0": of(
+        "minimax-01",
+        layers=2,
+        mixers=("lightning", "attention"),
+        extra={"attention.recurrent_layers": [True, False]},
+        type="Q8_0",
+    ),
+}
+FAMILY_CASES |= LIGHTNING_CASES
+
+LOOPED_CASES: dict[str, dict[str, Any]] = {
+    "nanbeige": of("nanbeige", rope_factors=True, rope_base=500.0),
+    "nanbeige_once": of("nanbeige", extra={"num_loops": 1}, tied=True, n_rot=8),
+    "nanbeige_thrice": of("nanbeige", extra={"num_loops": 3}, layers=1, **YARN_ROW),
+    "nanbeige_not_normed": of("nanbeige", extra={"skip_loop_final_norm": True}, fused_qkv=True),
+    "nanbeige_unread": of("nanbeige", window=3, extra=UNREAD, omit=("skip_loop_final_norm",)),
+}
+FAMILY_CASES |= LOOPED_CASES

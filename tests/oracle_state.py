@@ -131,3 +131,34 @@ def mamba(model: "Oracle", layer: int, h: Tensor, *, frozen: bool, context: int)
     y = selective_scan(x, held(dt), weights["a"], held(write), held(read)) + weights["d"] * x
     assert y.shape[1] == inner
     return (y * held(silu(z))) @ weights["out.weight"].T
+
+
+def plamo2(model: "Oracle", layer: int, h: Tensor, *, frozen: bool, context: int) -> Tensor:
+    """PLaMo 2: Mamba-2's state space, with time steps, B and C made from the values and normed, as Mamba-1 may do.
+
+    The rows of `ssm_in` are, for each head, its gates and then its values. No convolution has a bias.
+    """
+    b, meta, n = f"blk.{layer}", model.metadata, len(h)
+    inner, size, heads = meta["ssm.inner_size"], meta["ssm.state_size"], meta["ssm.time_step_rank"]
+    weights = {name.removeprefix(f"{b}.ssm_"): w for name, w in model.weights.items() if name.startswith(f"{b}.ssm_")}
+
+    def held(factor: Tensor) -> Tensor:
+        return factor.detach() if frozen else factor
+
+    z, x = ((h @ weights["in.weight"].T).reshape(n, heads, 2, inner // heads)).unbind(2)
+    x = causal_convolution(x.flatten(1), weights["conv1d.weight"])
+    x = x * held(torch.sigmoid(x))
+    parts = (x @ weights["x.weight"].T).split([size, size, weights["dt.weight"].shape[1]], dim=-1)
+    root = meta["attention.layer_norm_rms_epsilon"]
+    write, read, dt = (
+        part / torch.sqrt(part.square().mean(-1, keepdim=True) + root) * weights[f"{name}_norm"]
+        for name, part in zip(("b", "c", "dt"), parts, strict=True)
+    )
+    dt = held(softplus(dt @ weights["dt.weight"].T + weights["dt.bias"]))
+    x, write, read = (
+        x.reshape(n, heads, -1),
+        held(of_heads(write[:, None], heads)),
+        held(of_heads(read[:, None], heads)),
+    )
+    y = state_space(x, dt, weights["a"], write, read) + weights["d"][:, None] * x
+    return (y * held(silu(z))).flatten(1) @ weights["out.weight"].T

@@ -29,9 +29,9 @@ CASES = [
     "hunyuan_yarn", "gptneox", "stablelm_12b", "nemotron", "command_r", "olmo_clamped", "glm4moe", "bailingmoe2_groups",
     "exaone_moe_period", "qwen35", "qwen35_sizes", "qwen35_predictor", "qwen35moe_fused", "qwen3next_old", "lfm2",
     "lfm2_window", "lfm2_taps", "lfm2moe", "mamba2", "mamba2_groups", "granitehybrid", "falcon_h1_normed", "nemotron_h",
-    "nemotron_h_moe_latent", "mamba_falcon", "mamba_sizes", "jamba",
+    "nemotron_h_moe_latent", "mamba_falcon", "mamba_sizes", "jamba", "plamo2",
     "gemma4", "gemma4_full_first", "gemma4_experts", "gemma4_small",
-    "gemma4_shared", "gemma4_shared_keys",
+    "gemma4_shared", "gemma4_shared_keys", "laguna", "muse_glimmer", "llama4_several", "minimax_01", "nanbeige",
     "deepseek2_yarn", "deepseek2_temperature", "deepseek2_unsplit", "minicpm3_long", "glm_dsa", "minimax_m3",
     "kimi_linear", "kimi_linear_sizes", "bailingmoe3_predictor", "bailingmoe3_clamped",
 ]  # fmt: skip

@@ -585,7 +585,9 @@ def without_a_bias(w, frame):
 
 
 def another_scale(w, frame):
-    return w, frame._replace(config=replace(frame.config, attention_scale=frame.config.attention_scale * 1.001))
+    config = frame.config
+    layers = tuple(replace(layer, attention_scale=layer.attention_scale * 1.001) for layer in config.layers)
+    return w, frame._replace(config=replace(config, layers=layers))
 
 
 MISTAKES = [another_epsilon, another_base, without_a_bias, another_scale]
@@ -813,6 +815,16 @@ def test_names_in_the_graph_are_data():
     assert parity.by_kind(tensors, graph)["attn_out-0"] is tensors["linear_attn_out-0"]
 
 
+def test_a_graph_may_name_the_stream_before_a_block():
+    """As in step35: `attn_norm_in-1` is what block 0 leaves, and the last block's stream has a name without number."""
+    graph = Graph((), (), ("before", "last"), next_input=True)
+    tensors = {name: torch.zeros(1, 1) for name in ("before-0", "before-1", "last", "result_norm")}
+    found = parity.by_kind(tensors, graph)
+    assert list(found) == ["l_out-0", "l_out-1", "result_norm"]
+    assert found["l_out-0"] is tensors["before-1"]
+    assert found["l_out-1"] is tensors["last"]
+
+
 # -- refusals ----------------------------------------------------------------------------------------------------------
 
 
@@ -836,6 +848,9 @@ def test_an_architecture_that_llama_cpp_does_not_know(tmp_path, call):
     assert [file.name for file in tmp_path.iterdir()] == ["m.gguf"]
 
 
+PLAMO2_HEADS = {"attention.head_count": 4}
+
+
 @pytest.mark.parametrize(
     ("case", "mixers", "lacking"),
     [
@@ -853,6 +868,16 @@ def test_hybrids_of_one_kind_of_block_are_refused(case, mixers, lacking, tiny_fi
         verify(model, [1, 2, 3])
     with pytest.raises(ParityError, match=r"llama\.cpp itself ended"):
         run_llama_cpp(model.path, [1, 2, 3])
+
+
+def test_a_first_block_that_states_no_heads_is_not_compared(tiny_file):
+    """As the converter writes PLaMo 2: llama.cpp does not come back. Where heads are stated, it computes the same."""
+    row = {"mixers": ("plamo2", "attention"), "layers": 2}
+    model, stated = (open_model(tiny_file("plamo2", **row, **more)) for more in ({}, {"extra": PLAMO2_HEADS}))
+    with pytest.raises(ParityError, match="a plamo2 model that rotates heads, but states 0 of them for its first"):
+        verify(model, [1, 2, 3])
+    assert verify(stated, [1, 2, 3]).verdict
+    assert torch.equal(model.trace([1, 2, 3]).logits, stated.trace([1, 2, 3]).logits)
 
 
 def test_files_that_cannot_be_loaded(tmp_path, tiny_file):

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import pickle
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -13,8 +14,10 @@ from concurrent.futures import BrokenExecutor, Executor, Future, ThreadPoolExecu
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 from helpers import invoke, invoke_json
 
@@ -145,9 +148,26 @@ def test_clusters_write_the_same_file(engine: str, asked: Measure, expected: byt
 
 @pytest.mark.parametrize(("engine", "package"), [("ray", "ray"), ("dask:tcp://localhost:1", "distributed")])
 def test_a_missing_engine_is_named(engine: str, package: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, package, None)
+    monkeypatch.setitem(sys.modules, package, None)
     err = invoke("ranks", "-t", 1, "--tokens", "1,2", "--workers", engine, code=1).stderr
     assert f"needs the package {package}: pip install 'ggjac[{engine.partition(':')[0]}]'" in err
+
+
+@pytest.mark.parametrize(
+    ("engine", "message"),
+    [
+        ("ray", "Ray does not start on this machine (timed out during startup); try again when it is less busy"),
+        ("ray:10.0.0.1:6379", "no Ray cluster at 10.0.0.1:6379 (timed out during startup); ray start --head"),
+    ],
+)
+def test_a_cluster_that_does_not_start_is_an_error_of_one_line(
+    engine: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def init(*args: Any, **options: Any) -> None:
+        raise Exception("timed out during startup\nand more")
+
+    monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(init=init))
+    assert message in invoke("ranks", "-t", 1, "--tokens", "1,2", "--workers", engine, code=1).stderr
 
 
 class Broken(Executor):
@@ -258,6 +278,13 @@ def test_each_line_has_what_the_command_says_of_one_prompt(command: str, tmp_pat
         invoke(command, "-t", 1, *ASKED[command], "-f", file, "--each-line", "--format", "json", "-o", out).stdout
     )
     assert found["prompts"] == records
+    if command == "svd":
+        spectra = np.array([[t["singular_value"] for t in record["svd"]["triplets"]] for record in records])
+        rows = found["by_index"]
+        assert np.allclose([row["mean"] for row in rows], spectra.mean(0), rtol=1e-15)
+        assert np.allclose([row["error"] for row in rows], spectra.std(0, ddof=1) / 2**0.5, rtol=1e-12)
+        assert [(row["least"], row["most"]) for row in rows] == list(zip(spectra.min(0), spectra.max(0), strict=True))
+        assert f" {spectra.mean(0)[0]:.4g} " in shown
     assert "tokens" not in found
 
 
@@ -423,7 +450,7 @@ def test_a_file_that_is_being_written_is_not_merged(shards: list[Path], tmp_path
 
 @pytest.mark.parametrize("shard", [(2, 2), (-1, 2), (0, 0), (3, 4)])
 def test_a_shard_without_prompts_is_refused(shard: tuple[int, int], asked: Measure) -> None:
-    with pytest.raises(PromptError, match="has no prompt: there are 3"):
+    with pytest.raises(PromptError, match="has no prompt: there are 3; take"):
         ggjac.study(PROMPTS[:3], asked, shard=shard)
 
 
@@ -436,7 +463,7 @@ def test_parquet_has_a_row_for_each_prompt(shards: list[Path], tmp_path: Path) -
 
 
 def test_parquet_says_what_it_needs(shards: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
     err = invoke("merge", *shards, "-o", tmp_path / "all.parquet", code=1).stderr
     assert "Parquet needs the package pyarrow: pip install 'ggjac[notebook]'" in err
     assert not (tmp_path / "all.parquet").exists()

@@ -4,6 +4,8 @@
     ffn   = norm_out @ Linear(ffn_down) @ Scale(gate) @ Linear(ffn_up) @ norm_in
     block = (I + ffn) @ (I + attn)
 
+In one family what goes past a branch is not the stream, but its norm before the branch, scaled, in place of `I`.
+
 A quantity is *frozen* if it is held at its value at the prompt, and *live* if it is not frozen: the operators are
 linear in their live inputs, and apply live weights. Norms are frozen diagonals (LayerNorm's centring and bias stay
 live), queries and keys act through the frozen attention pattern only, and in a mixture of experts the choice and the
@@ -68,12 +70,13 @@ class InputsTape(NamedTuple):
 
 
 class BlockTape(NamedTuple):
-    """All frozen quantities of one block, and the residual stream at its input."""
+    """All frozen quantities of one block, and the residual stream at its input; `entry` is a norm before all else."""
 
     x: Float[Tensor, "n d"]
     attn: AttentionTape
     ffn: FFNTape
     inputs: InputsTape | None = None
+    entry: NormTape | None = None
 
 
 Tape = TypeVar("Tape", AttentionTape, FFNTape)
@@ -96,21 +99,31 @@ class Recorded(NamedTuple, Generic[Tape]):
 
 
 class RecordedBlock(NamedTuple):
-    """A recorded block: both branches, what it adds by inputs of its own, and the residual stream after it."""
+    """A recorded block: both branches, what it adds by inputs of its own, the stream after it, a norm at its entry."""
 
     attn: Recorded[AttentionTape]
     ffn: Recorded[FFNTape]
     inputs: InputsTape | None
     out: Float[Tensor, "n d"]
+    entry: NormTape | None
 
 
 def record_block(
     w: BlockWeights, frame: Frame, layer: int, x: Float[Tensor, "n d"], source: Past | None = None
 ) -> RecordedBlock:
     """Freeze a block at its input `x`; `source` has another block's keys and values, if it reads those."""
+    entry, x = entered(frame, layer, x)
     attn = record_attention(w, frame, layer, x, source)
-    ffn, inputs, out = record_rest(w, frame, layer, x, attn.added)
-    return RecordedBlock(attn, ffn, inputs, out)
+    ffn, inputs, out = record_rest(w, frame, layer, x, kept(frame.config, attn.tape.norm_in, x) + attn.added)
+    return RecordedBlock(attn, ffn, inputs, out, entry)
+
+
+def entered(frame: Frame, layer: int, x: Float[Tensor, "n d"]) -> tuple[NormTape | None, Float[Tensor, "n d"]]:
+    """Freeze the norm that all of a block reads the stream `x` through, or None, and return the stream after it."""
+    if frame.between is None or not frame.config.normed_entry(layer):
+        return None, x
+    norm = frozen_norm(frame.config, frame.between, None, x)
+    return norm, norm.apply(x)
 
 
 def extend_block(
@@ -121,24 +134,24 @@ def extend_block(
     `record_block` without tapes: the same operators, but nothing is computed again at positions of the past (None:
     there are none). A past is that of each mixer, or of the block whose keys it reads, extended already.
     """
-    config, mixers = frame.config, frame.config.layers[layer].mixers
+    config, mixers, x = frame.config, frame.config.layers[layer].mixers, entered(frame, layer, x)[1]
     past = past or (Past(),) * len(mixers)
     if not mixers:
-        return record_rest(w, frame, layer, x, torch.zeros_like(x))[2], past
-    _, h = _normed_input(w, config, config.row.norms.attention_in, x)
+        return record_rest(w, frame, layer, x, x)[2], past
+    norm_in, h = _normed_input(w, config, config.row.norms.attention_in, x)
     extended = [extend_mixer(w, frame, layer, kind, h, own) for kind, own in zip(mixers, past, strict=True)]
     raw = _total([added for added, _ in extended])
     added = _normed_output(w, config, config.row.norms.attention_out, config.attention_factor, raw)[1]
-    return record_rest(w, frame, layer, x, added)[2], tuple(own for _, own in extended)
+    middle = kept(config, norm_in, x) + added
+    return record_rest(w, frame, layer, x, middle)[2], tuple(own for _, own in extended)
 
 
 def record_rest(
-    w: BlockWeights, frame: Frame, layer: int, x: Float[Tensor, "n d"], attn: Float[Tensor, "n d"]
+    w: BlockWeights, frame: Frame, layer: int, x: Float[Tensor, "n d"], middle: Float[Tensor, "n d"]
 ) -> tuple[Recorded[FFNTape], InputsTape | None, Float[Tensor, "n d"]]:
-    """Freeze the rest of a block whose attention adds `attn`; return it, and the stream after the block."""
-    middle = x + attn
+    """Freeze the rest of a block that attention leaves with the stream `middle`; return it, and the stream after it."""
     ffn = record_ffn(w, frame, layer, x if frame.config.row.parallel else middle, x)
-    out, inputs = middle + ffn.added, None
+    out, inputs = kept(frame.config, ffn.tape.norm_in, middle) + ffn.added, None
     if frame.inputs is not None:
         inputs, added = _record_inputs(w, frame, layer, out)
         out = out + added
@@ -195,22 +208,25 @@ def record_attention(
     raw = _total([affine(writing(w, mixed.tape, len(x)), mixed.heads) for mixed in recorded])
     norm_out, added = _normed_output(w, config, norms.attention_out, config.attention_factor, raw)
     tape = AttentionTape(norm_in, tuple(mixed.tape for mixed in recorded), norm_out)
-    kept = tuple(mixed.past for mixed in recorded) if layer in config.writers else ()
-    return Recorded(tape, raw, added, kept)
+    pasts = tuple(mixed.past for mixed in recorded) if layer in config.writers else ()
+    return Recorded(tape, raw, added, pasts)
 
 
 def record_ffn(
     w: BlockWeights, frame: Frame, layer: int, x: Float[Tensor, "n d"], entry: Float[Tensor, "n d"]
 ) -> Recorded[FFNTape]:
-    """Freeze the feed-forward branch at its input `x`; `entry` is the block's, which some routers read."""
+    """Freeze the feed-forward branch at its input `x`; `entry` is the block's, which some routers and mixtures read."""
     config, norms, own = frame.config, frame.config.row.norms, frame.config.layers[layer]
     if not own.routed and not own.hidden_units:
         return Recorded(FFNTape(None, (), None), torch.zeros_like(x), torch.zeros_like(x))
-    if own.routed and own.hidden_units:
+    if own.routed and own.hidden_units and norms.experts_in:
         # A dense network and a mixture, added, each between norms of its own.
+        read = entry if config.row.experts_skip else x
         dense, added = _record_part(w, frame, layer, x, entry, norms.ffn_in, norms.dense_out, routed=False)
-        mixture, raw = _record_part(w, frame, layer, x, entry, norms.experts_in, norms.experts_out, routed=True)
+        mixture, raw = _record_part(w, frame, layer, read, entry, norms.experts_in, norms.experts_out, routed=True)
         tape, raw = FFNTape(None, (dense, mixture), None), added + raw
+        if config.row.experts_skip:
+            tape = FFNTape(None, (dense,), None, beside=mixture)
     else:
         tape, raw = _record_part(w, frame, layer, x, entry, norms.ffn_in, (), routed=own.routed)
     norm_out, added = _normed_output(w, config, norms.ffn_out, config.residual_scale, raw)
@@ -285,8 +301,16 @@ def ffn(w: BlockWeights, config: ModelConfig, tape: FFNTape, n: int) -> LinearOp
     return _after(config.residual_scale, tape.norm_out, networks(w, tape, n))
 
 
+def beside(w: BlockWeights, config: ModelConfig, tape: FFNTape, n: int) -> LinearOperator | None:
+    """Return the part of the feed-forward branch that reads the block's input, `[n, d]` to `[n, d]`; or None."""
+    part = tape.beside
+    return None if part is None else _after(config.residual_scale, part.norm_out, networks(w, part, n))
+
+
 class FrozenBlock(NamedTuple):
     """A block's branches as operators: `(I + ffn) @ (I + attn)`, or `I + ffn + attn` where both read its input.
+
+    With a part of the feed-forward that reads the block's input, it is `(I + ffn) @ (I + attn) + beside`.
 
     A product goes through the block in two steps, one for each branch: maps may end between them, so that vectors leave
     on the way up and join on the way down. Sums are taken in place, as stacks of vectors may be large.
@@ -294,12 +318,15 @@ class FrozenBlock(NamedTuple):
     Attributes:
         attn: the attention branch, from the `n` positions that are read to the `m` that are written.
         ffn: the feed-forward branch, at the written positions.
-        residual: the residual connection: identity, or a selection where fewer positions are written than read.
+        residual: what goes past attention: all, a selection where fewer positions are written than read, or its norm.
         parallel: whether both branches read the block's input.
         scale: factor on the stream at the end, or None.
         inputs: what the block adds by inputs of its own, to the stream after both branches; or None.
         bank: number of the block whose values attention reads, if several blocks read them; or None.
         values: those values, from this block's input, if it is that block.
+        skip: what goes past the feed-forward; None for all of the stream.
+        entry: a norm before all else, at the positions that are read; or None.
+        beside: the part of the feed-forward that reads the block's input, or None.
 
     Values that several blocks read are held in a bank, by number of their block: going up, their block writes them
     there for each vector of the stack, and attention reads them there; going down, the cotangents of all that have
@@ -315,6 +342,9 @@ class FrozenBlock(NamedTuple):
     inputs: LinearOperator | None = None
     bank: int | None = None
     values: LinearOperator | None = None
+    skip: LinearOperator | None = None
+    entry: LinearOperator | None = None
+    beside: LinearOperator | None = None
 
     def matmat(
         self, H: Float[Tensor, "k n d"], t: Homogeneous = None, banks: dict[int, Tensor] | None = None
@@ -327,6 +357,7 @@ class FrozenBlock(NamedTuple):
         self, H: Float[Tensor, "k n d"], t: Homogeneous = None, banks: dict[int, Tensor] | None = None
     ) -> tuple[Float[Tensor, "k m d"], Float[Tensor, "k m d"]]:
         """Return, at the written positions, the stream `[k, m, d]` and what attention adds to it."""
+        H = H if self.entry is None else self.entry.matmat(H, t)
         banks = {} if banks is None else banks
         if self.bank is not None and self.values is not None:
             banks[self.bank] = self.values.matmat(H, t)  # [k, n, gv]
@@ -336,9 +367,11 @@ class FrozenBlock(NamedTuple):
     def matmat_ffn(
         self, H: Float[Tensor, "k m d"], attn: Float[Tensor, "k m d"], t: Homogeneous = None
     ) -> tuple[Float[Tensor, "k m d"], Float[Tensor, "k m d"]]:
-        """Return the stream after attention `[k, m, d]`, in place of `attn`, and what the feed-forward adds to it."""
+        """Return what goes past the feed-forward `[k, m, d]`, in place of `attn`, and what that adds to it."""
         middle = attn.add_(H)
-        return middle, self.ffn.matmat(H if self.parallel else middle, t)
+        added = self.ffn.matmat(H if self.parallel else middle, t)
+        added = added if self.beside is None else added.add_(self.beside.matmat(H, t))
+        return middle if self.skip is None else self.skip.matmat(middle), added
 
     def matmat_out(
         self, H: Float[Tensor, "k m d"], ffn: Float[Tensor, "k m d"], t: Homogeneous = None
@@ -369,10 +402,12 @@ class FrozenBlock(NamedTuple):
             ffn: `[k + l, m, d]`, of what the feed-forward adds: `H`, and those of `l` maps that end there.
 
         Returns:
-            Both `[k + l, m, d]`. They are one tensor unless the branches are parallel.
+            Both `[k + l, m, d]`. They are one tensor if the feed-forward reads nothing of the block's input.
         """
         middle = self.ffn.rmatmat(ffn)
-        middle[: len(H)] += H
+        middle[: len(H)] += H if self.skip is None else self.skip.rmatmat(H)
+        if self.beside is not None:
+            return middle + self.beside.rmatmat(ffn), middle
         if not self.parallel:
             return middle, middle
         ended = len(ffn) - len(H)
@@ -397,18 +432,23 @@ class FrozenBlock(NamedTuple):
             zeros = (len(X), *self.residual.in_shape)
             X = X.new_zeros(zeros) if self.values is None else self.values.rmatmat(X)
         X[: len(H)] += self.residual.rmatmat(H)
-        return X
+        return X if self.entry is None else self.entry.rmatmat(X)
 
     @property
     def flop(self) -> int:
         """Floating-point operations of one product with one vector."""
-        return sum(part.flop for part in (self.attn, self.ffn, self.inputs, self.values) if part is not None)
+        return sum(part.flop for part in self._parts)
 
     def read_ahead(self) -> None:
         """Prefetch the weights of both branches from the disk."""
-        for part in (self.values, self.attn, self.ffn, self.inputs):
-            if part is not None:
-                part.read_ahead()
+        for part in self._parts:
+            part.read_ahead()
+
+    @property
+    def _parts(self) -> list[LinearOperator]:
+        """All that a product goes through."""
+        parts = (self.values, self.attn, self.ffn, self.beside, self.inputs)
+        return [part for part in parts if part is not None]
 
 
 def block(
@@ -429,15 +469,40 @@ def block(
     elif tape.attn.mixers:
         attn = attention(w, config, tape.attn.at(queries), n, m)
     feed_forward: LinearOperator = Zero((m, d), (m, d), dtype=dtype, device=device)
+    skipping = None
     if not tape.ffn.empty:
-        feed_forward = ffn(w, config, tape.ffn.at(queries), m)
+        networks_tape = tape.ffn.at(queries)
+        feed_forward, skipping = ffn(w, config, networks_tape, m), beside(w, config, networks_tape, m)
     residual: LinearOperator = Identity((m, d), dtype=dtype, device=device)
     if m < n:
         residual = Select(torch.tensor(positions), n, d, dtype=dtype, device=device)
+    past_attn, past_ffn = (skip(config, own.norm_in and own.norm_in.at(queries)) for own in (tape.attn, tape.ffn))
+    residual = residual if past_attn is None else past_attn @ residual
     inputs = None if tape.inputs is None else _inputs(w, tape.inputs.at(queries), m)
     return FrozenBlock(
-        attn, feed_forward, residual, config.row.parallel, stream_scale(w), inputs, bank=bank, values=values
+        attn,
+        feed_forward,
+        residual,
+        config.row.parallel,
+        stream_scale(w),
+        inputs,
+        bank=bank,
+        values=values,
+        skip=past_ffn,
+        entry=tape.entry and tape.entry.at(slice(n)).operator(),
+        beside=skipping,
     )
+
+
+def skip(config: ModelConfig, norm: NormTape | None) -> LinearOperator | None:
+    """Return what goes past a branch, from the norm before it; None where that is the stream."""
+    return scaled(norm.operator(), config.skip_scale) if norm is not None and config.row.normed_skip else None
+
+
+def kept(config: ModelConfig, norm: NormTape | None, x: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
+    """Return what goes past a branch of the stream `x`."""
+    operator = skip(config, norm)
+    return x if operator is None else affine(operator, x)
 
 
 def _with_bank(
@@ -463,7 +528,7 @@ def _normed_output(
     w: BlockWeights, config: ModelConfig, names: Sequence[str], factor: float, raw: Float[Tensor, "n d"]
 ) -> tuple[NormTape | None, Float[Tensor, "n d"]]:
     """Freeze the norm after a branch at the branch's output, and return it with what the branch adds to the stream."""
-    norm = record_norm(w, config, names, raw)
+    norm = record_norm(w, config, names, raw, config.row.post_norm_epsilon)
     identity = Identity(raw.shape, dtype=raw.dtype, device=raw.device)
     return norm, affine(_after(factor, norm, identity), raw)
 

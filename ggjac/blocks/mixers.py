@@ -30,7 +30,7 @@ from ggjac.blocks.patterns import (
 )
 from ggjac.config import ModelConfig
 from ggjac.config.mixers import MIXERS
-from ggjac.linop import Conv, LinearOperator, Mix, Scale, Scan, Select
+from ggjac.linop import Conv, Identity, LinearOperator, Mix, Scale, Scan, Select
 from ggjac.rope import rotate
 from ggjac.sizes import scan_chunk
 
@@ -172,6 +172,9 @@ def reading(w: BlockWeights, tape: MixerTape, n: int, m: int) -> LinearOperator:
 def valued(w: BlockWeights, tape: MixerTape, n: int) -> LinearOperator:
     """Return a mixer from its (normed) input to the values that it mixes, `[n, d]` to `[n, g v]`."""
     path = MIXERS[tape.kind]
+    if not path.values:
+        matrix = w.matrix(f"{path.output}.weight")
+        return Identity((n, matrix.shape[1]), dtype=matrix.dtype, device=matrix.device)
     values: LinearOperator = linear(w, path.values, n)
     if tape.latent is not None:
         values = linear(w, path.expansion, n) @ tape.latent.operator() @ values
@@ -205,7 +208,14 @@ def _mix(w: BlockWeights, tape: MixerTape, width: int) -> Mix:
 
 # The step after which queries and keys are normed, by the row's `qk_norm`: over the whole projection, over each head,
 # or over each head after the rotary embedding.
-QK_NORM_AFTER = {"": "", "full": "projection", "head": "split", "heads": "split", "rotated": "rotation"}
+QK_NORM_AFTER = {
+    "": "",
+    "full": "projection",
+    "head": "split",
+    "heads": "split",
+    "rotated": "rotation",
+    "bare": "rotation",
+}
 
 
 def _attention(w: BlockWeights, frame: Frame, layer: int, h: Float[Tensor, "m d"], past: Past | None) -> Mixed:
@@ -219,8 +229,12 @@ def _attention(w: BlockWeights, frame: Frame, layer: int, h: Float[Tensor, "m d"
         v = affine(written.operator(), v)
     if past.k is not None and past.v is not None:
         k, v = torch.cat((past.k, k)), torch.cat((past.v, v))  # [p + m, g, s], [p + m, g v]
-    tape = MixerTape("attention", _pattern(w, config, layer, q, k), written=written, read=gate)
-    return Mixed(tape, affine(_mix(w, tape, v.shape[1]), v), Past(k, v))
+    read = _head_gate(w, config, h) if gate is None else gate
+    tape = MixerTape("attention", _pattern(w, config, layer, q, k), written=written, read=read)
+    heads = affine(_mix(w, tape, v.shape[1]), v)
+    if "attn_sub_norm.weight" in w:
+        tape = tape._replace(read=Factor((inverse_rms(heads, config) * w.vector("attn_sub_norm.weight")).to(h)))
+    return Mixed(tape, heads, Past(k, v))
 
 
 def _shared_attention(w: BlockWeights, frame: Frame, layer: int, h: Float[Tensor, "m d"], past: Past | None) -> Mixed:
@@ -245,7 +259,10 @@ def _queries_or_keys(
     heads = own.heads if part == "q" else own.kv_heads
 
     def normed_after(step: str, x: Tensor) -> Tensor:
-        return normed(w, f"attn_{part}_norm", config, x) if QK_NORM_AFTER[config.row.qk_norm] == step else x
+        kind = config.row.qk_norm
+        if QK_NORM_AFTER[kind] != step or (kind == "bare" and own.rope is None):
+            return x
+        return normed(w, f"attn_{part}_norm", config, x)
 
     x = _clamped(config, affine(linear(w, f"attn_{part}", len(h)), h))  # [m, hs]
     gate = None
@@ -273,12 +290,14 @@ def _pattern(
     w: BlockWeights, config: ModelConfig, layer: int, q: Float[Tensor, "m h s"], k: Float[Tensor, "n g s"]
 ) -> Float[Tensor, "h m n"]:
     """Return the attention probabilities of a layer's queries and keys."""
+    own = config.layers[layer]
     return attention_pattern(
         q,
         k,
-        config.attention_scale,
+        own.attention_scale,
         softcap=config.attention_softcap,
-        window=config.layers[layer].window,
+        window=own.window,
+        alibi=own.alibi,
         sinks=w.vector("attn_sinks.weight") if "attn_sinks.weight" in w else None,
     )
 
@@ -295,6 +314,16 @@ def _value_factor(config: ModelConfig, layer: int, v: Float[Tensor, "m gv"]) -> 
     return None
 
 
+def _head_gate(w: BlockWeights, config: ModelConfig, h: Float[Tensor, "m d"]) -> Factor | None:
+    """Return the gate on what the heads read, which has one number for each head or for each of its elements."""
+    if "attn_gate.weight" not in w:
+        return None
+    gate = affine(linear(w, "attn_gate", len(h)), h)
+    gate = softplus(gate) if config.row.softplus_gate else gate.sigmoid()
+    width = w.matrix("attn_output.weight").shape[1]
+    return Factor(gate.repeat_interleave(width // gate.shape[1], 1))  # [m, h v]
+
+
 def _clamped(config: ModelConfig, x: Float[Tensor, "n e"]) -> Float[Tensor, "n e"]:
     """Return queries, keys or values with no entry beyond the model's limit."""
     limit = config.attention_clamp
@@ -303,7 +332,7 @@ def _clamped(config: ModelConfig, x: Float[Tensor, "n e"]) -> Float[Tensor, "n e
 
 def _latent(w: BlockWeights, frame: Frame, layer: int, h: Float[Tensor, "m d"], past: Past | None) -> Mixed:
     """Freeze multi-head latent attention (MLA): its pattern, the norm of the latent, and a gate on each head."""
-    config, own, past = frame.config, frame.config.layers[layer], past or Past()
+    config, past = frame.config, past or Past()
     latent = affine(linear(w, "attn_kv_latent", len(h)), h)
     norm = record_norm(w, config, ("attn_kv_a_norm",), latent)
     assert norm is not None
@@ -312,11 +341,7 @@ def _latent(w: BlockWeights, frame: Frame, layer: int, h: Float[Tensor, "m d"], 
     q, k = _latent_queries(w, frame, layer, h, past.length), _latent_keys(w, frame, layer, h, latent, past.length)
     if past.k is not None and past.v is not None:
         k, v = torch.cat((past.k, k)), torch.cat((past.v, v))  # [p + m, h, s], [p + m, h v]
-    gate = None
-    if "attn_gate.weight" in w:
-        shares = affine(linear(w, "attn_gate", len(h)), h).sigmoid()  # [m, h]
-        gate = Factor(shares.repeat_interleave(own.value_size, 1))
-    tape = MixerTape("latent", _pattern(w, config, layer, q, k), latent=norm, read=gate)
+    tape = MixerTape("latent", _pattern(w, config, layer, q, k), latent=norm, read=_head_gate(w, config, h))
     return Mixed(tape, affine(_mix(w, tape, v.shape[1]), v), Past(k, v))
 
 
@@ -327,7 +352,8 @@ def _latent_queries(
     if "attn_q_a.weight" in w:
         h = normed(w, "attn_q_a_norm", frame.config, affine(linear(w, "attn_q_a", len(h)), h))
     q = affine(linear(w, "attn_q_b" if "attn_q_b.weight" in w else "attn_q", len(h)), h)
-    own, rotary = frame.config.layers[layer], frame.config.latent.rotary
+    own = frame.config.layers[layer]
+    rotary = own.latent.rotary
     nope, turning = q.unflatten(1, (own.heads, -1)).split([own.key_size - rotary, rotary], -1)
     return _warmed(frame.config, torch.cat((nope, _turned(frame, layer, turning, start)), -1), start)
 
@@ -342,7 +368,10 @@ def _latent_keys(
     else:  # a stack of transposed matrices, one for each head
         heads = (linear(w, "attn_k_b", len(h), expert=i) for i in range(own.heads))
         nope = torch.stack([head.rmatmat(latent[None])[0] for head in heads], 1)
-    shared = _turned(frame, layer, affine(linear(w, "attn_kv_rope", len(h)), h)[:, None], start)
+    shared = affine(linear(w, "attn_kv_rope", len(h)), h)[:, None]  # [m, 1, r]
+    if "attn_k_norm.weight" in w:
+        shared = normed(w, "attn_k_norm", frame.config, shared)
+    shared = _turned(frame, layer, shared, start)
     return torch.cat((nope, shared.expand(-1, own.heads, -1)), -1)
 
 
@@ -454,20 +483,47 @@ def _log_decay(w: BlockWeights, config: ModelConfig, h: Float[Tensor, "m d"]) ->
     return a * softplus(x)
 
 
-def _state_space(w: BlockWeights, frame: Frame, layer: int, h: Float[Tensor, "m d"], past: Past | None) -> Mixed:
-    """Freeze the selective state space of Mamba-2."""
+def _lightning(w: BlockWeights, frame: Frame, layer: int, h: Float[Tensor, "m d"], past: Past | None) -> Mixed:
+    """Freeze lightning attention: linear attention that fades in each head and block at a rate of its own."""
     config, own = frame.config, frame.config.recurrence
-    stems = {f"ssm_in_{part}": f"ssm_conv1d_{part}" for part in "xbc"}
-    (c, key, query), rows = _convolved(w, stems, h, past)
+    q, k, c = (affine(linear(w, f"attn_{part}", len(h)), h) for part in "qkv")
+
+    def keyed(part: Float[Tensor, "m hs"]) -> Float[Tensor, "m h s"]:
+        return widened(part * part.sigmoid()).unflatten(1, (own.heads, -1))
+
+    share = c.sigmoid()
+    log_decay = -_slopes(own.heads, layer, config.block_count).to(keyed(q)).expand(len(h), -1)  # [m, h]
+    recurrence = Recurrence(keyed(q), keyed(k), log_decay[..., None], torch.ones_like(log_decay), removes=False)
+    tape, o, state = _recurrent("lightning", recurrence, c * share, past)
+    gate = affine(linear(w, "attn_gate", len(h)), h).sigmoid()
+    read = (inverse_rms(o, config) * w.vector("attn_norm_2.weight") * gate).to(h.dtype)  # normed over all heads
+    return Mixed(tape._replace(written=Factor(share), read=Factor(read)), o, Past(state=state))
+
+
+def _slopes(heads: int, layer: int, blocks: int) -> Float[Tensor, " h"]:
+    """Return the rates at which lightning attention fades, those of ALiBi (arXiv 2108.12409), less in later blocks."""
+    slopes = 2.0 ** (-8 / heads * torch.arange(1, heads + 1, dtype=torch.float64))
+    return slopes * (1 - layer / max(1, blocks - 1) + 1e-5)
+
+
+def _state_space(w: BlockWeights, frame: Frame, layer: int, h: Float[Tensor, "m d"], past: Past | None) -> Mixed:
+    """Freeze the selective state space of Mamba-2, or of PLaMo 2, where it has what Mamba-1 makes from the values."""
+    config, own = frame.config, frame.config.recurrence
+    parts = "x" if own.rank else "xbc"
+    (c, *others), rows = _convolved(w, {f"ssm_in_{part}": f"ssm_conv1d_{part}" for part in parts}, h, past)
+    share = c.sigmoid()
+    if own.rank:
+        step, key, query = _from_values(w, config, c * share)
+    else:
+        step = widened(affine(linear(w, "ssm_in_dt", len(h)), h)) + _bare(w, "ssm_dt.bias")
+        key, query = (widened(part * part.sigmoid()) for part in others)
 
     def keyed(part: Float[Tensor, "m gs"]) -> Float[Tensor, "m h s"]:
-        part = widened(part * part.sigmoid()).unflatten(1, (own.key_heads, -1))
-        return part.repeat_interleave(own.heads // own.key_heads, 1)
+        return part.unflatten(1, (own.key_heads, -1)).repeat_interleave(own.heads // own.key_heads, 1)
 
-    step = softplus(widened(affine(linear(w, "ssm_in_dt", len(h)), h)) + _bare(w, "ssm_dt.bias"))  # [m, h]
+    step = softplus(step)  # [m, h]
     log_decay = (step * _bare(w, "ssm_a").flatten())[..., None]
     skip = _bare(w, "ssm_d").flatten()
-    share = c.sigmoid()
     recurrence = Recurrence(keyed(query), keyed(key), log_decay, step, removes=False, skip=skip)
     tape, o, state = _recurrent("state space", recurrence, c * share, past)
     gate = affine(linear(w, "ssm_in_z", len(h)), h)
@@ -497,10 +553,6 @@ def _channel_state_space(
     return Mixed(mixer, o[0], Past(rows=rows, state=state[0]))
 
 
-# What Mamba-1 makes from the values, in the order of the rows of `ssm_x`.
-_MADE = ("dt", "b", "c")
-
-
 def _from_values(
     w: BlockWeights, config: ModelConfig, v: Float[Tensor, "m c"]
 ) -> tuple[Float[Tensor, "m h"], Float[Tensor, "m s"], Float[Tensor, "m s"]]:
@@ -508,13 +560,15 @@ def _from_values(
 
     Each of the three may have a norm, with or without weights.
     """
-    own = config.recurrence
-    parts = affine(linear(w, "ssm_x", len(v)), v).split([own.rank, own.key_size, own.key_size], 1)
-    norms = [record_norm(w, config, (f"ssm_{name}_norm",), part) for name, part in zip(_MADE, parts, strict=True)]
-    if config.recurrence.normed:
-        norms = [frozen_norm(config, None, None, part) for part in parts]
-    step, key, query = (part if norm is None else norm.apply(part) for norm, part in zip(norms, parts, strict=True))
-    return widened(affine(linear(w, "ssm_dt", len(v)), step)), widened(key), widened(query)
+    own, made = config.recurrence, {}
+    rows = {"dt": own.rank, "b": own.key_size, "c": own.key_size}
+    parts = affine(linear(w, "ssm_x", len(v)), v).split([rows[name] for name in config.row.made_from_values], 1)
+    for name, part in zip(config.row.made_from_values, parts, strict=True):
+        norm = record_norm(w, config, (f"ssm_{name}_norm",), part)
+        if norm is None and own.normed:
+            norm = frozen_norm(config, None, None, part)
+        made[name] = part if norm is None else norm.apply(part)
+    return widened(affine(linear(w, "ssm_dt", len(v)), made["dt"])), widened(made["b"]), widened(made["c"])
 
 
 def _convolution(w: BlockWeights, frame: Frame, layer: int, h: Float[Tensor, "m d"], past: Past | None) -> Mixed:
@@ -522,6 +576,11 @@ def _convolution(w: BlockWeights, frame: Frame, layer: int, h: Float[Tensor, "m 
     b, c, x = (affine(linear(w, f"shortconv.in_proj_{part}", len(h)), h) for part in "bcx")
     (heads,), rows = _in_time([_taps(w, "shortconv.conv")], b * x, past)
     return Mixed(MixerTape("convolution", entering=Factor(b), read=Factor(c)), heads, Past(rows=rows))
+
+
+def _linear(w: BlockWeights, frame: Frame, layer: int, h: Float[Tensor, "m d"], past: Past | None) -> Mixed:
+    """Freeze nothing: what stands in place of attention is its output projection of the normed input."""
+    return Mixed(MixerTape("linear"), h, Past())
 
 
 def _projected(w: BlockWeights, stems: Sequence[str], h: Float[Tensor, "m d"]) -> Float[Tensor, "m e"]:
@@ -545,5 +604,7 @@ RECORD: dict[str, Record] = {
     "kimi delta": partial(_delta, kind="kimi delta"),
     "state space": _state_space,
     "channel state space": _channel_state_space,
+    "lightning": _lightning,
     "convolution": _convolution,
+    "linear": _linear,
 }

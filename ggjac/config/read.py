@@ -13,12 +13,14 @@ from typing import Any, NamedTuple
 from ggjac.architectures import ARCHITECTURES, Architecture
 from ggjac.config import others
 from ggjac.config.keys import ConfigError, Keys, shown
-from ggjac.config.model import Indexer, Latent, Layer, ModelConfig, Recurrence
+from ggjac.config.model import Alibi, Indexer, Latent, Layer, ModelConfig, Recurrence
 from ggjac.config.rotations import read_windows, rope_of, stretching
 from ggjac.config.tensors import check_tensors
 
 # Values of `expert_gating_func` (llama.cpp); 0 means the architecture's default.
 _ROUTERS = {1: "softmax", 2: "sigmoid"}
+# Of blocks that are applied several times (llama.cpp's LLAMA_MAX_LAYERS).
+MAX_BLOCKS = 512
 # Tensors that have a projection of their own to the values.
 _VALUES = ("attn_v", "attn_qkv")
 _KEYS_AND_VALUES = ("attn_k", "attn_v", "attn_k_norm")
@@ -41,26 +43,25 @@ def read_config(metadata: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...
     if not metadata.get(f"{name}.attention.causal", True):
         raise ConfigError(f"{name}.attention.causal is False: attention to later tokens is not supported")
     d, context = keys.integer("embedding_length"), keys.integer("context_length")
+    embedding = "token_embd.weight"
+    if row.embedding_optional and embedding not in shapes:
+        embedding = "output.weight"
     experts = _experts(keys, row, stored, shapes)
-    latent = _latent(keys, row)
-    layers = _layers(keys, row, stored, blocks, experts, latent, shapes)
-    first = next((layer for layer in layers if layer.heads), None)
-    wide = row.wide_scale_blocks == blocks
-    width = 1 if first is None else max(1, d // first.heads) if wide else first.key_size
+    layers, loops = _layers(keys, row, stored, blocks, experts, shapes), _loops(keys, row, blocks)
     temperature = keys.real("attention.temperature_scale", 0.0) if row.temperature else 0.0
 
     config = ModelConfig(
         architecture=name,
+        embedding=embedding,
         row=row,
-        block_count=blocks,
-        layers=layers,
+        block_count=blocks * loops,
+        layers=layers * loops,
         d=d,
-        vocabulary=shapes.get("token_embd.weight", (0,))[0],
+        vocabulary=shapes.get(embedding, (0,))[0],
         context_length=context,
         original_context=keys.integer("rope.scaling.original_context_length", context),
         recurrence=_recurrence(keys, row, stored, context),
         norm_epsilon=_epsilon(keys, row),
-        attention_scale=_attention_scale(keys, row, width) * stretching(keys, row)[1],
         attention_clamp=keys.real("attention.clamp_kqv", 0.0) if row.clamp_key else 0.0,
         attention_softcap=_softcap(keys, "attn_logit_softcapping", row.attention_softcap),
         logit_softcap=_softcap(keys, "final_logit_softcapping", row.logit_softcap),
@@ -68,6 +69,7 @@ def read_config(metadata: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...
         temperature_length=_temperature_length(keys, row, context) if temperature else context,
         embedding_scale=_embedding_scale(keys, row, d),
         residual_scale=_residual_scale(keys, row, blocks),
+        skip_scale=keys.real("residual_scale") if row.normed_skip else 1.0,
         value_scale=(keys.real("attention.value_scale", 0.0) if row.value_scale else 0) or 1.0,
         logit_scale=_logit_scale(keys, row, d),
         expert_count=experts.total,
@@ -77,13 +79,14 @@ def read_config(metadata: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...
         expert_shared_feed_forward_length=experts.shared_width,
         decay_bound=_decay_bound(keys, row),
         expert_latent=keys.count("moe_latent_size") if row.expert_latent else 0,
-        latent=latent,
         indexer=_indexer(keys, row),
+        loops=loops,
+        loop_norm=loops > 1 and not ("skip_loop_final_norm" in keys and keys.flag("skip_loop_final_norm")),
         inputs=keys.count("embedding_length_per_layer_input") if row.inputs else 0,
     )
     # Blocks that read another's keys may still have tensors for their own.
     idle = {f"blk.{i}.{stem}" for i, own in enumerate(layers) if own.source is not None for stem in _KEYS_AND_VALUES}
-    left_out = idle | {f"blk.{i}" for i in range(blocks, stored)}
+    left_out = idle | {f"blk.{i}" for i in range(stored) if i >= blocks or layers[i].idle}
     used = {
         row.export.name(name): shape
         for name, shape in shapes.items()
@@ -115,6 +118,8 @@ def _architecture(metadata: Mapping[str, Any]) -> str:
             f"architecture {shown(name)} is not supported: it is {others.ARCHITECTURES[name]}, and ggjac needs a "
             "language model that predicts the next token"
         )
+    if isinstance(name, str) and name in others.LEFT_OUT:
+        raise ConfigError(f"architecture {shown(name)} is not supported: {others.LEFT_OUT[name]}; take another model")
     if not isinstance(name, str) or name not in ARCHITECTURES:
         # Similar names first.
         alike = get_close_matches(name[:64], ARCHITECTURES) if isinstance(name, str) else []
@@ -151,13 +156,22 @@ def _block_counts(keys: Keys, shapes: Mapping[str, tuple[int, ...]]) -> tuple[in
     return stored, stored - predictors
 
 
+def _loops(keys: Keys, row: Architecture, blocks: int) -> int:
+    """Return how often all blocks are applied."""
+    loops = keys.integer("num_loops", 1) if row.looped else 1
+    if loops * blocks > MAX_BLOCKS:
+        raise ConfigError(
+            f"{keys.prefix}.num_loops is {loops}: {blocks} blocks so often are more than {MAX_BLOCKS}: not supported"
+        )
+    return loops
+
+
 def _layers(
     keys: Keys,
     row: Architecture,
     stored: int,
     blocks: int,
     experts: "_Experts",
-    latent: Latent,
     shapes: Mapping[str, tuple[int, ...]],
 ) -> tuple[Layer, ...]:
     """Return the properties of each block that is used; the file states them for all that are stored."""
@@ -173,8 +187,9 @@ def _layers(
     xielu = _xielu(keys, blocks) if row.activation == "xielu" else [None] * blocks
     layers: list[Layer] = []
     first_reader = stored - (keys.count("attention.shared_kv_layers") if row.shared_keys else 0)
-    for i, mixers in enumerate(_mixers(keys, row, stored, blocks, kv_heads, units)):
+    for i, mixers in enumerate(_mixers(keys, row, stored, blocks, heads, kv_heads, units)):
         attends = row.mixer in mixers
+        latent = _latent(keys, row, windows[i] is not None) if attends else Latent()
         source = None if i < first_reader else first_reader - (1 if windows[i] is None else 2)
         h, g = (heads[i], heads[i] if latent.size else kv_heads[i]) if attends else (0, 0)
         if attends and (not h or not g or h % g):
@@ -188,15 +203,21 @@ def _layers(
                 kv_heads=g,
                 key_size=key_size,
                 value_size=value_size,
-                hidden_units=0 if routed and not row.dense_beside_experts else units[i],
+                hidden_units=_hidden_units(row, i, units[i], d, shapes) if routed else units[i],
                 routed=routed,
                 experts_used=experts.used[i] if routed else 0,
                 expert_units=_expert_units(keys, row, i, shapes) if routed else 0,
                 window=windows[i] if attends else None,
                 rope=rope_of(keys, row, key_size, i, windows) if attends else None,
+                alibi=Alibi(row.alibi, h, range(h)) if row.alibi and attends else None,
                 xielu=xielu[i],
                 source=source,
+                gate=_gate(row, i, h, value_size, shapes) if attends else 0,
                 clamps=clamps[i],
+                attention_scale=_attention_scale(keys, row, d // h if row.wide_scale_blocks == blocks else key_size)
+                if attends
+                else 1.0,
+                latent=latent,
                 keys_as_values=row.keys_as_values
                 and source is None
                 and attends
@@ -231,24 +252,32 @@ def _check_sources(keys: Keys, layers: Sequence[Layer]) -> None:
 
 
 def _mixers(
-    keys: Keys, row: Architecture, stored: int, blocks: int, kv_heads: Sequence[int], units: Sequence[int]
+    keys: Keys,
+    row: Architecture,
+    stored: int,
+    blocks: int,
+    heads: Sequence[int],
+    kv_heads: Sequence[int],
+    units: Sequence[int],
 ) -> list[tuple[str, ...]]:
     """Return the kinds of each block's mixers."""
     if row.recurrent_blocks == "beside":
         return [(row.mixer, row.recurrent)] * blocks
     if row.recurrent_blocks == "interval":
-        recurrent = _interval(keys, stored)
+        recurrent = _interval(keys, row, stored)
     elif row.recurrent_blocks == "no kv heads":
         recurrent = [not count for count in kv_heads]
     else:
         recurrent = [row.recurrent_blocks == "all"] * stored
     kinds = [row.recurrent if flag else row.mixer for flag in recurrent[:blocks]]
+    if row.pruned:
+        return [(kinds[i],) if heads[i] and units[i] else () for i in range(blocks)]
     return [() if row.one_branch and own else (kind,) for kind, own in zip(kinds, units[:blocks], strict=True)]
 
 
-def _interval(keys: Keys, stored: int) -> list[bool]:
+def _interval(keys: Keys, row: Architecture, stored: int) -> list[bool]:
     """Return whether each block is recurrent, as the file says, or all but the last of every few."""
-    period = keys.integer("full_attention_interval", 4)
+    period = keys.integer("full_attention_interval", row.recurrent_period)
     flags = keys.flags("attention.recurrent_layers", stored)
     return [(i + 1) % period != 0 for i in range(stored)] if flags is None else flags
 
@@ -258,19 +287,28 @@ def _head_sizes(keys: Keys, row: Architecture, default: int, windowed: bool, lat
     if latent.size:
         # With tensors of their own, the usual keys are sizes of what llama.cpp caches.
         suffix, least = ("_mla", None) if latent.split else ("", default)
+        suffix += "_swa" if windowed and row.windowed_sizes else ""
         key_size, value_size = (keys.integer(f"attention.{part}_length{suffix}", least) for part in ("key", "value"))
         if latent.rotary >= key_size:
             raise ConfigError(
                 f"{keys.prefix}.rope.dimension_count {latent.rotary} leaves no other elements of keys of {key_size}"
             )
         return key_size, value_size
-    suffix = "_swa" if windowed and row.windowed_sizes else ""
+    suffix = "_swa" if windowed and row.windowed_sizes == "heads" else ""
     key_size = keys.integer(f"attention.key_length{suffix}", default)
     return key_size, keys.integer(f"attention.value_length{suffix}", key_size)
 
 
-def _latent(keys: Keys, row: Architecture) -> Latent:
-    """Return the sizes of latent attention."""
+def _gate(row: Architecture, layer: int, heads: int, value_size: int, shapes: Mapping[str, tuple[int, ...]]) -> int:
+    """Return the numbers for each head of the gate on what the heads of a block read."""
+    rows = shapes.get(f"blk.{layer}.attn_gate.weight", (0,))[0]
+    if row.gated_heads == "elements" or (row.gated_heads == "either" and rows != heads):
+        return value_size
+    return int(row.gated_heads != "" if row.gated_heads != "optional" else rows > 0)
+
+
+def _latent(keys: Keys, row: Architecture, windowed: bool) -> Latent:
+    """Return the sizes of latent attention in a block."""
     if row.mixer != "latent":
         return Latent()
     stated = [keys.count(f"attention.{part}_length_mla") > 0 for part in ("key", "value")]
@@ -286,8 +324,9 @@ def _latent(keys: Keys, row: Architecture) -> Latent:
             if row.latent_queries == "required"
             else keys.count("attention.q_lora_rank")
         )
+    suffix = "_swa" if windowed and row.windowed_sizes else ""
     return Latent(
-        size=keys.integer("attention.kv_lora_rank"),
+        size=keys.integer(f"attention.kv_lora_rank{suffix}"),
         queries=queries,
         rotary=keys.integer("rope.dimension_count"),
         split=row.latent_split == "required" or (row.latent_split == "optional" and all(stated)),
@@ -315,8 +354,12 @@ def _temperature_length(keys: Keys, row: Architecture, context: int) -> int:
 
 def _recurrence(keys: Keys, row: Architecture, blocks: int, context: int) -> Recurrence:
     """Return the sizes of mixers other than attention."""
-    if not row.recurrent:
+    if row.recurrent in ("", "linear"):
         return Recurrence()
+    if row.recurrent == "lightning":
+        heads = keys.for_all_blocks("attention.head_count", blocks)
+        size = keys.integer("attention.key_length", max(1, keys.integer("embedding_length") // heads))
+        return Recurrence(1, heads, heads, size, size)
     taps = keys.integer("shortconv.l_cache" if row.recurrent == "convolution" else "ssm.conv_kernel")
     if taps > context:
         raise ConfigError(f"{keys.prefix}: a convolution over {taps} positions does not fit a context of {context}")
@@ -329,12 +372,18 @@ def _recurrence(keys: Keys, row: Architecture, blocks: int, context: int) -> Rec
     if row.recurrent == "channel state space":
         normed = "ssm.dt_b_c_rms" in keys and keys.flag("ssm.dt_b_c_rms")
         return Recurrence(taps, inner, 1, key_size, 1, keys.integer("ssm.time_step_rank"), normed)
-    heads, key_heads = keys.integer("ssm.time_step_rank"), keys.integer("ssm.group_count")
+    heads, rank = keys.integer("ssm.time_step_rank"), 0
+    if row.made_from_values:
+        key_heads, rank = 1, max(64, keys.integer("embedding_length") // 16)  # as llama.cpp has it
+        if keys.count("ssm.group_count"):
+            raise ConfigError(f"{keys.prefix}.ssm.group_count is {keys.count('ssm.group_count')}; supported: 0")
+    else:
+        key_heads = keys.integer("ssm.group_count")
     if inner % heads or heads % key_heads:
         raise ConfigError(
             f"{keys.prefix}.ssm: {heads} heads cannot share {inner} elements and {key_heads} key heads evenly"
         )
-    return Recurrence(taps, heads, key_heads, key_size, inner // heads)
+    return Recurrence(taps, heads, key_heads, key_size, inner // heads, rank)
 
 
 def _decay_bound(keys: Keys, row: Architecture) -> float:
@@ -381,8 +430,8 @@ def _experts(keys: Keys, row: Architecture, blocks: int, shapes: Mapping[str, tu
         keys.for_all_blocks("expert_used_count", blocks)
     if max(used) > total:
         raise ConfigError(f"{keys.prefix}.expert_used_count is {max(used)}, but there are {total} experts")
-    step = keys.integer("interleave_moe_layer_step", 1)
-    if step > 1:
+    step = keys.count("interleave_moe_layer_step", 1)
+    if step != 1 and not row.router_optional:
         raise ConfigError(
             f"{keys.prefix}.interleave_moe_layer_step {step}: dense blocks between mixtures are not supported"
         )
@@ -403,8 +452,21 @@ def _decided(keys: Keys, row: Architecture, blocks: int, shapes: Mapping[str, tu
         own, shared = row.norms.ffn_in
         normed = f"blk.0.{own}.weight" in shapes
         row = replace(row, parallel=not normed, norms=replace(row.norms, ffn_in=(own if normed else shared,)))
+    if row.unnormed_experts and keys.count("expert_count") == row.unnormed_experts:
+        row = replace(row, qk_norm="")
+    if row.rope_blocks not in (0, blocks):
+        row = replace(row, rope_pairs="")
+    if row.alibi_blocks not in (0, blocks):
+        row = replace(row, alibi=0.0)
+    if row.alibi_key:
+        row = replace(row, alibi=keys.real("attention.max_alibi_bias", row.alibi))
+    if row.positions == "optional" and "position_embd.weight" not in shapes:
+        row = replace(row, positions="")
     if row.qk_norm_optional and "blk.0.attn_q_norm.weight" not in shapes:
         row = replace(row, qk_norm="")
+    if len(row.norms.ffn_out) > 1:
+        found = [name for name in row.norms.ffn_out if f"blk.0.{name}.weight" in shapes]
+        row = replace(row, norms=replace(row.norms, ffn_out=(*found, *row.norms.ffn_out)[:1]))
     if row.router_key:
         kind = keys.count("expert_gating_func")
         row = replace(row, router=_ROUTERS.get(kind, "") if kind else row.router)
@@ -467,8 +529,9 @@ def _softcap(keys: Keys, key: str, default: float | None) -> float:
 
 
 def _attention_scale(keys: Keys, row: Architecture, width: int) -> float:
-    """Return the factor on scores: the file's, if the family reads it and it is not 0, else 1/√width."""
-    return (keys.real("attention.scale", 0.0) if row.attention_scale_key else 0) or row.attention_scale or width**-0.5
+    """Return the factor on scores: the file's, if the family reads it and it is not 0, or the family's."""
+    stated = keys.real(row.attention_scale_key, 0.0) if row.attention_scale_key else 0
+    return (stated or row.attention_scale or max(1, width) ** row.attention_power) * stretching(keys, row)[1]
 
 
 def _embedding_scale(keys: Keys, row: Architecture, d: int) -> float:
@@ -488,8 +551,8 @@ def _logit_scale(keys: Keys, row: Architecture, d: int) -> float:
     """Return the factor on logits."""
     if not row.logit_scale:
         return 1.0
-    default = 0.0 if row.logit_scale_optional else row.scale_defaults[2] / d or None
-    scale = _scale(keys, row, "logit_scale", default)
+    default = row.logit_scale_default or row.scale_defaults[2] / d
+    scale = _scale(keys, row, "logit_scale", default if default or row.logit_scale_optional else None)
     if scale == 0 and (row.logit_scale == "multiply" or row.logit_scale_optional):
         return 1.0
     if scale == 0:
@@ -511,6 +574,14 @@ def _routed(
     return not row.router_optional or f"blk.{layer}.ffn_gate_inp.weight" in shapes
 
 
+def _hidden_units(row: Architecture, layer: int, units: int, d: int, shapes: Mapping[str, tuple[int, ...]]) -> int:
+    """Return the hidden units of the dense network in a block with a mixture; 0 without one."""
+    present = row.dense_beside_experts != "optional" or f"blk.{layer}.ffn_up.weight" in shapes
+    if not row.dense_beside_experts or not present:
+        return 0
+    return d if row.dense_beside_experts == "square" else units
+
+
 def _expert_units(keys: Keys, row: Architecture, layer: int, shapes: Mapping[str, tuple[int, ...]]) -> int:
     """Return the hidden units of a routed expert of a block."""
     if row.expert_widths == "tensors":  # families use different keys
@@ -524,8 +595,9 @@ def _shared_units(keys: Keys, row: Architecture, shapes: Mapping[str, tuple[int,
     if row.expert_widths == "tensors":  # Qwen 1.5's files have no key for it
         shared = next((shape for name, shape in shapes.items() if name.endswith(".ffn_up_shexp.weight")), ())
         return keys.count("expert_shared_feed_forward_length") or (shared[0] if len(shared) == 2 else 0)
-    width = keys.integer("expert_feed_forward_length")
-    count = (keys.count if row.shared_optional else keys.integer)("expert_shared_count")
+    width, key = keys.integer("expert_feed_forward_length"), "expert_shared_count"
+    # 0 may be stated anywhere.
+    count = keys.count(key) if row.shared_optional or keys.number(key) == 0 else keys.integer(key)
     if not count:
         return 0
     stated = keys.count("expert_shared_feed_forward_length") if row.expert_widths.startswith("shared") else 0

@@ -5,7 +5,7 @@ from itertools import accumulate
 
 from ggjac.architectures import Architecture
 from ggjac.config.keys import ConfigError, shown
-from ggjac.config.model import ModelConfig
+from ggjac.config.model import Latent, ModelConfig
 from ggjac.sizes import Part
 
 # A matrix's constant factor, one for each expert of a stack, and that of inputs in low precision, which llama.cpp reads
@@ -25,6 +25,7 @@ _GLOBAL = {
     "rope_factors_short.weight": ("pairs",),
 }
 _POSITIONS = {"position_embd.weight": ("context", "d")}
+_EMBEDDING_NORM = {"token_embd_norm.weight": ("d",), "token_embd_norm.bias": ("d",)}
 _INPUTS = {
     "per_layer_token_embd.weight": ("vocabulary", "all inputs"),
     "per_layer_model_proj.weight": ("all inputs", "d"),
@@ -52,18 +53,29 @@ _DELTA: dict[str, tuple[str, ...]] = {
     "ssm_out": ("d", "hv"),
 }
 _STATE_SPACE: dict[str, tuple[str, ...]] = {"ssm_in": ("2hv + 2qk + states", "d"), "ssm_out": ("d", "hv")}
-_CHANNELS: dict[str, tuple[str, ...]] = {"ssm_in": ("2hv", "d"), "ssm_out": ("d", "hv")}
+_FROM_VALUES: dict[str, tuple[str, ...]] = {"ssm_in": ("2hv", "d"), "ssm_out": ("d", "hv")}
 _CONVOLUTION: dict[str, tuple[str, ...]] = {"shortconv.in_proj": ("3d", "d"), "shortconv.out_proj": ("d", "d")}
 _MIXERS: dict[str, dict[str, tuple[str, ...]]] = {
     "attention": _ATTENTION,
     "latent": {"attn_output": ("d", "read")},
     "shared attention": {"attn_q": ("q", "d"), "attn_output": ("d", "read")},
+    "linear": {},
     "delta": _DELTA,
     "kimi delta": {"attn_output": ("d", "hv")},
     "state space": _STATE_SPACE,
-    "channel state space": _CHANNELS,
+    "channel state space": _FROM_VALUES,
+    "state space of values": _FROM_VALUES,
+    "lightning": {"attn_output": ("d", "hv")},
     "convolution": _CONVOLUTION,
 }
+# Of a state space whose steps, keys and queries are made from its values; these may have norms.
+_MADE: dict[str, tuple[str, ...]] = {
+    "ssm_conv1d.weight": ("hv", "taps"),
+    "ssm_x.weight": ("rank + 2 state", "hv"),
+    "ssm_dt.weight": ("states", "rank"),
+    "ssm_dt.bias": ("states",),
+}
+_MADE_NORMS = {"ssm_dt_norm.weight": ("rank",), "ssm_b_norm.weight": ("state",), "ssm_c_norm.weight": ("state",)}
 # Tensors of mixers by full name: small ones, and matrices that have neither a bias nor a constant factor.
 _VECTORS: dict[str, dict[str, tuple[str, ...]]] = {
     "delta": {
@@ -94,18 +106,20 @@ _VECTORS: dict[str, dict[str, tuple[str, ...]]] = {
         "ssm_norm.weight": ("groups", "of a group"),
     },
     "channel state space": {
-        "ssm_conv1d.weight": ("hv", "taps"),
+        **_MADE,
         "ssm_conv1d.bias": ("hv",),
-        "ssm_x.weight": ("rank + 2 state", "hv"),
-        "ssm_dt.weight": ("states", "rank"),
-        "ssm_dt.bias": ("states",),
         "ssm_a": ("hv", "state"),
         "ssm_d": ("hv",),
     },
+    "lightning": {
+        "attn_qkv.weight": ("2qk + hv", "d"),
+        "attn_gate.weight": ("hv", "d"),
+        "attn_norm_2.weight": ("hv",),
+    },
+    "state space of values": {**_MADE, "ssm_a": ("states",), "ssm_d": ("states",)},
     "convolution": {"shortconv.conv.weight": ("d", "taps")},
+    "linear": {"attn_output.weight": ("d", "d")},
 }
-# What Mamba-1 makes from the values, and may norm.
-_MADE = {"dt": "rank", "b": "state", "c": "state"}
 # Of what selects keys: not used, since prompts in which it would leave some out are not supported.
 _INDEXER: dict[str, dict[str, tuple[str, ...]]] = {
     "latent": {
@@ -121,6 +135,14 @@ _INDEXER: dict[str, dict[str, tuple[str, ...]]] = {
         "indexer.q_norm.weight": ("indexer key",),
         "indexer.k_norm.weight": ("indexer key",),
     },
+}
+# For the tokens of images: not used.
+_VISION_EXPERTS: dict[str, tuple[str, ...]] = {
+    "vis_attn_qkv.weight": ("qkv", "d"),
+    "vis_attn_output.weight": ("d", "read"),
+    "vis_gate.weight": ("f", "d"),
+    "vis_up.weight": ("f", "d"),
+    "vis_down.weight": ("d", "f"),
 }
 # Fused tensors and their parts: the file has either. Experts' gates are above their up projections.
 FUSED = {
@@ -139,6 +161,7 @@ _QK_NORMS: dict[str, dict[str, tuple[str, ...]]] = {
     "head": {"attn_q_norm": ("head",), "attn_k_norm": ("head",)},
     "heads": {"attn_q_norm": ("heads", "head"), "attn_k_norm": ("kv heads", "head")},
     "rotated": {"attn_q_norm": ("head",), "attn_k_norm": ("head",)},
+    "bare": {},
     "full": {"attn_q_norm": ("q",), "attn_k_norm": ("keys",)},
 }
 _EXPERTS = {
@@ -166,7 +189,9 @@ _OPTIONAL = {
     "rope_factors_long.weight",
     "rope_factors_short.weight",
     "layer_output_scale.weight",
+    "ffn.act.scales",
     *(name for table in _INDEXER.values() for name in table),
+    *_VISION_EXPERTS,
 }
 # Other biases and factors are optional.
 _NEEDED = {"ssm_dt.bias", "ffn_gate_inp.scale"}
@@ -183,7 +208,7 @@ def fused_parts(config: ModelConfig, layer: int) -> dict[str, Part]:
     row, own = config.row, config.layers[layer]
     parts: dict[str, Part] = {}
     for mixer in own.mixers:
-        parts |= _MIXER_PARTS[mixer](config, layer)
+        parts |= _MIXER_PARTS[_layout(config, mixer)](config, layer)
     if row.ffn == "fused":
         f = own.hidden_units
         parts |= {"ffn_gate": Part("ffn_up", 0, f), "ffn_up": Part("ffn_up", f, 2 * f)}
@@ -194,6 +219,11 @@ def fused_parts(config: ModelConfig, layer: int) -> dict[str, Part]:
     return parts | {"ffn_gate_exps": Part("ffn_gate_up_exps", 0, f), "ffn_up_exps": Part("ffn_gate_up_exps", f, 2 * f)}
 
 
+def _layout(config: ModelConfig, mixer: str) -> str:
+    """Return the kind of a mixer's tensors: a state space with heads has two kinds."""
+    return "state space of values" if mixer == "state space" and config.recurrence.rank else mixer
+
+
 def _attention_parts(config: ModelConfig, layer: int) -> dict[str, Part]:
     sizes = _attention_sizes(config, layer)
     if config.layers[layer].keys_as_values:
@@ -202,7 +232,7 @@ def _attention_parts(config: ModelConfig, layer: int) -> dict[str, Part]:
 
 
 def _latent_parts(config: ModelConfig, layer: int) -> dict[str, Part]:
-    own, latent = config.layers[layer], config.latent
+    own, latent = config.layers[layer], config.layers[layer].latent
     parts = _sections("attn_kv_a_mqa", attn_kv_latent=latent.size, attn_kv_rope=latent.rotary)
     if latent.split:
         return parts
@@ -227,6 +257,11 @@ def _kimi_delta_parts(config: ModelConfig, layer: int) -> dict[str, Part]:
     return _sections("attn_qkv", attn_q=sizes["qk"], attn_k=sizes["qk"], attn_v=sizes["hv"])
 
 
+def _lightning_parts(config: ModelConfig, layer: int) -> dict[str, Part]:
+    size = config.recurrence.key_size  # of each head: query, key and value
+    return _sections("attn_qkv", attn_q=size, attn_k=size, attn_v=size, period=3 * size)
+
+
 def _state_space_parts(config: ModelConfig, layer: int) -> dict[str, Part]:
     sizes = _recurrent_sizes(config)
     hv, qk, heads = sizes["hv"], sizes["qk"], sizes["states"]
@@ -239,6 +274,12 @@ def _channel_parts(config: ModelConfig, layer: int) -> dict[str, Part]:
     return _sections("ssm_in", ssm_in_x=hv, ssm_in_z=hv) | _sections("ssm_conv1d", ssm_conv1d_x=hv)
 
 
+def _state_space_of_values_parts(config: ModelConfig, layer: int) -> dict[str, Part]:
+    own = config.recurrence
+    parts = _sections("ssm_in", ssm_in_z=own.value_size, ssm_in_x=own.value_size, period=2 * own.value_size)
+    return parts | _sections("ssm_conv1d", ssm_conv1d_x=own.convolved)
+
+
 def _convolution_parts(config: ModelConfig, layer: int) -> dict[str, Part]:
     d = config.d
     stem = "shortconv.in_proj"
@@ -249,10 +290,13 @@ _MIXER_PARTS: dict[str, Callable[[ModelConfig, int], dict[str, Part]]] = {
     "attention": _attention_parts,
     "latent": _latent_parts,
     "shared attention": lambda config, layer: {},
+    "linear": lambda config, layer: {},
     "delta": _delta_parts,
     "kimi delta": _kimi_delta_parts,
     "state space": _state_space_parts,
     "channel state space": _channel_parts,
+    "lightning": _lightning_parts,
+    "state space of values": _state_space_of_values_parts,
     "convolution": _convolution_parts,
 }
 
@@ -280,11 +324,15 @@ def check_tensors(config: ModelConfig, shapes: Mapping[str, tuple[int, ...]]) ->
     loose = {name for mixer in mixers for name in _LOOSE.get(mixer, ())}
     if {"state space", "channel state space"} & mixers:  # llama.cpp's graph adds it without asking whether there is one
         needed.add("ssm_conv1d.bias")
-    if config.row.rope_factors == "full" and any(own.rope and own.rope.factored for own in config.layers):
+    if "lightning" in mixers:
+        needed.add("attn_norm_2.weight")
+    if config.row.rope_factors == "required" and any(own.rope and own.rope.factored for own in config.layers):
         needed.add("rope_freqs.weight")
     for prefix, table, sizes in _scopes(config):
         fused = {stem: parts for stem, parts in FUSED.items() if all(f"{part}.weight" in table for part in parts)}
         optional = _OPTIONAL | {f"{stem}.weight" for stem in fused}
+        if config.embedding != "token_embd.weight":
+            optional.add("token_embd.weight")
         if config.row.state_norm_optional:
             optional.add("ssm_norm.weight")
         for stem, parts in fused.items():
@@ -333,12 +381,11 @@ def _scaled(shapes: Mapping[str, tuple[int, ...]], stem: str) -> bool:
 
 def _scopes(config: ModelConfig) -> Iterator[tuple[str, dict[str, tuple[str, ...]], dict[str, int]]]:
     """Yield name prefix, table of tensors and named sizes, for the tensors outside the blocks and for each block."""
-    ropes = sorted((layer.rope for layer in config.layers if layer.rope), key=lambda rope: not rope.factored)
     sizes = {
         "d": config.d,
         "vocabulary": config.vocabulary,
         "context": config.context_length,
-        "pairs": ropes[0].dimensions // 2 if ropes else 0,
+        "pairs": max((layer.rope.dimensions // 2 for layer in config.layers if layer.rope), default=0),
         "experts": config.expert_count,
         "de": config.expert_latent or config.d,
         "fs": config.expert_shared_feed_forward_length,
@@ -348,14 +395,15 @@ def _scopes(config: ModelConfig) -> Iterator[tuple[str, dict[str, tuple[str, ...
         "all inputs": config.inputs * config.block_count,
     }
     outside = _GLOBAL | (_POSITIONS if config.row.positions else {}) | (_INPUTS if config.inputs else {})
+    outside |= _EMBEDDING_NORM if config.row.embedding_norm == "weighted" else {}
     if config.row.norm == "bare":
         outside = {name: axes for name, axes in outside.items() if not name.startswith("output_norm.")}
     outside = {name.replace("output_norm", config.row.output_norm): axes for name, axes in outside.items()}
     if config.row.head == "tied":
         outside = {name: axes for name, axes in outside.items() if not name.startswith("output.")}
     yield "", outside, sizes
-    sizes |= _recurrent_sizes(config) | _latent_sizes(config)
-    for i, own in enumerate(config.layers):
+    sizes |= _recurrent_sizes(config) | _indexer_sizes(config)
+    for i, own in enumerate(config.layers[: config.stored_blocks]):
         widths = {"f": own.hidden_units, "fe": own.expert_units}
         widths |= {f"2{name}": 2 * width for name, width in widths.items()}
         yield f"blk.{i}.", _block_table(config, i), sizes | widths | _attention_sizes(config, i)
@@ -370,24 +418,26 @@ def _attention_sizes(config: ModelConfig, layer: int) -> dict[str, int]:
         "heads": own.heads,
         "kv heads": own.kv_heads,
         "head": own.key_size,
+        "gates": own.heads * own.gate,
         "q": q,
         "keys": keys,
         "values": values,
         "qkv": q + keys + values,
         "value": own.value_size,
-        "nope": own.key_size - config.latent.rotary,
-        "expanded": own.heads * (own.key_size - config.latent.rotary + own.value_size),
+        "nope": own.key_size - own.latent.rotary,
+        "expanded": own.heads * (own.key_size - own.latent.rotary + own.value_size),
         "read": own.heads * own.value_size,
+        "latent": own.latent.size,
+        "rotary": own.latent.rotary,
+        "latent + rotary": own.latent.size + own.latent.rotary,
+        "query latent": own.latent.queries,
     }
 
 
-def _latent_sizes(config: ModelConfig) -> dict[str, int]:
-    """Return the named sizes of latent attention, and of what selects keys."""
-    latent, indexer = config.latent, config.indexer
+def _indexer_sizes(config: ModelConfig) -> dict[str, int]:
+    """Return the named sizes of what selects keys."""
+    indexer = config.indexer
     return {
-        "latent": latent.size,
-        "latent + rotary": latent.size + latent.rotary,
-        "query latent": latent.queries,
         "indexer heads": indexer.heads,
         "indexer key": indexer.key_size,
         "indexer queries": indexer.heads * indexer.key_size,
@@ -428,25 +478,29 @@ def _block_table(config: ModelConfig, layer: int) -> dict[str, tuple[str, ...]]:
     matrices: dict[str, tuple[str, ...]] = {}
     vectors: dict[str, tuple[str, ...]] = {}
     for mixer in own.mixers:
-        matrices |= _MIXERS[mixer]
+        matrices |= _MIXERS[_layout(config, mixer)]
     scaled = set(matrices) if row.qkv_scales else {"attn_output"}
-    if row.recurrent in own.mixers and not row.recurrent_scales:
+    if row.looped or (row.recurrent in own.mixers and not row.recurrent_scales):  # llama.cpp: in the first pass only
         scaled = set()
     for mixer in own.mixers:
-        vectors |= _VECTORS.get(mixer, {})
+        vectors |= _VECTORS.get(_layout(config, mixer), {})
         if config.indexer.selected:
             vectors |= _INDEXER.get(mixer, {})
         if mixer == "latent":
-            vectors |= _latent_table(config)
-        if mixer == "channel state space" and row.normed_steps:
-            vectors |= {f"ssm_{part}_norm.weight": (axis,) for part, axis in _MADE.items()}
+            vectors |= _latent_table(row, own.latent)
+        if row.normed_steps and mixer == row.recurrent:
+            vectors |= _MADE_NORMS
         if mixer == "kimi delta":
             vectors |= _gates_table(row.low_rank_gates)
         if mixer in ("attention", "shared attention"):
             vectors |= {f"{name}.weight": axes for name, axes in _QK_NORMS[row.qk_norm].items()}
     if own.source is not None:
         del vectors["attn_k_norm.weight"]
+    if own.gate:
+        vectors["attn_gate.weight"] = ("gates", "d")
     vectors |= _OWN_INPUTS if config.inputs else {}
+    vectors |= _VISION_EXPERTS if row.vision_experts else {}
+    vectors |= {"ffn.act.scales": ("f",)} if row.hidden_divisors else {}
     if own.hidden_units:
         matrices |= _FFN[row.ffn]
     if own.routed:
@@ -467,6 +521,9 @@ def _block_table(config: ModelConfig, layer: int) -> dict[str, tuple[str, ...]]:
             table |= {f"{name}.{kind}": axes[:-2] or ("one",) for kind in _SCALES}
     if row.norm == "layer" or row.norm_bias:
         table |= {f"{name}.bias": axes for name, axes in norms.items()}
+    if row.inner_norms:
+        table |= {"attn_sub_norm.weight": ("read",)} if own.mixers else {}
+        table |= {"ffn_sub_norm.weight": ("f",)} if own.hidden_units else {}
     if row.sinks and own.heads:
         table["attn_sinks.weight"] = ("heads",)
     if row.selection_bias and own.routed:
@@ -483,10 +540,10 @@ def _selection_bias(row: Architecture) -> str:
     return "exp_probs_b" if "exp_probs_b" in row.bare_names else "exp_probs_b.bias"
 
 
-def _latent_table(config: ModelConfig) -> dict[str, tuple[str, ...]]:
+def _latent_table(row: Architecture, latent: Latent) -> dict[str, tuple[str, ...]]:
     """Return the tensors of latent attention but its output projection, by full name; they have no biases."""
     table: dict[str, tuple[str, ...]] = {"attn_kv_a_mqa": ("latent + rotary", "d"), "attn_kv_a_norm": ("latent",)}
-    if config.latent.queries:
+    if latent.queries:
         table |= {
             "attn_q_a": ("query latent", "d"),
             "attn_q_a_norm": ("query latent",),
@@ -494,12 +551,12 @@ def _latent_table(config: ModelConfig) -> dict[str, tuple[str, ...]]:
         }
     else:
         table["attn_q"] = ("q", "d")
-    if config.latent.split:
+    if latent.split:
         table |= {"attn_k_b": ("heads", "latent", "nope"), "attn_v_b": ("heads", "value", "latent")}
     else:
         table["attn_kv_b"] = ("expanded", "latent")
-    if config.row.gated_heads:
-        table["attn_gate"] = ("heads", "d")
+    if row.normed_rotary:
+        table["attn_k_norm"] = ("rotary",)
     return {f"{name}.weight": axes for name, axes in table.items()}
 
 
