@@ -17,12 +17,11 @@ from torch import Tensor
 
 from ggjac.blocks import BlockWeights, Frame, FrozenBlock, NormTape, affine, block
 from ggjac.config import ModelConfig
-from ggjac.decode import Head
+from ggjac.decode import Embeddings, Head
 from ggjac.jacobian.tapes import Tapes
 from ggjac.linop import Identity, LinearOperator
 from ggjac.runs.journal import Product, Records
 from ggjac.sizes import Kind
-from ggjac.weights import Weight
 
 # The taps of a block in the order in which cotangents pass them.
 DOWNWARDS: tuple[Kind, ...] = ("layer", "mlp", "attn")
@@ -81,7 +80,7 @@ class FrozenNetwork(NamedTuple):
     outputs: Float[Tensor, "n d"]
     ids: list[int]
     head: Head
-    embedding: Weight
+    embedding: Embeddings
     outside: BlockWeights
     table: Callable[[], Tensor | None]
     token: Callable[[int | str], int]
@@ -300,7 +299,7 @@ class SharedSweep:
         if product and product.result is not None:
             return product.result
         result = compute(product)
-        self.network.embedding.store.check_unchanged()
+        self.network.embedding.matrix.store.check_unchanged()
         return product.finish(result) if product else result
 
     def _steps(
