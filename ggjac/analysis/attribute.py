@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 
-from ggjac.blocks import BlockTape, FrozenBlock, attention_halves, block
+from ggjac.blocks import BlockTape, FrozenBlock, NormTape, StreamsTape, attention_halves, block
 from ggjac.checks import whole
 from ggjac.config.mixers import MIXERS
 from ggjac.decode import Head
@@ -498,7 +498,7 @@ def attribute_positions(
     offsets = _offsets(network, places, asked, report)
     shares = []
     for part in parts:
-        X = x.new_zeros(len(part), int(part[-1]) + 1, d)
+        X = x.new_zeros(len(part), int(part[-1]) + 1, read.shape[1])
         X[torch.arange(len(part)), part] = read[part]
         banks: dict[int, Tensor] = {}
         for _, _, frozen in _walk(network, range(X.shape[1]), down=True):
@@ -568,14 +568,15 @@ def attribute_branches(
     chosen = slice(positions.start, positions.stop)
     target, versus = jacobian.token_id(target), jacobian.token_id(versus)
     asked = _ask(network.outputs[chosen], network.head, target, versus)
-    norm, one = network.norm.at(chosen).operator(), network.x.new_ones(1)
+    final, one = network.norm.at(chosen), network.x.new_ones(1)
+    norm = final._replace(streams=None).operator()
     read = norm.rmatmat(asked.w[None])[0]  # what the head reads from the stream, through the final norm
     wide = read.cpu().double()
 
     def share(added: Float[Tensor, "m d"]) -> Float[Tensor, " m"]:
         return (added.cpu().double() * wide).sum(1)
 
-    attn, mlp, heads, attn_bias, mixers, scales = [], [], [], [], [], []
+    attn, mlp, heads, attn_bias, mixers, ways = [], [], [], [], [], []
     banks: dict[int, Tensor] = {}
     for i, tape, frozen in _walk(network, positions):
         stream = tape.x[None, : positions.stop]
@@ -605,24 +606,48 @@ def attribute_branches(
         if frozen.inputs is not None:
             added = added + frozen.inputs.matmat(middle + added, one)
         mlp.append(share(added[0]))
-        scales.append(1.0 if frozen.scale is None else float(frozen.scale))
+        around = [part.streams and part.streams.at(chosen) for part in (tape.attn, tape.ffn)]
+        ways.append(_Way(around[0], around[1], 1.0 if frozen.scale is None else float(frozen.scale)))
         _report(progress, i + 1, len(network.tapes))
-    # [L]: what multiplies each block's additions on the way to the end.
-    later = torch.tensor(scales, dtype=torch.float64).flip(0).cumprod(0).flip(0)
+    start, attn_later, mlp_later = _later(final, ways)
     return BranchShares(
         positions=positions,
         targets=asked.targets,
         versus=versus,
         logits=asked.logits,
-        embedding=share(network.x[chosen]) * later[0],
-        attn=torch.stack(attn, 1) * later,
-        mlp=torch.stack(mlp, 1) * later,
+        embedding=share(network.x[chosen]) * start,
+        attn=torch.stack(attn, 1) * attn_later,
+        mlp=torch.stack(mlp, 1) * mlp_later,
         bias=_constant(norm, asked.w) + asked.bias,
-        heads=pad_sequence([own.T for own in heads], True).movedim(2, 0) * later[:, None] if by_head else None,
-        attn_bias=torch.stack(attn_bias, 1) * later if by_head else None,
+        heads=pad_sequence([own.T for own in heads], True).movedim(2, 0) * attn_later[..., None] if by_head else None,
+        attn_bias=torch.stack(attn_bias, 1) * attn_later if by_head else None,
         mixers=mixers,
         softcap=network.head.softcap,
     )
+
+
+class _Way(NamedTuple):
+    """What multiplies a vector in the residual stream, or in several, on its way through a block, past its branches."""
+
+    attn: StreamsTape | None
+    ffn: StreamsTape | None
+    scale: float
+
+
+def _later(
+    norm: NormTape, ways: Sequence[_Way]
+) -> tuple[Float[Tensor, " m"], Float[Tensor, "m L"], Float[Tensor, "m L"]]:
+    """Return what multiplies the embedding, and what attention and feed-forwards add, on the way to the final norm."""
+    m = len(norm.scale)
+    read = torch.ones(m, 1, 1, dtype=torch.float64) if norm.streams is None else norm.streams.cpu().double()
+    found: list[list[Tensor]] = [[], []]
+    for way in reversed(ways):
+        read = read * way.scale  # [m, 1, streams]
+        for later, streams in zip(found, (way.ffn, way.attn), strict=True):
+            later.insert(0, (read if streams is None else read @ streams.written.cpu().double())[:, 0, 0])
+            if streams is not None and streams.kept is not None:
+                read = read @ streams.kept.cpu().double()
+    return read[:, 0, 0], torch.stack(found[1], 1), torch.stack(found[0], 1)
 
 
 class _Asked(NamedTuple):

@@ -23,6 +23,7 @@ from ggjac.blocks.mixers import Factor, MixerTape, Past
 from ggjac.blocks.networks import FFNTape, HiddenTape
 from ggjac.blocks.norms import NormTape, frozen_norm
 from ggjac.blocks.patterns import ChannelTape, ScanTape, attention_pattern
+from ggjac.blocks.streams import StreamsTape, final_streams
 
 __all__ = [
     "AttentionTape",
@@ -42,6 +43,7 @@ __all__ = [
     "Recorded",
     "RecordedBlock",
     "ScanTape",
+    "StreamsTape",
     "WeightMatrix",
     "activation",
     "affine",
@@ -50,6 +52,7 @@ __all__ = [
     "block",
     "block_inputs",
     "extend_block",
+    "final_streams",
     "frozen_norm",
     "overflow",
     "record_attention",

@@ -130,9 +130,9 @@ class OrdinaryJacobian(LinearOperator):
             # `record_block`, but the tape of attention is freed before the feed-forward.
             attn = record_attention(w, frame, i, state[STREAM], past)
             made = _named(i, attn.past[0]) if i in config.writers else {}
-            added = attn.added
+            added, streams = attn.added, attn.tape.streams
             del attn
-            return made | {STREAM: record_rest(w, frame, i, state[STREAM], added)[2]}
+            return made | {STREAM: record_rest(w, frame, i, state[STREAM], added, streams)[2]}
 
         return block
 

@@ -179,8 +179,8 @@ class SharedSweep:
         stack = _Stack(x.new_zeros(0, self.position + 1, self.d), [len(part) for part in Y])
         for i, frozen in self._steps(self.order[::-1], stack, product, self._ways_down):
             m = frozen.ffn.out_shape[0]  # positions that the block writes
-            stack.H = frozen.rmatmat_out(stack.join(stack.H[:, :m], joining("layer", i, m)))  # [k, m, d]
-            middle, attn = frozen.rmatmat_ffn(stack.H, stack.join(stack.H, joining("mlp", i, m)))
+            stack.H, ffn = frozen.rmatmat_out(stack.join(stack.H[:, :m], joining("layer", i, m)))  # [k, m, d]
+            middle, attn = frozen.rmatmat_ffn(stack.H, stack.join(ffn, joining("mlp", i, m)))
             attn = stack.join(attn, joining("attn", i, m))
             stack.H = frozen.rmatmat_attn(middle, attn, stack.banks)  # [k, n, d]
             self.flop += frozen.flop * len(stack)
@@ -228,12 +228,19 @@ class SharedSweep:
         ways = [_Way(j, tap.index - 1, start) for j, (start, tap) in enumerate(self.spans)]
         return sorted(ways, key=lambda way: (-way.joins, DOWNWARDS.index(self.spans[way.span].tap.kind)))
 
+    def width(self, tap: Tap) -> int:
+        """Return the elements of a tap's vector at one position: those of all residual streams, or of a branch."""
+        return self.network.config.width(tap.index) if tap.kind == "layer" else self.d
+
     @cached_property
     def norms(self) -> list[LinearOperator]:
-        """The final norm of each span, frozen at its tap's vector, `[1, d]` to `[1, d]`; the identity if `raw`."""
+        """The final norm of each span, frozen at its tap's vector, to `[1, d]`; the identity if `raw`.
+
+        Of several residual streams it reads what the head would collect of them.
+        """
         x, network, end = self.network.x, self.network, Tap("layer", len(self.network.tapes))
         if self.raw:
-            return [Identity((1, self.d), dtype=x.dtype, device=x.device)] * len(self.spans)
+            return [Identity((1, self.width(tap)), dtype=x.dtype, device=x.device) for _, tap in self.spans]
         norms = {end: network.norm.at(slice(self.position, self.position + 1)).operator()}
         inner = sorted({span.tap for span in self.spans} - {end})
         for tap in [tap for tap in inner if tap.kind == "layer"]:
@@ -377,7 +384,7 @@ def _taken(stack: Tensor, rows: Sequence[slice]) -> Tensor:
 def _joined(stack: Tensor, more: Sequence[Tensor]) -> Tensor:
     """Append to a stack; without a copy if only one part has any rows."""
     parts = [part for part in (stack, *more) if len(part)]
-    return parts[0] if len(parts) == 1 else torch.cat(parts) if parts else stack
+    return parts[0] if len(parts) == 1 else torch.cat(parts) if parts else [stack, *more][-1]
 
 
 def _last(X: Float[Tensor, "k m d"]) -> Float[Tensor, "k d"]:

@@ -375,7 +375,9 @@ def _recurrence(state: int, positions: int) -> Pass:
 _LATENT_EXPERTS = ("ffn_latent_down", "ffn_latent_up")
 # Of a block's own inputs.
 _INPUTS = ("inp_gate", "proj")
-_ONCE = ("ffn_gate_inp", *_LATENT_EXPERTS, *_INPUTS)
+# Of the weights of several residual streams: frozen.
+_STREAMS = ("hc_attn_fn", "hc_ffn_fn")
+_ONCE = ("ffn_gate_inp", *_LATENT_EXPERTS, *_INPUTS, *_STREAMS)
 
 
 def _mixer_stems(block: _Block) -> list[str]:
