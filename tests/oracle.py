@@ -324,7 +324,9 @@ FACTS: dict[str, Facts] = {
     "plm": LATENT._replace(activation="relu2", ffn="plain"),
     "deepseek32": LATENT_ROUTED._replace(mscale="one", temperature=False),
     "glm-dsa": LATENT_ROUTED._replace(mscale="alone", temperature=False, router="each"),
-    "hy_v4": LATENT_ROUTED._replace(temperature=False, clamp_keys=True, clamp_first=True, streams="apart", graph={"attn_out": "latent"}),
+    "hy_v4": LATENT_ROUTED._replace(
+        temperature=False, clamp_keys=True, clamp_first=True, streams="apart", graph={"attn_out": "latent"}
+    ),
     "dots3note": LATENT_ROUTED._replace(
         temperature=False, period=0, graph={"attn_output": "latent", "attn_out": "what heads read"}
     ),
@@ -1110,7 +1112,7 @@ def inner(
         states |= block(model, i, h, freeze=mlp_path, states=states)
         h = states[f"l_out-{i}"]
     name = {"layer": "l_out", "attn": "attn_out", "mlp": "ffn_out"}[kind]
-    y = states[f"{name}-{index - 1}"] + 0 * x  # it may depend on x nowhere
+    y = states[f"{name}-{index - 1}"] + 0 * x.sum()  # it may depend on x nowhere
     y = (y if raw else final_norm(model, y, frozen=True))[position]
     (J,) = torch.autograd.grad(y, x, torch.eye(len(y), dtype=torch.float64), is_grads_batched=True)
     x, y = x.detach(), y.detach()

@@ -69,7 +69,7 @@ class Expected:
     def direction(self, position: int, target: int, versus: int | None) -> tuple[Tensor, float, float]:
         """Return what the logit reads from the stream, the logit, and what is left of it for a stream of zero."""
         h = self.last[position].clone().requires_grad_()
-        z = self.uncapped(oracle.norm(self.known, self.known.facts.final_norm, h, frozen=True))
+        z = self.uncapped(oracle.final_norm(self.known, h[None], frozen=True)[0])
         logit = z[target] - (0 if versus is None else z[versus])
         (c,) = torch.autograd.grad(logit, h)
         logit, h = logit.detach(), h.detach()
@@ -91,6 +91,18 @@ class Expected:
                 added = oracle.block(scaled, layer, x, freeze="up", states=self.states)[f"attn_out-{layer}"][position]
                 shares.append(torch.autograd.grad(c @ added, factor)[0])
         return torch.cat(shares)
+
+    def reaching(self, c: Tensor, kind: str, layer: int, position: int) -> Tensor:
+        """Return what `c` reads of what a branch adds, "attn" or "ffn", or of the embedding, "x", past all branches."""
+        if not self.known.facts.streams:
+            return c * self.later(layer)
+        wanted = "x" if kind == "x" else f"{kind}_out-{layer}"
+        states = self.states | {wanted: self.states[wanted].detach().clone().requires_grad_()}
+        x = states["x"]
+        for i, branch in itertools.product(range(self.layers), ("attn", "ffn")):
+            after = oracle.connected(self.known, f"blk.{i}", branch, x, frozen=True)[1]
+            x = after(states[f"{branch}_out-{i}"])
+        return torch.autograd.grad(c @ x[position], states[wanted])[0][position]
 
     def later(self, layer: int) -> float:
         """Return the product of what multiplies the stream after this layer and those that follow."""
@@ -124,19 +136,19 @@ def test_branches_and_heads_are_those_of_the_oracle(case: str, versus: int | Non
     for shares, row, position in [(found, p, p) for p in range(N)] + [(alone, 0, 2)]:
         c, logit, constant = expected.direction(position, int(shares.targets[row]), versus)
         close(shares.logits[row], logit)
-        close(shares.embedding[row], float(c @ expected.states["x"][position]) * expected.later(0))
+        close(shares.embedding[row], expected.reaching(c, "x", 0, position) @ expected.states["x"][position])
         close(shares.bias[row], constant)
         for layer in range(expected.layers):
             attn, mlp = (expected.states[f"{kind}_out-{layer}"][position] for kind in ("attn", "ffn"))
-            mlp = mlp + expected.states.get(f"per_layer_out-{layer}", 0 * expected.last)[position]
-            attn, mlp = attn * expected.later(layer), mlp * expected.later(layer)
-            heads = expected.heads(layer, position, c) * expected.later(layer)
-            close(shares.attn[row, layer], float(c @ attn))
-            close(shares.mlp[row, layer], float(c @ mlp))
+            mlp = mlp + expected.states.get(f"per_layer_out-{layer}", 0 * expected.states["x"])[position]
+            read = expected.reaching(c, "attn", layer, position)
+            heads = expected.heads(layer, position, read)
+            close(shares.attn[row, layer], float(read @ attn))
+            close(shares.mlp[row, layer], float(expected.reaching(c, "ffn", layer, position) @ mlp))
             close(shares.heads[row, layer, : len(heads)], heads)
             assert not shares.heads[row, layer, len(heads) :].any()
             assert sum(count for _, count in shares.mixers[layer]) == len(heads)
-            close(shares.attn_bias[row, layer], float(c @ attn - heads.sum()))
+            close(shares.attn_bias[row, layer], float(read @ attn - heads.sum()))
     for shares in (found, alone):
         # They make up the logit, and the heads the branch.
         close(shares.embedding + shares.attn.sum(1) + shares.mlp.sum(1) + shares.bias, shares.logits, 1e-12)

@@ -126,7 +126,7 @@ class DetachedJacobian(LinearOperator):
         finally:
             self.progress = before
 
-    def matmat(self, X: Float[Tensor, "k n d"], t: Homogeneous = None) -> Float[Tensor, "k d"]:
+    def matmat(self, X: Float[Tensor, "k n i"], t: Homogeneous = None) -> Float[Tensor, "k o"]:
         """Return `J x + t offset` for stacked inputs: one upward sweep.
 
         Raises:
@@ -135,7 +135,7 @@ class DetachedJacobian(LinearOperator):
         self.check_shape(X, self.in_shape)
         return self.sweep.up([X.to(self.device, self.dtype)], None if t is None else [t])[0]
 
-    def rmatmat(self, Y: Float[Tensor, "k d"]) -> Float[Tensor, "k n d"]:
+    def rmatmat(self, Y: Float[Tensor, "k o"]) -> Float[Tensor, "k n i"]:
         """Return `Jᵀ y` for stacked output cotangents: one downward sweep.
 
         Raises:
