@@ -448,7 +448,7 @@ def _each_once(block: _Block, config: ModelConfig, n: int) -> Pass:
 
 def _tape_bytes(block: _Block, config: ModelConfig, n: int, item: int) -> int:
     """Return the bytes of a block's tape: its stream `[n, d]`, norms, patterns `[h, n, n]`, factors `[n, f]`."""
-    floats, other = n * config.d, 0
+    floats, other = n * config.width(block.index), 0
     for mixer in block.layer.mixers:
         floats += _mixer_floats(config, block, mixer, n)
         if MIXERS[mixer].channels:
@@ -456,6 +456,7 @@ def _tape_bytes(block: _Block, config: ModelConfig, n: int, item: int) -> int:
         if MIXERS[mixer].expansion:  # the norm of the latent
             floats += block.layer.latent.size
             other += n * max(4, item)
+    floats += n * _stream_floats(config, block.index)
     places = norm_places(config, block.index) + ([("post_norm",)] if config.inputs else [])
     floats += n * config.inputs
     for names in places:
@@ -471,6 +472,18 @@ def _tape_bytes(block: _Block, config: ModelConfig, n: int, item: int) -> int:
         elif kind and block.find(f"ffn_gate_inp{kind}.weight"):
             floats += n
     return floats * item + other
+
+
+def _stream_floats(config: ModelConfig, index: int) -> int:
+    """Return the floats at each position of the weights by which both branches read and write several streams."""
+    count = config.streams.count
+    if not count:
+        return 0
+    floats = 0
+    for before in (config.width(index) // config.d, count):  # the first block's attention reads one stream
+        kept = count * before if config.streams.rounds or before == 1 else 0
+        floats += before + count + kept
+    return floats
 
 
 def _mixer_floats(config: ModelConfig, block: _Block, mixer: str, n: int) -> int:
