@@ -90,8 +90,11 @@ class Architecture:
         mixer: kind of the softmax attention, of `ggjac.config.mixers.MIXERS`.
         recurrent: kind of the mixer in blocks without attention, of the same table, or `""` for none.
         recurrent_blocks: which blocks those are: `"all"`; `"no kv heads"` (0 in `attention.head_count_kv`);
-            `"interval"` (`attention.recurrent_layers`, or all but the last of every `full_attention_interval`, 4 by
-            default); `"beside"` (every block has both mixers, added); or `""` for none.
+            `"interval"` (`attention.recurrent_layers`, or all but the last of every `full_attention_interval`);
+            `"beside"` (every block has both mixers, added); or `""` for none.
+        recurrent_period: default of that interval.
+        pruned: a block without heads has no mixer, and one without hidden units does nothing, whatever else it has.
+        inner_norms: attention and feed-forward have a norm before their output projection.
         one_branch: a block with a feed-forward (`feed_forward_length` above 0) has no mixer.
         key_heads_tiled: of `h` value heads, head `i` uses key head `i % g` in place of `i // (h // g)`.
         made_from_values: where steps ("dt"), keys ("b") and queries ("c") of a state space are made from its values, as
@@ -133,6 +136,8 @@ class Architecture:
         rope_sections: an image's axes rotate in sections of each head (`rope.dimension_sections`), `"interleaved"` or
             `"consecutive"`; `""` for none. See `ggjac.config.Rope.still`.
         rope_alpha: the file's `rope.scaling.alpha`, if present, enlarges the base.
+        rope_keys: what is read from the file: `"all"`; `"base"` alone (whole heads rotate, without scaling) or `""`
+            (likewise, and the base is 10000).
         rope_optional: `rope.scaling.finetuned = false` turns rotation off.
         rope_layers: layers that rotate: `"all"`, `"windowed"` (only those with a sliding window, if the model has any),
             `"windowed or dense"` (those, and the first `leading_dense_block_count`), `"three of four"` (all but every
@@ -172,6 +177,12 @@ class Architecture:
             missing.
         attention_scale_key: the key of the file that has the scale of scores, if it has it and that is not 0.
         attention_scale: the scale of scores in other files; 0 for 1/√(head size).
+        attention_power: that default is the head size to this power.
+        alibi: scores have linear biases (ALiBi), of which this is the largest for slopes of `ggjac.config.Alibi`; 0 for
+            none.
+        alibi_key: the file's `attention.max_alibi_bias`, if present, overrides it.
+        alibi_blocks, rope_blocks: block count of the only variant that has these biases, or that rotates (llama.cpp
+            identifies them so); 0 for all variants.
         wide_scale_blocks: block count of the variant whose default is 1/√(d / heads) instead; 0 for none.
         attention_softcap, logit_softcap: default caps of scores and logits, 0 for none; None if the file's keys are
             not read.
@@ -182,6 +193,7 @@ class Architecture:
         output_scales: that of attention's output projection is.
         ffn_scales: those of the feed-forward's matrices are applied.
         recurrent_scales: those of a recurrent mixer's matrices are applied.
+        hidden_divisors: activated hidden units may be divided by numbers (`ffn.act.scales`).
         units_doubled: the file's `feed_forward_length` is twice the number of hidden units.
         activation: `"silu"`, `"relu"`, `"gelu"` (tanh form), `"relu2"` (the square of the positive part), `"xielu"`
             (see `ggjac.config.Layer`) or `"silu_oai"` (clamped, with up shifted by one).
@@ -220,16 +232,21 @@ class Architecture:
         stream_head: the norm before the head reads them by weights from a matrix, and not their mean.
         stream_scale: a block's output may be multiplied by a number (`layer_output_scale`).
         post_norm_epsilon: what norms after branches add inside of their root; 0 for the same as others.
-        positions: learned position embeddings are added to the input.
-        embedding_norm: embeddings are normed (RMSNorm without weight).
+        positions: learned position embeddings are added to the input: `"required"`, `"optional"`, or `""` for never.
+        embedding_norm: how embeddings are normed: `"bare"` (RMSNorm without weight), `"weighted"` (as others, by
+            `token_embd_norm`) or `""` for not.
         embedding_scale: `"sqrt"` (of d), `"key"` (the file's `embedding_scale`), or `""` for none.
         residual_scale: branches are multiplied by the file's `residual_scale`.
+        normed_skip: past a branch goes not the stream, but what the norm before the branch yields, times the file's
+            `residual_scale`, which is then required.
         logit_scale: `"multiply"` or `"divide"` by the file's `logit_scale`, or `""` for neither.
         logit_scale_optional: files may lack that key.
         scale_defaults: for files without these keys: embedding scale; branch scale times √(blocks); logit scale times
             d; 0 for no default.
         logit_scale_default: logit scale of files without the key; 0 for none.
         scale_keys: files may have these keys; otherwise the defaults count.
+        vision_experts: blocks have other matrices for the tokens of images (`vis_*`), which are not used.
+        embedding_optional: files may lack the embeddings: then they are the head's matrix.
         head: whether the head has a matrix of its own (`output`): `"optional"`, `"required"`, or `"tied"` for never.
         graph: names in llama.cpp's graph.
         export: how files of other converters may differ.
@@ -246,6 +263,9 @@ class Architecture:
     mixer: str = "attention"
     recurrent: str = ""
     recurrent_blocks: str = ""
+    recurrent_period: int = 4
+    pruned: bool = False
+    inner_norms: bool = False
     one_branch: bool = False
     key_heads_tiled: bool = False
     made_from_values: tuple[str, ...] = ()
@@ -274,6 +294,7 @@ class Architecture:
     partial_rotary: bool = False
     rope_sections: str = ""
     rope_alpha: bool = False
+    rope_keys: str = "all"
     rope_optional: bool = False
     rope_layers: str = "all"
     rope_factors: str = "all"
@@ -297,6 +318,11 @@ class Architecture:
     value_scale: bool = False
     attention_scale_key: str = ""
     attention_scale: float = 0.0
+    attention_power: float = -0.5
+    alibi: float = 0.0
+    alibi_key: bool = False
+    alibi_blocks: int = 0
+    rope_blocks: int = 0
     wide_scale_blocks: int = 0
     attention_softcap: float | None = None
     logit_softcap: float | None = None
@@ -306,6 +332,7 @@ class Architecture:
     output_scales: bool = True
     ffn_scales: bool = False
     recurrent_scales: bool = False
+    hidden_divisors: bool = False
     units_doubled: bool = False
     activation: str = "silu"
     hidden_clamps: str = ""
@@ -332,15 +359,18 @@ class Architecture:
     stream_head: bool = False
     stream_scale: bool = False
     post_norm_epsilon: float = 0.0
-    positions: bool = False
-    embedding_norm: bool = False
+    positions: str = ""
+    embedding_norm: str = ""
     embedding_scale: str = ""
     residual_scale: bool = False
+    normed_skip: bool = False
     logit_scale: str = ""
     logit_scale_optional: bool = False
     scale_defaults: tuple[float, float, float] = (0.0, 0.0, 0.0)
     logit_scale_default: float = 0.0
     scale_keys: bool = True
+    vision_experts: bool = False
+    embedding_optional: bool = False
     head: str = "optional"
     graph: Graph = Graph()
     export: Export = Export()
@@ -525,7 +555,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "apertus": replace(_QWEN3, ffn="plain", activation="xielu"),
     "glm4": Architecture(norms=_SANDWICH, rope_pairs="adjacent", partial_rotary=True, ffn="fused"),
     "cohere2": replace(_COHERE, rope_layers="windowed", windowed="required", window_period=4, ffn_scales=True),
-    "gpt2": replace(_GPT, rope_pairs="", positions=True),
+    "gpt2": replace(_GPT, rope_pairs="", positions="required"),
     "starcoder2": _GPT,
     "phi2": replace(_GPT, norms=_SHARED_NORM, parallel=True, partial_rotary=True),
     "olmo": Architecture(norm="bare", rope_pairs="adjacent", clamp_key=True, graph=_SUMMED),
@@ -571,6 +601,15 @@ ARCHITECTURES: dict[str, Architecture] = {
     "hunyuan-moe": Architecture(qk_norm="rotated"),
     "bailingmoe": replace(_DEEPSEEK, rope_pairs="adjacent", leading_dense=False),
     "bailingmoe2": replace(_DOTS, partial_rotary=True, expert_widths="shared count"),
+    "openelm": replace(_QWEN3, qkv_scales=False, head="tied", graph=Graph(attention=())),
+    "deci": replace(
+        _LLAMA,
+        recurrent="linear",
+        recurrent_blocks="no kv heads",
+        pruned=True,
+        graph=Graph(attention=("wo",), ffn=()),
+    ),
+    "bitnet": Architecture(inner_norms=True, ffn_scales=True, head="tied", graph=Graph(ffn=("ffn_down",))),
     "mellum": replace(
         _QWEN3,
         windowed="optional",
@@ -698,6 +737,44 @@ ARCHITECTURES: dict[str, Architecture] = {
     "qwen2vl": Architecture(epsilon_read=False, rope_sections="consecutive"),
     "paddleocr": Architecture(rope_sections="consecutive"),
     "hunyuan_vl": Architecture(qk_norm="rotated", rope_sections="consecutive", rope_alpha=True),
+    "starcoder": replace(_GPT, rope_pairs="", positions="required"),
+    "codeshell": replace(_GPT, embedding_optional=True, head="required"),
+    "orion": Architecture(norm="layer", head="required"),
+    "maincoder": replace(_LLAMA, qk_norm="rotated"),
+    "chatglm": Architecture(rope_pairs="adjacent", partial_rotary=True, ffn="fused"),
+    "pangu-embedded": Architecture(rope_factors="", graph=_SUMMED),
+    "plamo": Architecture(norms=_SHARED_NORM, parallel=True, head="required"),
+    "plamo3": Architecture(
+        norms=_SANDWICH,
+        bare_names=("post_attention_norm", "post_ffw_norm"),
+        partial_rotary=True,
+        windowed="optional",
+        window_period=8,
+        window_rope="own",
+        qk_norm="head",
+        ffn="fused",
+    ),
+    "cogvlm": Architecture(rope_keys="", rope_factors="", qkv_scales=False, vision_experts=True, graph=_SUMMED),
+    "baichuan": replace(_LLAMA, rope_blocks=32, alibi=8.0, alibi_blocks=40, head="required"),
+    "mpt": replace(
+        _GPT,
+        rope_pairs="",
+        clamp_key=True,
+        alibi_key=True,
+        hidden_divisors=True,
+        positions="optional",
+    ),
+    "bloom": replace(_GPT, rope_pairs="", alibi=8.0, embedding_norm="weighted"),
+    "refact": Architecture(rope_pairs="", alibi=8.0),
+    "jais": Architecture(norm="layer", rope_pairs="", attention_power=-1.0, alibi_key=True, head="required"),
+    "jais2": Architecture(norm="layer", ffn="plain", activation="relu2"),
+    "deepseek2-ocr": replace(
+        _DEEPSEEK,
+        rope_keys="base",
+        mscale="alone",
+        router_key=True,
+        selection_bias="optional",
+    ),
     "qwen35": _QWEN35,
     "qwen35moe": _QWEN35,
     "qwen3next": _DELTA,
@@ -945,7 +1022,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         qk_norm="head",
         logit_softcap=30.0,
         post_norm_epsilon=1e-8,
-        embedding_norm=True,
+        embedding_norm="bare",
         logit_scale="multiply",
         head="required",
         graph=Graph(attention=("attn_o_proj",)),
@@ -966,5 +1043,13 @@ ARCHITECTURES: dict[str, Architecture] = {
         renormalize=False,
         router_optional=True,
         graph=Graph(ffn=("ffn_moe_out_merged",)),  # `ffn_out` is the branch's sum with the stream
+    ),
+    "minimax-01": Architecture(
+        recurrent="lightning",
+        recurrent_blocks="interval",
+        recurrent_period=8,
+        partial_rotary=True,
+        normed_skip=True,
+        graph=Graph(ffn=("ffn_moe_out",)),
     ),
 }

@@ -193,9 +193,9 @@ class Model:
         self.crew: Crew | None = None
         if group is not None:
             self.crew = Crew.of(group, self.config, file.tensors)
-        self.embedding: Weight = self.weights["token_embd.weight"]
+        self.embedding: Weight = self.weights[self.config.embedding]
         self.head = decode.Head(
-            self.weights["output.weight" if "output.weight" in self.weights else "token_embd.weight"],
+            self.weights["output.weight" if "output.weight" in self.weights else self.config.embedding],
             bias=self.weights["output.bias"].dense() if "output.bias" in self.weights else None,
             scale=self.config.logit_scale * self.weights.gain("output.weight"),
             softcap=self.config.logit_softcap,
@@ -472,7 +472,8 @@ class Model:
         """Return the input of block 0, `[n, d]`: embeddings, scaled or normed, plus learned positions from `start`."""
         x = self.embedding.take(ids) * self.config.embedding_scale
         if self.config.row.embedding_norm:
-            x = blocks.frozen_norm(self.config, None, None, x).apply(x)
+            own = blocks.record_norm(self.outside, self.config, ("token_embd_norm",), x)
+            x = (own or blocks.frozen_norm(self.config, None, None, x)).apply(x)
         if "position_embd.weight" in self.weights:
             x = x + self.weights["position_embd.weight"].take(range(start, start + len(ids)))
         return x

@@ -279,10 +279,10 @@ def iteration(
     spare: int = 0,
     noise: float | None = None,
 ) -> Iteration:
-    """Request products with `A`, of which only the shapes, dtype and device are used here, and return an `SVD`.
+    """Request products with `A`, which is not applied here, and return an `SVD`.
 
     Args:
-        A: any operator.
+        A: any operator; processes that share it stop together, as it lets them agree.
         rank: number of triplets, at most the smaller dimension of A. If A's numerical rank is smaller, the surplus
             triplets have zero singular values and orthonormal vectors.
         tol: relative residual to reach in every triplet.
@@ -348,7 +348,7 @@ def iteration(
 
         # Measure the triplets last extracted: the images of both their vectors are known now.
         if triplets:
-            S, residual = _measured(triplets, image, eps)
+            S, residual = A.agreed(torch.stack(_measured(triplets, image, eps)))
             history.append(float(residual.max()))
             if progress:
                 progress(sweeps, history[-1])

@@ -65,6 +65,7 @@ class Facts(NamedTuple):
     # | local or dense (those, and leading dense ones) | not first of four (of more than four, where there are windows)
     roped: str = "all"
     sections: str = "in turn"  # how an image's axes are dealt pairs: in turn | one after another
+    rope_keys: str = "all"  # that are read: all | base (scaling is not done) | none: the base is 10000
     finetuned_key: bool = False  # rope.scaling.finetuned = false turns the rope off
     factors: bool = False  # divisors of the frequencies are read
     yarn_keys: bool = False  # YaRN's betas and log multiplier are read
@@ -83,7 +84,11 @@ class Facts(NamedTuple):
     local_attn_factor: bool = True  # and so does its attn_factor, whatever the scaling
     width_scaled_at: int | None = None  # with so many layers attention is scaled by sqrt(d / heads), not of head_dim
     attn_scale: float | None = None  # of scores; None: 1 / sqrt(head size)
+    attn_power: float = -0.5  # or of the head size this power
     attn_scale_key: str | None = None
+    alibi: float | str = 0.0  # bias of the first power-of-two heads' last one, in bits; or its key
+    alibi_at: int | None = None  # with so many layers only; None: with any number
+    roped_at: int | None = None
     shared_kv_key: bool = False  # attention.shared_kv_layers: that many blocks read earlier ones' keys and values
     value_norm: bool = False  # values are normed, each head by itself and without weights
     attn_cap: float | None = None  # default; None: there is none
@@ -96,6 +101,7 @@ class Facts(NamedTuple):
     clamp_keys: bool = False  # swiglu_clamp_exp and _shexp limit gate, after SiLU, and up
     clamp_first: bool = False  # the gate before SiLU
     clamp: float | Tensor = 0.0  # so in one layer, where it is not zero
+    pruned: bool = False  # a block without a feed-forward does nothing
     ffn: str = "gated"  # gated | fused (gate above up in one matrix) | plain
     shared_ffn: str | None = None  # of the expert that all share; None: as above
     router: str = "all"  # softmax over: all | selected; or of each its sigmoid: each
@@ -106,9 +112,10 @@ class Facts(NamedTuple):
     router_key: bool = False  # expert_gating_func, where it is not 0: 1 all, 2 each
     renormalise: bool | None = True  # None: as expert_weights_norm says, else not
     routed_scale_key: bool = False  # expert_weights_scale
-    embedding: str | None = None  # root (of d) | key | normed (without weights)
+    embedding: str | None = None  # root (of d) | key | normed (without weights) | norm (with them)
     post_epsilon: float | None = None  # of the norms after a sublayer; None: that of the others
     residual_key: bool = False
+    normed_skip: bool = False  # past a branch goes what the norm before it makes, times the file's residual_scale
     value_scale_key: bool = False  # attention.value_scale: of what attention adds
     norm_key: bool = False  # attention.layer_norm_rms_epsilon in the file: norms are rms
     logits: str | None = None  # divide | multiply
@@ -121,6 +128,7 @@ class Facts(NamedTuple):
     graph: Mapping[str, str] = {}
     # llama.cpp's names of the stream before a layer and after the last; (): it names the stream after each layer.
     stream_before: tuple[str, ...] = ()
+    norm_unnamed: bool = False  # nor has the final norm's output a name there
     own_scales: tuple[str, ...] = ()  # tensors whose `.scale` is a part of the model, not of how they are stored
     scales: tuple[float, ...] = ()  # of embeddings, branches * sqrt(blocks) and logits * d, where the file has none
     plain_scales: bool = False  # of branches and logits as they are
@@ -129,15 +137,23 @@ class Facts(NamedTuple):
     mscale: str | None = None  # of latent attention in a stretched context: equal | one | alone (oracle_latent.py)
 
 
-def by_interval(kind: str) -> Callable[["Oracle", int], tuple[str, ...]]:
+def by_interval(kind: str, default: int = 4) -> Callable[["Oracle", int], tuple[str, ...]]:
     """Return which mixer a block has, in families that list the blocks of `kind` or their period."""
 
     def mixers(model: "Oracle", layer: int) -> tuple[str, ...]:
         stated = model.metadata.get("attention.recurrent_layers")
-        period = model.metadata.get("full_attention_interval", 4)
+        period = model.metadata.get("full_attention_interval", default)
         return (kind if (stated[layer] if stated else (layer + 1) % period) else "attention",)
 
     return mixers
+
+
+def pruned(model: "Oracle", layer: int) -> tuple[str, ...]:
+    """Return the mixer of a block that may have lost it, or all of its heads, or its feed-forward and so everything."""
+    meta = model.metadata
+    if not scalar(meta["attention.head_count"], layer) or not scalar(meta["feed_forward_length"], layer):
+        return ()
+    return ("attention" if scalar(meta["attention.head_count_kv"], layer) else "linear",)
 
 
 def by_kv_heads(kind: str, other: str = "attention") -> Callable[["Oracle", int], tuple[str, ...]]:
@@ -258,6 +274,9 @@ FACTS: dict[str, Facts] = {
     "exaone-moe": ROUTED._replace(
         rope="halves", qk_norm="head", factors=True, period=4, local_base_key=False, roped="local"
     ),
+    "openelm": Facts(rope="halves", qk_norm="head"),
+    "deci": Facts(factors=True, mixers=pruned, sum_named_ffn_out=True, graph={"wo": "linear"}),
+    "bitnet": Facts(rope="halves", graph={"ffn_down": "ffn_out"}),
     "mellum": Facts(
         rope="halves", qk_norm="head", period=4, local_base_key=False, local_scaling=False, local_attn_factor=False,
         sum_named_ffn_out=True, graph={"ffn_moe_out": "ffn_out"},
@@ -303,6 +322,25 @@ FACTS: dict[str, Facts] = {
     "qwen2vl": Facts(epsilon_read=False, rope="halves", sections="one after another"),
     "paddleocr": Facts(rope="halves", sections="one after another"),
     "hunyuan_vl": Facts(rope="halves", qk_norm="head after rope", sections="one after another"),
+    "starcoder": LAYER_NORM._replace(rope=None),
+    "codeshell": LAYER_NORM,
+    "orion": Facts(norm="ln", rope="halves"),
+    "maincoder": Facts(qk_norm="head after rope"),
+    "chatglm": Facts(ffn="fused"),
+    "pangu-embedded": Facts(rope="halves", sum_named_ffn_out=True),
+    "plamo": Facts(rope="halves", parallel=True, ffn_norm=None),
+    "plamo3": SANDWICH._replace(
+        rope="halves", qk_norm="head", period=8, local_base=10000.0, local_scaling=False, ffn="fused",
+        norm_unnamed=True,
+    ),
+    "cogvlm": Facts(rope="halves", rope_keys="", sum_named_ffn_out=True),
+    "baichuan": Facts(roped_at=32, alibi=8.0, alibi_at=40),
+    "mpt": LAYER_NORM._replace(rope=None, clamp_key=True, alibi="attention.max_alibi_bias"),
+    "bloom": LAYER_NORM._replace(rope=None, alibi=8.0, embedding="norm"),
+    "refact": Facts(rope=None, alibi=8.0),
+    "jais": Facts(norm="ln", rope=None, attn_power=-1.0, alibi="attention.max_alibi_bias"),
+    "jais2": LAYER_NORM._replace(activation="relu2"),
+    "deepseek2-ocr": ROUTED._replace(rope="halves", rope_keys="base", mscale="alone"),
     "qwen35": QWEN35,
     "qwen35moe": QWEN35,
     "lfm2": LFM2._replace(period=0),
@@ -368,7 +406,12 @@ FACTS: dict[str, Facts] = {
     ),
     "llama4": Facts(
         factors=True, period=4, window=8192, window_always=True, roped="three of four", qk_norm="bare", unnormed=128,
-        router="each", renormalise=False, weighted="input", sum_named_ffn_out=True, graph={"ffn_moe_out_merged": "ffn_out"},
+        router="each", renormalise=False, weighted="input", sum_named_ffn_out=True,
+        graph={"ffn_moe_out_merged": "ffn_out"},
+    ),
+    "minimax-01": Facts(
+        rope="halves", normed_skip=True, mixers=by_interval("lightning", 8),
+        graph={"ffn_out": "l_out", "ffn_moe_out": "ffn_out"},
     ),
     "spark2_5": Facts(rope="halves", period=0, activation="gelu", graph=GATED | {"attn_out_proj": "attn_out"}),
     "muse-glimmer": SANDWICH._replace(
@@ -415,6 +458,7 @@ def _read(path: str, changed: int) -> Oracle:
         if name.endswith(".scale"):  # of the matrix, or of each expert's; no graph of llama.cpp uses an `.input_scale`
             weights[matrix] = weights[matrix] * factor.reshape(-1, *[1] * (weights[matrix].ndim - 1))
     assert architecture in FACTS, f"the oracle does not know {architecture}"
+    weights.setdefault("token_embd.weight", weights.get("output.weight"))
     metadata = {k.removeprefix(f"{architecture}."): v for k, v in fields.items()}
     metadata.setdefault("attention.layer_norm_rms_epsilon", metadata.get("attention.layer_norm_epsilon"))
     if scales := FACTS[architecture].scales:
@@ -492,6 +536,9 @@ def rope_angles(model: Oracle, layer: int, n: int, n_rot: int, context: int) -> 
         base = base * alpha ** (width / (width - 2))
     if local and facts.local_base_key:
         base = meta.get("rope.freq_base_swa", facts.local_base or base)
+    if facts.rope_keys != "all":
+        base = base if facts.rope_keys == "base" else 10000.0
+        return torch.arange(n)[:, None] * base ** (-torch.arange(0, n_rot, 2, dtype=torch.float64) / n_rot), 1.0
     kind = meta.get("rope.scaling.type", "linear")
     factor = meta.get("rope.scaling.factor", meta.get("rope.scale_linear", 1.0)) or 1.0
     if local and not facts.local_scaling:
@@ -557,7 +604,7 @@ def rotate(x: Tensor, angles: Tensor, magnitude: float, *, pairs: str) -> Tensor
 
 def roped(model: Oracle, layer: int) -> bool:
     off = model.facts.finetuned_key and not model.metadata.get("rope.scaling.finetuned", True)
-    if model.facts.rope is None or off:
+    if model.facts.rope is None or off or model.facts.roped_at not in (None, blocks(model.metadata)):
         return False
     windows = [window(model, i) for i in range(blocks(model.metadata))]
     local = windows[layer] is not None or windows == [None] * len(windows)
@@ -612,7 +659,7 @@ def turned(model: Oracle, layer: int, part: str, h: Tensor, context: int) -> Ten
     if facts.qk_norm == "head" and f"{name}.weight" in model.weights:
         x = norm(model, name, x, frozen=False)
     if roped(model, layer):
-        n_rot = of_kind(model, layer, "rope.dimension_count", hd)
+        n_rot = of_kind(model, layer, "rope.dimension_count", hd) if facts.rope_keys == "all" else hd
         n_rot //= 2 if facts.halved and window(model, layer) is None else 1
         angles, magnitude = rope_angles(model, layer, len(h), n_rot, context)
         x = rotate(x, angles, magnitude, pairs=facts.rope)
@@ -630,6 +677,22 @@ def values(model: Oracle, layer: int, h: Tensor, *, frozen: bool) -> Tensor:
     return v / (size.detach() if frozen else size)
 
 
+def alibi_slope(model: Oracle, head: int, heads: int) -> float:
+    """Return by how much a head's scores fall with each position of distance (Press et al., arXiv 2108.12409).
+
+    Of 2^k heads, the slopes are every step of a geometric series that ends at 2^-bias. Those of the heads beyond are
+    every other step of the series for 2^(k + 1) heads, from its first on.
+    """
+    facts = model.facts
+    bias = model.metadata.get(facts.alibi, 0.0) if isinstance(facts.alibi, str) else facts.alibi
+    if not bias or facts.alibi_at not in (None, blocks(model.metadata)):
+        return 0.0
+    power = 2 ** int(math.log2(heads))
+    series = [2 ** (-bias * step / power) for step in range(1, power + 1)]
+    finer = [2 ** (-bias * step / (2 * power)) for step in range(1, 2 * power + 1)]
+    return (series + finer[::2])[head]
+
+
 def attention(
     model: Oracle, layer: int, h: Tensor, *, frozen: bool, context: int, source: tuple[int, Tensor] | None = None
 ) -> Tensor:
@@ -644,10 +707,12 @@ def attention(
     v = values(model, at, read, frozen=frozen)
     kv_heads = v.shape[1]
     position = torch.arange(n)
-    scale = 1 / math.sqrt(meta["embedding_length"] // heads if blocks(meta) == facts.width_scaled_at else hd)
+    scale = (meta["embedding_length"] // heads if blocks(meta) == facts.width_scaled_at else hd) ** facts.attn_power
     scale = facts.attn_scale or scale
     if facts.attn_scale_key:
         scale = meta.get(facts.attn_scale_key, 0.0) or scale
+    if facts.mscale:
+        scale *= oracle_latent.stretched(meta, meta.get("rope.scaling.attn_factor", 1.0), facts.mscale)[1]
     scale = torch.full((n, 1), scale, dtype=torch.float64)
     if facts.temperature and meta.get("attention.temperature_scale"):
         original = meta.get("rope.scaling.original_context_length", meta["context_length"])
@@ -665,6 +730,7 @@ def attention(
         scores = q[:, head] @ k[:, group].T * scale
         if cap:
             scores = cap * torch.tanh(scores / cap)
+        scores = scores - alibi_slope(model, head, heads) * distance
         scores = scores.masked_fill(hidden, -math.inf)
         if f"{b}.attn_sinks.weight" in model.weights:
             sink = model.weights[f"{b}.attn_sinks.weight"][head].expand(n, 1)
@@ -680,7 +746,14 @@ def attention(
         gate = facts.head_gate(linear(model, f"{b}.attn_gate", h))
         gate = gate[..., None].expand(n, -1, read.shape[1] // gate.shape[1]).flatten(1)
         read = read * (gate.detach() if frozen else gate)
+    if f"{b}.attn_sub_norm.weight" in model.weights:
+        read = norm(model, f"{b}.attn_sub_norm", read, frozen=frozen)
     return linear(model, f"{b}.attn_output", read)
+
+
+def only_projected(model: Oracle, layer: int, h: Tensor, **_: Any) -> Tensor:
+    """Return what stands in place of attention in some pruned layers."""
+    return linear(model, f"blk.{layer}.attn_output", h)
 
 
 def recurrent(mixer: Callable[..., Tensor], **options: Any) -> Callable[..., Tensor]:
@@ -716,16 +789,24 @@ def tensors_of(model: Oracle, layer: int) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): w for name, w in model.weights.items() if name.startswith(prefix)}
 
 
+def lightning(model: Oracle, layer: int, h: Tensor, *, frozen: bool, context: int) -> Tensor:
+    """Apply lightning attention, which fades less in later blocks, through the output projection."""
+    depth = layer / (blocks(model.metadata) - 1)
+    return oracle_delta.lightning(tensors_of(model, layer), model.metadata, h, depth=depth, frozen=frozen)
+
+
 # What mixes positions in a block, each on the normed input h [n, d] and through the output projection.
 MIXERS: dict[str, Callable[..., Tensor]] = {
     "attention": attention,
     "latent": latent_attention,
+    "linear": only_projected,
     "mamba": oracle_state.mamba,
     "mamba2": oracle_state.mamba2,
     "plamo2": oracle_state.plamo2,
     "delta": recurrent(oracle_delta.gated_delta, grouped=False),
     "grouped delta": recurrent(oracle_delta.gated_delta, grouped=True),
     "convolution": recurrent(oracle_delta.short_convolution),
+    "lightning": lightning,
     "kda": recurrent(oracle_delta.kimi_delta, bounded=False),
     "bounded kda": recurrent(oracle_delta.kimi_delta, bounded=True),
 }
@@ -798,7 +879,10 @@ def dense(model: Oracle, b: str, h: Tensor, suffix: str = "", **how: Any) -> Ten
         gate, up = up.chunk(2, dim=-1)
     else:
         gate = linear(model, f"{b}.ffn_gate{suffix}", h)
-    return linear(model, f"{b}.ffn_down{suffix}", activate(facts, gate, up, **how))
+    hidden = activate(facts, gate, up, **how) / model.weights.get(f"{b}.ffn.act{suffix}.scales", 1.0)
+    if f"{b}.ffn_sub_norm{suffix}.weight" in model.weights:
+        hidden = norm(model, f"{b}.ffn_sub_norm{suffix}", hidden, frozen=how["freeze"] is not None)
+    return linear(model, f"{b}.ffn_down{suffix}", hidden)
 
 
 def router_input(model: Oracle, b: str, stream: Tensor) -> Tensor:
@@ -896,6 +980,8 @@ def embed(model: Oracle, ids: Sequence[int] | Tensor) -> Tensor:
         x = x * (model.metadata.get("embedding_scale", 0.0) or 1.0)
     elif model.facts.embedding == "normed":
         x = x / root_mean_square(model, x)
+    elif model.facts.embedding == "norm":
+        x = norm(model, "token_embd_norm", x, frozen=False)
     if "position_embd.weight" in model.weights:
         x = x + model.weights["position_embd.weight"][: len(x)]
     return x
@@ -979,18 +1065,19 @@ def block(
     how = {"frozen": frozen, "context": len(x) if context is None else context}
     # Falcon 40B has a norm of its own for the attention; the usual one is then the feed-forward's.
     own = facts.parallel and f"{b}.attn_norm_2.weight" in model.weights
+    mixers = facts.mixers(model, layer)
     read, after_attn = connected(model, b, "attn", x, frozen=frozen)
-    h = branch_norm(model, b, "attn_norm_2" if own else facts.attn_norm, read, frozen=frozen)
+    h = branch_norm(model, b, "attn_norm_2" if own else facts.attn_norm, read, frozen=frozen) if mixers else x
     if (source := source_of(model, layer)) is not None:
         stream = states[f"l_out-{source - 1}"] if source else states["x"]
         how["source"] = source, branch_norm(model, f"blk.{source}", facts.attn_norm, stream, frozen=frozen)
-    mixed = {kind: MIXERS[kind](model, layer, h, **how) for kind in facts.mixers(model, layer)}
+    mixed = {kind: MIXERS[kind](model, layer, h, **how) for kind in mixers}
     attn = ffn = torch.zeros_like(read)
     if mixed:
         attn = branch_norm(model, b, facts.attn_post, sum(mixed.values()), frozen=frozen) * scale
         if facts.value_scale_key:
             attn = attn * (model.metadata.get("attention.value_scale", 0.0) or 1.0)
-    middle = after_attn(attn)
+    middle = attn + model.metadata["residual_scale"] * h if facts.normed_skip else after_attn(attn)
     read, after_ffn = connected(model, b, "ffn", middle, frozen=frozen)
     shared = facts.parallel or (facts.ffn_norm_optional and f"{b}.ffn_norm.weight" not in model.weights)
     together = shared or (facts.parallel_key and model.metadata["use_parallel_residual"])
@@ -998,6 +1085,8 @@ def block(
         before = facts.attn_norm if shared else facts.ffn_norm
         ffn = feed_forward(model, b, x if together else read, x, before, freeze=freeze, gelu=gelu) * scale
     more, out = {}, after_ffn(ffn)
+    if facts.normed_skip:
+        out = ffn + model.metadata["residual_scale"] * branch_norm(model, b, facts.ffn_norm, middle, frozen=frozen)
     if f"{b}.inp_gate.weight" in model.weights:
         inputs = states["per_layer_inputs"][:, layer]
         more["per_layer_out"] = per_layer_branch(model, b, out, inputs, freeze=freeze, gelu=gelu)

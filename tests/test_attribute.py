@@ -39,7 +39,7 @@ CASES = (
     *("nemotron_h_moe", "gemma4"),
     *("gemma4_experts", "gemma4_full_first", "gemma4_small", "gemma4_shared"),
     *("deepseek2", "deepseek2_unsplit", "minicpm3", "minimax_m3"),
-    *("kimi_linear", "bailingmoe3_clamped", "hy_v4"),
+    *("kimi_linear", "bailingmoe3_clamped", "minimax_01", "laguna", "llama4_several", "hy_v4"),
 )
 N = 6
 
@@ -95,7 +95,11 @@ class Expected:
     def reaching(self, c: Tensor, kind: str, layer: int, position: int) -> Tensor:
         """Return what `c` reads of what a branch adds, "attn" or "ffn", or of the embedding, "x", past all branches."""
         if not self.known.facts.streams:
-            return c * self.later(layer)
+            factor = self.later(layer, position, feeds=kind != "ffn")
+            if kind == "x" and self.known.facts.normed_skip:  # past the first attention, too
+                factor = factor * self.known.metadata["residual_scale"] * self.known.weights["blk.0.attn_norm.weight"]
+                factor = factor / oracle.root_mean_square(self.known, self.states["x"][position])
+            return c * factor
         wanted = "x" if kind == "x" else f"{kind}_out-{layer}"
         states = self.states | {wanted: self.states[wanted].detach().clone().requires_grad_()}
         x = states["x"]
@@ -104,10 +108,23 @@ class Expected:
             x = after(states[f"{branch}_out-{i}"])
         return torch.autograd.grad(c @ x[position], states[wanted])[0][position]
 
-    def later(self, layer: int) -> float:
-        """Return the product of what multiplies the stream after this layer and those that follow."""
+    def later(self, layer: int, position: int, *, feeds: bool = True) -> Tensor:
+        """Return the product of what multiplies the stream from this layer's feed-forward, or its end, on.
+
+        It is a number after each layer, or where norms go past branches, their frozen factors.
+        """
         names = (f"blk.{i}.layer_output_scale.weight" for i in range(layer, self.layers))
-        return math.prod(float(self.known.weights[name]) for name in names if name in self.known.weights)
+        factor = torch.ones_like(self.last[0])
+        factor *= math.prod(float(self.known.weights[name]) for name in names if name in self.known.weights)
+        if self.known.facts.normed_skip:
+            for i in range(layer, self.layers):
+                before = self.states[f"l_out-{i - 1}"] if i else self.states["x"]
+                norms = [(f"blk.{i}.attn_norm", before), (f"blk.{i}.ffn_norm", self.states[f"ffn_inp-{i}"])]
+                for name, stream in norms[(1 if feeds else 2) if i == layer else 0 :]:
+                    size = oracle.root_mean_square(self.known, stream[position])
+                    weight = self.known.weights[f"{name}.weight"]
+                    factor = factor * self.known.metadata["residual_scale"] * weight / size
+        return factor
 
 
 @pytest.fixture(params=CASES)

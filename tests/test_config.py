@@ -642,7 +642,7 @@ def altered(path: Path, keys: dict[str, Any], shapes: dict[str, Any]) -> ModelCo
         prefix = file.metadata["general.architecture"]
         metadata = dict(file.metadata) | {f"{prefix}.{key}": value for key, value in keys.items()}
         found = {info.name: info.shape for info in file.tensors.values()}
-        outside = ("output", "rope_freqs")
+        outside = ("output", "rope_freqs", "token_embd")
         found |= {name if name.startswith(outside) else f"blk.0.{name}": shape for name, shape in shapes.items()}
         return read_config(
             {name: value for name, value in metadata.items() if value is not ABSENT},
@@ -693,7 +693,7 @@ LATENT: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {
                         r"\[512, 24\], the metadata calls for \[448, 24\]"),
     "an indexer elsewhere": ("deepseek2", {}, {"indexer.proj.weight": (8, 64)}, "'blk.0.indexer.proj.weight' is not"),
     "a bias of the latent": ("deepseek2", {}, {"attn_kv_a_mqa.bias": (28,)}, "'blk.0.attn_kv_a_mqa.bias' is not part"),
-    "one stream": ("hy_v4", {"hyper_connection.count": 1}, {}, "connection.count is 1; at least 2 streams are supported"),
+    "one stream": ("hy_v4", {"hyper_connection.count": 1}, {}, "connection.count is 1; at least 2 streams are"),
     "streams of another number": ("hy_v4", {"hyper_connection.count": 4}, {}, r"tensor output_hc_fn.weight has shape"),
     "no weights of streams": ("hy_v4", {}, {"hc_ffn_fn.weight": ABSENT}, "tensor blk.0.hc_ffn_fn.weight is missing"),
     "no magnitude": ("hy_v4", {"hyper_connection.magnitude": ABSENT}, {}, "hyper_connection.magnitude is missing"),
@@ -744,9 +744,28 @@ LATENT: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", LATENT)
-def test_latent_attention_is_refused_by_name(name: str, tiny_file: Callable[..., Path]) -> None:
-    case, keys, shapes, message = LATENT[name]
+# Likewise.
+DENSE: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {
+    **{
+        f"{case} without a head": (case, {}, {"output.weight": ABSENT}, "tensor output.weight is missing; the file is")
+        for case in ("xverse", "qwen", "codeshell", "codeshell_head_only", "orion", "plamo", "baichuan", "jais")
+    },
+    "no embeddings": ("orion", {}, {"token_embd.weight": ABSENT}, "tensor token_embd.weight is missing"),
+    "a base beyond numbers": ("hunyuan_vl", {"rope.scaling.alpha": 1e300}, {}, r"alpha 1e\+300 is not supported"),
+    "the width of two networks": ("qwen", {"feed_forward_length": 96}, {}, r"ffn_gate.weight has shape \[96, 64\]"),
+    "norms in llama.cpp's way": ("mpt", {}, {"attn_q_norm.weight": (64,)}, "'blk.0.attn_q_norm.weight' is not part"),
+    "another number of divisors": ("mpt_scaled", {}, {"ffn.act.scales": (95,)}, r"scales has shape \[95\]"),
+    "divisors elsewhere": ("bloom", {}, {"ffn.act.scales": (96,)}, "'blk.0.ffn.act.scales' is not part of a bloom mo"),
+    "no norm of embeddings": ("bloom", {}, {"token_embd_norm.weight": ABSENT}, "token_embd_norm.weight is missing"),
+    "a negative bias": ("jais", {"attention.max_alibi_bias": -8.0}, {}, "max_alibi_bias is -8.0; expected a finite"),
+    "images elsewhere": ("orion", {}, {"vis_gate.weight": (96, 64)}, "'blk.0.vis_gate.weight' is not part of a orion"),
+    "other images": ("cogvlm", {}, {"vis_gate.weight": (96, 32)}, r"vis_gate.weight has shape \[96, 32\]"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LATENT | DENSE)
+def test_other_attention_and_dense_files_are_refused_by_name(name: str, tiny_file: Callable[..., Path]) -> None:
+    case, keys, shapes, message = (LATENT | DENSE)[name]
     with pytest.raises(ConfigError, match=message) as error:
         altered(tiny_file(case), keys, shapes)
     assert "\n" not in str(error.value)

@@ -651,6 +651,8 @@ MISTAKES: dict[str, tuple[str, Callable[[Patch], None]]] = {
     "experts clamped as shared ones": (
         "bailingmoe3_clamped", lambda p: change_config(p, layer__clamps=lambda layer: layer.clamps[::-1])
     ),
+    "no norm of what heads read": ("bitnet", without("attn_sub_norm.weight")),
+    "no norm of hidden units": ("bitnet", without("ffn_sub_norm.weight")),
     "experts read the stream after attention": ("arctic", lambda p: change_config(p, row__experts_skip=False)),
     "a dense network beside experts added in full": (
         "grok_betas", lambda p: change_config(p, row__joint_scale=1.0)

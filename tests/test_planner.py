@@ -49,10 +49,11 @@ CASES = [
     *("gemma4_inputs", "gemma4_small_q8_0"),
     *("deepseek2", "deepseek2_unsplit", "deepseek2_dense", "mistral4", "minicpm3", "plm"),
     *("mellum", "maple", "granite_swa", "granite_swa_experts", "hy_v3", "cohere2moe", "cohere2moe_rms", "mimo2"),
-    *("mimo2_fused", "smallthinker", "dbrx", "arctic", "grok", "grok_defaults"),
+    *("mimo2_fused", "smallthinker", "dbrx", "arctic", "grok", "grok_defaults", "openelm", "deci", "deci_linear"),
+    *("deci_idle", "bitnet"),
     *("mamba", "mamba_sizes", "mamba_q8_0", "jamba", "jamba_experts", "plamo2"),
     *("afmoe", "laguna", "laguna_elements", "step35_clamped", "step35_factors", "spark2_5", "muse_glimmer"),
-    *("llama4", "llama4_several"),
+    *("llama4", "llama4_several", "minimax_01"),
     *("deepseek32", "glm_dsa", "minimax_m3", "kimi_linear", "kimi_linear_fused", "bailingmoe3", "bailingmoe3_clamped"),
     *("dots3note", "hy_v4", "hy_v4_indexer"),
 ]
@@ -70,6 +71,7 @@ GATED = (
     "bailingmoe3_clamped",
     "maple",
     "granite_swa_experts",
+    "bitnet",
 )
 BOTH_WAYS = pytest.mark.parametrize(
     ("case", "mlp_path"), [*((case, "up") for case in CASES), *((case, "gate") for case in GATED)]
@@ -548,6 +550,8 @@ HOLDING: list[tuple[str, dict[str, Any]]] = [
     *(("qwen35_listed", recurrent(size, heads) | {"ff": 32}) for size, heads in ((4, 64), (16, 16), (32, 8))),
     ("qwen35_listed", recurrent(16, 16) | {"ff": 512}),
     *((case, {}) for case in ("mamba2", "falcon_h1", "gemma4", "gemma4_experts")),
+    *((case, {}) for case in ("arctic", "cohere2moe", "mimo2_fused", "smallthinker", "grok")),
+    *((case, {}) for case in ("openelm", "deci_linear", "bitnet")),
     ("qwen35_listed", recurrent(16, 16) | {"d": 32, "ff": 32}),
     *(("deepseek2_dense", {"ff": 32, "heads": heads}) for heads in (4, 16)),
     ("plm", {"ff": 32, "heads": 16}),

@@ -11,8 +11,9 @@ head's reading of each part, wherever that part's own input came from):
     logit = w · N (x_p + Σ_i attn_i + Σ_i mlp_i),    attn_i = norm_out (Σ_h W_h z_h + bias)
 
 with `z_h` what head `h` read at the position and `W_h` its columns of the output projection. Where a number multiplies
-the stream after a block, the parts added so far are multiplied by it too. Either split is an
-identity of the frozen network: it states the contribution of each part, not the effect of changing that part.
+the stream after a block, or a frozen norm goes past a branch in place of the stream, the parts added so far are
+multiplied too. Either split is an identity of the frozen network: it states the contribution of each part, not the
+effect of changing that part.
 """
 
 import math
@@ -27,7 +28,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 
-from ggjac.blocks import BlockTape, FrozenBlock, NormTape, StreamsTape, attention_halves, block
+from ggjac.blocks import BlockTape, FrozenBlock, attention_halves, block, skip
 from ggjac.checks import whole
 from ggjac.config.mixers import MIXERS
 from ggjac.decode import Head
@@ -569,28 +570,28 @@ def attribute_branches(
     target, versus = jacobian.token_id(target), jacobian.token_id(versus)
     asked = _ask(network.outputs[chosen], network.head, target, versus)
     final, one = network.norm.at(chosen), network.x.new_ones(1)
-    norm = final._replace(streams=None).operator()
-    read = norm.rmatmat(asked.w[None])[0]  # what the head reads from the stream, through the final norm
-    wide = read.cpu().double()
+    # What the head reads from the stream, through the final norm.
+    reads = _reads(network, chosen, final.operator().rmatmat(asked.w[None])[0])
 
-    def share(added: Float[Tensor, "m d"]) -> Float[Tensor, " m"]:
-        return (added.cpu().double() * wide).sum(1)
+    def share(added: Float[Tensor, "m d"], read: Float[Tensor, "m d"]) -> Float[Tensor, " m"]:
+        return (added.cpu().double() * read.cpu().double()).sum(1)
 
-    attn, mlp, heads, attn_bias, mixers, ways = [], [], [], [], [], []
+    attn, mlp, heads, attn_bias, mixers, scales = [], [], [], [], [], []
     banks: dict[int, Tensor] = {}
     for i, tape, frozen in _walk(network, positions):
+        after_attn, after_mlp = reads[2 * i + 1 : 2 * i + 3]
         stream = tape.x[None, : positions.stop]
         mixers.append([(mixer.kind, mixer.heads) for mixer in tape.attn.mixers])
         if by_head:
             halves = attention_halves(network.weights(i), config, tape.attn.at(chosen), positions.stop, len(positions))
-            added, constant = torch.zeros_like(read[None]), torch.zeros_like(read)
-            parts = [wide.new_zeros(len(positions), 0)]
+            added, constant = torch.zeros_like(after_attn[None]), torch.zeros_like(after_attn)
+            parts = [torch.zeros(len(positions), 0, dtype=torch.float64)]
             for mixer, (reading, writing) in zip(tape.attn.mixers, halves, strict=True):
                 z = reading.matmat(banks[frozen.bank] if mixer.shared and frozen.bank is not None else stream, one)
                 own, bias = writing.matmat(torch.cat([z, torch.zeros_like(z)]), one.expand(2)).split(1)
                 added, constant = added + own, constant + bias[0]
                 # Each position has its own vector, and the projection acts at each position alone: one stack is enough.
-                shares = writing.rmatmat(read[None])[0].cpu().double() * z[0].cpu().double()
+                shares = writing.rmatmat(after_attn[None])[0].cpu().double() * z[0].cpu().double()
                 own_heads = shares.unflatten(1, (mixer.heads, -1)).sum(2)
                 parts.append(network.weights(i).gathered(own_heads, MIXERS[mixer.kind].output))
             mixers[-1] = [(mixer.kind, part.shape[1]) for mixer, part in zip(tape.attn.mixers, parts[1:], strict=True)]
@@ -598,56 +599,50 @@ def attribute_branches(
                 banks[i] = frozen.values.matmat(stream, one)
             stream = frozen.residual.matmat(stream)
             heads.append(torch.cat(parts, 1))
-            attn_bias.append(share(constant))
+            attn_bias.append(share(constant, after_attn))
         else:
             stream, added = frozen.matmat_attn(stream, one, banks)
-        attn.append(share(added[0]))
+        attn.append(share(added[0], after_attn))
         middle, added = frozen.matmat_ffn(stream, added, one)
         if frozen.inputs is not None:
             added = added + frozen.inputs.matmat(middle + added, one)
-        mlp.append(share(added[0]))
-        around = [part.streams and part.streams.at(chosen) for part in (tape.attn, tape.ffn)]
-        ways.append(_Way(around[0], around[1], 1.0 if frozen.scale is None else float(frozen.scale)))
+        mlp.append(share(added[0], after_mlp))
+        scales.append(1.0 if frozen.scale is None else float(frozen.scale))
         _report(progress, i + 1, len(network.tapes))
-    start, attn_later, mlp_later = _later(final, ways)
+    # [L]: what multiplies each block's additions on the way to the end.
+    later = torch.tensor(scales, dtype=torch.float64).flip(0).cumprod(0).flip(0)
     return BranchShares(
         positions=positions,
         targets=asked.targets,
         versus=versus,
         logits=asked.logits,
-        embedding=share(network.x[chosen]) * start,
-        attn=torch.stack(attn, 1) * attn_later,
-        mlp=torch.stack(mlp, 1) * mlp_later,
-        bias=_constant(norm, asked.w) + asked.bias,
-        heads=pad_sequence([own.T for own in heads], True).movedim(2, 0) * attn_later[..., None] if by_head else None,
-        attn_bias=torch.stack(attn_bias, 1) * attn_later if by_head else None,
+        embedding=share(network.x[chosen], reads[0]) * later[0],
+        attn=torch.stack(attn, 1) * later,
+        mlp=torch.stack(mlp, 1) * later,
+        bias=_constant(final._replace(streams=None).operator(), asked.w) + asked.bias,
+        heads=pad_sequence([own.T for own in heads], True).movedim(2, 0) * later[:, None] if by_head else None,
+        attn_bias=torch.stack(attn_bias, 1) * later if by_head else None,
         mixers=mixers,
         softcap=network.head.softcap,
     )
 
 
-class _Way(NamedTuple):
-    """What multiplies a vector in the residual stream, or in several, on its way through a block, past its branches."""
+def _reads(network: FrozenNetwork, chosen: slice, read: Float[Tensor, "m i"]) -> list[Float[Tensor, "m d"]]:
+    """Return what the head reads of the embedding, and of what each branch adds in turn, past all later branches.
 
-    attn: StreamsTape | None
-    ffn: StreamsTape | None
-    scale: float
-
-
-def _later(
-    norm: NormTape, ways: Sequence[_Way]
-) -> tuple[Float[Tensor, " m"], Float[Tensor, "m L"], Float[Tensor, "m L"]]:
-    """Return what multiplies the embedding, and what attention and feed-forwards add, on the way to the final norm."""
-    m = len(norm.scale)
-    read = torch.ones(m, 1, 1, dtype=torch.float64) if norm.streams is None else norm.streams.cpu().double()
-    found: list[list[Tensor]] = [[], []]
-    for way in reversed(ways):
-        read = read * way.scale  # [m, 1, streams]
-        for later, streams in zip(found, (way.ffn, way.attn), strict=True):
-            later.insert(0, (read if streams is None else read @ streams.written.cpu().double())[:, 0, 0])
-            if streams is not None and streams.kept is not None:
-                read = read @ streams.kept.cpu().double()
-    return read[:, 0, 0], torch.stack(found[1], 1), torch.stack(found[0], 1)
+    These differ only in families where not all of the stream goes past a branch, or which have several streams; factors
+    on the stream are not in them.
+    """
+    config, found = network.frame.config, list[Tensor]()
+    if not (config.row.normed_skip or config.row.streams):
+        return [read] * (2 * len(network.tapes) + 1)
+    for tape in reversed(network.tapes):
+        for branch in (tape.ffn, tape.attn):
+            spread = branch.streams and branch.streams.at(chosen).spread(config.d)
+            found.append(read if spread is None else spread.rmatmat(read[None])[0])
+            past = skip(config, branch, chosen)
+            read = read if past is None else past.rmatmat(read[None])[0]
+    return [read, *found[::-1]]
 
 
 class _Asked(NamedTuple):

@@ -16,12 +16,14 @@ from ggjac.blocks.block import (
     record_block,
     record_ffn,
     record_rest,
+    skip,
     stream_scale,
+    taken_up,
 )
 from ggjac.blocks.frame import BlockWeights, Frame, NumericsError, WeightMatrix, affine, overflow
 from ggjac.blocks.mixers import Factor, MixerTape, Past
 from ggjac.blocks.networks import FFNTape, HiddenTape
-from ggjac.blocks.norms import NormTape, frozen_norm
+from ggjac.blocks.norms import NormTape, frozen_norm, record_norm
 from ggjac.blocks.patterns import ChannelTape, ScanTape, attention_pattern
 from ggjac.blocks.streams import StreamsTape, final_streams
 
@@ -58,6 +60,9 @@ __all__ = [
     "record_attention",
     "record_block",
     "record_ffn",
+    "record_norm",
     "record_rest",
+    "skip",
     "stream_scale",
+    "taken_up",
 ]

@@ -4,6 +4,8 @@
     ffn   = norm_out @ Linear(ffn_down) @ Scale(gate) @ Linear(ffn_up) @ norm_in
     block = (I + ffn) @ (I + attn)
 
+In one family what goes past a branch is not the stream, but its norm before the branch, scaled, in place of `I`.
+
 A quantity is *frozen* if it is held at its value at the prompt, and *live* if it is not frozen: the operators are
 linear in their live inputs, and apply live weights. Norms are frozen diagonals (LayerNorm's centring and bias stay
 live), queries and keys act through the frozen attention pattern only, and in a mixture of experts the choice and the
@@ -26,7 +28,7 @@ from ggjac.blocks.frame import BlockWeights, Frame, affine, linear, scaled
 from ggjac.blocks.mixers import MixerTape, Past, extend_mixer, reading, record_mixer, valued, writing
 from ggjac.blocks.networks import FFNTape, networks, record_hidden, record_mixture
 from ggjac.blocks.norms import NormTape, frozen_norm, record_norm
-from ggjac.blocks.streams import StreamsTape, record_streams, taken_up
+from ggjac.blocks.streams import StreamsTape, record_streams
 from ggjac.config import ModelConfig
 from ggjac.linop import Homogeneous, Identity, LinearOperator, Scale, Select, StreamMix, Sum, Zero
 
@@ -113,7 +115,8 @@ def record_block(
 ) -> RecordedBlock:
     """Freeze a block at its input `x`; `source` has another block's keys and values, if it reads those."""
     attn = record_attention(w, frame, layer, x, source)
-    ffn, inputs, out = record_rest(w, frame, layer, x, attn.added, attn.tape.streams)
+    middle = taken_up(frame.config, attn.tape, x, attn.added)
+    ffn, inputs, out = record_rest(w, frame, layer, x, middle)
     return RecordedBlock(attn, ffn, inputs, out)
 
 
@@ -128,30 +131,22 @@ def extend_block(
     config, mixers = frame.config, frame.config.layers[layer].mixers
     past = past or (Past(),) * len(mixers)
     if not mixers:
-        return record_rest(w, frame, layer, x, torch.zeros_like(x))[2], past
+        return record_rest(w, frame, layer, x, x)[2], past
     read, streams = record_streams(w, config, "attn", x)
-    _, h = _normed_input(w, config, config.row.norms.attention_in, x, read)
+    norm_in, h = _normed_input(w, config, config.row.norms.attention_in, x, read)
     extended = [extend_mixer(w, frame, layer, kind, h, own) for kind, own in zip(mixers, past, strict=True)]
     raw = _total([added for added, _ in extended])
     added = _normed_output(w, config, config.row.norms.attention_out, config.attention_factor, raw)[1]
-    return record_rest(w, frame, layer, x, added, streams)[2], tuple(own for _, own in extended)
+    middle = taken_up(config, AttentionTape(norm_in, (), None, streams), x, added)
+    return record_rest(w, frame, layer, x, middle)[2], tuple(own for _, own in extended)
 
 
 def record_rest(
-    w: BlockWeights,
-    frame: Frame,
-    layer: int,
-    x: Float[Tensor, "n i"],
-    attn: Float[Tensor, "n d"],
-    streams: StreamsTape | None = None,
+    w: BlockWeights, frame: Frame, layer: int, x: Float[Tensor, "n i"], middle: Float[Tensor, "n o"]
 ) -> tuple[Recorded[FFNTape], InputsTape | None, Float[Tensor, "n o"]]:
-    """Freeze the rest of a block whose attention adds `attn`; return it, and the stream after the block.
-
-    `streams` is how several streams take up what attention adds.
-    """
-    middle = taken_up(streams, x, attn)
+    """Freeze the rest of a block that attention leaves with the stream `middle`; return it, and the stream after it."""
     ffn = record_ffn(w, frame, layer, x if frame.config.row.parallel else middle, x)
-    out, inputs = taken_up(ffn.tape.streams, middle, ffn.added), None
+    out, inputs = taken_up(frame.config, ffn.tape, middle, ffn.added), None
     if frame.inputs is not None:
         inputs, added = _record_inputs(w, frame, layer, out)
         out = out + added
@@ -209,8 +204,8 @@ def record_attention(
     raw = _total([affine(writing(w, mixed.tape, len(x)), mixed.heads) for mixed in recorded])
     norm_out, added = _normed_output(w, config, norms.attention_out, config.attention_factor, raw)
     tape = AttentionTape(norm_in, tuple(mixed.tape for mixed in recorded), norm_out, streams)
-    kept = tuple(mixed.past for mixed in recorded) if layer in config.writers else ()
-    return Recorded(tape, raw, added, kept)
+    pasts = tuple(mixed.past for mixed in recorded) if layer in config.writers else ()
+    return Recorded(tape, raw, added, pasts)
 
 
 def record_ffn(
@@ -321,16 +316,16 @@ class FrozenBlock(NamedTuple):
     Attributes:
         attn: the attention branch, from the `n` positions that are read to the `m` that are written.
         ffn: the feed-forward branch, at the written positions.
-        residual: the residual connection: identity, or a selection where fewer positions are written than read.
+        residual: what goes past attention: all, a selection where fewer positions are written than read, or its norm.
         parallel: whether both branches read the block's input.
         scale: factor on the stream at the end, or None.
         inputs: what the block adds by inputs of its own, to the stream after both branches; or None.
         bank: number of the block whose values attention reads, if several blocks read them; or None.
         values: those values, from this block's input, if it is that block.
+        skip: what goes past the feed-forward; None for all of the stream.
         beside: the part of the feed-forward that reads the block's input, or None.
         spread: of several residual streams, how they take up what attention adds, and what the feed-forward adds, each
             `[m, d]` to `[m, o d]`; None for one stream.
-        carry: what they keep of those before the feed-forward; None for all as they are.
 
     Values that several blocks read are held in a bank, by number of their block: going up, their block writes them
     there for each vector of the stack, and attention reads them there; going down, the cotangents of all that have
@@ -346,9 +341,9 @@ class FrozenBlock(NamedTuple):
     inputs: LinearOperator | None = None
     bank: int | None = None
     values: LinearOperator | None = None
+    skip: LinearOperator | None = None
     beside: LinearOperator | None = None
     spread: tuple[LinearOperator, LinearOperator] | None = None
-    carry: LinearOperator | None = None
 
     def matmat(
         self, H: Float[Tensor, "k n i"], t: Homogeneous = None, banks: dict[int, Tensor] | None = None
@@ -368,19 +363,20 @@ class FrozenBlock(NamedTuple):
         return self.residual.matmat(H), added
 
     def matmat_ffn(
-        self, H: Float[Tensor, "k m o"], attn: Float[Tensor, "k m d"], t: Homogeneous = None
+        self, H: Float[Tensor, "k m i"], attn: Float[Tensor, "k m d"], t: Homogeneous = None
     ) -> tuple[Float[Tensor, "k m o"], Float[Tensor, "k m d"]]:
-        """Return the stream after attention `[k, m, d]`, in place of `attn`, and what the feed-forward adds to it."""
+        """Return what goes past the feed-forward `[k, m, d]`, in place of `attn`, and what that adds to it."""
         middle = (attn if self.spread is None else self.spread[0].matmat(attn)).add_(H)
         added = self.ffn.matmat(H if self.parallel else middle, t)
-        return middle, added if self.beside is None else added.add_(self.beside.matmat(H, t))
+        added = added if self.beside is None else added.add_(self.beside.matmat(H, t))
+        return middle if self.skip is None else self.skip.matmat(middle), added
 
     def matmat_out(
         self, H: Float[Tensor, "k m i"], ffn: Float[Tensor, "k m d"], t: Homogeneous = None
     ) -> Float[Tensor, "k m o"]:
         """Return the stream after the block, in place of `ffn`, from the stream after attention and what `ffn` adds."""
         out = ffn if self.spread is None else self.spread[1].matmat(ffn)
-        out.add_(H if self.carry is None else self.carry.matmat(H))
+        out.add_(H)
         if self.inputs is not None:
             out += self.inputs.matmat(out, t)
         return out if self.scale is None else out.mul_(self.scale)
@@ -390,14 +386,13 @@ class FrozenBlock(NamedTuple):
         return self.rmatmat_attn(*self.rmatmat_ffn(*self.rmatmat_out(H)), banks)
 
     def rmatmat_out(self, H: Float[Tensor, "k m o"]) -> tuple[Float[Tensor, "k m i"], Float[Tensor, "k m d"]]:
-        """Return the cotangents of the stream after attention and of what the feed-forward adds, one tensor for both.
+        """Return the cotangents of what goes past the feed-forward, and of what that adds: `matmat_out` transposed.
 
-        Of several streams, they are two. This is `matmat_out` transposed.
+        They are one tensor if there is one stream.
         """
         H = H if self.scale is None else H * self.scale
         H = H if self.inputs is None else H + self.inputs.rmatmat(H)
-        kept = H if self.carry is None else self.carry.rmatmat(H)
-        return kept, H if self.spread is None else self.spread[1].rmatmat(H)
+        return H, H if self.spread is None else self.spread[1].rmatmat(H)
 
     def rmatmat_ffn(
         self, H: Float[Tensor, "k m i"], ffn: Float[Tensor, "kl m d"]
@@ -405,7 +400,7 @@ class FrozenBlock(NamedTuple):
         """Return the cotangents of the stream after attention, and of what attention adds: `matmat_ffn` transposed.
 
         Args:
-            H: `[k, m, d]`, cotangents of the stream after attention, from that after the feed-forward.
+            H: `[k, m, d]`, cotangents of what goes past the feed-forward.
             ffn: `[k + l, m, d]`, of what the feed-forward adds: `rmatmat_out`'s, and those of `l` maps that end there.
 
         Returns:
@@ -413,7 +408,7 @@ class FrozenBlock(NamedTuple):
             block's input.
         """
         middle = self.ffn.rmatmat(ffn)
-        middle[: len(H)] += H
+        middle[: len(H)] += H if self.skip is None else self.skip.rmatmat(H)
         if self.beside is not None:
             return middle + self.beside.rmatmat(ffn), middle
         if not self.parallel:
@@ -485,12 +480,11 @@ def block(
     residual: LinearOperator = Identity((m, before), dtype=dtype, device=device)
     if m < n:
         residual = Select(torch.tensor(positions), n, before, dtype=dtype, device=device)
-    spread, carry = None, None
+    past_attn, past_ffn = (skip(config, own, queries) for own in (tape.attn, tape.ffn))
+    residual = residual if past_attn is None else past_attn @ residual
+    spread = None
     if tape.attn.streams is not None and tape.ffn.streams is not None:
-        around = [streams.at(queries) for streams in (tape.attn.streams, tape.ffn.streams)]
-        kept, carry = (streams.carry(d) for streams in around)
-        residual = residual if kept is None else kept @ residual
-        spread = (around[0].spread(d), around[1].spread(d))
+        spread = (tape.attn.streams.at(queries).spread(d), tape.ffn.streams.at(queries).spread(d))
     inputs = None if tape.inputs is None else _inputs(w, tape.inputs.at(queries), m)
     return FrozenBlock(
         attn,
@@ -501,10 +495,28 @@ def block(
         inputs,
         bank=bank,
         values=values,
+        skip=past_ffn,
         beside=skipping,
         spread=spread,
-        carry=carry,
     )
+
+
+def skip(config: ModelConfig, tape: AttentionTape | FFNTape, positions: slice = slice(None)) -> LinearOperator | None:
+    """Return what goes past a branch at some positions; None where that is all of the stream."""
+    if tape.streams is not None:
+        return tape.streams.at(positions).carry(config.d)
+    if tape.norm_in is None or not config.row.normed_skip:
+        return None
+    return scaled(tape.norm_in.at(positions).operator(), config.skip_scale)
+
+
+def taken_up(
+    config: ModelConfig, tape: AttentionTape | FFNTape, x: Float[Tensor, "n i"], added: Float[Tensor, "n d"]
+) -> Float[Tensor, "n o"]:
+    """Return the stream after a branch that adds `added` to `x`."""
+    past = skip(config, tape)
+    x = x if past is None else affine(past, x)
+    return x + (added if tape.streams is None else affine(tape.streams.spread(config.d), added))
 
 
 def _with_bank(

@@ -56,6 +56,9 @@ class BlockWeights(Protocol):
     def holds(self, expert: int) -> bool:
         """Return whether a routed expert is among these weights, where others have some of them."""
 
+    def agreed(self, found: Tensor) -> Tensor:
+        """Return a choice as the first of those has made it who have parts of the weights."""
+
     def joined(self, part: LinearOperator, *, inputs: bool = True, outputs: bool = True) -> LinearOperator:
         """Return an operator from these weights' terms, completed by those that others have.
 

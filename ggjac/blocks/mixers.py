@@ -30,7 +30,7 @@ from ggjac.blocks.patterns import (
 )
 from ggjac.config import ModelConfig
 from ggjac.config.mixers import MIXERS
-from ggjac.linop import Conv, LinearOperator, Mix, Scale, Scan, Select
+from ggjac.linop import Conv, Identity, LinearOperator, Mix, Scale, Scan, Select
 from ggjac.rope import rotate
 from ggjac.sizes import scan_chunk
 
@@ -172,6 +172,9 @@ def reading(w: BlockWeights, tape: MixerTape, n: int, m: int) -> LinearOperator:
 def valued(w: BlockWeights, tape: MixerTape, n: int) -> LinearOperator:
     """Return a mixer from its (normed) input to the values that it mixes, `[n, d]` to `[n, g v]`."""
     path = MIXERS[tape.kind]
+    if not path.values:
+        matrix = w.matrix(f"{path.output}.weight")
+        return Identity((n, matrix.shape[1]), dtype=matrix.dtype, device=matrix.device)
     values: LinearOperator = linear(w, path.values, n)
     if tape.latent is not None:
         values = linear(w, path.expansion, n) @ tape.latent.operator() @ values
@@ -228,7 +231,10 @@ def _attention(w: BlockWeights, frame: Frame, layer: int, h: Float[Tensor, "m d"
         k, v = torch.cat((past.k, k)), torch.cat((past.v, v))  # [p + m, g, s], [p + m, g v]
     read = _head_gate(w, config, h) if gate is None else gate
     tape = MixerTape("attention", _pattern(w, config, layer, q, k), written=written, read=read)
-    return Mixed(tape, affine(_mix(w, tape, v.shape[1]), v), Past(k, v))
+    heads = affine(_mix(w, tape, v.shape[1]), v)
+    if "attn_sub_norm.weight" in w:
+        tape = tape._replace(read=Factor((inverse_rms(heads, config) * w.vector("attn_sub_norm.weight")).to(h)))
+    return Mixed(tape, heads, Past(k, v))
 
 
 def _shared_attention(w: BlockWeights, frame: Frame, layer: int, h: Float[Tensor, "m d"], past: Past | None) -> Mixed:
@@ -291,6 +297,7 @@ def _pattern(
         own.attention_scale,
         softcap=config.attention_softcap,
         window=own.window,
+        alibi=own.alibi,
         sinks=w.vector("attn_sinks.weight") if "attn_sinks.weight" in w else None,
     )
 
@@ -476,6 +483,29 @@ def _log_decay(w: BlockWeights, config: ModelConfig, h: Float[Tensor, "m d"]) ->
     return a * softplus(x)
 
 
+def _lightning(w: BlockWeights, frame: Frame, layer: int, h: Float[Tensor, "m d"], past: Past | None) -> Mixed:
+    """Freeze lightning attention: linear attention that fades in each head and block at a rate of its own."""
+    config, own = frame.config, frame.config.recurrence
+    q, k, c = (affine(linear(w, f"attn_{part}", len(h)), h) for part in "qkv")
+
+    def keyed(part: Float[Tensor, "m hs"]) -> Float[Tensor, "m h s"]:
+        return widened(part * part.sigmoid()).unflatten(1, (own.heads, -1))
+
+    share = c.sigmoid()
+    log_decay = -_slopes(own.heads, layer, config.block_count).to(keyed(q)).expand(len(h), -1)  # [m, h]
+    recurrence = Recurrence(keyed(q), keyed(k), log_decay[..., None], torch.ones_like(log_decay), removes=False)
+    tape, o, state = _recurrent("lightning", recurrence, c * share, past)
+    gate = affine(linear(w, "attn_gate", len(h)), h).sigmoid()
+    read = (inverse_rms(o, config) * w.vector("attn_norm_2.weight") * gate).to(h.dtype)  # normed over all heads
+    return Mixed(tape._replace(written=Factor(share), read=Factor(read)), o, Past(state=state))
+
+
+def _slopes(heads: int, layer: int, blocks: int) -> Float[Tensor, " h"]:
+    """Return the rates at which lightning attention fades, those of ALiBi (arXiv 2108.12409), less in later blocks."""
+    slopes = 2.0 ** (-8 / heads * torch.arange(1, heads + 1, dtype=torch.float64))
+    return slopes * (1 - layer / max(1, blocks - 1) + 1e-5)
+
+
 def _state_space(w: BlockWeights, frame: Frame, layer: int, h: Float[Tensor, "m d"], past: Past | None) -> Mixed:
     """Freeze the selective state space of Mamba-2, or of PLaMo 2, where it has what Mamba-1 makes from the values."""
     config, own = frame.config, frame.config.recurrence
@@ -548,6 +578,11 @@ def _convolution(w: BlockWeights, frame: Frame, layer: int, h: Float[Tensor, "m 
     return Mixed(MixerTape("convolution", entering=Factor(b), read=Factor(c)), heads, Past(rows=rows))
 
 
+def _linear(w: BlockWeights, frame: Frame, layer: int, h: Float[Tensor, "m d"], past: Past | None) -> Mixed:
+    """Freeze nothing: what stands in place of attention is its output projection of the normed input."""
+    return Mixed(MixerTape("linear"), h, Past())
+
+
 def _projected(w: BlockWeights, stems: Sequence[str], h: Float[Tensor, "m d"]) -> Float[Tensor, "m e"]:
     """Return `h` through those of the projections that the file has, one after the other."""
     for stem in stems:
@@ -569,5 +604,7 @@ RECORD: dict[str, Record] = {
     "kimi delta": partial(_delta, kind="kimi delta"),
     "state space": _state_space,
     "channel state space": _channel_state_space,
+    "lightning": _lightning,
     "convolution": _convolution,
+    "linear": _linear,
 }

@@ -44,15 +44,6 @@ class StreamsTape(NamedTuple):
         return None if self.kept is None else StreamMix(self.kept, d)
 
 
-def taken_up(streams: StreamsTape | None, x: Float[Tensor, "n i"], added: Float[Tensor, "n d"]) -> Float[Tensor, "n o"]:
-    """Return the residual stream, or streams, after a branch that adds `added` to `x`."""
-    if streams is None:
-        return x + added
-    d = added.shape[1]
-    carry = streams.carry(d)
-    return (x if carry is None else affine(carry, x)) + affine(streams.spread(d), added)
-
-
 def record_streams(
     w: BlockWeights, config: ModelConfig, branch: str, x: Float[Tensor, "n i"]
 ) -> tuple[Float[Tensor, "n 1 s"] | None, StreamsTape | None]:

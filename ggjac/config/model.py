@@ -58,6 +58,28 @@ class Latent:
 
 
 @dataclass(frozen=True)
+class Alibi:
+    """Linear biases on the scores of attention (ALiBi, arXiv 2108.12409): by head, a slope times minus the distance.
+
+    Attributes:
+        bias: the largest power of two that a slope is below one.
+        total: number of heads of the block.
+        heads: those whose scores are computed.
+    """
+
+    bias: float
+    total: int
+    heads: range
+
+    @property
+    def slopes(self) -> list[float]:
+        """The slope of each head, as in ggml's softmax: two geometric series if the total is not a power of two."""
+        power = 1 << (self.total.bit_length() - 1)
+        exponents = (head + 1 if head < power else head - power + 0.5 for head in self.heads)
+        return [2 ** (-self.bias * exponent / power) for exponent in exponents]
+
+
+@dataclass(frozen=True)
 class Layer:
     """The properties that may differ from block to block.
 
@@ -82,6 +104,7 @@ class Layer:
         by_key_head: whether all projections of a delta rule are in one tensor, `ssm_in`, key head by key head.
         window: number of tokens to which a position attends, itself included; None for all up to it.
         rope: rotation of queries and keys; None for none.
+        alibi: linear biases on scores; None for none.
         xielu: αn, αp and β of the activation xIELU (arXiv 2411.13010), `β z + αp z²` for positive z and
             `β z + αn (exp(z) - 1 - z)` otherwise; None for other activations.
     """
@@ -95,6 +118,7 @@ class Layer:
     routed: bool
     window: int | None
     rope: Rope | None
+    alibi: Alibi | None = None
     xielu: tuple[float, float, float] | None = None
     clamps: tuple[float, float] = (0.0, 0.0)
     experts_used: int = 0
@@ -112,6 +136,11 @@ class Layer:
         feeds = self.routed or self.hidden_units > 0
         present = {"layer": True, "attn": bool(self.mixers), "mlp": feeds}
         return tuple(kind for kind in KINDS if present[kind])
+
+    @property
+    def idle(self) -> bool:
+        """Whether the block does nothing."""
+        return self.taps == ("layer",)
 
     def clamp(self, kind: str) -> float:
         """Return the limit in networks of a kind, the suffix of their tensors' names."""
@@ -185,6 +214,7 @@ class ModelConfig:
 
     Attributes:
         architecture: `general.architecture`.
+        embedding: name of the tensor with the embeddings.
         row: its entry in `ARCHITECTURES`, with file-dependent options resolved.
         block_count: number of blocks, L, without those that predict later tokens.
         layers: properties of each block.
@@ -199,6 +229,7 @@ class ModelConfig:
         temperature_scale: growth of queries with position; 0 for none.
         temperature_length: number of positions after which they first grow.
         embedding_scale, residual_scale, logit_scale: multiply embeddings, branches and logits.
+        skip_scale: multiplies what goes past a branch, if that is not the stream; see `Architecture.normed_skip`.
         value_scale: multiplies what attention adds.
         expert_count: number of routed experts in a mixture; 0 for a dense model.
         expert_groups, expert_groups_used: number of groups of experts, and of those that a token's experts come from;
@@ -213,6 +244,7 @@ class ModelConfig:
     """
 
     architecture: str
+    embedding: str
     row: Architecture
     block_count: int
     layers: tuple[Layer, ...]
@@ -241,6 +273,7 @@ class ModelConfig:
     indexer: Indexer = Indexer()
     streams: Streams = Streams()
     value_scale: float = 1.0
+    skip_scale: float = 1.0
 
     def width(self, depth: int) -> int:
         """Return the elements of all residual streams after `depth` blocks; before the first block there is one."""

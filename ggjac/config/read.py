@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from ggjac.architectures import ARCHITECTURES, Architecture
 from ggjac.config import others
 from ggjac.config.keys import ConfigError, Keys, shown
-from ggjac.config.model import Indexer, Latent, Layer, ModelConfig, Recurrence, Streams
+from ggjac.config.model import Alibi, Indexer, Latent, Layer, ModelConfig, Recurrence, Streams
 from ggjac.config.rotations import read_windows, rope_of, stretching
 from ggjac.config.tensors import check_tensors
 
@@ -41,17 +41,21 @@ def read_config(metadata: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...
     if not metadata.get(f"{name}.attention.causal", True):
         raise ConfigError(f"{name}.attention.causal is False: attention to later tokens is not supported")
     d, context = keys.integer("embedding_length"), keys.integer("context_length")
+    embedding = "token_embd.weight"
+    if row.embedding_optional and embedding not in shapes:
+        embedding = "output.weight"
     experts = _experts(keys, row, stored, shapes)
     layers = _layers(keys, row, stored, blocks, experts, shapes)
     temperature = keys.real("attention.temperature_scale", 0.0) if row.temperature else 0.0
 
     config = ModelConfig(
         architecture=name,
+        embedding=embedding,
         row=row,
         block_count=blocks,
         layers=layers,
         d=d,
-        vocabulary=shapes.get("token_embd.weight", (0,))[0],
+        vocabulary=shapes.get(embedding, (0,))[0],
         context_length=context,
         original_context=keys.integer("rope.scaling.original_context_length", context),
         recurrence=_recurrence(keys, row, stored, context),
@@ -63,6 +67,7 @@ def read_config(metadata: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...
         temperature_length=_temperature_length(keys, row, context) if temperature else context,
         embedding_scale=_embedding_scale(keys, row, d),
         residual_scale=_residual_scale(keys, row, blocks),
+        skip_scale=keys.real("residual_scale") if row.normed_skip else 1.0,
         value_scale=(keys.real("attention.value_scale", 0.0) if row.value_scale else 0) or 1.0,
         logit_scale=_logit_scale(keys, row, d),
         expert_count=experts.total,
@@ -78,7 +83,7 @@ def read_config(metadata: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...
     )
     # Blocks that read another's keys may still have tensors for their own.
     idle = {f"blk.{i}.{stem}" for i, own in enumerate(layers) if own.source is not None for stem in _KEYS_AND_VALUES}
-    left_out = idle | {f"blk.{i}" for i in range(blocks, stored)}
+    left_out = idle | {f"blk.{i}" for i in range(stored) if i >= blocks or layers[i].idle}
     used = {
         row.export.name(name): shape
         for name, shape in shapes.items()
@@ -110,6 +115,8 @@ def _architecture(metadata: Mapping[str, Any]) -> str:
             f"architecture {shown(name)} is not supported: it is {others.ARCHITECTURES[name]}, and ggjac needs a "
             "language model that predicts the next token"
         )
+    if isinstance(name, str) and name in others.LEFT_OUT:
+        raise ConfigError(f"architecture {shown(name)} is not supported: {others.LEFT_OUT[name]}; take another model")
     if not isinstance(name, str) or name not in ARCHITECTURES:
         # Similar names first.
         alike = get_close_matches(name[:64], ARCHITECTURES) if isinstance(name, str) else []
@@ -167,7 +174,7 @@ def _layers(
     xielu = _xielu(keys, blocks) if row.activation == "xielu" else [None] * blocks
     layers: list[Layer] = []
     first_reader = stored - (keys.count("attention.shared_kv_layers") if row.shared_keys else 0)
-    for i, mixers in enumerate(_mixers(keys, row, stored, blocks, kv_heads, units)):
+    for i, mixers in enumerate(_mixers(keys, row, stored, blocks, heads, kv_heads, units)):
         attends = row.mixer in mixers
         latent = _latent(keys, row, windows[i] is not None) if attends else Latent()
         source = None if i < first_reader else first_reader - (1 if windows[i] is None else 2)
@@ -189,6 +196,7 @@ def _layers(
                 expert_units=_expert_units(keys, row, i, shapes) if routed else 0,
                 window=windows[i] if attends else None,
                 rope=rope_of(keys, row, key_size, i, windows) if attends else None,
+                alibi=Alibi(row.alibi, h, range(h)) if row.alibi and attends else None,
                 xielu=xielu[i],
                 source=source,
                 gate=_gate(row, i, h, value_size, shapes) if attends else 0,
@@ -231,24 +239,32 @@ def _check_sources(keys: Keys, layers: Sequence[Layer]) -> None:
 
 
 def _mixers(
-    keys: Keys, row: Architecture, stored: int, blocks: int, kv_heads: Sequence[int], units: Sequence[int]
+    keys: Keys,
+    row: Architecture,
+    stored: int,
+    blocks: int,
+    heads: Sequence[int],
+    kv_heads: Sequence[int],
+    units: Sequence[int],
 ) -> list[tuple[str, ...]]:
     """Return the kinds of each block's mixers."""
     if row.recurrent_blocks == "beside":
         return [(row.mixer, row.recurrent)] * blocks
     if row.recurrent_blocks == "interval":
-        recurrent = _interval(keys, stored)
+        recurrent = _interval(keys, row, stored)
     elif row.recurrent_blocks == "no kv heads":
         recurrent = [not count for count in kv_heads]
     else:
         recurrent = [row.recurrent_blocks == "all"] * stored
     kinds = [row.recurrent if flag else row.mixer for flag in recurrent[:blocks]]
+    if row.pruned:
+        return [(kinds[i],) if heads[i] and units[i] else () for i in range(blocks)]
     return [() if row.one_branch and own else (kind,) for kind, own in zip(kinds, units[:blocks], strict=True)]
 
 
-def _interval(keys: Keys, stored: int) -> list[bool]:
+def _interval(keys: Keys, row: Architecture, stored: int) -> list[bool]:
     """Return whether each block is recurrent, as the file says, or all but the last of every few."""
-    period = keys.integer("full_attention_interval", 4)
+    period = keys.integer("full_attention_interval", row.recurrent_period)
     flags = keys.flags("attention.recurrent_layers", stored)
     return [(i + 1) % period != 0 for i in range(stored)] if flags is None else flags
 
@@ -342,8 +358,12 @@ def _temperature_length(keys: Keys, row: Architecture, context: int) -> int:
 
 def _recurrence(keys: Keys, row: Architecture, blocks: int, context: int) -> Recurrence:
     """Return the sizes of mixers other than attention."""
-    if not row.recurrent:
+    if row.recurrent in ("", "linear"):
         return Recurrence()
+    if row.recurrent == "lightning":
+        heads = keys.for_all_blocks("attention.head_count", blocks)
+        size = keys.integer("attention.key_length", max(1, keys.integer("embedding_length") // heads))
+        return Recurrence(1, heads, heads, size, size)
     taps = keys.integer("shortconv.l_cache" if row.recurrent == "convolution" else "ssm.conv_kernel")
     if taps > context:
         raise ConfigError(f"{keys.prefix}: a convolution over {taps} positions does not fit a context of {context}")
@@ -438,6 +458,14 @@ def _decided(keys: Keys, row: Architecture, blocks: int, shapes: Mapping[str, tu
         row = replace(row, parallel=not normed, norms=replace(row.norms, ffn_in=(own if normed else shared,)))
     if row.unnormed_experts and keys.count("expert_count") == row.unnormed_experts:
         row = replace(row, qk_norm="")
+    if row.rope_blocks not in (0, blocks):
+        row = replace(row, rope_pairs="")
+    if row.alibi_blocks not in (0, blocks):
+        row = replace(row, alibi=0.0)
+    if row.alibi_key:
+        row = replace(row, alibi=keys.real("attention.max_alibi_bias", row.alibi))
+    if row.positions == "optional" and "position_embd.weight" not in shapes:
+        row = replace(row, positions="")
     if row.qk_norm_optional and "blk.0.attn_q_norm.weight" not in shapes:
         row = replace(row, qk_norm="")
     if len(row.norms.ffn_out) > 1:
@@ -505,9 +533,9 @@ def _softcap(keys: Keys, key: str, default: float | None) -> float:
 
 
 def _attention_scale(keys: Keys, row: Architecture, width: int) -> float:
-    """Return the factor on scores: the file's, if the family reads it and it is not 0, or the family's or 1/√width."""
+    """Return the factor on scores: the file's, if the family reads it and it is not 0, or the family's."""
     stated = keys.real(row.attention_scale_key, 0.0) if row.attention_scale_key else 0
-    return (stated or row.attention_scale or max(1, width) ** -0.5) * stretching(keys, row)[1]
+    return (stated or row.attention_scale or max(1, width) ** row.attention_power) * stretching(keys, row)[1]
 
 
 def _embedding_scale(keys: Keys, row: Architecture, d: int) -> float:

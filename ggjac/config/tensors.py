@@ -25,6 +25,7 @@ _GLOBAL = {
     "rope_factors_short.weight": ("pairs",),
 }
 _POSITIONS = {"position_embd.weight": ("context", "d")}
+_EMBEDDING_NORM = {"token_embd_norm.weight": ("d",), "token_embd_norm.bias": ("d",)}
 _INPUTS = {
     "per_layer_token_embd.weight": ("vocabulary", "all inputs"),
     "per_layer_model_proj.weight": ("all inputs", "d"),
@@ -69,11 +70,13 @@ _MIXERS: dict[str, dict[str, tuple[str, ...]]] = {
     "attention": _ATTENTION,
     "latent": {"attn_output": ("d", "read")},
     "shared attention": {"attn_q": ("q", "d"), "attn_output": ("d", "read")},
+    "linear": {},
     "delta": _DELTA,
     "kimi delta": {"attn_output": ("d", "hv")},
     "state space": _STATE_SPACE,
     "channel state space": _FROM_VALUES,
     "state space of values": _FROM_VALUES,
+    "lightning": {"attn_output": ("d", "hv")},
     "convolution": _CONVOLUTION,
 }
 # Of a state space whose steps, keys and queries are made from its values; these may have norms.
@@ -119,8 +122,14 @@ _VECTORS: dict[str, dict[str, tuple[str, ...]]] = {
         "ssm_a": ("hv", "state"),
         "ssm_d": ("hv",),
     },
+    "lightning": {
+        "attn_qkv.weight": ("2qk + hv", "d"),
+        "attn_gate.weight": ("hv", "d"),
+        "attn_norm_2.weight": ("hv",),
+    },
     "state space of values": {**_MADE, "ssm_a": ("states",), "ssm_d": ("states",)},
     "convolution": {"shortconv.conv.weight": ("d", "taps")},
+    "linear": {"attn_output.weight": ("d", "d")},
 }
 # Of what selects keys: not used, since prompts in which it would leave some out are not supported.
 _INDEXER: dict[str, dict[str, tuple[str, ...]]] = {
@@ -137,6 +146,14 @@ _INDEXER: dict[str, dict[str, tuple[str, ...]]] = {
         "indexer.q_norm.weight": ("indexer key",),
         "indexer.k_norm.weight": ("indexer key",),
     },
+}
+# For the tokens of images: not used.
+_VISION_EXPERTS: dict[str, tuple[str, ...]] = {
+    "vis_attn_qkv.weight": ("qkv", "d"),
+    "vis_attn_output.weight": ("d", "read"),
+    "vis_gate.weight": ("f", "d"),
+    "vis_up.weight": ("f", "d"),
+    "vis_down.weight": ("d", "f"),
 }
 # Fused tensors and their parts: the file has either. Experts' gates are above their up projections.
 FUSED = {
@@ -183,7 +200,9 @@ _OPTIONAL = {
     "rope_factors_long.weight",
     "rope_factors_short.weight",
     "layer_output_scale.weight",
+    "ffn.act.scales",
     *(name for table in _INDEXER.values() for name in table),
+    *_VISION_EXPERTS,
 }
 # Other biases and factors are optional.
 _NEEDED = {"ssm_dt.bias", "ffn_gate_inp.scale"}
@@ -249,6 +268,11 @@ def _kimi_delta_parts(config: ModelConfig, layer: int) -> dict[str, Part]:
     return _sections("attn_qkv", attn_q=sizes["qk"], attn_k=sizes["qk"], attn_v=sizes["hv"])
 
 
+def _lightning_parts(config: ModelConfig, layer: int) -> dict[str, Part]:
+    size = config.recurrence.key_size  # of each head: query, key and value
+    return _sections("attn_qkv", attn_q=size, attn_k=size, attn_v=size, period=3 * size)
+
+
 def _state_space_parts(config: ModelConfig, layer: int) -> dict[str, Part]:
     sizes = _recurrent_sizes(config)
     hv, qk, heads = sizes["hv"], sizes["qk"], sizes["states"]
@@ -277,10 +301,12 @@ _MIXER_PARTS: dict[str, Callable[[ModelConfig, int], dict[str, Part]]] = {
     "attention": _attention_parts,
     "latent": _latent_parts,
     "shared attention": lambda config, layer: {},
+    "linear": lambda config, layer: {},
     "delta": _delta_parts,
     "kimi delta": _kimi_delta_parts,
     "state space": _state_space_parts,
     "channel state space": _channel_parts,
+    "lightning": _lightning_parts,
     "state space of values": _state_space_of_values_parts,
     "convolution": _convolution_parts,
 }
@@ -309,11 +335,15 @@ def check_tensors(config: ModelConfig, shapes: Mapping[str, tuple[int, ...]]) ->
     loose = {name for mixer in mixers for name in _LOOSE.get(mixer, ())}
     if {"state space", "channel state space"} & mixers:  # llama.cpp's graph adds it without asking whether there is one
         needed.add("ssm_conv1d.bias")
+    if "lightning" in mixers:
+        needed.add("attn_norm_2.weight")
     if config.row.rope_factors == "required" and any(own.rope and own.rope.factored for own in config.layers):
         needed.add("rope_freqs.weight")
     for prefix, table, sizes in _scopes(config):
         fused = {stem: parts for stem, parts in FUSED.items() if all(f"{part}.weight" in table for part in parts)}
         optional = _OPTIONAL | {f"{stem}.weight" for stem in fused}
+        if config.embedding != "token_embd.weight":
+            optional.add("token_embd.weight")
         if config.row.state_norm_optional:
             optional.add("ssm_norm.weight")
         for stem, parts in fused.items():
@@ -378,6 +408,7 @@ def _scopes(config: ModelConfig) -> Iterator[tuple[str, dict[str, tuple[str, ...
     }
     outside = _GLOBAL | (_POSITIONS if config.row.positions else {}) | (_INPUTS if config.inputs else {})
     outside |= _FINAL_STREAMS if config.row.stream_head else {}
+    outside |= _EMBEDDING_NORM if config.row.embedding_norm == "weighted" else {}
     if config.row.norm == "bare":
         outside = {name: axes for name, axes in outside.items() if not name.startswith("output_norm.")}
     outside = {name.replace("output_norm", config.row.output_norm): axes for name, axes in outside.items()}
@@ -494,6 +525,8 @@ def _block_table(config: ModelConfig, layer: int) -> dict[str, tuple[str, ...]]:
         vectors["attn_gate.weight"] = ("gates", "d")
     vectors |= _OWN_INPUTS if config.inputs else {}
     vectors |= _STREAMS if config.streams.count else {}
+    vectors |= _VISION_EXPERTS if row.vision_experts else {}
+    vectors |= {"ffn.act.scales": ("f",)} if row.hidden_divisors else {}
     if own.hidden_units:
         matrices |= _FFN[row.ffn]
     if own.routed:
@@ -514,6 +547,9 @@ def _block_table(config: ModelConfig, layer: int) -> dict[str, tuple[str, ...]]:
             table |= {f"{name}.{kind}": axes[:-2] or ("one",) for kind in _SCALES}
     if row.norm == "layer" or row.norm_bias:
         table |= {f"{name}.bias": axes for name, axes in norms.items()}
+    if row.inner_norms:
+        table |= {"attn_sub_norm.weight": ("read",)} if own.mixers else {}
+        table |= {"ffn_sub_norm.weight": ("f",)} if own.hidden_units else {}
     if row.sinks and own.heads:
         table["attn_sinks.weight"] = ("heads",)
     if row.selection_bias and own.routed:

@@ -131,7 +131,7 @@ def sweep_floats(config: ModelConfig, n: int, *, up: bool, slab: int = SLAB) -> 
     d, row = config.d, config.row
     factors = (config.attention_factor, config.residual_scale, row.joint_scale)
     scaled = row.norms.attention_out or row.norms.ffn_out or factors != (1, 1, 1)
-    more = d if scaled or row.parallel or row.experts_skip else 0
+    more = d if scaled or row.parallel or row.normed_skip or row.experts_skip else 0
     bank = n * _bank(config)
     wide = config.width(1) - d  # of several residual streams
     around = d if wide else 0  # what a branch has read or adds, beside them
@@ -178,7 +178,7 @@ def _paths(config: ModelConfig, n: int) -> set[_Path]:
                     found.add(_Path(wide, wide, 2, chunk=sizes.key_size, stepwise=True))
                 else:
                     found.add(_Path(wide, wide, 2, chunk=scan_chunk(n, sizes.key_size) or 0))
-            elif MIXERS[mixer].convolution:
+            elif MIXERS[mixer].convolution or not MIXERS[mixer].mixes:
                 found.add(_Path(config.d, config.d, 2, mixed=False))
             else:
                 factors = int(bool(config.attention_clamp) or config.row.value_norm)

@@ -142,9 +142,9 @@ def layer_plan(
     )
 
 
-def embedding(file: "GGUFFile", n: int) -> Pass:
+def embedding(file: "GGUFFile", config: ModelConfig, n: int) -> Pass:
     """Return the reading of the embeddings of `n` tokens, of learned positions, and of the blocks' own inputs."""
-    names = ("token_embd.weight", "position_embd.weight", "per_layer_token_embd.weight")
+    names = (config.embedding, "position_embd.weight", "per_layer_token_embd.weight")
     infos = [file.tensors[name] for name in names if name in file.tensors]
     rows = total(Pass(n * info.row_bytes, {info.type.name: n * info.shape[-1]}) for info in infos)
     return rows + total(matrix(info).scaled(n) for info in _projections(file))
@@ -410,8 +410,9 @@ def _trace(block: _Block, config: ModelConfig, mlp_path: MlpPath, n: int, m: int
     for kind, experts, uses, _ in _networks(block, config, m):
         stems = _stems(block, kind)
         # A frozen factor that needs the live projection's own output is recorded first, and then applied.
-        if len(stems) < 3 or mlp_path == "gate" or _clamped(config, block, kind):
-            stems = [*stems, _live(block, kind, mlp_path)]
+        again = int(len(stems) < 3 or mlp_path == "gate" or _clamped(config, block, kind))
+        again += block.find(f"ffn_sub_norm{kind}.weight") is not None
+        stems = [*stems, *[_live(block, kind, mlp_path)] * again]
         parts += [block.linear(stem, m, experts, uses) for stem in stems]
     parts += [Pass(info.nbytes, {info.type.name: info.elements}) for info in _small(block)]
     return total([*parts, _sums(block, config, m, m)])
@@ -489,14 +490,14 @@ def _stream_floats(config: ModelConfig, index: int) -> int:
 def _mixer_floats(config: ModelConfig, block: _Block, mixer: str, n: int) -> int:
     """Return the floats of a mixer's tape: its pattern `[h, n, n]` or its scan, and its factors."""
     heads, value, key = _heads(config, block, mixer)
-    own = block.layer
-    gated = config.row.gated_queries or own.gate > 0
+    row, own = config.row, block.layer
+    read = row.gated_queries or own.gate or row.inner_norms  # factors of what is mixed
     if not MIXERS[mixer].recurrent:
         if MIXERS[mixer].convolution:
             return 2 * n * config.d
         written = 2 if config.attention_clamp else int(config.row.value_norm)
         written *= bool(MIXERS[mixer].values)
-        return heads * n * n + n * (written * own.kv_heads * value + gated * heads * value)
+        return heads * n * n + n * (written * own.kv_heads * value + bool(read) * heads * value)
     chunk = scan_chunk(n, key)
     factors = 2 * n * heads * value
     if MIXERS[mixer].channels:

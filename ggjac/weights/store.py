@@ -244,7 +244,8 @@ class WeightStore:
 class Weight:
     """Rows `first:last` and columns `left:right` of a stored tensor: a `TiledMatrix`, or a vector as one row.
 
-    With a section, the rows are counted in that. `rounding` is the dtype of the tiles, default the store's own.
+    With a section, the rows are counted in that. `rounding` is the dtype of the tiles, default the store's own. `edge`
+    is the first column of the matrix of which these may be a slab.
     """
 
     store: WeightStore
@@ -256,6 +257,7 @@ class Weight:
     place: str = "file"
     section: Section | None = None
     rounding: torch.dtype | None = None
+    edge: int = 0
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -308,7 +310,7 @@ class Weight:
 
         Slabs of columns share their rows, so that the first one requests all of them.
         """
-        if self.left == 0 and self.place == "file":
+        if self.left == self.edge and self.place == "file":
             for start, stop in self._key(0, self.shape[0]).runs:
                 self.store.file.will_need(self.info, start, stop)
 
@@ -392,6 +394,10 @@ class Block:
     def holds(self, expert: int) -> bool:
         """Return whether an expert is among these weights: all are."""
         return True
+
+    def agreed(self, found: Tensor) -> Tensor:
+        """Return a choice as it is: nobody else makes it."""
+        return found
 
     def joined(self, part: Operator, *, inputs: bool = True, outputs: bool = True) -> Operator:
         """Return an operator as it is, since nobody has more of its terms."""
