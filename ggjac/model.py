@@ -27,6 +27,7 @@ from ggjac.gguf import GGUFFile, open_gguf
 from ggjac.gguf.hub import demo_path, resolve, title
 from ggjac.jacobian import DetachedJacobian, FrozenNetwork, Span
 from ggjac.jacobian.tapes import Tapes
+from ggjac.linop import StreamMix
 from ggjac.parallel import Crew
 from ggjac.planner import Plan, machine
 from ggjac.results import Table, Words
@@ -498,11 +499,13 @@ class Model:
         """The tensors that belong to no block."""
         return Block(self.weights, "", {})
 
-    def freeze_final_norm(self, h: Float[Tensor, "n d"]) -> NormTape:
-        """Freeze the norm before the head at any stream."""
+    def freeze_final_norm(self, h: Float[Tensor, "n i"]) -> NormTape:
+        """Freeze the norm before the head at any stream, or at several that it collects."""
         names = (f"{self.config.row.output_norm}.{part}" for part in ("weight", "bias"))
         weight, bias = (self.weights[name].dense() if name in self.weights else None for name in names)
-        return blocks.frozen_norm(self.config, weight, bias, h)
+        streams = blocks.final_streams(self.outside, self.config, h)
+        collected = h if streams is None else blocks.affine(StreamMix(streams, self.config.d), h)
+        return blocks.frozen_norm(self.config, weight, bias, collected)._replace(streams=streams)
 
     def _rope_factors(self, n_ctx: int) -> Tensor | None:
         """Return the divisors of the rotary frequencies, if any: Llama 3's, or LongRoPE's for this context size."""

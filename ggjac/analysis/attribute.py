@@ -499,7 +499,7 @@ def attribute_positions(
     offsets = _offsets(network, places, asked, report)
     shares = []
     for part in parts:
-        X = x.new_zeros(len(part), int(part[-1]) + 1, d)
+        X = x.new_zeros(len(part), int(part[-1]) + 1, read.shape[1])
         X[torch.arange(len(part)), part] = read[part]
         banks: dict[int, Tensor] = {}
         for _, _, frozen in _walk(network, range(X.shape[1]), down=True):
@@ -569,9 +569,9 @@ def attribute_branches(
     chosen = slice(positions.start, positions.stop)
     target, versus = jacobian.token_id(target), jacobian.token_id(versus)
     asked = _ask(network.outputs[chosen], network.head, target, versus)
-    norm, one = network.norm.at(chosen).operator(), network.x.new_ones(1)
-    read = norm.rmatmat(asked.w[None])[0]  # what the head reads from the stream, through the final norm
-    reads = _reads(network, chosen, read)
+    final, one = network.norm.at(chosen), network.x.new_ones(1)
+    # What the head reads from the stream, through the final norm.
+    reads = _reads(network, chosen, final.operator().rmatmat(asked.w[None])[0])
 
     def share(added: Float[Tensor, "m d"], read: Float[Tensor, "m d"]) -> Float[Tensor, " m"]:
         return (added.cpu().double() * read.cpu().double()).sum(1)
@@ -585,7 +585,7 @@ def attribute_branches(
         if by_head:
             stream = stream if frozen.entry is None else frozen.entry.matmat(stream, one)
             halves = attention_halves(network.weights(i), config, tape.attn.at(chosen), positions.stop, len(positions))
-            added, constant = torch.zeros_like(read[None]), torch.zeros_like(read)
+            added, constant = torch.zeros_like(after_attn[None]), torch.zeros_like(after_attn)
             parts = [torch.zeros(len(positions), 0, dtype=torch.float64)]
             for mixer, (reading, writing) in zip(tape.attn.mixers, halves, strict=True):
                 z = reading.matmat(banks[frozen.bank] if mixer.shared and frozen.bank is not None else stream, one)
@@ -620,7 +620,7 @@ def attribute_branches(
         embedding=share(network.x[chosen], reads[0]) * later[0],
         attn=torch.stack(attn, 1) * later,
         mlp=torch.stack(mlp, 1) * later,
-        bias=_constant(norm, asked.w) + asked.bias,
+        bias=_constant(final._replace(streams=None).operator(), asked.w) + asked.bias,
         heads=pad_sequence([own.T for own in heads], True).movedim(2, 0) * later[:, None] if by_head else None,
         attn_bias=torch.stack(attn_bias, 1) * later if by_head else None,
         mixers=mixers,
@@ -628,21 +628,24 @@ def attribute_branches(
     )
 
 
-def _reads(network: FrozenNetwork, chosen: slice, read: Float[Tensor, "m d"]) -> list[Float[Tensor, "m d"]]:
-    """Return what the head reads of the stream before each branch and after the last, past all later branches.
+def _reads(network: FrozenNetwork, chosen: slice, read: Float[Tensor, "m i"]) -> list[Float[Tensor, "m d"]]:
+    """Return what the head reads of the embedding, and of what each branch adds in turn, past all later branches.
 
-    These differ only in families where not all of the stream goes past a branch; factors on the stream are not in them.
+    These differ only in families where not all of the stream goes past a branch, or which have several streams; factors
+    on the stream are not in them.
     """
-    config, found = network.frame.config, [read]
-    if not (config.row.normed_skip or config.loop_norm):
-        return found * (2 * len(network.tapes) + 1)
+    config, found = network.frame.config, list[Tensor]()
+    if not (config.row.normed_skip or config.loop_norm or config.row.streams):
+        return [read] * (2 * len(network.tapes) + 1)
     for tape in reversed(network.tapes):
         for branch in (tape.ffn, tape.attn):
-            past = skip(config, branch.norm_in and branch.norm_in.at(chosen))
-            found.append(found[-1] if past is None else past.rmatmat(found[-1][None])[0])
+            spread = branch.streams and branch.streams.at(chosen).spread(config.d)
+            found.append(read if spread is None else spread.rmatmat(read[None])[0])
+            past = skip(config, branch, chosen)
+            read = read if past is None else past.rmatmat(read[None])[0]
         if tape.entry is not None:
-            found[-1] = tape.entry.at(chosen).operator().rmatmat(found[-1][None])[0]
-    return found[::-1]
+            read = tape.entry.at(chosen).operator().rmatmat(read[None])[0]
+    return [read, *found[::-1]]
 
 
 class _Asked(NamedTuple):

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ggjac.blocks.frame import BlockWeights, Frame, affine, linear, scaled
 from ggjac.blocks.norms import NormTape, inverse_rms, widened
+from ggjac.blocks.streams import StreamsTape
 from ggjac.config import ModelConfig
 from ggjac.linop import Experts, LinearOperator, Network, Scale, Sum, Zero, indices_on
 
@@ -79,6 +80,7 @@ class FFNTape(NamedTuple):
         routed: whether experts are among them; the weights may hold none of those that are used.
         scale: constant factor of the sum of the networks.
         beside: a mixture that reads the block's input, and is added to the sum; or None.
+        streams: how several residual streams take up what the branch adds; None for one.
     """
 
     norm_in: NormTape | None
@@ -88,6 +90,7 @@ class FFNTape(NamedTuple):
     routed: bool = False
     scale: float = 1.0
     beside: "FFNTape | None" = None
+    streams: StreamsTape | None = None
 
     @property
     def empty(self) -> bool:
@@ -102,6 +105,7 @@ class FFNTape(NamedTuple):
             networks=tuple(part for part in networks if isinstance(part, FFNTape) or len(part.factor)),
             norm_out=self.norm_out and self.norm_out.at(queries),
             beside=self.beside and self.beside.at(queries),
+            streams=self.streams and self.streams.at(queries),
         )
 
 
@@ -166,8 +170,8 @@ def record_mixture(
     frame: Frame,
     layer: int,
     h: Float[Tensor, "n d"],
-    x: Float[Tensor, "n d"],
-    entry: Float[Tensor, "n d"],
+    x: Float[Tensor, "n i"],
+    entry: Float[Tensor, "n e"],
 ) -> FFNTape:
     """Freeze a mixture of experts at its normed input `h`; some routers read the stream `x`, or the block's `entry`."""
     row, shared = frame.config.row, record_shared(w, frame, layer, h)
