@@ -273,7 +273,8 @@ def _sums(block: _Block, config: ModelConfig, n: int, m: int) -> Pass:
     """
     widths = [n * config.d for mixer in block.layer.mixers if MIXERS[mixer].output in block.cuts]
     dense, shared = ("ffn_down" + kind in block.cuts for kind in ("", "_shexp"))
-    widths += [m * config.d] * dense
+    apart = not block.layer.routed or bool(config.row.norms.experts_in)  # or else the mixture's sum has it too
+    widths += [m * config.d] * (dense and apart)
     if block.layer.routed and block.adds:  # with the shared expert, unless they read a latent
         latent = block.find("ffn_latent_down.weight") is not None
         widths += [m * config.expert_latent, *[m * config.d] * shared] if latent else [m * config.d]
