@@ -227,6 +227,8 @@ class Architecture:
             counts alone).
         shared_optional: without `expert_shared_count` there is no shared expert.
         shared_fused: gate and up of the shared expert are in one tensor, gate first.
+        looped: all blocks may be applied several times, one after the other (`num_loops`), with the norm before the
+            head between these passes, unless the file has `skip_loop_final_norm`.
         stream_scale: a block's output may be multiplied by a number (`layer_output_scale`).
         post_norm_epsilon: what norms after branches add inside of their root; 0 for the same as others.
         positions: learned position embeddings are added to the input: `"required"`, `"optional"`, or `""` for never.
@@ -351,6 +353,7 @@ class Architecture:
     expert_widths: str = "tensors"
     shared_optional: bool = False
     shared_fused: bool = False
+    looped: bool = False
     stream_scale: bool = False
     post_norm_epsilon: float = 0.0
     positions: str = ""
@@ -1027,4 +1030,5 @@ ARCHITECTURES: dict[str, Architecture] = {
         normed_skip=True,
         graph=Graph(ffn=("ffn_moe_out",)),
     ),
+    "nanbeige": replace(_LLAMA, partial_rotary=True, looped=True, graph=_SUMMED),
 }

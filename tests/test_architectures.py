@@ -23,7 +23,6 @@ NOT_YET = {
     "kimi-k3",
     "glm5-next",
     "talkie",
-    "nanbeige",
 }
 # llama.cpp offers no list of its names; this one was copied from its sources.
 SOURCE, *NAMES = (Path(__file__).parent / "data" / "llamacpp_architectures.txt").read_text("utf-8").splitlines()

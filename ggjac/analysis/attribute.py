@@ -583,6 +583,7 @@ def attribute_branches(
         stream = tape.x[None, : positions.stop]
         mixers.append([(mixer.kind, mixer.heads) for mixer in tape.attn.mixers])
         if by_head:
+            stream = stream if frozen.entry is None else frozen.entry.matmat(stream, one)
             halves = attention_halves(network.weights(i), config, tape.attn.at(chosen), positions.stop, len(positions))
             added, constant = torch.zeros_like(read[None]), torch.zeros_like(read)
             parts = [torch.zeros(len(positions), 0, dtype=torch.float64)]
@@ -633,12 +634,14 @@ def _reads(network: FrozenNetwork, chosen: slice, read: Float[Tensor, "m d"]) ->
     These differ only in families where not all of the stream goes past a branch; factors on the stream are not in them.
     """
     config, found = network.frame.config, [read]
-    if not config.row.normed_skip:
+    if not (config.row.normed_skip or config.loop_norm):
         return found * (2 * len(network.tapes) + 1)
     for tape in reversed(network.tapes):
         for branch in (tape.ffn, tape.attn):
             past = skip(config, branch.norm_in and branch.norm_in.at(chosen))
             found.append(found[-1] if past is None else past.rmatmat(found[-1][None])[0])
+        if tape.entry is not None:
+            found[-1] = tape.entry.at(chosen).operator().rmatmat(found[-1][None])[0]
     return found[::-1]
 
 

@@ -70,12 +70,13 @@ class InputsTape(NamedTuple):
 
 
 class BlockTape(NamedTuple):
-    """All frozen quantities of one block, and the residual stream at its input."""
+    """All frozen quantities of one block, and the residual stream at its input; `entry` is a norm before all else."""
 
     x: Float[Tensor, "n d"]
     attn: AttentionTape
     ffn: FFNTape
     inputs: InputsTape | None = None
+    entry: NormTape | None = None
 
 
 Tape = TypeVar("Tape", AttentionTape, FFNTape)
@@ -98,21 +99,31 @@ class Recorded(NamedTuple, Generic[Tape]):
 
 
 class RecordedBlock(NamedTuple):
-    """A recorded block: both branches, what it adds by inputs of its own, and the residual stream after it."""
+    """A recorded block: both branches, what it adds by inputs of its own, the stream after it, a norm at its entry."""
 
     attn: Recorded[AttentionTape]
     ffn: Recorded[FFNTape]
     inputs: InputsTape | None
     out: Float[Tensor, "n d"]
+    entry: NormTape | None
 
 
 def record_block(
     w: BlockWeights, frame: Frame, layer: int, x: Float[Tensor, "n d"], source: Past | None = None
 ) -> RecordedBlock:
     """Freeze a block at its input `x`; `source` has another block's keys and values, if it reads those."""
+    entry, x = entered(frame, layer, x)
     attn = record_attention(w, frame, layer, x, source)
     ffn, inputs, out = record_rest(w, frame, layer, x, kept(frame.config, attn.tape.norm_in, x) + attn.added)
-    return RecordedBlock(attn, ffn, inputs, out)
+    return RecordedBlock(attn, ffn, inputs, out, entry)
+
+
+def entered(frame: Frame, layer: int, x: Float[Tensor, "n d"]) -> tuple[NormTape | None, Float[Tensor, "n d"]]:
+    """Freeze the norm that all of a block reads the stream `x` through, or None, and return the stream after it."""
+    if frame.between is None or not frame.config.normed_entry(layer):
+        return None, x
+    norm = frozen_norm(frame.config, frame.between, None, x)
+    return norm, norm.apply(x)
 
 
 def extend_block(
@@ -123,7 +134,7 @@ def extend_block(
     `record_block` without tapes: the same operators, but nothing is computed again at positions of the past (None:
     there are none). A past is that of each mixer, or of the block whose keys it reads, extended already.
     """
-    config, mixers = frame.config, frame.config.layers[layer].mixers
+    config, mixers, x = frame.config, frame.config.layers[layer].mixers, entered(frame, layer, x)[1]
     past = past or (Past(),) * len(mixers)
     if not mixers:
         return record_rest(w, frame, layer, x, x)[2], past
@@ -314,6 +325,7 @@ class FrozenBlock(NamedTuple):
         bank: number of the block whose values attention reads, if several blocks read them; or None.
         values: those values, from this block's input, if it is that block.
         skip: what goes past the feed-forward; None for all of the stream.
+        entry: a norm before all else, at the positions that are read; or None.
         beside: the part of the feed-forward that reads the block's input, or None.
 
     Values that several blocks read are held in a bank, by number of their block: going up, their block writes them
@@ -331,6 +343,7 @@ class FrozenBlock(NamedTuple):
     bank: int | None = None
     values: LinearOperator | None = None
     skip: LinearOperator | None = None
+    entry: LinearOperator | None = None
     beside: LinearOperator | None = None
 
     def matmat(
@@ -344,6 +357,7 @@ class FrozenBlock(NamedTuple):
         self, H: Float[Tensor, "k n d"], t: Homogeneous = None, banks: dict[int, Tensor] | None = None
     ) -> tuple[Float[Tensor, "k m d"], Float[Tensor, "k m d"]]:
         """Return, at the written positions, the stream `[k, m, d]` and what attention adds to it."""
+        H = H if self.entry is None else self.entry.matmat(H, t)
         banks = {} if banks is None else banks
         if self.bank is not None and self.values is not None:
             banks[self.bank] = self.values.matmat(H, t)  # [k, n, gv]
@@ -418,7 +432,7 @@ class FrozenBlock(NamedTuple):
             zeros = (len(X), *self.residual.in_shape)
             X = X.new_zeros(zeros) if self.values is None else self.values.rmatmat(X)
         X[: len(H)] += self.residual.rmatmat(H)
-        return X
+        return X if self.entry is None else self.entry.rmatmat(X)
 
     @property
     def flop(self) -> int:
@@ -475,6 +489,7 @@ def block(
         bank=bank,
         values=values,
         skip=past_ffn,
+        entry=tape.entry and tape.entry.at(slice(n)).operator(),
         beside=skipping,
     )
 

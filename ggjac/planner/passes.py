@@ -184,7 +184,7 @@ class _Block:
 
     def __init__(self, file: "GGUFFile", config: ModelConfig, index: int, division: Division | None = None):
         self.tensors, self.slices = file.tensors, fused_parts(config, index)
-        self.index, self.prefix, self.layer = index, f"blk.{index}.", config.layers[index]
+        self.index, self.prefix, self.layer = index, config.prefix(index), config.layers[index]
         self.infos = [info for name, info in file.tensors.items() if name.startswith(self.prefix)]
         self.cuts: Mapping[str, Cut] = division.cuts[index] if division else {}
         self.held = division.experts(config.expert_count) if division else config.expert_count
@@ -449,7 +449,8 @@ def _each_once(block: _Block, config: ModelConfig, n: int) -> Pass:
 
 def _tape_bytes(block: _Block, config: ModelConfig, n: int, item: int) -> int:
     """Return the bytes of a block's tape: its stream `[n, d]`, norms, patterns `[h, n, n]`, factors `[n, f]`."""
-    floats, other = n * config.d, 0
+    entry = int(config.normed_entry(block.index))
+    floats, other = n * config.d + entry * config.d, entry * n * max(4, item)
     for mixer in block.layer.mixers:
         floats += _mixer_floats(config, block, mixer, n)
         if MIXERS[mixer].channels:
