@@ -230,6 +230,8 @@ class Architecture:
         streams: several residual streams (`hyper_connection.count`), which are kept `"apart"`, or `"mixed"` by weights
             from Sinkhorn's iteration; `""` for one.
         stream_head: the norm before the head reads them by weights from a matrix, and not their mean.
+        looped: all blocks may be applied several times, one after the other (`num_loops`), with the norm before the
+            head between these passes, unless the file has `skip_loop_final_norm`.
         stream_scale: a block's output may be multiplied by a number (`layer_output_scale`).
         post_norm_epsilon: what norms after branches add inside of their root; 0 for the same as others.
         positions: learned position embeddings are added to the input: `"required"`, `"optional"`, or `""` for never.
@@ -357,6 +359,7 @@ class Architecture:
     shared_fused: bool = False
     streams: str = ""
     stream_head: bool = False
+    looped: bool = False
     stream_scale: bool = False
     post_norm_epsilon: float = 0.0
     positions: str = ""
@@ -1052,4 +1055,5 @@ ARCHITECTURES: dict[str, Architecture] = {
         normed_skip=True,
         graph=Graph(ffn=("ffn_moe_out",)),
     ),
+    "nanbeige": replace(_LLAMA, partial_rotary=True, looped=True, graph=_SUMMED),
 }

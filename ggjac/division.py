@@ -153,9 +153,9 @@ def _sums(
     if "convolution" in config.layers[layer].mixers:
         own = MIXERS["convolution"]
         stems = (*own.frozen, own.values, own.convolution, own.output)
-        yield stems, tensors[f"blk.{layer}.{own.output}.weight"], CHANNELS
+        yield stems, tensors[f"{config.prefix(layer)}{own.output}.weight"], CHANNELS
     for kind in ("", "_shexp"):
-        down = tensors.get(f"blk.{layer}.ffn_down{kind}.weight")
+        down = tensors.get(f"{config.prefix(layer)}ffn_down{kind}.weight")
         if down is not None:
             yield (f"ffn.act{kind}", *(f"ffn_{stem}{kind}" for stem in ("up", "gate", "down"))), down, NARROW
 
@@ -176,7 +176,7 @@ def _heads(config: ModelConfig, layer: int, tensors: "Mapping[str, TensorInfo]",
     if "attention" in own.mixers and whole_norm:
         return ALL_HEADS
     each = own.heads // own.kv_heads
-    stored = tensors[f"blk.{layer}.attn_output.weight"].type.block_size
+    stored = tensors[f"{config.prefix(layer)}attn_output.weight"].type.block_size
 
     def unit(width: int) -> int:
         return math.lcm(stored, width) // width

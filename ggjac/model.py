@@ -27,7 +27,6 @@ from ggjac.gguf import GGUFFile, open_gguf
 from ggjac.gguf.hub import demo_path, resolve, title
 from ggjac.jacobian import DetachedJacobian, FrozenNetwork, Span
 from ggjac.jacobian.tapes import Tapes
-from ggjac.linop import StreamMix
 from ggjac.parallel import Crew
 from ggjac.planner import Plan, machine
 from ggjac.results import Table, Words
@@ -432,7 +431,7 @@ class Model:
             past = None if source is None else pasts[source]
             if i + 1 < config.block_count:
                 self.block(i + 1).read_ahead()
-            x_in, (attn, ffn, inputs, h) = h, blocks.record_block(w, frame, i, h, past)
+            x_in, (attn, ffn, inputs, h, entry) = h, blocks.record_block(w, frame, i, h, past)
             if i in config.writers:
                 pasts[i] = attn.past[0]
             observe(f"attn_out-{i}", attn.raw)
@@ -441,8 +440,8 @@ class Model:
             if not h.isfinite().all():
                 raise blocks.overflow(f"block {i}", self.dtype)
             if tapes is not False and i == len(kept):
-                kept.append(BlockTape(x_in, attn.tape, ffn.tape, inputs))
-            del x_in, attn, ffn, inputs  # before the next block is recorded
+                kept.append(BlockTape(x_in, attn.tape, ffn.tape, inputs, entry))
+            del x_in, attn, ffn, inputs, entry  # before the next block is recorded
             if progress:
                 progress(i + 1, config.block_count)
         norm = self.freeze_final_norm(h)
@@ -466,6 +465,7 @@ class Model:
             rotations,
             mlp_path,
             [blocks.activation(config, i, table=imitate) for i in range(config.block_count)],
+            between=self.weights[f"{config.row.output_norm}.weight"].dense() if config.loop_norm else None,
         )
 
     def embed(self, ids: Sequence[int], start: int = 0) -> Float[Tensor, "n d"]:
@@ -497,7 +497,7 @@ class Model:
         names = (f"{self.config.row.output_norm}.{part}" for part in ("weight", "bias"))
         weight, bias = (self.weights[name].dense() if name in self.weights else None for name in names)
         streams = blocks.final_streams(self.outside, self.config, h)
-        collected = h if streams is None else blocks.affine(StreamMix(streams, self.config.d), h)
+        collected = blocks.collected(streams, self.config, h)
         return blocks.frozen_norm(self.config, weight, bias, collected)._replace(streams=streams)
 
     def _rope_factors(self, n_ctx: int) -> Tensor | None:
@@ -513,7 +513,8 @@ class Model:
 
         Its matrices come in the dtype `rounding`, default that of the model.
         """
-        block = self.weights.block(index, fused_parts(self.config, index), live=live, rounding=rounding)
+        parts = fused_parts(self.config, index)
+        block = self.weights.block(index, parts, prefix=self.config.prefix(index), live=live, rounding=rounding)
         return self.crew.part(block, index) if self.crew else block
 
     def prompt_ids(self, prompt: str | Sequence[int], *, parse_special: bool = True) -> list[int]:

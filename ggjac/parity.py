@@ -393,7 +393,7 @@ def local_errors(
         source = None if layer.source is None else pasts.get(layer.source)
         if x is not None and (layer.source is None or source is not None):
             w = model.block(i)
-            attn, ffn, _, out = blocks.record_block(w, frame, i, x, source)
+            attn, ffn, _, out, _ = blocks.record_block(w, frame, i, x, source)
             if i in model.config.writers:
                 pasts[i] = attn.past[0]
             compare(f"{ATTENTION}-{i}", attn.raw, exact)

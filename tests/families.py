@@ -430,6 +430,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "minimax-01": EXPERTS
     | {"mixers": ("lightning", "lightning", "attention"), "layers": 4, "n_rot": 8, "expert_ff": 96}
     | {"extra": {"attention.recurrent_layers": [True, True, False, True], "residual_scale": 1.7}},
+    "nanbeige": {"extra": {"num_loops": 2, "skip_loop_final_norm": False}},
     **STATE_SPACE,
 }
 
@@ -1681,3 +1682,12 @@ LIGHTNING_CASES: dict[str, dict[str, Any]] = {
     ),
 }
 FAMILY_CASES |= LIGHTNING_CASES
+
+LOOPED_CASES: dict[str, dict[str, Any]] = {
+    "nanbeige": of("nanbeige", rope_factors=True, rope_base=500.0),
+    "nanbeige_once": of("nanbeige", extra={"num_loops": 1}, tied=True, n_rot=8),
+    "nanbeige_thrice": of("nanbeige", extra={"num_loops": 3}, layers=1, **YARN_ROW),
+    "nanbeige_not_normed": of("nanbeige", extra={"skip_loop_final_norm": True}, fused_qkv=True),
+    "nanbeige_unread": of("nanbeige", window=3, extra=UNREAD, omit=("skip_loop_final_norm",)),
+}
+FAMILY_CASES |= LOOPED_CASES

@@ -115,6 +115,7 @@ class Facts(NamedTuple):
     embedding: str | None = None  # root (of d) | key | normed (without weights) | norm (with them)
     post_epsilon: float | None = None  # of the norms after a sublayer; None: that of the others
     residual_key: bool = False
+    looped: bool = False  # all blocks are applied num_loops times, with the final norm between
     normed_skip: bool = False  # past a branch goes what the norm before it makes, times the file's residual_scale
     value_scale_key: bool = False  # attention.value_scale: of what attention adds
     norm_key: bool = False  # attention.layer_norm_rms_epsilon in the file: norms are rms
@@ -413,6 +414,7 @@ FACTS: dict[str, Facts] = {
         rope="halves", normed_skip=True, mixers=by_interval("lightning", 8),
         graph={"ffn_out": "l_out", "ffn_moe_out": "ffn_out"},
     ),
+    "nanbeige": Facts(factors=True, looped=True, sum_named_ffn_out=True),
     "spark2_5": Facts(rope="halves", period=0, activation="gelu", graph=GATED | {"attn_out_proj": "attn_out"}),
     "muse-glimmer": SANDWICH._replace(
         roped="local", period=4, local_scaling=False, qk_norm="head", final_cap=30.0, embedding="normed",
@@ -470,7 +472,20 @@ def _read(path: str, changed: int) -> Oracle:
     facts = FACTS[architecture]
     if facts.norm_key and f"{architecture}.attention.layer_norm_rms_epsilon" in fields:
         facts = facts._replace(norm="rms")
+    if facts.looped:
+        metadata, weights = unrolled(metadata, weights)
     return Oracle(architecture, metadata, weights, facts)
+
+
+def unrolled(meta: dict[str, Any], weights: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Return a model whose blocks are applied several times as one that has them so often."""
+    once, loops = meta["block_count"], meta.get("num_loops", 1)
+    more = {
+        f"blk.{int(i) + turn * once}.{rest}": w
+        for blk, i, rest, w in ((*name.split(".", 2), w) for name, w in weights.items() if name.startswith("blk."))
+        for turn in range(loops)
+    }
+    return meta | {"block_count": once * loops, "blocks in a loop": once}, weights | more
 
 
 def blocks(meta: Mapping[str, Any]) -> int:
@@ -1061,6 +1076,8 @@ def block(
     for families whose blocks read what earlier ones had.
     """
     facts, b, frozen = model.facts, f"blk.{layer}", freeze is not None
+    if facts.looped and layer and layer % model.metadata["blocks in a loop"] == 0:
+        x = x if model.metadata.get("skip_loop_final_norm") else norm(model, facts.final_norm, x, frozen=frozen)
     scale = (model.metadata.get("residual_scale", 0.0) or 1.0) if facts.residual_key else 1.0
     how = {"frozen": frozen, "context": len(x) if context is None else context}
     # Falcon 40B has a norm of its own for the attention; the usual one is then the feed-forward's.

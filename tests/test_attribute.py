@@ -39,7 +39,7 @@ CASES = (
     *("nemotron_h_moe", "gemma4"),
     *("gemma4_experts", "gemma4_full_first", "gemma4_small", "gemma4_shared"),
     *("deepseek2", "deepseek2_unsplit", "minicpm3", "minimax_m3"),
-    *("kimi_linear", "bailingmoe3_clamped", "minimax_01", "laguna", "llama4_several", "hy_v4"),
+    *("kimi_linear", "bailingmoe3_clamped", "minimax_01", "laguna", "llama4_several", "nanbeige", "hy_v4"),
 )
 N = 6
 
@@ -111,11 +111,16 @@ class Expected:
     def later(self, layer: int, position: int, *, feeds: bool = True) -> Tensor:
         """Return the product of what multiplies the stream from this layer's feed-forward, or its end, on.
 
-        It is a number after each layer, or where norms go past branches, their frozen factors.
+        It is a number after each layer; or frozen factors of norms, past branches or between passes over all layers.
         """
         names = (f"blk.{i}.layer_output_scale.weight" for i in range(layer, self.layers))
         factor = torch.ones_like(self.last[0])
         factor *= math.prod(float(self.known.weights[name]) for name in names if name in self.known.weights)
+        if self.known.facts.looped:
+            once = self.known.metadata["blocks in a loop"]
+            for i in range((layer // once + 1) * once, self.layers, once):
+                size = oracle.root_mean_square(self.known, self.states[f"l_out-{i - 1}"][position])
+                factor = factor * self.known.weights["output_norm.weight"] / size
         if self.known.facts.normed_skip:
             for i in range(layer, self.layers):
                 before = self.states[f"l_out-{i - 1}"] if i else self.states["x"]

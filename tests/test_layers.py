@@ -66,7 +66,8 @@ def by_place(result: Layers) -> dict[tuple[str, str, int], LayerMap]:
 
 @pytest.mark.parametrize("position", [-1, 2])
 @pytest.mark.parametrize(
-    "case", ["three_layers", "biases", "gemma2", "gpt2", "qwen2moe", "nemotron_h", "gemma4", "minimax_01", "hy_v4"]
+    "case",
+    ["three_layers", "biases", "gemma2", "gpt2", "qwen2moe", "nemotron_h", "gemma4", "minimax_01", "nanbeige", "hy_v4"],
 )
 def test_every_map_is_that_of_autograd(case: str, position: int, tiny_files: dict[str, Path]) -> None:
     """Spectrum, left vectors with their signs, tokens and stable rank, from the dense SVD of each Jacobian."""

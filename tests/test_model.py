@@ -675,6 +675,18 @@ MISTAKES: dict[str, tuple[str, Callable[[Patch], None]]] = {
         "granite_swa_listed", lambda p: change_config(p, layer__rope=Rope(16, 500.0, "adjacent"))
     ),
     "weights not normed in Kimi Linear": ("kimi_linear_unread", lambda p: change_config(p, row__renormalize=False)),
+    "heads of attention not gated": ("afmoe", without("attn_gate.weight")),
+    "gates of heads by a sigmoid": ("laguna", lambda p: change_config(p, row__softplus_gate=False)),
+    "one epsilon for all norms": ("muse_glimmer_faint", lambda p: change_config(p, row__post_norm_epsilon=0.0)),
+    "embeddings not normed": ("muse_glimmer", lambda p: change_config(p, row__embedding_norm="")),
+    "experts' outputs weighted": ("llama4", lambda p: change_config(p, row__weighted_inputs=False)),
+    "queries and keys not normed after rotation": ("llama4", lambda p: change_config(p, row__qk_norm="")),
+    "the stream goes past branches": ("minimax_01", lambda p: change_config(p, row__normed_skip=False)),
+    "what goes past branches not scaled": ("minimax_01", lambda p: change_config(p, skip_scale=1.0)),
+    "lightning attention fades alike in all blocks": (
+        "minimax_01", lambda p: p.setattr(mixers, "_slopes", lambda heads, *_, of=mixers._slopes: of(heads, 0, 4))
+    ),
+    "no norm between passes": ("nanbeige", lambda p: change_config(p, loop_norm=False)),
     "latent queries grow late": ("deepseek2_temperature", lambda p: change_config(p, temperature_length=5)),
 }  # fmt: skip
 

@@ -13,7 +13,7 @@ import tiny
 import torch
 import torch.distributed as dist
 from families import NO_GROUPS
-from helpers import FIRST
+from helpers import FIRST, held
 
 from ggjac import division, parallel, planner
 from ggjac.config import read_config
@@ -243,3 +243,21 @@ def test_what_a_rank_reads_ahead(
     assert not asked  # the first slab has asked for all
     columns.columns(0, 64).read_ahead()
     assert asked["ffn_down"] == (0, d)
+
+
+@pytest.mark.parametrize("case", ["gqa", "gemma2", "lfm2"])
+def test_a_rank_holds_what_its_plan_says(
+    case: str, alone: dist.ProcessGroup, tiny_file: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The peak of memory, as of one of two; the other one's terms are missing, but they take no memory here."""
+    monkeypatch.setattr(dist, "get_world_size", lambda group=None: 2)
+    monkeypatch.setattr(dist, "get_rank", lambda group=None: 0)
+    monkeypatch.setattr(SharedJournal, "_compare", lambda *_: None)
+    model = open_model(tiny_file(case, layers=3) if case == "gqa" else tiny_file(case), threads=1, group=alone)
+    plan = model.plan(24, "svd", rank=16, sweeps=4)
+    asked = {"tol": 1e-9, "max_sweeps": 4, "block": plan.work.width}
+    measured = held(lambda: model.trace(tiny.prompt(case, 24)).jacobian().svd(16, **asked))
+    needed = plan.ram_needed - plan.ram["process"]
+    whole = model.plan(24, "svd", rank=16, sweeps=4, ranks=1)
+    assert 0.75 < measured / needed < 1.12, (plan.ram, whole.ram)
+    assert needed < whole.ram_needed - whole.ram["process"]

@@ -199,6 +199,7 @@ def test_processes_on_one_gpu_share_its_memory(
     ("command", "given", "reason"),
     [
         ("contrast", {}, "autograd cannot"),
+        ("jacobian", {"each_line": True}, "--mean: several processes take prompts of their own"),
         ("analyze", {}, "--no-verify"),
         ("analyze", {"no_verify": True, "contrast": True}, "--contrast"),
         ("svd", {"trace": Path("x")}, "--trace"),

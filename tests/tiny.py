@@ -136,7 +136,8 @@ class Options:
 
     @property
     def blocks(self) -> int:
-        return self.layers - self.predictors
+        """Those of the model: several passes over all layers count each."""
+        return (self.layers - self.predictors) * self.extra.get("num_loops", 1)
 
     @property
     def working(self) -> int:

@@ -583,6 +583,7 @@ def attribute_branches(
         stream = tape.x[None, : positions.stop]
         mixers.append([(mixer.kind, mixer.heads) for mixer in tape.attn.mixers])
         if by_head:
+            stream = stream if frozen.entry is None else frozen.entry.matmat(stream, one)
             halves = attention_halves(network.weights(i), config, tape.attn.at(chosen), positions.stop, len(positions))
             added, constant = torch.zeros_like(after_attn[None]), torch.zeros_like(after_attn)
             parts = [torch.zeros(len(positions), 0, dtype=torch.float64)]
@@ -634,7 +635,7 @@ def _reads(network: FrozenNetwork, chosen: slice, read: Float[Tensor, "m i"]) ->
     on the stream are not in them.
     """
     config, found = network.frame.config, list[Tensor]()
-    if not (config.row.normed_skip or config.row.streams):
+    if not (config.row.normed_skip or config.row.streams or config.loop_norm):
         return [read] * (2 * len(network.tapes) + 1)
     for tape in reversed(network.tapes):
         for branch in (tape.ffn, tape.attn):
@@ -642,6 +643,8 @@ def _reads(network: FrozenNetwork, chosen: slice, read: Float[Tensor, "m i"]) ->
             found.append(read if spread is None else spread.rmatmat(read[None])[0])
             past = skip(config, branch, chosen)
             read = read if past is None else past.rmatmat(read[None])[0]
+        if tape.entry is not None:
+            read = tape.entry.at(chosen).operator().rmatmat(read[None])[0]
     return [read, *found[::-1]]
 
 

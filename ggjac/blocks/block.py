@@ -28,9 +28,9 @@ from ggjac.blocks.frame import BlockWeights, Frame, affine, linear, scaled
 from ggjac.blocks.mixers import MixerTape, Past, extend_mixer, reading, record_mixer, valued, writing
 from ggjac.blocks.networks import FFNTape, networks, record_hidden, record_mixture
 from ggjac.blocks.norms import NormTape, frozen_norm, record_norm
-from ggjac.blocks.streams import StreamsTape, record_streams
+from ggjac.blocks.streams import StreamsTape, collected, record_streams
 from ggjac.config import ModelConfig
-from ggjac.linop import Homogeneous, Identity, LinearOperator, Scale, Select, StreamMix, Sum, Zero
+from ggjac.linop import Homogeneous, Identity, LinearOperator, Scale, Select, Sum, Zero
 
 
 class AttentionTape(NamedTuple):
@@ -74,12 +74,16 @@ class InputsTape(NamedTuple):
 
 
 class BlockTape(NamedTuple):
-    """All frozen quantities of one block, and the residual stream at its input, or streams."""
+    """All frozen quantities of one block, and the residual stream, or streams, at its input.
+
+    `entry` is a norm before all else.
+    """
 
     x: Float[Tensor, "n i"]
     attn: AttentionTape
     ffn: FFNTape
     inputs: InputsTape | None = None
+    entry: NormTape | None = None
 
 
 Tape = TypeVar("Tape", AttentionTape, FFNTape)
@@ -102,22 +106,32 @@ class Recorded(NamedTuple, Generic[Tape]):
 
 
 class RecordedBlock(NamedTuple):
-    """A recorded block: both branches, what it adds by inputs of its own, and the residual stream after it."""
+    """A recorded block: both branches, what it adds by inputs of its own, the stream after it, a norm at its entry."""
 
     attn: Recorded[AttentionTape]
     ffn: Recorded[FFNTape]
     inputs: InputsTape | None
     out: Float[Tensor, "n o"]
+    entry: NormTape | None
 
 
 def record_block(
     w: BlockWeights, frame: Frame, layer: int, x: Float[Tensor, "n i"], source: Past | None = None
 ) -> RecordedBlock:
     """Freeze a block at its input `x`; `source` has another block's keys and values, if it reads those."""
+    entry, x = entered(frame, layer, x)
     attn = record_attention(w, frame, layer, x, source)
     middle = taken_up(frame.config, attn.tape, x, attn.added)
     ffn, inputs, out = record_rest(w, frame, layer, x, middle)
-    return RecordedBlock(attn, ffn, inputs, out)
+    return RecordedBlock(attn, ffn, inputs, out, entry)
+
+
+def entered(frame: Frame, layer: int, x: Float[Tensor, "n d"]) -> tuple[NormTape | None, Float[Tensor, "n d"]]:
+    """Freeze the norm that all of a block reads the stream `x` through, or None, and return the stream after it."""
+    if frame.between is None or not frame.config.normed_entry(layer):
+        return None, x
+    norm = frozen_norm(frame.config, frame.between, None, x)
+    return norm, norm.apply(x)
 
 
 def extend_block(
@@ -128,7 +142,7 @@ def extend_block(
     `record_block` without tapes: the same operators, but nothing is computed again at positions of the past (None:
     there are none). A past is that of each mixer, or of the block whose keys it reads, extended already.
     """
-    config, mixers = frame.config, frame.config.layers[layer].mixers
+    config, mixers, x = frame.config, frame.config.layers[layer].mixers, entered(frame, layer, x)[1]
     past = past or (Past(),) * len(mixers)
     if not mixers:
         return record_rest(w, frame, layer, x, x)[2], past
@@ -215,7 +229,7 @@ def record_ffn(
     config, norms, own = frame.config, frame.config.row.norms, frame.config.layers[layer]
     if not own.routed and not own.hidden_units:
         return Recorded(FFNTape(None, (), None), torch.zeros_like(x), torch.zeros_like(x))
-    collected, streams = record_streams(w, config, "ffn", x)
+    weights, streams = record_streams(w, config, "ffn", x)
     if own.routed and own.hidden_units and norms.experts_in:
         # A dense network and a mixture, added, each between norms of its own.
         read = entry if config.row.experts_skip else x
@@ -225,7 +239,7 @@ def record_ffn(
         if config.row.experts_skip:
             tape = FFNTape(None, (dense,), None, beside=mixture)
     else:
-        tape, raw = _record_part(w, frame, layer, x, entry, norms.ffn_in, (), collected, routed=own.routed)
+        tape, raw = _record_part(w, frame, layer, x, entry, norms.ffn_in, (), weights, routed=own.routed)
     norm_out, added = _normed_output(w, config, norms.ffn_out, config.residual_scale, raw)
     return Recorded(tape._replace(norm_out=norm_out, streams=streams), raw, added)
 
@@ -323,6 +337,7 @@ class FrozenBlock(NamedTuple):
         bank: number of the block whose values attention reads, if several blocks read them; or None.
         values: those values, from this block's input, if it is that block.
         skip: what goes past the feed-forward; None for all of the stream.
+        entry: a norm before all else, at the positions that are read; or None.
         beside: the part of the feed-forward that reads the block's input, or None.
         spread: of several residual streams, how they take up what attention adds, and what the feed-forward adds, each
             `[m, d]` to `[m, o d]`; None for one stream.
@@ -342,6 +357,7 @@ class FrozenBlock(NamedTuple):
     bank: int | None = None
     values: LinearOperator | None = None
     skip: LinearOperator | None = None
+    entry: LinearOperator | None = None
     beside: LinearOperator | None = None
     spread: tuple[LinearOperator, LinearOperator] | None = None
 
@@ -356,6 +372,7 @@ class FrozenBlock(NamedTuple):
         self, H: Float[Tensor, "k n i"], t: Homogeneous = None, banks: dict[int, Tensor] | None = None
     ) -> tuple[Float[Tensor, "k m o"], Float[Tensor, "k m d"]]:
         """Return, at the written positions, the stream `[k, m, d]` and what attention adds to it."""
+        H = H if self.entry is None else self.entry.matmat(H, t)
         banks = {} if banks is None else banks
         if self.bank is not None and self.values is not None:
             banks[self.bank] = self.values.matmat(H, t)  # [k, n, gv]
@@ -435,7 +452,7 @@ class FrozenBlock(NamedTuple):
             zeros = (len(X), *self.residual.in_shape)
             X = X.new_zeros(zeros) if self.values is None else self.values.rmatmat(X)
         X[: len(H)] += self.residual.rmatmat(H)
-        return X
+        return X if self.entry is None else self.entry.rmatmat(X)
 
     @property
     def flop(self) -> int:
@@ -496,6 +513,7 @@ def block(
         bank=bank,
         values=values,
         skip=past_ffn,
+        entry=tape.entry and tape.entry.at(slice(n)).operator(),
         beside=skipping,
         spread=spread,
     )
@@ -538,7 +556,7 @@ def _normed_input(
     read: Float[Tensor, "n 1 s"] | None = None,
 ) -> tuple[NormTape | None, Float[Tensor, "n d"]]:
     """Freeze the norm before a branch, and return it with the normed stream, or what it collects of several streams."""
-    norm = record_norm(w, config, names, x if read is None else affine(StreamMix(read, config.d), x))
+    norm = record_norm(w, config, names, collected(read, config, x))
     norm = norm and norm._replace(streams=read)
     return norm, x if norm is None else norm.apply(x)
 

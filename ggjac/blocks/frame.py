@@ -93,6 +93,7 @@ class Frame(NamedTuple):
         mlp_path: the freezing rule of gated feed-forwards.
         activations: the activation of each block's feed-forward.
         inputs: what each block reads of the tokens beside the stream, at the positions that are recorded; or None.
+        between: weight of the norm between passes over all blocks, or None.
     """
 
     config: ModelConfig
@@ -100,6 +101,7 @@ class Frame(NamedTuple):
     mlp_path: MlpPath
     activations: Sequence[Activation]
     inputs: Float[Tensor, "n L w"] | None = None
+    between: Float[Tensor, " d"] | None = None
 
 
 def linear(

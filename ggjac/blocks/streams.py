@@ -44,6 +44,13 @@ class StreamsTape(NamedTuple):
         return None if self.kept is None else StreamMix(self.kept, d)
 
 
+def collected(
+    read: Float[Tensor, "n 1 s"] | None, config: ModelConfig, x: Float[Tensor, "n i"]
+) -> Float[Tensor, "n d"]:
+    """Return what is read of the state `x` by some weights; all of it where there are none."""
+    return x if read is None else affine(StreamMix(read, config.d), x)
+
+
 def record_streams(
     w: BlockWeights, config: ModelConfig, branch: str, x: Float[Tensor, "n i"]
 ) -> tuple[Float[Tensor, "n 1 s"] | None, StreamsTape | None]:

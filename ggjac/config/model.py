@@ -216,7 +216,8 @@ class ModelConfig:
         architecture: `general.architecture`.
         embedding: name of the tensor with the embeddings.
         row: its entry in `ARCHITECTURES`, with file-dependent options resolved.
-        block_count: number of blocks, L, without those that predict later tokens.
+        block_count: number of blocks, L, without those that predict later tokens; those that are applied several times
+            count as often.
         layers: properties of each block.
         d: embedding length.
         vocabulary: rows of the embedding matrix.
@@ -241,6 +242,8 @@ class ModelConfig:
         decay_bound: lower bound of the logarithm of decays; 0 for none.
         indexer: of attention to selected keys.
         streams: of several residual streams.
+        loops: how often the file's blocks are applied, all of them each time.
+        loop_norm: whether the norm before the head is applied between these passes.
     """
 
     architecture: str
@@ -274,6 +277,21 @@ class ModelConfig:
     streams: Streams = Streams()
     value_scale: float = 1.0
     skip_scale: float = 1.0
+    loops: int = 1
+    loop_norm: bool = False
+
+    @property
+    def stored_blocks(self) -> int:
+        """Number of blocks whose tensors the file has, without those that predict later tokens."""
+        return self.block_count // self.loops
+
+    def prefix(self, layer: int) -> str:
+        """Return the prefix of the names of a block's tensors."""
+        return f"blk.{layer % self.stored_blocks}."
+
+    def normed_entry(self, layer: int) -> bool:
+        """Return whether the norm before the head is applied to the input of a block."""
+        return self.loop_norm and layer > 0 and layer % self.stored_blocks == 0
 
     def width(self, depth: int) -> int:
         """Return the elements of all residual streams after `depth` blocks; before the first block there is one."""

@@ -27,6 +27,7 @@ ARCHITECTURES = {name: kind for kind, names in _ARCHITECTURES.items() for name i
 
 # `general.architecture` of language models that are left out on purpose -> why.
 LEFT_OUT = {
+    "chameleon": "llama.cpp gives its image tokens no logits, and MLPs of its larger size read the wrong states there",
     "gptj": "llama.cpp has its name but no graph for it",
     "graniteswitch": "its tokens switch LoRA adapters on and off for those after them",
     "qwen4exp": "llama.cpp's own sources call its graph provisional",

@@ -19,6 +19,8 @@ from ggjac.config.tensors import check_tensors
 
 # Values of `expert_gating_func` (llama.cpp); 0 means the architecture's default.
 _ROUTERS = {1: "softmax", 2: "sigmoid"}
+# Of blocks that are applied several times (llama.cpp's LLAMA_MAX_LAYERS).
+MAX_BLOCKS = 512
 # Tensors that have a projection of their own to the values.
 _VALUES = ("attn_v", "attn_qkv")
 _KEYS_AND_VALUES = ("attn_k", "attn_v", "attn_k_norm")
@@ -45,15 +47,15 @@ def read_config(metadata: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...
     if row.embedding_optional and embedding not in shapes:
         embedding = "output.weight"
     experts = _experts(keys, row, stored, shapes)
-    layers = _layers(keys, row, stored, blocks, experts, shapes)
+    layers, loops = _layers(keys, row, stored, blocks, experts, shapes), _loops(keys, row, blocks)
     temperature = keys.real("attention.temperature_scale", 0.0) if row.temperature else 0.0
 
     config = ModelConfig(
         architecture=name,
         embedding=embedding,
         row=row,
-        block_count=blocks,
-        layers=layers,
+        block_count=blocks * loops,
+        layers=layers * loops,
         d=d,
         vocabulary=shapes.get(embedding, (0,))[0],
         context_length=context,
@@ -79,6 +81,8 @@ def read_config(metadata: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...
         expert_latent=keys.count("moe_latent_size") if row.expert_latent else 0,
         indexer=_indexer(keys, row),
         streams=_streams(keys, row),
+        loops=loops,
+        loop_norm=loops > 1 and not ("skip_loop_final_norm" in keys and keys.flag("skip_loop_final_norm")),
         inputs=keys.count("embedding_length_per_layer_input") if row.inputs else 0,
     )
     # Blocks that read another's keys may still have tensors for their own.
@@ -151,6 +155,16 @@ def _block_counts(keys: Keys, shapes: Mapping[str, tuple[int, ...]]) -> tuple[in
                 "is wrong: convert the model again"
             )
     return stored, stored - predictors
+
+
+def _loops(keys: Keys, row: Architecture, blocks: int) -> int:
+    """Return how often all blocks are applied."""
+    loops = keys.integer("num_loops", 1) if row.looped else 1
+    if loops * blocks > MAX_BLOCKS:
+        raise ConfigError(
+            f"{keys.prefix}.num_loops is {loops}: {blocks} blocks so often are more than {MAX_BLOCKS}: not supported"
+        )
+    return loops
 
 
 def _layers(

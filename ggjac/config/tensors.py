@@ -416,7 +416,7 @@ def _scopes(config: ModelConfig) -> Iterator[tuple[str, dict[str, tuple[str, ...
         outside = {name: axes for name, axes in outside.items() if not name.startswith("output.")}
     yield "", outside, sizes
     sizes |= _recurrent_sizes(config) | _indexer_sizes(config)
-    for i, own in enumerate(config.layers):
+    for i, own in enumerate(config.layers[: config.stored_blocks]):
         widths = {"f": own.hidden_units, "fe": own.expert_units}
         widths |= {f"2{name}": 2 * width for name, width in widths.items()}
         yield f"blk.{i}.", _block_table(config, i), sizes | widths | _attention_sizes(config, i)
@@ -505,7 +505,7 @@ def _block_table(config: ModelConfig, layer: int) -> dict[str, tuple[str, ...]]:
         matrices |= _MIXERS[_layout(config, mixer)]
     scaled = set(matrices) if row.qkv_scales else {"attn_output"}
     scaled -= set() if row.output_scales else {"attn_output"}
-    if row.recurrent in own.mixers and not row.recurrent_scales:
+    if row.looped or (row.recurrent in own.mixers and not row.recurrent_scales):  # llama.cpp: in the first pass only
         scaled = set()
     for mixer in own.mixers:
         vectors |= _VECTORS.get(_layout(config, mixer), {})

@@ -14,7 +14,16 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ggjac.blocks import BlockWeights, Past, WeightMatrix, block_inputs, record_attention, record_rest, taken_up
+from ggjac.blocks import (
+    BlockWeights,
+    Past,
+    WeightMatrix,
+    block_inputs,
+    entered,
+    record_attention,
+    record_rest,
+    taken_up,
+)
 from ggjac.jacobian import FrozenNetwork
 from ggjac.linop import Homogeneous, LinearOperator
 from ggjac.sizes import CHUNK_BYTES
@@ -128,11 +137,12 @@ class OrdinaryJacobian(LinearOperator):
             past = None if source is None else Past(state[f"keys {source}"], state[f"values {source}"])
             frame = self._frame._replace(inputs=state.get(INPUTS))
             # `record_block`, but the tape of attention is freed before the feed-forward.
-            attn = record_attention(w, frame, i, state[STREAM], past)
+            x = entered(frame, i, state[STREAM])[1]
+            attn = record_attention(w, frame, i, x, past)
             made = _named(i, attn.past[0]) if i in config.writers else {}
-            middle = taken_up(config, attn.tape, state[STREAM], attn.added)
+            middle = taken_up(config, attn.tape, x, attn.added)
             del attn
-            return made | {STREAM: record_rest(w, frame, i, state[STREAM], middle)[2]}
+            return made | {STREAM: record_rest(w, frame, i, x, middle)[2]}
 
         return block
 

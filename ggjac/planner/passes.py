@@ -184,7 +184,7 @@ class _Block:
 
     def __init__(self, file: "GGUFFile", config: ModelConfig, index: int, division: Division | None = None):
         self.tensors, self.slices = file.tensors, fused_parts(config, index)
-        self.index, self.prefix, self.layer = index, f"blk.{index}.", config.layers[index]
+        self.index, self.prefix, self.layer = index, config.prefix(index), config.layers[index]
         self.infos = [info for name, info in file.tensors.items() if name.startswith(self.prefix)]
         self.cuts: Mapping[str, Cut] = division.cuts[index] if division else {}
         self.held = division.experts(config.expert_count) if division else config.expert_count
@@ -273,7 +273,9 @@ def _sums(block: _Block, config: ModelConfig, n: int, m: int) -> Pass:
     """
     widths = [n * config.d for mixer in block.layer.mixers if MIXERS[mixer].output in block.cuts]
     dense, shared = ("ffn_down" + kind in block.cuts for kind in ("", "_shexp"))
-    widths += [m * config.d] * dense
+    # A dense network and experts that read the same are added up at once.
+    together = block.layer.routed and block.adds and not config.row.norms.experts_in
+    widths += [m * config.d] * (dense and not together)
     if block.layer.routed and block.adds:  # with the shared expert, unless they read a latent
         latent = block.find("ffn_latent_down.weight") is not None
         widths += [m * config.expert_latent, *[m * config.d] * shared] if latent else [m * config.d]
@@ -449,7 +451,8 @@ def _each_once(block: _Block, config: ModelConfig, n: int) -> Pass:
 
 def _tape_bytes(block: _Block, config: ModelConfig, n: int, item: int) -> int:
     """Return the bytes of a block's tape: its stream `[n, d]`, norms, patterns `[h, n, n]`, factors `[n, f]`."""
-    floats, other = n * config.width(block.index), 0
+    entry = int(config.normed_entry(block.index))
+    floats, other = n * config.width(block.index) + entry * config.d, entry * n * max(4, item)
     for mixer in block.layer.mixers:
         floats += _mixer_floats(config, block, mixer, n)
         if MIXERS[mixer].channels:

@@ -79,13 +79,22 @@ class WeightStore:
         return Weight(self, info, 0, info.rows, 0, info.shape[-1])
 
     def block(
-        self, index: int, slices: Mapping[str, Part], *, live: bool = False, rounding: torch.dtype | None = None
+        self,
+        index: int,
+        slices: Mapping[str, Part],
+        *,
+        prefix: str | None = None,
+        live: bool = False,
+        rounding: torch.dtype | None = None,
     ) -> "Block":
         """Return the tensors of block `index`; for `slices` and `rounding` see `Block`.
 
+        Their names begin with `prefix`, by default with the block's number.
+
         With `live` they are used in every sweep, and kept where `places` says.
         """
-        return Block(self, f"blk.{index}.", slices, self.places[index] if live and self.places else "file", rounding)
+        place = self.places[index] if live and self.places else "file"
+        return Block(self, prefix or f"blk.{index}.", slices, place, rounding)
 
     def check_unchanged(self) -> None:
         """Refuse to go on if the file was changed by another program, as `GGUFFile.check_unchanged` says."""

@@ -19,7 +19,7 @@ from attempts import Attempt, arguments, leftovers, one_line, workplace
 from ggjac.gguf.hub import demo_path
 
 PROMPTS = [f"{subject} number {i} is" for i in range(4) for subject in ("The city", "A color", "My tree", "This word")]
-PATIENCE = 10.0  # seconds in which a worker must end after its parent
+PATIENCE = 60.0  # seconds in which a worker must end after its parent: when it has imported torch, at the latest
 
 
 def command(model: Path, *more: str) -> list[str]:
