@@ -227,9 +227,7 @@ class Architecture:
             counts alone).
         shared_optional: without `expert_shared_count` there is no shared expert.
         shared_fused: gate and up of the shared expert are in one tensor, gate first.
-        streams: several residual streams (`hyper_connection.count`), which are kept `"apart"`, or `"mixed"` by weights
-            from Sinkhorn's iteration; `""` for one.
-        stream_head: the norm before the head reads them by weights from a matrix, and not their mean.
+        streams: there are several residual streams (`hyper_connection.count`).
         looped: all blocks may be applied several times, one after the other (`num_loops`), with the norm before the
             head between these passes, unless the file has `skip_loop_final_norm`.
         stream_scale: a block's output may be multiplied by a number (`layer_output_scale`).
@@ -357,8 +355,7 @@ class Architecture:
     expert_widths: str = "tensors"
     shared_optional: bool = False
     shared_fused: bool = False
-    streams: str = ""
-    stream_head: bool = False
+    streams: bool = False
     looped: bool = False
     stream_scale: bool = False
     post_norm_epsilon: float = 0.0
@@ -841,8 +838,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         indexer="optional keys",
         gated_heads="elements",
         sinks="required",
-        streams="apart",
-        stream_head=True,
+        streams=True,
         output_scales=False,
         hidden_clamps="before",
         router_key=True,
