@@ -227,9 +227,9 @@ class Architecture:
             counts alone).
         shared_optional: without `expert_shared_count` there is no shared expert.
         shared_fused: gate and up of the shared expert are in one tensor, gate first.
-        streams: there are several residual streams (`hyper_connection.count`).
         looped: all blocks may be applied several times, one after the other (`num_loops`), with the norm before the
             head between these passes, unless the file has `skip_loop_final_norm`.
+        streams: there are several residual streams (`hyper_connection.count`).
         stream_scale: a block's output may be multiplied by a number (`layer_output_scale`).
         post_norm_epsilon: what norms after branches add inside of their root; 0 for the same as others.
         positions: learned position embeddings are added to the input: `"required"`, `"optional"`, or `""` for never.
@@ -355,8 +355,8 @@ class Architecture:
     expert_widths: str = "tensors"
     shared_optional: bool = False
     shared_fused: bool = False
-    streams: bool = False
     looped: bool = False
+    streams: bool = False
     stream_scale: bool = False
     post_norm_epsilon: float = 0.0
     positions: str = ""

@@ -468,12 +468,18 @@ class Model:
             between=self.weights[f"{config.row.output_norm}.weight"].dense() if config.loop_norm else None,
         )
 
+    @property
+    def embeddings(self) -> decode.Embeddings:
+        """The embeddings, normed where the model does so."""
+        return decode.Embeddings(self.embedding, self._normed if self.config.row.embedding_norm else None)
+
+    def _normed(self, rows: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
+        norm = blocks.record_norm(self.outside, self.config, ("token_embd_norm",), rows)
+        return (norm or blocks.frozen_norm(self.config, None, None, rows)).apply(rows)
+
     def embed(self, ids: Sequence[int], start: int = 0) -> Float[Tensor, "n d"]:
         """Return the input of block 0, `[n, d]`: embeddings, scaled or normed, plus learned positions from `start`."""
-        x = self.embedding.take(ids) * self.config.embedding_scale
-        if self.config.row.embedding_norm:
-            own = blocks.record_norm(self.outside, self.config, ("token_embd_norm",), x)
-            x = (own or blocks.frozen_norm(self.config, None, None, x)).apply(x)
+        x = self.embeddings.take(ids) * self.config.embedding_scale
         if "position_embd.weight" in self.weights:
             x = x + self.weights["position_embd.weight"].take(range(start, start + len(ids)))
         return x
@@ -687,7 +693,7 @@ class Trace:
             outputs=self.outputs,
             ids=self.ids,
             head=model.head,
-            embedding=model.embedding,
+            embedding=model.embeddings,
             outside=model.outside,
             table=partial(model.block_table, self.ids),
             token=model.token,

@@ -17,13 +17,11 @@ NOT_YET = {
     "rwkv6qwen2",
     "rwkv7",
     "arwkv7",
-    "hy_v4",
     "grovemoe",
     "hrm_text",
     "kimi-k3",
     "glm5-next",
     "talkie",
-    "nanbeige",
 }
 # llama.cpp offers no list of its names; this one was copied from its sources.
 SOURCE, *NAMES = (Path(__file__).parent / "data" / "llamacpp_architectures.txt").read_text("utf-8").splitlines()

@@ -635,7 +635,7 @@ def _reads(network: FrozenNetwork, chosen: slice, read: Float[Tensor, "m i"]) ->
     on the stream are not in them.
     """
     config, found = network.frame.config, list[Tensor]()
-    if not (config.row.normed_skip or config.row.streams or config.loop_norm):
+    if not (config.row.normed_skip or config.loop_norm or config.row.streams):
         return [read] * (2 * len(network.tapes) + 1)
     for tape in reversed(network.tapes):
         for branch in (tape.ffn, tape.attn):

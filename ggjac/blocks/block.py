@@ -74,7 +74,7 @@ class InputsTape(NamedTuple):
 
 
 class BlockTape(NamedTuple):
-    """All frozen quantities of one block, and the residual stream, or streams, at its input.
+    """All frozen quantities of one block, and the residual stream at its input, or streams.
 
     `entry` is a norm before all else.
     """

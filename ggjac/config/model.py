@@ -239,9 +239,9 @@ class ModelConfig:
         inputs: width of the inputs that each block has of its own; 0 for none.
         decay_bound: lower bound of the logarithm of decays; 0 for none.
         indexer: of attention to selected keys.
-        streams: of several residual streams.
         loops: how often the file's blocks are applied, all of them each time.
         loop_norm: whether the norm before the head is applied between these passes.
+        streams: of several residual streams.
     """
 
     architecture: str

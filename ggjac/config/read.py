@@ -80,9 +80,9 @@ def read_config(metadata: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...
         decay_bound=_decay_bound(keys, row),
         expert_latent=keys.count("moe_latent_size") if row.expert_latent else 0,
         indexer=_indexer(keys, row),
-        streams=_streams(keys, row),
         loops=loops,
         loop_norm=loops > 1 and not ("skip_loop_final_norm" in keys and keys.flag("skip_loop_final_norm")),
+        streams=_streams(keys, row),
         inputs=keys.count("embedding_length_per_layer_input") if row.inputs else 0,
     )
     # Blocks that read another's keys may still have tensors for their own.

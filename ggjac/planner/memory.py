@@ -93,7 +93,10 @@ def _sweep_parts(config: ModelConfig, work: Work, step: Sweeps, slab: int) -> di
 def _lookup_parts(config: ModelConfig, work: Work, step: Lookup, tile: int) -> dict[str, int]:
     """Return the working memory of a pass over the vocabulary: scores of a tile and the vectors, or all logits."""
     vectors = max(step.head, step.embedding)
-    scores = vectors * (4 * min(tile // config.d, config.vocabulary) + 2 * config.d)
+    rows = min(tile // config.d, config.vocabulary)
+    scores = vectors * (4 * rows + 2 * config.d)
+    if config.row.embedding_norm:  # of a tile, its norm: squares, two factors of it, and a product
+        scores += 4 * rows * config.d
     return {"decoding": (scores + 3 * step.logits * config.vocabulary) * max(4, ITEM_BYTES[work.dtype])}
 
 
