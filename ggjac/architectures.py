@@ -229,9 +229,7 @@ class Architecture:
         shared_fused: gate and up of the shared expert are in one tensor, gate first.
         looped: all blocks may be applied several times, one after the other (`num_loops`), with the norm before the
             head between these passes, unless the file has `skip_loop_final_norm`.
-        streams: several residual streams (`hyper_connection.count`), which are kept `"apart"`, or `"mixed"` by weights
-            from Sinkhorn's iteration; `""` for one.
-        stream_head: the norm before the head reads them by weights from a matrix, and not their mean.
+        streams: there are several residual streams (`hyper_connection.count`).
         stream_scale: a block's output may be multiplied by a number (`layer_output_scale`).
         post_norm_epsilon: what norms after branches add inside of their root; 0 for the same as others.
         positions: learned position embeddings are added to the input: `"required"`, `"optional"`, or `""` for never.
@@ -358,8 +356,7 @@ class Architecture:
     shared_optional: bool = False
     shared_fused: bool = False
     looped: bool = False
-    streams: str = ""
-    stream_head: bool = False
+    streams: bool = False
     stream_scale: bool = False
     post_norm_epsilon: float = 0.0
     positions: str = ""
@@ -841,8 +838,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         indexer="optional keys",
         gated_heads="elements",
         sinks="required",
-        streams="apart",
-        stream_head=True,
+        streams=True,
         output_scales=False,
         hidden_clamps="before",
         router_key=True,

@@ -27,7 +27,6 @@ from ggjac.gguf import GGUFFile, open_gguf
 from ggjac.gguf.hub import demo_path, resolve, title
 from ggjac.jacobian import DetachedJacobian, FrozenNetwork, Span
 from ggjac.jacobian.tapes import Tapes
-from ggjac.linop import StreamMix
 from ggjac.parallel import Crew
 from ggjac.planner import Plan, machine
 from ggjac.results import Table, Words
@@ -504,7 +503,7 @@ class Model:
         names = (f"{self.config.row.output_norm}.{part}" for part in ("weight", "bias"))
         weight, bias = (self.weights[name].dense() if name in self.weights else None for name in names)
         streams = blocks.final_streams(self.outside, self.config, h)
-        collected = h if streams is None else blocks.affine(StreamMix(streams, self.config.d), h)
+        collected = blocks.collected(streams, self.config, h)
         return blocks.frozen_norm(self.config, weight, bias, collected)._replace(streams=streams)
 
     def _rope_factors(self, n_ctx: int) -> Tensor | None:

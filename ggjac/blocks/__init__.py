@@ -26,7 +26,7 @@ from ggjac.blocks.mixers import Factor, MixerTape, Past
 from ggjac.blocks.networks import FFNTape, HiddenTape
 from ggjac.blocks.norms import NormTape, frozen_norm, record_norm
 from ggjac.blocks.patterns import ChannelTape, ScanTape, attention_pattern
-from ggjac.blocks.streams import StreamsTape, final_streams
+from ggjac.blocks.streams import StreamsTape, collected, final_streams
 
 __all__ = [
     "AttentionTape",
@@ -54,6 +54,7 @@ __all__ = [
     "attention_pattern",
     "block",
     "block_inputs",
+    "collected",
     "entered",
     "extend_block",
     "final_streams",

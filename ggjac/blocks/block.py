@@ -28,9 +28,9 @@ from ggjac.blocks.frame import BlockWeights, Frame, affine, linear, scaled
 from ggjac.blocks.mixers import MixerTape, Past, extend_mixer, reading, record_mixer, valued, writing
 from ggjac.blocks.networks import FFNTape, networks, record_hidden, record_mixture
 from ggjac.blocks.norms import NormTape, frozen_norm, record_norm
-from ggjac.blocks.streams import StreamsTape, record_streams
+from ggjac.blocks.streams import StreamsTape, collected, record_streams
 from ggjac.config import ModelConfig
-from ggjac.linop import Homogeneous, Identity, LinearOperator, Scale, Select, StreamMix, Sum, Zero
+from ggjac.linop import Homogeneous, Identity, LinearOperator, Scale, Select, Sum, Zero
 
 
 class AttentionTape(NamedTuple):
@@ -229,7 +229,7 @@ def record_ffn(
     config, norms, own = frame.config, frame.config.row.norms, frame.config.layers[layer]
     if not own.routed and not own.hidden_units:
         return Recorded(FFNTape(None, (), None), torch.zeros_like(x), torch.zeros_like(x))
-    collected, streams = record_streams(w, config, "ffn", x)
+    weights, streams = record_streams(w, config, "ffn", x)
     if own.routed and own.hidden_units and norms.experts_in:
         # A dense network and a mixture, added, each between norms of its own.
         read = entry if config.row.experts_skip else x
@@ -239,7 +239,7 @@ def record_ffn(
         if config.row.experts_skip:
             tape = FFNTape(None, (dense,), None, beside=mixture)
     else:
-        tape, raw = _record_part(w, frame, layer, x, entry, norms.ffn_in, (), collected, routed=own.routed)
+        tape, raw = _record_part(w, frame, layer, x, entry, norms.ffn_in, (), weights, routed=own.routed)
     norm_out, added = _normed_output(w, config, norms.ffn_out, config.residual_scale, raw)
     return Recorded(tape._replace(norm_out=norm_out, streams=streams), raw, added)
 
@@ -556,7 +556,7 @@ def _normed_input(
     read: Float[Tensor, "n 1 s"] | None = None,
 ) -> tuple[NormTape | None, Float[Tensor, "n d"]]:
     """Freeze the norm before a branch, and return it with the normed stream, or what it collects of several streams."""
-    norm = record_norm(w, config, names, x if read is None else affine(StreamMix(read, config.d), x))
+    norm = record_norm(w, config, names, collected(read, config, x))
     norm = norm and norm._replace(streams=read)
     return norm, x if norm is None else norm.apply(x)
 

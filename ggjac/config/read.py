@@ -345,10 +345,7 @@ def _streams(keys: Keys, row: Architecture) -> Streams:
     count = keys.integer("hyper_connection.count")
     if count < 2:
         raise ConfigError(f"{keys.prefix}.hyper_connection.count is {count}; at least 2 streams are supported")
-    epsilon = keys.real("hyper_connection.epsilon")
-    if row.streams == "apart":
-        return Streams(count, epsilon, keys.real("hyper_connection.magnitude"))
-    return Streams(count, epsilon, rounds=keys.integer("hyper_connection.sinkhorn_iterations"))
+    return Streams(count, keys.real("hyper_connection.epsilon"), keys.real("hyper_connection.magnitude"))
 
 
 def _indexer(keys: Keys, row: Architecture) -> Indexer:

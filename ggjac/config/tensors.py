@@ -40,7 +40,11 @@ _FINAL_STREAMS = {
 _STREAMS = {
     f"hc_{branch}_{name}.weight": axes
     for branch in ("attn", "ffn")
-    for name, axes in {"fn": ("mixes", "all streams"), "base": ("mixes",), "scale": ("uses",)}.items()
+    for name, axes in {
+        "fn": ("weights of streams", "all streams"),
+        "base": ("weights of streams",),
+        "scale": ("two",),
+    }.items()
 }
 _OWN_INPUTS = {"inp_gate.weight": ("inputs", "d"), "proj.weight": ("d", "inputs"), "post_norm.weight": ("d",)}
 # In a block, by kind of mixer.
@@ -407,7 +411,7 @@ def _scopes(config: ModelConfig) -> Iterator[tuple[str, dict[str, tuple[str, ...
         **_stream_sizes(config),
     }
     outside = _GLOBAL | (_POSITIONS if config.row.positions else {}) | (_INPUTS if config.inputs else {})
-    outside |= _FINAL_STREAMS if config.row.stream_head else {}
+    outside |= _FINAL_STREAMS if config.streams.count else {}
     outside |= _EMBEDDING_NORM if config.row.embedding_norm == "weighted" else {}
     if config.row.norm == "bare":
         outside = {name: axes for name, axes in outside.items() if not name.startswith("output_norm.")}
@@ -449,13 +453,8 @@ def _attention_sizes(config: ModelConfig, layer: int) -> dict[str, int]:
 
 def _stream_sizes(config: ModelConfig) -> dict[str, int]:
     """Return the named sizes of several residual streams."""
-    count, mixed = config.streams.count, config.streams.rounds > 0
-    return {
-        "streams": count,
-        "all streams": count * config.d,
-        "mixes": count * (2 + mixed * count),
-        "uses": 2 + mixed,
-    }
+    count = config.streams.count
+    return {"streams": count, "all streams": count * config.d, "weights of streams": 2 * count, "two": 2}
 
 
 def _indexer_sizes(config: ModelConfig) -> dict[str, int]:
