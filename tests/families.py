@@ -157,6 +157,18 @@ STATE_SPACE: dict[str, dict[str, Any]] = {
     | {"extra": {"attention.head_count": 0}, "omit": ATTENTION_KEYS},
 }
 
+RWKV: dict[str, dict[str, Any]] = {
+    "rwkv6": {"mixers": ("rwkv6",), "norm": "ln_bias", "norms": ("attn_norm", "attn_norm_2"), "embedding_norm": True}
+    | {"kv_heads": None, "layers": 4, "ffn": "gated channel mix", "omit": ATTENTION_KEYS}
+    | {"extra": {"rescale_every_n_layers": 2}},
+    "rwkv6qwen2": {"mixers": ("linear rwkv6",), "sizes": {"head": 16, "biased": True}, "layers": 3}
+    | {"extra": {"token_shift_count": 1}, "omit": ATTENTION_KEYS[1:]},
+    "rwkv7": {"mixers": ("rwkv7",), "norm": "ln_bias", "norms": ("attn_norm", "attn_norm_2"), "embedding_norm": True}
+    | {"kv_heads": None, "layers": 3, "ffn": "channel mix", "omit": ATTENTION_KEYS},
+    "arwkv7": {"mixers": ("rwkv7",), "kv_heads": None, "layers": 3, "omit": ATTENTION_KEYS}
+    | {"extra": {"token_shift_count": 1}},
+}
+
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},
     "qwen2": {"biases": QKV},
@@ -338,6 +350,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     | {"up_gain": 6.0, "gate_gain": 6.0, "down_gain": 0.2}
     | {"extra": {"expert_gating_func": 2, "expert_weights_norm": True, "expert_weights_scale": 2.0}},
     **STATE_SPACE,
+    **RWKV,
 }
 
 
