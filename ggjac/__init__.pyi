@@ -27,8 +27,10 @@ from ggjac.parity import verify as verify
 from ggjac.report import write_figures as write_figures
 from ggjac.report import write_report as write_report
 from ggjac.session import Session as Session
+from ggjac.studies import mean_map as mean_map
 from ggjac.studies import measure as measure
 from ggjac.studies import merge as merge
+from ggjac.studies import merge_means as merge_means
 from ggjac.studies import ranks as ranks
 from ggjac.studies import study as study
 

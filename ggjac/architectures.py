@@ -13,7 +13,8 @@ class Norms:
     """Names of the norms before and after a block's two branches; of several, the first present in the file is used.
 
     Where a block has both a dense network and a mixture, `ffn_in` and `dense_out` are around the dense network,
-    `experts_in` and `experts_out` around the mixture, and `ffn_out` is after their sum.
+    `experts_in` and `experts_out` around the mixture, and `ffn_out` is after their sum. Without `experts_in`, both read
+    what `ffn_in` yields.
     """
 
     attention_in: tuple[str, ...] = ("attn_norm",)
@@ -36,11 +37,13 @@ class Graph:
         attention: what attention, or what stands in its place, yields before any post-norm and scale.
         ffn: what the feed-forward yields before any post-norm and scale.
         stream: the residual stream after the block.
+        next_input: the first of these names is of the stream before a block, the second of that after the last block.
     """
 
     attention: tuple[str, ...] = ("attn_out",)
     ffn: tuple[str, ...] = ("ffn_out",)
     stream: tuple[str, ...] = ("l_out",)
+    next_input: bool = False
 
 
 @dataclass(frozen=True)
@@ -100,7 +103,10 @@ class Architecture:
         bounded_decay: the logarithms of decays have a lower bound, the file's `kda.gate_lower_bound`, and `ssm_a` is
             positive.
         gated_queries: `attn_q` has a gate after each head's query: its sigmoid multiplies what the head reads.
-        gated_heads: the sigmoid of a number for each head, from `attn_gate`, multiplies what the head reads.
+        gated_heads: a gate from `attn_gate` multiplies what each head reads: a number for each of the `"heads"`, or
+            for each of their `"elements"`; one of these, as the tensor's shape says (`"either"`); a number for each
+            head in blocks that have the tensor (`"optional"`); or `""` for none.
+        softplus_gate: that gate is a softplus in place of a sigmoid.
         latent_queries: whether queries of latent attention are expanded from a latent vector, as keys and values are:
             `"required"`, `"optional"` (if the file states its size, `attention.q_lora_rank`), or `""` for never.
         direct_queries: blocks and vocabulary of the variants whose queries are not, whatever the file states (llama.cpp
@@ -126,13 +132,19 @@ class Architecture:
         rope_sections: an image's axes rotate in sections of each head (`rope.dimension_sections`), `"interleaved"` or
             `"consecutive"`; `""` for none. See `ggjac.config.Rope.still`.
         rope_alpha: the file's `rope.scaling.alpha`, if present, enlarges the base.
+        rope_keys: what is read from the file: `"all"`; `"base"` alone (whole heads rotate, without scaling) or `""`
+            (likewise, and the base is 10000).
         rope_optional: `rope.scaling.finetuned = false` turns rotation off.
         rope_layers: layers that rotate: `"all"`, `"windowed"` (only those with a sliding window, if the model has any),
             `"windowed or dense"` (those, and the first `leading_dense_block_count`), `"three of four"` (all but every
             fourth), `"not first of four"` (all but the first of every four, if the model has windows, and unless it
             has four layers) or `"listed"` (those in the file's `attention.rope_pattern`, if present).
-        rope_factors: layers to which `rope_freqs` apply: `"all"`, `"full"` (those without a window) or `""` for none.
-        yarn_keys: YaRN's betas and log multiplier are read from the file; llama.cpp ignores them in other families.
+        rope_factors: layers to which `rope_freqs` apply: `"all"`, `"full"` (those without a window), `"required"`
+            (likewise, and files must have them) or `""` for none.
+        halved_rotary: layers without a window rotate half of the file's `rope.dimension_count`.
+        yarn_keys: YaRN's betas and log multiplier are read from the file (`"all"`), or the betas alone (`"betas"`);
+            llama.cpp ignores them in other families (`""`).
+        beta_fast: the first of the betas, if the file does not state it.
         windowed: whether some layers attend through a sliding window: `"optional"` (if the file states its size),
             `"required"`, or `""` for never.
         window_blocks: block count of the only variant with windows (llama.cpp identifies it so); 0 for all variants.
@@ -140,19 +152,26 @@ class Architecture:
         window_fixed: the size is the default, whatever the file states.
         window_period: default period; the last layer of each period attends to all earlier tokens.
         full_first: the first layer of each period does so in place of the last.
-        windowed_sizes: windowed layers have sizes of heads and rotations of their own (`attention.key_length_swa`).
+        chunked: a window is a chunk: positions attend to those of their own, and queries grow from chunk to chunk.
+            Prompts that go beyond the first chunk are not supported.
+        windowed_sizes: what windowed layers have sizes of their own for: `"heads"` and their rotations
+            (`attention.key_length_swa`), `"rotations"` (`rope.dimension_count_swa`) or `""`.
         window_rope: rotation of windowed layers: `"same"`; `"based"` (base from `rope.freq_base_swa`, if present);
-            `"plain"` (same base, no scaling) or `"own"` (base from `rope.freq_base_swa`, 10000 by default, no scaling).
+            `"plain"` (same base, no scaling); `"own"` (base from `rope.freq_base_swa`, 10000 by default, no scaling
+            but by `rope.scaling.attn_factor`); `"unscaled"` (likewise, but the same base by default) or `"bare"`
+            (likewise, without that factor).
         qk_norm: `"head"` (each query and key head), `"heads"` (likewise, with separate weights per head), `"rotated"`
-            (like `"head"`, but after rotation), `"full"` (the whole projection), or `""` for none.
+            (like `"head"`, but after rotation), `"bare"` (likewise, without weights, in layers that rotate), `"full"`
+            (the whole projection), or `""` for none.
+        unnormed_experts: number of experts of the variant without these norms (llama.cpp identifies it so).
         qk_norm_optional: files may lack these norms.
         clamp_key: queries, keys and values are clamped to ± the file's `attention.clamp_kqv`, if present.
         sinks: a learned logit per head joins the softmax without a value: `"required"`, `"optional"` in each layer, or
             `""` for never.
         value_scale: what attention adds is multiplied by the file's `attention.value_scale`, unless that is 0 or
             missing.
-        attention_scale_key: the scale of scores is the file's `attention.scale`; the default is 1/√(head size).
-        attention_scale: the scale of scores in all files of the family; 0 for the default.
+        attention_scale_key: the key of the file that has the scale of scores, if it has it and that is not 0.
+        attention_scale: the scale of scores in other files; 0 for 1/√(head size).
         wide_scale_blocks: block count of the variant whose default is 1/√(d / heads) instead; 0 for none.
         attention_softcap, logit_softcap: default caps of scores and logits, 0 for none; None if the file's keys are
             not read.
@@ -169,7 +188,8 @@ class Architecture:
         hidden_clamps: hidden units may have limits in each block (`swiglu_clamp_exp`, `swiglu_clamp_shexp`), and so has
             the gate, `"before"` its activation or `"after"` it; `""` for never.
         router: how expert weights come from router logits: `"softmax"` over all experts, `"softmax_selected"` over
-            the chosen ones, or `"sigmoid"`.
+            the chosen ones, `"sigmoid"`, or `"sigmoid_selected"` (likewise, but logits decide which are chosen).
+        weighted_inputs: these weights multiply what the experts read, and not what they add.
         sigmoid_routers: blocks and vocabulary of the variants where it is `"sigmoid"` (llama.cpp identifies them so).
         router_key: the file's `expert_gating_func` overrides `router`, which is the default, or `""` for none.
         selection_bias: a bias added for the choice of experts but not to their weights (`exp_probs_b`): `"optional"`,
@@ -179,7 +199,10 @@ class Architecture:
         expert_scale_key: expert weights are multiplied by the file's `expert_weights_scale`, unless that is 0.
         router_reads: what the router reads: `"input"` (as the experts), `"stream"` (the stream before their norm, but
             normed without weight, divided by √d and times `ffn_gate_inp.scale`) or `"block"` (the block's input).
-        dense_beside_experts: blocks with a mixture have a dense network too, and add both.
+        dense_beside_experts: blocks with a mixture have a dense network too, and add both: `"required"`, `"optional"`
+            (in blocks that have its tensors), `"square"` (required, with as many hidden units as the stream is wide)
+            or `""` for never.
+        experts_skip: a mixture beside a dense network reads the block's input.
         joint_scale: factor on the sum of routed experts and a network beside them, a shared expert or a dense one.
         leading_dense: the first `leading_dense_block_count` blocks are dense.
         router_optional: blocks without a router are dense.
@@ -193,14 +216,19 @@ class Architecture:
         shared_optional: without `expert_shared_count` there is no shared expert.
         shared_fused: gate and up of the shared expert are in one tensor, gate first.
         stream_scale: a block's output may be multiplied by a number (`layer_output_scale`).
+        post_norm_epsilon: what norms after branches add inside of their root; 0 for the same as others.
         positions: learned position embeddings are added to the input.
+        embedding_norm: embeddings are normed (RMSNorm without weight).
         embedding_scale: `"sqrt"` (of d), `"key"` (the file's `embedding_scale`), or `""` for none.
         residual_scale: branches are multiplied by the file's `residual_scale`.
         logit_scale: `"multiply"` or `"divide"` by the file's `logit_scale`, or `""` for neither.
         logit_scale_optional: files may lack that key.
         scale_defaults: for files without these keys: embedding scale; branch scale times √(blocks); logit scale times
             d; 0 for no default.
+        logit_scale_default: logit scale of files without the key; 0 for none.
         scale_keys: files may have these keys; otherwise the defaults count.
+        vision_experts: blocks have other matrices for the tokens of images (`vis_*`), which are not used.
+        embedding_optional: files may lack the embeddings: then they are the head's matrix.
         head: whether the head has a matrix of its own (`output`): `"optional"`, `"required"`, or `"tied"` for never.
         graph: names in llama.cpp's graph.
         export: how files of other converters may differ.
@@ -226,7 +254,8 @@ class Architecture:
     low_rank_gates: bool = False
     bounded_decay: bool = False
     gated_queries: bool = False
-    gated_heads: bool = False
+    gated_heads: str = ""
+    softplus_gate: bool = False
     latent_queries: str = ""
     direct_queries: tuple[tuple[int, int], ...] = ()
     latent_split: str = ""
@@ -243,24 +272,29 @@ class Architecture:
     partial_rotary: bool = False
     rope_sections: str = ""
     rope_alpha: bool = False
+    rope_keys: str = "all"
     rope_optional: bool = False
     rope_layers: str = "all"
     rope_factors: str = "all"
-    yarn_keys: bool = False
+    halved_rotary: bool = False
+    yarn_keys: str = ""
+    beta_fast: float = 32.0
     windowed: str = ""
     window_blocks: int = 0
     window: int = 0
     window_fixed: bool = False
     window_period: int = 0
     full_first: bool = False
-    windowed_sizes: bool = False
+    chunked: bool = False
+    windowed_sizes: str = ""
     window_rope: str = "same"
     qk_norm: str = ""
+    unnormed_experts: int = 0
     qk_norm_optional: bool = False
     clamp_key: bool = False
     sinks: str = ""
     value_scale: bool = False
-    attention_scale_key: bool = False
+    attention_scale_key: str = ""
     attention_scale: float = 0.0
     wide_scale_blocks: int = 0
     attention_softcap: float | None = None
@@ -274,6 +308,7 @@ class Architecture:
     activation: str = "silu"
     hidden_clamps: str = ""
     router: str = "softmax"
+    weighted_inputs: bool = False
     sigmoid_routers: tuple[tuple[int, int], ...] = ()
     router_key: bool = False
     selection_bias: str = ""
@@ -281,7 +316,8 @@ class Architecture:
     renormalize_key: bool = False
     expert_scale_key: bool = False
     router_reads: str = "input"
-    dense_beside_experts: bool = False
+    dense_beside_experts: str = ""
+    experts_skip: bool = False
     joint_scale: float = 1.0
     leading_dense: bool = False
     router_optional: bool = False
@@ -291,13 +327,18 @@ class Architecture:
     shared_optional: bool = False
     shared_fused: bool = False
     stream_scale: bool = False
+    post_norm_epsilon: float = 0.0
     positions: bool = False
+    embedding_norm: bool = False
     embedding_scale: str = ""
     residual_scale: bool = False
     logit_scale: str = ""
     logit_scale_optional: bool = False
     scale_defaults: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    logit_scale_default: float = 0.0
     scale_keys: bool = True
+    vision_experts: bool = False
+    embedding_optional: bool = False
     head: str = "optional"
     graph: Graph = Graph()
     export: Export = Export()
@@ -315,7 +356,7 @@ _POST_AS_FFN = Norms(ffn_in=("post_attention_norm",))
 _GEMMA = Architecture(partial_rotary=True, activation="gelu", embedding_scale="sqrt")
 _GRANITE = replace(
     _LLAMA,
-    attention_scale_key=True,
+    attention_scale_key="attention.scale",
     embedding_scale="key",
     residual_scale=True,
     logit_scale="divide",
@@ -416,7 +457,7 @@ _KIMI = replace(
 
 ARCHITECTURES: dict[str, Architecture] = {
     "llama": replace(_LLAMA, ffn_scales=True),
-    "mistral3": replace(_LLAMA, yarn_keys=True, temperature="context", ffn_scales=True),
+    "mistral3": replace(_LLAMA, yarn_keys="all", temperature="context", ffn_scales=True),
     "qwen2": Architecture(),
     "qwen2moe": Architecture(renormalize=False),
     "qwen3": replace(_QWEN3, ffn_scales=True),
@@ -615,6 +656,30 @@ ARCHITECTURES: dict[str, Architecture] = {
         head="required",
         graph=Graph(attention=(), ffn=("ffn_moe_out",)),
     ),
+    "arctic": replace(
+        _LLAMA,
+        norms=Norms(experts_in=("ffn_norm_exps",)),
+        dense_beside_experts="square",
+        experts_skip=True,
+        graph=Graph(attention=(), ffn=()),
+    ),
+    "grok": Architecture(
+        norms=Norms(attention_out=("attn_output_norm",), ffn_out=("layer_output_norm", "post_ffw_norm")),
+        yarn_keys="betas",
+        beta_fast=8.0,
+        attention_scale_key="attention.output_scale",
+        attention_scale=0.08838834764831845,
+        attention_softcap=30.0,
+        logit_softcap=0.0,
+        activation="gelu",
+        dense_beside_experts="optional",
+        joint_scale=2**-0.5,
+        embedding_scale="key",
+        logit_scale="multiply",
+        scale_defaults=(78.38367176906169, 0.0, 0.0),
+        logit_scale_default=0.5773502691896257,
+        graph=Graph(attention=(), ffn=()),
+    ),
     "exaone-moe": replace(
         _DOTS,
         rope_layers="windowed",
@@ -631,6 +696,32 @@ ARCHITECTURES: dict[str, Architecture] = {
     "qwen2vl": Architecture(epsilon_read=False, rope_sections="consecutive"),
     "paddleocr": Architecture(rope_sections="consecutive"),
     "hunyuan_vl": Architecture(qk_norm="rotated", rope_sections="consecutive", rope_alpha=True),
+    "starcoder": replace(_GPT, rope_pairs="", positions=True),
+    "codeshell": replace(_GPT, embedding_optional=True, head="required"),
+    "orion": Architecture(norm="layer", head="required"),
+    "maincoder": replace(_LLAMA, qk_norm="rotated"),
+    "chatglm": Architecture(rope_pairs="adjacent", partial_rotary=True, ffn="fused"),
+    "pangu-embedded": Architecture(rope_factors="", graph=_SUMMED),
+    "plamo": Architecture(norms=_SHARED_NORM, parallel=True, head="required"),
+    "plamo3": Architecture(
+        norms=_SANDWICH,
+        bare_names=("post_attention_norm", "post_ffw_norm"),
+        partial_rotary=True,
+        windowed="optional",
+        window_period=8,
+        window_rope="own",
+        qk_norm="head",
+        ffn="fused",
+    ),
+    "cogvlm": Architecture(rope_keys="", rope_factors="", vision_experts=True, graph=_SUMMED),
+    "jais2": Architecture(norm="layer", ffn="plain", activation="relu2"),
+    "deepseek2-ocr": replace(
+        _DEEPSEEK,
+        rope_keys="base",
+        mscale="alone",
+        router_key=True,
+        selection_bias="optional",
+    ),
     "qwen35": _QWEN35,
     "qwen35moe": _QWEN35,
     "qwen3next": _DELTA,
@@ -691,7 +782,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "bailingmoe3": replace(
         _KIMI,
         latent_queries="optional",
-        gated_heads=True,
+        gated_heads="heads",
         bounded_decay=True,
         rope_pairs="adjacent",
         hidden_clamps="after",
@@ -757,16 +848,110 @@ ARCHITECTURES: dict[str, Architecture] = {
         inputs=True,
         attention_scale=1.0,
         qk_norm="head",
-        rope_factors="full",
+        rope_factors="required",
         windowed="required",
-        windowed_sizes=True,
+        windowed_sizes="heads",
         window_rope="own",
         logit_softcap=30.0,
         ffn_scales=True,
         router_reads="stream",
-        dense_beside_experts=True,
+        dense_beside_experts="required",
         router_optional=True,
         stream_scale=True,
         graph=Graph(attention=(), ffn=("ffn_moe_combined", "ffn_out")),
+    ),
+    "afmoe": replace(
+        _DEEPSEEK,
+        norms=_SANDWICH,
+        gated_heads="elements",
+        rope_layers="three of four",
+        windowed="required",
+        window_period=4,
+        window_rope="based",
+        qk_norm="head",
+        router="sigmoid",
+        router_key=True,
+        selection_bias="required",
+        embedding_scale="sqrt",
+        graph=Graph(("attn_o_proj",), ("ffn_out", "ffn_moe_out")),
+    ),
+    "laguna": replace(
+        _DEEPSEEK,
+        gated_heads="either",
+        softplus_gate=True,
+        partial_rotary=True,
+        windowed="optional",
+        window_period=4,
+        full_first=True,
+        windowed_sizes="rotations",
+        window_rope="bare",
+        qk_norm="head",
+        router="sigmoid",
+        router_key=True,
+        selection_bias="required",
+        expert_widths="tensors",
+        graph=Graph(attention=("attn_o_proj",)),
+    ),
+    "step35": Architecture(
+        gated_heads="optional",
+        partial_rotary=True,
+        rope_factors="full",
+        halved_rotary=True,
+        windowed="required",
+        windowed_sizes="rotations",
+        window_rope="own",
+        qk_norm="head",
+        qk_norm_optional=True,
+        hidden_clamps="after",
+        router="sigmoid",
+        router_key=True,
+        router_optional=True,
+        selection_bias="optional",
+        renormalize_key=True,
+        expert_scale_key=True,
+        head="required",
+        graph=Graph(attention=("attn_proj",), stream=("attn_norm_in", "h_nextn"), next_input=True),
+    ),
+    "spark2_5": Architecture(
+        gated_heads="heads",
+        partial_rotary=True,
+        windowed="required",
+        windowed_sizes="rotations",
+        window_rope="based",
+        activation="gelu",
+        graph=Graph(attention=("attn_out_proj",)),
+    ),
+    "muse-glimmer": replace(
+        _LLAMA,
+        norms=_SANDWICH,
+        gated_heads="elements",
+        rope_layers="windowed",
+        windowed="required",
+        window_period=4,
+        window_rope="unscaled",
+        qk_norm="head",
+        logit_softcap=30.0,
+        post_norm_epsilon=1e-8,
+        embedding_norm=True,
+        logit_scale="multiply",
+        head="required",
+        graph=Graph(attention=("attn_o_proj",)),
+    ),
+    "llama4": replace(
+        _LLAMA,
+        rope_layers="three of four",
+        windowed="required",
+        window=8192,
+        window_fixed=True,
+        window_period=4,
+        chunked=True,
+        window_rope="based",
+        qk_norm="bare",
+        unnormed_experts=128,
+        router="sigmoid_selected",
+        weighted_inputs=True,
+        renormalize=False,
+        router_optional=True,
+        graph=Graph(ffn=("ffn_moe_out_merged",)),  # `ffn_out` is the branch's sum with the stream
     ),
 }

@@ -197,6 +197,7 @@ def _attention_cuts(config: ModelConfig, own: Layer, heads: Heads) -> dict[str, 
         "attn_q": rows(queries, own.key_size * (2 if config.row.gated_queries else 1)),
         "attn_output": rows(queries, own.value_size)._replace(axis="columns"),
         "attn_sinks": rows(queries, 1),
+        "attn_gate": rows(queries, own.gate),
     }
     if "latent" in own.mixers:
         return cuts | {
@@ -204,7 +205,6 @@ def _attention_cuts(config: ModelConfig, own: Layer, heads: Heads) -> dict[str, 
             "attn_k_nope": rows(queries, nope),
             "attn_k_b": rows(queries, 1)._replace(axis="stack"),
             "attn_v_b": rows(queries, own.value_size),
-            "attn_gate": rows(queries, 1),
         }
     cuts |= {"attn_k": rows(keys, own.key_size), "attn_v": rows(keys, own.value_size)}
     if config.row.qk_norm == "heads":  # weights of each head's own

@@ -192,9 +192,9 @@ class Model:
         self.crew: Crew | None = None
         if group is not None:
             self.crew = Crew.of(group, self.config, file.tensors)
-        self.embedding: Weight = self.weights["token_embd.weight"]
+        self.embedding: Weight = self.weights[self.config.embedding]
         self.head = decode.Head(
-            self.weights["output.weight" if "output.weight" in self.weights else "token_embd.weight"],
+            self.weights["output.weight" if "output.weight" in self.weights else self.config.embedding],
             bias=self.weights["output.bias"].dense() if "output.bias" in self.weights else None,
             scale=self.config.logit_scale * self.weights.gain("output.weight"),
             softcap=self.config.logit_softcap,
@@ -468,8 +468,10 @@ class Model:
         )
 
     def embed(self, ids: Sequence[int], start: int = 0) -> Float[Tensor, "n d"]:
-        """Return the input of block 0, `[n, d]`: scaled embeddings, plus learned positions from `start` on if any."""
+        """Return the input of block 0, `[n, d]`: embeddings, scaled or normed, plus learned positions from `start`."""
         x = self.embedding.take(ids) * self.config.embedding_scale
+        if self.config.row.embedding_norm:
+            x = blocks.frozen_norm(self.config, None, None, x).apply(x)
         if "position_embd.weight" in self.weights:
             x = x + self.weights["position_embd.weight"].take(range(start, start + len(ids)))
         return x
@@ -551,9 +553,10 @@ class Model:
                 f"the prompt has {len(ids)} tokens, the model's context {context}; shorten it, or give a larger context"
             )
         if len(ids) > self.config.longest:
+            left = f"selects {self.config.longest}" if self.config.indexer.selected else "would leave some out"
             raise PromptError(
-                f"the prompt has {len(ids)} tokens, of which this model's attention selects {self.config.longest}: not "
-                "supported beyond that; shorten it"
+                f"the prompt has {len(ids)} tokens, of which this model's attention {left}: not supported beyond "
+                f"{self.config.longest}; shorten it"
             )
         ids = [whole("token id", i, None) for i in ids]
         for i in ids:

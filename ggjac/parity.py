@@ -349,6 +349,11 @@ def by_kind(tensors: Mapping[str, Tensor], graph: Graph) -> dict[str, Tensor]:
             layers = {full.rpartition("-")[2] for full in tensors if full.rpartition("-")[0] == name} - taken
             wanted |= {f"{name}-{layer}": f"{kind}-{layer}" for layer in layers}
             taken |= layers
+    if graph.next_input:
+        name, last = graph.stream
+        count = sum(full.rpartition("-")[0] == name for full in tensors)
+        wanted |= {f"{name}-{i + 1}": f"{STREAM}-{i}" for i in range(count - 1)} | {last: f"{STREAM}-{count - 1}"}
+        del wanted[f"{name}-0"]
     return {wanted.get(name, name): tensor for name, tensor in tensors.items() if name in wanted or name == OUTPUT}
 
 

@@ -15,8 +15,8 @@ from ggjac.config import Rope
 def rotation(rope: Rope, n: int, factors: Tensor | None = None) -> tuple[Float[Tensor, "n p"], Float[Tensor, "n p"]]:
     """Return cos and sin, float64, for positions 0 to n - 1 and each of the `p` rotating pairs.
 
-    `factors` `[p]` divide the frequencies: Llama 3's, precomputed by the converter (`rope_freqs.weight`), or those of
-    LongRoPE.
+    `factors`, of at least `p` pairs, divide the frequencies: Llama 3's, precomputed by the converter
+    (`rope_freqs.weight`), or those of LongRoPE.
 
     If `rope.rounded`, angles are those of llama.cpp: in float32, and multiplied up from pair to pair. The relative
     error of an angle grows by up to 1e-7 with every pair below it, which matters at far positions.
@@ -25,7 +25,7 @@ def rotation(rope: Rope, n: int, factors: Tensor | None = None) -> tuple[Float[T
     # The angle per position, [1, p]; or the angle at each position, [n, p].
     turning = _multiplied_up(rope, n) if rope.rounded else rope.base ** (-2 * pairs[None] / rope.dimensions)
     if factors is not None:
-        turning = turning / factors.cpu().to(turning.dtype)
+        turning = turning / factors[: len(pairs)].cpu().to(turning.dtype)
     interpolated = turning * (1 / rope.factor)
     if rope.yarn:
 

@@ -94,7 +94,7 @@ EXPECTED_SWEEPS = 8
 # Finished products that may wait in memory for the next checkpoint, in bytes.
 WAITING_BYTES = 64 << 20
 
-# Tokens whose maps travel together when the stable rank of each is measured.
+# Tokens whose maps travel together when the stable rank of each is measured, or the shares in each one's logit.
 TOKENS_AT_ONCE = 16
 
 # Dtypes in which a decomposition may search first: that of the model, so that there is no such search, or a narrower.

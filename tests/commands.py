@@ -94,7 +94,7 @@ COMMANDS: dict[str, Command] = {
         {"jacobian"},
         ["‖J_i‖_F"],
         {"": {"jacobian": "64 × 5 × 64 entries", "certificate": "Reconstruction passed"}},
-        {"": []},
+        {"": [], "mean": ["--mean", "-o", "f"]},
         device=[["-o", "J.safetensors"]],
     ),
     "layers": Command(

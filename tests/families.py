@@ -304,6 +304,12 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "dbrx": EXPERTS
     | {"norm": "ln", "norms": ("attn_norm", "attn_output_norm"), "fused_qkv": True}
     | {"extra": {"attention.clamp_kqv": 1.0}},
+    # The dense network is as wide as the stream; the experts read the block's input.
+    "arctic": EXPERTS | {"expert_norms": ("ffn_norm_exps",), "dense_beside": True, "dense_ff": 64},
+    "grok": EXPERTS
+    | {"norms": ("attn_norm", "attn_output_norm", "ffn_norm", "post_ffw_norm"), "dense_beside": True, "expert_ff": 48}
+    | {"embed_std": 0.2}
+    | {"extra": {"embedding_scale": 5.0, "logit_scale": 0.4, "attention.output_scale": 0.3}},
     "minimax-m2": EXPERTS
     | {"qk_norm": "full", "n_rot": 8, "head_dim": 32, "selection_bias": 0.3, "extra": {"expert_gating_func": 2}},
     "phimoe": EXPERTS | {"norm": "rms_bias", "biases": (*QKV, "attn_output", "output")},
@@ -317,6 +323,24 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "extra": {"feed_forward_length": 192},
     },
     "qwen2vl": {"biases": QKV, "extra": {"rope.dimension_sections": [2, 3, 3, 0]}},
+    "starcoder": LAYER_NORM
+    | {"positions": True, "fused_qkv": True, "fused_bias": True, "kv_heads": 1, "tied": True}
+    | {"biases": (*QKV, "attn_output", "ffn_up", "ffn_down")},
+    "codeshell": LAYER_NORM | {"biases": (*QKV, "attn_output", "ffn_up", "ffn_down")},
+    "orion": {"norm": "ln_bias"},
+    "maincoder": {"qk_norm": "head", "head_dim": 32},
+    "chatglm": {"biases": QKV, "ffn": "fused", "fused_qkv": True, "fused_bias": True, "n_rot": 8},
+    "pangu-embedded": {"biases": (*QKV, "attn_output"), "head_dim": 32},
+    "plamo": {"norms": ("attn_norm",)},
+    # Layer 7 is the first that sees everything.
+    "plamo3": {"norms": SANDWICH, "bare_norms": ("post_attention_norm", "post_ffw_norm"), "layers": 9, "window": 4}
+    | {"qk_norm": "head", "ffn": "fused", "fused_qkv": True, "tied": True, "rope_base": 100.0, "post_gain": 0.4},
+    "cogvlm": {"mixers": ("vision experts",), "fused_qkv": True, "kv_heads": 4},
+    # The converter writes that no dimension is rotated apart from others.
+    "deepseek2-ocr": EXPERTS
+    | {"kv_heads": 4, "layers": 3, "dense_lead": 1, "expert_ff": 48, "shared_count": 2}
+    | {"extra": {"rope.dimension_count": 0, "expert_weights_scale": 1.0}},
+    "jais2": LAYER_NORM | {"biases": (*QKV, "attn_output", "ffn_up", "ffn_down")},
     "paddleocr": {"head_dim": 32, "tied": True, "extra": {"rope.dimension_sections": [4, 6, 6, 0]}},
     "hunyuan_vl": {"qk_norm": "head", "head_dim": 32, "tied": True, "extra": {"rope.dimension_sections": [4, 4, 4, 4]}},
     "qwen35": QWEN35 | {"extra": {"rope.dimension_sections": [3, 3, 2, 0]}},
@@ -349,6 +373,39 @@ FAMILIES: dict[str, dict[str, Any]] = {
     | {"layers": 3, "dense_lead": 1, "expert_ff": 48, "shared_count": 2, "selection_bias": 0.3}
     | {"up_gain": 6.0, "gate_gain": 6.0, "down_gain": 0.2}
     | {"extra": {"expert_gating_func": 2, "expert_weights_norm": True, "expert_weights_scale": 2.0}},
+    "afmoe": EXPERTS
+    | {"norms": SANDWICH, "layers": 5, "window": 4, "qk_norm": "head", "attn_gate": "elements", "dense_lead": 1}
+    | {"expert_ff": 48, "shared_count": 1, "selection_bias": 0.3, "embed_std": 0.125}
+    | {"extra": {"expert_weights_norm": True, "expert_weights_scale": 1.5}},
+    # The first layer of four is full, and has fewer heads and rotated dimensions.
+    "laguna": EXPERTS
+    | {
+        "mixers": ("attention", *["window"] * 3),
+        "sizes": {"window": {"heads": 6, "n_rot": 16}},
+        "head_dim": 16,
+        "n_rot": 8,
+    }
+    | {"layers": 5, "window": 4, "qk_norm": "head", "attn_gate": "heads", "rope_base": 100.0, "dense_lead": 1}
+    | {"expert_ff": 48, "shared_ff": 80, "selection_bias": 0.3, "omit": ("attention.sliding_window_pattern",)}
+    | {"extra": {"expert_gating_func": 2, "expert_weights_norm": True, "expert_weights_scale": 2.5}},
+    # Full layers rotate half of what the file states.
+    "step35": EXPERTS
+    | {
+        "mixers": ("attention", "window", "window"),
+        "sizes": {"window": {"heads": 6}},
+        "head_dim": 16,
+        "rope_base": 100.0,
+    }
+    | {"layers": 4, "window": 4, "qk_norm": "head", "attn_gate": "heads", "dense_lead": 1, "expert_ff": 48}
+    | {"shared_ff": 80, "selection_bias": 0.3, "omit": ("rope.dimension_count_swa",)}
+    | {"extra": {"expert_weights_norm": True, "expert_weights_scale": 2.5, "rope.freq_base_swa": 50.0}},
+    "spark2_5": {"mixers": ("window", "attention"), "sizes": {"window": {"n_rot": 16}}, "n_rot": 8, "fused_qkv": True}
+    | {"layers": 3, "window": 4, "attn_gate": "heads", "rope_base": 100.0, "extra": {"rope.freq_base_swa": 50.0}},
+    "muse-glimmer": {"norms": SANDWICH, "layers": 5, "window": 4, "qk_norm": "head", "attn_gate": "elements"}
+    | {"embed_std": 0.2, "rope_base": 100.0, "extra": {"logit_scale": 0.5, "final_logit_softcapping": 1.2}},
+    "llama4": EXPERTS
+    | {"layers": 5, "dense_blocks": (0, 2, 4), "experts_used": 1, "expert_ff": 48, "shared_ff": 48}
+    | {"omit": ("expert_shared_feed_forward_length",), "extra": {"interleave_moe_layer_step": 2}},
     **STATE_SPACE,
     **RWKV,
 }
@@ -741,6 +798,40 @@ FAMILY_CASES: dict[str, dict[str, Any]] = {
     "dbrx_linear": of("dbrx", experts_used=3, layers=3, scaling={"type": "linear", "factor": 4.0}, rope_base=100.0),
     "dbrx_unread": of("dbrx", extra=UNREAD | UNREAD_ROUTING),
     "dbrx_q8_0": of("dbrx", type="Q8_0", heads=2),
+    "arctic": of("arctic"),
+    "arctic_linear": of("arctic", layers=3, experts_used=3, tied=True, fused_qkv=True, scaling=LINEAR),
+    "arctic_unread": of("arctic", extra=UNREAD | UNREAD_ROUTING),
+    "arctic_q8_0": of("arctic", type="Q8_0", heads=2),
+    "grok": of("grok"),
+    # As Grok 1's first files: constants of llama.cpp, no dense network, another name of the last norm.
+    "grok_defaults": of(
+        "grok",
+        norms=("attn_norm", "attn_output_norm", "ffn_norm", "layer_output_norm"),
+        dense_beside=False,
+        layers=3,
+        tied=True,
+        score_gain=3.0,
+        embed_std=0.012,
+        omit=("embedding_scale", "logit_scale", "attention.output_scale", "expert_feed_forward_length"),
+        expert_ff=96,
+    ),
+    # Caps act; those of the router and temperatures are not read by llama.cpp, nor is YaRN's factor on magnitudes.
+    "grok_caps": of(
+        "grok",
+        fused_qkv=True,
+        rope_base=100.0,
+        scaling=YARN | {"yarn_beta_slow": 0.5, "yarn_attn_factor": 1.3, "yarn_ext_factor": 1.0},
+        extra={
+            "attn_logit_softcapping": 1.5,
+            "final_logit_softcapping": 1.2,
+            "router_logit_softcapping": 0.5,
+            "attention.temperature_length": 4,
+        },
+    ),
+    # Only beside a large epsilon does it matter how large the sum is that the last norm reads.
+    "grok_betas": of(
+        "grok", eps=0.5, rope_base=100.0, scaling=YARN | {"yarn_beta_fast": 2.0, "yarn_log_multiplier": 1.0}
+    ),
     "glm4moe": of("glm4moe"),
     # As GLM 4.5: norms of heads, two dense blocks, no scale, and a last block for the token after the next.
     "glm4moe_355b": of(
@@ -818,6 +909,51 @@ FAMILY_CASES: dict[str, dict[str, Any]] = {
     "hunyuan_vl": of("hunyuan_vl", rope_base=10.0, scaling={"type": "none", "factor": 4.0, "alpha": 3.0}),
     "hunyuan_vl_plain": of("hunyuan_vl", tied=False, window=3, omit=("rope.dimension_sections",), extra=UNREAD),
     "hunyuan_alpha": of("hunyuan-dense", rope_base=10.0, scaling={"alpha": 3.0}),
+    "starcoder": of("starcoder"),
+    "starcoder_unread": of("starcoder", kv_heads=4, tied=False, window=3, extra=UNREAD),
+    "codeshell": of("codeshell", scaling={"type": "linear", "factor": 1.0}),
+    # The head's matrix has the embeddings, too.
+    "codeshell_head_only": of("codeshell", head_only=True, fused_qkv=True, fused_bias=True, window=3, extra=UNREAD),
+    "orion": of("orion"),
+    "orion_unread": of("orion", **YARN_ROW, fused_qkv=True, window=3, extra=UNREAD),
+    "maincoder": of("maincoder"),
+    "maincoder_unread": of("maincoder", **YARN_ROW, tied=True, window=3, extra=UNREAD),
+    "chatglm": of("chatglm"),
+    "chatglm_unread": of(
+        "chatglm", n_rot=None, fused_qkv=False, fused_bias=False, biases=(), tied=True, window=3, extra=UNREAD
+    ),
+    "pangu": of("pangu-embedded", rope_factors=True, rope_base=500.0),
+    "pangu_unread": of("pangu-embedded", **YARN_ROW, tied=True, fused_qkv=True, window=3, extra=UNREAD),
+    "plamo": of("plamo", rope_base=500.0),
+    "plamo_unread": of("plamo", **YARN_ROW, fused_qkv=True, kv_heads=1, window=3, extra=UNREAD),
+    "plamo3": of("plamo3"),
+    "plamo3_base": of(
+        "plamo3",
+        layers=3,
+        head_dim=32,
+        n_rot=16,
+        tied=False,
+        scaling=YARN,
+        extra={"rope.freq_base_swa": 50.0, "attention.sliding_window_pattern": 2},
+    ),
+    "plamo3_unread": of("plamo3", layers=2, window=None, extra=UNREAD),
+    # Nothing is read about the rotation.
+    "cogvlm": of("cogvlm", rope_base=5e5, rope_factors=True),
+    "cogvlm_unread": of("cogvlm", scaling=YARN, tied=True, window=3, extra=UNREAD),
+    "deepseek2_ocr": of("deepseek2-ocr"),
+    "deepseek2_ocr_options": of(
+        "deepseek2-ocr",
+        fused_qkv=True,
+        fused_experts=True,
+        tied=True,
+        selection_bias=0.3,
+        extra={"expert_gating_func": 2, "expert_weights_norm": True, "expert_weights_scale": 2.5},
+        window=3,
+    ),
+    # The rotation is not stretched then, but scores are scaled.
+    "deepseek2_ocr_linear": of("deepseek2-ocr", dense_lead=0, layers=2, scaling=LINEAR, extra=UNREAD),
+    "jais2": of("jais2"),
+    "jais2_unread": of("jais2", **YARN_ROW, head_dim=32, tied=True, fused_qkv=True, window=3, extra=UNREAD),
     "phimoe_unread": of("phimoe", window=3, extra=UNREAD | UNREAD_ROUTING | {"leading_dense_block_count": 1}),
     "deepseek2": of("deepseek2"),
     "deepseek2_predictor": of("deepseek2", layers=4, predictors=1, shared_count=1, tied=True),
@@ -1301,3 +1437,96 @@ GEMMA4_CASES |= {
     ),
 }
 FAMILY_CASES |= GEMMA4_CASES
+
+GATED_CASES: dict[str, dict[str, Any]] = {
+    "afmoe": of("afmoe"),
+    # Layers rotate by their number, whatever their windows; without a shared expert.
+    "afmoe_array": of(
+        "afmoe",
+        shared_count=0,
+        zeros=("expert_shared_count",),
+        **YARN_ROW,
+        dense_lead=0,
+        extra={"attention.sliding_window_pattern": [False, True, True, True, False], "rope.freq_base_swa": 50.0},
+    ),
+    "afmoe_softmax": of(
+        "afmoe",
+        layers=4,
+        selection_bias=0.05,
+        extra={"expert_gating_func": 1},
+        omit=("expert_weights_norm",),
+        tied=True,
+    ),
+    "afmoe_unread": of("afmoe", layers=4, extra=UNREAD),
+    "laguna": of("laguna"),
+    # As M.1: no windows, a gate for each element.
+    "laguna_elements": of(
+        "laguna", mixers=("attention",), sizes={}, layers=3, window=None, attn_gate="elements", **YARN_ROW, tied=True
+    ),
+    "laguna_yarn": of(
+        "laguna",
+        scaling=YARN | {"attn_factor": 1.3},
+        layers=3,
+        mixers=("attention", "window"),
+        omit=(),
+        extra={"rope.freq_base_swa": 50.0},
+    ),
+    "laguna_unread": of("laguna", layers=4, extra=UNREAD),
+    "step35": of("step35"),
+    "step35_clamped": of(
+        "step35", extra={"swiglu_clamp_exp": [0.0, 0.5, 0.0, 0.7], "swiglu_clamp_shexp": [0.7, 0.0, 0.6, 0.0]}
+    ),
+    # Divisors of frequencies for as many pairs as windowed layers rotate, of which full ones use half.
+    "step35_factors": of("step35", rope_factors=True, attn_gate="", qk_norm="", rope_base=500.0, layers=3),
+    "step35_predictor": of(
+        "step35", predictors=1, predictor_experts=False, layers=3, omit=("rope.freq_base_swa",), scaling=LINEAR
+    ),
+    "step35_unread": of("step35", layers=3, extra=UNREAD),
+    "spark2_5": of("spark2_5"),
+    "spark2_5_heads": of("spark2_5", sizes={"window": {"heads": 6, "kv_heads": 3}}, head_dim=16, kv_by_layer=True),
+    "spark2_5_yarn": of("spark2_5", **YARN_ROW, tied=True),
+    "spark2_5_unread": of("spark2_5", extra=UNREAD),
+    "muse_glimmer": of("muse-glimmer"),
+    # A branch so small that the epsilon after it acts, and the cap by default.
+    "muse_glimmer_faint": of(
+        "muse-glimmer",
+        layers=3,
+        eps=0.05,
+        down_gain=1e-4,
+        omit=("final_logit_softcapping",),
+        extra={
+            "attention.sliding_window_pattern": [False, True, True],
+            "rope.freq_base_swa": 50.0,
+            "logit_scale": 3.0,
+        },
+    ),
+    "muse_glimmer_linear": of("muse-glimmer", layers=4, scaling=LINEAR, fused_qkv=True),
+    "muse_glimmer_unread": of(
+        "muse-glimmer", layers=4, extra={key: value for key, value in UNREAD.items() if "softcapping" not in key}
+    ),
+}
+FAMILY_CASES |= GATED_CASES
+
+LLAMA4_CASES: dict[str, dict[str, Any]] = {
+    "llama4": of("llama4", rope_factors=True, rope_base=500.0),
+    # As Maverick: with 128 experts, queries and keys are not normed.
+    "llama4_maverick": of(
+        "llama4", layers=2, d=32, heads=2, kv_heads=1, ff=32, experts=128, expert_ff=32, shared_ff=32, tied=True
+    ),
+    "llama4_several": of(
+        "llama4",
+        layers=4,
+        experts_used=3,
+        dense_blocks=(),
+        extra={"interleave_moe_layer_step": 1},
+        fused_qkv=True,
+        **YARN_ROW,
+    ),
+    "llama4_array": of(
+        "llama4",
+        scaling=LINEAR,
+        extra={"attention.sliding_window_pattern": [False, True, True, True, False], "rope.freq_base_swa": 50.0},
+    ),
+    "llama4_unread": of("llama4", layers=4, window=3, extra=UNREAD | UNREAD_ROUTING),
+}
+FAMILY_CASES |= LLAMA4_CASES

@@ -34,6 +34,7 @@ class Part(NamedTuple):
     network: str  # dense | mixture
     before: str | None
     after: str | None
+    reads: str = "stream"  # | block: its input
 
 
 class Facts(NamedTuple):
@@ -51,30 +52,38 @@ class Facts(NamedTuple):
     ffn_norm: str | None = "ffn_norm"
     ffn_post: str | None = None
     parts: tuple[Part, ...] = ()  # of a block with a router; (): the experts alone, between the norms above
+    dense_optional: bool = False  # of the parts, the first is in some files only
+    ffn_post_instead: str | None = None  # which some files have in place of ffn_post
     ffn_norm_optional: bool = False  # without it the feed-forward reads what the attention reads
-    # head (if there is one) | head after rope | full; before the rope, but for the second; full: and before the split
+    # head (if there is one) | head after rope | bare (likewise, without weights, where there is a rope) | full; all
+    # others before the rope, and full before the split
     qk_norm: str | None = None
+    unnormed: int | None = None  # with so many experts there is no such norm
     rope: str | None = "adjacent"  # which dimensions are a pair: adjacent | halves
     # all | local (only layers with a window, where there are any) | three of four | listed (attention.rope_pattern)
     # | local or dense (those, and leading dense ones) | not first of four (of more than four, where there are windows)
     roped: str = "all"
     sections: str = "in turn"  # how an image's axes are dealt pairs: in turn | one after another
+    rope_keys: str = "all"  # that are read: all | base (scaling is not done) | none: the base is 10000
     finetuned_key: bool = False  # rope.scaling.finetuned = false turns the rope off
     factors: bool = False  # divisors of the frequencies are read
     yarn_keys: bool = False  # YaRN's betas and log multiplier are read
+    yarn_betas: float = 0.0  # the betas only, where not 0: default of the first
     period: int | None = None  # the last of so many layers is global, 0: none; default. None: windows are ignored
     window: int | None = None  # default
     window_fixed: bool = False  # whatever the file says, if it says anything
+    window_always: bool = False  # or even if not
     full_first: bool = False  # the first of so many layers is global, not the last
     windowed_at: int | None = None  # with so many layers only are there windows; None: with any number
     local_base: float | None = None  # default of the rope base in local layers; None: that of the global ones
     local_base_key: bool = True
     local_scaling: bool = True  # rope scaling applies to local layers, too
     local_factors: bool = True  # divisors of the frequencies, where they are read, apply to local layers, too
+    halved: bool = False  # global layers rotate half of rope.dimension_count
     local_attn_factor: bool = True  # and so does its attn_factor, whatever the scaling
     width_scaled_at: int | None = None  # with so many layers attention is scaled by sqrt(d / heads), not of head_dim
     attn_scale: float | None = None  # of scores; None: 1 / sqrt(head size)
-    attn_scale_key: bool = False
+    attn_scale_key: str | None = None
     shared_kv_key: bool = False  # attention.shared_kv_layers: that many blocks read earlier ones' keys and values
     value_norm: bool = False  # values are normed, each head by itself and without weights
     attn_cap: float | None = None  # default; None: there is none
@@ -90,25 +99,32 @@ class Facts(NamedTuple):
     ffn: str = "gated"  # gated | fused (gate above up in one matrix) | plain
     shared_ffn: str | None = None  # of the expert that all share; None: as above
     router: str = "all"  # softmax over: all | selected; or of each its sigmoid: each
+    weighted: str = "output"  # by the router, of an expert: output | input
     # What the experts read: branch | the stream, normed and scaled on its own: stream | the block's input: block.
     router_reads: str = "branch"
     joint_scale: float = 1.0  # of experts and a network beside them
     router_key: bool = False  # expert_gating_func, where it is not 0: 1 all, 2 each
     renormalise: bool | None = True  # None: as expert_weights_norm says, else not
     routed_scale_key: bool = False  # expert_weights_scale
-    embedding: str | None = None  # root (of d) | key
+    embedding: str | None = None  # root (of d) | key | normed (without weights)
+    post_epsilon: float | None = None  # of the norms after a sublayer; None: that of the others
     residual_key: bool = False
     value_scale_key: bool = False  # attention.value_scale: of what attention adds
     norm_key: bool = False  # attention.layer_norm_rms_epsilon in the file: norms are rms
     logits: str | None = None  # divide | multiply
     mixers: Callable[["Oracle", int], tuple[str, ...]] = lambda model, layer: ("attention",)  # of `MIXERS`: their sum
     query_gate: bool = False  # attn_q has for each head the query, then a gate: its sigmoid scales what the head reads
+    head_gate: Callable[[Tensor], Tensor] = torch.sigmoid  # of attn_gate, which has a row for each head, or element
     final_norm: str = "output_norm"
     sum_named_ffn_out: bool = False  # llama.cpp's last ffn_out is the branch and its input
     # More names in llama.cpp's graph, and those of most families that mean other states of ours here.
     graph: Mapping[str, str] = {}
+    # llama.cpp's names of the stream before a layer and after the last; (): it names the stream after each layer.
+    stream_before: tuple[str, ...] = ()
+    norm_unnamed: bool = False  # nor has the final norm's output a name there
     own_scales: tuple[str, ...] = ()  # tensors whose `.scale` is a part of the model, not of how they are stored
     scales: tuple[float, ...] = ()  # of embeddings, branches * sqrt(blocks) and logits * d, where the file has none
+    plain_scales: bool = False  # of branches and logits as they are
     scale_keys: bool = True  # and the file may have some
     mscale: str | None = None  # of latent attention in a stretched context: equal | one | alone (oracle_latent.py)
 
@@ -135,7 +151,7 @@ def by_kv_heads(kind: str, other: str = "attention") -> Callable[["Oracle", int]
 
 SANDWICH = Facts(attn_post="post_attention_norm", ffn_post="post_ffw_norm")
 GEMMA = Facts(rope="halves", activation="gelu", embedding="root")
-GRANITE = Facts(factors=True, attn_scale_key=True, embedding="key", residual_key=True, logits="divide")
+GRANITE = Facts(factors=True, attn_scale_key="attention.scale", embedding="key", residual_key=True, logits="divide")
 ROUTED = Facts(router_key=True, renormalise=None, routed_scale_key=True)
 LATENT = Facts(mixers=lambda model, layer: ("latent",))
 LATENT_ROUTED = ROUTED._replace(mixers=LATENT.mixers, temperature=True)
@@ -156,6 +172,7 @@ KIMI = ROUTED._replace(
     rope=None, mixers=by_kv_heads("kda", "latent"),
     graph={"kda_out": "kda", "mla_out": "latent"},
 )  # fmt: skip
+GATED = {"attn_o_proj": "attn_out", "attn_out": "heads"}  # the latter before the gate, which we do not name
 LFM2 = Facts(
     rope="halves", qk_norm="head", local_base_key=False, final_norm="token_embd_norm",
     mixers=by_kv_heads("convolution"),
@@ -250,6 +267,18 @@ FACTS: dict[str, Facts] = {
         graph={"ffn_moe_out": "ffn_out"},
     ),
     "granite_swa": GRANITE._replace(period=0, local_base_key=False, roped="listed", shared_ffn="fused"),
+    "arctic": Facts(
+        parts=(Part("dense", "ffn_norm", None), Part("mixture", "ffn_norm_exps", None, "block")),
+        sum_named_ffn_out=True,
+    ),
+    "grok": Facts(
+        rope="halves", attn_post="attn_output_norm", ffn_post="post_ffw_norm", ffn_post_instead="layer_output_norm",
+        parts=(Part("dense", "ffn_norm", None), Part("mixture", "ffn_norm", None)), dense_optional=True,
+        joint_scale=math.sqrt(0.5), yarn_betas=8.0, attn_scale_key="attention.output_scale",
+        attn_scale=0.08838834764831845, attn_cap=30.0, final_cap=0.0, activation="gelu", embedding="key",
+        logits="multiply", scales=(78.38367176906169, 1.0, 0.5773502691896257), plain_scales=True,
+        graph={"attn_out_norm": "attn_out", "ffn_post_norm": "ffn_out"},
+    ),
     "hy_v3": ROUTED._replace(rope="halves", qk_norm="head", router="each", graph={"ffn_dense_out": "ffn_out"}),
     "cohere2moe": ROUTED._replace(
         norm="ln", norm_key=True, parallel=True, ffn_norm=None, period=4, full_first=True, roped="local or dense",
@@ -274,6 +303,20 @@ FACTS: dict[str, Facts] = {
     "qwen2vl": Facts(epsilon_read=False, rope="halves", sections="one after another"),
     "paddleocr": Facts(rope="halves", sections="one after another"),
     "hunyuan_vl": Facts(rope="halves", qk_norm="head after rope", sections="one after another"),
+    "starcoder": LAYER_NORM._replace(rope=None),
+    "codeshell": LAYER_NORM,
+    "orion": Facts(norm="ln", rope="halves"),
+    "maincoder": Facts(qk_norm="head after rope"),
+    "chatglm": Facts(ffn="fused"),
+    "pangu-embedded": Facts(rope="halves", sum_named_ffn_out=True),
+    "plamo": Facts(rope="halves", parallel=True, ffn_norm=None),
+    "plamo3": SANDWICH._replace(
+        rope="halves", qk_norm="head", period=8, local_base=10000.0, local_scaling=False, ffn="fused",
+        norm_unnamed=True,
+    ),
+    "cogvlm": Facts(rope="halves", rope_keys="", sum_named_ffn_out=True),
+    "jais2": LAYER_NORM._replace(activation="relu2"),
+    "deepseek2-ocr": ROUTED._replace(rope="halves", rope_keys="base", mscale="alone"),
     "qwen35": QWEN35,
     "qwen35moe": QWEN35,
     "lfm2": LFM2._replace(period=0),
@@ -317,6 +360,30 @@ FACTS: dict[str, Facts] = {
     ),
     # What a block's mixer adds has the name of the sum.
     "jamba": Facts(rope=None, renormalise=False, mixers=by_kv_heads("mamba"), graph={"ffn_inp": "attn_out"}),
+    "afmoe": ROUTED._replace(
+        attn_post="post_attention_norm", ffn_post="post_ffw_norm", rope="halves", roped="three of four", period=4,
+        qk_norm="head", router="each", embedding="root",
+        graph={"attn_post_norm": "attn_out", "ffn_post_norm": "ffn_out"},
+    ),
+    "laguna": ROUTED._replace(
+        rope="halves", period=4, full_first=True, local_scaling=False, local_attn_factor=False, qk_norm="head",
+        head_gate=torch.nn.functional.softplus, router="each", graph=GATED,
+    ),
+    "step35": ROUTED._replace(
+        rope="halves", period=0, halved=True, factors=True, local_factors=False, local_base=10000.0,
+        local_scaling=False, qk_norm="head", router="each", clamp_keys=True, graph=GATED | {"attn_proj": "attn_out"},
+        stream_before=("attn_norm_in", "h_nextn"),
+    ),
+    "llama4": Facts(
+        factors=True, period=4, window=8192, window_always=True, roped="three of four", qk_norm="bare", unnormed=128,
+        router="each", renormalise=False, weighted="input", sum_named_ffn_out=True,
+        graph={"ffn_moe_out_merged": "ffn_out"},
+    ),
+    "spark2_5": Facts(rope="halves", period=0, activation="gelu", graph=GATED | {"attn_out_proj": "attn_out"}),
+    "muse-glimmer": SANDWICH._replace(
+        roped="local", period=4, local_scaling=False, qk_norm="head", final_cap=30.0, embedding="normed",
+        post_epsilon=1e-8, logits="multiply", graph={"attn_post_norm": "attn_out", "ffn_post_norm": "ffn_out"},
+    ),
 }  # fmt: skip
 
 
@@ -357,10 +424,12 @@ def _read(path: str, changed: int) -> Oracle:
         if name.endswith(".scale"):  # of the matrix, or of each expert's; no graph of llama.cpp uses an `.input_scale`
             weights[matrix] = weights[matrix] * factor.reshape(-1, *[1] * (weights[matrix].ndim - 1))
     assert architecture in FACTS, f"the oracle does not know {architecture}"
+    weights.setdefault("token_embd.weight", weights.get("output.weight"))
     metadata = {k.removeprefix(f"{architecture}."): v for k, v in fields.items()}
     metadata.setdefault("attention.layer_norm_rms_epsilon", metadata.get("attention.layer_norm_epsilon"))
     if scales := FACTS[architecture].scales:
         sizes = 1, math.sqrt(blocks(metadata)), metadata["embedding_length"]
+        sizes = (1, 1, 1) if FACTS[architecture].plain_scales else sizes
         names = "embedding_scale", "residual_scale", "logit_scale"
         constants = {name: s / size for name, s, size in zip(names, scales, sizes, strict=True)}
         metadata = constants | metadata if FACTS[architecture].scale_keys else metadata | constants
@@ -387,17 +456,21 @@ def linear(model: Oracle, name: str, x: Tensor) -> Tensor:
     return y if b is None else y + b
 
 
-def root_mean_square(model: Oracle, x: Tensor) -> Tensor:
+def root_mean_square(model: Oracle, x: Tensor, epsilon: float | None = None) -> Tensor:
     kind = "rms_" if model.facts.norm == "rms" else ""
-    eps = model.metadata[f"attention.layer_norm_{kind}epsilon"] if model.facts.epsilon_read else 0.0
-    return torch.sqrt((x * x).mean(-1, keepdim=True) + eps)
+    if epsilon is None:
+        epsilon = model.metadata[f"attention.layer_norm_{kind}epsilon"] if model.facts.epsilon_read else 0.0
+    return torch.sqrt((x * x).mean(-1, keepdim=True) + epsilon)
+
+
+POST_NORMS = ("post_attention_norm", "post_ffw_norm")
 
 
 def norm(model: Oracle, name: str, x: Tensor, *, frozen: bool) -> Tensor:
     """Apply RMSNorm or LayerNorm over the last axis; centering is linear and stays alive, the scale may be frozen."""
     if model.facts.norm == "ln":
         x = x - x.mean(-1, keepdim=True)
-    scale = 1 / root_mean_square(model, x)
+    scale = 1 / root_mean_square(model, x, model.facts.post_epsilon if name.split(".")[-1] in POST_NORMS else None)
     weight = 1.0
     if model.facts.norm_weights:
         weight = model.weights[name if name in model.weights else f"{name}.weight"]
@@ -409,6 +482,7 @@ def window(model: Oracle, layer: int) -> int | None:
     """Return how many positions a query of this layer sees, itself included; None: all before it."""
     meta, facts = model.metadata, model.facts
     size = meta.get("attention.sliding_window", None if facts.window_fixed else facts.window)
+    size = facts.window if facts.window_always else size
     if facts.period is None or not size or facts.windowed_at not in (None, blocks(meta)):
         return None
     pattern = meta.get("attention.sliding_window_pattern", facts.period)
@@ -428,6 +502,9 @@ def rope_angles(model: Oracle, layer: int, n: int, n_rot: int, context: int) -> 
         base = base * alpha ** (width / (width - 2))
     if local and facts.local_base_key:
         base = meta.get("rope.freq_base_swa", facts.local_base or base)
+    if facts.rope_keys != "all":
+        base = base if facts.rope_keys == "base" else 10000.0
+        return torch.arange(n)[:, None] * base ** (-torch.arange(0, n_rot, 2, dtype=torch.float64) / n_rot), 1.0
     kind = meta.get("rope.scaling.type", "linear")
     factor = meta.get("rope.scaling.factor", meta.get("rope.scale_linear", 1.0)) or 1.0
     if local and not facts.local_scaling:
@@ -441,7 +518,7 @@ def rope_angles(model: Oracle, layer: int, n: int, n_rot: int, context: int) -> 
     names = ["rope_freqs.weight", f"rope_factors_{'long' if context > original else 'short'}.weight"]
     factors = facts.factors and (facts.local_factors or not local)
     names = names[:: -1 if kind == "longrope" else 1] if factors else []
-    frequency = frequency / next((model.weights[name] for name in names if name in model.weights), 1.0)
+    frequency = frequency / next((model.weights[name][: len(pair)] for name in names if name in model.weights), 1.0)
     if kind in ("linear", "longrope"):
         frequency = frequency / factor
     elif kind == "yarn":
@@ -455,6 +532,9 @@ def rope_angles(model: Oracle, layer: int, n: int, n_rot: int, context: int) -> 
             fast = meta.get("rope.scaling.yarn_beta_fast", fast)
             slow = meta.get("rope.scaling.yarn_beta_slow", slow)
             multiplier = meta.get("rope.scaling.yarn_log_multiplier", multiplier)
+        if facts.yarn_betas:
+            fast = meta.get("rope.scaling.yarn_beta_fast", facts.yarn_betas)
+            slow = meta.get("rope.scaling.yarn_beta_slow", slow)
         low = max(0, math.floor(pair_with(fast)))
         high = min(n_rot - 1, math.ceil(pair_with(slow)))
         kept = 1 - ((pair - low) / max(0.001, high - low)).clamp(0, 1)
@@ -545,10 +625,12 @@ def turned(model: Oracle, layer: int, part: str, h: Tensor, context: int) -> Ten
     if facts.qk_norm == "head" and f"{name}.weight" in model.weights:
         x = norm(model, name, x, frozen=False)
     if roped(model, layer):
-        angles, magnitude = rope_angles(
-            model, layer, len(h), of_kind(model, layer, "rope.dimension_count", hd), context
-        )
+        n_rot = of_kind(model, layer, "rope.dimension_count", hd) if facts.rope_keys == "all" else hd
+        n_rot //= 2 if facts.halved and window(model, layer) is None else 1
+        angles, magnitude = rope_angles(model, layer, len(h), n_rot, context)
         x = rotate(x, angles, magnitude, pairs=facts.rope)
+        if facts.qk_norm == "bare" and model.metadata.get("expert_count") != facts.unnormed:
+            x = x / root_mean_square(model, x)
     return norm(model, name, x, frozen=False) if facts.qk_norm == "head after rope" else x
 
 
@@ -578,7 +660,9 @@ def attention(
     scale = 1 / math.sqrt(meta["embedding_length"] // heads if blocks(meta) == facts.width_scaled_at else hd)
     scale = facts.attn_scale or scale
     if facts.attn_scale_key:
-        scale = meta.get("attention.scale", 0.0) or scale
+        scale = meta.get(facts.attn_scale_key, 0.0) or scale
+    if facts.mscale:
+        scale *= oracle_latent.stretched(meta, meta.get("rope.scaling.attn_factor", 1.0), facts.mscale)[1]
     scale = torch.full((n, 1), scale, dtype=torch.float64)
     if facts.temperature and meta.get("attention.temperature_scale"):
         original = meta.get("rope.scaling.original_context_length", meta["context_length"])
@@ -606,7 +690,12 @@ def attention(
         if facts.query_gate:
             share = torch.sigmoid(gates[:, head])
             outputs[-1] = outputs[-1] * (share.detach() if frozen else share)
-    return linear(model, f"{b}.attn_output", torch.cat(outputs, dim=-1))
+    read = torch.cat(outputs, dim=-1)
+    if f"{b}.attn_gate.weight" in model.weights:
+        gate = facts.head_gate(linear(model, f"{b}.attn_gate", h))
+        gate = gate[..., None].expand(n, -1, read.shape[1] // gate.shape[1]).flatten(1)
+        read = read * (gate.detach() if frozen else gate)
+    return linear(model, f"{b}.attn_output", read)
 
 
 def recurrent(mixer: Callable[..., Tensor], **options: Any) -> Callable[..., Tensor]:
@@ -780,9 +869,10 @@ def mixture(
         weights = weights.detach()
     facts, rows = clamped(model, b, "swiglu_clamp_exp"), []
     latent = f"{b}.ffn_latent_down.weight" in model.weights
-    for i, x in enumerate(linear(model, f"{b}.ffn_latent_down", h) if latent else h):
-        row = torch.zeros_like(x)
+    for i, before in enumerate(linear(model, f"{b}.ffn_latent_down", h) if latent else h):
+        row = torch.zeros_like(before)
         for expert, weight in zip(chosen[i].tolist(), weights[i], strict=True):
+            x = before if facts.weighted == "output" else weight * before
 
             def apply(name: str, x: Tensor, expert: int = expert) -> Tensor:
                 y = model.weights[f"{b}.{name}.weight"][expert] @ x
@@ -796,7 +886,8 @@ def mixture(
                 gate, up = apply("ffn_up_exps", x), None
             else:
                 gate, up = apply("ffn_gate_exps", x), apply("ffn_up_exps", x)
-            row = row + weight * apply("ffn_down_exps", activate(facts, gate, up, **how))
+            added = apply("ffn_down_exps", activate(facts, gate, up, **how))
+            row = row + (weight * added if facts.weighted == "output" else added)
         rows.append(row)
     y = torch.stack(rows)
     if latent:
@@ -817,6 +908,8 @@ def embed(model: Oracle, ids: Sequence[int] | Tensor) -> Tensor:
         x = x * float(np.float32(math.sqrt(model.metadata["embedding_length"])))  # llama.cpp: sqrtf
     elif model.facts.embedding == "key":
         x = x * (model.metadata.get("embedding_scale", 0.0) or 1.0)
+    elif model.facts.embedding == "normed":
+        x = x / root_mean_square(model, x)
     if "position_embd.weight" in model.weights:
         x = x + model.weights["position_embd.weight"][: len(x)]
     return x
@@ -837,13 +930,18 @@ def feed_forward(model: Oracle, b: str, x: Tensor, entry: Tensor, before: str | 
     parts = (Part("mixture" if routed else "dense", before, None),)
     if routed and facts.parts:
         parts = facts.parts
+    if facts.dense_optional and f"{b}.ffn_up.weight" not in model.weights:
+        parts = parts[1:]
     y = torch.zeros_like(x)
-    for network, before, after in parts:
-        h = branch_norm(model, b, before, x, frozen=frozen)
+    for network, before, after, reads in parts:
+        h = branch_norm(model, b, before, entry if reads == "block" else x, frozen=frozen)
         routed = network == "mixture"
         added = mixture(model, b, h, stream=x, entry=entry, **how) if routed else dense(model, b, h, **how)
         y = y + branch_norm(model, b, after, added, frozen=frozen)
-    return branch_norm(model, b, facts.ffn_post, y, frozen=frozen)
+    y = y * (facts.joint_scale if len(parts) > 1 else 1.0)
+    other = facts.ffn_post_instead
+    post = other if other and f"{b}.{other}.weight" in model.weights else facts.ffn_post
+    return branch_norm(model, b, post, y, frozen=frozen)
 
 
 def per_layer_inputs(model: Oracle, ids: Sequence[int] | Tensor, x: Tensor) -> Tensor:

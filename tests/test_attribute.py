@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import oracle
 import pytest
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from ggjac import session
 from ggjac.analysis.attribute import attribute, attribute_branches, attribute_positions, both_rules
+from ggjac.blocks import FrozenBlock
 from ggjac.model import open_model
 
 TinyFile = Callable[..., Path]
@@ -31,6 +33,7 @@ TinyFile = Callable[..., Path]
 CASES = (
     *("gqa", "mqa", "biases", "one_layer", "head_dim_wide", "fused_biases"),
     *("gemma2", "olmo2", "granite", "phi2", "falcon_7b", "cohere2", "gpt2", "starcoder2", "glm4", "gemma3"),
+    *("arctic", "mimo2"),
     *("gptneox", "stablelm_12b", "nemotron", "command_r", "olmo_clamped", "qwen2moe", "granitemoe", "gpt_oss"),
     *("glm4moe", "qwen35", "lfm2", "mamba", "jamba", "plamo2", "mamba2", "granitehybrid", "falcon_h1"),
     *("nemotron_h_moe", "gemma4"),
@@ -168,11 +171,16 @@ def test_every_position_at_once_is_each_alone(case: str, versus: int | None, tin
     trace = model.trace(expected.ids)
     found = attribute_positions(trace.jacobian(), versus=versus)
     best = expected.uncapped(expected.states["result_norm"]).argmax(1)
-    assert found.positions == range(N)
+    assert found.positions == [*range(N)]
     assert found.targets.tolist() == best.tolist()
     close(found.shares.sum(1) + found.offsets, found.logits, 1e-12)
     assert found.unexplained.abs().max() < 1e-11
     assert not found.shares.triu(1).any()
+    some = attribute_positions(trace.jacobian(), versus=versus, positions=[3, -1 % N, 0, 3])
+    assert some.positions == [0, 3, N - 1]
+    for name in ("targets", "logits", "shares", "offsets"):
+        close(getattr(some, name), getattr(found, name)[some.positions])
+    assert [entry["position"] for entry in some.data()] == some.positions
     for position in range(N):
         close(found.logits[position], expected.direction(position, int(best[position]), versus)[1])
         one = attribute(trace.jacobian(position), int(best[position]), versus)
@@ -237,11 +245,47 @@ def test_one_pass_over_the_live_weights(tiny_files: dict[str, Path]) -> None:
         assert reads["blk.0.attn_output.weight"] == (2 * d if by_head else d)
         assert not reads["blk.0.attn_q.weight"]
         assert reads["output.weight"] == 1  # one target, one row
+    assert steps == [(1, 2), (2, 2)] * 2
     reads.clear()
+    steps.clear()
     attribute_positions(jacobian, 3, 4, progress=seen)
-    assert reads["blk.0.ffn_up.weight"] == ff
+    assert reads["blk.0.ffn_up.weight"] == 2 * ff  # shares and biases
     assert reads["output.weight"] == 2
-    assert steps == [(1, 2), (2, 2)] * 3
+    assert steps == [(1, 4), (2, 4), (3, 4), (4, 4)]
+
+
+def test_outputs_of_a_long_prompt_take_no_later_positions(
+    tiny_files: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As many outputs at a time as are worth another pass over the weights; each in its own place among them."""
+    jacobian = open_model(tiny_files["gqa"], dtype="float64").trace(tiny.prompt("gqa", 40)).jacobian()
+    shapes: list[list[int]] = []
+    pulled = FrozenBlock.rmatmat
+
+    def pull(self: FrozenBlock, H: Tensor, *rest: Any) -> Tensor:
+        shapes.append([*H.shape[:2]])
+        return pulled(self, H, *rest)
+
+    monkeypatch.setattr(FrozenBlock, "rmatmat", pull)
+    found = attribute_positions(jacobian, 3)
+    assert shapes == [[16, 16]] * 2 + [[16, 32]] * 2 + [[8, 40]] * 2
+    close(found.unexplained, torch.zeros(40), 1e-11)
+    monkeypatch.setattr("ggjac.analysis.attribute.TOKENS_AT_ONCE", 40)
+    close(found.shares, attribute_positions(jacobian, 3).shares, 1e-13)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ([], r"positions \[\]: give at least one"),
+        ([0, 4], "position 4 is out of range: it must be at most 3"),
+        ([-1], "position -1 is out of range: it must be at least 0"),
+    ],
+)
+def test_positions_out_of_range(given: list[int], message: str, tiny_files: dict[str, Path]) -> None:
+    jacobian = open_model(tiny_files["gqa"]).trace(tiny.prompt("gqa", 4)).jacobian()
+    with pytest.raises(ValueError, match=message):
+        attribute_positions(jacobian, positions=given)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

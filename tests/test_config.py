@@ -575,8 +575,7 @@ MIXTURES: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {
     "experts' width": ("glm4moe", {"expert_feed_forward_length": ABSENT}, {}, "expert_feed_forward_length is missing"),
     "another width": ("glm4moe", {"expert_feed_forward_length": 9}, {}, r"exps.weight has shape .*4, 8, 12.*4, 9, 12"),
     "shared": ("glm4moe", {"expert_shared_count": ABSENT}, {}, "glm4moe.expert_shared_count is missing"),
-    "none shared": ("glm4moe", {"expert_shared_count": 0}, {},
-                    "expert_shared_count is 0; expected a whole number from 1"),
+    "none shared": ("glm4moe", {"expert_shared_count": 0}, {}, "'blk.1.ffn_.+_shexp.weight' is not part of a glm"),
     "more shared": ("glm4moe", {"expert_shared_count": 3}, {}, r"shexp.weight has shape \[16, 12\], .* \[24, 12\]"),
     "no bias": ("glm4moe", {}, {"blk.1.exp_probs_b.bias": ABSENT}, "tensor blk.1.exp_probs_b.bias is missing; the fil"),
     "a bias more": ("glm4moe", {}, {"blk.0.exp_probs_b.bias": (E,)}, "'blk.0.exp_probs_b.bias' is not part of a glm4"),
@@ -729,6 +728,13 @@ LATENT: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {
     "limits of other blocks": ("bailingmoe3", {"swiglu_clamp_shexp": [0.0, 1.0]}, {}, "has 2 entries for 3 blocks"),
     "rotated sections": ("bailingmoe3", {"rope.dimension_sections": [2, 1, 1, 0]}, {}, "sections .* not supp"),
     "no gate of heads": ("bailingmoe3_clamped", {}, {"attn_gate.weight": ABSENT}, "blk.0.attn_gate.weight is missing"),
+    "no gate of elements": ("afmoe", {}, {"attn_gate.weight": ABSENT}, "blk.0.attn_gate.weight is missing"),
+    "a gate of another width": ("laguna", {}, {"attn_gate.weight": (5, 64)}, r"has shape \[5, 64\], .* \[64, 64\]"),
+    "a gate of elements": ("spark2_5", {}, {"attn_gate.weight": (64, 64)}, r"has shape \[64, 64\], .* \[4, 64\]"),
+    "no pattern of windows": ("step35", {"attention.sliding_window_pattern": ABSENT}, {}, "pattern is missing"),
+    "no chunks": ("llama4", {"attention.sliding_window": 0}, {}, "sliding_window is 0; expected a whole number from 1"),
+    "no scale of logits": ("muse_glimmer", {"logit_scale": ABSENT}, {}, "muse-glimmer.logit_scale is missing"),
+    "no head": ("muse_glimmer", {}, {"output.weight": ABSENT}, "output.weight is missing"),
     "none shared": ("mistral4", {"expert_shared_count": ABSENT}, {}, "mistral4.expert_shared_count is missing"),
 }  # fmt: skip
 

@@ -369,7 +369,7 @@ def test_a_map_inside_the_network_is_an_operator_like_the_whole(case: str, tiny_
         assert distance(J.output, trace.model.freeze_final_norm(raw.output[None]).apply(raw.output[None])[0]) < 1e-13
 
 
-@pytest.mark.parametrize("case", ["three_layers", "phi2", "qwen3moe"])
+@pytest.mark.parametrize("case", ["three_layers", "phi2", "qwen3moe", "arctic"])
 def test_maps_compose(case: str, tiny_files: dict[str, Path]) -> None:
     """J[0:L] = J[b:L] J[0:b], with the inner map taken at every position."""
     trace = open_model(tiny_files[case], dtype="float64").trace(tiny.prompt(case, 4))
@@ -425,7 +425,7 @@ def interrupting(after: int) -> Callable[[int, int], None]:
     return seen
 
 
-@pytest.mark.parametrize("case", ["three_layers", "phi2", "qwen2moe", "gemma4_shared"])
+@pytest.mark.parametrize("case", ["three_layers", "phi2", "qwen2moe", "gemma4_shared", "arctic"])
 def test_an_interrupted_run_ends_with_the_same_bits(case: str, tiny_files: dict[str, Path], tmp_path: Path) -> None:
     """Many maps at once, up and down, stopped after every single block in turn; only what is left is computed."""
     trace = open_model(tiny_files[case]).trace(tiny.prompt(case, 5))

@@ -634,6 +634,11 @@ MISTAKES: dict[str, tuple[str, Callable[[Patch], None]]] = {
     "experts clamped as shared ones": (
         "bailingmoe3_clamped", lambda p: change_config(p, layer__clamps=lambda layer: layer.clamps[::-1])
     ),
+    "experts read the stream after attention": ("arctic", lambda p: change_config(p, row__experts_skip=False)),
+    "a dense network beside experts added in full": (
+        "grok_betas", lambda p: change_config(p, row__joint_scale=1.0)
+    ),
+    "another first beta of YaRN": ("grok_caps", lambda p: change_config(p, rope__beta_fast=2.0)),
     "a shared expert added in full": ("cohere2moe", lambda p: change_config(p, row__joint_scale=1.0)),
     "experts alone halved": (
         "cohere2moe", lambda p: change_config(p, row__joint_scale=1.0, expert_weights_scale=0.5)
@@ -804,6 +809,14 @@ def test_prompts_of_which_attention_would_leave_something_out_are_refused(
     with pytest.raises(work.PlanError, match="a prompt of 65 tokens cannot run; this model takes from 1 to 64"):
         m.plan(65)
     assert dict(m.weights.reads) == reads
+
+
+def test_prompts_beyond_the_first_chunk_are_refused(tiny_file: Callable[..., Path]) -> None:
+    """As in llama.cpp, queries of the last position of 8192 grow, and the next one begins another chunk."""
+    m = open_model(tiny_file("llama4", context=9000))
+    assert len(m.check_prompt([1] * 8191)) == 8191
+    with pytest.raises(PromptError, match=r"has 8192 tokens, of which .* leave some out: not supported beyond 8191"):
+        m.trace([1] * 8192)
 
 
 def test_a_full_context_runs(tiny_file: Callable[..., Path]) -> None:

@@ -813,6 +813,16 @@ def test_names_in_the_graph_are_data():
     assert parity.by_kind(tensors, graph)["attn_out-0"] is tensors["linear_attn_out-0"]
 
 
+def test_a_graph_may_name_the_stream_before_a_block():
+    """As in step35: `attn_norm_in-1` is what block 0 leaves, and the last block's stream has a name without number."""
+    graph = Graph((), (), ("before", "last"), next_input=True)
+    tensors = {name: torch.zeros(1, 1) for name in ("before-0", "before-1", "last", "result_norm")}
+    found = parity.by_kind(tensors, graph)
+    assert list(found) == ["l_out-0", "l_out-1", "result_norm"]
+    assert found["l_out-0"] is tensors["before-1"]
+    assert found["l_out-1"] is tensors["last"]
+
+
 # -- refusals ----------------------------------------------------------------------------------------------------------
 
 

@@ -49,8 +49,10 @@ CASES = [
     *("gemma4_inputs", "gemma4_small_q8_0"),
     *("deepseek2", "deepseek2_unsplit", "deepseek2_dense", "mistral4", "minicpm3", "plm"),
     *("mellum", "maple", "granite_swa", "granite_swa_experts", "hy_v3", "cohere2moe", "cohere2moe_rms", "mimo2"),
-    *("mimo2_fused", "smallthinker", "dbrx"),
+    *("mimo2_fused", "smallthinker", "dbrx", "arctic", "grok", "grok_defaults"),
     *("mamba", "mamba_sizes", "mamba_q8_0", "jamba", "jamba_experts", "plamo2"),
+    *("afmoe", "laguna", "laguna_elements", "step35_clamped", "step35_factors", "spark2_5", "muse_glimmer"),
+    *("llama4", "llama4_several"),
     *("deepseek32", "glm_dsa", "minimax_m3", "kimi_linear", "kimi_linear_fused", "bailingmoe3", "bailingmoe3_clamped"),
 ]
 GATED = (
@@ -155,7 +157,7 @@ def test_flop_and_tapes_are_those_of_the_operators(case: str, mlp_path: Any, tin
         span = range(n - 1, n) if last else range(n)
         config = run.model.config
         block = blocks.block(run.model.block(layer.index), config, tape, span, config.bank(layer.index))
-        parts = (block.attn, block.ffn, block.inputs, block.values)
+        parts = (block.attn, block.ffn, block.beside, block.inputs, block.values)
         assert layer.sweep.flop == sum(flop(part) for part in parts if part is not None)
         assert layer.tape_bytes == nbytes(tape)
 
@@ -217,7 +219,8 @@ def networks(run: Trace, layer: int) -> list[blocks.HiddenTape]:
 
 def flat(tape: blocks.FFNTape) -> list[blocks.HiddenTape]:
     """Return the networks of a branch, and of its parts."""
-    parts = [flat(part) if isinstance(part, blocks.FFNTape) else [part] for part in tape.networks]
+    inside = tape.networks if tape.beside is None else (*tape.networks, tape.beside)
+    parts = [flat(part) if isinstance(part, blocks.FFNTape) else [part] for part in inside]
     return [network for part in parts for network in part]
 
 

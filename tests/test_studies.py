@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from helpers import invoke, invoke_json
 
@@ -258,6 +259,13 @@ def test_each_line_has_what_the_command_says_of_one_prompt(command: str, tmp_pat
         invoke(command, "-t", 1, *ASKED[command], "-f", file, "--each-line", "--format", "json", "-o", out).stdout
     )
     assert found["prompts"] == records
+    if command == "svd":
+        spectra = np.array([[t["singular_value"] for t in record["svd"]["triplets"]] for record in records])
+        rows = found["by_index"]
+        assert np.allclose([row["mean"] for row in rows], spectra.mean(0), rtol=1e-15)
+        assert np.allclose([row["error"] for row in rows], spectra.std(0, ddof=1) / 2**0.5, rtol=1e-12)
+        assert [(row["least"], row["most"]) for row in rows] == list(zip(spectra.min(0), spectra.max(0), strict=True))
+        assert f" {spectra.mean(0)[0]:.4g} " in shown
     assert "tokens" not in found
 
 
@@ -423,7 +431,7 @@ def test_a_file_that_is_being_written_is_not_merged(shards: list[Path], tmp_path
 
 @pytest.mark.parametrize("shard", [(2, 2), (-1, 2), (0, 0), (3, 4)])
 def test_a_shard_without_prompts_is_refused(shard: tuple[int, int], asked: Measure) -> None:
-    with pytest.raises(PromptError, match="has no prompt: there are 3"):
+    with pytest.raises(PromptError, match="has no prompt: there are 3; take"):
         ggjac.study(PROMPTS[:3], asked, shard=shard)
 
 

@@ -58,6 +58,7 @@ class Options:
     omit: tuple[str, ...] = ()  # keys below `{arch}.` to leave out, so that the reader's defaults count
     per_layer_arrays: bool = False  # write head counts and feed-forward length as arrays of equal numbers
     tied: bool = False  # no output.weight
+    head_only: bool = False  # no token_embd.weight
     fused_qkv: bool = False
     fused_bias: bool = False  # write attn_qkv.bias in place of the biases of q, k and v
     biases: tuple[str, ...] = ()  # of ALL_BIASES, "output", and those of the experts
@@ -76,6 +77,7 @@ class Options:
     shared_kv: int = 0  # so many of the last layers read earlier layers' keys and values
     idle_kv: bool = False  # and still have the matrices for their own
     per_layer: int = 0  # width of the inputs that each layer has of its own; 0: none
+    attn_gate: str = ""  # heads | elements: a gate on what each head has read, as one number or element by element
     values: bool = True  # there is attn_v; else the values are made by attn_k
     n_rot: int | None = None  # rotated dimensions of a head; None: all
     long_short: bool = False  # write rope_factors_long and rope_factors_short
@@ -95,6 +97,7 @@ class Options:
     dense_blocks: tuple[int, ...] = ()  # more of them, wherever they are
     expert_norms: tuple[str, ...] = ()  # of layers with experts only
     dense_beside: bool = False  # layers with experts have a dense network, too
+    dense_ff: int | None = None  # its width; None: ff
     fused_experts: bool = False  # the experts' gate above up in one tensor
     router_scale: bool = False  # ffn_gate_inp.scale, of the router's input
     expert_scale: bool = False  # ffn_down_exps.scale, of each expert's output
@@ -191,7 +194,9 @@ def metadata(o: Options) -> dict[str, Any]:
         "feed_forward_length": [o.ff * feeds(o, layer) for layer in range(o.layers)]
         if o.alone
         else list(o.ffs) or repeat(o.ff),
-        "attention.head_count": repeat(o.heads),
+        "attention.head_count": [windowed(o).heads if kind == "window" else o.heads for kind in kinds]
+        if "heads" in o.sizes.get("window", {})
+        else repeat(o.heads),
         "attention.head_count_kv": [kv_heads(o, kind) for kind in kinds] if o.kv_by_layer else repeat(o.hk),
         "attention.key_length": o.hd,
         "attention.value_length": o.hv,
@@ -223,14 +228,15 @@ def metadata(o: Options) -> dict[str, Any]:
 def tensors(o: Options) -> Iterator[Entry]:
     """List the tensors of a file."""
     q, kv, pairs = o.heads * o.hd, o.hk * o.hd, (o.n_rot or o.hd) // 2
-    yield Entry("token_embd.weight", (o.vocab, o.d), o.embed_std)
+    if not o.head_only:
+        yield Entry("token_embd.weight", (o.vocab, o.d), o.embed_std)
     if o.positions:
         yield Entry("position_embd.weight", (o.context, o.d), 0.5)
     yield from norms(o, o.final_norm, o.d)
     if o.embedding_norm:
         yield from norms(o, "token_embd_norm", o.d)
     if not o.tied:
-        yield matrix("output", o.vocab, o.d, 2.0)
+        yield Entry("output.weight", (o.vocab, o.d), o.embed_std if o.head_only else 2.0 / math.sqrt(o.d))
     if "output" in o.biases:
         yield bias("output", o.vocab)
     if o.rope_factors:
@@ -329,7 +335,19 @@ def attention(o: Options, b: str, *, gated: bool = False) -> Iterator[Entry]:
             yield Entry(f"{b}.{name}.weight", shape, 0.3, o.qk_gain)
     if o.sinks:
         yield Entry(f"{b}.attn_sinks.weight", (o.heads,), 1.0, 2.0)
+    if o.attn_gate:
+        yield matrix(f"{b}.attn_gate", {"heads": o.heads, "elements": q}[o.attn_gate], o.d, 2.0)
     yield matrix(f"{b}.attn_output", o.d, o.heads * o.hv)
+
+
+def with_vision_experts(o: Options, b: str) -> Iterator[Entry]:
+    """List attention, and the layer's matrices for tokens of images."""
+    yield from attention(o, b)
+    rows = (o.heads + 2 * o.hk) * o.hd
+    for name, out, into in (("attn_qkv", rows, o.d), ("attn_output", o.d, o.heads * o.hd)):
+        yield matrix(f"{b}.vis_{name}", out, into)
+    for name, out, into in (("gate", o.ff, o.d), ("up", o.ff, o.d), ("down", o.d, o.ff)):
+        yield matrix(f"{b}.vis_{name}", out, into)
 
 
 def delta(o: Options, b: str, *, layout: str) -> Iterator[Entry]:
@@ -683,6 +701,7 @@ MIXERS: dict[str, Callable[[Options, str], Iterator[Entry]]] = {
     "attention": attention,
     "gated attention": functools.partial(attention, gated=True),
     "window": window,
+    "vision experts": with_vision_experts,
     "latent": latent,
     "block_sparse": block_sparse,
     "delta": functools.partial(delta, layout="qwen35"),
@@ -773,7 +792,7 @@ def experts(o: Options, b: str, width: int) -> Iterator[Entry]:
     for name in o.expert_norms:
         yield from norms(o, f"{b}.{name}", o.d, o.post_gain if name.startswith("post_") else 1.0)
     if o.dense_beside:
-        yield from feed_forward(o, b, "", o.ff)
+        yield from feed_forward(o, b, "", o.dense_ff or o.ff)
     if o.selection_bias:
         suffix = "" if "exp_probs_b" in o.bare_norms else ".bias"
         yield Entry(f"{b}.exp_probs_b{suffix}", (o.experts,), o.selection_bias, o.selection_mean)

@@ -16,23 +16,25 @@ identity of the frozen network: it states the contribution of each part, not the
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain, groupby
+from itertools import chain, count, groupby
 from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 
 from ggjac.blocks import BlockTape, FrozenBlock, attention_halves, block
+from ggjac.checks import whole
 from ggjac.config.mixers import MIXERS
 from ggjac.decode import Head
 from ggjac.jacobian import DetachedJacobian, FrozenNetwork, Progress
 from ggjac.linop import LinearOperator
 from ggjac.results import NO_WORDS, Bars, Plotted, Points, Result, Table, Words
-from ggjac.sizes import MlpPath, chunk_floats
+from ggjac.sizes import TOKENS_AT_ONCE, MlpPath, chunk_floats
 
 # What a share by token does not say; under every table of them.
 CAVEAT = "mlp-path {rule}: the sum is exact, its division depends on the freezing rule; a share is not importance"
@@ -150,7 +152,7 @@ class TokenShares(Result):
     """`Attribution` of `m` output positions, each of its own target.
 
     Attributes:
-        positions: the `m` output positions.
+        positions: the `m` output positions, ascending.
         targets: `[m]`, token ids.
         versus: token id whose logit is subtracted everywhere, or None.
         logits: `[m]`, float64: from the forward pass, before any soft cap.
@@ -160,7 +162,7 @@ class TokenShares(Result):
         mlp_path: the freezing rule, which decides the shares but not their sum.
     """
 
-    positions: range
+    positions: list[int]
     targets: Int[Tensor, " m"]
     versus: int | None
     logits: Float[Tensor, " m"]
@@ -454,50 +456,80 @@ def attribute_positions(
     target: int | str | None = None,
     versus: int | str | None = None,
     *,
+    positions: Sequence[int] | None = None,
     progress: Progress | None = None,
 ) -> TokenShares:
-    """Split a logit at every position of the prompt over the input positions; default the most likely one at each.
+    """Split a logit at several positions of the prompt over the input positions; default the most likely one at each.
 
-    One upward pass carries every token's embedding alone, and the biases: a vector's start identifies the share, the
-    position at which it is read identifies the logit. `n + 1` vectors of `n` positions advance together, or in several
-    passes where they need more than the Jacobian's `chunk_bytes` of working memory. The Jacobian's own position has no
-    influence.
+    One downward pass carries a vector for each output position, and an upward one the biases. An output does not depend
+    on later positions, so that outputs go down `TOKENS_AT_ONCE` at a time, and each such pass has the positions up to
+    the last of its outputs: for all positions of a long prompt, half of the arithmetic. Fewer go at a time where they
+    need more than the Jacobian's `chunk_bytes` of working memory. The Jacobian's own position has no influence.
+
+    Args:
+        jacobian: of the prompt.
+        target: id or text of the token whose logit is split; default the most likely one at each position.
+        versus: id or text of a token whose logit is subtracted.
+        positions: output positions; default all.
+        progress: called as `progress("block", done, total)` after each block.
 
     Raises:
         PromptError: `target` or `versus` is not in the vocabulary, or a text that is not one token.
-        ValueError: one of them is neither a text nor a whole number.
+        ValueError: one of them is neither a text nor a whole number, or a position is out of range.
     """
-    network, chunk_bytes = jacobian.network, jacobian.chunk_bytes
-    n, d = network.x.shape
+    network, x = jacobian.network, jacobian.network.x
+    n, d = x.shape
+    chosen = range(n) if positions is None else {whole("position", each, 0, n - 1) for each in positions}
+    if not chosen:
+        raise ValueError("positions []: give at least one")
+    places = torch.tensor(sorted(chosen))
     target, versus = jacobian.token_id(target), jacobian.token_id(versus)
-    asked = _ask(network.outputs, network.head, target, versus)
-    w = asked.w.cpu().double()
+    asked = _ask(network.outputs[places], network.head, target, versus)
+    cotangents = torch.zeros_like(x)
+    cotangents[places] = asked.w
+    read = network.norm.operator().rmatmat(cotangents[None])[0]  # what the head reads from the stream, by position
     floats = chunk_floats(n, d, network.frame.config.hidden_units)
-    at_once = max(1, chunk_bytes // (floats * network.x.itemsize))
-    parts = torch.arange(n + 1).split(at_once)  # the last one stands for the biases
-    found = []
-    for number, part in enumerate(parts):
-        X = network.x.new_zeros(len(part), n, d)
-        tokens = part[part < n]
-        X[torch.arange(len(tokens)), tokens] = network.x[tokens]
+    parts = places.split(max(1, min(TOKENS_AT_ONCE, jacobian.chunk_bytes // (floats * x.itemsize))))
+    steps = count(1)
+
+    def report() -> None:
+        _report(progress, next(steps), (1 + len(parts)) * len(network.tapes))
+
+    offsets = _offsets(network, places, asked, report)
+    shares = []
+    for part in parts:
+        X = x.new_zeros(len(part), int(part[-1]) + 1, d)
+        X[torch.arange(len(part)), part] = read[part]
         banks: dict[int, Tensor] = {}
-        t = (part == n).to(X)
-        for i, _, frozen in _walk(network, range(n)):
-            X = frozen.matmat(X, t, banks)  # [k, n, d]
-            _report(progress, number * len(network.tapes) + i + 1, len(parts) * len(network.tapes))
-        Y = network.norm.operator().matmat(X, t)
-        found.append(torch.stack([(y.cpu().double() * w).sum(1) for y in Y]))  # one by one: float64 copies are large
-    shares = torch.cat(found).T
+        for _, _, frozen in _walk(network, range(X.shape[1]), down=True):
+            X = frozen.rmatmat(X, banks)  # [k, m, d]
+            report()
+        wide = x[: X.shape[1]].cpu().double()
+        # One by one: float64 copies are large.
+        shares += [pad((pulled.cpu().double() * wide).sum(1), (0, n - len(wide))) for pulled in X]
     return TokenShares(
-        positions=range(n),
+        positions=places.tolist(),
         targets=asked.targets,
         versus=versus,
         logits=asked.logits,
-        shares=shares[:, :n].contiguous(),
-        offsets=shares[:, n] + asked.bias,
+        shares=torch.stack(shares),
+        offsets=offsets,
         softcap=network.head.softcap,
         mlp_path=jacobian.mlp_path,
     )
+
+
+def _offsets(
+    network: FrozenNetwork, places: Int[Tensor, " m"], asked: "_Asked", report: Callable[[], None]
+) -> Float[Tensor, " m"]:
+    """Return what all biases add to the logits at some positions: one upward pass with an input of zero."""
+    stop, one = int(places[-1]) + 1, network.x.new_ones(1)
+    X, banks = torch.zeros_like(network.x[None, :stop]), dict[int, Tensor]()
+    for _, _, frozen in _walk(network, range(stop)):
+        X = frozen.matmat(X, one, banks)
+        report()
+    Y = network.norm.at(slice(stop)).operator().matmat(X, one)[0, places]
+    return (Y.cpu().double() * asked.w.cpu().double()).sum(1) + asked.bias
 
 
 def attribute_branches(
@@ -619,19 +651,22 @@ def _ask(outputs: Float[Tensor, "m d"], head: Head, target: int | None, versus: 
     return _Asked(targets, w, bias, (w.cpu().double() * outputs.cpu().double()).sum(1) + bias)
 
 
-def _walk(network: FrozenNetwork, positions: range) -> Iterator[tuple[int, BlockTape, FrozenBlock]]:
-    """Yield the blocks, written at some positions, with their tapes; the next one is prefetched."""
+def _walk(
+    network: FrozenNetwork, positions: range, *, down: bool = False
+) -> Iterator[tuple[int, BlockTape, FrozenBlock]]:
+    """Yield the blocks, written at some positions, with their tapes, upwards or downwards; the next is prefetched."""
 
     def build(i: int) -> tuple[int, BlockTape, FrozenBlock]:
         tape = network.tapes[i]
         config = network.frame.config
         return i, tape, block(network.weights(i), config, tape, positions, config.bank(i))
 
-    ahead = build(0)
-    for i in range(len(network.tapes)):
+    order = range(len(network.tapes))[:: -1 if down else 1]
+    ahead = build(order[0])
+    for i in [*order[1:], None]:
         now = ahead
-        if i + 1 < len(network.tapes):
-            ahead = build(i + 1)
+        if i is not None:
+            ahead = build(i)
             ahead[2].read_ahead()
         yield now
 

@@ -180,15 +180,19 @@ def by_position(records: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     """Yield the distribution of stable ranks at each token index: count, mean, its standard error, extremes."""
     for i in range(max(len(record["tokens"]) for record in records)):
         values = [token_values(record)[i] for record in records if i < len(record["tokens"])]
-        yield {
-            "position": i,
-            "prompts": len(values),
-            "mean": statistics.fmean(values),
-            "error": statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else None,
-            "median": statistics.median(values),
-            "least": min(values),
-            "most": max(values),
-        }
+        yield {"position": i} | distribution(values)
+
+
+def distribution(values: Sequence[float]) -> dict[str, Any]:
+    """Return how a number is distributed over prompts; sums are exact, so that their order leaves no trace."""
+    return {
+        "prompts": len(values),
+        "mean": statistics.fmean(values),
+        "error": statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else None,
+        "median": statistics.median(values),
+        "least": min(values),
+        "most": max(values),
+    }
 
 
 def _shown(record: dict[str, Any]) -> str:

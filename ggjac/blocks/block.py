@@ -202,15 +202,18 @@ def record_attention(
 def record_ffn(
     w: BlockWeights, frame: Frame, layer: int, x: Float[Tensor, "n d"], entry: Float[Tensor, "n d"]
 ) -> Recorded[FFNTape]:
-    """Freeze the feed-forward branch at its input `x`; `entry` is the block's, which some routers read."""
+    """Freeze the feed-forward branch at its input `x`; `entry` is the block's, which some routers and mixtures read."""
     config, norms, own = frame.config, frame.config.row.norms, frame.config.layers[layer]
     if not own.routed and not own.hidden_units:
         return Recorded(FFNTape(None, (), None), torch.zeros_like(x), torch.zeros_like(x))
-    if own.routed and own.hidden_units:
+    if own.routed and own.hidden_units and norms.experts_in:
         # A dense network and a mixture, added, each between norms of its own.
+        read = entry if config.row.experts_skip else x
         dense, added = _record_part(w, frame, layer, x, entry, norms.ffn_in, norms.dense_out, routed=False)
-        mixture, raw = _record_part(w, frame, layer, x, entry, norms.experts_in, norms.experts_out, routed=True)
+        mixture, raw = _record_part(w, frame, layer, read, entry, norms.experts_in, norms.experts_out, routed=True)
         tape, raw = FFNTape(None, (dense, mixture), None), added + raw
+        if config.row.experts_skip:
+            tape = FFNTape(None, (dense,), None, beside=mixture)
     else:
         tape, raw = _record_part(w, frame, layer, x, entry, norms.ffn_in, (), routed=own.routed)
     norm_out, added = _normed_output(w, config, norms.ffn_out, config.residual_scale, raw)
@@ -285,8 +288,16 @@ def ffn(w: BlockWeights, config: ModelConfig, tape: FFNTape, n: int) -> LinearOp
     return _after(config.residual_scale, tape.norm_out, networks(w, tape, n))
 
 
+def beside(w: BlockWeights, config: ModelConfig, tape: FFNTape, n: int) -> LinearOperator | None:
+    """Return the part of the feed-forward branch that reads the block's input, `[n, d]` to `[n, d]`; or None."""
+    part = tape.beside
+    return None if part is None else _after(config.residual_scale, part.norm_out, networks(w, part, n))
+
+
 class FrozenBlock(NamedTuple):
     """A block's branches as operators: `(I + ffn) @ (I + attn)`, or `I + ffn + attn` where both read its input.
+
+    With a part of the feed-forward that reads the block's input, it is `(I + ffn) @ (I + attn) + beside`.
 
     A product goes through the block in two steps, one for each branch: maps may end between them, so that vectors leave
     on the way up and join on the way down. Sums are taken in place, as stacks of vectors may be large.
@@ -300,6 +311,7 @@ class FrozenBlock(NamedTuple):
         inputs: what the block adds by inputs of its own, to the stream after both branches; or None.
         bank: number of the block whose values attention reads, if several blocks read them; or None.
         values: those values, from this block's input, if it is that block.
+        beside: the part of the feed-forward that reads the block's input, or None.
 
     Values that several blocks read are held in a bank, by number of their block: going up, their block writes them
     there for each vector of the stack, and attention reads them there; going down, the cotangents of all that have
@@ -315,6 +327,7 @@ class FrozenBlock(NamedTuple):
     inputs: LinearOperator | None = None
     bank: int | None = None
     values: LinearOperator | None = None
+    beside: LinearOperator | None = None
 
     def matmat(
         self, H: Float[Tensor, "k n d"], t: Homogeneous = None, banks: dict[int, Tensor] | None = None
@@ -338,7 +351,8 @@ class FrozenBlock(NamedTuple):
     ) -> tuple[Float[Tensor, "k m d"], Float[Tensor, "k m d"]]:
         """Return the stream after attention `[k, m, d]`, in place of `attn`, and what the feed-forward adds to it."""
         middle = attn.add_(H)
-        return middle, self.ffn.matmat(H if self.parallel else middle, t)
+        added = self.ffn.matmat(H if self.parallel else middle, t)
+        return middle, added if self.beside is None else added.add_(self.beside.matmat(H, t))
 
     def matmat_out(
         self, H: Float[Tensor, "k m d"], ffn: Float[Tensor, "k m d"], t: Homogeneous = None
@@ -348,6 +362,11 @@ class FrozenBlock(NamedTuple):
         if self.inputs is not None:
             out += self.inputs.matmat(out, t)
         return out if self.scale is None else out.mul_(self.scale)
+
+    def rmatmat(self, H: Float[Tensor, "k m d"], banks: dict[int, Tensor] | None = None) -> Float[Tensor, "k n d"]:
+        """Return the cotangents of the stream before the block for `k` stacked ones of the stream after it."""
+        H = self.rmatmat_out(H)
+        return self.rmatmat_attn(*self.rmatmat_ffn(H, H), banks)
 
     def rmatmat_out(self, H: Float[Tensor, "k m d"]) -> Float[Tensor, "k m d"]:
         """Return the cotangents of the stream before its last factor: `matmat_out` transposed."""
@@ -364,10 +383,12 @@ class FrozenBlock(NamedTuple):
             ffn: `[k + l, m, d]`, of what the feed-forward adds: `H`, and those of `l` maps that end there.
 
         Returns:
-            Both `[k + l, m, d]`. They are one tensor unless the branches are parallel.
+            Both `[k + l, m, d]`. They are one tensor if the feed-forward reads nothing of the block's input.
         """
         middle = self.ffn.rmatmat(ffn)
         middle[: len(H)] += H
+        if self.beside is not None:
+            return middle + self.beside.rmatmat(ffn), middle
         if not self.parallel:
             return middle, middle
         ended = len(ffn) - len(H)
@@ -397,13 +418,18 @@ class FrozenBlock(NamedTuple):
     @property
     def flop(self) -> int:
         """Floating-point operations of one product with one vector."""
-        return sum(part.flop for part in (self.attn, self.ffn, self.inputs, self.values) if part is not None)
+        return sum(part.flop for part in self._parts)
 
     def read_ahead(self) -> None:
         """Prefetch the weights of both branches from the disk."""
-        for part in (self.values, self.attn, self.ffn, self.inputs):
-            if part is not None:
-                part.read_ahead()
+        for part in self._parts:
+            part.read_ahead()
+
+    @property
+    def _parts(self) -> list[LinearOperator]:
+        """All that a product goes through."""
+        parts = (self.values, self.attn, self.ffn, self.beside, self.inputs)
+        return [part for part in parts if part is not None]
 
 
 def block(
@@ -424,14 +450,24 @@ def block(
     elif tape.attn.mixers:
         attn = attention(w, config, tape.attn.at(queries), n, m)
     feed_forward: LinearOperator = Zero((m, d), (m, d), dtype=dtype, device=device)
+    skipping = None
     if not tape.ffn.empty:
-        feed_forward = ffn(w, config, tape.ffn.at(queries), m)
+        networks_tape = tape.ffn.at(queries)
+        feed_forward, skipping = ffn(w, config, networks_tape, m), beside(w, config, networks_tape, m)
     residual: LinearOperator = Identity((m, d), dtype=dtype, device=device)
     if m < n:
         residual = Select(torch.tensor(positions), n, d, dtype=dtype, device=device)
     inputs = None if tape.inputs is None else _inputs(w, tape.inputs.at(queries), m)
     return FrozenBlock(
-        attn, feed_forward, residual, config.row.parallel, stream_scale(w), inputs, bank=bank, values=values
+        attn,
+        feed_forward,
+        residual,
+        config.row.parallel,
+        stream_scale(w),
+        inputs,
+        bank=bank,
+        values=values,
+        beside=skipping,
     )
 
 
@@ -458,7 +494,7 @@ def _normed_output(
     w: BlockWeights, config: ModelConfig, names: Sequence[str], factor: float, raw: Float[Tensor, "n d"]
 ) -> tuple[NormTape | None, Float[Tensor, "n d"]]:
     """Freeze the norm after a branch at the branch's output, and return it with what the branch adds to the stream."""
-    norm = record_norm(w, config, names, raw)
+    norm = record_norm(w, config, names, raw, config.row.post_norm_epsilon)
     identity = Identity(raw.shape, dtype=raw.dtype, device=raw.device)
     return norm, affine(_after(factor, norm, identity), raw)
 

@@ -205,7 +205,14 @@ def _mix(w: BlockWeights, tape: MixerTape, width: int) -> Mix:
 
 # The step after which queries and keys are normed, by the row's `qk_norm`: over the whole projection, over each head,
 # or over each head after the rotary embedding.
-QK_NORM_AFTER = {"": "", "full": "projection", "head": "split", "heads": "split", "rotated": "rotation"}
+QK_NORM_AFTER = {
+    "": "",
+    "full": "projection",
+    "head": "split",
+    "heads": "split",
+    "rotated": "rotation",
+    "bare": "rotation",
+}
 
 
 def _attention(w: BlockWeights, frame: Frame, layer: int, h: Float[Tensor, "m d"], past: Past | None) -> Mixed:
@@ -219,7 +226,8 @@ def _attention(w: BlockWeights, frame: Frame, layer: int, h: Float[Tensor, "m d"
         v = affine(written.operator(), v)
     if past.k is not None and past.v is not None:
         k, v = torch.cat((past.k, k)), torch.cat((past.v, v))  # [p + m, g, s], [p + m, g v]
-    tape = MixerTape("attention", _pattern(w, config, layer, q, k), written=written, read=gate)
+    read = _head_gate(w, config, h) if gate is None else gate
+    tape = MixerTape("attention", _pattern(w, config, layer, q, k), written=written, read=read)
     return Mixed(tape, affine(_mix(w, tape, v.shape[1]), v), Past(k, v))
 
 
@@ -245,7 +253,10 @@ def _queries_or_keys(
     heads = own.heads if part == "q" else own.kv_heads
 
     def normed_after(step: str, x: Tensor) -> Tensor:
-        return normed(w, f"attn_{part}_norm", config, x) if QK_NORM_AFTER[config.row.qk_norm] == step else x
+        kind = config.row.qk_norm
+        if QK_NORM_AFTER[kind] != step or (kind == "bare" and own.rope is None):
+            return x
+        return normed(w, f"attn_{part}_norm", config, x)
 
     x = _clamped(config, affine(linear(w, f"attn_{part}", len(h)), h))  # [m, hs]
     gate = None
@@ -295,6 +306,16 @@ def _value_factor(config: ModelConfig, layer: int, v: Float[Tensor, "m gv"]) -> 
     return None
 
 
+def _head_gate(w: BlockWeights, config: ModelConfig, h: Float[Tensor, "m d"]) -> Factor | None:
+    """Return the gate on what the heads read, which has one number for each head or for each of its elements."""
+    if "attn_gate.weight" not in w:
+        return None
+    gate = affine(linear(w, "attn_gate", len(h)), h)
+    gate = softplus(gate) if config.row.softplus_gate else gate.sigmoid()
+    width = w.matrix("attn_output.weight").shape[1]
+    return Factor(gate.repeat_interleave(width // gate.shape[1], 1))  # [m, h v]
+
+
 def _clamped(config: ModelConfig, x: Float[Tensor, "n e"]) -> Float[Tensor, "n e"]:
     """Return queries, keys or values with no entry beyond the model's limit."""
     limit = config.attention_clamp
@@ -303,7 +324,7 @@ def _clamped(config: ModelConfig, x: Float[Tensor, "n e"]) -> Float[Tensor, "n e
 
 def _latent(w: BlockWeights, frame: Frame, layer: int, h: Float[Tensor, "m d"], past: Past | None) -> Mixed:
     """Freeze multi-head latent attention (MLA): its pattern, the norm of the latent, and a gate on each head."""
-    config, own, past = frame.config, frame.config.layers[layer], past or Past()
+    config, past = frame.config, past or Past()
     latent = affine(linear(w, "attn_kv_latent", len(h)), h)
     norm = record_norm(w, config, ("attn_kv_a_norm",), latent)
     assert norm is not None
@@ -312,11 +333,7 @@ def _latent(w: BlockWeights, frame: Frame, layer: int, h: Float[Tensor, "m d"], 
     q, k = _latent_queries(w, frame, layer, h, past.length), _latent_keys(w, frame, layer, h, latent, past.length)
     if past.k is not None and past.v is not None:
         k, v = torch.cat((past.k, k)), torch.cat((past.v, v))  # [p + m, h, s], [p + m, h v]
-    gate = None
-    if "attn_gate.weight" in w:
-        shares = affine(linear(w, "attn_gate", len(h)), h).sigmoid()  # [m, h]
-        gate = Factor(shares.repeat_interleave(own.value_size, 1))
-    tape = MixerTape("latent", _pattern(w, config, layer, q, k), latent=norm, read=gate)
+    tape = MixerTape("latent", _pattern(w, config, layer, q, k), latent=norm, read=_head_gate(w, config, h))
     return Mixed(tape, affine(_mix(w, tape, v.shape[1]), v), Past(k, v))
 
 

@@ -16,12 +16,16 @@ from ggjac.blocks.norms import NormTape, inverse_rms, widened
 from ggjac.config import ModelConfig
 from ggjac.linop import Experts, LinearOperator, Network, Scale, Sum, Zero, indices_on
 
-# Expert scores of router logits `[n, e]`. With `softmax_selected`, the softmax is over the chosen experts and is taken
-# after the choice.
+# Expert scores of router logits `[n, e]`, and weights of the chosen ones' scores where these are not them.
 ROUTERS: dict[str, Callable[[Tensor], Tensor]] = {
     "softmax": lambda logits: logits.softmax(-1),
     "softmax_selected": lambda logits: logits,
     "sigmoid": torch.sigmoid,
+    "sigmoid_selected": lambda logits: logits,
+}
+WEIGHTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "softmax_selected": lambda logits: logits.softmax(-1),
+    "sigmoid_selected": torch.sigmoid,
 }
 
 
@@ -36,6 +40,7 @@ class HiddenTape(NamedTuple):
         constant: `[m, f]`, added to the product by a clamp or shift, or None.
         positions: `[m]`, the positions that use a routed expert, ascending, on the host; None for all.
         weight: `[m]`, the router's weight of its output, or None for 1.
+        before: whether that weight is of its input.
     """
 
     kind: str
@@ -45,6 +50,7 @@ class HiddenTape(NamedTuple):
     constant: Float[Tensor, "m f"] | None
     positions: Int[Tensor, " m"] | None
     weight: Float[Tensor, " m"] | None
+    before: bool = False
 
     def at(self, queries: slice) -> "HiddenTape":
         """Return the tape of some positions, which are counted from the first of them."""
@@ -72,6 +78,7 @@ class FFNTape(NamedTuple):
         latent: whether they read and write a narrower stream, through `ffn_latent_down` and `ffn_latent_up`.
         routed: whether experts are among them; the weights may hold none of those that are used.
         scale: constant factor of the sum of the networks.
+        beside: a mixture that reads the block's input, and is added to the sum; or None.
     """
 
     norm_in: NormTape | None
@@ -80,6 +87,7 @@ class FFNTape(NamedTuple):
     latent: bool = False
     routed: bool = False
     scale: float = 1.0
+    beside: "FFNTape | None" = None
 
     @property
     def empty(self) -> bool:
@@ -93,6 +101,7 @@ class FFNTape(NamedTuple):
             norm_in=self.norm_in and self.norm_in.at(queries),
             networks=tuple(part for part in networks if isinstance(part, FFNTape) or len(part.factor)),
             norm_out=self.norm_out and self.norm_out.at(queries),
+            beside=self.beside and self.beside.at(queries),
         )
 
 
@@ -146,6 +155,8 @@ def record_mixture(
 ) -> FFNTape:
     """Freeze a mixture of experts at its normed input `h`; some routers read the stream `x`, or the block's `entry`."""
     row, shared = frame.config.row, record_shared(w, frame, layer, h)
+    if frame.config.layers[layer].hidden_units and not row.norms.experts_in:
+        shared.append(record_hidden(w, frame, layer, h))
     router = {"input": h, "stream": x, "block": entry}[row.router_reads]
     if row.router_reads == "stream":
         router = _router_input(w, frame.config, x)
@@ -181,8 +192,8 @@ def record_experts(
     scores = ROUTERS[config.row.router](widened(logits))  # [n, e]
     chosen = _chosen(w, config, scores.detach(), config.layers[layer].experts_used)
     weights = scores.gather(-1, chosen)  # [n, used]
-    if config.row.router == "softmax_selected":
-        weights = weights.softmax(-1)
+    if config.row.router in WEIGHTS:
+        weights = WEIGHTS[config.row.router](weights)
     if config.row.renormalize:
         weights = weights / weights.sum(-1, keepdim=True).clamp_min(2.0**-14)  # llama.cpp's floor: F16's smallest
     weights = weights * config.expert_weights_scale
@@ -195,8 +206,9 @@ def record_experts(
     found = []
     for expert, positions, rows, weight in zip(experts, *(part.split(counts) for part in parts), strict=True):
         if w.holds(expert):
-            tape = record_hidden(w, frame, layer, h[rows], "_exps", expert)
-            found.append(tape._replace(positions=positions, weight=weight))
+            before = config.row.weighted_inputs
+            tape = record_hidden(w, frame, layer, h[rows] * weight[:, None] if before else h[rows], "_exps", expert)
+            found.append(tape._replace(positions=positions, weight=weight, before=before))
     return found
 
 
@@ -268,4 +280,7 @@ def _network(w: BlockWeights, tape: HiddenTape) -> LinearOperator:
         down = linear(w, "ffn_down", m, tape.kind, tape.expert, columns=units)
         slabs.append((down, scale, live))
     network = Network(slabs)
-    return network if tape.weight is None else Scale(tape.weight[:, None].expand(network.out_shape)) @ network
+    if tape.weight is None:
+        return network
+    weight = Scale(tape.weight[:, None].expand(network.out_shape))
+    return network @ weight if tape.before else weight @ network

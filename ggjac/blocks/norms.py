@@ -39,30 +39,38 @@ class NormTape(NamedTuple):
         return scale @ Center(scale.in_shape, dtype=scale.dtype, device=scale.device)
 
 
-def record_norm(w: BlockWeights, config: ModelConfig, names: Sequence[str], x: Float[Tensor, "n d"]) -> NormTape | None:
+def record_norm(
+    w: BlockWeights, config: ModelConfig, names: Sequence[str], x: Float[Tensor, "n d"], epsilon: float = 0.0
+) -> NormTape | None:
     """Freeze a norm at its input, or return None where the block has no such norm; see `frozen_norm`."""
     if config.row.norm == "bare":
-        return frozen_norm(config, None, None, x) if names else None
+        return frozen_norm(config, None, None, x, epsilon) if names else None
     found = next(((name, full) for name in names for full in (f"{name}.weight", name) if full in w), None)
     if found is None:
         return None
     name, full = found
     bias = w.vector(f"{name}.bias") if f"{name}.bias" in w else None
-    return frozen_norm(config, w.vector(full), bias, x)
+    return frozen_norm(config, w.vector(full), bias, x, epsilon)
 
 
 def frozen_norm(
-    config: ModelConfig, weight: Float[Tensor, " d"] | None, bias: Float[Tensor, " d"] | None, x: Float[Tensor, "n d"]
+    config: ModelConfig,
+    weight: Float[Tensor, " d"] | None,
+    bias: Float[Tensor, " d"] | None,
+    x: Float[Tensor, "n d"],
+    epsilon: float = 0.0,
 ) -> NormTape:
     """Freeze the scale `1 / sqrt(mean(x²) + epsilon)` of RMSNorm or LayerNorm at `x`; LayerNorm's centring stays live.
 
-    A missing weight counts as ones. Squares are summed in float32 at least.
+    A missing weight counts as ones, and an epsilon of 0 as the model's. Squares are summed in float32 at least.
     """
     wide = widened(x)
     centred = config.row.norm != "rms"
     if centred:
         wide = wide - wide.mean(-1, keepdim=True)
-    return NormTape(inverse_rms(wide, config), x.new_ones(x.shape[-1]) if weight is None else weight, centred, bias)
+    return NormTape(
+        inverse_rms(wide, config, epsilon), x.new_ones(x.shape[-1]) if weight is None else weight, centred, bias
+    )
 
 
 def normed(w: BlockWeights, name: str, config: ModelConfig, x: Float[Tensor, "*n s"]) -> Float[Tensor, "*n s"]:
@@ -70,7 +78,8 @@ def normed(w: BlockWeights, name: str, config: ModelConfig, x: Float[Tensor, "*n
     wide = widened(x)
     if config.row.norm == "layer":
         wide = wide - wide.mean(-1, keepdim=True)
-    return (wide * inverse_rms(wide, config) * w.vector(f"{name}.weight").to(wide)).to(x.dtype)
+    scaled = wide * inverse_rms(wide, config)
+    return (scaled if config.row.qk_norm == "bare" else scaled * w.vector(f"{name}.weight").to(wide)).to(x.dtype)
 
 
 def widened(x: Float[Tensor, "*n s"]) -> Float[Tensor, "*n s"]:
@@ -78,12 +87,14 @@ def widened(x: Float[Tensor, "*n s"]) -> Float[Tensor, "*n s"]:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def inverse_rms(x: Float[Tensor, "*n s"], config: ModelConfig) -> Float[Tensor, "*n 1"]:
+def inverse_rms(x: Float[Tensor, "*n s"], config: ModelConfig, epsilon: float = 0.0) -> Float[Tensor, "*n 1"]:
     """Return `1 / sqrt(mean(x²) + epsilon)` over the last axis, in float32 at least; NaN where squares overflow.
+
+    An epsilon of 0 counts as the model's.
 
     One over infinity would be 0, as if nothing had happened. Whether numbers are finite is looked at once for each
     block (`ggjac.model`), since a device would wait for each look.
     """
     mean = widened(x).square().mean(-1, keepdim=True)
     wrong = mean.detach() - mean.detach()  # 0, or NaN
-    return torch.rsqrt(mean + config.norm_epsilon + wrong)
+    return torch.rsqrt(mean + (epsilon or config.norm_epsilon) + wrong)

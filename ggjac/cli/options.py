@@ -524,18 +524,24 @@ def output(help: str) -> Callable:
     return click.option("-o", "--output", type=click.Path(path_type=Path), callback=together.own, help=help)
 
 
+MEAN = (
+    "Take each line of -f as a prompt of its own, and save the mean over prompts of the output position's own map; a "
+    "rerun continues."
+)
 EACH_LINE = "Take each line of -f as a prompt of its own; -o then is a file of JSON lines, which a rerun continues."
 
 
-def many_options(command: Callable | None = None, *, always: bool = False) -> Callable:
-    """Add the options of `Many`, passed on as one argument; with `always`, every line of a file is a prompt anyway."""
+def many_options(
+    command: Callable | None = None, *, flag: str | None = "--each-line", words: str = EACH_LINE
+) -> Callable:
+    """Add the options of `Many`, passed on as one argument; `flag` None: every line of a file is a prompt anyway."""
     if command is None:
-        return lambda command: many_options(command, always=always)
+        return lambda command: many_options(command, flag=flag, words=words)
 
     def wrapped(*given: Any, workers: Workers | None, shard: tuple[int, int] | None, **params: Any) -> Any:
-        each_line = params.pop("each_line", always)
+        each_line = params.pop("each_line", True)
         if (workers or shard) and not each_line:
-            raise click.UsageError(f"--{'workers' if workers else 'shard'} needs many prompts; add --each-line")
+            raise click.UsageError(f"--{'workers' if workers else 'shard'} needs many prompts; add {flag}")
         if shard and params.get("output") is None and not params.get("dry_run"):
             raise click.UsageError("--shard needs -o, the name of the file of all shards")
         return command(*given, many=Many(each_line, workers, shard), **params)
@@ -556,7 +562,7 @@ def many_options(command: Callable | None = None, *, always: bool = False) -> Ca
             help="Spread the prompts over N processes, or over a cluster: ray, ray:ADDRESS or dask:tcp://HOST:PORT. -t "
             "is then the threads of each.  [default for N: its share of the CPUs; in a cluster: 1]",
         ),
-        *(() if always else (click.option("--each-line", is_flag=True, help=EACH_LINE),)),
+        *((click.option(flag, "each_line", is_flag=True, help=words),) if flag else ()),
     ):
         wrapped = option(wrapped)
     return wrapped

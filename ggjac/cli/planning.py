@@ -320,7 +320,7 @@ def _count_tokens(
     if many.each_line:
         prompts = what.prompts(conversation)
         counts = [count(prompt) for prompt in (part(prompts, many.shard) if many.shard else prompts)]
-        return max(counts), {"prompts": len(counts)}
+        return max(counts), {"prompts": len(counts), "mean": command == "jacobian"}
     if command == "steer":
         text, concept = what.texts(params.get("concept"), params.get("concept_tokens"))
         other = text.unrelated(params.get("control", True), params.get("control_concept"), params.get("concept_tokens"))

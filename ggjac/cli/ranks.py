@@ -11,7 +11,7 @@ from ggjac.cli.planning import dry_run
 
 @click.command()
 @model_options(file="Read prompts from a file (UTF-8; - is stdin), one on each line; empty lines are skipped.")
-@many_options(always=True)
+@many_options(flag=None)
 @dry_run
 @iteration_options
 @output("Append a JSON line for each prompt to this file; prompts that it already holds are skipped.")
@@ -66,6 +66,7 @@ def show(data: dict[str, Any]) -> None:
     """Print a row for each prompt, and one for each token index, its mean drawn as a bar."""
     from ggjac import display
     from ggjac.cli.render import bar, line, stable_rank, table
+    from ggjac.cli.studies import SPREAD, spread
     from ggjac.units import counted
 
     records, positions = data["prompts"], data["by_position"]
@@ -84,15 +85,12 @@ def show(data: dict[str, Any]) -> None:
         (
             p["position"],
             p["prompts"],
-            f"{p['mean']:.4g}",
-            "" if p["error"] is None else f"{p['error']:.2g}",
-            *(f"{p[key]:.4g}" for key in ("median", "least", "most")),
+            *spread(p),
             bar(p["mean"], largest),
         )
         for p in positions
     ]
-    headings = ["#token index", "#prompts", "#mean", "#standard error", "#median", "#lowest", "#highest", ""]
-    table("Stable rank by token index", headings, cells)
+    table("Stable rank by token index", ["#token index", "#prompts", *SPREAD, ""], cells)
     slow = sum(r["stopped_by"] == "sweeps" for r in records)
     line(
         f"NOT converged: {slow} of {len(records)} prompts"

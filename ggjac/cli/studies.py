@@ -2,18 +2,18 @@
 
 import dataclasses
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import click
 
-from ggjac import display, planner
+from ggjac import display, planner, runs
 from ggjac.cli import together
 from ggjac.cli.options import Many, ModelOptions, part
 from ggjac.cli.planning import warn_if_long
-from ggjac.cli.render import emit_json, line
+from ggjac.cli.render import emit_json, emit_tables, line, numbers, table
 from ggjac.cli.result import failed
 from ggjac.cli.session import (
     check_output,
@@ -27,10 +27,12 @@ from ggjac.cli.session import (
 )
 from ggjac.model import Model
 from ggjac.planner import machine
-from ggjac.session import Session
-from ggjac.studies import Study, measure, shard_name, study, workers
+from ggjac.session import Session, Stages
+from ggjac.studies import MeanMap, Measure, Study, mean_map, measure, shard_name, study, workers
+from ggjac.studies.measures import by_index
 from ggjac.units import counted
 
+SHOWN = 16  # singular values in a table
 TOKENS = ("target", "versus")  # options that name a token
 
 
@@ -50,10 +52,7 @@ def over_prompts(
     Raises:
         click.UsageError: an option is not for many prompts.
     """
-    refused = {"resume": "the same command continues", "trace": "it keeps the forward pass of one prompt"}
-    given = {"resume": click.get_current_context().params.get("resume"), "trace": what.trace}
-    for option in (option for option in refused if given[option]):
-        raise click.UsageError(f"--{option} is not for --each-line: {refused[option]}")
+    _refuse(what, "--each-line")
     if output_format in ("csv", "latex"):
         raise click.UsageError(f"--format {output_format} is for one prompt; --each-line has json")
     if output is None and output_format != "json":
@@ -64,17 +63,121 @@ def over_prompts(
     else:
         show_warnings(found.envelope["warnings"])
         show_doubts(found.envelope["model"])
+        show_spectrum(found.records)
         show_ready(found, output)
-        bad = sum(map(failed, found.records))
-        total = len(found.records)
-        line(f"{bad} of {total} prompts FAILED a check" if bad else f"{counted(total, 'prompt')}, all checks passed")
+        line(checks(sum(map(failed, found.records)), len(found.records)))
         show_saved(output)
     if any(map(failed, found.records)):
         click.get_current_context().exit(3)
 
 
+def show_spectrum(records: Sequence[Mapping[str, Any]]) -> None:
+    """Print how each singular value is distributed over prompts, if the records have any."""
+    rows = [(row["index"] + 1, *spread(row)) for row in by_index(records)]
+    if rows:
+        table("Singular values over prompts", ["#", *SPREAD], rows)
+
+
+SPREAD = ("#mean", "#standard error", "#median", "#lowest", "#highest")
+
+
+def spread(row: Mapping[str, Any]) -> list[str]:
+    """Return the cells of a distribution, under `SPREAD`."""
+    error = "" if row["error"] is None else f"{row['error']:.2g}"
+    return [f"{row['mean']:.4g}", error, *(f"{row[key]:.4g}" for key in ("median", "least", "most"))]
+
+
+def checks(bad: int, total: int) -> str:
+    """Return how many prompts failed a check."""
+    return f"{bad} of {total} prompts FAILED a check" if bad else f"{counted(total, 'prompt')}, all checks passed"
+
+
+def average(what: ModelOptions, many: Many, output: Path | None, output_format: str, **options: Any) -> None:
+    """Average the output position's own map over the lines of a file, and print it; exit code 3 if a check failed.
+
+    Args:
+        what: the model, the prompts, and how to compute.
+        many: who computes.
+        output: safetensors file.
+        output_format: `table`, `json`, `csv` or `latex`.
+        options: of the command, as `ggjac.measure` takes them.
+
+    Raises:
+        click.UsageError: an option is not for many prompts.
+    """
+    _refuse(what, "--mean")
+    if output is None:
+        raise click.UsageError("--mean saves a map; name a safetensors file with -o")
+    ready = _prepared(what, many, "jacobian", output, options | {"mean": True})
+    with ready.stages.stage("jacobian") as report, usage_errors():
+        found = mean_map(
+            ready.prompts, ready.measure, output, ready.begin, shard=ready.shard, progress=report, begun=ready.begun
+        )
+    show_mean(found, output_format, ready.notes)
+    if output_format == "table":
+        if many.shard:
+            line("Sums are saved beside -o; when all shards are done, ggjac merge makes the mean of them")
+        else:
+            show_saved(output)
+    if found.failed:
+        click.get_current_context().exit(3)
+
+
+def show_mean(found: MeanMap, output_format: str, warnings: Sequence[str]) -> None:
+    """Print a mean map: its leading singular values, beside the mean of those of each prompt, or all of its data."""
+    if output_format == "json":
+        return emit_json({"schema_version": runs.SCHEMA_VERSION, "mean": found.data(), "warnings": list(warnings)})
+    if output_format != "table":
+        return emit_tables([found], None, output_format, warnings)
+    show_warnings(warnings)
+    columns = {"#mean": found.S, "#standard error": found.error, "#of the mean map": found.S_of_mean}
+    cells = [numbers(values[:SHOWN].tolist()) for values in columns.values()]
+    table("Singular values of the own map", ["#", *columns], zip(range(1, len(cells[0]) + 1), *cells, strict=True))
+    line(
+        f"‖mean J‖² / mean ‖J‖² = {found.shared:.3g}; 1 if all maps were the same, {1 / found.prompts:.2g} if unrelated"
+    )
+    line(checks(found.failed, found.prompts))
+
+
+def _refuse(what: ModelOptions, flag: str) -> None:
+    """Refuse options that are for one prompt."""
+    refused = {"resume": "the same command continues", "trace": "it keeps the forward pass of one prompt"}
+    given = {"resume": click.get_current_context().params.get("resume"), "trace": what.trace}
+    for option in (option for option in refused if given[option]):
+        raise click.UsageError(f"--{option} is not for {flag}: {refused[option]}")
+
+
 def run(what: ModelOptions, many: Many, name: str, output: Path | None, **options: Any) -> tuple[Study, Path | None]:
     """Compute the prompts of a command, or its shard of them; return the records, and the file that has them.
+
+    Raises:
+        click.UsageError: there is no prompt, or an option is out of range.
+    """
+    if many.shard:
+        output = output and shard_name(output, *many.shard)
+    ready = _prepared(what, many, name, output, options)
+    with ready.stages.stage(name) as report, usage_errors():
+        found = study(
+            ready.prompts, ready.measure, ready.begin, output, shard=ready.shard, progress=report, begun=ready.begun
+        )
+    found.envelope["warnings"] += ready.notes
+    return found, output
+
+
+class Prepared(NamedTuple):
+    """What the functions of `ggjac.studies` take, and remarks on it."""
+
+    prompts: list[Any]
+    measure: Measure
+    begin: Callable[[], Any] | None
+    shard: tuple[int, int]
+    stages: Stages
+    begun: Callable[[planner.Plan], None]
+    notes: list[str]
+
+
+def _prepared(what: ModelOptions, many: Many, name: str, output: Path | None, options: dict[str, Any]) -> Prepared:
+    """Open the model and the prompts of a command, and refuse what cannot work before any work starts.
 
     Raises:
         click.UsageError: there is no prompt, or an option is out of range.
@@ -92,21 +195,16 @@ def run(what: ModelOptions, many: Many, name: str, output: Path | None, **option
             "--trace keeps the forward pass of one prompt, but --file has several; leave out --trace"
         )
     shard = many.shard or (0, 1)
-    own = part(prompts, shard)
-    if many.shard:
-        output = output and shard_name(output, *shard)
     check_output(output, "--output", what, model)
     if place:
         place.same(output)
     session = settings(what)
     stages = session.pop("stages")
-    notes = _tokens(model, own[0], options)
-    with stages.stage(name) as report, usage_errors():
+    notes = [*_tokens(model, part(prompts, shard)[0], options), *what.remarks()]
+    begun = partial(_warn, model=model, what=what, workers=many.workers.count if many.workers else None)
+    with usage_errors():
         asked = measure(model, name, **options, **session)
-        begun = partial(_warn, model=model, what=what, workers=many.workers.count if many.workers else None)
-        found = study(prompts, asked, begin, output, shard=shard, progress=report, begun=begun)
-    found.envelope["warnings"] += [*notes, *what.remarks()]
-    return found, output
+    return Prepared(prompts, asked, begin, shard, stages, begun, notes)
 
 
 def _spread(what: ModelOptions, many: Many) -> tuple[ModelOptions, Callable[[], Any] | None]:

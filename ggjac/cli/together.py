@@ -29,6 +29,7 @@ PATIENCE = 3.0  # seconds in which processes that all fail are expected to do so
 # What several processes cannot do together: a command, or its options with the value that asks for it.
 REFUSED: dict[str, dict[str, str]] = {
     "verify": {"": "llama.cpp has the whole model to itself"},
+    "jacobian": {"each_line": "--mean: several processes take prompts of their own, by --workers or --shard"},
     "contrast": {"": "autograd cannot differentiate a model that several processes share"},
     "analyze": {
         "no_verify": "llama.cpp has the whole model to itself; give --no-verify, and run ggjac verify in one process",

@@ -36,7 +36,7 @@ class Mixer(NamedTuple):
 
 
 MIXERS = {
-    "attention": Mixer("attn_v", "attn_output", ("attn_q", "attn_k")),
+    "attention": Mixer("attn_v", "attn_output", ("attn_q", "attn_k", "attn_gate")),
     # Multi-head latent attention, MLA (DeepSeek-V2, arXiv 2405.04434).
     "latent": Mixer(
         "attn_kv_latent",

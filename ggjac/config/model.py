@@ -56,6 +56,7 @@ class Layer:
             experts and in other networks; 0 for no limit.
         experts_used: number of routed experts that each token uses; 0 without a mixture, as the next one.
         expert_units: hidden units of a routed expert.
+        gate: numbers for each head in a gate on what it reads (`attn_gate`): 1, or as many as a value has; 0 for none.
         keys_as_values: whether the key projection, before its norm and rotation, gives the values too.
         source: number of the earlier block whose keys and values attention reads; None for its own.
         by_key_head: whether all projections of a delta rule are in one tensor, `ssm_in`, key head by key head.
@@ -78,6 +79,7 @@ class Layer:
     clamps: tuple[float, float] = (0.0, 0.0)
     experts_used: int = 0
     expert_units: int = 0
+    gate: int = 0
     keys_as_values: bool = False
     source: int | None = None
     by_key_head: bool = False
@@ -162,6 +164,7 @@ class ModelConfig:
 
     Attributes:
         architecture: `general.architecture`.
+        embedding: name of the tensor with the embeddings.
         row: its entry in `ARCHITECTURES`, with file-dependent options resolved.
         block_count: number of blocks, L, without those that predict later tokens.
         layers: properties of each block.
@@ -191,6 +194,7 @@ class ModelConfig:
     """
 
     architecture: str
+    embedding: str
     row: Architecture
     block_count: int
     layers: tuple[Layer, ...]
@@ -228,8 +232,9 @@ class ModelConfig:
 
     @property
     def longest(self) -> int:
-        """Largest number of tokens that can be run: an indexer would leave some out in longer prompts."""
-        return min(self.context_length, self.indexer.selected or self.context_length)
+        """Largest number of tokens that can be run: an indexer, or chunks, would leave some out in longer prompts."""
+        first_chunk = self.row.window - 1 if self.row.chunked else self.context_length
+        return min(self.context_length, self.indexer.selected or self.context_length, first_chunk)
 
     def with_context(self, context: int | None) -> "ModelConfig":
         """Return this model with another context, as llama.cpp allocates one; None leaves its own.

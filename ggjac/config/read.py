@@ -41,6 +41,9 @@ def read_config(metadata: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...
     if not metadata.get(f"{name}.attention.causal", True):
         raise ConfigError(f"{name}.attention.causal is False: attention to later tokens is not supported")
     d, context = keys.integer("embedding_length"), keys.integer("context_length")
+    embedding = "token_embd.weight"
+    if row.embedding_optional and embedding not in shapes:
+        embedding = "output.weight"
     experts = _experts(keys, row, stored, shapes)
     latent = _latent(keys, row)
     layers = _layers(keys, row, stored, blocks, experts, latent, shapes)
@@ -51,11 +54,12 @@ def read_config(metadata: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...
 
     config = ModelConfig(
         architecture=name,
+        embedding=embedding,
         row=row,
         block_count=blocks,
         layers=layers,
         d=d,
-        vocabulary=shapes.get("token_embd.weight", (0,))[0],
+        vocabulary=shapes.get(embedding, (0,))[0],
         context_length=context,
         original_context=keys.integer("rope.scaling.original_context_length", context),
         recurrence=_recurrence(keys, row, stored, context),
@@ -188,7 +192,7 @@ def _layers(
                 kv_heads=g,
                 key_size=key_size,
                 value_size=value_size,
-                hidden_units=0 if routed and not row.dense_beside_experts else units[i],
+                hidden_units=_hidden_units(row, i, units[i], d, shapes) if routed else units[i],
                 routed=routed,
                 experts_used=experts.used[i] if routed else 0,
                 expert_units=_expert_units(keys, row, i, shapes) if routed else 0,
@@ -196,6 +200,7 @@ def _layers(
                 rope=rope_of(keys, row, key_size, i, windows) if attends else None,
                 xielu=xielu[i],
                 source=source,
+                gate=_gate(row, i, h, value_size, shapes) if attends else 0,
                 clamps=clamps[i],
                 keys_as_values=row.keys_as_values
                 and source is None
@@ -264,9 +269,17 @@ def _head_sizes(keys: Keys, row: Architecture, default: int, windowed: bool, lat
                 f"{keys.prefix}.rope.dimension_count {latent.rotary} leaves no other elements of keys of {key_size}"
             )
         return key_size, value_size
-    suffix = "_swa" if windowed and row.windowed_sizes else ""
+    suffix = "_swa" if windowed and row.windowed_sizes == "heads" else ""
     key_size = keys.integer(f"attention.key_length{suffix}", default)
     return key_size, keys.integer(f"attention.value_length{suffix}", key_size)
+
+
+def _gate(row: Architecture, layer: int, heads: int, value_size: int, shapes: Mapping[str, tuple[int, ...]]) -> int:
+    """Return the numbers for each head of the gate on what the heads of a block read."""
+    rows = shapes.get(f"blk.{layer}.attn_gate.weight", (0,))[0]
+    if row.gated_heads == "elements" or (row.gated_heads == "either" and rows != heads):
+        return value_size
+    return int(row.gated_heads != "" if row.gated_heads != "optional" else rows > 0)
 
 
 def _latent(keys: Keys, row: Architecture) -> Latent:
@@ -387,8 +400,8 @@ def _experts(keys: Keys, row: Architecture, blocks: int, shapes: Mapping[str, tu
         keys.for_all_blocks("expert_used_count", blocks)
     if max(used) > total:
         raise ConfigError(f"{keys.prefix}.expert_used_count is {max(used)}, but there are {total} experts")
-    step = keys.integer("interleave_moe_layer_step", 1)
-    if step > 1:
+    step = keys.count("interleave_moe_layer_step", 1)
+    if step != 1 and not row.router_optional:
         raise ConfigError(
             f"{keys.prefix}.interleave_moe_layer_step {step}: dense blocks between mixtures are not supported"
         )
@@ -409,8 +422,13 @@ def _decided(keys: Keys, row: Architecture, blocks: int, shapes: Mapping[str, tu
         own, shared = row.norms.ffn_in
         normed = f"blk.0.{own}.weight" in shapes
         row = replace(row, parallel=not normed, norms=replace(row.norms, ffn_in=(own if normed else shared,)))
+    if row.unnormed_experts and keys.count("expert_count") == row.unnormed_experts:
+        row = replace(row, qk_norm="")
     if row.qk_norm_optional and "blk.0.attn_q_norm.weight" not in shapes:
         row = replace(row, qk_norm="")
+    if len(row.norms.ffn_out) > 1:
+        found = [name for name in row.norms.ffn_out if f"blk.0.{name}.weight" in shapes]
+        row = replace(row, norms=replace(row.norms, ffn_out=(*found, *row.norms.ffn_out)[:1]))
     if row.router_key:
         kind = keys.count("expert_gating_func")
         row = replace(row, router=_ROUTERS.get(kind, "") if kind else row.router)
@@ -473,8 +491,9 @@ def _softcap(keys: Keys, key: str, default: float | None) -> float:
 
 
 def _attention_scale(keys: Keys, row: Architecture, width: int) -> float:
-    """Return the factor on scores: the file's, if the family reads it and it is not 0, else 1/√width."""
-    return (keys.real("attention.scale", 0.0) if row.attention_scale_key else 0) or row.attention_scale or width**-0.5
+    """Return the factor on scores: the file's, if the family reads it and it is not 0, or the family's or 1/√width."""
+    key = row.attention_scale_key
+    return (keys.real(key, 0.0) if key else 0) or row.attention_scale or width**-0.5
 
 
 def _embedding_scale(keys: Keys, row: Architecture, d: int) -> float:
@@ -494,8 +513,8 @@ def _logit_scale(keys: Keys, row: Architecture, d: int) -> float:
     """Return the factor on logits."""
     if not row.logit_scale:
         return 1.0
-    default = 0.0 if row.logit_scale_optional else row.scale_defaults[2] / d or None
-    scale = _scale(keys, row, "logit_scale", default)
+    default = row.logit_scale_default or row.scale_defaults[2] / d
+    scale = _scale(keys, row, "logit_scale", default if default or row.logit_scale_optional else None)
     if scale == 0 and (row.logit_scale == "multiply" or row.logit_scale_optional):
         return 1.0
     if scale == 0:
@@ -517,6 +536,14 @@ def _routed(
     return not row.router_optional or f"blk.{layer}.ffn_gate_inp.weight" in shapes
 
 
+def _hidden_units(row: Architecture, layer: int, units: int, d: int, shapes: Mapping[str, tuple[int, ...]]) -> int:
+    """Return the hidden units of the dense network in a block with a mixture; 0 without one."""
+    present = row.dense_beside_experts != "optional" or f"blk.{layer}.ffn_up.weight" in shapes
+    if not row.dense_beside_experts or not present:
+        return 0
+    return d if row.dense_beside_experts == "square" else units
+
+
 def _expert_units(keys: Keys, row: Architecture, layer: int, shapes: Mapping[str, tuple[int, ...]]) -> int:
     """Return the hidden units of a routed expert of a block."""
     if row.expert_widths == "tensors":  # families use different keys
@@ -530,8 +557,9 @@ def _shared_units(keys: Keys, row: Architecture, shapes: Mapping[str, tuple[int,
     if row.expert_widths == "tensors":  # Qwen 1.5's files have no key for it
         shared = next((shape for name, shape in shapes.items() if name.endswith(".ffn_up_shexp.weight")), ())
         return keys.count("expert_shared_feed_forward_length") or (shared[0] if len(shared) == 2 else 0)
-    width = keys.integer("expert_feed_forward_length")
-    count = (keys.count if row.shared_optional else keys.integer)("expert_shared_count")
+    width, key = keys.integer("expert_feed_forward_length"), "expert_shared_count"
+    # 0 may be stated anywhere.
+    count = keys.count(key) if row.shared_optional or keys.number(key) == 0 else keys.integer(key)
     if not count:
         return 0
     stated = keys.count("expert_shared_feed_forward_length") if row.expert_widths.startswith("shared") else 0

@@ -34,7 +34,12 @@ def _ropes(keys: Keys, row: Architecture, key_length: int, *, windowed: bool) ->
     Where their sizes differ, those of the layer asked for count.
     """
     suffix = "_swa" if windowed and row.windowed_sizes else ""
-    dimensions = keys.integer(f"rope.dimension_count{suffix}", key_length)
+    dimensions = key_length
+    if row.rope_keys == "all":
+        dimensions = keys.integer("rope.dimension_count", key_length)
+        dimensions = keys.integer("rope.dimension_count_swa", dimensions) if suffix else dimensions
+    if row.halved_rotary and not windowed:
+        dimensions //= 2
     if dimensions % 2 or dimensions > key_length or (dimensions < key_length and not row.partial_rotary):
         raise ConfigError(
             f"{keys.prefix}.rope.dimension_count{suffix} {dimensions} does not fit heads of {key_length} elements"
@@ -58,24 +63,26 @@ def _ropes(keys: Keys, row: Architecture, key_length: int, *, windowed: bool) ->
         pairs=row.rope_pairs,
         factor=1.0 if kind == "none" else factor,
         yarn=kind == "yarn",
-        beta_fast=(keys.real("rope.scaling.yarn_beta_fast", 0.0) if row.yarn_keys else 0) or 32.0,
+        beta_fast=(keys.real("rope.scaling.yarn_beta_fast", 0.0) if row.yarn_keys else 0) or row.beta_fast,
         beta_slow=(keys.real("rope.scaling.yarn_beta_slow", 0.0) if row.yarn_keys else 0) or 1.0,
         original_context=keys.integer("rope.scaling.original_context_length", keys.integer("context_length")),
         magnitude=stretching(keys, row)[0],
         still=_still(sections, dimensions // 2, interleaved=row.rope_sections == "interleaved") if sections else (),
         factored=row.rope_factors != "",
     )
-    unscaled = Rope(dimensions, full.base, row.rope_pairs)
+    unscaled, magnitude = Rope(dimensions, base, row.rope_pairs), keys.real("rope.scaling.attn_factor", 1.0)
+    if row.rope_keys != "all":
+        full = replace(
+            full, base=full.base if row.rope_keys == "base" else 10000.0, factor=1.0, yarn=False, magnitude=1.0
+        )
     local = {
         "same": full,
         # llama.cpp applies the file's factor here for any type of scaling; only full layers respect "none".
         "based": replace(full, base=keys.real("rope.freq_base_swa", full.base), factor=factor),
         "plain": unscaled,
-        "own": replace(
-            unscaled,
-            base=keys.real("rope.freq_base_swa", 10000.0),
-            magnitude=keys.real("rope.scaling.attn_factor", 1.0),
-        ),
+        "own": replace(unscaled, base=keys.real("rope.freq_base_swa", 10000.0), magnitude=magnitude),
+        "unscaled": replace(unscaled, base=keys.real("rope.freq_base_swa", base), magnitude=magnitude),
+        "bare": replace(unscaled, base=keys.real("rope.freq_base_swa", base)),
     }
     return full, replace(local[row.window_rope], factored=row.rope_factors == "all")
 
@@ -102,7 +109,7 @@ def stretching(keys: Keys, row: Architecture) -> tuple[float, float]:
     """
     kind, factor = _scaling(keys)
     magnitude = keys.real("rope.scaling.attn_factor", 1.0)
-    multiplier = keys.real("rope.scaling.yarn_log_multiplier", 0.0) if row.yarn_keys or row.mscale else 0
+    multiplier = keys.real("rope.scaling.yarn_log_multiplier", 0.0) if row.yarn_keys == "all" or row.mscale else 0
 
     def g(m: float) -> float:
         return 1 + 0.1 * m * math.log(1 if kind == "none" else factor)
@@ -131,14 +138,17 @@ def _rope_sections(keys: Keys, row: Architecture, dimensions: int) -> Sequence[i
 
 def _refuse_unsupported_ropes(keys: Keys, row: Architecture, dimensions: int, key_length: int) -> None:
     """Refuse scaled bases, windowed layers of other sizes, and the keys of Ollama's own converter."""
+    if row.yarn_keys == "betas" and (extent := keys.real("rope.scaling.yarn_ext_factor", 1.0)) != 1:
+        raise ConfigError(f"{keys.prefix}.rope.scaling.yarn_ext_factor {extent} is not supported, only 1")
     if (alpha := keys.real("rope.scaling.alpha", 0.0)) and (not row.rope_alpha or key_length <= 2):
         raise ConfigError(f"{keys.prefix}.rope.scaling.alpha {alpha} is not supported")
+    own = {"": (), "rotations": ("rope",), "heads": ("rope", "attention")}[row.windowed_sizes]
     for key, same in (
         ("rope.dimension_count_swa", dimensions),
         ("attention.key_length_swa", key_length),
         ("attention.value_length_swa", key_length),
     ):
-        if row.windowed and not row.windowed_sizes and keys.integer(key, same) != same:
+        if row.windowed and not key.startswith(own) and keys.integer(key, same) != same:
             raise ConfigError(
                 f"{keys.prefix}.{key} {keys.integer(key)} differs from other layers' {same}: not supported"
             )

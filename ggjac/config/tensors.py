@@ -127,6 +127,14 @@ _INDEXER: dict[str, dict[str, tuple[str, ...]]] = {
         "indexer.k_norm.weight": ("indexer key",),
     },
 }
+# For the tokens of images: not used.
+_VISION_EXPERTS: dict[str, tuple[str, ...]] = {
+    "vis_attn_qkv.weight": ("qkv", "d"),
+    "vis_attn_output.weight": ("d", "read"),
+    "vis_gate.weight": ("f", "d"),
+    "vis_up.weight": ("f", "d"),
+    "vis_down.weight": ("d", "f"),
+}
 # Fused tensors and their parts: the file has either. Experts' gates are above their up projections.
 FUSED = {
     "attn_qkv": ("attn_q", "attn_k", "attn_v"),
@@ -144,6 +152,7 @@ _QK_NORMS: dict[str, dict[str, tuple[str, ...]]] = {
     "head": {"attn_q_norm": ("head",), "attn_k_norm": ("head",)},
     "heads": {"attn_q_norm": ("heads", "head"), "attn_k_norm": ("kv heads", "head")},
     "rotated": {"attn_q_norm": ("head",), "attn_k_norm": ("head",)},
+    "bare": {},
     "full": {"attn_q_norm": ("q",), "attn_k_norm": ("keys",)},
 }
 _EXPERTS = {
@@ -172,6 +181,7 @@ _OPTIONAL = {
     "rope_factors_short.weight",
     "layer_output_scale.weight",
     *(name for table in _INDEXER.values() for name in table),
+    *_VISION_EXPERTS,
 }
 # Other biases and factors are optional.
 _NEEDED = {"ssm_dt.bias", "ffn_gate_inp.scale"}
@@ -297,11 +307,13 @@ def check_tensors(config: ModelConfig, shapes: Mapping[str, tuple[int, ...]]) ->
     loose = {name for mixer in mixers for name in _LOOSE.get(mixer, ())}
     if {"state space", "channel state space"} & mixers:  # llama.cpp's graph adds it without asking whether there is one
         needed.add("ssm_conv1d.bias")
-    if config.row.rope_factors == "full" and any(own.rope and own.rope.factored for own in config.layers):
+    if config.row.rope_factors == "required" and any(own.rope and own.rope.factored for own in config.layers):
         needed.add("rope_freqs.weight")
     for prefix, table, sizes in _scopes(config):
         fused = {stem: parts for stem, parts in FUSED.items() if all(f"{part}.weight" in table for part in parts)}
         optional = _OPTIONAL | {f"{stem}.weight" for stem in fused}
+        if config.embedding != "token_embd.weight":
+            optional.add("token_embd.weight")
         if config.row.state_norm_optional:
             optional.add("ssm_norm.weight")
         for stem, parts in fused.items():
@@ -350,12 +362,11 @@ def _scaled(shapes: Mapping[str, tuple[int, ...]], stem: str) -> bool:
 
 def _scopes(config: ModelConfig) -> Iterator[tuple[str, dict[str, tuple[str, ...]], dict[str, int]]]:
     """Yield name prefix, table of tensors and named sizes, for the tensors outside the blocks and for each block."""
-    ropes = sorted((layer.rope for layer in config.layers if layer.rope), key=lambda rope: not rope.factored)
     sizes = {
         "d": config.d,
         "vocabulary": config.vocabulary,
         "context": config.context_length,
-        "pairs": ropes[0].dimensions // 2 if ropes else 0,
+        "pairs": max((layer.rope.dimensions // 2 for layer in config.layers if layer.rope), default=0),
         "experts": config.expert_count,
         "de": config.expert_latent or config.d,
         "fs": config.expert_shared_feed_forward_length,
@@ -387,6 +398,7 @@ def _attention_sizes(config: ModelConfig, layer: int) -> dict[str, int]:
         "heads": own.heads,
         "kv heads": own.kv_heads,
         "head": own.key_size,
+        "gates": own.heads * own.gate,
         "q": q,
         "keys": keys,
         "values": values,
@@ -463,7 +475,10 @@ def _block_table(config: ModelConfig, layer: int) -> dict[str, tuple[str, ...]]:
             vectors |= {f"{name}.weight": axes for name, axes in _QK_NORMS[row.qk_norm].items()}
     if own.source is not None:
         del vectors["attn_k_norm.weight"]
+    if own.gate:
+        vectors["attn_gate.weight"] = ("gates", "d")
     vectors |= _OWN_INPUTS if config.inputs else {}
+    vectors |= _VISION_EXPERTS if row.vision_experts else {}
     if own.hidden_units:
         matrices |= _FFN[row.ffn]
     if own.routed:
@@ -515,8 +530,6 @@ def _latent_table(config: ModelConfig) -> dict[str, tuple[str, ...]]:
         table |= {"attn_k_b": ("heads", "latent", "nope"), "attn_v_b": ("heads", "value", "latent")}
     else:
         table["attn_kv_b"] = ("expanded", "latent")
-    if config.row.gated_heads:
-        table["attn_gate"] = ("heads", "d")
     return {f"{name}.weight": axes for name, axes in table.items()}
 
 

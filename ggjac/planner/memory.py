@@ -129,7 +129,7 @@ def sweep_floats(config: ModelConfig, n: int, *, up: bool, slab: int = SLAB) -> 
     d, row = config.d, config.row
     factors = (config.attention_factor, config.residual_scale, row.joint_scale)
     scaled = row.norms.attention_out or row.norms.ffn_out or factors != (1, 1, 1)
-    more = d if scaled or row.parallel else 0
+    more = d if scaled or row.parallel or row.experts_skip else 0
     bank = n * _bank(config)
     if up:
         attention = max(_attention_up(d, n, path) for path in _paths(config, n))
@@ -287,7 +287,8 @@ def _mixer_floats(config: ModelConfig, own: Layer, mixer: str, n: int, m: int) -
         latents = 2 * m * max(config.latent.size, config.latent.queries)
         return max(3 * wide + latents, 2 * wide + 3 * pattern), pattern
     q, kv = own.heads * own.value_size, own.kv_heads * own.value_size
-    return m * 2 * ((1 + config.row.gated_queries) * q + 2 * kv) + 3 * pattern, pattern
+    gated = config.row.gated_queries or own.gate > 0
+    return m * 2 * ((1 + gated) * q + 2 * kv) + 3 * pattern, pattern
 
 
 def _recurrence_floats(config: ModelConfig, n: int, m: int, *, stepwise: bool) -> tuple[int, int]:
@@ -360,6 +361,7 @@ PARTS: dict[str, str | Callable[[Work, bool], str] | None] = {
     "decoding": _decoding,  # scores of all vectors of a pass over the vocabulary
     "checkpoint": _vectors,  # products of sweeps waiting to be written, up to a fixed limit
     "norms": FEWER_TOKENS,  # float64 copies of a fixed number of probes, one stream each
+    "sums": None,  # of the maps of many prompts, in float64
     "portraits": FEWER_TOKENS,  # the results of another model: above all, logits of every position
     "cache": "use fewer tokens, or fewer --max-tokens",  # keys and values of the prompt and of generated tokens
     "llama.cpp's tensors": FEWER_TOKENS,  # three streams for each block, and logits of every position

@@ -142,9 +142,9 @@ def layer_plan(
     )
 
 
-def embedding(file: "GGUFFile", n: int) -> Pass:
+def embedding(file: "GGUFFile", config: ModelConfig, n: int) -> Pass:
     """Return the reading of the embeddings of `n` tokens, of learned positions, and of the blocks' own inputs."""
-    names = ("token_embd.weight", "position_embd.weight", "per_layer_token_embd.weight")
+    names = (config.embedding, "position_embd.weight", "per_layer_token_embd.weight")
     infos = [file.tensors[name] for name in names if name in file.tensors]
     rows = total(Pass(n * info.row_bytes, {info.type.name: n * info.shape[-1]}) for info in infos)
     return rows + total(matrix(info).scaled(n) for info in _projections(file))
@@ -474,7 +474,8 @@ def _tape_bytes(block: _Block, config: ModelConfig, n: int, item: int) -> int:
 def _mixer_floats(config: ModelConfig, block: _Block, mixer: str, n: int) -> int:
     """Return the floats of a mixer's tape: its pattern `[h, n, n]` or its scan, and its factors."""
     heads, value, key = _heads(config, block, mixer)
-    own, gated = block.layer, config.row.gated_queries or config.row.gated_heads
+    own = block.layer
+    gated = config.row.gated_queries or own.gate > 0
     if not MIXERS[mixer].recurrent:
         if MIXERS[mixer].convolution:
             return 2 * n * config.d

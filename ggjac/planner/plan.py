@@ -341,14 +341,14 @@ def make(
         )
         if _has_room(ram, vram, budget):
             break
-    tokens = file.tensors["token_embd.weight"]
+    tokens = file.tensors[config.embedding]
     plan = Plan(
         work=work,
         d=config.d,
         mlp_path=mlp_path,
         device="cpu" if device == "cpu" else "cuda",
         layers=layers,
-        embedding=passes.embedding(file, work.n),
+        embedding=passes.embedding(file, config, work.n),
         head=passes.matrix(file.tensors.get("output.weight", tokens)),
         nearest=passes.matrix(tokens),
         ram=ram,

@@ -231,6 +231,7 @@ class Request:
             None for all of them, but in `analyze` for none.
         contrast, per_token: parts of `analyze` and `svd`.
         by: of `attribute`.
+        mean: over the maps of prompts (`jacobian`).
         count: columns and rows at each position (`norms`).
         text: tokens of the text that is steered, where `n` are the concept's (`steer`); None: also `n`.
         method, layer, max_tokens, control: of `steer`; `other_map` if the control is the map of another prompt.
@@ -251,6 +252,7 @@ class Request:
     contrast: bool = False
     per_token: bool = False
     by: Literal["token", "layer", "head"] = "token"
+    mean: bool = False
     count: int = 3
     text: int | None = None
     method: str = "equation16"
@@ -591,8 +593,17 @@ def _attribute(builder: _Builder) -> Work:
         region = Region("heads" if by == "head" else "live", n if everywhere else None, n if everywhere else 1)
         shares = (Sweeps("attribution", 1, 1, region=region),)
     elif everywhere:
-        shares = builder.in_chunks("attribution", n + 1, region=Region(read=n, written=n))
+        shares = tuple(_everywhere(builder))
     return builder.work(RECONSTRUCTION, Lookup("logits", logits=n if everywhere else 1), *shares)
+
+
+def _everywhere(builder: _Builder) -> Iterator[Sweeps]:
+    """Yield the sweeps of all outputs, some at a time, each with the positions up to the last of them; and biases."""
+    n, at_once = builder.n, min(TOKENS_AT_ONCE, builder.rows_at_once())
+    yield Sweeps("attribution: biases", 1, 1, region=Region(read=n, written=n))
+    for start in range(0, n, at_once):
+        stop = min(start + at_once, n)
+        yield Sweeps("attribution", 1, stop - start, up=False, region=Region(read=stop, written=stop))
 
 
 def _norms(builder: _Builder) -> Work:
@@ -675,6 +686,12 @@ def _past_bytes(config: ModelConfig, own: Layer, mixer: str, positions: int, ite
     return own.kv_heads * (own.key_size + own.value_size) * positions * item
 
 
+def _jacobian(builder: _Builder) -> Work:
+    """All rows; for a mean over prompts, a map of one, its copy, that of its decomposition, and the sum."""
+    sums = {"sums": (3 * 8 + max(4, builder.item)) * builder.d**2} if builder.request.mean else {}
+    return builder.work(*builder.dense("rows"), RECONSTRUCTION, buffers=sums)
+
+
 def _predict(builder: _Builder) -> Work:
     everywhere = (Lookup("all logits", logits=builder.n),) if builder.request.everywhere else ()
     return builder.work(Lookup("logits", logits=1), *everywhere, tapes=False, tapes_to_disk=False)
@@ -697,7 +714,7 @@ JOBS: dict[str, Callable[[_Builder], Work]] = {
     "analyze": _analyze,
     "svd": _svd,
     "layers": _layers,
-    "jacobian": lambda builder: builder.work(*builder.dense("rows"), RECONSTRUCTION),
+    "jacobian": _jacobian,
     "norms": _norms,
     "attribute": _attribute,
     "contrast": lambda builder: builder.work(RECONSTRUCTION, *builder.ordinary(), Lookup("logits", logits=3)),

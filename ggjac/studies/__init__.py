@@ -1,10 +1,23 @@
 """One question about many prompts: a record each, from one process, several, or a cluster; the file is the journal.
 
-`measures` has the questions, `study` the loop, `workers` the executors, `merging` puts the files of shards together.
+`measures` has the questions, `study` the loop, `workers` the executors, `merging` puts the files of shards together,
+`means` adds up maps instead of keeping records.
 """
 
+from ggjac.studies.means import MeanMap, mean_map, merge_means
 from ggjac.studies.measures import Measure, measure
 from ggjac.studies.merging import merge
 from ggjac.studies.study import Study, ranks, shard_name, study
 
-__all__ = ["Measure", "Study", "measure", "merge", "ranks", "shard_name", "study"]
+__all__ = [
+    "MeanMap",
+    "Measure",
+    "Study",
+    "mean_map",
+    "measure",
+    "merge",
+    "merge_means",
+    "ranks",
+    "shard_name",
+    "study",
+]

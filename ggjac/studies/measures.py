@@ -2,7 +2,7 @@
 
 import inspect
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
@@ -15,6 +15,7 @@ from ggjac import __version__, runs
 from ggjac.analysis import attribute as attributing
 from ggjac.analysis import predict, svd
 from ggjac.analysis import ranks as ranking
+from ggjac.analysis.jacobian import dense
 from ggjac.analysis.per_token import per_token as each_token
 from ggjac.analysis.per_token import tensors as token_tensors
 from ggjac.gguf import shown
@@ -123,6 +124,19 @@ def answer_predict(session: Session, *, top: int = 5) -> Answer:
     return Answer({"predictions": result.data(session.words)}, [result], {})
 
 
+def answer_jacobian(session: Session, *, mean: bool = False) -> Answer:
+    """Compute the dense Jacobian, and the size of each position's part; for a `mean`, keep the output position's."""
+    d = session.model.config.d
+    own = torch.empty(d, d, dtype=torch.promote_types(session.model.dtype, torch.float32)) if mean else None
+
+    def keep(start: int, rows: Tensor) -> None:
+        if own is not None:
+            own[start : start + len(rows)] = rows[:, session.position].cpu()
+
+    result = session.run("jacobian", dense, keep)
+    return Answer({"jacobian": result.data(session.words)}, [result], {} if own is None else {"own": own})
+
+
 def answer_verify(session: Session, *, strict: bool = False) -> Answer:
     """Compare with llama.cpp."""
     result = session.verify(strict=strict)
@@ -151,6 +165,7 @@ KINDS = {
     ),
     "svd": Kind(answer_svd, ("reconstruction", "svd")),
     "attribute": Kind(answer_attribute, ("reconstruction", "attribution")),
+    "jacobian": Kind(answer_jacobian, ("jacobian",)),
     "predict": Kind(answer_predict, ("predictions",), tapes=False),
     "verify": Kind(answer_verify, ("parity",), tapes=False, positions=False),
 }
@@ -162,7 +177,7 @@ _SESSION = (
 # Of these, what only the process has that made the measure.
 _HERE = ("trace", "stages", "command")
 # Options that are fields of `ggjac.planner.work.Request` by the same name.
-_PLANNED = ("rank", "per_token", "by", "everywhere")
+_PLANNED = ("rank", "per_token", "by", "everywhere", "mean")
 
 
 def sweeps_of(record: Mapping[str, Any]) -> list[Mapping[str, Any]]:
@@ -171,11 +186,23 @@ def sweeps_of(record: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     return [part for part in (record, svd, *svd.get("per_token", ())) if "stopped_by" in part]
 
 
+def singular_values(record: Mapping[str, Any]) -> list[float]:
+    """Return the singular values of a record of `svd`, the largest first; of others none."""
+    return [triplet["singular_value"] for triplet in record.get("svd", {}).get("triplets", ())]
+
+
+def by_index(records: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Yield the distribution over prompts of each singular value, as `ggjac.ranks` has it of stable ranks."""
+    for j, values in enumerate(zip(*map(singular_values, records), strict=False)):
+        yield {"index": j} | ranking.distribution(values)
+
+
 def check(record: dict[str, Any]) -> None:
     """Read what is needed of a record; KeyError, TypeError and the like refuse it."""
     for part in sweeps_of(record):
         _ = part["stopped_by"], int(part["sweeps"])
     _ = bool(record.get("reconstruction", {"healthy": True})["healthy"])
+    _ = sum(singular_values(record))
     if "joint" in record:
         ranking.token_values(record)
 
@@ -233,7 +260,11 @@ class Measure:
     prompts: int = 1
 
     def __call__(self, prompt: str | Sequence[int]) -> dict[str, Any]:
-        """Return the record of a prompt, a text or token ids, as plain data.
+        """Return the record of a prompt, a text or token ids, as plain data; errors as of `answer`."""
+        return self.answer(prompt)[0]
+
+    def answer(self, prompt: str | Sequence[int]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Return the record of a prompt, and the tensors that a command saves.
 
         Raises:
             PromptError: the model cannot run it.
@@ -245,7 +276,7 @@ class Measure:
             session.fit(self.name, self.longest or len(session.ids), **self.request())
             answer = KINDS[self.name].answer(session, **self.options)
             session.model.gguf.check_unchanged()
-        return runs.finite(
+        record = runs.finite(
             {"schema_version": runs.SCHEMA_VERSION, "prompt": session.text, "tokens": session.tokens()}
             | answer.content
             | {
@@ -255,6 +286,7 @@ class Measure:
                 "machine": session.machine | {"cpu": torch.backends.cpu.get_cpu_capability()},
             }
         )
+        return record, answer.tensors
 
     def __getstate__(self) -> dict[str, Any]:
         session = {name: value for name, value in self.session.items() if name not in _HERE}
@@ -305,7 +337,7 @@ def measure(model: Model, name: str, **options: Any) -> Measure:
 
     Args:
         model: from `open_model`; other processes open the same path, with the same threads, dtype and device.
-        name: `"ranks"`, `"svd"`, `"attribute"`, `"predict"` or `"verify"`.
+        name: `"ranks"`, `"svd"`, `"attribute"`, `"jacobian"`, `"predict"` or `"verify"`.
         options: of the command, as `rank`, `tol` or `target` (a token id); and of `ggjac.Session`: `position`,
             `mlp_path`, budgets.
 

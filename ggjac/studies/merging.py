@@ -41,8 +41,7 @@ def merge(
         JournalError: another process writes to a file.
     """
     paths, output = [Path(file) for file in files], Path(output)
-    if any(output.exists() and path.exists() and output.samefile(path) for path in paths):
-        raise runs.RunError(f"{output}: is one of the files; choose another -o")
+    check_output(paths, output)
     found = _read(paths)
     records: Records = {name: record for one in found.values() for name, record in one.items()}
     if prompts is not None:
@@ -53,6 +52,18 @@ def merge(
     merged = [records[name] | {"study": {"index": i, "prompts": len(order)}} for i, name in enumerate(order)]
     runs.save_bytes(output, _parquet(merged) if output.suffix == ".parquet" else b"".join(map(encoded, merged)))
     return merged
+
+
+def check_output(paths: Sequence[Path], output: Path) -> None:
+    """Refuse an output that is one of the files."""
+    if any(output.exists() and path.exists() and output.samefile(path) for path in paths):
+        raise runs.RunError(f"{output}: is one of the files; choose another -o")
+
+
+def first_missing(found: Collection[int], count: int) -> str:
+    """Return the first numbers below `count` that were not found, as text."""
+    missing = list(islice((i for i in range(count) if i not in found), QUOTED + 1))
+    return ", ".join(map(str, missing[:QUOTED])) + (", ..." if len(missing) > QUOTED else "")
 
 
 def _read(paths: Sequence[Path]) -> dict[Path, Records]:
@@ -134,10 +145,9 @@ def _ordered(found: dict[Path, Records]) -> list[str]:
                     "of one study"
                 )
     if len(places) < size:
-        missing = list(islice((i for i in range(size) if i not in places), QUOTED + 1))
-        numbers = ", ".join(map(str, missing[:QUOTED])) + (", ..." if len(missing) > QUOTED else "")
+        numbers, missing = first_missing(places, size), size - len(places)
         raise runs.RunError(
-            f"{size - len(places)} of {size} prompts are missing (numbers {numbers}, from 0); run their shards again"
+            f"{missing} of {size} prompts are missing (numbers {numbers}, from 0); run their shards again"
             + _shards(found, places, size)
         )
     return [places[i][1] for i in range(size)]

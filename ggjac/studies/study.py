@@ -9,7 +9,7 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import BrokenExecutor, Executor, Future, as_completed, wait
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ggjac import planner, runs
 from ggjac.analysis.ranks import Ranks
@@ -21,13 +21,14 @@ from ggjac.results import NO_WORDS, Result, Table, Words
 from ggjac.runs import lock
 from ggjac.runs.lines import Lines, key, prompt_key
 from ggjac.session import Session
-from ggjac.studies.measures import KINDS, Measure, check, measure, sweeps_of
+from ggjac.studies.measures import KINDS, Measure, by_index, check, measure, sweeps_of
 
 # Times that a pool is made again after a worker's death, without a prompt finished in between.
 RESTARTS = 3
 
 Prompt = str | Sequence[int]
 Pool = contextlib.AbstractContextManager[Executor]
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True, repr=False)
@@ -45,8 +46,9 @@ class Study(Result):
     envelope: dict[str, Any]
 
     def data(self, words: Words = NO_WORDS) -> dict[str, Any]:
-        """Return all records."""
-        return {"prompts": self.records}
+        """Return all records; of `svd` also the distribution of each singular value over prompts."""
+        spectrum = list(by_index(self.records))
+        return {"prompts": self.records} | ({"by_index": spectrum} if spectrum else {})
 
     def _table(self, words: Words) -> Table:
         prompts, tokens = [r["prompt"] or "" for r in self.records], [len(r["tokens"]) for r in self.records]
@@ -85,29 +87,21 @@ def study(
         JournalError: another process writes to the file.
         NoFitError: the longest prompt does not fit the budgets.
     """
-    if isinstance(prompts, str) or not isinstance(prompts, Sequence):  # a text is a sequence too, of characters
-        raise PromptError(f"prompts is of type {type(prompts).__name__}; give a list of texts")
-    if not prompts:
-        raise PromptError("no prompt was given")
+    every = distinct(prompts)
+    places = {name: {"index": i, "prompts": len(every)} for i, name in enumerate(every)}
+    asked = dict(dealt(list(every.items()), shard, "prompt"))
     path, start = None if lines is None else Path(lines), time.perf_counter()
-    asked, places = _dealt(prompts, shard)
-    with _alone(path), _keeping(path):
-        one, alone = next(iter(asked.values())), len(places) == 1
-        with _quoting(one, alone=alone):
-            first = measure.opened(one)
-        measure = replace(measure, longest=_longest(first, prompts), prompts=len(asked)).settled(kept=path is not None)
+    with alone(path), keeping(path):
+        first, measure = opened(measure, list(asked.values()), list(every.values()), kept=path is not None)
         kept = Lines(path, measure.settings, fields=KINDS[measure.name].parts, whole=check)
         todo = {name: prompt for name, prompt in asked.items() if not _settled(kept.records.get(name), measure)}
         ready = done = len(asked) - len(todo)
         if todo:
-            plan = first.plan(measure.name, measure.longest, **measure.request() | {"prompts": len(todo)})
-            planner.check(plan)
-            if begun:
-                begun(plan)
+            check_plan(first, measure, len(todo), begun)
         del first
         if progress and ready:
             progress("prompt", ready, len(asked))
-        found = _computed(list(todo.values()), measure, executor, alone=alone)
+        found = computed(list(todo.values()), measure, executor, single=len(every) == 1)
         with contextlib.closing(found):  # workers end if a record cannot be written
             for record in found:
                 kept.add(record | {"study": places[key(record)]})
@@ -154,13 +148,13 @@ def shard_name(output: Path, shard: int, shards: int) -> Path:
 # -- what is computed where --------------------------------------------------------------------------------------------
 
 
-def _computed(
-    todo: list[Prompt], measure: Measure, executor: Executor | Callable[[], Pool] | None, *, alone: bool
-) -> Generator[dict[str, Any], None, None]:
-    """Yield the records of prompts as they are ready."""
+def computed(
+    todo: list[Any], measure: Callable[[Any], Any], executor: Executor | Callable[[], Pool] | None, *, single: bool
+) -> Generator[Any, None, None]:
+    """Yield what is measured of each prompt as it is ready; a `single` one is not quoted in errors."""
     if executor is None:
         for prompt in todo:
-            with _quoting(prompt, alone=alone):
+            with quoting(prompt, single=single):
                 record = measure(prompt)
             yield record
         return
@@ -169,7 +163,7 @@ def _computed(
         with contextlib.nullcontext(executor) if isinstance(executor, Executor) else executor() as pool:
             left = dict(enumerate(todo))
             try:
-                for number, record in _gathered(pool, left, measure, alone=alone, given=given):
+                for number, record in _gathered(pool, left, measure, single=single, given=given):
                     del left[number]
                     deaths = 0
                     yield record
@@ -184,9 +178,9 @@ _AGAIN = "finished prompts are kept; run it again to continue, with fewer worker
 
 
 def _gathered(
-    pool: Executor, todo: Mapping[int, Prompt], measure: Measure, *, alone: bool, given: bool
-) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield the records that an executor returns, each with the number of its prompt.
+    pool: Executor, todo: Mapping[int, Any], measure: Callable[[Any], Any], *, single: bool, given: bool
+) -> Iterator[tuple[int, Any]]:
+    """Yield what an executor returns, each with the number of its prompt.
 
     After an error of a prompt nothing new is begun; what is being computed is still waited for, and yielded. After an
     interrupt the tasks of a pool that the caller has `given` are cancelled, as they would keep it busy.
@@ -197,7 +191,7 @@ def _gathered(
             futures[pool.submit(attempt, measure, prompt)] = number
         failed: Exception | None = None
         for future in as_completed(futures):
-            failed = _failure(future, todo[futures[future]], alone=alone)
+            failed = _failure(future, todo[futures[future]], single=single)
             if failed:
                 break
             yield futures.pop(future), future.result()
@@ -205,7 +199,7 @@ def _gathered(
             return
         busy = [future for future in futures if not future.cancel()]
         for future in wait(busy).done:
-            if not _failure(future, "", alone=True):
+            if not _failure(future, "", single=True):
                 yield futures[future], future.result()
         raise failed
     except BaseException:
@@ -215,8 +209,8 @@ def _gathered(
         raise
 
 
-def attempt(measure: Measure, prompt: Prompt) -> dict[str, Any] | Exception:
-    """Return the record of a prompt, or the error; as a value, since executors wrap what is raised, each in its way."""
+def attempt(measure: Callable[[Any], Any], prompt: Any) -> Any:
+    """Return what is measured of a prompt, or the error, as a value: executors wrap what is raised, each in its way."""
     try:
         return measure(prompt)
     except Exception as error:
@@ -228,7 +222,7 @@ def attempt(measure: Measure, prompt: Prompt) -> dict[str, Any] | Exception:
             return runs.RunError(f"{type(error).__name__}: {error}")
 
 
-def _failure(future: Future, prompt: Prompt, *, alone: bool) -> Exception | None:
+def _failure(future: Future, prompt: Any, *, single: bool) -> Exception | None:
     """Return what went wrong, if anything: the error of a prompt, or of the executor itself."""
     error = future.exception()
     if isinstance(error, BrokenExecutor):
@@ -239,7 +233,7 @@ def _failure(future: Future, prompt: Prompt, *, alone: bool) -> Exception | None
     if not isinstance(found, Exception):
         return None
     try:
-        with _quoting(prompt, alone=alone):
+        with quoting(prompt, single=single):
             raise found
     except Exception as quoted:
         return quoted
@@ -253,18 +247,55 @@ def _kind(error: BaseException) -> str:
 # -- prompts and their file --------------------------------------------------------------------------------------------
 
 
-def _dealt(prompts: Sequence[Prompt], shard: tuple[int, int]) -> tuple[dict[str, Prompt], dict[str, dict[str, int]]]:
-    """Return the prompts of a shard by name, each once, and the place of every prompt in the whole study.
+def distinct(prompts: Sequence[Prompt]) -> dict[str, Prompt]:
+    """Return prompts by name, each once.
 
     Raises:
-        PromptError: there is none, or no such shard.
+        PromptError: there are none, or it is no list.
     """
-    every = {prompt_key(prompt): prompt for prompt in prompts}
+    if isinstance(prompts, str) or not isinstance(prompts, Sequence):  # a text is a sequence too, of characters
+        raise PromptError(f"prompts is of type {type(prompts).__name__}; give a list of texts")
+    if not prompts:
+        raise PromptError("no prompt was given")
+    return {prompt_key(prompt): prompt for prompt in prompts}
+
+
+def dealt(every: list[Item], shard: tuple[int, int], what: str) -> list[Item]:
+    """Return the part of a shard; `what` names an item in messages.
+
+    Raises:
+        PromptError: it has none.
+    """
     number, count = shard
     if not 0 <= number < min(count, len(every)):
-        raise PromptError(f"shard={shard} has no prompt: there are {len(every)}; take at most as many shards, from 0")
-    places = {name: {"index": i, "prompts": len(every)} for i, name in enumerate(every)}
-    return dict(list(every.items())[number::count]), places
+        most = f"there are {len(every)}; take at most as many shards"
+        raise PromptError(f"shard {number}/{count} has no {what}: {most}, counted from 0")
+    return every[number::count]
+
+
+def opened(
+    measure: Measure, asked: Sequence[Prompt], every: Sequence[Prompt], *, kept: bool
+) -> tuple[Session, Measure]:
+    """Return the session of the first prompt that is asked, and the measure as it is for all of a study's prompts.
+
+    Raises:
+        PromptError: the model cannot run the first prompt.
+    """
+    with quoting(asked[0], single=len(every) == 1):
+        first = measure.opened(asked[0])
+    return first, replace(measure, longest=_longest(first, every), prompts=len(asked)).settled(kept=kept)
+
+
+def check_plan(first: Session, measure: Measure, prompts: int, begun: Callable[[Plan], None] | None) -> None:
+    """Make the plan of a number of prompts, and call `begun` with it.
+
+    Raises:
+        NoFitError: the longest prompt does not fit the budgets.
+    """
+    plan = first.plan(measure.name, measure.longest, **measure.request() | {"prompts": prompts})
+    planner.check(plan)
+    if begun:
+        begun(plan)
 
 
 def _settled(record: dict[str, Any] | None, measure: Measure) -> bool:
@@ -290,18 +321,18 @@ def _longest(session: Session, prompts: Sequence[Prompt]) -> int:
 
 
 @contextlib.contextmanager
-def _quoting(prompt: Prompt, *, alone: bool) -> Iterator[None]:
+def quoting(prompt: Any, *, single: bool) -> Iterator[None]:
     """Quote the prompt in an error about one of several."""
     try:
         yield
     except PromptError as error:
-        if alone:
+        if single:
             raise
         raise PromptError(f"{shown(str(prompt))}: {error}") from error
 
 
 @contextlib.contextmanager
-def _keeping(output: Path | None) -> Iterator[None]:
+def keeping(output: Path | None) -> Iterator[None]:
     """Add to an interrupt a note on what is kept."""
     try:
         yield
@@ -311,7 +342,7 @@ def _keeping(output: Path | None) -> Iterator[None]:
         raise
 
 
-def _alone(output: Path | None) -> contextlib.AbstractContextManager[None]:
+def alone(output: Path | None) -> contextlib.AbstractContextManager[None]:
     """Keep other processes from reading and appending to the same file."""
     if output is None:
         return contextlib.nullcontext()
