@@ -94,6 +94,8 @@ class Architecture:
             default); `"beside"` (every block has both mixers, added); or `""` for none.
         one_branch: a block with a feed-forward (`feed_forward_length` above 0) has no mixer.
         key_heads_tiled: of `h` value heads, head `i` uses key head `i % g` in place of `i // (h // g)`.
+        head_norm: whether RWKV norms each head (LayerNorm): `"required"`, `"optional"`, or `""` for never.
+        first_values: blocks after the first add a share of its values to their own.
         made_from_values: where steps ("dt"), keys ("b") and queries ("c") of a state space are made from its values, as
             Mamba-1 does, in which order; `()` where they come from the stream.
         normed_steps: those three have norms with weights.
@@ -247,6 +249,8 @@ class Architecture:
     recurrent_blocks: str = ""
     one_branch: bool = False
     key_heads_tiled: bool = False
+    head_norm: str = ""
+    first_values: bool = False
     made_from_values: tuple[str, ...] = ()
     normed_steps: bool = False
     state_norm_optional: bool = False
@@ -792,6 +796,18 @@ ARCHITECTURES: dict[str, Architecture] = {
     "lfm2": replace(_LFM2, windowed="optional"),
     "lfm2moe": replace(_LFM2, router="", router_key=True, selection_bias="required", leading_dense=True),
     "mamba2": _MAMBA2,
+    "rwkv6qwen2": Architecture(
+        recurrent="rwkv6", recurrent_blocks="all", rope_pairs="", head="required", graph=Graph(attention=())
+    ),
+    "arwkv7": Architecture(
+        recurrent="rwkv7",
+        recurrent_blocks="all",
+        head_norm="optional",
+        first_values=True,
+        rope_pairs="",
+        head="required",
+        graph=Graph(attention=()),
+    ),
     "mamba": replace(
         _MAMBA2, recurrent="channel state space", made_from_values=("dt", "b", "c"), graph=Graph(attention=())
     ),

@@ -17,6 +17,7 @@ import gguf
 import numpy as np
 import oracle_delta
 import oracle_latent
+import oracle_rwkv
 import oracle_state
 import torch
 from torch import Tensor
@@ -85,6 +86,7 @@ class Facts(NamedTuple):
     attn_scale: float | None = None  # of scores; None: 1 / sqrt(head size)
     attn_scale_key: str | None = None
     shared_kv_key: bool = False  # attention.shared_kv_layers: that many blocks read earlier ones' keys and values
+    first_values: bool = False  # layers after the first read the first one's values, too
     value_norm: bool = False  # values are normed, each head by itself and without weights
     attn_cap: float | None = None  # default; None: there is none
     final_cap: float | None = None
@@ -358,6 +360,8 @@ FACTS: dict[str, Facts] = {
             "attn_residual": "ffn_inp", "ffn_residual": "l_out",
         },
     ),
+    "rwkv6qwen2": Facts(mixers=lambda model, layer: ("rwkv6",)),
+    "arwkv7": Facts(mixers=lambda model, layer: ("rwkv7",), first_values=True),
     # What a block's mixer adds has the name of the sum.
     "jamba": Facts(rope=None, renormalise=False, mixers=by_kv_heads("mamba"), graph={"ffn_inp": "attn_out"}),
     "afmoe": ROUTED._replace(
@@ -737,6 +741,8 @@ MIXERS: dict[str, Callable[..., Tensor]] = {
     "mamba": oracle_state.mamba,
     "mamba2": oracle_state.mamba2,
     "plamo2": oracle_state.plamo2,
+    "rwkv6": oracle_rwkv.rwkv6,
+    "rwkv7": oracle_rwkv.rwkv7,
     "delta": recurrent(oracle_delta.gated_delta, grouped=False),
     "grouped delta": recurrent(oracle_delta.gated_delta, grouped=True),
     "convolution": recurrent(oracle_delta.short_convolution),
@@ -967,6 +973,8 @@ def per_layer_branch(model: Oracle, b: str, x: Tensor, inputs: Tensor, **how: An
 
 def source_of(model: Oracle, layer: int) -> int | None:
     """Return the layer whose keys and values this one reads; None: its own. The last before the first such layer."""
+    if model.facts.first_values:
+        return 0 if layer else None
     first = model.metadata["block_count"] - model.metadata.get("attention.shared_kv_layers", 0)
     if not model.facts.shared_kv_key or layer < first:
         return None

@@ -62,7 +62,7 @@ def test_matrices_have_constant_factors_where_llamacpp_applies_them(case: str, t
         mixers = tuple(name for name in mixers if name != "attn_gate")
     plain = {"type": "F32", "types": {}, "layers": tiny.options(case).blocks, "predictors": 0}
     assert agrees(tiny_file(case, **plain, scales=mixers)) == (
-        row.recurrent_scales or row.recurrent in ("", "convolution")
+        row.recurrent_scales or row.recurrent in ("", "convolution", "rwkv6", "rwkv7")
     )
     assert agrees(tiny_file(case, **plain, scales=feed_forward)) == row.ffn_scales
 

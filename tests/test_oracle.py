@@ -1992,7 +1992,7 @@ def test_offset_is_what_the_live_biases_add(case: str, mlp_path: str, tiny_file:
     assert (J.offset - expected).norm() < 1e-12 * J.y.norm()
     # Biases of q, k, the router and the frozen factor are frozen; any other must show.
     parts = ("attn_v", "attn_qkv", "attn_output", "ffn_down", "ffn_down_exps", "norm", "norm_2", f"ffn_{mlp_path}")
-    parts += ("ssm_conv1d",)
+    parts += ("ssm_conv1d", "time_mix_value", "time_mix_ln")
     if model.facts.ffn == "plain":
         parts += ("ffn_up",)
     shows = bool(constants) or any(name.endswith(f"{part}.bias") for name in live for part in parts)

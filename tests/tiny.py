@@ -683,7 +683,8 @@ def rwkv7_keys(o: Options) -> dict[str, Any]:
     return ranks | {"wkv.head_size": s["head"], "attention.head_count": 0}
 
 
-RWKV = {"head": 16, "extra": 6, "decay": 10, "rate": 7, "values": 5, "gate": 9, "normed": True, "biased": False}
+# llama.cpp reads beyond heads whose size is not a multiple of 64 in RWKV-7.
+RWKV = {"head": 64, "extra": 6, "decay": 10, "rate": 7, "values": 5, "gate": 9, "normed": True, "biased": False}
 
 # Heads are 16 wide, not as wide as the state; four of them share a group's B and C.
 MAMBA2 = {
@@ -899,9 +900,10 @@ def write(path: str | os.PathLike[str], **differences: Any) -> Path:
         values = draw(entry, o.seed)
         name = next((kind for part, kind in o.types.items() if part in entry.name), o.type)
         kind = gguf.GGMLQuantizationType[name]
-        # Norms, routers, learned positions and convolutions are never quantized; llama.cpp's copy in F32 would keep
-        # them as they are.
-        kept = ("_norm.weight", "ffn_gate_inp", "position_embd.weight", "conv1d", "conv.conv")
+        # Norms, routers, learned positions, convolutions and RWKV's small matrices are never quantized; llama.cpp's
+        # copy in F32 would keep them as they are.
+        kept = ("_norm.weight", "ffn_gate_inp", "position_embd.weight", "conv1d", "conv.conv", "time_mix_lerp")
+        kept += ("time_mix_first", "time_mix_decay", *(f"time_mix_{name}{step}" for name in "wavg" for step in (1, 2)))
         exempt = values.ndim < 2 or any(part in entry.name for part in kept)
         if exempt or values.shape[-1] % gguf.GGML_QUANT_SIZES[kind][0]:
             kind = gguf.GGMLQuantizationType.F32

@@ -584,8 +584,9 @@ def attribute_branches(
             halves = attention_halves(network.weights(i), config, tape.attn.at(chosen), positions.stop, len(positions))
             added, constant = torch.zeros_like(read[None]), torch.zeros_like(read)
             parts = [wide.new_zeros(len(positions), 0)]
+            values = frozen.mixed(stream, one, banks)
             for mixer, (reading, writing) in zip(tape.attn.mixers, halves, strict=True):
-                z = reading.matmat(banks[frozen.bank] if mixer.shared and frozen.bank is not None else stream, one)
+                z = reading.matmat(values if mixer.shared else stream, one)
                 own, bias = writing.matmat(torch.cat([z, torch.zeros_like(z)]), one.expand(2)).split(1)
                 added, constant = added + own, constant + bias[0]
                 # Each position has its own vector, and the projection acts at each position alone: one stack is enough.
@@ -593,8 +594,6 @@ def attribute_branches(
                 own_heads = shares.unflatten(1, (mixer.heads, -1)).sum(2)
                 parts.append(network.weights(i).gathered(own_heads, MIXERS[mixer.kind].output))
             mixers[-1] = [(mixer.kind, part.shape[1]) for mixer, part in zip(tape.attn.mixers, parts[1:], strict=True)]
-            if frozen.values is not None:
-                banks[i] = frozen.values.matmat(stream, one)
             stream = frozen.residual.matmat(stream)
             heads.append(torch.cat(parts, 1))
             attn_bias.append(share(constant))

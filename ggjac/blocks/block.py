@@ -114,19 +114,25 @@ def record_block(
 
 
 def extend_block(
-    w: BlockWeights, frame: Frame, layer: int, x: Float[Tensor, "m d"], past: tuple[Past, ...] | None
+    w: BlockWeights,
+    frame: Frame,
+    layer: int,
+    x: Float[Tensor, "m d"],
+    past: tuple[Past, ...] | None,
+    source: Past | None = None,
 ) -> tuple[Float[Tensor, "m d"], tuple[Past, ...]]:
     """Return the residual stream after a block at `m` positions that follow `past`, and the longer past.
 
     `record_block` without tapes: the same operators, but nothing is computed again at positions of the past (None:
-    there are none). A past is that of each mixer, or of the block whose keys it reads, extended already.
+    there are none). A past is that of each mixer, or of the block whose keys it reads, extended already; `source` is
+    the extended past of the block whose values it reads beside its own.
     """
     config, mixers = frame.config, frame.config.layers[layer].mixers
     past = past or (Past(),) * len(mixers)
     if not mixers:
         return record_rest(w, frame, layer, x, torch.zeros_like(x))[2], past
     _, h = _normed_input(w, config, config.row.norms.attention_in, x)
-    extended = [extend_mixer(w, frame, layer, kind, h, own) for kind, own in zip(mixers, past, strict=True)]
+    extended = [extend_mixer(w, frame, layer, kind, h, own, source) for kind, own in zip(mixers, past, strict=True)]
     raw = _total([added for added, _ in extended])
     added = _normed_output(w, config, config.row.norms.attention_out, config.attention_factor, raw)[1]
     return record_rest(w, frame, layer, x, added)[2], tuple(own for _, own in extended)
@@ -310,7 +316,8 @@ class FrozenBlock(NamedTuple):
         scale: factor on the stream at the end, or None.
         inputs: what the block adds by inputs of its own, to the stream after both branches; or None.
         bank: number of the block whose values attention reads, if several blocks read them; or None.
-        values: those values, from this block's input, if it is that block.
+        values: those values, from this block's input, if it is that block; or those to which they are added.
+        share: factor of those values where they are added to the block's own.
         beside: the part of the feed-forward that reads the block's input, or None.
 
     Values that several blocks read are held in a bank, by number of their block: going up, their block writes them
@@ -328,6 +335,24 @@ class FrozenBlock(NamedTuple):
     bank: int | None = None
     values: LinearOperator | None = None
     beside: LinearOperator | None = None
+    share: LinearOperator | None = None
+
+    @property
+    def reads_bank(self) -> bool:
+        """Whether attention reads values of an earlier block."""
+        return self.bank is not None and (self.values is None or self.share is not None)
+
+    def mixed(self, H: Float[Tensor, "k n d"], t: Homogeneous, banks: dict[int, Tensor]) -> Float[Tensor, "k n _"]:
+        """Return what attention mixes, where several blocks read values of one: values, in place of the stream."""
+        if self.bank is None:
+            return H
+        if self.values is None:
+            return banks[self.bank]
+        own = self.values.matmat(H, t)  # [k, n, gv]
+        if self.share is not None:
+            return own.add_(self.share.matmat(banks[self.bank]))
+        banks[self.bank] = own
+        return own
 
     def matmat(
         self, H: Float[Tensor, "k n d"], t: Homogeneous = None, banks: dict[int, Tensor] | None = None
@@ -341,9 +366,7 @@ class FrozenBlock(NamedTuple):
     ) -> tuple[Float[Tensor, "k m d"], Float[Tensor, "k m d"]]:
         """Return, at the written positions, the stream `[k, m, d]` and what attention adds to it."""
         banks = {} if banks is None else banks
-        if self.bank is not None and self.values is not None:
-            banks[self.bank] = self.values.matmat(H, t)  # [k, n, gv]
-        added = self.attn.matmat(H if self.bank is None else banks[self.bank], t)
+        added = self.attn.matmat(self.mixed(H, t, banks), t)
         return self.residual.matmat(H), added
 
     def matmat_ffn(
@@ -407,9 +430,10 @@ class FrozenBlock(NamedTuple):
         if self.bank is not None:
             banks = {} if banks is None else banks
             above = banks.get(self.bank)
+            read = X if self.share is None else self.share.rmatmat(X)
             if above is not None:
-                X[: len(above)] += above
-            banks[self.bank] = X  # [k + l, n, gv]
+                read[: len(above)] += above
+            banks[self.bank] = read  # [k + l, n, gv]
             zeros = (len(X), *self.residual.in_shape)
             X = X.new_zeros(zeros) if self.values is None else self.values.rmatmat(X)
         X[: len(H)] += self.residual.rmatmat(H)
@@ -444,11 +468,14 @@ def block(
     queries = slice(positions.start, positions.stop)
     dtype, device = tape.x.dtype, tape.x.device
     attn: LinearOperator = Zero((n, d), (m, d), dtype=dtype, device=device)
-    values = None
-    if bank is not None and not tape.attn.mixers[0].shared:
-        values, attn = _with_bank(w, config, tape.attn.at(queries), n, m)
-    elif tape.attn.mixers:
-        attn = attention(w, config, tape.attn.at(queries), n, m)
+    values = share = None
+    own = tape.attn.at(queries)
+    if bank is not None and not own.mixers[0].shared:
+        values, attn = _with_bank(w, config, own, n, m)
+    elif own.mixers:
+        attn = attention(w, config, own, n, m)
+        if (carried := own.mixers[0].carried) is not None:
+            values, share = _values(w, own, n), carried.operator()
     feed_forward: LinearOperator = Zero((m, d), (m, d), dtype=dtype, device=device)
     skipping = None
     if not tape.ffn.empty:
@@ -468,6 +495,7 @@ def block(
         bank=bank,
         values=values,
         beside=skipping,
+        share=share,
     )
 
 
@@ -476,10 +504,15 @@ def _with_bank(
 ) -> tuple[LinearOperator, LinearOperator]:
     """Return attention in two at its values, which later blocks read too: `[n, d]` to `[n, g v]`, and to `[m, d]`."""
     (mixer,) = tape.mixers
-    values = valued(w, mixer, n)
+    values = _values(w, tape, n)
     heads = reading(w, mixer._replace(shared=values.out_shape[1]), n, m)
-    attn = _after(config.attention_factor, tape.norm_out, writing(w, mixer, m)) @ heads
-    return values if tape.norm_in is None else values @ tape.norm_in.operator(), attn
+    return values, _after(config.attention_factor, tape.norm_out, writing(w, mixer, m)) @ heads
+
+
+def _values(w: BlockWeights, tape: AttentionTape, n: int) -> LinearOperator:
+    """Return the values of attention's only mixer, from the block's input: `[n, d]` to `[n, g v]`."""
+    values = valued(w, tape.mixers[0], n)
+    return values if tape.norm_in is None else values @ tape.norm_in.operator()
 
 
 def _normed_input(

@@ -90,6 +90,7 @@ class Frame(NamedTuple):
         mlp_path: the freezing rule of gated feed-forwards.
         activations: the activation of each block's feed-forward.
         inputs: what each block reads of the tokens beside the stream, at the positions that are recorded; or None.
+        values: of an earlier block, at these positions, if the block that is recorded reads them; or None.
     """
 
     config: ModelConfig
@@ -97,6 +98,7 @@ class Frame(NamedTuple):
     mlp_path: MlpPath
     activations: Sequence[Activation]
     inputs: Float[Tensor, "n L w"] | None = None
+    values: Float[Tensor, "n gv"] | None = None
 
 
 def linear(

@@ -106,9 +106,11 @@ class Recurrence:
         key_heads: number of key heads; divides `heads`.
         key_size: elements of a key, and rows of a state.
         value_size: elements of a value, and columns of a state.
+        shifted: width of what a token shift reads of the position before, in place of a convolution; 0 without.
         rank: elements of the vector that steps are expanded from, where steps, keys and queries are made from the
             values; 0 where they come from the stream.
         normed: whether those three are normed without a weight.
+        ranks: elements of the vectors that RWKV makes decays, gates and so on from, by name.
     """
 
     taps: int = 0
@@ -118,11 +120,13 @@ class Recurrence:
     value_size: int = 0
     rank: int = 0
     normed: bool = False
+    shifted: int = 0
+    ranks: tuple[tuple[str, int], ...] = ()
 
     @property
     def convolved(self) -> int:
-        """Channels of a recurrence's convolutions: those of values, and of keys and queries beside them."""
-        return self.heads * self.value_size + (0 if self.rank else 2 * self.key_heads * self.key_size)
+        """Channels of which earlier positions are read: of values, keys and queries, or of a mixer's input."""
+        return self.shifted or self.heads * self.value_size + (0 if self.rank else 2 * self.key_heads * self.key_size)
 
 
 @dataclass(frozen=True)

@@ -62,6 +62,8 @@ _MIXERS: dict[str, dict[str, tuple[str, ...]]] = {
     "kimi delta": {"attn_output": ("d", "hv")},
     "state space": _STATE_SPACE,
     "channel state space": _FROM_VALUES,
+    "rwkv6": {},
+    "rwkv7": {},
     "state space of values": _FROM_VALUES,
     "convolution": _CONVOLUTION,
 }
@@ -108,8 +110,44 @@ _VECTORS: dict[str, dict[str, tuple[str, ...]]] = {
         "ssm_a": ("hv", "state"),
         "ssm_d": ("hv",),
     },
+    "rwkv6": {
+        "time_mix_w1.weight": ("5 extra", "d"),
+        "time_mix_w2.weight": ("5", "d", "extra"),
+        "time_mix_lerp_x.weight": ("d",),
+        "time_mix_lerp_fused.weight": ("5", "one", "one", "d"),
+        "time_mix_decay.weight": ("d",),
+        "time_mix_decay_w1.weight": ("decay", "d"),
+        "time_mix_decay_w2.weight": ("d", "decay"),
+        "time_mix_receptance.weight": ("d", "d"),
+        "time_mix_receptance.bias": ("d",),
+        "time_mix_key.weight": ("qk", "d"),
+        "time_mix_key.bias": ("qk",),
+        "time_mix_value.weight": ("qk", "d"),
+        "time_mix_value.bias": ("qk",),
+        "time_mix_gate.weight": ("d", "d"),
+        "time_mix_output.weight": ("d", "d"),
+    },
+    "rwkv7": {
+        **{f"time_mix_{name}.weight": ("d",) for name in ("w0", "a0", "k_k", "k_a", "r_k")},
+        **{f"time_mix_{name}.weight": ("d", "d") for name in ("receptance", "key", "value", "output")},
+        "time_mix_w1.weight": ("decay", "d"),
+        "time_mix_w2.weight": ("d", "decay"),
+        "time_mix_a1.weight": ("rate", "d"),
+        "time_mix_a2.weight": ("d", "rate"),
+        "time_mix_lerp_fused.weight": ("lerps", "one", "one", "d"),
+    },
     "state space of values": {**_MADE, "ssm_a": ("states",), "ssm_d": ("states",)},
     "convolution": {"shortconv.conv.weight": ("d", "taps")},
+}
+# Of RWKV where it has them: the norm of each head with what is read before a position is written, and gates, and shares
+# of the first block's values.
+_HEAD_NORM: dict[str, tuple[str, ...]] = {"time_mix_ln.weight": ("d",), "time_mix_ln.bias": ("d",)}
+_FIRST: dict[str, tuple[str, ...]] = {"time_mix_first.weight": ("states", "state")}
+_GATE: dict[str, tuple[str, ...]] = {"time_mix_g1.weight": ("gate", "d"), "time_mix_g2.weight": ("d", "gate")}
+_SOURCED: dict[str, tuple[str, ...]] = {
+    "time_mix_v0.weight": ("d",),
+    "time_mix_v1.weight": ("first", "d"),
+    "time_mix_v2.weight": ("d", "first"),
 }
 # Of what selects keys: not used, since prompts in which it would leave some out are not supported.
 _INDEXER: dict[str, dict[str, tuple[str, ...]]] = {
@@ -279,6 +317,8 @@ _MIXER_PARTS: dict[str, Callable[[ModelConfig, int], dict[str, Part]]] = {
     "kimi delta": _kimi_delta_parts,
     "state space": _state_space_parts,
     "channel state space": _channel_parts,
+    "rwkv6": lambda config, layer: {},
+    "rwkv7": lambda config, layer: {},
     "state space of values": _state_space_of_values_parts,
     "convolution": _convolution_parts,
 }
@@ -303,6 +343,8 @@ def check_tensors(config: ModelConfig, shapes: Mapping[str, tuple[int, ...]]) ->
         needed.add(_selection_bias(config.row))
     if config.row.sinks == "required":
         needed.add("attn_sinks.weight")
+    if config.row.head_norm == "required":
+        needed.add("time_mix_ln.bias")
     mixers = {mixer for own in config.layers for mixer in own.mixers}
     loose = {name for mixer in mixers for name in _LOOSE.get(mixer, ())}
     if {"state space", "channel state space"} & mixers:  # llama.cpp's graph adds it without asking whether there is one
@@ -316,6 +358,8 @@ def check_tensors(config: ModelConfig, shapes: Mapping[str, tuple[int, ...]]) ->
             optional.add("token_embd.weight")
         if config.row.state_norm_optional:
             optional.add("ssm_norm.weight")
+        if config.row.head_norm == "optional":
+            optional.add("time_mix_ln.weight")
         for stem, parts in fused.items():
             if f"{prefix}{stem}.weight" in shapes:
                 optional |= {f"{part}.weight" for part in parts}
@@ -444,6 +488,10 @@ def _recurrent_sizes(config: ModelConfig) -> dict[str, int]:
         "rank": own.rank,
         "rank + 2 state": own.rank + 2 * own.key_size,
         "3d": 3 * config.d,
+        "5": 5,
+        **(ranks := dict(own.ranks)),
+        "5 extra": 5 * ranks.get("extra", 0),
+        "lerps": 6 if ranks.get("gate") else 5,
     }
 
 
@@ -467,13 +515,15 @@ def _block_table(config: ModelConfig, layer: int) -> dict[str, tuple[str, ...]]:
             vectors |= _INDEXER.get(mixer, {})
         if mixer == "latent":
             vectors |= _latent_table(config)
+        if mixer in ("rwkv6", "rwkv7"):
+            vectors |= _rwkv_table(config, layer)
         if row.normed_steps and mixer == row.recurrent:
             vectors |= _MADE_NORMS
         if mixer == "kimi delta":
             vectors |= _gates_table(row.low_rank_gates)
         if mixer in ("attention", "shared attention"):
             vectors |= {f"{name}.weight": axes for name, axes in _QK_NORMS[row.qk_norm].items()}
-    if own.source is not None:
+    if "shared attention" in own.mixers:
         del vectors["attn_k_norm.weight"]
     if own.gate:
         vectors["attn_gate.weight"] = ("gates", "d")
@@ -531,6 +581,17 @@ def _latent_table(config: ModelConfig) -> dict[str, tuple[str, ...]]:
     else:
         table["attn_kv_b"] = ("expanded", "latent")
     return {f"{name}.weight": axes for name, axes in table.items()}
+
+
+def _rwkv_table(config: ModelConfig, layer: int) -> dict[str, tuple[str, ...]]:
+    """Return the tensors that only some kinds or blocks of RWKV have."""
+    row, ranks = config.row, dict(config.recurrence.ranks)
+    table = dict(_HEAD_NORM) if row.head_norm else {}
+    if row.recurrent == "rwkv6" and row.head_norm:
+        table |= _FIRST
+    if ranks.get("gate"):
+        table |= _GATE
+    return table | (_SOURCED if config.layers[layer].source is not None else {})
 
 
 def _gates_table(low_rank: bool) -> dict[str, tuple[str, ...]]:

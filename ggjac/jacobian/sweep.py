@@ -156,7 +156,7 @@ class SharedSweep:
         for i, frozen in self._steps(self.order, stack, product, self._ways_up):
             stack.H = stack.join(stack.H, {j: X[j][:, :m].to(x) for j in self._starting(i)})  # [k, n, d]
             self.flop += frozen.flop * len(stack)
-            if frozen.bank is not None and frozen.values is None:
+            if frozen.reads_bank and frozen.bank is not None:
                 self._fill_bank(stack, frozen.bank, stack.homogeneous(t))
             stack.H, stack.added = frozen.matmat_attn(stack.H, stack.homogeneous(t), stack.banks)
             stack.leave(self._ending("attn", i), stack.added, _last)

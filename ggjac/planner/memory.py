@@ -271,6 +271,9 @@ def trace_floats(config: ModelConfig, n: int, m: int | None = None) -> int:
 
 def _bank(config: ModelConfig) -> int:
     """Return the widths of all values that several blocks read."""
+    sizes = config.recurrence
+    if sizes.shifted:
+        return len(config.writers) * sizes.heads * sizes.value_size
     writers = [config.layers[i] for i in config.writers]
     return sum(own.kv_heads * own.value_size for own in writers)
 

@@ -380,8 +380,13 @@ _ONCE = ("ffn_gate_inp", *_LATENT_EXPERTS, *_INPUTS)
 
 def _mixer_stems(block: _Block) -> list[str]:
     """Return all projections of a block's mixers."""
-    own = [MIXERS[mixer] for mixer in block.layer.mixers]
-    return [stem for mixer in own for stem in (*mixer.frozen, mixer.values, mixer.expansion, mixer.output) if stem]
+    own, stems = [MIXERS[mixer] for mixer in block.layer.mixers], []
+    for mixer in own:
+        stems += [*mixer.frozen, mixer.values, mixer.expansion, mixer.output]
+        if block.layer.source is not None:
+            found = {stem: block.find(f"{stem}.weight") for stem in mixer.sourced}
+            stems += [stem for stem, part in found.items() if part and len(part[0].shape) > 1]
+    return [stem for stem in stems if stem]
 
 
 def _stems(block: _Block, kind: str) -> list[str]:
@@ -415,22 +420,27 @@ def _trace(block: _Block, config: ModelConfig, mlp_path: MlpPath, n: int, m: int
     return total([*parts, _sums(block, config, m, m)])
 
 
+# Of RWKV, with more than one axis.
+_CONSTANTS = ("time_mix_lerp_fused", "time_mix_first")
+
+
 def _small(block: _Block) -> Iterator["TensorInfo"]:
     """Yield a block's tensors that are not matrices, nor biases or constant factors of matrices.
 
     Some have two axes or more: norms with weights for each head, taps of convolutions, constants of recurrences.
     """
     taps = {MIXERS[mixer].convolution.rsplit("_", 1)[0] for mixer in block.layer.mixers}
+    unread = {stem for mixer in block.layer.mixers for stem in MIXERS[mixer].sourced}
     for info in block.infos:
         stem, _, suffix = info.name.removeprefix(block.prefix).rpartition(".")
-        if stem.startswith("indexer."):  # not used
+        if stem.startswith("indexer.") or (stem in unread and block.layer.source is None):  # not used
             continue
         shared = any(stem.startswith(name) for name in taps if name)
         if suffix == "weight":
-            small = len(info.shape) == 1 or stem.endswith("_norm") or shared
+            small = len(info.shape) == 1 or stem.endswith("_norm") or shared or stem in _CONSTANTS
         else:  # constants of a recurrence have no suffix
             alone = stem == "ssm_dt" and not block.find("ssm_dt.weight")
-            small = not stem or (suffix == "bias" and (alone or shared))
+            small = not stem or (suffix == "bias" and (alone or shared or stem == "time_mix_ln"))
         if small:  # several vectors in one are read for each
             parts = sum(part.stem == stem for part in block.slices.values())
             yield from [info] * (parts if parts and len(info.shape) == 1 else 1)
@@ -483,12 +493,19 @@ def _mixer_floats(config: ModelConfig, block: _Block, mixer: str, n: int) -> int
         written *= bool(MIXERS[mixer].values)
         return heads * n * n + n * (written * own.kv_heads * value + gated * heads * value)
     chunk = scan_chunk(n, key)
-    factors = 2 * n * heads * value
+    factors = (_shifted_factors(block) if config.recurrence.shifted else 2) * n * heads * value
     if MIXERS[mixer].channels:
         return factors
     if chunk is None:
         return heads * n * n + factors
     return heads * math.ceil(n / chunk) * (chunk + key) ** 2 + factors
+
+
+def _shifted_factors(block: _Block) -> int:
+    """Return how many floats the tape of RWKV's mixer has for each value, beside its pattern: shares and factors."""
+    gate = any(block.find(f"time_mix_{stem}.weight") for stem in ("gate", "g2"))
+    normed = 2 * bool(block.find("time_mix_ln.weight") and block.find("time_mix_ln.bias"))
+    return 1 + gate + normed + bool(block.find("time_mix_r_k.weight")) + 2 * (block.layer.source is not None)
 
 
 def _channel_floats(config: ModelConfig, n: int) -> int:
