@@ -179,7 +179,8 @@ class Architecture:
             not read.
         temperature: queries may grow with position (`attention.temperature_scale`), after each original context
             (`"context"`) or each `attention.temperature_length` (`"length"`); `""` for never.
-        ffn: `"gated"`, `"fused"` (gate and up in one tensor, gate first) or `"plain"` (no gate).
+        ffn: `"gated"`, `"fused"` (gate and up in one tensor, gate first), `"plain"` (no gate), or RWKV's channel
+            mixing, `"shifted"`, or `"shifted gated"` where a gate multiplies what it adds.
         qkv_scales: the constant factors of the projections to queries, keys and values are applied, as that of
             attention's output projection is in all families.
         ffn_scales: those of the feed-forward's matrices are applied.
@@ -218,9 +219,10 @@ class Architecture:
         shared_optional: without `expert_shared_count` there is no shared expert.
         shared_fused: gate and up of the shared expert are in one tensor, gate first.
         stream_scale: a block's output may be multiplied by a number (`layer_output_scale`).
+        halving: the stream is halved after each of the file's `rescale_every_n_layers`, if that is not 0.
         post_norm_epsilon: what norms after branches add inside of their root; 0 for the same as others.
         positions: learned position embeddings are added to the input.
-        embedding_norm: embeddings are normed (RMSNorm without weight).
+        embedding_norm: norm of embeddings: `"bare"` (without weight), `"weighted"` (`token_embd_norm`), or `""` for none.
         embedding_scale: `"sqrt"` (of d), `"key"` (the file's `embedding_scale`), or `""` for none.
         residual_scale: branches are multiplied by the file's `residual_scale`.
         logit_scale: `"multiply"` or `"divide"` by the file's `logit_scale`, or `""` for neither.
@@ -331,9 +333,10 @@ class Architecture:
     shared_optional: bool = False
     shared_fused: bool = False
     stream_scale: bool = False
+    halving: bool = False
     post_norm_epsilon: float = 0.0
     positions: bool = False
-    embedding_norm: bool = False
+    embedding_norm: str = ""
     embedding_scale: str = ""
     residual_scale: bool = False
     logit_scale: str = ""
@@ -406,6 +409,20 @@ _MAMBA2 = Architecture(
     rope_pairs="",
     ffn_scales=True,
     graph=Graph(attention=("mamba_out",)),
+)
+_RWKV = Architecture(
+    norm="layer",
+    norms=Norms(ffn_in=("attn_norm_2",)),
+    embedding_norm="weighted",
+    recurrent="rwkv7",
+    recurrent_blocks="all",
+    head_norm="required",
+    first_values=True,
+    rope_pairs="",
+    ffn="shifted",
+    activation="relu2",
+    head="required",
+    graph=Graph(attention=(), ffn=()),
 )
 _NEMOTRON_H = replace(
     _MAMBA2,
@@ -796,6 +813,8 @@ ARCHITECTURES: dict[str, Architecture] = {
     "lfm2": replace(_LFM2, windowed="optional"),
     "lfm2moe": replace(_LFM2, router="", router_key=True, selection_bias="required", leading_dense=True),
     "mamba2": _MAMBA2,
+    "rwkv6": replace(_RWKV, recurrent="rwkv6", first_values=False, ffn="shifted gated", halving=True),
+    "rwkv7": _RWKV,
     "rwkv6qwen2": Architecture(
         recurrent="rwkv6", recurrent_blocks="all", rope_pairs="", head="required", graph=Graph(attention=())
     ),
@@ -948,7 +967,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         qk_norm="head",
         logit_softcap=30.0,
         post_norm_epsilon=1e-8,
-        embedding_norm=True,
+        embedding_norm="bare",
         logit_scale="multiply",
         head="required",
         graph=Graph(attention=("attn_o_proj",)),

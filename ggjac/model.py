@@ -440,7 +440,7 @@ class Model:
             if not h.isfinite().all():
                 raise blocks.overflow(f"block {i}", self.dtype)
             if tapes is not False and i == len(kept):
-                kept.append(BlockTape(x_in, attn.tape, ffn.tape, inputs))
+                kept.append(BlockTape(x_in, attn.tape, ffn.tape, inputs, config.layers[i].factor))
             del x_in, attn, ffn, inputs  # before the next block is recorded
             if progress:
                 progress(i + 1, config.block_count)
@@ -470,8 +470,9 @@ class Model:
     def embed(self, ids: Sequence[int], start: int = 0) -> Float[Tensor, "n d"]:
         """Return the input of block 0, `[n, d]`: embeddings, scaled or normed, plus learned positions from `start`."""
         x = self.embedding.take(ids) * self.config.embedding_scale
-        if self.config.row.embedding_norm:
-            x = blocks.frozen_norm(self.config, None, None, x).apply(x)
+        if self.config.row.embedding_norm:  # by its weights, if it has some
+            weight, bias = (self._vector(f"token_embd_norm.{part}") for part in ("weight", "bias"))
+            x = blocks.frozen_norm(self.config, weight, bias, x).apply(x)
         if "position_embd.weight" in self.weights:
             x = x + self.weights["position_embd.weight"].take(range(start, start + len(ids)))
         return x
@@ -492,9 +493,12 @@ class Model:
 
     def freeze_final_norm(self, h: Float[Tensor, "n d"]) -> NormTape:
         """Freeze the norm before the head at any stream."""
-        names = (f"{self.config.row.output_norm}.{part}" for part in ("weight", "bias"))
-        weight, bias = (self.weights[name].dense() if name in self.weights else None for name in names)
+        weight, bias = (self._vector(f"{self.config.row.output_norm}.{part}") for part in ("weight", "bias"))
         return blocks.frozen_norm(self.config, weight, bias, h)
+
+    def _vector(self, name: str) -> Tensor | None:
+        """Return a small tensor outside the blocks, or None if the file has none of this name."""
+        return self.weights[name].dense() if name in self.weights else None
 
     def _rope_factors(self, n_ctx: int) -> Tensor | None:
         """Return the divisors of the rotary frequencies, if any: Llama 3's, or LongRoPE's for this context size."""

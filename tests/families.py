@@ -158,6 +158,11 @@ STATE_SPACE: dict[str, dict[str, Any]] = {
 }
 
 RWKV: dict[str, dict[str, Any]] = {
+    "rwkv6": {"mixers": ("rwkv6",), "norm": "ln_bias", "norms": ("attn_norm", "attn_norm_2"), "embedding_norm": True}
+    | {"kv_heads": None, "layers": 4, "ffn": "gated channel mix", "omit": ATTENTION_KEYS}
+    | {"extra": {"rescale_every_n_layers": 2}, "sizes": {"head": 16}},
+    "rwkv7": {"mixers": ("rwkv7",), "norm": "ln_bias", "norms": ("attn_norm", "attn_norm_2"), "embedding_norm": True}
+    | {"kv_heads": None, "layers": 3, "ffn": "channel mix", "omit": ATTENTION_KEYS},
     "rwkv6qwen2": {"mixers": ("linear rwkv6",), "sizes": {"head": 16, "biased": True}, "layers": 3}
     | {"extra": {"token_shift_count": 1}, "omit": ATTENTION_KEYS[1:]},
     "arwkv7": {"mixers": ("rwkv7",), "kv_heads": None, "layers": 3, "omit": ATTENTION_KEYS}
@@ -1354,6 +1359,14 @@ STATE_SPACE_CASES |= {
 FAMILY_CASES |= STATE_SPACE_CASES
 
 RWKV_CASES: dict[str, dict[str, Any]] = {
+    "rwkv6": of("rwkv6"),
+    "rwkv6_not_halved": of("rwkv6", extra={"rescale_every_n_layers": 0}, eps=0.05, layers=2),
+    "rwkv6_sizes": of("rwkv6", sizes={"head": 32, "extra": 4, "decay": 3}, layers=3),
+    "rwkv6_q8_0": of("rwkv6", type="Q8_0", layers=2),
+    "rwkv7": of("rwkv7"),
+    "rwkv7_heads": of("rwkv7", d=128, layers=2, sizes={"rate": 5, "values": 3, "gate": 6, "decay": 8}, eps=0.05),
+    "rwkv7_one_layer": of("rwkv7", layers=1),
+    "rwkv7_q8_0": of("rwkv7", type="Q8_0", layers=2),
     "rwkv6qwen2": of("rwkv6qwen2", sizes={"head": 16, "biased": True}),
     # Every head has keys of its own; nothing is biased.
     "rwkv6qwen2_heads": of("rwkv6qwen2", kv_heads=2, sizes={"head": 32, "extra": 9, "decay": 5}, layers=2, eps=0.05),

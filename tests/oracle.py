@@ -170,6 +170,13 @@ QWEN35 = Facts(
     ffn_norm="post_attention_norm", rope="halves", qk_norm="head", query_gate=True, mixers=by_interval("delta"),
     graph={"linear_attn_out": "delta", "attn_output": "attention", "attn_residual": "ffn_inp"},
 )  # fmt: skip
+RWKV = Facts(
+    norm="ln",
+    embedding="weighted norm",
+    ffn_norm="attn_norm_2",
+    mixers=lambda model, layer: ("rwkv7",),
+    first_values=True,
+)
 KIMI = ROUTED._replace(
     rope=None, mixers=by_kv_heads("kda", "latent"),
     graph={"kda_out": "kda", "mla_out": "latent"},
@@ -360,6 +367,8 @@ FACTS: dict[str, Facts] = {
             "attn_residual": "ffn_inp", "ffn_residual": "l_out",
         },
     ),
+    "rwkv6": RWKV._replace(mixers=lambda model, layer: ("rwkv6",), first_values=False),
+    "rwkv7": RWKV,
     "rwkv6qwen2": Facts(mixers=lambda model, layer: ("rwkv6",)),
     "arwkv7": Facts(mixers=lambda model, layer: ("rwkv7",), first_values=True),
     # What a block's mixer adds has the name of the sum.
@@ -916,6 +925,8 @@ def embed(model: Oracle, ids: Sequence[int] | Tensor) -> Tensor:
         x = x * (model.metadata.get("embedding_scale", 0.0) or 1.0)
     elif model.facts.embedding == "normed":
         x = x / root_mean_square(model, x)
+    elif model.facts.embedding == "weighted norm":
+        x = norm(model, "token_embd_norm", x, frozen=False)
     if "position_embd.weight" in model.weights:
         x = x + model.weights["position_embd.weight"][: len(x)]
     return x
@@ -942,6 +953,8 @@ def feed_forward(model: Oracle, b: str, x: Tensor, entry: Tensor, before: str | 
     for network, before, after, reads in parts:
         h = branch_norm(model, b, before, entry if reads == "block" else x, frozen=frozen)
         routed = network == "mixture"
+        if f"{b}.channel_mix_key.weight" in model.weights:
+            return oracle_rwkv.channel_mix(model, b, h, frozen=frozen)
         added = mixture(model, b, h, stream=x, entry=entry, **how) if routed else dense(model, b, h, **how)
         y = y + branch_norm(model, b, after, added, frozen=frozen)
     y = y * (facts.joint_scale if len(parts) > 1 else 1.0)
@@ -1013,7 +1026,7 @@ def block(
             attn = attn * (model.metadata.get("attention.value_scale", 0.0) or 1.0)
     shared = facts.parallel or (facts.ffn_norm_optional and f"{b}.ffn_norm.weight" not in model.weights)
     together = shared or (facts.parallel_key and model.metadata["use_parallel_residual"])
-    if any(f"{b}.{name}.weight" in model.weights for name in ("ffn_down", "ffn_down_exps")):
+    if any(f"{b}.{name}.weight" in model.weights for name in ("ffn_down", "ffn_down_exps", "channel_mix_key")):
         before = facts.attn_norm if shared else facts.ffn_norm
         ffn = feed_forward(model, b, x if together else x + attn, x, before, freeze=freeze, gelu=gelu) * scale
     more = {}
@@ -1021,6 +1034,8 @@ def block(
         inputs = states["per_layer_inputs"][:, layer]
         more["per_layer_out"] = per_layer_branch(model, b, x + attn + ffn, inputs, freeze=freeze, gelu=gelu)
     out = (x + attn + ffn + sum(more.values())) * model.weights.get(f"{b}.layer_output_scale.weight", 1.0)
+    halved = model.metadata.get("rescale_every_n_layers", 0)
+    out = out / 2 if halved and (layer + 1) % halved == 0 else out
     states = {"attn_out": attn, "ffn_inp": x + attn, "ffn_out": ffn, "l_out": out} | mixed | more
     return {f"{name}-{layer}": state for name, state in states.items()}
 

@@ -127,3 +127,18 @@ def rwkv7(
     if "g1.weight" in w:
         o = o * hold(made("g", sigmoid, 0.0))
     return o @ w["output.weight"].T
+
+
+def channel_mix(model: "Oracle", b: str, h: Tensor, *, frozen: bool) -> Tensor:
+    """RWKV's feed-forward network with squared ReLU, which reads the token before, too; RWKV-6 has a gate after it."""
+    hold, weights = keeping(frozen=frozen), model.weights
+    past = before(h)
+
+    def read(name: str) -> Tensor:
+        return h + (past - h) * weights[f"{b}.channel_mix_lerp_{name}.weight"]
+
+    k = read("k") @ weights[f"{b}.channel_mix_key.weight"].T
+    y = (k * hold(k.clamp(min=0))) @ weights[f"{b}.channel_mix_value.weight"].T
+    if f"{b}.channel_mix_receptance.weight" not in weights:
+        return y
+    return y * hold(sigmoid(read("r") @ weights[f"{b}.channel_mix_receptance.weight"].T))

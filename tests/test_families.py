@@ -64,7 +64,7 @@ def test_matrices_have_constant_factors_where_llamacpp_applies_them(case: str, t
     assert agrees(tiny_file(case, **plain, scales=mixers)) == (
         row.recurrent_scales or row.recurrent in ("", "convolution", "rwkv6", "rwkv7")
     )
-    assert agrees(tiny_file(case, **plain, scales=feed_forward)) == row.ffn_scales
+    assert agrees(tiny_file(case, **plain, scales=feed_forward)) == (row.ffn_scales or row.ffn.startswith("shifted"))
 
 
 @pytest.mark.parametrize("case", ["plm", "deepseek2_lite", "mimo2"])

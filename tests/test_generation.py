@@ -30,7 +30,7 @@ CASES = [
     "exaone_moe_period", "qwen35", "qwen35_sizes", "qwen35_predictor", "qwen35moe_fused", "qwen3next_old", "lfm2",
     "lfm2_window", "lfm2_taps", "lfm2moe", "mamba2", "mamba2_groups", "granitehybrid", "falcon_h1_normed", "nemotron_h",
     "nemotron_h_moe_latent", "mamba_falcon", "mamba_sizes", "jamba", "plamo2", "rwkv6qwen2",
-    "arwkv7", "arwkv7_heads",
+    "arwkv7", "arwkv7_heads", "rwkv6", "rwkv7",
     "gemma4", "gemma4_full_first", "gemma4_experts", "gemma4_small",
     "gemma4_shared", "gemma4_shared_keys",
     "deepseek2_yarn", "deepseek2_temperature", "deepseek2_unsplit", "minicpm3_long", "glm_dsa", "minimax_m3",

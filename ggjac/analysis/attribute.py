@@ -572,8 +572,8 @@ def attribute_branches(
     read = norm.rmatmat(asked.w[None])[0]  # what the head reads from the stream, through the final norm
     wide = read.cpu().double()
 
-    def share(added: Float[Tensor, "m d"]) -> Float[Tensor, " m"]:
-        return (added.cpu().double() * wide).sum(1)
+    def share(added: Float[Tensor, "_ d"]) -> Float[Tensor, " m"]:
+        return (added[len(added) - len(wide) :].cpu().double() * wide).sum(1)
 
     attn, mlp, heads, attn_bias, mixers, scales = [], [], [], [], [], []
     banks: dict[int, Tensor] = {}
@@ -581,8 +581,12 @@ def attribute_branches(
         stream = tape.x[None, : positions.stop]
         mixers.append([(mixer.kind, mixer.heads) for mixer in tape.attn.mixers])
         if by_head:
-            halves = attention_halves(network.weights(i), config, tape.attn.at(chosen), positions.stop, len(positions))
-            added, constant = torch.zeros_like(read[None]), torch.zeros_like(read)
+            # Where the feed-forward reads one position more, attention writes it.
+            m = frozen.attn.out_shape[0]
+            written = slice(positions.stop - m, positions.stop)
+            halves = attention_halves(network.weights(i), config, tape.attn.at(written), positions.stop, m)
+            asking = torch.cat([read.new_zeros(m - len(read), read.shape[1]), read])
+            added, constant = torch.zeros_like(asking[None]), torch.zeros_like(asking)
             parts = [wide.new_zeros(len(positions), 0)]
             values = frozen.mixed(stream, one, banks)
             for mixer, (reading, writing) in zip(tape.attn.mixers, halves, strict=True):
@@ -590,8 +594,8 @@ def attribute_branches(
                 own, bias = writing.matmat(torch.cat([z, torch.zeros_like(z)]), one.expand(2)).split(1)
                 added, constant = added + own, constant + bias[0]
                 # Each position has its own vector, and the projection acts at each position alone: one stack is enough.
-                shares = writing.rmatmat(read[None])[0].cpu().double() * z[0].cpu().double()
-                own_heads = shares.unflatten(1, (mixer.heads, -1)).sum(2)
+                shares = writing.rmatmat(asking[None])[0].cpu().double() * z[0].cpu().double()
+                own_heads = shares[m - len(read) :].unflatten(1, (mixer.heads, -1)).sum(2)
                 parts.append(network.weights(i).gathered(own_heads, MIXERS[mixer.kind].output))
             mixers[-1] = [(mixer.kind, part.shape[1]) for mixer, part in zip(tape.attn.mixers, parts[1:], strict=True)]
             stream = frozen.residual.matmat(stream)

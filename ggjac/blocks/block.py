@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ggjac.blocks.frame import BlockWeights, Frame, affine, linear, scaled
 from ggjac.blocks.mixers import MixerTape, Past, extend_mixer, reading, record_mixer, valued, writing
-from ggjac.blocks.networks import FFNTape, networks, record_hidden, record_mixture
+from ggjac.blocks.networks import FFNTape, networks, record_hidden, record_mixture, record_shifted
 from ggjac.blocks.norms import NormTape, frozen_norm, record_norm
 from ggjac.config import ModelConfig
 from ggjac.linop import Homogeneous, Identity, LinearOperator, Scale, Select, Sum, Zero
@@ -74,6 +74,7 @@ class BlockTape(NamedTuple):
     attn: AttentionTape
     ffn: FFNTape
     inputs: InputsTape | None = None
+    factor: float = 1.0  # constant factor of the stream after the block
 
 
 Tape = TypeVar("Tape", AttentionTape, FFNTape)
@@ -86,7 +87,7 @@ class Recorded(NamedTuple, Generic[Tape]):
         tape: its frozen quantities.
         raw: its output before post-norm and scale (llama.cpp's `attn_out` and `ffn_out`).
         added: what it adds to the residual stream.
-        past: keys and values that later blocks read, if any do.
+        past: of attention, keys and values that later blocks read, if any do; of a feed-forward, for later positions.
     """
 
     tape: Tape
@@ -124,31 +125,43 @@ def extend_block(
     """Return the residual stream after a block at `m` positions that follow `past`, and the longer past.
 
     `record_block` without tapes: the same operators, but nothing is computed again at positions of the past (None:
-    there are none). A past is that of each mixer, or of the block whose keys it reads, extended already; `source` is
-    the extended past of the block whose values it reads beside its own.
+    there are none). A past is that of each mixer, or of the block whose keys it reads, extended already, and then the
+    feed-forward's; `source` is the extended past of the block whose values it reads beside its own.
     """
     config, mixers = frame.config, frame.config.layers[layer].mixers
-    past = past or (Past(),) * len(mixers)
+    past = past or (Past(),) * (len(mixers) + 1)
     if not mixers:
-        return record_rest(w, frame, layer, x, torch.zeros_like(x))[2], past
+        ffn, _, out = record_rest(w, frame, layer, x, torch.zeros_like(x), past[-1])
+        return out, ffn.past
     _, h = _normed_input(w, config, config.row.norms.attention_in, x)
-    extended = [extend_mixer(w, frame, layer, kind, h, own, source) for kind, own in zip(mixers, past, strict=True)]
+    extended = [
+        extend_mixer(w, frame, layer, kind, h, own, source) for kind, own in zip(mixers, past[:-1], strict=True)
+    ]
     raw = _total([added for added, _ in extended])
     added = _normed_output(w, config, config.row.norms.attention_out, config.attention_factor, raw)[1]
-    return record_rest(w, frame, layer, x, added)[2], tuple(own for _, own in extended)
+    ffn, _, out = record_rest(w, frame, layer, x, added, past[-1])
+    return out, (*(own for _, own in extended), *ffn.past)
 
 
 def record_rest(
-    w: BlockWeights, frame: Frame, layer: int, x: Float[Tensor, "n d"], attn: Float[Tensor, "n d"]
+    w: BlockWeights,
+    frame: Frame,
+    layer: int,
+    x: Float[Tensor, "n d"],
+    attn: Float[Tensor, "n d"],
+    past: Past | None = None,
 ) -> tuple[Recorded[FFNTape], InputsTape | None, Float[Tensor, "n d"]]:
-    """Freeze the rest of a block whose attention adds `attn`; return it, and the stream after the block."""
+    """Freeze the rest of a block whose attention adds `attn`; return it, and the stream after the block.
+
+    `past` is the feed-forward's, if it continues one.
+    """
     middle = x + attn
-    ffn = record_ffn(w, frame, layer, x if frame.config.row.parallel else middle, x)
+    ffn = record_ffn(w, frame, layer, x if frame.config.row.parallel else middle, x, past or Past())
     out, inputs = middle + ffn.added, None
     if frame.inputs is not None:
         inputs, added = _record_inputs(w, frame, layer, out)
         out = out + added
-    scale = stream_scale(w)
+    scale = stream_scale(w, frame.config.layers[layer].factor)
     return ffn, inputs, out if scale is None else out * scale
 
 
@@ -183,8 +196,13 @@ def _record_inputs(
     return InputsTape(factor, norm), norm.apply(made)
 
 
-def stream_scale(w: BlockWeights) -> Float[Tensor, " 1"] | None:
-    """Return the factor on the residual stream at the end of a block (Gemma 4), on the device; or None."""
+def stream_scale(w: BlockWeights, factor: float) -> Float[Tensor, " 1"] | None:
+    """Return the factor on the residual stream at the end of a block, on the device; or None.
+
+    It is in the file (Gemma 4), or a constant `factor` (RWKV-6).
+    """
+    if factor != 1:
+        return w.vector("attn_norm.weight").new_full((1,), factor)
     return w.vector("layer_output_scale.weight") if "layer_output_scale.weight" in w else None
 
 
@@ -206,12 +224,19 @@ def record_attention(
 
 
 def record_ffn(
-    w: BlockWeights, frame: Frame, layer: int, x: Float[Tensor, "n d"], entry: Float[Tensor, "n d"]
+    w: BlockWeights, frame: Frame, layer: int, x: Float[Tensor, "n d"], entry: Float[Tensor, "n d"], past: Past
 ) -> Recorded[FFNTape]:
-    """Freeze the feed-forward branch at its input `x`; `entry` is the block's, which some routers and mixtures read."""
+    """Freeze the feed-forward branch at its input `x`; `entry` is the block's, which some routers and mixtures read.
+
+    Of a past it has the last row, where it reads the position before.
+    """
     config, norms, own = frame.config, frame.config.row.norms, frame.config.layers[layer]
     if not own.routed and not own.hidden_units:
-        return Recorded(FFNTape(None, (), None), torch.zeros_like(x), torch.zeros_like(x))
+        return Recorded(FFNTape(None, (), None), torch.zeros_like(x), torch.zeros_like(x), (past,))
+    if "channel_mix_lerp_k.weight" in w:
+        norm, h = _normed_input(w, config, norms.ffn_in, x)
+        tape, added = record_shifted(w, frame, layer, h, past.rows)
+        return Recorded(tape._replace(norm_in=norm), added, added, (Past(rows=h[-1:].clone()),))
     if own.routed and own.hidden_units and norms.experts_in:
         # A dense network and a mixture, added, each between norms of its own.
         read = entry if config.row.experts_skip else x
@@ -223,7 +248,7 @@ def record_ffn(
     else:
         tape, raw = _record_part(w, frame, layer, x, entry, norms.ffn_in, (), routed=own.routed)
     norm_out, added = _normed_output(w, config, norms.ffn_out, config.residual_scale, raw)
-    return Recorded(tape._replace(norm_out=norm_out), raw, added)
+    return Recorded(tape._replace(norm_out=norm_out), raw, added, (past,))
 
 
 def _record_part(
@@ -309,7 +334,8 @@ class FrozenBlock(NamedTuple):
     on the way up and join on the way down. Sums are taken in place, as stacks of vectors may be large.
 
     Attributes:
-        attn: the attention branch, from the `n` positions that are read to the `m` that are written.
+        attn: the attention branch, from the `n` positions that are read to the `m` that are written; and to the one
+            before them, where the feed-forward reads that too.
         ffn: the feed-forward branch, at the written positions.
         residual: the residual connection: identity, or a selection where fewer positions are written than read.
         parallel: whether both branches read the block's input.
@@ -370,12 +396,13 @@ class FrozenBlock(NamedTuple):
         return self.residual.matmat(H), added
 
     def matmat_ffn(
-        self, H: Float[Tensor, "k m d"], attn: Float[Tensor, "k m d"], t: Homogeneous = None
+        self, H: Float[Tensor, "k p d"], attn: Float[Tensor, "k p d"], t: Homogeneous = None
     ) -> tuple[Float[Tensor, "k m d"], Float[Tensor, "k m d"]]:
         """Return the stream after attention `[k, m, d]`, in place of `attn`, and what the feed-forward adds to it."""
         middle = attn.add_(H)
         added = self.ffn.matmat(H if self.parallel else middle, t)
-        return middle, added if self.beside is None else added.add_(self.beside.matmat(H, t))
+        written = middle[:, middle.shape[1] - added.shape[1] :]
+        return written, added if self.beside is None else added.add_(self.beside.matmat(H, t))
 
     def matmat_out(
         self, H: Float[Tensor, "k m d"], ffn: Float[Tensor, "k m d"], t: Homogeneous = None
@@ -398,7 +425,7 @@ class FrozenBlock(NamedTuple):
 
     def rmatmat_ffn(
         self, H: Float[Tensor, "k m d"], ffn: Float[Tensor, "kl m d"]
-    ) -> tuple[Float[Tensor, "kl m d"], Float[Tensor, "kl m d"]]:
+    ) -> tuple[Float[Tensor, "kl p d"], Float[Tensor, "_ _ d"]]:
         """Return the cotangents of the stream after attention, and of what attention adds: `matmat_ffn` transposed.
 
         Args:
@@ -406,10 +433,10 @@ class FrozenBlock(NamedTuple):
             ffn: `[k + l, m, d]`, of what the feed-forward adds: `H`, and those of `l` maps that end there.
 
         Returns:
-            Both `[k + l, m, d]`. They are one tensor if the feed-forward reads nothing of the block's input.
+            Both `[k + l, m, d]`, or one position more (see `attn`). They are one tensor if the feed-forward reads nothing of the block's input.
         """
         middle = self.ffn.rmatmat(ffn)
-        middle[: len(H)] += H
+        middle[: len(H), middle.shape[1] - H.shape[1] :] += H
         if self.beside is not None:
             return middle + self.beside.rmatmat(ffn), middle
         if not self.parallel:
@@ -467,13 +494,14 @@ def block(
     n, m, d = positions.stop, len(positions), config.d
     queries = slice(positions.start, positions.stop)
     dtype, device = tape.x.dtype, tape.x.device
-    attn: LinearOperator = Zero((n, d), (m, d), dtype=dtype, device=device)
+    p = min(n, m + tape.ffn.shifted)  # positions that the feed-forward reads
+    attn: LinearOperator = Zero((n, d), (p, d), dtype=dtype, device=device)
     values = share = None
-    own = tape.attn.at(queries)
+    own = tape.attn.at(slice(n - p, n))
     if bank is not None and not own.mixers[0].shared:
-        values, attn = _with_bank(w, config, own, n, m)
+        values, attn = _with_bank(w, config, own, n, p)
     elif own.mixers:
-        attn = attention(w, config, own, n, m)
+        attn = attention(w, config, own, n, p)
         if (carried := own.mixers[0].carried) is not None:
             values, share = _values(w, own, n), carried.operator()
     feed_forward: LinearOperator = Zero((m, d), (m, d), dtype=dtype, device=device)
@@ -481,16 +509,16 @@ def block(
     if not tape.ffn.empty:
         networks_tape = tape.ffn.at(queries)
         feed_forward, skipping = ffn(w, config, networks_tape, m), beside(w, config, networks_tape, m)
-    residual: LinearOperator = Identity((m, d), dtype=dtype, device=device)
-    if m < n:
-        residual = Select(torch.tensor(positions), n, d, dtype=dtype, device=device)
+    residual: LinearOperator = Identity((p, d), dtype=dtype, device=device)
+    if p < n:
+        residual = Select(torch.arange(n - p, n), n, d, dtype=dtype, device=device)
     inputs = None if tape.inputs is None else _inputs(w, tape.inputs.at(queries), m)
     return FrozenBlock(
         attn,
         feed_forward,
         residual,
         config.row.parallel,
-        stream_scale(w),
+        stream_scale(w, tape.factor),
         inputs,
         bank=bank,
         values=values,

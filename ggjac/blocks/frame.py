@@ -132,3 +132,8 @@ def scaled(operator: LinearOperator, factor: float) -> LinearOperator:
     if factor == 1:
         return operator
     return Scale(torch.full(operator.out_shape, factor, dtype=operator.dtype, device=operator.device)) @ operator
+
+
+def before(h: Float[Tensor, "m d"], past: Float[Tensor, "1 d"] | None) -> Float[Tensor, "m d"]:
+    """Return the position before each one, the first of which is a past one; or zeros, before the first of all."""
+    return torch.cat([torch.zeros_like(h[:1]) if past is None else past, h[:-1]])

@@ -18,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from ggjac.blocks.frame import BlockWeights, Frame, affine, linear
+from ggjac.blocks.frame import BlockWeights, Frame, affine, before, linear
 from ggjac.blocks.norms import NormTape, frozen_norm, inverse_rms, normed, record_norm, widened
 from ggjac.blocks.patterns import (
     ChannelTape,
@@ -581,12 +581,6 @@ def _from_values(
 _WKV_EPSILON = 64e-5
 
 
-def _before(h: Float[Tensor, "m d"], past: Past | None) -> Float[Tensor, "m d"]:
-    """Return the position before each one; before the first there are zeros."""
-    first = torch.zeros_like(h[:1]) if past is None or past.rows is None else past.rows
-    return torch.cat([first, h[:-1]])
-
-
 def _rwkv6(w: BlockWeights, frame: Frame, layer: int, h: Float[Tensor, "m d"], past: Past | None) -> Mixed:
     """Freeze the time mixing of RWKV-6; without `time_mix_first` it is gated linear attention, as in QRWKV-6.
 
@@ -594,7 +588,7 @@ def _rwkv6(w: BlockWeights, frame: Frame, layer: int, h: Float[Tensor, "m d"], p
     receptances (queries), and gates.
     """
     own, m = frame.config.recurrence, len(h)
-    away = _before(h, past) - h
+    away = before(h, past and past.rows) - h
     lerp = w.vector("time_mix_lerp_fused.weight").reshape(5, -1)
     parts = affine(linear(w, "time_mix_w1", m), h + away * w.vector("time_mix_lerp_x.weight")).tanh().chunk(5, 1)
     shares = [affine(linear(w, "time_mix_w2", m, expert=i), part) + lerp[i] for i, part in enumerate(parts)]
@@ -628,7 +622,7 @@ def _rwkv7(w: BlockWeights, frame: Frame, layer: int, h: Float[Tensor, "m d"], p
     own, m = frame.config.recurrence, len(h)
     lerp = w.vector("time_mix_lerp_fused.weight")
     shares = lerp.reshape(-1, lerp.shape[-1])
-    away = _before(h, past) - h
+    away = before(h, past and past.rows) - h
     x = {name: h + away * share for name, share in zip("rwkvag", shares, strict=False)}
 
     def made(name: str, inner: Callable[[Tensor], Tensor] = lambda part: part) -> Float[Tensor, "m d"]:

@@ -58,6 +58,7 @@ class Layer:
         expert_units: hidden units of a routed expert.
         gate: numbers for each head in a gate on what it reads (`attn_gate`): 1, or as many as a value has; 0 for none.
         keys_as_values: whether the key projection, before its norm and rotation, gives the values too.
+        factor: constant factor of the stream after the block.
         source: number of the earlier block whose keys and values attention reads; None for its own.
         by_key_head: whether all projections of a delta rule are in one tensor, `ssm_in`, key head by key head.
         window: number of tokens to which a position attends, itself included; None for all up to it.
@@ -82,6 +83,7 @@ class Layer:
     gate: int = 0
     keys_as_values: bool = False
     source: int | None = None
+    factor: float = 1.0
     by_key_head: bool = False
 
     @property

@@ -183,6 +183,7 @@ def _layers(
     clamps = _clamps(keys, row, stored)
     xielu = _xielu(keys, blocks) if row.activation == "xielu" else [None] * blocks
     layers: list[Layer] = []
+    halved = keys.count("rescale_every_n_layers") if row.halving else 0
     first_reader = stored - (keys.count("attention.shared_kv_layers") if row.shared_keys else 0)
     for i, mixers in enumerate(_mixers(keys, row, stored, blocks, kv_heads, units)):
         attends = row.mixer in mixers
@@ -209,6 +210,7 @@ def _layers(
                 rope=rope_of(keys, row, key_size, i, windows) if attends else None,
                 xielu=xielu[i],
                 source=source,
+                factor=0.5 if halved and (i + 1) % halved == 0 else 1.0,
                 gate=_gate(row, i, h, value_size, shapes) if attends else 0,
                 clamps=clamps[i],
                 keys_as_values=row.keys_as_values

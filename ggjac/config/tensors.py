@@ -180,7 +180,9 @@ FUSED = {
     "ssm_ba": ("ssm_beta", "ssm_alpha"),
     "ffn_gate_up_exps": ("ffn_gate_exps", "ffn_up_exps"),
 }
-_FFN = {
+_FFN: dict[str, dict[str, tuple[str, ...]]] = {
+    "shifted": {},
+    "shifted gated": {},
     "gated": {"ffn_gate": ("f", "d"), "ffn_up": ("f", "d"), "ffn_down": ("d", "f")},
     "fused": {"ffn_up": ("2f", "d"), "ffn_down": ("d", "f")},
     "plain": {"ffn_up": ("f", "d"), "ffn_down": ("d", "f")},
@@ -193,6 +195,13 @@ _QK_NORMS: dict[str, dict[str, tuple[str, ...]]] = {
     "bare": {},
     "full": {"attn_q_norm": ("q",), "attn_k_norm": ("keys",)},
 }
+# Of RWKV's channel mixing, by full name.
+_SHIFTED = {
+    "channel_mix_lerp_k.weight": ("d",),
+    "channel_mix_key.weight": ("f", "d"),
+    "channel_mix_value.weight": ("d", "f"),
+}
+_SHIFTED_GATE = {"channel_mix_lerp_r.weight": ("d",), "channel_mix_receptance.weight": ("d", "d")}
 _EXPERTS = {
     "ffn_gate_inp": ("experts", "d"),
     "ffn_gate_exps": ("experts", "fe", "de"),
@@ -243,6 +252,9 @@ def fused_parts(config: ModelConfig, layer: int) -> dict[str, Part]:
     if row.shared_fused:
         f = config.expert_shared_feed_forward_length
         parts |= {"ffn_gate_shexp": Part("ffn_up_shexp", 0, f), "ffn_up_shexp": Part("ffn_up_shexp", f, 2 * f)}
+    if row.ffn.startswith("shifted"):
+        whole = {"ffn_up": ("channel_mix_key", own.hidden_units), "ffn_down": ("channel_mix_value", config.d)}
+        parts |= {stem: Part(fused, 0, rows) for stem, (fused, rows) in whole.items()}
     f = own.expert_units
     return parts | {"ffn_gate_exps": Part("ffn_gate_up_exps", 0, f), "ffn_up_exps": Part("ffn_gate_up_exps", f, 2 * f)}
 
@@ -420,6 +432,8 @@ def _scopes(config: ModelConfig) -> Iterator[tuple[str, dict[str, tuple[str, ...
         "all inputs": config.inputs * config.block_count,
     }
     outside = _GLOBAL | (_POSITIONS if config.row.positions else {}) | (_INPUTS if config.inputs else {})
+    if config.row.embedding_norm == "weighted":
+        outside |= {f"token_embd_norm.{part}": ("d",) for part in ("weight", "bias")}
     if config.row.norm == "bare":
         outside = {name: axes for name, axes in outside.items() if not name.startswith("output_norm.")}
     outside = {name.replace("output_norm", config.row.output_norm): axes for name, axes in outside.items()}
@@ -531,6 +545,8 @@ def _block_table(config: ModelConfig, layer: int) -> dict[str, tuple[str, ...]]:
     vectors |= _VISION_EXPERTS if row.vision_experts else {}
     if own.hidden_units:
         matrices |= _FFN[row.ffn]
+        vectors |= _SHIFTED if row.ffn.startswith("shifted") else {}
+        vectors |= _SHIFTED_GATE if row.ffn == "shifted gated" else {}
     if own.routed:
         matrices |= _EXPERTS | (_LATENT_EXPERTS if config.expert_latent else {})
         shared = _FUSED_SHARED_EXPERT if row.shared_fused else _SHARED_EXPERT

@@ -181,7 +181,7 @@ class SharedSweep:
             m = frozen.ffn.out_shape[0]  # positions that the block writes
             stack.H = frozen.rmatmat_out(stack.join(stack.H[:, :m], joining("layer", i, m)))  # [k, m, d]
             middle, attn = frozen.rmatmat_ffn(stack.H, stack.join(stack.H, joining("mlp", i, m)))
-            attn = stack.join(attn, joining("attn", i, m))
+            attn = stack.join(attn, joining("attn", i, frozen.attn.out_shape[0]))
             stack.H = frozen.rmatmat_attn(middle, attn, stack.banks)  # [k, n, d]
             self.flop += frozen.flop * len(stack)
             stack.leave(self._starting(i), stack.H, partial(_padded, n=self.n))

@@ -178,6 +178,7 @@ class _Block:
     Attributes:
         cuts: the rank's parts of tensors, by stem.
         held: routed experts that it has.
+        shifts: whether its feed-forward reads the position before, too.
         adds: whether it adds up sums with other ranks.
         first: whether it is the first, which has what all need once.
     """
@@ -188,6 +189,7 @@ class _Block:
         self.infos = [info for name, info in file.tensors.items() if name.startswith(self.prefix)]
         self.cuts: Mapping[str, Cut] = division.cuts[index] if division else {}
         self.held = division.experts(config.expert_count) if division else config.expert_count
+        self.shifts = config.row.ffn.startswith("shifted")
         self.adds, self.first = division is not None, division is None or division.rank == 0
 
     def find(self, name: str) -> "tuple[TensorInfo, int] | None":
@@ -305,13 +307,13 @@ def _sweep(block: _Block, config: ModelConfig, mlp_path: MlpPath, region: Region
         return _trace(block, config, mlp_path, n, m, continued=region.tensors == "continued")
     if region.written is None and set(ends) == {block.index + 1}:
         m = 1
-    parts = []
+    parts, p = [], min(n, m + block.shifts)  # positions that the feed-forward reads
     for mixer in block.layer.mixers:
         stems = MIXERS[mixer]
-        output = block.linear(stems.output, m)
+        output = block.linear(stems.output, p)
         taps = block.vector(f"{stems.convolution}.weight") + block.vector(f"{stems.convolution}.bias")
         parts += [block.linear(stems.values, n), block.linear(stems.expansion, n), taps, output]
-        parts.append(_mix(config, block, mixer, n, m))
+        parts.append(_mix(config, block, mixer, n, p))
         if region.tensors == "heads":  # once more for what it adds and for its bias, and once for the head's shares
             parts += [output.scaled(2), taps]
             if block.index in config.writers:  # once more for later blocks
@@ -319,7 +321,8 @@ def _sweep(block: _Block, config: ModelConfig, mlp_path: MlpPath, region: Region
     for kind, experts, uses, _ in _networks(block, config, m):
         parts += [block.linear(stem, m, experts, uses) for stem in (_live(block, kind, mlp_path), f"ffn_down{kind}")]
     parts += [block.linear(stem, m) for stem in (*_LATENT_EXPERTS, *_INPUTS)]
-    parts += [block.vector("layer_output_scale.weight"), _sums(block, config, n, m)]
+    parts += [block.vector(f"{name}.weight") for name in ("layer_output_scale", "channel_mix_lerp_k")]
+    parts.append(_sums(block, config, n, m))
     # Each vector visits only the blocks of its own map's span: scale by the mean.
     return total(parts) if region.sequential else total(parts).scaled(len(ends) / len(spans))
 
@@ -375,7 +378,7 @@ def _recurrence(state: int, positions: int) -> Pass:
 _LATENT_EXPERTS = ("ffn_latent_down", "ffn_latent_up")
 # Of a block's own inputs.
 _INPUTS = ("inp_gate", "proj")
-_ONCE = ("ffn_gate_inp", *_LATENT_EXPERTS, *_INPUTS)
+_ONCE = ("ffn_gate_inp", *_LATENT_EXPERTS, *_INPUTS, "channel_mix_receptance")
 
 
 def _mixer_stems(block: _Block) -> list[str]:
@@ -464,6 +467,7 @@ def _tape_bytes(block: _Block, config: ModelConfig, n: int, item: int) -> int:
         if MIXERS[mixer].expansion:  # the norm of the latent
             floats += config.latent.size
             other += n * max(4, item)
+    floats += n * config.d * bool(block.find("channel_mix_receptance.weight"))
     places = norm_places(config, block.index) + ([("post_norm",)] if config.inputs else [])
     floats += n * config.inputs
     for names in places:
