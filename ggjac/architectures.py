@@ -222,7 +222,7 @@ class Architecture:
         halving: the stream is halved after each of the file's `rescale_every_n_layers`, if that is not 0.
         post_norm_epsilon: what norms after branches add inside of their root; 0 for the same as others.
         positions: learned position embeddings are added to the input.
-        embedding_norm: norm of embeddings: `"bare"` (without weight), `"weighted"` (`token_embd_norm`), or `""` for none.
+        embedding_norm: norm of embeddings, `"bare"` (without weight), `"weighted"` (`token_embd_norm`), or `""`.
         embedding_scale: `"sqrt"` (of d), `"key"` (the file's `embedding_scale`), or `""` for none.
         residual_scale: branches are multiplied by the file's `residual_scale`.
         logit_scale: `"multiply"` or `"divide"` by the file's `logit_scale`, or `""` for neither.

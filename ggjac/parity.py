@@ -392,7 +392,7 @@ def local_errors(
                 pasts[i] = attn.past[0]
             compare(f"{ATTENTION}-{i}", attn.raw, exact)
             compare(f"{FFN}-{i}", ffn.raw, tolerance)
-            scale = blocks.stream_scale(w, layer.factor)
+            scale = blocks.stream_scale(w, x, layer.factor)
             compare(f"{STREAM}-{i}", out, tolerance, before=x if scale is None else x * scale)
             del attn, ffn, out  # before the next block is recorded
         theirs = reference.tensors.get(f"{STREAM}-{i}")

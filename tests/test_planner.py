@@ -237,7 +237,7 @@ def live_bias_elements(run: Trace, layer: int) -> int:
         names += [(f"{stem}.bias", None) for stem in (mixer.values, mixer.expansion, mixer.convolution, mixer.output)]
     for network in networks(run, layer):
         names += [(f"{stem}{network.kind}.bias", network.expert) for stem in (network.live, "ffn_down")]
-    names.append(("layer_output_scale.weight", None))
+    names += [("layer_output_scale.weight", None), ("channel_mix_lerp_k.weight", None)]
 
     def elements(name: str, expert: int | None) -> int:
         stem, _, suffix = name.rpartition(".")

@@ -161,7 +161,7 @@ def record_rest(
     if frame.inputs is not None:
         inputs, added = _record_inputs(w, frame, layer, out)
         out = out + added
-    scale = stream_scale(w, frame.config.layers[layer].factor)
+    scale = stream_scale(w, x, frame.config.layers[layer].factor)
     return ffn, inputs, out if scale is None else out * scale
 
 
@@ -196,13 +196,13 @@ def _record_inputs(
     return InputsTape(factor, norm), norm.apply(made)
 
 
-def stream_scale(w: BlockWeights, factor: float) -> Float[Tensor, " 1"] | None:
-    """Return the factor on the residual stream at the end of a block, on the device; or None.
+def stream_scale(w: BlockWeights, x: Float[Tensor, "n d"], factor: float) -> Float[Tensor, " 1"] | None:
+    """Return the factor on the residual stream at the end of a block, on the device of the stream `x`; or None.
 
     It is in the file (Gemma 4), or a constant `factor` (RWKV-6).
     """
     if factor != 1:
-        return w.vector("attn_norm.weight").new_full((1,), factor)
+        return x.new_full((1,), factor)
     return w.vector("layer_output_scale.weight") if "layer_output_scale.weight" in w else None
 
 
@@ -433,7 +433,8 @@ class FrozenBlock(NamedTuple):
             ffn: `[k + l, m, d]`, of what the feed-forward adds: `H`, and those of `l` maps that end there.
 
         Returns:
-            Both `[k + l, m, d]`, or one position more (see `attn`). They are one tensor if the feed-forward reads nothing of the block's input.
+            Both `[k + l, m, d]`, or one position more (see `attn`). They are one tensor if the feed-forward reads
+            nothing of the block's input.
         """
         middle = self.ffn.rmatmat(ffn)
         middle[: len(H), middle.shape[1] - H.shape[1] :] += H
@@ -518,7 +519,7 @@ def block(
         feed_forward,
         residual,
         config.row.parallel,
-        stream_scale(w, tape.factor),
+        stream_scale(w, tape.x, tape.factor),
         inputs,
         bank=bank,
         values=values,
