@@ -36,7 +36,7 @@ TinyFile = Callable[..., Path]
 OUTPUTS = {mixer.output for mixer in MIXERS.values()}
 TOKENS = ["--tokens", "5,17,3,99,42,7"]
 MIXED = ("convolution", "attention", "convolution")
-# No biases, so every tensor that is read is a matrix or a norm; every expert used, so the router has no effect.
+# No biases but of norms, so all that is read is a matrix or a norm; every expert used, so the router has no effect.
 CASES: dict[str, dict[str, Any]] = {
     "gqa": {},
     "fused_qkv": {"layers": 3},

@@ -124,19 +124,21 @@ def sweep_floats(config: ModelConfig, n: int, *, up: bool, slab: int = SLAB) -> 
 
     Other mixers: a convolution's values are its heads. A recurrence has as many values as heads; in chunks, it copies
     only those of a chunk, and has two states instead. One in each channel goes from position to position; on its way up
-    it has three states, and on its way down one.
+    it has three states, and on its way down one. What reads the position before has a copy of the stream more, and on
+    its way down two.
     """
     d, row = config.d, config.row
     factors = (config.attention_factor, config.residual_scale, row.joint_scale)
     scaled = row.norms.attention_out or row.norms.ffn_out or factors != (1, 1, 1)
     more = d if scaled or row.parallel or row.experts_skip else 0
-    bank = n * _bank(config)
+    bank, shift = n * _bank(config), d if row.ffn.startswith("shifted") else 0
     if up:
         attention = max(_attention_up(d, n, path) for path in _paths(config, n))
-        return bank + max(attention, _ffn_floats(config, n, slab, 4 * d, 0, lambda s: 2 * s, 2 * d))
+        return bank + max(attention, _ffn_floats(config, n, slab, 4 * d + shift, 0, lambda s: 2 * s, 2 * d))
     centred = d if more or row.norm != "rms" else 0
     attention = max(_attention_down(d, n, path, centred) for path in _paths(config, n)) + _beside(config, n)
-    return bank + max(attention, _ffn_floats(config, n, slab, 2 * d + more, d, lambda s: max(2 * s, s + d), d))
+    stream = 2 * d + more + 2 * shift
+    return bank + max(attention, _ffn_floats(config, n, slab, stream, d, lambda s: max(2 * s, s + d), d))
 
 
 class _Path(NamedTuple):
@@ -170,7 +172,8 @@ def _paths(config: ModelConfig, n: int) -> set[_Path]:
                 if MIXERS[mixer].channels:
                     found.add(_Path(wide, wide, 2, chunk=sizes.key_size, stepwise=True))
                 else:
-                    found.add(_Path(wide, wide, 2, chunk=scan_chunk(n, sizes.key_size) or 0))
+                    factors = 3 if sizes.shifted else 2
+                    found.add(_Path(wide, wide, factors, chunk=scan_chunk(n, sizes.key_size) or 0))
             elif MIXERS[mixer].convolution:
                 found.add(_Path(config.d, config.d, 2, mixed=False))
             else:

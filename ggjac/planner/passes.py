@@ -443,7 +443,8 @@ def _small(block: _Block) -> Iterator["TensorInfo"]:
             small = len(info.shape) == 1 or stem.endswith("_norm") or shared or stem in _CONSTANTS
         else:  # constants of a recurrence have no suffix
             alone = stem == "ssm_dt" and not block.find("ssm_dt.weight")
-            small = not stem or (suffix == "bias" and (alone or shared or stem == "time_mix_ln"))
+            normed = stem.endswith(("_norm", "_norm_2", "time_mix_ln"))
+            small = not stem or (suffix == "bias" and (alone or shared or normed))
         if small:  # several vectors in one are read for each
             parts = sum(part.stem == stem for part in block.slices.values())
             yield from [info] * (parts if parts and len(info.shape) == 1 else 1)
