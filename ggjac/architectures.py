@@ -90,8 +90,11 @@ class Architecture:
         mixer: kind of the softmax attention, of `ggjac.config.mixers.MIXERS`.
         recurrent: kind of the mixer in blocks without attention, of the same table, or `""` for none.
         recurrent_blocks: which blocks those are: `"all"`; `"no kv heads"` (0 in `attention.head_count_kv`);
-            `"interval"` (`attention.recurrent_layers`, or all but the last of every `full_attention_interval`, 4 by
-            default); `"beside"` (every block has both mixers, added); or `""` for none.
+            `"interval"` (`attention.recurrent_layers`, or all but the last of every `full_attention_interval`);
+            `"beside"` (every block has both mixers, added); or `""` for none.
+        recurrent_period: default of that interval.
+        pruned: a block without heads has no mixer, and one without hidden units does nothing, whatever else it has.
+        inner_norms: attention and feed-forward have a norm before their output projection.
         one_branch: a block with a feed-forward (`feed_forward_length` above 0) has no mixer.
         key_heads_tiled: of `h` value heads, head `i` uses key head `i % g` in place of `i // (h // g)`.
         head_norm: whether RWKV norms each head (LayerNorm): `"required"`, `"optional"`, or `""` for never.
@@ -120,6 +123,7 @@ class Architecture:
             whatever the file states); `""` where there are none.
         indexer: prompts may be so long that attention selects keys: one by one (`"keys"`), in blocks (`"blocks"`), or
             `""` for never. Such prompts are not supported.
+        normed_rotary: the part of latent attention's keys that rotates is normed before (`attn_k_norm`).
         value_norm: the values of each head are normed (RMSNorm without weight).
         shared_keys: the file's last `attention.shared_kv_layers` blocks read keys and values of an earlier block.
         inputs: blocks may have inputs of their own (`embedding_length_per_layer_input`), made from the tokens.
@@ -157,7 +161,8 @@ class Architecture:
         chunked: a window is a chunk: positions attend to those of their own, and queries grow from chunk to chunk.
             Prompts that go beyond the first chunk are not supported.
         windowed_sizes: what windowed layers have sizes of their own for: `"heads"` and their rotations
-            (`attention.key_length_swa`), `"rotations"` (`rope.dimension_count_swa`) or `""`.
+            (`attention.key_length_swa`; of latent attention `attention.kv_lora_rank_swa` and the like), `"rotations"`
+            (`rope.dimension_count_swa`) or `""`.
         window_rope: rotation of windowed layers: `"same"`; `"based"` (base from `rope.freq_base_swa`, if present);
             `"plain"` (same base, no scaling); `"own"` (base from `rope.freq_base_swa`, 10000 by default, no scaling
             but by `rope.scaling.attn_factor`); `"unscaled"` (likewise, but the same base by default) or `"bare"`
@@ -174,6 +179,12 @@ class Architecture:
             missing.
         attention_scale_key: the key of the file that has the scale of scores, if it has it and that is not 0.
         attention_scale: the scale of scores in other files; 0 for 1/√(head size).
+        attention_power: that default is the head size to this power.
+        alibi: scores have linear biases (ALiBi), of which this is the largest for slopes of `ggjac.config.Alibi`; 0 for
+            none.
+        alibi_key: the file's `attention.max_alibi_bias`, if present, overrides it.
+        alibi_blocks, rope_blocks: block count of the only variant that has these biases, or that rotates (llama.cpp
+            identifies them so); 0 for all variants.
         wide_scale_blocks: block count of the variant whose default is 1/√(d / heads) instead; 0 for none.
         attention_softcap, logit_softcap: default caps of scores and logits, 0 for none; None if the file's keys are
             not read.
@@ -185,6 +196,7 @@ class Architecture:
             attention's output projection is in all families.
         ffn_scales: those of the feed-forward's matrices are applied.
         recurrent_scales: those of a recurrent mixer's matrices are applied.
+        hidden_divisors: activated hidden units may be divided by numbers (`ffn.act.scales`).
         units_doubled: the file's `feed_forward_length` is twice the number of hidden units.
         activation: `"silu"`, `"relu"`, `"gelu"` (tanh form), `"relu2"` (the square of the positive part), `"xielu"`
             (see `ggjac.config.Layer`) or `"silu_oai"` (clamped, with up shifted by one).
@@ -218,13 +230,18 @@ class Architecture:
             counts alone).
         shared_optional: without `expert_shared_count` there is no shared expert.
         shared_fused: gate and up of the shared expert are in one tensor, gate first.
+        looped: all blocks may be applied several times, one after the other (`num_loops`), with the norm before the
+            head between these passes, unless the file has `skip_loop_final_norm`.
         stream_scale: a block's output may be multiplied by a number (`layer_output_scale`).
         halving: the stream is halved after each of the file's `rescale_every_n_layers`, if that is not 0.
         post_norm_epsilon: what norms after branches add inside of their root; 0 for the same as others.
-        positions: learned position embeddings are added to the input.
-        embedding_norm: norm of embeddings, `"bare"` (without weight), `"weighted"` (`token_embd_norm`), or `""`.
+        positions: learned position embeddings are added to the input: `"required"`, `"optional"`, or `""` for never.
+        embedding_norm: how embeddings are normed: `"bare"` (RMSNorm without weight), `"weighted"` (as others, by
+            `token_embd_norm`) or `""` for not.
         embedding_scale: `"sqrt"` (of d), `"key"` (the file's `embedding_scale`), or `""` for none.
         residual_scale: branches are multiplied by the file's `residual_scale`.
+        normed_skip: past a branch goes not the stream, but what the norm before the branch yields, times the file's
+            `residual_scale`, which is then required.
         logit_scale: `"multiply"` or `"divide"` by the file's `logit_scale`, or `""` for neither.
         logit_scale_optional: files may lack that key.
         scale_defaults: for files without these keys: embedding scale; branch scale times √(blocks); logit scale times
@@ -249,6 +266,9 @@ class Architecture:
     mixer: str = "attention"
     recurrent: str = ""
     recurrent_blocks: str = ""
+    recurrent_period: int = 4
+    pruned: bool = False
+    inner_norms: bool = False
     one_branch: bool = False
     key_heads_tiled: bool = False
     head_norm: str = ""
@@ -267,6 +287,7 @@ class Architecture:
     latent_split: str = ""
     mscale: str = ""
     indexer: str = ""
+    normed_rotary: bool = False
     value_norm: bool = False
     keys_as_values: bool = False
     shared_keys: bool = False
@@ -302,6 +323,11 @@ class Architecture:
     value_scale: bool = False
     attention_scale_key: str = ""
     attention_scale: float = 0.0
+    attention_power: float = -0.5
+    alibi: float = 0.0
+    alibi_key: bool = False
+    alibi_blocks: int = 0
+    rope_blocks: int = 0
     wide_scale_blocks: int = 0
     attention_softcap: float | None = None
     logit_softcap: float | None = None
@@ -310,6 +336,7 @@ class Architecture:
     qkv_scales: bool = True
     ffn_scales: bool = False
     recurrent_scales: bool = False
+    hidden_divisors: bool = False
     units_doubled: bool = False
     activation: str = "silu"
     hidden_clamps: str = ""
@@ -332,13 +359,15 @@ class Architecture:
     expert_widths: str = "tensors"
     shared_optional: bool = False
     shared_fused: bool = False
+    looped: bool = False
     stream_scale: bool = False
     halving: bool = False
     post_norm_epsilon: float = 0.0
-    positions: bool = False
+    positions: str = ""
     embedding_norm: str = ""
     embedding_scale: str = ""
     residual_scale: bool = False
+    normed_skip: bool = False
     logit_scale: str = ""
     logit_scale_optional: bool = False
     scale_defaults: tuple[float, float, float] = (0.0, 0.0, 0.0)
@@ -544,7 +573,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "apertus": replace(_QWEN3, ffn="plain", activation="xielu"),
     "glm4": Architecture(norms=_SANDWICH, rope_pairs="adjacent", partial_rotary=True, ffn="fused"),
     "cohere2": replace(_COHERE, rope_layers="windowed", windowed="required", window_period=4, ffn_scales=True),
-    "gpt2": replace(_GPT, rope_pairs="", positions=True),
+    "gpt2": replace(_GPT, rope_pairs="", positions="required"),
     "starcoder2": _GPT,
     "phi2": replace(_GPT, norms=_SHARED_NORM, parallel=True, partial_rotary=True),
     "olmo": Architecture(norm="bare", rope_pairs="adjacent", clamp_key=True, graph=_SUMMED),
@@ -590,6 +619,15 @@ ARCHITECTURES: dict[str, Architecture] = {
     "hunyuan-moe": Architecture(qk_norm="rotated"),
     "bailingmoe": replace(_DEEPSEEK, rope_pairs="adjacent", leading_dense=False),
     "bailingmoe2": replace(_DOTS, partial_rotary=True, expert_widths="shared count"),
+    "openelm": replace(_QWEN3, qkv_scales=False, head="tied", graph=Graph(attention=())),
+    "deci": replace(
+        _LLAMA,
+        recurrent="linear",
+        recurrent_blocks="no kv heads",
+        pruned=True,
+        graph=Graph(attention=("wo",), ffn=()),
+    ),
+    "bitnet": Architecture(inner_norms=True, ffn_scales=True, head="tied", graph=Graph(ffn=("ffn_down",))),
     "mellum": replace(
         _QWEN3,
         windowed="optional",
@@ -717,7 +755,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "qwen2vl": Architecture(epsilon_read=False, rope_sections="consecutive"),
     "paddleocr": Architecture(rope_sections="consecutive"),
     "hunyuan_vl": Architecture(qk_norm="rotated", rope_sections="consecutive", rope_alpha=True),
-    "starcoder": replace(_GPT, rope_pairs="", positions=True),
+    "starcoder": replace(_GPT, rope_pairs="", positions="required"),
     "codeshell": replace(_GPT, embedding_optional=True, head="required"),
     "orion": Architecture(norm="layer", head="required"),
     "maincoder": replace(_LLAMA, qk_norm="rotated"),
@@ -734,7 +772,19 @@ ARCHITECTURES: dict[str, Architecture] = {
         qk_norm="head",
         ffn="fused",
     ),
-    "cogvlm": Architecture(rope_keys="", rope_factors="", vision_experts=True, graph=_SUMMED),
+    "cogvlm": Architecture(rope_keys="", rope_factors="", qkv_scales=False, vision_experts=True, graph=_SUMMED),
+    "baichuan": replace(_LLAMA, rope_blocks=32, alibi=8.0, alibi_blocks=40, head="required"),
+    "mpt": replace(
+        _GPT,
+        rope_pairs="",
+        clamp_key=True,
+        alibi_key=True,
+        hidden_divisors=True,
+        positions="optional",
+    ),
+    "bloom": replace(_GPT, rope_pairs="", alibi=8.0, embedding_norm="weighted"),
+    "refact": Architecture(rope_pairs="", alibi=8.0),
+    "jais": Architecture(norm="layer", rope_pairs="", attention_power=-1.0, alibi_key=True, head="required"),
     "jais2": Architecture(norm="layer", ffn="plain", activation="relu2"),
     "deepseek2-ocr": replace(
         _DEEPSEEK,
@@ -780,6 +830,24 @@ ARCHITECTURES: dict[str, Architecture] = {
         sigmoid_routers=(),
         indexer="keys",
         ffn_scales=True,
+    ),
+    "dots3note": replace(
+        _DEEPSEEK2,
+        direct_queries=(),
+        latent_split="required",
+        mscale="",
+        temperature="",
+        router="",
+        sigmoid_routers=(),
+        selection_bias="required",
+        indexer="keys",
+        gated_heads="heads",
+        normed_rotary=True,
+        windowed="required",
+        windowed_sizes="heads",
+        window_rope="based",
+        ffn_scales=True,
+        graph=Graph(attention=("attn_output",)),
     ),
     "minimax-m3": replace(
         _DEEPSEEK,
@@ -989,4 +1057,13 @@ ARCHITECTURES: dict[str, Architecture] = {
         router_optional=True,
         graph=Graph(ffn=("ffn_moe_out_merged",)),  # `ffn_out` is the branch's sum with the stream
     ),
+    "minimax-01": Architecture(
+        recurrent="lightning",
+        recurrent_blocks="interval",
+        recurrent_period=8,
+        partial_rotary=True,
+        normed_skip=True,
+        graph=Graph(ffn=("ffn_moe_out",)),
+    ),
+    "nanbeige": replace(_LLAMA, partial_rotary=True, looped=True, graph=_SUMMED),
 }

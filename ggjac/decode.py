@@ -3,7 +3,8 @@
 Both stream the vocabulary matrix tile by tile and keep only the best candidates: the matrix is never dense.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -44,6 +45,48 @@ class Head(NamedTuple):
         if invalid := self.matrix.invalid:
             z[:, invalid] = z.amin(1, keepdim=True)
         return self.softcap * torch.tanh(z / self.softcap) if self.softcap else z
+
+
+@dataclass(frozen=True)
+class Embeddings:
+    """The embeddings of all tokens as block 0 gets them, up to a common factor and positions: a `TiledMatrix`.
+
+    Attributes:
+        matrix: `[v, d]`, as stored.
+        norm: of rows, or None.
+    """
+
+    matrix: Weight
+    norm: Callable[[Tensor], Tensor] | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Tokens and elements, `(v, d)`."""
+        return self.matrix.shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Element type of the rows."""
+        return self.matrix.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the rows are produced."""
+        return self.matrix.device
+
+    def take(self, ids: Sequence[int]) -> Float[Tensor, "n d"]:
+        """Return the embeddings of tokens."""
+        rows = self.matrix.take(ids)
+        return rows if self.norm is None else self.norm(rows)
+
+    def tiles(self) -> Iterator[tuple[int, int, Tensor]]:
+        """Yield `(start, stop, rows start:stop)` in order; rows of zeros, which belong to no token, stay zeros."""
+        for start, stop, tile in self.matrix.tiles():
+            yield start, stop, tile if self.norm is None else self.norm(tile) * tile.any(1, keepdim=True)
+
+    def read_ahead(self) -> None:
+        """Prefetch the tiles."""
+        self.matrix.read_ahead()
 
 
 def top_logits(matrix: TiledMatrix, Y: Float[Tensor, "k d"], count: int, *, hidden: Sequence[int] = ()) -> Ranked:

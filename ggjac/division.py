@@ -21,6 +21,8 @@ if TYPE_CHECKING:  # NumPy would be imported for types alone
 # Why a branch is computed whole by every rank.
 RECURRENCE = "recurrence"
 ALL_HEADS = "attention with a norm over all heads together"
+ALL_UNITS = "network with a norm over all its hidden units"
+PROJECTION = "projection in place of attention"
 SEVERAL = "attention whose keys and values several blocks read"
 FEW_HEADS = "attention with too few heads for so many ranks, or narrower than stored blocks of weights"
 NARROW = "network narrower than a stored block of weights for each rank"
@@ -98,10 +100,14 @@ def divide(config: ModelConfig, tensors: "Mapping[str, TensorInfo]", rank: int, 
         heads = _heads(config, i, tensors, rank, ranks)
         if isinstance(heads, Heads):
             found |= _attention_cuts(config, own, heads)
-            own = replace(own, heads=len(heads.queries), kv_heads=len(heads.keys))
+            alibi = own.alibi and replace(own.alibi, heads=heads.queries)
+            own = replace(own, heads=len(heads.queries), kv_heads=len(heads.keys), alibi=alibi)
         elif heads:
             reasons.append(heads)
         for stems, columns, reason in _sums(config, i, tensors):
+            if f"blk.{i}.ffn_sub_norm.weight" in tensors:
+                reasons.append(ALL_UNITS)
+                continue
             share = _share(columns.shape[-1], columns.type.block_size, rank, ranks)
             if share is None:
                 reasons.append(reason)
@@ -111,6 +117,8 @@ def divide(config: ModelConfig, tensors: "Mapping[str, TensorInfo]", rank: int, 
                 found[output] = Cut("columns", share.start, share.stop)
         if any(MIXERS[mixer].recurrent for mixer in own.mixers):
             reasons.append(RECURRENCE)
+        if "linear" in own.mixers:
+            reasons.append(PROJECTION)
         layers.append(own)
         cuts.append(found)
         whole.append(tuple(dict.fromkeys(reasons)))
@@ -145,11 +153,11 @@ def _sums(
     if "convolution" in config.layers[layer].mixers:
         own = MIXERS["convolution"]
         stems = (*own.frozen, own.values, own.convolution, own.output)
-        yield stems, tensors[f"blk.{layer}.{own.output}.weight"], CHANNELS
+        yield stems, tensors[f"{config.prefix(layer)}{own.output}.weight"], CHANNELS
     for kind in ("", "_shexp"):
-        down = tensors.get(f"blk.{layer}.ffn_down{kind}.weight")
+        down = tensors.get(f"{config.prefix(layer)}ffn_down{kind}.weight")
         if down is not None:
-            yield tuple(f"ffn_{stem}{kind}" for stem in ("up", "gate", "down")), down, NARROW
+            yield (f"ffn.act{kind}", *(f"ffn_{stem}{kind}" for stem in ("up", "gate", "down"))), down, NARROW
 
 
 def _heads(config: ModelConfig, layer: int, tensors: "Mapping[str, TensorInfo]", rank: int, ranks: int) -> Heads | str:
@@ -164,10 +172,11 @@ def _heads(config: ModelConfig, layer: int, tensors: "Mapping[str, TensorInfo]",
         return ""
     if own.source is not None or layer in config.writers:
         return SEVERAL
-    if "attention" in own.mixers and config.row.qk_norm == "full":
+    whole_norm = config.row.qk_norm == "full" or config.row.inner_norms
+    if "attention" in own.mixers and whole_norm:
         return ALL_HEADS
     each = own.heads // own.kv_heads
-    stored = tensors[f"blk.{layer}.attn_output.weight"].type.block_size
+    stored = tensors[f"{config.prefix(layer)}attn_output.weight"].type.block_size
 
     def unit(width: int) -> int:
         return math.lcm(stored, width) // width
@@ -192,7 +201,7 @@ def _attention_cuts(config: ModelConfig, own: Layer, heads: Heads) -> dict[str, 
         return Cut("rows", of.start * width, of.stop * width)
 
     queries, keys = heads
-    nope = own.key_size - config.latent.rotary
+    nope = own.key_size - own.latent.rotary
     cuts = {
         "attn_q": rows(queries, own.key_size * (2 if config.row.gated_queries else 1)),
         "attn_output": rows(queries, own.value_size)._replace(axis="columns"),

@@ -89,14 +89,19 @@ def greedy(
     Returns the generated ids and the logits after the prompt, `[v]`. Generation stops early after an end token, which
     is the last of the ids. Needs room for `len(ids) + count - 1` positions: the last token is not fed back.
     """
+
+    def likeliest(logits: Tensor) -> int:
+        crew, found = text.model.crew, int(logits.argmax())
+        return crew.told(found) if crew else found
+
     first = logits = text.logits(ids)
-    found = [int(logits.argmax())]
+    found = [likeliest(logits)]
     ends = end_tokens(text.model)
     while len(found) < count and found[-1] not in ends:
         if progress:
             progress(len(found), count)
         logits = text.logits(found[-1:])
-        found.append(int(logits.argmax()))
+        found.append(likeliest(logits))
     if progress:
         progress(count, count)
     return found, first

@@ -95,6 +95,15 @@ class LinearOperator:
         for part in self.parts:
             part.read_ahead()
 
+    def agreed(self, found: Tensor) -> Tensor:
+        """Return numbers that decide how a computation goes on: those of one of the processes that share the operator.
+
+        Processors of different makes may differ in a last bit, and so decide differently.
+        """
+        for part in self.parts:
+            found = part.agreed(found)
+        return found
+
     @property
     def flop(self) -> int:
         """Floating-point operations of one product with one vector, multiplications by matrices only."""
@@ -617,8 +626,8 @@ class ChannelScan(LinearOperator):
 class Network(LinearOperator):
     """A feed-forward network with frozen factors, `down @ Scale(factor) @ up` at each position, as a sum over slabs.
 
-    Many vectors going down are multiplied by the matrix of each position, `[out, in]`, where making it and using it
-    takes fewer FLOP: for all dense rows, three quarters or less, since it has no hidden units.
+    Many vectors are multiplied by the matrix of each position, `[out, in]`, where making it and using it takes fewer
+    FLOP: for all dense rows, three quarters or less, since it has no hidden units.
     """
 
     def __init__(self, slabs: Sequence[tuple[Linear, Scale, Linear]]):
@@ -630,19 +639,29 @@ class Network(LinearOperator):
         self.dtype, self.device = self.sum.dtype, self.sum.device
 
     def matmat(self, X: Float[Tensor, "k n d"], t: Homogeneous = None) -> Float[Tensor, "k n out"]:
-        """Add up the results of the slabs."""
-        return self.sum.matmat(X, t)
+        """Add up the results of the slabs, or multiply by the matrices and add `t` times the constant."""
+        if not self._forms(len(X)):
+            return self.sum.matmat(X, t)
+        Y = X.new_empty(len(X), *self.out_shape)
+        for p, matrix in enumerate(self.matrices()):
+            _add_product(Y[:, p], X[:, p].to(self.dtype), matrix.T, beta=0, alpha=1.0)
+        if t is not None:
+            Y += t[:, None, None] * self.sum.matmat(X.new_zeros(1, *self.in_shape), t.new_ones(1))
+        return Y
 
     def rmatmat(self, Y: Float[Tensor, "k n out"]) -> Float[Tensor, "k n d"]:
         """Add up the results of the transposed slabs, or multiply by the matrix of each position."""
-        widths = [scale.in_shape[1] for _, scale, _ in self.slabs]
-        if not forms(len(Y), self.out_shape[1], self.in_shape[1], sum(widths), max(widths)):
+        if not self._forms(len(Y)):
             return self.sum.rmatmat(Y)
-        made = self.matrices()
         X = Y.new_empty(len(Y), *self.in_shape)
-        for p, matrix in enumerate(made):
-            X[:, p].addmm_(Y[:, p], matrix, beta=0)
+        for p, matrix in enumerate(self.matrices()):
+            _add_product(X[:, p], Y[:, p].to(self.dtype), matrix, beta=0, alpha=1.0)
         return X
+
+    def _forms(self, vectors: int) -> bool:
+        """Return whether the matrices are the way for so many vectors."""
+        widths = [scale.in_shape[1] for _, scale, _ in self.slabs]
+        return forms(vectors, self.out_shape[1], self.in_shape[1], sum(widths), max(widths))
 
     def matrices(self) -> Float[Tensor, "n out d"]:
         """Return the matrix of each position."""

@@ -431,7 +431,7 @@ class Model:
             past = None if source is None else pasts[source]
             if i + 1 < config.block_count:
                 self.block(i + 1).read_ahead()
-            x_in, (attn, ffn, inputs, h) = h, blocks.record_block(w, frame, i, h, past)
+            x_in, (attn, ffn, inputs, h, entry) = h, blocks.record_block(w, frame, i, h, past)
             if i in config.writers:
                 pasts[i] = attn.past[0]
             observe(f"attn_out-{i}", attn.raw)
@@ -440,8 +440,8 @@ class Model:
             if not h.isfinite().all():
                 raise blocks.overflow(f"block {i}", self.dtype)
             if tapes is not False and i == len(kept):
-                kept.append(BlockTape(x_in, attn.tape, ffn.tape, inputs, config.layers[i].factor))
-            del x_in, attn, ffn, inputs  # before the next block is recorded
+                kept.append(BlockTape(x_in, attn.tape, ffn.tape, inputs, entry, config.layers[i].factor))
+            del x_in, attn, ffn, inputs, entry  # before the next block is recorded
             if progress:
                 progress(i + 1, config.block_count)
         norm = self.freeze_final_norm(h)
@@ -465,14 +465,21 @@ class Model:
             rotations,
             mlp_path,
             [blocks.activation(config, i, table=imitate) for i in range(config.block_count)],
+            between=self.weights[f"{config.row.output_norm}.weight"].dense() if config.loop_norm else None,
         )
+
+    @property
+    def embeddings(self) -> decode.Embeddings:
+        """The embeddings, normed where the model does so."""
+        return decode.Embeddings(self.embedding, self._normed if self.config.row.embedding_norm else None)
+
+    def _normed(self, rows: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
+        norm = blocks.record_norm(self.outside, self.config, ("token_embd_norm",), rows)
+        return (norm or blocks.frozen_norm(self.config, None, None, rows)).apply(rows)
 
     def embed(self, ids: Sequence[int], start: int = 0) -> Float[Tensor, "n d"]:
         """Return the input of block 0, `[n, d]`: embeddings, scaled or normed, plus learned positions from `start`."""
-        x = self.embedding.take(ids) * self.config.embedding_scale
-        if self.config.row.embedding_norm:  # by its weights, if it has some
-            weight, bias = (self._vector(f"token_embd_norm.{part}") for part in ("weight", "bias"))
-            x = blocks.frozen_norm(self.config, weight, bias, x).apply(x)
+        x = self.embeddings.take(ids) * self.config.embedding_scale
         if "position_embd.weight" in self.weights:
             x = x + self.weights["position_embd.weight"].take(range(start, start + len(ids)))
         return x
@@ -513,7 +520,8 @@ class Model:
 
         Its matrices come in the dtype `rounding`, default that of the model.
         """
-        block = self.weights.block(index, fused_parts(self.config, index), live=live, rounding=rounding)
+        parts = fused_parts(self.config, index)
+        block = self.weights.block(index, parts, prefix=self.config.prefix(index), live=live, rounding=rounding)
         return self.crew.part(block, index) if self.crew else block
 
     def prompt_ids(self, prompt: str | Sequence[int], *, parse_special: bool = True) -> list[int]:
@@ -686,7 +694,7 @@ class Trace:
             outputs=self.outputs,
             ids=self.ids,
             head=model.head,
-            embedding=model.embedding,
+            embedding=model.embeddings,
             outside=model.outside,
             table=partial(model.block_table, self.ids),
             token=model.token,

@@ -16,7 +16,8 @@ import json
 import os
 import socket
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -32,6 +33,9 @@ from ggjac.linop import Homogeneous, LinearOperator
 from ggjac.runs.journal import Journal, Product
 from ggjac.runs.tensors import plain
 from ggjac.weights import Block, Weight
+
+# How long a rank waits for the others in a sum: for the slowest disk's part of a branch, with much to spare.
+TIMEOUT = timedelta(minutes=10)
 
 
 class ParallelError(ValueError):
@@ -59,7 +63,7 @@ def join() -> tuple[dist.ProcessGroup, dist.Store]:
     if torch.cuda.is_available():
         torch.cuda.set_device(int(given.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backend, store=store, rank=rank, world_size=ranks)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=ranks, timeout=TIMEOUT)
     assert dist.group.WORLD is not None
     return dist.group.WORLD, store
 
@@ -75,6 +79,14 @@ def of_first(own: bytes, group: dist.ProcessGroup) -> bytes:
         raw.copy_(torch.frombuffer(bytearray(own), dtype=torch.uint8))
     dist.broadcast(raw, 0, group=group)
     return raw.numpy().tobytes()
+
+
+def received(own: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Return the first rank's tensor, in place of one of the same shape and dtype."""
+    first = own.detach().clone(memory_format=torch.contiguous_format)
+    if first.numel():
+        dist.broadcast(first, 0, group=group)
+    return first
 
 
 class Joined(LinearOperator):
@@ -177,7 +189,21 @@ class Part(Block):
         weight = super().matrix(name, expert)
         if cut is None or cut.axis == "stack":
             return weight
-        return (weight.rows if cut.axis == "rows" else weight.columns)(cut.start, cut.stop)
+        if cut.axis == "rows":
+            return weight.rows(cut.start, cut.stop)
+        return replace(weight.columns(cut.start, cut.stop), edge=cut.start)
+
+    def read_ahead(self) -> None:
+        """Ask the system to read this rank's part of the block except stacks of experts."""
+        for info in self.store.file.tensors.values():
+            if info.name.startswith(self.prefix) and len(info.shape) < 3:
+                stem, _, suffix = info.name.removeprefix(self.prefix).rpartition(".")
+                parts = [own for own, part in self.slices.items() if part.stem == stem] or [stem]
+                if len(info.shape) > 1 and not self.cuts.keys().isdisjoint(parts):
+                    for part in parts:
+                        self.matrix(f"{part}.{suffix}").read_ahead()
+                else:
+                    self.store.file.will_need(info)
 
     def vector(self, name: str, expert: int | None = None) -> Tensor:
         """Return this rank's part of a vector that goes with rows, and all of any other."""
@@ -191,6 +217,10 @@ class Part(Block):
     def holds(self, expert: int) -> bool:
         """Return whether a routed expert is this rank's."""
         return holds(expert, self.crew.rank, self.crew.ranks)
+
+    def agreed(self, found: Tensor) -> Tensor:
+        """Return a choice as the first rank has made it."""
+        return received(found, self.crew.group)
 
     def joined(self, part: LinearOperator, *, inputs: bool = True, outputs: bool = True) -> LinearOperator:  # type: ignore[override]
         """Return an operator of which this rank has a part, completed by the others."""
@@ -247,12 +277,13 @@ class SharedJournal:
                 "file, prompt and ggjac, on machines of one kind"
             )
 
+    def agreed(self, found: Tensor) -> Tensor:
+        """Return numbers as the first rank has found them."""
+        return received(found, self._crew.group)
+
     def _receive(self, tensor: Tensor) -> None:
         """Replace a tensor's content by the first rank's, where it differs."""
-        if not tensor.numel():
-            return
-        first = tensor.detach().clone(memory_format=torch.contiguous_format)
-        dist.broadcast(first, 0, group=self._crew.group)
+        first = received(tensor, self._crew.group)
         if not torch.equal(first, tensor):
             tensor.copy_(first)
 

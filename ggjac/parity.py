@@ -284,7 +284,7 @@ def verify(
 def _unfit(model: "Model") -> str | None:
     """Return what is about a model on which llama.cpp aborts, or from which it does not come back; or None."""
     row, layers = model.config.row, model.config.layers
-    if row.recurrent_blocks in ("no kv heads", "interval"):
+    if row.recurrent_blocks in ("no kv heads", "interval") and not row.pruned:
         found = {kind for layer in layers for kind in layer.mixers}
         for kind, words in {row.mixer: "attention", row.recurrent: "a state"}.items():
             if kind not in found:
@@ -327,7 +327,8 @@ def _judge_layers(
     trace = model.trace(ids, observe=observe, imitate=tolerance is not None, n_ctx=n_ctx, tapes=False)
     logits = trace.all_logits()
     found = judged(logits, layers, local=local)
-    if tolerance is None or found.verdict or not _blocks_agree(local, model.config.block_count):
+    working = sum(not layer.idle for layer in model.config.layers)
+    if tolerance is None or found.verdict or not _blocks_agree(local, working):
         return found
 
     report("comparing every layer with itself in another precision")
@@ -384,10 +385,12 @@ def local_errors(
             found.append(_local_error(name, ours, theirs, allowed, before, share))
 
     for i, layer in enumerate(model.config.layers):
+        if layer.idle:  # llama.cpp leaves it out
+            continue
         source = None if layer.source is None else pasts.get(layer.source)
         if x is not None and (layer.source is None or source is not None):
             w = model.block(i)
-            attn, ffn, _, out = blocks.record_block(w, frame, i, x, source)
+            attn, ffn, _, out, _ = blocks.record_block(w, frame, i, x, source)
             if i in model.config.writers:
                 pasts[i] = attn.past[0]
             compare(f"{ATTENTION}-{i}", attn.raw, exact)
@@ -426,9 +429,9 @@ def _local_error(
     return LocalError(name, layer, error, worst, largest, tolerance)
 
 
-def _blocks_agree(local: Sequence[LocalError], block_count: int) -> bool:
-    """Return whether every block was compared locally, and nothing departs."""
-    return all(e.passes for e in local) and sum(e.name.startswith(f"{STREAM}-") for e in local) == block_count
+def _blocks_agree(local: Sequence[LocalError], working: int) -> bool:
+    """Return whether every block that does something, of so many, was compared locally, and nothing departs."""
+    return all(e.passes for e in local) and sum(e.name.startswith(f"{STREAM}-") for e in local) == working
 
 
 def rounding_errors(model: "Model", ids: Sequence[int], ours: Reference, *, n_ctx: int) -> dict[str, float]:

@@ -8,6 +8,7 @@ import contextlib
 import json
 import os
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -350,8 +351,10 @@ class Session:
             return
         assert output is not None
         missing = [parent for parent in folder.parents if not parent.exists()]
-        if self.model.crew and not (folder / "journal.json").exists():
+        if self.model.crew and resume and not (folder / "journal.json").exists():
             resume = False  # as after a restart by torchrun, which repeats the command
+            nothing = f"--resume finds nothing to resume at {visible(os.fsencode(output))}: this run begins anew"
+            warnings.warn(nothing, stacklevel=2)
         identity = self._prompt_identity() | {"position": self.position} | settings | self._machine_identity()
         identity["ram-budget for dense rows"] = self.model.chunk_bytes  # how many rows a sweep carries
         identity["vram-budget for tiles"] = list(self.model.weights.pieces)

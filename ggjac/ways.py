@@ -7,11 +7,12 @@ more than sweeps times vectors, on small ones it is less. Sizes decide, at rates
 """
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from ggjac.config import ModelConfig
 from ggjac.config.mixers import MIXERS
-from ggjac.sizes import EXPECTED_SWEEPS, MATRIX_BYTES, block_width
+from ggjac.sizes import EXPECTED_SWEEPS, MATRIX_BYTES, block_width, chunk_floats
 
 # FLOP per second of one core: in products of a sweep, and in LAPACK's decomposition.
 PRODUCTS, LAPACK = 100e9, 35e9
@@ -76,7 +77,7 @@ def ways(config: ModelConfig, task: Task, n: int, start: int = 0, stop: int | No
     vectors = task.tokens * math.prod(block(config, task.rank, n, d))
     vectors += math.prod(block(config, task.rank, n, n * d)) if task.joint else 0
     iterated = vectors * n * sum(_vector_flop(config, i) for i in blocks)
-    rows = d * n * sum(_row_flop(config, i) for i in blocks)
+    rows = d * n * sum(_flop_of(config, i, d) for i in blocks)
     decomposed = task.tokens * _svd_flop(d, d) + (_svd_flop(d, n * d) if task.joint else 0)
     return Ways(iterated / PRODUCTS, rows / PRODUCTS + decomposed / LAPACK)
 
@@ -96,6 +97,36 @@ def takes_matrix(config: ModelConfig, task: Task, n: int, item: int, start: int 
     return found.matrix + WORTH < found.sweeps
 
 
+def take_matrices(config: ModelConfig, rank: int, n: int, item: int, spans: Sequence[tuple[int, int]]) -> bool:
+    """Return whether maps inside the network come from their matrices, which one pass makes for all of them.
+
+    Args:
+        config, n, item: as `takes_matrix` takes them.
+        rank: triplets of each map.
+        spans: the first block of each map, and the one after its last: from one start, or to one end.
+    """
+    d, size = config.d, n * config.d
+    vectors = d if share_rows(spans) else size
+    if item < 4 or vectors * chunk_floats(n, d, config.hidden_units) * item > MATRIX_BYTES:
+        return False
+    width, sweeps = block(config, rank, n, size)
+    iterated = made = 0.0
+    for i in range(config.block_count):
+        if aboard := width * sum(start <= i < stop for start, stop in spans):
+            iterated += sweeps * aboard * n * _flop_of(config, i, aboard)
+            made += vectors * n * _flop_of(config, i, vectors)
+    decomposed = len(spans) * _svd_flop(d, size)
+    return made / PRODUCTS + decomposed / LAPACK + WORTH < iterated / PRODUCTS
+
+
+def share_rows(spans: Sequence[tuple[int, int]]) -> bool:
+    """Return whether the matrices of maps come from rows that go down, and not from columns that go up.
+
+    Maps to one end share their rows, maps from one start their columns. Of one map alone there are fewer rows.
+    """
+    return len(spans) == 1 or len({start for start, _ in spans}) > 1
+
+
 def _vector_flop(config: ModelConfig, i: int) -> int:
     """Return the FLOP of a vector in a block for each position: projections of its mixers, and its networks."""
     own, d = config.layers[i], config.d
@@ -104,10 +135,10 @@ def _vector_flop(config: ModelConfig, i: int) -> int:
     return 2 * d * (_mixed(config, i) + 2 * units)
 
 
-def _row_flop(config: ModelConfig, i: int) -> int:
-    """Return the FLOP of one of all `d` rows, which multiply by the matrix of a dense network; see `linop.Network`."""
+def _flop_of(config: ModelConfig, i: int, vectors: int) -> float:
+    """Return the FLOP of one of many vectors, which multiply by the matrix of a dense network; see `linop.Network`."""
     d, units = config.d, config.layers[i].hidden_units
-    return _vector_flop(config, i) - max(0, 4 * d * units - 2 * d * (units + d))
+    return _vector_flop(config, i) - max(0.0, 4 * d * units - 2 * d * (units * d / vectors + d))
 
 
 def _mixed(config: ModelConfig, i: int) -> int:
@@ -124,5 +155,5 @@ def _mixed(config: ModelConfig, i: int) -> int:
 
 
 def _svd_flop(d: int, columns: int) -> int:
-    """Return the FLOP of all triplets of a matrix `[d, columns]`: its factor from the right, and that one's SVD."""
-    return 6 * columns * d**2 + 10 * d**3
+    """Return the FLOP of the leading triplets of a matrix `[d, columns]`: of its factor, if it is wide, and its SVD."""
+    return (2 * columns * d**2 if columns > d else 0) + 10 * d**3

@@ -51,6 +51,7 @@ YARN_ROW = {"scaling": YARN, "rope_base": 100.0}
 # No two sizes are equal, neither of a head's parts nor of what they are made from.
 SIZES = {"nope": 12, "latent": 20, "value": 10, "query": 24}
 UNSPLIT = SIZES | {"unsplit": True}
+NARROW = {"heads": 2, "nope": 10, "latent": 16, "value": 14}
 LATENT = {"mixers": ("latent",), "n_rot": 8, "sizes": SIZES}
 # Two of four groups, three of their six experts.
 GROUPS = {"experts": 12, "experts_used": 3} | {
@@ -276,6 +277,14 @@ FAMILIES: dict[str, dict[str, Any]] = {
     | {"qk_norm": "head", "layers": 5, "dense_lead": 1, "window": 4, "expert_ff": 48, "shared_ff": 48}
     | {"selection_bias": 0.3, "predictor_experts": False}
     | {"extra": {"expert_weights_norm": True, "expert_weights_scale": 2.5, "expert_gating_func": 2}},
+    # Every layer has numbers of heads and hidden units of its own.
+    "openelm": {"qk_norm": "head", "fused_qkv": True, "tied": True, "head_dim": 16, "mixers": ("attention", "narrow")}
+    | {"sizes": {"narrow": {"heads": 3, "kv_heads": 1}}, "heads_by_layer": True, "kv_by_layer": True}
+    | {"layers": 3, "ffs": (64, 96, 128)},
+    # Some layers have lost their attention, or heads, or have a wider network.
+    "deci": {"mixers": ("attention", "none", "narrow"), "sizes": {"narrow": {"kv_heads": 1}}, "heads_by_layer": True}
+    | {"kv_by_layer": True, "layers": 4, "ffs": (96, 64, 128, 32)},
+    "bitnet": {"inner_norms": True, "tied": True},
     "mellum": EXPERTS | {"qk_norm": "head", "head_dim": 32, "expert_ff": 48, "layers": 5, "window": 4},
     # The last layer is full, and the middle one of three.
     "maple": EXPERTS
@@ -340,6 +349,17 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "deepseek2-ocr": EXPERTS
     | {"kv_heads": 4, "layers": 3, "dense_lead": 1, "expert_ff": 48, "shared_count": 2}
     | {"extra": {"rope.dimension_count": 0, "expert_weights_scale": 1.0}},
+    "baichuan": {"kv_heads": 4},
+    "mpt": {"norm": "ln", "ffn": "plain", "fused_qkv": True, "kv_heads": 4, "tied": True}
+    | {"extra": {"attention.max_alibi_bias": 8.0}},
+    "bloom": LAYER_NORM
+    | {"fused_qkv": True, "fused_bias": True, "kv_heads": 4, "tied": True, "embed_norm": True}
+    | {"biases": (*QKV, "attn_output", "ffn_up", "ffn_down")},
+    "refact": {"kv_heads": 1, "tied": True},
+    # Scores are divided by the size of a head, not by its root.
+    "jais": {"norm": "ln_bias", "fused_qkv": True, "fused_bias": True, "kv_heads": 4, "score_gain": 3.0}
+    | {"biases": (*QKV, "attn_output", "ffn_gate", "ffn_up", "ffn_down")}
+    | {"extra": {"attention.max_alibi_bias": 8.0}},
     "jais2": LAYER_NORM | {"biases": (*QKV, "attn_output", "ffn_up", "ffn_down")},
     "paddleocr": {"head_dim": 32, "tied": True, "extra": {"rope.dimension_sections": [4, 6, 6, 0]}},
     "hunyuan_vl": {"qk_norm": "head", "head_dim": 32, "tied": True, "extra": {"rope.dimension_sections": [4, 4, 4, 4]}},
@@ -367,6 +387,13 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "deepseek32": DEEPSEEK | {"sizes": SIZES | {"indexer": 8}, "layers": 4, "predictors": 1},
     "glm-dsa": DEEPSEEK
     | {"sizes": SIZES | {"indexer": 8, "indexer_types": [True, False, True]}, "layers": 4, "predictors": 1},
+    # Windowed layers have fewer heads, of other sizes; full ones choose their keys.
+    "dots3note": EXPERTS
+    | {"mixers": ("latent", *2 * ("latent window",), "latent", "latent window"), "n_rot": 8, "kv_heads": 1, "layers": 5}
+    | {"predictors": 1, "predictor_experts": False, "dense_lead": 1, "expert_ff": 48, "shared_count": 1}
+    | {"selection_bias": 0.3, "window": 4}
+    | {"sizes": SIZES | {"head_gate": True, "rope_norm": True, "indexer": 8, "window": NARROW}}
+    | {"extra": {"expert_gating_func": 2, "expert_weights_norm": True, "rope.freq_base_swa": 50.0}},
     # The gain of up makes some values leave the clamp at 7.
     "minimax-m3": EXPERTS
     | {"mixers": ("block_sparse",), "sizes": {"indexer": 2}, "qk_norm": "head", "n_rot": 8, "head_dim": 32}
@@ -406,6 +433,11 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "llama4": EXPERTS
     | {"layers": 5, "dense_blocks": (0, 2, 4), "experts_used": 1, "expert_ff": 48, "shared_ff": 48}
     | {"omit": ("expert_shared_feed_forward_length",), "extra": {"interleave_moe_layer_step": 2}},
+    # Embeddings do not go past the first norm.
+    "minimax-01": EXPERTS
+    | {"mixers": ("lightning", "lightning", "attention"), "layers": 4, "n_rot": 8, "expert_ff": 96}
+    | {"extra": {"attention.recurrent_layers": [True, True, False, True], "residual_scale": 1.7}},
+    "nanbeige": {"extra": {"num_loops": 2, "skip_loop_final_norm": False}},
     **STATE_SPACE,
     **RWKV,
 }
@@ -653,6 +685,28 @@ FAMILY_CASES: dict[str, dict[str, Any]] = {
     "olmoe": of("olmoe"),
     "granitemoe": of("granitemoe"),
     "granitemoe_shared": of("granitemoe", shared_ff=80),
+    "openelm": of("openelm"),
+    "openelm_linear": of("openelm", scaling=LINEAR, rope_base=100.0, kv_heads=4),
+    "openelm_q8_0": of("openelm", type="Q8_0", sizes={"narrow": {"heads": 2, "kv_heads": 2}}),
+    "deci": of("deci", rope_factors=True, rope_base=500.0),
+    # As the 51B: a projection in place of attention, first and last.
+    "deci_linear": of("deci", mixers=("linear", "attention", "none"), head_dim=32, fused_qkv=True, tied=True),
+    # As the 253B: layers that do nothing, although two of them have attention. (llama.cpp aborts if the last does.)
+    "deci_idle": of("deci", mixers=("attention", "none", "attention"), layers=6, ffs=(0, 96, 64, 0, 0, 32)),
+    "deci_biases": of(
+        "deci",
+        mixers=("attention", "linear"),
+        layers=2,
+        ffs=(96, 96),
+        biases=("ffn_gate", "ffn_up", "ffn_down"),
+        scaling=LINEAR,
+    ),
+    "deci_q8_0": of("deci", type="Q8_0", heads=2, kv_heads=2, sizes={"narrow": {"kv_heads": 1}}),
+    "bitnet": of("bitnet"),
+    "bitnet_scales": of("bitnet", scales=SCALED[0] + SCALED[1], layers=3),
+    # As its converter states it, which multiplies by nothing.
+    "bitnet_linear": of("bitnet", scaling={"type": "linear", "factor": 1.0}, rope_base=5e5, eps=0.05, heads=2),
+    "bitnet_ternary": of("bitnet", d=256, ff=256, layers=1, heads=2, types={"blk.": "TQ2_0"}),
     "mellum": of("mellum"),
     "mellum_yarn": of("mellum", **YARN_ROW, fused_qkv=True, layers=4),
     "mellum_listed": of(
@@ -902,7 +956,7 @@ FAMILY_CASES: dict[str, dict[str, Any]] = {
     "qwen2vl": of("qwen2vl", rope_base=1e6, eps=0.05),
     "qwen2vl_yarn": of("qwen2vl", **YARN_ROW, tied=True, fused_qkv=True, fused_bias=True),
     # The last section is the fourth axis', which text has not: with a base this low its pairs are seen to stand.
-    "qwen2vl_still": of("qwen2vl", rope_base=30.0, window=3, extra=UNREAD | {"rope.dimension_sections": [2, 2, 1, 3]}),
+    "qwen2vl_still": of("qwen2vl", rope_base=30.0, window=3, extra=UNREAD | {"rope.dimension_sections": [3, 1, 1, 3]}),
     "paddleocr": of("paddleocr", rope_base=5e5),
     "paddleocr_unread": of("paddleocr", biases=(*QKV, "attn_output"), tied=False, window=3, extra=UNREAD),
     # As HunyuanOCR: all four axes have sections, and a factor enlarges the base.
@@ -952,6 +1006,48 @@ FAMILY_CASES: dict[str, dict[str, Any]] = {
     ),
     # The rotation is not stretched then, but scores are scaled.
     "deepseek2_ocr_linear": of("deepseek2-ocr", dense_lead=0, layers=2, scaling=LINEAR, extra=UNREAD),
+    # With another number of blocks than 7B's or 13B's there is neither a rotation nor a bias.
+    "baichuan": of("baichuan"),
+    "baichuan_7b": of("baichuan", layers=32, d=32, ff=32, heads=2, kv_heads=2, down_gain=0.5, rope_base=100.0),
+    "baichuan_13b": of("baichuan", layers=40, d=48, ff=32, heads=3, kv_heads=3, down_gain=0.5, window=3, extra=UNREAD),
+    "mpt": of("mpt"),
+    # As StoryWriter, with more heads than a power of two.
+    "mpt_clamped": of(
+        "mpt",
+        d=96,
+        heads=6,
+        kv_heads=3,
+        omit=("attention.key_length", "attention.value_length", "rope.dimension_count"),
+        extra={"attention.clamp_kqv": 1.0, "attention.max_alibi_bias": 16.0},
+    ),
+    "mpt_positions": of(
+        "mpt",
+        **LAYER_NORM,
+        positions=True,
+        tied=False,
+        fused_bias=True,
+        biases=(*QKV, "attn_output", "ffn_up", "ffn_down"),
+        window=3,
+        extra=UNREAD | {"attention.max_alibi_bias": 0.0},
+    ),
+    # Activations scaled by AWQ.
+    "mpt_scaled": of("mpt", act_scales=True, layers=3),
+    "bloom": of("bloom", d=80, heads=5, kv_heads=5),
+    "bloom_unread": of("bloom", tied=False, window=3, extra=UNREAD | {"attention.max_alibi_bias": 4.0}),
+    "refact": of("refact"),
+    "refact_unread": of(
+        "refact",
+        heads=5,
+        head_dim=32,
+        fused_qkv=True,
+        tied=False,
+        window=3,
+        extra=UNREAD | {"attention.max_alibi_bias": 4.0},
+    ),
+    "jais": of("jais"),
+    "jais_unread": of(
+        "jais", omit=("attention.head_count_kv", "attention.max_alibi_bias"), layers=3, window=3, extra=UNREAD
+    ),
     "jais2": of("jais2"),
     "jais2_unread": of("jais2", **YARN_ROW, head_dim=32, tied=True, fused_qkv=True, window=3, extra=UNREAD),
     "phimoe_unread": of("phimoe", window=3, extra=UNREAD | UNREAD_ROUTING | {"leading_dense_block_count": 1}),
@@ -1026,6 +1122,18 @@ FAMILY_CASES: dict[str, dict[str, Any]] = {
         sizes=SIZES | {"indexer": 8},
         rope_base=100.0,
         scaling=DEEPSEEK_YARN,
+    ),
+    "dots3note": of("dots3note"),
+    "dots3note_yarn": of(
+        "dots3note",
+        scaling=YARN,
+        rope_base=100.0,
+        layers=4,
+        predictors=0,
+        tied=True,
+        shared_count=2,
+        selection_bias=0.05,
+        extra={"expert_gating_func": 1, "expert_weights_norm": False, "expert_weights_scale": 2.5},
     ),
     "minimax_m3": of("minimax-m3"),
     "minimax_m3_fused": of("minimax-m3", fused_qkv=True, dense_lead=0, layers=2, extra={"expert_gating_func": 1}),
@@ -1533,7 +1641,7 @@ LLAMA4_CASES: dict[str, dict[str, Any]] = {
     "llama4": of("llama4", rope_factors=True, rope_base=500.0),
     # As Maverick: with 128 experts, queries and keys are not normed.
     "llama4_maverick": of(
-        "llama4", layers=2, d=32, heads=2, kv_heads=1, ff=32, experts=128, expert_ff=32, shared_ff=32, tied=True
+        "llama4", layers=4, d=32, heads=2, kv_heads=1, ff=32, experts=128, expert_ff=32, shared_ff=32, tied=True
     ),
     "llama4_several": of(
         "llama4",
@@ -1552,3 +1660,53 @@ LLAMA4_CASES: dict[str, dict[str, Any]] = {
     "llama4_unread": of("llama4", layers=4, window=3, extra=UNREAD | UNREAD_ROUTING),
 }
 FAMILY_CASES |= LLAMA4_CASES
+
+LIGHTNING_CASES: dict[str, dict[str, Any]] = {
+    "minimax_01": of("minimax-01"),
+    # The default period is eight.
+    "minimax_01_period": of(
+        "minimax-01",
+        layers=8,
+        mixers=(*["lightning"] * 7, "attention"),
+        omit=("attention.recurrent_layers",),
+        tied=True,
+    ),
+    "minimax_01_heads": of(
+        "minimax-01",
+        layers=2,
+        mixers=("attention", "lightning"),
+        extra={"attention.recurrent_layers": [False, True]},
+        heads=6,
+        head_dim=10,
+        n_rot=10,
+        eps=0.05,
+        fused_qkv=True,
+        **YARN_ROW,
+    ),
+    "minimax_01_unread": of(
+        "minimax-01",
+        layers=2,
+        mixers=("lightning", "attention"),
+        window=3,
+        extra={k: v for k, v in UNREAD.items() if k != "residual_scale"}
+        | UNREAD_ROUTING
+        | {"attention.recurrent_layers": [True, False]},
+    ),
+    "minimax_01_q8_0": of(
+        "minimax-01",
+        layers=2,
+        mixers=("lightning", "attention"),
+        extra={"attention.recurrent_layers": [True, False]},
+        type="Q8_0",
+    ),
+}
+FAMILY_CASES |= LIGHTNING_CASES
+
+LOOPED_CASES: dict[str, dict[str, Any]] = {
+    "nanbeige": of("nanbeige", rope_factors=True, rope_base=500.0),
+    "nanbeige_once": of("nanbeige", extra={"num_loops": 1}, tied=True, n_rot=8),
+    "nanbeige_thrice": of("nanbeige", extra={"num_loops": 3}, layers=1, **YARN_ROW),
+    "nanbeige_not_normed": of("nanbeige", extra={"skip_loop_final_norm": True}, fused_qkv=True),
+    "nanbeige_unread": of("nanbeige", window=3, extra=UNREAD, omit=("skip_loop_final_norm",)),
+}
+FAMILY_CASES |= LOOPED_CASES

@@ -29,12 +29,13 @@ def libggml() -> ctypes.CDLL:
 
 NAMES = (
     *("l_out-", "attn_out-", "ffn_out-", "ffn_inp-", "sa_out-", "result_norm"),
-    *("attn_output-", "linear_attn_out-", "attn_residual-", "kda_out-", "mla_out-"),
+    *("attn_output-", "linear_attn_out-", "attn_residual-", "kda_out-", "mla_out-", "wo-"),
+    *("ffn_moe_out-", "ffn_dense_out-", "ffn_down-", "attn_out_norm-", "attn_out_scaled-"),
     *("model.layers.{}.conv.out_proj-", "model.layers.{}.self_attn.out_proj-"),
     *("mamba_out-", "ssm_out-", "layer_out-", "nemotron_h_block_out-"),
     "ffn_residual-",
     *("attn_post_norm-", "ffn_post_norm-", "per_layer_embd_out-"),
-    *("attn_o_proj-", "attn_proj-", "attn_out_proj-", "attn_norm_in-", "h_nextn", "ffn_moe_out_merged-"),
+    *("attn_o_proj-", "attn_proj-", "attn_out_proj-", "attn_norm_in-", "h_nextn", "ffn_moe_out"),
 )
 
 

@@ -84,7 +84,11 @@ class Facts(NamedTuple):
     local_attn_factor: bool = True  # and so does its attn_factor, whatever the scaling
     width_scaled_at: int | None = None  # with so many layers attention is scaled by sqrt(d / heads), not of head_dim
     attn_scale: float | None = None  # of scores; None: 1 / sqrt(head size)
+    attn_power: float = -0.5  # or of the head size this power
     attn_scale_key: str | None = None
+    alibi: float | str = 0.0  # bias of the first power-of-two heads' last one, in bits; or its key
+    alibi_at: int | None = None  # with so many layers only; None: with any number
+    roped_at: int | None = None
     shared_kv_key: bool = False  # attention.shared_kv_layers: that many blocks read earlier ones' keys and values
     first_values: bool = False  # layers after the first read the first one's values, too
     value_norm: bool = False  # values are normed, each head by itself and without weights
@@ -98,6 +102,7 @@ class Facts(NamedTuple):
     clamp_keys: bool = False  # swiglu_clamp_exp and _shexp limit gate, after SiLU, and up
     clamp_first: bool = False  # the gate before SiLU
     clamp: float | Tensor = 0.0  # so in one layer, where it is not zero
+    pruned: bool = False  # a block without a feed-forward does nothing
     ffn: str = "gated"  # gated | fused (gate above up in one matrix) | plain
     shared_ffn: str | None = None  # of the expert that all share; None: as above
     router: str = "all"  # softmax over: all | selected; or of each its sigmoid: each
@@ -108,9 +113,11 @@ class Facts(NamedTuple):
     router_key: bool = False  # expert_gating_func, where it is not 0: 1 all, 2 each
     renormalise: bool | None = True  # None: as expert_weights_norm says, else not
     routed_scale_key: bool = False  # expert_weights_scale
-    embedding: str | None = None  # root (of d) | key | normed (without weights)
+    embedding: str | None = None  # root (of d) | key | normed (without weights) | norm (with them)
     post_epsilon: float | None = None  # of the norms after a sublayer; None: that of the others
     residual_key: bool = False
+    looped: bool = False  # all blocks are applied num_loops times, with the final norm between
+    normed_skip: bool = False  # past a branch goes what the norm before it makes, times the file's residual_scale
     value_scale_key: bool = False  # attention.value_scale: of what attention adds
     norm_key: bool = False  # attention.layer_norm_rms_epsilon in the file: norms are rms
     logits: str | None = None  # divide | multiply
@@ -131,15 +138,23 @@ class Facts(NamedTuple):
     mscale: str | None = None  # of latent attention in a stretched context: equal | one | alone (oracle_latent.py)
 
 
-def by_interval(kind: str) -> Callable[["Oracle", int], tuple[str, ...]]:
+def by_interval(kind: str, default: int = 4) -> Callable[["Oracle", int], tuple[str, ...]]:
     """Return which mixer a block has, in families that list the blocks of `kind` or their period."""
 
     def mixers(model: "Oracle", layer: int) -> tuple[str, ...]:
         stated = model.metadata.get("attention.recurrent_layers")
-        period = model.metadata.get("full_attention_interval", 4)
+        period = model.metadata.get("full_attention_interval", default)
         return (kind if (stated[layer] if stated else (layer + 1) % period) else "attention",)
 
     return mixers
+
+
+def pruned(model: "Oracle", layer: int) -> tuple[str, ...]:
+    """Return the mixer of a block that may have lost it, or all of its heads, or its feed-forward and so everything."""
+    meta = model.metadata
+    if not scalar(meta["attention.head_count"], layer) or not scalar(meta["feed_forward_length"], layer):
+        return ()
+    return ("attention" if scalar(meta["attention.head_count_kv"], layer) else "linear",)
 
 
 def by_kv_heads(kind: str, other: str = "attention") -> Callable[["Oracle", int], tuple[str, ...]]:
@@ -172,7 +187,7 @@ QWEN35 = Facts(
 )  # fmt: skip
 RWKV = Facts(
     norm="ln",
-    embedding="weighted norm",
+    embedding="norm",
     ffn_norm="attn_norm_2",
     mixers=lambda model, layer: ("rwkv7",),
     first_values=True,
@@ -267,6 +282,9 @@ FACTS: dict[str, Facts] = {
     "exaone-moe": ROUTED._replace(
         rope="halves", qk_norm="head", factors=True, period=4, local_base_key=False, roped="local"
     ),
+    "openelm": Facts(rope="halves", qk_norm="head"),
+    "deci": Facts(factors=True, mixers=pruned, sum_named_ffn_out=True, graph={"wo": "linear"}),
+    "bitnet": Facts(rope="halves", graph={"ffn_down": "ffn_out"}),
     "mellum": Facts(
         rope="halves", qk_norm="head", period=4, local_base_key=False, local_scaling=False, local_attn_factor=False,
         sum_named_ffn_out=True, graph={"ffn_moe_out": "ffn_out"},
@@ -324,6 +342,11 @@ FACTS: dict[str, Facts] = {
         norm_unnamed=True,
     ),
     "cogvlm": Facts(rope="halves", rope_keys="", sum_named_ffn_out=True),
+    "baichuan": Facts(roped_at=32, alibi=8.0, alibi_at=40),
+    "mpt": LAYER_NORM._replace(rope=None, clamp_key=True, alibi="attention.max_alibi_bias"),
+    "bloom": LAYER_NORM._replace(rope=None, alibi=8.0, embedding="norm"),
+    "refact": Facts(rope=None, alibi=8.0),
+    "jais": Facts(norm="ln", rope=None, attn_power=-1.0, alibi="attention.max_alibi_bias"),
     "jais2": LAYER_NORM._replace(activation="relu2"),
     "deepseek2-ocr": ROUTED._replace(rope="halves", rope_keys="base", mscale="alone"),
     "qwen35": QWEN35,
@@ -347,6 +370,9 @@ FACTS: dict[str, Facts] = {
     "plm": LATENT._replace(activation="relu2", ffn="plain"),
     "deepseek32": LATENT_ROUTED._replace(mscale="one", temperature=False),
     "glm-dsa": LATENT_ROUTED._replace(mscale="alone", temperature=False, router="each"),
+    "dots3note": LATENT_ROUTED._replace(
+        temperature=False, period=0, graph={"attn_output": "latent", "attn_out": "what heads read"}
+    ),
     "minimax-m3": ROUTED._replace(rope="halves", qk_norm="head", activation="oai"),
     "granitehybrid": GRANITE._replace(
         finetuned_key=True, mixers=by_tensors,
@@ -392,6 +418,11 @@ FACTS: dict[str, Facts] = {
         router="each", renormalise=False, weighted="input", sum_named_ffn_out=True,
         graph={"ffn_moe_out_merged": "ffn_out"},
     ),
+    "minimax-01": Facts(
+        rope="halves", normed_skip=True, mixers=by_interval("lightning", 8),
+        graph={"ffn_out": "l_out", "ffn_moe_out": "ffn_out"},
+    ),
+    "nanbeige": Facts(factors=True, looped=True, sum_named_ffn_out=True),
     "spark2_5": Facts(rope="halves", period=0, activation="gelu", graph=GATED | {"attn_out_proj": "attn_out"}),
     "muse-glimmer": SANDWICH._replace(
         roped="local", period=4, local_scaling=False, qk_norm="head", final_cap=30.0, embedding="normed",
@@ -449,7 +480,20 @@ def _read(path: str, changed: int) -> Oracle:
     facts = FACTS[architecture]
     if facts.norm_key and f"{architecture}.attention.layer_norm_rms_epsilon" in fields:
         facts = facts._replace(norm="rms")
+    if facts.looped:
+        metadata, weights = unrolled(metadata, weights)
     return Oracle(architecture, metadata, weights, facts)
+
+
+def unrolled(meta: dict[str, Any], weights: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Return a model whose blocks are applied several times as one that has them so often."""
+    once, loops = meta["block_count"], meta.get("num_loops", 1)
+    more = {
+        f"blk.{int(i) + turn * once}.{rest}": w
+        for blk, i, rest, w in ((*name.split(".", 2), w) for name, w in weights.items() if name.startswith("blk."))
+        for turn in range(loops)
+    }
+    return meta | {"block_count": once * loops, "blocks in a loop": once}, weights | more
 
 
 def blocks(meta: Mapping[str, Any]) -> int:
@@ -583,7 +627,7 @@ def rotate(x: Tensor, angles: Tensor, magnitude: float, *, pairs: str) -> Tensor
 
 def roped(model: Oracle, layer: int) -> bool:
     off = model.facts.finetuned_key and not model.metadata.get("rope.scaling.finetuned", True)
-    if model.facts.rope is None or off:
+    if model.facts.rope is None or off or model.facts.roped_at not in (None, blocks(model.metadata)):
         return False
     windows = [window(model, i) for i in range(blocks(model.metadata))]
     local = windows[layer] is not None or windows == [None] * len(windows)
@@ -656,6 +700,22 @@ def values(model: Oracle, layer: int, h: Tensor, *, frozen: bool) -> Tensor:
     return v / (size.detach() if frozen else size)
 
 
+def alibi_slope(model: Oracle, head: int, heads: int) -> float:
+    """Return by how much a head's scores fall with each position of distance (Press et al., arXiv 2108.12409).
+
+    Of 2^k heads, the slopes are every step of a geometric series that ends at 2^-bias. Those of the heads beyond are
+    every other step of the series for 2^(k + 1) heads, from its first on.
+    """
+    facts = model.facts
+    bias = model.metadata.get(facts.alibi, 0.0) if isinstance(facts.alibi, str) else facts.alibi
+    if not bias or facts.alibi_at not in (None, blocks(model.metadata)):
+        return 0.0
+    power = 2 ** int(math.log2(heads))
+    series = [2 ** (-bias * step / power) for step in range(1, power + 1)]
+    finer = [2 ** (-bias * step / (2 * power)) for step in range(1, 2 * power + 1)]
+    return (series + finer[::2])[head]
+
+
 def attention(
     model: Oracle, layer: int, h: Tensor, *, frozen: bool, context: int, source: tuple[int, Tensor] | None = None
 ) -> Tensor:
@@ -670,7 +730,7 @@ def attention(
     v = values(model, at, read, frozen=frozen)
     kv_heads = v.shape[1]
     position = torch.arange(n)
-    scale = 1 / math.sqrt(meta["embedding_length"] // heads if blocks(meta) == facts.width_scaled_at else hd)
+    scale = (meta["embedding_length"] // heads if blocks(meta) == facts.width_scaled_at else hd) ** facts.attn_power
     scale = facts.attn_scale or scale
     if facts.attn_scale_key:
         scale = meta.get(facts.attn_scale_key, 0.0) or scale
@@ -693,6 +753,7 @@ def attention(
         scores = q[:, head] @ k[:, group].T * scale
         if cap:
             scores = cap * torch.tanh(scores / cap)
+        scores = scores - alibi_slope(model, head, heads) * distance
         scores = scores.masked_fill(hidden, -math.inf)
         if f"{b}.attn_sinks.weight" in model.weights:
             sink = model.weights[f"{b}.attn_sinks.weight"][head].expand(n, 1)
@@ -708,7 +769,14 @@ def attention(
         gate = facts.head_gate(linear(model, f"{b}.attn_gate", h))
         gate = gate[..., None].expand(n, -1, read.shape[1] // gate.shape[1]).flatten(1)
         read = read * (gate.detach() if frozen else gate)
+    if f"{b}.attn_sub_norm.weight" in model.weights:
+        read = norm(model, f"{b}.attn_sub_norm", read, frozen=frozen)
     return linear(model, f"{b}.attn_output", read)
+
+
+def only_projected(model: Oracle, layer: int, h: Tensor, **_: Any) -> Tensor:
+    """Return what stands in place of attention in some pruned layers."""
+    return linear(model, f"blk.{layer}.attn_output", h)
 
 
 def recurrent(mixer: Callable[..., Tensor], **options: Any) -> Callable[..., Tensor]:
@@ -733,6 +801,7 @@ def latent_attention(model: Oracle, layer: int, h: Tensor, *, frozen: bool, cont
         eps=meta["attention.layer_norm_rms_epsilon"],
         turn=lambda x: rotate(x, angles, magnitude, pairs=facts.rope) if roped(model, layer) else x,
         factor=factor * oracle_latent.temperatures(meta if facts.temperature else {}, n),
+        window=window(model, layer),
         frozen=frozen,
     )
 
@@ -743,10 +812,17 @@ def tensors_of(model: Oracle, layer: int) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): w for name, w in model.weights.items() if name.startswith(prefix)}
 
 
+def lightning(model: Oracle, layer: int, h: Tensor, *, frozen: bool, context: int) -> Tensor:
+    """Apply lightning attention, which fades less in later blocks, through the output projection."""
+    depth = layer / (blocks(model.metadata) - 1)
+    return oracle_delta.lightning(tensors_of(model, layer), model.metadata, h, depth=depth, frozen=frozen)
+
+
 # What mixes positions in a block, each on the normed input h [n, d] and through the output projection.
 MIXERS: dict[str, Callable[..., Tensor]] = {
     "attention": attention,
     "latent": latent_attention,
+    "linear": only_projected,
     "mamba": oracle_state.mamba,
     "mamba2": oracle_state.mamba2,
     "plamo2": oracle_state.plamo2,
@@ -755,6 +831,7 @@ MIXERS: dict[str, Callable[..., Tensor]] = {
     "delta": recurrent(oracle_delta.gated_delta, grouped=False),
     "grouped delta": recurrent(oracle_delta.gated_delta, grouped=True),
     "convolution": recurrent(oracle_delta.short_convolution),
+    "lightning": lightning,
     "kda": recurrent(oracle_delta.kimi_delta, bounded=False),
     "bounded kda": recurrent(oracle_delta.kimi_delta, bounded=True),
 }
@@ -827,7 +904,10 @@ def dense(model: Oracle, b: str, h: Tensor, suffix: str = "", **how: Any) -> Ten
         gate, up = up.chunk(2, dim=-1)
     else:
         gate = linear(model, f"{b}.ffn_gate{suffix}", h)
-    return linear(model, f"{b}.ffn_down{suffix}", activate(facts, gate, up, **how))
+    hidden = activate(facts, gate, up, **how) / model.weights.get(f"{b}.ffn.act{suffix}.scales", 1.0)
+    if f"{b}.ffn_sub_norm{suffix}.weight" in model.weights:
+        hidden = norm(model, f"{b}.ffn_sub_norm{suffix}", hidden, frozen=how["freeze"] is not None)
+    return linear(model, f"{b}.ffn_down{suffix}", hidden)
 
 
 def router_input(model: Oracle, b: str, stream: Tensor) -> Tensor:
@@ -925,7 +1005,7 @@ def embed(model: Oracle, ids: Sequence[int] | Tensor) -> Tensor:
         x = x * (model.metadata.get("embedding_scale", 0.0) or 1.0)
     elif model.facts.embedding == "normed":
         x = x / root_mean_square(model, x)
-    elif model.facts.embedding == "weighted norm":
+    elif model.facts.embedding == "norm":
         x = norm(model, "token_embd_norm", x, frozen=False)
     if "position_embd.weight" in model.weights:
         x = x + model.weights["position_embd.weight"][: len(x)]
@@ -1010,33 +1090,40 @@ def block(
     for families whose blocks read what earlier ones had.
     """
     facts, b, frozen = model.facts, f"blk.{layer}", freeze is not None
+    if facts.looped and layer and layer % model.metadata["blocks in a loop"] == 0:
+        x = x if model.metadata.get("skip_loop_final_norm") else norm(model, facts.final_norm, x, frozen=frozen)
     scale = (model.metadata.get("residual_scale", 0.0) or 1.0) if facts.residual_key else 1.0
     how = {"frozen": frozen, "context": len(x) if context is None else context}
     # Falcon 40B has a norm of its own for the attention; the usual one is then the feed-forward's.
     own = facts.parallel and f"{b}.attn_norm_2.weight" in model.weights
-    h = branch_norm(model, b, "attn_norm_2" if own else facts.attn_norm, x, frozen=frozen)
+    mixers = facts.mixers(model, layer)
+    h = branch_norm(model, b, "attn_norm_2" if own else facts.attn_norm, x, frozen=frozen) if mixers else x
     if (source := source_of(model, layer)) is not None:
         stream = states[f"l_out-{source - 1}"] if source else states["x"]
         how["source"] = source, branch_norm(model, f"blk.{source}", facts.attn_norm, stream, frozen=frozen)
-    mixed = {kind: MIXERS[kind](model, layer, h, **how) for kind in facts.mixers(model, layer)}
+    mixed = {kind: MIXERS[kind](model, layer, h, **how) for kind in mixers}
     attn = ffn = torch.zeros_like(x)
     if mixed:
         attn = branch_norm(model, b, facts.attn_post, sum(mixed.values()), frozen=frozen) * scale
         if facts.value_scale_key:
             attn = attn * (model.metadata.get("attention.value_scale", 0.0) or 1.0)
+    middle = attn + (model.metadata["residual_scale"] * h if facts.normed_skip else x)
+    past_ffn = middle
+    if facts.normed_skip:
+        past_ffn = model.metadata["residual_scale"] * branch_norm(model, b, facts.ffn_norm, middle, frozen=frozen)
     shared = facts.parallel or (facts.ffn_norm_optional and f"{b}.ffn_norm.weight" not in model.weights)
     together = shared or (facts.parallel_key and model.metadata["use_parallel_residual"])
     if any(f"{b}.{name}.weight" in model.weights for name in ("ffn_down", "ffn_down_exps", "channel_mix_key")):
         before = facts.attn_norm if shared else facts.ffn_norm
-        ffn = feed_forward(model, b, x if together else x + attn, x, before, freeze=freeze, gelu=gelu) * scale
+        ffn = feed_forward(model, b, x if together else middle, x, before, freeze=freeze, gelu=gelu) * scale
     more = {}
     if f"{b}.inp_gate.weight" in model.weights:
         inputs = states["per_layer_inputs"][:, layer]
-        more["per_layer_out"] = per_layer_branch(model, b, x + attn + ffn, inputs, freeze=freeze, gelu=gelu)
-    out = (x + attn + ffn + sum(more.values())) * model.weights.get(f"{b}.layer_output_scale.weight", 1.0)
+        more["per_layer_out"] = per_layer_branch(model, b, past_ffn + ffn, inputs, freeze=freeze, gelu=gelu)
+    out = (past_ffn + ffn + sum(more.values())) * model.weights.get(f"{b}.layer_output_scale.weight", 1.0)
     halved = model.metadata.get("rescale_every_n_layers", 0)
     out = out / 2 if halved and (layer + 1) % halved == 0 else out
-    states = {"attn_out": attn, "ffn_inp": x + attn, "ffn_out": ffn, "l_out": out} | mixed | more
+    states = {"attn_out": attn, "ffn_inp": middle, "ffn_out": ffn, "l_out": out} | mixed | more
     return {f"{name}-{layer}": state for name, state in states.items()}
 
 

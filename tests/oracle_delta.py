@@ -7,6 +7,7 @@ and applies the output projection, too. With `frozen` all is detached but the pa
 convolution on them, what the state hands on, and the output projection.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -49,6 +50,25 @@ def gated_norm(x: Tensor, weight: Tensor, gate: Tensor, eps: float, *, frozen: b
     """Apply RMSNorm over the last axis, then the gate; all but x itself may be frozen."""
     factor = torch.rsqrt((x * x).mean(-1, keepdim=True) + eps) * weight * gate
     return x * (factor.detach() if frozen else factor)
+
+
+def lightning(w: dict[str, Tensor], meta: dict[str, Any], h: Tensor, *, depth: float, frozen: bool) -> Tensor:
+    """Apply MiniMax-01's lightning attention (arXiv:2501.08313) in the block at `depth`, from 0 (first) to 1 (last)."""
+    n, heads = len(h), meta["attention.head_count"]
+    q, k, v = silu(h @ w["attn_qkv.weight"].T, frozen=frozen).reshape(n, heads, 3, -1).unbind(2)
+    outputs = []
+    for head in range(heads):
+        slope = 2 ** (-8 * (head + 1) / heads) * (1 - depth + 1e-5)
+        state, rows = torch.zeros(v.shape[2], k.shape[2], dtype=v.dtype), []
+        for t in range(n):
+            key, query = (x[t, head].detach() if frozen else x[t, head] for x in (k, q))
+            state = state * math.exp(-slope) + torch.outer(v[t, head], key)
+            rows.append(state @ query)
+        outputs.append(torch.stack(rows))
+    gate = torch.sigmoid(h @ w["attn_gate.weight"].T)
+    eps = meta["attention.layer_norm_rms_epsilon"]
+    read = gated_norm(torch.cat(outputs, dim=-1), w["attn_norm_2.weight"], gate, eps, frozen=frozen)
+    return read @ w["attn_output.weight"].T
 
 
 def delta_inputs(w: dict[str, Tensor], meta: dict[str, Any], h: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -50,11 +50,13 @@ def attention(
     eps: float,
     turn: Callable[[Tensor], Tensor],
     factor: Tensor,
+    window: int | None = None,
     frozen: bool,
 ) -> Tensor:
     """Return what the block adds to the stream, from its normed input h [n, d].
 
     `turn` rotates [n, heads, rope]; the scores of a query are multiplied by its `factor` [n], besides 1 / sqrt(size).
+    A position sees so many as `window` says, itself included; None: all before it.
     """
     width = len(w["attn_kv_a_norm"])
     latent, k_rope = (h @ w["attn_kv_a_mqa"].T).tensor_split([width], dim=-1)
@@ -63,11 +65,14 @@ def attention(
     to_keys, to_values = expansions(w, heads, nope)
     c = normed(latent, w["attn_kv_a_norm"], eps, frozen=frozen)
     k, v = (torch.einsum("hol,nl->nho", matrix, c) for matrix in (to_keys, to_values))
+    if "attn_k_norm" in w:  # of the part that rotates
+        k_rope = normed(k_rope, w["attn_k_norm"], eps, frozen=False)
     q_nope, q_rope = q.tensor_split([nope], dim=-1)
     q = torch.cat([q_nope, turn(q_rope)], dim=-1)
     k = torch.cat([k, turn(k_rope[:, None]).expand(-1, heads, -1)], dim=-1)
     scores = torch.einsum("ihc,jhc->hij", q, k) * factor[:, None] / math.sqrt(q.shape[-1])
-    p = scores.masked_fill(torch.ones(scores.shape[1:]).triu(1).bool(), -math.inf).softmax(-1)
+    distance = torch.arange(len(h))[:, None] - torch.arange(len(h))
+    p = scores.masked_fill((distance < 0) | (distance >= (window or len(h))), -math.inf).softmax(-1)
     read = torch.einsum("hij,jhv->ihv", p.detach() if frozen else p, v)
     if "attn_gate" in w:  # of each head, or of all it has read
         share = torch.sigmoid(h @ w["attn_gate"].T).unflatten(-1, (heads, -1))

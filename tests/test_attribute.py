@@ -40,7 +40,7 @@ CASES = (
     *("nemotron_h_moe", "gemma4"),
     *("gemma4_experts", "gemma4_full_first", "gemma4_small", "gemma4_shared"),
     *("deepseek2", "deepseek2_unsplit", "minicpm3", "minimax_m3"),
-    *("kimi_linear", "bailingmoe3_clamped"),
+    *("kimi_linear", "bailingmoe3_clamped", "minimax_01", "laguna", "llama4_several", "nanbeige"),
 )
 N = 6
 
@@ -96,12 +96,30 @@ class Expected:
                 shares.append(torch.autograd.grad(c @ added, factor)[0])
         return torch.cat(shares)
 
-    def later(self, layer: int) -> float:
-        """Return the product of what multiplies the stream after this layer and those that follow."""
+    def later(self, layer: int, position: int, *, feeds: bool = True) -> Tensor:
+        """Return the product of what multiplies the stream from this layer's feed-forward, or its end, on.
+
+        It is a number after each layer; or frozen factors of norms, past branches or between passes over all layers.
+        """
         names = (f"blk.{i}.layer_output_scale.weight" for i in range(layer, self.layers))
-        own = math.prod(float(self.known.weights[name]) for name in names if name in self.known.weights)
+        factor = torch.ones_like(self.last[0])
+        factor *= math.prod(float(self.known.weights[name]) for name in names if name in self.known.weights)
         every = self.known.metadata.get("rescale_every_n_layers", 0)
-        return own / 2 ** sum((i + 1) % every == 0 for i in range(layer, self.layers) if every)
+        factor /= 2 ** sum((i + 1) % every == 0 for i in range(layer, self.layers) if every)
+        if self.known.facts.looped:
+            once = self.known.metadata["blocks in a loop"]
+            for i in range((layer // once + 1) * once, self.layers, once):
+                size = oracle.root_mean_square(self.known, self.states[f"l_out-{i - 1}"][position])
+                factor = factor * self.known.weights["output_norm.weight"] / size
+        if self.known.facts.normed_skip:
+            for i in range(layer, self.layers):
+                before = self.states[f"l_out-{i - 1}"] if i else self.states["x"]
+                norms = [(f"blk.{i}.attn_norm", before), (f"blk.{i}.ffn_norm", self.states[f"ffn_inp-{i}"])]
+                for name, stream in norms[(1 if feeds else 2) if i == layer else 0 :]:
+                    size = oracle.root_mean_square(self.known, stream[position])
+                    weight = self.known.weights[f"{name}.weight"]
+                    factor = factor * self.known.metadata["residual_scale"] * weight / size
+        return factor
 
 
 @pytest.fixture(params=CASES)
@@ -130,13 +148,18 @@ def test_branches_and_heads_are_those_of_the_oracle(case: str, versus: int | Non
     for shares, row, position in [(found, p, p) for p in range(N)] + [(alone, 0, 2)]:
         c, logit, constant = expected.direction(position, int(shares.targets[row]), versus)
         close(shares.logits[row], logit)
-        close(shares.embedding[row], float(c @ expected.states["x"][position]) * expected.later(0))
+        first = expected.later(0, position)
+        if expected.known.facts.normed_skip:  # past the first attention, too
+            first = first * expected.known.metadata["residual_scale"] * expected.known.weights["blk.0.attn_norm.weight"]
+            first = first / oracle.root_mean_square(expected.known, expected.states["x"][position])
+        close(shares.embedding[row], float(c @ (expected.states["x"][position] * first)))
         close(shares.bias[row], constant)
         for layer in range(expected.layers):
             attn, mlp = (expected.states[f"{kind}_out-{layer}"][position] for kind in ("attn", "ffn"))
             mlp = mlp + expected.states.get(f"per_layer_out-{layer}", 0 * expected.last)[position]
-            attn, mlp = attn * expected.later(layer), mlp * expected.later(layer)
-            heads = expected.heads(layer, position, c) * expected.later(layer)
+            later = expected.later(layer, position)
+            attn, mlp = attn * later, mlp * expected.later(layer, position, feeds=False)
+            heads = expected.heads(layer, position, c * later)
             close(shares.attn[row, layer], float(c @ attn))
             close(shares.mlp[row, layer], float(c @ mlp))
             close(shares.heads[row, layer, : len(heads)], heads)

@@ -403,9 +403,7 @@ def test_one_of_several_processes(rates: Rates, tiny_file: TinyFile) -> None:
     assert one["sweeps"][0]["sums"] == 0
     sweep = two["sweeps"][0]
     assert sweep["sums"] == 2 * 2  # both branches of both blocks
-    assert (
-        sweep["summed_bytes"] == sweep["vectors"] * 2 * (5 + 5 + 5 + 1) * 64 * 4 // 2
-    )  # the last network: one position
+    assert sweep["summed_bytes"] == sweep["vectors"] * (5 + 5 + 5 + 1) * 64 * 4  # of the last network: one position
     svd = next(part for part in two["times"]["parts"] if part["what"] == "svd")
     assert svd["net"] == pytest.approx(sweep["summed_bytes"] / 1000 + 4 * 2 * 50e-6)  # 8 Kb: 1000 bytes a second
     assert svd["each"] > svd["net"]

@@ -642,7 +642,7 @@ def altered(path: Path, keys: dict[str, Any], shapes: dict[str, Any]) -> ModelCo
         prefix = file.metadata["general.architecture"]
         metadata = dict(file.metadata) | {f"{prefix}.{key}": value for key, value in keys.items()}
         found = {info.name: info.shape for info in file.tensors.values()}
-        outside = ("output", "rope_freqs")
+        outside = ("output", "rope_freqs", "token_embd")
         found |= {name if name.startswith(outside) else f"blk.0.{name}": shape for name, shape in shapes.items()}
         return read_config(
             {name: value for name, value in metadata.items() if value is not ABSENT},
@@ -733,15 +733,37 @@ LATENT: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {
     "a gate of elements": ("spark2_5", {}, {"attn_gate.weight": (64, 64)}, r"has shape \[64, 64\], .* \[4, 64\]"),
     "no pattern of windows": ("step35", {"attention.sliding_window_pattern": ABSENT}, {}, "pattern is missing"),
     "no chunks": ("llama4", {"attention.sliding_window": 0}, {}, "sliding_window is 0; expected a whole number from 1"),
+    "too many passes": ("nanbeige", {"num_loops": 257}, {}, "num_loops is 257: 2 blocks so often are more than 512"),
+    "no passes": ("nanbeige", {"num_loops": 0}, {}, "num_loops is 0; expected a whole number from 1"),
+    "a word in place of yes": ("nanbeige", {"skip_loop_final_norm": 1}, {}, "skip_loop_final_norm is 1; expected true"),
     "no scale of logits": ("muse_glimmer", {"logit_scale": ABSENT}, {}, "muse-glimmer.logit_scale is missing"),
     "no head": ("muse_glimmer", {}, {"output.weight": ABSENT}, "output.weight is missing"),
     "none shared": ("mistral4", {"expert_shared_count": ABSENT}, {}, "mistral4.expert_shared_count is missing"),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", LATENT)
-def test_latent_attention_is_refused_by_name(name: str, tiny_file: Callable[..., Path]) -> None:
-    case, keys, shapes, message = LATENT[name]
+# Likewise.
+DENSE: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {
+    **{
+        f"{case} without a head": (case, {}, {"output.weight": ABSENT}, "tensor output.weight is missing; the file is")
+        for case in ("xverse", "qwen", "codeshell", "codeshell_head_only", "orion", "plamo", "baichuan", "jais")
+    },
+    "no embeddings": ("orion", {}, {"token_embd.weight": ABSENT}, "tensor token_embd.weight is missing"),
+    "a base beyond numbers": ("hunyuan_vl", {"rope.scaling.alpha": 1e300}, {}, r"alpha 1e\+300 is not supported"),
+    "the width of two networks": ("qwen", {"feed_forward_length": 96}, {}, r"ffn_gate.weight has shape \[96, 64\]"),
+    "norms in llama.cpp's way": ("mpt", {}, {"attn_q_norm.weight": (64,)}, "'blk.0.attn_q_norm.weight' is not part"),
+    "another number of divisors": ("mpt_scaled", {}, {"ffn.act.scales": (95,)}, r"scales has shape \[95\]"),
+    "divisors elsewhere": ("bloom", {}, {"ffn.act.scales": (96,)}, "'blk.0.ffn.act.scales' is not part of a bloom mo"),
+    "no norm of embeddings": ("bloom", {}, {"token_embd_norm.weight": ABSENT}, "token_embd_norm.weight is missing"),
+    "a negative bias": ("jais", {"attention.max_alibi_bias": -8.0}, {}, "max_alibi_bias is -8.0; expected a finite"),
+    "images elsewhere": ("orion", {}, {"vis_gate.weight": (96, 64)}, "'blk.0.vis_gate.weight' is not part of a orion"),
+    "other images": ("cogvlm", {}, {"vis_gate.weight": (96, 32)}, r"vis_gate.weight has shape \[96, 32\]"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LATENT | DENSE)
+def test_other_attention_and_dense_files_are_refused_by_name(name: str, tiny_file: Callable[..., Path]) -> None:
+    case, keys, shapes, message = (LATENT | DENSE)[name]
     with pytest.raises(ConfigError, match=message) as error:
         altered(tiny_file(case), keys, shapes)
     assert "\n" not in str(error.value)
@@ -754,7 +776,7 @@ def test_variants_without_a_latent_of_queries_are_known_by_their_blocks(
 ) -> None:
     """Predictors do not count, and what the file states of the latent does not either."""
     path = tiny_file("deepseek2_lite", layers=blocks)
-    assert altered(path, {"attention.q_lora_rank": 24}, {}).latent.queries == 0
+    assert altered(path, {"attention.q_lora_rank": 24}, {}).layers[0].latent.queries == 0
     longer = {"nextn_predict_layers": 1, "block_count": blocks + 1}
     assert altered(path, longer, {}).block_count == blocks
 

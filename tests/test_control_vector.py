@@ -59,7 +59,7 @@ def test_llamacpp_adds_it_to_the_stream_we_say(case: str, layer: int, tiny_file:
     given = tiny.options(case)
     layers = given.layers if len(given.mixers) > 1 else 4  # blocks of several kinds are as they are
     path, ids = tiny_file(case, layers=layers, ftype="F32"), tiny.prompt(case, 6)
-    known, blocks = oracle.load(path), layers - given.predictors
+    known, blocks = oracle.load(path), (layers - given.predictors) * given.extra.get("num_loops", 1)
     push = direction().float().double()
     vector = save(tmp_path / "v.gguf", layer=layer, block_count=blocks)
     graph = ARCHITECTURES[known.architecture].graph

@@ -17,6 +17,7 @@ from ggjac import decode
 from ggjac.linop import Matrix
 from ggjac.model import open_model
 from ggjac.sizes import SMALL_PIECES
+from ggjac.weights import Weight
 
 
 class Tiled(Matrix):
@@ -169,3 +170,19 @@ def test_a_files_head_and_embedding(tile: int, tiny_file: Callable[..., Path], m
     near = decode.nearest(model.embedding, Y, 10)
     assert near.ids.tolist() == cosine.argsort(descending=True)[:, :10].tolist()
     assert torch.allclose(near.scores, cosine.sort(descending=True).values[:, :10], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("case", ["bloom", "muse_glimmer"])
+def test_a_token_is_nearest_to_its_normed_embedding(
+    case: str, tiny_file: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As block 0 gets it; a row of zeros, which belongs to no token, has no norm's bias for an embedding."""
+    model, ids = open_model(tiny_file(case), dtype="float64"), [3, 1, 4]
+    trace = model.trace(ids)
+    near = decode.nearest(trace.jacobian().network.embedding, trace.x, 2)
+    assert near.ids[:, 0].tolist() == ids
+    torch.testing.assert_close(near.scores[:, 0], torch.ones(3, dtype=torch.float64), rtol=1e-12, atol=0)
+    some = torch.stack([torch.zeros(model.config.d), torch.arange(model.config.d)]).double()
+    monkeypatch.setattr(Weight, "tiles", lambda weight: iter([(0, 2, some)]))
+    ((_, _, rows),) = model.embeddings.tiles()
+    assert rows.any(1).tolist() == [False, True]

@@ -32,7 +32,8 @@ CASES = [
     "nemotron_h_moe_latent", "mamba_falcon", "mamba_sizes", "jamba", "plamo2", "rwkv6qwen2",
     "arwkv7", "arwkv7_heads", "rwkv6", "rwkv7",
     "gemma4", "gemma4_full_first", "gemma4_experts", "gemma4_small",
-    "gemma4_shared", "gemma4_shared_keys",
+    "gemma4_shared", "gemma4_shared_keys", "laguna", "muse_glimmer", "llama4_several", "minimax_01", "nanbeige",
+    "granite_swa_listed", "cohere2moe", "mimo2", "smallthinker", "arctic", "deci_linear", "deci_idle", "bitnet",
     "deepseek2_yarn", "deepseek2_temperature", "deepseek2_unsplit", "minicpm3_long", "glm_dsa", "minimax_m3",
     "kimi_linear", "kimi_linear_sizes", "bailingmoe3_predictor", "bailingmoe3_clamped",
 ]  # fmt: skip

@@ -16,12 +16,14 @@ from helpers import TOKENS, invoke
 from safetensors.torch import load_file
 from torch import Tensor
 
+from ggjac import ways
 from ggjac.analysis import layers as module
 from ggjac.analysis.layers import LayerMap, Layers, layers
 from ggjac.analysis.svd import stable_rank
 from ggjac.cli.layers import spark
 from ggjac.cli.options import Depths
 from ggjac.frobenius import StableRank, stable_ranks
+from ggjac.jacobian import SharedSweep, Span, Tap
 from ggjac.linop import LinearOperator
 from ggjac.model import Trace, open_model
 from ggjac.report.load import checked
@@ -64,12 +66,24 @@ def by_place(result: Layers) -> dict[tuple[str, str, int], LayerMap]:
 # ---- every map against the dense one
 
 
+AUTOGRADS = [
+    *((case, "sweeps") for case in ("three_layers", "biases", "gemma2", "gpt2", "qwen2moe", "nemotron_h", "gemma4")),
+    *((case, "matrix") for case in ("biases", "gemma2", "gpt2", "nemotron_h")),
+    *((case, method) for case in ("minimax_01", "nanbeige") for method in ("sweeps", "matrix")),
+]
+
+
 @pytest.mark.parametrize("position", [-1, 2])
-@pytest.mark.parametrize("case", ["three_layers", "biases", "gemma2", "gpt2", "qwen2moe", "nemotron_h", "gemma4"])
-def test_every_map_is_that_of_autograd(case: str, position: int, tiny_files: dict[str, Path]) -> None:
+@pytest.mark.parametrize(("case", "method"), AUTOGRADS)
+def test_every_map_is_that_of_autograd(
+    case: str, method: str, position: int, tiny_files: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Spectrum, left vectors with their signs, tokens and stable rank, from the dense SVD of each Jacobian."""
+    if method == "matrix":
+        monkeypatch.setattr(ways, "WORTH", -math.inf)
     trace, theirs, found = traced(tiny_files, case)
     result, blocks = analysed(trace, position, top=5), len(trace.tapes)
+    assert {m.method for m in result.maps if m.span.tap.index > m.span.start + 1} == {method}
     inner = [(k, i) for k in KINDS for i in range(1, blocks + 1) if has(theirs, k, i - 1)]
     ends = {"cumulative": inner, "blockwise": inner}
     ends["to_end"] = [("layer", i) for i in range(blocks)]
@@ -82,6 +96,7 @@ def test_every_map_is_that_of_autograd(case: str, position: int, tiny_files: dic
             "to_end": (index, "layer", blocks),
         }[m.map]
         assert (m.span.start, *astuple(m.span.tap)) == expected_path
+        assert m.data()["method"] == m.method
         dense = oracle.inner(theirs, found, *expected_path, position=position)
         U, S, Vh = torch.linalg.svd(dense.J.flatten(1), full_matrices=False)
         assert m.first == pytest.approx(float(Vh[0].view(dense.J.shape[1:])[0].square().sum()), abs=1e-8)
@@ -100,6 +115,23 @@ def test_every_map_is_that_of_autograd(case: str, position: int, tiny_files: dic
         assert math.isclose(m.stable_rank.frobenius, float(dense.J.norm()), rel_tol=1e-10)
         assert m.stable_rank.error == 0
         assert m.transported is m.arriving is None
+
+
+@pytest.mark.parametrize("position", [-1, 2])
+@pytest.mark.parametrize("case", ["gemma4_small", "falcon_h1"])
+def test_one_pass_has_the_matrices_of_all_maps(case: str, position: int, tiny_files: dict[str, Path]) -> None:
+    """Where blocks share values, too: of a map that starts after them they are a constant."""
+    J = open_model(tiny_files[case], dtype="float64").trace(tiny.prompt(case, 5)).jacobian(position)
+    d, end = J.out_shape[0], J.end.index
+    to_end = [Span(i, J.end) for i in range(end)]
+    cumulative = [Span(0, Tap(kind, i)) for i in range(1, end + 1) for kind in KINDS]
+    for spans in (to_end, cumulative):
+        sweep = SharedSweep(J.network, spans, J.position)
+        found = {j: matrix.clone() for j, matrix in sweep.matrices()}
+        expected = sweep.down([torch.eye(d, dtype=torch.float64)] * len(spans))
+        assert sorted(found) == list(range(len(spans)))
+        for j, rows in enumerate(expected):
+            assert torch.allclose(found[j], rows, rtol=1e-11, atol=1e-12)
 
 
 @pytest.mark.parametrize("case", ["three_layers", "gemma2", "gpt2"])

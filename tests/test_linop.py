@@ -561,12 +561,16 @@ def test_flop_is_what_torch_counts(name: str) -> None:
 @pytest.mark.parametrize("slabs", [(30,), (16, 16), (2,)], ids=str)
 def test_a_network_takes_the_way_with_fewer_flop(slabs: tuple[int, ...], vectors: int) -> None:
     A, hidden = Random(torch.float64).network(*slabs, n=2, d=6, out=5, tiled=False), sum(slabs)
-    Y = Random(torch.float64, 1)(vectors, *A.out_shape)
-    with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: addmm_flop}) as counted:
-        product = A.rmatmat(Y)
     through, made = 2 * vectors * hidden * (6 + 5), 2 * 6 * 5 * (hidden + vectors)
-    assert counted.get_total_flops() == 2 * min(through, made)  # at two positions
-    torch.testing.assert_close(product, torch.einsum("kne,nemd->kmd", Y, columns(A)), rtol=1e-12, atol=1e-12)
+    for product, shape, formula in (
+        (A.rmatmat, A.out_shape, "kne,nemd->kmd"),
+        (A.matmat, A.in_shape, "kmd,nemd->kne"),
+    ):
+        given = Random(torch.float64, 1)(vectors, *shape)
+        with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: addmm_flop}) as counted:
+            found = product(given)
+        assert counted.get_total_flops() == 2 * min(through, made)  # at two positions
+        torch.testing.assert_close(found, torch.einsum(formula, given, columns(A)), rtol=1e-12, atol=1e-12)
 
 
 def test_matrices_of_a_network_take_no_more_memory_than_hidden_units() -> None:

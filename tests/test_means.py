@@ -97,6 +97,12 @@ def test_the_same_bits_on_any_workers_and_shards(asked: Measure, expected: bytes
     assert out.read_bytes() == expected
 
 
+def test_another_measure_is_refused(asked: Measure, tmp_path: Path) -> None:
+    for measure in (ggjac.measure(asked.model, "svd"), ggjac.measure(asked.model, "jacobian")):  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match=r"give ggjac.measure\(model, 'jacobian', mean=True\)"):
+            ggjac.mean_map(PROMPTS, measure, tmp_path / "mean.safetensors")
+
+
 def test_an_interrupted_mean_is_continued(asked: Measure, expected: bytes, tmp_path: Path) -> None:
     out, calls = tmp_path / "mean.safetensors", list[int]()
 

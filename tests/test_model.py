@@ -398,7 +398,7 @@ def keys_above_values(patch: Patch) -> None:
 
     def wrong(config: ModelConfig, layer: int) -> dict[str, Part]:
         parts, own = right(config, layer), config.layers[layer]
-        keys, rows = own.heads * (own.key_size - config.latent.rotary), own.heads * own.value_size
+        keys, rows = own.heads * (own.key_size - own.latent.rotary), own.heads * own.value_size
         return parts | {"attn_k_nope": Part("attn_kv_b", 0, keys), "attn_v_b": Part("attn_kv_b", keys, keys + rows)}
 
     patch.setattr(model, "fused_parts", wrong)
@@ -439,7 +439,7 @@ MISTAKES: dict[str, tuple[str, Callable[[Patch], None]]] = {
     "sinks missing": ("gpt_oss", without_sinks),
     "score cap missing": ("gemma2", lambda p: change_config(p, attention_softcap=0.0)),
     "logit cap missing": ("gemma2", lambda p: change_config(p, logit_softcap=0.0)),
-    "score scale of another size": ("gemma3_27b", lambda p: change_config(p, attention_scale=1 / 8)),
+    "score scale of another size": ("gemma3_27b", lambda p: change_config(p, layer__attention_scale=1 / 8)),
     "queries do not grow": ("mistral3_temperature", lambda p: change_config(p, temperature_scale=0.0)),
     "embeddings unscaled": ("gemma3", lambda p: change_config(p, embedding_scale=1.0)),
     "branches unscaled": ("granite", lambda p: change_config(p, residual_scale=1.0)),
@@ -568,7 +568,7 @@ MISTAKES: dict[str, tuple[str, Callable[[Patch], None]]] = {
     "norm of a state space missing": ("falcon_h1_normed", without("ssm_norm.weight")),
     "ungated experts not normed": ("nemotron_h_moe", lambda p: change_config(p, row__renormalize=False)),
     "values not normed": ("gemma4", lambda p: change_config(p, row__value_norm=False)),
-    "scores scaled in Gemma 4": ("gemma4", lambda p: change_config(p, attention_scale=0.25)),
+    "scores scaled in Gemma 4": ("gemma4", lambda p: change_config(p, layer__attention_scale=0.25)),
     "stream not scaled": ("gemma4", without("layer_output_scale.weight")),
     "router without a norm of its own": ("gemma4_experts", lambda p: change_config(p, row__router_reads="input")),
     "norm after experts missing": ("gemma4_experts", without("post_ffw_norm_2.weight")),
@@ -589,14 +589,18 @@ MISTAKES: dict[str, tuple[str, Callable[[Patch], None]]] = {
     "keys of all heads above their values": ("deepseek2_unsplit", keys_above_values),
     "latent attention rotates halves": ("deepseek2", lambda p: change_config(p, rope__pairs="halves")),
     "latent attention does not rotate": ("deepseek2_lite", lambda p: change_config(p, layer__rope=None)),
-    "scores scaled by the size of what is cached": ("deepseek2", lambda p: change_config(p, attention_scale=28**-0.5)),
-    "scores not scaled by YaRN": ("deepseek2_yarn", lambda p: change_config(p, attention_scale=20**-0.5)),
+    "scores scaled by the size of what is cached": (
+        "deepseek2", lambda p: change_config(p, layer__attention_scale=28**-0.5)
+    ),
+    "rotated parts of keys not normed": ("dots3note", without("attn_k_norm.weight")),
+    "latent attention without its window": ("dots3note", lambda p: change_config(p, layer__window=None)),
+    "scores not scaled by YaRN": ("deepseek2_yarn", lambda p: change_config(p, layer__attention_scale=20**-0.5)),
     "scores not scaled by YaRN's magnitude": (
-        "deepseek2_yarn_bare", lambda p: change_config(p, attention_scale=20**-0.5)
+        "deepseek2_yarn_bare", lambda p: change_config(p, layer__attention_scale=20**-0.5)
     ),
     "magnitude of YaRN's own": ("deepseek2_yarn", lambda p: change_config(p, rope__magnitude=1 + 0.1 * math.log(4))),
     "scores not scaled where nothing is stretched": (
-        "deepseek2_none", lambda p: change_config(p, attention_scale=20**-0.5)
+        "deepseek2_none", lambda p: change_config(p, layer__attention_scale=20**-0.5)
     ),
     "latent queries do not grow": ("deepseek2_temperature", lambda p: change_config(p, temperature_scale=0.0)),
     "magnitude of YaRN left as stored": ("mistral4_yarn_half", lambda p: change_config(p, rope__magnitude=1.0)),
@@ -609,7 +613,7 @@ MISTAKES: dict[str, tuple[str, Callable[[Patch], None]]] = {
     "both multipliers of YaRN read where one counts": (
         "glm_dsa_yarn", lambda p: change_config(p, rope__magnitude=1.0)
     ),
-    "no multiplier of YaRN read": ("deepseek32_yarn", lambda p: change_config(p, attention_scale=20**-0.5)),
+    "no multiplier of YaRN read": ("deepseek32_yarn", lambda p: change_config(p, layer__attention_scale=20**-0.5)),
     "no clamp in dense blocks": ("minimax_m3", changed_activation(limit=None)),
     "no shift in shared experts": ("minimax_m3", changed_activation(shift=0.0)),
     "no norm of heads beside an indexer": ("minimax_m3", lambda p: change_config(p, row__qk_norm="")),
@@ -634,6 +638,8 @@ MISTAKES: dict[str, tuple[str, Callable[[Patch], None]]] = {
     "experts clamped as shared ones": (
         "bailingmoe3_clamped", lambda p: change_config(p, layer__clamps=lambda layer: layer.clamps[::-1])
     ),
+    "no norm of what heads read": ("bitnet", without("attn_sub_norm.weight")),
+    "no norm of hidden units": ("bitnet", without("ffn_sub_norm.weight")),
     "experts read the stream after attention": ("arctic", lambda p: change_config(p, row__experts_skip=False)),
     "a dense network beside experts added in full": (
         "grok_betas", lambda p: change_config(p, row__joint_scale=1.0)
@@ -656,6 +662,18 @@ MISTAKES: dict[str, tuple[str, Callable[[Patch], None]]] = {
         "granite_swa_listed", lambda p: change_config(p, layer__rope=Rope(16, 500.0, "adjacent"))
     ),
     "weights not normed in Kimi Linear": ("kimi_linear_unread", lambda p: change_config(p, row__renormalize=False)),
+    "heads of attention not gated": ("afmoe", without("attn_gate.weight")),
+    "gates of heads by a sigmoid": ("laguna", lambda p: change_config(p, row__softplus_gate=False)),
+    "one epsilon for all norms": ("muse_glimmer_faint", lambda p: change_config(p, row__post_norm_epsilon=0.0)),
+    "embeddings not normed": ("muse_glimmer", lambda p: change_config(p, row__embedding_norm="")),
+    "experts' outputs weighted": ("llama4", lambda p: change_config(p, row__weighted_inputs=False)),
+    "queries and keys not normed after rotation": ("llama4", lambda p: change_config(p, row__qk_norm="")),
+    "the stream goes past branches": ("minimax_01", lambda p: change_config(p, row__normed_skip=False)),
+    "what goes past branches not scaled": ("minimax_01", lambda p: change_config(p, skip_scale=1.0)),
+    "lightning attention fades alike in all blocks": (
+        "minimax_01", lambda p: p.setattr(mixers, "_slopes", lambda heads, *_, of=mixers._slopes: of(heads, 0, 4))
+    ),
+    "no norm between passes": ("nanbeige", lambda p: change_config(p, loop_norm=False)),
     "latent queries grow late": ("deepseek2_temperature", lambda p: change_config(p, temperature_length=5)),
 }  # fmt: skip
 

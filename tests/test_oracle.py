@@ -114,13 +114,13 @@ def test_every_state_agrees_with_llamacpp(case: str, tiny_file: Callable[..., Pa
         compared = theirs.keys() & ours.keys()
         assert compared >= {*streams(model, theirs), "logits"}
         assert ("result_norm" in compared) != model.facts.norm_unnamed
-        assert len(streams(model, theirs)) == tiny.options(case).blocks
+        assert len(streams(model, theirs)) == tiny.options(case).working
         assert compared >= named_branches(model, states).keys()
         errors = {name: distance(theirs[name], ours[name]) for name in compared}
         assert {name: error for name, error in errors.items() if not error < tolerance} == {}
 
 
-SHORT = ("qwen35", "qwen35_sizes", "qwen3next", "lfm2", "kimi_linear", "bailingmoe3", "mamba")
+SHORT = ("minimax_01", "qwen35", "qwen35_sizes", "qwen3next", "lfm2", "kimi_linear", "bailingmoe3", "mamba")
 
 
 @pytest.mark.parametrize("length", [1, 2, 3])
@@ -720,6 +720,12 @@ FAMILY_MISTAKES: dict[str, tuple[str, Callable[[Oracle], Oracle]]] = {
     "bailingmoe3: experts not clamped": ("bailingmoe3_clamped", keys(swiglu_clamp_exp=0.0)),
     "bailingmoe3: shared expert and dense block not clamped": ("bailingmoe3_clamped", keys(swiglu_clamp_shexp=0.0)),
     "bailingmoe3: one clamp in every layer": ("bailingmoe3_clamped", keys(swiglu_clamp_exp=0.5)),
+    "openelm: qk-norm after rope": ("openelm", facts(qk_norm="head after rope")),
+    "deci: a projection in place of attention missing": ("deci_linear", on("blk.0.attn_output", torch.zeros_like)),
+    "deci: rope factors ignored": ("deci", facts(factors=False)),
+    "bitnet: attention's inner norm missing": ("bitnet", lambda m: without(m, "attn_sub_norm")),
+    "bitnet: inner norm of hidden units missing": ("bitnet", lambda m: without(m, "ffn_sub_norm")),
+    "bitnet: factors missing": ("bitnet_scales", on("ffn_down.weight", lambda w: 1.3 * w)),
     "arctic: experts read the stream": (
         "arctic",
         facts(parts=(oracle.Part("dense", "ffn_norm", None), oracle.Part("mixture", "ffn_norm_exps", None))),
@@ -1144,6 +1150,17 @@ GATED_MISTAKES: dict[str, tuple[str, Callable[[Oracle], Oracle]]] = {
     "muse-glimmer: scaling in windows": ("muse_glimmer_linear", facts(local_scaling=True)),
     "muse-glimmer: no factor of rotation in windows": ("muse_glimmer_linear", facts(local_attn_factor=False)),
     "muse-glimmer: no cap by default": ("muse_glimmer_faint", facts(final_cap=None)),
+    "nanbeige: no norm between passes": ("nanbeige", keys(skip_loop_final_norm=True)),
+    "nanbeige: a norm between passes": ("nanbeige_not_normed", keys(skip_loop_final_norm=False)),
+    "nanbeige: norms without weights": ("nanbeige", on("output_norm", torch.ones_like)),
+    "minimax-01: the stream goes past branches": ("minimax_01", facts(normed_skip=False)),
+    "minimax-01: what goes past branches not scaled": ("minimax_01", keys(residual_scale=1.0)),
+    "minimax-01: gates in another order": ("minimax_01", on("attn_gate", lambda w: w.roll(1, 0))),
+    "minimax-01: no weights of the inner norm": ("minimax_01", on("attn_norm_2", torch.ones_like)),
+    "minimax-01: queries, keys and values apart": (
+        "minimax_01",
+        on("attn_qkv", lambda w: w.reshape(4, 3, -1, 64).transpose(0, 1).reshape(w.shape)),
+    ),
     "llama4: queries and keys not normed": ("llama4", facts(qk_norm=None)),
     "llama4: queries and keys of Maverick normed": (
         "llama4_maverick",
@@ -1156,6 +1173,57 @@ GATED_MISTAKES: dict[str, tuple[str, Callable[[Oracle], Oracle]]] = {
     "llama4: weights normed": ("llama4_several", facts(renormalise=True)),
     "llama4: no divisors": ("llama4", facts(factors=False)),
     "muse-glimmer: logits divided": ("muse_glimmer", facts(logits="divide")),
+}
+DENSE_MISTAKES: dict[str, tuple[str, Callable[[Oracle], Oracle]]] = {
+    "xverse: pairs of halves": ("xverse", facts(rope="halves")),
+    "qwen: adjacent pairs": ("qwen", facts(rope="adjacent")),
+    "qwen: rotation of whole heads": ("qwen_partial", keys(rope__dimension_count=16)),
+    "qwen2vl: the file's epsilon": ("qwen2vl", facts(epsilon_read=True)),
+    "qwen2vl: sections dealt in turn": ("qwen2vl_still", facts(sections="in turn")),
+    "qwen2vl: every pair turns": ("qwen2vl_still", keys(rope__dimension_sections=None)),
+    "paddleocr: adjacent pairs": ("paddleocr", facts(rope="adjacent")),
+    "hunyuan_vl: base not enlarged": ("hunyuan_vl", keys(rope__scaling__alpha=None)),
+    "hunyuan_vl: every pair turns": ("hunyuan_vl", keys(rope__dimension_sections=None)),
+    "hunyuan_vl: heads normed before rope": ("hunyuan_vl", facts(qk_norm="head")),
+    "hunyuan-dense: base not enlarged": ("hunyuan_alpha", keys(rope__scaling__alpha=None)),
+    "starcoder: positions missing": ("starcoder", drop("position_embd")),
+    "codeshell: adjacent pairs": ("codeshell", facts(rope="adjacent")),
+    "orion: norms not centred": ("orion", uncentered),
+    "maincoder: heads normed before rope": ("maincoder", facts(qk_norm="head")),
+    "chatglm: rotation of whole heads": ("chatglm", keys(rope__dimension_count=16)),
+    "chatglm: up above gate": ("chatglm", on("ffn_up", halves_swapped)),
+    "pangu: rope factors read": ("pangu", facts(factors=True)),
+    "plamo: sequential": ("plamo", SEQUENTIAL),
+    "plamo3: windows everywhere": ("plamo3", facts(period=0)),
+    "plamo3: no windows": ("plamo3", facts(period=None)),
+    "plamo3: one base": ("plamo3", facts(local_base=None)),
+    "plamo3: windows scaled": ("plamo3_base", facts(local_scaling=True)),
+    "plamo3: a post-norm missing": ("plamo3", facts(ffn_post=None)),
+    "cogvlm: the file's base": ("cogvlm", facts(rope_keys="base")),
+    "jais2: adjacent pairs": ("jais2", facts(rope="adjacent")),
+    "deepseek2-ocr: scaled rotation": (
+        "deepseek2_ocr_linear",
+        both(facts(rope_keys="all"), keys(rope__dimension_count=16)),
+    ),
+    "deepseek2-ocr: scores not scaled": ("deepseek2_ocr_linear", facts(mscale=None)),
+    "baichuan: rotated": ("baichuan", facts(roped_at=None)),
+    "baichuan: biased": ("baichuan", facts(alibi_at=None)),
+    "baichuan 7b: not rotated": ("baichuan_7b", facts(roped_at=40)),
+    "baichuan 7b: biased": ("baichuan_7b", facts(alibi_at=None)),
+    "baichuan 13b: rotated": ("baichuan_13b", facts(roped_at=None)),
+    "baichuan 13b: not biased": ("baichuan_13b", facts(alibi_at=32)),
+    "mpt: another bias": ("mpt_clamped", keys(attention__max_alibi_bias=8.0)),
+    "mpt: not clamped": ("mpt_clamped", facts(clamp_key=False)),
+    "mpt: biased by default": ("mpt_positions", facts(alibi=8.0)),
+    "mpt: positions missing": ("mpt_positions", drop("position_embd")),
+    "mpt: hidden units not divided": ("mpt_scaled", lambda m: without(m, "ffn.act")),
+    "mpt: hidden units multiplied": ("mpt_scaled", on("ffn.act", torch.reciprocal)),
+    "bloom: embeddings not normed": ("bloom", facts(embedding=None)),
+    "bloom: no bias of that norm": ("bloom", drop("token_embd_norm.bias")),
+    "bloom: the file's bias": ("bloom_unread", facts(alibi="attention.max_alibi_bias")),
+    "refact: the file's bias": ("refact_unread", facts(alibi="attention.max_alibi_bias")),
+    "jais: scores divided by a root": ("jais", facts(attn_power=-0.5)),
+    "jais: biased by default": ("jais_unread", facts(alibi=8.0)),
 }
 MISTAKES: dict[str, tuple[str, Callable[[Oracle], Oracle]]] = {
     "rope pairs as NEOX": ("plain", rotate_halves),
@@ -1197,6 +1265,7 @@ MISTAKES: dict[str, tuple[str, Callable[[Oracle], Oracle]]] = {
     **GEMMA4_MISTAKES,
     **HYBRID_MISTAKES,
     **GATED_MISTAKES,
+    **DENSE_MISTAKES,
 }
 
 
@@ -1982,7 +2051,7 @@ def test_offset_is_what_the_live_biases_add(case: str, mlp_path: str, tiny_file:
         constants |= {f"{key}-{i}": limit.requires_grad_() for i, limit in enumerate(limits) if limit}
         model = meta(model, **{key: limits})
     expected = torch.zeros_like(J.y)
-    y = oracle.forward(model, ids, freeze=mlp_path)["result_norm"][-1]
+    y = oracle.forward(model, ids, freeze=mlp_path, x=J.x)["result_norm"][-1]
     if y.requires_grad:  # else no bias is on the live path
         leaves = [*live.values(), *constants.values()]
         eye = torch.eye(len(y), dtype=torch.float64)

@@ -585,7 +585,9 @@ def without_a_bias(w, frame):
 
 
 def another_scale(w, frame):
-    return w, frame._replace(config=replace(frame.config, attention_scale=frame.config.attention_scale * 1.001))
+    config = frame.config
+    layers = tuple(replace(layer, attention_scale=layer.attention_scale * 1.001) for layer in config.layers)
+    return w, frame._replace(config=replace(config, layers=layers))
 
 
 MISTAKES = [another_epsilon, another_base, without_a_bias, another_scale]
@@ -680,10 +682,10 @@ def test_a_large_position_hides_no_mistake(tiny_file, monkeypatch):
     record = blocks.record_block
 
     def record_block(w, frame, layer, x, source):
-        attn, ffn, inputs, out = record(w, frame, layer, x, source)
+        recorded = record(w, frame, layer, x, source)
         out = reference.tensors[f"l_out-{layer}"].clone()  # right, but for 0.1% of what the block adds at one position
         out[5] += 1e-3 * (out[5] - x[5]) if layer == 1 else 0.0
-        return blocks.RecordedBlock(attn, ffn, inputs, out)
+        return recorded._replace(out=out)
 
     monkeypatch.setattr(blocks, "record_block", record_block)
     local = parity.local_errors(model, ids, reference, tolerance=1e-5, exact=1e-5, n_ctx=256)

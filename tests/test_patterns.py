@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ggjac.blocks.patterns import Recurrence, recurrent_pattern, recurrent_scan
+from ggjac.config import Alibi
 from ggjac.linop import Mix, Scan, dot_test
 from ggjac.sizes import scan_chunk
 
@@ -131,3 +132,21 @@ def test_a_state_carries_on() -> None:
 def test_long_prompts_are_scanned() -> None:
     assert scan_chunk(4 * S, S) is None
     assert scan_chunk(4 * S + 1, S) == S
+
+
+@pytest.mark.parametrize(("heads", "bias"), [(1, 8.0), (8, 8.0), (12, 8.0), (5, 16.0)])
+def test_slopes_of_alibi_are_the_papers(heads: int, bias: float) -> None:
+    """By the code of its authors, generalized to another bias: of heads beyond a power of two, those of twice as many.
+
+    A range of heads has the slopes that they have among all.
+    """
+
+    def power_of_two(n: int) -> list[float]:
+        start = 2 ** -(2 ** -(math.log2(n) - math.log2(bias)))
+        return [start * start**i for i in range(n)]
+
+    closest = 2 ** math.floor(math.log2(heads))
+    expected = power_of_two(closest) + power_of_two(2 * closest)[::2][: heads - closest]
+    assert Alibi(bias, heads, range(heads)).slopes == pytest.approx(expected, rel=1e-14)
+    part = range(heads // 2, heads)
+    assert Alibi(bias, heads, part).slopes == Alibi(bias, heads, range(heads)).slopes[heads // 2 :]

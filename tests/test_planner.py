@@ -49,12 +49,13 @@ CASES = [
     *("gemma4_inputs", "gemma4_small_q8_0"),
     *("deepseek2", "deepseek2_unsplit", "deepseek2_dense", "mistral4", "minicpm3", "plm"),
     *("mellum", "maple", "granite_swa", "granite_swa_experts", "hy_v3", "cohere2moe", "cohere2moe_rms", "mimo2"),
-    *("mimo2_fused", "smallthinker", "dbrx", "arctic", "grok", "grok_defaults"),
+    *("mimo2_fused", "smallthinker", "dbrx", "arctic", "grok", "grok_defaults", "openelm", "deci", "deci_linear"),
+    *("deci_idle", "bitnet"),
     *("mamba", "mamba_sizes", "mamba_q8_0", "jamba", "jamba_experts", "plamo2"),
     *("rwkv6", "rwkv7", "rwkv7_one_layer", "rwkv7_q8_0"),
     *("rwkv6qwen2", "rwkv6qwen2_heads", "arwkv7", "arwkv7_no_gate", "arwkv7_not_normed", "arwkv7_q8_0"),
     *("afmoe", "laguna", "laguna_elements", "step35_clamped", "step35_factors", "spark2_5", "muse_glimmer"),
-    *("llama4", "llama4_several"),
+    *("llama4", "llama4_several", "minimax_01", "nanbeige", "nanbeige_thrice"),
     *("deepseek32", "glm_dsa", "minimax_m3", "kimi_linear", "kimi_linear_fused", "bailingmoe3", "bailingmoe3_clamped"),
 ]
 GATED = (
@@ -71,6 +72,7 @@ GATED = (
     "bailingmoe3_clamped",
     "maple",
     "granite_swa_experts",
+    "bitnet",
 )
 BOTH_WAYS = pytest.mark.parametrize(
     ("case", "mlp_path"), [*((case, "up") for case in CASES), *((case, "gate") for case in GATED)]
@@ -98,6 +100,12 @@ def matrices(reads: dict[str, float], model: Model) -> tuple[float, float]:
     infos = [(model.gguf.tensors[name], rows) for name, rows in reads.items()]
     infos = [(info, rows) for info, rows in infos if info.name.endswith(".weight") and len(info.shape) > 1]
     return sum(rows * i.shape[-1] for i, rows in infos), sum(rows * i.row_bytes for i, rows in infos)
+
+
+def of_block(reads: dict[str, float], model: Model, layer: int) -> dict[str, float]:
+    """Return the rows read of a block's tensors; blocks that share them have equal parts."""
+    prefix, loops = model.config.prefix(layer), model.config.loops
+    return {name: rows / loops for name, rows in reads.items() if name.startswith(prefix)}
 
 
 def in_matrices(work: planner.Pass, read: planner.Pass) -> tuple[int, int]:
@@ -273,7 +281,7 @@ def test_a_sweep_reads_what_the_plan_says(case: str, mlp_path: Any, tiny_file: T
     J.rmatmat(torch.ones(1, model.config.d))
     reads = dict(model.weights.reads)
     for layer in plan.layers:
-        of_layer = {name: rows for name, rows in reads.items() if name.startswith(f"blk.{layer.index}.")}
+        of_layer = of_block(reads, model, layer.index)
         found = matrices(of_layer, model)
         last = layer.index == len(plan.layers) - 1
         expected = found[0] + live_bias_elements(run, layer.index)
@@ -293,7 +301,7 @@ def test_a_trace_reads_what_the_plan_says(case: str, mlp_path: Any, tiny_file: T
     run, plan = trace(path, n, mlp_path), planned(path, n, mlp_path=mlp_path)
     model, reads = run.model, dict(run.model.weights.reads)
     for layer in plan.layers:
-        of_layer = {name: rows for name, rows in reads.items() if name.startswith(f"blk.{layer.index}.")}
+        of_layer = of_block(reads, model, layer.index)
         elements, _ = matrices(of_layer, model)
         stems = ("ffn_gate", "ffn_up", "ffn_down")
         twice = ("ffn_up",) if mlp_path == "up" else ("ffn_gate",)
@@ -303,7 +311,8 @@ def test_a_trace_reads_what_the_plan_says(case: str, mlp_path: Any, tiny_file: T
         elements += surplus(run, layer.index, n, flat(run.tapes[layer.index].ffn), stems)
         # Vectors are a trifle, and read where they are needed: norms once, biases once or twice. Where three parts of a
         # convolution have their biases in one, it is read for each.
-        infos = [info for info in model.gguf.tensors.values() if info.name.startswith(f"blk.{layer.index}.")]
+        prefix = model.config.prefix(layer.index)
+        infos = [info for info in model.gguf.tensors.values() if info.name.startswith(prefix)]
         trifle = 2 * sum(info.elements for info in infos if len(info.shape) == 1 or not info.name.endswith(".weight"))
         trifle += sum(info.elements for info in infos if info.name.endswith("ssm_conv1d.bias"))
         assert elements <= layer.trace.weights + 1e-6 <= elements + trifle + 1e-3
@@ -549,6 +558,8 @@ HOLDING: list[tuple[str, dict[str, Any]]] = [
     *(("qwen35_listed", recurrent(size, heads) | {"ff": 32}) for size, heads in ((4, 64), (16, 16), (32, 8))),
     ("qwen35_listed", recurrent(16, 16) | {"ff": 512}),
     *((case, {}) for case in ("mamba2", "falcon_h1", "gemma4", "gemma4_experts")),
+    *((case, {}) for case in ("arctic", "cohere2moe", "mimo2_fused", "smallthinker", "grok")),
+    *((case, {}) for case in ("bitnet",)),
     ("qwen35_listed", recurrent(16, 16) | {"d": 32, "ff": 32}),
     *(("deepseek2_dense", {"ff": 32, "heads": heads}) for heads in (4, 16)),
     ("plm", {"ff": 32, "heads": 16}),

@@ -1,6 +1,7 @@
 """Stable ranks of every token's map against dense arithmetic, and the file of JSON lines that remembers them."""
 
 import json
+import math
 import os
 import re
 import weakref
@@ -14,7 +15,7 @@ import torch
 from helpers import invoke, invoke_json
 from torch import Tensor
 
-from ggjac import runs
+from ggjac import runs, ways
 from ggjac.analysis import ranks as module
 from ggjac.analysis.ranks import token_ranks
 from ggjac.model import Model, PromptError, Trace, open_model
@@ -33,16 +34,24 @@ def exact(J: Tensor) -> float:
 # ---- the numbers
 
 
-@pytest.mark.parametrize("at_once", [None, 7])
+@pytest.mark.parametrize(("method", "at_once"), [("sweeps", None), ("sweeps", 7), ("matrix", None)])
 @pytest.mark.parametrize("position", [-1, 2])
 @pytest.mark.parametrize("case", ["three_layers", "biases", "gemma2"])
 def test_every_tokens_map_is_that_of_autograd(
-    case: str, position: int, at_once: int | None, tiny_files: dict[str, Path]
+    case: str,
+    position: int,
+    method: str,
+    at_once: int | None,
+    tiny_files: dict[str, Path],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    if method == "matrix":
+        monkeypatch.setattr(ways, "WORTH", -math.inf)
     ids = tiny.prompt(case, 5)
     J = open_model(tiny_files[case], dtype="float64").trace(ids).jacobian(position)
     expected = oracle.jacobian(tiny_files[case], ids, mlp_path="up", position=position).J
     found = token_ranks(J, tol=1e-8, max_sweeps=200, at_once=at_once)
+    assert found.method == method
     assert len(found.tokens) == position % 5 + 1
     for i, rank in enumerate(found.tokens):
         assert rank.value == pytest.approx(exact(expected[:, i]), rel=1e-10)

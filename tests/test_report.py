@@ -102,7 +102,8 @@ def test_the_certificate_has_all_it_takes_to_run_again(parsed: Page) -> None:
         "llama.cpp passed agrees on the file as it is Same top token",
         "KL divergence 7.8 × 10⁻⁶ nats",
         "Singular vectors passed 3.6 × 10⁻⁶ tolerance 10⁻³",
-        "float32", "Live factor of gated MLPs up", "Seed 4", "Threads 2", "Peak memory 283.3 MiB",
+        "float32", "Live factor of gated MLPs up", "Seed 4", "Threads 2",
+        "Peak memory, with the cached pages of the file 283.3 MiB",
         "sampled-sha256:" + "ab" * 32, "torch 2.13.0", "trace 0.074 s", "total 1 min 15 s", "2026-01-02 03:04:05 UTC",
         """ggjac analyze -p 'The bridge'"'"'s <b>end</b>' -k 5""",
     ):  # fmt: skip

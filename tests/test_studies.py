@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import pickle
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -13,6 +14,7 @@ from concurrent.futures import BrokenExecutor, Executor, Future, ThreadPoolExecu
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -146,9 +148,26 @@ def test_clusters_write_the_same_file(engine: str, asked: Measure, expected: byt
 
 @pytest.mark.parametrize(("engine", "package"), [("ray", "ray"), ("dask:tcp://localhost:1", "distributed")])
 def test_a_missing_engine_is_named(engine: str, package: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, package, None)
+    monkeypatch.setitem(sys.modules, package, None)
     err = invoke("ranks", "-t", 1, "--tokens", "1,2", "--workers", engine, code=1).stderr
     assert f"needs the package {package}: pip install 'ggjac[{engine.partition(':')[0]}]'" in err
+
+
+@pytest.mark.parametrize(
+    ("engine", "message"),
+    [
+        ("ray", "Ray does not start on this machine (timed out during startup); try again when it is less busy"),
+        ("ray:10.0.0.1:6379", "no Ray cluster at 10.0.0.1:6379 (timed out during startup); ray start --head"),
+    ],
+)
+def test_a_cluster_that_does_not_start_is_an_error_of_one_line(
+    engine: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def init(*args: Any, **options: Any) -> None:
+        raise Exception("timed out during startup\nand more")
+
+    monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(init=init))
+    assert message in invoke("ranks", "-t", 1, "--tokens", "1,2", "--workers", engine, code=1).stderr
 
 
 class Broken(Executor):
@@ -444,7 +463,7 @@ def test_parquet_has_a_row_for_each_prompt(shards: list[Path], tmp_path: Path) -
 
 
 def test_parquet_says_what_it_needs(shards: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
     err = invoke("merge", *shards, "-o", tmp_path / "all.parquet", code=1).stderr
     assert "Parquet needs the package pyarrow: pip install 'ggjac[notebook]'" in err
     assert not (tmp_path / "all.parquet").exists()

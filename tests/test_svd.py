@@ -23,6 +23,7 @@ from ggjac.analysis import svd as analysis
 from ggjac.analysis.svd import spectrum, stable_rank
 from ggjac.linop import LinearOperator
 from ggjac.model import open_model
+from ggjac.sizes import forms
 from ggjac.svd import SVD, roughly_first, svd, svd_together
 
 TinyFile = Callable[..., Path]
@@ -530,6 +531,18 @@ def test_the_command_with_a_rough_search(command: str, tmp_path: Path) -> None:
     assert values[0] == pytest.approx(values[1], rel=1e-5)
     shown = " ".join(invoke("svd", "-q", *TOKENS, "-k", 3, "--search-dtype", "bfloat16").stdout.split())
     assert f"after {found['sweeps']} sweeps, {found['rough_sweeps']} of them rough (stopped by: tolerance)" in shown
+
+
+def test_many_rough_products_are_those_of_few(tiny_file: TinyFile) -> None:
+    """Where networks make their matrices, as they do for so many vectors."""
+    J = open_model(tiny_file("plain", ff=512)).trace(tiny.prompt("plain", 4)).jacobian()
+    Y = torch.randn(100, 64, generator=torch.Generator().manual_seed(0))
+    X = torch.randn(100, 4, 64, generator=torch.Generator().manual_seed(1))
+    assert forms(100, 64, 64, 512, 512)
+    with J.sweep.rounded(torch.bfloat16):
+        for product, given in ((J.rmatmat, Y), (J.matmat, X)):
+            few = torch.cat([product(part) for part in given.split(1)])
+            assert 1e-4 < float((product(given) - few).norm() / few.norm()) < 2e-2
 
 
 @pytest.mark.parametrize("case", ["plain", "biases", "qwen3moe_q8_0", "mamba2"])

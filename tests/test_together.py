@@ -7,14 +7,17 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import click
 import numpy as np
 import pytest
+import torch
 from helpers import invoke
 from safetensors.numpy import load_file
 
 from ggjac.cli import together
+from ggjac.planner import machine
 
 SVD = "svd -k 3 -q --dtype float64 --tol 1e-6 --resume --format json -o two.safetensors"
 # Runs a command of which a process may be told to die.
@@ -40,10 +43,14 @@ def together_run(folder: Path, *commands: str, die: str = "", attempt: int = 0) 
         for rank, command in enumerate(commands)
     ]
     try:
+        if die.startswith("stop"):  # the first one ends by itself
+            started[0].wait(120)
+            started[1].kill()
         texts = [process.communicate(timeout=120) for process in started]
     finally:
         for process in started:
             process.kill()
+            process.wait()
     return [(process.returncode, *text) for process, text in zip(started, texts, strict=True)]
 
 
@@ -56,7 +63,8 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[tu
 
 def test_one_speaks_and_writes(undisturbed: tuple[Path, list[tuple[int, str, str]]], tmp_path: Path) -> None:
     folder, [(code, out, err), other] = undisturbed
-    assert (code, err) == (0, "")
+    assert code == 0
+    assert err == "Warning: --resume finds nothing to resume at two.safetensors: this run begins anew\n"
     assert other == (0, "", "")
     assert json.loads(out)["processes"] == 2
     assert [path.name for path in folder.iterdir()] == ["two.safetensors"]
@@ -70,11 +78,18 @@ def test_a_killed_process_ends_the_others(undisturbed: tuple[Path, list[tuple[in
     """What the first one has saved is all that a second attempt needs, and it ends with the same bits."""
     (code, _, err), (killed, *_) = together_run(tmp_path, SVD, SVD, die="1:25")
     assert (code, killed) == (1, -9)
-    assert err.startswith("Error: another process of this run has ended")
+    assert err.splitlines()[-1].startswith("Error: another process of this run has ended")
     assert (tmp_path / "two.safetensors.checkpoint" / "journal.json").exists()
     assert [code for code, *_ in together_run(tmp_path, SVD, SVD, attempt=1)] == [0, 0]
     expected, found = (load_file(folder / "two.safetensors") for folder in (undisturbed[0], tmp_path))
     assert all(found[name].tobytes() == values.tobytes() for name, values in expected.items())
+
+
+def test_a_process_that_does_not_answer_is_an_error(tmp_path: Path) -> None:
+    """As if its machine had lost its power: its connection stays open, and nothing comes."""
+    (code, _, err), _ = together_run(tmp_path, SVD, SVD, die="stop:1:1")
+    assert code == 1
+    assert err.splitlines()[-1].startswith("Error: another process of this run has not answered for a long time")
 
 
 @pytest.mark.parametrize(
@@ -93,10 +108,98 @@ def test_an_error_is_one_line(first: str, second: str, message: str, tmp_path: P
     assert lines[0].startswith(message)
 
 
+class Store:
+    """What processes tell one another, while somebody serves it."""
+
+    def __init__(self, *, served: bool = True):
+        self.served, self.told, self.counts = served, dict[str, str](), dict[str, int]()
+
+    def check(self, keys: list[str]) -> bool:
+        self._ask()
+        return all(key in self.told for key in keys)
+
+    def get(self, key: str) -> bytes:
+        return self.told[key].encode()
+
+    def set(self, key: str, value: str) -> None:
+        self._ask()
+        self.told[key] = value
+
+    def add(self, key: str, count: int) -> int:
+        self._ask()
+        self.counts[key] = self.counts.get(key, 0) + count
+        return self.counts[key]
+
+    def _ask(self) -> None:
+        if not self.served:
+            raise RuntimeError("connection reset by peer")
+
+
+def said(
+    store: Store, messages: dict[int, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> list[str]:
+    """Return the lines that processes print, each of which has an error to say, in this order."""
+    monkeypatch.setattr(together, "PATIENCE", 0.0)
+    monkeypatch.setattr(together, "_stderr", lambda: sys.stderr)
+    for rank, message in messages.items():
+        together.Together(Any, store, rank, 3, rank, 3).say(f"Error: {message}")  # type: ignore[arg-type]
+    return capsys.readouterr().err.splitlines()
+
+
+LOST, ONE = together.LOST, "Error: process 1 of 3: "
+
+
+@pytest.mark.parametrize(
+    ("served", "messages", "lines"),
+    [
+        (True, {0: "full", 1: "full", 2: LOST}, ["Error: full"]),
+        (True, {1: "full", 0: LOST, 2: LOST}, [f"{ONE}full"]),
+        (True, {0: LOST, 1: LOST, 2: LOST}, [f"Error: {LOST}"]),
+        (True, {1: LOST, 2: LOST}, [f"{ONE}{LOST}"]),  # the first was killed
+        (False, {1: "full"}, [f"{ONE}full"]),  # and served the store
+        (False, {1: LOST}, [f"{ONE}{LOST}"]),
+    ],
+)
+def test_no_error_is_lost(
+    served: bool,
+    messages: dict[int, str],
+    lines: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    assert said(Store(served=served), messages, monkeypatch, capsys) == lines
+
+
+def test_paths_are_those_that_were_given(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    """What another process would write goes elsewhere; a message about it is the same on all."""
+    monkeypatch.setattr(together, "here", lambda: SimpleNamespace(rank=1))
+    context, param = click.Context(click.Command("svd")), click.Option(["-o"])
+    paths = [together.own(context, param, Path(name)) for name in ("a/out", "b/out")]
+    assert len({*paths}) == 2
+    messages = {0: "b/out: No space left on device", 1: f"{paths[1]}: No space left on device"}
+    assert said(Store(), messages, monkeypatch, capsys) == ["Error: b/out: No space left on device"]
+
+
+@pytest.mark.parametrize(
+    ("name", "locals", "cards", "share"), [("auto", 4, 4, 1), ("auto", 5, 2, 3), ("cuda", 5, 2, 3), ("cuda:0", 4, 4, 4)]
+)
+def test_processes_on_one_gpu_share_its_memory(
+    name: str, locals: int, cards: int, share: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: cards)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda *_, **__: None)
+    monkeypatch.setattr(machine, "default_vram", lambda device: 1200)
+    monkeypatch.setattr(machine, "default_budget", lambda: 1000)
+    place = together.Together(Any, Any, 0, locals, 0, locals)  # type: ignore[arg-type]
+    assert place.budget(name) == {"ram_budget": 1000 // locals, "vram_budget": 1200 // share}
+
+
 @pytest.mark.parametrize(
     ("command", "given", "reason"),
     [
         ("contrast", {}, "autograd cannot"),
+        ("jacobian", {"each_line": True}, "--mean: several processes take prompts of their own"),
         ("analyze", {}, "--no-verify"),
         ("analyze", {"no_verify": True, "contrast": True}, "--contrast"),
         ("svd", {"trace": Path("x")}, "--trace"),

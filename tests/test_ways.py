@@ -18,7 +18,7 @@ from ggjac.gguf import open_gguf
 from ggjac.jacobian import DetachedJacobian, detached
 from ggjac.model import open_model
 from ggjac.svd import svd_of_matrix
-from ggjac.ways import Task, takes_matrix
+from ggjac.ways import Task, take_matrices, takes_matrix
 
 
 @pytest.fixture
@@ -66,6 +66,24 @@ def test_sizes_decide(shape: tuple[int, int, int, int], task: Task, n: int, matr
 def test_nothing_is_saved_on_tiny_models_and_in_16_bits(config: ModelConfig) -> None:
     assert not takes_matrix(config, TOKENS, 8, item=4)
     assert not takes_matrix(sized(config, *SMALL), TOKENS, 8, item=2)
+
+
+@pytest.mark.parametrize(
+    ("shape", "n", "spans", "matrices"),
+    [
+        (SMALL, 7, [(i, 30) for i in range(30)], True),  # 576 rows
+        (SMALL, 7, [(0, i) for i in range(1, 31) for _ in range(3)], True),  # 4032 columns
+        (SMALL, 7, [(0, 7), (0, 15), (0, 30)], False),
+        (SMALL, 40, [(0, i) for i in range(1, 31) for _ in range(3)], False),  # no room, and columns of every position
+        (LARGE, 8, [(i, 32) for i in range(32)], False),  # LAPACK takes longer
+    ],
+    ids=str,
+)
+def test_sizes_decide_for_maps_inside_the_network(
+    shape: tuple[int, int, int, int], n: int, spans: list[tuple[int, int]], matrices: bool, config: ModelConfig
+) -> None:
+    assert take_matrices(sized(config, *shape), 8, n, 4, spans) is matrices
+    assert not take_matrices(sized(config, *shape), 8, n, 2, spans)
 
 
 @pytest.mark.usefixtures("always")

@@ -158,6 +158,15 @@ def counted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Counted:
             return result
 
         monkeypatch.setattr(SharedSweep, side, product)
+    matrices = SharedSweep.matrices
+
+    def every(self: SharedSweep) -> Iterator[Any]:
+        before, (n, d) = self.flop, (self.position + 1, self.d)
+        yield from matrices(self)
+        rows = len({span.tap for span in self.spans}) == 1
+        found.products.append((d if rows else n * d, self.flop - before))
+
+    monkeypatch.setattr(SharedSweep, "matrices", every)
     return found
 
 
@@ -207,16 +216,23 @@ def test_estimates_are_planned_too(
     check(arguments(name, "gqa", tiny_file), counted)
 
 
-@pytest.mark.parametrize("name", ["svd", "svd per token", "analyze", "analyze with layers", "compare"])
+@pytest.mark.parametrize(
+    ("name", "case"),
+    [
+        *((name, "gqa") for name in ("svd", "svd per token", "analyze", "compare", "ranks")),
+        *(("analyze with layers", case) for case in ("gqa", "mixtral", "gemma2")),
+        *((f"layers {variant}".strip(), "gqa") for variant in ("", "some", "transported")),
+    ],
+)
 def test_the_way_by_the_matrix_is_planned_too(
-    name: str, counted: Counted, tiny_file: TinyFile, monkeypatch: pytest.MonkeyPatch
+    name: str, case: str, counted: Counted, tiny_file: TinyFile, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All rows once, whatever is decomposed; the stable rank takes none, and each position's signs none."""
     monkeypatch.setattr(ways, "WORTH", -math.inf)
-    check([*arguments(name, "gqa", tiny_file), "--dtype", "float64"], counted)
+    check([*arguments(name, case, tiny_file), "--dtype", "float64"], counted)
     kinds = {step.what for plan in counted.plans for step in plan.work.sweeps}
-    assert "all rows" in kinds
-    assert not kinds & {"svd", "svd per token", "svd per token: signs", "stable rank"}
+    assert kinds & {"all rows", "layers: to_end, matrices", "layers: cumulative, matrices"}
+    assert not kinds & {"svd", "svd per token", "svd per token: signs", "stable rank", "layers: to_end, svd"}
 
 
 def check(asked: list[Any], counted: Counted) -> None:

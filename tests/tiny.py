@@ -71,6 +71,8 @@ class Options:
     embedding_norm: bool = False  # a norm of the embeddings
     output_scale: bool = False  # a factor of the stream after each layer
     alone: bool = False  # a layer is its mixer only, or its feed-forward network only where the mixer is "none"
+    heads_by_layer: bool = False  # write an array of numbers of heads, 0 where a layer has none
+    inner_norms: bool = False  # before the output projections
     kv_by_layer: bool = False  # write an array of numbers of kv heads, 0 where a layer has no attention
     qk_gain: float = 1.4  # of the norms of q and k
     qk_norm: str = ""  # head | heads (weights of each head's own) | full
@@ -82,6 +84,8 @@ class Options:
     n_rot: int | None = None  # rotated dimensions of a head; None: all
     long_short: bool = False  # write rope_factors_long and rope_factors_short
     positions: bool = False  # write position_embd
+    embed_norm: bool = False  # write token_embd_norm
+    act_scales: bool = False  # divisors of hidden units
     window: int | None = None
     sinks: bool = False
     ffn: str = "gated"  # gated | fused (gate above up in one matrix) | plain | channel mix | gated channel mix
@@ -130,7 +134,13 @@ class Options:
 
     @property
     def blocks(self) -> int:
-        return self.layers - self.predictors
+        """Those of the model: several passes over all layers count each."""
+        return (self.layers - self.predictors) * self.extra.get("num_loops", 1)
+
+    @property
+    def working(self) -> int:
+        """Number of blocks that do something."""
+        return sum(not self.ffs or self.ffs[layer] > 0 for layer in range(self.blocks))
 
     @property
     def hk(self) -> int:
@@ -194,8 +204,8 @@ def metadata(o: Options) -> dict[str, Any]:
         "feed_forward_length": [o.ff * feeds(o, layer) for layer in range(o.layers)]
         if o.alone
         else list(o.ffs) or repeat(o.ff),
-        "attention.head_count": [windowed(o).heads if kind == "window" else o.heads for kind in kinds]
-        if "heads" in o.sizes.get("window", {})
+        "attention.head_count": [heads(o, kind) for kind in kinds]
+        if o.heads_by_layer or "heads" in o.sizes.get("window", {})
         else repeat(o.heads),
         "attention.head_count_kv": [kv_heads(o, kind) for kind in kinds] if o.kv_by_layer else repeat(o.hk),
         "attention.key_length": o.hd,
@@ -230,6 +240,8 @@ def tensors(o: Options) -> Iterator[Entry]:
     q, kv, pairs = o.heads * o.hd, o.hk * o.hd, (o.n_rot or o.hd) // 2
     if not o.head_only:
         yield Entry("token_embd.weight", (o.vocab, o.d), o.embed_std)
+    if o.embed_norm:
+        yield from norms(o, "token_embd_norm", o.d)
     if o.positions:
         yield Entry("position_embd.weight", (o.context, o.d), 0.5)
     yield from norms(o, o.final_norm, o.d)
@@ -255,9 +267,10 @@ def tensors(o: Options) -> Iterator[Entry]:
     widths = {"attn_q": q, "attn_k": kv, "attn_v": kv, "ffn_gate": o.ff, "ffn_up": o.ff, "ffn_gate_inp": o.experts}
     for layer in range(o.layers):
         b = f"blk.{layer}"
-        for name in o.norms:
-            yield from norms(o, f"{b}.{name}", o.d, o.post_gain if name.startswith("post_") else 1.0)
         kind = kind_of(o, layer)
+        for name in o.norms:
+            if has_norm(o, layer, name):
+                yield from norms(o, f"{b}.{name}", o.d, o.post_gain if name.startswith("post_") else 1.0)
         entries = MIXERS[kind](o, b)
         if layer >= o.layers - o.shared_kv and not o.idle_kv:
             entries = (entry for entry in entries if ".attn_k" not in entry.name and ".attn_v" not in entry.name)
@@ -305,6 +318,8 @@ def kind_of(o: Options, layer: int) -> str:
 
 def feeds(o: Options, layer: int) -> bool:
     """Return whether a layer has a feed-forward network."""
+    if o.ffs and not o.ffs[layer]:
+        return False
     return not o.alone or kind_of(o, layer) == "none" or layer >= o.blocks
 
 
@@ -313,9 +328,26 @@ def has_part(o: Options, layer: int, name: str) -> bool:
     return kv_heads(o, kind_of(o, layer)) > 0 if ".attn_" in name else feeds(o, layer)
 
 
+def has_norm(o: Options, layer: int, name: str) -> bool:
+    """Return whether a layer has the sublayer, its mixer or its feed-forward, that a norm belongs to."""
+    if name == "attn_norm" and not o.alone:
+        return kind_of(o, layer) != "none"
+    return name != "ffn_norm" or feeds(o, layer)
+
+
+def sized(o: Options, kind: str) -> Options:
+    """Return the options of a kind of attention, which may have sizes of its own."""
+    return dataclasses.replace(o, **o.sizes.get(kind, {})) if kind in ("window", "narrow") else o
+
+
+def heads(o: Options, kind: str) -> int:
+    """Return the number of heads of a layer with this mixer, as the file has it."""
+    return 0 if kind == "none" else sized(o, kind).heads
+
+
 def kv_heads(o: Options, kind: str) -> int:
     """Return the number of kv heads of a layer with this mixer."""
-    return windowed(o).hk if kind == "window" else 0 if kind in RECURRENT else o.hk
+    return 0 if kind in RECURRENT else sized(o, kind).hk
 
 
 def attention(o: Options, b: str, *, gated: bool = False) -> Iterator[Entry]:
@@ -337,6 +369,8 @@ def attention(o: Options, b: str, *, gated: bool = False) -> Iterator[Entry]:
         yield Entry(f"{b}.attn_sinks.weight", (o.heads,), 1.0, 2.0)
     if o.attn_gate:
         yield matrix(f"{b}.attn_gate", {"heads": o.heads, "elements": q}[o.attn_gate], o.d, 2.0)
+    if o.inner_norms:
+        yield from norms(o, f"{b}.attn_sub_norm", o.heads * o.hv)
     yield matrix(f"{b}.attn_output", o.d, o.heads * o.hv)
 
 
@@ -399,6 +433,15 @@ def kda(o: Options, b: str, *, bounded: bool) -> Iterator[Entry]:
     yield matrix(f"{b}.attn_output", o.d, width, 1.5)
 
 
+def lightning(o: Options, b: str) -> Iterator[Entry]:
+    """List the tensors of lightning attention in layer `b`, without its norm; q, k and v are side by side by head."""
+    width = o.heads * o.hd
+    yield interleaved(o, f"{b}.attn_qkv.weight", o.heads, [matrix(f"{b}.attn_{part}", width, o.d) for part in "qkv"])
+    yield matrix(f"{b}.attn_gate", width, o.d, o.gate_gain)
+    yield Entry(f"{b}.attn_norm_2.weight", (width,), 0.3, 1.0)
+    yield matrix(f"{b}.attn_output", o.d, width, 1.5)
+
+
 def short_convolution(o: Options, b: str) -> Iterator[Entry]:
     """List the tensors of a gated short convolution in layer `b`, without its norm."""
     yield matrix(f"{b}.shortconv.in_proj", 3 * o.d, o.d)
@@ -410,9 +453,9 @@ def latent(o: Options, b: str) -> Iterator[Entry]:
     """List the tensors of latent attention in layer `b`; rotated dimensions are `n_rot`.
 
     Sizes: `nope` (of a key, not rotated), `latent`, `value`, `query` (of the queries' latent vector; without it, they
-    have none), `head_gate` (a sigmoid scales what each head has read), `unsplit` (keys and values are made by one
-    matrix), `indexer` (heads that choose the keys to attend to), `indexer_types` (which blocks choose; the others do as
-    the block before; without it, all choose).
+    have none), `head_gate` (a sigmoid scales what each head has read), `rope_norm` (rotated parts of keys are normed),
+    `unsplit` (keys and values are made by one matrix), `indexer` (heads that choose the keys to attend to),
+    `indexer_types` (which blocks choose; the others do as the block before; without it, all choose).
     """
     rope, nope, width, value = o.n_rot or 0, o.sizes["nope"], o.sizes["latent"], o.sizes["value"]
     q = o.heads * (nope + rope)
@@ -435,6 +478,8 @@ def latent(o: Options, b: str) -> Iterator[Entry]:
         yield from (keys, values)
     if o.sizes.get("head_gate"):
         yield matrix(f"{b}.attn_gate", o.heads, o.d, 2.0)
+    if o.sizes.get("rope_norm"):
+        yield from norms(o, f"{b}.attn_k_norm", rope)
     yield matrix(f"{b}.attn_output", o.d, o.heads * value)
     choosing = dict(enumerate(o.sizes.get("indexer_types", ())))
     if "indexer" in o.sizes and choosing.get(int(b.removeprefix("blk.")), True):
@@ -478,6 +523,27 @@ def latent_keys(o: Options) -> dict[str, Any]:
     return keys | (indexer_keys(o) if "indexer" in o.sizes else {})
 
 
+def latent_window(o: Options, b: str) -> Iterator[Entry]:
+    yield from latent(narrow(o), b)
+
+
+def latent_window_keys(o: Options) -> dict[str, Any]:
+    """Return the keys of windowed layers with latent attention of sizes of their own."""
+    names = ("kv_lora_rank", "key_length", "value_length", "key_length_mla", "value_length_mla")
+    own = latent_keys(narrow(o))
+    kinds = [kind_of(o, layer) == "latent window" for layer in range(o.layers)]
+    heads = [narrow(o).heads if local else o.heads for local in kinds]
+    keys = {"attention.sliding_window_pattern": kinds, "attention.head_count": heads}
+    keys["attention.indexer.types"] = [not local for local in kinds]
+    return keys | {f"attention.{name}_swa": own[f"attention.{name}"] for name in names}
+
+
+def narrow(o: Options) -> Options:
+    """Return the options of windowed layers with latent attention: `sizes` of their own under "window", no indexer."""
+    sizes = {name: size for name, size in (o.sizes | o.sizes["window"]).items() if name != "indexer"}
+    return dataclasses.replace(o, heads=sizes["heads"], sizes=sizes)
+
+
 def nothing(o: Options, b: str) -> Iterator[Entry]:
     """List the tensors of a layer that does not mix positions."""
     yield from ()
@@ -486,17 +552,12 @@ def nothing(o: Options, b: str) -> Iterator[Entry]:
 # ---- windowed layers of another size
 
 
-def windowed(o: Options) -> Options:
-    """Return the options of windowed layers where their attention has sizes of its own."""
-    return dataclasses.replace(o, **o.sizes["window"])
-
-
 def window(o: Options, b: str) -> Iterator[Entry]:
-    yield from attention(windowed(o), b)
+    yield from attention(sized(o, "window"), b)
 
 
 def window_keys(o: Options) -> dict[str, Any]:
-    local = windowed(o)
+    local = sized(o, "window")
     return {
         "attention.sliding_window_pattern": [kind_of(o, layer) == "window" for layer in range(o.layers)],
         "attention.key_length_swa": local.hd,
@@ -704,11 +765,13 @@ MIXERS: dict[str, Callable[[Options, str], Iterator[Entry]]] = {
     "window": window,
     "vision experts": with_vision_experts,
     "latent": latent,
+    "latent window": latent_window,
     "block_sparse": block_sparse,
     "delta": functools.partial(delta, layout="qwen35"),
     "grouped delta": functools.partial(delta, layout="qwen3next"),
     "old delta": functools.partial(delta, layout="old"),
     "convolution": short_convolution,
+    "lightning": lightning,
     "kda": functools.partial(kda, bounded=False),
     "bounded kda": functools.partial(kda, bounded=True),
     "mamba": mamba,
@@ -718,6 +781,8 @@ MIXERS: dict[str, Callable[[Options, str], Iterator[Entry]]] = {
     "linear rwkv6": functools.partial(rwkv6, linear=True),
     "rwkv7": rwkv7,
     "attention, mamba2": mamba2_beside_attention,
+    "narrow": lambda o, b: attention(sized(o, "narrow"), b),
+    "linear": lambda o, b: iter([matrix(f"{b}.attn_output", o.d, o.d)]),
     "none": nothing,
 }
 # Those that have no kv heads.
@@ -728,15 +793,18 @@ RECURRENT = {
     "convolution",
     "kda",
     "bounded kda",
+    "lightning",
     "mamba",
     "mamba2",
     "plamo2",
+    "linear",
     "none",
 }
 # What the metadata then have besides, or instead; sizes with a dot in their names are keys themselves.
 KEYS: dict[str, Callable[[Options], dict[str, Any]]] = {
     "window": window_keys,
     "latent": latent_keys,
+    "latent window": latent_window_keys,
     "block_sparse": block_sparse_keys,
     "mamba": mamba_keys,
     "mamba2": mamba2_keys,
@@ -759,7 +827,11 @@ def feed_forward(o: Options, b: str, suffix: str, width: int) -> Iterator[Entry]
         yield stacked(o, up.name, [gate, up])
     else:
         yield from [up] if o.ffn == "plain" else [gate, up]
+    if o.inner_norms:
+        yield from norms(o, f"{b}.ffn_sub_norm{suffix}", width)
     yield matrix(f"{b}.ffn_down{suffix}", o.d, width, o.down_gain)
+    if o.act_scales:
+        yield Entry(f"{b}.ffn.act.scales", (width,), 0.2, 1.0)
 
 
 def experts(o: Options, b: str, width: int) -> Iterator[Entry]:

@@ -11,8 +11,9 @@ head's reading of each part, wherever that part's own input came from):
     logit = w · N (x_p + Σ_i attn_i + Σ_i mlp_i),    attn_i = norm_out (Σ_h W_h z_h + bias)
 
 with `z_h` what head `h` read at the position and `W_h` its columns of the output projection. Where a number multiplies
-the stream after a block, the parts added so far are multiplied by it too. Either split is an
-identity of the frozen network: it states the contribution of each part, not the effect of changing that part.
+the stream after a block, or a frozen norm goes past a branch in place of the stream, the parts added so far are
+multiplied too. Either split is an identity of the frozen network: it states the contribution of each part, not the
+effect of changing that part.
 """
 
 import math
@@ -27,7 +28,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 
-from ggjac.blocks import BlockTape, FrozenBlock, attention_halves, block
+from ggjac.blocks import BlockTape, FrozenBlock, attention_halves, block, skip
 from ggjac.checks import whole
 from ggjac.config.mixers import MIXERS
 from ggjac.decode import Head
@@ -570,24 +571,26 @@ def attribute_branches(
     asked = _ask(network.outputs[chosen], network.head, target, versus)
     norm, one = network.norm.at(chosen).operator(), network.x.new_ones(1)
     read = norm.rmatmat(asked.w[None])[0]  # what the head reads from the stream, through the final norm
-    wide = read.cpu().double()
+    reads = _reads(network, chosen, read)
 
-    def share(added: Float[Tensor, "_ d"]) -> Float[Tensor, " m"]:
-        return (added[len(added) - len(wide) :].cpu().double() * wide).sum(1)
+    def share(added: Float[Tensor, "_ d"], read: Float[Tensor, "m d"]) -> Float[Tensor, " m"]:
+        return (added[len(added) - len(read) :].cpu().double() * read.cpu().double()).sum(1)
 
     attn, mlp, heads, attn_bias, mixers, scales = [], [], [], [], [], []
     banks: dict[int, Tensor] = {}
     for i, tape, frozen in _walk(network, positions):
+        after_attn, after_mlp = reads[2 * i + 1 : 2 * i + 3]
         stream = tape.x[None, : positions.stop]
         mixers.append([(mixer.kind, mixer.heads) for mixer in tape.attn.mixers])
         if by_head:
+            stream = stream if frozen.entry is None else frozen.entry.matmat(stream, one)
             # Where the feed-forward reads one position more, attention writes it.
             m = frozen.attn.out_shape[0]
             written = slice(positions.stop - m, positions.stop)
             halves = attention_halves(network.weights(i), config, tape.attn.at(written), positions.stop, m)
-            asking = torch.cat([read.new_zeros(m - len(read), read.shape[1]), read])
+            asking = torch.cat([read.new_zeros(m - len(read), read.shape[1]), after_attn])
             added, constant = torch.zeros_like(asking[None]), torch.zeros_like(asking)
-            parts = [wide.new_zeros(len(positions), 0)]
+            parts = [torch.zeros(len(positions), 0, dtype=torch.float64)]
             values = frozen.mixed(stream, one, banks)
             for mixer, (reading, writing) in zip(tape.attn.mixers, halves, strict=True):
                 z = reading.matmat(values if mixer.shared else stream, one)
@@ -600,14 +603,14 @@ def attribute_branches(
             mixers[-1] = [(mixer.kind, part.shape[1]) for mixer, part in zip(tape.attn.mixers, parts[1:], strict=True)]
             stream = frozen.residual.matmat(stream)
             heads.append(torch.cat(parts, 1))
-            attn_bias.append(share(constant))
+            attn_bias.append(share(constant, after_attn))
         else:
             stream, added = frozen.matmat_attn(stream, one, banks)
-        attn.append(share(added[0]))
+        attn.append(share(added[0], after_attn))
         middle, added = frozen.matmat_ffn(stream, added, one)
         if frozen.inputs is not None:
             added = added + frozen.inputs.matmat(middle + added, one)
-        mlp.append(share(added[0]))
+        mlp.append(share(added[0], after_mlp))
         scales.append(1.0 if frozen.scale is None else float(frozen.scale))
         _report(progress, i + 1, len(network.tapes))
     # [L]: what multiplies each block's additions on the way to the end.
@@ -617,7 +620,7 @@ def attribute_branches(
         targets=asked.targets,
         versus=versus,
         logits=asked.logits,
-        embedding=share(network.x[chosen]) * later[0],
+        embedding=share(network.x[chosen], reads[0]) * later[0],
         attn=torch.stack(attn, 1) * later,
         mlp=torch.stack(mlp, 1) * later,
         bias=_constant(norm, asked.w) + asked.bias,
@@ -626,6 +629,23 @@ def attribute_branches(
         mixers=mixers,
         softcap=network.head.softcap,
     )
+
+
+def _reads(network: FrozenNetwork, chosen: slice, read: Float[Tensor, "m d"]) -> list[Float[Tensor, "m d"]]:
+    """Return what the head reads of the stream before each branch and after the last, past all later branches.
+
+    These differ only in families where not all of the stream goes past a branch; factors on the stream are not in them.
+    """
+    config, found = network.frame.config, [read]
+    if not (config.row.normed_skip or config.loop_norm):
+        return found * (2 * len(network.tapes) + 1)
+    for tape in reversed(network.tapes):
+        for branch in (tape.ffn, tape.attn):
+            past = skip(config, branch.norm_in and branch.norm_in.at(chosen))
+            found.append(found[-1] if past is None else past.rmatmat(found[-1][None])[0])
+        if tape.entry is not None:
+            found[-1] = tape.entry.at(chosen).operator().rmatmat(found[-1][None])[0]
+    return found[::-1]
 
 
 class _Asked(NamedTuple):

@@ -13,7 +13,7 @@ In each, every weight is dequantized once per sweep.
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any, NamedTuple
 
@@ -24,11 +24,12 @@ from torch import Tensor
 from ggjac.checks import whole
 from ggjac.config import Layer
 from ggjac.decode import Head, Ranked, top_logits
-from ggjac.frobenius import StableRank, stable_ranks
+from ggjac.frobenius import StableRank, exact_stable_rank, stable_ranks
 from ggjac.jacobian import DetachedJacobian, Progress, SharedSweep, Span, Tap
 from ggjac.results import NO_WORDS, Plotted, Points, Prompt, Table, Words
 from ggjac.sizes import EXACT_ROWS, KINDS, MAPS, PROBES, Kind, MapName
-from ggjac.svd import SVD, Following, svd_together
+from ggjac.svd import SVD, Following, Method, svd_of_matrix, svd_together
+from ggjac.ways import take_matrices
 
 # The most tokens that are followed through the depths by rank.
 MAX_TOKENS = 4000
@@ -46,7 +47,7 @@ class LayerMap:
             stream at the start of the span.
         S: `[k]`, singular values.
         residual: `[k]`, as in `ggjac.svd.SVD`.
-        sweeps, stopped_by: of its iteration.
+        method, sweeps, stopped_by: of its decomposition, as in `ggjac.svd.SVD`.
         following: the next singular value, as in `ggjac.svd.SVD`.
         first: the share of the first right vector's squared norm at position 0, of the `positions` that it reads.
         stable_rank: of the map.
@@ -62,6 +63,7 @@ class LayerMap:
     U: Float[Tensor, "k d"]
     S: Float[Tensor, " k"]
     residual: Float[Tensor, " k"]
+    method: Method
     sweeps: int
     stopped_by: str
     following: Following | None
@@ -86,6 +88,7 @@ class LayerMap:
             "kind": self.tap.kind,
             "index": self.tap.index,
             **({} if self.tap.kind == "layer" and self.map != "blockwise" else {"block": self.tap.index - 1}),
+            "method": self.method,
             "sweeps": self.sweeps,
             "stopped_by": self.stopped_by,
             "next_singular_value": self.following and self.following._asdict(),
@@ -292,6 +295,7 @@ class _Found(NamedTuple):
     U: Tensor
     S: Tensor
     residual: Tensor
+    method: Method
     sweeps: int
     stopped_by: str
     following: Following | None
@@ -349,12 +353,15 @@ def layers(
     for name in MAPS:
         for part in shared(name, kinds, chosen, jacobian.network.frame.config.layers) if name in maps else ():
             run = _Group(jacobian, name, [span for _, span in part], progress)
-            triplets = run.svd(rank, tol=tol, seed=seed, max_sweeps=max_sweeps)
-            ranks = run.stable_ranks(triplets, probes, seed)
+            if run.takes_matrices(rank):
+                triplets, ranks = run.by_matrices(rank, tol)
+            else:
+                triplets = run.svd(rank, tol=tol, seed=seed, max_sweeps=max_sweeps)
+                ranks = run.stable_ranks(triplets, probes, seed)
             carried = _transported(run, triplets) if transport and name == "cumulative" else [None] * len(part)
             found += [
                 _Found(
-                    *(name, tap, span, t.U, t.S, t.residual, t.sweeps, t.reason, t.following),
+                    *(name, tap, span, t.U, t.S, t.residual, t.method, t.sweeps, t.reason, t.following),
                     *(float(t.Vh[0, 0].square().sum()), jacobian.position + 1, stable, arrived),
                 )
                 for (tap, span), t, stable, arrived in zip(part, triplets, ranks, carried, strict=True)
@@ -416,6 +423,25 @@ class _Group:
         if self.progress:
             report = self.progress
             sweep.progress = lambda done, total: report(f"{what}, block", done, total)
+
+    def takes_matrices(self, rank: int) -> bool:
+        """Return whether the matrices of all maps are the cheaper way, as `ggjac.ways` decides; of one block never."""
+        network, (n, _) = self.jacobian.network, self.jacobian.in_shape
+        spans = [(span.start, span.tap.index) for span in self.spans]
+        alone = all(stop == start + 1 for start, stop in spans)
+        return not alone and take_matrices(network.config, rank, n, self.jacobian.dtype.itemsize, spans)
+
+    def by_matrices(self, rank: int, tol: float) -> tuple[list[SVD], list[StableRank]]:
+        """Return what `svd` and `stable_ranks` return, from the matrices of the maps, one after another."""
+        self.report_as(f"{self.name}, matrices")
+        tapes, triplets, ranks = self.jacobian.network.tapes, dict[int, SVD](), dict[int, StableRank]()
+        for j, matrix in self.sweep.matrices():
+            found = svd_of_matrix(matrix.flatten(1), rank, tol=tol, sweeps=1)
+            found = replace(found, Vh=found.Vh.unflatten(1, matrix.shape[1:]))
+            output = matrix.flatten(1) @ tapes[self.spans[j].start].x.flatten()
+            triplets[j], ranks[j] = found.pointing_along(output), exact_stable_rank(found, matrix)
+        order = range(len(self.spans))
+        return [triplets[j] for j in order], [ranks[j] for j in order]
 
     def svd(self, rank: int, **options: Any) -> list[SVD]:
         """Return the triplets of each map, left vectors signed to point along the image of its stream."""

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from ggjac import display
-from ggjac.frobenius import StableRank, stable_ranks
+from ggjac.frobenius import StableRank, exact_stable_rank, stable_ranks
 from ggjac.jacobian import DetachedJacobian
 from ggjac.results import NO_WORDS, Bars, Plotted, Points, Prompt, Table, Words
 from ggjac.sizes import EXACT_ROWS, PROBES
-from ggjac.svd import svd_together
+from ggjac.svd import SVD, Method, svd_of_matrix, svd_together
+from ggjac.ways import Task
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class TokenRanks(Plotted):
         residual: the worst of the leading triplets' residuals, as in `ggjac.svd.SVD`.
         sweeps: passes over the weights that these took.
         stopped_by: what ended the slowest of them.
+        method: as in `ggjac.svd.SVD`.
     """
 
     joint: StableRank
@@ -36,6 +38,7 @@ class TokenRanks(Plotted):
     residual: float
     sweeps: int
     stopped_by: str
+    method: Method = "sweeps"
 
     def _table(self, words: Words) -> Table:
         columns = {name: [getattr(rank, name) for rank in self.tokens] for name in StableRank.__annotations__}
@@ -56,7 +59,9 @@ def token_ranks(
     max_sweeps: int = 40,
     probes: int = PROBES,
 ) -> TokenRanks:
-    """Compute the stable rank of the joint map and of every position's own, all in shared sweeps.
+    """Compute the stable rank of the joint map and of every position's own, all in shared sweeps or from all rows.
+
+    `ggjac.ways` decides by sizes; from all rows, they are exact.
 
     Args:
         jacobian: from the embeddings.
@@ -68,6 +73,11 @@ def token_ranks(
         ValueError: `tol` or `max_sweeps` is out of range.
     """
     n, d = jacobian.in_shape
+    matrix = jacobian.matrix(Task(1, tokens=jacobian.position + 1))  # if that is the cheaper way
+    if matrix is not None:
+        maps = [matrix.flatten(1), *matrix.unbind(1)[: jacobian.position + 1]]
+        found = [svd_of_matrix(part, 1, tol=tol, sweeps=jacobian.matrix_sweeps) for part in maps]
+        return _token_ranks(found, [exact_stable_rank(*pair) for pair in zip(found, maps, strict=True)])
     places = [None, *range(jacobian.position + 1)]
     operators = [jacobian if i is None else jacobian.at_position(i) for i in places]
     limit = min(at_once or jacobian.rows_at_once(), jacobian.rows_at_once())
@@ -100,10 +110,15 @@ def token_ranks(
 
     found = svd_together(operators, 1, up=up, down=down, tol=tol, seed=seed, max_sweeps=max_sweeps)
     chunk = limit if d <= EXACT_ROWS else None
-    joint, *tokens = stable_ranks(operators, found, down=down, chunk=chunk, probes=probes, seed=seed)
+    return _token_ranks(found, stable_ranks(operators, found, down=down, chunk=chunk, probes=probes, seed=seed))
+
+
+def _token_ranks(found: list[SVD], ranks: list[StableRank]) -> TokenRanks:
+    """Return the stable ranks of the joint map and of the others, with how their triplets were found."""
+    joint, *tokens = ranks
     slowest = max(found, key=lambda triplet: (triplet.reason == "sweeps", triplet.sweeps))
     residual = max(float(triplet.residual.max()) for triplet in found)
-    return TokenRanks(joint, tokens, residual, max(triplet.sweeps for triplet in found), slowest.reason)
+    return TokenRanks(joint, tokens, residual, max(one.sweeps for one in found), slowest.reason, slowest.method)
 
 
 def _own(position: int | None) -> slice:

@@ -11,17 +11,20 @@ from ggjac.blocks.block import (
     attention_halves,
     block,
     block_inputs,
+    entered,
     extend_block,
+    kept,
     record_attention,
     record_block,
     record_ffn,
     record_rest,
+    skip,
     stream_scale,
 )
 from ggjac.blocks.frame import BlockWeights, Frame, NumericsError, WeightMatrix, affine, overflow
 from ggjac.blocks.mixers import Factor, MixerTape, Past
 from ggjac.blocks.networks import FFNTape, HiddenTape
-from ggjac.blocks.norms import NormTape, frozen_norm
+from ggjac.blocks.norms import NormTape, frozen_norm, record_norm
 from ggjac.blocks.patterns import ChannelTape, ScanTape, attention_pattern
 
 __all__ = [
@@ -49,12 +52,16 @@ __all__ = [
     "attention_pattern",
     "block",
     "block_inputs",
+    "entered",
     "extend_block",
     "frozen_norm",
+    "kept",
     "overflow",
     "record_attention",
     "record_block",
     "record_ffn",
+    "record_norm",
     "record_rest",
+    "skip",
     "stream_scale",
 ]

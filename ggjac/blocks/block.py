@@ -4,6 +4,8 @@
     ffn   = norm_out @ Linear(ffn_down) @ Scale(gate) @ Linear(ffn_up) @ norm_in
     block = (I + ffn) @ (I + attn)
 
+In one family what goes past a branch is not the stream, but its norm before the branch, scaled, in place of `I`.
+
 A quantity is *frozen* if it is held at its value at the prompt, and *live* if it is not frozen: the operators are
 linear in their live inputs, and apply live weights. Norms are frozen diagonals (LayerNorm's centring and bias stay
 live), queries and keys act through the frozen attention pattern only, and in a mixture of experts the choice and the
@@ -68,12 +70,13 @@ class InputsTape(NamedTuple):
 
 
 class BlockTape(NamedTuple):
-    """All frozen quantities of one block, and the residual stream at its input."""
+    """All frozen quantities of one block, and the residual stream at its input; `entry` is a norm before all else."""
 
     x: Float[Tensor, "n d"]
     attn: AttentionTape
     ffn: FFNTape
     inputs: InputsTape | None = None
+    entry: NormTape | None = None
     factor: float = 1.0  # constant factor of the stream after the block
 
 
@@ -97,21 +100,31 @@ class Recorded(NamedTuple, Generic[Tape]):
 
 
 class RecordedBlock(NamedTuple):
-    """A recorded block: both branches, what it adds by inputs of its own, and the residual stream after it."""
+    """A recorded block: both branches, what it adds by inputs of its own, the stream after it, a norm at its entry."""
 
     attn: Recorded[AttentionTape]
     ffn: Recorded[FFNTape]
     inputs: InputsTape | None
     out: Float[Tensor, "n d"]
+    entry: NormTape | None
 
 
 def record_block(
     w: BlockWeights, frame: Frame, layer: int, x: Float[Tensor, "n d"], source: Past | None = None
 ) -> RecordedBlock:
     """Freeze a block at its input `x`; `source` has another block's keys and values, if it reads those."""
+    entry, x = entered(frame, layer, x)
     attn = record_attention(w, frame, layer, x, source)
-    ffn, inputs, out = record_rest(w, frame, layer, x, attn.added)
-    return RecordedBlock(attn, ffn, inputs, out)
+    ffn, inputs, out = record_rest(w, frame, layer, x, kept(frame.config, attn.tape.norm_in, x) + attn.added)
+    return RecordedBlock(attn, ffn, inputs, out, entry)
+
+
+def entered(frame: Frame, layer: int, x: Float[Tensor, "n d"]) -> tuple[NormTape | None, Float[Tensor, "n d"]]:
+    """Freeze the norm that all of a block reads the stream `x` through, or None, and return the stream after it."""
+    if frame.between is None or not frame.config.normed_entry(layer):
+        return None, x
+    norm = frozen_norm(frame.config, frame.between, None, x)
+    return norm, norm.apply(x)
 
 
 def extend_block(
@@ -128,18 +141,18 @@ def extend_block(
     there are none). A past is that of each mixer, or of the block whose keys it reads, extended already, and then the
     feed-forward's; `source` is the extended past of the block whose values it reads beside its own.
     """
-    config, mixers = frame.config, frame.config.layers[layer].mixers
+    config, mixers, x = frame.config, frame.config.layers[layer].mixers, entered(frame, layer, x)[1]
     past = past or (Past(),) * (len(mixers) + 1)
     if not mixers:
-        ffn, _, out = record_rest(w, frame, layer, x, torch.zeros_like(x), past[-1])
+        ffn, _, out = record_rest(w, frame, layer, x, x, past[-1])
         return out, ffn.past
-    _, h = _normed_input(w, config, config.row.norms.attention_in, x)
-    extended = [
-        extend_mixer(w, frame, layer, kind, h, own, source) for kind, own in zip(mixers, past[:-1], strict=True)
-    ]
+    norm_in, h = _normed_input(w, config, config.row.norms.attention_in, x)
+    pairs = zip(mixers, past[:-1], strict=True)
+    extended = [extend_mixer(w, frame, layer, kind, h, own, source) for kind, own in pairs]
     raw = _total([added for added, _ in extended])
     added = _normed_output(w, config, config.row.norms.attention_out, config.attention_factor, raw)[1]
-    ffn, _, out = record_rest(w, frame, layer, x, added, past[-1])
+    middle = kept(config, norm_in, x) + added
+    ffn, _, out = record_rest(w, frame, layer, x, middle, past[-1])
     return out, (*(own for _, own in extended), *ffn.past)
 
 
@@ -148,16 +161,15 @@ def record_rest(
     frame: Frame,
     layer: int,
     x: Float[Tensor, "n d"],
-    attn: Float[Tensor, "n d"],
+    middle: Float[Tensor, "n d"],
     past: Past | None = None,
 ) -> tuple[Recorded[FFNTape], InputsTape | None, Float[Tensor, "n d"]]:
-    """Freeze the rest of a block whose attention adds `attn`; return it, and the stream after the block.
+    """Freeze the rest of a block that attention leaves with the stream `middle`; return it, and the stream after it.
 
     `past` is the feed-forward's, if it continues one.
     """
-    middle = x + attn
     ffn = record_ffn(w, frame, layer, x if frame.config.row.parallel else middle, x, past or Past())
-    out, inputs = middle + ffn.added, None
+    out, inputs = kept(frame.config, ffn.tape.norm_in, middle) + ffn.added, None
     if frame.inputs is not None:
         inputs, added = _record_inputs(w, frame, layer, out)
         out = out + added
@@ -219,8 +231,8 @@ def record_attention(
     raw = _total([affine(writing(w, mixed.tape, len(x)), mixed.heads) for mixed in recorded])
     norm_out, added = _normed_output(w, config, norms.attention_out, config.attention_factor, raw)
     tape = AttentionTape(norm_in, tuple(mixed.tape for mixed in recorded), norm_out)
-    kept = tuple(mixed.past for mixed in recorded) if layer in config.writers else ()
-    return Recorded(tape, raw, added, kept)
+    pasts = tuple(mixed.past for mixed in recorded) if layer in config.writers else ()
+    return Recorded(tape, raw, added, pasts)
 
 
 def record_ffn(
@@ -337,13 +349,15 @@ class FrozenBlock(NamedTuple):
         attn: the attention branch, from the `n` positions that are read to the `m` that are written; and to the one
             before them, where the feed-forward reads that too.
         ffn: the feed-forward branch, at the written positions.
-        residual: the residual connection: identity, or a selection where fewer positions are written than read.
+        residual: what goes past attention: all, a selection where fewer positions are written than read, or its norm.
         parallel: whether both branches read the block's input.
         scale: factor on the stream at the end, or None.
         inputs: what the block adds by inputs of its own, to the stream after both branches; or None.
         bank: number of the block whose values attention reads, if several blocks read them; or None.
         values: those values, from this block's input, if it is that block; or those to which they are added.
         share: factor of those values where they are added to the block's own.
+        skip: what goes past the feed-forward; None for all of the stream.
+        entry: a norm before all else, at the positions that are read; or None.
         beside: the part of the feed-forward that reads the block's input, or None.
 
     Values that several blocks read are held in a bank, by number of their block: going up, their block writes them
@@ -360,6 +374,8 @@ class FrozenBlock(NamedTuple):
     inputs: LinearOperator | None = None
     bank: int | None = None
     values: LinearOperator | None = None
+    skip: LinearOperator | None = None
+    entry: LinearOperator | None = None
     beside: LinearOperator | None = None
     share: LinearOperator | None = None
 
@@ -391,6 +407,7 @@ class FrozenBlock(NamedTuple):
         self, H: Float[Tensor, "k n d"], t: Homogeneous = None, banks: dict[int, Tensor] | None = None
     ) -> tuple[Float[Tensor, "k m d"], Float[Tensor, "k m d"]]:
         """Return, at the written positions, the stream `[k, m, d]` and what attention adds to it."""
+        H = H if self.entry is None else self.entry.matmat(H, t)
         banks = {} if banks is None else banks
         added = self.attn.matmat(self.mixed(H, t, banks), t)
         return self.residual.matmat(H), added
@@ -398,11 +415,12 @@ class FrozenBlock(NamedTuple):
     def matmat_ffn(
         self, H: Float[Tensor, "k p d"], attn: Float[Tensor, "k p d"], t: Homogeneous = None
     ) -> tuple[Float[Tensor, "k m d"], Float[Tensor, "k m d"]]:
-        """Return the stream after attention `[k, m, d]`, in place of `attn`, and what the feed-forward adds to it."""
+        """Return what goes past the feed-forward `[k, m, d]`, in place of `attn`, and what that adds to it."""
         middle = attn.add_(H)
         added = self.ffn.matmat(H if self.parallel else middle, t)
+        added = added if self.beside is None else added.add_(self.beside.matmat(H, t))
         written = middle[:, middle.shape[1] - added.shape[1] :]
-        return written, added if self.beside is None else added.add_(self.beside.matmat(H, t))
+        return written if self.skip is None else self.skip.matmat(written), added
 
     def matmat_out(
         self, H: Float[Tensor, "k m d"], ffn: Float[Tensor, "k m d"], t: Homogeneous = None
@@ -437,7 +455,7 @@ class FrozenBlock(NamedTuple):
             nothing of the block's input.
         """
         middle = self.ffn.rmatmat(ffn)
-        middle[: len(H), middle.shape[1] - H.shape[1] :] += H
+        middle[: len(H), middle.shape[1] - H.shape[1] :] += H if self.skip is None else self.skip.rmatmat(H)
         if self.beside is not None:
             return middle + self.beside.rmatmat(ffn), middle
         if not self.parallel:
@@ -465,7 +483,7 @@ class FrozenBlock(NamedTuple):
             zeros = (len(X), *self.residual.in_shape)
             X = X.new_zeros(zeros) if self.values is None else self.values.rmatmat(X)
         X[: len(H)] += self.residual.rmatmat(H)
-        return X
+        return X if self.entry is None else self.entry.rmatmat(X)
 
     @property
     def flop(self) -> int:
@@ -513,6 +531,9 @@ def block(
     residual: LinearOperator = Identity((p, d), dtype=dtype, device=device)
     if p < n:
         residual = Select(torch.arange(n - p, n), n, d, dtype=dtype, device=device)
+    past_attn = skip(config, tape.attn.norm_in and tape.attn.norm_in.at(slice(n - p, n)))
+    past_ffn = skip(config, tape.ffn.norm_in and tape.ffn.norm_in.at(queries))
+    residual = residual if past_attn is None else past_attn @ residual
     inputs = None if tape.inputs is None else _inputs(w, tape.inputs.at(queries), m)
     return FrozenBlock(
         attn,
@@ -523,9 +544,22 @@ def block(
         inputs,
         bank=bank,
         values=values,
+        skip=past_ffn,
+        entry=tape.entry and tape.entry.at(slice(n)).operator(),
         beside=skipping,
         share=share,
     )
+
+
+def skip(config: ModelConfig, norm: NormTape | None) -> LinearOperator | None:
+    """Return what goes past a branch, from the norm before it; None where that is the stream."""
+    return scaled(norm.operator(), config.skip_scale) if norm is not None and config.row.normed_skip else None
+
+
+def kept(config: ModelConfig, norm: NormTape | None, x: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
+    """Return what goes past a branch of the stream `x`."""
+    operator = skip(config, norm)
+    return x if operator is None else affine(operator, x)
 
 
 def _with_bank(

@@ -56,6 +56,9 @@ class BlockWeights(Protocol):
     def holds(self, expert: int) -> bool:
         """Return whether a routed expert is among these weights, where others have some of them."""
 
+    def agreed(self, found: Tensor) -> Tensor:
+        """Return a choice as the first of those has made it who have parts of the weights."""
+
     def joined(self, part: LinearOperator, *, inputs: bool = True, outputs: bool = True) -> LinearOperator:
         """Return an operator from these weights' terms, completed by those that others have.
 
@@ -91,6 +94,7 @@ class Frame(NamedTuple):
         activations: the activation of each block's feed-forward.
         inputs: what each block reads of the tokens beside the stream, at the positions that are recorded; or None.
         values: of an earlier block, at these positions, if the block that is recorded reads them; or None.
+        between: weight of the norm between passes over all blocks, or None.
     """
 
     config: ModelConfig
@@ -99,6 +103,7 @@ class Frame(NamedTuple):
     activations: Sequence[Activation]
     inputs: Float[Tensor, "n L w"] | None = None
     values: Float[Tensor, "n gv"] | None = None
+    between: Float[Tensor, " d"] | None = None
 
 
 def linear(

@@ -200,6 +200,9 @@ def _mixing(w: BlockWeights, tape: MixerTape, n: int, m: int, width: int) -> Lin
 def valued(w: BlockWeights, tape: MixerTape, n: int) -> LinearOperator:
     """Return a mixer from its (normed) input to the values that it mixes, `[n, d]` to `[n, g v]`."""
     path = MIXERS[tape.kind]
+    if not path.values:
+        matrix = w.matrix(f"{path.output}.weight")
+        return Identity((n, matrix.shape[1]), dtype=matrix.dtype, device=matrix.device)
     values: LinearOperator = linear(w, path.values, n)
     if tape.shift is not None:
         values = values @ Shift(tape.shift, n)
@@ -269,7 +272,10 @@ def _attention(w: BlockWeights, frame: Frame, layer: int, h: Float[Tensor, "m d"
         k, v = torch.cat((past.k, k)), torch.cat((past.v, v))  # [p + m, g, s], [p + m, g v]
     read = _head_gate(w, config, h) if gate is None else gate
     tape = MixerTape("attention", _pattern(w, config, layer, q, k), written=written, read=read)
-    return Mixed(tape, affine(_mix(w, tape, v.shape[1]), v), Past(k, v))
+    heads = affine(_mix(w, tape, v.shape[1]), v)
+    if "attn_sub_norm.weight" in w:
+        tape = tape._replace(read=Factor((inverse_rms(heads, config) * w.vector("attn_sub_norm.weight")).to(h)))
+    return Mixed(tape, heads, Past(k, v))
 
 
 def _shared_attention(w: BlockWeights, frame: Frame, layer: int, h: Float[Tensor, "m d"], past: Past | None) -> Mixed:
@@ -325,12 +331,14 @@ def _pattern(
     w: BlockWeights, config: ModelConfig, layer: int, q: Float[Tensor, "m h s"], k: Float[Tensor, "n g s"]
 ) -> Float[Tensor, "h m n"]:
     """Return the attention probabilities of a layer's queries and keys."""
+    own = config.layers[layer]
     return attention_pattern(
         q,
         k,
-        config.attention_scale,
+        own.attention_scale,
         softcap=config.attention_softcap,
-        window=config.layers[layer].window,
+        window=own.window,
+        alibi=own.alibi,
         sinks=w.vector("attn_sinks.weight") if "attn_sinks.weight" in w else None,
     )
 
@@ -385,7 +393,8 @@ def _latent_queries(
     if "attn_q_a.weight" in w:
         h = normed(w, "attn_q_a_norm", frame.config, affine(linear(w, "attn_q_a", len(h)), h))
     q = affine(linear(w, "attn_q_b" if "attn_q_b.weight" in w else "attn_q", len(h)), h)
-    own, rotary = frame.config.layers[layer], frame.config.latent.rotary
+    own = frame.config.layers[layer]
+    rotary = own.latent.rotary
     nope, turning = q.unflatten(1, (own.heads, -1)).split([own.key_size - rotary, rotary], -1)
     return _warmed(frame.config, torch.cat((nope, _turned(frame, layer, turning, start)), -1), start)
 
@@ -400,7 +409,10 @@ def _latent_keys(
     else:  # a stack of transposed matrices, one for each head
         heads = (linear(w, "attn_k_b", len(h), expert=i) for i in range(own.heads))
         nope = torch.stack([head.rmatmat(latent[None])[0] for head in heads], 1)
-    shared = _turned(frame, layer, affine(linear(w, "attn_kv_rope", len(h)), h)[:, None], start)
+    shared = affine(linear(w, "attn_kv_rope", len(h)), h)[:, None]  # [m, 1, r]
+    if "attn_k_norm.weight" in w:
+        shared = normed(w, "attn_k_norm", frame.config, shared)
+    shared = _turned(frame, layer, shared, start)
     return torch.cat((nope, shared.expand(-1, own.heads, -1)), -1)
 
 
@@ -510,6 +522,29 @@ def _log_decay(w: BlockWeights, config: ModelConfig, h: Float[Tensor, "m d"]) ->
     if bound := config.decay_bound:
         return bound * torch.sigmoid(a * x)
     return a * softplus(x)
+
+
+def _lightning(w: BlockWeights, frame: Frame, layer: int, h: Float[Tensor, "m d"], past: Past | None) -> Mixed:
+    """Freeze lightning attention: linear attention that fades in each head and block at a rate of its own."""
+    config, own = frame.config, frame.config.recurrence
+    q, k, c = (affine(linear(w, f"attn_{part}", len(h)), h) for part in "qkv")
+
+    def keyed(part: Float[Tensor, "m hs"]) -> Float[Tensor, "m h s"]:
+        return widened(part * part.sigmoid()).unflatten(1, (own.heads, -1))
+
+    share = c.sigmoid()
+    log_decay = -_slopes(own.heads, layer, config.block_count).to(keyed(q)).expand(len(h), -1)  # [m, h]
+    recurrence = Recurrence(keyed(q), keyed(k), log_decay[..., None], torch.ones_like(log_decay), removes=False)
+    tape, o, state = _recurrent("lightning", recurrence, c * share, past)
+    gate = affine(linear(w, "attn_gate", len(h)), h).sigmoid()
+    read = (inverse_rms(o, config) * w.vector("attn_norm_2.weight") * gate).to(h.dtype)  # normed over all heads
+    return Mixed(tape._replace(written=Factor(share), read=Factor(read)), o, Past(state=state))
+
+
+def _slopes(heads: int, layer: int, blocks: int) -> Float[Tensor, " h"]:
+    """Return the rates at which lightning attention fades, those of ALiBi (arXiv 2108.12409), less in later blocks."""
+    slopes = 2.0 ** (-8 / heads * torch.arange(1, heads + 1, dtype=torch.float64))
+    return slopes * (1 - layer / max(1, blocks - 1) + 1e-5)
 
 
 def _state_space(w: BlockWeights, frame: Frame, layer: int, h: Float[Tensor, "m d"], past: Past | None) -> Mixed:
@@ -683,6 +718,11 @@ def _convolution(w: BlockWeights, frame: Frame, layer: int, h: Float[Tensor, "m 
     return Mixed(MixerTape("convolution", entering=Factor(b), read=Factor(c)), heads, Past(rows=rows))
 
 
+def _linear(w: BlockWeights, frame: Frame, layer: int, h: Float[Tensor, "m d"], past: Past | None) -> Mixed:
+    """Freeze nothing: what stands in place of attention is its output projection of the normed input."""
+    return Mixed(MixerTape("linear"), h, Past())
+
+
 def _projected(w: BlockWeights, stems: Sequence[str], h: Float[Tensor, "m d"]) -> Float[Tensor, "m e"]:
     """Return `h` through those of the projections that the file has, one after the other."""
     for stem in stems:
@@ -706,5 +746,7 @@ RECORD: dict[str, Record] = {
     "channel state space": _channel_state_space,
     "rwkv6": _rwkv6,
     "rwkv7": _rwkv7,
+    "lightning": _lightning,
     "convolution": _convolution,
+    "linear": _linear,
 }

@@ -114,7 +114,20 @@ class FFNTape(NamedTuple):
 def record_hidden(
     w: BlockWeights, frame: Frame, layer: int, h: Float[Tensor, "m d"], kind: str = "", expert: int | None = None
 ) -> HiddenTape:
-    """Freeze one feed-forward network at its (normed) input `h`.
+    """Freeze one feed-forward network at its (normed) input `h`, and the norm of its hidden units if it has one."""
+    tape = _record_hidden(w, frame, layer, h, kind, expert)
+    if f"ffn_sub_norm{kind}.weight" not in w:
+        return tape
+    hidden = affine(Scale(tape.factor, tape.constant), affine(linear(w, tape.live, len(h), kind, expert), h))
+    norm = (inverse_rms(hidden, frame.config) * w.vector(f"ffn_sub_norm{kind}.weight")).to(hidden)
+    constant = None if tape.constant is None else tape.constant * norm
+    return tape._replace(factor=tape.factor * norm, constant=constant)
+
+
+def _record_hidden(
+    w: BlockWeights, frame: Frame, layer: int, h: Float[Tensor, "m d"], kind: str, expert: int | None
+) -> HiddenTape:
+    """Freeze one feed-forward network at its (normed) input `h`, up to its hidden units.
 
     A gated network is `down(a(gate) * up)`, and either factor can be live. With `mlp_path="up"` the whole activated
     gate is frozen and `up` is live (the paper's code for five families). With `"gate"`, `up` and the sigmoid-like share
@@ -128,7 +141,10 @@ def record_hidden(
     share, limit, shift = frame.activations[layer]
     bound = frame.config.layers[layer].clamp(kind)
     if f"ffn_gate{kind}.weight" not in w:
-        return HiddenTape(kind, expert, "ffn_up", share(projected("ffn_up")), None, None, None)
+        factor = share(projected("ffn_up"))
+        if f"ffn.act{kind}.scales" in w:
+            factor = factor / w.vector(f"ffn.act{kind}.scales")
+        return HiddenTape(kind, expert, "ffn_up", factor, None, None, None)
     gate = projected("ffn_gate")
     if limit is None and not bound:
         factor = gate * share(gate) if frame.mlp_path == "up" else share(gate) * projected("ffn_up")
@@ -196,7 +212,7 @@ def record_experts(
     config = frame.config
     logits = affine(linear(w, "ffn_gate_inp", len(h)), router)
     scores = ROUTERS[config.row.router](widened(logits))  # [n, e]
-    chosen = _chosen(w, config, scores.detach(), config.layers[layer].experts_used)
+    chosen = w.agreed(_chosen(w, config, scores.detach(), config.layers[layer].experts_used))
     weights = scores.gather(-1, chosen)  # [n, used]
     if config.row.router in WEIGHTS:
         weights = WEIGHTS[config.row.router](weights)

@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ggjac.config import Alibi
 from ggjac.linop import ChannelScan
 
 
@@ -22,6 +23,7 @@ def attention_pattern(
     *,
     softcap: float = 0.0,
     window: int | None = None,
+    alibi: Alibi | None = None,
     sinks: Float[Tensor, " h"] | None = None,
 ) -> Float[Tensor, "h m n"]:
     """Return causal attention probabilities of the last `m` of `n` positions; softmax in float32 at least.
@@ -36,6 +38,10 @@ def attention_pattern(
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)
     first = len(k) - len(q)
+    if alibi is not None:
+        distance = torch.arange(first, len(k), device=q.device)[:, None] - torch.arange(len(k), device=q.device)
+        slopes = torch.tensor(alibi.slopes, dtype=wide).to(q.device)
+        scores = torch.addcmul(scores, slopes[:, None, None], distance.to(wide), value=-1)
     hidden = torch.ones(scores.shape[1:], dtype=torch.bool, device=q.device).triu(first + 1)  # [m, n]
     if window is not None:
         hidden = hidden | torch.ones_like(hidden).tril(first - window)

@@ -200,7 +200,8 @@ def _failure(error: Exception) -> Failure:
     if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "allocate" in message):
         return Failure(f"out of memory ({message}); use a shorter prompt, a smaller rank or another device", 4)
     if isinstance(error, RuntimeError) and ("gloo" in message or type(error).__name__.startswith("Dist")):
-        return Failure(together.LOST, 1)
+        late = "timed out" in message.lower() or "timeout" in message.lower()
+        return Failure(together.SILENT if late else together.LOST, 1)
     if isinstance(error, OSError) and error.strerror:
         return Failure(f"{os.fsdecode(error.filename)}: {error.strerror}" if error.filename else error.strerror, 1)
     if isinstance(error, ValueError | OSError):

@@ -92,7 +92,7 @@ def settings(what: ModelOptions) -> dict[str, Any]:
     place, budget = together.here(), {"ram_budget": what.ram_budget, "vram_budget": what.vram_budget}
     if place:
         given = {name: size for name, size in budget.items() if size is not None}
-        budget |= place.budget(place.device(what.device)) | given
+        budget |= place.budget(what.device) | given
     return {
         **budget,
         "parse_special": what.parse_special,

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup, Store
 
 LOST = "another process of this run has ended: its own message says why, or it was killed"
+SILENT = "another process of this run has not answered for a long time: its machine or the network may be down, or busy"
 PATIENCE = 3.0  # seconds in which processes that all fail are expected to do so
 
 # What several processes cannot do together: a command, or its options with the value that asks for it.
@@ -37,6 +38,8 @@ REFUSED: dict[str, dict[str, str]] = {
     },
 }
 UNLESS = {"no_verify"}  # options that must be given
+# Paths of this process's own for outputs -> what the user gave.
+_given: dict[str, str] = {}
 
 
 @dataclass(frozen=True)
@@ -64,21 +67,34 @@ class Together:
         return max(1, machine.cpus() // self.locals)
 
     def device(self, name: str) -> str:
-        """Return the device of a name; `auto` is a GPU of its own for each process, if there are any."""
+        """Return the device of a name; without a number it is a GPU of its own for each process, if there are any."""
         import torch
 
-        if name != "auto" or not torch.cuda.is_available():
+        if name not in ("auto", "cuda") or not torch.cuda.is_available():
             return name
         return f"cuda:{self.local % torch.cuda.device_count()}"
 
-    def budget(self, device: str) -> dict[str, int]:
-        """Return the memory that each process may use: the least that one has free, so that all plan alike."""
+    def neighbours(self, name: str) -> int:
+        """Return how many processes of this machine, with this one, use the device of a name."""
+        import torch
+
+        if name not in ("auto", "cuda") or not torch.cuda.is_available():
+            return self.locals
+        cards = torch.cuda.device_count()
+        return len(range(self.local % cards, self.locals, cards))
+
+    def budget(self, name: str) -> dict[str, int]:
+        """Return the memory that each process may use: the least that one has free, so that all plan alike.
+
+        What a machine or a device has free is for all processes there.
+        """
         import torch
         import torch.distributed as dist
 
         from ggjac.planner import machine
 
-        ram, vram = machine.default_budget() // self.locals, machine.default_vram(device)
+        ram, vram = machine.default_budget() // self.locals, machine.default_vram(self.device(name))
+        vram = None if vram is None else vram // self.neighbours(name)
         free = torch.tensor([ram, 2**62 if vram is None else vram])
         dist.all_reduce(free, dist.ReduceOp.MIN, group=self.group)
         return {"ram_budget": int(free[0])} | ({} if vram is None else {"vram_budget": int(free[1])})
@@ -99,31 +115,56 @@ class Together:
         return of_first(bytes([found]), self.group) == b"\x01"
 
     def say(self, message: str) -> None:
-        """Print an error once, whichever process it is of: the first one's, or one that the first has not met."""
-        with contextlib.suppress(RuntimeError):  # whoever served the store has ended
-            if message.removeprefix("Error: ") == LOST:
-                if self.rank == 0 and not self._told("error", PATIENCE):
-                    click.echo(message, err=True)
-            elif self.rank == 0:
-                self.store.set("first", message)
-                click.echo(message, err=True)
-            elif self._told("first", PATIENCE) != message:
-                self.store.set("error", message)
-                _stderr().write(f"Error: process {self.rank} of {self.ranks}: {message.removeprefix('Error: ')}\n")
-                _stderr().flush()
+        """Print an error once, whichever process it is of: the first one's, or one that the first has not met.
+
+        That others are lost is said by one of them, if no process has said why.
+        """
+        message = as_given(message)
+        if message.removeprefix("Error: ") in (LOST, SILENT):
+            if not self._told(PATIENCE, "first", "error") and self._is_first_to("lose"):
+                self._print(message)
+        elif self.rank == 0:
+            self._tell("first", message)
+            self._print(message)
+        elif self._told(PATIENCE, "first") != message:
+            self._tell("error", message)
+            self._print(message)
+
+    def _print(self, message: str) -> None:
+        """Print an error, of another process than the first one with its number."""
+        if self.rank == 0:
+            click.echo(message, err=True)
+        else:
+            _stderr().write(f"Error: process {self.rank} of {self.ranks}: {message.removeprefix('Error: ')}\n")
+            _stderr().flush()
+
+    def _is_first_to(self, do: str) -> bool:
+        """Return whether no other process has begun to do something, or none can be asked."""
+        try:
+            return self.store.add(do, 1) == 1
+        except RuntimeError:  # whoever served the store has ended
+            return True
+
+    def _tell(self, key: str, message: str) -> None:
+        """Leave a message for the others, if they can still read it."""
+        with contextlib.suppress(RuntimeError):
+            self.store.set(key, message)
 
     def failed(self) -> bool:
         """Return whether another process has failed and said so."""
-        return bool(self._told("error", 0.0))
+        return bool(self._told(0.0, "error"))
 
-    def _told(self, key: str, patience: float) -> str:
-        """Return what another process has left under a key, or nothing."""
+    def _told(self, patience: float, *keys: str) -> str:
+        """Return what another process has left under one of some keys, or nothing."""
         until = time.monotonic() + patience
-        while not self.store.check([key]):
-            if time.monotonic() >= until:
-                return ""
-            time.sleep(0.05)
-        return self.store.get(key).decode()
+        try:
+            while not (found := [key for key in keys if self.store.check([key])]):
+                if time.monotonic() >= until:
+                    return ""
+                time.sleep(0.05)
+            return self.store.get(found[0]).decode()
+        except RuntimeError:  # whoever served the store has ended
+            return ""
 
 
 @functools.cache
@@ -164,7 +205,19 @@ def scratch() -> Path:
 def own(ctx: click.Context, param: click.Parameter, value: Path | None) -> Path | None:
     """Return an output path: as given, or for another process than the first one of its own."""
     place = here()
-    return scratch() / value.name if place and place.rank and value is not None else value
+    if value is None or not (place and place.rank):
+        return value
+    found = scratch() / str(len(_given)) / value.name
+    found.parent.mkdir()
+    _given[str(found)] = str(value)
+    return found
+
+
+def as_given(message: str) -> str:
+    """Return a message in which outputs have the paths that the user gave them."""
+    for path, given in _given.items():
+        message = message.replace(path, given)
+    return message
 
 
 def refuse(command: str, params: Mapping[str, Any]) -> None:

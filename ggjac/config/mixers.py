@@ -15,6 +15,7 @@ class Mixer(NamedTuple):
         recurrent: whether a state, and not scores, connects positions.
         channels: whether each channel has a state of its own, so that there are no heads.
         sourced: tensors of blocks that read an earlier block's values, frozen: where they do not, they are not read.
+        mixes: whether positions are mixed at all.
     """
 
     values: str
@@ -25,11 +26,12 @@ class Mixer(NamedTuple):
     recurrent: bool = False
     channels: bool = False
     sourced: tuple[str, ...] = ()
+    mixes: bool = True
 
     @property
     def has_heads(self) -> bool:
         """Whether parts of the values are mixed each in a way of its own, as scores or a state do."""
-        return (self.recurrent and not self.channels) or not self.convolution
+        return self.mixes and ((self.recurrent and not self.channels) or not self.convolution)
 
     @property
     def softmax(self) -> bool:
@@ -48,6 +50,8 @@ MIXERS = {
     ),
     # The values are another block's, which made them from its own input.
     "shared attention": Mixer("", "attn_output", ("attn_q",)),
+    # In place of attention, where that was found to matter little (Puzzle, arXiv 2411.19146).
+    "linear": Mixer("", "attn_output", (), mixes=False),
     # The gated delta rule (arXiv 2412.06464).
     "delta": Mixer(
         "attn_v",
@@ -99,6 +103,8 @@ MIXERS = {
         recurrent=True,
         sourced=("time_mix_v0", "time_mix_v1", "time_mix_v2"),
     ),
+    # Lightning attention (MiniMax-01, arXiv 2501.08313): linear attention with a fixed decay for each head.
+    "lightning": Mixer("attn_v", "attn_output", ("attn_q", "attn_k", "attn_gate"), recurrent=True),
     # The gated short convolution of LFM2 (arXiv 2511.23404).
     "convolution": Mixer(
         "shortconv.in_proj_x",

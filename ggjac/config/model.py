@@ -40,6 +40,46 @@ class Rope:
 
 
 @dataclass(frozen=True)
+class Latent:
+    """Sizes of latent attention, where keys and values are expanded from one short vector; zeros without.
+
+    Attributes:
+        size: elements of the latent vector.
+        queries: elements of the latent vector that queries are expanded from; 0 if they come from the stream.
+        rotary: last elements of a query or key, which rotate; those of a key are the same for all heads.
+        split: whether keys and values have tensors of their own (`attn_k_b`, `attn_v_b`), and not one for both
+            (`attn_kv_b`).
+    """
+
+    size: int = 0
+    queries: int = 0
+    rotary: int = 0
+    split: bool = False
+
+
+@dataclass(frozen=True)
+class Alibi:
+    """Linear biases on the scores of attention (ALiBi, arXiv 2108.12409): by head, a slope times minus the distance.
+
+    Attributes:
+        bias: the largest power of two that a slope is below one.
+        total: number of heads of the block.
+        heads: those whose scores are computed.
+    """
+
+    bias: float
+    total: int
+    heads: range
+
+    @property
+    def slopes(self) -> list[float]:
+        """The slope of each head, as in ggml's softmax: two geometric series if the total is not a power of two."""
+        power = 1 << (self.total.bit_length() - 1)
+        exponents = (head + 1 if head < power else head - power + 0.5 for head in self.heads)
+        return [2 ** (-self.bias * exponent / power) for exponent in exponents]
+
+
+@dataclass(frozen=True)
 class Layer:
     """The properties that may differ from block to block.
 
@@ -60,9 +100,12 @@ class Layer:
         keys_as_values: whether the key projection, before its norm and rotation, gives the values too.
         factor: constant factor of the stream after the block.
         source: number of the earlier block whose keys and values attention reads; None for its own.
+        attention_scale: multiplies scores.
+        latent: sizes of latent attention.
         by_key_head: whether all projections of a delta rule are in one tensor, `ssm_in`, key head by key head.
         window: number of tokens to which a position attends, itself included; None for all up to it.
         rope: rotation of queries and keys; None for none.
+        alibi: linear biases on scores; None for none.
         xielu: αn, αp and β of the activation xIELU (arXiv 2411.13010), `β z + αp z²` for positive z and
             `β z + αn (exp(z) - 1 - z)` otherwise; None for other activations.
     """
@@ -76,6 +119,7 @@ class Layer:
     routed: bool
     window: int | None
     rope: Rope | None
+    alibi: Alibi | None = None
     xielu: tuple[float, float, float] | None = None
     clamps: tuple[float, float] = (0.0, 0.0)
     experts_used: int = 0
@@ -85,6 +129,8 @@ class Layer:
     source: int | None = None
     factor: float = 1.0
     by_key_head: bool = False
+    attention_scale: float = 1.0
+    latent: Latent = Latent()
 
     @property
     def taps(self) -> tuple[Kind, ...]:
@@ -92,6 +138,11 @@ class Layer:
         feeds = self.routed or self.hidden_units > 0
         present = {"layer": True, "attn": bool(self.mixers), "mlp": feeds}
         return tuple(kind for kind in KINDS if present[kind])
+
+    @property
+    def idle(self) -> bool:
+        """Whether the block does nothing."""
+        return self.taps == ("layer",)
 
     def clamp(self, kind: str) -> float:
         """Return the limit in networks of a kind, the suffix of their tensors' names."""
@@ -132,24 +183,6 @@ class Recurrence:
 
 
 @dataclass(frozen=True)
-class Latent:
-    """Sizes of latent attention, where keys and values are expanded from one short vector; zeros without.
-
-    Attributes:
-        size: elements of the latent vector.
-        queries: elements of the latent vector that queries are expanded from; 0 if they come from the stream.
-        rotary: last elements of a query or key, which rotate; those of a key are the same for all heads.
-        split: whether keys and values have tensors of their own (`attn_k_b`, `attn_v_b`), and not one for both
-            (`attn_kv_b`).
-    """
-
-    size: int = 0
-    queries: int = 0
-    rotary: int = 0
-    split: bool = False
-
-
-@dataclass(frozen=True)
 class Indexer:
     """Sizes of what selects the keys that a query attends to; zeros if it attends to all.
 
@@ -172,7 +205,8 @@ class ModelConfig:
         architecture: `general.architecture`.
         embedding: name of the tensor with the embeddings.
         row: its entry in `ARCHITECTURES`, with file-dependent options resolved.
-        block_count: number of blocks, L, without those that predict later tokens.
+        block_count: number of blocks, L, without those that predict later tokens; those that are applied several times
+            count as often.
         layers: properties of each block.
         d: embedding length.
         vocabulary: rows of the embedding matrix.
@@ -180,12 +214,12 @@ class ModelConfig:
         original_context: number of tokens beyond which long rope factors apply.
         recurrence: sizes of mixers other than attention; zeros if there are none.
         norm_epsilon: added to the mean square or the variance inside a norm's root.
-        attention_scale: multiplies scores.
         attention_clamp: largest magnitude of queries, keys and values; 0 for no limit.
         attention_softcap, logit_softcap: `c tanh(z / c)` on scores, on logits; 0 for none.
         temperature_scale: growth of queries with position; 0 for none.
         temperature_length: number of positions after which they first grow.
         embedding_scale, residual_scale, logit_scale: multiply embeddings, branches and logits.
+        skip_scale: multiplies what goes past a branch, if that is not the stream; see `Architecture.normed_skip`.
         value_scale: multiplies what attention adds.
         expert_count: number of routed experts in a mixture; 0 for a dense model.
         expert_groups, expert_groups_used: number of groups of experts, and of those that a token's experts come from;
@@ -195,8 +229,9 @@ class ModelConfig:
         expert_latent: width of what routed experts read and write; 0 if it is that of the stream.
         inputs: width of the inputs that each block has of its own; 0 for none.
         decay_bound: lower bound of the logarithm of decays; 0 for none.
-        latent: sizes of latent attention.
         indexer: of attention to selected keys.
+        loops: how often the file's blocks are applied, all of them each time.
+        loop_norm: whether the norm before the head is applied between these passes.
     """
 
     architecture: str
@@ -210,7 +245,6 @@ class ModelConfig:
     original_context: int
     recurrence: Recurrence
     norm_epsilon: float
-    attention_scale: float
     attention_clamp: float
     attention_softcap: float
     logit_softcap: float
@@ -227,9 +261,24 @@ class ModelConfig:
     expert_latent: int = 0
     inputs: int = 0
     decay_bound: float = 0.0
-    latent: Latent = Latent()
     indexer: Indexer = Indexer()
     value_scale: float = 1.0
+    skip_scale: float = 1.0
+    loops: int = 1
+    loop_norm: bool = False
+
+    @property
+    def stored_blocks(self) -> int:
+        """Number of blocks whose tensors the file has, without those that predict later tokens."""
+        return self.block_count // self.loops
+
+    def prefix(self, layer: int) -> str:
+        """Return the prefix of the names of a block's tensors."""
+        return f"blk.{layer % self.stored_blocks}."
+
+    def normed_entry(self, layer: int) -> bool:
+        """Return whether the norm before the head is applied to the input of a block."""
+        return self.loop_norm and layer > 0 and layer % self.stored_blocks == 0
 
     @property
     def attention_factor(self) -> float:

@@ -1,4 +1,4 @@
-"""Files that are not language models: what they say they are, and what that is. For messages only."""
+"""Files that are refused by the name of what they hold, and why. For messages only."""
 
 # `general.type` -> what such a file holds.
 TYPES = {
@@ -24,3 +24,11 @@ _ARCHITECTURES = {
     "a draft model, which reads another model's states": "eagle3 dflash gemma4-assistant",
 }
 ARCHITECTURES = {name: kind for kind, names in _ARCHITECTURES.items() for name in names.split()}
+
+# `general.architecture` of language models that are left out on purpose -> why.
+LEFT_OUT = {
+    "chameleon": "llama.cpp gives its image tokens no logits, and MLPs of its larger size read the wrong states there",
+    "gptj": "llama.cpp has its name but no graph for it",
+    "graniteswitch": "its tokens switch LoRA adapters on and off for those after them",
+    "qwen4exp": "llama.cpp's own sources call its graph provisional",
+}

@@ -14,12 +14,14 @@ from ggjac.architectures import ARCHITECTURES, Architecture
 from ggjac.config import others
 from ggjac.config.keys import ConfigError, Keys, shown
 from ggjac.config.mixers import MIXERS
-from ggjac.config.model import Indexer, Latent, Layer, ModelConfig, Recurrence
+from ggjac.config.model import Alibi, Indexer, Latent, Layer, ModelConfig, Recurrence
 from ggjac.config.rotations import read_windows, rope_of, stretching
 from ggjac.config.tensors import check_tensors
 
 # Values of `expert_gating_func` (llama.cpp); 0 means the architecture's default.
 _ROUTERS = {1: "softmax", 2: "sigmoid"}
+# Of blocks that are applied several times (llama.cpp's LLAMA_MAX_LAYERS).
+MAX_BLOCKS = 512
 # Tensors that have a projection of their own to the values.
 _VALUES = ("attn_v", "attn_qkv")
 _KEYS_AND_VALUES = ("attn_k", "attn_v", "attn_k_norm")
@@ -46,26 +48,21 @@ def read_config(metadata: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...
     if row.embedding_optional and embedding not in shapes:
         embedding = "output.weight"
     experts = _experts(keys, row, stored, shapes)
-    latent = _latent(keys, row)
-    layers = _layers(keys, row, stored, blocks, experts, latent, shapes)
-    first = next((layer for layer in layers if layer.heads), None)
-    wide = row.wide_scale_blocks == blocks
-    width = 1 if first is None else max(1, d // first.heads) if wide else first.key_size
+    layers, loops = _layers(keys, row, stored, blocks, experts, shapes), _loops(keys, row, blocks)
     temperature = keys.real("attention.temperature_scale", 0.0) if row.temperature else 0.0
 
     config = ModelConfig(
         architecture=name,
         embedding=embedding,
         row=row,
-        block_count=blocks,
-        layers=layers,
+        block_count=blocks * loops,
+        layers=layers * loops,
         d=d,
         vocabulary=shapes.get(embedding, (0,))[0],
         context_length=context,
         original_context=keys.integer("rope.scaling.original_context_length", context),
         recurrence=_recurrence(keys, row, stored, context),
         norm_epsilon=_epsilon(keys, row),
-        attention_scale=_attention_scale(keys, row, width) * stretching(keys, row)[1],
         attention_clamp=keys.real("attention.clamp_kqv", 0.0) if row.clamp_key else 0.0,
         attention_softcap=_softcap(keys, "attn_logit_softcapping", row.attention_softcap),
         logit_softcap=_softcap(keys, "final_logit_softcapping", row.logit_softcap),
@@ -73,6 +70,7 @@ def read_config(metadata: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...
         temperature_length=_temperature_length(keys, row, context) if temperature else context,
         embedding_scale=_embedding_scale(keys, row, d),
         residual_scale=_residual_scale(keys, row, blocks),
+        skip_scale=keys.real("residual_scale") if row.normed_skip else 1.0,
         value_scale=(keys.real("attention.value_scale", 0.0) if row.value_scale else 0) or 1.0,
         logit_scale=_logit_scale(keys, row, d),
         expert_count=experts.total,
@@ -82,14 +80,15 @@ def read_config(metadata: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...
         expert_shared_feed_forward_length=experts.shared_width,
         decay_bound=_decay_bound(keys, row),
         expert_latent=keys.count("moe_latent_size") if row.expert_latent else 0,
-        latent=latent,
         indexer=_indexer(keys, row),
+        loops=loops,
+        loop_norm=loops > 1 and not ("skip_loop_final_norm" in keys and keys.flag("skip_loop_final_norm")),
         inputs=keys.count("embedding_length_per_layer_input") if row.inputs else 0,
     )
     # Blocks that read another's keys may still have tensors for their own.
     idle = {f"blk.{i}.{stem}" for i, own in enumerate(layers) if own.source is not None for stem in _KEYS_AND_VALUES}
     idle |= {f"blk.{i}.{stem}" for i, own in enumerate(layers) if own.source is None for stem in _of_source(own)}
-    left_out = idle | {f"blk.{i}" for i in range(blocks, stored)}
+    left_out = idle | {f"blk.{i}" for i in range(stored) if i >= blocks or layers[i].idle}
     used = {
         row.export.name(name): shape
         for name, shape in shapes.items()
@@ -126,6 +125,8 @@ def _architecture(metadata: Mapping[str, Any]) -> str:
             f"architecture {shown(name)} is not supported: it is {others.ARCHITECTURES[name]}, and ggjac needs a "
             "language model that predicts the next token"
         )
+    if isinstance(name, str) and name in others.LEFT_OUT:
+        raise ConfigError(f"architecture {shown(name)} is not supported: {others.LEFT_OUT[name]}; take another model")
     if not isinstance(name, str) or name not in ARCHITECTURES:
         # Similar names first.
         alike = get_close_matches(name[:64], ARCHITECTURES) if isinstance(name, str) else []
@@ -162,13 +163,22 @@ def _block_counts(keys: Keys, shapes: Mapping[str, tuple[int, ...]]) -> tuple[in
     return stored, stored - predictors
 
 
+def _loops(keys: Keys, row: Architecture, blocks: int) -> int:
+    """Return how often all blocks are applied."""
+    loops = keys.integer("num_loops", 1) if row.looped else 1
+    if loops * blocks > MAX_BLOCKS:
+        raise ConfigError(
+            f"{keys.prefix}.num_loops is {loops}: {blocks} blocks so often are more than {MAX_BLOCKS}: not supported"
+        )
+    return loops
+
+
 def _layers(
     keys: Keys,
     row: Architecture,
     stored: int,
     blocks: int,
     experts: "_Experts",
-    latent: Latent,
     shapes: Mapping[str, tuple[int, ...]],
 ) -> tuple[Layer, ...]:
     """Return the properties of each block that is used; the file states them for all that are stored."""
@@ -185,8 +195,9 @@ def _layers(
     layers: list[Layer] = []
     halved = keys.count("rescale_every_n_layers") if row.halving else 0
     first_reader = stored - (keys.count("attention.shared_kv_layers") if row.shared_keys else 0)
-    for i, mixers in enumerate(_mixers(keys, row, stored, blocks, kv_heads, units)):
+    for i, mixers in enumerate(_mixers(keys, row, stored, blocks, heads, kv_heads, units)):
         attends = row.mixer in mixers
+        latent = _latent(keys, row, windows[i] is not None) if attends else Latent()
         source = None if i < first_reader else first_reader - (1 if windows[i] is None else 2)
         if row.first_values and i:
             source = 0
@@ -208,11 +219,16 @@ def _layers(
                 expert_units=_expert_units(keys, row, i, shapes) if routed else 0,
                 window=windows[i] if attends else None,
                 rope=rope_of(keys, row, key_size, i, windows) if attends else None,
+                alibi=Alibi(row.alibi, h, range(h)) if row.alibi and attends else None,
                 xielu=xielu[i],
                 source=source,
                 factor=0.5 if halved and (i + 1) % halved == 0 else 1.0,
                 gate=_gate(row, i, h, value_size, shapes) if attends else 0,
                 clamps=clamps[i],
+                attention_scale=_attention_scale(keys, row, d // h if row.wide_scale_blocks == blocks else key_size)
+                if attends
+                else 1.0,
+                latent=latent,
                 keys_as_values=row.keys_as_values
                 and source is None
                 and attends
@@ -247,24 +263,32 @@ def _check_sources(keys: Keys, layers: Sequence[Layer]) -> None:
 
 
 def _mixers(
-    keys: Keys, row: Architecture, stored: int, blocks: int, kv_heads: Sequence[int], units: Sequence[int]
+    keys: Keys,
+    row: Architecture,
+    stored: int,
+    blocks: int,
+    heads: Sequence[int],
+    kv_heads: Sequence[int],
+    units: Sequence[int],
 ) -> list[tuple[str, ...]]:
     """Return the kinds of each block's mixers."""
     if row.recurrent_blocks == "beside":
         return [(row.mixer, row.recurrent)] * blocks
     if row.recurrent_blocks == "interval":
-        recurrent = _interval(keys, stored)
+        recurrent = _interval(keys, row, stored)
     elif row.recurrent_blocks == "no kv heads":
         recurrent = [not count for count in kv_heads]
     else:
         recurrent = [row.recurrent_blocks == "all"] * stored
     kinds = [row.recurrent if flag else row.mixer for flag in recurrent[:blocks]]
+    if row.pruned:
+        return [(kinds[i],) if heads[i] and units[i] else () for i in range(blocks)]
     return [() if row.one_branch and own else (kind,) for kind, own in zip(kinds, units[:blocks], strict=True)]
 
 
-def _interval(keys: Keys, stored: int) -> list[bool]:
+def _interval(keys: Keys, row: Architecture, stored: int) -> list[bool]:
     """Return whether each block is recurrent, as the file says, or all but the last of every few."""
-    period = keys.integer("full_attention_interval", 4)
+    period = keys.integer("full_attention_interval", row.recurrent_period)
     flags = keys.flags("attention.recurrent_layers", stored)
     return [(i + 1) % period != 0 for i in range(stored)] if flags is None else flags
 
@@ -274,6 +298,7 @@ def _head_sizes(keys: Keys, row: Architecture, default: int, windowed: bool, lat
     if latent.size:
         # With tensors of their own, the usual keys are sizes of what llama.cpp caches.
         suffix, least = ("_mla", None) if latent.split else ("", default)
+        suffix += "_swa" if windowed and row.windowed_sizes else ""
         key_size, value_size = (keys.integer(f"attention.{part}_length{suffix}", least) for part in ("key", "value"))
         if latent.rotary >= key_size:
             raise ConfigError(
@@ -293,8 +318,8 @@ def _gate(row: Architecture, layer: int, heads: int, value_size: int, shapes: Ma
     return int(row.gated_heads != "" if row.gated_heads != "optional" else rows > 0)
 
 
-def _latent(keys: Keys, row: Architecture) -> Latent:
-    """Return the sizes of latent attention."""
+def _latent(keys: Keys, row: Architecture, windowed: bool) -> Latent:
+    """Return the sizes of latent attention in a block."""
     if row.mixer != "latent":
         return Latent()
     stated = [keys.count(f"attention.{part}_length_mla") > 0 for part in ("key", "value")]
@@ -310,8 +335,9 @@ def _latent(keys: Keys, row: Architecture) -> Latent:
             if row.latent_queries == "required"
             else keys.count("attention.q_lora_rank")
         )
+    suffix = "_swa" if windowed and row.windowed_sizes else ""
     return Latent(
-        size=keys.integer("attention.kv_lora_rank"),
+        size=keys.integer(f"attention.kv_lora_rank{suffix}"),
         queries=queries,
         rotary=keys.integer("rope.dimension_count"),
         split=row.latent_split == "required" or (row.latent_split == "optional" and all(stated)),
@@ -339,10 +365,14 @@ def _temperature_length(keys: Keys, row: Architecture, context: int) -> int:
 
 def _recurrence(keys: Keys, row: Architecture, blocks: int, context: int) -> Recurrence:
     """Return the sizes of mixers other than attention."""
-    if not row.recurrent:
+    if row.recurrent in ("", "linear"):
         return Recurrence()
     if row.recurrent in _RWKV_RANKS:
         return _rwkv(keys, row, blocks)
+    if row.recurrent == "lightning":
+        heads = keys.for_all_blocks("attention.head_count", blocks)
+        size = keys.integer("attention.key_length", max(1, keys.integer("embedding_length") // heads))
+        return Recurrence(1, heads, heads, size, size)
     taps = keys.integer("shortconv.l_cache" if row.recurrent == "convolution" else "ssm.conv_kernel")
     if taps > context:
         raise ConfigError(f"{keys.prefix}: a convolution over {taps} positions does not fit a context of {context}")
@@ -468,6 +498,14 @@ def _decided(keys: Keys, row: Architecture, blocks: int, shapes: Mapping[str, tu
         row = replace(row, parallel=not normed, norms=replace(row.norms, ffn_in=(own if normed else shared,)))
     if row.unnormed_experts and keys.count("expert_count") == row.unnormed_experts:
         row = replace(row, qk_norm="")
+    if row.rope_blocks not in (0, blocks):
+        row = replace(row, rope_pairs="")
+    if row.alibi_blocks not in (0, blocks):
+        row = replace(row, alibi=0.0)
+    if row.alibi_key:
+        row = replace(row, alibi=keys.real("attention.max_alibi_bias", row.alibi))
+    if row.positions == "optional" and "position_embd.weight" not in shapes:
+        row = replace(row, positions="")
     if row.qk_norm_optional and "blk.0.attn_q_norm.weight" not in shapes:
         row = replace(row, qk_norm="")
     if len(row.norms.ffn_out) > 1:
@@ -535,9 +573,9 @@ def _softcap(keys: Keys, key: str, default: float | None) -> float:
 
 
 def _attention_scale(keys: Keys, row: Architecture, width: int) -> float:
-    """Return the factor on scores: the file's, if the family reads it and it is not 0, or the family's or 1/√width."""
-    key = row.attention_scale_key
-    return (keys.real(key, 0.0) if key else 0) or row.attention_scale or width**-0.5
+    """Return the factor on scores: the file's, if the family reads it and it is not 0, or the family's."""
+    stated = keys.real(row.attention_scale_key, 0.0) if row.attention_scale_key else 0
+    return (stated or row.attention_scale or max(1, width) ** row.attention_power) * stretching(keys, row)[1]
 
 
 def _embedding_scale(keys: Keys, row: Architecture, d: int) -> float:

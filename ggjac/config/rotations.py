@@ -8,6 +8,9 @@ from ggjac.architectures import Architecture
 from ggjac.config.keys import ConfigError, Keys, shown
 from ggjac.config.model import Rope
 
+# Published models have 1000.
+_LARGEST_ALPHA = 1e6
+
 
 def rope_of(keys: Keys, row: Architecture, key_length: int, layer: int, windows: Sequence[int | None]) -> Rope | None:
     """Return the rotation of one layer, whose keys have `key_length` elements; `windows` are those of all layers."""
@@ -140,7 +143,8 @@ def _refuse_unsupported_ropes(keys: Keys, row: Architecture, dimensions: int, ke
     """Refuse scaled bases, windowed layers of other sizes, and the keys of Ollama's own converter."""
     if row.yarn_keys == "betas" and (extent := keys.real("rope.scaling.yarn_ext_factor", 1.0)) != 1:
         raise ConfigError(f"{keys.prefix}.rope.scaling.yarn_ext_factor {extent} is not supported, only 1")
-    if (alpha := keys.real("rope.scaling.alpha", 0.0)) and (not row.rope_alpha or key_length <= 2):
+    alpha = keys.real("rope.scaling.alpha", 0.0)
+    if alpha and (not row.rope_alpha or key_length <= 2 or alpha > _LARGEST_ALPHA):
         raise ConfigError(f"{keys.prefix}.rope.scaling.alpha {alpha} is not supported")
     own = {"": (), "rotations": ("rope",), "heads": ("rope", "attention")}[row.windowed_sizes]
     for key, same in (

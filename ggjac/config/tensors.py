@@ -5,7 +5,7 @@ from itertools import accumulate
 
 from ggjac.architectures import Architecture
 from ggjac.config.keys import ConfigError, shown
-from ggjac.config.model import ModelConfig
+from ggjac.config.model import Latent, ModelConfig
 from ggjac.sizes import Part
 
 # A matrix's constant factor, one for each expert of a stack, and that of inputs in low precision, which llama.cpp reads
@@ -25,6 +25,7 @@ _GLOBAL = {
     "rope_factors_short.weight": ("pairs",),
 }
 _POSITIONS = {"position_embd.weight": ("context", "d")}
+_EMBEDDING_NORM = {"token_embd_norm.weight": ("d",), "token_embd_norm.bias": ("d",)}
 _INPUTS = {
     "per_layer_token_embd.weight": ("vocabulary", "all inputs"),
     "per_layer_model_proj.weight": ("all inputs", "d"),
@@ -58,6 +59,7 @@ _MIXERS: dict[str, dict[str, tuple[str, ...]]] = {
     "attention": _ATTENTION,
     "latent": {"attn_output": ("d", "read")},
     "shared attention": {"attn_q": ("q", "d"), "attn_output": ("d", "read")},
+    "linear": {},
     "delta": _DELTA,
     "kimi delta": {"attn_output": ("d", "hv")},
     "state space": _STATE_SPACE,
@@ -65,6 +67,7 @@ _MIXERS: dict[str, dict[str, tuple[str, ...]]] = {
     "rwkv6": {},
     "rwkv7": {},
     "state space of values": _FROM_VALUES,
+    "lightning": {"attn_output": ("d", "hv")},
     "convolution": _CONVOLUTION,
 }
 # Of a state space whose steps, keys and queries are made from its values; these may have norms.
@@ -136,8 +139,14 @@ _VECTORS: dict[str, dict[str, tuple[str, ...]]] = {
         "time_mix_a2.weight": ("d", "rate"),
         "time_mix_lerp_fused.weight": ("lerps", "one", "one", "d"),
     },
+    "lightning": {
+        "attn_qkv.weight": ("2qk + hv", "d"),
+        "attn_gate.weight": ("hv", "d"),
+        "attn_norm_2.weight": ("hv",),
+    },
     "state space of values": {**_MADE, "ssm_a": ("states",), "ssm_d": ("states",)},
     "convolution": {"shortconv.conv.weight": ("d", "taps")},
+    "linear": {"attn_output.weight": ("d", "d")},
 }
 # Of RWKV where it has them: the norm of each head with what is read before a position is written, and gates, and shares
 # of the first block's values.
@@ -227,6 +236,7 @@ _OPTIONAL = {
     "rope_factors_long.weight",
     "rope_factors_short.weight",
     "layer_output_scale.weight",
+    "ffn.act.scales",
     *(name for table in _INDEXER.values() for name in table),
     *_VISION_EXPERTS,
 }
@@ -272,7 +282,7 @@ def _attention_parts(config: ModelConfig, layer: int) -> dict[str, Part]:
 
 
 def _latent_parts(config: ModelConfig, layer: int) -> dict[str, Part]:
-    own, latent = config.layers[layer], config.latent
+    own, latent = config.layers[layer], config.layers[layer].latent
     parts = _sections("attn_kv_a_mqa", attn_kv_latent=latent.size, attn_kv_rope=latent.rotary)
     if latent.split:
         return parts
@@ -295,6 +305,11 @@ def _delta_parts(config: ModelConfig, layer: int) -> dict[str, Part]:
 def _kimi_delta_parts(config: ModelConfig, layer: int) -> dict[str, Part]:
     sizes = _recurrent_sizes(config)
     return _sections("attn_qkv", attn_q=sizes["qk"], attn_k=sizes["qk"], attn_v=sizes["hv"])
+
+
+def _lightning_parts(config: ModelConfig, layer: int) -> dict[str, Part]:
+    size = config.recurrence.key_size  # of each head: query, key and value
+    return _sections("attn_qkv", attn_q=size, attn_k=size, attn_v=size, period=3 * size)
 
 
 def _state_space_parts(config: ModelConfig, layer: int) -> dict[str, Part]:
@@ -325,12 +340,14 @@ _MIXER_PARTS: dict[str, Callable[[ModelConfig, int], dict[str, Part]]] = {
     "attention": _attention_parts,
     "latent": _latent_parts,
     "shared attention": lambda config, layer: {},
+    "linear": lambda config, layer: {},
     "delta": _delta_parts,
     "kimi delta": _kimi_delta_parts,
     "state space": _state_space_parts,
     "channel state space": _channel_parts,
     "rwkv6": lambda config, layer: {},
     "rwkv7": lambda config, layer: {},
+    "lightning": _lightning_parts,
     "state space of values": _state_space_of_values_parts,
     "convolution": _convolution_parts,
 }
@@ -361,6 +378,8 @@ def check_tensors(config: ModelConfig, shapes: Mapping[str, tuple[int, ...]]) ->
     loose = {name for mixer in mixers for name in _LOOSE.get(mixer, ())}
     if {"state space", "channel state space"} & mixers:  # llama.cpp's graph adds it without asking whether there is one
         needed.add("ssm_conv1d.bias")
+    if "lightning" in mixers:
+        needed.add("attn_norm_2.weight")
     if config.row.rope_factors == "required" and any(own.rope and own.rope.factored for own in config.layers):
         needed.add("rope_freqs.weight")
     for prefix, table, sizes in _scopes(config):
@@ -432,16 +451,15 @@ def _scopes(config: ModelConfig) -> Iterator[tuple[str, dict[str, tuple[str, ...
         "all inputs": config.inputs * config.block_count,
     }
     outside = _GLOBAL | (_POSITIONS if config.row.positions else {}) | (_INPUTS if config.inputs else {})
-    if config.row.embedding_norm == "weighted":
-        outside |= {f"token_embd_norm.{part}": ("d",) for part in ("weight", "bias")}
+    outside |= _EMBEDDING_NORM if config.row.embedding_norm == "weighted" else {}
     if config.row.norm == "bare":
         outside = {name: axes for name, axes in outside.items() if not name.startswith("output_norm.")}
     outside = {name.replace("output_norm", config.row.output_norm): axes for name, axes in outside.items()}
     if config.row.head == "tied":
         outside = {name: axes for name, axes in outside.items() if not name.startswith("output.")}
     yield "", outside, sizes
-    sizes |= _recurrent_sizes(config) | _latent_sizes(config)
-    for i, own in enumerate(config.layers):
+    sizes |= _recurrent_sizes(config) | _indexer_sizes(config)
+    for i, own in enumerate(config.layers[: config.stored_blocks]):
         widths = {"f": own.hidden_units, "fe": own.expert_units}
         widths |= {f"2{name}": 2 * width for name, width in widths.items()}
         yield f"blk.{i}.", _block_table(config, i), sizes | widths | _attention_sizes(config, i)
@@ -462,19 +480,20 @@ def _attention_sizes(config: ModelConfig, layer: int) -> dict[str, int]:
         "values": values,
         "qkv": q + keys + values,
         "value": own.value_size,
-        "nope": own.key_size - config.latent.rotary,
-        "expanded": own.heads * (own.key_size - config.latent.rotary + own.value_size),
+        "nope": own.key_size - own.latent.rotary,
+        "expanded": own.heads * (own.key_size - own.latent.rotary + own.value_size),
         "read": own.heads * own.value_size,
+        "latent": own.latent.size,
+        "rotary": own.latent.rotary,
+        "latent + rotary": own.latent.size + own.latent.rotary,
+        "query latent": own.latent.queries,
     }
 
 
-def _latent_sizes(config: ModelConfig) -> dict[str, int]:
-    """Return the named sizes of latent attention, and of what selects keys."""
-    latent, indexer = config.latent, config.indexer
+def _indexer_sizes(config: ModelConfig) -> dict[str, int]:
+    """Return the named sizes of what selects keys."""
+    indexer = config.indexer
     return {
-        "latent": latent.size,
-        "latent + rotary": latent.size + latent.rotary,
-        "query latent": latent.queries,
         "indexer heads": indexer.heads,
         "indexer key": indexer.key_size,
         "indexer queries": indexer.heads * indexer.key_size,
@@ -521,14 +540,14 @@ def _block_table(config: ModelConfig, layer: int) -> dict[str, tuple[str, ...]]:
     for mixer in own.mixers:
         matrices |= _MIXERS[_layout(config, mixer)]
     scaled = set(matrices) if row.qkv_scales else {"attn_output"}
-    if row.recurrent in own.mixers and not row.recurrent_scales:
+    if row.looped or (row.recurrent in own.mixers and not row.recurrent_scales):  # llama.cpp: in the first pass only
         scaled = set()
     for mixer in own.mixers:
         vectors |= _VECTORS.get(_layout(config, mixer), {})
         if config.indexer.selected:
             vectors |= _INDEXER.get(mixer, {})
         if mixer == "latent":
-            vectors |= _latent_table(config)
+            vectors |= _latent_table(row, own.latent)
         if mixer in ("rwkv6", "rwkv7"):
             vectors |= _rwkv_table(config, layer)
         if row.normed_steps and mixer == row.recurrent:
@@ -543,6 +562,7 @@ def _block_table(config: ModelConfig, layer: int) -> dict[str, tuple[str, ...]]:
         vectors["attn_gate.weight"] = ("gates", "d")
     vectors |= _OWN_INPUTS if config.inputs else {}
     vectors |= _VISION_EXPERTS if row.vision_experts else {}
+    vectors |= {"ffn.act.scales": ("f",)} if row.hidden_divisors else {}
     if own.hidden_units:
         matrices |= _FFN[row.ffn]
         vectors |= _SHIFTED if row.ffn.startswith("shifted") else {}
@@ -565,6 +585,9 @@ def _block_table(config: ModelConfig, layer: int) -> dict[str, tuple[str, ...]]:
             table |= {f"{name}.{kind}": axes[:-2] or ("one",) for kind in _SCALES}
     if row.norm == "layer" or row.norm_bias:
         table |= {f"{name}.bias": axes for name, axes in norms.items()}
+    if row.inner_norms:
+        table |= {"attn_sub_norm.weight": ("read",)} if own.mixers else {}
+        table |= {"ffn_sub_norm.weight": ("f",)} if own.hidden_units else {}
     if row.sinks and own.heads:
         table["attn_sinks.weight"] = ("heads",)
     if row.selection_bias and own.routed:
@@ -581,10 +604,10 @@ def _selection_bias(row: Architecture) -> str:
     return "exp_probs_b" if "exp_probs_b" in row.bare_names else "exp_probs_b.bias"
 
 
-def _latent_table(config: ModelConfig) -> dict[str, tuple[str, ...]]:
+def _latent_table(row: Architecture, latent: Latent) -> dict[str, tuple[str, ...]]:
     """Return the tensors of latent attention but its output projection, by full name; they have no biases."""
     table: dict[str, tuple[str, ...]] = {"attn_kv_a_mqa": ("latent + rotary", "d"), "attn_kv_a_norm": ("latent",)}
-    if config.latent.queries:
+    if latent.queries:
         table |= {
             "attn_q_a": ("query latent", "d"),
             "attn_q_a_norm": ("query latent",),
@@ -592,10 +615,12 @@ def _latent_table(config: ModelConfig) -> dict[str, tuple[str, ...]]:
         }
     else:
         table["attn_q"] = ("q", "d")
-    if config.latent.split:
+    if latent.split:
         table |= {"attn_k_b": ("heads", "latent", "nope"), "attn_v_b": ("heads", "value", "latent")}
     else:
         table["attn_kv_b"] = ("expanded", "latent")
+    if row.normed_rotary:
+        table["attn_k_norm"] = ("rotary",)
     return {f"{name}.weight": axes for name, axes in table.items()}
 
 

@@ -140,6 +140,10 @@ class DetachedJacobian(LinearOperator):
         self.check_shape(Y, self.out_shape)
         return self.sweep.down([Y.to(self.device, self.dtype)])[0]
 
+    def agreed(self, found: Tensor) -> Tensor:
+        """Return numbers as the first of the processes that share the model has found them."""
+        return self.sweep.journal.agreed(found) if self.sweep.journal else found
+
     def rows(self, chunk: int | None = None) -> Iterator[tuple[int, int, Tensor]]:
         """Yield rows of the dense Jacobian; by default as many at a time as fit into `chunk_bytes`."""
         return super().rows(chunk or self.rows_at_once())

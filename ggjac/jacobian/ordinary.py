@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ggjac.blocks import BlockWeights, Past, WeightMatrix, block_inputs, record_attention, record_rest
+from ggjac.blocks import BlockWeights, Past, WeightMatrix, block_inputs, entered, kept, record_attention, record_rest
 from ggjac.jacobian import FrozenNetwork
 from ggjac.linop import Homogeneous, LinearOperator
 from ggjac.sizes import CHUNK_BYTES
@@ -128,11 +128,12 @@ class OrdinaryJacobian(LinearOperator):
             past = None if source is None else Past(state.get(f"keys {source}"), state[f"values {source}"])
             frame = self._frame._replace(inputs=state.get(INPUTS))
             # `record_block`, but the tape of attention is freed before the feed-forward.
-            attn = record_attention(w, frame, i, state[STREAM], past)
+            x = entered(frame, i, state[STREAM])[1]
+            attn = record_attention(w, frame, i, x, past)
             made = _named(i, attn.past[0]) if i in config.writers else {}
-            added = attn.added
+            middle = kept(config, attn.tape.norm_in, x) + attn.added
             del attn
-            return made | {STREAM: record_rest(w, frame, i, state[STREAM], added)[2]}
+            return made | {STREAM: record_rest(w, frame, i, x, middle)[2]}
 
         return block
 
@@ -251,6 +252,10 @@ class _Forgetful:
     def holds(self, expert: int) -> bool:
         """Return whether an expert is among these weights."""
         return self._weights.holds(expert)
+
+    def agreed(self, found: Tensor) -> Tensor:
+        """Return a choice as all make it."""
+        return self._weights.agreed(found)
 
     def joined(self, part: LinearOperator, *, inputs: bool = True, outputs: bool = True) -> LinearOperator:
         """Return an operator, completed by those who have the rest of it."""

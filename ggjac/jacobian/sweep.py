@@ -17,12 +17,11 @@ from torch import Tensor
 
 from ggjac.blocks import BlockWeights, Frame, FrozenBlock, NormTape, affine, block
 from ggjac.config import ModelConfig
-from ggjac.decode import Head
+from ggjac.decode import Embeddings, Head
 from ggjac.jacobian.tapes import Tapes
 from ggjac.linop import Identity, LinearOperator
 from ggjac.runs.journal import Product, Records
 from ggjac.sizes import Kind
-from ggjac.weights import Weight
 
 # The taps of a block in the order in which cotangents pass them.
 DOWNWARDS: tuple[Kind, ...] = ("layer", "mlp", "attn")
@@ -81,7 +80,7 @@ class FrozenNetwork(NamedTuple):
     outputs: Float[Tensor, "n d"]
     ids: list[int]
     head: Head
-    embedding: Weight
+    embedding: Embeddings
     outside: BlockWeights
     table: Callable[[], Tensor | None]
     token: Callable[[int | str], int]
@@ -148,6 +147,46 @@ class SharedSweep:
     def down(self, Y: Sequence[Float[Tensor, "_ d"]]) -> list[Float[Tensor, "_ n d"]]:
         """Return `Aᵀ y` of every span for its own stacked cotangents: `[k, d]` to `[k, n, d]`, any `k` for each."""
         return self._recorded("down", Y, partial(self._down, Y))
+
+    def matrices(self) -> Iterator[tuple[int, Float[Tensor, "d n d"]]]:
+        """Yield the number and the matrix of every span, in one pass for all: they have one end, or else one start.
+
+        From one end all rows go down, `[d, n, d]`, and are a span's matrix where it starts. From one start all columns
+        go up, `[n d, n, d]`, and are read where a span ends. A matrix is to be used before the next one is asked for.
+        Nothing is recorded in the journal.
+        """
+        rows = len({span.tap for span in self.spans}) == 1
+        yield from self._rows() if rows else self._columns()
+        self.network.embedding.matrix.store.check_unchanged()
+
+    def _rows(self) -> Iterator[tuple[int, Tensor]]:
+        x, banks = self.network.x, dict[int, Tensor]()
+        H = self.norms[0].rmatmat(torch.eye(self.d, dtype=x.dtype, device=x.device)[:, None])  # [d, 1, d]
+        H = _at_last(H[:, 0], self.position + 1)
+        for _, i, frozen in self._walk(self.order[::-1], 0):
+            H = frozen.rmatmat(H[:, -frozen.ffn.out_shape[0] :], banks)
+            self.flop += frozen.flop * len(H)
+            for j in self._starting(i):
+                yield j, _padded(H, self.n)
+
+    def _columns(self) -> Iterator[tuple[int, Tensor]]:
+        x, m, banks = self.network.x, self.position + 1, dict[int, Tensor]()
+        H = torch.eye(m * self.d, dtype=x.dtype, device=x.device).unflatten(1, (m, self.d))
+
+        def read(kind: Kind, i: int, images: Tensor) -> Iterator[tuple[int, Tensor]]:
+            for j in self._ending(kind, i):
+                matrix = self.norms[j].matmat(images[:, -1:])[:, 0].T  # [d, m d]
+                yield j, _padded(matrix.unflatten(1, (m, self.d)), self.n)
+
+        for _, i, frozen in self._walk(self.order, 0):
+            self.flop += frozen.flop * len(H)
+            H, added = frozen.matmat_attn(H, None, banks)
+            yield from read("attn", i, added)
+            H, added = frozen.matmat_ffn(H, added)
+            yield from read("mlp", i, added)
+            H = frozen.matmat_out(H, added)
+            del added  # before the next block
+            yield from read("layer", i, H)
 
     def _up(self, X: Sequence[Tensor], t: Sequence[Tensor] | None, product: Product | None) -> list[Tensor]:
         x, m = self.network.x, self.position + 1
@@ -260,7 +299,7 @@ class SharedSweep:
         if product and product.result is not None:
             return product.result
         result = compute(product)
-        self.network.embedding.store.check_unchanged()
+        self.network.embedding.matrix.store.check_unchanged()
         return product.finish(result) if product else result
 
     def _steps(

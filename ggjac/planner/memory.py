@@ -93,7 +93,10 @@ def _sweep_parts(config: ModelConfig, work: Work, step: Sweeps, slab: int) -> di
 def _lookup_parts(config: ModelConfig, work: Work, step: Lookup, tile: int) -> dict[str, int]:
     """Return the working memory of a pass over the vocabulary: scores of a tile and the vectors, or all logits."""
     vectors = max(step.head, step.embedding)
-    scores = vectors * (4 * min(tile // config.d, config.vocabulary) + 2 * config.d)
+    rows = min(tile // config.d, config.vocabulary)
+    scores = vectors * (4 * rows + 2 * config.d)
+    if config.row.embedding_norm:  # of a tile, its norm: squares, two factors of it, and a product
+        scores += 4 * rows * config.d
     return {"decoding": (scores + 3 * step.logits * config.vocabulary) * max(4, ITEM_BYTES[work.dtype])}
 
 
@@ -130,7 +133,7 @@ def sweep_floats(config: ModelConfig, n: int, *, up: bool, slab: int = SLAB) -> 
     d, row = config.d, config.row
     factors = (config.attention_factor, config.residual_scale, row.joint_scale)
     scaled = row.norms.attention_out or row.norms.ffn_out or factors != (1, 1, 1)
-    more = d if scaled or row.parallel or row.experts_skip else 0
+    more = d if scaled or row.parallel or row.normed_skip or row.experts_skip else 0
     bank, shift = n * _bank(config), d if row.ffn.startswith("shifted") else 0
     if up:
         attention = max(_attention_up(d, n, path) for path in _paths(config, n))
@@ -174,7 +177,7 @@ def _paths(config: ModelConfig, n: int) -> set[_Path]:
                 else:
                     factors = 3 if sizes.shifted else 2
                     found.add(_Path(wide, wide, factors, chunk=scan_chunk(n, sizes.key_size) or 0))
-            elif MIXERS[mixer].convolution:
+            elif MIXERS[mixer].convolution or not MIXERS[mixer].mixes:
                 found.add(_Path(config.d, config.d, 2, mixed=False))
             else:
                 factors = int(bool(config.attention_clamp) or config.row.value_norm)
@@ -290,7 +293,7 @@ def _mixer_floats(config: ModelConfig, own: Layer, mixer: str, n: int, m: int) -
     pattern = own.heads * m * n
     if MIXERS[mixer].expansion:  # queries and keys of every head are wider than values; with their latents, or scores
         wide = m * own.heads * max(own.key_size, own.value_size)
-        latents = 2 * m * max(config.latent.size, config.latent.queries)
+        latents = 2 * m * max(own.latent.size, own.latent.queries)
         return max(3 * wide + latents, 2 * wide + 3 * pattern), pattern
     q, kv = own.heads * own.value_size, own.kv_heads * own.value_size
     gated = config.row.gated_queries or own.gate > 0

@@ -185,7 +185,7 @@ class _Block:
 
     def __init__(self, file: "GGUFFile", config: ModelConfig, index: int, division: Division | None = None):
         self.tensors, self.slices = file.tensors, fused_parts(config, index)
-        self.index, self.prefix, self.layer = index, f"blk.{index}.", config.layers[index]
+        self.index, self.prefix, self.layer = index, config.prefix(index), config.layers[index]
         self.infos = [info for name, info in file.tensors.items() if name.startswith(self.prefix)]
         self.cuts: Mapping[str, Cut] = division.cuts[index] if division else {}
         self.held = division.experts(config.expert_count) if division else config.expert_count
@@ -275,7 +275,9 @@ def _sums(block: _Block, config: ModelConfig, n: int, m: int) -> Pass:
     """
     widths = [n * config.d for mixer in block.layer.mixers if MIXERS[mixer].output in block.cuts]
     dense, shared = ("ffn_down" + kind in block.cuts for kind in ("", "_shexp"))
-    widths += [m * config.d] * dense
+    # A dense network and experts that read the same are added up at once.
+    together = block.layer.routed and block.adds and not config.row.norms.experts_in
+    widths += [m * config.d] * (dense and not together)
     if block.layer.routed and block.adds:  # with the shared expert, unless they read a latent
         latent = block.find("ffn_latent_down.weight") is not None
         widths += [m * config.expert_latent, *[m * config.d] * shared] if latent else [m * config.d]
@@ -416,8 +418,9 @@ def _trace(block: _Block, config: ModelConfig, mlp_path: MlpPath, n: int, m: int
     for kind, experts, uses, _ in _networks(block, config, m):
         stems = _stems(block, kind)
         # A frozen factor that needs the live projection's own output is recorded first, and then applied.
-        if len(stems) < 3 or mlp_path == "gate" or _clamped(config, block, kind):
-            stems = [*stems, _live(block, kind, mlp_path)]
+        again = int(len(stems) < 3 or mlp_path == "gate" or _clamped(config, block, kind))
+        again += block.find(f"ffn_sub_norm{kind}.weight") is not None
+        stems = [*stems, *[_live(block, kind, mlp_path)] * again]
         parts += [block.linear(stem, m, experts, uses) for stem in stems]
     parts += [Pass(info.nbytes, {info.type.name: info.elements}) for info in _small(block)]
     return total([*parts, _sums(block, config, m, m)])
@@ -460,13 +463,14 @@ def _each_once(block: _Block, config: ModelConfig, n: int) -> Pass:
 
 def _tape_bytes(block: _Block, config: ModelConfig, n: int, item: int) -> int:
     """Return the bytes of a block's tape: its stream `[n, d]`, norms, patterns `[h, n, n]`, factors `[n, f]`."""
-    floats, other = n * config.d, 0
+    entry = int(config.normed_entry(block.index))
+    floats, other = n * config.d + entry * config.d, entry * n * max(4, item)
     for mixer in block.layer.mixers:
         floats += _mixer_floats(config, block, mixer, n)
         if MIXERS[mixer].channels:
             other += _channel_floats(config, n) * max(4, item)
         if MIXERS[mixer].expansion:  # the norm of the latent
-            floats += config.latent.size
+            floats += block.layer.latent.size
             other += n * max(4, item)
     floats += n * config.d * bool(block.find("channel_mix_receptance.weight"))
     places = norm_places(config, block.index) + ([("post_norm",)] if config.inputs else [])
@@ -489,14 +493,14 @@ def _tape_bytes(block: _Block, config: ModelConfig, n: int, item: int) -> int:
 def _mixer_floats(config: ModelConfig, block: _Block, mixer: str, n: int) -> int:
     """Return the floats of a mixer's tape: its pattern `[h, n, n]` or its scan, and its factors."""
     heads, value, key = _heads(config, block, mixer)
-    own = block.layer
-    gated = config.row.gated_queries or own.gate > 0
+    row, own = config.row, block.layer
+    read = row.gated_queries or own.gate or row.inner_norms  # factors of what is mixed
     if not MIXERS[mixer].recurrent:
         if MIXERS[mixer].convolution:
             return 2 * n * config.d
         written = 2 if config.attention_clamp else int(config.row.value_norm)
         written *= bool(MIXERS[mixer].values)
-        return heads * n * n + n * (written * own.kv_heads * value + gated * heads * value)
+        return heads * n * n + n * (written * own.kv_heads * value + bool(read) * heads * value)
     chunk = scan_chunk(n, key)
     factors = (_shifted_factors(block) if config.recurrence.shifted else 2) * n * heads * value
     if MIXERS[mixer].channels:

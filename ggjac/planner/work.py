@@ -61,7 +61,7 @@ from ggjac.sizes import (
     chunk_floats,
     default_layer,
 )
-from ggjac.ways import Block, Task, block, takes_matrix
+from ggjac.ways import Block, Task, block, share_rows, take_matrices, takes_matrix
 
 # In bfloat16, whose rounding error keeps residuals above 1e-3: sweeps until they no longer fall.
 FLOOR_SWEEPS = {"bfloat16": 11}
@@ -544,6 +544,9 @@ class _Builder:
         if batch.branches:
             where = batch.branch_region
             yield Sweeps(f"layers: {name}, branches", 1, batch.branches, region=where, stream_copies=copies)
+        if not region.sequential and take_matrices(self.config, self.request.rank, self.n, self.item, region.spans):
+            yield self._matrices(name, region.spans)
+            return
         bases = (KrylovBases(region.rounds * maps, self.n, width, sweeps),)
         yield Sweeps(f"layers: {name}, svd", sweeps, maps * width, region=region, stream_copies=copies, bases=bases)
         yield Sweeps(f"layers: {name}, signs", 1, maps, region=region, stream_copies=copies)
@@ -554,6 +557,14 @@ class _Builder:
         limit = self.rows_at_once(maps) if exact else rows
         for step in self.in_chunks(f"layers: {name}, stable rank", rows, limit=limit, up=False, region=region):
             yield replace(step, vectors=maps * step.vectors, result_floats=result_floats, stream_copies=copies)
+
+    def _matrices(self, name: str, spans: Sequence[tuple[int, int]]) -> Sweeps:
+        """Return the pass that makes the matrices of maps, all columns or all rows; each is decomposed by itself."""
+        first, last = min(start for start, _ in spans), max(stop for _, stop in spans)
+        up, size = not share_rows(spans), self.input_positions * self.d
+        decomposed = {"matrix": 4 * self.n * self.d**2 * self.item}  # one matrix, its transpose and its two factors
+        region = Region(spans=((first, last),))
+        return Sweeps(f"layers: {name}, matrices", 1, size if up else self.d, up=up, region=region, buffers=decomposed)
 
 
 def _analyze(builder: _Builder) -> Work:
@@ -625,6 +636,9 @@ def _ranks(builder: _Builder) -> Work:
     largest = builder.in_chunks(
         "svd", (1 + positions) * width, sweeps=sweeps, limit=limit, stream_copies=1, bases=bases
     )
+    if builder.takes_matrix(Task(1, tokens=positions)):
+        matrix = {"matrix": n * builder.d**2 * item}
+        return builder.work(*builder.dense("all rows"), Lookup("logits", logits=1), RECONSTRUCTION, buffers=matrix)
     if builder.d <= EXACT_ROWS:
         norms = builder.in_chunks("stable ranks", builder.d, limit=limit, up=False, result_floats=1 + 2 * 8 / item)
     else:

@@ -305,7 +305,10 @@ def code_digest(package: str | os.PathLike[str] = Path(__file__).parents[1]) -> 
 
 
 def peak_memory() -> int | None:
-    """Return the peak resident memory of this process in bytes; None if the system does not report it."""
+    """Return the peak resident memory of this process in bytes; None if the system does not report it.
+
+    It includes pages of the model's file, which the system keeps as long as nothing else needs the memory.
+    """
     try:
         import resource
     except ModuleNotFoundError:  # Windows

@@ -131,6 +131,9 @@ class Records(Protocol):
     def product(self, kind: str, inputs: Sequence[Tensor]) -> Product:
         """Return the next product, with the result or state that an earlier attempt saved."""
 
+    def agreed(self, found: Tensor) -> Tensor:
+        """Return numbers that decide how the run goes on, as one process has found them."""
+
 
 class Journal:
     """The record of a run in a folder; made by `Journal.open`.
@@ -227,6 +230,10 @@ class Journal:
                 raise
         finally:
             self.close()
+
+    def agreed(self, found: Tensor) -> Tensor:
+        """Return numbers as they are: no other process finds them."""
+        return found
 
     def product(self, kind: str, inputs: Sequence[Tensor]) -> Product:
         """Return the next product of this run, with the result or state that an earlier attempt saved.

@@ -153,7 +153,10 @@ def mean_map(
     Raises:
         RunError: a file is of other prompts or settings, or cannot be written; or as `ggjac.study`.
         PromptError, JournalError, NoFitError: as `ggjac.study`.
+        ValueError: the measure is another one.
     """
+    if not measure.options.get("mean"):
+        raise ValueError(f"measure is {measure.name!r}; give ggjac.measure(model, 'jacobian', mean=True)")
     output, every = Path(output), list(distinct(prompts).values())
     starts = range(0, len(every), CHUNK)
     chunks = [Chunk(i, len(starts), every[start : start + CHUNK]) for i, start in enumerate(starts)]

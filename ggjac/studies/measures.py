@@ -53,6 +53,7 @@ def answer_ranks(session: Session, *, tol: float = 1e-3, seed: int = 0, max_swee
         "next": predict.predict(session.trace, 1).data(session.words)[0],
         "reconstruction": session.reconstruction().data(),
         "residual": found.residual,
+        "method": found.method,
         "sweeps": found.sweeps,
         "stopped_by": found.stopped_by,
     }

@@ -77,8 +77,10 @@ def ray(address: str | None, threads: int) -> Iterator[Executor]:
         raise _missing("ray", "ray") from error
     try:
         engine.init(address, include_dashboard=None if address else False, log_to_driver=False, logging_level="error")
-    except (ConnectionError, ValueError, RuntimeError) as error:
-        raise runs.RunError(f"no Ray cluster at {address} ({runs.one_line(error)}); ray start --head") from error
+    except Exception as error:  # a node that is too slow to start is one without a class
+        what = f"no Ray cluster at {address}" if address else "Ray does not start on this machine"
+        remedy = "ray start --head" if address else "try again when it is less busy, or take --workers N"
+        raise runs.RunError(f"{what} ({runs.one_line(error)}); {remedy}") from error
 
     @cache
     def remote(function: Callable) -> Any:

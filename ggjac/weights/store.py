@@ -79,13 +79,22 @@ class WeightStore:
         return Weight(self, info, 0, info.rows, 0, info.shape[-1])
 
     def block(
-        self, index: int, slices: Mapping[str, Part], *, live: bool = False, rounding: torch.dtype | None = None
+        self,
+        index: int,
+        slices: Mapping[str, Part],
+        *,
+        prefix: str | None = None,
+        live: bool = False,
+        rounding: torch.dtype | None = None,
     ) -> "Block":
         """Return the tensors of block `index`; for `slices` and `rounding` see `Block`.
 
+        Their names begin with `prefix`, by default with the block's number.
+
         With `live` they are used in every sweep, and kept where `places` says.
         """
-        return Block(self, f"blk.{index}.", slices, self.places[index] if live and self.places else "file", rounding)
+        place = self.places[index] if live and self.places else "file"
+        return Block(self, prefix or f"blk.{index}.", slices, place, rounding)
 
     def check_unchanged(self) -> None:
         """Refuse to go on if the file was changed by another program, as `GGUFFile.check_unchanged` says."""
@@ -244,7 +253,8 @@ class WeightStore:
 class Weight:
     """Rows `first:last` and columns `left:right` of a stored tensor: a `TiledMatrix`, or a vector as one row.
 
-    With a section, the rows are counted in that. `rounding` is the dtype of the tiles, default the store's own.
+    With a section, the rows are counted in that. `rounding` is the dtype of the tiles, default the store's own. `edge`
+    is the first column of the matrix of which these may be a slab.
     """
 
     store: WeightStore
@@ -256,6 +266,7 @@ class Weight:
     place: str = "file"
     section: Section | None = None
     rounding: torch.dtype | None = None
+    edge: int = 0
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -308,7 +319,7 @@ class Weight:
 
         Slabs of columns share their rows, so that the first one requests all of them.
         """
-        if self.left == 0 and self.place == "file":
+        if self.left == self.edge and self.place == "file":
             for start, stop in self._key(0, self.shape[0]).runs:
                 self.store.file.will_need(self.info, start, stop)
 
@@ -392,6 +403,10 @@ class Block:
     def holds(self, expert: int) -> bool:
         """Return whether an expert is among these weights: all are."""
         return True
+
+    def agreed(self, found: Tensor) -> Tensor:
+        """Return a choice as it is: nobody else makes it."""
+        return found
 
     def joined(self, part: Operator, *, inputs: bool = True, outputs: bool = True) -> Operator:
         """Return an operator as it is, since nobody has more of its terms."""

@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -40,13 +41,16 @@ def run(ranks: int, folder: Path, kills: list[tuple[int, int]]) -> subprocess.Co
 
 
 def child(when: str, command: list[str]) -> None:
-    """Run the command in this process, which may be one that is to die in this attempt."""
-    from ggjac import session
+    """Run the command in this process, which may be one that is to die in this attempt, or to stop for good."""
+    from ggjac import parallel, session
     from ggjac.cli import main
     from ggjac.jacobian.sweep import SharedSweep
 
     session.CHECKPOINT_SECONDS = 0.0
-    kills = [tuple(map(int, pair.split(":"))) for pair in when.split(",") if pair]
+    ended = signal.SIGSTOP if when.startswith("stop:") else signal.SIGKILL
+    if ended == signal.SIGSTOP and os.environ["RANK"] == "0":
+        parallel.TIMEOUT = timedelta(seconds=3)
+    kills = [tuple(map(int, pair.split(":"))) for pair in when.removeprefix("stop:").split(",") if pair]
     attempt, steps, done = int(os.environ["TORCHELASTIC_RESTART_COUNT"]), SharedSweep._steps, 0
 
     def counted(self: SharedSweep, *arguments: Any) -> Iterator[Any]:
@@ -55,7 +59,7 @@ def child(when: str, command: list[str]) -> None:
             yield step
             done += 1
             if attempt < len(kills) and kills[attempt] == (int(os.environ["RANK"]), done):
-                os.kill(os.getpid(), signal.SIGKILL)
+                os.kill(os.getpid(), ended)
 
     SharedSweep._steps = counted  # type: ignore[assignment, method-assign]
     main(command, prog_name="ggjac")

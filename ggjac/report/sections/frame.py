@@ -129,7 +129,7 @@ def certificate(run: Run) -> dict[str, Any]:
         ("Seed", None if seed is None else str(seed)),
         ("Device", c["device"]),
         ("Threads", c["threads"] and str(c["threads"])),
-        ("Peak memory", c["peak_memory_bytes"] and size(c["peak_memory_bytes"])),
+        ("Peak memory, with the cached pages of the file", c["peak_memory_bytes"] and size(c["peak_memory_bytes"])),
         ("Created", (c["created"] or "").replace("T", " ").replace("Z", " UTC")),
         ("Platform", c["platform"]),
         ("Model fingerprint", c["model"]["fingerprint"]),
