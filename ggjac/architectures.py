@@ -121,8 +121,8 @@ class Architecture:
         mscale: the first of DeepSeek's two multipliers of YaRN (`ggjac.config.rotations.stretching`), which the file
             does not state: `"equal"` to the second, if that is not 0; `"one"`; or `"alone"` (it is 1 and the second 0,
             whatever the file states); `""` where there are none.
-        indexer: prompts may be so long that attention selects keys: one by one (`"keys"`), in blocks (`"blocks"`), or
-            `""` for never. Such prompts are not supported.
+        indexer: prompts may be so long that attention selects keys: one by one (`"keys"`), likewise if the file states
+            how many (`"optional keys"`), in blocks (`"blocks"`), or `""` for never. Such prompts are not supported.
         normed_rotary: the part of latent attention's keys that rotates is normed before (`attn_k_norm`).
         value_norm: the values of each head are normed (RMSNorm without weight).
         shared_keys: the file's last `attention.shared_kv_layers` blocks read keys and values of an earlier block.
@@ -192,8 +192,8 @@ class Architecture:
             (`"context"`) or each `attention.temperature_length` (`"length"`); `""` for never.
         ffn: `"gated"`, `"fused"` (gate and up in one tensor, gate first), `"plain"` (no gate), or RWKV's channel
             mixing, `"shifted"`, or `"shifted gated"` where a gate multiplies what it adds.
-        qkv_scales: the constant factors of the projections to queries, keys and values are applied, as that of
-            attention's output projection is in all families.
+        qkv_scales: the constant factors of the projections to queries, keys and values are applied.
+        output_scales: that of attention's output projection is.
         ffn_scales: those of the feed-forward's matrices are applied.
         recurrent_scales: those of a recurrent mixer's matrices are applied.
         hidden_divisors: activated hidden units may be divided by numbers (`ffn.act.scales`).
@@ -232,6 +232,7 @@ class Architecture:
         shared_fused: gate and up of the shared expert are in one tensor, gate first.
         looped: all blocks may be applied several times, one after the other (`num_loops`), with the norm before the
             head between these passes, unless the file has `skip_loop_final_norm`.
+        streams: there are several residual streams (`hyper_connection.count`).
         stream_scale: a block's output may be multiplied by a number (`layer_output_scale`).
         halving: the stream is halved after each of the file's `rescale_every_n_layers`, if that is not 0.
         post_norm_epsilon: what norms after branches add inside of their root; 0 for the same as others.
@@ -334,6 +335,7 @@ class Architecture:
     temperature: str = ""
     ffn: str = "gated"
     qkv_scales: bool = True
+    output_scales: bool = True
     ffn_scales: bool = False
     recurrent_scales: bool = False
     hidden_divisors: bool = False
@@ -360,6 +362,7 @@ class Architecture:
     shared_optional: bool = False
     shared_fused: bool = False
     looped: bool = False
+    streams: bool = False
     stream_scale: bool = False
     halving: bool = False
     post_norm_epsilon: float = 0.0
@@ -848,6 +851,24 @@ ARCHITECTURES: dict[str, Architecture] = {
         window_rope="based",
         ffn_scales=True,
         graph=Graph(attention=("attn_output",)),
+    ),
+    "hy_v4": replace(
+        _LATENT,
+        latent_queries="required",
+        latent_split="required",
+        indexer="optional keys",
+        gated_heads="elements",
+        sinks="required",
+        streams=True,
+        output_scales=False,
+        hidden_clamps="before",
+        router_key=True,
+        selection_bias="optional",
+        renormalize_key=True,
+        expert_scale_key=True,
+        leading_dense=True,
+        expert_widths="count",
+        head="required",
     ),
     "minimax-m3": replace(
         _DEEPSEEK,

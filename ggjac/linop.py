@@ -623,6 +623,27 @@ class ChannelScan(LinearOperator):
         return torch.exp(self.step[position][:, None] * self.rate)
 
 
+class StreamMix(LinearOperator):
+    """Mix `i` streams of `d` elements, side by side, at each position by a matrix of its own: `[n, i d]` to `[n, o d]`.
+
+    `flop` leaves its products out: they are few beside those of any matrix.
+    """
+
+    def __init__(self, weights: Float[Tensor, "n o i"], d: int):
+        self.weights, self.d = weights, d
+        n, out, into = weights.shape
+        self.in_shape, self.out_shape = (n, into * d), (n, out * d)
+        self.dtype, self.device = weights.dtype, weights.device
+
+    def matmat(self, X: Float[Tensor, "k n a"], t: Homogeneous = None) -> Float[Tensor, "k n b"]:
+        """Return weighted sums of the streams."""
+        return (self.weights @ X.unflatten(2, (-1, self.d))).flatten(2)
+
+    def rmatmat(self, Y: Float[Tensor, "k n b"]) -> Float[Tensor, "k n a"]:
+        """Return weighted sums by the transposed matrices."""
+        return (self.weights.mT @ Y.unflatten(2, (-1, self.d))).flatten(2)
+
+
 class Network(LinearOperator):
     """A feed-forward network with frozen factors, `down @ Scale(factor) @ up` at each position, as a sum over slabs.
 

@@ -498,14 +498,13 @@ class Model:
         """The tensors that belong to no block."""
         return Block(self.weights, "", {})
 
-    def freeze_final_norm(self, h: Float[Tensor, "n d"]) -> NormTape:
-        """Freeze the norm before the head at any stream."""
-        weight, bias = (self._vector(f"{self.config.row.output_norm}.{part}") for part in ("weight", "bias"))
-        return blocks.frozen_norm(self.config, weight, bias, h)
-
-    def _vector(self, name: str) -> Tensor | None:
-        """Return a small tensor outside the blocks, or None if the file has none of this name."""
-        return self.weights[name].dense() if name in self.weights else None
+    def freeze_final_norm(self, h: Float[Tensor, "n i"]) -> NormTape:
+        """Freeze the norm before the head at any stream, or at several that it collects."""
+        names = (f"{self.config.row.output_norm}.{part}" for part in ("weight", "bias"))
+        weight, bias = (self.weights[name].dense() if name in self.weights else None for name in names)
+        streams = blocks.final_streams(self.outside, self.config, h)
+        collected = blocks.collected(streams, self.config, h)
+        return blocks.frozen_norm(self.config, weight, bias, collected)._replace(streams=streams)
 
     def _rope_factors(self, n_ctx: int) -> Tensor | None:
         """Return the divisors of the rotary frequencies, if any: Llama 3's, or LongRoPE's for this context size."""

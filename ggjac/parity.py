@@ -264,7 +264,10 @@ def verify(
         names = (*row.graph.attention, *row.graph.ffn, *row.graph.stream, OUTPUT)
         text: dict[str, Any] = {"prompt": prompt, "parse_special": parse_special}
         reference = run_llama_cpp(path, ids, layers=trace is None, threads=threads, names=names, **text)
-        reference = replace(reference, tensors=by_kind(reference.tensors, row.graph))
+        tensors = by_kind(reference.tensors, row.graph)
+        if row.streams:  # several, which come one below the other
+            tensors = {name: t.reshape(len(ids), -1) for name, t in tensors.items()}
+        reference = replace(reference, tensors=tensors)
     theirs = reference.prompt_ids
     judged = partial(
         judge,
@@ -396,7 +399,12 @@ def local_errors(
             compare(f"{ATTENTION}-{i}", attn.raw, exact)
             compare(f"{FFN}-{i}", ffn.raw, tolerance)
             scale = blocks.stream_scale(w, x, layer.factor)
-            compare(f"{STREAM}-{i}", out, tolerance, before=x if scale is None else x * scale)
+            before = x if scale is None else x * scale
+            if model.config.row.streams:
+                for tape in (attn.tape, ffn.tape):
+                    past = blocks.skip(model.config, tape)
+                    before = before if past is None else blocks.affine(past, before)
+            compare(f"{STREAM}-{i}", out, tolerance, before=before)
             del attn, ffn, out  # before the next block is recorded
         theirs = reference.tensors.get(f"{STREAM}-{i}")
         x = None if theirs is None or not _finite(theirs) else theirs.to(model.device, _dtype(model.dtype))

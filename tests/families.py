@@ -394,6 +394,11 @@ FAMILIES: dict[str, dict[str, Any]] = {
     | {"selection_bias": 0.3, "window": 4}
     | {"sizes": SIZES | {"head_gate": True, "rope_norm": True, "indexer": 8, "window": NARROW}}
     | {"extra": {"expert_gating_func": 2, "expert_weights_norm": True, "rope.freq_base_swa": 50.0}},
+    "hy_v4": LATENT
+    | EXPERTS
+    | {"sizes": SIZES | {"head_gate": "elements"}, "kv_heads": 1, "layers": 3, "dense_lead": 1, "expert_ff": 48}
+    | {"shared_count": 1, "selection_bias": 0.3, "sinks": True, "streams": 3}
+    | {"extra": {"hyper_connection.epsilon": 1e-2, "hyper_connection.magnitude": 1.7, "expert_gating_func": 2}},
     # The gain of up makes some values leave the clamp at 7.
     "minimax-m3": EXPERTS
     | {"mixers": ("block_sparse",), "sizes": {"indexer": 2}, "qk_norm": "head", "n_rot": 8, "head_dim": 32}
@@ -1134,6 +1139,17 @@ FAMILY_CASES: dict[str, dict[str, Any]] = {
         shared_count=2,
         selection_bias=0.05,
         extra={"expert_gating_func": 1, "expert_weights_norm": False, "expert_weights_scale": 2.5},
+    ),
+    "hy_v4": of("hy_v4"),
+    "hy_v4_indexer": of(
+        "hy_v4",
+        sizes=SIZES | {"head_gate": "elements", "indexer": 8, "indexer_types": [True, False, True]},
+        streams=4,
+        selection_bias=0.0,
+        dense_lead=0,
+        shared_count=2,
+        extra={"swiglu_clamp_exp": [0.9, 0.0, 0.7], "expert_weights_norm": True, "expert_weights_scale": 2.5}
+        | {"expert_gating_func": 1},
     ),
     "minimax_m3": of("minimax-m3"),
     "minimax_m3_fused": of("minimax-m3", fused_qkv=True, dense_lead=0, layers=2, extra={"expert_gating_func": 1}),

@@ -19,6 +19,7 @@ import oracle_delta
 import oracle_latent
 import oracle_rwkv
 import oracle_state
+import oracle_streams
 import torch
 from torch import Tensor
 
@@ -135,6 +136,7 @@ class Facts(NamedTuple):
     scales: tuple[float, ...] = ()  # of embeddings, branches * sqrt(blocks) and logits * d, where the file has none
     plain_scales: bool = False  # of branches and logits as they are
     scale_keys: bool = True  # and the file may have some
+    streams: bool = False  # several residual streams (oracle_streams.py)
     mscale: str | None = None  # of latent attention in a stretched context: equal | one | alone (oracle_latent.py)
 
 
@@ -370,6 +372,9 @@ FACTS: dict[str, Facts] = {
     "plm": LATENT._replace(activation="relu2", ffn="plain"),
     "deepseek32": LATENT_ROUTED._replace(mscale="one", temperature=False),
     "glm-dsa": LATENT_ROUTED._replace(mscale="alone", temperature=False, router="each"),
+    "hy_v4": LATENT_ROUTED._replace(
+        temperature=False, clamp_keys=True, clamp_first=True, streams=True, graph={"attn_out": "latent"}
+    ),
     "dots3note": LATENT_ROUTED._replace(
         temperature=False, period=0, graph={"attn_output": "latent", "attn_out": "what heads read"}
     ),
@@ -1097,34 +1102,52 @@ def block(
     # Falcon 40B has a norm of its own for the attention; the usual one is then the feed-forward's.
     own = facts.parallel and f"{b}.attn_norm_2.weight" in model.weights
     mixers = facts.mixers(model, layer)
-    h = branch_norm(model, b, "attn_norm_2" if own else facts.attn_norm, x, frozen=frozen) if mixers else x
+    read, after_attn = connected(model, b, "attn", x, frozen=frozen)
+    h = branch_norm(model, b, "attn_norm_2" if own else facts.attn_norm, read, frozen=frozen) if mixers else x
     if (source := source_of(model, layer)) is not None:
         stream = states[f"l_out-{source - 1}"] if source else states["x"]
         how["source"] = source, branch_norm(model, f"blk.{source}", facts.attn_norm, stream, frozen=frozen)
     mixed = {kind: MIXERS[kind](model, layer, h, **how) for kind in mixers}
-    attn = ffn = torch.zeros_like(x)
+    attn = ffn = torch.zeros_like(read)
     if mixed:
         attn = branch_norm(model, b, facts.attn_post, sum(mixed.values()), frozen=frozen) * scale
         if facts.value_scale_key:
             attn = attn * (model.metadata.get("attention.value_scale", 0.0) or 1.0)
-    middle = attn + (model.metadata["residual_scale"] * h if facts.normed_skip else x)
-    past_ffn = middle
-    if facts.normed_skip:
-        past_ffn = model.metadata["residual_scale"] * branch_norm(model, b, facts.ffn_norm, middle, frozen=frozen)
+    middle = attn + model.metadata["residual_scale"] * h if facts.normed_skip else after_attn(attn)
+    read, after_ffn = connected(model, b, "ffn", middle, frozen=frozen)
     shared = facts.parallel or (facts.ffn_norm_optional and f"{b}.ffn_norm.weight" not in model.weights)
     together = shared or (facts.parallel_key and model.metadata["use_parallel_residual"])
     if any(f"{b}.{name}.weight" in model.weights for name in ("ffn_down", "ffn_down_exps", "channel_mix_key")):
         before = facts.attn_norm if shared else facts.ffn_norm
-        ffn = feed_forward(model, b, x if together else middle, x, before, freeze=freeze, gelu=gelu) * scale
-    more = {}
+        ffn = feed_forward(model, b, x if together else read, x, before, freeze=freeze, gelu=gelu) * scale
+    more, out = {}, after_ffn(ffn)
+    if facts.normed_skip:
+        out = ffn + model.metadata["residual_scale"] * branch_norm(model, b, facts.ffn_norm, middle, frozen=frozen)
     if f"{b}.inp_gate.weight" in model.weights:
         inputs = states["per_layer_inputs"][:, layer]
-        more["per_layer_out"] = per_layer_branch(model, b, past_ffn + ffn, inputs, freeze=freeze, gelu=gelu)
-    out = (past_ffn + ffn + sum(more.values())) * model.weights.get(f"{b}.layer_output_scale.weight", 1.0)
+        more["per_layer_out"] = per_layer_branch(model, b, out, inputs, freeze=freeze, gelu=gelu)
+    out = (out + sum(more.values())) * model.weights.get(f"{b}.layer_output_scale.weight", 1.0)
     halved = model.metadata.get("rescale_every_n_layers", 0)
     out = out / 2 if halved and (layer + 1) % halved == 0 else out
     states = {"attn_out": attn, "ffn_inp": middle, "ffn_out": ffn, "l_out": out} | mixed | more
     return {f"{name}-{layer}": state for name, state in states.items()}
+
+
+def connected(
+    model: Oracle, b: str, branch: str, x: Tensor, *, frozen: bool
+) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """Return what a branch reads, before its norm, and the stream after the branch as a function of what it adds."""
+    if not model.facts.streams:
+        return x, lambda added: x + added
+    w = tensors_of(model, int(b.removeprefix("blk.")))
+    return oracle_streams.connection(w, model.metadata, f"hc_{branch}", x, frozen=frozen)
+
+
+def final_norm(model: Oracle, x: Tensor, *, frozen: bool) -> Tensor:
+    """Apply the norm before the head to the stream, or to what it reads of several."""
+    if model.facts.streams:
+        x = oracle_streams.collected(model.weights, model.metadata, x, frozen=frozen)
+    return norm(model, model.facts.final_norm, x, frozen=frozen)
 
 
 def forward(
@@ -1157,7 +1180,7 @@ def forward(
     for layer in range(blocks(meta)):
         out |= block(model, layer, x, freeze=freeze, context=context, gelu=gelu, states=out)
         x = out[f"l_out-{layer}"]
-    out["result_norm"] = norm(model, facts.final_norm, x, frozen=freeze is not None)
+    out["result_norm"] = final_norm(model, x, frozen=freeze is not None)
     logits = out["result_norm"] @ model.weights.get("output.weight", model.weights["token_embd.weight"]).T
     logits = logits + model.weights.get("output.bias", 0.0)
     if facts.logits is not None:
@@ -1216,8 +1239,8 @@ def inner(
         states |= block(model, i, h, freeze=mlp_path, states=states)
         h = states[f"l_out-{i}"]
     name = {"layer": "l_out", "attn": "attn_out", "mlp": "ffn_out"}[kind]
-    y = states[f"{name}-{index - 1}"] + 0 * x  # it may depend on x nowhere
-    y = (y if raw else norm(model, model.facts.final_norm, y, frozen=True))[position]
+    y = states[f"{name}-{index - 1}"] + 0 * x.sum()  # it may depend on x nowhere
+    y = (y if raw else final_norm(model, y, frozen=True))[position]
     (J,) = torch.autograd.grad(y, x, torch.eye(len(y), dtype=torch.float64), is_grads_batched=True)
     x, y = x.detach(), y.detach()
     return Jacobian(J, y, y - torch.einsum("end,nd->e", J, x), x)

@@ -72,7 +72,10 @@ def attention(
     k = torch.cat([k, turn(k_rope[:, None]).expand(-1, heads, -1)], dim=-1)
     scores = torch.einsum("ihc,jhc->hij", q, k) * factor[:, None] / math.sqrt(q.shape[-1])
     distance = torch.arange(len(h))[:, None] - torch.arange(len(h))
-    p = scores.masked_fill((distance < 0) | (distance >= (window or len(h))), -math.inf).softmax(-1)
+    scores = scores.masked_fill((distance < 0) | (distance >= (window or len(h))), -math.inf)
+    if "attn_sinks" in w:
+        scores = torch.cat([scores, w["attn_sinks"][:, None, None].expand(-1, len(h), 1)], dim=-1)
+    p = scores.softmax(-1)[..., : len(h)]
     read = torch.einsum("hij,jhv->ihv", p.detach() if frozen else p, v)
     if "attn_gate" in w:  # of each head, or of all it has read
         share = torch.sigmoid(h @ w["attn_gate"].T).unflatten(-1, (heads, -1))

@@ -17,7 +17,6 @@ NOT_YET = {
     "rwkv6qwen2",
     "rwkv7",
     "arwkv7",
-    "hy_v4",
     "grovemoe",
     "hrm_text",
     "kimi-k3",

@@ -40,7 +40,7 @@ CASES = (
     *("nemotron_h_moe", "gemma4"),
     *("gemma4_experts", "gemma4_full_first", "gemma4_small", "gemma4_shared"),
     *("deepseek2", "deepseek2_unsplit", "minicpm3", "minimax_m3"),
-    *("kimi_linear", "bailingmoe3_clamped", "minimax_01", "laguna", "llama4_several", "nanbeige"),
+    *("kimi_linear", "bailingmoe3_clamped", "minimax_01", "laguna", "llama4_several", "nanbeige", "hy_v4"),
 )
 N = 6
 
@@ -71,7 +71,7 @@ class Expected:
     def direction(self, position: int, target: int, versus: int | None) -> tuple[Tensor, float, float]:
         """Return what the logit reads from the stream, the logit, and what is left of it for a stream of zero."""
         h = self.last[position].clone().requires_grad_()
-        z = self.uncapped(oracle.norm(self.known, self.known.facts.final_norm, h, frozen=True))
+        z = self.uncapped(oracle.final_norm(self.known, h[None], frozen=True)[0])
         logit = z[target] - (0 if versus is None else z[versus])
         (c,) = torch.autograd.grad(logit, h)
         logit, h = logit.detach(), h.detach()
@@ -95,6 +95,22 @@ class Expected:
                 added = oracle.block(scaled, layer, x, freeze="up", states=self.states)[f"attn_out-{layer}"][position]
                 shares.append(torch.autograd.grad(c @ added, factor)[0])
         return torch.cat(shares)
+
+    def reaching(self, c: Tensor, kind: str, layer: int, position: int) -> Tensor:
+        """Return what `c` reads of what a branch adds, "attn" or "ffn", or of the embedding, "x", past all branches."""
+        if not self.known.facts.streams:
+            factor = self.later(layer, position, feeds=kind != "ffn")
+            if kind == "x" and self.known.facts.normed_skip:  # past the first attention, too
+                factor = factor * self.known.metadata["residual_scale"] * self.known.weights["blk.0.attn_norm.weight"]
+                factor = factor / oracle.root_mean_square(self.known, self.states["x"][position])
+            return c * factor
+        wanted = "x" if kind == "x" else f"{kind}_out-{layer}"
+        states = self.states | {wanted: self.states[wanted].detach().clone().requires_grad_()}
+        x = states["x"]
+        for i, branch in itertools.product(range(self.layers), ("attn", "ffn")):
+            after = oracle.connected(self.known, f"blk.{i}", branch, x, frozen=True)[1]
+            x = after(states[f"{branch}_out-{i}"])
+        return torch.autograd.grad(c @ x[position], states[wanted])[0][position]
 
     def later(self, layer: int, position: int, *, feeds: bool = True) -> Tensor:
         """Return the product of what multiplies the stream from this layer's feed-forward, or its end, on.
@@ -148,24 +164,19 @@ def test_branches_and_heads_are_those_of_the_oracle(case: str, versus: int | Non
     for shares, row, position in [(found, p, p) for p in range(N)] + [(alone, 0, 2)]:
         c, logit, constant = expected.direction(position, int(shares.targets[row]), versus)
         close(shares.logits[row], logit)
-        first = expected.later(0, position)
-        if expected.known.facts.normed_skip:  # past the first attention, too
-            first = first * expected.known.metadata["residual_scale"] * expected.known.weights["blk.0.attn_norm.weight"]
-            first = first / oracle.root_mean_square(expected.known, expected.states["x"][position])
-        close(shares.embedding[row], float(c @ (expected.states["x"][position] * first)))
+        close(shares.embedding[row], expected.reaching(c, "x", 0, position) @ expected.states["x"][position])
         close(shares.bias[row], constant)
         for layer in range(expected.layers):
             attn, mlp = (expected.states[f"{kind}_out-{layer}"][position] for kind in ("attn", "ffn"))
-            mlp = mlp + expected.states.get(f"per_layer_out-{layer}", 0 * expected.last)[position]
-            later = expected.later(layer, position)
-            attn, mlp = attn * later, mlp * expected.later(layer, position, feeds=False)
-            heads = expected.heads(layer, position, c * later)
-            close(shares.attn[row, layer], float(c @ attn))
-            close(shares.mlp[row, layer], float(c @ mlp))
+            mlp = mlp + expected.states.get(f"per_layer_out-{layer}", 0 * expected.states["x"])[position]
+            read = expected.reaching(c, "attn", layer, position)
+            heads = expected.heads(layer, position, read)
+            close(shares.attn[row, layer], float(read @ attn))
+            close(shares.mlp[row, layer], float(expected.reaching(c, "ffn", layer, position) @ mlp))
             close(shares.heads[row, layer, : len(heads)], heads)
             assert not shares.heads[row, layer, len(heads) :].any()
             assert sum(count for _, count in shares.mixers[layer]) == len(heads)
-            close(shares.attn_bias[row, layer], float(c @ attn - heads.sum()))
+            close(shares.attn_bias[row, layer], float(read @ attn - heads.sum()))
     for shares in (found, alone):
         # They make up the logit, and the heads the branch.
         close(shares.embedding + shares.attn.sum(1) + shares.mlp.sum(1) + shares.bias, shares.logits, 1e-12)

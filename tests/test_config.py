@@ -693,6 +693,11 @@ LATENT: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {
                         r"\[512, 24\], the metadata calls for \[448, 24\]"),
     "an indexer elsewhere": ("deepseek2", {}, {"indexer.proj.weight": (8, 64)}, "'blk.0.indexer.proj.weight' is not"),
     "a bias of the latent": ("deepseek2", {}, {"attn_kv_a_mqa.bias": (28,)}, "'blk.0.attn_kv_a_mqa.bias' is not part"),
+    "one stream": ("hy_v4", {"hyper_connection.count": 1}, {}, "connection.count is 1; at least 2 streams are"),
+    "streams of another number": ("hy_v4", {"hyper_connection.count": 4}, {}, r"tensor output_hc_fn.weight has shape"),
+    "no weights of streams": ("hy_v4", {}, {"hc_ffn_fn.weight": ABSENT}, "tensor blk.0.hc_ffn_fn.weight is missing"),
+    "no magnitude": ("hy_v4", {"hyper_connection.magnitude": ABSENT}, {}, "hyper_connection.magnitude is missing"),
+    "no sinks": ("hy_v4", {}, {"attn_sinks.weight": ABSENT}, "tensor blk.0.attn_sinks.weight is missing"),
     "a head of its own": ("plm", {}, {"output.weight": (128, 64)}, "'output.weight' is not part of a plm model"),
     "none": ("minimax_m3", {}, {"output.weight": ABSENT}, "tensor output.weight is missing; the file is incomplete"),
     **{

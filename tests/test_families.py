@@ -61,9 +61,9 @@ def test_matrices_have_constant_factors_where_llamacpp_applies_them(case: str, t
     if row.gated_heads or row.recurrent == "lightning":
         mixers = tuple(name for name in mixers if name != "attn_gate")
     plain = {"type": "F32", "types": {}, "layers": tiny.options(case).blocks, "predictors": 0}
-    assert agrees(tiny_file(case, **plain, scales=mixers)) == (
-        (row.recurrent_scales or row.recurrent in ("", "convolution", "linear", "rwkv6", "rwkv7")) and not row.looped
-    )
+    applied = row.output_scales and not row.looped
+    applied = applied and (row.recurrent_scales or row.recurrent in ("", "convolution", "linear", "rwkv6", "rwkv7"))
+    assert agrees(tiny_file(case, **plain, scales=mixers)) == applied
     assert agrees(tiny_file(case, **plain, scales=feed_forward)) == (row.ffn_scales or row.ffn.startswith("shifted"))
 
 
@@ -85,6 +85,25 @@ def test_a_factor_does_not_multiply_the_bias(bias: str, tiny_file: Callable[...,
         assert bias.startswith("ffn_")
         with pytest.raises(ConfigError, match=f"tensor 'blk.0.{bias}.scale' is not part of a mistral3 model"):
             open_model(path)
+
+
+@pytest.mark.parametrize(
+    ("case", "key", "value", "message"),
+    [
+        ("grok_betas", "rope.scaling.yarn_ext_factor", 0.5, r"yarn_ext_factor 0.5 is not supported, only 1"),
+        ("mimo2", "attention.sliding_window_pattern", [0, 2, 1, 0], "must have one true or false for each of 4 blocks"),
+        ("granite_swa", "attention.rope_pattern", [True, False], "must have one true or false for each of 4 blocks"),
+        ("maple", "swiglu_clamp_exp", [-1.0] * 4, "contains -1.0; limits are not negative"),
+        ("deci", "attention.head_count_kv", [3, 0, 1, 2], "4 heads cannot share 3 key/value heads evenly"),
+        ("openelm", "attention.head_count_kv", [2, 0, 2], "head_count_kv.1. is 0; expected a whole number from 1"),
+    ],
+)
+def test_options_that_do_not_make_sense_are_refused(
+    case: str, key: str, value: object, message: str, tiny_file: Callable[..., Path]
+) -> None:
+    path = tiny_file(case, extra=dict(tiny.options(case).extra) | {key: value})
+    with pytest.raises(ConfigError, match=message):
+        open_model(path)
 
 
 def test_the_head_may_have_a_factor(tiny_file: Callable[..., Path], tmp_path: Path) -> None:

@@ -321,7 +321,7 @@ STRUCTURES = [
     "three_layers", "gqa", "q8_0", "biases", "fused_biases", "gemma2", "gemma3", "phi3", "olmo2", "granite_biases",
     "cohere2", "gpt2", "phi2", "falcon_40b", "mixtral_biases", "gpt_oss", "qwen2moe", "granitemoe_shared",
     "glm4moe", "falcon_h1", "nemotron_h", "gemma4_experts", "gemma4_small", "gemma4_shared",
-    "deepseek2", "deepseek2_unsplit", "minimax_m3", "kimi_linear", "bailingmoe3_clamped", "rwkv6qwen2",
+    "deepseek2", "deepseek2_unsplit", "minimax_m3", "kimi_linear", "bailingmoe3_clamped", "hy_v4", "rwkv6qwen2",
     "arwkv7", "rwkv6", "rwkv7",
 ]
 # fmt: on
@@ -344,7 +344,8 @@ def test_every_map_inside_the_network(case: str, position: int, tiny_files: dict
     def draw(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
-    X, t, Y = ([draw(k, *shape) for k in counts] for shape in ((5, d), (), (d,)))
+    X = [draw(k, *trace.tapes[span.start].x.shape) for k, span in zip(counts, spans, strict=True)]
+    t, Y = ([draw(k, *shape) for k in counts] for shape in ((), (d,)))
     for span, part, s, result, image in zip(spans, X, t, expected, sweep.up(X, t), strict=True):
         exact = torch.einsum("end,knd->ke", result.J, part) + s[:, None] * result.offset
         assert torch.allclose(
@@ -357,7 +358,7 @@ def test_every_map_inside_the_network(case: str, position: int, tiny_files: dict
         ), span
 
 
-@pytest.mark.parametrize("case", ["three_layers", "biases", "gemma2"])
+@pytest.mark.parametrize("case", ["three_layers", "biases", "gemma2", "hy_v4"])
 def test_a_map_inside_the_network_is_an_operator_like_the_whole(case: str, tiny_files: dict[str, Path]) -> None:
     ids = tiny.prompt(case, 5)
     trace = open_model(tiny_files[case], dtype="float64").trace(ids)
@@ -370,7 +371,7 @@ def test_a_map_inside_the_network_is_an_operator_like_the_whole(case: str, tiny_
         assert distance(J.output, trace.model.freeze_final_norm(raw.output[None]).apply(raw.output[None])[0]) < 1e-13
 
 
-@pytest.mark.parametrize("case", ["three_layers", "phi2", "qwen3moe", "arctic"])
+@pytest.mark.parametrize("case", ["three_layers", "phi2", "qwen3moe", "arctic", "hy_v4"])
 def test_maps_compose(case: str, tiny_files: dict[str, Path]) -> None:
     """J[0:L] = J[b:L] J[0:b], with the inner map taken at every position."""
     trace = open_model(tiny_files[case], dtype="float64").trace(tiny.prompt(case, 4))
@@ -426,13 +427,14 @@ def interrupting(after: int) -> Callable[[int, int], None]:
     return seen
 
 
-@pytest.mark.parametrize("case", ["three_layers", "phi2", "qwen2moe", "gemma4_shared", "arctic"])
+@pytest.mark.parametrize("case", ["three_layers", "phi2", "qwen2moe", "gemma4_shared", "arctic", "hy_v4"])
 def test_an_interrupted_run_ends_with_the_same_bits(case: str, tiny_files: dict[str, Path], tmp_path: Path) -> None:
     """Many maps at once, up and down, stopped after every single block in turn; only what is left is computed."""
     trace = open_model(tiny_files[case]).trace(tiny.prompt(case, 5))
     blocks, spans = len(trace.tapes), all_spans(len(trace.tapes))
     generator = torch.Generator().manual_seed(0)
-    X = [torch.randn(1 + j % 3, *trace.x.shape, generator=generator) for j in range(len(spans))]
+    inputs = [trace.tapes[span.start].x for span in spans]
+    X = [torch.randn(1 + j % 3, *x.shape, generator=generator) for j, x in enumerate(inputs)]
     Y = [torch.randn(j % 3, len(trace.output), generator=generator) for j in range(len(spans))]
     t = [torch.randn(len(part), generator=generator) for part in X]
 

@@ -158,6 +158,17 @@ def change_config(patch: Patch, **changes: object) -> None:
     patch.setattr(model, "read_config", changed)
 
 
+def change_streams(patch: Patch, **changes: float) -> None:
+    """Let every model be read with other constants of its residual streams."""
+    read = model.read_config
+
+    def changed(*args: object) -> ModelConfig:
+        config = read(*args)
+        return dataclasses.replace(config, streams=dataclasses.replace(config.streams, **changes))
+
+    patch.setattr(model, "read_config", changed)
+
+
 def mask_off_by_one(patch: Patch) -> None:
     """Let a position see its successor."""
     triu = Tensor.triu
@@ -592,6 +603,8 @@ MISTAKES: dict[str, tuple[str, Callable[[Patch], None]]] = {
     "scores scaled by the size of what is cached": (
         "deepseek2", lambda p: change_config(p, layer__attention_scale=28**-0.5)
     ),
+    "streams written by equal weights": ("hy_v4", lambda p: change_streams(p, magnitude=1.0)),
+    "weights of streams without epsilon": ("hy_v4", lambda p: change_streams(p, epsilon=0.0)),
     "rotated parts of keys not normed": ("dots3note", without("attn_k_norm.weight")),
     "latent attention without its window": ("dots3note", lambda p: change_config(p, layer__window=None)),
     "scores not scaled by YaRN": ("deepseek2_yarn", lambda p: change_config(p, layer__attention_scale=20**-0.5)),

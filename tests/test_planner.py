@@ -57,6 +57,7 @@ CASES = [
     *("afmoe", "laguna", "laguna_elements", "step35_clamped", "step35_factors", "spark2_5", "muse_glimmer"),
     *("llama4", "llama4_several", "minimax_01", "nanbeige", "nanbeige_thrice"),
     *("deepseek32", "glm_dsa", "minimax_m3", "kimi_linear", "kimi_linear_fused", "bailingmoe3", "bailingmoe3_clamped"),
+    *("dots3note", "hy_v4", "hy_v4_indexer"),
 ]
 GATED = (
     "plain",
@@ -559,10 +560,11 @@ HOLDING: list[tuple[str, dict[str, Any]]] = [
     ("qwen35_listed", recurrent(16, 16) | {"ff": 512}),
     *((case, {}) for case in ("mamba2", "falcon_h1", "gemma4", "gemma4_experts")),
     *((case, {}) for case in ("arctic", "cohere2moe", "mimo2_fused", "smallthinker", "grok")),
-    *((case, {}) for case in ("bitnet",)),
+    ("bitnet", {}),
     ("qwen35_listed", recurrent(16, 16) | {"d": 32, "ff": 32}),
     *(("deepseek2_dense", {"ff": 32, "heads": heads}) for heads in (4, 16)),
     ("plm", {"ff": 32, "heads": 16}),
+    *(("hy_v4", more) for more in ({}, {"streams": 4}, {"ff": 512, "dense_lead": 2}, {"d": 256, "ff": 32})),
 ]
 
 
@@ -600,12 +602,13 @@ def test_maps_of_one_block_hold_what_is_counted(
     run = trace(tiny_file(case, layers=3, **sizes), n)
     J, config = run.jacobian(), run.model.config
     maps = SharedSweep(J.network, [Span(1, Tap(kind, 2)) for kind in kinds], n - 1, raw=True)
-    Y, X = [torch.ones(k, config.d)] * len(kinds), [torch.ones(k, n, config.d)] * len(kinds)
+    Y = [torch.ones(k, maps.width(span.tap)) for span in maps.spans]
+    X = [torch.ones(k, n, config.width(1))] * len(kinds)
     maps.down(Y)  # the tile is there from now on
     for up, product in ((False, lambda: maps.down(Y)), (True, lambda: maps.up(X))):
         counted = 4 * k * len(kinds) * planner.alone_floats(config, n, up=up)
         if up and len(kinds) == 1:  # a stack of one part is the caller's own
-            counted -= 4 * k * n * config.d
+            counted -= 4 * k * n * config.width(1)
         assert 0.84 < held(product) / counted < 1.12, up
 
 
@@ -624,6 +627,7 @@ ALONE: dict[str, dict[str, Any]] = {
         ("qwen35_listed", recurrent(16, 16) | {"d": 128}),
         ("lfm2", {"ff": 32}),
         *(("deepseek2_dense", {"ff": 32, "sizes": SIZES | more}) for more in ({}, {"nope": 64}, {"query": 200})),
+        *(("hy_v4", {"d": d, "ff": 32, "dense_lead": 3}) for d in (64, 256)),
     ],
 )
 def test_a_trace_holds_what_is_counted(case: str, sizes: dict[str, Any], n: int, tiny_file: TinyFile) -> None:

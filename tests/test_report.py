@@ -23,7 +23,7 @@ import numpy as np
 import pytest
 import report_run
 from helpers import error, invoke
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from report_run import HOSTILE, TOKENS, VECTORS, Page, at, rendered, run_json
 from safetensors.numpy import save_file
@@ -345,6 +345,7 @@ def test_hostile_tokens_are_text_and_nothing_else(html: str, parsed: Page) -> No
 
 @settings(max_examples=60, deadline=None)
 @given(st.text(st.characters(), min_size=1, max_size=20))
+@example("\u0eb4")
 def test_any_text_comes_out_as_it_is_or_as_escapes(text: str) -> None:
     content = {
         "model": {"path": text, "name": text},
@@ -356,8 +357,11 @@ def test_any_text_comes_out_as_it_is_or_as_escapes(text: str) -> None:
     source = rendered(content, {}).encode("utf-8").decode("utf-8")
     found = Page(source)
     shown = display.visible(text.encode("utf-8", "surrogatepass"))
-    assert shown in found.raw("button")
-    assert json.loads(found.raw("script")[0])["tokens"] == [[1, shown]]
+    # A combining mark at the start stands on a dotted circle, and not on what precedes the token.
+    either = {shown, f"\N{DOTTED CIRCLE}{shown}"}
+    assert either & set(found.raw("button"))
+    ((number, token),) = json.loads(found.raw("script")[0])["tokens"]
+    assert number == 1 and token in either
     assert all(c.isprintable() or c in "\n\u200c\u200d\ufe0f" for c in shown + schema.text(text, "here"))
     if text.isprintable():
         assert schema.text(text, "here") == text

@@ -33,7 +33,7 @@ def dense(known: oracle.Oracle, concept: list[int], layer: int, context: int, *,
     """Differentiate the frozen stream after `layer` blocks, through the final norm if `normed`, by autograd."""
     x = oracle.embed(known, concept).detach().requires_grad_()
     y = oracle.forward(known, concept, freeze=mlp_path, x=x, context=context)[f"l_out-{layer - 1}"]
-    y = (oracle.norm(known, "output_norm", y, frozen=True) if normed else y)[-1]
+    y = (oracle.final_norm(known, y, frozen=True) if normed else y)[-1]
     (J,) = torch.autograd.grad(y, x, torch.eye(len(y), dtype=torch.float64), is_grads_batched=True)
     return Dense(J.transpose(0, 1), (y - torch.einsum("end,nd->e", J, x)).detach())
 
@@ -54,7 +54,7 @@ def pushed_forward(
         h = oracle.block(known, i, h, context=context)[f"l_out-{i}"]
         if i + 1 == at:
             h = formula(h, images)
-    outputs = oracle.norm(known, "output_norm", h, frozen=False)
+    outputs = oracle.final_norm(known, h, frozen=False)
     logits = outputs @ known.weights.get("output.weight", known.weights["token_embd.weight"]).T
     # Monotonic in what the families do to logits, which does not matter here.
     return logits[-1] + known.weights.get("output.bias", 0.0)
@@ -73,7 +73,7 @@ def cumulative(known: oracle.Oracle, ids: list[int], J: Tensor, offset: Tensor) 
 @pytest.mark.parametrize("layer", [1, 2])
 @pytest.mark.parametrize("control", [False, True])
 @pytest.mark.parametrize("method", ["equation16", "additive"])
-@pytest.mark.parametrize("case", ["gqa", "biases", "gemma3", "gpt2", "falcon_7b", "qwen3moe", "mixtral"])
+@pytest.mark.parametrize("case", ["gqa", "biases", "gemma3", "gpt2", "falcon_7b", "qwen3moe", "mixtral", "hy_v4"])
 def test_generation_by_the_formula(case: str, method: str, control: bool, layer: int, tiny_file: TinyFile) -> None:
     """Every logit and token against recomputing the pushed text from its start, with dense blocks of the Jacobian.
 
@@ -92,12 +92,13 @@ def test_generation_by_the_formula(case: str, method: str, control: bool, layer:
     if method == "additive":
         offset = torch.zeros_like(offset)
     if control:
-        Q = matrix(random_rotation(model.config.d, seed), model.config.d)
+        Q = matrix(random_rotation(len(offset), seed), len(offset))
         J, offset = Q @ J, Q @ offset
 
     def formula(h: Tensor, c: Tensor) -> Tensor:
         if method == "equation16":
             return 0.6 * h + 0.4 * c
+        c = torch.cat([c] * (h.shape[1] // c.shape[1]), dim=1)  # the same in every stream
         return h + 0.2 * h.norm(dim=1, keepdim=True) * c / c.norm(dim=1, keepdim=True)
 
     at = layer if method == "equation16" else layer - 1
@@ -134,7 +135,7 @@ def test_without_strength_nothing_changes(method: str, dtype: str, tiny_file: Ti
     assert torch.equal(found.baseline.logits, model.trace(ids, tapes=False).logits)
 
 
-@pytest.mark.parametrize("case", ["gqa", "biases", "gpt2", "mixtral"])
+@pytest.mark.parametrize("case", ["gqa", "biases", "gpt2", "mixtral", "hy_v4"])
 def test_a_prompt_by_its_own_map_stays_where_it_is(case: str, tiny_file: TinyFile) -> None:
     """`J x + offset` is the stream itself at the last position; so says equation 16, for any strength."""
     model, ids = open_model(tiny_file(case), dtype="float64"), tiny.prompt(case, 6)

@@ -107,6 +107,7 @@ class Options:
     expert_scale: bool = False  # ffn_down_exps.scale, of each expert's output
     selection_bias: float = 0.0  # spread of exp_probs_b around `selection_mean`; 0: no such tensor
     selection_mean: float = 0.0
+    streams: int = 0  # residual streams that branches read and write by weights of their own; 0: one stream
     latent: int = 0  # width of the stream that routed experts read and write; 0: that of all
     predictors: int = 0  # of `layers` the last, which predict later tokens
     predictor_norms: tuple[str, ...] = ("nextn.enorm", "nextn.hnorm")
@@ -227,6 +228,7 @@ def metadata(o: Options) -> dict[str, Any]:
         "embedding_length_per_layer_input": o.per_layer,
         "leading_dense_block_count": o.dense_lead,
         "nextn_predict_layers": o.predictors,
+        "hyper_connection.count": o.streams,
     }
     keys |= {key: value for key, value in optional.items() if value or key in o.zeros}
     keys |= {key: value for key, value in o.sizes.items() if "." in key}
@@ -247,6 +249,8 @@ def tensors(o: Options) -> Iterator[Entry]:
     yield from norms(o, o.final_norm, o.d)
     if o.embedding_norm:
         yield from norms(o, "token_embd_norm", o.d)
+    if o.streams:
+        yield from stream_weights(o, "output_hc", o.streams, 1)
     if not o.tied:
         yield Entry("output.weight", (o.vocab, o.d), o.embed_std if o.head_only else 2.0 / math.sqrt(o.d))
     if "output" in o.biases:
@@ -278,6 +282,9 @@ def tensors(o: Options) -> Iterator[Entry]:
         if o.per_layer:
             yield from [matrix(f"{b}.inp_gate", o.per_layer, o.d, 0.7), matrix(f"{b}.proj", o.d, o.per_layer)]
             yield from norms(o, f"{b}.post_norm", o.d, o.post_gain)
+        if o.streams:
+            for branch in ("attn", "ffn"):
+                yield from stream_weights(o, f"{b}.hc_{branch}", 2 * o.streams, 2)
         if o.output_scale:
             yield Entry(f"{b}.layer_output_scale.weight", (1,), 0.1, 0.8)
         predictor = layer >= o.blocks
@@ -297,6 +304,13 @@ def tensors(o: Options) -> Iterator[Entry]:
             present = [entry for entry in present if entry not in qkv]
             yield stacked(o, f"{b}.attn_qkv.bias", qkv)
         yield from present
+
+
+def stream_weights(o: Options, name: str, weights: int, uses: int) -> Iterator[Entry]:
+    """List what makes the weights by which something reads or writes residual streams, from all of these."""
+    yield matrix(f"{name}_fn", weights, o.streams * o.d)
+    yield Entry(f"{name}_base.weight", (weights,), 0.7)
+    yield Entry(f"{name}_scale.weight", (uses,), 0.2, 1.0)
 
 
 def scaled(o: Options) -> Iterator[Entry]:
@@ -453,9 +467,10 @@ def latent(o: Options, b: str) -> Iterator[Entry]:
     """List the tensors of latent attention in layer `b`; rotated dimensions are `n_rot`.
 
     Sizes: `nope` (of a key, not rotated), `latent`, `value`, `query` (of the queries' latent vector; without it, they
-    have none), `head_gate` (a sigmoid scales what each head has read), `rope_norm` (rotated parts of keys are normed),
-    `unsplit` (keys and values are made by one matrix), `indexer` (heads that choose the keys to attend to),
-    `indexer_types` (which blocks choose; the others do as the block before; without it, all choose).
+    have none), `head_gate` (a sigmoid scales what each head has read; "elements": each element of it), `rope_norm` (the
+    rotated part of keys is normed), `unsplit` (keys and values are made by one matrix), `indexer` (heads that choose
+    the keys to attend to), `indexer_types` (which blocks choose; the others do as the block before; without it, all
+    choose).
     """
     rope, nope, width, value = o.n_rot or 0, o.sizes["nope"], o.sizes["latent"], o.sizes["value"]
     q = o.heads * (nope + rope)
@@ -476,8 +491,10 @@ def latent(o: Options, b: str) -> Iterator[Entry]:
         yield Entry(f"{b}.attn_kv_b.weight", both.shape, 0.0, values=both)
     else:
         yield from (keys, values)
-    if o.sizes.get("head_gate"):
-        yield matrix(f"{b}.attn_gate", o.heads, o.d, 2.0)
+    if gate := o.sizes.get("head_gate"):
+        yield matrix(f"{b}.attn_gate", o.heads * (value if gate == "elements" else 1), o.d, 2.0)
+    if o.sinks:
+        yield Entry(f"{b}.attn_sinks.weight", (o.heads,), 1.0, 2.0)
     if o.sizes.get("rope_norm"):
         yield from norms(o, f"{b}.attn_k_norm", rope)
     yield matrix(f"{b}.attn_output", o.d, o.heads * value)
@@ -974,7 +991,7 @@ def write(path: str | os.PathLike[str], **differences: Any) -> Path:
         kind = gguf.GGMLQuantizationType[name]
         # Norms, routers, learned positions, convolutions and RWKV's small matrices are never quantized; llama.cpp's
         # copy in F32 would keep them as they are.
-        kept = ("_norm.weight", "ffn_gate_inp", "position_embd.weight", "conv1d", "conv.conv", "time_mix_lerp")
+        kept = ("_norm.weight", "ffn_gate_inp", "hc_", "position_embd.weight", "conv1d", "conv.conv", "time_mix_lerp")
         kept += ("time_mix_first", "time_mix_decay", *(f"time_mix_{name}{step}" for name in "wavg" for step in (1, 2)))
         exempt = values.ndim < 2 or any(part in entry.name for part in kept)
         if exempt or values.shape[-1] % gguf.GGML_QUANT_SIZES[kind][0]:

@@ -499,7 +499,7 @@ def attribute_positions(
     offsets = _offsets(network, places, asked, report)
     shares = []
     for part in parts:
-        X = x.new_zeros(len(part), int(part[-1]) + 1, d)
+        X = x.new_zeros(len(part), int(part[-1]) + 1, read.shape[1])
         X[torch.arange(len(part)), part] = read[part]
         banks: dict[int, Tensor] = {}
         for _, _, frozen in _walk(network, range(X.shape[1]), down=True):
@@ -569,9 +569,9 @@ def attribute_branches(
     chosen = slice(positions.start, positions.stop)
     target, versus = jacobian.token_id(target), jacobian.token_id(versus)
     asked = _ask(network.outputs[chosen], network.head, target, versus)
-    norm, one = network.norm.at(chosen).operator(), network.x.new_ones(1)
-    read = norm.rmatmat(asked.w[None])[0]  # what the head reads from the stream, through the final norm
-    reads = _reads(network, chosen, read)
+    final, one = network.norm.at(chosen), network.x.new_ones(1)
+    # What the head reads from the stream, through the final norm.
+    reads = _reads(network, chosen, final.operator().rmatmat(asked.w[None])[0])
 
     def share(added: Float[Tensor, "_ d"], read: Float[Tensor, "m d"]) -> Float[Tensor, " m"]:
         return (added[len(added) - len(read) :].cpu().double() * read.cpu().double()).sum(1)
@@ -588,7 +588,7 @@ def attribute_branches(
             m = frozen.attn.out_shape[0]
             written = slice(positions.stop - m, positions.stop)
             halves = attention_halves(network.weights(i), config, tape.attn.at(written), positions.stop, m)
-            asking = torch.cat([read.new_zeros(m - len(read), read.shape[1]), after_attn])
+            asking = torch.cat([after_attn.new_zeros(m - len(positions), config.d), after_attn])
             added, constant = torch.zeros_like(asking[None]), torch.zeros_like(asking)
             parts = [torch.zeros(len(positions), 0, dtype=torch.float64)]
             values = frozen.mixed(stream, one, banks)
@@ -598,7 +598,7 @@ def attribute_branches(
                 added, constant = added + own, constant + bias[0]
                 # Each position has its own vector, and the projection acts at each position alone: one stack is enough.
                 shares = writing.rmatmat(asking[None])[0].cpu().double() * z[0].cpu().double()
-                own_heads = shares[m - len(read) :].unflatten(1, (mixer.heads, -1)).sum(2)
+                own_heads = shares[m - len(positions) :].unflatten(1, (mixer.heads, -1)).sum(2)
                 parts.append(network.weights(i).gathered(own_heads, MIXERS[mixer.kind].output))
             mixers[-1] = [(mixer.kind, part.shape[1]) for mixer, part in zip(tape.attn.mixers, parts[1:], strict=True)]
             stream = frozen.residual.matmat(stream)
@@ -623,7 +623,7 @@ def attribute_branches(
         embedding=share(network.x[chosen], reads[0]) * later[0],
         attn=torch.stack(attn, 1) * later,
         mlp=torch.stack(mlp, 1) * later,
-        bias=_constant(norm, asked.w) + asked.bias,
+        bias=_constant(final._replace(streams=None).operator(), asked.w) + asked.bias,
         heads=pad_sequence([own.T for own in heads], True).movedim(2, 0) * later[:, None] if by_head else None,
         attn_bias=torch.stack(attn_bias, 1) * later if by_head else None,
         mixers=mixers,
@@ -631,21 +631,24 @@ def attribute_branches(
     )
 
 
-def _reads(network: FrozenNetwork, chosen: slice, read: Float[Tensor, "m d"]) -> list[Float[Tensor, "m d"]]:
-    """Return what the head reads of the stream before each branch and after the last, past all later branches.
+def _reads(network: FrozenNetwork, chosen: slice, read: Float[Tensor, "m i"]) -> list[Float[Tensor, "m d"]]:
+    """Return what the head reads of the embedding, and of what each branch adds in turn, past all later branches.
 
-    These differ only in families where not all of the stream goes past a branch; factors on the stream are not in them.
+    These differ only in families where not all of the stream goes past a branch, or which have several streams; factors
+    on the stream are not in them.
     """
-    config, found = network.frame.config, [read]
-    if not (config.row.normed_skip or config.loop_norm):
-        return found * (2 * len(network.tapes) + 1)
+    config, found = network.frame.config, list[Tensor]()
+    if not (config.row.normed_skip or config.loop_norm or config.row.streams):
+        return [read] * (2 * len(network.tapes) + 1)
     for tape in reversed(network.tapes):
         for branch in (tape.ffn, tape.attn):
-            past = skip(config, branch.norm_in and branch.norm_in.at(chosen))
-            found.append(found[-1] if past is None else past.rmatmat(found[-1][None])[0])
+            spread = branch.streams and branch.streams.at(chosen).spread(config.d)
+            found.append(read if spread is None else spread.rmatmat(read[None])[0])
+            past = skip(config, branch, chosen)
+            read = read if past is None else past.rmatmat(read[None])[0]
         if tape.entry is not None:
-            found[-1] = tape.entry.at(chosen).operator().rmatmat(found[-1][None])[0]
-    return found[::-1]
+            read = tape.entry.at(chosen).operator().rmatmat(read[None])[0]
+    return [read, *found[::-1]]
 
 
 class _Asked(NamedTuple):

@@ -474,7 +474,7 @@ def _transported(run: _Group, triplets: list[SVD]) -> list[Tensor | None]:
     vector, at the position read and nowhere else, goes through the blocks that follow.
     """
     end, position = run.jacobian.end, run.jacobian.position
-    n, d = run.jacobian.in_shape
+    n = run.jacobian.in_shape[0]
     carried: list[Tensor | None] = [
         t.U if span.tap == end else None for span, t in zip(run.spans, triplets, strict=True)
     ]
@@ -489,7 +489,7 @@ def _transported(run: _Group, triplets: list[SVD]) -> list[Tensor | None]:
     placed = []
     for j, stream in zip(inner, streams, strict=True):
         S = triplets[j].S.to(stream)
-        X = stream.new_zeros(len(stream), n, d)
+        X = stream.new_zeros(len(stream), n, stream.shape[1])
         X[:, position] = stream / torch.where(S > 0, S, 1)[:, None]
         placed.append(X)
     for j, arrived in zip(inner, above.up(placed), strict=True):

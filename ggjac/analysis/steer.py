@@ -272,7 +272,7 @@ def steer(
     del trace
     best = chances.topk(min(top, len(chances)))
     prompt_images = images(model.embed(ids))
-    turned = random_rotation(model.config.d, seed) if control and control_ids is None else None
+    turned = random_rotation(prompt_images.shape[1], seed) if control and control_ids is None else None
 
     count = len(strengths)
     runs = 1 + count * (1 + control)
@@ -335,8 +335,8 @@ class Images:
         self.offset = jacobian.offset if affine else jacobian.x.new_zeros(jacobian.out_shape)
 
     def __call__(
-        self, x: Float[Tensor, "m d"], start: int = 0, before: Float[Tensor, " d"] | None = None
-    ) -> Float[Tensor, "m d"]:
+        self, x: Float[Tensor, "m d"], start: int = 0, before: Float[Tensor, " c"] | None = None
+    ) -> Float[Tensor, "m c"]:
         """Return `c` at positions `start` and on, whose embeddings are `x`; `before` is `c` at the position before."""
         period, d = self.jacobian.in_shape
         at_once = self.jacobian.rows_at_once()
@@ -372,7 +372,7 @@ class Push:
         layer: int,
         strength: float,
         images: Images,
-        prompt_images: Float[Tensor, "n d"],
+        prompt_images: Float[Tensor, "n c"],
         rotation: Rotation | None = None,
         *,
         first: bool = True,
@@ -402,11 +402,12 @@ def equation16(h: Float[Tensor, "m d"], c: Float[Tensor, "m d"], strength: float
     return (1 - strength) * h + strength * c
 
 
-def additive(h: Float[Tensor, "m d"], c: Float[Tensor, "m d"], strength: float) -> Float[Tensor, "m d"]:
+def additive(h: Float[Tensor, "m i"], c: Float[Tensor, "m d"], strength: float) -> Float[Tensor, "m i"]:
     """Return `h + (strength / 2) ‖h‖ c / ‖c‖`, at each position (the paper's code); a zero `c` has no direction.
 
-    Lengths are measured in float32 at least.
+    Of several residual streams, each gets the same. Lengths are measured in float32 at least.
     """
+    c = c.repeat(1, h.shape[1] // c.shape[1])
     wide = torch.promote_types(h.dtype, torch.float32)
     lengths = c.to(wide).norm(dim=-1, keepdim=True)
     scale = strength / 2 * h.to(wide).norm(dim=-1, keepdim=True) / torch.where(lengths > 0, lengths, 1)

@@ -13,19 +13,20 @@ from ggjac.blocks.block import (
     block_inputs,
     entered,
     extend_block,
-    kept,
     record_attention,
     record_block,
     record_ffn,
     record_rest,
     skip,
     stream_scale,
+    taken_up,
 )
 from ggjac.blocks.frame import BlockWeights, Frame, NumericsError, WeightMatrix, affine, overflow
 from ggjac.blocks.mixers import Factor, MixerTape, Past
 from ggjac.blocks.networks import FFNTape, HiddenTape
 from ggjac.blocks.norms import NormTape, frozen_norm, record_norm
 from ggjac.blocks.patterns import ChannelTape, ScanTape, attention_pattern
+from ggjac.blocks.streams import StreamsTape, collected, final_streams
 
 __all__ = [
     "AttentionTape",
@@ -45,6 +46,7 @@ __all__ = [
     "Recorded",
     "RecordedBlock",
     "ScanTape",
+    "StreamsTape",
     "WeightMatrix",
     "activation",
     "affine",
@@ -52,10 +54,11 @@ __all__ = [
     "attention_pattern",
     "block",
     "block_inputs",
+    "collected",
     "entered",
     "extend_block",
+    "final_streams",
     "frozen_norm",
-    "kept",
     "overflow",
     "record_attention",
     "record_block",
@@ -64,4 +67,5 @@ __all__ = [
     "record_rest",
     "skip",
     "stream_scale",
+    "taken_up",
 ]

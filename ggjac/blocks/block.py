@@ -28,6 +28,7 @@ from ggjac.blocks.frame import BlockWeights, Frame, affine, linear, scaled
 from ggjac.blocks.mixers import MixerTape, Past, extend_mixer, reading, record_mixer, valued, writing
 from ggjac.blocks.networks import FFNTape, networks, record_hidden, record_mixture, record_shifted
 from ggjac.blocks.norms import NormTape, frozen_norm, record_norm
+from ggjac.blocks.streams import StreamsTape, collected, record_streams
 from ggjac.config import ModelConfig
 from ggjac.linop import Homogeneous, Identity, LinearOperator, Scale, Select, Sum, Zero
 
@@ -38,11 +39,13 @@ class AttentionTape(NamedTuple):
     Attributes:
         norm_in, norm_out: norms before and after the sum of the mixers, or None.
         mixers: their tapes.
+        streams: how several residual streams take up what the branch adds; None for one.
     """
 
     norm_in: NormTape | None
     mixers: tuple[MixerTape, ...]
     norm_out: NormTape | None
+    streams: StreamsTape | None = None
 
     def at(self, queries: slice) -> "AttentionTape":
         """Return the tape of some output positions, and of the input positions up to the last of them."""
@@ -50,6 +53,7 @@ class AttentionTape(NamedTuple):
             self.norm_in and self.norm_in.at(slice(queries.stop)),
             tuple(mixer.at(queries) for mixer in self.mixers),
             self.norm_out and self.norm_out.at(queries),
+            self.streams and self.streams.at(queries),
         )
 
 
@@ -70,9 +74,12 @@ class InputsTape(NamedTuple):
 
 
 class BlockTape(NamedTuple):
-    """All frozen quantities of one block, and the residual stream at its input; `entry` is a norm before all else."""
+    """All frozen quantities of one block, and the residual stream at its input, or streams.
 
-    x: Float[Tensor, "n d"]
+    `entry` is a norm before all else.
+    """
+
+    x: Float[Tensor, "n i"]
     attn: AttentionTape
     ffn: FFNTape
     inputs: InputsTape | None = None
@@ -105,17 +112,18 @@ class RecordedBlock(NamedTuple):
     attn: Recorded[AttentionTape]
     ffn: Recorded[FFNTape]
     inputs: InputsTape | None
-    out: Float[Tensor, "n d"]
+    out: Float[Tensor, "n o"]
     entry: NormTape | None
 
 
 def record_block(
-    w: BlockWeights, frame: Frame, layer: int, x: Float[Tensor, "n d"], source: Past | None = None
+    w: BlockWeights, frame: Frame, layer: int, x: Float[Tensor, "n i"], source: Past | None = None
 ) -> RecordedBlock:
     """Freeze a block at its input `x`; `source` has another block's keys and values, if it reads those."""
     entry, x = entered(frame, layer, x)
     attn = record_attention(w, frame, layer, x, source)
-    ffn, inputs, out = record_rest(w, frame, layer, x, kept(frame.config, attn.tape.norm_in, x) + attn.added)
+    middle = taken_up(frame.config, attn.tape, x, attn.added)
+    ffn, inputs, out = record_rest(w, frame, layer, x, middle)
     return RecordedBlock(attn, ffn, inputs, out, entry)
 
 
@@ -131,10 +139,10 @@ def extend_block(
     w: BlockWeights,
     frame: Frame,
     layer: int,
-    x: Float[Tensor, "m d"],
+    x: Float[Tensor, "m i"],
     past: tuple[Past, ...] | None,
     source: Past | None = None,
-) -> tuple[Float[Tensor, "m d"], tuple[Past, ...]]:
+) -> tuple[Float[Tensor, "m o"], tuple[Past, ...]]:
     """Return the residual stream after a block at `m` positions that follow `past`, and the longer past.
 
     `record_block` without tapes: the same operators, but nothing is computed again at positions of the past (None:
@@ -146,12 +154,13 @@ def extend_block(
     if not mixers:
         ffn, _, out = record_rest(w, frame, layer, x, x, past[-1])
         return out, ffn.past
-    norm_in, h = _normed_input(w, config, config.row.norms.attention_in, x)
+    read, streams = record_streams(w, config, "attn", x)
+    norm_in, h = _normed_input(w, config, config.row.norms.attention_in, x, read)
     pairs = zip(mixers, past[:-1], strict=True)
     extended = [extend_mixer(w, frame, layer, kind, h, own, source) for kind, own in pairs]
     raw = _total([added for added, _ in extended])
     added = _normed_output(w, config, config.row.norms.attention_out, config.attention_factor, raw)[1]
-    middle = kept(config, norm_in, x) + added
+    middle = taken_up(config, AttentionTape(norm_in, (), None, streams), x, added)
     ffn, _, out = record_rest(w, frame, layer, x, middle, past[-1])
     return out, (*(own for _, own in extended), *ffn.past)
 
@@ -160,16 +169,16 @@ def record_rest(
     w: BlockWeights,
     frame: Frame,
     layer: int,
-    x: Float[Tensor, "n d"],
-    middle: Float[Tensor, "n d"],
+    x: Float[Tensor, "n i"],
+    middle: Float[Tensor, "n o"],
     past: Past | None = None,
-) -> tuple[Recorded[FFNTape], InputsTape | None, Float[Tensor, "n d"]]:
+) -> tuple[Recorded[FFNTape], InputsTape | None, Float[Tensor, "n o"]]:
     """Freeze the rest of a block that attention leaves with the stream `middle`; return it, and the stream after it.
 
     `past` is the feed-forward's, if it continues one.
     """
     ffn = record_ffn(w, frame, layer, x if frame.config.row.parallel else middle, x, past or Past())
-    out, inputs = kept(frame.config, ffn.tape.norm_in, middle) + ffn.added, None
+    out, inputs = taken_up(frame.config, ffn.tape, middle, ffn.added), None
     if frame.inputs is not None:
         inputs, added = _record_inputs(w, frame, layer, out)
         out = out + added
@@ -219,24 +228,25 @@ def stream_scale(w: BlockWeights, x: Float[Tensor, "n d"], factor: float) -> Flo
 
 
 def record_attention(
-    w: BlockWeights, frame: Frame, layer: int, x: Float[Tensor, "n d"], source: Past | None = None
+    w: BlockWeights, frame: Frame, layer: int, x: Float[Tensor, "n i"], source: Past | None = None
 ) -> Recorded[AttentionTape]:
     """Freeze the attention branch at its input `x`; `source` has another block's keys and values, if it reads those."""
     config, norms = frame.config, frame.config.row.norms
     mixers = config.layers[layer].mixers
     if not mixers:
         return Recorded(AttentionTape(None, (), None), torch.zeros_like(x), torch.zeros_like(x))
-    norm_in, h = _normed_input(w, config, norms.attention_in, x)
+    read, streams = record_streams(w, config, "attn", x)
+    norm_in, h = _normed_input(w, config, norms.attention_in, x, read)
     recorded = [record_mixer(w, frame, layer, kind, h, source) for kind in mixers]
     raw = _total([affine(writing(w, mixed.tape, len(x)), mixed.heads) for mixed in recorded])
     norm_out, added = _normed_output(w, config, norms.attention_out, config.attention_factor, raw)
-    tape = AttentionTape(norm_in, tuple(mixed.tape for mixed in recorded), norm_out)
+    tape = AttentionTape(norm_in, tuple(mixed.tape for mixed in recorded), norm_out, streams)
     pasts = tuple(mixed.past for mixed in recorded) if layer in config.writers else ()
     return Recorded(tape, raw, added, pasts)
 
 
 def record_ffn(
-    w: BlockWeights, frame: Frame, layer: int, x: Float[Tensor, "n d"], entry: Float[Tensor, "n d"], past: Past
+    w: BlockWeights, frame: Frame, layer: int, x: Float[Tensor, "n i"], entry: Float[Tensor, "n e"], past: Past
 ) -> Recorded[FFNTape]:
     """Freeze the feed-forward branch at its input `x`; `entry` is the block's, which some routers and mixtures read.
 
@@ -245,11 +255,12 @@ def record_ffn(
     config, norms, own = frame.config, frame.config.row.norms, frame.config.layers[layer]
     if not own.routed and not own.hidden_units:
         return Recorded(FFNTape(None, (), None), torch.zeros_like(x), torch.zeros_like(x), (past,))
+    weights, streams = record_streams(w, config, "ffn", x)
     if "channel_mix_lerp_k.weight" in w:
-        norm, h = _normed_input(w, config, norms.ffn_in, x)
-        tape, added = record_shifted(w, frame, layer, h, past.rows)
-        return Recorded(tape._replace(norm_in=norm), added, added, (Past(rows=h[-1:].clone()),))
-    if own.routed and own.hidden_units and norms.experts_in:
+        norm, h = _normed_input(w, config, norms.ffn_in, x, weights)
+        tape, raw = record_shifted(w, frame, layer, h, past.rows)
+        tape, past = tape._replace(norm_in=norm), Past(rows=h[-1:].clone())
+    elif own.routed and own.hidden_units and norms.experts_in:
         # A dense network and a mixture, added, each between norms of its own.
         read = entry if config.row.experts_skip else x
         dense, added = _record_part(w, frame, layer, x, entry, norms.ffn_in, norms.dense_out, routed=False)
@@ -258,27 +269,28 @@ def record_ffn(
         if config.row.experts_skip:
             tape = FFNTape(None, (dense,), None, beside=mixture)
     else:
-        tape, raw = _record_part(w, frame, layer, x, entry, norms.ffn_in, (), routed=own.routed)
+        tape, raw = _record_part(w, frame, layer, x, entry, norms.ffn_in, (), weights, routed=own.routed)
     norm_out, added = _normed_output(w, config, norms.ffn_out, config.residual_scale, raw)
-    return Recorded(tape._replace(norm_out=norm_out), raw, added, (past,))
+    return Recorded(tape._replace(norm_out=norm_out, streams=streams), raw, added, (past,))
 
 
 def _record_part(
     w: BlockWeights,
     frame: Frame,
     layer: int,
-    x: Float[Tensor, "n d"],
-    entry: Float[Tensor, "n d"],
+    x: Float[Tensor, "n i"],
+    entry: Float[Tensor, "n e"],
     norm_in: Sequence[str],
     norm_out: Sequence[str],
+    read: Float[Tensor, "n 1 s"] | None = None,
     *,
     routed: bool,
 ) -> tuple[FFNTape, Float[Tensor, "n d"]]:
     """Freeze a dense network or a mixture, between the norms of the given names, at the stream `x`; add its output.
 
-    `entry` is the stream before the block.
+    `entry` is the stream before the block, and `read` has the weights with which the part reads several streams.
     """
-    norm, h = _normed_input(w, frame.config, norm_in, x)
+    norm, h = _normed_input(w, frame.config, norm_in, x, read)
     if routed:
         tape = record_mixture(w, frame, layer, h, x, entry)._replace(norm_in=norm)
     else:
@@ -359,6 +371,8 @@ class FrozenBlock(NamedTuple):
         skip: what goes past the feed-forward; None for all of the stream.
         entry: a norm before all else, at the positions that are read; or None.
         beside: the part of the feed-forward that reads the block's input, or None.
+        spread: of several residual streams, how they take up what attention adds, and what the feed-forward adds, each
+            `[m, d]` to `[m, o d]`; None for one stream.
 
     Values that several blocks read are held in a bank, by number of their block: going up, their block writes them
     there for each vector of the stack, and attention reads them there; going down, the cotangents of all that have
@@ -378,13 +392,14 @@ class FrozenBlock(NamedTuple):
     entry: LinearOperator | None = None
     beside: LinearOperator | None = None
     share: LinearOperator | None = None
+    spread: tuple[LinearOperator, LinearOperator] | None = None
 
     @property
     def reads_bank(self) -> bool:
         """Whether attention reads values of an earlier block."""
         return self.bank is not None and (self.values is None or self.share is not None)
 
-    def mixed(self, H: Float[Tensor, "k n d"], t: Homogeneous, banks: dict[int, Tensor]) -> Float[Tensor, "k n _"]:
+    def mixed(self, H: Float[Tensor, "k n i"], t: Homogeneous, banks: dict[int, Tensor]) -> Float[Tensor, "k n _"]:
         """Return what attention mixes, where several blocks read values of one: values, in place of the stream."""
         if self.bank is None:
             return H
@@ -397,15 +412,15 @@ class FrozenBlock(NamedTuple):
         return own
 
     def matmat(
-        self, H: Float[Tensor, "k n d"], t: Homogeneous = None, banks: dict[int, Tensor] | None = None
-    ) -> Float[Tensor, "k m d"]:
+        self, H: Float[Tensor, "k n i"], t: Homogeneous = None, banks: dict[int, Tensor] | None = None
+    ) -> Float[Tensor, "k m o"]:
         """Return the residual stream after the block for `k` stacked streams before it."""
         H, added = self.matmat_attn(H, t, banks)
         return self.matmat_out(*self.matmat_ffn(H, added, t), t)
 
     def matmat_attn(
-        self, H: Float[Tensor, "k n d"], t: Homogeneous = None, banks: dict[int, Tensor] | None = None
-    ) -> tuple[Float[Tensor, "k m d"], Float[Tensor, "k m d"]]:
+        self, H: Float[Tensor, "k n i"], t: Homogeneous = None, banks: dict[int, Tensor] | None = None
+    ) -> tuple[Float[Tensor, "k m o"], Float[Tensor, "k m d"]]:
         """Return, at the written positions, the stream `[k, m, d]` and what attention adds to it."""
         H = H if self.entry is None else self.entry.matmat(H, t)
         banks = {} if banks is None else banks
@@ -413,59 +428,63 @@ class FrozenBlock(NamedTuple):
         return self.residual.matmat(H), added
 
     def matmat_ffn(
-        self, H: Float[Tensor, "k p d"], attn: Float[Tensor, "k p d"], t: Homogeneous = None
-    ) -> tuple[Float[Tensor, "k m d"], Float[Tensor, "k m d"]]:
+        self, H: Float[Tensor, "k p i"], attn: Float[Tensor, "k p d"], t: Homogeneous = None
+    ) -> tuple[Float[Tensor, "k m o"], Float[Tensor, "k m d"]]:
         """Return what goes past the feed-forward `[k, m, d]`, in place of `attn`, and what that adds to it."""
-        middle = attn.add_(H)
+        middle = (attn if self.spread is None else self.spread[0].matmat(attn)).add_(H)
         added = self.ffn.matmat(H if self.parallel else middle, t)
         added = added if self.beside is None else added.add_(self.beside.matmat(H, t))
         written = middle[:, middle.shape[1] - added.shape[1] :]
         return written if self.skip is None else self.skip.matmat(written), added
 
     def matmat_out(
-        self, H: Float[Tensor, "k m d"], ffn: Float[Tensor, "k m d"], t: Homogeneous = None
-    ) -> Float[Tensor, "k m d"]:
+        self, H: Float[Tensor, "k m i"], ffn: Float[Tensor, "k m d"], t: Homogeneous = None
+    ) -> Float[Tensor, "k m o"]:
         """Return the stream after the block, in place of `ffn`, from the stream after attention and what `ffn` adds."""
-        out = ffn.add_(H)
+        out = ffn if self.spread is None else self.spread[1].matmat(ffn)
+        out.add_(H)
         if self.inputs is not None:
             out += self.inputs.matmat(out, t)
         return out if self.scale is None else out.mul_(self.scale)
 
-    def rmatmat(self, H: Float[Tensor, "k m d"], banks: dict[int, Tensor] | None = None) -> Float[Tensor, "k n d"]:
+    def rmatmat(self, H: Float[Tensor, "k m o"], banks: dict[int, Tensor] | None = None) -> Float[Tensor, "k n i"]:
         """Return the cotangents of the stream before the block for `k` stacked ones of the stream after it."""
-        H = self.rmatmat_out(H)
-        return self.rmatmat_attn(*self.rmatmat_ffn(H, H), banks)
+        return self.rmatmat_attn(*self.rmatmat_ffn(*self.rmatmat_out(H)), banks)
 
-    def rmatmat_out(self, H: Float[Tensor, "k m d"]) -> Float[Tensor, "k m d"]:
-        """Return the cotangents of the stream before its last factor: `matmat_out` transposed."""
+    def rmatmat_out(self, H: Float[Tensor, "k m o"]) -> tuple[Float[Tensor, "k m i"], Float[Tensor, "k m d"]]:
+        """Return the cotangents of what goes past the feed-forward, and of what that adds: `matmat_out` transposed.
+
+        They are one tensor if there is one stream.
+        """
         H = H if self.scale is None else H * self.scale
-        return H if self.inputs is None else H + self.inputs.rmatmat(H)
+        H = H if self.inputs is None else H + self.inputs.rmatmat(H)
+        return H, H if self.spread is None else self.spread[1].rmatmat(H)
 
     def rmatmat_ffn(
-        self, H: Float[Tensor, "k m d"], ffn: Float[Tensor, "kl m d"]
-    ) -> tuple[Float[Tensor, "kl p d"], Float[Tensor, "_ _ d"]]:
+        self, H: Float[Tensor, "k m i"], ffn: Float[Tensor, "kl m d"]
+    ) -> tuple[Float[Tensor, "kl p i"], Float[Tensor, "_ _ d"]]:
         """Return the cotangents of the stream after attention, and of what attention adds: `matmat_ffn` transposed.
 
         Args:
-            H: `[k, m, d]`, cotangents of the stream after the feed-forward.
-            ffn: `[k + l, m, d]`, of what the feed-forward adds: `H`, and those of `l` maps that end there.
+            H: `[k, m, d]`, cotangents of what goes past the feed-forward.
+            ffn: `[k + l, m, d]`, of what the feed-forward adds: `rmatmat_out`'s, and those of `l` maps that end there.
 
         Returns:
-            Both `[k + l, m, d]`, or one position more (see `attn`). They are one tensor if the feed-forward reads
-            nothing of the block's input.
+            Both `[k + l, m, d]`, or one position more (see `attn`). They are one tensor if there is one stream and the
+            feed-forward reads nothing of the block's input.
         """
         middle = self.ffn.rmatmat(ffn)
         middle[: len(H), middle.shape[1] - H.shape[1] :] += H if self.skip is None else self.skip.rmatmat(H)
         if self.beside is not None:
             return middle + self.beside.rmatmat(ffn), middle
         if not self.parallel:
-            return middle, middle
+            return middle, middle if self.spread is None else self.spread[0].rmatmat(middle)
         ended = len(ffn) - len(H)
         return middle, torch.cat([H, H.new_zeros(ended, *H.shape[1:])]) if ended else H
 
     def rmatmat_attn(
-        self, H: Float[Tensor, "k m d"], attn: Float[Tensor, "kl m d"], banks: dict[int, Tensor] | None = None
-    ) -> Float[Tensor, "kl n d"]:
+        self, H: Float[Tensor, "kj m o"], attn: Float[Tensor, "kl m d"], banks: dict[int, Tensor] | None = None
+    ) -> Float[Tensor, "kl n i"]:
         """Return the cotangents of the stream before the block, `[k + l, n, d]`: `matmat_attn` transposed.
 
         Args:
@@ -513,10 +532,11 @@ def block(
     n, m, d = positions.stop, len(positions), config.d
     queries = slice(positions.start, positions.stop)
     dtype, device = tape.x.dtype, tape.x.device
-    p = min(n, m + tape.ffn.shifted)  # positions that the feed-forward reads
-    attn: LinearOperator = Zero((n, d), (p, d), dtype=dtype, device=device)
+    p, before = min(n, m + tape.ffn.shifted), tape.x.shape[1]  # positions that the feed-forward reads, and their width
+    written = slice(n - p, n)
+    attn: LinearOperator = Zero((n, before), (p, d), dtype=dtype, device=device)
     values = share = None
-    own = tape.attn.at(slice(n - p, n))
+    own = tape.attn.at(written)
     if bank is not None and not own.mixers[0].shared:
         values, attn = _with_bank(w, config, own, n, p)
     elif own.mixers:
@@ -528,12 +548,14 @@ def block(
     if not tape.ffn.empty:
         networks_tape = tape.ffn.at(queries)
         feed_forward, skipping = ffn(w, config, networks_tape, m), beside(w, config, networks_tape, m)
-    residual: LinearOperator = Identity((p, d), dtype=dtype, device=device)
+    residual: LinearOperator = Identity((p, before), dtype=dtype, device=device)
     if p < n:
-        residual = Select(torch.arange(n - p, n), n, d, dtype=dtype, device=device)
-    past_attn = skip(config, tape.attn.norm_in and tape.attn.norm_in.at(slice(n - p, n)))
-    past_ffn = skip(config, tape.ffn.norm_in and tape.ffn.norm_in.at(queries))
+        residual = Select(torch.arange(n - p, n), n, before, dtype=dtype, device=device)
+    past_attn, past_ffn = skip(config, tape.attn, written), skip(config, tape.ffn, queries)
     residual = residual if past_attn is None else past_attn @ residual
+    spread = None
+    if tape.attn.streams is not None and tape.ffn.streams is not None:
+        spread = (tape.attn.streams.at(written).spread(d), tape.ffn.streams.at(queries).spread(d))
     inputs = None if tape.inputs is None else _inputs(w, tape.inputs.at(queries), m)
     return FrozenBlock(
         attn,
@@ -548,18 +570,26 @@ def block(
         entry=tape.entry and tape.entry.at(slice(n)).operator(),
         beside=skipping,
         share=share,
+        spread=spread,
     )
 
 
-def skip(config: ModelConfig, norm: NormTape | None) -> LinearOperator | None:
-    """Return what goes past a branch, from the norm before it; None where that is the stream."""
-    return scaled(norm.operator(), config.skip_scale) if norm is not None and config.row.normed_skip else None
+def skip(config: ModelConfig, tape: AttentionTape | FFNTape, positions: slice = slice(None)) -> LinearOperator | None:
+    """Return what goes past a branch at some positions; None where that is all of the stream."""
+    if tape.streams is not None:
+        return tape.streams.at(positions).carry(config.d)
+    if tape.norm_in is None or not config.row.normed_skip:
+        return None
+    return scaled(tape.norm_in.at(positions).operator(), config.skip_scale)
 
 
-def kept(config: ModelConfig, norm: NormTape | None, x: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
-    """Return what goes past a branch of the stream `x`."""
-    operator = skip(config, norm)
-    return x if operator is None else affine(operator, x)
+def taken_up(
+    config: ModelConfig, tape: AttentionTape | FFNTape, x: Float[Tensor, "n i"], added: Float[Tensor, "n d"]
+) -> Float[Tensor, "n o"]:
+    """Return the stream after a branch that adds `added` to `x`."""
+    past = skip(config, tape)
+    x = x if past is None else affine(past, x)
+    return x + (added if tape.streams is None else affine(tape.streams.spread(config.d), added))
 
 
 def _with_bank(
@@ -579,10 +609,15 @@ def _values(w: BlockWeights, tape: AttentionTape, n: int) -> LinearOperator:
 
 
 def _normed_input(
-    w: BlockWeights, config: ModelConfig, names: Sequence[str], x: Float[Tensor, "n d"]
+    w: BlockWeights,
+    config: ModelConfig,
+    names: Sequence[str],
+    x: Float[Tensor, "n i"],
+    read: Float[Tensor, "n 1 s"] | None = None,
 ) -> tuple[NormTape | None, Float[Tensor, "n d"]]:
-    """Freeze the norm before a branch, and return it with the normed stream."""
-    norm = record_norm(w, config, names, x)
+    """Freeze the norm before a branch, and return it with the normed stream, or what it collects of several streams."""
+    norm = record_norm(w, config, names, collected(read, config, x))
+    norm = norm and norm._replace(streams=read)
     return norm, x if norm is None else norm.apply(x)
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ggjac.blocks.frame import BlockWeights, Frame, affine, before, linear, scaled
 from ggjac.blocks.norms import NormTape, inverse_rms, widened
+from ggjac.blocks.streams import StreamsTape
 from ggjac.config import ModelConfig
 from ggjac.linop import Experts, LinearOperator, Network, Scale, Select, Shift, Sum, Zero, indices_on
 
@@ -82,6 +83,7 @@ class FFNTape(NamedTuple):
         shifted: whether the networks read a mix of each position with the one before it; the norm before them then has
             that position, too.
         gate: `[n, d]`, factor of the sum of the networks, or None.
+        streams: how several residual streams take up what the branch adds; None for one.
     """
 
     norm_in: NormTape | None
@@ -93,6 +95,7 @@ class FFNTape(NamedTuple):
     beside: "FFNTape | None" = None
     shifted: bool = False
     gate: Float[Tensor, "n d"] | None = None
+    streams: StreamsTape | None = None
 
     @property
     def empty(self) -> bool:
@@ -108,6 +111,7 @@ class FFNTape(NamedTuple):
             networks=tuple(part for part in networks if isinstance(part, FFNTape) or len(part.factor)),
             norm_out=self.norm_out and self.norm_out.at(queries),
             beside=self.beside and self.beside.at(queries),
+            streams=self.streams and self.streams.at(queries),
         )
 
 
@@ -172,8 +176,8 @@ def record_mixture(
     frame: Frame,
     layer: int,
     h: Float[Tensor, "n d"],
-    x: Float[Tensor, "n d"],
-    entry: Float[Tensor, "n d"],
+    x: Float[Tensor, "n i"],
+    entry: Float[Tensor, "n e"],
 ) -> FFNTape:
     """Freeze a mixture of experts at its normed input `h`; some routers read the stream `x`, or the block's `entry`."""
     row, shared = frame.config.row, record_shared(w, frame, layer, h)

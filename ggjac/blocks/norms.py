@@ -9,34 +9,38 @@ from torch import Tensor
 
 from ggjac.blocks.frame import BlockWeights, affine
 from ggjac.config import ModelConfig
-from ggjac.linop import Center, LinearOperator, Scale
+from ggjac.linop import Center, LinearOperator, Scale, StreamMix
 
 
 class NormTape(NamedTuple):
     """A norm at one input: the scale of each position, the norm's weight, and LayerNorm's centring and bias.
 
-    `scale` is `1 / rms`, in float32 at least.
+    `scale` is `1 / rms`, in float32 at least. `streams` are the weights with which it first collects what it reads from
+    several residual streams; None for one.
     """
 
     scale: Float[Tensor, "n 1"]
     weight: Float[Tensor, " d"]
     centred: bool
     bias: Float[Tensor, " d"] | None
+    streams: Float[Tensor, "n 1 i"] | None = None
 
     def at(self, positions: slice) -> "NormTape":
         """Return the tape of some positions."""
-        return self._replace(scale=self.scale[positions])
+        streams = None if self.streams is None else self.streams[positions]
+        return self._replace(scale=self.scale[positions], streams=streams)
 
-    def apply(self, x: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
+    def apply(self, x: Float[Tensor, "n i"]) -> Float[Tensor, "n d"]:
         """Return the norm of `x`."""
         return affine(self.operator(), x)
 
     def operator(self) -> LinearOperator:
-        """Return the frozen norm, `[n, d]` to `[n, d]`."""
-        scale = Scale((self.scale * self.weight.to(self.scale)).to(self.weight), self.bias)  # [n, 1] * [d] -> [n, d]
-        if not self.centred:
-            return scale
-        return scale @ Center(scale.in_shape, dtype=scale.dtype, device=scale.device)
+        """Return the frozen norm, `[n, d]` to `[n, d]`, or from several streams, `[n, i d]`."""
+        # [n, 1] * [d] -> [n, d]
+        norm: LinearOperator = Scale((self.scale * self.weight.to(self.scale)).to(self.weight), self.bias)
+        if self.centred:
+            norm = norm @ Center(norm.in_shape, dtype=norm.dtype, device=norm.device)
+        return norm if self.streams is None else norm @ StreamMix(self.streams, len(self.weight))
 
 
 def record_norm(

@@ -183,6 +183,21 @@ class Recurrence:
 
 
 @dataclass(frozen=True)
+class Streams:
+    """Sizes and constants of several residual streams; zeros for one.
+
+    Attributes:
+        count: number of streams.
+        epsilon: added to weights.
+        magnitude: largest weight by which a stream takes up what a branch adds, but for `epsilon`.
+    """
+
+    count: int = 0
+    epsilon: float = 0.0
+    magnitude: float = 0.0
+
+
+@dataclass(frozen=True)
 class Indexer:
     """Sizes of what selects the keys that a query attends to; zeros if it attends to all.
 
@@ -232,6 +247,7 @@ class ModelConfig:
         indexer: of attention to selected keys.
         loops: how often the file's blocks are applied, all of them each time.
         loop_norm: whether the norm before the head is applied between these passes.
+        streams: of several residual streams.
     """
 
     architecture: str
@@ -262,6 +278,7 @@ class ModelConfig:
     inputs: int = 0
     decay_bound: float = 0.0
     indexer: Indexer = Indexer()
+    streams: Streams = Streams()
     value_scale: float = 1.0
     skip_scale: float = 1.0
     loops: int = 1
@@ -279,6 +296,10 @@ class ModelConfig:
     def normed_entry(self, layer: int) -> bool:
         """Return whether the norm before the head is applied to the input of a block."""
         return self.loop_norm and layer > 0 and layer % self.stored_blocks == 0
+
+    def width(self, depth: int) -> int:
+        """Return the elements of all residual streams after `depth` blocks; before the first block there is one."""
+        return self.d * (self.streams.count if depth and self.streams.count else 1)
 
     @property
     def attention_factor(self) -> float:

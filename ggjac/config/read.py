@@ -14,7 +14,7 @@ from ggjac.architectures import ARCHITECTURES, Architecture
 from ggjac.config import others
 from ggjac.config.keys import ConfigError, Keys, shown
 from ggjac.config.mixers import MIXERS
-from ggjac.config.model import Alibi, Indexer, Latent, Layer, ModelConfig, Recurrence
+from ggjac.config.model import Alibi, Indexer, Latent, Layer, ModelConfig, Recurrence, Streams
 from ggjac.config.rotations import read_windows, rope_of, stretching
 from ggjac.config.tensors import check_tensors
 
@@ -83,6 +83,7 @@ def read_config(metadata: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...
         indexer=_indexer(keys, row),
         loops=loops,
         loop_norm=loops > 1 and not ("skip_loop_final_norm" in keys and keys.flag("skip_loop_final_norm")),
+        streams=_streams(keys, row),
         inputs=keys.count("embedding_length_per_layer_input") if row.inputs else 0,
     )
     # Blocks that read another's keys may still have tensors for their own.
@@ -344,9 +345,23 @@ def _latent(keys: Keys, row: Architecture, windowed: bool) -> Latent:
     )
 
 
+def _streams(keys: Keys, row: Architecture) -> Streams:
+    """Return the sizes of several residual streams.
+
+    Raises:
+        ConfigError: there are not several.
+    """
+    if not row.streams:
+        return Streams()
+    count = keys.integer("hyper_connection.count")
+    if count < 2:
+        raise ConfigError(f"{keys.prefix}.hyper_connection.count is {count}; at least 2 streams are supported")
+    return Streams(count, keys.real("hyper_connection.epsilon"), keys.real("hyper_connection.magnitude"))
+
+
 def _indexer(keys: Keys, row: Architecture) -> Indexer:
     """Return the sizes of what selects keys, one by one or by blocks."""
-    if not row.indexer:
+    if not row.indexer or (row.indexer == "optional keys" and not keys.count("attention.indexer.top_k")):
         return Indexer()
     heads, key_size, selected = (
         keys.integer(f"attention.indexer.{key}") for key in ("head_count", "key_length", "top_k")

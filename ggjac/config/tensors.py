@@ -31,6 +31,21 @@ _INPUTS = {
     "per_layer_model_proj.weight": ("all inputs", "d"),
     "per_layer_proj_norm.weight": ("inputs",),
 }
+# Of several residual streams: outside the blocks, and in a block.
+_FINAL_STREAMS = {
+    "output_hc_fn.weight": ("streams", "all streams"),
+    "output_hc_base.weight": ("streams",),
+    "output_hc_scale.weight": ("one",),
+}
+_STREAMS = {
+    f"hc_{branch}_{name}.weight": axes
+    for branch in ("attn", "ffn")
+    for name, axes in {
+        "fn": ("weights of streams", "all streams"),
+        "base": ("weights of streams",),
+        "scale": ("two",),
+    }.items()
+}
 _OWN_INPUTS = {"inp_gate.weight": ("inputs", "d"), "proj.weight": ("d", "inputs"), "post_norm.weight": ("d",)}
 # In a block, by kind of mixer.
 _ATTENTION: dict[str, tuple[str, ...]] = {
@@ -449,8 +464,10 @@ def _scopes(config: ModelConfig) -> Iterator[tuple[str, dict[str, tuple[str, ...
         "one": 1,
         "inputs": config.inputs,
         "all inputs": config.inputs * config.block_count,
+        **_stream_sizes(config),
     }
     outside = _GLOBAL | (_POSITIONS if config.row.positions else {}) | (_INPUTS if config.inputs else {})
+    outside |= _FINAL_STREAMS if config.streams.count else {}
     outside |= _EMBEDDING_NORM if config.row.embedding_norm == "weighted" else {}
     if config.row.norm == "bare":
         outside = {name: axes for name, axes in outside.items() if not name.startswith("output_norm.")}
@@ -488,6 +505,12 @@ def _attention_sizes(config: ModelConfig, layer: int) -> dict[str, int]:
         "latent + rotary": own.latent.size + own.latent.rotary,
         "query latent": own.latent.queries,
     }
+
+
+def _stream_sizes(config: ModelConfig) -> dict[str, int]:
+    """Return the named sizes of several residual streams."""
+    count = config.streams.count
+    return {"streams": count, "all streams": count * config.d, "weights of streams": 2 * count, "two": 2}
 
 
 def _indexer_sizes(config: ModelConfig) -> dict[str, int]:
@@ -540,6 +563,7 @@ def _block_table(config: ModelConfig, layer: int) -> dict[str, tuple[str, ...]]:
     for mixer in own.mixers:
         matrices |= _MIXERS[_layout(config, mixer)]
     scaled = set(matrices) if row.qkv_scales else {"attn_output"}
+    scaled -= set() if row.output_scales else {"attn_output"}
     if row.looped or (row.recurrent in own.mixers and not row.recurrent_scales):  # llama.cpp: in the first pass only
         scaled = set()
     for mixer in own.mixers:
@@ -561,6 +585,7 @@ def _block_table(config: ModelConfig, layer: int) -> dict[str, tuple[str, ...]]:
     if own.gate:
         vectors["attn_gate.weight"] = ("gates", "d")
     vectors |= _OWN_INPUTS if config.inputs else {}
+    vectors |= _STREAMS if config.streams.count else {}
     vectors |= _VISION_EXPERTS if row.vision_experts else {}
     vectors |= {"ffn.act.scales": ("f",)} if row.hidden_divisors else {}
     if own.hidden_units:

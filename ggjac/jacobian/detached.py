@@ -54,6 +54,9 @@ HEALTHY = {torch.float64: 1e-13, torch.float32: 1e-5, torch.bfloat16: 2e-2, torc
 class DetachedJacobian(LinearOperator):
     """The linear map from all input embeddings `[n, d]` to one output vector `[d]`, exact at its prompt.
 
+    Of a model with several residual streams, a map that starts inside reads all of them, `[n, s d]`, and one that ends
+    at the stream reads what the head would collect of them there (`raw`: all of them, `[s d]`).
+
     Products stream the blocks' live weights once, whatever the number of stacked vectors. Positions after `position`
     have no influence (attention is causal): their part of the map is zero.
 
@@ -76,14 +79,15 @@ class DetachedJacobian(LinearOperator):
         journal: Records | None = None,
         chunk_bytes: int = CHUNK_BYTES,
     ):
-        n, d = network.x.shape
-        self.in_shape, self.out_shape = (n, d), (d,)
         self.dtype, self.device = network.x.dtype, network.x.device
         self.network, self.ids, self.position = network, list(network.ids), position
         self.end = Tap("layer", len(network.tapes))
         self.span = span or Span(0, self.end)
         self.mlp_path: MlpPath = network.frame.mlp_path
         self.sweep = SharedSweep(network, [self.span], position, raw=raw, journal=journal)
+        n, d = network.x.shape
+        self.in_shape = (n, network.config.width(self.span.start))
+        self.out_shape = (self.sweep.width(self.span.tap) if raw else d,)
         self.chunk_bytes = chunk_bytes
         self._matrix: Tensor | None = None
 
@@ -122,7 +126,7 @@ class DetachedJacobian(LinearOperator):
         finally:
             self.progress = before
 
-    def matmat(self, X: Float[Tensor, "k n d"], t: Homogeneous = None) -> Float[Tensor, "k d"]:
+    def matmat(self, X: Float[Tensor, "k n i"], t: Homogeneous = None) -> Float[Tensor, "k o"]:
         """Return `J x + t offset` for stacked inputs: one upward sweep.
 
         Raises:
@@ -131,7 +135,7 @@ class DetachedJacobian(LinearOperator):
         self.check_shape(X, self.in_shape)
         return self.sweep.up([X.to(self.device, self.dtype)], None if t is None else [t])[0]
 
-    def rmatmat(self, Y: Float[Tensor, "k d"]) -> Float[Tensor, "k n d"]:
+    def rmatmat(self, Y: Float[Tensor, "k o"]) -> Float[Tensor, "k n i"]:
         """Return `Jᵀ y` for stacked output cotangents: one downward sweep.
 
         Raises:
@@ -294,7 +298,7 @@ class DetachedJacobian(LinearOperator):
         streams = [self.network.tapes[i].x[p] for i in range(self.span.start, min(tap.index, self.end.index - 1) + 1)]
         lengths = [float(x.cpu().double().norm()) for x in streams]
         if tap == self.end:  # on no tape, but its scale is: 1 / rms
-            lengths.append(len(streams[0]) ** 0.5 / float(self.network.norm.scale[p]))
+            lengths.append(self.network.config.d**0.5 / float(self.network.norm.scale[p]))
         longest, factor = 0.0, 1.0
         for length in lengths:
             longest = max(longest, length)

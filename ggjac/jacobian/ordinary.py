@@ -14,7 +14,16 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ggjac.blocks import BlockWeights, Past, WeightMatrix, block_inputs, entered, kept, record_attention, record_rest
+from ggjac.blocks import (
+    BlockWeights,
+    Past,
+    WeightMatrix,
+    block_inputs,
+    entered,
+    record_attention,
+    record_rest,
+    taken_up,
+)
 from ggjac.jacobian import FrozenNetwork
 from ggjac.linop import Homogeneous, LinearOperator
 from ggjac.sizes import CHUNK_BYTES
@@ -131,7 +140,7 @@ class OrdinaryJacobian(LinearOperator):
             x = entered(frame, i, state[STREAM])[1]
             attn = record_attention(w, frame, i, x, past)
             made = _named(i, attn.past[0]) if i in config.writers else {}
-            middle = kept(config, attn.tape.norm_in, x) + attn.added
+            middle = taken_up(config, attn.tape, x, attn.added)
             del attn
             return made | {STREAM: record_rest(w, frame, i, x, middle)[2]}
 

@@ -125,6 +125,7 @@ class SharedSweep:
         self.order = [i for i in range(len(network.tapes)) if any(start <= i < tap.index for start, tap in spans)]
         self.progress: Callable[[int, int], None] | None = None
         self.journal = journal
+        self._width = network.config.width
         self.flop = 0
         self.rounding: torch.dtype | None = None
         self._values: dict[int, Tensor] = {}
@@ -139,12 +140,15 @@ class SharedSweep:
             self.rounding = None
 
     def up(
-        self, X: Sequence[Float[Tensor, "_ n d"]], t: Sequence[Float[Tensor, " _"]] | None = None
-    ) -> list[Float[Tensor, "_ d"]]:
-        """Return `A x + t b` of every span for its own stacked vectors: `[k, n, d]` to `[k, d]`, any `k` for each."""
+        self, X: Sequence[Float[Tensor, "_ n _"]], t: Sequence[Float[Tensor, " _"]] | None = None
+    ) -> list[Float[Tensor, "_ _"]]:
+        """Return `A x + t b` of every span for its own stacked vectors: `[k, n, d]` to `[k, d]`, any `k` for each.
+
+        Widths are those of all residual streams where a span starts, and where it ends if `raw`.
+        """
         return self._recorded("up", [*X, *(t or [])], partial(self._up, X, t))
 
-    def down(self, Y: Sequence[Float[Tensor, "_ d"]]) -> list[Float[Tensor, "_ n d"]]:
+    def down(self, Y: Sequence[Float[Tensor, "_ _"]]) -> list[Float[Tensor, "_ n _"]]:
         """Return `Aᵀ y` of every span for its own stacked cotangents: `[k, d]` to `[k, n, d]`, any `k` for each."""
         return self._recorded("down", Y, partial(self._down, Y))
 
@@ -191,7 +195,7 @@ class SharedSweep:
     def _up(self, X: Sequence[Tensor], t: Sequence[Tensor] | None, product: Product | None) -> list[Tensor]:
         x, m = self.network.x, self.position + 1
         t = None if t is None else [part.to(x) for part in t]
-        stack = _Stack(x.new_zeros(0, m, self.d), [len(part) for part in X])
+        stack = _Stack(x.new_zeros(0, m, self._width(self.order[0])), [len(part) for part in X])
         for i, frozen in self._steps(self.order, stack, product, self._ways_up):
             stack.H = stack.join(stack.H, {j: X[j][:, :m].to(x) for j in self._starting(i)})  # [k, n, d]
             self.flop += frozen.flop * len(stack)
@@ -215,11 +219,12 @@ class SharedSweep:
         def joining(kind: Kind, i: int, m: int) -> dict[int, Tensor]:
             return {j: _at_last(read[j], m) for j in self._ending(kind, i)}
 
-        stack = _Stack(x.new_zeros(0, self.position + 1, self.d), [len(part) for part in Y])
+        empty = x.new_zeros(0, self.position + 1, self._width(self.order[-1] + 1))
+        stack = _Stack(empty, [len(part) for part in Y])
         for i, frozen in self._steps(self.order[::-1], stack, product, self._ways_down):
             m = frozen.ffn.out_shape[0]  # positions that the block writes
-            stack.H = frozen.rmatmat_out(stack.join(stack.H[:, :m], joining("layer", i, m)))  # [k, m, d]
-            middle, attn = frozen.rmatmat_ffn(stack.H, stack.join(stack.H, joining("mlp", i, m)))
+            stack.H, ffn = frozen.rmatmat_out(stack.join(stack.H[:, :m], joining("layer", i, m)))  # [k, m, d]
+            middle, attn = frozen.rmatmat_ffn(stack.H, stack.join(ffn, joining("mlp", i, m)))
             attn = stack.join(attn, joining("attn", i, frozen.attn.out_shape[0]))
             stack.H = frozen.rmatmat_attn(middle, attn, stack.banks)  # [k, n, d]
             self.flop += frozen.flop * len(stack)
@@ -267,12 +272,19 @@ class SharedSweep:
         ways = [_Way(j, tap.index - 1, start) for j, (start, tap) in enumerate(self.spans)]
         return sorted(ways, key=lambda way: (-way.joins, DOWNWARDS.index(self.spans[way.span].tap.kind)))
 
+    def width(self, tap: Tap) -> int:
+        """Return the elements of a tap's vector at one position: those of all residual streams, or of a branch."""
+        return self._width(tap.index) if tap.kind == "layer" else self.d
+
     @cached_property
     def norms(self) -> list[LinearOperator]:
-        """The final norm of each span, frozen at its tap's vector, `[1, d]` to `[1, d]`; the identity if `raw`."""
+        """The final norm of each span, frozen at its tap's vector, to `[1, d]`; the identity if `raw`.
+
+        Of several residual streams it reads what the head would collect of them.
+        """
         x, network, end = self.network.x, self.network, Tap("layer", len(self.network.tapes))
         if self.raw:
-            return [Identity((1, self.d), dtype=x.dtype, device=x.device)] * len(self.spans)
+            return [Identity((1, self.width(tap)), dtype=x.dtype, device=x.device) for _, tap in self.spans]
         norms = {end: network.norm.at(slice(self.position, self.position + 1)).operator()}
         inner = sorted({span.tap for span in self.spans} - {end})
         for tap in [tap for tap in inner if tap.kind == "layer"]:

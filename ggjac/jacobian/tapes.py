@@ -28,6 +28,7 @@ from ggjac.blocks import (
     MixerTape,
     NormTape,
     ScanTape,
+    StreamsTape,
 )
 from ggjac.gguf import GGUFFile
 from ggjac.runs import tensors as stored
@@ -45,7 +46,7 @@ ABANDONED = 60.0
 
 _TAPES = (
     *(BlockTape, AttentionTape, MixerTape, Factor, ScanTape, ChannelTape),
-    *(FFNTape, HiddenTape, InputsTape, NormTape),
+    *(FFNTape, HiddenTape, InputsTape, NormTape, StreamsTape),
 )
 _KINDS = {kind.__name__: kind for kind in _TAPES}
 

@@ -125,6 +125,8 @@ def sweep_floats(config: ModelConfig, n: int, *, up: bool, slab: int = SLAB) -> 
     after a branch adds a copy of the stream, and so do parallel branches, which share one. An expert's own part, its
     hidden units included, covers only the positions that use it.
 
+    Several residual streams count as often as one would, and what a branch has read or adds comes on top.
+
     Other mixers: a convolution's values are its heads. A recurrence has as many values as heads; in chunks, it copies
     only those of a chunk, and has two states instead. One in each channel goes from position to position; on its way up
     it has three states, and on its way down one. What reads the position before has a copy of the stream more, and on
@@ -135,12 +137,16 @@ def sweep_floats(config: ModelConfig, n: int, *, up: bool, slab: int = SLAB) -> 
     scaled = row.norms.attention_out or row.norms.ffn_out or factors != (1, 1, 1)
     more = d if scaled or row.parallel or row.normed_skip or row.experts_skip else 0
     bank, shift = n * _bank(config), d if row.ffn.startswith("shifted") else 0
+    wide = config.width(1) - d  # of several residual streams
+    around = d if wide else 0  # what a branch has read or adds, beside them
     if up:
-        attention = max(_attention_up(d, n, path) for path in _paths(config, n))
-        return bank + max(attention, _ffn_floats(config, n, slab, 4 * d + shift, 0, lambda s: 2 * s, 2 * d))
+        attention = max(_attention_up(d, n, path) for path in _paths(config, n)) + n * 2 * wide
+        stream = 4 * d + 3 * wide + around + shift
+        return bank + max(attention, _ffn_floats(config, n, slab, stream, 0, lambda s: 2 * s, 2 * d))
     centred = d if more or row.norm != "rms" else 0
     attention = max(_attention_down(d, n, path, centred) for path in _paths(config, n)) + _beside(config, n)
-    stream = 2 * d + more + 2 * shift
+    attention += n * 3 * (wide + around)
+    stream = 2 * d + more + 2 * wide + around + 2 * shift
     return bank + max(attention, _ffn_floats(config, n, slab, stream, d, lambda s: max(2 * s, s + d), d))
 
 
@@ -204,7 +210,7 @@ def alone_floats(config: ModelConfig, n: int, *, up: bool, slab: int = SLAB) -> 
 
         up     stream, normed stream, values twice (or centred stream)
         down   values twice; or once, again for each factor or convolution, and their gradient on the stream; or that,
-               normed, and before that centred
+               normed, and before that centred; or the gradient of several streams twice
 
     These have `n` positions. The last position alone takes, before or after them, what `sweep_floats` counts for one.
     """
@@ -213,9 +219,11 @@ def alone_floats(config: ModelConfig, n: int, *, up: bool, slab: int = SLAB) -> 
     once, centred = sweep_floats(config, 1, up=up, slab=slab), d if row.norm != "rms" else 0
     if up:
         normed = d if row.norms.attention_in else 0
-        return n * d + max(n * (normed + max(2 * kv, centred)), once)
+        read = d if config.streams.count else centred  # what was collected of several streams
+        return n * config.width(1) + max(n * (normed + max(2 * kv, read)), once)
     again = max((1 + path.factors) * path.values for path in paths)
-    return max(n * max(2 * kv, again + d, 2 * d + centred) + _beside(config, n), once)
+    streams = 2 * config.width(1) if config.streams.count else 0  # their gradients by branch and by what they keep
+    return max(n * max(2 * kv, again + d, 2 * d + centred, streams) + _beside(config, n), once)
 
 
 def _beside(config: ModelConfig, n: int) -> int:
@@ -266,13 +274,14 @@ def trace_floats(config: ModelConfig, n: int, m: int | None = None) -> int:
     hidden = config.hidden_units * (4 if config.row.activation == "xielu" else 3)
     # The blocks' own inputs, and keys and values that later blocks read.
     held = m * config.inputs * config.block_count + 2 * n * _bank(config)
-    feed_forward = m * (hidden + 4 * config.d)
+    wide = config.width(1) - config.d  # of several residual streams
+    feed_forward = m * (hidden + 4 * config.d + 3 * wide)
     most = feed_forward
     for own in config.layers:
         for mixer in own.mixers:
             mixing, left = _mixer_floats(config, own, mixer, n, m)
             most = max(most, mixing, left + feed_forward)
-    return m * 4 * config.d + held + most
+    return m * (4 * config.d + wide) + held + most
 
 
 def _bank(config: ModelConfig) -> int:

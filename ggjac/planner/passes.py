@@ -380,7 +380,9 @@ def _recurrence(state: int, positions: int) -> Pass:
 _LATENT_EXPERTS = ("ffn_latent_down", "ffn_latent_up")
 # Of a block's own inputs.
 _INPUTS = ("inp_gate", "proj")
-_ONCE = ("ffn_gate_inp", *_LATENT_EXPERTS, *_INPUTS, "channel_mix_receptance")
+# Of the weights of several residual streams: frozen.
+_STREAMS = ("hc_attn_fn", "hc_ffn_fn")
+_ONCE = ("ffn_gate_inp", *_LATENT_EXPERTS, *_INPUTS, *_STREAMS, "channel_mix_receptance")
 
 
 def _mixer_stems(block: _Block) -> list[str]:
@@ -464,7 +466,7 @@ def _each_once(block: _Block, config: ModelConfig, n: int) -> Pass:
 def _tape_bytes(block: _Block, config: ModelConfig, n: int, item: int) -> int:
     """Return the bytes of a block's tape: its stream `[n, d]`, norms, patterns `[h, n, n]`, factors `[n, f]`."""
     entry = int(config.normed_entry(block.index))
-    floats, other = n * config.d + entry * config.d, entry * n * max(4, item)
+    floats, other = n * config.width(block.index) + entry * config.d, entry * n * max(4, item)
     for mixer in block.layer.mixers:
         floats += _mixer_floats(config, block, mixer, n)
         if MIXERS[mixer].channels:
@@ -473,6 +475,7 @@ def _tape_bytes(block: _Block, config: ModelConfig, n: int, item: int) -> int:
             floats += block.layer.latent.size
             other += n * max(4, item)
     floats += n * config.d * bool(block.find("channel_mix_receptance.weight"))
+    floats += n * _stream_floats(config, block.index)
     places = norm_places(config, block.index) + ([("post_norm",)] if config.inputs else [])
     floats += n * config.inputs
     for names in places:
@@ -488,6 +491,17 @@ def _tape_bytes(block: _Block, config: ModelConfig, n: int, item: int) -> int:
         elif kind and block.find(f"ffn_gate_inp{kind}.weight"):
             floats += n
     return floats * item + other
+
+
+def _stream_floats(config: ModelConfig, index: int) -> int:
+    """Return the floats at each position of the weights by which both branches read and write several streams."""
+    count = config.streams.count
+    if not count:
+        return 0
+    floats = 0
+    for before in (config.width(index) // config.d, count):  # the first block's attention reads one stream
+        floats += before + count + (count if before == 1 else 0)  # copies are kept of one
+    return floats
 
 
 def _mixer_floats(config: ModelConfig, block: _Block, mixer: str, n: int) -> int:

@@ -1,0 +1,91 @@
+"""Several residual streams: what a branch collects from them, and how they take up what it adds.
+
+    block = (StreamMix(kept) + StreamMix(written) @ ffn) @ (StreamMix(kept) + StreamMix(written) @ attn)
+
+With hyper-connections (arXiv 2409.19606) the residual stream is a state of `s` streams, side by side in `[n, s d]`. A
+branch reads a weighted sum of them, which its norm collects (`NormTape.streams`); each stream takes up the branch's
+output by a weight of its own, and keeps what it had. The weights are functions of the state, and are frozen as queries
+and keys are. The state before the first block is one stream, of which all are copies.
+"""
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ggjac.blocks.frame import BlockWeights, affine, linear
+from ggjac.blocks.norms import inverse_rms, widened
+from ggjac.config import ModelConfig
+from ggjac.linop import LinearOperator, StreamMix
+
+
+class StreamsTape(NamedTuple):
+    """The frozen weights with which `o` streams follow from `i` streams and a branch.
+
+    Attributes:
+        written: of the branch's output in each stream.
+        kept: of the streams before it; None if each stays as it is.
+    """
+
+    written: Float[Tensor, "n o 1"]
+    kept: Float[Tensor, "n o i"] | None
+
+    def at(self, positions: slice) -> "StreamsTape":
+        """Return the tape of some positions."""
+        return StreamsTape(self.written[positions], None if self.kept is None else self.kept[positions])
+
+    def spread(self, d: int) -> LinearOperator:
+        """Return how a branch's output, `[n, d]`, is written to the streams, `[n, o d]`."""
+        return StreamMix(self.written, d)
+
+    def carry(self, d: int) -> LinearOperator | None:
+        """Return what is kept of the streams, `[n, i d]` to `[n, o d]`; None for all of them as they are."""
+        return None if self.kept is None else StreamMix(self.kept, d)
+
+
+def collected(
+    read: Float[Tensor, "n 1 s"] | None, config: ModelConfig, x: Float[Tensor, "n i"]
+) -> Float[Tensor, "n d"]:
+    """Return what is read of the state `x` by some weights; all of it where there are none."""
+    return x if read is None else affine(StreamMix(read, config.d), x)
+
+
+def record_streams(
+    w: BlockWeights, config: ModelConfig, branch: str, x: Float[Tensor, "n i"]
+) -> tuple[Float[Tensor, "n 1 s"] | None, StreamsTape | None]:
+    """Freeze how the branch `"attn"` or `"ffn"` of a block reads the state `x`, and writes to it; None for one stream.
+
+    The weights of reading are `[n, 1, s]`.
+    """
+    own = config.streams
+    if not own.count:
+        return None, None
+    read, written = _weights(w, config, f"hc_{branch}", x, [own.count, own.count])
+    read, written = read.sigmoid() + own.epsilon, own.magnitude * written.sigmoid() + own.epsilon
+    kept = None
+    if x.shape[1] == config.d:  # copies of one stream
+        read, kept = read.sum(1, keepdim=True), torch.ones_like(written)[..., None].to(x.dtype)
+    return read[:, None].to(x.dtype), StreamsTape(written[..., None].to(x.dtype), kept)
+
+
+def final_streams(w: BlockWeights, config: ModelConfig, x: Float[Tensor, "n i"]) -> Float[Tensor, "n 1 s"] | None:
+    """Freeze how the norm before the head reads the state `x`; None for one stream.
+
+    `w` are the tensors outside the blocks.
+    """
+    if x.shape[1] == config.d:
+        return None
+    (read,) = _weights(w, config, "output_hc", x, [config.streams.count])
+    return (read.sigmoid() + config.streams.epsilon)[:, None].to(x.dtype)
+
+
+def _weights(
+    w: BlockWeights, config: ModelConfig, stem: str, x: Float[Tensor, "n i"], parts: list[int]
+) -> list[Float[Tensor, "n _"]]:
+    """Return the raw weights of some uses of the state, in float32 at least; each use has a scale and a bias."""
+    copies = x.repeat(1, config.streams.count) if x.shape[1] == config.d else x
+    normed = (widened(copies) * inverse_rms(copies, config)).to(x.dtype)
+    made = widened(affine(linear(w, f"{stem}_fn", len(x)), normed)).split(parts, 1)
+    scales, biases = w.wide_vector(f"{stem}_scale.weight"), w.wide_vector(f"{stem}_base.weight").split(parts)
+    return [part * scale + bias for part, scale, bias in zip(made, scales, biases, strict=True)]
