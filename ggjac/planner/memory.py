@@ -11,7 +11,7 @@ from ggjac.config import Layer, ModelConfig
 from ggjac.config.mixers import MIXERS
 from ggjac.planner.passes import LayerPlan
 from ggjac.planner.work import Lookup, Sweeps, Work
-from ggjac.sizes import ITEM_BYTES, ON_THE_WAY, SLAB, Pieces, scan_chunk
+from ggjac.sizes import ITEM_BYTES, ON_THE_WAY, SLAB, Pieces, forms, scan_chunk
 
 if TYPE_CHECKING:  # NumPy would be imported for types alone
     from ggjac.gguf import GGUFFile
@@ -83,7 +83,9 @@ def _sweep_parts(config: ModelConfig, work: Work, step: Sweeps, slab: int) -> di
         rounded = bool(step.bases) and item < wide
         counted = alone_floats if region.sequential else sweep_floats
         # A decomposition goes both ways.
-        floats = max(counted(config, n, up=up, slab=slab) for up in ({False, step.up} if step.bases else {step.up}))
+        floats = max(
+            counted(config, n, step.vectors, up=up, slab=slab) for up in ({False, step.up} if step.bases else {step.up})
+        )
         moving = (floats + (step.stream_copies + rounded) * n * config.d) * item
     bases = sum(b.maps * basis_floats(config, b.positions, b.width, b.sweeps) for b in step.bases) // region.rounds
     result = round(step.result_floats * work.n * config.d) * item
@@ -104,8 +106,8 @@ def _lookup_parts(config: ModelConfig, work: Work, step: Lookup, tile: int) -> d
 # Floats of working memory
 
 
-def sweep_floats(config: ModelConfig, n: int, *, up: bool, slab: int = SLAB) -> int:
-    """Return the floats that one stacked vector takes at most on its way through a block of `n` positions.
+def sweep_floats(config: ModelConfig, n: int, vectors: int = 1, *, up: bool, slab: int = SLAB) -> int:
+    """Return the floats that one of so many stacked vectors takes at most on its way through a block of `n` positions.
 
     They are the tensors alive at once in the code of `linop`, `blocks` and `jacobian`; torch's allocator counts the
     same. `d`, `q` and `kv` are the widths of the stream, of all query heads and of all value heads, `s` that of a slab
@@ -142,12 +144,12 @@ def sweep_floats(config: ModelConfig, n: int, *, up: bool, slab: int = SLAB) -> 
     if up:
         attention = max(_attention_up(d, n, path) for path in _paths(config, n)) + n * 2 * wide
         stream = 4 * d + 3 * wide + around + shift
-        return bank + max(attention, _ffn_floats(config, n, slab, stream, 0, lambda s: 2 * s, 2 * d))
+        return bank + max(attention, _ffn_floats(config, n, vectors, slab, stream, 0, lambda s: 2 * s, 2 * d))
     centred = d if more or row.norm != "rms" else 0
     attention = max(_attention_down(d, n, path, centred) for path in _paths(config, n)) + _beside(config, n)
     attention += n * 3 * (wide + around)
     stream = 2 * d + more + 2 * wide + around + 2 * shift
-    return bank + max(attention, _ffn_floats(config, n, slab, stream, d, lambda s: max(2 * s, s + d), d))
+    return bank + max(attention, _ffn_floats(config, n, vectors, slab, stream, d, lambda s: max(2 * s, s + d), d))
 
 
 class _Path(NamedTuple):
@@ -205,7 +207,7 @@ def _attention_down(d: int, n: int, path: _Path, centred: int) -> int:
     return n * (2 * d + max(mixing, 2 * d + q + centred, q + again * kv + d)) + state
 
 
-def alone_floats(config: ModelConfig, n: int, *, up: bool, slab: int = SLAB) -> int:
+def alone_floats(config: ModelConfig, n: int, vectors: int = 1, *, up: bool, slab: int = SLAB) -> int:
     """Return the floats like `sweep_floats`, for single-block maps that write only the last position.
 
         up     stream, normed stream, values twice (or centred stream)
@@ -216,7 +218,7 @@ def alone_floats(config: ModelConfig, n: int, *, up: bool, slab: int = SLAB) -> 
     """
     d, row, paths = config.d, config.row, _paths(config, n)
     kv = max(path.values for path in paths)
-    once, centred = sweep_floats(config, 1, up=up, slab=slab), d if row.norm != "rms" else 0
+    once, centred = sweep_floats(config, 1, vectors, up=up, slab=slab), d if row.norm != "rms" else 0
     if up:
         normed = d if row.norms.attention_in else 0
         read = d if config.streams.count else centred  # what was collected of several streams
@@ -232,7 +234,14 @@ def _beside(config: ModelConfig, n: int) -> int:
 
 
 def _ffn_floats(
-    config: ModelConfig, n: int, slab: int, stream: int, summed: int, hidden: Callable[[int], int], gathered: int
+    config: ModelConfig,
+    n: int,
+    vectors: int,
+    slab: int,
+    stream: int,
+    summed: int,
+    hidden: Callable[[int], int],
+    gathered: int,
 ) -> int:
     """Return the floats of a feed-forward branch.
 
@@ -240,7 +249,7 @@ def _ffn_floats(
     twice its even share, and one more. With leading dense blocks, the larger of the two kinds counts.
 
     Args:
-        config, n, slab: the model's sizes, the positions, and hidden units at a time.
+        config, n, vectors, slab: the model's sizes, the positions, the stacked vectors, and hidden units at a time.
         stream: floats of copies of the stream at each position.
         summed: floats of the sum over experts at each position.
         hidden: of a slab's width, the floats of its hidden units at each position.
@@ -248,6 +257,8 @@ def _ffn_floats(
     """
 
     def network(width: int) -> int:
+        if forms(vectors, config.d, config.d, width, min(slab, width)):
+            return config.d  # the result of the matrix of each position, without hidden units
         return hidden(min(slab, width)) + (config.d if width > slab else 0)
 
     dense = max(n * (stream + network(own.hidden_units)) if own.hidden_units else 0 for own in config.layers)
