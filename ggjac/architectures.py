@@ -97,6 +97,8 @@ class Architecture:
         inner_norms: attention and feed-forward have a norm before their output projection.
         one_branch: a block with a feed-forward (`feed_forward_length` above 0) has no mixer.
         key_heads_tiled: of `h` value heads, head `i` uses key head `i % g` in place of `i // (h // g)`.
+        head_norm: whether RWKV norms each head (LayerNorm): `"required"`, `"optional"`, or `""` for never.
+        first_values: blocks after the first add a share of its values to their own.
         made_from_values: where steps ("dt"), keys ("b") and queries ("c") of a state space are made from its values, as
             Mamba-1 does, in which order; `()` where they come from the stream.
         normed_steps: those three have norms with weights.
@@ -188,7 +190,8 @@ class Architecture:
             not read.
         temperature: queries may grow with position (`attention.temperature_scale`), after each original context
             (`"context"`) or each `attention.temperature_length` (`"length"`); `""` for never.
-        ffn: `"gated"`, `"fused"` (gate and up in one tensor, gate first) or `"plain"` (no gate).
+        ffn: `"gated"`, `"fused"` (gate and up in one tensor, gate first), `"plain"` (no gate), or RWKV's channel
+            mixing, `"shifted"`, or `"shifted gated"` where a gate multiplies what it adds.
         qkv_scales: the constant factors of the projections to queries, keys and values are applied.
         output_scales: that of attention's output projection is.
         ffn_scales: those of the feed-forward's matrices are applied.
@@ -231,6 +234,7 @@ class Architecture:
             head between these passes, unless the file has `skip_loop_final_norm`.
         streams: there are several residual streams (`hyper_connection.count`).
         stream_scale: a block's output may be multiplied by a number (`layer_output_scale`).
+        halving: the stream is halved after each of the file's `rescale_every_n_layers`, if that is not 0.
         post_norm_epsilon: what norms after branches add inside of their root; 0 for the same as others.
         positions: learned position embeddings are added to the input: `"required"`, `"optional"`, or `""` for never.
         embedding_norm: how embeddings are normed: `"bare"` (RMSNorm without weight), `"weighted"` (as others, by
@@ -268,6 +272,8 @@ class Architecture:
     inner_norms: bool = False
     one_branch: bool = False
     key_heads_tiled: bool = False
+    head_norm: str = ""
+    first_values: bool = False
     made_from_values: tuple[str, ...] = ()
     normed_steps: bool = False
     state_norm_optional: bool = False
@@ -358,6 +364,7 @@ class Architecture:
     looped: bool = False
     streams: bool = False
     stream_scale: bool = False
+    halving: bool = False
     post_norm_epsilon: float = 0.0
     positions: str = ""
     embedding_norm: str = ""
@@ -434,6 +441,20 @@ _MAMBA2 = Architecture(
     rope_pairs="",
     ffn_scales=True,
     graph=Graph(attention=("mamba_out",)),
+)
+_RWKV = Architecture(
+    norm="layer",
+    norms=Norms(ffn_in=("attn_norm_2",)),
+    embedding_norm="weighted",
+    recurrent="rwkv7",
+    recurrent_blocks="all",
+    head_norm="required",
+    first_values=True,
+    rope_pairs="",
+    ffn="shifted",
+    activation="relu2",
+    head="required",
+    graph=Graph(attention=(), ffn=()),
 )
 _NEMOTRON_H = replace(
     _MAMBA2,
@@ -881,6 +902,20 @@ ARCHITECTURES: dict[str, Architecture] = {
     "lfm2": replace(_LFM2, windowed="optional"),
     "lfm2moe": replace(_LFM2, router="", router_key=True, selection_bias="required", leading_dense=True),
     "mamba2": _MAMBA2,
+    "rwkv6": replace(_RWKV, recurrent="rwkv6", first_values=False, ffn="shifted gated", halving=True),
+    "rwkv7": _RWKV,
+    "rwkv6qwen2": Architecture(
+        recurrent="rwkv6", recurrent_blocks="all", rope_pairs="", head="required", graph=Graph(attention=())
+    ),
+    "arwkv7": Architecture(
+        recurrent="rwkv7",
+        recurrent_blocks="all",
+        head_norm="optional",
+        first_values=True,
+        rope_pairs="",
+        head="required",
+        graph=Graph(attention=()),
+    ),
     "mamba": replace(
         _MAMBA2, recurrent="channel state space", made_from_values=("dt", "b", "c"), graph=Graph(attention=())
     ),

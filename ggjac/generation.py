@@ -61,8 +61,10 @@ class Continuation:
             if i + 1 < config.block_count:
                 model.block(i + 1, live=True).read_ahead()
             source = config.layers[i].source
-            kept = i if source is None else source  # one past for all blocks that read the same keys and values
-            h, self._past[kept] = extend_block(w, frame, i, h, self._past[kept])
+            # One past for all blocks that read the same keys; blocks that read values beside their own have their own.
+            kept = source if source is not None and config.layers[i].mixers == ("shared attention",) else i
+            first = None if source is None else (self._past[source] or (None,))[0]
+            h, self._past[kept] = extend_block(w, frame, i, h, self._past[kept], first)
             h = self.change(i + 1, h)
             if not h.isfinite().all():
                 name = str(model.dtype).removeprefix("torch.")

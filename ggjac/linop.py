@@ -256,19 +256,68 @@ class Scale(LinearOperator):
 
 
 class Center(LinearOperator):
-    """Subtract the mean over the last axis, as LayerNorm does; symmetric."""
+    """Subtract the mean over the last axis, as LayerNorm does, or over each of some equal parts of it; symmetric."""
 
-    def __init__(self, shape: Sequence[int], *, dtype: torch.dtype, device: torch.device):
+    def __init__(self, shape: Sequence[int], parts: int = 1, *, dtype: torch.dtype, device: torch.device):
         self.in_shape = self.out_shape = tuple(shape)
+        self.count = parts
         self.dtype, self.device = dtype, device
 
     def matmat(self, X: Tensor, t: Homogeneous = None) -> Tensor:
         """Return `X` minus its mean at each position."""
-        return X - X.mean(-1, keepdim=True)
+        if self.count == 1:
+            return X - X.mean(-1, keepdim=True)
+        parted = X.unflatten(-1, (self.count, -1))
+        return (parted - parted.mean(-1, keepdim=True)).flatten(-2)
 
     def rmatmat(self, Y: Tensor) -> Tensor:
         """Return `Y` minus its mean at each position."""
-        return Y - Y.mean(-1, keepdim=True)
+        return self.matmat(Y)
+
+
+class Shift(LinearOperator):
+    """Move each of `n` positions towards the one before it, `x + share (before - x)`, `[n, d]` to `[n, d]`.
+
+    `share`, `[n, d]` or `[d]`, is frozen. Before the first position there are zeros.
+    """
+
+    def __init__(self, share: Float[Tensor, "*n d"], n: int):
+        self.share = share
+        self.in_shape = self.out_shape = (n, share.shape[-1])
+        self.dtype, self.device = share.dtype, share.device
+
+    def matmat(self, X: Float[Tensor, "k n d"], t: Homogeneous = None) -> Float[Tensor, "k n d"]:
+        """Mix each position with the one before it."""
+        Y = X * (1 - self.share)
+        Y[:, 1:].addcmul_(X[:, :-1], self._later())
+        return Y
+
+    def rmatmat(self, Y: Float[Tensor, "k n d"]) -> Float[Tensor, "k n d"]:
+        """Return cotangents of each position: from itself, and from the one after it."""
+        X = Y * (1 - self.share)
+        X[:, :-1].addcmul_(Y[:, 1:], self._later())
+        return X
+
+    def _later(self) -> Float[Tensor, "*l d"]:
+        """Return the shares of the positions that have one before them."""
+        return self.share[1:] if self.share.dim() > 1 else self.share
+
+
+class Repeat(LinearOperator):
+    """Give each of `g` heads to `each` heads that share it: `[n, g c]` to `[n, g each c]`."""
+
+    def __init__(self, n: int, size: int, groups: int, each: int, *, dtype: torch.dtype, device: torch.device):
+        self.size, self.each = size, each
+        self.in_shape, self.out_shape = (n, groups * size), (n, groups * each * size)
+        self.dtype, self.device = dtype, device
+
+    def matmat(self, X: Float[Tensor, "k n in"], t: Homogeneous = None) -> Float[Tensor, "k n out"]:
+        """Repeat each head."""
+        return X.unflatten(-1, (-1, self.size)).repeat_interleave(self.each, -2).flatten(-2)
+
+    def rmatmat(self, Y: Float[Tensor, "k n out"]) -> Float[Tensor, "k n in"]:
+        """Add up the cotangents of the heads that share one."""
+        return Y.unflatten(-1, (-1, self.each, self.size)).sum(-2).flatten(-2)
 
 
 class Conv(LinearOperator):

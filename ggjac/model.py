@@ -440,7 +440,7 @@ class Model:
             if not h.isfinite().all():
                 raise blocks.overflow(f"block {i}", self.dtype)
             if tapes is not False and i == len(kept):
-                kept.append(BlockTape(x_in, attn.tape, ffn.tape, inputs, entry))
+                kept.append(BlockTape(x_in, attn.tape, ffn.tape, inputs, entry, config.layers[i].factor))
             del x_in, attn, ffn, inputs, entry  # before the next block is recorded
             if progress:
                 progress(i + 1, config.block_count)

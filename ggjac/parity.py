@@ -398,7 +398,7 @@ def local_errors(
                 pasts[i] = attn.past[0]
             compare(f"{ATTENTION}-{i}", attn.raw, exact)
             compare(f"{FFN}-{i}", ffn.raw, tolerance)
-            scale = blocks.stream_scale(w)
+            scale = blocks.stream_scale(w, x, layer.factor)
             before = x if scale is None else x * scale
             if model.config.row.streams:
                 for tape in (attn.tape, ffn.tape):

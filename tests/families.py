@@ -158,6 +158,18 @@ STATE_SPACE: dict[str, dict[str, Any]] = {
     | {"extra": {"attention.head_count": 0}, "omit": ATTENTION_KEYS},
 }
 
+RWKV: dict[str, dict[str, Any]] = {
+    "rwkv6": {"mixers": ("rwkv6",), "norm": "ln_bias", "norms": ("attn_norm", "attn_norm_2"), "embedding_norm": True}
+    | {"kv_heads": None, "layers": 4, "ffn": "gated channel mix", "omit": ATTENTION_KEYS}
+    | {"extra": {"rescale_every_n_layers": 2}, "sizes": {"head": 16}},
+    "rwkv7": {"mixers": ("rwkv7",), "norm": "ln_bias", "norms": ("attn_norm", "attn_norm_2"), "embedding_norm": True}
+    | {"kv_heads": None, "layers": 3, "ffn": "channel mix", "omit": ATTENTION_KEYS},
+    "rwkv6qwen2": {"mixers": ("linear rwkv6",), "sizes": {"head": 16, "biased": True}, "layers": 3}
+    | {"extra": {"token_shift_count": 1}, "omit": ATTENTION_KEYS[1:]},
+    "arwkv7": {"mixers": ("rwkv7",), "kv_heads": None, "layers": 3, "omit": ATTENTION_KEYS}
+    | {"extra": {"token_shift_count": 1}},
+}
+
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},
     "qwen2": {"biases": QKV},
@@ -432,6 +444,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     | {"extra": {"attention.recurrent_layers": [True, True, False, True], "residual_scale": 1.7}},
     "nanbeige": {"extra": {"num_loops": 2, "skip_loop_final_norm": False}},
     **STATE_SPACE,
+    **RWKV,
 }
 
 
@@ -1468,6 +1481,28 @@ STATE_SPACE_CASES |= {
     "falcon_h1_q8_0": of("falcon-h1", type="Q8_0", heads=2, kv_heads=1, layers=2),
 }
 FAMILY_CASES |= STATE_SPACE_CASES
+
+RWKV_CASES: dict[str, dict[str, Any]] = {
+    "rwkv6": of("rwkv6"),
+    "rwkv6_not_halved": of("rwkv6", extra={"rescale_every_n_layers": 0}, eps=0.05, layers=2),
+    "rwkv6_sizes": of("rwkv6", sizes={"head": 32, "extra": 4, "decay": 3}, layers=3),
+    "rwkv6_q8_0": of("rwkv6", type="Q8_0", layers=2),
+    "rwkv7": of("rwkv7"),
+    "rwkv7_heads": of("rwkv7", d=128, layers=2, sizes={"rate": 5, "values": 3, "gate": 6, "decay": 8}, eps=0.05),
+    "rwkv7_one_layer": of("rwkv7", layers=1),
+    "rwkv7_q8_0": of("rwkv7", type="Q8_0", layers=2),
+    "rwkv6qwen2": of("rwkv6qwen2", sizes={"head": 16, "biased": True}),
+    # Every head has keys of its own; nothing is biased.
+    "rwkv6qwen2_heads": of("rwkv6qwen2", kv_heads=2, sizes={"head": 32, "extra": 9, "decay": 5}, layers=2, eps=0.05),
+    "rwkv6qwen2_q8_0": of("rwkv6qwen2", type="Q8_0", layers=2, sizes={"head": 32, "extra": 32, "decay": 32}),
+    "arwkv7": of("arwkv7"),
+    # Two heads; no gate, and no norm of each head.
+    "arwkv7_heads": of("arwkv7", d=128, layers=2),
+    "arwkv7_no_gate": of("arwkv7", sizes={"gate": 0}),
+    "arwkv7_not_normed": of("arwkv7", sizes={"normed": False, "decay": 12, "values": 4}, layers=2, eps=0.05),
+    "arwkv7_q8_0": of("arwkv7", type="Q8_0", layers=2, sizes={"decay": 32, "rate": 32, "values": 32, "gate": 32}),
+}
+FAMILY_CASES |= RWKV_CASES
 
 GEMMA4_CASES: dict[str, dict[str, Any]] = {
     "gemma4": of("gemma4"),

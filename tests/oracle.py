@@ -17,6 +17,7 @@ import gguf
 import numpy as np
 import oracle_delta
 import oracle_latent
+import oracle_rwkv
 import oracle_state
 import oracle_streams
 import torch
@@ -90,6 +91,7 @@ class Facts(NamedTuple):
     alibi_at: int | None = None  # with so many layers only; None: with any number
     roped_at: int | None = None
     shared_kv_key: bool = False  # attention.shared_kv_layers: that many blocks read earlier ones' keys and values
+    first_values: bool = False  # layers after the first read the first one's values, too
     value_norm: bool = False  # values are normed, each head by itself and without weights
     attn_cap: float | None = None  # default; None: there is none
     final_cap: float | None = None
@@ -185,6 +187,13 @@ QWEN35 = Facts(
     ffn_norm="post_attention_norm", rope="halves", qk_norm="head", query_gate=True, mixers=by_interval("delta"),
     graph={"linear_attn_out": "delta", "attn_output": "attention", "attn_residual": "ffn_inp"},
 )  # fmt: skip
+RWKV = Facts(
+    norm="ln",
+    embedding="norm",
+    ffn_norm="attn_norm_2",
+    mixers=lambda model, layer: ("rwkv7",),
+    first_values=True,
+)
 KIMI = ROUTED._replace(
     rope=None, mixers=by_kv_heads("kda", "latent"),
     graph={"kda_out": "kda", "mla_out": "latent"},
@@ -389,6 +398,10 @@ FACTS: dict[str, Facts] = {
             "attn_residual": "ffn_inp", "ffn_residual": "l_out",
         },
     ),
+    "rwkv6": RWKV._replace(mixers=lambda model, layer: ("rwkv6",), first_values=False),
+    "rwkv7": RWKV,
+    "rwkv6qwen2": Facts(mixers=lambda model, layer: ("rwkv6",)),
+    "arwkv7": Facts(mixers=lambda model, layer: ("rwkv7",), first_values=True),
     # What a block's mixer adds has the name of the sum.
     "jamba": Facts(rope=None, renormalise=False, mixers=by_kv_heads("mamba"), graph={"ffn_inp": "attn_out"}),
     "afmoe": ROUTED._replace(
@@ -818,6 +831,8 @@ MIXERS: dict[str, Callable[..., Tensor]] = {
     "mamba": oracle_state.mamba,
     "mamba2": oracle_state.mamba2,
     "plamo2": oracle_state.plamo2,
+    "rwkv6": oracle_rwkv.rwkv6,
+    "rwkv7": oracle_rwkv.rwkv7,
     "delta": recurrent(oracle_delta.gated_delta, grouped=False),
     "grouped delta": recurrent(oracle_delta.gated_delta, grouped=True),
     "convolution": recurrent(oracle_delta.short_convolution),
@@ -1023,6 +1038,8 @@ def feed_forward(model: Oracle, b: str, x: Tensor, entry: Tensor, before: str | 
     for network, before, after, reads in parts:
         h = branch_norm(model, b, before, entry if reads == "block" else x, frozen=frozen)
         routed = network == "mixture"
+        if f"{b}.channel_mix_key.weight" in model.weights:
+            return oracle_rwkv.channel_mix(model, b, h, frozen=frozen)
         added = mixture(model, b, h, stream=x, entry=entry, **how) if routed else dense(model, b, h, **how)
         y = y + branch_norm(model, b, after, added, frozen=frozen)
     y = y * (facts.joint_scale if len(parts) > 1 else 1.0)
@@ -1054,6 +1071,8 @@ def per_layer_branch(model: Oracle, b: str, x: Tensor, inputs: Tensor, **how: An
 
 def source_of(model: Oracle, layer: int) -> int | None:
     """Return the layer whose keys and values this one reads; None: its own. The last before the first such layer."""
+    if model.facts.first_values:
+        return 0 if layer else None
     first = model.metadata["block_count"] - model.metadata.get("attention.shared_kv_layers", 0)
     if not model.facts.shared_kv_key or layer < first:
         return None
@@ -1098,7 +1117,7 @@ def block(
     read, after_ffn = connected(model, b, "ffn", middle, frozen=frozen)
     shared = facts.parallel or (facts.ffn_norm_optional and f"{b}.ffn_norm.weight" not in model.weights)
     together = shared or (facts.parallel_key and model.metadata["use_parallel_residual"])
-    if any(f"{b}.{name}.weight" in model.weights for name in ("ffn_down", "ffn_down_exps")):
+    if any(f"{b}.{name}.weight" in model.weights for name in ("ffn_down", "ffn_down_exps", "channel_mix_key")):
         before = facts.attn_norm if shared else facts.ffn_norm
         ffn = feed_forward(model, b, x if together else read, x, before, freeze=freeze, gelu=gelu) * scale
     more, out = {}, after_ffn(ffn)
@@ -1108,6 +1127,8 @@ def block(
         inputs = states["per_layer_inputs"][:, layer]
         more["per_layer_out"] = per_layer_branch(model, b, out, inputs, freeze=freeze, gelu=gelu)
     out = (out + sum(more.values())) * model.weights.get(f"{b}.layer_output_scale.weight", 1.0)
+    halved = model.metadata.get("rescale_every_n_layers", 0)
+    out = out / 2 if halved and (layer + 1) % halved == 0 else out
     states = {"attn_out": attn, "ffn_inp": middle, "ffn_out": ffn, "l_out": out} | mixed | more
     return {f"{name}-{layer}": state for name, state in states.items()}
 

@@ -35,7 +35,8 @@ CASES = (
     *("gemma2", "olmo2", "granite", "phi2", "falcon_7b", "cohere2", "gpt2", "starcoder2", "glm4", "gemma3"),
     *("arctic", "mimo2"),
     *("gptneox", "stablelm_12b", "nemotron", "command_r", "olmo_clamped", "qwen2moe", "granitemoe", "gpt_oss"),
-    *("glm4moe", "qwen35", "lfm2", "mamba", "jamba", "plamo2", "mamba2", "granitehybrid", "falcon_h1"),
+    *("glm4moe", "qwen35", "lfm2", "mamba", "jamba", "plamo2", "arwkv7_heads", "rwkv6", "mamba2"),
+    *("granitehybrid", "falcon_h1"),
     *("nemotron_h_moe", "gemma4"),
     *("gemma4_experts", "gemma4_full_first", "gemma4_small", "gemma4_shared"),
     *("deepseek2", "deepseek2_unsplit", "minicpm3", "minimax_m3"),
@@ -46,6 +47,7 @@ N = 6
 # The output projection of a mixer -> the key that states the number of its heads; a convolution is one part, and so is
 # a recurrence with decays for each channel.
 OUTPUTS = {"attn_output": "attention.head_count", "ssm_out": "ssm.time_step_rank", "shortconv.out_proj": ""}
+OUTPUTS |= {"time_mix_output": ""}
 
 
 class Expected:
@@ -84,6 +86,8 @@ class Expected:
             if name in self.known.weights:
                 apart = name.endswith("ssm_out.weight") and self.known.weights[f"blk.{layer}.ssm_a"][0].numel() > 1
                 count = 1 if apart else oracle.scalar(self.known.metadata.get(key, 1), layer)
+                if "time_mix" in name:
+                    count = self.known.metadata["embedding_length"] // self.known.metadata["wkv.head_size"]
                 factor = torch.ones(count, dtype=torch.float64, requires_grad=True)
                 W = self.known.weights[name]
                 columns = factor.repeat_interleave(W.shape[1] // len(factor))
@@ -116,6 +120,8 @@ class Expected:
         names = (f"blk.{i}.layer_output_scale.weight" for i in range(layer, self.layers))
         factor = torch.ones_like(self.last[0])
         factor *= math.prod(float(self.known.weights[name]) for name in names if name in self.known.weights)
+        every = self.known.metadata.get("rescale_every_n_layers", 0)
+        factor /= 2 ** sum((i + 1) % every == 0 for i in range(layer, self.layers) if every)
         if self.known.facts.looped:
             once = self.known.metadata["blocks in a loop"]
             for i in range((layer // once + 1) * once, self.layers, once):

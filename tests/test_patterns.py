@@ -27,7 +27,7 @@ def drawn(n: int, *, channels: bool = False, removes: bool = True, skip: bool = 
     unit = torch.nn.functional.normalize(normal(n, H, S), dim=-1)
     decay = -torch.exp(3 * normal(n, H, S if channels else 1))
     return Recurrence(
-        normal(n, H, S), unit, decay, torch.sigmoid(4 * normal(n, H)), removes, normal(H) if skip else None
+        normal(n, H, S), unit, decay, torch.sigmoid(4 * normal(n, H)), removes, normal(n, H) if skip else None
     )
 
 
@@ -45,7 +45,7 @@ def step_by_step(recurrence: Recurrence, v: Tensor) -> Tensor:
             state = transition @ state + beta * torch.outer(k, v[t, h])
             found[t, h] = recurrence.q[t, h] @ state
             if recurrence.skip is not None:
-                found[t, h] += recurrence.skip[h] * v[t, h]
+                found[t, h] += recurrence.skip[t, h] * v[t, h]
     return found
 
 
@@ -123,7 +123,7 @@ def test_a_state_carries_on() -> None:
     recurrence, v = drawn(9, channels=True, skip=True), values(9)
     state, found = v.new_zeros(H, S, V), []
     for a, b in ((0, 4), (4, 5), (5, 9)):
-        piece = Recurrence(*(part[a:b] for part in recurrence[:4]), recurrence.removes, recurrence.skip)
+        piece = Recurrence(*(part[a:b] for part in recurrence[:4]), recurrence.removes, recurrence.skip[a:b])
         o, state = piece.run(v[a:b], state)
         found.append(o)
     assert distance(torch.cat(found), step_by_step(recurrence, v)) < 1e-13

@@ -52,6 +52,8 @@ CASES = [
     *("mimo2_fused", "smallthinker", "dbrx", "arctic", "grok", "grok_defaults", "openelm", "deci", "deci_linear"),
     *("deci_idle", "bitnet"),
     *("mamba", "mamba_sizes", "mamba_q8_0", "jamba", "jamba_experts", "plamo2"),
+    *("rwkv6", "rwkv7", "rwkv7_one_layer", "rwkv7_q8_0"),
+    *("rwkv6qwen2", "rwkv6qwen2_heads", "arwkv7", "arwkv7_no_gate", "arwkv7_not_normed", "arwkv7_q8_0"),
     *("afmoe", "laguna", "laguna_elements", "step35_clamped", "step35_factors", "spark2_5", "muse_glimmer"),
     *("llama4", "llama4_several", "minimax_01", "nanbeige", "nanbeige_thrice"),
     *("deepseek32", "glm_dsa", "minimax_m3", "kimi_linear", "kimi_linear_fused", "bailingmoe3", "bailingmoe3_clamped"),
@@ -244,7 +246,7 @@ def live_bias_elements(run: Trace, layer: int) -> int:
         names += [(f"{stem}.bias", None) for stem in (mixer.values, mixer.expansion, mixer.convolution, mixer.output)]
     for network in networks(run, layer):
         names += [(f"{stem}{network.kind}.bias", network.expert) for stem in (network.live, "ffn_down")]
-    names.append(("layer_output_scale.weight", None))
+    names += [("layer_output_scale.weight", None), ("channel_mix_lerp_k.weight", None)]
 
     def elements(name: str, expert: int | None) -> int:
         stem, _, suffix = name.rpartition(".")

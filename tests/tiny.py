@@ -68,6 +68,7 @@ class Options:
     mixers: tuple[str, ...] = ("attention",)  # of `MIXERS`, one a layer, over and over
     sizes: Mapping[str, Any] = field(default_factory=dict)  # of mixers other than attention, by names of theirs or keys
     final_norm: str = "output_norm"
+    embedding_norm: bool = False  # a norm of the embeddings
     output_scale: bool = False  # a factor of the stream after each layer
     alone: bool = False  # a layer is its mixer only, or its feed-forward network only where the mixer is "none"
     heads_by_layer: bool = False  # write an array of numbers of heads, 0 where a layer has none
@@ -87,7 +88,7 @@ class Options:
     act_scales: bool = False  # divisors of hidden units
     window: int | None = None
     sinks: bool = False
-    ffn: str = "gated"  # gated | fused (gate above up in one matrix) | plain
+    ffn: str = "gated"  # gated | fused (gate above up in one matrix) | plain | channel mix | gated channel mix
     experts: int = 0  # 0: dense
     experts_used: int = 0
     expert_ff: int = 0
@@ -246,6 +247,8 @@ def tensors(o: Options) -> Iterator[Entry]:
     if o.positions:
         yield Entry("position_embd.weight", (o.context, o.d), 0.5)
     yield from norms(o, o.final_norm, o.d)
+    if o.embedding_norm:
+        yield from norms(o, "token_embd_norm", o.d)
     if o.streams:
         yield from stream_weights(o, "output_hc", o.streams, 1)
     if not o.tied:
@@ -675,6 +678,92 @@ def mamba2_beside_attention(o: Options, b: str) -> Iterator[Entry]:
     yield from mamba2(o, b)
 
 
+# ---- RWKV
+
+
+def lerps(b: str, count: int, width: int) -> Entry:
+    """Return how much of the token before each of several projections reads, by channel."""
+    values = np.random.default_rng([7, zlib.crc32(b.encode())]).uniform(0.1, 0.9, (count, 1, 1, width))
+    return Entry(f"{b}.time_mix_lerp_fused.weight", values.shape, 0.0, values=values)
+
+
+def shares_of_before(name: str, width: int) -> Entry:
+    return Entry(f"{name}.weight", (width,), 0.2, 0.5)
+
+
+def group_norm(b: str, width: int) -> Iterator[Entry]:
+    yield Entry(f"{b}.time_mix_ln.weight", (width,), 0.3, 1.0)
+    yield bias(f"{b}.time_mix_ln", width)
+
+
+def rwkv6(o: Options, b: str, *, linear: bool = False) -> Iterator[Entry]:
+    """List the tensors of RWKV-6's time mixing; `linear`: as a Qwen model has it, as gated linear attention."""
+    s, d, kv = RWKV | o.sizes, o.d, o.hk * o.sizes["head"] if linear else o.d
+    extra, decay = s["extra"], s["decay"]
+    yield matrix(f"{b}.time_mix_w1", 5 * extra, d)
+    yield Entry(f"{b}.time_mix_w2.weight", (5, d, extra), 0.3 / math.sqrt(extra))
+    yield shares_of_before(f"{b}.time_mix_lerp_x", d)
+    yield lerps(b, 5, d)
+    if not linear:
+        yield Entry(f"{b}.time_mix_first.weight", (d // s["head"], s["head"]), 0.5, 0.5)
+        yield from group_norm(b, d)
+    yield Entry(f"{b}.time_mix_decay.weight", (d,), 0.0, values=np.linspace(-4.0, 1.5, d))
+    yield matrix(f"{b}.time_mix_decay_w1", decay, d)
+    yield matrix(f"{b}.time_mix_decay_w2", d, decay)
+    for name, width, gain in (("key", kv, 1.0), ("value", kv, 1.0), ("receptance", d, 1.0), ("gate", d, o.gate_gain)):
+        yield matrix(f"{b}.time_mix_{name}", width, d, gain)
+        if s["biased"] and name != "gate":
+            yield bias(f"{b}.time_mix_{name}", width)
+    yield matrix(f"{b}.time_mix_output", d, d)
+
+
+def rwkv7(o: Options, b: str) -> Iterator[Entry]:
+    """List the tensors of RWKV-7's time mixing. Those of the first block for values of the first block are not used."""
+    s, d = RWKV | o.sizes, o.d
+    ranks = {"w": s["decay"], "a": s["rate"], "v": s["rate"] if b == "blk.0" else s["values"], "g": s["gate"]}
+    for name, rank in ranks.items():
+        if not rank:
+            continue
+        if name != "g":
+            at = np.linspace(-3.0, 3.0, d) if name == "w" else np.linspace(-1.0, 1.0, d)
+            yield Entry(f"{b}.time_mix_{name}0.weight", (d,), 0.0, values=at)
+        yield matrix(f"{b}.time_mix_{name}1", rank, d)
+        yield matrix(f"{b}.time_mix_{name}2", d, rank, 2.0 if name == "g" else 1.0)
+    yield lerps(b, 6 if s["gate"] else 5, d)
+    for name, spread, mean in (("k_k", 0.3, 1.0), ("k_a", 0.3, 0.7), ("r_k", 0.3, 0.0)):
+        yield Entry(f"{b}.time_mix_{name}.weight", (d,), spread, mean)
+    for name in ("key", "value", "receptance"):
+        yield matrix(f"{b}.time_mix_{name}", d, d)
+    if s["normed"]:
+        yield from group_norm(b, d)
+    yield matrix(f"{b}.time_mix_output", d, d)
+
+
+def channel_mix(o: Options, b: str) -> Iterator[Entry]:
+    """List RWKV's feed-forward network, which reads the token before, too."""
+    yield shares_of_before(f"{b}.channel_mix_lerp_k", o.d)
+    yield matrix(f"{b}.channel_mix_key", o.ff, o.d)
+    yield matrix(f"{b}.channel_mix_value", o.d, o.ff, o.down_gain)
+    if o.ffn == "gated channel mix":
+        yield shares_of_before(f"{b}.channel_mix_lerp_r", o.d)
+        yield matrix(f"{b}.channel_mix_receptance", o.d, o.d, o.gate_gain)
+
+
+def rwkv6_keys(o: Options) -> dict[str, Any]:
+    s = RWKV | o.sizes
+    keys = {"wkv.head_size": s["head"], "time_mix_extra_dim": s["extra"], "time_decay_extra_dim": s["decay"]}
+    return keys | {"attention.head_count": 0}
+
+
+def rwkv7_keys(o: Options) -> dict[str, Any]:
+    s, names = RWKV | o.sizes, {"decay": "decay", "iclr": "rate", "value_residual_mix": "values", "gate": "gate"}
+    ranks = {f"attention.{key}_lora_rank": s[name] for key, name in names.items()}
+    return ranks | {"wkv.head_size": s["head"], "attention.head_count": 0}
+
+
+# llama.cpp reads beyond heads whose size is not a multiple of 64 in RWKV-7.
+RWKV = {"head": 64, "extra": 6, "decay": 10, "rate": 7, "values": 5, "gate": 9, "normed": True, "biased": False}
+
 # Heads are 16 wide, not as wide as the state; four of them share a group's B and C.
 MAMBA2 = {
     "inner": 128,
@@ -705,6 +794,9 @@ MIXERS: dict[str, Callable[[Options, str], Iterator[Entry]]] = {
     "mamba": mamba,
     "mamba2": mamba2,
     "plamo2": plamo2,
+    "rwkv6": rwkv6,
+    "linear rwkv6": functools.partial(rwkv6, linear=True),
+    "rwkv7": rwkv7,
     "attention, mamba2": mamba2_beside_attention,
     "narrow": lambda o, b: attention(sized(o, "narrow"), b),
     "linear": lambda o, b: iter([matrix(f"{b}.attn_output", o.d, o.d)]),
@@ -734,12 +826,18 @@ KEYS: dict[str, Callable[[Options], dict[str, Any]]] = {
     "mamba": mamba_keys,
     "mamba2": mamba2_keys,
     "plamo2": plamo2_keys,
+    "rwkv6": rwkv6_keys,
+    "linear rwkv6": rwkv6_keys,
+    "rwkv7": rwkv7_keys,
     "attention, mamba2": mamba2_keys,
 }
 
 
 def feed_forward(o: Options, b: str, suffix: str, width: int) -> Iterator[Entry]:
     """List a dense feed-forward network of layer `b`; `suffix` is `_shexp` for a shared expert's."""
+    if o.ffn.endswith("channel mix"):
+        yield from channel_mix(o, b)
+        return
     gate = matrix(f"{b}.ffn_gate{suffix}", width, o.d, o.gate_gain)
     up = matrix(f"{b}.ffn_up{suffix}", width, o.d, o.up_gain)
     if o.ffn == "fused" or (suffix and o.shared_fused):
@@ -891,9 +989,10 @@ def write(path: str | os.PathLike[str], **differences: Any) -> Path:
         values = draw(entry, o.seed)
         name = next((kind for part, kind in o.types.items() if part in entry.name), o.type)
         kind = gguf.GGMLQuantizationType[name]
-        # Norms, routers, learned positions and convolutions are never quantized; llama.cpp's copy in F32 would keep
-        # them as they are.
-        kept = ("_norm.weight", "ffn_gate_inp", "hc_", "position_embd.weight", "conv1d", "conv.conv")
+        # Norms, routers, learned positions, convolutions and RWKV's small matrices are never quantized; llama.cpp's
+        # copy in F32 would keep them as they are.
+        kept = ("_norm.weight", "ffn_gate_inp", "hc_", "position_embd.weight", "conv1d", "conv.conv", "time_mix_lerp")
+        kept += ("time_mix_first", "time_mix_decay", *(f"time_mix_{name}{step}" for name in "wavg" for step in (1, 2)))
         exempt = values.ndim < 2 or any(part in entry.name for part in kept)
         if exempt or values.shape[-1] % gguf.GGML_QUANT_SIZES[kind][0]:
             kind = gguf.GGMLQuantizationType.F32

@@ -573,8 +573,8 @@ def attribute_branches(
     # What the head reads from the stream, through the final norm.
     reads = _reads(network, chosen, final.operator().rmatmat(asked.w[None])[0])
 
-    def share(added: Float[Tensor, "m d"], read: Float[Tensor, "m d"]) -> Float[Tensor, " m"]:
-        return (added.cpu().double() * read.cpu().double()).sum(1)
+    def share(added: Float[Tensor, "_ d"], read: Float[Tensor, "m d"]) -> Float[Tensor, " m"]:
+        return (added[len(added) - len(read) :].cpu().double() * read.cpu().double()).sum(1)
 
     attn, mlp, heads, attn_bias, mixers, scales = [], [], [], [], [], []
     banks: dict[int, Tensor] = {}
@@ -584,20 +584,23 @@ def attribute_branches(
         mixers.append([(mixer.kind, mixer.heads) for mixer in tape.attn.mixers])
         if by_head:
             stream = stream if frozen.entry is None else frozen.entry.matmat(stream, one)
-            halves = attention_halves(network.weights(i), config, tape.attn.at(chosen), positions.stop, len(positions))
-            added, constant = torch.zeros_like(after_attn[None]), torch.zeros_like(after_attn)
+            # Where the feed-forward reads one position more, attention writes it.
+            m = frozen.attn.out_shape[0]
+            written = slice(positions.stop - m, positions.stop)
+            halves = attention_halves(network.weights(i), config, tape.attn.at(written), positions.stop, m)
+            asking = torch.cat([after_attn.new_zeros(m - len(positions), config.d), after_attn])
+            added, constant = torch.zeros_like(asking[None]), torch.zeros_like(asking)
             parts = [torch.zeros(len(positions), 0, dtype=torch.float64)]
+            values = frozen.mixed(stream, one, banks)
             for mixer, (reading, writing) in zip(tape.attn.mixers, halves, strict=True):
-                z = reading.matmat(banks[frozen.bank] if mixer.shared and frozen.bank is not None else stream, one)
+                z = reading.matmat(values if mixer.shared else stream, one)
                 own, bias = writing.matmat(torch.cat([z, torch.zeros_like(z)]), one.expand(2)).split(1)
                 added, constant = added + own, constant + bias[0]
                 # Each position has its own vector, and the projection acts at each position alone: one stack is enough.
-                shares = writing.rmatmat(after_attn[None])[0].cpu().double() * z[0].cpu().double()
-                own_heads = shares.unflatten(1, (mixer.heads, -1)).sum(2)
+                shares = writing.rmatmat(asking[None])[0].cpu().double() * z[0].cpu().double()
+                own_heads = shares[m - len(positions) :].unflatten(1, (mixer.heads, -1)).sum(2)
                 parts.append(network.weights(i).gathered(own_heads, MIXERS[mixer.kind].output))
             mixers[-1] = [(mixer.kind, part.shape[1]) for mixer, part in zip(tape.attn.mixers, parts[1:], strict=True)]
-            if frozen.values is not None:
-                banks[i] = frozen.values.matmat(stream, one)
             stream = frozen.residual.matmat(stream)
             heads.append(torch.cat(parts, 1))
             attn_bias.append(share(constant, after_attn))

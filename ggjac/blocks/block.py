@@ -26,7 +26,7 @@ from torch import Tensor
 
 from ggjac.blocks.frame import BlockWeights, Frame, affine, linear, scaled
 from ggjac.blocks.mixers import MixerTape, Past, extend_mixer, reading, record_mixer, valued, writing
-from ggjac.blocks.networks import FFNTape, networks, record_hidden, record_mixture
+from ggjac.blocks.networks import FFNTape, networks, record_hidden, record_mixture, record_shifted
 from ggjac.blocks.norms import NormTape, frozen_norm, record_norm
 from ggjac.blocks.streams import StreamsTape, collected, record_streams
 from ggjac.config import ModelConfig
@@ -84,6 +84,7 @@ class BlockTape(NamedTuple):
     ffn: FFNTape
     inputs: InputsTape | None = None
     entry: NormTape | None = None
+    factor: float = 1.0  # constant factor of the stream after the block
 
 
 Tape = TypeVar("Tape", AttentionTape, FFNTape)
@@ -96,7 +97,7 @@ class Recorded(NamedTuple, Generic[Tape]):
         tape: its frozen quantities.
         raw: its output before post-norm and scale (llama.cpp's `attn_out` and `ffn_out`).
         added: what it adds to the residual stream.
-        past: keys and values that later blocks read, if any do.
+        past: of attention, keys and values that later blocks read, if any do; of a feed-forward, for later positions.
     """
 
     tape: Tape
@@ -135,36 +136,53 @@ def entered(frame: Frame, layer: int, x: Float[Tensor, "n d"]) -> tuple[NormTape
 
 
 def extend_block(
-    w: BlockWeights, frame: Frame, layer: int, x: Float[Tensor, "m i"], past: tuple[Past, ...] | None
+    w: BlockWeights,
+    frame: Frame,
+    layer: int,
+    x: Float[Tensor, "m i"],
+    past: tuple[Past, ...] | None,
+    source: Past | None = None,
 ) -> tuple[Float[Tensor, "m o"], tuple[Past, ...]]:
     """Return the residual stream after a block at `m` positions that follow `past`, and the longer past.
 
     `record_block` without tapes: the same operators, but nothing is computed again at positions of the past (None:
-    there are none). A past is that of each mixer, or of the block whose keys it reads, extended already.
+    there are none). A past is that of each mixer, or of the block whose keys it reads, extended already, and then the
+    feed-forward's; `source` is the extended past of the block whose values it reads beside its own.
     """
     config, mixers, x = frame.config, frame.config.layers[layer].mixers, entered(frame, layer, x)[1]
-    past = past or (Past(),) * len(mixers)
+    past = past or (Past(),) * (len(mixers) + 1)
     if not mixers:
-        return record_rest(w, frame, layer, x, x)[2], past
+        ffn, _, out = record_rest(w, frame, layer, x, x, past[-1])
+        return out, ffn.past
     read, streams = record_streams(w, config, "attn", x)
     norm_in, h = _normed_input(w, config, config.row.norms.attention_in, x, read)
-    extended = [extend_mixer(w, frame, layer, kind, h, own) for kind, own in zip(mixers, past, strict=True)]
+    pairs = zip(mixers, past[:-1], strict=True)
+    extended = [extend_mixer(w, frame, layer, kind, h, own, source) for kind, own in pairs]
     raw = _total([added for added, _ in extended])
     added = _normed_output(w, config, config.row.norms.attention_out, config.attention_factor, raw)[1]
     middle = taken_up(config, AttentionTape(norm_in, (), None, streams), x, added)
-    return record_rest(w, frame, layer, x, middle)[2], tuple(own for _, own in extended)
+    ffn, _, out = record_rest(w, frame, layer, x, middle, past[-1])
+    return out, (*(own for _, own in extended), *ffn.past)
 
 
 def record_rest(
-    w: BlockWeights, frame: Frame, layer: int, x: Float[Tensor, "n i"], middle: Float[Tensor, "n o"]
+    w: BlockWeights,
+    frame: Frame,
+    layer: int,
+    x: Float[Tensor, "n i"],
+    middle: Float[Tensor, "n o"],
+    past: Past | None = None,
 ) -> tuple[Recorded[FFNTape], InputsTape | None, Float[Tensor, "n o"]]:
-    """Freeze the rest of a block that attention leaves with the stream `middle`; return it, and the stream after it."""
-    ffn = record_ffn(w, frame, layer, x if frame.config.row.parallel else middle, x)
+    """Freeze the rest of a block that attention leaves with the stream `middle`; return it, and the stream after it.
+
+    `past` is the feed-forward's, if it continues one.
+    """
+    ffn = record_ffn(w, frame, layer, x if frame.config.row.parallel else middle, x, past or Past())
     out, inputs = taken_up(frame.config, ffn.tape, middle, ffn.added), None
     if frame.inputs is not None:
         inputs, added = _record_inputs(w, frame, layer, out)
         out = out + added
-    scale = stream_scale(w)
+    scale = stream_scale(w, x, frame.config.layers[layer].factor)
     return ffn, inputs, out if scale is None else out * scale
 
 
@@ -199,8 +217,13 @@ def _record_inputs(
     return InputsTape(factor, norm), norm.apply(made)
 
 
-def stream_scale(w: BlockWeights) -> Float[Tensor, " 1"] | None:
-    """Return the factor on the residual stream at the end of a block (Gemma 4), on the device; or None."""
+def stream_scale(w: BlockWeights, x: Float[Tensor, "n d"], factor: float) -> Float[Tensor, " 1"] | None:
+    """Return the factor on the residual stream at the end of a block, on the device of the stream `x`; or None.
+
+    It is in the file (Gemma 4), or a constant `factor` (RWKV-6).
+    """
+    if factor != 1:
+        return x.new_full((1,), factor)
     return w.vector("layer_output_scale.weight") if "layer_output_scale.weight" in w else None
 
 
@@ -223,14 +246,21 @@ def record_attention(
 
 
 def record_ffn(
-    w: BlockWeights, frame: Frame, layer: int, x: Float[Tensor, "n i"], entry: Float[Tensor, "n e"]
+    w: BlockWeights, frame: Frame, layer: int, x: Float[Tensor, "n i"], entry: Float[Tensor, "n e"], past: Past
 ) -> Recorded[FFNTape]:
-    """Freeze the feed-forward branch at its input `x`; `entry` is the block's, which some routers and mixtures read."""
+    """Freeze the feed-forward branch at its input `x`; `entry` is the block's, which some routers and mixtures read.
+
+    Of a past it has the last row, where it reads the position before.
+    """
     config, norms, own = frame.config, frame.config.row.norms, frame.config.layers[layer]
     if not own.routed and not own.hidden_units:
-        return Recorded(FFNTape(None, (), None), torch.zeros_like(x), torch.zeros_like(x))
+        return Recorded(FFNTape(None, (), None), torch.zeros_like(x), torch.zeros_like(x), (past,))
     weights, streams = record_streams(w, config, "ffn", x)
-    if own.routed and own.hidden_units and norms.experts_in:
+    if "channel_mix_lerp_k.weight" in w:
+        norm, h = _normed_input(w, config, norms.ffn_in, x, weights)
+        tape, raw = record_shifted(w, frame, layer, h, past.rows)
+        tape, past = tape._replace(norm_in=norm), Past(rows=h[-1:].clone())
+    elif own.routed and own.hidden_units and norms.experts_in:
         # A dense network and a mixture, added, each between norms of its own.
         read = entry if config.row.experts_skip else x
         dense, added = _record_part(w, frame, layer, x, entry, norms.ffn_in, norms.dense_out, routed=False)
@@ -241,7 +271,7 @@ def record_ffn(
     else:
         tape, raw = _record_part(w, frame, layer, x, entry, norms.ffn_in, (), weights, routed=own.routed)
     norm_out, added = _normed_output(w, config, norms.ffn_out, config.residual_scale, raw)
-    return Recorded(tape._replace(norm_out=norm_out, streams=streams), raw, added)
+    return Recorded(tape._replace(norm_out=norm_out, streams=streams), raw, added, (past,))
 
 
 def _record_part(
@@ -328,14 +358,16 @@ class FrozenBlock(NamedTuple):
     on the way up and join on the way down. Sums are taken in place, as stacks of vectors may be large.
 
     Attributes:
-        attn: the attention branch, from the `n` positions that are read to the `m` that are written.
+        attn: the attention branch, from the `n` positions that are read to the `m` that are written; and to the one
+            before them, where the feed-forward reads that too.
         ffn: the feed-forward branch, at the written positions.
         residual: what goes past attention: all, a selection where fewer positions are written than read, or its norm.
         parallel: whether both branches read the block's input.
         scale: factor on the stream at the end, or None.
         inputs: what the block adds by inputs of its own, to the stream after both branches; or None.
         bank: number of the block whose values attention reads, if several blocks read them; or None.
-        values: those values, from this block's input, if it is that block.
+        values: those values, from this block's input, if it is that block; or those to which they are added.
+        share: factor of those values where they are added to the block's own.
         skip: what goes past the feed-forward; None for all of the stream.
         entry: a norm before all else, at the positions that are read; or None.
         beside: the part of the feed-forward that reads the block's input, or None.
@@ -359,7 +391,25 @@ class FrozenBlock(NamedTuple):
     skip: LinearOperator | None = None
     entry: LinearOperator | None = None
     beside: LinearOperator | None = None
+    share: LinearOperator | None = None
     spread: tuple[LinearOperator, LinearOperator] | None = None
+
+    @property
+    def reads_bank(self) -> bool:
+        """Whether attention reads values of an earlier block."""
+        return self.bank is not None and (self.values is None or self.share is not None)
+
+    def mixed(self, H: Float[Tensor, "k n i"], t: Homogeneous, banks: dict[int, Tensor]) -> Float[Tensor, "k n _"]:
+        """Return what attention mixes, where several blocks read values of one: values, in place of the stream."""
+        if self.bank is None:
+            return H
+        if self.values is None:
+            return banks[self.bank]
+        own = self.values.matmat(H, t)  # [k, n, gv]
+        if self.share is not None:
+            return own.add_(self.share.matmat(banks[self.bank]))
+        banks[self.bank] = own
+        return own
 
     def matmat(
         self, H: Float[Tensor, "k n i"], t: Homogeneous = None, banks: dict[int, Tensor] | None = None
@@ -374,19 +424,18 @@ class FrozenBlock(NamedTuple):
         """Return, at the written positions, the stream `[k, m, d]` and what attention adds to it."""
         H = H if self.entry is None else self.entry.matmat(H, t)
         banks = {} if banks is None else banks
-        if self.bank is not None and self.values is not None:
-            banks[self.bank] = self.values.matmat(H, t)  # [k, n, gv]
-        added = self.attn.matmat(H if self.bank is None else banks[self.bank], t)
+        added = self.attn.matmat(self.mixed(H, t, banks), t)
         return self.residual.matmat(H), added
 
     def matmat_ffn(
-        self, H: Float[Tensor, "k m i"], attn: Float[Tensor, "k m d"], t: Homogeneous = None
+        self, H: Float[Tensor, "k p i"], attn: Float[Tensor, "k p d"], t: Homogeneous = None
     ) -> tuple[Float[Tensor, "k m o"], Float[Tensor, "k m d"]]:
         """Return what goes past the feed-forward `[k, m, d]`, in place of `attn`, and what that adds to it."""
         middle = (attn if self.spread is None else self.spread[0].matmat(attn)).add_(H)
         added = self.ffn.matmat(H if self.parallel else middle, t)
         added = added if self.beside is None else added.add_(self.beside.matmat(H, t))
-        return middle if self.skip is None else self.skip.matmat(middle), added
+        written = middle[:, middle.shape[1] - added.shape[1] :]
+        return written if self.skip is None else self.skip.matmat(written), added
 
     def matmat_out(
         self, H: Float[Tensor, "k m i"], ffn: Float[Tensor, "k m d"], t: Homogeneous = None
@@ -413,7 +462,7 @@ class FrozenBlock(NamedTuple):
 
     def rmatmat_ffn(
         self, H: Float[Tensor, "k m i"], ffn: Float[Tensor, "kl m d"]
-    ) -> tuple[Float[Tensor, "kl m i"], Float[Tensor, "kl m d"]]:
+    ) -> tuple[Float[Tensor, "kl p i"], Float[Tensor, "_ _ d"]]:
         """Return the cotangents of the stream after attention, and of what attention adds: `matmat_ffn` transposed.
 
         Args:
@@ -421,11 +470,11 @@ class FrozenBlock(NamedTuple):
             ffn: `[k + l, m, d]`, of what the feed-forward adds: `rmatmat_out`'s, and those of `l` maps that end there.
 
         Returns:
-            Both `[k + l, m, d]`. They are one tensor if there is one stream and the feed-forward reads nothing of the
-            block's input.
+            Both `[k + l, m, d]`, or one position more (see `attn`). They are one tensor if there is one stream and the
+            feed-forward reads nothing of the block's input.
         """
         middle = self.ffn.rmatmat(ffn)
-        middle[: len(H)] += H if self.skip is None else self.skip.rmatmat(H)
+        middle[: len(H), middle.shape[1] - H.shape[1] :] += H if self.skip is None else self.skip.rmatmat(H)
         if self.beside is not None:
             return middle + self.beside.rmatmat(ffn), middle
         if not self.parallel:
@@ -446,9 +495,10 @@ class FrozenBlock(NamedTuple):
         if self.bank is not None:
             banks = {} if banks is None else banks
             above = banks.get(self.bank)
+            read = X if self.share is None else self.share.rmatmat(X)
             if above is not None:
-                X[: len(above)] += above
-            banks[self.bank] = X  # [k + l, n, gv]
+                read[: len(above)] += above
+            banks[self.bank] = read  # [k + l, n, gv]
             zeros = (len(X), *self.residual.in_shape)
             X = X.new_zeros(zeros) if self.values is None else self.values.rmatmat(X)
         X[: len(H)] += self.residual.rmatmat(H)
@@ -482,39 +532,44 @@ def block(
     n, m, d = positions.stop, len(positions), config.d
     queries = slice(positions.start, positions.stop)
     dtype, device = tape.x.dtype, tape.x.device
-    before = tape.x.shape[1]
-    attn: LinearOperator = Zero((n, before), (m, d), dtype=dtype, device=device)
-    values = None
-    if bank is not None and not tape.attn.mixers[0].shared:
-        values, attn = _with_bank(w, config, tape.attn.at(queries), n, m)
-    elif tape.attn.mixers:
-        attn = attention(w, config, tape.attn.at(queries), n, m)
+    p, before = min(n, m + tape.ffn.shifted), tape.x.shape[1]  # positions that the feed-forward reads, and their width
+    written = slice(n - p, n)
+    attn: LinearOperator = Zero((n, before), (p, d), dtype=dtype, device=device)
+    values = share = None
+    own = tape.attn.at(written)
+    if bank is not None and not own.mixers[0].shared:
+        values, attn = _with_bank(w, config, own, n, p)
+    elif own.mixers:
+        attn = attention(w, config, own, n, p)
+        if (carried := own.mixers[0].carried) is not None:
+            values, share = _values(w, own, n), carried.operator()
     feed_forward: LinearOperator = Zero((m, d), (m, d), dtype=dtype, device=device)
     skipping = None
     if not tape.ffn.empty:
         networks_tape = tape.ffn.at(queries)
         feed_forward, skipping = ffn(w, config, networks_tape, m), beside(w, config, networks_tape, m)
-    residual: LinearOperator = Identity((m, before), dtype=dtype, device=device)
-    if m < n:
-        residual = Select(torch.tensor(positions), n, before, dtype=dtype, device=device)
-    past_attn, past_ffn = (skip(config, own, queries) for own in (tape.attn, tape.ffn))
+    residual: LinearOperator = Identity((p, before), dtype=dtype, device=device)
+    if p < n:
+        residual = Select(torch.arange(n - p, n), n, before, dtype=dtype, device=device)
+    past_attn, past_ffn = skip(config, tape.attn, written), skip(config, tape.ffn, queries)
     residual = residual if past_attn is None else past_attn @ residual
     spread = None
     if tape.attn.streams is not None and tape.ffn.streams is not None:
-        spread = (tape.attn.streams.at(queries).spread(d), tape.ffn.streams.at(queries).spread(d))
+        spread = (tape.attn.streams.at(written).spread(d), tape.ffn.streams.at(queries).spread(d))
     inputs = None if tape.inputs is None else _inputs(w, tape.inputs.at(queries), m)
     return FrozenBlock(
         attn,
         feed_forward,
         residual,
         config.row.parallel,
-        stream_scale(w),
+        stream_scale(w, tape.x, tape.factor),
         inputs,
         bank=bank,
         values=values,
         skip=past_ffn,
         entry=tape.entry and tape.entry.at(slice(n)).operator(),
         beside=skipping,
+        share=share,
         spread=spread,
     )
 
@@ -542,10 +597,15 @@ def _with_bank(
 ) -> tuple[LinearOperator, LinearOperator]:
     """Return attention in two at its values, which later blocks read too: `[n, d]` to `[n, g v]`, and to `[m, d]`."""
     (mixer,) = tape.mixers
-    values = valued(w, mixer, n)
+    values = _values(w, tape, n)
     heads = reading(w, mixer._replace(shared=values.out_shape[1]), n, m)
-    attn = _after(config.attention_factor, tape.norm_out, writing(w, mixer, m)) @ heads
-    return values if tape.norm_in is None else values @ tape.norm_in.operator(), attn
+    return values, _after(config.attention_factor, tape.norm_out, writing(w, mixer, m)) @ heads
+
+
+def _values(w: BlockWeights, tape: AttentionTape, n: int) -> LinearOperator:
+    """Return the values of attention's only mixer, from the block's input: `[n, d]` to `[n, g v]`."""
+    values = valued(w, tape.mixers[0], n)
+    return values if tape.norm_in is None else values @ tape.norm_in.operator()
 
 
 def _normed_input(

@@ -93,6 +93,7 @@ class Frame(NamedTuple):
         mlp_path: the freezing rule of gated feed-forwards.
         activations: the activation of each block's feed-forward.
         inputs: what each block reads of the tokens beside the stream, at the positions that are recorded; or None.
+        values: of an earlier block, at these positions, if the block that is recorded reads them; or None.
         between: weight of the norm between passes over all blocks, or None.
     """
 
@@ -101,6 +102,7 @@ class Frame(NamedTuple):
     mlp_path: MlpPath
     activations: Sequence[Activation]
     inputs: Float[Tensor, "n L w"] | None = None
+    values: Float[Tensor, "n gv"] | None = None
     between: Float[Tensor, " d"] | None = None
 
 
@@ -135,3 +137,8 @@ def scaled(operator: LinearOperator, factor: float) -> LinearOperator:
     if factor == 1:
         return operator
     return Scale(torch.full(operator.out_shape, factor, dtype=operator.dtype, device=operator.device)) @ operator
+
+
+def before(h: Float[Tensor, "m d"], past: Float[Tensor, "1 d"] | None) -> Float[Tensor, "m d"]:
+    """Return the position before each one, the first of which is a past one; or zeros, before the first of all."""
+    return torch.cat([torch.zeros_like(h[:1]) if past is None else past, h[:-1]])

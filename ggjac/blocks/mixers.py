@@ -18,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from ggjac.blocks.frame import BlockWeights, Frame, affine, linear
+from ggjac.blocks.frame import BlockWeights, Frame, affine, before, linear
 from ggjac.blocks.norms import NormTape, frozen_norm, inverse_rms, normed, record_norm, widened
 from ggjac.blocks.patterns import (
     ChannelTape,
@@ -30,7 +30,7 @@ from ggjac.blocks.patterns import (
 )
 from ggjac.config import ModelConfig
 from ggjac.config.mixers import MIXERS
-from ggjac.linop import Conv, Identity, LinearOperator, Mix, Scale, Scan, Select
+from ggjac.linop import Center, Conv, Identity, LinearOperator, Mix, Repeat, Scale, Scan, Select, Shift
 from ggjac.rope import rotate
 from ggjac.sizes import scan_chunk
 
@@ -61,8 +61,12 @@ class MixerTape(NamedTuple):
         entering: factor of the projected values before the convolution.
         latent: norm of the latent.
         written: factor of the values before they are mixed.
+        carried: factor of another block's values, which are then added to the mixer's own.
+        normed: factor of what is mixed, after each head is centred: a LayerNorm of each head.
+        beside: factor of a position's own values that are added to that, not mixed.
         read: factor of what is mixed, before the output projection.
-        shared: width of the values if they are those of another block; 0 if the mixer makes its own.
+        shift: share of the position before in what values are made of.
+        shared: width of the values if they are, or contain, those of another block; 0 if the mixer makes its own.
     """
 
     kind: str
@@ -72,7 +76,11 @@ class MixerTape(NamedTuple):
     entering: Factor | None = None
     latent: NormTape | None = None
     written: Factor | None = None
+    carried: Factor | None = None
+    normed: Factor | None = None
+    beside: Factor | None = None
     read: Factor | None = None
+    shift: Float[Tensor, "n d"] | None = None
     shared: int = 0
 
     @property
@@ -91,7 +99,11 @@ class MixerTape(NamedTuple):
             entering=self.entering and self.entering.at(values),
             latent=self.latent and self.latent.at(values),
             written=self.written and self.written.at(values),
+            carried=self.carried and self.carried.at(values),
+            normed=self.normed and self.normed.at(queries),
+            beside=self.beside and self.beside.at(queries),
             read=self.read and self.read.at(queries),
+            shift=None if self.shift is None else self.shift[values],
         )
 
 
@@ -100,7 +112,7 @@ class Past(NamedTuple):
 
     Attributes:
         k, v: of attention: keys, rotated, and values of all `p` positions.
-        rows: of a convolution with `K` taps: its last `K - 1` inputs.
+        rows: of a convolution with `K` taps, its last `K - 1` inputs; of what reads the position before, the last one.
         state: of a recurrence, keys by values (of one in each channel, channels by rows of its state).
     """
 
@@ -139,14 +151,16 @@ def record_mixer(
     w: BlockWeights, frame: Frame, layer: int, kind: str, h: Float[Tensor, "n d"], source: Past | None = None
 ) -> Mixed:
     """Freeze a mixer at its (normed) input `h`; `source` has another block's keys and values, if it reads those."""
+    if MIXERS[kind].values:
+        return RECORD[kind](w, frame._replace(values=source and source.v), layer, h, None)
     return RECORD[kind](w, frame, layer, h, source)
 
 
 def extend_mixer(
-    w: BlockWeights, frame: Frame, layer: int, kind: str, h: Float[Tensor, "m d"], past: Past
+    w: BlockWeights, frame: Frame, layer: int, kind: str, h: Float[Tensor, "m d"], past: Past, source: Past | None
 ) -> tuple[Float[Tensor, "m d"], Past]:
     """Return what a mixer adds at `m` positions that follow `past`, and the longer past."""
-    tape, heads, past = RECORD[kind](w, frame, layer, h, past)
+    tape, heads, past = RECORD[kind](w, frame._replace(values=source and source.v), layer, h, past)
     return affine(writing(w, tape, len(h)), heads), past
 
 
@@ -155,18 +169,32 @@ def reading(w: BlockWeights, tape: MixerTape, n: int, m: int) -> LinearOperator:
 
     With another block's values it reads these, `[n, g v]`.
     """
-    if tape.shared:
-        return _mix(w, tape, tape.shared)
-    values = valued(w, tape, n)
-    width = values.out_shape[1]
+    values = None if tape.shared else valued(w, tape, n)
+    width = tape.shared if values is None else values.out_shape[1]
+    mixed = _mixing(w, tape, n, m, width)
+    return mixed if values is None else mixed @ values
+
+
+def _mixing(w: BlockWeights, tape: MixerTape, n: int, m: int, width: int) -> LinearOperator:
+    """Return what a mixer does to its values, `[n, g v]` to `[m, h v]`."""
+    output = w.matrix(f"{MIXERS[tape.kind].output}.weight")
+    dtype, device = output.dtype, output.device
+
+    def unmixed() -> LinearOperator:
+        if m == n:
+            return Identity((n, width), dtype=dtype, device=device)
+        return Select(torch.arange(n - m, n), n, width, dtype=dtype, device=device)
+
+    mixed: LinearOperator
     if tape.scan is not None:
-        return _scan(tape.scan, n, m, width) @ values
-    if tape.channels is not None:
-        return tape.channels.operator(m) @ values
-    if tape.pattern is not None:
-        return _mix(w, tape, width) @ values
-    last = torch.arange(n - m, n)
-    return values if m == n else Select(last, n, width, dtype=values.dtype, device=values.device) @ values
+        mixed = _scan(tape.scan, n, m, width)
+    elif tape.channels is not None:
+        mixed = tape.channels.operator(m)
+    else:
+        mixed = unmixed() if tape.pattern is None else _mix(w, tape, width)
+    if tape.normed is not None:
+        mixed = tape.normed.operator() @ Center(mixed.out_shape, tape.heads, dtype=dtype, device=device) @ mixed
+    return mixed if tape.beside is None else mixed + tape.beside.operator() @ unmixed()
 
 
 def valued(w: BlockWeights, tape: MixerTape, n: int) -> LinearOperator:
@@ -176,6 +204,10 @@ def valued(w: BlockWeights, tape: MixerTape, n: int) -> LinearOperator:
         matrix = w.matrix(f"{path.output}.weight")
         return Identity((n, matrix.shape[1]), dtype=matrix.dtype, device=matrix.device)
     values: LinearOperator = linear(w, path.values, n)
+    if tape.shift is not None:
+        values = values @ Shift(tape.shift, n)
+    if path.recurrent:
+        values = _repeated(w, tape, values)
     if tape.latent is not None:
         values = linear(w, path.expansion, n) @ tape.latent.operator() @ values
     if tape.entering is not None:
@@ -185,6 +217,15 @@ def valued(w: BlockWeights, tape: MixerTape, n: int) -> LinearOperator:
     if tape.written is not None:
         values = tape.written.operator() @ values
     return w.joined(values, outputs=False) if w.shares(path.output) else values
+
+
+def _repeated(w: BlockWeights, tape: MixerTape, values: LinearOperator) -> LinearOperator:
+    """Return values given to all heads that share them; recurrences have as many values as heads."""
+    (n, width), whole = values.out_shape, w.matrix(f"{MIXERS[tape.kind].output}.weight").shape[1]
+    if width == whole:
+        return values
+    size = whole // tape.heads
+    return Repeat(n, size, width // size, whole // width, dtype=values.dtype, device=values.device) @ values
 
 
 def writing(w: BlockWeights, tape: MixerTape, m: int) -> LinearOperator:
@@ -523,7 +564,7 @@ def _state_space(w: BlockWeights, frame: Frame, layer: int, h: Float[Tensor, "m 
 
     step = softplus(step)  # [m, h]
     log_decay = (step * _bare(w, "ssm_a").flatten())[..., None]
-    skip = _bare(w, "ssm_d").flatten()
+    skip = _bare(w, "ssm_d").flatten().expand_as(step)
     recurrence = Recurrence(keyed(query), keyed(key), log_decay, step, removes=False, skip=skip)
     tape, o, state = _recurrent("state space", recurrence, c * share, past)
     gate = affine(linear(w, "ssm_in_z", len(h)), h)
@@ -571,6 +612,105 @@ def _from_values(
     return widened(affine(linear(w, "ssm_dt", len(v)), made["dt"])), widened(made["b"]), widened(made["c"])
 
 
+# Added inside the root of the norm of each head of RWKV.
+_WKV_EPSILON = 64e-5
+
+
+def _rwkv6(w: BlockWeights, frame: Frame, layer: int, h: Float[Tensor, "m d"], past: Past | None) -> Mixed:
+    """Freeze the time mixing of RWKV-6; without `time_mix_first` it is gated linear attention, as in QRWKV-6.
+
+    How much of the position before each of five projections reads depends on the position: decays (w), keys, values,
+    receptances (queries), and gates.
+    """
+    own, m = frame.config.recurrence, len(h)
+    away = before(h, past and past.rows) - h
+    lerp = w.vector("time_mix_lerp_fused.weight").reshape(5, -1)
+    parts = affine(linear(w, "time_mix_w1", m), h + away * w.vector("time_mix_lerp_x.weight")).tanh().chunk(5, 1)
+    shares = [affine(linear(w, "time_mix_w2", m, expert=i), part) + lerp[i] for i, part in enumerate(parts)]
+    x = {name: h + away * share for name, share in zip("wkvrg", shares, strict=True)}
+
+    def projected(stem: str, name: str) -> Float[Tensor, "m h s"]:
+        part = affine(linear(w, f"time_mix_{stem}", m), x[name]).unflatten(1, (-1, own.key_size))
+        return part.repeat_interleave(own.heads // part.shape[1], 1)
+
+    r, k = widened(projected("receptance", "r")), widened(projected("key", "k"))
+    v = projected("value", "v").flatten(1)
+    decay = affine(linear(w, "time_mix_decay_w2", m), affine(linear(w, "time_mix_decay_w1", m), x["w"]).tanh())
+    log_decay = -torch.exp(widened(decay) + _bare(w, "time_mix_decay.weight")).unflatten(1, (own.heads, -1))
+    gate, write = affine(linear(w, "time_mix_gate", m), x["g"]), r.new_ones(r.shape[:2])
+    if "time_mix_first.weight" in w:
+        skip = (r * k * _bare(w, "time_mix_first.weight")).sum(-1)
+        recurrence = Recurrence(r, k, log_decay, write, removes=False, skip=skip, before=True)
+        read = gate * gate.sigmoid()
+    else:
+        k = k * -torch.expm1(log_decay)
+        recurrence = Recurrence(r * own.key_size**-0.5, k, log_decay, write, removes=False)
+        read = gate.sigmoid()
+    tape, o, state = _recurrent("rwkv6", recurrence, v, past)
+    normed, o = _normed_heads(w, frame.config, o)
+    tape = tape._replace(shift=shares[2], normed=normed, read=Factor(read))
+    return Mixed(tape, o, Past(rows=h[-1:].clone(), state=state))
+
+
+def _rwkv7(w: BlockWeights, frame: Frame, layer: int, h: Float[Tensor, "m d"], past: Past | None) -> Mixed:
+    """Freeze the time mixing of RWKV-7. Blocks after the first add a share of its values to a share of their own."""
+    own, m = frame.config.recurrence, len(h)
+    lerp = w.vector("time_mix_lerp_fused.weight")
+    shares = lerp.reshape(-1, lerp.shape[-1])
+    away = before(h, past and past.rows) - h
+    x = {name: h + away * share for name, share in zip("rwkvag", shares, strict=False)}
+
+    def made(name: str, inner: Callable[[Tensor], Tensor] = lambda part: part) -> Float[Tensor, "m d"]:
+        """Return a vector in two steps, in float32 at least."""
+        return widened(
+            affine(linear(w, f"time_mix_{name}2", m), inner(affine(linear(w, f"time_mix_{name}1", m), x[name])))
+        )
+
+    def by_head(part: Float[Tensor, "m d"]) -> Float[Tensor, "m h s"]:
+        return part.unflatten(1, (own.heads, -1))
+
+    r, k = (widened(affine(linear(w, f"time_mix_{stem}", m), x[stem[0]])) for stem in ("receptance", "key"))
+    v = first = affine(linear(w, "time_mix_value", m), x["v"])
+    rate = torch.sigmoid(made("a") + _bare(w, "time_mix_a0.weight"))
+    log_decay = -0.606531 * torch.sigmoid(made("w", torch.tanh) + _bare(w, "time_mix_w0.weight"))
+    take = torch.nn.functional.normalize(by_head(k * _bare(w, "time_mix_k_k.weight")), dim=-1)
+    k = k * (1 + (rate - 1) * _bare(w, "time_mix_k_a.weight"))
+    beside = by_head(r * k * _bare(w, "time_mix_r_k.weight")).sum(-1, keepdim=True).expand(-1, -1, own.value_size)
+    written = carried = None
+    if frame.values is not None:
+        share = torch.sigmoid(made("v") + _bare(w, "time_mix_v0.weight")).to(v.dtype)
+        written, carried = Factor(1 - share), Factor(share)
+        v = (1 - share) * v + share * frame.values
+    recurrence = Recurrence(
+        by_head(r), by_head(k), by_head(log_decay), r.new_ones(m, own.heads), removes=False, take=take,
+        put=take * by_head(rate),
+    )  # fmt: skip
+    tape, o, state = _recurrent("rwkv7", recurrence, v, past)
+    normed, o = _normed_heads(w, frame.config, o)
+    bonus = Factor(beside.flatten(1).to(v.dtype))
+    o = o + bonus.diagonal * v
+    gate = Factor(made("g", torch.sigmoid).to(v.dtype)) if "time_mix_g2.weight" in w else None
+    tape = tape._replace(
+        shift=shares[3].expand_as(h), written=written, carried=carried, normed=normed, beside=bonus, read=gate,
+        shared=0 if carried is None else v.shape[1],
+    )  # fmt: skip
+    return Mixed(tape, o, Past(v=first if layer in frame.config.writers else None, rows=h[-1:].clone(), state=state))
+
+
+def _normed_heads(
+    w: BlockWeights, config: ModelConfig, o: Float[Tensor, "m hv"]
+) -> tuple[Factor | None, Float[Tensor, "m hv"]]:
+    """Return the factor of the LayerNorm of each head of RWKV, and what is normed; the model may have none."""
+    if "time_mix_ln.weight" not in w or "time_mix_ln.bias" not in w:
+        return None, o
+    heads = widened(o).unflatten(1, (config.recurrence.heads, -1))
+    heads = heads - heads.mean(-1, keepdim=True)
+    scale = inverse_rms(heads, config, _WKV_EPSILON).expand_as(heads).flatten(1)
+    weight, bias = (w.vector(f"time_mix_ln.{part}") for part in ("weight", "bias"))
+    factor = Factor((scale * weight.to(scale)).to(o.dtype), bias.expand_as(o))
+    return factor, factor.diagonal * heads.flatten(1).to(o.dtype) + bias
+
+
 def _convolution(w: BlockWeights, frame: Frame, layer: int, h: Float[Tensor, "m d"], past: Past | None) -> Mixed:
     """Freeze a short convolution between two gates; of its three factors the input stays live."""
     b, c, x = (affine(linear(w, f"shortconv.in_proj_{part}", len(h)), h) for part in "bcx")
@@ -604,6 +744,8 @@ RECORD: dict[str, Record] = {
     "kimi delta": partial(_delta, kind="kimi delta"),
     "state space": _state_space,
     "channel state space": _channel_state_space,
+    "rwkv6": _rwkv6,
+    "rwkv7": _rwkv7,
     "lightning": _lightning,
     "convolution": _convolution,
     "linear": _linear,

@@ -11,11 +11,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ggjac.blocks.frame import BlockWeights, Frame, affine, linear, scaled
+from ggjac.blocks.frame import BlockWeights, Frame, affine, before, linear, scaled
 from ggjac.blocks.norms import NormTape, inverse_rms, widened
 from ggjac.blocks.streams import StreamsTape
 from ggjac.config import ModelConfig
-from ggjac.linop import Experts, LinearOperator, Network, Scale, Sum, Zero, indices_on
+from ggjac.linop import Experts, LinearOperator, Network, Scale, Select, Shift, Sum, Zero, indices_on
 
 # Expert scores of router logits `[n, e]`, and weights of the chosen ones' scores where these are not them.
 ROUTERS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -80,6 +80,9 @@ class FFNTape(NamedTuple):
         routed: whether experts are among them; the weights may hold none of those that are used.
         scale: constant factor of the sum of the networks.
         beside: a mixture that reads the block's input, and is added to the sum; or None.
+        shifted: whether the networks read a mix of each position with the one before it; the norm before them then has
+            that position, too.
+        gate: `[n, d]`, factor of the sum of the networks, or None.
         streams: how several residual streams take up what the branch adds; None for one.
     """
 
@@ -90,6 +93,8 @@ class FFNTape(NamedTuple):
     routed: bool = False
     scale: float = 1.0
     beside: "FFNTape | None" = None
+    shifted: bool = False
+    gate: Float[Tensor, "n d"] | None = None
     streams: StreamsTape | None = None
 
     @property
@@ -101,7 +106,8 @@ class FFNTape(NamedTuple):
         """Return the tape of some positions, without the experts that none of them uses."""
         networks = (network.at(queries) for network in self.networks)
         return self._replace(
-            norm_in=self.norm_in and self.norm_in.at(queries),
+            norm_in=self.norm_in and self.norm_in.at(slice(max(0, queries.start - self.shifted), queries.stop)),
+            gate=None if self.gate is None else self.gate[queries],
             networks=tuple(part for part in networks if isinstance(part, FFNTape) or len(part.factor)),
             norm_out=self.norm_out and self.norm_out.at(queries),
             beside=self.beside and self.beside.at(queries),
@@ -280,7 +286,33 @@ def networks(w: BlockWeights, tape: FFNTape, n: int) -> LinearOperator:
     if tape.latent:
         core = linear(w, "ffn_latent_up", n) @ core @ linear(w, "ffn_latent_down", n)
     core = scaled(core, tape.scale)
+    if tape.gate is not None:
+        core = Scale(tape.gate) @ core
+    if tape.shifted and tape.norm_in is not None:
+        core = core @ _shifted(w, len(tape.norm_in.scale), n)
     return core if tape.norm_in is None else core @ tape.norm_in.operator()
+
+
+def _shifted(w: BlockWeights, n: int, m: int) -> LinearOperator:
+    """Return the mix of the last `m` of `n` positions with those before them, `[n, d]` to `[m, d]`."""
+    shift = Shift(w.vector("channel_mix_lerp_k.weight"), n)
+    if m == n:
+        return shift
+    return Select(torch.arange(n - m, n), *shift.in_shape, dtype=shift.dtype, device=shift.device) @ shift
+
+
+def record_shifted(
+    w: BlockWeights, frame: Frame, layer: int, h: Float[Tensor, "n d"], past: Float[Tensor, "1 d"] | None
+) -> tuple[FFNTape, Float[Tensor, "n d"]]:
+    """Freeze RWKV's channel mixing at its (normed) input `h`, which follows a past input; return what it adds, too."""
+    away = before(h, past) - h
+    read = h + away * w.vector("channel_mix_lerp_k.weight")
+    gate = None
+    if "channel_mix_receptance.weight" in w:
+        mixed = h + away * w.vector("channel_mix_lerp_r.weight")
+        gate = affine(linear(w, "channel_mix_receptance", len(h)), mixed).sigmoid()
+    tape = FFNTape(None, (record_hidden(w, frame, layer, read),), None, shifted=True, gate=gate)
+    return tape, affine(networks(w, tape, len(h)), read)
 
 
 def _nothing(w: BlockWeights, n: int) -> LinearOperator:

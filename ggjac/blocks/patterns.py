@@ -59,6 +59,9 @@ class Recurrence(NamedTuple):
 
         S ← exp(log_decay) S        S ← S + k write (v - kᵀ S)  or  S + k write v        o = qᵀ S + skip v
 
+    RWKV-6 (arXiv 2404.05892) reads before all that, `o = qᵀ S + skip v`. RWKV-7 (arXiv 2503.14456) removes under keys
+    of its own, `S ← exp(log_decay) S - put (takeᵀ S) + k v`, from the state before it decays.
+
     The delta rule is Yang et al., arXiv 2412.06464 (one decay a head) and arXiv 2510.26692 (one a key channel); without
     removal it is the state space of Mamba-2, Dao and Gu, arXiv 2405.21060, with `q`, `k`, `write` its C, B and Δ.
 
@@ -68,6 +71,8 @@ class Recurrence(NamedTuple):
         write: write strengths.
         removes: whether writing follows the delta rule.
         skip: factor of the position's own value in its output, or None.
+        before: whether queries read the state before the position changes it.
+        take, put: keys under which is read what is removed, and under which it is; or None.
     """
 
     q: Float[Tensor, "n h s"]
@@ -75,7 +80,10 @@ class Recurrence(NamedTuple):
     log_decay: Float[Tensor, "n h _"]
     write: Float[Tensor, "n h"]
     removes: bool
-    skip: Float[Tensor, " h"] | None = None
+    skip: Float[Tensor, "n h"] | None = None
+    before: bool = False
+    take: Float[Tensor, "n h s"] | None = None
+    put: Float[Tensor, "n h s"] | None = None
 
     def run(
         self, v: Float[Tensor, "n h c"], state: Float[Tensor, "h s c"]
@@ -83,13 +91,19 @@ class Recurrence(NamedTuple):
         """Return the outputs for values `v` after a state, and the state after them."""
         decay, outputs = self.log_decay.exp()[..., None], []
         for t, value in enumerate(v):
-            state = decay[t] * state
+            if self.before:
+                outputs.append((self.q[t][:, None] @ state)[:, 0])
+            decayed = decay[t] * state
+            if self.take is not None and self.put is not None:
+                decayed = decayed - self.put[t][:, :, None] * (self.take[t][:, None] @ state)
+            state = decayed
             if self.removes:
                 value = value - (self.k[t][:, None] @ state)[:, 0]  # [h, c]
             state = state + self.k[t][:, :, None] * (self.write[t][:, None] * value)[:, None]
-            outputs.append((self.q[t][:, None] @ state)[:, 0])
+            if not self.before:
+                outputs.append((self.q[t][:, None] @ state)[:, 0])
         o = torch.stack(outputs)
-        return o if self.skip is None else o + self.skip[:, None] * v, state
+        return o if self.skip is None else o + self.skip[..., None] * v, state
 
 
 def recurrent_pattern(recurrence: Recurrence) -> Float[Tensor, "h n n"]:
@@ -151,11 +165,11 @@ def recurrent_scan(recurrence: Recurrence, chunk: int) -> ScanTape:
         padded = torch.cat([part, part.new_zeros(chunks * chunk - n, *part.shape[1:])])
         return padded.unflatten(0, (chunks, chunk)).movedim(0, 2).flatten(1, 2)  # [c, h b, ...]
 
-    q, k, log_decay, write = (cut(part) for part in recurrence[:4])
-    skip = None if recurrence.skip is None else recurrence.skip.repeat_interleave(chunks)
+    cuts = {name: cut(part) for name, part in recurrence._asdict().items() if isinstance(part, Tensor)}
+    k = recurrence.k
     both = torch.eye(chunk + s, dtype=k.dtype, device=k.device)  # columns: the chunk's values, then the state
     values = both[:chunk, None].expand(chunk, h * chunks, chunk + s)
     state = both[chunk:].expand(h * chunks, s, chunk + s)
-    o, state = Recurrence(q, k, log_decay, write, recurrence.removes, skip).run(values, state)
+    o, state = recurrence._replace(**cuts).run(values, state)  # type: ignore[arg-type]
     o, state = o.movedim(0, 1).unflatten(0, (h, chunks)), state.unflatten(0, (h, chunks))
     return ScanTape(o[..., :chunk], o[..., chunk:], state[..., :chunk], state[..., chunk:])

@@ -14,6 +14,7 @@ class Mixer(NamedTuple):
         expansion: the live projection from a latent to the values, or none.
         recurrent: whether a state, and not scores, connects positions.
         channels: whether each channel has a state of its own, so that there are no heads.
+        sourced: tensors of blocks that read an earlier block's values, frozen: where they do not, they are not read.
         mixes: whether positions are mixed at all.
     """
 
@@ -24,6 +25,7 @@ class Mixer(NamedTuple):
     expansion: str = ""
     recurrent: bool = False
     channels: bool = False
+    sourced: tuple[str, ...] = ()
     mixes: bool = True
 
     @property
@@ -82,6 +84,24 @@ MIXERS = {
         convolution="ssm_conv1d_x",
         recurrent=True,
         channels=True,
+    ),
+    # RWKV-6 (arXiv 2404.05892), and gated linear attention as in QRWKV-6 (arXiv 2505.03005).
+    "rwkv6": Mixer(
+        "time_mix_value",
+        "time_mix_output",
+        (
+            *("time_mix_w1", "time_mix_w2", "time_mix_decay_w1", "time_mix_decay_w2"),
+            *("time_mix_key", "time_mix_receptance", "time_mix_gate"),
+        ),
+        recurrent=True,
+    ),
+    # RWKV-7 (arXiv 2503.14456).
+    "rwkv7": Mixer(
+        "time_mix_value",
+        "time_mix_output",
+        (*(f"time_mix_{name}{step}" for name in "wag" for step in (1, 2)), "time_mix_key", "time_mix_receptance"),
+        recurrent=True,
+        sourced=("time_mix_v0", "time_mix_v1", "time_mix_v2"),
     ),
     # Lightning attention (MiniMax-01, arXiv 2501.08313): linear attention with a fixed decay for each head.
     "lightning": Mixer("attn_v", "attn_output", ("attn_q", "attn_k", "attn_gate"), recurrent=True),

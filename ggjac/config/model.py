@@ -98,6 +98,7 @@ class Layer:
         expert_units: hidden units of a routed expert.
         gate: numbers for each head in a gate on what it reads (`attn_gate`): 1, or as many as a value has; 0 for none.
         keys_as_values: whether the key projection, before its norm and rotation, gives the values too.
+        factor: constant factor of the stream after the block.
         source: number of the earlier block whose keys and values attention reads; None for its own.
         attention_scale: multiplies scores.
         latent: sizes of latent attention.
@@ -126,6 +127,7 @@ class Layer:
     gate: int = 0
     keys_as_values: bool = False
     source: int | None = None
+    factor: float = 1.0
     by_key_head: bool = False
     attention_scale: float = 1.0
     latent: Latent = Latent()
@@ -157,9 +159,11 @@ class Recurrence:
         key_heads: number of key heads; divides `heads`.
         key_size: elements of a key, and rows of a state.
         value_size: elements of a value, and columns of a state.
+        shifted: width of what a token shift reads of the position before, in place of a convolution; 0 without.
         rank: elements of the vector that steps are expanded from, where steps, keys and queries are made from the
             values; 0 where they come from the stream.
         normed: whether those three are normed without a weight.
+        ranks: elements of the vectors that RWKV makes decays, gates and so on from, by name.
     """
 
     taps: int = 0
@@ -169,11 +173,13 @@ class Recurrence:
     value_size: int = 0
     rank: int = 0
     normed: bool = False
+    shifted: int = 0
+    ranks: tuple[tuple[str, int], ...] = ()
 
     @property
     def convolved(self) -> int:
-        """Channels of a recurrence's convolutions: those of values, and of keys and queries beside them."""
-        return self.heads * self.value_size + (0 if self.rank else 2 * self.key_heads * self.key_size)
+        """Channels of which earlier positions are read: of values, keys and queries, or of a mixer's input."""
+        return self.shifted or self.heads * self.value_size + (0 if self.rank else 2 * self.key_heads * self.key_size)
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from ggjac.architectures import ARCHITECTURES, Architecture
 from ggjac.config import others
 from ggjac.config.keys import ConfigError, Keys, shown
+from ggjac.config.mixers import MIXERS
 from ggjac.config.model import Alibi, Indexer, Latent, Layer, ModelConfig, Recurrence, Streams
 from ggjac.config.rotations import read_windows, rope_of, stretching
 from ggjac.config.tensors import check_tensors
@@ -87,6 +88,7 @@ def read_config(metadata: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...
     )
     # Blocks that read another's keys may still have tensors for their own.
     idle = {f"blk.{i}.{stem}" for i, own in enumerate(layers) if own.source is not None for stem in _KEYS_AND_VALUES}
+    idle |= {f"blk.{i}.{stem}" for i, own in enumerate(layers) if own.source is None for stem in _of_source(own)}
     left_out = idle | {f"blk.{i}" for i in range(stored) if i >= blocks or layers[i].idle}
     used = {
         row.export.name(name): shape
@@ -95,6 +97,11 @@ def read_config(metadata: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...
     }
     check_tensors(config, used)
     return config
+
+
+def _of_source(own: Layer) -> list[str]:
+    """Return the tensors of a block that it uses only if it reads an earlier block's values."""
+    return [stem for mixer in own.mixers for stem in MIXERS[mixer].sourced]
 
 
 def _up_to(name: str, parts: int) -> str:
@@ -187,11 +194,14 @@ def _layers(
     clamps = _clamps(keys, row, stored)
     xielu = _xielu(keys, blocks) if row.activation == "xielu" else [None] * blocks
     layers: list[Layer] = []
+    halved = keys.count("rescale_every_n_layers") if row.halving else 0
     first_reader = stored - (keys.count("attention.shared_kv_layers") if row.shared_keys else 0)
     for i, mixers in enumerate(_mixers(keys, row, stored, blocks, heads, kv_heads, units)):
         attends = row.mixer in mixers
         latent = _latent(keys, row, windows[i] is not None) if attends else Latent()
         source = None if i < first_reader else first_reader - (1 if windows[i] is None else 2)
+        if row.first_values and i:
+            source = 0
         h, g = (heads[i], heads[i] if latent.size else kv_heads[i]) if attends else (0, 0)
         if attends and (not h or not g or h % g):
             raise ConfigError(f"{keys.prefix}.attention: {h} heads cannot share {g} key/value heads evenly")
@@ -199,7 +209,7 @@ def _layers(
         routed = _routed(row, i, units[i], experts, shapes)
         layers.append(
             Layer(
-                mixers=mixers if source is None else ("shared attention",),
+                mixers=("shared attention",) if i >= first_reader else mixers,
                 heads=h,
                 kv_heads=g,
                 key_size=key_size,
@@ -213,6 +223,7 @@ def _layers(
                 alibi=Alibi(row.alibi, h, range(h)) if row.alibi and attends else None,
                 xielu=xielu[i],
                 source=source,
+                factor=0.5 if halved and (i + 1) % halved == 0 else 1.0,
                 gate=_gate(row, i, h, value_size, shapes) if attends else 0,
                 clamps=clamps[i],
                 attention_scale=_attention_scale(keys, row, d // h if row.wide_scale_blocks == blocks else key_size)
@@ -371,6 +382,8 @@ def _recurrence(keys: Keys, row: Architecture, blocks: int, context: int) -> Rec
     """Return the sizes of mixers other than attention."""
     if row.recurrent in ("", "linear"):
         return Recurrence()
+    if row.recurrent in _RWKV_RANKS:
+        return _rwkv(keys, row, blocks)
     if row.recurrent == "lightning":
         heads = keys.for_all_blocks("attention.head_count", blocks)
         size = keys.integer("attention.key_length", max(1, keys.integer("embedding_length") // heads))
@@ -399,6 +412,37 @@ def _recurrence(keys: Keys, row: Architecture, blocks: int, context: int) -> Rec
             f"{keys.prefix}.ssm: {heads} heads cannot share {inner} elements and {key_heads} key heads evenly"
         )
     return Recurrence(taps, heads, key_heads, key_size, inner // heads, rank)
+
+
+# Of each kind of RWKV, the sizes of vectors that others are made from -> their keys.
+_RWKV_RANKS = {
+    "rwkv6": {"extra": "time_mix_extra_dim", "decay": "time_decay_extra_dim"},
+    "rwkv7": {
+        "decay": "attention.decay_lora_rank",
+        "rate": "attention.iclr_lora_rank",
+        "first": "attention.value_residual_mix_lora_rank",
+        "gate": "attention.gate_lora_rank",
+    },
+}
+
+
+def _rwkv(keys: Keys, row: Architecture, blocks: int) -> Recurrence:
+    """Return the sizes of RWKV's mixers. Only gates may be missing."""
+    d, size = keys.integer("embedding_length"), keys.integer("wkv.head_size")
+    heads = d // size
+    groups = keys.counts("attention.head_count_kv", blocks, 0, least=0)[0] or heads
+    if d % size or heads % groups:
+        raise ConfigError(f"{keys.prefix}.wkv: {d} elements do not make heads of {size}, {groups} of them for keys")
+    shifts = 2 if row.ffn.startswith("shifted") else 1
+    if keys.count("token_shift_count", 2) != shifts:
+        raise ConfigError(
+            f"{keys.prefix}.token_shift_count is {keys.count('token_shift_count', 2)}; supported: {shifts}"
+        )
+    ranks = tuple(
+        (name, keys.count(key) if name == "gate" else keys.integer(key))
+        for name, key in _RWKV_RANKS[row.recurrent].items()
+    )
+    return Recurrence(2, heads, groups, size, size, shifted=d, ranks=ranks)
 
 
 def _decay_bound(keys: Keys, row: Architecture) -> float:

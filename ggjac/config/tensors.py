@@ -79,6 +79,8 @@ _MIXERS: dict[str, dict[str, tuple[str, ...]]] = {
     "kimi delta": {"attn_output": ("d", "hv")},
     "state space": _STATE_SPACE,
     "channel state space": _FROM_VALUES,
+    "rwkv6": {},
+    "rwkv7": {},
     "state space of values": _FROM_VALUES,
     "lightning": {"attn_output": ("d", "hv")},
     "convolution": _CONVOLUTION,
@@ -126,6 +128,32 @@ _VECTORS: dict[str, dict[str, tuple[str, ...]]] = {
         "ssm_a": ("hv", "state"),
         "ssm_d": ("hv",),
     },
+    "rwkv6": {
+        "time_mix_w1.weight": ("5 extra", "d"),
+        "time_mix_w2.weight": ("5", "d", "extra"),
+        "time_mix_lerp_x.weight": ("d",),
+        "time_mix_lerp_fused.weight": ("5", "one", "one", "d"),
+        "time_mix_decay.weight": ("d",),
+        "time_mix_decay_w1.weight": ("decay", "d"),
+        "time_mix_decay_w2.weight": ("d", "decay"),
+        "time_mix_receptance.weight": ("d", "d"),
+        "time_mix_receptance.bias": ("d",),
+        "time_mix_key.weight": ("qk", "d"),
+        "time_mix_key.bias": ("qk",),
+        "time_mix_value.weight": ("qk", "d"),
+        "time_mix_value.bias": ("qk",),
+        "time_mix_gate.weight": ("d", "d"),
+        "time_mix_output.weight": ("d", "d"),
+    },
+    "rwkv7": {
+        **{f"time_mix_{name}.weight": ("d",) for name in ("w0", "a0", "k_k", "k_a", "r_k")},
+        **{f"time_mix_{name}.weight": ("d", "d") for name in ("receptance", "key", "value", "output")},
+        "time_mix_w1.weight": ("decay", "d"),
+        "time_mix_w2.weight": ("d", "decay"),
+        "time_mix_a1.weight": ("rate", "d"),
+        "time_mix_a2.weight": ("d", "rate"),
+        "time_mix_lerp_fused.weight": ("lerps", "one", "one", "d"),
+    },
     "lightning": {
         "attn_qkv.weight": ("2qk + hv", "d"),
         "attn_gate.weight": ("hv", "d"),
@@ -134,6 +162,16 @@ _VECTORS: dict[str, dict[str, tuple[str, ...]]] = {
     "state space of values": {**_MADE, "ssm_a": ("states",), "ssm_d": ("states",)},
     "convolution": {"shortconv.conv.weight": ("d", "taps")},
     "linear": {"attn_output.weight": ("d", "d")},
+}
+# Of RWKV where it has them: the norm of each head with what is read before a position is written, and gates, and shares
+# of the first block's values.
+_HEAD_NORM: dict[str, tuple[str, ...]] = {"time_mix_ln.weight": ("d",), "time_mix_ln.bias": ("d",)}
+_FIRST: dict[str, tuple[str, ...]] = {"time_mix_first.weight": ("states", "state")}
+_GATE: dict[str, tuple[str, ...]] = {"time_mix_g1.weight": ("gate", "d"), "time_mix_g2.weight": ("d", "gate")}
+_SOURCED: dict[str, tuple[str, ...]] = {
+    "time_mix_v0.weight": ("d",),
+    "time_mix_v1.weight": ("first", "d"),
+    "time_mix_v2.weight": ("d", "first"),
 }
 # Of what selects keys: not used, since prompts in which it would leave some out are not supported.
 _INDEXER: dict[str, dict[str, tuple[str, ...]]] = {
@@ -166,7 +204,9 @@ FUSED = {
     "ssm_ba": ("ssm_beta", "ssm_alpha"),
     "ffn_gate_up_exps": ("ffn_gate_exps", "ffn_up_exps"),
 }
-_FFN = {
+_FFN: dict[str, dict[str, tuple[str, ...]]] = {
+    "shifted": {},
+    "shifted gated": {},
     "gated": {"ffn_gate": ("f", "d"), "ffn_up": ("f", "d"), "ffn_down": ("d", "f")},
     "fused": {"ffn_up": ("2f", "d"), "ffn_down": ("d", "f")},
     "plain": {"ffn_up": ("f", "d"), "ffn_down": ("d", "f")},
@@ -179,6 +219,13 @@ _QK_NORMS: dict[str, dict[str, tuple[str, ...]]] = {
     "bare": {},
     "full": {"attn_q_norm": ("q",), "attn_k_norm": ("keys",)},
 }
+# Of RWKV's channel mixing, by full name.
+_SHIFTED = {
+    "channel_mix_lerp_k.weight": ("d",),
+    "channel_mix_key.weight": ("f", "d"),
+    "channel_mix_value.weight": ("d", "f"),
+}
+_SHIFTED_GATE = {"channel_mix_lerp_r.weight": ("d",), "channel_mix_receptance.weight": ("d", "d")}
 _EXPERTS = {
     "ffn_gate_inp": ("experts", "d"),
     "ffn_gate_exps": ("experts", "fe", "de"),
@@ -230,6 +277,9 @@ def fused_parts(config: ModelConfig, layer: int) -> dict[str, Part]:
     if row.shared_fused:
         f = config.expert_shared_feed_forward_length
         parts |= {"ffn_gate_shexp": Part("ffn_up_shexp", 0, f), "ffn_up_shexp": Part("ffn_up_shexp", f, 2 * f)}
+    if row.ffn.startswith("shifted"):
+        whole = {"ffn_up": ("channel_mix_key", own.hidden_units), "ffn_down": ("channel_mix_value", config.d)}
+        parts |= {stem: Part(fused, 0, rows) for stem, (fused, rows) in whole.items()}
     f = own.expert_units
     return parts | {"ffn_gate_exps": Part("ffn_gate_up_exps", 0, f), "ffn_up_exps": Part("ffn_gate_up_exps", f, 2 * f)}
 
@@ -310,6 +360,8 @@ _MIXER_PARTS: dict[str, Callable[[ModelConfig, int], dict[str, Part]]] = {
     "kimi delta": _kimi_delta_parts,
     "state space": _state_space_parts,
     "channel state space": _channel_parts,
+    "rwkv6": lambda config, layer: {},
+    "rwkv7": lambda config, layer: {},
     "lightning": _lightning_parts,
     "state space of values": _state_space_of_values_parts,
     "convolution": _convolution_parts,
@@ -335,6 +387,8 @@ def check_tensors(config: ModelConfig, shapes: Mapping[str, tuple[int, ...]]) ->
         needed.add(_selection_bias(config.row))
     if config.row.sinks == "required":
         needed.add("attn_sinks.weight")
+    if config.row.head_norm == "required":
+        needed.add("time_mix_ln.bias")
     mixers = {mixer for own in config.layers for mixer in own.mixers}
     loose = {name for mixer in mixers for name in _LOOSE.get(mixer, ())}
     if {"state space", "channel state space"} & mixers:  # llama.cpp's graph adds it without asking whether there is one
@@ -350,6 +404,8 @@ def check_tensors(config: ModelConfig, shapes: Mapping[str, tuple[int, ...]]) ->
             optional.add("token_embd.weight")
         if config.row.state_norm_optional:
             optional.add("ssm_norm.weight")
+        if config.row.head_norm == "optional":
+            optional.add("time_mix_ln.weight")
         for stem, parts in fused.items():
             if f"{prefix}{stem}.weight" in shapes:
                 optional |= {f"{part}.weight" for part in parts}
@@ -488,6 +544,10 @@ def _recurrent_sizes(config: ModelConfig) -> dict[str, int]:
         "rank": own.rank,
         "rank + 2 state": own.rank + 2 * own.key_size,
         "3d": 3 * config.d,
+        "5": 5,
+        **(ranks := dict(own.ranks)),
+        "5 extra": 5 * ranks.get("extra", 0),
+        "lerps": 6 if ranks.get("gate") else 5,
     }
 
 
@@ -512,13 +572,15 @@ def _block_table(config: ModelConfig, layer: int) -> dict[str, tuple[str, ...]]:
             vectors |= _INDEXER.get(mixer, {})
         if mixer == "latent":
             vectors |= _latent_table(row, own.latent)
+        if mixer in ("rwkv6", "rwkv7"):
+            vectors |= _rwkv_table(config, layer)
         if row.normed_steps and mixer == row.recurrent:
             vectors |= _MADE_NORMS
         if mixer == "kimi delta":
             vectors |= _gates_table(row.low_rank_gates)
         if mixer in ("attention", "shared attention"):
             vectors |= {f"{name}.weight": axes for name, axes in _QK_NORMS[row.qk_norm].items()}
-    if own.source is not None:
+    if "shared attention" in own.mixers:
         del vectors["attn_k_norm.weight"]
     if own.gate:
         vectors["attn_gate.weight"] = ("gates", "d")
@@ -528,6 +590,8 @@ def _block_table(config: ModelConfig, layer: int) -> dict[str, tuple[str, ...]]:
     vectors |= {"ffn.act.scales": ("f",)} if row.hidden_divisors else {}
     if own.hidden_units:
         matrices |= _FFN[row.ffn]
+        vectors |= _SHIFTED if row.ffn.startswith("shifted") else {}
+        vectors |= _SHIFTED_GATE if row.ffn == "shifted gated" else {}
     if own.routed:
         matrices |= _EXPERTS | (_LATENT_EXPERTS if config.expert_latent else {})
         shared = _FUSED_SHARED_EXPERT if row.shared_fused else _SHARED_EXPERT
@@ -583,6 +647,17 @@ def _latent_table(row: Architecture, latent: Latent) -> dict[str, tuple[str, ...
     if row.normed_rotary:
         table["attn_k_norm"] = ("rotary",)
     return {f"{name}.weight": axes for name, axes in table.items()}
+
+
+def _rwkv_table(config: ModelConfig, layer: int) -> dict[str, tuple[str, ...]]:
+    """Return the tensors that only some kinds or blocks of RWKV have."""
+    row, ranks = config.row, dict(config.recurrence.ranks)
+    table = dict(_HEAD_NORM) if row.head_norm else {}
+    if row.recurrent == "rwkv6" and row.head_norm:
+        table |= _FIRST
+    if ranks.get("gate"):
+        table |= _GATE
+    return table | (_SOURCED if config.layers[layer].source is not None else {})
 
 
 def _gates_table(low_rank: bool) -> dict[str, tuple[str, ...]]:

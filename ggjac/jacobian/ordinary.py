@@ -134,7 +134,7 @@ class OrdinaryJacobian(LinearOperator):
         source = config.layers[i].source
 
         def block(state: State) -> State:
-            past = None if source is None else Past(state[f"keys {source}"], state[f"values {source}"])
+            past = None if source is None else Past(state.get(f"keys {source}"), state[f"values {source}"])
             frame = self._frame._replace(inputs=state.get(INPUTS))
             # `record_block`, but the tape of attention is freed before the feed-forward.
             x = entered(frame, i, state[STREAM])[1]
@@ -164,10 +164,9 @@ STREAM, INPUTS = "stream", "inputs"
 
 
 def _named(i: int, past: Past) -> State:
-    """Return the keys and values of block `i` under their names."""
-    assert past.k is not None
+    """Return the keys and values of block `i` under their names; a recurrence has no keys that others read."""
     assert past.v is not None
-    return {f"keys {i}": past.k, f"values {i}": past.v}
+    return {f"values {i}": past.v} if past.k is None else {f"keys {i}": past.k, f"values {i}": past.v}
 
 
 def _pushed(f: Function, x: State, X: State) -> State:

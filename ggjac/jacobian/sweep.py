@@ -199,7 +199,7 @@ class SharedSweep:
         for i, frozen in self._steps(self.order, stack, product, self._ways_up):
             stack.H = stack.join(stack.H, {j: X[j][:, :m].to(x) for j in self._starting(i)})  # [k, n, d]
             self.flop += frozen.flop * len(stack)
-            if frozen.bank is not None and frozen.values is None:
+            if frozen.reads_bank and frozen.bank is not None:
                 self._fill_bank(stack, frozen.bank, stack.homogeneous(t))
             stack.H, stack.added = frozen.matmat_attn(stack.H, stack.homogeneous(t), stack.banks)
             stack.leave(self._ending("attn", i), stack.added, _last)
@@ -225,7 +225,7 @@ class SharedSweep:
             m = frozen.ffn.out_shape[0]  # positions that the block writes
             stack.H, ffn = frozen.rmatmat_out(stack.join(stack.H[:, :m], joining("layer", i, m)))  # [k, m, d]
             middle, attn = frozen.rmatmat_ffn(stack.H, stack.join(ffn, joining("mlp", i, m)))
-            attn = stack.join(attn, joining("attn", i, m))
+            attn = stack.join(attn, joining("attn", i, frozen.attn.out_shape[0]))
             stack.H = frozen.rmatmat_attn(middle, attn, stack.banks)  # [k, n, d]
             self.flop += frozen.flop * len(stack)
             stack.leave(self._starting(i), stack.H, partial(_padded, n=self.n))

@@ -131,23 +131,24 @@ def sweep_floats(config: ModelConfig, n: int, vectors: int = 1, *, up: bool, sla
 
     Other mixers: a convolution's values are its heads. A recurrence has as many values as heads; in chunks, it copies
     only those of a chunk, and has two states instead. One in each channel goes from position to position; on its way up
-    it has three states, and on its way down one.
+    it has three states, and on its way down one. What reads the position before has a copy of the stream more, and on
+    its way down two.
     """
     d, row = config.d, config.row
     factors = (config.attention_factor, config.residual_scale, row.joint_scale)
     scaled = row.norms.attention_out or row.norms.ffn_out or factors != (1, 1, 1)
     more = d if scaled or row.parallel or row.normed_skip or row.experts_skip else 0
-    bank = n * _bank(config)
+    bank, shift = n * _bank(config), d if row.ffn.startswith("shifted") else 0
     wide = config.width(1) - d  # of several residual streams
     around = d if wide else 0  # what a branch has read or adds, beside them
     if up:
         attention = max(_attention_up(d, n, path) for path in _paths(config, n)) + n * 2 * wide
-        stream = 4 * d + 3 * wide + around
+        stream = 4 * d + 3 * wide + around + shift
         return bank + max(attention, _ffn_floats(config, n, vectors, slab, stream, 0, lambda s: 2 * s, 2 * d))
     centred = d if more or row.norm != "rms" else 0
     attention = max(_attention_down(d, n, path, centred) for path in _paths(config, n)) + _beside(config, n)
     attention += n * 3 * (wide + around)
-    stream = 2 * d + more + 2 * wide + around
+    stream = 2 * d + more + 2 * wide + around + 2 * shift
     return bank + max(attention, _ffn_floats(config, n, vectors, slab, stream, d, lambda s: max(2 * s, s + d), d))
 
 
@@ -182,7 +183,8 @@ def _paths(config: ModelConfig, n: int) -> set[_Path]:
                 if MIXERS[mixer].channels:
                     found.add(_Path(wide, wide, 2, chunk=sizes.key_size, stepwise=True))
                 else:
-                    found.add(_Path(wide, wide, 2, chunk=scan_chunk(n, sizes.key_size) or 0))
+                    factors = 3 if sizes.shifted else 2
+                    found.add(_Path(wide, wide, factors, chunk=scan_chunk(n, sizes.key_size) or 0))
             elif MIXERS[mixer].convolution or not MIXERS[mixer].mixes:
                 found.add(_Path(config.d, config.d, 2, mixed=False))
             else:
@@ -295,6 +297,9 @@ def trace_floats(config: ModelConfig, n: int, m: int | None = None) -> int:
 
 def _bank(config: ModelConfig) -> int:
     """Return the widths of all values that several blocks read."""
+    sizes = config.recurrence
+    if sizes.shifted:
+        return len(config.writers) * sizes.heads * sizes.value_size
     writers = [config.layers[i] for i in config.writers]
     return sum(own.kv_heads * own.value_size for own in writers)
 

@@ -178,6 +178,7 @@ class _Block:
     Attributes:
         cuts: the rank's parts of tensors, by stem.
         held: routed experts that it has.
+        shifts: whether its feed-forward reads the position before, too.
         adds: whether it adds up sums with other ranks.
         first: whether it is the first, which has what all need once.
     """
@@ -188,6 +189,7 @@ class _Block:
         self.infos = [info for name, info in file.tensors.items() if name.startswith(self.prefix)]
         self.cuts: Mapping[str, Cut] = division.cuts[index] if division else {}
         self.held = division.experts(config.expert_count) if division else config.expert_count
+        self.shifts = config.row.ffn.startswith("shifted")
         self.adds, self.first = division is not None, division is None or division.rank == 0
 
     def find(self, name: str) -> "tuple[TensorInfo, int] | None":
@@ -307,13 +309,13 @@ def _sweep(block: _Block, config: ModelConfig, mlp_path: MlpPath, region: Region
         return _trace(block, config, mlp_path, n, m, continued=region.tensors == "continued")
     if region.written is None and set(ends) == {block.index + 1}:
         m = 1
-    parts = []
+    parts, p = [], min(n, m + block.shifts)  # positions that the feed-forward reads
     for mixer in block.layer.mixers:
         stems = MIXERS[mixer]
-        output = block.linear(stems.output, m)
+        output = block.linear(stems.output, p)
         taps = block.vector(f"{stems.convolution}.weight") + block.vector(f"{stems.convolution}.bias")
         parts += [block.linear(stems.values, n), block.linear(stems.expansion, n), taps, output]
-        parts.append(_mix(config, block, mixer, n, m))
+        parts.append(_mix(config, block, mixer, n, p))
         if region.tensors == "heads":  # once more for what it adds and for its bias, and once for the head's shares
             parts += [output.scaled(2), taps]
             if block.index in config.writers:  # once more for later blocks
@@ -321,7 +323,8 @@ def _sweep(block: _Block, config: ModelConfig, mlp_path: MlpPath, region: Region
     for kind, experts, uses, _ in _networks(block, config, m):
         parts += [block.linear(stem, m, experts, uses) for stem in (_live(block, kind, mlp_path), f"ffn_down{kind}")]
     parts += [block.linear(stem, m) for stem in (*_LATENT_EXPERTS, *_INPUTS)]
-    parts += [block.vector("layer_output_scale.weight"), _sums(block, config, n, m)]
+    parts += [block.vector(f"{name}.weight") for name in ("layer_output_scale", "channel_mix_lerp_k")]
+    parts.append(_sums(block, config, n, m))
     # Each vector visits only the blocks of its own map's span: scale by the mean.
     return total(parts) if region.sequential else total(parts).scaled(len(ends) / len(spans))
 
@@ -379,13 +382,18 @@ _LATENT_EXPERTS = ("ffn_latent_down", "ffn_latent_up")
 _INPUTS = ("inp_gate", "proj")
 # Of the weights of several residual streams: frozen.
 _STREAMS = ("hc_attn_fn", "hc_ffn_fn")
-_ONCE = ("ffn_gate_inp", *_LATENT_EXPERTS, *_INPUTS, *_STREAMS)
+_ONCE = ("ffn_gate_inp", *_LATENT_EXPERTS, *_INPUTS, *_STREAMS, "channel_mix_receptance")
 
 
 def _mixer_stems(block: _Block) -> list[str]:
     """Return all projections of a block's mixers."""
-    own = [MIXERS[mixer] for mixer in block.layer.mixers]
-    return [stem for mixer in own for stem in (*mixer.frozen, mixer.values, mixer.expansion, mixer.output) if stem]
+    own, stems = [MIXERS[mixer] for mixer in block.layer.mixers], []
+    for mixer in own:
+        stems += [*mixer.frozen, mixer.values, mixer.expansion, mixer.output]
+        if block.layer.source is not None:
+            found = {stem: block.find(f"{stem}.weight") for stem in mixer.sourced}
+            stems += [stem for stem, part in found.items() if part and len(part[0].shape) > 1]
+    return [stem for stem in stems if stem]
 
 
 def _stems(block: _Block, kind: str) -> list[str]:
@@ -420,22 +428,28 @@ def _trace(block: _Block, config: ModelConfig, mlp_path: MlpPath, n: int, m: int
     return total([*parts, _sums(block, config, m, m)])
 
 
+# Of RWKV, with more than one axis.
+_CONSTANTS = ("time_mix_lerp_fused", "time_mix_first")
+
+
 def _small(block: _Block) -> Iterator["TensorInfo"]:
     """Yield a block's tensors that are not matrices, nor biases or constant factors of matrices.
 
     Some have two axes or more: norms with weights for each head, taps of convolutions, constants of recurrences.
     """
     taps = {MIXERS[mixer].convolution.rsplit("_", 1)[0] for mixer in block.layer.mixers}
+    unread = {stem for mixer in block.layer.mixers for stem in MIXERS[mixer].sourced}
     for info in block.infos:
         stem, _, suffix = info.name.removeprefix(block.prefix).rpartition(".")
-        if stem.startswith("indexer."):  # not used
+        if stem.startswith("indexer.") or (stem in unread and block.layer.source is None):  # not used
             continue
         shared = any(stem.startswith(name) for name in taps if name)
         if suffix == "weight":
-            small = len(info.shape) == 1 or stem.endswith("_norm") or shared
+            small = len(info.shape) == 1 or stem.endswith("_norm") or shared or stem in _CONSTANTS
         else:  # constants of a recurrence have no suffix
             alone = stem == "ssm_dt" and not block.find("ssm_dt.weight")
-            small = not stem or (suffix == "bias" and (alone or shared))
+            normed = stem.endswith(("_norm", "_norm_2", "time_mix_ln"))
+            small = not stem or (suffix == "bias" and (alone or shared or normed))
         if small:  # several vectors in one are read for each
             parts = sum(part.stem == stem for part in block.slices.values())
             yield from [info] * (parts if parts and len(info.shape) == 1 else 1)
@@ -460,6 +474,7 @@ def _tape_bytes(block: _Block, config: ModelConfig, n: int, item: int) -> int:
         if MIXERS[mixer].expansion:  # the norm of the latent
             floats += block.layer.latent.size
             other += n * max(4, item)
+    floats += n * config.d * bool(block.find("channel_mix_receptance.weight"))
     floats += n * _stream_floats(config, block.index)
     places = norm_places(config, block.index) + ([("post_norm",)] if config.inputs else [])
     floats += n * config.inputs
@@ -501,12 +516,19 @@ def _mixer_floats(config: ModelConfig, block: _Block, mixer: str, n: int) -> int
         written *= bool(MIXERS[mixer].values)
         return heads * n * n + n * (written * own.kv_heads * value + bool(read) * heads * value)
     chunk = scan_chunk(n, key)
-    factors = 2 * n * heads * value
+    factors = (_shifted_factors(block) if config.recurrence.shifted else 2) * n * heads * value
     if MIXERS[mixer].channels:
         return factors
     if chunk is None:
         return heads * n * n + factors
     return heads * math.ceil(n / chunk) * (chunk + key) ** 2 + factors
+
+
+def _shifted_factors(block: _Block) -> int:
+    """Return how many floats the tape of RWKV's mixer has for each value, beside its pattern: shares and factors."""
+    gate = any(block.find(f"time_mix_{stem}.weight") for stem in ("gate", "g2"))
+    normed = 2 * bool(block.find("time_mix_ln.weight") and block.find("time_mix_ln.bias"))
+    return 1 + gate + normed + bool(block.find("time_mix_r_k.weight")) + 2 * (block.layer.source is not None)
 
 
 def _channel_floats(config: ModelConfig, n: int) -> int:

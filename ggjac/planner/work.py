@@ -670,6 +670,8 @@ def _steer(builder: _Builder) -> Work:
     concept = Region(spans=((0, layer),))
     # What every block keeps of the past; that of the block being extended exists twice.
     each = [sum(_past_bytes(config, own, kind, capacity, builder.item) for kind in own.mixers) for own in config.layers]
+    if config.row.ffn.startswith("shifted"):  # and the last row that the feed-forward read
+        each = [size + config.d * builder.item for size in each]
     buffers = {"cache": sum(each) + max(each)}
     steps: list[Sweeps | Lookup] = []
     for _ in range(1 + request.other_map):
