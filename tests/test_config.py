@@ -206,7 +206,7 @@ REFUSALS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "experts": ({"expert_count": 8}, {}, "metadata key llama.expert_used_count is missing"),
     "experts, but none there": ({"expert_count": 8, "expert_used_count": 2}, {}, "blk.0.ffn_gate_inp.weight is miss"),
     "more experts used": ({"expert_count": 2, "expert_used_count": 3}, {}, "count is 3, but there are 2 experts"),
-    "no causal mask": ({"attention.causal": False}, {}, "llama.attention.causal is False: .* not supported"),
+    "no causal mask": ({"attention.causal": False}, {}, "llama.attention.causal is False: .* not supported; take"),
     "too many blocks": ({"block_count": HUGE}, {}, r"block_count is 2147483647, but the file holds only 21 tensors"),
     "a block too many": ({"block_count": 3}, {}, "tensor blk.2.attn_q.weight is missing; the file is incomplete"),
     "a block too few": ({"block_count": 1}, {}, "tensor 'blk.1.attn_norm.weight' is not part of a llama model"),
@@ -754,7 +754,18 @@ DENSE: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {
         for case in ("xverse", "qwen", "codeshell", "codeshell_head_only", "orion", "plamo", "baichuan", "jais")
     },
     "no embeddings": ("orion", {}, {"token_embd.weight": ABSENT}, "tensor token_embd.weight is missing"),
-    "a base beyond numbers": ("hunyuan_vl", {"rope.scaling.alpha": 1e300}, {}, r"alpha 1e\+300 is not supported"),
+    "a base beyond numbers": ("hunyuan_vl", {"rope.scaling.alpha": 1e30}, {}, r"alpha 1e\+30 is not supported"),
+    "a number beyond float32": ("minimax_01", {"residual_scale": 1e300}, {}, r"scale is 1e\+300; expected at most"),
+    "a head too wide to list": (
+        "qwen2vl",
+        {"rope.dimension_sections": [0, 0, 0, 10**9], "rope.dimension_count": 10**9, "attention.key_length": 10**9}
+        | {"attention.value_length": 10**9},
+        {},
+        r"dimension_sections \[0, 0, 0, 1000000000\] is not supported",
+    ),
+    "no base in windowed layers": ("llama4", {"rope.freq_base_swa": 0.0}, {}, "freq_base_swa is 0.0, .* above 0"),
+    "a context stretched to nothing": ("llama4", {"rope.scaling.factor": 1e-30}, {}, "factor is 1e-30; expected at le"),
+    "windows that rotate less": ("dots3note", {"rope.dimension_count_swa": 2}, {}, "dimension_count_swa 2 differs"),
     "the width of two networks": ("qwen", {"feed_forward_length": 96}, {}, r"ffn_gate.weight has shape \[96, 64\]"),
     "norms in llama.cpp's way": ("mpt", {}, {"attn_q_norm.weight": (64,)}, "'blk.0.attn_q_norm.weight' is not part"),
     "another number of divisors": ("mpt_scaled", {}, {"ffn.act.scales": (95,)}, r"scales has shape \[95\]"),
