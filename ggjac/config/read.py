@@ -171,7 +171,7 @@ def _loops(keys: Keys, row: Architecture, blocks: int) -> int:
     loops = keys.integer("num_loops", 1) if row.looped else 1
     if loops * blocks > MAX_BLOCKS:
         raise ConfigError(
-            f"{keys.prefix}.num_loops is {loops}: {blocks} blocks so often are more than {MAX_BLOCKS}; take another model"
+            f"{keys.prefix}.num_loops is {loops}: so many times {blocks} blocks exceed {MAX_BLOCKS}; take another model"
         )
     return loops
 
