@@ -738,7 +738,7 @@ LATENT: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {
     "a gate of elements": ("spark2_5", {}, {"attn_gate.weight": (64, 64)}, r"has shape \[64, 64\], .* \[4, 64\]"),
     "no pattern of windows": ("step35", {"attention.sliding_window_pattern": ABSENT}, {}, "pattern is missing"),
     "no chunks": ("llama4", {"attention.sliding_window": 0}, {}, "sliding_window is 0; expected a whole number from 1"),
-    "too many passes": ("nanbeige", {"num_loops": 257}, {}, "num_loops is 257: 2 blocks so often are more than 512"),
+    "too many passes": ("nanbeige", {"num_loops": 257}, {}, "num_loops is 257: so many times 2 blocks exceed 512"),
     "no passes": ("nanbeige", {"num_loops": 0}, {}, "num_loops is 0; expected a whole number from 1"),
     "a word in place of yes": ("nanbeige", {"skip_loop_final_norm": 1}, {}, "skip_loop_final_norm is 1; expected true"),
     "no scale of logits": ("muse_glimmer", {"logit_scale": ABSENT}, {}, "muse-glimmer.logit_scale is missing"),
