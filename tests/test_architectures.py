@@ -13,10 +13,6 @@ from ggjac.config import others
 NOT_YET = {
     "gemma3n",
     "deepseek4",
-    "rwkv6",
-    "rwkv6qwen2",
-    "rwkv7",
-    "arwkv7",
     "grovemoe",
     "hrm_text",
     "kimi-k3",

@@ -11,6 +11,7 @@ from helpers import lacking
 import ggjac
 from ggjac.architectures import ARCHITECTURES
 from ggjac.cli import COMMANDS
+from ggjac.config import others
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").glob("*.md")]
@@ -24,6 +25,18 @@ def test_every_architecture_is_documented_and_no_other() -> None:
     documented = re.findall(r"^\| `([a-z0-9_-]+)` \|", families, re.MULTILINE)
     assert not lacking({"docs/architectures.md": set(documented), "ARCHITECTURES": set(ARCHITECTURES)})
     assert len(documented) == len(ARCHITECTURES), "docs/architectures.md has an architecture twice"
+
+
+def test_every_language_model_that_is_left_out_is_documented_with_its_reason() -> None:
+    text = (ROOT / "docs" / "architectures.md").read_text(encoding="utf-8").split("## Not supported")[1]
+    assert [name for name, why in others.LEFT_OUT.items() if f"- `{name}`: {why}." not in text] == []
+
+
+def test_the_worked_example_of_a_new_family_has_the_lines_of_the_files() -> None:
+    text = (ROOT / "docs" / "architectures.md").read_text(encoding="utf-8").split("## How to add one")[1]
+    lines = [line.split(maxsplit=1) for line in FENCED.findall(text)[0].splitlines()[1:-1]]
+    assert len(lines) == 5
+    assert [line for file, line in lines if line not in (ROOT / file).read_text(encoding="utf-8")] == []
 
 
 def test_the_counts_of_families_and_files_are_todays() -> None:

@@ -444,7 +444,7 @@ def _show_shared(made: "Plan", times: "Times", alone: "Plan", alone_times: "Time
     render.line("")
     kind = "memory" if made.device == "cpu" else "device memory"
     columns = ["#processes", f"#{kind} of each", "#time", "#speed-up", "#of it network"]
-    render.table("Beside one process", columns, rows)
+    render.table("Beside one process, each on a machine like this one", columns, rows)
     known = "" if shared.rate else "; the time of that is left out: give the network, as --net 10Gb"
     render.line(
         f"In a sweep, the processes add up {one.sums} times, {size(made.summed_bytes(one))} for each vector{known}."
