@@ -411,7 +411,7 @@ def test_in_bfloat16_sweeps_go_on_until_its_rounding_shows(tiny_file: TinyFile) 
     assert work.command_work("svd", sizes, 5, "bfloat16", sweeps=4).sweeps[0].count == 4
 
 
-@pytest.mark.parametrize("case", ["gqa", "head_dim_wide", "qwen35_listed", "lfm2", "mamba"])
+@pytest.mark.parametrize("case", ["gqa", "head_dim_wide", "qwen35_listed", "lfm2", "mamba", "rwkv6", "rwkv7"])
 def test_keys_and_values_of_texts_are_counted(case: str, tiny_file: TinyFile, monkeypatch: pytest.MonkeyPatch) -> None:
     """Or states and rows: those of every block, and of the one that is being extended twice."""
     seen: list[list[int]] = []
@@ -419,7 +419,8 @@ def test_keys_and_values_of_texts_are_counted(case: str, tiny_file: TinyFile, mo
 
     def counted(self: Continuation, ids: Any) -> Any:
         outputs = extend(self, ids)
-        seen.append([sum(part.nbytes for part in past if part is not None) for (past,) in filter(None, self._past)])
+        kept = [[part for past in pasts for part in past if part is not None] for pasts in filter(None, self._past)]
+        seen.append([sum(part.nbytes for part in parts) for parts in kept])
         return outputs
 
     monkeypatch.setattr(Continuation, "extend", counted)

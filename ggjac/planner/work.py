@@ -672,6 +672,9 @@ def _steer(builder: _Builder) -> Work:
     each = [sum(_past_bytes(config, own, kind, capacity, builder.item) for kind in own.mixers) for own in config.layers]
     if config.row.ffn.startswith("shifted"):  # and the last row that the feed-forward read
         each = [size + config.d * builder.item for size in each]
+    if config.recurrence.shifted:  # and the values of the tokens just added, which later blocks read
+        for i in config.writers:
+            each[i] += text * config.recurrence.heads * config.recurrence.value_size * builder.item
     buffers = {"cache": sum(each) + max(each)}
     steps: list[Sweeps | Lookup] = []
     for _ in range(1 + request.other_map):
