@@ -200,8 +200,8 @@ class Architecture:
         units_doubled: the file's `feed_forward_length` is twice the number of hidden units.
         activation: `"silu"`, `"relu"`, `"gelu"` (tanh form), `"relu2"` (the square of the positive part), `"xielu"`
             (see `ggjac.config.Layer`) or `"silu_oai"` (clamped, with up shifted by one).
-        hidden_clamps: hidden units may have limits in each block (`swiglu_clamp_exp`, `swiglu_clamp_shexp`), and so has
-            the gate, `"before"` its activation or `"after"` it; `""` for never.
+        hidden_clamps: hidden units may have limits in each block, and so has the gate, `"before"` its activation (in
+            routed experts, `swiglu_clamp_exp`) or `"after"` it (in others too, `swiglu_clamp_shexp`); `""` for never.
         router: how expert weights come from router logits: `"softmax"` over all experts, `"softmax_selected"` over
             the chosen ones, `"sigmoid"`, or `"sigmoid_selected"` (likewise, but logits decide which are chosen).
         weighted_inputs: these weights multiply what the experts read, and not what they add.

@@ -940,7 +940,7 @@ FAMILY_CASES: dict[str, dict[str, Any]] = {
         predictors=1,
         scaling=LINEAR,
         omit=("expert_shared_feed_forward_length",),
-        extra={"attention.sliding_window_pattern": LOCAL, "expert_gating_func": 1},
+        extra={"attention.sliding_window_pattern": LOCAL[:-1], "expert_gating_func": 1},  # none for the predictor
     ),
     "minimax_m2": of("minimax-m2"),
     "minimax_m2_fused": of("minimax-m2", fused_qkv=True, biases=QKV, extra={"expert_gating_func": 1}),
@@ -1149,6 +1149,7 @@ FAMILY_CASES: dict[str, dict[str, Any]] = {
         dense_lead=0,
         shared_count=2,
         extra={"swiglu_clamp_exp": [0.9, 0.0, 0.7], "expert_weights_norm": True, "expert_weights_scale": 2.5}
+        | {"swiglu_clamp_shexp": [0.1] * 3}
         | {"expert_gating_func": 1},
     ),
     "minimax_m3": of("minimax-m3"),

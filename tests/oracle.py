@@ -892,7 +892,8 @@ def activate(facts: Facts, gate: Tensor, up: Tensor | None, *, freeze: str | Non
 
 def clamped(model: Oracle, b: str, key: str) -> Facts:
     """Return the facts with layer `b`'s limit, where the file has any."""
-    limits = model.metadata.get(key, 0.0) if model.facts.clamp_keys else 0.0
+    read = model.facts.clamp_keys and (key == "swiglu_clamp_exp" or not model.facts.clamp_first)
+    limits = model.metadata.get(key, 0.0) if read else 0.0
     return model.facts._replace(clamp=scalar(limits, int(b.removeprefix("blk."))))
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 # Larger than any model's sizes, and small enough that no product of them surprises.
 MAX_SIZE = 2**31 - 1
+LARGEST = 3.4028234e38  # what llama.cpp can read: it has float32
 
 
 class ConfigError(ValueError):
@@ -36,7 +37,10 @@ class Keys:
 
     def real(self, key: str, default: float | None = None) -> float:
         """Return a finite, non-negative number as a float, whatever type the file stores."""
-        return float(self.number(key, default))
+        value = self.number(key, default)
+        if value > LARGEST:
+            raise ConfigError(f"metadata key {self.prefix}.{key} is {shown(value)}; expected at most {LARGEST}")
+        return float(value)
 
     def integer(self, key: str, default: int | None = None) -> int:
         """Return an integer from 1 to `MAX_SIZE`."""
@@ -60,7 +64,7 @@ class Keys:
         if len(entries) != blocks:
             raise ConfigError(f"metadata key {name} has {len(entries)} entries for {blocks} blocks")
         for entry in entries:
-            if isinstance(entry, bool) or not isinstance(entry, int | float) or not abs(entry) < math.inf:
+            if isinstance(entry, bool) or not isinstance(entry, int | float) or not abs(entry) <= LARGEST:
                 raise ConfigError(f"metadata key {name} contains {shown(entry)}; expected finite numbers")
         return [float(entry) for entry in entries]
 
@@ -99,17 +103,22 @@ class Keys:
             )
         return sizes.pop()
 
-    def flags(self, key: str, blocks: int) -> list[bool] | None:
-        """Return true or false for each block, from an array (some have 1 and 0); None if the key is absent."""
+    def flags(self, key: str, blocks: int, least: int | None = None) -> list[bool] | None:
+        """Return true or false for each block, from an array (some have 1 and 0); None if the key is absent.
+
+        The array may end after the first `least` blocks, as converters' do before blocks that predict later tokens.
+        """
         value = self.metadata.get(f"{self.prefix}.{key}")
         if value is None:
             return None
-        whole = isinstance(value, Sequence) and not isinstance(value, str) and len(value) == blocks
+        least = blocks if least is None else least
+        whole = isinstance(value, Sequence) and not isinstance(value, str) and least <= len(value) <= blocks
         if not whole or not all(isinstance(entry, int) and entry in (0, 1) for entry in value):
             raise ConfigError(
-                f"metadata key {self.prefix}.{key} must have one true or false for each of {blocks} blocks"
+                f"metadata key {self.prefix}.{key} must have one true or false for each of {least} blocks; convert the "
+                "model again"
             )
-        return [bool(entry) for entry in value]
+        return [bool(entry) for entry in value] + [False] * (blocks - len(value))
 
 
 def shown(value: Any) -> str:

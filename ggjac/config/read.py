@@ -42,7 +42,9 @@ def read_config(metadata: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...
     stored, blocks = _block_counts(keys, shapes)
     row = _decided(keys, ARCHITECTURES[name], blocks, shapes)
     if not metadata.get(f"{name}.attention.causal", True):
-        raise ConfigError(f"{name}.attention.causal is False: attention to later tokens is not supported")
+        raise ConfigError(
+            f"{name}.attention.causal is False: attention to later tokens is not supported; take another model"
+        )
     d, context = keys.integer("embedding_length"), keys.integer("context_length")
     embedding = "token_embd.weight"
     if row.embedding_optional and embedding not in shapes:
@@ -169,7 +171,7 @@ def _loops(keys: Keys, row: Architecture, blocks: int) -> int:
     loops = keys.integer("num_loops", 1) if row.looped else 1
     if loops * blocks > MAX_BLOCKS:
         raise ConfigError(
-            f"{keys.prefix}.num_loops is {loops}: {blocks} blocks so often are more than {MAX_BLOCKS}: not supported"
+            f"{keys.prefix}.num_loops is {loops}: so many times {blocks} blocks exceed {MAX_BLOCKS}; take another model"
         )
     return loops
 
@@ -355,7 +357,9 @@ def _streams(keys: Keys, row: Architecture) -> Streams:
         return Streams()
     count = keys.integer("hyper_connection.count")
     if count < 2:
-        raise ConfigError(f"{keys.prefix}.hyper_connection.count is {count}; at least 2 streams are supported")
+        raise ConfigError(
+            f"{keys.prefix}.hyper_connection.count is {count}; at least 2 streams are supported; take another model"
+        )
     return Streams(count, keys.real("hyper_connection.epsilon"), keys.real("hyper_connection.magnitude"))
 
 
@@ -560,8 +564,8 @@ def _clamps(keys: Keys, row: Architecture, blocks: int) -> list[tuple[float, flo
         return [(0.0, 0.0)] * blocks
     found = []
     for kind in ("exp", "shexp"):
-        key = f"swiglu_clamp_{kind}"
-        limits = keys.of_each_block(f"{keys.prefix}.{key}", blocks) if key in keys else [0.0] * blocks
+        key, read = f"swiglu_clamp_{kind}", kind == "exp" or row.hidden_clamps == "after"
+        limits = keys.of_each_block(f"{keys.prefix}.{key}", blocks) if read and key in keys else [0.0] * blocks
         if min(limits) < 0:
             raise ConfigError(f"metadata key {keys.prefix}.{key} contains {min(limits)}; limits are not negative")
         found.append(limits)

@@ -10,6 +10,8 @@ from ggjac.config.model import Rope
 
 # Published models have 1000.
 _LARGEST_ALPHA = 1e6
+# Elements of a head whose pairs are listed, before the tensors are looked at.
+_WIDEST = 1 << 16
 
 
 def rope_of(keys: Keys, row: Architecture, key_length: int, layer: int, windows: Sequence[int | None]) -> Rope | None:
@@ -40,7 +42,8 @@ def _ropes(keys: Keys, row: Architecture, key_length: int, *, windowed: bool) ->
     dimensions = key_length
     if row.rope_keys == "all":
         dimensions = keys.integer("rope.dimension_count", key_length)
-        dimensions = keys.integer("rope.dimension_count_swa", dimensions) if suffix else dimensions
+        if suffix and row.mixer != "latent":  # there queries and keys of all layers rotate as many elements
+            dimensions = keys.integer("rope.dimension_count_swa", dimensions)
     if row.halved_rotary and not windowed:
         dimensions //= 2
     if dimensions % 2 or dimensions > key_length or (dimensions < key_length and not row.partial_rotary):
@@ -55,9 +58,11 @@ def _ropes(keys: Keys, row: Architecture, key_length: int, *, windowed: bool) ->
     if not row.rope_pairs or untrained:
         return None, None
 
-    base, least = keys.real("rope.freq_base", 10000.0), 1 if kind == "yarn" else 0
-    if base <= least:
-        raise ConfigError(f"{keys.prefix}.rope.freq_base is {base}, but rotation needs a base above {least}")
+    least = 1 if kind == "yarn" else 0
+    base, windowed_base = (keys.real(f"rope.freq_base{of}", 10000.0) for of in ("", "_swa"))
+    for of, found in (("", base), ("_swa", windowed_base)):
+        if found <= least:
+            raise ConfigError(f"{keys.prefix}.rope.freq_base{of} is {found}, but rotation needs a base above {least}")
     if alpha := keys.real("rope.scaling.alpha", 0.0):
         base *= alpha ** (key_length / (key_length - 2))
     full = Rope(
@@ -83,7 +88,7 @@ def _ropes(keys: Keys, row: Architecture, key_length: int, *, windowed: bool) ->
         # llama.cpp applies the file's factor here for any type of scaling; only full layers respect "none".
         "based": replace(full, base=keys.real("rope.freq_base_swa", full.base), factor=factor),
         "plain": unscaled,
-        "own": replace(unscaled, base=keys.real("rope.freq_base_swa", 10000.0), magnitude=magnitude),
+        "own": replace(unscaled, base=windowed_base, magnitude=magnitude),
         "unscaled": replace(unscaled, base=keys.real("rope.freq_base_swa", base), magnitude=magnitude),
         "bare": replace(unscaled, base=keys.real("rope.freq_base_swa", base)),
     }
@@ -99,6 +104,8 @@ def _scaling(keys: Keys) -> tuple[str, float]:
     factor = keys.real("rope.scaling.factor", keys.real("rope.scale_linear", 0.0)) or 1.0
     if kind == "yarn" and factor < 1:
         raise ConfigError(f"{keys.prefix}.rope.scaling.factor is {factor}; YaRN needs at least 1")
+    if factor < 1e-6:
+        raise ConfigError(f"{keys.prefix}.rope.scaling.factor is {factor}; expected at least 1e-06")
     return kind, factor
 
 
@@ -133,7 +140,8 @@ def _rope_sections(keys: Keys, row: Architecture, dimensions: int) -> Sequence[i
         axes = 3 if row.rope_sections == "interleaved" else 4
         whole = isinstance(sections, Sequence) and len(sections) >= axes
         whole = whole and all(isinstance(entry, int) and entry >= 0 for entry in sections[:axes])
-        if not row.rope_sections or not whole or sum(sections[:axes]) < dimensions // 2:
+        fits = whole and dimensions <= _WIDEST and sum(sections[:axes]) >= dimensions // 2
+        if not row.rope_sections or not fits:
             given = shown(list(sections) if isinstance(sections, Sequence) else sections)
             raise ConfigError(f"{keys.prefix}.rope.dimension_sections {given} is not supported")
     return sections
@@ -147,10 +155,11 @@ def _refuse_unsupported_ropes(keys: Keys, row: Architecture, dimensions: int, ke
     if alpha and (not row.rope_alpha or key_length <= 2 or alpha > _LARGEST_ALPHA):
         raise ConfigError(f"{keys.prefix}.rope.scaling.alpha {alpha} is not supported")
     own = {"": (), "rotations": ("rope",), "heads": ("rope", "attention")}[row.windowed_sizes]
+    own = own[1:] if row.mixer == "latent" else own
     for key, same in (
         ("rope.dimension_count_swa", dimensions),
         ("attention.key_length_swa", key_length),
-        ("attention.value_length_swa", key_length),
+        ("attention.value_length_swa", keys.integer("attention.value_length", key_length)),
     ):
         if row.windowed and not key.startswith(own) and keys.integer(key, same) != same:
             raise ConfigError(
@@ -193,7 +202,9 @@ def read_windows(keys: Keys, row: Architecture, blocks: int, used: int) -> list[
         raise ConfigError(f"metadata key {name} is missing; the file is incomplete or was converted wrongly")
     pattern = keys.metadata.get(name, row.window_period)
     if isinstance(pattern, Sequence) and not isinstance(pattern, str):
-        windows = [size if local else None for local in keys.flags("attention.sliding_window_pattern", blocks) or ()]
+        windows = [
+            size if local else None for local in keys.flags("attention.sliding_window_pattern", blocks, used) or ()
+        ]
     else:
         period = keys.count("attention.sliding_window_pattern", row.window_period)
         full = 0 if row.full_first else period - 1
