@@ -250,6 +250,14 @@ def test_failed_checks_are_said_in_words() -> None:
         assert said in text
 
 
+def test_how_the_triplets_were_found_is_said() -> None:
+    content = run_json()
+    content["svd"] |= {"method": "matrix", "sweeps": 1, "rough_sweeps": 0, "stopped_by": "exact"}
+    assert "converged: from the whole matrix (1 sweep), exact to rounding." in Page(rendered(content)).text
+    content["svd"] |= {"method": "sweeps", "sweeps": 10, "rough_sweeps": 7, "stopped_by": "tolerance"}
+    assert "after 10 sweeps (7 of them rough). Stopped by: tolerance." in Page(rendered(content)).text
+
+
 def test_a_run_without_llama_cpp_has_no_verdict() -> None:
     content = run_json() | {"parity": {"verdict": None, "reason": "llama-cpp-python is missing"}}
     assert "llama.cpp no verdict not compared llama-cpp-python is missing" in Page(rendered(content)).text

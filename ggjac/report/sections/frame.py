@@ -21,7 +21,7 @@ from ggjac.report.schema import (
 )
 from ggjac.report.sections.common import SHORT, Run, Section, capital, file_name
 from ggjac.report.summary import caveat, sentences
-from ggjac.units import duration, power, size
+from ggjac.units import counted, duration, power, size
 
 
 def position(value: Any, where: str) -> int | str:
@@ -209,8 +209,11 @@ def _convergence(c: dict[str, Any]) -> dict[str, Any] | None:
     if not found or not found["triplets"]:
         return None
     residuals = [t["residual"] for t in found["triplets"] if t["residual"] is not None]
-    sweeps = "" if found["sweeps"] is None else f" after {found['sweeps']} sweeps"
+    rough = f" ({found['rough_sweeps']} of them rough)" if found["rough_sweeps"] else ""
+    way = "" if found["sweeps"] is None else f" after {counted(found['sweeps'], 'sweep')}{rough}"
     stopped = found["stopped_by"] and f" Stopped by: {found['stopped_by']}."
+    if found["method"] == "matrix":
+        way, stopped = f": from the whole matrix ({counted(found['sweeps'] or 0, 'sweep')}), exact to rounding", None
     return {
         "name": "Singular vectors",
         # One that stopped at the precision of its dtype is as good as that allows, not a failure.
@@ -218,7 +221,7 @@ def _convergence(c: dict[str, Any]) -> dict[str, Any] | None:
         "value": power(max(residuals)) if residuals else "–",
         "limit": "" if found["tol"] is None else f"tolerance {power(found['tol'])}",
         "says": f"Largest residual of {len(found['triplets'])} triplets, relative to σ; "
-        f"{'converged' if found['converged'] else 'not converged'}{sweeps}.{stopped or ''}",
+        f"{'converged' if found['converged'] else 'not converged'}{way}.{stopped or ''}",
     }
 
 

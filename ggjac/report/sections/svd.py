@@ -45,7 +45,9 @@ _SVD = record(
     {
         "seed": integer,
         "tol": number,
+        "method": text,
         "sweeps": integer,
+        "rough_sweeps": integer,  # of these, in a narrower dtype
         "stopped_by": text,
         "sink": SINK,  # of the first right vector's weight
         "next_singular_value": FOLLOWING,
