@@ -49,9 +49,26 @@ def test_the_file_is_what_llamacpps_programs_read(tmp_path: Path) -> None:
         assert tensor.data.tolist() == wanted.tolist()
 
 
+# Architectures that this test leaves out, and why.
+APART = {
+    "plamo2": "llama.cpp's graph adds no control vector",
+    "hy_v4": "llama.cpp's graph adds no control vector",
+    "plamo3": "the final norm has no name in the graph",
+    "rwkv7": "blocks read the values of the first one, which the loop below does not hand on",
+    "arwkv7": "blocks read the values of the first one, which the loop below does not hand on",
+}
+
+
 @pytest.mark.parametrize(
     ("case", "layer"),
-    [*((case, 2) for case in FIRST.values()), ("gqa", 3), ("gqa", 4), ("gemma2", 4), ("gpt_oss", 3), ("mixtral", 4)],
+    [
+        *((case, 2) for name, case in FIRST.items() if name not in APART),
+        ("gqa", 3),
+        ("gqa", 4),
+        ("gemma2", 4),
+        ("gpt_oss", 3),
+        ("mixtral", 4),
+    ],
 )
 def test_llamacpp_adds_it_to_the_stream_we_say(case: str, layer: int, tiny_file: TinyFile, tmp_path: Path) -> None:
     """Against the oracle with the direction added after so many blocks, at every position; untouched before."""
@@ -60,8 +77,8 @@ def test_llamacpp_adds_it_to_the_stream_we_say(case: str, layer: int, tiny_file:
     layers = given.layers if len(given.mixers) > 1 else 4  # blocks of several kinds are as they are
     path, ids = tiny_file(case, layers=layers, ftype="F32"), tiny.prompt(case, 6)
     known, blocks = oracle.load(path), (layers - given.predictors) * given.extra.get("num_loops", 1)
-    push = direction().float().double()
-    vector = save(tmp_path / "v.gguf", layer=layer, block_count=blocks)
+    push = direction(given.d).float().double()
+    vector = save(tmp_path / "v.gguf", layer=layer, block_count=blocks, values=push)
     graph = ARCHITECTURES[known.architecture].graph
     names = (*graph.stream, "result_norm")
     plain = run_llama_cpp(path, ids, threads=1, names=names)

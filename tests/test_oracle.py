@@ -572,10 +572,10 @@ FAMILY_MISTAKES: dict[str, tuple[str, Callable[[Oracle], Oracle]]] = {
     "gpt-oss: one not added to up": ("gpt_oss", facts(shift=0.0)),
     "gpt-oss: SiLU": ("gpt_oss", facts(activation="silu")),
     "gpt-oss: local layers unscaled": ("gpt_oss", facts(local_scaling=False)),
+    "llama: attention scale read": ("llama_unread", facts(attn_scale_key="attention.scale")),
     **{
         f"{case}: {what} read": (case, facts(**{fact: True}))
         for case, fact, what in (
-            ("llama_unread", "attn_scale_key", "attention.scale"),
             ("llama_unread", "residual_key", "residual_scale"),
             ("llama_unread", "finetuned_key", "finetuned"),
             ("llama_unread", "temperature", "temperature_scale"),
@@ -1941,7 +1941,7 @@ def test_frozen_networks_side_by_side_by_hand(mlp_path: str, tiny_file: Callable
     dense, experts = (scaled(part @ x, w[f"post_ffw_norm_{i}.weight"]) @ part for i, part in ((1, dense), (2, experts)))
     J = scaled((dense + experts) @ x, w["post_ffw_norm.weight"]) @ (dense + experts)
     ours = frozen_product(
-        lambda x: oracle.feed_forward(model, "blk.0", x, "ffn_norm", freeze=mlp_path, gelu="exact"), x
+        lambda x: oracle.feed_forward(model, "blk.0", x, x, "ffn_norm", freeze=mlp_path, gelu="exact"), x
     )
     assert distance(ours, J) < 1e-13
 

@@ -42,7 +42,6 @@ def jacobian(
 
     \b
     ggjac jacobian -m model.gguf -p "The capital of France is" -o jacobian.safetensors
-    ggjac jacobian -m model.gguf -f prompts.txt --mean -o mean.safetensors
     """
     from ggjac.analysis.jacobian import dense, saved
     from ggjac.cli.result import finish
