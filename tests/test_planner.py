@@ -324,11 +324,11 @@ def test_a_trace_reads_what_the_plan_says(case: str, mlp_path: Any, tiny_file: T
         stems += twice if alone or mlp_path == "gate" else ()
         elements += surplus(run, layer.index, n, flat(run.tapes[layer.index].ffn), stems)
         # Vectors are a trifle, and read where they are needed: norms once, biases once or twice. Where three parts of a
-        # convolution have their biases in one, it is read for each.
+        # convolution, or queries, keys and values, have their biases in one, it is read for each.
         prefix = model.config.prefix(layer.index)
         infos = [info for info in model.gguf.tensors.values() if info.name.startswith(prefix)]
         trifle = 2 * sum(info.elements for info in infos if len(info.shape) == 1 or not info.name.endswith(".weight"))
-        trifle += sum(info.elements for info in infos if info.name.endswith("ssm_conv1d.bias"))
+        trifle += sum(info.elements for info in infos if info.name.endswith(("ssm_conv1d.bias", "attn_qkv.bias")))
         assert elements <= layer.trace.weights + 1e-6 <= elements + trifle + 1e-3
         assert layer.stored_bytes == sum(info.nbytes for info in infos)
     assert model.weights.reads["token_embd.weight"] * model.config.d <= plan.embedding.weights
