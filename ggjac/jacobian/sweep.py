@@ -22,6 +22,7 @@ from ggjac.jacobian.tapes import Tapes
 from ggjac.linop import Identity, LinearOperator
 from ggjac.runs.journal import Product, Records
 from ggjac.sizes import Kind
+from ggjac.ways import share_rows
 
 # The taps of a block in the order in which cotangents pass them.
 DOWNWARDS: tuple[Kind, ...] = ("layer", "mlp", "attn")
@@ -159,7 +160,7 @@ class SharedSweep:
         go up, `[n d, n, d]`, and are read where a span ends. A matrix is to be used before the next one is asked for.
         Nothing is recorded in the journal.
         """
-        rows = len({span.tap for span in self.spans}) == 1
+        rows = share_rows([(span.start, span.tap.index) for span in self.spans])
         yield from self._rows() if rows else self._columns()
         self.network.embedding.matrix.store.check_unchanged()
 
