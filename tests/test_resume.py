@@ -54,6 +54,7 @@ def commands(tiny_files: dict[str, Path]) -> dict[str, list[str]]:
         "run": ["analyze", *what, "-k", "2", "--no-verify", "--per-token", "-o", "run"],
         "svd.safetensors": ["svd", *what, "-k", "2", "-o", "svd.safetensors"],
         "jacobian.safetensors": ["jacobian", *what, "-o", "jacobian.safetensors"],
+        "layers.safetensors": ["layers", *what, "-k", "2", "-o", "layers.safetensors"],
     }
 
 
@@ -103,7 +104,10 @@ def whole(run: Run, commands: dict[str, list[str]], tmp_path_factory: pytest.Tem
     return get
 
 
-@pytest.mark.parametrize(("output", "kills"), [("run", 20), ("svd.safetensors", 8), ("jacobian.safetensors", 6)])
+@pytest.mark.parametrize(
+    ("output", "kills"),
+    [("run", 20), ("svd.safetensors", 8), ("jacobian.safetensors", 6), ("layers.safetensors", 8)],
+)
 def test_kills_cost_nothing_but_time(
     output: str,
     kills: int,
