@@ -114,7 +114,8 @@ def analyze(
     if resume and output is not None and finished(Path(output)):
         check_same(session, Path(output), rank=rank, tol=tol, seed=seed)
         return Path(output)
-    session.fit("analyze", rank=rank, layers=layers, per_token=per_token, contrast=contrast)
+    asked: dict[str, Any] = {"layers": layers, "per_token": per_token, "contrast": contrast}
+    session.fit("analyze", rank=rank, search_dtype=search_dtype, **asked)
     options: dict[str, Any] = {"rank": rank, "tol": tol, "seed": seed, "max_sweeps": max_sweeps, "top": top}
     options["hide_special"] = hide_special
     parts: dict[str, Any] = {"verify": verify, "layers": layers, "per_token": per_token, "contrast": contrast}
