@@ -5,6 +5,7 @@ The peak is a sum of parts (`PARTS`), each a formula below, in bytes. Formulas o
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 from ggjac.config import Layer, ModelConfig
@@ -82,7 +83,7 @@ def _sweep_parts(config: ModelConfig, work: Work, step: Sweeps, slab: int) -> di
     else:
         # A basis in float32 gives the sweep a copy of its vectors rounded to the dtype.
         rounded = bool(step.bases) and item < wide
-        counted = alone_floats if region.sequential else sweep_floats
+        counted = alone_floats if region.sequential else partial(sweep_floats, ends=region.written is None)
         # A decomposition goes both ways.
         floats = max(
             counted(config, n, step.vectors, up=up, slab=slab) for up in ({False, step.up} if step.bases else {step.up})
@@ -107,7 +108,9 @@ def _lookup_parts(config: ModelConfig, work: Work, step: Lookup, tile: int) -> d
 # Floats of working memory
 
 
-def sweep_floats(config: ModelConfig, n: int, vectors: int = 1, *, up: bool, slab: int = SLAB) -> int:
+def sweep_floats(
+    config: ModelConfig, n: int, vectors: int = 1, *, up: bool, slab: int = SLAB, ends: bool = True
+) -> int:
     """Return the floats that one of so many stacked vectors takes at most on its way through a block of `n` positions.
 
     They are the tensors alive at once in the code of `linop`, `blocks` and `jacobian`; torch's allocator counts the
@@ -134,6 +137,8 @@ def sweep_floats(config: ModelConfig, n: int, vectors: int = 1, *, up: bool, sla
     only those of a chunk, and has two states instead. One in each channel goes from position to position; on its way up
     it has three states, and on its way down one. What reads the position before has a copy of the stream more, and on
     its way down two.
+
+    Where maps end with the last block (`ends`), that has heads at one position only.
     """
     d, row = config.d, config.row
     factors = (config.attention_factor, config.residual_scale, row.joint_scale)
@@ -143,11 +148,11 @@ def sweep_floats(config: ModelConfig, n: int, vectors: int = 1, *, up: bool, sla
     wide = config.width(1) - d  # of several residual streams
     around = d if wide else 0  # what a branch has read or adds, beside them
     if up:
-        attention = max(_attention_up(d, n, path) for path in _paths(config, n)) + n * 2 * wide
+        attention = max(_attention_up(d, n, path) for path in _paths(config, n, ends)) + n * 2 * wide
         stream = 4 * d + 3 * wide + around + shift
         return bank + max(attention, _ffn_floats(config, n, vectors, slab, stream, 0, lambda s: 2 * s, 2 * d))
     centred = d if more or row.norm != "rms" else 0
-    attention = max(_attention_down(d, n, path, centred) for path in _paths(config, n)) + _beside(config, n)
+    attention = max(_attention_down(d, n, path, centred) for path in _paths(config, n, ends)) + _beside(config, n)
     attention += n * 3 * (wide + around)
     stream = 2 * d + more + 2 * wide + around + 2 * shift
     return bank + max(attention, _ffn_floats(config, n, vectors, slab, stream, d, lambda s: max(2 * s, s + d), d))
@@ -173,10 +178,10 @@ class _Path(NamedTuple):
     stepwise: bool = False
 
 
-def _paths(config: ModelConfig, n: int) -> set[_Path]:
+def _paths(config: ModelConfig, n: int, ends: bool = True) -> set[_Path]:
     """Return the paths of values of every kind of mixer in the model."""
     found = {_Path(0, 0)}
-    for own in config.layers:
+    for i, own in enumerate(config.layers, start=1):
         for mixer in own.mixers:
             if MIXERS[mixer].recurrent:
                 sizes = config.recurrence
@@ -190,7 +195,9 @@ def _paths(config: ModelConfig, n: int) -> set[_Path]:
                 found.add(_Path(config.d, config.d, 2, mixed=False))
             else:
                 factors = int(bool(config.attention_clamp) or config.row.value_norm)
-                found.add(_Path(own.heads * own.value_size, own.kv_heads * own.value_size, factors))
+                positions = n if ends and i == len(config.layers) else 1  # for each at which there are heads
+                heads = math.ceil(own.heads * own.value_size / positions)
+                found.add(_Path(heads, own.kv_heads * own.value_size, factors))
     return found
 
 
