@@ -687,6 +687,30 @@ def test_layers_nearest_the_output_are_kept_dense(tiny_file: TinyFile) -> None:
     assert planned(path, 5, "predict", budget=AMPLE).places == ["file"] * 5  # nothing is used again
 
 
+@pytest.mark.parametrize("case", ["nanbeige", "nanbeige_thrice"])
+def test_blocks_that_are_applied_several_times_are_kept_once(case: str, tiny_file: TinyFile) -> None:
+    """As the cache does, which sweeps fill to the byte; and they are made ready once."""
+    path = tiny_file(case, layers=2, type="Q8_0")
+    run, ample = trace(path, 5), planned(path, 5, budget=AMPLE)
+    loops, size = run.model.config.loops, ample.layers[0].dense_bytes
+    assert loops > 1
+    assert ample.places == ["dense"] * 2 * loops
+    assert ample.ram_peak == ample.ram_needed + 2 * size
+    tight = planned(path, 5, budget=planner.Budget(ample.ram_needed + 2 * size - 1))
+    assert tight.places == ["file", "dense"] * loops
+    for plan, kept in ((ample, 2), (tight, 1)):
+        run.model.weights.place(plan.places, plan.room)
+        for _ in range(2):
+            run.jacobian().rmatmat(torch.ones(1, plan.d))
+        assert run.model.weights.cache.nbytes["dense"] == plan.room["dense"] == kept * size
+    making = {part.what: part for part in planner.seconds(ample, Rates(), free=1 << 40).parts}["making layers ready"]
+    assert making.dequantize == pytest.approx(2 * size / 4 / 5e5 + 2 * size / 8e6)
+    device = planned(path, 5, device="cuda", budget=planner.Budget(ample.ram_needed, 1 << 40))
+    stored = device.layers[0].kept.nbytes
+    tight = planned(path, 5, device="cuda", budget=planner.Budget(1 << 40, device.vram_needed + stored))
+    assert tight.places == ["pinned", "device"] * loops
+
+
 def test_a_device_takes_quantized_layers_first(tiny_file: TinyFile) -> None:
     path = tiny_file("plain", layers=5, type="Q8_0")
 

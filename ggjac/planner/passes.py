@@ -85,6 +85,7 @@ class LayerPlan:
 
     Attributes:
         index: of the block.
+        stored: number of the block in the file; blocks that are applied several times share it.
         stored_bytes: of all its tensors, all experts included.
         sweep: what a sweep of the Jacobian reads and computes, FLOP for one stacked vector.
         trace: what the trace reads and computes.
@@ -98,6 +99,7 @@ class LayerPlan:
     """
 
     index: int
+    stored: int
     stored_bytes: int
     sweep: Pass
     trace: Pass
@@ -132,6 +134,7 @@ def layer_plan(
         kept = _each_once(block, config, max(step.region.read or work.n for step in work.sweeps))
     return LayerPlan(
         index=index,
+        stored=index % config.stored_blocks,
         stored_bytes=sum(info.nbytes for info in block.infos),
         sweep=sweep,
         trace=_trace(block, config, mlp_path, work.n, work.n),
