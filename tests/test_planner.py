@@ -65,7 +65,7 @@ CASES = [
     *("mimo2_fused", "smallthinker", "dbrx", "arctic", "grok", "grok_defaults", "openelm", "deci", "deci_linear"),
     *("deci_idle", "bitnet"),
     *("mamba", "mamba_sizes", "mamba_q8_0", "jamba", "jamba_experts", "plamo2"),
-    *("rwkv6", "rwkv7", "rwkv7_one_layer", "rwkv7_q8_0"),
+    *("rwkv6", "rwkv6_apart", "rwkv7", "rwkv7_one_layer", "rwkv7_q8_0"),
     *("rwkv6qwen2", "rwkv6qwen2_heads", "arwkv7", "arwkv7_no_gate", "arwkv7_not_normed", "arwkv7_q8_0"),
     *("afmoe", "laguna", "laguna_elements", "step35_clamped", "step35_factors", "spark2_5", "muse_glimmer"),
     *("llama4", "llama4_several", "minimax_01", "nanbeige", "nanbeige_thrice"),
