@@ -96,6 +96,14 @@ class Region(NamedTuple):
         """Sweeps that one pass over all maps takes."""
         return len(self.spans) if self.sequential else 1
 
+    def ends(self, block: int, blocks: int) -> list[int]:
+        """Return where the maps that pass through a block end, one of `blocks` blocks."""
+        return [last for first, last in self.spans or ((0, blocks),) if first <= block < last]
+
+    def ends_in(self, block: int, blocks: int) -> bool:
+        """Return whether all maps that pass through a block end in it, so that it writes only the last position."""
+        return self.written is None and set(self.ends(block, blocks)) == {block + 1}
+
 
 JACOBIAN = Region()
 
