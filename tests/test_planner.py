@@ -462,7 +462,7 @@ def parts(path: Path) -> dict[str, set[str]]:
         "analyze": {"layers": [1, 2], "transport": True, "contrast": True, "per_token": True},
         "svd": {"per_token": True, "saved": True},
         "layers": {"transport": True, "saved": True},
-        "attribute": {"everywhere": True},
+        "attribute": {"positions": "all"},
         "predict": {"everywhere": True},
         "jacobian": {"mean": True},
     }
