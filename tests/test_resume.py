@@ -56,6 +56,7 @@ def commands(tiny_files: dict[str, Path]) -> dict[str, list[str]]:
         "svd.safetensors": ["svd", *what, "-k", "2", "-o", "svd.safetensors"],
         "some.safetensors": ["svd", *what, "-k", "2", *SOME, "-o", "some.safetensors"],
         "jacobian.safetensors": ["jacobian", *what, "-o", "jacobian.safetensors"],
+        "layers.safetensors": ["layers", *what, "-k", "2", "-o", "layers.safetensors"],
     }
 
 
@@ -106,7 +107,14 @@ def whole(run: Run, commands: dict[str, list[str]], tmp_path_factory: pytest.Tem
 
 
 @pytest.mark.parametrize(
-    ("output", "kills"), [("run", 20), ("svd.safetensors", 8), ("some.safetensors", 4), ("jacobian.safetensors", 6)]
+    ("output", "kills"),
+    [
+        ("run", 20),
+        ("svd.safetensors", 8),
+        ("some.safetensors", 4),
+        ("jacobian.safetensors", 6),
+        ("layers.safetensors", 8),
+    ],
 )
 def test_kills_cost_nothing_but_time(
     output: str,

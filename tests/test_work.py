@@ -158,15 +158,16 @@ def counted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Counted:
             return result
 
         monkeypatch.setattr(SharedSweep, side, product)
-    matrices = SharedSweep.matrices
+    of_matrices = SharedSweep.of_matrices
 
-    def every(self: SharedSweep) -> Iterator[Any]:
+    def every(self: SharedSweep, compute: Any) -> Any:
         before, (n, d) = self.flop, (self.position + 1, self.d)
-        yield from matrices(self)
+        made = of_matrices(self, compute)
         rows = len({span.tap for span in self.spans}) == 1
         found.products.append((d if rows else n * d, self.flop - before))
+        return made
 
-    monkeypatch.setattr(SharedSweep, "matrices", every)
+    monkeypatch.setattr(SharedSweep, "of_matrices", every)
     return found
 
 
