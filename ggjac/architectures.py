@@ -232,7 +232,9 @@ class Architecture:
         shared_fused: gate and up of the shared expert are in one tensor, gate first.
         looped: all blocks may be applied several times, one after the other (`num_loops`), with the norm before the
             head between these passes, unless the file has `skip_loop_final_norm`.
-        streams: there are several residual streams (`hyper_connection.count`).
+        streams: whether several residual streams (`hyper_connection.count`) are kept `"apart"`, or `"mixed"` at each
+            branch by weights from Sinkhorn's iteration; `""` for one stream.
+        stream_mean: the norm before the head reads their mean, and not a sum by weights from a matrix.
         stream_scale: a block's output may be multiplied by a number (`layer_output_scale`).
         halving: the stream is halved after each of the file's `rescale_every_n_layers`, if that is not 0.
         post_norm_epsilon: what norms after branches add inside of their root; 0 for the same as others.
@@ -362,7 +364,8 @@ class Architecture:
     shared_optional: bool = False
     shared_fused: bool = False
     looped: bool = False
-    streams: bool = False
+    streams: str = ""
+    stream_mean: bool = False
     stream_scale: bool = False
     halving: bool = False
     post_norm_epsilon: float = 0.0
@@ -859,7 +862,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         indexer="optional keys",
         gated_heads="elements",
         sinks="required",
-        streams=True,
+        streams="apart",
         output_scales=False,
         hidden_clamps="before",
         router_key=True,

@@ -136,7 +136,7 @@ class Facts(NamedTuple):
     scales: tuple[float, ...] = ()  # of embeddings, branches * sqrt(blocks) and logits * d, where the file has none
     plain_scales: bool = False  # of branches and logits as they are
     scale_keys: bool = True  # and the file may have some
-    streams: bool = False  # several residual streams (oracle_streams.py)
+    streams: str = ""  # several residual streams: apart | mixed (oracle_streams.py)
     mscale: str | None = None  # of latent attention in a stretched context: equal | one | alone (oracle_latent.py)
 
 
@@ -373,7 +373,7 @@ FACTS: dict[str, Facts] = {
     "deepseek32": LATENT_ROUTED._replace(mscale="one", temperature=False),
     "glm-dsa": LATENT_ROUTED._replace(mscale="alone", temperature=False, router="each"),
     "hy_v4": LATENT_ROUTED._replace(
-        temperature=False, clamp_keys=True, clamp_first=True, streams=True, graph={"attn_out": "latent"}
+        temperature=False, clamp_keys=True, clamp_first=True, streams="apart", graph={"attn_out": "latent"}
     ),
     "dots3note": LATENT_ROUTED._replace(
         temperature=False, period=0, graph={"attn_output": "latent", "attn_out": "what heads read"}
@@ -1140,8 +1140,8 @@ def connected(
     """Return what a branch reads, before its norm, and the stream after the branch as a function of what it adds."""
     if not model.facts.streams:
         return x, lambda added: x + added
-    w = tensors_of(model, int(b.removeprefix("blk.")))
-    return oracle_streams.connection(w, model.metadata, f"hc_{branch}", x, frozen=frozen)
+    w, mixed = tensors_of(model, int(b.removeprefix("blk."))), model.facts.streams == "mixed"
+    return oracle_streams.connection(w, model.metadata, f"hc_{branch}", x, mixed=mixed, frozen=frozen)
 
 
 def final_norm(model: Oracle, x: Tensor, *, frozen: bool) -> Tensor:

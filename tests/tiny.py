@@ -108,6 +108,8 @@ class Options:
     selection_bias: float = 0.0  # spread of exp_probs_b around `selection_mean`; 0: no such tensor
     selection_mean: float = 0.0
     streams: int = 0  # residual streams that branches read and write by weights of their own; 0: one stream
+    stream_rounds: int = 0  # of the iteration that makes the weights by which streams are mixed; 0: they are not
+    stream_head: bool = True  # the head reads them by weights, too; else their mean
     latent: int = 0  # width of the stream that routed experts read and write; 0: that of all
     predictors: int = 0  # of `layers` the last, which predict later tokens
     predictor_norms: tuple[str, ...] = ("nextn.enorm", "nextn.hnorm")
@@ -229,6 +231,7 @@ def metadata(o: Options) -> dict[str, Any]:
         "leading_dense_block_count": o.dense_lead,
         "nextn_predict_layers": o.predictors,
         "hyper_connection.count": o.streams,
+        "hyper_connection.sinkhorn_iterations": o.stream_rounds,
     }
     keys |= {key: value for key, value in optional.items() if value or key in o.zeros}
     keys |= {key: value for key, value in o.sizes.items() if "." in key}
@@ -249,7 +252,7 @@ def tensors(o: Options) -> Iterator[Entry]:
     yield from norms(o, o.final_norm, o.d)
     if o.embedding_norm:
         yield from norms(o, "token_embd_norm", o.d)
-    if o.streams:
+    if o.streams and o.stream_head:
         yield from stream_weights(o, "output_hc", o.streams, 1)
     if not o.tied:
         yield Entry("output.weight", (o.vocab, o.d), o.embed_std if o.head_only else 2.0 / math.sqrt(o.d))
@@ -283,8 +286,9 @@ def tensors(o: Options) -> Iterator[Entry]:
             yield from [matrix(f"{b}.inp_gate", o.per_layer, o.d, 0.7), matrix(f"{b}.proj", o.d, o.per_layer)]
             yield from norms(o, f"{b}.post_norm", o.d, o.post_gain)
         if o.streams:
+            uses = 2 * o.streams + o.streams**2 * (o.stream_rounds > 0)
             for branch in ("attn", "ffn"):
-                yield from stream_weights(o, f"{b}.hc_{branch}", 2 * o.streams, 2)
+                yield from stream_weights(o, f"{b}.hc_{branch}", uses, 3 if o.stream_rounds else 2)
         if o.output_scale:
             yield Entry(f"{b}.layer_output_scale.weight", (1,), 0.1, 0.8)
         predictor = layer >= o.blocks

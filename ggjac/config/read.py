@@ -22,6 +22,8 @@ from ggjac.config.tensors import check_tensors
 _ROUTERS = {1: "softmax", 2: "sigmoid"}
 # Of blocks that are applied several times (llama.cpp's LLAMA_MAX_LAYERS).
 MAX_BLOCKS = 512
+# Of Sinkhorn's iteration; models have 20.
+MAX_ROUNDS = 1000
 # Tensors that have a projection of their own to the values.
 _VALUES = ("attn_v", "attn_qkv")
 _KEYS_AND_VALUES = ("attn_k", "attn_v", "attn_k_norm")
@@ -360,7 +362,16 @@ def _streams(keys: Keys, row: Architecture) -> Streams:
         raise ConfigError(
             f"{keys.prefix}.hyper_connection.count is {count}; at least 2 streams are supported; take another model"
         )
-    return Streams(count, keys.real("hyper_connection.epsilon"), keys.real("hyper_connection.magnitude"))
+    epsilon = keys.real("hyper_connection.epsilon")
+    if row.streams == "apart":
+        return Streams(count, epsilon, keys.real("hyper_connection.magnitude"))
+    rounds = keys.integer("hyper_connection.sinkhorn_iterations")
+    if rounds > MAX_ROUNDS:
+        raise ConfigError(
+            f"{keys.prefix}.hyper_connection.sinkhorn_iterations is {rounds}; at most {MAX_ROUNDS} are supported; take "
+            "another model"
+        )
+    return Streams(count, epsilon, rounds=rounds)
 
 
 def _indexer(keys: Keys, row: Architecture) -> Indexer:

@@ -43,7 +43,7 @@ _STREAMS = {
     for name, axes in {
         "fn": ("weights of streams", "all streams"),
         "base": ("weights of streams",),
-        "scale": ("two",),
+        "scale": ("uses of streams",),
     }.items()
 }
 _OWN_INPUTS = {"inp_gate.weight": ("inputs", "d"), "proj.weight": ("d", "inputs"), "post_norm.weight": ("d",)}
@@ -467,7 +467,7 @@ def _scopes(config: ModelConfig) -> Iterator[tuple[str, dict[str, tuple[str, ...
         **_stream_sizes(config),
     }
     outside = _GLOBAL | (_POSITIONS if config.row.positions else {}) | (_INPUTS if config.inputs else {})
-    outside |= _FINAL_STREAMS if config.streams.count else {}
+    outside |= _FINAL_STREAMS if config.streams.count and not config.row.stream_mean else {}
     outside |= _EMBEDDING_NORM if config.row.embedding_norm == "weighted" else {}
     if config.row.norm == "bare":
         outside = {name: axes for name, axes in outside.items() if not name.startswith("output_norm.")}
@@ -509,8 +509,13 @@ def _attention_sizes(config: ModelConfig, layer: int) -> dict[str, int]:
 
 def _stream_sizes(config: ModelConfig) -> dict[str, int]:
     """Return the named sizes of several residual streams."""
-    count = config.streams.count
-    return {"streams": count, "all streams": count * config.d, "weights of streams": 2 * count, "two": 2}
+    count, mixed = config.streams.count, config.streams.rounds > 0
+    return {
+        "streams": count,
+        "all streams": count * config.d,
+        "weights of streams": count * (2 + mixed * count),
+        "uses of streams": 2 + mixed,
+    }
 
 
 def _indexer_sizes(config: ModelConfig) -> dict[str, int]:
