@@ -392,7 +392,9 @@ def _indexer(keys: Keys, row: Architecture) -> Indexer:
             "another model"
         )
     if name in keys and not keys.flag(name):
-        raise ConfigError(f"{keys.prefix}.{name} is False: attention without the last keys is not supported")
+        raise ConfigError(
+            f"{keys.prefix}.{name} is False: attention without the last keys is not supported; take another model"
+        )
     return Indexer(heads, key_size, selected + pool - 1, pool)
 
 
