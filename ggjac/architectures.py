@@ -258,6 +258,7 @@ class Architecture:
         vision_experts: blocks have other matrices for the tokens of images (`vis_*`), which are not used.
         embedding_optional: files may lack the embeddings: then they are the head's matrix.
         head: whether the head has a matrix of its own (`output`): `"optional"`, `"required"`, or `"tied"` for never.
+        head_scale: the constant factor of that matrix is applied.
         graph: names in llama.cpp's graph.
         export: how files of other converters may differ.
     """
@@ -387,6 +388,7 @@ class Architecture:
     vision_experts: bool = False
     embedding_optional: bool = False
     head: str = "optional"
+    head_scale: bool = True
     graph: Graph = Graph()
     export: Export = Export()
 
@@ -500,6 +502,7 @@ _DEEPSEEK2 = replace(
     expert_scale_key=True,
     leading_dense=True,
     expert_widths="count",
+    head_scale=False,
     graph=Graph(attention=()),
 )
 
@@ -514,6 +517,7 @@ _KIMI = replace(
     router="",
     router_key=True,
     selection_bias="required",
+    head_scale=False,
 )
 
 ARCHITECTURES: dict[str, Architecture] = {
@@ -690,6 +694,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         leading_dense=True,
         expert_widths="shared",
         shared_optional=True,
+        head_scale=False,
         graph=Graph(attention=(), ffn=("ffn_out", "ffn_moe_out")),
     ),
     "mimo2": Architecture(
@@ -803,6 +808,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         mscale="alone",
         router_key=True,
         selection_bias="optional",
+        head_scale=False,
     ),
     "qwen35": _QWEN35,
     "qwen35moe": _QWEN35,
@@ -877,6 +883,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         leading_dense=True,
         expert_widths="count",
         head="required",
+        head_scale=False,
     ),
     "minimax-m3": replace(
         _DEEPSEEK,
@@ -1038,6 +1045,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         router_key=True,
         selection_bias="required",
         expert_widths="tensors",
+        head_scale=False,
         graph=Graph(attention=("attn_o_proj",)),
     ),
     "step35": Architecture(
@@ -1067,6 +1075,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         windowed_sizes="rotations",
         window_rope="based",
         activation="gelu",
+        head_scale=False,
         graph=Graph(attention=("attn_out_proj",)),
     ),
     "muse-glimmer": replace(

@@ -19,11 +19,11 @@ _GLOBAL = {
     "output_norm.bias": ("d",),
     "output.weight": ("vocabulary", "d"),
     "output.bias": ("vocabulary",),
-    **{f"output.{kind}": ("one",) for kind in _SCALES},
     "rope_freqs.weight": ("pairs",),
     "rope_factors_long.weight": ("pairs",),
     "rope_factors_short.weight": ("pairs",),
 }
+_HEAD_SCALES = {f"output.{kind}": ("one",) for kind in _SCALES}
 _POSITIONS = {"position_embd.weight": ("context", "d")}
 _EMBEDDING_NORM = {"token_embd_norm.weight": ("d",), "token_embd_norm.bias": ("d",)}
 _INPUTS = {
@@ -473,6 +473,7 @@ def _scopes(config: ModelConfig) -> Iterator[tuple[str, dict[str, tuple[str, ...
         **_stream_sizes(config),
     }
     outside = _GLOBAL | (_POSITIONS if config.row.positions else {}) | (_INPUTS if config.inputs else {})
+    outside |= _HEAD_SCALES if config.row.head_scale else {}
     outside |= _FINAL_STREAMS if config.streams.count and not config.row.stream_mean else {}
     outside |= _EMBEDDING_NORM if config.row.embedding_norm == "weighted" else {}
     if config.row.norm == "bare":
