@@ -105,8 +105,10 @@ class Architecture:
         state_norm_optional: the outputs of a state space may lack their norm.
         sigmoid_gate: the gate on a recurrence's output is a sigmoid in place of a SiLU.
         low_rank_gates: decays and gates of Kimi's delta rule are projected in two steps.
-        bounded_decay: the logarithms of decays have a lower bound, the file's `kda.gate_lower_bound`, and `ssm_a` is
-            positive.
+        bounded_decay: the logarithms of decays have a lower bound, the file's `kda.gate_lower_bound`: `"required"`
+            (`ssm_a` is positive then), `"optional"` (it is negative with or without a bound), or `""` for never.
+        key_epsilon: what the delta rule's queries and keys add inside the root of their length; 0 for the norms'
+            epsilon.
         gated_queries: `attn_q` has a gate after each head's query: its sigmoid multiplies what the head reads.
         gated_heads: a gate from `attn_gate` multiplies what each head reads: a number for each of the `"heads"`, or
             for each of their `"elements"`; one of these, as the tensor's shape says (`"either"`); a number for each
@@ -122,7 +124,8 @@ class Architecture:
             does not state: `"equal"` to the second, if that is not 0; `"one"`; or `"alone"` (it is 1 and the second 0,
             whatever the file states); `""` where there are none.
         indexer: prompts may be so long that attention selects keys: one by one (`"keys"`), likewise if the file states
-            how many (`"optional keys"`), in blocks (`"blocks"`), or `""` for never. Such prompts are not supported.
+            how many (`"optional keys"`), in blocks (`"blocks"`), in pools of consecutive keys beside those of the last
+            pool, which is incomplete (`"pools"`), or `""` for never. Such prompts are not supported.
         normed_rotary: the part of latent attention's keys that rotates is normed before (`attn_k_norm`).
         value_norm: the values of each head are normed (RMSNorm without weight).
         shared_keys: the file's last `attention.shared_kv_layers` blocks read keys and values of an earlier block.
@@ -201,7 +204,8 @@ class Architecture:
         activation: `"silu"`, `"relu"`, `"gelu"` (tanh form), `"relu2"` (the square of the positive part), `"xielu"`
             (see `ggjac.config.Layer`) or `"silu_oai"` (clamped, with up shifted by one).
         hidden_clamps: hidden units may have limits in each block, and so has the gate, `"before"` its activation (in
-            routed experts, `swiglu_clamp_exp`) or `"after"` it (in others too, `swiglu_clamp_shexp`); `""` for never.
+            routed experts, `swiglu_clamp_exp`), `"before, shared too"` (likewise, and in other networks
+            `swiglu_clamp_shexp`, by default the same) or `"after"` it (likewise, but none by default); `""` for never.
         router: how expert weights come from router logits: `"softmax"` over all experts, `"softmax_selected"` over
             the chosen ones, `"sigmoid"`, or `"sigmoid_selected"` (likewise, but logits decide which are chosen).
         weighted_inputs: these weights multiply what the experts read, and not what they add.
@@ -232,7 +236,9 @@ class Architecture:
         shared_fused: gate and up of the shared expert are in one tensor, gate first.
         looped: all blocks may be applied several times, one after the other (`num_loops`), with the norm before the
             head between these passes, unless the file has `skip_loop_final_norm`.
-        streams: there are several residual streams (`hyper_connection.count`).
+        streams: whether several residual streams (`hyper_connection.count`) are kept `"apart"`, or `"mixed"` at each
+            branch by weights from Sinkhorn's iteration; `""` for one stream.
+        stream_mean: the norm before the head reads their mean, and not a sum by weights from a matrix.
         stream_scale: a block's output may be multiplied by a number (`layer_output_scale`).
         halving: the stream is halved after each of the file's `rescale_every_n_layers`, if that is not 0.
         post_norm_epsilon: what norms after branches add inside of their root; 0 for the same as others.
@@ -252,6 +258,7 @@ class Architecture:
         vision_experts: blocks have other matrices for the tokens of images (`vis_*`), which are not used.
         embedding_optional: files may lack the embeddings: then they are the head's matrix.
         head: whether the head has a matrix of its own (`output`): `"optional"`, `"required"`, or `"tied"` for never.
+        head_scale: the constant factor of that matrix is applied.
         graph: names in llama.cpp's graph.
         export: how files of other converters may differ.
     """
@@ -279,7 +286,8 @@ class Architecture:
     state_norm_optional: bool = False
     sigmoid_gate: bool = False
     low_rank_gates: bool = False
-    bounded_decay: bool = False
+    bounded_decay: str = ""
+    key_epsilon: float = 0.0
     gated_queries: bool = False
     gated_heads: str = ""
     softplus_gate: bool = False
@@ -362,7 +370,8 @@ class Architecture:
     shared_optional: bool = False
     shared_fused: bool = False
     looped: bool = False
-    streams: bool = False
+    streams: str = ""
+    stream_mean: bool = False
     stream_scale: bool = False
     halving: bool = False
     post_norm_epsilon: float = 0.0
@@ -379,6 +388,7 @@ class Architecture:
     vision_experts: bool = False
     embedding_optional: bool = False
     head: str = "optional"
+    head_scale: bool = True
     graph: Graph = Graph()
     export: Export = Export()
 
@@ -492,6 +502,7 @@ _DEEPSEEK2 = replace(
     expert_scale_key=True,
     leading_dense=True,
     expert_widths="count",
+    head_scale=False,
     graph=Graph(attention=()),
 )
 
@@ -506,6 +517,7 @@ _KIMI = replace(
     router="",
     router_key=True,
     selection_bias="required",
+    head_scale=False,
 )
 
 ARCHITECTURES: dict[str, Architecture] = {
@@ -682,6 +694,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         leading_dense=True,
         expert_widths="shared",
         shared_optional=True,
+        head_scale=False,
         graph=Graph(attention=(), ffn=("ffn_out", "ffn_moe_out")),
     ),
     "mimo2": Architecture(
@@ -795,6 +808,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         mscale="alone",
         router_key=True,
         selection_bias="optional",
+        head_scale=False,
     ),
     "qwen35": _QWEN35,
     "qwen35moe": _QWEN35,
@@ -859,7 +873,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         indexer="optional keys",
         gated_heads="elements",
         sinks="required",
-        streams=True,
+        streams="apart",
         output_scales=False,
         hidden_clamps="before",
         router_key=True,
@@ -869,6 +883,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         leading_dense=True,
         expert_widths="count",
         head="required",
+        head_scale=False,
     ),
     "minimax-m3": replace(
         _DEEPSEEK,
@@ -893,11 +908,27 @@ ARCHITECTURES: dict[str, Architecture] = {
         _KIMI,
         latent_queries="optional",
         gated_heads="heads",
-        bounded_decay=True,
+        bounded_decay="required",
         rope_pairs="adjacent",
         hidden_clamps="after",
         expert_widths="shared",
         graph=Graph(("kda_out", "mla_out"), ffn=()),
+    ),
+    "glm5-next": replace(
+        _KIMI,
+        low_rank_gates=True,
+        bounded_decay="optional",
+        key_epsilon=1e-6,
+        latent_queries="required",
+        indexer="pools",
+        rope_pairs="",
+        streams="mixed",
+        stream_mean=True,
+        output_scales=False,
+        hidden_clamps="before, shared too",
+        router="sigmoid",
+        head="required",
+        graph=Graph(("kda_out", "attn_out")),
     ),
     "lfm2": replace(_LFM2, windowed="optional"),
     "lfm2moe": replace(_LFM2, router="", router_key=True, selection_bias="required", leading_dense=True),
@@ -1014,6 +1045,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         router_key=True,
         selection_bias="required",
         expert_widths="tensors",
+        head_scale=False,
         graph=Graph(attention=("attn_o_proj",)),
     ),
     "step35": Architecture(
@@ -1043,6 +1075,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         windowed_sizes="rotations",
         window_rope="based",
         activation="gelu",
+        head_scale=False,
         graph=Graph(attention=("attn_out_proj",)),
     ),
     "muse-glimmer": replace(

@@ -10,6 +10,7 @@ import families
 import oracle
 import pytest
 import tiny
+import torch
 from helpers import FIRST, distance, lacking
 from safetensors.torch import load_file
 
@@ -123,6 +124,21 @@ def test_the_head_may_have_a_factor(tiny_file: Callable[..., Path], tmp_path: Pa
     assert verify(model, ids, strict=False, threads=1).verdict
     shares = ggjac.attribute(trace.jacobian(), target=7)
     assert abs(shares.shares.sum() + shares.offset - trace.logits[7]) < 1e-8
+
+
+@pytest.mark.parametrize("case", [case for case in FIRST.values() if not tiny.options(case).tied])
+def test_the_head_has_its_factor_where_llamacpp_applies_it(case: str, tiny_file: Callable[..., Path]) -> None:
+    llamacpp = pytest.importorskip("llamacpp", reason="llama-cpp-python is not installed")
+    row = ARCHITECTURES[tiny.options(case).architecture]
+    scaled = tiny_file(case, types={"output.weight": "NVFP4"}, scales=("output",))
+    plain = tiny_file(case, types={"output.weight": "NVFP4"}, scales=())
+    theirs = [llamacpp.run(path, tiny.prompt(case, 3))["logits"] for path in (scaled, plain)]
+    assert torch.equal(*theirs) != row.head_scale
+    if row.head_scale:
+        open_model(scaled)
+    else:
+        with pytest.raises(ConfigError, match=r"'output\.scale' is not part of a"):
+            open_model(scaled)
 
 
 def agrees(path: Path) -> bool:

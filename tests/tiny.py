@@ -108,6 +108,8 @@ class Options:
     selection_bias: float = 0.0  # spread of exp_probs_b around `selection_mean`; 0: no such tensor
     selection_mean: float = 0.0
     streams: int = 0  # residual streams that branches read and write by weights of their own; 0: one stream
+    stream_rounds: int = 0  # of the iteration that makes the weights by which streams are mixed; 0: they are not
+    stream_head: bool = True  # the head reads them by weights, too; else their mean
     latent: int = 0  # width of the stream that routed experts read and write; 0: that of all
     predictors: int = 0  # of `layers` the last, which predict later tokens
     predictor_norms: tuple[str, ...] = ("nextn.enorm", "nextn.hnorm")
@@ -212,7 +214,7 @@ def metadata(o: Options) -> dict[str, Any]:
         "attention.key_length": o.hd,
         "attention.value_length": o.hv,
         f"attention.layer_norm_{'rms_' if o.norm.startswith('rms') else ''}epsilon": o.eps,
-        "rope.dimension_count": o.n_rot or o.hd,
+        "rope.dimension_count": o.hd if o.n_rot is None else o.n_rot,
         "rope.freq_base": o.rope_base,
         "vocab_size": o.vocab,
     }
@@ -229,6 +231,7 @@ def metadata(o: Options) -> dict[str, Any]:
         "leading_dense_block_count": o.dense_lead,
         "nextn_predict_layers": o.predictors,
         "hyper_connection.count": o.streams,
+        "hyper_connection.sinkhorn_iterations": o.stream_rounds,
     }
     keys |= {key: value for key, value in optional.items() if value or key in o.zeros}
     keys |= {key: value for key, value in o.sizes.items() if "." in key}
@@ -249,7 +252,7 @@ def tensors(o: Options) -> Iterator[Entry]:
     yield from norms(o, o.final_norm, o.d)
     if o.embedding_norm:
         yield from norms(o, "token_embd_norm", o.d)
-    if o.streams:
+    if o.streams and o.stream_head:
         yield from stream_weights(o, "output_hc", o.streams, 1)
     if not o.tied:
         yield Entry("output.weight", (o.vocab, o.d), o.embed_std if o.head_only else 2.0 / math.sqrt(o.d))
@@ -282,9 +285,10 @@ def tensors(o: Options) -> Iterator[Entry]:
         if o.per_layer:
             yield from [matrix(f"{b}.inp_gate", o.per_layer, o.d, 0.7), matrix(f"{b}.proj", o.d, o.per_layer)]
             yield from norms(o, f"{b}.post_norm", o.d, o.post_gain)
-        if o.streams:
+        if o.streams and layer < o.blocks:
+            uses = 2 * o.streams + o.streams**2 * (o.stream_rounds > 0)
             for branch in ("attn", "ffn"):
-                yield from stream_weights(o, f"{b}.hc_{branch}", 2 * o.streams, 2)
+                yield from stream_weights(o, f"{b}.hc_{branch}", uses, 3 if o.stream_rounds else 2)
         if o.output_scale:
             yield Entry(f"{b}.layer_output_scale.weight", (1,), 0.1, 0.8)
         predictor = layer >= o.blocks
@@ -425,7 +429,8 @@ def delta(o: Options, b: str, *, layout: str) -> Iterator[Entry]:
 def kda(o: Options, b: str, *, bounded: bool) -> Iterator[Entry]:
     """List the tensors of Kimi Delta Attention in layer `b`, without its norm.
 
-    `bounded`: decays have a bound, and the projections to them and to the gate are not in two steps.
+    `bounded`: decays have a bound, and the projections to them and to the gate are not in two steps. The size `flat`:
+    the rates of decay have one axis.
     """
     size, kernel = o.sizes["kda.head_dim"], o.sizes["ssm.conv_kernel"]
     width = o.heads * size
@@ -440,7 +445,9 @@ def kda(o: Options, b: str, *, bounded: bool) -> Iterator[Entry]:
             yield from (matrix(f"{b}.{name}_a", size, o.d), matrix(f"{b}.{name}_b", width, size, gain))
     spread = np.exp(draw(Entry(f"{b}.ssm_a", (o.heads, 1), 0.2), o.seed))
     ends = (0.4, 2.5) if bounded else (-0.02, -6.0)
-    yield Entry(f"{b}.ssm_a", spread.shape, 0.0, values=np.geomspace(*ends, o.heads)[:, None] * spread)
+    rates = np.geomspace(*ends, o.heads)[:, None] * spread
+    rates = rates[:, 0] if o.sizes.get("flat") else rates
+    yield Entry(f"{b}.ssm_a", rates.shape, 0.0, values=rates)
     yield Entry(f"{b}.ssm_dt.bias", (width,), 1.0)
     yield matrix(f"{b}.ssm_beta", o.heads, o.d, 3.0)
     yield Entry(f"{b}.ssm_norm.weight", (size,), 0.3, 1.0)
@@ -470,7 +477,7 @@ def latent(o: Options, b: str) -> Iterator[Entry]:
     have none), `head_gate` (a sigmoid scales what each head has read; "elements": each element of it), `rope_norm` (the
     rotated part of keys is normed), `unsplit` (keys and values are made by one matrix), `indexer` (heads that choose
     the keys to attend to), `indexer_types` (which blocks choose; the others do as the block before; without it, all
-    choose).
+    choose), `pool` (of so many consecutive keys one is made for the indexer, which chooses them together).
     """
     rope, nope, width, value = o.n_rot or 0, o.sizes["nope"], o.sizes["latent"], o.sizes["value"]
     q = o.heads * (nope + rope)
@@ -505,6 +512,9 @@ def latent(o: Options, b: str) -> Iterator[Entry]:
         yield matrix(f"{b}.indexer.proj", o.sizes["indexer"], o.d)
         yield Entry(f"{b}.indexer.k_norm.weight", (INDEXER_KEY,), 0.3, 1.0)
         yield bias(f"{b}.indexer.k_norm", INDEXER_KEY)
+        if pool := o.sizes.get("pool"):
+            yield matrix(f"{b}.indexer_compressor_gate", INDEXER_KEY, o.d)
+            yield Entry(f"{b}.indexer_compressor_ape.weight", (pool, INDEXER_KEY), 1.0)
 
 
 def block_sparse(o: Options, b: str) -> Iterator[Entry]:
@@ -525,6 +535,8 @@ def indexer_keys(o: Options) -> dict[str, Any]:
     keys = {"head_count": o.sizes["indexer"], "key_length": INDEXER_KEY, "top_k": 64}
     if types := o.sizes.get("indexer_types"):
         keys["types"] = types
+    if pool := o.sizes.get("pool"):
+        keys["kpool"] = pool
     return {f"attention.indexer.{name}": value for name, value in keys.items()}
 
 

@@ -4,8 +4,8 @@
 
 With hyper-connections (arXiv 2409.19606) the residual stream is a state of `s` streams, side by side in `[n, s d]`. A
 branch reads a weighted sum of them, which its norm collects (`NormTape.streams`); each stream takes up the branch's
-output by a weight of its own, and keeps what it had. The weights are functions of the state, and are frozen as queries
-and keys are. The state before the first block is one stream, of which all are copies.
+output by a weight of its own, and keeps a mixture of what the streams had. The weights are functions of the state, and
+are frozen as queries and keys are. The state before the first block is one stream, of which all are copies.
 """
 
 from typing import NamedTuple
@@ -61,12 +61,17 @@ def record_streams(
     own = config.streams
     if not own.count:
         return None, None
-    read, written = _weights(w, config, f"hc_{branch}", x, [own.count, own.count])
-    read, written = read.sigmoid() + own.epsilon, own.magnitude * written.sigmoid() + own.epsilon
-    kept = None
+    parts = [own.count, own.count] + ([own.count**2] if own.rounds else [])
+    read, written, *mixed = _weights(w, config, f"hc_{branch}", x, parts)
+    read, written, kept = read.sigmoid() + own.epsilon, own.magnitude * written.sigmoid(), None
+    if own.rounds:
+        kept = _doubly_stochastic(mixed[0].unflatten(1, (own.count, -1)), own.epsilon, own.rounds).mT
+    else:
+        written = written + own.epsilon
     if x.shape[1] == config.d:  # copies of one stream
-        read, kept = read.sum(1, keepdim=True), torch.ones_like(written)[..., None].to(x.dtype)
-    return read[:, None].to(x.dtype), StreamsTape(written[..., None].to(x.dtype), kept)
+        read, copies = read.sum(1, keepdim=True), torch.ones_like(written)[..., None]
+        kept = copies if kept is None else kept @ copies
+    return read[:, None].to(x.dtype), StreamsTape(written[..., None].to(x.dtype), None if kept is None else kept.to(x))
 
 
 def final_streams(w: BlockWeights, config: ModelConfig, x: Float[Tensor, "n i"]) -> Float[Tensor, "n 1 s"] | None:
@@ -76,6 +81,8 @@ def final_streams(w: BlockWeights, config: ModelConfig, x: Float[Tensor, "n i"])
     """
     if x.shape[1] == config.d:
         return None
+    if "output_hc_fn.weight" not in w:
+        return x.new_full((len(x), 1, config.streams.count), 1 / config.streams.count)
     (read,) = _weights(w, config, "output_hc", x, [config.streams.count])
     return (read.sigmoid() + config.streams.epsilon)[:, None].to(x.dtype)
 
@@ -89,3 +96,16 @@ def _weights(
     made = widened(affine(linear(w, f"{stem}_fn", len(x)), normed)).split(parts, 1)
     scales, biases = w.wide_vector(f"{stem}_scale.weight"), w.wide_vector(f"{stem}_base.weight").split(parts)
     return [part * scale + bias for part, scale, bias in zip(made, scales, biases, strict=True)]
+
+
+def _doubly_stochastic(logits: Float[Tensor, "n i o"], epsilon: float, rounds: int) -> Float[Tensor, "n i o"]:
+    """Return positive weights whose rows and columns sum to one, about: Sinkhorn's iteration, columns last.
+
+    As in llama.cpp's deepseek4.cpp (`build_hc_sinkhorn`), after arXiv 2512.24880.
+    """
+    weights = logits.softmax(-1) + epsilon
+    for step in range(rounds):
+        if step:
+            weights = weights / (weights.sum(2, keepdim=True) + epsilon)
+        weights = weights / (weights.sum(1, keepdim=True) + epsilon)
+    return weights

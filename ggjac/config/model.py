@@ -190,11 +190,13 @@ class Streams:
         count: number of streams.
         epsilon: added to weights.
         magnitude: largest weight by which a stream takes up what a branch adds, but for `epsilon`.
+        rounds: of Sinkhorn's iteration on the weights by which streams are mixed; 0 if each stays as it is.
     """
 
     count: int = 0
     epsilon: float = 0.0
-    magnitude: float = 0.0
+    magnitude: float = 2.0
+    rounds: int = 0
 
 
 @dataclass(frozen=True)
@@ -205,11 +207,13 @@ class Indexer:
         heads: number of heads.
         key_size: elements of a query or key.
         selected: number of keys that are selected.
+        pool: number of consecutive keys that are selected together; 0 if each is selected alone.
     """
 
     heads: int = 0
     key_size: int = 0
     selected: int = 0
+    pool: int = 0
 
 
 @dataclass(frozen=True)

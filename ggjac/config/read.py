@@ -22,6 +22,8 @@ from ggjac.config.tensors import check_tensors
 _ROUTERS = {1: "softmax", 2: "sigmoid"}
 # Of blocks that are applied several times (llama.cpp's LLAMA_MAX_LAYERS).
 MAX_BLOCKS = 512
+# Of Sinkhorn's iteration; models have 20.
+MAX_ROUNDS = 1000
 # Tensors that have a projection of their own to the values.
 _VALUES = ("attn_v", "attn_qkv")
 _KEYS_AND_VALUES = ("attn_k", "attn_v", "attn_k_norm")
@@ -342,7 +344,7 @@ def _latent(keys: Keys, row: Architecture, windowed: bool) -> Latent:
     return Latent(
         size=keys.integer(f"attention.kv_lora_rank{suffix}"),
         queries=queries,
-        rotary=keys.integer("rope.dimension_count"),
+        rotary=keys.counts("rope.dimension_count", 1, least=1 if row.rope_pairs else 0)[0],
         split=row.latent_split == "required" or (row.latent_split == "optional" and all(stated)),
     )
 
@@ -360,7 +362,16 @@ def _streams(keys: Keys, row: Architecture) -> Streams:
         raise ConfigError(
             f"{keys.prefix}.hyper_connection.count is {count}; at least 2 streams are supported; take another model"
         )
-    return Streams(count, keys.real("hyper_connection.epsilon"), keys.real("hyper_connection.magnitude"))
+    epsilon = keys.real("hyper_connection.epsilon")
+    if row.streams == "apart":
+        return Streams(count, epsilon, keys.real("hyper_connection.magnitude"))
+    rounds = keys.integer("hyper_connection.sinkhorn_iterations")
+    if rounds > MAX_ROUNDS:
+        raise ConfigError(
+            f"{keys.prefix}.hyper_connection.sinkhorn_iterations is {rounds}; at most {MAX_ROUNDS} are supported; take "
+            "another model"
+        )
+    return Streams(count, epsilon, rounds=rounds)
 
 
 def _indexer(keys: Keys, row: Architecture) -> Indexer:
@@ -372,7 +383,19 @@ def _indexer(keys: Keys, row: Architecture) -> Indexer:
     )
     if row.indexer == "blocks":
         selected *= keys.integer("attention.indexer.block_size")
-    return Indexer(heads, key_size, selected)
+    if row.indexer != "pools":
+        return Indexer(heads, key_size, selected)
+    pool, name = keys.integer("attention.indexer.kpool"), "attention.indexer.kpool_select_tail"
+    if selected % pool:
+        raise ConfigError(
+            f"{keys.prefix}.attention.indexer.top_k is {selected}: not a whole number of pools of {pool} keys; take "
+            "another model"
+        )
+    if name in keys and not keys.flag(name):
+        raise ConfigError(
+            f"{keys.prefix}.{name} is False: attention without the last keys is not supported; take another model"
+        )
+    return Indexer(heads, key_size, selected + pool - 1, pool)
 
 
 def _temperature_length(keys: Keys, row: Architecture, context: int) -> int:
@@ -451,7 +474,7 @@ def _rwkv(keys: Keys, row: Architecture, blocks: int) -> Recurrence:
 
 def _decay_bound(keys: Keys, row: Architecture) -> float:
     """Return the lower bound of the logarithm of decays, or 0 for none."""
-    if not row.bounded_decay:
+    if not row.bounded_decay or (row.bounded_decay == "optional" and "kda.gate_lower_bound" not in keys):
         return 0.0
     if "kda.safe_gate" in keys and not keys.flag("kda.safe_gate"):
         raise ConfigError(f"{keys.prefix}.kda.safe_gate is False: decays without a bound are not supported")
@@ -560,16 +583,19 @@ def _groups(keys: Keys, experts: int, used: int) -> tuple[int, int]:
 
 def _clamps(keys: Keys, row: Architecture, blocks: int) -> list[tuple[float, float]]:
     """Return each block's limits of hidden units: in routed experts, and in other networks; 0 for none."""
-    if not row.hidden_clamps:
-        return [(0.0, 0.0)] * blocks
-    found = []
-    for kind in ("exp", "shexp"):
-        key, read = f"swiglu_clamp_{kind}", kind == "exp" or row.hidden_clamps == "after"
-        limits = keys.of_each_block(f"{keys.prefix}.{key}", blocks) if read and key in keys else [0.0] * blocks
-        if min(limits) < 0:
-            raise ConfigError(f"metadata key {keys.prefix}.{key} contains {min(limits)}; limits are not negative")
-        found.append(limits)
-    return list(zip(*found, strict=True))
+
+    def limits(key: str, default: list[float]) -> list[float]:
+        found = keys.of_each_block(f"{keys.prefix}.{key}", blocks) if key in keys else default
+        if min(found) < 0:
+            raise ConfigError(f"metadata key {keys.prefix}.{key} contains {min(found)}; limits are not negative")
+        return found
+
+    routed = others = none = [0.0] * blocks
+    if row.hidden_clamps:
+        routed = limits("swiglu_clamp_exp", none)
+    if row.hidden_clamps in ("after", "before, shared too"):
+        others = limits("swiglu_clamp_shexp", none if row.hidden_clamps == "after" else routed)
+    return list(zip(routed, others, strict=True))
 
 
 def _xielu(keys: Keys, blocks: int) -> list[tuple[float, float, float]]:

@@ -19,11 +19,11 @@ _GLOBAL = {
     "output_norm.bias": ("d",),
     "output.weight": ("vocabulary", "d"),
     "output.bias": ("vocabulary",),
-    **{f"output.{kind}": ("one",) for kind in _SCALES},
     "rope_freqs.weight": ("pairs",),
     "rope_factors_long.weight": ("pairs",),
     "rope_factors_short.weight": ("pairs",),
 }
+_HEAD_SCALES = {f"output.{kind}": ("one",) for kind in _SCALES}
 _POSITIONS = {"position_embd.weight": ("context", "d")}
 _EMBEDDING_NORM = {"token_embd_norm.weight": ("d",), "token_embd_norm.bias": ("d",)}
 _INPUTS = {
@@ -43,7 +43,7 @@ _STREAMS = {
     for name, axes in {
         "fn": ("weights of streams", "all streams"),
         "base": ("weights of streams",),
-        "scale": ("two",),
+        "scale": ("uses of streams",),
     }.items()
 }
 _OWN_INPUTS = {"inp_gate.weight": ("inputs", "d"), "proj.weight": ("d", "inputs"), "post_norm.weight": ("d",)}
@@ -191,6 +191,11 @@ _INDEXER: dict[str, dict[str, tuple[str, ...]]] = {
         "indexer.k_norm.weight": ("indexer key",),
     },
 }
+# Of what makes one key of a pool.
+_POOLS: dict[str, tuple[str, ...]] = {
+    "indexer_compressor_gate.weight": ("indexer key", "d"),
+    "indexer_compressor_ape.weight": ("pool", "indexer key"),
+}
 # For the tokens of images: not used.
 _VISION_EXPERTS: dict[str, tuple[str, ...]] = {
     "vis_attn_qkv.weight": ("qkv", "d"),
@@ -255,7 +260,7 @@ _OPTIONAL = {
     "rope_factors_short.weight",
     "layer_output_scale.weight",
     "ffn.act.scales",
-    *(name for table in _INDEXER.values() for name in table),
+    *(name for table in (*_INDEXER.values(), _POOLS) for name in table),
     *_VISION_EXPERTS,
 }
 # Other biases and factors are optional.
@@ -301,7 +306,8 @@ def _attention_parts(config: ModelConfig, layer: int) -> dict[str, Part]:
 
 def _latent_parts(config: ModelConfig, layer: int) -> dict[str, Part]:
     own, latent = config.layers[layer], config.layers[layer].latent
-    parts = _sections("attn_kv_a_mqa", attn_kv_latent=latent.size, attn_kv_rope=latent.rotary)
+    rotary = {"attn_kv_rope": latent.rotary} if latent.rotary else {}
+    parts = _sections("attn_kv_a_mqa", attn_kv_latent=latent.size, **rotary)
     if latent.split:
         return parts
     nope, value = own.key_size - latent.rotary, own.value_size
@@ -474,7 +480,8 @@ def _scopes(config: ModelConfig) -> Iterator[tuple[str, dict[str, tuple[str, ...
         **_stream_sizes(config),
     }
     outside = _GLOBAL | (_POSITIONS if config.row.positions else {}) | (_INPUTS if config.inputs else {})
-    outside |= _FINAL_STREAMS if config.streams.count else {}
+    outside |= _HEAD_SCALES if config.row.head_scale else {}
+    outside |= _FINAL_STREAMS if config.streams.count and not config.row.stream_mean else {}
     outside |= _EMBEDDING_NORM if config.row.embedding_norm == "weighted" else {}
     if config.row.norm == "bare":
         outside = {name: axes for name, axes in outside.items() if not name.startswith("output_norm.")}
@@ -516,8 +523,13 @@ def _attention_sizes(config: ModelConfig, layer: int) -> dict[str, int]:
 
 def _stream_sizes(config: ModelConfig) -> dict[str, int]:
     """Return the named sizes of several residual streams."""
-    count = config.streams.count
-    return {"streams": count, "all streams": count * config.d, "weights of streams": 2 * count, "two": 2}
+    count, mixed = config.streams.count, config.streams.rounds > 0
+    return {
+        "streams": count,
+        "all streams": count * config.d,
+        "weights of streams": count * (2 + mixed * count),
+        "uses of streams": 2 + mixed,
+    }
 
 
 def _indexer_sizes(config: ModelConfig) -> dict[str, int]:
@@ -527,6 +539,7 @@ def _indexer_sizes(config: ModelConfig) -> dict[str, int]:
         "indexer heads": indexer.heads,
         "indexer key": indexer.key_size,
         "indexer queries": indexer.heads * indexer.key_size,
+        "pool": indexer.pool,
     }
 
 
@@ -577,6 +590,8 @@ def _block_table(config: ModelConfig, layer: int) -> dict[str, tuple[str, ...]]:
         vectors |= _VECTORS.get(_layout(config, mixer), {})
         if config.indexer.selected:
             vectors |= _INDEXER.get(mixer, {})
+        if config.indexer.pool and mixer == "latent":
+            vectors |= _POOLS
         if mixer == "latent":
             vectors |= _latent_table(row, own.latent)
         if mixer in ("rwkv6", "rwkv7"):

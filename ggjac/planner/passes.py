@@ -502,7 +502,8 @@ def _stream_floats(config: ModelConfig, index: int) -> int:
         return 0
     floats = 0
     for before in (config.width(index) // config.d, count):  # the first block's attention reads one stream
-        floats += before + count + (count if before == 1 else 0)  # copies are kept of one
+        kept = count * before if config.streams.rounds or before == 1 else 0
+        floats += before + count + kept
     return floats
 
 
