@@ -682,7 +682,7 @@ LATENT: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {
     "growth by nothing": ("deepseek2", {"attention.temperature_scale": 0.5}, {}, "temperature_length is missing"),
     "growth by zero": ("mistral4", {"attention.temperature_scale": 0.5, "attention.temperature_length": 0}, {},
                        "temperature_length is 0; expected a whole number"),
-    "another router": ("deepseek2", {"expert_gating_func": 4}, {}, "gating_func is 4; supported: 1 softmax, 2 sigmoid"),
+    "another router": ("deepseek2", {"expert_gating_func": 5}, {}, "gating_func is 5; supported: 1 softmax, 2 sigmoid"),
     "no router": ("deepseek32", {"expert_gating_func": ABSENT}, {}, "deepseek32.expert_gating_func is missing; suppo"),
     "router zero": ("minimax_m3", {"expert_gating_func": 0}, {}, "minimax-m3.expert_gating_func is missing; supported"),
     "sections": ("deepseek32", {"rope.dimension_sections": [2, 1, 1, 0]}, {}, "dimension_sections .* not supported"),

@@ -47,6 +47,8 @@ _STREAMS = {
     }.items()
 }
 _OWN_INPUTS = {"inp_gate.weight": ("inputs", "d"), "proj.weight": ("d", "inputs"), "post_norm.weight": ("d",)}
+# The table of the experts of each token; of integers.
+EXPERTS_OF_TOKENS = "ffn_gate_tid2eid.weight"
 # In a block, by kind of mixer.
 _ATTENTION: dict[str, tuple[str, ...]] = {
     "attn_q": ("q", "d"),
@@ -73,6 +75,7 @@ _CONVOLUTION: dict[str, tuple[str, ...]] = {"shortconv.in_proj": ("3d", "d"), "s
 _MIXERS: dict[str, dict[str, tuple[str, ...]]] = {
     "attention": _ATTENTION,
     "latent": {"attn_output": ("d", "read")},
+    "compressed": {},
     "shared attention": {"attn_q": ("q", "d"), "attn_output": ("d", "read")},
     "linear": {},
     "delta": _DELTA,
@@ -175,6 +178,22 @@ _SOURCED: dict[str, tuple[str, ...]] = {
     "time_mix_v1.weight": ("first", "d"),
     "time_mix_v2.weight": ("d", "first"),
 }
+# Of attention to single tokens and compressed groups of them, for which it has some more.
+_COMPRESSED: dict[str, tuple[str, ...]] = {
+    "attn_q_a.weight": ("query latent", "d"),
+    "attn_q_a_norm.weight": ("query latent",),
+    "attn_q_b.weight": ("q", "query latent"),
+    "attn_kv.weight": ("head", "d"),
+    "attn_kv_a_norm.weight": ("head",),
+    "attn_output_a.weight": ("ranks", "read by a group"),
+    "attn_output_b.weight": ("d", "ranks"),
+}
+_MEMORY: dict[str, tuple[str, ...]] = {
+    "attn_compressor_kv.weight": ("windows", "d"),
+    "attn_compressor_gate.weight": ("windows", "d"),
+    "attn_compressor_ape.weight": ("ratio", "windows"),
+    "attn_compressor_norm.weight": ("head",),
+}
 # Of what selects keys: not used, since prompts in which it would leave some out are not supported.
 _INDEXER: dict[str, dict[str, tuple[str, ...]]] = {
     "latent": {
@@ -189,6 +208,14 @@ _INDEXER: dict[str, dict[str, tuple[str, ...]]] = {
         "indexer.k_proj.weight": ("indexer key", "d"),
         "indexer.q_norm.weight": ("indexer key",),
         "indexer.k_norm.weight": ("indexer key",),
+    },
+    "compressed": {
+        "indexer.attn_q_b.weight": ("indexer queries", "query latent"),
+        "indexer.proj.weight": ("indexer heads", "d"),
+        "indexer_compressor_kv.weight": ("2 indexer key", "d"),
+        "indexer_compressor_gate.weight": ("2 indexer key", "d"),
+        "indexer_compressor_ape.weight": ("ratio", "2 indexer key"),
+        "indexer_compressor_norm.weight": ("indexer key",),
     },
 }
 # Of what makes one key of a pool.
@@ -367,6 +394,7 @@ def _convolution_parts(config: ModelConfig, layer: int) -> dict[str, Part]:
 _MIXER_PARTS: dict[str, Callable[[ModelConfig, int], dict[str, Part]]] = {
     "attention": _attention_parts,
     "latent": _latent_parts,
+    "compressed": lambda config, layer: {},
     "shared attention": lambda config, layer: {},
     "linear": lambda config, layer: {},
     "delta": _delta_parts,
@@ -492,7 +520,7 @@ def _scopes(config: ModelConfig) -> Iterator[tuple[str, dict[str, tuple[str, ...
     sizes |= _recurrent_sizes(config) | _indexer_sizes(config)
     for i, own in enumerate(config.layers[: config.stored_blocks]):
         widths = {"f": own.hidden_units, "fe": own.expert_units}
-        widths |= {f"2{name}": 2 * width for name, width in widths.items()}
+        widths |= {f"2{name}": 2 * width for name, width in widths.items()} | {"used": own.experts_used}
         yield f"blk.{i}.", _block_table(config, i), sizes | widths | _attention_sizes(config, i)
 
 
@@ -518,6 +546,10 @@ def _attention_sizes(config: ModelConfig, layer: int) -> dict[str, int]:
         "rotary": own.latent.rotary,
         "latent + rotary": own.latent.size + own.latent.rotary,
         "query latent": own.latent.queries,
+        "ratio": own.compressed.ratio,
+        "windows": own.compressed.windows * own.key_size,
+        "ranks": own.compressed.groups * own.compressed.rank,
+        "read by a group": own.heads * own.value_size // max(1, own.compressed.groups),
     }
 
 
@@ -538,6 +570,7 @@ def _indexer_sizes(config: ModelConfig) -> dict[str, int]:
     return {
         "indexer heads": indexer.heads,
         "indexer key": indexer.key_size,
+        "2 indexer key": 2 * indexer.key_size,
         "indexer queries": indexer.heads * indexer.key_size,
         "pool": indexer.pool,
     }
@@ -588,10 +621,12 @@ def _block_table(config: ModelConfig, layer: int) -> dict[str, tuple[str, ...]]:
         scaled = set()
     for mixer in own.mixers:
         vectors |= _VECTORS.get(_layout(config, mixer), {})
-        if config.indexer.selected:
+        if config.indexer.selected and (mixer != "compressed" or own.compressed.windows > 1):
             vectors |= _INDEXER.get(mixer, {})
         if config.indexer.pool and mixer == "latent":
             vectors |= _POOLS
+        if mixer == "compressed":
+            vectors |= _COMPRESSED | (_MEMORY if own.compressed.ratio else {})
         if mixer == "latent":
             vectors |= _latent_table(row, own.latent)
         if mixer in ("rwkv6", "rwkv7"):
@@ -637,8 +672,12 @@ def _block_table(config: ModelConfig, layer: int) -> dict[str, tuple[str, ...]]:
         table |= {"ffn_sub_norm.weight": ("f",)} if own.hidden_units else {}
     if row.sinks and own.heads:
         table["attn_sinks.weight"] = ("heads",)
-    if row.selection_bias and own.routed:
+    if own.token_experts:
+        table[EXPERTS_OF_TOKENS] = ("vocabulary", "used")
+    elif row.selection_bias and own.routed:
         table[_selection_bias(row)] = ("experts",)
+    if row.token_experts and own.routed:  # for images
+        table["exp_probs_b_vl.bias"] = ("experts",)
     if row.router_reads == "stream" and own.routed:
         table["ffn_gate_inp.scale"] = ("d",)
     if row.stream_scale:

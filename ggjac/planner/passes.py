@@ -314,9 +314,11 @@ def _sweep(block: _Block, config: ModelConfig, mlp_path: MlpPath, region: Region
     parts, p = [], min(n, m + block.shifts)  # positions that the feed-forward reads
     for mixer in block.layer.mixers:
         stems = MIXERS[mixer]
-        output = block.linear(stems.output, p)
+        output = block.linear(stems.output, p) + block.linear(stems.grouped, p)
         taps = block.vector(f"{stems.convolution}.weight") + block.vector(f"{stems.convolution}.bias")
         parts += [block.linear(stems.values, n), block.linear(stems.expansion, n), taps, output]
+        if block.layer.remembered(n):
+            parts.append(block.linear(stems.memory, n))
         parts.append(_mix(config, block, mixer, n, p))
         if region.tensors == "heads":  # once more for what it adds and for its bias, and once for the head's shares
             parts += [output.scaled(2), taps]
@@ -346,7 +348,7 @@ def _mix(config: ModelConfig, block: _Block, mixer: str, n: int, m: int) -> Pass
         return Pass(flop=2 * heads * key * (2 * n + m), written=2 * heads * key * n)
     chunk = scan_chunk(n, key) if MIXERS[mixer].recurrent else None
     if chunk is None:
-        return Pass(flop=2 * heads * value * m * n)
+        return Pass(flop=2 * heads * value * m * (n + block.layer.remembered(n)))
     entries = 0
     for start in range(0, n, chunk):
         length = min(chunk, n - start)
@@ -366,7 +368,7 @@ def _pattern(config: ModelConfig, block: _Block, mixer: str, n: int, m: int) -> 
     if MIXERS[mixer].channels:  # there is none
         return Pass()
     if not MIXERS[mixer].recurrent:
-        return Pass(flop=2 * heads * key * m * n)
+        return Pass(flop=2 * heads * key * m * (n + block.layer.remembered(n)))
     chunk = scan_chunk(n, key)
     if chunk is None:
         return _recurrence(heads * key * n, n)
@@ -391,7 +393,7 @@ def _mixer_stems(block: _Block) -> list[str]:
     """Return all projections of a block's mixers."""
     own, stems = [MIXERS[mixer] for mixer in block.layer.mixers], []
     for mixer in own:
-        stems += [*mixer.frozen, mixer.values, mixer.expansion, mixer.output]
+        stems += [*mixer.frozen, mixer.values, mixer.expansion, mixer.memory, mixer.grouped, mixer.output]
         if block.layer.source is not None:
             found = {stem: block.find(f"{stem}.weight") for stem in mixer.sourced}
             stems += [stem for stem, part in found.items() if part and len(part[0].shape) > 1]
@@ -476,6 +478,10 @@ def _tape_bytes(block: _Block, config: ModelConfig, n: int, item: int) -> int:
         if MIXERS[mixer].expansion:  # the norm of the latent
             floats += block.layer.latent.size
             other += n * max(4, item)
+        if MIXERS[mixer].grouped:  # the norms of values and of groups' keys, and both rotations
+            for positions in filter(None, (n, block.layer.remembered(n))):
+                floats += block.layer.value_size + positions * block.layer.latent.rotary
+                other += positions * max(4, item)
     floats += n * config.d * bool(block.find("channel_mix_receptance.weight"))
     floats += n * _stream_floats(config, block.index)
     places = norm_places(config, block.index) + ([("post_norm",)] if config.inputs else [])
@@ -517,7 +523,9 @@ def _mixer_floats(config: ModelConfig, block: _Block, mixer: str, n: int) -> int
             return 2 * n * config.d
         written = 2 if config.attention_clamp else int(config.row.value_norm)
         written *= bool(MIXERS[mixer].values)
-        return heads * n * n + n * (written * own.kv_heads * value + bool(read) * heads * value)
+        factors = n * (written * own.kv_heads * value + bool(read) * heads * value)
+        shares = own.compressed.ratio * own.compressed.windows * value
+        return heads * n * n + own.remembered(n) * (heads * n + shares) + factors
     chunk = scan_chunk(n, key)
     factors = (_shifted_factors(block) if config.recurrence.shifted else 2) * n * heads * value
     if MIXERS[mixer].channels:
