@@ -112,7 +112,7 @@ def kimi_delta(w: dict[str, Tensor], meta: dict[str, Any], h: Tensor, *, frozen:
 
     def two_steps(name: str) -> Tensor:
         """Project h, through few dimensions where there is a second matrix."""
-        y = h @ w[f"{name}_a.weight"].T
+        y = h @ w[f"{name}_a.weight" if f"{name}_a.weight" in w else f"{name}.weight"].T
         return (y @ w[f"{name}_b.weight"].T if f"{name}_b.weight" in w else y).reshape(n, heads, size)
 
     names = ["attn_qkv"] if "attn_qkv.weight" in w else ["attn_q", "attn_k", "attn_v"]
@@ -133,6 +133,12 @@ def kimi_delta(w: dict[str, Tensor], meta: dict[str, Any], h: Tensor, *, frozen:
         o = delta_rule(q[:, i], k[:, i], v[:, i], decay[:, i], beta[:, i])
         outputs.append(gated_norm(o, w["ssm_norm.weight"], gate[:, i], eps, frozen=frozen))
     return torch.cat(outputs, dim=-1) @ w["attn_output.weight"].T
+
+
+def kimi_k3_delta(w: dict[str, Tensor], meta: dict[str, Any], h: Tensor, *, frozen: bool) -> Tensor:
+    """Kimi K3's: with a bound, if the file has one; `ssm_a` is negative either way."""
+    bounded = "kda.gate_lower_bound" in meta
+    return kimi_delta(w | {"ssm_a": -w["ssm_a"]} if bounded else w, meta, h, frozen=frozen, bounded=bounded)
 
 
 def short_convolution(w: dict[str, Tensor], meta: dict[str, Any], h: Tensor, *, frozen: bool) -> Tensor:

@@ -605,6 +605,15 @@ MISTAKES: dict[str, tuple[str, Callable[[Patch], None]]] = {
     ),
     "streams written by equal weights": ("hy_v4", lambda p: change_streams(p, magnitude=1.0)),
     "weights of streams without epsilon": ("hy_v4", lambda p: change_streams(p, epsilon=0.0)),
+    "streams over depth read alike": ("kimi_k3", changed_wide_vector("ffn_res_score.weight", torch.zeros_like)),
+    "head reads streams over depth alike": (
+        "kimi_k3", changed_wide_vector("output_res_score.weight", torch.zeros_like)
+    ),
+    "stream begins anew elsewhere": ("kimi_k3", lambda p: change_streams(p, period=3)),
+    "up without its limit": ("kimi_k3", lambda p: change_config(p, situ=(1.5, 0.0))),
+    "another limit of gates": ("kimi_k3_sizes", lambda p: change_config(p, situ=(3.0, 0.0))),
+    "sum of latent experts not normed": ("kimi_k3", without("ffn_routed_norm.weight")),
+    "bounded decays of the other sign": ("kimi_k3", lambda p: change_config(p, row__bounded_decay="required")),
     "rotated parts of keys not normed": ("dots3note", without("attn_k_norm.weight")),
     "latent attention without its window": ("dots3note", lambda p: change_config(p, layer__window=None)),
     "scores not scaled by YaRN": ("deepseek2_yarn", lambda p: change_config(p, layer__attention_scale=20**-0.5)),

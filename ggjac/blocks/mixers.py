@@ -504,7 +504,7 @@ def _delta(
     share = c.sigmoid()
     tape, o, state = _recurrent(kind, recurrence, c * share, past)
     heads = o.unflatten(1, (own.heads, -1))  # [m, h, v]
-    gate = _projected(w, ("attn_gate", "ssm_g_a", "ssm_g_b"), h).unflatten(1, (own.heads, -1))
+    gate = _projected(w, ("attn_gate", "ssm_g", "ssm_g_a", "ssm_g_b"), h).unflatten(1, (own.heads, -1))
     gate = gate.sigmoid() if config.row.sigmoid_gate else gate * gate.sigmoid()
     read = inverse_rms(heads, config) * w.vector("ssm_norm.weight") * gate
     tape = tape._replace(written=Factor(share), read=Factor(read.flatten(1).to(h.dtype)))
@@ -514,13 +514,14 @@ def _delta(
 def _log_decay(w: BlockWeights, config: ModelConfig, h: Float[Tensor, "m d"]) -> Float[Tensor, "m h _"]:
     """Return the logarithm of the decay of each head, or of each of its key channels, in float32 at least.
 
-    It is `a softplus(x)` with a negative `a`, or with a lower bound `L` it is `L sigmoid(a x)` with a positive one.
+    It is `a softplus(x)` with a negative `a`, or with a lower bound `L` it is `L sigmoid(a x)` with a positive one, or
+    `L sigmoid(-a x)`.
     """
     x = widened(_projected(w, ("ssm_alpha", "ssm_f_a", "ssm_f_b"), h))
     x = (x + _bare(w, "ssm_dt.bias", "ssm_dt")).unflatten(1, (config.recurrence.heads, -1))  # [m, h, s] or [m, h, 1]
     a = _bare(w, "ssm_a").reshape(-1, 1)  # [h, 1]
     if bound := config.decay_bound:
-        return bound * torch.sigmoid(a * x)
+        return bound * torch.sigmoid((a if config.row.bounded_decay == "required" else -a) * x)
     return a * softplus(x)
 
 
