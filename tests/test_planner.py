@@ -554,6 +554,7 @@ def recurrent(size: int, heads: int) -> dict[str, Any]:
     return {"sizes": DELTA | {f"ssm.{name}": value for name, value in sizes.items()}}
 
 
+DELTA_ALONE = {"mixers": ("k3 kda",)}
 CONVOLUTIONS = {"mixers": ("convolution",) * 3, "extra": {"attention.head_count_kv": [0] * 3}}
 NARROW = {"heads": 4, "head_dim": 8, "kv_heads": 2}
 WIDE = {"heads": 8, "head_dim": 32}
@@ -585,6 +586,7 @@ HOLDING: list[tuple[str, dict[str, Any]]] = [
     *(("deepseek2_dense", {"ff": 32, "heads": heads}) for heads in (4, 16)),
     ("plm", {"ff": 32, "heads": 16}),
     *(("hy_v4", more) for more in ({}, {"streams": 4}, {"ff": 512, "dense_lead": 2}, {"d": 256, "ff": 32})),
+    *(("kimi_k3", DELTA_ALONE | more) for more in ({}, {"ff": 512, "dense_lead": 3}, {"d": 256, "ff": 32})),
 ]
 
 
@@ -648,6 +650,8 @@ ALONE: dict[str, dict[str, Any]] = {
         ("lfm2", {"ff": 32}),
         *(("deepseek2_dense", {"ff": 32, "sizes": SIZES | more}) for more in ({}, {"nope": 64}, {"query": 200})),
         *(("hy_v4", {"d": d, "ff": 32, "dense_lead": 3}) for d in (64, 256)),
+        ("kimi_k3", {"ff": 32, "dense_lead": 3}),
+        ("kimi_k3", {"ff": 512, "dense_lead": 3}),
     ],
 )
 def test_a_trace_holds_what_is_counted(case: str, sizes: dict[str, Any], n: int, tiny_file: TinyFile) -> None:
