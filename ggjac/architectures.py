@@ -108,6 +108,8 @@ class Architecture:
             (`"both"`), the `"decays"` alone (then the gate is `ssm_g`), or `""` for neither.
         bounded_decay: the logarithms of decays have a lower bound, the file's `kda.gate_lower_bound`: `"required"`
             (`ssm_a` is positive then), `"optional"` (it is negative with or without a bound), or `""` for never.
+        key_epsilon: what the delta rule's queries and keys add inside the root of their length; 0 for the norms'
+            epsilon.
         gated_queries: `attn_q` has a gate after each head's query: its sigmoid multiplies what the head reads.
         gated_heads: a gate from `attn_gate` multiplies what each head reads: a number for each of the `"heads"`, or
             for each of their `"elements"`; one of these, as the tensor's shape says (`"either"`); a number for each
@@ -123,7 +125,8 @@ class Architecture:
             does not state: `"equal"` to the second, if that is not 0; `"one"`; or `"alone"` (it is 1 and the second 0,
             whatever the file states); `""` where there are none.
         indexer: prompts may be so long that attention selects keys: one by one (`"keys"`), likewise if the file states
-            how many (`"optional keys"`), in blocks (`"blocks"`), or `""` for never. Such prompts are not supported.
+            how many (`"optional keys"`), in blocks (`"blocks"`), in pools of consecutive keys beside those of the last
+            pool, which is incomplete (`"pools"`), or `""` for never. Such prompts are not supported.
         normed_rotary: the part of latent attention's keys that rotates is normed before (`attn_k_norm`).
         value_norm: the values of each head are normed (RMSNorm without weight).
         shared_keys: the file's last `attention.shared_kv_layers` blocks read keys and values of an earlier block.
@@ -203,7 +206,8 @@ class Architecture:
             (see `ggjac.config.Layer`), `"silu_oai"` (clamped, with up shifted by one) or `"situ"` (see
             `ggjac.config.ModelConfig`).
         hidden_clamps: hidden units may have limits in each block, and so has the gate, `"before"` its activation (in
-            routed experts, `swiglu_clamp_exp`) or `"after"` it (in others too, `swiglu_clamp_shexp`); `""` for never.
+            routed experts, `swiglu_clamp_exp`), `"before, shared too"` (likewise, and in other networks
+            `swiglu_clamp_shexp`, by default the same) or `"after"` it (likewise, but none by default); `""` for never.
         router: how expert weights come from router logits: `"softmax"` over all experts, `"softmax_selected"` over
             the chosen ones, `"sigmoid"`, or `"sigmoid_selected"` (likewise, but logits decide which are chosen).
         weighted_inputs: these weights multiply what the experts read, and not what they add.
@@ -287,6 +291,7 @@ class Architecture:
     sigmoid_gate: bool = False
     low_rank_gates: str = ""
     bounded_decay: str = ""
+    key_epsilon: float = 0.0
     gated_queries: bool = False
     gated_heads: str = ""
     softplus_gate: bool = False
@@ -920,6 +925,22 @@ ARCHITECTURES: dict[str, Architecture] = {
         expert_latent="expert_latent_length",
         head="required",
         graph=Graph(("kda_out", "mla_out", "prefix_sum_attn")),  # where the stream begins anew, it has the last name
+    ),
+    "glm5-next": replace(
+        _KIMI,
+        low_rank_gates="both",
+        bounded_decay="optional",
+        key_epsilon=1e-6,
+        latent_queries="required",
+        indexer="pools",
+        rope_pairs="",
+        streams="mixed",
+        stream_mean=True,
+        output_scales=False,
+        hidden_clamps="before, shared too",
+        router="sigmoid",
+        head="required",
+        graph=Graph(("kda_out", "attn_out")),
     ),
     "lfm2": replace(_LFM2, windowed="optional"),
     "lfm2moe": replace(_LFM2, router="", router_key=True, selection_bias="required", leading_dense=True),

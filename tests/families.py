@@ -102,7 +102,7 @@ KIMI = EXPERTS | {"kv_heads": 1, "n_rot": 8, "dense_lead": 1, "expert_ff": 48, "
 KIMI |= {"omit": ("attention.value_length",), "extra": {"expert_gating_func": 2, "expert_weights_scale": 2.5}}
 KIMI |= {"sizes": SIZES | {"query": 0, "ssm.conv_kernel": 4, "kda.head_dim": 16}}
 
-K3 = {"query": 24, "head_gate": "elements", "kda.gate_lower_bound": -5.0, "attn_res.block_size": 2}
+K3 = {"flat": True, "query": 24, "head_gate": "elements", "kda.gate_lower_bound": -5.0, "attn_res.block_size": 2}
 K3 |= {"activation.situ_beta": 1.5, "activation.situ_linear_beta": 0.75}
 
 
@@ -387,6 +387,17 @@ FAMILIES: dict[str, dict[str, Any]] = {
     | {"depth_scores": True, "latent": 40, "latent_name": "routed", "latent_norm": True}
     | {"sizes": KIMI["sizes"] | K3}
     | {"extra": KIMI["extra"] | {"expert_weights_norm": True}},
+    "glm5-next": KIMI
+    | {"sizes": KIMI["sizes"] | {"query": 24, "flat": True, "indexer": 8, "pool": 4}, "n_rot": 0}
+    | {"streams": 4, "stream_rounds": 3, "stream_head": False}
+    | {
+        "extra": {
+            "attention.layer_norm_epsilon": 1e-6,
+            "hyper_connection.epsilon": 1e-2,
+            "expert_weights_norm": True,
+            "expert_weights_scale": 2.5,
+        }
+    },
     "qwen3next": EXPERTS | QWEN35 | {"expert_ff": 48, "shared_ff": 80, "shared_gate": True},
     "deepseek2": DEEPSEEK,
     "mistral4": LATENT
@@ -1372,6 +1383,26 @@ FAMILY_CASES: dict[str, dict[str, Any]] = {
         dense_lead=2,
     ),
     "kimi_k3_unread": of("kimi-k3", **kda_blocks("gl", extra=UNREAD), eps=0.05, window=3),
+    "glm5_next": of("glm5-next", **kda_blocks("kkl")),
+    # Decays have a bound; the second block of attention selects as the first; limits, the same in all networks.
+    "glm5_next_bounded": of(
+        "glm5-next",
+        **kda_blocks("lkl", extra={"swiglu_clamp_exp": [0.9, 0.0, 0.7], "kda.gate_lower_bound": -2.0}),
+        sizes=FAMILIES["glm5-next"]["sizes"] | {"indexer_types": [True, True, False]},
+        stream_rounds=1,
+    ),
+    # Limits of other networks are their own; softmax in the router; a last block that predicts.
+    "glm5_next_predictor": of(
+        "glm5-next",
+        **kda_blocks(
+            "kll",
+            extra={"swiglu_clamp_exp": [0.9] * 3, "swiglu_clamp_shexp": [0.0, 0.5, 0.0], "expert_gating_func": 1},
+        ),
+        selection_bias=0.05,
+        predictors=1,
+        eps=0.05,
+        stream_rounds=20,
+    ),
     "bailingmoe3": of("bailingmoe3", **kda_blocks("bbl"), tied=True),
     "bailingmoe3_clamped": of(
         "bailingmoe3",

@@ -49,6 +49,14 @@ def test_the_file_is_what_llamacpps_programs_read(tmp_path: Path) -> None:
         assert tensor.data.tolist() == wanted.tolist()
 
 
+def pushed_by(h: torch.Tensor, push: torch.Tensor, known: oracle.Oracle) -> torch.Tensor:
+    """Return the stream with the direction added, to each of several, or to the last where others are earlier ones."""
+    pushed = push.to(h).repeat(h.shape[1] // len(push))
+    if known.facts.streams == "over depth":
+        pushed[: -len(push)] = 0
+    return h + pushed
+
+
 # Architectures that this test leaves out, and why.
 APART = {
     "plamo2": "llama.cpp's graph adds no control vector",
@@ -85,13 +93,10 @@ def test_llamacpp_adds_it_to_the_stream_we_say(case: str, layer: int, tiny_file:
     pushed = run_llama_cpp(path, ids, threads=1, names=names, control_vector=vector)
     before, after = (by_kind(found.tensors, graph) for found in (plain, pushed))
 
-    def change(at: int, h: torch.Tensor) -> torch.Tensor:
-        """Return the stream after so many blocks; of several, llama.cpp changes the last."""
-        return torch.cat([h[:, : -given.d], h[:, -given.d :] + push.to(h) * (at == layer)], dim=1)
-
     h = oracle.embed(known, ids)
     for i in range(blocks):
-        h = change(i + 1, oracle.block(known, i, h, context=256)[f"l_out-{i}"])
+        h = oracle.block(known, i, h, context=256)[f"l_out-{i}"]
+        h = pushed_by(h, push, known) if i + 1 == layer else h
     truth = oracle.final_norm(known, h, frozen=False)
     tolerance = 1e-3 if known.facts.activation == "gelu" else 1e-5
     assert (after["result_norm"] - truth).norm() <= tolerance * truth.norm()
@@ -100,7 +105,9 @@ def test_llamacpp_adds_it_to_the_stream_we_say(case: str, layer: int, tiny_file:
     assert (pushed.logits - plain.logits).norm() > 0.05 * plain.logits.norm()
 
     model = open_model(path)
-    text = Continuation(model, min(256, model.config.longest), change=change)
+    text = Continuation(
+        model, min(256, model.config.longest), change=lambda at, h: pushed_by(h, push, known) if at == layer else h
+    )
     ours = model.head.logits(text.extend(ids))
     assert (ours - pushed.logits).norm() <= tolerance * ours.norm()
 

@@ -217,7 +217,7 @@ def metadata(o: Options) -> dict[str, Any]:
         "attention.key_length": o.hd,
         "attention.value_length": o.hv,
         f"attention.layer_norm_{'rms_' if o.norm.startswith('rms') else ''}epsilon": o.eps,
-        "rope.dimension_count": o.n_rot or o.hd,
+        "rope.dimension_count": o.hd if o.n_rot is None else o.n_rot,
         "rope.freq_base": o.rope_base,
         "vocab_size": o.vocab,
     }
@@ -290,7 +290,7 @@ def tensors(o: Options) -> Iterator[Entry]:
         if o.per_layer:
             yield from [matrix(f"{b}.inp_gate", o.per_layer, o.d, 0.7), matrix(f"{b}.proj", o.d, o.per_layer)]
             yield from norms(o, f"{b}.post_norm", o.d, o.post_gain)
-        if o.streams:
+        if o.streams and layer < o.blocks:
             uses = 2 * o.streams + o.streams**2 * (o.stream_rounds > 0)
             for branch in ("attn", "ffn"):
                 yield from stream_weights(o, f"{b}.hc_{branch}", uses, 3 if o.stream_rounds else 2)
@@ -442,6 +442,7 @@ def kda(o: Options, b: str, *, steps: str) -> Iterator[Entry]:
     """List the tensors of Kimi Delta Attention in layer `b`, without its norm.
 
     `steps`: which projections are in two steps, to decays (f) and to the gate (g); without any, `ssm_a` is positive.
+    The size `flat`: the rates of decay have one axis.
     """
     size, kernel = o.sizes["kda.head_dim"], o.sizes["ssm.conv_kernel"]
     width = o.heads * size
@@ -456,9 +457,9 @@ def kda(o: Options, b: str, *, steps: str) -> Iterator[Entry]:
             yield matrix(f"{b}.{name}{'' if steps else '_a'}", width, o.d, gain)
     spread = np.exp(draw(Entry(f"{b}.ssm_a", (o.heads, 1), 0.2), o.seed))
     ends = (0.4, 2.5) if "kda.gate_lower_bound" in o.sizes else (0.02, 6.0)
-    values = (-1 if steps else 1) * np.geomspace(*ends, o.heads)[:, None] * spread
-    values = values.flatten() if steps == "f" else values
-    yield Entry(f"{b}.ssm_a", values.shape, 0.0, values=values)
+    rates = (-1 if steps else 1) * np.geomspace(*ends, o.heads)[:, None] * spread
+    rates = rates[:, 0] if o.sizes.get("flat") else rates
+    yield Entry(f"{b}.ssm_a", rates.shape, 0.0, values=rates)
     yield Entry(f"{b}.ssm_dt.bias", (width,), 1.0)
     yield matrix(f"{b}.ssm_beta", o.heads, o.d, 3.0)
     yield Entry(f"{b}.ssm_norm.weight", (size,), 0.3, 1.0)
@@ -488,7 +489,7 @@ def latent(o: Options, b: str) -> Iterator[Entry]:
     have none), `head_gate` (a sigmoid scales what each head has read; "elements": each element of it), `rope_norm` (the
     rotated part of keys is normed), `unsplit` (keys and values are made by one matrix), `indexer` (heads that choose
     the keys to attend to), `indexer_types` (which blocks choose; the others do as the block before; without it, all
-    choose).
+    choose), `pool` (of so many consecutive keys one is made for the indexer, which chooses them together).
     """
     rope, nope, width, value = o.n_rot or 0, o.sizes["nope"], o.sizes["latent"], o.sizes["value"]
     q = o.heads * (nope + rope)
@@ -523,6 +524,9 @@ def latent(o: Options, b: str) -> Iterator[Entry]:
         yield matrix(f"{b}.indexer.proj", o.sizes["indexer"], o.d)
         yield Entry(f"{b}.indexer.k_norm.weight", (INDEXER_KEY,), 0.3, 1.0)
         yield bias(f"{b}.indexer.k_norm", INDEXER_KEY)
+        if pool := o.sizes.get("pool"):
+            yield matrix(f"{b}.indexer_compressor_gate", INDEXER_KEY, o.d)
+            yield Entry(f"{b}.indexer_compressor_ape.weight", (pool, INDEXER_KEY), 1.0)
 
 
 def block_sparse(o: Options, b: str) -> Iterator[Entry]:
@@ -543,6 +547,8 @@ def indexer_keys(o: Options) -> dict[str, Any]:
     keys = {"head_count": o.sizes["indexer"], "key_length": INDEXER_KEY, "top_k": 64}
     if types := o.sizes.get("indexer_types"):
         keys["types"] = types
+    if pool := o.sizes.get("pool"):
+        keys["kpool"] = pool
     return {f"attention.indexer.{name}": value for name, value in keys.items()}
 
 

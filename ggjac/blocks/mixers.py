@@ -409,6 +409,8 @@ def _latent_keys(
     else:  # a stack of transposed matrices, one for each head
         heads = (linear(w, "attn_k_b", len(h), expert=i) for i in range(own.heads))
         nope = torch.stack([head.rmatmat(latent[None])[0] for head in heads], 1)
+    if not own.latent.rotary:
+        return nope
     shared = affine(linear(w, "attn_kv_rope", len(h)), h)[:, None]  # [m, 1, r]
     if "attn_k_norm.weight" in w:
         shared = normed(w, "attn_k_norm", frame.config, shared)
@@ -495,7 +497,7 @@ def _delta(
     def keyed(part: Float[Tensor, "m gs"]) -> Float[Tensor, "m h s"]:
         """Return unit queries or keys of every value head."""
         part = widened(part * part.sigmoid()).unflatten(1, (own.key_heads, -1))
-        part = part * torch.rsqrt(part.square().sum(-1, keepdim=True) + config.norm_epsilon)
+        part = part * torch.rsqrt(part.square().sum(-1, keepdim=True) + (config.row.key_epsilon or config.norm_epsilon))
         shared = own.heads // own.key_heads
         return part.repeat(1, shared, 1) if config.row.key_heads_tiled else part.repeat_interleave(shared, 1)
 

@@ -161,7 +161,7 @@ def _record_hidden(
     # A clamp, before the activation or after it, is linear too once frozen: 1 or 0 on its input, plus the limit where
     # it acts.
     limit, bound = limit or math.inf, bound or math.inf
-    if frame.config.row.hidden_clamps == "before":
+    if frame.config.row.hidden_clamps.startswith("before"):
         limit, bound = bound, limit
     gate_clamped, up = gate.clamp(max=limit), projected("ffn_up")
     activated = gate_clamped * share(gate_clamped)

@@ -201,6 +201,11 @@ _INDEXER: dict[str, dict[str, tuple[str, ...]]] = {
         "indexer.k_norm.weight": ("indexer key",),
     },
 }
+# Of what makes one key of a pool.
+_POOLS: dict[str, tuple[str, ...]] = {
+    "indexer_compressor_gate.weight": ("indexer key", "d"),
+    "indexer_compressor_ape.weight": ("pool", "indexer key"),
+}
 # For the tokens of images: not used.
 _VISION_EXPERTS: dict[str, tuple[str, ...]] = {
     "vis_attn_qkv.weight": ("qkv", "d"),
@@ -269,7 +274,7 @@ _OPTIONAL = {
     "rope_factors_short.weight",
     "layer_output_scale.weight",
     "ffn.act.scales",
-    *(name for table in _INDEXER.values() for name in table),
+    *(name for table in (*_INDEXER.values(), _POOLS) for name in table),
     *_VISION_EXPERTS,
 }
 # Other biases and factors are optional.
@@ -319,7 +324,8 @@ def _attention_parts(config: ModelConfig, layer: int) -> dict[str, Part]:
 
 def _latent_parts(config: ModelConfig, layer: int) -> dict[str, Part]:
     own, latent = config.layers[layer], config.layers[layer].latent
-    parts = _sections("attn_kv_a_mqa", attn_kv_latent=latent.size, attn_kv_rope=latent.rotary)
+    rotary = {"attn_kv_rope": latent.rotary} if latent.rotary else {}
+    parts = _sections("attn_kv_a_mqa", attn_kv_latent=latent.size, **rotary)
     if latent.split:
         return parts
     nope, value = own.key_size - latent.rotary, own.value_size
@@ -547,6 +553,7 @@ def _indexer_sizes(config: ModelConfig) -> dict[str, int]:
         "indexer heads": indexer.heads,
         "indexer key": indexer.key_size,
         "indexer queries": indexer.heads * indexer.key_size,
+        "pool": indexer.pool,
     }
 
 
@@ -597,6 +604,8 @@ def _block_table(config: ModelConfig, layer: int) -> dict[str, tuple[str, ...]]:
         vectors |= _VECTORS.get(_layout(config, mixer), {})
         if config.indexer.selected:
             vectors |= _INDEXER.get(mixer, {})
+        if config.indexer.pool and mixer == "latent":
+            vectors |= _POOLS
         if mixer == "latent":
             vectors |= _latent_table(row, own.latent)
         if mixer in ("rwkv6", "rwkv7"):
