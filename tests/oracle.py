@@ -97,7 +97,8 @@ class Facts(NamedTuple):
     attn_cap: float | None = None  # default; None: there is none
     final_cap: float | None = None
     temperature: bool = False
-    activation: str = "silu"  # silu | gelu | relu2 (squared) | xielu | oai (clamped, shifted)
+    activation: str = "silu"  # silu | gelu | relu2 (squared) | xielu | oai (clamped, shifted) | situ
+    situ: tuple[float, float] = (0.0, 0.0)  # limits of the gate and of up, which has none if 0
     xielu: tuple[float, ...] = ()  # its stored constants in one layer
     limit: float | Tensor = 7.0  # of oai's clamps
     shift: float | Tensor = 1.0  # added to oai's up
@@ -139,7 +140,7 @@ class Facts(NamedTuple):
     scales: tuple[float, ...] = ()  # of embeddings, branches * sqrt(blocks) and logits * d, where the file has none
     plain_scales: bool = False  # of branches and logits as they are
     scale_keys: bool = True  # and the file may have some
-    streams: str = ""  # several residual streams: apart | mixed (oracle_streams.py)
+    streams: str = ""  # several residual streams: apart | mixed | over depth (oracle_streams.py)
     mscale: str | None = None  # of latent attention in a stretched context: equal | one | alone (oracle_latent.py)
 
 
@@ -363,6 +364,10 @@ FACTS: dict[str, Facts] = {
         rope="adjacent", mixers=by_kv_heads("bounded kda", "latent"), clamp_keys=True,
         graph={"kda_out": "bounded kda", "mla_out": "latent"},
     ),
+    "kimi-k3": KIMI._replace(
+        mixers=by_kv_heads("k3 kda", "latent"), streams="over depth", activation="situ",
+        graph={"kda_out": "k3 kda", "mla_out": "latent", "prefix_sum_attn": "ffn_inp"},
+    ),
     "glm5-next": KIMI._replace(
         mixers=by_kv_heads("glm kda", "latent"), router="each", clamp_keys=True, clamp_first=True, clamp_alike=True,
         streams="mixed", graph={"kda_out": "glm kda", "attn_out": "latent"},
@@ -503,6 +508,10 @@ def _read(path: str, changed: int) -> Oracle:
     facts = FACTS[architecture]
     if facts.norm_key and f"{architecture}.attention.layer_norm_rms_epsilon" in fields:
         facts = facts._replace(norm="rms")
+    if facts.streams == "over depth" and not metadata["attn_res.block_size"]:
+        facts = facts._replace(streams="")
+    if facts.activation == "situ":
+        facts = facts._replace(situ=(metadata["activation.situ_beta"], metadata["activation.situ_linear_beta"]))
     if facts.looped:
         metadata, weights = unrolled(metadata, weights)
     return Oracle(architecture, metadata, weights, facts)
@@ -890,6 +899,7 @@ MIXERS: dict[str, Callable[..., Tensor]] = {
     "lightning": lightning,
     "kda": recurrent(oracle_delta.kimi_delta, bound=""),
     "bounded kda": recurrent(oracle_delta.kimi_delta, bound="positive"),
+    "k3 kda": recurrent(oracle_delta.kimi_delta, bound="negative"),
     "glm kda": recurrent(oracle_delta.kimi_delta, bound="negative", key_eps=1e-6),
 }
 
@@ -919,6 +929,11 @@ def xielu(g: Tensor, alpha_n: float, alpha_p: float, beta: float, eps: float) ->
     return curved + beta * g
 
 
+def situ(z: Tensor, limit: float) -> Tensor:
+    """Return what is left of z within a soft limit, by z."""
+    return limit * torch.tanh(z / limit) / z
+
+
 def activate(facts: Facts, gate: Tensor, up: Tensor | None, *, freeze: str | None, gelu: str) -> Tensor:
     """Return act(gate) * up, or act(gate) where there is no up, with one factor alive if `freeze` names it."""
     if facts.activation == "oai":
@@ -930,6 +945,10 @@ def activate(facts: Facts, gate: Tensor, up: Tensor | None, *, freeze: str | Non
     if facts.clamp_first:
         gate, clamp = gate.minimum(clamp), torch.full_like(clamp, math.inf)
     factor = xielu(gate, *facts.xielu) / gate if facts.xielu else slope(facts.activation, gate)
+    if facts.activation == "situ":
+        factor = situ(gate, facts.situ[0]) * torch.sigmoid(gate)
+        bent = situ(up, facts.situ[1]) if facts.situ[1] else torch.ones_like(up)
+        up = up * (bent if freeze is None else bent.detach())
     if gelu == "f16_table" and facts.activation == "gelu":
         assert freeze is None, "the table has no derivative"
         return gelu_by_table(gate) * (1.0 if up is None else up)
@@ -1030,8 +1049,8 @@ def mixture(
     if how["freeze"] is not None:
         weights = weights.detach()
     facts, rows = clamped(model, b, "swiglu_clamp_exp"), []
-    latent = f"{b}.ffn_latent_down.weight" in model.weights
-    for i, before in enumerate(linear(model, f"{b}.ffn_latent_down", h) if latent else h):
+    latent = next((name for name in ("latent", "routed") if f"{b}.ffn_{name}_down.weight" in model.weights), None)
+    for i, before in enumerate(linear(model, f"{b}.ffn_{latent}_down", h) if latent else h):
         row = torch.zeros_like(before)
         for expert, weight in zip(chosen[i].tolist(), weights[i], strict=True):
             x = before if facts.weighted == "output" else weight * before
@@ -1052,8 +1071,10 @@ def mixture(
             row = row + (weight * added if facts.weighted == "output" else added)
         rows.append(row)
     y = torch.stack(rows)
+    if f"{b}.ffn_routed_norm.weight" in model.weights:
+        y = norm(model, f"{b}.ffn_routed_norm", y, frozen=how["freeze"] is not None)
     if latent:
-        y = linear(model, f"{b}.ffn_latent_up", y)
+        y = linear(model, f"{b}.ffn_{latent}_up", y)
     if f"{b}.ffn_up_shexp.weight" in model.weights:
         share = torch.ones(())
         if f"{b}.ffn_gate_inp_shexp.weight" in model.weights:
@@ -1202,13 +1223,18 @@ def connected(
     """Return what a branch reads, before its norm, and the stream after the branch as a function of what it adds."""
     if not model.facts.streams:
         return x, lambda added: x + added
-    w, mixed = tensors_of(model, int(b.removeprefix("blk."))), model.facts.streams == "mixed"
+    layer, mixed = int(b.removeprefix("blk.")), model.facts.streams == "mixed"
+    w = tensors_of(model, layer)
+    if model.facts.streams == "over depth":
+        return oracle_streams.connection_over_depth(w, model.metadata, layer, branch, x, frozen=frozen)
     return oracle_streams.connection(w, model.metadata, f"hc_{branch}", x, mixed=mixed, frozen=frozen)
 
 
 def final_norm(model: Oracle, x: Tensor, *, frozen: bool) -> Tensor:
     """Apply the norm before the head to the stream, or to what it reads of several."""
-    if model.facts.streams:
+    if model.facts.streams == "over depth":
+        x = oracle_streams.collected_over_depth(model.weights, model.metadata, x, frozen=frozen)
+    elif model.facts.streams:
         x = oracle_streams.collected(model.weights, model.metadata, x, frozen=frozen)
     return norm(model, model.facts.final_norm, x, frozen=frozen)
 

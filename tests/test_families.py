@@ -235,10 +235,14 @@ def test_only_routed_experts_are_read(case: str, tiny_files: dict[str, Path]) ->
 
     J = model.trace(tiny.prompt(case, 1)).jacobian()
     # Where `up` is clamped, or its activation frozen, is recorded from `up` itself.
-    always = model.config.row.activation == "silu_oai" or o.ffn == "plain"
+    always = model.config.row.activation == "silu_oai" or model.config.situ[1] > 0 or o.ffn == "plain"
+    # What a norm of the experts' sum freezes is recorded from that.
+    normed = {name.split(".")[1] for name in shapes if name.endswith("ffn_routed_norm.weight")}
     for name in stacks:
-        twice = always or model.config.layers[int(name.split(".")[1])].clamp("_exps") > 0
-        assert reads[name] == share(name) * (2 if twice and "ffn_up" in name else 1)
+        layer = name.split(".")[1]
+        twice = always or model.config.layers[int(layer)].clamp("_exps") > 0
+        more = (twice and "ffn_up" in name) + (layer in normed and "ffn_gate" not in name)
+        assert reads[name] == share(name) * (1 + more)
     for sweep in (lambda: J.matmat(J.x[None]), lambda: J.rmatmat(J.output[None].expand(5, -1))):
         reads.clear()
         sweep()

@@ -112,6 +112,9 @@ class Options:
     stream_rounds: int = 0  # of the iteration that makes the weights by which streams are mixed; 0: they are not
     stream_head: bool = True  # the head reads them by weights, too; else their mean
     latent: int = 0  # width of the stream that routed experts read and write; 0: that of all
+    latent_name: str = "latent"  # latent | routed: in the names of what leads to it and back
+    latent_norm: bool = False  # a norm of what the experts add there
+    depth_scores: bool = False  # earlier streams are read by attention over depth
     predictors: int = 0  # of `layers` the last, which predict later tokens
     predictor_norms: tuple[str, ...] = ("nextn.enorm", "nextn.hnorm")
     predictor_experts: bool = True  # predictors are mixtures where the other blocks are
@@ -226,7 +229,7 @@ def metadata(o: Options) -> dict[str, Any]:
         "expert_feed_forward_length": list(o.expert_ffs) or o.expert_ff,
         "expert_shared_feed_forward_length": o.shared_ff,
         "expert_shared_count": o.shared_count,
-        "moe_latent_size": o.latent,
+        "moe_latent_size" if o.latent_name == "latent" else "expert_latent_length": o.latent,
         "attention.shared_kv_layers": o.shared_kv,
         "embedding_length_per_layer_input": o.per_layer,
         "leading_dense_block_count": o.dense_lead,
@@ -256,6 +259,8 @@ def tensors(o: Options) -> Iterator[Entry]:
         yield from norms(o, "token_embd_norm", o.d)
     if o.streams and o.stream_head:
         yield from stream_weights(o, "output_hc", o.streams, 1)
+    if o.depth_scores:
+        yield depth_score("output_res_score", o.d)
     if not o.tied:
         yield Entry("output.weight", (o.vocab, o.d), o.embed_std if o.head_only else 2.0 / math.sqrt(o.d))
     if "output" in o.biases:
@@ -291,6 +296,8 @@ def tensors(o: Options) -> Iterator[Entry]:
             uses = 2 * o.streams + o.streams**2 * (o.stream_rounds > 0)
             for branch in ("attn", "ffn"):
                 yield from stream_weights(o, f"{b}.hc_{branch}", uses, 3 if o.stream_rounds else 2)
+        if o.depth_scores:
+            yield from (depth_score(f"{b}.{branch}_res_score", o.d) for branch in ("attn", "ffn"))
         if o.output_scale:
             yield Entry(f"{b}.layer_output_scale.weight", (1,), 0.1, 0.8)
         predictor = layer >= o.blocks
@@ -317,6 +324,11 @@ def stream_weights(o: Options, name: str, weights: int, uses: int) -> Iterator[E
     yield matrix(f"{name}_fn", weights, o.streams * o.d)
     yield Entry(f"{name}_base.weight", (weights,), 0.7)
     yield Entry(f"{name}_scale.weight", (uses,), 0.2, 1.0)
+
+
+def depth_score(name: str, width: int) -> Entry:
+    """Return what scores streams over depth: with larger numbers a single one would be read."""
+    return Entry(f"{name}.weight", (width,), 1.2 / math.sqrt(width))
 
 
 def scaled(o: Options) -> Iterator[Entry]:
@@ -428,11 +440,11 @@ def delta(o: Options, b: str, *, layout: str) -> Iterator[Entry]:
     yield matrix(f"{b}.ssm_out", o.d, v, 1.5)
 
 
-def kda(o: Options, b: str, *, bounded: bool) -> Iterator[Entry]:
+def kda(o: Options, b: str, *, steps: str) -> Iterator[Entry]:
     """List the tensors of Kimi Delta Attention in layer `b`, without its norm.
 
-    `bounded`: decays have a bound, and the projections to them and to the gate are not in two steps. The size `flat`:
-    the rates of decay have one axis.
+    `steps`: which projections are in two steps, to decays (f) and to the gate (g); without any, `ssm_a` is positive.
+    The size `flat`: the rates of decay have one axis.
     """
     size, kernel = o.sizes["kda.head_dim"], o.sizes["ssm.conv_kernel"]
     width = o.heads * size
@@ -441,13 +453,13 @@ def kda(o: Options, b: str, *, bounded: bool) -> Iterator[Entry]:
     for part in "qkv":
         yield Entry(f"{b}.ssm_conv1d_{part}.weight", (1, width, 1, kernel), 1.2 / math.sqrt(kernel))
     for name, gain in (("ssm_f", 2.0), ("ssm_g", o.gate_gain)):
-        if bounded:
-            yield matrix(f"{b}.{name}_a", width, o.d, gain)
-        else:
+        if name[-1] in steps:
             yield from (matrix(f"{b}.{name}_a", size, o.d), matrix(f"{b}.{name}_b", width, size, gain))
+        else:
+            yield matrix(f"{b}.{name}{'' if steps else '_a'}", width, o.d, gain)
     spread = np.exp(draw(Entry(f"{b}.ssm_a", (o.heads, 1), 0.2), o.seed))
-    ends = (0.4, 2.5) if bounded else (-0.02, -6.0)
-    rates = np.geomspace(*ends, o.heads)[:, None] * spread
+    ends = (0.4, 2.5) if "kda.gate_lower_bound" in o.sizes else (0.02, 6.0)
+    rates = (-1 if steps else 1) * np.geomspace(*ends, o.heads)[:, None] * spread
     rates = rates[:, 0] if o.sizes.get("flat") else rates
     yield Entry(f"{b}.ssm_a", rates.shape, 0.0, values=rates)
     yield Entry(f"{b}.ssm_dt.bias", (width,), 1.0)
@@ -845,8 +857,9 @@ MIXERS: dict[str, Callable[[Options, str], Iterator[Entry]]] = {
     "old delta": functools.partial(delta, layout="old"),
     "convolution": short_convolution,
     "lightning": lightning,
-    "kda": functools.partial(kda, bounded=False),
-    "bounded kda": functools.partial(kda, bounded=True),
+    "kda": functools.partial(kda, steps="fg"),
+    "k3 kda": functools.partial(kda, steps="f"),
+    "bounded kda": functools.partial(kda, steps=""),
     "mamba": mamba,
     "mamba2": mamba2,
     "plamo2": plamo2,
@@ -865,6 +878,7 @@ RECURRENT = {
     "old delta",
     "convolution",
     "kda",
+    "k3 kda",
     "bounded kda",
     "lightning",
     "mamba",
@@ -920,8 +934,10 @@ def experts(o: Options, b: str, width: int) -> Iterator[Entry]:
     if o.ffn == "plain":
         del shapes["ffn_gate_exps"]
     if o.latent:
-        yield matrix(f"{b}.ffn_latent_down", o.latent, o.d)
-        yield matrix(f"{b}.ffn_latent_up", o.d, o.latent)
+        yield matrix(f"{b}.ffn_{o.latent_name}_down", o.latent, o.d)
+        yield matrix(f"{b}.ffn_{o.latent_name}_up", o.d, o.latent)
+    if o.latent_norm:
+        yield from norms(o, f"{b}.ffn_{o.latent_name}_norm", o.latent)
     parts = {
         name: Entry(f"{b}.{name}.weight", (o.experts, out, into), gain / math.sqrt(into))
         for name, (out, into, gain) in shapes.items()

@@ -27,7 +27,7 @@ from ggjac.blocks.mixers import Factor, MixerTape, Past
 from ggjac.blocks.networks import FFNTape, HiddenTape
 from ggjac.blocks.norms import NormTape, frozen_norm, record_norm
 from ggjac.blocks.patterns import ChannelTape, ScanTape, attention_pattern
-from ggjac.blocks.streams import StreamsTape, collected, final_streams
+from ggjac.blocks.streams import StreamsTape, collected, final_streams, renewed
 
 __all__ = [
     "AttentionTape",
@@ -67,6 +67,7 @@ __all__ = [
     "record_ffn",
     "record_norm",
     "record_rest",
+    "renewed",
     "skip",
     "stream_scale",
     "taken_up",

@@ -584,7 +584,7 @@ def _delta(
     share = c.sigmoid()
     tape, o, state = _recurrent(kind, recurrence, c * share, past)
     heads = o.unflatten(1, (own.heads, -1))  # [m, h, v]
-    gate = _projected(w, ("attn_gate", "ssm_g_a", "ssm_g_b"), h).unflatten(1, (own.heads, -1))
+    gate = _projected(w, ("attn_gate", "ssm_g", "ssm_g_a", "ssm_g_b"), h).unflatten(1, (own.heads, -1))
     gate = gate.sigmoid() if config.row.sigmoid_gate else gate * gate.sigmoid()
     read = inverse_rms(heads, config) * w.vector("ssm_norm.weight") * gate
     tape = tape._replace(written=Factor(share), read=Factor(read.flatten(1).to(h.dtype)))

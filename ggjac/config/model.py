@@ -1,5 +1,6 @@
 """Sizes and constants of a model: data, as read and checked by `ggjac.config.read`."""
 
+import math
 from dataclasses import dataclass, replace
 
 from ggjac.architectures import Architecture
@@ -216,12 +217,25 @@ class Streams:
         epsilon: added to weights.
         magnitude: largest weight by which a stream takes up what a branch adds, but for `epsilon`.
         rounds: of Sinkhorn's iteration on the weights by which streams are mixed; 0 if each stays as it is.
+        period: of blocks before which the stream is put away and begins anew, in place of `count`; 0 for never.
     """
 
     count: int = 0
     epsilon: float = 0.0
     magnitude: float = 2.0
     rounds: int = 0
+    period: int = 0
+
+    @property
+    def several(self) -> bool:
+        """Whether there are several streams."""
+        return self.count > 0 or self.period > 0
+
+    def after(self, depth: int) -> int:
+        """Return the number of streams after `depth` blocks; before the first block there is one."""
+        if self.period:
+            return 1 + math.ceil(depth / self.period)
+        return self.count if depth and self.count else 1
 
 
 @dataclass(frozen=True)
@@ -277,6 +291,8 @@ class ModelConfig:
         loops: how often the file's blocks are applied, all of them each time.
         loop_norm: whether the norm before the head is applied between these passes.
         streams: of several residual streams.
+        situ: β and λ of the activation SiTU, `β tanh(gate / β) sigmoid(gate) * λ tanh(up / λ)`; λ is 0 where the second
+            factor is `up` itself. Zeros for other activations.
     """
 
     architecture: str
@@ -308,6 +324,7 @@ class ModelConfig:
     decay_bound: float = 0.0
     indexer: Indexer = Indexer()
     streams: Streams = Streams()
+    situ: tuple[float, float] = (0.0, 0.0)
     value_scale: float = 1.0
     skip_scale: float = 1.0
     loops: int = 1
@@ -328,7 +345,12 @@ class ModelConfig:
 
     def width(self, depth: int) -> int:
         """Return the elements of all residual streams after `depth` blocks; before the first block there is one."""
-        return self.d * (self.streams.count if depth and self.streams.count else 1)
+        return self.d * self.streams.after(depth)
+
+    @property
+    def widest(self) -> int:
+        """Elements of all residual streams where there are most."""
+        return self.width(self.block_count)
 
     @property
     def attention_factor(self) -> float:

@@ -86,11 +86,12 @@ def read_config(metadata: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...
         expert_weights_scale=(keys.real("expert_weights_scale", 0.0) if row.expert_scale_key else 0) or 1.0,
         expert_shared_feed_forward_length=experts.shared_width,
         decay_bound=_decay_bound(keys, row),
-        expert_latent=keys.count("moe_latent_size") if row.expert_latent else 0,
+        expert_latent=keys.count(row.expert_latent) if row.expert_latent else 0,
         indexer=_indexer(keys, row, stored),
         loops=loops,
         loop_norm=loops > 1 and not ("skip_loop_final_norm" in keys and keys.flag("skip_loop_final_norm")),
         streams=_streams(keys, row),
+        situ=_situ(keys) if row.activation == "situ" else (0.0, 0.0),
         inputs=keys.count("embedding_length_per_layer_input") if row.inputs else 0,
     )
     # Blocks that read another's keys may still have tensors for their own.
@@ -398,6 +399,9 @@ def _streams(keys: Keys, row: Architecture) -> Streams:
     """
     if not row.streams:
         return Streams()
+    if row.streams == "over depth":
+        key = "attn_res.block_size"
+        return Streams(period=keys.integer(key) if keys.number(key) else 0)
     count = keys.integer("hyper_connection.count")
     if count < 2:
         raise ConfigError(
@@ -650,6 +654,14 @@ def _xielu(keys: Keys, blocks: int) -> list[tuple[float, float, float]]:
         # Between eps and 0 the exponential is that of eps: a step of αn eps at 0, which is neglected where tiny.
         raise ConfigError(f"metadata key xielu.eps is {min(eps)}: steps larger than 1e-05 are not supported")
     return [(b + _softplus(a), _softplus(c), b) for a, c, b in zip(n, p, beta, strict=True)]
+
+
+def _situ(keys: Keys) -> tuple[float, float]:
+    """Return β and λ of SiTU."""
+    beta = keys.real("activation.situ_beta")
+    if not beta:
+        raise ConfigError(f"metadata key {keys.prefix}.activation.situ_beta is 0, but gates are divided by it")
+    return beta, keys.real("activation.situ_linear_beta")
 
 
 def _softplus(x: float) -> float:

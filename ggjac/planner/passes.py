@@ -424,11 +424,15 @@ def _trace(block: _Block, config: ModelConfig, mlp_path: MlpPath, n: int, m: int
     for kind, experts, uses, _ in _networks(block, config, m):
         stems = _stems(block, kind)
         # A frozen factor that needs the live projection's own output is recorded first, and then applied.
-        again = int(len(stems) < 3 or mlp_path == "gate" or _clamped(config, block, kind))
+        again = int(len(stems) < 3 or mlp_path == "gate" or config.situ[1] > 0 or _clamped(config, block, kind))
         again += block.find(f"ffn_sub_norm{kind}.weight") is not None
         stems = [*stems, *[_live(block, kind, mlp_path)] * again]
+        if experts and block.find("ffn_routed_norm.weight"):  # their sum is recorded
+            stems += [_live(block, kind, mlp_path), f"ffn_down{kind}"]
         parts += [block.linear(stem, m, experts, uses) for stem in stems]
     parts += [Pass(info.nbytes, {info.type.name: info.elements}) for info in _small(block)]
+    if block.adds and block.find("ffn_routed_norm.weight"):
+        parts.append(Pass(sums=1, summed=m * config.expert_latent))
     return total([*parts, _sums(block, config, m, m)])
 
 
@@ -496,6 +500,8 @@ def _tape_bytes(block: _Block, config: ModelConfig, n: int, item: int) -> int:
         floats += uses * width * (1 + _clamped(config, block, kind))
         if experts:
             floats, other = floats + uses, other + uses * 8  # the router's weights, and positions in int64
+            if block.find("ffn_routed_norm.weight"):
+                floats, other = floats + config.expert_latent, other + n * max(4, item)
         elif kind and block.find(f"ffn_gate_inp{kind}.weight"):
             floats += n
     return floats * item + other
@@ -503,13 +509,12 @@ def _tape_bytes(block: _Block, config: ModelConfig, n: int, item: int) -> int:
 
 def _stream_floats(config: ModelConfig, index: int) -> int:
     """Return the floats at each position of the weights by which both branches read and write several streams."""
-    count = config.streams.count
-    if not count:
+    own = config.streams
+    if not own.several:
         return 0
-    floats = 0
-    for before in (config.width(index) // config.d, count):  # the first block's attention reads one stream
-        kept = count * before if config.streams.rounds or before == 1 else 0
-        floats += before + count + kept
+    first, after, floats = own.after(index), own.after(index + 1), 0
+    for before in (first, after):  # attention may add to the number of streams
+        floats += before + after + (after * before if own.rounds or after > before else 0)
     return floats
 
 
