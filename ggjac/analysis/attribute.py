@@ -414,7 +414,7 @@ def attribute(
 
     Raises:
         PromptError: `target` or `versus` is not in the vocabulary, or a text that is not one token.
-        ValueError: one of them is neither a text nor a whole number.
+        ValueError: one of them is neither a text nor a whole number, or both are the same token.
     """
     target, versus = jacobian.token_id(target), jacobian.token_id(versus)
     asked = _ask(jacobian.output[None], jacobian.network.head, target, versus)
@@ -483,7 +483,8 @@ def attribute_positions(
 
     Raises:
         PromptError: `target` or `versus` is not in the vocabulary, or a text that is not one token.
-        ValueError: one of them is neither a text nor a whole number, or a position is out of range.
+        ValueError: one of them is neither a text nor a whole number, both are the same token, or a position is out of
+            range.
     """
     network, x = jacobian.network, jacobian.network.x
     n, d = x.shape
@@ -567,7 +568,8 @@ def attribute_branches(
 
     Raises:
         PromptError: `target` or `versus` is not in the vocabulary, or a text that is not one token.
-        ValueError: one of them is neither a text nor a whole number, or a position is out of range.
+        ValueError: one of them is neither a text nor a whole number, both are the same token, or a position is out of
+            range.
     """
     network = jacobian.network
     config = network.frame.config
@@ -671,6 +673,8 @@ class _Asked(NamedTuple):
 
 def _ask(outputs: Float[Tensor, "m d"], head: Head, target: int | None, versus: int | None) -> _Asked:
     """Choose a target for each output, and read the head's rows of it."""
+    if target is not None and target == versus:
+        raise ValueError(f"target and versus are both token id {target}: the difference is 0; give two tokens")
     targets = head.logits(outputs).argmax(1).cpu() if target is None else torch.full((len(outputs),), target)
     distinct, which = targets.unique(return_inverse=True)
 

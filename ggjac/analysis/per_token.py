@@ -72,7 +72,7 @@ class TokenSpectra(list[TokenSpectrum], Result):
 
 def per_token(
     jacobian: DetachedJacobian,
-    rank: int = 4,
+    rank: int = 8,
     *,
     positions: str | Sequence[int] | None = None,
     top: int = 8,

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import sys
+import time
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -55,8 +56,10 @@ def open_session(
     with usage_errors():
         prompt = what.given(model.chat)
     check_output(output, "--output", what, model)
-    with usage_errors():
-        session = Session(model, prompt, tapes=tapes, **settings(what))
+    how = settings(what)
+    # All else takes milliseconds. It is no stage of the work, and not counted.
+    with how["stages"].reporting("waiting for llama.cpp's tokenizer", time.perf_counter()), usage_errors():
+        session = Session(model, prompt, tapes=tapes, **how)
     n, d = len(session.ids), model.config.d
     try:
         places = chosen("position", str(position), n, f"the prompt has positions 0 to {n - 1}")
