@@ -910,6 +910,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         gated_heads="heads",
         bounded_decay="required",
         rope_pairs="adjacent",
+        output_scales=False,
         hidden_clamps="after",
         expert_widths="shared",
         graph=Graph(("kda_out", "mla_out"), ffn=()),
