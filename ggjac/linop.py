@@ -144,7 +144,11 @@ class LinearOperator:
 
     def to_dense(self, chunk: int | None = None) -> Tensor:
         """Return the dense matrix `[*out_shape, *in_shape]`, computed `chunk` rows at a time (default all at once)."""
-        return torch.cat([rows for *_, rows in self.rows(chunk)]).reshape(*self.out_shape, *self.in_shape)
+        matrix = torch.empty(math.prod(self.out_shape), *self.in_shape, dtype=self.dtype, device=self.device)
+        for start, stop, rows in self.rows(chunk):
+            matrix[start:stop] = rows
+            del rows  # before the next ones are computed
+        return matrix.reshape(*self.out_shape, *self.in_shape)
 
     def to_scipy(self) -> "scipy.sparse.linalg.LinearOperator":
         """Return a `scipy.sparse.linalg.LinearOperator` on flattened vectors (columns stacked, as SciPy does).

@@ -1518,6 +1518,8 @@ RWKV_CASES: dict[str, dict[str, Any]] = {
     "rwkv6": of("rwkv6"),
     "rwkv6_not_halved": of("rwkv6", extra={"rescale_every_n_layers": 0}, eps=0.05, layers=2),
     "rwkv6_sizes": of("rwkv6", sizes={"head": 32, "extra": 4, "decay": 3}, layers=3),
+    # How much of the position before each projection reads is in five tensors, as in old conversions.
+    "rwkv6_apart": of("rwkv6", sizes={"head": 16, "apart": True}, layers=2),
     "rwkv6_q8_0": of("rwkv6", type="Q8_0", layers=2),
     "rwkv7": of("rwkv7"),
     "rwkv7_heads": of("rwkv7", d=128, layers=2, sizes={"rate": 5, "values": 3, "gate": 6, "decay": 8}, eps=0.05),

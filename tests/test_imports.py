@@ -44,7 +44,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "chat": {"tokenizer"},
     "report": {"display", "drawing", "runs", "units"},
     # planning: sizes and rates
-    "planner": {"config", "division", "gguf", "linop", "results", "sizes", "units", "ways", "weights"},
+    "planner": {"checks", "config", "division", "gguf", "linop", "results", "sizes", "units", "ways", "weights"},
     # network: the block algebra, no file layout
     "rope": {"config"},
     "decode": {"linop", "weights"},

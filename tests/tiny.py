@@ -693,10 +693,13 @@ def mamba2_beside_attention(o: Options, b: str) -> Iterator[Entry]:
 # ---- RWKV
 
 
-def lerps(b: str, count: int, width: int) -> Entry:
-    """Return how much of the token before each of several projections reads, by channel."""
+def lerps(b: str, count: int, width: int, names: str = "") -> Iterator[Entry]:
+    """List how much of the token before each of several projections reads, by channel: in one tensor, or by name."""
     values = np.random.default_rng([7, zlib.crc32(b.encode())]).uniform(0.1, 0.9, (count, 1, 1, width))
-    return Entry(f"{b}.time_mix_lerp_fused.weight", values.shape, 0.0, values=values)
+    if not names:
+        yield Entry(f"{b}.time_mix_lerp_fused.weight", values.shape, 0.0, values=values)
+    for name, own in zip(names, values[:, 0, 0], strict=False):
+        yield Entry(f"{b}.time_mix_lerp_{name}.weight", own.shape, 0.0, values=own)
 
 
 def shares_of_before(name: str, width: int) -> Entry:
@@ -715,7 +718,7 @@ def rwkv6(o: Options, b: str, *, linear: bool = False) -> Iterator[Entry]:
     yield matrix(f"{b}.time_mix_w1", 5 * extra, d)
     yield Entry(f"{b}.time_mix_w2.weight", (5, d, extra), 0.3 / math.sqrt(extra))
     yield shares_of_before(f"{b}.time_mix_lerp_x", d)
-    yield lerps(b, 5, d)
+    yield from lerps(b, 5, d, "wkvrg" if s["apart"] else "")
     if not linear:
         yield Entry(f"{b}.time_mix_first.weight", (d // s["head"], s["head"]), 0.5, 0.5)
         yield from group_norm(b, d)
@@ -741,7 +744,7 @@ def rwkv7(o: Options, b: str) -> Iterator[Entry]:
             yield Entry(f"{b}.time_mix_{name}0.weight", (d,), 0.0, values=at)
         yield matrix(f"{b}.time_mix_{name}1", rank, d)
         yield matrix(f"{b}.time_mix_{name}2", d, rank, 2.0 if name == "g" else 1.0)
-    yield lerps(b, 6 if s["gate"] else 5, d)
+    yield from lerps(b, 6 if s["gate"] else 5, d)
     for name, spread, mean in (("k_k", 0.3, 1.0), ("k_a", 0.3, 0.7), ("r_k", 0.3, 0.0)):
         yield Entry(f"{b}.time_mix_{name}.weight", (d,), spread, mean)
     for name in ("key", "value", "receptance"):
@@ -775,6 +778,7 @@ def rwkv7_keys(o: Options) -> dict[str, Any]:
 
 # llama.cpp reads beyond heads whose size is not a multiple of 64 in RWKV-7.
 RWKV = {"head": 64, "extra": 6, "decay": 10, "rate": 7, "values": 5, "gate": 9, "normed": True, "biased": False}
+RWKV |= {"apart": False}
 
 # Heads are 16 wide, not as wide as the state; four of them share a group's B and C.
 MAMBA2 = {

@@ -627,7 +627,7 @@ def _rwkv6(w: BlockWeights, frame: Frame, layer: int, h: Float[Tensor, "m d"], p
     """
     own, m = frame.config.recurrence, len(h)
     away = before(h, past and past.rows) - h
-    lerp = w.vector("time_mix_lerp_fused.weight").reshape(5, -1)
+    lerp = [w.vector(f"time_mix_lerp_{name}.weight").flatten() for name in "wkvrg"]
     parts = affine(linear(w, "time_mix_w1", m), h + away * w.vector("time_mix_lerp_x.weight")).tanh().chunk(5, 1)
     shares = [affine(linear(w, "time_mix_w2", m, expert=i), part) + lerp[i] for i, part in enumerate(parts)]
     x = {name: h + away * share for name, share in zip("wkvrg", shares, strict=True)}

@@ -167,6 +167,8 @@ _VECTORS: dict[str, dict[str, tuple[str, ...]]] = {
 # of the first block's values.
 _HEAD_NORM: dict[str, tuple[str, ...]] = {"time_mix_ln.weight": ("d",), "time_mix_ln.bias": ("d",)}
 _FIRST: dict[str, tuple[str, ...]] = {"time_mix_first.weight": ("states", "state")}
+# How much of the position before each projection reads, in files from before llama.cpp's converter put them together.
+_LERPS: dict[str, tuple[str, ...]] = {f"time_mix_lerp_{name}.weight": ("d",) for name in "wkvrg"}
 _GATE: dict[str, tuple[str, ...]] = {"time_mix_g1.weight": ("gate", "d"), "time_mix_g2.weight": ("d", "gate")}
 _SOURCED: dict[str, tuple[str, ...]] = {
     "time_mix_v0.weight": ("d",),
@@ -207,6 +209,7 @@ FUSED = {
     "attn_qkv": ("attn_q", "attn_k", "attn_v"),
     "ssm_in": ("attn_q", "attn_k", "attn_v", "attn_gate"),
     "ssm_ba": ("ssm_beta", "ssm_alpha"),
+    "time_mix_lerp_fused": tuple(f"time_mix_lerp_{name}" for name in "wkvrg"),
     "ffn_gate_up_exps": ("ffn_gate_exps", "ffn_up_exps"),
 }
 _FFN: dict[str, dict[str, tuple[str, ...]]] = {
@@ -328,6 +331,10 @@ def _kimi_delta_parts(config: ModelConfig, layer: int) -> dict[str, Part]:
     return _sections("attn_qkv", attn_q=sizes["qk"], attn_k=sizes["qk"], attn_v=sizes["hv"])
 
 
+def _rwkv6_parts(config: ModelConfig, layer: int) -> dict[str, Part]:
+    return _sections("time_mix_lerp_fused", **{f"time_mix_lerp_{name}": 1 for name in "wkvrg"})
+
+
 def _lightning_parts(config: ModelConfig, layer: int) -> dict[str, Part]:
     size = config.recurrence.key_size  # of each head: query, key and value
     return _sections("attn_qkv", attn_q=size, attn_k=size, attn_v=size, period=3 * size)
@@ -366,7 +373,7 @@ _MIXER_PARTS: dict[str, Callable[[ModelConfig, int], dict[str, Part]]] = {
     "kimi delta": _kimi_delta_parts,
     "state space": _state_space_parts,
     "channel state space": _channel_parts,
-    "rwkv6": lambda config, layer: {},
+    "rwkv6": _rwkv6_parts,
     "rwkv7": lambda config, layer: {},
     "lightning": _lightning_parts,
     "state space of values": _state_space_of_values_parts,
@@ -669,7 +676,7 @@ def _rwkv_table(config: ModelConfig, layer: int) -> dict[str, tuple[str, ...]]:
     row, ranks = config.row, dict(config.recurrence.ranks)
     table = dict(_HEAD_NORM) if row.head_norm else {}
     if row.recurrent == "rwkv6" and row.head_norm:
-        table |= _FIRST
+        table |= _FIRST | _LERPS
     if ranks.get("gate"):
         table |= _GATE
     return table | (_SOURCED if config.layers[layer].source is not None else {})

@@ -85,6 +85,7 @@ class LayerPlan:
 
     Attributes:
         index: of the block.
+        stored: number of the block in the file; blocks that are applied several times share it.
         stored_bytes: of all its tensors, all experts included.
         sweep: what a sweep of the Jacobian reads and computes, FLOP for one stacked vector.
         trace: what the trace reads and computes.
@@ -98,6 +99,7 @@ class LayerPlan:
     """
 
     index: int
+    stored: int
     stored_bytes: int
     sweep: Pass
     trace: Pass
@@ -132,6 +134,7 @@ def layer_plan(
         kept = _each_once(block, config, max(step.region.read or work.n for step in work.sweeps))
     return LayerPlan(
         index=index,
+        stored=index % config.stored_blocks,
         stored_bytes=sum(info.nbytes for info in block.infos),
         sweep=sweep,
         trace=_trace(block, config, mlp_path, work.n, work.n),
@@ -299,15 +302,14 @@ def _sweep(block: _Block, config: ModelConfig, mlp_path: MlpPath, region: Region
 
     FLOP are for one stacked vector, but with the tensors of the forward pass for all positions.
     """
-    spans = region.spans or ((0, config.block_count),)
-    ends = [last for first, last in spans if first <= block.index < last]
-    if not ends:
+    aboard = len(region.ends(block.index, config.block_count))
+    if not aboard:
         return Pass()
     n = region.read or input_positions
     m = region.written or n
     if region.tensors in ("all", "continued"):
         return _trace(block, config, mlp_path, n, m, continued=region.tensors == "continued")
-    if region.written is None and set(ends) == {block.index + 1}:
+    if region.ends_in(block.index, config.block_count):
         m = 1
     parts, p = [], min(n, m + block.shifts)  # positions that the feed-forward reads
     for mixer in block.layer.mixers:
@@ -326,7 +328,7 @@ def _sweep(block: _Block, config: ModelConfig, mlp_path: MlpPath, region: Region
     parts += [block.vector(f"{name}.weight") for name in ("layer_output_scale", "channel_mix_lerp_k")]
     parts.append(_sums(block, config, n, m))
     # Each vector visits only the blocks of its own map's span: scale by the mean.
-    return total(parts) if region.sequential else total(parts).scaled(len(ends) / len(spans))
+    return total(parts) if region.sequential else total(parts).scaled(aboard / max(1, len(region.spans)))
 
 
 def _heads(config: ModelConfig, block: _Block, mixer: str) -> tuple[int, int, int]:
