@@ -916,6 +916,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         expert_scale_key=True,
         expert_widths="count",
         head="required",
+        head_scale=False,
         graph=Graph(stream=("l_last",)),
     ),
     "minimax-m3": replace(
@@ -943,6 +944,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         gated_heads="heads",
         bounded_decay="required",
         rope_pairs="adjacent",
+        output_scales=False,
         hidden_clamps="after",
         expert_widths="shared",
         graph=Graph(("kda_out", "mla_out"), ffn=()),
