@@ -78,8 +78,8 @@ class Architecture:
     "The file's `key`" below is metadata under the prefix of `general.architecture`.
 
     Attributes:
-        norm: `"rms"` (weight / root mean square), `"layer"` (centred, with an optional bias) or `"bare"` (centred,
-            without weight or bias: no tensor).
+        norm: `"rms"` (weight / root mean square) or `"layer"` (centred, with an optional bias).
+        norm_weights: norms have weights; without, they have no tensors.
         norm_bias: RMSNorms may have biases too.
         norm_by_epsilon: files that state RMSNorm's epsilon have RMSNorms.
         epsilon_read: the norms' epsilon is the file's; otherwise it is 0 (llama.cpp does not read it).
@@ -232,7 +232,9 @@ class Architecture:
         shared_fused: gate and up of the shared expert are in one tensor, gate first.
         looped: all blocks may be applied several times, one after the other (`num_loops`), with the norm before the
             head between these passes, unless the file has `skip_loop_final_norm`.
-        streams: there are several residual streams (`hyper_connection.count`).
+        streams: several residual streams: `"apart"` (as many as `hyper_connection.count` states; branches read and
+            write all of them) or `"held"` (two: the file's blocks are in two stacks, which run in cycles; each reads
+            the sum of what both have made last, and one of these is held meanwhile); `""` for one.
         stream_scale: a block's output may be multiplied by a number (`layer_output_scale`).
         halving: the stream is halved after each of the file's `rescale_every_n_layers`, if that is not 0.
         post_norm_epsilon: what norms after branches add inside of their root; 0 for the same as others.
@@ -257,6 +259,7 @@ class Architecture:
     """
 
     norm: str = "rms"
+    norm_weights: bool = True
     norm_bias: bool = False
     norm_by_epsilon: bool = False
     epsilon_read: bool = True
@@ -362,7 +365,7 @@ class Architecture:
     shared_optional: bool = False
     shared_fused: bool = False
     looped: bool = False
-    streams: bool = False
+    streams: str = ""
     stream_scale: bool = False
     halving: bool = False
     post_norm_epsilon: float = 0.0
@@ -579,7 +582,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "gpt2": replace(_GPT, rope_pairs="", positions="required"),
     "starcoder2": _GPT,
     "phi2": replace(_GPT, norms=_SHARED_NORM, parallel=True, partial_rotary=True),
-    "olmo": Architecture(norm="bare", rope_pairs="adjacent", clamp_key=True, graph=_SUMMED),
+    "olmo": Architecture(norm="layer", norm_weights=False, rope_pairs="adjacent", clamp_key=True, graph=_SUMMED),
     "command-r": replace(_COHERE, qk_norm="heads", qk_norm_optional=True),
     "nemotron": Architecture(norm="layer", partial_rotary=True, ffn="plain", activation="relu2", graph=_SUMMED),
     "stablelm": Architecture(
@@ -859,7 +862,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         indexer="optional keys",
         gated_heads="elements",
         sinks="required",
-        streams=True,
+        streams="apart",
         output_scales=False,
         hidden_clamps="before",
         router_key=True,
@@ -1087,4 +1090,12 @@ ARCHITECTURES: dict[str, Architecture] = {
         graph=Graph(ffn=("ffn_moe_out",)),
     ),
     "nanbeige": replace(_LLAMA, partial_rotary=True, looped=True, graph=_SUMMED),
+    "hrm_text": Architecture(
+        norm_weights=False,
+        gated_heads="elements",
+        partial_rotary=True,
+        rope_factors="",
+        streams="held",
+        embedding_scale="key",
+    ),
 }

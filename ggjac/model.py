@@ -466,6 +466,7 @@ class Model:
             mlp_path,
             [blocks.activation(config, i, table=imitate) for i in range(config.block_count)],
             between=self.weights[f"{config.row.output_norm}.weight"].dense() if config.loop_norm else None,
+            held=self.weights["hrm.z_l_init"].dense() if config.row.streams == "held" else None,
         )
 
     @property

@@ -2,6 +2,9 @@
 
 After llama.cpp's `hy-v4.cpp`, whose hyper-connections do not mix streams. States are [n, streams * d], one stream after
 the other; before the first block there is one stream, of which all are copies.
+
+And after its `hrm-text.cpp`, where two stacks of blocks make `zL` and `zH` in turn: a state is what runs through the
+blocks of one stack, and then the one of these that is held meanwhile.
 """
 
 from collections.abc import Callable, Mapping
@@ -53,3 +56,17 @@ def collected(w: Mapping[str, Tensor], meta: Mapping[str, Any], x: Tensor, *, fr
     )
     read = read.detach() if frozen else read
     return sum((read[:, i, None] * stream for i, stream in enumerate(streams)), torch.zeros_like(streams[0]))
+
+
+def turned(
+    meta: Mapping[str, Any], first_low: Tensor, layer: int, x: Tensor, normed: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """Return the state with which a pass over a stack begins at a layer; x is what the last one left, or embeddings."""
+    stack, in_cycle = meta["hrm.layers_per_stack"], meta["hrm.l_cycles"] + 1
+    is_high = [turn % in_cycle == in_cycle - 1 for turn in range(layer // stack + 1)]
+    if layer == 0:
+        high, low = x, first_low.expand_as(x)
+    else:
+        made, held = x.chunk(2, dim=1)
+        high, low = (normed(made), held) if is_high[-2] else (held, normed(made))
+    return torch.cat([high + low, low if is_high[-1] else high], dim=1)

@@ -686,6 +686,11 @@ MISTAKES: dict[str, tuple[str, Callable[[Patch], None]]] = {
     "lightning attention fades alike in all blocks": (
         "minimax_01", lambda p: p.setattr(mixers, "_slopes", lambda heads, *_, of=mixers._slopes: of(heads, 0, 4))
     ),
+    "one stack in place of two": ("hrm_text", lambda p: change_config(p, order=(0,) * 6)),
+    "no vector before the first pass": (
+        "hrm_text", lambda p: p.setattr(blocks.TurnTape, "operator", lambda tape: linop.StreamMix(tape.mixed, tape.d))
+    ),
+    "norms with another epsilon": ("hrm_text", lambda p: change_config(p, norm_epsilon=0.1)),
     "no norm between passes": ("nanbeige", lambda p: change_config(p, loop_norm=False)),
     "latent queries grow late": ("deepseek2_temperature", lambda p: change_config(p, temperature_length=5)),
 }  # fmt: skip

@@ -76,8 +76,13 @@ def as_llamacpp_names(model: Oracle, ours: dict[str, Tensor]) -> dict[str, Tenso
     states = {name: ours[name] for name in ("result_norm", "logits")}
     for layer in range(oracle.blocks(model.metadata)):
         found = {theirs: ours.get(f"{name}-{layer}") for theirs, name in names_in_llamacpp(model).items()}
-        states |= {f"{name}-{layer}": state for name, state in found.items() if state is not None}
+        states |= {f"{name}-{layer}": named(model, state) for name, state in found.items() if state is not None}
     return states | {name: ours[f"l_out-{layer}"] for layer, name in enumerate(streams_before(model))}
+
+
+def named(model: Oracle, state: Tensor) -> Tensor:
+    """Return what of a state has a name in llama.cpp's graph: of two streams, the held one has none."""
+    return state[:, : model.metadata["embedding_length"]] if model.facts.streams == "held" else state
 
 
 def streams_before(model: Oracle) -> list[str]:
@@ -1153,6 +1158,10 @@ GATED_MISTAKES: dict[str, tuple[str, Callable[[Oracle], Oracle]]] = {
     "nanbeige: no norm between passes": ("nanbeige", keys(skip_loop_final_norm=True)),
     "nanbeige: a norm between passes": ("nanbeige_not_normed", keys(skip_loop_final_norm=False)),
     "nanbeige: norms without weights": ("nanbeige", on("output_norm", torch.ones_like)),
+    "hrm_text: nothing before the first pass": ("hrm_text", on("hrm.z_l_init", torch.zeros_like)),
+    "hrm_text: no gate on heads": ("hrm_text", lambda m: without(m, "attn_gate")),
+    "hrm_text: what is made replaces what is held": ("hrm_text", keys(hrm__l_cycles=1)),
+    "hrm_text: embeddings not scaled": ("hrm_text", facts(embedding=None)),
     "minimax-01: the stream goes past branches": ("minimax_01", facts(normed_skip=False)),
     "minimax-01: what goes past branches not scaled": ("minimax_01", keys(residual_scale=1.0)),
     "minimax-01: gates in another order": ("minimax_01", on("attn_gate", lambda w: w.roll(1, 0))),
@@ -2038,7 +2047,7 @@ def test_offset_is_what_the_live_biases_add(case: str, mlp_path: str, tiny_file:
     live = {
         name: w.clone().requires_grad_()
         for name, w in model.weights.items()
-        if name.endswith(".bias") and ".indexer." not in name and not name.startswith("token_embd_norm")
+        if name.endswith((".bias", "z_l_init")) and ".indexer." not in name and not name.startswith("token_embd_norm")
     }
     constants = {"limit": 7.0, "shift": 1.0} if model.facts.activation == "oai" else {}
     constants = {name: torch.tensor(value, dtype=torch.float64).requires_grad_() for name, value in constants.items()}
@@ -2062,6 +2071,7 @@ def test_offset_is_what_the_live_biases_add(case: str, mlp_path: str, tiny_file:
     # Biases of q, k, the router and the frozen factor are frozen; any other must show.
     parts = ("attn_v", "attn_qkv", "attn_output", "ffn_down", "ffn_down_exps", "norm", "norm_2", f"ffn_{mlp_path}")
     parts += ("ssm_conv1d", "time_mix_value", "time_mix_ln")
+    constants |= {name: w for name, w in live.items() if name == "hrm.z_l_init"}
     if model.facts.ffn == "plain":
         parts += ("ffn_up",)
     shows = bool(constants) or any(name.endswith(f"{part}.bias") for name in live for part in parts)

@@ -70,7 +70,7 @@ CASES = [
     *("afmoe", "laguna", "laguna_elements", "step35_clamped", "step35_factors", "spark2_5", "muse_glimmer"),
     *("llama4", "llama4_several", "minimax_01", "nanbeige", "nanbeige_thrice"),
     *("deepseek32", "glm_dsa", "minimax_m3", "kimi_linear", "kimi_linear_fused", "bailingmoe3", "bailingmoe3_clamped"),
-    *("dots3note", "hy_v4", "hy_v4_indexer"),
+    *("dots3note", "hy_v4", "hy_v4_indexer", "hrm_text", "hrm_text_stacks"),
 ]
 GATED = (
     "plain",
@@ -118,8 +118,9 @@ def matrices(reads: dict[str, float], model: Model) -> tuple[float, float]:
 
 def of_block(reads: dict[str, float], model: Model, layer: int) -> dict[str, float]:
     """Return the rows read of a block's tensors; blocks that share them have equal parts."""
-    prefix, loops = model.config.prefix(layer), model.config.loops
-    return {name: rows / loops for name, rows in reads.items() if name.startswith(prefix)}
+    prefix, config = model.config.prefix(layer), model.config
+    uses = config.order.count(config.order[layer])
+    return {name: rows / uses for name, rows in reads.items() if name.startswith(prefix)}
 
 
 def in_matrices(work: planner.Pass, read: planner.Pass) -> tuple[int, int]:

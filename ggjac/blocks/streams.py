@@ -6,6 +6,9 @@ With hyper-connections (arXiv 2409.19606) the residual stream is a state of `s` 
 branch reads a weighted sum of them, which its norm collects (`NormTape.streams`); each stream takes up the branch's
 output by a weight of its own, and keeps what it had. The weights are functions of the state, and are frozen as queries
 and keys are. The state before the first block is one stream, of which all are copies.
+
+Where two stacks of blocks run in cycles (arXiv 2506.21734), there are two streams. Branches read and write the first;
+the second is held for the passes that follow, which begin with a new mixture of both (`TurnTape`).
 """
 
 from typing import NamedTuple
@@ -14,7 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ggjac.blocks.frame import BlockWeights, affine, linear
+from ggjac.blocks.frame import BlockWeights, Frame, affine, linear
 from ggjac.blocks.norms import inverse_rms, widened
 from ggjac.config import ModelConfig
 from ggjac.linop import LinearOperator, StreamMix
@@ -44,6 +47,48 @@ class StreamsTape(NamedTuple):
         return None if self.kept is None else StreamMix(self.kept, d)
 
 
+class TurnTape(NamedTuple):
+    """The frozen weights with which the `o` streams of a pass follow from the `i` streams of the pass before.
+
+    Attributes:
+        mixed: of these streams.
+        constant: added at every position; or None.
+        d: width of a stream.
+    """
+
+    mixed: Float[Tensor, "n o i"]
+    constant: Float[Tensor, " b"] | None
+    d: int
+
+    def at(self, positions: slice) -> "TurnTape":
+        """Return the tape of some positions."""
+        return self._replace(mixed=self.mixed[positions])
+
+    def apply(self, x: Float[Tensor, "n a"]) -> Float[Tensor, "n b"]:
+        """Return the streams with which the pass begins."""
+        return affine(self.operator(), x)
+
+    def operator(self) -> LinearOperator:
+        """Return the mixture, `[n, i d]` to `[n, o d]`."""
+        return StreamMix(self.mixed, self.d, self.constant)
+
+
+def record_turn(frame: Frame, layer: int, x: Float[Tensor, "n a"]) -> TurnTape:
+    """Freeze how a pass begins with a block, at the state `x` that the pass before has left, or at the embeddings.
+
+    What a pass makes is its first stream, normed. The next one reads the sum of that and of what is held. This is held
+    in its place where the other stack is next, whose own it replaces.
+    """
+    config, one = frame.config, x.new_ones(len(x), 1)
+    if layer == 0:
+        assert frame.held is not None
+        return TurnTape(one[:, None].repeat(1, 2, 1), torch.cat([frame.held, torch.zeros_like(frame.held)]), config.d)
+    made = inverse_rms(x[:, : config.d], config).to(x.dtype)
+    again = config.order[layer] == config.order[layer - config.turn]
+    held = [0 * one, one] if again else [made, 0 * one]
+    return TurnTape(torch.stack([torch.cat(row, 1) for row in ([made, one], held)], 1), None, config.d)
+
+
 def collected(
     read: Float[Tensor, "n 1 s"] | None, config: ModelConfig, x: Float[Tensor, "n i"]
 ) -> Float[Tensor, "n d"]:
@@ -61,6 +106,9 @@ def record_streams(
     own = config.streams
     if not own.count:
         return None, None
+    if config.row.streams == "held":
+        first = _first(config, x)
+        return first, StreamsTape(first.mT, None)
     read, written = _weights(w, config, f"hc_{branch}", x, [own.count, own.count])
     read, written = read.sigmoid() + own.epsilon, own.magnitude * written.sigmoid() + own.epsilon
     kept = None
@@ -76,8 +124,20 @@ def final_streams(w: BlockWeights, config: ModelConfig, x: Float[Tensor, "n i"])
     """
     if x.shape[1] == config.d:
         return None
+    if config.row.streams == "held":
+        return _first(config, x)
     (read,) = _weights(w, config, "output_hc", x, [config.streams.count])
     return (read.sigmoid() + config.streams.epsilon)[:, None].to(x.dtype)
+
+
+def named(config: ModelConfig, x: Float[Tensor, "n i"]) -> Float[Tensor, "n o"]:
+    """Return what llama.cpp's graph names of the state `x` after a block: where a stream is held, only the other."""
+    return x[:, : config.d] if config.row.streams == "held" else x
+
+
+def _first(config: ModelConfig, x: Float[Tensor, "n i"]) -> Float[Tensor, "n 1 s"]:
+    """Return the weights by which the first of several streams is read alone."""
+    return torch.eye(1, config.streams.count, dtype=x.dtype, device=x.device).repeat(len(x), 1, 1)
 
 
 def _weights(

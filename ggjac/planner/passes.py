@@ -467,6 +467,8 @@ def _tape_bytes(block: _Block, config: ModelConfig, n: int, item: int) -> int:
     """Return the bytes of a block's tape: its stream `[n, d]`, norms, patterns `[h, n, n]`, factors `[n, f]`."""
     entry = int(config.normed_entry(block.index))
     floats, other = n * config.width(block.index) + entry * config.d, entry * n * max(4, item)
+    if config.turns(block.index):  # weights of both streams, and where there are none yet, the held one
+        floats += 2 * n * (2 if block.index else 1) + 2 * config.d * (block.index == 0)
     for mixer in block.layer.mixers:
         floats += _mixer_floats(config, block, mixer, n)
         if MIXERS[mixer].channels:
@@ -480,7 +482,7 @@ def _tape_bytes(block: _Block, config: ModelConfig, n: int, item: int) -> int:
     floats += n * config.inputs
     for names in places:
         found = (name for name in names if block.find(f"{name}.weight") or block.find(name))
-        name = names[0] if names and config.row.norm == "bare" else next(found, None)
+        name = names[0] if names and not config.row.norm_weights else next(found, None)
         if name is not None:
             floats += config.d * (2 if block.find(f"{name}.bias") else 1)
             other += n * max(4, item)  # one over the root mean square, at least in float32
@@ -498,6 +500,8 @@ def _stream_floats(config: ModelConfig, index: int) -> int:
     count = config.streams.count
     if not count:
         return 0
+    if config.row.streams == "held":
+        return 4 * count
     floats = 0
     for before in (config.width(index) // config.d, count):  # the first block's attention reads one stream
         floats += before + count + (count if before == 1 else 0)  # copies are kept of one
