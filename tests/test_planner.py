@@ -583,13 +583,14 @@ HOLDING: list[tuple[str, dict[str, Any]]] = [
     *(("deepseek2_dense", {"ff": 32, "heads": heads}) for heads in (4, 16)),
     ("plm", {"ff": 32, "heads": 16}),
     *(("hy_v4", more) for more in ({}, {"streams": 4}, {"ff": 512, "dense_lead": 2}, {"d": 256, "ff": 32})),
+    *(("hrm_text", {"layers": 2} | more) for more in ({}, {"d": 256, "ff": 32})),
 ]
 
 
 @pytest.mark.parametrize(("case", "sizes"), HOLDING)
 def test_a_sweep_holds_what_is_counted(case: str, sizes: dict[str, Any], tiny_file: TinyFile) -> None:
     n, k = 24, 30  # too few vectors for networks to make their matrices
-    run = trace(tiny_file(case, layers=3, **sizes), n)
+    run = trace(tiny_file(case, **{"layers": 3} | sizes), n)
     J, config = run.jacobian(), run.model.config
     Y, X = torch.ones(k, config.d), torch.ones(k, n, config.d)
     J.rmatmat(Y)  # the tile is there from now on
@@ -617,7 +618,7 @@ def test_maps_of_one_block_hold_what_is_counted(
     case: str, sizes: dict[str, Any], kinds: tuple[Any, ...], tiny_file: TinyFile
 ) -> None:
     n, k = 100, 10  # enough of them to outweigh everything that exists once
-    run = trace(tiny_file(case, layers=3, **sizes), n)
+    run = trace(tiny_file(case, **{"layers": 3} | sizes), n)
     J, config = run.jacobian(), run.model.config
     maps = SharedSweep(J.network, [Span(1, Tap(kind, 2)) for kind in kinds], n - 1, raw=True)
     Y = [torch.ones(k, maps.width(span.tap)) for span in maps.spans]

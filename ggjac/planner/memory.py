@@ -222,7 +222,8 @@ def alone_floats(config: ModelConfig, n: int, vectors: int = 1, *, up: bool, sla
     if up:
         normed = d if row.norms.attention_in else 0
         read = d if config.streams.count else centred  # what was collected of several streams
-        return n * config.width(1) + max(n * (normed + max(2 * kv, read)), once)
+        turned = config.width(1) if config.row.streams == "held" else 0  # where a pass begins, streams before and after
+        return n * (config.width(1) + turned) + max(n * (normed + max(2 * kv, read)), once)
     again = max((1 + path.factors) * path.values for path in paths)
     streams = 2 * config.width(1) if config.streams.count else 0  # their gradients by branch and by what they keep
     return max(n * max(2 * kv, again + d, 2 * d + centred, streams) + _beside(config, n), once)
