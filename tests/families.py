@@ -465,6 +465,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
     | {"mixers": ("lightning", "lightning", "attention"), "layers": 4, "n_rot": 8, "expert_ff": 96}
     | {"extra": {"attention.recurrent_layers": [True, True, False, True], "residual_scale": 1.7}},
     "nanbeige": {"extra": {"num_loops": 2, "skip_loop_final_norm": False}},
+    # Two stacks of one layer; in each of two cycles the first makes two passes.
+    "hrm_text": {"norm": "rms_bare", "cycles": (2, 2), "attn_gate": "elements", "embed_std": 0.3}
+    | {"extra": {"embedding_scale": 3.0}},
     **STATE_SPACE,
     **RWKV,
 }
@@ -1791,5 +1794,12 @@ LOOPED_CASES: dict[str, dict[str, Any]] = {
     "nanbeige_thrice": of("nanbeige", extra={"num_loops": 3}, layers=1, **YARN_ROW),
     "nanbeige_not_normed": of("nanbeige", extra={"skip_loop_final_norm": True}, fused_qkv=True),
     "nanbeige_unread": of("nanbeige", window=3, extra=UNREAD, omit=("skip_loop_final_norm",)),
+}
+LOOPED_CASES |= {
+    "hrm_text": of("hrm_text"),
+    # One pass over two layers, and one cycle; nothing of the first passes is held for later ones.
+    "hrm_text_stacks": of("hrm_text", layers=4, cycles=(1, 1), tied=True, n_rot=8, extra={"embedding_scale": 0.0}),
+    "hrm_text_thrice": of("hrm_text", cycles=(2, 3), fused_qkv=True, biases=QKV, **YARN_ROW),
+    "hrm_text_unread": of("hrm_text", window=3, extra={k: v for k, v in UNREAD.items() if k != "embedding_scale"}),
 }
 FAMILY_CASES |= LOOPED_CASES

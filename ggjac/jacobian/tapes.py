@@ -29,6 +29,7 @@ from ggjac.blocks import (
     NormTape,
     ScanTape,
     StreamsTape,
+    TurnTape,
 )
 from ggjac.gguf import GGUFFile
 from ggjac.runs import tensors as stored
@@ -46,7 +47,7 @@ ABANDONED = 60.0
 
 _TAPES = (
     *(BlockTape, AttentionTape, MixerTape, Factor, ScanTape, ChannelTape),
-    *(FFNTape, HiddenTape, InputsTape, NormTape, StreamsTape),
+    *(FFNTape, HiddenTape, InputsTape, NormTape, StreamsTape, TurnTape),
 )
 _KINDS = {kind.__name__: kind for kind in _TAPES}
 

@@ -471,6 +471,8 @@ def _tape_bytes(block: _Block, config: ModelConfig, n: int, item: int) -> int:
     """Return the bytes of a block's tape: its stream `[n, d]`, norms, patterns `[h, n, n]`, factors `[n, f]`."""
     entry = int(config.normed_entry(block.index))
     floats, other = n * config.width(block.index) + entry * config.d, entry * n * max(4, item)
+    if config.turns(block.index):  # weights of both streams, and where there are none yet, the held one
+        floats += 2 * n * (2 if block.index else 1) + 2 * config.d * (block.index == 0)
     for mixer in block.layer.mixers:
         floats += _mixer_floats(config, block, mixer, n)
         if MIXERS[mixer].channels:
@@ -484,7 +486,7 @@ def _tape_bytes(block: _Block, config: ModelConfig, n: int, item: int) -> int:
     floats += n * config.inputs
     for names in places:
         found = (name for name in names if block.find(f"{name}.weight") or block.find(name))
-        name = names[0] if names and config.row.norm == "bare" else next(found, None)
+        name = names[0] if names and not config.row.norm_weights else next(found, None)
         if name is not None:
             floats += config.d * (2 if block.find(f"{name}.bias") else 1)
             other += n * max(4, item)  # one over the root mean square, at least in float32
@@ -504,6 +506,8 @@ def _stream_floats(config: ModelConfig, index: int) -> int:
     own = config.streams
     if not own.several:
         return 0
+    if config.row.streams == "held":
+        return 4 * own.count
     first, after, floats = own.after(index), own.after(index + 1), 0
     for before in (first, after):  # attention may add to the number of streams
         floats += before + after + (after * before if own.rounds or after > before else 0)
