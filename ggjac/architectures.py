@@ -126,7 +126,8 @@ class Architecture:
             whatever the file states); `""` where there are none.
         indexer: prompts may be so long that attention selects keys: one by one (`"keys"`), likewise if the file states
             how many (`"optional keys"`), in blocks (`"blocks"`), in pools of consecutive keys beside those of the last
-            pool, which is incomplete (`"pools"`), or `""` for never. Such prompts are not supported.
+            pool, which is incomplete (`"pools"`), of a compressed memory (`"memory"`), or `""` for never. Such prompts
+            are not supported.
         normed_rotary: the part of latent attention's keys that rotates is normed before (`attn_k_norm`).
         value_norm: the values of each head are normed (RMSNorm without weight).
         shared_keys: the file's last `attention.shared_kv_layers` blocks read keys and values of an earlier block.
@@ -156,7 +157,7 @@ class Architecture:
             llama.cpp ignores them in other families (`""`).
         beta_fast: the first of the betas, if the file does not state it.
         windowed: whether some layers attend through a sliding window: `"optional"` (if the file states its size),
-            `"required"`, or `""` for never.
+            `"required"`, `"all"` (required, and all layers do), or `""` for never.
         window_blocks: block count of the only variant with windows (llama.cpp identifies it so); 0 for all variants.
         window: default size in tokens.
         window_fixed: the size is the default, whatever the file states.
@@ -209,12 +210,15 @@ class Architecture:
             routed experts, `swiglu_clamp_exp`), `"before, shared too"` (likewise, and in other networks
             `swiglu_clamp_shexp`, by default the same) or `"after"` it (likewise, but none by default); `""` for never.
         router: how expert weights come from router logits: `"softmax"` over all experts, `"softmax_selected"` over
-            the chosen ones, `"sigmoid"`, or `"sigmoid_selected"` (likewise, but logits decide which are chosen).
+            the chosen ones, `"sigmoid"`, `"sigmoid_selected"` (likewise, but logits decide which are chosen), or
+            `"sqrt_softplus"` (√log(1 + exp z)).
         weighted_inputs: these weights multiply what the experts read, and not what they add.
         sigmoid_routers: blocks and vocabulary of the variants where it is `"sigmoid"` (llama.cpp identifies them so).
         router_key: the file's `expert_gating_func` overrides `router`, which is the default, or `""` for none.
         selection_bias: a bias added for the choice of experts but not to their weights (`exp_probs_b`): `"optional"`,
             `"required"`, or `""` for none.
+        token_experts: in the first `hash_layer_count` blocks a table chooses the experts of each token
+            (`ffn_gate_tid2eid`), and not the router's scores.
         renormalize: divide the chosen experts' weights by their sum.
         renormalize_key: the file's `expert_weights_norm`, false by default, overrides `renormalize`.
         expert_scale_key: expert weights are multiplied by the file's `expert_weights_scale`, unless that is 0.
@@ -265,6 +269,7 @@ class Architecture:
         vision_experts: blocks have other matrices for the tokens of images (`vis_*`), which are not used.
         embedding_optional: files may lack the embeddings: then they are the head's matrix.
         head: whether the head has a matrix of its own (`output`): `"optional"`, `"required"`, or `"tied"` for never.
+        head_scale: the constant factor of that matrix is applied.
         graph: names in llama.cpp's graph.
         export: how files of other converters may differ.
     """
@@ -362,6 +367,7 @@ class Architecture:
     sigmoid_routers: tuple[tuple[int, int], ...] = ()
     router_key: bool = False
     selection_bias: str = ""
+    token_experts: bool = False
     renormalize: bool = True
     renormalize_key: bool = False
     expert_scale_key: bool = False
@@ -395,6 +401,7 @@ class Architecture:
     vision_experts: bool = False
     embedding_optional: bool = False
     head: str = "optional"
+    head_scale: bool = True
     graph: Graph = Graph()
     export: Export = Export()
 
@@ -508,6 +515,7 @@ _DEEPSEEK2 = replace(
     expert_scale_key=True,
     leading_dense=True,
     expert_widths="count",
+    head_scale=False,
     graph=Graph(attention=()),
 )
 
@@ -522,6 +530,7 @@ _KIMI = replace(
     router="",
     router_key=True,
     selection_bias="required",
+    head_scale=False,
 )
 
 ARCHITECTURES: dict[str, Architecture] = {
@@ -698,6 +707,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         leading_dense=True,
         expert_widths="shared",
         shared_optional=True,
+        head_scale=False,
         graph=Graph(attention=(), ffn=("ffn_out", "ffn_moe_out")),
     ),
     "mimo2": Architecture(
@@ -811,6 +821,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         mscale="alone",
         router_key=True,
         selection_bias="optional",
+        head_scale=False,
     ),
     "qwen35": _QWEN35,
     "qwen35moe": _QWEN35,
@@ -885,6 +896,30 @@ ARCHITECTURES: dict[str, Architecture] = {
         leading_dense=True,
         expert_widths="count",
         head="required",
+        head_scale=False,
+    ),
+    "deepseek4": Architecture(
+        mixer="compressed",
+        indexer="memory",
+        rope_pairs="adjacent",
+        partial_rotary=True,
+        rope_factors="",
+        windowed="all",
+        window_rope="plain",
+        sinks="required",
+        streams="mixed",
+        qkv_scales=False,
+        output_scales=False,
+        hidden_clamps="before, shared too",
+        router="",
+        router_key=True,
+        selection_bias="required",
+        token_experts=True,
+        renormalize_key=True,
+        expert_scale_key=True,
+        expert_widths="count",
+        head="required",
+        graph=Graph(stream=("l_last",)),
     ),
     "minimax-m3": replace(
         _DEEPSEEK,
@@ -1060,6 +1095,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         router_key=True,
         selection_bias="required",
         expert_widths="tensors",
+        head_scale=False,
         graph=Graph(attention=("attn_o_proj",)),
     ),
     "step35": Architecture(
@@ -1089,6 +1125,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         windowed_sizes="rotations",
         window_rope="based",
         activation="gelu",
+        head_scale=False,
         graph=Graph(attention=("attn_out_proj",)),
     ),
     "muse-glimmer": replace(

@@ -421,6 +421,15 @@ FAMILIES: dict[str, dict[str, Any]] = {
     | {"sizes": SIZES | {"head_gate": "elements"}, "kv_heads": 1, "layers": 3, "dense_lead": 1, "expert_ff": 48}
     | {"shared_count": 1, "selection_bias": 0.3, "sinks": True, "streams": 3}
     | {"extra": {"hyper_connection.epsilon": 1e-2, "hyper_connection.magnitude": 1.7, "expert_gating_func": 2}},
+    # Of the layers one sees its window only, and the others groups of 4 or of 128 tokens besides.
+    "deepseek4": EXPERTS
+    | {"mixers": ("compressed 0", "compressed 4", "compressed 128"), "layers": 3, "head_dim": 32, "n_rot": 8}
+    | {"sizes": {"query": 24, "groups": 2, "rank": 10, "indexer": 8}, "kv_heads": 1, "window": 4, "expert_ff": 48}
+    | {"shared_count": 1, "selection_bias": 0.3, "token_experts": 1, "streams": 4, "stream_rounds": 3}
+    | {
+        "extra": {"hyper_connection.epsilon": 1e-2, "expert_gating_func": 4, "expert_weights_norm": True}
+        | {"expert_weights_scale": 1.5, "swiglu_clamp_exp": [0.9] * 3, "attention.compress_rope_freq_base": 50.0}
+    },
     # The gain of up makes some values leave the clamp at 7.
     "minimax-m3": EXPERTS
     | {"mixers": ("block_sparse",), "sizes": {"indexer": 2}, "qk_norm": "head", "n_rot": 8, "head_dim": 32}
@@ -1177,6 +1186,39 @@ FAMILY_CASES: dict[str, dict[str, Any]] = {
         | {"swiglu_clamp_shexp": [0.1] * 3}
         | {"expert_gating_func": 1},
     ),
+    "deepseek4": of("deepseek4"),
+    "deepseek4_yarn": of(
+        "deepseek4",
+        mixers=("compressed 4", "compressed 0"),
+        layers=2,
+        heads=6,
+        kv_heads=1,
+        sizes={"query": 20, "groups": 3, "rank": 7, "indexer": 8},
+        n_rot=32,
+        token_experts=2,
+        window=5,
+        stream_rounds=1,
+        **YARN_ROW | {"scaling": YARN | {"attn_factor": 1.3}},
+        extra={
+            "swiglu_clamp_exp": [0.0, 0.7],
+            "swiglu_clamp_shexp": [0.6, 0.0],
+            "expert_weights_scale": 0.0,
+            "expert_weights_norm": False,
+        },
+    ),
+    "deepseek4_predictor": of(
+        "deepseek4",
+        mixers=("compressed 4", "compressed 4", "compressed 0"),
+        predictors=1,
+        token_experts=0,
+        zeros=("hash_layer_count",),
+        shared_count=2,
+        scaling=LINEAR,
+        extra={"attention.compress_ratios": [4, 4, 0, 0, 7]},
+    ),
+    "deepseek4_unread": of(
+        "deepseek4", mixers=("compressed 4", "compressed 0"), layers=2, extra=UNREAD | {"swiglu_clamp_exp": [0.0] * 2}
+    ),
     "minimax_m3": of("minimax-m3"),
     "minimax_m3_fused": of("minimax-m3", fused_qkv=True, dense_lead=0, layers=2, extra={"expert_gating_func": 1}),
     # Groups of experts any mixture may have.
@@ -1556,6 +1598,8 @@ RWKV_CASES: dict[str, dict[str, Any]] = {
     "rwkv6": of("rwkv6"),
     "rwkv6_not_halved": of("rwkv6", extra={"rescale_every_n_layers": 0}, eps=0.05, layers=2),
     "rwkv6_sizes": of("rwkv6", sizes={"head": 32, "extra": 4, "decay": 3}, layers=3),
+    # How much of the position before each projection reads is in five tensors, as in old conversions.
+    "rwkv6_apart": of("rwkv6", sizes={"head": 16, "apart": True}, layers=2),
     "rwkv6_q8_0": of("rwkv6", type="Q8_0", layers=2),
     "rwkv7": of("rwkv7"),
     "rwkv7_heads": of("rwkv7", d=128, layers=2, sizes={"rate": 5, "values": 3, "gate": 6, "decay": 8}, eps=0.05),

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import gguf
 import numpy as np
+import oracle_compressed
 import oracle_delta
 import oracle_latent
 import oracle_rwkv
@@ -114,7 +115,7 @@ class Facts(NamedTuple):
     # What the experts read: branch | the stream, normed and scaled on its own: stream | the block's input: block.
     router_reads: str = "branch"
     joint_scale: float = 1.0  # of experts and a network beside them
-    router_key: bool = False  # expert_gating_func, where it is not 0: 1 all, 2 each
+    router_key: bool = False  # expert_gating_func, where it is not 0: 1 all, 2 each, 4 root (of softplus)
     renormalise: bool | None = True  # None: as expert_weights_norm says, else not
     routed_scale_key: bool = False  # expert_weights_scale
     embedding: str | None = None  # root (of d) | key | normed (without weights) | norm (with them)
@@ -388,6 +389,10 @@ FACTS: dict[str, Facts] = {
         temperature=False, clamp_keys=True, clamp_first=True, clamp_shared=False, streams="apart",
         graph={"attn_out": "latent"},
     ),
+    "deepseek4": ROUTED._replace(
+        mixers=lambda model, layer: ("compressed",), period=0, local_base_key=False, clamp_keys=True, clamp_first=True,
+        clamp_alike=True, streams="mixed", graph={"attn_out": "compressed", "l_last": "l_out"},
+    ),
     "dots3note": LATENT_ROUTED._replace(
         temperature=False, period=0, graph={"attn_output": "latent", "attn_out": "what heads read"}
     ),
@@ -457,6 +462,7 @@ class Oracle(NamedTuple):
     metadata: dict[str, Any]
     weights: dict[str, Tensor]
     facts: Facts = Facts()
+    tokens: Tensor | None = None  # of the prompt, while blocks are computed
 
 
 class Jacobian(NamedTuple):
@@ -473,14 +479,19 @@ def load(path: str | os.PathLike[str]) -> Oracle:
     return _read(os.fspath(path), os.stat(path).st_mtime_ns)
 
 
+def decoded(tensor: gguf.ReaderTensor) -> np.ndarray:
+    """Return a tensor's numbers; tables are of integers."""
+    if tensor.tensor_type == gguf.GGMLQuantizationType.I32:
+        return tensor.data
+    return gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+
+
 @functools.lru_cache(maxsize=64)
 def _read(path: str, changed: int) -> Oracle:
     reader = gguf.GGUFReader(path)
     fields = {name: f.contents() for name, f in reader.fields.items() if not name.startswith("tokenizer.ggml.")}
     architecture = fields["general.architecture"]
-    weights = {
-        t.name: torch.from_numpy(gguf.quants.dequantize(t.data, t.tensor_type).copy()).double() for t in reader.tensors
-    }
+    weights = {t.name: torch.from_numpy(decoded(t).copy()).double() for t in reader.tensors}
     own = tuple(f"{name}.scale" for name in FACTS[architecture].own_scales)
     for name in [name for name in weights if name.endswith("scale") and not name.endswith(own)]:
         factor, matrix = weights.pop(name), name[: name.rindex(".")].removesuffix(".weight") + ".weight"
@@ -833,6 +844,38 @@ def latent_attention(model: Oracle, layer: int, h: Tensor, *, frozen: bool, cont
     )
 
 
+def compressed_attention(model: Oracle, layer: int, h: Tensor, *, frozen: bool, context: int) -> Tensor:
+    """Causal attention with a compressed memory on the normed input h [n, d], through the output projection.
+
+    Layers with such a memory have a base of their own; the others do without the file's scaling. Neither scales cos and
+    sin.
+    """
+    meta, ratio = model.metadata, model.metadata["attention.compress_ratios"][layer]
+    if ratio:
+        meta = meta | {"rope.freq_base": meta["attention.compress_rope_freq_base"]}
+    else:
+        meta = {key: value for key, value in meta.items() if not key.startswith("rope.scal")}
+    angles, _ = rope_angles(model._replace(metadata=meta), layer, len(h), meta["rope.dimension_count"], context)
+
+    def turn(x: Tensor, position: int, direction: int) -> Tensor:
+        still, turning = x.tensor_split([x.shape[1] - 2 * angles.shape[1]], dim=1)
+        cos, sin = angles[position].cos(), direction * angles[position].sin()
+        a, b = turning[:, 0::2], turning[:, 1::2]
+        return torch.cat([still, torch.stack([a * cos - b * sin, a * sin + b * cos], dim=2).flatten(1)], dim=1)
+
+    return oracle_compressed.attention(
+        {name.removesuffix(".weight"): value for name, value in tensors_of(model, layer).items()},
+        h,
+        heads=meta["attention.head_count"],
+        groups=meta["attention.output_group_count"],
+        eps=meta["attention.layer_norm_rms_epsilon"],
+        turn=turn,
+        ratio=ratio,
+        window=meta["attention.sliding_window"],
+        frozen=frozen,
+    )
+
+
 def tensors_of(model: Oracle, layer: int) -> dict[str, Tensor]:
     """Return a block's tensors, by their names without the block's."""
     prefix = f"blk.{layer}."
@@ -849,6 +892,7 @@ def lightning(model: Oracle, layer: int, h: Tensor, *, frozen: bool, context: in
 MIXERS: dict[str, Callable[..., Tensor]] = {
     "attention": attention,
     "latent": latent_attention,
+    "compressed": compressed_attention,
     "linear": only_projected,
     "mamba": oracle_state.mamba,
     "mamba2": oracle_state.mamba2,
@@ -964,9 +1008,16 @@ def routes(model: Oracle, b: str, h: Tensor) -> tuple[Tensor, Tensor]:
     if facts.router == "selected":
         chosen = logits.topk(used).indices
         return chosen, logits.gather(-1, chosen).softmax(-1)
-    router = {0: facts.router, 1: "all", 2: "each"}[meta.get("expert_gating_func", 0) if facts.router_key else 0]
+    router = {0: facts.router, 1: "all", 2: "each", 4: "root"}[
+        meta.get("expert_gating_func", 0) if facts.router_key else 0
+    ]
     p = logits.softmax(-1) if router == "all" else 1 / (1 + torch.exp(-logits))
-    chosen = torch.tensor([choice(model, b, row) for row in p.detach()])
+    if router == "root":
+        p = torch.log(1 + torch.exp(logits)).sqrt()
+    if f"{b}.ffn_gate_tid2eid.weight" in model.weights:
+        chosen = model.weights[f"{b}.ffn_gate_tid2eid.weight"].long()[model.tokens]
+    else:
+        chosen = torch.tensor([choice(model, b, row) for row in p.detach()])
     weights = p.gather(-1, chosen)
     if meta.get("expert_weights_norm", False) if facts.renormalise is None else facts.renormalise:
         weights = weights / weights.sum(-1, keepdim=True).clamp(min=2**-14)
@@ -1132,6 +1183,7 @@ def block(
     A branch that the block does not have adds zeros. `states` are those before the block, by the names of `forward`,
     for families whose blocks read what earlier ones had.
     """
+    model = model._replace(tokens=states.get("tokens"))
     facts, b, frozen = model.facts, f"blk.{layer}", freeze is not None
     x = entered(model, layer, x, frozen=frozen)
     scale = (model.metadata.get("residual_scale", 0.0) or 1.0) if facts.residual_key else 1.0
@@ -1231,7 +1283,7 @@ def forward(
     assert gelu in ("exact", "f16_table"), gelu
     meta, facts = model.metadata, model.facts
     x = embed(model, ids) if x is None else x
-    out = {"x": x}
+    out = {"x": x, "tokens": torch.as_tensor(ids)}
     if meta.get("embedding_length_per_layer_input"):
         out["per_layer_inputs"] = per_layer_inputs(model, ids, x)
     for layer in range(blocks(meta)):

@@ -682,7 +682,7 @@ LATENT: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {
     "growth by nothing": ("deepseek2", {"attention.temperature_scale": 0.5}, {}, "temperature_length is missing"),
     "growth by zero": ("mistral4", {"attention.temperature_scale": 0.5, "attention.temperature_length": 0}, {},
                        "temperature_length is 0; expected a whole number"),
-    "another router": ("deepseek2", {"expert_gating_func": 4}, {}, "gating_func is 4; supported: 1 softmax, 2 sigmoid"),
+    "another router": ("deepseek2", {"expert_gating_func": 5}, {}, "gating_func is 5; supported: 1 softmax, 2 sigmoid"),
     "no router": ("deepseek32", {"expert_gating_func": ABSENT}, {}, "deepseek32.expert_gating_func is missing; suppo"),
     "router zero": ("minimax_m3", {"expert_gating_func": 0}, {}, "minimax-m3.expert_gating_func is missing; supported"),
     "sections": ("deepseek32", {"rope.dimension_sections": [2, 1, 1, 0]}, {}, "dimension_sections .* not supported"),
@@ -774,6 +774,52 @@ LATENT: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {
 }  # fmt: skip
 
 
+# Likewise: each number that RWKV reads, in ways that make no sense, and tensors that may not be missing.
+OF_RWKV = {
+    "rwkv6": ("wkv.head_size", "time_mix_extra_dim", "time_decay_extra_dim"),
+    "rwkv7": ("wkv.head_size", *(f"attention.{name}_lora_rank" for name in ("decay", "iclr", "value_residual_mix"))),
+}
+UNUSABLE = {
+    ABSENT: "is missing; the file is incomplete",
+    0: "is 0; expected a whole number from 1",
+    -16: "is -16; expected a finite, non-negative",
+    2**31: "is 2147483648; expected a whole number",
+    16.0: "is 16.0; expected a whole number",
+    True: "is True; expected a finite",
+    "16": "is '16'; expected a finite",
+}
+RWKV: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {
+    **{
+        f"{case} {key} {'absent' if value is ABSENT else value!r}": (case, {key: value}, {}, f"{key} {message}")
+        for case, keys in OF_RWKV.items()
+        for key in keys
+        for value, message in UNUSABLE.items()
+    },
+    **{
+        f"{case} {key} beyond its tensors": (case, {key: 2**31 - 1}, {}, "has shape|do not make heads of 2147483647")
+        for case, keys in OF_RWKV.items()
+        for key in keys
+    },
+    "gates of another rank": ("rwkv7", {"attention.gate_lora_rank": 2**30}, {}, r"time_mix_g1.weight has shape"),
+    "gates of no rank": ("rwkv7", {"attention.gate_lora_rank": 0}, {}, "fused.weight has shape|g1.weight' is not part"),
+    "a negative gate": ("rwkv7", {"attention.gate_lora_rank": -1}, {}, "gate_lora_rank is -1; expected a finite"),
+    "halved every minus two": ("rwkv6", {"rescale_every_n_layers": -2}, {}, "every_n_layers is -2; expected a finite"),
+    "halved every half": ("rwkv6", {"rescale_every_n_layers": 0.5}, {}, "every_n_layers is 0.5; expected a whole num"),
+    "one shift": ("rwkv6", {"token_shift_count": 1}, {}, "token_shift_count is 1; supported: 2"),
+    "two shifts": ("arwkv7", {"token_shift_count": 2}, {}, "token_shift_count is 2; supported: 1"),
+    "no shifts stated": ("arwkv7", {"token_shift_count": ABSENT}, {}, "token_shift_count is 2; supported: 1"),
+    "heads that do not fill it": ("rwkv6", {"wkv.head_size": 24}, {}, "64 elements do not make heads of 24"),
+    "heads that share no keys": ("rwkv6qwen2", {"attention.head_count_kv": 3}, {}, "heads of 16, 3 of them for keys"),
+    "no shares": ("rwkv6", {}, {"time_mix_lerp_fused.weight": ABSENT}, "time_mix_lerp_w.weight is missing"),
+    "one share": ("rwkv6_apart", {}, {"time_mix_lerp_g.weight": ABSENT}, "time_mix_lerp_g.weight is missing"),
+    "a share of the whole": ("rwkv6", {}, {"time_mix_lerp_fused.weight": (6, 1, 1, 64)}, r"\[5, 1, 1, 64\]"),
+    "shares apart elsewhere": ("rwkv6qwen2", {}, {"time_mix_lerp_fused.weight": ABSENT}, "lerp_fused.weight is miss"),
+    "no bonus": ("rwkv6", {}, {"time_mix_first.weight": ABSENT}, "tensor blk.0.time_mix_first.weight is missing"),
+    "no norm of RWKV's heads": ("rwkv7", {}, {"time_mix_ln.weight": ABSENT}, "time_mix_ln.weight is missing"),
+    "no epsilon": ("rwkv6", {"attention.layer_norm_epsilon": ABSENT}, {}, "layer_norm_epsilon is missing"),
+}  # fmt: skip
+
+
 # Likewise.
 DENSE: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {
     **{
@@ -804,9 +850,9 @@ DENSE: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", LATENT | DENSE)
+@pytest.mark.parametrize("name", LATENT | RWKV | DENSE)
 def test_other_attention_and_dense_files_are_refused_by_name(name: str, tiny_file: Callable[..., Path]) -> None:
-    case, keys, shapes, message = (LATENT | DENSE)[name]
+    case, keys, shapes, message = (LATENT | RWKV | DENSE)[name]
     with pytest.raises(ConfigError, match=message) as error:
         altered(tiny_file(case), keys, shapes)
     assert "\n" not in str(error.value)

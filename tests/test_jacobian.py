@@ -12,6 +12,7 @@ import torch
 from helpers import EPS, compute_in, distance, edited
 from safetensors.torch import load_file
 
+from ggjac.blocks import mixers
 from ggjac.jacobian import SharedSweep, Span, Tap
 from ggjac.jacobian.reconstruction import reconstruction
 from ggjac.linop import dot_test
@@ -94,13 +95,17 @@ def test_short_and_repeated_prompts(case: str, prompt: str, tiny_files: dict[str
 
 
 @pytest.mark.parametrize("position", [-1, 25])
-@pytest.mark.parametrize("case", ["qwen35_sizes", "qwen3next"])
-def test_recurrences_over_long_prompts(case: str, position: int, tiny_files: dict[str, Path]) -> None:
+@pytest.mark.parametrize("case", ["qwen35_sizes", "qwen3next", "rwkv6", "rwkv6qwen2_heads", "rwkv7", "arwkv7"])
+def test_recurrences_over_long_prompts(
+    case: str, position: int, tiny_files: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Beyond four times the key size they are kept in chunks with a state, and not as a pattern."""
     model, ids = open_model(tiny_files[case], dtype="float64"), tiny.prompt(case, 70)
+    if 4 * model.config.recurrence.key_size >= len(ids):  # as if keys were shorter
+        monkeypatch.setattr(mixers, "scan_chunk", lambda n, key_size: 16)
     trace = model.trace(ids)
     scans = [mixer.scan is not None for tape in trace.tapes for mixer in tape.attn.mixers]
-    assert scans == ["delta" in layer.mixers for layer in model.config.layers]
+    assert scans == ["attention" not in layer.mixers for layer in model.config.layers]
     expected = oracle.jacobian(tiny_files[case], ids, mlp_path="up", position=position)
     J = trace.jacobian(position)
     assert distance(J.to_dense(), expected.J) < 1e-10

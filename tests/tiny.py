@@ -107,10 +107,9 @@ class Options:
     expert_scale: bool = False  # ffn_down_exps.scale, of each expert's output
     selection_bias: float = 0.0  # spread of exp_probs_b around `selection_mean`; 0: no such tensor
     selection_mean: float = 0.0
-    cycles: tuple[int, int] = (
-        0,
-        0,
-    )  # of two stacks, each of half of the layers, and passes of the first in each; 0: none
+    # Cycles of two stacks, each of half of the layers, and passes of the first in each; 0: none.
+    cycles: tuple[int, int] = (0, 0)
+    token_experts: int = 0  # of the first layers, in which a table has the experts of each token
     streams: int = 0  # residual streams that branches read and write by weights of their own; 0: one stream
     stream_rounds: int = 0  # of the iteration that makes the weights by which streams are mixed; 0: they are not
     stream_head: bool = True  # the head reads them by weights, too; else their mean
@@ -239,6 +238,7 @@ def metadata(o: Options) -> dict[str, Any]:
         "embedding_length_per_layer_input": o.per_layer,
         "leading_dense_block_count": o.dense_lead,
         "nextn_predict_layers": o.predictors,
+        "hash_layer_count": o.token_experts,
         "hyper_connection.count": o.streams,
         "hyper_connection.sinkhorn_iterations": o.stream_rounds,
     }
@@ -541,6 +541,43 @@ def latent(o: Options, b: str) -> Iterator[Entry]:
             yield Entry(f"{b}.indexer_compressor_ape.weight", (pool, INDEXER_KEY), 1.0)
 
 
+def compressed(o: Options, b: str, *, ratio: int) -> Iterator[Entry]:
+    """List attention with a memory of groups of `ratio` tokens in layer `b`; 0: without such a memory.
+
+    Sizes: `query` (of the queries' latent vector), `groups` (of heads with a projection of their own), `rank` (of what
+    it makes), `indexer` (heads that choose groups of 4).
+    """
+    query, groups, rank = (o.sizes[name] for name in ("query", "groups", "rank"))
+    yield matrix(f"{b}.attn_q_a", query, o.d)
+    yield from norms(o, f"{b}.attn_q_a_norm", query)
+    yield matrix(f"{b}.attn_q_b", o.heads * o.hd, query)
+    yield matrix(f"{b}.attn_kv", o.hd, o.d)
+    yield Entry(f"{b}.attn_kv_a_norm.weight", (o.hd,), 0.3, o.qk_gain)
+    yield Entry(f"{b}.attn_sinks.weight", (o.heads,), 1.0, 2.0)
+    yield matrix(f"{b}.attn_output_a", groups * rank, o.heads * o.hd // groups)
+    yield matrix(f"{b}.attn_output_b", o.d, groups * rank, 1.5)
+    if not ratio:
+        return
+    overlapping = ratio == 4
+    stems = [("attn_compressor", o.hd)]
+    if overlapping:
+        yield matrix(f"{b}.indexer.attn_q_b", o.sizes["indexer"] * INDEXER_KEY, query)
+        yield matrix(f"{b}.indexer.proj", o.sizes["indexer"], o.d)
+        stems.append(("indexer_compressor", INDEXER_KEY))
+    for stem, size in stems:
+        for part, gain in (("kv", 1.0), ("gate", 1.5)):
+            yield matrix(f"{b}.{stem}_{part}", size * (1 + overlapping), o.d, gain)
+        yield Entry(f"{b}.{stem}_ape.weight", (ratio, size * (1 + overlapping)), 0.7)
+        yield Entry(f"{b}.{stem}_norm.weight", (size,), 0.3, o.qk_gain)
+
+
+def compressed_keys(o: Options) -> dict[str, Any]:
+    names = {"q_lora_rank": "query", "output_group_count": "groups", "output_lora_rank": "rank"}
+    keys = {f"attention.{key}": o.sizes[name] for key, name in names.items()} | indexer_keys(o)
+    ratios = [int(kind_of(o, layer).removeprefix("compressed ")) for layer in range(o.layers)]
+    return keys | {"attention.compress_ratios": ratios}
+
+
 def block_sparse(o: Options, b: str) -> Iterator[Entry]:
     """List attention with an indexer that chooses blocks of keys, in all but the leading dense layers."""
     yield from attention(o, b)
@@ -717,10 +754,13 @@ def mamba2_beside_attention(o: Options, b: str) -> Iterator[Entry]:
 # ---- RWKV
 
 
-def lerps(b: str, count: int, width: int) -> Entry:
-    """Return how much of the token before each of several projections reads, by channel."""
+def lerps(b: str, count: int, width: int, names: str = "") -> Iterator[Entry]:
+    """List how much of the token before each of several projections reads, by channel: in one tensor, or by name."""
     values = np.random.default_rng([7, zlib.crc32(b.encode())]).uniform(0.1, 0.9, (count, 1, 1, width))
-    return Entry(f"{b}.time_mix_lerp_fused.weight", values.shape, 0.0, values=values)
+    if not names:
+        yield Entry(f"{b}.time_mix_lerp_fused.weight", values.shape, 0.0, values=values)
+    for name, own in zip(names, values[:, 0, 0], strict=False):
+        yield Entry(f"{b}.time_mix_lerp_{name}.weight", own.shape, 0.0, values=own)
 
 
 def shares_of_before(name: str, width: int) -> Entry:
@@ -739,7 +779,7 @@ def rwkv6(o: Options, b: str, *, linear: bool = False) -> Iterator[Entry]:
     yield matrix(f"{b}.time_mix_w1", 5 * extra, d)
     yield Entry(f"{b}.time_mix_w2.weight", (5, d, extra), 0.3 / math.sqrt(extra))
     yield shares_of_before(f"{b}.time_mix_lerp_x", d)
-    yield lerps(b, 5, d)
+    yield from lerps(b, 5, d, "wkvrg" if s["apart"] else "")
     if not linear:
         yield Entry(f"{b}.time_mix_first.weight", (d // s["head"], s["head"]), 0.5, 0.5)
         yield from group_norm(b, d)
@@ -765,7 +805,7 @@ def rwkv7(o: Options, b: str) -> Iterator[Entry]:
             yield Entry(f"{b}.time_mix_{name}0.weight", (d,), 0.0, values=at)
         yield matrix(f"{b}.time_mix_{name}1", rank, d)
         yield matrix(f"{b}.time_mix_{name}2", d, rank, 2.0 if name == "g" else 1.0)
-    yield lerps(b, 6 if s["gate"] else 5, d)
+    yield from lerps(b, 6 if s["gate"] else 5, d)
     for name, spread, mean in (("k_k", 0.3, 1.0), ("k_a", 0.3, 0.7), ("r_k", 0.3, 0.0)):
         yield Entry(f"{b}.time_mix_{name}.weight", (d,), spread, mean)
     for name in ("key", "value", "receptance"):
@@ -799,6 +839,7 @@ def rwkv7_keys(o: Options) -> dict[str, Any]:
 
 # llama.cpp reads beyond heads whose size is not a multiple of 64 in RWKV-7.
 RWKV = {"head": 64, "extra": 6, "decay": 10, "rate": 7, "values": 5, "gate": 9, "normed": True, "biased": False}
+RWKV |= {"apart": False}
 
 # Heads are 16 wide, not as wide as the state; four of them share a group's B and C.
 MAMBA2 = {
@@ -820,6 +861,7 @@ MIXERS: dict[str, Callable[[Options, str], Iterator[Entry]]] = {
     "latent": latent,
     "latent window": latent_window,
     "block_sparse": block_sparse,
+    **{f"compressed {ratio}": functools.partial(compressed, ratio=ratio) for ratio in (0, 4, 128)},
     "delta": functools.partial(delta, layout="qwen35"),
     "grouped delta": functools.partial(delta, layout="qwen3next"),
     "old delta": functools.partial(delta, layout="old"),
@@ -861,6 +903,7 @@ KEYS: dict[str, Callable[[Options], dict[str, Any]]] = {
     "latent": latent_keys,
     "latent window": latent_window_keys,
     "block_sparse": block_sparse_keys,
+    **{f"compressed {ratio}": compressed_keys for ratio in (0, 4, 128)},
     "mamba": mamba_keys,
     "mamba2": mamba2_keys,
     "plamo2": plamo2_keys,
@@ -923,7 +966,11 @@ def experts(o: Options, b: str, width: int) -> Iterator[Entry]:
         yield from norms(o, f"{b}.{name}", o.d, o.post_gain if name.startswith("post_") else 1.0)
     if o.dense_beside:
         yield from feed_forward(o, b, "", o.dense_ff or o.ff)
-    if o.selection_bias:
+    if int(b.removeprefix("blk.")) < o.token_experts:
+        random = np.random.default_rng([o.seed, zlib.crc32(b.encode())])
+        chosen = random.permuted(np.tile(np.arange(o.experts), (o.vocab, 1)), axis=1)[:, : o.experts_used]
+        yield Entry(f"{b}.ffn_gate_tid2eid.weight", chosen.shape, 0.0, values=chosen)
+    elif o.selection_bias:
         suffix = "" if "exp_probs_b" in o.bare_norms else ".bias"
         yield Entry(f"{b}.exp_probs_b{suffix}", (o.experts,), o.selection_bias, o.selection_mean)
     if shared := o.shared_count * (o.shared_ff or o.expert_ff) or o.shared_ff:
@@ -1034,6 +1081,9 @@ def write(path: str | os.PathLike[str], **differences: Any) -> Path:
         kept = ("_norm.weight", "ffn_gate_inp", "hc_", "position_embd.weight", "conv1d", "conv.conv", "time_mix_lerp")
         kept += ("time_mix_first", "time_mix_decay", *(f"time_mix_{name}{step}" for name in "wavg" for step in (1, 2)))
         exempt = values.ndim < 2 or any(part in entry.name for part in kept)
+        if entry.name.endswith("tid2eid.weight"):  # a table of integers
+            writer.add_tensor(entry.name, values.astype(np.int32))
+            continue
         if exempt or values.shape[-1] % gguf.GGML_QUANT_SIZES[kind][0]:
             kind = gguf.GGMLQuantizationType.F32
         writer.add_tensor(entry.name, encode(values, kind), raw_dtype=kind)

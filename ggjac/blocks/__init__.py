@@ -22,6 +22,7 @@ from ggjac.blocks.block import (
     taken_up,
 )
 from ggjac.blocks.frame import BlockWeights, Frame, NumericsError, WeightMatrix, affine, overflow
+from ggjac.blocks.memory import MemoryTape
 from ggjac.blocks.mixers import Factor, MixerTape, Past
 from ggjac.blocks.networks import FFNTape, HiddenTape
 from ggjac.blocks.norms import NormTape, frozen_norm, record_norm
@@ -39,6 +40,7 @@ __all__ = [
     "FrozenBlock",
     "HiddenTape",
     "InputsTape",
+    "MemoryTape",
     "MixerTape",
     "NormTape",
     "NumericsError",

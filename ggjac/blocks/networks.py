@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn.functional import softplus
 
 from ggjac.blocks.frame import BlockWeights, Frame, affine, before, linear, scaled
 from ggjac.blocks.norms import NormTape, inverse_rms, record_norm, widened
@@ -23,6 +24,7 @@ ROUTERS: dict[str, Callable[[Tensor], Tensor]] = {
     "softmax_selected": lambda logits: logits,
     "sigmoid": torch.sigmoid,
     "sigmoid_selected": lambda logits: logits,
+    "sqrt_softplus": lambda logits: softplus(logits).sqrt(),
 }
 WEIGHTS: dict[str, Callable[[Tensor], Tensor]] = {
     "softmax_selected": lambda logits: logits.softmax(-1),
@@ -223,7 +225,10 @@ def record_experts(
     config = frame.config
     logits = affine(linear(w, "ffn_gate_inp", len(h)), router)
     scores = ROUTERS[config.row.router](widened(logits))  # [n, e]
-    chosen = w.agreed(_chosen(w, config, scores.detach(), config.layers[layer].experts_used))
+    if config.layers[layer].token_experts:
+        chosen = indices_on(h.device, frame.choices[layer][: len(h)])
+    else:
+        chosen = w.agreed(_chosen(w, config, scores.detach(), config.layers[layer].experts_used))
     weights = scores.gather(-1, chosen)  # [n, used]
     if config.row.router in WEIGHTS:
         weights = WEIGHTS[config.row.router](weights)

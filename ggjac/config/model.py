@@ -59,6 +59,23 @@ class Latent:
 
 
 @dataclass(frozen=True)
+class Compressed:
+    """Sizes of attention to single tokens within a window and to compressed groups of all; zeros for other attention.
+
+    Attributes:
+        ratio: number of tokens in a group; 0 without groups.
+        windows: number of groups that each compressed key is made of: its own, and those before it.
+        groups: of heads, each of which has an output projection of its own.
+        rank: elements that this projection yields.
+    """
+
+    ratio: int = 0
+    windows: int = 1
+    groups: int = 0
+    rank: int = 0
+
+
+@dataclass(frozen=True)
 class Alibi:
     """Linear biases on the scores of attention (ALiBi, arXiv 2108.12409): by head, a slope times minus the distance.
 
@@ -103,6 +120,8 @@ class Layer:
         source: number of the earlier block whose keys and values attention reads; None for its own.
         attention_scale: multiplies scores.
         latent: sizes of latent attention.
+        compressed: sizes of attention to compressed groups of tokens.
+        token_experts: whether a table chooses the experts of each token.
         by_key_head: whether all projections of a delta rule are in one tensor, `ssm_in`, key head by key head.
         window: number of tokens to which a position attends, itself included; None for all up to it.
         rope: rotation of queries and keys; None for none.
@@ -132,6 +151,8 @@ class Layer:
     by_key_head: bool = False
     attention_scale: float = 1.0
     latent: Latent = Latent()
+    compressed: Compressed = Compressed()
+    token_experts: bool = False
 
     @property
     def taps(self) -> tuple[Kind, ...]:
@@ -144,6 +165,10 @@ class Layer:
     def idle(self) -> bool:
         """Whether the block does nothing."""
         return self.taps == ("layer",)
+
+    def remembered(self, n: int) -> int:
+        """Return how many groups of `n` tokens a compressed memory has keys of."""
+        return n // self.compressed.ratio if self.compressed.ratio else 0
 
     def clamp(self, kind: str) -> float:
         """Return the limit in networks of a kind, the suffix of their tensors' names."""

@@ -19,11 +19,11 @@ _GLOBAL = {
     "output_norm.bias": ("d",),
     "output.weight": ("vocabulary", "d"),
     "output.bias": ("vocabulary",),
-    **{f"output.{kind}": ("one",) for kind in _SCALES},
     "rope_freqs.weight": ("pairs",),
     "rope_factors_long.weight": ("pairs",),
     "rope_factors_short.weight": ("pairs",),
 }
+_HEAD_SCALES = {f"output.{kind}": ("one",) for kind in _SCALES}
 _POSITIONS = {"position_embd.weight": ("context", "d")}
 _EMBEDDING_NORM = {"token_embd_norm.weight": ("d",), "token_embd_norm.bias": ("d",)}
 _INPUTS = {
@@ -51,6 +51,8 @@ _STREAMS = {
 # The stream that is held before any stack has made one.
 _HELD = {"hrm.z_l_init": ("d",)}
 _OWN_INPUTS = {"inp_gate.weight": ("inputs", "d"), "proj.weight": ("d", "inputs"), "post_norm.weight": ("d",)}
+# The table of the experts of each token; of integers.
+EXPERTS_OF_TOKENS = "ffn_gate_tid2eid.weight"
 # In a block, by kind of mixer.
 _ATTENTION: dict[str, tuple[str, ...]] = {
     "attn_q": ("q", "d"),
@@ -77,6 +79,7 @@ _CONVOLUTION: dict[str, tuple[str, ...]] = {"shortconv.in_proj": ("3d", "d"), "s
 _MIXERS: dict[str, dict[str, tuple[str, ...]]] = {
     "attention": _ATTENTION,
     "latent": {"attn_output": ("d", "read")},
+    "compressed": {},
     "shared attention": {"attn_q": ("q", "d"), "attn_output": ("d", "read")},
     "linear": {},
     "delta": _DELTA,
@@ -171,11 +174,29 @@ _VECTORS: dict[str, dict[str, tuple[str, ...]]] = {
 # of the first block's values.
 _HEAD_NORM: dict[str, tuple[str, ...]] = {"time_mix_ln.weight": ("d",), "time_mix_ln.bias": ("d",)}
 _FIRST: dict[str, tuple[str, ...]] = {"time_mix_first.weight": ("states", "state")}
+# How much of the position before each projection reads, in files from before llama.cpp's converter put them together.
+_LERPS: dict[str, tuple[str, ...]] = {f"time_mix_lerp_{name}.weight": ("d",) for name in "wkvrg"}
 _GATE: dict[str, tuple[str, ...]] = {"time_mix_g1.weight": ("gate", "d"), "time_mix_g2.weight": ("d", "gate")}
 _SOURCED: dict[str, tuple[str, ...]] = {
     "time_mix_v0.weight": ("d",),
     "time_mix_v1.weight": ("first", "d"),
     "time_mix_v2.weight": ("d", "first"),
+}
+# Of attention to single tokens and compressed groups of them, for which it has some more.
+_COMPRESSED: dict[str, tuple[str, ...]] = {
+    "attn_q_a.weight": ("query latent", "d"),
+    "attn_q_a_norm.weight": ("query latent",),
+    "attn_q_b.weight": ("q", "query latent"),
+    "attn_kv.weight": ("head", "d"),
+    "attn_kv_a_norm.weight": ("head",),
+    "attn_output_a.weight": ("ranks", "read by a group"),
+    "attn_output_b.weight": ("d", "ranks"),
+}
+_MEMORY: dict[str, tuple[str, ...]] = {
+    "attn_compressor_kv.weight": ("windows", "d"),
+    "attn_compressor_gate.weight": ("windows", "d"),
+    "attn_compressor_ape.weight": ("ratio", "windows"),
+    "attn_compressor_norm.weight": ("head",),
 }
 # The projections to the decays (f) and to the gate (g) of Kimi's delta rule: of those in two steps, and all by
 # `Architecture.low_rank_gates`.
@@ -202,6 +223,14 @@ _INDEXER: dict[str, dict[str, tuple[str, ...]]] = {
         "indexer.q_norm.weight": ("indexer key",),
         "indexer.k_norm.weight": ("indexer key",),
     },
+    "compressed": {
+        "indexer.attn_q_b.weight": ("indexer queries", "query latent"),
+        "indexer.proj.weight": ("indexer heads", "d"),
+        "indexer_compressor_kv.weight": ("2 indexer key", "d"),
+        "indexer_compressor_gate.weight": ("2 indexer key", "d"),
+        "indexer_compressor_ape.weight": ("ratio", "2 indexer key"),
+        "indexer_compressor_norm.weight": ("indexer key",),
+    },
 }
 # Of what makes one key of a pool.
 _POOLS: dict[str, tuple[str, ...]] = {
@@ -221,6 +250,7 @@ FUSED = {
     "attn_qkv": ("attn_q", "attn_k", "attn_v"),
     "ssm_in": ("attn_q", "attn_k", "attn_v", "attn_gate"),
     "ssm_ba": ("ssm_beta", "ssm_alpha"),
+    "time_mix_lerp_fused": tuple(f"time_mix_lerp_{name}" for name in "wkvrg"),
     "ffn_gate_up_exps": ("ffn_gate_exps", "ffn_up_exps"),
 }
 _FFN: dict[str, dict[str, tuple[str, ...]]] = {
@@ -351,6 +381,10 @@ def _kimi_delta_parts(config: ModelConfig, layer: int) -> dict[str, Part]:
     return _sections("attn_qkv", attn_q=sizes["qk"], attn_k=sizes["qk"], attn_v=sizes["hv"])
 
 
+def _rwkv6_parts(config: ModelConfig, layer: int) -> dict[str, Part]:
+    return _sections("time_mix_lerp_fused", **{f"time_mix_lerp_{name}": 1 for name in "wkvrg"})
+
+
 def _lightning_parts(config: ModelConfig, layer: int) -> dict[str, Part]:
     size = config.recurrence.key_size  # of each head: query, key and value
     return _sections("attn_qkv", attn_q=size, attn_k=size, attn_v=size, period=3 * size)
@@ -383,13 +417,14 @@ def _convolution_parts(config: ModelConfig, layer: int) -> dict[str, Part]:
 _MIXER_PARTS: dict[str, Callable[[ModelConfig, int], dict[str, Part]]] = {
     "attention": _attention_parts,
     "latent": _latent_parts,
+    "compressed": lambda config, layer: {},
     "shared attention": lambda config, layer: {},
     "linear": lambda config, layer: {},
     "delta": _delta_parts,
     "kimi delta": _kimi_delta_parts,
     "state space": _state_space_parts,
     "channel state space": _channel_parts,
-    "rwkv6": lambda config, layer: {},
+    "rwkv6": _rwkv6_parts,
     "rwkv7": lambda config, layer: {},
     "lightning": _lightning_parts,
     "state space of values": _state_space_of_values_parts,
@@ -498,6 +533,7 @@ def _scopes(config: ModelConfig) -> Iterator[tuple[str, dict[str, tuple[str, ...
     outside = _GLOBAL | (_POSITIONS if config.row.positions else {}) | (_INPUTS if config.inputs else {})
     connected = config.row.streams in ("apart", "mixed")
     outside |= _FINAL_STREAMS if connected and not config.row.stream_mean else {}
+    outside |= _HEAD_SCALES if config.row.head_scale else {}
     outside |= _FINAL_DEPTHS if config.streams.period else {}
     outside |= _HELD if config.row.streams == "held" else {}
     outside |= _EMBEDDING_NORM if config.row.embedding_norm == "weighted" else {}
@@ -512,7 +548,7 @@ def _scopes(config: ModelConfig) -> Iterator[tuple[str, dict[str, tuple[str, ...
         i = config.order.index(stored)
         own = config.layers[i]
         widths = {"f": own.hidden_units, "fe": own.expert_units}
-        widths |= {f"2{name}": 2 * width for name, width in widths.items()}
+        widths |= {f"2{name}": 2 * width for name, width in widths.items()} | {"used": own.experts_used}
         yield config.prefix(i), _block_table(config, i), sizes | widths | _attention_sizes(config, i)
 
 
@@ -538,6 +574,10 @@ def _attention_sizes(config: ModelConfig, layer: int) -> dict[str, int]:
         "rotary": own.latent.rotary,
         "latent + rotary": own.latent.size + own.latent.rotary,
         "query latent": own.latent.queries,
+        "ratio": own.compressed.ratio,
+        "windows": own.compressed.windows * own.key_size,
+        "ranks": own.compressed.groups * own.compressed.rank,
+        "read by a group": own.heads * own.value_size // max(1, own.compressed.groups),
     }
 
 
@@ -558,6 +598,7 @@ def _indexer_sizes(config: ModelConfig) -> dict[str, int]:
     return {
         "indexer heads": indexer.heads,
         "indexer key": indexer.key_size,
+        "2 indexer key": 2 * indexer.key_size,
         "indexer queries": indexer.heads * indexer.key_size,
         "pool": indexer.pool,
     }
@@ -609,10 +650,12 @@ def _block_table(config: ModelConfig, layer: int) -> dict[str, tuple[str, ...]]:
         scaled = set()
     for mixer in own.mixers:
         vectors |= _VECTORS.get(_layout(config, mixer), {})
-        if config.indexer.selected:
+        if config.indexer.selected and (mixer != "compressed" or own.compressed.windows > 1):
             vectors |= _INDEXER.get(mixer, {})
         if config.indexer.pool and mixer == "latent":
             vectors |= _POOLS
+        if mixer == "compressed":
+            vectors |= _COMPRESSED | (_MEMORY if own.compressed.ratio else {})
         if mixer == "latent":
             vectors |= _latent_table(row, own.latent)
         if mixer in ("rwkv6", "rwkv7"):
@@ -659,8 +702,12 @@ def _block_table(config: ModelConfig, layer: int) -> dict[str, tuple[str, ...]]:
         table |= {"ffn_sub_norm.weight": ("f",)} if own.hidden_units else {}
     if row.sinks and own.heads:
         table["attn_sinks.weight"] = ("heads",)
-    if row.selection_bias and own.routed:
+    if own.token_experts:
+        table[EXPERTS_OF_TOKENS] = ("vocabulary", "used")
+    elif row.selection_bias and own.routed:
         table[_selection_bias(row)] = ("experts",)
+    if row.token_experts and own.routed:  # for images
+        table["exp_probs_b_vl.bias"] = ("experts",)
     if row.router_reads == "stream" and own.routed:
         table["ffn_gate_inp.scale"] = ("d",)
     if row.stream_scale:
@@ -698,7 +745,7 @@ def _rwkv_table(config: ModelConfig, layer: int) -> dict[str, tuple[str, ...]]:
     row, ranks = config.row, dict(config.recurrence.ranks)
     table = dict(_HEAD_NORM) if row.head_norm else {}
     if row.recurrent == "rwkv6" and row.head_norm:
-        table |= _FIRST
+        table |= _FIRST | _LERPS
     if ranks.get("gate"):
         table |= _GATE
     return table | (_SOURCED if config.layers[layer].source is not None else {})

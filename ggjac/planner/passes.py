@@ -85,6 +85,7 @@ class LayerPlan:
 
     Attributes:
         index: of the block.
+        stored: number of the block in the file; blocks that are applied several times share it.
         stored_bytes: of all its tensors, all experts included.
         sweep: what a sweep of the Jacobian reads and computes, FLOP for one stacked vector.
         trace: what the trace reads and computes.
@@ -98,6 +99,7 @@ class LayerPlan:
     """
 
     index: int
+    stored: int
     stored_bytes: int
     sweep: Pass
     trace: Pass
@@ -132,6 +134,7 @@ def layer_plan(
         kept = _each_once(block, config, max(step.region.read or work.n for step in work.sweeps))
     return LayerPlan(
         index=index,
+        stored=config.order[index],
         stored_bytes=sum(info.nbytes for info in block.infos),
         sweep=sweep,
         trace=_trace(block, config, mlp_path, work.n, work.n),
@@ -299,22 +302,23 @@ def _sweep(block: _Block, config: ModelConfig, mlp_path: MlpPath, region: Region
 
     FLOP are for one stacked vector, but with the tensors of the forward pass for all positions.
     """
-    spans = region.spans or ((0, config.block_count),)
-    ends = [last for first, last in spans if first <= block.index < last]
-    if not ends:
+    aboard = len(region.ends(block.index, config.block_count))
+    if not aboard:
         return Pass()
     n = region.read or input_positions
     m = region.written or n
     if region.tensors in ("all", "continued"):
         return _trace(block, config, mlp_path, n, m, continued=region.tensors == "continued")
-    if region.written is None and set(ends) == {block.index + 1}:
+    if region.ends_in(block.index, config.block_count):
         m = 1
     parts, p = [], min(n, m + block.shifts)  # positions that the feed-forward reads
     for mixer in block.layer.mixers:
         stems = MIXERS[mixer]
-        output = block.linear(stems.output, p)
+        output = block.linear(stems.output, p) + block.linear(stems.grouped, p)
         taps = block.vector(f"{stems.convolution}.weight") + block.vector(f"{stems.convolution}.bias")
         parts += [block.linear(stems.values, n), block.linear(stems.expansion, n), taps, output]
+        if block.layer.remembered(n):
+            parts.append(block.linear(stems.memory, n))
         parts.append(_mix(config, block, mixer, n, p))
         if region.tensors == "heads":  # once more for what it adds and for its bias, and once for the head's shares
             parts += [output.scaled(2), taps]
@@ -326,7 +330,7 @@ def _sweep(block: _Block, config: ModelConfig, mlp_path: MlpPath, region: Region
     parts += [block.vector(f"{name}.weight") for name in ("layer_output_scale", "channel_mix_lerp_k")]
     parts.append(_sums(block, config, n, m))
     # Each vector visits only the blocks of its own map's span: scale by the mean.
-    return total(parts) if region.sequential else total(parts).scaled(len(ends) / len(spans))
+    return total(parts) if region.sequential else total(parts).scaled(aboard / max(1, len(region.spans)))
 
 
 def _heads(config: ModelConfig, block: _Block, mixer: str) -> tuple[int, int, int]:
@@ -344,7 +348,7 @@ def _mix(config: ModelConfig, block: _Block, mixer: str, n: int, m: int) -> Pass
         return Pass(flop=2 * heads * key * (2 * n + m), written=2 * heads * key * n)
     chunk = scan_chunk(n, key) if MIXERS[mixer].recurrent else None
     if chunk is None:
-        return Pass(flop=2 * heads * value * m * n)
+        return Pass(flop=2 * heads * value * m * (n + block.layer.remembered(n)))
     entries = 0
     for start in range(0, n, chunk):
         length = min(chunk, n - start)
@@ -364,7 +368,7 @@ def _pattern(config: ModelConfig, block: _Block, mixer: str, n: int, m: int) -> 
     if MIXERS[mixer].channels:  # there is none
         return Pass()
     if not MIXERS[mixer].recurrent:
-        return Pass(flop=2 * heads * key * m * n)
+        return Pass(flop=2 * heads * key * m * (n + block.layer.remembered(n)))
     chunk = scan_chunk(n, key)
     if chunk is None:
         return _recurrence(heads * key * n, n)
@@ -389,7 +393,7 @@ def _mixer_stems(block: _Block) -> list[str]:
     """Return all projections of a block's mixers."""
     own, stems = [MIXERS[mixer] for mixer in block.layer.mixers], []
     for mixer in own:
-        stems += [*mixer.frozen, mixer.values, mixer.expansion, mixer.output]
+        stems += [*mixer.frozen, mixer.values, mixer.expansion, mixer.memory, mixer.grouped, mixer.output]
         if block.layer.source is not None:
             found = {stem: block.find(f"{stem}.weight") for stem in mixer.sourced}
             stems += [stem for stem, part in found.items() if part and len(part[0].shape) > 1]
@@ -480,6 +484,10 @@ def _tape_bytes(block: _Block, config: ModelConfig, n: int, item: int) -> int:
         if MIXERS[mixer].expansion:  # the norm of the latent
             floats += block.layer.latent.size
             other += n * max(4, item)
+        if MIXERS[mixer].grouped:  # the norms of values and of groups' keys, and both rotations
+            for positions in filter(None, (n, block.layer.remembered(n))):
+                floats += block.layer.value_size + positions * block.layer.latent.rotary
+                other += positions * max(4, item)
     floats += n * config.d * bool(block.find("channel_mix_receptance.weight"))
     floats += n * _stream_floats(config, block.index)
     places = norm_places(config, block.index) + ([("post_norm",)] if config.inputs else [])
@@ -524,7 +532,9 @@ def _mixer_floats(config: ModelConfig, block: _Block, mixer: str, n: int) -> int
             return 2 * n * config.d
         written = 2 if config.attention_clamp else int(config.row.value_norm)
         written *= bool(MIXERS[mixer].values)
-        return heads * n * n + n * (written * own.kv_heads * value + bool(read) * heads * value)
+        factors = n * (written * own.kv_heads * value + bool(read) * heads * value)
+        shares = own.compressed.ratio * own.compressed.windows * value
+        return heads * n * n + own.remembered(n) * (heads * n + shares) + factors
     chunk = scan_chunk(n, key)
     factors = (_shifted_factors(block) if config.recurrence.shifted else 2) * n * heads * value
     if MIXERS[mixer].channels:
