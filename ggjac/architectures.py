@@ -105,8 +105,10 @@ class Architecture:
         state_norm_optional: the outputs of a state space may lack their norm.
         sigmoid_gate: the gate on a recurrence's output is a sigmoid in place of a SiLU.
         low_rank_gates: decays and gates of Kimi's delta rule are projected in two steps.
-        bounded_decay: the logarithms of decays have a lower bound, the file's `kda.gate_lower_bound`, and `ssm_a` is
-            positive.
+        bounded_decay: the logarithms of decays have a lower bound, the file's `kda.gate_lower_bound`: `"required"`
+            (`ssm_a` is positive then), `"optional"` (it is negative with or without a bound), or `""` for never.
+        key_epsilon: what the delta rule's queries and keys add inside the root of their length; 0 for the norms'
+            epsilon.
         gated_queries: `attn_q` has a gate after each head's query: its sigmoid multiplies what the head reads.
         gated_heads: a gate from `attn_gate` multiplies what each head reads: a number for each of the `"heads"`, or
             for each of their `"elements"`; one of these, as the tensor's shape says (`"either"`); a number for each
@@ -122,8 +124,9 @@ class Architecture:
             does not state: `"equal"` to the second, if that is not 0; `"one"`; or `"alone"` (it is 1 and the second 0,
             whatever the file states); `""` where there are none.
         indexer: prompts may be so long that attention selects keys: one by one (`"keys"`), likewise if the file states
-            how many (`"optional keys"`), in blocks (`"blocks"`), of a compressed memory (`"memory"`), or `""` for
-            never. Such prompts are not supported.
+            how many (`"optional keys"`), in blocks (`"blocks"`), in pools of consecutive keys beside those of the last
+            pool, which is incomplete (`"pools"`), of a compressed memory (`"memory"`), or `""` for never. Such prompts
+            are not supported.
         normed_rotary: the part of latent attention's keys that rotates is normed before (`attn_k_norm`).
         value_norm: the values of each head are normed (RMSNorm without weight).
         shared_keys: the file's last `attention.shared_kv_layers` blocks read keys and values of an earlier block.
@@ -286,7 +289,8 @@ class Architecture:
     state_norm_optional: bool = False
     sigmoid_gate: bool = False
     low_rank_gates: bool = False
-    bounded_decay: bool = False
+    bounded_decay: str = ""
+    key_epsilon: float = 0.0
     gated_queries: bool = False
     gated_heads: str = ""
     softplus_gate: bool = False
@@ -925,11 +929,27 @@ ARCHITECTURES: dict[str, Architecture] = {
         _KIMI,
         latent_queries="optional",
         gated_heads="heads",
-        bounded_decay=True,
+        bounded_decay="required",
         rope_pairs="adjacent",
         hidden_clamps="after",
         expert_widths="shared",
         graph=Graph(("kda_out", "mla_out"), ffn=()),
+    ),
+    "glm5-next": replace(
+        _KIMI,
+        low_rank_gates=True,
+        bounded_decay="optional",
+        key_epsilon=1e-6,
+        latent_queries="required",
+        indexer="pools",
+        rope_pairs="",
+        streams="mixed",
+        stream_mean=True,
+        output_scales=False,
+        hidden_clamps="before, shared too",
+        router="sigmoid",
+        head="required",
+        graph=Graph(("kda_out", "attn_out")),
     ),
     "lfm2": replace(_LFM2, windowed="optional"),
     "lfm2moe": replace(_LFM2, router="", router_key=True, selection_bias="required", leading_dense=True),

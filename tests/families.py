@@ -376,6 +376,17 @@ FAMILIES: dict[str, dict[str, Any]] = {
     | {"shared_ff": 80, "shared_count": 1, "predictor_norms": ("nextn.enorm", "nextn.hnorm", "layer_output_norm")}
     | {"sizes": KIMI["sizes"] | {"head_gate": True, "kda.safe_gate": True, "kda.gate_lower_bound": -5.0}}
     | {"extra": KIMI["extra"] | {"expert_weights_norm": True}},
+    "glm5-next": KIMI
+    | {"sizes": KIMI["sizes"] | {"query": 24, "flat": True, "indexer": 8, "pool": 4}, "n_rot": 0}
+    | {"streams": 4, "stream_rounds": 3, "stream_head": False}
+    | {
+        "extra": {
+            "attention.layer_norm_epsilon": 1e-6,
+            "hyper_connection.epsilon": 1e-2,
+            "expert_weights_norm": True,
+            "expert_weights_scale": 2.5,
+        }
+    },
     "qwen3next": EXPERTS | QWEN35 | {"expert_ff": 48, "shared_ff": 80, "shared_gate": True},
     "deepseek2": DEEPSEEK,
     "mistral4": LATENT
@@ -404,6 +415,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     | {"mixers": ("compressed 0", "compressed 4", "compressed 128"), "layers": 3, "head_dim": 32, "n_rot": 8}
     | {"sizes": {"query": 24, "groups": 2, "rank": 10, "indexer": 8}, "kv_heads": 1, "window": 4, "expert_ff": 48}
     | {"shared_count": 1, "selection_bias": 0.3, "token_experts": 1, "streams": 4, "stream_rounds": 3}
+    | {"predictor_streams": True}
     | {
         "extra": {"hyper_connection.epsilon": 1e-2, "expert_gating_func": 4, "expert_weights_norm": True}
         | {"expert_weights_scale": 1.5, "swiglu_clamp_exp": [0.9] * 3, "attention.compress_rope_freq_base": 50.0}
@@ -1378,6 +1390,26 @@ FAMILY_CASES: dict[str, dict[str, Any]] = {
     "kimi_linear_eps": of("kimi-linear", **kda_blocks("kl"), eps=0.05, dense_lead=2),
     "kimi_linear_unread": of(
         "kimi-linear", **kda_blocks("kl", extra=UNREAD | {"expert_weights_norm": False}), window=3
+    ),
+    "glm5_next": of("glm5-next", **kda_blocks("kkl")),
+    # Decays have a bound; the second block of attention selects as the first; limits, the same in all networks.
+    "glm5_next_bounded": of(
+        "glm5-next",
+        **kda_blocks("lkl", extra={"swiglu_clamp_exp": [0.9, 0.0, 0.7], "kda.gate_lower_bound": -2.0}),
+        sizes=FAMILIES["glm5-next"]["sizes"] | {"indexer_types": [True, True, False]},
+        stream_rounds=1,
+    ),
+    # Limits of other networks are their own; softmax in the router; a last block that predicts.
+    "glm5_next_predictor": of(
+        "glm5-next",
+        **kda_blocks(
+            "kll",
+            extra={"swiglu_clamp_exp": [0.9] * 3, "swiglu_clamp_shexp": [0.0, 0.5, 0.0], "expert_gating_func": 1},
+        ),
+        selection_bias=0.05,
+        predictors=1,
+        eps=0.05,
+        stream_rounds=20,
     ),
     "bailingmoe3": of("bailingmoe3", **kda_blocks("bbl"), tied=True),
     "bailingmoe3_clamped": of(

@@ -103,7 +103,8 @@ class Facts(NamedTuple):
     shift: float | Tensor = 1.0  # added to oai's up
     clamp_keys: bool = False  # swiglu_clamp_exp and _shexp limit gate, after SiLU, and up
     clamp_first: bool = False  # the gate before SiLU
-    clamp_shared: bool = False  # and of shared experts too, by default as of others
+    clamp_shared: bool = True  # there is _shexp
+    clamp_alike: bool = False  # or else it is as _exp
     clamp: float | Tensor = 0.0  # so in one layer, where it is not zero
     pruned: bool = False  # a block without a feed-forward does nothing
     ffn: str = "gated"  # gated | fused (gate above up in one matrix) | plain
@@ -294,7 +295,7 @@ FACTS: dict[str, Facts] = {
         sum_named_ffn_out=True, graph={"ffn_moe_out": "ffn_out"},
     ),
     "maple": Facts(
-        rope="halves", qk_norm="head", period=0, roped="local", clamp_keys=True, clamp_first=True,
+        rope="halves", qk_norm="head", period=0, roped="local", clamp_keys=True, clamp_first=True, clamp_shared=False,
         graph={"ffn_moe_out": "ffn_out"},
     ),
     "granite_swa": GRANITE._replace(period=0, local_base_key=False, roped="listed", shared_ffn="fused"),
@@ -362,6 +363,10 @@ FACTS: dict[str, Facts] = {
         rope="adjacent", mixers=by_kv_heads("bounded kda", "latent"), clamp_keys=True,
         graph={"kda_out": "bounded kda", "mla_out": "latent"},
     ),
+    "glm5-next": KIMI._replace(
+        mixers=by_kv_heads("glm kda", "latent"), router="each", clamp_keys=True, clamp_first=True, clamp_alike=True,
+        streams="mixed", graph={"kda_out": "glm kda", "attn_out": "latent"},
+    ),
     "qwen3next": QWEN35._replace(
         mixers=by_interval("grouped delta"), graph=QWEN35.graph | {"linear_attn_out": "grouped delta"}
     ),
@@ -375,11 +380,12 @@ FACTS: dict[str, Facts] = {
     "deepseek32": LATENT_ROUTED._replace(mscale="one", temperature=False),
     "glm-dsa": LATENT_ROUTED._replace(mscale="alone", temperature=False, router="each"),
     "hy_v4": LATENT_ROUTED._replace(
-        temperature=False, clamp_keys=True, clamp_first=True, streams="apart", graph={"attn_out": "latent"}
+        temperature=False, clamp_keys=True, clamp_first=True, clamp_shared=False, streams="apart",
+        graph={"attn_out": "latent"},
     ),
     "deepseek4": ROUTED._replace(
         mixers=lambda model, layer: ("compressed",), period=0, local_base_key=False, clamp_keys=True, clamp_first=True,
-        clamp_shared=True, streams="mixed", graph={"attn_out": "compressed", "l_last": "l_out"},
+        clamp_alike=True, streams="mixed", graph={"attn_out": "compressed", "l_last": "l_out"},
     ),
     "dots3note": LATENT_ROUTED._replace(
         temperature=False, period=0, graph={"attn_output": "latent", "attn_out": "what heads read"}
@@ -882,8 +888,9 @@ MIXERS: dict[str, Callable[..., Tensor]] = {
     "grouped delta": recurrent(oracle_delta.gated_delta, grouped=True),
     "convolution": recurrent(oracle_delta.short_convolution),
     "lightning": lightning,
-    "kda": recurrent(oracle_delta.kimi_delta, bounded=False),
-    "bounded kda": recurrent(oracle_delta.kimi_delta, bounded=True),
+    "kda": recurrent(oracle_delta.kimi_delta, bound=""),
+    "bounded kda": recurrent(oracle_delta.kimi_delta, bound="positive"),
+    "glm kda": recurrent(oracle_delta.kimi_delta, bound="negative", key_eps=1e-6),
 }
 
 
@@ -937,10 +944,10 @@ def activate(facts: Facts, gate: Tensor, up: Tensor | None, *, freeze: str | Non
 
 def clamped(model: Oracle, b: str, key: str) -> Facts:
     """Return the facts with layer `b`'s limit, where the file has any."""
-    facts, shared = model.facts, key != "swiglu_clamp_exp"
-    read = facts.clamp_keys and (not shared or not facts.clamp_first or facts.clamp_shared)
-    default = model.metadata.get("swiglu_clamp_exp", 0.0) if facts.clamp_shared else 0.0
-    limits = model.metadata.get(key, default) if read else 0.0
+    read = model.facts.clamp_keys and (key == "swiglu_clamp_exp" or model.facts.clamp_shared)
+    if model.facts.clamp_alike and key not in model.metadata:
+        key = "swiglu_clamp_exp"
+    limits = model.metadata.get(key, 0.0) if read else 0.0
     return model.facts._replace(clamp=scalar(limits, int(b.removeprefix("blk."))))
 
 

@@ -697,6 +697,18 @@ LATENT: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {
     "streams of another number": ("hy_v4", {"hyper_connection.count": 4}, {}, r"tensor output_hc_fn.weight has shape"),
     "no weights of streams": ("hy_v4", {}, {"hc_ffn_fn.weight": ABSENT}, "tensor blk.0.hc_ffn_fn.weight is missing"),
     "no magnitude": ("hy_v4", {"hyper_connection.magnitude": ABSENT}, {}, "hyper_connection.magnitude is missing"),
+    "no rounds": ("glm5_next", {"hyper_connection.sinkhorn_iterations": ABSENT}, {}, "sinkhorn_iterations is missing"),
+    "too many rounds": ("glm5_next", {"hyper_connection.sinkhorn_iterations": 10**6}, {}, "s 1000000; at most 1000"),
+    "weights of streams that are not mixed": ("glm5_next", {}, {"hc_attn_fn.weight": (8, 256)},
+                                              r"hc_attn_fn.weight has shape \[8, 256\], .* \[24, 256\]"),
+    "weights of a mean": ("glm5_next", {}, {"output_hc_fn.weight": (4, 256)}, "output_hc_fn.weight' is not part of a"),
+    "a part of a pool": ("glm5_next", {"attention.indexer.top_k": 63}, {}, "top_k is 63: not a whole number of pools"),
+    "no pools": ("glm5_next", {"attention.indexer.kpool": ABSENT}, {}, "attention.indexer.kpool is missing"),
+    "the last keys left out": ("glm5_next", {"attention.indexer.kpool_select_tail": False}, {},
+                               "kpool_select_tail is False: attention without the last keys is not supported"),
+    "pools of another size": ("glm5_next_bounded", {"attention.indexer.kpool": 8}, {},
+                              r"indexer_compressor_ape.weight has shape \[4, 64\], .* \[8, 64\]"),
+    "no number of rotated elements": ("glm5_next", {"rope.dimension_count": ABSENT}, {}, "dimension_count is missing"),
     "no sinks": ("hy_v4", {}, {"attn_sinks.weight": ABSENT}, "tensor blk.0.attn_sinks.weight is missing"),
     "a head of its own": ("plm", {}, {"output.weight": (128, 64)}, "'output.weight' is not part of a plm model"),
     "none": ("minimax_m3", {}, {"output.weight": ABSENT}, "tensor output.weight is missing; the file is incomplete"),
@@ -849,3 +861,4 @@ def test_an_indexer_limits_the_prompt(tiny_file: Callable[..., Path]) -> None:
     assert altered(tiny_file("deepseek32"), {"attention.indexer.top_k": 1000}, {}).longest == 256
     assert altered(tiny_file("minimax_m3"), {"attention.indexer.top_k": 10}, {}).longest == 40
     assert altered(tiny_file("deepseek2"), {"attention.indexer.top_k": 10}, {}).longest == 256
+    assert altered(tiny_file("glm5_next"), {"attention.indexer.top_k": 12}, {}).longest == 15

@@ -275,6 +275,15 @@ def on(part: str, change: Callable[[Tensor], Tensor]) -> Callable[[Oracle], Orac
     return lambda model: edit(model, part, change)
 
 
+def rounds(count: int) -> Callable[[Oracle], Oracle]:
+    return keys(hyper_connection__sinkhorn_iterations=count)
+
+
+def exchanged_streams(w: Tensor) -> Tensor:
+    """Let the weights by which 4 streams are mixed be those of the other direction."""
+    return torch.cat([w[:8], w[8:].unflatten(0, (4, 4)).transpose(0, 1).flatten(0, 1)])
+
+
 def uncentered(model: Oracle) -> Oracle:
     eps = model.metadata["attention.layer_norm_epsilon"]
     return meta(facts(norm="rms")(model), attention__layer_norm_rms_epsilon=eps)
@@ -720,6 +729,24 @@ FAMILY_MISTAKES: dict[str, tuple[str, Callable[[Oracle], Oracle]]] = {
     "bailingmoe3: experts not clamped": ("bailingmoe3_clamped", keys(swiglu_clamp_exp=0.0)),
     "bailingmoe3: shared expert and dense block not clamped": ("bailingmoe3_clamped", keys(swiglu_clamp_shexp=0.0)),
     "bailingmoe3: one clamp in every layer": ("bailingmoe3_clamped", keys(swiglu_clamp_exp=0.5)),
+    "glm5-next: no bound": ("glm5_next_bounded", keys(kda__gate_lower_bound=-1e-6)),
+    "glm5-next: softplus for a bound": ("glm5_next_bounded", other_mixer("glm kda", "kda")),
+    "glm5-next: ssm_a of the other sign": ("glm5_next_bounded", on("ssm_a", torch.neg)),
+    "glm5-next: streams mixed by rows for columns": ("glm5_next", on("hc_ffn_fn", exchanged_streams)),
+    "glm5-next: streams mixed in another number of rounds": ("glm5_next_bounded", rounds(2)),
+    "glm5-next: streams kept apart": (
+        "glm5_next",
+        both(facts(streams="apart"), keys(hyper_connection__magnitude=2.0)),
+    ),
+    "glm5-next: weights of streams without epsilon": ("glm5_next", keys(hyper_connection__epsilon=0.0)),
+    "glm5-next: weights normed": ("glm5_next_predictor", keys(expert_weights_norm=False)),
+    "glm5-next: weights not scaled": ("glm5_next", keys(expert_weights_scale=0.0)),
+    "glm5-next: softmax router": ("glm5_next", keys(expert_gating_func=1)),
+    "glm5-next: selection bias missing": ("glm5_next", drop("exp_probs_b")),
+    "glm5-next: no clamps": ("glm5_next_bounded", facts(clamp_keys=False)),
+    "glm5-next: shared expert and dense block not clamped": ("glm5_next_bounded", facts(clamp_shared=False)),
+    "glm5-next: gates clamped after SiLU": ("glm5_next_bounded", facts(clamp_first=False)),
+    "glm5-next: one clamp in all networks": ("glm5_next_predictor", keys(swiglu_clamp_shexp=[0.9] * 3)),
     "openelm: qk-norm after rope": ("openelm", facts(qk_norm="head after rope")),
     "deci: a projection in place of attention missing": ("deci_linear", on("blk.0.attn_output", torch.zeros_like)),
     "deci: rope factors ignored": ("deci", facts(factors=False)),
@@ -1360,6 +1387,7 @@ CODE_MISTAKES: dict[str, tuple[str, str, Callable[..., Tensor]]] = {
         "unit",
         lambda x, eps: x / (x.square().sum(-1, True) + eps * 16).sqrt(),
     ),
+    "kda: keys and queries with the norms' epsilon": ("glm5_next_predictor", "unit", lambda x, eps: unit(x, 0.05)),
     "kda: queries not scaled": ("kimi_linear_eps", "delta_rule", lambda q, *rest: delta_rule(4 * q, *rest)),
     "kda: gate before norm": ("kimi_linear", "gated_norm", gate_before_norm),
     "convolution: an activation": ("lfm2", "convolve", lambda x, taps: torch.nn.functional.silu(convolve(x, taps))),
@@ -1447,12 +1475,13 @@ def test_a_latent_file_in_two_parts_computes_what_one_in_one_part_does(tiny_file
     assert distance(*ours) < 1e-14
 
 
-@pytest.mark.parametrize("case", ["deepseek32", "glm_dsa"])
+@pytest.mark.parametrize("case", ["deepseek32", "glm_dsa", "glm5_next"])
 def test_an_indexer_acts_beyond_as_many_tokens_as_it_chooses(case: str, tiny_file: Callable[..., Path]) -> None:
     """Up to then attention is dense; what is here called an oracle has no indexer, and must not be asked further."""
     path, ids = tiny_file(case), np.random.default_rng(0).integers(0, 128, 80).tolist()
     model = oracle.load(path)
-    most = model.metadata["attention.indexer.top_k"]
+    # Keys of the last pool are seen too while it is incomplete.
+    most = model.metadata["attention.indexer.top_k"] + model.metadata.get("attention.indexer.kpool", 1) - 1
     theirs, ours = llamacpp.run(path, ids)["logits"], oracle.forward(model, ids)["logits"]
     assert distance(theirs[:most], ours[:most]) < 5e-6
     assert distance(theirs[most:], ours[most:]) > 2e-3

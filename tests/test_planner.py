@@ -70,7 +70,7 @@ CASES = [
     *("afmoe", "laguna", "laguna_elements", "step35_clamped", "step35_factors", "spark2_5", "muse_glimmer"),
     *("llama4", "llama4_several", "minimax_01", "nanbeige", "nanbeige_thrice"),
     *("deepseek32", "glm_dsa", "minimax_m3", "kimi_linear", "kimi_linear_fused", "bailingmoe3", "bailingmoe3_clamped"),
-    *("dots3note", "hy_v4", "hy_v4_indexer"),
+    *("dots3note", "hy_v4", "hy_v4_indexer", "glm5_next", "glm5_next_bounded"),
 ]
 GATED = (
     "plain",

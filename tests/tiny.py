@@ -114,6 +114,7 @@ class Options:
     latent: int = 0  # width of the stream that routed experts read and write; 0: that of all
     predictors: int = 0  # of `layers` the last, which predict later tokens
     predictor_norms: tuple[str, ...] = ("nextn.enorm", "nextn.hnorm")
+    predictor_streams: bool = False  # predictors have weights of streams, too
     predictor_experts: bool = True  # predictors are mixtures where the other blocks are
     embed_std: float = 1.0
     post_gain: float = 1.0  # of the norms after a sublayer
@@ -215,7 +216,7 @@ def metadata(o: Options) -> dict[str, Any]:
         "attention.key_length": o.hd,
         "attention.value_length": o.hv,
         f"attention.layer_norm_{'rms_' if o.norm.startswith('rms') else ''}epsilon": o.eps,
-        "rope.dimension_count": o.n_rot or o.hd,
+        "rope.dimension_count": o.hd if o.n_rot is None else o.n_rot,
         "rope.freq_base": o.rope_base,
         "vocab_size": o.vocab,
     }
@@ -287,7 +288,7 @@ def tensors(o: Options) -> Iterator[Entry]:
         if o.per_layer:
             yield from [matrix(f"{b}.inp_gate", o.per_layer, o.d, 0.7), matrix(f"{b}.proj", o.d, o.per_layer)]
             yield from norms(o, f"{b}.post_norm", o.d, o.post_gain)
-        if o.streams:
+        if o.streams and (o.predictor_streams or layer < o.blocks):
             uses = 2 * o.streams + o.streams**2 * (o.stream_rounds > 0)
             for branch in ("attn", "ffn"):
                 yield from stream_weights(o, f"{b}.hc_{branch}", uses, 3 if o.stream_rounds else 2)
@@ -431,7 +432,8 @@ def delta(o: Options, b: str, *, layout: str) -> Iterator[Entry]:
 def kda(o: Options, b: str, *, bounded: bool) -> Iterator[Entry]:
     """List the tensors of Kimi Delta Attention in layer `b`, without its norm.
 
-    `bounded`: decays have a bound, and the projections to them and to the gate are not in two steps.
+    `bounded`: decays have a bound, and the projections to them and to the gate are not in two steps. The size `flat`:
+    the rates of decay have one axis.
     """
     size, kernel = o.sizes["kda.head_dim"], o.sizes["ssm.conv_kernel"]
     width = o.heads * size
@@ -446,7 +448,9 @@ def kda(o: Options, b: str, *, bounded: bool) -> Iterator[Entry]:
             yield from (matrix(f"{b}.{name}_a", size, o.d), matrix(f"{b}.{name}_b", width, size, gain))
     spread = np.exp(draw(Entry(f"{b}.ssm_a", (o.heads, 1), 0.2), o.seed))
     ends = (0.4, 2.5) if bounded else (-0.02, -6.0)
-    yield Entry(f"{b}.ssm_a", spread.shape, 0.0, values=np.geomspace(*ends, o.heads)[:, None] * spread)
+    rates = np.geomspace(*ends, o.heads)[:, None] * spread
+    rates = rates[:, 0] if o.sizes.get("flat") else rates
+    yield Entry(f"{b}.ssm_a", rates.shape, 0.0, values=rates)
     yield Entry(f"{b}.ssm_dt.bias", (width,), 1.0)
     yield matrix(f"{b}.ssm_beta", o.heads, o.d, 3.0)
     yield Entry(f"{b}.ssm_norm.weight", (size,), 0.3, 1.0)
@@ -476,7 +480,7 @@ def latent(o: Options, b: str) -> Iterator[Entry]:
     have none), `head_gate` (a sigmoid scales what each head has read; "elements": each element of it), `rope_norm` (the
     rotated part of keys is normed), `unsplit` (keys and values are made by one matrix), `indexer` (heads that choose
     the keys to attend to), `indexer_types` (which blocks choose; the others do as the block before; without it, all
-    choose).
+    choose), `pool` (of so many consecutive keys one is made for the indexer, which chooses them together).
     """
     rope, nope, width, value = o.n_rot or 0, o.sizes["nope"], o.sizes["latent"], o.sizes["value"]
     q = o.heads * (nope + rope)
@@ -511,6 +515,9 @@ def latent(o: Options, b: str) -> Iterator[Entry]:
         yield matrix(f"{b}.indexer.proj", o.sizes["indexer"], o.d)
         yield Entry(f"{b}.indexer.k_norm.weight", (INDEXER_KEY,), 0.3, 1.0)
         yield bias(f"{b}.indexer.k_norm", INDEXER_KEY)
+        if pool := o.sizes.get("pool"):
+            yield matrix(f"{b}.indexer_compressor_gate", INDEXER_KEY, o.d)
+            yield Entry(f"{b}.indexer_compressor_ape.weight", (pool, INDEXER_KEY), 1.0)
 
 
 def compressed(o: Options, b: str, *, ratio: int) -> Iterator[Entry]:
@@ -568,6 +575,8 @@ def indexer_keys(o: Options) -> dict[str, Any]:
     keys = {"head_count": o.sizes["indexer"], "key_length": INDEXER_KEY, "top_k": 64}
     if types := o.sizes.get("indexer_types"):
         keys["types"] = types
+    if pool := o.sizes.get("pool"):
+        keys["kpool"] = pool
     return {f"attention.indexer.{name}": value for name, value in keys.items()}
 
 

@@ -459,6 +459,8 @@ def _latent_keys(
     else:  # a stack of transposed matrices, one for each head
         heads = (linear(w, "attn_k_b", len(h), expert=i) for i in range(own.heads))
         nope = torch.stack([head.rmatmat(latent[None])[0] for head in heads], 1)
+    if not own.latent.rotary:
+        return nope
     shared = affine(linear(w, "attn_kv_rope", len(h)), h)[:, None]  # [m, 1, r]
     if "attn_k_norm.weight" in w:
         shared = normed(w, "attn_k_norm", frame.config, shared)
@@ -573,7 +575,7 @@ def _delta(
     def keyed(part: Float[Tensor, "m gs"]) -> Float[Tensor, "m h s"]:
         """Return unit queries or keys of every value head."""
         part = widened(part * part.sigmoid()).unflatten(1, (own.key_heads, -1))
-        part = part * torch.rsqrt(part.square().sum(-1, keepdim=True) + config.norm_epsilon)
+        part = part * torch.rsqrt(part.square().sum(-1, keepdim=True) + (config.row.key_epsilon or config.norm_epsilon))
         shared = own.heads // own.key_heads
         return part.repeat(1, shared, 1) if config.row.key_heads_tiled else part.repeat_interleave(shared, 1)
 
@@ -592,13 +594,14 @@ def _delta(
 def _log_decay(w: BlockWeights, config: ModelConfig, h: Float[Tensor, "m d"]) -> Float[Tensor, "m h _"]:
     """Return the logarithm of the decay of each head, or of each of its key channels, in float32 at least.
 
-    It is `a softplus(x)` with a negative `a`, or with a lower bound `L` it is `L sigmoid(a x)` with a positive one.
+    It is `a softplus(x)` with a negative `a`, or with a lower bound `L` it is `L sigmoid(a x)` with a positive one, or
+    `L sigmoid(-a x)`.
     """
     x = widened(_projected(w, ("ssm_alpha", "ssm_f_a", "ssm_f_b"), h))
     x = (x + _bare(w, "ssm_dt.bias", "ssm_dt")).unflatten(1, (config.recurrence.heads, -1))  # [m, h, s] or [m, h, 1]
     a = _bare(w, "ssm_a").reshape(-1, 1)  # [h, 1]
     if bound := config.decay_bound:
-        return bound * torch.sigmoid(a * x)
+        return bound * torch.sigmoid((a if config.row.bounded_decay == "required" else -a) * x)
     return a * softplus(x)
 
 

@@ -232,11 +232,13 @@ class Indexer:
         heads: number of heads.
         key_size: elements of a query or key.
         selected: number of keys that are selected.
+        pool: number of consecutive keys that are selected together; 0 if each is selected alone.
     """
 
     heads: int = 0
     key_size: int = 0
     selected: int = 0
+    pool: int = 0
 
 
 @dataclass(frozen=True)

@@ -352,7 +352,7 @@ def _latent(keys: Keys, row: Architecture, windowed: bool) -> Latent:
     return Latent(
         size=keys.integer(f"attention.kv_lora_rank{suffix}"),
         queries=queries,
-        rotary=keys.integer("rope.dimension_count"),
+        rotary=keys.counts("rope.dimension_count", 1, least=1 if row.rope_pairs else 0)[0],
         split=row.latent_split == "required" or (row.latent_split == "optional" and all(stated)),
     )
 
@@ -428,7 +428,19 @@ def _indexer(keys: Keys, row: Architecture, blocks: int) -> Indexer:
         selected *= keys.integer("attention.indexer.block_size")
     if row.indexer == "memory":
         selected = (selected + 1) * _SELECTED - 1  # tokens that make no more groups
-    return Indexer(heads, key_size, selected)
+    if row.indexer != "pools":
+        return Indexer(heads, key_size, selected)
+    pool, name = keys.integer("attention.indexer.kpool"), "attention.indexer.kpool_select_tail"
+    if selected % pool:
+        raise ConfigError(
+            f"{keys.prefix}.attention.indexer.top_k is {selected}: not a whole number of pools of {pool} keys; take "
+            "another model"
+        )
+    if name in keys and not keys.flag(name):
+        raise ConfigError(
+            f"{keys.prefix}.{name} is False: attention without the last keys is not supported; take another model"
+        )
+    return Indexer(heads, key_size, selected + pool - 1, pool)
 
 
 def _temperature_length(keys: Keys, row: Architecture, context: int) -> int:
@@ -507,7 +519,7 @@ def _rwkv(keys: Keys, row: Architecture, blocks: int) -> Recurrence:
 
 def _decay_bound(keys: Keys, row: Architecture) -> float:
     """Return the lower bound of the logarithm of decays, or 0 for none."""
-    if not row.bounded_decay:
+    if not row.bounded_decay or (row.bounded_decay == "optional" and "kda.gate_lower_bound" not in keys):
         return 0.0
     if "kda.safe_gate" in keys and not keys.flag("kda.safe_gate"):
         raise ConfigError(f"{keys.prefix}.kda.safe_gate is False: decays without a bound are not supported")
@@ -616,20 +628,19 @@ def _groups(keys: Keys, experts: int, used: int) -> tuple[int, int]:
 
 def _clamps(keys: Keys, row: Architecture, blocks: int) -> list[tuple[float, float]]:
     """Return each block's limits of hidden units: in routed experts, and in other networks; 0 for none."""
-    if not row.hidden_clamps:
-        return [(0.0, 0.0)] * blocks
-    found: list[list[float]] = []
-    for kind in ("exp", "shexp"):
-        key, read = f"swiglu_clamp_{kind}", kind == "exp" or row.hidden_clamps != "before"
-        limits = [0.0] * blocks
-        if read and key in keys:
-            limits = keys.of_each_block(f"{keys.prefix}.{key}", blocks)
-        elif found and row.hidden_clamps == "before, shared too":
-            limits = found[0]
-        if min(limits) < 0:
-            raise ConfigError(f"metadata key {keys.prefix}.{key} contains {min(limits)}; limits are not negative")
-        found.append(limits)
-    return list(zip(*found, strict=True))
+
+    def limits(key: str, default: list[float]) -> list[float]:
+        found = keys.of_each_block(f"{keys.prefix}.{key}", blocks) if key in keys else default
+        if min(found) < 0:
+            raise ConfigError(f"metadata key {keys.prefix}.{key} contains {min(found)}; limits are not negative")
+        return found
+
+    routed = others = none = [0.0] * blocks
+    if row.hidden_clamps:
+        routed = limits("swiglu_clamp_exp", none)
+    if row.hidden_clamps in ("after", "before, shared too"):
+        others = limits("swiglu_clamp_shexp", none if row.hidden_clamps == "after" else routed)
+    return list(zip(routed, others, strict=True))
 
 
 def _xielu(keys: Keys, blocks: int) -> list[tuple[float, float, float]]:

@@ -51,7 +51,8 @@ def _ropes(keys: Keys, row: Architecture, key_length: int, *, windowed: bool) ->
     suffix = "_swa" if windowed and row.windowed_sizes else ""
     dimensions = key_length
     if row.rope_keys == "all":
-        dimensions = keys.integer("rope.dimension_count", key_length)
+        own = keys.integer if row.rope_pairs else keys.count
+        dimensions = own("rope.dimension_count", key_length)
         if suffix and row.mixer != "latent":  # there queries and keys of all layers rotate as many elements
             dimensions = keys.integer("rope.dimension_count_swa", dimensions)
     if row.halved_rotary and not windowed:

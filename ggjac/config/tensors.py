@@ -216,6 +216,11 @@ _INDEXER: dict[str, dict[str, tuple[str, ...]]] = {
         "indexer_compressor_norm.weight": ("indexer key",),
     },
 }
+# Of what makes one key of a pool.
+_POOLS: dict[str, tuple[str, ...]] = {
+    "indexer_compressor_gate.weight": ("indexer key", "d"),
+    "indexer_compressor_ape.weight": ("pool", "indexer key"),
+}
 # For the tokens of images: not used.
 _VISION_EXPERTS: dict[str, tuple[str, ...]] = {
     "vis_attn_qkv.weight": ("qkv", "d"),
@@ -279,7 +284,7 @@ _OPTIONAL = {
     "rope_factors_short.weight",
     "layer_output_scale.weight",
     "ffn.act.scales",
-    *(name for table in _INDEXER.values() for name in table),
+    *(name for table in (*_INDEXER.values(), _POOLS) for name in table),
     *_VISION_EXPERTS,
 }
 # Other biases and factors are optional.
@@ -325,7 +330,8 @@ def _attention_parts(config: ModelConfig, layer: int) -> dict[str, Part]:
 
 def _latent_parts(config: ModelConfig, layer: int) -> dict[str, Part]:
     own, latent = config.layers[layer], config.layers[layer].latent
-    parts = _sections("attn_kv_a_mqa", attn_kv_latent=latent.size, attn_kv_rope=latent.rotary)
+    rotary = {"attn_kv_rope": latent.rotary} if latent.rotary else {}
+    parts = _sections("attn_kv_a_mqa", attn_kv_latent=latent.size, **rotary)
     if latent.split:
         return parts
     nope, value = own.key_size - latent.rotary, own.value_size
@@ -558,6 +564,7 @@ def _indexer_sizes(config: ModelConfig) -> dict[str, int]:
         "indexer key": indexer.key_size,
         "2 indexer key": 2 * indexer.key_size,
         "indexer queries": indexer.heads * indexer.key_size,
+        "pool": indexer.pool,
     }
 
 
@@ -608,6 +615,8 @@ def _block_table(config: ModelConfig, layer: int) -> dict[str, tuple[str, ...]]:
         vectors |= _VECTORS.get(_layout(config, mixer), {})
         if config.indexer.selected and (mixer != "compressed" or own.compressed.windows > 1):
             vectors |= _INDEXER.get(mixer, {})
+        if config.indexer.pool and mixer == "latent":
+            vectors |= _POOLS
         if mixer == "compressed":
             vectors |= _COMPRESSED | (_MEMORY if own.compressed.ratio else {})
         if mixer == "latent":
