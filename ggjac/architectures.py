@@ -919,6 +919,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         expert_scale_key=True,
         expert_widths="count",
         head="required",
+        head_scale=False,
         graph=Graph(stream=("l_last",)),
     ),
     "minimax-m3": replace(

@@ -94,7 +94,7 @@ def test_llamacpp_adds_it_to_the_stream_we_say(case: str, layer: int, tiny_file:
 
     h = oracle.embed(known, ids)
     for i in range(blocks):
-        h = oracle.block(known, i, h, context=256)[f"l_out-{i}"]
+        h = oracle.block(known, i, h, context=256, states={"tokens": torch.tensor(ids)})[f"l_out-{i}"]
         h = pushed_stream(h) if i + 1 == layer else h
     truth = oracle.final_norm(known, h, frozen=False)
     tolerance = 1e-3 if known.facts.activation == "gelu" else 1e-5

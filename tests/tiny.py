@@ -119,6 +119,7 @@ class Options:
     depth_scores: bool = False  # earlier streams are read by attention over depth
     predictors: int = 0  # of `layers` the last, which predict later tokens
     predictor_norms: tuple[str, ...] = ("nextn.enorm", "nextn.hnorm")
+    predictor_streams: bool = False  # predictors have weights of streams, too
     predictor_experts: bool = True  # predictors are mixtures where the other blocks are
     embed_std: float = 1.0
     post_gain: float = 1.0  # of the norms after a sublayer
@@ -302,7 +303,7 @@ def tensors(o: Options) -> Iterator[Entry]:
         if o.per_layer:
             yield from [matrix(f"{b}.inp_gate", o.per_layer, o.d, 0.7), matrix(f"{b}.proj", o.d, o.per_layer)]
             yield from norms(o, f"{b}.post_norm", o.d, o.post_gain)
-        if o.streams and layer < o.blocks:
+        if o.streams and (o.predictor_streams or layer < o.blocks):
             uses = 2 * o.streams + o.streams**2 * (o.stream_rounds > 0)
             for branch in ("attn", "ffn"):
                 yield from stream_weights(o, f"{b}.hc_{branch}", uses, 3 if o.stream_rounds else 2)
