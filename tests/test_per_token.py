@@ -14,7 +14,7 @@ from ggjac.linop import dot_test
 from ggjac.model import open_model
 
 
-@pytest.mark.parametrize("case", ["gqa", "biases", "tied", "gemma2", "gpt2", "hy_v4"])
+@pytest.mark.parametrize("case", ["gqa", "biases", "tied", "gemma2", "gpt2", "hy_v4", "hrm_text"])
 @pytest.mark.parametrize("position", [-1, 2])
 @pytest.mark.parametrize("chunk_bytes", [1 << 30, 60_000])
 def test_every_position_is_decomposed_as_dense_arithmetic_does(

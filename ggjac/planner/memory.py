@@ -240,7 +240,8 @@ def _floats_at_end(config: ModelConfig, layers: Sequence[Layer], n: int, vectors
     if up:
         normed = d if row.norms.attention_in else 0
         read = d if config.streams.several else centred  # what was collected of several streams
-        return n * _streams(config) + max(n * (normed + max(2 * kv, read)), once)
+        turned = config.widest if config.row.streams == "held" else 0  # where a pass begins, streams before and after
+        return n * (_streams(config) + turned) + max(n * (normed + max(2 * kv, read)), once)
     again = max((1 + path.factors) * path.values for path in paths)
     streams = 2 * _streams(config) if config.streams.several else 0  # their gradients by branch and by what they keep
     return max(n * max(2 * kv, again + d, 2 * d + centred, streams) + _beside(config, layers, n), once)
