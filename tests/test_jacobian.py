@@ -322,7 +322,7 @@ STRUCTURES = [
     "cohere2", "gpt2", "phi2", "falcon_40b", "mixtral_biases", "gpt_oss", "qwen2moe", "granitemoe_shared",
     "glm4moe", "falcon_h1", "nemotron_h", "gemma4_experts", "gemma4_small", "gemma4_shared",
     "deepseek2", "deepseek2_unsplit", "minimax_m3", "kimi_linear", "bailingmoe3_clamped", "hy_v4", "glm5_next",
-    "rwkv6qwen2", "arwkv7", "rwkv6", "rwkv7",
+    "rwkv6qwen2", "arwkv7", "rwkv6", "rwkv7", "deepseek4_yarn",
 ]
 # fmt: on
 

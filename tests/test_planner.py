@@ -70,7 +70,7 @@ CASES = [
     *("afmoe", "laguna", "laguna_elements", "step35_clamped", "step35_factors", "spark2_5", "muse_glimmer"),
     *("llama4", "llama4_several", "minimax_01", "nanbeige", "nanbeige_thrice"),
     *("deepseek32", "glm_dsa", "minimax_m3", "kimi_linear", "kimi_linear_fused", "bailingmoe3", "bailingmoe3_clamped"),
-    *("dots3note", "hy_v4", "hy_v4_indexer", "glm5_next", "glm5_next_bounded"),
+    *("dots3note", "hy_v4", "hy_v4_indexer", "glm5_next", "glm5_next_bounded", "deepseek4", "deepseek4_yarn"),
 ]
 GATED = (
     "plain",
@@ -582,6 +582,7 @@ HOLDING: list[tuple[str, dict[str, Any]]] = [
     *(("deepseek2_dense", {"ff": 32, "heads": heads}) for heads in (4, 16)),
     ("plm", {"ff": 32, "heads": 16}),
     *(("hy_v4", more) for more in ({}, {"streams": 4}, {"ff": 512, "dense_lead": 2}, {"d": 256, "ff": 32})),
+    *(("deepseek4", more) for more in ({}, {"heads": 8}, {"d": 256})),
 ]
 
 
